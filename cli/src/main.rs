@@ -1,0 +1,2 @@
+//! The `ashore` program.
+fn main() {}

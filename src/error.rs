@@ -1,0 +1,179 @@
+//! The one error type: what the caller can do about it, what was attempted, and where.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What the caller can do about an [`Error`]. A new kind is added only where the caller would act differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The request is wrong: change the call, the setting or the input.
+    Invalid,
+    /// What was asked for is not there.
+    NotFound,
+    /// The step exists already, or another attempt at it won.
+    Conflict,
+    /// Too much is in flight at present; the same call can succeed later.
+    Busy,
+    /// The medium or the quota is full. Older steps are intact; a later save works once there is room.
+    NoSpace,
+    /// The medium did not do its work (an I/O error, a read-only mount). Retry later, or look at the machine.
+    Unavailable,
+    /// Stored bytes are not what was written.
+    Corrupt,
+    /// The device failed; saves that were staged still commit.
+    Device,
+    /// The save was cancelled, or its executor was dropped before it was done.
+    Cancelled,
+    /// The deadline passed first.
+    Deadline,
+    /// The publish began and its outcome is unknown: the step may or may not survive a crash. Never counted as durable.
+    Indeterminate,
+    /// A bug in this crate.
+    Internal,
+}
+
+/// A cloneable error: kind, what was attempted, step, rank, path and source.
+///
+/// Every future and waiter of one save gets the same error. Messages are lower case, variables last as `key=value`.
+#[derive(Clone)]
+pub struct Error(Arc<Inner>);
+
+#[derive(Clone)]
+struct Inner {
+    kind: ErrorKind,
+    message: String,
+    step: Option<u64>,
+    rank: Option<u32>,
+    path: Option<PathBuf>,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// A new error: `message` says in lower case what was attempted and what was wrong.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Arc::new(Inner { kind, message: message.into(), step: None, rank: None, path: None, source: None }))
+    }
+
+    /// An error from a system call; the kind follows from the code.
+    pub fn io(message: impl Into<String>, source: std::io::Error) -> Self {
+        let kind = match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => ErrorKind::NoSpace,
+            Some(libc::ENOENT | libc::ESTALE) => ErrorKind::NotFound,
+            Some(libc::EEXIST | libc::ENOTEMPTY) => ErrorKind::Conflict,
+            Some(
+                libc::EACCES
+                | libc::EPERM
+                | libc::ENOTDIR
+                | libc::ENAMETOOLONG
+                | libc::ELOOP
+                | libc::EINVAL
+                | libc::EISDIR,
+            ) => ErrorKind::Invalid,
+            _ => ErrorKind::Unavailable,
+        };
+        Self::new(kind, message).with_source(source)
+    }
+
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Invalid, message)
+    }
+
+    pub(crate) fn corrupt(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Corrupt, message)
+    }
+
+    pub(crate) fn internal(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Internal, message)
+    }
+
+    /// What the caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// What was attempted and what was wrong, without step, path and source.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
+    /// The step that was being saved or restored.
+    pub fn step(&self) -> Option<u64> {
+        self.0.step
+    }
+
+    /// The rank on which it happened.
+    pub fn rank(&self) -> Option<u32> {
+        self.0.rank
+    }
+
+    /// The file or directory concerned.
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
+    /// The same error, of another kind.
+    pub fn with_kind(mut self, kind: ErrorKind) -> Self {
+        Arc::make_mut(&mut self.0).kind = kind;
+        self
+    }
+
+    /// Adds the step, unless one is known.
+    pub fn with_step(mut self, step: u64) -> Self {
+        Arc::make_mut(&mut self.0).step.get_or_insert(step);
+        self
+    }
+
+    /// Adds the rank, unless one is known.
+    pub fn with_rank(mut self, rank: u32) -> Self {
+        Arc::make_mut(&mut self.0).rank.get_or_insert(rank);
+        self
+    }
+
+    /// Adds the path, unless one is known: the innermost caller knows best.
+    pub fn with_path(mut self, path: impl Into<PathBuf>) -> Self {
+        Arc::make_mut(&mut self.0).path.get_or_insert_with(|| path.into());
+        self
+    }
+
+    /// Adds what caused it.
+    pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Arc::make_mut(&mut self.0).source = Some(Arc::new(source));
+        self
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)?;
+        if let Some(source) = &self.0.source {
+            write!(f, ": {source}")?;
+        }
+        if let Some(step) = self.0.step {
+            write!(f, " step={step}")?;
+        }
+        if let Some(rank) = self.0.rank {
+            write!(f, " rank={rank}")?;
+        }
+        if let Some(path) = &self.0.path {
+            write!(f, " path={}", path.display())?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {self}", self.0.kind)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_deref().map(|e| e as _)
+    }
+}

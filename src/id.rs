@@ -1,0 +1,80 @@
+//! Names: attempts, and how a step number becomes a directory name and back.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use uuid::Uuid;
+
+/// One try at a step. Two tries never share an attempt, in any process, so bytes of different tries are never mixed up.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Attempt(Uuid);
+
+impl Attempt {
+    /// A new, random attempt.
+    pub fn new() -> Self {
+        Self(Uuid::new_v4())
+    }
+
+    /// A given attempt, for programs that compare two checkpoints byte by byte.
+    pub fn from_uuid(uuid: Uuid) -> Self {
+        Self(uuid)
+    }
+
+    /// Parses the hyphenated lower-case form that [`fmt::Display`] writes, and no other.
+    pub fn parse(text: &str) -> Option<Self> {
+        let attempt = Self(Uuid::try_parse(text).ok()?);
+        (attempt.to_string() == text).then_some(attempt)
+    }
+}
+
+impl Default for Attempt {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Display for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0.as_hyphenated(), f)
+    }
+}
+
+impl fmt::Debug for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The directory name of a step: `step-00000100`. Sorting is by number, never by name.
+pub fn step_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// The step that a directory name stands for. Accepted: `step-N`, `step_N`, `checkpoint-N`, `ckpt-N`, `iter_N` and `N`,
+/// with or without leading zeros.
+pub fn parse_step_name(name: &str) -> Option<u64> {
+    let digits = ["step-", "step_", "checkpoint-", "ckpt-", "iter_"]
+        .iter()
+        .find_map(|prefix| name.strip_prefix(prefix))
+        .unwrap_or(name);
+    let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+    if plain { digits.parse().ok() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn step_names_round_trip_and_foreign_names_are_refused() {
+        for step in [0, 1, 100, 99_999_999, 100_000_000, u64::MAX] {
+            assert_eq!(parse_step_name(&step_name(step)), Some(step));
+        }
+        for name in ["ckpt-7", "7", "0007", "step_7", "step-7", "checkpoint-7", "iter_0000007"] {
+            assert_eq!(parse_step_name(name), Some(7), "{name}");
+        }
+        for name in ["", "step-", "step-+7", "step-7a", ".step-7", "latest", "-7", "step-18446744073709551616"] {
+            assert_eq!(parse_step_name(name), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! The state dict: what one save saves.
+
+use super::dtype::Layout;
+use super::source::{Place, Source};
+use super::value;
+use crate::error::{Error, Result};
+use foldhash::fast::FixedState;
+use indexmap::IndexMap;
+use indexmap::map::Entry;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::hash::{BuildHasher, Hash, Hasher};
+
+/// When a tensor's bytes are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Capture {
+    /// Before `save` returns. For what changes before the fence: statistics, scales, step counters.
+    AtSave,
+    /// At the latest when the fence is reached.
+    AtFence,
+}
+
+/// One tensor of a state dict.
+pub(crate) struct Tensor<'a> {
+    pub layout: Layout,
+    pub place: Place,
+    /// None: the default for its place and size.
+    pub capture: Option<Capture>,
+    pub source: Box<dyn Source + 'a>,
+}
+
+/// Named tensors, values and metadata, as one save takes them.
+///
+/// Tensors are *sources*: nothing is copied when they are put in. Values are any serde type; they and the metadata are
+/// kept exactly (see [`encode_value`](super::encode_value)). Order of insertion does not matter to the file.
+///
+/// ```
+/// use std::sync::Arc;
+/// let weights = Arc::new(vec![0.5_f32; 6]);
+/// let mut state = ashore::StateDict::new();
+/// state
+///     .tensor("weights", ashore::HostTensor::new(weights.clone(), [2, 3]))?
+///     .tensor("bias", Arc::new(vec![1.0_f32; 2]))?
+///     .value("epoch", &3)?
+///     .metadata("run", "baseline")?;
+/// assert_eq!(state.len(), 2);
+/// assert_eq!(state.bytes(), 32);
+/// # Ok::<(), ashore::Error>(())
+/// ```
+#[derive(Default)]
+pub struct StateDict<'a> {
+    pub(crate) tensors: IndexMap<String, Tensor<'a>, FixedState>,
+    pub(crate) values: BTreeMap<String, serde_json::Value>,
+    pub(crate) metadata: BTreeMap<String, serde_json::Value>,
+    bytes: u64,
+    fingerprint: u64,
+}
+
+impl<'a> StateDict<'a> {
+    /// An empty state dict.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// An empty state dict with room for `tensors` tensors.
+    pub fn with_capacity(tensors: usize) -> Self {
+        Self { tensors: IndexMap::with_capacity_and_hasher(tensors, FixedState::default()), ..Self::default() }
+    }
+
+    /// Adds a tensor, captured as is usual for its place and size.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the tensor: an empty, reserved (`__metadata__`) or duplicate name, or a source whose byte length
+    /// is not that of its dtype and shape.
+    pub fn tensor(&mut self, name: impl Into<String>, source: impl Source + 'a) -> Result<&mut Self> {
+        self.insert(name.into(), Box::new(source), None)
+    }
+
+    /// Adds a tensor that is captured when `capture` says.
+    ///
+    /// # Errors
+    /// As [`StateDict::tensor`]. Whether [`Capture::AtSave`] is possible is known at `save`.
+    pub fn tensor_captured(
+        &mut self,
+        name: impl Into<String>,
+        source: impl Source + 'a,
+        capture: Capture,
+    ) -> Result<&mut Self> {
+        self.insert(name.into(), Box::new(source), Some(capture))
+    }
+
+    fn insert(&mut self, name: String, source: Box<dyn Source + 'a>, capture: Option<Capture>) -> Result<&mut Self> {
+        let refuse = |name: &str, why: String| Err(Error::invalid(format!("{why} tensor={name:?}")));
+        if name.is_empty() || name == "__metadata__" {
+            return refuse(&name, "a tensor cannot have this name".into());
+        }
+        let (layout, place) = (source.layout(), source.place());
+        match layout.bytes() {
+            Err(e) => return refuse(&name, e.message().into()),
+            Ok(expected) if expected != place.bytes() => {
+                let (got, dtype, shape) = (place.bytes(), layout.dtype, &layout.shape[..]);
+                return refuse(
+                    &name,
+                    format!(
+                        "a source has the wrong length expected={expected} got={got} dtype={dtype} shape={shape:?}"
+                    ),
+                );
+            }
+            Ok(bytes) => {
+                let mut hasher = FixedState::with_seed(self.fingerprint).build_hasher();
+                (&name, &layout).hash(&mut hasher);
+                match self.tensors.entry(name) {
+                    Entry::Occupied(there) => return refuse(there.key(), "two tensors have the same name".into()),
+                    Entry::Vacant(free) => free.insert(Tensor { layout, place, capture, source }),
+                };
+                self.bytes = self.bytes.saturating_add(bytes);
+                self.fingerprint = hasher.finish();
+            }
+        }
+        Ok(self)
+    }
+
+    /// Adds a value: anything serde can serialize, kept exactly, non-finite floats included.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the value: an empty or duplicate name, or something that cannot be kept exactly.
+    pub fn value(&mut self, name: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
+        put("value", &mut self.values, name.into(), value)?;
+        Ok(self)
+    }
+
+    /// Adds user metadata: what describes the checkpoint rather than belongs to the state.
+    ///
+    /// # Errors
+    /// As [`StateDict::value`].
+    pub fn metadata(&mut self, key: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
+        put("metadata", &mut self.metadata, key.into(), value)?;
+        Ok(self)
+    }
+
+    /// The number of tensors.
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// True when there are no tensors.
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty()
+    }
+
+    /// The sum of the tensors' sizes in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// A hash of names, dtypes and shapes in order: equal structures have equal fingerprints.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        self.fingerprint
+    }
+}
+
+fn put(
+    what: &str,
+    map: &mut BTreeMap<String, serde_json::Value>,
+    name: String,
+    value: &(impl Serialize + ?Sized),
+) -> Result<()> {
+    if name.is_empty() || map.contains_key(&name) {
+        return Err(Error::invalid(format!("the name is empty or taken {what}={name:?}")));
+    }
+    let encoded = value::encode(value)
+        .map_err(|e| Error::invalid(format!("cannot be kept exactly {what}={name:?}")).with_source(e))?;
+    map.insert(name, encoded);
+    Ok(())
+}
+
+impl fmt::Debug for StateDict<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "StateDict({} tensors, {} bytes, {} values)", self.tensors.len(), self.bytes, self.values.len())
+    }
+}

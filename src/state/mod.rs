@@ -1,0 +1,14 @@
+//! What is saved: named tensors, and values that are not tensors.
+//!
+//! A [`StateDict`] owns or borrows *sources* and never copies their bytes; copying is the stager's work. Names are data:
+//! they become keys in files, never paths.
+
+mod dict;
+mod dtype;
+mod source;
+mod value;
+
+pub use dict::{Capture, StateDict};
+pub use dtype::{Dtype, Element, Layout, Shape};
+pub use source::{HostTensor, Place, RawHost, Source};
+pub use value::{decode as decode_value, encode as encode_value};

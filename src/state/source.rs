@@ -1,0 +1,185 @@
+//! Where a tensor's bytes live until they are staged.
+//!
+//! # Safety argument
+//! The only unsafe things here are the contract of [`Source`] and its implementations for host memory. Each of those holds
+//! a stable allocation (`Arc`, `Vec`, `Box`, a borrowed slice) that no safe code can write while the source is alive, or a
+//! raw pointer for which the caller of [`RawHost::new`] made the promises.
+#![expect(unsafe_code, reason = "the contract between memory owners and asynchronous copies; argument above")]
+
+use super::dtype::{Dtype, Element, Layout, Shape};
+use std::any::Any;
+use std::sync::Arc;
+
+/// Where a source's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Place {
+    /// Host memory.
+    Host {
+        /// How many bytes there are.
+        bytes: u64,
+        /// True when the program can write the memory while the source is alive. Such a source is watched for forgotten
+        /// fences, and captured at `save` when it is small.
+        writable: bool,
+    },
+}
+
+impl Place {
+    /// How many bytes there are.
+    pub fn bytes(&self) -> u64 {
+        match *self {
+            Place::Host { bytes, .. } => bytes,
+        }
+    }
+
+    /// True when the program can write the memory while the source is alive.
+    pub fn writable(&self) -> bool {
+        match *self {
+            Place::Host { writable, .. } => writable,
+        }
+    }
+}
+
+/// A tensor's bytes, held by whoever owns them until they are staged.
+///
+/// # Safety
+/// Until the source is dropped, the memory that it describes stays allocated at the same address. [`Source::read`] calls
+/// `copy` exactly once, with a pointer to all bytes of the tensor in row-major order, and nothing writes those bytes while
+/// `read` runs. Copies that were begun inside `read` may still be read from the memory until the source is dropped; a
+/// write in that time must not be undefined behaviour beyond the value of the bytes read.
+pub unsafe trait Source: Send + Sync {
+    /// Dtype and shape. Must not change.
+    fn layout(&self) -> Layout;
+
+    /// Where the bytes are, and how many. Must not change.
+    fn place(&self) -> Place;
+
+    /// Hands `copy` a pointer to the bytes.
+    fn read(&self, copy: &mut dyn FnMut(*const u8));
+}
+
+/// A tensor in host memory that cannot change while it is held: `Arc<Vec<T>>`, `Arc<[T]>`, `Vec<T>`, `Box<[T]>` or `&[T]`.
+#[derive(Clone, Debug)]
+pub struct HostTensor<O> {
+    owner: O,
+    layout: Layout,
+}
+
+impl<O: HostOwner> HostTensor<O> {
+    /// A tensor of `shape` over the elements of `owner`. Its length is checked when it is put into a state dict.
+    pub fn new(owner: O, shape: impl AsRef<[usize]>) -> Self {
+        Self { owner, layout: Layout::new(O::DTYPE, shape) }
+    }
+
+    /// A tensor whose elements have a dtype without a Rust type, over bytes laid out as `dtype` wants them.
+    pub fn with_dtype(owner: O, dtype: Dtype, shape: impl AsRef<[usize]>) -> Self {
+        Self { owner, layout: Layout::new(dtype, shape) }
+    }
+}
+
+/// Owners of host memory that stays put and cannot be written while the owner lives. Sealed.
+pub trait HostOwner: Send + Sync + sealed::Sealed {
+    /// The dtype of the elements.
+    const DTYPE: Dtype;
+
+    /// The memory.
+    fn bytes(&self) -> &[u8];
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! owners {
+    ($([$($generics:tt)*] $owner:ty => $access:expr),* $(,)?) => { $(
+        impl<$($generics)*> sealed::Sealed for $owner {}
+        impl<$($generics)*> HostOwner for $owner {
+            const DTYPE: Dtype = T::DTYPE;
+            fn bytes(&self) -> &[u8] {
+                let access: fn(&Self) -> &[T] = $access;
+                bytemuck::cast_slice(access(self))
+            }
+        }
+        // SAFETY: elements are plain data without interior mutability, and the owner is held or borrowed, so the
+        // allocation stays and nothing can write it; `bytes` hands out all of it.
+        unsafe impl<$($generics)*> Source for $owner {
+            fn layout(&self) -> Layout {
+                Layout { dtype: T::DTYPE, shape: Shape::from_slice(&[self.len()]) }
+            }
+            fn place(&self) -> Place {
+                Place::Host { bytes: HostOwner::bytes(self).len() as u64, writable: false }
+            }
+            fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+                copy(HostOwner::bytes(self).as_ptr());
+            }
+        }
+    )* };
+}
+owners! {
+    [T: Element] Arc<Vec<T>> => |o| o,
+    [T: Element] Arc<[T]> => |o| o,
+    [T: Element] Vec<T> => |o| o,
+    [T: Element] Box<[T]> => |o| o,
+    ['a, T: Element] &'a [T] => |o| o,
+    ['a, T: Element] &'a Vec<T> => |o| o,
+}
+
+// SAFETY: as for the owner itself; only the layout differs.
+unsafe impl<O: HostOwner> Source for HostTensor<O> {
+    fn layout(&self) -> Layout {
+        self.layout.clone()
+    }
+
+    fn place(&self) -> Place {
+        Place::Host { bytes: self.owner.bytes().len() as u64, writable: false }
+    }
+
+    fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+        copy(self.owner.bytes().as_ptr());
+    }
+}
+
+/// Host memory that the program writes between a fence and the next save: torch and candle tensors, C buffers.
+pub struct RawHost {
+    pointer: *const u8,
+    bytes: u64,
+    layout: Layout,
+    _keep_alive: Box<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the pointer is only read, in `read`, under the promises made to `RawHost::new`, which hold on any thread.
+unsafe impl Send for RawHost {}
+// SAFETY: as above; `read` takes no exclusive access.
+unsafe impl Sync for RawHost {}
+
+impl RawHost {
+    /// A tensor at `pointer`, of `bytes` bytes, kept allocated by `keep_alive`.
+    ///
+    /// # Safety
+    /// `pointer` is valid for reads of `bytes` bytes until `keep_alive` is dropped, and nothing writes them between a
+    /// `save` of this source and the return of the next `fence`, or the resolution of that save's `staged()`.
+    pub unsafe fn new(
+        pointer: *const u8,
+        bytes: u64,
+        dtype: Dtype,
+        shape: impl AsRef<[usize]>,
+        keep_alive: impl Any + Send + Sync,
+    ) -> Self {
+        Self { pointer, bytes, layout: Layout::new(dtype, shape), _keep_alive: Box::new(keep_alive) }
+    }
+}
+
+// SAFETY: passed on to the caller of `RawHost::new`.
+unsafe impl Source for RawHost {
+    fn layout(&self) -> Layout {
+        self.layout.clone()
+    }
+
+    fn place(&self) -> Place {
+        Place::Host { bytes: self.bytes, writable: true }
+    }
+
+    fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+        copy(self.pointer);
+    }
+}

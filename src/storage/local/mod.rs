@@ -1,0 +1,3 @@
+//! Storage in a directory of a local or mounted file system.
+
+pub mod sys;

@@ -1,0 +1,142 @@
+//! The seam of system calls: everything the local storage asks of the kernel, and nothing else.
+//!
+//! Production runs on [`Linux`](super::linux::Linux). Tests put a simulated file system here, *below* the code that decides
+//! what to fsync, so that the code under test is the code that ships.
+
+use std::ffi::OsString;
+use std::fmt::Debug;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A descriptor, owned by the [`Fd`] that wraps it.
+pub type RawFd = i32;
+
+/// How to open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Open {
+    /// An existing directory. Symbolic links in the last component are not followed.
+    Dir,
+    /// An existing file, to read; direct when the flag is set. Symbolic links in the last component are not followed.
+    Read {
+        /// With O_DIRECT.
+        direct: bool,
+    },
+    /// A new file, to read and write; it is an error if it exists.
+    Create {
+        /// With O_DIRECT.
+        direct: bool,
+    },
+}
+
+/// What a name stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Dir,
+    /// A link, a device, or anything else that we never follow.
+    Other,
+}
+
+/// What is known of an open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Stat {
+    /// What it is.
+    pub kind: Kind,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Device and inode: two descriptors of the same file have the same.
+    pub identity: (u64, u64),
+    /// The number of names; zero after the last was removed.
+    pub links: u64,
+}
+
+/// How a rename treats its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rename {
+    /// rename(2).
+    Plain,
+    /// RENAME_NOREPLACE.
+    NoReplace,
+    /// RENAME_EXCHANGE.
+    Exchange,
+}
+
+/// What direct I/O asks for on a file, and whether it is honoured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Direct {
+    /// Alignment of memory addresses.
+    pub memory: u32,
+    /// Alignment of offsets and lengths.
+    pub offset: u32,
+    /// False where O_DIRECT is accepted but the page cache is used all the same.
+    pub honoured: bool,
+}
+
+/// The system calls. Relative paths start at the descriptor `dir`; None stands for the current directory.
+pub trait Sys: Send + Sync + Debug {
+    /// openat(2), always with O_CLOEXEC and, for the last component, O_NOFOLLOW (a root directory given by the user is
+    /// opened with `follow`).
+    fn open(&self, dir: Option<RawFd>, path: &Path, how: Open, follow: bool) -> io::Result<RawFd>;
+    /// close(2).
+    fn close(&self, fd: RawFd);
+    /// mkdirat(2).
+    fn mkdir(&self, dir: Option<RawFd>, path: &Path) -> io::Result<()>;
+    /// pwrite(2): may write less than asked.
+    fn pwrite(&self, fd: RawFd, bytes: &[u8], offset: u64) -> io::Result<usize>;
+    /// pread(2): may read less than asked; 0 at the end.
+    fn pread(&self, fd: RawFd, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// fsync(2), of a file or of a directory.
+    fn fsync(&self, fd: RawFd) -> io::Result<()>;
+    /// fallocate(2) of `0..len`, file length included; never the emulation that writes zeros.
+    fn fallocate(&self, fd: RawFd, len: u64) -> io::Result<()>;
+    /// ftruncate(2).
+    fn ftruncate(&self, fd: RawFd, len: u64) -> io::Result<()>;
+    /// renameat2(2) within one directory.
+    fn rename(&self, dir: RawFd, from: &Path, to: &Path, how: Rename) -> io::Result<()>;
+    /// unlinkat(2), with AT_REMOVEDIR for directories.
+    fn unlink(&self, dir: RawFd, name: &Path, kind: Kind) -> io::Result<()>;
+    /// fstat(2).
+    fn stat(&self, fd: RawFd) -> io::Result<Stat>;
+    /// fstatat(2) without following links.
+    fn stat_at(&self, dir: RawFd, name: &Path) -> io::Result<Stat>;
+    /// getdents(2), without `.` and `..`.
+    fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>>;
+    /// flock(2), exclusive and without waiting; false when another descriptor holds it.
+    fn try_lock(&self, fd: RawFd) -> io::Result<bool>;
+    /// statx(2) DIOALIGN and statfs(2).
+    fn direct(&self, fd: RawFd) -> io::Result<Direct>;
+}
+
+/// A descriptor that closes itself.
+#[derive(Debug)]
+pub struct Fd {
+    sys: Arc<dyn Sys>,
+    raw: RawFd,
+}
+
+impl Fd {
+    /// Opens.
+    pub fn open(sys: &Arc<dyn Sys>, dir: Option<&Fd>, path: &Path, how: Open, follow: bool) -> io::Result<Self> {
+        let raw = sys.open(dir.map(Fd::raw), path, how, follow)?;
+        Ok(Self { sys: sys.clone(), raw })
+    }
+
+    /// The descriptor.
+    pub fn raw(&self) -> RawFd {
+        self.raw
+    }
+
+    /// The system that it belongs to.
+    pub fn sys(&self) -> &Arc<dyn Sys> {
+        &self.sys
+    }
+}
+
+impl Drop for Fd {
+    fn drop(&mut self) {
+        self.sys.close(self.raw);
+    }
+}

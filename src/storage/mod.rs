@@ -1,0 +1,118 @@
+//! Where checkpoints are kept: one directory (or prefix) of steps, written once, read many times.
+//!
+//! **Protocol.** A step comes into being in three moves: [`Storage::begin`] makes an attempt that no reader looks at, its
+//! files are written and sealed, [`Writing::publish`] makes it a step at once or not at all. A step is never changed.
+//! **Completion.** `Ok` from `seal`, `put`, `publish` means durable, not merely accepted.
+//! **Crash.** Whatever was begun and not published is an attempt; [`Storage::sweep`] removes those whose owner is dead.
+//! **Cancellation.** [`Writing::abandon`], or dropping the process.
+
+pub mod local;
+
+use crate::error::Result;
+use crate::id::Attempt;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+/// How bytes reach the medium, as it really is, not as it was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum IoMode {
+    /// Past the page cache.
+    Direct,
+    /// Through the page cache: direct I/O was refused, or accepted and not honoured (btrfs with checksums, tmpfs).
+    Buffered,
+}
+
+/// A place for steps. Names are single path components.
+pub trait Storage: Send + Sync + Debug {
+    /// Begins an attempt at the step `name`; early `Conflict` when the step exists and `overwrite` is false.
+    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>>;
+
+    /// Opens what was published under `name`, to be read even if it is replaced or pruned meanwhile.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    fn open(&self, name: &str) -> Result<Arc<dyn Reading>>;
+
+    /// Names that may be steps, in no order; attempts and trash are not among them.
+    fn list(&self) -> Result<Vec<String>>;
+
+    /// Makes a step that somebody else published durable: its files, its directory, its name.
+    fn confirm(&self, name: &str) -> Result<()>;
+
+    /// Removes a step: it disappears at once and durably, then its bytes are freed.
+    fn remove(&self, name: &str) -> Result<()>;
+
+    /// Removes attempts and trash whose owner is dead, and only those.
+    fn sweep(&self) -> Result<Swept>;
+
+    /// Writes the hint file `latest`: best effort, never trusted.
+    fn hint(&self, name: &str) -> Result<()>;
+
+    /// Where this is, for messages.
+    fn describe(&self, name: &str) -> std::path::PathBuf;
+}
+
+/// What a sweep did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Swept {
+    /// Attempts and trash that were removed.
+    pub removed: Vec<String>,
+    /// Attempts that were left alone, and why: live, of another host, or without an owner record.
+    pub left: Vec<(String, String)>,
+}
+
+/// An attempt being written. Dropping it without `publish` or `abandon` leaves it to a sweep.
+pub trait Writing: Send + Sync + Debug {
+    /// Creates a file of `len` bytes; space is taken at once where the medium can.
+    fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>>;
+
+    /// Writes a small file whole and durably.
+    fn put(&self, file: &str, bytes: &[u8]) -> Result<()>;
+
+    /// Makes the attempt the step, durably. `Conflict` when another attempt won, `Indeterminate` when an error came after
+    /// the name may have changed.
+    fn publish(&self, overwrite: bool) -> Result<()>;
+
+    /// After a publish was reported: deletes what it replaced, and the owner record. Not part of the commit.
+    fn settle(&self) -> Result<()>;
+
+    /// Deletes the attempt. Nothing is lost but the attempt.
+    fn abandon(&self) -> Result<()>;
+}
+
+/// A file of an attempt.
+pub trait FileWriting: Send + Sync + Debug {
+    /// Writes at `offset`. Both offset and address are multiples of [`crate::memory::ALIGNMENT`]; the length may be
+    /// rounded up beyond the file's end, which `seal` cuts off.
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Cuts the file at its length and makes it durable. Not repeated after a failure: the attempt is lost then.
+    fn seal(&self) -> Result<()>;
+
+    /// How bytes reach the medium.
+    fn mode(&self) -> IoMode;
+}
+
+/// A published step, held open.
+pub trait Reading: Send + Sync + Debug {
+    /// Opens a file of the step. Names with a path separator, `.` and `..` are `Corrupt`; links are not followed.
+    fn open(&self, file: &str) -> Result<Arc<dyn FileReading>>;
+}
+
+/// A file of a published step.
+pub trait FileReading: Send + Sync + Debug {
+    /// Its length in bytes.
+    fn len(&self) -> u64;
+
+    /// True when the file has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Fills `buffer` from `offset`; `Corrupt` when the file ends before. Any offset, length and address; when all three
+    /// are multiples of [`crate::memory::ALIGNMENT`] the page cache is left alone where the medium can.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
+}
