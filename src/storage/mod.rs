@@ -10,19 +10,9 @@ pub mod local;
 
 use crate::error::Result;
 use crate::id::Attempt;
+use crate::settings::IoMode;
 use std::fmt::Debug;
 use std::sync::Arc;
-
-/// How bytes reach the medium, as it really is, not as it was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum IoMode {
-    /// Past the page cache.
-    Direct,
-    /// Through the page cache: direct I/O was refused, or accepted and not honoured (btrfs with checksums, tmpfs).
-    Buffered,
-}
 
 /// A place for steps. Names are single path components.
 pub trait Storage: Send + Sync + Debug {
@@ -85,7 +75,7 @@ pub trait Writing: Send + Sync + Debug {
 
 /// A file of an attempt.
 pub trait FileWriting: Send + Sync + Debug {
-    /// Writes at `offset`. Both offset and address are multiples of [`crate::memory::ALIGNMENT`]; the length may be
+    /// Writes at `offset`. Both offset and address are multiples of [`crate::ALIGNMENT`]; the length may be
     /// rounded up beyond the file's end, which `seal` cuts off.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()>;
 
@@ -113,6 +103,6 @@ pub trait FileReading: Send + Sync + Debug {
     }
 
     /// Fills `buffer` from `offset`; `Corrupt` when the file ends before. Any offset, length and address; when all three
-    /// are multiples of [`crate::memory::ALIGNMENT`] the page cache is left alone where the medium can.
+    /// are multiples of [`crate::ALIGNMENT`] the page cache is left alone where the medium can.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
 }

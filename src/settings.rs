@@ -1,0 +1,199 @@
+//! Settings: plain data, filled by the builder, a file or the environment.
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// How bytes reach the medium, as it really is, not as it was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum IoMode {
+    /// Past the page cache.
+    Direct,
+    /// Through the page cache: direct I/O was refused, or accepted and not honoured (btrfs with checksums, tmpfs).
+    Buffered,
+}
+
+/// What `save` does while earlier saves are unfinished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Overlap {
+    /// Up to `n` unfinished saves may precede a new one; `save` waits for room until the save deadline, then is `Busy`.
+    Queue(usize),
+    /// `save` waits until the one before is finished: `Queue(0)`.
+    Block,
+    /// A save that finds another unfinished is skipped; its handle resolves to `Outcome::Skipped`.
+    Skip,
+    /// The newest save takes the place of one that waits and has not begun to stage; that one resolves to
+    /// `Outcome::Superseded`.
+    Latest,
+}
+
+/// For which saves writable sources are digested at `save`, to detect a forgotten fence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Detect {
+    /// For none.
+    Never,
+    /// For the first two of an executor.
+    First,
+    /// For all.
+    All,
+}
+
+/// The settings of an executor. Sizes in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Settings {
+    /// Size of the pinned arena, taken at start and never grown: 256 MiB.
+    pub arena: u64,
+    /// Size of a chunk, the unit of copying and writing: 8 MiB, at most 1 GiB, a multiple of 4096. At least two must fit the arena.
+    pub chunk: u64,
+    /// Number of writer threads: 4.
+    pub writers: usize,
+    /// Number of shard files per save: 1.
+    pub files: usize,
+    /// Ask for direct I/O: true.
+    pub direct: bool,
+    /// What `save` does while earlier saves are unfinished: `Queue(1)`.
+    pub overlap: Overlap,
+    /// When to look for forgotten fences: `First`.
+    pub detect: Detect,
+    /// How much a save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
+    pub capture_budget: u64,
+    /// Keep this many newest steps; None keeps all.
+    pub keep_last: Option<usize>,
+    /// Keep every step that is a multiple of this, beyond `keep_last`.
+    pub keep_every: Option<u64>,
+    /// A save that is not durable by then fails: 30 minutes.
+    pub save_deadline: Duration,
+    /// A save that is still read when a fence has waited this long fails: 10 minutes.
+    pub fence_deadline: Duration,
+    /// How long dropping the executor waits for saves in flight: 5 minutes.
+    pub shutdown_deadline: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            arena: 256 << 20,
+            chunk: 8 << 20,
+            writers: 4,
+            files: 1,
+            direct: true,
+            overlap: Overlap::Queue(1),
+            detect: Detect::First,
+            capture_budget: 1 << 20,
+            keep_last: None,
+            keep_every: None,
+            save_deadline: Duration::from_secs(30 * 60),
+            fence_deadline: Duration::from_secs(10 * 60),
+            shutdown_deadline: Duration::from_secs(5 * 60),
+        }
+    }
+}
+
+impl Settings {
+    /// The defaults, changed by `ASHORE_ARENA`, `ASHORE_CHUNK` (bytes), `ASHORE_WRITERS`, `ASHORE_FILES`, `ASHORE_DIRECT`
+    /// (`true` or `false`), `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the variable that does not parse.
+    pub fn from_env() -> Result<Self> {
+        Self::from_vars(|name| std::env::var(name).ok())
+    }
+
+    fn from_vars(var: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        fn set<T: std::str::FromStr>(name: &str, text: Option<String>, field: &mut T) -> Result<()> {
+            if let Some(text) = text {
+                *field = text
+                    .parse()
+                    .map_err(|_| Error::invalid(format!("an environment variable does not parse {name}={text:?}")))?;
+            }
+            Ok(())
+        }
+        let mut settings = Self::default();
+        for (name, field) in [("ASHORE_ARENA", &mut settings.arena), ("ASHORE_CHUNK", &mut settings.chunk)] {
+            set(name, var(name), field)?;
+        }
+        for (name, field) in [("ASHORE_WRITERS", &mut settings.writers), ("ASHORE_FILES", &mut settings.files)] {
+            set(name, var(name), field)?;
+        }
+        set("ASHORE_DIRECT", var("ASHORE_DIRECT"), &mut settings.direct)?;
+        if let Some(text) = var("ASHORE_KEEP_LAST") {
+            set("ASHORE_KEEP_LAST", Some(text), settings.keep_last.insert(0))?;
+        }
+        if let Some(text) = var("ASHORE_KEEP_EVERY") {
+            set("ASHORE_KEEP_EVERY", Some(text), settings.keep_every.insert(0))?;
+        }
+        Ok(settings)
+    }
+
+    /// Checks the settings against each other.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the setting.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |why: String| Err(Error::invalid(why));
+        let alignment = crate::ALIGNMENT as u64;
+        if self.chunk == 0 || !self.chunk.is_multiple_of(alignment) || self.chunk > 1 << 30 {
+            return refuse(format!("a chunk is a multiple of {alignment} bytes, at most 1 GiB chunk={}", self.chunk));
+        }
+        if self.arena < 2 * self.chunk {
+            return refuse(format!("the arena holds at least two chunks arena={} chunk={}", self.arena, self.chunk));
+        }
+        for (name, count, most) in [("writers", self.writers, 256), ("files", self.files, 99_999)] {
+            if count == 0 || count > most {
+                return refuse(format!("a number is out of range 1..={most} {name}={count}"));
+            }
+        }
+        if self.keep_last == Some(0) || self.keep_every == Some(0) {
+            return refuse("retention cannot keep nothing keep_last=0 or keep_every=0".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_changes_the_defaults_and_nonsense_is_named() {
+        let settings = Settings::from_vars(|name| match name {
+            "ASHORE_ARENA" => Some("16777216".into()),
+            "ASHORE_KEEP_LAST" => Some("3".into()),
+            "ASHORE_DIRECT" => Some("false".into()),
+            _ => None,
+        })
+        .unwrap();
+        assert_eq!((settings.arena, settings.keep_last, settings.direct), (16 << 20, Some(3), false));
+        let error = Settings::from_vars(|name| (name == "ASHORE_WRITERS").then(|| "many".into())).unwrap_err();
+        assert!(error.to_string().contains("ASHORE_WRITERS=\"many\""), "{error}");
+    }
+
+    #[test]
+    fn settings_that_cannot_work_are_refused_by_name() {
+        type Change = fn(&mut Settings);
+        let cases: [(Change, &str); 7] = [
+            (|s| s.chunk = 5000, "chunk=5000"),
+            (|s| s.chunk = 0, "chunk=0"),
+            (|s| s.arena = s.chunk, "arena="),
+            (|s| s.writers = 0, "writers=0"),
+            (|s| s.files = 100_000, "files=100000"),
+            (|s| s.keep_last = Some(0), "keep_last=0"),
+            (|s| s.keep_every = Some(0), "keep_every=0"),
+        ];
+        Settings::default().check().unwrap();
+        for (change, named) in cases {
+            let mut settings = Settings::default();
+            change(&mut settings);
+            let error = settings.check().unwrap_err();
+            assert!(error.to_string().contains(named), "{error}");
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! What all stages of one save share: who it is, how far it is, whether it failed, and the futures that it resolves.
+//!
+//! **Completion.** `staged` resolves when no live source will be read any more and the sources are dropped, however the
+//! save ended; `done` resolves once. **Failure.** The first error wins. Once the publish has begun, a failure can no longer
+//! undo it: `fail` is refused, and a deadline that passes then is `Indeterminate`.
+
+use crate::completion::{Completion, Signal};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::Attempt;
+use crate::settings::IoMode;
+use crate::sync::{Mutex, lock};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// How a save ended, when it did not fail.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// The checkpoint is durable.
+    Durable(Committed),
+    /// Not begun, by [`Overlap::Skip`](crate::Overlap::Skip): the save of step `by` was unfinished.
+    Skipped {
+        /// The step that was in the way.
+        by: u64,
+    },
+    /// Not begun, by [`Overlap::Latest`](crate::Overlap::Latest): step `by` took its place.
+    Superseded {
+        /// The step that took its place.
+        by: u64,
+    },
+}
+
+impl Outcome {
+    /// The commit, if there was one.
+    pub fn committed(self) -> Option<Committed> {
+        match self {
+            Outcome::Durable(committed) => Some(committed),
+            _ => None,
+        }
+    }
+}
+
+/// A durable checkpoint, and what it cost. Times count from the call of `save`.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Committed {
+    /// The step.
+    pub step: u64,
+    /// The attempt that was published.
+    pub attempt: Attempt,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Bytes of tensors.
+    pub bytes: u64,
+    /// How long `save` and fences held up their callers for this save.
+    pub blocked: Duration,
+    /// When no live source was read any more.
+    pub staged: Duration,
+    /// When the commit was durable.
+    pub durable: Duration,
+    /// From the last byte written to durable: manifest, publish, directory syncs.
+    pub tail: Duration,
+    /// How bytes reached the medium.
+    pub mode: IoMode,
+    /// Tensors that were to be captured at `save` by default and were left to the fence, because the budget was used up.
+    pub over_budget: usize,
+}
+
+/// How far a save is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// The phase.
+    pub phase: Phase,
+    /// Bytes of tensors to save.
+    pub bytes: u64,
+    /// Bytes staged so far, file headers included.
+    pub staged: u64,
+    /// Bytes written so far, file headers included.
+    pub written: u64,
+}
+
+/// The phase of a save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+#[repr(u8)]
+pub enum Phase {
+    /// Behind earlier saves.
+    Waiting,
+    /// Sources are being read.
+    Staging,
+    /// Sources are free; bytes are on their way.
+    Writing,
+    /// Everything is written; the name is being given.
+    Publishing,
+    /// Ended, well or not.
+    Ended,
+}
+
+impl Phase {
+    fn from_u8(phase: u8) -> Self {
+        [Self::Waiting, Self::Staging, Self::Writing, Self::Publishing][..]
+            .get(phase as usize)
+            .copied()
+            .unwrap_or(Self::Ended)
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    pub step: u64,
+    pub attempt: Attempt,
+    pub began: Instant,
+    pub deadline: Instant,
+    pub bytes: u64,
+    /// Some source can be written while it is read: a later save without a fence between is refused.
+    pub writable: bool,
+    pub over_budget: usize,
+    pub staged: Arc<Completion<Result<()>>>,
+    pub done: Arc<Completion<Result<Outcome>>>,
+    /// Held while a live source is read or a copy from it is enqueued, so that a freeze can wait for one that was decided.
+    pub live: Mutex<()>,
+    pub bytes_staged: AtomicU64,
+    pub bytes_written: AtomicU64,
+    pub staged_nanos: AtomicU64,
+    pub blocked_nanos: AtomicU64,
+    /// Some handle or call has seen how it ended.
+    pub observed: AtomicBool,
+    phase: AtomicU8,
+    failed: AtomicBool,
+    failure: Mutex<Option<Error>>,
+    signal: Arc<Signal>,
+}
+
+/// What a new ticket is for.
+pub(crate) struct Issue {
+    pub step: u64,
+    pub attempt: Attempt,
+    pub deadline: Duration,
+    pub bytes: u64,
+    pub writable: bool,
+    pub over_budget: usize,
+}
+
+impl Ticket {
+    /// `signal` wakes the stager.
+    pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>) -> Self {
+        let Issue { step, attempt, deadline, bytes, writable, over_budget } = issue;
+        let zero = || AtomicU64::new(0);
+        Self {
+            step,
+            attempt,
+            began,
+            deadline: began + deadline,
+            bytes,
+            writable,
+            over_budget,
+            staged: Arc::new(Completion::new()),
+            done: Arc::new(Completion::new()),
+            live: Mutex::new(()),
+            bytes_staged: zero(),
+            bytes_written: zero(),
+            staged_nanos: zero(),
+            blocked_nanos: zero(),
+            observed: AtomicBool::new(false),
+            phase: AtomicU8::new(Phase::Waiting as u8),
+            failed: AtomicBool::new(false),
+            failure: Mutex::new(None),
+            signal,
+        }
+    }
+
+    pub fn phase(&self) -> Phase {
+        Phase::from_u8(self.phase.load(Ordering::Acquire))
+    }
+
+    pub fn progress(&self) -> Progress {
+        Progress {
+            phase: self.phase(),
+            bytes: self.bytes,
+            staged: self.bytes_staged.load(Ordering::Relaxed),
+            written: self.bytes_written.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Moves from one phase to the next; false when the save has failed or is elsewhere.
+    pub fn enter(&self, phase: Phase) -> bool {
+        let _guard = lock(&self.failure);
+        let forward = !self.failed() && self.phase() < phase;
+        if forward {
+            self.phase.store(phase as u8, Ordering::Release);
+        }
+        forward
+    }
+
+    pub fn failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    pub fn failure(&self) -> Option<Error> {
+        lock(&self.failure).clone()
+    }
+
+    /// Fails the save, unless it failed before or its publish has begun. Returns whether it did.
+    pub fn fail(&self, error: Error) -> bool {
+        let mut failure = lock(&self.failure);
+        if failure.is_some() || self.phase() >= Phase::Publishing {
+            return false;
+        }
+        *failure = Some(error.with_step(self.step));
+        self.failed.store(true, Ordering::Release);
+        drop(failure);
+        self.signal.notify();
+        true
+    }
+
+    /// Fails the save at its deadline and resolves it at once, whatever its threads hang in.
+    pub fn expire(&self) {
+        let late = |kind, what: &str| Error::new(kind, format!("{what} phase={:?}", self.phase())).with_step(self.step);
+        if self.phase() >= Phase::Publishing {
+            self.finish(Err(late(ErrorKind::Indeterminate, "the save deadline passed while publishing")));
+            return;
+        }
+        self.fail(late(ErrorKind::Deadline, "the save deadline passed"));
+        if let Some(error) = self.failure() {
+            self.done.complete(Err(error));
+        }
+    }
+
+    /// Ends the save.
+    pub fn finish(&self, result: Result<Outcome>) {
+        self.phase.store(Phase::Ended as u8, Ordering::Release);
+        self.done.complete(result.map_err(|e| e.with_step(self.step)));
+        self.signal.notify();
+    }
+
+    /// Says that no live source will be read any more and that the sources are dropped.
+    pub fn release(&self) {
+        let nanos = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.staged_nanos.store(nanos, Ordering::Relaxed);
+        self.staged.complete(self.failure().map_or(Ok(()), Err));
+        self.signal.notify();
+    }
+
+    /// Waits for an enqueue that was already decided; nothing more is read from live memory after a failure.
+    pub fn freeze(&self) {
+        drop(lock(&self.live));
+    }
+
+    pub fn add_blocked(&self, time: Duration) {
+        self.blocked_nanos.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+}
