@@ -1,6 +1,7 @@
 //! Saves the state of GPU training programs without stopping them.
 
 mod completion;
+pub mod device;
 pub mod digest;
 mod error;
 pub mod format;

@@ -1,1 +1,11 @@
-//! The arena: pinned, aligned memory bought once, lent out in slabs.
+//! The arena: aligned, prefaulted memory bought once at start and lent out in slabs.
+//!
+//! **Consistency.** A [`Lease`] is the only way to a slab, and there is one lease per slab. **Completion.** Dropping the
+//! lease sends the slab home; that is the only back-pressure there is. **Fork.** The mapping is not inherited.
+
+mod arena;
+mod slab;
+
+pub use crate::ALIGNMENT;
+pub use arena::{Arena, ArenaReport, Register};
+pub use slab::Lease;

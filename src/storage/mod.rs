@@ -10,7 +10,7 @@ pub mod local;
 
 use crate::error::Result;
 use crate::id::Attempt;
-use crate::settings::IoMode;
+pub use crate::settings::IoMode;
 use std::fmt::Debug;
 use std::sync::Arc;
 

@@ -1,0 +1,252 @@
+//! The mapping under the slabs: anonymous, huge pages when given, prefaulted in parallel, locked as far as allowed.
+//!
+//! # Safety argument
+//! A mapping is private, anonymous, and only ever handed out in disjoint slabs; it is unmapped in `Drop`, which runs when
+//! neither the arena nor a lease is left. Prefaulting writes zeros over zeros before anything is lent out. Under Miri, which
+//! has no such mappings, an aligned allocation stands in.
+#![expect(unsafe_code, reason = "mapping, locking and prefaulting memory; argument above")]
+
+use super::slab::{Lease, Pool};
+use crate::completion::Signal;
+use crate::error::{Error, Result};
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+/// Makes memory known to a device, so that it copies there asynchronously.
+pub trait Register {
+    /// Registers `len` bytes at `base`, until the returned value is dropped; that happens before the memory is unmapped.
+    ///
+    /// # Errors
+    /// `Device` when the memory cannot be pinned.
+    fn register(&self, base: *mut u8, len: usize) -> Result<Box<dyn Any + Send + Sync>>;
+}
+
+/// What the arena got, as it really is.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
+pub struct ArenaReport {
+    /// Bytes mapped.
+    pub bytes: u64,
+    /// Slabs, each of one chunk.
+    pub slabs: usize,
+    /// Huge pages were asked for and the kernel took the request.
+    pub huge_pages: bool,
+    /// The memory is locked; otherwise the reason why not. Not fatal: the kernel could page it out.
+    pub locked: Result<(), String>,
+}
+
+/// The arena.
+pub struct Arena {
+    pool: Arc<Pool>,
+    report: ArenaReport,
+}
+
+impl Arena {
+    /// Maps `bytes` (rounded down to whole slabs), faults them in with all cores, locks them, registers them.
+    ///
+    /// # Errors
+    /// `Invalid` when the memory is not to be had; what `register` says.
+    pub(crate) fn new(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
+        let too_big = || Error::invalid(format!("the arena does not fit the address space arena={bytes}"));
+        let slab = usize::try_from(slab).map_err(|_| too_big())?;
+        let slabs = usize::try_from(bytes).map_err(|_| too_big())? / slab;
+        let mut mapping = Mapping::new(slabs * slab)?;
+        let huge_pages = mapping.prepare();
+        mapping.prefault();
+        let locked = mapping.lock();
+        if let Err(reason) = &locked {
+            tracing::warn!(%reason, bytes, "the arena is not locked in memory");
+        }
+        mapping.registration = Some(register.register(mapping.base, mapping.len)?);
+        let report = ArenaReport { bytes: (slabs * slab) as u64, slabs, huge_pages, locked };
+        Ok(Self { pool: Arc::new(Pool::new(mapping, slab, home)), report })
+    }
+
+    /// A slab, if one is free.
+    pub(crate) fn try_lease(&self) -> Option<Lease> {
+        self.pool.try_lease()
+    }
+
+    /// How many slabs are at home.
+    pub fn free(&self) -> usize {
+        self.pool.free()
+    }
+
+    /// What it got.
+    pub fn report(&self) -> &ArenaReport {
+        &self.report
+    }
+}
+
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Arena({} of {} slabs free)", self.free(), self.report.slabs)
+    }
+}
+
+/// The memory itself.
+pub(super) struct Mapping {
+    base: *mut u8,
+    len: usize,
+    registration: Option<Box<dyn Any + Send + Sync>>,
+}
+
+// SAFETY: the mapping is plain memory, reached only through leases, which own disjoint parts of it.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; the mapping itself has no method that writes through a shared reference.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    pub fn pointer(&self) -> *mut u8 {
+        self.base
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Touches every page from all cores, so that no save ever waits for one. Threads are short-lived: this is start-up.
+    fn prefault(&mut self) {
+        if cfg!(miri) {
+            return;
+        }
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
+        let part = self.len.div_ceil(threads).next_multiple_of(super::ALIGNMENT).max(super::ALIGNMENT);
+        // SAFETY: the mapping is exclusively ours, nothing has been lent out yet, and it is initialised (zeros).
+        let all = unsafe { std::slice::from_raw_parts_mut(self.base, self.len) };
+        std::thread::scope(|scope| {
+            for part in all.chunks_mut(part) {
+                scope.spawn(move || {
+                    for page in part.chunks_mut(super::ALIGNMENT) {
+                        // SAFETY: a valid exclusive reference; volatile, so that the store of a zero is not left out.
+                        unsafe { std::ptr::write_volatile(&mut page[0], 0) };
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[cfg(not(miri))]
+impl Mapping {
+    fn new(len: usize) -> Result<Self> {
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no existing memory.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            let error = std::io::Error::last_os_error();
+            return Err(Error::invalid(format!("the arena cannot be mapped arena={len}")).with_source(error));
+        }
+        Ok(Self { base: base.cast(), len, registration: None })
+    }
+
+    /// Keeps the mapping out of forked children, where device transfers would corrupt it, and asks for huge pages.
+    fn prepare(&self) -> bool {
+        // SAFETY: advice on our own mapping.
+        unsafe {
+            libc::madvise(self.base.cast(), self.len, libc::MADV_DONTFORK);
+            libc::madvise(self.base.cast(), self.len, libc::MADV_HUGEPAGE) == 0
+        }
+    }
+
+    fn lock(&self) -> Result<(), String> {
+        // SAFETY: locking our own mapping changes nothing that it holds.
+        if unsafe { libc::mlock(self.base.cast(), self.len) } == 0 {
+            return Ok(());
+        }
+        Err(format!("{} (RLIMIT_MEMLOCK, `ulimit -l`)", std::io::Error::last_os_error()))
+    }
+
+    fn unmap(&mut self) {
+        // SAFETY: our own mapping, and nobody has a lease any more.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
+#[cfg(miri)]
+impl Mapping {
+    fn layout(len: usize) -> std::alloc::Layout {
+        std::alloc::Layout::from_size_align(len, super::ALIGNMENT).expect("a test's size")
+    }
+
+    fn new(len: usize) -> Result<Self> {
+        // SAFETY: the size is not zero: an arena holds at least two chunks.
+        Ok(Self { base: unsafe { std::alloc::alloc_zeroed(Self::layout(len)) }, len, registration: None })
+    }
+
+    fn prepare(&self) -> bool {
+        false
+    }
+
+    fn lock(&self) -> Result<(), String> {
+        Err("not under miri".into())
+    }
+
+    fn unmap(&mut self) {
+        // SAFETY: allocated with this layout in `new`.
+        unsafe { std::alloc::dealloc(self.base, Self::layout(self.len)) };
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        drop(self.registration.take());
+        self.unmap();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Host;
+
+    fn arena(bytes: u64, slab: u64) -> Arena {
+        Arena::new(bytes, slab, &Host, Arc::default()).unwrap()
+    }
+
+    #[test]
+    fn every_slab_is_lent_once_and_comes_home() {
+        let arena = arena(4 * 8192 + 4096, 8192);
+        let mut leases: Vec<_> = std::iter::from_fn(|| arena.try_lease()).collect();
+        assert_eq!((leases.len(), arena.free()), (4, 0));
+        for (i, lease) in leases.iter_mut().enumerate() {
+            assert_eq!(lease.as_mut_ptr() as usize % crate::ALIGNMENT, 0);
+            lease.bytes_mut().fill(i as u8 + 1);
+        }
+        for (i, lease) in leases.iter().enumerate() {
+            assert!(lease.bytes().iter().all(|&b| b == i as u8 + 1));
+        }
+        drop(leases.pop());
+        assert_eq!(arena.free(), 1);
+    }
+
+    #[test]
+    fn a_lease_keeps_the_memory_alive_and_wakes_whoever_waits() {
+        let home = Arc::new(Signal::default());
+        let arena = Arena::new(2 * 4096, 4096, &Host, home.clone()).unwrap();
+        let leases = [arena.try_lease().unwrap(), arena.try_lease().unwrap()];
+        std::thread::scope(|scope| {
+            scope.spawn(move || drop(leases));
+            let far = std::time::Instant::now() + std::time::Duration::from_secs(60);
+            let mut lease = home.wait_until(far, || arena.try_lease()).unwrap();
+            drop(arena);
+            lease.bytes_mut()[4095] = 7;
+            assert_eq!(lease.bytes()[4095], 7);
+        });
+    }
+
+    #[test]
+    fn an_arena_beyond_the_address_space_is_refused() {
+        let error = Arena::new(1 << 62, 1 << 20, &Host, Arc::default()).unwrap_err();
+        assert_eq!(error.kind(), crate::ErrorKind::Invalid);
+    }
+}

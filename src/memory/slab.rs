@@ -1,0 +1,91 @@
+//! Slabs: equal pieces of the arena, each lent to one owner at a time.
+//!
+//! # Safety argument
+//! The mapping lives as long as any `Arc<Pool>`, and every lease holds one. The free list gives out each index once until it
+//! comes back, so two leases never cover the same bytes; a lease is therefore the exclusive owner of its slab and may move
+//! between threads. Copies that a device makes into a slab are begun through [`Lease::as_mut_ptr`], and whoever begins them
+//! keeps the lease until they have ended.
+#![expect(unsafe_code, reason = "exclusive slices of one mapping; argument above")]
+
+use super::arena::Mapping;
+use crate::completion::Signal;
+use crate::sync::{Mutex, lock};
+use std::fmt;
+use std::sync::Arc;
+
+/// The slabs of an arena and their free list.
+pub(super) struct Pool {
+    mapping: Mapping,
+    slab: usize,
+    free: Mutex<Vec<u32>>,
+    home: Arc<Signal>,
+}
+
+impl Pool {
+    /// Slabs of `slab` bytes over `mapping`; `home` is notified when one comes home.
+    pub fn new(mapping: Mapping, slab: usize, home: Arc<Signal>) -> Self {
+        let count = u32::try_from(mapping.len() / slab).unwrap_or(u32::MAX);
+        Self { mapping, slab, free: Mutex::new((0..count).rev().collect()), home }
+    }
+
+    pub fn try_lease(self: &Arc<Self>) -> Option<Lease> {
+        let index = lock(&self.free).pop()?;
+        Some(Lease { pool: self.clone(), index })
+    }
+
+    pub fn free(&self) -> usize {
+        lock(&self.free).len()
+    }
+
+    fn pointer(&self, index: u32) -> *mut u8 {
+        self.mapping.pointer().wrapping_add(index as usize * self.slab)
+    }
+}
+
+/// A slab on loan. It goes home when it is dropped.
+pub struct Lease {
+    pool: Arc<Pool>,
+    index: u32,
+}
+
+impl Lease {
+    /// The slab's address, a multiple of [`ALIGNMENT`](super::ALIGNMENT), for copies that end while the lease is held.
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.pool.pointer(self.index)
+    }
+
+    /// The slab's size in bytes.
+    pub fn len(&self) -> usize {
+        self.pool.slab
+    }
+
+    /// Never: a slab has bytes.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// The slab's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the slab lies in the mapping, which is initialised memory; this lease owns it exclusively.
+        unsafe { std::slice::from_raw_parts(self.pool.pointer(self.index), self.pool.slab) }
+    }
+
+    /// The slab's bytes, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and the lease is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.pool.pointer(self.index), self.pool.slab) }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        lock(&self.pool.free).push(self.index);
+        self.pool.home.notify();
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Lease({})", self.index)
+    }
+}
