@@ -4,10 +4,6 @@
 //! before it has ended. **Completion.** [`CopyQueue::reached`] is the watermark, a count that never falls. **Cancellation.**
 //! Copies cannot be taken back: whoever queues one keeps source and slab until its mark is reached. **Failure.** Errors are
 //! sticky; after one, no mark need ever be reached.
-//!
-//! # Safety argument
-//! Nothing here is unsafe but the contract of [`CopyQueue::copy`], which its one caller, the stager, keeps.
-#![expect(unsafe_code, reason = "the contract of an asynchronous copy; argument above")]
 
 mod host;
 
@@ -17,6 +13,7 @@ use crate::digest::Digest;
 use crate::error::Result;
 use crate::memory::Register;
 use std::fmt::Debug;
+use std::time::Instant;
 
 /// A kind of device, shared by all threads.
 pub trait Device: Register + Send + Sync + Debug {
@@ -40,6 +37,7 @@ pub trait CopyQueue {
     ///
     /// # Errors
     /// `Device`, sticky.
+    #[expect(unsafe_code, reason = "the contract of an asynchronous copy; the stager, its one caller, keeps it")]
     unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) -> Result<Option<Digest>>;
 
     /// Queues a mark behind the copies so far, and returns its number: 1, 2, 3, ...
@@ -53,4 +51,8 @@ pub trait CopyQueue {
     /// # Errors
     /// `Device`, sticky.
     fn reached(&mut self) -> Result<u64>;
+
+    /// Waits, after a failure, until no copy queued so far will touch memory any more. False when that cannot be known by
+    /// `deadline`: sources and slabs are then given up, never reused.
+    fn quiesce(&mut self, deadline: Instant) -> bool;
 }

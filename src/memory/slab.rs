@@ -30,7 +30,12 @@ impl Pool {
 
     pub fn try_lease(self: &Arc<Self>) -> Option<Lease> {
         let index = lock(&self.free).pop()?;
-        Some(Lease { pool: self.clone(), index })
+        Some(Lease {
+            pool: self.clone(),
+            index,
+            #[cfg(feature = "mutants")]
+            early: false,
+        })
     }
 
     pub fn free(&self) -> usize {
@@ -46,6 +51,8 @@ impl Pool {
 pub struct Lease {
     pool: Arc<Pool>,
     index: u32,
+    #[cfg(feature = "mutants")]
+    early: bool,
 }
 
 impl Lease {
@@ -77,8 +84,21 @@ impl Lease {
     }
 }
 
+/// Breaks the one promise of a slab, to show that the suite notices.
+#[cfg(feature = "mutants")]
+impl Lease {
+    pub(crate) fn go_home_early(&mut self) {
+        lock(&self.pool.free).insert(0, self.index);
+        self.early = true;
+    }
+}
+
 impl Drop for Lease {
     fn drop(&mut self) {
+        #[cfg(feature = "mutants")]
+        if self.early {
+            return;
+        }
         lock(&self.pool.free).push(self.index);
         self.pool.home.notify();
     }

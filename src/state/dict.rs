@@ -54,6 +54,8 @@ pub struct StateDict<'a> {
     pub(crate) tensors: IndexMap<String, Tensor<'a>, FixedState>,
     pub(crate) values: BTreeMap<String, serde_json::Value>,
     pub(crate) metadata: BTreeMap<String, serde_json::Value>,
+    /// Indices of tensors that can be written while they are held.
+    pub(crate) writable: Vec<usize>,
     bytes: u64,
     fingerprint: u64,
 }
@@ -113,8 +115,13 @@ impl<'a> StateDict<'a> {
                 (&name, &layout).hash(&mut hasher);
                 match self.tensors.entry(name) {
                     Entry::Occupied(there) => return refuse(there.key(), "two tensors have the same name".into()),
-                    Entry::Vacant(free) => free.insert(Tensor { layout, place, capture, source }),
-                };
+                    Entry::Vacant(free) => {
+                        if place.writable() {
+                            self.writable.push(free.index());
+                        }
+                        free.insert(Tensor { layout, place, capture, source });
+                    }
+                }
                 self.bytes = self.bytes.saturating_add(bytes);
                 self.fingerprint = hasher.finish();
             }

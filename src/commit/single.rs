@@ -1,0 +1,119 @@
+//! The commit of a save that one process made alone.
+
+use crate::digest::Digest;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::manifest::{BLOCK, FileDigests, Head, MANIFEST};
+use crate::plan::{Plan, Planned};
+use crate::storage::Writing;
+use crate::ticket::{Committed, Outcome, Phase};
+use crate::writer::Task;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// A step that was published by us and is durable.
+pub(crate) struct Published {
+    pub name: String,
+    pub attempt: Arc<dyn Writing>,
+}
+
+/// Ends a save whose chunks are all done: commits it, or abandons it. Returns what is left to be tidied up.
+pub(crate) fn conclude(task: &Task) -> Option<Published> {
+    let ticket = &task.ticket;
+    let committed = ticket.failure().map_or_else(|| commit(task), Err);
+    match committed {
+        Ok(committed) => {
+            tracing::info!(step = ticket.step, bytes = committed.bytes, durable = ?committed.durable, "durable");
+            ticket.finish(Ok(Outcome::Durable(committed)));
+            Some(Published { name: task.to.name.clone(), attempt: task.begun()? })
+        }
+        Err(error) => {
+            if error.kind() != ErrorKind::Indeterminate {
+                if let Some(Err(left)) = task.begun().map(|a| a.abandon()) {
+                    tracing::warn!(step = ticket.step, error = %left, "an attempt is left for a sweep");
+                }
+            }
+            tracing::warn!(step = ticket.step, %error, "the save failed");
+            ticket.finish(Err(error));
+            None
+        }
+    }
+}
+
+fn commit(task: &Task) -> Result<Committed> {
+    let (ticket, plan) = (&task.ticket, &task.plan);
+    let segments = task.receipts()?;
+    let tensors: Vec<_> = plan.tensors.iter().map(|t| digests(plan, t, &segments)).collect();
+    unchanged(task, &tensors)?;
+    let attempt = task.attempt()?;
+    let mut files: Vec<FileDigests> = plan.shards.iter().map(|s| file(plan, s, &segments)).collect();
+    if let Some(index) = &plan.index {
+        attempt.put(crate::format::shard::INDEX, index)?;
+        files.push(FileDigests { header: Digest::EMPTY, digest: Digest::of(index) });
+    }
+    let head = Head { step: ticket.step, attempt: ticket.attempt, world: 1, values: &task.values, metadata: &task.metadata };
+    let manifest = plan.manifest.fill(&head, &files, &tensors)?;
+    attempt.put(MANIFEST, &manifest)?;
+    if !ticket.enter(Phase::Publishing) {
+        let gone = || Error::new(ErrorKind::Cancelled, "the save ended before its publish");
+        return Err(ticket.failure().unwrap_or_else(gone));
+    }
+    attempt.publish(task.to.overwrite)?;
+    let durable = ticket.began.elapsed();
+    let nanos = |n: &AtomicU64| Duration::from_nanos(n.load(Ordering::Relaxed));
+    Ok(Committed {
+        step: ticket.step,
+        attempt: ticket.attempt,
+        path: task.to.storage.describe(&task.to.name),
+        bytes: ticket.bytes,
+        blocked: nanos(&ticket.blocked_nanos),
+        staged: nanos(&ticket.staged_nanos),
+        durable,
+        tail: durable.saturating_sub(task.last_byte()),
+        mode: task.mode(),
+        over_budget: ticket.over_budget,
+    })
+}
+
+/// The digest of a tensor and of its blocks, from those of its segments: these are cut where blocks end.
+fn digests(plan: &Plan, tensor: &Planned, segments: &[Digest]) -> (Digest, Vec<Digest>) {
+    let mut blocks: Vec<(Digest, u64)> = Vec::with_capacity(tensor.bytes.div_ceil(BLOCK) as usize);
+    for (segment, digest) in plan.segments[tensor.segments.clone()].iter().zip(&segments[tensor.segments.clone()]) {
+        match blocks.last_mut() {
+            Some((block, length)) if !segment.at.is_multiple_of(BLOCK) => {
+                *block = block.then(*digest, segment.length as u64);
+                *length += segment.length as u64;
+            }
+            _ => blocks.push((*digest, segment.length as u64)),
+        }
+    }
+    let whole = Digest::concat(blocks.iter().copied());
+    (whole, if tensor.bytes > BLOCK { blocks.into_iter().map(|(digest, _)| digest).collect() } else { Vec::new() })
+}
+
+/// The digests of a shard: of its header, and of all of it.
+fn file(plan: &Plan, shard: &crate::plan::Shard, segments: &[Digest]) -> FileDigests {
+    let pieces = plan.segments[shard.segments.clone()].iter().zip(&segments[shard.segments.clone()]);
+    let (mut header, mut digest) = (Digest::EMPTY, Digest::EMPTY);
+    for (segment, piece) in pieces {
+        digest = digest.then(*piece, segment.length as u64);
+        if segment.from == crate::plan::From::Header {
+            header = digest;
+        }
+    }
+    FileDigests { header, digest }
+}
+
+/// Compares what was staged with what was there at `save`: a difference means that a fence was forgotten.
+fn unchanged(task: &Task, tensors: &[(Digest, Vec<Digest>)]) -> Result<()> {
+    for (index, expected) in &task.expected {
+        let staged = task.plan.tensors.iter().position(|t| t.tensor == *index).and_then(|i| tensors.get(i));
+        if staged.is_none_or(|(digest, _)| digest != expected) {
+            let name = task.plan.name(*index);
+            return Err(Error::invalid(format!(
+                "a tensor changed between save and fence; was `fence` forgotten, or the tensor written before it? tensor={name:?}"
+            )));
+        }
+    }
+    Ok(())
+}

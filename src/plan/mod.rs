@@ -1,0 +1,10 @@
+//! The plan: where every byte of a save will lie in its files, known before anything is copied.
+//!
+//! A plan depends on the structure of a state dict alone (names, dtypes, shapes, in order), so it is kept as long as the
+//! structure stays the same. What changes from save to save (step, attempt, digests) has fixed places in it.
+
+mod chunk;
+mod save;
+
+pub(crate) use chunk::{Chunk, Sink};
+pub(crate) use save::{From, Plan, Planned, Shape, Shard};

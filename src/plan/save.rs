@@ -1,0 +1,245 @@
+//! Planning a save: shards, chunks and segments, from the structure of a state dict.
+
+use crate::ALIGNMENT;
+use crate::error::{Error, Result};
+use crate::format::manifest::{BLOCK, FileLayout, ManifestTemplate, SliceEntry, TensorEntry};
+use crate::format::shard::{HeaderTemplate, INDEX, index_json, shard_names};
+use crate::digest::Digest;
+use crate::state::{Layout, StateDict};
+use std::ops::Range;
+
+/// What, besides the structure, a plan depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    /// Bytes per chunk, a multiple of [`ALIGNMENT`].
+    pub chunk: u64,
+    /// Shard files at most.
+    pub files: usize,
+}
+
+/// The plan of a save.
+pub(crate) struct Plan {
+    pub shards: Vec<Shard>,
+    pub chunks: Vec<ChunkPlan>,
+    /// In file order, shard after shard.
+    pub segments: Vec<Segment>,
+    /// The tensors in the order of the manifest, by name: the segments of each, and where its digests go.
+    pub tensors: Vec<Planned>,
+    pub manifest: ManifestTemplate,
+    /// `model.safetensors.index.json`, when there are several shards.
+    pub index: Option<Vec<u8>>,
+    /// Bytes in all shards, headers included.
+    pub length: u64,
+    names: Vec<(String, Layout)>,
+    fingerprint: u64,
+    shape: Shape,
+}
+
+/// A file.
+pub(crate) struct Shard {
+    pub name: String,
+    pub header: HeaderTemplate,
+    pub length: u64,
+    pub chunks: Range<usize>,
+    pub segments: Range<usize>,
+}
+
+/// A range of a file, staged and written as one.
+pub(crate) struct ChunkPlan {
+    pub shard: usize,
+    pub offset: u64,
+    pub length: usize,
+    pub segments: Range<usize>,
+}
+
+/// Part of a header or of a tensor within a chunk; segments follow each other without gaps.
+pub(crate) struct Segment {
+    pub from: From,
+    /// Where the segment begins in the header or tensor.
+    pub at: u64,
+    pub length: usize,
+}
+
+/// What a segment is part of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum From {
+    /// The header of the chunk's shard.
+    Header,
+    /// The tensor with this index in the state dict.
+    Tensor(usize),
+}
+
+/// A tensor in the order of the manifest.
+pub(crate) struct Planned {
+    /// Its index in the state dict.
+    pub tensor: usize,
+    pub bytes: u64,
+    pub segments: Range<usize>,
+}
+
+impl Plan {
+    /// Plans a save of `state`.
+    ///
+    /// # Errors
+    /// `Invalid` when the sizes overflow, or a header would be longer than readers accept.
+    pub fn new(state: &StateDict<'_>, shape: Shape) -> Result<Self> {
+        let sizes: Vec<u64> = state.tensors.values().map(|t| t.place.bytes()).collect();
+        let total = sizes.iter().try_fold(0_u64, |sum, n| sum.checked_add(*n));
+        let total = total.filter(|&sum| sum <= i64::MAX as u64 / 2).ok_or_else(|| Error::invalid("the state is too large"))?;
+
+        // By falling element size, so that every tensor is aligned to its elements; then by name, for a stable order.
+        let mut order: Vec<usize> = (0..sizes.len()).collect();
+        let key = |i: usize| {
+            let (name, tensor) = state.tensors.get_index(i).expect("an index of this dict");
+            (std::cmp::Reverse(tensor.layout.dtype.bitsize()), name)
+        };
+        order.sort_by(|&a, &b| key(a).cmp(&key(b)));
+
+        let parts = split(&order, &sizes, total, shape.files);
+        let names = shard_names(parts.len());
+        let mut draft = Draft { shape, chunks: Vec::new(), segments: Vec::new(), ranges: vec![0..0; sizes.len()] };
+        let mut shards = Vec::with_capacity(parts.len());
+        let mut slices = vec![(0, 0); sizes.len()];
+        for (part, name) in parts.into_iter().zip(names) {
+            shards.push(draft.shard(state, &order[part], &sizes, name, shards.len(), &mut slices)?);
+        }
+        let Draft { chunks, segments, ranges, .. } = draft;
+
+        let mut by_name: Vec<usize> = (0..sizes.len()).collect();
+        by_name.sort_by_key(|&i| state.tensors.get_index(i).expect("an index of this dict").0);
+        let entries: Vec<TensorEntry> =
+            by_name.iter().map(|&i| entry(state, i, slices[i], sizes[i])).collect();
+        let mut files: Vec<FileLayout> = shards
+            .iter()
+            .map(|s| FileLayout { name: s.name.clone(), length: s.length, data: s.header.data() })
+            .collect();
+        let place = |t: &TensorEntry| shards[t.slices[0].file].name.as_str();
+        let map = || entries.iter().map(|t| (t.name.as_str(), place(t)));
+        let index = (shards.len() > 1).then(|| index_json(total, map())).transpose()?;
+        if let Some(index) = &index {
+            files.push(FileLayout { name: INDEX.into(), length: index.len() as u64, data: 0 });
+        }
+        let manifest = ManifestTemplate::new(&files, &entries)?;
+        let tensors = by_name
+            .into_iter()
+            .map(|i| Planned { tensor: i, bytes: sizes[i], segments: ranges[i].clone() })
+            .collect();
+        let length = shards.iter().map(|s| s.length).sum();
+        let names = state.tensors.iter().map(|(name, t)| (name.clone(), t.layout.clone())).collect();
+        let fingerprint = state.fingerprint();
+        Ok(Self { shards, chunks, segments, tensors, manifest, index, length, names, fingerprint, shape })
+    }
+
+    /// The name of a tensor by its index in the state dict.
+    pub fn name(&self, tensor: usize) -> &str {
+        self.names.get(tensor).map_or("", |(name, _)| name)
+    }
+
+    /// Whether it seems to be a plan of `state`: cheap, no look at the tensors. [`Plan::check`] makes sure.
+    pub fn fits(&self, state: &StateDict<'_>, shape: Shape) -> bool {
+        self.fingerprint == state.fingerprint() && self.names.len() == state.len() && self.shape == shape
+    }
+
+    /// Makes sure that it is a plan of `state`.
+    ///
+    /// # Errors
+    /// `Internal` when two structures share a fingerprint.
+    pub fn check(&self, state: &StateDict<'_>) -> Result<()> {
+        let same = self.names.iter().zip(&state.tensors).all(|((a, layout), (b, t))| a == b && *layout == t.layout);
+        if same { Ok(()) } else { Err(Error::internal("two structures of state dicts have the same fingerprint")) }
+    }
+}
+
+/// Cuts `order` into at most `files` runs of about equal bytes, each with at least one tensor; one run if there are none.
+fn split(order: &[usize], sizes: &[u64], total: u64, files: usize) -> Vec<Range<usize>> {
+    let files = files.clamp(1, order.len().max(1));
+    let mut runs = Vec::with_capacity(files);
+    let (mut begin, mut sum) = (0, 0_u64);
+    for (i, &tensor) in order.iter().enumerate() {
+        sum += sizes[tensor];
+        let (left, full) = (files - runs.len() - 1, u128::from(sum) * files as u128 >= u128::from(total) * (runs.len() as u128 + 1));
+        if left > 0 && (full || order.len() - i - 1 == left) {
+            runs.push(begin..i + 1);
+            begin = i + 1;
+        }
+    }
+    if begin < order.len() || runs.is_empty() {
+        runs.push(begin..order.len());
+    }
+    runs
+}
+
+fn entry(state: &StateDict<'_>, index: usize, (file, offset): (usize, u64), length: u64) -> TensorEntry {
+    let (name, tensor) = state.tensors.get_index(index).expect("an index of this dict");
+    let shape = tensor.layout.shape.to_vec();
+    let blocks = if length > BLOCK { length.div_ceil(BLOCK) as usize } else { 0 };
+    let slice = SliceEntry {
+        file,
+        offset,
+        length,
+        at: vec![0; shape.len()],
+        shape: shape.clone(),
+        digest: Digest::EMPTY,
+        blocks: vec![Digest::EMPTY; blocks],
+    };
+    TensorEntry { name: name.clone(), dtype: tensor.layout.dtype, shape, slices: vec![slice] }
+}
+
+struct Draft {
+    shape: Shape,
+    chunks: Vec<ChunkPlan>,
+    segments: Vec<Segment>,
+    ranges: Vec<Range<usize>>,
+}
+
+impl Draft {
+    fn shard(
+        &mut self,
+        state: &StateDict<'_>,
+        order: &[usize],
+        sizes: &[u64],
+        name: String,
+        number: usize,
+        slices: &mut [(usize, u64)],
+    ) -> Result<Shard> {
+        let mut end = 0;
+        let header = HeaderTemplate::new(order.iter().map(|&i| {
+            let (name, tensor) = state.tensors.get_index(i).expect("an index of this dict");
+            let begin = end;
+            end += sizes[i];
+            (name.as_str(), tensor.layout.dtype, &tensor.layout.shape[..], begin..end)
+        }))?;
+        let (first_chunk, first_segment) = (self.chunks.len(), self.segments.len());
+        let mut at = 0;
+        self.run(number, &mut at, From::Header, header.data());
+        for &i in order {
+            slices[i] = (number, at);
+            let begin = self.segments.len();
+            self.run(number, &mut at, From::Tensor(i), sizes[i]);
+            self.ranges[i] = begin..self.segments.len();
+        }
+        let (chunks, segments) = (first_chunk..self.chunks.len(), first_segment..self.segments.len());
+        Ok(Shard { name, header, length: at, chunks, segments })
+    }
+
+    /// Appends `length` bytes of `from` at `at` of the shard: cut where a chunk ends, and where a block of a tensor ends.
+    fn run(&mut self, shard: usize, at: &mut u64, from: From, length: u64) {
+        let mut done = 0;
+        while done < length {
+            if at.is_multiple_of(self.shape.chunk) {
+                let begin = self.segments.len();
+                self.chunks.push(ChunkPlan { shard, offset: *at, length: 0, segments: begin..begin });
+            }
+            let room = self.shape.chunk - *at % self.shape.chunk;
+            let piece = room.min(length - done).min(BLOCK - done % BLOCK);
+            self.segments.push(Segment { from, at: done, length: piece as usize });
+            let chunk = self.chunks.last_mut().expect("pushed at the file's begin");
+            chunk.length += piece as usize;
+            chunk.segments.end += 1;
+            *at += piece;
+            done += piece;
+        }
+    }
+}
+
+const _: () = assert!(BLOCK.is_multiple_of(ALIGNMENT as u64));

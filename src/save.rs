@@ -1,0 +1,194 @@
+//! The handle of a save.
+
+use crate::completion::Waiter;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::Attempt;
+use crate::ticket::{Outcome, Progress, Ticket};
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+/// When the bytes of a whole save are taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Snapshot {
+    /// At the latest when the fence is reached: each tensor by its own [`Capture`](crate::Capture).
+    #[default]
+    AtFence,
+    /// Before `save` returns. For programs that cannot call a fence; on the host `save` then waits for staging.
+    AtSave,
+}
+
+/// What one save may want different from the others.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct SaveOptions {
+    /// Replace the step if it exists. The old checkpoint stays whole until the new one has taken its place.
+    pub overwrite: bool,
+    /// When the bytes are taken.
+    pub snapshot: Snapshot,
+    /// The attempt; a new one if None.
+    pub attempt: Option<Attempt>,
+    /// The directory name; [`step_name`](crate::id::step_name) of the step if None.
+    pub name: Option<String>,
+}
+
+impl SaveOptions {
+    /// Replaces the step if it exists.
+    pub fn overwrite(mut self) -> Self {
+        self.overwrite = true;
+        self
+    }
+
+    /// Says when the bytes are taken.
+    pub fn snapshot(mut self, snapshot: Snapshot) -> Self {
+        self.snapshot = snapshot;
+        self
+    }
+
+    /// Sets the attempt, for programs that compare checkpoints byte by byte.
+    pub fn attempt(mut self, attempt: Attempt) -> Self {
+        self.attempt = Some(attempt);
+        self
+    }
+
+    /// Sets the directory name, one that [`parse_step_name`](crate::id::parse_step_name) takes for the step.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+}
+
+/// A save under way: a future of how it ends, awaitable from any async runtime, waitable from a thread.
+///
+/// Dropping it detaches: the save goes on, and an error that nobody saw is reported by the next `save` or `shutdown`.
+#[must_use = "dropping the handle detaches the save; keep it to learn when the checkpoint is durable"]
+pub struct Save {
+    ticket: Arc<Ticket>,
+    done: Waiter<Result<Outcome>>,
+}
+
+impl Save {
+    pub(crate) fn new(ticket: Arc<Ticket>) -> Self {
+        let done = Waiter::new(ticket.done.clone());
+        Self { ticket, done }
+    }
+
+    /// The step being saved.
+    pub fn step(&self) -> u64 {
+        self.ticket.step
+    }
+
+    /// The attempt at it.
+    pub fn attempt(&self) -> Attempt {
+        self.ticket.attempt
+    }
+
+    /// Blocks the thread until the save has ended.
+    ///
+    /// # Errors
+    /// How the save failed; `Deadline` when it has not ended after `patience`: it goes on then, and can be waited for again.
+    pub fn wait(&self, patience: Duration) -> Result<Outcome> {
+        match self.done.cell().wait(Instant::now() + patience) {
+            Some(result) => self.observe(result),
+            None => Err(self.late("the save has not ended", patience)),
+        }
+    }
+
+    /// How the save ended, if it has.
+    pub fn try_get(&self) -> Option<Result<Outcome>> {
+        self.done.cell().get().map(|result| self.observe(result))
+    }
+
+    /// A future of the moment when no tensor of this save will be read any more and its sources are dropped. After it the
+    /// tensors may be written: awaiting it counts as a fence.
+    pub fn staged(&self) -> Staged {
+        Staged { ticket: self.ticket.clone(), staged: Waiter::new(self.ticket.staged.clone()) }
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        self.ticket.progress()
+    }
+
+    /// Cancels the save. False when it is too late: it has ended, or its publish has begun.
+    pub fn cancel(&self) -> bool {
+        let cancelled = self.ticket.fail(Error::new(ErrorKind::Cancelled, "the save was cancelled"));
+        if cancelled {
+            self.ticket.observed.store(true, Ordering::Release);
+        }
+        cancelled
+    }
+
+    fn observe(&self, result: Result<Outcome>) -> Result<Outcome> {
+        self.ticket.observed.store(true, Ordering::Release);
+        result
+    }
+
+    fn late(&self, what: &str, patience: Duration) -> Error {
+        let phase = self.ticket.phase();
+        Error::new(ErrorKind::Deadline, format!("{what} waited={patience:?} phase={phase:?}")).with_step(self.ticket.step)
+    }
+}
+
+impl Future for Save {
+    type Output = Result<Outcome>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let result = ready!(Pin::new(&mut self.done).poll(cx));
+        Poll::Ready(self.observe(result))
+    }
+}
+
+impl fmt::Debug for Save {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Save(step {}, {:?})", self.ticket.step, self.ticket.phase())
+    }
+}
+
+/// A future of staging, from [`Save::staged`]. An error that it returns counts as seen.
+#[must_use = "a future does nothing unless it is awaited or waited for"]
+pub struct Staged {
+    ticket: Arc<Ticket>,
+    staged: Waiter<Result<()>>,
+}
+
+impl Staged {
+    /// Blocks the thread until the save is staged.
+    ///
+    /// # Errors
+    /// How the save failed: its sources are dropped then, too. `Deadline` when it is not staged after `patience`.
+    pub fn wait(&self, patience: Duration) -> Result<()> {
+        match self.staged.cell().wait(Instant::now() + patience) {
+            Some(result) => self.observe(result),
+            None => Err(Error::new(ErrorKind::Deadline, format!("the save is not staged waited={patience:?}"))
+                .with_step(self.ticket.step)),
+        }
+    }
+
+    fn observe(&self, result: Result<()>) -> Result<()> {
+        if result.is_err() {
+            self.ticket.observed.store(true, Ordering::Release);
+        }
+        result
+    }
+}
+
+impl Future for Staged {
+    type Output = Result<()>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let result = ready!(Pin::new(&mut self.staged).poll(cx));
+        Poll::Ready(self.observe(result))
+    }
+}
+
+impl fmt::Debug for Staged {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Staged(step {})", self.ticket.step)
+    }
+}

@@ -1,0 +1,90 @@
+//! What `save` itself takes from writable host memory: small tensors that may change before the fence, and digests by
+//! which a forgotten fence is found out.
+//!
+//! # Safety argument
+//! Bytes are read inside [`Source::read`](crate::state::Source::read), in the thread that calls `save`; the promise of a
+//! source is that nothing writes them then.
+#![expect(unsafe_code, reason = "reads from raw sources; argument above")]
+
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::state::{Capture, StateDict, Tensor};
+use std::ops::Range;
+
+/// Tensors of at most this many bytes are captured at `save`.
+const SMALL: u64 = 4 << 10;
+
+/// What was taken at `save`.
+#[derive(Default)]
+pub(crate) struct Captured {
+    bytes: Vec<u8>,
+    /// By tensor, ascending.
+    tensors: Vec<(usize, Range<usize>)>,
+    /// Digests at `save` of tensors that are left to the fence.
+    pub expected: Vec<(usize, Digest)>,
+    /// Some writable tensor is left to the fence.
+    pub writable: bool,
+    /// Small tensors left to the fence because the budget was used up.
+    pub over_budget: usize,
+}
+
+impl Captured {
+    /// Takes what is to be taken of `state`, at most `budget` bytes; with `detect`, digests the rest of what is writable.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the tensor, when a capture that was asked for is not possible.
+    pub fn take(state: &StateDict<'_>, budget: u64, detect: bool) -> Result<Self> {
+        let mut captured = Self::default();
+        for &index in &state.writable {
+            let (name, tensor) = state.tensors.get_index(index).expect("an index of this dict");
+            let (size, room) = (tensor.place.bytes(), budget - captured.bytes.len() as u64);
+            let fits = size <= SMALL && size <= room;
+            match tensor.capture {
+                Some(Capture::AtFence) => captured.leave(index, tensor, detect),
+                Some(Capture::AtSave) if !fits => {
+                    return Err(Error::invalid(format!(
+                        "cannot be captured at save bytes={size} limit={SMALL} budget_left={room} tensor={name:?}"
+                    )));
+                }
+                None if !fits => {
+                    captured.over_budget += usize::from(size <= SMALL);
+                    captured.leave(index, tensor, detect);
+                }
+                _ => {
+                    let begin = captured.bytes.len();
+                    read(tensor, |bytes| captured.bytes.extend_from_slice(bytes));
+                    captured.tensors.push((index, begin..captured.bytes.len()));
+                }
+            }
+        }
+        if captured.over_budget > 0 {
+            let tensors = captured.over_budget;
+            tracing::warn!(tensors, budget, "the capture budget is used up; tensors are taken at the fence instead");
+        }
+        Ok(captured)
+    }
+
+    fn leave(&mut self, index: usize, tensor: &Tensor<'_>, detect: bool) {
+        self.writable = true;
+        if detect {
+            read(tensor, |bytes| self.expected.push((index, Digest::of(bytes))));
+        }
+    }
+
+    /// The captured bytes of a tensor.
+    pub fn get(&self, tensor: usize) -> Option<&[u8]> {
+        let found = self.tensors.binary_search_by_key(&tensor, |(index, _)| *index).ok()?;
+        self.bytes.get(self.tensors[found].1.clone())
+    }
+}
+
+fn read(tensor: &Tensor<'_>, mut take: impl FnMut(&[u8])) {
+    let len = tensor.place.bytes() as usize;
+    if len == 0 {
+        return take(&[]);
+    }
+    tensor.source.read(&mut |from| {
+        // SAFETY: the source hands out all its bytes, and nothing writes them while `read` runs.
+        take(unsafe { std::slice::from_raw_parts(from, len) });
+    });
+}

@@ -1,0 +1,120 @@
+//! The fence on the host: waits until no live source will be read, for every save that still reads.
+//!
+//! With no save reading it costs one atomic load. At the deadline the saves that still read are failed *before* the fence
+//! returns, and one copy that had been decided is waited for: whoever writes after a fence, however it ended, is never
+//! raced by a read of the host's.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::mutant::{self, Mutant};
+use crate::sync::{Mutex, lock};
+use crate::ticket::Ticket;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// All saves that have not ended.
+#[derive(Default)]
+pub(crate) struct Flights {
+    tickets: Mutex<Vec<Arc<Ticket>>>,
+    /// Saves whose sources may still be read.
+    reading: AtomicUsize,
+}
+
+impl Flights {
+    /// Adds a save, whose sources may be read from now on.
+    pub fn add(&self, ticket: Arc<Ticket>) {
+        self.reading.fetch_add(1, Ordering::AcqRel);
+        lock(&self.tickets).push(ticket);
+    }
+
+    /// The sources of `ticket` are dropped. Once per ticket that was added.
+    pub fn release(&self, ticket: &Ticket) {
+        ticket.release();
+        self.reading.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Saves that have not ended.
+    pub fn unfinished(&self) -> Vec<Arc<Ticket>> {
+        lock(&self.tickets).iter().filter(|t| !t.done.is_complete()).cloned().collect()
+    }
+
+    /// Forgets saves that have ended in every respect, and returns the first error that nobody has seen.
+    pub fn unobserved(&self) -> Option<Error> {
+        let mut tickets = lock(&self.tickets);
+        let mut error = None;
+        tickets.retain(|t| {
+            let Some(result) = t.done.get().filter(|_| t.staged.is_complete()) else { return true };
+            match result {
+                Err(e) if !t.observed.load(Ordering::Acquire) => {
+                    let first = error.is_none();
+                    if first {
+                        t.observed.store(true, Ordering::Release);
+                        error = Some(e);
+                    }
+                    !first
+                }
+                _ => false,
+            }
+        });
+        error
+    }
+
+    /// A save of writable sources that no fence has covered yet.
+    pub fn unfenced(&self) -> Option<Arc<Ticket>> {
+        lock(&self.tickets).iter().find(|t| t.writable && !t.staged.is_complete()).cloned()
+    }
+
+    /// Resolves saves whose deadline has passed, and returns the next deadline.
+    pub fn expire(&self, now: Instant) -> Option<Instant> {
+        let unfinished = self.unfinished();
+        unfinished.iter().filter(|t| t.deadline <= now).for_each(|t| t.expire());
+        unfinished.iter().map(|t| t.deadline).filter(|d| *d > now).min()
+    }
+
+    /// Waits until no save reads live sources.
+    ///
+    /// # Errors
+    /// `Deadline`: the saves that still read have been failed. They are not read any more when this returns.
+    pub fn fence(&self, patience: Duration) -> Result<()> {
+        if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let reading: Vec<_> = lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect();
+        let mut result = Ok(());
+        for ticket in &reading {
+            if ticket.staged.wait(began + patience).is_none() {
+                result = Err(late(ticket, patience));
+                ticket.freeze();
+            }
+            ticket.add_blocked(began.elapsed());
+        }
+        result
+    }
+
+    /// Waits until the sources of these saves are dropped, and returns only then: their memory is borrowed. At the deadline
+    /// a save is failed, which bounds the wait by the copies already queued; those cannot be taken back.
+    pub fn freeze(tickets: &[Arc<Ticket>], patience: Duration) -> Result<()> {
+        let began = Instant::now();
+        let mut result = Ok(());
+        for ticket in tickets {
+            if ticket.staged.wait(began + patience).is_none() {
+                result = Err(late(ticket, patience));
+                ticket.staged.wait_forever();
+            }
+            ticket.add_blocked(began.elapsed());
+        }
+        result
+    }
+}
+
+fn late(ticket: &Ticket, patience: Duration) -> Error {
+    let progress = ticket.progress();
+    let error = Error::new(
+        ErrorKind::Deadline,
+        format!("the fence waited too long for staging waited={patience:?} staged={} bytes={}", progress.staged, progress.bytes),
+    )
+    .with_step(ticket.step);
+    ticket.fail(error.clone());
+    error
+}

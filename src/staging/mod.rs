@@ -1,0 +1,15 @@
+//! Staging: one thread brings each save's chunks from where the tensors live into slabs, and hands them on.
+//!
+//! **Consistency.** Saves are staged strictly in order; bytes are those at the fence, or at `save` for what was captured.
+//! **Back-pressure.** A slab, or waiting for one; never the disk. **Completion.** A save is staged when its last copy from
+//! live memory has arrived and its sources are dropped. **Cancellation.** A failed save is not read any further; copies in
+//! flight are waited for, then slabs and sources go home. **Time.** The thread never touches storage, so it is also the one
+//! that expires saves at their deadlines.
+
+mod capture;
+mod fence;
+mod stage;
+
+pub(crate) use capture::Captured;
+pub(crate) use fence::Flights;
+pub(crate) use stage::{Job, Stager};

@@ -1,0 +1,67 @@
+//! The writer threads and the bounded channel that feeds them.
+
+use super::task::Task;
+use crate::error::{Error, ErrorKind, Result};
+use crate::plan::Chunk;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// What goes down the channel: a chunk and the save that it is part of.
+pub(super) type Work = (Arc<Task>, Chunk);
+
+/// The pool.
+pub(crate) struct Pool {
+    work: Sender<Work>,
+    pub threads: Vec<JoinHandle<()>>,
+}
+
+impl Pool {
+    /// Starts `writers` threads over a channel of `slabs` places: there are never more chunks, so sending never blocks.
+    ///
+    /// # Errors
+    /// `Busy` when the system has no more threads.
+    pub fn start(writers: usize, slabs: usize) -> Result<Self> {
+        let (work, chunks): (Sender<Work>, Receiver<Work>) = bounded(slabs);
+        let threads = (0..writers)
+            .map(|i| {
+                let chunks = chunks.clone();
+                spawn(format!("ashore-write-{i}"), move || {
+                    for (task, chunk) in chunks {
+                        carry_out(&task, chunk);
+                    }
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { work, threads })
+    }
+
+    /// The sending end, for tasks.
+    pub(super) fn sender(&self) -> Sender<Work> {
+        self.work.clone()
+    }
+}
+
+/// Writes a chunk and sends its slab home; nothing that goes wrong ends the thread.
+fn carry_out(task: &Arc<Task>, chunk: Chunk) {
+    let index = chunk.index;
+    let written = catch_unwind(AssertUnwindSafe(|| task.write(chunk)))
+        .unwrap_or_else(|_| Err(Error::internal("a writer thread panicked")))
+        .and_then(|()| {
+            catch_unwind(AssertUnwindSafe(|| task.seal_if_last(index)))
+                .unwrap_or_else(|_| Err(Error::internal("a writer thread panicked")))
+        });
+    if let Err(error) = written {
+        task.ticket.fail(error);
+    }
+    task.leave();
+}
+
+/// Starts a named thread.
+pub(crate) fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(name.clone())
+        .spawn(run)
+        .map_err(|e| Error::new(ErrorKind::Busy, format!("a thread cannot be started thread={name}")).with_source(e))
+}
