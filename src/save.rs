@@ -131,7 +131,8 @@ impl Save {
 
     fn late(&self, what: &str, patience: Duration) -> Error {
         let phase = self.ticket.phase();
-        Error::new(ErrorKind::Deadline, format!("{what} waited={patience:?} phase={phase:?}")).with_step(self.ticket.step)
+        Error::new(ErrorKind::Deadline, format!("{what} waited={patience:?} phase={phase:?}"))
+            .with_step(self.ticket.step)
     }
 }
 

@@ -3,33 +3,47 @@
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::manifest::{BLOCK, FileDigests, Head, MANIFEST};
-use crate::plan::{Plan, Planned};
+use crate::id::Attempt;
+use crate::plan::{From, Plan, Planned, Receipts, Request, Shard};
 use crate::storage::Writing;
 use crate::ticket::{Committed, Outcome, Phase};
-use crate::writer::Task;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// A step that was published by us and is durable.
+#[derive(Debug)]
 pub(crate) struct Published {
     pub name: String,
+    pub id: Attempt,
     pub attempt: Arc<dyn Writing>,
 }
 
-/// Ends a save whose chunks are all done: commits it, or abandons it. Returns what is left to be tidied up.
-pub(crate) fn conclude(task: &Task) -> Option<Published> {
-    let ticket = &task.ticket;
-    let committed = ticket.failure().map_or_else(|| commit(task), Err);
+/// A save whose chunks are all done.
+pub(crate) struct Ending<'a> {
+    pub request: &'a Request,
+    /// None when it failed before there was one.
+    pub attempt: Option<Arc<dyn Writing>>,
+    pub receipts: Result<Receipts>,
+    /// Where the step will be.
+    pub path: PathBuf,
+}
+
+/// Ends a save: commits it, or abandons it. Returns what is left to be tidied up.
+pub(crate) fn conclude(ending: Ending<'_>) -> Option<Published> {
+    let (request, attempt) = (ending.request, ending.attempt.clone());
+    let ticket = &request.ticket;
+    let committed = ticket.failure().map_or_else(|| commit(ending), Err);
     match committed {
         Ok(committed) => {
             tracing::info!(step = ticket.step, bytes = committed.bytes, durable = ?committed.durable, "durable");
             ticket.finish(Ok(Outcome::Durable(committed)));
-            Some(Published { name: task.to.name.clone(), attempt: task.begun()? })
+            Some(Published { name: request.name.clone(), id: ticket.attempt, attempt: attempt? })
         }
         Err(error) => {
             if error.kind() != ErrorKind::Indeterminate {
-                if let Some(Err(left)) = task.begun().map(|a| a.abandon()) {
+                if let Some(Err(left)) = attempt.map(|a| a.abandon()) {
                     tracing::warn!(step = ticket.step, error = %left, "an attempt is left for a sweep");
                 }
             }
@@ -40,37 +54,44 @@ pub(crate) fn conclude(task: &Task) -> Option<Published> {
     }
 }
 
-fn commit(task: &Task) -> Result<Committed> {
-    let (ticket, plan) = (&task.ticket, &task.plan);
-    let segments = task.receipts()?;
+fn commit(ending: Ending<'_>) -> Result<Committed> {
+    let Ending { request, attempt, receipts, path } = ending;
+    let (ticket, plan) = (&request.ticket, &request.plan);
+    let Receipts { digests: segments, mode, last_byte } = receipts?;
+    let attempt = attempt.ok_or_else(|| Error::internal("a save without an attempt was written"))?;
     let tensors: Vec<_> = plan.tensors.iter().map(|t| digests(plan, t, &segments)).collect();
-    unchanged(task, &tensors)?;
-    let attempt = task.attempt()?;
+    unchanged(request, &tensors)?;
     let mut files: Vec<FileDigests> = plan.shards.iter().map(|s| file(plan, s, &segments)).collect();
     if let Some(index) = &plan.index {
         attempt.put(crate::format::shard::INDEX, index)?;
         files.push(FileDigests { header: Digest::EMPTY, digest: Digest::of(index) });
     }
-    let head = Head { step: ticket.step, attempt: ticket.attempt, world: 1, values: &task.values, metadata: &task.metadata };
+    let head = Head {
+        step: ticket.step,
+        attempt: ticket.attempt,
+        world: 1,
+        values: &request.values,
+        metadata: &request.metadata,
+    };
     let manifest = plan.manifest.fill(&head, &files, &tensors)?;
     attempt.put(MANIFEST, &manifest)?;
     if !ticket.enter(Phase::Publishing) {
         let gone = || Error::new(ErrorKind::Cancelled, "the save ended before its publish");
         return Err(ticket.failure().unwrap_or_else(gone));
     }
-    attempt.publish(task.to.overwrite)?;
+    attempt.publish(request.overwrite)?;
     let durable = ticket.began.elapsed();
     let nanos = |n: &AtomicU64| Duration::from_nanos(n.load(Ordering::Relaxed));
     Ok(Committed {
         step: ticket.step,
         attempt: ticket.attempt,
-        path: task.to.storage.describe(&task.to.name),
+        path,
         bytes: ticket.bytes,
         blocked: nanos(&ticket.blocked_nanos),
         staged: nanos(&ticket.staged_nanos),
         durable,
-        tail: durable.saturating_sub(task.last_byte()),
-        mode: task.mode(),
+        tail: durable.saturating_sub(last_byte),
+        mode,
         over_budget: ticket.over_budget,
     })
 }
@@ -92,12 +113,12 @@ fn digests(plan: &Plan, tensor: &Planned, segments: &[Digest]) -> (Digest, Vec<D
 }
 
 /// The digests of a shard: of its header, and of all of it.
-fn file(plan: &Plan, shard: &crate::plan::Shard, segments: &[Digest]) -> FileDigests {
+fn file(plan: &Plan, shard: &Shard, segments: &[Digest]) -> FileDigests {
     let pieces = plan.segments[shard.segments.clone()].iter().zip(&segments[shard.segments.clone()]);
     let (mut header, mut digest) = (Digest::EMPTY, Digest::EMPTY);
     for (segment, piece) in pieces {
         digest = digest.then(*piece, segment.length as u64);
-        if segment.from == crate::plan::From::Header {
+        if segment.from == From::Header {
             header = digest;
         }
     }
@@ -105,11 +126,11 @@ fn file(plan: &Plan, shard: &crate::plan::Shard, segments: &[Digest]) -> FileDig
 }
 
 /// Compares what was staged with what was there at `save`: a difference means that a fence was forgotten.
-fn unchanged(task: &Task, tensors: &[(Digest, Vec<Digest>)]) -> Result<()> {
-    for (index, expected) in &task.expected {
-        let staged = task.plan.tensors.iter().position(|t| t.tensor == *index).and_then(|i| tensors.get(i));
+fn unchanged(request: &Request, tensors: &[(Digest, Vec<Digest>)]) -> Result<()> {
+    for (index, expected) in &request.expected {
+        let staged = request.plan.tensors.iter().position(|t| t.tensor == *index).and_then(|i| tensors.get(i));
         if staged.is_none_or(|(digest, _)| digest != expected) {
-            let name = task.plan.name(*index);
+            let name = request.plan.name(*index);
             return Err(Error::invalid(format!(
                 "a tensor changed between save and fence; was `fence` forgotten, or the tensor written before it? tensor={name:?}"
             )));

@@ -4,7 +4,6 @@
 //! One copy between ranges that the caller of [`CopyQueue::copy`] vouched for; it has ended when the call returns.
 #![expect(unsafe_code, reason = "a copy from a raw source into a slab; argument above")]
 
-
 use super::{CopyQueue, Device};
 use crate::digest::Digest;
 use crate::error::Result;

@@ -1,8 +1,39 @@
-//! The one value that stager and writer exchange.
+//! What the stages of a save exchange: chunks from stager to writers, receipts from writers to commit, and the request that
+//! all of them look at.
 
+use super::save::Plan;
 use crate::digest::Digest;
 use crate::memory::Lease;
+use crate::settings::IoMode;
+use crate::ticket::Ticket;
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// One save as it was asked for.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub ticket: Arc<Ticket>,
+    pub plan: Arc<Plan>,
+    /// The directory name of the step.
+    pub name: String,
+    pub overwrite: bool,
+    pub values: BTreeMap<String, serde_json::Value>,
+    pub metadata: BTreeMap<String, serde_json::Value>,
+    /// Digests at `save` of tensors by index in the state dict, to be compared with what was staged.
+    pub expected: Vec<(usize, Digest)>,
+}
+
+/// What the writers acknowledge when everything that was planned is written and sealed.
+#[derive(Debug)]
+pub(crate) struct Receipts {
+    /// The digest of every segment, in the order of the plan.
+    pub digests: Vec<Digest>,
+    /// How bytes reached the medium: buffered if any file was.
+    pub mode: IoMode,
+    /// When the last byte was written, since the save began.
+    pub last_byte: Duration,
+}
 
 /// A staged chunk on its way to a writer.
 #[derive(Debug)]

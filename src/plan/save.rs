@@ -1,10 +1,10 @@
 //! Planning a save: shards, chunks and segments, from the structure of a state dict.
 
 use crate::ALIGNMENT;
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::manifest::{BLOCK, FileLayout, ManifestTemplate, SliceEntry, TensorEntry};
 use crate::format::shard::{HeaderTemplate, INDEX, index_json, shard_names};
-use crate::digest::Digest;
 use crate::state::{Layout, StateDict};
 use std::ops::Range;
 
@@ -77,6 +77,12 @@ pub(crate) struct Planned {
     pub segments: Range<usize>,
 }
 
+impl std::fmt::Debug for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Plan({} tensors, {} shards, {} chunks)", self.tensors.len(), self.shards.len(), self.chunks.len())
+    }
+}
+
 impl Plan {
     /// Plans a save of `state`.
     ///
@@ -85,7 +91,8 @@ impl Plan {
     pub fn new(state: &StateDict<'_>, shape: Shape) -> Result<Self> {
         let sizes: Vec<u64> = state.tensors.values().map(|t| t.place.bytes()).collect();
         let total = sizes.iter().try_fold(0_u64, |sum, n| sum.checked_add(*n));
-        let total = total.filter(|&sum| sum <= i64::MAX as u64 / 2).ok_or_else(|| Error::invalid("the state is too large"))?;
+        let total =
+            total.filter(|&sum| sum <= i64::MAX as u64 / 2).ok_or_else(|| Error::invalid("the state is too large"))?;
 
         // By falling element size, so that every tensor is aligned to its elements; then by name, for a stable order.
         let mut order: Vec<usize> = (0..sizes.len()).collect();
@@ -107,8 +114,7 @@ impl Plan {
 
         let mut by_name: Vec<usize> = (0..sizes.len()).collect();
         by_name.sort_by_key(|&i| state.tensors.get_index(i).expect("an index of this dict").0);
-        let entries: Vec<TensorEntry> =
-            by_name.iter().map(|&i| entry(state, i, slices[i], sizes[i])).collect();
+        let entries: Vec<TensorEntry> = by_name.iter().map(|&i| entry(state, i, slices[i], sizes[i])).collect();
         let mut files: Vec<FileLayout> = shards
             .iter()
             .map(|s| FileLayout { name: s.name.clone(), length: s.length, data: s.header.data() })
@@ -120,10 +126,8 @@ impl Plan {
             files.push(FileLayout { name: INDEX.into(), length: index.len() as u64, data: 0 });
         }
         let manifest = ManifestTemplate::new(&files, &entries)?;
-        let tensors = by_name
-            .into_iter()
-            .map(|i| Planned { tensor: i, bytes: sizes[i], segments: ranges[i].clone() })
-            .collect();
+        let tensors =
+            by_name.into_iter().map(|i| Planned { tensor: i, bytes: sizes[i], segments: ranges[i].clone() }).collect();
         let length = shards.iter().map(|s| s.length).sum();
         let names = state.tensors.iter().map(|(name, t)| (name.clone(), t.layout.clone())).collect();
         let fingerprint = state.fingerprint();
@@ -157,7 +161,8 @@ fn split(order: &[usize], sizes: &[u64], total: u64, files: usize) -> Vec<Range<
     let (mut begin, mut sum) = (0, 0_u64);
     for (i, &tensor) in order.iter().enumerate() {
         sum += sizes[tensor];
-        let (left, full) = (files - runs.len() - 1, u128::from(sum) * files as u128 >= u128::from(total) * (runs.len() as u128 + 1));
+        let (left, full) =
+            (files - runs.len() - 1, u128::from(sum) * files as u128 >= u128::from(total) * (runs.len() as u128 + 1));
         if left > 0 && (full || order.len() - i - 1 == left) {
             runs.push(begin..i + 1);
             begin = i + 1;

@@ -112,7 +112,10 @@ fn late(ticket: &Ticket, patience: Duration) -> Error {
     let progress = ticket.progress();
     let error = Error::new(
         ErrorKind::Deadline,
-        format!("the fence waited too long for staging waited={patience:?} staged={} bytes={}", progress.staged, progress.bytes),
+        format!(
+            "the fence waited too long for staging waited={patience:?} staged={} bytes={}",
+            progress.staged, progress.bytes
+        ),
     )
     .with_step(ticket.step);
     ticket.fail(error.clone());

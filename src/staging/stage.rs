@@ -43,6 +43,12 @@ pub(crate) struct Job {
     pub sink: Arc<dyn Sink>,
 }
 
+impl std::fmt::Debug for Stager {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Stager({:?}, {})", self.arena, self.device.name())
+    }
+}
+
 /// The stager's queue and what it works with.
 pub(crate) struct Stager {
     pub signal: Arc<Signal>,
@@ -50,13 +56,15 @@ pub(crate) struct Stager {
     pub flights: Flights,
     pub device: Arc<dyn Device>,
     jobs: Mutex<VecDeque<Job>>,
+    /// One save at a time: the next begins when the one before has ended.
+    serial: bool,
     stopped: AtomicBool,
 }
 
 impl Stager {
-    pub fn new(signal: Arc<Signal>, arena: Arena, device: Arc<dyn Device>) -> Self {
+    pub fn new(signal: Arc<Signal>, arena: Arena, device: Arc<dyn Device>, serial: bool) -> Self {
         let (flights, jobs) = (Flights::default(), Mutex::new(VecDeque::new()));
-        Self { signal, arena, flights, device, jobs, stopped: AtomicBool::new(false) }
+        Self { signal, arena, flights, device, jobs, serial, stopped: AtomicBool::new(false) }
     }
 
     /// Takes a save, to be staged after those before it.
@@ -82,6 +90,9 @@ impl Stager {
         let mut queue = None;
         loop {
             let next = self.wait(|| {
+                if self.serial && self.flights.unfinished().iter().any(|t| t.phase() > Phase::Waiting) {
+                    return None;
+                }
                 let job = lock(&self.jobs).pop_front();
                 match job {
                     Some(job) => Some(Some(job)),
@@ -136,7 +147,11 @@ impl Stager {
         if known {
             drop((flying, state));
         } else {
-            tracing::error!(step = ticket.step, slabs = flying.len(), "a device left copies running; slabs are given up");
+            tracing::error!(
+                step = ticket.step,
+                slabs = flying.len(),
+                "a device left copies running; slabs are given up"
+            );
             forget((flying, state));
         }
         drop(captured);

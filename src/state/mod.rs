@@ -8,8 +8,8 @@ mod dtype;
 mod source;
 mod value;
 
-pub use dict::{Capture, StateDict};
 pub(crate) use dict::Tensor;
+pub use dict::{Capture, StateDict};
 pub use dtype::{Dtype, Element, Layout, Shape};
 pub use source::{HostTensor, Place, RawHost, Source};
 pub use value::{decode as decode_value, encode as encode_value};

@@ -7,5 +7,5 @@
 mod pool;
 mod task;
 
-pub(crate) use pool::Pool;
-pub(crate) use task::{Destination, Task};
+pub(crate) use pool::{Pool, spawn};
+pub(crate) use task::Task;

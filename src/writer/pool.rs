@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 pub(super) type Work = (Arc<Task>, Chunk);
 
 /// The pool.
+#[derive(Debug)]
 pub(crate) struct Pool {
     work: Sender<Work>,
     pub threads: Vec<JoinHandle<()>>,
@@ -53,7 +54,7 @@ fn carry_out(task: &Arc<Task>, chunk: Chunk) {
                 .unwrap_or_else(|_| Err(Error::internal("a writer thread panicked")))
         });
     if let Err(error) = written {
-        task.ticket.fail(error);
+        task.request.ticket.fail(error);
     }
     task.leave();
 }

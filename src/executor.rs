@@ -1,0 +1,310 @@
+//! The executor: takes state dicts, gives futures of durable checkpoints.
+//!
+//! Threads: one stages, a pool writes, one commits, one tidies up. They talk downwards through channels; what comes back are
+//! leases and the completions of futures. The thread that calls `save` does not touch storage.
+
+mod admission;
+mod builder;
+mod scope;
+mod tidy;
+
+pub use builder::Builder;
+pub use scope::{Fence, Scope};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{Attempt, parse_step_name, step_name};
+use crate::memory::ArenaReport;
+use crate::plan::{Plan, Request, Shape};
+use crate::save::{Save, SaveOptions, Snapshot};
+use crate::settings::{Detect, Overlap, Settings};
+use crate::staging::{Captured, Job, Stager};
+use crate::state::StateDict;
+use crate::storage::Storage;
+use crate::sync::{Mutex, lock};
+use crate::ticket::{Issue, Outcome, Ticket};
+use crate::writer::{Pool, Task};
+use crate::{Catalog, fork};
+use crossbeam_channel::Sender;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Saves state dicts under a root directory while the program goes on computing.
+///
+/// ```
+/// use ashore::{CheckpointExecutor, StateDict};
+/// use std::{sync::Arc, time::Duration};
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let root = dir.path();
+/// let executor = CheckpointExecutor::builder(root).arena(16 << 20).chunk(1 << 20).build()?;
+/// let mut weights = Arc::new(vec![0.0_f32; 1000]);
+/// for step in 1..=3 {
+///     let mut state = StateDict::new();
+///     state.tensor("weights", weights.clone())?.value("step", &step)?;
+///     let save = executor.save(step, state)?; // returns at once
+///     // ... forward and backward read the weights ...
+///     executor.fence()?; // from here on nothing reads them
+///     Arc::get_mut(&mut weights).unwrap().fill(step as f32);
+///     save.wait(Duration::from_secs(60))?; // or `.await`, or drop it and go on
+/// }
+/// let newest = executor.latest()?.unwrap();
+/// assert_eq!((newest.step(), newest.read_as::<f32>("weights")?[0]), (3, 2.0));
+/// executor.shutdown(Duration::from_secs(60))?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
+///
+/// Dropping it waits for saves in flight, for `shutdown_deadline` at most; errors are then only logged.
+#[derive(Debug)]
+pub struct CheckpointExecutor {
+    settings: Settings,
+    root: PathBuf,
+    storage: Arc<dyn Storage>,
+    catalog: Arc<Catalog>,
+    stager: Arc<Stager>,
+    /// Saves that digested their writable sources, the last plan; held by callers of `save` only, one at a time.
+    admission: Mutex<Admission>,
+    /// None once shut down.
+    lines: Option<Lines>,
+    threads: Vec<JoinHandle<()>>,
+    generation: u64,
+}
+
+#[derive(Debug, Default)]
+struct Admission {
+    plan: Option<Arc<Plan>>,
+    saves: u64,
+}
+
+/// The sending ends that keep the threads alive.
+#[derive(Debug)]
+struct Lines {
+    pool: Pool,
+    ended: Sender<Arc<Task>>,
+}
+
+impl CheckpointExecutor {
+    /// Begins to build an executor for checkpoints under `root`, a directory that is created when it is missing.
+    pub fn builder(root: impl Into<PathBuf>) -> Builder {
+        Builder::new(root.into())
+    }
+
+    /// Saves `state` as `step`. Returns at once: nothing has been copied then, and sources are read until the next
+    /// [`fence`](Self::fence), or until [`Save::staged`] resolves.
+    ///
+    /// # Errors
+    /// The error of an earlier save that nobody has seen. `Invalid`: a tensor cannot be captured as asked, or an earlier save
+    /// of writable sources was not fenced. `Conflict`: a save of this step is under way. `Busy`: the overlap policy found no
+    /// room within the save deadline. Everything that happens later comes out of the future.
+    pub fn save(&self, step: u64, state: StateDict<'static>) -> Result<Save> {
+        self.save_with(step, state, SaveOptions::default())
+    }
+
+    /// [`save`](Self::save), with options.
+    ///
+    /// # Errors
+    /// As `save`; `Invalid` when the name in the options is not one for this step.
+    pub fn save_with(&self, step: u64, state: StateDict<'static>, options: SaveOptions) -> Result<Save> {
+        self.submit(step, state, options, |_| ())
+    }
+
+    /// Waits until nothing will be read any more from tensors of saves so far; they may be written then. One atomic load when
+    /// no save is reading.
+    ///
+    /// # Errors
+    /// `Deadline`: the saves that were still reading have been failed; the tensors may be written all the same.
+    pub fn fence(&self) -> Result<()> {
+        self.alive()?;
+        self.stager.flights.fence(self.settings.fence_deadline)
+    }
+
+    /// The newest durable step under the root, if there is one.
+    ///
+    /// # Errors
+    /// Errors of the storage.
+    pub fn latest(&self) -> Result<Option<Checkpoint>> {
+        self.alive()?;
+        self.catalog.latest()
+    }
+
+    /// The checkpoint of `step`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none: never another step.
+    pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
+        self.alive()?;
+        self.catalog.checkpoint(step)
+    }
+
+    /// All steps under the root.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// What the arena got of the system.
+    pub fn arena(&self) -> &ArenaReport {
+        self.stager.arena.report()
+    }
+
+    /// Takes no more saves, waits for those in flight, ends the threads.
+    ///
+    /// # Errors
+    /// The first error of a save that nobody has seen. `Deadline` when saves were unfinished at the deadline: they have
+    /// failed then, and threads that hang in the storage are left behind.
+    pub fn shutdown(mut self, deadline: Duration) -> Result<()> {
+        self.alive()?;
+        self.close(deadline)
+    }
+
+    fn submit(
+        &self,
+        step: u64,
+        mut state: StateDict<'static>,
+        options: SaveOptions,
+        register: impl FnOnce(&Arc<Ticket>),
+    ) -> Result<Save> {
+        self.alive()?;
+        let began = Instant::now();
+        let name = options.name.unwrap_or_else(|| step_name(step));
+        if parse_step_name(&name) != Some(step) {
+            return Err(Error::invalid(format!("this is not a name for the step name={name:?}")).with_step(step));
+        }
+        let mut admission = lock(&self.admission);
+        let lines = self.lines.as_ref().ok_or_else(|| Error::invalid("the executor is shut down"))?;
+        if let Some(error) = self.stager.flights.unobserved() {
+            return Err(error);
+        }
+        if let Some(ticket) = self.stager.flights.unfenced() {
+            let unfenced = format!(
+                "writable tensors are still being read: call `fence` before the next save unfenced={}",
+                ticket.step
+            );
+            return Err(Error::invalid(unfenced).with_step(step));
+        }
+        let attempt = options.attempt.unwrap_or_default();
+        if let Some(outcome) =
+            admission::admit(&self.stager, self.settings.overlap, step, began + self.settings.save_deadline)?
+        {
+            return Ok(self.resolved(step, attempt, began, outcome));
+        }
+        let plan = admission.plan_for(&state, &self.settings)?;
+        let detect = match self.settings.detect {
+            Detect::Never => false,
+            Detect::First => admission.saves < 2,
+            Detect::All => true,
+        };
+        let mut captured =
+            Captured::take(&state, self.settings.capture_budget, detect).map_err(|e| e.with_step(step))?;
+        let issue = Issue {
+            step,
+            attempt,
+            deadline: self.settings.save_deadline,
+            bytes: state.bytes(),
+            writable: captured.writable,
+            over_budget: captured.over_budget,
+        };
+        let ticket = Arc::new(Ticket::new(issue, began, self.stager.signal.clone()));
+        let request = Request {
+            ticket: ticket.clone(),
+            plan: plan.clone(),
+            name,
+            overwrite: options.overwrite,
+            values: std::mem::take(&mut state.values),
+            metadata: std::mem::take(&mut state.metadata),
+            expected: std::mem::take(&mut captured.expected),
+        };
+        let task = Task::new(request, self.storage.clone(), &lines.pool, lines.ended.clone());
+        admission.saves += 1;
+        register(&ticket);
+        self.stager.push(Job { ticket: ticket.clone(), plan, state, captured, sink: Arc::new(task) });
+        drop(admission);
+        ticket.add_blocked(began.elapsed());
+        if options.snapshot == Snapshot::AtSave {
+            self.fence()?;
+        }
+        Ok(Save::new(ticket))
+    }
+
+    /// The handle of a save that was not begun.
+    fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
+        let deadline = self.settings.save_deadline;
+        let issue = Issue { step, attempt, deadline, bytes: 0, writable: false, over_budget: 0 };
+        let ticket = Ticket::new(issue, began, self.stager.signal.clone());
+        ticket.release();
+        ticket.finish(Ok(outcome));
+        Save::new(Arc::new(ticket))
+    }
+
+    /// After a fork the threads are in the parent; the child can do nothing with this executor.
+    fn alive(&self) -> Result<()> {
+        if self.generation == fork::generation() {
+            return Ok(());
+        }
+        Err(Error::invalid("an executor cannot be used in a forked child; make a new one there"))
+    }
+
+    fn close(&mut self, patience: Duration) -> Result<()> {
+        let Some(lines) = self.lines.take() else { return Ok(()) };
+        let deadline = Instant::now() + patience;
+        let mut late = None;
+        for ticket in self.stager.flights.unfinished() {
+            if ticket.done.wait(deadline).is_none() {
+                let what = format!("the executor was shut down before a save ended patience={patience:?}");
+                late = late.or(Some(Error::new(ErrorKind::Deadline, what.clone()).with_step(ticket.step)));
+                ticket.fail(Error::new(ErrorKind::Cancelled, what));
+                ticket.expire();
+            }
+        }
+        self.stager.stop();
+        drop(lines);
+        // Saves that failed just now end as soon as their threads see it; threads that hang in the storage never do.
+        let grace = deadline.max(Instant::now() + Duration::from_millis(500));
+        for thread in self.threads.drain(..) {
+            while !thread.is_finished() && Instant::now() < grace {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            if thread.is_finished() {
+                let _ = thread.join();
+            } else {
+                tracing::error!(thread = thread.thread().name(), "a thread hangs and is left behind");
+            }
+        }
+        self.stager.flights.unobserved().or(late).map_or(Ok(()), Err)
+    }
+}
+
+impl Admission {
+    /// The plan of the last save, if the structure is the same; a new one otherwise.
+    fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings) -> Result<Arc<Plan>> {
+        let shape = Shape { chunk: settings.chunk, files: settings.files };
+        match &self.plan {
+            Some(plan) if plan.fits(state, shape) => Ok(plan.clone()),
+            _ => Ok(self.plan.insert(Arc::new(Plan::new(state, shape)?)).clone()),
+        }
+    }
+}
+
+impl Drop for CheckpointExecutor {
+    fn drop(&mut self) {
+        if self.alive().is_err() {
+            // Everything behind it belongs to the parent: descriptors, locks, threads that do not exist here.
+            std::mem::forget(self.lines.take());
+            std::mem::forget(std::mem::take(&mut self.threads));
+            return;
+        }
+        if let Err(error) = self.close(self.settings.shutdown_deadline) {
+            tracing::error!(%error, "a save failed and nobody saw it");
+        }
+    }
+}
+
+/// Whether saves run one at a time, the others waiting.
+fn serial(overlap: Overlap) -> bool {
+    overlap == Overlap::Latest
+}

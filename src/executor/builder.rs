@@ -1,0 +1,151 @@
+//! Building an executor: settings, which are plain data, and components, which are not.
+
+use super::{Admission, CheckpointExecutor, Lines, serial, tidy};
+use crate::commit::{self, Ending};
+use crate::completion::Signal;
+use crate::device::{Device, Host};
+use crate::error::Result;
+use crate::memory::Arena;
+use crate::settings::{Detect, Overlap, Settings};
+use crate::staging::Stager;
+use crate::storage::Storage;
+use crate::storage::local::Local;
+use crate::sync::Mutex;
+use crate::writer::{Pool, Task, spawn};
+use crate::{Catalog, Retention, fork};
+use crossbeam_channel::unbounded;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Collects what an executor needs; [`Builder::build`] takes memory and starts threads.
+#[derive(Debug)]
+#[must_use = "nothing happens until `build`"]
+pub struct Builder {
+    root: PathBuf,
+    settings: Settings,
+    storage: Option<Arc<dyn Storage>>,
+    device: Arc<dyn Device>,
+}
+
+macro_rules! setters {
+    ($($(#[$doc:meta])* $name:ident: $type:ty),* $(,)?) => { $(
+        $(#[$doc])*
+        pub fn $name(mut self, $name: $type) -> Self {
+            self.settings.$name = $name.into();
+            self
+        }
+    )* };
+}
+
+impl Builder {
+    pub(super) fn new(root: PathBuf) -> Self {
+        Self { root, settings: Settings::default(), storage: None, device: Arc::new(Host) }
+    }
+
+    /// Replaces all settings.
+    pub fn settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    setters! {
+        /// Size of the pinned arena in bytes: 256 MiB.
+        arena: u64,
+        /// Size of a chunk in bytes, a multiple of 4096: 8 MiB.
+        chunk: u64,
+        /// Number of writer threads: 4.
+        writers: usize,
+        /// Number of shard files per save: 1.
+        files: usize,
+        /// Whether to ask for direct I/O: yes.
+        direct: bool,
+        /// What `save` does while earlier saves are unfinished: `Queue(1)`.
+        overlap: Overlap,
+        /// When to look for forgotten fences: for the first two saves.
+        detect: Detect,
+        /// How much a save may copy on the calling thread, in bytes: 1 MiB.
+        capture_budget: u64,
+        /// Keep this many newest steps, and delete older ones after a commit. All are kept by default.
+        keep_last: usize,
+        /// Keep every step that is a multiple of this, beyond `keep_last`.
+        keep_every: u64,
+        /// A save that is not durable by then fails: 30 minutes.
+        save_deadline: Duration,
+        /// A save that is still read when a fence has waited this long fails: 10 minutes.
+        fence_deadline: Duration,
+        /// How long dropping the executor waits for saves in flight: 5 minutes.
+        shutdown_deadline: Duration,
+    }
+
+    /// Keeps checkpoints in `storage` instead of the root directory.
+    pub fn storage(mut self, storage: Arc<dyn Storage>) -> Self {
+        self.storage = Some(storage);
+        self
+    }
+
+    /// Copies with `device` instead of the host's processor.
+    pub fn device(mut self, device: Arc<dyn Device>) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// Creates the root if it is missing, takes the arena, starts the threads, and sweeps what dead processes left behind.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` when there are no threads to be had.
+    pub fn build(self) -> Result<CheckpointExecutor> {
+        let Self { root, settings, storage, device } = self;
+        settings.check()?;
+        let storage = match storage {
+            Some(storage) => storage,
+            None => Arc::new(Local::open(&root)?.direct(settings.direct)),
+        };
+        let signal = Arc::new(Signal::default());
+        let arena = Arena::new(settings.arena, settings.chunk, device.as_ref(), signal.clone())?;
+        let pool = Pool::start(settings.writers, arena.report().slabs)?;
+        let stager = Arc::new(Stager::new(signal, arena, device, serial(settings.overlap)));
+        let catalog = Arc::new(Catalog::over(storage.clone()));
+        let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };
+
+        let (ended, endings) = unbounded();
+        let (published, publications) = unbounded();
+        let mut executor = CheckpointExecutor {
+            root,
+            catalog: catalog.clone(),
+            stager: stager.clone(),
+            admission: Mutex::new(Admission::default()),
+            lines: Some(Lines { pool, ended }),
+            threads: Vec::new(),
+            generation: fork::generation(),
+            storage: storage.clone(),
+            settings,
+        };
+        let sink = storage.clone();
+        let threads: [(&str, Box<dyn FnOnce() + Send>); 3] = [
+            ("ashore-stage", Box::new(move || stager.run())),
+            (
+                "ashore-commit",
+                Box::new(move || {
+                    for task in endings {
+                        let task: Arc<Task> = task;
+                        let path = sink.describe(&task.request.name);
+                        let ending =
+                            Ending { request: &task.request, attempt: task.begun(), receipts: task.receipts(), path };
+                        if let Some(step) = commit::conclude(ending) {
+                            let _ = published.send(step);
+                        }
+                    }
+                }),
+            ),
+            ("ashore-tidy", Box::new(move || tidy::run(&publications, storage.as_ref(), &catalog, &retention))),
+        ];
+        for (name, run) in threads {
+            executor.threads.push(spawn(name.into(), run)?);
+        }
+        if let Some(lines) = &mut executor.lines {
+            executor.threads.append(&mut lines.pool.threads);
+        }
+        Ok(executor)
+    }
+}

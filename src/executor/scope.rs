@@ -1,0 +1,170 @@
+//! Saving borrowed state: a scope that does not end before nothing borrowed will be read any more.
+//!
+//! # Safety argument
+//! The lifetime of a state dict is lengthened to `'static` to send it to the stager. That is sound because the memory that
+//! its sources borrow lives for `'env`, which outlives the call of `scope`, and `scope` does not return or unwind before the
+//! stager has dropped every state dict of the scope: the guard `Ending` waits for that in its `Drop`, a panic included. The
+//! guard is a local of `scope`, so no safe code can forget it; forgetting a `Save` changes nothing, because the guard keeps
+//! tickets of its own. In a forked child there is no stager, and the parent's memory is not ours: nothing is waited for.
+#![expect(unsafe_code, reason = "lifetime of scoped state; argument above")]
+
+use super::CheckpointExecutor;
+use crate::error::Result;
+use crate::save::{Save, SaveOptions};
+use crate::staging::Flights;
+use crate::state::StateDict;
+use crate::sync::{Mutex, lock};
+use crate::ticket::Ticket;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How a scope makes sure at its end that borrowed tensors may be written.
+#[derive(Clone, Copy, Debug)]
+pub struct Fence<'a>(PhantomData<&'a ()>);
+
+impl Fence<'_> {
+    /// The calling thread waits: for tensors in host memory.
+    pub fn host() -> Self {
+        Self(PhantomData)
+    }
+}
+
+/// A scope in which borrowed state can be saved; see [`CheckpointExecutor::scope`].
+#[derive(Debug)]
+pub struct Scope<'scope, 'env: 'scope> {
+    executor: &'scope CheckpointExecutor,
+    tickets: Mutex<Vec<Arc<Ticket>>>,
+    env: PhantomData<&'env mut &'env ()>,
+}
+
+impl<'env> Scope<'_, 'env> {
+    /// [`CheckpointExecutor::save`] for state that is borrowed for the scope.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn save(&self, step: u64, state: StateDict<'env>) -> Result<Save> {
+        self.save_with(step, state, SaveOptions::default())
+    }
+
+    /// [`CheckpointExecutor::save_with`] for state that is borrowed for the scope.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn save_with(&self, step: u64, state: StateDict<'env>, options: SaveOptions) -> Result<Save> {
+        // SAFETY: only the lifetime changes; the guard of the scope keeps `'env` alive until the dict is dropped.
+        let state = unsafe { std::mem::transmute::<StateDict<'env>, StateDict<'static>>(state) };
+        self.executor.submit(step, state, options, |ticket| lock(&self.tickets).push(ticket.clone()))
+    }
+
+    /// [`CheckpointExecutor::fence`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fence(&self) -> Result<()> {
+        self.executor.fence()
+    }
+}
+
+/// Waits, when dropped, for the sources of the scope's saves.
+struct Ending<'a> {
+    executor: &'a CheckpointExecutor,
+    tickets: &'a Mutex<Vec<Arc<Ticket>>>,
+}
+
+impl Ending<'_> {
+    fn freeze(&self) -> Result<()> {
+        if self.executor.alive().is_err() {
+            return Ok(());
+        }
+        let tickets = std::mem::take(&mut *lock(self.tickets));
+        Flights::freeze(&tickets, self.executor.settings.fence_deadline)
+    }
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.freeze() {
+            tracing::error!(%error, "a scope that panicked ended late");
+        }
+    }
+}
+
+impl CheckpointExecutor {
+    /// Runs `f` with a scope in which state can be saved that is only borrowed, and fences at its end, a panic included:
+    /// after it, borrowed tensors may be written.
+    ///
+    /// ```
+    /// # use ashore::{CheckpointExecutor, Fence, HostTensor, StateDict};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let executor = CheckpointExecutor::builder(dir.path()).arena(16 << 20).chunk(1 << 20).build()?;
+    /// let mut weights = vec![1.0_f32; 6];
+    /// let save = executor.scope(Fence::host(), |scope| {
+    ///     let mut state = StateDict::new();
+    ///     state.tensor("weights", HostTensor::new(&weights[..], [2, 3]))?;
+    ///     scope.save(1, state)
+    ///     // ... forward and backward may read `weights` here ...
+    /// })??;
+    /// weights[0] = 2.0; // the scope has ended: nothing reads them any more
+    /// save.wait(std::time::Duration::from_secs(60))?;
+    /// # Ok::<(), ashore::Error>(())
+    /// ```
+    ///
+    /// Inside the scope the tensors cannot be written:
+    /// ```compile_fail,E0506
+    /// # use ashore::{CheckpointExecutor, Fence, StateDict};
+    /// # fn demo(executor: &CheckpointExecutor) -> ashore::Result<()> {
+    /// let mut weights = vec![1.0_f32; 6];
+    /// executor.scope(Fence::host(), |scope| {
+    ///     let mut state = StateDict::new();
+    ///     state.tensor("weights", &weights[..])?;
+    ///     let save = scope.save(1, state);
+    ///     weights = vec![2.0; 6];
+    ///     save
+    /// })??;
+    /// # Ok(()) }
+    /// ```
+    /// nor can what the scope's own closure owns be saved:
+    /// ```compile_fail,E0597
+    /// # use ashore::{CheckpointExecutor, Fence, StateDict};
+    /// # fn demo(executor: &CheckpointExecutor) -> ashore::Result<()> {
+    /// executor.scope(Fence::host(), |scope| {
+    ///     let weights = vec![1.0_f32; 6];
+    ///     let mut state = StateDict::new();
+    ///     state.tensor("weights", &weights[..])?;
+    ///     scope.save(1, state)
+    /// })??;
+    /// # Ok(()) }
+    /// ```
+    /// and outside a scope borrowed state is refused:
+    /// ```compile_fail,E0597
+    /// # use ashore::{CheckpointExecutor, StateDict};
+    /// # fn demo(executor: &CheckpointExecutor) -> ashore::Result<()> {
+    /// let weights = vec![1.0_f32; 6];
+    /// let mut state = StateDict::new();
+    /// state.tensor("weights", &weights[..])?;
+    /// let save = executor.save(1, state)?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// `Deadline` when staging took longer than the fence deadline: the saves that were still reading have been failed, and
+    /// the tensors may be written all the same.
+    pub fn scope<'env, R>(
+        &self,
+        fence: Fence<'_>,
+        f: impl for<'scope> FnOnce(&'scope Scope<'scope, 'env>) -> R,
+    ) -> Result<R> {
+        let Fence(_) = fence;
+        let scope = Scope { executor: self, tickets: Mutex::new(Vec::new()), env: PhantomData };
+        let ending = Ending { executor: self, tickets: &scope.tickets };
+        let result = f(&scope);
+        ending.freeze()?;
+        Ok(result)
+    }
+
+    /// How long fences wait.
+    pub fn fence_deadline(&self) -> Duration {
+        self.settings.fence_deadline
+    }
+}
