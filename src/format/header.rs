@@ -1,0 +1,166 @@
+//! The header of a shard, read back: for `verify`, and for whoever does not trust what wrote the file.
+
+use super::shard::{PREFIX, header_len, identity};
+use crate::error::{Error, Result};
+use crate::id::Attempt;
+use crate::state::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use std::collections::{BTreeMap, btree_map};
+use std::fmt;
+use std::ops::Range;
+
+/// The header of a shard, read and checked in full.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The step that the shard belongs to.
+    pub step: u64,
+    /// The attempt that it belongs to.
+    pub attempt: Attempt,
+    /// The tensors in the order of their bytes.
+    pub tensors: Vec<HeaderTensor>,
+}
+
+/// A tensor as a header describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeaderTensor {
+    /// Its name.
+    pub name: String,
+    /// Its dtype.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Where its bytes are, counted from the end of the header.
+    pub offsets: Range<u64>,
+}
+
+impl Header {
+    /// Reads `bytes`, a whole header with its prefix, of a file of `file_len` bytes.
+    ///
+    /// # Errors
+    /// `Corrupt` for what the safetensors format forbids (offsets that overlap, leave holes, or do not end where the
+    /// file does; sizes that do not fit dtype and shape; a key that comes twice), and for what this library never writes.
+    pub fn parse(bytes: &[u8], file_len: u64) -> Result<Self> {
+        let len = header_len(bytes)?;
+        if len != bytes.len() as u64 {
+            let got = bytes.len();
+            return Err(Error::corrupt(format!("a header has the wrong length expected={len} got={got}")));
+        }
+        let (step, attempt) = identity(bytes)?;
+        let corrupt = || Error::corrupt("the header of a shard cannot be read");
+        let Entries(entries) = serde_json::from_slice(&bytes[PREFIX..]).map_err(|e| corrupt().with_source(e))?;
+        let mut entries: Vec<_> = entries.into_iter().collect();
+        entries.sort_by_key(|(_, info)| info.data_offsets);
+        let tensors = entries.iter().map(HeaderTensor::new).collect();
+        let metadata = Metadata::new(None, entries).map_err(|e| corrupt().with_source(e))?;
+        let end = (metadata.data_len() as u64).checked_add(len);
+        if end != Some(file_len) {
+            return Err(Error::corrupt(format!(
+                "a shard does not end where its last tensor does data={len} tensors={} file={file_len}",
+                metadata.data_len()
+            )));
+        }
+        Ok(Self { step, attempt, tensors })
+    }
+}
+
+impl HeaderTensor {
+    fn new((name, info): &(String, TensorInfo)) -> Self {
+        let (start, end) = info.data_offsets;
+        let offsets = start as u64..end as u64;
+        Self { name: name.clone(), dtype: info.dtype, shape: info.shape.clone(), offsets }
+    }
+}
+
+/// The tensors of a header. Of keys that come twice the safetensors crate takes the last; here they are refused.
+struct Entries(BTreeMap<String, TensorInfo>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(EntriesVisitor)
+    }
+}
+
+struct EntriesVisitor;
+
+impl<'de> Visitor<'de> for EntriesVisitor {
+    type Value = Entries;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Entry {
+            dtype: Dtype,
+            shape: Vec<usize>,
+            data_offsets: (usize, usize),
+        }
+        // The first key is `__metadata__`, for the stamp was compared byte by byte.
+        let _: Option<(IgnoredAny, IgnoredAny)> = map.next_entry()?;
+        let mut tensors = BTreeMap::new();
+        while let Some((name, Entry { dtype, shape, data_offsets })) = map.next_entry::<String, Entry>()? {
+            let info = TensorInfo { dtype, shape, data_offsets };
+            match tensors.entry(name) {
+                btree_map::Entry::Vacant(free) if free.key() != "__metadata__" => free.insert(info),
+                free_or_taken => {
+                    return Err(A::Error::custom(format!("a key comes twice key={:?}", free_or_taken.key())));
+                }
+            };
+        }
+        Ok(Entries(tensors))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::shard::stamp;
+    use super::*;
+    use crate::ErrorKind;
+
+    /// A header whose JSON text is `text` after the stamp.
+    fn forged(text: &str) -> Vec<u8> {
+        let text = format!("{}{text}", stamp(7, Attempt::default()));
+        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+    }
+
+    #[test]
+    fn hostile_headers_are_refused() {
+        let tensor = |name, offsets| format!(r#","{name}":{{"dtype":"U8","shape":[4],"data_offsets":[{offsets}]}}"#);
+        let whole = |text: String| Header::parse(&forged(&text), forged(&text).len() as u64 + 8);
+        let (a, b) = (tensor("a", "0,4"), tensor("b", "4,8"));
+        assert_eq!(whole(format!("{a}{b}}}")).unwrap().tensors.len(), 2);
+        assert_eq!(whole(format!("{b}{a}}}  \n")).unwrap().tensors[0].name, "a", "sorted by offset");
+        for (why, text) in [
+            ("a key twice", format!("{a}{}}}", tensor("a", "4,8"))),
+            ("metadata twice", format!(r#"{a}{b},"__metadata__":{{}}}}"#)),
+            ("metadata as a tensor", format!("{a}{}}}", tensor("__metadata__", "4,8"))),
+            ("an unknown field", format!("{a}{}}}", b.replace("shape", "stride\":[],\"shape"))),
+            ("a field twice", format!("{a}{}}}", b.replace("[4]", "[4],\"shape\":[4]"))),
+            ("overlap", format!("{a}{}}}", tensor("b", "3,7"))),
+            ("a hole", format!("{a}{}}}", tensor("b", "5,9"))),
+            ("missing bytes", format!("{a}}}")),
+            ("backwards", format!("{a}{}}}", tensor("b", "8,4"))),
+            ("a wrong size", format!("{a}{}}}", tensor("b", "4,9"))),
+            ("an overflow", format!("{a}{}}}", b.replace("[4]", "[9223372036854775808,2]"))),
+            ("a huge number", format!("{a}{}}}", tensor("b", "4,99999999999999999999"))),
+            ("a negative number", format!("{a}{}}}", tensor("b", "-4,8"))),
+            ("an unknown dtype", format!("{a}{}}}", b.replace("U8", "U9"))),
+            ("something after the end", format!("{a}{b}}}{{}}")),
+            ("no end", format!("{a}{b}")),
+            ("depth", format!(r#"{a},"b":{}"#, "[".repeat(1 << 20))),
+        ] {
+            let refused = whole(text).expect_err(why);
+            assert_eq!(refused.kind(), ErrorKind::Corrupt, "{why}: {refused}");
+        }
+        for length in [0, 1, 100_000_001, u64::MAX] {
+            assert!(header_len(&length.to_le_bytes()).is_err(), "{length}");
+        }
+        let mut bytes = forged("}");
+        *bytes.last_mut().unwrap() = 0xff;
+        assert!(Header::parse(&bytes, bytes.len() as u64).is_err(), "not utf-8");
+    }
+}

@@ -1,0 +1,274 @@
+//! Shards: safetensors files whose header says which attempt they belong to.
+//!
+//! The header of a shard begins with `__metadata__`, in which step and attempt have a fixed place. So a header is made
+//! once for a structure and stamped per save, and a reader knows whose shard it holds from the first 4096 bytes.
+
+use crate::error::{Error, Result};
+use crate::id::Attempt;
+use crate::memory::ALIGNMENT;
+use crate::state::{Dtype, Layout};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::ops::Range;
+
+pub use super::header::{Header, HeaderTensor};
+
+/// The name of the map from tensors to files, beside several shards.
+pub const INDEX: &str = "model.safetensors.index.json";
+
+/// What the safetensors format allows for the header of one file, in bytes.
+const MAX_HEADER: usize = 100_000_000;
+
+/// The length of the prefix that says how long the JSON text is.
+pub(super) const PREFIX: usize = 8;
+
+/// The JSON text before the step.
+const BEFORE_STEP: &str = r#"{"__metadata__":{"format":"pt","ashore_step":""#;
+
+/// The JSON text between step and attempt, after the room for the step.
+const BEFORE_ATTEMPT: &str = r#""ashore_attempt":""#;
+
+/// The JSON text after the attempt.
+const AFTER_ATTEMPT: &str = r#""}"#;
+
+/// Room for the longest step, its closing quote and the comma; padded with spaces, which JSON allows there.
+const STEP_ROOM: usize = 22;
+
+/// The length of an attempt's text.
+const ATTEMPT_ROOM: usize = 36;
+
+/// The length of the text that [`stamp`] makes.
+const STAMP: usize = BEFORE_STEP.len() + STEP_ROOM + BEFORE_ATTEMPT.len() + ATTEMPT_ROOM + AFTER_ATTEMPT.len();
+
+/// The JSON text with which a header of this step and attempt begins; always [`STAMP`] bytes.
+pub(super) fn stamp(step: u64, attempt: Attempt) -> String {
+    let step = format!("{step}\",");
+    format!("{BEFORE_STEP}{step:STEP_ROOM$}{BEFORE_ATTEMPT}{attempt}{AFTER_ATTEMPT}")
+}
+
+/// The header of a shard with everything but step and attempt.
+#[derive(Clone, Debug)]
+pub struct HeaderTemplate {
+    bytes: Vec<u8>,
+}
+
+impl HeaderTemplate {
+    /// The header for `tensors`: name, dtype, shape, and the range of bytes in the data section. They come in the order
+    /// of their bytes, without holes. The header's length is a multiple of [`ALIGNMENT`], so that data starts aligned.
+    ///
+    /// # Errors
+    /// `Invalid` when the header is longer than the safetensors format allows; `Internal`, naming the tensor, when a
+    /// range is not that of the dtype and shape, or does not begin where the one before it ends.
+    pub fn new<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], Range<u64>)>) -> Result<Self> {
+        let mut bytes = vec![0; PREFIX];
+        bytes.extend_from_slice(stamp(0, Attempt::default()).as_bytes());
+        let mut end = 0;
+        for (name, dtype, shape, range) in tensors {
+            let fits =
+                Layout::new(dtype, shape).bytes().is_ok_and(|len| range.start.checked_add(len) == Some(range.end));
+            if range.start != end || !fits {
+                let wrong = format!("the plan puts a tensor in the wrong place tensor={name:?} range={range:?}");
+                return Err(Error::internal(wrong));
+            }
+            end = range.end;
+            bytes.push(b',');
+            write_json(&mut bytes, name)?;
+            bytes.push(b':');
+            write_json(&mut bytes, &Info { dtype, shape, data_offsets: (range.start, range.end) })?;
+            if bytes.len() >= MAX_HEADER {
+                break;
+            }
+        }
+        bytes.push(b'}');
+        let len = bytes.len().next_multiple_of(ALIGNMENT);
+        if len > MAX_HEADER {
+            return Err(Error::invalid(format!(
+                "there are too many tensors for the header of one file: use more files limit={MAX_HEADER}"
+            )));
+        }
+        bytes.resize(len, b' ');
+        bytes[..PREFIX].copy_from_slice(&((len - PREFIX) as u64).to_le_bytes());
+        Ok(Self { bytes })
+    }
+
+    /// The length of the header with its prefix: where data begins.
+    #[expect(clippy::len_without_is_empty, reason = "a header is never empty")]
+    pub fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// The header of this step and attempt.
+    pub fn stamp(&self, step: u64, attempt: Attempt) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        bytes[PREFIX..PREFIX + STAMP].copy_from_slice(stamp(step, attempt).as_bytes());
+        bytes
+    }
+}
+
+/// What a header says of a tensor, in the order in which other writers of the format put it.
+#[derive(Serialize)]
+struct Info<'a> {
+    dtype: Dtype,
+    shape: &'a [usize],
+    data_offsets: (u64, u64),
+}
+
+/// Appends `value` as JSON.
+pub(super) fn write_json(bytes: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) -> Result<()> {
+    serde_json::to_writer(bytes as &mut dyn Write, value)
+        .map_err(|e| Error::internal("cannot write json").with_source(e))
+}
+
+/// The names of `n` shards: what stock tools look for.
+pub fn shard_names(n: usize) -> Vec<String> {
+    match n {
+        1 => vec!["model.safetensors".into()],
+        n => (1..=n).map(|i| format!("model-{i:05}-of-{n:05}.safetensors")).collect(),
+    }
+}
+
+/// The bytes of [`INDEX`]: `total_size` is the sum of the tensors' bytes, `weight_map` names each tensor's file.
+pub fn index_json<'a>(total_size: u64, weight_map: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Vec<u8>> {
+    #[derive(Serialize)]
+    struct Index<'a> {
+        metadata: Total,
+        weight_map: BTreeMap<&'a str, &'a str>,
+    }
+    #[derive(Serialize)]
+    struct Total {
+        total_size: u64,
+    }
+    let mut bytes = Vec::new();
+    let index = Index { metadata: Total { total_size }, weight_map: weight_map.into_iter().collect() };
+    write_json(&mut bytes, &index)?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+/// The step and attempt of a shard, from its first [`ALIGNMENT`] bytes; nothing after them is looked at.
+///
+/// # Errors
+/// `Corrupt` for anything but the beginning of a shard that this library wrote.
+pub fn identity(prefix: &[u8]) -> Result<(u64, Attempt)> {
+    header_len(prefix)?;
+    read_stamp(&prefix[PREFIX..]).ok_or_else(|| Error::corrupt("a shard does not begin with its step and attempt"))
+}
+
+fn read_stamp(text: &[u8]) -> Option<(u64, Attempt)> {
+    let text = std::str::from_utf8(text.get(..STAMP)?).ok()?;
+    let rest = text.strip_prefix(BEFORE_STEP)?;
+    let (step, _) = rest.split_once('"')?;
+    let attempt = rest.get(STEP_ROOM + BEFORE_ATTEMPT.len()..)?.get(..ATTEMPT_ROOM)?;
+    let (step, attempt) = (step.parse().ok()?, Attempt::parse(attempt)?);
+    // One step and attempt have one spelling, so whatever else is in the text is refused here.
+    (stamp(step, attempt) == text).then_some((step, attempt))
+}
+
+/// The length of a shard's header with its prefix, from the first 8 bytes of the file or more.
+///
+/// # Errors
+/// `Corrupt` when there are fewer, or the header would be empty or longer than the safetensors format allows.
+pub fn header_len(prefix: &[u8]) -> Result<u64> {
+    let Some(length) = prefix.first_chunk::<PREFIX>() else {
+        return Err(Error::corrupt(format!("a shard is too short for a header length={}", prefix.len())));
+    };
+    match u64::from_le_bytes(*length) {
+        length @ 2..=100_000_000 => Ok(length + PREFIX as u64),
+        length => Err(Error::corrupt(format!("a header cannot have this length length={length}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use safetensors::SafeTensors;
+
+    fn header(tensors: &[(&str, Dtype, &[usize], Range<u64>)]) -> Vec<u8> {
+        HeaderTemplate::new(tensors.iter().cloned()).unwrap().stamp(7, Attempt::default())
+    }
+
+    #[test]
+    fn the_safetensors_crate_reads_a_stamped_header() {
+        let bytes = header(&[("b \"\\\u{0}\u{e9}", Dtype::F32, &[2, 3], 0..24), ("a", Dtype::U8, &[], 24..25)]);
+        assert_eq!(bytes.len() % ALIGNMENT, 0);
+        let (_, metadata) = SafeTensors::read_metadata(&[&bytes[..], &[0; 25]].concat()).unwrap();
+        assert_eq!(metadata.offset_keys(), ["b \"\\\u{0}\u{e9}", "a"]);
+        let strings = metadata.metadata().as_ref().unwrap();
+        assert_eq!((&strings["format"][..], &strings["ashore_step"][..]), ("pt", "7"));
+    }
+
+    #[test]
+    fn no_tensors_are_a_header_too() {
+        let bytes = header(&[]);
+        assert!(SafeTensors::read_metadata(&bytes).is_ok());
+        assert_eq!(Header::parse(&bytes, bytes.len() as u64).unwrap().tensors, []);
+    }
+
+    #[test]
+    fn a_plan_with_a_hole_or_a_wrong_size_is_a_bug() {
+        let shape: &[usize] = &[4];
+        for range in [4..20, 0..15, 0..17] {
+            let wrong = HeaderTemplate::new([("w", Dtype::F32, shape, range)]).unwrap_err();
+            assert_eq!(wrong.kind(), crate::ErrorKind::Internal, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_header_longer_than_the_format_allows_asks_for_more_files() {
+        let name = "n".repeat(1 << 20);
+        let shape: &[usize] = &[0];
+        let tensors = std::iter::repeat_n((&name[..], Dtype::U8, shape, 0..0), 1000);
+        let refused = HeaderTemplate::new(tensors).unwrap_err();
+        assert_eq!(refused.kind(), crate::ErrorKind::Invalid);
+        assert!(refused.message().contains("use more files"), "{refused}");
+    }
+
+    #[test]
+    fn a_flipped_bit_in_the_stamp_is_another_identity_or_none() {
+        let bytes = header(&[("w", Dtype::F32, &[1], 0..4)]);
+        let whose = identity(&bytes).unwrap();
+        for bit in 0..8 * (PREFIX + STAMP) {
+            let mut flipped = bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let refused = Header::parse(&flipped, flipped.len() as u64 + 4).is_err();
+            assert!(refused || identity(&flipped).unwrap() != whose, "{bit}");
+        }
+        for cut in 0..PREFIX + STAMP {
+            assert!(identity(&bytes[..cut]).is_err(), "{cut}");
+        }
+    }
+
+    #[test]
+    fn shards_have_the_names_that_stock_tools_look_for() {
+        assert_eq!(shard_names(1), ["model.safetensors"]);
+        assert_eq!(shard_names(2), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]);
+        let index = index_json(12, [("b", "y"), ("a", "x")]).unwrap();
+        assert_eq!(index, b"{\"metadata\":{\"total_size\":12},\"weight_map\":{\"a\":\"x\",\"b\":\"y\"}}\n");
+    }
+
+    proptest! {
+        #[test]
+        fn a_stamped_header_is_read_back(
+            step in any::<u64>(), uuid in any::<u128>(), tensors in prop::collection::btree_map(".{1,20}", 0_usize..9, 0..40),
+        ) {
+            let attempt = Attempt::from_uuid(uuid::Uuid::from_u128(uuid));
+            let mut end = 0;
+            let tensors: Vec<_> = tensors.into_iter().map(|(name, n)| {
+                let start = end;
+                end += 8 * n as u64;
+                HeaderTensor { name, dtype: Dtype::I32, shape: vec![n, 2], offsets: start..end }
+            }).collect();
+            let described = tensors.iter().map(|t| (&t.name[..], t.dtype, &t.shape[..], t.offsets.clone()));
+            let template = HeaderTemplate::new(described).unwrap();
+            let bytes = template.stamp(step, attempt);
+            prop_assert_eq!(bytes.len() as u64, template.len());
+            prop_assert_eq!(identity(&bytes[..ALIGNMENT]).unwrap(), (step, attempt));
+            let mut read = Header::parse(&bytes, template.len() + end).unwrap();
+            // Tensors without bytes may stand anywhere among those at the same place.
+            read.tensors.sort_by(|a, b| (a.offsets.end, &a.name).cmp(&(b.offsets.end, &b.name)));
+            prop_assert_eq!(read, Header { step, attempt, tensors });
+        }
+    }
+}
