@@ -59,7 +59,6 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct CheckpointExecutor {
     settings: Settings,
-    root: PathBuf,
     storage: Arc<dyn Storage>,
     catalog: Arc<Catalog>,
     stager: Arc<Stager>,

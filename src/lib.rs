@@ -1,25 +1,33 @@
 //! Saves the state of GPU training programs without stopping them.
 
+pub mod catalog;
+mod checkpoint;
 mod commit;
 mod completion;
 pub mod device;
 pub mod digest;
 mod error;
 mod executor;
+mod fork;
 pub mod format;
 pub mod id;
 pub mod memory;
 mod mutant;
 mod plan;
+mod restore;
 mod save;
 mod settings;
 mod staging;
 pub mod state;
 pub mod storage;
 mod sync;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod ticket;
 mod writer;
 
+pub use catalog::{Catalog, Retention};
+pub use checkpoint::Checkpoint;
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;

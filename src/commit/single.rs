@@ -2,7 +2,9 @@
 
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::manifest::{BLOCK, FileDigests, Head, MANIFEST};
+
+use crate::format::manifest::{BLOCK, Head, MANIFEST};
+use crate::format::shard::INDEX;
 use crate::id::Attempt;
 use crate::plan::{From, Plan, Planned, Receipts, Request, Shard};
 use crate::storage::Writing;
@@ -61,10 +63,10 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
     let attempt = attempt.ok_or_else(|| Error::internal("a save without an attempt was written"))?;
     let tensors: Vec<_> = plan.tensors.iter().map(|t| digests(plan, t, &segments)).collect();
     unchanged(request, &tensors)?;
-    let mut files: Vec<FileDigests> = plan.shards.iter().map(|s| file(plan, s, &segments)).collect();
+    let mut files: Vec<(Digest, Digest)> = plan.shards.iter().map(|s| file(plan, s, &segments)).collect();
     if let Some(index) = &plan.index {
-        attempt.put(crate::format::shard::INDEX, index)?;
-        files.push(FileDigests { header: Digest::EMPTY, digest: Digest::of(index) });
+        attempt.put(INDEX, index)?;
+        files.push((Digest::EMPTY, Digest::of(index)));
     }
     let head = Head {
         step: ticket.step,
@@ -73,7 +75,7 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
         values: &request.values,
         metadata: &request.metadata,
     };
-    let manifest = plan.manifest.fill(&head, &files, &tensors)?;
+    let manifest = plan.manifest.fill(&head, files, tensors.iter().map(|(digest, blocks)| (*digest, &blocks[..])))?;
     attempt.put(MANIFEST, &manifest)?;
     if !ticket.enter(Phase::Publishing) {
         let gone = || Error::new(ErrorKind::Cancelled, "the save ended before its publish");
@@ -113,7 +115,7 @@ fn digests(plan: &Plan, tensor: &Planned, segments: &[Digest]) -> (Digest, Vec<D
 }
 
 /// The digests of a shard: of its header, and of all of it.
-fn file(plan: &Plan, shard: &Shard, segments: &[Digest]) -> FileDigests {
+fn file(plan: &Plan, shard: &Shard, segments: &[Digest]) -> (Digest, Digest) {
     let pieces = plan.segments[shard.segments.clone()].iter().zip(&segments[shard.segments.clone()]);
     let (mut header, mut digest) = (Digest::EMPTY, Digest::EMPTY);
     for (segment, piece) in pieces {
@@ -122,7 +124,7 @@ fn file(plan: &Plan, shard: &Shard, segments: &[Digest]) -> FileDigests {
             header = digest;
         }
     }
-    FileDigests { header, digest }
+    (header, digest)
 }
 
 /// Compares what was staged with what was there at `save`: a difference means that a fence was forgotten.

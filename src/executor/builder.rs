@@ -99,7 +99,7 @@ impl Builder {
         settings.check()?;
         let storage = match storage {
             Some(storage) => storage,
-            None => Arc::new(Local::open(&root)?.direct(settings.direct)),
+            None => Local::open(&root)?.direct(settings.direct),
         };
         let signal = Arc::new(Signal::default());
         let arena = Arena::new(settings.arena, settings.chunk, device.as_ref(), signal.clone())?;
@@ -111,7 +111,6 @@ impl Builder {
         let (ended, endings) = unbounded();
         let (published, publications) = unbounded();
         let mut executor = CheckpointExecutor {
-            root,
             catalog: catalog.clone(),
             stager: stager.clone(),
             admission: Mutex::new(Admission::default()),

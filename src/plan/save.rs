@@ -3,7 +3,8 @@
 use crate::ALIGNMENT;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::format::manifest::{BLOCK, FileLayout, ManifestTemplate, SliceEntry, TensorEntry};
+use crate::format::manifest::{BLOCK, FileEntry, ManifestTemplate, SliceEntry, TensorEntry};
+
 use crate::format::shard::{HeaderTemplate, INDEX, index_json, shard_names};
 use crate::state::{Layout, StateDict};
 use std::ops::Range;
@@ -115,15 +116,12 @@ impl Plan {
         let mut by_name: Vec<usize> = (0..sizes.len()).collect();
         by_name.sort_by_key(|&i| state.tensors.get_index(i).expect("an index of this dict").0);
         let entries: Vec<TensorEntry> = by_name.iter().map(|&i| entry(state, i, slices[i], sizes[i])).collect();
-        let mut files: Vec<FileLayout> = shards
-            .iter()
-            .map(|s| FileLayout { name: s.name.clone(), length: s.length, data: s.header.data() })
-            .collect();
+        let mut files: Vec<FileEntry> = shards.iter().map(|s| file(&s.name, s.length, s.header.len())).collect();
         let place = |t: &TensorEntry| shards[t.slices[0].file].name.as_str();
         let map = || entries.iter().map(|t| (t.name.as_str(), place(t)));
         let index = (shards.len() > 1).then(|| index_json(total, map())).transpose()?;
         if let Some(index) = &index {
-            files.push(FileLayout { name: INDEX.into(), length: index.len() as u64, data: 0 });
+            files.push(file(INDEX, index.len() as u64, 0));
         }
         let manifest = ManifestTemplate::new(&files, &entries)?;
         let tensors =
@@ -174,6 +172,11 @@ fn split(order: &[usize], sizes: &[u64], total: u64, files: usize) -> Vec<Range<
     runs
 }
 
+/// The entry of a file whose digests are not known yet.
+fn file(name: &str, length: u64, data: u64) -> FileEntry {
+    FileEntry { name: name.into(), length, data, header: Digest::EMPTY, digest: Digest::EMPTY }
+}
+
 fn entry(state: &StateDict<'_>, index: usize, (file, offset): (usize, u64), length: u64) -> TensorEntry {
     let (name, tensor) = state.tensors.get_index(index).expect("an index of this dict");
     let shape = tensor.layout.shape.to_vec();
@@ -216,7 +219,7 @@ impl Draft {
         }))?;
         let (first_chunk, first_segment) = (self.chunks.len(), self.segments.len());
         let mut at = 0;
-        self.run(number, &mut at, From::Header, header.data());
+        self.run(number, &mut at, From::Header, header.len());
         for &i in order {
             slices[i] = (number, at);
             let begin = self.segments.len();

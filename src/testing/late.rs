@@ -1,0 +1,287 @@
+//! A device whose copies happen later, on a thread of their own, as those of a GPU do.
+//!
+//! **Fault model.** A copy takes place some time after it was queued, and reads its source then: memory that was written or
+//! freed in between shows in the bytes. Its destination holds poison from the moment of queuing. A copy or a mark can fail
+//! when queued, or later; the error is sticky. A held device does nothing until it is released.
+//!
+//! # Safety argument
+//! Copies run under the contract of [`CopyQueue::copy`]: source and slab stay until a later mark is reached, or until
+//! `quiesce` has said that nothing is left. The worker only dereferences what is still queued, and a failure empties the queue.
+#![expect(unsafe_code, reason = "late copies between memory that the contract keeps alive; argument above")]
+
+use crate::device::{CopyQueue, Device};
+use crate::digest::Digest;
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::Register;
+use std::any::Any;
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What is written to a destination when a copy to it is queued.
+pub const POISON: u8 = 0xCD;
+
+/// The asynchronous host device; clones are the same device.
+#[derive(Clone)]
+pub struct LateDevice(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    registered: AtomicUsize,
+}
+
+#[derive(Default)]
+struct State {
+    work: VecDeque<Work>,
+    delay: Duration,
+    held: bool,
+    /// Copies that may still run, when held or not: one-by-one release for tests of interleavings.
+    tickets: u64,
+    queued: u64,
+    copied: u64,
+    running: bool,
+    fail_when_queued: Option<u64>,
+    fail_when_run: Option<u64>,
+    failed: bool,
+}
+
+#[derive(Clone, Copy)]
+enum Work {
+    Copy { from: *const u8, to: *mut u8, len: usize },
+    Mark(u64),
+}
+
+// SAFETY: the pointers are used by the worker alone, under the contract of `CopyQueue::copy`.
+unsafe impl Send for Work {}
+
+impl Default for LateDevice {
+    fn default() -> Self {
+        Self::new(Duration::ZERO)
+    }
+}
+
+impl LateDevice {
+    /// A device whose copies each take `delay` before they begin.
+    pub fn new(delay: Duration) -> Self {
+        let device = Self(Arc::default());
+        device.state().delay = delay;
+        device
+    }
+
+    /// Stops: nothing is copied any more until [`LateDevice::release`].
+    pub fn hold(&self) {
+        self.state().held = true;
+    }
+
+    /// Goes on.
+    pub fn release(&self) {
+        self.state().held = false;
+        self.0.changed.notify_all();
+    }
+
+    /// Lets a held device make `copies` more copies.
+    pub fn allow(&self, copies: u64) {
+        self.state().tickets += copies;
+        self.0.changed.notify_all();
+    }
+
+    /// The `n`-th copy from now (1 is the next) fails when it is queued.
+    pub fn fail_when_queued(&self, n: u64) {
+        let mut state = self.state();
+        state.fail_when_queued = Some(state.queued + n);
+    }
+
+    /// The `n`-th copy from now (1 is the next) fails when it runs.
+    pub fn fail_when_run(&self, n: u64) {
+        let mut state = self.state();
+        state.fail_when_run = Some(state.copied + n);
+    }
+
+    /// The error is gone, as after a new context.
+    pub fn heal(&self) {
+        self.state().failed = false;
+    }
+
+    /// The watermark: how many copies have been made.
+    pub fn copied(&self) -> u64 {
+        self.state().copied
+    }
+
+    /// How many copies have been queued.
+    pub fn queued(&self) -> u64 {
+        self.state().queued
+    }
+
+    /// How many registrations of memory are alive.
+    pub fn registered(&self) -> usize {
+        self.0.registered.load(Ordering::Acquire)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state()
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for LateDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LateDevice({} of {} copied)", self.copied(), self.queued())
+    }
+}
+
+impl Register for LateDevice {
+    fn register(&self, _: *mut u8, _: usize) -> Result<Box<dyn Any + Send + Sync>> {
+        struct Registered(Arc<Shared>);
+        impl Drop for Registered {
+            fn drop(&mut self) {
+                self.0.registered.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+        self.0.registered.fetch_add(1, Ordering::AcqRel);
+        Ok(Box::new(Registered(self.0.clone())))
+    }
+}
+
+impl Device for LateDevice {
+    fn name(&self) -> String {
+        "late".into()
+    }
+
+    fn queue(&self) -> Result<Box<dyn CopyQueue>> {
+        if self.state().failed {
+            return Err(broken("a queue is made"));
+        }
+        let reached = Arc::new(Mutex::new(Progress::default()));
+        let (shared, progress) = (self.0.clone(), reached.clone());
+        let worker = std::thread::Builder::new().name("late-device".into()).spawn(move || work(&shared, &progress));
+        let worker = worker.map_err(|e| Error::new(ErrorKind::Device, "no thread for a late device").with_source(e))?;
+        Ok(Box::new(Queue { shared: self.0.clone(), progress: reached, marks: 0, worker: Some(worker) }))
+    }
+}
+
+#[derive(Default)]
+struct Progress {
+    reached: u64,
+    closed: bool,
+}
+
+struct Queue {
+    shared: Arc<Shared>,
+    progress: Arc<Mutex<Progress>>,
+    marks: u64,
+    worker: Option<std::thread::JoinHandle<()>>,
+}
+
+fn broken(what: &str) -> Error {
+    Error::new(ErrorKind::Device, format!("the late device has failed while {what}"))
+}
+
+/// The worker: one piece of work at a time, in order.
+fn work(shared: &Shared, progress: &Mutex<Progress>) {
+    let mut state = shared.state();
+    loop {
+        let closed = progress.lock().unwrap_or_else(PoisonError::into_inner).closed;
+        let may = state.tickets > 0 || !state.held;
+        match state.work.front().copied() {
+            None if closed => return,
+            Some(Work::Mark(mark)) => {
+                state.work.pop_front();
+                progress.lock().unwrap_or_else(PoisonError::into_inner).reached = mark;
+                shared.changed.notify_all();
+            }
+            Some(Work::Copy { .. }) if !may && closed => state.work.clear(),
+            Some(Work::Copy { from, to, len }) if may => {
+                state.work.pop_front();
+                state.tickets = state.tickets.saturating_sub(1);
+                if state.fail_when_run == Some(state.copied + 1) {
+                    state.failed = true;
+                    state.work.clear();
+                    shared.changed.notify_all();
+                    continue;
+                }
+                state.running = true;
+                let delay = state.delay;
+                drop(state);
+                if !delay.is_zero() {
+                    std::thread::sleep(delay);
+                }
+                // SAFETY: the contract of `CopyQueue::copy`: no later mark was reached, and `quiesce` waits for `running`.
+                unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
+                state = shared.state();
+                state.running = false;
+                state.copied += 1;
+                shared.changed.notify_all();
+            }
+            _ => {
+                let waited = shared.changed.wait_timeout(state, Duration::from_millis(20));
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+    }
+}
+
+impl CopyQueue for Queue {
+    unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) -> Result<Option<Digest>> {
+        let mut state = self.shared.state();
+        state.queued += 1;
+        if state.fail_when_queued == Some(state.queued) {
+            state.failed = true;
+            state.work.clear();
+        }
+        if state.failed {
+            return Err(broken("a copy is queued"));
+        }
+        // SAFETY: the caller leaves `to` to this copy until a later mark is reached.
+        unsafe { std::ptr::write_bytes(to, POISON, len) };
+        state.work.push_back(Work::Copy { from, to, len });
+        self.shared.changed.notify_all();
+        Ok(None)
+    }
+
+    fn mark(&mut self) -> Result<u64> {
+        let mut state = self.shared.state();
+        if state.failed {
+            return Err(broken("a mark is queued"));
+        }
+        self.marks += 1;
+        state.work.push_back(Work::Mark(self.marks));
+        self.shared.changed.notify_all();
+        Ok(self.marks)
+    }
+
+    fn reached(&mut self) -> Result<u64> {
+        if self.shared.state().failed {
+            return Err(broken("copies are under way"));
+        }
+        Ok(self.progress.lock().unwrap_or_else(PoisonError::into_inner).reached)
+    }
+
+    fn quiesce(&mut self, deadline: Instant) -> bool {
+        let mut state = self.shared.state();
+        while state.running || !state.work.is_empty() {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return false };
+            let waited = self.shared.changed.wait_timeout(state, left.min(Duration::from_millis(20)));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).closed = true;
+        self.shared.changed.notify_all();
+        if let Some(worker) = self.worker.take() {
+            let _ = worker.join();
+        }
+    }
+}
