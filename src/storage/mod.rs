@@ -7,6 +7,9 @@
 //! **Cancellation.** [`Writing::abandon`], or dropping the process.
 
 pub mod local;
+pub mod memory;
+
+pub use memory::Memory;
 
 use crate::error::Result;
 use crate::id::Attempt;

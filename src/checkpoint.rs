@@ -1,0 +1,279 @@
+//! A step that was published, held open to be read.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::manifest::{FileEntry, MANIFEST, Manifest, TensorEntry};
+use crate::format::{invariants, shard};
+use crate::id::Attempt;
+use crate::memory::ALIGNMENT;
+use crate::state::{Dtype, Layout, decode_value};
+use crate::storage::local::Local;
+use crate::storage::{FileReading, Reading, Storage};
+use serde::de::DeserializeOwned;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// How often an open starts over when the step is exchanged or pruned under it.
+const ATTEMPTS: usize = 8;
+
+/// A step, held open: what it holds stays readable even when the step is replaced or pruned meanwhile.
+///
+/// Opening reads the manifest and the first 4096 bytes of each shard, no tensor data: it finds out what the step holds,
+/// that every file has its length, and that no file is that of another step or attempt. Tensor bytes are checked against
+/// their digests when they are read, all of them by [`Checkpoint::verify`]. Clones are cheap and share the open files.
+#[derive(Clone)]
+pub struct Checkpoint {
+    pub(crate) opened: Arc<Opened>,
+    pub(crate) threads: usize,
+}
+
+pub(crate) struct Opened {
+    name: String,
+    path: PathBuf,
+    bytes: u64,
+    pub manifest: Manifest,
+    /// In the order of `manifest.files`.
+    pub files: Vec<Arc<dyn FileReading>>,
+}
+
+/// What a tensor is, without its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
+pub struct TensorInfo<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The type of its elements.
+    pub dtype: Dtype,
+    /// Its dimensions, outermost first.
+    pub shape: &'a [usize],
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+impl Checkpoint {
+    /// Opens the step in the directory `path`. Needs no executor and no arena, and writes nothing.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such directory or it holds no manifest; `Corrupt`, naming the file, when the manifest
+    /// contradicts itself, a file is missing or has another length, or a shard belongs to another step or attempt.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let given = path.as_ref();
+        let path = given.canonicalize().map_err(|e| Error::io("cannot open a checkpoint", e).with_path(given))?;
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+            return Err(Error::invalid("a checkpoint needs a parent directory and a name in utf-8").with_path(path));
+        };
+        Self::from_storage(Local::at(parent)?, name)
+    }
+
+    /// Opens the step `name` of `storage`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn from_storage(storage: Arc<dyn Storage>, name: &str) -> Result<Self> {
+        let path = storage.describe(name);
+        let mut tries = 1..=ATTEMPTS;
+        loop {
+            let last = tries.next().is_none_or(|n| n == ATTEMPTS);
+            match Opened::new(storage.as_ref(), name, &path) {
+                // Exchanged while we opened its files, which are being deleted now: the new step has the name.
+                Err(Failure::Gone(_)) if !last => {}
+                Err(Failure::Gone(error)) => {
+                    return Err(error.with_kind(ErrorKind::Corrupt).with_path(path));
+                }
+                Err(Failure::Other(error)) => return Err(error.with_path(path)),
+                Ok(opened) => return Ok(Self { opened: Arc::new(opened), threads: default_threads() }),
+            }
+        }
+    }
+
+    /// The same step, read by up to `threads` threads, of which the caller's is one; 4 at most unless set.
+    pub fn with_threads(mut self, threads: usize) -> Self {
+        self.threads = threads.max(1);
+        self
+    }
+
+    /// The step.
+    pub fn step(&self) -> u64 {
+        self.opened.manifest.step
+    }
+
+    /// The attempt that was published.
+    pub fn attempt(&self) -> Attempt {
+        self.opened.manifest.attempt
+    }
+
+    /// How many ranks wrote it.
+    pub fn world(&self) -> u32 {
+        self.opened.manifest.world
+    }
+
+    /// Where it was found.
+    pub fn path(&self) -> &Path {
+        &self.opened.path
+    }
+
+    /// The name of its directory.
+    pub fn name(&self) -> &str {
+        &self.opened.name
+    }
+
+    /// The length of all its files together, manifest included.
+    pub fn bytes(&self) -> u64 {
+        self.opened.bytes
+    }
+
+    /// Every tensor, sorted by name.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorInfo<'_>> {
+        self.opened.manifest.tensors.iter().map(TensorInfo::of)
+    }
+
+    /// The tensors whose names begin with `prefix`, sorted by name.
+    pub fn with_prefix<'a>(&'a self, prefix: &str) -> impl ExactSizeIterator<Item = TensorInfo<'a>> + use<'a> {
+        let tensors = &self.opened.manifest.tensors;
+        let start = tensors.partition_point(|tensor| tensor.name.as_str() < prefix);
+        let tail = tensors.get(start..).unwrap_or_default();
+        let len = tail.partition_point(|tensor| tensor.name.starts_with(prefix));
+        tail.get(..len).unwrap_or_default().iter().map(TensorInfo::of)
+    }
+
+    /// The tensor `name`.
+    ///
+    /// # Errors
+    /// `NotFound`, naming the tensor and the path.
+    pub fn tensor(&self, name: &str) -> Result<TensorInfo<'_>> {
+        self.entry(name).map(TensorInfo::of)
+    }
+
+    pub(crate) fn entry(&self, name: &str) -> Result<&TensorEntry> {
+        let tensors = &self.opened.manifest.tensors;
+        let found = tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).ok();
+        found.and_then(|index| tensors.get(index)).ok_or_else(|| self.missing("tensor", name))
+    }
+
+    /// The value `name`, without touching tensor data.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none, `Invalid` when it is not a `T`; both name the value and the path.
+    pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        self.decode("value", name, self.opened.manifest.values.get(name))
+    }
+
+    /// The user metadata under `key`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::value`].
+    pub fn metadata<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
+        self.decode("metadata", key, self.opened.manifest.metadata.get(key))
+    }
+
+    /// The names of all values, sorted.
+    pub fn value_names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.opened.manifest.values.keys().map(String::as_str)
+    }
+
+    /// The keys of all user metadata, sorted.
+    pub fn metadata_keys(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.opened.manifest.metadata.keys().map(String::as_str)
+    }
+
+    fn decode<T: DeserializeOwned>(&self, what: &str, name: &str, value: Option<&serde_json::Value>) -> Result<T> {
+        let value = value.ok_or_else(|| self.missing(what, name))?;
+        decode_value(value).map_err(|e| {
+            let wrong = Error::invalid(format!("{what} {} {what}={name:?}", e.message()));
+            self.place(wrong.with_source(e))
+        })
+    }
+
+    fn missing(&self, what: &str, name: &str) -> Error {
+        self.place(Error::new(ErrorKind::NotFound, format!("no such {what} in the checkpoint {what}={name:?}")))
+    }
+
+    /// Adds step and path to an error.
+    pub(crate) fn place(&self, error: Error) -> Error {
+        error.with_step(self.step()).with_path(self.path())
+    }
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("Checkpoint");
+        out.field("step", &self.step()).field("attempt", &self.attempt()).field("path", &self.path()).finish()
+    }
+}
+
+impl<'a> TensorInfo<'a> {
+    fn of(entry: &'a TensorEntry) -> Self {
+        let bytes = Layout::new(entry.dtype, &entry.shape).bytes().unwrap_or_default();
+        Self { name: &entry.name, dtype: entry.dtype, shape: &entry.shape, bytes }
+    }
+}
+
+/// Why an open failed.
+enum Failure {
+    /// A file is not there that the manifest speaks of.
+    Gone(Error),
+    Other(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl Opened {
+    fn new(storage: &dyn Storage, name: &str, path: &Path) -> Result<Self, Failure> {
+        let reading = storage.open(name)?;
+        let manifest = reading.open(MANIFEST)?;
+        let manifest_bytes = manifest.len();
+        let manifest = parse(manifest.as_ref()).map_err(|e| e.with_path(path.join(MANIFEST)))?;
+        let mut bytes = manifest_bytes;
+        let mut files = Vec::new();
+        for entry in &manifest.files {
+            let file = open_file(reading.as_ref(), &manifest, entry).map_err(|error| {
+                let gone = error.kind() == ErrorKind::NotFound;
+                let error = error.with_step(manifest.step).with_path(path.join(&entry.name));
+                if gone { Failure::Gone(error) } else { Failure::Other(error) }
+            })?;
+            bytes = bytes.saturating_add(file.len());
+            files.push(file);
+        }
+        Ok(Self { name: name.into(), path: path.into(), bytes, manifest, files })
+    }
+}
+
+fn parse(file: &dyn FileReading) -> Result<Manifest> {
+    let mut bytes = Vec::new();
+    let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for the manifest len={}", file.len()));
+    let len = usize::try_from(file.len()).map_err(|_| no_memory())?;
+    bytes.try_reserve_exact(len).map_err(|_| no_memory())?;
+    bytes.resize(len, 0);
+    file.read_at(0, &mut bytes)?;
+    let manifest = Manifest::parse(&bytes)?;
+    invariants::check(&manifest)?;
+    Ok(manifest)
+}
+
+/// Opens a file that the manifest names, and makes sure that it is the one.
+fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> Result<Arc<dyn FileReading>> {
+    let file = reading.open(&entry.name)?;
+    if file.len() != entry.length {
+        let (expected, found) = (entry.length, file.len());
+        return Err(Error::corrupt(format!("a file has the wrong length expected={expected} found={found}")));
+    }
+    if entry.data > 0 {
+        let mut prefix = [0; ALIGNMENT];
+        let prefix = &mut prefix[..file.len().min(ALIGNMENT as u64) as usize];
+        file.read_at(0, prefix)?;
+        let (step, attempt) = shard::identity(prefix)?;
+        if (step, attempt) != (manifest.step, manifest.attempt) {
+            let expected = format!("expected={}:{}", manifest.step, manifest.attempt);
+            return Err(Error::corrupt(format!("a shard belongs to another save {expected} found={step}:{attempt}")));
+        }
+    }
+    Ok(file)
+}
+
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(4)
+}

@@ -1,0 +1,197 @@
+//! Pieces: what one read brings, and the threads that read them.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::manifest::BLOCK;
+use crate::memory::ALIGNMENT;
+use crate::storage::FileReading;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+/// Bytes nobody asked for that are read all the same when they lie between bytes that are wanted: cheaper than a read.
+const GAP: u64 = 64 << 10;
+
+/// Bytes of a file that are checked as one.
+pub(super) trait Part: Send {
+    /// Index of the file.
+    fn file(&self) -> usize;
+    /// The bytes, at most [`BLOCK`] of them.
+    fn range(&self) -> Range<u64>;
+}
+
+/// Neighbours in a file, brought by one read of at most [`BLOCK`] bytes.
+#[derive(Debug)]
+pub(super) struct Piece<P> {
+    pub file: usize,
+    pub range: Range<u64>,
+    pub parts: Vec<P>,
+}
+
+/// Puts neighbours together, so that 40,000 small tensors do not cost 40,000 reads.
+pub(super) fn coalesce<P: Part>(mut parts: Vec<P>) -> Vec<Piece<P>> {
+    parts.sort_by_key(|part| (part.file(), part.range().start, part.range().end));
+    let mut pieces: Vec<Piece<P>> = Vec::new();
+    for part in parts {
+        let (file, range) = (part.file(), part.range());
+        match pieces.last_mut() {
+            Some(last)
+                if last.file == file
+                    && range.start.saturating_sub(last.range.end) <= GAP
+                    && range.end.saturating_sub(last.range.start) <= BLOCK =>
+            {
+                last.range.end = last.range.end.max(range.end);
+                last.parts.push(part);
+            }
+            _ => pieces.push(Piece { file, range, parts: vec![part] }),
+        }
+    }
+    pieces
+}
+
+/// An aligned buffer of one thread, and the bytes that it holds at present.
+pub(super) struct Window {
+    buffer: Vec<u8>,
+}
+
+impl Window {
+    pub fn new() -> Self {
+        Self { buffer: Vec::new() }
+    }
+
+    /// Reads `range` of `file`, rounded to whole aligned blocks, and lends out exactly `range`.
+    pub fn read(&mut self, file: &dyn FileReading, range: &Range<u64>) -> Result<&[u8]> {
+        let align = ALIGNMENT as u64;
+        let start = range.start - range.start % align;
+        let end = range.end.checked_next_multiple_of(align).unwrap_or(range.end).min(file.len());
+        if range.start > range.end || range.end > end {
+            return Err(Error::corrupt(format!("a file ends too early range={range:?} len={}", file.len())));
+        }
+        let bytes = self.space((end - start) as usize)?;
+        // The odd end of a file is read apart: it would take the rest of the read off the direct path.
+        let (body, tail) = bytes.split_at_mut((end - end % align).saturating_sub(start) as usize);
+        if !body.is_empty() {
+            file.read_at(start, body)?;
+        }
+        if !tail.is_empty() {
+            file.read_at(start + body.len() as u64, tail)?;
+        }
+        let skip = (range.start - start) as usize;
+        Ok(bytes.get(skip..skip + (range.end - range.start) as usize).unwrap_or_default())
+    }
+
+    fn space(&mut self, len: usize) -> Result<&mut [u8]> {
+        let need = len + ALIGNMENT;
+        if self.buffer.len() < need {
+            self.buffer = zeroed(need)?;
+        }
+        let start = self.buffer.as_ptr().align_offset(ALIGNMENT);
+        self.buffer.get_mut(start..start + len).ok_or_else(|| Error::internal("a buffer cannot be aligned"))
+    }
+}
+
+/// Zeroed elements; `Busy` when there is no memory for them.
+pub(super) fn zeroed<T: bytemuck::Zeroable>(len: usize) -> Result<Vec<T>> {
+    bytemuck::allocation::try_zeroed_slice_box(len)
+        .map(Vec::from)
+        .map_err(|()| Error::new(ErrorKind::Busy, format!("no memory to read into elements={len}")))
+}
+
+/// Visits every piece once, on up to `threads` threads of which the caller's is one. The first error wins; the other
+/// threads stop at their next piece.
+pub(super) fn visit_all<P: Part>(
+    pieces: Vec<Piece<P>>,
+    threads: usize,
+    visit: impl Fn(&mut Window, Piece<P>) -> Result<()> + Sync,
+) -> Result<()> {
+    let helpers = threads.min(pieces.len()).saturating_sub(1);
+    let queue = Mutex::new(pieces.into_iter());
+    let failed = AtomicBool::new(false);
+    let first = Mutex::new(None);
+    let work = || {
+        let mut window = Window::new();
+        while !failed.load(Ordering::Relaxed) {
+            let Some(piece) = queue.lock().unwrap_or_else(PoisonError::into_inner).next() else { return };
+            if let Err(error) = visit(&mut window, piece) {
+                failed.store(true, Ordering::Relaxed);
+                first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..helpers {
+            // Without a helper the caller does its work, only slower.
+            if thread::Builder::new().name("ashore-read".into()).spawn_scoped(scope, work).is_err() {
+                break;
+            }
+        }
+        work();
+    });
+    match first.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+/// The files of a step, as the manifest numbers them.
+pub(super) fn file_at(files: &[Arc<dyn FileReading>], index: usize) -> Result<&dyn FileReading> {
+    files.get(index).map(AsRef::as_ref).ok_or_else(|| Error::internal(format!("no such file index={index}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    impl Part for (usize, Range<u64>) {
+        fn file(&self) -> usize {
+            self.0
+        }
+        fn range(&self) -> Range<u64> {
+            self.1.clone()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_hold_every_part_once_and_no_more_than_a_block(
+            parts in prop::collection::vec((0_usize..3, 0_u64..4 * BLOCK, 0_u64..BLOCK), 0..60),
+        ) {
+            let mut parts: Vec<_> = parts.into_iter().map(|(file, at, len)| (file, at..at + len)).collect();
+            let pieces = coalesce(parts.clone());
+            for piece in &pieces {
+                prop_assert!(piece.range.end - piece.range.start <= BLOCK);
+                let inside = |(file, part): &(usize, Range<u64>)| {
+                    *file == piece.file && piece.range.start <= part.start && part.end <= piece.range.end
+                };
+                prop_assert!(piece.parts.iter().all(inside));
+            }
+            let mut seen: Vec<_> = pieces.into_iter().flat_map(|piece| piece.parts).collect();
+            let key = |part: &(usize, Range<u64>)| (part.0, part.1.start, part.1.end);
+            parts.sort_by_key(key);
+            seen.sort_by_key(key);
+            prop_assert_eq!(seen, parts);
+        }
+    }
+
+    #[test]
+    fn many_small_neighbours_are_one_read_and_far_ones_are_not() {
+        let near: Vec<_> = (0..40_000).map(|i| (0, i * 16..i * 16 + 16)).collect();
+        assert_eq!(coalesce(near).len(), 1);
+        assert_eq!(coalesce(vec![(0, 0..8), (0, 8 + GAP..9 + GAP), (0, 10 + 2 * GAP..11 + 2 * GAP)]).len(), 2);
+        assert_eq!(coalesce(vec![(0, 0..8), (1, 8..9)]).len(), 2);
+    }
+
+    #[test]
+    fn the_first_error_stops_every_thread_and_is_the_one_reported() {
+        let pieces = coalesce((0..1000).map(|i| (i, 0..1)).collect());
+        let visited = std::sync::atomic::AtomicUsize::new(0);
+        let result = visit_all(pieces, 4, |_, piece| {
+            visited.fetch_add(1, Ordering::Relaxed);
+            if piece.file == 5 { Err(Error::corrupt("five")) } else { Ok(()) }
+        });
+        assert_eq!(result.unwrap_err().message(), "five");
+        assert!(visited.into_inner() >= 6);
+        visit_all(Vec::<Piece<(usize, Range<u64>)>>::new(), 4, |_, _| Ok(())).unwrap();
+    }
+}

@@ -1,0 +1,225 @@
+//! Verification: every byte of a step read once, and all that is wrong with it said.
+
+use super::piece::{Part, Piece, Window, coalesce, file_at, visit_all, zeroed};
+use super::{blocks, matches};
+use crate::checkpoint::Checkpoint;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::format::invariants;
+use crate::format::manifest::{BLOCK, TensorEntry};
+use crate::format::shard::Header;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// No shard has a longer header: what safetensors allows, and its prefix.
+const MAX_HEADER: u64 = 100_000_008;
+
+/// What a verification found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
+pub struct Report {
+    /// How many files were read, the manifest not counted.
+    pub files: usize,
+    /// How many tensors they hold.
+    pub tensors: usize,
+    /// How many bytes they have.
+    pub bytes: u64,
+    /// All that is not as it was written, sorted by file and place; empty when the step is sound.
+    pub damage: Vec<Damage>,
+}
+
+/// A place that is not as it was written, or cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
+pub struct Damage {
+    /// The file.
+    pub file: String,
+    /// The tensor whose bytes these are, if they are a tensor's.
+    pub tensor: Option<String>,
+    /// The bytes, as a range of the file.
+    pub range: Range<u64>,
+    /// What is wrong.
+    pub what: String,
+}
+
+impl Report {
+    /// True when nothing is damaged.
+    pub fn is_sound(&self) -> bool {
+        self.damage.is_empty()
+    }
+}
+
+impl Checkpoint {
+    /// Reads everything once and checks it against every digest: files, headers, tensors, blocks.
+    ///
+    /// # Errors
+    /// Damage is no error of this call, it is in the [`Report`]; so is a file that cannot be read. `Busy` when there is
+    /// no memory to read into.
+    pub fn verify(&self) -> Result<Report> {
+        self.verify_with(|_, _| {})
+    }
+
+    /// [`Checkpoint::verify`], calling `progress` with the bytes done and the bytes there are, from any thread.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::verify`].
+    pub fn verify_with(&self, progress: impl Fn(u64, u64) + Sync) -> Result<Report> {
+        let manifest = &self.opened.manifest;
+        let total = manifest.files.iter().map(|file| file.length).sum();
+        let mut findings = Findings { damage: Vec::new(), digests: Vec::new() };
+        let mut done = 0;
+        for index in 0..manifest.files.len() {
+            done += self.verify_header(index, &mut findings)?;
+            progress(done, total);
+        }
+        let done = AtomicU64::new(done);
+        let findings = Mutex::new(findings);
+        let visit = |window: &mut Window, piece: Piece<Tile<'_>>| {
+            let len = piece.range.end - piece.range.start;
+            self.verify_piece(window, piece, &findings)?;
+            progress(done.fetch_add(len, Ordering::Relaxed) + len, total);
+            Ok(())
+        };
+        visit_all(coalesce(self.tiles()), self.threads, visit)?;
+        let mut findings = findings.into_inner().unwrap_or_else(PoisonError::into_inner);
+        self.verify_files(&mut findings);
+        let order = |file: &str| manifest.files.iter().position(|entry| entry.name == file);
+        findings.damage.sort_by_cached_key(|d| (order(&d.file), d.range.start, d.range.end, d.tensor.clone()));
+        let (files, tensors) = (manifest.files.len(), manifest.tensors.len());
+        Ok(Report { files, tensors, bytes: total, damage: findings.damage })
+    }
+
+    /// Checks the header of a shard, and says how many bytes that was.
+    fn verify_header(&self, index: usize, findings: &mut Findings) -> Result<u64> {
+        let manifest = &self.opened.manifest;
+        let (Some(entry), file) = (manifest.files.get(index), file_at(&self.opened.files, index)?) else {
+            return Ok(0);
+        };
+        if entry.data == 0 {
+            return Ok(0);
+        }
+        let mut wrong = |what: String| findings.damage.push(self.damage(index, None, &(0..entry.data), what));
+        if entry.data > MAX_HEADER {
+            wrong("the header is longer than the safetensors format allows".into());
+            return Ok(entry.data);
+        }
+        let mut bytes = zeroed::<u8>(entry.data as usize).map_err(|e| self.place(e))?;
+        if let Err(error) = file.read_at(0, &mut bytes) {
+            wrong(format!("the header cannot be read: {error}"));
+            return Ok(entry.data);
+        }
+        let digest = Digest::of(&bytes);
+        if !matches(digest, entry.header) {
+            wrong(format!("the header is not what was written expected={} found={digest}", entry.header));
+        } else if let Err(error) =
+            Header::parse(&bytes, entry.length).and_then(|header| invariants::check_header(manifest, index, &header))
+        {
+            wrong(format!("the header contradicts the manifest: {error}"));
+        }
+        findings.digests.push((index, 0..entry.data, digest));
+        Ok(entry.data)
+    }
+
+    /// All files behind their headers, cut where digests begin and end.
+    fn tiles(&self) -> Vec<Tile<'_>> {
+        let manifest = &self.opened.manifest;
+        let slices = manifest.tensors.iter().flat_map(|tensor| tensor.slices.iter().map(move |slice| (tensor, slice)));
+        let mut tiles: Vec<_> = slices
+            .flat_map(|(tensor, slice)| {
+                let tile = |(range, digest)| Tile { file: slice.file, range, written: Some((digest, tensor)) };
+                blocks(slice).map(tile)
+            })
+            .collect();
+        for (file, entry) in manifest.files.iter().enumerate().filter(|(_, entry)| entry.data == 0) {
+            // What is not a shard has a digest for the whole file only.
+            let starts = (0..entry.length).step_by(BLOCK as usize);
+            tiles.extend(starts.map(|start| Tile { file, range: start..entry.length.min(start + BLOCK), written: None }));
+        }
+        tiles
+    }
+
+    fn verify_piece(&self, window: &mut Window, piece: Piece<Tile<'_>>, findings: &Mutex<Findings>) -> Result<()> {
+        let file = file_at(&self.opened.files, piece.file)?;
+        let mut found = Vec::with_capacity(piece.parts.len());
+        match window.read(file, &piece.range) {
+            Ok(bytes) => {
+                for tile in &piece.parts {
+                    let at = (tile.range.start - piece.range.start) as usize;
+                    let len = (tile.range.end - tile.range.start) as usize;
+                    found.push(Ok(Digest::of(bytes.get(at..at + len).unwrap_or_default())));
+                }
+            }
+            // Tile by tile, so that a bad sector is not blamed on its neighbours.
+            Err(_) => found.extend(piece.parts.iter().map(|tile| window.read(file, &tile.range).map(Digest::of))),
+        }
+        let mut findings = findings.lock().unwrap_or_else(PoisonError::into_inner);
+        for (tile, found) in piece.parts.into_iter().zip(found) {
+            let tensor = tile.written.map(|(_, tensor)| tensor);
+            let mut wrong = |what| findings.damage.push(self.damage(tile.file, tensor, &tile.range, what));
+            match (found, tile.written) {
+                (Err(error), _) => wrong(format!("cannot be read: {error}")),
+                (Ok(found), Some((written, _))) if !matches(found, written) => {
+                    wrong(format!("not what was written expected={written} found={found}"));
+                }
+                _ => {}
+            }
+            if let Ok(found) = found {
+                findings.digests.push((tile.file, tile.range, found));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the digest of each file in which nothing else was wrong, from the digests of its tiles.
+    fn verify_files(&self, findings: &mut Findings) {
+        findings.digests.sort_by_key(|(file, range, _)| (*file, range.start, range.end));
+        let mut digests = findings.digests.as_slice();
+        for (index, entry) in self.opened.manifest.files.iter().enumerate() {
+            let (mine, rest) = digests.split_at(digests.partition_point(|(file, ..)| *file <= index));
+            digests = rest;
+            let digest = Digest::concat(mine.iter().map(|(_, range, digest)| (*digest, range.end - range.start)));
+            if !matches(digest, entry.digest) && !findings.damage.iter().any(|damage| damage.file == entry.name) {
+                let what = format!("the file is not what was written expected={} found={digest}", entry.digest);
+                findings.damage.push(self.damage(index, None, &(0..entry.length), what));
+            }
+        }
+    }
+
+    fn damage(&self, file: usize, tensor: Option<&TensorEntry>, range: &Range<u64>, what: String) -> Damage {
+        let file = self.opened.manifest.files.get(file).map_or_else(String::new, |entry| entry.name.clone());
+        Damage { file, tensor: tensor.map(|tensor| tensor.name.clone()), range: range.clone(), what }
+    }
+
+    /// The first damage of a report as an error.
+    pub(crate) fn damaged(&self, report: &Report) -> Option<Error> {
+        let Damage { file, tensor, range, what } = report.damage.first()?;
+        let (count, tensor) = (report.damage.len(), tensor.as_deref().unwrap_or_default());
+        let what = format!("a checkpoint is damaged: {what} tensor={tensor:?} range={range:?} places={count}");
+        Some(Error::corrupt(what).with_step(self.step()).with_path(self.path().join(file)))
+    }
+}
+
+struct Findings {
+    damage: Vec<Damage>,
+    /// What the tiles' bytes are: file, range, digest.
+    digests: Vec<(usize, Range<u64>, Digest)>,
+}
+
+/// A run of a file that is digested as one.
+struct Tile<'c> {
+    file: usize,
+    range: Range<u64>,
+    /// Its digest and whose it is; None where only the whole file has one.
+    written: Option<(Digest, &'c TensorEntry)>,
+}
+
+impl Part for Tile<'_> {
+    fn file(&self) -> usize {
+        self.file
+    }
+
+    fn range(&self) -> Range<u64> {
+        self.range.clone()
+    }
+}

@@ -1,0 +1,354 @@
+//! Storage in host memory, for tests and for programs that keep checkpoints in RAM.
+//!
+//! It promises what the local storage promises, short of surviving the process, and it is stricter: what a disk might let
+//! pass (a misaligned or repeated write, a hole, a file that was never sealed) is refused here, so that a program which
+//! works on it breaks no rule of the seam.
+
+use super::{FileReading, FileWriting, IoMode, Reading, Storage, Swept, Writing};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::Attempt;
+use crate::memory::ALIGNMENT;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+type Files = BTreeMap<String, Arc<Vec<u8>>>;
+
+/// Steps in host memory. Clones share them.
+#[derive(Clone, Default)]
+pub struct Memory(Arc<Mutex<Root>>);
+
+#[derive(Default)]
+struct Root {
+    steps: BTreeMap<String, Arc<Files>>,
+    attempts: Vec<(String, Attempt, Weak<MemoryWriting>)>,
+    latest: Option<String>,
+}
+
+impl Memory {
+    /// An empty storage.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// What [`Storage::hint`] last wrote.
+    pub fn latest(&self) -> Option<String> {
+        lock(&self.0).latest.clone()
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(lock(&self.0).steps.keys()).finish()
+    }
+}
+
+impl Storage for Memory {
+    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
+        component(name).map_err(|e| e.with_kind(ErrorKind::Invalid))?;
+        let mut root = lock(&self.0);
+        if !overwrite && root.steps.contains_key(name) {
+            return Err(conflict("the step exists", name));
+        }
+        root.attempts.retain(|(.., writing)| writing.strong_count() > 0);
+        if root.attempts.iter().any(|(_, known, _)| *known == attempt) {
+            return Err(conflict("the attempt was begun before", name));
+        }
+        let writing = Arc::new(MemoryWriting {
+            root: self.0.clone(),
+            name: name.into(),
+            attempt,
+            stage: Mutex::new(Stage::Open(BTreeMap::new())),
+        });
+        root.attempts.push((name.into(), attempt, Arc::downgrade(&writing)));
+        Ok(writing)
+    }
+
+    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
+        match lock(&self.0).steps.get(name) {
+            Some(step) => Ok(Arc::new(MemoryReading { path: self.describe(name), files: step.clone() })),
+            None => Err(missing(name)),
+        }
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        Ok(lock(&self.0).steps.keys().cloned().collect())
+    }
+
+    fn confirm(&self, name: &str) -> Result<()> {
+        if lock(&self.0).steps.contains_key(name) { Ok(()) } else { Err(missing(name)) }
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        lock(&self.0).steps.remove(name).map(drop).ok_or_else(|| missing(name))
+    }
+
+    fn sweep(&self) -> Result<Swept> {
+        let mut swept = Swept::default();
+        lock(&self.0).attempts.retain(|(name, attempt, writing)| {
+            let label = format!(".{name}.{attempt}.tmp");
+            let Some(writing) = writing.upgrade() else {
+                swept.removed.push(label);
+                return false;
+            };
+            let open = matches!(*lock(&writing.stage), Stage::Open(_));
+            if open {
+                swept.left.push((label, "its owner is alive".into()));
+            }
+            open
+        });
+        Ok(swept)
+    }
+
+    fn hint(&self, name: &str) -> Result<()> {
+        lock(&self.0).latest = Some(name.into());
+        Ok(())
+    }
+
+    fn describe(&self, name: &str) -> PathBuf {
+        Path::new("memory:").join(name)
+    }
+}
+
+struct MemoryWriting {
+    root: Arc<Mutex<Root>>,
+    name: String,
+    attempt: Attempt,
+    stage: Mutex<Stage>,
+}
+
+enum Stage {
+    Open(BTreeMap<String, Arc<MemoryFile>>),
+    Published,
+    Settled,
+    Abandoned,
+}
+
+impl fmt::Debug for MemoryWriting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.attempt)
+    }
+}
+
+impl MemoryWriting {
+    fn add(&self, file: &str, new: MemoryFile) -> Result<Arc<MemoryFile>> {
+        component(file).map_err(|e| e.with_kind(ErrorKind::Invalid))?;
+        match &mut *lock(&self.stage) {
+            Stage::Open(files) if files.contains_key(file) => Err(conflict("the file was made before", file)),
+            Stage::Open(files) => Ok(files.entry(file.into()).or_insert(Arc::new(new)).clone()),
+            _ => Err(refused("a file was added to an attempt that is over", file)),
+        }
+    }
+}
+
+impl Writing for MemoryWriting {
+    fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
+        let no_room = || Error::new(ErrorKind::NoSpace, format!("no memory for a file len={len}")).with_path(file);
+        let len = usize::try_from(len).map_err(|_| no_room())?;
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(len).map_err(|_| no_room())?;
+        bytes.resize(len, 0);
+        let contents = Contents::Open { bytes, written: vec![false; len.div_ceil(ALIGNMENT)] };
+        Ok(self.add(file, MemoryFile { name: file.into(), contents: Mutex::new(contents) })?)
+    }
+
+    fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
+        let contents = Mutex::new(Contents::Sealed(Arc::new(bytes.to_vec())));
+        self.add(file, MemoryFile { name: file.into(), contents }).map(drop)
+    }
+
+    fn publish(&self, overwrite: bool) -> Result<()> {
+        let mut stage = lock(&self.stage);
+        let Stage::Open(open) = &*stage else {
+            return Err(refused("an attempt was published that is over", &self.name));
+        };
+        if open.is_empty() {
+            return Err(refused("an attempt without files was published", &self.name));
+        }
+        let mut files = Files::new();
+        for (name, file) in open {
+            match &*lock(&file.contents) {
+                Contents::Sealed(bytes) => files.insert(name.clone(), bytes.clone()),
+                _ => return Err(refused("an attempt was published before a file was sealed", name)),
+            };
+        }
+        let mut root = lock(&self.root);
+        if !overwrite && root.steps.contains_key(&self.name) {
+            return Err(conflict("the step exists", &self.name));
+        }
+        root.steps.insert(self.name.clone(), Arc::new(files));
+        *stage = Stage::Published;
+        Ok(())
+    }
+
+    fn settle(&self) -> Result<()> {
+        let mut stage = lock(&self.stage);
+        if !matches!(*stage, Stage::Published) {
+            return Err(refused("an attempt was settled that was not just published", &self.name));
+        }
+        *stage = Stage::Settled;
+        Ok(())
+    }
+
+    fn abandon(&self) -> Result<()> {
+        let mut stage = lock(&self.stage);
+        if matches!(*stage, Stage::Published | Stage::Settled) {
+            return Err(refused("a published attempt was abandoned", &self.name));
+        }
+        *stage = Stage::Abandoned;
+        Ok(())
+    }
+}
+
+struct MemoryFile {
+    name: String,
+    contents: Mutex<Contents>,
+}
+
+enum Contents {
+    /// `written` has an entry for each run of [`ALIGNMENT`] bytes.
+    Open {
+        bytes: Vec<u8>,
+        written: Vec<bool>,
+    },
+    Sealed(Arc<Vec<u8>>),
+    /// A seal failed; the attempt is lost.
+    Lost,
+}
+
+impl fmt::Debug for MemoryFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+impl FileWriting for MemoryFile {
+    fn write_at(&self, offset: u64, from: &[u8]) -> Result<()> {
+        let refuse = |what: &str| {
+            let place = format!("{what} offset={offset} len={}", from.len());
+            Err(refused(&place, &self.name))
+        };
+        let mut contents = lock(&self.contents);
+        let Contents::Open { bytes, written } = &mut *contents else {
+            return refuse("a file was written after it was sealed");
+        };
+        let room = bytes.len().next_multiple_of(ALIGNMENT);
+        let Some((start, end)) = usize::try_from(offset).ok().and_then(|at| Some((at, at.checked_add(from.len())?)))
+        else {
+            return refuse("a write ends beyond any file");
+        };
+        if start % ALIGNMENT != 0 || from.as_ptr().addr() % ALIGNMENT != 0 {
+            return refuse("a write is not aligned");
+        }
+        if from.is_empty() || end > room {
+            return refuse("a write is empty or ends beyond the file");
+        }
+        if end % ALIGNMENT != 0 && end != bytes.len() {
+            return refuse("a write within the file has an odd length");
+        }
+        let Some(pages) = written.get_mut(start / ALIGNMENT..end.div_ceil(ALIGNMENT)) else {
+            return refuse("a write ends beyond the file");
+        };
+        if pages.contains(&true) {
+            return refuse("bytes were written twice");
+        }
+        let kept = end.min(bytes.len());
+        if let (Some(to), Some(from)) = (bytes.get_mut(start..kept), from.get(..kept - start)) {
+            to.copy_from_slice(from);
+        }
+        pages.fill(true);
+        Ok(())
+    }
+
+    fn seal(&self) -> Result<()> {
+        let mut contents = lock(&self.contents);
+        match std::mem::replace(&mut *contents, Contents::Lost) {
+            Contents::Open { bytes, written } if written.iter().all(|&page| page) => {
+                *contents = Contents::Sealed(Arc::new(bytes));
+                Ok(())
+            }
+            Contents::Open { .. } => Err(refused("a file was sealed before all of it was written", &self.name)),
+            over => {
+                *contents = over;
+                Err(refused("a file was sealed twice", &self.name))
+            }
+        }
+    }
+
+    fn mode(&self) -> IoMode {
+        IoMode::Buffered
+    }
+}
+
+#[derive(Debug)]
+struct MemoryReading {
+    path: PathBuf,
+    files: Arc<Files>,
+}
+
+impl Reading for MemoryReading {
+    fn open(&self, file: &str) -> Result<Arc<dyn FileReading>> {
+        component(file)?;
+        let path = self.path.join(file);
+        match self.files.get(file) {
+            Some(bytes) => Ok(Arc::new(Bytes { path, bytes: bytes.clone() })),
+            None => Err(Error::new(ErrorKind::NotFound, "no such file").with_path(path)),
+        }
+    }
+}
+
+struct Bytes {
+    path: PathBuf,
+    bytes: Arc<Vec<u8>>,
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.path, f)
+    }
+}
+
+impl FileReading for Bytes {
+    fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        match self.bytes.get(start..start.saturating_add(buffer.len())) {
+            Some(bytes) => buffer.copy_from_slice(bytes),
+            None => {
+                let (len, wanted) = (self.bytes.len(), buffer.len());
+                let what = format!("a file ends too early offset={offset} wanted={wanted} len={len}");
+                return Err(Error::corrupt(what).with_path(&self.path));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A panic elsewhere cannot leave these maps half changed, so poison says nothing.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn component(name: &str) -> Result<()> {
+    let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
+    if plain { Ok(()) } else { Err(Error::corrupt(format!("not a plain name name={name:?}"))) }
+}
+
+fn refused(what: &str, path: &str) -> Error {
+    Error::invalid(what).with_path(path)
+}
+
+fn conflict(what: &str, path: &str) -> Error {
+    Error::new(ErrorKind::Conflict, what).with_path(path)
+}
+
+fn missing(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, "no such step").with_path(Path::new("memory:").join(name))
+}
+
+#[cfg(test)]
+mod tests;
