@@ -104,16 +104,16 @@ mod tests {
     fn naive(size: usize, shape: &[usize], ranges: &[Range<usize>]) -> Vec<u64> {
         let mut places = vec![0];
         for (&dim, range) in shape.iter().zip(ranges) {
-            places = places.iter().flat_map(|place| range.clone().map(move |i| place * dim as u64 + i as u64)).collect();
+            places =
+                places.iter().flat_map(|place| range.clone().map(move |i| place * dim as u64 + i as u64)).collect();
         }
         places.iter().flat_map(|place| (0..size as u64).map(move |byte| place * size as u64 + byte)).collect()
     }
 
     fn shapes() -> impl Strategy<Value = (Vec<usize>, Vec<Range<usize>>)> {
         let dim = (0_usize..5).prop_flat_map(|dim| (Just(dim), 0..=dim, 0..=dim));
-        prop::collection::vec(dim, 0..5).prop_map(|dims| {
-            dims.into_iter().map(|(dim, a, b)| (dim, a.min(b)..a.max(b))).unzip()
-        })
+        prop::collection::vec(dim, 0..5)
+            .prop_map(|dims| dims.into_iter().map(|(dim, a, b)| (dim, a.min(b)..a.max(b))).unzip())
     }
 
     proptest! {

@@ -134,7 +134,11 @@ impl Checkpoint {
         for (file, entry) in manifest.files.iter().enumerate().filter(|(_, entry)| entry.data == 0) {
             // What is not a shard has a digest for the whole file only.
             let starts = (0..entry.length).step_by(BLOCK as usize);
-            tiles.extend(starts.map(|start| Tile { file, range: start..entry.length.min(start + BLOCK), written: None }));
+            tiles.extend(starts.map(|start| Tile {
+                file,
+                range: start..entry.length.min(start + BLOCK),
+                written: None,
+            }));
         }
         tiles
     }
@@ -157,7 +161,7 @@ impl Checkpoint {
         for (tile, found) in piece.parts.into_iter().zip(found) {
             let tensor = tile.written.map(|(_, tensor)| tensor);
             let mut wrong = |what| findings.damage.push(self.damage(tile.file, tensor, &tile.range, what));
-            match (found, tile.written) {
+            match (found.clone(), tile.written) {
                 (Err(error), _) => wrong(format!("cannot be read: {error}")),
                 (Ok(found), Some((written, _))) if !matches(found, written) => {
                     wrong(format!("not what was written expected={written} found={found}"));
