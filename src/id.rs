@@ -1,11 +1,13 @@
 //! Names: attempts, and how a step number becomes a directory name and back.
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+use std::borrow::Cow;
 use std::fmt;
 use uuid::Uuid;
 
 /// One try at a step. Two tries never share an attempt, in any process, so bytes of different tries are never mixed up.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(transparent)]
 pub struct Attempt(Uuid);
 
@@ -24,6 +26,13 @@ impl Attempt {
     pub fn parse(text: &str) -> Option<Self> {
         let attempt = Self(Uuid::try_parse(text).ok()?);
         (attempt.to_string() == text).then_some(attempt)
+    }
+}
+
+impl<'de> Deserialize<'de> for Attempt {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Cow::<'de, str>::deserialize(deserializer)?;
+        Self::parse(&text).ok_or_else(|| D::Error::custom("an attempt is a hyphenated lower-case uuid"))
     }
 }
 

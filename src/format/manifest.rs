@@ -1,9 +1,17 @@
 //! `manifest.json`: every file, tensor, value and digest of a step.
+//!
+//! It is JSON that begins with its version and ends with its own digest, so that a flipped bit anywhere in it is noticed,
+//! and so that a later version can be told from damage.
 
+use super::{invariants, unique};
 use crate::digest::Digest;
+use crate::error::{Error, Result};
 use crate::id::Attempt;
+use crate::mutant::{self, Mutant};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+
+pub use super::template::{Head, ManifestTemplate};
 
 /// The name of the manifest in a step directory.
 pub const MANIFEST: &str = "manifest.json";
@@ -11,7 +19,42 @@ pub const MANIFEST: &str = "manifest.json";
 /// Tensors longer than this have a digest for each piece of this many bytes, so that a slice can be checked without the rest.
 pub const BLOCK: u64 = 8 << 20;
 
-/// A checkpoint as the manifest describes it.
+/// The version of the format that this library writes and reads.
+pub const VERSION: u32 = 1;
+
+/// How every manifest begins, whatever its version.
+const BEGIN: &[u8] = br#"{"format":"ashore","version":"#;
+
+/// What stands before the manifest's own digest; the digest covers everything up to its end.
+const BEFORE_DIGEST: &[u8] = br#","digest":""#;
+
+/// What stands after it, at the end of the file.
+const END: &[u8] = b"\"}\n";
+
+/// How many block digests a slice of `length` bytes has.
+pub fn block_count(length: u64) -> usize {
+    // No file has more than 2^63 bytes, so the count fits.
+    if length > BLOCK { length.div_ceil(BLOCK) as usize } else { 0 }
+}
+
+/// Ends a manifest with its digest. `text` is the JSON text without the closing brace.
+pub fn seal(mut text: Vec<u8>) -> Vec<u8> {
+    text.extend_from_slice(BEFORE_DIGEST);
+    let digest = Digest::of(&text).to_hex();
+    text.extend_from_slice(&digest);
+    text.extend_from_slice(END);
+    text
+}
+
+/// The text that was given to [`seal`], if its digest is right.
+fn unseal(bytes: &[u8]) -> Option<&[u8]> {
+    let (text, digest) = bytes.strip_suffix(END)?.split_last_chunk::<16>()?;
+    let digest = Digest::from_hex(digest)?;
+    let intact = digest == Digest::of(text) || mutant::on(Mutant::DigestCheck);
+    if intact { text.strip_suffix(BEFORE_DIGEST) } else { None }
+}
+
+/// A checkpoint as the manifest describes it. Only [`Manifest::parse`] reads one with all the checks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -26,13 +69,69 @@ pub struct Manifest {
     /// How many ranks wrote it.
     pub world: u32,
     /// User metadata, encoded by [`crate::state::encode_value`].
+    #[serde(deserialize_with = "unique::values")]
     pub metadata: BTreeMap<String, serde_json::Value>,
     /// Values, encoded by [`crate::state::encode_value`].
+    #[serde(deserialize_with = "unique::values")]
     pub values: BTreeMap<String, serde_json::Value>,
     /// Every file of the step but the manifest.
     pub files: Vec<FileEntry>,
     /// Every tensor, sorted by name.
     pub tensors: Vec<TensorEntry>,
+}
+
+impl Manifest {
+    /// Reads a manifest, and checks its digest and everything in [`invariants`]. Memory is at most a constant times the
+    /// length of `bytes`.
+    ///
+    /// # Errors
+    /// `Corrupt` for anything but the bytes of a manifest; `Invalid` for an intact one of another version.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let Some(text) = unseal(bytes) else {
+            return Err(Error::corrupt(format!(
+                "a manifest is damaged or incomplete: its digest does not fit bytes={}",
+                bytes.len()
+            )));
+        };
+        let Some(version) = version(text) else {
+            return Err(Error::corrupt("a manifest does not begin with its format and version"));
+        };
+        if version != u64::from(VERSION) {
+            return Err(Error::invalid(format!(
+                "the checkpoint has a version that this library does not read version={version} supported={VERSION}"
+            )));
+        }
+        let mut json = Vec::with_capacity(text.len() + 1);
+        json.extend_from_slice(text);
+        json.push(b'}');
+        let manifest =
+            serde_json::from_slice(&json).map_err(|e| Error::corrupt("a manifest cannot be read").with_source(e))?;
+        invariants::check(&manifest)?;
+        Ok(manifest)
+    }
+
+    /// The bytes of `manifest.json`. Nothing is checked. For many saves of one structure, see [`ManifestTemplate`].
+    ///
+    /// # Errors
+    /// `Internal` when a value is not JSON.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut text = serde_json::to_vec(self).map_err(|e| Error::internal("cannot write json").with_source(e))?;
+        text.pop();
+        Ok(seal(text))
+    }
+
+    /// The tensor of this name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
+        let at = self.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok()?;
+        self.tensors.get(at)
+    }
+}
+
+/// The version, from the beginning of a manifest.
+fn version(text: &[u8]) -> Option<u64> {
+    let rest = text.strip_prefix(BEGIN)?;
+    let digits = rest.get(..rest.iter().position(|b| !b.is_ascii_digit())?)?;
+    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 /// A file of the step.

@@ -1,0 +1,206 @@
+//! What holds of every checkpoint, whoever wrote its manifest: checked before a publish, and whenever one is opened.
+//!
+//! A manifest that passes names only plain files of its own directory; every tensor is covered exactly once by slices of
+//! the right size; and the slices in a file lie side by side from the end of its header to its last byte, as safetensors
+//! has it. So whatever a reader does with offsets and lengths of such a manifest stays inside the files and the tensors.
+
+use super::header::Header;
+use super::manifest::{FileEntry, MANIFEST, Manifest, SliceEntry, TensorEntry, block_count};
+use crate::error::{Error, Result};
+use crate::state::Layout;
+use std::collections::{HashMap, HashSet};
+
+/// No more dimensions than this may be split among the slices of one tensor.
+const MAX_SPLIT: usize = 4;
+
+/// Checks a manifest.
+///
+/// # Errors
+/// `Corrupt`, naming file, tensor and range of what does not hold.
+pub fn check(manifest: &Manifest) -> Result<()> {
+    if manifest.format != "ashore" || manifest.world == 0 {
+        let (format, world) = (&manifest.format, manifest.world);
+        return Err(Error::corrupt(format!("not a manifest of this library format={format:?} world={world}")));
+    }
+    check_layout(&manifest.files, &manifest.tensors)
+}
+
+/// Checks what does not change from save to save while the structure stays the same.
+pub(super) fn check_layout(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<()> {
+    check_files(files)?;
+    for pair in tensors.windows(2) {
+        if let [a, b] = pair
+            && a.name >= b.name
+        {
+            let (a, b) = (&a.name, &b.name);
+            return Err(Error::corrupt(format!("tensors are not in order tensor={b:?} after={a:?}")));
+        }
+    }
+    for tensor in tensors {
+        if tensor.name.is_empty() || tensor.name == "__metadata__" {
+            return Err(broken(tensor, "a tensor cannot have this name"));
+        }
+        for slice in &tensor.slices {
+            check_slice(files, tensor, slice)?;
+        }
+        if !covers(tensor) {
+            return Err(broken(tensor, "slices do not cover a tensor exactly once"));
+        }
+    }
+    check_ranges(files, tensors)
+}
+
+/// Checks that the header of the file numbered `file` says of its tensors what the manifest says, and belongs to it.
+///
+/// # Errors
+/// `Corrupt`, naming file and tensor.
+pub fn check_header(manifest: &Manifest, file: usize, header: &Header) -> Result<()> {
+    let Some(entry) = manifest.files.get(file) else {
+        return Err(Error::corrupt(format!("there is no such file file={file}")));
+    };
+    let refuse = |why: &str| Err(Error::corrupt(format!("{why} file={:?}", entry.name)));
+    if (header.step, header.attempt) != (manifest.step, manifest.attempt) {
+        return refuse("a shard belongs to another step or attempt");
+    }
+    let slices = |tensor: &'_ TensorEntry| tensor.slices.iter().filter(|s| s.file == file).count();
+    if manifest.tensors.iter().map(slices).sum::<usize>() != header.tensors.len() {
+        return refuse("a shard has other tensors than the manifest says");
+    }
+    for tensor in &header.tensors {
+        let agrees = manifest.tensor(&tensor.name).is_some_and(|entry_tensor| {
+            entry_tensor.dtype == tensor.dtype
+                && entry_tensor.slices.iter().any(|s| {
+                    let offset = entry.data.checked_add(tensor.offsets.start);
+                    s.file == file && Some(s.offset) == offset && s.shape == tensor.shape
+                })
+        });
+        if !agrees {
+            return refuse(&format!("a shard describes a tensor otherwise than the manifest tensor={:?}", tensor.name));
+        }
+    }
+    Ok(())
+}
+
+fn check_files(files: &[FileEntry]) -> Result<()> {
+    let mut names = HashSet::new();
+    for file in files {
+        let refuse = |why: &str| Err(Error::corrupt(format!("{why} file={:?}", file.name)));
+        if !is_plain(&file.name) || file.name == MANIFEST {
+            return refuse("a file cannot have this name");
+        }
+        // Media that ignore case would take two spellings for one file.
+        if !names.insert(file.name.to_ascii_lowercase()) {
+            return refuse("two files have the same name");
+        }
+        if file.data > file.length || i64::try_from(file.length).is_err() {
+            let (data, length) = (file.data, file.length);
+            return refuse(&format!("a file cannot have this length data={data} length={length}"));
+        }
+    }
+    Ok(())
+}
+
+/// True for names that are one path component on every medium, and not hidden.
+fn is_plain(name: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
+    name.len() <= 255 && name.bytes().all(plain) && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
+}
+
+fn broken(tensor: &TensorEntry, why: &str) -> Error {
+    Error::corrupt(format!("{why} tensor={:?} shape={:?}", tensor.name, tensor.shape))
+}
+
+fn check_slice(files: &[FileEntry], tensor: &TensorEntry, slice: &SliceEntry) -> Result<()> {
+    let Some(file) = files.get(slice.file) else {
+        return Err(broken(tensor, &format!("a slice is in a file that is not there number={}", slice.file)));
+    };
+    let refuse = |why: &str| {
+        let SliceEntry { offset, length, at, shape, .. } = slice;
+        let place = format!("file={:?} offset={offset} length={length} at={at:?} extent={shape:?}", file.name);
+        Err(broken(tensor, &format!("{why} {place}")))
+    };
+    if file.data == 0 {
+        return refuse("a slice is in a file that is not a shard");
+    }
+    if slice.offset < file.data || slice.offset.checked_add(slice.length).is_none_or(|end| end > file.length) {
+        return refuse("a slice is outside the data of its file");
+    }
+    let extents = slice.at.iter().zip(&slice.shape).map(|(at, extent)| at.checked_add(*extent));
+    let inside = extents.zip(&tensor.shape).all(|(end, dim)| end.is_some_and(|end| end <= *dim));
+    if !inside || slice.at.len() != tensor.shape.len() || slice.shape.len() != tensor.shape.len() {
+        return refuse("a slice is outside its tensor");
+    }
+    if Layout::new(tensor.dtype, &slice.shape).bytes().ok() != Some(slice.length) {
+        return refuse("a slice has not the length of its dtype and shape");
+    }
+    if slice.blocks.len() != block_count(slice.length) {
+        return refuse(&format!("a slice has the wrong number of digests blocks={}", slice.blocks.len()));
+    }
+    Ok(())
+}
+
+/// True when the slices, each of which lies inside the tensor, cover it exactly once.
+fn covers(tensor: &TensorEntry) -> bool {
+    match &tensor.slices[..] {
+        [] => false,
+        [whole] => whole.at.iter().all(|&at| at == 0) && whole.shape == tensor.shape,
+        several => {
+            // A header has one place for a tensor of a name.
+            let files: HashSet<usize> = several.iter().map(|s| s.file).collect();
+            files.len() == several.len() && tiles(&tensor.shape, several)
+        }
+    }
+}
+
+/// Boxes cover a box exactly once when their corners, counted with alternating signs, are those of the box: the counts
+/// are the mixed differences of how often each point is covered, and determine it. This is linear in the slices, where
+/// comparing them in pairs is not.
+fn tiles(shape: &[usize], slices: &[SliceEntry]) -> bool {
+    let whole = |s: &SliceEntry, d: usize| s.at.get(d) == Some(&0) && s.shape.get(d) == shape.get(d);
+    let split: Vec<usize> = (0..shape.len()).filter(|&d| !slices.iter().all(|s| whole(s, d))).collect();
+    if split.len() > MAX_SPLIT {
+        return false;
+    }
+    let mut corners = HashMap::<[usize; MAX_SPLIT], i64>::new();
+    let mut count = |at: &[usize], extent: &[usize], sign: i64| {
+        for far in 0_u32..1 << split.len() {
+            let mut corner = [0; MAX_SPLIT];
+            for (i, (place, d)) in corner.iter_mut().zip(&split).enumerate() {
+                let extent = if far >> i & 1 == 1 { extent.get(*d) } else { None };
+                *place = at.get(*d).copied().unwrap_or(0) + extent.copied().unwrap_or(0);
+            }
+            *corners.entry(corner).or_default() += if far.count_ones() % 2 == 0 { sign } else { -sign };
+        }
+    };
+    slices.iter().for_each(|s| count(&s.at, &s.shape, 1));
+    count(&[], shape, -1);
+    corners.values().all(|&n| n == 0)
+}
+
+/// The slices of each shard lie side by side, from the end of its header to its own end.
+fn check_ranges(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<()> {
+    let mut ranges = Vec::with_capacity(tensors.len());
+    for (i, tensor) in tensors.iter().enumerate() {
+        ranges.extend(tensor.slices.iter().map(|s| (s.file, s.offset, s.length, i)));
+    }
+    ranges.sort_unstable();
+    let mut ends: Vec<u64> = files.iter().map(|f| f.data).collect();
+    for (file, offset, length, i) in ranges {
+        let (Some(end), Some(entry), Some(tensor)) = (ends.get_mut(file), files.get(file), tensors.get(i)) else {
+            continue;
+        };
+        if offset != *end {
+            let what = if offset < *end { "slices overlap" } else { "there is a hole before a slice" };
+            let place = format!("file={:?} offset={offset} length={length} expected={end}", entry.name);
+            return Err(broken(tensor, &format!("{what} {place}")));
+        }
+        *end += length;
+    }
+    match files.iter().zip(ends).find(|(file, end)| file.data > 0 && *end != file.length) {
+        Some((file, end)) => {
+            let (name, length) = (&file.name, file.length);
+            Err(Error::corrupt(format!("a file has bytes of no tensor file={name:?} range={end}..{length}")))
+        }
+        None => Ok(()),
+    }
+}
