@@ -14,7 +14,7 @@ pub use scope::{Fence, Scope};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, parse_step_name, step_name};
-use crate::memory::ArenaReport;
+use crate::memory::Arena;
 use crate::plan::{Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Overlap, Settings};
@@ -146,9 +146,9 @@ impl CheckpointExecutor {
         &self.settings
     }
 
-    /// What the arena got of the system.
-    pub fn arena(&self) -> &ArenaReport {
-        self.stager.arena.report()
+    /// The arena: what it got of the system, and how many slabs are free.
+    pub fn arena(&self) -> &Arena {
+        &self.stager.arena
     }
 
     /// Takes no more saves, waits for those in flight, ends the threads.

@@ -203,6 +203,7 @@ fn work(shared: &Shared, progress: &Mutex<Progress>) {
                 state.work.pop_front();
                 state.tickets = state.tickets.saturating_sub(1);
                 if state.fail_when_run == Some(state.copied + 1) {
+                    state.fail_when_run = None;
                     state.failed = true;
                     state.work.clear();
                     shared.changed.notify_all();

@@ -1,4 +1,7 @@
-//! The integration tests: one binary, one behaviour a file.
+//! The integration tests: one binary, folders by stage, one behaviour per file.
 
+mod fence;
 mod format;
+mod rig;
+mod saves;
 mod saving;

@@ -1,7 +1,7 @@
 //! A state dict that is saved comes back bit for bit.
 
-use ashore::storage::Storage;
 use ashore::storage::Memory;
+use ashore::storage::Storage;
 use ashore::{Checkpoint, CheckpointExecutor, HostTensor, StateDict, id::step_name};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,12 +11,8 @@ const LONG: Duration = Duration::from_secs(60);
 #[test]
 fn what_is_saved_comes_back_bit_for_bit() {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
-    let executor = CheckpointExecutor::builder("unused")
-        .storage(storage.clone())
-        .arena(4 * 4096)
-        .chunk(4096)
-        .build()
-        .unwrap();
+    let executor =
+        CheckpointExecutor::builder("unused").storage(storage.clone()).arena(4 * 4096).chunk(4096).build().unwrap();
     let big: Arc<Vec<u32>> = Arc::new((0..100_000_u32).map(|i| i.wrapping_mul(2_654_435_761)).collect());
     let odd = Arc::new(vec![1_u8, 2, 3, 4, 5, 6, 7]);
     let mut state = StateDict::new();

@@ -1,0 +1,61 @@
+//! No wait without a deadline: a device that stands still fails the save, not the program.
+
+use crate::rig::{Buffer, LONG, one, pattern, rig};
+use ashore::ErrorKind;
+use std::sync::Arc;
+use std::time::Duration;
+
+const SHORT: Duration = Duration::from_millis(30);
+
+#[test]
+fn at_the_deadline_of_the_fence_the_save_fails_and_everything_comes_back() {
+    let rig = rig(|b| b.fence_deadline(SHORT));
+    rig.device.hold();
+    let tensor = Arc::new(pattern(1, 30_000));
+    let save = rig.executor.save(1, one("t", tensor.clone())).unwrap();
+    let late = rig.executor.fence().unwrap_err();
+    assert_eq!((late.kind(), late.step()), (ErrorKind::Deadline, Some(1)));
+    rig.device.release();
+    assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Deadline);
+    rig.slabs_home();
+    rig.executor.fence().unwrap();
+    assert_eq!(Arc::strong_count(&tensor), 1);
+    assert!(rig.checkpoint(1).is_err());
+    rig.executor.save(2, one("t", tensor)).unwrap().wait(LONG).unwrap();
+}
+
+#[test]
+fn a_writable_tensor_written_after_a_late_fence_is_never_published_torn() {
+    let rig = rig(|b| b.fence_deadline(SHORT));
+    let buffer = Buffer::new(pattern(1, 30_000));
+    rig.device.hold();
+    let save = rig.executor.save(1, one("t", buffer.source())).unwrap();
+    rig.executor.fence().unwrap_err();
+    buffer.fill(&pattern(2, 30_000));
+    rig.device.release();
+    save.wait(LONG).unwrap_err();
+    assert!(rig.checkpoint(1).is_err());
+}
+
+#[test]
+fn a_save_that_is_not_durable_at_its_deadline_fails() {
+    let rig = rig(|b| b.save_deadline(SHORT));
+    rig.device.hold();
+    let save = rig.executor.save(1, one("t", Arc::new(pattern(1, 30_000)))).unwrap();
+    let error = save.wait(LONG).unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::Deadline, Some(1)));
+    rig.device.release();
+    rig.slabs_home();
+    assert!(rig.checkpoint(1).is_err());
+}
+
+#[test]
+fn waiting_for_a_handle_ends_at_its_own_deadline_and_the_save_goes_on() {
+    let rig = rig(|b| b);
+    rig.device.hold();
+    let save = rig.executor.save(1, one("t", Arc::new(pattern(1, 5000)))).unwrap();
+    assert_eq!(save.wait(SHORT).unwrap_err().kind(), ErrorKind::Deadline);
+    assert_eq!(save.staged().wait(SHORT).unwrap_err().kind(), ErrorKind::Deadline);
+    rig.device.release();
+    save.wait(LONG).unwrap();
+}

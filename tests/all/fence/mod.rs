@@ -1,0 +1,5 @@
+mod capture;
+mod deadline;
+mod failing_device;
+mod forgotten;
+mod late_copies;

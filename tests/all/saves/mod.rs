@@ -1,0 +1,2 @@
+mod overlap;
+mod reporting;

@@ -1,0 +1,86 @@
+//! What `save` does while earlier saves are unfinished is a stated policy.
+
+use crate::rig::{LONG, Rig, eventually, one, pattern, rig};
+use ashore::{ErrorKind, Outcome, Overlap, Phase, Save};
+use std::sync::Arc;
+use std::time::Duration;
+
+fn save(rig: &Rig, step: u64) -> ashore::Result<Save> {
+    rig.executor.save(step, one("t", Arc::new(pattern(step, 5000))))
+}
+
+#[test]
+fn skip_does_not_begin_a_save_while_another_is_unfinished() {
+    let rig = rig(|b| b.overlap(Overlap::Skip));
+    rig.device.hold();
+    let first = save(&rig, 1).unwrap();
+    let second = save(&rig, 2).unwrap();
+    assert!(matches!(second.wait(LONG).unwrap(), Outcome::Skipped { by: 1 }));
+    second.staged().wait(LONG).unwrap();
+    rig.device.release();
+    first.wait(LONG).unwrap();
+    save(&rig, 3).unwrap().wait(LONG).unwrap().committed().unwrap();
+    assert!(rig.checkpoint(2).is_err());
+}
+
+#[test]
+fn latest_replaces_a_save_that_waits_by_a_newer_one() {
+    let rig = rig(|b| b.overlap(Overlap::Latest));
+    rig.device.hold();
+    let first = save(&rig, 1).unwrap();
+    eventually("the first is being staged", || first.progress().phase == Phase::Staging);
+    let waiting = Arc::new(pattern(2, 5000));
+    let second = rig.executor.save(2, one("t", waiting.clone())).unwrap();
+    let third = save(&rig, 3).unwrap();
+    assert!(matches!(second.wait(LONG).unwrap(), Outcome::Superseded { by: 3 }));
+    assert_eq!(Arc::strong_count(&waiting), 1);
+    rig.device.release();
+    first.wait(LONG).unwrap().committed().unwrap();
+    third.wait(LONG).unwrap().committed().unwrap();
+    assert!(rig.checkpoint(2).is_err());
+}
+
+#[test]
+fn a_full_queue_waits_for_room_and_is_busy_at_the_deadline() {
+    for (overlap, room) in [(Overlap::Block, 1), (Overlap::Queue(0), 1), (Overlap::Queue(2), 3)] {
+        let rig = rig(|b| b.overlap(overlap).save_deadline(Duration::from_millis(300)));
+        rig.device.hold();
+        let saves: Vec<_> = (0..room).map(|step| save(&rig, step).unwrap()).collect();
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| save(&rig, 10));
+            rig.device.release();
+            waits.join().unwrap().unwrap().wait(LONG).unwrap();
+        });
+        for save in saves {
+            save.wait(LONG).unwrap();
+        }
+    }
+}
+
+#[test]
+fn saves_in_a_queue_all_become_durable_in_order() {
+    let rig = rig(|b| b.overlap(Overlap::Queue(100)));
+    let saves: Vec<_> = (0..50).map(|step| save(&rig, step).unwrap()).collect();
+    for save in saves {
+        assert!(save.wait(LONG).unwrap().committed().is_some());
+    }
+    for step in 0..50 {
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), pattern(step, 5000));
+    }
+}
+
+#[test]
+fn the_same_step_twice_is_a_conflict_under_way_and_afterwards() {
+    let rig = rig(|b| b.overlap(Overlap::Queue(5)));
+    rig.device.hold();
+    let first = save(&rig, 1).unwrap();
+    assert_eq!(save(&rig, 1).unwrap_err().kind(), ErrorKind::Conflict);
+    rig.device.release();
+    first.wait(LONG).unwrap();
+    let error = save(&rig, 1).unwrap().wait(LONG).unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::Conflict, Some(1)));
+    let other = one("t", Arc::new(pattern(77, 5000)));
+    let again = rig.executor.save_with(1, other, ashore::SaveOptions::default().overwrite()).unwrap();
+    again.wait(LONG).unwrap();
+    assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(77, 5000));
+}
