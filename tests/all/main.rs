@@ -5,3 +5,4 @@ mod format;
 mod rig;
 mod saves;
 mod saving;
+mod state;

@@ -1,0 +1,91 @@
+//! Values: any serde type as JSON, exactly.
+//!
+//! JSON has no non-finite floats and only text for keys. Both are written with a tag that begins with `$`; text of the
+//! user's own that begins so gets one more `$`, so nothing is ever mistaken for a tag:
+//!
+//! | in Rust | in JSON |
+//! |---|---|
+//! | a non-finite `f64` | `{"$f64":"7ff8000000000001"}`, its bits |
+//! | a non-finite `f32` | `{"$f32":"7fc00001"}` |
+//! | an integer or a bool as a key | `"$int:-5"`, `"$bool:true"` |
+//! | a key, field or variant `$x` | `"$$x"` |
+//!
+//! Everything else is as serde and JSON have it. What would not come back as it was is refused while it can still be
+//! changed: at encoding.
+
+mod decode;
+mod encode;
+
+use crate::error::{Error, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// The tag of an `f64` that JSON has no number for.
+const F64: &str = "$f64";
+
+/// The tag of an `f32` that JSON has no number for.
+const F32: &str = "$f32";
+
+/// The tag of an integer key.
+const INT: &str = "$int:";
+
+/// The tag of a bool key.
+const BOOL: &str = "$bool:";
+
+/// How deep a value nests at most. The manifest's parser goes down 127 levels, of which the manifest itself takes two.
+const MAX_DEPTH: usize = 125;
+
+/// Encodes a value as JSON from which [`decode`] makes the same value: floats bit for bit, keys of their own type.
+///
+/// # Errors
+/// `Invalid` for what JSON cannot hold: integers beyond 64 bits, keys that are not text, integers or bools, an option that
+/// holds nothing (`Some(None)`, `Some(())`), an equal key twice, more than 125 levels of nesting, unparsed JSON.
+pub fn encode(value: &(impl Serialize + ?Sized)) -> Result<Value> {
+    encode::value(value, 0).map_err(|e| Error::invalid("a value cannot be written as json").with_source(e))
+}
+
+/// Decodes what [`encode`] wrote.
+///
+/// # Errors
+/// `Invalid` when it is not a `T`.
+pub fn decode<T: DeserializeOwned>(value: &Value) -> Result<T> {
+    let wrong = || Error::invalid(format!("a value is not of this type type={}", std::any::type_name::<T>()));
+    T::deserialize(decode::Decoder(value)).map_err(|e| wrong().with_source(e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+    use serde_json::json;
+
+    #[test]
+    fn tags_are_as_documented() {
+        let nan = f64::from_bits(0xfff8_0000_0000_0001);
+        assert_eq!(encode(&nan).unwrap(), json!({"$f64": "fff8000000000001"}));
+        assert_eq!(encode(&f32::INFINITY).unwrap(), json!({"$f32": "7f800000"}));
+        let keys = (std::collections::BTreeMap::from([(-5, true)]), std::collections::BTreeMap::from([(true, 1)]));
+        assert_eq!(encode(&keys).unwrap(), json!([{"$int:-5": true}, {"$bool:true": 1}]));
+        assert_eq!(encode(&json!({"$f64": {"$$": "$"}})).unwrap(), json!({"$$f64": {"$$$": "$"}}));
+    }
+
+    #[test]
+    fn what_is_not_an_encoding_is_refused() {
+        for wrong in [
+            json!({"$f64": "7ff8"}),
+            json!({"$f64": "7FF8000000000000"}),
+            json!({"$f64": 1}),
+            json!({"$f32": "7ff8000000000000"}),
+            json!({"$f64": "7ff8000000000000", "a": 1}),
+            json!({"$f16": "7c00"}),
+            json!({"$int:x": 1}),
+            json!({"$int:18446744073709551616": 1}),
+            json!({"$bool:yes": 1}),
+            json!({"$": 1}),
+        ] {
+            let refused = decode::<Value>(&wrong).expect_err("not an encoding");
+            assert_eq!(refused.kind(), ErrorKind::Invalid, "{wrong}");
+        }
+    }
+}

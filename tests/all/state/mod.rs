@@ -1,0 +1,26 @@
+//! What is saved.
+
+mod values;
+mod values_refused;
+
+use ashore::Result;
+use ashore::format::manifest::Manifest;
+use ashore::state::{decode_value, encode_value};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// What comes back of a value that went through a manifest.
+fn saved_and_restored<T: Serialize + DeserializeOwned>(value: &T) -> Result<T> {
+    let manifest = Manifest {
+        format: "ashore".into(),
+        version: 1,
+        step: 0,
+        attempt: ashore::Attempt::new(),
+        world: 1,
+        metadata: [].into(),
+        values: [("value".into(), encode_value(value)?)].into(),
+        files: vec![],
+        tensors: vec![],
+    };
+    decode_value(&Manifest::parse(&manifest.to_bytes()?)?.values["value"])
+}
