@@ -27,10 +27,11 @@ mod ticket;
 mod writer;
 
 pub use catalog::{Catalog, Retention};
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, TensorInfo};
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
+pub use restore::{Damage, Report, Targets};
 pub use save::{Save, SaveOptions, Snapshot, Staged};
 pub use settings::{Detect, IoMode, Overlap, Settings};
 pub use state::{Capture, Dtype, Element, HostTensor, Layout, Place, RawHost, Source, StateDict};

@@ -31,6 +31,11 @@ const BEFORE_DIGEST: &[u8] = br#","digest":""#;
 /// What stands after it, at the end of the file.
 const END: &[u8] = b"\"}\n";
 
+/// True for bytes that begin as manifests of this library do, damaged or not.
+pub fn is_ours(bytes: &[u8]) -> bool {
+    bytes.starts_with(BEGIN)
+}
+
 /// How many block digests a slice of `length` bytes has.
 pub fn block_count(length: u64) -> usize {
     // No file has more than 2^63 bytes, so the count fits.

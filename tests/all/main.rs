@@ -1,7 +1,10 @@
 //! The integration tests: one binary, folders by stage, one behaviour per file.
 
+mod catalog;
 mod fence;
 mod format;
+mod made;
+mod restore;
 mod rig;
 mod saves;
 mod saving;
