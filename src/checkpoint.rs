@@ -1,8 +1,8 @@
 //! A step that was published, held open to be read.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::manifest::{FileEntry, MANIFEST, Manifest, TensorEntry};
-use crate::format::{invariants, shard};
+use crate::format::manifest::{FileEntry, MANIFEST, Manifest, TensorEntry, is_ours};
+use crate::format::shard;
 use crate::id::Attempt;
 use crate::memory::ALIGNMENT;
 use crate::state::{Dtype, Layout, decode_value};
@@ -70,18 +70,18 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn from_storage(storage: Arc<dyn Storage>, name: &str) -> Result<Self> {
+        Self::try_open(&storage, name).map_err(Failure::into_error)
+    }
+
+    pub(crate) fn try_open(storage: &Arc<dyn Storage>, name: &str) -> Result<Self, Failure> {
         let path = storage.describe(name);
-        let mut tries = 1..=ATTEMPTS;
+        let mut tries = 1;
         loop {
-            let last = tries.next().is_none_or(|n| n == ATTEMPTS);
             match Opened::new(storage.as_ref(), name, &path) {
-                // Exchanged while we opened its files, which are being deleted now: the new step has the name.
-                Err(Failure::Gone(_)) if !last => {}
-                Err(Failure::Gone(error)) => {
-                    return Err(error.with_kind(ErrorKind::Corrupt).with_path(path));
-                }
-                Err(Failure::Other(error)) => return Err(error.with_path(path)),
                 Ok(opened) => return Ok(Self { opened: Arc::new(opened), threads: default_threads() }),
+                // Exchanged or pruned while its files were opened, which are being deleted: look again under the name.
+                Err(Failure::Gone(_)) if tries < ATTEMPTS => tries += 1,
+                Err(failure) => return Err(failure),
             }
         }
     }
@@ -209,31 +209,47 @@ impl<'a> TensorInfo<'a> {
 }
 
 /// Why an open failed.
-enum Failure {
+pub(crate) enum Failure {
+    /// There is nothing of ours under the name.
+    Foreign(Error),
     /// A file is not there that the manifest speaks of.
     Gone(Error),
-    Other(Error),
+    /// It is ours, but cannot be opened.
+    Broken(Error),
 }
 
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self::Other(error)
+impl Failure {
+    pub fn into_error(self) -> Error {
+        match self {
+            Self::Foreign(error) | Self::Broken(error) => error,
+            Self::Gone(error) => {
+                let (step, path) = (error.step(), error.path().map(Path::to_path_buf));
+                let mut missing = Error::corrupt("a file of the checkpoint is missing").with_source(error);
+                if let Some(step) = step {
+                    missing = missing.with_step(step);
+                }
+                if let Some(path) = path { missing.with_path(path) } else { missing }
+            }
+        }
     }
 }
 
 impl Opened {
     fn new(storage: &dyn Storage, name: &str, path: &Path) -> Result<Self, Failure> {
-        let reading = storage.open(name)?;
-        let manifest = reading.open(MANIFEST)?;
-        let manifest_bytes = manifest.len();
-        let manifest = parse(manifest.as_ref()).map_err(|e| e.with_path(path.join(MANIFEST)))?;
-        let mut bytes = manifest_bytes;
+        let foreign_if_missing = |error: Error| match error.kind() {
+            ErrorKind::NotFound => Failure::Foreign(error.with_path(path)),
+            _ => Failure::Broken(error.with_path(path)),
+        };
+        let reading = storage.open(name).map_err(foreign_if_missing)?;
+        let file = reading.open(MANIFEST).map_err(foreign_if_missing)?;
+        let manifest = parse(file.as_ref(), &path.join(MANIFEST))?;
+        let mut bytes = file.len();
         let mut files = Vec::new();
         for entry in &manifest.files {
             let file = open_file(reading.as_ref(), &manifest, entry).map_err(|error| {
                 let gone = error.kind() == ErrorKind::NotFound;
                 let error = error.with_step(manifest.step).with_path(path.join(&entry.name));
-                if gone { Failure::Gone(error) } else { Failure::Other(error) }
+                if gone { Failure::Gone(error) } else { Failure::Broken(error) }
             })?;
             bytes = bytes.saturating_add(file.len());
             files.push(file);
@@ -242,16 +258,21 @@ impl Opened {
     }
 }
 
-fn parse(file: &dyn FileReading) -> Result<Manifest> {
-    let mut bytes = Vec::new();
-    let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for the manifest len={}", file.len()));
-    let len = usize::try_from(file.len()).map_err(|_| no_memory())?;
-    bytes.try_reserve_exact(len).map_err(|_| no_memory())?;
-    bytes.resize(len, 0);
-    file.read_at(0, &mut bytes)?;
-    let manifest = Manifest::parse(&bytes)?;
-    invariants::check(&manifest)?;
-    Ok(manifest)
+fn parse(file: &dyn FileReading, path: &Path) -> Result<Manifest, Failure> {
+    let read = || {
+        let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a manifest bytes={}", file.len()));
+        let len = usize::try_from(file.len()).map_err(|_| no_memory())?;
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(len).map_err(|_| no_memory())?;
+        bytes.resize(len, 0);
+        file.read_at(0, &mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().map_err(|e: Error| Failure::Broken(e.with_path(path)))?;
+    Manifest::parse(&bytes).map_err(|error| {
+        let error = error.with_path(path);
+        if is_ours(&bytes) { Failure::Broken(error) } else { Failure::Foreign(error) }
+    })
 }
 
 /// Opens a file that the manifest names, and makes sure that it is the one.

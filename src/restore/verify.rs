@@ -161,16 +161,14 @@ impl Checkpoint {
         for (tile, found) in piece.parts.into_iter().zip(found) {
             let tensor = tile.written.map(|(_, tensor)| tensor);
             let mut wrong = |what| findings.damage.push(self.damage(tile.file, tensor, &tile.range, what));
-            match (found.clone(), tile.written) {
+            match (&found, tile.written) {
                 (Err(error), _) => wrong(format!("cannot be read: {error}")),
-                (Ok(found), Some((written, _))) if !matches(found, written) => {
+                (Ok(found), Some((written, _))) if !matches(*found, written) => {
                     wrong(format!("not what was written expected={written} found={found}"));
                 }
                 _ => {}
             }
-            if let Ok(found) = found {
-                findings.digests.push((tile.file, tile.range, found));
-            }
+            findings.digests.extend(found.ok().map(|found| (tile.file, tile.range, found)));
         }
         Ok(())
     }

@@ -1,0 +1,231 @@
+//! The steps of a directory: which there are, which is the newest, which may go.
+//!
+//! **Consistency.** A step is listed only when its manifest parses, every file has its length, and every shard is of this
+//! step and attempt, so nothing incomplete is ever listed. Directories that this library did not make are foreign: never
+//! listed, never touched. **Names.** Steps are compared as numbers. A step may be there under several names (`step-00000100`
+//! and `ckpt-100`); the name that this library would give comes first, then the others in lexicographic order, and the
+//! first that can be opened is read. A directory whose name says another step than its manifest is a problem, not a step.
+//! **Crash.** Nothing is deleted before enough newer steps are durable; deleting is atomic, step by step.
+
+mod retention;
+mod sweep;
+
+pub use retention::Retention;
+pub use sweep::Pruned;
+
+use crate::checkpoint::{Checkpoint, Failure};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{Attempt, parse_step_name, step_name};
+use crate::storage::Storage;
+use crate::storage::local::Local;
+use std::cmp::Reverse;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The steps of a storage. Clones share what they know of durability.
+#[derive(Clone, Debug)]
+pub struct Catalog {
+    storage: Arc<dyn Storage>,
+    known: Arc<Mutex<Known>>,
+}
+
+/// What this process knows of attempts without asking the medium.
+#[derive(Debug, Default)]
+struct Known {
+    durable: HashSet<Attempt>,
+    doubtful: HashSet<Attempt>,
+}
+
+/// A step that is there.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
+pub struct Entry {
+    /// The step.
+    pub step: u64,
+    /// The name of its directory.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// The length of all its files.
+    pub bytes: u64,
+    /// The attempt that was published.
+    pub attempt: Attempt,
+}
+
+/// A directory that has the name of a step, and was made by this library, but cannot be opened.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Problem {
+    /// The step that its name says.
+    pub step: u64,
+    /// The name of its directory.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Why it is not listed.
+    pub error: Error,
+}
+
+/// The newest step that is sound, and what was passed over on the way to it.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Found {
+    /// The step; all of its bytes were just checked.
+    pub checkpoint: Checkpoint,
+    /// Newer steps, newest first, and what is wrong with each.
+    pub skipped: Vec<Problem>,
+}
+
+impl Catalog {
+    /// The steps in the directory `root`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such directory.
+    pub fn open(root: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self::over(Local::at(root.as_ref())?))
+    }
+
+    /// The steps of `storage`.
+    pub fn over(storage: Arc<dyn Storage>) -> Self {
+        Self { storage, known: Arc::default() }
+    }
+
+    /// Every step, oldest first; see the [module](self) for what counts as one.
+    ///
+    /// # Errors
+    /// When the directory cannot be read. A step that cannot be opened is no error: see [`Catalog::problems`].
+    pub fn list(&self) -> Result<Vec<Entry>> {
+        Ok(self.survey()?.0)
+    }
+
+    /// What looks like a step of this library and is not listed, oldest first, with the reason.
+    ///
+    /// # Errors
+    /// As [`Catalog::list`].
+    pub fn problems(&self) -> Result<Vec<Problem>> {
+        Ok(self.survey()?.1)
+    }
+
+    /// [`Catalog::list`] and [`Catalog::problems`] in one pass.
+    ///
+    /// # Errors
+    /// As [`Catalog::list`].
+    pub fn survey(&self) -> Result<(Vec<Entry>, Vec<Problem>)> {
+        let (mut entries, mut problems) = (Vec::new(), Vec::new());
+        for (step, name) in self.names()? {
+            match self.try_open(step, &name) {
+                Ok(Some(checkpoint)) => {
+                    let (path, attempt) = (checkpoint.path().into(), checkpoint.attempt());
+                    entries.push(Entry { step, name, path, bytes: checkpoint.bytes(), attempt });
+                }
+                Ok(None) => {}
+                Err(error) => problems.push(self.problem(step, name, error)),
+            }
+        }
+        Ok((entries, problems))
+    }
+
+    /// The newest step that is listed, None when there is none. Its tensor data is checked when it is read.
+    ///
+    /// # Errors
+    /// When the directory cannot be read, or a newer step is there that cannot be read at present (an I/O error, missing
+    /// permission): starting from an older one is for the caller to decide.
+    pub fn latest(&self) -> Result<Option<Checkpoint>> {
+        for (step, name) in newest_first(self.names()?) {
+            match self.try_open(step, &name) {
+                Ok(None) => {}
+                Ok(Some(checkpoint)) => return Ok(Some(checkpoint)),
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    tracing::warn!(step, %name, %error, "a damaged step is not listed");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// The step `step`, never another.
+    ///
+    /// # Errors
+    /// `NotFound` when it is not there; otherwise as [`Checkpoint::open`].
+    pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
+        let mut first = None;
+        for (_, name) in self.names()?.into_iter().filter(|(there, _)| *there == step) {
+            match self.try_open(step, &name) {
+                Ok(Some(checkpoint)) => return Ok(checkpoint),
+                Ok(None) => {}
+                Err(error) => {
+                    first.get_or_insert(error);
+                }
+            }
+        }
+        Err(first.unwrap_or_else(|| {
+            let missing = Error::new(ErrorKind::NotFound, "no such step");
+            missing.with_step(step).with_path(self.storage.describe(&step_name(step)))
+        }))
+    }
+
+    /// The newest step all of whose bytes are what was written, and what was passed over; None when there is no step at
+    /// all. Reads every byte of the steps that it looks at.
+    ///
+    /// # Errors
+    /// When the directory cannot be read; when there are steps but none is sound, what is wrong with the newest.
+    pub fn latest_valid(&self) -> Result<Option<Found>> {
+        let mut skipped = Vec::new();
+        for (step, name) in newest_first(self.names()?) {
+            match self.try_open(step, &name).and_then(sound) {
+                Ok(Some(checkpoint)) => return Ok(Some(Found { checkpoint, skipped })),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(step, %name, %error, "a step is passed over");
+                    skipped.push(self.problem(step, name, error));
+                }
+            }
+        }
+        skipped.into_iter().next().map_or(Ok(None), |problem| Err(problem.error))
+    }
+
+    /// Names of steps, ordered by step, for each step in the order of preference.
+    fn names(&self) -> Result<Vec<(u64, String)>> {
+        let mut names: Vec<_> =
+            self.storage.list()?.into_iter().filter_map(|name| Some((parse_step_name(&name)?, name))).collect();
+        names.sort_by_cached_key(|(step, name)| (*step, *name != step_name(*step), name.clone()));
+        Ok(names)
+    }
+
+    /// None when the directory is foreign, or gone by now.
+    fn try_open(&self, step: u64, name: &str) -> Result<Option<Checkpoint>> {
+        match Checkpoint::try_open(&self.storage, name) {
+            Ok(checkpoint) if checkpoint.step() == step => Ok(Some(checkpoint)),
+            Ok(checkpoint) => {
+                let what = format!("a directory has the name of another step manifest={}", checkpoint.step());
+                Err(Error::corrupt(what).with_step(step).with_path(checkpoint.path()))
+            }
+            Err(Failure::Foreign(error)) if error.kind() == ErrorKind::NotFound || name != step_name(step) => Ok(None),
+            Err(failure) => Err(failure.into_error().with_step(step)),
+        }
+    }
+
+    fn problem(&self, step: u64, name: String, error: Error) -> Problem {
+        let path = self.storage.describe(&name);
+        Problem { step, name, path, error }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn newest_first(mut names: Vec<(u64, String)>) -> Vec<(u64, String)> {
+    names.sort_by_key(|(step, _)| Reverse(*step));
+    names
+}
+
+fn sound(checkpoint: Option<Checkpoint>) -> Result<Option<Checkpoint>> {
+    let Some(checkpoint) = checkpoint else { return Ok(None) };
+    match checkpoint.damaged(&checkpoint.verify()?) {
+        None => Ok(Some(checkpoint)),
+        Some(error) => Err(error),
+    }
+}

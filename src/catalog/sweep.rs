@@ -1,0 +1,127 @@
+//! Deleting: old steps by a retention, dead attempts by the storage. Always after a commit, never on its path.
+
+use super::{Catalog, Entry, Problem, Retention};
+use crate::error::Result;
+use crate::id::Attempt;
+use crate::mutant::{self, Mutant};
+use crate::storage::Swept;
+use std::collections::BTreeSet;
+
+/// What a prune did, or would do.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Pruned {
+    /// What was removed, oldest first.
+    pub removed: Vec<Entry>,
+    /// What was kept, oldest first.
+    pub kept: Vec<Entry>,
+    /// Steps among the kept that could not be made durable, and therefore replace no older one.
+    pub doubtful: Vec<Problem>,
+}
+
+impl Catalog {
+    /// Says that `attempt` is durable because this process published it and saw every fsync succeed. Other steps are made
+    /// durable before they are counted.
+    pub fn acknowledge(&self, attempt: Attempt) {
+        self.known().durable.insert(attempt);
+    }
+
+    /// Says that the publish of `attempt` ended as `Indeterminate`: it never counts in this process. A later fsync would
+    /// prove nothing, for the kernel reports a lost write once.
+    pub fn doubt(&self, attempt: Attempt) {
+        let mut known = self.known();
+        known.durable.remove(&attempt);
+        known.doubtful.insert(attempt);
+    }
+
+    /// Deletes what `retention` does not keep, oldest first. Foreign directories, attempts and steps that cannot be
+    /// opened are left alone. With `dry_run` nothing is deleted.
+    ///
+    /// Steps that this process did not publish itself are made durable before they are counted; those where that fails do
+    /// not count, so more is kept.
+    ///
+    /// # Errors
+    /// `Invalid` for a retention that keeps nothing. When a step cannot be deleted the others still are, and the first
+    /// error is returned.
+    pub fn prune(&self, retention: &Retention, dry_run: bool) -> Result<Pruned> {
+        retention.check()?;
+        let entries = self.list()?;
+        let mut pruned = Pruned::default();
+        let durable = self.durable(&entries, retention.keep_last.unwrap_or(0), &mut pruned.doubtful);
+        let gone: BTreeSet<u64> =
+            retention.plan(entries.iter().map(|entry| entry.step), durable)?.into_iter().collect();
+        let mut failed = None;
+        for entry in entries {
+            if !gone.contains(&entry.step) {
+                pruned.kept.push(entry);
+                continue;
+            }
+            let removed = if dry_run { Ok(()) } else { self.storage.remove(&entry.name) };
+            match removed {
+                Ok(()) => pruned.removed.push(entry),
+                Err(error) if error.kind() == crate::ErrorKind::NotFound => {}
+                Err(error) => {
+                    failed.get_or_insert(error.with_step(entry.step).with_path(&entry.path));
+                    pruned.kept.push(entry);
+                }
+            }
+        }
+        failed.map_or(Ok(pruned), Err)
+    }
+
+    /// Removes attempts and trash whose owner is dead, and only those.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn sweep(&self) -> Result<Swept> {
+        self.storage.sweep()
+    }
+
+    /// The newest steps that are durable, as many as are `wanted`; older ones are not asked about.
+    fn durable(&self, entries: &[Entry], wanted: usize, doubtful: &mut Vec<Problem>) -> BTreeSet<u64> {
+        let mut durable = BTreeSet::new();
+        for entry in entries.iter().rev() {
+            if durable.len() >= wanted {
+                break;
+            }
+            match self.make_durable(entry) {
+                Ok(()) => {
+                    durable.insert(entry.step);
+                }
+                Err(error) if mutant::on(Mutant::RetentionCount) => {
+                    drop(error);
+                    durable.insert(entry.step);
+                }
+                Err(error) => {
+                    tracing::warn!(step = entry.step, %error, "a step does not count for retention");
+                    doubtful.push(Problem {
+                        step: entry.step,
+                        name: entry.name.clone(),
+                        path: entry.path.clone(),
+                        error,
+                    });
+                }
+            }
+        }
+        doubtful.reverse();
+        durable
+    }
+
+    fn make_durable(&self, entry: &Entry) -> Result<()> {
+        let known = self.known();
+        if known.doubtful.contains(&entry.attempt) {
+            let what = "the publish of this step had no certain end";
+            let error = crate::Error::new(crate::ErrorKind::Indeterminate, what);
+            return Err(error.with_step(entry.step).with_path(&entry.path));
+        }
+        if known.durable.contains(&entry.attempt) {
+            return Ok(());
+        }
+        drop(known);
+        if !mutant::on(Mutant::ConfirmFsync) {
+            self.storage.confirm(&entry.name)?;
+        }
+        self.acknowledge(entry.attempt);
+        Ok(())
+    }
+}

@@ -1,0 +1,116 @@
+use crate::made::{Made, Watched, noise, publish};
+use ashore::storage::Storage;
+use ashore::{Attempt, Catalog, Dtype, ErrorKind, Retention};
+use std::sync::Arc;
+
+fn steps(steps: impl IntoIterator<Item = u64>) -> (Watched, Catalog, Vec<Attempt>) {
+    let storage = Watched::default();
+    let mut attempts = Vec::new();
+    for step in steps {
+        let made = Made::new(step).tensor("x", Dtype::U8, &[64], noise(64, step));
+        made.publish(&storage.memory, &ashore::id::step_name(step));
+        attempts.push(made.attempt);
+    }
+    (storage.clone(), Catalog::over(Arc::new(storage)), attempts)
+}
+
+fn left(storage: &Watched) -> Vec<u64> {
+    let mut steps: Vec<_> =
+        storage.list().unwrap().iter().filter_map(|name| ashore::id::parse_step_name(name)).collect();
+    steps.sort_unstable();
+    steps
+}
+
+const LAST_TWO: Retention = Retention { keep_last: Some(2), keep_every: None };
+
+#[test]
+fn the_last_ones_and_every_kth_survive() {
+    let (storage, catalog, _) = steps([5, 10, 15, 20, 25, 30, 100]);
+    let retention = Retention { keep_last: Some(2), keep_every: Some(10) };
+    let dry = catalog.prune(&retention, true).unwrap();
+    assert_eq!(left(&storage).len(), 7, "a dry run removes nothing");
+    let pruned = catalog.prune(&retention, false).unwrap();
+    assert_eq!(left(&storage), [10, 20, 30, 100]);
+    assert_eq!(storage.seen.lock().unwrap().removed, ["step-00000005", "step-00000015", "step-00000025"]);
+    let steps = |entries: &[ashore::catalog::Entry]| entries.iter().map(|entry| entry.step).collect::<Vec<_>>();
+    assert_eq!((steps(&dry.removed), steps(&dry.kept)), (vec![5, 15, 25], vec![10, 20, 30, 100]));
+    assert_eq!((steps(&pruned.removed), steps(&pruned.kept)), (steps(&dry.removed), steps(&dry.kept)));
+}
+
+#[test]
+fn survivors_are_made_durable_before_anything_is_removed_and_only_once() {
+    let (storage, catalog, attempts) = steps([1, 2, 3]);
+    catalog.acknowledge(attempts[2]);
+    catalog.prune(&LAST_TWO, false).unwrap();
+    let seen = |storage: &Watched| storage.seen.lock().unwrap().confirmed.clone();
+    assert_eq!(seen(&storage), ["step-00000002"], "the one that this process did not publish");
+    assert_eq!(left(&storage), [2, 3]);
+    catalog.prune(&LAST_TWO, false).unwrap();
+    assert_eq!(seen(&storage).len(), 1);
+}
+
+#[test]
+fn a_step_that_cannot_be_made_durable_replaces_none() {
+    let (storage, catalog, _) = steps([1, 2, 3, 4]);
+    storage.seen.lock().unwrap().broken.insert("step-00000004".into());
+    let pruned = catalog.prune(&LAST_TWO, false).unwrap();
+    assert_eq!(left(&storage), [2, 3, 4]);
+    assert_eq!(pruned.doubtful.iter().map(|problem| problem.step).collect::<Vec<_>>(), [4]);
+    storage.seen.lock().unwrap().broken.extend(["step-00000002".into(), "step-00000003".into()]);
+    let fresh = Catalog::over(Arc::new(storage.clone()));
+    fresh.prune(&Retention { keep_last: Some(1), keep_every: None }, false).unwrap();
+    assert_eq!(left(&storage), [2, 3, 4], "none of them counts");
+}
+
+#[test]
+fn an_indeterminate_step_never_counts() {
+    let (storage, catalog, attempts) = steps([1, 2, 3]);
+    catalog.acknowledge(attempts[2]);
+    catalog.doubt(attempts[2]);
+    let pruned = catalog.prune(&LAST_TWO, false).unwrap();
+    assert_eq!(left(&storage), [1, 2, 3]);
+    assert_eq!(pruned.doubtful[0].error.kind(), ErrorKind::Indeterminate);
+    assert_eq!(pruned.removed.len(), 0);
+}
+
+#[test]
+fn foreign_and_broken_directories_stay() {
+    let (storage, catalog, _) = steps([10, 20, 30]);
+    publish(&storage.memory, "1", &[("weights.bin".into(), vec![0])]);
+    publish(&storage.memory, "step-00000002", &[("manifest.json".into(), vec![0])]);
+    let mut broken = Made::new(3).tensor("x", Dtype::U8, &[64], noise(64, 1)).files();
+    broken[0].1.pop();
+    publish(&storage.memory, "step-00000003", &broken);
+    publish(&storage.memory, "step-00000040", &broken);
+    catalog.prune(&LAST_TWO, false).unwrap();
+    assert_eq!(left(&storage), [1, 2, 3, 20, 30, 40], "and the broken newer one does not count");
+}
+
+#[test]
+fn every_name_of_a_step_goes_with_it() {
+    let (storage, catalog, _) = steps([1, 2, 3]);
+    Made::new(1).publish(&storage.memory, "ckpt-1");
+    Made::new(3).publish(&storage.memory, "ckpt-3");
+    catalog.prune(&LAST_TWO, false).unwrap();
+    assert_eq!(left(&storage), [2, 3, 3]);
+}
+
+#[test]
+fn one_that_cannot_be_removed_is_reported_and_the_others_go() {
+    let (storage, catalog, _) = steps([1, 2, 3, 4]);
+    storage.seen.lock().unwrap().broken.insert("step-00000001".into());
+    let failed = catalog.prune(&LAST_TWO, false).unwrap_err();
+    assert_eq!((failed.kind(), failed.step()), (ErrorKind::Unavailable, Some(1)));
+    assert_eq!(left(&storage), [1, 3, 4]);
+}
+
+#[test]
+fn a_retention_of_nothing_is_refused_before_anything_is_read() {
+    let (storage, catalog, _) = steps([1, 2]);
+    for (keep_last, keep_every) in [(Some(0), None), (Some(1), Some(0)), (None, Some(0))] {
+        assert_eq!(catalog.prune(&Retention { keep_last, keep_every }, false).unwrap_err().kind(), ErrorKind::Invalid);
+    }
+    assert!(storage.seen.lock().unwrap().reads.is_empty());
+    catalog.prune(&Retention::default(), false).unwrap();
+    assert_eq!(left(&storage), [1, 2]);
+}

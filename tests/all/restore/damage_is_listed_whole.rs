@@ -1,0 +1,62 @@
+use crate::made::{Made, noise, open};
+use ashore::Dtype;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const BLOCK: usize = 8 << 20;
+
+#[test]
+fn every_damaged_place_is_named_in_order() {
+    let made = Made::new(7)
+        .tensor("a", Dtype::U8, &[100], noise(100, 1))
+        .tensor("b", Dtype::U8, &[3 * BLOCK], noise(3 * BLOCK, 2))
+        .tensor("c", Dtype::U8, &[100], noise(100, 3))
+        .tensor("d", Dtype::U8, &[100], noise(100, 4))
+        .shards(2);
+    let mut files = made.files();
+    // a and c are in the first shard, b and d in the second.
+    let (first, second) = (files[0].1.len() - 200, files[1].1.len() - 3 * BLOCK - 100);
+    files[0].1[first + 150] ^= 1;
+    files[0].1[3000] ^= 1;
+    files[1].1[second + 5] ^= 1;
+    files[1].1[second + 3 * BLOCK - 1] ^= 0x80;
+    files[2].1[3] ^= 1;
+    let checkpoint = open(&files).unwrap().with_threads(3);
+    let (progress, total) = (AtomicU64::new(0), AtomicU64::new(0));
+    let report = checkpoint
+        .verify_with(|done, all| {
+            progress.fetch_max(done, Ordering::Relaxed);
+            total.store(all, Ordering::Relaxed);
+        })
+        .unwrap();
+    let found: Vec<_> = report.damage.iter().map(|d| (&d.file[..], d.tensor.as_deref(), d.range.clone())).collect();
+    let (first, second, block) = (first as u64, second as u64, BLOCK as u64);
+    let expected = [
+        ("model-00001-of-00002.safetensors", None, 0..first),
+        ("model-00001-of-00002.safetensors", Some("c"), first + 100..first + 200),
+        ("model-00002-of-00002.safetensors", Some("b"), second..second + block),
+        ("model-00002-of-00002.safetensors", Some("b"), second + 2 * block..second + 3 * block),
+        ("model.safetensors.index.json", None, 0..files[2].1.len() as u64),
+    ];
+    assert_eq!(found, expected);
+    assert_eq!((report.files, report.tensors), (3, 4));
+    let bytes: usize = files[..3].iter().map(|(_, bytes)| bytes.len()).sum();
+    assert_eq!(report.bytes, bytes as u64);
+    assert_eq!((progress.into_inner(), total.into_inner()), (report.bytes, report.bytes));
+}
+
+#[test]
+fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
+    let honest = Made::new(7).tensor("a", Dtype::U8, &[8], noise(8, 1));
+    let mut files = honest.files();
+    let mut liar = honest.clone();
+    liar.tensors.get_mut("a").unwrap().1 = vec![4, 2];
+    files[0] = liar.files().swap_remove(0);
+    let manifest = String::from_utf8(liar.files().swap_remove(1).1).unwrap();
+    // The manifest of the liar, with the shape that the honest one gives.
+    let lied = manifest.replace("\"shape\":[4,2]", "\"shape\":[8]").replace("\"at\":[0,0]", "\"at\":[0]");
+    let text = lied.rsplit_once(",\"digest\":").unwrap().0;
+    files[1].1 = ashore::format::manifest::seal(text.into());
+    let report = open(&files).unwrap().verify().unwrap();
+    assert_eq!(report.damage.len(), 1, "{report:?}");
+    assert!(report.damage[0].what.contains("contradicts the manifest"), "{report:?}");
+}

@@ -1,0 +1,7 @@
+//! Reading steps back: all that was written or an error, never anything else.
+
+mod a_flipped_bit_is_refused;
+mod a_slice_reads_only_its_blocks;
+mod a_step_exchanged_while_opening;
+mod damage_is_listed_whole;
+mod tensors_come_back_bit_for_bit;
