@@ -62,7 +62,7 @@ impl Checkpoint {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
             return Err(Error::invalid("a checkpoint needs a parent directory and a name in utf-8").with_path(path));
         };
-        Self::from_storage(Local::at(parent)?, name)
+        Self::from_storage(Arc::new(Local::at(parent)?), name)
     }
 
     /// Opens the step `name` of `storage`.

@@ -99,7 +99,7 @@ impl Builder {
         settings.check()?;
         let storage = match storage {
             Some(storage) => storage,
-            None => Local::open(&root)?.direct(settings.direct),
+            None => Arc::new(Local::open(&root)?.direct(settings.direct)),
         };
         let signal = Arc::new(Signal::default());
         let arena = Arena::new(settings.arena, settings.chunk, device.as_ref(), signal.clone())?;
