@@ -35,7 +35,8 @@ fn save(c: &mut Criterion) {
         });
         c.bench_with_input(BenchmarkId::new("save", tensors), &names, |b, names| {
             let storage: Arc<dyn Storage> = Arc::new(Memory::new());
-            let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).arena(64 << 20).chunk(1 << 20);
+            let builder =
+                CheckpointExecutor::builder("in memory").storage(storage.clone()).arena(64 << 20).chunk(1 << 20);
             let executor = builder.overlap(Overlap::Block).build().expect("an executor");
             let mut step = 0;
             let mut one = || {

@@ -11,7 +11,7 @@ use crate::storage::{FileReading, Reading, Storage};
 use serde::de::DeserializeOwned;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// How often an open starts over when the step is exchanged or pruned under it.
 const ATTEMPTS: usize = 8;
@@ -295,6 +295,8 @@ fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> R
     Ok(file)
 }
 
+/// Asked once: the answer costs several system calls.
 fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from).min(4)
+    static THREADS: OnceLock<usize> = OnceLock::new();
+    *THREADS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from).min(4))
 }

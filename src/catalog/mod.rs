@@ -83,7 +83,7 @@ impl Catalog {
     /// # Errors
     /// `NotFound` when there is no such directory.
     pub fn open(root: impl AsRef<Path>) -> Result<Self> {
-        Ok(Self::over(Arc::new(Local::at(root.as_ref())?)))
+        Ok(Self::over(Arc::new(Local::at(root)?)))
     }
 
     /// The steps of `storage`.

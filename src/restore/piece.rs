@@ -12,6 +12,9 @@ use std::thread;
 /// Bytes nobody asked for that are read all the same when they lie between bytes that are wanted: cheaper than a read.
 const GAP: u64 = 64 << 10;
 
+/// Less than this is read before another thread has started.
+const WORTHWHILE: u64 = 1 << 20;
+
 /// Bytes of a file that are checked as one.
 pub(super) trait Part: Send {
     /// Index of the file.
@@ -68,14 +71,7 @@ impl Window {
             return Err(Error::corrupt(format!("a file ends too early range={range:?} len={}", file.len())));
         }
         let bytes = self.space((end - start) as usize)?;
-        // The odd end of a file is read apart: it would take the rest of the read off the direct path.
-        let (body, tail) = bytes.split_at_mut((end - end % align).saturating_sub(start) as usize);
-        if !body.is_empty() {
-            file.read_at(start, body)?;
-        }
-        if !tail.is_empty() {
-            file.read_at(start + body.len() as u64, tail)?;
-        }
+        file.read_at(start, bytes)?;
         let skip = (range.start - start) as usize;
         Ok(bytes.get(skip..skip + (range.end - range.start) as usize).unwrap_or_default())
     }
@@ -104,7 +100,9 @@ pub(super) fn visit_all<P: Part>(
     threads: usize,
     visit: impl Fn(&mut Window, Piece<P>) -> Result<()> + Sync,
 ) -> Result<()> {
-    let helpers = threads.min(pieces.len()).saturating_sub(1);
+    let bytes: u64 = pieces.iter().map(|piece| piece.range.end - piece.range.start).sum();
+    let worthwhile = usize::try_from(bytes / WORTHWHILE).unwrap_or(usize::MAX).saturating_add(1);
+    let helpers = threads.min(pieces.len()).min(worthwhile).saturating_sub(1);
     let queue = Mutex::new(pieces.into_iter());
     let failed = AtomicBool::new(false);
     let first = Mutex::new(None);
@@ -184,7 +182,7 @@ mod tests {
 
     #[test]
     fn the_first_error_stops_every_thread_and_is_the_one_reported() {
-        let pieces = coalesce((0..1000).map(|i| (i, 0..1)).collect());
+        let pieces = coalesce((0..1000).map(|i| (i, 0..WORTHWHILE)).collect());
         let visited = std::sync::atomic::AtomicUsize::new(0);
         let result = visit_all(pieces, 4, |_, piece| {
             visited.fetch_add(1, Ordering::Relaxed);

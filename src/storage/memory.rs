@@ -238,13 +238,13 @@ impl FileWriting for MemoryFile {
         else {
             return refuse("a write ends beyond any file");
         };
-        if start % ALIGNMENT != 0 || from.as_ptr().addr() % ALIGNMENT != 0 {
+        if !start.is_multiple_of(ALIGNMENT) || !from.as_ptr().addr().is_multiple_of(ALIGNMENT) {
             return refuse("a write is not aligned");
         }
         if from.is_empty() || end > room {
             return refuse("a write is empty or ends beyond the file");
         }
-        if end % ALIGNMENT != 0 && end != bytes.len() {
+        if !end.is_multiple_of(ALIGNMENT) && end != bytes.len() {
             return refuse("a write within the file has an odd length");
         }
         let Some(pages) = written.get_mut(start / ALIGNMENT..end.div_ceil(ALIGNMENT)) else {

@@ -1,3 +1,173 @@
 //! Storage in a directory of a local or mounted file system.
+//!
+//! **Names.** `names` lists what can be in a root. A step is a plain directory that holds the checkpoint and nothing else; an
+//! attempt is a hidden one, with the record of its owner beside it.
+//! **Consistency.** A step appears by one rename and is never changed. A reader opens its directory once and every file through
+//! that descriptor, so it sees one attempt, replaced or removed as it may be.
+//! **Completion.** Files, then the attempt's directory, then the rename, then the root: each is fsynced before the next step, in
+//! `durable` and nowhere else. A failed fsync loses the attempt; one that fails after the rename is `Indeterminate`.
+//! **Crash.** An attempt whose owner is dead is moved to the trash, durably, and then deleted. What is displaced or removed goes
+//! the same way, so a crash never brings back a directory with some of its files missing. Leaks that are accepted: an owner
+//! record that is still empty (it may be another host's), and attempts of hosts that never come back; both are reported.
+//! **Cancellation.** [`Writing::abandon`]; or drop the attempt, and a sweep finds it.
+//! **Fork.** A child never closes, unlocks or deletes what its parent has open.
+//!
+//! From the system calls up: `sys` (the seam), `linux`, `dir`, `transfer`, `direct`, `durable`; then `owner`, `file`, `trash`,
+//! `publish`; then `attempt`, `reading`, `sweep`, `root`; then [`Local`].
 
+mod aligned;
+mod attempt;
+mod dir;
+mod direct;
+mod durable;
+mod file;
+mod linux;
+mod names;
+mod owner;
+mod publish;
+mod reading;
+mod root;
+mod sweep;
 pub mod sys;
+mod transfer;
+mod trash;
+
+pub use aligned::AlignedBuffer;
+pub use linux::Linux;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{Attempt, parse_step_name};
+use crate::storage::{Reading, Storage, Swept, Writing};
+use attempt::{Kept, LocalAttempt};
+use dir::Dir;
+use direct::Bypass;
+use reading::LocalReading;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use sys::{Kind, Open, Rename, Sys};
+
+/// Steps in a directory.
+#[derive(Debug)]
+pub struct Local {
+    /// For looking only. Whoever fsyncs opens it afresh: a failed fsync is final for a descriptor.
+    root: Dir,
+    direct: bool,
+    kept: Kept,
+}
+
+impl Local {
+    /// The root at `path`, created when it is missing.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::with_sys(Arc::new(Linux), path)
+    }
+
+    /// The root at `path`, to read; nothing is created.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    pub fn at(path: impl AsRef<Path>) -> Result<Self> {
+        Self::at_with_sys(Arc::new(Linux), path)
+    }
+
+    /// [`Self::open`] on other system calls.
+    pub fn with_sys(sys: Arc<dyn Sys>, path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self::over(root::make(&sys, path.as_ref())?))
+    }
+
+    /// [`Self::at`] on other system calls.
+    pub fn at_with_sys(sys: Arc<dyn Sys>, path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self::over(root::find(&sys, path.as_ref())?))
+    }
+
+    fn over(root: Dir) -> Self {
+        Self { root, direct: true, kept: Kept::default() }
+    }
+
+    /// Whether files are opened with O_DIRECT where that is possible: yes, unless told otherwise.
+    #[must_use]
+    pub fn direct(mut self, direct: bool) -> Self {
+        self.direct = direct;
+        self
+    }
+
+    fn not_found(&self, step: &str) -> Error {
+        Error::new(ErrorKind::NotFound, "no such step").with_path(self.root.path().join(step))
+    }
+}
+
+impl Storage for Local {
+    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
+        let root = self.root.afresh()?;
+        Ok(Arc::new(LocalAttempt::begin(root, name, attempt, overwrite, self.direct, self.kept.clone())?))
+    }
+
+    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
+        Ok(Arc::new(LocalReading::open(&self.root, name, self.direct)?))
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        let mut steps = Vec::new();
+        for name in self.root.list().map_err(self.root.own_error("cannot list"))? {
+            let Some(name) = name.to_str().filter(|name| parse_step_name(name).is_some()) else { continue };
+            let stat = self.root.look(name).map_err(self.root.error("cannot look at", name))?;
+            if stat.is_some_and(|stat| stat.kind == Kind::Dir) {
+                steps.push(name.to_owned());
+            }
+        }
+        Ok(steps)
+    }
+
+    fn confirm(&self, name: &str) -> Result<()> {
+        names::check_step(name)?;
+        let root = self.root.afresh()?;
+        let dir = root.enter(name).map_err(root.error("cannot open the step", name))?;
+        let failed = "cannot make the step durable";
+        for file in dir.list().map_err(dir.own_error("cannot list"))? {
+            let file =
+                file.to_str().ok_or_else(|| Error::corrupt("a file name that is not text").with_path(dir.path()))?;
+            if dir.look(file).map_err(dir.error(failed, file))?.is_some_and(|stat| stat.kind == Kind::File) {
+                let opened = dir.open(file, Open::Read { direct: false });
+                opened.and_then(|fd| durable::confirmed(&fd)).map_err(dir.error(failed, file))?;
+            }
+        }
+        durable::confirmed(dir.fd()).map_err(dir.own_error(failed))?;
+        durable::confirmed(root.fd()).map_err(root.own_error(failed))?;
+        let confirmed = dir.stat().map_err(dir.own_error(failed))?.identity;
+        match root.look(name).map_err(root.error(failed, name))? {
+            Some(stat) if stat.identity == confirmed => Ok(()),
+            Some(_) => Err(attempt::conflict("the step was replaced meanwhile", &root, name)),
+            None => Err(self.not_found(name)),
+        }
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        names::check_step(name)?;
+        let root = self.root.afresh()?;
+        let dir = root.enter(name).map_err(root.error("cannot open the step", name))?;
+        for file in dir.list().map_err(dir.own_error("cannot list"))? {
+            if dir.look(&file).map_err(dir.error("cannot look at", &file))?.is_some_and(|stat| stat.kind == Kind::Dir) {
+                let message = "the step holds a directory that no checkpoint has; nothing was removed";
+                return Err(Error::invalid(message).with_path(dir.path().join(file)));
+            }
+        }
+        trash::discard(&root, name, &names::trash(Attempt::new()))
+    }
+
+    fn sweep(&self) -> Result<Swept> {
+        sweep::sweep(&self.root.afresh()?)
+    }
+
+    fn hint(&self, name: &str) -> Result<()> {
+        names::check_step(name)?;
+        let failed = |error| self.root.error("cannot write the hint", names::LATEST)(error);
+        // Left by a process that died, or being written by another: what wins does not matter.
+        self.root.unlink(names::LATEST_NEW, Kind::File).map_err(failed)?;
+        let (fd, bypass): (_, Bypass) = direct::create(&self.root, names::LATEST_NEW, false).map_err(failed)?;
+        transfer::write_all(&fd, &bypass, format!("{name}\n").as_bytes(), 0).map_err(failed)?;
+        self.root.rename(names::LATEST_NEW, names::LATEST, Rename::Plain).map_err(failed)
+    }
+
+    fn describe(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+}

@@ -3,11 +3,13 @@
 //! Production runs on [`Linux`](super::linux::Linux). Tests put a simulated file system here, *below* the code that decides
 //! what to fsync, so that the code under test is the code that ships.
 
+use crate::fork;
 use std::ffi::OsString;
 use std::fmt::Debug;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A descriptor, owned by the [`Fd`] that wraps it.
 pub type RawFd = i32;
@@ -108,20 +110,26 @@ pub trait Sys: Send + Sync + Debug {
     fn try_lock(&self, fd: RawFd) -> io::Result<bool>;
     /// statx(2) DIOALIGN and statfs(2).
     fn direct(&self, fd: RawFd) -> io::Result<Direct>;
+    /// fcntl(2): takes O_DIRECT off an open file. A system that never refuses a direct transfer has nothing to do.
+    fn buffered(&self, _fd: RawFd) -> io::Result<()> {
+        Ok(())
+    }
 }
 
-/// A descriptor that closes itself.
+/// A descriptor that closes itself, but not in a forked child: there it belongs to the parent.
 #[derive(Debug)]
 pub struct Fd {
     sys: Arc<dyn Sys>,
     raw: RawFd,
+    generation: u64,
+    spent: AtomicBool,
 }
 
 impl Fd {
     /// Opens.
     pub fn open(sys: &Arc<dyn Sys>, dir: Option<&Fd>, path: &Path, how: Open, follow: bool) -> io::Result<Self> {
-        let raw = sys.open(dir.map(Fd::raw), path, how, follow)?;
-        Ok(Self { sys: sys.clone(), raw })
+        let raw = uninterrupted(|| sys.open(dir.map(Fd::raw), path, how, follow))?;
+        Ok(Self { sys: sys.clone(), raw, generation: fork::generation(), spent: AtomicBool::new(false) })
     }
 
     /// The descriptor.
@@ -133,10 +141,31 @@ impl Fd {
     pub fn sys(&self) -> &Arc<dyn Sys> {
         &self.sys
     }
+
+    /// fsync(2), at most until it fails: the kernel reports an error once and then forgets the data, so a second `Ok` would
+    /// mean nothing. Called by `durable` only.
+    pub(super) fn fsync(&self) -> io::Result<()> {
+        if self.spent.load(Ordering::Acquire) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.sys.fsync(self.raw).inspect_err(|_| self.spent.store(true, Ordering::Release))
+    }
 }
 
 impl Drop for Fd {
     fn drop(&mut self) {
-        self.sys.close(self.raw);
+        if self.generation == fork::generation() {
+            self.sys.close(self.raw);
+        }
+    }
+}
+
+/// Repeats a call that a signal interrupted. Not for fsync, nor for a rename that must happen once.
+pub(super) fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
     }
 }

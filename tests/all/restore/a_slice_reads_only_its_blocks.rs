@@ -74,6 +74,7 @@ fn only_blocks_that_the_slice_touches_are_read_and_checked() {
 }
 
 #[test]
+#[expect(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 fn slices_that_do_not_fit_name_the_tensor() {
     let made = Made::new(7).tensor("x", Dtype::F4, &[2, 4], vec![1, 2, 3, 4]);
     let checkpoint = made.open().unwrap();

@@ -1,0 +1,231 @@
+//! An attempt: a hidden directory, filled, and made the step by one rename.
+
+use super::dir::Dir;
+use super::direct::Bypass;
+use super::file::LocalFile;
+use super::owner::Owner;
+use super::sys::Kind;
+use super::{direct, durable, names, publish, transfer, trash};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::Attempt;
+use crate::mutant::{self, Mutant};
+use crate::storage::{FileWriting, Writing};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Owner records whose locks are kept until the storage is dropped, so that no sweep of ours acts on an unclear publish.
+pub(super) type Kept = Arc<Mutex<Vec<Owner>>>;
+
+/// What was begun and not finished in an attempt.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    files: AtomicUsize,
+    unfinished: AtomicUsize,
+    lost: AtomicBool,
+}
+
+impl Progress {
+    pub(super) fn begin_file(&self) {
+        self.files.fetch_add(1, Ordering::AcqRel);
+        self.unfinished.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(super) fn end_file(&self) {
+        self.unfinished.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// After a failure to write or to fsync nobody knows what is in a file: the attempt can only be abandoned.
+    pub(super) fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// Why the attempt cannot be published, if it cannot.
+    fn obstacle(&self) -> Option<&'static str> {
+        if self.lost.load(Ordering::Acquire) {
+            Some("the attempt is lost: an earlier call on it failed")
+        } else if self.files.load(Ordering::Acquire) == 0 {
+            Some("the attempt has no files")
+        } else if self.unfinished.load(Ordering::Acquire) > 0 && !mutant::on(Mutant::PublishFirst) {
+            Some("the attempt has files that were not sealed")
+        } else {
+            None
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Phase {
+    Open(Owner),
+    Published(Owner),
+    /// Published, perhaps.
+    Unclear,
+    Over,
+}
+
+/// An attempt in a directory of its own.
+#[derive(Debug)]
+pub(super) struct LocalAttempt {
+    /// A descriptor of its own: a failed fsync spoils this attempt and no other.
+    root: Dir,
+    dir: Dir,
+    step: String,
+    temp: String,
+    attempt: Attempt,
+    identity: (u64, u64),
+    direct: bool,
+    progress: Arc<Progress>,
+    phase: Mutex<Phase>,
+    kept: Kept,
+}
+
+impl LocalAttempt {
+    pub(super) fn begin(
+        root: Dir,
+        step: &str,
+        attempt: Attempt,
+        overwrite: bool,
+        direct: bool,
+        kept: Kept,
+    ) -> Result<Self> {
+        names::check_step(step)?;
+        match root.look(step).map_err(root.error("cannot look for the step", step))? {
+            None => {}
+            Some(stat) if overwrite && stat.kind == Kind::Dir => {}
+            Some(_) => return Err(conflict("the step exists", &root, step)),
+        }
+        let owner = Owner::record(&root, step, attempt)?;
+        let temp = names::temp(step, attempt);
+        let made = root.mkdir(&temp).map_err(root.error("cannot create the attempt", &temp));
+        let opened = made.and_then(|()| {
+            let dir = root.enter(&temp).map_err(root.error("cannot open the attempt", &temp))?;
+            let identity = dir.stat().map_err(root.error("cannot stat the attempt", &temp))?.identity;
+            Ok((dir, identity))
+        });
+        let (dir, identity) = opened.inspect_err(|_| {
+            // Best effort; a sweep does it otherwise. The record goes last.
+            if root.unlink(&temp, Kind::Dir).is_ok() {
+                let _ = owner.erase(&root);
+            }
+        })?;
+        let (step, phase) = (step.to_owned(), Mutex::new(Phase::Open(owner)));
+        Ok(Self { root, dir, step, temp, attempt, identity, direct, progress: Arc::default(), phase, kept })
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn path_of(&self, file: &str) -> PathBuf {
+        self.dir.path().join(file)
+    }
+
+    fn check_file(&self, file: &str) -> Result<()> {
+        if !names::is_component(file) {
+            return Err(
+                Error::invalid(format!("a file's name is one path component name={file:?}")).with_path(self.dir.path())
+            );
+        }
+        match *self.phase() {
+            Phase::Open(_) => Ok(()),
+            _ => Err(Error::invalid("the attempt is over").with_path(self.path_of(file))),
+        }
+    }
+
+    fn write_small(&self, file: &str, bytes: &[u8]) -> Result<()> {
+        let (fd, bypass): (_, Bypass) =
+            direct::create(&self.dir, file, false).map_err(self.dir.error("cannot create file", file))?;
+        transfer::write_all(&fd, &bypass, bytes, 0).map_err(self.dir.error("cannot write file", file))?;
+        durable::file(&fd).map_err(self.dir.error("cannot make file durable", file))
+    }
+
+    /// Everything of a publish but its bookkeeping.
+    fn rename_and_sync(&self, overwrite: bool) -> Result<()> {
+        durable::attempt(&self.dir).map_err(self.dir.own_error("cannot make the attempt durable"))?;
+        publish::rename(&self.root, &self.temp, &self.step, self.identity, overwrite)?;
+        durable::published(&self.root).map_err(|error| {
+            let path = self.root.path().join(&self.step);
+            Error::io("cannot make the publish durable", error).with_kind(ErrorKind::Indeterminate).with_path(path)
+        })
+    }
+}
+
+pub(super) fn conflict(message: &str, root: &Dir, step: &str) -> Error {
+    Error::new(ErrorKind::Conflict, message).with_path(root.path().join(step))
+}
+
+impl Writing for LocalAttempt {
+    fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
+        self.check_file(file)?;
+        let made = LocalFile::create(&self.dir, file, len, self.direct, &self.progress);
+        Ok(Arc::new(made.inspect_err(|_| self.progress.lose())?))
+    }
+
+    fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
+        self.check_file(file)?;
+        self.progress.begin_file();
+        self.write_small(file, bytes).inspect_err(|_| self.progress.lose())?;
+        self.progress.end_file();
+        Ok(())
+    }
+
+    fn publish(&self, overwrite: bool) -> Result<()> {
+        let mut phase = self.phase();
+        if !matches!(*phase, Phase::Open(_)) {
+            return Err(Error::invalid("an attempt is published once").with_path(self.dir.path()));
+        }
+        if let Some(obstacle) = self.progress.obstacle() {
+            return Err(Error::invalid(obstacle).with_path(self.dir.path()));
+        }
+        let done = self.rename_and_sync(overwrite);
+        if let Phase::Open(owner) = std::mem::replace(&mut *phase, Phase::Over) {
+            *phase = match &done {
+                Ok(()) => Phase::Published(owner),
+                Err(error) if error.kind() == ErrorKind::Indeterminate => {
+                    self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(owner);
+                    Phase::Unclear
+                }
+                Err(_) => {
+                    self.progress.lose();
+                    Phase::Open(owner)
+                }
+            };
+        }
+        done
+    }
+
+    fn settle(&self) -> Result<()> {
+        let mut phase = self.phase();
+        let Phase::Published(owner) = &*phase else {
+            return Err(Error::invalid("only a published attempt is settled").with_path(self.dir.path()));
+        };
+        let displaced =
+            self.root.look(&self.temp).map_err(self.root.error("cannot look for the displaced step", &self.temp))?;
+        if displaced.is_some_and(|stat| stat.identity != self.identity) {
+            trash::discard(&self.root, &self.temp, &names::trash(self.attempt))?;
+        }
+        owner.erase(&self.root)?;
+        *phase = Phase::Over;
+        Ok(())
+    }
+
+    fn abandon(&self) -> Result<()> {
+        let mut phase = self.phase();
+        match &*phase {
+            Phase::Over => Ok(()),
+            Phase::Published(_) => {
+                Err(Error::invalid("a published attempt cannot be abandoned").with_path(self.dir.path()))
+            }
+            Phase::Unclear => {
+                Err(Error::new(ErrorKind::Indeterminate, "an attempt that may be published is left alone")
+                    .with_path(self.root.path().join(&self.step)))
+            }
+            Phase::Open(owner) => {
+                trash::discard(&self.root, &self.temp, &names::trash(self.attempt))?;
+                owner.erase(&self.root)?;
+                *phase = Phase::Over;
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! Direct I/O: asked for, possible, honoured. Three things, and only the last is reported.
+
+use super::dir::Dir;
+use super::sys::{Fd, Kind, Open, uninterrupted};
+use crate::memory::ALIGNMENT;
+use crate::storage::IoMode;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Whether a file's bytes pass by the page cache. Goes off for good when the medium refuses a transfer.
+#[derive(Debug)]
+pub(super) struct Bypass(AtomicBool);
+
+impl Bypass {
+    /// Settles it for a file that was opened with O_DIRECT: kept where it is honoured and our alignment is enough.
+    fn settle(fd: &Fd) -> io::Result<Self> {
+        let enough = |alignment: u32| alignment as usize <= ALIGNMENT;
+        let usable = uninterrupted(|| fd.sys().direct(fd.raw()))
+            .is_ok_and(|direct| direct.honoured && enough(direct.memory) && enough(direct.offset));
+        let bypass = Self(AtomicBool::new(true));
+        if !usable {
+            bypass.turn_off(fd)?;
+        }
+        Ok(bypass)
+    }
+
+    pub(super) fn is_on(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// From now on the page cache is used. Transfers of other threads may still be direct; the kernel keeps both coherent.
+    pub(super) fn turn_off(&self, fd: &Fd) -> io::Result<()> {
+        fd.sys().buffered(fd.raw())?;
+        self.0.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    pub(super) fn mode(&self) -> IoMode {
+        if self.is_on() { IoMode::Direct } else { IoMode::Buffered }
+    }
+}
+
+/// Opens a file to read, direct when `wanted` and possible.
+pub(super) fn open(dir: &Dir, file: &str, wanted: bool) -> io::Result<(Fd, Bypass)> {
+    settled(wanted, |direct| dir.open(file, Open::Read { direct }), || Ok(()))
+}
+
+/// Creates a file, direct when `wanted` and possible.
+pub(super) fn create(dir: &Dir, file: &str, wanted: bool) -> io::Result<(Fd, Bypass)> {
+    // A refusal of O_DIRECT can come after the file was created.
+    settled(wanted, |direct| dir.open(file, Open::Create { direct }), || dir.unlink(file, Kind::File))
+}
+
+fn settled(
+    wanted: bool,
+    open: impl Fn(bool) -> io::Result<Fd>,
+    undo: impl FnOnce() -> io::Result<()>,
+) -> io::Result<(Fd, Bypass)> {
+    if wanted {
+        match open(true) {
+            Ok(fd) => return Bypass::settle(&fd).map(|bypass| (fd, bypass)),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => undo()?,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((open(false)?, Bypass(AtomicBool::new(false))))
+}

@@ -1,0 +1,175 @@
+//! The system calls of Linux.
+//!
+//! # Safety argument
+//! A [`RawFd`] that reaches this file comes from [`Sys::open`] of this file and is owned by one [`Fd`](super::sys::Fd), which
+//! calls [`Sys::close`] once, when nothing can use it any more. So borrowing it for the length of a call is sound.
+#![expect(unsafe_code, reason = "raw descriptors are borrowed for one call each")]
+
+use super::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
+use crate::fork;
+use crate::memory::ALIGNMENT;
+use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, IFlags, Mode, OFlags, RenameFlags, StatxFlags};
+use rustix::io::Errno;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::{BorrowedFd, IntoRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// File systems that take O_DIRECT and use the page cache all the same.
+const BTRFS: u64 = 0x9123_683e;
+const TMPFS: u64 = 0x0102_1994;
+
+/// The kernel we run on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Linux;
+
+fn borrow<'fd>(fd: RawFd) -> BorrowedFd<'fd> {
+    // SAFETY: the descriptor is open, and stays so during the call that it is borrowed for (see the safety argument).
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+fn at<'fd>(dir: Option<RawFd>) -> BorrowedFd<'fd> {
+    dir.map_or(rustix::fs::CWD, borrow)
+}
+
+fn stat_of(stat: &rustix::fs::Stat) -> Stat {
+    let kind = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Kind::File,
+        FileType::Directory => Kind::Dir,
+        _ => Kind::Other,
+    };
+    #[allow(clippy::useless_conversion, reason = "the widths differ between architectures")]
+    Stat {
+        kind,
+        len: u64::try_from(stat.st_size).unwrap_or(0),
+        identity: (stat.st_dev.into(), stat.st_ino.into()),
+        links: stat.st_nlink.into(),
+    }
+}
+
+impl Sys for Linux {
+    fn open(&self, dir: Option<RawFd>, path: &Path, how: Open, follow: bool) -> io::Result<RawFd> {
+        let direct = |on: bool| if on { OFlags::DIRECT } else { OFlags::empty() };
+        let mut flags = OFlags::CLOEXEC
+            | match how {
+                Open::Dir => OFlags::RDONLY | OFlags::DIRECTORY,
+                // A pipe in the place of a file must not make us wait for its writer.
+                Open::Read { direct: on } => OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | direct(on),
+                Open::Create { direct: on } => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | direct(on),
+            };
+        flags.set(OFlags::NOFOLLOW, !follow);
+        let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::WGRP | Mode::ROTH | Mode::WOTH;
+        Ok(rustix::fs::openat(at(dir), path, flags, mode)?.into_raw_fd())
+    }
+
+    fn close(&self, fd: RawFd) {
+        if fork::is_registered(fd) {
+            // A child that was forked in between holds a copy; unlocking, unlike closing, takes the lock from all copies.
+            let _ = rustix::fs::flock(borrow(fd), FlockOperation::Unlock);
+            fork::unregister(fd);
+        }
+        // SAFETY: its owner gives the descriptor up with this call.
+        unsafe { rustix::io::close(fd) };
+    }
+
+    fn mkdir(&self, dir: Option<RawFd>, path: &Path) -> io::Result<()> {
+        Ok(rustix::fs::mkdirat(at(dir), path, Mode::RWXU | Mode::RWXG | Mode::RWXO)?)
+    }
+
+    fn pwrite(&self, fd: RawFd, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        Ok(rustix::io::pwrite(borrow(fd), bytes, offset)?)
+    }
+
+    fn pread(&self, fd: RawFd, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        Ok(rustix::io::pread(borrow(fd), buffer, offset)?)
+    }
+
+    fn fsync(&self, fd: RawFd) -> io::Result<()> {
+        Ok(rustix::fs::fsync(borrow(fd))?)
+    }
+
+    fn fallocate(&self, fd: RawFd, len: u64) -> io::Result<()> {
+        Ok(rustix::fs::fallocate(borrow(fd), FallocateFlags::empty(), 0, len)?)
+    }
+
+    fn ftruncate(&self, fd: RawFd, len: u64) -> io::Result<()> {
+        Ok(rustix::fs::ftruncate(borrow(fd), len)?)
+    }
+
+    fn rename(&self, dir: RawFd, from: &Path, to: &Path, how: Rename) -> io::Result<()> {
+        let dir = borrow(dir);
+        let flags = match how {
+            // renameat(2), for kernels and file systems that have no flags.
+            Rename::Plain => return Ok(rustix::fs::renameat(dir, from, dir, to)?),
+            Rename::NoReplace => RenameFlags::NOREPLACE,
+            Rename::Exchange => RenameFlags::EXCHANGE,
+        };
+        Ok(rustix::fs::renameat_with(dir, from, dir, to, flags)?)
+    }
+
+    fn unlink(&self, dir: RawFd, name: &Path, kind: Kind) -> io::Result<()> {
+        let flags = if kind == Kind::Dir { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        Ok(rustix::fs::unlinkat(borrow(dir), name, flags)?)
+    }
+
+    fn stat(&self, fd: RawFd) -> io::Result<Stat> {
+        Ok(stat_of(&rustix::fs::fstat(borrow(fd))?))
+    }
+
+    fn stat_at(&self, dir: RawFd, name: &Path) -> io::Result<Stat> {
+        Ok(stat_of(&rustix::fs::statat(borrow(dir), name, AtFlags::SYMLINK_NOFOLLOW)?))
+    }
+
+    fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>> {
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(borrow(dir))? {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if name != b"." && name != b".." {
+                names.push(OsStr::from_bytes(name).to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    fn try_lock(&self, fd: RawFd) -> io::Result<bool> {
+        // First, so that no fork falls between lock and registration.
+        if !fork::register(fd) {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
+        let locked = match rustix::fs::flock(borrow(fd), FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(Errno::WOULDBLOCK) => Ok(false),
+            Err(error) => Err(error.into()),
+        };
+        if !matches!(locked, Ok(true)) {
+            fork::unregister(fd);
+        }
+        locked
+    }
+
+    fn direct(&self, fd: RawFd) -> io::Result<Direct> {
+        let fd = borrow(fd);
+        let magic = rustix::fs::fstatfs(fd)?.f_type as u64 & 0xffff_ffff;
+        let unhonoured = match magic {
+            TMPFS => true,
+            // Data checksums need a copy that cannot change; without them (chattr +C) btrfs is direct.
+            BTRFS => !rustix::fs::ioctl_getflags(fd).is_ok_and(|flags| flags.contains(IFlags::NOCOW)),
+            _ => false,
+        };
+        let usual = Direct { memory: ALIGNMENT as u32, offset: ALIGNMENT as u32, honoured: !unhonoured };
+        // Unknown to kernels before 6.1 and to many file systems: then the usual alignment suits.
+        let Ok(stat) = rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) else { return Ok(usual) };
+        if stat.stx_mask & StatxFlags::DIOALIGN.bits() == 0 {
+            return Ok(usual);
+        }
+        let (memory, offset) = (stat.stx_dio_mem_align, stat.stx_dio_offset_align);
+        Ok(Direct { memory, offset, honoured: usual.honoured && offset > 0 })
+    }
+
+    fn buffered(&self, fd: RawFd) -> io::Result<()> {
+        let flags = rustix::fs::fcntl_getfl(borrow(fd))?;
+        Ok(rustix::fs::fcntl_setfl(borrow(fd), flags - OFlags::DIRECT)?)
+    }
+}

@@ -1,0 +1,91 @@
+//! The names in a root: which are steps, which are ours to clean up, and which nobody may use.
+//!
+//! ```text
+//! step-00000100                    a step
+//! .step-00000100.<attempt>.tmp     an attempt, or what an overwrite displaced
+//! .step-00000100.<attempt>.owner   who writes it; locked while that process lives
+//! .trash-<attempt>                 on its way out; anybody may finish the job
+//! latest                           the hint
+//! ```
+
+use crate::error::{Error, Result};
+use crate::id::Attempt;
+
+/// The hint.
+pub(super) const LATEST: &str = "latest";
+/// The hint before its rename.
+pub(super) const LATEST_NEW: &str = ".latest.new";
+const TEMP: &str = ".tmp";
+const OWNER: &str = ".owner";
+const TRASH: &str = ".trash-";
+
+pub(super) fn temp(step: &str, attempt: Attempt) -> String {
+    format!(".{step}.{attempt}{TEMP}")
+}
+
+pub(super) fn owner(step: &str, attempt: Attempt) -> String {
+    format!(".{step}.{attempt}{OWNER}")
+}
+
+pub(super) fn trash(attempt: Attempt) -> String {
+    format!("{TRASH}{attempt}")
+}
+
+pub(super) fn is_trash(name: &str) -> bool {
+    name.starts_with(TRASH)
+}
+
+/// Step and attempt, when `name` is that of an attempt's directory.
+pub(super) fn parse_temp(name: &str) -> Option<(&str, Attempt)> {
+    parse(name.strip_suffix(TEMP)?)
+}
+
+/// Step and attempt, when `name` is that of an owner record.
+pub(super) fn parse_owner(name: &str) -> Option<(&str, Attempt)> {
+    parse(name.strip_suffix(OWNER)?)
+}
+
+fn parse(name: &str) -> Option<(&str, Attempt)> {
+    let (step, attempt) = name.strip_prefix('.')?.rsplit_once('.')?;
+    is_component(step).then_some((step, Attempt::parse(attempt)?))
+}
+
+/// True for a name that stays in its directory.
+pub(super) fn is_component(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && !name.contains(['/', '\0'])
+}
+
+/// Refuses names that leave the root, are hidden, or mean something else here.
+pub(super) fn check_step(name: &str) -> Result<()> {
+    if is_component(name) && !name.starts_with('.') && name != LATEST {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("a step's name is one path component, not hidden and not `{LATEST}` name={name:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_attempts_are_told_apart_and_foreign_ones_are_left_alone() {
+        let attempt = Attempt::new();
+        for step in ["step-00000100", "a.b", "7"] {
+            assert_eq!(parse_temp(&temp(step, attempt)), Some((step, attempt)));
+            assert_eq!(parse_owner(&owner(step, attempt)), Some((step, attempt)));
+            assert_eq!(parse_owner(&temp(step, attempt)), None);
+        }
+        assert!(is_trash(&trash(attempt)));
+        for name in [".tmp", ".a.tmp", "..tmp", ".step-1.123.tmp", ".vimrc", "x.owner", ".owner"] {
+            assert_eq!(parse_temp(name).or(parse_owner(name)), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn hostile_step_names_are_refused() {
+        for name in ["", ".", "..", "../x", "/x", "a/b", ".hidden", "a\0", LATEST] {
+            assert!(check_step(name).is_err(), "{name}");
+        }
+        assert!(check_step("step-1").is_ok());
+    }
+}

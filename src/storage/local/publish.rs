@@ -1,0 +1,62 @@
+//! The publish: one rename that happens wholly or not at all, on file systems with and without renameat2(2).
+
+use super::attempt::conflict;
+use super::dir::Dir;
+use super::sys::Rename;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mutant::{self, Mutant};
+
+/// Gives the attempt `temp`, known by its `identity`, the name `step`. With `overwrite` a step of that name is swapped out, and
+/// has the name `temp` then.
+///
+/// # Errors
+/// `Conflict` when another step is there; `Indeterminate` when it cannot be found out what happened; for any other kind
+/// nothing changed.
+pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), overwrite: bool) -> Result<()> {
+    let replace = overwrite || mutant::on(Mutant::NoReplace);
+    let mut how = if replace { Rename::Exchange } else { Rename::NoReplace };
+    loop {
+        let Err(error) = root.rename(temp, step, how) else { return Ok(()) };
+        // What the call reports is not always what it did: a network file system can repeat a rename that had succeeded.
+        match look(root, temp, step, identity) {
+            Seen::Published => return Ok(()),
+            Seen::Unclear => {
+                return Err(Error::io("the publish failed, and nobody knows how far it came", error)
+                    .with_kind(ErrorKind::Indeterminate)
+                    .with_path(root.path().join(step)));
+            }
+            Seen::Unchanged => {}
+        }
+        how = match (how, error.raw_os_error()) {
+            (Rename::Exchange, Some(libc::ENOENT)) => Rename::NoReplace,
+            (Rename::Exchange, Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => {
+                return Err(Error::invalid(
+                    "this file system cannot exchange directories, so a step cannot be overwritten",
+                )
+                .with_source(error)
+                .with_path(root.path().join(step)));
+            }
+            // rename(2) replaces nothing but an empty directory, and no step is one.
+            (Rename::NoReplace, Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => Rename::Plain,
+            (_, Some(libc::EEXIST | libc::ENOTEMPTY | libc::ENOTDIR)) => {
+                return Err(conflict("another attempt at the step won", root, step));
+            }
+            _ => return Err(root.error("cannot publish", step)(error)),
+        };
+    }
+}
+
+enum Seen {
+    Published,
+    Unchanged,
+    Unclear,
+}
+
+fn look(root: &Dir, temp: &str, step: &str, identity: (u64, u64)) -> Seen {
+    let is_ours = |name| root.look(name).map(|stat| stat.is_some_and(|stat| stat.identity == identity));
+    match (is_ours(step), is_ours(temp)) {
+        (Ok(true), _) => Seen::Published,
+        (Ok(false), Ok(true)) => Seen::Unchanged,
+        _ => Seen::Unclear,
+    }
+}

@@ -1,0 +1,123 @@
+//! A published step, held open: its directory by one descriptor, each file by one more, so that whatever happens to the name
+//! the bytes stay those of one attempt.
+
+use super::aligned::AlignedBuffer;
+use super::dir::Dir;
+use super::direct::{self, Bypass};
+use super::sys::{Fd, Kind, uninterrupted};
+use super::{names, transfer};
+use crate::error::{Error, Result};
+use crate::memory::ALIGNMENT;
+use crate::storage::{FileReading, Reading};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Unaligned requests pass through a buffer of at most this many bytes.
+const BOUNCE: usize = 1 << 20;
+
+/// A step.
+#[derive(Debug)]
+pub(super) struct LocalReading {
+    dir: Dir,
+    direct: bool,
+}
+
+impl LocalReading {
+    pub(super) fn open(root: &Dir, step: &str, direct: bool) -> Result<Self> {
+        names::check_step(step)?;
+        Ok(Self { dir: root.enter(step).map_err(root.error("cannot open the step", step))?, direct })
+    }
+}
+
+impl Reading for LocalReading {
+    fn open(&self, file: &str) -> Result<Arc<dyn FileReading>> {
+        if !names::is_component(file) {
+            return Err(
+                Error::corrupt(format!("a file name that leaves the step name={file:?}")).with_path(self.dir.path())
+            );
+        }
+        let (fd, bypass) = match direct::open(&self.dir, file, self.direct) {
+            Err(error) if error.raw_os_error() == Some(libc::ELOOP) => return Err(not_a_file(&self.dir, file)),
+            opened => opened.map_err(self.dir.error("cannot open file", file))?,
+        };
+        let stat = uninterrupted(|| fd.sys().stat(fd.raw())).map_err(self.dir.error("cannot stat file", file))?;
+        if stat.kind != Kind::File {
+            return Err(not_a_file(&self.dir, file));
+        }
+        Ok(Arc::new(LocalFileReading { fd, bypass, len: stat.len, path: self.dir.path().join(file) }))
+    }
+}
+
+fn not_a_file(dir: &Dir, file: &str) -> Error {
+    Error::corrupt("a link or a device where a file should be").with_path(dir.path().join(file))
+}
+
+/// A file.
+#[derive(Debug)]
+struct LocalFileReading {
+    fd: Fd,
+    bypass: Bypass,
+    len: u64,
+    path: PathBuf,
+}
+
+impl LocalFileReading {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        if !self.bypass.is_on() {
+            return self.fill(offset, buffer);
+        }
+        let aligned = buffer.as_ptr().addr().is_multiple_of(ALIGNMENT) && offset.is_multiple_of(ALIGNMENT as u64);
+        let straight = if aligned { buffer.len() / ALIGNMENT * ALIGNMENT } else { 0 };
+        let (straight, rest) = buffer.split_at_mut(straight);
+        self.fill(offset, straight)?;
+        self.bounce(offset + straight.len() as u64, rest)
+    }
+
+    fn fill(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let read = transfer::read_full(&self.fd, &self.bypass, buffer, offset)?;
+        if read < buffer.len() { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+    }
+
+    fn bounce(&self, mut offset: u64, mut rest: &mut [u8]) -> io::Result<()> {
+        if rest.is_empty() {
+            return Ok(());
+        }
+        let mut block = AlignedBuffer::new(BOUNCE.min((rest.len() + ALIGNMENT).next_multiple_of(ALIGNMENT)));
+        while !rest.is_empty() {
+            let skip = (offset % ALIGNMENT as u64) as usize;
+            let wanted = rest.len().min(block.len() - skip);
+            let window = &mut block[..(skip + wanted).next_multiple_of(ALIGNMENT)];
+            let read = transfer::read_full(&self.fd, &self.bypass, window, offset - skip as u64)?;
+            if read < skip + wanted {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let (now, later) = rest.split_at_mut(wanted);
+            now.copy_from_slice(&window[skip..][..wanted]);
+            rest = later;
+            offset += wanted as u64;
+        }
+        Ok(())
+    }
+}
+
+impl FileReading for LocalFileReading {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let len = buffer.len();
+        let short = || {
+            Error::corrupt(format!("the file ends too early offset={offset} len={len} file_len={}", self.len))
+                .with_path(&self.path)
+        };
+        if offset.checked_add(len as u64).is_none_or(|end| end > self.len) {
+            return Err(short());
+        }
+        self.read(offset, buffer).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => short(),
+            _ => Error::io(format!("cannot read offset={offset} len={len}"), error).with_path(&self.path),
+        })
+    }
+}

@@ -1,0 +1,44 @@
+//! The root directory: found, or made so that it stays.
+
+use super::dir::Dir;
+use super::durable;
+use super::sys::Sys;
+use crate::error::{Error, Result};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Opens a root that exists.
+pub(super) fn find(sys: &Arc<dyn Sys>, path: &Path) -> Result<Dir> {
+    Dir::at(sys, path).map_err(|error| Error::io("cannot open the root directory", error).with_path(path))
+}
+
+/// Opens the root; creates it, and what leads to it, where missing.
+///
+/// Every directory on the way is made durable by an fsync of its parent, also one that was there: a process that died before
+/// its own fsync may have made it. Where that is not ours to do (no permission, a read-only mount), it was not our process.
+pub(super) fn make(sys: &Arc<dyn Sys>, path: &Path) -> Result<Dir> {
+    let failed = |attempted: &'static str| move |error: io::Error| Error::io(attempted, error).with_path(path);
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Dir::at(sys, path).map_err(failed("cannot open directory"));
+    };
+    let above = make(sys, parent);
+    let found = match Dir::at(sys, path) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
+        found => Some(found.map_err(failed("cannot open directory"))?),
+    };
+    if let Some(dir) = found {
+        if let Err(error) = above.and_then(|above| durable::made(&above).map_err(failed("cannot fsync the parent"))) {
+            tracing::debug!(%error, "a directory that was there could not be made durable");
+        }
+        return Ok(dir);
+    }
+    let above = above?;
+    match above.mkdir(name) {
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+        made => made.map_err(failed("cannot create directory"))?,
+    }
+    let dir = Dir::at(sys, path).map_err(failed("cannot open directory"))?;
+    durable::made(&above).map_err(failed("cannot make a new directory durable"))?;
+    Ok(dir)
+}

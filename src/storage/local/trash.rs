@@ -1,0 +1,43 @@
+//! Taking things away so that no crash brings them back half deleted: out of sight first, durably, and only then the bytes.
+
+use super::dir::Dir;
+use super::durable;
+use super::sys::{Kind, Rename};
+use crate::error::{Error, Result};
+
+/// Moves `name` to the trash and deletes it.
+pub(super) fn discard(root: &Dir, name: &str, trash: &str) -> Result<()> {
+    root.rename(name, trash, Rename::Plain).map_err(root.error("cannot move to the trash", name))?;
+    durable::trash(root).map_err(root.error("cannot make the removal durable", name))?;
+    delete(root, trash)
+}
+
+/// Deletes what lies in the trash under `name`, which must be durable.
+///
+/// Only what we write is deleted: files in one directory. A link is removed, never followed. A directory inside is an error
+/// and stays.
+pub(super) fn delete(root: &Dir, name: &str) -> Result<()> {
+    match root.look(name).map_err(root.error("cannot look at", name))? {
+        None => return Ok(()),
+        Some(stat) if stat.kind != Kind::Dir => {
+            return root.unlink(name, stat.kind).map_err(root.error("cannot delete", name));
+        }
+        Some(_) => {}
+    }
+    let dir = match root.enter(name) {
+        // Somebody else finished the job.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
+        opened => opened.map_err(root.error("cannot open the trash", name))?,
+    };
+    for file in dir.list().map_err(dir.own_error("cannot list"))? {
+        match dir.look(&file).map_err(dir.error("cannot look at", &file))? {
+            None => {}
+            Some(stat) if stat.kind == Kind::Dir => {
+                return Err(Error::invalid("a directory that no checkpoint has; left where it is")
+                    .with_path(dir.path().join(file)));
+            }
+            Some(stat) => dir.unlink(&file, stat.kind).map_err(dir.error("cannot delete", &file))?,
+        }
+    }
+    root.unlink(name, Kind::Dir).map_err(root.error("cannot remove directory", name))
+}
