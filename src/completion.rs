@@ -46,7 +46,7 @@ impl<T: Clone> Completion<T> {
 
     /// Blocks the thread until there is a value or `deadline` has passed.
     pub fn wait(&self, deadline: Instant) -> Option<T> {
-        self.wait_while(|listener| listener.wait_deadline(deadline).is_some())
+        self.wait_while(|listener| park(listener, deadline))
     }
 
     /// Blocks the thread until there is a value: only for waits that soundness forbids to cut short.
@@ -71,6 +71,16 @@ impl<T: Clone> Completion<T> {
             }
         }
     }
+}
+
+/// Sleeps until notified; false at the deadline.
+fn park(listener: EventListener, deadline: Instant) -> bool {
+    if cfg!(loom) {
+        // Loom has no time: whoever sleeps there must be woken.
+        listener.wait();
+        return true;
+    }
+    listener.wait_deadline(deadline).is_some()
 }
 
 /// The future of a [`Completion`]. Any number of them may wait for the same one.
@@ -127,9 +137,91 @@ impl Signal {
             if let Some(found) = look() {
                 return Some(found);
             }
-            if listener.wait_deadline(deadline).is_none() {
+            if !park(listener, deadline) {
                 return look();
             }
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_first_value_wins_and_late_waiters_find_it() {
+        let cell = Completion::new();
+        assert_eq!(cell.wait(Instant::now()), None);
+        assert!(cell.complete(1) && !cell.complete(2));
+        assert_eq!((cell.get(), cell.wait(Instant::now()), cell.wait_forever()), (Some(1), Some(1), Some(1)));
+    }
+
+    #[test]
+    fn threads_and_tasks_are_woken_together() {
+        let cell = Arc::new(Completion::new());
+        let long = Instant::now() + Duration::from_secs(60);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| cell.wait(long))).collect();
+            let task = scope.spawn(|| crate::testing::block_on(Waiter::new(cell.clone())));
+            cell.complete(7);
+            assert!(threads.into_iter().all(|t| t.join().unwrap() == Some(7)));
+            assert_eq!(task.join().unwrap(), 7);
+        });
+    }
+
+    #[test]
+    fn a_waiter_that_is_dropped_leaves_nothing_behind() {
+        let cell = Arc::new(Completion::new());
+        let mut waiter = Box::pin(Waiter::new(cell.clone()));
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!(waiter.as_mut().poll(&mut cx).is_pending());
+        drop(waiter);
+        assert_eq!(Arc::strong_count(&cell), 1);
+        cell.complete(1);
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use loom::thread;
+
+    #[test]
+    fn a_thread_that_waits_is_always_woken_and_one_of_two_values_wins() {
+        loom::model(|| {
+            let cell = Arc::new(Completion::new());
+            let (first, second) = (cell.clone(), cell.clone());
+            let first = thread::spawn(move || first.complete(1));
+            let second = thread::spawn(move || second.complete(2));
+            let value = cell.wait_forever();
+            let won = (first.join().unwrap(), second.join().unwrap());
+            assert!(matches!((won, value), ((true, false), Some(1)) | ((false, true), Some(2))));
+        });
+    }
+
+    #[test]
+    fn a_task_that_waits_is_always_woken() {
+        loom::model(|| {
+            let cell = Arc::new(Completion::new());
+            let completer = cell.clone();
+            let completer = thread::spawn(move || completer.complete(1));
+            assert_eq!(loom::future::block_on(Waiter::new(cell)), 1);
+            assert!(completer.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn a_signal_between_look_and_sleep_is_not_lost() {
+        loom::model(|| {
+            let (signal, flag) = (Arc::new(Signal::default()), Arc::new(Mutex::new(false)));
+            let (notifier, raised) = (signal.clone(), flag.clone());
+            let notifier = thread::spawn(move || {
+                *lock(&raised) = true;
+                notifier.notify();
+            });
+            assert_eq!(signal.wait_until(Instant::now(), || lock(&flag).then_some(1)), Some(1));
+            notifier.join().unwrap();
+        });
     }
 }

@@ -21,7 +21,7 @@ mod staging;
 pub mod state;
 pub mod storage;
 mod sync;
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod ticket;
 mod writer;

@@ -109,3 +109,31 @@ impl fmt::Debug for Lease {
         write!(f, "Lease({})", self.index)
     }
 }
+
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use loom::thread;
+    use std::time::Instant;
+
+    #[test]
+    fn a_slab_has_one_owner_at_a_time_and_whoever_waits_for_one_gets_it() {
+        loom::model(|| {
+            let home = Arc::new(Signal::default());
+            let pool = Arc::new(Pool::new(Mapping::new(4096).unwrap(), 4096, home.clone()));
+            // The lock of the free list is what orders the owners; loom sees to it that nothing else has to.
+            let owner = Arc::new(loom::cell::UnsafeCell::new(0));
+            let stager = |pool: Arc<Pool>, home: Arc<Signal>, owner: Arc<loom::cell::UnsafeCell<i32>>| {
+                let lease = home.wait_until(Instant::now(), || pool.try_lease()).unwrap();
+                // SAFETY: the lease of the only slab is held.
+                owner.with_mut(|n| unsafe { *n += 1 });
+                drop(lease);
+            };
+            let other = (pool.clone(), home.clone(), owner.clone());
+            let other = thread::spawn(move || stager(other.0, other.1, other.2));
+            stager(pool.clone(), home, owner);
+            other.join().unwrap();
+            assert_eq!(pool.free(), 1);
+        });
+    }
+}
