@@ -9,3 +9,4 @@ mod rig;
 mod saves;
 mod saving;
 mod state;
+mod storage;

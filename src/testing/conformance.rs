@@ -1,0 +1,322 @@
+//! What every back end must do, one named behaviour after the other.
+//!
+//! ```
+//! use std::sync::Arc;
+//! let directory = tempfile::tempdir()?;
+//! let mut roots = 0;
+//! ashore::testing::conformance::run(|| {
+//!     roots += 1;
+//!     Arc::new(ashore::storage::local::Local::open(directory.path().join(roots.to_string())).unwrap())
+//! });
+//! # Ok::<(), std::io::Error>(())
+//! ```
+
+use crate::error::{ErrorKind, Result};
+use crate::id::Attempt;
+use crate::memory::ALIGNMENT;
+use crate::storage::local::AlignedBuffer;
+use crate::storage::{FileReading, Reading, Storage, Writing};
+use std::fmt::Debug;
+use std::sync::{Arc, Barrier};
+use std::thread;
+
+/// A behaviour: its name, and what shows it on an empty storage, by a panic if it is missing.
+pub type Behaviour = (&'static str, fn(&Arc<dyn Storage>));
+
+/// Every behaviour.
+pub const BEHAVIOURS: &[Behaviour] = &[
+    ("what is published reads back byte for byte", published_bytes_read_back),
+    ("nothing is visible before the publish", nothing_is_visible_before_the_publish),
+    ("a step that exists is a conflict", a_step_that_exists_is_a_conflict),
+    ("of attempts at one step exactly one wins", exactly_one_attempt_wins),
+    ("an overwrite keeps the old step until the publish", an_overwrite_keeps_the_old_step),
+    ("an overwrite of nothing is a publish", an_overwrite_of_nothing_is_a_publish),
+    ("what is abandoned leaves nothing", what_is_abandoned_leaves_nothing),
+    ("what is removed is gone", what_is_removed_is_gone),
+    ("a reader keeps its step", a_reader_keeps_its_step),
+    ("a sweep removes the dead and leaves the living", a_sweep_removes_only_the_dead),
+    ("an attempt that is not complete is not published", incomplete_attempts_are_not_published),
+    ("an attempt is published once and never written again", an_attempt_is_published_once),
+    ("a file exists once", a_file_exists_once),
+    ("reads have any offset and length, and end with the file", reads_have_any_range),
+    ("hostile names are refused", hostile_names_are_refused),
+    ("what is not there is not found", what_is_not_there_is_not_found),
+    ("a hint is no step", a_hint_is_no_step),
+];
+
+/// Runs every behaviour, each on a new empty storage.
+///
+/// # Panics
+/// When one is missing; its name is printed before.
+pub fn run(mut storage: impl FnMut() -> Arc<dyn Storage>) {
+    for (name, behaviour) in BEHAVIOURS {
+        println!("behaviour: {name}");
+        behaviour(&storage());
+    }
+}
+
+const NAME: &str = "step-00000007";
+const SHARD: &str = "model.safetensors";
+const MANIFEST: &str = "manifest.json";
+
+/// Bytes that differ between seeds and between places.
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    std::iter::repeat_with(next).take(len).collect()
+}
+
+fn write_shard(attempt: &dyn Writing, file: &str, bytes: &[u8], chunk: usize) {
+    let shard = attempt.create(file, bytes.len() as u64).unwrap();
+    let chunks: Vec<_> = bytes.chunks(chunk).enumerate().collect();
+    // Chunks finish in any order; the last one is padded.
+    for (index, piece) in chunks.into_iter().rev() {
+        let mut slab = AlignedBuffer::new(piece.len().next_multiple_of(ALIGNMENT));
+        slab.fill(0xee);
+        slab[..piece.len()].copy_from_slice(piece);
+        shard.write_at((index * chunk) as u64, &slab).unwrap();
+    }
+    shard.seal().unwrap();
+}
+
+fn begin(storage: &Arc<dyn Storage>, overwrite: bool, seed: u64) -> Arc<dyn Writing> {
+    let attempt = storage.begin(NAME, Attempt::new(), overwrite).unwrap();
+    write_shard(&*attempt, SHARD, &pattern(seed, 10_000), 4096);
+    attempt.put(MANIFEST, &pattern(seed, 100)).unwrap();
+    attempt
+}
+
+fn publish(storage: &Arc<dyn Storage>, overwrite: bool, seed: u64) {
+    let attempt = begin(storage, overwrite, seed);
+    attempt.publish(overwrite).unwrap();
+    attempt.settle().unwrap();
+}
+
+fn whole(file: &dyn FileReading) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(file.len()).unwrap()];
+    file.read_at(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn assert_is(step: &dyn Reading, seed: u64) {
+    assert!(whole(&*step.open(SHARD).unwrap()) == pattern(seed, 10_000), "the shard of {seed}");
+    assert!(whole(&*step.open(MANIFEST).unwrap()) == pattern(seed, 100), "the manifest of {seed}");
+}
+
+fn assert_holds(storage: &Arc<dyn Storage>, seed: u64) {
+    assert_eq!(storage.list().unwrap(), [NAME]);
+    assert_is(&*storage.open(NAME).unwrap(), seed);
+}
+
+#[track_caller]
+fn assert_kind<T: Debug>(result: Result<T>, kind: ErrorKind) {
+    assert_eq!(result.expect_err("an error").kind(), kind);
+}
+
+fn published_bytes_read_back(storage: &Arc<dyn Storage>) {
+    let sizes = [0, 1, 4095, 4096, 4097, 3 * 65_536, (1 << 20) + 13];
+    let attempt = storage.begin(NAME, Attempt::new(), false).unwrap();
+    for (seed, size) in sizes.into_iter().enumerate() {
+        write_shard(&*attempt, &format!("shard-{size}"), &pattern(seed as u64, size), 65_536);
+        attempt.put(&format!("small-{size}"), &pattern(seed as u64, size)).unwrap();
+    }
+    attempt.publish(false).unwrap();
+    attempt.settle().unwrap();
+    let step = storage.open(NAME).unwrap();
+    for (seed, size) in sizes.into_iter().enumerate() {
+        for file in [format!("shard-{size}"), format!("small-{size}")] {
+            assert!(whole(&*step.open(&file).unwrap()) == pattern(seed as u64, size), "{file}");
+        }
+    }
+    storage.confirm(NAME).unwrap();
+}
+
+fn nothing_is_visible_before_the_publish(storage: &Arc<dyn Storage>) {
+    let attempt = begin(storage, false, 1);
+    assert_eq!(storage.list().unwrap(), [""; 0]);
+    assert_kind(storage.open(NAME), ErrorKind::NotFound);
+    attempt.publish(false).unwrap();
+    assert_holds(storage, 1);
+}
+
+fn a_step_that_exists_is_a_conflict(storage: &Arc<dyn Storage>) {
+    let late = begin(storage, false, 2);
+    publish(storage, false, 1);
+    assert_kind(storage.begin(NAME, Attempt::new(), false), ErrorKind::Conflict);
+    assert_kind(late.publish(false), ErrorKind::Conflict);
+    late.abandon().unwrap();
+    assert_holds(storage, 1);
+}
+
+fn exactly_one_attempt_wins(storage: &Arc<dyn Storage>) {
+    let start = Barrier::new(4);
+    let attempts: Vec<_> = (0..4).map(|seed| begin(storage, false, seed)).collect();
+    let won: Vec<_> = thread::scope(|scope| {
+        let publish = |attempt: &Arc<dyn Writing>| {
+            start.wait();
+            attempt.publish(false)
+        };
+        let threads: Vec<_> = attempts.iter().map(|attempt| scope.spawn(move || publish(attempt))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let winner = won.iter().position(Result::is_ok).expect("a winner");
+    for (index, result) in won.into_iter().enumerate().filter(|(index, _)| *index != winner) {
+        assert_kind(result, ErrorKind::Conflict);
+        attempts[index].abandon().unwrap();
+    }
+    attempts[winner].settle().unwrap();
+    assert_holds(storage, winner as u64);
+}
+
+fn an_overwrite_keeps_the_old_step(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    let attempt = begin(storage, true, 2);
+    assert_holds(storage, 1);
+    attempt.publish(true).unwrap();
+    assert_holds(storage, 2);
+    attempt.settle().unwrap();
+    assert_holds(storage, 2);
+    let abandoned = begin(storage, true, 3);
+    abandoned.abandon().unwrap();
+    assert_holds(storage, 2);
+}
+
+fn an_overwrite_of_nothing_is_a_publish(storage: &Arc<dyn Storage>) {
+    publish(storage, true, 1);
+    assert_holds(storage, 1);
+}
+
+fn what_is_abandoned_leaves_nothing(storage: &Arc<dyn Storage>) {
+    begin(storage, false, 1).abandon().unwrap();
+    assert_eq!(storage.list().unwrap(), [""; 0]);
+    assert_eq!(storage.sweep().unwrap(), Default::default());
+    publish(storage, false, 2);
+    assert_holds(storage, 2);
+}
+
+fn what_is_removed_is_gone(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    storage.remove(NAME).unwrap();
+    assert_eq!(storage.list().unwrap(), [""; 0]);
+    assert_kind(storage.open(NAME), ErrorKind::NotFound);
+    assert_kind(storage.remove(NAME), ErrorKind::NotFound);
+    publish(storage, false, 2);
+    assert_holds(storage, 2);
+}
+
+fn a_reader_keeps_its_step(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    let opened = || {
+        let step = storage.open(NAME).unwrap();
+        (step.open(SHARD).unwrap(), step.open(MANIFEST).unwrap())
+    };
+    let of_first = opened();
+    publish(storage, true, 2);
+    let of_second = opened();
+    storage.remove(NAME).unwrap();
+    for (seed, (shard, manifest)) in [(1, of_first), (2, of_second)] {
+        assert!(whole(&*shard) == pattern(seed, 10_000), "{seed}");
+        assert!(whole(&*manifest) == pattern(seed, 100), "{seed}");
+    }
+}
+
+fn a_sweep_removes_only_the_dead(storage: &Arc<dyn Storage>) {
+    let live = begin(storage, false, 1);
+    drop(storage.begin("step-8", Attempt::new(), false).unwrap());
+    let swept = storage.sweep().unwrap();
+    assert_eq!((swept.removed.len(), swept.left.len()), (1, 1), "{swept:?}");
+    live.publish(false).unwrap();
+    live.settle().unwrap();
+    assert_holds(storage, 1);
+    assert_eq!(storage.sweep().unwrap(), Default::default());
+    assert_holds(storage, 1);
+}
+
+fn incomplete_attempts_are_not_published(storage: &Arc<dyn Storage>) {
+    let empty = storage.begin(NAME, Attempt::new(), false).unwrap();
+    assert_kind(empty.publish(false), ErrorKind::Invalid);
+    let unsealed = begin(storage, false, 1);
+    let _shard = unsealed.create("another", 4096).unwrap();
+    assert_kind(unsealed.publish(false), ErrorKind::Invalid);
+    assert_eq!(storage.list().unwrap(), [""; 0]);
+}
+
+fn an_attempt_is_published_once(storage: &Arc<dyn Storage>) {
+    let attempt = begin(storage, false, 1);
+    assert_kind(attempt.settle(), ErrorKind::Invalid);
+    attempt.publish(false).unwrap();
+    assert_kind(attempt.publish(true), ErrorKind::Invalid);
+    assert_kind(attempt.put("late", b""), ErrorKind::Invalid);
+    assert_kind(attempt.create("late", 1), ErrorKind::Invalid);
+    assert_kind(attempt.abandon(), ErrorKind::Invalid);
+    assert_holds(storage, 1);
+}
+
+fn a_file_exists_once(storage: &Arc<dyn Storage>) {
+    let attempt = begin(storage, false, 1);
+    assert_kind(attempt.put(MANIFEST, b"again"), ErrorKind::Conflict);
+    let attempt = begin(storage, false, 1);
+    assert_kind(attempt.create(SHARD, 1), ErrorKind::Conflict);
+}
+
+fn reads_have_any_range(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    let bytes = pattern(1, 10_000);
+    let file = storage.open(NAME).unwrap().open(SHARD).unwrap();
+    let mut memory = AlignedBuffer::new(10_000 + 1);
+    for offset in [0, 1, 511, 4095, 4096, 4097, 8192, 9999, 10_000] {
+        for len in [0, 1, 511, 4096, 4097, 5000, 10_000] {
+            for shift in [0, 1] {
+                let buffer = &mut memory[shift..][..len];
+                let read = file.read_at(offset as u64, buffer);
+                match bytes.get(offset..offset + len) {
+                    Some(expected) => assert!(read.is_ok() && buffer == expected, "{offset} {len} {shift} {read:?}"),
+                    None => assert_kind(read, ErrorKind::Corrupt),
+                }
+            }
+        }
+    }
+    assert_kind(file.read_at(u64::MAX, &mut [0]), ErrorKind::Corrupt);
+}
+
+fn hostile_names_are_refused(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    let attempt = storage.begin("step-8", Attempt::new(), false).unwrap();
+    let step = storage.open(NAME).unwrap();
+    for name in ["", ".", "..", "../other", "/etc/passwd", "a/b", "nul\0"] {
+        assert_kind(storage.begin(name, Attempt::new(), false), ErrorKind::Invalid);
+        assert_kind(storage.open(name), ErrorKind::Invalid);
+        assert_kind(storage.remove(name), ErrorKind::Invalid);
+        assert_kind(storage.confirm(name), ErrorKind::Invalid);
+        assert_kind(storage.hint(name), ErrorKind::Invalid);
+        assert_kind(attempt.put(name, b""), ErrorKind::Invalid);
+        assert_kind(attempt.create(name, 1), ErrorKind::Invalid);
+        assert_kind(step.open(name), ErrorKind::Corrupt);
+    }
+    for hidden in [".step-1", ".trash-1"] {
+        assert_kind(storage.begin(hidden, Attempt::new(), false), ErrorKind::Invalid);
+        assert_kind(storage.remove(hidden), ErrorKind::Invalid);
+    }
+    assert_holds(storage, 1);
+}
+
+fn what_is_not_there_is_not_found(storage: &Arc<dyn Storage>) {
+    assert_kind(storage.open(NAME), ErrorKind::NotFound);
+    assert_kind(storage.confirm(NAME), ErrorKind::NotFound);
+    assert_kind(storage.remove(NAME), ErrorKind::NotFound);
+    publish(storage, false, 1);
+    assert_kind(storage.open(NAME).unwrap().open("missing"), ErrorKind::NotFound);
+}
+
+fn a_hint_is_no_step(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    storage.hint(NAME).unwrap();
+    storage.hint(NAME).unwrap();
+    assert_holds(storage, 1);
+    assert_eq!(storage.sweep().unwrap(), Default::default());
+}

@@ -1,0 +1,253 @@
+//! System calls that fail when told to.
+//!
+//! **Fault model.** One call, or every call from one on, reports an error: without having done anything, or after it did all of
+//! its work (as when the answer of a server is lost). Transfers can be short. close(2) never fails: what it could report has
+//! been said by fsync before. What a failed fsync loses is not modelled here; the simulated file system does that.
+
+use crate::storage::local::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "named after the calls")]
+pub enum Call {
+    Open,
+    Mkdir,
+    Pwrite,
+    Pread,
+    Fsync,
+    Fallocate,
+    Ftruncate,
+    Rename,
+    Unlink,
+    Stat,
+    List,
+    Lock,
+    Direct,
+    Buffered,
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// The call does nothing and reports this error code.
+    Refused(i32),
+    /// The call does its work and reports this error code all the same.
+    DoneAndRefused(i32),
+    /// A transfer ends after at most this many bytes; other calls are not affected.
+    Short(usize),
+}
+
+/// A call that is going to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Which kind of call; any kind when `None`.
+    pub call: Option<Call>,
+    /// How many calls of that kind are left alone before.
+    pub after: u64,
+    /// Every later call of that kind fails too.
+    pub sticky: bool,
+    /// How it fails.
+    pub effect: Effect,
+}
+
+/// A call that was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Logged {
+    /// Which.
+    pub call: Call,
+    /// On what: the path by which the descriptor was opened, with the name if the call takes one.
+    pub path: PathBuf,
+    /// The target of a rename.
+    pub to: Option<PathBuf>,
+    /// True when it reported no error.
+    pub ok: bool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    faults: Vec<Fault>,
+    hits: u64,
+    log: Vec<Logged>,
+    descriptors: BTreeMap<RawFd, PathBuf>,
+}
+
+/// A [`Sys`] over another one, with faults, and a log of its calls.
+#[derive(Debug)]
+pub struct Faulty {
+    inner: Arc<dyn Sys>,
+    syncing: bool,
+    state: Mutex<State>,
+}
+
+impl Faulty {
+    /// No faults yet.
+    pub fn new(inner: Arc<dyn Sys>) -> Arc<Self> {
+        Arc::new(Self { inner, syncing: true, state: Mutex::default() })
+    }
+
+    /// No faults yet; an fsync is logged, can fail, and is otherwise answered with `Ok` at once. For tests that make thousands
+    /// of saves and no power cut.
+    pub fn unsynced(inner: Arc<dyn Sys>) -> Arc<Self> {
+        Arc::new(Self { inner, syncing: false, state: Mutex::default() })
+    }
+
+    /// Adds a fault; `after` counts from now.
+    pub fn fail(&self, fault: Fault) {
+        self.state().faults.push(fault);
+    }
+
+    /// Takes the faults back that have not been met.
+    pub fn heal(&self) {
+        self.state().faults.clear();
+    }
+
+    /// How many calls met a fault.
+    pub fn hits(&self) -> u64 {
+        self.state().hits
+    }
+
+    /// The calls so far.
+    pub fn log(&self) -> Vec<Logged> {
+        self.state().log.clone()
+    }
+
+    /// The paths of descriptors that are open.
+    pub fn open_descriptors(&self) -> Vec<PathBuf> {
+        self.state().descriptors.values().cloned().collect()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn path(&self, dir: Option<RawFd>, name: &Path) -> PathBuf {
+        let base = dir.and_then(|fd| self.state().descriptors.get(&fd).cloned()).unwrap_or_default();
+        if name == Path::new(".") || name.as_os_str().is_empty() { base } else { base.join(name) }
+    }
+
+    fn meet(&self, call: Call) -> Option<Effect> {
+        let mut state = self.state();
+        let mut met = None;
+        state.faults.retain_mut(|fault| {
+            if fault.call.is_some_and(|only| only != call) {
+                return true;
+            }
+            if fault.after > 0 {
+                fault.after -= 1;
+                return true;
+            }
+            met = Some(fault.effect);
+            fault.sticky
+        });
+        state.hits += u64::from(met.is_some());
+        met
+    }
+
+    /// Makes a call on `path`, or does not; `work` is told how many bytes it may transfer.
+    fn call<T>(
+        &self,
+        call: Call,
+        path: PathBuf,
+        to: Option<PathBuf>,
+        mut work: impl FnMut(usize) -> io::Result<T>,
+        undo: impl FnOnce(T),
+    ) -> io::Result<T> {
+        let result = match self.meet(call) {
+            None => work(usize::MAX),
+            Some(Effect::Short(limit)) => work(limit),
+            Some(Effect::Refused(code)) => Err(io::Error::from_raw_os_error(code)),
+            Some(Effect::DoneAndRefused(code)) => work(usize::MAX).and_then(|done| {
+                undo(done);
+                Err(io::Error::from_raw_os_error(code))
+            }),
+        };
+        self.state().log.push(Logged { call, path, to, ok: result.is_ok() });
+        result
+    }
+
+    fn on<T>(&self, call: Call, fd: RawFd, name: &Path, mut work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        self.call(call, self.path(Some(fd), name), None, |_| work(), drop)
+    }
+}
+
+const ITSELF: &str = "";
+
+impl Sys for Faulty {
+    fn open(&self, dir: Option<RawFd>, path: &Path, how: Open, follow: bool) -> io::Result<RawFd> {
+        let full = self.path(dir, path);
+        let opened = |_| self.inner.open(dir, path, how, follow);
+        let fd = self.call(Call::Open, full.clone(), None, opened, |fd| self.inner.close(fd))?;
+        self.state().descriptors.insert(fd, full);
+        Ok(fd)
+    }
+
+    fn close(&self, fd: RawFd) {
+        self.state().descriptors.remove(&fd);
+        self.inner.close(fd);
+    }
+
+    fn mkdir(&self, dir: Option<RawFd>, path: &Path) -> io::Result<()> {
+        self.call(Call::Mkdir, self.path(dir, path), None, |_| self.inner.mkdir(dir, path), drop)
+    }
+
+    fn pwrite(&self, fd: RawFd, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let write = |limit: usize| self.inner.pwrite(fd, &bytes[..bytes.len().min(limit)], offset);
+        self.call(Call::Pwrite, self.path(Some(fd), Path::new(ITSELF)), None, write, drop)
+    }
+
+    fn pread(&self, fd: RawFd, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let len = buffer.len();
+        let read = |limit: usize| self.inner.pread(fd, &mut buffer[..len.min(limit)], offset);
+        self.call(Call::Pread, self.path(Some(fd), Path::new(ITSELF)), None, read, drop)
+    }
+
+    fn fsync(&self, fd: RawFd) -> io::Result<()> {
+        self.on(Call::Fsync, fd, Path::new(ITSELF), || if self.syncing { self.inner.fsync(fd) } else { Ok(()) })
+    }
+
+    fn fallocate(&self, fd: RawFd, len: u64) -> io::Result<()> {
+        self.on(Call::Fallocate, fd, Path::new(ITSELF), || self.inner.fallocate(fd, len))
+    }
+
+    fn ftruncate(&self, fd: RawFd, len: u64) -> io::Result<()> {
+        self.on(Call::Ftruncate, fd, Path::new(ITSELF), || self.inner.ftruncate(fd, len))
+    }
+
+    fn rename(&self, dir: RawFd, from: &Path, to: &Path, how: Rename) -> io::Result<()> {
+        let (source, target) = (self.path(Some(dir), from), self.path(Some(dir), to));
+        self.call(Call::Rename, source, Some(target), |_| self.inner.rename(dir, from, to, how), drop)
+    }
+
+    fn unlink(&self, dir: RawFd, name: &Path, kind: Kind) -> io::Result<()> {
+        self.on(Call::Unlink, dir, name, || self.inner.unlink(dir, name, kind))
+    }
+
+    fn stat(&self, fd: RawFd) -> io::Result<Stat> {
+        self.on(Call::Stat, fd, Path::new(ITSELF), || self.inner.stat(fd))
+    }
+
+    fn stat_at(&self, dir: RawFd, name: &Path) -> io::Result<Stat> {
+        self.on(Call::Stat, dir, name, || self.inner.stat_at(dir, name))
+    }
+
+    fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>> {
+        self.on(Call::List, dir, Path::new(ITSELF), || self.inner.list(dir))
+    }
+
+    fn try_lock(&self, fd: RawFd) -> io::Result<bool> {
+        self.on(Call::Lock, fd, Path::new(ITSELF), || self.inner.try_lock(fd))
+    }
+
+    fn direct(&self, fd: RawFd) -> io::Result<Direct> {
+        self.on(Call::Direct, fd, Path::new(ITSELF), || self.inner.direct(fd))
+    }
+
+    fn buffered(&self, fd: RawFd) -> io::Result<()> {
+        self.on(Call::Buffered, fd, Path::new(ITSELF), || self.inner.buffered(fd))
+    }
+}

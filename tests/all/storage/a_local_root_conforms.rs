@@ -1,0 +1,72 @@
+//! The local storage does what every storage must, with direct and with buffered I/O, on disk and in memory.
+
+use ashore::storage::local::Local;
+use ashore::storage::{IoMode, Storage};
+use ashore::testing::conformance;
+use ashore::{Attempt, ErrorKind};
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+fn conforms(directory: &Path, direct: bool) {
+    let mut roots = 0;
+    conformance::run(|| {
+        roots += 1;
+        Arc::new(Local::open(directory.join(roots.to_string())).unwrap().direct(direct))
+    });
+}
+
+#[test]
+fn with_direct_io() {
+    conforms(tempfile::tempdir().unwrap().path(), true);
+}
+
+#[test]
+fn with_buffered_io() {
+    conforms(tempfile::tempdir().unwrap().path(), false);
+}
+
+#[test]
+fn where_direct_io_is_accepted_and_not_honoured() {
+    let Ok(directory) = tempfile::tempdir_in("/dev/shm") else {
+        println!("left out: /dev/shm cannot be written");
+        return;
+    };
+    conforms(directory.path(), true);
+    let attempt = Local::open(directory.path()).unwrap().begin("step-1", Attempt::new(), false).unwrap();
+    assert_eq!(attempt.create("shard", 4096).unwrap().mode(), IoMode::Buffered);
+}
+
+#[test]
+fn a_root_is_made_with_all_that_leads_to_it_and_readers_make_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("a/b/c");
+    let error = Local::at(&root).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert_eq!(error.path(), Some(&*root));
+    assert!(!directory.path().join("a").exists());
+    Local::open(&root).unwrap();
+    assert!(root.is_dir());
+    Local::at(&root).unwrap();
+}
+
+#[test]
+fn a_step_holds_the_checkpoint_and_nothing_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let storage = Local::open(directory.path()).unwrap();
+    for overwrite in [false, true] {
+        let attempt = storage.begin("step-1", Attempt::new(), overwrite).unwrap();
+        attempt.put("manifest.json", b"{}").unwrap();
+        attempt.publish(overwrite).unwrap();
+        attempt.settle().unwrap();
+    }
+    storage.hint("step-1").unwrap();
+    let names = |path: &Path| {
+        let mut names: Vec<_> = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(directory.path()), ["latest", "step-1"]);
+    assert_eq!(names(&directory.path().join("step-1")), ["manifest.json"]);
+    assert_eq!(fs::read_to_string(directory.path().join("latest")).unwrap(), "step-1\n");
+}

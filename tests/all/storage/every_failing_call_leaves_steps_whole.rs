@@ -1,0 +1,130 @@
+//! Every system call of a save fails in turn, once and from then on, before and after it did its work. Whatever happens: no
+//! call says `Ok` for what is not so, each step reads as one whole attempt, and nothing leaks.
+
+use ashore::storage::local::{Linux, Local};
+use ashore::storage::{Reading, Storage};
+use ashore::testing::{AlignedBuffer, Effect, Fault, Faulty};
+use ashore::{Attempt, Error, ErrorKind};
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+const STEP: &str = "step-00000002";
+const OTHER: &str = "step-00000001";
+const LEN: usize = 9000;
+
+fn write(storage: &dyn Storage, step: &str, overwrite: bool, fill: u8) -> Result<(), Error> {
+    let attempt = storage.begin(step, Attempt::new(), overwrite)?;
+    let written = (|| {
+        let shard = attempt.create("shard", LEN as u64)?;
+        shard.write_at(0, &AlignedBuffer::from(&[fill; 4096][..]))?;
+        shard.write_at(4096, &AlignedBuffer::from(&[fill; 8192][..]))?;
+        shard.seal()?;
+        attempt.put("manifest.json", &[fill; 77])?;
+        attempt.publish(overwrite)
+    })();
+    if let Err(error) = written {
+        // As the executor does; whether it works is not the question here.
+        let _ = attempt.abandon();
+        return Err(error);
+    }
+    // What it replaced, if it cannot be deleted now, is left to a sweep.
+    let _ = attempt.settle();
+    Ok(())
+}
+
+fn is_whole(step: &dyn Reading, fill: u8) -> bool {
+    [("shard", LEN), ("manifest.json", 77)].into_iter().all(|(name, len)| {
+        let Ok(file) = step.open(name) else { return false };
+        let mut bytes = vec![0; len];
+        file.len() == len as u64 && file.read_at(0, &mut bytes).is_ok() && bytes.iter().all(|&byte| byte == fill)
+    })
+}
+
+/// In memory where there is any: direct I/O needs a disk, and the rest is thousands of saves.
+fn place(direct: bool) -> tempfile::TempDir {
+    let in_memory = if direct { None } else { tempfile::tempdir_in("/dev/shm").ok() };
+    in_memory.unwrap_or_else(|| tempfile::tempdir().unwrap())
+}
+
+/// Saves with one fault; false when the save was over before it.
+fn save_with(fault: Fault, overwrite: bool, direct: bool) -> bool {
+    let directory = place(direct);
+    let clean = Local::with_sys(Faulty::unsynced(Arc::new(Linux)), directory.path()).unwrap();
+    write(&clean, OTHER, false, 1).unwrap();
+    if overwrite {
+        write(&clean, STEP, false, 2).unwrap();
+    }
+    let faulty = Faulty::unsynced(Arc::new(Linux));
+    faulty.fail(fault);
+    let saved = Local::with_sys(faulty.clone(), directory.path())
+        .and_then(|storage| write(&storage.direct(direct), STEP, overwrite, 3));
+
+    let what = format!("{fault:?} overwrite={overwrite} direct={direct} saved={saved:?}");
+    assert!(faulty.open_descriptors().is_empty(), "leaked {:?}: {what}", faulty.open_descriptors());
+    check(&clean, overwrite, &saved, &what);
+    // A sweep by somebody to whom nothing happens changes no step and leaves nothing behind.
+    let swept = clean.sweep().unwrap();
+    check(&clean, overwrite, &saved, &what);
+    assert!(left_behind(directory.path()).is_empty(), "{what} {swept:?} {:?}", left_behind(directory.path()));
+    faulty.hits() > 0
+}
+
+fn check(clean: &Local, overwrite: bool, saved: &Result<(), Error>, what: &str) {
+    assert!(is_whole(&*clean.open(OTHER).unwrap(), 1), "another step: {what}");
+    let now = clean.open(STEP);
+    let new = now.as_ref().is_ok_and(|step| is_whole(&**step, 3));
+    let old = match &now {
+        Ok(step) => overwrite && is_whole(&**step, 2),
+        Err(error) => !overwrite && error.kind() == ErrorKind::NotFound,
+    };
+    match saved {
+        Ok(()) => assert!(new, "not complete: {what}"),
+        Err(error) if error.kind() == ErrorKind::Indeterminate => assert!(old || new, "torn: {what}"),
+        Err(_) => assert!(old, "not intact: {what}"),
+    }
+}
+
+/// Hidden names, except owner records that are still empty: those can be of another host.
+fn left_behind(root: &Path) -> Vec<String> {
+    let mut left = Vec::new();
+    for entry in fs::read_dir(root).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        let empty_record = name.ends_with(".owner") && entry.metadata().unwrap().len() == 0;
+        if name.starts_with('.') && !empty_record {
+            left.push(name);
+        }
+    }
+    left
+}
+
+#[test]
+fn every_failing_call_leaves_steps_whole() {
+    let effects = [libc::EIO, libc::ENOSPC, libc::EINVAL, libc::EINTR]
+        .into_iter()
+        .flat_map(|code| [Effect::Refused(code), Effect::DoneAndRefused(code)])
+        .chain([Effect::Short(512), Effect::Short(1)]);
+    let mut cases = 0;
+    for effect in effects {
+        for sticky in [false, true] {
+            // An interruption or a short transfer for ever is no file system.
+            if sticky && matches!(effect, Effect::Refused(libc::EINTR) | Effect::DoneAndRefused(libc::EINTR)) {
+                continue;
+            }
+            for (overwrite, direct) in [(false, false), (true, false), (true, true)] {
+                // Direct I/O waits for the disk: only for effects that make it take another way.
+                if direct && !matches!(effect, Effect::Refused(libc::EINVAL) | Effect::Short(512)) {
+                    continue;
+                }
+                let mut after = 0;
+                while save_with(Fault { call: None, after, sticky, effect }, overwrite, direct) {
+                    after += 1;
+                }
+                assert!(after > 25, "only {after} calls");
+                cases += after;
+            }
+        }
+    }
+    println!("cases={cases}");
+}
