@@ -4,6 +4,7 @@
 //! pass (a misaligned or repeated write, a hole, a file that was never sealed) is refused here, so that a program which
 //! works on it breaks no rule of the seam.
 
+use super::name::{check_file, check_step};
 use super::{FileReading, FileWriting, IoMode, Reading, Storage, Swept, Writing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
@@ -26,6 +27,13 @@ struct Root {
     latest: Option<String>,
 }
 
+impl Root {
+    /// An attempt that came to its end is none of a sweep's business.
+    fn forget(&mut self, attempt: Attempt) {
+        self.attempts.retain(|(_, known, _)| *known != attempt);
+    }
+}
+
 impl Memory {
     /// An empty storage.
     pub fn new() -> Self {
@@ -46,7 +54,7 @@ impl fmt::Debug for Memory {
 
 impl Storage for Memory {
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
-        component(name).map_err(|e| e.with_kind(ErrorKind::Invalid))?;
+        check_step(name)?;
         let mut root = lock(&self.0);
         if !overwrite && root.steps.contains_key(name) {
             return Err(conflict("the step exists", name));
@@ -66,6 +74,7 @@ impl Storage for Memory {
     }
 
     fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
+        check_step(name)?;
         match lock(&self.0).steps.get(name) {
             Some(step) => Ok(Arc::new(MemoryReading { path: self.describe(name), files: step.clone() })),
             None => Err(missing(name)),
@@ -77,10 +86,12 @@ impl Storage for Memory {
     }
 
     fn confirm(&self, name: &str) -> Result<()> {
+        check_step(name)?;
         if lock(&self.0).steps.contains_key(name) { Ok(()) } else { Err(missing(name)) }
     }
 
     fn remove(&self, name: &str) -> Result<()> {
+        check_step(name)?;
         lock(&self.0).steps.remove(name).map(drop).ok_or_else(|| missing(name))
     }
 
@@ -88,20 +99,19 @@ impl Storage for Memory {
         let mut swept = Swept::default();
         lock(&self.0).attempts.retain(|(name, attempt, writing)| {
             let label = format!(".{name}.{attempt}.tmp");
-            let Some(writing) = writing.upgrade() else {
-                swept.removed.push(label);
-                return false;
-            };
-            let open = matches!(*lock(&writing.stage), Stage::Open(_));
-            if open {
+            let alive = writing.strong_count() > 0;
+            if alive {
                 swept.left.push((label, "its owner is alive".into()));
+            } else {
+                swept.removed.push(label);
             }
-            open
+            alive
         });
         Ok(swept)
     }
 
     fn hint(&self, name: &str) -> Result<()> {
+        check_step(name)?;
         lock(&self.0).latest = Some(name.into());
         Ok(())
     }
@@ -133,7 +143,7 @@ impl fmt::Debug for MemoryWriting {
 
 impl MemoryWriting {
     fn add(&self, file: &str, new: MemoryFile) -> Result<Arc<MemoryFile>> {
-        component(file).map_err(|e| e.with_kind(ErrorKind::Invalid))?;
+        check_file(file).map_err(|e| e.with_kind(ErrorKind::Invalid))?;
         match &mut *lock(&self.stage) {
             Stage::Open(files) if files.contains_key(file) => Err(conflict("the file was made before", file)),
             Stage::Open(files) => Ok(files.entry(file.into()).or_insert(Arc::new(new)).clone()),
@@ -178,6 +188,7 @@ impl Writing for MemoryWriting {
             return Err(conflict("the step exists", &self.name));
         }
         root.steps.insert(self.name.clone(), Arc::new(files));
+        root.forget(self.attempt);
         *stage = Stage::Published;
         Ok(())
     }
@@ -197,6 +208,7 @@ impl Writing for MemoryWriting {
             return Err(refused("a published attempt was abandoned", &self.name));
         }
         *stage = Stage::Abandoned;
+        lock(&self.root).forget(self.attempt);
         Ok(())
     }
 }
@@ -289,7 +301,7 @@ struct MemoryReading {
 
 impl Reading for MemoryReading {
     fn open(&self, file: &str) -> Result<Arc<dyn FileReading>> {
-        component(file)?;
+        check_file(file)?;
         let path = self.path.join(file);
         match self.files.get(file) {
             Some(bytes) => Ok(Arc::new(Bytes { path, bytes: bytes.clone() })),
@@ -331,11 +343,6 @@ impl FileReading for Bytes {
 /// A panic elsewhere cannot leave these maps half changed, so poison says nothing.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn component(name: &str) -> Result<()> {
-    let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
-    if plain { Ok(()) } else { Err(Error::corrupt(format!("not a plain name name={name:?}"))) }
 }
 
 fn refused(what: &str, path: &str) -> Error {

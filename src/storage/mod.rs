@@ -8,6 +8,7 @@
 
 pub mod local;
 pub mod memory;
+mod name;
 
 pub use memory::Memory;
 

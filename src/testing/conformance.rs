@@ -288,7 +288,7 @@ fn hostile_names_are_refused(storage: &Arc<dyn Storage>) {
     publish(storage, false, 1);
     let attempt = storage.begin("step-8", Attempt::new(), false).unwrap();
     let step = storage.open(NAME).unwrap();
-    for name in ["", ".", "..", "../other", "/etc/passwd", "a/b", "nul\0"] {
+    for name in ["", ".", "..", "../other", "/etc/passwd", "a/b", "a\\b", "nul\0"] {
         assert_kind(storage.begin(name, Attempt::new(), false), ErrorKind::Invalid);
         assert_kind(storage.open(name), ErrorKind::Invalid);
         assert_kind(storage.remove(name), ErrorKind::Invalid);

@@ -9,7 +9,7 @@ use super::{direct, durable, names, publish, transfer, trash};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::mutant::{self, Mutant};
-use crate::storage::{FileWriting, Writing};
+use crate::storage::{FileWriting, Writing, name};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -88,7 +88,7 @@ impl LocalAttempt {
         direct: bool,
         kept: Kept,
     ) -> Result<Self> {
-        names::check_step(step)?;
+        name::check_step(step)?;
         match root.look(step).map_err(root.error("cannot look for the step", step))? {
             None => {}
             Some(stat) if overwrite && stat.kind == Kind::Dir => {}
@@ -121,11 +121,7 @@ impl LocalAttempt {
     }
 
     fn check_file(&self, file: &str) -> Result<()> {
-        if !names::is_component(file) {
-            return Err(
-                Error::invalid(format!("a file's name is one path component name={file:?}")).with_path(self.dir.path())
-            );
-        }
+        name::check_file(file).map_err(|error| error.with_kind(ErrorKind::Invalid).with_path(self.dir.path()))?;
         match *self.phase() {
             Phase::Open(_) => Ok(()),
             _ => Err(Error::invalid("the attempt is over").with_path(self.path_of(file))),

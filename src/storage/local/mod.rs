@@ -37,7 +37,7 @@ pub use linux::Linux;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, parse_step_name};
-use crate::storage::{Reading, Storage, Swept, Writing};
+use crate::storage::{Reading, Storage, Swept, Writing, name as rules};
 use attempt::{Kept, LocalAttempt};
 use dir::Dir;
 use direct::Bypass;
@@ -118,7 +118,7 @@ impl Storage for Local {
     }
 
     fn confirm(&self, name: &str) -> Result<()> {
-        names::check_step(name)?;
+        rules::check_step(name)?;
         let root = self.root.afresh()?;
         let dir = root.enter(name).map_err(root.error("cannot open the step", name))?;
         let failed = "cannot make the step durable";
@@ -141,7 +141,7 @@ impl Storage for Local {
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        names::check_step(name)?;
+        rules::check_step(name)?;
         let root = self.root.afresh()?;
         let dir = root.enter(name).map_err(root.error("cannot open the step", name))?;
         for file in dir.list().map_err(dir.own_error("cannot list"))? {
@@ -158,13 +158,13 @@ impl Storage for Local {
     }
 
     fn hint(&self, name: &str) -> Result<()> {
-        names::check_step(name)?;
-        let failed = |error| self.root.error("cannot write the hint", names::LATEST)(error);
+        rules::check_step(name)?;
+        let failed = |error| self.root.error("cannot write the hint", rules::LATEST)(error);
         // Left by a process that died, or being written by another: what wins does not matter.
         self.root.unlink(names::LATEST_NEW, Kind::File).map_err(failed)?;
         let (fd, bypass): (_, Bypass) = direct::create(&self.root, names::LATEST_NEW, false).map_err(failed)?;
         transfer::write_all(&fd, &bypass, format!("{name}\n").as_bytes(), 0).map_err(failed)?;
-        self.root.rename(names::LATEST_NEW, names::LATEST, Rename::Plain).map_err(failed)
+        self.root.rename(names::LATEST_NEW, rules::LATEST, Rename::Plain).map_err(failed)
     }
 
     fn describe(&self, name: &str) -> PathBuf {

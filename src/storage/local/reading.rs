@@ -5,10 +5,10 @@ use super::aligned::AlignedBuffer;
 use super::dir::Dir;
 use super::direct::{self, Bypass};
 use super::sys::{Fd, Kind, uninterrupted};
-use super::{names, transfer};
+use super::transfer;
 use crate::error::{Error, Result};
 use crate::memory::ALIGNMENT;
-use crate::storage::{FileReading, Reading};
+use crate::storage::{FileReading, Reading, name};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,18 +25,14 @@ pub(super) struct LocalReading {
 
 impl LocalReading {
     pub(super) fn open(root: &Dir, step: &str, direct: bool) -> Result<Self> {
-        names::check_step(step)?;
+        name::check_step(step)?;
         Ok(Self { dir: root.enter(step).map_err(root.error("cannot open the step", step))?, direct })
     }
 }
 
 impl Reading for LocalReading {
     fn open(&self, file: &str) -> Result<Arc<dyn FileReading>> {
-        if !names::is_component(file) {
-            return Err(
-                Error::corrupt(format!("a file name that leaves the step name={file:?}")).with_path(self.dir.path())
-            );
-        }
+        name::check_file(file).map_err(|error| error.with_path(self.dir.path()))?;
         let (fd, bypass) = match direct::open(&self.dir, file, self.direct) {
             Err(error) if error.raw_os_error() == Some(libc::ELOOP) => return Err(not_a_file(&self.dir, file)),
             opened => opened.map_err(self.dir.error("cannot open file", file))?,
