@@ -1,23 +1,31 @@
 use crate::made::{Made, noise, open};
 use ashore::{Dtype, ErrorKind};
 
-fn small(step: u64) -> Made {
+fn small(step: u64, shards: usize) -> Made {
     let mut made = Made::new(step)
         .tensor("a", Dtype::F32, &[2, 2], noise(16, 1))
         .tensor("b", Dtype::U8, &[], noise(1, 2))
         .tensor("c", Dtype::I16, &[3], noise(6, 3))
-        .shards(2);
+        .shards(shards);
     made.values.insert("epoch".into(), 3.into());
     made
 }
 
 #[test]
-fn every_bit_of_every_file() {
-    let made = small(7);
+fn every_bit_of_a_shard_and_its_manifest() {
+    every_bit(&small(7, 1), &["model.safetensors", "manifest.json"]);
+}
+
+#[test]
+fn every_bit_of_an_index_and_its_manifest() {
+    every_bit(&small(7, 2), &["model.safetensors.index.json", "manifest.json"]);
+}
+
+fn every_bit(made: &Made, which: &[&str]) {
     let mut files = made.files();
     let (mut flips, mut by_open) = (0, 0);
-    for file in 0..files.len() {
-        let name = files[file].0.clone();
+    for name in which {
+        let file = files.iter().position(|(file, _)| file == name).unwrap();
         for bit in 0..8 * files[file].1.len() {
             files[file].1[bit / 8] ^= 1 << (bit % 8);
             flips += 1;
@@ -25,12 +33,12 @@ fn every_bit_of_every_file() {
                 Err(error) => {
                     by_open += 1;
                     assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid), "{name} {bit}: {error}");
-                    assert!(error.path().is_some_and(|path| path.ends_with(&name)), "{name} {bit}: {error}");
+                    assert!(error.path().is_some_and(|path| path.ends_with(name)), "{name} {bit}: {error}");
                 }
                 Ok(checkpoint) => {
                     let report = checkpoint.verify().unwrap();
                     let byte = bit as u64 / 8;
-                    let placed = report.damage.iter().all(|d| d.file == name && d.range.contains(&byte));
+                    let placed = report.damage.iter().all(|d| d.file == *name && d.range.contains(&byte));
                     assert!(!report.is_sound() && placed, "{name} {bit}: {report:?}");
                     for (tensor, (_, _, bytes)) in &made.tensors {
                         match checkpoint.read(tensor) {
@@ -52,7 +60,7 @@ fn every_bit_of_every_file() {
 
 #[test]
 fn every_length_but_the_right_one() {
-    let files = small(7).files();
+    let files = small(7, 2).files();
     for file in 0..files.len() {
         let (name, whole) = &files[file];
         for len in (0..whole.len()).chain([whole.len() + 1, whole.len() + 4096]) {
@@ -67,7 +75,7 @@ fn every_length_but_the_right_one() {
 
 #[test]
 fn a_missing_file() {
-    let files = small(7).files();
+    let files = small(7, 2).files();
     for missing in 0..files.len() {
         let mut files = files.clone();
         let (name, _) = files.remove(missing);
@@ -80,8 +88,8 @@ fn a_missing_file() {
 
 #[test]
 fn shards_of_another_step_or_attempt_or_place() {
-    let (mine, other_attempt) = (small(7).files(), small(7).files());
-    let mut other_step = small(8);
+    let (mine, other_attempt) = (small(7, 2).files(), small(7, 2).files());
+    let mut other_step = small(8, 2);
     other_step.attempt = ashore::Attempt::new();
     for other in [other_attempt, other_step.files()] {
         for shard in 0..2 {
