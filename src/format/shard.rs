@@ -241,6 +241,15 @@ mod tests {
     }
 
     #[test]
+    fn step_and_attempt_stand_where_the_specification_says() {
+        let attempt = Attempt::default();
+        let bytes = HeaderTemplate::new([]).unwrap().stamp(u64::MAX, attempt);
+        assert_eq!(&bytes[54..76], format!("{}\",", u64::MAX).as_bytes());
+        assert_eq!(&bytes[94..130], attempt.to_string().as_bytes());
+        assert_eq!((PREFIX, PREFIX + STAMP), (8, 132));
+    }
+
+    #[test]
     fn shards_have_the_names_that_stock_tools_look_for() {
         assert_eq!(shard_names(1), ["model.safetensors"]);
         assert_eq!(shard_names(2), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]);

@@ -2,6 +2,7 @@
 
 mod hostile_manifest;
 mod manifest_damage;
+mod seeds;
 mod template;
 
 use ashore::digest::Digest;

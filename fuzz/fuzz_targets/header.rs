@@ -1,0 +1,23 @@
+//! Any bytes as the header of a shard: no panic, bounded memory, and what is accepted is written back as it was read.
+#![no_main]
+
+use ashore::format::shard::{Header, HeaderTemplate, identity};
+use ashore_fuzz::bounded;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    let whose = bounded(input.len(), || identity(input));
+    // The data section is not looked at, so it may have any length; the last tensor says which.
+    let mut header = input.to_vec();
+    if let Some(prefix) = header.first_chunk_mut::<8>() {
+        *prefix = (input.len() as u64 - 8).to_le_bytes();
+    }
+    let len = header.len() as u64;
+    for data in [0, 1, 24, 4096] {
+        let Ok(header) = bounded(header.len(), || Header::parse(&header, len + data)) else { continue };
+        assert!(whose.is_err() || whose.as_ref().is_ok_and(|whose| *whose == (header.step, header.attempt)));
+        let tensors = header.tensors.iter().map(|t| (&t.name[..], t.dtype, &t.shape[..], t.offsets.clone()));
+        let template = HeaderTemplate::new(tensors).unwrap();
+        let again = template.stamp(header.step, header.attempt);
+        assert_eq!(Header::parse(&again, template.len() + data).unwrap(), header);
+    }
+});

@@ -1,0 +1,43 @@
+//! Any JSON: decoding never panics; any JSON as a user's value comes back as it was.
+#![no_main]
+
+use ashore::state::{decode_value, encode_value};
+use ashore_fuzz::bounded;
+use serde::Deserialize;
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only decoded")]
+enum Any {
+    Float(f32),
+    Ints(BTreeMap<i64, f64>),
+    Enum(Enum),
+    Named { a: Option<Box<Any>>, #[serde(flatten)] rest: BTreeMap<String, Value> },
+    List(Vec<Any>),
+}
+
+#[derive(Deserialize)]
+#[expect(dead_code, reason = "only decoded")]
+enum Enum {
+    Unit,
+    New(Box<Enum>),
+    Tuple(u8, char),
+    Named { a: bool, b: (f64, ()) },
+}
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    let Ok(json) = serde_json::from_slice::<Value>(input) else { return };
+    bounded(input.len(), || {
+        let _ = decode_value::<Value>(&json);
+        let _ = decode_value::<Any>(&json);
+        let _ = decode_value::<Enum>(&json);
+        let _ = decode_value::<BTreeMap<bool, Vec<f32>>>(&json);
+    });
+    if let Ok(encoded) = encode_value(&json) {
+        let text = serde_json::to_vec(&encoded).unwrap();
+        let encoded: Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!(decode_value::<Value>(&encoded).unwrap(), json);
+    }
+});

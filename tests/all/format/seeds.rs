@@ -1,0 +1,27 @@
+//! The seeds of the fuzz targets are what they should be: good input, from which fuzzing departs.
+
+use ashore::format::manifest::Manifest;
+use ashore::format::shard::Header;
+use ashore::state::decode_value;
+use std::path::{Path, PathBuf};
+
+fn seeds(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target);
+    let files = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    files.map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+}
+
+#[test]
+fn seeds_are_accepted() {
+    for (path, bytes) in seeds("manifest") {
+        assert!(Manifest::parse(&bytes).is_ok(), "{}", path.display());
+    }
+    for (path, bytes) in seeds("header") {
+        let accepted = [0, 24].map(|data| Header::parse(&bytes, bytes.len() as u64 + data).is_ok());
+        assert!(accepted.contains(&true), "{}", path.display());
+    }
+    for (path, bytes) in seeds("value") {
+        let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        assert!(decode_value::<serde_json::Value>(&json).is_ok() || bytes.contains(&b'$'), "{}", path.display());
+    }
+}
