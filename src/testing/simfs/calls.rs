@@ -1,0 +1,144 @@
+//! The calls: each may meet a fault, then does its work on the [`State`].
+
+use super::SimFs;
+use super::disk::SECTOR;
+use super::state::{State, error};
+use crate::storage::local::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::path::{Component, Path};
+
+/// A system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "named after the calls")]
+pub enum Call {
+    Open,
+    Mkdir,
+    Pwrite,
+    Pread,
+    Fsync,
+    Fallocate,
+    Ftruncate,
+    Rename,
+    Unlink,
+    Stat,
+    List,
+    Lock,
+    Direct,
+}
+
+/// A call that is going to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Which kind of call; any kind when `None`.
+    pub call: Option<Call>,
+    /// How many calls of that kind succeed before.
+    pub after: u64,
+    /// The error code.
+    pub errno: i32,
+    /// Every later call of that kind fails too.
+    pub sticky: bool,
+    /// The call does its work and fails all the same. Not for an fsync, which never does its work when it fails.
+    pub done: bool,
+}
+
+impl SimFs {
+    fn call<T>(&self, call: Call, run: impl FnOnce(&mut State) -> io::Result<T>) -> io::Result<T> {
+        let mut state = self.lock();
+        state.enter()?;
+        match state.fault(call) {
+            None => run(&mut state),
+            Some((error, done)) => {
+                if done {
+                    run(&mut state)?;
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Sys for SimFs {
+    fn open(&self, dir: Option<RawFd>, path: &Path, how: Open, _follow: bool) -> io::Result<RawFd> {
+        self.call(Call::Open, |state| state.open(dir, path, how))
+    }
+
+    fn close(&self, fd: RawFd) {
+        self.lock().close(fd);
+    }
+
+    fn mkdir(&self, dir: Option<RawFd>, path: &Path) -> io::Result<()> {
+        self.call(Call::Mkdir, |state| state.mkdir(dir, path))
+    }
+
+    fn pwrite(&self, fd: RawFd, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        self.call(Call::Pwrite, |state| state.pwrite(fd, bytes, offset))
+    }
+
+    fn pread(&self, fd: RawFd, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.call(Call::Pread, |state| state.pread(fd, buffer, offset))
+    }
+
+    fn fsync(&self, fd: RawFd) -> io::Result<()> {
+        let mut state = self.lock();
+        state.enter()?;
+        let fault = state.fault(Call::Fsync).map(|(error, _)| error);
+        state.fsync(fd, fault)
+    }
+
+    fn fallocate(&self, fd: RawFd, len: u64) -> io::Result<()> {
+        self.call(Call::Fallocate, |state| state.resize(fd, len, false))
+    }
+
+    fn ftruncate(&self, fd: RawFd, len: u64) -> io::Result<()> {
+        self.call(Call::Ftruncate, |state| state.resize(fd, len, true))
+    }
+
+    fn rename(&self, dir: RawFd, from: &Path, to: &Path, how: Rename) -> io::Result<()> {
+        self.call(Call::Rename, |state| state.rename(dir, component(from)?, component(to)?, how))
+    }
+
+    fn unlink(&self, dir: RawFd, name: &Path, kind: Kind) -> io::Result<()> {
+        self.call(Call::Unlink, |state| state.unlink(dir, component(name)?, kind))
+    }
+
+    fn stat(&self, fd: RawFd) -> io::Result<Stat> {
+        self.call(Call::Stat, |state| state.stat(state.descriptor(fd)?.ino))
+    }
+
+    fn stat_at(&self, dir: RawFd, name: &Path) -> io::Result<Stat> {
+        self.call(Call::Stat, |state| {
+            let (parent, name) = state.walk(Some(dir), name)?;
+            state.stat(name.map_or(Ok(parent), |name| state.lookup(parent, name))?)
+        })
+    }
+
+    fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>> {
+        // In reverse: no file system promises any order.
+        self.call(Call::List, |state| Ok(state.entries(state.descriptor(dir)?.ino)?.keys().rev().cloned().collect()))
+    }
+
+    fn try_lock(&self, fd: RawFd) -> io::Result<bool> {
+        self.call(Call::Lock, |state| state.try_lock(fd))
+    }
+
+    fn direct(&self, fd: RawFd) -> io::Result<Direct> {
+        self.call(Call::Direct, |state| {
+            state.descriptor(fd)?;
+            Ok(Direct { memory: SECTOR as u32, offset: SECTOR as u32, honoured: true })
+        })
+    }
+
+    fn buffered(&self, fd: RawFd) -> io::Result<()> {
+        self.call(Call::Direct, |state| state.buffered(fd))
+    }
+}
+
+/// The calls within a directory are given names, not paths.
+fn component(path: &Path) -> io::Result<&OsStr> {
+    let mut components = path.components();
+    match (components.next(), components.next()) {
+        (Some(Component::Normal(name)), None) => Ok(name),
+        _ => Err(error(libc::EINVAL)),
+    }
+}

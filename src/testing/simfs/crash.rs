@@ -1,0 +1,241 @@
+//! Which images a crash can leave, and a deterministic choice among them.
+
+use super::disk::{Disk, Op, Take, Unit};
+use super::image::Image;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Up to so many pending changes, every possible set of them is tried.
+const EXHAUSTIVE: usize = 6;
+
+/// What happened on a [`SimFs`](super::SimFs) up to a moment: the disk it booted from and the log of its operations.
+#[derive(Clone, Debug)]
+pub struct History {
+    pub(super) base: Image,
+    pub(super) log: Arc<Vec<Op>>,
+}
+
+/// A crash, and what the next boot finds.
+#[derive(Debug)]
+pub struct Crash {
+    /// How many operations had happened. What was acknowledged at a position up to this one must have survived.
+    pub position: usize,
+    /// The disk.
+    pub image: Image,
+}
+
+impl History {
+    /// The number of operations. A crash can come before the first, after the last and between any two.
+    pub fn len(&self) -> usize {
+        self.log.len()
+    }
+
+    /// True when nothing happened.
+    pub fn is_empty(&self) -> bool {
+        self.log.is_empty()
+    }
+
+    /// Images of crashes after `n` operations for each `n` in `positions`, at most `limit` for each `n`.
+    ///
+    /// The choice follows from `seed` alone. For few pending changes it is every set of them. Otherwise: nothing and
+    /// everything, each change alone and each one missing, each directory or file alone and missing, every prefix, and random
+    /// sets; writes whole and torn. Most sets that were possible one operation earlier are left out. Images can be equal; see
+    /// [`Image::hash`].
+    pub fn crashes(&self, positions: Range<usize>, seed: u64, limit: usize) -> Crashes {
+        let mut disk = Disk::new(&self.base);
+        let start = positions.start.min(self.log.len());
+        self.log[..start].iter().for_each(|op| disk.apply(op));
+        let end = positions.end.min(self.log.len() + 1);
+        let mut crashes = Crashes {
+            log: self.log.clone(),
+            disk,
+            units: Vec::new(),
+            choices: Vec::new(),
+            position: start,
+            end,
+            seed,
+            limit,
+        };
+        if start < end {
+            crashes.choose(true);
+        }
+        crashes
+    }
+
+    /// What is on the disk when nothing was lost: the running system's own view, as after a killed process.
+    pub fn everything(&self) -> Image {
+        let mut disk = Disk::new(&self.base);
+        self.log.iter().for_each(|op| disk.apply(op));
+        let units = disk.pending();
+        disk.crash(&units, &vec![Take::Everything; units.len()])
+    }
+}
+
+/// The images of [`History::crashes`], made one at a time.
+#[derive(Debug)]
+pub struct Crashes {
+    log: Arc<Vec<Op>>,
+    disk: Disk,
+    units: Vec<Unit>,
+    choices: Vec<Vec<Take>>,
+    position: usize,
+    end: usize,
+    seed: u64,
+    limit: usize,
+}
+
+impl Iterator for Crashes {
+    type Item = Crash;
+
+    fn next(&mut self) -> Option<Crash> {
+        loop {
+            if let Some(takes) = self.choices.pop() {
+                return Some(Crash { position: self.position, image: self.disk.crash(&self.units, &takes) });
+            }
+            if self.position + 1 >= self.end {
+                return None;
+            }
+            self.disk.apply(&self.log[self.position]);
+            self.position += 1;
+            self.choose(false);
+        }
+    }
+}
+
+impl Crashes {
+    fn choose(&mut self, first: bool) {
+        self.units = self.disk.pending();
+        let mut rng = Rng::new(self.seed ^ (self.position as u64) << 32);
+        self.choices = choices(&self.units, self.limit, first, &mut rng);
+    }
+}
+
+/// Sets of pending changes. Most of those that were possible before the last operation are left out.
+fn choices(units: &[Unit], limit: usize, first: bool, rng: &mut Rng) -> Vec<Vec<Take>> {
+    let all = vec![Take::Everything; units.len()];
+    let none = vec![Take::Nothing; units.len()];
+    if units.is_empty() {
+        return vec![none];
+    }
+    let mut sets = systematic(units, &all, &none);
+    let torn: Vec<_> = sets.iter().chain([&all]).map(|takes| tear(units, takes, rng)).collect();
+    sets.extend(torn);
+    let stale = |takes: &[Take]| !takes.iter().zip(units).any(|(take, unit)| unit.newest && *take != Take::Nothing);
+    let after_sync = !units.iter().any(|unit| unit.newest);
+    if !first && (!after_sync || units.len() > EXHAUSTIVE) {
+        sets.retain(|takes| !stale(takes) || rng.below(8) == 0);
+    }
+    rng.shuffle(&mut sets);
+    sets.truncate(limit / 3 + 1);
+    let tries = if after_sync { 0 } else { limit.saturating_sub(sets.len() + 2) };
+    for _ in 0..tries {
+        // Data shows only under a name and within a length, so these are kept more often.
+        let (names, data) = ([4, 7, 8, 8][rng.below(4)], [1, 4, 7, 8][rng.below(4)]);
+        let keep = |unit: &Unit| if unit.sectors > 0 { data } else { names };
+        let wanted: Vec<_> = units.iter().map(|unit| unit.newest || rng.below(8) < keep(unit)).collect();
+        let takes = match rng.below(2) {
+            0 => with_needs(units, none.clone(), |i| wanted[i]),
+            _ => without(units, all.clone(), |i| !wanted[i]),
+        };
+        sets.push(tear(units, &takes, rng));
+    }
+    sets.push(none);
+    sets.push(all);
+    sets.sort_unstable();
+    sets.dedup();
+    sets
+}
+
+/// Every set of a few pending changes; of many, each alone and each missing, and the same for objects and for prefixes.
+fn systematic(units: &[Unit], all: &[Take], none: &[Take]) -> Vec<Vec<Take>> {
+    let mut sets = Vec::new();
+    if units.len() <= EXHAUSTIVE {
+        for set in 1..(1_u32 << units.len()) - 1 {
+            let take = |i| if set >> i & 1 == 1 { Take::Everything } else { Take::Nothing };
+            let takes: Vec<_> = (0..units.len()).map(take).collect();
+            sets.extend(allowed(units, &takes).then_some(takes));
+        }
+        return sets;
+    }
+    for i in 0..units.len() {
+        sets.push(with_needs(units, none.to_vec(), |j| j == i));
+        sets.push(without(units, all.to_vec(), |j| j == i));
+        sets.push(without(units, all.to_vec(), |j| j > i));
+        if i == 0 || units[i].ino != units[i - 1].ino {
+            sets.push(with_needs(units, none.to_vec(), |j| units[j].ino == units[i].ino));
+            sets.push(without(units, all.to_vec(), |j| units[j].ino == units[i].ino));
+        }
+    }
+    sets
+}
+
+fn allowed(units: &[Unit], takes: &[Take]) -> bool {
+    let taken = |i: usize| takes[i] != Take::Nothing;
+    (0..units.len()).all(|i| !taken(i) || units[i].needs.iter().all(|&need| taken(need)))
+}
+
+/// Adds the units that `pick` names, and whatever they need.
+fn with_needs(units: &[Unit], mut takes: Vec<Take>, pick: impl Fn(usize) -> bool) -> Vec<Take> {
+    for i in (0..units.len()).rev() {
+        if pick(i) || takes[i] != Take::Nothing {
+            takes[i] = Take::Everything;
+            units[i].needs.iter().for_each(|&need| takes[need] = Take::Everything);
+        }
+    }
+    takes
+}
+
+/// Takes away the units that `pick` names, and whatever needs them.
+fn without(units: &[Unit], mut takes: Vec<Take>, pick: impl Fn(usize) -> bool) -> Vec<Take> {
+    for i in 0..units.len() {
+        if pick(i) || units[i].needs.iter().any(|&need| takes[need] == Take::Nothing) {
+            takes[i] = Take::Nothing;
+        }
+    }
+    takes
+}
+
+/// The same set with some of its writes torn.
+fn tear(units: &[Unit], takes: &[Take], rng: &mut Rng) -> Vec<Take> {
+    let torn = |(unit, take): (&Unit, &Take)| match take {
+        Take::Everything if unit.sectors > 1 && rng.below(2) == 0 => Take::Torn(rng.next()),
+        take => *take,
+    };
+    units.iter().zip(takes).map(torn).collect()
+}
+
+/// A small generator of random numbers (splitmix64): the same seed, the same numbers, everywhere.
+#[derive(Clone, Debug)]
+pub struct Rng(u64);
+
+impl Rng {
+    /// The numbers that follow from `seed`.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next number.
+    #[expect(clippy::should_implement_trait, reason = "there is always a next number")]
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    /// A number below `n`.
+    ///
+    /// # Panics
+    /// When `n` is 0.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// Brings `items` into random order.
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! The disk below the running system: what is durable, and which changes are pending.
+//!
+//! It is rebuilt from the log of operations up to the point of the crash. Every pending change is a [`Change`] that the
+//! crash may keep or lose on its own, within the order that any file system keeps: see [`Disk::pending`].
+
+use super::image::{Content, Entries, Image, Ino, Node, ROOT};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::sync::Arc;
+
+/// The unit that a disk writes whole or not at all.
+pub(super) const SECTOR: usize = 512;
+
+/// What a call did to the file system, recorded in the order in which it happened.
+#[derive(Clone, Debug)]
+pub(super) enum Op {
+    /// A new, empty file or directory, and its name.
+    Create { dir: Ino, name: OsString, ino: Ino, file: bool },
+    /// A name removed.
+    Unlink { dir: Ino, name: OsString },
+    /// A name moved, or two exchanged.
+    Rename { dir: Ino, from: OsString, to: OsString, exchange: bool },
+    /// Whole sectors as the running system sees them after the write; the length, where the write made the file longer.
+    Write { ino: Ino, at: usize, sectors: Arc<[u8]>, grown: Option<usize> },
+    /// A length set: longer reads as zeros, shorter frees what is beyond.
+    Resize { ino: Ino, len: usize },
+    /// A file or directory made durable.
+    Fsync { ino: Ino },
+    /// A failed fsync: the kernel forgets the data that it could not write.
+    Lose { ino: Ino },
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Size(usize),
+    Sectors { at: usize, bytes: Arc<[u8]> },
+}
+
+#[derive(Clone, Debug)]
+enum Object {
+    File { durable: Arc<Content>, pending: Vec<Change> },
+    Dir { durable: Arc<Entries>, pending: Vec<Op> },
+}
+
+/// A change that a crash may keep or lose.
+#[derive(Debug)]
+pub(super) struct Unit {
+    /// What it changes.
+    pub(super) ino: Ino,
+    /// The units without which it cannot be on the disk.
+    pub(super) needs: Vec<usize>,
+    /// How many sectors it writes; 0 when it is not data.
+    pub(super) sectors: usize,
+    /// The last operation made it: without it the image was possible before.
+    pub(super) newest: bool,
+}
+
+/// How much of a [`Unit`] the crash keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Take {
+    Nothing,
+    Everything,
+    /// Some sectors of a write, in a pattern that the number chooses.
+    Torn(u64),
+}
+
+impl Take {
+    fn keeps(self, sector: usize, of: usize) -> bool {
+        let Self::Torn(seed) = self else { return self == Self::Everything };
+        let cut = (seed >> 8) as usize % of;
+        match seed % 5 {
+            0 => sector < cut,
+            1 => sector >= cut,
+            2 => sector != cut,
+            3 => sector == cut,
+            _ => seed.rotate_right(11 + 7 * sector as u32) & 1 == 1,
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Disk {
+    objects: BTreeMap<Ino, Object>,
+    /// What the last operation changed, and how many changes it made.
+    last: (Ino, usize),
+}
+
+impl Disk {
+    pub(super) fn new(image: &Image) -> Self {
+        let object = |node: &Node| match node {
+            Node::File(content) => Object::File { durable: content.clone(), pending: Vec::new() },
+            Node::Dir(entries) => Object::Dir { durable: entries.clone(), pending: Vec::new() },
+        };
+        Self { objects: image.nodes.iter().map(|(ino, node)| (*ino, object(node))).collect(), last: (ROOT, 0) }
+    }
+
+    /// Performs `op` on the running system: it becomes pending, or makes durable what was.
+    pub(super) fn apply(&mut self, op: &Op) {
+        self.last = match op {
+            Op::Create { dir, .. } | Op::Unlink { dir, .. } | Op::Rename { dir, .. } => (*dir, 1),
+            Op::Write { ino, grown, .. } => (*ino, 1 + usize::from(grown.is_some())),
+            Op::Resize { ino, .. } => (*ino, 1),
+            Op::Fsync { ino } | Op::Lose { ino } => (*ino, 0),
+        };
+        match op {
+            Op::Create { dir, ino, file, .. } => {
+                let object = match file {
+                    true => Object::File { durable: Content::new(Vec::new()), pending: Vec::new() },
+                    false => Object::Dir { durable: Arc::default(), pending: Vec::new() },
+                };
+                self.objects.insert(*ino, object);
+                self.defer(*dir, op);
+            }
+            Op::Unlink { dir, .. } | Op::Rename { dir, .. } => self.defer(*dir, op),
+            Op::Write { ino, at, sectors, grown } => {
+                if let Some(Object::File { pending, .. }) = self.objects.get_mut(ino) {
+                    pending.extend(grown.map(Change::Size));
+                    pending.push(Change::Sectors { at: *at, bytes: sectors.clone() });
+                }
+            }
+            Op::Resize { ino, len } => {
+                if let Some(Object::File { pending, .. }) = self.objects.get_mut(ino) {
+                    pending.push(Change::Size(*len));
+                }
+            }
+            Op::Fsync { ino } => match self.objects.get_mut(ino) {
+                Some(Object::File { durable, pending }) => {
+                    *durable = settle(durable, pending, |_| Take::Everything);
+                    pending.clear();
+                }
+                Some(Object::Dir { durable, pending }) => {
+                    *durable = enter(durable, pending, |_| true);
+                    pending.clear();
+                }
+                None => {}
+            },
+            Op::Lose { ino } => {
+                if let Some(Object::File { pending, .. }) = self.objects.get_mut(ino) {
+                    pending.retain(|change| matches!(change, Change::Size(_)));
+                }
+            }
+        }
+    }
+
+    fn defer(&mut self, dir: Ino, op: &Op) {
+        if let Some(Object::Dir { pending, .. }) = self.objects.get_mut(&dir) {
+            pending.push(op.clone());
+        }
+    }
+
+    /// Everything that a crash may keep or lose now. Order is kept only where any file system keeps it: operations on the
+    /// same name of a directory, and the lengths of one file. Objects that no entry can lead to are left out.
+    pub(super) fn pending(&self) -> Vec<Unit> {
+        let mut units = Vec::new();
+        let mut found = vec![ROOT];
+        let mut next = 0;
+        while let Some(&ino) = found.get(next) {
+            next += 1;
+            let first = units.len();
+            match self.objects.get(&ino) {
+                Some(Object::Dir { durable, pending }) => {
+                    found.extend(durable.values());
+                    for (i, op) in pending.iter().enumerate() {
+                        found.extend(created(op));
+                        let shares =
+                            |earlier: &Op| names(earlier).iter().flatten().any(|n| names(op).contains(&Some(n)));
+                        let needs = (0..i).filter(|&j| shares(&pending[j])).map(|j| first + j).collect();
+                        units.push(Unit { ino, needs, sectors: 0, newest: false });
+                    }
+                }
+                Some(Object::File { pending, .. }) => {
+                    let mut size = None;
+                    for change in pending {
+                        let unit = match change {
+                            Change::Size(_) => {
+                                let needs = size.replace(units.len()).into_iter().collect();
+                                Unit { ino, needs, sectors: 0, newest: false }
+                            }
+                            Change::Sectors { bytes, .. } => {
+                                Unit { ino, needs: Vec::new(), sectors: bytes.len() / SECTOR, newest: false }
+                            }
+                        };
+                        units.push(unit);
+                    }
+                }
+                None => {}
+            }
+            if ino == self.last.0 {
+                units[first..].iter_mut().rev().take(self.last.1).for_each(|unit| unit.newest = true);
+            }
+        }
+        units
+    }
+
+    /// The disk after a crash that keeps `takes` of `units`, which came from [`Disk::pending`].
+    pub(super) fn crash(&self, units: &[Unit], takes: &[Take]) -> Image {
+        let mut nodes = BTreeMap::new();
+        let mut found = vec![ROOT];
+        while let Some(ino) = found.pop() {
+            let first = units.iter().position(|unit| unit.ino == ino);
+            let take = |i: usize| first.and_then(|first| takes.get(first + i)).copied().unwrap_or(Take::Nothing);
+            let node = match self.objects.get(&ino) {
+                Some(Object::File { durable, pending }) => Node::File(settle(durable, pending, take)),
+                Some(Object::Dir { durable, pending }) => {
+                    let entries = enter(durable, pending, |i| take(i) != Take::Nothing);
+                    found.extend(entries.values());
+                    Node::Dir(entries)
+                }
+                None => continue,
+            };
+            nodes.insert(ino, node);
+        }
+        Image { nodes }
+    }
+}
+
+fn created(op: &Op) -> Option<Ino> {
+    if let Op::Create { ino, .. } = op { Some(*ino) } else { None }
+}
+
+fn names(op: &Op) -> [Option<&OsString>; 2] {
+    match op {
+        Op::Create { name, .. } | Op::Unlink { name, .. } => [Some(name), None],
+        Op::Rename { from, to, .. } => [Some(from), Some(to)],
+        _ => [None, None],
+    }
+}
+
+/// The content of a file once the changes that are taken have reached it.
+fn settle(durable: &Arc<Content>, pending: &[Change], take: impl Fn(usize) -> Take) -> Arc<Content> {
+    if (0..pending.len()).all(|i| take(i) == Take::Nothing) {
+        return durable.clone();
+    }
+    let mut blocks = durable.bytes.to_vec();
+    let mut size = blocks.len();
+    for (i, change) in pending.iter().enumerate() {
+        match change {
+            Change::Size(len) if take(i) != Take::Nothing => {
+                size = *len;
+                if let Some(freed) = blocks.get_mut(size..) {
+                    freed.fill(0);
+                }
+            }
+            Change::Size(_) => {}
+            Change::Sectors { at, bytes } => {
+                let count = bytes.len() / SECTOR;
+                for (sector, new) in bytes.chunks(SECTOR).enumerate() {
+                    if take(i).keeps(sector, count) {
+                        let at = at + sector * SECTOR;
+                        if blocks.len() < at + SECTOR {
+                            blocks.resize(at + SECTOR, 0);
+                        }
+                        blocks[at..at + SECTOR].copy_from_slice(new);
+                    }
+                }
+            }
+        }
+    }
+    blocks.resize(size, 0);
+    Content::new(blocks)
+}
+
+/// The entries of a directory once the operations that are taken have reached it.
+fn enter(durable: &Arc<Entries>, pending: &[Op], take: impl Fn(usize) -> bool) -> Arc<Entries> {
+    let mut entries = durable.clone();
+    for op in pending.iter().enumerate().filter(|(i, _)| take(*i)).map(|(_, op)| op) {
+        let entries = Arc::make_mut(&mut entries);
+        match op {
+            Op::Create { name, ino, .. } => {
+                entries.insert(name.clone(), *ino);
+            }
+            Op::Unlink { name, .. } => {
+                entries.remove(name);
+            }
+            Op::Rename { from, to, exchange, .. } => {
+                let moved = entries.remove(from);
+                let replaced = moved.and_then(|moved| entries.insert(to.clone(), moved));
+                if let (true, Some(replaced)) = (exchange, replaced) {
+                    entries.insert(from.clone(), replaced);
+                }
+            }
+            Op::Write { .. } | Op::Resize { .. } | Op::Fsync { .. } | Op::Lose { .. } => {}
+        }
+    }
+    entries
+}

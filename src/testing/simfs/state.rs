@@ -1,0 +1,350 @@
+//! The running system: what the calls see and do, and the log of what they did.
+
+use super::calls::{Call, Fault};
+use super::disk::{Op, SECTOR};
+use super::image::{Entries, Image, Ino, Node, ROOT};
+use crate::storage::local::sys::{Kind, Open, RawFd, Rename, Stat};
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Component, Path};
+use std::sync::Arc;
+
+#[derive(Debug)]
+enum Body {
+    File(Arc<Vec<u8>>),
+    Dir(Arc<Entries>),
+}
+
+#[derive(Debug)]
+struct Inode {
+    body: Body,
+    links: u64,
+    locked_by: Option<RawFd>,
+    lost: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Descriptor {
+    pub(super) ino: Ino,
+    writable: bool,
+    direct: bool,
+    lost_seen: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) base: Image,
+    pub(super) log: Vec<Op>,
+    pub(super) faults: Vec<Fault>,
+    pub(super) calls: u64,
+    pub(super) calls_left: Option<u64>,
+    pub(super) descriptors: BTreeMap<RawFd, Descriptor>,
+    inodes: BTreeMap<Ino, Inode>,
+    next_ino: Ino,
+    next_fd: RawFd,
+}
+
+impl State {
+    pub(super) fn new(image: &Image) -> Self {
+        let inode = |node: &Node| {
+            let (body, links) = match node {
+                Node::File(content) => (Body::File(content.bytes.clone()), 1),
+                Node::Dir(entries) => (Body::Dir(entries.clone()), 2),
+            };
+            Inode { body, links, locked_by: None, lost: 0 }
+        };
+        Self {
+            base: image.clone(),
+            log: Vec::new(),
+            faults: Vec::new(),
+            calls: 0,
+            calls_left: None,
+            descriptors: BTreeMap::new(),
+            inodes: image.nodes.iter().map(|(ino, node)| (*ino, inode(node))).collect(),
+            next_ino: image.nodes.keys().next_back().map_or(ROOT, |last| *last) + 1,
+            next_fd: 1000,
+        }
+    }
+
+    pub(super) fn restart(&mut self) {
+        self.descriptors.clear();
+        self.inodes.values_mut().for_each(|inode| inode.locked_by = None);
+        self.faults.clear();
+        self.calls_left = None;
+    }
+
+    /// Counts a call; dead processes make none.
+    pub(super) fn enter(&mut self) -> io::Result<()> {
+        match &mut self.calls_left {
+            Some(0) => return Err(error(libc::EOWNERDEAD)),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        self.calls += 1;
+        Ok(())
+    }
+
+    /// The error that a call of this kind meets, and whether it does its work first.
+    pub(super) fn fault(&mut self, call: Call) -> Option<(io::Error, bool)> {
+        let mut hit = None;
+        self.faults.retain_mut(|fault| {
+            if fault.call.is_some_and(|only| only != call) {
+                return true;
+            }
+            if fault.after > 0 {
+                fault.after -= 1;
+                return true;
+            }
+            hit = Some((error(fault.errno), fault.done));
+            fault.sticky
+        });
+        hit
+    }
+
+    pub(super) fn descriptor(&self, fd: RawFd) -> io::Result<&Descriptor> {
+        self.descriptors.get(&fd).ok_or_else(|| error(libc::EBADF))
+    }
+
+    fn inode(&mut self, ino: Ino) -> io::Result<&mut Inode> {
+        self.inodes.get_mut(&ino).ok_or_else(|| error(libc::EIO))
+    }
+
+    pub(super) fn entries(&self, ino: Ino) -> io::Result<&Arc<Entries>> {
+        match self.inodes.get(&ino).map(|inode| &inode.body) {
+            Some(Body::Dir(entries)) => Ok(entries),
+            Some(Body::File(_)) => Err(error(libc::ENOTDIR)),
+            None => Err(error(libc::EIO)),
+        }
+    }
+
+    fn entries_mut(&mut self, ino: Ino) -> io::Result<&mut Entries> {
+        match &mut self.inode(ino)?.body {
+            Body::Dir(entries) => Ok(Arc::make_mut(entries)),
+            Body::File(_) => Err(error(libc::ENOTDIR)),
+        }
+    }
+
+    fn file_mut(&mut self, ino: Ino) -> io::Result<&mut Vec<u8>> {
+        match &mut self.inode(ino)?.body {
+            Body::File(bytes) => Ok(Arc::make_mut(bytes)),
+            Body::Dir(_) => Err(error(libc::EISDIR)),
+        }
+    }
+
+    fn kind(&self, ino: Ino) -> Kind {
+        match self.inodes.get(&ino).map(|inode| &inode.body) {
+            Some(Body::Dir(_)) => Kind::Dir,
+            Some(Body::File(_)) => Kind::File,
+            None => Kind::Other,
+        }
+    }
+
+    fn at(&self, dir: Option<RawFd>) -> io::Result<Ino> {
+        dir.map_or(Ok(ROOT), |fd| self.descriptor(fd).map(|descriptor| descriptor.ino))
+    }
+
+    /// The directory that holds the last component of `path`, and that component; `None` for the directory itself.
+    pub(super) fn walk<'p>(&self, dir: Option<RawFd>, path: &'p Path) -> io::Result<(Ino, Option<&'p OsStr>)> {
+        let mut at = self.at(dir)?;
+        let mut last = None;
+        for component in path.components() {
+            match component {
+                Component::RootDir => at = ROOT,
+                Component::CurDir => {}
+                Component::Normal(name) => {
+                    if let Some(previous) = last.replace(name) {
+                        at = self.lookup(at, previous)?;
+                    }
+                }
+                Component::ParentDir | Component::Prefix(_) => return Err(error(libc::EOPNOTSUPP)),
+            }
+        }
+        self.entries(at)?;
+        Ok((at, last))
+    }
+
+    pub(super) fn lookup(&self, dir: Ino, name: &OsStr) -> io::Result<Ino> {
+        self.entries(dir)?.get(name).copied().ok_or_else(|| error(libc::ENOENT))
+    }
+
+    fn create(&mut self, dir: Ino, name: &OsStr, file: bool) -> io::Result<Ino> {
+        if self.entries(dir)?.contains_key(name) {
+            return Err(error(libc::EEXIST));
+        }
+        if self.inode(dir)?.links == 0 {
+            return Err(error(libc::ENOENT));
+        }
+        let ino = self.next_ino;
+        self.next_ino += 1;
+        let (body, links) = if file { (Body::File(Arc::default()), 1) } else { (Body::Dir(Arc::default()), 2) };
+        self.inodes.insert(ino, Inode { body, links, locked_by: None, lost: 0 });
+        self.entries_mut(dir)?.insert(name.to_owned(), ino);
+        self.log.push(Op::Create { dir, name: name.to_owned(), ino, file });
+        Ok(ino)
+    }
+
+    pub(super) fn open(&mut self, dir: Option<RawFd>, path: &Path, how: Open) -> io::Result<RawFd> {
+        let (parent, name) = self.walk(dir, path)?;
+        let (ino, writable, direct) = match (how, name) {
+            (Open::Create { direct }, Some(name)) => (self.create(parent, name, true)?, true, direct),
+            (Open::Create { .. }, None) => return Err(error(libc::EEXIST)),
+            (Open::Read { direct }, Some(name)) => (self.lookup(parent, name)?, false, direct),
+            (Open::Dir, Some(name)) => (self.lookup(parent, name)?, false, false),
+            (Open::Dir | Open::Read { .. }, None) => (parent, false, false),
+        };
+        if how == Open::Dir {
+            self.entries(ino)?;
+        }
+        let lost_seen = self.inode(ino)?.lost;
+        let fd = self.next_fd;
+        self.next_fd += 1;
+        self.descriptors.insert(fd, Descriptor { ino, writable, direct, lost_seen });
+        Ok(fd)
+    }
+
+    pub(super) fn mkdir(&mut self, dir: Option<RawFd>, path: &Path) -> io::Result<()> {
+        let (parent, name) = self.walk(dir, path)?;
+        self.create(parent, name.ok_or_else(|| error(libc::EEXIST))?, false).map(drop)
+    }
+
+    pub(super) fn pwrite(&mut self, fd: RawFd, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let &Descriptor { ino, writable, direct, .. } = self.descriptor(fd)?;
+        if !writable {
+            return Err(error(libc::EBADF));
+        }
+        check_direct(direct, bytes.as_ptr(), bytes.len(), offset)?;
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        let at = usize::try_from(offset).map_err(|_| error(libc::EFBIG))?;
+        let end = at.checked_add(bytes.len()).ok_or_else(|| error(libc::EFBIG))?;
+        let file = self.file_mut(ino)?;
+        let grown = (end > file.len()).then_some(end);
+        file.resize(file.len().max(end), 0);
+        file[at..end].copy_from_slice(bytes);
+        let first = at / SECTOR * SECTOR;
+        let mut sectors = file[first..file.len().min(end.next_multiple_of(SECTOR))].to_vec();
+        sectors.resize(sectors.len().next_multiple_of(SECTOR), 0);
+        self.log.push(Op::Write { ino, at: first, sectors: sectors.into(), grown });
+        Ok(bytes.len())
+    }
+
+    pub(super) fn pread(&mut self, fd: RawFd, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let &Descriptor { ino, direct, .. } = self.descriptor(fd)?;
+        let Body::File(file) = &self.inode(ino)?.body else { return Err(error(libc::EISDIR)) };
+        if offset >= file.len() as u64 {
+            return Ok(0);
+        }
+        check_direct(direct, buffer.as_ptr(), buffer.len(), offset)?;
+        let rest = usize::try_from(offset).ok().and_then(|at| file.get(at..)).unwrap_or_default();
+        let len = rest.len().min(buffer.len());
+        buffer[..len].copy_from_slice(&rest[..len]);
+        Ok(len)
+    }
+
+    pub(super) fn buffered(&mut self, fd: RawFd) -> io::Result<()> {
+        self.descriptors.get_mut(&fd).ok_or_else(|| error(libc::EBADF))?.direct = false;
+        Ok(())
+    }
+
+    pub(super) fn fsync(&mut self, fd: RawFd, fault: Option<io::Error>) -> io::Result<()> {
+        let ino = self.descriptor(fd)?.ino;
+        if fault.is_some() {
+            self.inode(ino)?.lost += 1;
+            self.log.push(Op::Lose { ino });
+        }
+        let lost = self.inode(ino)?.lost;
+        let descriptor = self.descriptors.get_mut(&fd).ok_or_else(|| error(libc::EBADF))?;
+        if std::mem::replace(&mut descriptor.lost_seen, lost) != lost {
+            return Err(fault.unwrap_or_else(|| error(libc::EIO)));
+        }
+        self.log.push(Op::Fsync { ino });
+        Ok(())
+    }
+
+    pub(super) fn resize(&mut self, fd: RawFd, len: u64, shrink: bool) -> io::Result<()> {
+        let &Descriptor { ino, writable, .. } = self.descriptor(fd)?;
+        if !writable {
+            return Err(error(if shrink { libc::EINVAL } else { libc::EBADF }));
+        }
+        let len = usize::try_from(len).map_err(|_| error(libc::EFBIG))?;
+        let file = self.file_mut(ino)?;
+        if len > file.len() || shrink {
+            file.resize(len, 0);
+            self.log.push(Op::Resize { ino, len });
+        }
+        Ok(())
+    }
+
+    pub(super) fn rename(&mut self, dir: RawFd, from: &OsStr, to: &OsStr, how: Rename) -> io::Result<()> {
+        let dir = self.at(Some(dir))?;
+        let moved = self.lookup(dir, from)?;
+        let target = self.entries(dir)?.get(to).copied();
+        match (how, target) {
+            (Rename::NoReplace, Some(_)) => return Err(error(libc::EEXIST)),
+            (Rename::Exchange, None) => return Err(error(libc::ENOENT)),
+            (Rename::Plain, Some(target)) if target == moved => return Ok(()),
+            (Rename::Plain, Some(target)) => match (self.kind(moved), self.kind(target)) {
+                (Kind::Dir, Kind::Dir) if !self.entries(target)?.is_empty() => return Err(error(libc::ENOTEMPTY)),
+                (Kind::Dir, Kind::Dir) | (Kind::File, Kind::File) => self.inode(target)?.links = 0,
+                (Kind::Dir, _) => return Err(error(libc::ENOTDIR)),
+                (_, _) => return Err(error(libc::EISDIR)),
+            },
+            (_, _) => {}
+        }
+        let entries = self.entries_mut(dir)?;
+        entries.remove(from);
+        entries.insert(to.to_owned(), moved);
+        if let (Rename::Exchange, Some(target)) = (how, target) {
+            entries.insert(from.to_owned(), target);
+        }
+        let exchange = how == Rename::Exchange;
+        self.log.push(Op::Rename { dir, from: from.to_owned(), to: to.to_owned(), exchange });
+        Ok(())
+    }
+
+    pub(super) fn unlink(&mut self, dir: RawFd, name: &OsStr, kind: Kind) -> io::Result<()> {
+        let dir = self.at(Some(dir))?;
+        let ino = self.lookup(dir, name)?;
+        match (kind == Kind::Dir, self.kind(ino)) {
+            (true, Kind::Dir) if !self.entries(ino)?.is_empty() => return Err(error(libc::ENOTEMPTY)),
+            (true, Kind::Dir) | (false, Kind::File | Kind::Other) => {}
+            (true, _) => return Err(error(libc::ENOTDIR)),
+            (false, Kind::Dir) => return Err(error(libc::EISDIR)),
+        }
+        self.inode(ino)?.links = 0;
+        self.entries_mut(dir)?.remove(name);
+        self.log.push(Op::Unlink { dir, name: name.to_owned() });
+        Ok(())
+    }
+
+    pub(super) fn stat(&self, ino: Ino) -> io::Result<Stat> {
+        let inode = self.inodes.get(&ino).ok_or_else(|| error(libc::EIO))?;
+        let len = if let Body::File(bytes) = &inode.body { bytes.len() as u64 } else { 0 };
+        Ok(Stat { kind: self.kind(ino), len, identity: (1, ino), links: inode.links })
+    }
+
+    pub(super) fn try_lock(&mut self, fd: RawFd) -> io::Result<bool> {
+        let ino = self.descriptor(fd)?.ino;
+        let holder = self.inode(ino)?.locked_by.get_or_insert(fd);
+        Ok(*holder == fd)
+    }
+
+    pub(super) fn close(&mut self, fd: RawFd) {
+        let Some(Descriptor { ino, .. }) = self.descriptors.remove(&fd) else { return };
+        if let Some(inode) = self.inodes.get_mut(&ino) {
+            inode.locked_by = inode.locked_by.filter(|holder| *holder != fd);
+        }
+    }
+}
+
+pub(super) fn error(errno: i32) -> io::Error {
+    io::Error::from_raw_os_error(errno)
+}
+
+fn check_direct(direct: bool, address: *const u8, len: usize, offset: u64) -> io::Result<()> {
+    let aligned =
+        [address.addr(), len].iter().all(|n| n.is_multiple_of(SECTOR)) && offset.is_multiple_of(SECTOR as u64);
+    if direct && !aligned { Err(error(libc::EINVAL)) } else { Ok(()) }
+}
