@@ -1,0 +1,41 @@
+//! Saves the steps that `expected.json` describes, for the stock readers to read: `cargo run --example stock_writer -- ROOT`.
+//!
+//! The arena is smaller than the first step, so that its bytes come through the ring as those of a real state do.
+
+use ashore::{CheckpointExecutor, HostTensor, Layout, StateDict};
+use serde::Deserialize;
+use std::sync::Arc;
+use std::time::Duration;
+
+#[derive(Deserialize)]
+struct Table {
+    steps: Vec<Step>,
+}
+
+#[derive(Deserialize)]
+struct Step {
+    step: u64,
+    /// Name, dtype, shape.
+    tensors: Vec<(String, safetensors::Dtype, Vec<usize>)>,
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let root = std::env::args_os().nth(1).ok_or("usage: stock_writer ROOT")?;
+    let table: Table = serde_json::from_str(include_str!("expected.json"))?;
+    let executor = CheckpointExecutor::builder(root).arena(2 << 20).chunk(256 << 10).files(3).build()?;
+    for Step { step, tensors } in &table.steps {
+        let mut state = StateDict::new();
+        for (index, (name, dtype, shape)) in tensors.iter().enumerate() {
+            let layout = Layout::new(*dtype, shape);
+            let modulus = if *dtype == safetensors::Dtype::BOOL { 2 } else { 256 };
+            let bytes: Vec<u8> =
+                (0..layout.bytes()?).map(|i| ((i * 31 + index as u64 * 17 + 7) % 251 % modulus) as u8).collect();
+            state.tensor(name, HostTensor::with_dtype(Arc::new(bytes), *dtype, shape))?;
+        }
+        state.value("nested", &serde_json::json!({ "lr": 0.1, "milestones": [1, 2] }))?;
+        let outcome = executor.save(*step, state)?.wait(Duration::from_secs(60))?;
+        println!("{outcome:?}");
+    }
+    executor.shutdown(Duration::from_secs(60))?;
+    Ok(())
+}
