@@ -1,0 +1,98 @@
+# What this project can check about itself. `.ci/install` installs what the recipes need beyond a Rust toolchain.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+tools := env("CI_TOOLS", env("HOME") / ".cache/ashore-tools")
+nightly := env("CI_NIGHTLY", "nightly")
+export PATH := tools / "bin:" + env("PATH") + ":/usr/sbin:/sbin"
+
+[private]
+default:
+    @just --list --unsorted
+
+# The command of the README: needs nothing but a Rust toolchain.
+test:
+    cargo test --workspace
+
+# Formatting, clippy, documentation, licences.
+lint:
+    cargo fmt --all --check
+    cargo fmt --check --manifest-path tests/stock/candle/Cargo.toml
+    cargo clippy --workspace --all-targets --all-features -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --all-features --no-deps
+    cargo deny --log-level error --workspace --all-features check licenses bans sources
+    cargo deny --log-level error --manifest-path tests/stock/candle/Cargo.toml --config "$PWD/deny.toml" check licenses sources
+
+# A saved step directory, read by Python's safetensors, numpy, and torch's HuggingFaceStorageReader.
+stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning tests/stock/check.py")
+
+# The same, read by candle.
+candle: (stock_reader "cargo run --quiet --locked --manifest-path tests/stock/candle/Cargo.toml --target-dir " + tools / "candle --")
+
+[private]
+stock_reader command:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    root=$(mktemp -d)
+    trap 'rm -rf "$root"' EXIT
+    cargo run --quiet --example stock_writer -- "$root"
+    {{ command }} "$root"
+
+# Undefined behaviour in what holds or hands out memory.
+miri *filters="state:: memory:: completion::":
+    MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
+        .ci/strict cargo +{{ nightly }} miri test --lib -- {{ filters }}
+
+# Every interleaving of the completion cell.
+loom:
+    RUSTFLAGS="--cfg loom" .ci/strict cargo test --lib --target-dir target/loom -- loom
+
+# Every fuzz target, for SECONDS together.
+fuzz seconds="60":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    targets=($(cargo +{{ nightly }} fuzz list))
+    each=$(( ({{ seconds }} + ${#targets[@]} - 1) / ${#targets[@]} ))
+    for target in "${targets[@]}"; do
+        mkdir -p "fuzz/corpus/$target"
+        cargo +{{ nightly }} fuzz run "$target" "fuzz/corpus/$target" "fuzz/seeds/$target" -- \
+            -max_total_time="$each" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1
+    done
+
+# Breaks each promise once: the suite must notice.
+mutants *names:
+    tests/mutants.py {{ names }}
+
+# The program killed at every file system call that it makes. Needs strace.
+kill:
+    .ci/strict cargo test --workspace --test kill -- --nocapture
+
+# A full file system, ext4 and xfs. Needs root and loop devices.
+mounts:
+    .ci/strict cargo test --workspace --test mounts -- --nocapture
+
+# The benchmarks.
+bench *arguments:
+    cargo bench --workspace -- {{ arguments }}
+
+# What `.ci/run` runs after the tests: nothing may be left out.
+ci: (timed "lint stock candle miri fuzz:60 mutants")
+
+# What takes too long for every change.
+nightly: (timed "ci")
+    just fuzz 3600
+    PROPTEST_CASES=20000 cargo test --workspace --release
+    cargo test --workspace --release -- --ignored
+
+[private]
+timed recipes:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    times=()
+    for recipe in {{ recipes }}; do
+        echo "== $recipe"
+        start=$SECONDS
+        just ${recipe//:/ }
+        times+=("$recipe $((SECONDS - start)) s")
+    done
+    printf 'just: %s\n' "${times[@]}"

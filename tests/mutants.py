@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Breaks each promise of src/mutant.rs once and demands that the test suite notices.
+
+    tests/mutants.py [NAME...]
+
+The tests are built once, with the switches in; ASHORE_MUTANT then names the promise to break. A mutant may say which test sees it,
+in a comment above it: `// seen by: FILTER`. That test is run first, without the mutant (it must pass) and with it; the rest of the
+suite only where it does not notice. Exits 1 when any mutant goes unnoticed, or is not built into the library at all.
+"""
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIMIT_S = 300
+
+
+def mutants():
+    """Name to filter, in the order of the source; the filter may be empty."""
+    text = (ROOT / "src/mutant.rs").read_text()
+    body = re.search(r"enum Mutant \{(.*?)\n\}", text, re.S)[1]
+    found, seen_by = {}, ""
+    for line in map(str.strip, body.splitlines()):
+        if comment := re.fullmatch(r"// seen by: (\S+)", line):
+            seen_by = comment[1]
+        elif name := re.fullmatch(r"(\w+),", line):
+            found[name[1]], seen_by = seen_by, ""
+    return found
+
+
+def wired():
+    """The mutants that the library has a switch for."""
+    files = [path for path in (ROOT / "src").rglob("*.rs") if path.name != "mutant.rs"]
+    return {name for path in files for name in re.findall(r"Mutant::(\w+)", path.read_text())}
+
+
+def build():
+    """The test programs, each with the folder that it runs in."""
+    command = ["cargo", "test", "--workspace", "--features", "ashore/mutants", "--no-run", "--message-format", "json"]
+    built = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    messages = [json.loads(line) for line in built.stdout.splitlines()]
+    artifacts = [m for m in messages if m["reason"] == "compiler-artifact" and m["executable"] and m["profile"]["test"]]
+    return [(m["executable"], pathlib.Path(m["manifest_path"]).parent) for m in artifacts]
+
+
+def run(programs, mutant, *arguments):
+    """How many tests ran until one of the programs failed, and which tests failed in it."""
+    environment = {k: v for k, v in os.environ.items() if k != "ASHORE_MUTANT"}
+    if mutant:
+        environment["ASHORE_MUTANT"] = mutant
+    ran = 0
+    for program, folder in programs:
+        process = subprocess.Popen(
+            [program, *arguments], cwd=folder, env=environment, text=True, errors="replace", start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return ran, [f"no end within {LIMIT_S} s"]
+        ran += sum(map(int, re.findall(r"^running (\d+) tests?$", output, re.M)))
+        if process.returncode:
+            failed = re.findall(r"^    (\S+)$", output.rpartition("\nfailures:\n")[2], re.M)
+            return ran, failed or [f"{pathlib.Path(program).name} ended with {process.returncode}"]
+    return ran, []
+
+
+def examine(programs, mutant, seen_by, healthy):
+    """Whether a mutant is caught, and by what."""
+    if seen_by:
+        if seen_by not in healthy:
+            ran, failed = run(programs, None, seen_by)
+            healthy[seen_by] = "no such test" if not ran else f"{failed[0]} fails without it" if failed else ""
+        if healthy[seen_by]:
+            return False, f"{seen_by}: {healthy[seen_by]}"
+        _, failed = run(programs, mutant, seen_by)
+        if failed:
+            return True, failed[0]
+    if "" not in healthy:
+        _, failed = run(programs, None)
+        healthy[""] = f"{failed[0]} fails without it" if failed else ""
+    if healthy[""]:
+        return False, healthy[""]
+    _, failed = run(programs, mutant)
+    return bool(failed), failed[0] if failed else "the whole suite passes"
+
+
+def main(names):
+    known, switches, healthy = mutants(), wired(), {}
+    if unknown := set(names) - set(known):
+        sys.exit(f"no such mutant: {' '.join(sorted(unknown))}")
+    programs = build()
+    missed = 0
+    for mutant in names or known:
+        start = time.monotonic()
+        caught, why = False, "the library has no switch for it"
+        if mutant in switches:
+            caught, why = examine(programs, mutant, known[mutant], healthy)
+        missed += not caught
+        print(f"{mutant:16} {'caught' if caught else 'MISSED'} {time.monotonic() - start:6.1f} s  {why}", flush=True)
+    print(f"{len(names or known) - missed} passed, {missed} failed")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
