@@ -122,6 +122,11 @@ impl Checkpoint {
         self.opened.bytes
     }
 
+    /// The manifest: every file, tensor, value and digest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.opened.manifest
+    }
+
     /// Every tensor, sorted by name.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorInfo<'_>> {
         self.opened.manifest.tensors.iter().map(TensorInfo::of)
