@@ -1,0 +1,238 @@
+//! What the demo says, to people and to programs.
+
+use super::blocks::Block;
+use super::run::Saved;
+use crate::limit::Limit;
+use crate::out::{median, ms, quantile};
+use crate::size;
+use ashore::IoMode;
+use serde_json::{Value, json};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// What is known before training begins.
+pub struct Opening<'a> {
+    pub root: &'a Path,
+    pub device: &'static str,
+    pub arena: u64,
+    pub chunk: u64,
+    pub bytes: u64,
+    pub parameters: u64,
+    pub start: u64,
+    pub goal: u64,
+    pub every: u64,
+    pub resumed: bool,
+}
+
+/// What was timed while training.
+#[derive(Default)]
+pub struct Measured {
+    /// Steps, and the time they took without and with saves: blocks of full length after the first.
+    pairs: Vec<Pair>,
+    /// Other blocks with a save in them, which count when there are no better ones.
+    short: Vec<Pair>,
+    warm: bool,
+    pub limits: Vec<Limit>,
+}
+
+#[derive(Clone, Copy)]
+struct Pair {
+    steps: u64,
+    without: Duration,
+    with: Duration,
+}
+
+/// Everything there is to say in the end.
+pub struct Report<'a> {
+    pub opening: Opening<'a>,
+    pub measured: Measured,
+    pub saves: Vec<Saved>,
+    /// The losses up to the goal.
+    pub curve: Vec<f32>,
+    /// Steps trained beyond the goal, and again from the restored state.
+    pub tail: u64,
+    pub restored: u64,
+    pub path: PathBuf,
+    pub restored_in: Duration,
+    pub bytes_equal: bool,
+    pub curve_continues: bool,
+    pub undisturbed: bool,
+}
+
+impl Measured {
+    /// Notes a block that was trained both ways.
+    pub fn pair(&mut self, block: &Block, without: Duration, with: Duration, full: u64) {
+        let pair = Pair { steps: block.len(), without, with };
+        if std::mem::replace(&mut self.warm, true) {
+            if block.len() == full { self.pairs.push(pair) } else { self.short.push(pair) }
+        }
+    }
+
+    fn pairs(&self) -> &[Pair] {
+        if self.pairs.is_empty() { &self.short } else { &self.pairs }
+    }
+
+    fn step_ms(&self, time: impl Fn(&Pair) -> Duration) -> f64 {
+        median(self.pairs().iter().map(|pair| ms(time(pair)) / pair.steps as f64))
+    }
+
+    fn overheads(&self) -> impl Iterator<Item = f64> + Clone {
+        self.pairs().iter().map(|pair| pair.with.as_secs_f64() / pair.without.as_secs_f64() - 1.0)
+    }
+}
+
+impl Report<'_> {
+    /// True when everything that was to be proved was.
+    pub fn verified(&self) -> bool {
+        self.bytes_equal && self.curve_continues && self.undisturbed
+    }
+
+    fn blocked(&self, q: f64) -> f64 {
+        quantile(self.saves.iter().map(|save| ms(save.blocked)), q)
+    }
+
+    fn durable_ms(&self) -> f64 {
+        median(self.saves.iter().map(|save| ms(save.committed.durable)))
+    }
+
+    fn durable_rate(&self) -> f64 {
+        median(self.saves.iter().map(|save| save.committed.bytes as f64 / save.committed.durable.as_secs_f64()))
+    }
+
+    fn limit_rate(&self) -> f64 {
+        median(self.measured.limits.iter().map(Limit::bytes_per_second))
+    }
+
+    fn mode(&self) -> Option<IoMode> {
+        self.saves.last().map(|save| save.committed.mode)
+    }
+
+    /// The one object that `--json` prints.
+    pub fn json(&self) -> Value {
+        let last_loss = self.curve.last().copied();
+        json!({
+            "steps": self.opening.goal,
+            "saves": self.saves.len(),
+            "bytes": self.opening.bytes,
+            "step_ms_without": self.measured.step_ms(|pair| pair.without),
+            "step_ms_with": self.measured.step_ms(|pair| pair.with),
+            "overhead_fraction": median(self.measured.overheads()),
+            "blocked_ms_p50": self.blocked(0.5),
+            "blocked_ms_p99": self.blocked(0.99),
+            "restored_step": self.restored,
+            "verified": self.verified(),
+            "bytes_equal": self.bytes_equal,
+            "curve_continues": self.curve_continues,
+            "undisturbed": self.undisturbed,
+            "resumed_from": self.opening.resumed.then_some(self.opening.start),
+            "trained_steps": self.curve.len(),
+            "measured_blocks": self.measured.pairs().len(),
+            "final_loss": last_loss,
+            "final_loss_bits": last_loss.map(f32::to_bits),
+            "durable_ms_p50": self.durable_ms(),
+            "durable_bytes_per_second": self.durable_rate(),
+            "disk_limit_bytes_per_second": self.limit_rate(),
+            "restore_ms": ms(self.restored_in),
+            "io": self.mode(),
+            "device": self.opening.device,
+            "arena": self.opening.arena,
+            "chunk": self.opening.chunk,
+            "path": self.path,
+        })
+    }
+}
+
+impl fmt::Display for Opening<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { bytes, parameters, start, goal, every, arena, chunk, .. } = self;
+        let (chunks, times) = (bytes.div_ceil(*chunk), *bytes as f64 / *arena as f64);
+        let (state, arena, chunk) = (size::shown(*bytes), size::exact(*arena), size::exact(*chunk));
+        writeln!(f, "model      {parameters} parameters; with the AdamW moments a state of {state}")?;
+        writeln!(f, "device     {}", self.device)?;
+        writeln!(
+            f,
+            "arena      {arena} in chunks of {chunk}; the state is {chunks} chunks, {times:.1} times the arena"
+        )?;
+        writeln!(f, "directory  {} (the newest two checkpoints are kept)", self.root.display())?;
+        let from = match self.resumed {
+            true => format!("resumed from step {start}, the newest durable one"),
+            false => "from the beginning".to_owned(),
+        };
+        writeln!(f, "training   {from}, to step {goal}; a save every {every} steps and at the end\n")
+    }
+}
+
+impl fmt::Display for Report<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mean = |part: &[f32]| part.iter().sum::<f32>() / part.len().max(1) as f32;
+        let end = self.curve.len().min(10);
+        let (first, last) = (mean(&self.curve[..end]), mean(&self.curve[self.curve.len() - end..]));
+        writeln!(
+            f,
+            "loss                         {first:.3} -> {last:.3} (means of the first and last {end} steps)\n"
+        )?;
+
+        let (without, with) = (self.measured.step_ms(|pair| pair.without), self.measured.step_ms(|pair| pair.with));
+        let percent = |q: f64| 100.0 * quantile(self.measured.overheads(), q);
+        let n = self.measured.pairs().len();
+        let steps = self.measured.pairs().first().map_or(0, |pair| pair.steps);
+        writeln!(f, "step without checkpointing   {without:.2} ms")?;
+        writeln!(f, "step with checkpointing      {with:.2} ms, the wait until the last byte is durable included")?;
+        writeln!(
+            f,
+            "overhead                     {:+.1} % (quartiles {:+.1} % and {:+.1} %)",
+            percent(0.5),
+            percent(0.25),
+            percent(0.75)
+        )?;
+        writeln!(f, "    medians of {n} pairs of blocks of {steps} steps, one with saves and one without, in turn")?;
+        writeln!(f, "stall per save               p50 {:.2} ms, p99 {:.2} ms", self.blocked(0.5), self.blocked(0.99))?;
+        writeln!(f, "    everything that training waits for: building the state dict, `save` and the fences\n")?;
+
+        let (rate, limit) = (self.durable_rate(), self.limit_rate());
+        let (saves, bytes) = (self.saves.len(), size::shown(self.opening.bytes));
+        let mode = match self.mode() {
+            Some(IoMode::Direct) => "direct I/O",
+            _ => "through the page cache",
+        };
+        writeln!(
+            f,
+            "saves                        {saves} of {bytes}, durable after {:.1} ms, {mode}",
+            self.durable_ms()
+        )?;
+        writeln!(f, "rate                         {:.2} GB/s while training", rate / 1e9)?;
+        writeln!(
+            f,
+            "the disk's limit             {:.2} GB/s: a bare loop of writes and one fsync, with no training beside it",
+            limit / 1e9
+        )?;
+        writeln!(
+            f,
+            "    medians; the same bytes and chunks, {} loops between the blocks\n",
+            self.measured.limits.len()
+        )?;
+
+        let says = |held: bool| if held { "yes" } else { "NO" };
+        writeln!(
+            f,
+            "restored                     step {} in {:.1} ms, from {}",
+            self.restored,
+            ms(self.restored_in),
+            self.path.display()
+        )?;
+        writeln!(f, "every bit as at the save     {}", says(self.bytes_equal))?;
+        writeln!(
+            f,
+            "training goes on the same    {} ({} steps from the restored state, losses and state bit for bit)",
+            says(self.curve_continues),
+            self.tail
+        )?;
+        writeln!(
+            f,
+            "saving disturbed nothing     {} (the twin that never saved has the same losses and state)",
+            says(self.undisturbed)
+        )?;
+        writeln!(f, "\n{}", if self.verified() { "verified" } else { "NOT VERIFIED" })
+    }
+}

@@ -1,0 +1,159 @@
+//! `ashore inspect`: what a checkpoint holds, without reading tensor data.
+
+use crate::Common;
+use crate::ls::{shown as shown_table, table};
+use crate::{out, size};
+use ashore::{Catalog, Checkpoint, Result};
+use serde_json::{Value, json};
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// The flags of `inspect`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A step of the directory, or the path of a checkpoint
+    #[arg(value_name = "STEP|PATH")]
+    what: Which,
+}
+
+/// A checkpoint: all digits mean a step of `--dir`, anything else a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    Step(u64),
+    Path(PathBuf),
+}
+
+impl std::str::FromStr for Which {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let digits = text.bytes().all(|b| b.is_ascii_digit());
+        Ok(match text.parse() {
+            Ok(step) if digits => Self::Step(step),
+            _ => Self::Path(text.into()),
+        })
+    }
+}
+
+impl Which {
+    /// Opens it.
+    pub fn open(&self, common: &Common) -> Result<Checkpoint> {
+        match self {
+            Self::Step(step) => Catalog::open(common.root())?.checkpoint(*step),
+            Self::Path(path) => Checkpoint::open(path),
+        }
+    }
+}
+
+/// Shows files, tensors, values and metadata.
+pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    let checkpoint = args.what.open(common)?;
+    if common.json {
+        out::json(&described(&checkpoint))?
+    } else {
+        out::print(&shown(&checkpoint))?
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn described(checkpoint: &Checkpoint) -> Value {
+    let manifest = checkpoint.manifest();
+    let tensors: Vec<Value> = checkpoint
+        .tensors()
+        .zip(&manifest.tensors)
+        .map(|(info, entry)| {
+            let slices: Vec<Value> = entry
+                .slices
+                .iter()
+                .map(|slice| {
+                    let file = manifest.files.get(slice.file).map(|file| &file.name);
+                    json!({"file": file, "offset": slice.offset, "length": slice.length, "digest": slice.digest})
+                })
+                .collect();
+            json!({"name": info.name, "dtype": info.dtype, "shape": info.shape, "bytes": info.bytes, "slices": slices})
+        })
+        .collect();
+    json!({
+        "step": checkpoint.step(),
+        "attempt": checkpoint.attempt(),
+        "path": checkpoint.path(),
+        "bytes": checkpoint.bytes(),
+        "world": checkpoint.world(),
+        "files": manifest.files,
+        "tensors": tensors,
+        "values": manifest.values,
+        "metadata": manifest.metadata,
+    })
+}
+
+fn shown(checkpoint: &Checkpoint) -> String {
+    let manifest = checkpoint.manifest();
+    let mut files = table(["file", "size", "digest"]);
+    for file in &manifest.files {
+        files.add_row([out::printable(&file.name), size::shown(file.length), file.digest.to_string()]);
+    }
+    let files = shown_table(&mut files, &[1]);
+    let mut tensors = table(["tensor", "dtype", "shape", "size", "digest"]);
+    for (info, entry) in checkpoint.tensors().zip(&manifest.tensors) {
+        let digests: Vec<String> = entry.slices.iter().map(|slice| slice.digest.to_string()).collect();
+        tensors.add_row([
+            out::printable(info.name),
+            info.dtype.to_string(),
+            format!("{:?}", info.shape),
+            size::shown(info.bytes),
+            digests.join(" "),
+        ]);
+    }
+    let tensors = shown_table(&mut tensors, &[3]);
+
+    let mut text = String::new();
+    let path = out::printable(&checkpoint.path().display().to_string());
+    let (step, attempt, bytes) = (checkpoint.step(), checkpoint.attempt(), size::shown(checkpoint.bytes()));
+    let _ =
+        write!(text, "step     {step}\nattempt  {attempt}\npath     {path}\nsize     {bytes}\n\n{files}\n{tensors}");
+    for (title, entries) in [("values", &manifest.values), ("metadata", &manifest.metadata)] {
+        if !entries.is_empty() {
+            let _ = writeln!(text, "\n{title}");
+        }
+        for (name, value) in entries {
+            let _ = writeln!(text, "{} = {}", out::printable(name), shortened(&value.to_string()));
+        }
+    }
+    text
+}
+
+/// A value of a megabyte is not for a screen; `--json` has it whole.
+fn shortened(text: &str) -> String {
+    const MOST: usize = 200;
+    let text = out::printable(text);
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}... ({} characters)", &text[..end], text.chars().count()),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digits_are_a_step_and_all_else_a_path() {
+        for (text, which) in [
+            ("120", Which::Step(120)),
+            ("00000120", Which::Step(120)),
+            ("./120", Which::Path("./120".into())),
+            ("+7", Which::Path("+7".into())),
+            ("runs/step-00000120", Which::Path("runs/step-00000120".into())),
+            ("99999999999999999999999", Which::Path("99999999999999999999999".into())),
+        ] {
+            assert_eq!(text.parse(), Ok(which), "{text}");
+        }
+    }
+
+    #[test]
+    fn long_values_are_cut_for_the_screen() {
+        assert_eq!(shortened("7"), "7");
+        assert!(shortened(&"\u{e9}".repeat(500)).ends_with("... (500 characters)"));
+    }
+}

@@ -1,0 +1,164 @@
+//! What the machine itself can do, measured beside every figure of ours: bare loops without digests, plans or commits.
+
+use ashore::{Error, IoMode, Result};
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+const ALIGNMENT: usize = ashore::ALIGNMENT;
+
+/// A measured limit.
+#[derive(Clone, Copy, Debug)]
+pub struct Limit {
+    pub bytes: u64,
+    pub time: Duration,
+    pub mode: IoMode,
+}
+
+impl Limit {
+    pub fn bytes_per_second(&self) -> f64 {
+        self.bytes as f64 / self.time.as_secs_f64()
+    }
+}
+
+/// A file for measuring, in the directory that matters. Its name is given up at once, so that nothing stays behind however
+/// the program ends.
+pub struct Scratch {
+    file: File,
+    mode: IoMode,
+    bytes: u64,
+}
+
+impl Scratch {
+    /// A fresh file: overwriting an old one would be up to a third faster than any program can write new ones.
+    pub fn new(dir: &Path, bytes: u64) -> Result<Self> {
+        let path = dir.join(format!(".ashore-limit-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let (file, mode) = match open(&path, flags | OFlags::DIRECT, mode) {
+            Ok(file) => (file, IoMode::Direct),
+            Err(_) => {
+                // A refused flag can leave the name behind.
+                let _ = std::fs::remove_file(&path);
+                let file = open(&path, flags, mode)
+                    .map_err(|e| Error::io("cannot create a file to measure the disk", e.into()).with_path(&path))?;
+                (file, IoMode::Buffered)
+            }
+        };
+        std::fs::remove_file(&path)
+            .map_err(|e| Error::io("cannot remove the file that measures the disk", e).with_path(&path))?;
+        let bytes = bytes.next_multiple_of(ALIGNMENT as u64);
+        Ok(Self { file: file.into(), mode, bytes })
+    }
+
+    /// Writes the file in chunks from several threads, and makes it durable.
+    pub fn write(&self, chunk: u64, threads: usize) -> Result<Limit> {
+        let buffers = (0..threads).map(|i| Buffer::new(chunk, i as u8 + 1)).collect();
+        let began = Instant::now();
+        // Not every file system can; the loop is only slower then.
+        let _ = fallocate(&self.file, FallocateFlags::empty(), 0, self.bytes);
+        self.chunks(chunk, buffers, |at, bytes| self.file.write_all_at(bytes, at))?;
+        self.file.sync_all().map_err(|e| Error::io("cannot sync the file that measures the disk", e))?;
+        Ok(Limit { bytes: self.bytes, time: began.elapsed(), mode: self.mode })
+    }
+
+    /// Reads the file in chunks from several threads.
+    pub fn read(&self, chunk: u64, threads: usize) -> Result<Limit> {
+        let buffers = (0..threads).map(|_| Buffer::new(chunk, 1)).collect();
+        let began = Instant::now();
+        self.chunks(chunk, buffers, |at, bytes| self.file.read_exact_at(bytes, at))?;
+        Ok(Limit { bytes: self.bytes, time: began.elapsed(), mode: self.mode })
+    }
+
+    fn chunks(
+        &self,
+        chunk: u64,
+        buffers: Vec<Buffer>,
+        transfer: impl Fn(u64, &mut [u8]) -> std::io::Result<()> + Sync,
+    ) -> Result<()> {
+        let next = AtomicU64::new(0);
+        let run = |mut buffer: Buffer| loop {
+            let at = next.fetch_add(chunk, Ordering::Relaxed);
+            let len = self.bytes.saturating_sub(at).min(chunk);
+            if len == 0 {
+                return Ok(());
+            }
+            transfer(at, &mut buffer.aligned()[..len as usize])?;
+        };
+        let ended: std::io::Result<()> = std::thread::scope(|scope| {
+            let threads: Vec<_> = buffers.into_iter().map(|buffer| scope.spawn(|| run(buffer))).collect();
+            threads
+                .into_iter()
+                .try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into())))
+        });
+        ended.map_err(|e| Error::io("the loop that measures the disk failed", e))
+    }
+}
+
+/// One fresh file written durably: the limit of a save.
+pub fn write(dir: &Path, bytes: u64, chunk: u64, threads: usize) -> Result<Limit> {
+    Scratch::new(dir, bytes)?.write(chunk, threads)
+}
+
+/// How fast this machine copies memory on one thread.
+pub fn copy(bytes: u64) -> f64 {
+    const BLOCK: usize = 64 << 20;
+    let from = vec![1_u8; BLOCK];
+    let mut to = vec![0_u8; BLOCK];
+    let rounds = (bytes / BLOCK as u64).max(1);
+    let began = Instant::now();
+    for _ in 0..rounds {
+        to.copy_from_slice(std::hint::black_box(&from));
+        std::hint::black_box(&mut to);
+    }
+    (rounds * BLOCK as u64) as f64 / began.elapsed().as_secs_f64()
+}
+
+/// Memory with an aligned part of a given length.
+struct Buffer {
+    memory: Vec<u8>,
+    start: usize,
+}
+
+impl Buffer {
+    fn new(len: u64, fill: u8) -> Self {
+        let memory = vec![fill; len as usize + ALIGNMENT];
+        let start = memory.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        Self { memory, start }
+    }
+
+    fn aligned(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_is_written_and_read_and_nothing_stays_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let scratch = Scratch::new(dir.path(), 5 * 8192 + 100).unwrap();
+        assert_eq!(scratch.write(8192, 3).unwrap().bytes, 11 * 4096);
+        assert_eq!(scratch.file.metadata().unwrap().len(), 11 * 4096);
+        let mut page = Buffer::new(4096, 0);
+        for at in (0..11).map(|i| i * 4096) {
+            let page = &mut page.aligned()[..4096];
+            scratch.file.read_exact_at(page, at).unwrap();
+            assert!(page.iter().all(|&b| (1..=3).contains(&b)), "at={at}");
+        }
+        assert_eq!(scratch.read(8192, 2).unwrap().bytes, 11 * 4096);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_named() {
+        let error = write(Path::new("/nowhere/at/all"), 4096, 4096, 1).unwrap_err();
+        assert!(error.to_string().contains("/nowhere/at/all"), "{error}");
+    }
+}

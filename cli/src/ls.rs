@@ -1,0 +1,77 @@
+//! `ashore ls`: the checkpoints of a directory.
+
+use crate::out;
+use crate::{Common, size};
+use ashore::{Catalog, Result};
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// A row. Valid is what can be said without reading tensor data: the manifest is whole, and every file is there, has its
+/// length, and is of this save.
+#[derive(Serialize)]
+struct Row {
+    step: u64,
+    path: PathBuf,
+    bytes: u64,
+    valid: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
+}
+
+/// Lists checkpoints, newest last; damaged ones too.
+pub fn run(common: &Common) -> Result<ExitCode> {
+    let root = common.root();
+    let (entries, problems) = Catalog::open(&root)?.survey()?;
+    let sound = entries.into_iter().map(|e| Row { step: e.step, path: e.path, bytes: e.bytes, valid: true, why: None });
+    let damaged = problems.into_iter().map(|p| {
+        let bytes = bytes_in(&p.path);
+        Row { step: p.step, path: p.path, bytes, valid: false, why: Some(p.error.to_string()) }
+    });
+    let mut rows: Vec<Row> = sound.chain(damaged).collect();
+    rows.sort_by(|a, b| (a.step, &a.path).cmp(&(b.step, &b.path)));
+
+    if common.json {
+        out::json(&rows)?;
+    } else if rows.is_empty() {
+        out::print(&format!("no checkpoints in {}\n", root.display()))?;
+    } else {
+        let mut table = table(["step", "size", "valid", "path"]);
+        for row in &rows {
+            let valid = match &row.why {
+                None => "yes".to_owned(),
+                Some(why) => format!("NO: {}", out::printable(why)),
+            };
+            let path = out::printable(&row.path.display().to_string());
+            table.add_row([row.step.to_string(), size::shown(row.bytes), valid, path]);
+        }
+        out::print(&shown(&mut table, &[0, 1]))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A plain table: no frame, no colours, no wrapping.
+pub fn table<const N: usize>(header: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    table
+}
+
+/// The text of a table whose columns `right` hold numbers.
+pub fn shown(table: &mut Table, right: &[usize]) -> String {
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    for &column in right {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+}
+
+fn bytes_in(dir: &Path) -> u64 {
+    let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).filter(|meta| meta.is_file()).map(|meta| meta.len()).sum()
+}

@@ -1,0 +1,254 @@
+//! The real program, run as its user runs it.
+
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn ashore(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ashore"));
+    command.args(args).arg("--dir").arg(dir).stdin(Stdio::null());
+    command
+}
+
+fn run(dir: &Path, args: &[&str]) -> Output {
+    ashore(dir, args).output().unwrap()
+}
+
+/// A demo small enough for a debug build: a state of 36 chunks through an arena of four.
+fn demo(dir: &Path, steps: u64, every: u64) -> Command {
+    let (steps, every) = (steps.to_string(), every.to_string());
+    let small = ["--model", "tiny", "--chunk", "4KiB", "--arena", "16KiB", "--json"];
+    ashore(dir, &[&["demo", "--steps", &steps, "--every", &every][..], &small].concat())
+}
+
+/// The one JSON value on the stdout of a program that ended with `status` and had nothing to complain about.
+fn json(output: &Output, status: i32) -> Value {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!((output.status.code(), &*stderr), (Some(status), ""), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The one line that says why a program ended with `status`.
+fn complaint(output: &Output, status: i32) -> String {
+    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(status), "{output:?}");
+    assert!(output.stdout.is_empty() && stderr.starts_with("ashore: ") && stderr.lines().count() == 1, "{output:?}");
+    stderr
+}
+
+fn steps(list: &Value) -> Vec<u64> {
+    list.as_array().unwrap().iter().map(|row| row["step"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn a_demo_proves_what_it_restored() {
+    let dir = tempfile::tempdir().unwrap();
+    let report = json(&demo(dir.path(), 25, 10).output().unwrap(), 0);
+    for key in [
+        "step_ms_without",
+        "step_ms_with",
+        "overhead_fraction",
+        "blocked_ms_p50",
+        "blocked_ms_p99",
+        "durable_bytes_per_second",
+        "disk_limit_bytes_per_second",
+    ] {
+        assert!(report[key].is_f64(), "{key}: {report}");
+    }
+    assert!(report["bytes"].as_u64().unwrap() >= 8 * report["chunk"].as_u64().unwrap(), "{report}");
+    assert!(report["bytes"].as_u64() > report["arena"].as_u64(), "{report}");
+    for (key, expected) in [("steps", 25), ("saves", 3), ("restored_step", 25), ("trained_steps", 25)] {
+        assert_eq!(report[key], expected, "{key}: {report}");
+    }
+    assert_eq!((&report["verified"], &report["resumed_from"]), (&Value::Bool(true), &Value::Null));
+
+    let listed = json(&run(dir.path(), &["ls", "--json"]), 0);
+    assert_eq!(steps(&listed), [20, 25], "two are kept");
+    let left = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    assert_eq!(left.filter(|name| name.starts_with('.')).collect::<Vec<_>>(), [""; 0]);
+}
+
+#[test]
+fn a_killed_demo_resumes_and_ends_as_if_nothing_had_happened() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut endless = demo(dir.path(), 1_000_000, 5).stdout(Stdio::null()).spawn().unwrap();
+    while !dir.path().join("step-00000010").exists() && endless.try_wait().unwrap().is_none() {
+        std::thread::yield_now();
+    }
+    endless.kill().unwrap();
+    endless.wait().unwrap();
+
+    let resumed = json(&demo(dir.path(), 30, 5).output().unwrap(), 0);
+    assert!(resumed["resumed_from"].as_u64().unwrap() >= 10, "{resumed}");
+    assert_eq!((&resumed["verified"], &resumed["restored_step"]), (&Value::Bool(true), &resumed["steps"]));
+    let clean = tempfile::tempdir().unwrap();
+    let whole = json(&demo(clean.path(), resumed["steps"].as_u64().unwrap(), 5).output().unwrap(), 0);
+    assert_eq!(whole["resumed_from"], Value::Null);
+    assert_eq!(whole["final_loss_bits"], resumed["final_loss_bits"], "{whole} {resumed}");
+}
+
+#[test]
+fn a_finished_demo_trains_on_to_the_next_multiple_and_will_not_mix_models() {
+    let dir = tempfile::tempdir().unwrap();
+    json(&demo(dir.path(), 10, 10).output().unwrap(), 0);
+    let second = json(&demo(dir.path(), 10, 10).output().unwrap(), 0);
+    assert_eq!((&second["resumed_from"], &second["steps"]), (&10.into(), &20.into()), "{second}");
+    let other = complaint(&run(dir.path(), &["demo", "--arena", "16KiB"]), 1);
+    assert!(other.contains("choose another --dir"), "{other}");
+}
+
+#[test]
+fn people_get_a_report_in_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = run(dir.path(), &["demo", "--steps", "20", "--model", "tiny", "--arena", "16KiB"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{text}");
+    for said in ["overhead", "stall per save", "the disk's limit", "every bit as at the save     yes", "\nverified\n"] {
+        assert!(text.contains(said), "{said}: {text}");
+    }
+    assert!(!text.contains('\u{1b}'), "{text}");
+}
+
+#[test]
+fn verify_names_the_file_the_tensor_and_the_range_of_a_flipped_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    json(&demo(dir.path(), 10, 5).output().unwrap(), 0);
+    assert_eq!(json(&run(dir.path(), &["verify", "--json"]), 0)["valid"], true);
+
+    let inspected = json(&run(dir.path(), &["inspect", "10", "--json"]), 0);
+    let tensors = inspected["tensors"].as_array().unwrap();
+    let tensor = tensors.iter().find(|tensor| tensor["name"] == "adamw.first.hidden.0.weight").unwrap();
+    let slice = &tensor["slices"][0];
+    let (offset, length) = (slice["offset"].as_u64().unwrap(), slice["length"].as_u64().unwrap());
+    let file = Path::new(inspected["path"].as_str().unwrap()).join(slice["file"].as_str().unwrap());
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[offset as usize + 17] ^= 0x10;
+    fs::write(&file, &bytes).unwrap();
+
+    let found = json(&run(dir.path(), &["verify", "10", "--json"]), 3);
+    let damage = &found["damage"][0];
+    assert_eq!((&damage["step"], &damage["file"], &damage["tensor"]), (&10.into(), &slice["file"], &tensor["name"]));
+    let (from, to) = (damage["range"][0].as_u64().unwrap(), damage["range"][1].as_u64().unwrap());
+    assert!(from >= offset && to <= offset + length && (from..to).contains(&(offset + 17)), "{found}");
+
+    let text = String::from_utf8(run(dir.path(), &["verify"]).stdout).unwrap();
+    assert!(text.contains("tensor adamw.first.hidden.0.weight"), "{text}");
+    assert!(text.contains("step 5: sound") && text.contains("step 10: DAMAGED"), "{text}");
+    assert_eq!(json(&run(dir.path(), &["verify", "5", "--json"]), 0)["valid"], true);
+}
+
+#[test]
+fn a_step_whose_manifest_or_shard_is_cut_is_listed_as_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    json(&demo(dir.path(), 10, 5).output().unwrap(), 0);
+    for (step, file) in [("step-00000005", "manifest.json"), ("step-00000010", "model.safetensors")] {
+        let path = dir.path().join(step).join(file);
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..bytes.len() - 9]).unwrap();
+    }
+    let listed = json(&run(dir.path(), &["ls", "--json"]), 0);
+    assert_eq!(steps(&listed), [5, 10]);
+    assert!(listed.as_array().unwrap().iter().all(|row| row["valid"] == false && row["bytes"] != 0), "{listed}");
+    let found = json(&run(dir.path(), &["verify", "--json"]), 3);
+    let files: Vec<&Value> = found["damage"].as_array().unwrap().iter().map(|damage| &damage["file"]).collect();
+    assert_eq!(files, ["manifest.json", "model.safetensors"], "{found}");
+    let one = dir.path().join("step-00000010");
+    assert_eq!(run(dir.path(), &["verify", one.to_str().unwrap()]).status.code(), Some(3));
+}
+
+#[test]
+fn prune_deletes_only_when_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    for goal in [10, 20] {
+        json(&demo(dir.path(), 10, 5).output().unwrap(), 0);
+        assert!(dir.path().join(format!("step-{goal:08}")).exists());
+    }
+    let listed = || steps(&json(&run(dir.path(), &["ls", "--json"]), 0));
+    assert_eq!(listed(), [15, 20]);
+    let planned = json(&run(dir.path(), &["prune", "--keep-last", "1", "--json"]), 0);
+    assert_eq!((steps(&planned["removed"]), steps(&planned["kept"])), (vec![15], vec![20]));
+    let spared = json(&run(dir.path(), &["prune", "--keep-every", "15", "--yes", "--json"]), 0);
+    assert_eq!(steps(&spared["removed"]), [0; 0]);
+    assert_eq!(listed(), [15, 20], "nothing was deleted");
+    let text = run(dir.path(), &["prune", "--keep-last", "1", "--yes"]).stdout;
+    assert!(String::from_utf8_lossy(&text).contains("deleted 1"));
+    assert_eq!(listed(), [20]);
+}
+
+#[test]
+fn inspect_shows_a_checkpoint_by_step_or_path() {
+    let dir = tempfile::tempdir().unwrap();
+    json(&demo(dir.path(), 5, 5).output().unwrap(), 0);
+    let by_step = json(&run(dir.path(), &["inspect", "5", "--json"]), 0);
+    let by_path = json(&run(dir.path(), &["inspect", by_step["path"].as_str().unwrap(), "--json"]), 0);
+    assert_eq!(by_step, by_path);
+    assert_eq!(by_step["tensors"].as_array().unwrap().len(), 21);
+    assert_eq!(by_step["metadata"]["model"]["context"], 12);
+    let text = String::from_utf8(run(dir.path(), &["inspect", "5"]).stdout).unwrap();
+    for said in ["model.safetensors", "parameters.embedding", "F32", "[48]", "rng = "] {
+        assert!(text.contains(said), "{said}: {text}");
+    }
+}
+
+#[test]
+fn bench_compares_with_the_limit_and_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    for what in ["limits", "save", "restore"] {
+        let small = ["bench", what, "--bytes", "100KiB", "--rounds", "2", "--arena", "64KiB", "--json"];
+        let report = json(&run(dir.path(), &small), 0);
+        let figure = if what == "limits" { "write_4_threads_bytes_per_second" } else { "ratio_median" };
+        assert!(report[figure].as_f64().unwrap() > 0.0, "{report}");
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn wrong_usage_ends_with_2() {
+    let dir = tempfile::tempdir().unwrap();
+    for args in [
+        &["frobnicate"][..],
+        &["demo", "--steps", "0"],
+        &["demo", "--every", "x"],
+        &["ls", "--arena", "5 parsecs"],
+        &["ls", "--device", "gpu"],
+        &["prune"],
+        &["prune", "--keep-last", "0"],
+        &["prune", "--keep-last", "1", "--yes", "--dry-run"],
+        &["inspect"],
+    ] {
+        let output = run(dir.path(), args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{args:?}: {output:?}");
+    }
+}
+
+#[test]
+fn failures_end_with_1_and_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("missing");
+    for (at, args, said) in [
+        (&*missing, &["ls"][..], "missing"),
+        (&missing, &["verify"], "missing"),
+        (dir.path(), &["verify"], "nothing to verify"),
+        (dir.path(), &["inspect", "7"], "step=7"),
+        (dir.path(), &["verify", "./7"], "./7"),
+        (dir.path(), &["demo", "--device", "cuda:0"], "device=cuda:0"),
+        (dir.path(), &["demo", "--arena", "5000"], "arena=5000"),
+    ] {
+        let line = complaint(&run(at, args), 1);
+        assert!(line.contains(said), "{args:?}: {line}");
+    }
+    assert!(!missing.exists(), "reading creates nothing");
+}
+
+#[test]
+fn a_reader_that_went_away_is_no_error() {
+    let dir = tempfile::tempdir().unwrap();
+    json(&demo(dir.path(), 5, 5).output().unwrap(), 0);
+    let mut child =
+        ashore(dir.path(), &["inspect", "5"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0), "{output:?}");
+}
