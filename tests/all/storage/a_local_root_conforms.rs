@@ -5,6 +5,7 @@ use ashore::storage::{IoMode, Storage};
 use ashore::testing::conformance;
 use ashore::{Attempt, ErrorKind};
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -29,7 +30,8 @@ fn with_buffered_io() {
 #[test]
 fn where_direct_io_is_accepted_and_not_honoured() {
     let Ok(directory) = tempfile::tempdir_in("/dev/shm") else {
-        println!("left out: /dev/shm cannot be written");
+        writeln!(std::io::stderr(), "left out: direct I/O that is not honoured, for want of a writable /dev/shm")
+            .unwrap();
         return;
     };
     conforms(directory.path(), true);
