@@ -21,6 +21,29 @@ const ATTEMPTS: usize = 8;
 /// Opening reads the manifest and the first 4096 bytes of each shard, no tensor data: it finds out what the step holds,
 /// that every file has its length, and that no file is that of another step or attempt. Tensor bytes are checked against
 /// their digests when they are read, all of them by [`Checkpoint::verify`]. Clones are cheap and share the open files.
+///
+/// ```
+/// use ashore::{Checkpoint, CheckpointExecutor, HostTensor, StateDict, Targets};
+/// use std::{sync::Arc, time::Duration};
+/// # let root = tempfile::tempdir().unwrap();
+/// let executor = CheckpointExecutor::builder(root.path()).arena(4 << 20).chunk(1 << 20).build()?;
+/// let weights = Arc::new((0..6).map(|i| i as f32).collect::<Vec<_>>());
+/// let mut state = StateDict::new();
+/// state.tensor("weights", HostTensor::new(weights, [2, 3]))?.value("epoch", &7)?;
+/// executor.save(100, state)?.wait(Duration::from_secs(60))?;
+///
+/// let checkpoint = Checkpoint::open(root.path().join("step-00000100"))?;
+/// assert_eq!(checkpoint.tensor("weights")?.shape, [2, 3]);
+/// assert_eq!(checkpoint.value::<u32>("epoch")?, 7);
+/// let mut weights = [0.0_f32; 6];
+/// checkpoint.read_into(Targets::new().elements("weights", &mut weights))?;
+/// assert_eq!(weights, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+/// let column = checkpoint.read_slice("weights", &[0..2, 1..2])?;
+/// assert_eq!(column, [1.0_f32, 4.0].map(f32::to_le_bytes).concat());
+/// assert!(checkpoint.verify()?.is_sound());
+/// # executor.shutdown(Duration::from_secs(60))?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Checkpoint {
     pub(crate) opened: Arc<Opened>,

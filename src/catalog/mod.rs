@@ -24,6 +24,29 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The steps of a storage. Clones share what they know of durability.
+///
+/// ```
+/// use ashore::{Catalog, CheckpointExecutor, Retention, StateDict};
+/// use std::{sync::Arc, time::Duration};
+/// # let root = tempfile::tempdir().unwrap();
+/// let executor = CheckpointExecutor::builder(root.path()).arena(4 << 20).chunk(1 << 20).build()?;
+/// for step in [100, 200, 300] {
+///     let mut state = StateDict::new();
+///     state.tensor("weights", Arc::new(vec![step as f32; 4]))?;
+///     executor.save(step, state)?.wait(Duration::from_secs(60))?;
+///     executor.fence()?;
+/// }
+/// executor.shutdown(Duration::from_secs(60))?;
+///
+/// let catalog = Catalog::open(root.path())?; // without an executor
+/// assert_eq!(catalog.latest()?.unwrap().step(), 300);
+/// let pruned = catalog.prune(&Retention { keep_last: Some(2), keep_every: None }, false)?;
+/// assert_eq!(pruned.removed[0].step, 100);
+/// assert_eq!(catalog.list()?.len(), 2);
+/// let found = catalog.latest_valid()?.unwrap();
+/// assert_eq!((found.checkpoint.step(), found.skipped.len()), (300, 0));
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Catalog {
     storage: Arc<dyn Storage>,
@@ -34,6 +57,8 @@ pub struct Catalog {
 #[derive(Debug, Default)]
 struct Known {
     durable: HashSet<Attempt>,
+    /// Those that this process published, in that order.
+    own: Vec<Attempt>,
     doubtful: HashSet<Attempt>,
 }
 

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::id::Attempt;
 use crate::mutant::{self, Mutant};
 use crate::storage::Swept;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 /// What a prune did, or would do.
 #[derive(Clone, Debug, Default)]
@@ -23,7 +23,10 @@ impl Catalog {
     /// Says that `attempt` is durable because this process published it and saw every fsync succeed. Other steps are made
     /// durable before they are counted.
     pub fn acknowledge(&self, attempt: Attempt) {
-        self.known().durable.insert(attempt);
+        let mut known = self.known();
+        if known.durable.insert(attempt) {
+            known.own.push(attempt);
+        }
     }
 
     /// Says that the publish of `attempt` ended as `Indeterminate`: it never counts in this process. A later fsync would
@@ -31,6 +34,7 @@ impl Catalog {
     pub fn doubt(&self, attempt: Attempt) {
         let mut known = self.known();
         known.durable.remove(&attempt);
+        known.own.retain(|own| *own != attempt);
         known.doubtful.insert(attempt);
     }
 
@@ -38,7 +42,8 @@ impl Catalog {
     /// opened are left alone. With `dry_run` nothing is deleted.
     ///
     /// Steps that this process did not publish itself are made durable before they are counted; those where that fails do
-    /// not count, so more is kept.
+    /// not count, so more is kept. The `keep_last` steps that were last acknowledged are kept whatever their numbers: a run
+    /// that went back to an early step must not lose what it saves to higher steps of the run before.
     ///
     /// # Errors
     /// `Invalid` for a retention that keeps nothing. When a step cannot be deleted the others still are, and the first
@@ -50,15 +55,21 @@ impl Catalog {
         let durable = self.durable(&entries, retention.keep_last.unwrap_or(0), &mut pruned.doubtful);
         let gone: BTreeSet<u64> =
             retention.plan(entries.iter().map(|entry| entry.step), durable)?.into_iter().collect();
+        let own = self.own(&entries, retention.keep_last.unwrap_or(0));
         let mut failed = None;
         for entry in entries {
-            if !gone.contains(&entry.step) {
+            if !gone.contains(&entry.step) || own.contains(&entry.attempt) {
                 pruned.kept.push(entry);
                 continue;
             }
             let removed = if dry_run { Ok(()) } else { self.storage.remove(&entry.name) };
             match removed {
-                Ok(()) => pruned.removed.push(entry),
+                Ok(()) => {
+                    if !dry_run {
+                        self.forget(entry.attempt);
+                    }
+                    pruned.removed.push(entry);
+                }
                 Err(error) if error.kind() == crate::ErrorKind::NotFound => {}
                 Err(error) => {
                     failed.get_or_insert(error.with_step(entry.step).with_path(&entry.path));
@@ -75,6 +86,19 @@ impl Catalog {
     /// When the directory cannot be read.
     pub fn sweep(&self) -> Result<Swept> {
         self.storage.sweep()
+    }
+
+    /// Forgets an attempt that was removed, so that a long run does not remember all of its saves.
+    fn forget(&self, attempt: Attempt) {
+        let mut known = self.known();
+        known.durable.remove(&attempt);
+        known.own.retain(|own| *own != attempt);
+    }
+
+    /// The last attempts that this process published and that are still there, as many as are `wanted`.
+    fn own(&self, entries: &[Entry], wanted: usize) -> HashSet<Attempt> {
+        let there: HashSet<Attempt> = entries.iter().map(|entry| entry.attempt).collect();
+        self.known().own.iter().rev().filter(|attempt| there.contains(attempt)).take(wanted).copied().collect()
     }
 
     /// The newest steps that are durable, as many as are `wanted`; older ones are not asked about.
@@ -121,7 +145,7 @@ impl Catalog {
         if !mutant::on(Mutant::ConfirmFsync) {
             self.storage.confirm(&entry.name)?;
         }
-        self.acknowledge(entry.attempt);
+        self.known().durable.insert(entry.attempt);
         Ok(())
     }
 }

@@ -74,6 +74,19 @@ fn an_indeterminate_step_never_counts() {
 }
 
 #[test]
+fn a_run_that_went_back_keeps_what_it_saves() {
+    let (storage, catalog, attempts) = steps([100, 110, 120, 900, 1000]);
+    for fresh in &attempts[..3] {
+        catalog.acknowledge(*fresh);
+        catalog.acknowledge(*fresh);
+    }
+    catalog.prune(&LAST_TWO, false).unwrap();
+    assert_eq!(left(&storage), [110, 120, 900, 1000], "higher steps of the run before replace none of this one's");
+    Catalog::over(Arc::new(storage.clone())).prune(&LAST_TWO, false).unwrap();
+    assert_eq!(left(&storage), [900, 1000]);
+}
+
+#[test]
 fn foreign_and_broken_directories_stay() {
     let (storage, catalog, _) = steps([10, 20, 30]);
     publish(&storage.memory, "1", &[("weights.bin".into(), vec![0])]);
