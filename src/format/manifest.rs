@@ -31,6 +31,9 @@ const BEFORE_DIGEST: &[u8] = br#","digest":""#;
 /// What stands after it, at the end of the file.
 const END: &[u8] = b"\"}\n";
 
+/// How many bytes [`seal`] adds.
+pub(super) const SEAL: usize = BEFORE_DIGEST.len() + 16 + END.len();
+
 /// True for bytes that begin as manifests of this library do, damaged or not.
 pub fn is_ours(bytes: &[u8]) -> bool {
     bytes.starts_with(BEGIN)

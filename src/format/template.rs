@@ -1,7 +1,7 @@
 //! A manifest made once for a structure and filled per save: writing 100,000 tensors afresh would cost 25 ms each time.
 
 use super::invariants;
-use super::manifest::{FileEntry, TensorEntry, VERSION, seal};
+use super::manifest::{FileEntry, SEAL, TensorEntry, VERSION, seal};
 use super::shard::write_json;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
@@ -123,14 +123,14 @@ impl ManifestTemplate {
         files: impl IntoIterator<Item = (Digest, Digest)>,
         slices: impl IntoIterator<Item = (Digest, &'d [Digest])>,
     ) -> Result<Vec<u8>> {
-        let mut out = Vec::with_capacity(self.text.len() + (4 << 10));
-        out.extend_from_slice(format!(r#"{{"format":"ashore","version":{VERSION},"#).as_bytes());
+        let mut out = format!(r#"{{"format":"ashore","version":{VERSION},"#).into_bytes();
         let begin = out.len();
         write_json(&mut out, head)?;
         // Its braces go: the fields continue those before, and are continued.
         out.remove(begin);
         out.pop();
         let base = out.len();
+        out.reserve_exact(self.text.len() + SEAL);
         out.extend_from_slice(&self.text);
 
         let mut slots = self.slots.iter();
