@@ -7,39 +7,43 @@ pub struct Block {
     pub to: u64,
 }
 
-/// The blocks of a run, in order. The first warms up. The last begins at the goal: it trains on while the last save is being
-/// written, and its losses are what a restored model must repeat.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Plan {
-    pub blocks: Vec<Block>,
-    /// Steps of a block that is as long as it should be: blocks cut short by start or goal are not compared.
-    pub full: u64,
-    goal: u64,
-}
-
 /// Blocks as long as a save interval, or several of them when that is short: a block is to be long against its timing.
 const STEPS_MIN: u64 = 10;
 
 /// No need to train for long after the goal.
 const TAIL_MAX: u64 = 50;
 
-pub fn plan(start: u64, goal: u64, every: u64) -> Plan {
-    let full = STEPS_MIN.div_ceil(every).saturating_mul(every);
-    let mut blocks = Vec::new();
-    let mut from = start;
-    while from < goal {
-        let to = (from / full + 1).saturating_mul(full).min(goal);
-        blocks.push(Block { from, to });
-        from = to;
-    }
-    blocks.push(Block { from: goal, to: goal + full.min(TAIL_MAX) });
-    Plan { blocks, full, goal }
+/// How a run is cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    pub start: u64,
+    pub goal: u64,
+    /// Steps of a block that is as long as it should be: blocks cut short by start or goal are not compared.
+    pub full: u64,
 }
 
 impl Plan {
-    /// Steps trained beyond the goal.
-    pub fn tail(&self) -> u64 {
-        self.blocks.last().map_or(0, |block| block.to - self.goal)
+    pub fn new(start: u64, goal: u64, every: u64) -> Self {
+        Self { start, goal, full: STEPS_MIN.div_ceil(every).saturating_mul(every) }
+    }
+
+    /// The blocks, in order. The first warms up. The last begins at the goal: it trains on while the last save is being
+    /// written, and its losses are what a restored model must repeat.
+    pub fn blocks(self) -> impl Iterator<Item = Block> {
+        let mut from = self.start;
+        std::iter::from_fn(move || {
+            let to = match from {
+                at if at < self.goal => (at / self.full + 1).saturating_mul(self.full).min(self.goal),
+                at if at == self.goal => self.end(),
+                _ => return None,
+            };
+            Some(Block { from: std::mem::replace(&mut from, to), to })
+        })
+    }
+
+    /// The step after the last of the last block.
+    pub fn end(self) -> u64 {
+        self.goal + self.full.min(TAIL_MAX)
     }
 }
 
@@ -54,9 +58,9 @@ mod tests {
     use super::*;
 
     fn edges(start: u64, goal: u64, every: u64) -> Vec<u64> {
-        let plan = plan(start, goal, every);
-        assert!(plan.blocks.windows(2).all(|pair| pair[0].to == pair[1].from));
-        plan.blocks.iter().map(|b| b.from).chain(plan.blocks.last().map(|b| b.to)).collect()
+        let blocks: Vec<Block> = Plan::new(start, goal, every).blocks().collect();
+        assert!(blocks.windows(2).all(|pair| pair[0].to == pair[1].from));
+        blocks.iter().map(|b| b.from).chain(blocks.last().map(|b| b.to)).collect()
     }
 
     #[test]

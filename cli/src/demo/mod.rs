@@ -17,9 +17,11 @@ mod training;
 use crate::out;
 use crate::{Common, limit, size};
 use ashore::{CheckpointExecutor, Error, ErrorKind, Result};
+use blocks::Plan;
 use model::Size;
-use report::{Measured, Report};
-use run::{Run, train};
+use report::{Measured, Opening, Report};
+use run::{Run, Saved, Twin};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use text::Corpus;
@@ -68,22 +70,16 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         None => fresh,
     };
     let start = training.step;
-    let goal = (start / args.steps + 1).saturating_mul(args.steps);
-    let plan = blocks::plan(start, goal, args.every);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
-
-    let mut twin = training.copied();
-    let mut unsaved = twin.gradients();
-    let mut saving = Run::new(&executor, &corpus, threads, training, args.every, goal);
-    let opening = report::Opening {
+    let plan = Plan::new(start, (start / args.steps + 1).saturating_mul(args.steps), args.every);
+    let opening = Opening {
         root: &root,
         device,
         arena,
         chunk,
-        bytes: twin.bytes(),
-        parameters: twin.parameters(),
+        bytes: training.bytes(),
+        parameters: training.parameters(),
         start,
-        goal,
+        goal: plan.goal,
         every: args.every,
         resumed: found.is_some(),
     };
@@ -91,70 +87,91 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         out::print(&opening.to_string())?;
     }
 
-    let bar = out::progress(goal);
-    let mut measured = Measured::default();
-    let mut kept = None;
-    let mut undisturbed = true;
-    let (mut curve, mut last) = (Vec::new(), Vec::new());
-    for (i, block) in plan.blocks.iter().enumerate() {
-        if block.from == goal {
-            kept = Some(saving.training.copied());
-        }
-        let mut with = None;
-        let mut without = None;
-        for saves in if i % 2 == 0 { [false, true] } else { [true, false] } {
-            if saves {
-                with = Some(saving.advance(block.to, &bar)?);
-            } else {
-                let began = Instant::now();
-                let losses = train(&mut twin, &mut unsaved, &corpus, threads, block.to)?;
-                without = Some((losses, began.elapsed()));
-            }
-        }
-        let (Some((losses, with)), Some((expected, without))) = (with, without) else { continue };
-        undisturbed &= same_bits(&losses, &expected);
-        measured.pair(block, without, with, plan.full);
-        if block.from < goal {
-            curve.extend_from_slice(&losses);
-        }
-        last = losses;
-        if measured.limits.len() < LIMIT_ROUNDS {
-            let writers = executor.settings().writers;
-            measured.limits.push(limit::write(&root, twin.bytes(), chunk, writers)?);
-        }
-    }
-    bar.finish_and_clear();
-    undisturbed &= saving.training.same_bits(&twin);
-
-    let began = Instant::now();
-    let newest = executor.latest()?.ok_or_else(|| Error::new(ErrorKind::NotFound, "the last step is gone"))?;
-    let mut resumed = twin.resumed(&newest)?;
-    let restored_in = began.elapsed();
-    let bytes_equal = newest.step() == goal && kept.is_some_and(|kept| resumed.same_bits(&kept));
-    let again = train(&mut resumed, &mut unsaved, &corpus, threads, goal + plan.tail())?;
-    let curve_continues = same_bits(&again, &last) && resumed.same_bits(&twin);
-
-    let (saves, newest_step, path) = (std::mem::take(&mut saving.saved), newest.step(), newest.path().to_owned());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+    let mut twin = Twin { gradients: training.gradients(), training: training.copied(), corpus: &corpus, threads };
+    let run = Run::new(&executor, &corpus, threads, training, args.every, plan.goal);
+    let trained = take_turns(run, &mut twin, plan, &opening)?;
+    let proof = prove(&executor, &mut twin, plan, &trained)?;
     executor.shutdown(PATIENCE)?;
-    let report = Report {
-        opening,
-        measured,
-        saves,
-        curve,
-        tail: plan.tail(),
-        restored: newest_step,
-        path,
-        restored_in,
-        bytes_equal,
-        curve_continues,
-        undisturbed,
-    };
+
+    let report = Report { opening, trained, proof };
     if common.json {
         out::json(&report.json())?
     } else {
         out::print(&report.to_string())?
     }
     Ok(if report.verified() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What came of the training.
+pub struct Trained {
+    pub saves: Vec<Saved>,
+    pub measured: Measured,
+    /// The losses up to the goal.
+    pub curve: Vec<f32>,
+    /// The losses of the last block, which begins at the goal.
+    tail: Vec<f32>,
+    /// A copy of the state at the goal, which is the last that is saved.
+    kept: Option<Training>,
+    /// Saving changed nothing: the twin has the same losses and the same state.
+    pub undisturbed: bool,
+}
+
+/// Trains both models block by block. Each goes first in every other block.
+fn take_turns(mut run: Run<'_>, twin: &mut Twin<'_>, plan: Plan, opening: &Opening<'_>) -> Result<Trained> {
+    let bar = out::progress(plan.goal);
+    let mut measured = Measured::default();
+    let (mut curve, mut tail, mut kept, mut undisturbed) = (Vec::new(), Vec::new(), None, true);
+    for (i, block) in plan.blocks().enumerate() {
+        if block.from == plan.goal {
+            kept = Some(run.training.copied());
+        }
+        let first = if i % 2 == 1 { Some(run.advance(block.to, &bar)?) } else { None };
+        let began = Instant::now();
+        let expected = twin.advance(block.to)?;
+        let without = began.elapsed();
+        let (losses, with) = first.map_or_else(|| run.advance(block.to, &bar), Ok)?;
+
+        measured.pair(&block, without, with, plan.full);
+        if measured.limits.len() < LIMIT_ROUNDS {
+            measured.limits.push(limit::write(opening.root, opening.bytes, opening.chunk, run.writers())?);
+        }
+        undisturbed &= same_bits(&losses, &expected);
+        if block.from < plan.goal {
+            curve.extend(losses);
+        } else {
+            tail = losses;
+        }
+    }
+    bar.finish_and_clear();
+    undisturbed &= run.training.same_bits(&twin.training);
+    Ok(Trained { saves: run.saved, measured, curve, tail, kept, undisturbed })
+}
+
+/// What the newest checkpoint turned out to be.
+pub struct Proof {
+    pub restored: u64,
+    pub path: PathBuf,
+    pub restored_in: Duration,
+    pub bytes_equal: bool,
+    /// Steps trained from the restored state.
+    pub steps: u64,
+    pub curve_continues: bool,
+}
+
+/// Restores the newest step, compares it with the copy of the state that it was made of, and trains on from it.
+fn prove(executor: &CheckpointExecutor, twin: &mut Twin<'_>, plan: Plan, trained: &Trained) -> Result<Proof> {
+    let began = Instant::now();
+    let newest = executor.latest()?.ok_or_else(|| Error::new(ErrorKind::NotFound, "the last step is gone"))?;
+    let resumed = twin.training.resumed(&newest)?;
+    let restored_in = began.elapsed();
+    let bytes_equal = newest.step() == plan.goal && trained.kept.as_ref().is_some_and(|kept| resumed.same_bits(kept));
+
+    let uninterrupted = std::mem::replace(&mut twin.training, resumed);
+    let again = twin.advance(plan.end())?;
+    let curve_continues = same_bits(&again, &trained.tail) && twin.training.same_bits(&uninterrupted);
+    let (restored, path, steps) = (newest.step(), newest.path().to_owned(), plan.end() - plan.goal);
+    Ok(Proof { restored, path, restored_in, bytes_equal, steps, curve_continues })
 }
 
 /// Losses are equal when their bits are.

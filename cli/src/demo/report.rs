@@ -1,14 +1,14 @@
 //! What the demo says, to people and to programs.
 
 use super::blocks::Block;
-use super::run::Saved;
+use super::{Proof, Trained};
 use crate::limit::Limit;
 use crate::out::{median, ms, quantile};
 use crate::size;
 use ashore::IoMode;
 use serde_json::{Value, json};
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 /// What is known before training begins.
@@ -46,18 +46,8 @@ struct Pair {
 /// Everything there is to say in the end.
 pub struct Report<'a> {
     pub opening: Opening<'a>,
-    pub measured: Measured,
-    pub saves: Vec<Saved>,
-    /// The losses up to the goal.
-    pub curve: Vec<f32>,
-    /// Steps trained beyond the goal, and again from the restored state.
-    pub tail: u64,
-    pub restored: u64,
-    pub path: PathBuf,
-    pub restored_in: Duration,
-    pub bytes_equal: bool,
-    pub curve_continues: bool,
-    pub undisturbed: bool,
+    pub trained: Trained,
+    pub proof: Proof,
 }
 
 impl Measured {
@@ -85,60 +75,60 @@ impl Measured {
 impl Report<'_> {
     /// True when everything that was to be proved was.
     pub fn verified(&self) -> bool {
-        self.bytes_equal && self.curve_continues && self.undisturbed
+        self.proof.bytes_equal && self.proof.curve_continues && self.trained.undisturbed
     }
 
     fn blocked(&self, q: f64) -> f64 {
-        quantile(self.saves.iter().map(|save| ms(save.blocked)), q)
+        quantile(self.trained.saves.iter().map(|save| ms(save.blocked)), q)
     }
 
     fn durable_ms(&self) -> f64 {
-        median(self.saves.iter().map(|save| ms(save.committed.durable)))
+        median(self.trained.saves.iter().map(|save| ms(save.committed.durable)))
     }
 
     fn durable_rate(&self) -> f64 {
-        median(self.saves.iter().map(|save| save.committed.bytes as f64 / save.committed.durable.as_secs_f64()))
+        median(self.trained.saves.iter().map(|save| save.committed.bytes as f64 / save.committed.durable.as_secs_f64()))
     }
 
     fn limit_rate(&self) -> f64 {
-        median(self.measured.limits.iter().map(Limit::bytes_per_second))
+        median(self.trained.measured.limits.iter().map(Limit::bytes_per_second))
     }
 
     fn mode(&self) -> Option<IoMode> {
-        self.saves.last().map(|save| save.committed.mode)
+        self.trained.saves.last().map(|save| save.committed.mode)
     }
 
     /// The one object that `--json` prints.
     pub fn json(&self) -> Value {
-        let last_loss = self.curve.last().copied();
+        let last_loss = self.trained.curve.last().copied();
         json!({
             "steps": self.opening.goal,
-            "saves": self.saves.len(),
+            "saves": self.trained.saves.len(),
             "bytes": self.opening.bytes,
-            "step_ms_without": self.measured.step_ms(|pair| pair.without),
-            "step_ms_with": self.measured.step_ms(|pair| pair.with),
-            "overhead_fraction": median(self.measured.overheads()),
+            "step_ms_without": self.trained.measured.step_ms(|pair| pair.without),
+            "step_ms_with": self.trained.measured.step_ms(|pair| pair.with),
+            "overhead_fraction": median(self.trained.measured.overheads()),
             "blocked_ms_p50": self.blocked(0.5),
             "blocked_ms_p99": self.blocked(0.99),
-            "restored_step": self.restored,
+            "restored_step": self.proof.restored,
             "verified": self.verified(),
-            "bytes_equal": self.bytes_equal,
-            "curve_continues": self.curve_continues,
-            "undisturbed": self.undisturbed,
+            "bytes_equal": self.proof.bytes_equal,
+            "curve_continues": self.proof.curve_continues,
+            "undisturbed": self.trained.undisturbed,
             "resumed_from": self.opening.resumed.then_some(self.opening.start),
-            "trained_steps": self.curve.len(),
-            "measured_blocks": self.measured.pairs().len(),
+            "trained_steps": self.trained.curve.len(),
+            "measured_blocks": self.trained.measured.pairs().len(),
             "final_loss": last_loss,
             "final_loss_bits": last_loss.map(f32::to_bits),
             "durable_ms_p50": self.durable_ms(),
             "durable_bytes_per_second": self.durable_rate(),
             "disk_limit_bytes_per_second": self.limit_rate(),
-            "restore_ms": ms(self.restored_in),
+            "restore_ms": ms(self.proof.restored_in),
             "io": self.mode(),
             "device": self.opening.device,
             "arena": self.opening.arena,
             "chunk": self.opening.chunk,
-            "path": self.path,
+            "path": self.proof.path,
         })
     }
 }
@@ -166,17 +156,19 @@ impl fmt::Display for Opening<'_> {
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mean = |part: &[f32]| part.iter().sum::<f32>() / part.len().max(1) as f32;
-        let end = self.curve.len().min(10);
-        let (first, last) = (mean(&self.curve[..end]), mean(&self.curve[self.curve.len() - end..]));
+        let end = self.trained.curve.len().min(10);
+        let (first, last) =
+            (mean(&self.trained.curve[..end]), mean(&self.trained.curve[self.trained.curve.len() - end..]));
         writeln!(
             f,
             "loss                         {first:.3} -> {last:.3} (means of the first and last {end} steps)\n"
         )?;
 
-        let (without, with) = (self.measured.step_ms(|pair| pair.without), self.measured.step_ms(|pair| pair.with));
-        let percent = |q: f64| 100.0 * quantile(self.measured.overheads(), q);
-        let n = self.measured.pairs().len();
-        let steps = self.measured.pairs().first().map_or(0, |pair| pair.steps);
+        let (without, with) =
+            (self.trained.measured.step_ms(|pair| pair.without), self.trained.measured.step_ms(|pair| pair.with));
+        let percent = |q: f64| 100.0 * quantile(self.trained.measured.overheads(), q);
+        let n = self.trained.measured.pairs().len();
+        let steps = self.trained.measured.pairs().first().map_or(0, |pair| pair.steps);
         writeln!(f, "step without checkpointing   {without:.2} ms")?;
         writeln!(f, "step with checkpointing      {with:.2} ms, the wait until the last byte is durable included")?;
         writeln!(
@@ -191,7 +183,7 @@ impl fmt::Display for Report<'_> {
         writeln!(f, "    everything that training waits for: building the state dict, `save` and the fences\n")?;
 
         let (rate, limit) = (self.durable_rate(), self.limit_rate());
-        let (saves, bytes) = (self.saves.len(), size::shown(self.opening.bytes));
+        let (saves, bytes) = (self.trained.saves.len(), size::shown(self.opening.bytes));
         let mode = match self.mode() {
             Some(IoMode::Direct) => "direct I/O",
             _ => "through the page cache",
@@ -210,28 +202,28 @@ impl fmt::Display for Report<'_> {
         writeln!(
             f,
             "    medians; the same bytes and chunks, {} loops between the blocks\n",
-            self.measured.limits.len()
+            self.trained.measured.limits.len()
         )?;
 
         let says = |held: bool| if held { "yes" } else { "NO" };
         writeln!(
             f,
             "restored                     step {} in {:.1} ms, from {}",
-            self.restored,
-            ms(self.restored_in),
-            self.path.display()
+            self.proof.restored,
+            ms(self.proof.restored_in),
+            self.proof.path.display()
         )?;
-        writeln!(f, "every bit as at the save     {}", says(self.bytes_equal))?;
+        writeln!(f, "every bit as at the save     {}", says(self.proof.bytes_equal))?;
         writeln!(
             f,
             "training goes on the same    {} ({} steps from the restored state, losses and state bit for bit)",
-            says(self.curve_continues),
-            self.tail
+            says(self.proof.curve_continues),
+            self.proof.steps
         )?;
         writeln!(
             f,
             "saving disturbed nothing     {} (the twin that never saved has the same losses and state)",
-            says(self.undisturbed)
+            says(self.trained.undisturbed)
         )?;
         writeln!(f, "\n{}", if self.verified() { "verified" } else { "NOT VERIFIED" })
     }

@@ -1,4 +1,4 @@
-//! The training loop with checkpointing on, as a user would write it.
+//! The training loop with checkpointing on, as a user would write it, and the same without.
 
 use super::PATIENCE;
 use super::text::Corpus;
@@ -40,6 +40,11 @@ impl<'a> Run<'a> {
         Self { training, saved: Vec::new(), executor, corpus, threads, gradients, start, every, goal }
     }
 
+    /// How many threads write.
+    pub fn writers(&self) -> usize {
+        self.executor.settings().writers
+    }
+
     /// Trains up to the step `to`. Gives the losses, and the time until the last save in it was durable.
     pub fn advance(&mut self, to: u64, bar: &ProgressBar) -> Result<(Vec<f32>, Duration)> {
         let began = Instant::now();
@@ -73,19 +78,23 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Trains up to the step `to` without saves.
-pub fn train(
-    training: &mut Training,
-    gradients: &mut Gradients,
-    corpus: &Corpus,
-    threads: usize,
-    to: u64,
-) -> Result<Vec<f32>> {
-    let mut losses = Vec::new();
-    while training.step < to {
-        training.compute(corpus, gradients, threads);
-        training.update(gradients, threads)?;
-        losses.push(gradients.loss);
+/// A model that trains without saves.
+pub struct Twin<'a> {
+    pub training: Training,
+    pub gradients: Gradients,
+    pub corpus: &'a Corpus,
+    pub threads: usize,
+}
+
+impl Twin<'_> {
+    /// Trains up to the step `to`. Gives the losses.
+    pub fn advance(&mut self, to: u64) -> Result<Vec<f32>> {
+        let mut losses = Vec::new();
+        while self.training.step < to {
+            self.training.compute(self.corpus, &mut self.gradients, self.threads);
+            self.training.update(&self.gradients, self.threads)?;
+            losses.push(self.gradients.loss);
+        }
+        Ok(losses)
     }
-    Ok(losses)
 }
