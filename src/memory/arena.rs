@@ -130,7 +130,7 @@ impl Mapping {
 
 #[cfg(not(miri))]
 impl Mapping {
-    fn new(len: usize) -> Result<Self> {
+    pub(super) fn new(len: usize) -> Result<Self> {
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no existing memory.
         let base = unsafe {
             libc::mmap(
@@ -178,7 +178,7 @@ impl Mapping {
         std::alloc::Layout::from_size_align(len, super::ALIGNMENT).expect("a test's size")
     }
 
-    fn new(len: usize) -> Result<Self> {
+    pub(super) fn new(len: usize) -> Result<Self> {
         // SAFETY: the size is not zero: an arena holds at least two chunks.
         Ok(Self { base: unsafe { std::alloc::alloc_zeroed(Self::layout(len)) }, len, registration: None })
     }
