@@ -3,11 +3,10 @@
 //! No thread and no polling per future: `event-listener` keeps the waiters, tasks and threads alike. The first value wins;
 //! a waiter that comes late finds it there.
 
-use crate::sync::{Mutex, lock};
+use crate::sync::{Arc, Mutex, lock};
 use event_listener::{Event, EventListener, Listener};
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 

@@ -8,7 +8,7 @@ use crate::completion::{Completion, Signal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::settings::IoMode;
-use crate::sync::{Mutex, lock};
+use crate::sync::{self, Mutex, lock};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -119,8 +119,8 @@ pub(crate) struct Ticket {
     /// Some source can be written while it is read: a later save without a fence between is refused.
     pub writable: bool,
     pub over_budget: usize,
-    pub staged: Arc<Completion<Result<()>>>,
-    pub done: Arc<Completion<Result<Outcome>>>,
+    pub staged: sync::Arc<Completion<Result<()>>>,
+    pub done: sync::Arc<Completion<Result<Outcome>>>,
     /// Held while a live source is read or a copy from it is enqueued, so that a freeze can wait for one that was decided.
     pub live: Mutex<()>,
     pub bytes_staged: AtomicU64,
@@ -158,8 +158,8 @@ impl Ticket {
             bytes,
             writable,
             over_budget,
-            staged: Arc::new(Completion::new()),
-            done: Arc::new(Completion::new()),
+            staged: sync::Arc::new(Completion::new()),
+            done: sync::Arc::new(Completion::new()),
             live: Mutex::new(()),
             bytes_staged: zero(),
             bytes_written: zero(),
