@@ -245,6 +245,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "the interpreter aborts where a machine refuses")]
     fn an_arena_beyond_the_address_space_is_refused() {
         let error = Arena::new(1 << 62, 1 << 20, &Host, Arc::default()).unwrap_err();
         assert_eq!(error.kind(), crate::ErrorKind::Invalid);
