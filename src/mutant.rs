@@ -29,6 +29,7 @@ pub(crate) enum Mutant {
     /// The fence does not wait.
     Fence,
     /// A slab goes home before it is written.
+    #[cfg(feature = "mutants")]
     SlabEarly,
     /// Sources are dropped before their copies are done.
     SourceEarly,

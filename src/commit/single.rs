@@ -32,26 +32,40 @@ pub(crate) struct Ending<'a> {
     pub path: PathBuf,
 }
 
-/// Ends a save: commits it, or abandons it. Returns what is left to be tidied up.
-pub(crate) fn conclude(ending: Ending<'_>) -> Option<Published> {
+/// How a save ended, for those who come after its future.
+pub(crate) enum Concluded {
+    /// It is durable; the replaced copy, the hint and the rest can be tidied up.
+    Durable(Published),
+    /// It may or may not be durable: it must not be counted.
+    Doubtful(Attempt),
+    /// It left nothing.
+    Failed,
+}
+
+/// Ends a save: commits it, or abandons it, and resolves its future.
+pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
     let (request, attempt) = (ending.request, ending.attempt.clone());
     let ticket = &request.ticket;
     let committed = ticket.failure().map_or_else(|| commit(ending), Err);
-    match committed {
-        Ok(committed) => {
+    match (committed, attempt) {
+        (Ok(committed), Some(attempt)) => {
             tracing::info!(step = ticket.step, bytes = committed.bytes, durable = ?committed.durable, "durable");
             ticket.finish(Ok(Outcome::Durable(committed)));
-            Some(Published { name: request.name.clone(), id: ticket.attempt, attempt: attempt? })
+            Concluded::Durable(Published { name: request.name.clone(), id: ticket.attempt, attempt })
         }
-        Err(error) => {
-            if error.kind() != ErrorKind::Indeterminate {
-                if let Some(Err(left)) = attempt.map(|a| a.abandon()) {
-                    tracing::warn!(step = ticket.step, error = %left, "an attempt is left for a sweep");
-                }
+        (Err(error), _) if error.kind() == ErrorKind::Indeterminate => {
+            tracing::error!(step = ticket.step, %error, "nobody knows whether the step is durable");
+            ticket.finish(Err(error));
+            Concluded::Doubtful(ticket.attempt)
+        }
+        (committed, attempt) => {
+            if let Some(Err(left)) = attempt.map(|a| a.abandon()) {
+                tracing::warn!(step = ticket.step, error = %left, "an attempt is left for a sweep");
             }
+            let error = committed.err().unwrap_or_else(|| Error::internal("a commit without an attempt"));
             tracing::warn!(step = ticket.step, %error, "the save failed");
             ticket.finish(Err(error));
-            None
+            Concluded::Failed
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Building an executor: settings, which are plain data, and components, which are not.
 
 use super::{Admission, CheckpointExecutor, Lines, serial, tidy};
-use crate::commit::{self, Ending};
+use crate::commit::{self, Concluded, Ending};
 use crate::completion::Signal;
 use crate::device::{Device, Host};
 use crate::error::Result;
@@ -120,28 +120,24 @@ impl Builder {
             storage: storage.clone(),
             settings,
         };
-        let sink = storage.clone();
-        let threads: [(&str, Box<dyn FnOnce() + Send>); 3] = [
-            ("ashore-stage", Box::new(move || stager.run())),
-            (
-                "ashore-commit",
-                Box::new(move || {
-                    for task in endings {
-                        let task: Arc<Task> = task;
-                        let path = sink.describe(&task.request.name);
-                        let ending =
-                            Ending { request: &task.request, attempt: task.begun(), receipts: task.receipts(), path };
-                        if let Some(step) = commit::conclude(ending) {
-                            let _ = published.send(step);
-                        }
-                    }
-                }),
-            ),
-            ("ashore-tidy", Box::new(move || tidy::run(&publications, storage.as_ref(), &catalog, &retention))),
-        ];
-        for (name, run) in threads {
-            executor.threads.push(spawn(name.into(), run)?);
-        }
+        let (place, steps) = (storage.clone(), catalog.clone());
+        let commit = move || {
+            for task in endings {
+                let task: Arc<Task> = task;
+                let path = place.describe(&task.request.name);
+                let (attempt, receipts) = (task.begun(), task.receipts());
+                match commit::conclude(Ending { request: &task.request, attempt, receipts, path }) {
+                    // Nobody tidies up when the last thread has gone; the next process does.
+                    Concluded::Durable(step) => drop(published.send(step)),
+                    Concluded::Doubtful(attempt) => steps.doubt(attempt),
+                    Concluded::Failed => {}
+                }
+            }
+        };
+        let tidy = move || tidy::run(&publications, storage.as_ref(), &catalog, &retention);
+        executor.threads.push(spawn("ashore-stage".into(), move || stager.run())?);
+        executor.threads.push(spawn("ashore-commit".into(), commit)?);
+        executor.threads.push(spawn("ashore-tidy".into(), tidy)?);
         if let Some(lines) = &mut executor.lines {
             executor.threads.append(&mut lines.pool.threads);
         }

@@ -175,16 +175,15 @@ impl Stager {
             if ticket.failed() || (next == plan.chunks.len() && flying.is_empty()) {
                 return Ok(());
             }
-            if next < plan.chunks.len() && flying.len() < WINDOW {
-                if let Some(lease) = self.arena.try_lease() {
-                    flying.push_back(enqueue(job, &plan, next, lease, &headers, queue)?);
-                    next += 1;
-                    if mutant::on(Mutant::SourceEarly) && next == plan.chunks.len() {
-                        job.state = StateDict::new();
-                        self.flights.release(&ticket);
-                    }
-                    continue;
+            let room = next < plan.chunks.len() && flying.len() < WINDOW;
+            if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
+                flying.push_back(enqueue(job, &plan, next, lease, &headers, queue)?);
+                next += 1;
+                if mutant::on(Mutant::SourceEarly) && next == plan.chunks.len() {
+                    job.state = StateDict::new();
+                    self.flights.release(&ticket);
                 }
+                continue;
             }
             if flying.is_empty() {
                 self.wait(|| (self.arena.free() > 0 || ticket.failed()).then_some(()));

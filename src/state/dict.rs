@@ -10,7 +10,7 @@ use indexmap::map::Entry;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::hash::{BuildHasher, Hash, Hasher};
+use std::hash::BuildHasher;
 
 /// When a tensor's bytes are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -111,8 +111,7 @@ impl<'a> StateDict<'a> {
                 );
             }
             Ok(bytes) => {
-                let mut hasher = FixedState::with_seed(self.fingerprint).build_hasher();
-                (&name, &layout).hash(&mut hasher);
+                let fingerprint = FixedState::with_seed(self.fingerprint).hash_one((&name, &layout));
                 match self.tensors.entry(name) {
                     Entry::Occupied(there) => return refuse(there.key(), "two tensors have the same name".into()),
                     Entry::Vacant(free) => {
@@ -123,7 +122,7 @@ impl<'a> StateDict<'a> {
                     }
                 }
                 self.bytes = self.bytes.saturating_add(bytes);
-                self.fingerprint = hasher.finish();
+                self.fingerprint = fingerprint;
             }
         }
         Ok(self)

@@ -1,2 +1,5 @@
+mod forgotten_handles;
+mod forked;
+mod futures;
 mod overlap;
 mod reporting;
