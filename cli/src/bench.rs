@@ -1,6 +1,6 @@
 //! `ashore bench`: figures beside the machine's own limit, measured in turn in the same run.
 
-use crate::limit::{self, Limit, Scratch};
+use crate::limit::{self, Limit, Loops, Scratch};
 use crate::out::{median, ms, quantile};
 use crate::{Common, out, size};
 use ashore::{Checkpoint, CheckpointExecutor, Error, ErrorKind, Result, StateDict};
@@ -59,12 +59,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
 }
 
 fn limits(dir: &Path, args: &Args) -> Result<Value> {
+    let (mut one, mut four) = (Loops::new(CHUNK, 1), Loops::new(CHUNK, 4));
     let (mut write_1, mut write_4, mut read_4, mut mode) = (Vec::new(), Vec::new(), Vec::new(), None);
     each_round(args, |_| {
-        write_1.push(limit::write(dir, args.bytes, CHUNK, 1)?);
+        write_1.push(one.write_fresh(dir, args.bytes)?);
         let scratch = Scratch::new(dir, args.bytes)?;
-        write_4.push(scratch.write(CHUNK, 4)?);
-        let read = scratch.read(CHUNK, 4)?;
+        write_4.push(four.write(&scratch)?);
+        let read = four.read(&scratch)?;
         mode = Some(read.mode);
         read_4.push(read);
         Ok(())
@@ -83,6 +84,7 @@ fn limits(dir: &Path, args: &Args) -> Result<Value> {
 fn save(dir: &Path, common: &Common, args: &Args) -> Result<Value> {
     let executor = executor(dir, common)?;
     let tensors = tensors(args.bytes);
+    let mut loops = Loops::new(executor.settings().chunk, executor.settings().writers);
     let (mut limits, mut durable, mut ratios, mut blocked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut io = None;
     each_round(args, |round| {
@@ -98,7 +100,7 @@ fn save(dir: &Path, common: &Common, args: &Args) -> Result<Value> {
                 io = Some(committed.mode);
                 pair[1] = Some(committed.bytes as f64 / committed.durable.as_secs_f64());
             } else {
-                let limit = limit::write(dir, args.bytes, CHUNK, executor.settings().writers)?;
+                let limit = loops.write_fresh(dir, args.bytes)?;
                 pair[0] = Some(limit.bytes_per_second());
                 limits.push(limit);
             }
@@ -130,7 +132,8 @@ fn restore(dir: &Path, common: &Common, args: &Args) -> Result<Value> {
     let path = committed.map(|c| c.path).ok_or_else(|| Error::new(ErrorKind::Internal, "a save was skipped"))?;
     executor.shutdown(PATIENCE)?;
     let scratch = Scratch::new(dir, args.bytes)?;
-    scratch.write(CHUNK, 4)?;
+    let mut loops = Loops::new(CHUNK, 4);
+    loops.write(&scratch)?;
     let mut memory: Vec<Vec<f32>> = tensors(args.bytes).iter().map(|t| vec![0.0; t.len()]).collect();
     let (mut limits, mut ours, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     each_round(args, |round| {
@@ -143,7 +146,7 @@ fn restore(dir: &Path, common: &Common, args: &Args) -> Result<Value> {
                 checkpoint.read_into(targets.fold(ashore::Targets::new(), |t, (i, to)| t.elements(name(i), to)))?;
                 pair[1] = args.bytes as f64 / began.elapsed().as_secs_f64();
             } else {
-                let limit = scratch.read(CHUNK, 4)?;
+                let limit = loops.read(&scratch)?;
                 pair[0] = limit.bytes_per_second();
                 limits.push(limit);
             }

@@ -24,6 +24,12 @@ impl Limit {
     }
 }
 
+/// The memory of the loops: taken and touched once, as a program under measurement would, and one piece for each thread.
+pub struct Loops {
+    chunk: u64,
+    buffers: Vec<Buffer>,
+}
+
 /// A file for measuring, in the directory that matters. Its name is given up at once, so that nothing stays behind however
 /// the program ends.
 pub struct Scratch {
@@ -54,54 +60,52 @@ impl Scratch {
         let bytes = bytes.next_multiple_of(ALIGNMENT as u64);
         Ok(Self { file: file.into(), mode, bytes })
     }
+}
 
-    /// Writes the file in chunks from several threads, and makes it durable.
-    pub fn write(&self, chunk: u64, threads: usize) -> Result<Limit> {
-        let buffers = (0..threads).map(|i| Buffer::new(chunk, i as u8 + 1)).collect();
+impl Loops {
+    pub fn new(chunk: u64, threads: usize) -> Self {
+        Self { chunk, buffers: (0..threads).map(|i| Buffer::new(chunk, i as u8 + 1)).collect() }
+    }
+
+    /// Writes the file in chunks, and makes it durable.
+    pub fn write(&mut self, scratch: &Scratch) -> Result<Limit> {
         let began = Instant::now();
         // Not every file system can; the loop is only slower then.
-        let _ = fallocate(&self.file, FallocateFlags::empty(), 0, self.bytes);
-        self.chunks(chunk, buffers, |at, bytes| self.file.write_all_at(bytes, at))?;
-        self.file.sync_all().map_err(|e| Error::io("cannot sync the file that measures the disk", e))?;
-        Ok(Limit { bytes: self.bytes, time: began.elapsed(), mode: self.mode })
+        let _ = fallocate(&scratch.file, FallocateFlags::empty(), 0, scratch.bytes);
+        self.chunks(scratch.bytes, |at, bytes| scratch.file.write_all_at(bytes, at))?;
+        scratch.file.sync_all().map_err(|e| Error::io("cannot sync the file that measures the disk", e))?;
+        Ok(Limit { bytes: scratch.bytes, time: began.elapsed(), mode: scratch.mode })
     }
 
-    /// Reads the file in chunks from several threads.
-    pub fn read(&self, chunk: u64, threads: usize) -> Result<Limit> {
-        let buffers = (0..threads).map(|_| Buffer::new(chunk, 1)).collect();
+    /// One fresh file written durably: the limit of a save.
+    pub fn write_fresh(&mut self, dir: &Path, bytes: u64) -> Result<Limit> {
+        self.write(&Scratch::new(dir, bytes)?)
+    }
+
+    /// Reads the file in chunks.
+    pub fn read(&mut self, scratch: &Scratch) -> Result<Limit> {
         let began = Instant::now();
-        self.chunks(chunk, buffers, |at, bytes| self.file.read_exact_at(bytes, at))?;
-        Ok(Limit { bytes: self.bytes, time: began.elapsed(), mode: self.mode })
+        self.chunks(scratch.bytes, |at, bytes| scratch.file.read_exact_at(bytes, at))?;
+        Ok(Limit { bytes: scratch.bytes, time: began.elapsed(), mode: scratch.mode })
     }
 
-    fn chunks(
-        &self,
-        chunk: u64,
-        buffers: Vec<Buffer>,
-        transfer: impl Fn(u64, &mut [u8]) -> std::io::Result<()> + Sync,
-    ) -> Result<()> {
-        let next = AtomicU64::new(0);
-        let run = |mut buffer: Buffer| loop {
+    fn chunks(&mut self, total: u64, transfer: impl Fn(u64, &mut [u8]) -> std::io::Result<()> + Sync) -> Result<()> {
+        let (next, chunk) = (AtomicU64::new(0), self.chunk);
+        let run = |buffer: &mut Buffer| loop {
             let at = next.fetch_add(chunk, Ordering::Relaxed);
-            let len = self.bytes.saturating_sub(at).min(chunk);
+            let len = total.saturating_sub(at).min(chunk);
             if len == 0 {
                 return Ok(());
             }
             transfer(at, &mut buffer.aligned()[..len as usize])?;
         };
         let ended: std::io::Result<()> = std::thread::scope(|scope| {
-            let threads: Vec<_> = buffers.into_iter().map(|buffer| scope.spawn(|| run(buffer))).collect();
-            threads
-                .into_iter()
-                .try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into())))
+            let threads: Vec<_> = self.buffers.iter_mut().map(|buffer| scope.spawn(|| run(buffer))).collect();
+            let died = |_| Err(std::io::ErrorKind::Other.into());
+            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(died))
         });
         ended.map_err(|e| Error::io("the loop that measures the disk failed", e))
     }
-}
-
-/// One fresh file written durably: the limit of a save.
-pub fn write(dir: &Path, bytes: u64, chunk: u64, threads: usize) -> Result<Limit> {
-    Scratch::new(dir, bytes)?.write(chunk, threads)
 }
 
 /// How fast this machine copies memory on one thread.
@@ -144,7 +148,8 @@ mod tests {
     fn every_byte_is_written_and_read_and_nothing_stays_behind() {
         let dir = tempfile::tempdir().unwrap();
         let scratch = Scratch::new(dir.path(), 5 * 8192 + 100).unwrap();
-        assert_eq!(scratch.write(8192, 3).unwrap().bytes, 11 * 4096);
+        let mut loops = Loops::new(8192, 3);
+        assert_eq!(loops.write(&scratch).unwrap().bytes, 11 * 4096);
         assert_eq!(scratch.file.metadata().unwrap().len(), 11 * 4096);
         let mut page = Buffer::new(4096, 0);
         for at in (0..11).map(|i| i * 4096) {
@@ -152,13 +157,13 @@ mod tests {
             scratch.file.read_exact_at(page, at).unwrap();
             assert!(page.iter().all(|&b| (1..=3).contains(&b)), "at={at}");
         }
-        assert_eq!(scratch.read(8192, 2).unwrap().bytes, 11 * 4096);
+        assert_eq!(loops.read(&scratch).unwrap().bytes, 11 * 4096);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
     fn a_directory_that_is_not_there_is_named() {
-        let error = write(Path::new("/nowhere/at/all"), 4096, 4096, 1).unwrap_err();
+        let error = Loops::new(4096, 1).write_fresh(Path::new("/nowhere/at/all"), 4096).unwrap_err();
         assert!(error.to_string().contains("/nowhere/at/all"), "{error}");
     }
 }

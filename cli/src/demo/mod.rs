@@ -14,8 +14,9 @@ mod run;
 mod text;
 mod training;
 
+use crate::limit::Loops;
 use crate::out;
-use crate::{Common, limit, size};
+use crate::{Common, size};
 use ashore::{CheckpointExecutor, Error, ErrorKind, Result};
 use blocks::Plan;
 use model::Size;
@@ -121,6 +122,7 @@ pub struct Trained {
 fn take_turns(mut run: Run<'_>, twin: &mut Twin<'_>, plan: Plan, opening: &Opening<'_>) -> Result<Trained> {
     let bar = out::progress(plan.goal);
     let mut measured = Measured::default();
+    let mut loops = Loops::new(opening.chunk, run.writers());
     let (mut curve, mut tail, mut kept, mut undisturbed) = (Vec::new(), Vec::new(), None, true);
     for (i, block) in plan.blocks().enumerate() {
         if block.from == plan.goal {
@@ -134,7 +136,7 @@ fn take_turns(mut run: Run<'_>, twin: &mut Twin<'_>, plan: Plan, opening: &Openi
 
         measured.pair(&block, without, with, plan.full);
         if measured.limits.len() < LIMIT_ROUNDS {
-            measured.limits.push(limit::write(opening.root, opening.bytes, opening.chunk, run.writers())?);
+            measured.limits.push(loops.write_fresh(opening.root, opening.bytes)?);
         }
         undisturbed &= same_bits(&losses, &expected);
         if block.from < plan.goal {
