@@ -13,6 +13,12 @@ use std::collections::{HashMap, HashSet};
 /// No more dimensions than this may be split among the slices of one tensor.
 const MAX_SPLIT: usize = 4;
 
+/// The longest header of a shard with its prefix.
+const MAX_DATA: u64 = 100_000_008;
+
+/// The longest file that is not a shard.
+const MAX_PLAIN: u64 = 1 << 32;
+
 /// Checks a manifest.
 ///
 /// # Errors
@@ -83,6 +89,7 @@ pub fn check_header(manifest: &Manifest, file: usize, header: &Header) -> Result
 
 fn check_files(files: &[FileEntry]) -> Result<()> {
     let mut names = HashSet::new();
+    let mut total = 0_u64;
     for file in files {
         let refuse = |why: &str| Err(Error::corrupt(format!("{why} file={:?}", file.name)));
         if !is_plain(&file.name) || file.name == MANIFEST {
@@ -92,8 +99,11 @@ fn check_files(files: &[FileEntry]) -> Result<()> {
         if !names.insert(file.name.to_ascii_lowercase()) {
             return refuse("two files have the same name");
         }
-        if file.data > file.length || i64::try_from(file.length).is_err() {
-            let (data, length) = (file.data, file.length);
+        // Lengths add up without overflow; what is read whole, or has no digests of its parts, is not huge.
+        let (data, length) = (file.data, file.length);
+        total = total.saturating_add(length);
+        let sound = if data == 0 { length <= MAX_PLAIN } else { data <= length && data <= MAX_DATA };
+        if !sound || i64::try_from(total).is_err() {
             return refuse(&format!("a file cannot have this length data={data} length={length}"));
         }
     }

@@ -88,8 +88,14 @@ fn ranges_outside_their_file_are_refused() {
         let refused = refused(|m| (m.files[0].length, m.files[0].data) = (length, data));
         assert!(refused.message().starts_with("a file cannot have this length"), "{refused}");
     }
-    let refused = refused(|m| m.files[0].data = 0);
-    assert!(refused.message().starts_with("a slice is in a file that is not a shard"), "{refused}");
+    let plain = refused(|m| m.files[0].data = 0);
+    assert!(plain.message().starts_with("a slice is in a file that is not a shard"), "{plain}");
+    for (length, data) in [((1 << 63) - 1, 10), (100_000_009, 100_000_009), ((1 << 32) + 1, 0)] {
+        let digest = Digest::EMPTY;
+        let file = FileEntry { name: "more".into(), length, data, header: digest, digest };
+        let refused = refused(|m| m.files.push(file));
+        assert!(refused.message().starts_with("a file cannot have this length"), "{refused}");
+    }
 }
 
 #[test]
