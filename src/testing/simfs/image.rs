@@ -43,19 +43,22 @@ impl Image {
         Self { nodes: BTreeMap::from([(ROOT, Node::Dir(Arc::default()))]) }
     }
 
-    /// A hash of every name and every byte; inode numbers have no part in it. Equal for equal trees, in every run.
-    pub fn hash(&self) -> u64 {
-        self.hash_of(ROOT)
+    /// A hash of every name and every byte; inode numbers have no part in it. Equal for equal trees, in every run. Of a name
+    /// that begins with `random`, only that beginning counts.
+    pub fn hash(&self, random: Option<&str>) -> u64 {
+        self.hash_of(ROOT, random.unwrap_or("/").as_bytes())
     }
 
-    fn hash_of(&self, ino: Ino) -> u64 {
+    fn hash_of(&self, ino: Ino, random: &[u8]) -> u64 {
         let mut hasher = hasher().build_hasher();
         match self.nodes.get(&ino) {
             Some(Node::File(content)) => (1_u8, content.hash, content.bytes.len()).hash(&mut hasher),
             Some(Node::Dir(entries)) => {
                 (2_u8, entries.len()).hash(&mut hasher);
                 for (name, child) in entries.iter() {
-                    (name, self.hash_of(*child)).hash(&mut hasher);
+                    let name = name.as_encoded_bytes();
+                    let name = if name.starts_with(random) { random } else { name };
+                    (name, self.hash_of(*child, random)).hash(&mut hasher);
                 }
             }
             None => 0_u8.hash(&mut hasher),

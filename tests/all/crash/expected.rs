@@ -16,6 +16,11 @@ impl Try {
         Attempt::from_uuid(uuid::Uuid::from_u64_pair(self.step, u64::from(self.number) + 1))
     }
 
+    pub fn of_attempt(attempt: Attempt) -> Option<Self> {
+        let (step, number) = uuid::Uuid::parse_str(&attempt.to_string()).ok()?.as_u64_pair();
+        Some(Self { step, number: u32::try_from(number.checked_sub(1)?).ok()? })
+    }
+
     /// The bytes of tensor or file `index`: they follow from the try alone, and no two bytes runs of different tries agree.
     pub fn bytes(self, index: usize, len: usize) -> Vec<u8> {
         let mut rng = Rng::new(self.step << 32 | u64::from(self.number) << 8 | index as u64);
@@ -45,6 +50,8 @@ pub enum Event {
 #[derive(Clone, Debug, Default)]
 pub struct Expected {
     events: Vec<(usize, Event)>,
+    /// The program may remove steps that so many newer ones outlive.
+    pub keep_last: Option<usize>,
 }
 
 /// What a crash may leave of one step.
@@ -65,7 +72,7 @@ impl Allowed {
 impl Expected {
     /// Starts from steps that are durable already.
     pub fn durable(tries: impl IntoIterator<Item = Try>) -> Self {
-        Self { events: tries.into_iter().map(|one| (0, Event::Saved(one))).collect() }
+        Self { events: tries.into_iter().map(|one| (0, Event::Saved(one))).collect(), keep_last: None }
     }
 
     pub fn note(&mut self, position: usize, event: Event) {

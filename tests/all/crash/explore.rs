@@ -2,8 +2,10 @@
 //! against what was promised.
 
 use super::expected::{Allowed, Expected, Try};
-use ashore::testing::simfs::{History, Image};
+use ashore::testing::simfs::{Crash, History, Image};
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// What a reader makes of an image: for each step that it lists, the try whose bytes it found, or what is wrong with them.
@@ -15,9 +17,10 @@ pub struct Run {
     pub expected: Expected,
 }
 
-/// What all runs of a test found. Distinct means distinct: by names and bytes, over all runs.
-#[derive(Default)]
+/// What all runs of a test found. Distinct means distinct by names and bytes, over all runs; the random names of trash do
+/// not count.
 pub struct Findings {
+    judge: fn(&Image) -> Verdict,
     verdicts: Mutex<HashMap<u64, Arc<Verdict>>>,
     tally: Mutex<Tally>,
 }
@@ -36,47 +39,60 @@ pub struct Tally {
     pub new: usize,
     /// A listed step had other bytes than any try that may be there.
     pub torn: usize,
-    /// A step that was reported durable was not there, or a removed one was.
+    /// A step that was reported durable was not there, or one that was reported failed or removed was.
     pub lost: usize,
     /// The first few of these.
     pub examples: Vec<String>,
 }
 
 impl Findings {
+    pub fn new(judge: fn(&Image) -> Verdict) -> Self {
+        Self { judge, verdicts: Mutex::default(), tally: Mutex::default() }
+    }
+
     pub fn tally(&self) -> Tally {
         self.tally.lock().unwrap().clone()
     }
 
-    /// Tries crashes of `run`, at most `limit` after each operation. Calls `again` for about one distinct image in `every`.
+    /// Tries crashes of `run` at `positions`, at most `limit` after each operation. Calls `again` with distinct images and
+    /// their verdicts, about one in `every`.
     pub fn explore(
         &self,
         run: &Run,
+        positions: Range<usize>,
         seed: u64,
         limit: usize,
-        judge: impl Fn(&Image) -> Verdict,
         every: u64,
         again: impl Fn(&Image, &Verdict),
     ) {
         let mut allowed = (usize::MAX, BTreeMap::new());
         let mut tally = Tally::default();
-        for crash in run.history.crashes(0..run.history.len() + 1, seed, limit) {
-            if allowed.0 != crash.position {
-                allowed = (crash.position, run.expected.allowed(crash.position));
+        for Crash { position, image } in run.history.crashes(positions, seed, limit) {
+            if allowed.0 != position {
+                allowed = (position, run.expected.allowed(position));
             }
-            let hash = crash.image.hash();
+            let hash = image.hash(Some(".trash-"));
             let known = self.verdicts.lock().unwrap().get(&hash).cloned();
-            let fresh = known.is_none();
-            let verdict = known.unwrap_or_else(|| Arc::new(judge(&crash.image)));
-            let fresh = fresh && self.verdicts.lock().unwrap().insert(hash, verdict.clone()).is_none();
+            let verdict = known.clone().unwrap_or_else(|| Arc::new((self.judge)(&image)));
+            let fresh = known.is_none() && self.verdicts.lock().unwrap().insert(hash, verdict.clone()).is_none();
             tally.crashes += 1;
             tally.images += usize::from(fresh);
-            let place = || format!("seed={seed} position={} of {}", crash.position, run.history.len());
-            tally.compare(&verdict, &allowed.1, fresh, &place);
-            if fresh && hash % every == 0 {
-                again(&crash.image, &verdict);
+            let place = || format!("seed={seed} position={position} of {}", run.history.len());
+            tally.compare(&verdict, &allowed.1, run.expected.keep_last, fresh, &place);
+            if fresh && hash.is_multiple_of(every) {
+                again(&image, &verdict);
             }
         }
         self.tally.lock().unwrap().add(tally);
+    }
+
+    /// The figures must be these: nothing torn, nothing lost, every outcome seen, at least so many distinct images.
+    pub fn conclude(&self, images: usize) {
+        let tally = self.tally();
+        println!("{tally:#?}");
+        assert_eq!((tally.torn, tally.lost), (0, 0), "{:#?}", tally.examples);
+        assert!(tally.absent > 0 && tally.old > 0 && tally.new > 0, "an outcome was never seen: {tally:?}");
+        assert!(tally.images >= images, "too few images to say anything: {tally:?}");
     }
 }
 
@@ -85,21 +101,24 @@ impl Tally {
         &mut self,
         verdict: &Verdict,
         allowed: &BTreeMap<u64, Allowed>,
+        keep_last: Option<usize>,
         fresh: bool,
         place: &dyn Fn() -> String,
     ) {
         for (step, found) in verdict {
             let tries = allowed.get(step).map(|allowed| &allowed.tries);
             match found {
-                Err(why) => self.blame(true, format!("step {step} is torn: {why}; {}", place())),
+                Err(why) => self.blame(true, || format!("step {step} is torn: {why}; {}", place())),
                 Ok(found) if tries.is_some_and(|tries| tries.contains(found)) => {}
-                Ok(found) => self.blame(false, format!("{found:?} is there, not {tries:?}; {}", place())),
+                Ok(found) => self.blame(false, || format!("{found:?} is there, not one of {tries:?}; {}", place())),
             }
         }
         for (step, allowed) in allowed {
             let found = verdict.get(step).and_then(|found| found.as_ref().ok());
-            if !verdict.contains_key(step) && !allowed.absent {
-                self.blame(false, format!("step {step} is lost; {}", place()));
+            // A step may go once enough newer ones have come to stay, which the same image must prove.
+            let pruned = keep_last.is_some_and(|keep| verdict.range(step + 1..).count() >= keep);
+            if found.is_none() && !allowed.absent && !pruned {
+                self.blame(false, || format!("step {step} is lost; found {verdict:?}; {}", place()));
             }
             if fresh && allowed.tries.len() + usize::from(allowed.absent) > 1 {
                 match found {
@@ -111,10 +130,10 @@ impl Tally {
         }
     }
 
-    fn blame(&mut self, torn: bool, example: String) {
+    fn blame(&mut self, torn: bool, example: impl FnOnce() -> String) {
         *(if torn { &mut self.torn } else { &mut self.lost }) += 1;
         if self.examples.len() < 5 {
-            self.examples.push(example);
+            self.examples.push(example());
         }
     }
 
@@ -129,4 +148,19 @@ impl Tally {
         self.examples.extend(other.examples);
         self.examples.truncate(5);
     }
+}
+
+/// Does `work` for every number below `count`, on as many threads as there are processors.
+pub fn each(count: usize, work: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).min(8);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some(item) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|item| *item < count) {
+                    work(item);
+                }
+            });
+        }
+    });
 }

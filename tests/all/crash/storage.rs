@@ -2,15 +2,15 @@
 //! has its length. So nothing but the order of writes, syncs and renames keeps torn steps out.
 
 use super::expected::{Event, Expected, Try};
-use super::explore::{Findings, Run, Verdict};
+use super::explore::{Findings, Run, Verdict, each};
 use ashore::id::{parse_step_name, step_name};
 use ashore::storage::Storage;
 use ashore::storage::local::Local;
-use ashore::testing::simfs::{Call, Fault, Image, SimFs};
+use ashore::testing::simfs::{Fault, Image, SimFs};
 use ashore::{ALIGNMENT, ErrorKind, Result};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const ROOT: &str = "/data/run";
 /// Tries made after a crash count from here: no attempt is ever made twice.
@@ -146,58 +146,120 @@ fn recover(image: &Image, verdict: &Verdict, lengths: &[usize]) -> Run {
     let mut program = Program::start(&fs, &mut expected).unwrap();
     program.storage.sweep().unwrap();
     assert_eq!(read(&program.storage), *verdict, "a sweep changed what is listed");
-    let next = found.last().map_or(1, |newest| newest.step + 1);
-    program.save(Try { step: next, number: AFTER }, lengths, false).unwrap();
-    if let Some(newest) = found.last() {
-        program.save(Try { number: newest.number + AFTER, ..*newest }, lengths, true).unwrap();
-    }
-    if let [oldest, _, ..] = found[..] {
-        program.remove(oldest.step).unwrap();
-    }
+    program.go_on(&found, lengths);
     program.run()
 }
 
-/// A story of a program, with the sizes of its files.
-struct Story {
-    seed: u64,
-    lengths: &'static [usize],
+impl Program<'_> {
+    /// Saves the step after those that were found, replaces the newest of them, removes the oldest.
+    fn go_on(&mut self, found: &[Try], lengths: &[usize]) {
+        let next = found.last().map_or(1, |newest| newest.step + 1);
+        self.save(Try { step: next, number: AFTER }, lengths, false).unwrap();
+        if let Some(newest) = found.last() {
+            self.save(Try { number: newest.number + AFTER, ..*newest }, lengths, true).unwrap();
+        }
+        if let [oldest, _, ..] = found {
+            self.remove(oldest.step).unwrap();
+        }
+    }
+
+    /// Goes on whatever fails.
+    fn stumble(&mut self, lengths: &[usize]) {
+        let _ = self.save(first(3), lengths, false);
+        let _ = self.save(Try { step: 2, number: 1 }, lengths, true);
+        let _ = self.save(Try { step: 2, number: 2 }, lengths, true);
+        let _ = self.remove(1);
+    }
 }
 
-const STORIES: &[Story] = &[
-    Story { seed: 1, lengths: &[9000, 300] },
-    Story { seed: 2, lengths: &[4096] },
-    Story { seed: 3, lengths: &[12_288, 0, 5000] },
-    Story { seed: 4, lengths: &[511, 513] },
-];
+/// The sizes of the files of a step.
+const LENGTHS: [&[usize]; 4] = [&[9000, 300], &[4096], &[12_288, 0, 5000], &[511, 513]];
 
 fn first(step: u64) -> Try {
     Try { step, number: 0 }
 }
 
-/// Three steps, the last replaced twice, the oldest removed.
-fn usual(story: &Story) -> Run {
+#[test]
+fn power_lost_at_any_moment_loses_nothing_that_was_saved_and_shows_nothing_torn() {
+    let findings = Findings::new(judge);
+    each(LENGTHS.len(), |story| {
+        let (lengths, seed) = (LENGTHS[story], story as u64);
+        let (fs, mut expected) = (SimFs::new(), Expected::default());
+        let mut program = Program::start(&fs, &mut expected).unwrap();
+        for step in [1, 2, 3] {
+            program.save(first(step), lengths, false).unwrap();
+        }
+        for number in [1, 2] {
+            program.save(Try { step: 3, number }, lengths, true).unwrap();
+        }
+        program.remove(1).unwrap();
+        program.save(first(4), lengths, false).unwrap();
+        let run = program.run();
+        findings.explore(&run, 0..usize::MAX, seed, 250, 8, |image, verdict| {
+            let again = recover(image, verdict, lengths);
+            findings.explore(&again, 0..usize::MAX, seed, 12, u64::MAX, |_, _| ());
+        });
+    });
+    findings.conclude(20_000);
+}
+
+/// Saves two steps, lets `harm` befall the next saves, and hands over to a second process, which makes durable what it finds;
+/// then the power fails.
+fn second_process(story: usize, harm: impl Fn(&SimFs), findings: &Findings) -> bool {
+    let lengths = LENGTHS[story % LENGTHS.len()];
     let (fs, mut expected) = (SimFs::new(), Expected::default());
     let mut program = Program::start(&fs, &mut expected).unwrap();
-    for step in [1, 2, 3] {
-        program.save(first(step), story.lengths, false).unwrap();
+    program.save(first(1), lengths, false).unwrap();
+    program.save(first(2), lengths, false).unwrap();
+    let before = fs.position();
+    harm(&fs);
+    program.stumble(lengths);
+    let killed = fs.killed();
+    drop(program);
+    fs.restart();
+    let mut program = Program::start(&fs, &mut expected).unwrap();
+    if story % 2 == 0 {
+        program.storage.sweep().unwrap();
     }
-    for number in [1, 2] {
-        program.save(Try { step: 3, number }, story.lengths, true).unwrap();
+    let allowed = program.expected.allowed(fs.position());
+    let mut found = Vec::new();
+    for one in read(&program.storage).into_values().map(|found| found.expect("whole while the machine is up")) {
+        assert!(allowed[&one.step].tries.contains(&one), "{one:?} is there, not one of {allowed:?}; story={story}");
+        program.storage.confirm(&step_name(one.step)).unwrap();
+        program.note(Event::Saved(one));
+        found.push(one);
     }
-    program.remove(1).unwrap();
-    program.save(first(4), story.lengths, false).unwrap();
-    program.run()
+    program.go_on(&found, lengths);
+    findings.explore(&program.run(), before..usize::MAX, story as u64, 16, u64::MAX, |_, _| ());
+    killed
 }
 
 #[test]
-fn power_lost_at_any_moment_loses_nothing_that_was_saved_and_shows_nothing_torn() {
-    let findings = Findings::default();
-    for story in STORIES {
-        let run = usual(story);
-        findings.explore(&run, story.seed, 300, judge, 8, |image, verdict| {
-            let run = recover(image, verdict, story.lengths);
-            findings.explore(&run, story.seed, 40, judge, u64::MAX, |_, _| ());
-        });
-    }
-    println!("{:?}", findings.tally());
+fn a_process_killed_at_any_call_and_a_machine_that_fails_later_lose_nothing_and_tear_nothing() {
+    let findings = Findings::new(judge);
+    let killed = AtomicUsize::new(0);
+    each(CALLS, |calls| {
+        killed.fetch_add(
+            usize::from(second_process(calls, |fs| fs.kill_after(calls as u64), &findings)),
+            Ordering::Relaxed,
+        );
+    });
+    assert!(killed.into_inner() < CALLS, "there are calls after the last kill");
+    findings.conclude(10_000);
 }
+
+#[test]
+fn any_call_that_fails_once_or_from_then_on_and_a_machine_that_fails_later_lose_nothing_and_tear_nothing() {
+    let findings = Findings::new(judge);
+    each(CALLS, |calls| {
+        for (errno, sticky, done) in [(libc::EIO, false, false), (libc::EIO, false, true), (libc::ENOSPC, true, false)]
+        {
+            let fault = Fault { call: None, after: calls as u64, errno, sticky, done };
+            second_process(calls, |fs| fs.fail(fault), &findings);
+        }
+    });
+    findings.conclude(10_000);
+}
+
+/// More than the harmed saves make.
+const CALLS: usize = 200;
