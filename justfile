@@ -43,9 +43,9 @@ miri *filters="state:: memory:: completion::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
         .ci/strict cargo +{{ nightly }} miri test --lib -- {{ filters }}
 
-# Every interleaving of the completion cell.
+# Every interleaving of completions and slabs, up to three preemptions.
 loom:
-    RUSTFLAGS="--cfg loom" .ci/strict cargo test --lib --target-dir target/loom -- loom
+    RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=3 .ci/strict cargo test --lib --target-dir target/loom -- models
 
 # Every fuzz target, for SECONDS together.
 fuzz seconds="60":
@@ -76,7 +76,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint stock candle miri fuzz:60 mutants")
+ci: (timed "lint stock candle miri loom fuzz:60 mutants")
 
 # What takes too long for every change.
 nightly: (timed "ci")

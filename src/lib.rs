@@ -1,4 +1,70 @@
-//! Saves the state of GPU training programs without stopping them.
+//! Saves the state of GPU training programs without stopping them: durable, never torn, readable by stock tools.
+//!
+//! # In one minute
+//!
+//! ```
+//! use ashore::{CheckpointExecutor, HostTensor, StateDict};
+//! use std::{sync::Arc, time::Duration};
+//! # let dir = tempfile::tempdir().unwrap();
+//! # let root = dir.path();
+//! let executor = CheckpointExecutor::builder(root).arena(16 << 20).chunk(1 << 20).keep_last(3).build()?;
+//!
+//! // Every training loop begins where the newest durable step ended, or from nothing.
+//! let (mut step, mut weights) = match executor.latest()? {
+//!     Some(newest) => (newest.step(), Arc::new(newest.read_as::<f32>("weights")?)),
+//!     None => (0, Arc::new(vec![0.0_f32; 6])),
+//! };
+//!
+//! while step < 3 {
+//!     step += 1;
+//!     let mut state = StateDict::new();
+//!     state
+//!         .tensor("weights", HostTensor::new(weights.clone(), [2, 3]))? // not copied: the stager reads it
+//!         .value("learning_rate", &0.1)?; // any serde type, kept exactly
+//!     let save = executor.save(step, state)?; // returns at once
+//!     // ... forward and backward: they only read the weights ...
+//!     executor.fence()?; // from here on nothing reads them any more
+//!     Arc::get_mut(&mut weights).expect("the only reference again").fill(step as f32);
+//!     drop(save); // or keep it, and `.await` or `.wait` for the moment when it is durable
+//! }
+//! executor.shutdown(Duration::from_secs(60))?; // reports an error that nobody has seen
+//! # assert_eq!(ashore::Catalog::open(root)?.latest()?.unwrap().step(), 3);
+//! # Ok::<(), ashore::Error>(())
+//! ```
+//!
+//! # The parts
+//!
+//! | to | use |
+//! |---|---|
+//! | say what is saved | [`StateDict`]: tensors from a [`Source`], values of any serde type, metadata |
+//! | save while computing | [`CheckpointExecutor::save`], then [`fence`](CheckpointExecutor::fence) before writing tensors |
+//! | save what is only borrowed | [`CheckpointExecutor::scope`] |
+//! | know how it ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] for the moment when tensors are free |
+//! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] |
+//! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`] |
+//! | keep steps elsewhere | [`storage::Storage`] |
+//!
+//! # What is promised
+//!
+//! - **Durable means durable.** A save resolves to [`Outcome::Durable`] after every byte that was planned is written, every file
+//!   and directory is fsynced, and one atomic publish is fsynced too. `docs/durability.md` has the whole story.
+//! - **Never torn.** No crash leaves a step that is listed and incomplete, and none that was durable is lost. Every byte has a
+//!   digest that is checked when it is read.
+//! - **Bounded memory.** One arena of the size that you set, taken at start; a state larger than it flows through it.
+//! - **Stock files.** Plain safetensors in the Hugging Face layout; `docs/format.md` specifies the manifest beside them.
+//! - **No silent failure.** An error reaches every future of its save; if nobody looks, the next `save` or `shutdown` returns it.
+//!
+//! # Before the tensors change
+//!
+//! A save reads its tensors until the *fence*. Sources that cannot be written while they are held (an `Arc`, a borrowed slice)
+//! make a forgotten fence impossible: `Arc::get_mut` says no. With raw memory ([`RawHost`]) it is possible, so the first saves
+//! compare digests from `save` with the staged bytes ([`Detect`]), and a difference fails the save and names the tensor. Small
+//! raw tensors such as step counters are copied at `save` ([`Capture`]), because they tend to change before the fence.
+//!
+//! # Features
+//!
+//! `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
+//! `mutants` is for this crate's own tests.
 
 pub mod catalog;
 mod checkpoint;
