@@ -21,7 +21,9 @@ pub struct Rig {
 pub fn rig(change: impl FnOnce(Builder) -> Builder) -> Rig {
     let (storage, device): (Arc<dyn Storage>, _) = (Arc::new(Memory::new()), LateDevice::default());
     let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).device(Arc::new(device.clone()));
-    let executor = change(builder.arena(4 * 4096).chunk(4096)).build().unwrap();
+    // Short, so that a test that fails with its device held ends soon.
+    let builder = builder.arena(4 * 4096).chunk(4096).shutdown_deadline(Duration::from_secs(5));
+    let executor = change(builder).build().unwrap();
     Rig { executor, storage, device }
 }
 

@@ -69,7 +69,9 @@ fn progress_counts_up_to_everything() {
     rig.device.hold();
     let save = rig.executor.save(1, one("t", Arc::new(pattern(1, 9000)))).unwrap();
     eventually("staging", || save.progress().phase == ashore::Phase::Staging);
-    assert_eq!((save.progress().bytes, save.progress().written), (9000, 0));
+    // The header needs no device: it may be down already.
+    let begun = save.progress();
+    assert!(begun.bytes == 9000 && begun.written < 9000, "{begun:?}");
     rig.device.release();
     save.wait(LONG).unwrap();
     let end = save.progress();
