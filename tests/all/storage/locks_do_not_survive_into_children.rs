@@ -2,13 +2,14 @@
 //! must not make the attempt look alive for ever.
 //!
 //! # Safety argument
-//! Between fork and its end the child calls alarm, pause and _exit, which are async-signal-safe, and nothing else.
+//! Between fork and its end the child calls write, alarm, pause and _exit, which are async-signal-safe, and nothing else.
 #![expect(unsafe_code, reason = "fork")]
 
 use ashore::Attempt;
 use ashore::storage::Storage;
 use ashore::storage::local::Local;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 
 const ROOT: &str = "ASHORE_TEST_ROOT";
@@ -42,16 +43,20 @@ fn of_a_process_that_dies() {
 fn the_parent() {
     let Some(root) = std::env::var_os(ROOT) else { return };
     let attempt = Local::open(root).unwrap().begin("step-1", Attempt::new(), false).unwrap();
+    let (mut born, birth) = std::io::pipe().unwrap();
     // SAFETY: see the safety argument.
     let child = unsafe { libc::fork() };
     if child == 0 {
         // SAFETY: as above. Whatever becomes of the test, the child ends.
         unsafe {
+            libc::write(birth.as_raw_fd(), b"x".as_ptr().cast(), 1);
             libc::alarm(60);
             libc::pause();
             libc::_exit(0);
         }
     }
+    // Only a child that has run can have let go of what it inherited.
+    born.read_exact(&mut [0]).unwrap();
     println!("\nchild={child}");
     std::io::stdout().flush().unwrap();
     std::thread::sleep(std::time::Duration::from_secs(60));
