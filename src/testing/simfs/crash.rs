@@ -1,7 +1,8 @@
 //! Which images a crash can leave, and a deterministic choice among them.
 
-use super::disk::{Disk, Op, Take, Unit};
+use super::disk::{Disk, Op, SECTOR, Take, Unit, What};
 use super::image::Image;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -110,40 +111,72 @@ impl Crashes {
     }
 }
 
-/// Sets of pending changes. Most of those that were possible before the last operation are left out.
+/// Sets of pending changes, each another image. Most of those that were possible before the last operation are left out.
 fn choices(units: &[Unit], limit: usize, first: bool, rng: &mut Rng) -> Vec<Vec<Take>> {
     let all = vec![Take::Everything; units.len()];
     let none = vec![Take::Nothing; units.len()];
-    if units.is_empty() {
-        return vec![none];
-    }
+    let mut chosen = BTreeSet::from([visible(units, all.clone()), none.clone()]);
     let mut sets = systematic(units, &all, &none);
     let torn: Vec<_> = sets.iter().chain([&all]).map(|takes| tear(units, takes, rng)).collect();
     sets.extend(torn);
-    let stale = |takes: &[Take]| !takes.iter().zip(units).any(|(take, unit)| unit.newest && *take != Take::Nothing);
     let after_sync = !units.iter().any(|unit| unit.newest);
+    let stale = |takes: &[Take]| !takes.iter().zip(units).any(|(take, unit)| unit.newest && *take != Take::Nothing);
     if !first && (!after_sync || units.len() > EXHAUSTIVE) {
         sets.retain(|takes| !stale(takes) || rng.below(8) == 0);
     }
     rng.shuffle(&mut sets);
-    sets.truncate(limit / 3 + 1);
-    let tries = if after_sync { 0 } else { limit.saturating_sub(sets.len() + 2) };
+    let (few, many) = (limit / 3 + 1, limit);
+    for takes in sets {
+        if chosen.len() < if units.len() > EXHAUSTIVE { few } else { many } {
+            chosen.insert(visible(units, takes));
+        }
+    }
+    let tries = if after_sync { 0 } else { limit };
     for _ in 0..tries {
+        if chosen.len() >= limit {
+            break;
+        }
         // Data shows only under a name and within a length, so these are kept more often.
         let (names, data) = ([4, 7, 8, 8][rng.below(4)], [1, 4, 7, 8][rng.below(4)]);
-        let keep = |unit: &Unit| if unit.sectors > 0 { data } else { names };
+        let keep = |unit: &Unit| if matches!(unit.what, What::Data { .. }) { data } else { names };
         let wanted: Vec<_> = units.iter().map(|unit| unit.newest || rng.below(8) < keep(unit)).collect();
         let takes = match rng.below(2) {
             0 => with_needs(units, none.clone(), |i| wanted[i]),
             _ => without(units, all.clone(), |i| !wanted[i]),
         };
-        sets.push(tear(units, &takes, rng));
+        chosen.insert(visible(units, tear(units, &takes, rng)));
     }
-    sets.push(none);
-    sets.push(all);
-    sets.sort_unstable();
-    sets.dedup();
-    sets
+    chosen.into_iter().collect()
+}
+
+/// The same image with nothing taken that cannot be seen in it: what has no name, sectors beyond the length.
+fn visible(units: &[Unit], mut takes: Vec<Take>) -> Vec<Take> {
+    let mut file = (0, 0);
+    for i in (0..units.len()).rev() {
+        let What::Data { at, sectors, durable } = units[i].what else { continue };
+        if file.0 != units[i].ino {
+            let size = |j: usize| match units[j].what {
+                What::Size { len } if units[j].ino == units[i].ino && takes[j] != Take::Nothing => Some(len),
+                _ => None,
+            };
+            file = (units[i].ino, (0..units.len()).rev().find_map(size).unwrap_or(durable));
+        }
+        let seen = file.1.saturating_sub(at).div_ceil(SECTOR).min(sectors);
+        let whole = if seen < 64 { (1 << seen) - 1 } else { u64::MAX };
+        takes[i] = match takes[i] {
+            _ if seen == 0 => Take::Nothing,
+            Take::Torn(mask) if mask & whole == whole => Take::Everything,
+            Take::Torn(mask) if mask & whole == 0 => Take::Nothing,
+            Take::Torn(mask) => Take::Torn(mask & whole),
+            take => take,
+        };
+    }
+    for i in 0..units.len() {
+        if units[i].under.is_some_and(|name| takes[name] == Take::Nothing) {
+            takes[i] = Take::Nothing;
+        }
+    }
+    takes
 }
 
 /// Every set of a few pending changes; of many, each alone and each missing, and the same for objects and for prefixes.
@@ -197,9 +230,18 @@ fn without(units: &[Unit], mut takes: Vec<Take>, pick: impl Fn(usize) -> bool) -
 
 /// The same set with some of its writes torn.
 fn tear(units: &[Unit], takes: &[Take], rng: &mut Rng) -> Vec<Take> {
-    let torn = |(unit, take): (&Unit, &Take)| match take {
-        Take::Everything if unit.sectors > 1 && rng.below(2) == 0 => Take::Torn(rng.next()),
-        take => *take,
+    let torn = |(unit, take): (&Unit, &Take)| match (unit.what, take) {
+        (What::Data { sectors, .. }, Take::Everything) if sectors > 1 && rng.below(2) == 0 => {
+            let one = 1 << rng.below(sectors.min(64));
+            Take::Torn(match rng.below(8) {
+                0 => one - 1,
+                1 => !(one - 1),
+                2 => one,
+                3 => !one,
+                _ => rng.next(),
+            })
+        }
+        _ => *take,
     };
     units.iter().zip(takes).map(torn).collect()
 }

@@ -47,12 +47,23 @@ enum Object {
 pub(super) struct Unit {
     /// What it changes.
     pub(super) ino: Ino,
+    /// The unit that gives this object its name, where that is pending too: lost with it, nobody can see this one.
+    pub(super) under: Option<usize>,
     /// The units without which it cannot be on the disk.
     pub(super) needs: Vec<usize>,
-    /// How many sectors it writes; 0 when it is not data.
-    pub(super) sectors: usize,
+    pub(super) what: What,
     /// The last operation made it: without it the image was possible before.
     pub(super) newest: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum What {
+    /// An operation on names.
+    Name,
+    /// A length of a file.
+    Size { len: usize },
+    /// So many sectors of a file from an offset on, and the durable length of the file.
+    Data { at: usize, sectors: usize, durable: usize },
 }
 
 /// How much of a [`Unit`] the crash keeps.
@@ -60,20 +71,16 @@ pub(super) struct Unit {
 pub(super) enum Take {
     Nothing,
     Everything,
-    /// Some sectors of a write, in a pattern that the number chooses.
+    /// Those sectors of a write whose bit is set; the bits serve again after 64 sectors.
     Torn(u64),
 }
 
 impl Take {
-    fn keeps(self, sector: usize, of: usize) -> bool {
-        let Self::Torn(seed) = self else { return self == Self::Everything };
-        let cut = (seed >> 8) as usize % of;
-        match seed % 5 {
-            0 => sector < cut,
-            1 => sector >= cut,
-            2 => sector != cut,
-            3 => sector == cut,
-            _ => seed.rotate_right(11 + 7 * sector as u32) & 1 == 1,
+    fn keeps(self, sector: usize) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Everything => true,
+            Self::Torn(mask) => mask >> (sector % 64) & 1 == 1,
         }
     }
 }
@@ -152,35 +159,34 @@ impl Disk {
     /// same name of a directory, and the lengths of one file. Objects that no entry can lead to are left out.
     pub(super) fn pending(&self) -> Vec<Unit> {
         let mut units = Vec::new();
-        let mut found = vec![ROOT];
+        let mut found = vec![(ROOT, None)];
         let mut next = 0;
-        while let Some(&ino) = found.get(next) {
+        while let Some(&(ino, under)) = found.get(next) {
             next += 1;
             let first = units.len();
+            let mut push = |needs, what| units.push(Unit { ino, under, needs, what, newest: false });
             match self.objects.get(&ino) {
                 Some(Object::Dir { durable, pending }) => {
-                    found.extend(durable.values());
+                    found.extend(durable.values().map(|child| (*child, under)));
                     for (i, op) in pending.iter().enumerate() {
-                        found.extend(created(op));
+                        found.extend(created(op).map(|child| (child, Some(first + i))));
                         let shares =
                             |earlier: &Op| names(earlier).iter().flatten().any(|n| names(op).contains(&Some(n)));
-                        let needs = (0..i).filter(|&j| shares(&pending[j])).map(|j| first + j).collect();
-                        units.push(Unit { ino, needs, sectors: 0, newest: false });
+                        push((0..i).filter(|&j| shares(&pending[j])).map(|j| first + j).collect(), What::Name);
                     }
                 }
-                Some(Object::File { pending, .. }) => {
-                    let mut size = None;
-                    for change in pending {
-                        let unit = match change {
-                            Change::Size(_) => {
-                                let needs = size.replace(units.len()).into_iter().collect();
-                                Unit { ino, needs, sectors: 0, newest: false }
+                Some(Object::File { durable, pending }) => {
+                    let durable = durable.bytes.len();
+                    let mut last = None;
+                    for (i, change) in pending.iter().enumerate() {
+                        match change {
+                            Change::Size(len) => {
+                                push(last.replace(first + i).into_iter().collect(), What::Size { len: *len });
                             }
-                            Change::Sectors { bytes, .. } => {
-                                Unit { ino, needs: Vec::new(), sectors: bytes.len() / SECTOR, newest: false }
+                            Change::Sectors { at, bytes } => {
+                                push(Vec::new(), What::Data { at: *at, sectors: bytes.len() / SECTOR, durable });
                             }
-                        };
-                        units.push(unit);
+                        }
                     }
                 }
                 None => {}
@@ -243,9 +249,8 @@ fn settle(durable: &Arc<Content>, pending: &[Change], take: impl Fn(usize) -> Ta
             }
             Change::Size(_) => {}
             Change::Sectors { at, bytes } => {
-                let count = bytes.len() / SECTOR;
                 for (sector, new) in bytes.chunks(SECTOR).enumerate() {
-                    if take(i).keeps(sector, count) {
+                    if take(i).keeps(sector) {
                         let at = at + sector * SECTOR;
                         if blocks.len() < at + SECTOR {
                             blocks.resize(at + SECTOR, 0);

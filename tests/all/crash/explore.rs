@@ -54,8 +54,8 @@ impl Findings {
         self.tally.lock().unwrap().clone()
     }
 
-    /// Tries crashes of `run` at `positions`, at most `limit` after each operation. Calls `again` with distinct images and
-    /// their verdicts, about one in `every`.
+    /// Tries crashes of `run` at `positions`, at most `limit` after each operation. Calls `again` with distinct images,
+    /// their verdicts and hashes, about one in `every`.
     pub fn explore(
         &self,
         run: &Run,
@@ -63,7 +63,7 @@ impl Findings {
         seed: u64,
         limit: usize,
         every: u64,
-        again: impl Fn(&Image, &Verdict),
+        again: impl Fn(&Image, &Verdict, u64),
     ) {
         let mut allowed = (usize::MAX, BTreeMap::new());
         let mut tally = Tally::default();
@@ -80,7 +80,7 @@ impl Findings {
             let place = || format!("seed={seed} position={position} of {}", run.history.len());
             tally.compare(&verdict, &allowed.1, run.expected.keep_last, fresh, &place);
             if fresh && hash.is_multiple_of(every) {
-                again(&image, &verdict);
+                again(&image, &verdict, hash);
             }
         }
         self.tally.lock().unwrap().add(tally);

@@ -195,9 +195,9 @@ fn power_lost_at_any_moment_loses_nothing_that_was_saved_and_shows_nothing_torn(
         program.remove(1).unwrap();
         program.save(first(4), lengths, false).unwrap();
         let run = program.run();
-        findings.explore(&run, 0..usize::MAX, seed, 250, 8, |image, verdict| {
+        findings.explore(&run, 0..usize::MAX, seed, 250, 8, |image, verdict, hash| {
             let again = recover(image, verdict, lengths);
-            findings.explore(&again, 0..usize::MAX, seed, 12, u64::MAX, |_, _| ());
+            findings.explore(&again, 0..usize::MAX, hash, 12, u64::MAX, |_, _, _| ());
         });
     });
     findings.conclude(20_000);
@@ -230,7 +230,7 @@ fn second_process(story: usize, harm: impl Fn(&SimFs), findings: &Findings) -> b
         found.push(one);
     }
     program.go_on(&found, lengths);
-    findings.explore(&program.run(), before..usize::MAX, story as u64, 16, u64::MAX, |_, _| ());
+    findings.explore(&program.run(), before..usize::MAX, story as u64, 16, u64::MAX, |_, _, _| ());
     killed
 }
 
