@@ -71,6 +71,10 @@ kill:
 mounts:
     .ci/strict cargo test --workspace --test mounts -- --nocapture
 
+# A tensor of more than 4 GiB through a small arena, with the peak of memory. Writes 4.5 GiB.
+large:
+    .ci/strict cargo test --release --test large -- --ignored --nocapture
+
 # The benchmarks.
 bench *arguments:
     cargo bench --workspace -- {{ arguments }}
