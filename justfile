@@ -39,7 +39,7 @@ stock_reader command:
     {{ command }} "$root"
 
 # Undefined behaviour in what holds or hands out memory.
-miri *filters="state:: memory:: completion::":
+miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
         .ci/strict cargo +{{ nightly }} miri test --lib -- {{ filters }}
 

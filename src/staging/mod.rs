@@ -9,6 +9,8 @@
 mod capture;
 mod fence;
 mod stage;
+#[cfg(all(test, not(loom)))]
+mod tests;
 
 pub(crate) use capture::Captured;
 pub(crate) use fence::Flights;

@@ -1,0 +1,127 @@
+//! The stager against a device that copies late, small enough for Miri.
+
+use super::*;
+use crate::completion::Signal;
+use crate::device::{Device, Host};
+use crate::error::{ErrorKind, Result};
+use crate::memory::Arena;
+use crate::plan::{Chunk, Plan, Shape, Sink};
+use crate::state::StateDict;
+use crate::sync::{Mutex, lock};
+use crate::testing::LateDevice;
+use crate::ticket::{Issue, Ticket};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const LONG: Duration = Duration::from_secs(600);
+
+/// Keeps what it is handed, and lets go of the slab at once.
+#[derive(Default)]
+struct Kept {
+    chunks: Mutex<Vec<(usize, Vec<u8>)>>,
+    ended: Mutex<bool>,
+}
+
+impl Sink for Kept {
+    fn accept(self: Arc<Self>, chunk: Chunk) {
+        lock(&self.chunks).push((chunk.index, chunk.lease.bytes().to_vec()));
+    }
+
+    fn end(self: Arc<Self>) {
+        *lock(&self.ended) = true;
+    }
+}
+
+fn stager(device: impl Device + 'static) -> Stager {
+    let signal = Arc::new(Signal::default());
+    let arena = Arena::new(3 * 4096, 4096, &device, signal.clone()).unwrap();
+    Stager::new(signal, arena, Arc::new(device), false)
+}
+
+fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
+    let mut state = StateDict::new();
+    state.tensor("t", tensor.clone()).unwrap();
+    let plan = Arc::new(Plan::new(&state, Shape { chunk: 4096, files: 1 }).unwrap());
+    let issue =
+        Issue { step: 1, attempt: Default::default(), deadline: LONG, bytes: 0, writable: false, over_budget: 0 };
+    let ticket = Arc::new(Ticket::new(issue, Instant::now(), stager.signal.clone()));
+    let sink = Arc::new(Kept::default());
+    let captured = Captured::default();
+    stager.push(Job { ticket: ticket.clone(), plan: plan.clone(), state, captured, sink: sink.clone() });
+    (ticket, plan, sink)
+}
+
+/// The tensor's bytes as they were handed over, which follow the header.
+fn staged(plan: &Plan, sink: &Kept) -> Vec<u8> {
+    let chunks = lock(&sink.chunks);
+    let mut file = Vec::new();
+    for ((index, bytes), expected) in chunks.iter().zip(0..) {
+        assert_eq!(*index, expected);
+        file.extend_from_slice(&bytes[..plan.chunks[*index].length]);
+    }
+    file.split_off(plan.shards[0].header.len() as usize)
+}
+
+fn with(stager: &Stager, test: impl FnOnce() -> Result<()>) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| stager.run());
+        let result = test();
+        stager.stop();
+        result.unwrap();
+    });
+    assert_eq!(stager.arena.free(), 3);
+}
+
+#[test]
+fn what_is_handed_over_is_what_was_there_at_the_fence() {
+    for device in [Some(LateDevice::default()), None] {
+        let stager = device.map_or_else(|| stager(Host), stager);
+        with(&stager, || {
+            let mut tensor = Arc::new((0..10_000).map(|i| i as u8).collect::<Vec<_>>());
+            let expected = tensor.to_vec();
+            let (ticket, plan, sink) = push(&stager, &tensor);
+            stager.flights.fence(LONG)?;
+            Arc::get_mut(&mut tensor).expect("released").fill(0xEE);
+            drop(tensor);
+            ticket.staged.wait_forever().unwrap()?;
+            assert_eq!(staged(&plan, &sink), expected);
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn a_save_that_fails_half_way_gives_everything_back() {
+    let device = LateDevice::default();
+    device.fail_when_run(2);
+    let stager = stager(device);
+    with(&stager, || {
+        let tensor = Arc::new(vec![1; 10_000]);
+        let (ticket, _, sink) = push(&stager, &tensor);
+        stager.flights.fence(LONG)?;
+        assert_eq!(ticket.staged.wait_forever().unwrap().unwrap_err().kind(), ErrorKind::Device);
+        assert_eq!(Arc::strong_count(&tensor), 1);
+        let deadline = Instant::now() + LONG;
+        while !*lock(&sink.ended) {
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_fence_at_its_deadline_leaves_no_read_behind() {
+    let device = LateDevice::default();
+    device.hold();
+    let stager = stager(device.clone());
+    with(&stager, || {
+        let tensor = Arc::new(vec![1; 10_000]);
+        let (ticket, ..) = push(&stager, &tensor);
+        assert_eq!(stager.flights.fence(Duration::from_millis(1)).unwrap_err().kind(), ErrorKind::Deadline);
+        device.release();
+        ticket.staged.wait_forever().unwrap().unwrap_err();
+        assert_eq!(Arc::strong_count(&tensor), 1);
+        Ok(())
+    });
+}
