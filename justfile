@@ -63,9 +63,9 @@ fuzz seconds="60":
 mutants *names:
     tests/mutants.py {{ names }}
 
-# The program killed at every file system call that it makes. Needs strace.
+# The program killed at every call by which it changes files, and started again. Needs Linux 5.5.
 kill:
-    .ci/strict cargo test --workspace --test kill -- --nocapture
+    tests/kill/kill.py
 
 # A full file system, ext4 and xfs. Needs root and loop devices.
 mounts:

@@ -3,6 +3,7 @@
 use ashore::{Error, IoMode, Result};
 use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,8 +31,7 @@ pub struct Loops {
     buffers: Vec<Buffer>,
 }
 
-/// A file for measuring, in the directory that matters. Its name is given up at once, so that nothing stays behind however
-/// the program ends.
+/// A file for measuring, in the directory that matters. It has no name, so that nothing stays behind however the program ends.
 pub struct Scratch {
     file: File,
     mode: IoMode,
@@ -41,25 +41,26 @@ pub struct Scratch {
 impl Scratch {
     /// A fresh file: overwriting an old one would be up to a third faster than any program can write new ones.
     pub fn new(dir: &Path, bytes: u64) -> Result<Self> {
-        let path = dir.join(format!(".ashore-limit-{}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
-        let mode = Mode::RUSR | Mode::WUSR;
-        let (file, mode) = match open(&path, flags | OFlags::DIRECT, mode) {
-            Ok(file) => (file, IoMode::Direct),
-            Err(_) => {
-                // A refused flag can leave the name behind.
-                let _ = std::fs::remove_file(&path);
-                let file = open(&path, flags, mode)
-                    .map_err(|e| Error::io("cannot create a file to measure the disk", e.into()).with_path(&path))?;
-                (file, IoMode::Buffered)
-            }
-        };
-        std::fs::remove_file(&path)
-            .map_err(|e| Error::io("cannot remove the file that measures the disk", e).with_path(&path))?;
+        let direct = nameless(dir, OFlags::DIRECT).map(|file| (file, IoMode::Direct));
+        let (file, mode) = direct
+            .or_else(|_| nameless(dir, OFlags::empty()).map(|file| (file, IoMode::Buffered)))
+            .map_err(|e| Error::io("cannot create a file to measure the disk", e.into()).with_path(dir))?;
         let bytes = bytes.next_multiple_of(ALIGNMENT as u64);
         Ok(Self { file: file.into(), mode, bytes })
     }
+}
+
+/// A file that has no name, or, where the file system knows no such files, one that loses it at once.
+fn nameless(dir: &Path, how: OFlags) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | how;
+    let mode = Mode::RUSR | Mode::WUSR;
+    open(dir, flags | OFlags::TMPFILE, mode).or_else(|_| {
+        let path = dir.join(format!(".ashore-limit-{}", std::process::id()));
+        let opened = open(&path, flags | OFlags::CREATE | OFlags::EXCL, mode);
+        // A refused flag can leave the name behind.
+        let _ = std::fs::remove_file(&path);
+        opened
+    })
 }
 
 impl Loops {
