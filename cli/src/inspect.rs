@@ -3,7 +3,7 @@
 use crate::Common;
 use crate::ls::{shown as shown_table, table};
 use crate::{out, size};
-use ashore::{Catalog, Checkpoint, Result};
+use ashore::{Catalog, Checkpoint, Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -12,9 +12,9 @@ use std::process::ExitCode;
 /// The flags of `inspect`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A step of the directory, or the path of a checkpoint
+    /// A step of the directory, or the path of a checkpoint; the newest step when left out
     #[arg(value_name = "STEP|PATH")]
-    what: Which,
+    what: Option<Which>,
 }
 
 /// A checkpoint: all digits mean a step of `--dir`, anything else a path.
@@ -46,9 +46,17 @@ impl Which {
     }
 }
 
+fn newest(common: &Common) -> Result<Checkpoint> {
+    let none = || Error::new(ErrorKind::NotFound, "there is no checkpoint").with_path(common.root());
+    Catalog::open(common.root())?.latest()?.ok_or_else(none)
+}
+
 /// Shows files, tensors, values and metadata.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let checkpoint = args.what.open(common)?;
+    let checkpoint = match &args.what {
+        Some(which) => which.open(common)?,
+        None => newest(common)?,
+    };
     if common.json {
         out::json(&described(&checkpoint))?
     } else {
