@@ -8,7 +8,13 @@ use event_listener::{Event, EventListener, Listener};
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// The moment `patience` from now; a patience beyond all reason is a hundred years.
+pub(crate) fn deadline_after(patience: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(patience).unwrap_or_else(|| now + Duration::from_secs(100 * 365 * 24 * 3600))
+}
 
 /// The cell that both sides share.
 #[derive(Debug)]
@@ -146,7 +152,6 @@ impl Signal {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn the_first_value_wins_and_late_waiters_find_it() {

@@ -5,6 +5,7 @@
 
 mod admission;
 mod builder;
+mod ending;
 mod scope;
 mod tidy;
 
@@ -12,12 +13,13 @@ pub use builder::Builder;
 pub use scope::{Fence, Scope};
 
 use crate::checkpoint::Checkpoint;
+use crate::completion::deadline_after;
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{Attempt, parse_step_name, step_name};
+use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
 use crate::plan::{Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
-use crate::settings::{Detect, Overlap, Settings};
+use crate::settings::{Detect, Settings};
 use crate::staging::{Captured, Job, Stager};
 use crate::state::StateDict;
 use crate::storage::Storage;
@@ -28,6 +30,7 @@ use crate::{Catalog, fork};
 use crossbeam_channel::Sender;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -62,18 +65,21 @@ pub struct CheckpointExecutor {
     storage: Arc<dyn Storage>,
     catalog: Arc<Catalog>,
     stager: Arc<Stager>,
-    /// Saves that digested their writable sources, the last plan; held by callers of `save` only, one at a time.
+    /// The last plan; held by callers of `save` only, one at a time.
     admission: Mutex<Admission>,
     /// None once shut down.
     lines: Option<Lines>,
     threads: Vec<JoinHandle<()>>,
     generation: u64,
+    /// Saves that became durable: what was staged was compared with what was there at `save`.
+    compared: Arc<AtomicU64>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Admission {
     plan: Option<Arc<Plan>>,
-    saves: u64,
+    /// Attempts are drawn ahead, because randomness is a system call.
+    attempts: Attempts,
 }
 
 /// The sending ends that keep the threads alive.
@@ -105,14 +111,15 @@ impl CheckpointExecutor {
     /// # Errors
     /// As `save`; `Invalid` when the name in the options is not one for this step.
     pub fn save_with(&self, step: u64, state: StateDict<'static>, options: SaveOptions) -> Result<Save> {
-        self.submit(step, state, options, |_| ())
+        self.submit(step, state, options, false, |_| ())
     }
 
     /// Waits until nothing will be read any more from tensors of saves so far; they may be written then. One atomic load when
     /// no save is reading.
     ///
     /// # Errors
-    /// `Deadline`: the saves that were still reading have been failed; the tensors may be written all the same.
+    /// `Deadline`: the saves that were still reading have been failed, and nothing more is read on the host. Copies that an
+    /// asynchronous device was making cannot be taken back: the tensors may be written when `staged()` of those saves resolves.
     pub fn fence(&self) -> Result<()> {
         self.alive()?;
         self.stager.flights.fence(self.settings.fence_deadline)
@@ -166,6 +173,7 @@ impl CheckpointExecutor {
         step: u64,
         mut state: StateDict<'static>,
         options: SaveOptions,
+        borrowed: bool,
         register: impl FnOnce(&Arc<Ticket>),
     ) -> Result<Save> {
         self.alive()?;
@@ -186,16 +194,15 @@ impl CheckpointExecutor {
             );
             return Err(Error::invalid(unfenced).with_step(step));
         }
-        let attempt = options.attempt.unwrap_or_default();
-        if let Some(outcome) =
-            admission::admit(&self.stager, self.settings.overlap, step, began + self.settings.save_deadline)?
-        {
+        let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
+        let deadline = deadline_after(self.settings.save_deadline);
+        if let Some(outcome) = admission::admit(&self.stager, self.settings.overlap, step, deadline)? {
             return Ok(self.resolved(step, attempt, began, outcome));
         }
         let plan = admission.plan_for(&state, &self.settings)?;
         let detect = match self.settings.detect {
             Detect::Never => false,
-            Detect::First => admission.saves < 2,
+            Detect::First => self.compared.load(Ordering::Relaxed) < 2,
             Detect::All => true,
         };
         let mut captured =
@@ -203,7 +210,7 @@ impl CheckpointExecutor {
         let issue = Issue {
             step,
             attempt,
-            deadline: self.settings.save_deadline,
+            deadline,
             bytes: state.bytes(),
             writable: captured.writable,
             over_budget: captured.over_budget,
@@ -219,11 +226,10 @@ impl CheckpointExecutor {
             expected: std::mem::take(&mut captured.expected),
         };
         let task = Task::new(request, self.storage.clone(), &lines.pool, lines.ended.clone());
-        admission.saves += 1;
         register(&ticket);
-        self.stager.push(Job { ticket: ticket.clone(), plan, state, captured, sink: Arc::new(task) });
-        drop(admission);
         ticket.add_blocked(began.elapsed());
+        self.stager.push(Job { ticket: ticket.clone(), plan, state, captured, borrowed, sink: Arc::new(task) });
+        drop(admission);
         if options.snapshot == Snapshot::AtSave {
             self.fence()?;
         }
@@ -232,7 +238,7 @@ impl CheckpointExecutor {
 
     /// The handle of a save that was not begun.
     fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
-        let deadline = self.settings.save_deadline;
+        let deadline = deadline_after(self.settings.save_deadline);
         let issue = Issue { step, attempt, deadline, bytes: 0, writable: false, over_budget: 0 };
         let ticket = Ticket::new(issue, began, self.stager.signal.clone());
         ticket.release();
@@ -250,14 +256,14 @@ impl CheckpointExecutor {
 
     fn close(&mut self, patience: Duration) -> Result<()> {
         let Some(lines) = self.lines.take() else { return Ok(()) };
-        let deadline = Instant::now() + patience;
+        let deadline = deadline_after(patience);
         let mut late = None;
         for ticket in self.stager.flights.unfinished() {
             if ticket.done.wait(deadline).is_none() {
                 let what = format!("the executor was shut down before a save ended patience={patience:?}");
-                late = late.or(Some(Error::new(ErrorKind::Deadline, what.clone()).with_step(ticket.step)));
-                ticket.fail(Error::new(ErrorKind::Cancelled, what));
-                ticket.expire();
+                if ticket.give_up(Error::new(ErrorKind::Cancelled, what.clone())) {
+                    late.get_or_insert(Error::new(ErrorKind::Deadline, what).with_step(ticket.step));
+                }
             }
         }
         self.stager.stop();
@@ -274,7 +280,10 @@ impl CheckpointExecutor {
                 tracing::error!(thread = thread.thread().name(), "a thread hangs and is left behind");
             }
         }
-        self.stager.flights.unobserved().or(late).map_or(Ok(()), Err)
+        let mut unseen = std::iter::from_fn(|| self.stager.flights.unobserved());
+        let first = unseen.next().or(late);
+        unseen.for_each(|error| tracing::error!(%error, "a save failed and nobody saw it"));
+        first.map_or(Ok(()), Err)
     }
 }
 
@@ -301,9 +310,4 @@ impl Drop for CheckpointExecutor {
             tracing::error!(%error, "a save failed and nobody saw it");
         }
     }
-}
-
-/// Whether saves run one at a time, the others waiting.
-fn serial(overlap: Overlap) -> bool {
-    overlap == Overlap::Latest
 }

@@ -36,6 +36,21 @@ impl<'de> Deserialize<'de> for Attempt {
     }
 }
 
+/// Attempts of one process without a system call each: they count up from a random beginning, so they are as unique.
+#[derive(Debug)]
+pub(crate) struct Attempts(u128);
+
+impl Attempts {
+    pub fn new() -> Self {
+        Self(Uuid::new_v4().as_u128())
+    }
+
+    pub fn next(&mut self) -> Attempt {
+        self.0 = self.0.wrapping_add(1);
+        Attempt(uuid::Builder::from_random_bytes(self.0.to_be_bytes()).into_uuid())
+    }
+}
+
 impl Default for Attempt {
     fn default() -> Self {
         Self::new()

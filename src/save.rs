@@ -1,6 +1,6 @@
 //! The handle of a save.
 
-use crate::completion::Waiter;
+use crate::completion::{Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::ticket::{Outcome, Progress, Ticket};
@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// When the bytes of a whole save are taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,7 +93,8 @@ impl Save {
     /// # Errors
     /// How the save failed; `Deadline` when it has not ended after `patience`: it goes on then, and can be waited for again.
     pub fn wait(&self, patience: Duration) -> Result<Outcome> {
-        match self.done.cell().wait(Instant::now() + patience) {
+        self.ticket.alive()?;
+        match self.done.cell().wait(deadline_after(patience)) {
             Some(result) => self.observe(result),
             None => Err(self.late("the save has not ended", patience)),
         }
@@ -115,13 +116,15 @@ impl Save {
         self.ticket.progress()
     }
 
-    /// Cancels the save. False when it is too late: it has ended, or its publish has begun.
+    /// Cancels the save, which resolves to `Cancelled` at once; its attempt is deleted, and its tensors are free when
+    /// [`Save::staged`] resolves. False when it is too late: it has ended, or its publish has begun.
     pub fn cancel(&self) -> bool {
-        let cancelled = self.ticket.fail(Error::new(ErrorKind::Cancelled, "the save was cancelled"));
-        if cancelled {
-            self.ticket.observed.store(true, Ordering::Release);
+        let cancelled = Error::new(ErrorKind::Cancelled, "the save was cancelled");
+        if self.ticket.alive().is_err() || !self.ticket.fail(cancelled.clone()) {
+            return false;
         }
-        cancelled
+        self.ticket.observed.store(true, Ordering::Release);
+        self.ticket.give_up(cancelled)
     }
 
     fn observe(&self, result: Result<Outcome>) -> Result<Outcome> {
@@ -140,6 +143,7 @@ impl Future for Save {
     type Output = Result<Outcome>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.ticket.alive()?;
         let result = ready!(Pin::new(&mut self.done).poll(cx));
         Poll::Ready(self.observe(result))
     }
@@ -164,7 +168,8 @@ impl Staged {
     /// # Errors
     /// How the save failed: its sources are dropped then, too. `Deadline` when it is not staged after `patience`.
     pub fn wait(&self, patience: Duration) -> Result<()> {
-        match self.staged.cell().wait(Instant::now() + patience) {
+        self.ticket.alive()?;
+        match self.staged.cell().wait(deadline_after(patience)) {
             Some(result) => self.observe(result),
             None => Err(Error::new(ErrorKind::Deadline, format!("the save is not staged waited={patience:?}"))
                 .with_step(self.ticket.step)),
@@ -183,6 +188,7 @@ impl Future for Staged {
     type Output = Result<()>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.ticket.alive()?;
         let result = ready!(Pin::new(&mut self.staged).poll(cx));
         Poll::Ready(self.observe(result))
     }

@@ -27,7 +27,8 @@ pub enum Overlap {
     /// A save that finds another unfinished is skipped; its handle resolves to `Outcome::Skipped`.
     Skip,
     /// The newest save takes the place of one that waits and has not begun to stage; that one resolves to
-    /// `Outcome::Superseded`.
+    /// `Outcome::Superseded`. At most two saves are under way beside the one that waits. For loops that never fence, because
+    /// each step makes new tensors: a fence waits for the waiting save, too.
     Latest,
 }
 
@@ -69,7 +70,7 @@ pub struct Settings {
     pub keep_last: Option<usize>,
     /// Keep every step that is a multiple of this, beyond `keep_last`.
     pub keep_every: Option<u64>,
-    /// A save that is not durable by then fails: 30 minutes.
+    /// A save that is not durable by then fails: 30 minutes. Counted from the call, waiting for room included.
     pub save_deadline: Duration,
     /// A save that is still read when a fence has waited this long fails: 10 minutes.
     pub fence_deadline: Duration,

@@ -6,6 +6,7 @@
 
 use crate::completion::{Completion, Signal};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fork;
 use crate::id::Attempt;
 use crate::settings::IoMode;
 use crate::sync::{self, Mutex, lock};
@@ -133,13 +134,15 @@ pub(crate) struct Ticket {
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
     signal: Arc<Signal>,
+    /// The process that made it: in a forked child nothing will ever happen to it.
+    generation: u64,
 }
 
 /// What a new ticket is for.
 pub(crate) struct Issue {
     pub step: u64,
     pub attempt: Attempt,
-    pub deadline: Duration,
+    pub deadline: Instant,
     pub bytes: u64,
     pub writable: bool,
     pub over_budget: usize,
@@ -149,12 +152,13 @@ impl Ticket {
     /// `signal` wakes the stager.
     pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>) -> Self {
         let Issue { step, attempt, deadline, bytes, writable, over_budget } = issue;
+        let generation = fork::generation();
         let zero = || AtomicU64::new(0);
         Self {
             step,
             attempt,
             began,
-            deadline: began + deadline,
+            deadline,
             bytes,
             writable,
             over_budget,
@@ -170,6 +174,7 @@ impl Ticket {
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
             signal,
+            generation,
         }
     }
 
@@ -217,24 +222,32 @@ impl Ticket {
         true
     }
 
-    /// Fails the save at its deadline and resolves it at once, whatever its threads hang in.
-    pub fn expire(&self) {
-        let late = |kind, what: &str| Error::new(kind, format!("{what} phase={:?}", self.phase())).with_step(self.step);
-        if self.phase() >= Phase::Publishing {
-            self.finish(Err(late(ErrorKind::Indeterminate, "the save deadline passed while publishing")));
-            return;
-        }
-        self.fail(late(ErrorKind::Deadline, "the save deadline passed"));
-        if let Some(error) = self.failure() {
-            self.done.complete(Err(error));
-        }
+    /// Fails the save with `why` and resolves it at once, whatever its threads hang in. False when it had ended.
+    pub fn give_up(&self, why: Error) -> bool {
+        self.fail(why);
+        let error = self.failure().unwrap_or_else(|| {
+            // The publish has begun, or the failure would be there: nobody knows yet how it ends.
+            Error::new(ErrorKind::Indeterminate, "the save was given up while it was being published")
+                .with_step(self.step)
+        });
+        let ended = self.done.complete(Err(error));
+        self.signal.notify();
+        ended
     }
 
     /// Ends the save.
     pub fn finish(&self, result: Result<Outcome>) {
-        self.phase.store(Phase::Ended as u8, Ordering::Release);
         self.done.complete(result.map_err(|e| e.with_step(self.step)));
+        self.phase.store(Phase::Ended as u8, Ordering::Release);
         self.signal.notify();
+    }
+
+    /// Refuses to say anything about the save in a forked child.
+    pub fn alive(&self) -> Result<()> {
+        if self.generation == fork::generation() {
+            return Ok(());
+        }
+        Err(Error::invalid("a save of the parent cannot be waited for in a forked child").with_step(self.step))
     }
 
     /// Says that no live source will be read any more and that the sources are dropped.

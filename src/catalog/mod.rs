@@ -19,9 +19,9 @@ use crate::id::{Attempt, parse_step_name, step_name};
 use crate::storage::Storage;
 use crate::storage::local::Local;
 use std::cmp::Reverse;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The steps of a storage. Clones share what they know of durability.
 ///
@@ -51,6 +51,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Catalog {
     storage: Arc<dyn Storage>,
     known: Arc<Mutex<Known>>,
+    /// A name is no longer going.
+    gone: Arc<Condvar>,
 }
 
 /// What this process knows of attempts without asking the medium.
@@ -60,6 +62,10 @@ struct Known {
     /// Those that this process published, in that order.
     own: Vec<Attempt>,
     doubtful: HashSet<Attempt>,
+    /// Those that may become visible at any moment, and under which name.
+    pending: HashMap<Attempt, String>,
+    /// Names that a prune is taking away.
+    going: HashSet<String>,
 }
 
 /// A step that is there.
@@ -113,7 +119,7 @@ impl Catalog {
 
     /// The steps of `storage`.
     pub fn over(storage: Arc<dyn Storage>) -> Self {
-        Self { storage, known: Arc::default() }
+        Self { storage, known: Arc::default(), gone: Arc::default() }
     }
 
     /// Every step, oldest first; see the [module](self) for what counts as one.

@@ -1,11 +1,17 @@
 //! Deleting: old steps by a retention, dead attempts by the storage. Always after a commit, never on its path.
 
 use super::{Catalog, Entry, Problem, Retention};
-use crate::error::Result;
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::mutant::{self, Mutant};
 use crate::storage::Swept;
 use std::collections::{BTreeSet, HashSet};
+use std::sync::PoisonError;
+use std::time::Duration;
+
+/// How long a publish waits for a prune to let go of its name.
+const ANNOUNCE: Duration = Duration::from_secs(60);
 
 /// What a prune did, or would do.
 #[derive(Clone, Debug, Default)]
@@ -24,15 +30,42 @@ impl Catalog {
     /// durable before they are counted.
     pub fn acknowledge(&self, attempt: Attempt) {
         let mut known = self.known();
+        known.pending.remove(&attempt);
         if known.durable.insert(attempt) {
             known.own.push(attempt);
         }
+    }
+
+    /// Says that `attempt` is about to be published as `name`: until its outcome is known it neither counts nor goes, and
+    /// neither does what it may replace.
+    ///
+    /// # Errors
+    /// `Busy` when a prune has been deleting that step for too long.
+    pub(crate) fn announce(&self, name: &str, attempt: Attempt) -> Result<()> {
+        let known = self.known();
+        let (mut known, waited) = self
+            .gone
+            .wait_timeout_while(known, ANNOUNCE, |known| known.going.contains(name))
+            .unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return Err(
+                Error::new(ErrorKind::Busy, "the step is still being deleted").with_path(self.storage.describe(name))
+            );
+        }
+        known.pending.insert(attempt, name.into());
+        Ok(())
+    }
+
+    /// Says that `attempt` was not published.
+    pub(crate) fn withdraw(&self, attempt: Attempt) {
+        self.known().pending.remove(&attempt);
     }
 
     /// Says that the publish of `attempt` ended as `Indeterminate`: it never counts in this process. A later fsync would
     /// prove nothing, for the kernel reports a lost write once.
     pub fn doubt(&self, attempt: Attempt) {
         let mut known = self.known();
+        known.pending.remove(&attempt);
         known.durable.remove(&attempt);
         known.own.retain(|own| *own != attempt);
         known.doubtful.insert(attempt);
@@ -58,11 +91,12 @@ impl Catalog {
         let own = self.own(&entries, retention.keep_last.unwrap_or(0));
         let mut failed = None;
         for entry in entries {
-            if !gone.contains(&entry.step) || own.contains(&entry.attempt) {
+            if !gone.contains(&entry.step) || own.contains(&entry.attempt) || !self.claim(&entry) {
                 pruned.kept.push(entry);
                 continue;
             }
-            let removed = if dry_run { Ok(()) } else { self.storage.remove(&entry.name) };
+            let removed = if dry_run { Ok(()) } else { self.remove(&entry) };
+            self.unclaim(&entry);
             match removed {
                 Ok(()) => {
                     if !dry_run {
@@ -88,6 +122,26 @@ impl Catalog {
         self.storage.sweep()
     }
 
+    /// Claims the name of `entry` for its removal; false while an attempt may be published under it.
+    fn claim(&self, entry: &Entry) -> bool {
+        let mut known = self.known();
+        !known.pending.values().any(|name| *name == entry.name) && known.going.insert(entry.name.clone())
+    }
+
+    fn unclaim(&self, entry: &Entry) {
+        self.known().going.remove(&entry.name);
+        self.gone.notify_all();
+    }
+
+    /// Removes `entry`, unless the name has come to stand for another attempt since it was listed.
+    fn remove(&self, entry: &Entry) -> Result<()> {
+        let there = Checkpoint::from_storage(self.storage.clone(), &entry.name)?;
+        if there.attempt() != entry.attempt {
+            return Err(Error::new(ErrorKind::Conflict, "the step was replaced meanwhile; it was not removed"));
+        }
+        self.storage.remove(&entry.name)
+    }
+
     /// Forgets an attempt that was removed, so that a long run does not remember all of its saves.
     fn forget(&self, attempt: Attempt) {
         let mut known = self.known();
@@ -107,6 +161,9 @@ impl Catalog {
         for entry in entries.iter().rev() {
             if durable.len() >= wanted {
                 break;
+            }
+            if self.known().pending.contains_key(&entry.attempt) {
+                continue;
             }
             match self.make_durable(entry) {
                 Ok(()) => {

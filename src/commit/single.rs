@@ -17,8 +17,6 @@ use std::time::Duration;
 /// A step that was published by us and is durable.
 #[derive(Debug)]
 pub(crate) struct Published {
-    pub name: String,
-    pub id: Attempt,
     pub attempt: Arc<dyn Writing>,
 }
 
@@ -38,8 +36,11 @@ pub(crate) enum Concluded {
     Durable(Published),
     /// It may or may not be durable: it must not be counted.
     Doubtful(Attempt),
-    /// It left nothing.
-    Failed,
+    /// It is not there.
+    Failed {
+        /// Nothing is left of it; otherwise a sweep has to remove it.
+        swept: bool,
+    },
 }
 
 /// Ends a save: commits it, or abandons it, and resolves its future.
@@ -51,7 +52,7 @@ pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
         (Ok(committed), Some(attempt)) => {
             tracing::info!(step = ticket.step, bytes = committed.bytes, durable = ?committed.durable, "durable");
             ticket.finish(Ok(Outcome::Durable(committed)));
-            Concluded::Durable(Published { name: request.name.clone(), id: ticket.attempt, attempt })
+            Concluded::Durable(Published { attempt })
         }
         (Err(error), _) if error.kind() == ErrorKind::Indeterminate => {
             tracing::error!(step = ticket.step, %error, "nobody knows whether the step is durable");
@@ -59,13 +60,14 @@ pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
             Concluded::Doubtful(ticket.attempt)
         }
         (committed, attempt) => {
-            if let Some(Err(left)) = attempt.map(|a| a.abandon()) {
+            let abandoned = attempt.map_or(Ok(()), |a| a.abandon());
+            if let Err(left) = &abandoned {
                 tracing::warn!(step = ticket.step, error = %left, "an attempt is left for a sweep");
             }
             let error = committed.err().unwrap_or_else(|| Error::internal("a commit without an attempt"));
             tracing::warn!(step = ticket.step, %error, "the save failed");
             ticket.finish(Err(error));
-            Concluded::Failed
+            Concluded::Failed { swept: abandoned.is_ok() }
         }
     }
 }
@@ -144,7 +146,7 @@ fn file(plan: &Plan, shard: &Shard, segments: &[Digest]) -> (Digest, Digest) {
 /// Compares what was staged with what was there at `save`: a difference means that a fence was forgotten.
 fn unchanged(request: &Request, tensors: &[(Digest, Vec<Digest>)]) -> Result<()> {
     for (index, expected) in &request.expected {
-        let staged = request.plan.tensors.iter().position(|t| t.tensor == *index).and_then(|i| tensors.get(i));
+        let staged = request.plan.places.get(*index).and_then(|place| tensors.get(*place));
         if staged.is_none_or(|(digest, _)| digest != expected) {
             let name = request.plan.name(*index);
             return Err(Error::invalid(format!(

@@ -23,9 +23,8 @@ pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64, deadline: Inst
             Overlap::Latest => {
                 if let Some(job) = stager.take_waiting() {
                     let ticket = job.ticket.clone();
-                    drop(job);
-                    stager.flights.release(&ticket);
-                    ticket.finish(Ok(Outcome::Superseded { by: step }));
+                    stager.discard(job);
+                    ticket.finish(ticket.failure().map_or(Ok(Outcome::Superseded { by: step }), Err));
                 }
                 return Ok(None);
             }

@@ -1,19 +1,19 @@
 //! Building an executor: settings, which are plain data, and components, which are not.
 
-use super::{Admission, CheckpointExecutor, Lines, serial, tidy};
-use crate::commit::{self, Concluded, Ending};
+use super::{Admission, CheckpointExecutor, Lines, ending, tidy};
 use crate::completion::Signal;
 use crate::device::{Device, Host};
 use crate::error::Result;
+use crate::id::Attempts;
 use crate::memory::Arena;
 use crate::settings::{Detect, Overlap, Settings};
 use crate::staging::Stager;
 use crate::storage::Storage;
 use crate::storage::local::Local;
 use crate::sync::Mutex;
-use crate::writer::{Pool, Task, spawn};
+use crate::writer::{Pool, spawn};
 use crate::{Catalog, Retention, fork};
-use crossbeam_channel::unbounded;
+use crossbeam_channel::{bounded, unbounded};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -104,37 +104,34 @@ impl Builder {
         let signal = Arc::new(Signal::default());
         let arena = Arena::new(settings.arena, settings.chunk, device.as_ref(), signal.clone())?;
         let pool = Pool::start(settings.writers, arena.report().slabs)?;
-        let stager = Arc::new(Stager::new(signal, arena, device, serial(settings.overlap)));
+        let stager = Arc::new(Stager::new(signal, arena, device, (settings.overlap == Overlap::Latest).then_some(2)));
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };
 
         let (ended, endings) = unbounded();
-        let (published, publications) = unbounded();
+        // Bounded, because what waits holds descriptors.
+        let (leftovers, leavings) = bounded(64);
         let mut executor = CheckpointExecutor {
             catalog: catalog.clone(),
             stager: stager.clone(),
-            admission: Mutex::new(Admission::default()),
+            admission: Mutex::new(Admission { plan: None, attempts: Attempts::new() }),
             lines: Some(Lines { pool, ended }),
             threads: Vec::new(),
             generation: fork::generation(),
+            compared: Arc::default(),
             storage: storage.clone(),
             settings,
         };
-        let (place, steps) = (storage.clone(), catalog.clone());
+        let (place, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());
         let commit = move || {
             for task in endings {
-                let task: Arc<Task> = task;
-                let path = place.describe(&task.request.name);
-                let (attempt, receipts) = (task.begun(), task.receipts());
-                match commit::conclude(Ending { request: &task.request, attempt, receipts, path }) {
-                    // Nobody tidies up when the last thread has gone; the next process does.
-                    Concluded::Durable(step) => drop(published.send(step)),
-                    Concluded::Doubtful(attempt) => steps.doubt(attempt),
-                    Concluded::Failed => {}
+                let left = ending::conclude(&task, place.as_ref(), &steps, &compared);
+                if let Some(Err(full)) = left.map(|left| leftovers.try_send(left)) {
+                    tracing::warn!(step = ?full.into_inner().name, "tidying is behind; a later sweep does it");
                 }
             }
         };
-        let tidy = move || tidy::run(&publications, storage.as_ref(), &catalog, &retention);
+        let tidy = move || tidy::run(&leavings, storage.as_ref(), &catalog, &retention);
         executor.threads.push(spawn("ashore-stage".into(), move || stager.run())?);
         executor.threads.push(spawn("ashore-commit".into(), commit)?);
         executor.threads.push(spawn("ashore-tidy".into(), tidy)?);

@@ -17,7 +17,6 @@ use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// How a scope makes sure at its end that borrowed tensors may be written.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +53,7 @@ impl<'env> Scope<'_, 'env> {
     pub fn save_with(&self, step: u64, state: StateDict<'env>, options: SaveOptions) -> Result<Save> {
         // SAFETY: only the lifetime changes; the guard of the scope keeps `'env` alive until the dict is dropped.
         let state = unsafe { std::mem::transmute::<StateDict<'env>, StateDict<'static>>(state) };
-        self.executor.submit(step, state, options, |ticket| lock(&self.tickets).push(ticket.clone()))
+        self.executor.submit(step, state, options, true, |ticket| lock(&self.tickets).push(ticket.clone()))
     }
 
     /// [`CheckpointExecutor::fence`].
@@ -77,7 +76,8 @@ impl Ending<'_> {
         if self.executor.alive().is_err() {
             return Ok(());
         }
-        let tickets = std::mem::take(&mut *lock(self.tickets));
+        // Not taken out: should this unwind, the next call must find them again.
+        let tickets = lock(self.tickets).clone();
         Flights::freeze(&tickets, self.executor.settings.fence_deadline)
     }
 }
@@ -161,10 +161,5 @@ impl CheckpointExecutor {
         let result = f(&scope);
         ending.freeze()?;
         Ok(result)
-    }
-
-    /// How long fences wait.
-    pub fn fence_deadline(&self) -> Duration {
-        self.settings.fence_deadline
     }
 }

@@ -2,30 +2,37 @@
 //!
 //! Nothing here can fail a save. What is left undone is done after a later save, or by the next process.
 
+use super::ending::Left;
 use crate::catalog::{Catalog, Retention};
-use crate::commit::Published;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::storage::Storage;
 use crossbeam_channel::Receiver;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// The thread: sweeps once, then tidies up after each publication until the committer is gone.
-pub(super) fn run(published: &Receiver<Published>, storage: &dyn Storage, catalog: &Catalog, retention: &Retention) {
-    match storage.sweep() {
-        Ok(swept) if swept.removed.is_empty() => {}
-        Ok(swept) => tracing::info!(removed = ?swept.removed, "swept what dead processes left behind"),
-        Err(error) => tracing::warn!(%error, "could not sweep"),
-    }
-    for step in published {
-        let report = |what, result: Result<()>| {
-            if let Err(error) = result {
-                tracing::warn!(%error, "could not {what}");
+/// The thread: sweeps once, then tidies up after each save until the committer is gone; sweeps again when something was left.
+pub(super) fn run(leavings: &Receiver<Left>, storage: &dyn Storage, catalog: &Catalog, retention: &Retention) {
+    let mut clean = attempt("sweep", || storage.sweep().map(drop));
+    for Left { name, published } in leavings {
+        if let Some(step) = published {
+            clean &= attempt("delete the replaced copy", || step.attempt.settle());
+            attempt("write the hint", || storage.hint(&name));
+            if !retention.is_unlimited() {
+                attempt("prune", || catalog.prune(retention, false).map(drop));
             }
-        };
-        report("delete the replaced copy", step.attempt.settle());
-        report("write the hint", storage.hint(&step.name));
-        catalog.acknowledge(step.id);
-        if !retention.is_unlimited() {
-            report("prune", catalog.prune(retention, false).map(|_| ()));
+        } else {
+            clean = false;
+        }
+        if !clean {
+            clean = attempt("sweep", || storage.sweep().map(drop));
         }
     }
+}
+
+/// Does it; false, and a warning, when it fails.
+fn attempt(what: &str, run: impl FnOnce() -> Result<()>) -> bool {
+    let done = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal("the storage panicked")));
+    if let Err(error) = &done {
+        tracing::warn!(%error, "could not {what}");
+    }
+    done.is_ok()
 }

@@ -117,12 +117,16 @@ impl Mapping {
         let all = unsafe { std::slice::from_raw_parts_mut(self.base, self.len) };
         std::thread::scope(|scope| {
             for part in all.chunks_mut(part) {
-                scope.spawn(move || {
+                let touch = move || {
                     for page in part.chunks_mut(super::ALIGNMENT) {
                         // SAFETY: a valid exclusive reference; volatile, so that the store of a zero is not left out.
                         unsafe { std::ptr::write_volatile(&mut page[0], 0) };
                     }
-                });
+                };
+                // Where there are no threads to be had, the first save faults in what is missing.
+                if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, touch) {
+                    tracing::warn!(%error, "part of the arena is not faulted in");
+                }
             }
         });
     }

@@ -8,4 +8,3 @@ mod save;
 
 pub(crate) use chunk::{Chunk, Receipts, Request, Sink};
 pub(crate) use save::{From, Plan, Planned, Shape, Shard};
-// x

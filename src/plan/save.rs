@@ -26,6 +26,8 @@ pub(crate) struct Plan {
     pub segments: Vec<Segment>,
     /// The tensors in the order of the manifest, by name: the segments of each, and where its digests go.
     pub tensors: Vec<Planned>,
+    /// Where in `tensors` each tensor of the state dict is.
+    pub places: Vec<usize>,
     pub manifest: ManifestTemplate,
     /// `model.safetensors.index.json`, when there are several shards.
     pub index: Option<Vec<u8>>,
@@ -72,8 +74,6 @@ pub(crate) enum From {
 
 /// A tensor in the order of the manifest.
 pub(crate) struct Planned {
-    /// Its index in the state dict.
-    pub tensor: usize,
     pub bytes: u64,
     pub segments: Range<usize>,
 }
@@ -124,12 +124,13 @@ impl Plan {
             files.push(file(INDEX, index.len() as u64, 0));
         }
         let manifest = ManifestTemplate::new(&files, &entries)?;
-        let tensors =
-            by_name.into_iter().map(|i| Planned { tensor: i, bytes: sizes[i], segments: ranges[i].clone() }).collect();
+        let mut places = vec![0; sizes.len()];
+        by_name.iter().enumerate().for_each(|(place, &tensor)| places[tensor] = place);
+        let tensors = by_name.into_iter().map(|i| Planned { bytes: sizes[i], segments: ranges[i].clone() }).collect();
         let length = shards.iter().map(|s| s.length).sum();
         let names = state.tensors.iter().map(|(name, t)| (name.clone(), t.layout.clone())).collect();
         let fingerprint = state.fingerprint();
-        Ok(Self { shards, chunks, segments, tensors, manifest, index, length, names, fingerprint, shape })
+        Ok(Self { shards, chunks, segments, tensors, places, manifest, index, length, names, fingerprint, shape })
     }
 
     /// The name of a tensor by its index in the state dict.

@@ -35,7 +35,10 @@ impl Captured {
     /// `Invalid`, naming the tensor, when a capture that was asked for is not possible.
     pub fn take(state: &StateDict<'_>, budget: u64, detect: bool) -> Result<Self> {
         let mut captured = Self::default();
-        for &index in &state.writable {
+        // What was asked for comes first: defaults must not use up its budget.
+        let asked = |index: &&usize| state.tensors[**index].capture == Some(Capture::AtSave);
+        let (asked, usual): (Vec<_>, Vec<_>) = state.writable.iter().partition(asked);
+        for index in asked.into_iter().chain(usual).copied() {
             let (name, tensor) = state.tensors.get_index(index).expect("an index of this dict");
             let (size, room) = (tensor.place.bytes(), budget - captured.bytes.len() as u64);
             let fits = size <= SMALL && size <= room;
@@ -57,6 +60,7 @@ impl Captured {
                 }
             }
         }
+        captured.tensors.sort_unstable_by_key(|(index, _)| *index);
         if captured.over_budget > 0 {
             let tensors = captured.over_budget;
             tracing::warn!(tensors, budget, "the capture budget is used up; tensors are taken at the fence instead");

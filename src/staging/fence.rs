@@ -4,6 +4,7 @@
 //! returns, and one copy that had been decided is waited for: whoever writes after a fence, however it ended, is never
 //! raced by a read of the host's.
 
+use crate::completion::deadline_after;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::sync::{Mutex, lock};
@@ -59,31 +60,35 @@ impl Flights {
         error
     }
 
-    /// A save of writable sources that no fence has covered yet.
+    /// A save of writable sources that no fence has covered yet. One that has failed is not published, whatever it reads.
     pub fn unfenced(&self) -> Option<Arc<Ticket>> {
-        lock(&self.tickets).iter().find(|t| t.writable && !t.staged.is_complete()).cloned()
+        lock(&self.tickets).iter().find(|t| t.writable && !t.failed() && !t.staged.is_complete()).cloned()
     }
 
     /// Resolves saves whose deadline has passed, and returns the next deadline.
     pub fn expire(&self, now: Instant) -> Option<Instant> {
         let unfinished = self.unfinished();
-        unfinished.iter().filter(|t| t.deadline <= now).for_each(|t| t.expire());
+        for ticket in unfinished.iter().filter(|t| t.deadline <= now) {
+            let phase = ticket.phase();
+            ticket.give_up(Error::new(ErrorKind::Deadline, format!("the save deadline passed phase={phase:?}")));
+        }
         unfinished.iter().map(|t| t.deadline).filter(|d| *d > now).min()
     }
 
     /// Waits until no save reads live sources.
     ///
     /// # Errors
-    /// `Deadline`: the saves that still read have been failed. They are not read any more when this returns.
+    /// `Deadline`: the saves that still read have been failed, and no copy is begun for them any more. Copies that an
+    /// asynchronous device was already making end when their `staged` resolves.
     pub fn fence(&self, patience: Duration) -> Result<()> {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
             return Ok(());
         }
-        let began = Instant::now();
+        let (began, deadline) = (Instant::now(), deadline_after(patience));
         let reading: Vec<_> = lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect();
         let mut result = Ok(());
         for ticket in &reading {
-            if ticket.staged.wait(began + patience).is_none() {
+            if ticket.staged.wait(deadline).is_none() {
                 result = Err(late(ticket, patience));
                 ticket.freeze();
             }
@@ -95,10 +100,10 @@ impl Flights {
     /// Waits until the sources of these saves are dropped, and returns only then: their memory is borrowed. At the deadline
     /// a save is failed, which bounds the wait by the copies already queued; those cannot be taken back.
     pub fn freeze(tickets: &[Arc<Ticket>], patience: Duration) -> Result<()> {
-        let began = Instant::now();
+        let (began, deadline) = (Instant::now(), deadline_after(patience));
         let mut result = Ok(());
         for ticket in tickets {
-            if ticket.staged.wait(began + patience).is_none() {
+            if ticket.staged.wait(deadline).is_none() {
                 result = Err(late(ticket, patience));
                 ticket.staged.wait_forever();
             }
@@ -118,6 +123,8 @@ fn late(ticket: &Ticket, patience: Duration) -> Error {
         ),
     )
     .with_step(ticket.step);
-    ticket.fail(error.clone());
+    if ticket.fail(error.clone()) {
+        ticket.observed.store(true, Ordering::Release);
+    }
     error
 }

@@ -3,8 +3,9 @@
 //! # Safety argument
 //! A copy is queued inside [`Source::read`](crate::state::Source::read), under the ticket's `live` lock, from bytes that the
 //! source keeps allocated until it is dropped, to a slab whose lease sits in `flying`. Both stay until the mark behind the
-//! copy is reached: `flying` is emptied by marks only, the state dict is dropped after `flying` is empty, and when a device
-//! failed in a way that leaves copies running (`quiesce` says no) both are forgotten instead of dropped.
+//! copy is reached: a slab is in `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
+//! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`). Where it does not say so
+//! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
 use super::capture::Captured;
@@ -13,7 +14,7 @@ use crate::completion::Signal;
 use crate::device::{CopyQueue, Device};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::{Arena, Lease};
+use crate::memory::Arena;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From, Plan, Sink};
 use crate::state::StateDict;
@@ -40,6 +41,8 @@ pub(crate) struct Job {
     pub plan: Arc<Plan>,
     pub state: StateDict<'static>,
     pub captured: Captured,
+    /// The sources are only lent: they may be freed as soon as the save is released.
+    pub borrowed: bool,
     pub sink: Arc<dyn Sink>,
 }
 
@@ -56,15 +59,15 @@ pub(crate) struct Stager {
     pub flights: Flights,
     pub device: Arc<dyn Device>,
     jobs: Mutex<VecDeque<Job>>,
-    /// One save at a time: the next begins when the one before has ended.
-    serial: bool,
+    /// How many saves may be under way at once; the others wait and can be taken back.
+    at_most: Option<usize>,
     stopped: AtomicBool,
 }
 
 impl Stager {
-    pub fn new(signal: Arc<Signal>, arena: Arena, device: Arc<dyn Device>, serial: bool) -> Self {
+    pub fn new(signal: Arc<Signal>, arena: Arena, device: Arc<dyn Device>, at_most: Option<usize>) -> Self {
         let (flights, jobs) = (Flights::default(), Mutex::new(VecDeque::new()));
-        Self { signal, arena, flights, device, jobs, serial, stopped: AtomicBool::new(false) }
+        Self { signal, arena, flights, device, jobs, at_most, stopped: AtomicBool::new(false) }
     }
 
     /// Takes a save, to be staged after those before it.
@@ -79,6 +82,13 @@ impl Stager {
         lock(&self.jobs).pop_back()
     }
 
+    /// Drops the sources of a save that will not be staged.
+    pub fn discard(&self, job: Job) {
+        let Job { ticket, state, .. } = job;
+        dropped(state);
+        self.flights.release(&ticket);
+    }
+
     /// Lets the thread end once its queue is empty.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
@@ -87,10 +97,11 @@ impl Stager {
 
     /// The thread.
     pub fn run(&self) {
-        let mut queue = None;
+        let mut line = Line::default();
         loop {
             let next = self.wait(|| {
-                if self.serial && self.flights.unfinished().iter().any(|t| t.phase() > Phase::Waiting) {
+                let under_way = || self.flights.unfinished().iter().filter(|t| t.phase() > Phase::Waiting).count();
+                if self.at_most.is_some_and(|most| under_way() >= most) {
                     return None;
                 }
                 let job = lock(&self.jobs).pop_front();
@@ -100,7 +111,7 @@ impl Stager {
                 }
             });
             match next {
-                Some(job) => self.stage(job, &mut queue),
+                Some(job) => self.stage(job, &mut line),
                 None => return,
             }
         }
@@ -118,54 +129,72 @@ impl Stager {
     }
 
     /// Stages one save, and gives everything back however it ends.
-    pub fn stage(&self, mut job: Job, queue: &mut Option<Box<dyn CopyQueue>>) {
+    fn stage(&self, mut job: Job, line: &mut Line) {
         let mut flying = VecDeque::new();
-        let copied = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let copied = guarded("a source panicked while it was read", || {
             if !job.ticket.enter(Phase::Staging) {
                 return Ok(());
             }
             job.plan.check(&job.state)?;
-            if queue.is_none() {
-                *queue = Some(self.device.queue()?);
+            if line.queue.is_none() {
+                line.queue = Some(self.device.queue()?);
             }
-            let queue = queue.as_mut().expect("made just above");
-            self.copy(&mut job, queue.as_mut(), &mut flying)
-        }));
-        let copied = copied.unwrap_or_else(|_| Err(Error::internal("a source panicked while it was read")));
-        let failure = copied.err();
-        let mut known = true;
-        if !flying.is_empty() || failure.is_some() {
-            known = queue.as_mut().is_none_or(|q| q.quiesce(Instant::now() + QUIESCE));
-        }
-        if let Some(error) = failure {
-            if error.kind() == ErrorKind::Device {
-                *queue = None;
-            }
+            line.recover();
+            self.copy(&mut job, line, &mut flying)
+        });
+        let failed = copied.as_ref().err().map(Error::kind);
+        if let Err(error) = copied {
             job.ticket.fail(error);
         }
-        let Job { ticket, state, captured, sink, .. } = job;
-        if known {
-            drop((flying, state));
-        } else {
-            tracing::error!(
-                step = ticket.step,
-                slabs = flying.len(),
-                "a device left copies running; slabs are given up"
-            );
-            forget((flying, state));
+        let mut ended = (flying.is_empty() && failed.is_none()) || self.quiesce(line);
+        while job.borrowed && !ended {
+            // Whoever lent the memory may free it once this save is released: there is no giving up here.
+            ended = self.quiesce(line);
         }
-        drop(captured);
+        let Job { ticket, state, captured, sink, .. } = job;
+        if ended {
+            dropped((flying, state, captured));
+        } else {
+            tracing::error!(step = ticket.step, slabs = flying.len(), "a device is late; slabs wait for their copies");
+            line.parked.push((flying, state));
+        }
+        if failed == Some(ErrorKind::Device) {
+            // What is parked is lost with the queue that could have told when its copies end.
+            forget(std::mem::take(&mut line.parked));
+            line.queue = None;
+        }
         ticket.enter(Phase::Writing);
         self.flights.release(&ticket);
         sink.end();
     }
 
+    /// Waits until no copy is running any more, while saves that are due expire. False when that takes too long.
+    fn quiesce(&self, line: &mut Line) -> bool {
+        let Some(queue) = &mut line.queue else { return true };
+        let deadline = Instant::now() + QUIESCE;
+        loop {
+            let now = Instant::now();
+            self.flights.expire(now);
+            let slice = deadline.min(now + QUIESCE / 100);
+            match guarded("a device panicked", || Ok(queue.quiesce(slice))) {
+                Ok(true) => return true,
+                Ok(false) if now < deadline => {}
+                _ => return false,
+            }
+        }
+    }
+
     /// Copies all chunks, in order, `WINDOW` at a time, and hands over each when its mark is reached.
-    fn copy(&self, job: &mut Job, queue: &mut dyn CopyQueue, flying: &mut VecDeque<Flying>) -> Result<()> {
+    fn copy(&self, job: &mut Job, line: &mut Line, flying: &mut VecDeque<Flying>) -> Result<()> {
         let (ticket, plan) = (job.ticket.clone(), job.plan.clone());
         let headers: Vec<_> = plan.shards.iter().map(|s| s.header.stamp(ticket.step, ticket.attempt)).collect();
-        let mut next = 0;
+        let (mut next, mut due) = (0, Instant::now());
         loop {
+            let now = Instant::now();
+            if due <= now {
+                due = self.flights.expire(now).unwrap_or(now + IDLE);
+            }
+            let queue = line.queue.as_mut().ok_or_else(|| Error::internal("a stager without a queue"))?;
             let reached = queue.reached()?;
             while flying.front().is_some_and(|f| f.mark <= reached) {
                 let Some(Flying { chunk, .. }) = flying.pop_front() else { break };
@@ -177,44 +206,76 @@ impl Stager {
             }
             let room = next < plan.chunks.len() && flying.len() < WINDOW;
             if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
-                flying.push_back(enqueue(job, &plan, next, lease, &headers, queue)?);
+                // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
+                flying.push_back(Flying { chunk: Chunk { index: next, lease, digests: None }, mark: u64::MAX });
+                enqueue(job, &headers, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
                 next += 1;
                 if mutant::on(Mutant::SourceEarly) && next == plan.chunks.len() {
                     job.state = StateDict::new();
-                    self.flights.release(&ticket);
+                    ticket.release();
                 }
                 continue;
             }
-            if flying.is_empty() {
+            if flying.is_empty() && line.parked.is_empty() {
                 self.wait(|| (self.arena.free() > 0 || ticket.failed()).then_some(()));
+                due = Instant::now();
             } else {
-                self.flights.expire(Instant::now());
-                self.signal.wait_until(Instant::now() + POLL, || ticket.failed().then_some(()));
+                self.signal.wait_until(now + POLL, || ticket.failed().then_some(()));
+                line.recover();
             }
         }
+    }
+}
+
+/// The device's end of the stager.
+#[derive(Default)]
+struct Line {
+    queue: Option<Box<dyn CopyQueue>>,
+    /// Slabs and sources of saves that failed while a device was late with their copies.
+    parked: Vec<(VecDeque<Flying>, StateDict<'static>)>,
+}
+
+impl Line {
+    /// Sends home what is parked, once no copy is running.
+    fn recover(&mut self) {
+        let Some(queue) = &mut self.queue else { return };
+        if !self.parked.is_empty() && queue.quiesce(Instant::now()) {
+            dropped(std::mem::take(&mut self.parked));
+        }
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        forget(std::mem::take(&mut self.parked));
+    }
+}
+
+/// Runs code of users, whose panics must not end the stager.
+fn guarded<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal(what)))
+}
+
+/// Drops what holds sources of users, whose panics must not end the stager.
+fn dropped<T>(sources: T) {
+    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(sources))).is_err() {
+        tracing::error!("a source panicked when it was dropped");
     }
 }
 
 /// A chunk whose copies may not have ended.
 struct Flying {
     chunk: Chunk,
+    /// Behind the last copy; beyond all marks while copies are being queued.
     mark: u64,
 }
 
 /// Queues the copies of one chunk, and the mark behind them.
-fn enqueue(
-    job: &Job,
-    plan: &Plan,
-    index: usize,
-    mut lease: Lease,
-    headers: &[Vec<u8>],
-    queue: &mut dyn CopyQueue,
-) -> Result<Flying> {
-    let chunk = &plan.chunks[index];
+fn enqueue(job: &Job, headers: &[Vec<u8>], queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
+    let chunk = &job.plan.chunks[flying.chunk.index];
     let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
-    let (base, mut at) = (lease.as_mut_ptr(), 0);
-    let mut copied = Ok(());
-    for segment in &plan.segments[chunk.segments.clone()] {
+    let (base, mut at) = (flying.chunk.lease.as_mut_ptr(), 0);
+    for segment in &job.plan.segments[chunk.segments.clone()] {
         let to = base.wrapping_add(at);
         at += segment.length;
         let begin = segment.at as usize;
@@ -226,29 +287,22 @@ fn enqueue(
             (Some(bytes), _) => {
                 // SAFETY: `to` is inside the leased slab, and no queued copy writes this part of it.
                 unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
-                Ok(Some(Digest::of(bytes)))
+                Some(Digest::of(bytes))
             }
-            (None, From::Tensor(tensor)) => read(job, tensor, begin, segment.length, to, queue),
-            (None, From::Header) => Err(Error::internal("a header is shorter than planned")),
+            (None, From::Tensor(tensor)) => read(job, tensor, begin, segment.length, to, queue)?,
+            (None, From::Header) => return Err(Error::internal("a header is shorter than planned")),
         };
         match digest {
-            Ok(Some(digest)) => digests.iter_mut().for_each(|d| d.push(digest)),
-            Ok(None) => digests = None,
-            Err(error) => {
-                copied = Err(error);
-                break;
-            }
+            Some(digest) => digests.iter_mut().for_each(|d| d.push(digest)),
+            None => digests = None,
         }
     }
     let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
     // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes beyond `at`.
     unsafe { std::ptr::write_bytes(base.wrapping_add(at), 0, tail) };
-    let marked = copied.and_then(|()| queue.mark());
-    if marked.is_err() && !queue.quiesce(Instant::now() + QUIESCE) {
-        forget(lease);
-        return Err(marked.expect_err("checked"));
-    }
-    Ok(Flying { chunk: Chunk { index, lease, digests }, mark: marked? })
+    flying.mark = queue.mark()?;
+    flying.chunk.digests = digests;
+    Ok(())
 }
 
 /// Queues the copy of a segment from live memory.

@@ -35,19 +35,32 @@ impl Sink for Kept {
 fn stager(device: impl Device + 'static) -> Stager {
     let signal = Arc::new(Signal::default());
     let arena = Arena::new(3 * 4096, 4096, &device, signal.clone()).unwrap();
-    Stager::new(signal, arena, Arc::new(device), false)
+    Stager::new(signal, arena, Arc::new(device), None)
 }
 
 fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
     let mut state = StateDict::new();
     state.tensor("t", tensor.clone()).unwrap();
     let plan = Arc::new(Plan::new(&state, Shape { chunk: 4096, files: 1 }).unwrap());
-    let issue =
-        Issue { step: 1, attempt: Default::default(), deadline: LONG, bytes: 0, writable: false, over_budget: 0 };
+    let issue = Issue {
+        step: 1,
+        attempt: Default::default(),
+        deadline: Instant::now() + LONG,
+        bytes: 0,
+        writable: false,
+        over_budget: 0,
+    };
     let ticket = Arc::new(Ticket::new(issue, Instant::now(), stager.signal.clone()));
     let sink = Arc::new(Kept::default());
     let captured = Captured::default();
-    stager.push(Job { ticket: ticket.clone(), plan: plan.clone(), state, captured, sink: sink.clone() });
+    stager.push(Job {
+        ticket: ticket.clone(),
+        plan: plan.clone(),
+        state,
+        captured,
+        borrowed: false,
+        sink: sink.clone(),
+    });
     (ticket, plan, sink)
 }
 

@@ -157,7 +157,7 @@ impl RawHost {
     ///
     /// # Safety
     /// `pointer` is valid for reads of `bytes` bytes until `keep_alive` is dropped, and nothing writes them between a
-    /// `save` of this source and the return of the next `fence`, or the resolution of that save's `staged()`.
+    /// `save` of this source and the next `fence` that returns `Ok`, or the resolution of that save's `staged()`.
     pub unsafe fn new(
         pointer: *const u8,
         bytes: u64,

@@ -47,6 +47,8 @@ struct State {
     fail_when_queued: Option<u64>,
     fail_when_run: Option<u64>,
     failed: bool,
+    /// There is a queue; one at a time.
+    queue: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -157,9 +159,12 @@ impl Device for LateDevice {
     }
 
     fn queue(&self) -> Result<Box<dyn CopyQueue>> {
-        if self.state().failed {
-            return Err(broken("a queue is made"));
+        let mut state = self.state();
+        if state.failed || state.queue {
+            return Err(broken("a queue is made, or it has one already"));
         }
+        state.queue = true;
+        drop(state);
         let reached = Arc::new(Mutex::new(Progress::default()));
         let (shared, progress) = (self.0.clone(), reached.clone());
         let worker = std::thread::Builder::new().name("late-device".into()).spawn(move || work(&shared, &progress));
@@ -284,5 +289,6 @@ impl Drop for Queue {
         if let Some(worker) = self.worker.take() {
             let _ = worker.join();
         }
+        self.shared.state().queue = false;
     }
 }

@@ -39,10 +39,11 @@ impl Owner {
                 return Err(Error::new(ErrorKind::Conflict, "somebody else locked a new owner record")
                     .with_path(root.path().join(name)));
             }
-            // Nobody can lock here, so nobody will take this attempt for dead.
-            Err(error) => {
+            // Nobody can lock here, so nobody will take this attempt for dead. Where only this call failed, others can, and would.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {
                 tracing::warn!(path = %root.path().join(name).display(), %error, "no locks; dead attempts stay")
             }
+            Err(error) => return Err(root.error("cannot lock the owner record", name)(error)),
         }
         let record = serde_json::to_vec(&Record::of_this_process())
             .map_err(|error| Error::internal("cannot write the owner record").with_source(error))?;

@@ -1,0 +1,55 @@
+//! The end of a save: its commit, and what the catalog learns of it, in an order that retention can rely on.
+//!
+//! An attempt is announced before its publish can make it visible, so that no prune in this process counts it or deletes it
+//! before its outcome is known; and the outcome is known to the catalog before anything else is done.
+
+use crate::catalog::Catalog;
+use crate::commit::{self, Concluded, Ending, Published};
+use crate::error::{Error, ErrorKind};
+use crate::storage::Storage;
+use crate::ticket::Phase;
+use crate::writer::Task;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Something to tidy up.
+pub(super) struct Left {
+    pub name: String,
+    /// None: a failed save left an attempt that only a sweep can remove.
+    pub published: Option<Published>,
+}
+
+/// Ends the save of `task`; a panic of the storage fails the save, not the thread.
+pub(super) fn conclude(task: &Task, storage: &dyn Storage, catalog: &Catalog, compared: &AtomicU64) -> Option<Left> {
+    let (request, ticket) = (&task.request, &task.request.ticket);
+    if let Err(busy) = catalog.announce(&request.name, ticket.attempt) {
+        ticket.fail(busy);
+    }
+    let concluded = catch_unwind(AssertUnwindSafe(|| {
+        let path = storage.describe(&request.name);
+        commit::conclude(Ending { request, attempt: task.begun(), receipts: task.receipts(), path })
+    }));
+    let name = request.name.clone();
+    match concluded {
+        Ok(Concluded::Durable(published)) => {
+            catalog.acknowledge(ticket.attempt);
+            compared.fetch_add(1, Ordering::Relaxed);
+            Some(Left { name, published: Some(published) })
+        }
+        Ok(Concluded::Doubtful(attempt)) => {
+            catalog.doubt(attempt);
+            None
+        }
+        Ok(Concluded::Failed { swept }) => {
+            catalog.withdraw(ticket.attempt);
+            (!swept).then_some(Left { name, published: None })
+        }
+        Err(_) => {
+            let publishing = ticket.phase() >= Phase::Publishing;
+            let kind = if publishing { ErrorKind::Indeterminate } else { ErrorKind::Internal };
+            catalog.doubt(ticket.attempt);
+            ticket.finish(Err(Error::new(kind, "the storage panicked during a commit")));
+            None
+        }
+    }
+}
