@@ -48,6 +48,20 @@ pub fn eventually(what: &str, look: impl Fn() -> bool) {
     }
 }
 
+/// Hidden names in a root, except owner records that are still empty: those can be of another host.
+pub fn hidden(root: &std::path::Path) -> Vec<String> {
+    let mut left = Vec::new();
+    for entry in std::fs::read_dir(root).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        let empty_record = name.ends_with(".owner") && entry.metadata().unwrap().len() == 0;
+        if name.starts_with('.') && !empty_record {
+            left.push(name);
+        }
+    }
+    left
+}
+
 /// A state dict with one tensor.
 pub fn one(name: &str, source: impl ashore::Source + 'static) -> StateDict<'static> {
     let mut state = StateDict::new();

@@ -1,3 +1,4 @@
+mod every_failing_call;
 mod forgotten_handles;
 mod forked;
 mod futures;

@@ -1,12 +1,11 @@
 //! Every system call of a save fails in turn, once and from then on, before and after it did its work. Whatever happens: no
 //! call says `Ok` for what is not so, each step reads as one whole attempt, and nothing leaks.
 
+use crate::rig::hidden;
 use ashore::storage::local::{Linux, Local};
 use ashore::storage::{Reading, Storage};
 use ashore::testing::{AlignedBuffer, Effect, Fault, Faulty};
 use ashore::{Attempt, Error, ErrorKind};
-use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 
 const STEP: &str = "step-00000002";
@@ -66,7 +65,7 @@ fn save_with(fault: Fault, overwrite: bool, direct: bool) -> bool {
     // A sweep by somebody to whom nothing happens changes no step and leaves nothing behind.
     let swept = clean.sweep().unwrap();
     check(&clean, overwrite, &saved, &what);
-    assert!(left_behind(directory.path()).is_empty(), "{what} {swept:?} {:?}", left_behind(directory.path()));
+    assert!(hidden(directory.path()).is_empty(), "{what} {swept:?} {:?}", hidden(directory.path()));
     faulty.hits() > 0
 }
 
@@ -83,20 +82,6 @@ fn check(clean: &Local, overwrite: bool, saved: &Result<(), Error>, what: &str) 
         Err(error) if error.kind() == ErrorKind::Indeterminate => assert!(old || new, "torn: {what}"),
         Err(_) => assert!(old, "not intact: {what}"),
     }
-}
-
-/// Hidden names, except owner records that are still empty: those can be of another host.
-fn left_behind(root: &Path) -> Vec<String> {
-    let mut left = Vec::new();
-    for entry in fs::read_dir(root).unwrap() {
-        let entry = entry.unwrap();
-        let name = entry.file_name().into_string().unwrap();
-        let empty_record = name.ends_with(".owner") && entry.metadata().unwrap().len() == 0;
-        if name.starts_with('.') && !empty_record {
-            left.push(name);
-        }
-    }
-    left
 }
 
 #[test]
