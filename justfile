@@ -67,9 +67,9 @@ mutants *names:
 kill:
     tests/kill/kill.py
 
-# A full file system, ext4 and xfs. Needs root and loop devices.
+# Full and read-only file systems: ext4, xfs, btrfs. Needs root and loop devices.
 mounts:
-    .ci/strict cargo test --workspace --test mounts -- --nocapture
+    .ci/strict unshare --mount --propagation private cargo test --test mounts -- --nocapture --test-threads 1
 
 # A tensor of more than 4 GiB through a small arena, with the peak of memory. Writes 4.5 GiB.
 large:
@@ -80,7 +80,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint stock candle miri loom fuzz:60 mutants")
+ci: (timed "lint stock candle miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
 nightly: (timed "ci")
