@@ -16,7 +16,7 @@ use std::time::Duration;
 
 const LONG: Duration = Duration::from_secs(120);
 /// Several chunks, and a tail that is no whole block.
-const LEN: usize = (4 << 20) + 3;
+const LEN: usize = (2 << 20) + 3;
 const KIB: u64 = 1 << 10;
 
 fn executor(root: &Path) -> Result<CheckpointExecutor> {
@@ -97,13 +97,19 @@ fn saves_until_it_is_full(mounted: &Mounted, mode: IoMode) {
     steps_are(&root, &done);
     assert!(lies_about(&root).is_empty(), "{:?}", lies_about(&root));
 
+    // Without any room left, deleting must work.
+    leave(&mounted.path().join("more"), 0);
     full(&save(&executor, next).unwrap_err(), next);
+    steps_are(&root, &done);
+    assert!(lies_about(&root).is_empty(), "{:?}", lies_about(&root));
     let pruned = executor.catalog().prune(&Retention { keep_last: Some(1), keep_every: None }, false).unwrap();
     assert_eq!(pruned.removed.len(), done.len() - 1);
     save(&executor, next).unwrap();
     steps_are(&root, &[next - 1, next]);
     executor.shutdown(LONG).unwrap();
-    fs::remove_file(mounted.path().join("ballast")).unwrap();
+    for ballast in ["ballast", "more"] {
+        fs::remove_file(mounted.path().join(ballast)).unwrap();
+    }
     fs::remove_dir_all(&root).unwrap();
 }
 

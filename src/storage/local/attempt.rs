@@ -71,7 +71,6 @@ pub(super) struct LocalAttempt {
     dir: Dir,
     step: String,
     temp: String,
-    attempt: Attempt,
     identity: (u64, u64),
     direct: bool,
     progress: Arc<Progress>,
@@ -109,7 +108,7 @@ impl LocalAttempt {
             }
         })?;
         let (step, phase) = (step.to_owned(), Mutex::new(Phase::Open(owner)));
-        Ok(Self { root, dir, step, temp, attempt, identity, direct, progress: Arc::default(), phase, kept })
+        Ok(Self { root, dir, step, temp, identity, direct, progress: Arc::default(), phase, kept })
     }
 
     fn phase(&self) -> MutexGuard<'_, Phase> {
@@ -198,7 +197,7 @@ impl Writing for LocalAttempt {
         let displaced =
             self.root.look(&self.temp).map_err(self.root.error("cannot look for the displaced step", &self.temp))?;
         if displaced.is_some_and(|stat| stat.identity != self.identity) {
-            trash::discard(&self.root, &self.temp, &names::trash(self.attempt))?;
+            trash::delete(&self.root, &self.temp)?;
         }
         owner.erase(&self.root)?;
         *phase = Phase::Over;
@@ -217,7 +216,7 @@ impl Writing for LocalAttempt {
                     .with_path(self.root.path().join(&self.step)))
             }
             Phase::Open(owner) => {
-                trash::discard(&self.root, &self.temp, &names::trash(self.attempt))?;
+                trash::delete(&self.root, &self.temp)?;
                 owner.erase(&self.root)?;
                 *phase = Phase::Over;
                 Ok(())

@@ -6,9 +6,10 @@
 //! that descriptor, so it sees one attempt, replaced or removed as it may be.
 //! **Completion.** Files, then the attempt's directory, then the rename, then the root: each is fsynced before the next step, in
 //! `durable` and nowhere else. A failed fsync loses the attempt; one that fails after the rename is `Indeterminate`.
-//! **Crash.** An attempt whose owner is dead is moved to the trash, durably, and then deleted. What is displaced or removed goes
-//! the same way, so a crash never brings back a directory with some of its files missing. Leaks that are accepted: an owner
-//! record that is still empty (it may be another host's), and attempts of hosts that never come back; both are reported.
+//! **Crash.** An attempt whose owner is dead is deleted, once it is durable that nothing there has the name of a step. What is
+//! removed first gets a hidden name, durably, so a crash never brings back a step with some of its files missing. Leaks that
+//! are accepted: an owner record that is still empty (it may be another host's), and attempts of hosts that never come back;
+//! both are reported.
 //! **Cancellation.** [`Writing::abandon`]; or drop the attempt, and a sweep finds it.
 //! **Fork.** A child never closes, unlocks or deletes what its parent has open.
 //!

@@ -4,7 +4,6 @@ use super::dir::Dir;
 use super::owner::{Finding, Owner};
 use super::{durable, names, owner, trash};
 use crate::error::Result;
-use crate::id::Attempt;
 use crate::storage::Swept;
 
 /// Removes what dead owners left, and whatever lies in the trash. One that cannot be removed does not keep the others.
@@ -15,7 +14,7 @@ pub(super) fn sweep(root: &Dir) -> Result<Swept> {
     for name in &listed {
         let Some((step, attempt)) = names::parse_owner(name) else { continue };
         let temp = names::temp(step, attempt);
-        match owner::judge(root, name).and_then(|finding| act(root, finding, &temp, attempt)) {
+        match owner::judge(root, name).and_then(|finding| act(root, finding, &temp)) {
             Ok(None) => swept.removed.push(temp),
             Ok(Some(Left::Because(reason))) => swept.left.push((temp, reason)),
             Ok(Some(Left::Gone)) => {}
@@ -37,19 +36,17 @@ enum Left {
     Gone,
 }
 
-fn act(root: &Dir, finding: Finding, temp: &str, attempt: Attempt) -> Result<Option<Left>> {
+fn act(root: &Dir, finding: Finding, temp: &str) -> Result<Option<Left>> {
     match finding {
-        Finding::Dead(owner) => bury(root, &owner, temp, attempt).map(|()| None),
+        Finding::Dead(owner) => bury(root, &owner, temp).map(|()| None),
         Finding::Left(reason) => Ok(Some(Left::Because(reason))),
         Finding::Gone => Ok(Some(Left::Gone)),
     }
 }
 
-fn bury(root: &Dir, owner: &Owner, temp: &str, attempt: Attempt) -> Result<()> {
+fn bury(root: &Dir, owner: &Owner, temp: &str) -> Result<()> {
     durable::inherited(root).map_err(root.own_error("cannot make durable what a dead process did"))?;
-    if root.look(temp).map_err(root.error("cannot look for the attempt", temp))?.is_some() {
-        trash::discard(root, temp, &names::trash(attempt))?;
-    }
+    trash::delete(root, temp)?;
     owner.erase(root)
 }
 

@@ -1,18 +1,20 @@
 //! Taking things away so that no crash brings them back half deleted: out of sight first, durably, and only then the bytes.
+//!
+//! An attempt is out of sight by its name: it is deleted where it is. On a disk that is full, a new name can be refused.
 
 use super::dir::Dir;
 use super::durable;
 use super::sys::{Kind, Rename};
 use crate::error::{Error, Result};
 
-/// Moves `name` to the trash and deletes it.
+/// Moves the step `name` to the trash and deletes it.
 pub(super) fn discard(root: &Dir, name: &str, trash: &str) -> Result<()> {
     root.rename(name, trash, Rename::Plain).map_err(root.error("cannot move to the trash", name))?;
     durable::trash(root).map_err(root.error("cannot make the removal durable", name))?;
     delete(root, trash)
 }
 
-/// Deletes what lies in the trash under `name`, which must be durable.
+/// Deletes the hidden directory `name`, if it is there. That it is hidden must be durable.
 ///
 /// Only what we write is deleted: files in one directory. A link is removed, never followed. A directory inside is an error
 /// and stays.
@@ -27,7 +29,7 @@ pub(super) fn delete(root: &Dir, name: &str) -> Result<()> {
     let dir = match root.enter(name) {
         // Somebody else finished the job.
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
-        opened => opened.map_err(root.error("cannot open the trash", name))?,
+        opened => opened.map_err(root.error("cannot open what is to be deleted", name))?,
     };
     for file in dir.list().map_err(dir.own_error("cannot list"))? {
         match dir.look(&file).map_err(dir.error("cannot look at", &file))? {
