@@ -60,8 +60,8 @@ fuzz seconds="60":
     done
 
 # Breaks each promise once: the suite must notice.
-mutants *names:
-    tests/mutants.py {{ names }}
+mutants *arguments:
+    tests/mutants.py {{ arguments }}
 
 # The program killed at every call by which it changes files, and started again. Needs Linux 5.5.
 kill:
@@ -85,6 +85,7 @@ ci: (timed "lint stock candle miri loom fuzz:60 mutants kill mounts")
 # What takes too long for every change.
 nightly: (timed "ci")
     just fuzz 3600
+    just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync PublishFirst
     PROPTEST_CASES=20000 cargo test --workspace --release
     cargo test --workspace --release -- --ignored
 

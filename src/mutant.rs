@@ -1,41 +1,57 @@
 //! Switches that break one promise each, so that `just mutants` can show that the test suite notices. Without the feature
-//! `mutants` every switch is the constant `false` and disappears.
+//! `mutants` every switch is the constant `false` and disappears. The comments name the tests that are run first.
 
 /// A promise to break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutant {
     /// Shards are not fsynced.
+    // seen by: storage::promises_are_kept_in_order
     ShardFsync,
     /// Small files (manifest, index) are not fsynced.
+    // seen by: storage::promises_are_kept_in_order
     FileFsync,
     /// The attempt's directory is not fsynced.
+    // seen by: storage::promises_are_kept_in_order
     AttemptFsync,
     /// The parent is not fsynced after the publish.
+    // seen by: storage::promises_are_kept_in_order
     ParentFsync,
     /// The owner record is not fsynced.
+    // seen by: storage::promises_are_kept_in_order
     OwnerFsync,
     /// The root is not fsynced before trash is unlinked.
+    // seen by: storage::promises_are_kept_in_order
     TrashFsync,
     /// A step that somebody else published is counted without being made durable.
+    // seen by: catalog::a_prune
     ConfirmFsync,
     /// The publish replaces what is there.
+    // seen by: storage::a_local_root_conforms
     NoReplace,
     /// The publish comes before the fsync of the files.
+    // seen by: storage::a_local_root_conforms
     PublishFirst,
     /// The tail is cut after the fsync.
+    // seen by: storage::promises_are_kept_in_order
     TruncateLate,
     /// Digests are not compared on restore.
+    // seen by: restore::a_flipped_bit_is_refused
     DigestCheck,
     /// The fence does not wait.
+    // seen by: fence::late_copies
     Fence,
     /// A slab goes home before it is written.
     #[cfg(feature = "mutants")]
+    // seen by: fence::late_copies
     SlabEarly,
     /// Sources are dropped before their copies are done.
+    // seen by: fence::
     SourceEarly,
     /// Retention counts steps that are not durable.
+    // seen by: catalog::a_prune
     RetentionCount,
     /// A sweep ignores locks.
+    // seen by: storage::sweeping_takes_only_dead_attempts
     SweepLock,
 }
 
