@@ -1,0 +1,145 @@
+//! What callers do at their worst: endless patience, sources that panic when they are dropped, storage that panics.
+
+use crate::rig::{LONG, eventually, one, pattern, rig};
+use ashore::storage::{Memory, Reading, Storage, Swept, Writing};
+use ashore::{Attempt, CheckpointExecutor, ErrorKind, Fence, Overlap, Result, Source, StateDict};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+#[test]
+fn patience_without_end_is_not_an_overflow() {
+    let rig = rig(|b| b.fence_deadline(Duration::MAX).save_deadline(Duration::MAX));
+    let tensor = pattern(1, 20_000);
+    let save = rig.executor.scope(Fence::host(), |scope| {
+        let mut state = StateDict::new();
+        state.tensor("t", &tensor[..]).unwrap();
+        scope.save(1, state).unwrap()
+    });
+    let save = save.unwrap();
+    assert_eq!(rig.device.copied(), rig.device.queued());
+    save.staged().wait(Duration::MAX).unwrap();
+    save.wait(Duration::MAX).unwrap();
+    let next = rig.executor.save(2, one("t", Arc::new(tensor))).unwrap();
+    rig.executor.fence().unwrap();
+    rig.executor.shutdown(Duration::MAX).unwrap();
+    assert!(next.wait(Duration::ZERO).is_ok());
+}
+
+/// A source that panics when it is dropped, as a destructor that calls into another language may.
+struct Bomb(Arc<Vec<u8>>);
+
+#[expect(unsafe_code, reason = "hands on the promises of the source inside")]
+// SAFETY: those of the source inside, which is dropped after it.
+unsafe impl Source for Bomb {
+    fn layout(&self) -> ashore::Layout {
+        self.0.layout()
+    }
+    fn place(&self) -> ashore::Place {
+        self.0.place()
+    }
+    fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+        self.0.read(copy);
+    }
+}
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            panic!("a destructor that fails");
+        }
+    }
+}
+
+#[test]
+fn a_source_that_panics_when_it_is_dropped_ends_no_thread() {
+    let rig = rig(|b| b);
+    for step in 1..5 {
+        let save = rig.executor.save(step, one("t", Bomb(Arc::new(pattern(step, 9000))))).unwrap();
+        rig.executor.fence().unwrap();
+        save.wait(LONG).unwrap();
+    }
+    rig.slabs_home();
+}
+
+#[test]
+fn a_waiting_save_that_was_cancelled_was_not_superseded() {
+    let rig = rig(|b| b.overlap(Overlap::Latest));
+    rig.device.hold();
+    let save = |step| rig.executor.save(step, one("t", Arc::new(pattern(step, 9000)))).unwrap();
+    let first = save(1);
+    eventually("the first is staged", || first.progress().phase == ashore::Phase::Staging);
+    let second = save(2);
+    assert!(second.cancel());
+    assert_eq!(second.wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+    let third = save(3);
+    assert_eq!(second.staged().wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+    rig.device.release();
+    first.wait(LONG).unwrap();
+    third.wait(LONG).unwrap();
+}
+
+#[test]
+fn an_error_that_a_fence_returned_is_not_returned_again() {
+    let rig = rig(|b| b.fence_deadline(Duration::from_millis(10)));
+    rig.device.hold();
+    let tensor = Arc::new(pattern(1, 30_000));
+    drop(rig.executor.save(1, one("t", tensor.clone())).unwrap());
+    rig.executor.fence().unwrap_err();
+    rig.device.release();
+    rig.executor.save(2, one("t", tensor)).unwrap().wait(LONG).unwrap();
+    rig.executor.shutdown(LONG).unwrap();
+}
+
+/// Storage that panics where it is told to.
+#[derive(Debug, Default)]
+struct Panicking {
+    memory: Memory,
+    when_begun: AtomicBool,
+    when_described: AtomicBool,
+}
+
+impl Storage for Panicking {
+    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
+        assert!(!self.when_begun.load(Ordering::Relaxed), "a storage that panics");
+        self.memory.begin(name, attempt, overwrite)
+    }
+    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
+        self.memory.open(name)
+    }
+    fn list(&self) -> Result<Vec<String>> {
+        self.memory.list()
+    }
+    fn confirm(&self, name: &str) -> Result<()> {
+        self.memory.confirm(name)
+    }
+    fn remove(&self, name: &str) -> Result<()> {
+        self.memory.remove(name)
+    }
+    fn sweep(&self) -> Result<Swept> {
+        self.memory.sweep()
+    }
+    fn hint(&self, name: &str) -> Result<()> {
+        self.memory.hint(name)
+    }
+    fn describe(&self, name: &str) -> PathBuf {
+        assert!(!self.when_described.load(Ordering::Relaxed), "a storage that panics");
+        self.memory.describe(name)
+    }
+}
+
+#[test]
+fn a_storage_that_panics_fails_the_save_and_ends_no_thread() {
+    let storage = Arc::new(Panicking::default());
+    let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).arena(4 * 4096).chunk(4096);
+    let executor = builder.build().unwrap();
+    let save = |step| executor.save(step, one("t", Arc::new(pattern(step, 30_000)))).unwrap().wait(LONG);
+    for (step, switch) in [(1, &storage.when_begun), (3, &storage.when_described)] {
+        switch.store(true, Ordering::Relaxed);
+        assert_eq!(save(step).unwrap_err().kind(), ErrorKind::Internal);
+        switch.store(false, Ordering::Relaxed);
+        save(step + 1).unwrap();
+    }
+    executor.shutdown(LONG).unwrap();
+}
