@@ -3,6 +3,7 @@
 //! The code under test runs on a simulated file system below everything that decides about durability. Expectations do not
 //! come from the code under test: the bytes follow from the number of the try, and the programs log each acknowledgement.
 
+mod executor;
 mod expected;
 mod explore;
 mod storage;
