@@ -65,7 +65,7 @@ impl<'a> Program<'a> {
     fn begin(&mut self, one: Try, overwrite: bool) -> Result<Save> {
         let mut state = StateDict::new();
         for (index, len) in self.shape.tensors.iter().enumerate() {
-            state.tensor(&format!("tensor {index}"), Arc::new(one.bytes(index, *len)))?;
+            state.tensor(format!("tensor {index}"), Arc::new(one.bytes(index, *len)))?;
         }
         state.value("number", &one.number)?;
         let mut options = SaveOptions::default().attempt(one.attempt());

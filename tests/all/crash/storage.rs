@@ -218,7 +218,7 @@ fn second_process(story: usize, harm: impl Fn(&SimFs), findings: &Findings) -> b
     drop(program);
     fs.restart();
     let mut program = Program::start(&fs, &mut expected).unwrap();
-    if story % 2 == 0 {
+    if story.is_multiple_of(2) {
         program.storage.sweep().unwrap();
     }
     let allowed = program.expected.allowed(fs.position());
