@@ -136,8 +136,15 @@ impl LocalAttempt {
 
     /// Everything of a publish but its bookkeeping.
     fn rename_and_sync(&self, overwrite: bool) -> Result<()> {
-        durable::attempt(&self.dir).map_err(self.dir.own_error("cannot make the attempt durable"))?;
-        publish::rename(&self.root, &self.temp, &self.step, self.identity, overwrite)?;
+        let files = || durable::attempt(&self.dir).map_err(self.dir.own_error("cannot make the attempt durable"));
+        let rename = || publish::rename(&self.root, &self.temp, &self.step, self.identity, overwrite);
+        if mutant::on(Mutant::PublishFirst) {
+            rename()?;
+            files()?;
+        } else {
+            files()?;
+            rename()?;
+        }
         durable::published(&self.root).map_err(|error| {
             let path = self.root.path().join(&self.step);
             Error::io("cannot make the publish durable", error).with_kind(ErrorKind::Indeterminate).with_path(path)

@@ -2,7 +2,7 @@
 //! the production reader.
 
 use super::expected::{Event, Expected, Try};
-use super::explore::{Findings, Run, Verdict, each};
+use super::explore::{Findings, Run, Verdict, each, rounds};
 use ashore::id::step_name;
 use ashore::storage::Storage;
 use ashore::storage::local::Local;
@@ -167,8 +167,8 @@ fn recover(image: &Image, verdict: &Verdict, shape: Shape) -> Run {
 #[test]
 fn an_executor_on_a_machine_that_loses_power_at_any_moment_twice() {
     let findings = Findings::new(judge);
-    each(SHAPES.len(), |round| {
-        let shape = SHAPES[round];
+    each(rounds() * SHAPES.len(), |round| {
+        let shape = SHAPES[round % SHAPES.len()];
         findings.explore(&live(shape), 0..usize::MAX, round as u64, 200, 16, |image, verdict, hash| {
             let again = recover(image, verdict, shape);
             findings.explore(&again, 0..usize::MAX, hash, 12, u64::MAX, |_, _, _| ());

@@ -150,6 +150,11 @@ impl Tally {
     }
 }
 
+/// How often to go through everything, each time with other seeds: 1, or `ASHORE_CRASH_ROUNDS`.
+pub fn rounds() -> usize {
+    std::env::var("ASHORE_CRASH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(1)
+}
+
 /// Does `work` for every number below `count`, on as many threads as there are processors.
 pub fn each(count: usize, work: impl Fn(usize) + Sync) {
     let next = AtomicUsize::new(0);
