@@ -181,6 +181,7 @@ fn inspect_shows_a_checkpoint_by_step_or_path() {
     let dir = tempfile::tempdir().unwrap();
     json(&demo(dir.path(), 5, 5).output().unwrap(), 0);
     let by_step = json(&run(dir.path(), &["inspect", "5", "--json"]), 0);
+    assert_eq!(json(&run(dir.path(), &["inspect", "--json"]), 0), by_step, "the newest when none is named");
     let by_path = json(&run(dir.path(), &["inspect", by_step["path"].as_str().unwrap(), "--json"]), 0);
     assert_eq!(by_step, by_path);
     assert_eq!(by_step["tensors"].as_array().unwrap().len(), 21);
@@ -215,7 +216,7 @@ fn wrong_usage_ends_with_2() {
         &["prune"],
         &["prune", "--keep-last", "0"],
         &["prune", "--keep-last", "1", "--yes", "--dry-run"],
-        &["inspect"],
+        &["inspect", "1", "2"],
     ] {
         let output = run(dir.path(), args);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
