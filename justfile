@@ -85,7 +85,8 @@ ci: (timed "lint stock candle miri loom fuzz:60 mutants kill mounts")
 # What takes too long for every change.
 nightly: (timed "ci")
     just fuzz 3600
-    just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync PublishFirst
+    just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
+    ASHORE_CRASH_ROUNDS=10 cargo test --release --test all crash -- --nocapture
     PROPTEST_CASES=20000 cargo test --workspace --release
     cargo test --workspace --release -- --ignored
 

@@ -103,7 +103,7 @@ impl LocalAttempt {
         });
         let (dir, identity) = opened.inspect_err(|_| {
             // Best effort; a sweep does it otherwise. The record goes last.
-            if root.unlink(&temp, Kind::Dir).is_ok() {
+            if root.unlink(&temp, Kind::Dir).is_ok() && durable::deleted(&root).is_ok() {
                 let _ = owner.erase(&root);
             }
         })?;
@@ -204,7 +204,7 @@ impl Writing for LocalAttempt {
         let displaced =
             self.root.look(&self.temp).map_err(self.root.error("cannot look for the displaced step", &self.temp))?;
         if displaced.is_some_and(|stat| stat.identity != self.identity) {
-            trash::delete(&self.root, &self.temp)?;
+            trash::delete_attempt(&self.root, &self.temp)?;
         }
         owner.erase(&self.root)?;
         *phase = Phase::Over;
@@ -223,7 +223,7 @@ impl Writing for LocalAttempt {
                     .with_path(self.root.path().join(&self.step)))
             }
             Phase::Open(owner) => {
-                trash::delete(&self.root, &self.temp)?;
+                trash::delete_attempt(&self.root, &self.temp)?;
                 owner.erase(&self.root)?;
                 *phase = Phase::Over;
                 Ok(())

@@ -52,6 +52,12 @@ pub(super) fn trash(root: &Dir) -> io::Result<()> {
     promise(Mutant::TrashFsync, root.fd())
 }
 
+/// Makes it durable that an attempt is gone, before its owner record goes: without it a crash can bring back the attempt alone,
+/// and nobody may sweep it.
+pub(super) fn deleted(root: &Dir) -> io::Result<()> {
+    promise(Mutant::OwnerFsync, root.fd())
+}
+
 /// Makes durable whatever a dead process did to names in the root before it died: its publish may be visible and not durable.
 pub(super) fn inherited(root: &Dir) -> io::Result<()> {
     root.fd().fsync()

@@ -46,7 +46,9 @@ fn act(root: &Dir, finding: Finding, temp: &str) -> Result<Option<Left>> {
 
 fn bury(root: &Dir, owner: &Owner, temp: &str) -> Result<()> {
     durable::inherited(root).map_err(root.own_error("cannot make durable what a dead process did"))?;
-    trash::delete(root, temp)?;
+    if root.look(temp).map_err(root.error("cannot look for the attempt", temp))?.is_some() {
+        trash::delete_attempt(root, temp)?;
+    }
     owner.erase(root)
 }
 

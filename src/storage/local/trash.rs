@@ -14,6 +14,12 @@ pub(super) fn discard(root: &Dir, name: &str, trash: &str) -> Result<()> {
     delete(root, trash)
 }
 
+/// Deletes the attempt `temp`, durably: its owner record may go then.
+pub(super) fn delete_attempt(root: &Dir, temp: &str) -> Result<()> {
+    delete(root, temp)?;
+    durable::deleted(root).map_err(root.error("cannot make it durable that the attempt is gone", temp))
+}
+
 /// Deletes the hidden directory `name`, if it is there. That it is hidden must be durable.
 ///
 /// Only what we write is deleted: files in one directory. A link is removed, never followed. A directory inside is an error

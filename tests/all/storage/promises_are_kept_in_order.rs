@@ -59,6 +59,7 @@ fn of_a_save() {
                 "unlink .step-1.a.tmp/manifest.json",
                 "unlink .step-1.a.tmp/shard",
                 "unlink .step-1.a.tmp",
+                "fsync .",
             ]);
         }
         expected.push("unlink .step-1.a.owner");
