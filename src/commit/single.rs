@@ -2,13 +2,11 @@
 
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-
 use crate::format::manifest::{BLOCK, Head, MANIFEST};
 use crate::format::shard::INDEX;
-use crate::id::Attempt;
 use crate::plan::{From, Plan, Planned, Receipts, Request, Shard};
 use crate::storage::Writing;
-use crate::ticket::{Committed, Outcome, Phase};
+use crate::ticket::{Committed, Phase};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,44 +28,41 @@ pub(crate) struct Ending<'a> {
     pub path: PathBuf,
 }
 
-/// How a save ended, for those who come after its future.
+/// How a save ended. Its future is still to be resolved: first whoever counts steps has to know.
 pub(crate) enum Concluded {
     /// It is durable; the replaced copy, the hint and the rest can be tidied up.
-    Durable(Published),
+    Durable(Committed, Published),
     /// It may or may not be durable: it must not be counted.
-    Doubtful(Attempt),
+    Doubtful(Error),
     /// It is not there.
     Failed {
+        why: Error,
         /// Nothing is left of it; otherwise a sweep has to remove it.
         swept: bool,
     },
 }
 
-/// Ends a save: commits it, or abandons it, and resolves its future.
+/// Ends a save: commits it, or abandons it.
 pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
-    let (request, attempt) = (ending.request, ending.attempt.clone());
-    let ticket = &request.ticket;
+    let (ticket, attempt) = (&ending.request.ticket, ending.attempt.clone());
     let committed = ticket.failure().map_or_else(|| commit(ending), Err);
     match (committed, attempt) {
         (Ok(committed), Some(attempt)) => {
             tracing::info!(step = ticket.step, bytes = committed.bytes, durable = ?committed.durable, "durable");
-            ticket.finish(Ok(Outcome::Durable(committed)));
-            Concluded::Durable(Published { attempt })
+            Concluded::Durable(committed, Published { attempt })
         }
         (Err(error), _) if error.kind() == ErrorKind::Indeterminate => {
             tracing::error!(step = ticket.step, %error, "nobody knows whether the step is durable");
-            ticket.finish(Err(error));
-            Concluded::Doubtful(ticket.attempt)
+            Concluded::Doubtful(error)
         }
         (committed, attempt) => {
             let abandoned = attempt.map_or(Ok(()), |a| a.abandon());
             if let Err(left) = &abandoned {
                 tracing::warn!(step = ticket.step, error = %left, "an attempt is left for a sweep");
             }
-            let error = committed.err().unwrap_or_else(|| Error::internal("a commit without an attempt"));
-            tracing::warn!(step = ticket.step, %error, "the save failed");
-            ticket.finish(Err(error));
-            Concluded::Failed { swept: abandoned.is_ok() }
+            let why = committed.err().unwrap_or_else(|| Error::internal("a commit without an attempt"));
+            tracing::warn!(step = ticket.step, error = %why, "the save failed");
+            Concluded::Failed { why, swept: abandoned.is_ok() }
         }
     }
 }

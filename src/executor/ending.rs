@@ -1,13 +1,14 @@
 //! The end of a save: its commit, and what the catalog learns of it, in an order that retention can rely on.
 //!
 //! An attempt is announced before its publish can make it visible, so that no prune in this process counts it or deletes it
-//! before its outcome is known; and the outcome is known to the catalog before anything else is done.
+//! before its outcome is known; and the catalog, and the count of saves that were compared, know the outcome before the
+//! future tells the caller.
 
 use crate::catalog::Catalog;
 use crate::commit::{self, Concluded, Ending, Published};
 use crate::error::{Error, ErrorKind};
 use crate::storage::Storage;
-use crate::ticket::Phase;
+use crate::ticket::{Outcome, Phase};
 use crate::writer::Task;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,27 +30,27 @@ pub(super) fn conclude(task: &Task, storage: &dyn Storage, catalog: &Catalog, co
         let path = storage.describe(&request.name);
         commit::conclude(Ending { request, attempt: task.begun(), receipts: task.receipts(), path })
     }));
+    let concluded = concluded.unwrap_or_else(|_| {
+        let publishing = ticket.phase() >= Phase::Publishing;
+        let kind = if publishing { ErrorKind::Indeterminate } else { ErrorKind::Internal };
+        Concluded::Doubtful(Error::new(kind, "the storage panicked during a commit"))
+    });
     let name = request.name.clone();
-    match concluded {
-        Ok(Concluded::Durable(published)) => {
+    let (outcome, left) = match concluded {
+        Concluded::Durable(committed, published) => {
             catalog.acknowledge(ticket.attempt);
             compared.fetch_add(1, Ordering::Relaxed);
-            Some(Left { name, published: Some(published) })
+            (Ok(Outcome::Durable(committed)), Some(Left { name, published: Some(published) }))
         }
-        Ok(Concluded::Doubtful(attempt)) => {
-            catalog.doubt(attempt);
-            None
-        }
-        Ok(Concluded::Failed { swept }) => {
-            catalog.withdraw(ticket.attempt);
-            (!swept).then_some(Left { name, published: None })
-        }
-        Err(_) => {
-            let publishing = ticket.phase() >= Phase::Publishing;
-            let kind = if publishing { ErrorKind::Indeterminate } else { ErrorKind::Internal };
+        Concluded::Doubtful(why) => {
             catalog.doubt(ticket.attempt);
-            ticket.finish(Err(Error::new(kind, "the storage panicked during a commit")));
-            None
+            (Err(why), None)
         }
-    }
+        Concluded::Failed { why, swept } => {
+            catalog.withdraw(ticket.attempt);
+            (Err(why), (!swept).then_some(Left { name, published: None }))
+        }
+    };
+    ticket.finish(outcome);
+    left
 }

@@ -32,7 +32,8 @@ fn only_the_first_two_saves_are_watched_unless_all_are_wanted() {
         let save = rig.executor.save(3, one("t", buffer.source())).unwrap();
         buffer.fill(&pattern(2, 9000));
         rig.device.release();
-        assert_eq!(save.wait(LONG).is_err(), found, "{detect:?}");
+        let ended = save.wait(LONG);
+        assert_eq!(ended.is_err(), found, "{detect:?}: {ended:?}");
     }
 }
 
