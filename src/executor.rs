@@ -153,6 +153,11 @@ impl CheckpointExecutor {
         &self.settings
     }
 
+    /// How files are written, as it really is: `pwrite`, `io_uring`, or what the storage says.
+    pub fn engine(&self) -> &'static str {
+        self.storage.engine()
+    }
+
     /// The arena: what it got of the system, and how many slabs are free.
     pub fn arena(&self) -> &Arena {
         &self.stager.arena

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::str::FromStr;
 use std::time::Duration;
 
 /// How bytes reach the medium, as it really is, not as it was asked for.
@@ -13,6 +14,57 @@ pub enum IoMode {
     Direct,
     /// Through the page cache: direct I/O was refused, or accepted and not honoured (btrfs with checksums, tmpfs).
     Buffered,
+}
+
+/// How files are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Engine {
+    /// As measured to be best in general: `Pwrite`.
+    Auto,
+    /// One blocking pwrite(2) per chunk and writer thread.
+    Pwrite,
+    /// Several pieces of a chunk in flight per writer thread, through io_uring and from registered memory; pwrite(2) where the
+    /// kernel has no rings to give. Needs the feature `uring`.
+    Uring,
+}
+
+impl FromStr for Engine {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "pwrite" => Ok(Self::Pwrite),
+            "uring" => Ok(Self::Uring),
+            _ => Err(Error::invalid(format!("an engine is auto, pwrite or uring engine={text:?}"))),
+        }
+    }
+}
+
+/// How much the threads behind the stager (writers, committer, tidying) give way to others, on processors and disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Priority {
+    /// As any thread.
+    Normal,
+    /// Behind others: nice 10, batch scheduling, the lowest best-effort I/O priority. Still gets its share when nobody else
+    /// wants it.
+    Low,
+}
+
+impl FromStr for Priority {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "normal" => Ok(Self::Normal),
+            "low" => Ok(Self::Low),
+            _ => Err(Error::invalid(format!("a priority is normal or low priority={text:?}"))),
+        }
+    }
 }
 
 /// What `save` does while earlier saves are unfinished.
@@ -60,6 +112,10 @@ pub struct Settings {
     pub files: usize,
     /// Ask for direct I/O: true.
     pub direct: bool,
+    /// How files are written: `Auto`.
+    pub engine: Engine,
+    /// How much writers give way to other threads: `Normal`.
+    pub priority: Priority,
     /// What `save` does while earlier saves are unfinished: `Queue(1)`.
     pub overlap: Overlap,
     /// When to look for forgotten fences: `First`.
@@ -86,6 +142,8 @@ impl Default for Settings {
             writers: 4,
             files: 1,
             direct: true,
+            engine: Engine::Auto,
+            priority: Priority::Normal,
             overlap: Overlap::Queue(1),
             detect: Detect::First,
             capture_budget: 1 << 20,
@@ -100,7 +158,7 @@ impl Default for Settings {
 
 impl Settings {
     /// The defaults, changed by `ASHORE_ARENA`, `ASHORE_CHUNK` (bytes), `ASHORE_WRITERS`, `ASHORE_FILES`, `ASHORE_DIRECT`
-    /// (`true` or `false`), `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`.
+    /// (`true` or `false`), `ASHORE_ENGINE`, `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`.
     ///
     /// # Errors
     /// `Invalid`, naming the variable that does not parse.
@@ -124,6 +182,8 @@ impl Settings {
         for (name, field) in [("ASHORE_WRITERS", &mut settings.writers), ("ASHORE_FILES", &mut settings.files)] {
             set(name, var(name), field)?;
         }
+        set("ASHORE_ENGINE", var("ASHORE_ENGINE"), &mut settings.engine)?;
+        set("ASHORE_PRIORITY", var("ASHORE_PRIORITY"), &mut settings.priority)?;
         set("ASHORE_DIRECT", var("ASHORE_DIRECT"), &mut settings.direct)?;
         if let Some(text) = var("ASHORE_KEEP_LAST") {
             set("ASHORE_KEEP_LAST", Some(text), settings.keep_last.insert(0))?;

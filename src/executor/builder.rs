@@ -5,15 +5,16 @@ use crate::completion::Signal;
 use crate::device::{Device, Host};
 use crate::error::Result;
 use crate::id::Attempts;
-use crate::memory::Arena;
-use crate::settings::{Detect, Overlap, Settings};
+use crate::memory::{Arena, Register};
+use crate::settings::{Detect, Engine, Overlap, Priority, Settings};
 use crate::staging::Stager;
 use crate::storage::Storage;
 use crate::storage::local::Local;
 use crate::sync::Mutex;
-use crate::writer::{Pool, spawn};
+use crate::writer::{Pool, adopt, spawn};
 use crate::{Catalog, Retention, fork};
 use crossbeam_channel::{bounded, unbounded};
+use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -60,6 +61,10 @@ impl Builder {
         files: usize,
         /// Whether to ask for direct I/O: yes.
         direct: bool,
+        /// How files are written: `Auto`.
+        engine: Engine,
+        /// How much writers give way to other threads: `Normal`.
+        priority: Priority,
         /// What `save` does while earlier saves are unfinished: `Queue(1)`.
         overlap: Overlap,
         /// When to look for forgotten fences: for the first two saves.
@@ -99,13 +104,15 @@ impl Builder {
         settings.check()?;
         let storage = match storage {
             Some(storage) => storage,
-            None => Arc::new(Local::open(&root)?.direct(settings.direct)),
+            None => Arc::new(Local::open_with(&root, settings.engine)?.direct(settings.direct)),
         };
         let signal = Arc::new(Signal::default());
-        let arena = Arena::new(settings.arena, settings.chunk, device.as_ref(), signal.clone())?;
-        let pool = Pool::start(settings.writers, arena.report().slabs)?;
+        let arena =
+            Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
+        let pool = Pool::start(settings.writers, arena.report().slabs, settings.priority)?;
         let stager = Arc::new(Stager::new(signal, arena, device, (settings.overlap == Overlap::Latest).then_some(2)));
         let catalog = Arc::new(Catalog::over(storage.clone()));
+        let priority = settings.priority;
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };
 
         let (ended, endings) = unbounded();
@@ -124,6 +131,7 @@ impl Builder {
         };
         let (place, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());
         let commit = move || {
+            adopt(priority);
             for task in endings {
                 let left = ending::conclude(&task, place.as_ref(), &steps, &compared);
                 if let Some(Err(full)) = left.map(|left| leftovers.try_send(left)) {
@@ -131,7 +139,10 @@ impl Builder {
                 }
             }
         };
-        let tidy = move || tidy::run(&leavings, storage.as_ref(), &catalog, &retention);
+        let tidy = move || {
+            adopt(priority);
+            tidy::run(&leavings, storage.as_ref(), &catalog, &retention);
+        };
         executor.threads.push(spawn("ashore-stage".into(), move || stager.run())?);
         executor.threads.push(spawn("ashore-commit".into(), commit)?);
         executor.threads.push(spawn("ashore-tidy".into(), tidy)?);
@@ -139,5 +150,14 @@ impl Builder {
             executor.threads.append(&mut lines.pool.threads);
         }
         Ok(executor)
+    }
+}
+
+/// One buffer that the device copies to and the storage writes from.
+struct Both<'a>(&'a dyn Device, &'a dyn Storage);
+
+impl Register for Both<'_> {
+    fn register(&self, base: *mut u8, len: usize) -> Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new((self.0.register(base, len)?, self.1.register(base, len))))
     }
 }

@@ -15,6 +15,7 @@ pub use memory::Memory;
 use crate::error::Result;
 use crate::id::Attempt;
 pub use crate::settings::IoMode;
+use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -43,6 +44,17 @@ pub trait Storage: Send + Sync + Debug {
 
     /// Writes the hint file `latest`: best effort, never trusted.
     fn hint(&self, name: &str) -> Result<()>;
+
+    /// Makes memory known from which files will be written, until the returned value is dropped: before the memory is
+    /// unmapped, and when nothing is written from it. A storage that gains nothing by it has nothing to do.
+    fn register(&self, _base: *mut u8, _len: usize) -> Box<dyn Any + Send + Sync> {
+        Box::new(())
+    }
+
+    /// How bytes are handed to the medium, for reports.
+    fn engine(&self) -> &'static str {
+        "its own"
+    }
 
     /// Where this is, for messages.
     fn describe(&self, name: &str) -> std::path::PathBuf;

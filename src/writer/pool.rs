@@ -1,8 +1,10 @@
 //! The writer threads and the bounded channel that feeds them.
 
+use super::priority::adopt;
 use super::task::Task;
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::Chunk;
+use crate::settings::Priority;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -23,12 +25,13 @@ impl Pool {
     ///
     /// # Errors
     /// `Busy` when the system has no more threads.
-    pub fn start(writers: usize, slabs: usize) -> Result<Self> {
+    pub fn start(writers: usize, slabs: usize, priority: Priority) -> Result<Self> {
         let (work, chunks): (Sender<Work>, Receiver<Work>) = bounded(slabs);
         let threads = (0..writers)
             .map(|i| {
                 let chunks = chunks.clone();
                 spawn(format!("ashore-write-{i}"), move || {
+                    adopt(priority);
                     for (task, chunk) in chunks {
                         carry_out(&task, chunk);
                     }

@@ -32,17 +32,23 @@ mod sweep;
 pub mod sys;
 mod transfer;
 mod trash;
+#[cfg(feature = "uring")]
+mod uring;
 
 pub use aligned::AlignedBuffer;
 pub use linux::Linux;
+#[cfg(feature = "uring")]
+pub use uring::Uring;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, parse_step_name};
+use crate::settings::Engine;
 use crate::storage::{Reading, Storage, Swept, Writing, name as rules};
 use attempt::{Kept, LocalAttempt};
 use dir::Dir;
 use direct::Bypass;
 use reading::LocalReading;
+use std::any::Any;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use sys::{Kind, Open, Rename, Sys};
@@ -60,6 +66,11 @@ impl Local {
     /// The root at `path`, created when it is missing.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::with_sys(Arc::new(Linux), path)
+    }
+
+    /// The root at `path`, created when it is missing, written by `engine` or, where that is not to be had, by pwrite(2).
+    pub fn open_with(path: impl AsRef<Path>, engine: Engine) -> Result<Self> {
+        Self::with_sys(system(engine), path)
     }
 
     /// The root at `path`, to read; nothing is created.
@@ -94,6 +105,21 @@ impl Local {
     fn not_found(&self, step: &str) -> Error {
         Error::new(ErrorKind::NotFound, "no such step").with_path(self.root.path().join(step))
     }
+}
+
+/// The system calls that write as `engine` says.
+fn system(engine: Engine) -> Arc<dyn Sys> {
+    match engine {
+        #[cfg(feature = "uring")]
+        Engine::Uring => match Uring::probe() {
+            Ok(uring) => return Arc::new(uring),
+            Err(error) => tracing::warn!(%error, "io_uring is not to be had, files are written by pwrite"),
+        },
+        #[cfg(not(feature = "uring"))]
+        Engine::Uring => tracing::warn!("built without the feature `uring`, files are written by pwrite"),
+        Engine::Auto | Engine::Pwrite => {}
+    }
+    Arc::new(Linux)
 }
 
 impl Storage for Local {
@@ -166,6 +192,14 @@ impl Storage for Local {
         let (fd, bypass): (_, Bypass) = direct::create(&self.root, names::LATEST_NEW, false).map_err(failed)?;
         transfer::write_all(&fd, &bypass, format!("{name}\n").as_bytes(), 0).map_err(failed)?;
         self.root.rename(names::LATEST_NEW, rules::LATEST, Rename::Plain).map_err(failed)
+    }
+
+    fn register(&self, base: *mut u8, len: usize) -> Box<dyn Any + Send + Sync> {
+        self.root.fd().sys().register(base, len)
+    }
+
+    fn engine(&self) -> &'static str {
+        self.root.fd().sys().engine()
     }
 
     fn describe(&self, name: &str) -> PathBuf {

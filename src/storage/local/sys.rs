@@ -4,6 +4,7 @@
 //! what to fsync, so that the code under test is the code that ships.
 
 use crate::fork;
+use std::any::Any;
 use std::ffi::OsString;
 use std::fmt::Debug;
 use std::io;
@@ -113,6 +114,15 @@ pub trait Sys: Send + Sync + Debug {
     /// fcntl(2): takes O_DIRECT off an open file. A system that never refuses a direct transfer has nothing to do.
     fn buffered(&self, _fd: RawFd) -> io::Result<()> {
         Ok(())
+    }
+    /// Makes memory known from which files will be written, until the returned value is dropped: before the memory is
+    /// unmapped, and when nothing is written from it. A system that gains nothing by it has nothing to do.
+    fn register(&self, _base: *mut u8, _len: usize) -> Box<dyn Any + Send + Sync> {
+        Box::new(())
+    }
+    /// How it writes, for reports.
+    fn engine(&self) -> &'static str {
+        "pwrite"
     }
 }
 

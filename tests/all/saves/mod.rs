@@ -1,3 +1,4 @@
+mod engines;
 mod every_failing_call;
 mod forgotten_handles;
 mod forked;

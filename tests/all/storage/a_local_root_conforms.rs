@@ -3,23 +3,39 @@
 use ashore::storage::local::Local;
 use ashore::storage::{IoMode, Storage};
 use ashore::testing::conformance;
-use ashore::{Attempt, ErrorKind};
+use ashore::{Attempt, Engine, ErrorKind};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
 fn conforms(directory: &Path, direct: bool) {
+    conforms_with(directory, direct, Engine::Pwrite);
+}
+
+fn conforms_with(directory: &Path, direct: bool, engine: Engine) {
     let mut roots = 0;
     conformance::run(|| {
         roots += 1;
-        Arc::new(Local::open(directory.join(roots.to_string())).unwrap().direct(direct))
+        Arc::new(Local::open_with(directory.join(roots.to_string()), engine).unwrap().direct(direct))
     });
 }
 
 #[test]
 fn with_direct_io() {
     conforms(tempfile::tempdir().unwrap().path(), true);
+}
+
+#[test]
+fn with_io_uring() {
+    let directory = tempfile::tempdir().unwrap();
+    if Local::open_with(directory.path(), Engine::Uring).unwrap().engine() != "io_uring" {
+        writeln!(std::io::stderr(), "left out: io_uring, which this kernel does not give us").unwrap();
+        return;
+    }
+    for direct in [true, false] {
+        conforms_with(&directory.path().join(direct.to_string()), direct, Engine::Uring);
+    }
 }
 
 #[test]

@@ -1,0 +1,56 @@
+//! How much a thread gives way to others.
+//!
+//! # Safety argument
+//! Both calls concern the calling thread only and touch no memory of ours but a local value that outlives them.
+#![expect(unsafe_code, reason = "two system calls without safe bindings")]
+
+use crate::settings::Priority;
+
+const NICE: i32 = 10;
+/// `IOPRIO_WHO_PROCESS`, and the lowest level of the best-effort class.
+const THIS_THREAD: i32 = 1;
+const BEST_EFFORT: i32 = 2 << 13 | 7;
+
+/// Gives the calling thread `priority`. Best effort: what is refused is logged.
+pub(crate) fn adopt(priority: Priority) {
+    if priority == Priority::Normal {
+        return;
+    }
+    let report = |what: &str, done: bool| {
+        if !done {
+            tracing::warn!(error = %std::io::Error::last_os_error(), "a thread keeps its {what}");
+        }
+    };
+    // On Linux the calling thread, not the process.
+    report("nice value", rustix::process::setpriority_process(None, NICE).is_ok());
+    // SAFETY: all of the struct's fields are integers, for which zero is the value that batch scheduling asks for.
+    let parameters = unsafe { std::mem::zeroed::<libc::sched_param>() };
+    // SAFETY: see the module.
+    report("scheduling", unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &parameters) } == 0);
+    // SAFETY: see the module.
+    report("I/O priority", unsafe { libc::syscall(libc::SYS_ioprio_set, THIS_THREAD, 0, BEST_EFFORT) } == 0);
+}
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_low_priority_is_that_of_its_thread_alone() {
+        let nice = || rustix::process::getpriority_process(None).unwrap();
+        let before = nice();
+        let inside = std::thread::spawn(move || {
+            adopt(Priority::Normal);
+            let normal = nice();
+            adopt(Priority::Low);
+            // SAFETY: asks about the calling thread.
+            let batch = unsafe { libc::sched_getscheduler(0) } == libc::SCHED_BATCH;
+            // SAFETY: as above.
+            let io = unsafe { libc::syscall(libc::SYS_ioprio_get, THIS_THREAD, 0) };
+            (normal, nice(), batch, io)
+        });
+        let inside = inside.join().unwrap();
+        assert_eq!(inside, (before, NICE.max(before), true, i64::from(BEST_EFFORT)));
+        assert_eq!(nice(), before);
+    }
+}
