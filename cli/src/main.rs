@@ -9,6 +9,7 @@ mod limit;
 mod ls;
 mod out;
 mod prune;
+mod rng;
 mod size;
 mod verify;
 

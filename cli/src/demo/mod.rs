@@ -9,12 +9,11 @@ mod arithmetic;
 mod blocks;
 mod model;
 mod report;
-mod rng;
 mod run;
 mod text;
 mod training;
 
-use crate::limit::Loops;
+use crate::limit::{Config, Memory, Scratch};
 use crate::out;
 use crate::{Common, size};
 use ashore::{CheckpointExecutor, Error, ErrorKind, Result};
@@ -122,7 +121,8 @@ pub struct Trained {
 fn take_turns(mut run: Run<'_>, twin: &mut Twin<'_>, plan: Plan, opening: &Opening<'_>) -> Result<Trained> {
     let bar = out::progress(plan.goal);
     let mut measured = Measured::default();
-    let mut loops = Loops::new(opening.chunk, run.writers());
+    let config = Config::threads(opening.chunk, run.writers());
+    let mut memory = Memory::new(opening.chunk * run.writers() as u64);
     let (mut curve, mut tail, mut kept, mut undisturbed) = (Vec::new(), Vec::new(), None, true);
     for (i, block) in plan.blocks().enumerate() {
         if block.from == plan.goal {
@@ -136,7 +136,7 @@ fn take_turns(mut run: Run<'_>, twin: &mut Twin<'_>, plan: Plan, opening: &Openi
 
         measured.pair(&block, without, with, plan.full);
         if measured.limits.len() < LIMIT_ROUNDS {
-            measured.limits.push(loops.write_fresh(opening.root, opening.bytes)?);
+            measured.limits.push(Scratch::new(opening.root, opening.bytes)?.write(&config, &mut memory)?);
         }
         undisturbed &= same_bits(&losses, &expected);
         if block.from < plan.goal {

@@ -1,8 +1,8 @@
 //! A character model: the letters before, as embeddings side by side, through hidden layers to the next letter.
 
 use super::arithmetic::{add_scaled, dot, fill_rows, transposed};
-use super::rng::Rng;
 use super::text::Batch;
+use crate::rng::Rng;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 

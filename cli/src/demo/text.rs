@@ -1,6 +1,6 @@
 //! What the demo learns: a text about a harbour, as numbers.
 
-use super::rng::Rng;
+use crate::rng::Rng;
 
 /// Written for this demo.
 const TEXT: &str = include_str!("text.txt");

@@ -2,8 +2,8 @@
 
 use super::adamw;
 use super::model::{Shape, Size};
-use super::rng::Rng;
 use super::text::Corpus;
+use crate::rng::Rng;
 use ashore::{Checkpoint, Error, ErrorKind, HostTensor, Result, StateDict, Targets};
 use std::sync::Arc;
 

@@ -1,0 +1,195 @@
+//! `ashore bench`: figures beside the machine's own limit, measured in turn in the same run.
+
+mod limits;
+mod null;
+mod pairs;
+mod report;
+mod restore;
+mod save;
+mod staging;
+mod usage;
+mod workload;
+
+use crate::{Common, out, size};
+use ashore::{Builder, CheckpointExecutor, Engine, Error, Priority, Result};
+use clap::ValueEnum;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+use workload::{State, Workload};
+
+const PATIENCE: Duration = Duration::from_secs(10 * 60);
+
+/// The flags of `bench`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// What to measure
+    #[arg(value_enum)]
+    what: What,
+    /// What to save
+    #[arg(long, value_enum, default_value = "large")]
+    workload: Workload,
+    /// The part of the workload to take
+    #[arg(long, value_name = "F", default_value_t = 1.0, value_parser = scale)]
+    scale: f64,
+    /// Compare at most this often; fewer where the answer is clear before
+    #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Bytes per chunk [default: 8MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    chunk: Option<u64>,
+    /// Number of writer threads
+    #[arg(long, value_name = "N")]
+    writers: Option<usize>,
+    /// Number of shard files
+    #[arg(long, value_name = "N")]
+    files: Option<usize>,
+    /// How to write: auto, pwrite or uring
+    #[arg(long, value_name = "ENGINE")]
+    engine: Option<Engine>,
+    /// How much writers give way: normal or low
+    #[arg(long, value_name = "PRIORITY")]
+    priority: Option<Priority>,
+    /// Do not measure the machine's limit
+    #[arg(long)]
+    no_limit: bool,
+    /// Write a page that shows the phases of every save over time
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum What {
+    /// The disk and the memory, without this library
+    Limits,
+    /// Copying and digesting the state, beside one plain copy of it; nothing is written
+    Staging,
+    /// Digesting, writing and committing what is in the arena already, as from a GPU
+    Write,
+    /// Restores, every byte checked
+    Restore,
+    /// Saves, from the call until durable
+    Save,
+}
+
+fn scale(text: &str) -> Result<f64, String> {
+    let scale = text.parse().ok().filter(|scale| (1e-6..=1e6).contains(scale));
+    scale.ok_or_else(|| "a scale is a number such as 0.25".to_owned())
+}
+
+/// Figures in order, for a table and as JSON: name, value, unit.
+pub struct Figures(Vec<(&'static str, Value)>);
+
+/// Runs a benchmark in a directory of its own under `--dir`, which is deleted in the end.
+pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    common.device.resolve()?;
+    let parent = common.dir.clone().unwrap_or_else(|| ".".into());
+    let place = Place::new(&parent)?;
+    let bench = Bench { dir: &place.0, common, args };
+    let figures = match args.what {
+        What::Limits => limits::run(&bench)?,
+        What::Staging => staging::run(&bench)?,
+        What::Write | What::Save => save::run(&bench)?,
+        What::Restore => restore::run(&bench)?,
+    };
+    if common.json {
+        out::json(
+            &figures.0.into_iter().map(|(name, value)| (name.to_owned(), value)).collect::<serde_json::Map<_, _>>(),
+        )?;
+    } else {
+        out::print(&figures.table())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What every benchmark is given.
+struct Bench<'a> {
+    dir: &'a Path,
+    common: &'a Common,
+    args: &'a Args,
+}
+
+impl Bench<'_> {
+    fn state(&self) -> State {
+        State::new(self.args.workload, self.args.scale)
+    }
+
+    /// An executor as the flags ask for.
+    fn builder(&self) -> Builder {
+        let Args { chunk, writers, files, engine, priority, .. } = self.args;
+        let arena = self.common.arena.unwrap_or(256 << 20);
+        let chunk = chunk.unwrap_or((8 << 20).min(arena / 2 / 4096 * 4096));
+        let mut builder = CheckpointExecutor::builder(self.dir).arena(arena).chunk(chunk);
+        if let Some(writers) = *writers {
+            builder = builder.writers(writers);
+        }
+        if let Some(files) = *files {
+            builder = builder.files(files);
+        }
+        if let Some(engine) = *engine {
+            builder = builder.engine(engine);
+        }
+        if let Some(priority) = *priority {
+            builder = builder.priority(priority);
+        }
+        builder
+    }
+
+    /// The order of measurements is random, and another one each time.
+    fn seed(&self) -> u64 {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        since.map_or(1, |time| time.as_nanos() as u64)
+    }
+}
+
+impl Figures {
+    fn rows(&self) -> Vec<(String, String)> {
+        let shown = |(name, value): &(&str, Value)| {
+            let (name, unit) = ["_bytes_per_second", "_seconds_per_gb", "_seconds", "_ms", "_bytes", ""]
+                .iter()
+                .find_map(|unit| Some((name.strip_suffix(unit)?, *unit)))
+                .unwrap_or((name, ""));
+            let number = value.as_f64().unwrap_or(0.0);
+            let text = match (unit, value) {
+                _ if value.is_null() => "-".to_owned(),
+                ("_bytes_per_second", _) => format!("{:.2} GB/s", number / 1e9),
+                ("_seconds_per_gb", _) => format!("{number:.3} s/GB"),
+                ("_seconds", _) => format!("{number:.3} s"),
+                ("_ms", _) => format!("{number:.2} ms"),
+                ("_bytes", _) => size::shown(number as u64),
+                (_, Value::Number(n)) if n.is_f64() => format!("{number:.3}"),
+                (_, Value::String(text)) => text.clone(),
+                (_, other) => other.to_string(),
+            };
+            let name = name.replace('_', " ");
+            (if unit == "_bytes_per_second" { name + " rate" } else { name }, text)
+        };
+        self.0.iter().map(shown).collect()
+    }
+
+    fn table(&self) -> String {
+        let mut table = comfy_table::Table::new();
+        table.load_style(comfy_table::presets::NOTHING);
+        table.add_rows(self.rows().into_iter().map(|(name, value)| [name, value]));
+        format!("{}\n", table.trim_fmt())
+    }
+}
+
+/// A directory that is deleted in the end.
+struct Place(PathBuf);
+
+impl Place {
+    fn new(parent: &Path) -> Result<Self> {
+        let path = parent.join(format!("ashore-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&path)
+            .map_err(|e| Error::io("cannot create a directory to measure in", e).with_path(&path))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,128 @@
+//! Halves of a save that cost nothing, to measure the other half: a storage that drops what it gets, and a device whose copies
+//! are never made.
+
+use ashore::device::{CopyQueue, Device};
+use ashore::digest::Digest;
+use ashore::memory::Register;
+use ashore::storage::{FileWriting, IoMode, Reading, Storage, Swept, Writing};
+use ashore::{Attempt, Error, ErrorKind, Result};
+use std::any::Any;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Takes everything and keeps nothing.
+#[derive(Debug)]
+pub struct Sink;
+
+impl Storage for Sink {
+    fn begin(&self, _: &str, _: Attempt, _: bool) -> Result<Arc<dyn Writing>> {
+        Ok(Arc::new(Self))
+    }
+
+    fn open(&self, _: &str) -> Result<Arc<dyn Reading>> {
+        Err(Error::new(ErrorKind::NotFound, "nothing is kept"))
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    fn confirm(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn remove(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn sweep(&self) -> Result<Swept> {
+        Ok(Swept::default())
+    }
+
+    fn hint(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn describe(&self, name: &str) -> PathBuf {
+        name.into()
+    }
+}
+
+impl Writing for Sink {
+    fn create(&self, _: &str, _: u64) -> Result<Arc<dyn FileWriting>> {
+        Ok(Arc::new(Self))
+    }
+
+    fn put(&self, _: &str, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn publish(&self, _: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn settle(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn abandon(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl FileWriting for Sink {
+    fn write_at(&self, _: u64, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn seal(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn mode(&self) -> IoMode {
+        IoMode::Direct
+    }
+}
+
+/// Says that it has copied. What is written is what the arena held before; writers digest it, as they do for a GPU.
+#[derive(Debug)]
+pub struct Absent;
+
+impl Register for Absent {
+    fn register(&self, _: *mut u8, _: usize) -> Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new(()))
+    }
+}
+
+impl Device for Absent {
+    fn name(&self) -> String {
+        "null".into()
+    }
+
+    fn queue(&self) -> Result<Box<dyn CopyQueue>> {
+        Ok(Box::new(Marks(0)))
+    }
+}
+
+struct Marks(u64);
+
+impl CopyQueue for Marks {
+    #[expect(unsafe_code, reason = "the contract of a copy that is never made asks for nothing")]
+    unsafe fn copy(&mut self, _: *const u8, _: *mut u8, _: usize) -> Result<Option<Digest>> {
+        Ok(None)
+    }
+
+    fn mark(&mut self) -> Result<u64> {
+        self.0 += 1;
+        Ok(self.0)
+    }
+
+    fn reached(&mut self) -> Result<u64> {
+        Ok(self.0)
+    }
+
+    fn quiesce(&mut self, _: Instant) -> bool {
+        true
+    }
+}

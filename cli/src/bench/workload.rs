@@ -1,0 +1,157 @@
+//! What is saved: tensors that no compression or zero detection could make cheaper.
+
+use crate::rng::Rng;
+use ashore::{HostTensor, Result, StateDict};
+use half::bf16;
+use std::sync::Arc;
+
+/// The shapes that are measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Workload {
+    /// 16 tensors of 64 MiB, fp32
+    Large,
+    /// 20,000 tensors of 16 KiB and 20,000 of 1 KiB, fp32
+    Small,
+    /// Llama-3.2-1B under AdamW: bf16 weights, two fp32 moments
+    #[value(name = "adam-1b")]
+    Adam1b,
+}
+
+impl Workload {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Large => "large",
+            Self::Small => "small",
+            Self::Adam1b => "adam-1b",
+        }
+    }
+
+    /// Names, element sizes and shapes; `scale` shortens the first dimension of every tensor.
+    fn shapes(self, scale: f64) -> Vec<(String, bool, Vec<usize>)> {
+        let scaled = |rows: usize| ((rows as f64 * scale).round() as usize).max(1);
+        match self {
+            Self::Large => (0..16).map(|i| (format!("layer.{i:02}.weight"), false, vec![scaled(4096), 4096])).collect(),
+            Self::Small => {
+                let part = |name: &'static str, columns| {
+                    (0..scaled(20_000)).map(move |i| (format!("expert.{i:05}.{name}"), false, vec![4, columns]))
+                };
+                part("weight", 1024).chain(part("bias", 64)).collect()
+            }
+            Self::Adam1b => {
+                let mut weights = vec![("embed_tokens".to_owned(), vec![128_256, 2048]), ("norm".into(), vec![2048])];
+                for layer in 0..16 {
+                    let (wide, narrow, long) = (vec![2048, 2048], vec![512, 2048], vec![8192, 2048]);
+                    for (name, shape) in [
+                        ("self_attn.q_proj", wide.clone()),
+                        ("self_attn.k_proj", narrow.clone()),
+                        ("self_attn.v_proj", narrow),
+                        ("self_attn.o_proj", wide),
+                        ("mlp.gate_proj", long.clone()),
+                        ("mlp.up_proj", long),
+                        ("mlp.down_proj", vec![2048, 8192]),
+                        ("input_layernorm", vec![2048]),
+                        ("post_attention_layernorm", vec![2048]),
+                    ] {
+                        weights.push((format!("layers.{layer}.{name}"), shape));
+                    }
+                }
+                let kinds = [("model", true), ("exp_avg", false), ("exp_avg_sq", false)];
+                let each = |(name, mut shape): (String, Vec<usize>)| {
+                    shape[0] = scaled(shape[0]);
+                    kinds.map(|(kind, half)| (format!("{kind}.{name}.weight"), half, shape.clone()))
+                };
+                weights.into_iter().flat_map(each).collect()
+            }
+        }
+    }
+}
+
+/// A state in memory, shared with the saves that are under way.
+pub struct State {
+    tensors: Vec<(String, Vec<usize>, Data)>,
+    pub bytes: u64,
+}
+
+#[derive(Clone)]
+enum Data {
+    Single(Arc<Vec<f32>>),
+    Half(Arc<Vec<bf16>>),
+}
+
+impl State {
+    pub fn new(workload: Workload, scale: f64) -> Self {
+        let (mut rng, mut bytes) = (Rng::new(1), 0);
+        // Random numbers are slow to come by: many tensors share a stretch of them, each with an offset of its own.
+        let stretch: Vec<f32> = (0..1 << 20).map(|_| rng.signed_unit() * 0.02).collect();
+        let mut data = |half, len: usize| {
+            let from = rng.below(stretch.len());
+            let numbers = stretch[from..].iter().chain(stretch.iter().cycle()).take(len);
+            bytes += len as u64 * if half { 2 } else { 4 };
+            if half {
+                Data::Half(Arc::new(numbers.map(|x| bf16::from_f32(*x)).collect()))
+            } else {
+                Data::Single(Arc::new(numbers.copied().collect()))
+            }
+        };
+        let shapes = workload.shapes(scale).into_iter();
+        let tensors = shapes.map(|(name, half, shape)| {
+            let len = shape.iter().product();
+            (name, shape, data(half, len))
+        });
+        let tensors = tensors.collect();
+        Self { tensors, bytes }
+    }
+
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    pub fn dict(&self) -> Result<StateDict<'static>> {
+        let mut dict = StateDict::with_capacity(self.len());
+        for (name, shape, data) in &self.tensors {
+            match data {
+                Data::Single(data) => dict.tensor(name.as_str(), HostTensor::new(data.clone(), shape))?,
+                Data::Half(data) => dict.tensor(name.as_str(), HostTensor::new(data.clone(), shape))?,
+            };
+        }
+        Ok(dict)
+    }
+
+    /// The name of each tensor, its bytes, and how many of them there are.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.tensors.iter().map(|(name, _, data)| {
+            let bytes: &[u8] = match data {
+                Data::Single(data) => bytemuck::cast_slice(data),
+                Data::Half(data) => bytemuck::cast_slice(data),
+            };
+            (name.as_str(), bytes)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workloads_have_the_size_that_they_say() {
+        let sizes = |workload: Workload| {
+            let bytes = |(_, half, shape): (String, bool, Vec<usize>)| {
+                shape.iter().product::<usize>() as u64 * if half { 2 } else { 4 }
+            };
+            let shapes = workload.shapes(1.0);
+            (shapes.len(), shapes.into_iter().map(bytes).sum::<u64>())
+        };
+        assert_eq!(sizes(Workload::Large), (16, 1 << 30));
+        assert_eq!(sizes(Workload::Small), (40_000, 20_000 * (17 << 10)));
+        assert_eq!(sizes(Workload::Adam1b), (438, 1_235_814_400 * 10));
+    }
+
+    #[test]
+    fn a_scaled_state_has_as_many_tensors_and_fewer_bytes() {
+        let state = State::new(Workload::Adam1b, 0.001);
+        assert_eq!((state.len(), state.dict().unwrap().len()), (438, 438));
+        assert_eq!(state.bytes, state.tensors().map(|(_, bytes)| bytes.len() as u64).sum::<u64>());
+        assert_eq!(state.bytes, state.dict().unwrap().bytes());
+    }
+}
