@@ -109,7 +109,8 @@ impl Checkpoint {
         }
     }
 
-    /// The same step, read by up to `threads` threads, of which the caller's is one; 4 at most unless set.
+    /// The same step, read by up to `threads` threads, of which the caller's is one: 8, or as
+    /// many as there are processors up to 16, unless set. Each has a buffer of 1 MiB while it reads.
     pub fn with_threads(mut self, threads: usize) -> Self {
         self.threads = threads.max(1);
         self
@@ -323,8 +324,9 @@ fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> R
     Ok(file)
 }
 
-/// Asked once: the answer costs several system calls.
+/// Threads wait for the medium most of the time, so there are more of them than processors. Asked once: the answer costs
+/// several system calls.
 fn default_threads() -> usize {
     static THREADS: OnceLock<usize> = OnceLock::new();
-    *THREADS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from).min(4))
+    *THREADS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from).clamp(8, 16))
 }

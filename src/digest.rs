@@ -26,7 +26,12 @@ impl Digest {
 
     /// The digest of `self`'s bytes followed by `next`'s, of which there are `next_len`.
     pub fn then(self, next: Digest, next_len: u64) -> Self {
-        if next_len == 0 { self } else { Self(times_x8n(self.0, next_len) ^ next.0) }
+        match (self, next_len) {
+            (_, 0) => self,
+            // Nothing to multiply: runs that are digested piece by piece begin like this.
+            (Self::EMPTY, _) => next,
+            _ => Self(times_x8n(self.0, next_len) ^ next.0),
+        }
     }
 
     /// The digest of the concatenation of `(digest, length)` pieces, in order.

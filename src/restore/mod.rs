@@ -1,10 +1,10 @@
 //! Reading tensor data: whole tensors, slices, many at once; every byte is checked before it is handed out.
 //!
 //! **Protocol.** What is wanted becomes *parts*, each checked by one digest (a tensor, or a block of a longer one);
-//! neighbouring parts become *pieces* of at most 8 MiB, each brought by one aligned read into a thread's own buffer,
-//! checked there, and only then copied to its target. **Completion.** A call returns when all targets are filled.
-//! **Errors.** The first error wins and the other threads stop; targets then hold some checked bytes and some old ones,
-//! never unchecked ones. **Memory.** One buffer of 8 MiB per thread, and what is returned.
+//! neighbouring parts become *pieces* of at most 8 MiB. A thread brings a piece by aligned reads into its own buffer, and
+//! copies and digests each run of bytes while it is in the cache. **Completion.** `Ok` when all targets are filled and
+//! every digest is right. **Errors.** The first error wins and the other threads stop; nobody knows then what the targets
+//! hold, and what a call would have returned is dropped. **Memory.** One buffer of 1 MiB per thread, and what is returned.
 
 mod piece;
 mod region;
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::format::manifest::{BLOCK, SliceEntry, TensorEntry};
 use crate::mutant::{self, Mutant};
 use crate::state::{Dtype, Element};
-use piece::{Part, Piece, Window, coalesce, file_at, visit_all, zeroed};
+use piece::{Part, Piece, Window, coalesce, file_at, pass, visit_all, zeroed};
 use region::Region;
 use std::ops::Range;
 
@@ -114,24 +114,20 @@ impl Checkpoint {
         for target in targets.0 {
             self.plan(target, &mut parts)?;
         }
-        let visit = |window: &mut Window, piece: Piece<Wanted<'_, '_>>| {
-            let bytes = window.read(file_at(&self.opened.files, piece.file)?, &piece.range).map_err(|error| {
+        let visit = |window: &mut Window, mut piece: Piece<Wanted<'_, '_>>| {
+            pass(window, file_at(&self.opened.files, piece.file)?, &mut piece).map_err(|error| {
                 let first = piece.parts.first().map(|part| part.tensor.name.as_str());
                 let wrong = format!("cannot read tensors first={first:?} range={:?}", piece.range);
                 self.in_file(Error::new(error.kind(), wrong).with_source(error), piece.file)
             })?;
-            for part in piece.parts {
-                let at = (part.range.start - piece.range.start) as usize;
-                let len = (part.range.end - part.range.start) as usize;
-                let bytes = bytes.get(at..at + len).unwrap_or_default();
-                if !matches(Digest::of(bytes), part.digest) {
-                    let (tensor, range) = (&part.tensor.name, &part.range);
-                    let wrong = format!("a tensor is not what was written tensor={tensor:?} range={range:?}");
-                    return Err(self.in_file(Error::corrupt(wrong), piece.file));
+            match piece.parts.iter().find(|part| !matches(part.found, part.digest)) {
+                None => Ok(()),
+                Some(Wanted { tensor, range, .. }) => {
+                    let name = &tensor.name;
+                    let wrong = format!("a tensor is not what was written tensor={name:?} range={range:?}");
+                    Err(self.in_file(Error::corrupt(wrong), piece.file))
                 }
-                part.copy(bytes)?;
             }
-            Ok(())
         };
         visit_all(coalesce(parts), self.threads, visit)
     }
@@ -164,7 +160,8 @@ impl Checkpoint {
                 let (share, rest) = std::mem::take(&mut to).split_at_mut((end - done) as usize);
                 to = rest;
                 let region = region.clone();
-                parts.push(Wanted { file: slice.file, range, digest, tensor, region, origin, place: done, to: share });
+                let (file, found) = (slice.file, Digest::EMPTY);
+                parts.push(Wanted { file, range, digest, found, tensor, region, origin, place: done, to: share });
                 done = end;
             }
         }
@@ -224,12 +221,15 @@ struct Wanted<'c, 't> {
     file: usize,
     range: Range<u64>,
     digest: Digest,
+    /// The digest of what was read so far.
+    found: Digest,
     tensor: &'c TensorEntry,
     region: Region,
     /// Where `range` begins in the tensor.
     origin: u64,
     /// Where `to` begins in the region.
     place: u64,
+    /// What is still to be filled.
     to: &'t mut [u8],
 }
 
@@ -241,23 +241,25 @@ impl Part for Wanted<'_, '_> {
     fn range(&self) -> Range<u64> {
         self.range.clone()
     }
-}
 
-impl Wanted<'_, '_> {
-    /// Copies what is wanted of `bytes`, which are those of `range`.
-    fn copy(self, bytes: &[u8]) -> Result<()> {
-        let (mut place, mut to) = (self.place, self.to);
-        while !to.is_empty() {
-            let (source, together) = self.region.at(place);
-            let from = bytes.get((source - self.origin) as usize..).unwrap_or_default();
-            let len = to.len().min(from.len()).min(usize::try_from(together).unwrap_or(usize::MAX));
-            let (now, later) = to.split_at_mut(len);
-            now.copy_from_slice(&from[..len]);
-            if now.is_empty() {
+    fn take(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        let start = self.origin + (at - self.range.start);
+        let end = start + bytes.len() as u64;
+        while !self.to.is_empty() {
+            let (source, together) = self.region.at(self.place);
+            if source >= end {
+                break;
+            }
+            let from = source.checked_sub(start).and_then(|skip| bytes.get(skip as usize..)).unwrap_or_default();
+            let len = self.to.len().min(from.len()).min(usize::try_from(together).unwrap_or(usize::MAX));
+            if len == 0 {
                 return Err(Error::internal("a slice was looked for outside its block"));
             }
-            (place, to) = (place + len as u64, later);
+            let (now, later) = std::mem::take(&mut self.to).split_at_mut(len);
+            now.copy_from_slice(&from[..len]);
+            (self.place, self.to) = (self.place + len as u64, later);
         }
+        self.found = self.found.then(Digest::of(bytes), bytes.len() as u64);
         Ok(())
     }
 }

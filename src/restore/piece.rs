@@ -1,4 +1,4 @@
-//! Pieces: what one read brings, and the threads that read them.
+//! Pieces: what one thread brings at a time, and the threads that do it.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::manifest::BLOCK;
@@ -21,9 +21,17 @@ pub(super) trait Part: Send {
     fn file(&self) -> usize;
     /// The bytes, at most [`BLOCK`] of them.
     fn range(&self) -> Range<u64>;
+    /// The next of the bytes, and where they are in the file.
+    fn take(&mut self, at: u64, bytes: &[u8]) -> Result<()>;
 }
 
-/// Neighbours in a file, brought by one read of at most [`BLOCK`] bytes.
+/// Bytes of one read. `docs/tuning.md` has the measurements.
+const WINDOW: u64 = 1 << 20;
+
+/// Bytes that are copied and digested in turn while they are in the second-level cache.
+const HOT: usize = 128 << 10;
+
+/// Neighbours in a file, at most [`BLOCK`] bytes, brought by one thread.
 #[derive(Debug)]
 pub(super) struct Piece<P> {
     pub file: usize,
@@ -52,7 +60,7 @@ pub(super) fn coalesce<P: Part>(mut parts: Vec<P>) -> Vec<Piece<P>> {
     pieces
 }
 
-/// An aligned buffer of one thread, and the bytes that it holds at present.
+/// An aligned buffer of one thread, through which the bytes of a file pass.
 pub(super) struct Window {
     buffer: Vec<u8>,
 }
@@ -62,18 +70,31 @@ impl Window {
         Self { buffer: Vec::new() }
     }
 
-    /// Reads `range` of `file`, rounded to whole aligned blocks, and lends out exactly `range`.
-    pub fn read(&mut self, file: &dyn FileReading, range: &Range<u64>) -> Result<&[u8]> {
+    /// Reads `range` of `file` in aligned steps, and hands out exactly its bytes in order, with their place in the file, in
+    /// runs that are still in the processor's cache when they are looked at for the second time.
+    pub fn stream(
+        &mut self,
+        file: &dyn FileReading,
+        range: &Range<u64>,
+        mut each: impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         let align = ALIGNMENT as u64;
-        let start = range.start - range.start % align;
         let end = range.end.checked_next_multiple_of(align).unwrap_or(range.end).min(file.len());
         if range.start > range.end || range.end > end {
             return Err(Error::corrupt(format!("a file ends too early range={range:?} len={}", file.len())));
         }
-        let bytes = self.space((end - start) as usize)?;
-        file.read_at(start, bytes)?;
-        let skip = (range.start - start) as usize;
-        Ok(bytes.get(skip..skip + (range.end - range.start) as usize).unwrap_or_default())
+        let mut at = range.start - range.start % align;
+        while at < range.end {
+            let bytes = self.space((end - at).min(WINDOW) as usize)?;
+            file.read_at(at, bytes)?;
+            let skip = range.start.saturating_sub(at) as usize;
+            let wanted = (range.end - at).min(bytes.len() as u64) as usize;
+            for start in (skip..wanted).step_by(HOT) {
+                each(at + start as u64, &bytes[start..wanted.min(start + HOT)])?;
+            }
+            at += bytes.len() as u64;
+        }
+        Ok(())
     }
 
     fn space(&mut self, len: usize) -> Result<&mut [u8]> {
@@ -84,6 +105,29 @@ impl Window {
         let start = self.buffer.as_ptr().align_offset(ALIGNMENT);
         self.buffer.get_mut(start..start + len).ok_or_else(|| Error::internal("a buffer cannot be aligned"))
     }
+}
+
+/// Passes the bytes of `piece` through `window`; each part takes its own, and is finished after its last.
+pub(super) fn pass<P: Part>(window: &mut Window, file: &dyn FileReading, piece: &mut Piece<P>) -> Result<()> {
+    let Piece { range, parts, .. } = piece;
+    let mut first = 0;
+    window.stream(file, range, |at, bytes| {
+        let end = at + bytes.len() as u64;
+        for part in &mut parts[first..] {
+            let wanted = part.range();
+            let (from, to) = (wanted.start.max(at), wanted.end.min(end));
+            if from < to {
+                part.take(from, &bytes[(from - at) as usize..(to - at) as usize])?;
+            } else if wanted.start >= end {
+                break;
+            }
+        }
+        // Sorted by their start, parts may still end in any order.
+        while parts.get(first).is_some_and(|part| part.range().end <= end) {
+            first += 1;
+        }
+        Ok(())
+    })
 }
 
 /// Zeroed elements; `Busy` when there is no memory for them.
@@ -147,6 +191,9 @@ mod tests {
         }
         fn range(&self) -> Range<u64> {
             self.1.clone()
+        }
+        fn take(&mut self, _: u64, _: &[u8]) -> Result<()> {
+            Ok(())
         }
     }
 

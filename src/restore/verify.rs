@@ -1,6 +1,6 @@
 //! Verification: every byte of a step read once, and all that is wrong with it said.
 
-use super::piece::{Part, Piece, Window, coalesce, file_at, visit_all, zeroed};
+use super::piece::{Part, Piece, Window, coalesce, file_at, pass, visit_all, zeroed};
 use super::{blocks, matches};
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::format::invariants;
 use crate::format::manifest::{BLOCK, TensorEntry};
 use crate::format::shard::Header;
+use crate::storage::FileReading;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -127,7 +128,12 @@ impl Checkpoint {
         let slices = manifest.tensors.iter().flat_map(|tensor| tensor.slices.iter().map(move |slice| (tensor, slice)));
         let mut tiles: Vec<_> = slices
             .flat_map(|(tensor, slice)| {
-                let tile = |(range, digest)| Tile { file: slice.file, range, written: Some((digest, tensor)) };
+                let tile = |(range, digest)| Tile {
+                    file: slice.file,
+                    range,
+                    written: Some((digest, tensor)),
+                    found: Digest::EMPTY,
+                };
                 blocks(slice).map(tile)
             })
             .collect();
@@ -138,25 +144,19 @@ impl Checkpoint {
                 file,
                 range: start..entry.length.min(start + BLOCK),
                 written: None,
+                found: Digest::EMPTY,
             }));
         }
         tiles
     }
 
-    fn verify_piece(&self, window: &mut Window, piece: Piece<Tile<'_>>, findings: &Mutex<Findings>) -> Result<()> {
+    fn verify_piece(&self, window: &mut Window, mut piece: Piece<Tile<'_>>, findings: &Mutex<Findings>) -> Result<()> {
         let file = file_at(&self.opened.files, piece.file)?;
-        let mut found = Vec::with_capacity(piece.parts.len());
-        match window.read(file, &piece.range) {
-            Ok(bytes) => {
-                for tile in &piece.parts {
-                    let at = (tile.range.start - piece.range.start) as usize;
-                    let len = (tile.range.end - tile.range.start) as usize;
-                    found.push(Ok(Digest::of(bytes.get(at..at + len).unwrap_or_default())));
-                }
-            }
+        let found: Vec<Result<Digest>> = match pass(window, file, &mut piece) {
+            Ok(()) => piece.parts.iter().map(|tile| Ok(tile.found)).collect(),
             // Tile by tile, so that a bad sector is not blamed on its neighbours.
-            Err(_) => found.extend(piece.parts.iter().map(|tile| window.read(file, &tile.range).map(Digest::of))),
-        }
+            Err(_) => piece.parts.iter().map(|tile| digest(window, file, &tile.range)).collect(),
+        };
         let mut findings = findings.lock().unwrap_or_else(PoisonError::into_inner);
         for (tile, found) in piece.parts.into_iter().zip(found) {
             let tensor = tile.written.map(|(_, tensor)| tensor);
@@ -202,6 +202,15 @@ impl Checkpoint {
     }
 }
 
+fn digest(window: &mut Window, file: &dyn FileReading, range: &Range<u64>) -> Result<Digest> {
+    let mut digest = Digest::EMPTY;
+    window.stream(file, range, |_, bytes| {
+        digest = digest.then(Digest::of(bytes), bytes.len() as u64);
+        Ok(())
+    })?;
+    Ok(digest)
+}
+
 struct Findings {
     damage: Vec<Damage>,
     /// What the tiles' bytes are: file, range, digest.
@@ -214,6 +223,8 @@ struct Tile<'c> {
     range: Range<u64>,
     /// Its digest and whose it is; None where only the whole file has one.
     written: Option<(Digest, &'c TensorEntry)>,
+    /// The digest of what was read so far.
+    found: Digest,
 }
 
 impl Part for Tile<'_> {
@@ -223,5 +234,10 @@ impl Part for Tile<'_> {
 
     fn range(&self) -> Range<u64> {
         self.range.clone()
+    }
+
+    fn take(&mut self, _: u64, bytes: &[u8]) -> Result<()> {
+        self.found = self.found.then(Digest::of(bytes), bytes.len() as u64);
+        Ok(())
     }
 }

@@ -23,7 +23,7 @@ pub fn run(bench: &Bench<'_>) -> Result<Figures> {
 
     let mut targets: Vec<(&str, Vec<u8>)> = state.tensors().map(|(name, bytes)| (name, vec![1; bytes.len()])).collect();
     let peak = Peak::watch();
-    let (mut limits, mut seconds, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut limits, mut seconds, mut opened, mut cpu) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut sample = |turn| {
         if turn == Turn::Limit {
             let limit = scratch.read(&config, &mut memory)?;
@@ -33,6 +33,7 @@ pub fn run(bench: &Bench<'_>) -> Result<Figures> {
         let before = Cpu::now();
         let began = Instant::now();
         let checkpoint = Checkpoint::open(&path)?;
+        opened.push(began.elapsed().as_secs_f64());
         checkpoint.read_into(targets.iter_mut().fold(Targets::new(), |all, (name, to)| all.bytes(*name, to)))?;
         let took = began.elapsed().as_secs_f64();
         seconds.push(took);
@@ -57,6 +58,7 @@ pub fn run(bench: &Bench<'_>) -> Result<Figures> {
         ("rounds", pairs.ratios.len().into()),
         ("verdict", pairs.verdict().into()),
         ("restore_seconds", seconds.into()),
+        ("open_seconds", median(opened).into()),
         ("restore_bytes_per_second", (state.bytes as f64 / seconds).into()),
         ("limit_bytes_per_second", median(limits.iter().map(Limit::bytes_per_second)).into()),
         ("limit_loop", limit::shown(&config).into()),

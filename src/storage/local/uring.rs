@@ -280,7 +280,6 @@ mod tests {
     use super::*;
     use crate::storage::local::AlignedBuffer;
     use std::fs::{File, OpenOptions};
-    use std::io::Write;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
@@ -288,7 +287,7 @@ mod tests {
     fn uring() -> Option<Uring> {
         let probed = Uring::probe();
         if let Err(error) = &probed {
-            writeln!(io::stderr(), "left out: io_uring is not to be had: {error}").unwrap();
+            eprintln!("left out: io_uring is not to be had: {error}");
         }
         probed.ok()
     }

@@ -127,7 +127,7 @@ fn many_small_tensors_are_few_reads() {
     checkpoint.read_into(targets).unwrap();
     assert!(names.iter().zip(memory.chunks(1000)).all(|(name, bytes)| made.tensors[*name].2 == bytes));
     let seen = storage.seen.lock().unwrap();
-    assert!(seen.reads.len() <= 2, "{:?}", seen.reads);
+    assert!(seen.reads.len() <= 5, "{:?}", seen.reads);
     assert!(seen.reads.iter().all(|(_, range)| range.start % 4096 == 0));
 }
 
