@@ -4,9 +4,11 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::manifest::{BLOCK, Head, MANIFEST};
 use crate::format::shard::INDEX;
+use crate::memory::AlignedBuffer;
 use crate::plan::{From, Plan, Planned, Receipts, Request, Shard};
 use crate::storage::Writing;
 use crate::ticket::{Committed, Phase};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,6 +28,8 @@ pub(crate) struct Ending<'a> {
     pub receipts: Result<Receipts>,
     /// Where the step will be.
     pub path: PathBuf,
+    /// Memory for its manifest, the same from save to save.
+    pub manifest: &'a mut AlignedBuffer,
 }
 
 /// How a save ended. Its future is still to be resolved: first whoever counts steps has to know.
@@ -68,13 +72,14 @@ pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
 }
 
 fn commit(ending: Ending<'_>) -> Result<Committed> {
-    let Ending { request, attempt, receipts, path } = ending;
+    let Ending { request, attempt, receipts, path, manifest } = ending;
     let (ticket, plan) = (&request.ticket, &request.plan);
-    let Receipts { digests: segments, mode, last_byte } = receipts?;
+    let Receipts { digests: segments, chunks, mode, last_byte } = receipts?;
     let attempt = attempt.ok_or_else(|| Error::internal("a save without an attempt was written"))?;
-    let tensors: Vec<_> = plan.tensors.iter().map(|t| digests(plan, t, &segments)).collect();
+    let mut blocks = Vec::new();
+    let tensors: Vec<_> = plan.tensors.iter().map(|t| digests(plan, t, &segments, &mut blocks)).collect();
     unchanged(request, &tensors)?;
-    let mut files: Vec<(Digest, Digest)> = plan.shards.iter().map(|s| file(plan, s, &segments)).collect();
+    let mut files: Vec<(Digest, Digest)> = plan.shards.iter().map(|s| file(plan, s, &segments, &chunks)).collect();
     if let Some(index) = &plan.index {
         attempt.put(INDEX, index)?;
         files.push((Digest::EMPTY, Digest::of(index)));
@@ -86,8 +91,9 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
         values: &request.values,
         metadata: &request.metadata,
     };
-    let manifest = plan.manifest.fill(&head, files, tensors.iter().map(|(digest, blocks)| (*digest, &blocks[..])))?;
-    attempt.put(MANIFEST, &manifest)?;
+    let slices = tensors.iter().map(|(digest, range)| (*digest, blocks.get(range.clone()).unwrap_or_default()));
+    plan.manifest.fill(&head, files, slices, manifest)?;
+    attempt.put(MANIFEST, manifest)?;
     if !ticket.enter(Phase::Publishing) {
         let gone = || Error::new(ErrorKind::Cancelled, "the save ended before its publish");
         return Err(ticket.failure().unwrap_or_else(gone));
@@ -109,37 +115,35 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
     })
 }
 
-/// The digest of a tensor and of its blocks, from those of its segments: these are cut where blocks end.
-fn digests(plan: &Plan, tensor: &Planned, segments: &[Digest]) -> (Digest, Vec<Digest>) {
-    let mut blocks: Vec<(Digest, u64)> = Vec::with_capacity(tensor.bytes.div_ceil(BLOCK) as usize);
-    for (segment, digest) in plan.segments[tensor.segments.clone()].iter().zip(&segments[tensor.segments.clone()]) {
-        match blocks.last_mut() {
-            Some((block, length)) if !segment.at.is_multiple_of(BLOCK) => {
-                *block = block.then(*digest, segment.length as u64);
-                *length += segment.length as u64;
+/// The digest of a tensor, from those of its segments; and where in `blocks` those of its blocks were put, if it is long enough
+/// to have any. Segments are cut where blocks end.
+fn digests(plan: &Plan, tensor: &Planned, all: &[Digest], blocks: &mut Vec<Digest>) -> (Digest, Range<usize>) {
+    let begin = blocks.len();
+    let mut whole = Digest::EMPTY;
+    for (segment, digest) in plan.segments[tensor.segments.clone()].iter().zip(&all[tensor.segments.clone()]) {
+        let length = segment.length as u64;
+        whole = whole.then(*digest, length);
+        if tensor.bytes > BLOCK {
+            match blocks.last_mut() {
+                Some(block) if !segment.at.is_multiple_of(BLOCK) => *block = block.then(*digest, length),
+                _ => blocks.push(*digest),
             }
-            _ => blocks.push((*digest, segment.length as u64)),
         }
     }
-    let whole = Digest::concat(blocks.iter().copied());
-    (whole, if tensor.bytes > BLOCK { blocks.into_iter().map(|(digest, _)| digest).collect() } else { Vec::new() })
+    (whole, begin..blocks.len())
 }
 
 /// The digests of a shard: of its header, and of all of it.
-fn file(plan: &Plan, shard: &Shard, segments: &[Digest]) -> (Digest, Digest) {
+fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (Digest, Digest) {
     let pieces = plan.segments[shard.segments.clone()].iter().zip(&segments[shard.segments.clone()]);
-    let (mut header, mut digest) = (Digest::EMPTY, Digest::EMPTY);
-    for (segment, piece) in pieces {
-        digest = digest.then(*piece, segment.length as u64);
-        if segment.from == From::Header {
-            header = digest;
-        }
-    }
-    (header, digest)
+    let header = pieces.take_while(|(segment, _)| segment.from == From::Header);
+    let header = Digest::concat(header.map(|(segment, digest)| (*digest, segment.length as u64)));
+    let parts = plan.chunks[shard.chunks.clone()].iter().zip(&chunks[shard.chunks.clone()]);
+    (header, Digest::concat(parts.map(|(chunk, digest)| (*digest, chunk.length as u64))))
 }
 
 /// Compares what was staged with what was there at `save`: a difference means that a fence was forgotten.
-fn unchanged(request: &Request, tensors: &[(Digest, Vec<Digest>)]) -> Result<()> {
+fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<()> {
     for (index, expected) in &request.expected {
         let staged = request.plan.places.get(*index).and_then(|place| tensors.get(*place));
         if staged.is_none_or(|(digest, _)| digest != expected) {

@@ -5,7 +5,7 @@ use crate::completion::Signal;
 use crate::device::{Device, Host};
 use crate::error::Result;
 use crate::id::Attempts;
-use crate::memory::{Arena, Register};
+use crate::memory::{AlignedBuffer, Arena, Register};
 use crate::settings::{Detect, Engine, Overlap, Priority, Settings};
 use crate::staging::Stager;
 use crate::storage::Storage;
@@ -132,8 +132,9 @@ impl Builder {
         let (place, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());
         let commit = move || {
             adopt(priority);
+            let mut manifest = AlignedBuffer::new(0);
             for task in endings {
-                let left = ending::conclude(&task, place.as_ref(), &steps, &compared);
+                let left = ending::conclude(&task, place.as_ref(), &steps, &compared, &mut manifest);
                 if let Some(Err(full)) = left.map(|left| leftovers.try_send(left)) {
                     tracing::warn!(step = ?full.into_inner().name, "tidying is behind; a later sweep does it");
                 }

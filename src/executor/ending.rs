@@ -7,6 +7,7 @@
 use crate::catalog::Catalog;
 use crate::commit::{self, Concluded, Ending, Published};
 use crate::error::{Error, ErrorKind};
+use crate::memory::AlignedBuffer;
 use crate::storage::Storage;
 use crate::ticket::{Outcome, Phase};
 use crate::writer::Task;
@@ -21,14 +22,20 @@ pub(super) struct Left {
 }
 
 /// Ends the save of `task`; a panic of the storage fails the save, not the thread.
-pub(super) fn conclude(task: &Task, storage: &dyn Storage, catalog: &Catalog, compared: &AtomicU64) -> Option<Left> {
+pub(super) fn conclude(
+    task: &Task,
+    storage: &dyn Storage,
+    catalog: &Catalog,
+    compared: &AtomicU64,
+    manifest: &mut AlignedBuffer,
+) -> Option<Left> {
     let (request, ticket) = (&task.request, &task.request.ticket);
     if let Err(busy) = catalog.announce(&request.name, ticket.attempt) {
         ticket.fail(busy);
     }
     let concluded = catch_unwind(AssertUnwindSafe(|| {
         let path = storage.describe(&request.name);
-        commit::conclude(Ending { request, attempt: task.begun(), receipts: task.receipts(), path })
+        commit::conclude(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, manifest })
     }));
     let concluded = concluded.unwrap_or_else(|_| {
         let publishing = ticket.phase() >= Phase::Publishing;

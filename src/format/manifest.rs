@@ -47,11 +47,19 @@ pub fn block_count(length: u64) -> usize {
 
 /// Ends a manifest with its digest. `text` is the JSON text without the closing brace.
 pub fn seal(mut text: Vec<u8>) -> Vec<u8> {
-    text.extend_from_slice(BEFORE_DIGEST);
-    let digest = Digest::of(&text).to_hex();
-    text.extend_from_slice(&digest);
-    text.extend_from_slice(END);
+    text.resize(text.len() + SEAL, 0);
+    seal_in_place(&mut text);
     text
+}
+
+/// The same where the last [`SEAL`] bytes are room for it.
+pub(super) fn seal_in_place(bytes: &mut [u8]) {
+    let (text, seal) = bytes.split_at_mut(bytes.len() - SEAL);
+    let mut digest = Digest::of(text);
+    digest = digest.then(Digest::of(BEFORE_DIGEST), BEFORE_DIGEST.len() as u64);
+    for (to, from) in seal.iter_mut().zip([BEFORE_DIGEST, &digest.to_hex(), END].into_iter().flatten()) {
+        *to = *from;
+    }
 }
 
 /// The text that was given to [`seal`], if its digest is right.

@@ -47,6 +47,17 @@ pub(super) fn stamp(step: u64, attempt: Attempt) -> String {
     format!("{BEFORE_STEP}{step:STEP_ROOM$}{BEFORE_ATTEMPT}{attempt}{AFTER_ATTEMPT}")
 }
 
+/// The part of a header that tells one save from another.
+#[derive(Clone, Debug)]
+pub struct Stamp(String);
+
+impl Stamp {
+    /// Of this step and attempt.
+    pub fn new(step: u64, attempt: Attempt) -> Self {
+        Self(stamp(step, attempt))
+    }
+}
+
 /// The header of a shard with everything but step and attempt.
 #[derive(Clone, Debug)]
 pub struct HeaderTemplate {
@@ -98,11 +109,16 @@ impl HeaderTemplate {
         self.bytes.len() as u64
     }
 
-    /// The header of this step and attempt.
-    pub fn stamp(&self, step: u64, attempt: Attempt) -> Vec<u8> {
-        let mut bytes = self.bytes.clone();
-        bytes[PREFIX..PREFIX + STAMP].copy_from_slice(stamp(step, attempt).as_bytes());
-        bytes
+    /// Fills `to` with the bytes from `begin` on of the header of this step and attempt. False when it has fewer.
+    pub fn copy(&self, stamp: &Stamp, begin: usize, to: &mut [u8]) -> bool {
+        let Some(from) = self.bytes.get(begin..begin + to.len()) else { return false };
+        to.copy_from_slice(from);
+        let stamped = PREFIX.max(begin)..(PREFIX + STAMP).min(begin + to.len());
+        if !stamped.is_empty() {
+            to[stamped.start - begin..stamped.end - begin]
+                .copy_from_slice(&stamp.0.as_bytes()[stamped.start - PREFIX..stamped.end - PREFIX]);
+        }
+        true
     }
 }
 
@@ -185,8 +201,24 @@ mod tests {
     use proptest::prelude::*;
     use safetensors::SafeTensors;
 
+    /// In pieces of all lengths, as chunks may cut it.
+    fn stamped(template: &HeaderTemplate, step: u64, attempt: Attempt) -> Vec<u8> {
+        let (mut bytes, mut at) = (vec![0; template.len() as usize], 0);
+        let stamp = Stamp::new(step, attempt);
+        for len in (1..).step_by(7) {
+            let end = bytes.len().min(at + len);
+            assert!(template.copy(&stamp, at, &mut bytes[at..end]));
+            at = end;
+            if at == bytes.len() {
+                break;
+            }
+        }
+        assert!(!template.copy(&stamp, at - 1, &mut [0; 2]));
+        bytes
+    }
+
     fn header(tensors: &[(&str, Dtype, &[usize], Range<u64>)]) -> Vec<u8> {
-        HeaderTemplate::new(tensors.iter().cloned()).unwrap().stamp(7, Attempt::default())
+        stamped(&HeaderTemplate::new(tensors.iter().cloned()).unwrap(), 7, Attempt::default())
     }
 
     #[test]
@@ -243,7 +275,7 @@ mod tests {
     #[test]
     fn step_and_attempt_stand_where_the_specification_says() {
         let attempt = Attempt::default();
-        let bytes = HeaderTemplate::new([]).unwrap().stamp(u64::MAX, attempt);
+        let bytes = stamped(&HeaderTemplate::new([]).unwrap(), u64::MAX, attempt);
         assert_eq!(&bytes[54..76], format!("{}\",", u64::MAX).as_bytes());
         assert_eq!(&bytes[94..130], attempt.to_string().as_bytes());
         assert_eq!((PREFIX, PREFIX + STAMP), (8, 132));
@@ -271,7 +303,7 @@ mod tests {
             }).collect();
             let described = tensors.iter().map(|t| (&t.name[..], t.dtype, &t.shape[..], t.offsets.clone()));
             let template = HeaderTemplate::new(described).unwrap();
-            let bytes = template.stamp(step, attempt);
+            let bytes = stamped(&template, step, attempt);
             prop_assert_eq!(bytes.len() as u64, template.len());
             prop_assert_eq!(identity(&bytes[..ALIGNMENT]).unwrap(), (step, attempt));
             let mut read = Header::parse(&bytes, template.len() + end).unwrap();

@@ -1,11 +1,12 @@
 //! A manifest made once for a structure and filled per save: writing 100,000 tensors afresh would cost 25 ms each time.
 
 use super::invariants;
-use super::manifest::{FileEntry, SEAL, TensorEntry, VERSION, seal};
+use super::manifest::{FileEntry, SEAL, TensorEntry, VERSION, seal_in_place};
 use super::shard::write_json;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
+use crate::memory::AlignedBuffer;
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -112,7 +113,7 @@ impl ManifestTemplate {
         Ok(())
     }
 
-    /// The bytes of `manifest.json`. `files` are the digests of each file's header and of the whole file; `slices` those
+    /// Makes `out` the bytes of `manifest.json`, in the memory that it has if that is enough. `files` are the digests of each file's header and of the whole file; `slices` those
     /// of each slice and of its blocks, tensor by tensor; both in the order given to [`ManifestTemplate::new`].
     ///
     /// # Errors
@@ -122,20 +123,23 @@ impl ManifestTemplate {
         head: &Head<'_>,
         files: impl IntoIterator<Item = (Digest, Digest)>,
         slices: impl IntoIterator<Item = (Digest, &'d [Digest])>,
-    ) -> Result<Vec<u8>> {
-        let mut out = format!(r#"{{"format":"ashore","version":{VERSION},"#).into_bytes();
-        let begin = out.len();
-        write_json(&mut out, head)?;
+        out: &mut AlignedBuffer,
+    ) -> Result<()> {
+        let mut begin = format!(r#"{{"format":"ashore","version":{VERSION},"#).into_bytes();
+        let brace = begin.len();
+        write_json(&mut begin, head)?;
         // Its braces go: the fields continue those before, and are continued.
-        out.remove(begin);
-        out.pop();
-        let base = out.len();
-        out.reserve_exact(self.text.len() + SEAL);
-        out.extend_from_slice(&self.text);
+        begin.remove(brace);
+        begin.pop();
+        out.reset(begin.len() + self.text.len() + SEAL);
+        let (start, rest) = out.split_at_mut(begin.len());
+        start.copy_from_slice(&begin);
+        let text = &mut rest[..self.text.len()];
+        text.copy_from_slice(&self.text);
 
         let mut slots = self.slots.iter();
         let mut put = |digest: Digest| {
-            let room = slots.next().and_then(|at| out.get_mut(base + at..base + at + 16));
+            let room = slots.next().and_then(|&at| text.get_mut(at..at + 16));
             room.map(|room| room.copy_from_slice(&digest.to_hex())).ok_or_else(|| wrong("more"))
         };
         let mut left = self.files;
@@ -155,7 +159,8 @@ impl ManifestTemplate {
         if left > 0 || expected.next().is_some() {
             return Err(wrong("fewer"));
         }
-        Ok(seal(out))
+        seal_in_place(out);
+        Ok(())
     }
 }
 

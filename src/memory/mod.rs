@@ -3,9 +3,11 @@
 //! **Consistency.** A [`Lease`] is the only way to a slab, and there is one lease per slab. **Completion.** Dropping the
 //! lease sends the slab home; that is the only back-pressure there is. **Fork.** The mapping is not inherited.
 
+mod aligned;
 mod arena;
 mod slab;
 
 pub use crate::ALIGNMENT;
+pub use aligned::AlignedBuffer;
 pub use arena::{Arena, ArenaReport, Register};
 pub use slab::Lease;

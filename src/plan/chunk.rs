@@ -29,6 +29,8 @@ pub(crate) struct Request {
 pub(crate) struct Receipts {
     /// The digest of every segment, in the order of the plan.
     pub digests: Vec<Digest>,
+    /// The digest of every chunk, in the order of the plan.
+    pub chunks: Vec<Digest>,
     /// How bytes reached the medium: buffered if any file was.
     pub mode: IoMode,
     /// When the last byte was written, since the save began.

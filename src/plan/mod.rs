@@ -7,4 +7,4 @@ mod chunk;
 mod save;
 
 pub(crate) use chunk::{Chunk, Receipts, Request, Sink};
-pub(crate) use save::{From, Plan, Planned, Shape, Shard};
+pub(crate) use save::{From, Plan, Planned, Segment, Shape, Shard};

@@ -14,6 +14,7 @@ use crate::completion::Signal;
 use crate::device::{CopyQueue, Device};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::shard::Stamp;
 use crate::memory::Arena;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From, Plan, Sink};
@@ -187,7 +188,7 @@ impl Stager {
     /// Copies all chunks, in order, `WINDOW` at a time, and hands over each when its mark is reached.
     fn copy(&self, job: &mut Job, line: &mut Line, flying: &mut VecDeque<Flying>) -> Result<()> {
         let (ticket, plan) = (job.ticket.clone(), job.plan.clone());
-        let headers: Vec<_> = plan.shards.iter().map(|s| s.header.stamp(ticket.step, ticket.attempt)).collect();
+        let stamp = Stamp::new(ticket.step, ticket.attempt);
         let (mut next, mut due) = (0, Instant::now());
         loop {
             let now = Instant::now();
@@ -208,7 +209,7 @@ impl Stager {
             if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
                 flying.push_back(Flying { chunk: Chunk { index: next, lease, digests: None }, mark: u64::MAX });
-                enqueue(job, &headers, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
+                enqueue(job, &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
                 next += 1;
                 if mutant::on(Mutant::SourceEarly) && next == plan.chunks.len() {
                     job.state = StateDict::new();
@@ -271,7 +272,7 @@ struct Flying {
 }
 
 /// Queues the copies of one chunk, and the mark behind them.
-fn enqueue(job: &Job, headers: &[Vec<u8>], queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
+fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
     let chunk = &job.plan.chunks[flying.chunk.index];
     let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
     let (base, mut at) = (flying.chunk.lease.as_mut_ptr(), 0);
@@ -279,18 +280,23 @@ fn enqueue(job: &Job, headers: &[Vec<u8>], queue: &mut dyn CopyQueue, flying: &m
         let to = base.wrapping_add(at);
         at += segment.length;
         let begin = segment.at as usize;
+        let captured = |tensor| job.captured.get(tensor).and_then(|b| b.get(begin..begin + segment.length));
         let ours = match segment.from {
-            From::Header => headers[chunk.shard].get(begin..begin + segment.length),
-            From::Tensor(tensor) => job.captured.get(tensor).and_then(|b| b.get(begin..begin + segment.length)),
+            From::Tensor(tensor) => captured(tensor),
+            From::Header => Some(&[][..]),
         };
         let digest = match (ours, segment.from) {
-            (Some(bytes), _) => {
-                // SAFETY: `to` is inside the leased slab, and no queued copy writes this part of it.
-                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
-                Some(Digest::of(bytes))
-            }
             (None, From::Tensor(tensor)) => read(job, tensor, begin, segment.length, to, queue)?,
-            (None, From::Header) => return Err(Error::internal("a header is shorter than planned")),
+            (captured, _) => {
+                // SAFETY: inside the leased slab, initialised when the arena was made, and no queued copy writes this part.
+                let place = unsafe { std::slice::from_raw_parts_mut(to, segment.length) };
+                match (segment.from, captured) {
+                    (From::Tensor(_), Some(bytes)) => place.copy_from_slice(bytes),
+                    _ if job.plan.shards[chunk.shard].header.copy(stamp, begin, place) => {}
+                    _ => return Err(Error::internal("a header is shorter than planned")),
+                }
+                Some(Digest::of(place))
+            }
         };
         match digest {
             Some(digest) => digests.iter_mut().for_each(|d| d.push(digest)),

@@ -14,7 +14,7 @@
 use crate::error::{ErrorKind, Result};
 use crate::id::Attempt;
 use crate::memory::ALIGNMENT;
-use crate::storage::local::AlignedBuffer;
+use crate::memory::AlignedBuffer;
 use crate::storage::{FileReading, Reading, Storage, Writing};
 use std::fmt::Debug;
 use std::sync::{Arc, Barrier};

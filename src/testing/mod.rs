@@ -10,7 +10,7 @@ mod faulty;
 mod late;
 pub mod simfs;
 
-pub use crate::storage::local::AlignedBuffer;
+pub use crate::memory::AlignedBuffer;
 pub use block_on::block_on;
 pub use faulty::{Call, Effect, Fault, Faulty, Logged};
 pub use late::{LateDevice, POISON};

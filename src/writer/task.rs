@@ -3,7 +3,7 @@
 use super::pool::{Pool, Work};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::plan::{Chunk, Receipts, Request, Sink};
+use crate::plan::{Chunk, Receipts, Request, Segment, Sink};
 use crate::settings::IoMode;
 use crate::storage::{FileWriting, Storage, Writing};
 use crossbeam_channel::Sender;
@@ -18,14 +18,20 @@ pub(crate) struct Task {
     storage: Arc<dyn Storage>,
     attempt: OnceLock<Result<Arc<dyn Writing>>>,
     shards: Vec<Shard>,
-    /// The digests of the segments of each chunk that was written.
-    receipts: Vec<OnceLock<Vec<Digest>>>,
+    /// Of each chunk that was written.
+    receipts: Vec<OnceLock<Receipt>>,
     /// Chunks under way, and one for the stager until it ends.
     present: AtomicUsize,
     /// When the last byte was written, in nanoseconds since the save began.
     last_byte: AtomicU64,
     work: Sender<Work>,
     ended: Sender<Arc<Task>>,
+}
+
+#[derive(Debug)]
+struct Receipt {
+    segments: Vec<Digest>,
+    whole: Digest,
 }
 
 #[derive(Debug)]
@@ -79,19 +85,21 @@ impl Task {
         let plan = &self.request.plan.chunks[index];
         let bytes = lease.bytes().get(..plan.length.next_multiple_of(crate::ALIGNMENT));
         let bytes = bytes.ok_or_else(|| Error::internal("a chunk is longer than its slab"))?;
-        let digests = digests.unwrap_or_else(|| {
+        let planned = &self.request.plan.segments[plan.segments.clone()];
+        let segments = digests.unwrap_or_else(|| {
             let mut at = 0;
-            self.request.plan.segments[plan.segments.clone()]
-                .iter()
-                .map(|segment| {
-                    at += segment.length;
-                    Digest::of(&bytes[at - segment.length..at])
-                })
-                .collect()
+            let digest = |segment: &Segment| {
+                at += segment.length;
+                Digest::of(&bytes[at - segment.length..at])
+            };
+            planned.iter().map(digest).collect()
         });
         self.file(plan.shard)?.write_at(plan.offset, bytes)?;
         drop(lease);
-        self.receipts[index].set(digests).map_err(|_| Error::internal("a chunk was written twice"))?;
+        let whole = Digest::concat(segments.iter().zip(planned).map(|(digest, s)| (*digest, s.length as u64)));
+        self.receipts[index]
+            .set(Receipt { segments, whole })
+            .map_err(|_| Error::internal("a chunk was written twice"))?;
         self.request.ticket.bytes_written.fetch_add(plan.length as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -124,9 +132,12 @@ impl Task {
     pub fn receipts(&self) -> Result<Receipts> {
         let Request { ticket, plan, .. } = &self.request;
         let mut digests = Vec::with_capacity(plan.segments.len());
+        let mut chunks = Vec::with_capacity(plan.chunks.len());
         for (receipt, chunk) in self.receipts.iter().zip(&plan.chunks) {
-            let written = receipt.get().filter(|d| d.len() == chunk.segments.len());
-            digests.extend(written.ok_or_else(|| Error::internal("a chunk that was planned was not written"))?);
+            let written = receipt.get().filter(|receipt| receipt.segments.len() == chunk.segments.len());
+            let written = written.ok_or_else(|| Error::internal("a chunk that was planned was not written"))?;
+            digests.extend_from_slice(&written.segments);
+            chunks.push(written.whole);
         }
         let written = ticket.bytes_written.load(Ordering::Acquire);
         if written != plan.length || self.shards.iter().any(|s| s.sealed.get().is_none()) {
@@ -134,7 +145,7 @@ impl Task {
         }
         let direct = |s: &Shard| matches!(s.file.get(), Some(Ok(file)) if file.mode() == IoMode::Direct);
         let mode = if self.shards.iter().all(direct) { IoMode::Direct } else { IoMode::Buffered };
-        Ok(Receipts { digests, mode, last_byte: Duration::from_nanos(self.last_byte.load(Ordering::Acquire)) })
+        Ok(Receipts { digests, chunks, mode, last_byte: Duration::from_nanos(self.last_byte.load(Ordering::Acquire)) })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use ashore::digest::Digest;
 use ashore::format::manifest::{BLOCK, FileEntry, MANIFEST, Manifest, SliceEntry, TensorEntry};
-use ashore::format::shard::{HeaderTemplate, index_json, shard_names};
+use ashore::format::shard::{HeaderTemplate, Stamp, index_json, shard_names};
 use ashore::storage::{FileReading, FileWriting, IoMode, Memory, Reading, Storage, Swept, Writing};
 use ashore::{Attempt, Checkpoint, Dtype, Result};
 use std::collections::{BTreeMap, HashSet};
@@ -53,7 +53,9 @@ impl Made {
                     (name.as_str(), *dtype, shape.as_slice(), start..end)
                 })
                 .collect();
-            let mut bytes = HeaderTemplate::new(described).unwrap().stamp(self.step, self.attempt);
+            let header = HeaderTemplate::new(described).unwrap();
+            let mut bytes = vec![0; header.len() as usize];
+            assert!(header.copy(&Stamp::new(self.step, self.attempt), 0, &mut bytes));
             let data = bytes.len() as u64;
             for (name, (dtype, shape, contents)) in mine {
                 map.insert(name.as_str(), shard.as_str());

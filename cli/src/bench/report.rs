@@ -16,6 +16,8 @@ use std::path::Path;
 const CALL: &str = "save call";
 /// A figure that is larger than this is none: a clock or a division went wrong.
 const SANE: f64 = 1e9;
+/// Between a number and its unit, which belong in one line.
+const NBSP: char = '\u{a0}';
 
 /// What a report shows.
 pub struct Report<'a> {
@@ -113,10 +115,10 @@ impl Report<'_> {
                 p.quiet { (self.machine) }
                 @if held > 0.0 && whole > held {
                     p.lead {
-                        "A save holds training for " (time(held)) " of the " (time(whole)) " until it is durable: "
+                        "A save holds the training thread for " (time(held)) " of the " (time(whole)) " until it is durable: "
                         (percent(held / whole)) "."
                     }
-                    p { "Against the machine’s limit: " (self.verdict) }
+                    p { "Against the machine\u{2019}s limit: " (self.verdict) }
                 } @else {
                     p.lead { (self.verdict) }
                 }
@@ -131,13 +133,13 @@ impl Report<'_> {
         html! {
             dl.tiles {
                 @if !calls.is_empty() {
-                    (tile(ink::CALL, "Training waits", time(median(calls.iter().copied())), &longest(&calls)))
+                    (tile(ink::CALL, "The training thread waits", time(median(calls.iter().copied())), &longest(&calls)))
                 }
                 @if !lengths.is_empty() {
                     (tile(ink::COMMIT, "Durable after", time(median(lengths.iter().copied())), &longest(&lengths)))
                 }
                 @if !ratios.is_empty() {
-                    (tile(ink::WRITING, "Of the machine’s limit", percent(median(ratios.iter().copied())),
+                    (tile(ink::WRITING, "Of the machine\u{2019}s limit", percent(median(ratios.iter().copied())),
                         &format!("median; middle half {}", middle_half(&ratios))))
                 }
                 (tile(ink::LIMIT, "Saves", self.saves.len().to_string(),
@@ -154,7 +156,7 @@ impl Report<'_> {
                 @if names.is_empty() {
                     p.quiet { "No phases were measured." }
                 } @else {
-                    p.quiet { "Everything but the save call happens beside training. Phases overlap, so shares add up to more." }
+                    p.quiet { "Only the save call holds the training thread; the rest runs beside it. Phases overlap, so their shares do not add up to one." }
                     table {
                         thead { tr { th { "Phase" } th.number { "Median" } th.number { "Longest" } th.share { "Share of the save" } } }
                         tbody {
@@ -189,7 +191,7 @@ impl Report<'_> {
                 } @else {
                     p.quiet.keys {
                         (key(ink::STAGING, "staged")) (key(ink::WRITING, "written"))
-                        "Bold: the middle save; thin: the others shown above. What lies between the two lines waits in the arena."
+                        "Bold: the middle save. Between its two lines lies what waits in the arena."
                     }
                     (chart("Bytes staged and written over time", charts::bytes(&self.saves)))
                 }
@@ -202,7 +204,7 @@ impl Report<'_> {
         let lost = self.ratios.len() + self.noise.len() - ratios.len() - noise.len();
         html! {
             section {
-                h2 { "Against the machine’s limit" }
+                h2 { "Against the machine\u{2019}s limit" }
                 @if ratios.is_empty() && noise.is_empty() {
                     p.quiet { "No pairs were measured." }
                 } @else {
@@ -301,26 +303,26 @@ fn chart(name: &str, drawn: charts::Drawn<String>) -> Markup {
 }
 
 fn middle_half(ratios: &[f64]) -> String {
-    let [from, to] = [0.25, 0.75].map(|q| percent(quantile(ratios.iter().copied(), q)));
-    format!("{from} to {to}")
+    let [from, to] = [0.25, 0.75].map(|q| quantile(ratios.iter().copied(), q) * 100.0);
+    format!("{from:.1} to {to:.1}{NBSP}%")
 }
 
 /// Three digits, in the unit that suits them.
 fn time(seconds: f64) -> String {
     let (scaled, unit) = match seconds {
-        s if s < 999.5e-6 => (s * 1e6, "µs"),
+        s if s < 999.5e-6 => (s * 1e6, "\u{b5}s"),
         s if s < 0.9995 => (s * 1e3, "ms"),
         s => (s, "s"),
     };
     let digits = [9.995, 99.95].iter().filter(|bound| scaled < **bound).count();
-    format!("{scaled:.digits$} {unit}")
+    format!("{scaled:.digits$}{NBSP}{unit}")
 }
 
 /// Down to a hundredth, because what a save costs is small.
 fn percent(share: f64) -> String {
     match share * 100.0 {
-        p if p > 0.0 && p < 0.01 => "below 0.01 %".to_owned(),
-        p if p < 1.0 => format!("{p:.2} %"),
-        p => format!("{p:.1} %"),
+        p if p > 0.0 && p < 0.01 => format!("below 0.01{NBSP}%"),
+        p if p < 1.0 => format!("{p:.2}{NBSP}%"),
+        p => format!("{p:.1}{NBSP}%"),
     }
 }

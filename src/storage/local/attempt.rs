@@ -8,6 +8,7 @@ use super::sys::Kind;
 use super::{direct, durable, names, publish, transfer, trash};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
+use crate::memory::ALIGNMENT;
 use crate::mutant::{self, Mutant};
 use crate::storage::{FileWriting, Writing, name};
 use std::path::PathBuf;
@@ -16,6 +17,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Owner records whose locks are kept until the storage is dropped, so that no sweep of ours acts on an unclear publish.
 pub(super) type Kept = Arc<Mutex<Vec<Owner>>>;
+
+/// Files that come whole and have at least so many bytes are written like shards, past the page cache: the manifest of many
+/// tensors has several MiB.
+const WORTHWHILE: usize = 128 << 10;
 
 /// What was begun and not finished in an attempt.
 #[derive(Debug, Default)]
@@ -165,6 +170,10 @@ impl Writing for LocalAttempt {
 
     fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
         self.check_file(file)?;
+        if bytes.len() >= WORTHWHILE && bytes.as_ptr().addr().is_multiple_of(ALIGNMENT) {
+            let long = self.create(file, bytes.len() as u64)?;
+            return long.write_at(0, bytes).and_then(|()| long.seal());
+        }
         self.progress.begin_file();
         self.write_small(file, bytes).inspect_err(|_| self.progress.lose())?;
         self.progress.end_file();

@@ -16,7 +16,6 @@
 //! From the system calls up: `sys` (the seam), `linux`, `dir`, `transfer`, `direct`, `durable`; then `owner`, `file`, `trash`,
 //! `publish`; then `attempt`, `reading`, `sweep`, `root`; then [`Local`].
 
-mod aligned;
 mod attempt;
 mod dir;
 mod direct;
@@ -35,7 +34,6 @@ mod trash;
 #[cfg(feature = "uring")]
 mod uring;
 
-pub use aligned::AlignedBuffer;
 pub use linux::Linux;
 #[cfg(feature = "uring")]
 pub use uring::Uring;

@@ -1,13 +1,12 @@
 //! A published step, held open: its directory by one descriptor, each file by one more, so that whatever happens to the name
 //! the bytes stay those of one attempt.
 
-use super::aligned::AlignedBuffer;
 use super::dir::Dir;
 use super::direct::{self, Bypass};
 use super::sys::{Fd, Kind, uninterrupted};
 use super::transfer;
 use crate::error::{Error, Result};
-use crate::memory::ALIGNMENT;
+use crate::memory::{ALIGNMENT, AlignedBuffer};
 use crate::storage::{FileReading, Reading, name};
 use std::io;
 use std::path::PathBuf;

@@ -278,8 +278,9 @@ impl Sys for Uring {
 #[cfg(all(test, not(miri)))]
 mod tests {
     use super::*;
-    use crate::storage::local::AlignedBuffer;
+    use crate::memory::AlignedBuffer;
     use std::fs::{File, OpenOptions};
+    use std::io::Write;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
@@ -287,7 +288,7 @@ mod tests {
     fn uring() -> Option<Uring> {
         let probed = Uring::probe();
         if let Err(error) = &probed {
-            eprintln!("left out: io_uring is not to be had: {error}");
+            writeln!(io::stderr().lock(), "left out: io_uring is not to be had: {error}").unwrap();
         }
         probed.ok()
     }

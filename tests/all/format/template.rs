@@ -3,6 +3,7 @@
 use super::{manifest, sample};
 use ashore::digest::Digest;
 use ashore::format::manifest::{BLOCK, Head, Manifest, ManifestTemplate};
+use ashore::testing::AlignedBuffer;
 use ashore::{Dtype, ErrorKind};
 use proptest::prelude::*;
 
@@ -24,7 +25,9 @@ fn filled(manifest: &Manifest) -> Vec<u8> {
     let template = ManifestTemplate::new(&blank.files, &blank.tensors).unwrap();
     let files = manifest.files.iter().map(|f| (f.header, f.digest));
     let slices = manifest.tensors.iter().flat_map(|t| &t.slices).map(|s| (s.digest, &s.blocks[..]));
-    template.fill(&head(manifest), files, slices).unwrap()
+    let mut bytes = AlignedBuffer::new(3);
+    template.fill(&head(manifest), files, slices, &mut bytes).unwrap();
+    bytes.to_vec()
 }
 
 #[test]
@@ -35,7 +38,8 @@ fn too_many_too_few_or_misplaced_digests_are_a_bug() {
     let (one, two): (&[_], &[_]) = (&[digest; 1], &[digest; 2]);
     let fill = |files: usize, slices: &[&[Digest]]| {
         let slices = slices.iter().map(|&blocks| (digest, blocks));
-        template.fill(&head(&manifest), std::iter::repeat_n((digest, digest), files), slices)
+        let files = std::iter::repeat_n((digest, digest), files);
+        template.fill(&head(&manifest), files, slices, &mut AlignedBuffer::new(0))
     };
     assert!(fill(1, &[&[], two]).is_ok());
     for wrong in [fill(0, &[&[], two]), fill(2, &[&[], two]), fill(1, &[&[]]), fill(1, &[&[], two, &[]])] {

@@ -13,8 +13,9 @@ pub const ROWS: usize = 12;
 /// A line needs no more points than this.
 const POINTS: usize = 240;
 const WIDTH: u32 = 1800;
+/// The same for all charts over time, so that they can be read from one down to the next.
 const LEFT: u32 = 300;
-const RIGHT: u32 = 130;
+const RIGHT: u32 = 150;
 const AXIS: u32 = 60;
 const LETTERS: i32 = 30;
 
@@ -88,7 +89,7 @@ pub fn bytes(saves: &[Timeline]) -> Drawn<String> {
             .margin_top(20)
             .margin_right(RIGHT)
             .x_label_area_size(AXIS)
-            .y_label_area_size(LEFT / 2)
+            .y_label_area_size(LEFT)
             .build_cartesian_2d(0.0..end, 0.0..most * 1.05)?;
         chart
             .configure_mesh()
@@ -96,7 +97,7 @@ pub fn bytes(saves: &[Timeline]) -> Drawn<String> {
             .x_labels(8)
             .y_labels(6)
             .x_label_formatter(&|at| moment(*at, end))
-            .y_label_formatter(&|bytes| size::shown(bytes.round() as u64))
+            .y_label_formatter(&|bytes| size::shown(bytes.round() as u64).replace(".0 ", " "))
             .axis_style(ink::LIMIT.rgb())
             .bold_line_style(ink::GRID.rgb())
             .light_line_style(TRANSPARENT)
@@ -126,34 +127,37 @@ pub fn bytes(saves: &[Timeline]) -> Drawn<String> {
 
 /// Every ratio as a dot, ours over the machine's own noise.
 pub fn ratios(ours: &[f64], noise: &[f64]) -> Drawn<String> {
-    const PANEL: u32 = 300;
     const BINS: f64 = 80.0;
+    const CAPTION: u32 = 60;
     let all = || ours.iter().chain(noise).copied();
     let (low, high) = all().fold((1.0, 1.0), |(low, high): (f64, f64), r| (low.min(r), high.max(r)));
     let pad = ((high - low) * 0.05).max(0.01);
     let (low, high) = ((low - pad).max(0.0), high + pad);
-    let panels = [("a save ÷ the limit", ours, ink::WRITING), ("the limit ÷ the limit", noise, ink::MUTED)];
-    let panels: Vec<_> = panels.into_iter().filter(|(_, values, _)| !values.is_empty()).collect();
     let digits = if high - low < 0.2 { 3 } else { 2 };
-    canvas(PANEL * panels.len() as u32 + AXIS, |area| {
-        let cuts: Vec<_> = (1..panels.len() as i32).map(|i| i * PANEL as i32).collect();
+    let panels = [("a save \u{f7} the limit", ours, ink::WRITING), ("the limit \u{f7} the limit", noise, ink::MUTED)];
+    let panels: Vec<_> = panels
+        .into_iter()
+        .filter(|(_, values, _)| !values.is_empty())
+        .map(|(name, values, ink)| (name, values, ink, stacked(values, low, (high - low) / BINS)))
+        .collect();
+    // Dots as wide as their bin, or as flat as the tallest stack demands.
+    let tallest = panels.iter().flat_map(|(.., dots)| dots).map(|(_, level)| level + 1).max().unwrap_or(1) as f64;
+    let dot = (f64::from(WIDTH - LEFT / 2 - RIGHT) / BINS).min(240.0 / tallest);
+    let top = (tallest * dot + 20.0).max(110.0).round();
+    let panel = top as u32 + CAPTION;
+    canvas(panel * panels.len() as u32 + AXIS, |area| {
+        let cuts: Vec<_> = (1..panels.len() as i32).map(|i| i * panel as i32).collect();
         let parts = area.split_by_breakpoints::<i32, i32, _, _>(&[], &cuts);
-        for (i, ((name, values, ink), part)) in panels.iter().zip(&parts).enumerate() {
+        for (i, ((name, values, ink, dots), part)) in panels.iter().zip(&parts).enumerate() {
             let axis = if i + 1 == panels.len() { AXIS } else { 0 };
-            let dots = stacked(values, low, (high - low) / BINS);
-            let tallest = dots.iter().map(|(_, level)| *level).max().unwrap_or(0) + 1;
-            let room = f64::from(PANEL - 60 - 20);
-            // Dots as wide as their bin, or as flat as the tallest stack demands.
-            let dot = (f64::from(WIDTH - LEFT / 2 - RIGHT) / BINS).min(room / tallest as f64);
             let mut chart = ChartBuilder::on(part)
-                .margin_top(60)
+                .margin_top(CAPTION)
                 .margin_right(RIGHT)
                 .margin_left(LEFT / 2)
                 .x_label_area_size(axis)
-                .build_cartesian_2d(low..high, 0.0..f64::from(PANEL - 60))?;
+                .build_cartesian_2d(low..high, 0.0..top)?;
             let middle = median(values.iter().copied());
             let [from, to] = [0.25, 0.75].map(|q| quantile(values.iter().copied(), q));
-            let top = f64::from(PANEL - 60);
             chart.draw_series([Rectangle::new([(from, 0.0), (to, top)], ink.rgb().mix(0.14).filled())])?;
             chart
                 .configure_mesh()
@@ -198,8 +202,9 @@ struct Row<'a> {
 
 impl Row<'_> {
     fn label(&self) -> String {
-        let short: String = self.save.label.chars().filter(|c| !c.is_control()).take(16).collect();
-        if self.rank.is_empty() { short } else { format!("{} · {short}", self.rank) }
+        let room = if self.rank.is_empty() { 19 } else { 11 };
+        let short: String = self.save.label.chars().filter(|c| !c.is_control()).take(room).collect();
+        if self.rank.is_empty() { short } else { format!("{} \u{b7} {short}", self.rank) }
     }
 }
 
@@ -253,7 +258,7 @@ fn pairs(n: usize) -> String {
 /// A moment on an axis that ends at `end`, in one unit for the whole axis.
 fn moment(at: f64, end: f64) -> String {
     let (scale, unit) = if end < 1e-3 {
-        (1e6, "µs")
+        (1e6, "\u{b5}s")
     } else if end < 1.0 {
         (1e3, "ms")
     } else {

@@ -1,6 +1,6 @@
 //! Memory at an address that direct I/O takes.
 
-use crate::memory::ALIGNMENT;
+use super::ALIGNMENT;
 use std::ops::{Deref, DerefMut};
 
 /// Zeroed bytes at a multiple of [`ALIGNMENT`], of any length.
@@ -17,6 +17,14 @@ impl AlignedBuffer {
         let memory = vec![0; len + ALIGNMENT];
         let start = memory.as_ptr().addr().next_multiple_of(ALIGNMENT) - memory.as_ptr().addr();
         Self { memory, start, len }
+    }
+
+    /// Makes it `len` bytes, in the memory that it has where that is enough. What they are is not said.
+    pub fn reset(&mut self, len: usize) {
+        if self.start + len > self.memory.len() {
+            *self = Self::new(len);
+        }
+        self.len = len;
     }
 }
 
