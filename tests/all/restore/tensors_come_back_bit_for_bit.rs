@@ -112,6 +112,22 @@ fn values_and_names_cost_no_read_of_tensor_data() {
 }
 
 #[test]
+fn one_tensor_of_many_costs_its_own_bytes_rounded_to_the_alignment() {
+    let mut made = Made::new(7);
+    for i in 0..4000 {
+        made = made.tensor(&format!("layer.{i}"), Dtype::U8, &[1000], noise(1000, i));
+    }
+    let storage = Watched::default();
+    made.publish(&storage.memory, "step-7");
+    let checkpoint = Checkpoint::from_storage(Arc::new(storage.clone()), "step-7").unwrap();
+    storage.seen.lock().unwrap().reads.clear();
+    assert_eq!(checkpoint.read("layer.77").unwrap(), made.tensors["layer.77"].2);
+    let seen = storage.seen.lock().unwrap();
+    let read: u64 = seen.reads.iter().map(|(_, range)| range.end - range.start).sum();
+    assert!((1000..=2 * 4096).contains(&read), "{:?}", seen.reads);
+}
+
+#[test]
 fn many_small_tensors_are_few_reads() {
     let mut made = Made::new(7);
     for i in 0..4000 {
