@@ -1,0 +1,195 @@
+"""Takes samples: one save by one system, in processes of their own, with the disk's limit right before and right after it."""
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import systems
+import workload
+
+HERE = pathlib.Path(__file__).resolve().parent
+LIMIT_S = 300
+OURS = "ashore"
+NAMES = (OURS, *systems.STOCK, *systems.JAX)
+# What the loop is timed over before a save, and beside nothing at all.
+LEAD_S, IDLE_S = 3.0, 1.0
+
+
+class Failed(Exception):
+    """A sample that came to nothing."""
+
+
+class Bench:
+    """Where to take samples, and of what."""
+
+    def __init__(self, args):
+        self.envs, self.scratch, self.ashore = args.envs.resolve(), args.dir.resolve(), args.ashore
+        self.workload, self.scale = args.workload, args.scale
+        self.tensors = workload.tensors(self.workload, self.scale)
+        self.bytes = workload.size(self.tensors)
+
+    def python(self, environment):
+        return str(self.envs / environment / "bin/python")
+
+    def sample(self, system):
+        """What a save by this system took, and the seconds that the bare disk needed for as much."""
+        around = []
+        took = self.save(system, before=lambda: around.append(self.limit()), after=lambda: around.append(self.limit()))
+        limit = sum(around) / len(around)
+        return took | {"limit_seconds": around, "fraction_of_limit": limit / took["durable_seconds"]}
+
+    def save(self, system, before, after=lambda: None):
+        """One save; `before` runs when the state is made, `after` before its files are deleted."""
+        with self.folder() as folder:
+            save = self.save_ours if system == OURS else self.save_peer
+            took = save(system, folder, before)
+            after()
+        wrong = abs(took["bytes"] - self.bytes) > self.bytes / 100 or took["tensors"] != len(self.tensors)
+        if wrong:
+            raise Failed(f"saved {took['tensors']} tensors of {took['bytes']} bytes")
+        if took.get("bytes_on_disk", self.bytes) < self.bytes:
+            raise Failed(f"only {took['bytes_on_disk']} bytes on disk")
+        return took
+
+    def save_peer(self, system, folder, before):
+        python = self.python("jax" if system in systems.JAX else "stock")
+        command = [python, str(HERE / "peer.py"), system, self.workload, str(self.scale), str(folder)]
+        with Process(command) as process:
+            while (line := process.stdout.readline()).strip() != "ready":
+                if not line:
+                    raise Failed(process.why())
+            before()
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            return process.answer()
+
+    def save_ours(self, _, folder, before):
+        """The same from the program, which measures itself. Its arena is bought when it starts, so it counts as peak."""
+        command = [self.ashore, "bench", "save", "--workload", self.workload, "--scale", str(self.scale)]
+        before()
+        with Process([*command, "--rounds", "1", "--no-limit", "--json", "--dir", str(folder)]) as process:
+            said = process.answer()
+        gigabytes = said["bytes"] / 1e9
+        return {
+            "blocked_seconds": said["blocked_ms"] / 1e3,
+            "done_seconds": said["durable_seconds"],
+            "durable_seconds": said["durable_seconds"],
+            "cpu_seconds": (said["write_cpu_seconds_per_gb"] + said["stage_cpu_seconds_per_gb"]) * gigabytes,
+            "peak_bytes": max(said["peak_host_bytes"], said["arena_bytes"]),
+            "tensors": said["tensors"],
+            "bytes": said["bytes"],
+            # Seconds since 1970 when the save was called; only the run beside a loop needs it.
+            "began": since_boot(said.get("began_unix_seconds")),
+        }
+
+    def limit(self):
+        with self.folder() as folder:
+            with Process([sys.executable, str(HERE / "limit.py"), str(folder), str(self.bytes)]) as process:
+                return process.answer()
+
+    def interference(self, system):
+        """How much slower a loop on one thread runs while this system saves; None saves nothing, to show the noise."""
+        took = {"durable_seconds": IDLE_S, "began": None}
+        with Process([self.python("stock"), str(HERE / "loop.py")]) as loop:
+            if system is None:
+                time.sleep(LEAD_S)
+                took["began"] = time.monotonic()
+                time.sleep(IDLE_S)
+            else:
+                took = self.save(system, before=lambda: time.sleep(LEAD_S))
+            loop.stdin.close()
+            times = loop.answer()
+        if took["began"] is None:
+            raise Failed("it does not say when its save began")
+        began, seconds = took["began"], took["durable_seconds"]
+        # The loop stands still for no moment between our call and the save, so this is the time right before it.
+        before = rate(times, began - 0.8 * LEAD_S, began)
+        during = rate(times, began, began + seconds)
+        loss = 1 - during / before
+        return {"before": before, "during": during, "loss": loss, "save_seconds": seconds, "lost_seconds": loss * seconds}
+
+    def folder(self):
+        return Folder(self.scratch)
+
+
+class Folder:
+    """A fresh directory, deleted in the end; and the deletion brought to disk, so that it weighs on nobody's sample."""
+
+    def __init__(self, parent):
+        self.parent = parent
+
+    def __enter__(self):
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix="peers-", dir=self.parent))
+        return self.path
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.path, ignore_errors=True)
+        descriptor = os.open(self.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+class Process:
+    """A program that answers with JSON, ended with all that it started when it is left or takes too long."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __enter__(self):
+        self.errors = tempfile.TemporaryFile("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(self.command, **pipes, text=True, start_new_session=True)
+        self.stdin, self.stdout, self.late = self.process.stdin, self.process.stdout, False
+        self.timer = threading.Timer(LIMIT_S, self.give_up)
+        self.timer.start()
+        return self
+
+    def __exit__(self, *_):
+        self.timer.cancel()
+        self.kill()
+        self.process.wait()
+        self.stdout.close()
+
+    def answer(self):
+        """What the program said last, when it has ended well."""
+        said = self.stdout.read().strip()
+        if self.process.wait() != 0 or not said:
+            raise Failed(self.why())
+        return json.loads(said)
+
+    def give_up(self):
+        self.late = True
+        self.kill()
+
+    def kill(self):
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def why(self):
+        if self.late:
+            return f"not done after {LIMIT_S} s"
+        self.process.wait()
+        self.errors.seek(0)
+        last = [line.strip() for line in self.errors if line.strip()][-1:]
+        return f"ended with {self.process.returncode}: {''.join(last)}"
+
+
+def since_boot(unix_seconds):
+    """The same moment on the clock that the other processes tell."""
+    return unix_seconds and time.monotonic() - (time.time() - unix_seconds)
+
+
+def rate(times, begin, end):
+    """Rounds per second between two moments; a round that lies partly within counts as that part."""
+    counted = 0.0
+    for earlier, later in zip(times, times[1:]):
+        counted += max(0.0, min(later, end) - max(earlier, begin)) / (later - earlier)
+    return counted / (end - begin)

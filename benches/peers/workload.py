@@ -1,0 +1,36 @@
+"""What is saved: names, dtypes and shapes. Nothing but the standard library, because every environment reads it."""
+import math
+
+NAMES = ("large", "small", "adam-1b")
+SIZE = {"F32": 4, "BF16": 2}
+
+# Llama-3.2-1B.
+VOCABULARY, HIDDEN, MIDDLE, LAYERS, KEYS = 128256, 2048, 8192, 16, 512
+LAYER = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KEYS, HIDDEN), "self_attn.v_proj": (KEYS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (MIDDLE, HIDDEN), "mlp.up_proj": (MIDDLE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, MIDDLE), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
+}  # fmt: skip
+
+
+def tensors(workload, scale):
+    """Every tensor as (name, dtype, shape). The scale is that of the number of tensors, for adam-1b that of each one's rows."""
+    if workload == "adam-1b":
+        return adam(scale)
+    kinds = {"large": [(16, 16 << 20)], "small": [(20_000, 4096), (20_000, 256)]}[workload]
+    lengths = [length for count, length in kinds for _ in range(max(1, round(count * scale)))]
+    return [(f"tensor.{i:05}", "F32", (length,)) for i, length in enumerate(lengths)]
+
+
+def adam(scale):
+    """Weights and both moments of AdamW; input and output embeddings are one tensor."""
+    shapes = {"embed_tokens": (VOCABULARY, HIDDEN), "norm": (HIDDEN,)}
+    shapes |= {f"layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in LAYER.items()}
+    kinds = {"model": "BF16", "exp_avg": "F32", "exp_avg_sq": "F32"}
+    scaled = {name: (max(1, round(rows * scale)), *rest) for name, (rows, *rest) in shapes.items()}
+    return [(f"{kind}.{name}.weight", dtype, shape) for kind, dtype in kinds.items() for name, shape in scaled.items()]
+
+
+def size(tensors):
+    """Bytes of payload."""
+    return sum(SIZE[dtype] * math.prod(shape) for _, dtype, shape in tensors)
