@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import pathlib
-import shutil
 import sys
 import time
 

@@ -143,8 +143,11 @@ class Process:
 
     def __enter__(self):
         self.errors = tempfile.TemporaryFile("w+")
+        # What a killed program leaves behind in its place for such things goes with it.
+        self.temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
-        self.process = subprocess.Popen(self.command, **pipes, text=True, start_new_session=True)
+        own = {"start_new_session": True, "env": os.environ | {"TMPDIR": self.temporary.name}}
+        self.process = subprocess.Popen(self.command, **pipes, **own, text=True)
         self.stdin, self.stdout, self.late = self.process.stdin, self.process.stdout, False
         self.timer = threading.Timer(LIMIT_S, self.give_up)
         self.timer.start()
@@ -155,6 +158,8 @@ class Process:
         self.kill()
         self.process.wait()
         self.stdout.close()
+        self.errors.close()
+        self.temporary.cleanup()
 
     def answer(self):
         """What the program said last, when it has ended well."""

@@ -5,6 +5,7 @@ when the system says that the save is done. Nobody is asked to fsync here.
 """
 import importlib.metadata
 import os
+import resource
 
 STOCK = ("torch-save", "safetensors", "dcp", "dcp-thread", "dcp-process")
 JAX = ("orbax", "tensorstore", "tensorstore-ocdbt")
@@ -58,6 +59,14 @@ class Dcp(Torch):
         self.dcp, self.kind = dcp, kind and AsyncCheckpointerType[kind]
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
         dist.init_process_group("cpu:gloo")
+
+    def state(self, arrays):
+        state = super().state(arrays)
+        # Each tensor is handed to the other process by a descriptor, two while it is sent. Where these do not suffice, torch's
+        # documentation says to do this instead.
+        if 2 * len(state) > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+            self.torch.multiprocessing.set_sharing_strategy("file_system")
+        return state
 
     def save(self, path, state):
         if self.kind is None:

@@ -14,20 +14,25 @@ LAYER = {
 
 
 def tensors(workload, scale):
-    """Every tensor as (name, dtype, shape). The scale is that of the number of tensors, for adam-1b that of each one's rows."""
+    """Every tensor as (name, dtype, shape). The scale shortens the first dimension; of `small`, the list of tensors."""
+
+    def scaled(count):
+        return max(1, round(count * scale))
+
     if workload == "adam-1b":
-        return adam(scale)
-    kinds = {"large": [(16, 16 << 20)], "small": [(20_000, 4096), (20_000, 256)]}[workload]
-    lengths = [length for count, length in kinds for _ in range(max(1, round(count * scale)))]
-    return [(f"tensor.{i:05}", "F32", (length,)) for i, length in enumerate(lengths)]
+        return adam(scaled)
+    if workload == "large":
+        return [(f"layer.{i:02}.weight", "F32", (scaled(4096), 4096)) for i in range(16)]
+    parts = {"weight": (4, 1024), "bias": (4, 64)}
+    return [(f"expert.{i:05}.{name}", "F32", shape) for name, shape in parts.items() for i in range(scaled(20_000))]
 
 
-def adam(scale):
+def adam(scaled):
     """Weights and both moments of AdamW; input and output embeddings are one tensor."""
     shapes = {"embed_tokens": (VOCABULARY, HIDDEN), "norm": (HIDDEN,)}
     shapes |= {f"layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in LAYER.items()}
     kinds = {"model": "BF16", "exp_avg": "F32", "exp_avg_sq": "F32"}
-    scaled = {name: (max(1, round(rows * scale)), *rest) for name, (rows, *rest) in shapes.items()}
+    scaled = {name: (scaled(rows), *rest) for name, (rows, *rest) in shapes.items()}
     return [(f"{kind}.{name}.weight", dtype, shape) for kind, dtype in kinds.items() for name, shape in scaled.items()]
 
 
