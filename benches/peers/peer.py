@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """One save by one peer. Says `ready` on stdout, waits for a line on stdin, saves, and says as JSON what it took.
 
-    peer.py SYSTEM WORKLOAD SCALE DIR
+    peer.py SYSTEM WORKLOAD SCALE whole|tiny DIR
+
+What is saved to warm up is the whole state, or one tensor.
 """
 import concurrent.futures
 import gc
 import json
 import os
 import pathlib
+import shutil
 import sys
 import time
 
@@ -41,7 +44,7 @@ def fsync_tree(root):
         list(pool.map(fsync, paths))
 
 
-def main(name, kind, scale, folder):
+def main(name, kind, scale, warm, folder):
     # Libraries may print; what we say is for who started us.
     say = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -49,7 +52,12 @@ def main(name, kind, scale, folder):
     tensors = workload.tensors(kind, scale)
     system = systems.make(name)
     state = system.state(arrays(tensors))
-    system.save(str(folder / "warm"), system.state(arrays(tensors[-1:])))()
+    first = folder / "first"
+    first.mkdir()
+    system.save(str(first / "state"), state if warm == "whole" else system.state(arrays(tensors[-1:])))()
+    fsync_tree(first)
+    shutil.rmtree(first)
+    fsync(folder)
     gc.collect()
 
     print("ready", file=say)
@@ -76,4 +84,4 @@ def main(name, kind, scale, folder):
 
 # A system that starts processes imports this file again in them.
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), pathlib.Path(sys.argv[4]).resolve())
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4], pathlib.Path(sys.argv[5]).resolve())

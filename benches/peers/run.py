@@ -2,7 +2,7 @@
 """Saves the same state with ashore and with its peers, in turn, each beside the disk's own limit. README.md tells how to read it.
 
     run.py --envs DIR --dir SCRATCH --ashore PROGRAM [--workload large|small|adam-1b] [--scale F] [--rounds N]
-           [--systems A,B,...] [--seed N] [--interference] [--json]
+           [--systems A,B,...] [--warm whole|tiny] [--seed N] [--interference] [--json]
 """
 import argparse
 import json
@@ -45,6 +45,7 @@ def arguments():
     parser.add_argument("--ashore", help="the program, built for release")
     parser.add_argument("--workload", choices=workload.NAMES, default="large")
     parser.add_argument("--scale", type=float, default=1.0, help="a share of the workload")
+    parser.add_argument("--warm", choices=("whole", "tiny"), default="whole", help="what peers save before they are timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--systems", type=lambda text: text.split(","), default=list(samples.NAMES))
     parser.add_argument("--seed", type=int, default=0, help="of the order of systems in each round")
@@ -94,6 +95,7 @@ def heading(bench, args, load, rounds):
     return {
         "workload": args.workload,
         "scale": args.scale,
+        "warm": args.warm,
         "tensors": len(bench.tensors),
         "bytes": bench.bytes,
         "rounds": args.rounds,
@@ -108,7 +110,7 @@ def heading(bench, args, load, rounds):
 
 def show(heading, summaries, columns):
     print(f"{heading['workload']} x {heading['scale']:g}: {heading['tensors']} tensors, {heading['bytes'] / 1e9:.2f} GB; ", end="")
-    print(f"{heading['rounds']} rounds in random order from seed {heading['seed']}; medians (quartiles)")
+    print(f"{heading['rounds']} rounds in random order from seed {heading['seed']}; {heading['warm']} state saved before; medians (quartiles)")
     print(f"{heading['machine']}, load {heading['load_before']:.1f} to {heading['load_after']:.1f}", end="")
     if limit := heading["limit_bytes_per_second"]:
         print(f"; limit {limit['median'] / 1e9:.2f} GB/s ({limit['low'] / 1e9:.2f} to {limit['high'] / 1e9:.2f})", end="")
@@ -122,8 +124,8 @@ def show(heading, summaries, columns):
 def main():
     args = arguments()
     bench = samples.Bench(args)
-    if shutil.disk_usage(bench.scratch).free < 2.5 * bench.bytes:
-        sys.exit(f"{bench.scratch} has no room for 2.5 times {bench.bytes} bytes")
+    if shutil.disk_usage(bench.scratch).free < 3 * bench.bytes:
+        sys.exit(f"{bench.scratch} has no room for 3 times {bench.bytes} bytes")
     # An end asked for is an ordinary one: processes end, files go.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load = os.getloadavg()[0]

@@ -30,7 +30,7 @@ class Bench:
 
     def __init__(self, args):
         self.envs, self.scratch, self.ashore = args.envs.resolve(), args.dir.resolve(), args.ashore
-        self.workload, self.scale = args.workload, args.scale
+        self.workload, self.scale, self.warm = args.workload, args.scale, args.warm
         self.tensors = workload.tensors(self.workload, self.scale)
         self.bytes = workload.size(self.tensors)
 
@@ -59,12 +59,13 @@ class Bench:
 
     def save_peer(self, system, folder, before):
         python = self.python("jax" if system in systems.JAX else "stock")
-        command = [python, str(HERE / "peer.py"), system, self.workload, str(self.scale), str(folder)]
+        command = [python, str(HERE / "peer.py"), system, self.workload, str(self.scale), self.warm, str(folder)]
         with Process(command) as process:
             while (line := process.stdout.readline()).strip() != "ready":
                 if not line:
                     raise Failed(process.why())
             before()
+            process.wind()
             process.stdin.write("go\n")
             process.stdin.flush()
             return process.answer()
@@ -84,8 +85,7 @@ class Bench:
             "peak_bytes": max(said["peak_host_bytes"], said["arena_bytes"]),
             "tensors": said["tensors"],
             "bytes": said["bytes"],
-            # Seconds since 1970 when the save was called; only the run beside a loop needs it.
-            "began": since_boot(said.get("began_unix_seconds")),
+            "began": since_boot(said["began_unix"]),
         }
 
     def limit(self):
@@ -95,18 +95,15 @@ class Bench:
 
     def interference(self, system):
         """How much slower a loop on one thread runs while this system saves; None saves nothing, to show the noise."""
-        took = {"durable_seconds": IDLE_S, "began": None}
         with Process([self.python("stock"), str(HERE / "loop.py")]) as loop:
             if system is None:
                 time.sleep(LEAD_S)
-                took["began"] = time.monotonic()
+                took = {"began": time.monotonic(), "durable_seconds": IDLE_S}
                 time.sleep(IDLE_S)
             else:
                 took = self.save(system, before=lambda: time.sleep(LEAD_S))
             loop.stdin.close()
             times = loop.answer()
-        if took["began"] is None:
-            raise Failed("it does not say when its save began")
         began, seconds = took["began"], took["durable_seconds"]
         # The loop stands still for no moment between our call and the save, so this is the time right before it.
         before = rate(times, began - 0.8 * LEAD_S, began)
@@ -149,9 +146,16 @@ class Process:
         own = {"start_new_session": True, "env": os.environ | {"TMPDIR": self.temporary.name}}
         self.process = subprocess.Popen(self.command, **pipes, **own, text=True)
         self.stdin, self.stdout, self.late = self.process.stdin, self.process.stdout, False
+        self.timer = None
+        self.wind()
+        return self
+
+    def wind(self):
+        """Grants the time limit anew."""
+        if self.timer:
+            self.timer.cancel()
         self.timer = threading.Timer(LIMIT_S, self.give_up)
         self.timer.start()
-        return self
 
     def __exit__(self, *_):
         self.timer.cancel()
@@ -189,7 +193,7 @@ class Process:
 
 def since_boot(unix_seconds):
     """The same moment on the clock that the other processes tell."""
-    return unix_seconds and time.monotonic() - (time.time() - unix_seconds)
+    return time.monotonic() - (time.time() - unix_seconds)
 
 
 def rate(times, begin, end):
