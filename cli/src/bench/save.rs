@@ -9,11 +9,13 @@ use crate::out::{median, ms};
 use ashore::{CheckpointExecutor, Committed, Error, ErrorKind, Result, Save};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// A save that was measured.
 struct Saved {
     committed: Committed,
+    /// When it was called, for those who watch from outside.
+    at: SystemTime,
     /// The call of `save` itself.
     call: Duration,
     cpu: Cpu,
@@ -38,7 +40,7 @@ pub fn run(bench: &Bench<'_>) -> Result<Figures> {
         step += 1;
         let dict = state.dict()?;
         let before = Cpu::now();
-        let began = Instant::now();
+        let (at, began) = (SystemTime::now(), Instant::now());
         let save = executor.save(step, dict)?;
         let call = began.elapsed();
         let samples = if args.report.is_some() { watch(&save) } else { Vec::new() };
@@ -46,7 +48,7 @@ pub fn run(bench: &Bench<'_>) -> Result<Figures> {
             return Err(Error::new(ErrorKind::Internal, "a save was skipped"));
         };
         let timeline = timeline(step, &committed, call, samples);
-        Ok(Saved { committed, call, cpu: Cpu::now().since(before), timeline })
+        Ok(Saved { committed, at, call, cpu: Cpu::now().since(before), timeline })
     };
     // The first save plans, and touches what later ones find in place.
     let first = save()?;
@@ -120,10 +122,15 @@ fn figures(
         ("commit_tail_ms", tail.into()),
         ("limit_tail_ms", limit(&|l| ms(l.tail)).into()),
         ("commit_tail_of_limit", limit(&|l| ms(l.tail)).map(|limit| tail / limit).into()),
+        ("began_unix", saves.last().filter(|_| bench.args.no_limit).map(|s| since_1970(s.at)).into()),
         ("engine", executor.engine().into()),
         ("limit_io", limits.first().map(|l| serde_json::json!(l.mode)).into()),
         ("io", saves.first().map(|s| serde_json::json!(s.committed.mode)).into()),
     ])
+}
+
+fn since_1970(at: SystemTime) -> f64 {
+    at.duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
 }
 
 /// Bytes staged and written, every millisecond until the save ends.
