@@ -102,3 +102,16 @@ timed recipes:
         times+=("$recipe $((SECONDS - start)) s")
     done
     printf 'just: %s\n' "${times[@]}"
+
+# The same work by other libraries, in turn: `benches/peers/README.md`. Installs 2.2 GB; about 10 minutes.
+peers rounds="3":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --release --quiet -p ashore-cli
+    benches/peers/setup.sh "{{ tools }}/peers"
+    scratch=$(mktemp -d -p target)
+    trap 'rm -rf "$scratch"' EXIT
+    for workload in large small; do
+        python3 benches/peers/run.py --envs "{{ tools }}/peers" --dir "$scratch" --ashore target/release/ashore \
+            --workload "$workload" --rounds "{{ rounds }}"
+    done
