@@ -1,0 +1,157 @@
+//! A block, coded by a scheme: a transform, a coder, and which planes are worth coding.
+//!
+//! A coded block is the lengths of its planes, four bytes each, and the planes. A plane as long as it was is stored as it is.
+
+use crate::coder::{Code, Coder};
+use crate::memory::Aligned;
+use crate::planes::Transform;
+use std::fmt;
+
+/// The unit of coding: with its planes and the coder's tables it fits the second-level cache.
+pub const BLOCK: usize = 256 << 10;
+
+/// What a coded block is longer than its raw bytes at most.
+pub const OVERHEAD_MAX: usize = 4 * LENGTH;
+
+const LENGTH: usize = 4;
+
+/// A plane must shrink at least to this to be worth its time.
+const WORTH: f64 = 0.98;
+
+/// Blocks that are coded to find out which planes are worth it.
+const PROBES: usize = 8;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Scheme {
+    pub transform: Transform,
+    pub code: Code,
+    pub width: usize,
+    /// Bit `i` is set when plane `i` is coded.
+    pub coded: u8,
+}
+
+impl Scheme {
+    /// Decides by some blocks of the data which planes to code: storing what does not shrink saves most of the time.
+    pub fn probed(transform: Transform, code: Code, width: usize, raw: &[u8], last: Option<&[u8]>) -> Self {
+        let all = Self { transform, code, width, coded: u8::MAX };
+        let mut codec = Codec::new(all);
+        let mut out = vec![0; BLOCK + OVERHEAD_MAX];
+        let mut lengths = vec![0; transform.planes(width)];
+        for probe in 0..PROBES {
+            let at = (raw.len() - BLOCK) / (PROBES - 1) * probe / width * width;
+            codec.encode(&raw[at..at + BLOCK], last.map(|last| &last[at..at + BLOCK]), &mut out);
+            for (i, length) in lengths.iter_mut().enumerate() {
+                *length += read_length(&out, i);
+            }
+        }
+        let whole = (PROBES * BLOCK / lengths.len()) as f64;
+        let coded = lengths.iter().enumerate().filter(|&(_, &l)| (l as f64) < WORTH * whole).map(|(i, _)| 1 << i).sum();
+        Self { coded, ..all }
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let planes = self.transform.planes(self.width);
+        let coded = (0..planes).filter(|i| self.coded & 1 << i != 0).count();
+        match self.transform {
+            Transform::Plain => write!(f, "plain")?,
+            Transform::Planes => write!(f, "byte planes")?,
+            Transform::Exponent => write!(f, "exponent split")?,
+            Transform::Delta => write!(f, "delta, exponent split")?,
+        }
+        write!(f, ", {}", self.code)?;
+        if planes > 1 { write!(f, " on {coded} of {planes}") } else { Ok(()) }
+    }
+}
+
+/// A scheme ready for use on one thread.
+pub struct Codec {
+    pub scheme: Scheme,
+    coder: Coder,
+    planes: Aligned,
+    difference: Aligned,
+}
+
+impl Codec {
+    pub fn new(scheme: Scheme) -> Self {
+        let coder = Coder::new(scheme.code, scheme.width);
+        Self { scheme, coder, planes: Aligned::zeroed(BLOCK), difference: Aligned::zeroed(BLOCK) }
+    }
+
+    /// Codes `raw` into `out` and returns the length there.
+    pub fn encode(&mut self, raw: &[u8], last: Option<&[u8]>, out: &mut [u8]) -> usize {
+        let Scheme { transform, width, coded, .. } = self.scheme;
+        let count = transform.planes(width);
+        let raw = match (transform, last) {
+            (Transform::Delta, Some(last)) => xor(raw, last, &mut self.difference[..raw.len()]),
+            _ => raw,
+        };
+        let each = raw.len() / count;
+        let planes = &mut self.planes[..raw.len()];
+        // One plane needs no splitting: it is coded, or stored, from where it lies.
+        if count > 1 {
+            let mut planes: Vec<&mut [u8]> = planes.chunks_mut(each).collect();
+            transform.split(raw, width, &mut planes);
+        }
+        let mut end = count * LENGTH;
+        for i in 0..count {
+            let plane = if count > 1 { &planes[i * each..(i + 1) * each] } else { raw };
+            let shrunk = match coded & 1 << i {
+                0 => None,
+                _ => self.coder.encode(plane, &mut out[end..end + each - 1]),
+            };
+            let length = shrunk.unwrap_or_else(|| {
+                out[end..end + each].copy_from_slice(plane);
+                each
+            });
+            out[i * LENGTH..(i + 1) * LENGTH].copy_from_slice(&(length as u32).to_le_bytes());
+            end += length;
+        }
+        end
+    }
+
+    /// Fills `raw` with what `coded` was made from.
+    pub fn decode(&mut self, coded: &[u8], last: Option<&[u8]>, raw: &mut [u8]) {
+        let Scheme { transform, width, .. } = self.scheme;
+        let count = transform.planes(width);
+        let each = raw.len() / count;
+        let mut from = count * LENGTH;
+        let mut lying: Vec<&[u8]> = Vec::with_capacity(count);
+        let mut room = &mut self.planes[..raw.len()];
+        for i in 0..count {
+            let plane = &coded[from..from + read_length(coded, i)];
+            from += plane.len();
+            let (decoded, rest) = std::mem::take(&mut room).split_at_mut(each);
+            room = rest;
+            match (plane.len() == each, count) {
+                (true, _) => lying.push(plane),
+                (false, 1) => return self.coder.decode(plane, raw),
+                (false, _) => {
+                    self.coder.decode(plane, decoded);
+                    lying.push(decoded);
+                }
+            }
+        }
+        match (transform, last) {
+            (Transform::Delta, Some(last)) => {
+                let difference = &mut self.difference[..raw.len()];
+                transform.merge(&lying, width, difference);
+                xor(difference, last, raw);
+            }
+            _ => transform.merge(&lying, width, raw),
+        }
+    }
+}
+
+fn read_length(coded: &[u8], plane: usize) -> usize {
+    let (lengths, _) = coded.as_chunks::<LENGTH>();
+    u32::from_le_bytes(lengths[plane]) as usize
+}
+
+fn xor<'a>(a: &[u8], b: &[u8], out: &'a mut [u8]) -> &'a [u8] {
+    for ((a, b), out) in a.iter().zip(b).zip(&mut *out) {
+        *out = a ^ b;
+    }
+    out
+}

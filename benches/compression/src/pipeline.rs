@@ -1,0 +1,142 @@
+//! The whole way: blocks coded into aligned buffers while other buffers are written, against writing the same bytes raw.
+//!
+//! A file is a row of buffers, each from a multiple of the alignment: its length, then blocks, each with number and length.
+
+use crate::block::{BLOCK, Codec, OVERHEAD_MAX, Scheme};
+use crate::disk::{WRITE, WRITERS, fresh, reserve};
+use crate::memory::{ALIGNMENT, Aligned};
+use std::fs::File;
+use std::io::Result;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+const CODERS: usize = 2;
+const BUFFERS: usize = CODERS + WRITERS + 2;
+const WORD: usize = 4;
+const RECORD_MAX: usize = 2 * WORD + BLOCK + OVERHEAD_MAX;
+
+/// What a pipeline writes: bytes, and how those before each end are coded.
+pub struct Job {
+    pub raw: Aligned,
+    pub parts: Vec<(usize, Scheme)>,
+}
+
+impl Job {
+    fn part(&self, block: usize) -> usize {
+        self.parts.partition_point(|&(end, _)| end <= block * BLOCK)
+    }
+
+    fn codecs(&self) -> Vec<Codec> {
+        self.parts.iter().map(|&(_, scheme)| Codec::new(scheme)).collect()
+    }
+}
+
+/// The memory of a pipeline, taken once.
+pub struct Pipeline {
+    codecs: Vec<Vec<Codec>>,
+    buffers: Vec<Aligned>,
+}
+
+impl Pipeline {
+    pub fn new(job: &Job) -> Self {
+        let codecs = (0..CODERS).map(|_| job.codecs()).collect();
+        Self { codecs, buffers: (0..BUFFERS).map(|_| Aligned::zeroed(WRITE)).collect() }
+    }
+
+    /// Codes and writes a fresh file; returns it with its length once it is durable.
+    pub fn write(&mut self, dir: &Path, job: &Job) -> Result<(File, usize, Duration)> {
+        let file = fresh(dir)?;
+        let began = Instant::now();
+        reserve(&file, job.raw.len());
+        let (next, end) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (give, free) = crossbeam_channel::unbounded();
+        let (send, filled) = crossbeam_channel::unbounded::<(Aligned, usize)>();
+        self.buffers.drain(..).for_each(|buffer| give.send(buffer).expect("an open channel"));
+        std::thread::scope(|scope| {
+            for codecs in &mut self.codecs {
+                let (next, free, send) = (&next, &free, send.clone());
+                scope.spawn(move || {
+                    let mut taken = take(next, job);
+                    while taken.is_some() {
+                        let mut buffer: Aligned = free.recv().expect("an open channel");
+                        let used = fill(&mut buffer, &mut taken, next, codecs, job);
+                        send.send((buffer, used)).expect("an open channel");
+                    }
+                });
+            }
+            drop(send);
+            let write = || -> Result<()> {
+                for (buffer, used) in &filled {
+                    let at = end.fetch_add(used, Ordering::Relaxed);
+                    file.write_all_at(&buffer[..used], at as u64)?;
+                    give.send(buffer).expect("an open channel");
+                }
+                Ok(())
+            };
+            let writers: Vec<_> = (0..WRITERS).map(|_| scope.spawn(write)).collect();
+            writers.into_iter().try_for_each(|writer| writer.join().expect("a writer"))
+        })?;
+        let len = end.into_inner();
+        file.set_len(len as u64)?;
+        file.sync_all()?;
+        let time = began.elapsed();
+        self.buffers.extend(free.try_iter());
+        Ok((file, len, time))
+    }
+}
+
+/// The number of the next block, if there is one.
+fn take(next: &AtomicUsize, job: &Job) -> Option<usize> {
+    Some(next.fetch_add(1, Ordering::Relaxed)).filter(|block| block * BLOCK < job.raw.len())
+}
+
+/// Fills a buffer with blocks and returns how much of it is to be written.
+fn fill(buffer: &mut Aligned, taken: &mut Option<usize>, next: &AtomicUsize, codecs: &mut [Codec], job: &Job) -> usize {
+    let mut at = WORD;
+    while let Some(block) = taken.filter(|_| at + RECORD_MAX <= WRITE) {
+        let raw = &job.raw[block * BLOCK..(block + 1) * BLOCK];
+        let length = codecs[job.part(block)].encode(raw, None, &mut buffer[at + 2 * WORD..]);
+        put(buffer, at, block);
+        put(buffer, at + WORD, length);
+        at += 2 * WORD + length;
+        *taken = take(next, job);
+    }
+    put(buffer, 0, at);
+    at.next_multiple_of(ALIGNMENT)
+}
+
+/// Reads a file back and says whether every bit is there.
+pub fn came_back(file: &File, len: usize, job: &Job) -> Result<bool> {
+    let mut all = Aligned::zeroed(len);
+    file.read_exact_at(&mut all, 0)?;
+    let mut codecs = job.codecs();
+    let (mut raw, mut seen) = (Aligned::zeroed(BLOCK), vec![false; job.raw.len() / BLOCK]);
+    let mut buffer = 0;
+    while buffer < len {
+        let end = buffer + get(&all, buffer);
+        let mut at = buffer + WORD;
+        while at < end {
+            let (block, length) = (get(&all, at), get(&all, at + WORD));
+            at += 2 * WORD;
+            codecs[job.part(block)].decode(&all[at..at + length], None, &mut raw);
+            at += length;
+            if *raw != job.raw[block * BLOCK..(block + 1) * BLOCK] || std::mem::replace(&mut seen[block], true) {
+                return Ok(false);
+            }
+        }
+        buffer = end.next_multiple_of(ALIGNMENT);
+    }
+    Ok(seen.iter().all(|&seen| seen))
+}
+
+fn put(buffer: &mut [u8], at: usize, value: usize) {
+    buffer[at..at + WORD].copy_from_slice(&(value as u32).to_le_bytes());
+}
+
+fn get(buffer: &[u8], at: usize) -> usize {
+    let mut word = [0; WORD];
+    word.copy_from_slice(&buffer[at..at + WORD]);
+    u32::from_le_bytes(word) as usize
+}
