@@ -18,10 +18,12 @@ test:
 lint:
     cargo fmt --all --check
     cargo fmt --check --manifest-path tests/stock/candle/Cargo.toml
+    cargo fmt --check --manifest-path benches/compression/Cargo.toml
     cargo clippy --workspace --all-targets --all-features -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --all-features --no-deps
     cargo deny --log-level error --workspace --all-features check licenses bans sources
     cargo deny --log-level error --manifest-path tests/stock/candle/Cargo.toml --config "$PWD/deny.toml" check licenses sources
+    cargo deny --log-level error --manifest-path benches/compression/Cargo.toml --config "$PWD/deny.toml" check licenses sources
 
 # A saved step directory, read by Python's safetensors, numpy, and torch's HuggingFaceStorageReader.
 stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning tests/stock/check.py")
@@ -115,3 +117,15 @@ peers rounds="3":
         python3 benches/peers/run.py --envs "{{ tools }}/peers" --dir "$scratch" --ashore target/release/ashore \
             --workload "$workload" --rounds "{{ rounds }}"
     done
+
+# What lossless compression would do to the time to durable: `docs/decisions/0001-compression.md`. Five minutes, disk and all cores.
+compression:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --release --quiet -p ashore-cli
+    study=(--release --quiet --locked --manifest-path benches/compression/Cargo.toml --target-dir target/compression)
+    cargo build "${study[@]}"
+    root=$(mktemp -d -p target)
+    trap 'rm -rf "$root"' EXIT
+    target/release/ashore demo --dir "$root" --steps 300
+    cargo run "${study[@]}" -- "$root"

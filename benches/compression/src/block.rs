@@ -31,6 +31,9 @@ pub struct Scheme {
 }
 
 impl Scheme {
+    /// Blocks stay as they are.
+    pub const STORED: Self = Self { transform: Transform::Plain, code: Code::Lz4, width: 1, coded: 0 };
+
     /// Decides by some blocks of the data which planes to code: storing what does not shrink saves most of the time.
     pub fn probed(transform: Transform, code: Code, width: usize, raw: &[u8], last: Option<&[u8]>) -> Self {
         let all = Self { transform, code, width, coded: u8::MAX };
@@ -52,6 +55,9 @@ impl Scheme {
 
 impl fmt::Display for Scheme {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.coded == 0 {
+            return write!(f, "stored");
+        }
         let planes = self.transform.planes(self.width);
         let coded = (0..planes).filter(|i| self.coded & 1 << i != 0).count();
         match self.transform {
@@ -154,4 +160,49 @@ fn xor<'a>(a: &[u8], b: &[u8], out: &'a mut [u8]) -> &'a [u8] {
         *out = a ^ b;
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Elements whose highest byte says little and whose others say everything, with special values between them.
+    fn elements(width: usize, seed: u32) -> Aligned {
+        let mut all = Aligned::zeroed(BLOCK);
+        let mut state = seed;
+        for (i, element) in all.chunks_exact_mut(width).enumerate() {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let bits = if i % 1000 == 0 { u32::MAX } else { state & 0x83ff_ffff | 0x3800_0000 };
+            element.copy_from_slice(&bits.to_le_bytes()[4 - width..]);
+        }
+        all
+    }
+
+    #[test]
+    fn every_scheme_gives_every_bit_back() {
+        for width in [2, 4] {
+            let (raw, last) = (elements(width, 1), elements(width, 2));
+            let codes = Code::OF_BYTES.iter().map(|&code| (Transform::ALL.to_vec(), code));
+            for (transforms, code) in codes.chain([4, 8].map(|level| (vec![Transform::Plain], Code::Pco(level)))) {
+                for transform in transforms {
+                    for coded in [0, 1, 0b1010, u8::MAX] {
+                        let mut codec = Codec::new(Scheme { transform, code, width, coded });
+                        let (mut out, mut back) = (vec![0xaa; BLOCK + OVERHEAD_MAX], Aligned::zeroed(BLOCK));
+                        let length = codec.encode(&raw, Some(&last), &mut out);
+                        codec.decode(&out[..length], Some(&last), &mut back);
+                        assert!(*back == *raw, "{} coded={coded:b}", codec.scheme);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_the_exponents_are_worth_coding() {
+        for width in [2, 4] {
+            let raw = elements(width, 1);
+            let scheme = Scheme::probed(Transform::Exponent, Code::Huffman, width, &raw, None);
+            assert_eq!(scheme.coded, 1, "{scheme}");
+        }
+    }
 }

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 /// How much is written at once.
 pub const WRITE: usize = 8 << 20;
 
-/// Writes in flight.
-pub const WRITERS: usize = 2;
+/// Writes in flight. Enough that the disk has one to do when a writer waits for a core.
+pub const WRITERS: usize = 4;
 
 /// A fresh file without a name, so that nothing stays behind however the program ends.
 pub fn fresh(dir: &Path) -> Result<File> {

@@ -13,6 +13,7 @@ mod memory;
 mod parts;
 mod pipeline;
 mod planes;
+mod whole;
 
 use std::error::Error;
 use std::path::Path;
@@ -29,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let chosen = parts::every_scheme(dir, &kinds)?;
     parts::two_threads(dir, &kinds, &chosen)?;
-    parts::whole_way(dir, &kinds, &chosen)?;
+    whole::whole_way(dir, &kinds, &chosen)?;
     println!("\n{:.0} s", began.elapsed().as_secs_f64());
     Ok(())
 }

@@ -1,30 +1,27 @@
 //! The parts of the study, each a table.
 
-use crate::block::{BLOCK, Scheme};
+use crate::block::Scheme;
 use crate::coder::Code;
 use crate::coding::{Trial, Window, copy, digest};
 use crate::data::Kind;
 use crate::disk::write_raw;
-use crate::figures::{Speed, median, program_time, quartiles, rate, row, table};
+use crate::figures::{Lap, Speed, median, quartiles, rate, row, table};
 use crate::memory::Aligned;
-use crate::pipeline::{Job, Pipeline, came_back};
 use crate::planes::Transform;
 use std::error::Error;
 use std::path::Path;
 
-const CORES: usize = 2;
-const FIRST_WINDOW: usize = 32 << 20;
+pub const CORES: usize = 2;
+const FIRST_WINDOW: usize = 16 << 20;
 const FIRST_ROUNDS: usize = 3;
 const SECOND_WINDOW: usize = 256 << 20;
-const SECOND_ROUNDS: usize = 5;
+const SECOND_ROUNDS: usize = 3;
 const DISK_BYTES: usize = 512 << 20;
-const WHOLE_BYTES: usize = 1 << 30;
-const PAIRS: usize = 16;
 
 /// What is best for a kind of data, by the model.
 pub struct Choice {
     /// Without the last checkpoint.
-    alone: Scheme,
+    pub alone: Scheme,
     delta: Option<Scheme>,
 }
 
@@ -40,8 +37,8 @@ pub fn every_scheme(dir: &Path, kinds: &[Kind]) -> Result<Vec<Choice>, Box<dyn E
             disk.push(rate(DISK_BYTES, write_raw(dir, &page)?));
         }
     }
-    let [low, disk, high] = quartiles(disk);
-    println!("\nThe disk writes {disk:.2} GB/s (quartiles {low:.2} and {high:.2}) in this part.");
+    let [low, middle, disk] = quartiles(disk);
+    println!("\nThe disk writes {middle:.2} GB/s, quartiles {low:.2} and {disk:.2}; the model takes the last.");
 
     let columns = ["data", "scheme", "ratio", "encode", "decode", "CPU-s/GB", "gain by the model"];
     table("Every scheme, GB/s of raw bytes and core", &columns);
@@ -122,7 +119,7 @@ pub fn two_threads(dir: &Path, kinds: &[Kind], chosen: &[Choice]) -> Result<(), 
             ]);
         }
         for [one, two] in &trials {
-            let of = |laps: &[crate::figures::Lap]| median(laps.iter().map(|lap| by_wall(lap.wall)));
+            let of = |laps: &[Lap]| median(laps.iter().map(|lap| by_wall(lap.wall)));
             let speed = one.speed();
             let gain = (1.0 / speed.ratio).min(of(&two.encoded) / disk);
             row(&[
@@ -139,71 +136,4 @@ pub fn two_threads(dir: &Path, kinds: &[Kind], chosen: &[Choice]) -> Result<(), 
         }
     }
     Ok(())
-}
-
-/// The best schemes from memory to durable, against the same bytes raw.
-pub fn whole_way(dir: &Path, kinds: &[Kind], chosen: &[Choice]) -> Result<(), Box<dyn Error>> {
-    let columns =
-        ["data", "ratio", "raw, GB/s", "raw, CPU-s/GB", "coded, CPU-s/GB", "raw time by coded time", "quartiles"];
-    table("From memory to durable, 1 GiB, pairs in the order ABBA", &columns);
-    let of = |name: &str| kinds.iter().position(|kind| kind.name == name).ok_or("a kind that is not there");
-    let [bf16, m, v] = [of("trained bf16 weights")?, of("trained fp32 m")?, of("trained fp32 v")?];
-    let cases = [
-        ("trained bf16 weights", vec![(bf16, 1)]),
-        ("Gaussian bf16 weights", vec![(of("Gaussian bf16 weights")?, 1)]),
-        ("trained bf16 weights, fp32 m and v", vec![(bf16, 1), (m, 2), (v, 2)]),
-    ];
-    for (name, parts) in cases {
-        let job = job(kinds, chosen, &parts);
-        let mut pipeline = Pipeline::new(&job);
-        let (file, len, _) = pipeline.write(dir, &job)?;
-        if !came_back(&file, len, &job)? {
-            return Err(format!("{name}: what was written came back different").into());
-        }
-        drop(file);
-        write_raw(dir, &job.raw)?;
-        let (mut raw, mut coded, mut raw_cost, mut coded_cost) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for pair in 0..PAIRS {
-            // Raw first, coded first, coded first, raw first ...
-            for coding in if pair % 2 == 0 { [false, true] } else { [true, false] } {
-                let began = program_time();
-                if coding {
-                    coded.push(pipeline.write(dir, &job)?.2.as_secs_f64());
-                    coded_cost.push((program_time() - began).as_secs_f64() / WHOLE_BYTES as f64 * 1e9);
-                } else {
-                    raw.push(write_raw(dir, &job.raw)?.as_secs_f64());
-                    raw_cost.push((program_time() - began).as_secs_f64() / WHOLE_BYTES as f64 * 1e9);
-                }
-            }
-        }
-        let [low, gain, high] = quartiles(raw.iter().zip(&coded).map(|(raw, coded)| raw / coded));
-        row(&[
-            name.into(),
-            format!("{:.3}", len as f64 / WHOLE_BYTES as f64),
-            format!("{:.2}", WHOLE_BYTES as f64 / 1e9 / median(raw)),
-            format!("{:.2}", median(raw_cost)),
-            format!("{:.2}", median(coded_cost)),
-            format!("{gain:.2}"),
-            format!("{low:.2} to {high:.2}"),
-        ]);
-    }
-    Ok(())
-}
-
-/// A gigabyte of these kinds by their shares.
-fn job(kinds: &[Kind], chosen: &[Choice], parts: &[(usize, usize)]) -> Job {
-    let shares: usize = parts.iter().map(|(_, share)| share).sum();
-    let mut raw = Aligned::zeroed(WHOLE_BYTES);
-    let (mut ends, mut end, mut sum) = (Vec::new(), 0, 0);
-    for &(kind, share) in parts {
-        sum += share;
-        let begin = std::mem::replace(&mut end, WHOLE_BYTES / shares * sum / BLOCK * BLOCK);
-        end = if sum == shares { WHOLE_BYTES } else { end };
-        let bytes = &kinds[kind].bytes;
-        for piece in raw[begin..end].chunks_mut(bytes.len()) {
-            piece.copy_from_slice(&bytes[..piece.len()]);
-        }
-        ends.push((end, chosen[kind].alone));
-    }
-    Job { raw, parts: ends }
 }

@@ -18,12 +18,12 @@ const WORD: usize = 4;
 const RECORD_MAX: usize = 2 * WORD + BLOCK + OVERHEAD_MAX;
 
 /// What a pipeline writes: bytes, and how those before each end are coded.
-pub struct Job {
-    pub raw: Aligned,
+pub struct Job<'a> {
+    pub raw: &'a Aligned,
     pub parts: Vec<(usize, Scheme)>,
 }
 
-impl Job {
+impl Job<'_> {
     fn part(&self, block: usize) -> usize {
         self.parts.partition_point(|&(end, _)| end <= block * BLOCK)
     }
@@ -40,13 +40,13 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    pub fn new(job: &Job) -> Self {
+    pub fn new(job: &Job<'_>) -> Self {
         let codecs = (0..CODERS).map(|_| job.codecs()).collect();
         Self { codecs, buffers: (0..BUFFERS).map(|_| Aligned::zeroed(WRITE)).collect() }
     }
 
     /// Codes and writes a fresh file; returns it with its length once it is durable.
-    pub fn write(&mut self, dir: &Path, job: &Job) -> Result<(File, usize, Duration)> {
+    pub fn write(&mut self, dir: &Path, job: &Job<'_>) -> Result<(File, usize, Duration)> {
         let file = fresh(dir)?;
         let began = Instant::now();
         reserve(&file, job.raw.len());
@@ -88,12 +88,18 @@ impl Pipeline {
 }
 
 /// The number of the next block, if there is one.
-fn take(next: &AtomicUsize, job: &Job) -> Option<usize> {
+fn take(next: &AtomicUsize, job: &Job<'_>) -> Option<usize> {
     Some(next.fetch_add(1, Ordering::Relaxed)).filter(|block| block * BLOCK < job.raw.len())
 }
 
 /// Fills a buffer with blocks and returns how much of it is to be written.
-fn fill(buffer: &mut Aligned, taken: &mut Option<usize>, next: &AtomicUsize, codecs: &mut [Codec], job: &Job) -> usize {
+fn fill(
+    buffer: &mut Aligned,
+    taken: &mut Option<usize>,
+    next: &AtomicUsize,
+    codecs: &mut [Codec],
+    job: &Job<'_>,
+) -> usize {
     let mut at = WORD;
     while let Some(block) = taken.filter(|_| at + RECORD_MAX <= WRITE) {
         let raw = &job.raw[block * BLOCK..(block + 1) * BLOCK];
@@ -108,7 +114,7 @@ fn fill(buffer: &mut Aligned, taken: &mut Option<usize>, next: &AtomicUsize, cod
 }
 
 /// Reads a file back and says whether every bit is there.
-pub fn came_back(file: &File, len: usize, job: &Job) -> Result<bool> {
+pub fn came_back(file: &File, len: usize, job: &Job<'_>) -> Result<bool> {
     let mut all = Aligned::zeroed(len);
     file.read_exact_at(&mut all, 0)?;
     let mut codecs = job.codecs();
