@@ -31,9 +31,6 @@ pub struct Scheme {
 }
 
 impl Scheme {
-    /// Blocks stay as they are.
-    pub const STORED: Self = Self { transform: Transform::Plain, code: Code::Lz4, width: 1, coded: 0 };
-
     /// Decides by some blocks of the data which planes to code: storing what does not shrink saves most of the time.
     pub fn probed(transform: Transform, code: Code, width: usize, raw: &[u8], last: Option<&[u8]>) -> Self {
         let all = Self { transform, code, width, coded: u8::MAX };
@@ -55,9 +52,6 @@ impl Scheme {
 
 impl fmt::Display for Scheme {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.coded == 0 {
-            return write!(f, "stored");
-        }
         let planes = self.transform.planes(self.width);
         let coded = (0..planes).filter(|i| self.coded & 1 << i != 0).count();
         match self.transform {

@@ -29,21 +29,38 @@ pub fn reserve(file: &File, len: usize) {
 
 /// Writes `bytes` as they lie, which copies nothing: no program that copies or digests can be faster.
 pub fn write_raw(dir: &Path, bytes: &Aligned) -> Result<Duration> {
+    write(dir, bytes, &mut [(); WRITERS], |(), piece, file, at| file.write_all_at(piece, at))
+}
+
+/// Copies `bytes` piece by piece to slabs, as the library does, and writes those.
+pub fn write_copied(dir: &Path, bytes: &Aligned, slabs: &mut [Aligned; WRITERS]) -> Result<Duration> {
+    write(dir, bytes, slabs, |slab, piece, file, at| {
+        slab[..piece.len()].copy_from_slice(piece);
+        file.write_all_at(&slab[..piece.len()], at)
+    })
+}
+
+fn write<W: Send>(
+    dir: &Path,
+    bytes: &Aligned,
+    writers: &mut [W; WRITERS],
+    bring: impl Fn(&mut W, &[u8], &File, u64) -> Result<()> + Sync,
+) -> Result<Duration> {
     assert!(bytes.len().is_multiple_of(ALIGNMENT));
     let file = fresh(dir)?;
     let began = Instant::now();
     reserve(&file, bytes.len());
     let next = AtomicUsize::new(0);
+    let run = |writer: &mut W| -> Result<()> {
+        loop {
+            let at = next.fetch_add(WRITE, Ordering::Relaxed);
+            let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) else { return Ok(()) };
+            bring(writer, &rest[..rest.len().min(WRITE)], &file, at as u64)?;
+        }
+    };
     std::thread::scope(|scope| {
-        let write = || -> Result<()> {
-            loop {
-                let at = next.fetch_add(WRITE, Ordering::Relaxed);
-                let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) else { return Ok(()) };
-                file.write_all_at(&rest[..rest.len().min(WRITE)], at as u64)?;
-            }
-        };
-        let writers: Vec<_> = (0..WRITERS).map(|_| scope.spawn(write)).collect();
-        writers.into_iter().try_for_each(|writer| writer.join().expect("a writer"))
+        let threads: Vec<_> = writers.iter_mut().map(|writer| scope.spawn(|| run(writer))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("a writer"))
     })?;
     file.sync_all()?;
     Ok(began.elapsed())

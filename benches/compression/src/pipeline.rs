@@ -1,6 +1,7 @@
 //! The whole way: blocks coded into aligned buffers while other buffers are written, against writing the same bytes raw.
 //!
-//! A file is a row of buffers, each from a multiple of the alignment: its length, then blocks, each with number and length.
+//! A file is a row of buffers, each from a multiple of a write's size, because writes that begin elsewhere are slower: the
+//! length used, then blocks, each with number and length. What a buffer does not use is never written.
 
 use crate::block::{BLOCK, Codec, OVERHEAD_MAX, Scheme};
 use crate::disk::{WRITE, WRITERS, fresh, reserve};
@@ -36,32 +37,33 @@ impl Job<'_> {
 /// The memory of a pipeline, taken once.
 pub struct Pipeline {
     codecs: Vec<Vec<Codec>>,
-    buffers: Vec<Aligned>,
+    /// All buffers, in one piece as in the library: on huge pages a write has fewer parts.
+    arena: Aligned,
 }
 
 impl Pipeline {
     pub fn new(job: &Job<'_>) -> Self {
         let codecs = (0..CODERS).map(|_| job.codecs()).collect();
-        Self { codecs, buffers: (0..BUFFERS).map(|_| Aligned::zeroed(WRITE)).collect() }
+        Self { codecs, arena: Aligned::zeroed(BUFFERS * WRITE) }
     }
 
-    /// Codes and writes a fresh file; returns it with its length once it is durable.
+    /// Codes and writes a fresh file; returns it with the bytes written once it is durable.
     pub fn write(&mut self, dir: &Path, job: &Job<'_>) -> Result<(File, usize, Duration)> {
         let file = fresh(dir)?;
         let began = Instant::now();
         reserve(&file, job.raw.len());
-        let (next, end) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (next, end, written) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
         let (give, free) = crossbeam_channel::unbounded();
-        let (send, filled) = crossbeam_channel::unbounded::<(Aligned, usize)>();
-        self.buffers.drain(..).for_each(|buffer| give.send(buffer).expect("an open channel"));
+        let (send, filled) = crossbeam_channel::unbounded::<(&mut [u8], usize)>();
+        self.arena.chunks_mut(WRITE).for_each(|buffer| give.send(buffer).expect("an open channel"));
         std::thread::scope(|scope| {
             for codecs in &mut self.codecs {
                 let (next, free, send) = (&next, &free, send.clone());
                 scope.spawn(move || {
                     let mut taken = take(next, job);
                     while taken.is_some() {
-                        let mut buffer: Aligned = free.recv().expect("an open channel");
-                        let used = fill(&mut buffer, &mut taken, next, codecs, job);
+                        let buffer: &mut [u8] = free.recv().expect("an open channel");
+                        let used = fill(buffer, &mut taken, next, codecs, job);
                         send.send((buffer, used)).expect("an open channel");
                     }
                 });
@@ -69,7 +71,8 @@ impl Pipeline {
             drop(send);
             let write = || -> Result<()> {
                 for (buffer, used) in &filled {
-                    let at = end.fetch_add(used, Ordering::Relaxed);
+                    let at = end.fetch_add(WRITE, Ordering::Relaxed);
+                    written.fetch_add(used, Ordering::Relaxed);
                     file.write_all_at(&buffer[..used], at as u64)?;
                     give.send(buffer).expect("an open channel");
                 }
@@ -78,12 +81,9 @@ impl Pipeline {
             let writers: Vec<_> = (0..WRITERS).map(|_| scope.spawn(write)).collect();
             writers.into_iter().try_for_each(|writer| writer.join().expect("a writer"))
         })?;
-        let len = end.into_inner();
-        file.set_len(len as u64)?;
+        file.set_len(end.into_inner() as u64)?;
         file.sync_all()?;
-        let time = began.elapsed();
-        self.buffers.extend(free.try_iter());
-        Ok((file, len, time))
+        Ok((file, written.into_inner(), began.elapsed()))
     }
 }
 
@@ -94,7 +94,7 @@ fn take(next: &AtomicUsize, job: &Job<'_>) -> Option<usize> {
 
 /// Fills a buffer with blocks and returns how much of it is to be written.
 fn fill(
-    buffer: &mut Aligned,
+    buffer: &mut [u8],
     taken: &mut Option<usize>,
     next: &AtomicUsize,
     codecs: &mut [Codec],
@@ -114,25 +114,22 @@ fn fill(
 }
 
 /// Reads a file back and says whether every bit is there.
-pub fn came_back(file: &File, len: usize, job: &Job<'_>) -> Result<bool> {
-    let mut all = Aligned::zeroed(len);
+pub fn came_back(file: &File, job: &Job<'_>) -> Result<bool> {
+    let mut all = Aligned::zeroed(file.metadata()?.len() as usize);
     file.read_exact_at(&mut all, 0)?;
     let mut codecs = job.codecs();
     let (mut raw, mut seen) = (Aligned::zeroed(BLOCK), vec![false; job.raw.len() / BLOCK]);
-    let mut buffer = 0;
-    while buffer < len {
-        let end = buffer + get(&all, buffer);
-        let mut at = buffer + WORD;
-        while at < end {
-            let (block, length) = (get(&all, at), get(&all, at + WORD));
+    for buffer in all.chunks(WRITE) {
+        let mut at = WORD;
+        while at < get(buffer, 0) {
+            let (block, length) = (get(buffer, at), get(buffer, at + WORD));
             at += 2 * WORD;
-            codecs[job.part(block)].decode(&all[at..at + length], None, &mut raw);
+            codecs[job.part(block)].decode(&buffer[at..at + length], None, &mut raw);
             at += length;
             if *raw != job.raw[block * BLOCK..(block + 1) * BLOCK] || std::mem::replace(&mut seen[block], true) {
                 return Ok(false);
             }
         }
-        buffer = end.next_multiple_of(ALIGNMENT);
     }
     Ok(seen.iter().all(|&seen| seen))
 }

@@ -2,7 +2,7 @@
 
 use crate::block::{BLOCK, Scheme};
 use crate::data::Kind;
-use crate::disk::write_raw;
+use crate::disk::{WRITE, write_copied, write_raw};
 use crate::figures::{machine_time, median, program_time, quartiles, row, table};
 use crate::memory::Aligned;
 use crate::parts::{CORES, Choice};
@@ -72,21 +72,20 @@ fn case(
 ) -> Result<(), Box<dyn Error>> {
     let coded = Job { raw, parts };
     let mut pipeline = Pipeline::new(&coded);
-    let (file, len, _) = pipeline.write(dir, &coded)?;
-    if !came_back(&file, len, &coded)? {
+    let (file, written, _) = pipeline.write(dir, &coded)?;
+    if !came_back(&file, &coded)? {
         return Err(format!("{name}: what was written came back different").into());
     }
     drop(file);
-    let ratio = len as f64 / BYTES as f64;
-    let copied = Job { raw, parts: vec![(BYTES, Scheme::STORED)] };
-    let mut copying = Pipeline::new(&copied);
+    let ratio = written as f64 / BYTES as f64;
+    let mut slabs = std::array::from_fn(|_| Aligned::zeroed(WRITE));
     let stop = AtomicBool::new(false);
     let done = AtomicU64::new(0);
     let costs = std::thread::scope(|scope| {
         (0..if training { CORES } else { 0 }).for_each(|_| drop(scope.spawn(|| train(&stop, &done))));
         let costs = rounds(&done, |way| match way {
             RAW => write_raw(dir, raw),
-            COPIED => Ok(copying.write(dir, &copied)?.2),
+            COPIED => write_copied(dir, raw, &mut slabs),
             _ => Ok(pipeline.write(dir, &coded)?.2),
         });
         stop.store(true, Ordering::Relaxed);
