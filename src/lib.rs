@@ -43,6 +43,7 @@
 //! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] |
 //! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`] |
 //! | keep steps elsewhere | [`storage::Storage`] |
+//! | come from another system | [`compat`]: its interface, on this engine |
 //!
 //! # What is promised
 //!
@@ -69,6 +70,7 @@
 pub mod catalog;
 mod checkpoint;
 mod commit;
+pub mod compat;
 mod completion;
 pub mod device;
 pub mod digest;

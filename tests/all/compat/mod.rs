@@ -1,0 +1,1 @@
+//! Each face against the contract of its system, method by method.
