@@ -5,3 +5,9 @@
 //!
 //! | module | system | its contract |
 //! |---|---|---|
+//! | [`torch`] | torch's distributed checkpointing | `_AsyncCheckpointExecutor.execute_save`, planners, storage writers |
+
+pub mod torch;
+
+mod overdue;
+mod wire;
