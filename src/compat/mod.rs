@@ -6,8 +6,11 @@
 //! | module | system | its contract |
 //! |---|---|---|
 //! | [`torch`] | torch's distributed checkpointing | `_AsyncCheckpointExecutor.execute_save`, planners, storage writers |
+//! | [`orbax`] | Orbax | `AsyncCheckpointHandler`, deferred paths and their signals, `CheckpointManager` |
 
+pub mod orbax;
 pub mod torch;
 
 mod overdue;
+mod place;
 mod wire;
