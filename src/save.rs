@@ -37,6 +37,8 @@ pub struct SaveOptions {
     pub name: Option<String>,
     /// When the save fails if it is not durable, counted from the call; the settings' save deadline if None, and never later.
     pub deadline: Option<Duration>,
+    /// The last save of a program whose executor takes no more.
+    pub(crate) last: bool,
 }
 
 impl SaveOptions {
@@ -61,6 +63,11 @@ impl SaveOptions {
     /// Sets the directory name, one that [`parse_step_name`](crate::id::parse_step_name) takes for the step.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
+        self
+    }
+
+    pub(crate) fn last(mut self) -> Self {
+        self.last = true;
         self
     }
 
@@ -118,6 +125,11 @@ impl Save {
     /// tensors may be written: awaiting it counts as a fence.
     pub fn staged(&self) -> Staged {
         Staged { ticket: self.ticket.clone(), staged: Waiter::new(self.ticket.staged.clone()) }
+    }
+
+    /// Whether the state is staged: no tensor will be read any more.
+    pub(crate) fn is_staged(&self) -> bool {
+        self.ticket.staged.is_complete()
     }
 
     /// How far it is.

@@ -17,19 +17,20 @@ const FLOORS: [&[&str]; 6] = [
     &["device", "storage"],
     &["commit", "staging", "writer"],
     &["catalog", "checkpoint", "executor", "restore", "save", "scope"],
-    &["compat"],
+    &["compat", "sigterm"],
 ];
 
 /// On these floors neighbours do not know each other.
 const APART: [usize; 2] = [2, 3];
 
 /// The only files of the library with unsafe code. Each opens with its safety argument.
-const ISLANDS: [&str; 13] = [
+const ISLANDS: [&str; 14] = [
     "src/device/host.rs",
     "src/executor/scope.rs",
     "src/fork.rs",
     "src/memory/arena.rs",
     "src/memory/slab.rs",
+    "src/sigterm/handler.rs",
     "src/staging/capture.rs",
     "src/staging/stage.rs",
     "src/state/promised.rs",
