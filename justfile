@@ -40,6 +40,15 @@ stock_reader command:
     cargo run --quiet --example stock_writer -- "$root"
     {{ command }} "$root"
 
+# Every interface that comes from another system, shown: each example checks what it shows and fails when it does not hold.
+examples:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --quiet --examples
+    for example in examples/from_*.rs; do
+        cargo run --quiet --example "$(basename "$example" .rs)"
+    done
+
 # Undefined behaviour in what holds or hands out memory.
 miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
@@ -82,7 +91,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint stock candle miri loom fuzz:60 mutants kill mounts")
+ci: (timed "lint examples stock candle miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
 nightly: (timed "ci")
