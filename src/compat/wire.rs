@@ -29,8 +29,9 @@ pub(crate) struct WireError {
     path: Option<PathBuf>,
 }
 
-impl From<&Error> for WireError {
-    fn from(error: &Error) -> Self {
+// Methods rather than `From`: another `From` for `Error` makes `?` ambiguous in programs that use the library.
+impl WireError {
+    pub fn new(error: &Error) -> Self {
         let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
         Self {
             kind: format!("{:?}", error.kind()),
@@ -40,19 +41,17 @@ impl From<&Error> for WireError {
             path: error.path().map(Into::into),
         }
     }
-}
 
-impl From<WireError> for Error {
-    fn from(wire: WireError) -> Self {
-        let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == wire.kind).unwrap_or(ErrorKind::Internal);
-        let mut error = Error::new(kind, wire.message);
-        if let Some(step) = wire.step {
+    pub fn into_error(self) -> Error {
+        let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(ErrorKind::Internal);
+        let mut error = Error::new(kind, self.message);
+        if let Some(step) = self.step {
             error = error.with_step(step);
         }
-        if let Some(rank) = wire.rank {
+        if let Some(rank) = self.rank {
             error = error.with_rank(rank);
         }
-        if let Some(path) = wire.path { error.with_path(path) } else { error }
+        if let Some(path) = self.path { error.with_path(path) } else { error }
     }
 }
 
@@ -64,8 +63,8 @@ mod tests {
     fn an_error_is_the_same_on_the_other_side() {
         for kind in KINDS {
             let error = Error::new(kind, "it failed file=7").with_step(3).with_rank(2).with_path("/a/b");
-            let text = serde_json::to_string(&WireError::from(&error)).unwrap();
-            let back = Error::from(serde_json::from_str::<WireError>(&text).unwrap());
+            let text = serde_json::to_string(&WireError::new(&error)).unwrap();
+            let back = serde_json::from_str::<WireError>(&text).unwrap().into_error();
             assert_eq!((back.kind(), back.to_string()), (kind, error.to_string()));
         }
     }

@@ -220,7 +220,8 @@ impl Stager {
                 continue;
             }
             if flying.is_empty() && line.parked.is_empty() {
-                let go_on = || ticket.failed() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
+                let go_on =
+                    || ticket.failed() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
                 self.wait(|| go_on().then_some(()));
                 due = Instant::now();
             } else {

@@ -38,8 +38,8 @@ pub use future::CheckpointFuture;
 pub use group::{ProcessGroup, ThreadGroup};
 pub use options::ExecuteOptions;
 pub use plan::{
-    ChunkStorageMetadata, Metadata, SavePlan, StorageMeta, StorageMetadata, TensorStorageMetadata, WriteItem, WriteKind,
-    WriteResult,
+    ChunkStorageMetadata, Metadata, SavePlan, StorageMeta, StorageMetadata, TensorStorageMetadata, WriteItem,
+    WriteKind, WriteResult,
 };
 pub use planner::{DefaultSavePlanner, SavePlanner};
 pub use staging::{Stage, StagedState, Staging};

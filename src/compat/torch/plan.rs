@@ -205,7 +205,8 @@ pub(super) fn metadata(plans: &[SavePlan]) -> Result<Metadata> {
     }
     for (fqn, entry) in &found {
         if let StorageMetadata::Tensor(tensor) = entry
-            && tensor.chunks.iter().map(ChunkStorageMetadata::elements).sum::<usize>() != tensor.size.iter().product::<usize>()
+            && tensor.chunks.iter().map(ChunkStorageMetadata::elements).sum::<usize>()
+                != tensor.size.iter().product::<usize>()
         {
             return refuse("its parts do not cover it", fqn);
         }

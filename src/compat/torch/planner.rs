@@ -82,7 +82,9 @@ impl SavePlanner for DefaultSavePlanner {
     fn set_up_planner(&mut self, state: &StateDict<'_>, _: Option<&StorageMeta>, _: bool) -> Result<()> {
         let fits = |local: &Local| {
             let values = local.values.iter().map(String::as_str).eq(state.value_names());
-            local.fingerprint == state.fingerprint() && local.plan.items.len() == state.len() + local.values.len() && values
+            local.fingerprint == state.fingerprint()
+                && local.plan.items.len() == state.len() + local.values.len()
+                && values
         };
         if !self.local.as_ref().is_some_and(fits) {
             let values = state.value_names().map(str::to_owned).collect();

@@ -1,5 +1,6 @@
 //! The executor of the same process: the engine's threads, and one for what has to be waited for.
 
+use super::AsyncCheckpointExecutor;
 use super::drive::{self, Ranks, complete};
 use super::engine::EngineWriter;
 use super::future::{CheckpointFuture, Planned};
@@ -9,7 +10,6 @@ use super::planner::{DefaultSavePlanner, SavePlanner};
 use super::queue::{Queue, Record};
 use super::staging::{Coming, Inner, StagedState};
 use super::writer::StorageWriter;
-use super::AsyncCheckpointExecutor;
 use crate::completion::{Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
@@ -89,12 +89,16 @@ impl ThreadExecutor {
     }
 
     /// Plans and submits at once, in the calling thread: nothing has to be waited for.
-    fn submit(&self, state: StateDict<'static>, mut writer: EngineWriter, options: ExecuteOptions) -> Result<CheckpointFuture> {
+    fn submit(
+        &self,
+        state: StateDict<'static>,
+        mut writer: EngineWriter,
+        options: ExecuteOptions,
+    ) -> Result<CheckpointFuture> {
         let id = options.checkpoint_id.as_deref();
         let deadline = deadline_after(self.executor.settings().save_deadline);
-        let mut plan = |planner: &mut dyn SavePlanner| {
-            drive::plan(&state, planner, &mut writer, id, &Ranks::Alone, deadline)
-        };
+        let mut plan =
+            |planner: &mut dyn SavePlanner| drive::plan(&state, planner, &mut writer, id, &Ranks::Alone, deadline);
         let planned = match options.planner {
             Some(mut planner) => plan(planner.as_mut()),
             None => plan(&mut *lock(&self.planner)),
@@ -203,8 +207,12 @@ impl Job {
                 (next, None)
             };
             let saved = match &mut planner {
-                Planner::Kept(kept) => once(now, &mut *lock(kept), &mut writer, id.as_deref(), &ranks, deadline, record),
-                Planner::Users(users) => once(now, users.as_mut(), &mut writer, id.as_deref(), &ranks, deadline, record),
+                Planner::Kept(kept) => {
+                    once(now, &mut *lock(kept), &mut writer, id.as_deref(), &ranks, deadline, record)
+                }
+                Planner::Users(users) => {
+                    once(now, users.as_mut(), &mut writer, id.as_deref(), &ranks, deadline, record)
+                }
             };
             match (saved, kept) {
                 (Err(error), Some(kept)) if may_pass(&error) && Instant::now() < deadline => {

@@ -3,7 +3,8 @@
 use crate::compat::{engine, files, state};
 use crate::rig::{LONG, one};
 use ashore::compat::torch::{
-    AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, SavePlanner, StorageMeta, ThreadExecutor,
+    AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, SavePlanner, StorageMeta,
+    ThreadExecutor,
 };
 use ashore::storage::{Memory, Storage};
 use ashore::{Error, ErrorKind, Failed, Result, StateDict};
@@ -114,7 +115,12 @@ struct Flaky {
 }
 
 impl Storage for Flaky {
-    fn begin(&self, name: &str, attempt: ashore::Attempt, overwrite: bool) -> Result<Arc<dyn ashore::storage::Writing>> {
+    fn begin(
+        &self,
+        name: &str,
+        attempt: ashore::Attempt,
+        overwrite: bool,
+    ) -> Result<Arc<dyn ashore::storage::Writing>> {
         if self.refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
             return Err(Error::new(ErrorKind::Unavailable, "not now"));
         }
@@ -153,7 +159,10 @@ fn flaky(refusals: usize, failed: Failed) -> ThreadExecutor {
 fn a_failure_that_may_pass_is_tried_again_as_often_as_was_asked_for() {
     let executor = flaky(2, Failed::NextCall).retry(2);
     executor.execute_save(state(1).into(), to("step-1")).unwrap().result(LONG).unwrap().unwrap();
-    assert_eq!(executor.executor().checkpoint(1).unwrap().read("model.weights").unwrap(), crate::rig::pattern(1, 20_000));
+    assert_eq!(
+        executor.executor().checkpoint(1).unwrap().read("model.weights").unwrap(),
+        crate::rig::pattern(1, 20_000)
+    );
     executor.close(LONG).unwrap();
 
     let executor = flaky(3, Failed::NextCall).retry(2);

@@ -51,7 +51,9 @@ impl StorageWriter for Noting {
     fn write_data(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<WriteFuture> {
         self.note("write_data")?;
         let names: Vec<String> = plan.items.iter().map(|item| item.fqn.clone()).collect();
-        assert!(names.iter().all(|name| state.layouts().any(|(n, _)| n == name) || state.value_names().any(|n| n == name)));
+        assert!(
+            names.iter().all(|name| state.layouts().any(|(n, _)| n == name) || state.value_names().any(|n| n == name))
+        );
         self.log.lock().unwrap().written.push(names.clone());
         // A thread of the writer that dies loses its items: the results are short of one.
         let lost = usize::from(self.fails_in == Some("lost"));
@@ -85,9 +87,8 @@ fn save(
 ) -> (Ended, Log) {
     let root = tempfile::tempdir().unwrap();
     let log = Arc::new(Mutex::new(Log::default()));
-    let executors: Vec<_> = (0..world)
-        .map(|_| ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap())
-        .collect();
+    let executors: Vec<_> =
+        (0..world).map(|_| ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap()).collect();
     let groups = ThreadGroup::new(world);
     let futures: Vec<_> = executors
         .iter()
@@ -117,14 +118,18 @@ fn what_several_ranks_have_is_written_once_and_the_work_is_shared_by_bytes() {
     all.sort();
     assert_eq!(all, ["a", "b", "c", "d", "epoch", "rank0", "rank1"]);
     let bytes = |names: &Vec<String>| -> usize {
-        names.iter().map(|n| [("a", 4000), ("b", 3000), ("c", 500), ("d", 400)].iter().find(|(m, _)| n == m).map_or(0, |x| x.1)).sum()
+        names
+            .iter()
+            .map(|n| [("a", 4000), ("b", 3000), ("c", 500), ("d", 400)].iter().find(|(m, _)| n == m).map_or(0, |x| x.1))
+            .sum()
     };
     let mut loads: Vec<_> = log.written.iter().map(bytes).collect();
     loads.sort();
     assert_eq!(loads, [3900, 4000]);
     assert_eq!(log.finished, 1, "the coordinator alone commits");
 
-    let lowest = |_, options: ExecuteOptions| options.planner(DefaultSavePlanner::new().dedup_save_to_lowest_rank(true));
+    let lowest =
+        |_, options: ExecuteOptions| options.planner(DefaultSavePlanner::new().dedup_save_to_lowest_rank(true));
     let (_, log) = save(2, lowest, |_| None);
     let mut loads: Vec<_> = log.written.iter().map(bytes).collect();
     loads.sort();
@@ -176,7 +181,11 @@ fn a_failure_of_one_rank_in_any_step_fails_all_of_them_and_names_it() {
 fn ranks_that_disagree_and_ranks_that_never_come_fail_the_others() {
     let plans = |dtype: usize| {
         let mut state = StateDict::new();
-        if dtype == 0 { state.tensor("t", vec![1_u8; 8]).unwrap() } else { state.tensor("t", vec![1_i8; 8]).unwrap() };
+        if dtype == 0 {
+            state.tensor("t", vec![1_u8; 8]).unwrap()
+        } else {
+            state.tensor("t", vec![1_i8; 8]).unwrap()
+        };
         SavePlan::of(&state)
     };
     let mut planner = DefaultSavePlanner::new();
