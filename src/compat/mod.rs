@@ -5,3 +5,6 @@
 //!
 //! | module | system | its contract |
 //! |---|---|---|
+//! | [`graph`] | Rust graph engines | `Checkpointer<S>` |
+
+pub mod graph;

@@ -1,1 +1,4 @@
 //! Each face against the contract of its system, method by method.
+
+mod graph;
+mod identical;
