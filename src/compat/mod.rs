@@ -5,8 +5,10 @@
 //!
 //! | module | system | its contract |
 //! |---|---|---|
+//! | [`graph`] | Rust graph engines | `Checkpointer<S>` |
 //! | [`torch`] | torch's distributed checkpointing | `_AsyncCheckpointExecutor.execute_save`, planners, storage writers |
 
+pub mod graph;
 pub mod torch;
 
 mod overdue;
