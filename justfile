@@ -71,9 +71,9 @@ miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
         .ci/strict cargo +{{ nightly }} miri test --lib -- {{ filters }}
 
-# Every interleaving of completions and slabs, up to three preemptions.
-loom:
-    RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=3 .ci/strict cargo test --lib --target-dir target/loom -- models
+# Every interleaving of completions and slabs, up to so many preemptions.
+loom preemptions="2":
+    RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS={{ preemptions }} .ci/strict cargo test --lib --target-dir target/loom -- models
 
 # Every fuzz target, for SECONDS together.
 fuzz seconds="60":
@@ -111,7 +111,7 @@ bench *arguments:
 ci: (timed "lint ptx-check examples stock candle miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
-nightly: (timed "ci")
+nightly: (timed "ci loom:3")
     just fuzz 3600
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
     ASHORE_CRASH_ROUNDS=10 cargo test --release --test all crash -- --nocapture
