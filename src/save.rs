@@ -71,7 +71,8 @@ impl SaveOptions {
     }
 }
 
-/// A save under way: a future of how it ends, awaitable from any async runtime, waitable from a thread.
+/// A save under way: a future of how it ends, awaitable from any async runtime, waitable from a thread. Clones are of
+/// the same save.
 ///
 /// Dropping it detaches: the save goes on, and an error that nobody saw is reported by the next `save` or `shutdown`.
 #[must_use = "dropping the handle detaches the save; keep it to learn when the checkpoint is durable"]
@@ -144,6 +145,12 @@ impl Save {
         let phase = self.ticket.phase();
         Error::new(ErrorKind::Deadline, format!("{what} waited={patience:?} phase={phase:?}"))
             .with_step(self.ticket.step)
+    }
+}
+
+impl Clone for Save {
+    fn clone(&self) -> Self {
+        Self::new(self.ticket.clone())
     }
 }
 

@@ -29,9 +29,8 @@ pub(crate) struct WireError {
     path: Option<PathBuf>,
 }
 
-// Methods rather than `From`: another `From` for `Error` makes `?` ambiguous in programs that use the library.
-impl WireError {
-    pub fn new(error: &Error) -> Self {
+impl From<&Error> for WireError {
+    fn from(error: &Error) -> Self {
         let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
         Self {
             kind: format!("{:?}", error.kind()),
@@ -41,7 +40,11 @@ impl WireError {
             path: error.path().map(Into::into),
         }
     }
+}
 
+// No `From` for `Error`: it would take away from every user what the compiler infers where there is only one.
+impl WireError {
+    /// The error.
     pub fn into_error(self) -> Error {
         let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(ErrorKind::Internal);
         let mut error = Error::new(kind, self.message);
@@ -63,7 +66,7 @@ mod tests {
     fn an_error_is_the_same_on_the_other_side() {
         for kind in KINDS {
             let error = Error::new(kind, "it failed file=7").with_step(3).with_rank(2).with_path("/a/b");
-            let text = serde_json::to_string(&WireError::new(&error)).unwrap();
+            let text = serde_json::to_string(&WireError::from(&error)).unwrap();
             let back = serde_json::from_str::<WireError>(&text).unwrap().into_error();
             assert_eq!((back.kind(), back.to_string()), (kind, error.to_string()));
         }

@@ -45,7 +45,7 @@ fn all<T: Serialize + DeserializeOwned>(
     deadline: Instant,
 ) -> Result<Vec<T>> {
     let spoilt = |e: serde_json::Error| Error::internal("a message between ranks cannot be read").with_source(e);
-    let mine = part.as_ref().map_err(|error| WireError::new(&error.clone().with_rank(group.rank())));
+    let mine = part.as_ref().map_err(|error| WireError::from(&error.clone().with_rank(group.rank())));
     let gathered = group.all_gather(serde_json::to_vec(&mine).map_err(spoilt)?, deadline)?;
     let mut parts = Vec::with_capacity(gathered.len());
     for message in gathered {
