@@ -40,6 +40,15 @@ stock_reader command:
     cargo run --quiet --example stock_writer -- "$root"
     {{ command }} "$root"
 
+# Every interface that comes from another system, shown: each example checks what it shows and fails when it does not hold.
+examples:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --quiet --examples
+    for example in examples/from_*.rs; do
+        cargo run --quiet --example "$(basename "$example" .rs)"
+    done
+
 # The committed PTX of `kernels/`, made anew by a compiler of a fixed version. Installs 60 MB; no GPU needed.
 ptx: (kernels "")
 
@@ -66,9 +75,9 @@ miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
         .ci/strict cargo +{{ nightly }} miri test --lib -- {{ filters }}
 
-# Every interleaving of completions and slabs, up to three preemptions.
-loom:
-    RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=3 .ci/strict cargo test --lib --target-dir target/loom -- models
+# Every interleaving of completions and slabs, up to so many preemptions.
+loom preemptions="2":
+    RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS={{ preemptions }} .ci/strict cargo test --lib --target-dir target/loom -- models
 
 # Every fuzz target, for SECONDS together.
 fuzz seconds="60":
@@ -103,10 +112,10 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint ptx-check stock candle miri loom fuzz:60 mutants kill mounts")
+ci: (timed "lint ptx-check examples stock candle miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
-nightly: (timed "ci")
+nightly: (timed "ci loom:3")
     just fuzz 3600
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
     ASHORE_CRASH_ROUNDS=10 cargo test --release --test all crash -- --nocapture
@@ -126,17 +135,16 @@ timed recipes:
     done
     printf 'just: %s\n' "${times[@]}"
 
-# The same work by other libraries, in turn: `benches/peers/README.md`. Installs 2.2 GB; about 10 minutes.
-peers rounds="3":
+# Saves by torch, safetensors, Orbax and tensorstore beside ours. Wants a quiet machine, and 4 GiB of room under target.
+peers *arguments="--rounds 3":
     #!/usr/bin/env bash
     set -euo pipefail
-    cargo build --release --quiet -p ashore-cli
-    benches/peers/setup.sh "{{ tools }}/peers"
-    scratch=$(mktemp -d -p target)
-    trap 'rm -rf "$scratch"' EXIT
+    benches/peers/setup.sh "{{ tools }}"
+    cargo build --release -p ashore-cli
+    mkdir -p target/peers
     for workload in large small; do
-        python3 benches/peers/run.py --envs "{{ tools }}/peers" --dir "$scratch" --ashore target/release/ashore \
-            --workload "$workload" --rounds "{{ rounds }}"
+        benches/peers/run.py --envs "{{ tools }}" --dir target/peers --ashore target/release/ashore \
+            --workload "$workload" {{ arguments }}
     done
 
 # What lossless compression would do to the time to durable: `docs/decisions/0001-compression.md`. Five minutes, disk and all cores.

@@ -19,7 +19,7 @@ use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
 use crate::plan::{Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
-use crate::settings::{Detect, Settings};
+use crate::settings::{Detect, Failed, Settings};
 use crate::staging::{Captured, Job, Stager};
 use crate::state::StateDict;
 use crate::storage::Storage;
@@ -148,6 +148,11 @@ impl CheckpointExecutor {
         &self.catalog
     }
 
+    /// Where steps are kept.
+    pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
@@ -190,7 +195,10 @@ impl CheckpointExecutor {
         let mut admission = lock(&self.admission);
         let lines = self.lines.as_ref().ok_or_else(|| Error::invalid("the executor is shut down"))?;
         if let Some(error) = self.stager.flights.unobserved() {
-            return Err(error);
+            match self.settings.failed {
+                Failed::NextCall => return Err(error),
+                Failed::Warn => tracing::error!(%error, "a save failed and nobody saw it"),
+            }
         }
         if let Some(ticket) = self.stager.flights.unfenced() {
             let unfenced = format!(
@@ -200,7 +208,8 @@ impl CheckpointExecutor {
             return Err(Error::invalid(unfenced).with_step(step));
         }
         let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
-        let deadline = deadline_after(self.settings.save_deadline);
+        let patience = options.deadline.map_or(self.settings.save_deadline, |d| d.min(self.settings.save_deadline));
+        let deadline = deadline_after(patience);
         if let Some(outcome) = admission::admit(&self.stager, self.settings.overlap, step, deadline)? {
             return Ok(self.resolved(step, attempt, began, outcome));
         }

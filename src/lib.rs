@@ -43,6 +43,7 @@
 //! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] |
 //! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`] |
 //! | keep steps elsewhere | [`storage::Storage`] |
+//! | come from another system | [`compat`]: its interface, on this engine |
 //!
 //! # What is promised
 //!
@@ -64,11 +65,12 @@
 //! # Features
 //!
 //! `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
-//! `mutants` is for this crate's own tests.
+//! `sqlite` adds a store for many small graph states. `mutants` is for this crate's own tests.
 
 pub mod catalog;
 mod checkpoint;
 mod commit;
+pub mod compat;
 mod completion;
 pub mod device;
 pub mod digest;
@@ -99,7 +101,7 @@ pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
 pub use restore::{Damage, Report, Targets};
 pub use save::{Save, SaveOptions, Snapshot, Staged};
-pub use settings::{Detect, Engine, IoMode, Overlap, Priority, Settings};
+pub use settings::{Detect, Engine, Failed, IoMode, Overlap, Priority, Settings};
 pub use state::{Capture, Dtype, Element, HostTensor, Layout, Place, RawHost, Source, StateDict};
 pub use ticket::{Committed, Outcome, Phase, Progress};
 

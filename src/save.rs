@@ -35,6 +35,8 @@ pub struct SaveOptions {
     pub attempt: Option<Attempt>,
     /// The directory name; [`step_name`](crate::id::step_name) of the step if None.
     pub name: Option<String>,
+    /// When the save fails if it is not durable, counted from the call; the settings' save deadline if None, and never later.
+    pub deadline: Option<Duration>,
 }
 
 impl SaveOptions {
@@ -59,6 +61,12 @@ impl SaveOptions {
     /// Sets the directory name, one that [`parse_step_name`](crate::id::parse_step_name) takes for the step.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
+        self
+    }
+
+    /// Sets when the save fails if it is not durable.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = Some(deadline);
         self
     }
 }

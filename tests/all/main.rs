@@ -1,6 +1,7 @@
 //! The integration tests: one binary, folders by stage, one behaviour per file.
 
 mod catalog;
+mod compat;
 mod crash;
 mod fence;
 mod format;

@@ -1,0 +1,15 @@
+//! The interfaces of other systems, each a thin face on the one executor: their names and their meaning, one write path, one
+//! format. A save through a face leaves the bytes that [`CheckpointExecutor::save`](crate::CheckpointExecutor::save) leaves.
+//!
+//! **Floor 5**: above everything, and nothing below imports it. The faces know nothing of each other.
+//!
+//! | module | system | its contract |
+//! |---|---|---|
+//! | [`graph`] | Rust graph engines | `Checkpointer<S>` |
+//! | [`torch`] | torch's distributed checkpointing | `_AsyncCheckpointExecutor.execute_save`, planners, storage writers |
+
+pub mod graph;
+pub mod torch;
+
+mod overdue;
+mod wire;
