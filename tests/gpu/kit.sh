@@ -18,7 +18,7 @@ kernels=$(test_program fakecuda all)
 strip -o "$kit/ashore" target/release/ashore
 strip -o "$kit/suite" "$suite"
 strip -o "$kit/kernels" "$kernels"
-cp tests/gpu/run.sh "$kit/run.sh"
+cp tests/gpu/run.sh tests/gpu/kernels.py kernels/*.ptx "$kit"
 git rev-parse HEAD >"$kit/commit"
 size=$(du -sm "$kit" | cut -f1)
 ls -l "$kit"

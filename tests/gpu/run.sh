@@ -4,7 +4,7 @@
 # A stage takes 8 minutes at most. Its result is on disk before the next one begins, and a stage that has passed is not run
 # again: to go on after a loss, run `all` with the same OUT. The most telling stages come first.
 set -uo pipefail
-stages=(machine kernels suite limits staging demo)
+stages=(machine kernels suite limits staging speeds demo)
 kit=$(cd "$(dirname "$0")" && pwd)
 stage=${1:?usage: run.sh STAGE OUT} out=${2:?usage: run.sh STAGE OUT}
 mkdir -p "$out"
@@ -26,6 +26,8 @@ kernels() { "$kit/kernels" kernels:: --skip ptx:: --test-threads 4; }
 suite() { "$kit/suite" cuda --test-threads 4; }
 limits() { "$kit/ashore" bench limits --device cuda:0 --dir "$out/scratch" --json; }
 staging() { "$kit/ashore" bench staging --device cuda:0 --dir "$out/scratch" --json; }
+# The kernels beside the device's own copies. Needs Python 3, and nothing else.
+speeds() { python3 "$kit/kernels.py" "$kit"; }
 demo() { "$kit/ashore" demo --device cuda:0 --dir "$out/scratch"; }
 
 # Lines as a JSON array of strings.
