@@ -66,6 +66,10 @@ kernels arguments:
     fi
     "$venv/bin/python" kernels/build.py {{ arguments }}
 
+# `gpu-kit/`: programs and `run.sh` for a machine with a GPU but without Rust or a network.
+gpu-kit:
+    tests/gpu/kit.sh
+
 # Undefined behaviour in what holds or hands out memory.
 miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
