@@ -66,7 +66,7 @@
 //! # Features
 //!
 //! `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
-//! `mutants` is for this crate's own tests.
+//! `sqlite` adds a store for many small graph states. `mutants` is for this crate's own tests.
 
 pub mod catalog;
 mod checkpoint;

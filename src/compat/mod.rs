@@ -5,9 +5,11 @@
 //!
 //! | module | system | its contract |
 //! |---|---|---|
+//! | [`graph`] | Rust graph engines | `Checkpointer<S>` |
 //! | [`torch`] | torch's distributed checkpointing | `_AsyncCheckpointExecutor.execute_save`, planners, storage writers |
 //! | [`orbax`] | Orbax | `AsyncCheckpointHandler`, deferred paths and their signals, `CheckpointManager` |
 
+pub mod graph;
 pub mod orbax;
 pub mod torch;
 
