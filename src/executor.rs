@@ -19,7 +19,7 @@ use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
 use crate::plan::{Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
-use crate::settings::{Detect, Settings};
+use crate::settings::{Detect, Failed, Settings};
 use crate::staging::{Captured, Job, Stager};
 use crate::state::StateDict;
 use crate::storage::Storage;
@@ -109,7 +109,7 @@ impl CheckpointExecutor {
     /// [`save`](Self::save), with options.
     ///
     /// # Errors
-    /// As `save`; `Invalid` when the name in the options is not one for this step.
+    /// As `save`; `Invalid` when the name in the options is that of another step.
     pub fn save_with(&self, step: u64, state: StateDict<'static>, options: SaveOptions) -> Result<Save> {
         self.submit(step, state, options, false, |_| ())
     }
@@ -148,6 +148,11 @@ impl CheckpointExecutor {
         &self.catalog
     }
 
+    /// Where steps are kept.
+    pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
@@ -184,13 +189,16 @@ impl CheckpointExecutor {
         self.alive()?;
         let began = Instant::now();
         let name = options.name.unwrap_or_else(|| step_name(step));
-        if parse_step_name(&name) != Some(step) {
+        if parse_step_name(&name).is_some_and(|other| other != step) {
             return Err(Error::invalid(format!("this is not a name for the step name={name:?}")).with_step(step));
         }
         let mut admission = lock(&self.admission);
         let lines = self.lines.as_ref().ok_or_else(|| Error::invalid("the executor is shut down"))?;
         if let Some(error) = self.stager.flights.unobserved() {
-            return Err(error);
+            match self.settings.failed {
+                Failed::NextCall => return Err(error),
+                Failed::Warn => tracing::error!(%error, "a save failed and nobody saw it"),
+            }
         }
         if let Some(ticket) = self.stager.flights.unfenced() {
             let unfenced = format!(
@@ -200,7 +208,8 @@ impl CheckpointExecutor {
             return Err(Error::invalid(unfenced).with_step(step));
         }
         let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
-        let deadline = deadline_after(self.settings.save_deadline);
+        let patience = options.deadline.map_or(self.settings.save_deadline, |d| d.min(self.settings.save_deadline));
+        let deadline = deadline_after(patience);
         if let Some(outcome) = admission::admit(&self.stager, self.settings.overlap, step, deadline)? {
             return Ok(self.resolved(step, attempt, began, outcome));
         }

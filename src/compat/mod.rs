@@ -5,6 +5,15 @@
 //!
 //! | module | system | its contract |
 //! |---|---|---|
+//! | [`torch`] | torch's distributed checkpointing | `_AsyncCheckpointExecutor.execute_save`, planners, storage writers |
 //! | [`graph`] | Rust graph engines | `Checkpointer<S>` |
+//! | [`datarax`] | Datarax | `OrbaxCheckpointHandler`, `Checkpointable` |
+//! | [`earth2studio`] | earth2studio | `Checkpoint`, `CheckpointSession` |
 
+pub mod datarax;
+pub mod earth2studio;
 pub mod graph;
+pub mod torch;
+
+mod overdue;
+mod wire;

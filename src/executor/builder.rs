@@ -6,7 +6,7 @@ use crate::device::{Device, Host};
 use crate::error::Result;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Register};
-use crate::settings::{Detect, Engine, Overlap, Priority, Settings};
+use crate::settings::{Detect, Engine, Failed, Overlap, Priority, Settings};
 use crate::staging::Stager;
 use crate::storage::Storage;
 use crate::storage::local::Local;
@@ -67,6 +67,8 @@ impl Builder {
         priority: Priority,
         /// What `save` does while earlier saves are unfinished: `Queue(1)`.
         overlap: Overlap,
+        /// What becomes of failures that nobody looked at: returned by the next `save`.
+        failed: Failed,
         /// When to look for forgotten fences: for the first two saves.
         detect: Detect,
         /// How much a save may copy on the calling thread, in bytes: 1 MiB.

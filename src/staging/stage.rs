@@ -25,6 +25,7 @@ use std::collections::VecDeque;
 use std::mem::forget;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// Copies in flight at once: copy engines are first-in first-out, and whatever else wants to cross the bus waits behind them.
@@ -190,6 +191,7 @@ impl Stager {
         let (ticket, plan) = (job.ticket.clone(), job.plan.clone());
         let stamp = Stamp::new(ticket.step, ticket.attempt);
         let (mut next, mut due) = (0, Instant::now());
+        let waker = Waker::from(self.signal.clone());
         loop {
             let now = Instant::now();
             if due <= now {
@@ -205,7 +207,7 @@ impl Stager {
             if ticket.failed() || (next == plan.chunks.len() && flying.is_empty()) {
                 return Ok(());
             }
-            let room = next < plan.chunks.len() && flying.len() < WINDOW;
+            let room = next < plan.chunks.len() && flying.len() < WINDOW && ready(job, next, &waker)?;
             if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
                 flying.push_back(Flying { chunk: Chunk { index: next, lease, digests: None }, mark: u64::MAX });
@@ -218,7 +220,9 @@ impl Stager {
                 continue;
             }
             if flying.is_empty() && line.parked.is_empty() {
-                self.wait(|| (self.arena.free() > 0 || ticket.failed()).then_some(()));
+                let go_on =
+                    || ticket.failed() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
+                self.wait(|| go_on().then_some(()));
                 due = Instant::now();
             } else {
                 self.signal.wait_until(now + POLL, || ticket.failed().then_some(()));
@@ -262,6 +266,20 @@ fn dropped<T>(sources: T) {
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(sources))).is_err() {
         tracing::error!("a source panicked when it was dropped");
     }
+}
+
+/// Whether all bytes of the chunk `index` are there to be read.
+fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
+    let Some(chunk) = job.plan.chunks.get(index) else { return Ok(true) };
+    for segment in &job.plan.segments[chunk.segments.clone()] {
+        let From::Tensor(tensor) = segment.from else { continue };
+        let source = &job.state.tensors[tensor].source;
+        match source.poll_ready(segment.at..segment.at + segment.length as u64, waker) {
+            Poll::Ready(there) => there?,
+            Poll::Pending => return Ok(false),
+        }
+    }
+    Ok(true)
 }
 
 /// A chunk whose copies may not have ended.

@@ -1,4 +1,44 @@
 //! Each face against the contract of its system, method by method.
 
+mod datarax;
+mod earth2studio;
 mod graph;
 mod identical;
+mod torch;
+
+use ashore::{CheckpointExecutor, StateDict};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A small engine on real files.
+fn engine(root: &Path) -> ashore::Builder {
+    CheckpointExecutor::builder(root).arena(4 * 4096).chunk(4096).shutdown_deadline(Duration::from_secs(5))
+}
+
+/// A state with tensors of several chunks, a value and metadata.
+fn state(seed: u64) -> StateDict<'static> {
+    let mut state = StateDict::new();
+    state.tensor("model.weights", Arc::new(crate::rig::pattern(seed, 20_000))).unwrap();
+    state.tensor("model.bias", Arc::new(vec![seed as f32; 7])).unwrap();
+    state.value("epoch", &seed).unwrap().metadata("run", "a test").unwrap();
+    state
+}
+
+/// Every file below `root` that is not hidden, and its bytes.
+fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(root).unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap();
+        if name.starts_with('.') {
+            continue;
+        }
+        if entry.file_type().unwrap().is_dir() {
+            found.extend(files(&entry.path()).into_iter().map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
+        } else if name != "latest" {
+            found.insert(name, std::fs::read(entry.path()).unwrap());
+        }
+    }
+    found
+}
