@@ -6,14 +6,17 @@
 //! | module | system | its contract |
 //! |---|---|---|
 //! | [`torch`] | torch's distributed checkpointing | `_AsyncCheckpointExecutor.execute_save`, planners, storage writers |
+//! | [`orbax`] | Orbax | `AsyncCheckpointHandler`, deferred paths and their signals, `CheckpointManager` |
 //! | [`graph`] | Rust graph engines | `Checkpointer<S>` |
-//! | [`datarax`] | Datarax | `OrbaxCheckpointHandler`, `Checkpointable` |
 //! | [`earth2studio`] | earth2studio | `Checkpoint`, `CheckpointSession` |
+//! | [`datarax`] | Datarax | `OrbaxCheckpointHandler`, `Checkpointable` |
 
 pub mod datarax;
 pub mod earth2studio;
 pub mod graph;
+pub mod orbax;
 pub mod torch;
 
 mod overdue;
+mod place;
 mod wire;

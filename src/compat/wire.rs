@@ -42,17 +42,19 @@ impl From<&Error> for WireError {
     }
 }
 
-impl From<WireError> for Error {
-    fn from(wire: WireError) -> Self {
-        let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == wire.kind).unwrap_or(ErrorKind::Internal);
-        let mut error = Error::new(kind, wire.message);
-        if let Some(step) = wire.step {
+// No `From` for `Error`: it would take away from every user what the compiler infers where there is only one.
+impl WireError {
+    /// The error.
+    pub fn into_error(self) -> Error {
+        let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(ErrorKind::Internal);
+        let mut error = Error::new(kind, self.message);
+        if let Some(step) = self.step {
             error = error.with_step(step);
         }
-        if let Some(rank) = wire.rank {
+        if let Some(rank) = self.rank {
             error = error.with_rank(rank);
         }
-        if let Some(path) = wire.path { error.with_path(path) } else { error }
+        if let Some(path) = self.path { error.with_path(path) } else { error }
     }
 }
 
@@ -65,7 +67,7 @@ mod tests {
         for kind in KINDS {
             let error = Error::new(kind, "it failed file=7").with_step(3).with_rank(2).with_path("/a/b");
             let text = serde_json::to_string(&WireError::from(&error)).unwrap();
-            let back = Error::from(serde_json::from_str::<WireError>(&text).unwrap());
+            let back = serde_json::from_str::<WireError>(&text).unwrap().into_error();
             assert_eq!((back.kind(), back.to_string()), (kind, error.to_string()));
         }
     }

@@ -49,7 +49,8 @@ fn all<T: Serialize + DeserializeOwned>(
     let gathered = group.all_gather(serde_json::to_vec(&mine).map_err(spoilt)?, deadline)?;
     let mut parts = Vec::with_capacity(gathered.len());
     for message in gathered {
-        parts.push(serde_json::from_slice::<Result<T, WireError>>(&message).map_err(spoilt)??);
+        let part = serde_json::from_slice::<Result<T, WireError>>(&message).map_err(spoilt)?;
+        parts.push(part.map_err(WireError::into_error)?);
     }
     Ok(parts)
 }

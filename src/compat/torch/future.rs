@@ -7,6 +7,7 @@ use crate::completion::{Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::Save;
 use crate::ticket::{Committed, Outcome};
+use std::collections::HashSet;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -38,6 +39,11 @@ pub(super) struct Planned {
 impl Planned {
     pub fn finish(&self, committed: &Committed) -> Metadata {
         let mut metadata = self.metadata.clone();
+        // A planner may have left out more at the end.
+        if metadata.state_dict_metadata.len() != self.plan.items.len() {
+            let items: HashSet<&str> = self.plan.items.iter().map(|item| item.fqn.as_str()).collect();
+            metadata.state_dict_metadata.retain(|name, _| items.contains(name.as_str()));
+        }
         metadata.storage_data = results(&self.plan, committed);
         let (checkpoint_id, save_id) = (committed.path.clone(), Some(committed.attempt.to_string()));
         metadata.storage_meta = Some(StorageMeta { checkpoint_id, save_id });

@@ -227,7 +227,7 @@ impl Job {
 }
 
 /// Whether the same save may succeed a little later.
-pub(in crate::compat) fn may_pass(error: &Error) -> bool {
+fn may_pass(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Busy | ErrorKind::NoSpace | ErrorKind::Unavailable)
 }
 

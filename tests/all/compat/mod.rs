@@ -4,12 +4,15 @@ mod datarax;
 mod earth2studio;
 mod graph;
 mod identical;
+mod orbax;
 mod torch;
 
-use ashore::{CheckpointExecutor, StateDict};
+use ashore::storage::{Memory, Reading, Storage, Swept, Writing};
+use ashore::{Attempt, CheckpointExecutor, Error, ErrorKind, Result, StateDict};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// A small engine on real files.
@@ -41,4 +44,47 @@ fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
         }
     }
     found
+}
+
+/// A storage that refuses the first few attempts.
+#[derive(Debug)]
+struct Flaky {
+    memory: Memory,
+    refusals: AtomicUsize,
+}
+
+impl Flaky {
+    fn new(refusals: usize) -> Self {
+        Self { memory: Memory::new(), refusals: refusals.into() }
+    }
+}
+
+impl Storage for Flaky {
+    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
+        if self.refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
+            return Err(Error::new(ErrorKind::Unavailable, "not now"));
+        }
+        self.memory.begin(name, attempt, overwrite)
+    }
+    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
+        self.memory.open(name)
+    }
+    fn list(&self) -> Result<Vec<String>> {
+        self.memory.list()
+    }
+    fn confirm(&self, name: &str) -> Result<()> {
+        self.memory.confirm(name)
+    }
+    fn remove(&self, name: &str) -> Result<()> {
+        self.memory.remove(name)
+    }
+    fn sweep(&self) -> Result<Swept> {
+        self.memory.sweep()
+    }
+    fn hint(&self, name: &str) -> Result<()> {
+        self.memory.hint(name)
+    }
+    fn describe(&self, name: &str) -> PathBuf {
+        self.memory.describe(name)
+    }
 }

@@ -1,15 +1,13 @@
 //! Failures of planners, writers and storage: always in the future, never silent, and tried again where that is asked for.
 
-use crate::compat::{engine, files, state};
+use crate::compat::{Flaky, engine, files, state};
 use crate::rig::{LONG, one};
 use ashore::compat::torch::{
     AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, SavePlanner, StorageMeta,
     ThreadExecutor,
 };
-use ashore::storage::{Memory, Storage};
 use ashore::{Error, ErrorKind, Failed, Result, StateDict};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 fn to(id: &str) -> ExecuteOptions {
     ExecuteOptions::new().checkpoint_id(id)
@@ -107,51 +105,8 @@ fn the_default_planner_keeps_its_plans_while_the_structure_stays() {
     assert_eq!(unready.kind(), ErrorKind::Invalid);
 }
 
-/// Refuses the first few attempts.
-#[derive(Debug)]
-struct Flaky {
-    memory: Memory,
-    refusals: AtomicUsize,
-}
-
-impl Storage for Flaky {
-    fn begin(
-        &self,
-        name: &str,
-        attempt: ashore::Attempt,
-        overwrite: bool,
-    ) -> Result<Arc<dyn ashore::storage::Writing>> {
-        if self.refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
-            return Err(Error::new(ErrorKind::Unavailable, "not now"));
-        }
-        self.memory.begin(name, attempt, overwrite)
-    }
-    fn open(&self, name: &str) -> Result<Arc<dyn ashore::storage::Reading>> {
-        self.memory.open(name)
-    }
-    fn list(&self) -> Result<Vec<String>> {
-        self.memory.list()
-    }
-    fn confirm(&self, name: &str) -> Result<()> {
-        self.memory.confirm(name)
-    }
-    fn remove(&self, name: &str) -> Result<()> {
-        self.memory.remove(name)
-    }
-    fn sweep(&self) -> Result<ashore::storage::Swept> {
-        self.memory.sweep()
-    }
-    fn hint(&self, name: &str) -> Result<()> {
-        self.memory.hint(name)
-    }
-    fn describe(&self, name: &str) -> std::path::PathBuf {
-        self.memory.describe(name)
-    }
-}
-
 fn flaky(refusals: usize, failed: Failed) -> ThreadExecutor {
-    let storage = Flaky { memory: Memory::new(), refusals: refusals.into() };
-    let engine = engine("in memory".as_ref()).storage(Arc::new(storage)).failed(failed).build().unwrap();
+    let engine = engine("in memory".as_ref()).storage(Arc::new(Flaky::new(refusals))).failed(failed).build().unwrap();
     ThreadExecutor::new(Arc::new(engine)).unwrap()
 }
 
