@@ -197,7 +197,7 @@ impl CheckpointSession {
         if let Some(bound) = work.bound.iter().find(|bound| bound.id() == T::ID) {
             return match bound.address() == state.address() {
                 true => Ok(state.with_loaded(bound.loaded())),
-                false => Err(CheckpointStateCollision { state_id: state_id() }.into()),
+                false => Err(CheckpointStateCollision { state_id: state_id() }.error()),
             };
         }
         state = state.with_loaded(false);
@@ -207,7 +207,7 @@ impl CheckpointSession {
             let current = spelled(T::FIELDS);
             if schema.hash != schema_hash(T::FIELDS) || schema.fields != current {
                 let saved = schema.fields.clone();
-                return Err(CheckpointStateSchemaError { state_id: state_id(), saved, current }.into());
+                return Err(CheckpointStateSchemaError { state_id: state_id(), saved, current }.error());
             }
             state = state.restored(&Saved { id: T::ID, checkpoint: row })?;
         }
