@@ -42,6 +42,7 @@
 //! | know how it ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] for the moment when tensors are free |
 //! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] |
 //! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`] |
+//! | end well when the machine is taken away | [`sigterm::Sigterm`] |
 //! | keep steps elsewhere | [`storage::Storage`] |
 //! | come from another system | [`compat`]: its interface, on this engine |
 //!
@@ -85,6 +86,7 @@ mod plan;
 mod restore;
 mod save;
 mod settings;
+pub mod sigterm;
 mod staging;
 pub mod state;
 pub mod storage;

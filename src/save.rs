@@ -33,10 +33,13 @@ pub struct SaveOptions {
     pub snapshot: Snapshot,
     /// The attempt; a new one if None.
     pub attempt: Option<Attempt>,
-    /// The directory name; [`step_name`](crate::id::step_name) of the step if None.
+    /// The directory name; [`step_name`](crate::id::step_name) of the step if None. One that is the name of no step is that
+    /// of a checkpoint beside the steps: never listed and never pruned.
     pub name: Option<String>,
     /// When the save fails if it is not durable, counted from the call; the settings' save deadline if None, and never later.
     pub deadline: Option<Duration>,
+    /// The last save of a program whose executor takes no more.
+    pub(crate) last: bool,
 }
 
 impl SaveOptions {
@@ -58,9 +61,14 @@ impl SaveOptions {
         self
     }
 
-    /// Sets the directory name, one that [`parse_step_name`](crate::id::parse_step_name) takes for the step.
+    /// Sets the directory name: one that [`parse_step_name`](crate::id::parse_step_name) takes for the step, or for none.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
+        self
+    }
+
+    pub(crate) fn last(mut self) -> Self {
+        self.last = true;
         self
     }
 
@@ -118,6 +126,11 @@ impl Save {
     /// tensors may be written: awaiting it counts as a fence.
     pub fn staged(&self) -> Staged {
         Staged { ticket: self.ticket.clone(), staged: Waiter::new(self.ticket.staged.clone()) }
+    }
+
+    /// Whether the state is staged: no tensor will be read any more.
+    pub(crate) fn is_staged(&self) -> bool {
+        self.ticket.staged.is_complete()
     }
 
     /// How far it is.

@@ -17,6 +17,7 @@ use crossbeam_channel::{bounded, unbounded};
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// Collects what an executor needs; [`Builder::build`] takes memory and starts threads.
@@ -128,6 +129,7 @@ impl Builder {
             threads: Vec::new(),
             generation: fork::generation(),
             compared: Arc::default(),
+            closed: AtomicBool::new(false),
             storage: storage.clone(),
             settings,
         };

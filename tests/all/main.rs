@@ -10,5 +10,6 @@ mod restore;
 mod rig;
 mod saves;
 mod saving;
+mod sigterm;
 mod state;
 mod storage;
