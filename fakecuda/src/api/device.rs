@@ -154,16 +154,16 @@ fn named(ordinal: i32, name: &'static str) -> Status<&'static Device> {
 /// Of the attributes that ashore might ask for, what an H200 says; 0 for all others.
 fn attribute_of(attribute: i32, device: i32) -> i32 {
     match attribute {
-        1..=3 => 1024,                        // threads of a block, in all and by x and y
-        4 => 64,                              // by z
-        5 => i32::MAX,                        // blocks of a grid by x
-        6 | 7 => 65_535,                      // by y and z
-        10 => 32,                             // threads of a warp
-        16 => 4,                              // multiprocessors: what fills the device is small here
-        39 => 2048,                           // threads of one
-        40 => 3,                              // copy engines
-        33 => device + 1,                     // PCI bus
-        75 => 9,                              // compute capability 9.0
+        1..=3 => 1024,                          // threads of a block, in all and by x and y
+        4 => 64,                                // by z
+        5 => i32::MAX,                          // blocks of a grid by x
+        6 | 7 => 65_535,                        // by y and z
+        10 => 32,                               // threads of a warp
+        16 => 4,                                // multiprocessors: what fills the device is small here
+        39 => 2048,                             // threads of one
+        40 => 3,                                // copy engines
+        33 => device + 1,                       // PCI bus
+        75 => 9,                                // compute capability 9.0
         19 | 31 | 41 | 78 | 83 | 89 | 115 => 1, // mapped host memory, concurrency, one address space, priorities, pools
         // Pointers of registered memory as they are, and stream memory operations: the second kind; the first is off.
         91 | 122 | 123 => 1,
