@@ -111,7 +111,7 @@ impl CheckpointExecutor {
     /// [`save`](Self::save), with options.
     ///
     /// # Errors
-    /// As `save`; `Invalid` when the name in the options is not one for this step.
+    /// As `save`; `Invalid` when the name in the options is that of another step.
     pub fn save_with(&self, step: u64, state: StateDict<'static>, options: SaveOptions) -> Result<Save> {
         self.submit(step, state, options, false, |_| ())
     }
@@ -206,7 +206,7 @@ impl CheckpointExecutor {
         self.alive()?;
         let began = Instant::now();
         let name = options.name.unwrap_or_else(|| step_name(step));
-        if parse_step_name(&name) != Some(step) {
+        if parse_step_name(&name).is_some_and(|other| other != step) {
             return Err(Error::invalid(format!("this is not a name for the step name={name:?}")).with_step(step));
         }
         let mut admission = lock(&self.admission);

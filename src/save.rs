@@ -33,7 +33,8 @@ pub struct SaveOptions {
     pub snapshot: Snapshot,
     /// The attempt; a new one if None.
     pub attempt: Option<Attempt>,
-    /// The directory name; [`step_name`](crate::id::step_name) of the step if None.
+    /// The directory name; [`step_name`](crate::id::step_name) of the step if None. One that is the name of no step is that
+    /// of a checkpoint beside the steps: never listed and never pruned.
     pub name: Option<String>,
     /// When the save fails if it is not durable, counted from the call; the settings' save deadline if None, and never later.
     pub deadline: Option<Duration>,
@@ -60,7 +61,7 @@ impl SaveOptions {
         self
     }
 
-    /// Sets the directory name, one that [`parse_step_name`](crate::id::parse_step_name) takes for the step.
+    /// Sets the directory name: one that [`parse_step_name`](crate::id::parse_step_name) takes for the step, or for none.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self

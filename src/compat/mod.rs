@@ -5,10 +5,14 @@
 //!
 //! | module | system | its contract |
 //! |---|---|---|
-//! | [`graph`] | Rust graph engines | `Checkpointer<S>` |
 //! | [`torch`] | torch's distributed checkpointing | `_AsyncCheckpointExecutor.execute_save`, planners, storage writers |
 //! | [`orbax`] | Orbax | `AsyncCheckpointHandler`, deferred paths and their signals, `CheckpointManager` |
+//! | [`graph`] | Rust graph engines | `Checkpointer<S>` |
+//! | [`earth2studio`] | earth2studio | `Checkpoint`, `CheckpointSession` |
+//! | [`datarax`] | Datarax | `OrbaxCheckpointHandler`, `Checkpointable` |
 
+pub mod datarax;
+pub mod earth2studio;
 pub mod graph;
 pub mod orbax;
 pub mod torch;

@@ -45,6 +45,7 @@ class Cuda:
         at = self.made("cuMemAlloc_v2", c_size_t(max(size, 1)))
         if data is not None:
             self("cuMemcpyHtoD_v2", at, data, c_size_t(size))
+            self("cuCtxSynchronize")  # the bytes may still be on their way, and our stream does not wait for them
         return at.value
 
     def functions(self, ptx, *names):

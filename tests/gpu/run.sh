@@ -17,7 +17,7 @@ machine() {
     free -g
     df -h "$out"
     nvidia-smi
-    nvidia-smi topo -m
+    nvidia-smi topo -m || true
     "$kit/ashore" --version
 }
 # The kernels against plain Rust, on the device.
@@ -44,7 +44,11 @@ run() {
     log=$(mktemp)
     mkdir -p "$out/scratch"
     # A group of its own, so that what a stage left running ends with it.
-    timeout --kill-after 10 480 bash -c "$(declare -f "$1"); kit='$kit' out='$out'; $1" >"$log" 2>&1 </dev/null || rc=$?
+    timeout --kill-after 10 480 bash -euo pipefail -c "$(declare -f "$1"); kit='$kit' out='$out'; $1" >"$log" 2>&1 </dev/null || rc=$?
+    # Nothing that was run is nothing that passed.
+    if [ "$rc" = 0 ] && grep -q '^running 0 tests' "$log"; then
+        rc=3
+    fi
     printf '{"stage": "%s", "rc": %d, "seconds": %d, "commit": "%s", "output": %s}\n' \
         "$1" "$rc" $((SECONDS - begin)) "$(cat "$kit/commit")" "$(tail -c 200000 "$log" | lines)" >"$out/$1.json.new"
     mv "$out/$1.json.new" "$out/$1.json"

@@ -43,6 +43,7 @@ impl Rig {
 
     pub fn poke(&self, address: u64, bytes: &[u8]) {
         assert_eq!(cuda!(cuMemcpy(address => u64, bytes.as_ptr() => *const u8, bytes.len() => usize)), 0);
+        settle();
     }
 
     pub fn memory(&self, bytes: usize) -> u64 {
@@ -50,6 +51,7 @@ impl Rig {
         assert_eq!(cuda!(cuMemAlloc_v2(&mut address => &mut u64, bytes => usize)), 0);
         if is_real() {
             assert_eq!(cuda!(cuMemsetD8_v2(address => u64, 0xCD => u8, bytes => usize)), 0);
+            settle();
         }
         address
     }
@@ -122,6 +124,9 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
         let _ = cuda!(cuCtxSetCurrent(0 => u64));
         let _ = cuda!(cuDevicePrimaryCtxRelease_v2(self.ordinal() => i32));
     }
@@ -141,6 +146,12 @@ pub fn query(event: u64) -> i32 {
 
 pub fn wait(stream: u64, event: u64) -> i32 {
     cuda!(cuStreamWaitEvent(stream => u64, event => u64, 0 => u32))
+}
+
+/// Fills, and copies from pageable memory, may still be under way in the legacy stream when the call returns, and other streams
+/// do not wait for it.
+fn settle() {
+    assert_eq!(cuda!(cuCtxSynchronize()), 0);
 }
 
 /// Waits until a stream has done all: its error, or 600 when that takes too long.

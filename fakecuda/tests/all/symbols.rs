@@ -13,10 +13,14 @@ pub fn find(name: &str) -> *mut c_void {
         // SAFETY: opening it runs nothing but the loader.
         unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) as usize }
     });
-    assert_ne!(opened, 0);
-    let name = CString::new(name).unwrap();
-    // SAFETY: the library stays open.
-    unsafe { libc::dlsym(opened as *mut c_void, name.as_ptr()) }
+    assert_ne!(opened, 0, "there is no driver to open");
+    let symbol = |name: &str| {
+        let name = CString::new(name).unwrap();
+        // SAFETY: the library stays open.
+        unsafe { libc::dlsym(opened as *mut c_void, name.as_ptr()) }
+    };
+    assert!(!is_real() || symbol("fakecuda_live").is_null(), "a real device was asked for");
+    symbol(name)
 }
 
 /// `cuda!(cuFunction(value => type, ...))`: its result code.

@@ -1,5 +1,7 @@
 //! Each face against the contract of its system, method by method.
 
+mod datarax;
+mod earth2studio;
 mod graph;
 mod identical;
 mod orbax;
