@@ -88,7 +88,7 @@ fn main() -> ExitCode {
         Verb::Verify(args) => verify::run(common, args),
         Verb::Prune(args) => prune::run(common, args),
         Verb::Bench(args) => bench::run(common, args),
-        Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS).map_err(Into::into),
+        Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS),
     };
     ended.unwrap_or_else(|error| {
         out::complain(&error.to_string());
