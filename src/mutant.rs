@@ -40,6 +40,9 @@ pub(crate) enum Mutant {
     /// The fence does not wait.
     // seen by: fence::late_copies
     Fence,
+    /// Copies do not wait for the streams that wrote the tensors.
+    // seen by: cuda::
+    ProducerWait,
     /// A slab goes home before it is written.
     #[cfg(feature = "mutants")]
     // seen by: fence::late_copies

@@ -2,7 +2,7 @@
 
 use super::{Admission, CheckpointExecutor, Lines, ending, tidy};
 use crate::completion::Signal;
-use crate::device::{Device, Host};
+use crate::device::{Device, DeviceReport, Selected, choose};
 use crate::error::Result;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Register};
@@ -26,7 +26,8 @@ pub struct Builder {
     root: PathBuf,
     settings: Settings,
     storage: Option<Arc<dyn Storage>>,
-    device: Arc<dyn Device>,
+    /// Instead of the one that the settings choose.
+    device: Option<Arc<dyn Device>>,
 }
 
 macro_rules! setters {
@@ -41,7 +42,7 @@ macro_rules! setters {
 
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
-        Self { root, settings: Settings::default(), storage: None, device: Arc::new(Host) }
+        Self { root, settings: Settings::default(), storage: None, device: None }
     }
 
     /// Replaces all settings.
@@ -89,9 +90,13 @@ impl Builder {
         self
     }
 
-    /// Copies with `device` instead of the host's processor.
-    pub fn device(mut self, device: Arc<dyn Device>) -> Self {
-        self.device = device;
+    /// Copies with this device: a [`DeviceChoice`](crate::DeviceChoice), by default the first GPU where there is one; or a
+    /// device that was made by somebody.
+    pub fn device(mut self, device: impl Into<Selected>) -> Self {
+        match device.into() {
+            Selected::Choice(choice) => (self.settings.device, self.device) = (choice, None),
+            Selected::Made(device) => self.device = Some(device),
+        }
         self
     }
 
@@ -105,6 +110,13 @@ impl Builder {
         let storage = match storage {
             Some(storage) => storage,
             None => Arc::new(Local::open_with(&root, settings.engine)?.direct(settings.direct)),
+        };
+        let (device, report) = match device {
+            Some(device) => {
+                let name = device.name();
+                (device, DeviceReport { name, why: "as it was given".into() })
+            }
+            None => choose(settings.device)?,
         };
         let signal = Arc::new(Signal::default());
         let arena =
@@ -127,6 +139,7 @@ impl Builder {
             generation: fork::generation(),
             compared: Arc::default(),
             storage: storage.clone(),
+            device: report,
             settings,
         };
         let (place, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());

@@ -11,14 +11,14 @@
 use super::capture::Captured;
 use super::fence::Flights;
 use crate::completion::Signal;
-use crate::device::{CopyQueue, Device};
+use crate::device::{CopyQueue, Device, Point};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
 use crate::memory::Arena;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From, Plan, Sink};
-use crate::state::StateDict;
+use crate::state::{DeviceStream, Place, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Phase, Ticket};
 use std::collections::VecDeque;
@@ -42,6 +42,8 @@ pub(crate) struct Job {
     pub plan: Arc<Plan>,
     pub state: StateDict<'static>,
     pub captured: Captured,
+    /// Behind the work that wrote tensors of devices.
+    pub behind: Option<Point>,
     /// The sources are only lent: they may be freed as soon as the save is released.
     pub borrowed: bool,
     pub sink: Arc<dyn Sink>,
@@ -88,6 +90,22 @@ impl Stager {
         let Job { ticket, state, .. } = job;
         dropped(state);
         self.flights.release(&ticket);
+    }
+
+    /// See [`CheckpointExecutor::fence_on`](crate::CheckpointExecutor::fence_on).
+    pub fn fence_on(&self, streams: &[DeviceStream], patience: Duration) -> Result<()> {
+        self.flights.fence_on(patience, || self.device.order(streams))
+    }
+
+    /// Waits until borrowed sources of these saves are dropped, with `streams` and those that made them ordered after copies.
+    pub fn freeze_on(&self, tickets: &[Arc<Ticket>], streams: &[DeviceStream], patience: Duration) -> Result<()> {
+        Flights::freeze_on(tickets, patience, || {
+            let owners = tickets.iter().flat_map(|t| &t.streams);
+            let mut all: Vec<_> = streams.iter().chain(owners).copied().collect();
+            all.sort_unstable();
+            all.dedup();
+            self.device.order(&all)
+        })
     }
 
     /// Lets the thread end once its queue is empty.
@@ -141,6 +159,11 @@ impl Stager {
                 line.queue = Some(self.device.queue()?);
             }
             line.recover();
+            if let (Some(point), Some(queue)) = (job.behind.take(), &mut line.queue)
+                && !mutant::on(Mutant::ProducerWait)
+            {
+                queue.wait(point)?;
+            }
             self.copy(&mut job, line, &mut flying)
         });
         let failed = copied.as_ref().err().map(Error::kind);
@@ -202,6 +225,10 @@ impl Stager {
                 ticket.bytes_staged.fetch_add(plan.chunks[chunk.index].length as u64, Ordering::Relaxed);
                 job.sink.clone().accept(chunk);
             }
+            if next == plan.chunks.len() && ticket.let_go.load(Ordering::Acquire) {
+                dropped(std::mem::take(&mut job.state));
+                ticket.dropped.complete(());
+            }
             if ticket.failed() || (next == plan.chunks.len() && flying.is_empty()) {
                 return Ok(());
             }
@@ -211,6 +238,7 @@ impl Stager {
                 flying.push_back(Flying { chunk: Chunk { index: next, lease, digests: None }, mark: u64::MAX });
                 enqueue(job, &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
                 next += 1;
+                ticket.advance();
                 if mutant::on(Mutant::SourceEarly) && next == plan.chunks.len() {
                     job.state = StateDict::new();
                     ticket.release();
@@ -221,7 +249,8 @@ impl Stager {
                 self.wait(|| (self.arena.free() > 0 || ticket.failed()).then_some(()));
                 due = Instant::now();
             } else {
-                self.signal.wait_until(now + POLL, || ticket.failed().then_some(()));
+                let news = || ticket.failed() || (ticket.let_go.load(Ordering::Acquire) && !ticket.dropped.is_complete());
+                self.signal.wait_until(now + POLL, || news().then_some(()));
                 line.recover();
             }
         }
@@ -320,16 +349,22 @@ fn read(
     to: *mut u8,
     queue: &mut dyn CopyQueue,
 ) -> Result<Option<Digest>> {
-    let (name, source) = job.state.tensors.get_index(tensor).map(|(n, t)| (n, &t.source)).expect("checked by the plan");
+    let (name, tensor) = job.state.tensors.get_index(tensor).expect("checked by the plan");
     let _live = lock(&job.ticket.live);
     if let Some(error) = job.ticket.failure() {
         return Err(error);
     }
     let mut digest = None;
-    source.read(&mut |from| {
+    tensor.source.read(&mut |from| {
+        let from = from.wrapping_add(begin);
         // SAFETY: the source hands out all its bytes and keeps them until it is dropped, the slab is leased and its part at
         // `to` has `length` bytes; both stay until the mark behind this copy is reached.
-        digest = Some(unsafe { queue.copy(from.wrapping_add(begin), to, length) });
+        digest = Some(match tensor.place {
+            // SAFETY: as above.
+            Place::Host { .. } => unsafe { queue.copy(from, to, length) },
+            // SAFETY: as above.
+            Place::Device { stream, .. } => unsafe { queue.fetch(stream.ordinal, from, to, length) }.map(|()| None),
+        });
     });
     let nothing = || Error::new(ErrorKind::Invalid, format!("a source did not hand out its bytes tensor={name:?}"));
     digest.unwrap_or_else(|| Err(nothing()))

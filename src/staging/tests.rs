@@ -46,6 +46,8 @@ fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<
         step: 1,
         attempt: Default::default(),
         deadline: Instant::now() + LONG,
+        chunks: plan.chunks.len(),
+        streams: Vec::new(),
         bytes: 0,
         writable: false,
         over_budget: 0,
@@ -58,6 +60,7 @@ fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<
         plan: plan.clone(),
         state,
         captured,
+        behind: None,
         borrowed: false,
         sink: sink.clone(),
     });

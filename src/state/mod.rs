@@ -11,5 +11,5 @@ mod value;
 pub(crate) use dict::Tensor;
 pub use dict::{Capture, StateDict};
 pub use dtype::{Dtype, Element, Layout, Shape};
-pub use source::{HostTensor, Place, RawHost, Source};
+pub use source::{DeviceStream, HostTensor, Place, RawDevice, RawHost, Source};
 pub use value::{decode as decode_value, encode as encode_value};

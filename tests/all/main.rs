@@ -2,6 +2,9 @@
 
 mod catalog;
 mod crash;
+// Neither loads a library.
+#[cfg(not(any(loom, miri)))]
+mod cuda;
 mod fence;
 mod format;
 mod made;
