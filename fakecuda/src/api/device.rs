@@ -1,0 +1,184 @@
+//! Starting, devices and contexts.
+
+use crate::abi::{INVALID_DEVICE, INVALID_VALUE, Kind, NOT_FOUND, describe, handle, ordinal_of, put, text};
+use crate::call::{CONTEXTS, INITIALIZED, current};
+use crate::device::{all, get};
+use crate::exported::export;
+use crate::settings::number;
+use crate::stream::wait_for;
+use std::ffi::{CString, c_char, c_void};
+use std::sync::atomic::Ordering;
+
+export! {
+    nothing fn cuInit(flags: u32) {
+        if flags != 0 {
+            return Err(INVALID_VALUE);
+        }
+        match number("init") {
+            Some(code) if code != 0 => return Err(code as i32),
+            _ if all().is_empty() => return Err(100),
+            _ => {}
+        }
+        INITIALIZED.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    nothing fn cuDriverGetVersion(version: *mut i32) {
+        put(version, number("version").unwrap_or(13_000) as i32)
+    }
+
+    nothing fn cuGetErrorName(code: i32, name: *mut *const c_char) {
+        put(name, describe(code).map_or(std::ptr::null(), |d| d.0.as_ptr()))?;
+        describe(code).map(drop).ok_or(INVALID_VALUE)
+    }
+
+    nothing fn cuGetErrorString(code: i32, name: *mut *const c_char) {
+        put(name, describe(code).map_or(std::ptr::null(), |d| d.1.as_ptr()))?;
+        describe(code).map(drop).ok_or(INVALID_VALUE)
+    }
+
+    nothing fn cuGetProcAddress_v2(
+        symbol: *const c_char, address: *mut *mut c_void, version: i32, _flags: u64, status: *mut i32,
+    ) {
+        let name = text(symbol)?;
+        // A version suffix is the driver's business: the newest that the asked-for version knows.
+        let newer = if name == "cuMemcpyBatchAsync" && version < 13_000 { name.clone() } else { format!("{name}_v2") };
+        let found = [newer, name].iter().map(|name| symbol_named(name)).find(|found| !found.is_null());
+        put(address, found.unwrap_or(std::ptr::null_mut()))?;
+        if !status.is_null() {
+            put(status, i32::from(found.is_none()))?;
+        }
+        found.map(drop).ok_or(NOT_FOUND)
+    }
+
+    init fn cuDeviceGetCount(count: *mut i32) {
+        put(count, all().len() as i32)
+    }
+
+    init fn cuDeviceGet(device: *mut i32, ordinal: i32) {
+        get(usize::try_from(ordinal).map_err(|_| INVALID_DEVICE)?)?;
+        put(device, ordinal)
+    }
+
+    init fn cuDeviceGetName(name: *mut c_char, bytes: i32, device: i32) {
+        get(device as usize)?;
+        let full = b"Simulated device\0";
+        let kept = full.len().min(usize::try_from(bytes).map_err(|_| INVALID_VALUE)?);
+        (0..kept).try_for_each(|i| put(name.wrapping_add(i), full[i] as c_char))
+    }
+
+    init fn cuDeviceGetAttribute(value: *mut i32, attribute: i32, device: i32) {
+        get(device as usize)?;
+        put(value, attribute_of(attribute, device))
+    }
+
+    init fn cuDeviceTotalMem_v2(bytes: *mut usize, device: i32) {
+        let megabytes = get(device as usize)?.state().settings.mem_mb;
+        put(bytes, (megabytes as usize) << 20)
+    }
+
+    init fn cuDeviceGetPCIBusId(name: *mut c_char, bytes: i32, device: i32) {
+        get(device as usize)?;
+        let full = format!("0000:{:02X}:00.0\0", device + 1);
+        if (bytes as usize) < full.len() {
+            return Err(INVALID_VALUE);
+        }
+        full.bytes().enumerate().try_for_each(|(i, b)| put(name.wrapping_add(i), b as c_char))
+    }
+
+    init fn cuDevicePrimaryCtxRetain(context: *mut u64, device: i32) {
+        put(context, get(device as usize)?.retain()?)
+    }
+
+    init fn cuDevicePrimaryCtxRelease_v2(device: i32) {
+        get(device as usize)?.release()
+    }
+
+    init fn cuDevicePrimaryCtxGetState(device: i32, flags: *mut u32, active: *mut i32) {
+        let alive = get(device as usize)?.state().retained > 0;
+        put(flags, 0)?;
+        put(active, i32::from(alive))
+    }
+
+    init fn cuCtxSetCurrent(context: u64) {
+        let ordinal = if context == 0 { None } else { Some(ordinal_of(Kind::Context, context)?) };
+        CONTEXTS.with_borrow_mut(|c| {
+            c.pop();
+            c.extend(ordinal);
+        });
+        Ok(())
+    }
+
+    init fn cuCtxPushCurrent_v2(context: u64) {
+        let ordinal = ordinal_of(Kind::Context, context)?;
+        CONTEXTS.with_borrow_mut(|c| c.push(ordinal));
+        Ok(())
+    }
+
+    init fn cuCtxPopCurrent_v2(context: *mut u64) {
+        let popped = CONTEXTS.with_borrow_mut(Vec::pop).ok_or(crate::abi::INVALID_CONTEXT)?;
+        put(context, handle(Kind::Context, popped, 1))
+    }
+
+    init fn cuCtxGetCurrent(context: *mut u64) {
+        let ordinal = CONTEXTS.with_borrow(|c| c.last().copied());
+        put(context, ordinal.map_or(0, |o| handle(Kind::Context, o, 1)))
+    }
+
+    context fn cuCtxGetDevice(device: *mut i32) {
+        put(device, current()?.ordinal as i32)
+    }
+
+    context fn cuCtxGetStreamPriorityRange(least: *mut i32, greatest: *mut i32) {
+        put(least, 0)?;
+        put(greatest, -5)
+    }
+
+    quiet fn cuCtxSynchronize() {
+        let device = current()?;
+        let ends: Vec<_> = device.state().streams.iter().map(|(&id, s)| (id, s.enqueued)).collect();
+        ends.into_iter().try_for_each(|(id, seq)| wait_for(device, device.state(), id, seq))
+    }
+}
+
+/// Of the attributes that ashore might ask for, what an H200 says; 0 for all others.
+fn attribute_of(attribute: i32, device: i32) -> i32 {
+    match attribute {
+        1 => 1024,                                   // threads of a block
+        2 | 3 => 1024,                               // block, x and y
+        4 => 64,                                     // block, z
+        5 => i32::MAX,                               // grid, x
+        6 | 7 => 65_535,                             // grid, y and z
+        10 => 32,                                    // warp
+        16 => 4,                                     // multiprocessors: a launch to fill the device stays small here
+        19 | 31 | 40 | 41 | 78 | 83 | 89 | 115 => 1, // map host memory, concurrent kernels, engines, addressing, priorities, pools
+        33 => device + 1,                            // PCI bus
+        34 | 50 => 0,                                // PCI device, domain
+        39 => 2048,                                  // threads of a multiprocessor
+        75 => 9,                                     // compute capability
+        76 => 0,
+        91 | 92 | 93 | 94 | 122 | 123 => 1, // host pointers, stream memory operations
+        _ => 0,
+    }
+}
+
+/// A symbol of this very library.
+fn symbol_named(name: &str) -> *mut c_void {
+    let Ok(name) = CString::new(name) else { return std::ptr::null_mut() };
+    let inside: extern "C" fn(u32) -> i32 = cuInit;
+    let mut found = libc::Dl_info {
+        dli_fname: std::ptr::null(),
+        dli_fbase: std::ptr::null_mut(),
+        dli_sname: std::ptr::null(),
+        dli_saddr: std::ptr::null_mut(),
+    };
+    // SAFETY: any address may be asked for; `dli_fname` is then the path under which this library was opened, which
+    // `dlopen` finds again without loading anything.
+    unsafe {
+        if libc::dladdr(inside as *const c_void, &mut found) == 0 {
+            return std::ptr::null_mut();
+        }
+        let library = libc::dlopen(found.dli_fname, libc::RTLD_NOLOAD | libc::RTLD_NOW);
+        if library.is_null() { std::ptr::null_mut() } else { libc::dlsym(library, name.as_ptr()) }
+    }
+}

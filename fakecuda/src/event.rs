@@ -1,0 +1,57 @@
+//! Events: counters of generations. Recording begins a new one; a wait is for the generation of the moment it was enqueued.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+pub struct Event {
+    pub ordinal: usize,
+    /// Whether it refuses to tell times.
+    pub timeless: bool,
+    recorded: AtomicU64,
+    reached: AtomicU64,
+    /// The capture in which it was recorded last.
+    captured: Mutex<Option<u64>>,
+    at: Mutex<Option<Instant>>,
+}
+
+impl Event {
+    pub fn new(ordinal: usize, timeless: bool) -> Self {
+        let (recorded, reached) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { ordinal, timeless, recorded, reached, captured: Mutex::new(None), at: Mutex::new(None) }
+    }
+
+    /// A record is enqueued: its generation.
+    pub fn record(&self) -> u64 {
+        *self.captured.lock().unwrap_or_else(|e| e.into_inner()) = None;
+        self.recorded.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    pub fn record_in_capture(&self, capture: u64) {
+        *self.captured.lock().unwrap_or_else(|e| e.into_inner()) = Some(capture);
+    }
+
+    pub fn captured(&self) -> Option<u64> {
+        *self.captured.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The generation that was enqueued last; 0 when it was never recorded.
+    pub fn generation(&self) -> u64 {
+        self.recorded.load(Ordering::Acquire)
+    }
+
+    /// The stream has come to this record.
+    pub fn reach(&self, generation: u64) {
+        *self.at.lock().unwrap_or_else(|e| e.into_inner()) = Some(Instant::now());
+        self.reached.fetch_max(generation, Ordering::AcqRel);
+    }
+
+    pub fn has_reached(&self, generation: u64) -> bool {
+        self.reached.load(Ordering::Acquire) >= generation
+    }
+
+    /// When it was reached last.
+    pub fn at(&self) -> Option<Instant> {
+        *self.at.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}

@@ -1,0 +1,13 @@
+//! How a function becomes a symbol of the driver.
+
+/// Exports functions under their own names. Each one is counted, and may be made to fail, before its body runs.
+macro_rules! export {
+    ($($kind:ident fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block)*) => { $(
+        // SAFETY: the symbol is the driver's; this library is only ever opened in its place.
+        #[unsafe(no_mangle)]
+        extern "C" fn $name($($argument: $type),*) -> i32 {
+            $crate::call::call(stringify!($name), $crate::call::Needs::$kind, move || $body)
+        }
+    )* };
+}
+pub(crate) use export;

@@ -1,0 +1,222 @@
+//! Streams: queues of work, each with a thread of its own, and the order between them that the legacy default stream demands.
+
+use crate::abi::{
+    CAPTURE_IMPLICIT, CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, INVALID_HANDLE, INVALID_VALUE, Kind, OUT_OF_MEMORY,
+    Status, ordinal_of,
+};
+use crate::call::{current, late_fault};
+use crate::device::{self, Device, State};
+use crate::event::Event;
+use crate::host::{self, InUse, Range};
+use crate::kernel::Launch;
+use crate::memory::Block;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Long enough to cost nothing, short enough for a missed wake-up not to matter.
+pub const PATIENCE: Duration = Duration::from_millis(20);
+
+/// One end of a copy, as it was when the copy was enqueued.
+#[derive(Clone, Copy)]
+pub enum Spot {
+    Device(&'static Device, u64, Block),
+    Pinned(u64, Range),
+    Pageable(u64),
+}
+
+/// One piece of work.
+#[derive(Clone)]
+pub enum Work {
+    Copy { to: Spot, from: Spot, bytes: u64 },
+    Fill { to: Spot, value: u8, bytes: u64 },
+    Launch(Arc<Launch>),
+    Write { to: Spot, value: u64, bytes: u64 },
+    Await { at: Spot, value: u32, test: u32 },
+    Record(Arc<Event>, u64),
+    Wait(Arc<Event>, u64),
+    Call(extern "C" fn(u64), u64),
+    Free(Block),
+    Nothing,
+}
+
+/// Work in a queue.
+pub struct Item {
+    pub work: Work,
+    pub seq: u64,
+    /// Other streams of this device, and how far they must have come before.
+    pub after: Vec<(u64, u64)>,
+    /// Fails with this code instead of being done.
+    pub fault: Option<i32>,
+}
+
+/// What a stream is to the others.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub enum Role {
+    /// Made by the program, ordered with the legacy stream.
+    #[default]
+    Blocking,
+    /// Made by the program, ordered with nothing.
+    NonBlocking,
+    /// The legacy default stream of a device.
+    Legacy,
+    /// The default stream of a thread, ordered like a blocking one.
+    OfThread,
+}
+
+#[derive(Default)]
+pub struct Stream {
+    pub queue: VecDeque<Item>,
+    /// How much was ever enqueued and done.
+    pub enqueued: u64,
+    pub done: u64,
+    pub role: Role,
+    pub destroyed: bool,
+    pub priority: i32,
+    pub capture: Option<u64>,
+}
+
+impl Stream {
+    /// Ends at once: what was enqueued counts as done.
+    pub fn close(&mut self) {
+        self.destroyed = true;
+        self.queue.clear();
+        self.done = self.enqueued;
+    }
+}
+
+impl Spot {
+    pub fn of(address: u64, bytes: u64) -> Status<Self> {
+        if let Some(device) = device::holding(address) {
+            let block = device.state().heap.find(address, bytes)?;
+            return Ok(Spot::Device(device, address, block));
+        }
+        if address == 0 {
+            return Err(INVALID_VALUE);
+        }
+        Ok(host::find(address, bytes).map_or(Spot::Pageable(address), |range| Spot::Pinned(address, range)))
+    }
+
+    /// The address to use now, and what keeps it usable; an error when the memory has gone since it was enqueued.
+    pub fn pointer(self) -> Status<(*mut u8, Option<InUse>)> {
+        match self {
+            Spot::Device(device, address, block) => {
+                device.state().heap.check(block)?;
+                Ok((device.window()?.shadow_of(address), None))
+            }
+            Spot::Pinned(address, range) => Ok((address as *mut u8, Some(InUse::new(range)?))),
+            Spot::Pageable(address) => Ok((address as *mut u8, None)),
+        }
+    }
+
+    pub fn on_device(self) -> bool {
+        matches!(self, Spot::Device(..))
+    }
+}
+
+thread_local! {
+    /// This thread's default stream on each device.
+    static MINE: RefCell<BTreeMap<usize, u64>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+/// Makes a stream and starts its thread.
+pub fn create(device: &'static Device, role: Role, priority: i32) -> Status<u64> {
+    let mut state = device.state();
+    if let (Role::Legacy, Some(id)) = (role, legacy(&state)) {
+        return Ok(id);
+    }
+    let id = state.serial(Kind::Stream, device.ordinal);
+    state.streams.insert(id, Stream { role, priority, ..Stream::default() });
+    drop(state);
+    let worker = std::thread::Builder::new().name(format!("fakecuda {id:x}"));
+    worker.spawn(move || crate::worker::work(device, id)).map_err(|_| OUT_OF_MEMORY)?;
+    Ok(id)
+}
+
+/// Device and stream for a handle, of which 0, 1 and 2 are the current device's default streams.
+pub fn find(handle: u64) -> Status<(&'static Device, u64)> {
+    if handle > 2 {
+        let device = device::get(ordinal_of(Kind::Stream, handle)?)?;
+        let user = |s: &Stream| !s.destroyed && matches!(s.role, Role::Blocking | Role::NonBlocking);
+        let alive = device.state().streams.get(&handle).is_some_and(user);
+        return if alive { Ok((device, handle)) } else { Err(INVALID_HANDLE) };
+    }
+    let device = current()?;
+    if handle < 2 {
+        return Ok((device, create(device, Role::Legacy, 0)?));
+    }
+    let known = MINE.with_borrow(|m| m.get(&device.ordinal).copied());
+    if let Some(id) = known.filter(|id| device.state().streams.get(id).is_some_and(|s| !s.destroyed)) {
+        return Ok((device, id));
+    }
+    let id = create(device, Role::OfThread, 0)?;
+    MINE.with_borrow_mut(|m| m.insert(device.ordinal, id));
+    Ok((device, id))
+}
+
+fn legacy(state: &State) -> Option<u64> {
+    state.streams.iter().find(|(_, s)| s.role == Role::Legacy && !s.destroyed).map(|(&id, _)| id)
+}
+
+/// Enqueues work; `block` waits until it is done, as the driver does for memory that it cannot copy from or to later.
+pub fn enqueue(stream: u64, work: Work, block: bool) -> Status {
+    let (device, id) = find(stream)?;
+    let mut state = device.state();
+    state.healthy()?;
+    if let Some(capture) = state.streams[&id].capture {
+        let capture = state.captures.get_mut(&capture).ok_or(INVALID_HANDLE)?;
+        capture.invalid |= block;
+        if capture.invalid {
+            return Err(if block { CAPTURE_UNSUPPORTED } else { CAPTURE_INVALIDATED });
+        }
+        capture.work.push(work);
+        return Ok(());
+    }
+    if state.streams[&id].role == Role::Legacy && state.break_captures_of_blocking_streams() {
+        return Err(CAPTURE_IMPLICIT);
+    }
+    let fault = late_fault();
+    let seq = state.push(id, work, fault);
+    device.changed();
+    if block { wait_for(device, state, id, seq) } else { Ok(()) }
+}
+
+impl State {
+    /// Appends work to a stream: its number there.
+    pub fn push(&mut self, id: u64, work: Work, fault: Option<i32>) -> u64 {
+        let role = self.streams[&id].role;
+        let concerns = |other: Role| match role {
+            Role::Legacy => matches!(other, Role::Blocking | Role::OfThread),
+            Role::Blocking | Role::OfThread => other == Role::Legacy,
+            Role::NonBlocking => false,
+        };
+        let others = self.streams.iter().filter(|(_, s)| concerns(s.role) && s.done < s.enqueued);
+        let after = others.map(|(&other, s)| (other, s.enqueued)).collect();
+        let Some(stream) = self.streams.get_mut(&id) else { return 0 };
+        stream.enqueued += 1;
+        stream.queue.push_back(Item { work, seq: stream.enqueued, after, fault });
+        stream.enqueued
+    }
+
+    /// Whether a stream has come so far, or is gone.
+    pub fn is_past(&self, stream: u64, seq: u64) -> bool {
+        self.streams.get(&stream).is_none_or(|s| s.done >= seq)
+    }
+}
+
+/// Waits until a stream has come so far; fails with the device's error.
+pub fn wait_for(
+    device: &'static Device,
+    mut state: std::sync::MutexGuard<'static, State>,
+    id: u64,
+    seq: u64,
+) -> Status {
+    loop {
+        state.healthy()?;
+        if state.is_past(id, seq) {
+            return Ok(());
+        }
+        state = device.wait(state, PATIENCE);
+    }
+}

@@ -1,0 +1,197 @@
+//! The thread behind a stream: takes work in order, waits for what it must come after, and does it.
+
+use crate::abi::{Status, is_sticky};
+use crate::device::{Device, State};
+use crate::stream::{PATIENCE, Spot, Work};
+use std::sync::MutexGuard;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::time::Duration;
+
+/// Kinds of work that can be held back: the bits of the setting `hold`.
+const TO_HOST: u64 = 1;
+const TO_DEVICE: u64 = 2;
+const ON_DEVICE: u64 = 4;
+const KERNELS: u64 = 8;
+const WRITES: u64 = 16;
+
+/// How often something is looked at of which nobody tells us: host memory, and events of other devices.
+const LOOK: Duration = Duration::from_micros(50);
+
+/// Runs until the stream is destroyed and has nothing left to do.
+pub fn work(device: &'static Device, id: u64) {
+    let mut state = device.state();
+    loop {
+        let Some(stream) = state.streams.get_mut(&id) else { return };
+        let Some(item) = stream.queue.front() else {
+            if stream.destroyed {
+                state.streams.remove(&id);
+                drop(state);
+                device.changed();
+                return;
+            }
+            state = device.wait(state, PATIENCE);
+            continue;
+        };
+        let (work, seq, after, fault) = (item.work.clone(), item.seq, item.after.clone(), item.fault);
+        let dead = state.sticky.is_some();
+        if !dead && !after.iter().all(|&(other, seq)| state.is_past(other, seq)) {
+            state = device.wait(state, PATIENCE);
+            continue;
+        }
+        if !dead && is_watched(device, &work) {
+            drop(state);
+            let due = is_due(&work) || is_lost(&work);
+            state = device.state();
+            if !due {
+                state = device.wait(state, LOOK);
+                continue;
+            }
+        } else if !dead && !is_due(&work) {
+            state = device.wait(state, PATIENCE);
+            continue;
+        }
+        if !dead && is_held(&mut state, &work) {
+            state = device.wait(state, PATIENCE);
+            continue;
+        }
+        let delay = delay(&mut state, &work);
+        drop(state);
+        let result = match fault {
+            _ if dead => Ok(()),
+            Some(code) => Err(code),
+            None => {
+                if !delay.is_zero() {
+                    std::thread::sleep(delay);
+                }
+                run(device, &work)
+            }
+        };
+        state = device.state();
+        if let Err(code) = result {
+            state.sticky.get_or_insert(if is_sticky(code) { code } else { crate::abi::ILLEGAL_ADDRESS });
+        }
+        end(&mut state, id, seq);
+        device.changed();
+    }
+}
+
+/// The stream has come past this piece of work; it may have been closed in the meantime.
+fn end(state: &mut MutexGuard<'_, State>, id: u64, seq: u64) {
+    if let Some(stream) = state.streams.get_mut(&id) {
+        if stream.queue.front().is_some_and(|i| i.seq == seq) {
+            stream.queue.pop_front();
+        }
+        stream.done = stream.done.max(seq);
+    }
+}
+
+/// Whether it waits for something of which nobody tells us. Looking at it may take any device's lock.
+fn is_watched(device: &Device, work: &Work) -> bool {
+    match work {
+        Work::Await { .. } => true,
+        Work::Wait(event, _) => event.ordinal != device.ordinal,
+        _ => false,
+    }
+}
+
+/// Whether what the work waits for has come: an event, or a value in memory.
+fn is_due(work: &Work) -> bool {
+    match work {
+        Work::Wait(event, generation) => event.has_reached(*generation),
+        Work::Await { at, value, test } => {
+            // An address that is gone is an error, and found when the work runs.
+            let Ok((pointer, _in_use)) = at.pointer() else { return true };
+            // SAFETY: `pointer` vouches for four bytes; the alignment was checked when the wait was enqueued.
+            let now = unsafe { AtomicU32::from_ptr(pointer.cast()) }.load(Ordering::Acquire);
+            match test {
+                0 => now.wrapping_sub(*value) as i32 >= 0,
+                1 => now == *value,
+                2 => now & value != 0,
+                _ => !(now | value) != 0,
+            }
+        }
+        _ => true,
+    }
+}
+
+/// Whether it waits for an event that will never be reached, because that event's device has failed.
+fn is_lost(work: &Work) -> bool {
+    let Work::Wait(event, _) = work else { return false };
+    crate::device::get(event.ordinal).is_ok_and(|d| d.state().sticky.is_some())
+}
+
+fn is_held(state: &mut State, work: &Work) -> bool {
+    let kind = match work {
+        Work::Copy { to, from, .. } => match (to.on_device(), from.on_device()) {
+            (false, _) => TO_HOST,
+            (true, false) => TO_DEVICE,
+            (true, true) => ON_DEVICE,
+        },
+        Work::Fill { .. } => ON_DEVICE,
+        Work::Launch(_) => KERNELS,
+        Work::Write { .. } => WRITES,
+        _ => 0,
+    };
+    if state.settings.hold & kind == 0 {
+        return false;
+    }
+    if state.settings.allow > 0 {
+        state.settings.allow -= 1;
+        return false;
+    }
+    true
+}
+
+fn delay(state: &mut State, work: &Work) -> Duration {
+    let settings = &mut state.settings;
+    let (lag, bytes) = match work {
+        Work::Copy { bytes, .. } => (settings.lag_us, *bytes),
+        Work::Fill { .. } | Work::Launch(_) => (settings.lag_us, 0),
+        _ => (0, 0),
+    };
+    let jitter = if settings.jitter_us > 0 { settings.random(settings.jitter_us + 1) } else { 0 };
+    let transfer = bytes.checked_div(settings.mbps).unwrap_or(0);
+    Duration::from_micros(lag + jitter + transfer)
+}
+
+fn run(device: &Device, work: &Work) -> Status {
+    match work {
+        Work::Copy { to, from, bytes } => {
+            let ((to, _to_in_use), (from, _from_in_use)) = (to.pointer()?, from.pointer()?);
+            // SAFETY: both ends were found to hold `bytes` when the copy was enqueued, and are there still; pinned ranges stay
+            // while they are in use, shadows always, and for pageable memory the caller waits.
+            unsafe { std::ptr::copy(from, to, *bytes as usize) };
+        }
+        Work::Fill { to, value, bytes } => {
+            let (to, _in_use) = to.pointer()?;
+            // SAFETY: as for copies.
+            unsafe { std::ptr::write_bytes(to, *value, *bytes as usize) };
+        }
+        Work::Write { to, value, bytes } => write(*to, *value, *bytes)?,
+        Work::Launch(launch) => launch.run(device)?,
+        Work::Await { at, .. } => drop(at.pointer()?),
+        Work::Record(event, generation) => event.reach(*generation),
+        Work::Call(function, data) => function(*data),
+        Work::Free(block) => {
+            let mut state = device.state();
+            state.heap.check(*block)?;
+            state.heap.free(device.window()?, block.start)?;
+        }
+        Work::Wait(..) | Work::Nothing => {}
+    }
+    Ok(())
+}
+
+/// Everything before it in the stream is seen by whoever sees the value.
+fn write(to: Spot, value: u64, bytes: u64) -> Status {
+    let (to, _in_use) = to.pointer()?;
+    fence(Ordering::SeqCst);
+    if bytes == 4 {
+        // SAFETY: found to hold four bytes, and aligned, when the write was enqueued.
+        unsafe { AtomicU32::from_ptr(to.cast()) }.store(value as u32, Ordering::Release);
+    } else {
+        // SAFETY: as above, with eight.
+        unsafe { AtomicU64::from_ptr(to.cast()) }.store(value, Ordering::Release);
+    }
+    Ok(())
+}
