@@ -143,6 +143,7 @@ impl Flights {
             return Self::freeze(tickets, deadline.saturating_duration_since(Instant::now()));
         }
         for ticket in tickets {
+            ticket.fenced.store(true, Ordering::Release);
             ticket.let_go();
             // The stager sees to that next, or ends the save.
             ticket.dropped.wait_forever();

@@ -106,7 +106,6 @@ table! {
     register = "cuMemHostRegister_v2"(*mut c_void, usize, c_uint);
     unregister = "cuMemHostUnregister"(*mut c_void);
     to_host = "cuMemcpyDtoHAsync_v2"(*mut c_void, Address, usize, Handle);
-    to_device = "cuMemcpyHtoDAsync_v2"(Address, *const c_void, usize, Handle);
 }
 
 /// The driver of this machine.
@@ -402,19 +401,11 @@ impl Stream {
         // SAFETY: as the caller says.
         self.context.call("cuMemcpyDtoHAsync_v2", |t| unsafe { (t.to_host)(to.cast(), from, len, self.handle) })
     }
-
-    /// Queues a copy from the host.
-    ///
-    /// # Safety
-    /// `from` stays readable and unchanged, and `to` writable for the device and otherwise untouched, until the copy has ended.
-    pub unsafe fn copy_to_device(&self, from: *const u8, to: Address, len: usize) -> Result<()> {
-        // SAFETY: as the caller says.
-        self.context.call("cuMemcpyHtoDAsync_v2", |t| unsafe { (t.to_device)(to, from.cast(), len, self.handle) })
-    }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
+        let _entered = self.context.enter();
         // SAFETY: made by us and not used again; what is queued still runs.
         self.context.give_back("cuStreamDestroy_v2", |t| unsafe { (t.stream_destroy)(self.handle) });
     }
@@ -449,6 +440,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
+        let _entered = self.context.enter();
         // SAFETY: made by us and not used again; the driver keeps it until it is reached.
         self.context.give_back("cuEventDestroy_v2", |t| unsafe { (t.event_destroy)(self.handle) });
     }
@@ -462,7 +454,7 @@ pub(super) struct Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        let Ok(_entered) = self.context.enter() else { return };
+        let _entered = self.context.enter();
         let base = std::ptr::without_provenance_mut(self.base);
         // SAFETY: registered by us, and given back once, before it is unmapped.
         self.context.give_back("cuMemHostUnregister", |t| unsafe { (t.unregister)(base) });

@@ -1,13 +1,12 @@
 //! Finding CUDA: what is missing is named, nothing panics, and a choice that was left to us says why it fell as it did.
 
-use super::program::Gpu;
-use ashore::device::{Cuda, choose};
+use super::program::{Gpu, library, open_device};
+use ashore::device::choose;
 use ashore::{DeviceChoice, ErrorKind};
 use std::path::Path;
 
 fn open(path: &str) -> ashore::Error {
-    // SAFETY: no driver, but libraries whose initialisers any program may run.
-    unsafe { Cuda::with_driver(Path::new(path), 0) }.unwrap_err()
+    open_device(Path::new(path), 0).unwrap_err()
 }
 
 #[test]
@@ -27,8 +26,7 @@ fn cuda_library_without_the_symbols_is_named_with_the_first_that_is_missing() {
 #[test]
 fn cuda_device_that_is_not_there_is_named() {
     let gpu = Gpu::take();
-    // SAFETY: the driver of these tests.
-    let error = unsafe { Cuda::with_driver(&super::program::library(), 999) }.unwrap_err();
+    let error = open_device(&library(), 999).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.to_string().contains("cuda:999"), "{error}");
     drop(gpu);

@@ -1,4 +1,5 @@
 //! A program that trains on a GPU: its own use of the driver, which ashore shares a context with and knows nothing of.
+#![expect(unsafe_code, reason = "calls of a C library, and sources over its memory")]
 
 use crate::rig::LONG;
 use ashore::device::Cuda;
@@ -6,7 +7,7 @@ use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
 use ashore::{Builder, Checkpoint, CheckpointExecutor, DeviceStream, Dtype, RawDevice};
 use std::ffi::{c_int, c_uint, c_void};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 macro_rules! api {
@@ -34,11 +35,8 @@ api! {
     cuMemAllocAsync(*mut u64, usize, usize);
     cuMemFreeAsync(u64, usize);
     cuMemcpyHtoD_v2(u64, *const c_void, usize);
-    cuMemcpyDtoH_v2(*mut c_void, u64, usize);
     cuMemsetD8Async(u64, u8, usize, usize);
-    cuMemcpyDtoDAsync_v2(u64, u64, usize, usize);
     cuStreamCreate(*mut usize, c_uint);
-    cuStreamDestroy_v2(usize);
     cuStreamSynchronize(usize);
     cuStreamBeginCapture_v2(usize, c_uint);
     cuStreamEndCapture(usize, *mut usize);
@@ -62,6 +60,12 @@ macro_rules! cuda {
         let code = unsafe { (api().$name)($($argument),*) };
         assert_eq!(code, 0, stringify!($name));
     }};
+}
+
+/// Device `ordinal` of the driver in `library`.
+pub fn open_device(library: &Path, ordinal: u32) -> ashore::Result<Cuda> {
+    // SAFETY: the driver of these tests, or a library whose initialisers any program may run.
+    unsafe { Cuda::with_driver(library, ordinal) }
 }
 
 fn real() -> bool {
@@ -120,8 +124,7 @@ impl Gpu {
     }
 
     pub fn try_device(&self) -> ashore::Result<Cuda> {
-        // SAFETY: the driver of these tests.
-        unsafe { Cuda::with_driver(&library(), self.ordinal) }
+        open_device(&library(), self.ordinal)
     }
 
     pub fn stream(&self) -> Stream {
@@ -150,10 +153,6 @@ impl Stream {
         cuda!(cuMemsetD8Async(tensor.0.at, value, tensor.0.len, self.0.handle));
     }
 
-    pub fn copy(&self, from: &Tensor, to: &Tensor) {
-        cuda!(cuMemcpyDtoDAsync_v2(to.0.at, from.0.at, to.0.len, self.0.handle));
-    }
-
     /// Memory in stream order: freed in this stream when the last reference goes.
     pub fn tensor(&self, len: usize) -> Tensor {
         let mut at = 0;
@@ -163,10 +162,6 @@ impl Stream {
 
     pub fn wait(&self) {
         cuda!(cuStreamSynchronize(self.0.handle));
-    }
-
-    pub fn destroy(self) {
-        cuda!(cuStreamDestroy_v2(self.0.handle));
     }
 
     /// Runs `during` while the stream is being captured into a graph, which must not break.
@@ -210,11 +205,10 @@ impl Tensor {
         unsafe { RawDevice::new(self.0.at, len as u64, Dtype::U8, [len], stream.0, self.0.clone()) }
     }
 
-    /// What the memory holds when everything before has run.
-    pub fn read(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.0.len];
-        cuda!(cuMemcpyDtoH_v2(bytes.as_mut_ptr().cast(), self.0.at, self.0.len));
-        bytes
+    /// A source that keeps nothing: for scopes, which end before the tensor does.
+    pub fn lent(&self, stream: Stream) -> RawDevice {
+        // SAFETY: the tests drop the tensor, in `stream`, after the scope.
+        unsafe { RawDevice::new(self.0.at, self.0.len as u64, Dtype::U8, [self.0.len], stream.0, ()) }
     }
 }
 

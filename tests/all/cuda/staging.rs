@@ -143,11 +143,7 @@ fn cuda_memory_that_is_borrowed_may_be_written_and_freed_right_after_the_scope()
         stream.fill(&tensor, step as u8);
         let save = rig.executor.scope(Fence::on(&[stream.0]), |scope| {
             let mut state = StateDict::new();
-            // SAFETY: the block outlives the scope.
-            let source = unsafe {
-                ashore::RawDevice::new(tensor.0.at, 9000, ashore::Dtype::U8, [9000], stream.0, ())
-            };
-            state.tensor("t", source).unwrap();
+            state.tensor("t", tensor.lent(stream)).unwrap();
             scope.save(step, state)
         });
         stream.fill(&tensor, 0xEE);
@@ -189,6 +185,7 @@ fn cuda_capture_of_a_graph_is_refused_and_not_broken() {
     let (stream, captured) = (rig.gpu.stream(), rig.gpu.stream());
     let tensor = rig.gpu.tensor(&[5; 40_000]);
     let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+    rig.executor.fence_on(&[stream.0]).unwrap();
     captured.capture(|| {
         let error = rig.executor.save(2, one("t", tensor.source(captured))).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");

@@ -51,7 +51,7 @@ struct Program {
     random: TestRng,
     step: u64,
     /// Saves that are not checked yet: what each tensor must hold.
-    open: Vec<(ashore::Save, u64, Vec<(usize, u8)>)>,
+    open: Vec<(ashore::Save, Case, Vec<(usize, u8)>)>,
     counts: BTreeMap<Case, usize>,
 }
 
@@ -86,9 +86,11 @@ impl Program {
             producer.fill(tensor, value);
         }
         let state = |tensors: &[Tensor]| {
+            let lent = matches!(case, Case::ScopeOnHost | Case::ScopeOnStream);
             let mut state = StateDict::new();
             for (i, tensor) in tensors.iter().enumerate() {
-                state.tensor(i.to_string(), tensor.source(producer)).unwrap();
+                let source = if lent { tensor.lent(producer) } else { tensor.source(producer) };
+                state.tensor(i.to_string(), source).unwrap();
             }
             state.tensor("host", Arc::new(vec![value; 3000])).unwrap();
             state
@@ -134,7 +136,7 @@ impl Program {
             let next: Vec<_> = sizes.iter().map(|&n| other.tensor(n)).collect();
             next.iter().for_each(|tensor| other.fill(tensor, 0xCC));
         }
-        self.open.push((save, step, sizes.into_iter().map(|n| (n, value)).collect()));
+        self.open.push((save, case, sizes.into_iter().map(|n| (n, value)).collect()));
         if self.open.len() > self.below(3) {
             self.check();
         }
@@ -142,13 +144,16 @@ impl Program {
 
     /// Compares what was saved with what must have been.
     fn check(&mut self) {
-        for (save, step, expected) in self.open.drain(..) {
+        for (save, case, expected) in self.open.drain(..) {
+            let step = save.step();
             save.wait(LONG).unwrap();
             let checkpoint = self.rig.checkpoint(step).unwrap();
             for (i, (len, value)) in expected.iter().enumerate() {
                 let bytes = checkpoint.read(&i.to_string()).unwrap();
                 let wrong = bytes.iter().filter(|b| *b != value).count();
-                assert_eq!((bytes.len(), wrong), (*len, 0), "step {step} tensor {i} expected {value:#x}");
+                let found = bytes.iter().find(|b| *b != value);
+                let at = || format!("step {step} {case:?} tensor {i} expected {value:#x} found {found:x?}");
+                assert_eq!((bytes.len(), wrong), (*len, 0), "{}", at());
             }
             assert!(checkpoint.read("host").unwrap().iter().all(|b| *b == expected[0].1));
             self.rig.storage.remove(&ashore::id::step_name(step)).unwrap();
