@@ -105,17 +105,16 @@ timed recipes:
     done
     printf 'just: %s\n' "${times[@]}"
 
-# The same work by other libraries, in turn: `benches/peers/README.md`. Installs 2.2 GB; about 10 minutes.
-peers rounds="3":
+# Saves by torch, safetensors, Orbax and tensorstore beside ours. Wants a quiet machine, and 4 GiB of room under target.
+peers *arguments="--rounds 3":
     #!/usr/bin/env bash
     set -euo pipefail
-    cargo build --release --quiet -p ashore-cli
-    benches/peers/setup.sh "{{ tools }}/peers"
-    scratch=$(mktemp -d -p target)
-    trap 'rm -rf "$scratch"' EXIT
+    benches/peers/setup.sh "{{ tools }}"
+    cargo build --release -p ashore-cli
+    mkdir -p target/peers
     for workload in large small; do
-        python3 benches/peers/run.py --envs "{{ tools }}/peers" --dir "$scratch" --ashore target/release/ashore \
-            --workload "$workload" --rounds "{{ rounds }}"
+        benches/peers/run.py --envs "{{ tools }}" --dir target/peers --ashore target/release/ashore \
+            --workload "$workload" {{ arguments }}
     done
 
 # What lossless compression would do to the time to durable: `docs/decisions/0001-compression.md`. Five minutes, disk and all cores.

@@ -3,25 +3,13 @@
 //! Storage is in memory and states are small, so that the figures are those of the calling thread. `save` is measured with the
 //! structure cached, as in every save but the first; the pipeline behind it is idle when it is called.
 
+mod made;
+
 use ashore::storage::{Memory, Storage};
-use ashore::{CheckpointExecutor, HostTensor, Overlap, StateDict};
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
+use made::{LONG, builder, names, state};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-const LONG: Duration = Duration::from_secs(600);
-
-fn names(tensors: usize) -> Vec<String> {
-    (0..tensors).map(|i| format!("model.layers.{}.mlp.experts.{}.weight", i / 64, i % 64)).collect()
-}
-
-fn state(names: &[String], data: &Arc<Vec<f32>>) -> StateDict<'static> {
-    let mut state = StateDict::with_capacity(names.len());
-    for name in names {
-        state.tensor(name.as_str(), HostTensor::new(data.clone(), [16, 4])).expect("a good tensor");
-    }
-    state
-}
+use std::time::Instant;
 
 fn save(c: &mut Criterion) {
     let data = Arc::new(vec![1.0_f32; 64]);
@@ -35,9 +23,7 @@ fn save(c: &mut Criterion) {
         });
         c.bench_with_input(BenchmarkId::new("save", tensors), &names, |b, names| {
             let storage: Arc<dyn Storage> = Arc::new(Memory::new());
-            let builder =
-                CheckpointExecutor::builder("in memory").storage(storage.clone()).arena(64 << 20).chunk(1 << 20);
-            let executor = builder.overlap(Overlap::Block).build().expect("an executor");
+            let executor = builder(storage.clone()).build().expect("an executor");
             let mut step = 0;
             let mut one = || {
                 let state = state(names, &data);

@@ -4,14 +4,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::manifest::{FileEntry, MANIFEST, Manifest, TensorEntry, is_ours};
 use crate::format::shard;
 use crate::id::Attempt;
-use crate::memory::ALIGNMENT;
+use crate::memory::{ALIGNMENT, AlignedBuffer};
 use crate::state::{Dtype, Layout, decode_value};
 use crate::storage::local::Local;
 use crate::storage::{FileReading, Reading, Storage};
 use serde::de::DeserializeOwned;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// How often an open starts over when the step is exchanged or pruned under it.
 const ATTEMPTS: usize = 8;
@@ -101,7 +101,7 @@ impl Checkpoint {
         let mut tries = 1;
         loop {
             match Opened::new(storage.as_ref(), name, &path) {
-                Ok(opened) => return Ok(Self { opened: Arc::new(opened), threads: default_threads() }),
+                Ok(opened) => return Ok(Self { opened: Arc::new(opened), threads: THREADS }),
                 // Exchanged or pruned while its files were opened, which are being deleted: look again under the name.
                 Err(Failure::Gone(_)) if tries < ATTEMPTS => tries += 1,
                 Err(failure) => return Err(failure),
@@ -109,8 +109,8 @@ impl Checkpoint {
         }
     }
 
-    /// The same step, read by up to `threads` threads, of which the caller's is one: 8, or as
-    /// many as there are processors up to 16, unless set. Each has a buffer of 1 MiB while it reads.
+    /// The same step, read by up to `threads` threads, of which the caller's is one: 32, and
+    /// one for each 4 MiB at most, unless set. Each has a buffer of 2 MiB while it reads.
     pub fn with_threads(mut self, threads: usize) -> Self {
         self.threads = threads.max(1);
         self
@@ -291,9 +291,8 @@ fn parse(file: &dyn FileReading, path: &Path) -> Result<Manifest, Failure> {
     let read = || {
         let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a manifest bytes={}", file.len()));
         let len = usize::try_from(file.len()).map_err(|_| no_memory())?;
-        let mut bytes = Vec::new();
-        bytes.try_reserve_exact(len).map_err(|_| no_memory())?;
-        bytes.resize(len, 0);
+        // Aligned: past the page cache it arrives in one request, not in many through a buffer.
+        let mut bytes = AlignedBuffer::try_new(len).ok_or_else(no_memory)?;
         file.read_at(0, &mut bytes)?;
         Ok(bytes)
     };
@@ -324,9 +323,6 @@ fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> R
     Ok(file)
 }
 
-/// Threads wait for the medium most of the time, so there are more of them than processors. Asked once: the answer costs
-/// several system calls.
-fn default_threads() -> usize {
-    static THREADS: OnceLock<usize> = OnceLock::new();
-    *THREADS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from).clamp(8, 16))
-}
+/// Threads wait for the medium most of the time, and fast media want many requests at once: 64 MiB under way with this many.
+/// Few bytes are read by fewer. `docs/tuning.md` has the measurements.
+const THREADS: usize = 32;

@@ -52,6 +52,7 @@ def main(name, kind, scale, warm, folder):
     tensors = workload.tensors(kind, scale)
     system = systems.make(name)
     state = system.state(arrays(tensors))
+    use = tree.Use()
     first = folder / "first"
     first.mkdir()
     system.save(str(first / "state"), state if warm == "whole" else system.state(arrays(tensors[-1:])))()
@@ -64,7 +65,7 @@ def main(name, kind, scale, warm, folder):
     sys.stdin.readline()
     saved = folder / "save"
     saved.mkdir()
-    use = tree.Use()
+    use.begin()
     began = time.monotonic()
     wait = system.save(str(saved / "state"), state)
     blocked = time.monotonic() - began
@@ -75,9 +76,20 @@ def main(name, kind, scale, warm, folder):
     seconds, peak = use.seconds(), use.peak()
 
     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-    report = {"began": began, "blocked_seconds": blocked, "done_seconds": done, "durable_seconds": durable}
-    report |= {"cpu_seconds": seconds, "peak_bytes": peak, "tensors": len(tensors), "bytes": workload.size(tensors)}
-    print(json.dumps(report | {"bytes_on_disk": size, "versions": system.versions}), file=say)
+    report = {
+        "began": began,
+        "blocked_seconds": blocked,
+        "free_seconds": blocked,
+        "done_seconds": done,
+        "durable_seconds": durable,
+        "cpu_seconds": seconds,
+        "peak_bytes": peak,
+        "tensors": len(tensors),
+        "bytes": workload.size(tensors),
+        "bytes_on_disk": size,
+        "versions": system.versions,
+    }
+    print(json.dumps(report), file=say)
     # Some keep threads or processes that would outlive an ordinary end.
     os._exit(0)
 

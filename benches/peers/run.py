@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Saves the same state with ashore and with its peers, in turn, each beside the disk's own limit. README.md tells how to read it.
+"""Saves the same state with ashore and with its peers, in turn, each beside the disk's own limit. See README.md.
 
     run.py --envs DIR --dir SCRATCH --ashore PROGRAM [--workload large|small|adam-1b] [--scale F] [--rounds N]
            [--systems A,B,...] [--warm whole|tiny] [--seed N] [--interference] [--json]
@@ -20,6 +20,7 @@ import workload
 
 SAVES = [
     ("blocked s", "blocked_seconds", "{:.3f}"),
+    ("tensors free s", "free_seconds", "{:.3f}"),
     ("done s", "done_seconds", "{:.2f}"),
     ("durable s", "durable_seconds", "{:.2f}"),
     ("of the limit", "fraction_of_limit", "{:.2f}"),
@@ -67,8 +68,9 @@ def take(bench, system, interference):
         taken = bench.sample(system)
     except samples.Failed as failure:
         return {"failed": str(failure)}
-    share = {"cpu_seconds_per_gb": taken["cpu_seconds"] / taken["bytes"] * 1e9, "peak_share": taken["peak_bytes"] / taken["bytes"]}
-    return taken | share
+    taken["cpu_seconds_per_gb"] = taken["cpu_seconds"] / taken["bytes"] * 1e9
+    taken["peak_share"] = taken["peak_bytes"] / taken["bytes"]
+    return taken
 
 
 def measure(bench, args):
@@ -108,13 +110,16 @@ def heading(bench, args, load, rounds):
     }
 
 
-def show(heading, summaries, columns):
-    print(f"{heading['workload']} x {heading['scale']:g}: {heading['tensors']} tensors, {heading['bytes'] / 1e9:.2f} GB; ", end="")
-    print(f"{heading['rounds']} rounds in random order from seed {heading['seed']}; {heading['warm']} state saved before; medians (quartiles)")
-    print(f"{heading['machine']}, load {heading['load_before']:.1f} to {heading['load_after']:.1f}", end="")
-    if limit := heading["limit_bytes_per_second"]:
-        print(f"; limit {limit['median'] / 1e9:.2f} GB/s ({limit['low'] / 1e9:.2f} to {limit['high'] / 1e9:.2f})", end="")
-    print("; " + ", ".join(f"{name} {version}" for name, version in heading["versions"].items()))
+def show(top, summaries, columns):
+    size = f"{top['tensors']} tensors, {top['bytes'] / 1e9:.2f} GB"
+    print(f"{top['workload']} x {top['scale']:g}: {size}; {top['warm']} state saved to warm up")
+    print(f"{top['rounds']} rounds in random order from seed {top['seed']}; medians (quartiles)")
+    print(f"{top['machine']}, load {top['load_before']:.1f} to {top['load_after']:.1f}")
+    if limit := top["limit_bytes_per_second"]:
+        low, middle, high = (f"{limit[name] / 1e9:.2f}" for name in ("low", "median", "high"))
+        print(f"limit {middle} GB/s ({low} to {high})")
+    if top["versions"]:
+        print(", ".join(f"{name} {version}" for name, version in top["versions"].items()))
     print("\n" + report.table(summaries, columns))
     for system, found in summaries.items():
         for failure in found["failures"]:

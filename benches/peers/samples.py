@@ -79,6 +79,7 @@ class Bench:
         gigabytes = said["bytes"] / 1e9
         return {
             "blocked_seconds": said["blocked_ms"] / 1e3,
+            "free_seconds": said["staged_seconds"],
             "done_seconds": said["durable_seconds"],
             "durable_seconds": said["durable_seconds"],
             "cpu_seconds": (said["write_cpu_seconds_per_gb"] + said["stage_cpu_seconds_per_gb"]) * gigabytes,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes two Python environments in DIR: `stock` with torch, as the stock readers' tests use it, and `jax` with Orbax and tensorstore.
+# Makes two Python environments in DIR: `stock` with torch, the one that tests/stock uses, and `jax` with Orbax and tensorstore.
 # About 2.2 GB, 2 to 4 minutes. Does nothing where that was done before.
 set -euo pipefail
 dir=${1:?usage: setup.sh DIR}
@@ -13,5 +13,6 @@ want=$(cat "$0" "$here/jax.txt" | sha256sum)
 rm -rf "$jax"
 python3 -m venv "$jax"
 "$jax/bin/pip" --quiet --disable-pip-version-check --no-input install --no-deps -r "$here/jax.txt"
-JAX_PLATFORMS=cpu "$jax/bin/python" -c 'import orbax.checkpoint as o, jax; print(f"jax {jax.__version__}, orbax {o.__version__}")'
+show='import jax, orbax.checkpoint as orbax; print(f"jax {jax.__version__}, orbax {orbax.__version__}")'
+JAX_PLATFORMS=cpu "$jax/bin/python" -c "$show"
 echo "$want" >"$jax/complete"

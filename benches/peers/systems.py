@@ -1,7 +1,7 @@
 """The peers, each used as its documentation tells a user to.
 
-A system turns arrays into its own state, and saves it: `save` returns when the caller may train on, with a function that returns
-when the system says that the save is done. Nobody is asked to fsync here.
+A system turns arrays into its own state, and saves it: `save` returns when the caller may train on and change the tensors, with
+a function that returns when the system says that the save is done. Nobody is asked to fsync here.
 """
 import importlib.metadata
 import os

@@ -32,13 +32,16 @@ def memory(pid, *names):
 
 
 class Use:
-    """Processor time and peak memory of this process and its descendants from here on."""
+    """Processor time and peak memory of this process and its descendants."""
 
     def __init__(self):
-        self.before = {}
+        """Memory counts from here on, so that what a system keeps from one save to the next is not forgotten."""
+        self.resident = memory(os.getpid(), "VmRSS")[0]
+
+    def begin(self):
+        """From here on processor time counts, and a new peak."""
         for pid in [os.getpid(), *descendants(os.getpid())]:
-            pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")  # forgets the peak so far
-            self.before[pid] = memory(pid, "VmRSS", "RssShmem")
+            pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")
         self.cpu = self.total()
 
     def total(self):
@@ -51,10 +54,9 @@ class Use:
         return self.total() - self.cpu
 
     def peak(self):
-        """The sum of every process's growth at its peak. What a descendant shares is counted where it was shared from."""
-        grown = 0
-        for pid in [os.getpid(), *descendants(os.getpid())]:
-            resident, shared = self.before.get(pid, (0, 0))
-            peak, shared_now = memory(pid, "VmHWM", "RssShmem")
-            grown += peak - resident - (shared_now - shared if pid != os.getpid() else 0)
+        """The sum of every process's own peak, so at most too high. What is shared counts where it was shared from."""
+        grown = memory(os.getpid(), "VmHWM")[0] - self.resident
+        for pid in descendants(os.getpid()):
+            peak, shared, files = memory(pid, "VmHWM", "RssShmem", "RssFile")
+            grown += max(0, peak - shared - files)
         return grown

@@ -14,7 +14,16 @@ pub struct AlignedBuffer {
 impl AlignedBuffer {
     /// `len` zero bytes.
     pub fn new(len: usize) -> Self {
-        let memory = vec![0; len + ALIGNMENT];
+        Self::over(vec![0; len + ALIGNMENT], len)
+    }
+
+    /// The same, unless there is no memory for it.
+    pub fn try_new(len: usize) -> Option<Self> {
+        let memory: Vec<u8> = bytemuck::allocation::try_zeroed_slice_box(len.checked_add(ALIGNMENT)?).ok()?.into();
+        Some(Self::over(memory, len))
+    }
+
+    fn over(memory: Vec<u8>, len: usize) -> Self {
         let start = memory.as_ptr().addr().next_multiple_of(ALIGNMENT) - memory.as_ptr().addr();
         Self { memory, start, len }
     }

@@ -1,10 +1,10 @@
 //! Reading tensor data: whole tensors, slices, many at once; every byte is checked before it is handed out.
 //!
 //! **Protocol.** What is wanted becomes *parts*, each checked by one digest (a tensor, or a block of a longer one);
-//! neighbouring parts become *pieces* of at most 8 MiB. A thread brings a piece by aligned reads into its own buffer, and
+//! small neighbours become *pieces* of at most 2 MiB. A thread brings a piece by aligned reads into its own buffer, and
 //! copies and digests each run of bytes while it is in the cache. **Completion.** `Ok` when all targets are filled and
 //! every digest is right. **Errors.** The first error wins and the other threads stop; nobody knows then what the targets
-//! hold, and what a call would have returned is dropped. **Memory.** One buffer of 1 MiB per thread, and what is returned.
+//! hold, and what a call would have returned is dropped. **Memory.** One buffer of 2 MiB per thread, and what is returned.
 
 mod piece;
 mod region;

@@ -1,7 +1,6 @@
 //! Pieces: what one thread brings at a time, and the threads that do it.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::manifest::BLOCK;
 use crate::memory::ALIGNMENT;
 use crate::storage::FileReading;
 use std::ops::Range;
@@ -13,25 +12,28 @@ use std::thread;
 const GAP: u64 = 64 << 10;
 
 /// Less than this is read before another thread has started.
-const WORTHWHILE: u64 = 1 << 20;
+const WORTHWHILE: u64 = 4 << 20;
 
 /// Bytes of a file that are checked as one.
 pub(super) trait Part: Send {
     /// Index of the file.
     fn file(&self) -> usize;
-    /// The bytes, at most [`BLOCK`] of them.
+    /// The bytes, at most `BLOCK` of them.
     fn range(&self) -> Range<u64>;
     /// The next of the bytes, and where they are in the file.
     fn take(&mut self, at: u64, bytes: &[u8]) -> Result<()>;
 }
 
-/// Bytes of one read. `docs/tuning.md` has the measurements.
-const WINDOW: u64 = 1 << 20;
+/// Bytes of one read; `docs/tuning.md` has the measurements. Small neighbours are merged up to this length.
+const WINDOW: u64 = 2 << 20;
+
+/// A window that begins anywhere, in whole pages: no read is left over for its last bytes.
+const STEP: u64 = WINDOW + ALIGNMENT as u64;
 
 /// Bytes that are copied and digested in turn while they are in the second-level cache.
 const HOT: usize = 128 << 10;
 
-/// Neighbours in a file, at most [`BLOCK`] bytes, brought by one thread.
+/// Neighbours in a file, at most [`WINDOW`] bytes, or one part of at most `BLOCK`: brought by one thread.
 #[derive(Debug)]
 pub(super) struct Piece<P> {
     pub file: usize,
@@ -49,7 +51,7 @@ pub(super) fn coalesce<P: Part>(mut parts: Vec<P>) -> Vec<Piece<P>> {
             Some(last)
                 if last.file == file
                     && range.start.saturating_sub(last.range.end) <= GAP
-                    && range.end.saturating_sub(last.range.start) <= BLOCK =>
+                    && range.end.saturating_sub(last.range.start) <= WINDOW =>
             {
                 last.range.end = last.range.end.max(range.end);
                 last.parts.push(part);
@@ -85,7 +87,7 @@ impl Window {
         }
         let mut at = range.start - range.start % align;
         while at < range.end {
-            let bytes = self.space((end - at).min(WINDOW) as usize)?;
+            let bytes = self.space((end - at).min(STEP) as usize)?;
             file.read_at(at, bytes)?;
             let skip = range.start.saturating_sub(at) as usize;
             let wanted = (range.end - at).min(bytes.len() as u64) as usize;
@@ -183,6 +185,7 @@ pub(super) fn file_at(files: &[Arc<dyn FileReading>], index: usize) -> Result<&d
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::manifest::BLOCK;
     use proptest::prelude::*;
 
     impl Part for (usize, Range<u64>) {
@@ -199,13 +202,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pieces_hold_every_part_once_and_no_more_than_a_block(
+        fn pieces_hold_every_part_once_and_no_more_than_a_window_or_one_part(
             parts in prop::collection::vec((0_usize..3, 0_u64..4 * BLOCK, 0_u64..BLOCK), 0..60),
         ) {
             let mut parts: Vec<_> = parts.into_iter().map(|(file, at, len)| (file, at..at + len)).collect();
+            let longest = parts.iter().map(|(_, part)| part.end - part.start).max().unwrap_or(0);
             let pieces = coalesce(parts.clone());
             for piece in &pieces {
-                prop_assert!(piece.range.end - piece.range.start <= BLOCK);
+                let length = piece.range.end - piece.range.start;
+                let most = if piece.parts.len() == 1 { BLOCK } else { WINDOW.max(longest) };
+                prop_assert!(length <= most);
                 let inside = |(file, part): &(usize, Range<u64>)| {
                     *file == piece.file && piece.range.start <= part.start && part.end <= piece.range.end
                 };
