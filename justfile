@@ -40,6 +40,23 @@ stock_reader command:
     cargo run --quiet --example stock_writer -- "$root"
     {{ command }} "$root"
 
+# The committed PTX of `kernels/`, made anew by a compiler of a fixed version. Installs 60 MB; no GPU needed.
+ptx: (kernels "")
+
+# Whether the committed PTX is what the kernels compile to, byte for byte.
+ptx-check: (kernels "--check")
+
+[private]
+kernels arguments:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    want=nvidia-cuda-nvrtc-cu12==12.4.127 venv="{{ tools }}/nvrtc"
+    if ! "$venv/bin/pip" --disable-pip-version-check freeze 2>/dev/null | grep -qx "$want"; then
+        python3 -m venv --clear "$venv"
+        "$venv/bin/pip" -q --disable-pip-version-check install --no-deps "$want"
+    fi
+    "$venv/bin/python" kernels/build.py {{ arguments }}
+
 # Undefined behaviour in what holds or hands out memory.
 miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
@@ -82,7 +99,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint stock candle miri loom fuzz:60 mutants kill mounts")
+ci: (timed "lint ptx-check stock candle miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
 nightly: (timed "ci")

@@ -1,18 +1,31 @@
 //! Kernels: the project's own, compiled for the processor from the same source, and found by name.
+//!
+//! A kernel gets its addresses as numbers and asks [`fakecuda_at`] for the bytes. What it may touch is what was allocated or
+//! pinned when it began to run.
 
 use crate::abi::{ILLEGAL_ADDRESS, Status};
 use crate::device::Device;
+use crate::host::{self, InUse};
+use std::cell::{Cell, RefCell};
+
+type Run = unsafe extern "C" fn(argument: *const u8, grid: *const u32, block: *const u32, backwards: u32);
 
 /// One compiled kernel. It takes one structure, by value.
-#[expect(dead_code, reason = "no kernel is compiled yet")]
 pub struct Kernel {
-    pub name: &'static str,
+    name: &'static str,
     /// The size of the structure.
-    pub bytes: usize,
+    bytes: &'static u64,
+    run: Run,
+}
+
+impl Kernel {
+    /// The size of its argument.
+    pub fn bytes(&self) -> usize {
+        *self.bytes as usize
+    }
 }
 
 /// A launch as it was enqueued.
-#[expect(dead_code, reason = "no kernel is compiled yet")]
 pub struct Launch {
     pub kernel: &'static Kernel,
     pub grid: [u32; 3],
@@ -20,13 +33,99 @@ pub struct Launch {
     pub argument: Vec<u8>,
 }
 
-/// All kernels there are.
-pub fn find(_name: &str) -> Option<&'static Kernel> {
-    None
+macro_rules! kernel {
+    ($name:ident, $bytes:ident, $run:ident) => {{
+        unsafe extern "C" {
+            static $bytes: u64;
+            fn $run(argument: *const u8, grid: *const u32, block: *const u32, backwards: u32);
+        }
+        // SAFETY: a constant of the compiled kernels, which `build.rs` names after what it found there.
+        Kernel { name: stringify!($name), bytes: unsafe { &$bytes }, run: $run }
+    }};
+}
+
+/// The kernel of this name.
+pub fn find(name: &str) -> Option<&'static Kernel> {
+    static KERNELS: std::sync::OnceLock<Vec<Kernel>> = std::sync::OnceLock::new();
+    let all = KERNELS.get_or_init(|| include!(concat!(env!("OUT_DIR"), "/kernels.rs")).into());
+    all.iter().find(|k| k.name == name)
+}
+
+/// A range that a running kernel may touch, and how far its bytes are from its addresses.
+#[derive(Clone, Copy)]
+struct Reach {
+    start: u64,
+    bytes: u64,
+    offset: u64,
+}
+
+thread_local! {
+    static REACH: RefCell<Vec<Reach>> = const { RefCell::new(Vec::new()) };
+    static LAST: Cell<Option<Reach>> = const { Cell::new(None) };
+    /// What stands in for memory that is not there, and whether it was needed.
+    static NOWHERE: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Launch {
-    pub fn run(&self, _device: &Device) -> Status {
-        Err(ILLEGAL_ADDRESS)
+    pub fn run(&self, device: &Device) -> Status {
+        let window = device.window()?;
+        let blocks: Vec<_> = device.state().heap.blocks().collect();
+        let on_device = blocks.iter().map(|b| {
+            let offset = (window.shadow_of(b.start) as u64).wrapping_sub(b.start);
+            Reach { start: b.start, bytes: b.bytes, offset }
+        });
+        // What was released in this moment is not in reach.
+        let pinned = host::ranges().into_iter().filter_map(|r| Some((r, InUse::new(r).ok()?)));
+        let (pinned, _in_use): (Vec<_>, Vec<_>) = pinned.unzip();
+        let pinned = pinned.iter().map(|r| Reach { start: r.start, bytes: r.bytes, offset: 0 });
+        let mut reach: Vec<_> = on_device.chain(pinned).collect();
+        reach.sort_unstable_by_key(|r| r.start);
+        REACH.set(reach);
+        LAST.set(None);
+        NOWHERE.take();
+        // Aligned like the structure that it is.
+        let mut argument = vec![0_u64; self.argument.len().div_ceil(8)];
+        for (word, bytes) in argument.iter_mut().zip(self.argument.chunks(8)) {
+            let mut whole = [0; 8];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            *word = u64::from_le_bytes(whole);
+        }
+        let backwards = device.state().settings.random(2) as u32;
+        // SAFETY: the argument is as long as the kernel's structure, checked when the function was found; what the kernel
+        // touches beyond it comes from `fakecuda_at`.
+        unsafe { (self.kernel.run)(argument.as_ptr().cast(), self.grid.as_ptr(), self.block.as_ptr(), backwards) };
+        let failed = !NOWHERE.take().is_empty();
+        if failed { Err(ILLEGAL_ADDRESS) } else { Ok(()) }
+    }
+}
+
+/// Where the bytes at a device address are, for a kernel that runs on this thread.
+// SAFETY: the symbol is this library's own.
+#[unsafe(no_mangle)]
+extern "C" fn fakecuda_at(address: u64, bytes: u64) -> *mut u8 {
+    let holds = |r: &Reach| address >= r.start && bytes <= r.bytes && address - r.start <= r.bytes - bytes;
+    let found = LAST.get().filter(holds).or_else(|| {
+        REACH.with_borrow(|reach| {
+            let after = reach.partition_point(|r| r.start <= address);
+            reach[..after].last().copied().filter(holds)
+        })
+    });
+    match found {
+        Some(reach) => {
+            LAST.set(Some(reach));
+            address.wrapping_add(reach.offset) as *mut u8
+        }
+        // No bytes are everywhere.
+        None if bytes == 0 => std::ptr::without_provenance_mut(64),
+        None => NOWHERE.with_borrow_mut(|nowhere| {
+            // Longer than any range, but not without bound: a broken kernel may ask for anything.
+            let words = (bytes.min(1 << 30) / 8 + 2) as usize;
+            if nowhere.len() < words {
+                // What was handed out before may still be written.
+                std::mem::take(nowhere).leak();
+                nowhere.resize(words, 0);
+            }
+            nowhere.as_mut_ptr().cast()
+        }),
     }
 }

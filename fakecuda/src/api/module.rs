@@ -28,7 +28,7 @@ export! {
         let bytes = *state.modules.get(&module).ok_or(INVALID_HANDLE)?.get(&name).ok_or(NOT_FOUND)?;
         let kernel = kernel::find(&name).ok_or(NOT_FOUND)?;
         // The text was made from another source than the one compiled here.
-        if kernel.bytes != bytes {
+        if kernel.bytes() != bytes {
             return Err(INVALID_PTX);
         }
         let id = state.serial(Kind::Function, device.ordinal);
@@ -53,7 +53,7 @@ export! {
         if grid.contains(&0) || threads == 0 || threads > 1024 || too_tall || !extra.is_null() {
             return Err(INVALID_VALUE);
         }
-        let argument = if kernel.bytes == 0 { Vec::new() } else { take(take(parameters, 1)?[0], kernel.bytes)? };
+        let argument = if kernel.bytes() == 0 { Vec::new() } else { take(take(parameters, 1)?[0], kernel.bytes())? };
         enqueue(stream, Work::Launch(Arc::new(Launch { kernel, grid, block, argument })), false)
     }
 }
