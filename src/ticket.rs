@@ -122,6 +122,8 @@ pub(crate) struct Ticket {
     pub queued: AtomicUsize,
     /// Notified when one more is queued.
     pub moved: Signal,
+    /// Somebody waits until this many are queued: more copies than usual may be in flight until then.
+    pub needed: AtomicUsize,
     /// A fence has ordered whoever writes after the copies.
     pub fenced: AtomicBool,
     /// The streams that wrote the tensors of devices.
@@ -178,6 +180,7 @@ impl Ticket {
             chunks,
             queued: AtomicUsize::new(0),
             moved: Signal::default(),
+            needed: AtomicUsize::new(0),
             fenced: AtomicBool::new(false),
             streams,
             let_go: AtomicBool::new(false),
@@ -292,6 +295,8 @@ impl Ticket {
 
     /// Waits until all chunks are queued, or none of them will be any more. False at the deadline.
     pub fn wait_queued(&self, deadline: Instant) -> bool {
+        self.needed.store(self.chunks, Ordering::Release);
+        self.signal.notify();
         let queued = || {
             let all = self.queued.load(Ordering::Acquire) >= self.chunks;
             (all || self.failed() || self.staged.is_complete()).then_some(())

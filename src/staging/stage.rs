@@ -232,7 +232,7 @@ impl Stager {
             if ticket.failed() || (next == plan.chunks.len() && flying.is_empty()) {
                 return Ok(());
             }
-            let room = next < plan.chunks.len() && flying.len() < WINDOW;
+            let room = next < plan.chunks.len() && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire));
             if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
                 flying.push_back(Flying { chunk: Chunk { index: next, lease, digests: None }, mark: u64::MAX });

@@ -44,14 +44,16 @@ const CASES: [Case; 9] = [
     Case::ScopeOnStream,
 ];
 
+/// A save that is not checked yet, and what each tensor must hold.
+type Open = (ashore::Save, Case, Vec<(usize, u8)>);
+
 /// One program: many saves on one executor.
 struct Program {
     rig: Rig,
     streams: [Stream; 3],
     random: TestRng,
     step: u64,
-    /// Saves that are not checked yet: what each tensor must hold.
-    open: Vec<(ashore::Save, Case, Vec<(usize, u8)>)>,
+    open: Vec<Open>,
     counts: BTreeMap<Case, usize>,
 }
 
