@@ -235,6 +235,12 @@ impl CheckpointExecutor {
         let streams = Some(&state.streams).filter(|streams| !streams.is_empty());
         let behind = streams.map(|streams| self.stager.device.behind(streams)).transpose();
         let behind = behind.map_err(|e| e.with_step(step))?;
+        let aside = match (&behind, &self.stager.scratch, borrowed) {
+            (Some(point), Some(scratch), false) => {
+                scratch.note(&plan, &state, point, |tensor| captured.get(tensor).is_some()).map_err(|e| e.with_step(step))?
+            }
+            _ => None,
+        };
         let issue = Issue {
             step,
             attempt,
@@ -259,7 +265,7 @@ impl CheckpointExecutor {
         register(&ticket);
         ticket.add_blocked(began.elapsed());
         let sink = Arc::new(task);
-        self.stager.push(Job { ticket: ticket.clone(), plan, state, captured, behind, borrowed, sink });
+        self.stager.push(Job { ticket: ticket.clone(), plan, state, captured, behind, aside, borrowed, sink });
         drop(admission);
         if options.snapshot == Snapshot::AtSave {
             self.fence()?;

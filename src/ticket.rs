@@ -295,10 +295,16 @@ impl Ticket {
 
     /// Waits until all chunks are queued, or none of them will be any more. False at the deadline.
     pub fn wait_queued(&self, deadline: Instant) -> bool {
-        self.needed.store(self.chunks, Ordering::Release);
-        self.signal.notify();
+        self.wait_until_queued(self.chunks, deadline)
+    }
+
+    /// The same, for the first `count` chunks.
+    pub fn wait_until_queued(&self, count: usize, deadline: Instant) -> bool {
+        if self.needed.fetch_max(count, Ordering::AcqRel) < count {
+            self.signal.notify();
+        }
         let queued = || {
-            let all = self.queued.load(Ordering::Acquire) >= self.chunks;
+            let all = self.queued.load(Ordering::Acquire) >= count;
             (all || self.failed() || self.staged.is_complete()).then_some(())
         };
         self.moved.wait_until(deadline, queued).is_some()

@@ -50,6 +50,14 @@ pub trait Device: Register + Send + Sync + Debug {
         if streams.is_empty() { Ok(()) } else { Err(self.unknown(streams)) }
     }
 
+    /// Called once, at start: late copies with `scratch` bytes of the device, in slots of `chunk` bytes.
+    ///
+    /// # Errors
+    /// Why there are none.
+    fn late_copies(&self, _chunk: usize, _scratch: u64) -> Result<Arc<dyn LateCopies>> {
+        Err(Error::new(ErrorKind::Unavailable, "this device makes none"))
+    }
+
     /// The error for streams of a device that it knows nothing of.
     fn unknown(&self, streams: &[DeviceStream]) -> Error {
         let ordinal = streams.first().map_or(0, |stream| stream.ordinal);
@@ -59,7 +67,60 @@ pub trait Device: Register + Send + Sync + Debug {
 }
 
 /// A point in streams, as the device that made it knows it.
-pub type Point = Box<dyn Any + Send>;
+pub type Point = Arc<dyn Any + Send + Sync>;
+
+/// Part of a tensor, and where it goes in its chunk.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    /// Where it is on the device.
+    pub from: u64,
+    /// Where it goes in the slot of its chunk.
+    pub to: u64,
+    /// How long it is.
+    pub bytes: u64,
+    /// The chunk. Pieces come in the order of their chunks.
+    pub chunk: usize,
+}
+
+/// What a device offers so that a fence need not wait for copies to the host: memory of its own, in slots of a chunk each, and
+/// kernels that copy aside what has not left the device when a stream comes to the fence.
+pub trait LateCopies: Send + Sync + Debug {
+    /// The device.
+    fn ordinal(&self) -> u32;
+
+    /// The addresses of the slots.
+    fn slots(&self) -> &[u64];
+
+    /// Takes note of the device tensors of a save of `chunks` chunks, the `number`-th from 1; `base` is what the watermark will
+    /// be before its first chunk. None when there is no room for it now.
+    ///
+    /// # Errors
+    /// `Device`.
+    fn note(&self, number: u64, base: u64, chunks: usize, pieces: &[Piece]) -> Result<Option<Box<dyn LateSave>>>;
+}
+
+/// One save, as a device knows it that offers [`LateCopies`]. Dropped only when it is not launched, or has told F.
+pub trait LateSave: Send + Sync {
+    /// Queues in the first of `streams`, behind `point`, and behind all copies queued so far if `behind_copies`: decide F from the
+    /// watermark, copy the chunks from F on aside, tell F. The other streams wait for that. `slots` are those of the last
+    /// chunks. Once.
+    ///
+    /// # Errors
+    /// `Device`: the slots are lost. `Invalid`: nothing was queued.
+    fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()>;
+
+    /// Makes `streams` wait for what was launched.
+    ///
+    /// # Errors
+    /// `Device`, or `Invalid`, as [`Device::order`].
+    fn follow(&self, streams: &[DeviceStream]) -> Result<()>;
+
+    /// True when the kernels have run, or never will because the device is lost.
+    fn over(&self) -> bool;
+
+    /// F, once the device has told it: chunks before it had left the device, those from it on lie in their slots.
+    fn latched(&self) -> Option<usize>;
+}
 
 /// The device of an executor, and why it is that.
 #[derive(Clone, Debug)]
@@ -69,6 +130,14 @@ pub struct DeviceReport {
     pub name: String,
     /// Why it was chosen, or what it is.
     pub why: String,
+    /// How many chunks a fence can set aside on the device; or why it waits for copies to the host instead.
+    pub scratch: Result<usize, String>,
+}
+
+impl DeviceReport {
+    pub(crate) fn new(device: &dyn Device, why: String) -> Self {
+        Self { name: device.name(), why, scratch: Err("not looked for".into()) }
+    }
 }
 
 impl fmt::Display for DeviceReport {
@@ -111,7 +180,7 @@ impl<D: Device + 'static> From<Arc<D>> for Selected {
 /// `Unavailable` or `Device`, naming what is missing, for a GPU that was asked for and is not to be had.
 pub fn choose(choice: DeviceChoice) -> Result<(Arc<dyn Device>, DeviceReport)> {
     let host = |why: String| -> (Arc<dyn Device>, DeviceReport) {
-        (Arc::new(Host), DeviceReport { name: Host.name(), why })
+        (Arc::new(Host), DeviceReport::new(&Host, why))
     };
     match choice {
         DeviceChoice::Host => Ok(host("as asked for".into())),
@@ -126,7 +195,7 @@ pub fn choose(choice: DeviceChoice) -> Result<(Arc<dyn Device>, DeviceReport)> {
 #[cfg(all(feature = "cuda", not(any(loom, miri))))]
 fn cuda_device(ordinal: u32) -> Result<(Arc<dyn Device>, DeviceReport)> {
     let device = Cuda::new(ordinal)?;
-    let report = DeviceReport { name: device.name(), why: device.describe().to_owned() };
+    let report = DeviceReport::new(&device, device.describe().to_owned());
     tracing::info!(device = %report, "tensors are copied by a GPU");
     Ok((Arc::new(device), report))
 }
@@ -153,8 +222,7 @@ pub trait CopyQueue {
     ///
     /// # Errors
     /// `Device`, sticky.
-    fn wait(&mut self, point: Point) -> Result<()> {
-        drop(point);
+    fn wait(&mut self, _point: &Point) -> Result<()> {
         Ok(())
     }
 
@@ -168,6 +236,14 @@ pub trait CopyQueue {
     #[expect(unsafe_code, reason = "as for `copy`")]
     unsafe fn fetch(&mut self, ordinal: u32, _from: *const u8, _to: *mut u8, _len: usize) -> Result<()> {
         Err(Error::new(ErrorKind::Invalid, format!("no copies from this device device=cuda:{ordinal}")))
+    }
+
+    /// Publishes, behind the copies so far, that `watermark` chunks of all saves have left the device.
+    ///
+    /// # Errors
+    /// `Device`, sticky.
+    fn publish(&mut self, _watermark: u64) -> Result<()> {
+        Ok(())
     }
 
     /// Queues a mark behind the copies so far, and returns its number: 1, 2, 3, ...

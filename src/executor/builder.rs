@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Register};
 use crate::settings::{Detect, Engine, Overlap, Priority, Settings};
-use crate::staging::Stager;
+use crate::staging::{Scratch, Stager};
 use crate::storage::Storage;
 use crate::storage::local::Local;
 use crate::sync::Mutex;
@@ -70,6 +70,8 @@ impl Builder {
         overlap: Overlap,
         /// When to look for forgotten fences: for the first two saves.
         detect: Detect,
+        /// Memory of the GPU, in bytes, in which fences set aside what has not left it: 256 MiB. 0 for none.
+        scratch: u64,
         /// How much a save may copy on the calling thread, in bytes: 1 MiB.
         capture_budget: u64,
         /// Keep this many newest steps, and delete older ones after a commit. All are kept by default.
@@ -111,10 +113,10 @@ impl Builder {
             Some(storage) => storage,
             None => Arc::new(Local::open_with(&root, settings.engine)?.direct(settings.direct)),
         };
-        let (device, report) = match device {
+        let (device, mut report) = match device {
             Some(device) => {
-                let name = device.name();
-                (device, DeviceReport { name, why: "as it was given".into() })
+                let report = DeviceReport::new(device.as_ref(), "as it was given".into());
+                (device, report)
             }
             None => choose(settings.device)?,
         };
@@ -122,7 +124,15 @@ impl Builder {
         let arena =
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
         let pool = Pool::start(settings.writers, arena.report().slabs, settings.priority)?;
-        let stager = Arc::new(Stager::new(signal, arena, device, (settings.overlap == Overlap::Latest).then_some(2)));
+        // Of saves that are superseded while they wait, a fence can set nothing aside.
+        let scratch = if settings.overlap == Overlap::Latest { 0 } else { settings.scratch };
+        let scratch = device.late_copies(settings.chunk as usize, scratch);
+        report.scratch = scratch.as_ref().map(|late| late.slots().len()).map_err(ToString::to_string);
+        if let (Err(reason), true) = (&report.scratch, settings.scratch > 0 && device.name() != "host") {
+            tracing::warn!(%reason, device = %report, "fences on streams wait for copies to the host");
+        }
+        let at_most = (settings.overlap == Overlap::Latest).then_some(2);
+        let stager = Arc::new(Stager::new(signal, arena, device, scratch.ok().map(Scratch::new), at_most));
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };

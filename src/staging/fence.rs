@@ -100,27 +100,43 @@ impl Flights {
         result
     }
 
-    /// Waits until all copies of live sources are queued, then has `order` make whoever writes wait for them.
+    /// Has `aside` fence each save, or waits until all copies of live sources are queued, and then has `order` make whoever
+    /// writes wait for them.
     ///
     /// # Errors
-    /// `Deadline`, as for `fence`. What `order` says; other than `Invalid`, the saves that still read have been failed.
-    pub fn fence_on(&self, patience: Duration, order: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// `Deadline`, as for `fence`. What `aside` and `order` say; other than `Invalid`, the saves that still read have been failed.
+    pub fn fence_on(
+        &self,
+        patience: Duration,
+        aside: impl Fn(&Arc<Ticket>, Instant) -> Result<bool>,
+        order: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
             return Ok(());
         }
         let (began, deadline) = (Instant::now(), deadline_after(patience));
         let reading: Vec<_> = lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect();
-        let mut result = Ok(());
+        let (mut result, mut all_aside, mut refused) = (Ok(()), true, Ok(()));
         for ticket in &reading {
-            if !ticket.wait_queued(deadline) {
-                result = Err(late(ticket, patience));
+            match aside(ticket, deadline) {
+                Ok(true) => {}
+                Ok(false) => {
+                    all_aside = false;
+                    if !ticket.wait_queued(deadline) {
+                        result = Err(late(ticket, patience));
+                    }
+                }
+                Err(error) => {
+                    refused = Err(error);
+                    break;
+                }
             }
             if ticket.failed() {
                 ticket.freeze();
             }
             ticket.add_blocked(began.elapsed());
         }
-        if let Err(error) = order() {
+        if let Err(error) = refused.and_then(|()| if all_aside { Ok(()) } else { order() }) {
             if error.kind() != ErrorKind::Invalid {
                 reading.iter().filter(|t| !t.staged.is_complete()).for_each(|t| _ = t.fail(error.clone()));
             }

@@ -35,7 +35,7 @@ impl Sink for Kept {
 fn stager(device: impl Device + 'static) -> Stager {
     let signal = Arc::new(Signal::default());
     let arena = Arena::new(3 * 4096, 4096, &device, signal.clone()).unwrap();
-    Stager::new(signal, arena, Arc::new(device), None)
+    Stager::new(signal, arena, Arc::new(device), None, None)
 }
 
 fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
@@ -61,6 +61,7 @@ fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<
         state,
         captured,
         behind: None,
+        aside: None,
         borrowed: false,
         sink: sink.clone(),
     });

@@ -63,7 +63,7 @@ mod code {
 }
 
 macro_rules! table {
-    ($($name:ident = $symbol:literal ($($argument:ty),*);)*) => {
+    ($($name:ident = $symbol:literal ($($argument:ty),* $(,)?);)*) => {
         /// The functions of the library.
         // SAFETY: types of pointers, which promise nothing and do nothing.
         struct Table { $($name: unsafe extern "C" fn($($argument),*) -> c_int,)* }
@@ -106,6 +106,18 @@ table! {
     register = "cuMemHostRegister_v2"(*mut c_void, usize, c_uint);
     unregister = "cuMemHostUnregister"(*mut c_void);
     to_host = "cuMemcpyDtoHAsync_v2"(*mut c_void, Address, usize, Handle);
+    allocate = "cuMemAlloc_v2"(*mut Address, usize);
+    free = "cuMemFree_v2"(Address);
+    allocate_host = "cuMemHostAlloc"(*mut Address, usize, c_uint);
+    free_host = "cuMemFreeHost"(Address);
+    fill = "cuMemsetD8Async"(Address, u8, usize, Handle);
+    write_value = "cuStreamWriteValue64_v2"(Handle, Address, u64, c_uint);
+    module_load = "cuModuleLoadData"(*mut Handle, *const c_char);
+    module_unload = "cuModuleUnload"(Handle);
+    module_function = "cuModuleGetFunction"(*mut Handle, Handle, *const c_char);
+    launch = "cuLaunchKernel"(
+        Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *const *const c_void, *const *const c_void
+    );
 }
 
 /// The driver of this machine.
@@ -342,6 +354,49 @@ impl Context {
         Err(Error::invalid(format!("{why} device=cuda:{} stream={stream:#x}", self.ordinal)))
     }
 
+    /// `len` bytes of the device, of unknown content.
+    pub fn memory(self: &Arc<Self>, len: usize) -> Result<Memory> {
+        let _entered = self.enter()?;
+        let mut at = 0;
+        // SAFETY: writes one address.
+        self.call("cuMemAlloc_v2", |t| unsafe { (t.allocate)(&mut at, len) })?;
+        Ok(Memory { context: self.clone(), at, len, host: false })
+    }
+
+    /// `len` pinned bytes of the host, which the device sees at the same address; all zero.
+    pub fn pinned(self: &Arc<Self>, len: usize) -> Result<Memory> {
+        const PORTABLE_MAPPED: c_uint = 3;
+        let _entered = self.enter()?;
+        let mut at = 0;
+        // SAFETY: writes one address.
+        self.call("cuMemHostAlloc", |t| unsafe { (t.allocate_host)(&mut at, len, PORTABLE_MAPPED) })?;
+        let memory = Memory { context: self.clone(), at, len, host: true };
+        // SAFETY: just allocated, and known to nobody.
+        unsafe { std::ptr::write_bytes(memory.pointer(), 0, len) };
+        Ok(memory)
+    }
+
+    /// Loads kernels: a PTX text that ends in a zero.
+    pub fn module(self: &Arc<Self>, text: &CStr) -> Result<Module> {
+        let _entered = self.enter()?;
+        let mut handle = 0;
+        // SAFETY: a text that ends in a zero; writes one handle.
+        self.call("cuModuleLoadData", |t| unsafe { (t.module_load)(&mut handle, text.as_ptr()) })?;
+        Ok(Module { context: self.clone(), handle })
+    }
+
+    /// Queues a kernel with one structure as its argument, in any stream of this device.
+    ///
+    /// # Safety
+    /// `function` is of a live module of this context and takes an `A`; what its addresses point to stays until it has run.
+    pub unsafe fn launch<A: Copy>(&self, function: Handle, stream: Handle, grid: u32, block: u32, argument: &A) -> Result<()> {
+        let arguments = [std::ptr::from_ref(argument).cast::<c_void>()];
+        // SAFETY: the argument is copied by the call; the rest is as the caller says.
+        self.call("cuLaunchKernel", |t| unsafe {
+            (t.launch)(function, grid, 1, 1, block, 1, 1, 0, stream, arguments.as_ptr(), std::ptr::null())
+        })
+    }
+
     /// Pins `len` bytes at `base` for all contexts, until the guard is dropped.
     ///
     /// # Safety
@@ -403,6 +458,23 @@ impl Stream {
     }
 }
 
+impl Stream {
+    /// Queues a store of `value`, seen by whoever looks after everything that was queued before it.
+    ///
+    /// # Safety
+    /// `at` is a multiple of 8 in memory of the device that lives until then.
+    pub unsafe fn write(&self, at: Address, value: u64) -> Result<()> {
+        // SAFETY: as the caller says.
+        self.context.call("cuStreamWriteValue64_v2", |t| unsafe { (t.write_value)(self.handle, at, value, 0) })
+    }
+
+    /// Queues zeros over all of `memory`.
+    pub fn zero(&self, memory: &Memory) -> Result<()> {
+        // SAFETY: within the allocation, whose owner waits for the stream before it lets go.
+        self.context.call("cuMemsetD8Async", |t| unsafe { (t.fill)(memory.at, 0, memory.len, self.handle) })
+    }
+}
+
 impl Drop for Stream {
     fn drop(&mut self) {
         let _entered = self.context.enter();
@@ -458,5 +530,64 @@ impl Drop for Registered {
         let base = std::ptr::without_provenance_mut(self.base);
         // SAFETY: registered by us, and given back once, before it is unmapped.
         self.context.give_back("cuMemHostUnregister", |t| unsafe { (t.unregister)(base) });
+    }
+}
+
+/// Memory that the driver allocated, on the device or pinned on the host.
+pub(super) struct Memory {
+    context: Arc<Context>,
+    at: Address,
+    len: usize,
+    host: bool,
+}
+
+impl Memory {
+    /// The address, for the device.
+    pub fn address(&self) -> Address {
+        self.at
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address of pinned memory, for the host.
+    pub fn pointer(&self) -> *mut u8 {
+        debug_assert!(self.host);
+        std::ptr::with_exposed_provenance_mut(self.at as usize)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let _entered = self.context.enter();
+        // SAFETY: allocated by us and used no more, as its owner sees to.
+        let free = |t: &Table| unsafe { if self.host { (t.free_host)(self.at) } else { (t.free)(self.at) } };
+        self.context.give_back(if self.host { "cuMemFreeHost" } else { "cuMemFree_v2" }, free);
+    }
+}
+
+/// Kernels that are loaded.
+pub(super) struct Module {
+    context: Arc<Context>,
+    handle: Handle,
+}
+
+impl Module {
+    pub fn function(&self, name: &CStr) -> Result<Handle> {
+        let _entered = self.context.enter()?;
+        let mut function = 0;
+        // SAFETY: a live module, a name that ends in a zero; writes one handle.
+        let find = |t: &Table| unsafe { (t.module_function)(&mut function, self.handle, name.as_ptr()) };
+        self.context.call("cuModuleGetFunction", find)?;
+        Ok(function)
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let _entered = self.context.enter();
+        // SAFETY: loaded by us, and none of its kernels is running, as its owner sees to.
+        self.context.give_back("cuModuleUnload", |t| unsafe { (t.module_unload)(self.handle) });
     }
 }

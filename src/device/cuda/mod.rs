@@ -11,9 +11,10 @@
 
 mod driver;
 mod gpu;
+mod late;
 mod queue;
 
-use super::{CopyQueue, Device, Point};
+use super::{CopyQueue, Device, LateCopies, Point};
 use crate::error::{ErrorKind, Result};
 use crate::memory::Register;
 use crate::state::DeviceStream;
@@ -23,7 +24,7 @@ use gpu::{Gpu, Lent};
 use std::any::Any;
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// GPUs of this machine, as devices of an executor. One of them pins the arena; tensors may live on any.
 pub struct Cuda(Arc<Shared>);
@@ -34,6 +35,8 @@ struct Shared {
     describe: String,
     /// By ordinal; made when first used.
     gpus: Mutex<Vec<Option<Arc<Gpu>>>>,
+    /// Where copies publish the watermark.
+    late: Mutex<Weak<late::Late>>,
 }
 
 impl Cuda {
@@ -64,7 +67,7 @@ impl Cuda {
         let mut gpus = Vec::new();
         gpus.resize(ordinal as usize + 1, None);
         gpus[ordinal as usize] = Some(home);
-        Ok(Self(Arc::new(Shared { driver, home: ordinal, describe, gpus: Mutex::new(gpus) })))
+        Ok(Self(Arc::new(Shared { driver, home: ordinal, describe, gpus: Mutex::new(gpus), late: Mutex::new(Weak::new()) })))
     }
 
     /// What the device and its driver call themselves.
@@ -120,7 +123,7 @@ impl Device for Cuda {
     }
 
     fn behind(&self, streams: &[DeviceStream]) -> Result<Point> {
-        self.refuse_captures(streams)?;
+        self.0.refuse_captures(streams)?;
         let behind = streams.iter().map(|stream| {
             let gpu = self.0.gpu(stream.ordinal)?;
             let _entered = gpu.context.enter()?;
@@ -128,11 +131,11 @@ impl Device for Cuda {
             event.record(stream.handle)?;
             Ok(event)
         });
-        Ok(Box::new(behind.collect::<Result<Vec<Lent>>>()?))
+        Ok(Arc::new(behind.collect::<Result<Vec<Lent>>>()?))
     }
 
     fn order(&self, streams: &[DeviceStream]) -> Result<()> {
-        self.refuse_captures(streams)?;
+        self.0.refuse_captures(streams)?;
         for gpu in self.0.in_use() {
             let event = {
                 let _entered = gpu.context.enter()?;
@@ -140,21 +143,36 @@ impl Device for Cuda {
                 event.record(gpu.copies.handle())?;
                 event
             };
-            for stream in streams {
-                let waiting = self.0.gpu(stream.ordinal)?;
-                let _entered = waiting.context.enter()?;
-                event.make_wait(stream.handle)?;
-            }
+            self.0.make_wait(streams, &event)?;
         }
         Ok(())
     }
+
+    fn late_copies(&self, chunk: usize, scratch: u64) -> Result<Arc<dyn LateCopies>> {
+        if lock(&self.0.late).upgrade().is_some() {
+            return Err(crate::Error::invalid("another executor on this device makes late copies"));
+        }
+        let late = late::Late::new(&self.0, chunk, scratch)?;
+        *lock(&self.0.late) = Arc::downgrade(&late);
+        Ok(late)
+    }
 }
 
-impl Cuda {
+impl Shared {
+    /// Makes every stream wait for what `event` was recorded behind.
+    fn make_wait(&self, streams: &[DeviceStream], event: &Lent) -> Result<()> {
+        for stream in streams {
+            let waiting = self.gpu(stream.ordinal)?;
+            let _entered = waiting.context.enter()?;
+            event.make_wait(stream.handle)?;
+        }
+        Ok(())
+    }
+
     /// Before anything is queued anywhere.
     fn refuse_captures(&self, streams: &[DeviceStream]) -> Result<()> {
         for stream in streams {
-            let gpu = self.0.gpu(stream.ordinal)?;
+            let gpu = self.gpu(stream.ordinal)?;
             let _entered = gpu.context.enter()?;
             gpu.context.refuse_capture(stream.handle)?;
         }

@@ -11,6 +11,7 @@ use crate::device::host::HostQueue;
 use crate::device::{CopyQueue, Point};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::sync::lock;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -36,6 +37,11 @@ struct Lane {
     gpu: Arc<Gpu>,
     /// Something was queued since the last mark.
     moved: bool,
+}
+
+/// What a point of this device is.
+pub(super) fn events_of(point: &Point) -> Result<&Vec<Lent>> {
+    point.downcast_ref::<Vec<Lent>>().ok_or_else(|| Error::internal("a point of another device"))
 }
 
 /// A mark that is not known to be reached: one event for each GPU with copies before it.
@@ -74,9 +80,8 @@ impl CopyQueue for Queue {
         unsafe { self.host.copy(from, to, len) }
     }
 
-    fn wait(&mut self, point: Point) -> Result<()> {
-        let events = point.downcast::<Vec<Lent>>().map_err(|_| Error::internal("a point of another device"))?;
-        for event in events.iter() {
+    fn wait(&mut self, point: &Point) -> Result<()> {
+        for event in events_of(point)? {
             let lane = self.lane(event.gpu.context.ordinal)?;
             self.lanes[lane].gpu.copies.wait(event)?;
         }
@@ -90,6 +95,13 @@ impl CopyQueue for Queue {
         lane.moved = true;
         // SAFETY: passed on.
         unsafe { lane.gpu.copies.copy_to_host(from.addr() as u64, to, len) }
+    }
+
+    fn publish(&mut self, watermark: u64) -> Result<()> {
+        let Some(late) = lock(&self.shared.late).upgrade() else { return Ok(()) };
+        let lane = self.lane(self.shared.home)?;
+        self.lanes[lane].moved = true;
+        late.publish(watermark)
     }
 
     fn mark(&mut self) -> Result<u64> {

@@ -58,12 +58,12 @@ struct Program {
 }
 
 impl Program {
-    fn new(seed: u8, slabs: u64) -> Self {
+    fn new(seed: u8, slabs: u64, slots: u64) -> Self {
         let gpu = Gpu::take();
         gpu.set("seed", u64::from(seed) + 1);
         gpu.set("reuse", 1);
         let streams = [gpu.stream(), gpu.stream(), gpu.stream()];
-        let rig = rig_on(gpu, |b| b.arena(slabs * 4096).detect(Detect::Never).overlap(ashore::Overlap::Queue(3)));
+        let rig = rig_on(gpu, |b| b.arena(slabs * 4096).scratch(slots * 4096).detect(Detect::Never).overlap(ashore::Overlap::Queue(3)));
         let random = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]);
         Self { rig, streams, random, step: 0, open: Vec::new(), counts: BTreeMap::new() }
     }
@@ -167,15 +167,17 @@ impl Program {
 fn cuda_snapshots_are_never_torn() {
     const TRIALS: usize = 2600;
     let counts = std::thread::scope(|scope| {
-        let programs = [(1, 2), (2, 3), (3, 4), (4, 16)].map(|(seed, slabs)| {
+        let programs = [(1, 2, 0), (2, 2, 2), (3, 4, 64), (4, 16, 5)].map(|(seed, slabs, slots)| {
             scope.spawn(move || {
-                let mut program = Program::new(seed, slabs);
+                let mut program = Program::new(seed, slabs, slots);
                 for _ in 0..TRIALS {
                     program.trial();
                 }
                 program.check();
                 // A copy from memory that was freed would be an error that stays.
                 assert_eq!(program.rig.gpu.fake().map_or(0, |fake| fake.sticky()), 0);
+                let kernels = program.rig.gpu.fake().map(|fake| fake.calls("cuLaunchKernel"));
+                assert!(kernels.is_none_or(|n| if slots == 0 { n == 0 } else { n > 1000 }), "{kernels:?}");
                 program.counts
             })
         });
