@@ -236,9 +236,9 @@ impl CheckpointExecutor {
         let behind = streams.map(|streams| self.stager.device.behind(streams)).transpose();
         let behind = behind.map_err(|e| e.with_step(step))?;
         let aside = match (&behind, &self.stager.scratch, borrowed) {
-            (Some(point), Some(scratch), false) => {
-                scratch.note(&plan, &state, point, |tensor| captured.get(tensor).is_some()).map_err(|e| e.with_step(step))?
-            }
+            (Some(point), Some(scratch), false) => scratch
+                .note(&plan, &state, point, |tensor| captured.get(tensor).is_some())
+                .map_err(|e| e.with_step(step))?,
             _ => None,
         };
         let issue = Issue {

@@ -179,9 +179,7 @@ impl<D: Device + 'static> From<Arc<D>> for Selected {
 /// # Errors
 /// `Unavailable` or `Device`, naming what is missing, for a GPU that was asked for and is not to be had.
 pub fn choose(choice: DeviceChoice) -> Result<(Arc<dyn Device>, DeviceReport)> {
-    let host = |why: String| -> (Arc<dyn Device>, DeviceReport) {
-        (Arc::new(Host), DeviceReport::new(&Host, why))
-    };
+    let host = |why: String| -> (Arc<dyn Device>, DeviceReport) { (Arc::new(Host), DeviceReport::new(&Host, why)) };
     match choice {
         DeviceChoice::Host => Ok(host("as asked for".into())),
         DeviceChoice::Cuda(ordinal) => cuda_device(ordinal),

@@ -62,10 +62,13 @@ impl Flights {
 
     /// A save of writable sources that no fence has covered yet. One that has failed is not published, whatever it reads.
     pub fn unfenced(&self) -> Option<Arc<Ticket>> {
-        lock(&self.tickets).iter().find(|t| {
+        lock(&self.tickets)
+            .iter()
+            .find(|t| {
                 let unread = t.failed() || t.staged.is_complete() || t.fenced.load(Ordering::Acquire);
                 t.writable && !unread
-            }).cloned()
+            })
+            .cloned()
     }
 
     /// Resolves saves whose deadline has passed, and returns the next deadline.
@@ -148,11 +151,7 @@ impl Flights {
 
     /// As [`Flights::freeze`], but copies from devices may still be under way when it returns: `order` has then made the streams
     /// wait for them that will write or free the memory.
-    pub fn freeze_on(
-        tickets: &[Arc<Ticket>],
-        patience: Duration,
-        order: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
+    pub fn freeze_on(tickets: &[Arc<Ticket>], patience: Duration, order: impl FnOnce() -> Result<()>) -> Result<()> {
         let deadline = deadline_after(patience);
         let queued = tickets.iter().all(|ticket| ticket.wait_queued(deadline));
         if !queued || tickets.iter().any(|ticket| ticket.failed()) || order().is_err() {

@@ -162,7 +162,7 @@ impl Stager {
             line.recover(&self.flights);
             std::thread::sleep(POLL);
         }
-        line.give_up(&self.flights);
+        line.give_up(&self.flights, |_| true);
     }
 
     /// Waits for `look`, while saves that are due expire.
@@ -217,14 +217,18 @@ impl Stager {
             self.flights.release(&ticket);
         } else {
             if !ended {
-                tracing::error!(step = ticket.step, slabs = flying.len(), "a device is late; slabs wait for their copies");
+                tracing::error!(
+                    step = ticket.step,
+                    slabs = flying.len(),
+                    "a device is late; slabs wait for their copies"
+                );
                 self.flights.release(&ticket);
             }
             line.parked.push(Parked { flying, state, late: !ended, ticket: ended.then_some(ticket), aside });
         }
         if failed == Some(ErrorKind::Device) {
             // What is parked is lost with the queue that could have told when its copies end.
-            line.give_up(&self.flights);
+            line.give_up(&self.flights, |parked| parked.late);
             line.queue = None;
         }
         sink.end();
@@ -289,7 +293,8 @@ impl Stager {
                 dropped(std::mem::take(&mut job.state));
                 ticket.dropped.complete(());
             }
-            let room = next < plan.chunks.len() && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire));
+            let room =
+                next < plan.chunks.len() && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire));
             if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
                 let (chunk, live) = (Chunk { index: next, lease, digests: None }, latched.is_none());
@@ -307,7 +312,8 @@ impl Stager {
                 self.wait(line, || (self.arena.free() > 0 || ticket.failed()).then_some(()));
                 due = Instant::now();
             } else {
-                let news = || ticket.failed() || (ticket.let_go.load(Ordering::Acquire) && !ticket.dropped.is_complete());
+                let news =
+                    || ticket.failed() || (ticket.let_go.load(Ordering::Acquire) && !ticket.dropped.is_complete());
                 self.signal.wait_until(now + POLL, || news().then_some(()));
                 line.recover(&self.flights);
             }
@@ -347,10 +353,10 @@ impl Line {
         }
     }
 
-    /// Leaks what is parked and may still be in use.
-    fn give_up(&mut self, flights: &Flights) {
+    /// Leaks what is parked, of this kind, and may still be in use.
+    fn give_up(&mut self, flights: &Flights, which: impl Fn(&Parked) -> bool) {
         self.recover(flights);
-        for parked in self.parked.drain(..) {
+        for parked in self.parked.extract_if(.., |parked| which(parked)) {
             parked.ticket.iter().for_each(|ticket| flights.release(ticket));
             forget(parked);
         }

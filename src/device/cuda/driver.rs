@@ -389,7 +389,14 @@ impl Context {
     ///
     /// # Safety
     /// `function` is of a live module of this context and takes an `A`; what its addresses point to stays until it has run.
-    pub unsafe fn launch<A: Copy>(&self, function: Handle, stream: Handle, grid: u32, block: u32, argument: &A) -> Result<()> {
+    pub unsafe fn launch<A: Copy>(
+        &self,
+        function: Handle,
+        stream: Handle,
+        grid: u32,
+        block: u32,
+        argument: &A,
+    ) -> Result<()> {
         let arguments = [std::ptr::from_ref(argument).cast::<c_void>()];
         // SAFETY: the argument is copied by the call; the rest is as the caller says.
         self.call("cuLaunchKernel", |t| unsafe {

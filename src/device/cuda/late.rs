@@ -124,7 +124,8 @@ impl Late {
             return Err(Error::invalid(format!("the scratch holds no chunk scratch={scratch} chunk={chunk}")));
         }
         let gpu = shared.gpu(shared.home)?;
-        let text = CStr::from_bytes_with_nul(TEXT.as_bytes()).map_err(|_| Error::internal("a zero in a kernel's text"))?;
+        let text =
+            CStr::from_bytes_with_nul(TEXT.as_bytes()).map_err(|_| Error::internal("a zero in a kernel's text"))?;
         let module = gpu.context.module(text)?;
         let [latch, copy, publish] = [c"fence_latch", c"late_copy", c"fence_publish"].map(|name| module.function(name));
         let memory = gpu.context.memory(count * chunk)?;
@@ -339,7 +340,6 @@ impl Save {
 
 impl LateSave for Save {
     fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()> {
-        self.late.shared.refuse_captures(streams)?;
         let first = self.latch.chunks as usize - slots.len();
         let Some(table) = &self.table else { return Err(Error::internal("no table")) };
         // SAFETY: room for a slot of every chunk, aligned; the kernels are not queued yet.
@@ -347,8 +347,12 @@ impl LateSave for Save {
             let to: *mut u64 = table.pointer().add(self.slots).cast();
             std::ptr::copy_nonoverlapping(slots.as_ptr(), to, slots.len());
         }
-        let _entered = self.late.gpu.context.enter()?;
-        let queued = self.enqueue(streams, point, behind_copies, first as u32);
+        let queue = || {
+            self.late.shared.refuse_captures(streams)?;
+            let _entered = self.late.gpu.context.enter()?;
+            self.enqueue(streams, point, behind_copies, first as u32)
+        };
+        let queued = queue();
         self.failed.store(queued.is_err(), Ordering::Release);
         queued
     }

@@ -67,7 +67,13 @@ impl Cuda {
         let mut gpus = Vec::new();
         gpus.resize(ordinal as usize + 1, None);
         gpus[ordinal as usize] = Some(home);
-        Ok(Self(Arc::new(Shared { driver, home: ordinal, describe, gpus: Mutex::new(gpus), late: Mutex::new(Weak::new()) })))
+        Ok(Self(Arc::new(Shared {
+            driver,
+            home: ordinal,
+            describe,
+            gpus: Mutex::new(gpus),
+            late: Mutex::new(Weak::new()),
+        })))
     }
 
     /// What the device and its driver call themselves.

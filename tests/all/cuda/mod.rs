@@ -3,7 +3,6 @@
 
 mod aside;
 mod failing;
-
 mod finding;
 mod program;
 mod staging;

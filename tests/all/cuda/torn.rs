@@ -63,7 +63,9 @@ impl Program {
         gpu.set("seed", u64::from(seed) + 1);
         gpu.set("reuse", 1);
         let streams = [gpu.stream(), gpu.stream(), gpu.stream()];
-        let rig = rig_on(gpu, |b| b.arena(slabs * 4096).scratch(slots * 4096).detect(Detect::Never).overlap(ashore::Overlap::Queue(3)));
+        let rig = rig_on(gpu, |b| {
+            b.arena(slabs * 4096).scratch(slots * 4096).detect(Detect::Never).overlap(ashore::Overlap::Queue(3))
+        });
         let random = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]);
         Self { rig, streams, random, step: 0, open: Vec::new(), counts: BTreeMap::new() }
     }
@@ -94,7 +96,9 @@ impl Program {
                 let source = if lent { tensor.lent(producer) } else { tensor.source(producer) };
                 state.tensor(i.to_string(), source).unwrap();
             }
-            state.tensor("host", Arc::new(vec![value; 3000])).unwrap();
+            // In the last chunk a tensor of the host leaves nothing to set aside.
+            let host = if step % 4 == 0 { "host" } else { "+host" };
+            state.tensor(host, Arc::new(vec![value; 3000])).unwrap();
             state
         };
         let executor = &self.rig.executor;
@@ -157,7 +161,8 @@ impl Program {
                 let at = || format!("step {step} {case:?} tensor {i} expected {value:#x} found {found:x?}");
                 assert_eq!((bytes.len(), wrong), (*len, 0), "{}", at());
             }
-            assert!(checkpoint.read("host").unwrap().iter().all(|b| *b == expected[0].1));
+            let host = if step % 4 == 0 { "host" } else { "+host" };
+            assert!(checkpoint.read(host).unwrap().iter().all(|b| *b == expected[0].1));
             self.rig.storage.remove(&ashore::id::step_name(step)).unwrap();
         }
     }
