@@ -173,7 +173,8 @@ pub struct Settings {
     pub overlap: Overlap,
     /// When to look for forgotten fences: `First`.
     pub detect: Detect,
-    /// Memory of the GPU, taken at start, in which fences set aside what has not left it: 256 MiB. Without it a fence waits.
+    /// Memory of the GPU, taken at start, in which fences set aside what has not left it: none, and a fence on
+    /// streams waits until copies are queued. Experimental.
     pub scratch: u64,
     /// How much a save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
     pub capture_budget: u64,
@@ -202,7 +203,7 @@ impl Default for Settings {
             priority: Priority::Normal,
             overlap: Overlap::Queue(1),
             detect: Detect::First,
-            scratch: 256 << 20,
+            scratch: 0,
             capture_budget: 1 << 20,
             keep_last: None,
             keep_every: None,

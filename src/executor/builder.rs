@@ -70,7 +70,7 @@ impl Builder {
         overlap: Overlap,
         /// When to look for forgotten fences: for the first two saves.
         detect: Detect,
-        /// Memory of the GPU, in bytes, in which fences set aside what has not left it: 256 MiB. 0 for none.
+        /// Memory of the GPU, in bytes, in which fences set aside what has not left it: 0, none. Experimental.
         scratch: u64,
         /// How much a save may copy on the calling thread, in bytes: 1 MiB.
         capture_budget: u64,

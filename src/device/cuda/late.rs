@@ -365,12 +365,13 @@ impl LateSave for Save {
     }
 
     fn over(&self) -> bool {
-        let ended = || {
-            let reached = |event: &Lent| event.is_reached().unwrap_or(false);
-            !self.launched.load(Ordering::Acquire) || lock(&self.after).as_ref().is_some_and(reached)
-        };
-        let lost = self.late.gpu.context.lost();
-        self.latched().is_some() || lost || (self.failed.load(Ordering::Acquire) && ended())
+        if self.latched().is_some() || self.late.gpu.context.lost() {
+            return true;
+        }
+        // Asking is also how one learns that the context is lost.
+        let reached = |event: &Lent| event.is_reached().unwrap_or(false);
+        let ended = !self.launched.load(Ordering::Acquire) || lock(&self.after).as_ref().is_some_and(reached);
+        self.late.gpu.context.lost() || (self.failed.load(Ordering::Acquire) && ended)
     }
 
     fn latched(&self) -> Option<usize> {

@@ -226,8 +226,7 @@ pub fn rig(change: impl FnOnce(Builder) -> Builder) -> Rig {
 pub fn rig_on(gpu: Gpu, change: impl FnOnce(Builder) -> Builder) -> Rig {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
     let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).device(gpu.device());
-    let executor =
-        change(builder.arena(4 * 4096).chunk(4096).scratch(16 * 4096).shutdown_deadline(LONG)).build().unwrap();
+    let executor = change(builder.arena(4 * 4096).chunk(4096).shutdown_deadline(LONG)).build().unwrap();
     Rig { executor, storage, gpu }
 }
 
