@@ -14,6 +14,7 @@ pub use scope::{Fence, Scope};
 
 use crate::checkpoint::Checkpoint;
 use crate::completion::deadline_after;
+use crate::device::DeviceReport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
@@ -21,7 +22,7 @@ use crate::plan::{Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Failed, Settings};
 use crate::staging::{Captured, Job, Stager};
-use crate::state::StateDict;
+use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Issue, Outcome, Ticket};
@@ -65,6 +66,7 @@ pub struct CheckpointExecutor {
     storage: Arc<dyn Storage>,
     catalog: Arc<Catalog>,
     stager: Arc<Stager>,
+    device: DeviceReport,
     /// The last plan; held by callers of `save` only, one at a time.
     admission: Mutex<Admission>,
     /// None once shut down.
@@ -127,6 +129,18 @@ impl CheckpointExecutor {
         self.stager.flights.fence(self.settings.fence_deadline)
     }
 
+    /// Makes `streams`, which will write tensors of saves so far, wait on the GPU for what still has to be read of them; the
+    /// calling thread waits only until the copies of those saves are queued, which needs slabs. What other streams write must be
+    /// ordered after one of these. Tensors in host memory may be written when it returns. One atomic load when no save is reading.
+    ///
+    /// # Errors
+    /// As [`fence`](Self::fence); `Invalid` for a stream that is being captured into a graph, or of a device that this executor
+    /// knows nothing of: nothing is ordered then. `Device`: the saves that were still reading have been failed.
+    pub fn fence_on(&self, streams: &[DeviceStream]) -> Result<()> {
+        self.alive()?;
+        self.stager.fence_on(streams, self.settings.fence_deadline)
+    }
+
     /// The newest durable step under the root, if there is one.
     ///
     /// # Errors
@@ -158,6 +172,11 @@ impl CheckpointExecutor {
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// The device that copies, and why it is this one.
+    pub fn device(&self) -> &DeviceReport {
+        &self.device
     }
 
     /// How files are written, as it really is: `pwrite`, `io_uring`, or what the storage says.
@@ -247,10 +266,22 @@ impl CheckpointExecutor {
         };
         let mut captured =
             Captured::take(&state, self.settings.capture_budget, detect).map_err(|e| e.with_step(step))?;
+        // Recorded here, in the thread that queued the work which wrote the tensors.
+        let streams = Some(&state.streams).filter(|streams| !streams.is_empty());
+        let behind = streams.map(|streams| self.stager.device.behind(streams)).transpose();
+        let behind = behind.map_err(|e| e.with_step(step))?;
+        let aside = match (&behind, &self.stager.scratch, borrowed) {
+            (Some(point), Some(scratch), false) => scratch
+                .note(&plan, &state, point, |tensor| captured.get(tensor).is_some())
+                .map_err(|e| e.with_step(step))?,
+            _ => None,
+        };
         let issue = Issue {
             step,
             attempt,
             deadline,
+            chunks: plan.chunks.len(),
+            streams: state.streams.clone(),
             bytes: state.bytes(),
             writable: captured.writable,
             over_budget: captured.over_budget,
@@ -268,7 +299,8 @@ impl CheckpointExecutor {
         let task = Task::new(request, self.storage.clone(), &lines.pool, lines.ended.clone());
         register(&ticket);
         ticket.add_blocked(began.elapsed());
-        self.stager.push(Job { ticket: ticket.clone(), plan, state, captured, borrowed, sink: Arc::new(task) });
+        let sink = Arc::new(task);
+        self.stager.push(Job { ticket: ticket.clone(), plan, state, captured, behind, aside, borrowed, sink });
         drop(admission);
         if options.snapshot == Snapshot::AtSave {
             self.fence()?;
@@ -284,7 +316,8 @@ impl CheckpointExecutor {
     /// The handle of a save that was not begun.
     fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
         let deadline = deadline_after(self.settings.save_deadline);
-        let issue = Issue { step, attempt, deadline, bytes: 0, writable: false, over_budget: 0 };
+        let streams = Vec::new();
+        let issue = Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable: false, over_budget: 0 };
         let ticket = Ticket::new(issue, began, self.stager.signal.clone());
         ticket.release();
         ticket.finish(Ok(outcome));

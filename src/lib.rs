@@ -103,8 +103,10 @@ pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
 pub use restore::{Damage, Report, Targets};
 pub use save::{Save, SaveOptions, Snapshot, Staged};
-pub use settings::{Detect, Engine, Failed, IoMode, Overlap, Priority, Settings};
-pub use state::{Capture, Dtype, Element, HostTensor, Layout, Place, RawHost, Source, StateDict};
+pub use settings::{Detect, DeviceChoice, Engine, Failed, IoMode, Overlap, Priority, Settings};
+pub use state::{
+    Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, RawDevice, RawHost, Source, StateDict,
+};
 pub use ticket::{Committed, Outcome, Phase, Progress};
 
 /// Slabs, chunks and direct I/O are aligned to this many bytes.

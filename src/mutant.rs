@@ -40,6 +40,21 @@ pub(crate) enum Mutant {
     /// The fence does not wait.
     // seen by: fence::late_copies
     Fence,
+    /// Copies from live memory are handed over although their chunk was set aside.
+    // seen by: cuda::
+    Discard,
+    /// F is read before the mark of a chunk, not after.
+    // seen by: cuda::
+    LatchEarly,
+    /// A slot of the scratch is free as soon as its copy is queued.
+    // seen by: cuda::
+    SlotEarly,
+    /// The kernel of a fence takes the watermark of earlier saves for this one's.
+    // seen by: cuda::
+    Watermark,
+    /// Copies do not wait for the streams that wrote the tensors.
+    // seen by: cuda::
+    ProducerWait,
     /// A slab goes home before it is written.
     #[cfg(feature = "mutants")]
     // seen by: fence::late_copies

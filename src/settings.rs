@@ -67,6 +67,57 @@ impl FromStr for Priority {
     }
 }
 
+/// Which device copies tensors into the arena. Written `auto`, `host` or `cuda:N`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+#[non_exhaustive]
+pub enum DeviceChoice {
+    /// The first GPU where there is one, the host otherwise; the executor says which and why.
+    #[default]
+    Auto,
+    /// The processor. Tensors of devices are refused.
+    Host,
+    /// The GPU with this ordinal; without it there is no executor.
+    Cuda(u32),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let cuda = || text.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok()).map(Self::Cuda);
+        match text {
+            "auto" => Ok(Self::Auto),
+            "host" => Ok(Self::Host),
+            _ => cuda().ok_or_else(|| Error::invalid(format!("a device is auto, host or cuda:N device={text:?}"))),
+        }
+    }
+}
+
+impl TryFrom<String> for DeviceChoice {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl From<DeviceChoice> for String {
+    fn from(choice: DeviceChoice) -> Self {
+        choice.to_string()
+    }
+}
+
+impl std::fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Host => f.write_str("host"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
 /// What `save` does while earlier saves are unfinished.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -122,6 +173,8 @@ pub struct Settings {
     pub writers: usize,
     /// Number of shard files per save: 1.
     pub files: usize,
+    /// Which device copies: `Auto`.
+    pub device: DeviceChoice,
     /// Ask for direct I/O: true.
     pub direct: bool,
     /// How files are written: `Auto`.
@@ -134,6 +187,9 @@ pub struct Settings {
     pub failed: Failed,
     /// When to look for forgotten fences: `First`.
     pub detect: Detect,
+    /// Memory of the GPU, taken at start, in which fences set aside what has not left it: none, and a fence on
+    /// streams waits until copies are queued. Experimental.
+    pub scratch: u64,
     /// How much a save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
     pub capture_budget: u64,
     /// Keep this many newest steps; None keeps all.
@@ -155,12 +211,14 @@ impl Default for Settings {
             chunk: 8 << 20,
             writers: 4,
             files: 1,
+            device: DeviceChoice::Auto,
             direct: true,
             engine: Engine::Auto,
             priority: Priority::Normal,
             overlap: Overlap::Queue(1),
             failed: Failed::NextCall,
             detect: Detect::First,
+            scratch: 0,
             capture_budget: 1 << 20,
             keep_last: None,
             keep_every: None,
@@ -173,7 +231,7 @@ impl Default for Settings {
 
 impl Settings {
     /// The defaults, changed by `ASHORE_ARENA`, `ASHORE_CHUNK` (bytes), `ASHORE_WRITERS`, `ASHORE_FILES`, `ASHORE_DIRECT`
-    /// (`true` or `false`), `ASHORE_ENGINE`, `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`.
+    /// (`true` or `false`), `ASHORE_DEVICE`, `ASHORE_ENGINE`, `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`.
     ///
     /// # Errors
     /// `Invalid`, naming the variable that does not parse.
@@ -198,6 +256,7 @@ impl Settings {
             set(name, var(name), field)?;
         }
         set("ASHORE_ENGINE", var("ASHORE_ENGINE"), &mut settings.engine)?;
+        set("ASHORE_DEVICE", var("ASHORE_DEVICE"), &mut settings.device)?;
         set("ASHORE_PRIORITY", var("ASHORE_PRIORITY"), &mut settings.priority)?;
         set("ASHORE_DIRECT", var("ASHORE_DIRECT"), &mut settings.direct)?;
         if let Some(text) = var("ASHORE_KEEP_LAST") {
@@ -244,10 +303,12 @@ mod tests {
             "ASHORE_ARENA" => Some("16777216".into()),
             "ASHORE_KEEP_LAST" => Some("3".into()),
             "ASHORE_DIRECT" => Some("false".into()),
+            "ASHORE_DEVICE" => Some("cuda:2".into()),
             _ => None,
         })
         .unwrap();
         assert_eq!((settings.arena, settings.keep_last, settings.direct), (16 << 20, Some(3), false));
+        assert_eq!(settings.device, DeviceChoice::Cuda(2));
         let error = Settings::from_vars(|name| (name == "ASHORE_WRITERS").then(|| "many".into())).unwrap_err();
         assert!(error.to_string().contains("ASHORE_WRITERS=\"many\""), "{error}");
     }

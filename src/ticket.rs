@@ -9,10 +9,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
 use crate::id::Attempt;
 use crate::settings::IoMode;
+use crate::state::DeviceStream;
 use crate::sync::{self, Mutex, lock};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// How a save ended, when it did not fail.
@@ -116,6 +117,21 @@ pub(crate) struct Ticket {
     pub attempt: Attempt,
     pub began: Instant,
     pub deadline: Instant,
+    /// How many chunks there are, and how many of them have been queued: nothing more is read on the host once all are.
+    pub chunks: usize,
+    pub queued: AtomicUsize,
+    /// Notified when one more is queued.
+    pub moved: Signal,
+    /// Somebody waits until this many are queued: more copies than usual may be in flight until then.
+    pub needed: AtomicUsize,
+    /// A fence has ordered whoever writes after the copies.
+    pub fenced: AtomicBool,
+    /// The streams that wrote the tensors of devices.
+    pub streams: Vec<DeviceStream>,
+    /// All copies are queued and the streams of borrowed sources wait for them: the sources are to be dropped at once.
+    pub let_go: AtomicBool,
+    /// Resolves when the sources are dropped, which may be before `staged`.
+    pub dropped: sync::Arc<Completion<()>>,
     pub bytes: u64,
     /// Some source can be written while it is read: a later save without a fence between is refused.
     pub writable: bool,
@@ -143,6 +159,8 @@ pub(crate) struct Issue {
     pub step: u64,
     pub attempt: Attempt,
     pub deadline: Instant,
+    pub chunks: usize,
+    pub streams: Vec<DeviceStream>,
     pub bytes: u64,
     pub writable: bool,
     pub over_budget: usize,
@@ -151,7 +169,7 @@ pub(crate) struct Issue {
 impl Ticket {
     /// `signal` wakes the stager.
     pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>) -> Self {
-        let Issue { step, attempt, deadline, bytes, writable, over_budget } = issue;
+        let Issue { step, attempt, deadline, chunks, streams, bytes, writable, over_budget } = issue;
         let generation = fork::generation();
         let zero = || AtomicU64::new(0);
         Self {
@@ -159,6 +177,14 @@ impl Ticket {
             attempt,
             began,
             deadline,
+            chunks,
+            queued: AtomicUsize::new(0),
+            moved: Signal::default(),
+            needed: AtomicUsize::new(0),
+            fenced: AtomicBool::new(false),
+            streams,
+            let_go: AtomicBool::new(false),
+            dropped: sync::Arc::new(Completion::new()),
             bytes,
             writable,
             over_budget,
@@ -219,6 +245,7 @@ impl Ticket {
         self.failed.store(true, Ordering::Release);
         drop(failure);
         self.signal.notify();
+        self.moved.notify();
         true
     }
 
@@ -254,7 +281,38 @@ impl Ticket {
     pub fn release(&self) {
         let nanos = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.staged_nanos.store(nanos, Ordering::Relaxed);
+        self.dropped.complete(());
         self.staged.complete(self.failure().map_or(Ok(()), Err));
+        self.signal.notify();
+        self.moved.notify();
+    }
+
+    /// One more chunk is queued.
+    pub fn advance(&self) {
+        self.queued.fetch_add(1, Ordering::Release);
+        self.moved.notify();
+    }
+
+    /// Waits until all chunks are queued, or none of them will be any more. False at the deadline.
+    pub fn wait_queued(&self, deadline: Instant) -> bool {
+        self.wait_until_queued(self.chunks, deadline)
+    }
+
+    /// The same, for the first `count` chunks.
+    pub fn wait_until_queued(&self, count: usize, deadline: Instant) -> bool {
+        if self.needed.fetch_max(count, Ordering::AcqRel) < count {
+            self.signal.notify();
+        }
+        let queued = || {
+            let all = self.queued.load(Ordering::Acquire) >= count;
+            (all || self.failed() || self.staged.is_complete()).then_some(())
+        };
+        self.moved.wait_until(deadline, queued).is_some()
+    }
+
+    /// Asks the stager to drop the sources, all copies of which are queued.
+    pub fn let_go(&self) {
+        self.let_go.store(true, Ordering::Release);
         self.signal.notify();
     }
 

@@ -1,5 +1,7 @@
-//! Events: counters of generations. Recording begins a new one; a wait is for the generation of the moment it was enqueued.
+//! Events: counters of generations. Recording begins a new one; a wait is for the generation of the moment it was enqueued,
+//! whatever the event is recorded behind later, in another stream perhaps, that gets there sooner.
 
+use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -9,15 +11,19 @@ pub struct Event {
     /// Whether it refuses to tell times.
     pub timeless: bool,
     recorded: AtomicU64,
-    reached: AtomicU64,
+    reached: Mutex<Reached>,
     /// The capture in which it was recorded last.
     captured: Mutex<Option<u64>>,
     at: Mutex<Option<Instant>>,
 }
 
+/// Generations that were reached: all up to the first number, and a few more.
+#[derive(Default)]
+struct Reached(u64, BTreeSet<u64>);
+
 impl Event {
     pub fn new(ordinal: usize, timeless: bool) -> Self {
-        let (recorded, reached) = (AtomicU64::new(0), AtomicU64::new(0));
+        let (recorded, reached) = (AtomicU64::new(0), Mutex::default());
         Self { ordinal, timeless, recorded, reached, captured: Mutex::new(None), at: Mutex::new(None) }
     }
 
@@ -43,11 +49,16 @@ impl Event {
     /// The stream has come to this record.
     pub fn reach(&self, generation: u64) {
         *self.at.lock().unwrap_or_else(|e| e.into_inner()) = Some(Instant::now());
-        self.reached.fetch_max(generation, Ordering::AcqRel);
+        let mut reached = self.reached.lock().unwrap_or_else(|e| e.into_inner());
+        reached.1.insert(generation);
+        while reached.1.first().is_some_and(|&next| next <= reached.0 + 1) {
+            reached.0 = reached.1.pop_first().unwrap_or(0).max(reached.0);
+        }
     }
 
     pub fn has_reached(&self, generation: u64) -> bool {
-        self.reached.load(Ordering::Acquire) >= generation
+        let reached = self.reached.lock().unwrap_or_else(|e| e.into_inner());
+        generation <= reached.0 || reached.1.contains(&generation)
     }
 
     /// When it was reached last.

@@ -34,7 +34,7 @@ impl Device for Host {
     }
 }
 
-struct HostQueue(u64);
+pub(super) struct HostQueue(pub u64);
 
 impl CopyQueue for HostQueue {
     unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) -> Result<Option<Digest>> {

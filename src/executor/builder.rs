@@ -2,12 +2,12 @@
 
 use super::{Admission, CheckpointExecutor, Lines, ending, tidy};
 use crate::completion::Signal;
-use crate::device::{Device, Host};
+use crate::device::{Device, DeviceReport, Selected, choose};
 use crate::error::Result;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Register};
 use crate::settings::{Detect, Engine, Failed, Overlap, Priority, Settings};
-use crate::staging::Stager;
+use crate::staging::{Scratch, Stager};
 use crate::storage::Storage;
 use crate::storage::local::Local;
 use crate::sync::Mutex;
@@ -27,7 +27,8 @@ pub struct Builder {
     root: PathBuf,
     settings: Settings,
     storage: Option<Arc<dyn Storage>>,
-    device: Arc<dyn Device>,
+    /// Instead of the one that the settings choose.
+    device: Option<Arc<dyn Device>>,
 }
 
 macro_rules! setters {
@@ -42,7 +43,7 @@ macro_rules! setters {
 
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
-        Self { root, settings: Settings::default(), storage: None, device: Arc::new(Host) }
+        Self { root, settings: Settings::default(), storage: None, device: None }
     }
 
     /// Replaces all settings.
@@ -72,6 +73,8 @@ impl Builder {
         failed: Failed,
         /// When to look for forgotten fences: for the first two saves.
         detect: Detect,
+        /// Memory of the GPU, in bytes, in which fences set aside what has not left it: 0, none. Experimental.
+        scratch: u64,
         /// How much a save may copy on the calling thread, in bytes: 1 MiB.
         capture_budget: u64,
         /// Keep this many newest steps, and delete older ones after a commit. All are kept by default.
@@ -92,9 +95,13 @@ impl Builder {
         self
     }
 
-    /// Copies with `device` instead of the host's processor.
-    pub fn device(mut self, device: Arc<dyn Device>) -> Self {
-        self.device = device;
+    /// Copies with this device: a [`DeviceChoice`](crate::DeviceChoice), by default the first GPU where there is one; or a
+    /// device that was made by somebody.
+    pub fn device(mut self, device: impl Into<Selected>) -> Self {
+        match device.into() {
+            Selected::Choice(choice) => (self.settings.device, self.device) = (choice, None),
+            Selected::Made(device) => self.device = Some(device),
+        }
         self
     }
 
@@ -109,11 +116,26 @@ impl Builder {
             Some(storage) => storage,
             None => Arc::new(Local::open_with(&root, settings.engine)?.direct(settings.direct)),
         };
+        let (device, mut report) = match device {
+            Some(device) => {
+                let report = DeviceReport::new(device.as_ref(), "as it was given".into());
+                (device, report)
+            }
+            None => choose(settings.device)?,
+        };
         let signal = Arc::new(Signal::default());
         let arena =
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
         let pool = Pool::start(settings.writers, arena.report().slabs, settings.priority)?;
-        let stager = Arc::new(Stager::new(signal, arena, device, (settings.overlap == Overlap::Latest).then_some(2)));
+        // Of saves that are superseded while they wait, a fence can set nothing aside.
+        let scratch = if settings.overlap == Overlap::Latest { 0 } else { settings.scratch };
+        let scratch = device.late_copies(settings.chunk as usize, scratch);
+        report.scratch = scratch.as_ref().map(|late| late.slots().len()).map_err(ToString::to_string);
+        if let (Err(reason), true) = (&report.scratch, settings.scratch > 0 && device.name() != "host") {
+            tracing::warn!(%reason, device = %report, "fences on streams wait for copies to the host");
+        }
+        let at_most = (settings.overlap == Overlap::Latest).then_some(2);
+        let stager = Arc::new(Stager::new(signal, arena, device, scratch.ok().map(Scratch::new), at_most));
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };
@@ -131,6 +153,7 @@ impl Builder {
             compared: Arc::default(),
             closed: AtomicBool::new(false),
             storage: storage.clone(),
+            device: report,
             settings,
         };
         let (place, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());

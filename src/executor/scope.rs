@@ -5,14 +5,15 @@
 //! its sources borrow lives for `'env`, which outlives the call of `scope`, and `scope` does not return or unwind before the
 //! stager has dropped every state dict of the scope: the guard `Ending` waits for that in its `Drop`, a panic included. The
 //! guard is a local of `scope`, so no safe code can forget it; forgetting a `Save` changes nothing, because the guard keeps
-//! tickets of its own. In a forked child there is no stager, and the parent's memory is not ours: nothing is waited for.
+//! tickets of its own. With a fence on streams, copies of borrowed device memory may run on when it returns; whoever writes or frees
+//! that memory does so in a stream that waits for them, by the contract of such sources. In a forked child there is no stager, and the parent's memory is not ours: nothing is waited for.
 #![expect(unsafe_code, reason = "lifetime of scoped state; argument above")]
 
 use super::CheckpointExecutor;
 use crate::error::Result;
 use crate::save::{Save, SaveOptions};
 use crate::staging::Flights;
-use crate::state::StateDict;
+use crate::state::{DeviceStream, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
 use std::marker::PhantomData;
@@ -20,12 +21,18 @@ use std::sync::Arc;
 
 /// How a scope makes sure at its end that borrowed tensors may be written.
 #[derive(Clone, Copy, Debug)]
-pub struct Fence<'a>(PhantomData<&'a ()>);
+pub struct Fence<'a>(Option<&'a [DeviceStream]>);
 
-impl Fence<'_> {
+impl<'a> Fence<'a> {
+    /// These streams, and those that made the tensors, wait on the GPU for copies that are queued; the calling thread waits
+    /// until all are. See [`CheckpointExecutor::fence_on`].
+    pub fn on(streams: &'a [DeviceStream]) -> Self {
+        Self(Some(streams))
+    }
+
     /// The calling thread waits: for tensors in host memory.
     pub fn host() -> Self {
-        Self(PhantomData)
+        Self(None)
     }
 }
 
@@ -68,6 +75,7 @@ impl<'env> Scope<'_, 'env> {
 /// Waits, when dropped, for the sources of the scope's saves.
 struct Ending<'a> {
     executor: &'a CheckpointExecutor,
+    fence: Fence<'a>,
     tickets: &'a Mutex<Vec<Arc<Ticket>>>,
 }
 
@@ -78,7 +86,11 @@ impl Ending<'_> {
         }
         // Not taken out: should this unwind, the next call must find them again.
         let tickets = lock(self.tickets).clone();
-        Flights::freeze(&tickets, self.executor.settings.fence_deadline)
+        let patience = self.executor.settings.fence_deadline;
+        match self.fence.0 {
+            None => Flights::freeze(&tickets, patience),
+            Some(streams) => self.executor.stager.freeze_on(&tickets, streams, patience),
+        }
     }
 }
 
@@ -155,9 +167,8 @@ impl CheckpointExecutor {
         fence: Fence<'_>,
         f: impl for<'scope> FnOnce(&'scope Scope<'scope, 'env>) -> R,
     ) -> Result<R> {
-        let Fence(_) = fence;
         let scope = Scope { executor: self, tickets: Mutex::new(Vec::new()), env: PhantomData };
-        let ending = Ending { executor: self, tickets: &scope.tickets };
+        let ending = Ending { executor: self, fence, tickets: &scope.tickets };
         let result = f(&scope);
         ending.freeze()?;
         Ok(result)

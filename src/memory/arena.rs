@@ -34,6 +34,8 @@ pub struct ArenaReport {
     pub huge_pages: bool,
     /// The memory is locked; otherwise the reason why not. Not fatal: the kernel could page it out.
     pub locked: Result<(), String>,
+    /// The device and the storage know the memory; otherwise the reason why not. Not fatal: copies are slower then.
+    pub pinned: Result<(), String>,
 }
 
 /// The arena.
@@ -43,10 +45,10 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// Maps `bytes` (rounded down to whole slabs), faults them in with all cores, locks them, registers them.
+    /// Maps `bytes` (rounded down to whole slabs), faults them in with all cores, locks them, registers them where that works.
     ///
     /// # Errors
-    /// `Invalid` when the memory is not to be had; what `register` says.
+    /// `Invalid` when the memory is not to be had.
     pub(crate) fn new(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
         let too_big = || Error::invalid(format!("the arena does not fit the address space arena={bytes}"));
         let slab = usize::try_from(slab).map_err(|_| too_big())?;
@@ -58,8 +60,13 @@ impl Arena {
         if let Err(reason) = &locked {
             tracing::warn!(%reason, bytes, "the arena is not locked in memory");
         }
-        mapping.registration = Some(register.register(mapping.base, mapping.len)?);
-        let report = ArenaReport { bytes: (slabs * slab) as u64, slabs, huge_pages, locked };
+        let registered = register.register(mapping.base, mapping.len);
+        let pinned = registered.map(|registration| mapping.registration = Some(registration));
+        let pinned = pinned.map_err(|error| error.to_string());
+        if let Err(reason) = &pinned {
+            tracing::warn!(%reason, bytes, "the arena is not pinned: copies from devices are slow and hold up the stager");
+        }
+        let report = ArenaReport { bytes: (slabs * slab) as u64, slabs, huge_pages, locked, pinned };
         Ok(Self { pool: Arc::new(Pool::new(mapping, slab, home)), report })
     }
 

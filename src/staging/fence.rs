@@ -62,7 +62,13 @@ impl Flights {
 
     /// A save of writable sources that no fence has covered yet. One that has failed is not published, whatever it reads.
     pub fn unfenced(&self) -> Option<Arc<Ticket>> {
-        lock(&self.tickets).iter().find(|t| t.writable && !t.failed() && !t.staged.is_complete()).cloned()
+        lock(&self.tickets)
+            .iter()
+            .find(|t| {
+                let unread = t.failed() || t.staged.is_complete() || t.fenced.load(Ordering::Acquire);
+                t.writable && !unread
+            })
+            .cloned()
     }
 
     /// Resolves saves whose deadline has passed, and returns the next deadline.
@@ -95,6 +101,69 @@ impl Flights {
             ticket.add_blocked(began.elapsed());
         }
         result
+    }
+
+    /// Has `aside` fence each save, or waits until all copies of live sources are queued, and then has `order` make whoever
+    /// writes wait for them.
+    ///
+    /// # Errors
+    /// `Deadline`, as for `fence`. What `aside` and `order` say; other than `Invalid`, the saves that still read have been failed.
+    pub fn fence_on(
+        &self,
+        patience: Duration,
+        aside: impl Fn(&Arc<Ticket>, Instant) -> Result<bool>,
+        order: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
+            return Ok(());
+        }
+        let (began, deadline) = (Instant::now(), deadline_after(patience));
+        let reading: Vec<_> = lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect();
+        let (mut result, mut all_aside, mut refused) = (Ok(()), true, Ok(()));
+        for ticket in &reading {
+            match aside(ticket, deadline) {
+                Ok(true) => {}
+                Ok(false) => {
+                    all_aside = false;
+                    if !ticket.wait_queued(deadline) {
+                        result = Err(late(ticket, patience));
+                    }
+                }
+                Err(error) => {
+                    refused = Err(error);
+                    break;
+                }
+            }
+            if ticket.failed() {
+                ticket.freeze();
+            }
+            ticket.add_blocked(began.elapsed());
+        }
+        if let Err(error) = refused.and_then(|()| if all_aside { Ok(()) } else { order() }) {
+            if error.kind() != ErrorKind::Invalid {
+                reading.iter().filter(|t| !t.staged.is_complete()).for_each(|t| _ = t.fail(error.clone()));
+            }
+            return result.and(Err(error));
+        }
+        reading.iter().for_each(|t| t.fenced.store(true, Ordering::Release));
+        result
+    }
+
+    /// As [`Flights::freeze`], but copies from devices may still be under way when it returns: `order` has then made the streams
+    /// wait for them that will write or free the memory.
+    pub fn freeze_on(tickets: &[Arc<Ticket>], patience: Duration, order: impl FnOnce() -> Result<()>) -> Result<()> {
+        let deadline = deadline_after(patience);
+        let queued = tickets.iter().all(|ticket| ticket.wait_queued(deadline));
+        if !queued || tickets.iter().any(|ticket| ticket.failed()) || order().is_err() {
+            return Self::freeze(tickets, deadline.saturating_duration_since(Instant::now()));
+        }
+        for ticket in tickets {
+            ticket.fenced.store(true, Ordering::Release);
+            ticket.let_go();
+            // The stager sees to that next, or ends the save.
+            ticket.dropped.wait_forever();
+        }
+        Ok(())
     }
 
     /// Waits until the sources of these saves are dropped, and returns only then: their memory is borrowed. At the deadline

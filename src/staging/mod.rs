@@ -6,12 +6,14 @@
 //! flight are waited for, then slabs and sources go home. **Time.** The thread never touches storage, so it is also the one
 //! that expires saves at their deadlines.
 
+mod aside;
 mod capture;
 mod fence;
 mod stage;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
+pub(crate) use aside::Scratch;
 pub(crate) use capture::Captured;
 pub(crate) use fence::Flights;
 pub(crate) use stage::{Job, Stager};

@@ -8,17 +8,18 @@
 //! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
+use super::aside::{Aside, Scratch};
 use super::capture::Captured;
 use super::fence::Flights;
 use crate::completion::Signal;
-use crate::device::{CopyQueue, Device};
+use crate::device::{CopyQueue, Device, Point};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
 use crate::memory::Arena;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From, Plan, Sink};
-use crate::state::StateDict;
+use crate::state::{DeviceStream, Place, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Phase, Ticket};
 use std::collections::VecDeque;
@@ -43,6 +44,10 @@ pub(crate) struct Job {
     pub plan: Arc<Plan>,
     pub state: StateDict<'static>,
     pub captured: Captured,
+    /// Behind the work that wrote tensors of devices.
+    pub behind: Option<Point>,
+    /// How its chunks can be set aside on the device.
+    pub aside: Option<Arc<Aside>>,
     /// The sources are only lent: they may be freed as soon as the save is released.
     pub borrowed: bool,
     pub sink: Arc<dyn Sink>,
@@ -60,6 +65,10 @@ pub(crate) struct Stager {
     pub arena: Arena,
     pub flights: Flights,
     pub device: Arc<dyn Device>,
+    /// Where chunks are set aside, if the device can do that.
+    pub scratch: Option<Scratch>,
+    /// Saves that can be, until they are staged.
+    asides: Mutex<Vec<(Arc<Ticket>, Arc<Aside>)>>,
     jobs: Mutex<VecDeque<Job>>,
     /// How many saves may be under way at once; the others wait and can be taken back.
     at_most: Option<usize>,
@@ -67,13 +76,22 @@ pub(crate) struct Stager {
 }
 
 impl Stager {
-    pub fn new(signal: Arc<Signal>, arena: Arena, device: Arc<dyn Device>, at_most: Option<usize>) -> Self {
-        let (flights, jobs) = (Flights::default(), Mutex::new(VecDeque::new()));
-        Self { signal, arena, flights, device, jobs, at_most, stopped: AtomicBool::new(false) }
+    pub fn new(
+        signal: Arc<Signal>,
+        arena: Arena,
+        device: Arc<dyn Device>,
+        scratch: Option<Scratch>,
+        at_most: Option<usize>,
+    ) -> Self {
+        let (flights, jobs, asides) = (Flights::default(), Mutex::new(VecDeque::new()), Mutex::default());
+        Self { signal, arena, flights, device, scratch, asides, jobs, at_most, stopped: AtomicBool::new(false) }
     }
 
     /// Takes a save, to be staged after those before it.
     pub fn push(&self, job: Job) {
+        if let Some(aside) = &job.aside {
+            lock(&self.asides).push((job.ticket.clone(), aside.clone()));
+        }
         self.flights.add(job.ticket.clone());
         lock(&self.jobs).push_back(job);
         self.signal.notify();
@@ -91,6 +109,29 @@ impl Stager {
         self.flights.release(&ticket);
     }
 
+    /// See [`CheckpointExecutor::fence_on`](crate::CheckpointExecutor::fence_on).
+    pub fn fence_on(&self, streams: &[DeviceStream], patience: Duration) -> Result<()> {
+        let aside = |ticket: &Arc<Ticket>, deadline| {
+            let found = lock(&self.asides).iter().find(|(t, _)| Arc::ptr_eq(t, ticket)).map(|(_, a)| a.clone());
+            match (&self.scratch, found) {
+                (Some(scratch), Some(aside)) => scratch.fence(ticket, &aside, streams, deadline),
+                _ => Ok(false),
+            }
+        };
+        self.flights.fence_on(patience, aside, || self.device.order(streams))
+    }
+
+    /// Waits until borrowed sources of these saves are dropped, with `streams` and those that made them ordered after copies.
+    pub fn freeze_on(&self, tickets: &[Arc<Ticket>], streams: &[DeviceStream], patience: Duration) -> Result<()> {
+        Flights::freeze_on(tickets, patience, || {
+            let owners = tickets.iter().flat_map(|t| &t.streams);
+            let mut all: Vec<_> = streams.iter().chain(owners).copied().collect();
+            all.sort_unstable();
+            all.dedup();
+            self.device.order(&all)
+        })
+    }
+
     /// Lets the thread end once its queue is empty.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
@@ -101,7 +142,7 @@ impl Stager {
     pub fn run(&self) {
         let mut line = Line::default();
         loop {
-            let next = self.wait(|| {
+            let next = self.wait(&mut line, || {
                 let under_way = || self.flights.unfinished().iter().filter(|t| t.phase() > Phase::Waiting).count();
                 if self.at_most.is_some_and(|most| under_way() >= most) {
                     return None;
@@ -114,16 +155,24 @@ impl Stager {
             });
             match next {
                 Some(job) => self.stage(job, &mut line),
-                None => return,
+                None => break,
             }
         }
+        let patience = Instant::now() + QUIESCE;
+        while !line.parked.is_empty() && Instant::now() < patience {
+            line.recover(&self.flights);
+            std::thread::sleep(POLL);
+        }
+        line.give_up(&self.flights, |_| true);
     }
 
     /// Waits for `look`, while saves that are due expire.
-    fn wait<T>(&self, mut look: impl FnMut() -> Option<T>) -> T {
+    fn wait<T>(&self, line: &mut Line, mut look: impl FnMut() -> Option<T>) -> T {
         loop {
+            line.recover(&self.flights);
             let now = Instant::now();
             let until = self.flights.expire(now).unwrap_or(now + IDLE);
+            let until = if line.parked.is_empty() { until } else { until.min(now + POLL) };
             if let Some(found) = self.signal.wait_until(until, &mut look) {
                 return found;
             }
@@ -141,7 +190,12 @@ impl Stager {
             if line.queue.is_none() {
                 line.queue = Some(self.device.queue()?);
             }
-            line.recover();
+            line.recover(&self.flights);
+            if let (Some(point), Some(queue)) = (&job.behind, &mut line.queue)
+                && !mutant::on(Mutant::ProducerWait)
+            {
+                queue.wait(point)?;
+            }
             self.copy(&mut job, line, &mut flying)
         });
         let failed = copied.as_ref().err().map(Error::kind);
@@ -153,20 +207,31 @@ impl Stager {
             // Whoever lent the memory may free it once this save is released: there is no giving up here.
             ended = self.quiesce(line);
         }
-        let Job { ticket, state, captured, sink, .. } = job;
-        if ended {
-            dropped((flying, state, captured));
+        let Job { ticket, state, captured, sink, aside, .. } = job;
+        lock(&self.asides).retain(|(t, _)| !Arc::ptr_eq(t, &ticket));
+        drop(captured);
+        ticket.enter(Phase::Writing);
+        // Kernels of a fence may still read what has left the device by now.
+        let aside = aside.filter(|aside| aside.pending());
+        if ended && aside.is_none() {
+            dropped((flying, state));
+            self.flights.release(&ticket);
         } else {
-            tracing::error!(step = ticket.step, slabs = flying.len(), "a device is late; slabs wait for their copies");
-            line.parked.push((flying, state));
+            if !ended {
+                tracing::error!(
+                    step = ticket.step,
+                    slabs = flying.len(),
+                    "a device is late; slabs wait for their copies"
+                );
+                self.flights.release(&ticket);
+            }
+            line.parked.push(Parked { flying, state, late: !ended, ticket: ended.then_some(ticket), aside });
         }
         if failed == Some(ErrorKind::Device) {
             // What is parked is lost with the queue that could have told when its copies end.
-            forget(std::mem::take(&mut line.parked));
+            line.give_up(&self.flights, |parked| parked.late);
             line.queue = None;
         }
-        ticket.enter(Phase::Writing);
-        self.flights.release(&ticket);
         sink.end();
     }
 
@@ -200,19 +265,46 @@ impl Stager {
             let queue = line.queue.as_mut().ok_or_else(|| Error::internal("a stager without a queue"))?;
             let reached = queue.reached()?;
             while flying.front().is_some_and(|f| f.mark <= reached) {
-                let Some(Flying { chunk, .. }) = flying.pop_front() else { break };
+                let Some(Flying { chunk, live, latched, .. }) = flying.pop_front() else { break };
+                if let (Some(scratch), Some(aside)) = (&self.scratch, &job.aside) {
+                    // Read after the mark: whatever the device tells later, this copy was made before it.
+                    let latched = if mutant::on(Mutant::LatchEarly) { latched } else { aside.latched() };
+                    if live && latched.is_some_and(|f| f <= chunk.index) && !mutant::on(Mutant::Discard) {
+                        if ticket.failed() {
+                            break;
+                        }
+                        flying.push_back(Flying { chunk, mark: u64::MAX, live: false, latched });
+                        enqueue(job, Some(scratch), &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
+                        continue;
+                    }
+                    scratch.hand_over(aside, chunk.index);
+                }
                 ticket.bytes_staged.fetch_add(plan.chunks[chunk.index].length as u64, Ordering::Relaxed);
                 job.sink.clone().accept(chunk);
+            }
+            if next == plan.chunks.len() && ticket.let_go.load(Ordering::Acquire) {
+                dropped(std::mem::take(&mut job.state));
+                ticket.dropped.complete(());
             }
             if ticket.failed() || (next == plan.chunks.len() && flying.is_empty()) {
                 return Ok(());
             }
-            let room = next < plan.chunks.len() && flying.len() < WINDOW && ready(job, next, &waker)?;
+            let latched = job.aside.as_ref().and_then(|aside| aside.latched());
+            if latched.is_some() && !job.state.is_empty() && !flying.iter().any(|f| f.live) {
+                // The rest is read from slots.
+                dropped(std::mem::take(&mut job.state));
+                ticket.dropped.complete(());
+            }
+            let room = next < plan.chunks.len()
+                && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire))
+                && ready(job, next, &waker)?;
             if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
-                flying.push_back(Flying { chunk: Chunk { index: next, lease, digests: None }, mark: u64::MAX });
-                enqueue(job, &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
+                let (chunk, live) = (Chunk { index: next, lease, digests: None }, latched.is_none());
+                flying.push_back(Flying { chunk, mark: u64::MAX, live, latched });
+                enqueue(job, self.scratch.as_ref(), &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
                 next += 1;
+                ticket.advance();
                 if mutant::on(Mutant::SourceEarly) && next == plan.chunks.len() {
                     job.state = StateDict::new();
                     ticket.release();
@@ -222,11 +314,13 @@ impl Stager {
             if flying.is_empty() && line.parked.is_empty() {
                 let go_on =
                     || ticket.failed() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
-                self.wait(|| go_on().then_some(()));
+                self.wait(line, || go_on().then_some(()));
                 due = Instant::now();
             } else {
-                self.signal.wait_until(now + POLL, || ticket.failed().then_some(()));
-                line.recover();
+                let news =
+                    || ticket.failed() || (ticket.let_go.load(Ordering::Acquire) && !ticket.dropped.is_complete());
+                self.signal.wait_until(now + POLL, || news().then_some(()));
+                line.recover(&self.flights);
             }
         }
     }
@@ -236,16 +330,40 @@ impl Stager {
 #[derive(Default)]
 struct Line {
     queue: Option<Box<dyn CopyQueue>>,
-    /// Slabs and sources of saves that failed while a device was late with their copies.
-    parked: Vec<(VecDeque<Flying>, StateDict<'static>)>,
+    parked: Vec<Parked>,
+}
+
+/// Slabs and sources of a save that has ended, while a device may still use them.
+struct Parked {
+    flying: VecDeque<Flying>,
+    state: StateDict<'static>,
+    /// Copies may be running.
+    late: bool,
+    /// Still to be released.
+    ticket: Option<Arc<Ticket>>,
+    /// Kernels of its fence may be to come.
+    aside: Option<Arc<Aside>>,
 }
 
 impl Line {
-    /// Sends home what is parked, once no copy is running.
-    fn recover(&mut self) {
-        let Some(queue) = &mut self.queue else { return };
-        if !self.parked.is_empty() && queue.quiesce(Instant::now()) {
-            dropped(std::mem::take(&mut self.parked));
+    /// Sends home what is parked and no longer in use.
+    fn recover(&mut self, flights: &Flights) {
+        let Self { queue, parked } = self;
+        let mut ended = None;
+        let mut quiet = || *ended.get_or_insert_with(|| queue.as_mut().is_some_and(|q| q.quiesce(Instant::now())));
+        let over = |p: &mut Parked| !p.aside.as_ref().is_some_and(|a| a.pending()) && (!p.late || quiet());
+        for Parked { flying, state, ticket, .. } in parked.extract_if(.., over) {
+            dropped((flying, state));
+            ticket.iter().for_each(|ticket| flights.release(ticket));
+        }
+    }
+
+    /// Leaks what is parked, of this kind, and may still be in use.
+    fn give_up(&mut self, flights: &Flights, which: impl Fn(&Parked) -> bool) {
+        self.recover(flights);
+        for parked in self.parked.extract_if(.., |parked| which(parked)) {
+            parked.ticket.iter().for_each(|ticket| flights.release(ticket));
+            forget(parked);
         }
     }
 }
@@ -273,8 +391,9 @@ fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
     let Some(chunk) = job.plan.chunks.get(index) else { return Ok(true) };
     for segment in &job.plan.segments[chunk.segments.clone()] {
         let From::Tensor(tensor) = segment.from else { continue };
-        let source = &job.state.tensors[tensor].source;
-        match source.poll_ready(segment.at..segment.at + segment.length as u64, waker) {
+        // Once sources are dropped, what is left of them is in slots.
+        let Some((_, tensor)) = job.state.tensors.get_index(tensor) else { continue };
+        match tensor.source.poll_ready(segment.at..segment.at + segment.length as u64, waker) {
             Poll::Ready(there) => there?,
             Poll::Pending => return Ok(false),
         }
@@ -287,10 +406,26 @@ struct Flying {
     chunk: Chunk,
     /// Behind the last copy; beyond all marks while copies are being queued.
     mark: u64,
+    /// Copied from live memory, not from where it was set aside.
+    live: bool,
+    /// F when it was queued.
+    latched: Option<usize>,
 }
 
 /// Queues the copies of one chunk, and the mark behind them.
-fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
+fn enqueue(
+    job: &Job,
+    scratch: Option<&Scratch>,
+    stamp: &Stamp,
+    queue: &mut dyn CopyQueue,
+    flying: &mut Flying,
+) -> Result<()> {
+    let aside = job.aside.as_ref().filter(|_| !flying.live);
+    let slot = aside.map(|aside| {
+        let place = aside.place(flying.chunk.index);
+        place.ok_or_else(|| Error::internal("a chunk from F on has no slot"))
+    });
+    let slot = slot.transpose()?;
     let chunk = &job.plan.chunks[flying.chunk.index];
     let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
     let (base, mut at) = (flying.chunk.lease.as_mut_ptr(), 0);
@@ -304,6 +439,14 @@ fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Fly
             From::Header => Some(&[][..]),
         };
         let digest = match (ours, segment.from) {
+            (None, From::Tensor(_)) if slot.is_some() => {
+                let (ordinal, address) = slot.unwrap_or_default();
+                let from = std::ptr::without_provenance(address as usize + at - segment.length);
+                // SAFETY: the slot holds the chunk as it lies in the slab and is kept until the chunk is handed over; `to` as in
+                // `read`. No tensor of the host is in a chunk that has a slot.
+                unsafe { queue.fetch(ordinal, from, to, segment.length) }?;
+                None
+            }
             (None, From::Tensor(tensor)) => read(job, tensor, begin, segment.length, to, queue)?,
             (captured, _) => {
                 // SAFETY: inside the leased slab, initialised when the arena was made, and no queued copy writes this part.
@@ -324,7 +467,13 @@ fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Fly
     let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
     // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes beyond `at`.
     unsafe { std::ptr::write_bytes(base.wrapping_add(at), 0, tail) };
+    if let Some(aside) = job.aside.as_ref().filter(|_| flying.live) {
+        queue.publish(aside.base + flying.chunk.index as u64 + 1)?;
+    }
     flying.mark = queue.mark()?;
+    if let (Some(scratch), Some(aside)) = (scratch, aside) {
+        scratch.queued_from_slot(aside, flying.chunk.index);
+    }
     flying.chunk.digests = digests;
     Ok(())
 }
@@ -338,16 +487,22 @@ fn read(
     to: *mut u8,
     queue: &mut dyn CopyQueue,
 ) -> Result<Option<Digest>> {
-    let (name, source) = job.state.tensors.get_index(tensor).map(|(n, t)| (n, &t.source)).expect("checked by the plan");
+    let (name, tensor) = job.state.tensors.get_index(tensor).expect("checked by the plan");
     let _live = lock(&job.ticket.live);
     if let Some(error) = job.ticket.failure() {
         return Err(error);
     }
     let mut digest = None;
-    source.read(&mut |from| {
+    tensor.source.read(&mut |from| {
+        let from = from.wrapping_add(begin);
         // SAFETY: the source hands out all its bytes and keeps them until it is dropped, the slab is leased and its part at
         // `to` has `length` bytes; both stay until the mark behind this copy is reached.
-        digest = Some(unsafe { queue.copy(from.wrapping_add(begin), to, length) });
+        digest = Some(match tensor.place {
+            // SAFETY: as above.
+            Place::Host { .. } => unsafe { queue.copy(from, to, length) },
+            // SAFETY: as above.
+            Place::Device { stream, .. } => unsafe { queue.fetch(stream.ordinal, from, to, length) }.map(|()| None),
+        });
     });
     let nothing = || Error::new(ErrorKind::Invalid, format!("a source did not hand out its bytes tensor={name:?}"));
     digest.unwrap_or_else(|| Err(nothing()))

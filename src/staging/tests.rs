@@ -35,7 +35,7 @@ impl Sink for Kept {
 fn stager(device: impl Device + 'static) -> Stager {
     let signal = Arc::new(Signal::default());
     let arena = Arena::new(3 * 4096, 4096, &device, signal.clone()).unwrap();
-    Stager::new(signal, arena, Arc::new(device), None)
+    Stager::new(signal, arena, Arc::new(device), None, None)
 }
 
 fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
@@ -46,6 +46,8 @@ fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<
         step: 1,
         attempt: Default::default(),
         deadline: Instant::now() + LONG,
+        chunks: plan.chunks.len(),
+        streams: Vec::new(),
         bytes: 0,
         writable: false,
         over_budget: 0,
@@ -58,6 +60,8 @@ fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<
         plan: plan.clone(),
         state,
         captured,
+        behind: None,
+        aside: None,
         borrowed: false,
         sink: sink.clone(),
     });

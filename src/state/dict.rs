@@ -1,7 +1,7 @@
 //! The state dict: what one save saves.
 
 use super::dtype::Layout;
-use super::source::{Place, Shared, Source};
+use super::source::{DeviceStream, Place, Shared, Source};
 use super::value;
 use crate::error::{Error, Result};
 use foldhash::fast::FixedState;
@@ -54,8 +54,10 @@ pub struct StateDict<'a> {
     pub(crate) tensors: IndexMap<String, Tensor<'a>, FixedState>,
     pub(crate) values: BTreeMap<String, serde_json::Value>,
     pub(crate) metadata: BTreeMap<String, serde_json::Value>,
-    /// Indices of tensors that can be written while they are held.
+    /// Indices of tensors in host memory that can be written while they are held.
     pub(crate) writable: Vec<usize>,
+    /// The streams that produced tensors of devices, each once.
+    pub(crate) streams: Vec<DeviceStream>,
     bytes: u64,
     fingerprint: u64,
 }
@@ -115,8 +117,13 @@ impl<'a> StateDict<'a> {
                 match self.tensors.entry(name) {
                     Entry::Occupied(there) => return refuse(there.key(), "two tensors have the same name".into()),
                     Entry::Vacant(free) => {
-                        if place.writable() {
-                            self.writable.push(free.index());
+                        match place.stream() {
+                            // Few streams: the last is nearly always the same.
+                            Some(stream) if !self.streams.iter().rev().any(|s| *s == stream) => {
+                                self.streams.push(stream);
+                            }
+                            None if place.writable() => self.writable.push(free.index()),
+                            _ => {}
                         }
                         free.insert(Tensor { layout, place, capture, source });
                     }

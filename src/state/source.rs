@@ -1,9 +1,9 @@
 //! Where a tensor's bytes live until they are staged.
 //!
 //! # Safety argument
-//! The only unsafe things here are the contract of [`Source`] and its implementations for host memory. Each of those holds
-//! a stable allocation (`Arc`, `Vec`, `Box`, a borrowed slice) that no safe code can write while the source is alive, or a
-//! raw pointer for which the caller of [`RawHost::new`] made the promises.
+//! The only unsafe things here are the contract of [`Source`] and its implementations. Each of those holds a stable host
+//! allocation (`Arc`, `Vec`, `Box`, a borrowed slice) that no safe code can write while the source is alive, or a raw pointer
+//! for which the caller of [`RawHost::new`] or [`RawDevice::new`] made the promises.
 #![expect(unsafe_code, reason = "the contract between memory owners and asynchronous copies; argument above")]
 
 use super::dtype::{Dtype, Element, Layout, Shape};
@@ -12,6 +12,22 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
+
+/// A stream of a device, as the program that made it knows it. Here it is only handed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceStream {
+    /// The device, by its ordinal in this process.
+    pub ordinal: u32,
+    /// The driver's handle: a `CUstream` as a number, where 0 is the legacy default stream.
+    pub handle: usize,
+}
+
+impl DeviceStream {
+    /// The stream `handle` of device `ordinal`.
+    pub fn new(ordinal: u32, handle: usize) -> Self {
+        Self { ordinal, handle }
+    }
+}
 
 /// Where a source's bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,13 +41,20 @@ pub enum Place {
         /// fences, and captured at `save` when it is small.
         writable: bool,
     },
+    /// Memory of a device, which the program can write as soon as its streams get there.
+    Device {
+        /// How many bytes there are.
+        bytes: u64,
+        /// The stream that wrote them, and that will free them.
+        stream: DeviceStream,
+    },
 }
 
 impl Place {
     /// How many bytes there are.
     pub fn bytes(&self) -> u64 {
         match *self {
-            Place::Host { bytes, .. } => bytes,
+            Place::Host { bytes, .. } | Place::Device { bytes, .. } => bytes,
         }
     }
 
@@ -39,6 +62,15 @@ impl Place {
     pub fn writable(&self) -> bool {
         match *self {
             Place::Host { writable, .. } => writable,
+            Place::Device { .. } => true,
+        }
+    }
+
+    /// The producer's stream, for memory of a device.
+    pub fn stream(&self) -> Option<DeviceStream> {
+        match *self {
+            Place::Host { .. } => None,
+            Place::Device { stream, .. } => Some(stream),
         }
     }
 }
@@ -49,7 +81,9 @@ impl Place {
 /// Until the source is dropped, the memory that it describes stays allocated at the same address. [`Source::read`] calls
 /// `copy` exactly once, with a pointer to all bytes of the tensor in row-major order, and nothing writes those bytes while
 /// `read` runs. Copies that were begun inside `read` may still be read from the memory until the source is dropped; a
-/// write in that time must not be undefined behaviour beyond the value of the bytes read.
+/// write in that time must not be undefined behaviour beyond the value of the bytes read. The pointer of a source with
+/// [`Place::Device`] is an address of that device, never read on the host; what its stream had done when the source was
+/// handed to `save` is what is read.
 pub unsafe trait Source: Send + Sync {
     /// Dtype and shape. Must not change.
     fn layout(&self) -> Layout;
@@ -219,5 +253,50 @@ unsafe impl Source for RawHost {
 
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {
         copy(self.pointer);
+    }
+}
+
+/// Memory of a device: tensors of torch and candle, C buffers.
+pub struct RawDevice {
+    address: u64,
+    bytes: u64,
+    layout: Layout,
+    stream: DeviceStream,
+    _keep_alive: Box<dyn Any + Send + Sync>,
+}
+
+impl RawDevice {
+    /// A tensor at the device address `address`, of `bytes` bytes, written by `stream` and kept allocated by `keep_alive`.
+    ///
+    /// # Safety
+    /// `address` is valid for reads of `bytes` bytes on the device of `stream`, in its primary context, until `keep_alive` is
+    /// dropped; if that frees the memory in stream order, then in the order of `stream`. `stream` stays valid as long. All work
+    /// that writes the bytes was queued in `stream`, or ordered before it, when the source is handed to `save`; nothing writes
+    /// them between that save and the next `fence` or `fence_on` that returns `Ok`, or the resolution of that save's `staged()`:
+    /// after `fence_on`, only streams that were given to it, or that are ordered after those.
+    pub unsafe fn new(
+        address: u64,
+        bytes: u64,
+        dtype: Dtype,
+        shape: impl AsRef<[usize]>,
+        stream: DeviceStream,
+        keep_alive: impl Any + Send + Sync,
+    ) -> Self {
+        Self { address, bytes, layout: Layout::new(dtype, shape), stream, _keep_alive: Box::new(keep_alive) }
+    }
+}
+
+// SAFETY: passed on to the caller of `RawDevice::new`.
+unsafe impl Source for RawDevice {
+    fn layout(&self) -> Layout {
+        self.layout.clone()
+    }
+
+    fn place(&self) -> Place {
+        Place::Device { bytes: self.bytes, stream: self.stream }
+    }
+
+    fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+        copy(std::ptr::without_provenance(self.address as usize));
     }
 }

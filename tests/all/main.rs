@@ -3,6 +3,9 @@
 mod catalog;
 mod compat;
 mod crash;
+// Neither loads a library.
+#[cfg(not(any(loom, miri)))]
+mod cuda;
 mod fence;
 mod format;
 mod made;

@@ -1,0 +1,66 @@
+//! One GPU: its context, the stream of our copies, a pool of events.
+//!
+//! # Safety argument
+//! The arena's memory is registered here for as long as its guard lives, which the arena drops before it unmaps the memory:
+//! that is what [`Register`](crate::memory::Register) asks of an arena.
+#![expect(unsafe_code, reason = "registers the arena; argument above")]
+
+use super::driver::{Context, Driver, Event, Registered, Stream};
+use crate::error::Result;
+use crate::sync::{Mutex, lock};
+use std::ops::Deref;
+use std::sync::Arc;
+
+/// Events made at start: two chunks in flight, and the producers and fences of a few saves.
+const EVENTS: usize = 16;
+
+/// See the module.
+pub(super) struct Gpu {
+    pub context: Arc<Context>,
+    /// First-in first-out: all copies to the host.
+    pub copies: Stream,
+    events: Mutex<Vec<Event>>,
+}
+
+impl Gpu {
+    /// Takes what copying needs of device `ordinal`.
+    pub fn new(driver: Arc<Driver>, ordinal: u32) -> Result<Arc<Self>> {
+        let context = Context::retain(driver, ordinal)?;
+        let copies = context.stream()?;
+        let events = (0..EVENTS).map(|_| context.event()).collect::<Result<_>>()?;
+        Ok(Arc::new(Self { context, copies, events: Mutex::new(events) }))
+    }
+
+    /// An event, which goes back to the pool when it is dropped.
+    pub fn event(self: &Arc<Self>) -> Result<Lent> {
+        let pooled = lock(&self.events).pop();
+        let event = pooled.map_or_else(|| self.context.event(), Ok)?;
+        Ok(Lent { gpu: self.clone(), event: Some(event) })
+    }
+
+    /// Pins memory of the arena.
+    pub fn pin(&self, base: *mut u8, len: usize) -> Result<Registered> {
+        // SAFETY: see the safety argument.
+        unsafe { self.context.register(base, len) }
+    }
+}
+
+/// An event on loan. Recorded anew it forgets what it was recorded behind, but who waits for that goes on waiting.
+pub(super) struct Lent {
+    pub gpu: Arc<Gpu>,
+    event: Option<Event>,
+}
+
+impl Deref for Lent {
+    type Target = Event;
+
+    fn deref(&self) -> &Event {
+        self.event.as_ref().expect("taken out in drop alone")
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        lock(&self.gpu.events).extend(self.event.take());
+    }
+}

@@ -1,0 +1,187 @@
+//! GPUs through the CUDA driver, which is found at run time.
+//!
+//! **Order.** Copies are queued in a stream of our own, behind events that `save` recorded in the producers' streams, in the
+//! thread that called it. A fence records an event behind all copies queued so far, and the program's streams wait for it: on the
+//! GPU, not on the host. **Completion.** One event behind each chunk, looked at by the stager alone. **Memory.** Events come
+//! from a pool; nothing is allocated, registered or freed while a program trains. **Failure.** See `driver`: after an error
+//! from which a context does not recover, the driver is not called any more.
+//!
+//! # Safety argument
+//! The one unsafe thing is to run the code of a library; whoever names one says that it is a driver.
+
+mod driver;
+mod gpu;
+mod late;
+mod queue;
+
+use super::{CopyQueue, Device, LateCopies, Point};
+use crate::error::{ErrorKind, Result};
+use crate::memory::Register;
+use crate::state::DeviceStream;
+use crate::sync::{Mutex, lock};
+use driver::Driver;
+use gpu::{Gpu, Lent};
+use std::any::Any;
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Weak};
+
+/// GPUs of this machine, as devices of an executor. One of them pins the arena; tensors may live on any.
+pub struct Cuda(Arc<Shared>);
+
+struct Shared {
+    driver: Arc<Driver>,
+    home: u32,
+    describe: String,
+    /// By ordinal; made when first used.
+    gpus: Mutex<Vec<Option<Arc<Gpu>>>>,
+    /// Where copies publish the watermark.
+    late: Mutex<Weak<late::Late>>,
+}
+
+impl Cuda {
+    /// Finds the driver, and takes the primary context of device `ordinal`.
+    ///
+    /// # Errors
+    /// `Unavailable`, naming the library, symbol or device that is missing; `Device` when the driver refuses.
+    pub fn new(ordinal: u32) -> Result<Self> {
+        Self::over(Driver::find()?, ordinal)
+    }
+
+    /// As [`Cuda::new`], with the driver in the library at `path`.
+    ///
+    /// # Safety
+    /// The library, if there is one, is a CUDA driver.
+    ///
+    /// # Errors
+    /// As there.
+    #[expect(unsafe_code, reason = "runs code from a file; the caller says which")]
+    pub unsafe fn with_driver(path: &Path, ordinal: u32) -> Result<Self> {
+        Self::over(Driver::open(path).map_err(unavailable)?, ordinal)
+    }
+
+    fn over(driver: Arc<Driver>, ordinal: u32) -> Result<Self> {
+        let home = Gpu::new(driver.clone(), ordinal)?;
+        let version = driver.version();
+        let describe = format!("{}, CUDA {}.{}", home.context.device_name()?, version / 1000, version % 1000 / 10);
+        let mut gpus = Vec::new();
+        gpus.resize(ordinal as usize + 1, None);
+        gpus[ordinal as usize] = Some(home);
+        Ok(Self(Arc::new(Shared {
+            driver,
+            home: ordinal,
+            describe,
+            gpus: Mutex::new(gpus),
+            late: Mutex::new(Weak::new()),
+        })))
+    }
+
+    /// What the device and its driver call themselves.
+    pub fn describe(&self) -> &str {
+        &self.0.describe
+    }
+}
+
+fn unavailable(error: crate::Error) -> crate::Error {
+    if error.kind() == ErrorKind::NotFound { error.with_kind(ErrorKind::Unavailable) } else { error }
+}
+
+impl Shared {
+    /// The GPU `ordinal`.
+    fn gpu(&self, ordinal: u32) -> Result<Arc<Gpu>> {
+        let mut gpus = lock(&self.gpus);
+        if let Some(Some(gpu)) = gpus.get(ordinal as usize) {
+            return Ok(gpu.clone());
+        }
+        let gpu = Gpu::new(self.driver.clone(), ordinal)?;
+        if gpus.len() <= ordinal as usize {
+            gpus.resize(ordinal as usize + 1, None);
+        }
+        gpus[ordinal as usize] = Some(gpu.clone());
+        Ok(gpu)
+    }
+
+    /// Those that are in use.
+    fn in_use(&self) -> Vec<Arc<Gpu>> {
+        lock(&self.gpus).iter().flatten().cloned().collect()
+    }
+}
+
+impl fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Cuda({}, {})", self.0.home, self.0.describe)
+    }
+}
+
+impl Register for Cuda {
+    fn register(&self, base: *mut u8, len: usize) -> Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new(self.0.gpu(self.0.home)?.pin(base, len)?))
+    }
+}
+
+impl Device for Cuda {
+    fn name(&self) -> String {
+        format!("cuda:{}", self.0.home)
+    }
+
+    fn queue(&self) -> Result<Box<dyn CopyQueue>> {
+        Ok(Box::new(queue::Queue::new(self.0.clone())?))
+    }
+
+    fn behind(&self, streams: &[DeviceStream]) -> Result<Point> {
+        self.0.refuse_captures(streams)?;
+        let behind = streams.iter().map(|stream| {
+            let gpu = self.0.gpu(stream.ordinal)?;
+            let _entered = gpu.context.enter()?;
+            let event = gpu.event()?;
+            event.record(stream.handle)?;
+            Ok(event)
+        });
+        Ok(Arc::new(behind.collect::<Result<Vec<Lent>>>()?))
+    }
+
+    fn order(&self, streams: &[DeviceStream]) -> Result<()> {
+        self.0.refuse_captures(streams)?;
+        for gpu in self.0.in_use() {
+            let event = {
+                let _entered = gpu.context.enter()?;
+                let event = gpu.event()?;
+                event.record(gpu.copies.handle())?;
+                event
+            };
+            self.0.make_wait(streams, &event)?;
+        }
+        Ok(())
+    }
+
+    fn late_copies(&self, chunk: usize, scratch: u64) -> Result<Arc<dyn LateCopies>> {
+        if lock(&self.0.late).upgrade().is_some() {
+            return Err(crate::Error::invalid("another executor on this device makes late copies"));
+        }
+        let late = late::Late::new(&self.0, chunk, scratch)?;
+        *lock(&self.0.late) = Arc::downgrade(&late);
+        Ok(late)
+    }
+}
+
+impl Shared {
+    /// Makes every stream wait for what `event` was recorded behind.
+    fn make_wait(&self, streams: &[DeviceStream], event: &Lent) -> Result<()> {
+        for stream in streams {
+            let waiting = self.gpu(stream.ordinal)?;
+            let _entered = waiting.context.enter()?;
+            event.make_wait(stream.handle)?;
+        }
+        Ok(())
+    }
+
+    /// Before anything is queued anywhere.
+    fn refuse_captures(&self, streams: &[DeviceStream]) -> Result<()> {
+        for stream in streams {
+            let gpu = self.gpu(stream.ordinal)?;
+            let _entered = gpu.context.enter()?;
+            gpu.context.refuse_capture(stream.handle)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,223 @@
+//! The fence on a device: chunks that have not left it are copied aside, and read from there.
+//!
+//! The protocol is that of the design, checked as a model over all interleavings of small sizes; the names are the model's. *F* is how
+//! many chunks had left the device when its stream came to the fence. Slots for the last chunks are *reserved* in the caller, who
+//! waits until all chunks without a slot are queued; the device latches F, copies aside the chunks from F on, and tells F. The
+//! stager reads F after a chunk's mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from its
+//! slot. A slot is free when F is known and its chunk is before F or handed over, and not before.
+
+use crate::device::{LateCopies, LateSave, Piece, Point};
+use crate::error::{ErrorKind, Result};
+use crate::mutant::{self, Mutant};
+use crate::plan::{From, Plan};
+use crate::state::{DeviceStream, Place, StateDict};
+use crate::sync::{Mutex, lock};
+use crate::ticket::Ticket;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// How often a fence that waits for slots looks for F of earlier saves.
+const LOOK: Duration = Duration::from_micros(200);
+
+/// The slots, and the saves that may have some.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    late: Arc<dyn LateCopies>,
+    free: Mutex<Vec<usize>>,
+    /// Fences that were launched and still have slots, or kernels that may run.
+    watched: Mutex<Vec<(Arc<Ticket>, Arc<Aside>)>>,
+    /// Saves so far, and chunks of them.
+    counted: Mutex<(u64, u64)>,
+}
+
+/// One save whose chunks can be set aside.
+pub(crate) struct Aside {
+    save: Box<dyn LateSave>,
+    point: Point,
+    ordinal: u32,
+    /// The watermark before its first chunk.
+    pub base: u64,
+    /// Chunks before this one hold tensors of the host, which a fence must see queued.
+    host: usize,
+    pub handed: AtomicUsize,
+    launched: AtomicBool,
+    slots: Mutex<Slots>,
+}
+
+/// Slots of the chunks from `first` on; None once they are given back.
+#[derive(Default)]
+struct Slots {
+    first: usize,
+    held: Vec<Option<(usize, u64)>>,
+}
+
+impl std::fmt::Debug for Aside {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Aside({:?})", self.latched())
+    }
+}
+
+impl Aside {
+    /// F, once it is told.
+    pub fn latched(&self) -> Option<usize> {
+        if self.launched.load(Ordering::Acquire) { self.save.latched() } else { None }
+    }
+
+    /// Kernels that read live memory may still be to come.
+    pub fn pending(&self) -> bool {
+        self.launched.load(Ordering::Acquire) && !self.save.over()
+    }
+
+    /// Where a chunk from F on lies: the device and an address.
+    pub fn place(&self, chunk: usize) -> Option<(u32, u64)> {
+        let slots = lock(&self.slots);
+        let held = slots.held.get(chunk.checked_sub(slots.first)?)?;
+        held.map(|(_, address)| (self.ordinal, address))
+    }
+}
+
+impl Scratch {
+    pub fn new(late: Arc<dyn LateCopies>) -> Self {
+        let free = (0..late.slots().len()).rev().collect();
+        Self { late, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
+    }
+
+    /// Takes note of a save, if all tensors of devices in it are of this one. `captured` are tensors taken at `save`.
+    pub fn note(
+        &self,
+        plan: &Plan,
+        state: &StateDict<'_>,
+        point: &Point,
+        captured: impl Fn(usize) -> bool,
+    ) -> Result<Option<Arc<Aside>>> {
+        let ordinal = self.late.ordinal();
+        if plan.chunks.is_empty() || state.streams.iter().any(|s| s.ordinal != ordinal) {
+            return Ok(None);
+        }
+        let (mut pieces, mut host) = (Vec::with_capacity(plan.segments.len()), 0);
+        for (chunk, planned) in plan.chunks.iter().enumerate() {
+            let mut to = 0;
+            for segment in &plan.segments[planned.segments.clone()] {
+                let bytes = segment.length as u64;
+                if let From::Tensor(index) = segment.from {
+                    let tensor = &state.tensors[index];
+                    match tensor.place {
+                        Place::Device { .. } => tensor.source.read(&mut |from| {
+                            pieces.push(Piece { from: from.addr() as u64 + segment.at, to, bytes, chunk });
+                        }),
+                        Place::Host { .. } if !captured(index) && bytes > 0 => host = chunk + 1,
+                        Place::Host { .. } => {}
+                    }
+                }
+                to += bytes;
+            }
+        }
+        let mut counted = lock(&self.counted);
+        let (number, base) = (counted.0 + 1, counted.1);
+        let Some(save) = self.late.note(number, base, plan.chunks.len(), &pieces)? else { return Ok(None) };
+        *counted = (number, base + plan.chunks.len() as u64);
+        let (handed, launched, slots) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::default());
+        Ok(Some(Arc::new(Aside { save, point: point.clone(), ordinal, base, host, handed, launched, slots })))
+    }
+
+    /// Fences a save on `streams`: true when they need not wait for the rest of its copies. False at the deadline, when it is
+    /// staged or has failed, and where there are no slots: whoever writes must then wait as if there were no scratch.
+    pub fn fence(
+        &self,
+        ticket: &Arc<Ticket>,
+        aside: &Arc<Aside>,
+        streams: &[DeviceStream],
+        deadline: Instant,
+    ) -> Result<bool> {
+        if streams.is_empty() || streams.iter().any(|s| s.ordinal != aside.ordinal) {
+            return Ok(false);
+        }
+        if aside.launched.load(Ordering::Acquire) {
+            aside.save.follow(streams)?;
+            return Ok(true);
+        }
+        let Some(first) = self.reserve(ticket, aside, deadline) else { return Ok(false) };
+        if first == ticket.chunks {
+            return Ok(false);
+        }
+        let behind_copies = first > aside.handed.load(Ordering::Acquire);
+        let slots: Vec<u64> = lock(&aside.slots).held.iter().flatten().map(|(_, address)| *address).collect();
+        // Before the launch: from then on F may be told.
+        aside.launched.store(true, Ordering::Release);
+        lock(&self.watched).push((ticket.clone(), aside.clone()));
+        let launched = aside.save.launch(streams, &aside.point, behind_copies, &slots);
+        if let Err(error) = &launched
+            && error.kind() == ErrorKind::Invalid
+        {
+            aside.launched.store(false, Ordering::Release);
+            lock(&self.watched).retain(|(_, watched)| !Arc::ptr_eq(watched, aside));
+            self.give_back(aside, |_| true);
+        }
+        launched.map(|()| true)
+    }
+
+    /// Waits until every chunk is queued or has a slot: the first one that has.
+    fn reserve(&self, ticket: &Ticket, aside: &Aside, deadline: Instant) -> Option<usize> {
+        loop {
+            self.reap();
+            if ticket.failed() || ticket.staged.is_complete() {
+                return None;
+            }
+            let mut free = lock(&self.free);
+            let most = free.len().min(ticket.chunks - aside.handed.load(Ordering::Acquire));
+            let first = (ticket.chunks - most).max(aside.host);
+            if ticket.queued.load(Ordering::Acquire) >= first {
+                let rest = free.len() - (ticket.chunks - first);
+                let addresses = self.late.slots();
+                let held = free.split_off(rest).into_iter().map(|slot| Some((slot, addresses[slot]))).collect();
+                *lock(&aside.slots) = Slots { first, held };
+                return Some(first);
+            }
+            drop(free);
+            if Instant::now() >= deadline {
+                return None;
+            }
+            ticket.wait_until_queued(first, deadline.min(Instant::now() + LOOK));
+        }
+    }
+
+    /// A chunk was handed over: its slot is free, if F is known.
+    pub fn hand_over(&self, aside: &Aside, chunk: usize) {
+        aside.handed.fetch_add(1, Ordering::AcqRel);
+        if aside.latched().is_some() {
+            self.give_back(aside, |i| i == chunk);
+        }
+    }
+
+    /// Gives back what is known to be free, also of saves that are staged or have failed.
+    pub fn reap(&self) {
+        let mut watched = lock(&self.watched);
+        let mut over = Vec::new();
+        watched.retain(|(ticket, aside)| {
+            let Some(latched) = aside.latched() else { return true };
+            let ended = ticket.staged.is_complete();
+            self.give_back(aside, |i| i < latched || ended);
+            if ended {
+                over.push(aside.clone());
+            }
+            !ended
+        });
+    }
+
+    fn give_back(&self, aside: &Aside, which: impl Fn(usize) -> bool) {
+        let mut slots = lock(&aside.slots);
+        let first = slots.first;
+        let mut free = lock(&self.free);
+        for (_, held) in slots.held.iter_mut().enumerate().filter(|(i, _)| which(first + i)) {
+            free.extend(held.take().map(|(slot, _)| slot));
+        }
+    }
+
+    /// For the model's mutant: a slot that is free as soon as its copy is queued.
+    pub fn queued_from_slot(&self, aside: &Aside, chunk: usize) {
+        if mutant::on(Mutant::SlotEarly) {
+            self.give_back(aside, |i| i == chunk);
+        }
+    }
+}

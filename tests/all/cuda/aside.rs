@@ -1,0 +1,97 @@
+//! What has not left the GPU when it comes to the fence is set aside on it, and nobody waits for the bus.
+
+use super::program::{Gpu, rig, rig_on};
+use crate::rig::{LONG, one, pattern};
+use ashore::StateDict;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The setting of the simulated device by which copies to the host do not begin.
+const COPIES: u64 = 1;
+
+#[test]
+fn cuda_streams_go_on_before_anything_has_left_the_gpu() {
+    let rig = rig(|b| b.scratch(16 * 4096));
+    assert_eq!(rig.executor.device().scratch, Ok(16));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
+    for step in 1..=20_u64 {
+        let bytes = pattern(step, 30_000);
+        let tensor = rig.gpu.tensor(&bytes);
+        fake.set("hold", COPIES);
+        let save = rig.executor.save(step, one("t", tensor.source(producer))).unwrap();
+        rig.executor.fence_on(&[writer.0]).unwrap();
+        rig.executor.fence_on(&[producer.0]).unwrap();
+        writer.fill(&tensor, 0xEE);
+        producer.fill(&tensor, 0xDD);
+        writer.wait();
+        producer.wait();
+        assert_ne!(save.progress().phase, ashore::Phase::Ended);
+        fake.set("hold", 0);
+        save.wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), bytes, "step {step}");
+        assert_eq!(Arc::strong_count(&tensor.0), 1);
+    }
+}
+
+#[test]
+fn cuda_host_waits_at_a_fence_exactly_for_what_neither_scratch_nor_slabs_hold() {
+    // Of 8 chunks: slots of the scratch, slabs of the arena, and whether the fence returns while nothing leaves the GPU.
+    for (slots, slabs, returns) in
+        [(8, 2, true), (6, 2, true), (5, 2, false), (0, 8, true), (0, 7, false), (4, 4, true)]
+    {
+        let gpu = Gpu::take();
+        let patience = Duration::from_millis(if returns { 20_000 } else { 30 });
+        let rig = rig_on(gpu, |b| b.arena(slabs * 4096).scratch(slots * 4096).fence_deadline(patience));
+        let Some(fake) = rig.gpu.fake() else { return };
+        fake.set("hold", COPIES);
+        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+        let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+        let began = Instant::now();
+        let fenced = rig.executor.fence_on(&[stream.0]);
+        assert_eq!(fenced.is_ok(), returns, "{slots} slots, {slabs} slabs: {:?}", began.elapsed());
+        stream.fill(&tensor, 0xEE);
+        fake.set("hold", 0);
+        assert_eq!(save.wait(LONG).is_ok(), returns);
+        if returns {
+            assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 30_000));
+        }
+    }
+}
+
+#[test]
+fn cuda_tensors_of_the_host_may_be_written_after_a_fence_on_streams() {
+    let rig = rig(|b| b.scratch(16 * 4096));
+    rig.gpu.set("lag_us", 300);
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
+    for step in 1..=20_u64 {
+        let host = crate::rig::Buffer::new(pattern(step, 9000));
+        let mut state = StateDict::new();
+        state.tensor("gpu", tensor.source(stream)).unwrap().tensor("host", host.source()).unwrap();
+        let save = rig.executor.save(step, state).unwrap();
+        rig.executor.fence_on(&[stream.0]).unwrap();
+        host.fill(&pattern(99, 9000));
+        save.wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("host").unwrap(), pattern(step, 9000));
+        assert_eq!(rig.checkpoint(step).unwrap().read("gpu").unwrap(), pattern(1, 9000));
+    }
+}
+
+#[test]
+fn cuda_kernels_that_a_driver_refuses_are_reported_and_the_fence_waits() {
+    for fault in ["cuModuleLoadData:1:222", "cuModuleGetFunction:2:500", "cuLaunchKernel:1:1", "cuMemAlloc_v2:1:2"] {
+        let gpu = Gpu::take();
+        let Some(fake) = gpu.fake() else { return };
+        fake.fault(fault);
+        let rig = rig_on(gpu, |b| b.scratch(16 * 4096));
+        let why = rig.executor.device().scratch.clone().unwrap_err();
+        assert!(why.contains(fault.split(':').next().unwrap()), "{why}");
+        rig.gpu.set("lag_us", 300);
+        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+        let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+        rig.executor.fence_on(&[stream.0]).unwrap();
+        stream.fill(&tensor, 0xEE);
+        save.wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 30_000));
+    }
+}

@@ -1,0 +1,157 @@
+//! A driver that fails: each call once in turn, at once and later; contexts that are lost; work that never ends.
+
+use super::program::{Gpu, Stream, Tensor, rig};
+use crate::rig::{LONG, eventually, one, pattern};
+use ashore::id::step_name;
+use ashore::storage::{Memory, Storage};
+use ashore::{Checkpoint, CheckpointExecutor, ErrorKind};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What ashore calls while it lives; the last of them give things back.
+const CALLS: [&str; 33] = [
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuDeviceGetCount",
+    "cuDeviceGet",
+    "cuDeviceGetName",
+    "cuDevicePrimaryCtxRetain",
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuCtxGetStreamPriorityRange",
+    "cuThreadExchangeStreamCaptureMode",
+    "cuStreamCreateWithPriority",
+    "cuStreamQuery",
+    "cuStreamWaitEvent",
+    "cuStreamIsCapturing",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuEventQuery",
+    "cuMemHostRegister_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuStreamWriteValue64_v2",
+    "cuLaunchKernel",
+    "cuMemAlloc_v2",
+    "cuMemHostAlloc",
+    "cuModuleLoadData",
+    "cuModuleGetFunction",
+    "cuMemsetD8Async",
+    "cuEventDestroy_v2",
+    "cuStreamDestroy_v2",
+    "cuMemHostUnregister",
+    "cuModuleUnload",
+    "cuMemFree_v2",
+    "cuMemFreeHost",
+];
+
+/// Two saves and fences by an executor of its own; the first error, with its kind.
+fn train(gpu: &Gpu, stream: Stream, tensor: &Tensor) -> ashore::Result<()> {
+    let storage: Arc<dyn Storage> = Arc::new(Memory::new());
+    let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).device(Arc::new(gpu.try_device()?));
+    let executor = builder.arena(4 * 4096).chunk(4096).shutdown_deadline(LONG).build()?;
+    let mut result = Ok(());
+    for step in 1..=2 {
+        let saved = executor.save(step, one("t", tensor.source(stream)));
+        // Its deadline is far: an error of the driver must not make it wait for that.
+        let fenced = executor.fence_on(&[stream.0]);
+        let waited = saved.and_then(|save| save.wait(LONG));
+        let whole = waited.is_ok();
+        result = result.and(fenced).and(waited.map(drop));
+        let checkpoint = Checkpoint::from_storage(storage.clone(), &step_name(step));
+        assert_eq!(checkpoint.is_ok(), whole, "step {step}");
+        if let Ok(checkpoint) = checkpoint {
+            assert_eq!(checkpoint.read("t").unwrap(), pattern(1, 9000));
+        }
+        executor.fence()?;
+    }
+    eventually("slabs come home", || executor.arena().free() == executor.arena().report().slabs);
+    let _ = executor.shutdown(LONG);
+    result
+}
+
+#[test]
+fn cuda_call_that_fails_once_is_one_clean_error() {
+    let gpu = Gpu::take();
+    let Some(fake) = gpu.fake() else { return };
+    let mut tried = 0;
+    for name in CALLS {
+        for (code, late) in [(1, ""), (719, ""), (719, ":async")] {
+            for nth in 1.. {
+                // A sticky error is gone only with all that the device has.
+                fake.reset();
+                let (stream, tensor) = (gpu.stream(), gpu.tensor(&pattern(1, 9000)));
+                let (live, before) = (fake.live(), fake.calls(name));
+                fake.fault(&format!("{name}:{nth}:{code}{late}"));
+                let result = train(&gpu, stream, &tensor);
+                let at = || format!("{name}:{nth}:{code}{late}");
+                assert_eq!(Arc::strong_count(&tensor.0), 1, "{}", at());
+                if fake.sticky() == 0 {
+                    let given_back = CALLS[CALLS.len() - 6..].contains(&name);
+                    assert!(given_back || fake.live() == live, "{}: {:?}, not {live:?}", at(), fake.live());
+                }
+                if fake.calls(name) - before < nth {
+                    // The last call came before the fault.
+                    assert!(result.is_ok(), "{}: {result:?}", at());
+                    break;
+                }
+                tried += 1;
+                if let Err(error) = result {
+                    assert!(matches!(error.kind(), ErrorKind::Device | ErrorKind::Unavailable), "{}: {error}", at());
+                    let named = error.to_string();
+                    assert!(named.contains(&format!("code={code}")), "{}: {named}", at());
+                    assert!(late.is_empty() == named.contains(name) || !late.is_empty(), "{}: {named}", at());
+                }
+            }
+        }
+    }
+    assert!(tried > 150, "{tried}");
+}
+
+#[test]
+fn cuda_driver_is_not_called_after_an_error_that_stays() {
+    let rig = rig(|b| b);
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
+    let staged = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+    staged.staged().wait(LONG).unwrap();
+    fake.fault("cuMemcpyDtoHAsync_v2:1:700:async");
+    let lost = rig.executor.save(2, one("t", tensor.source(stream))).unwrap();
+    let error = lost.wait(LONG).unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::Device, Some(2)));
+    assert!(error.to_string().contains("code=700") && error.to_string().contains("call=cu"), "{error}");
+    staged.wait(LONG).unwrap();
+    let calls = fake.calls("*");
+    let error = rig.executor.save(3, one("t", tensor.source(stream))).unwrap_err();
+    assert!(error.kind() == ErrorKind::Device && error.to_string().contains("code=700"), "{error}");
+    rig.executor.fence_on(&[stream.0]).unwrap();
+    rig.executor.save(4, one("host", Arc::new(pattern(4, 5000)))).unwrap().wait(LONG).unwrap_err();
+    rig.executor.shutdown(LONG).unwrap();
+    assert_eq!(fake.calls("*"), calls);
+    assert_eq!(Arc::strong_count(&tensor.0), 1);
+}
+
+#[test]
+fn cuda_work_that_never_ends_fails_the_save_at_its_deadline() {
+    let rig = rig(|b| b.save_deadline(Duration::from_millis(50)).fence_deadline(Duration::from_millis(50)));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 60_000)));
+    fake.set("lag_us", 200_000);
+    let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+    assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Deadline);
+    fake.set("lag_us", 0);
+    eventually("slabs come home", || rig.executor.arena().free() == rig.executor.arena().report().slabs);
+    eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
+    rig.executor.save(2, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
+    assert!(rig.checkpoint(1).is_err());
+}
+
+#[test]
+fn cuda_driver_that_is_taken_down_first_is_no_error() {
+    let rig = rig(|b| b);
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
+    rig.executor.save(1, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
+    fake.fault("*:0:4");
+    rig.executor.shutdown(LONG).unwrap();
+}

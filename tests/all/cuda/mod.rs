@@ -1,0 +1,9 @@
+//! Tensors in the memory of GPUs. Every test here runs on the simulated driver, and proves order, lifetime and errors, never
+//! speed; with `ASHORE_REQUIRE_GPU=1` those that need no steering run on a real one, unchanged.
+
+mod aside;
+mod failing;
+mod finding;
+mod program;
+mod staging;
+mod torn;

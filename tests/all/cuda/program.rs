@@ -1,0 +1,237 @@
+//! A program that trains on a GPU: its own use of the driver, which ashore shares a context with and knows nothing of.
+#![expect(unsafe_code, reason = "calls of a C library, and sources over its memory")]
+
+use crate::rig::LONG;
+use ashore::device::Cuda;
+use ashore::id::step_name;
+use ashore::storage::{Memory, Storage};
+use ashore::{Builder, Checkpoint, CheckpointExecutor, DeviceStream, Dtype, RawDevice};
+use std::ffi::{c_int, c_uint, c_void};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+macro_rules! api {
+    ($($name:ident($($argument:ty),*);)*) => {
+        #[expect(non_snake_case, reason = "the driver's names")]
+        // SAFETY: types of pointers, which promise nothing and do nothing.
+        struct Api { $($name: unsafe extern "C" fn($($argument),*) -> c_int,)* }
+
+        fn open(path: PathBuf) -> Api {
+            // SAFETY: the driver, or what is built to stand in for it; it stays open.
+            let library = unsafe { std::mem::ManuallyDrop::new(libloading::Library::new(path).unwrap()) };
+            // SAFETY: the signatures are those of `cuda.h`.
+            Api { $($name: unsafe { *library.get(concat!(stringify!($name), "\0").as_bytes()).unwrap() },)* }
+        }
+    };
+}
+
+api! {
+    cuInit(c_uint);
+    cuDeviceGet(*mut c_int, c_int);
+    cuDevicePrimaryCtxRetain(*mut usize, c_int);
+    cuCtxSetCurrent(usize);
+    cuMemAlloc_v2(*mut u64, usize);
+    cuMemFree_v2(u64);
+    cuMemAllocAsync(*mut u64, usize, usize);
+    cuMemFreeAsync(u64, usize);
+    cuMemcpyHtoD_v2(u64, *const c_void, usize);
+    cuMemsetD8Async(u64, u8, usize, usize);
+    cuStreamCreate(*mut usize, c_uint);
+    cuStreamSynchronize(usize);
+    cuStreamBeginCapture_v2(usize, c_uint);
+    cuStreamEndCapture(usize, *mut usize);
+    cuGraphDestroy(usize);
+}
+
+fn api() -> &'static Api {
+    static API: OnceLock<Api> = OnceLock::new();
+    API.get_or_init(|| {
+        let api = open(library());
+        // SAFETY: a reserved zero.
+        assert_eq!(unsafe { (api.cuInit)(0) }, 0);
+        api
+    })
+}
+
+/// Calls the driver, which must not refuse.
+macro_rules! cuda {
+    ($name:ident($($argument:expr),*)) => {{
+        // SAFETY: handles and addresses are live, and results go to locals, as each caller sees to.
+        let code = unsafe { (api().$name)($($argument),*) };
+        assert_eq!(code, 0, stringify!($name));
+    }};
+}
+
+/// Device `ordinal` of the driver in `library`.
+pub fn open_device(library: &Path, ordinal: u32) -> ashore::Result<Cuda> {
+    // SAFETY: the driver of these tests, or a library whose initialisers any program may run.
+    unsafe { Cuda::with_driver(library, ordinal) }
+}
+
+fn real() -> bool {
+    std::env::var_os("ASHORE_REQUIRE_GPU").is_some()
+}
+
+/// The driver to test with.
+pub fn library() -> PathBuf {
+    if real() { "libcuda.so.1".into() } else { fakecuda::library() }
+}
+
+/// A device, and a context of it that is current in this thread.
+pub struct Gpu {
+    pub ordinal: u32,
+    /// None on a real one.
+    fake: Option<fakecuda::Device>,
+    context: usize,
+}
+
+impl Gpu {
+    pub fn take() -> Self {
+        let fake = (!real()).then(fakecuda::Device::claim);
+        let ordinal = fake.as_ref().map_or(0, fakecuda::Device::ordinal) as u32;
+        let (mut device, mut context) = (0, 0);
+        cuda!(cuDeviceGet(&mut device, ordinal as c_int));
+        cuda!(cuDevicePrimaryCtxRetain(&mut context, device));
+        let gpu = Self { ordinal, fake, context };
+        gpu.enter();
+        gpu
+    }
+
+    /// The knobs of the simulated device; a test that needs them is left out on a real one.
+    pub fn fake(&self) -> Option<&fakecuda::Device> {
+        if self.fake.is_none() {
+            use std::io::Write;
+            let _ = writeln!(std::io::stderr(), "left out: what needs a simulated device");
+        }
+        self.fake.as_ref()
+    }
+
+    /// Changes how the simulated device behaves; a real one is as it is.
+    pub fn set(&self, name: &str, value: u64) {
+        if let Some(fake) = &self.fake {
+            fake.set(name, value);
+        }
+    }
+
+    /// Makes the context current in this thread.
+    pub fn enter(&self) {
+        cuda!(cuCtxSetCurrent(self.context));
+    }
+
+    /// A device for an executor.
+    pub fn device(&self) -> Arc<Cuda> {
+        Arc::new(self.try_device().unwrap())
+    }
+
+    pub fn try_device(&self) -> ashore::Result<Cuda> {
+        open_device(&library(), self.ordinal)
+    }
+
+    pub fn stream(&self) -> Stream {
+        const NON_BLOCKING: c_uint = 1;
+        self.enter();
+        let mut handle = 0;
+        cuda!(cuStreamCreate(&mut handle, NON_BLOCKING));
+        Stream(DeviceStream::new(self.ordinal, handle))
+    }
+
+    pub fn tensor(&self, bytes: &[u8]) -> Tensor {
+        self.enter();
+        let mut at = 0;
+        cuda!(cuMemAlloc_v2(&mut at, bytes.len().max(1)));
+        cuda!(cuMemcpyHtoD_v2(at, bytes.as_ptr().cast(), bytes.len()));
+        Tensor(Arc::new(Block { at, len: bytes.len(), owner: None }))
+    }
+}
+
+/// A stream of the program.
+#[derive(Clone, Copy)]
+pub struct Stream(pub DeviceStream);
+
+impl Stream {
+    pub fn fill(&self, tensor: &Tensor, value: u8) {
+        cuda!(cuMemsetD8Async(tensor.0.at, value, tensor.0.len, self.0.handle));
+    }
+
+    /// Memory in stream order: freed in this stream when the last reference goes.
+    pub fn tensor(&self, len: usize) -> Tensor {
+        let mut at = 0;
+        cuda!(cuMemAllocAsync(&mut at, len, self.0.handle));
+        Tensor(Arc::new(Block { at, len, owner: Some(*self) }))
+    }
+
+    pub fn wait(&self) {
+        cuda!(cuStreamSynchronize(self.0.handle));
+    }
+
+    /// Runs `during` while the stream is being captured into a graph, which must not break.
+    pub fn capture(&self, during: impl FnOnce()) {
+        let (mut graph, global) = (0, 0);
+        cuda!(cuStreamBeginCapture_v2(self.0.handle, global));
+        during();
+        cuda!(cuStreamEndCapture(self.0.handle, &mut graph));
+        cuda!(cuGraphDestroy(graph));
+    }
+}
+
+/// Device memory; clones are the same memory.
+#[derive(Clone)]
+pub struct Tensor(pub Arc<Block>);
+
+pub struct Block {
+    pub at: u64,
+    pub len: usize,
+    owner: Option<Stream>,
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // Any thread; after a fault nothing can be freed any more.
+        // SAFETY: allocated by this program and used no more.
+        let _ = unsafe {
+            match self.owner {
+                Some(stream) => (api().cuMemFreeAsync)(self.at, stream.0.handle),
+                None => (api().cuMemFree_v2)(self.at),
+            }
+        };
+    }
+}
+
+impl Tensor {
+    /// A source that keeps the memory.
+    pub fn source(&self, stream: Stream) -> RawDevice {
+        let len = self.0.len;
+        // SAFETY: the block is kept alive; what else is asked of the program is what these tests are about.
+        unsafe { RawDevice::new(self.0.at, len as u64, Dtype::U8, [len], stream.0, self.0.clone()) }
+    }
+
+    /// A source that keeps nothing: for scopes, which end before the tensor does.
+    pub fn lent(&self, stream: Stream) -> RawDevice {
+        // SAFETY: the tests drop the tensor, in `stream`, after the scope.
+        unsafe { RawDevice::new(self.0.at, self.0.len as u64, Dtype::U8, [self.0.len], stream.0, ()) }
+    }
+}
+
+/// An executor on a GPU, over storage in memory, with chunks of 4 KiB in four slabs.
+pub struct Rig {
+    pub executor: CheckpointExecutor,
+    pub storage: Arc<dyn Storage>,
+    pub gpu: Gpu,
+}
+
+pub fn rig(change: impl FnOnce(Builder) -> Builder) -> Rig {
+    rig_on(Gpu::take(), change)
+}
+
+pub fn rig_on(gpu: Gpu, change: impl FnOnce(Builder) -> Builder) -> Rig {
+    let storage: Arc<dyn Storage> = Arc::new(Memory::new());
+    let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).device(gpu.device());
+    let executor = change(builder.arena(4 * 4096).chunk(4096).shutdown_deadline(LONG)).build().unwrap();
+    Rig { executor, storage, gpu }
+}
+
+impl Rig {
+    pub fn checkpoint(&self, step: u64) -> ashore::Result<Checkpoint> {
+        Checkpoint::from_storage(self.storage.clone(), &step_name(step))
+    }
+}

@@ -1,0 +1,255 @@
+//! Copies from GPUs: what arrives, in which order, and when memory may be written again.
+
+use super::program::{Gpu, Rig, Stream, Tensor, rig, rig_on};
+use crate::rig::{Buffer, LONG, one, pattern};
+use ashore::{Capture, ErrorKind, Fence, StateDict};
+use std::sync::Arc;
+
+/// Lags that are long beside everything that the host does in between.
+fn slow(gpu: &Gpu) {
+    gpu.set("lag_us", 300);
+}
+
+#[test]
+fn cuda_tensors_come_back_bit_for_bit_beside_those_of_the_host() {
+    let rig = rig(|b| b.files(2));
+    assert!(rig.executor.arena().report().pinned.is_ok());
+    assert!(rig.executor.device().name.starts_with("cuda:"));
+    let streams = [rig.gpu.stream(), rig.gpu.stream()];
+    let sizes = [0, 1, 3, 100, 4095, 4096, 4097, 20_000, 70_000];
+    let tensors: Vec<_> = sizes.iter().map(|&n| rig.gpu.tensor(&pattern(n as u64, n))).collect();
+    let raw = Buffer::new(pattern(7, 6000));
+    let mut state = StateDict::new();
+    for (i, tensor) in tensors.iter().enumerate() {
+        state.tensor(format!("gpu.{i}"), tensor.source(streams[i % 2])).unwrap();
+        state.tensor(format!("host.{i}"), Arc::new(pattern(i as u64, 3000))).unwrap();
+    }
+    state.tensor("raw", raw.source()).unwrap();
+    let save = rig.executor.save(1, state).unwrap();
+    rig.executor.fence().unwrap();
+    save.wait(LONG).unwrap();
+    let checkpoint = rig.checkpoint(1).unwrap();
+    checkpoint.verify().unwrap();
+    for (i, &n) in sizes.iter().enumerate() {
+        assert_eq!(checkpoint.read(&format!("gpu.{i}")).unwrap(), pattern(n as u64, n));
+        assert_eq!(checkpoint.read(&format!("host.{i}")).unwrap(), pattern(i as u64, 3000));
+    }
+    assert_eq!(checkpoint.read("raw").unwrap(), pattern(7, 6000));
+}
+
+#[test]
+fn cuda_copies_wait_for_what_every_producer_had_queued() {
+    let rig = rig(|b| b);
+    slow(&rig.gpu);
+    let streams: Vec<_> = (0..3).map(|_| rig.gpu.stream()).collect();
+    let tensors: Vec<_> = (0..3).map(|_| rig.gpu.tensor(&[0; 9000])).collect();
+    for step in 1..=20 {
+        let mut state = StateDict::new();
+        for (i, (stream, tensor)) in streams.iter().zip(&tensors).enumerate() {
+            stream.fill(tensor, 0xEE);
+            stream.fill(tensor, step as u8);
+            state.tensor(i.to_string(), tensor.source(*stream)).unwrap();
+        }
+        let save = rig.executor.save(step, state).unwrap();
+        rig.executor.fence().unwrap();
+        save.wait(LONG).unwrap();
+        for i in 0..3 {
+            assert_eq!(rig.checkpoint(step).unwrap().read(&i.to_string()).unwrap(), [step as u8; 9000]);
+        }
+    }
+}
+
+#[test]
+fn cuda_streams_that_write_after_a_fence_wait_on_the_gpu() {
+    for host in [true, false] {
+        let rig = rig(|b| b);
+        slow(&rig.gpu);
+        let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
+        let tensors: Vec<_> = [5000, 9000, 100].map(|n| rig.gpu.tensor(&vec![0; n])).into();
+        for step in 1..=20_u64 {
+            let mut state = StateDict::new();
+            for (i, tensor) in tensors.iter().enumerate() {
+                producer.fill(tensor, step as u8);
+                state.tensor_captured(i.to_string(), tensor.source(producer), Capture::AtFence).unwrap();
+            }
+            let save = rig.executor.save(step, state).unwrap();
+            if host {
+                rig.executor.fence().unwrap();
+            } else {
+                rig.executor.fence_on(&[writer.0, producer.0]).unwrap();
+            }
+            for tensor in &tensors {
+                writer.fill(tensor, 0xEE);
+                producer.fill(tensor, 0xDD);
+            }
+            save.wait(LONG).unwrap();
+            writer.wait();
+            for (i, tensor) in tensors.iter().enumerate() {
+                let read = rig.checkpoint(step).unwrap().read(&i.to_string()).unwrap();
+                assert_eq!(read, vec![step as u8; tensor.0.len], "step {step} tensor {i}");
+            }
+        }
+    }
+}
+
+#[test]
+fn cuda_saves_follow_each_other_while_the_host_runs_ahead() {
+    let rig = rig(|b| b.overlap(ashore::Overlap::Queue(8)).arena(64 * 4096));
+    slow(&rig.gpu);
+    let stream = rig.gpu.stream();
+    let tensor = rig.gpu.tensor(&[0; 9000]);
+    let saves: Vec<_> = (1..=8_u64)
+        .map(|step| {
+            stream.fill(&tensor, step as u8);
+            let save = rig.executor.save(step, one("t", tensor.source(stream))).unwrap();
+            rig.executor.fence_on(&[stream.0]).unwrap();
+            save
+        })
+        .collect();
+    for (save, step) in saves.into_iter().zip(1_u64..) {
+        save.wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 9000]);
+    }
+}
+
+#[test]
+fn cuda_memory_is_given_back_when_its_copies_have_ended_and_not_before() {
+    let rig = rig(|b| b);
+    slow(&rig.gpu);
+    rig.gpu.set("reuse", 1);
+    let (stream, other) = (rig.gpu.stream(), rig.gpu.stream());
+    for step in 1..=20_u64 {
+        let tensor = stream.tensor(9000);
+        stream.fill(&tensor, step as u8);
+        let save = rig.executor.save(step, one("t", tensor.source(stream))).unwrap();
+        rig.executor.fence_on(&[stream.0]).unwrap();
+        drop(tensor);
+        // Whoever gets the memory next writes it at once.
+        let next = other.tensor(9000);
+        other.fill(&next, 0xEE);
+        save.wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 9000]);
+    }
+}
+
+#[test]
+fn cuda_memory_that_is_borrowed_may_be_written_and_freed_right_after_the_scope() {
+    let rig = rig(|b| b);
+    slow(&rig.gpu);
+    rig.gpu.set("reuse", 1);
+    let (stream, other) = (rig.gpu.stream(), rig.gpu.stream());
+    for step in 1..=20_u64 {
+        let tensor = stream.tensor(9000);
+        stream.fill(&tensor, step as u8);
+        let save = rig.executor.scope(Fence::on(&[stream.0]), |scope| {
+            let mut state = StateDict::new();
+            state.tensor("t", tensor.lent(stream)).unwrap();
+            scope.save(step, state)
+        });
+        stream.fill(&tensor, 0xEE);
+        drop(tensor);
+        let next = other.tensor(9000);
+        other.fill(&next, 0xDD);
+        save.unwrap().unwrap().wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 9000]);
+    }
+}
+
+#[test]
+fn cuda_tensors_of_several_devices_go_into_one_save() {
+    let (rig, second) = (rig(|b| b), Gpu::take());
+    if second.ordinal == rig.gpu.ordinal {
+        return;
+    }
+    slow(&second);
+    let (mine, theirs) = (rig.gpu.stream(), second.stream());
+    let (near, far) = (rig.gpu.tensor(&[1; 9000]), second.tensor(&[0; 9000]));
+    second.enter();
+    theirs.fill(&far, 2);
+    let mut state = StateDict::new();
+    state.tensor("near", near.source(mine)).unwrap().tensor("far", far.source(theirs)).unwrap();
+    let save = rig.executor.save(1, state).unwrap();
+    rig.executor.fence_on(&[mine.0, theirs.0]).unwrap();
+    theirs.fill(&far, 0xEE);
+    rig.gpu.enter();
+    mine.fill(&near, 0xEE);
+    save.wait(LONG).unwrap();
+    assert_eq!(rig.checkpoint(1).unwrap().read("near").unwrap(), [1; 9000]);
+    assert_eq!(rig.checkpoint(1).unwrap().read("far").unwrap(), [2; 9000]);
+}
+
+#[test]
+fn cuda_capture_of_a_graph_is_refused_and_not_broken() {
+    let rig = rig(|b| b);
+    slow(&rig.gpu);
+    let (stream, captured) = (rig.gpu.stream(), rig.gpu.stream());
+    let tensor = rig.gpu.tensor(&[5; 40_000]);
+    let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+    rig.executor.fence_on(&[stream.0]).unwrap();
+    captured.capture(|| {
+        let error = rig.executor.save(2, one("t", tensor.source(captured))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        assert!(error.to_string().contains("captured"), "{error}");
+        let error = rig.executor.fence_on(&[captured.0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        // The stager asks for its events meanwhile.
+        save.wait(LONG).unwrap();
+    });
+    rig.executor.fence().unwrap();
+    assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), [5; 40_000]);
+}
+
+#[test]
+fn cuda_arena_that_cannot_be_pinned_is_reported_and_works() {
+    let gpu = Gpu::take();
+    let Some(fake) = gpu.fake() else { return };
+    fake.fault("cuMemHostRegister_v2:1:2");
+    let rig = rig_on(gpu, |b| b);
+    let why = rig.executor.arena().report().pinned.clone().unwrap_err();
+    assert!(why.contains("cuMemHostRegister_v2"), "{why}");
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(3, 30_000)));
+    rig.executor.save(1, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
+    assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(3, 30_000));
+}
+
+#[test]
+fn cuda_tensors_are_refused_by_an_executor_on_the_host() {
+    let host = crate::rig::rig(|b| b);
+    let gpu = Gpu::take();
+    let (stream, tensor) = (gpu.stream(), gpu.tensor(&[1; 100]));
+    let error = host.executor.save(1, one("t", tensor.source(stream))).unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, Some(1)));
+    assert!(error.to_string().contains("cuda:"), "{error}");
+}
+
+#[test]
+fn cuda_tensors_written_without_any_fence_are_not_followed_by_a_save() {
+    let rig = rig(|b| b);
+    rig.gpu.set("lag_us", 20_000);
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&[1; 9000]));
+    let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+    let error = rig.executor.save(2, one("t", tensor.source(stream))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    rig.gpu.set("lag_us", 0);
+    rig.executor.fence_on(&[stream.0]).unwrap();
+    let second = rig.executor.save(2, one("t", tensor.source(stream))).unwrap();
+    save.wait(LONG).unwrap();
+    second.wait(LONG).unwrap();
+}
+
+#[test]
+fn cuda_executor_gives_back_all_that_it_took_but_the_context() {
+    let gpu = Gpu::take();
+    let Some(fake) = gpu.fake() else { return };
+    let (stream, tensor) = (gpu.stream(), gpu.tensor(&[1; 30_000]));
+    let before = fake.live();
+    let device = gpu.device();
+    let Rig { executor, gpu, .. } = rig_on(gpu, |b| b.device(device));
+    assert_ne!(gpu.fake().unwrap().live(), before);
+    for step in 1..5 {
+        executor.save(step, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
+    }
+    executor.shutdown(LONG).unwrap();
+    let _: (&Tensor, &Stream) = (&tensor, &stream);
+    assert_eq!(gpu.fake().unwrap().live(), before);
+}

@@ -1,0 +1,195 @@
+//! Torn snapshots: thousands of saves whose tensors are written, freed and used anew as early as a program may. Every byte
+//! must be that of its step.
+
+use super::program::{Gpu, Rig, Stream, Tensor, rig_on};
+use crate::rig::LONG;
+use ashore::{Detect, Fence, SaveOptions, Snapshot, StateDict};
+use proptest::prelude::Rng as _;
+use proptest::test_runner::{RngAlgorithm, TestRng};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// How a trial makes sure that it may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Case {
+    /// The host waits.
+    Host,
+    /// The producer's stream waits on the GPU.
+    Producer,
+    /// Another stream waits and writes.
+    Other,
+    /// Two streams wait, one after the other.
+    Twice,
+    /// The host waits for `staged`.
+    Staged,
+    /// `save` itself waits.
+    AtSave,
+    /// The program lets go of the memory after the fence; another stream gets it and writes it.
+    Freed,
+    /// Borrowed memory, written and freed after the end of a scope that waits on the host.
+    ScopeOnHost,
+    /// The same, of a scope whose streams wait on the GPU.
+    ScopeOnStream,
+}
+
+const CASES: [Case; 9] = [
+    Case::Host,
+    Case::Producer,
+    Case::Other,
+    Case::Twice,
+    Case::Staged,
+    Case::AtSave,
+    Case::Freed,
+    Case::ScopeOnHost,
+    Case::ScopeOnStream,
+];
+
+/// A save that is not checked yet, and what each tensor must hold.
+type Open = (ashore::Save, Case, Vec<(usize, u8)>);
+
+/// One program: many saves on one executor.
+struct Program {
+    rig: Rig,
+    streams: [Stream; 3],
+    random: TestRng,
+    step: u64,
+    open: Vec<Open>,
+    counts: BTreeMap<Case, usize>,
+}
+
+impl Program {
+    fn new(seed: u8, slabs: u64, slots: u64) -> Self {
+        let gpu = Gpu::take();
+        gpu.set("seed", u64::from(seed) + 1);
+        gpu.set("reuse", 1);
+        let streams = [gpu.stream(), gpu.stream(), gpu.stream()];
+        let rig = rig_on(gpu, |b| {
+            b.arena(slabs * 4096).scratch(slots * 4096).detect(Detect::Never).overlap(ashore::Overlap::Queue(3))
+        });
+        let random = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]);
+        Self { rig, streams, random, step: 0, open: Vec::new(), counts: BTreeMap::new() }
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        self.random.next_u32() as usize % bound
+    }
+
+    fn trial(&mut self) {
+        self.step += 1;
+        let (step, case) = (self.step, CASES[self.below(CASES.len())]);
+        *self.counts.entry(case).or_default() += 1;
+        let lag = [0, 0, 20, 100, 300][self.below(5)];
+        self.rig.gpu.set("lag_us", lag);
+        self.rig.gpu.set("jitter_us", lag / 2);
+        let producer = self.streams[self.below(2)];
+        let other = self.streams[2];
+        let value = (step % 200) as u8 + 1;
+        let sizes: Vec<_> = (0..1 + self.below(4)).map(|_| [1, 100, 4096, 5000, 12_000][self.below(5)]).collect();
+        let tensors: Vec<_> = sizes.iter().map(|&n| producer.tensor(n)).collect();
+        for tensor in &tensors {
+            producer.fill(tensor, value);
+        }
+        let state = |tensors: &[Tensor]| {
+            let lent = matches!(case, Case::ScopeOnHost | Case::ScopeOnStream);
+            let mut state = StateDict::new();
+            for (i, tensor) in tensors.iter().enumerate() {
+                let source = if lent { tensor.lent(producer) } else { tensor.source(producer) };
+                state.tensor(i.to_string(), source).unwrap();
+            }
+            // In the last chunk a tensor of the host leaves nothing to set aside.
+            let host = if step % 4 == 0 { "host" } else { "+host" };
+            state.tensor(host, Arc::new(vec![value; 3000])).unwrap();
+            state
+        };
+        let executor = &self.rig.executor;
+        let scoped = |fence: Fence<'_>| executor.scope(fence, |s| s.save(step, state(&tensors))).unwrap().unwrap();
+        let write = |stream: Stream, value: u8| tensors.iter().for_each(|t| stream.fill(t, value));
+        let save = match case {
+            Case::ScopeOnHost => scoped(Fence::host()),
+            Case::ScopeOnStream => scoped(Fence::on(&[producer.0])),
+            Case::AtSave => {
+                let options = SaveOptions::default().snapshot(Snapshot::AtSave);
+                executor.save_with(step, state(&tensors), options).unwrap()
+            }
+            _ => executor.save(step, state(&tensors)).unwrap(),
+        };
+        match case {
+            Case::Host => executor.fence().unwrap(),
+            Case::Producer | Case::Freed => executor.fence_on(&[producer.0]).unwrap(),
+            Case::Other => executor.fence_on(&[other.0]).unwrap(),
+            Case::Twice => {
+                executor.fence_on(&[producer.0]).unwrap();
+                executor.fence_on(&[other.0]).unwrap();
+            }
+            Case::Staged => save.staged().wait(LONG).unwrap(),
+            Case::AtSave | Case::ScopeOnHost | Case::ScopeOnStream => {}
+        }
+        match case {
+            Case::Other => write(other, 0xEE),
+            Case::Twice => {
+                write(producer, 0xEE);
+                write(other, 0xDD);
+            }
+            Case::Freed => {}
+            _ => write(producer, 0xEE),
+        }
+        if matches!(case, Case::Other | Case::Twice) {
+            // Freed in the producer's stream, which must not overtake the writer: as programs do it.
+            other.wait();
+        }
+        drop(tensors);
+        if matches!(case, Case::Freed | Case::ScopeOnHost | Case::ScopeOnStream) {
+            let next: Vec<_> = sizes.iter().map(|&n| other.tensor(n)).collect();
+            next.iter().for_each(|tensor| other.fill(tensor, 0xCC));
+        }
+        self.open.push((save, case, sizes.into_iter().map(|n| (n, value)).collect()));
+        if self.open.len() > self.below(3) {
+            self.check();
+        }
+    }
+
+    /// Compares what was saved with what must have been.
+    fn check(&mut self) {
+        for (save, case, expected) in self.open.drain(..) {
+            let step = save.step();
+            save.wait(LONG).unwrap();
+            let checkpoint = self.rig.checkpoint(step).unwrap();
+            for (i, (len, value)) in expected.iter().enumerate() {
+                let bytes = checkpoint.read(&i.to_string()).unwrap();
+                let wrong = bytes.iter().filter(|b| *b != value).count();
+                let found = bytes.iter().find(|b| *b != value);
+                let at = || format!("step {step} {case:?} tensor {i} expected {value:#x} found {found:x?}");
+                assert_eq!((bytes.len(), wrong), (*len, 0), "{}", at());
+            }
+            let host = if step % 4 == 0 { "host" } else { "+host" };
+            assert!(checkpoint.read(host).unwrap().iter().all(|b| *b == expected[0].1));
+            self.rig.storage.remove(&ashore::id::step_name(step)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn cuda_snapshots_are_never_torn() {
+    const TRIALS: usize = 2600;
+    let counts = std::thread::scope(|scope| {
+        let programs = [(1, 2, 0), (2, 2, 2), (3, 4, 64), (4, 16, 5)].map(|(seed, slabs, slots)| {
+            scope.spawn(move || {
+                let mut program = Program::new(seed, slabs, slots);
+                for _ in 0..TRIALS {
+                    program.trial();
+                }
+                program.check();
+                // A copy from memory that was freed would be an error that stays.
+                assert_eq!(program.rig.gpu.fake().map_or(0, |fake| fake.sticky()), 0);
+                let kernels = program.rig.gpu.fake().map(|fake| fake.calls("cuLaunchKernel"));
+                assert!(kernels.is_none_or(|n| if slots == 0 { n == 0 } else { n > 1000 }), "{kernels:?}");
+                program.counts
+            })
+        });
+        programs.map(|p| p.join().unwrap())
+    });
+    let mut all = BTreeMap::new();
+    counts.iter().flatten().for_each(|(case, n)| *all.entry(*case).or_insert(0) += n);
+    let total: usize = all.values().sum();
+    assert!(total >= 10_000 && CASES.iter().all(|case| all[case] >= 1000), "{all:?}");
+}
