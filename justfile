@@ -40,6 +40,15 @@ stock_reader command:
     cargo run --quiet --example stock_writer -- "$root"
     {{ command }} "$root"
 
+# Every interface that comes from another system, shown: each example checks what it shows and fails when it does not hold.
+examples:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --quiet --examples
+    for example in examples/from_*.rs; do
+        cargo run --quiet --example "$(basename "$example" .rs)"
+    done
+
 # The committed PTX of `kernels/`, made anew by a compiler of a fixed version. Installs 60 MB; no GPU needed.
 ptx: (kernels "")
 
@@ -57,14 +66,18 @@ kernels arguments:
     fi
     "$venv/bin/python" kernels/build.py {{ arguments }}
 
+# `gpu-kit/`: programs and `run.sh` for a machine with a GPU but without Rust or a network.
+gpu-kit:
+    tests/gpu/kit.sh
+
 # Undefined behaviour in what holds or hands out memory.
 miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
         .ci/strict cargo +{{ nightly }} miri test --lib -- {{ filters }}
 
-# Every interleaving of completions and slabs, up to three preemptions.
-loom:
-    RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=3 .ci/strict cargo test --lib --target-dir target/loom -- models
+# Every interleaving of completions and slabs, up to so many preemptions.
+loom preemptions="2":
+    RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS={{ preemptions }} .ci/strict cargo test --lib --target-dir target/loom -- models
 
 # Every fuzz target, for SECONDS together.
 fuzz seconds="60":
@@ -99,10 +112,10 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint ptx-check stock candle miri loom fuzz:60 mutants kill mounts")
+ci: (timed "lint ptx-check examples stock candle miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
-nightly: (timed "ci")
+nightly: (timed "ci loom:3")
     just fuzz 3600
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
     ASHORE_CRASH_ROUNDS=10 cargo test --release --test all crash -- --nocapture

@@ -28,7 +28,7 @@ INLINE void copy_flat(u64 to_at, u64 from_at, u64 bytes)
             ((u64 *)(to + head))[i] = ((const u64 *)(from + head))[i];
         }
     } else {
-        const u64 *pairs = (const u64 *)(from + head - shift);
+        const u64 *pairs = AT(const u64, from_at + head - shift, words > 0 ? words + 1 : 0);
         for (u64 i = lane; i < words; i += lanes) {
             ((u64 *)(to + head))[i] = pairs[i] >> (8 * shift) | pairs[i + 1] << (64 - 8 * shift);
         }

@@ -287,6 +287,29 @@ impl Opened {
     }
 }
 
+/// Refuses to replace what is under `name` when this library did not make it; nothing there is fine.
+pub(crate) fn replaceable(storage: &dyn Storage, name: &str) -> Result<()> {
+    let missing = |error: &Error| error.kind() == ErrorKind::NotFound;
+    let reading = match storage.open(name) {
+        Err(error) if missing(&error) => return Ok(()),
+        reading => reading?,
+    };
+    let ours = match reading.open(MANIFEST) {
+        Err(error) if missing(&error) => false,
+        manifest => {
+            let (manifest, mut head) = (manifest?, [0; 64]);
+            let head = &mut head[..manifest.len().min(64) as usize];
+            manifest.read_at(0, head)?;
+            is_ours(head)
+        }
+    };
+    if ours {
+        return Ok(());
+    }
+    let foreign = Error::new(ErrorKind::Conflict, "what is there is no checkpoint of this library; it is not replaced");
+    Err(foreign.with_path(storage.describe(name)))
+}
+
 fn parse(file: &dyn FileReading, path: &Path) -> Result<Manifest, Failure> {
     let read = || {
         let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a manifest bytes={}", file.len()));

@@ -130,6 +130,12 @@ impl<T: Clone> Future for Waiter<T> {
 #[derive(Debug, Default)]
 pub(crate) struct Signal(Event);
 
+impl std::task::Wake for Signal {
+    fn wake(self: std::sync::Arc<Self>) {
+        self.notify();
+    }
+}
+
 impl Signal {
     pub fn notify(&self) {
         self.0.notify(usize::MAX);

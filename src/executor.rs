@@ -20,7 +20,7 @@ use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
 use crate::plan::{Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
-use crate::settings::{Detect, Settings};
+use crate::settings::{Detect, Failed, Settings};
 use crate::staging::{Captured, Job, Stager};
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
@@ -31,7 +31,7 @@ use crate::{Catalog, fork};
 use crossbeam_channel::Sender;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -75,6 +75,8 @@ pub struct CheckpointExecutor {
     generation: u64,
     /// Saves that became durable: what was staged was compared with what was there at `save`.
     compared: Arc<AtomicU64>,
+    /// No save is begun any more.
+    closed: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -111,7 +113,7 @@ impl CheckpointExecutor {
     /// [`save`](Self::save), with options.
     ///
     /// # Errors
-    /// As `save`; `Invalid` when the name in the options is not one for this step.
+    /// As `save`; `Invalid` when the name in the options is that of another step.
     pub fn save_with(&self, step: u64, state: StateDict<'static>, options: SaveOptions) -> Result<Save> {
         self.submit(step, state, options, false, |_| ())
     }
@@ -162,6 +164,11 @@ impl CheckpointExecutor {
         &self.catalog
     }
 
+    /// Where steps are kept.
+    pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
@@ -192,6 +199,21 @@ impl CheckpointExecutor {
         self.close(deadline)
     }
 
+    /// Begins no save any more; those that are asked for are skipped.
+    pub(crate) fn close_admission(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// The saves under way, in the order of calls.
+    pub(crate) fn unfinished(&self) -> Vec<Save> {
+        self.stager.flights.unfinished().into_iter().map(Save::new).collect()
+    }
+
+    /// A save although admission is closed: the last of the program.
+    pub(crate) fn save_at_the_end(&self, step: u64, state: StateDict<'static>) -> Result<Save> {
+        self.submit(step, state, SaveOptions::default().last(), false, |_| ())
+    }
+
     fn submit(
         &self,
         step: u64,
@@ -203,13 +225,18 @@ impl CheckpointExecutor {
         self.alive()?;
         let began = Instant::now();
         let name = options.name.unwrap_or_else(|| step_name(step));
-        if parse_step_name(&name) != Some(step) {
+        if parse_step_name(&name).is_some_and(|other| other != step) {
             return Err(Error::invalid(format!("this is not a name for the step name={name:?}")).with_step(step));
         }
         let mut admission = lock(&self.admission);
         let lines = self.lines.as_ref().ok_or_else(|| Error::invalid("the executor is shut down"))?;
-        if let Some(error) = self.stager.flights.unobserved() {
-            return Err(error);
+        if !options.last
+            && let Some(error) = self.stager.flights.unobserved()
+        {
+            match self.settings.failed {
+                Failed::NextCall => return Err(error),
+                Failed::Warn => tracing::error!(%error, "a save failed and nobody saw it"),
+            }
         }
         if let Some(ticket) = self.stager.flights.unfenced() {
             let unfenced = format!(
@@ -219,9 +246,17 @@ impl CheckpointExecutor {
             return Err(Error::invalid(unfenced).with_step(step));
         }
         let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
-        let deadline = deadline_after(self.settings.save_deadline);
+        let patience = options.deadline.map_or(self.settings.save_deadline, |d| d.min(self.settings.save_deadline));
+        let deadline = deadline_after(patience);
+        let skip = || self.closed.load(Ordering::Acquire) && !options.last;
+        if skip() {
+            return Ok(self.resolved(step, attempt, began, self.last_word(step)));
+        }
         if let Some(outcome) = admission::admit(&self.stager, self.settings.overlap, step, deadline)? {
             return Ok(self.resolved(step, attempt, began, outcome));
+        }
+        if skip() {
+            return Ok(self.resolved(step, attempt, began, self.last_word(step)));
         }
         let plan = admission.plan_for(&state, &self.settings)?;
         let detect = match self.settings.detect {
@@ -271,6 +306,11 @@ impl CheckpointExecutor {
             self.fence()?;
         }
         Ok(Save::new(ticket))
+    }
+
+    /// What becomes of a save that comes when admission is closed.
+    fn last_word(&self, step: u64) -> Outcome {
+        Outcome::Skipped { by: self.stager.flights.unfinished().last().map_or(step, |ticket| ticket.step) }
     }
 
     /// The handle of a save that was not begun.

@@ -42,7 +42,9 @@
 //! | know how it ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] for the moment when tensors are free |
 //! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] |
 //! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`] |
+//! | end well when the machine is taken away | [`sigterm::Sigterm`] |
 //! | keep steps elsewhere | [`storage::Storage`] |
+//! | come from another system | [`compat`]: its interface, on this engine |
 //!
 //! # What is promised
 //!
@@ -64,11 +66,12 @@
 //! # Features
 //!
 //! `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
-//! `mutants` is for this crate's own tests.
+//! `sqlite` adds a store for many small graph states. `mutants` is for this crate's own tests.
 
 pub mod catalog;
 mod checkpoint;
 mod commit;
+pub mod compat;
 mod completion;
 pub mod device;
 pub mod digest;
@@ -83,6 +86,7 @@ mod plan;
 mod restore;
 mod save;
 mod settings;
+pub mod sigterm;
 mod staging;
 pub mod state;
 pub mod storage;
@@ -99,7 +103,7 @@ pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
 pub use restore::{Damage, Report, Targets};
 pub use save::{Save, SaveOptions, Snapshot, Staged};
-pub use settings::{Detect, DeviceChoice, Engine, IoMode, Overlap, Priority, Settings};
+pub use settings::{Detect, DeviceChoice, Engine, Failed, IoMode, Overlap, Priority, Settings};
 pub use state::{
     Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, RawDevice, RawHost, Source, StateDict,
 };

@@ -33,8 +33,13 @@ pub struct SaveOptions {
     pub snapshot: Snapshot,
     /// The attempt; a new one if None.
     pub attempt: Option<Attempt>,
-    /// The directory name; [`step_name`](crate::id::step_name) of the step if None.
+    /// The directory name; [`step_name`](crate::id::step_name) of the step if None. One that is the name of no step is that
+    /// of a checkpoint beside the steps: never listed and never pruned.
     pub name: Option<String>,
+    /// When the save fails if it is not durable, counted from the call; the settings' save deadline if None, and never later.
+    pub deadline: Option<Duration>,
+    /// The last save of a program whose executor takes no more.
+    pub(crate) last: bool,
 }
 
 impl SaveOptions {
@@ -56,14 +61,26 @@ impl SaveOptions {
         self
     }
 
-    /// Sets the directory name, one that [`parse_step_name`](crate::id::parse_step_name) takes for the step.
+    /// Sets the directory name: one that [`parse_step_name`](crate::id::parse_step_name) takes for the step, or for none.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
+
+    pub(crate) fn last(mut self) -> Self {
+        self.last = true;
+        self
+    }
+
+    /// Sets when the save fails if it is not durable.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = Some(deadline);
+        self
+    }
 }
 
-/// A save under way: a future of how it ends, awaitable from any async runtime, waitable from a thread.
+/// A save under way: a future of how it ends, awaitable from any async runtime, waitable from a thread. Clones are of
+/// the same save.
 ///
 /// Dropping it detaches: the save goes on, and an error that nobody saw is reported by the next `save` or `shutdown`.
 #[must_use = "dropping the handle detaches the save; keep it to learn when the checkpoint is durable"]
@@ -111,6 +128,11 @@ impl Save {
         Staged { ticket: self.ticket.clone(), staged: Waiter::new(self.ticket.staged.clone()) }
     }
 
+    /// Whether the state is staged: no tensor will be read any more.
+    pub(crate) fn is_staged(&self) -> bool {
+        self.ticket.staged.is_complete()
+    }
+
     /// How far it is.
     pub fn progress(&self) -> Progress {
         self.ticket.progress()
@@ -136,6 +158,12 @@ impl Save {
         let phase = self.ticket.phase();
         Error::new(ErrorKind::Deadline, format!("{what} waited={patience:?} phase={phase:?}"))
             .with_step(self.ticket.step)
+    }
+}
+
+impl Clone for Save {
+    fn clone(&self) -> Self {
+        Self::new(self.ticket.clone())
     }
 }
 

@@ -148,6 +148,18 @@ pub enum Detect {
     All,
 }
 
+/// What becomes of a save that failed in the background and whose handle nobody looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Failed {
+    /// The next `save` returns its error, and does not save; or `shutdown` does.
+    NextCall,
+    /// It is logged, at the level of errors, by the next `save`, which goes on; `shutdown` returns what is left. For programs
+    /// that would rather miss a checkpoint than stop.
+    Warn,
+}
+
 /// The settings of an executor. Sizes in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -171,6 +183,8 @@ pub struct Settings {
     pub priority: Priority,
     /// What `save` does while earlier saves are unfinished: `Queue(1)`.
     pub overlap: Overlap,
+    /// What becomes of failures that nobody looked at: `NextCall`.
+    pub failed: Failed,
     /// When to look for forgotten fences: `First`.
     pub detect: Detect,
     /// Memory of the GPU, taken at start, in which fences set aside what has not left it: none, and a fence on
@@ -202,6 +216,7 @@ impl Default for Settings {
             engine: Engine::Auto,
             priority: Priority::Normal,
             overlap: Overlap::Queue(1),
+            failed: Failed::NextCall,
             detect: Detect::First,
             scratch: 0,
             capture_budget: 1 << 20,

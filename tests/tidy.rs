@@ -6,24 +6,25 @@
 mod reading;
 
 use reading::{code, is_word, without_tests, words};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Imports go down only, or sideways where the floor allows it. `lib.rs`, `testing` and tests may import anything; nothing
 /// else imports `testing`.
-const FLOORS: [&[&str]; 5] = [
+const FLOORS: [&[&str]; 6] = [
     &["completion", "digest", "error", "fork", "id", "mutant", "settings", "state", "sync", "ticket"],
     &["format", "memory", "plan"],
     &["device", "storage"],
     &["commit", "staging", "writer"],
     &["catalog", "checkpoint", "executor", "restore", "save", "scope"],
+    &["compat", "sigterm"],
 ];
 
 /// On these floors neighbours do not know each other.
 const APART: [usize; 2] = [2, 3];
 
 /// The only files of the library with unsafe code. Each opens with its safety argument.
-const ISLANDS: [&str; 17] = [
+const ISLANDS: [&str; 19] = [
     "src/device/cuda/driver.rs",
     "src/device/cuda/gpu.rs",
     "src/device/cuda/late.rs",
@@ -34,8 +35,10 @@ const ISLANDS: [&str; 17] = [
     "src/fork.rs",
     "src/memory/arena.rs",
     "src/memory/slab.rs",
+    "src/sigterm/handler.rs",
     "src/staging/capture.rs",
     "src/staging/stage.rs",
+    "src/state/promised.rs",
     "src/state/source.rs",
     "src/storage/local/linux.rs",
     "src/storage/local/uring.rs",
@@ -106,6 +109,15 @@ fn features_are_explained() {
 fn documentation_names_files_that_exist() {
     let tree = Tree::read();
     no_complaints("", "md", |path, text| paths(path, text, |wanted| tree.root.join(wanted).exists()));
+}
+
+#[test]
+fn features_name_the_tests_that_show_them() {
+    let tree = Tree::read();
+    let sources = tree.files.iter().filter(|file| file.ends_with(".rs")).map(|file| tree.text(file));
+    let tests: BTreeSet<String> = sources.flat_map(|text| test_names(&text)).collect();
+    let complaints = shown(&tree.text("docs/features.md"), |name| tests.contains(name));
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
 }
 
 /// The files of the repository, without what builds leave behind.
@@ -332,8 +344,8 @@ fn names(path: &str, text: &str) -> Vec<String> {
 
 fn numbered(path: &str) -> impl Iterator<Item = String> {
     let number = Path::new(path).file_name().and_then(|n| n.to_str()).and_then(|n| n.split_once('_')).map(|(n, _)| n);
-    let good = number.is_some_and(|n| n.len() == 2 && n.bytes().all(|b| b.is_ascii_digit()));
-    (!good).then(|| "an example is named NN_what_it_shows.rs".to_owned()).into_iter()
+    let good = number.is_some_and(|n| n == "from" || (n.len() == 2 && n.bytes().all(|b| b.is_ascii_digit())));
+    (!good).then(|| "an example is named NN_what_it_shows.rs, or from_system.rs".to_owned()).into_iter()
 }
 
 fn features(text: &str) -> Vec<String> {
@@ -371,6 +383,32 @@ fn paths(path: &str, text: &str, exists: impl Fn(&Path) -> bool) -> Vec<String> 
                 complaints.push(format!("names {wanted}, which does not exist line={}", i + 1));
             }
         }
+    }
+    complaints
+}
+
+/// The names of the tests in a file.
+fn test_names(text: &str) -> Vec<String> {
+    let code = code(text);
+    let marks = code.match_indices("#[test]").map(|(at, mark)| &code[at + mark.len()..]);
+    // A property's test stands in a macro: its mark and its name are there all the same.
+    marks.filter_map(|rest| Some(rest.split_once("fn ")?.1.chars().take_while(|&c| is_word(c)).collect())).collect()
+}
+
+/// Whether every feature that a table says we have names tests, and every test that is named exists.
+fn shown(text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for (i, line) in text.lines().enumerate() {
+        let plain = |b: u8| b == b'_' || b.is_ascii_lowercase() || b.is_ascii_digit();
+        let spans = line.split('`').skip(1).step_by(2);
+        let tests: Vec<_> = spans.filter(|span| span.contains('_') && span.bytes().all(plain)).collect();
+        let cells: Vec<_> = line.split('|').map(str::trim).collect();
+        let claimed = cells.len() > 4 && (cells[3].starts_with("yes") || cells[3].starts_with("partly"));
+        if claimed && tests.is_empty() {
+            complaints.push(format!("a feature without a test line={}", i + 1));
+        }
+        complaints
+            .extend(tests.iter().filter(|name| !exists(name)).map(|name| format!("no test {name} line={}", i + 1)));
     }
     complaints
 }
@@ -431,6 +469,15 @@ mod rules_can_fail {
         let text = "fn fsync(&self) { self.sys.fsync(fd) }\nlet f = rustix::fs::fdatasync;";
         assert_eq!(fsync("src/commit/mod.rs", text).len(), 2);
         assert_eq!(fsync("src/storage/local/durable.rs", text).len(), 0);
+    }
+
+    #[test]
+    fn features_that_nothing_shows() {
+        let count = |text| shown(text, |name| name == "it_works").len();
+        assert_eq!(count("| 1 | a thing | yes | `it_works` | no |\n| 2 | another | no | | yes |"), 0);
+        assert_eq!(count("| 1 | a thing | yes | | no |\n| 2 | another | partly: a bit | | yes |"), 2);
+        assert_eq!(count("| 1 | a thing | yes | `it_fails` | no |\nor `it_fails`, see `Catalog` and `src/id.rs`"), 2);
+        assert_eq!(test_names("#[test]\nfn a() {}\nfn b() {}\n#[test]\n#[ignore]\nfn c() {}"), ["a", "c"]);
     }
 
     #[test]

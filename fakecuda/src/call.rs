@@ -70,7 +70,8 @@ pub fn call(name: &'static str, needs: Needs, body: impl FnOnce() -> Status) -> 
     result.err().unwrap_or(0)
 }
 
-fn count(device: &Device, name: &'static str) -> Status {
+/// Counts a call of a device, and fails it if it is to fail.
+pub fn count(device: &Device, name: &'static str) -> Status {
     let mut state = device.state();
     *state.calls.entry(name).or_default() += 1;
     match strike(&mut state.faults, name) {

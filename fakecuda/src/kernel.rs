@@ -8,6 +8,8 @@ use crate::device::Device;
 use crate::host::{self, InUse};
 use std::cell::{Cell, RefCell};
 
+/// # Safety
+/// The argument is the kernel's structure, grid and block are of three numbers each.
 type Run = unsafe extern "C" fn(argument: *const u8, grid: *const u32, block: *const u32, backwards: u32);
 
 /// One compiled kernel. It takes one structure, by value.
@@ -35,6 +37,7 @@ pub struct Launch {
 
 macro_rules! kernel {
     ($name:ident, $bytes:ident, $run:ident) => {{
+        // SAFETY: `KERNEL` in the shim declares them so.
         unsafe extern "C" {
             static $bytes: u64;
             fn $run(argument: *const u8, grid: *const u32, block: *const u32, backwards: u32);

@@ -89,6 +89,36 @@ impl Catalog {
         let gone: BTreeSet<u64> =
             retention.plan(entries.iter().map(|entry| entry.step), durable)?.into_iter().collect();
         let own = self.own(&entries, retention.keep_last.unwrap_or(0));
+        self.take(entries, &gone, &own, dry_run, pruned)
+    }
+
+    /// Deletes of the steps that `choose` returns those that are older than the newest durable one, oldest first. As
+    /// [`Catalog::prune`] in everything else.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn prune_chosen(&self, choose: impl FnOnce(&[Entry]) -> BTreeSet<u64>) -> Result<Pruned> {
+        let entries = self.list()?;
+        let mut pruned = Pruned::default();
+        let mut gone = choose(&entries);
+        if gone.is_empty() {
+            pruned.kept = entries;
+            return Ok(pruned);
+        }
+        let durable = self.durable(&entries, 1, &mut pruned.doubtful).last().copied();
+        gone.retain(|step| durable.is_some_and(|durable| *step < durable));
+        self.take(entries, &gone, &HashSet::new(), false, pruned)
+    }
+
+    /// Removes those of `entries` whose step is among `gone` and whose attempt is not among `own`.
+    fn take(
+        &self,
+        entries: Vec<Entry>,
+        gone: &BTreeSet<u64>,
+        own: &HashSet<Attempt>,
+        dry_run: bool,
+        mut pruned: Pruned,
+    ) -> Result<Pruned> {
         let mut failed = None;
         for entry in entries {
             if !gone.contains(&entry.step) || own.contains(&entry.attempt) || !self.claim(&entry) {

@@ -6,7 +6,7 @@ use crate::device::{Device, DeviceReport, Selected, choose};
 use crate::error::Result;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Register};
-use crate::settings::{Detect, Engine, Overlap, Priority, Settings};
+use crate::settings::{Detect, Engine, Failed, Overlap, Priority, Settings};
 use crate::staging::{Scratch, Stager};
 use crate::storage::Storage;
 use crate::storage::local::Local;
@@ -17,6 +17,7 @@ use crossbeam_channel::{bounded, unbounded};
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// Collects what an executor needs; [`Builder::build`] takes memory and starts threads.
@@ -68,6 +69,8 @@ impl Builder {
         priority: Priority,
         /// What `save` does while earlier saves are unfinished: `Queue(1)`.
         overlap: Overlap,
+        /// What becomes of failures that nobody looked at: returned by the next `save`.
+        failed: Failed,
         /// When to look for forgotten fences: for the first two saves.
         detect: Detect,
         /// Memory of the GPU, in bytes, in which fences set aside what has not left it: 0, none. Experimental.
@@ -148,6 +151,7 @@ impl Builder {
             threads: Vec::new(),
             generation: fork::generation(),
             compared: Arc::default(),
+            closed: AtomicBool::new(false),
             storage: storage.clone(),
             device: report,
             settings,

@@ -5,6 +5,7 @@
 //! future tells the caller.
 
 use crate::catalog::Catalog;
+use crate::checkpoint::replaceable;
 use crate::commit::{self, Concluded, Ending, Published};
 use crate::error::{Error, ErrorKind};
 use crate::memory::AlignedBuffer;
@@ -35,6 +36,9 @@ pub(super) fn conclude(
     }
     let concluded = catch_unwind(AssertUnwindSafe(|| {
         let path = storage.describe(&request.name);
+        if let (true, Err(foreign)) = (request.overwrite, replaceable(storage, &request.name)) {
+            ticket.fail(foreign);
+        }
         commit::conclude(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, manifest })
     }));
     let concluded = concluded.unwrap_or_else(|_| {

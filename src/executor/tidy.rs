@@ -5,6 +5,7 @@
 use super::ending::Left;
 use crate::catalog::{Catalog, Retention};
 use crate::error::{Error, Result};
+use crate::id::parse_step_name;
 use crate::storage::Storage;
 use crossbeam_channel::Receiver;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,7 +16,10 @@ pub(super) fn run(leavings: &Receiver<Left>, storage: &dyn Storage, catalog: &Ca
     for Left { name, published } in leavings {
         if let Some(step) = published {
             clean &= attempt("delete the replaced copy", || step.attempt.settle());
-            attempt("write the hint", || storage.hint(&name));
+            // What lies beside the steps is not the latest of them.
+            if parse_step_name(&name).is_some() {
+                attempt("write the hint", || storage.hint(&name));
+            }
             if !retention.is_unlimited() {
                 attempt("prune", || catalog.prune(retention, false).map(drop));
             }

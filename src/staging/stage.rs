@@ -19,13 +19,14 @@ use crate::format::shard::Stamp;
 use crate::memory::Arena;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From, Plan, Sink};
-use crate::state::{DeviceStream, Place, StateDict};
+use crate::state::{DeviceStream, Place, StateDict, Tensor};
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Phase, Ticket};
 use std::collections::VecDeque;
 use std::mem::forget;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// Copies in flight at once: copy engines are first-in first-out, and whatever else wants to cross the bus waits behind them.
@@ -255,6 +256,7 @@ impl Stager {
         let (ticket, plan) = (job.ticket.clone(), job.plan.clone());
         let stamp = Stamp::new(ticket.step, ticket.attempt);
         let (mut next, mut due) = (0, Instant::now());
+        let waker = Waker::from(self.signal.clone());
         loop {
             let now = Instant::now();
             if due <= now {
@@ -293,8 +295,9 @@ impl Stager {
                 dropped(std::mem::take(&mut job.state));
                 ticket.dropped.complete(());
             }
-            let room =
-                next < plan.chunks.len() && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire));
+            let window = flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire);
+            // What is read from slots is there.
+            let room = next < plan.chunks.len() && window && (latched.is_some() || ready(job, next, &waker)?);
             if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
                 let (chunk, live) = (Chunk { index: next, lease, digests: None }, latched.is_none());
@@ -309,7 +312,9 @@ impl Stager {
                 continue;
             }
             if flying.is_empty() && line.parked.is_empty() {
-                self.wait(line, || (self.arena.free() > 0 || ticket.failed()).then_some(()));
+                let go_on =
+                    || ticket.failed() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
+                self.wait(line, || go_on().then_some(()));
                 due = Instant::now();
             } else {
                 let news =
@@ -379,6 +384,21 @@ fn dropped<T>(sources: T) {
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(sources))).is_err() {
         tracing::error!("a source panicked when it was dropped");
     }
+}
+
+/// Whether all bytes of the chunk `index` are there to be read.
+fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
+    let Some(chunk) = job.plan.chunks.get(index) else { return Ok(true) };
+    for segment in &job.plan.segments[chunk.segments.clone()] {
+        let From::Tensor(tensor) = segment.from else { continue };
+        // None: the sources are dropped, and the rest is read from slots.
+        let Some((_, Tensor { source, .. })) = job.state.tensors.get_index(tensor) else { continue };
+        match source.poll_ready(segment.at..segment.at + segment.length as u64, waker) {
+            Poll::Ready(there) => there?,
+            Poll::Pending => return Ok(false),
+        }
+    }
+    Ok(true)
 }
 
 /// A chunk whose copies may not have ended.

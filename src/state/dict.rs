@@ -1,7 +1,7 @@
 //! The state dict: what one save saves.
 
 use super::dtype::Layout;
-use super::source::{DeviceStream, Place, Source};
+use super::source::{DeviceStream, Place, Shared, Source};
 use super::value;
 use crate::error::{Error, Result};
 use foldhash::fast::FixedState;
@@ -151,6 +151,76 @@ impl<'a> StateDict<'a> {
     pub fn metadata(&mut self, key: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
         put("metadata", &mut self.metadata, key.into(), value)?;
         Ok(self)
+    }
+
+    /// The tensors, in order: name, dtype and shape.
+    pub fn layouts(&self) -> impl ExactSizeIterator<Item = (&str, &Layout)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), &tensor.layout))
+    }
+
+    /// The names of the values, sorted.
+    pub fn value_names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.values.keys().map(String::as_str)
+    }
+
+    /// Takes over what is in `other`, under names that begin with `prefix`.
+    ///
+    /// # Errors
+    /// `Invalid`, naming it, when a name is taken.
+    pub(crate) fn absorb(&mut self, prefix: &str, other: Self) -> Result<()> {
+        for (name, Tensor { capture, source, .. }) in other.tensors {
+            self.insert(format!("{prefix}{name}"), source, capture)?;
+        }
+        for (what, mine, theirs) in
+            [("value", &mut self.values, other.values), ("metadata", &mut self.metadata, other.metadata)]
+        {
+            for (name, value) in theirs {
+                let name = format!("{prefix}{name}");
+                if mine.insert(name.clone(), value).is_some() {
+                    return Err(Error::invalid(format!("the name is empty or taken {what}={name:?}")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The same, without the tensors and values that `keep` does not want.
+    pub(crate) fn select(self, keep: impl Fn(&str) -> bool) -> Result<Self> {
+        let mut selected = Self { metadata: self.metadata, ..Self::default() };
+        selected.values = self.values.into_iter().filter(|(name, _)| keep(name)).collect();
+        for (name, Tensor { capture, source, .. }) in self.tensors.into_iter().filter(|(name, _)| keep(name)) {
+            selected.insert(name, source, capture)?;
+        }
+        Ok(selected)
+    }
+
+    /// Two state dicts of the same sources, for whoever may have to save them twice.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the tensor that the program may write meanwhile: later it would be another state.
+    pub(crate) fn split(self) -> Result<(Self, Self)> {
+        self.settled()?;
+        let mut both = (Self::with_capacity(self.len()), Self::with_capacity(self.len()));
+        for (name, Tensor { capture, source, .. }) in self.tensors {
+            let source = Shared::new(source);
+            both.0.insert(name.clone(), Box::new(source.clone()), capture)?;
+            both.1.insert(name, Box::new(source), capture)?;
+        }
+        (both.0.values, both.0.metadata) = (self.values.clone(), self.metadata.clone());
+        (both.1.values, both.1.metadata) = (self.values, self.metadata);
+        Ok(both)
+    }
+
+    /// Makes sure that nothing can write the tensors while the state dict is held.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the first tensor that can be written.
+    pub(crate) fn settled(&self) -> Result<()> {
+        let Some((name, _)) = self.writable.first().and_then(|&index| self.tensors.get_index(index)) else {
+            return Ok(());
+        };
+        let what = "a tensor that the program may write cannot be kept for later; give an owned or shared copy";
+        Err(Error::invalid(format!("{what} tensor={name:?}")))
     }
 
     /// The number of tensors.

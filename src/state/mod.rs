@@ -5,11 +5,13 @@
 
 mod dict;
 mod dtype;
+mod promised;
 mod source;
 mod value;
 
 pub(crate) use dict::Tensor;
 pub use dict::{Capture, StateDict};
 pub use dtype::{Dtype, Element, Layout, Shape};
+pub use promised::{Promise, Promised, promise};
 pub use source::{DeviceStream, HostTensor, Place, RawDevice, RawHost, Source};
 pub use value::{decode as decode_value, encode as encode_value};

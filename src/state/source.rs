@@ -7,8 +7,11 @@
 #![expect(unsafe_code, reason = "the contract between memory owners and asynchronous copies; argument above")]
 
 use super::dtype::{Dtype, Element, Layout, Shape};
+use crate::error::Result;
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
+use std::task::{Poll, Waker};
 
 /// A stream of a device, as the program that made it knows it. Here it is only handed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -90,6 +93,41 @@ pub unsafe trait Source: Send + Sync {
 
     /// Hands `copy` a pointer to the bytes.
     fn read(&self, copy: &mut dyn FnMut(*const u8));
+
+    /// Whether these bytes, of all of the tensor's, are there to be read. If they are not, `waker` is woken once they are, or
+    /// once they never will be; an error fails the save. Always ready, unless it says otherwise.
+    fn poll_ready(&self, _bytes: Range<u64>, _waker: &Waker) -> Poll<Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// A source that several state dicts hold.
+#[derive(Clone)]
+pub(crate) struct Shared<'a>(Arc<dyn Source + 'a>);
+
+impl<'a> Shared<'a> {
+    pub fn new(source: Box<dyn Source + 'a>) -> Self {
+        Self(source.into())
+    }
+}
+
+// SAFETY: passed on; the source is dropped after the last who shares it.
+unsafe impl Source for Shared<'_> {
+    fn layout(&self) -> Layout {
+        self.0.layout()
+    }
+
+    fn place(&self) -> Place {
+        self.0.place()
+    }
+
+    fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+        self.0.read(copy);
+    }
+
+    fn poll_ready(&self, bytes: Range<u64>, waker: &Waker) -> Poll<Result<()>> {
+        self.0.poll_ready(bytes, waker)
+    }
 }
 
 /// A tensor in host memory that cannot change while it is held: `Arc<Vec<T>>`, `Arc<[T]>`, `Vec<T>`, `Box<[T]>` or `&[T]`.

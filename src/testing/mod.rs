@@ -2,11 +2,12 @@
 //!
 //! [`conformance`] is what every [`Storage`](crate::storage::Storage) must do. [`Faulty`] makes system calls fail, one at a
 //! time, below the local storage; [`simfs`] is a whole file system there, which crashes. [`LateDevice`] copies later than it
-//! says.
+//! says. [`graph`] is what every graph checkpointer must do.
 
 mod block_on;
 pub mod conformance;
 mod faulty;
+pub mod graph;
 mod late;
 pub mod simfs;
 

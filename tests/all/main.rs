@@ -1,6 +1,7 @@
 //! The integration tests: one binary, folders by stage, one behaviour per file.
 
 mod catalog;
+mod compat;
 mod crash;
 // Neither loads a library.
 #[cfg(not(any(loom, miri)))]
@@ -12,5 +13,6 @@ mod restore;
 mod rig;
 mod saves;
 mod saving;
+mod sigterm;
 mod state;
 mod storage;

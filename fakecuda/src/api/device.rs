@@ -1,8 +1,8 @@
 //! Starting, devices and contexts.
 
-use crate::abi::{INVALID_DEVICE, INVALID_VALUE, Kind, NOT_FOUND, describe, handle, ordinal_of, put, text};
-use crate::call::{CONTEXTS, INITIALIZED, current};
-use crate::device::{all, get};
+use crate::abi::{INVALID_DEVICE, INVALID_VALUE, Kind, NOT_FOUND, Status, describe, handle, ordinal_of, put, text};
+use crate::call::{CONTEXTS, INITIALIZED, count, current};
+use crate::device::{Device, all, get};
 use crate::exported::export;
 use crate::settings::number;
 use crate::stream::wait_for;
@@ -56,29 +56,29 @@ export! {
     }
 
     init fn cuDeviceGet(device: *mut i32, ordinal: i32) {
-        get(usize::try_from(ordinal).map_err(|_| INVALID_DEVICE)?)?;
+        named(ordinal, "cuDeviceGet")?;
         put(device, ordinal)
     }
 
     init fn cuDeviceGetName(name: *mut c_char, bytes: i32, device: i32) {
-        get(device as usize)?;
+        named(device, "cuDeviceGetName")?;
         let full = b"Simulated device\0";
         let kept = full.len().min(usize::try_from(bytes).map_err(|_| INVALID_VALUE)?);
         (0..kept).try_for_each(|i| put(name.wrapping_add(i), full[i] as c_char))
     }
 
     init fn cuDeviceGetAttribute(value: *mut i32, attribute: i32, device: i32) {
-        get(device as usize)?;
+        named(device, "cuDeviceGetAttribute")?;
         put(value, attribute_of(attribute, device))
     }
 
     init fn cuDeviceTotalMem_v2(bytes: *mut usize, device: i32) {
-        let megabytes = get(device as usize)?.state().settings.mem_mb;
+        let megabytes = named(device, "cuDeviceTotalMem_v2")?.state().settings.mem_mb;
         put(bytes, (megabytes as usize) << 20)
     }
 
     init fn cuDeviceGetPCIBusId(name: *mut c_char, bytes: i32, device: i32) {
-        get(device as usize)?;
+        named(device, "cuDeviceGetPCIBusId")?;
         let full = format!("0000:{:02X}:00.0\0", device + 1);
         if (bytes as usize) < full.len() {
             return Err(INVALID_VALUE);
@@ -87,21 +87,22 @@ export! {
     }
 
     init fn cuDevicePrimaryCtxRetain(context: *mut u64, device: i32) {
-        put(context, get(device as usize)?.retain()?)
+        put(context, named(device, "cuDevicePrimaryCtxRetain")?.retain()?)
     }
 
     init fn cuDevicePrimaryCtxRelease_v2(device: i32) {
-        get(device as usize)?.release()
+        named(device, "cuDevicePrimaryCtxRelease_v2")?.release()
     }
 
     init fn cuDevicePrimaryCtxGetState(device: i32, flags: *mut u32, active: *mut i32) {
-        let alive = get(device as usize)?.state().retained > 0;
+        let alive = named(device, "cuDevicePrimaryCtxGetState")?.state().retained > 0;
         put(flags, 0)?;
         put(active, i32::from(alive))
     }
 
     init fn cuCtxSetCurrent(context: u64) {
         let ordinal = if context == 0 { None } else { Some(ordinal_of(Kind::Context, context)?) };
+        ordinal.map(|o| named(o as i32, "cuCtxSetCurrent")).transpose()?;
         CONTEXTS.with_borrow_mut(|c| {
             c.pop();
             c.extend(ordinal);
@@ -141,23 +142,31 @@ export! {
     }
 }
 
+/// The device that a call names. Where none is current, the call counts as one of that device.
+fn named(ordinal: i32, name: &'static str) -> Status<&'static Device> {
+    let device = get(usize::try_from(ordinal).map_err(|_| INVALID_DEVICE)?)?;
+    if CONTEXTS.with_borrow(|c| c.is_empty()) {
+        count(device, name)?;
+    }
+    Ok(device)
+}
+
 /// Of the attributes that ashore might ask for, what an H200 says; 0 for all others.
 fn attribute_of(attribute: i32, device: i32) -> i32 {
     match attribute {
-        1 => 1024,                                   // threads of a block
-        2 | 3 => 1024,                               // block, x and y
-        4 => 64,                                     // block, z
-        5 => i32::MAX,                               // grid, x
-        6 | 7 => 65_535,                             // grid, y and z
-        10 => 32,                                    // warp
-        16 => 4,                                     // multiprocessors: a launch to fill the device stays small here
-        19 | 31 | 40 | 41 | 78 | 83 | 89 | 115 => 1, // map host memory, concurrent kernels, engines, addressing, priorities, pools
-        33 => device + 1,                            // PCI bus
-        34 | 50 => 0,                                // PCI device, domain
-        39 => 2048,                                  // threads of a multiprocessor
-        75 => 9,                                     // compute capability
-        76 => 0,
-        91 | 92 | 93 | 94 | 122 | 123 => 1, // host pointers, stream memory operations
+        1..=3 => 1024,                          // threads of a block, in all and by x and y
+        4 => 64,                                // by z
+        5 => i32::MAX,                          // blocks of a grid by x
+        6 | 7 => 65_535,                        // by y and z
+        10 => 32,                               // threads of a warp
+        16 => 4,                                // multiprocessors: what fills the device is small here
+        39 => 2048,                             // threads of one
+        40 => 3,                                // copy engines
+        33 => device + 1,                       // PCI bus
+        75 => 9,                                // compute capability 9.0
+        19 | 31 | 41 | 78 | 83 | 89 | 115 => 1, // mapped host memory, concurrency, one address space, priorities, pools
+        // Pointers of registered memory as they are, and stream memory operations: the second kind; the first is off.
+        91 | 122 | 123 => 1,
         _ => 0,
     }
 }

@@ -3,25 +3,56 @@
 use crate::symbols::cuda;
 use fakecuda::Device;
 use std::ffi::{CString, c_char};
+use std::time::{Duration, Instant};
 
-/// A claimed device with its context current.
+/// Whether the tests run on a real device: then only those of the kernels do.
+pub fn is_real() -> bool {
+    std::env::var("ASHORE_REQUIRE_GPU").is_ok_and(|v| v == "1")
+}
+
+/// A device with its context current: a simulated one for this test alone, or the first real one.
 pub struct Rig {
-    pub device: Device,
+    simulated: Option<Device>,
 }
 
 impl Rig {
     pub fn new() -> Self {
-        let device = Device::claim();
+        let rig = Self { simulated: (!is_real()).then(Device::claim) };
         let mut context = 0_u64;
         assert_eq!(cuda!(cuInit(0 => u32)), 0);
-        assert_eq!(cuda!(cuDevicePrimaryCtxRetain(&mut context => &mut u64, device.ordinal() as i32 => i32)), 0);
+        assert_eq!(cuda!(cuDevicePrimaryCtxRetain(&mut context => &mut u64, rig.ordinal() => i32)), 0);
         assert_eq!(cuda!(cuCtxSetCurrent(context => u64)), 0);
-        Self { device }
+        rig
+    }
+
+    /// The simulated device.
+    pub fn device(&self) -> &Device {
+        self.simulated.as_ref().expect("this test is of the simulated driver")
+    }
+
+    pub fn ordinal(&self) -> i32 {
+        self.simulated.as_ref().map_or(0, |d| d.ordinal() as i32)
+    }
+
+    /// Bytes of the device or of pinned memory.
+    pub fn peek(&self, address: u64, bytes: usize) -> Vec<u8> {
+        let mut out = vec![0; bytes];
+        assert_eq!(cuda!(cuMemcpy(out.as_mut_ptr() => *mut u8, address => u64, bytes => usize)), 0);
+        out
+    }
+
+    pub fn poke(&self, address: u64, bytes: &[u8]) {
+        assert_eq!(cuda!(cuMemcpy(address => u64, bytes.as_ptr() => *const u8, bytes.len() => usize)), 0);
+        settle();
     }
 
     pub fn memory(&self, bytes: usize) -> u64 {
         let mut address = 0;
         assert_eq!(cuda!(cuMemAlloc_v2(&mut address => &mut u64, bytes => usize)), 0);
+        if is_real() {
+            assert_eq!(cuda!(cuMemsetD8_v2(address => u64, 0xCD => u8, bytes => usize)), 0);
+            settle();
+        }
         address
     }
 
@@ -45,6 +76,14 @@ impl Rig {
     }
 }
 
+/// The committed modules, in the program itself: it also runs where the source is not.
+const PTX: [(&str, &str); 4] = [
+    ("digest", include_str!("../../../kernels/digest.ptx")),
+    ("gather", include_str!("../../../kernels/gather.ptx")),
+    ("late_copy", include_str!("../../../kernels/late_copy.ptx")),
+    ("training", include_str!("../../../kernels/training.ptx")),
+];
+
 /// A function of a loaded module, which stays loaded as long as the device's context.
 #[derive(Clone, Copy)]
 pub struct Kernel(u64);
@@ -52,10 +91,10 @@ pub struct Kernel(u64);
 impl Rig {
     /// One of the project's kernels, from its committed PTX.
     pub fn kernel(&self, module: &str, name: &str) -> Kernel {
-        let path = format!("{}/../kernels/{module}.ptx", env!("CARGO_MANIFEST_DIR"));
-        let text = CString::new(std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}"))).unwrap();
+        let ptx = PTX.iter().find(|(name, _)| *name == module).expect("one of the modules").1;
+        let text = CString::new(ptx).unwrap();
         let (mut module, mut function) = (0_u64, 0_u64);
-        assert_eq!(cuda!(cuModuleLoadData(&mut module => &mut u64, text.as_ptr() => *const c_char)), 0, "{path}");
+        assert_eq!(cuda!(cuModuleLoadData(&mut module => &mut u64, text.as_ptr() => *const c_char)), 0, "{name}");
         let name_text = CString::new(name).unwrap();
         let code =
             cuda!(cuModuleGetFunction(&mut function => &mut u64, module => u64, name_text.as_ptr() => *const c_char));
@@ -78,15 +117,18 @@ impl Rig {
         // SAFETY: plain values without padding, read as bytes.
         let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), bytes) };
         let address = self.memory(bytes.len().max(1));
-        self.device.poke(address, bytes);
+        self.poke(address, bytes);
         address
     }
 }
 
 impl Drop for Rig {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
         let _ = cuda!(cuCtxSetCurrent(0 => u64));
-        let _ = cuda!(cuDevicePrimaryCtxRelease_v2(self.device.ordinal() as i32 => i32));
+        let _ = cuda!(cuDevicePrimaryCtxRelease_v2(self.ordinal() => i32));
     }
 }
 
@@ -106,6 +148,19 @@ pub fn wait(stream: u64, event: u64) -> i32 {
     cuda!(cuStreamWaitEvent(stream => u64, event => u64, 0 => u32))
 }
 
+/// Fills, and copies from pageable memory, may still be under way in the legacy stream when the call returns, and other streams
+/// do not wait for it.
+fn settle() {
+    assert_eq!(cuda!(cuCtxSynchronize()), 0);
+}
+
+/// Waits until a stream has done all: its error, or 600 when that takes too long.
 pub fn synchronize(stream: u64) -> i32 {
-    cuda!(cuStreamSynchronize(stream => u64))
+    let begin = Instant::now();
+    loop {
+        match cuda!(cuStreamQuery(stream => u64)) {
+            600 if begin.elapsed() < Duration::from_secs(20) => std::thread::yield_now(),
+            code => return code,
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! Calling a function of the library by its name.
 
+use crate::rig::is_real;
 use std::ffi::{CString, c_void};
 use std::sync::OnceLock;
 
@@ -7,14 +8,19 @@ use std::sync::OnceLock;
 pub fn find(name: &str) -> *mut c_void {
     static LIBRARY: OnceLock<usize> = OnceLock::new();
     let opened = *LIBRARY.get_or_init(|| {
-        let path = CString::new(fakecuda::library().into_os_string().into_encoded_bytes()).unwrap();
+        let path = if is_real() { "libcuda.so.1".into() } else { fakecuda::library() };
+        let path = CString::new(path.into_os_string().into_encoded_bytes()).unwrap();
         // SAFETY: opening it runs nothing but the loader.
         unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) as usize }
     });
-    assert_ne!(opened, 0);
-    let name = CString::new(name).unwrap();
-    // SAFETY: the library stays open.
-    unsafe { libc::dlsym(opened as *mut c_void, name.as_ptr()) }
+    assert_ne!(opened, 0, "there is no driver to open");
+    let symbol = |name: &str| {
+        let name = CString::new(name).unwrap();
+        // SAFETY: the library stays open.
+        unsafe { libc::dlsym(opened as *mut c_void, name.as_ptr()) }
+    };
+    assert!(!is_real() || symbol("fakecuda_live").is_null(), "a real device was asked for");
+    symbol(name)
 }
 
 /// `cuda!(cuFunction(value => type, ...))`: its result code.

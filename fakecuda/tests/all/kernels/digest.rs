@@ -41,7 +41,7 @@ fn digests(
     let count = pieces.len() as u32;
     let argument = Digest { pieces: table, views, tables, out, first: 0, count };
     assert_eq!((rig.launch(kernel, grid.0, grid.1, stream, argument), synchronize(stream)), (0, 0));
-    let bytes = rig.device.peek(out, 8 * pieces.len());
+    let bytes = rig.peek(out, 8 * pieces.len());
     bytes.chunks(8).map(|b| u64::from_le_bytes(b.try_into().unwrap())).collect()
 }
 
@@ -103,7 +103,7 @@ fn one_flipped_bit_is_seen() {
     let before = digests(&rig, ready, &pieces, &[], (1, 256), stream);
     for at in [1, 7, 8, 2500, 4990] {
         memory[at] ^= 16;
-        rig.device.poke(from, &memory);
+        rig.poke(from, &memory);
         assert_ne!(digests(&rig, ready, &pieces, &[], (1, 256), stream), before, "{at}");
         memory[at] ^= 16;
     }

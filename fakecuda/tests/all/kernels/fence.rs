@@ -86,15 +86,15 @@ impl Fence {
         };
         let kernels = ["fence_latch", "late_copy", "fence_publish"].map(|name| rig.kernel("late_copy", name));
         let published = rig.pinned(8).as_ptr() as u64;
-        rig.device.poke(published, &[0xFF; 8]);
+        rig.poke(published, &[0xFF; 8]);
         let watermark = rig.upload(&[0_u64]);
         Self { rig, stream, kernels, fence, watermark, published, slots, table, expected, memory }
     }
 
     /// The kernels in their order, on this grid.
     fn run(&self, watermark: u64, base: u64, save: u64, grid: u32) {
-        let (fence, device) = (self.fence, &self.rig.device);
-        device.poke(self.watermark, &watermark.to_le_bytes());
+        let fence = self.fence;
+        self.rig.poke(self.watermark, &watermark.to_le_bytes());
         let latch = Latch { fence, watermark: self.watermark, base, save, chunks: CHUNKS as u32, unused: 0 };
         assert_eq!(self.rig.launch(self.kernels[0], 1, 1, self.stream, latch), 0);
         assert_eq!(self.rig.launch(self.kernels[1], grid, 64, self.stream, self.table), 0);
@@ -103,12 +103,12 @@ impl Fence {
     }
 
     fn published(&self) -> u64 {
-        u64::from_le_bytes(self.rig.device.peek(self.published, 8).try_into().unwrap())
+        u64::from_le_bytes(self.rig.peek(self.published, 8).try_into().unwrap())
     }
 
     /// Whether the slot of a chunk holds it; None when it was not touched.
     fn copied(&self, chunk: usize) -> Option<bool> {
-        let slot = self.rig.device.peek(self.slots[chunk + self.slots.len() - CHUNKS], CHUNK);
+        let slot = self.rig.peek(self.slots[chunk + self.slots.len() - CHUNKS], CHUNK);
         slot.iter().any(|&b| b != 0xCD).then(|| slot == self.expected[chunk])
     }
 }
@@ -154,7 +154,7 @@ fn a_second_run_for_the_same_save_changes_nothing() {
     fence.run(2, 0, 1, 4);
     assert_eq!((fence.published(), fence.copied(4)), (2, Some(true)));
     // The optimizer has written since, and more chunks have left.
-    fence.rig.device.poke(fence.memory, &[0; CHUNKS * CHUNK]);
+    fence.rig.poke(fence.memory, &[0; CHUNKS * CHUNK]);
     fence.run(4, 0, 1, 4);
     assert_eq!((fence.published(), fence.copied(2), fence.copied(4)), (2, Some(true), Some(true)));
     // The next save latches anew.

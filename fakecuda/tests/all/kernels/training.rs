@@ -33,7 +33,7 @@ struct Busy {
 }
 
 fn floats(rig: &Rig, at: u64, count: usize) -> Vec<f32> {
-    rig.device.peek(at, 4 * count).chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    rig.peek(at, 4 * count).chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn a_step_is_that_of_the_host() {
     assert!([&p, &m, &g].iter().all(|x| x.iter().all(|x| x.abs() <= 0.5) && x[0] != x[1]) && p != m);
     // Second moments are never negative.
     v.iter_mut().for_each(|v| *v = v.abs());
-    rig.device.poke(tensors[2], &v.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>());
+    rig.poke(tensors[2], &v.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>());
     let (rate, unbias, beta_first, beta_second, epsilon, decay) = (1.3e-3, 1.1, 0.9, 0.999, 1e-8, 1e-5);
     let step = Adamw { tensors, count: count as u64, rate, unbias, beta_first, beta_second, epsilon, decay };
     assert_eq!((rig.launch(adamw, 2, 64, stream, step), synchronize(stream)), (0, 0));
@@ -70,5 +70,5 @@ fn being_busy_writes_nothing() {
     let (out, stream) = (rig.memory(4), rig.stream(1));
     let busy = Busy { out, rounds: 100 };
     assert_eq!((rig.launch(rig.kernel("training", "busy"), 2, 64, stream, busy), synchronize(stream)), (0, 0));
-    assert_eq!(rig.device.peek(out, 4), [0xCD; 4]);
+    assert_eq!(rig.peek(out, 4), [0xCD; 4]);
 }

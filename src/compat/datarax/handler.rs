@@ -1,0 +1,311 @@
+//! The handler: where checkpoints are, which are kept, and when a call returns.
+
+use super::state::{Checkpointable, State};
+use crate::catalog::{Catalog, Retention};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::CheckpointExecutor;
+use crate::save::{Save, SaveOptions};
+use crate::settings::Settings;
+use crate::state::encode_value;
+use crate::sync::{Mutex, lock};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The name of a checkpoint without a step.
+const UNVERSIONED: &str = "checkpoint";
+
+/// How many directories stay open for saving; each has an arena and threads of its own.
+const OPEN: usize = 2;
+
+/// What a save may want different.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct SaveArgs {
+    /// The step; None: the one checkpoint without a step.
+    pub step: Option<u64>,
+    /// After a save with a step, how many steps are kept: 1, as in Datarax. None or 0: all.
+    pub keep: Option<usize>,
+    /// Replace what exists. The old checkpoint stays whole until the new one is durable.
+    pub overwrite: bool,
+    /// Encoded.
+    metadata: BTreeMap<String, Value>,
+}
+
+impl Default for SaveArgs {
+    fn default() -> Self {
+        Self { step: None, keep: Some(1), overwrite: false, metadata: BTreeMap::new() }
+    }
+}
+
+impl SaveArgs {
+    /// A save of this step.
+    pub fn step(step: u64) -> Self {
+        Self { step: Some(step), ..Self::default() }
+    }
+
+    /// Sets how many steps are kept; None or 0: all.
+    pub fn keep(mut self, keep: impl Into<Option<usize>>) -> Self {
+        self.keep = keep.into();
+        self
+    }
+
+    /// Replaces what exists.
+    pub fn overwrite(mut self) -> Self {
+        self.overwrite = true;
+        self
+    }
+
+    /// Adds metadata; a later one of the same key replaces it.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the key: what cannot be kept exactly.
+    pub fn metadata(mut self, key: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<Self> {
+        let key = key.into();
+        let encoded = encode_value(value)
+            .map_err(|e| Error::invalid(format!("cannot be kept exactly metadata={key:?}")).with_source(e))?;
+        self.metadata.insert(key, encoded);
+        Ok(self)
+    }
+}
+
+/// The metadata of a checkpoint, read without its tensors.
+#[derive(Clone, Debug)]
+pub struct Metadata(Checkpoint);
+
+impl Metadata {
+    /// What was saved under `key`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is nothing, `Invalid` when it is not a `T`.
+    pub fn get<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
+        self.0.metadata(key)
+    }
+
+    /// Every key, sorted.
+    pub fn keys(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.0.metadata_keys()
+    }
+}
+
+/// Saves and restores whatever is [`Checkpointable`].
+///
+/// ```
+/// use ashore::compat::datarax::{OrbaxCheckpointHandler, PrngKey, SaveArgs, State};
+/// # let directory = tempfile::tempdir().unwrap();
+/// let mut state = State::new();
+/// state.array("weights", vec![0.5_f32; 6], [2, 3])?.key("rng", PrngKey::threefry2x32(42))?.value("name", "v2")?;
+/// let handler = OrbaxCheckpointHandler::new();
+/// let path = handler.save(directory.path(), &state, SaveArgs::step(1000).keep(5).metadata("epoch", &10)?)?;
+/// assert!(path.ends_with("ckpt-1000"));
+/// assert_eq!(handler.restore_metadata(directory.path(), None)?.get::<u32>("epoch")?, 10);
+/// assert_eq!(handler.restore(directory.path(), Some(1000))?, state);
+/// handler.close()?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
+///
+/// Dropping it waits for a save in flight, for the settings' `shutdown_deadline` at most; its error is then only logged.
+#[derive(Debug)]
+pub struct OrbaxCheckpointHandler {
+    settings: Settings,
+    asynchronous: bool,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// The one used last is first.
+    open: Vec<(PathBuf, CheckpointExecutor)>,
+    flying: Option<Flying>,
+}
+
+/// A save that was not waited for; its executor is the first of the open ones.
+#[derive(Debug)]
+struct Flying {
+    save: Save,
+    keep: Option<usize>,
+}
+
+impl Default for OrbaxCheckpointHandler {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl OrbaxCheckpointHandler {
+    /// A handler whose saves return when they are durable. Its arena of 64 MiB per directory is taken at the first save there.
+    pub fn new() -> Self {
+        Self::with_settings(Settings { arena: 64 << 20, ..Settings::default() })
+    }
+
+    /// A handler whose executors have these settings; what is kept is said by each save.
+    pub fn with_settings(settings: Settings) -> Self {
+        Self { settings, asynchronous: false, inner: Mutex::default() }
+    }
+
+    /// The same handler, whose saves return at once. The next call that touches checkpoints waits for the one before, and
+    /// returns its error.
+    #[must_use]
+    pub fn asynchronous(mut self) -> Self {
+        self.asynchronous = true;
+        self
+    }
+
+    /// Saves the state of `target` below `directory`, which is created when it is missing. Returns where.
+    ///
+    /// # Errors
+    /// `Conflict` when the checkpoint exists and is not to be overwritten, or is none of this library; `Invalid` for a state
+    /// that cannot be saved; the error of the last asynchronous save; errors of the storage. What was there before is then
+    /// there still.
+    pub fn save(&self, directory: impl AsRef<Path>, target: &impl Checkpointable, args: SaveArgs) -> Result<PathBuf> {
+        let directory = directory.as_ref();
+        let mut inner = lock(&self.inner);
+        inner.finish()?;
+        let mut state = target.get_state()?.into_dict()?;
+        if args.metadata.contains_key("") {
+            return Err(Error::invalid("metadata needs a key"));
+        }
+        state.metadata = args.metadata;
+        let executor = inner.executor(directory, &self.settings)?;
+        let name = match args.step {
+            None => UNVERSIONED.into(),
+            Some(step) => match executor.checkpoint(step) {
+                Ok(there) if !args.overwrite => {
+                    let exists = Error::new(ErrorKind::Conflict, "the step exists").with_step(step);
+                    return Err(exists.with_path(there.path()));
+                }
+                Ok(there) => there.name().to_owned(),
+                Err(_) => format!("ckpt-{step}"),
+            },
+        };
+        let mut options = SaveOptions::default().name(&*name);
+        options.overwrite = args.overwrite;
+        let save = executor.save_with(args.step.unwrap_or(0), state, options)?;
+        inner.flying = Some(Flying { save, keep: args.keep.filter(|keep| *keep > 0 && args.step.is_some()) });
+        if !self.asynchronous {
+            inner.finish()?;
+        }
+        Ok(directory.join(name))
+    }
+
+    /// The state saved as `step`; if that is None, of the highest step, or without a step if there are none.
+    ///
+    /// # Errors
+    /// `NotFound`: no such directory, or no such checkpoint in it. `Corrupt` when its bytes are not what was saved.
+    pub fn restore(&self, directory: impl AsRef<Path>, step: Option<u64>) -> Result<State> {
+        State::read(&self.find(directory.as_ref(), step)?)
+    }
+
+    /// Restores into `target`, which is left as it was when the checkpoint cannot be read.
+    ///
+    /// # Errors
+    /// As [`OrbaxCheckpointHandler::restore`], and those of `target`.
+    pub fn restore_into(
+        &self,
+        directory: impl AsRef<Path>,
+        step: Option<u64>,
+        target: &mut impl Checkpointable,
+    ) -> Result<()> {
+        target.set_state(self.restore(directory, step)?)
+    }
+
+    /// The metadata alone: no tensor is read.
+    ///
+    /// # Errors
+    /// As [`OrbaxCheckpointHandler::restore`], but for what is wrong with tensors.
+    pub fn restore_metadata(&self, directory: impl AsRef<Path>, step: Option<u64>) -> Result<Metadata> {
+        self.find(directory.as_ref(), step).map(Metadata)
+    }
+
+    fn find(&self, directory: &Path, step: Option<u64>) -> Result<Checkpoint> {
+        self.wait_until_finished()?;
+        let catalog = Catalog::open(directory)?;
+        match step {
+            Some(step) => catalog.checkpoint(step),
+            None => catalog.latest()?.map_or_else(|| Checkpoint::open(directory.join(UNVERSIONED)), Ok),
+        }
+    }
+
+    /// Every step below `directory`, ascending; none when there is no such directory. Directories that hold no checkpoint of
+    /// this library, or a damaged one, are not steps.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn get_checkpoint_steps(&self, directory: impl AsRef<Path>) -> Result<Vec<u64>> {
+        Ok(self.list_checkpoints(directory)?.into_keys().collect())
+    }
+
+    /// The highest step.
+    ///
+    /// # Errors
+    /// As [`OrbaxCheckpointHandler::get_checkpoint_steps`].
+    pub fn latest_step(&self, directory: impl AsRef<Path>) -> Result<Option<u64>> {
+        Ok(self.list_checkpoints(directory)?.into_keys().next_back())
+    }
+
+    /// Every step and where it is.
+    ///
+    /// # Errors
+    /// As [`OrbaxCheckpointHandler::get_checkpoint_steps`].
+    pub fn list_checkpoints(&self, directory: impl AsRef<Path>) -> Result<BTreeMap<u64, PathBuf>> {
+        self.wait_until_finished()?;
+        let entries = match Catalog::open(directory) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeMap::new()),
+            catalog => catalog?.list()?,
+        };
+        // Under several names, the first is the one that is restored.
+        Ok(entries.into_iter().rev().map(|entry| (entry.step, entry.path)).collect())
+    }
+
+    /// Waits until the last save is durable.
+    ///
+    /// # Errors
+    /// Its error, once.
+    pub fn wait_until_finished(&self) -> Result<()> {
+        lock(&self.inner).finish()
+    }
+
+    /// Waits until everything is durable, and gives arenas and threads back.
+    ///
+    /// # Errors
+    /// The error of the last save, if nobody has seen it.
+    pub fn close(self) -> Result<()> {
+        let mut inner = lock(&self.inner);
+        let finished = inner.finish();
+        for (_, executor) in inner.open.drain(..) {
+            executor.shutdown(self.settings.shutdown_deadline)?;
+        }
+        finished
+    }
+}
+
+impl Inner {
+    fn executor(&mut self, directory: &Path, settings: &Settings) -> Result<&CheckpointExecutor> {
+        let executor = match self.open.iter().position(|(open, _)| open == directory) {
+            Some(at) => self.open.remove(at).1,
+            None => {
+                self.open.truncate(OPEN - 1);
+                CheckpointExecutor::builder(directory).settings(settings.clone()).build()?
+            }
+        };
+        self.open.insert(0, (directory.into(), executor));
+        self.open.first().map(|(_, executor)| executor).ok_or_else(|| Error::internal("an executor is gone"))
+    }
+
+    /// Waits for the last save, then deletes what it need not keep.
+    fn finish(&mut self) -> Result<()> {
+        let Some(Flying { save, keep }) = self.flying.take() else { return Ok(()) };
+        // The save has a deadline of its own.
+        save.wait(Duration::MAX)?;
+        if let (Some((directory, executor)), Some(_)) = (self.open.first(), keep)
+            && let Err(error) = executor.catalog().prune(&Retention { keep_last: keep, keep_every: None }, false)
+        {
+            tracing::warn!(?directory, %error, "could not delete old steps");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,21 @@
+//! Datarax's `OrbaxCheckpointHandler`: the state of pipelines and modules, by directory and step.
+//!
+//! | in Datarax | here |
+//! |---|---|
+//! | `save(directory, target, step, keep, overwrite, metadata)` | [`save`](OrbaxCheckpointHandler::save) with [`SaveArgs`]; `ckpt-<step>`, or `checkpoint` without a step |
+//! | `restore(directory, target, step)` | [`restore`](OrbaxCheckpointHandler::restore), [`restore_into`](OrbaxCheckpointHandler::restore_into) |
+//! | `restore(directory, metadata_only=True)` | [`restore_metadata`](OrbaxCheckpointHandler::restore_metadata): no tensor is read |
+//! | `get_state`, `set_state` | [`Checkpointable`], with a [`State`] of arrays, PRNG keys and values |
+//! | `get_checkpoint_steps`, `latest_step`, `list_checkpoints` | the same |
+//! | `with OrbaxCheckpointHandler() as handler` | a handler that is dropped waits; [`close`](OrbaxCheckpointHandler::close) waits and reports |
+//! | `async_checkpointing=True` | [`OrbaxCheckpointHandler::asynchronous`] |
+//!
+//! What differs: a step that was asked for and is missing is `NotFound`, never another checkpoint; a step that exists under
+//! another name (`7` beside `ckpt-7`) exists; an overwrite keeps the old checkpoint whole until the new one is durable, and so
+//! does `keep`; a PRNG key keeps the name of its implementation; strings are strings in the file, too.
+
+mod handler;
+mod state;
+
+pub use handler::{Metadata, OrbaxCheckpointHandler, SaveArgs};
+pub use state::{Array, Checkpointable, PrngKey, State};

@@ -1,0 +1,293 @@
+//! The state of an object: named arrays, PRNG keys, and values of any serde type, strings among them.
+//!
+//! In a checkpoint an array is a tensor and a value is a value. A PRNG key is both under one name: its data a tensor, the name
+//! of its implementation a value. Nothing else is both, so a key comes back as the key that it was.
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
+use crate::restore::Targets;
+use crate::state::{Dtype, Element, HostTensor, StateDict, decode_value, encode_value};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+/// Whatever can give its state and take one back. A [`State`] is one itself.
+pub trait Checkpointable {
+    /// What is to be saved.
+    ///
+    /// # Errors
+    /// Its own; nothing is saved then.
+    fn get_state(&self) -> Result<State>;
+
+    /// Takes back what was saved.
+    ///
+    /// # Errors
+    /// Its own: something is missing, or of another kind than it is now.
+    fn set_state(&mut self, state: State) -> Result<()>;
+}
+
+impl Checkpointable for State {
+    fn get_state(&self) -> Result<State> {
+        Ok(self.clone())
+    }
+
+    fn set_state(&mut self, state: State) -> Result<()> {
+        *self = state;
+        Ok(())
+    }
+}
+
+/// Named arrays, keys and values. Clones share the arrays.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State(BTreeMap<String, Leaf>);
+
+#[derive(Clone, Debug, PartialEq)]
+enum Leaf {
+    Array(Array),
+    Key(PrngKey),
+    /// Encoded.
+    Value(Value),
+}
+
+/// An array in host memory. Clones share it.
+#[derive(Clone)]
+pub struct Array {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    held: Arc<dyn Held>,
+}
+
+/// A PRNG key: words, and the name of the implementation that knows what to do with them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PrngKey {
+    /// The name, such as `threefry2x32`, `rbg` or `unsafe_rbg`.
+    pub implementation: String,
+    /// The shape of the data; that of a batch of keys has more than one dimension.
+    pub shape: Vec<usize>,
+    /// The data, row-major.
+    pub data: Vec<u32>,
+}
+
+impl PrngKey {
+    /// The key that `jax.random.key(seed)` makes: one of `threefry2x32`.
+    pub fn threefry2x32(seed: u64) -> Self {
+        let data = vec![(seed >> 32) as u32, seed as u32];
+        Self { implementation: "threefry2x32".into(), shape: vec![2], data }
+    }
+}
+
+/// Elements of some type.
+trait Held: Send + Sync {
+    fn bytes(&self) -> &[u8];
+    fn tensor(self: Arc<Self>, dtype: Dtype, shape: &[usize], name: &str, to: &mut StateDict<'static>) -> Result<()>;
+}
+
+impl<T: Element> Held for Vec<T> {
+    fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(self)
+    }
+
+    fn tensor(self: Arc<Self>, dtype: Dtype, shape: &[usize], name: &str, to: &mut StateDict<'static>) -> Result<()> {
+        to.tensor(name, HostTensor::with_dtype(self, dtype, shape)).map(drop)
+    }
+}
+
+impl Array {
+    /// An array of `shape`. Its length is checked when it is saved.
+    pub fn new<T: Element>(elements: impl Into<Arc<Vec<T>>>, shape: impl Into<Vec<usize>>) -> Self {
+        Self { dtype: T::DTYPE, shape: shape.into(), held: elements.into() }
+    }
+
+    /// The type of its elements.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Its dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Its bytes, row-major.
+    pub fn bytes(&self) -> &[u8] {
+        self.held.bytes()
+    }
+}
+
+impl PartialEq for Array {
+    fn eq(&self, other: &Self) -> bool {
+        (self.dtype, &self.shape, self.bytes()) == (other.dtype, &other.shape, other.bytes())
+    }
+}
+
+impl fmt::Debug for Array {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Array({} {:?})", self.dtype, self.shape)
+    }
+}
+
+impl State {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds an array, which is not copied.
+    ///
+    /// # Errors
+    /// `Invalid`: the name is taken.
+    pub fn array<T: Element>(
+        &mut self,
+        name: impl Into<String>,
+        elements: impl Into<Arc<Vec<T>>>,
+        shape: impl Into<Vec<usize>>,
+    ) -> Result<&mut Self> {
+        self.put(name.into(), Leaf::Array(Array::new(elements, shape)))
+    }
+
+    /// Adds a PRNG key.
+    ///
+    /// # Errors
+    /// `Invalid`: the name is taken.
+    pub fn key(&mut self, name: impl Into<String>, key: PrngKey) -> Result<&mut Self> {
+        self.put(name.into(), Leaf::Key(key))
+    }
+
+    /// Adds a value: a number, a string, or anything else that serde can write.
+    ///
+    /// # Errors
+    /// `Invalid`: the name is taken, or the value cannot be kept exactly.
+    pub fn value(&mut self, name: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
+        let name = name.into();
+        let encoded = encode_value(value)
+            .map_err(|e| Error::invalid(format!("cannot be kept exactly value={name:?}")).with_source(e))?;
+        self.put(name, Leaf::Value(encoded))
+    }
+
+    fn put(&mut self, name: String, leaf: Leaf) -> Result<&mut Self> {
+        if self.0.contains_key(&name) {
+            return Err(Error::invalid(format!("the name is taken name={name:?}")));
+        }
+        self.0.insert(name, leaf);
+        Ok(self)
+    }
+
+    /// Every name, sorted.
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    /// The array `name`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is nothing of this name, `Invalid` when it is no array.
+    pub fn get_array(&self, name: &str) -> Result<&Array> {
+        match self.leaf(name)? {
+            Leaf::Array(array) => Ok(array),
+            _ => Err(wrong(name, "an array")),
+        }
+    }
+
+    /// The elements of the array `name`.
+    ///
+    /// # Errors
+    /// As [`State::get_array`]; `Invalid` also when its elements are not of type `T`.
+    pub fn get_elements<T: Element>(&self, name: &str) -> Result<Vec<T>> {
+        let array = self.get_array(name)?;
+        if array.dtype != T::DTYPE {
+            let (expected, found) = (T::DTYPE, array.dtype);
+            return Err(Error::invalid(format!(
+                "elements of another type expected={expected} found={found} name={name:?}"
+            )));
+        }
+        Ok(bytemuck::pod_collect_to_vec(array.bytes()))
+    }
+
+    /// The PRNG key `name`.
+    ///
+    /// # Errors
+    /// As [`State::get_array`].
+    pub fn get_key(&self, name: &str) -> Result<&PrngKey> {
+        match self.leaf(name)? {
+            Leaf::Key(key) => Ok(key),
+            _ => Err(wrong(name, "a key")),
+        }
+    }
+
+    /// The value `name`.
+    ///
+    /// # Errors
+    /// As [`State::get_array`]; `Invalid` also when it is not a `T`.
+    pub fn get_value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        match self.leaf(name)? {
+            Leaf::Value(value) => decode_value(value),
+            _ => Err(wrong(name, "a value")),
+        }
+    }
+
+    fn leaf(&self, name: &str) -> Result<&Leaf> {
+        let missing =
+            || Error::new(ErrorKind::NotFound, format!("there is nothing of this name in the state name={name:?}"));
+        self.0.get(name).ok_or_else(missing)
+    }
+
+    /// As the engine saves it.
+    pub(super) fn into_dict(self) -> Result<StateDict<'static>> {
+        let mut state = StateDict::with_capacity(self.0.len());
+        for (name, leaf) in self.0 {
+            match leaf {
+                Leaf::Array(array) => array.held.tensor(array.dtype, &array.shape, &name, &mut state)?,
+                Leaf::Key(key) => {
+                    state.value(&*name, &key.implementation)?;
+                    state.tensor(name, HostTensor::new(key.data, key.shape))?;
+                }
+                Leaf::Value(_) if name.is_empty() => return Err(Error::invalid("a value needs a name")),
+                Leaf::Value(value) => drop(state.values.insert(name, value)),
+            }
+        }
+        Ok(state)
+    }
+
+    /// As it was saved.
+    pub(super) fn read(checkpoint: &Checkpoint) -> Result<Self> {
+        let values = &checkpoint.manifest().values;
+        let mut tensors = Vec::new();
+        for tensor in checkpoint.tensors() {
+            let bytes = usize::try_from(tensor.bytes).ok().and_then(zeroed);
+            let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a tensor tensor={:?}", tensor.name));
+            tensors.push((tensor, bytes.ok_or_else(no_memory)?));
+        }
+        let targets = tensors.iter_mut().fold(Targets::new(), |all, (tensor, to)| all.bytes(tensor.name, to));
+        checkpoint.read_into(targets)?;
+        let mut state = BTreeMap::new();
+        for (tensor, bytes) in tensors {
+            let shape = tensor.shape.to_vec();
+            let leaf = match values.get(tensor.name) {
+                Some(implementation) if tensor.dtype == Dtype::U32 => {
+                    let (implementation, data) = (decode_value(implementation)?, bytemuck::pod_collect_to_vec(&bytes));
+                    Leaf::Key(PrngKey { implementation, shape, data })
+                }
+                _ => Leaf::Array(Array { dtype: tensor.dtype, shape, held: Arc::new(bytes) }),
+            };
+            state.insert(tensor.name.to_owned(), leaf);
+        }
+        for (name, value) in values {
+            state.entry(name.clone()).or_insert_with(|| Leaf::Value(value.clone()));
+        }
+        Ok(Self(state))
+    }
+}
+
+fn wrong(name: &str, what: &str) -> Error {
+    Error::invalid(format!("what the state has under this name is not {what} name={name:?}"))
+}
+
+fn zeroed(len: usize) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(len).ok()?;
+    bytes.resize(len, 0);
+    Some(bytes)
+}

@@ -1,0 +1,372 @@
+//! The catalog of a run: its settings, its rows, and the executor that commits them.
+
+use super::metadata::Metadata;
+use super::session::{self, CheckpointSession, Scope};
+use crate::catalog::Catalog;
+use crate::checkpoint;
+use crate::device::{Device, Host};
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::CheckpointExecutor;
+use crate::settings::Settings;
+use crate::sync::{Mutex, lock};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+/// What a commit does with the rows before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Replaces them: one row is kept.
+    Overwrite,
+    /// Adds to them: the last `history_size` are kept.
+    Append,
+}
+
+impl FromStr for Mode {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "overwrite" => Ok(Self::Overwrite),
+            "append" => Ok(Self::Append),
+            _ => Err(Error::invalid(format!("a mode is overwrite or append mode={text:?}"))),
+        }
+    }
+}
+
+/// Collects what a catalog needs.
+#[derive(Clone, Debug)]
+#[must_use = "nothing happens until `build`"]
+pub struct Builder {
+    name: String,
+    path: Option<PathBuf>,
+    mode: Mode,
+    flush_interval: Option<u64>,
+    history_size: Option<usize>,
+    level: u8,
+    rank: u32,
+    world_size: u32,
+    device: Arc<dyn Device>,
+    settings: Settings,
+}
+
+impl Builder {
+    /// Where it is: `$EARTH2STUDIO_CACHE/checkpoints/<name>` unless set, with `~/.cache/earth2studio` for a variable that is
+    /// not set.
+    pub fn path(mut self, path: impl Into<PathBuf>) -> Self {
+        self.path = Some(path.into());
+        self
+    }
+
+    /// What a commit does with the rows before it: `Overwrite`.
+    pub fn mode(mut self, mode: Mode) -> Self {
+        self.mode = mode;
+        self
+    }
+
+    /// How many writes make a flush: 1. None: only `flush` does.
+    pub fn flush_interval(mut self, writes: impl Into<Option<u64>>) -> Self {
+        self.flush_interval = writes.into();
+        self
+    }
+
+    /// How many rows `Append` keeps; all unless set.
+    pub fn history_size(mut self, rows: impl Into<Option<usize>>) -> Self {
+        self.history_size = rows.into();
+        self
+    }
+
+    /// How much components are to keep, from 0 (the least) to 2: 2. Components read it; it changes nothing here.
+    pub fn level(mut self, level: u8) -> Self {
+        self.level = level;
+        self
+    }
+
+    /// Which rank this process is, and of how many: 0 of 1. With more than one, each has a directory of its own.
+    pub fn rank(mut self, rank: u32, world_size: u32) -> Self {
+        (self.rank, self.world_size) = (rank, world_size);
+        self
+    }
+
+    /// Copies tensors with `device`, not the host's processor.
+    pub fn device(mut self, device: Arc<dyn Device>) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// The settings of the executor that commits, which is built at the first flush: the defaults with an arena of 64 MiB.
+    /// Retention in them is replaced by mode and `history_size`.
+    pub fn settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// The catalog. Touches no files.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the setting: a `flush_interval`, `history_size`, `level`, rank or setting that cannot be, a name that
+    /// is no directory's, or no place for a catalog without a path.
+    pub fn build(mut self) -> Result<Checkpoint> {
+        let refuse = |why: &str, setting: String| Err(Error::invalid(format!("{why} {setting}")));
+        if self.flush_interval == Some(0) {
+            return refuse("an interval is at least 1", "flush_interval=0".into());
+        }
+        if self.history_size == Some(0) {
+            return refuse("a history has at least 1 row", "history_size=0".into());
+        }
+        if self.level > 2 {
+            return refuse("a level is 0, 1 or 2", format!("level={}", self.level));
+        }
+        if self.rank >= self.world_size {
+            return refuse(
+                "a rank is below the size of its world",
+                format!("rank={} of={}", self.rank, self.world_size),
+            );
+        }
+        if matches!(&*self.name, "" | "." | "..") || self.name.contains(['/', '\0']) {
+            return refuse("a catalog is named as a directory can be", format!("name={:?}", self.name));
+        }
+        self.settings.keep_last = if self.mode == Mode::Overwrite { Some(1) } else { self.history_size };
+        self.settings.keep_every = None;
+        self.settings.check()?;
+        let path = match self.path.take() {
+            Some(path) => path,
+            None => cache()?.join("checkpoints").join(&self.name),
+        };
+        Ok(Checkpoint(Arc::new(Shared { path, given: self, line: Mutex::default() })))
+    }
+}
+
+fn cache() -> Result<PathBuf> {
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/earth2studio"));
+    let found = std::env::var_os("EARTH2STUDIO_CACHE").map(PathBuf::from).or_else(home);
+    found.ok_or_else(|| Error::invalid("no place for a catalog: neither EARTH2STUDIO_CACHE nor HOME is set"))
+}
+
+/// The catalog of a named run; see the [module](super). Clones are of the same catalog.
+#[derive(Clone, Debug)]
+pub struct Checkpoint(pub(super) Arc<Shared>);
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    path: PathBuf,
+    given: Builder,
+    line: Mutex<Line>,
+}
+
+/// What commits rows; None before the first.
+#[derive(Debug, Default)]
+struct Line {
+    executor: Option<Arc<CheckpointExecutor>>,
+    /// The number of the next row, unless it must be looked for.
+    next: Option<u64>,
+}
+
+/// A committed row.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct CheckpointEntry {
+    /// Names the commit.
+    pub commit_id: String,
+    /// Which write it was.
+    pub write_count: u64,
+    /// When it was committed.
+    pub saved_at: SystemTime,
+    /// The rank that committed it.
+    pub rank: u32,
+    /// Of how many.
+    pub world_size: u32,
+    /// The types of the states in it, sorted.
+    pub state_ids: Vec<String>,
+    /// Its metadata.
+    pub metadata: Metadata,
+    /// Its place in the order of commits.
+    pub step: u64,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// What a row says of itself: the value `session` of its checkpoint.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub checkpoint: String,
+    pub write_count: u64,
+    pub saved_at: SystemTime,
+    pub mode: Mode,
+    pub rank: u32,
+    pub world_size: u32,
+    pub states: BTreeMap<String, Schema>,
+}
+
+/// What a row says of a state.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Schema {
+    pub hash: String,
+    pub fields: Vec<String>,
+}
+
+/// The name of the value that holds the record.
+pub(super) const RECORD: &str = "session";
+
+impl Checkpoint {
+    /// Begins to describe the catalog `name`.
+    pub fn builder(name: impl Into<String>) -> Builder {
+        Builder {
+            name: name.into(),
+            path: None,
+            mode: Mode::Overwrite,
+            flush_interval: Some(1),
+            history_size: None,
+            level: 2,
+            rank: 0,
+            world_size: 1,
+            device: Arc::new(Host),
+            settings: Settings { arena: 64 << 20, ..Settings::default() },
+        }
+    }
+
+    /// The name.
+    pub fn name(&self) -> &str {
+        &self.0.given.name
+    }
+
+    /// Where this rank's rows are: the path itself if it is alone, `rank_000000` and so on below it if not.
+    pub fn rank_path(&self) -> PathBuf {
+        self.0.rank_path()
+    }
+
+    /// How much components are to keep, from 0 to 2.
+    pub fn level(&self) -> u8 {
+        self.0.given.level
+    }
+
+    /// What copies tensors.
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.0.given.device
+    }
+
+    /// Every row of this rank as it is on disk now, oldest first. What is damaged or not of this kind is none.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn catalog(&self) -> Result<Vec<CheckpointEntry>> {
+        let catalog = match Catalog::open(self.rank_path()) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            catalog => catalog?,
+        };
+        let mut rows = Vec::new();
+        for entry in catalog.list()? {
+            match checkpoint::Checkpoint::open(&entry.path).and_then(|row| CheckpointEntry::of(&row)) {
+                Ok(row) => rows.push(row),
+                Err(error) => tracing::warn!(path = ?entry.path, %error, "not a row of a catalog"),
+            }
+        }
+        // Rows beyond these are about to go.
+        let kept = self.0.given.settings.keep_last.map_or(0, |kept| rows.len().saturating_sub(kept));
+        Ok(rows.split_off(kept))
+    }
+
+    /// A session that restores row `row` of the catalog; -1 is the latest.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such row.
+    pub fn select(&self, row: isize) -> Result<CheckpointSession> {
+        let mut rows = self.catalog()?;
+        let index = if row < 0 { rows.len().checked_sub(row.unsigned_abs()) } else { Some(row.unsigned_abs()) };
+        match index.filter(|index| *index < rows.len()) {
+            Some(index) => CheckpointSession::of(self, Some(rows.swap_remove(index))),
+            None => {
+                let missing = format!("no checkpoint entries match this selection row={row} rows={}", rows.len());
+                Err(Error::new(ErrorKind::NotFound, missing).with_path(self.rank_path()))
+            }
+        }
+    }
+
+    /// A session that restores the latest row, or begins the first.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::catalog`].
+    pub fn session(&self) -> Result<CheckpointSession> {
+        CheckpointSession::of(self, self.catalog()?.pop())
+    }
+
+    /// Enters the session of this catalog that is active on this thread, or a new one as [`Checkpoint::session`] makes it.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::session`].
+    pub fn enter(&self) -> Result<Scope> {
+        let session = self.active().map_or_else(|| self.session(), Ok)?;
+        Ok(session.enter())
+    }
+
+    /// The session that is active on this thread, if it is one of this catalog.
+    pub fn active(&self) -> Option<CheckpointSession> {
+        session::active().filter(|session| session.is_of(self))
+    }
+}
+
+impl Shared {
+    pub fn rank_path(&self) -> PathBuf {
+        match self.given.world_size {
+            1 => self.path.clone(),
+            _ => self.path.join(format!("rank_{:06}", self.given.rank)),
+        }
+    }
+
+    pub fn flush_interval(&self) -> Option<u64> {
+        self.given.flush_interval
+    }
+
+    pub fn record(&self, write_count: u64, saved_at: SystemTime, states: BTreeMap<String, Schema>) -> Record {
+        let Builder { ref name, mode, rank, world_size, .. } = self.given;
+        Record { checkpoint: name.clone(), write_count, saved_at, mode, rank, world_size, states }
+    }
+
+    /// The executor, and the number of the next row, which is taken.
+    pub fn next(&self) -> Result<(Arc<CheckpointExecutor>, u64)> {
+        let mut line = lock(&self.line);
+        let executor = match &line.executor {
+            Some(executor) => executor.clone(),
+            None => {
+                let builder = CheckpointExecutor::builder(self.rank_path()).settings(self.given.settings.clone());
+                line.executor.insert(Arc::new(builder.device(self.given.device.clone()).build()?)).clone()
+            }
+        };
+        let step = match line.next {
+            Some(next) => next,
+            None => {
+                let (rows, problems) = executor.catalog().survey()?;
+                let steps = rows.iter().map(|row| row.step).chain(problems.iter().map(|problem| problem.step));
+                let full = || Error::invalid("there is no number for another row").with_path(self.rank_path());
+                steps.max().unwrap_or(0).checked_add(1).ok_or_else(full)?
+            }
+        };
+        line.next = step.checked_add(1);
+        Ok((executor, step))
+    }
+
+    /// After a commit that failed: the next row's number is looked for again.
+    pub fn look_again(&self) {
+        lock(&self.line).next = None;
+    }
+}
+
+impl CheckpointEntry {
+    fn of(row: &checkpoint::Checkpoint) -> Result<Self> {
+        let record: Record = row.value(RECORD)?;
+        let metadata = Metadata(row.manifest().metadata.clone());
+        Ok(Self::new(&record, metadata, row.step(), &row.attempt().to_string(), row.path()))
+    }
+
+    pub(super) fn new(record: &Record, metadata: Metadata, step: u64, attempt: &str, path: &Path) -> Self {
+        let Record { write_count, saved_at, rank, world_size, .. } = *record;
+        let attempt: String = attempt.chars().filter(|c| *c != '-').take(12).collect();
+        let commit_id = format!("commit_{write_count:08}_{attempt}");
+        let state_ids = record.states.keys().cloned().collect();
+        Self { commit_id, write_count, saved_at, rank, world_size, state_ids, metadata, step, path: path.into() }
+    }
+}

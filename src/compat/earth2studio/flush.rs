@@ -1,0 +1,71 @@
+//! A flush under way.
+
+use super::catalog::CheckpointEntry;
+use super::session::CheckpointSession;
+use crate::error::{Error, ErrorKind, Result};
+use crate::save::Save;
+use crate::ticket::Outcome;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+/// A future of a row, from [`CheckpointSession::flush_async`]. Awaitable from any async runtime, waitable from a thread.
+///
+/// Dropping it detaches: the commit goes on, and its error comes back from the session's next `write` or `flush`.
+#[must_use = "dropping it detaches the flush; keep it to learn when the row is durable"]
+pub struct Flush {
+    pub(super) session: CheckpointSession,
+    pub(super) save: Save,
+    pub(super) row: CheckpointEntry,
+}
+
+impl Flush {
+    /// Blocks the thread until the row is durable.
+    ///
+    /// # Errors
+    /// How the commit failed: the session is then as it was before the call. `Deadline` when it has not ended after
+    /// `patience`: it goes on.
+    pub fn wait(&self, patience: Duration) -> Result<CheckpointEntry> {
+        let result = self.save.wait(patience);
+        if result.is_err() && self.save.try_get().is_none() {
+            return result.map(|_| self.row.clone());
+        }
+        self.settle(result)
+    }
+
+    /// The row that is being committed.
+    pub fn row(&self) -> &CheckpointEntry {
+        &self.row
+    }
+
+    fn settle(&self, result: Result<Outcome>) -> Result<CheckpointEntry> {
+        let result = durable(result);
+        self.session.settle(&self.row, &result);
+        result.map(|()| self.row.clone())
+    }
+}
+
+/// Whether there is a row: a save that was skipped left none.
+pub(super) fn durable(outcome: Result<Outcome>) -> Result<()> {
+    match outcome? {
+        Outcome::Durable(_) => Ok(()),
+        other => Err(Error::new(ErrorKind::Busy, format!("the flush was not begun outcome={other:?}"))),
+    }
+}
+
+impl Future for Flush {
+    type Output = Result<CheckpointEntry>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let result = ready!(Pin::new(&mut self.save).poll(cx));
+        Poll::Ready(self.settle(result))
+    }
+}
+
+impl fmt::Debug for Flush {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Flush({})", self.row.commit_id)
+    }
+}

@@ -1,0 +1,65 @@
+//! earth2studio's `Checkpoint` and `CheckpointSession`: restartable inference runs, as rows of a catalog.
+//!
+//! A [`Checkpoint`] is the catalog of a named run. A [`CheckpointSession`] restores one of its rows, or begins the first: typed
+//! state is [bound](CheckpointSession::bind) to it, restart boundaries are [written](CheckpointSession::write), and every
+//! `flush_interval` writes a new row is committed.
+//!
+//! ```
+//! use ashore::compat::earth2studio::{Checkpoint, Metadata, Tensor, checkpoint_state};
+//!
+//! struct Rollout {
+//!     lead_hours: u32,
+//!     field: Tensor<f32>,
+//! }
+//! checkpoint_state!(Rollout { values: { lead_hours: u32 }, tensors: { field: f32 } });
+//!
+//! # let directory = tempfile::tempdir().unwrap();
+//! let checkpoint = Checkpoint::builder("demo").path(directory.path()).build()?;
+//! for _ in 0..2 {
+//!     let session = checkpoint.enter()?; // the latest row, or a new run
+//!     let new = Rollout { lead_hours: 0, field: Tensor::new(vec![0.0; 6], [2, 3]) };
+//!     let rollout = session.bind(new)?; // restored from the row
+//!     let lead = rollout.update(|state| {
+//!         state.lead_hours += 6;
+//!         state.field.make_mut().fill(state.lead_hours as f32);
+//!         state.lead_hours
+//!     });
+//!     session.write(Metadata::new().set("lead_time", &lead)?)?;
+//! }
+//! let session = checkpoint.select(-1)?;
+//! assert_eq!((session.lead_time::<u32>()?, checkpoint.catalog()?.len()), (Some(12), 1));
+//! # Ok::<(), ashore::Error>(())
+//! ```
+//!
+//! # What it promises
+//!
+//! **Consistency.** A row is a step of the engine in [`Checkpoint::rank_path`], so the catalog *is* the commits: there is no
+//! second file that can be damaged or lag behind, and a damaged commit is passed over. Rows are numbered in the order of their
+//! commits. Ranks commit each on its own. **Completion.** A flush that is `Ok` is durable. **Crash.** The rows are those of
+//! the flushes that were; with [`Mode::Overwrite`] the old row goes after the new one is durable. **Failure.** A flush that
+//! fails puts the session's counters, metadata and unsaved mark back to where they were before the call. When more was written
+//! while it ran, what was written stays, and is still to be flushed. A failure that nobody waited for comes back from the next
+//! `write` or `flush`. **Retention.** `Overwrite` keeps one row, `Append` the last `history_size`.
+//!
+//! | error in earth2studio | here |
+//! |---|---|
+//! | `ValueError` | `Invalid` |
+//! | `IndexError`, `KeyError` | `NotFound` |
+//! | `CheckpointStateCollision`, `CheckpointStateSchemaError`, `CheckpointSerializationError` | `Invalid`, with the error of that name as its source |
+
+mod catalog;
+mod errors;
+mod flush;
+mod metadata;
+mod session;
+mod state;
+
+pub use catalog::{Builder, Checkpoint, CheckpointEntry, Mode};
+pub use errors::{CheckpointSerializationError, CheckpointStateCollision, CheckpointStateSchemaError};
+pub use flush::Flush;
+pub use metadata::Metadata;
+pub use session::{CheckpointSession, Scope, active};
+pub use state::{Bound, CheckpointState, Field, Fields, Saved, Tensor};
+
+#[doc(inline)]
+pub use crate::__checkpoint_state as checkpoint_state;

@@ -1,0 +1,343 @@
+//! A session: a row that is restored, or the first that is to be; what is bound to it, and what was written since.
+
+use super::catalog::{Checkpoint, CheckpointEntry, RECORD, Record, Schema};
+use super::errors::{CheckpointStateCollision, CheckpointStateSchemaError};
+use super::flush::{Flush, durable};
+use super::metadata::Metadata;
+use super::state::{Bound, CheckpointState, Erased, Saved, schema_hash, spelled};
+use crate::checkpoint;
+use crate::device::Device;
+use crate::error::Result;
+use crate::id::step_name;
+use crate::save::{Save, SaveOptions};
+use crate::state::{StateDict, encode_value};
+use crate::sync::{Mutex, lock};
+use serde::de::DeserializeOwned;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+/// A row of a catalog, or a run that has none yet. Clones are of the same session.
+#[derive(Clone)]
+pub struct CheckpointSession(Arc<Inner>);
+
+struct Inner {
+    catalog: Checkpoint,
+    work: Mutex<Work>,
+}
+
+struct Work {
+    entry: Option<CheckpointEntry>,
+    /// The row that was selected, held open: states are restored from it whatever is committed later.
+    selected: Option<(checkpoint::Checkpoint, Record)>,
+    counters: Counters,
+    bound: Vec<Arc<dyn Erased>>,
+    flying: Option<Flying>,
+}
+
+/// What a flush that fails puts back.
+#[derive(Clone)]
+struct Counters {
+    write_count: u64,
+    metadata: BTreeMap<String, serde_json::Value>,
+    dirty: bool,
+}
+
+/// A flush whose end the session has not seen.
+struct Flying {
+    save: Save,
+    row: CheckpointEntry,
+    before: Counters,
+    /// The count when it began: whether more was written since.
+    write_count: u64,
+}
+
+thread_local! {
+    static ACTIVE: RefCell<Vec<CheckpointSession>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The session that was entered last on this thread and not left.
+pub fn active() -> Option<CheckpointSession> {
+    ACTIVE.with_borrow(|sessions| sessions.last().cloned())
+}
+
+/// A session that is active on this thread until this is dropped. Leaving does not flush.
+pub struct Scope {
+    session: CheckpointSession,
+    /// It belongs to its thread.
+    here: PhantomData<*const ()>,
+}
+
+impl Deref for Scope {
+    type Target = CheckpointSession;
+
+    fn deref(&self) -> &CheckpointSession {
+        &self.session
+    }
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        ACTIVE.with_borrow_mut(|sessions| {
+            // The one entered last that is this session: scopes may be dropped in any order.
+            if let Some(at) = sessions.iter().rposition(|session| Arc::ptr_eq(&session.0, &self.session.0)) {
+                sessions.remove(at);
+            }
+        });
+    }
+}
+
+impl fmt::Debug for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Scope({:?})", self.session)
+    }
+}
+
+impl CheckpointSession {
+    pub(super) fn of(catalog: &Checkpoint, entry: Option<CheckpointEntry>) -> Result<Self> {
+        let selected = match &entry {
+            Some(entry) => {
+                let row = checkpoint::Checkpoint::open(&entry.path)?;
+                let record = row.value(RECORD)?;
+                Some((row, record))
+            }
+            None => None,
+        };
+        let write_count = entry.as_ref().map_or(0, |entry| entry.write_count);
+        let metadata = entry.as_ref().map_or_else(BTreeMap::new, |entry| entry.metadata.0.clone());
+        let counters = Counters { write_count, metadata, dirty: false };
+        let work = Work { entry, selected, counters, bound: Vec::new(), flying: None };
+        Ok(Self(Arc::new(Inner { catalog: catalog.clone(), work: Mutex::new(work) })))
+    }
+
+    pub(super) fn is_of(&self, catalog: &Checkpoint) -> bool {
+        Arc::ptr_eq(&self.0.catalog.0, &catalog.0)
+    }
+
+    /// Makes it the active session of this thread.
+    pub fn enter(&self) -> Scope {
+        ACTIVE.with_borrow_mut(|sessions| sessions.push(self.clone()));
+        Scope { session: self.clone(), here: PhantomData }
+    }
+
+    /// Whether it is the active session of this thread.
+    pub fn is_active(&self) -> bool {
+        ACTIVE.with_borrow(|sessions| sessions.last().is_some_and(|last| Arc::ptr_eq(&last.0, &self.0)))
+    }
+
+    /// Whether there is a row: the one that was selected, or the last that this session committed.
+    pub fn exists(&self) -> bool {
+        lock(&self.0.work).entry.is_some()
+    }
+
+    /// The commit of that row.
+    pub fn commit_id(&self) -> Option<String> {
+        lock(&self.0.work).entry.as_ref().map(|entry| entry.commit_id.clone())
+    }
+
+    /// The metadata of that row; none when there is no row.
+    pub fn metadata(&self) -> Metadata {
+        lock(&self.0.work).entry.as_ref().map_or_else(Metadata::new, |entry| entry.metadata.clone())
+    }
+
+    /// One value of [`CheckpointSession::metadata`].
+    ///
+    /// # Errors
+    /// `NotFound` when there is none of this name, `Invalid` when it is not a `T`.
+    pub fn metadata_value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        self.metadata().get(name)
+    }
+
+    /// Another name of [`CheckpointSession::metadata`].
+    pub fn artifacts(&self) -> Metadata {
+        self.metadata()
+    }
+
+    /// Another name of [`CheckpointSession::metadata_value`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn artifact<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        self.metadata_value(name)
+    }
+
+    /// The metadata `lead_time` of that row, if it has one.
+    ///
+    /// # Errors
+    /// `Invalid` when it is not a `T`.
+    pub fn lead_time<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        let metadata = self.metadata();
+        if metadata.0.contains_key("lead_time") { metadata.get("lead_time").map(Some) } else { Ok(None) }
+    }
+
+    /// What copies tensors of the states that are bound.
+    pub fn device(&self) -> Arc<dyn Device> {
+        self.0.catalog.device().clone()
+    }
+
+    /// How many writes there were, those of the row that was selected included.
+    pub fn write_count(&self) -> u64 {
+        lock(&self.0.work).counters.write_count
+    }
+
+    /// Binds a state: restores it from the row that was selected, if that has one of its type, and commits it with every flush
+    /// from now on. Binding the same one again changes nothing.
+    ///
+    /// # Errors
+    /// `Invalid` from a [`CheckpointStateCollision`] when another state of this type is bound, and from a
+    /// [`CheckpointStateSchemaError`] when its fields are not those that were saved; those of [`Saved`]. The state is then as
+    /// it was, and not bound.
+    pub fn bind<T: CheckpointState>(&self, state: impl Into<Bound<T>>) -> Result<Bound<T>> {
+        let (mut state, mut work) = (state.into(), lock(&self.0.work));
+        let state_id = || T::ID.to_owned();
+        if let Some(bound) = work.bound.iter().find(|bound| bound.id() == T::ID) {
+            return match bound.address() == state.address() {
+                true => Ok(state.with_loaded(bound.loaded())),
+                false => Err(CheckpointStateCollision { state_id: state_id() }.into()),
+            };
+        }
+        state = state.with_loaded(false);
+        if let Some((row, record)) = &work.selected
+            && let Some(schema) = record.states.get(T::ID)
+        {
+            let current = spelled(T::FIELDS);
+            if schema.hash != schema_hash(T::FIELDS) || schema.fields != current {
+                let saved = schema.fields.clone();
+                return Err(CheckpointStateSchemaError { state_id: state_id(), saved, current }.into());
+            }
+            state = state.restored(&Saved { id: T::ID, checkpoint: row })?;
+        }
+        work.bound.push(state.erased());
+        Ok(state)
+    }
+
+    /// Records a boundary from which a run can restart, and flushes when it is the turn of one.
+    ///
+    /// # Errors
+    /// Those of a flush, or of an earlier one that nobody waited for.
+    pub fn write(&self, metadata: Metadata) -> Result<Option<CheckpointEntry>> {
+        self.write_async(metadata)?.map(|flush| flush.wait(Duration::MAX)).transpose()
+    }
+
+    /// [`write`](Self::write), which returns while a flush is under way.
+    ///
+    /// # Errors
+    /// As there; what happens later comes out of the future.
+    pub fn write_async(&self, metadata: Metadata) -> Result<Option<Flush>> {
+        let mut work = lock(&self.0.work);
+        work.land().inspect_err(|_| self.0.catalog.0.look_again())?;
+        let before = work.counters.clone();
+        work.counters.write_count += 1;
+        work.counters.metadata.extend(metadata.0);
+        work.counters.dirty = true;
+        match self.0.catalog.0.flush_interval() {
+            Some(interval) if work.counters.write_count.is_multiple_of(interval) => {
+                self.commit(&mut work, before).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Commits what was written since the last flush, with more metadata, as a new row; None when there is neither.
+    ///
+    /// # Errors
+    /// `Busy` when a bound state is being changed; what its fields refuse; errors of the storage; the error of an earlier
+    /// flush that nobody waited for. The session is then as it was before the call, and so is the catalog.
+    pub fn flush(&self, metadata: Metadata) -> Result<Option<CheckpointEntry>> {
+        self.flush_async(metadata)?.map(|flush| flush.wait(Duration::MAX)).transpose()
+    }
+
+    /// [`flush`](Self::flush), which returns while it is under way. Bound states may be changed at once.
+    ///
+    /// # Errors
+    /// As there; what happens later comes out of the future.
+    pub fn flush_async(&self, metadata: Metadata) -> Result<Option<Flush>> {
+        let mut work = lock(&self.0.work);
+        work.land().inspect_err(|_| self.0.catalog.0.look_again())?;
+        if !work.counters.dirty && metadata.is_empty() {
+            return Ok(None);
+        }
+        let before = work.counters.clone();
+        work.counters.metadata.extend(metadata.0);
+        self.commit(&mut work, before).map(Some)
+    }
+
+    fn commit(&self, work: &mut Work, before: Counters) -> Result<Flush> {
+        let begun = self.begin(work);
+        let (save, row) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                work.counters = before;
+                self.0.catalog.0.look_again();
+                return Err(error);
+            }
+        };
+        let write_count = work.counters.write_count;
+        work.counters.dirty = false;
+        work.flying = Some(Flying { save: save.clone(), row: row.clone(), before, write_count });
+        Ok(Flush { session: self.clone(), save, row })
+    }
+
+    fn begin(&self, work: &Work) -> Result<(Save, CheckpointEntry)> {
+        let given = &self.0.catalog.0;
+        let mut state = StateDict::new();
+        let mut states = BTreeMap::new();
+        for bound in &work.bound {
+            bound.save(&mut state)?;
+            let schema = Schema { hash: schema_hash(bound.fields()), fields: spelled(bound.fields()) };
+            states.insert(bound.id().to_owned(), schema);
+        }
+        let record = given.record(work.counters.write_count, SystemTime::now(), states);
+        state.values.insert(RECORD.into(), encode_value(&record)?);
+        state.metadata = work.counters.metadata.clone();
+        let (executor, step) = given.next()?;
+        let save = executor.save_with(step, state, SaveOptions::default())?;
+        let path = self.0.catalog.rank_path().join(step_name(step));
+        let metadata = Metadata(work.counters.metadata.clone());
+        let row = CheckpointEntry::new(&record, metadata, step, &save.attempt().to_string(), &path);
+        Ok((save, row))
+    }
+
+    /// How a flush ended. Only the first to know tells the session.
+    pub(super) fn settle(&self, row: &CheckpointEntry, result: &Result<()>) {
+        let mut work = lock(&self.0.work);
+        if work.flying.as_ref().is_some_and(|flying| flying.row.commit_id == row.commit_id)
+            && let Some(flying) = work.flying.take()
+            && !work.landed(flying, result.is_ok())
+        {
+            self.0.catalog.0.look_again();
+        }
+    }
+}
+
+impl Work {
+    /// Waits for a flush that nobody waited for.
+    fn land(&mut self) -> Result<()> {
+        let Some(flying) = self.flying.take() else { return Ok(()) };
+        // The save has a deadline of its own.
+        let result = durable(flying.save.wait(Duration::MAX));
+        self.landed(flying, result.is_ok());
+        result
+    }
+
+    fn landed(&mut self, flying: Flying, durable: bool) -> bool {
+        if durable {
+            self.entry = Some(flying.row);
+        } else if self.counters.write_count == flying.write_count {
+            self.counters = flying.before;
+        } else {
+            self.counters.dirty = true;
+        }
+        durable
+    }
+}
+
+impl fmt::Debug for CheckpointSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CheckpointSession({:?} of {:?})", self.commit_id(), self.0.catalog.name())
+    }
+}

@@ -1,0 +1,264 @@
+//! Typed state: what a session restores into, and takes from when it commits.
+//!
+//! In a checkpoint the field `f` of the type `a::B` is the value or the tensor `a::B.f`.
+
+use super::errors::CheckpointSerializationError;
+use crate::checkpoint::Checkpoint;
+use crate::digest::Digest;
+use crate::error::{Error, ErrorKind, Result};
+use crate::state::{Element, HostTensor, StateDict, encode_value};
+use crate::sync::{Mutex, lock};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::ops::Deref;
+use std::sync::Arc;
+
+/// A field of a state: its name, and its type as the source code has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Field {
+    /// The name.
+    pub name: &'static str,
+    /// The type.
+    pub of: &'static str,
+}
+
+/// A type that can be bound to a session. [`checkpoint_state!`](super::checkpoint_state) implements it for a struct.
+pub trait CheckpointState: Send + 'static {
+    /// Names the type; the same in every build that is to restore it.
+    const ID: &'static str;
+
+    /// The fields that are saved. A row restores only into a type with the same ones.
+    const FIELDS: &'static [Field];
+
+    /// Puts every field into `fields`.
+    ///
+    /// # Errors
+    /// Those of [`Fields`].
+    fn save(&self, fields: &mut Fields<'_>) -> Result<()>;
+
+    /// Takes every field from `saved`; changes nothing unless all of them are there.
+    ///
+    /// # Errors
+    /// Those of [`Saved`].
+    fn load(&mut self, saved: &Saved<'_>) -> Result<()>;
+}
+
+/// Implements [`CheckpointState`] for a struct by naming its fields and their types: those that are values, which serde writes,
+/// and those that are [`Tensor`]s, by their element.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __checkpoint_state {
+    ($type:ident { values: { $($value:ident: $of:ty),* $(,)? }, tensors: { $($tensor:ident: $element:ty),* $(,)? } $(,)? }) => {
+        impl $crate::compat::earth2studio::CheckpointState for $type {
+            const ID: &'static str = concat!(module_path!(), "::", stringify!($type));
+            const FIELDS: &'static [$crate::compat::earth2studio::Field] = &[
+                $($crate::compat::earth2studio::Field { name: stringify!($value), of: stringify!($of) },)*
+                $($crate::compat::earth2studio::Field { name: stringify!($tensor), of: concat!("[", stringify!($element), "]") },)*
+            ];
+
+            fn save(&self, fields: &mut $crate::compat::earth2studio::Fields<'_>) -> $crate::Result<()> {
+                let Self { $($value,)* $($tensor,)* } = self; // every field is named
+                $(fields.value::<$of>(stringify!($value), $value)?;)*
+                $(fields.tensor::<$element>(stringify!($tensor), $tensor)?;)*
+                Ok(())
+            }
+
+            fn load(&mut self, saved: &$crate::compat::earth2studio::Saved<'_>) -> $crate::Result<()> {
+                *self = Self {
+                    $($value: saved.value::<$of>(stringify!($value))?,)*
+                    $($tensor: saved.tensor::<$element>(stringify!($tensor))?,)*
+                };
+                Ok(())
+            }
+        }
+    };
+}
+
+/// The digest of the names and types of a type's fields.
+pub(super) fn schema_hash(fields: &[Field]) -> String {
+    Digest::of(spelled(fields).join("\n").as_bytes()).to_string()
+}
+
+pub(super) fn spelled(fields: &[Field]) -> Vec<String> {
+    fields.iter().map(|field| format!("{}: {}", field.name, field.of)).collect()
+}
+
+/// A tensor in host memory. A commit shares it and does not copy it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor<T> {
+    elements: Arc<Vec<T>>,
+    shape: Vec<usize>,
+}
+
+impl<T: Element> Tensor<T> {
+    /// A tensor of `shape`. Its length is checked when it is saved.
+    pub fn new(elements: impl Into<Arc<Vec<T>>>, shape: impl Into<Vec<usize>>) -> Self {
+        Self { elements: elements.into(), shape: shape.into() }
+    }
+
+    /// Its dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The elements, to be written. They are copied first while a commit still reads them.
+    pub fn make_mut(&mut self) -> &mut [T] {
+        Arc::make_mut(&mut self.elements).as_mut_slice()
+    }
+}
+
+impl<T> Deref for Tensor<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.elements
+    }
+}
+
+/// Where a state puts its fields.
+#[derive(Debug)]
+pub struct Fields<'a> {
+    pub(super) id: &'a str,
+    pub(super) state: &'a mut StateDict<'static>,
+}
+
+impl Fields<'_> {
+    /// Puts a value.
+    ///
+    /// # Errors
+    /// `Invalid` from a [`CheckpointSerializationError`]: it cannot be kept exactly.
+    pub fn value<T: Serialize>(&mut self, name: &str, value: &T) -> Result<()> {
+        let name = key(self.id, name);
+        let refuse = |e: Error| CheckpointSerializationError { name: name.clone(), why: e.to_string() };
+        let encoded = encode_value(value).map_err(refuse)?;
+        self.state.values.insert(name, encoded);
+        Ok(())
+    }
+
+    /// Puts a tensor.
+    ///
+    /// # Errors
+    /// `Invalid` from a [`CheckpointSerializationError`]: its length is not that of its shape.
+    pub fn tensor<T: Element>(&mut self, name: &str, tensor: &Tensor<T>) -> Result<()> {
+        let name = key(self.id, name);
+        let source = HostTensor::new(tensor.elements.clone(), &tensor.shape);
+        let put = self.state.tensor(&*name, source).map(drop);
+        put.map_err(|e| CheckpointSerializationError { name, why: e.to_string() }.into())
+    }
+}
+
+/// Where a state finds what was saved of it.
+#[derive(Debug)]
+pub struct Saved<'a> {
+    pub(super) id: &'a str,
+    pub(super) checkpoint: &'a Checkpoint,
+}
+
+impl Saved<'_> {
+    /// A value.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none, `Invalid` when it is not a `T`.
+    pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        self.checkpoint.value(&key(self.id, name))
+    }
+
+    /// A tensor.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none, `Invalid` when its elements are no `T`, `Corrupt` when they are not what was saved.
+    pub fn tensor<T: Element>(&self, name: &str) -> Result<Tensor<T>> {
+        let name = key(self.id, name);
+        Ok(Tensor::new(self.checkpoint.read_as(&name)?, self.checkpoint.tensor(&name)?.shape))
+    }
+}
+
+/// What a field is called in a checkpoint.
+fn key(id: &str, field: &str) -> String {
+    format!("{id}.{field}")
+}
+
+/// A state that is bound to a session. Clones are of the same state; it outlives the session and may be bound to the next.
+#[derive(Debug)]
+pub struct Bound<T> {
+    state: Arc<Mutex<T>>,
+    loaded: bool,
+}
+
+impl<T> Clone for Bound<T> {
+    fn clone(&self) -> Self {
+        Self { state: self.state.clone(), loaded: self.loaded }
+    }
+}
+
+impl<T: CheckpointState> From<T> for Bound<T> {
+    fn from(state: T) -> Self {
+        Self { state: Arc::new(Mutex::new(state)), loaded: false }
+    }
+}
+
+impl<T: CheckpointState> Bound<T> {
+    /// Looks at the state, or changes it. A session that commits meanwhile, on this thread too, is told that it is `Busy`.
+    pub fn update<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
+        change(&mut lock(&self.state))
+    }
+
+    /// Whether it was restored from the row that was selected.
+    pub fn is_loaded(&self) -> bool {
+        self.loaded
+    }
+
+    pub(super) fn with_loaded(self, loaded: bool) -> Self {
+        Self { loaded, ..self }
+    }
+
+    pub(super) fn restored(self, saved: &Saved<'_>) -> Result<Self> {
+        lock(&self.state).load(saved)?;
+        Ok(Self { loaded: true, ..self })
+    }
+
+    pub(super) fn erased(&self) -> Arc<dyn Erased> {
+        Arc::new(self.clone())
+    }
+
+    pub(super) fn address(&self) -> usize {
+        Arc::as_ptr(&self.state).addr()
+    }
+}
+
+/// A bound state of any type.
+pub(super) trait Erased: Send + Sync {
+    fn id(&self) -> &'static str;
+    fn fields(&self) -> &'static [Field];
+    fn address(&self) -> usize;
+    fn loaded(&self) -> bool;
+    fn save(&self, to: &mut StateDict<'static>) -> Result<()>;
+}
+
+impl<T: CheckpointState> Erased for Bound<T> {
+    fn id(&self) -> &'static str {
+        T::ID
+    }
+
+    fn fields(&self) -> &'static [Field] {
+        T::FIELDS
+    }
+
+    fn address(&self) -> usize {
+        Bound::address(self)
+    }
+
+    fn loaded(&self) -> bool {
+        self.loaded
+    }
+
+    fn save(&self, to: &mut StateDict<'static>) -> Result<()> {
+        let busy = |_| Error::new(ErrorKind::Busy, format!("a state is being changed state={}", T::ID));
+        let state = match self.state.try_lock() {
+            // What a panicking change left is what there is.
+            Err(std::sync::TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            guard => guard.map_err(busy)?,
+        };
+        state.save(&mut Fields { id: T::ID, state: to })
+    }
+}

@@ -1,0 +1,173 @@
+//! Runs in a directory: each is a root of the engine, each state and each active set a checkpoint.
+//!
+//! ```text
+//! <root>/<run id>/step-00000007/           a state: one value, `state`
+//! <root>/<run id>/active/step-00000008/    an active set: one value, `active`
+//! ```
+
+use super::records::{Kind, Records, checkpointer};
+use super::worker::Worker;
+use crate::catalog::{Catalog, Retention};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::CheckpointExecutor;
+use crate::save::SaveOptions;
+use crate::settings::Settings;
+use crate::state::StateDict;
+use crate::storage::Storage;
+use crate::storage::local::Local;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// How many executors stay open. Each has threads of its own; one for states and one for active sets are in use per run.
+const OPEN: usize = 8;
+
+/// Keeps runs in a directory. Every record is a checkpoint of the engine, with all of its promises; `ashore ls`, `inspect` and
+/// `verify` show them. A save costs a few fsyncs. Calls are carried out by one thread, in order.
+///
+/// A step whose files are damaged is not listed and never loaded as the newest; asked for by its number it is `Corrupt`.
+#[derive(Debug)]
+pub struct Directory(Worker);
+
+impl Directory {
+    /// Runs below `root`, which is created when it is missing.
+    ///
+    /// # Errors
+    /// Errors of the storage, when there can be no such directory.
+    pub fn open(root: impl AsRef<Path>) -> Result<Self> {
+        // States are values, which do not go through the arena.
+        let settings = Settings { arena: 64 << 10, chunk: 32 << 10, writers: 1, ..Settings::default() };
+        Self::open_with(root, settings)
+    }
+
+    /// The same, saved with these settings. Retention in them would act on states and active sets apart.
+    ///
+    /// # Errors
+    /// As [`Directory::open`]; `Invalid`, naming the setting that does not work.
+    pub fn open_with(root: impl AsRef<Path>, settings: Settings) -> Result<Self> {
+        settings.check()?;
+        Local::open(&root)?;
+        let runs = Runs { root: root.as_ref().into(), settings, open: Vec::new() };
+        Ok(Self(Worker::start(runs)?))
+    }
+}
+
+checkpointer!(Directory);
+
+struct Runs {
+    root: PathBuf,
+    settings: Settings,
+    /// The one used last is last.
+    open: Vec<((Uuid, Kind), CheckpointExecutor)>,
+}
+
+impl Runs {
+    fn path(&self, run: Uuid, kind: Kind) -> PathBuf {
+        let run = self.root.join(run.to_string());
+        if kind == Kind::State { run } else { run.join("active") }
+    }
+
+    fn executor(&mut self, run: Uuid, kind: Kind) -> Result<&CheckpointExecutor> {
+        let key = (run, kind);
+        let executor = match self.open.iter().position(|(open, _)| *open == key) {
+            Some(at) => self.open.remove(at).1,
+            None => {
+                self.open.truncate(OPEN - 1);
+                CheckpointExecutor::builder(self.path(run, kind)).settings(self.settings.clone()).build()?
+            }
+        };
+        self.open.insert(0, (key, executor));
+        self.open.first().map(|(_, executor)| executor).ok_or_else(|| Error::internal("an executor is gone"))
+    }
+
+    /// None when nothing was ever saved there. Reading creates nothing.
+    fn catalog(&self, run: Uuid, kind: Kind) -> Result<Option<Catalog>> {
+        found(Catalog::open(self.path(run, kind)))
+    }
+
+    /// Removes the steps below `oldest`, or all of them.
+    fn remove(&self, run: Uuid, kind: Kind, oldest: Option<u64>) -> Result<()> {
+        let Some(catalog) = self.catalog(run, kind)? else { return Ok(()) };
+        let storage = Local::at(self.path(run, kind))?;
+        for entry in catalog.list()? {
+            if oldest.is_none_or(|oldest| entry.step < oldest) {
+                storage.remove(&entry.name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::State => "state",
+        Kind::Active => "active",
+    }
+}
+
+fn found<T>(result: Result<T>) -> Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        result => result.map(Some),
+    }
+}
+
+impl Records for Runs {
+    fn put(&mut self, run: Uuid, kind: Kind, step: u64, value: Value) -> Result<()> {
+        let mut state = StateDict::new();
+        state.values.insert(name(kind).into(), value);
+        let save = self.executor(run, kind)?.save_with(step, state, SaveOptions::default().overwrite())?;
+        // The save has a deadline of its own.
+        save.wait(Duration::MAX).map(drop)
+    }
+
+    fn get(&mut self, run: Uuid, kind: Kind, step: Option<u64>) -> Result<Option<Value>> {
+        let Some(catalog) = self.catalog(run, kind)? else { return Ok(None) };
+        let checkpoint = match step {
+            Some(step) => found(catalog.checkpoint(step))?,
+            None => catalog.latest()?,
+        };
+        checkpoint.map(|checkpoint| encoded(&checkpoint, name(kind))).transpose()
+    }
+
+    fn list(&mut self, run: Uuid) -> Result<Vec<u64>> {
+        let Some(catalog) = self.catalog(run, Kind::State)? else { return Ok(Vec::new()) };
+        let mut steps: Vec<_> = catalog.list()?.into_iter().map(|entry| entry.step).collect();
+        steps.dedup();
+        Ok(steps)
+    }
+
+    fn prune(&mut self, run: Uuid, keep_last: usize) -> Result<()> {
+        // The next save opens them again, and knows nothing of what was removed here.
+        self.open.retain(|((open, _), _)| *open != run);
+        if keep_last == 0 {
+            // The active sets first: after a crash between, the run begins at its start node.
+            self.remove(run, Kind::Active, None)?;
+            self.remove(run, Kind::State, None)?;
+            for kind in [Kind::Active, Kind::State] {
+                let path = self.path(run, kind);
+                // A hint, and a directory that is empty unless somebody else put something there.
+                let _ = (fs::remove_file(path.join("latest")), fs::remove_dir(path));
+            }
+            return Ok(());
+        }
+        let Some(catalog) = self.catalog(run, Kind::State)? else { return Ok(()) };
+        let pruned = catalog.prune(&Retention { keep_last: Some(keep_last), keep_every: None }, false)?;
+        match pruned.kept.first() {
+            Some(oldest) if pruned.kept.len() >= keep_last => self.remove(run, Kind::Active, Some(oldest.step)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A value as it was encoded.
+fn encoded(checkpoint: &Checkpoint, name: &str) -> Result<Value> {
+    let value = checkpoint.manifest().values.get(name).cloned();
+    value.ok_or_else(|| {
+        let foreign = Error::invalid(format!("a checkpoint of something else value={name:?}"));
+        foreign.with_step(checkpoint.step()).with_path(checkpoint.path())
+    })
+}

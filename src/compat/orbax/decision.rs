@@ -1,0 +1,98 @@
+//! Save decision policies: whether this step is saved.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+/// What a policy knows.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct DecisionContext {
+    /// The newest step that is there or being saved.
+    pub latest_step: Option<u64>,
+    /// When the last save of this manager began.
+    pub last_save: Option<Instant>,
+    /// A save is under way.
+    pub is_saving: bool,
+    /// The machine will be taken away: [`CheckpointManager::reached_preemption`](super::CheckpointManager::reached_preemption).
+    pub reached_preemption: bool,
+}
+
+/// Whether a step is saved. Any `Fn(u64, &DecisionContext) -> bool` is one: Orbax's `should_save_fn`.
+pub trait SaveDecisionPolicy: Send + Sync {
+    /// True when `step` is to be saved.
+    fn should_save(&self, step: u64, context: &DecisionContext) -> bool;
+}
+
+impl<F: Fn(u64, &DecisionContext) -> bool + Send + Sync> SaveDecisionPolicy for F {
+    fn should_save(&self, step: u64, context: &DecisionContext) -> bool {
+        self(step, context)
+    }
+}
+
+/// Steps that this divides; none for an interval of 0.
+#[derive(Clone, Copy, Debug)]
+pub struct FixedIntervalPolicy(pub u64);
+
+impl SaveDecisionPolicy for FixedIntervalPolicy {
+    fn should_save(&self, step: u64, _: &DecisionContext) -> bool {
+        self.0 > 0 && step.is_multiple_of(self.0)
+    }
+}
+
+/// These steps.
+#[derive(Clone, Debug, Default)]
+pub struct SpecificStepsPolicy(pub BTreeSet<u64>);
+
+impl SaveDecisionPolicy for SpecificStepsPolicy {
+    fn should_save(&self, step: u64, _: &DecisionContext) -> bool {
+        self.0.contains(&step)
+    }
+}
+
+/// As often as it goes: whenever no save is under way, and not sooner after the last one than this.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ContinuousCheckpointingPolicy {
+    /// From the beginning of one save to that of the next, at least.
+    pub minimum_interval: Duration,
+}
+
+impl SaveDecisionPolicy for ContinuousCheckpointingPolicy {
+    fn should_save(&self, _: u64, context: &DecisionContext) -> bool {
+        !context.is_saving && context.last_save.is_none_or(|last| last.elapsed() >= self.minimum_interval)
+    }
+}
+
+/// When the machine will be taken away.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PreemptionCheckpointingPolicy;
+
+impl SaveDecisionPolicy for PreemptionCheckpointingPolicy {
+    fn should_save(&self, _: u64, context: &DecisionContext) -> bool {
+        context.reached_preemption
+    }
+}
+
+/// When there is no checkpoint yet.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct InitialSavePolicy;
+
+impl SaveDecisionPolicy for InitialSavePolicy {
+    fn should_save(&self, _: u64, context: &DecisionContext) -> bool {
+        context.latest_step.is_none()
+    }
+}
+
+/// When any of these says so.
+pub struct AnySavePolicy(pub Vec<Box<dyn SaveDecisionPolicy>>);
+
+impl SaveDecisionPolicy for AnySavePolicy {
+    fn should_save(&self, step: u64, context: &DecisionContext) -> bool {
+        self.0.iter().any(|policy| policy.should_save(step, context))
+    }
+}
+
+impl std::fmt::Debug for AnySavePolicy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AnySavePolicy({})", self.0.len())
+    }
+}

@@ -1,0 +1,186 @@
+//! Commit futures.
+
+use super::signals::{HandlerAwaitableSignal, OperationId, Signals};
+use crate::compat::overdue::Cell;
+use crate::completion::{Completion, Waiter, deadline_after};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fork;
+use crate::save::Save;
+use crate::sync::{Arc as CellArc, Mutex, lock};
+use crate::ticket::Outcome;
+use crate::writer::spawn;
+use std::fmt;
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+/// A future of a commit: Orbax's `Future` protocol, and a future for any runtime.
+///
+/// Waiting starts nothing: what it stands for is under way. Clones are of the same commit; dropping them detaches.
+#[derive(Clone)]
+pub struct CommitFuture(Inner);
+
+#[derive(Clone)]
+enum Inner {
+    Save(Save),
+    Waiting { shared: Arc<Waiting>, done: WaiterOf },
+}
+
+/// A waiter that can be cloned.
+struct WaiterOf(Waiter<Result<Outcome>>, Cell<Outcome>);
+
+impl Clone for WaiterOf {
+    fn clone(&self) -> Self {
+        Self::new(&self.1)
+    }
+}
+
+impl WaiterOf {
+    fn new(cell: &Cell<Outcome>) -> Self {
+        Self(Waiter::new(cell.clone()), cell.clone())
+    }
+}
+
+/// A commit that waits for signals.
+struct Waiting {
+    done: Cell<Outcome>,
+    save: Mutex<Option<Save>>,
+    signals: Signals,
+    generation: u64,
+}
+
+impl CommitFuture {
+    pub(super) fn of(save: Save) -> Self {
+        Self(Inner::Save(save))
+    }
+
+    /// A commit that waits, on a thread of its own, for the signals of the contract of `id`, then begins a save by `begin`, and
+    /// sends `sends` when that is durable. An error reaches whoever waits for a signal of the save.
+    ///
+    /// # Errors
+    /// `Invalid` for a timeout of nothing; `Busy` when there is no thread to be had.
+    pub fn contracted(
+        signals: &Signals,
+        id: OperationId,
+        sends: &[HandlerAwaitableSignal],
+        timeout: Duration,
+        begin: impl FnOnce() -> Result<Save> + Send + 'static,
+    ) -> Result<Self> {
+        if timeout.is_zero() {
+            return Err(Error::invalid(format!("a commit is waited for with a timeout timeout={timeout:?}")));
+        }
+        let done: Cell<Outcome> = CellArc::new(Completion::new());
+        let generation = fork::generation();
+        let shared = Waiting { done: done.clone(), save: Mutex::new(None), signals: signals.clone(), generation };
+        let shared = Arc::new(shared);
+        let (waiting, contract, sends) = (shared.clone(), signals.contract(id), sends.to_vec());
+        spawn("ashore-deferred".into(), move || {
+            let run = || waiting.run(id, &contract, deadline_after(timeout), begin);
+            let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal("a save panicked")));
+            match &ended {
+                Ok(_) => sends.into_iter().for_each(|signal| waiting.signals.send(id, signal)),
+                Err(error) => waiting.signals.fail(id, error),
+            }
+            waiting.done.complete(ended);
+        })?;
+        Ok(Self(Inner::Waiting { shared, done: WaiterOf::new(&done) }))
+    }
+
+    /// Waits for the commit on this thread.
+    ///
+    /// # Errors
+    /// How it failed; `Deadline` when it has not ended after `timeout`: it goes on then, and can be waited for again.
+    pub fn result(&self, timeout: Duration) -> Result<Outcome> {
+        match &self.0 {
+            Inner::Save(save) => save.wait(timeout),
+            Inner::Waiting { shared, done } => {
+                shared.alive()?;
+                let late = || Error::new(ErrorKind::Deadline, format!("the commit has not ended waited={timeout:?}"));
+                done.1.wait(deadline_after(timeout)).ok_or_else(late)?
+            }
+        }
+    }
+
+    /// Cancels it. False when it is too late.
+    pub fn cancel(&self) -> bool {
+        match &self.0 {
+            Inner::Save(save) => save.cancel(),
+            Inner::Waiting { shared, .. } => shared.cancel(),
+        }
+    }
+}
+
+impl Waiting {
+    fn alive(&self) -> Result<()> {
+        if self.generation == fork::generation() {
+            return Ok(());
+        }
+        Err(Error::invalid("a commit of the parent cannot be waited for in a forked child"))
+    }
+
+    fn cancelled(&self) -> bool {
+        self.done.is_complete()
+    }
+
+    fn cancel(&self) -> bool {
+        let save = lock(&self.save);
+        if self.alive().is_err() || save.as_ref().is_some_and(|save| !save.cancel()) {
+            return false;
+        }
+        let first = self.done.complete(Err(Error::new(ErrorKind::Cancelled, "the save was cancelled")));
+        self.signals.wake();
+        first
+    }
+
+    fn run(
+        &self,
+        id: OperationId,
+        contract: &[HandlerAwaitableSignal],
+        deadline: Instant,
+        begin: impl FnOnce() -> Result<Save>,
+    ) -> Result<Outcome> {
+        // Never nothing, which is refused; a deadline that has passed is found out by the wait.
+        let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+        for signal in contract {
+            self.signals.wait_or(id, *signal, left(), || self.cancelled())?;
+        }
+        let save = {
+            let mut slot = lock(&self.save);
+            if self.cancelled() {
+                return Err(Error::new(ErrorKind::Cancelled, "the save was cancelled"));
+            }
+            slot.insert(begin()?).clone()
+        };
+        let outcome = save.wait(left());
+        if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Deadline) {
+            save.cancel();
+        }
+        outcome
+    }
+}
+
+impl Future for CommitFuture {
+    type Output = Result<Outcome>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut self.0 {
+            Inner::Save(save) => Pin::new(save).poll(cx),
+            Inner::Waiting { shared, done } => {
+                shared.alive()?;
+                Poll::Ready(ready!(Pin::new(&mut done.0).poll(cx)))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for CommitFuture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Inner::Save(save) => write!(f, "CommitFuture({save:?})"),
+            Inner::Waiting { shared, .. } => write!(f, "CommitFuture(ended={})", shared.done.is_complete()),
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Handlers: what saves one kind of thing.
+
+use super::args::CompositeArgs;
+use super::future::CommitFuture;
+use super::path::PathAwaitingCreation;
+use super::signals::{HandlerAwaitableSignal, OperationId, Signals};
+use crate::compat::place::place;
+use crate::error::{Error, Result};
+use crate::executor::CheckpointExecutor;
+use crate::id::Attempt;
+use crate::save::{Save, SaveOptions};
+use crate::state::StateDict;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Saves in the background: Orbax's interface of that name.
+pub trait AsyncCheckpointHandler: Send + Sync {
+    /// What it saves.
+    type Item: Send;
+
+    /// Begins to save `item` as the checkpoint `directory`, and returns the futures of its commit.
+    ///
+    /// # Errors
+    /// What can be known at once; everything else comes out of the futures.
+    fn async_save(&self, directory: &Path, item: Self::Item, args: SaveArgs) -> Result<Vec<CommitFuture>>;
+}
+
+/// A handler that can begin before it is known where the checkpoint goes.
+pub trait DeferredPathAsyncCheckpointHandler: AsyncCheckpointHandler {
+    /// [`AsyncCheckpointHandler::async_save`], to a path that may not be known yet: it is not touched before the futures have
+    /// seen the signals of their operation.
+    ///
+    /// # Errors
+    /// As there; `Invalid` for an item that the program can write while it waits.
+    fn async_save_deferred(&self, directory: SavePath, item: Self::Item, args: SaveArgs) -> Result<Vec<CommitFuture>>;
+}
+
+/// Where a checkpoint goes: Orbax's `epath.Path | PathAwaitingCreation`.
+#[derive(Clone, Debug)]
+pub enum SavePath {
+    /// Here.
+    Known(PathBuf),
+    /// Nobody knows yet.
+    Deferred(PathAwaitingCreation),
+}
+
+/// What else one save wants.
+#[derive(Clone, Debug)]
+pub struct SaveArgs {
+    force: bool,
+    attempt: Option<Attempt>,
+    operation: Option<(Signals, OperationId)>,
+    timeout: Duration,
+}
+
+impl Default for SaveArgs {
+    fn default() -> Self {
+        Self { force: false, attempt: None, operation: None, timeout: Duration::from_secs(1200) }
+    }
+}
+
+impl SaveArgs {
+    /// Replaces a checkpoint that is there, which stays whole until the new one is durable. Without it that is a `Conflict`.
+    #[must_use]
+    pub fn force(mut self, force: bool) -> Self {
+        self.force = force;
+        self
+    }
+
+    /// Sets the attempt, for programs that compare checkpoints byte by byte.
+    #[must_use]
+    pub fn attempt(mut self, attempt: Attempt) -> Self {
+        self.attempt = Some(attempt);
+        self
+    }
+
+    /// The operation whose signals the futures wait for, and which their errors reach.
+    #[must_use]
+    pub fn operation(mut self, signals: &Signals, id: OperationId) -> Self {
+        self.operation = Some((signals.clone(), id));
+        self
+    }
+
+    /// When a deferred save has failed that is not durable: after 20 minutes, unless set.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    fn options(&self, name: &Path) -> SaveOptions {
+        let name = name.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+        SaveOptions { overwrite: self.force, attempt: self.attempt, name, ..SaveOptions::default() }
+    }
+}
+
+/// Saves a state dict: Orbax's handler of that name.
+#[derive(Clone, Debug)]
+pub struct StandardCheckpointHandler {
+    executor: Arc<CheckpointExecutor>,
+}
+
+impl StandardCheckpointHandler {
+    /// Saves by `executor`, below its root.
+    pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
+        Self { executor }
+    }
+
+    fn begin(&self, directory: &Path, state: StateDict<'static>, args: &SaveArgs) -> Result<Save> {
+        let (step, place) = place(&self.executor, directory)?;
+        self.executor.save_with(step, state, args.options(&place))
+    }
+
+    fn deferred(&self, path: PathAwaitingCreation, state: StateDict<'static>, args: SaveArgs) -> Result<CommitFuture> {
+        state.settled()?;
+        let Some((signals, id)) = args.operation.clone() else {
+            return Err(Error::invalid("a deferred save needs an operation, whose signals say when the path is known"));
+        };
+        let waits = signals.contract(id);
+        if !waits.contains(&HandlerAwaitableSignal::StepDirectoryCreation) {
+            return Err(Error::invalid(format!(
+                "a deferred save waits for a signal that is not in its contract signal={}",
+                HandlerAwaitableSignal::StepDirectoryCreation
+            )));
+        }
+        let this = self.clone();
+        let timeout = args.timeout;
+        CommitFuture::contracted(&signals, id, &[], timeout, move || this.begin(&path.path()?, state, &args))
+    }
+}
+
+impl AsyncCheckpointHandler for StandardCheckpointHandler {
+    type Item = StateDict<'static>;
+
+    fn async_save(&self, directory: &Path, item: Self::Item, args: SaveArgs) -> Result<Vec<CommitFuture>> {
+        Ok(vec![CommitFuture::of(self.begin(directory, item, &args)?)])
+    }
+}
+
+impl DeferredPathAsyncCheckpointHandler for StandardCheckpointHandler {
+    fn async_save_deferred(&self, directory: SavePath, item: Self::Item, args: SaveArgs) -> Result<Vec<CommitFuture>> {
+        match directory {
+            SavePath::Known(path) => self.async_save(&path, item, args),
+            SavePath::Deferred(path) => Ok(vec![self.deferred(path, item, args)?]),
+        }
+    }
+}
+
+/// Saves several items as one step: Orbax's handler of that name. One future for each item, all of the one commit.
+#[derive(Clone, Debug)]
+pub struct CompositeCheckpointHandler {
+    standard: StandardCheckpointHandler,
+}
+
+impl CompositeCheckpointHandler {
+    /// Saves by `executor`, below its root.
+    pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
+        Self { standard: StandardCheckpointHandler::new(executor) }
+    }
+}
+
+impl AsyncCheckpointHandler for CompositeCheckpointHandler {
+    type Item = CompositeArgs;
+
+    fn async_save(&self, directory: &Path, item: Self::Item, args: SaveArgs) -> Result<Vec<CommitFuture>> {
+        let items = item.item_names().len();
+        let commit = self.standard.async_save(directory, item.into_state(), args)?;
+        Ok(commit.iter().cycle().take(items).cloned().collect())
+    }
+}
+
+impl DeferredPathAsyncCheckpointHandler for CompositeCheckpointHandler {
+    fn async_save_deferred(&self, directory: SavePath, item: Self::Item, args: SaveArgs) -> Result<Vec<CommitFuture>> {
+        let items = item.item_names().len();
+        let commit = self.standard.async_save_deferred(directory, item.into_state(), args)?;
+        Ok(commit.iter().cycle().take(items).cloned().collect())
+    }
+}

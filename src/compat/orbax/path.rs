@@ -1,0 +1,105 @@
+//! Paths that are not known yet.
+
+use crate::compat::overdue::Cell;
+use crate::completion::{Completion, Waiter, deadline_after};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Arc;
+use std::future::Future;
+use std::ops::Div;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+/// The end where the path is made known. Dropping it without fails whoever waits.
+#[derive(Debug)]
+pub struct DeferredPath(Cell<PathBuf>);
+
+impl DeferredPath {
+    /// A path that nobody knows yet.
+    pub fn new() -> Self {
+        Self(Arc::new(Completion::new()))
+    }
+
+    /// Makes the path known. False when it was already.
+    pub fn set_path(&self, path: impl Into<PathBuf>) -> bool {
+        self.0.complete(Ok(path.into()))
+    }
+
+    /// Says that there will be none, and why.
+    pub fn fail(&self, why: Error) -> bool {
+        self.0.complete(Err(why))
+    }
+
+    /// What a handler gets.
+    pub fn awaiting(&self) -> PathAwaitingCreation {
+        PathAwaitingCreation { root: self.0.clone(), below: PathBuf::new() }
+    }
+}
+
+impl Default for DeferredPath {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for DeferredPath {
+    fn drop(&mut self) {
+        self.0.complete(Err(Error::new(ErrorKind::Cancelled, "a deferred path was given up before it was known")));
+    }
+}
+
+/// A path that can be joined and waited for before it exists. Nothing here touches it.
+#[derive(Clone, Debug)]
+pub struct PathAwaitingCreation {
+    root: Cell<PathBuf>,
+    below: PathBuf,
+}
+
+impl PathAwaitingCreation {
+    /// A path below it.
+    ///
+    /// # Errors
+    /// `Invalid` for a name that leads elsewhere: an absolute one, or one with `..` in it.
+    pub fn join(&self, name: impl AsRef<Path>) -> Result<Self> {
+        let name = name.as_ref();
+        if !name.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir)) {
+            return Err(Error::invalid("a deferred path is joined with names below it").with_path(name));
+        }
+        Ok(Self { root: self.root.clone(), below: self.below.join(name) })
+    }
+
+    /// The path.
+    ///
+    /// # Errors
+    /// `Busy` while it is not known yet; why it never will be.
+    pub fn path(&self) -> Result<PathBuf> {
+        let unknown = || Error::new(ErrorKind::Busy, "the path has not been created yet");
+        self.root.get().ok_or_else(unknown)?.map(|root| self.under(root))
+    }
+
+    /// A future of the path.
+    pub fn await_creation(&self) -> impl Future<Output = Result<PathBuf>> + Send + 'static + use<> {
+        let (waiter, this) = (Waiter::new(self.root.clone()), self.clone());
+        async move { waiter.await.map(|root| this.under(root)) }
+    }
+
+    /// Waits for the path on this thread.
+    ///
+    /// # Errors
+    /// Why there will be none; `Deadline` after `patience`.
+    pub fn wait(&self, patience: Duration) -> Result<PathBuf> {
+        let late = || Error::new(ErrorKind::Deadline, format!("the path was not created in time waited={patience:?}"));
+        self.root.wait(deadline_after(patience)).ok_or_else(late)?.map(|root| self.under(root))
+    }
+
+    fn under(&self, root: PathBuf) -> PathBuf {
+        if self.below.as_os_str().is_empty() { root } else { root.join(&self.below) }
+    }
+}
+
+impl Div<&str> for &PathAwaitingCreation {
+    type Output = Result<PathAwaitingCreation>;
+
+    fn div(self, name: &str) -> Self::Output {
+        self.join(name)
+    }
+}

@@ -1,0 +1,167 @@
+//! Preservation policies: which steps are kept.
+
+use std::cmp::Ordering;
+use std::collections::BTreeSet;
+use std::time::{Duration, SystemTime};
+
+/// A step, as policies see it.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct CheckpointInfo {
+    /// The step.
+    pub step: u64,
+    /// When it was written, as the file system says; the beginning of 1970 where none can say.
+    pub time: SystemTime,
+    /// The metrics that it was saved with.
+    pub metrics: Option<serde_json::Value>,
+}
+
+/// Which steps are kept. Any `Fn(&[CheckpointInfo]) -> Vec<bool>` is one.
+///
+/// Whatever it says, the newest durable step stays, and nothing goes before a newer step is durable.
+pub trait PreservationPolicy: Send + Sync {
+    /// For each checkpoint, oldest first, whether it is kept. What is missing at the end is kept.
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool>;
+}
+
+impl<F: Fn(&[CheckpointInfo]) -> Vec<bool> + Send + Sync> PreservationPolicy for F {
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
+        self(checkpoints)
+    }
+}
+
+/// All of them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PreserveAll;
+
+impl PreservationPolicy for PreserveAll {
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
+        vec![true; checkpoints.len()]
+    }
+}
+
+/// The newest so many.
+#[derive(Clone, Copy, Debug)]
+pub struct LatestN(pub usize);
+
+impl PreservationPolicy for LatestN {
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
+        (0..checkpoints.len()).map(|i| i + self.0 >= checkpoints.len()).collect()
+    }
+}
+
+/// Those that this divides; none for 0.
+#[derive(Clone, Copy, Debug)]
+pub struct EveryNSteps(pub u64);
+
+impl PreservationPolicy for EveryNSteps {
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
+        checkpoints.iter().map(|c| self.0 > 0 && c.step.is_multiple_of(self.0)).collect()
+    }
+}
+
+/// The first, and each that was written so many seconds after the one that was kept before.
+#[derive(Clone, Copy, Debug)]
+pub struct EveryNSeconds(pub u64);
+
+impl PreservationPolicy for EveryNSeconds {
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
+        let mut kept: Option<SystemTime> = None;
+        let mut keep = |time: SystemTime| {
+            let due = kept
+                .is_none_or(|last| time.duration_since(last).is_ok_and(|since| since >= Duration::from_secs(self.0)));
+            if due {
+                kept = Some(time);
+            }
+            due
+        };
+        checkpoints.iter().map(|checkpoint| keep(checkpoint.time)).collect()
+    }
+}
+
+/// These steps.
+#[derive(Clone, Debug, Default)]
+pub struct CustomSteps(pub BTreeSet<u64>);
+
+impl PreservationPolicy for CustomSteps {
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
+        checkpoints.iter().map(|checkpoint| self.0.contains(&checkpoint.step)).collect()
+    }
+}
+
+type Metric = Box<dyn Fn(&serde_json::Value) -> Option<f64> + Send + Sync>;
+
+/// The best so many by a metric.
+pub struct BestN {
+    get_metric: Metric,
+    reverse: bool,
+    n: Option<usize>,
+    keep_checkpoints_without_metrics: bool,
+}
+
+impl BestN {
+    /// The `n` with the greatest metric; all for None. Of equal ones the newest. What has no metric is kept.
+    pub fn new(
+        n: Option<usize>,
+        get_metric: impl Fn(&serde_json::Value) -> Option<f64> + Send + Sync + 'static,
+    ) -> Self {
+        Self { get_metric: Box::new(get_metric), reverse: false, n, keep_checkpoints_without_metrics: true }
+    }
+
+    /// The ones with the least metric instead.
+    #[must_use]
+    pub fn reverse(mut self, reverse: bool) -> Self {
+        self.reverse = reverse;
+        self
+    }
+
+    /// Whether what has no metric, or none that is a number, is kept.
+    #[must_use]
+    pub fn keep_checkpoints_without_metrics(mut self, keep: bool) -> Self {
+        self.keep_checkpoints_without_metrics = keep;
+        self
+    }
+
+    /// Those with a metric by their place in `checkpoints`, best first.
+    pub(super) fn ranking(&self, checkpoints: &[CheckpointInfo]) -> Vec<usize> {
+        let metric = |c: &CheckpointInfo| (self.get_metric)(c.metrics.as_ref()?).filter(|metric| !metric.is_nan());
+        let mut ranked: Vec<(usize, f64)> =
+            checkpoints.iter().enumerate().filter_map(|(i, c)| Some((i, metric(c)?))).collect();
+        let order = |a: &f64, b: &f64| if self.reverse { a.total_cmp(b) } else { b.total_cmp(a) };
+        ranked.sort_by(|(i, a), (j, b)| order(a, b).then_with(|| j.cmp(i)).then(Ordering::Equal));
+        ranked.into_iter().map(|(i, _)| i).collect()
+    }
+}
+
+impl PreservationPolicy for BestN {
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
+        let ranking = self.ranking(checkpoints);
+        let mut keep = vec![self.keep_checkpoints_without_metrics; checkpoints.len()];
+        for (rank, index) in ranking.into_iter().enumerate() {
+            keep[index] = self.n.is_none_or(|n| rank < n);
+        }
+        keep
+    }
+}
+
+impl std::fmt::Debug for BestN {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "BestN({:?})", self.n)
+    }
+}
+
+/// What any of these keeps.
+pub struct AnyPreservationPolicy(pub Vec<Box<dyn PreservationPolicy>>);
+
+impl PreservationPolicy for AnyPreservationPolicy {
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
+        let all: Vec<_> = self.0.iter().map(|policy| policy.should_preserve(checkpoints)).collect();
+        (0..checkpoints.len()).map(|i| all.iter().any(|keep| keep.get(i).copied().unwrap_or(true))).collect()
+    }
+}
+
+impl std::fmt::Debug for AnyPreservationPolicy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AnyPreservationPolicy({})", self.0.len())
+    }
+}

@@ -1,0 +1,28 @@
+//! Where a path of another system leads on this engine.
+
+use crate::error::{Error, Result};
+use crate::executor::CheckpointExecutor;
+use crate::id::parse_step_name;
+use std::path::{Path, PathBuf, absolute};
+
+/// The step that a path below the root of `executor` stands for, and where it is.
+///
+/// # Errors
+/// `Invalid`: its name is not that of a step, or it is elsewhere.
+pub(crate) fn place(executor: &CheckpointExecutor, path: &Path) -> Result<(u64, PathBuf)> {
+    let refuse = |why: &str| Error::invalid(why).with_path(path);
+    let name = path.file_name().and_then(|name| name.to_str());
+    let step = name.and_then(parse_step_name);
+    let (Some(name), Some(step)) = (name, step) else {
+        return Err(refuse("the path of a checkpoint ends in the name of a step, such as step-100"));
+    };
+    let place = executor.storage().describe(name);
+    let same = |a: &Path, b: &Path| a == b || matches!((absolute(a), absolute(b)), (Ok(a), Ok(b)) if a == b);
+    let canonical = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    match (path.parent().filter(|parent| !parent.as_os_str().is_empty()), place.parent()) {
+        (Some(parent), Some(root)) if !same(parent, root) && !canonical(parent, root) => {
+            Err(refuse(&format!("a checkpoint is a directory in the root of its executor root={root:?}")))
+        }
+        _ => Ok((step, place)),
+    }
+}

@@ -1,0 +1,135 @@
+//! The engine as a storage writer.
+
+use super::plan::{Metadata, SavePlan, StorageMeta, WriteResult};
+use super::writer::{StorageWriter, WriteFuture};
+use crate::compat::place::place;
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::CheckpointExecutor;
+use crate::id::Attempt;
+use crate::save::{Save, SaveOptions};
+use crate::state::StateDict;
+use crate::ticket::{Committed, Outcome};
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Writes and commits by a [`CheckpointExecutor`].
+///
+/// Its commit follows its last byte without coming back to the caller, so `write_data` resolves when the checkpoint is durable,
+/// and `finish` has only to say where.
+#[derive(Debug)]
+pub struct EngineWriter {
+    executor: Arc<CheckpointExecutor>,
+    options: SaveOptions,
+    place: Option<(u64, StorageMeta)>,
+}
+
+impl EngineWriter {
+    /// Writes below the root of `executor`, and replaces what is there as torch does.
+    pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
+        Self { executor, options: SaveOptions::default().overwrite(), place: None }
+    }
+
+    /// Whether a checkpoint that is there is replaced. With false it is a `Conflict`.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: bool) -> Self {
+        self.options.overwrite = overwrite;
+        self
+    }
+
+    /// Sets the attempt of the next save.
+    #[must_use]
+    pub fn attempt(mut self, attempt: Option<Attempt>) -> Self {
+        self.options.attempt = attempt;
+        self
+    }
+
+    /// When saves fail that have not ended; never later than the engine's settings say.
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.options.deadline = Some(deadline);
+        self
+    }
+
+    /// Begins the save, of what the plan says.
+    pub(super) fn submit(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<Save> {
+        let (step, meta) = self.place.clone().ok_or_else(|| Error::invalid("a storage writer was not set up"))?;
+        let name = meta.checkpoint_id.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        let state = if plan.items.len() == state.len() + state.value_names().len() {
+            state
+        } else {
+            let wanted: HashSet<&str> = plan.items.iter().map(|item| item.fqn.as_str()).collect();
+            state.select(|name| wanted.contains(name))?
+        };
+        let options = self.options.clone().name(name);
+        self.options.attempt = None; // no two saves share an attempt
+        self.executor.save_with(step, state, options)
+    }
+}
+
+/// What the engine has to say of the items that were committed.
+pub(super) fn results(plan: &SavePlan, committed: &Committed) -> Vec<WriteResult> {
+    let data = serde_json::json!({ "path": committed.path.to_string_lossy(), "attempt": committed.attempt });
+    let result = |item: &super::WriteItem| WriteResult {
+        fqn: item.fqn.clone(),
+        size_in_bytes: item.bytes(),
+        storage_data: data.clone(),
+    };
+    plan.items.iter().map(result).collect()
+}
+
+impl StorageWriter for EngineWriter {
+    fn reset(&mut self, checkpoint_id: Option<&Path>) -> Result<()> {
+        let id = checkpoint_id.ok_or_else(|| {
+            Error::invalid("neither a checkpoint_id nor a storage_writer of its own says where a save goes")
+        })?;
+        let (step, place) = place(&self.executor, id)?;
+        self.place = Some((step, StorageMeta { checkpoint_id: place, save_id: None }));
+        Ok(())
+    }
+
+    fn storage_meta(&self) -> Option<StorageMeta> {
+        self.place.as_ref().map(|(_, meta)| meta.clone())
+    }
+
+    fn set_up_storage_writer(&mut self, _: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn prepare_local_plan(&mut self, plan: SavePlan) -> Result<SavePlan> {
+        Ok(plan)
+    }
+
+    fn prepare_global_plan(&mut self, plans: Vec<SavePlan>) -> Result<Vec<SavePlan>> {
+        if plans.len() != 1 {
+            let world = plans.len();
+            return Err(Error::invalid(format!("the engine commits for one rank so far world_size={world}")));
+        }
+        Ok(plans)
+    }
+
+    fn write_data(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<WriteFuture> {
+        let (save, plan) = (self.submit(plan, state)?, plan.clone());
+        if let Some((_, meta)) = &mut self.place {
+            meta.save_id = Some(save.attempt().to_string());
+        }
+        Ok(Box::pin(async move {
+            match save.await? {
+                Outcome::Durable(committed) => Ok(results(&plan, &committed)),
+                Outcome::Skipped { by } | Outcome::Superseded { by } => {
+                    let what = format!("the overlap policy left the save out for another by={by}");
+                    Err(Error::new(ErrorKind::Cancelled, what))
+                }
+            }
+        }))
+    }
+
+    fn finish(&mut self, metadata: &mut Metadata, results: Vec<Vec<WriteResult>>) -> Result<()> {
+        let written: HashSet<&str> = results.iter().flatten().map(|result| result.fqn.as_str()).collect();
+        metadata.state_dict_metadata.retain(|name, _| written.contains(name.as_str()));
+        metadata.storage_meta = self.storage_meta();
+        metadata.storage_data = results.into_iter().flatten().collect();
+        Ok(())
+    }
+}

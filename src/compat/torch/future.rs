@@ -1,0 +1,150 @@
+//! The future that `execute_save` returns.
+
+use super::engine::results;
+use super::plan::{Metadata, SavePlan, StorageMeta};
+use super::queue::Record;
+use crate::completion::{Waiter, deadline_after};
+use crate::error::{Error, ErrorKind, Result};
+use crate::save::Save;
+use crate::ticket::{Committed, Outcome};
+use std::collections::HashSet;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+/// A future of the checkpoint's metadata; None when the overlap policy did not begin the save. For tasks of any runtime and for
+/// threads.
+///
+/// Dropping it detaches: the save goes on, and an error that nobody saw comes out of the next call.
+#[must_use = "dropping the future detaches the save; keep it to learn when the checkpoint is durable"]
+pub struct CheckpointFuture(Inner);
+
+enum Inner {
+    /// The engine has it.
+    Engine { save: Save, planned: Planned },
+    /// A thread of the executor carries it out.
+    Queued { record: Arc<Record>, done: Waiter<Result<Option<Metadata>>> },
+}
+
+/// What was planned, for the metadata.
+#[derive(Clone)]
+pub(super) struct Planned {
+    pub plan: SavePlan,
+    pub metadata: Metadata,
+}
+
+impl Planned {
+    pub fn finish(&self, committed: &Committed) -> Metadata {
+        let mut metadata = self.metadata.clone();
+        // A planner may have left out more at the end.
+        if metadata.state_dict_metadata.len() != self.plan.items.len() {
+            let items: HashSet<&str> = self.plan.items.iter().map(|item| item.fqn.as_str()).collect();
+            metadata.state_dict_metadata.retain(|name, _| items.contains(name.as_str()));
+        }
+        metadata.storage_data = results(&self.plan, committed);
+        let (checkpoint_id, save_id) = (committed.path.clone(), Some(committed.attempt.to_string()));
+        metadata.storage_meta = Some(StorageMeta { checkpoint_id, save_id });
+        metadata
+    }
+
+    fn outcome(&self, outcome: Result<Outcome>) -> Result<Option<Metadata>> {
+        Ok(outcome?.committed().map(|committed| self.finish(&committed)))
+    }
+}
+
+impl CheckpointFuture {
+    pub(super) fn engine(save: Save, planned: Planned) -> Self {
+        Self(Inner::Engine { save, planned })
+    }
+
+    pub(super) fn queued(record: Arc<Record>) -> Self {
+        let done = Waiter::new(record.done.clone());
+        Self(Inner::Queued { record, done })
+    }
+
+    /// Blocks the thread until the save has ended: torch's `result()`.
+    ///
+    /// # Errors
+    /// How the save failed; `Deadline` when it has not ended after `patience`: it goes on then, and can be waited for again.
+    pub fn result(&self, patience: Duration) -> Result<Option<Metadata>> {
+        match &self.0 {
+            Inner::Engine { save, planned } => planned.outcome(save.wait(patience)),
+            Inner::Queued { record, done } => {
+                record.alive()?;
+                let late = || Error::new(ErrorKind::Deadline, format!("the save has not ended waited={patience:?}"));
+                let result = done.cell().wait(deadline_after(patience)).ok_or_else(late)?;
+                record.observe();
+                result
+            }
+        }
+    }
+
+    /// How the save ended, if it has: torch's `done()`, and the result with it.
+    pub fn try_result(&self) -> Option<Result<Option<Metadata>>> {
+        match &self.0 {
+            Inner::Engine { save, planned } => Some(planned.outcome(save.try_get()?)),
+            Inner::Queued { record, done } => {
+                let result = done.cell().get()?;
+                record.observe();
+                Some(result)
+            }
+        }
+    }
+
+    /// A future of the moment when nothing more is read from the state: torch's `AsyncSaveResponse.staging_completion`. It fails
+    /// when staging fails.
+    pub fn staging_completion(&self) -> impl Future<Output = Result<()>> + Send + 'static + use<> {
+        let staged = match &self.0 {
+            Inner::Engine { save, .. } => Ok(save.staged()),
+            Inner::Queued { record, .. } => Err((record.clone(), Waiter::new(record.staged.clone()))),
+        };
+        async move {
+            match staged {
+                Ok(staged) => staged.await,
+                Err((record, staged)) => {
+                    record.alive()?;
+                    staged.await
+                }
+            }
+        }
+    }
+
+    /// Cancels the save, which resolves to `Cancelled` at once. False when it is too late: it has ended or is being published.
+    pub fn cancel(&self) -> bool {
+        match &self.0 {
+            Inner::Engine { save, .. } => save.cancel(),
+            Inner::Queued { record, .. } => record.cancel(),
+        }
+    }
+}
+
+impl Future for CheckpointFuture {
+    type Output = Result<Option<Metadata>>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut self.0 {
+            Inner::Engine { save, planned } => {
+                let outcome = ready!(Pin::new(save).poll(cx));
+                Poll::Ready(planned.outcome(outcome))
+            }
+            Inner::Queued { record, done } => {
+                record.alive()?;
+                let result = ready!(Pin::new(done).poll(cx));
+                record.observe();
+                Poll::Ready(result)
+            }
+        }
+    }
+}
+
+impl fmt::Debug for CheckpointFuture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Inner::Engine { save, .. } => write!(f, "CheckpointFuture({save:?})"),
+            Inner::Queued { record, .. } => write!(f, "CheckpointFuture(ended={})", record.done.is_complete()),
+        }
+    }
+}

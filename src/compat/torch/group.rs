@@ -1,0 +1,89 @@
+//! Process groups: how the ranks of a save talk to each other.
+
+use crate::completion::Signal;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Mutex, lock};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The ranks that save together. One collective is enough: everything else is made of it.
+pub trait ProcessGroup: Send + Sync {
+    /// This rank, below `world_size`.
+    fn rank(&self) -> u32;
+
+    /// How many ranks there are.
+    fn world_size(&self) -> u32;
+
+    /// Hands in `message`, and returns those of all ranks, by rank. Every rank calls it as often.
+    ///
+    /// # Errors
+    /// `Deadline` when not every rank has called it by then.
+    fn all_gather(&self, message: Vec<u8>, deadline: Instant) -> Result<Vec<Vec<u8>>>;
+}
+
+/// A process group whose ranks are threads of one process.
+#[derive(Debug)]
+pub struct ThreadGroup {
+    rank: u32,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    world: usize,
+    rounds: Mutex<Rounds>,
+    signal: Signal,
+}
+
+/// The messages of the round under way, and of the one that was completed last.
+#[derive(Debug, Default)]
+struct Rounds {
+    coming: Vec<Option<Vec<u8>>>,
+    complete: Vec<Vec<u8>>,
+    number: u64,
+}
+
+impl ThreadGroup {
+    /// A group of `world_size` ranks, by rank.
+    pub fn new(world_size: u32) -> Vec<Arc<ThreadGroup>> {
+        let world = world_size as usize;
+        let rounds = Mutex::new(Rounds { coming: vec![None; world], ..Rounds::default() });
+        let shared = Arc::new(Shared { world, rounds, signal: Signal::default() });
+        (0..world_size).map(|rank| Arc::new(Self { rank, shared: shared.clone() })).collect()
+    }
+}
+
+impl ProcessGroup for ThreadGroup {
+    fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    fn world_size(&self) -> u32 {
+        self.shared.world as u32
+    }
+
+    fn all_gather(&self, message: Vec<u8>, deadline: Instant) -> Result<Vec<Vec<u8>>> {
+        let Shared { rounds, signal, .. } = &*self.shared;
+        let number = {
+            let mut rounds = lock(rounds);
+            rounds.coming[self.rank as usize] = Some(message);
+            let number = rounds.number;
+            if rounds.coming.iter().all(Option::is_some) {
+                // Nobody waits for the round before any more: all of its ranks are in this one.
+                rounds.complete = rounds.coming.iter_mut().filter_map(Option::take).collect();
+                rounds.number += 1;
+                signal.notify();
+            }
+            number
+        };
+        let look = || {
+            let rounds = lock(rounds);
+            (rounds.number > number).then(|| rounds.complete.clone())
+        };
+        let gathered = signal.wait_until(deadline, look);
+        gathered.ok_or_else(|| {
+            lock(rounds).coming[self.rank as usize] = None;
+            Error::new(ErrorKind::Deadline, "not every rank took part in a save in time").with_rank(self.rank)
+        })
+    }
+}

@@ -1,0 +1,119 @@
+//! What one `execute_save` may ask for.
+
+use super::drive::Ranks;
+use super::group::ProcessGroup;
+use super::planner::SavePlanner;
+use super::writer::StorageWriter;
+use crate::error::{Error, Result};
+use crate::id::Attempt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The keyword arguments of `execute_save`.
+#[derive(Default)]
+#[must_use]
+pub struct ExecuteOptions {
+    pub(super) checkpoint_id: Option<PathBuf>,
+    pub(super) storage_writer: Option<Box<dyn StorageWriter>>,
+    pub(super) planner: Option<Box<dyn SavePlanner>>,
+    process_group: Option<Arc<dyn ProcessGroup>>,
+    no_dist: bool,
+    use_collectives: Option<bool>,
+    pub(super) keep_existing: bool,
+    pub(super) deadline: Option<Duration>,
+    pub(super) attempt: Option<Attempt>,
+}
+
+impl ExecuteOptions {
+    /// Nothing asked for: as torch's defaults, every rank by itself.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Where the checkpoint goes: a directory below the executor's root whose name says the step, such as `root/step-100`, or
+    /// that name alone.
+    pub fn checkpoint_id(mut self, path: impl Into<PathBuf>) -> Self {
+        self.checkpoint_id = Some(path.into());
+        self
+    }
+
+    /// Writes and commits with `writer` instead of the engine. It is called from a thread of the executor.
+    pub fn storage_writer(mut self, writer: impl StorageWriter + 'static) -> Self {
+        self.storage_writer = Some(Box::new(writer));
+        self
+    }
+
+    /// Plans with `planner` instead of the executor's [`DefaultSavePlanner`](super::DefaultSavePlanner).
+    pub fn planner(mut self, planner: impl SavePlanner + 'static) -> Self {
+        self.planner = Some(Box::new(planner));
+        self
+    }
+
+    /// The ranks that save together.
+    pub fn process_group(mut self, group: Arc<dyn ProcessGroup>) -> Self {
+        self.process_group = Some(group);
+        self
+    }
+
+    /// Says that this rank saves alone. Contradicts a process group, and either choice of `use_collectives`.
+    pub fn no_dist(mut self, no_dist: bool) -> Self {
+        self.no_dist = no_dist;
+        self
+    }
+
+    /// With a process group: true, plans and results are gathered on the coordinator, which commits for all; false, every rank
+    /// plans and commits by itself, and they only wait for each other.
+    pub fn use_collectives(mut self, use_collectives: bool) -> Self {
+        self.use_collectives = Some(use_collectives);
+        self
+    }
+
+    /// Whether a checkpoint that is there is replaced, as torch does by default: the old one stays whole until the new one is
+    /// durable. With false it is a `Conflict`.
+    pub fn overwrite(mut self, overwrite: bool) -> Self {
+        self.keep_existing = !overwrite;
+        self
+    }
+
+    /// When the save fails, if it has not ended; never later than the engine's save deadline says.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
+    /// Sets the attempt, for programs that compare checkpoints byte by byte.
+    pub fn attempt(mut self, attempt: Attempt) -> Self {
+        self.attempt = Some(attempt);
+        self
+    }
+
+    /// Who saves together.
+    ///
+    /// # Errors
+    /// `Invalid` for choices that contradict each other.
+    pub(super) fn ranks(&self) -> Result<Ranks> {
+        let refuse = |why: &str| Err(Error::invalid(format!("options of a save contradict each other: {why}")));
+        match (&self.process_group, self.no_dist, self.use_collectives) {
+            (Some(_), true, _) => refuse("no_dist saves alone, and a process group is given"),
+            (None, true, Some(_)) => refuse("no_dist saves alone, and use_collectives says how ranks save together"),
+            (None, _, Some(false)) => {
+                refuse("use_collectives=false is about the ranks of a process group; none is given")
+            }
+            (None, ..) => Ok(Ranks::Alone),
+            (Some(group), ..) if group.rank() >= group.world_size() => {
+                let (rank, world) = (group.rank(), group.world_size());
+                Err(Error::invalid(format!("a rank is not in its process group rank={rank} world_size={world}")))
+            }
+            (Some(group), ..) if group.world_size() == 1 => Ok(Ranks::Alone),
+            (Some(group), _, Some(false)) => Ok(Ranks::PerRank(group.clone())),
+            (Some(group), ..) => Ok(Ranks::Gather(group.clone())),
+        }
+    }
+}
+
+impl std::fmt::Debug for ExecuteOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ExecuteOptions").field("checkpoint_id", &self.checkpoint_id).finish_non_exhaustive()
+    }
+}

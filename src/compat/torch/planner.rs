@@ -1,0 +1,155 @@
+//! Planners: which rank writes what.
+
+use super::plan::{Metadata, SavePlan, StorageMeta, metadata};
+use crate::error::{Error, Result};
+use crate::state::StateDict;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Decides which rank writes what: torch's `SavePlanner`. The methods are called in this order, once per save; those that say so
+/// on the coordinator only.
+pub trait SavePlanner: Send {
+    /// Looks at the state that this rank has.
+    ///
+    /// # Errors
+    /// Any error fails the save on every rank.
+    fn set_up_planner(
+        &mut self,
+        state: &StateDict<'_>,
+        storage_meta: Option<&StorageMeta>,
+        is_coordinator: bool,
+    ) -> Result<()>;
+
+    /// What this rank could write.
+    ///
+    /// # Errors
+    /// As [`set_up_planner`](Self::set_up_planner).
+    fn create_local_plan(&mut self) -> Result<SavePlan>;
+
+    /// On the coordinator: what each rank is to write, by rank, and the metadata of all of it.
+    ///
+    /// # Errors
+    /// As [`set_up_planner`](Self::set_up_planner).
+    fn create_global_plan(&mut self, plans: Vec<SavePlan>) -> Result<(Vec<SavePlan>, Metadata)>;
+
+    /// The last word of this rank on its plan. Items that are left out are not written.
+    ///
+    /// # Errors
+    /// As [`set_up_planner`](Self::set_up_planner).
+    fn finish_plan(&mut self, plan: SavePlan) -> Result<SavePlan>;
+}
+
+/// Writes everything once: what several ranks have is written by the one with the fewest bytes so far.
+///
+/// State dicts are flat already. Plans are kept, by this planner and not by its class as in torch, as long as the structure of
+/// the state stays the same on every rank.
+#[derive(Debug, Default)]
+pub struct DefaultSavePlanner {
+    dedup_save_to_lowest_rank: bool,
+    local: Option<Local>,
+    global: Option<(Vec<SavePlan>, Vec<SavePlan>, Metadata)>,
+    reused: u64,
+}
+
+#[derive(Debug)]
+struct Local {
+    fingerprint: u64,
+    values: Vec<String>,
+    plan: SavePlan,
+}
+
+impl DefaultSavePlanner {
+    /// The planner.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Has what several ranks have written by the lowest of them.
+    #[must_use]
+    pub fn dedup_save_to_lowest_rank(mut self, lowest: bool) -> Self {
+        self.dedup_save_to_lowest_rank = lowest;
+        self.global = None;
+        self
+    }
+
+    /// How often the plans of the save before were used again.
+    pub fn reused(&self) -> u64 {
+        self.reused
+    }
+}
+
+impl SavePlanner for DefaultSavePlanner {
+    fn set_up_planner(&mut self, state: &StateDict<'_>, _: Option<&StorageMeta>, _: bool) -> Result<()> {
+        let fits = |local: &Local| {
+            let values = local.values.iter().map(String::as_str).eq(state.value_names());
+            local.fingerprint == state.fingerprint()
+                && local.plan.items.len() == state.len() + local.values.len()
+                && values
+        };
+        if !self.local.as_ref().is_some_and(fits) {
+            let values = state.value_names().map(str::to_owned).collect();
+            self.local = Some(Local { fingerprint: state.fingerprint(), values, plan: SavePlan::of(state) });
+        }
+        Ok(())
+    }
+
+    fn create_local_plan(&mut self) -> Result<SavePlan> {
+        let set_up = self.local.as_ref().ok_or_else(|| Error::invalid("a planner was not set up"))?;
+        Ok(set_up.plan.clone())
+    }
+
+    fn create_global_plan(&mut self, plans: Vec<SavePlan>) -> Result<(Vec<SavePlan>, Metadata)> {
+        let same = |a: &SavePlan, b: &SavePlan| Arc::ptr_eq(&a.items, &b.items) || a == b;
+        if let Some((seen, global, metadata)) = &self.global
+            && seen.len() == plans.len()
+            && seen.iter().zip(&plans).all(|(a, b)| same(a, b))
+        {
+            self.reused += 1;
+            return Ok((global.clone(), metadata.clone()));
+        }
+        let global = dedup(&plans, self.dedup_save_to_lowest_rank);
+        let metadata = metadata(&global)?;
+        self.global = Some((plans, global.clone(), metadata.clone()));
+        Ok((global, metadata))
+    }
+
+    fn finish_plan(&mut self, plan: SavePlan) -> Result<SavePlan> {
+        Ok(plan)
+    }
+}
+
+/// Gives each item that several ranks have to one of them: to the lowest, or to the one with the fewest bytes, largest items
+/// first.
+fn dedup(plans: &[SavePlan], to_lowest: bool) -> Vec<SavePlan> {
+    let mut ranks: HashMap<_, Vec<usize>> = HashMap::new();
+    for (rank, item) in plans.iter().enumerate().flat_map(|(rank, plan)| plan.items.iter().map(move |i| (rank, i))) {
+        ranks.entry(item.index()).or_default().push(rank);
+    }
+    if ranks.values().all(|having| having.len() == 1) {
+        return plans.to_vec();
+    }
+    let mut load = vec![0_u64; plans.len()];
+    let mut shared = Vec::new();
+    for (rank, item) in plans.iter().enumerate().flat_map(|(rank, plan)| plan.items.iter().map(move |i| (rank, i))) {
+        match &ranks[&item.index()][..] {
+            [_] => load[rank] = load[rank].saturating_add(item.bytes()),
+            [first, ..] if *first == rank => shared.push(item),
+            _ => {}
+        }
+    }
+    shared.sort_by(|a, b| b.bytes().cmp(&a.bytes()).then_with(|| a.index().cmp(&b.index())));
+    for item in shared {
+        let Some(having) = ranks.get_mut(&item.index()) else { continue };
+        let lightest = having.iter().copied().min_by_key(|rank| if to_lowest { 0 } else { load[*rank] });
+        let Some(chosen) = lightest else { continue };
+        load[chosen] = load[chosen].saturating_add(item.bytes());
+        *having = vec![chosen];
+    }
+    let mut written = std::collections::HashSet::new();
+    let mut global = Vec::with_capacity(plans.len());
+    for (rank, plan) in plans.iter().enumerate() {
+        let mine = plan.items.iter().filter(|item| ranks[&item.index()] == [rank] && written.insert(item.index()));
+        global.push(SavePlan { items: Arc::new(mine.cloned().collect()), planner_data: plan.planner_data.clone() });
+    }
+    global
+}

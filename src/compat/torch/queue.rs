@@ -1,0 +1,218 @@
+//! One thread for saves that somebody has to wait for: a staging future, a writer of the user's, a retry. In the order of calls,
+//! admitted by the engine's overlap policy.
+
+use super::plan::Metadata;
+use crate::compat::overdue::{Cell, Overdue};
+use crate::completion::{Completion, Signal, deadline_after};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fork;
+use crate::save::Save;
+use crate::settings::Overlap;
+use crate::sync::{Arc as CellArc, Mutex, lock};
+use crate::writer::spawn;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// A save in the queue, as its future and its job see it.
+pub(super) struct Record {
+    pub done: Cell<Option<Metadata>>,
+    pub staged: Cell<()>,
+    /// The engine's save, once there is one.
+    save: Mutex<Option<Arc<Save>>>,
+    observed: AtomicBool,
+    generation: u64,
+}
+
+impl Record {
+    fn new() -> Arc<Self> {
+        let (done, staged) = (CellArc::new(Completion::new()), CellArc::new(Completion::new()));
+        let (observed, generation) = (AtomicBool::new(false), fork::generation());
+        Arc::new(Self { done, staged, save: Mutex::new(None), observed, generation })
+    }
+
+    /// A save that ended before it began.
+    pub fn ended(result: Result<Option<Metadata>>) -> Arc<Self> {
+        let record = Self::new();
+        record.end(result);
+        record
+    }
+
+    pub fn end(&self, result: Result<Option<Metadata>>) {
+        self.staged.complete(result.as_ref().map(|_| ()).map_err(Clone::clone));
+        self.done.complete(result);
+    }
+
+    pub fn observe(&self) {
+        self.observed.store(true, Ordering::Release);
+    }
+
+    pub fn alive(&self) -> Result<()> {
+        if self.generation == fork::generation() {
+            return Ok(());
+        }
+        Err(Error::invalid("a save of the parent cannot be waited for in a forked child"))
+    }
+
+    /// The engine has it from here on. False, and the save is cancelled, when the record has ended meanwhile.
+    pub fn hand_over(&self, save: &Arc<Save>) -> bool {
+        let mut slot = lock(&self.save);
+        if self.done.is_complete() {
+            save.cancel();
+            return false;
+        }
+        *slot = Some(save.clone());
+        true
+    }
+
+    pub fn cancel(&self) -> bool {
+        let cancelled = || Err(Error::new(ErrorKind::Cancelled, "the save was cancelled"));
+        let save = lock(&self.save);
+        if self.alive().is_err() || save.as_ref().is_some_and(|save| !save.cancel()) {
+            return false;
+        }
+        self.observe();
+        let first = self.done.complete(cancelled());
+        self.staged.complete(Err(Error::new(ErrorKind::Cancelled, "the save was cancelled")));
+        first
+    }
+}
+
+type Job = Box<dyn FnOnce(&Record) -> Result<Option<Metadata>> + Send>;
+
+#[derive(Default)]
+struct Shared {
+    waiting: Mutex<VecDeque<(Arc<Record>, Job)>>,
+    records: Mutex<Vec<Arc<Record>>>,
+    signal: Signal,
+    stopped: AtomicBool,
+}
+
+/// The queue and its threads.
+pub(super) struct Queue {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+    overdue: Overdue,
+}
+
+impl Queue {
+    pub fn start() -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let mine = shared.clone();
+        let thread = spawn("ashore-torch".into(), move || run(&mine))?;
+        Ok(Self { shared, thread: Some(thread), overdue: Overdue::start()? })
+    }
+
+    /// The first error that nobody has seen.
+    pub fn unobserved(&self) -> Option<Error> {
+        let mut records = lock(&self.shared.records);
+        let mut error = None;
+        records.retain(|record| match record.done.get() {
+            None => true,
+            Some(Err(e)) if !record.observed.load(Ordering::Acquire) => {
+                if error.is_some() {
+                    return true;
+                }
+                record.observe();
+                error = Some(e);
+                false
+            }
+            Some(_) => false,
+        });
+        error
+    }
+
+    /// Remembers a save that ended before it began, so that its error is not lost.
+    pub fn failed(&self, error: Error) -> Arc<Record> {
+        let record = Record::ended(Err(error));
+        lock(&self.shared.records).push(record.clone());
+        record
+    }
+
+    fn unfinished(&self) -> Vec<Arc<Record>> {
+        lock(&self.shared.records).iter().filter(|r| !r.done.is_complete()).cloned().collect()
+    }
+
+    /// Takes a save, if the policy has room for it.
+    ///
+    /// # Errors
+    /// `Busy` when there was no room by `deadline`.
+    pub fn push(&self, overlap: Overlap, deadline: Instant, job: Job) -> Result<Arc<Record>> {
+        let room = match overlap {
+            Overlap::Queue(room) => room,
+            Overlap::Skip if !self.unfinished().is_empty() => return Ok(Record::ended(Ok(None))),
+            Overlap::Latest => {
+                let waits = lock(&self.shared.waiting).pop_back();
+                if let Some((record, job)) = waits {
+                    drop(job);
+                    record.end(Ok(None));
+                }
+                usize::MAX
+            }
+            Overlap::Block | Overlap::Skip => 0,
+        };
+        loop {
+            let unfinished = self.unfinished();
+            if unfinished.len() <= room {
+                break;
+            }
+            if unfinished[0].done.wait(deadline).is_none() {
+                let saves = unfinished.len();
+                return Err(Error::new(ErrorKind::Busy, format!("earlier saves have not ended unfinished={saves}")));
+            }
+        }
+        let record = Record::new();
+        self.overdue.watch(&record.done, deadline, "the save deadline passed in the queue of the executor");
+        self.overdue.watch(&record.staged, deadline, "the save deadline passed before the state was staged");
+        lock(&self.shared.records).push(record.clone());
+        lock(&self.shared.waiting).push_back((record.clone(), job));
+        self.shared.signal.notify();
+        Ok(record)
+    }
+
+    /// Waits for what is under way, then ends the thread.
+    ///
+    /// # Errors
+    /// The first error that nobody has seen; `Deadline` when saves were unfinished.
+    pub fn close(&mut self, patience: Duration) -> Result<()> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        let deadline = deadline_after(patience);
+        let mut late = None;
+        for record in self.unfinished() {
+            if record.done.wait(deadline).is_none() && record.cancel() {
+                late = Some(Error::new(ErrorKind::Deadline, "the executor was closed before a save ended"));
+            }
+        }
+        self.shared.stopped.store(true, Ordering::Release);
+        self.shared.signal.notify();
+        let grace = deadline.max(Instant::now() + Duration::from_millis(500));
+        while !thread.is_finished() && Instant::now() < grace {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        self.unobserved().or(late).map_or(Ok(()), Err)
+    }
+}
+
+fn run(shared: &Shared) {
+    loop {
+        let idle = Instant::now() + Duration::from_secs(3600);
+        let next = shared.signal.wait_until(idle, || match lock(&shared.waiting).pop_front() {
+            Some(job) => Some(Some(job)),
+            None => shared.stopped.load(Ordering::Acquire).then_some(None),
+        });
+        match next {
+            None => {}
+            Some(None) => return,
+            Some(Some((record, job))) => {
+                let result = if record.done.is_complete() {
+                    Err(Error::new(ErrorKind::Cancelled, "the save ended before its turn came"))
+                } else {
+                    super::drive::guarded("a save panicked", || job(&record))
+                };
+                record.end(result);
+            }
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Errors on their way to another rank or another process.
+
+use crate::error::{Error, ErrorKind};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+const KINDS: [ErrorKind; 12] = [
+    ErrorKind::Invalid,
+    ErrorKind::NotFound,
+    ErrorKind::Conflict,
+    ErrorKind::Busy,
+    ErrorKind::NoSpace,
+    ErrorKind::Unavailable,
+    ErrorKind::Corrupt,
+    ErrorKind::Device,
+    ErrorKind::Cancelled,
+    ErrorKind::Deadline,
+    ErrorKind::Indeterminate,
+    ErrorKind::Internal,
+];
+
+/// An [`Error`] as data. The source is part of the message.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct WireError {
+    kind: String,
+    message: String,
+    step: Option<u64>,
+    rank: Option<u32>,
+    path: Option<PathBuf>,
+}
+
+impl From<&Error> for WireError {
+    fn from(error: &Error) -> Self {
+        let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
+        Self {
+            kind: format!("{:?}", error.kind()),
+            message: format!("{}{source}", error.message()),
+            step: error.step(),
+            rank: error.rank(),
+            path: error.path().map(Into::into),
+        }
+    }
+}
+
+// No `From` for `Error`: it would take away from every user what the compiler infers where there is only one.
+impl WireError {
+    /// The error.
+    pub fn into_error(self) -> Error {
+        let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(ErrorKind::Internal);
+        let mut error = Error::new(kind, self.message);
+        if let Some(step) = self.step {
+            error = error.with_step(step);
+        }
+        if let Some(rank) = self.rank {
+            error = error.with_rank(rank);
+        }
+        if let Some(path) = self.path { error.with_path(path) } else { error }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_the_same_on_the_other_side() {
+        for kind in KINDS {
+            let error = Error::new(kind, "it failed file=7").with_step(3).with_rank(2).with_path("/a/b");
+            let text = serde_json::to_string(&WireError::from(&error)).unwrap();
+            let back = serde_json::from_str::<WireError>(&text).unwrap().into_error();
+            assert_eq!((back.kind(), back.to_string()), (kind, error.to_string()));
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! SIGTERM: what becomes of saves when the machine is about to be taken away.
+//!
+//! **Protocol.** The first signal stops the admission of saves, and finishes, promotes or abandons those under way, until a
+//! deadline. Then the report is given, and the program ends, or goes on. A second signal abandons what is left, at once.
+//! **Deadline.** A second after it the program ends, whatever hangs: a storage, a report. **Fork.** A child dies of the signal, as
+//! if nothing were installed.
+
+mod handler;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::CheckpointExecutor;
+use crate::save::Save;
+use crate::state::StateDict;
+use crate::sync::{Mutex, lock};
+use crate::ticket::Outcome;
+use crate::writer::spawn;
+use signal_hook::consts::SIGTERM;
+use signal_hook::{SigId, low_level};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long after the deadline the program ends, if it is to end, whatever hangs.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// What becomes of saves under way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnTerm {
+    /// All of them are finished.
+    #[default]
+    Finish,
+    /// The newest state that is staged is finished, or one that was [offered](Sigterm::offer) and is newer; the others are
+    /// cancelled, so that it has the storage to itself.
+    Promote,
+    /// All of them are cancelled.
+    Abandon,
+}
+
+/// What the program does then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Exit {
+    /// It goes on, and has [`Sigterm::requested`] and [`Sigterm::report`] to look at.
+    #[default]
+    Return,
+    /// It ends at once, without destructors and exit handlers.
+    Code {
+        /// The code when nothing was lost that is newer than the newest durable step.
+        durable: i32,
+        /// The code otherwise.
+        lost: i32,
+    },
+    /// It dies of the signal.
+    Signal,
+}
+
+/// What became of the saves.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Report {
+    /// The newest step that is durable, and where it is.
+    pub durable: Option<(u64, PathBuf)>,
+    /// Steps that were under way and became durable, oldest first.
+    pub finished: Vec<u64>,
+    /// Steps that were under way and did not, oldest first, and why.
+    pub lost: Vec<(u64, Error)>,
+    /// A second signal, or the deadline, came first.
+    pub cut_short: bool,
+}
+
+impl Report {
+    /// True when nothing was lost that is newer than the newest durable step.
+    pub fn newest_is_durable(&self) -> bool {
+        let durable = self.durable.as_ref().map(|(step, _)| *step);
+        self.lost.iter().all(|(step, _)| durable.is_some_and(|durable| *step < durable))
+    }
+}
+
+type Tell = Box<dyn Fn(&Report) + Send + Sync>;
+
+/// Collects what a hook needs.
+#[must_use = "nothing happens until `install`"]
+pub struct SigtermBuilder {
+    executor: Arc<CheckpointExecutor>,
+    deadline: Duration,
+    on_term: OnTerm,
+    exit: Exit,
+    tell: Tell,
+}
+
+impl SigtermBuilder {
+    /// How long saves are given: 20 seconds.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// What becomes of saves under way: they are finished.
+    pub fn on_term(mut self, on_term: OnTerm) -> Self {
+        self.on_term = on_term;
+        self
+    }
+
+    /// What the program does then: it goes on.
+    pub fn exit(mut self, exit: Exit) -> Self {
+        self.exit = exit;
+        self
+    }
+
+    /// Who is told, before the program ends: a line on stderr, unless set.
+    pub fn report(mut self, tell: impl Fn(&Report) + Send + Sync + 'static) -> Self {
+        self.tell = Box::new(tell);
+        self
+    }
+
+    /// Installs the hook, until what is returned is dropped. Others that handle the signal go on doing so.
+    ///
+    /// # Errors
+    /// `Busy` when the system has no descriptor or no thread for it.
+    pub fn install(self) -> Result<Sigterm> {
+        let busy = |e| Error::new(ErrorKind::Busy, "the hook for SIGTERM cannot be installed").with_source(e);
+        let (signals, theirs) = UnixStream::pair().map_err(busy)?;
+        let wake = theirs.try_clone().map_err(busy)?;
+        let id = handler::register(theirs).map_err(busy)?;
+        let hook = Sigterm { shared: Arc::default(), wake, id };
+        let (shared, listener) = (hook.shared.clone(), Arc::new(Listener { hook: self, shared: hook.shared.clone() }));
+        spawn("ashore-sigterm".into(), move || listen(&listener, &shared, signals))?;
+        Ok(hook)
+    }
+}
+
+impl std::fmt::Debug for SigtermBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SigtermBuilder({:?}, {:?}, {:?})", self.deadline, self.on_term, self.exit)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    requested: AtomicBool,
+    removed: AtomicBool,
+    report: Mutex<Option<Report>>,
+    offered: Mutex<Option<(u64, StateDict<'static>)>>,
+}
+
+/// The hook, while it is installed.
+///
+/// ```
+/// use ashore::sigterm::{Exit, OnTerm, Sigterm};
+/// use std::{sync::Arc, time::Duration};
+/// # let dir = tempfile::tempdir().unwrap();
+/// let executor = Arc::new(ashore::CheckpointExecutor::builder(dir.path()).arena(16 << 20).chunk(1 << 20).build()?);
+/// let hook = Sigterm::on(&executor)
+///     .deadline(Duration::from_secs(20)) // well below the scheduler's own
+///     .on_term(OnTerm::Promote)
+///     .exit(Exit::Code { durable: 0, lost: 75 })
+///     .install()?;
+/// assert!(!hook.requested());
+/// # Ok::<(), ashore::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Sigterm {
+    shared: Arc<Shared>,
+    wake: UnixStream,
+    id: SigId,
+}
+
+impl Sigterm {
+    /// Begins to build a hook for the saves of `executor`.
+    pub fn on(executor: &Arc<CheckpointExecutor>) -> SigtermBuilder {
+        let tell = |report: &Report| {
+            let durable = report.durable.as_ref().map(|(step, path)| format!("step {step} in {}", path.display()));
+            let (durable, lost) = (durable.unwrap_or_else(|| "no step".into()), report.lost.len());
+            let _ = writeln!(std::io::stderr(), "ashore: SIGTERM: durable is {durable}; saves lost: {lost}");
+        };
+        SigtermBuilder {
+            executor: executor.clone(),
+            deadline: Duration::from_secs(20),
+            on_term: OnTerm::default(),
+            exit: Exit::default(),
+            tell: Box::new(tell),
+        }
+    }
+
+    /// Keeps the newest state at hand, without saving it: [`OnTerm::Promote`] saves it when it is newer than every save under
+    /// way. It takes the place of the one that was offered before.
+    ///
+    /// # Errors
+    /// `Invalid` for a state that the program can write while it is held.
+    pub fn offer(&self, step: u64, state: StateDict<'static>) -> Result<()> {
+        state.settled()?;
+        let before = lock(&self.shared.offered).replace((step, state));
+        drop(before);
+        Ok(())
+    }
+
+    /// Takes back the state that was offered last.
+    pub fn withdraw(&self) -> Option<(u64, StateDict<'static>)> {
+        lock(&self.shared.offered).take()
+    }
+
+    /// Whether the signal has come. Saves are not begun any more then: their handles resolve to `Outcome::Skipped`.
+    pub fn requested(&self) -> bool {
+        self.shared.requested.load(Ordering::Acquire)
+    }
+
+    /// What became of the saves, once that is known.
+    pub fn report(&self) -> Option<Report> {
+        lock(&self.shared.report).clone()
+    }
+}
+
+impl Drop for Sigterm {
+    fn drop(&mut self) {
+        low_level::unregister(self.id);
+        self.shared.removed.store(true, Ordering::Release);
+        let _ = self.wake.write(&[0]);
+    }
+}
+
+struct Listener {
+    hook: SigtermBuilder,
+    shared: Arc<Shared>,
+}
+
+/// The thread that signals wake.
+fn listen(listener: &Arc<Listener>, shared: &Shared, mut signals: UnixStream) {
+    let mut byte = [0];
+    while matches!(signals.read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::Interrupted) {}
+    if shared.removed.load(Ordering::Acquire) {
+        return;
+    }
+    let began = Instant::now();
+    shared.requested.store(true, Ordering::Release);
+    listener.hook.executor.close_admission();
+    let again = Arc::new(AtomicBool::new(false));
+    let (draining, interrupted) = (listener.clone(), again.clone());
+    let drain = spawn("ashore-drain".into(), move || {
+        let run = || draining.drain(began + draining.hook.deadline, &interrupted);
+        if catch_unwind(AssertUnwindSafe(run)).is_err() {
+            tracing::error!("the drain at SIGTERM panicked");
+        }
+    });
+    if let Err(error) = &drain {
+        tracing::error!(%error, "saves cannot be drained at SIGTERM");
+    }
+    let _ = signals.set_read_timeout(Some(Duration::from_millis(5)));
+    let end = began + listener.hook.deadline + GRACE;
+    while drain.as_ref().is_ok_and(|thread| !thread.is_finished()) && Instant::now() < end {
+        if signals.read(&mut byte).is_ok() && !shared.removed.load(Ordering::Acquire) {
+            again.store(true, Ordering::Release);
+        }
+    }
+    let report = lock(&shared.report).clone();
+    let kept = report.is_some_and(|report| report.newest_is_durable());
+    match listener.hook.exit {
+        Exit::Return => {}
+        Exit::Code { durable, lost } => low_level::exit(if kept { durable } else { lost }),
+        Exit::Signal => _ = low_level::emulate_default_handler(SIGTERM),
+    }
+}
+
+impl Listener {
+    /// Ends the saves, and reports.
+    fn drain(&self, deadline: Instant, again: &AtomicBool) {
+        let Self { hook, shared } = self;
+        let mut report = Report::default();
+        let mut saves = hook.executor.unfinished();
+        let cancel = |save: &Save| _ = save.cancel();
+        match hook.on_term {
+            OnTerm::Finish => {}
+            OnTerm::Abandon => saves.iter().for_each(cancel),
+            OnTerm::Promote => {
+                let staged = saves.iter().filter(|save| save.is_staged()).map(Save::step).max();
+                let newest = staged.or_else(|| saves.iter().map(Save::step).max());
+                let kept = self.promote(newest, &mut saves, &mut report);
+                saves.iter().filter(|save| Some(save.step()) != kept).for_each(cancel);
+            }
+        }
+        for save in &saves {
+            let ended = loop {
+                let now = Instant::now();
+                if now >= deadline || again.load(Ordering::Acquire) {
+                    report.cut_short = true;
+                    save.cancel();
+                    break save.wait(Duration::from_millis(100));
+                }
+                // In slices, because the second signal has to be seen.
+                if let Ok(done) = slice(save, (deadline - now).min(Duration::from_millis(5))) {
+                    break done;
+                }
+            };
+            match ended {
+                Ok(Outcome::Durable(_)) => report.finished.push(save.step()),
+                Ok(Outcome::Skipped { .. } | Outcome::Superseded { .. }) => {}
+                Err(error) => report.lost.push((save.step(), error)),
+            }
+        }
+        report.finished.sort_unstable();
+        report.lost.sort_by_key(|(step, _)| *step);
+        let newest = hook.executor.catalog().latest();
+        report.durable = newest.ok().flatten().map(|newest| (newest.step(), newest.path().to_owned()));
+        *lock(&shared.report) = Some(report.clone());
+        (hook.tell)(&report);
+    }
+
+    /// Saves what was offered, if it is newer than `newest` and all else; returns the step to finish.
+    fn promote(&self, newest: Option<u64>, saves: &mut Vec<Save>, report: &mut Report) -> Option<u64> {
+        let Some((step, state)) = lock(&self.shared.offered).take() else { return newest };
+        let durable = self.hook.executor.catalog().latest().ok().flatten().map(|newest| newest.step());
+        if newest.max(durable).is_some_and(|newest| newest >= step) {
+            return newest;
+        }
+        // Those under way go first: what is offered must not wait behind them.
+        saves.iter().for_each(|save| _ = save.cancel());
+        match self.hook.executor.save_at_the_end(step, state) {
+            Ok(save) => saves.push(save),
+            Err(error) => report.lost.push((step, error)),
+        }
+        Some(step)
+    }
+}
+
+/// How the save ended, if it does so within `patience`.
+fn slice(save: &Save, patience: Duration) -> Result<Result<Outcome>, ()> {
+    match save.wait(patience) {
+        // Its own deadline, or that of this wait: asked again, an end is still there.
+        Err(error) if error.kind() == ErrorKind::Deadline => save.try_get().ok_or(()),
+        ended => Ok(ended),
+    }
+}

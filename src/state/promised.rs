@@ -1,0 +1,138 @@
+//! A tensor that is still being staged by somebody else: planned now, read when it has come.
+//!
+//! # Safety argument
+//! [`Promised`] is a source that hands out the bytes of the source that it was fulfilled with, which it owns from then on and
+//! for as long as it lives itself; that one's promises are its own. Before that it says that it is not ready, and hands out
+//! nothing.
+#![expect(unsafe_code, reason = "a source that forwards to another; argument above")]
+
+use super::dtype::Layout;
+use super::source::{Place, Source};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Mutex, lock};
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+use std::task::{Poll, Waker};
+
+/// A promise to deliver a tensor of `layout`, and the source to be saved in its place meanwhile.
+///
+/// ```
+/// use ashore::{CheckpointExecutor, Dtype, Layout, StateDict, state::promise};
+/// # let dir = tempfile::tempdir().unwrap();
+/// let executor = CheckpointExecutor::builder(dir.path()).arena(16 << 20).chunk(1 << 20).build()?;
+/// let (promise, promised) = promise(Layout::new(Dtype::F32, [4]));
+/// let mut state = StateDict::new();
+/// state.tensor("weights", promised)?;
+/// let save = executor.save(1, state)?; // waits for the tensor, until the save deadline
+/// promise.fulfil(vec![0.5_f32; 4])?;
+/// save.wait(std::time::Duration::from_secs(60))?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
+pub fn promise(layout: Layout) -> (Promise, Promised) {
+    let shared = Arc::new(Inner { layout, came: OnceLock::new(), waker: Mutex::new(None) });
+    (Promise(Some(shared.clone())), Promised(shared))
+}
+
+/// The deliverer's end of a [`promise`]. Dropping it breaks the promise, and fails the save.
+#[derive(Debug)]
+#[must_use = "a promise that is dropped fails the save"]
+pub struct Promise(Option<Arc<Inner>>);
+
+/// The source of a tensor that was [promised](promise). Later saves wait behind the one that waits for it.
+#[derive(Debug)]
+pub struct Promised(Arc<Inner>);
+
+struct Inner {
+    layout: Layout,
+    came: OnceLock<Result<Box<dyn Source>>>,
+    waker: Mutex<Option<Waker>>,
+}
+
+impl Inner {
+    fn come(&self, what: Result<Box<dyn Source>>) {
+        if self.came.set(what).is_ok()
+            && let Some(waker) = lock(&self.waker).take()
+        {
+            waker.wake();
+        }
+    }
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {:?} came={}", self.layout.dtype, &self.layout.shape[..], self.came.get().is_some())
+    }
+}
+
+impl Promise {
+    /// Delivers the tensor.
+    ///
+    /// # Errors
+    /// `Invalid`, and the save fails with it: another dtype, shape or length than was promised, or memory that the program may
+    /// write while it is held.
+    pub fn fulfil(mut self, source: impl Source + 'static) -> Result<()> {
+        let Some(inner) = self.0.take() else { return Ok(()) };
+        let (layout, place) = (source.layout(), source.place());
+        let sound = layout == inner.layout && layout.bytes().is_ok_and(|bytes| bytes == place.bytes());
+        let what = match place {
+            Place::Host { writable: false, .. } if sound => {
+                inner.come(Ok(Box::new(source)));
+                return Ok(());
+            }
+            _ if sound => "a staged tensor must not be writable while it is held".to_owned(),
+            _ => format!(
+                "a staged tensor is not what was promised promised={inner:?} dtype={} shape={:?} bytes={}",
+                layout.dtype,
+                &layout.shape[..],
+                place.bytes()
+            ),
+        };
+        let error = Error::invalid(what);
+        inner.come(Err(error.clone()));
+        Err(error)
+    }
+
+    /// Says that the tensor will not come: the save fails with `why`.
+    pub fn fail(mut self, why: Error) {
+        if let Some(inner) = self.0.take() {
+            inner.come(Err(why));
+        }
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        if let Some(inner) = self.0.take() {
+            inner.come(Err(Error::new(ErrorKind::Cancelled, "staging ended before a tensor that it had promised")));
+        }
+    }
+}
+
+// SAFETY: see the module.
+unsafe impl Source for Promised {
+    fn layout(&self) -> Layout {
+        self.0.layout.clone()
+    }
+
+    fn place(&self) -> Place {
+        Place::Host { bytes: self.0.layout.bytes().unwrap_or(u64::MAX), writable: false }
+    }
+
+    fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+        if let Some(Ok(source)) = self.0.came.get() {
+            source.read(copy);
+        }
+    }
+
+    fn poll_ready(&self, bytes: Range<u64>, waker: &Waker) -> Poll<Result<()>> {
+        if self.0.came.get().is_none() {
+            // Left here before the second look, so that whoever delivers in between finds it.
+            *lock(&self.0.waker) = Some(waker.clone());
+        }
+        match self.0.came.get() {
+            None => Poll::Pending,
+            Some(Ok(source)) => source.poll_ready(bytes, waker),
+            Some(Err(error)) => Poll::Ready(Err(error.clone())),
+        }
+    }
+}

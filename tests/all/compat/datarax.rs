@@ -1,0 +1,268 @@
+//! Datarax's handler, method by method.
+
+use super::identical::{assert_saved_by_the_executor, files};
+use ashore::compat::datarax::{Checkpointable, OrbaxCheckpointHandler, PrngKey, SaveArgs, State};
+use ashore::{Dtype, Error, ErrorKind, Result, Settings};
+use std::fmt::Debug;
+use tempfile::tempdir;
+
+fn handler() -> OrbaxCheckpointHandler {
+    let mut settings = Settings::default();
+    (settings.arena, settings.chunk) = (1 << 20, 1 << 16);
+    OrbaxCheckpointHandler::with_settings(settings)
+}
+
+fn state(seed: u32) -> State {
+    let mut state = State::new();
+    state.array("params.w", (0..5000).map(|i| (i + seed) as f32).collect::<Vec<_>>(), [50, 100]).unwrap();
+    state.array("params.steps", vec![seed], []).unwrap();
+    state.array("empty", Vec::<u8>::new(), [0, 3]).unwrap();
+    state.key("rng", PrngKey::threefry2x32(u64::from(seed) << 31)).unwrap();
+    let batch = PrngKey { implementation: "unsafe_rbg".into(), shape: vec![2, 4], data: (seed..seed + 8).collect() };
+    state.key("keys", batch).unwrap();
+    state.value("name", "threefry2x32 \u{e9}\n$f64").unwrap().value("lr", &f64::NAN.to_bits()).unwrap();
+    state.value("seed", &seed).unwrap();
+    state
+}
+
+#[track_caller]
+fn kind<T: Debug>(result: Result<T>) -> ErrorKind {
+    result.expect_err("an error").kind()
+}
+
+#[test]
+fn a_save_with_a_step_and_one_without_are_where_datarax_has_them() {
+    let root = tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    let handler = handler();
+    assert_eq!(handler.save(root.path(), &state(1), SaveArgs::default()).unwrap(), at("checkpoint"));
+    assert_eq!(handler.save(root.path(), &state(2), SaveArgs::step(1000)).unwrap(), at("ckpt-1000"));
+    assert_eq!(handler.restore(root.path(), None).unwrap(), state(2), "steps come first");
+    assert_eq!(handler.restore(root.path(), Some(1000)).unwrap(), state(2));
+    assert_eq!(ashore::Checkpoint::open(at("checkpoint")).unwrap().value::<u32>("seed").unwrap(), 1);
+    handler.close().unwrap();
+    assert_eq!(std::fs::read_to_string(at("latest")).unwrap(), "ckpt-1000\n");
+    assert_saved_by_the_executor(&at("checkpoint"));
+    assert_saved_by_the_executor(&at("ckpt-1000"));
+}
+
+#[test]
+fn keys_come_back_with_their_implementation_and_strings_as_strings() {
+    let root = tempdir().unwrap();
+    let handler = handler();
+    handler.save(root.path(), &state(7), SaveArgs::default()).unwrap();
+    let restored = handler.restore(root.path(), None).unwrap();
+    assert_eq!(restored, state(7));
+    assert_eq!(restored.get_key("rng").unwrap(), &PrngKey::threefry2x32(7 << 31));
+    assert_eq!(restored.get_key("keys").unwrap().implementation, "unsafe_rbg");
+    assert_eq!(restored.get_value::<String>("name").unwrap(), "threefry2x32 \u{e9}\n$f64");
+    assert_eq!(restored.get_elements::<f32>("params.w").unwrap()[4999], 5006.0);
+    let array = restored.get_array("params.w").unwrap();
+    assert_eq!((array.dtype(), array.shape()), (Dtype::F32, &[50, 100][..]));
+    for wrong in
+        [kind(restored.get_array("rng")), kind(restored.get_key("name")), kind(restored.get_value::<u8>("name"))]
+    {
+        assert_eq!(wrong, ErrorKind::Invalid);
+    }
+    assert_eq!(kind(restored.get_elements::<u8>("params.w")), ErrorKind::Invalid);
+    assert_eq!(kind(restored.get_key("nobody")), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_step_that_is_missing_is_an_error_not_another_checkpoint() {
+    let root = tempdir().unwrap();
+    let handler = handler();
+    assert_eq!(kind(handler.restore(root.path().join("nowhere"), None)), ErrorKind::NotFound);
+    assert_eq!(kind(handler.restore(root.path(), None)), ErrorKind::NotFound);
+    handler.save(root.path(), &state(1), SaveArgs::default()).unwrap();
+    handler.save(root.path(), &state(2), SaveArgs::step(7)).unwrap();
+    let error = handler.restore(root.path(), Some(8)).unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::NotFound, Some(8)));
+    assert_eq!(kind(handler.restore_metadata(root.path(), Some(8))), ErrorKind::NotFound);
+    assert_eq!(handler.list_checkpoints(root.path().join("nowhere")).unwrap().len(), 0);
+}
+
+#[test]
+fn only_the_newest_steps_are_kept() {
+    let root = tempdir().unwrap();
+    let handler = handler();
+    let steps = || handler.get_checkpoint_steps(root.path()).unwrap();
+    handler.save(root.path(), &state(0), SaveArgs::default()).unwrap();
+    for step in [9, 10, 100] {
+        handler.save(root.path(), &state(step as u32), SaveArgs::step(step).keep(None)).unwrap();
+    }
+    assert_eq!(steps(), [9, 10, 100]);
+    handler.save(root.path(), &state(101), SaveArgs::step(101).keep(3)).unwrap();
+    assert_eq!(steps(), [10, 100, 101]);
+    handler.save(root.path(), &state(102), SaveArgs::step(102).keep(0)).unwrap();
+    assert_eq!(steps(), [10, 100, 101, 102]);
+    handler.save(root.path(), &state(103), SaveArgs::step(103)).unwrap();
+    assert_eq!((steps(), handler.latest_step(root.path()).unwrap()), (vec![103], Some(103)));
+    assert!(root.path().join("checkpoint").exists(), "one without a step is not counted");
+}
+
+#[test]
+fn steps_are_found_under_their_names_and_listed_where_they_are() {
+    let root = tempdir().unwrap();
+    let handler = handler();
+    for step in [5, 20] {
+        handler.save(root.path(), &state(step as u32), SaveArgs::step(step).keep(None)).unwrap();
+    }
+    std::fs::rename(root.path().join("ckpt-5"), root.path().join("5")).unwrap();
+    std::fs::create_dir(root.path().join("ckpt-99")).unwrap();
+    std::fs::create_dir(root.path().join("77")).unwrap();
+    let listed = handler.list_checkpoints(root.path()).unwrap();
+    assert_eq!(listed.into_iter().collect::<Vec<_>>(), [(5, root.path().join("5")), (20, root.path().join("ckpt-20"))]);
+    assert_eq!(handler.restore(root.path(), Some(5)).unwrap(), state(5));
+    assert_eq!(kind(handler.save(root.path(), &state(6), SaveArgs::step(5))), ErrorKind::Conflict);
+    let again = handler.save(root.path(), &state(6), SaveArgs::step(5).keep(None).overwrite()).unwrap();
+    assert_eq!(again, root.path().join("5"), "a step has one place");
+    assert_eq!(handler.restore(root.path(), Some(5)).unwrap(), state(6));
+}
+
+#[test]
+fn what_exists_is_replaced_only_when_told_to() {
+    let root = tempdir().unwrap();
+    let handler = handler();
+    for args in [SaveArgs::default(), SaveArgs::step(3)] {
+        let path = handler.save(root.path(), &state(1), args.clone()).unwrap();
+        let before = files(&path);
+        assert_eq!(kind(handler.save(root.path(), &state(2), args.clone())), ErrorKind::Conflict);
+        assert!(files(&path) == before);
+        handler.save(root.path(), &state(2), args.clone().overwrite()).unwrap();
+        assert_eq!(handler.restore(root.path(), args.step).unwrap(), state(2));
+    }
+}
+
+#[test]
+fn metadata_is_read_without_the_tensors() {
+    let root = tempdir().unwrap();
+    let handler = handler();
+    let args = SaveArgs::step(1).metadata("epoch", &10).unwrap().metadata("config", &[("lr", 1e-3)]).unwrap();
+    let path = handler.save(root.path(), &state(1), args).unwrap();
+    let shard = path.join("model.safetensors");
+    let mut bytes = std::fs::read(&shard).unwrap();
+    let len = bytes.len();
+    bytes[len - 1] ^= 1;
+    std::fs::write(&shard, bytes).unwrap();
+    let metadata = handler.restore_metadata(root.path(), None).unwrap();
+    assert_eq!((metadata.get::<u32>("epoch").unwrap(), metadata.keys().len()), (10, 2));
+    assert_eq!(metadata.get::<Vec<(String, f64)>>("config").unwrap(), [("lr".to_owned(), 1e-3)]);
+    assert_eq!(kind(metadata.get::<u32>("nothing")), ErrorKind::NotFound);
+    assert_eq!(kind(handler.restore(root.path(), None)), ErrorKind::Corrupt);
+}
+
+/// Restores its own fields and nothing by halves.
+#[derive(Debug, PartialEq)]
+struct Pipeline {
+    position: u64,
+    rng: PrngKey,
+}
+
+impl Checkpointable for Pipeline {
+    fn get_state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.value("position", &self.position)?.key("rng", self.rng.clone())?;
+        Ok(state)
+    }
+
+    fn set_state(&mut self, state: State) -> Result<()> {
+        *self = Self { position: state.get_value("position")?, rng: state.get_key("rng")?.clone() };
+        Ok(())
+    }
+}
+
+/// Has no state to give.
+struct Stateless;
+
+impl Checkpointable for Stateless {
+    fn get_state(&self) -> Result<State> {
+        Err(Error::new(ErrorKind::Unavailable, "no state today"))
+    }
+
+    fn set_state(&mut self, _: State) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn an_object_gives_its_state_and_takes_it_back() {
+    let root = tempdir().unwrap();
+    let handler = handler();
+    let there = Pipeline { position: 640, rng: PrngKey::threefry2x32(9) };
+    handler.save(root.path(), &there, SaveArgs::step(1)).unwrap();
+    let new = || Pipeline { position: 0, rng: PrngKey::threefry2x32(0) };
+    let mut restored = new();
+    handler.restore_into(root.path(), None, &mut restored).unwrap();
+    assert_eq!(restored, there);
+    handler.save(root.path(), &state(1), SaveArgs::step(2).keep(None)).unwrap();
+    let mut unchanged = new();
+    assert_eq!(kind(handler.restore_into(root.path(), Some(2), &mut unchanged)), ErrorKind::NotFound, "another schema");
+    assert_eq!(kind(handler.restore_into(root.path(), Some(3), &mut unchanged)), ErrorKind::NotFound);
+    assert_eq!(unchanged, new());
+}
+
+#[test]
+fn an_asynchronous_save_is_waited_for_by_what_comes_next() {
+    let root = tempdir().unwrap();
+    let handler = handler().asynchronous();
+    for step in 1..5 {
+        handler.save(root.path(), &state(step as u32), SaveArgs::step(step).keep(2)).unwrap();
+    }
+    assert_eq!(handler.restore(root.path(), None).unwrap(), state(4));
+    assert_eq!(handler.get_checkpoint_steps(root.path()).unwrap(), [3, 4]);
+    std::fs::create_dir(root.path().join("ckpt-5")).unwrap();
+    handler.save(root.path(), &state(5), SaveArgs::step(5)).unwrap();
+    assert_eq!(kind(handler.wait_until_finished()), ErrorKind::Conflict);
+    handler.save(root.path(), &state(6), SaveArgs::step(6)).unwrap();
+    drop(handler);
+    assert_eq!(self::handler().restore(root.path(), Some(6)).unwrap(), state(6), "dropping it waits");
+}
+
+#[test]
+fn bad_input_is_refused_and_changes_nothing() {
+    let root = tempdir().unwrap();
+    let directory = root.path().join("checkpoints");
+    let handler = handler();
+    assert_eq!(kind(SaveArgs::default().metadata("wide", &u128::MAX)), ErrorKind::Invalid);
+    assert_eq!(kind(State::new().value("wide", &u128::MAX)), ErrorKind::Invalid);
+    assert_eq!(kind(State::new().value("a", &1).unwrap().value("a", &2)), ErrorKind::Invalid);
+    let save = |state: &State, args| handler.save(&directory, state, args);
+    let mut short = State::new();
+    short.array("a", vec![1_u8; 3], [4]).unwrap();
+    assert_eq!(kind(save(&short, SaveArgs::default())), ErrorKind::Invalid);
+    let mut key = State::new();
+    key.key("rng", PrngKey { shape: vec![3], ..PrngKey::threefry2x32(1) }).unwrap();
+    assert_eq!(kind(save(&key, SaveArgs::default())), ErrorKind::Invalid);
+    let nameless = SaveArgs::default().metadata("", &1).unwrap();
+    assert_eq!(kind(save(&state(1), nameless)), ErrorKind::Invalid);
+    assert_eq!(kind(handler.save(&directory, &Stateless, SaveArgs::default())), ErrorKind::Unavailable);
+    assert!(!directory.exists());
+    std::fs::write(&directory, "a file").unwrap();
+    assert_eq!(kind(save(&state(1), SaveArgs::default())), ErrorKind::Invalid);
+    assert_eq!(files(root.path())["checkpoints"], b"a file");
+}
+
+#[test]
+fn a_directory_of_somebody_else_is_never_replaced() {
+    let root = tempdir().unwrap();
+    let foreign = |name: &str| {
+        std::fs::create_dir(root.path().join(name)).unwrap();
+        std::fs::write(root.path().join(name).join("data"), "theirs").unwrap();
+    };
+    foreign("checkpoint");
+    foreign("ckpt-4");
+    let handler = handler();
+    for args in [SaveArgs::default(), SaveArgs::step(4)] {
+        assert_eq!(kind(handler.save(root.path(), &state(1), args.clone())), ErrorKind::Conflict);
+        assert_eq!(kind(handler.save(root.path(), &state(1), args.clone().overwrite())), ErrorKind::Conflict);
+        assert_eq!(kind(handler.restore(root.path(), args.step)), ErrorKind::NotFound);
+    }
+    handler.close().unwrap();
+    let there = files(root.path());
+    assert_eq!(
+        there.keys().collect::<Vec<_>>(),
+        ["checkpoint/", "checkpoint/data", "ckpt-4/", "ckpt-4/data"],
+        "{there:?}"
+    );
+}

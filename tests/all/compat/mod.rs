@@ -1,0 +1,90 @@
+//! Each face against the contract of its system, method by method.
+
+mod datarax;
+mod earth2studio;
+mod graph;
+mod identical;
+mod orbax;
+mod torch;
+
+use ashore::storage::{Memory, Reading, Storage, Swept, Writing};
+use ashore::{Attempt, CheckpointExecutor, Error, ErrorKind, Result, StateDict};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// A small engine on real files.
+fn engine(root: &Path) -> ashore::Builder {
+    CheckpointExecutor::builder(root).arena(4 * 4096).chunk(4096).shutdown_deadline(Duration::from_secs(5))
+}
+
+/// A state with tensors of several chunks, a value and metadata.
+fn state(seed: u64) -> StateDict<'static> {
+    let mut state = StateDict::new();
+    state.tensor("model.weights", Arc::new(crate::rig::pattern(seed, 20_000))).unwrap();
+    state.tensor("model.bias", Arc::new(vec![seed as f32; 7])).unwrap();
+    state.value("epoch", &seed).unwrap().metadata("run", "a test").unwrap();
+    state
+}
+
+/// Every file below `root` that is not hidden, and its bytes.
+fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(root).unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap();
+        if name.starts_with('.') {
+            continue;
+        }
+        if entry.file_type().unwrap().is_dir() {
+            found.extend(files(&entry.path()).into_iter().map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
+        } else if name != "latest" {
+            found.insert(name, std::fs::read(entry.path()).unwrap());
+        }
+    }
+    found
+}
+
+/// A storage that refuses the first few attempts.
+#[derive(Debug)]
+struct Flaky {
+    memory: Memory,
+    refusals: AtomicUsize,
+}
+
+impl Flaky {
+    fn new(refusals: usize) -> Self {
+        Self { memory: Memory::new(), refusals: refusals.into() }
+    }
+}
+
+impl Storage for Flaky {
+    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
+        if self.refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
+            return Err(Error::new(ErrorKind::Unavailable, "not now"));
+        }
+        self.memory.begin(name, attempt, overwrite)
+    }
+    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
+        self.memory.open(name)
+    }
+    fn list(&self) -> Result<Vec<String>> {
+        self.memory.list()
+    }
+    fn confirm(&self, name: &str) -> Result<()> {
+        self.memory.confirm(name)
+    }
+    fn remove(&self, name: &str) -> Result<()> {
+        self.memory.remove(name)
+    }
+    fn sweep(&self) -> Result<Swept> {
+        self.memory.sweep()
+    }
+    fn hint(&self, name: &str) -> Result<()> {
+        self.memory.hint(name)
+    }
+    fn describe(&self, name: &str) -> PathBuf {
+        self.memory.describe(name)
+    }
+}

@@ -1,0 +1,180 @@
+//! Paths that are not known yet, and the signals that say when they are, or why they never will be.
+
+use crate::compat::{engine, files, state};
+use crate::rig::{Buffer, LONG, one};
+use ashore::compat::orbax::{
+    AsyncCheckpointHandler, CommitFuture, CompositeArgs, CompositeCheckpointHandler, DeferredPath,
+    DeferredPathAsyncCheckpointHandler, HandlerAwaitableSignal, OperationId, SaveArgs, SavePath, Signals,
+    StandardCheckpointHandler,
+};
+use ashore::testing::block_on;
+use ashore::{Checkpoint, Error, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+const STEP: HandlerAwaitableSignal = HandlerAwaitableSignal::StepDirectoryCreation;
+const ITEM: HandlerAwaitableSignal = HandlerAwaitableSignal::ItemDirectoryCreation;
+
+fn handler(root: &Path) -> StandardCheckpointHandler {
+    StandardCheckpointHandler::new(Arc::new(engine(root).build().unwrap()))
+}
+
+fn operation() -> (Signals, OperationId, SaveArgs) {
+    let signals = Signals::new();
+    let id = signals.next_operation_id(&[STEP]);
+    let args = SaveArgs::default().operation(&signals, id);
+    (signals, id, args)
+}
+
+#[test]
+fn a_path_can_be_joined_and_awaited_before_it_is_known() {
+    let deferred = DeferredPath::new();
+    let path = deferred.awaiting();
+    let item = (&path / "step-1").unwrap().join("model").unwrap();
+    assert_eq!(item.path().unwrap_err().kind(), ErrorKind::Busy);
+    assert_eq!(item.wait(Duration::from_millis(5)).unwrap_err().kind(), ErrorKind::Deadline);
+    for elsewhere in ["/etc", "..", "a/../../b"] {
+        assert_eq!(path.join(elsewhere).unwrap_err().kind(), ErrorKind::Invalid, "{elsewhere}");
+    }
+    let waits = std::thread::spawn({
+        let future = item.await_creation();
+        move || block_on(future)
+    });
+    assert!(deferred.set_path("/runs/7") && !deferred.set_path("/runs/8"));
+    assert_eq!(waits.join().unwrap().unwrap(), PathBuf::from("/runs/7/step-1/model"));
+    assert_eq!(path.path().unwrap(), PathBuf::from("/runs/7"));
+    assert_eq!(item.wait(LONG).unwrap(), PathBuf::from("/runs/7/step-1/model"));
+
+    let given_up = DeferredPath::new();
+    let path = given_up.awaiting();
+    drop(given_up);
+    assert_eq!(block_on(path.await_creation()).unwrap_err().kind(), ErrorKind::Cancelled);
+    let failed = DeferredPath::new();
+    failed.fail(Error::new(ErrorKind::NoSpace, "no room"));
+    assert_eq!(failed.awaiting().path().unwrap_err().kind(), ErrorKind::NoSpace);
+}
+
+#[test]
+fn a_deferred_save_touches_nothing_before_its_signal_and_is_durable_after_it() {
+    let root = tempfile::tempdir().unwrap();
+    let (handler, deferred, (signals, id, args)) = (handler(root.path()), DeferredPath::new(), operation());
+    let path = SavePath::Deferred(deferred.awaiting().join("step-3").unwrap());
+    let futures = handler.async_save_deferred(path, state(1), args).unwrap();
+    deferred.set_path(root.path());
+    // The path is known, and the signal has not come: still nothing.
+    assert_eq!(futures[0].result(Duration::from_millis(10)).unwrap_err().kind(), ErrorKind::Deadline);
+    assert!(files(root.path()).is_empty() && crate::rig::hidden(root.path()).is_empty());
+    signals.send(id, STEP);
+    futures[0].result(LONG).unwrap().committed().unwrap();
+    block_on(futures[0].clone()).unwrap();
+    assert_eq!(Checkpoint::open(root.path().join("step-3")).unwrap().value::<u64>("epoch").unwrap(), 1);
+    signals.remove(id);
+    assert!(signals.contract(id).is_empty());
+    assert_eq!(signals.wait(id, STEP, LONG).unwrap_err().kind(), ErrorKind::NotFound);
+
+    // A path that is known is saved to at once.
+    let known = SavePath::Known(root.path().join("step-4"));
+    handler.async_save_deferred(known, state(2), SaveArgs::default()).unwrap()[0].result(LONG).unwrap();
+}
+
+#[test]
+fn a_deferred_composite_is_one_commit() {
+    let root = tempfile::tempdir().unwrap();
+    let handler = CompositeCheckpointHandler::new(Arc::new(engine(root.path()).build().unwrap()));
+    let (deferred, (signals, id, args)) = (DeferredPath::new(), operation());
+    let items = CompositeArgs::new().item("model", state(1)).unwrap().item("optimizer", state(2)).unwrap();
+    let futures = handler.async_save_deferred(SavePath::Deferred(deferred.awaiting()), items, args).unwrap();
+    deferred.set_path(root.path().join("8"));
+    signals.send(id, STEP);
+    assert_eq!(futures.len(), 2);
+    for future in futures {
+        future.result(LONG).unwrap().committed().unwrap();
+    }
+    assert_eq!(Checkpoint::open(root.path().join("8")).unwrap().tensors().len(), 4);
+}
+
+#[test]
+fn errors_reach_the_waiters_at_once() {
+    let root = tempfile::tempdir().unwrap();
+    let handler = handler(root.path());
+    let (deferred, (signals, id, args)) = (DeferredPath::new(), operation());
+    let futures = handler.async_save_deferred(SavePath::Deferred(deferred.awaiting()), state(1), args).unwrap();
+    let waits = std::thread::spawn({
+        let signals = signals.clone();
+        move || signals.wait(id, ITEM, LONG)
+    });
+    signals.fail(id, &Error::new(ErrorKind::NoSpace, "the directory cannot be made"));
+    assert_eq!(futures[0].result(LONG).unwrap_err().kind(), ErrorKind::NoSpace);
+    assert_eq!(waits.join().unwrap().unwrap_err().kind(), ErrorKind::NoSpace);
+
+    // So does the error of the save itself: the path turns out to be elsewhere.
+    let (deferred, (signals, id, args)) = (DeferredPath::new(), operation());
+    let futures = handler.async_save_deferred(SavePath::Deferred(deferred.awaiting()), state(1), args).unwrap();
+    deferred.set_path("/elsewhere/1");
+    signals.send(id, STEP);
+    assert_eq!(signals.wait(id, ITEM, LONG).unwrap_err().kind(), ErrorKind::Invalid);
+    assert_eq!(futures[0].result(LONG).unwrap_err().kind(), ErrorKind::Invalid);
+    assert!(files(root.path()).is_empty());
+}
+
+#[test]
+fn a_signal_that_never_comes_ends_at_the_deadline_and_a_cancelled_save_never_begins() {
+    let root = tempfile::tempdir().unwrap();
+    let handler = handler(root.path());
+    let (deferred, (signals, id, args)) = (DeferredPath::new(), operation());
+    let path = || SavePath::Deferred(deferred.awaiting());
+    let soon = args.clone().timeout(Duration::from_millis(20));
+    let late = handler.async_save_deferred(path(), state(1), soon).unwrap();
+    assert_eq!(late[0].result(LONG).unwrap_err().kind(), ErrorKind::Deadline);
+
+    let (signals2, id2, args2) = operation();
+    let futures = handler.async_save_deferred(path(), state(1), args2).unwrap();
+    assert!(futures[0].cancel() && !futures[0].cancel());
+    assert_eq!(futures[0].result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+    deferred.set_path(root.path().join("1"));
+    signals2.send(id2, STEP);
+    assert!(files(root.path()).is_empty());
+    assert_eq!(signals.wait(id, STEP, Duration::ZERO).unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+#[test]
+fn what_cannot_wait_is_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let (handler, deferred, (_, _, args)) = (handler(root.path()), DeferredPath::new(), operation());
+    let path = || SavePath::Deferred(deferred.awaiting());
+    let refused = |result: ashore::Result<Vec<CommitFuture>>| {
+        let error = result.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        error.to_string()
+    };
+    let written = one("counter", Buffer::new(vec![0; 100]).source());
+    assert!(refused(handler.async_save_deferred(path(), written, args.clone())).contains("counter"));
+    assert!(refused(handler.async_save_deferred(path(), state(1), SaveArgs::default())).contains("operation"));
+    refused(handler.async_save_deferred(path(), state(1), args.timeout(Duration::ZERO)));
+    let signals = Signals::new();
+    let other = SaveArgs::default().operation(&signals, signals.next_operation_id(&[ITEM]));
+    assert!(refused(handler.async_save_deferred(path(), state(1), other)).contains("step_directory_creation"));
+    let _ = handler.async_save(&root.path().join("1"), state(1), SaveArgs::default()).unwrap()[0].result(LONG).unwrap();
+}
+
+#[test]
+fn a_commit_sends_its_own_signals_when_it_is_durable() {
+    let root = tempfile::tempdir().unwrap();
+    let executor = Arc::new(engine(root.path()).build().unwrap());
+    let signals = Signals::new();
+    let id = signals.next_operation_id(&[]);
+    let begun = Arc::new(AtomicBool::new(false));
+    let save = {
+        let (executor, begun) = (executor.clone(), begun.clone());
+        move || {
+            begun.store(true, Ordering::Relaxed);
+            executor.save(1, state(1))
+        }
+    };
+    let future = CommitFuture::contracted(&signals, id, &[ITEM], LONG, save).unwrap();
+    signals.wait(id, ITEM, LONG).unwrap();
+    assert!(begun.load(Ordering::Relaxed) && executor.checkpoint(1).is_ok());
+    future.result(LONG).unwrap();
+}

@@ -1,0 +1,4 @@
+mod deferred;
+mod handlers;
+mod managing;
+mod policies;

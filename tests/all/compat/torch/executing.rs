@@ -1,0 +1,144 @@
+//! `execute_save` and its future: results, options, places, overlap.
+
+use crate::compat::{engine, files, state};
+use crate::rig::{LONG, one, pattern};
+use ashore::compat::torch::{
+    AsyncCheckpointExecutor, EngineWriter, ExecuteOptions, StagedState, StorageMetadata, ThreadExecutor, ThreadGroup,
+};
+use ashore::testing::{LateDevice, block_on};
+use ashore::{Attempt, Checkpoint, ErrorKind, Overlap, SaveOptions};
+use std::sync::Arc;
+use std::time::Duration;
+
+fn to(id: impl Into<std::path::PathBuf>) -> ExecuteOptions {
+    ExecuteOptions::new().checkpoint_id(id)
+}
+
+#[test]
+fn the_future_is_of_the_metadata_of_a_durable_checkpoint() {
+    let root = tempfile::tempdir().unwrap();
+    let executor: Box<dyn AsyncCheckpointExecutor> =
+        Box::new(ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap());
+    let future = executor.execute_save(state(3).into(), to(root.path().join("step-7"))).unwrap();
+    block_on(future.staging_completion()).unwrap();
+    let metadata = block_on(future).unwrap().unwrap();
+    let names: Vec<_> = metadata.state_dict_metadata.keys().map(String::as_str).collect();
+    assert_eq!(names, ["epoch", "model.bias", "model.weights"]);
+    let StorageMetadata::Tensor(weights) = &metadata.state_dict_metadata["model.weights"] else { panic!() };
+    assert_eq!((&weights.size[..], weights.chunks.len()), (&[20_000][..], 1));
+    assert_eq!(metadata.state_dict_metadata["epoch"], StorageMetadata::Bytes);
+    assert_eq!(metadata.storage_data.len(), 3);
+    let meta = metadata.storage_meta.unwrap();
+    let checkpoint = Checkpoint::open(&meta.checkpoint_id).unwrap();
+    assert_eq!((checkpoint.step(), Some(checkpoint.attempt().to_string())), (7, meta.save_id));
+    assert_eq!(checkpoint.read("model.weights").unwrap(), pattern(3, 20_000));
+}
+
+#[test]
+fn a_save_through_the_face_leaves_the_bytes_that_the_engine_leaves() {
+    let attempt = Attempt::new();
+    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let plain = engine(ours.path()).build().unwrap();
+    plain.save_with(5, state(1), SaveOptions::default().attempt(attempt).name("step-5")).unwrap().wait(LONG).unwrap();
+    let executor = ThreadExecutor::new(Arc::new(engine(theirs.path()).build().unwrap())).unwrap();
+    executor.execute_save(state(1).into(), to("step-5").attempt(attempt)).unwrap().result(LONG).unwrap().unwrap();
+    assert_eq!(files(ours.path()), files(theirs.path()));
+    assert_eq!(files(ours.path()).len(), 2);
+
+    // Through the engine as a storage writer, on the executor's own thread, it is the same path.
+    let third = tempfile::tempdir().unwrap();
+    let writer = EngineWriter::new(Arc::new(engine(third.path()).build().unwrap())).attempt(Some(attempt));
+    let future = executor.execute_save(state(1).into(), to("step-5").storage_writer(writer)).unwrap();
+    future.result(LONG).unwrap().unwrap();
+    assert_eq!(files(ours.path()), files(third.path()));
+}
+
+#[test]
+fn an_executor_is_used_again_and_again_and_replaces_as_torch_does() {
+    let root = tempfile::tempdir().unwrap();
+    let executor = ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap();
+    for seed in 0..5 {
+        let future = executor.execute_save(state(seed).into(), to(root.path().join("7"))).unwrap();
+        future.result(LONG).unwrap().unwrap();
+        assert!(future.try_result().is_some() && !future.cancel());
+    }
+    let seen: u64 = Checkpoint::open(root.path().join("7")).unwrap().value("epoch").unwrap();
+    assert_eq!(seen, 4);
+    let refused = executor.execute_save(state(9).into(), to("7").overwrite(false)).unwrap();
+    assert_eq!(refused.result(LONG).unwrap_err().kind(), ErrorKind::Conflict);
+    executor.close(LONG).unwrap();
+}
+
+#[test]
+fn options_that_contradict_each_other_and_places_that_are_none_are_invalid_and_change_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let executor = ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap();
+    let alone = || ThreadGroup::new(1).remove(0);
+    let wrong: Vec<(ExecuteOptions, &str)> = vec![
+        (to("step-1").process_group(alone()).no_dist(true), "no_dist"),
+        (to("step-1").no_dist(true).use_collectives(true), "no_dist"),
+        (to("step-1").no_dist(true).use_collectives(false), "no_dist"),
+        (to("step-1").use_collectives(false), "use_collectives"),
+        (to("step-1").process_group(ThreadGroup::new(2).remove(0)), "one rank"),
+        (ExecuteOptions::new(), "checkpoint_id"),
+        (to("weights"), "name of a step"),
+        (to("/"), "name of a step"),
+        (to("/elsewhere/step-1"), "root"),
+        (to(root.path().join("deeper/step-1")), "root"),
+    ];
+    for (options, named) in wrong {
+        let shown = format!("{options:?}");
+        let error = executor.execute_save(state(1).into(), options).expect_err(&shown);
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{shown}");
+        assert!(error.to_string().contains(named), "{shown}: {error}");
+    }
+    assert!(files(root.path()).is_empty());
+    // A group of one is the same as none, with either choice; so is saying that there is none.
+    for (step, options) in [
+        to("1").process_group(alone()),
+        to("2").process_group(alone()).use_collectives(false),
+        to("3").process_group(alone()).use_collectives(true),
+        to("4").no_dist(true),
+        to("5").use_collectives(true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        executor.execute_save(state(step as u64).into(), options).unwrap().result(LONG).unwrap().unwrap();
+    }
+    assert_eq!(executor.executor().catalog().list().unwrap().len(), 5);
+}
+
+#[test]
+fn overlapping_saves_follow_the_policy_of_the_engine() {
+    let root = tempfile::tempdir().unwrap();
+    let device = LateDevice::default();
+    let build = engine(root.path()).device(Arc::new(device.clone())).overlap(Overlap::Skip).build().unwrap();
+    let executor = ThreadExecutor::new(Arc::new(build)).unwrap();
+    device.hold();
+    let first = executor.execute_save(state(1).into(), to("1")).unwrap();
+    let second = executor.execute_save(state(2).into(), to("2")).unwrap();
+    assert!(second.result(LONG).unwrap().is_none());
+    device.release();
+    first.result(LONG).unwrap().unwrap();
+
+    // Those that wait for a staging future, too.
+    let pending = || StagedState::Pending(ashore::compat::torch::Staging::future(std::future::pending()));
+    let waits = executor.execute_save(pending(), to("3")).unwrap();
+    assert!(executor.execute_save(pending(), to("4")).unwrap().result(LONG).unwrap().is_none());
+    assert!(waits.cancel() && !waits.cancel());
+    assert_eq!(waits.result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+    executor.execute_save(one("t", vec![1_u8]).into(), to("5")).unwrap().result(LONG).unwrap().unwrap();
+    executor.close(LONG).unwrap();
+}
+
+#[test]
+fn a_queue_that_is_full_is_busy_at_the_deadline() {
+    let root = tempfile::tempdir().unwrap();
+    let executor = ThreadExecutor::new(Arc::new(engine(root.path()).overlap(Overlap::Block).build().unwrap())).unwrap();
+    let pending = || StagedState::Pending(ashore::compat::torch::Staging::future(std::future::pending()));
+    let first = executor.execute_save(pending(), to("1")).unwrap();
+    let soon = to("2").deadline(Duration::from_millis(20));
+    assert_eq!(executor.execute_save(pending(), soon).unwrap_err().kind(), ErrorKind::Busy);
+    assert!(first.cancel());
+}

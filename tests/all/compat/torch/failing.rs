@@ -1,0 +1,146 @@
+//! Failures of planners, writers and storage: always in the future, never silent, and tried again where that is asked for.
+
+use crate::compat::{Flaky, engine, files, state};
+use crate::rig::{LONG, one};
+use ashore::compat::torch::{
+    AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, SavePlanner, StorageMeta,
+    ThreadExecutor,
+};
+use ashore::{Error, ErrorKind, Failed, Result, StateDict};
+use std::sync::Arc;
+
+fn to(id: &str) -> ExecuteOptions {
+    ExecuteOptions::new().checkpoint_id(id)
+}
+
+/// Fails in one of its steps, or leaves something out.
+struct Odd {
+    planner: DefaultSavePlanner,
+    fails_in: usize,
+    leaves_out: Option<&'static str>,
+}
+
+impl Odd {
+    fn new(fails_in: usize, leaves_out: Option<&'static str>) -> Self {
+        Self { planner: DefaultSavePlanner::new(), fails_in, leaves_out }
+    }
+
+    fn step(&self, number: usize) -> Result<()> {
+        match self.fails_in {
+            9 if number == 2 => panic!("on purpose"),
+            n if n == number => Err(Error::new(ErrorKind::Unavailable, format!("step={number}"))),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl SavePlanner for Odd {
+    fn set_up_planner(&mut self, state: &StateDict<'_>, meta: Option<&StorageMeta>, first: bool) -> Result<()> {
+        self.step(0)?;
+        assert!(first && meta.unwrap().checkpoint_id.ends_with("step-1"));
+        self.planner.set_up_planner(state, meta, first)
+    }
+
+    fn create_local_plan(&mut self) -> Result<SavePlan> {
+        self.step(1)?;
+        self.planner.create_local_plan()
+    }
+
+    fn create_global_plan(&mut self, plans: Vec<SavePlan>) -> Result<(Vec<SavePlan>, Metadata)> {
+        self.step(2)?;
+        self.planner.create_global_plan(plans)
+    }
+
+    fn finish_plan(&mut self, plan: SavePlan) -> Result<SavePlan> {
+        self.step(3)?;
+        let kept = plan.items.iter().filter(|item| Some(item.fqn.as_str()) != self.leaves_out);
+        Ok(SavePlan::new(kept.cloned().collect()))
+    }
+}
+
+#[test]
+fn a_failure_of_any_step_of_a_planner_is_in_the_future_and_changes_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let executor = ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap();
+    for (step, kind) in [(0, ErrorKind::Unavailable), (1, ErrorKind::Unavailable), (2, ErrorKind::Unavailable)]
+        .into_iter()
+        .chain([(3, ErrorKind::Unavailable), (9, ErrorKind::Internal)])
+    {
+        let future = executor.execute_save(state(1).into(), to("step-1").planner(Odd::new(step, None))).unwrap();
+        assert_eq!(future.result(LONG).unwrap_err().kind(), kind);
+        assert!(files(root.path()).is_empty());
+    }
+    // One that nobody sees comes out of the next call.
+    drop(executor.execute_save(state(1).into(), to("step-1").planner(Odd::new(1, None))).unwrap());
+    assert_eq!(executor.execute_save(state(1).into(), to("step-1")).unwrap_err().kind(), ErrorKind::Unavailable);
+    executor.execute_save(state(1).into(), to("step-1")).unwrap().result(LONG).unwrap().unwrap();
+}
+
+#[test]
+fn a_planner_decides_what_is_saved() {
+    let root = tempfile::tempdir().unwrap();
+    let executor = ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap();
+    let planner = Odd::new(99, Some("model.weights"));
+    executor.execute_save(state(1).into(), to("step-1").planner(planner)).unwrap().result(LONG).unwrap().unwrap();
+    let saved = executor.executor().checkpoint(1).unwrap();
+    assert_eq!(saved.tensors().map(|t| t.name).collect::<Vec<_>>(), ["model.bias"]);
+    assert_eq!((saved.value::<u64>("epoch").unwrap(), saved.metadata::<String>("run").unwrap()), (1, "a test".into()));
+}
+
+#[test]
+fn the_default_planner_keeps_its_plans_while_the_structure_stays() {
+    let mut planner = DefaultSavePlanner::new();
+    let mut plan = |state: StateDict<'static>| {
+        planner.set_up_planner(&state, None, true).unwrap();
+        let local = planner.create_local_plan().unwrap();
+        planner.create_global_plan(vec![local]).unwrap();
+        planner.reused()
+    };
+    assert_eq!((plan(state(1)), plan(state(2)), plan(state(3))), (0, 1, 2));
+    assert_eq!(plan(one("other", vec![1_u8])), 2);
+    let mut more = state(1);
+    more.value("more", &1).unwrap();
+    assert_eq!((plan(state(1)), plan(more)), (2, 2));
+    let unready = DefaultSavePlanner::new().create_local_plan().unwrap_err();
+    assert_eq!(unready.kind(), ErrorKind::Invalid);
+}
+
+fn flaky(refusals: usize, failed: Failed) -> ThreadExecutor {
+    let engine = engine("in memory".as_ref()).storage(Arc::new(Flaky::new(refusals))).failed(failed).build().unwrap();
+    ThreadExecutor::new(Arc::new(engine)).unwrap()
+}
+
+#[test]
+fn a_failure_that_may_pass_is_tried_again_as_often_as_was_asked_for() {
+    let executor = flaky(2, Failed::NextCall).retry(2);
+    executor.execute_save(state(1).into(), to("step-1")).unwrap().result(LONG).unwrap().unwrap();
+    assert_eq!(
+        executor.executor().checkpoint(1).unwrap().read("model.weights").unwrap(),
+        crate::rig::pattern(1, 20_000)
+    );
+    executor.close(LONG).unwrap();
+
+    let executor = flaky(3, Failed::NextCall).retry(2);
+    let future = executor.execute_save(state(1).into(), to("step-1")).unwrap();
+    assert_eq!(future.result(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
+}
+
+#[test]
+fn a_failure_that_nobody_saw_stops_the_next_call_or_is_logged() {
+    for (failed, stops) in [(Failed::NextCall, true), (Failed::Warn, false)] {
+        let executor = flaky(1, failed);
+        drop(executor.execute_save(state(1).into(), to("step-1")).unwrap());
+        crate::rig::eventually("it has failed", || executor.executor().arena().free() == 4);
+        // The engine ends the save a moment after its slabs are home; its step is free again then.
+        let second = loop {
+            match executor.execute_save(state(2).into(), to("step-1")) {
+                Err(error) if error.kind() == ErrorKind::Conflict => std::thread::yield_now(),
+                other => break other,
+            }
+        };
+        assert_eq!(second.is_err(), stops, "{failed:?}");
+        if let Ok(second) = second {
+            second.result(LONG).unwrap().unwrap();
+        }
+    }
+}

@@ -1,0 +1,4 @@
+mod executing;
+mod failing;
+mod ranks;
+mod staging;

@@ -1,0 +1,270 @@
+//! SIGTERM, in a program of its own: what is finished, promoted, abandoned, reported, and how the program ends.
+
+use crate::rig::{eventually, one, pattern};
+use ashore::sigterm::{Exit, OnTerm, Sigterm};
+use ashore::storage::local::Local;
+use ashore::storage::{Reading, Storage, Swept, Writing};
+use ashore::{Attempt, Catalog, CheckpointExecutor, Outcome, Overlap, Result};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const SCENARIO: &str = "ASHORE_TEST_SIGTERM";
+const DURABLE: i32 = 10;
+const LOST: i32 = 20;
+
+/// A root whose attempts begin when there is a file of the name `open` beside it.
+#[derive(Debug)]
+struct Gated(Local, PathBuf);
+
+impl Storage for Gated {
+    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
+        while !self.1.exists() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.0.begin(name, attempt, overwrite)
+    }
+    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
+        self.0.open(name)
+    }
+    fn list(&self) -> Result<Vec<String>> {
+        self.0.list()
+    }
+    fn confirm(&self, name: &str) -> Result<()> {
+        self.0.confirm(name)
+    }
+    fn remove(&self, name: &str) -> Result<()> {
+        self.0.remove(name)
+    }
+    fn sweep(&self) -> Result<Swept> {
+        self.0.sweep()
+    }
+    fn hint(&self, name: &str) -> Result<()> {
+        self.0.hint(name)
+    }
+    fn describe(&self, name: &str) -> PathBuf {
+        self.0.describe(name)
+    }
+}
+
+fn say(what: &str) {
+    println!("\n=={what}");
+    std::io::stdout().flush().unwrap();
+}
+
+/// What the tests below start: a program with saves of steps 1 and 2 under way, both staged.
+#[test]
+#[ignore = "the other process of the tests below"]
+fn the_program() {
+    let Ok(scenario) = std::env::var(SCENARIO) else { return };
+    let (scenario, root) = scenario.split_once(':').unwrap();
+    let root = Path::new(root);
+    let storage = Gated(Local::open(root.join("steps")).unwrap(), root.join("open"));
+    let builder = CheckpointExecutor::builder(root).storage(Arc::new(storage)).overlap(Overlap::Queue(3));
+    let executor = Arc::new(builder.arena(8 * 4096).chunk(4096).build().unwrap());
+    let code = Exit::Code { durable: DURABLE, lost: LOST };
+    let (on_term, exit, deadline) = match scenario {
+        "finish" | "second" => (OnTerm::Finish, code, 60_000),
+        "late" => (OnTerm::Finish, code, 50),
+        "hang" => (OnTerm::Finish, code, 10),
+        "promote" | "offer" | "old offer" => (OnTerm::Promote, code, 60_000),
+        "abandon" => (OnTerm::Abandon, code, 60_000),
+        "signal" => (OnTerm::Abandon, Exit::Signal, 60_000),
+        _ => (OnTerm::Finish, Exit::Return, 60_000),
+    };
+    let hangs = scenario == "hang";
+    let hook = Sigterm::on(&executor).deadline(Duration::from_millis(deadline)).on_term(on_term).exit(exit);
+    let hook = hook
+        .report(move |report| {
+            let durable = report.durable.as_ref().map(|(step, _)| *step);
+            let lost: Vec<u64> = report.lost.iter().map(|(step, _)| *step).collect();
+            say(&format!("{durable:?} {:?} {lost:?} {}", report.finished, report.cut_short));
+            while hangs {
+                std::thread::park();
+            }
+        })
+        .install()
+        .unwrap();
+    let saves: Vec<_> = [1, 2].map(|step| executor.save(step, one("t", pattern(step, 500))).unwrap()).into();
+    for save in &saves {
+        save.staged().wait(Duration::from_secs(60)).unwrap();
+    }
+    match scenario {
+        "offer" => hook.offer(9, one("t", pattern(9, 500))).unwrap(),
+        "old offer" => hook.offer(1, one("t", pattern(9, 500))).unwrap(),
+        "fork" => die_in_a_child(),
+        "removed" => drop(Sigterm::on(&executor).install().unwrap()),
+        _ => {}
+    }
+    say("ready");
+    eventually("the signal", || hook.requested());
+    say("requested");
+    if exit != Exit::Return {
+        loop {
+            std::thread::park();
+        }
+    }
+    let skipped = executor.save(3, one("t", pattern(3, 500))).unwrap();
+    assert!(matches!(skipped.wait(Duration::ZERO).unwrap(), Outcome::Skipped { by: 2 }));
+    eventually("the report", || hook.report().is_some());
+    let report = hook.report().unwrap();
+    assert!(report.newest_is_durable());
+    std::process::exit(33);
+}
+
+/// A forked child dies of the signal, and the parent does not hear of it.
+#[expect(unsafe_code, reason = "fork")]
+fn die_in_a_child() {
+    // SAFETY: the child does nothing but sleep and leave.
+    let status = unsafe {
+        let child = libc::fork();
+        if child == 0 {
+            libc::sleep(60);
+            libc::_exit(1);
+        }
+        libc::kill(child, libc::SIGTERM);
+        let mut status = 0;
+        assert_eq!(libc::waitpid(child, &mut status, 0), child);
+        status
+    };
+    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGTERM);
+}
+
+struct Program {
+    child: Child,
+    said: BufReader<std::process::ChildStdout>,
+    root: tempfile::TempDir,
+}
+
+impl Program {
+    fn start(scenario: &str) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "sigterm::the_program", "--nocapture", "--test-threads", "1"])
+            .env(SCENARIO, format!("{scenario}:{}", root.path().display()))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let said = BufReader::new(child.stdout.take().unwrap());
+        let mut program = Self { child, said, root };
+        assert_eq!(program.hear(), "ready");
+        program
+    }
+
+    /// The next thing that it says.
+    fn hear(&mut self) -> String {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            assert!(self.said.read_line(&mut line).unwrap() > 0, "it ended");
+            if let Some(said) = line.strip_prefix("==") {
+                return said.trim_end().to_owned();
+            }
+        }
+    }
+
+    #[expect(unsafe_code, reason = "kill")]
+    fn term(&self) {
+        // SAFETY: a signal to a child of ours that was not waited for.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) }, 0);
+    }
+
+    fn open(&self) {
+        std::fs::write(self.root.path().join("open"), "").unwrap();
+    }
+
+    /// Sends the signal, and waits until it was seen.
+    fn terminate(mut self) -> Self {
+        self.term();
+        while self.hear() != "requested" {}
+        self
+    }
+
+    /// How it ends, what it reports, and the steps that are there then.
+    fn ends(mut self) -> (ExitStatus, String, Vec<u64>) {
+        let mut rest = String::new();
+        std::io::Read::read_to_string(&mut self.said, &mut rest).unwrap();
+        let report = rest.lines().filter_map(|line| line.strip_prefix("==")).next_back().unwrap_or_default().to_owned();
+        let status = self.child.wait().unwrap();
+        let steps = Catalog::open(self.root.path().join("steps")).unwrap().list().unwrap();
+        (status, report, steps.iter().map(|entry| entry.step).collect())
+    }
+}
+
+#[test]
+fn saves_under_way_are_finished_and_the_durable_step_is_reported() {
+    let program = Program::start("finish").terminate();
+    program.open();
+    let (status, report, steps) = program.ends();
+    assert_eq!((status.code(), &report[..], &steps[..]), (Some(DURABLE), "Some(2) [1, 2] [] false", &[1, 2][..]));
+}
+
+#[test]
+fn what_is_not_finished_at_the_deadline_is_lost() {
+    let began = Instant::now();
+    let program = Program::start("late");
+    program.term();
+    let (status, report, steps) = program.ends();
+    assert_eq!((status.code(), &steps[..]), (Some(LOST), &[][..]));
+    assert_eq!(report, "None [] [1, 2] true");
+    assert!(began.elapsed() < Duration::from_secs(30));
+}
+
+#[test]
+fn the_newest_staged_state_is_promoted_and_those_before_it_give_way() {
+    let program = Program::start("promote").terminate();
+    program.open();
+    let (status, report, steps) = program.ends();
+    assert_eq!((status.code(), &report[..], &steps[..]), (Some(DURABLE), "Some(2) [2] [1] false", &[2][..]));
+}
+
+#[test]
+fn a_state_that_was_offered_is_saved_if_it_is_the_newest() {
+    let program = Program::start("offer").terminate();
+    program.open();
+    let (status, report, steps) = program.ends();
+    assert_eq!((status.code(), &report[..], &steps[..]), (Some(DURABLE), "Some(9) [9] [1, 2] false", &[9][..]));
+    let program = Program::start("old offer").terminate();
+    program.open();
+    assert_eq!(program.ends().2, [2]);
+}
+
+#[test]
+fn saves_under_way_are_abandoned_where_that_is_the_policy() {
+    let program = Program::start("abandon");
+    program.term();
+    let (status, report, steps) = program.ends();
+    assert_eq!((status.code(), &report[..], &steps[..]), (Some(LOST), "None [] [1, 2] false", &[][..]));
+}
+
+#[test]
+fn a_second_signal_ends_the_wait() {
+    let program = Program::start("second").terminate();
+    program.term();
+    let (status, report, _) = program.ends();
+    assert_eq!((status.code(), &report[..]), (Some(LOST), "None [] [1, 2] true"));
+}
+
+#[test]
+fn a_report_that_hangs_does_not_keep_the_program() {
+    let program = Program::start("hang");
+    program.term();
+    assert_eq!(program.ends().0.code(), Some(LOST));
+}
+
+#[test]
+fn a_program_may_go_on_or_die_of_the_signal() {
+    for scenario in ["return", "fork", "removed"] {
+        let program = Program::start(scenario).terminate();
+        program.open();
+        let (status, _, steps) = program.ends();
+        assert_eq!((status.code(), &steps[..]), (Some(33), &[1, 2][..]), "{scenario}");
+    }
+    let program = Program::start("signal");
+    program.term();
+    assert_eq!(program.ends().0.signal(), Some(libc::SIGTERM));
+}
