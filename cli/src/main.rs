@@ -73,6 +73,9 @@ enum Verb {
     Prune(prune::Args),
     /// Measure against the machine's own limits
     Bench(bench::Args),
+    /// Serve a training program that saves by a writer process; started by that program
+    #[command(hide = true)]
+    Writer,
 }
 
 fn main() -> ExitCode {
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         Verb::Verify(args) => verify::run(common, args),
         Verb::Prune(args) => prune::run(common, args),
         Verb::Bench(args) => bench::run(common, args),
+        Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS),
     };
     ended.unwrap_or_else(|error| {
         out::complain(&error.to_string());

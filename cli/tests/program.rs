@@ -259,3 +259,19 @@ fn a_reader_that_went_away_is_no_error() {
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0), "{output:?}");
 }
+
+#[test]
+fn a_training_program_saves_by_a_writer_process() {
+    use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, ProcessExecutor};
+    let (dir, minute) = (tempfile::tempdir().unwrap(), std::time::Duration::from_secs(60));
+    let mut settings = ashore::Settings::default();
+    (settings.arena, settings.chunk) = (16 << 20, 1 << 20);
+    let executor = ProcessExecutor::builder(dir.path()).settings(settings).program(env!("CARGO_BIN_EXE_ashore"));
+    let executor = executor.build().unwrap();
+    let mut state = ashore::StateDict::new();
+    state.tensor("weights", vec![0.5_f32; 1_000_000]).unwrap();
+    let future = executor.execute_save(state.into(), ExecuteOptions::new().checkpoint_id("step-1")).unwrap();
+    future.result(minute).unwrap().unwrap();
+    assert_eq!(executor.executor().checkpoint(1).unwrap().read_as::<f32>("weights").unwrap(), [0.5; 1_000_000]);
+    executor.close(minute).unwrap();
+}

@@ -19,7 +19,7 @@ use crate::format::shard::Stamp;
 use crate::memory::Arena;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From, Plan, Sink};
-use crate::state::{DeviceStream, Place, StateDict, Tensor};
+use crate::state::{DeviceStream, Place, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Phase, Ticket};
 use std::collections::VecDeque;
@@ -295,9 +295,9 @@ impl Stager {
                 dropped(std::mem::take(&mut job.state));
                 ticket.dropped.complete(());
             }
-            let window = flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire);
-            // What is read from slots is there.
-            let room = next < plan.chunks.len() && window && (latched.is_some() || ready(job, next, &waker)?);
+            let room = next < plan.chunks.len()
+                && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire))
+                && ready(job, next, &waker)?;
             if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
                 let (chunk, live) = (Chunk { index: next, lease, digests: None }, latched.is_none());
@@ -391,9 +391,9 @@ fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
     let Some(chunk) = job.plan.chunks.get(index) else { return Ok(true) };
     for segment in &job.plan.segments[chunk.segments.clone()] {
         let From::Tensor(tensor) = segment.from else { continue };
-        // None: the sources are dropped, and the rest is read from slots.
-        let Some((_, Tensor { source, .. })) = job.state.tensors.get_index(tensor) else { continue };
-        match source.poll_ready(segment.at..segment.at + segment.length as u64, waker) {
+        // Once sources are dropped, what is left of them is in slots.
+        let Some((_, tensor)) = job.state.tensors.get_index(tensor) else { continue };
+        match tensor.source.poll_ready(segment.at..segment.at + segment.length as u64, waker) {
             Poll::Ready(there) => there?,
             Poll::Pending => return Ok(false),
         }

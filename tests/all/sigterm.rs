@@ -82,8 +82,10 @@ fn the_program() {
             let durable = report.durable.as_ref().map(|(step, _)| *step);
             let lost: Vec<u64> = report.lost.iter().map(|(step, _)| *step).collect();
             say(&format!("{durable:?} {:?} {lost:?} {}", report.finished, report.cut_short));
-            while hangs {
-                std::thread::park();
+            if hangs {
+                loop {
+                    std::thread::park();
+                }
             }
         })
         .install()

@@ -52,9 +52,10 @@ impl fmt::Display for CheckpointSerializationError {
 macro_rules! sources {
     ($($type:ident: $message:literal),*) => { $(
         impl std::error::Error for $type {}
-        impl From<$type> for Error {
-            fn from(source: $type) -> Self {
-                Error::invalid($message).with_source(source)
+        impl $type {
+            /// Not a `From`: a second one would leave `?` without a type in programs that infer theirs.
+            pub(super) fn error(self) -> Error {
+                Error::invalid($message).with_source(self)
             }
         }
     )* };

@@ -24,9 +24,9 @@ impl Metadata {
     /// `Invalid` from a [`CheckpointSerializationError`]: the name is empty, or the value cannot be kept exactly.
     pub fn set(mut self, name: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<Self> {
         let name = name.into();
-        let refuse = |why: String| CheckpointSerializationError { name: name.clone(), why };
+        let refuse = |why: String| CheckpointSerializationError { name: name.clone(), why }.error();
         if name.is_empty() {
-            return Err(refuse("metadata needs a name".into()).into());
+            return Err(refuse("metadata needs a name".into()));
         }
         let encoded = encode_value(value).map_err(|e| refuse(e.to_string()))?;
         self.0.insert(name, encoded);

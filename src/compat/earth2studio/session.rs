@@ -197,7 +197,7 @@ impl CheckpointSession {
         if let Some(bound) = work.bound.iter().find(|bound| bound.id() == T::ID) {
             return match bound.address() == state.address() {
                 true => Ok(state.with_loaded(bound.loaded())),
-                false => Err(CheckpointStateCollision { state_id: state_id() }.into()),
+                false => Err(CheckpointStateCollision { state_id: state_id() }.error()),
             };
         }
         state = state.with_loaded(false);
@@ -207,7 +207,7 @@ impl CheckpointSession {
             let current = spelled(T::FIELDS);
             if schema.hash != schema_hash(T::FIELDS) || schema.fields != current {
                 let saved = schema.fields.clone();
-                return Err(CheckpointStateSchemaError { state_id: state_id(), saved, current }.into());
+                return Err(CheckpointStateSchemaError { state_id: state_id(), saved, current }.error());
             }
             state = state.restored(&Saved { id: T::ID, checkpoint: row })?;
         }
@@ -229,17 +229,17 @@ impl CheckpointSession {
     /// As there; what happens later comes out of the future.
     pub fn write_async(&self, metadata: Metadata) -> Result<Option<Flush>> {
         let mut work = lock(&self.0.work);
-        work.land().inspect_err(|_| self.0.catalog.0.look_again())?;
+        let interval = self.0.catalog.0.flush_interval();
+        let due = interval.is_some_and(|interval| (work.counters.write_count + 1).is_multiple_of(interval));
+        // A flush waits for the one before it; a write that makes none only looks how that ended.
+        if due || work.flying.as_ref().is_some_and(|flying| flying.save.try_get().is_some()) {
+            self.land(&mut work)?;
+        }
         let before = work.counters.clone();
         work.counters.write_count += 1;
         work.counters.metadata.extend(metadata.0);
         work.counters.dirty = true;
-        match self.0.catalog.0.flush_interval() {
-            Some(interval) if work.counters.write_count.is_multiple_of(interval) => {
-                self.commit(&mut work, before).map(Some)
-            }
-            _ => Ok(None),
-        }
+        if due { self.commit(&mut work, before).map(Some) } else { Ok(None) }
     }
 
     /// Commits what was written since the last flush, with more metadata, as a new row; None when there is neither.
@@ -257,7 +257,7 @@ impl CheckpointSession {
     /// As there; what happens later comes out of the future.
     pub fn flush_async(&self, metadata: Metadata) -> Result<Option<Flush>> {
         let mut work = lock(&self.0.work);
-        work.land().inspect_err(|_| self.0.catalog.0.look_again())?;
+        self.land(&mut work)?;
         if !work.counters.dirty && metadata.is_empty() {
             return Ok(None);
         }
@@ -305,34 +305,31 @@ impl CheckpointSession {
     /// How a flush ended. Only the first to know tells the session.
     pub(super) fn settle(&self, row: &CheckpointEntry, result: &Result<()>) {
         let mut work = lock(&self.0.work);
-        if work.flying.as_ref().is_some_and(|flying| flying.row.commit_id == row.commit_id)
-            && let Some(flying) = work.flying.take()
-            && !work.landed(flying, result.is_ok())
-        {
-            self.0.catalog.0.look_again();
+        if let Some(flying) = work.flying.take_if(|flying| flying.row.commit_id == row.commit_id) {
+            self.landed(&mut work, flying, result.is_ok());
         }
     }
-}
 
-impl Work {
     /// Waits for a flush that nobody waited for.
-    fn land(&mut self) -> Result<()> {
-        let Some(flying) = self.flying.take() else { return Ok(()) };
+    fn land(&self, work: &mut Work) -> Result<()> {
+        let Some(flying) = work.flying.take() else { return Ok(()) };
         // The save has a deadline of its own.
         let result = durable(flying.save.wait(Duration::MAX));
-        self.landed(flying, result.is_ok());
+        self.landed(work, flying, result.is_ok());
         result
     }
 
-    fn landed(&mut self, flying: Flying, durable: bool) -> bool {
+    fn landed(&self, work: &mut Work, flying: Flying, durable: bool) {
         if durable {
-            self.entry = Some(flying.row);
-        } else if self.counters.write_count == flying.write_count {
-            self.counters = flying.before;
-        } else {
-            self.counters.dirty = true;
+            work.entry = Some(flying.row);
+            return;
         }
-        durable
+        self.0.catalog.0.look_again();
+        if work.counters.write_count == flying.write_count {
+            work.counters = flying.before;
+        } else {
+            work.counters.dirty = true;
+        }
     }
 }
 

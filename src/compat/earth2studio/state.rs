@@ -129,7 +129,7 @@ impl Fields<'_> {
     /// `Invalid` from a [`CheckpointSerializationError`]: it cannot be kept exactly.
     pub fn value<T: Serialize>(&mut self, name: &str, value: &T) -> Result<()> {
         let name = key(self.id, name);
-        let refuse = |e: Error| CheckpointSerializationError { name: name.clone(), why: e.to_string() };
+        let refuse = |e: Error| CheckpointSerializationError { name: name.clone(), why: e.to_string() }.error();
         let encoded = encode_value(value).map_err(refuse)?;
         self.state.values.insert(name, encoded);
         Ok(())
@@ -143,7 +143,7 @@ impl Fields<'_> {
         let name = key(self.id, name);
         let source = HostTensor::new(tensor.elements.clone(), &tensor.shape);
         let put = self.state.tensor(&*name, source).map(drop);
-        put.map_err(|e| CheckpointSerializationError { name, why: e.to_string() }.into())
+        put.map_err(|e| CheckpointSerializationError { name, why: e.to_string() }.error())
     }
 }
 

@@ -1,5 +1,6 @@
 //! The engine as a storage writer.
 
+use super::future::HandedOver;
 use super::plan::{Metadata, SavePlan, StorageMeta, WriteResult};
 use super::writer::{StorageWriter, WriteFuture};
 use crate::compat::place::place;
@@ -23,12 +24,14 @@ pub struct EngineWriter {
     executor: Arc<CheckpointExecutor>,
     options: SaveOptions,
     place: Option<(u64, StorageMeta)>,
+    /// Where it is known what a writer process has been handed.
+    pub(super) handed: Option<Arc<HandedOver>>,
 }
 
 impl EngineWriter {
     /// Writes below the root of `executor`, and replaces what is there as torch does.
     pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
-        Self { executor, options: SaveOptions::default().overwrite(), place: None }
+        Self { executor, options: SaveOptions::default().overwrite(), place: None, handed: None }
     }
 
     /// Whether a checkpoint that is there is replaced. With false it is a `Conflict`.

@@ -3,11 +3,14 @@
 use super::engine::results;
 use super::plan::{Metadata, SavePlan, StorageMeta};
 use super::queue::Record;
-use crate::completion::{Waiter, deadline_after};
+use crate::compat::overdue::Cell;
+use crate::completion::{Completion, Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
+use crate::id::Attempt;
 use crate::save::Save;
+use crate::sync::{Arc as CellArc, Mutex, lock};
 use crate::ticket::{Committed, Outcome};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -24,7 +27,7 @@ pub struct CheckpointFuture(Inner);
 
 enum Inner {
     /// The engine has it.
-    Engine { save: Save, planned: Planned },
+    Engine { save: Save, planned: Planned, handed: Option<Arc<HandedOver>> },
     /// A thread of the executor carries it out.
     Queued { record: Arc<Record>, done: Waiter<Result<Option<Metadata>>> },
 }
@@ -56,8 +59,8 @@ impl Planned {
 }
 
 impl CheckpointFuture {
-    pub(super) fn engine(save: Save, planned: Planned) -> Self {
-        Self(Inner::Engine { save, planned })
+    pub(super) fn engine(save: Save, planned: Planned, handed: Option<Arc<HandedOver>>) -> Self {
+        Self(Inner::Engine { save, planned, handed })
     }
 
     pub(super) fn queued(record: Arc<Record>) -> Self {
@@ -71,7 +74,7 @@ impl CheckpointFuture {
     /// How the save failed; `Deadline` when it has not ended after `patience`: it goes on then, and can be waited for again.
     pub fn result(&self, patience: Duration) -> Result<Option<Metadata>> {
         match &self.0 {
-            Inner::Engine { save, planned } => planned.outcome(save.wait(patience)),
+            Inner::Engine { save, planned, .. } => planned.outcome(save.wait(patience)),
             Inner::Queued { record, done } => {
                 record.alive()?;
                 let late = || Error::new(ErrorKind::Deadline, format!("the save has not ended waited={patience:?}"));
@@ -85,7 +88,7 @@ impl CheckpointFuture {
     /// How the save ended, if it has: torch's `done()`, and the result with it.
     pub fn try_result(&self) -> Option<Result<Option<Metadata>>> {
         match &self.0 {
-            Inner::Engine { save, planned } => Some(planned.outcome(save.try_get()?)),
+            Inner::Engine { save, planned, .. } => Some(planned.outcome(save.try_get()?)),
             Inner::Queued { record, done } => {
                 let result = done.cell().get()?;
                 record.observe();
@@ -98,12 +101,12 @@ impl CheckpointFuture {
     /// when staging fails.
     pub fn staging_completion(&self) -> impl Future<Output = Result<()>> + Send + 'static + use<> {
         let staged = match &self.0 {
-            Inner::Engine { save, .. } => Ok(save.staged()),
+            Inner::Engine { save, handed, .. } => Ok((save.clone(), handed.clone())),
             Inner::Queued { record, .. } => Err((record.clone(), Waiter::new(record.staged.clone()))),
         };
         async move {
             match staged {
-                Ok(staged) => staged.await,
+                Ok((save, handed)) => staging(save, handed).await,
                 Err((record, staged)) => {
                     record.alive()?;
                     staged.await
@@ -121,12 +124,43 @@ impl CheckpointFuture {
     }
 }
 
+/// Which saves a writer process has been handed.
+#[derive(Debug, Default)]
+pub(super) struct HandedOver(Mutex<HashMap<Attempt, Cell<()>>>);
+
+impl HandedOver {
+    fn cell(&self, attempt: Attempt) -> Cell<()> {
+        lock(&self.0).entry(attempt).or_insert_with(|| CellArc::new(Completion::new())).clone()
+    }
+
+    pub fn done(&self, attempt: Attempt) {
+        self.cell(attempt).complete(Ok(()));
+    }
+
+    pub fn forget(&self, attempt: Attempt) {
+        lock(&self.0).remove(&attempt);
+    }
+}
+
+/// Staged, and handed over where there is a writer process.
+pub(super) async fn staging(mut save: Save, handed: Option<Arc<HandedOver>>) -> Result<()> {
+    save.staged().await?;
+    let Some(handed) = handed else { return Ok(()) };
+    let mut handed = Waiter::new(handed.cell(save.attempt()));
+    std::future::poll_fn(|cx| match Pin::new(&mut handed).poll(cx) {
+        // It may have ended without: forgotten by now, or failed.
+        Poll::Pending => Pin::new(&mut save).poll(cx).map(|ended| ended.map(drop)),
+        handed => handed,
+    })
+    .await
+}
+
 impl Future for CheckpointFuture {
     type Output = Result<Option<Metadata>>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut self.0 {
-            Inner::Engine { save, planned } => {
+            Inner::Engine { save, planned, .. } => {
                 let outcome = ready!(Pin::new(save).poll(cx));
                 Poll::Ready(planned.outcome(outcome))
             }

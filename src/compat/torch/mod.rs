@@ -9,6 +9,7 @@
 //! | `SavePlanner`, `DefaultSavePlanner` | [`SavePlanner`], [`DefaultSavePlanner`] |
 //! | `StorageWriter`, `FileSystemWriter` | [`StorageWriter`], [`EngineWriter`] |
 //! | `_ThreadBasedAsyncCheckpointExecutor` | [`ThreadExecutor`] |
+//! | `_ProcessBasedAsyncCheckpointExecutor` | [`ProcessExecutor`], and `ashore writer`, which [serves](serve) it |
 //!
 //! **The order of a save** is torch's: `reset`, `storage_meta`, `set_up_planner`, `set_up_storage_writer`, `create_local_plan`,
 //! `prepare_local_plan` on every rank; `create_global_plan`, `prepare_global_plan` on the coordinator; `finish_plan`,
@@ -28,6 +29,7 @@ mod group;
 mod options;
 mod plan;
 mod planner;
+mod process;
 mod queue;
 mod staging;
 mod thread;
@@ -42,6 +44,7 @@ pub use plan::{
     WriteKind, WriteResult,
 };
 pub use planner::{DefaultSavePlanner, SavePlanner};
+pub use process::{ProcessBuilder, ProcessExecutor, serve};
 pub use staging::{Stage, StagedState, Staging};
 pub use thread::ThreadExecutor;
 pub use writer::{StorageWriter, WriteFuture};

@@ -3,7 +3,7 @@
 use super::AsyncCheckpointExecutor;
 use super::drive::{self, Ranks, complete};
 use super::engine::EngineWriter;
-use super::future::{CheckpointFuture, Planned};
+use super::future::{CheckpointFuture, HandedOver, Planned, staging};
 use super::options::ExecuteOptions;
 use super::plan::Metadata;
 use super::planner::{DefaultSavePlanner, SavePlanner};
@@ -13,6 +13,7 @@ use super::writer::StorageWriter;
 use crate::completion::{Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
+use crate::save::Save;
 use crate::settings::Failed;
 use crate::state::StateDict;
 use crate::sync::{Arc as CellArc, Mutex, lock};
@@ -46,9 +47,12 @@ use std::time::{Duration, Instant};
 /// ```
 pub struct ThreadExecutor {
     executor: Arc<CheckpointExecutor>,
-    planner: Arc<Mutex<DefaultSavePlanner>>,
+    planner: Mutex<DefaultSavePlanner>,
+    /// That of the queue's thread, which may hold it for as long as a save takes.
+    queued: Arc<Mutex<DefaultSavePlanner>>,
     queue: Queue,
     retries: u32,
+    handed: Option<Arc<HandedOver>>,
 }
 
 impl ThreadExecutor {
@@ -57,7 +61,14 @@ impl ThreadExecutor {
     /// # Errors
     /// `Busy` when there are no threads to be had.
     pub fn new(executor: Arc<CheckpointExecutor>) -> Result<Self> {
-        Ok(Self { executor, planner: Arc::default(), queue: Queue::start()?, retries: 0 })
+        Ok(Self {
+            executor,
+            planner: Mutex::default(),
+            queued: Arc::default(),
+            queue: Queue::start()?,
+            retries: 0,
+            handed: None,
+        })
     }
 
     /// Tries a save that failed for a reason that may pass (`Busy`, `NoSpace`, `Unavailable`) up to `times` times more, until its
@@ -65,6 +76,12 @@ impl ThreadExecutor {
     #[must_use]
     pub fn retry(mut self, times: u32) -> Self {
         self.retries = times;
+        self
+    }
+
+    /// A future's staging is complete when the state was handed over.
+    pub(super) fn handing_over(mut self, handed: Arc<HandedOver>) -> Self {
+        self.handed = Some(handed);
         self
     }
 
@@ -106,7 +123,7 @@ impl ThreadExecutor {
         match planned {
             Ok((plan, metadata)) => {
                 let save = writer.submit(&plan, state)?;
-                Ok(CheckpointFuture::engine(save, Planned { plan, metadata }))
+                Ok(CheckpointFuture::engine(save, Planned { plan, metadata }, self.handed.clone()))
             }
             Err(error) => Ok(CheckpointFuture::queued(self.queue.failed(error))),
         }
@@ -135,6 +152,7 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
                 let writer = EngineWriter::new(self.executor.clone()).overwrite(!options.keep_existing);
                 let mut writer = writer.attempt(options.attempt).deadline(patience);
                 writer.reset(options.checkpoint_id.as_deref())?;
+                writer.handed = self.handed.clone();
                 Writer::Engine(writer)
             }
         };
@@ -148,7 +166,7 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
         match (state, writer, self.retries) {
             (Inner::Stream(state), Writer::Engine(writer), 0) => self.submit(state, writer, options),
             (state, writer, retries) => {
-                let planner = options.planner.map_or_else(|| Planner::Kept(self.planner.clone()), Planner::Users);
+                let planner = options.planner.map_or_else(|| Planner::Kept(self.queued.clone()), Planner::Users);
                 let job = Job { state, planner, writer, ranks, retries, deadline, id: options.checkpoint_id };
                 let record = self.queue.push(settings.overlap, deadline, Box::new(move |record| job.run(record)))?;
                 Ok(CheckpointFuture::queued(record))
@@ -266,7 +284,8 @@ fn once(
         return Err(Error::new(ErrorKind::Cancelled, "the save was cancelled"));
     }
     let left = || deadline.saturating_duration_since(Instant::now()) + GRACE;
-    if save.staged().wait(left()).is_ok() {
+    let staged = staging(Save::clone(&save), engine.handed.clone());
+    if complete(Box::pin(staged), deadline + GRACE).is_ok() {
         record.staged.complete(Ok(()));
     }
     match save.wait(left())? {

@@ -5,11 +5,12 @@ use ashore::compat::earth2studio::{
     Bound, Builder, Checkpoint, CheckpointEntry, CheckpointSerializationError, CheckpointSession, CheckpointState,
     CheckpointStateCollision, CheckpointStateSchemaError, Metadata, Mode, Tensor, active, checkpoint_state,
 };
-use ashore::testing::block_on;
+use ashore::testing::{LateDevice, block_on};
 use ashore::{Error, ErrorKind, Result, Settings};
 use std::error::Error as _;
 use std::fmt::Debug;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tempfile::tempdir;
 
@@ -329,18 +330,40 @@ fn a_flush_that_fails_puts_everything_back() {
 }
 
 #[test]
-fn a_failure_that_nobody_waited_for_comes_back_and_later_writes_stand() {
+fn a_failure_that_nobody_waited_for_comes_back() {
     let root = tempdir().unwrap();
     let checkpoint = builder(root.path()).flush_interval(2).build().unwrap();
     let session = checkpoint.session().unwrap();
     let clear = obstruct(root.path(), 1);
     session.write(lead(1)).unwrap();
     drop(session.write_async(lead(2)).unwrap().expect("a flush"));
-    assert_eq!(kind(session.write(lead(3))), ErrorKind::Conflict);
+    assert_eq!(kind(session.flush(lead(3))), ErrorKind::Conflict);
     assert_eq!(session.write_count(), 1, "as before the write that flushed");
     clear();
     let row = session.flush(Metadata::new()).unwrap().expect("still to be flushed");
     assert_eq!((row.write_count, row.metadata.get::<u32>("lead_time").unwrap()), (1, 1));
+}
+
+#[test]
+fn writes_go_on_during_a_flush_and_stand_when_it_fails() {
+    let root = tempdir().unwrap();
+    let device = LateDevice::default();
+    let checkpoint = builder(root.path()).flush_interval(None).device(Arc::new(device.clone())).build().unwrap();
+    let session = checkpoint.session().unwrap();
+    let bound = session.bind(Rollout::new(1)).unwrap();
+    session.write(lead(1)).unwrap();
+    device.hold();
+    let flush = session.flush_async(Metadata::new()).unwrap().expect("a flush");
+    session.write(lead(2).set("late", &1).unwrap()).unwrap();
+    bound.update(|rollout| *rollout = Rollout::new(2));
+    let clear = obstruct(root.path(), 1);
+    device.release();
+    assert_eq!(kind(flush.wait(Duration::from_secs(60))), ErrorKind::Conflict);
+    assert_eq!((session.write_count(), session.exists()), (2, false));
+    clear();
+    let row = session.flush(Metadata::new()).unwrap().expect("all of it is still to be flushed");
+    assert_eq!((row.write_count, row.metadata.names().collect::<Vec<_>>()), (2, vec!["late", "lead_time"]));
+    checkpoint.select(-1).unwrap().bind(Rollout::new(0)).unwrap().update(|it| assert_eq!(*it, Rollout::new(2)));
 }
 
 #[test]
@@ -387,7 +410,7 @@ fn ranks_have_directories_of_their_own() {
     assert_eq!((alone.rank_path(), alone.catalog().unwrap().len()), (root.path().to_owned(), 0));
     assert_eq!((alone.level(), alone.name()), (1, "test"));
     let session = alone.session().unwrap();
-    assert!(std::sync::Arc::ptr_eq(&session.device(), alone.device()));
+    assert!(Arc::ptr_eq(&session.device(), alone.device()));
 }
 
 #[test]

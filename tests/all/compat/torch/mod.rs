@@ -1,4 +1,5 @@
 mod executing;
 mod failing;
+mod process;
 mod ranks;
 mod staging;
