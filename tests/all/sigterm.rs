@@ -190,7 +190,9 @@ impl Program {
     fn ends(mut self) -> (ExitStatus, String, Vec<u64>) {
         let mut rest = String::new();
         std::io::Read::read_to_string(&mut self.said, &mut rest).unwrap();
-        let report = rest.lines().filter_map(|line| line.strip_prefix("==")).next_back().unwrap_or_default().to_owned();
+        // The program's own thread may say that it saw the signal after the hook's has reported.
+        let mut said = rest.lines().filter_map(|line| line.strip_prefix("==")).filter(|said| *said != "requested");
+        let report = said.next_back().unwrap_or_default().to_owned();
         let status = self.child.wait().unwrap();
         let steps = Catalog::open(self.root.path().join("steps")).unwrap().list().unwrap();
         (status, report, steps.iter().map(|entry| entry.step).collect())
