@@ -67,7 +67,9 @@ pub fn work(device: &'static Device, id: u64) {
             }
         };
         state = device.state();
-        if let Err(code) = result {
+        // What was running when the device was reset is no error of what came after.
+        let counts = state.streams.get(&id).is_some_and(|s| s.queue.front().is_some_and(|i| i.seq == seq));
+        if let (Err(code), true) = (result, counts) {
             state.sticky.get_or_insert(if is_sticky(code) { code } else { crate::abi::ILLEGAL_ADDRESS });
         }
         end(&mut state, id, seq);

@@ -100,7 +100,8 @@ fn cuda_call_that_fails_once_is_one_clean_error() {
                     assert!(matches!(error.kind(), ErrorKind::Device | ErrorKind::Unavailable), "{}: {error}", at());
                     let named = error.to_string();
                     assert!(named.contains(&format!("code={code}")), "{}: {named}", at());
-                    assert!(late.is_empty() == named.contains(name) || !late.is_empty(), "{}: {named}", at());
+                    // What stays is named by whichever thread meets it first.
+                    assert!(code != 1 || named.contains(name), "{}: {named}", at());
                 }
             }
         }
