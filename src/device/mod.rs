@@ -4,6 +4,9 @@
 //! before it has ended. **Completion.** [`CopyQueue::reached`] is the watermark, a count that never falls. **Cancellation.**
 //! Copies cannot be taken back: whoever queues one keeps source and slab until its mark is reached. **Failure.** Errors are
 //! sticky; after one, no mark need ever be reached.
+//!
+//! # Safety argument
+//! Contracts of asynchronous copies, and one body that copies nothing: it refuses.
 
 #[cfg(all(feature = "cuda", not(any(loom, miri))))]
 mod cuda;
