@@ -49,7 +49,7 @@ const CALLS: [&str; 33] = [
 fn train(gpu: &Gpu, stream: Stream, tensor: &Tensor) -> ashore::Result<()> {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
     let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).device(Arc::new(gpu.try_device()?));
-    let executor = builder.arena(4 * 4096).chunk(4096).shutdown_deadline(LONG).build()?;
+    let executor = builder.arena(4 * 4096).chunk(4096).scratch(2 * 4096).shutdown_deadline(LONG).build()?;
     let mut result = Ok(());
     for step in 1..=2 {
         let saved = executor.save(step, one("t", tensor.source(stream)));
