@@ -1,7 +1,7 @@
 //! What has not left the GPU when it comes to the fence is set aside on it, and nobody waits for the bus.
 
 use super::program::{Gpu, rig, rig_on};
-use crate::rig::{LONG, one, pattern};
+use crate::rig::{LONG, eventually, one, pattern};
 use ashore::StateDict;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -56,6 +56,27 @@ fn cuda_host_waits_at_a_fence_exactly_for_what_neither_scratch_nor_slabs_hold() 
         if returns {
             assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 30_000));
         }
+    }
+}
+
+#[test]
+fn cuda_slots_come_back_however_a_save_ends() {
+    let rig = rig(|b| b.scratch(9 * 4096));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+    for step in 1..=30_u64 {
+        // With a slot for each of the nine chunks the stream goes on while no copy ends; with one fewer it would wait for one in vain.
+        fake.set("hold", COPIES);
+        let save = rig.executor.save(step, one("t", tensor.source(stream))).unwrap();
+        rig.executor.fence_on(&[stream.0]).unwrap();
+        if step % 3 == 0 {
+            assert!(save.cancel());
+        }
+        stream.wait();
+        fake.set("hold", 0);
+        assert_eq!(save.wait(LONG).is_ok(), step % 3 != 0);
+        _ = save.staged().wait(LONG);
+        eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
     }
 }
 
