@@ -85,7 +85,8 @@ impl<'a> StateDict<'a> {
     /// Adds a tensor that is captured when `capture` says.
     ///
     /// # Errors
-    /// As [`StateDict::tensor`]. Whether [`Capture::AtSave`] is possible is known at `save`.
+    /// As [`StateDict::tensor`], and `Invalid` for [`Capture::AtSave`] of a tensor in a device's memory, which is not possible yet.
+    /// Whether it is possible for one in host memory is known at `save`.
     pub fn tensor_captured(
         &mut self,
         name: impl Into<String>,
@@ -101,6 +102,9 @@ impl<'a> StateDict<'a> {
             return refuse(&name, "a tensor cannot have this name".into());
         }
         let (layout, place) = (source.layout(), source.place());
+        if capture == Some(Capture::AtSave) && place.stream().is_some() {
+            return refuse(&name, "a tensor of a device cannot be captured at save, only at the fence".into());
+        }
         match layout.bytes() {
             Err(e) => return refuse(&name, e.message().into()),
             Ok(expected) if expected != place.bytes() => {

@@ -253,3 +253,16 @@ fn cuda_executor_gives_back_all_that_it_took_but_the_context() {
     let _: (&Tensor, &Stream) = (&tensor, &stream);
     assert_eq!(gpu.fake().unwrap().live(), before);
 }
+
+#[test]
+fn cuda_tensors_are_not_quietly_captured_at_the_fence_when_they_were_to_be_at_save() {
+    let rig = rig(|b| b);
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 100)));
+    let mut state = StateDict::new();
+    let error = state.tensor_captured("t", tensor.source(stream), Capture::AtSave).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(error.to_string().contains("tensor=\"t\""), "{error}");
+    state.tensor_captured("t", tensor.source(stream), Capture::AtFence).unwrap();
+    drop(state);
+    assert_eq!(Arc::strong_count(&tensor.0), 1);
+}
