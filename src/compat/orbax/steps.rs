@@ -406,13 +406,17 @@ struct Follower {
 
 impl Follower {
     fn run(&self, coming: &Receiver<Flight>) {
+        // Saves run ahead of this thread, so that a policy may delete a step before its turn comes here.
+        let mut deleted = BTreeSet::new();
         for flight in coming {
             let step = flight.step;
             let ended = self.follow(flight);
             let durable = matches!(ended, Ok(Outcome::Durable(_)));
-            if durable {
+            if durable && !deleted.remove(&step) {
                 lock(&self.shared.progress).steps.insert(step);
-                self.preserve();
+            }
+            if durable {
+                deleted.extend(self.preserve());
             }
             let mut progress = lock(&self.shared.progress);
             progress.saving.remove(&step);
@@ -448,8 +452,8 @@ impl Follower {
         }
     }
 
-    /// Deletes what the policy does not keep.
-    fn preserve(&self) {
+    /// Deletes what the policy does not keep, and returns what of it is still to be followed.
+    fn preserve(&self) -> Vec<u64> {
         let catalog = self.executor.catalog();
         let chosen = |entries: &[Entry]| {
             let infos = infos(catalog, entries);
@@ -461,11 +465,14 @@ impl Follower {
         match pruned {
             Ok(Ok(pruned)) => {
                 let mut progress = lock(&self.shared.progress);
-                pruned.removed.iter().for_each(|entry| _ = progress.steps.remove(&entry.step));
+                let Progress { steps, saving, .. } = &mut *progress;
+                let removed = pruned.removed.iter().map(|entry| entry.step);
+                return removed.filter(|step| !steps.remove(step) && saving.contains(step)).collect();
             }
             Ok(Err(error)) => tracing::warn!(%error, "steps that are not kept could not be deleted"),
             Err(_) => tracing::error!("a preservation policy panicked; all steps are kept"),
         }
+        Vec::new()
     }
 }
 
