@@ -1,7 +1,7 @@
 //! Save decision and preservation policies, each by itself and through the manager.
 
 use crate::compat::engine;
-use crate::rig::{LONG, one};
+use crate::rig::{LONG, eventually, one};
 use ashore::compat::orbax::{
     AnyPreservationPolicy, AnySavePolicy, BestN, CheckpointInfo, CheckpointManager, CheckpointManagerOptions,
     ContinuousCheckpointingPolicy, CustomSteps, DecisionContext, EveryNSeconds, EveryNSteps, FixedIntervalPolicy,
@@ -98,4 +98,25 @@ fn steps_are_kept_as_the_policy_says_and_the_newest_always() {
     assert_eq!(kept(BestN::new(Some(2), loss).reverse(true)), [3, 4, 6], "least, of equals the newest");
     let strict = BestN::new(Some(1), loss).reverse(true).keep_checkpoints_without_metrics(false);
     assert_eq!(kept(AnyPreservationPolicy(vec![Box::new(strict), Box::new(LatestN(1))])), [3, 6]);
+}
+
+/// The manager once listed a step for good that its policy had deleted while the step's own turn to be followed was still to come.
+#[test]
+fn a_step_that_is_deleted_before_its_turn_is_not_listed_afterwards() {
+    let root = tempfile::tempdir().unwrap();
+    let steps = root.path().to_owned();
+    // At the turn of step 1 all four become durable, so that at the turn of step 2 the policy drops 3 as well.
+    let policy = move |seen: &[CheckpointInfo]| {
+        if seen.iter().all(|checkpoint| checkpoint.step == 1) {
+            eventually("four steps", || (1..=4).all(|step| steps.join(ashore::id::step_name(step)).exists()));
+        }
+        seen.iter().map(|checkpoint| checkpoint.step == 1 || checkpoint.step == 4).collect::<Vec<_>>()
+    };
+    let engine = engine(root.path()).overlap(ashore::Overlap::Queue(8)).build().unwrap();
+    let manager = CheckpointManager::new(Arc::new(engine), Options::new().preservation_policy(policy)).unwrap();
+    for step in 1..=4 {
+        assert!(manager.save(step, one("t", Arc::new(vec![step; 10]))).unwrap());
+    }
+    manager.wait_until_finished(LONG).unwrap();
+    assert_eq!(manager.all_steps().unwrap(), [1, 4]);
 }
