@@ -34,6 +34,8 @@ export! {
     quiet fn cuStreamQuery(stream: u64) {
         let (device, id) = find(stream)?;
         let state = device.state();
+        // Under the lock under which work ends: what ended with an error is not taken for done.
+        state.healthy()?;
         if state.is_past(id, state.streams[&id].enqueued) { Ok(()) } else { Err(NOT_READY) }
     }
 
