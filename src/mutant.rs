@@ -46,9 +46,6 @@ pub(crate) enum Mutant {
     /// F is read before the mark of a chunk, not after.
     // seen by: cuda::
     LatchEarly,
-    /// A slot of the scratch is free as soon as its copy is queued.
-    // seen by: cuda::
-    SlotEarly,
     /// The kernel of a fence takes the watermark of earlier saves for this one's.
     // seen by: cuda::
     Watermark,

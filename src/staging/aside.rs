@@ -8,7 +8,6 @@
 
 use crate::device::{LateCopies, LateSave, Piece, Point};
 use crate::error::{ErrorKind, Result};
-use crate::mutant::{self, Mutant};
 use crate::plan::{From, Plan};
 use crate::state::{DeviceStream, Place, StateDict};
 use crate::sync::{Mutex, lock};
@@ -211,13 +210,6 @@ impl Scratch {
         let mut free = lock(&self.free);
         for (_, held) in slots.held.iter_mut().enumerate().filter(|(i, _)| which(first + i)) {
             free.extend(held.take().map(|(slot, _)| slot));
-        }
-    }
-
-    /// For the model's mutant: a slot that is free as soon as its copy is queued.
-    pub fn queued_from_slot(&self, aside: &Aside, chunk: usize) {
-        if mutant::on(Mutant::SlotEarly) {
-            self.give_back(aside, |i| i == chunk);
         }
     }
 }

@@ -274,7 +274,7 @@ impl Stager {
                             break;
                         }
                         flying.push_back(Flying { chunk, mark: u64::MAX, live: false, latched });
-                        enqueue(job, Some(scratch), &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
+                        enqueue(job, &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
                         continue;
                     }
                     scratch.hand_over(aside, chunk.index);
@@ -302,7 +302,7 @@ impl Stager {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
                 let (chunk, live) = (Chunk { index: next, lease, digests: None }, latched.is_none());
                 flying.push_back(Flying { chunk, mark: u64::MAX, live, latched });
-                enqueue(job, self.scratch.as_ref(), &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
+                enqueue(job, &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
                 next += 1;
                 ticket.advance();
                 if mutant::on(Mutant::SourceEarly) && next == plan.chunks.len() {
@@ -413,13 +413,7 @@ struct Flying {
 }
 
 /// Queues the copies of one chunk, and the mark behind them.
-fn enqueue(
-    job: &Job,
-    scratch: Option<&Scratch>,
-    stamp: &Stamp,
-    queue: &mut dyn CopyQueue,
-    flying: &mut Flying,
-) -> Result<()> {
+fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
     let aside = job.aside.as_ref().filter(|_| !flying.live);
     let slot = aside.map(|aside| {
         let place = aside.place(flying.chunk.index);
@@ -471,9 +465,6 @@ fn enqueue(
         queue.publish(aside.base + flying.chunk.index as u64 + 1)?;
     }
     flying.mark = queue.mark()?;
-    if let (Some(scratch), Some(aside)) = (scratch, aside) {
-        scratch.queued_from_slot(aside, flying.chunk.index);
-    }
     flying.chunk.digests = digests;
     Ok(())
 }
