@@ -113,8 +113,9 @@ impl Link {
         spawn("ashore-answers".into(), move || listening.listen(answers))?;
         let silent = || Err(Error::new(ErrorKind::Deadline, format!("a writer process is silent waited={PATIENCE:?}")));
         greeted.and_then(|()| greeting.wait(deadline_after(PATIENCE)).unwrap_or_else(silent)).map_err(|error| {
-            // Started, and not what we took it for.
-            if error.kind() == ErrorKind::Indeterminate { error.with_kind(ErrorKind::Invalid) } else { error }
+            // Started, and not what we took it for: it went before or after it was greeted.
+            let gone = matches!(error.kind(), ErrorKind::Indeterminate | ErrorKind::Unavailable);
+            if gone { error.with_kind(ErrorKind::Invalid) } else { error }
         })?;
         Ok(link)
     }
