@@ -43,7 +43,7 @@ pub struct Common {
     dir: Option<PathBuf>,
     /// Where the state lives: auto, host or cuda:N
     #[arg(long, global = true, value_name = "DEVICE", default_value = "auto")]
-    device: device::Choice,
+    device: ashore::DeviceChoice,
     /// Memory taken for staging, such as 256MiB [default: demo 8MiB, bench 256MiB]
     #[arg(long, global = true, value_name = "SIZE", value_parser = size::parse)]
     arena: Option<u64>,

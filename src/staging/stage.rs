@@ -297,6 +297,7 @@ impl Stager {
             }
             let room = next < plan.chunks.len()
                 && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire))
+                && self.arena.free() > 0
                 && ready(job, next, &waker)?;
             if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.

@@ -220,9 +220,10 @@ impl<'a> StateDict<'a> {
     /// # Errors
     /// `Invalid`, naming the first tensor that can be written.
     pub(crate) fn settled(&self) -> Result<()> {
-        let Some((name, _)) = self.writable.first().and_then(|&index| self.tensors.get_index(index)) else {
-            return Ok(());
-        };
+        let on_device = || self.tensors.iter().find(|(_, tensor)| tensor.place.stream().is_some());
+        let of_device = if self.streams.is_empty() { None } else { on_device() };
+        let of_host = || self.writable.first().and_then(|&index| self.tensors.get_index(index));
+        let Some((name, _)) = of_device.or_else(of_host) else { return Ok(()) };
         let what = "a tensor that the program may write cannot be kept for later; give an owned or shared copy";
         Err(Error::invalid(format!("{what} tensor={name:?}")))
     }

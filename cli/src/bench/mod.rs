@@ -10,8 +10,8 @@ mod staging;
 mod usage;
 mod workload;
 
-use crate::{Common, out, size};
-use ashore::{Builder, CheckpointExecutor, Engine, Error, Priority, Result};
+use crate::{Common, device, out, size};
+use ashore::{Builder, CheckpointExecutor, DeviceChoice, Engine, Error, Priority, Result};
 use clap::ValueEnum;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -83,7 +83,7 @@ pub struct Figures(Vec<(&'static str, Value)>);
 
 /// Runs a benchmark in a directory of its own under `--dir`, which is deleted in the end.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    common.device.resolve()?;
+    device::resolve(common.device)?;
     let parent = common.dir.clone().unwrap_or_else(|| ".".into());
     let place = Place::new(&parent)?;
     let bench = Bench { dir: &place.0, common, args };
@@ -120,7 +120,7 @@ impl Bench<'_> {
         let Args { chunk, writers, files, engine, priority, .. } = self.args;
         let arena = self.common.arena.unwrap_or(256 << 20);
         let chunk = chunk.unwrap_or((8 << 20).min(arena / 2 / 4096 * 4096));
-        let mut builder = CheckpointExecutor::builder(self.dir).arena(arena).chunk(chunk);
+        let mut builder = CheckpointExecutor::builder(self.dir).device(DeviceChoice::Host).arena(arena).chunk(chunk);
         if let Some(writers) = *writers {
             builder = builder.writers(writers);
         }

@@ -15,8 +15,8 @@ mod training;
 
 use crate::limit::{Config, Memory, Scratch};
 use crate::out;
-use crate::{Common, size};
-use ashore::{CheckpointExecutor, Error, ErrorKind, Result};
+use crate::{Common, device, size};
+use ashore::{CheckpointExecutor, DeviceChoice, Error, ErrorKind, Result};
 use blocks::Plan;
 use model::Size;
 use report::{Measured, Opening, Report};
@@ -55,11 +55,12 @@ pub struct Args {
 
 /// Runs the demo. The exit status is a failure when something that was to be proved turned out otherwise.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let device = common.device.resolve()?;
+    let device = device::resolve(common.device)?;
     let root = common.root();
     let arena = common.arena.unwrap_or(8 << 20);
     let chunk = args.chunk.unwrap_or_else(|| (arena / 4).clamp(4096, 2 << 20) / 4096 * 4096);
-    let executor = CheckpointExecutor::builder(&root).arena(arena).chunk(chunk).keep_last(2).build()?;
+    let builder = CheckpointExecutor::builder(&root).device(DeviceChoice::Host);
+    let executor = builder.arena(arena).chunk(chunk).keep_last(2).build()?;
     let root = root.canonicalize().unwrap_or(root);
 
     let corpus = Corpus::new();

@@ -57,6 +57,7 @@ pub trait AsyncCheckpointExecutor: Send + Sync {
     ///
     /// # Errors
     /// `Invalid` for options that contradict each other, that the executor cannot carry out, or that name no place; whatever the
-    /// overlap policy says. Everything that happens later comes out of the future.
+    /// overlap policy says; and for tensors that the program may write, with retries or a storage writer of the user's own: those
+    /// are read after the call has returned, where no fence knows of it. Everything that happens later comes out of the future.
     fn execute_save(&self, state: StagedState, options: ExecuteOptions) -> Result<CheckpointFuture>;
 }

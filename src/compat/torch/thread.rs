@@ -160,7 +160,9 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
             StagedState::Ready(state) => Inner::Stream(state),
             StagedState::Pending(staging) => staging.0,
         };
-        if let (Inner::Stream(state), true) = (&state, self.retries > 0) {
+        // Read after this call has returned, where no fence of the engine knows of it.
+        let unfenced = self.retries > 0 || matches!(writer, Writer::Users(_));
+        if let (Inner::Stream(state), true) = (&state, unfenced) {
             state.settled()?;
         }
         match (state, writer, self.retries) {

@@ -2,6 +2,7 @@
 
 use super::program::{Gpu, Rig, Stream, Tensor, rig, rig_on};
 use crate::rig::{Buffer, LONG, one, pattern};
+use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, ThreadExecutor};
 use ashore::{Capture, ErrorKind, Fence, StateDict};
 use std::sync::Arc;
 
@@ -265,4 +266,16 @@ fn cuda_tensors_are_not_quietly_captured_at_the_fence_when_they_were_to_be_at_sa
     state.tensor_captured("t", tensor.source(stream), Capture::AtFence).unwrap();
     drop(state);
     assert_eq!(Arc::strong_count(&tensor.0), 1);
+}
+
+/// What is kept for a second try must be the same state then; a stream writes memory of a device without asking.
+#[test]
+fn cuda_tensors_are_not_kept_for_a_second_try() {
+    let Rig { executor, gpu, .. } = rig(|b| b);
+    let (stream, tensor) = (gpu.stream(), gpu.tensor(&pattern(1, 100)));
+    let executor = ThreadExecutor::new(Arc::new(executor)).unwrap().retry(1);
+    let options = ExecuteOptions::new().checkpoint_id("step-00000001");
+    let error = executor.execute_save(one("t", tensor.source(stream)).into(), options).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(error.to_string().contains("tensor=\"t\""), "{error}");
 }
