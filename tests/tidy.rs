@@ -24,8 +24,10 @@ const FLOORS: [&[&str]; 6] = [
 const APART: [usize; 2] = [2, 3];
 
 /// The only files of the library with unsafe code. Each opens with its safety argument.
-const ISLANDS: [&str; 20] = [
+const ISLANDS: [&str; 22] = [
     "src/device/cuda/driver.rs",
+    "src/device/cuda/driver/context.rs",
+    "src/device/cuda/driver/owned.rs",
     "src/device/cuda/gpu.rs",
     "src/device/cuda/late.rs",
     "src/device/cuda/mod.rs",

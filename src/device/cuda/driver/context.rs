@@ -1,0 +1,245 @@
+//! The primary context of a device, and what is asked of it.
+//!
+//! # Safety argument
+//! That of the module above.
+#![expect(unsafe_code, reason = "calls of a C library; argument above")]
+
+use super::owned::{Event, Memory, Module, Registered, Stream};
+use super::{Driver, Handle, Table, code, refused};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fork;
+use crate::sync::{Mutex, lock};
+use std::ffi::{CStr, c_int, c_uint, c_void};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The primary context of a device, shared with every other user of the device in this process. It is retained when first
+/// used and never given back: others may use it without having retained it.
+pub struct Context {
+    driver: Arc<Driver>,
+    pub ordinal: u32,
+    handle: Handle,
+    dead: AtomicBool,
+    why: Mutex<Option<Error>>,
+    generation: u64,
+}
+
+impl Context {
+    /// The primary context of device `ordinal`.
+    ///
+    /// # Errors
+    /// `Unavailable` when there is no such device; `Device` when it cannot be used.
+    pub fn retain(driver: Arc<Driver>, ordinal: u32) -> Result<Arc<Self>> {
+        let count = driver.devices()?;
+        if ordinal >= count {
+            let missing = format!("there is no such device device=cuda:{ordinal} devices={count}");
+            return Err(Error::new(ErrorKind::Unavailable, missing));
+        }
+        let generation = fork::generation();
+        let mut context = Self { driver, ordinal, handle: 0, dead: false.into(), why: Mutex::new(None), generation };
+        let (mut device, mut handle) = (0, 0);
+        // SAFETY: writes one number.
+        context.call("cuDeviceGet", |t| unsafe { (t.device_get)(&mut device, ordinal as c_int) })?;
+        // SAFETY: writes one handle.
+        context.call("cuDevicePrimaryCtxRetain", |t| unsafe { (t.retain)(&mut handle, device) })?;
+        context.handle = handle;
+        Ok(Arc::new(context))
+    }
+
+    /// What the device calls itself.
+    pub fn device_name(&self) -> Result<String> {
+        let (mut device, mut name) = (0, [0; 128]);
+        // SAFETY: writes one number.
+        self.call("cuDeviceGet", |t| unsafe { (t.device_get)(&mut device, self.ordinal as c_int) })?;
+        let len = name.len() as c_int - 1;
+        // SAFETY: writes at most `len` bytes, and the last stays zero.
+        self.call("cuDeviceGetName", |t| unsafe { (t.device_name)(name.as_mut_ptr(), len, device) })?;
+        // SAFETY: the array ends in a zero.
+        Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
+    }
+
+    /// Fails when the context is lost, or belongs to the parent of a fork.
+    pub fn alive(&self) -> Result<()> {
+        if self.generation != fork::generation() {
+            return Err(Error::invalid("CUDA cannot be used in a forked child"));
+        }
+        if self.dead.load(Ordering::Acquire) {
+            let lost = || Error::new(ErrorKind::Device, "the CUDA context is lost");
+            return Err(lock(&self.why).clone().unwrap_or_else(lost));
+        }
+        Ok(())
+    }
+
+    /// True once the context is lost. The driver has stopped all of its work by then.
+    pub fn lost(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    /// The one place where codes are judged.
+    pub(super) fn code(&self, call: &'static str, run: impl FnOnce(&Table) -> c_int) -> Result<c_int> {
+        self.alive()?;
+        let code = run(&self.driver.table);
+        if code == code::SUCCESS || code == code::NOT_READY {
+            return Ok(code);
+        }
+        let error = refused(call, code);
+        let error = Error::new(error.kind(), format!("{} device=cuda:{}", error.message(), self.ordinal));
+        if code::STICKY.contains(&code) {
+            lock(&self.why).get_or_insert_with(|| error.clone());
+            self.dead.store(true, Ordering::Release);
+        }
+        Err(error)
+    }
+
+    pub(super) fn call(&self, call: &'static str, run: impl FnOnce(&Table) -> c_int) -> Result<()> {
+        self.code(call, run).map(drop)
+    }
+
+    /// Gives something back. There is nobody to tell when that fails; it is never an error of what was done with it.
+    pub(super) fn give_back(&self, call: &'static str, run: impl FnOnce(&Table) -> c_int) {
+        if self.alive().is_ok()
+            && let Err(error) = self.call(call, run)
+            && !self.lost()
+        {
+            tracing::warn!(%error, "could not give back what the CUDA driver had lent");
+        }
+    }
+
+    /// Makes the context current in this thread until the guard is dropped.
+    pub fn enter(&self) -> Result<Entered<'_>> {
+        let mut before = 0;
+        // SAFETY: writes one handle.
+        self.call("cuCtxGetCurrent", |t| unsafe { (t.get_current)(&mut before) })?;
+        if before != self.handle {
+            // SAFETY: the context is retained for as long as the process lives.
+            self.call("cuCtxSetCurrent", |t| unsafe { (t.set_current)(self.handle) })?;
+        }
+        Ok(Entered { context: self, before })
+    }
+
+    /// Makes the context current in this thread for good.
+    pub fn make_current(&self) -> Result<()> {
+        // SAFETY: as in `enter`.
+        self.call("cuCtxSetCurrent", |t| unsafe { (t.set_current)(self.handle) })
+    }
+
+    /// Lets this thread query events while other threads capture graphs.
+    pub fn relax_capture(&self) -> Result<()> {
+        const RELAXED: c_uint = 2;
+        let mut mode = RELAXED;
+        // SAFETY: reads and writes one number.
+        self.call("cuThreadExchangeStreamCaptureMode", |t| unsafe { (t.exchange_capture)(&mut mode) })
+    }
+
+    /// A stream of our own: it does not wait for the legacy default stream, and gives way to all others.
+    pub fn stream(self: &Arc<Self>) -> Result<Stream> {
+        const NON_BLOCKING: c_uint = 1;
+        let _entered = self.enter()?;
+        let (mut least, mut greatest, mut handle) = (0, 0, 0);
+        // SAFETY: writes two numbers.
+        self.call("cuCtxGetStreamPriorityRange", |t| unsafe { (t.priorities)(&mut least, &mut greatest) })?;
+        // SAFETY: writes one handle.
+        let made = |t: &Table| unsafe { (t.stream_create)(&mut handle, NON_BLOCKING, least) };
+        self.call("cuStreamCreateWithPriority", made)?;
+        Ok(Stream { context: self.clone(), handle })
+    }
+
+    /// An event, which is reached until it is recorded.
+    pub fn event(self: &Arc<Self>) -> Result<Event> {
+        const DISABLE_TIMING: c_uint = 2;
+        let _entered = self.enter()?;
+        let mut handle = 0;
+        // SAFETY: writes one handle.
+        self.call("cuEventCreate", |t| unsafe { (t.event_create)(&mut handle, DISABLE_TIMING) })?;
+        Ok(Event { context: self.clone(), handle })
+    }
+
+    /// Refuses a stream that is being captured into a graph: what is queued there would not run now.
+    pub fn refuse_capture(&self, stream: Handle) -> Result<()> {
+        let mut status = 0;
+        // SAFETY: writes one number; that the handle is a stream is in the contract of `DeviceStream`'s users.
+        self.call("cuStreamIsCapturing", |t| unsafe { (t.stream_capturing)(stream, &mut status) })?;
+        if status == 0 {
+            return Ok(());
+        }
+        let why = "a stream is being captured into a graph: save and fence between launches";
+        Err(Error::invalid(format!("{why} device=cuda:{} stream={stream:#x}", self.ordinal)))
+    }
+
+    /// `len` bytes of the device, of unknown content.
+    pub fn memory(self: &Arc<Self>, len: usize) -> Result<Memory> {
+        let _entered = self.enter()?;
+        let mut at = 0;
+        // SAFETY: writes one address.
+        self.call("cuMemAlloc_v2", |t| unsafe { (t.allocate)(&mut at, len) })?;
+        Ok(Memory { context: self.clone(), at, len, host: false })
+    }
+
+    /// `len` pinned bytes of the host, which the device sees at the same address; all zero.
+    pub fn pinned(self: &Arc<Self>, len: usize) -> Result<Memory> {
+        const PORTABLE_MAPPED: c_uint = 3;
+        let _entered = self.enter()?;
+        let mut at = 0;
+        // SAFETY: writes one address.
+        self.call("cuMemHostAlloc", |t| unsafe { (t.allocate_host)(&mut at, len, PORTABLE_MAPPED) })?;
+        let memory = Memory { context: self.clone(), at, len, host: true };
+        // SAFETY: just allocated, and known to nobody.
+        unsafe { std::ptr::write_bytes(memory.pointer(), 0, len) };
+        Ok(memory)
+    }
+
+    /// Loads kernels: a PTX text that ends in a zero.
+    pub fn module(self: &Arc<Self>, text: &CStr) -> Result<Module> {
+        let _entered = self.enter()?;
+        let mut handle = 0;
+        // SAFETY: a text that ends in a zero; writes one handle.
+        self.call("cuModuleLoadData", |t| unsafe { (t.module_load)(&mut handle, text.as_ptr()) })?;
+        Ok(Module { context: self.clone(), handle })
+    }
+
+    /// Queues a kernel with one structure as its argument, in any stream of this device.
+    ///
+    /// # Safety
+    /// `function` is of a live module of this context and takes an `A`; what its addresses point to stays until it has run.
+    pub unsafe fn launch<A: Copy>(
+        &self,
+        function: Handle,
+        stream: Handle,
+        grid: u32,
+        block: u32,
+        argument: &A,
+    ) -> Result<()> {
+        let arguments = [std::ptr::from_ref(argument).cast::<c_void>()];
+        // SAFETY: the argument is copied by the call; the rest is as the caller says.
+        self.call("cuLaunchKernel", |t| unsafe {
+            (t.launch)(function, grid, 1, 1, block, 1, 1, 0, stream, arguments.as_ptr(), std::ptr::null())
+        })
+    }
+
+    /// Pins `len` bytes at `base` for all contexts, until the guard is dropped.
+    ///
+    /// # Safety
+    /// The memory stays mapped until then.
+    pub unsafe fn register(self: &Arc<Self>, base: *mut u8, len: usize) -> Result<Registered> {
+        const PORTABLE: c_uint = 1;
+        let _entered = self.enter()?;
+        // SAFETY: mapped memory, as the caller says.
+        self.call("cuMemHostRegister_v2", |t| unsafe { (t.register)(base.cast(), len, PORTABLE) })?;
+        Ok(Registered { context: self.clone(), base: base.addr() })
+    }
+}
+
+/// While it lives, its context is current in its thread.
+pub struct Entered<'c> {
+    context: &'c Context,
+    before: Handle,
+}
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        if self.before != self.context.handle {
+            // SAFETY: what was current before is made current again.
+            self.context.give_back("cuCtxSetCurrent", |t| unsafe { (t.set_current)(self.before) });
+        }
+    }
+}

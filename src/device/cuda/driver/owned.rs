@@ -1,0 +1,176 @@
+//! What the driver lends, each given back once, when it is dropped.
+//!
+//! # Safety argument
+//! That of the module above.
+#![expect(unsafe_code, reason = "calls of a C library; argument above")]
+
+use super::context::Context;
+use super::{Address, Handle, Table, code};
+use crate::error::Result;
+use std::ffi::CStr;
+use std::sync::Arc;
+
+/// A stream of our own.
+pub struct Stream {
+    pub(super) context: Arc<Context>,
+    pub(super) handle: Handle,
+}
+
+impl Stream {
+    pub fn handle(&self) -> Handle {
+        self.handle
+    }
+
+    /// Everything queued later comes after what `event` was last recorded behind.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        event.make_wait(self.handle)
+    }
+
+    /// True when everything queued so far has ended.
+    pub fn is_idle(&self) -> Result<bool> {
+        // SAFETY: a live stream.
+        let query = |t: &Table| unsafe { (t.stream_query)(self.handle) };
+        Ok(self.context.code("cuStreamQuery", query)? == code::SUCCESS)
+    }
+
+    /// Queues a copy to the host.
+    ///
+    /// # Safety
+    /// `from` stays readable for the device, and `to` writable and otherwise untouched, until the copy has ended.
+    pub unsafe fn copy_to_host(&self, from: Address, to: *mut u8, len: usize) -> Result<()> {
+        // SAFETY: as the caller says.
+        self.context.call("cuMemcpyDtoHAsync_v2", |t| unsafe { (t.to_host)(to.cast(), from, len, self.handle) })
+    }
+
+    /// Queues a store of `value`, seen by whoever looks after everything that was queued before it.
+    ///
+    /// # Safety
+    /// `at` is a multiple of 8 in memory of the device that lives until then.
+    pub unsafe fn write(&self, at: Address, value: u64) -> Result<()> {
+        // SAFETY: as the caller says.
+        self.context.call("cuStreamWriteValue64_v2", |t| unsafe { (t.write_value)(self.handle, at, value, 0) })
+    }
+
+    /// Queues zeros over all of `memory`.
+    pub fn zero(&self, memory: &Memory) -> Result<()> {
+        // SAFETY: within the allocation, whose owner waits for the stream before it lets go.
+        self.context.call("cuMemsetD8Async", |t| unsafe { (t.fill)(memory.at, 0, memory.len, self.handle) })
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let _entered = self.context.enter();
+        // SAFETY: made by us and not used again; what is queued still runs.
+        self.context.give_back("cuStreamDestroy_v2", |t| unsafe { (t.stream_destroy)(self.handle) });
+    }
+}
+
+/// An event of our own.
+pub struct Event {
+    pub(super) context: Arc<Context>,
+    pub(super) handle: Handle,
+}
+
+impl Event {
+    /// Records it behind everything queued in `stream` so far.
+    pub fn record(&self, stream: Handle) -> Result<()> {
+        // SAFETY: a live event; the stream is ours, or one for which the program vouched.
+        self.context.call("cuEventRecord", |t| unsafe { (t.event_record)(self.handle, stream) })
+    }
+
+    /// Makes `stream` wait for what it was last recorded behind.
+    pub fn make_wait(&self, stream: Handle) -> Result<()> {
+        // SAFETY: as in `record`.
+        self.context.call("cuStreamWaitEvent", |t| unsafe { (t.stream_wait)(stream, self.handle, 0) })
+    }
+
+    /// True when everything that it was last recorded behind has ended.
+    pub fn is_reached(&self) -> Result<bool> {
+        // SAFETY: a live event.
+        let query = |t: &Table| unsafe { (t.event_query)(self.handle) };
+        Ok(self.context.code("cuEventQuery", query)? == code::SUCCESS)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let _entered = self.context.enter();
+        // SAFETY: made by us and not used again; the driver keeps it until it is reached.
+        self.context.give_back("cuEventDestroy_v2", |t| unsafe { (t.event_destroy)(self.handle) });
+    }
+}
+
+/// Pinned memory.
+pub struct Registered {
+    pub(super) context: Arc<Context>,
+    pub(super) base: usize,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let _entered = self.context.enter();
+        let base = std::ptr::without_provenance_mut(self.base);
+        // SAFETY: registered by us, and given back once, before it is unmapped.
+        self.context.give_back("cuMemHostUnregister", |t| unsafe { (t.unregister)(base) });
+    }
+}
+
+/// Memory that the driver allocated, on the device or pinned on the host.
+pub struct Memory {
+    pub(super) context: Arc<Context>,
+    pub(super) at: Address,
+    pub(super) len: usize,
+    pub(super) host: bool,
+}
+
+impl Memory {
+    /// The address, for the device.
+    pub fn address(&self) -> Address {
+        self.at
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address of pinned memory, for the host.
+    pub fn pointer(&self) -> *mut u8 {
+        debug_assert!(self.host);
+        std::ptr::with_exposed_provenance_mut(self.at as usize)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let _entered = self.context.enter();
+        // SAFETY: allocated by us and used no more, as its owner sees to.
+        let free = |t: &Table| unsafe { if self.host { (t.free_host)(self.at) } else { (t.free)(self.at) } };
+        self.context.give_back(if self.host { "cuMemFreeHost" } else { "cuMemFree_v2" }, free);
+    }
+}
+
+/// Kernels that are loaded.
+pub struct Module {
+    pub(super) context: Arc<Context>,
+    pub(super) handle: Handle,
+}
+
+impl Module {
+    pub fn function(&self, name: &CStr) -> Result<Handle> {
+        let _entered = self.context.enter()?;
+        let mut function = 0;
+        // SAFETY: a live module, a name that ends in a zero; writes one handle.
+        let find = |t: &Table| unsafe { (t.module_function)(&mut function, self.handle, name.as_ptr()) };
+        self.context.call("cuModuleGetFunction", find)?;
+        Ok(function)
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let _entered = self.context.enter();
+        // SAFETY: loaded by us, and none of its kernels is running, as its owner sees to.
+        self.context.give_back("cuModuleUnload", |t| unsafe { (t.module_unload)(self.handle) });
+    }
+}
