@@ -48,6 +48,7 @@ examples:
     for example in examples/from_*.rs; do
         cargo run --quiet --example "$(basename "$example" .rs)"
     done
+    cargo run --quiet --features cudarc --example 05_gpu_memory -- --simulated
 
 # The committed PTX of `kernels/`, made anew by a compiler of a fixed version. Installs 60 MB; no GPU needed.
 ptx: (kernels "")

@@ -68,6 +68,7 @@
 //! `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
 //! `sqlite` adds a store for many small graph states. `mutants` is for this crate's own tests.
 
+pub mod adapters;
 pub mod catalog;
 mod checkpoint;
 mod commit;

@@ -2,8 +2,10 @@
 //! speed; with `ASHORE_REQUIRE_GPU=1` those that need no steering run on a real one, unchanged.
 
 mod aside;
+mod cudarc;
 mod failing;
 mod finding;
+mod loader;
 mod program;
 mod staging;
 mod torn;

@@ -68,7 +68,8 @@ pub fn open_device(library: &Path, ordinal: u32) -> ashore::Result<Cuda> {
     unsafe { Cuda::with_driver(library, ordinal) }
 }
 
-fn real() -> bool {
+/// Whether a real device was asked for.
+pub fn real() -> bool {
     std::env::var_os("ASHORE_REQUIRE_GPU").is_some()
 }
 
