@@ -18,11 +18,13 @@ test:
 lint:
     cargo fmt --all --check
     cargo fmt --check --manifest-path tests/stock/candle/Cargo.toml
+    cargo fmt --check --manifest-path tests/stock/cudarc/Cargo.toml
     cargo fmt --check --manifest-path benches/compression/Cargo.toml
     cargo clippy --workspace --all-targets --all-features -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --all-features --no-deps
     cargo deny --log-level error --workspace --all-features check licenses bans sources
     cargo deny --log-level error --manifest-path tests/stock/candle/Cargo.toml --config "$PWD/deny.toml" check licenses sources
+    cargo deny --log-level error --manifest-path tests/stock/cudarc/Cargo.toml --config "$PWD/deny.toml" check licenses sources
     cargo deny --log-level error --manifest-path benches/compression/Cargo.toml --config "$PWD/deny.toml" check licenses sources
 
 # A saved step directory, read by Python's safetensors, numpy, and torch's HuggingFaceStorageReader.
@@ -30,6 +32,14 @@ stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning tests/stoc
 
 # The same, read by candle.
 candle: (stock_reader "cargo run --quiet --locked --manifest-path tests/stock/candle/Cargo.toml --target-dir " + tools / "candle --")
+
+# Whether a program builds that has cudarc as candle links it, or as burn loads it, and our sources over its types.
+cudarc-check:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    for peer in candle cubecl; do
+        cargo check --quiet --locked --manifest-path tests/stock/cudarc/Cargo.toml --target-dir "{{ tools }}/cudarc" --features "$peer"
+    done
 
 [private]
 stock_reader command:
@@ -115,7 +125,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint ptx-check examples stock candle miri loom fuzz:60 mutants kill mounts")
+ci: (timed "lint ptx-check examples stock candle cudarc-check miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
 nightly: (timed "ci")
