@@ -38,7 +38,7 @@ cudarc-check:
     #!/usr/bin/env bash
     set -euo pipefail
     for peer in candle cubecl; do
-        cargo check --quiet --locked --manifest-path tests/stock/cudarc/Cargo.toml --target-dir "{{ tools }}/cudarc" --features "$peer"
+        cargo check --quiet --manifest-path tests/stock/cudarc/Cargo.toml --target-dir "{{ tools }}/cudarc" --features "$peer"
     done
 
 [private]
