@@ -7,5 +7,6 @@ mod failing;
 mod finding;
 mod loader;
 mod program;
+mod settings;
 mod staging;
 mod torn;
