@@ -2,9 +2,9 @@
 
 use super::loader::with_driver;
 use super::program::{Gpu, Rig, rig};
-use crate::rig::{LONG, one};
+use crate::rig::LONG;
 use ashore::adapters::cudarc::CudaTensor;
-use ashore::{Dtype, ErrorKind, Fence, StateDict};
+use ashore::{Capture, Dtype, ErrorKind, Fence, Source, StateDict};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use half::bf16;
 use std::sync::Arc;
@@ -20,6 +20,13 @@ fn both() -> (Rig, Arc<CudaContext>, Arc<CudaStream>) {
 /// Lags that are long beside everything that the host does in between.
 fn slow(gpu: &Gpu) {
     gpu.set("lag_us", 300);
+}
+
+/// A state of one tensor, `t`, which is read when the fence comes and not before.
+fn one<'a>(source: impl Source + 'a) -> StateDict<'a> {
+    let mut state = StateDict::new();
+    state.tensor_captured("t", source, Capture::AtFence).unwrap();
+    state
 }
 
 fn numbers(n: usize) -> Vec<f32> {
@@ -69,7 +76,7 @@ fn cuda_slices_that_another_stream_of_cudarc_wrote_are_read_after_that() {
         let next = writer.clone_htod(&[step as u8; 9000]).unwrap();
         writer.memcpy_dtod(&next, Arc::get_mut(&mut slice).unwrap()).unwrap();
         let tensor = CudaTensor::new(slice.clone(), [9000]).unwrap();
-        let save = rig.executor.save(step, one("t", tensor)).unwrap();
+        let save = rig.executor.save(step, one(tensor)).unwrap();
         rig.executor.fence().unwrap();
         save.wait(LONG).unwrap();
         assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 9000]);
@@ -84,7 +91,7 @@ fn cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended(
     let (before, to_host) = (fake.live(), 1);
     let mut slice = Arc::new(stream.clone_htod(&[5_u8; 9000]).unwrap());
     fake.set("hold", to_host);
-    let save = rig.executor.save(1, one("t", CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
+    let save = rig.executor.save(1, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
     rig.executor.fence_on(&[stream.as_ref().into()]).unwrap();
     assert!(Arc::get_mut(&mut slice).is_none());
     fake.set("hold", 0);
@@ -92,7 +99,7 @@ fn cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended(
     assert!(Arc::get_mut(&mut slice).is_some());
     // The program's own reference goes first: the last one is dropped by the stager.
     fake.set("hold", to_host);
-    let second = rig.executor.save(2, one("t", CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
+    let second = rig.executor.save(2, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
     drop(slice);
     fake.set("hold", 0);
     rig.executor.fence().unwrap();
@@ -115,11 +122,9 @@ fn cuda_streams_of_cudarc_that_write_after_a_scope_wait_though_the_fence_did_not
     for step in 1..=20_u64 {
         let mut slice: CudaSlice<u8> = stream.alloc_zeros(13_000).unwrap();
         stream.memcpy_htod(&[step as u8; 13_000], &mut slice).unwrap();
-        let save = rig.executor.scope(Fence::on(&[]), |scope| {
-            let mut state = StateDict::new();
-            state.tensor("t", CudaTensor::new(&slice, [13_000]).unwrap()).unwrap();
-            scope.save(step, state)
-        });
+        let save = rig
+            .executor
+            .scope(Fence::on(&[]), |scope| scope.save(step, one(CudaTensor::new(&slice, [13_000]).unwrap())));
         if step % 2 == 0 {
             writer.memset_zeros(&mut slice).unwrap();
         } else {

@@ -5,6 +5,7 @@ mod aside;
 mod cudarc;
 mod failing;
 mod finding;
+mod gather;
 mod loader;
 mod program;
 mod settings;
