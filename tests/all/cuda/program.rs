@@ -7,6 +7,7 @@ use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
 use ashore::{Builder, Capture, Checkpoint, CheckpointExecutor, DeviceStream, Dtype, RawDevice, StateDict};
 use std::ffi::{c_int, c_uint, c_void};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -19,6 +20,9 @@ macro_rules! api {
         fn open(path: PathBuf) -> Api {
             // SAFETY: the driver, or what is built to stand in for it; it stays open.
             let library = unsafe { std::mem::ManuallyDrop::new(libloading::Library::new(path).unwrap()) };
+            // SAFETY: only looked for.
+            let simulated = unsafe { library.get::<*const c_void>(b"fakecuda_live\0") }.is_ok();
+            assert!(!(simulated && real()), "a real device was asked for");
             // SAFETY: the signatures are those of `cuda.h`.
             Api { $($name: unsafe { *library.get(concat!(stringify!($name), "\0").as_bytes()).unwrap() },)* }
         }
@@ -68,8 +72,14 @@ pub fn open_device(library: &Path, ordinal: u32) -> ashore::Result<Cuda> {
     unsafe { Cuda::with_driver(library, ordinal) }
 }
 
-fn real() -> bool {
+/// Whether a real device was asked for.
+pub fn real() -> bool {
     std::env::var_os("ASHORE_REQUIRE_GPU").is_some()
+}
+
+/// Says that part of a test cannot be had on a real device.
+pub fn left_out() {
+    let _ = writeln!(std::io::stderr(), "left out: what needs a simulated device");
 }
 
 /// The driver to test with.
@@ -100,8 +110,7 @@ impl Gpu {
     /// The knobs of the simulated device; a test that needs them is left out on a real one.
     pub fn fake(&self) -> Option<&fakecuda::Device> {
         if self.fake.is_none() {
-            use std::io::Write;
-            let _ = writeln!(std::io::stderr(), "left out: what needs a simulated device");
+            left_out();
         }
         self.fake.as_ref()
     }
