@@ -1,9 +1,11 @@
 //! The `ashore` program: trains a demo that checkpoints itself, and lists, inspects, verifies, prunes and measures
 //! checkpoints. Data goes to stdout, progress to stderr.
 
+mod adamw;
 mod bench;
 mod demo;
 mod device;
+mod gpu;
 mod inspect;
 mod limit;
 mod ls;
