@@ -27,6 +27,7 @@ const DEMO_DIR: &str = "ashore-demo";
 #[command(
     name = "ashore",
     version,
+    args_override_self = true,
     max_term_width = 100,
     after_help = "Exit status: 0 ok, 1 failure, 2 usage, 3 verify found damage."
 )]

@@ -132,7 +132,7 @@ fn bench_on_cuda_saves_what_was_there_and_gives_no_times() {
 }
 
 #[test]
-fn a_gpu_that_is_not_there_is_named_and_auto_says_why_it_is_the_host() {
+fn a_cuda_driver_that_is_not_there_is_named_and_auto_says_why_it_is_the_host() {
     // What is found under the driver's name is none.
     let mut place = Place::new();
     place.driver = tempfile::tempdir().unwrap();
@@ -153,7 +153,7 @@ fn a_gpu_that_is_not_there_is_named_and_auto_says_why_it_is_the_host() {
 }
 
 #[test]
-fn the_simulated_driver_is_no_gpu_where_one_is_required_and_its_errors_are_named() {
+fn a_simulated_cuda_driver_is_no_gpu_where_one_is_required_and_its_errors_are_named() {
     let place = Place::new();
     let said = complaint(&place.ashore(&demo("5")).env("ASHORE_REQUIRE_GPU", "1").output().unwrap());
     assert!(said.contains("simulated") && said.contains("device=cuda:0"), "{said}");
