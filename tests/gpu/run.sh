@@ -43,6 +43,7 @@ measure() {
     fi
     if [ ! -s "$to" ]; then
         if ! "$kit/ashore" "$@" "${small[@]}" --device cuda:0 --dir "$out/scratch" --json >"$to.new"; then
+            rm -f "$to.new"
             failed=1
             return
         fi
