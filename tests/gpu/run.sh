@@ -4,7 +4,7 @@
 # A stage takes 8 minutes at most. Its result is on disk before the next one begins, and a stage that has passed is not run
 # again: to go on after a loss, run `all` with the same OUT. The most telling stages come first.
 set -uo pipefail
-stages=(machine kernels suite limits staging speeds demo)
+stages=(machine kernels suite torch limits staging dcp speeds demo)
 kit=$(cd "$(dirname "$0")" && pwd)
 stage=${1:?usage: run.sh STAGE OUT} out=${2:?usage: run.sh STAGE OUT}
 mkdir -p "$out"
@@ -19,11 +19,24 @@ machine() {
     nvidia-smi
     nvidia-smi topo -m || true
     "$kit/ashore" --version
+    command -v python3
+    python3 -c 'import sys, torch; print(sys.version, torch.__version__, torch.cuda.is_available())' || true
 }
 # The kernels against plain Rust, on the device.
 kernels() { "$kit/kernels" kernels:: --skip ptx:: --test-threads 4; }
 # The tests of CUDA staging, the same as on the simulated driver.
 suite() { "$kit/suite" cuda --test-threads 4; }
+# State of torch and of the driver alone, through the C face. `python3` is the machine's own, and must have torch.
+torch() {
+    local common=(--face "$kit/libashore_face.so" --dir "$out/scratch" --out "$out/torch.jsonl") rc=0
+    python3 "$kit/drive.py" --backend driver --saves 30 --seconds 90 "${common[@]}" || rc=1
+    python3 "$kit/drive.py" --backend torch --saves 100 --seconds 320 "${common[@]}" || rc=1
+    return "$rc"
+}
+# Beside torch's own saves, on the same tensors. The same `python3`.
+dcp() {
+    python3 "$kit/dcp.py" --face "$kit/libashore_face.so" --dir "$out/scratch" --out "$out/dcp.jsonl" --scale W3=0.25 --seconds 440
+}
 limits() { "$kit/ashore" bench limits --device cuda:0 --dir "$out/scratch" --json; }
 staging() { "$kit/ashore" bench staging --device cuda:0 --dir "$out/scratch" --json; }
 # The kernels beside the device's own copies. Needs Python 3, and nothing else.
