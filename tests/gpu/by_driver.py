@@ -18,7 +18,7 @@ class Backend:
         assert options.device == "cuda:0", "the backend `driver` works on cuda:0"
         self.cuda, self.driver, self.device = Cuda(options.library), options.library, options.device
         self.name = self.cuda.device
-        assert not (self.cuda.simulated and os.environ.get("ASHORE_REQUIRE_GPU")), "ASHORE_REQUIRE_GPU: this is the simulated driver"
+        assert not (self.cuda.simulated and os.environ.get("ASHORE_REQUIRE_GPU")), "this is the simulated driver"
         # Copies of a real one are fast: more bytes, so that some are under way when the fence comes.
         self.scale = 1 if self.cuda.simulated else 64
         self.chunk = 16 * KIB * self.scale
@@ -157,12 +157,13 @@ class Loose(Program):
 
     def __init__(self, backend, streams):
         super().__init__(backend, streams[:1])
-        self.other = streams[1]
+        self.other, self.fresh = streams[1], []
 
     def allocate(self, random, _trial):
         (stream,), scale = self.handles, self.backend.scale
         sizes = [random.choice(self.SIZES) * scale for _ in range(random.randint(2, 10))]
-        self.offsets = {}
+        self.offsets, self.fresh = {}, []
+        self.cuda("cuStreamSynchronize", c_void_p(self.other))  # so that only what this trial frees is given out again
         self.blocks = {f"device.{i}": Block(self.cuda, size, stream) for i, size in enumerate(sizes)}
 
     def free(self):
@@ -177,7 +178,7 @@ class Loose(Program):
 
     def reuse(self):
         """Takes as much memory in the other stream, writes it there, and says where it is."""
-        fresh = [Block(self.cuda, size, self.other) for size in self.sizes]
-        for block in fresh:
+        self.fresh = [Block(self.cuda, size, self.other) for size in self.sizes]
+        for block in self.fresh:
             self.copy(block.at, self.backend.palette, block.size, self.other)
-        return {block.at for block in fresh}
+        return {block.at for block in self.fresh}

@@ -4,17 +4,19 @@
   dcp.py --face LIBRARY --dir DIR [--device cuda:0|cpu] [--workloads W2,W1,W3] [--systems a,b] [--scale W3=0.25,...]
          [--rounds N] [--seconds S] [--out FILE]
 
-Rounds of all systems in random order, each system in a process of its own, which saves a few times while it trains. One JSON line for each save:
+Rounds of all systems in random order, each system in a process of its own, which saves a few times while it trains. One JSON
+line for each save:
 
   call_ms, fence_ms, blocked_ms    how long the save, the wait before the next update, and both held up the program
   stall_ms                         how much later the GPU was, by events, from the save until it was durable and no step behind
   step_ms, worst_step_ms           a step without a save, by events, and the longest one of those beside it
-  done_s, durable_s                when the system said that it was done; when its files were also synced (ashore's are when it is done)
+  done_s, durable_s                when the system said that it was done; when its files were synced as well, as ashore's are
   peak_bytes, available_bytes      how much processes grew at most, and by how much less memory the machine had
   right                            whether three of the tensors came back as they were at the save
 
-The first save of a process (`save` 0) is a line too: memory is taken and processes are started then. A table of medians of the
-later ones ends it. The exit status is 1 when ashore failed, or a tensor of its came back wrong; what others do is in their lines.
+The first save of a process (`save` 0) is a line too: memory is taken and processes are started then. A table of medians of
+the later ones ends it. The exit status is 1 when ashore failed, or a tensor of its came back wrong; what others did is in
+their lines.
 """
 import argparse
 import ctypes
@@ -121,6 +123,7 @@ class Ashore:
         ]
         device = options.device if loop.cuda else "host"
         self.streams, self.tensors, self.root, self.library = [(on, 0)] * loop.cuda, library.packed(told), root, library
+        # By default the first two saves of an executor look for forgotten fences as well; what counts here is the later ones.
         settings = {"arena": options.arena * MIB, "chunk": 16 * MIB, "scratch": scratch * MIB, "detect": "never"}
         self.executor = face.Executor(library, root, device, **settings)
         self.step = 0
@@ -166,8 +169,8 @@ class Torch:
 
 
 class Dcp(Torch):
-    """torch's distributed checkpoint in a world of one. `staged` is its best: copies to pinned memory by a stream of their own, and
-    a wait for them before the update."""
+    """torch's distributed checkpoint in a world of one. `staged` is its best: copies to pinned memory by a stream of their own,
+    and a wait for them before the update."""
 
     def __init__(self, options, loop, root, kind=None, staged=False):
         super().__init__(options, loop, root)
@@ -185,7 +188,7 @@ class Dcp(Torch):
             return DefaultStager(StagingOptions(pinned, shared, use_async_staging=True, use_non_blocking_copy=pinned))
 
         self.stager = stager
-        # Each tensor is handed to the other process by descriptors. Where these do not suffice, torch's documentation says to do this.
+        # Each tensor is handed to the other process by descriptors. Where they do not suffice, torch's documentation has this.
         if kind == "PROCESS" and 2 * len(loop.all) > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
             self.torch.multiprocessing.set_sharing_strategy("file_system")
 
@@ -319,7 +322,8 @@ def child(a):
     loop = Loop(a.device, tensors, a.step_ms)
     use = tree.Use()
     system = make(a.only, a, loop, root)
-    line = {"workload": a.workloads, "scale": a.scale, "bytes": workload.size(tensors), "tensors": len(tensors), "system": a.only}
+    size = workload.size(tensors)
+    line = {"workload": a.workloads, "scale": a.scale, "bytes": size, "tensors": len(tensors), "system": a.only}
     for save in range(a.saves + 1):
         if save > 1 and time.monotonic() - begun > a.seconds:
             break
@@ -365,8 +369,8 @@ def main():
                 left = until - time.monotonic()
                 if left < 20:
                     continue
-                options = {"--only": system, "--workloads": chosen, "--scale": scales.get(chosen, "1"), "--seconds": str(left / 4)}
-                command = [sys.executable, *sys.argv, *(x for pair in options.items() for x in pair)]
+                about = ["--only", system, "--workloads", chosen, "--scale", scales.get(chosen, "1")]
+                command = [sys.executable, *sys.argv, *about, "--seconds", str(left / 4)]
                 for line in samples(command, left):
                     line = {"round": number, **line}
                     if "failed" in line:

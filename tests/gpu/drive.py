@@ -4,9 +4,9 @@
   drive.py --face LIBRARY --dir DIR [--backend driver|torch] [--device cuda:0|cpu] [--library DRIVER]
            [--saves N] [--seconds S] [--out FILE] [SCENARIO...]
 
-One JSON line for each scenario: how many saves were checked, how many bytes were wrong, and the outcome, which is `ok`, `wrong`, `failed: why`
-or, for what ashore does not do yet, `owed: what came`. With --out, the lines go to that file too, and scenarios that are `ok` there
-are not run again. The exit status is 1 when anything was wrong or failed.
+One JSON line for each scenario: how many saves were checked, how many bytes were wrong, and the outcome: `ok`, `wrong`,
+`failed: why` or, for what ashore does not do yet, `owed: what came`. With --out, the lines go to that file too, and scenarios
+that are `ok` there are not run again. The exit status is 1 when anything was wrong or failed.
 
 The backend `torch` works on tensors of torch; `driver` on memory from the driver alone, which may be the simulated one.
 """
@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import operator
 import os
 import random
 import shutil
@@ -48,7 +49,8 @@ class Run:
             self.until = now + (self.end - now) / (len(sizes) - at)
             chosen = {"chunk": chunk, "arena": 8 * chunk, "keep_last": 8, "scratch": scratch, **settings}
             with face.Executor(self.library, self.root, self.backend.device, self.backend.driver, **chosen) as executor:
-                self.notes[f"scratch {chosen['scratch']}"] = executor.report.partition("scratch: ")[2].partition(", ")[0]
+                about = executor.report.partition("scratch: ")[2].partition(", ")[0]
+                self.notes.setdefault("scratch", {})[scratch] = about
                 yield executor
             self.library.wait_released()
 
@@ -82,18 +84,20 @@ class Run:
     def check(self, step, save, image):
         """Waits for the save, and compares what is on disk with what was there when it was called."""
         save.wait(120)
-        ours, disk = face.Step(self.library, self.root, step), stock.read(self.root / f"step-{step:08}" / "model.safetensors")
-        expected = image()
-        wrong = set(disk) ^ set(expected)  # names
-        for name, right in expected.items():
-            for got in (ours.read(name, len(right)), disk.get(name, b"")):
-                if got != right:
-                    wrong.add(name)
-                    self.wrong += sum(a != b for a, b in zip(got, right)) + abs(len(got) - len(right))
-        self.wrong += len(wrong) * (self.wrong == 0)
-        if wrong:
-            self.notes.setdefault("first_wrong", f"step {step}: {', '.join(sorted(wrong)[:8])}")
+        ours, expected = face.Step(self.library, self.root, step), image()
+        theirs = stock.read(self.root / f"step-{step:08}" / "model.safetensors")
+        for name in expected.keys() | theirs.keys():
+            right = expected.get(name, b"")
+            wrong = max(differ(read, right) for read in (theirs.get(name, b""), ours.read(name, len(right))))
+            self.wrong += wrong
+            if wrong:
+                self.notes.setdefault("first wrong", f"step {step}: {name}")
         self.saves += 1
+
+
+def differ(one, other):
+    """In how many bytes."""
+    return 0 if one == other else sum(map(operator.ne, one, other)) + abs(len(one) - len(other))
 
 
 def train(run, make):
@@ -134,7 +138,7 @@ def graph(run, make):
         save = executor.save(step, program.tensors())
         program.capture(lambda: taken.append(refused(executor.fence_on, program.streams)))
         program.slow(False)
-        run.notes["in a capture"] = "save refused, " + ("fence refused" if taken[1] else "fence came too late to be refused")
+        run.notes["in a capture"] = "save refused, fence " + ("refused" if taken[1] else "came when all was staged")
         executor.fence()
         program.update()
         run.check(step, save, image)
@@ -148,7 +152,7 @@ def graph(run, make):
 
 
 def reuse(run, make):
-    """The program lets go of its tensors right after the fence, and the memory is given out again and written by another stream."""
+    """The program lets go of its tensors right after the fence; their memory is given out again and written by another stream."""
     again = 0
     for executor in run.executors():
         program = make()

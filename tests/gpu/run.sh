@@ -35,7 +35,8 @@ torch() {
 }
 # Beside torch's own saves, on the same tensors. The same `python3`.
 dcp() {
-    python3 "$kit/dcp.py" --face "$kit/libashore_face.so" --dir "$out/scratch" --out "$out/dcp.jsonl" --scale W3=0.25 --seconds 440
+    local common=(--face "$kit/libashore_face.so" --dir "$out/scratch" --out "$out/dcp.jsonl")
+    python3 "$kit/dcp.py" --scale W3=0.25 --seconds 440 "${common[@]}"
 }
 limits() { "$kit/ashore" bench limits --device cuda:0 --dir "$out/scratch" --json; }
 staging() { "$kit/ashore" bench staging --device cuda:0 --dir "$out/scratch" --json; }

@@ -1,5 +1,5 @@
-//! The library as C sees it, for the Python programs in `tests/gpu`, which drive it with pointers of torch and of the driver. For
-//! tests only: it promises nothing, and is not the library's C interface.
+//! The library as C sees it, for the Python programs in `tests/gpu`, which drive it with pointers of torch and of the driver.
+//! For tests only: it promises nothing, and is not the library's C interface.
 //!
 //! A function that makes something returns null when it fails, any other a code: 0 is well, 1 a save that was not begun, -1 a
 //! failure, of which `face_error` tells the calling thread the kind and the text. No panic crosses: it becomes such an error.
@@ -136,8 +136,8 @@ macro_rules! face {
 pub(crate) use face;
 
 face! {
-    /// Opens an executor over the directory `root`. `settings` is a JSON object of `ashore::Settings`, device included; `driver` is
-    /// the library to take for the driver, null for the machine's own.
+    /// Opens an executor over the directory `root`. `settings` is a JSON object of `ashore::Settings`, device included;
+    /// `driver` is the library to take for the driver, null for the machine's own.
     fn face_open(root: *const c_char, settings: *const c_char, driver: *const c_char) -> *mut CheckpointExecutor =
         std::ptr::null_mut(); {
         // SAFETY: the argument at the top.
