@@ -52,6 +52,12 @@ pub(crate) enum Mutant {
     /// Copies do not wait for the streams that wrote the tensors.
     // seen by: cuda::
     ProducerWait,
+    /// A slot of the scratch is given to another save before its chunk is handed over.
+    // seen by: cuda::aside
+    SlotEarly,
+    /// What was captured on a device is written over by the next save before it has left.
+    // seen by: cuda::gather
+    RoomEarly,
     /// A slab goes home before it is written.
     #[cfg(feature = "mutants")]
     // seen by: fence::late_copies

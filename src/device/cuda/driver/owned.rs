@@ -39,7 +39,16 @@ impl Stream {
     /// `from` stays readable for the device, and `to` writable and otherwise untouched, until the copy has ended.
     pub unsafe fn copy_to_host(&self, from: Address, to: *mut u8, len: usize) -> Result<()> {
         // SAFETY: as the caller says.
-        self.context.call("cuMemcpyDtoHAsync_v2", |t| unsafe { (t.to_host)(to.cast(), from, len, self.handle) })
+        unsafe { self.context.copy_to_host(from, to, len, self.handle) }
+    }
+
+    /// Queues a copy of pinned memory to the device.
+    ///
+    /// # Safety
+    /// `from` stays readable and unchanged, and `to` allocated, until the copy has ended.
+    pub unsafe fn copy_to_device(&self, from: *const u8, to: Address, len: usize) -> Result<()> {
+        // SAFETY: as the caller says.
+        self.context.call("cuMemcpyHtoDAsync_v2", |t| unsafe { (t.to_device)(to, from.cast(), len, self.handle) })
     }
 
     /// Queues a store of `value`, seen by whoever looks after everything that was queued before it.
@@ -53,8 +62,7 @@ impl Stream {
 
     /// Queues zeros over all of `memory`.
     pub fn zero(&self, memory: &Memory) -> Result<()> {
-        // SAFETY: within the allocation, whose owner waits for the stream before it lets go.
-        self.context.call("cuMemsetD8Async", |t| unsafe { (t.fill)(memory.at, 0, memory.len, self.handle) })
+        self.context.zero(memory, self.handle)
     }
 }
 
