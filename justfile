@@ -71,7 +71,7 @@ gpu-kit:
     tests/gpu/kit.sh
 
 # The scenarios of `tests/gpu/drive.py` on the simulated driver: bytes that come back wrong fail it.
-gpu-drive *arguments="--saves 12 --seconds 30":
+gpu-drive *arguments="--saves 8 --seconds 25":
     #!/usr/bin/env bash
     set -euo pipefail
     cargo build --quiet -p ashore-face -p fakecuda

@@ -21,7 +21,7 @@ class Backend:
         assert not (self.cuda.simulated and os.environ.get("ASHORE_REQUIRE_GPU")), "this is the simulated driver"
         # Copies of a real one are fast: more bytes, so that some are under way when the fence comes.
         self.scale = 1 if self.cuda.simulated else 64
-        self.chunk = 16 * KIB * self.scale
+        self.chunk = 32 * KIB * self.scale
         self.ink = os.urandom(512 * KIB * self.scale)
         self.palette = self.cuda.memory(len(self.ink), self.ink)
         if self.cuda.simulated:
@@ -72,7 +72,8 @@ class Block:
 class Program:
     """Tensors of a device, one in each of `streams` in turn, and tensors of the host, all of which `update` writes in place."""
 
-    SIZES = [1, 100, 4 * KIB, 5000, 40 * KIB + 3, 96 * KIB, 16 * KIB, 7]
+    # Those of more than 128 KiB are left to the fence; smaller ones are captured at the save, where there is room.
+    SIZES = [1, 100, 4 * KIB, 5000, 40 * KIB + 3, 96 * KIB, 300 * KIB + 1, 7, 150 * KIB]
 
     def __init__(self, backend, streams, host=()):
         self.backend, self.cuda = backend, backend.cuda
@@ -124,14 +125,14 @@ class Program:
         return lambda: {name: self.backend.ink[at : at + sizes[name]] for name, at in offsets.items()}
 
     def slow(self, on):
-        """While on, copies to the host take their time, so that a save cannot have been staged."""
-        self.backend.set("lag_us", 20_000 if on else 150)
+        """While on, copies take their time, so that a save cannot have been staged."""
+        self.backend.set("lag_us", 3_000 if on else 150)
 
 
 class Graph(Program):
     """A step that a graph replays: every tensor takes what the next one holds."""
 
-    SIZES = [48 * KIB + 5] * 6
+    SIZES = [150 * KIB + 5] * 6
 
     def capture(self, during):
         (stream,), cuda, blocks = self.handles, self.cuda, list(self.blocks.values())
