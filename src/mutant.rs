@@ -52,6 +52,12 @@ pub(crate) enum Mutant {
     /// Copies do not wait for the streams that wrote the tensors.
     // seen by: cuda::
     ProducerWait,
+    /// Bytes are handed to a device before their digest was compared.
+    // seen by: cuda::restoring
+    LoadEarly,
+    /// A restore does not wait for its last copies to a device.
+    // seen by: cuda::restoring
+    LoadWait,
     /// A slab goes home before it is written.
     #[cfg(feature = "mutants")]
     // seen by: fence::late_copies

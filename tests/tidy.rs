@@ -24,12 +24,13 @@ const FLOORS: [&[&str]; 6] = [
 const APART: [usize; 2] = [2, 3];
 
 /// The only files of the library with unsafe code. Each opens with its safety argument.
-const ISLANDS: [&str; 22] = [
+const ISLANDS: [&str; 24] = [
     "src/device/cuda/driver.rs",
     "src/device/cuda/driver/context.rs",
     "src/device/cuda/driver/owned.rs",
     "src/device/cuda/gpu.rs",
     "src/device/cuda/late.rs",
+    "src/device/cuda/loads.rs",
     "src/device/cuda/mod.rs",
     "src/device/cuda/queue.rs",
     "src/device/host.rs",
@@ -38,6 +39,7 @@ const ISLANDS: [&str; 22] = [
     "src/fork.rs",
     "src/memory/arena.rs",
     "src/memory/slab.rs",
+    "src/restore/device.rs",
     "src/sigterm/handler.rs",
     "src/staging/capture.rs",
     "src/staging/stage.rs",

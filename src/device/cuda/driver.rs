@@ -110,6 +110,7 @@ table! {
     register = "cuMemHostRegister_v2"(*mut c_void, usize, c_uint);
     unregister = "cuMemHostUnregister"(*mut c_void);
     to_host = "cuMemcpyDtoHAsync_v2"(*mut c_void, Address, usize, Handle);
+    to_device = "cuMemcpyHtoDAsync_v2"(Address, *const c_void, usize, Handle);
     allocate = "cuMemAlloc_v2"(*mut Address, usize);
     free = "cuMemFree_v2"(Address);
     allocate_host = "cuMemHostAlloc"(*mut Address, usize, c_uint);

@@ -12,9 +12,10 @@
 mod driver;
 mod gpu;
 mod late;
+mod loads;
 mod queue;
 
-use super::{CopyQueue, Device, LateCopies, Point};
+use super::{CopyQueue, Device, LateCopies, LoadQueue, Point};
 use crate::error::{ErrorKind, Result};
 use crate::memory::Register;
 use crate::state::DeviceStream;
@@ -152,6 +153,10 @@ impl Device for Cuda {
             self.0.make_wait(streams, &event)?;
         }
         Ok(())
+    }
+
+    fn loads(&self) -> Result<Box<dyn LoadQueue>> {
+        Ok(Box::new(loads::Loads::new(self.0.clone())?))
     }
 
     fn late_copies(&self, chunk: usize, scratch: u64) -> Result<Arc<dyn LateCopies>> {

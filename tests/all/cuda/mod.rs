@@ -5,5 +5,7 @@ mod aside;
 mod failing;
 mod finding;
 mod program;
+mod restoring;
+mod restoring_fails;
 mod staging;
 mod torn;
