@@ -14,6 +14,7 @@
 #![expect(unsafe_code, reason = "asynchronous copies into memory of a device; argument above")]
 
 use super::piece::{Piece, Space, coalesce, file_at, pass, share_out, worthwhile};
+use super::region::Region;
 use super::{Share, Wanted, matches};
 use crate::checkpoint::Checkpoint;
 use crate::device::{Device, LoadQueue, Point};
@@ -23,6 +24,7 @@ use crate::memory::{ALIGNMENT, Arena, Lease};
 use crate::mutant::{self, Mutant};
 use crate::state::{DeviceStream, Dtype};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -32,10 +34,23 @@ use std::time::{Duration, Instant};
 const LOADERS: usize = 8;
 /// Slabs of each: one is read into while the other is copied from.
 const SLABS: usize = 2;
+/// From this many bytes on a run of a slice is a copy of its own.
+const RUN: u64 = 64 << 10;
 /// How often an event is looked at.
 const POLL: Duration = Duration::from_micros(50);
 
 /// Memory of a device that a tensor is read into: see [`Targets::device`](super::Targets::device).
+///
+/// ```no_run
+/// use ashore::{Checkpoint, DeviceChoice, DeviceStream, DeviceTarget, Targets};
+/// # fn restore(address: u64, stream: usize) -> ashore::Result<()> {
+/// // SAFETY: 4096 bytes were allocated there, and are used in this stream alone.
+/// let weights = unsafe { DeviceTarget::new(address, 4096, DeviceStream::new(0, stream)) };
+/// let checkpoint = Checkpoint::open("runs/step-00000100")?.with_device(DeviceChoice::Cuda(0))?;
+/// checkpoint.read_into(Targets::new().device("weights", weights))?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceTarget {
     pub(super) address: u64,
@@ -84,7 +99,9 @@ impl Checkpoint {
             let arena = pinned(slab, threads * SLABS, device.as_ref())?;
             share_out(pieces, threads, |pieces| {
                 let mut loader = Loader::new(self, device.as_ref(), &arena, &unfinished)?;
-                loader.queue.wait(&behind)?;
+                if !mutant::on(Mutant::LoadOrder) {
+                    loader.queue.wait(&behind)?;
+                }
                 for piece in pieces {
                     loader.bring(piece)?;
                 }
@@ -148,6 +165,45 @@ impl Space for Slab {
     }
 }
 
+impl Slab {
+    /// Moves short runs of a part for a device together, to where the part begins. The slab begins with the byte `first`.
+    fn pack(&mut self, part: &mut Wanted<'_, '_>, first: u64) -> Result<()> {
+        let together = part.region.at(part.place).1;
+        if matches!(part.to, Share::Host(_)) || together >= part.to.len() || together >= RUN {
+            return Ok(());
+        }
+        let (bytes, mut to) = (self.0.bytes_mut(), (part.range.start - first) as usize);
+        for run in runs(part, first) {
+            let len = run.len();
+            // Towards the beginning: places in a tensor rise with those in its slice.
+            if run.end > bytes.len() || to > run.start {
+                return Err(outside());
+            }
+            bytes.copy_within(run, to);
+            to += len;
+        }
+        (part.region, part.place, part.origin) = (Region::whole(part.to.len()), 0, 0);
+        Ok(())
+    }
+}
+
+/// Where the bytes of a part for a device are in a slab that begins with the byte `first` of the file.
+fn runs(part: &Wanted<'_, '_>, first: u64) -> impl Iterator<Item = Range<usize>> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let left = part.to.len().checked_sub(done).filter(|left| *left > 0)?;
+        let (source, together) = part.region.at(part.place + done);
+        let len = together.min(left);
+        done += len;
+        let from = (source + part.range.start).wrapping_sub(part.origin + first) as usize;
+        Some(from..from.saturating_add(len as usize))
+    })
+}
+
+fn outside() -> Error {
+    Error::internal("a tensor was looked for outside its slab")
+}
+
 impl<'l> Loader<'l> {
     fn new(
         checkpoint: &'l Checkpoint,
@@ -159,49 +215,45 @@ impl<'l> Loader<'l> {
         Ok(Self { checkpoint, arena, queue, flights, patience, unfinished })
     }
 
-    /// Reads a piece, checks it, and hands over what is right.
+    /// Reads a piece, checks it, and hands it over when all of it is right.
     fn bring(&mut self, mut piece: Piece<Wanted<'_, '_>>) -> Result<()> {
         while self.flights.len() >= SLABS {
-            self.land()?;
+            if mutant::on(Mutant::LoadReuse) { _ = self.flights.pop_front() } else { self.land()? }
         }
         let slab = self.arena.try_lease().ok_or_else(|| Error::internal("a thread has lost a slab"))?;
-        let (file, mut slab, first) =
-            (file_at(&self.checkpoint.opened.files, piece.file)?, Slab(slab), piece.pages().start);
-        pass(&mut slab, file, &mut piece).map_err(|e| self.checkpoint.unread(e, &piece))?;
+        let (checkpoint, mut slab, first) = (self.checkpoint, Slab(slab), piece.pages().start);
+        let file = file_at(&checkpoint.opened.files, piece.file)?;
+        pass(&mut slab, file, &mut piece).map_err(|e| checkpoint.unread(e, &piece))?;
+        let wrong = piece.parts.iter().find(|part| !matches(part.found, part.digest));
+        let wrong = wrong.map(|part| checkpoint.wrong(part));
+        if let (Some(error), false) = (&wrong, mutant::on(Mutant::LoadEarly)) {
+            return Err(error.clone());
+        }
+        // Runs of a slice become one copy, where no other part is to have the same bytes.
+        if piece.parts.is_sorted_by(|one, next| one.range.end <= next.range.start) {
+            piece.parts.iter_mut().try_for_each(|part| slab.pack(part, first))?;
+        }
         self.flights.push_back(Flight { slab: slab.0, mark: None });
         for part in &piece.parts {
-            let right = matches(part.found, part.digest);
-            if right || mutant::on(Mutant::LoadEarly) {
-                self.hand_over(part, first).map_err(|e| self.checkpoint.unloaded(e, part))?;
-            }
-            if !right {
-                return Err(self.checkpoint.wrong(part));
-            }
+            self.hand_over(part, first).map_err(|e| checkpoint.unloaded(e, part))?;
         }
         let mark = self.queue.mark()?;
         if let Some(flight) = self.flights.back_mut() {
             flight.mark = Some(mark);
         }
-        Ok(())
+        wrong.map_or(Ok(()), Err)
     }
 
-    /// Queues the copies of a part whose digest is right. The slab begins with the byte `first` of the file.
+    /// Queues the copies of a part whose digest is right, from the youngest slab, which begins with the byte `first` of the file.
     fn hand_over(&mut self, part: &Wanted<'_, '_>, first: u64) -> Result<()> {
-        let (Share::Device { ordinal, address, bytes: len }, Some(Flight { slab, .. })) =
-            (&part.to, self.flights.back())
-        else {
+        let (&Share::Device { ordinal, mut address, .. }, Some(flight)) = (&part.to, self.flights.back()) else {
             return Ok(());
         };
-        let (mut done, bytes) = (0, slab.bytes());
-        while done < *len {
-            let (source, together) = part.region.at(part.place + done);
-            let run = together.min(len - done);
-            let from = (source + part.range.start).checked_sub(part.origin + first);
-            let from = from.and_then(|from| bytes.get(from as usize..)?.get(..run as usize));
-            let from = from.ok_or_else(|| Error::internal("a tensor was looked for outside its slab"))?;
+        for run in runs(part, first) {
+            let from = flight.slab.bytes().get(run).ok_or_else(outside)?;
             // SAFETY: the slab is among the flights, and stays there until a mark behind this copy is reached; the target was vouched for.
-            unsafe { self.queue.load(*ordinal, from.as_ptr(), address + done, from.len())? };
-            done += run;
+            unsafe { self.queue.load(ordinal, from.as_ptr(), address, from.len())? };
+            address += from.len() as u64;
         }
         Ok(())
     }

@@ -83,22 +83,57 @@ fn cuda_restores_many_small_tensors_and_those_of_the_host_in_one_call() {
 fn cuda_slices_are_restored_packed_also_when_they_overlap() {
     let gpu = Gpu::take();
     let stream = gpu.stream();
-    // Rows of 3000 bytes: blocks of 8 MiB end in the middle of one.
-    let bytes = noise(6000 * 3000, 5);
-    let checkpoint = Made::new(7).tensor("t", Dtype::F32, &[6000, 750], bytes.clone()).open().unwrap();
-    let checkpoint = checkpoint.with_device(gpu.device()).unwrap();
-    let slices = [[0..6000, 7..8], [100..5900, 700..750], [2790..2800, 0..750], [5..5, 0..750], [0..6000, 0..750]];
-    let memory: Vec<_> = slices.iter().map(|[a, b]| blank(&gpu, a.len() * b.len() * 4)).collect();
-    let mut on_host = vec![0; 40];
-    let mut targets = Targets::new().slice("t", &[0..10, 7..8], &mut on_host);
-    for (slice, memory) in slices.iter().zip(&memory) {
-        targets = targets.device_slice("t", slice, memory.target(stream));
+    // Rows of 3000 bytes, and of 120,000: blocks of 8 MiB end in the middle of one.
+    let bytes = [noise(6000 * 3000, 5), noise(150 * 120_000, 6)];
+    let made = Made::new(7).tensor("t", Dtype::F32, &[6000, 750], bytes[0].clone());
+    let made = made.tensor("u", Dtype::U8, &[150, 120_000], bytes[1].clone());
+    let checkpoint = made.open().unwrap().with_device(gpu.device()).unwrap();
+    let slices = [
+        ("t", [0..6000, 7..8]),
+        ("t", [100..5900, 700..750]),
+        ("t", [2790..2800, 0..750]),
+        ("t", [5..5, 0..750]),
+        ("t", [0..6000, 0..750]),
+        ("u", [0..150, 1000..90_000]),
+        ("u", [60..80, 100..60_000]),
+    ];
+    let memory: Vec<_> = slices
+        .iter()
+        .map(|(name, [a, b])| {
+            let size = if *name == "t" { 4 } else { 1 };
+            blank(&gpu, a.len() * b.len() * size)
+        })
+        .collect();
+    let right = |chosen: &[usize]| {
+        let mut on_host = vec![0; 40];
+        let mut targets = Targets::new().slice("t", &[0..10, 7..8], &mut on_host);
+        for &i in chosen {
+            stream.fill(&memory[i], 0xEE);
+            targets = targets.device_slice(slices[i].0, &slices[i].1, memory[i].target(stream));
+        }
+        checkpoint.read_into(targets).unwrap();
+        for &i in chosen {
+            let (name, slice) = &slices[i];
+            assert!(memory[i].read() == checkpoint.read_slice(name, slice).unwrap(), "{name} {slice:?} of {chosen:?}");
+        }
+        assert_eq!(on_host, checkpoint.read_slice("t", &[0..10, 7..8]).unwrap());
+    };
+    right(&[0, 1, 2, 3, 4, 5, 6]);
+    (0..slices.len()).for_each(|i| right(&[i]));
+    // What has no neighbour over the same bytes.
+    let mut targets = Targets::new();
+    for i in [1, 5] {
+        stream.fill(&memory[i], 0xEE);
+        targets = targets.device_slice(slices[i].0, &slices[i].1, memory[i].target(stream));
     }
     checkpoint.read_into(targets).unwrap();
-    for (slice, memory) in slices.iter().zip(&memory) {
-        assert!(memory.read() == checkpoint.read_slice("t", slice).unwrap(), "{slice:?}");
+    for i in [1, 5] {
+        assert!(memory[i].read() == checkpoint.read_slice(slices[i].0, &slices[i].1).unwrap());
     }
-    assert_eq!(on_host, checkpoint.read_slice("t", &[0..10, 7..8]).unwrap());
+    let Some(fake) = gpu.fake() else { return };
+    let before = fake.calls("cuMemcpyHtoDAsync_v2");
+    checkpoint.read_into(Targets::new().device_slice("t", &slices[0].1, memory[0].target(stream))).unwrap();
+    assert_eq!(fake.calls("cuMemcpyHtoDAsync_v2") - before, 3, "one for each block");
 }
 
 #[test]
@@ -139,6 +174,23 @@ fn cuda_work_that_was_queued_before_a_restore_does_not_overwrite_it() {
         streams[0].wait();
         assert!(memory[0].read().iter().all(|&byte| byte == 0xBB));
     }
+}
+
+#[test]
+fn cuda_slabs_are_not_read_into_while_they_are_copied_from() {
+    let gpu = Gpu::take();
+    gpu.set("lag_us", 3000);
+    let stream = gpu.stream();
+    let tensors: Vec<_> = (0..12).map(|i| (format!("t{i}"), noise(100_000, i))).collect();
+    // Each in a file of its own, so that one thread brings them one after the other.
+    let add = |made: Made, (name, bytes): &(String, Vec<u8>)| made.tensor(name, Dtype::U8, &[100_000], bytes.clone());
+    let made = tensors.iter().fold(Made::new(7).shards(12), add);
+    let checkpoint = made.open().unwrap().with_device(gpu.device()).unwrap().with_threads(1);
+    let memory: Vec<_> = tensors.iter().map(|_| blank(&gpu, 100_000)).collect();
+    let targets = tensors.iter().zip(&memory);
+    let targets = targets.fold(Targets::new(), |t, ((name, _), memory)| t.device(name, memory.target(stream)));
+    checkpoint.read_into(targets).unwrap();
+    assert!(tensors.iter().zip(&memory).all(|((_, bytes), memory)| memory.read() == *bytes));
 }
 
 #[test]
