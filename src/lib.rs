@@ -90,7 +90,9 @@
 //! Copies go to the arena in a stream of our own, behind everything that was in the tensors' streams at `save`. After
 //! [`fence`](CheckpointExecutor::fence) nothing reads the tensors any more; [`fence_on`](CheckpointExecutor::fence_on) waits only until all
 //! copies are queued, which needs room in the arena, and leaves the rest to the streams that it is given. A stream that is being
-//! captured into a graph is refused by both. [`Builder::scratch`] sets memory of the GPU apart for what has not left it at the
+//! captured into a graph is refused by both. Tensors of at most 128 KiB are captured on the GPU at `save`, in the order of their streams,
+//! while the memory of [`Builder::gather`] has room, and may be written at once; the others of the first two saves are digested there, so
+//! that a forgotten fence fails the save. Strided tensors ([`RawDevice::strided`]) are saved packed. [`Builder::scratch`] sets memory of the GPU apart for what has not left it at the
 //! fence, so that little need be waited for; that is experimental. Where there is no driver or no device, the host copies, and an executor
 //! that was asked for a GPU by [`DeviceChoice::Cuda`] is not built. Nothing of this has run on a GPU yet: it was shown on a simulated
 //! driver.
