@@ -18,10 +18,10 @@ use crate::device::DeviceReport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
-use crate::plan::{Plan, Request, Shape};
+use crate::plan::{Later, Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Failed, Settings};
-use crate::staging::{Captured, Job, Stager};
+use crate::staging::{Captured, Job, OnDevice, Stager, without_kernels};
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::{Mutex, lock};
@@ -270,12 +270,20 @@ impl CheckpointExecutor {
         };
         let mut captured =
             Captured::take(&state, self.settings.capture_budget, detect).map_err(|e| e.with_step(step))?;
-        // Recorded here, in the thread that queued the work which wrote the tensors.
+        let no_kernels = || self.device.gather.as_ref().err().map_or("", String::as_str);
+        let on_device = match &self.stager.scratch {
+            _ if state.streams.is_empty() => Ok(OnDevice::default()),
+            Some(scratch) => scratch.at_save(&mut state, detect),
+            None => without_kernels(&state, no_kernels()),
+        };
+        let mut on_device = on_device.map_err(|e| e.with_step(step))?;
+        let region = on_device.region.take();
+        // Recorded here, in the thread that queued the work which wrote the tensors, and behind what was queued just now.
         let streams = Some(&state.streams).filter(|streams| !streams.is_empty());
         let behind = streams.map(|streams| self.stager.device.behind(streams)).transpose();
         let behind = behind.map_err(|e| e.with_step(step))?;
-        let aside = match (&behind, &self.stager.scratch, borrowed) {
-            (Some(point), Some(scratch), false) => scratch
+        let aside = match (&behind, &self.stager.scratch) {
+            (Some(point), Some(scratch)) => scratch
                 .note(&plan, &state, point, |tensor| captured.get(tensor).is_some())
                 .map_err(|e| e.with_step(step))?,
             _ => None,
@@ -287,8 +295,8 @@ impl CheckpointExecutor {
             chunks: plan.chunks.len(),
             streams: state.streams.clone(),
             bytes: state.bytes(),
-            writable: captured.writable,
-            over_budget: captured.over_budget,
+            writable: captured.writable || on_device.left,
+            over_budget: captured.over_budget + on_device.over_budget,
         };
         let ticket = Arc::new(Ticket::new(issue, began, self.stager.signal.clone()));
         let request = Request {
@@ -299,12 +307,13 @@ impl CheckpointExecutor {
             values: std::mem::take(&mut state.values),
             metadata: std::mem::take(&mut state.metadata),
             expected: std::mem::take(&mut captured.expected),
+            later: Later(Box::new(move || on_device.expected())),
         };
         let task = Task::new(request, self.storage.clone(), &lines.pool, lines.ended.clone());
         register(&ticket);
         ticket.add_blocked(began.elapsed());
         let sink = Arc::new(task);
-        self.stager.push(Job { ticket: ticket.clone(), plan, state, captured, behind, aside, borrowed, sink });
+        self.stager.push(Job { ticket: ticket.clone(), plan, state, captured, behind, aside, region, borrowed, sink });
         drop(admission);
         if options.snapshot == Snapshot::AtSave {
             self.fence()?;

@@ -64,6 +64,12 @@ pub(crate) enum Mutant {
     /// A restore does not wait for its last copies to a device.
     // seen by: cuda::restoring
     LoadWait,
+    /// A slot of the scratch is given to another save before its chunk is handed over.
+    // seen by: cuda::aside
+    SlotEarly,
+    /// What was captured on a device is written over by the next save before it has left.
+    // seen by: cuda::gather
+    RoomEarly,
     /// A slab goes home before it is written.
     #[cfg(feature = "mutants")]
     // seen by: fence::late_copies

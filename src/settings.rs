@@ -187,6 +187,9 @@ pub struct Settings {
     pub failed: Failed,
     /// When to look for forgotten fences: `First`.
     pub detect: Detect,
+    /// Memory of the GPU, taken at start, in which small tensors are captured at `save`: 16 MiB, and as much as a chunk beside it.
+    /// With 0 nothing is gathered: small tensors cross the bus one by one and are taken at the fence, and strided ones are refused.
+    pub gather: u64,
     /// Memory of the GPU, taken at start, in which fences set aside what has not left it: none, and a fence on
     /// streams waits until copies are queued. Experimental.
     pub scratch: u64,
@@ -218,6 +221,7 @@ impl Default for Settings {
             overlap: Overlap::Queue(1),
             failed: Failed::NextCall,
             detect: Detect::First,
+            gather: 16 << 20,
             scratch: 0,
             capture_budget: 1 << 20,
             keep_last: None,

@@ -24,15 +24,18 @@ const FLOORS: [&[&str]; 6] = [
 const APART: [usize; 2] = [2, 3];
 
 /// The only files of the library with unsafe code. Each opens with its safety argument.
-const ISLANDS: [&str; 24] = [
+const ISLANDS: [&str; 28] = [
     "src/device/cuda/driver.rs",
     "src/device/cuda/driver/context.rs",
     "src/device/cuda/driver/owned.rs",
     "src/device/cuda/gpu.rs",
+    "src/device/cuda/kernels.rs",
     "src/device/cuda/late.rs",
     "src/device/cuda/loads.rs",
     "src/device/cuda/mod.rs",
     "src/device/cuda/queue.rs",
+    "src/device/cuda/table.rs",
+    "src/device/cuda/trial.rs",
     "src/device/host.rs",
     "src/device/mod.rs",
     "src/executor/scope.rs",
@@ -42,6 +45,7 @@ const ISLANDS: [&str; 24] = [
     "src/restore/device.rs",
     "src/sigterm/handler.rs",
     "src/staging/capture.rs",
+    "src/staging/gather.rs",
     "src/staging/stage.rs",
     "src/state/promised.rs",
     "src/state/source.rs",

@@ -144,10 +144,11 @@ fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (
 
 /// Compares what was staged with what was there at `save`: a difference means that a fence was forgotten.
 fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<()> {
-    for (index, expected) in &request.expected {
-        let staged = request.plan.places.get(*index).and_then(|place| tensors.get(*place));
-        if staged.is_none_or(|(digest, _)| digest != expected) {
-            let name = request.plan.name(*index);
+    let on_devices = (request.later.0)();
+    for &(index, expected) in request.expected.iter().chain(&on_devices) {
+        let staged = request.plan.places.get(index).and_then(|place| tensors.get(*place));
+        if staged.is_none_or(|(digest, _)| *digest != expected) {
+            let name = request.plan.name(index);
             return Err(Error::invalid(format!(
                 "a tensor changed between save and fence; was `fence` forgotten, or the tensor written before it? tensor={name:?}"
             )));

@@ -21,8 +21,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Register;
 pub use crate::settings::DeviceChoice;
 use crate::state::DeviceStream;
+use smallvec::SmallVec;
 use std::any::Any;
 use std::fmt::{self, Debug};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -53,12 +55,12 @@ pub trait Device: Register + Send + Sync + Debug {
         if streams.is_empty() { Ok(()) } else { Err(self.unknown(streams)) }
     }
 
-    /// Called once, at start: late copies with `scratch` bytes of the device, in slots of `chunk` bytes.
+    /// Called once, at start: kernels that use so much memory of the device.
     ///
     /// # Errors
     /// Why there are none.
-    fn late_copies(&self, _chunk: usize, _scratch: u64) -> Result<Arc<dyn LateCopies>> {
-        Err(Error::new(ErrorKind::Unavailable, "this device makes none"))
+    fn kernels(&self, _memory: Memory) -> Result<Arc<dyn Kernels>> {
+        Err(Error::new(ErrorKind::Unavailable, "this device has none"))
     }
 
     /// A queue of copies to devices, made in the thread that will use it.
@@ -80,38 +82,117 @@ pub trait Device: Register + Send + Sync + Debug {
 /// A point in streams, as the device that made it knows it.
 pub type Point = Arc<dyn Any + Send + Sync>;
 
-/// Part of a tensor, and where it goes in its chunk.
-#[derive(Clone, Copy, Debug)]
+/// How a tensor lies whose elements do not lie together: row-major over its dimensions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// Bytes of an element.
+    pub item: u32,
+    /// Size and stride, in bytes, of each dimension, outermost first; at most eight.
+    pub dims: SmallVec<[(u64, i64); 4]>,
+}
+
+/// Part of a tensor, and where it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// Where it is on the device.
+    /// Where it is on the device; with a view, where the tensor is.
     pub from: u64,
-    /// Where it goes in the slot of its chunk.
+    /// With a view, how many bytes of the packed tensor come before it.
+    pub skip: u64,
+    /// Where it goes: in the slot of its chunk, or an address.
     pub to: u64,
     /// How long it is.
     pub bytes: u64,
-    /// The chunk. Pieces come in the order of their chunks.
+    /// How the tensor lies, by the number of its view; None for bytes that lie together.
+    pub view: Option<u32>,
+    /// The chunk, or whatever else pieces are put together by. They come in this order.
     pub chunk: usize,
 }
 
-/// What a device offers so that a fence need not wait for copies to the host: memory of its own, in slots of a chunk each, and
-/// kernels that copy aside what has not left the device when a stream comes to the fence.
-pub trait LateCopies: Send + Sync + Debug {
+/// Parts of tensors in the memory of one device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pieces {
+    /// The parts.
+    pub list: Vec<Piece>,
+    /// How tensors lie that do not lie together.
+    pub views: Vec<View>,
+    /// How many chunks there are, some of which may have no piece.
+    pub chunks: usize,
+}
+
+/// What is asked for of a device's own memory, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// The size of a chunk.
+    pub chunk: usize,
+    /// For what is captured at `save`; with 0 nothing is gathered.
+    pub gather: u64,
+    /// For what fences set aside.
+    pub scratch: u64,
+}
+
+/// What a device does with kernels of its own, in memory of its own: it gathers small and strided tensors, so that they need not
+/// cross the bus one by one; it digests tensors; and at a fence it copies aside what has not left it, so that nobody waits.
+pub trait Kernels: Send + Sync + Debug {
     /// The device.
     fn ordinal(&self) -> u32;
 
-    /// The addresses of the slots.
+    /// Where captured tensors may be put.
+    fn room(&self) -> Range<u64>;
+
+    /// The addresses of the slots of the scratch.
     fn slots(&self) -> &[u64];
 
-    /// Takes note of the device tensors of a save of `chunks` chunks, the `number`-th from 1; `base` is what the watermark will
-    /// be before its first chunk. None when there is no room for it now.
+    /// Queues in `stream`: copy `pieces`, whose `to` are addresses in the room.
+    ///
+    /// # Errors
+    /// `Device`; `Invalid` for a stream that is being captured into a graph.
+    fn capture(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Box<dyn Queued>>;
+
+    /// Queues in `stream`: digest `pieces`, all those of a chunk as one.
+    ///
+    /// # Errors
+    /// As [`Kernels::capture`].
+    fn digest(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Box<dyn Digests>>;
+
+    /// Takes note of the tensors of a save, the `number`-th from 1; `base` is what the watermark will be before its first chunk.
+    /// None when there is no room for it now.
     ///
     /// # Errors
     /// `Device`.
-    fn note(&self, number: u64, base: u64, chunks: usize, pieces: &[Piece]) -> Result<Option<Box<dyn LateSave>>>;
+    fn note(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn Noted>>>;
 }
 
-/// One save, as a device knows it that offers [`LateCopies`]. Dropped only when it is not launched, or has told F.
-pub trait LateSave: Send + Sync {
+/// Something that was queued in a stream of the program.
+pub trait Queued: Send + Sync {
+    /// True when it has run, or never will because the device is lost.
+    fn over(&self) -> bool;
+}
+
+/// Digests that a device was asked for.
+pub trait Digests: Send + Sync {
+    /// Of each chunk, in order.
+    ///
+    /// # Errors
+    /// `Device`, also when they are not there yet.
+    fn take(&self) -> Result<Vec<Digest>>;
+}
+
+/// One save, as a device knows it that offers [`Kernels`]. Dropped only when no copy of the save is queued any more, and it is
+/// not launched or has told F.
+pub trait Noted: Send + Sync {
+    /// Queues, with the copies: put the pieces of `chunk` together as they will lie in its slab. The address that stands for the
+    /// first byte of the slab, until the next call.
+    ///
+    /// # Errors
+    /// `Device`.
+    fn gather(&self, chunk: usize) -> Result<u64>;
+
+    /// Queues, with the copies: `watermark` chunks of all saves have left the device.
+    ///
+    /// # Errors
+    /// `Device`.
+    fn publish(&self, watermark: u64) -> Result<()>;
+
     /// Queues in the first of `streams`, behind `point`, and behind all copies queued so far if `behind_copies`: decide F from the
     /// watermark, copy the chunks from F on aside, tell F. The other streams wait for that. `slots` are those of the last
     /// chunks. Once.
@@ -141,13 +222,31 @@ pub struct DeviceReport {
     pub name: String,
     /// Why it was chosen, or what it is.
     pub why: String,
+    /// How much small state the device can gather at `save`, in bytes; or why it does not: small tensors cross the bus one by one
+    /// then and are taken at the fence, and strided ones are refused.
+    pub gather: Result<u64, String>,
     /// How many chunks a fence can set aside on the device; or why it waits for copies to the host instead.
     pub scratch: Result<usize, String>,
 }
 
 impl DeviceReport {
     pub(crate) fn new(device: &dyn Device, why: String) -> Self {
-        Self { name: device.name(), why, scratch: Err("not looked for".into()) }
+        let unknown = || "not looked for".to_owned();
+        Self { name: device.name(), why, gather: Err(unknown()), scratch: Err(unknown()) }
+    }
+
+    /// Takes note of the kernels that there are, or of why there are none.
+    pub(crate) fn found(&mut self, kernels: &Result<Arc<dyn Kernels>>) {
+        match kernels {
+            Ok(kernels) => {
+                let (room, slots) = (kernels.room(), kernels.slots().len());
+                let none = |setting: &str| Err(format!("no memory was asked for setting={setting}"));
+                self.gather = if room.is_empty() { none("gather") } else { Ok(room.end - room.start) };
+                self.scratch =
+                    if slots == 0 { Err("no memory was asked for setting=scratch".into()) } else { Ok(slots) };
+            }
+            Err(why) => (self.gather, self.scratch) = (Err(why.to_string()), Err(why.to_string())),
+        }
     }
 }
 
@@ -245,14 +344,6 @@ pub trait CopyQueue {
     #[expect(unsafe_code, reason = "as for `copy`")]
     unsafe fn fetch(&mut self, ordinal: u32, _from: *const u8, _to: *mut u8, _len: usize) -> Result<()> {
         Err(Error::new(ErrorKind::Invalid, format!("no copies from this device device=cuda:{ordinal}")))
-    }
-
-    /// Publishes, behind the copies so far, that `watermark` chunks of all saves have left the device.
-    ///
-    /// # Errors
-    /// `Device`, sticky.
-    fn publish(&mut self, _watermark: u64) -> Result<()> {
-        Ok(())
     }
 
     /// Queues a mark behind the copies so far, and returns its number: 1, 2, 3, ...

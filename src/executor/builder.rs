@@ -2,7 +2,7 @@
 
 use super::{Admission, CheckpointExecutor, Lines, ending, tidy};
 use crate::completion::Signal;
-use crate::device::{Device, DeviceReport, Selected, choose};
+use crate::device::{Device, DeviceReport, Memory, Selected, choose};
 use crate::error::Result;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Register};
@@ -73,6 +73,8 @@ impl Builder {
         failed: Failed,
         /// When to look for forgotten fences: for the first two saves.
         detect: Detect,
+        /// Memory of the GPU, in bytes, in which small tensors are captured at `save`: 16 MiB. With 0 nothing is gathered.
+        gather: u64,
         /// Memory of the GPU, in bytes, in which fences set aside what has not left it: 0, none. Experimental.
         scratch: u64,
         /// How much a save may copy on the calling thread, in bytes: 1 MiB.
@@ -129,13 +131,14 @@ impl Builder {
         let pool = Pool::start(settings.writers, arena.report().slabs, settings.priority)?;
         // Of saves that are superseded while they wait, a fence can set nothing aside.
         let scratch = if settings.overlap == Overlap::Latest { 0 } else { settings.scratch };
-        let scratch = device.late_copies(settings.chunk as usize, scratch);
-        report.scratch = scratch.as_ref().map(|late| late.slots().len()).map_err(ToString::to_string);
-        if let (Err(reason), true) = (&report.scratch, settings.scratch > 0 && device.name() != "host") {
-            tracing::warn!(%reason, device = %report, "fences on streams wait for copies to the host");
+        let memory = Memory { chunk: settings.chunk as usize, gather: settings.gather, scratch };
+        let kernels = device.kernels(memory);
+        report.found(&kernels);
+        if let (Err(reason), true) = (&report.gather, device.name() != "host") {
+            tracing::warn!(%reason, device = %report, "no kernels: small tensors are not gathered, and fences wait");
         }
         let at_most = (settings.overlap == Overlap::Latest).then_some(2);
-        let stager = Arc::new(Stager::new(signal, arena, device, scratch.ok().map(Scratch::new), at_most));
+        let stager = Arc::new(Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most));
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };

@@ -22,6 +22,17 @@ pub(crate) struct Request {
     pub metadata: BTreeMap<String, serde_json::Value>,
     /// Digests at `save` of tensors by index in the state dict, to be compared with what was staged.
     pub expected: Vec<(usize, Digest)>,
+    /// The same of tensors of devices, which digest them themselves: known once they are staged.
+    pub later: Later,
+}
+
+/// What a device will have found out when a save is staged.
+pub(crate) struct Later(pub Box<dyn Fn() -> Vec<(usize, Digest)> + Send + Sync>);
+
+impl std::fmt::Debug for Later {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Later")
+    }
 }
 
 /// What the writers acknowledge when everything that was planned is written and sealed.

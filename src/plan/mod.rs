@@ -6,5 +6,5 @@
 mod chunk;
 mod save;
 
-pub(crate) use chunk::{Chunk, Receipts, Request, Sink};
+pub(crate) use chunk::{Chunk, Later, Receipts, Request, Sink};
 pub(crate) use save::{From, Plan, Planned, Segment, Shape, Shard};

@@ -6,8 +6,10 @@
 //! stager reads F after a chunk's mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from its
 //! slot. A slot is free when F is known and its chunk is before F or handed over, and not before.
 
-use crate::device::{LateCopies, LateSave, Piece, Point};
-use crate::error::{ErrorKind, Result};
+use super::gather::{OnDevice, Part, Room, at_save};
+use crate::device::{Kernels, Noted, Pieces, Point};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mutant::{self, Mutant};
 use crate::plan::{From, Plan};
 use crate::state::{DeviceStream, Place, StateDict};
 use crate::sync::{Mutex, lock};
@@ -16,13 +18,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+/// A chunk with more parts of tensors than this is put together on the device, and copied as one.
+const MANY: usize = 8;
 /// How often a fence that waits for slots looks for F of earlier saves.
 const LOOK: Duration = Duration::from_micros(200);
 
-/// The slots, and the saves that may have some.
+/// The memory of a device: a room for what is captured, slots for what is set aside, and the saves that may have some.
 #[derive(Debug)]
 pub(crate) struct Scratch {
-    late: Arc<dyn LateCopies>,
+    kernels: Arc<dyn Kernels>,
+    room: Arc<Room>,
     free: Mutex<Vec<usize>>,
     /// Fences that were launched and still have slots, or kernels that may run.
     watched: Mutex<Vec<(Arc<Ticket>, Arc<Aside>)>>,
@@ -30,11 +35,17 @@ pub(crate) struct Scratch {
     counted: Mutex<(u64, u64)>,
 }
 
-/// One save whose chunks can be set aside.
+/// One save whose chunks can be put together on the device, and set aside there.
 pub(crate) struct Aside {
-    save: Box<dyn LateSave>,
+    save: Box<dyn Noted>,
     point: Point,
     ordinal: u32,
+    /// Chunks that are put together before they are copied.
+    gathered: Vec<bool>,
+    /// Some tensors are of another device: nothing is set aside.
+    spans: bool,
+    /// There are slots: the watermark is looked at.
+    slotted: bool,
     /// The watermark before its first chunk.
     pub base: u64,
     /// Chunks before this one hold tensors of the host, which a fence must see queued.
@@ -68,6 +79,19 @@ impl Aside {
         self.launched.load(Ordering::Acquire) && !self.save.over()
     }
 
+    /// Puts a chunk together, if that is what is done with it: the device, and an address for the first byte of its slab.
+    pub fn gather(&self, chunk: usize) -> Result<Option<(u32, u64)>> {
+        if self.gathered.get(chunk) != Some(&true) {
+            return Ok(None);
+        }
+        self.save.gather(chunk).map(|address| Some((self.ordinal, address)))
+    }
+
+    /// Tells the device, behind the copies so far, that this chunk has left it.
+    pub fn publish(&self, chunk: usize) -> Result<()> {
+        if self.slotted { self.save.publish(self.base + chunk as u64 + 1) } else { Ok(()) }
+    }
+
     /// Where a chunk from F on lies: the device and an address.
     pub fn place(&self, chunk: usize) -> Option<(u32, u64)> {
         let slots = lock(&self.slots);
@@ -77,12 +101,17 @@ impl Aside {
 }
 
 impl Scratch {
-    pub fn new(late: Arc<dyn LateCopies>) -> Self {
-        let free = (0..late.slots().len()).rev().collect();
-        Self { late, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
+    pub fn new(kernels: Arc<dyn Kernels>) -> Self {
+        let (free, room) = ((0..kernels.slots().len()).rev().collect(), Room::new(kernels.room()));
+        Self { kernels, room, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
     }
 
-    /// Takes note of a save, if all tensors of devices in it are of this one. `captured` are tensors taken at `save`.
+    /// Captures what is to be captured of a save, and with `detect` has the rest digested: see [`at_save`].
+    pub fn at_save(&self, state: &mut StateDict<'_>, detect: bool) -> Result<OnDevice> {
+        at_save(self.kernels.as_ref(), &self.room, state, detect)
+    }
+
+    /// Takes note of a save, if there are tensors of this device in it. `captured` are tensors of the host taken at `save`.
     pub fn note(
         &self,
         plan: &Plan,
@@ -90,34 +119,62 @@ impl Scratch {
         point: &Point,
         captured: impl Fn(usize) -> bool,
     ) -> Result<Option<Arc<Aside>>> {
-        let ordinal = self.late.ordinal();
-        if plan.chunks.is_empty() || state.streams.iter().any(|s| s.ordinal != ordinal) {
+        let ordinal = self.kernels.ordinal();
+        let spans = state.streams.iter().any(|s| s.ordinal != ordinal);
+        if plan.chunks.is_empty() || state.streams.iter().all(|s| s.ordinal != ordinal) {
             return Ok(None);
         }
-        let (mut pieces, mut host) = (Vec::with_capacity(plan.segments.len()), 0);
+        let mut pieces = Pieces { chunks: plan.chunks.len(), ..Pieces::default() };
+        pieces.list.reserve(plan.segments.len());
+        let (mut gathered, mut host) = (vec![false; plan.chunks.len()], 0);
+        let can_gather = !self.kernels.room().is_empty();
         for (chunk, planned) in plan.chunks.iter().enumerate() {
-            let mut to = 0;
+            let (mut to, begin) = (0, pieces.list.len());
             for segment in &plan.segments[planned.segments.clone()] {
                 let bytes = segment.length as u64;
                 if let From::Tensor(index) = segment.from {
-                    let tensor = &state.tensors[index];
+                    let (name, tensor) = state.tensors.get_index(index).expect("checked by the plan");
                     match tensor.place {
-                        Place::Device { .. } => tensor.source.read(&mut |from| {
-                            pieces.push(Piece { from: from.addr() as u64 + segment.at, to, bytes, chunk });
-                        }),
+                        Place::Device { stream, .. } if stream.ordinal == ordinal => {
+                            pieces.add(name, tensor, Part { at: segment.at, bytes, to, chunk })?;
+                        }
                         Place::Host { .. } if !captured(index) && bytes > 0 => host = chunk + 1,
-                        Place::Host { .. } => {}
+                        Place::Device { .. } | Place::Host { .. } => {}
+                    }
+                    if tensor.source.strides().is_some()
+                        && !(can_gather && tensor.place.stream().is_some_and(|s| s.ordinal == ordinal))
+                    {
+                        let why = "cannot be gathered on its device, make it contiguous";
+                        return Err(Error::invalid(format!("{why} setting=gather tensor={name:?}")));
                     }
                 }
                 to += bytes;
             }
+            let parts = &pieces.list[begin..];
+            gathered[chunk] = can_gather && (parts.len() > MANY || parts.iter().any(|piece| piece.view.is_some()));
         }
         let mut counted = lock(&self.counted);
         let (number, base) = (counted.0 + 1, counted.1);
-        let Some(save) = self.late.note(number, base, plan.chunks.len(), &pieces)? else { return Ok(None) };
+        let Some(save) = self.kernels.note(number, base, &pieces)? else {
+            let strided = pieces.list.iter().any(|piece| piece.view.is_some());
+            let busy =
+                || Error::new(ErrorKind::Busy, "too many saves are under way for tensors that are to be gathered");
+            return if strided { Err(busy()) } else { Ok(None) };
+        };
         *counted = (number, base + plan.chunks.len() as u64);
-        let (handed, launched, slots) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::default());
-        Ok(Some(Arc::new(Aside { save, point: point.clone(), ordinal, base, host, handed, launched, slots })))
+        Ok(Some(Arc::new(Aside {
+            save,
+            point: point.clone(),
+            ordinal,
+            gathered,
+            spans,
+            slotted: !self.kernels.slots().is_empty(),
+            base,
+            host,
+            handed: AtomicUsize::new(0),
+            launched: AtomicBool::new(false),
+            slots: Mutex::default(),
+        })))
     }
 
     /// Fences a save on `streams`: true when they need not wait for the rest of its copies. False at the deadline, when it is
@@ -129,7 +186,7 @@ impl Scratch {
         streams: &[DeviceStream],
         deadline: Instant,
     ) -> Result<bool> {
-        if streams.is_empty() || streams.iter().any(|s| s.ordinal != aside.ordinal) {
+        if aside.spans || !aside.slotted || streams.is_empty() || streams.iter().any(|s| s.ordinal != aside.ordinal) {
             return Ok(false);
         }
         if aside.launched.load(Ordering::Acquire) {
@@ -168,7 +225,7 @@ impl Scratch {
             let first = (ticket.chunks - most).max(aside.host);
             if ticket.queued.load(Ordering::Acquire) >= first {
                 let rest = free.len() - (ticket.chunks - first);
-                let addresses = self.late.slots();
+                let addresses = self.kernels.slots();
                 let held = free.split_off(rest).into_iter().map(|slot| Some((slot, addresses[slot]))).collect();
                 *lock(&aside.slots) = Slots { first, held };
                 return Some(first);
@@ -195,7 +252,7 @@ impl Scratch {
         let mut over = Vec::new();
         watched.retain(|(ticket, aside)| {
             let Some(latched) = aside.latched() else { return true };
-            let ended = ticket.staged.is_complete();
+            let ended = ticket.staged.is_complete() || mutant::on(Mutant::SlotEarly);
             self.give_back(aside, |i| i < latched || ended);
             if ended {
                 over.push(aside.clone());

@@ -60,7 +60,6 @@ impl Captured {
                 }
             }
         }
-        captured.writable |= !state.streams.is_empty();
         captured.tensors.sort_unstable_by_key(|(index, _)| *index);
         if captured.over_budget > 0 {
             let tensors = captured.over_budget;

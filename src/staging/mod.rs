@@ -9,6 +9,7 @@
 mod aside;
 mod capture;
 mod fence;
+mod gather;
 mod stage;
 #[cfg(all(test, not(loom)))]
 mod tests;
@@ -16,4 +17,5 @@ mod tests;
 pub(crate) use aside::Scratch;
 pub(crate) use capture::Captured;
 pub(crate) use fence::Flights;
+pub(crate) use gather::{OnDevice, without_kernels};
 pub(crate) use stage::{Job, Stager};

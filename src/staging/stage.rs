@@ -11,6 +11,7 @@
 use super::aside::{Aside, Scratch};
 use super::capture::Captured;
 use super::fence::Flights;
+use super::gather::Region;
 use crate::completion::Signal;
 use crate::device::{CopyQueue, Device, Point};
 use crate::digest::Digest;
@@ -24,6 +25,7 @@ use crate::sync::{Mutex, lock};
 use crate::ticket::{Phase, Ticket};
 use std::collections::VecDeque;
 use std::mem::forget;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Waker};
@@ -46,11 +48,21 @@ pub(crate) struct Job {
     pub captured: Captured,
     /// Behind the work that wrote tensors of devices.
     pub behind: Option<Point>,
-    /// How its chunks can be set aside on the device.
+    /// How its chunks can be put together and set aside on the device.
     pub aside: Option<Arc<Aside>>,
+    /// Where tensors are that the device captured.
+    pub region: Option<Region>,
     /// The sources are only lent: they may be freed as soon as the save is released.
     pub borrowed: bool,
     pub sink: Arc<dyn Sink>,
+}
+
+impl Job {
+    /// Whether a tensor is in the memory of this device.
+    fn lies_on(&self, tensor: usize, ordinal: u32) -> bool {
+        let tensor = self.state.tensors.get_index(tensor);
+        tensor.and_then(|(_, tensor)| tensor.place.stream()).is_some_and(|stream| stream.ordinal == ordinal)
+    }
 }
 
 impl std::fmt::Debug for Stager {
@@ -89,7 +101,7 @@ impl Stager {
 
     /// Takes a save, to be staged after those before it.
     pub fn push(&self, job: Job) {
-        if let Some(aside) = &job.aside {
+        if let (Some(aside), false) = (&job.aside, job.borrowed) {
             lock(&self.asides).push((job.ticket.clone(), aside.clone()));
         }
         self.flights.add(job.ticket.clone());
@@ -207,14 +219,14 @@ impl Stager {
             // Whoever lent the memory may free it once this save is released: there is no giving up here.
             ended = self.quiesce(line);
         }
-        let Job { ticket, state, captured, sink, aside, .. } = job;
+        let Job { ticket, state, captured, sink, aside, region, .. } = job;
         lock(&self.asides).retain(|(t, _)| !Arc::ptr_eq(t, &ticket));
         drop(captured);
         ticket.enter(Phase::Writing);
-        // Kernels of a fence may still read what has left the device by now.
-        let aside = aside.filter(|aside| aside.pending());
+        // Kernels of a fence may still read what has left the device by now, and others the list of what was to be gathered.
+        let aside = aside.filter(|aside| !ended || aside.pending());
         if ended && aside.is_none() {
-            dropped((flying, state));
+            dropped((flying, state, region));
             self.flights.release(&ticket);
         } else {
             if !ended {
@@ -225,7 +237,8 @@ impl Stager {
                 );
                 self.flights.release(&ticket);
             }
-            line.parked.push(Parked { flying, state, late: !ended, ticket: ended.then_some(ticket), aside });
+            let late = !ended;
+            line.parked.push(Parked { flying, state, region, late, ticket: ended.then_some(ticket), aside });
         }
         if failed == Some(ErrorKind::Device) {
             // What is parked is lost with the queue that could have told when its copies end.
@@ -338,6 +351,7 @@ struct Line {
 struct Parked {
     flying: VecDeque<Flying>,
     state: StateDict<'static>,
+    region: Option<Region>,
     /// Copies may be running.
     late: bool,
     /// Still to be released.
@@ -353,8 +367,8 @@ impl Line {
         let mut ended = None;
         let mut quiet = || *ended.get_or_insert_with(|| queue.as_mut().is_some_and(|q| q.quiesce(Instant::now())));
         let over = |p: &mut Parked| !p.aside.as_ref().is_some_and(|a| a.pending()) && (!p.late || quiet());
-        for Parked { flying, state, ticket, .. } in parked.extract_if(.., over) {
-            dropped((flying, state));
+        for Parked { flying, state, region, ticket, .. } in parked.extract_if(.., over) {
+            dropped((flying, state, region));
             ticket.iter().for_each(|ticket| flights.release(ticket));
         }
     }
@@ -415,59 +429,84 @@ struct Flying {
 
 /// Queues the copies of one chunk, and the mark behind them.
 fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
-    let aside = job.aside.as_ref().filter(|_| !flying.live);
-    let slot = aside.map(|aside| {
-        let place = aside.place(flying.chunk.index);
-        place.ok_or_else(|| Error::internal("a chunk from F on has no slot"))
-    });
-    let slot = slot.transpose()?;
-    let chunk = &job.plan.chunks[flying.chunk.index];
+    let index = flying.chunk.index;
+    let whole = match &job.aside {
+        Some(aside) if flying.live => gather(job, aside, index)?,
+        Some(aside) => Some(aside.place(index).ok_or_else(|| Error::internal("a chunk from F on has no slot"))?),
+        None => None,
+    };
+    let chunk = &job.plan.chunks[index];
     let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
-    let (base, mut at) = (flying.chunk.lease.as_mut_ptr(), 0);
+    let (base, mut at, mut run) = (flying.chunk.lease.as_mut_ptr(), 0, 0..0);
     for segment in &job.plan.segments[chunk.segments.clone()] {
-        let to = base.wrapping_add(at);
-        at += segment.length;
-        let begin = segment.at as usize;
-        let captured = |tensor| job.captured.get(tensor).and_then(|b| b.get(begin..begin + segment.length));
-        let ours = match segment.from {
-            From::Tensor(tensor) => captured(tensor),
-            From::Header => Some(&[][..]),
-        };
-        let digest = match (ours, segment.from) {
-            (None, From::Tensor(_)) if slot.is_some() => {
-                let (ordinal, address) = slot.unwrap_or_default();
-                let from = std::ptr::without_provenance(address as usize + at - segment.length);
-                // SAFETY: the slot holds the chunk as it lies in the slab and is kept until the chunk is handed over; `to` as in
-                // `read`. No tensor of the host is in a chunk that has a slot.
-                unsafe { queue.fetch(ordinal, from, to, segment.length) }?;
-                None
-            }
-            (None, From::Tensor(tensor)) => read(job, tensor, begin, segment.length, to, queue)?,
-            (captured, _) => {
+        let (begin, offset, length) = (segment.at as usize, at, segment.length);
+        let to = base.wrapping_add(offset);
+        at += length;
+        let captured = |tensor| job.captured.get(tensor).and_then(|b| b.get(begin..begin + length));
+        let digest = match segment.from {
+            From::Header => {
                 // SAFETY: inside the leased slab, initialised when the arena was made, and no queued copy writes this part.
-                let place = unsafe { std::slice::from_raw_parts_mut(to, segment.length) };
-                match (segment.from, captured) {
-                    (From::Tensor(_), Some(bytes)) => place.copy_from_slice(bytes),
-                    _ if job.plan.shards[chunk.shard].header.copy(stamp, begin, place) => {}
-                    _ => return Err(Error::internal("a header is shorter than planned")),
+                let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
+                if !job.plan.shards[chunk.shard].header.copy(stamp, begin, place) {
+                    return Err(Error::internal("a header is shorter than planned"));
                 }
                 Some(Digest::of(place))
             }
+            From::Tensor(tensor) => match (captured(tensor), whole) {
+                (Some(bytes), _) => {
+                    // SAFETY: as above.
+                    let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
+                    place.copy_from_slice(bytes);
+                    Some(Digest::of(place))
+                }
+                (None, Some((ordinal, address))) if !flying.live || job.lies_on(tensor, ordinal) => {
+                    if run.end != offset {
+                        fetch(queue, ordinal, address, &run, base)?;
+                        run.start = offset;
+                    }
+                    run.end = at;
+                    None
+                }
+                _ => read(job, tensor, begin, length, to, queue)?,
+            },
         };
         match digest {
             Some(digest) => digests.iter_mut().for_each(|d| d.push(digest)),
             None => digests = None,
         }
     }
+    if let Some((ordinal, address)) = whole {
+        fetch(queue, ordinal, address, &run, base)?;
+    }
     let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
     // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes beyond `at`.
     unsafe { std::ptr::write_bytes(base.wrapping_add(at), 0, tail) };
     if let Some(aside) = job.aside.as_ref().filter(|_| flying.live) {
-        queue.publish(aside.base + flying.chunk.index as u64 + 1)?;
+        aside.publish(index)?;
     }
     flying.mark = queue.mark()?;
     flying.chunk.digests = digests;
     Ok(())
+}
+
+/// Queues the copy of `run`, part of a chunk that lies on the device as it will lie in the slab at `to`.
+fn fetch(queue: &mut dyn CopyQueue, ordinal: u32, address: u64, run: &Range<usize>, to: *mut u8) -> Result<()> {
+    if run.is_empty() {
+        return Ok(());
+    }
+    let from = std::ptr::without_provenance(address as usize + run.start);
+    // SAFETY: a slot is kept until its chunk is handed over, and a chunk that was put together until the queue has come here; `to`
+    // as in `read`. No tensor of the host is in a chunk that has a slot.
+    unsafe { queue.fetch(ordinal, from, to.wrapping_add(run.start), run.len()) }
+}
+
+/// Has the device put a chunk together from live memory, if that is what is done with it.
+fn gather(job: &Job, aside: &Aside, chunk: usize) -> Result<Option<(u32, u64)>> {
+    let _live = lock(&job.ticket.live);
+    match job.ticket.failure() {
+        Some(error) => Err(error),
+        None => aside.gather(chunk),
+    }
 }
 
 /// Queues the copy of a segment from live memory.

@@ -62,6 +62,7 @@ fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<
         captured,
         behind: None,
         aside: None,
+        region: None,
         borrowed: false,
         sink: sink.clone(),
     });

@@ -76,8 +76,8 @@ impl<'a> StateDict<'a> {
     /// Adds a tensor, captured as is usual for its place and size.
     ///
     /// # Errors
-    /// `Invalid`, naming the tensor: an empty, reserved (`__metadata__`) or duplicate name, or a source whose byte length
-    /// is not that of its dtype and shape.
+    /// `Invalid`, naming the tensor: an empty, reserved (`__metadata__`) or duplicate name, a source whose byte length
+    /// is not that of its dtype and shape, or strides that do not go with it.
     pub fn tensor(&mut self, name: impl Into<String>, source: impl Source + 'a) -> Result<&mut Self> {
         self.insert(name.into(), Box::new(source), None)
     }
@@ -85,8 +85,7 @@ impl<'a> StateDict<'a> {
     /// Adds a tensor that is captured when `capture` says.
     ///
     /// # Errors
-    /// As [`StateDict::tensor`], and `Invalid` for [`Capture::AtSave`] of a tensor in a device's memory, which is not possible yet.
-    /// Whether it is possible for one in host memory is known at `save`.
+    /// As [`StateDict::tensor`]. Whether [`Capture::AtSave`] is possible is known at `save`.
     pub fn tensor_captured(
         &mut self,
         name: impl Into<String>,
@@ -102,8 +101,12 @@ impl<'a> StateDict<'a> {
             return refuse(&name, "a tensor cannot have this name".into());
         }
         let (layout, place) = (source.layout(), source.place());
-        if capture == Some(Capture::AtSave) && place.stream().is_some() {
-            return refuse(&name, "a tensor of a device cannot be captured at save, only at the fence".into());
+        if let Some(strides) = source.strides()
+            && (strides.len() != layout.shape.len() || place.stream().is_none() || layout.item().is_none())
+        {
+            let (dtype, shape) = (layout.dtype, &layout.shape[..]);
+            let wrong = "only whole-byte elements of a device have strides, one for each dimension";
+            return refuse(&name, format!("{wrong} strides={strides:?} dtype={dtype} shape={shape:?}"));
         }
         match layout.bytes() {
             Err(e) => return refuse(&name, e.message().into()),

@@ -65,4 +65,22 @@ impl Layout {
             Some(bits) => Ok(bits / 8),
         }
     }
+
+    /// The bytes of an element, if it has whole ones.
+    pub(crate) fn item(&self) -> Option<usize> {
+        let bits = self.dtype.bitsize();
+        bits.is_multiple_of(8).then_some(bits / 8)
+    }
+
+    /// True when elements with these strides, in bytes, lie together in row-major order.
+    pub(crate) fn is_packed(&self, strides: &[i64]) -> bool {
+        let Some(mut expected) = self.item().and_then(|item| i64::try_from(item).ok()) else { return false };
+        let mut dims = self.shape.iter().zip(strides).rev();
+        let packed = dims.all(|(&size, &stride)| {
+            let fits = size == 1 || stride == expected;
+            expected = expected.saturating_mul(size as i64);
+            fits
+        });
+        strides.len() == self.shape.len() && (packed || self.elements() == Some(0))
+    }
 }

@@ -8,6 +8,7 @@
 
 use super::dtype::{Dtype, Element, Layout, Shape};
 use crate::error::Result;
+use smallvec::SmallVec;
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
@@ -94,6 +95,13 @@ pub unsafe trait Source: Send + Sync {
     /// Hands `copy` a pointer to the bytes.
     fn read(&self, copy: &mut dyn FnMut(*const u8));
 
+    /// For memory of a device whose elements do not lie together: the stride of each dimension, in bytes. [`Source::read`] then
+    /// hands out where the element with all indices 0 is, and [`Place::Device`] has the bytes of the packed tensor. Must not
+    /// change.
+    fn strides(&self) -> Option<&[i64]> {
+        None
+    }
+
     /// Whether these bytes, of all of the tensor's, are there to be read. If they are not, `waker` is woken once they are, or
     /// once they never will be; an error fails the save. Always ready, unless it says otherwise.
     fn poll_ready(&self, _bytes: Range<u64>, _waker: &Waker) -> Poll<Result<()>> {
@@ -123,6 +131,10 @@ unsafe impl Source for Shared<'_> {
 
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {
         self.0.read(copy);
+    }
+
+    fn strides(&self) -> Option<&[i64]> {
+        self.0.strides()
     }
 
     fn poll_ready(&self, bytes: Range<u64>, waker: &Waker) -> Poll<Result<()>> {
@@ -261,6 +273,8 @@ pub struct RawDevice {
     address: u64,
     bytes: u64,
     layout: Layout,
+    /// None: the elements lie together.
+    strides: Option<SmallVec<[i64; 4]>>,
     stream: DeviceStream,
     _keep_alive: Box<dyn Any + Send + Sync>,
 }
@@ -282,7 +296,28 @@ impl RawDevice {
         stream: DeviceStream,
         keep_alive: impl Any + Send + Sync,
     ) -> Self {
-        Self { address, bytes, layout: Layout::new(dtype, shape), stream, _keep_alive: Box::new(keep_alive) }
+        let layout = Layout::new(dtype, shape);
+        Self { address, bytes, layout, strides: None, stream, _keep_alive: Box::new(keep_alive) }
+    }
+
+    /// A tensor whose elements do not lie together: the one with all indices 0 is at `address`, and `strides` has for each
+    /// dimension how many bytes further the next one is; negative strides, and 0, are fine. It is saved packed, in row-major
+    /// order, by a kernel of the device that gathers its elements; where there is none, `save` refuses it.
+    ///
+    /// # Safety
+    /// As [`RawDevice::new`], for all bytes of all elements.
+    pub unsafe fn strided(
+        address: u64,
+        dtype: Dtype,
+        shape: impl AsRef<[usize]>,
+        strides: impl AsRef<[i64]>,
+        stream: DeviceStream,
+        keep_alive: impl Any + Send + Sync,
+    ) -> Self {
+        let layout = Layout::new(dtype, shape);
+        let bytes = layout.bytes().unwrap_or(0);
+        let strides = Some(SmallVec::from_slice(strides.as_ref())).filter(|strides| !layout.is_packed(strides));
+        Self { address, bytes, layout, strides, stream, _keep_alive: Box::new(keep_alive) }
     }
 }
 
@@ -294,6 +329,10 @@ unsafe impl Source for RawDevice {
 
     fn place(&self) -> Place {
         Place::Device { bytes: self.bytes, stream: self.stream }
+    }
+
+    fn strides(&self) -> Option<&[i64]> {
+        self.strides.as_deref()
     }
 
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {

@@ -4,39 +4,33 @@
 //! copies that it speaks of; F is told to the host in pinned memory.
 //!
 //! # Safety argument
-//! Tables and cells are pinned memory that belongs to one save at a time. The host writes a table before the kernels that read it
-//! are queued, and a cell only while no kernel knows it. Memory goes back, and kernels are unloaded, only when the kernels of every
-//! save have run: [`Save`] waits for that when it is dropped, and where that takes too long everything is leaked.
+//! Lists of slots and cells are pinned memory that belongs to one save at a time. The host writes a list before the kernels that
+//! read it are queued, and a cell only while no kernel knows it. Both go back, and the table of pieces is let go, only when the
+//! kernels of the save have run: [`Save`] waits for that when it is dropped, and where that takes too long everything is leaked.
 //! The addresses of tensors are those of sources, which the stager keeps until F is told or everything has left the device.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
-use super::Shared;
 use super::driver::{Address, Memory, Module};
 use super::gpu::{Gpu, Lent};
+use super::kernels::{Loaded, PATIENCE, POLL};
 use super::queue::events_of;
-use crate::device::{LateCopies, LateSave, Piece, Point};
+use super::table::Table;
+use crate::device::{Noted, Point};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
-use std::ffi::CStr;
-use std::fmt;
+use std::mem::forget;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// The kernels, as text that the driver compiles for its device.
-const TEXT: &str = concat!(include_str!("../../../kernels/late_copy.ptx"), "\0");
 /// Saves that may be known at once.
 const SAVES: usize = 32;
-/// One block copies a piece.
-const PIECE: u64 = 64 << 10;
 const BLOCK: u32 = 256;
 const GRID: u32 = 512;
 /// What a cell holds until F is told.
 const UNKNOWN: u64 = u64::MAX;
-/// How long kernels are waited for at the end.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// As in `late_copy.cu`.
 #[derive(Clone, Copy)]
@@ -77,104 +71,50 @@ struct Publish {
     to: u64,
 }
 
-/// As in `kernel.h`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Entry {
-    from: u64,
-    to: u64,
-    skip: u64,
-    bytes: u32,
-    view: u32,
-    chunk: u32,
-    unused: u32,
-}
-
-/// See the module. Fields are dropped in order: kernels before the memory that they use.
-pub(super) struct Late {
-    this: Weak<Late>,
-    shared: Arc<Shared>,
-    gpu: Arc<Gpu>,
+/// The fences of one device.
+pub(super) struct Fences {
     latch: usize,
     copy: usize,
     publish: usize,
-    _module: Module,
-    slots: Vec<Address>,
-    _scratch: Memory,
     /// A `FencePlace` for each save, then the watermark.
     places: Memory,
     /// Where F is told, one for each save.
     cells: Memory,
     free: Mutex<Vec<usize>>,
-    /// Tables of saves that are over.
-    tables: Mutex<Vec<Memory>>,
+    /// Lists of slots of saves that are over.
+    lists: Mutex<Vec<Memory>>,
 }
 
-impl fmt::Debug for Late {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Late(cuda:{}, {} slots)", self.gpu.context.ordinal, self.slots.len())
-    }
-}
-
-impl Late {
-    /// Takes `scratch` bytes of the device in slots of `chunk` bytes, loads the kernels and runs each of them once.
-    pub fn new(shared: &Arc<Shared>, chunk: usize, scratch: u64) -> Result<Arc<Self>> {
-        let count = usize::try_from(scratch / chunk as u64).unwrap_or(0);
-        if count == 0 {
-            return Err(Error::invalid(format!("the scratch holds no chunk scratch={scratch} chunk={chunk}")));
-        }
-        let gpu = shared.gpu(shared.home)?;
-        let text =
-            CStr::from_bytes_with_nul(TEXT.as_bytes()).map_err(|_| Error::internal("a zero in a kernel's text"))?;
-        let module = gpu.context.module(text)?;
-        let [latch, copy, publish] = [c"fence_latch", c"late_copy", c"fence_publish"].map(|name| module.function(name));
-        let memory = gpu.context.memory(count * chunk)?;
-        let places = gpu.context.memory(SAVES * size_of::<FencePlace>() + size_of::<u64>())?;
-        let cells = gpu.context.pinned(SAVES * size_of::<u64>())?;
-        let late = Arc::new_cyclic(|this| Self {
-            this: this.clone(),
-            shared: shared.clone(),
-            latch: *latch.as_ref().unwrap_or(&0),
-            copy: *copy.as_ref().unwrap_or(&0),
-            publish: *publish.as_ref().unwrap_or(&0),
-            _module: module,
-            slots: (0..count).map(|i| memory.address() + (i * chunk) as u64).collect(),
-            _scratch: memory,
-            places,
-            cells,
+impl Fences {
+    pub fn new(gpu: &Arc<Gpu>, module: &Module) -> Result<Self> {
+        Ok(Self {
+            latch: module.function(c"fence_latch")?,
+            copy: module.function(c"late_copy")?,
+            publish: module.function(c"fence_publish")?,
+            places: gpu.context.memory(SAVES * size_of::<FencePlace>() + size_of::<u64>())?,
+            cells: gpu.context.pinned(SAVES * size_of::<u64>())?,
             free: Mutex::new((0..SAVES).rev().collect()),
-            tables: Mutex::new(Vec::new()),
-            gpu,
-        });
-        latch.and(copy).and(publish)?;
-        let _entered = late.gpu.context.enter()?;
-        let tried = late.try_out();
-        late.settle();
-        tried.map(|()| late.clone())
+            lists: Mutex::default(),
+        })
     }
 
-    /// A fence with nothing to copy: what a driver refuses, it refuses now.
-    fn try_out(&self) -> Result<()> {
-        self.gpu.copies.zero(&self.places)?;
-        self.publish(0)?;
+    /// A fence with nothing to copy, in the stream of copies: what a driver refuses, it refuses now. All places are zero after it.
+    pub fn try_out(&self, gpu: &Gpu) -> Result<()> {
+        gpu.copies.zero(&self.places)?;
+        // SAFETY: aligned; the memory lives as long as `self`, whose owner waits for the stream before it lets go.
+        unsafe { gpu.copies.write(self.watermark(), 0) }?;
         self.cell(0).store(UNKNOWN, Ordering::Release);
         let nothing = Latch { save: u64::MAX, ..self.latch_of(0) };
-        self.queue(self.gpu.copies.handle(), 0, &nothing, 0, (0, 0, 0))?;
-        self.gpu.copies.zero(&self.places)?;
-        self.settle();
-        self.gpu.context.alive()?;
+        self.queue(gpu, gpu.copies.handle(), 0, &nothing, (0, 0, 0, 0, 0))?;
+        gpu.copies.zero(&self.places)?;
+        let deadline = Instant::now() + PATIENCE;
+        while !gpu.copies.is_idle()? && Instant::now() < deadline {
+            std::thread::sleep(POLL);
+        }
         if self.cell(0).load(Ordering::Acquire) == 0 {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Device, "the kernels of the fence did not tell what they should"))
-    }
-
-    /// Waits until nothing runs in the stream of copies.
-    fn settle(&self) {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.gpu.context.lost() && !self.gpu.copies.is_idle().unwrap_or(false) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_micros(50));
-        }
     }
 
     fn place(&self, index: usize) -> Address {
@@ -198,110 +138,58 @@ impl Late {
         Latch { fence: self.place(index), watermark: self.watermark(), base: 0, save: 0, chunks: 0, unused: 0 }
     }
 
-    /// Publishes in the stream of copies.
-    pub fn publish(&self, watermark: u64) -> Result<()> {
-        // SAFETY: aligned, and lives as long as `self`, who waits for the stream before it goes.
-        unsafe { self.gpu.copies.write(self.watermark(), watermark) }
-    }
-
-    /// Queues the three kernels. `table` has the addresses of pieces, starts and slots.
-    fn queue(&self, stream: usize, index: usize, latch: &Latch, first: u32, table: (u64, u64, u64)) -> Result<()> {
-        let (context, fence) = (&self.gpu.context, self.place(index));
-        let (pieces, starts, slots) = table;
-        let copy = LateCopy { fence, pieces, views: 0, starts, slots, chunks: latch.chunks, first };
-        // SAFETY: the structures are those of the kernels; places, cells, scratch and the table outlive the kernels.
+    /// Queues the three kernels. `list` has the addresses of pieces, views, begins and slots, and the first chunk with a slot.
+    fn queue(
+        &self,
+        gpu: &Gpu,
+        stream: usize,
+        index: usize,
+        latch: &Latch,
+        list: (u64, u64, u64, u64, u32),
+    ) -> Result<()> {
+        let fence = self.place(index);
+        let (pieces, views, starts, slots, first) = list;
+        let copy = LateCopy { fence, pieces, views, starts, slots, chunks: latch.chunks, first };
+        // SAFETY: the structures are those of the kernels; places, cells, scratch and lists outlive the kernels.
         unsafe {
-            context.launch(self.latch, stream, 1, 1, latch)?;
-            context.launch(self.copy, stream, GRID, BLOCK, &copy)?;
-            context.launch(self.publish, stream, 1, 1, &Publish { fence, to: self.cell_at(index) })
+            gpu.context.launch(self.latch, stream, 1, 1, latch)?;
+            gpu.context.launch(self.copy, stream, GRID, BLOCK, &copy)?;
+            gpu.context.launch(self.publish, stream, 1, 1, &Publish { fence, to: self.cell_at(index) })
         }
     }
 
-    /// A table of at least `len` bytes.
-    fn table(&self, len: usize) -> Result<Memory> {
-        let mut tables = lock(&self.tables);
-        if let Some(at) = tables.iter().position(|t| t.len() >= len) {
-            return Ok(tables.swap_remove(at));
+    /// A list of at least `len` bytes.
+    fn list(&self, gpu: &Arc<Gpu>, len: usize) -> Result<Memory> {
+        let mut lists = lock(&self.lists);
+        if let Some(at) = lists.iter().position(|list| list.len() >= len) {
+            return Ok(lists.swap_remove(at));
         }
-        // One that is too small is no use any more: states keep their structure.
-        let small = tables.pop();
-        drop(tables);
+        let small = lists.pop();
+        drop(lists);
         drop(small);
-        self.gpu.context.pinned(len.next_power_of_two().max(4096))
+        gpu.context.pinned(len.next_power_of_two().max(4096))
     }
 }
 
-impl Drop for Late {
-    fn drop(&mut self) {
-        let _entered = self.gpu.context.enter();
-        self.settle();
-    }
-}
-
-impl LateCopies for Late {
-    fn ordinal(&self) -> u32 {
-        self.gpu.context.ordinal
-    }
-
-    fn slots(&self) -> &[u64] {
-        &self.slots
-    }
-
-    fn note(&self, number: u64, base: u64, chunks: usize, pieces: &[Piece]) -> Result<Option<Box<dyn LateSave>>> {
-        let Some(late) = self.this.upgrade() else { return Ok(None) };
-        let Ok(count) = u32::try_from(chunks) else { return Ok(None) };
-        let entries: usize = pieces.iter().map(|p| p.bytes.div_ceil(PIECE) as usize).sum();
-        let (starts, slots) = (entries * size_of::<Entry>(), chunks * size_of::<u64>());
-        let table = self.table(starts + slots + (chunks + 1) * size_of::<u32>())?;
-        let Some(index) = lock(&self.free).pop() else {
-            lock(&self.tables).push(table);
-            return Ok(None);
-        };
-        fill(&table, pieces, chunks, starts + slots);
-        self.cell(index).store(UNKNOWN, Ordering::Release);
-        let latch = Latch { base, save: number, chunks: count, ..self.latch_of(index) };
-        let (launched, failed, after) = (AtomicBool::new(false), AtomicBool::new(false), Mutex::new(None));
-        let (table, starts, slots) = (Some(table), starts + slots, starts);
-        Ok(Some(Box::new(Save { late, index, table, slots, starts, latch, launched, failed, after })))
-    }
-}
-
-/// Writes pieces and where each chunk's pieces begin into a table.
-fn fill(table: &Memory, pieces: &[Piece], chunks: usize, starts: usize) {
-    let entries: *mut Entry = table.pointer().cast();
-    // SAFETY: within the table, aligned, and nobody else knows it.
-    let starts: *mut u32 = unsafe { table.pointer().add(starts).cast() };
-    let (mut count, mut chunk) = (0, 0);
-    let mut begin = |upto: usize, count: usize| {
-        while chunk <= upto {
-            // SAFETY: one of `chunks + 1` numbers, within the table.
-            unsafe { starts.add(chunk).write(count as u32) };
-            chunk += 1;
-        }
-    };
-    for piece in pieces {
-        begin(piece.chunk, count);
-        for done in (0..piece.bytes).step_by(PIECE as usize) {
-            let bytes = PIECE.min(piece.bytes - done) as u32;
-            let (from, to) = (piece.from + done, piece.to + done);
-            let entry = Entry { from, to, skip: 0, bytes, view: 0, chunk: piece.chunk as u32, unused: 0 };
-            // SAFETY: as many entries as were counted, within the table.
-            unsafe { entries.add(count).write(entry) };
-            count += 1;
-        }
-    }
-    begin(chunks, count);
+/// Takes note of a save, unless too many are noted already. The context is current.
+pub(super) fn note(loaded: &Arc<Loaded>, number: u64, base: u64, table: Arc<Table>) -> Option<Save> {
+    let fences = &loaded.fences;
+    let chunks = u32::try_from(table.chunks()).ok()?;
+    let index = lock(&fences.free).pop()?;
+    fences.cell(index).store(UNKNOWN, Ordering::Release);
+    let latch = Latch { base, save: number, chunks, ..fences.latch_of(index) };
+    let (launched, failed) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (list, after) = (Mutex::new(None), Mutex::new(None));
+    Some(Save { loaded: loaded.clone(), index, table, list, latch, launched, failed, after })
 }
 
 /// One save.
-struct Save {
-    late: Arc<Late>,
+pub(super) struct Save {
+    loaded: Arc<Loaded>,
     index: usize,
-    /// None once it has been given back.
-    table: Option<Memory>,
-    /// Offsets in the table.
-    slots: usize,
-    starts: usize,
+    table: Arc<Table>,
+    /// The slots, once there are some.
+    list: Mutex<Option<Memory>>,
     latch: Latch,
     /// Kernels are queued, or some of them.
     launched: AtomicBool,
@@ -312,45 +200,55 @@ struct Save {
 }
 
 impl Save {
-    fn enqueue(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, first: u32) -> Result<()> {
-        let (late, Some(table)) = (&self.late, &self.table) else { return Err(Error::internal("no table")) };
+    fn enqueue(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()> {
         let Some(stream) = streams.first() else { return Ok(()) };
-        let gpu = &late.gpu;
+        let (gpu, fences, table) = (&self.loaded.gpu, &self.loaded.fences, &self.table);
+        let list = fences.list(gpu, size_of_val(slots))?;
+        // SAFETY: room for all slots, aligned, and known to nobody.
+        unsafe { list.pointer().cast::<u64>().copy_from_nonoverlapping(slots.as_ptr(), slots.len()) };
+        let at = list.address();
+        *lock(&self.list) = Some(list);
         for event in events_of(point)? {
             event.make_wait(stream.handle)?;
         }
+        table.arrive(stream.handle)?;
+        let after = gpu.event()?;
         if behind_copies {
             let event = gpu.event()?;
             event.record(gpu.copies.handle())?;
             event.make_wait(stream.handle)?;
         }
         self.launched.store(true, Ordering::Release);
-        let at = table.address();
         let latch = Latch { base: if mutant::on(Mutant::Watermark) { 0 } else { self.latch.base }, ..self.latch };
-        let table = (at, at + self.starts as u64, at + self.slots as u64);
-        let queued = late.queue(stream.handle, self.index, &latch, first, table);
-        // Also where that failed: some of the kernels may be queued.
-        let event = gpu.event()?;
-        let recorded = event.record(stream.handle);
-        *lock(&self.after) = Some(event);
+        let first = self.latch.chunks - slots.len() as u32;
+        let list = (table.pieces(), table.views(), table.begins(), at, first);
+        let queued = fences.queue(gpu, stream.handle, self.index, &latch, list);
+        // Also where that failed: some of the kernels may be queued. A second try, because nobody else can say when they end.
+        let recorded = after.record(stream.handle).or_else(|_| after.record(stream.handle));
+        *lock(&self.after) = Some(after);
         queued.and(recorded)?;
         self.follow(&streams[1..])
     }
 }
 
-impl LateSave for Save {
+impl Noted for Save {
+    fn gather(&self, chunk: usize) -> Result<u64> {
+        // SAFETY: a save is dropped, and its table with it, only when no copy of it is queued any more.
+        unsafe { self.loaded.gather(&self.table, chunk) }
+    }
+
+    fn publish(&self, watermark: u64) -> Result<()> {
+        let gpu = &self.loaded.gpu;
+        let _entered = gpu.context.enter()?;
+        // SAFETY: aligned; the watermark lives as long as the kernels, whose owner waits for the stream before it lets go.
+        unsafe { gpu.copies.write(self.loaded.fences.watermark(), watermark) }
+    }
+
     fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()> {
-        let first = self.latch.chunks as usize - slots.len();
-        let Some(table) = &self.table else { return Err(Error::internal("no table")) };
-        // SAFETY: room for a slot of every chunk, aligned; the kernels are not queued yet.
-        unsafe {
-            let to: *mut u64 = table.pointer().add(self.slots).cast();
-            std::ptr::copy_nonoverlapping(slots.as_ptr(), to, slots.len());
-        }
         let queue = || {
-            self.late.shared.refuse_captures(streams)?;
-            let _entered = self.late.gpu.context.enter()?;
-            self.enqueue(streams, point, behind_copies, first as u32)
+            self.loaded.shared.refuse_captures(streams)?;
+            let _entered = self.loaded.gpu.context.enter()?;
+            self.enqueue(streams, point, behind_copies, slots)
         };
         let queued = queue();
         self.failed.store(queued.is_err(), Ordering::Release);
@@ -358,31 +256,32 @@ impl LateSave for Save {
     }
 
     fn follow(&self, streams: &[DeviceStream]) -> Result<()> {
-        self.late.shared.refuse_captures(streams)?;
+        self.loaded.shared.refuse_captures(streams)?;
         let after = lock(&self.after);
         let event = after.as_ref().ok_or_else(|| Error::internal("a fence that was not launched is followed"))?;
-        self.late.shared.make_wait(streams, event)
+        self.loaded.shared.make_wait(streams, event)
     }
 
     fn over(&self) -> bool {
-        if self.latched().is_some() || self.late.gpu.context.lost() {
+        let context = &self.loaded.gpu.context;
+        if self.latched().is_some() || context.lost() {
             return true;
         }
         // Asking is also how one learns that the context is lost.
         let reached = |event: &Lent| event.is_reached().unwrap_or(false);
         let ended = !self.launched.load(Ordering::Acquire) || lock(&self.after).as_ref().is_some_and(reached);
-        self.late.gpu.context.lost() || (self.failed.load(Ordering::Acquire) && ended)
+        context.lost() || (self.failed.load(Ordering::Acquire) && ended)
     }
 
     fn latched(&self) -> Option<usize> {
-        let latched = self.late.cell(self.index).load(Ordering::Acquire);
+        let latched = self.loaded.fences.cell(self.index).load(Ordering::Acquire);
         usize::try_from(latched).ok().filter(|_| latched != UNKNOWN)
     }
 }
 
 impl Drop for Save {
     fn drop(&mut self) {
-        let context = &self.late.gpu.context;
+        let (context, fences) = (&self.loaded.gpu.context, &self.loaded.fences);
         if self.launched.load(Ordering::Acquire) && self.latched().is_none() && context.alive().is_ok() {
             let deadline = Instant::now() + PATIENCE;
             let _entered = context.enter();
@@ -391,13 +290,13 @@ impl Drop for Save {
             while !over() {
                 if Instant::now() >= deadline {
                     tracing::error!("kernels of a fence did not end; their memory is given up");
-                    std::mem::forget((self.late.clone(), self.table.take()));
+                    forget((self.loaded.clone(), self.table.clone(), lock(&self.list).take()));
                     return;
                 }
-                std::thread::sleep(Duration::from_micros(50));
+                std::thread::sleep(POLL);
             }
         }
-        lock(&self.late.tables).extend(self.table.take());
-        lock(&self.late.free).push(self.index);
+        lock(&fences.lists).extend(lock(&self.list).take());
+        lock(&fences.free).push(self.index);
     }
 }

@@ -11,11 +11,14 @@
 
 mod driver;
 mod gpu;
+mod kernels;
 mod late;
 mod loads;
 mod queue;
+mod table;
+mod trial;
 
-use super::{CopyQueue, Device, LateCopies, LoadQueue, Point};
+use super::{CopyQueue, Device, Kernels, LoadQueue, Memory, Point};
 use crate::error::{ErrorKind, Result};
 use crate::memory::Register;
 use crate::state::DeviceStream;
@@ -25,7 +28,7 @@ use gpu::{Gpu, Lent};
 use std::any::Any;
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// GPUs of this machine, as devices of an executor. One of them pins the arena; tensors may live on any.
 pub struct Cuda(Arc<Shared>);
@@ -36,8 +39,6 @@ struct Shared {
     describe: String,
     /// By ordinal; made when first used.
     gpus: Mutex<Vec<Option<Arc<Gpu>>>>,
-    /// Where copies publish the watermark.
-    late: Mutex<Weak<late::Late>>,
 }
 
 impl Cuda {
@@ -68,13 +69,7 @@ impl Cuda {
         let mut gpus = Vec::new();
         gpus.resize(ordinal as usize + 1, None);
         gpus[ordinal as usize] = Some(home);
-        Ok(Self(Arc::new(Shared {
-            driver,
-            home: ordinal,
-            describe,
-            gpus: Mutex::new(gpus),
-            late: Mutex::new(Weak::new()),
-        })))
+        Ok(Self(Arc::new(Shared { driver, home: ordinal, describe, gpus: Mutex::new(gpus) })))
     }
 
     /// What the device and its driver call themselves.
@@ -159,13 +154,8 @@ impl Device for Cuda {
         Ok(Box::new(loads::Loads::new(self.0.clone())?))
     }
 
-    fn late_copies(&self, chunk: usize, scratch: u64) -> Result<Arc<dyn LateCopies>> {
-        if lock(&self.0.late).upgrade().is_some() {
-            return Err(crate::Error::invalid("another executor on this device makes late copies"));
-        }
-        let late = late::Late::new(&self.0, chunk, scratch)?;
-        *lock(&self.0.late) = Arc::downgrade(&late);
-        Ok(late)
+    fn kernels(&self, memory: Memory) -> Result<Arc<dyn Kernels>> {
+        Ok(Arc::new(kernels::Kernels::new(&self.0, memory)?))
     }
 }
 

@@ -11,7 +11,6 @@ use crate::device::host::HostQueue;
 use crate::device::{CopyQueue, Point};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::sync::lock;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -95,13 +94,6 @@ impl CopyQueue for Queue {
         lane.moved = true;
         // SAFETY: passed on.
         unsafe { lane.gpu.copies.copy_to_host(from.addr() as u64, to, len) }
-    }
-
-    fn publish(&mut self, watermark: u64) -> Result<()> {
-        let Some(late) = lock(&self.shared.late).upgrade() else { return Ok(()) };
-        let lane = self.lane(self.shared.home)?;
-        self.lanes[lane].moved = true;
-        late.publish(watermark)
     }
 
     fn mark(&mut self) -> Result<u64> {

@@ -1,7 +1,7 @@
 //! What has not left the GPU when it comes to the fence is set aside on it, and nobody waits for the bus.
 
-use super::program::{Gpu, rig, rig_on};
-use crate::rig::{LONG, eventually, one, pattern};
+use super::program::{Gpu, at_fence, rig, rig_on};
+use crate::rig::{LONG, eventually, pattern};
 use ashore::StateDict;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ fn cuda_streams_go_on_before_anything_has_left_the_gpu() {
         let bytes = pattern(step, 30_000);
         let tensor = rig.gpu.tensor(&bytes);
         fake.set("hold", COPIES);
-        let save = rig.executor.save(step, one("t", tensor.source(producer))).unwrap();
+        let save = rig.executor.save(step, at_fence(tensor.source(producer))).unwrap();
         rig.executor.fence_on(&[writer.0]).unwrap();
         rig.executor.fence_on(&[producer.0]).unwrap();
         writer.fill(&tensor, 0xEE);
@@ -46,7 +46,7 @@ fn cuda_host_waits_at_a_fence_exactly_for_what_neither_scratch_nor_slabs_hold() 
         let Some(fake) = rig.gpu.fake() else { return };
         fake.set("hold", COPIES);
         let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
-        let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+        let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
         let began = Instant::now();
         let fenced = rig.executor.fence_on(&[stream.0]);
         assert_eq!(fenced.is_ok(), returns, "{slots} slots, {slabs} slabs: {:?}", began.elapsed());
@@ -67,7 +67,7 @@ fn cuda_slots_come_back_however_a_save_ends() {
     for step in 1..=30_u64 {
         // With a slot for each of the nine chunks the stream goes on while no copy ends; with one fewer it would wait for one in vain.
         fake.set("hold", COPIES);
-        let save = rig.executor.save(step, one("t", tensor.source(stream))).unwrap();
+        let save = rig.executor.save(step, at_fence(tensor.source(stream))).unwrap();
         rig.executor.fence_on(&[stream.0]).unwrap();
         if step % 3 == 0 {
             assert!(save.cancel());
@@ -109,10 +109,39 @@ fn cuda_kernels_that_a_driver_refuses_are_reported_and_the_fence_waits() {
         assert!(why.contains(fault.split(':').next().unwrap()), "{why}");
         rig.gpu.set("lag_us", 300);
         let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
-        let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+        let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
         rig.executor.fence_on(&[stream.0]).unwrap();
         stream.fill(&tensor, 0xEE);
         save.wait(LONG).unwrap();
         assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 30_000));
+    }
+}
+
+#[test]
+fn cuda_slots_are_not_given_to_another_save_before_they_are_read() {
+    let rig = rig(|b| b.scratch(9 * 4096).overlap(ashore::Overlap::Queue(2)).detect(ashore::Detect::Never));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (stream, one, two) = (rig.gpu.stream(), pattern(1, 30_000), pattern(2, 30_000));
+    let (first, second) = (rig.gpu.tensor(&one), rig.gpu.tensor(&two));
+    for step in (1..20_u64).step_by(2) {
+        fake.set("hold", COPIES);
+        let save = rig.executor.save(step, at_fence(first.source(stream))).unwrap();
+        rig.executor.fence_on(&[stream.0]).unwrap();
+        // All of the first lies in the slots now, and nothing has been read from there.
+        stream.wait();
+        let next = rig.executor.save(step + 1, at_fence(second.source(stream))).unwrap();
+        std::thread::scope(|scope| {
+            // Waits for slots, which come home when the first is read.
+            let fence = scope.spawn(|| rig.executor.fence_on(&[stream.0]));
+            std::thread::sleep(Duration::from_millis(3));
+            fake.set("hold", 0);
+            fence.join().unwrap().unwrap();
+        });
+        save.wait(LONG).unwrap();
+        next.wait(LONG).unwrap();
+        // Its slots are free when the stream has been to the fence.
+        stream.wait();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), one, "step {step}");
+        assert_eq!(rig.checkpoint(step + 1).unwrap().read("t").unwrap(), two, "step {step}");
     }
 }

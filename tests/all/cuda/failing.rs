@@ -1,10 +1,10 @@
 //! A driver that fails: each call once in turn, at once and later; contexts that are lost; work that never ends.
 
-use super::program::{Gpu, Stream, Tensor, rig};
+use super::program::{Gpu, Stream, Tensor, at_fence, rig};
 use crate::rig::{LONG, eventually, one, pattern};
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
-use ashore::{Checkpoint, CheckpointExecutor, ErrorKind};
+use ashore::{Capture, Checkpoint, CheckpointExecutor, ErrorKind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,14 +45,20 @@ const CALLS: [&str; 33] = [
     "cuMemFreeHost",
 ];
 
+/// Calls that only say which context is meant, or ask how far work is.
+const OFTEN: [&str; 4] = ["cuCtxGetCurrent", "cuCtxSetCurrent", "cuThreadExchangeStreamCaptureMode", "cuEventQuery"];
+
 /// Two saves and fences by an executor of its own; the first error, with its kind.
 fn train(gpu: &Gpu, stream: Stream, tensor: &Tensor) -> ashore::Result<()> {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
     let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).device(Arc::new(gpu.try_device()?));
-    let executor = builder.arena(4 * 4096).chunk(4096).scratch(2 * 4096).shutdown_deadline(LONG).build()?;
+    let executor =
+        builder.arena(4 * 4096).chunk(4096).gather(24 << 10).scratch(2 * 4096).shutdown_deadline(LONG).build()?;
     let mut result = Ok(());
     for step in 1..=2 {
-        let saved = executor.save(step, one("t", tensor.source(stream)));
+        let mut state = at_fence(tensor.source(stream));
+        state.tensor_captured("captured", tensor.source(stream), Capture::AtSave).unwrap();
+        let saved = executor.save(step, state);
         // Its deadline is far: an error of the driver must not make it wait for that.
         let fenced = executor.fence_on(&[stream.0]);
         let waited = saved.and_then(|save| save.wait(LONG));
@@ -62,6 +68,7 @@ fn train(gpu: &Gpu, stream: Stream, tensor: &Tensor) -> ashore::Result<()> {
         assert_eq!(checkpoint.is_ok(), whole, "step {step}");
         if let Ok(checkpoint) = checkpoint {
             assert_eq!(checkpoint.read("t").unwrap(), pattern(1, 9000));
+            assert_eq!(checkpoint.read("captured").unwrap(), pattern(1, 9000));
         }
         executor.fence()?;
     }
@@ -78,6 +85,10 @@ fn cuda_call_that_fails_once_is_one_clean_error() {
     for name in CALLS {
         for (code, late) in [(1, ""), (719, ""), (719, ":async")] {
             for nth in 1.. {
+                // Each of these is called for nearly everything: not every one of hundreds.
+                if nth > 40 && nth % 17 != 0 && OFTEN.contains(&name) {
+                    continue;
+                }
                 // A sticky error is gone only with all that the device has.
                 fake.reset();
                 let (stream, tensor) = (gpu.stream(), gpu.tensor(&pattern(1, 9000)));
@@ -97,8 +108,11 @@ fn cuda_call_that_fails_once_is_one_clean_error() {
                 }
                 tried += 1;
                 if let Err(error) = result {
-                    assert!(matches!(error.kind(), ErrorKind::Device | ErrorKind::Unavailable), "{}: {error}", at());
                     let named = error.to_string();
+                    // Without kernels nothing is captured at save, and the reason is said.
+                    let refused = error.kind() == ErrorKind::Invalid && named.contains("reason=");
+                    let failed = matches!(error.kind(), ErrorKind::Device | ErrorKind::Unavailable);
+                    assert!(failed || refused, "{}: {error}", at());
                     assert!(named.contains(&format!("code={code}")), "{}: {named}", at());
                     // What stays is named by whichever thread meets it first.
                     assert!(code != 1 || named.contains(name), "{}: {named}", at());
@@ -114,16 +128,16 @@ fn cuda_driver_is_not_called_after_an_error_that_stays() {
     let rig = rig(|b| b);
     let Some(fake) = rig.gpu.fake() else { return };
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
-    let staged = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+    let staged = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
     staged.staged().wait(LONG).unwrap();
     fake.fault("cuMemcpyDtoHAsync_v2:1:700:async");
-    let lost = rig.executor.save(2, one("t", tensor.source(stream))).unwrap();
+    let lost = rig.executor.save(2, at_fence(tensor.source(stream))).unwrap();
     let error = lost.wait(LONG).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Device, Some(2)));
     assert!(error.to_string().contains("code=700") && error.to_string().contains("call=cu"), "{error}");
     staged.wait(LONG).unwrap();
     let calls = fake.calls("*");
-    let error = rig.executor.save(3, one("t", tensor.source(stream))).unwrap_err();
+    let error = rig.executor.save(3, at_fence(tensor.source(stream))).unwrap_err();
     assert!(error.kind() == ErrorKind::Device && error.to_string().contains("code=700"), "{error}");
     rig.executor.fence_on(&[stream.0]).unwrap();
     rig.executor.save(4, one("host", Arc::new(pattern(4, 5000)))).unwrap().wait(LONG).unwrap_err();
@@ -138,12 +152,12 @@ fn cuda_work_that_never_ends_fails_the_save_at_its_deadline() {
     let Some(fake) = rig.gpu.fake() else { return };
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 60_000)));
     fake.set("lag_us", 200_000);
-    let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Deadline);
     fake.set("lag_us", 0);
     eventually("slabs come home", || rig.executor.arena().free() == rig.executor.arena().report().slabs);
     eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
-    rig.executor.save(2, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
+    rig.executor.save(2, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
     assert!(rig.checkpoint(1).is_err());
 }
 
@@ -152,7 +166,7 @@ fn cuda_driver_that_is_taken_down_first_is_no_error() {
     let rig = rig(|b| b);
     let Some(fake) = rig.gpu.fake() else { return };
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
-    rig.executor.save(1, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
+    rig.executor.save(1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
     fake.fault("*:0:4");
     rig.executor.shutdown(LONG).unwrap();
 }

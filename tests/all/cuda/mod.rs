@@ -4,6 +4,7 @@
 mod aside;
 mod failing;
 mod finding;
+mod gather;
 mod program;
 mod restoring;
 mod restoring_fails;

@@ -5,7 +5,9 @@ use crate::rig::LONG;
 use ashore::device::Cuda;
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
-use ashore::{Builder, Checkpoint, CheckpointExecutor, DeviceStream, DeviceTarget, Dtype, RawDevice};
+use ashore::{
+    Builder, Capture, Checkpoint, CheckpointExecutor, DeviceStream, DeviceTarget, Dtype, RawDevice, StateDict,
+};
 use std::ffi::{c_int, c_uint, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -246,6 +248,12 @@ impl Tensor {
         bytes
     }
 
+    /// Elements of `dtype` from the byte `at` on, with strides in bytes.
+    pub fn strided(&self, stream: Stream, at: u64, dtype: Dtype, shape: &[usize], strides: &[i64]) -> RawDevice {
+        // SAFETY: as for `source`; the tests keep inside the block.
+        unsafe { RawDevice::strided(self.0.at + at, dtype, shape, strides, stream.0, self.0.clone()) }
+    }
+
     /// A source that keeps nothing: for scopes, which end before the tensor does.
     pub fn lent(&self, stream: Stream) -> RawDevice {
         // SAFETY: the tests drop the tensor, in `stream`, after the scope.
@@ -267,8 +275,16 @@ pub fn rig(change: impl FnOnce(Builder) -> Builder) -> Rig {
 pub fn rig_on(gpu: Gpu, change: impl FnOnce(Builder) -> Builder) -> Rig {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
     let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).device(gpu.device());
-    let executor = change(builder.arena(4 * 4096).chunk(4096).shutdown_deadline(LONG)).build().unwrap();
+    let executor =
+        change(builder.arena(4 * 4096).chunk(4096).gather(64 << 10).shutdown_deadline(LONG)).build().unwrap();
     Rig { executor, storage, gpu }
+}
+
+/// A state of one tensor, "t", that is left to the fence, however small it is.
+pub fn at_fence(source: RawDevice) -> StateDict<'static> {
+    let mut state = StateDict::new();
+    state.tensor_captured("t", source, Capture::AtFence).unwrap();
+    state
 }
 
 impl Rig {

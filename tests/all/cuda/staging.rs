@@ -1,6 +1,6 @@
 //! Copies from GPUs: what arrives, in which order, and when memory may be written again.
 
-use super::program::{Gpu, Rig, Stream, Tensor, rig, rig_on};
+use super::program::{Gpu, Rig, Stream, Tensor, at_fence, rig, rig_on};
 use crate::rig::{Buffer, LONG, one, pattern};
 use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, ThreadExecutor};
 use ashore::{Capture, ErrorKind, Fence, StateDict};
@@ -102,7 +102,7 @@ fn cuda_saves_follow_each_other_while_the_host_runs_ahead() {
     let saves: Vec<_> = (1..=8_u64)
         .map(|step| {
             stream.fill(&tensor, step as u8);
-            let save = rig.executor.save(step, one("t", tensor.source(stream))).unwrap();
+            let save = rig.executor.save(step, at_fence(tensor.source(stream))).unwrap();
             rig.executor.fence_on(&[stream.0]).unwrap();
             save
         })
@@ -122,7 +122,7 @@ fn cuda_memory_is_given_back_when_its_copies_have_ended_and_not_before() {
     for step in 1..=20_u64 {
         let tensor = stream.tensor(9000);
         stream.fill(&tensor, step as u8);
-        let save = rig.executor.save(step, one("t", tensor.source(stream))).unwrap();
+        let save = rig.executor.save(step, at_fence(tensor.source(stream))).unwrap();
         rig.executor.fence_on(&[stream.0]).unwrap();
         drop(tensor);
         // Whoever gets the memory next writes it at once.
@@ -185,7 +185,7 @@ fn cuda_capture_of_a_graph_is_refused_and_not_broken() {
     slow(&rig.gpu);
     let (stream, captured) = (rig.gpu.stream(), rig.gpu.stream());
     let tensor = rig.gpu.tensor(&[5; 40_000]);
-    let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
+    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
     rig.executor.fence_on(&[stream.0]).unwrap();
     captured.capture(|| {
         let error = rig.executor.save(2, one("t", tensor.source(captured))).unwrap_err();
@@ -209,7 +209,7 @@ fn cuda_arena_that_cannot_be_pinned_is_reported_and_works() {
     let why = rig.executor.arena().report().pinned.clone().unwrap_err();
     assert!(why.contains("cuMemHostRegister_v2"), "{why}");
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(3, 30_000)));
-    rig.executor.save(1, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
+    rig.executor.save(1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
     assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(3, 30_000));
 }
 
@@ -218,7 +218,7 @@ fn cuda_tensors_are_refused_by_an_executor_on_the_host() {
     let host = crate::rig::rig(|b| b);
     let gpu = Gpu::take();
     let (stream, tensor) = (gpu.stream(), gpu.tensor(&[1; 100]));
-    let error = host.executor.save(1, one("t", tensor.source(stream))).unwrap_err();
+    let error = host.executor.save(1, at_fence(tensor.source(stream))).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, Some(1)));
     assert!(error.to_string().contains("cuda:"), "{error}");
 }
@@ -228,12 +228,12 @@ fn cuda_tensors_written_without_any_fence_are_not_followed_by_a_save() {
     let rig = rig(|b| b);
     rig.gpu.set("lag_us", 20_000);
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&[1; 9000]));
-    let save = rig.executor.save(1, one("t", tensor.source(stream))).unwrap();
-    let error = rig.executor.save(2, one("t", tensor.source(stream))).unwrap_err();
+    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    let error = rig.executor.save(2, at_fence(tensor.source(stream))).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
     rig.gpu.set("lag_us", 0);
     rig.executor.fence_on(&[stream.0]).unwrap();
-    let second = rig.executor.save(2, one("t", tensor.source(stream))).unwrap();
+    let second = rig.executor.save(2, at_fence(tensor.source(stream))).unwrap();
     save.wait(LONG).unwrap();
     second.wait(LONG).unwrap();
 }
@@ -248,7 +248,7 @@ fn cuda_executor_gives_back_all_that_it_took_but_the_context() {
     let Rig { executor, gpu, .. } = rig_on(gpu, |b| b.device(device));
     assert_ne!(gpu.fake().unwrap().live(), before);
     for step in 1..5 {
-        executor.save(step, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
+        executor.save(step, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
     }
     executor.shutdown(LONG).unwrap();
     let _: (&Tensor, &Stream) = (&tensor, &stream);
@@ -257,15 +257,15 @@ fn cuda_executor_gives_back_all_that_it_took_but_the_context() {
 
 #[test]
 fn cuda_tensors_are_not_quietly_captured_at_the_fence_when_they_were_to_be_at_save() {
-    let rig = rig(|b| b);
+    let rig = rig(|b| b.gather(0));
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 100)));
     let mut state = StateDict::new();
-    let error = state.tensor_captured("t", tensor.source(stream), Capture::AtSave).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Invalid);
-    assert!(error.to_string().contains("tensor=\"t\""), "{error}");
-    state.tensor_captured("t", tensor.source(stream), Capture::AtFence).unwrap();
-    drop(state);
+    state.tensor_captured("t", tensor.source(stream), Capture::AtSave).unwrap();
+    let error = rig.executor.save(1, state).unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, Some(1)));
+    assert!(error.to_string().contains("tensor=\"t\"") && error.to_string().contains("at save"), "{error}");
     assert_eq!(Arc::strong_count(&tensor.0), 1);
+    rig.executor.save(1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
 }
 
 /// What is kept for a second try must be the same state then; a stream writes memory of a device without asking.
@@ -275,7 +275,7 @@ fn cuda_tensors_are_not_kept_for_a_second_try() {
     let (stream, tensor) = (gpu.stream(), gpu.tensor(&pattern(1, 100)));
     let executor = ThreadExecutor::new(Arc::new(executor)).unwrap().retry(1);
     let options = ExecuteOptions::new().checkpoint_id("step-00000001");
-    let error = executor.execute_save(one("t", tensor.source(stream)).into(), options).unwrap_err();
+    let error = executor.execute_save(at_fence(tensor.source(stream)).into(), options).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert!(error.to_string().contains("tensor=\"t\""), "{error}");
 }

@@ -3,7 +3,7 @@
 
 use super::program::{Gpu, Rig, Stream, Tensor, rig_on};
 use crate::rig::LONG;
-use ashore::{Detect, Fence, SaveOptions, Snapshot, StateDict};
+use ashore::{Capture, Detect, Dtype, Fence, SaveOptions, Snapshot, StateDict};
 use proptest::prelude::Rng as _;
 use proptest::test_runner::{RngAlgorithm, TestRng};
 use std::collections::BTreeMap;
@@ -89,12 +89,20 @@ impl Program {
         for tensor in &tensors {
             producer.fill(tensor, value);
         }
+        // Some are captured at `save`, most are left to the fence; of some only every second byte is saved.
+        let kinds: Vec<_> = sizes.iter().map(|_| self.below(8)).collect();
+        let at_save = |i: usize| kinds[i] < 3;
         let state = |tensors: &[Tensor]| {
             let lent = matches!(case, Case::ScopeOnHost | Case::ScopeOnStream);
             let mut state = StateDict::new();
             for (i, tensor) in tensors.iter().enumerate() {
-                let source = if lent { tensor.lent(producer) } else { tensor.source(producer) };
-                state.tensor(i.to_string(), source).unwrap();
+                let source = match kinds[i] {
+                    2 | 3 if !lent => tensor.strided(producer, 0, Dtype::U8, &[sizes[i] / 2], &[2]),
+                    _ if lent => tensor.lent(producer),
+                    _ => tensor.source(producer),
+                };
+                let capture = if at_save(i) { Capture::AtSave } else { Capture::AtFence };
+                state.tensor_captured(i.to_string(), source, capture).unwrap();
             }
             // In the last chunk a tensor of the host leaves nothing to set aside.
             let host = if step % 4 == 0 { "host" } else { "+host" };
@@ -104,6 +112,8 @@ impl Program {
         let executor = &self.rig.executor;
         let scoped = |fence: Fence<'_>| executor.scope(fence, |s| s.save(step, state(&tensors))).unwrap().unwrap();
         let write = |stream: Stream, value: u8| tensors.iter().for_each(|t| stream.fill(t, value));
+        let half = |i: usize| matches!(kinds[i], 2 | 3) && !matches!(case, Case::ScopeOnHost | Case::ScopeOnStream);
+        let lens: Vec<_> = (0..sizes.len()).map(|i| if half(i) { sizes[i] / 2 } else { sizes[i] }).collect();
         let save = match case {
             Case::ScopeOnHost => scoped(Fence::host()),
             Case::ScopeOnStream => scoped(Fence::on(&[producer.0])),
@@ -113,6 +123,10 @@ impl Program {
             }
             _ => executor.save(step, state(&tensors)).unwrap(),
         };
+        if !matches!(case, Case::AtSave | Case::ScopeOnHost | Case::ScopeOnStream) {
+            // Before any fence.
+            tensors.iter().enumerate().filter(|(i, _)| at_save(*i)).for_each(|(_, t)| producer.fill(t, 0xBB));
+        }
         match case {
             Case::Host => executor.fence().unwrap(),
             Case::Producer | Case::Freed => executor.fence_on(&[producer.0]).unwrap(),
@@ -142,7 +156,7 @@ impl Program {
             let next: Vec<_> = sizes.iter().map(|&n| other.tensor(n)).collect();
             next.iter().for_each(|tensor| other.fill(tensor, 0xCC));
         }
-        self.open.push((save, case, sizes.into_iter().map(|n| (n, value)).collect()));
+        self.open.push((save, case, lens.into_iter().map(|n| (n, value)).collect()));
         if self.open.len() > self.below(3) {
             self.check();
         }
@@ -182,7 +196,7 @@ fn cuda_snapshots_are_never_torn() {
                 // A copy from memory that was freed would be an error that stays.
                 assert_eq!(program.rig.gpu.fake().map_or(0, |fake| fake.sticky()), 0);
                 let kernels = program.rig.gpu.fake().map(|fake| fake.calls("cuLaunchKernel"));
-                assert!(kernels.is_none_or(|n| if slots == 0 { n == 0 } else { n > 1000 }), "{kernels:?}");
+                assert!(kernels.is_none_or(|n| if slots == 0 { n > 1000 } else { n > 3000 }), "{kernels:?}");
                 program.counts
             })
         });

@@ -5,7 +5,7 @@
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
 use super::owned::{Event, Memory, Module, Registered, Stream};
-use super::{Driver, Handle, Table, code, refused};
+use super::{Address, Driver, Handle, Table, code, refused};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
 use crate::sync::{Mutex, lock};
@@ -105,7 +105,8 @@ impl Context {
         }
     }
 
-    /// Makes the context current in this thread until the guard is dropped.
+    /// Makes the context current in this thread until the guard is dropped; what the thread does until then breaks no capture of
+    /// a graph, its own or another's.
     pub fn enter(&self) -> Result<Entered<'_>> {
         let mut before = 0;
         // SAFETY: writes one handle.
@@ -114,7 +115,9 @@ impl Context {
             // SAFETY: the context is retained for as long as the process lives.
             self.call("cuCtxSetCurrent", |t| unsafe { (t.set_current)(self.handle) })?;
         }
-        Ok(Entered { context: self, before })
+        let mut entered = Entered { context: self, before, mode: None };
+        entered.mode = Some(self.exchange_capture(RELAXED)?);
+        Ok(entered)
     }
 
     /// Makes the context current in this thread for good.
@@ -125,10 +128,15 @@ impl Context {
 
     /// Lets this thread query events while other threads capture graphs.
     pub fn relax_capture(&self) -> Result<()> {
-        const RELAXED: c_uint = 2;
-        let mut mode = RELAXED;
+        self.exchange_capture(RELAXED).map(drop)
+    }
+
+    /// Changes how careful this thread is of captures: how it was before.
+    fn exchange_capture(&self, mode: c_uint) -> Result<c_uint> {
+        let mut mode = mode;
         // SAFETY: reads and writes one number.
-        self.call("cuThreadExchangeStreamCaptureMode", |t| unsafe { (t.exchange_capture)(&mut mode) })
+        self.call("cuThreadExchangeStreamCaptureMode", |t| unsafe { (t.exchange_capture)(&mut mode) })?;
+        Ok(mode)
     }
 
     /// A stream of our own: it does not wait for the legacy default stream, and gives way to all others.
@@ -216,6 +224,21 @@ impl Context {
         })
     }
 
+    /// Queues zeros over all of `memory`, in any stream of this device.
+    pub fn zero(&self, memory: &Memory, stream: Handle) -> Result<()> {
+        // SAFETY: within the allocation, whose owner waits for the stream before it lets go.
+        self.call("cuMemsetD8Async", |t| unsafe { (t.fill)(memory.address(), 0, memory.len(), stream) })
+    }
+
+    /// Queues a copy to the host, in any stream of this device.
+    ///
+    /// # Safety
+    /// As [`Stream::copy_to_host`].
+    pub unsafe fn copy_to_host(&self, from: Address, to: *mut u8, len: usize, stream: Handle) -> Result<()> {
+        // SAFETY: as the caller says.
+        self.call("cuMemcpyDtoHAsync_v2", |t| unsafe { (t.to_host)(to.cast(), from, len, stream) })
+    }
+
     /// Pins `len` bytes at `base` for all contexts, until the guard is dropped.
     ///
     /// # Safety
@@ -229,14 +252,23 @@ impl Context {
     }
 }
 
+/// The mode in which a thread may do what a capture in another would not survive.
+const RELAXED: c_uint = 2;
+
 /// While it lives, its context is current in its thread.
 pub struct Entered<'c> {
     context: &'c Context,
     before: Handle,
+    mode: Option<c_uint>,
 }
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
+        if let Some(mut mode) = self.mode {
+            // SAFETY: reads and writes one number.
+            let back = |t: &Table| unsafe { (t.exchange_capture)(&mut mode) };
+            self.context.give_back("cuThreadExchangeStreamCaptureMode", back);
+        }
         if self.before != self.context.handle {
             // SAFETY: what was current before is made current again.
             self.context.give_back("cuCtxSetCurrent", |t| unsafe { (t.set_current)(self.before) });

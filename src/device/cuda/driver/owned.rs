@@ -39,7 +39,7 @@ impl Stream {
     /// `from` stays readable for the device, and `to` writable and otherwise untouched, until the copy has ended.
     pub unsafe fn copy_to_host(&self, from: Address, to: *mut u8, len: usize) -> Result<()> {
         // SAFETY: as the caller says.
-        self.context.call("cuMemcpyDtoHAsync_v2", |t| unsafe { (t.to_host)(to.cast(), from, len, self.handle) })
+        unsafe { self.context.copy_to_host(from, to, len, self.handle) }
     }
 
     /// Queues a copy to the device. Where the host's memory is not pinned, the call may wait for all that is before it.
@@ -62,8 +62,7 @@ impl Stream {
 
     /// Queues zeros over all of `memory`.
     pub fn zero(&self, memory: &Memory) -> Result<()> {
-        // SAFETY: within the allocation, whose owner waits for the stream before it lets go.
-        self.context.call("cuMemsetD8Async", |t| unsafe { (t.fill)(memory.at, 0, memory.len, self.handle) })
+        self.context.zero(memory, self.handle)
     }
 }
 

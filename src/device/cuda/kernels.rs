@@ -1,0 +1,398 @@
+//! The project's kernels on a device, in memory that is taken at start; tried out there, so that what a driver refuses or gets
+//! wrong is known before anything is saved.
+//!
+//! What is queued in streams of the program is kept in `running` until it has run.
+//!
+//! # Safety argument
+//! The structures are those of the sources in `kernels/`. What a launch points to, tables included, is kept by `running`, by a
+//! save that outlives its launches (`late`), or as long as `self`, who waits for all of it before it goes; where that takes too
+//! long, memory and kernels are leaked.
+#![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
+
+use super::Shared;
+use super::driver::{Address, Memory, Module, Stream};
+use super::gpu::{Gpu, Lent};
+use super::late::{self, Fences};
+use super::table::{Table, Tables};
+use super::trial;
+use crate::device::{self, Digests, Noted, Pieces, Queued};
+use crate::digest::Digest;
+use crate::error::{Error, ErrorKind, Result};
+use crate::state::DeviceStream;
+use crate::sync::{Mutex, lock};
+use std::any::Any;
+use std::ffi::CStr;
+use std::fmt;
+use std::mem::forget;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long kernels are waited for at the end.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const POLL: Duration = Duration::from_micros(50);
+const BLOCK: u32 = 256;
+const GRID: u32 = 512;
+/// What `digest_tables` fills, in bytes.
+const DIGEST_TABLES: usize = (8 * 256 + 256 + 40) * 8;
+
+macro_rules! text {
+    ($name:literal) => {
+        concat!(include_str!(concat!("../../../kernels/", $name, ".ptx")), "\0")
+    };
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Gather {
+    pieces: u64,
+    views: u64,
+    base: u64,
+    first: u32,
+    count: u32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct DigestPieces {
+    pieces: u64,
+    views: u64,
+    tables: u64,
+    out: u64,
+    first: u32,
+    count: u32,
+}
+
+/// See the module. Whoever holds it last drops it when nothing runs any more.
+pub(super) struct Loaded {
+    pub shared: Arc<Shared>,
+    pub gpu: Arc<Gpu>,
+    pub tables: Tables,
+    pub fences: Fences,
+    gather: usize,
+    digest: usize,
+    slots: Vec<Address>,
+    /// How much of `room` is for captured tensors; a chunk that is put together lies behind it.
+    captured: u64,
+    running: Mutex<Vec<Running>>,
+    spare: Spare,
+    /// In which digests come to the host, so that no stream of the program waits for the bus.
+    results: Stream,
+    // In this order: kernels before the memory that they use.
+    _modules: [Module; 3],
+    room: Option<Memory>,
+    _scratch: Option<Memory>,
+    digest_tables: Memory,
+}
+
+/// What was queued in a stream of the program, and must stay until it has run.
+struct Running {
+    after: Arc<Lent>,
+    _table: Arc<Table>,
+    _results: Box<dyn Any + Send + Sync>,
+}
+
+impl Loaded {
+    /// Takes memory of the device, loads the kernels and tries each of them.
+    fn new(shared: &Arc<Shared>, memory: device::Memory) -> Result<Arc<Self>> {
+        let device::Memory { chunk, gather, scratch } = memory;
+        let count = usize::try_from(scratch / chunk as u64).unwrap_or(0);
+        if count == 0 && scratch > 0 {
+            return Err(Error::invalid(format!("the scratch holds no chunk scratch={scratch} chunk={chunk}")));
+        }
+        if gather + scratch == 0 {
+            return Err(Error::invalid("no memory of the device was given to kernels"));
+        }
+        let gpu = shared.gpu(shared.home)?;
+        let load = |text: &'static str| {
+            let text = CStr::from_bytes_with_nul(text.as_bytes());
+            gpu.context.module(text.map_err(|_| Error::internal("a zero in a kernel's text"))?)
+        };
+        let _modules = [load(text!("gather"))?, load(text!("digest"))?, load(text!("late_copy"))?];
+        let room = usize::try_from(gather).unwrap_or(usize::MAX).saturating_add(chunk);
+        let room = (gather > 0).then(|| gpu.context.memory(room)).transpose()?;
+        let _scratch = (count > 0).then(|| gpu.context.memory(count * chunk)).transpose()?;
+        let slots = _scratch.iter().flat_map(|s| (0..count).map(|i| s.address() + (i * chunk) as u64)).collect();
+        let loaded = Arc::new(Self {
+            shared: shared.clone(),
+            tables: Tables::new(gpu.clone())?,
+            fences: Fences::new(&gpu, &_modules[2])?,
+            gather: _modules[0].function(c"gather")?,
+            digest: _modules[1].function(c"digest")?,
+            slots,
+            captured: gather,
+            running: Mutex::default(),
+            spare: Spare::default(),
+            results: gpu.context.stream()?,
+            room,
+            _scratch,
+            digest_tables: gpu.context.memory(DIGEST_TABLES)?,
+            gpu: gpu.clone(),
+            _modules,
+        });
+        let _entered = gpu.context.enter()?;
+        let tried = loaded.try_out();
+        if !loaded.settle() {
+            forget(loaded.clone());
+        }
+        tried.map(|()| loaded)
+    }
+
+    /// What a driver refuses or gets wrong, it does now.
+    fn try_out(&self) -> Result<()> {
+        let (gpu, stream) = (&self.gpu, self.gpu.copies.handle());
+        let tables = self._modules[1].function(c"digest_tables")?;
+        // SAFETY: the structure of this kernel is one address; the tables live as long as `self`.
+        unsafe { gpu.context.launch(tables, stream, 32, BLOCK, &self.digest_tables.address()) }?;
+        self.fences.try_out(gpu)
+    }
+
+    /// Waits until nothing runs any more. False when that takes too long.
+    fn settle(&self) -> bool {
+        let _entered = self.gpu.context.enter();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            self.reap();
+            let idle = self.gpu.copies.is_idle().unwrap_or(false) && lock(&self.running).is_empty();
+            if idle || self.gpu.context.lost() {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                tracing::error!("kernels did not end; their memory is given up");
+                return false;
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Lets go of what has run.
+    fn reap(&self) {
+        let mut running = lock(&self.running);
+        let ended: Vec<_> = running.extract_if(.., |r| r.after.is_reached().unwrap_or(false)).collect();
+        drop(running);
+        drop(ended);
+    }
+
+    /// Queues what `launch` queues, and keeps what it needs until that has run. The context is current.
+    fn keep(
+        &self,
+        stream: usize,
+        table: Arc<Table>,
+        results: impl Any + Send + Sync,
+        launch: impl FnOnce() -> Result<()>,
+    ) -> Result<Arc<Lent>> {
+        self.reap();
+        let after = Arc::new(self.gpu.event()?);
+        let launched = launch();
+        // Some of it may be queued although it failed. A second try, because nobody else can say when that ends.
+        let recorded = after.record(stream).or_else(|_| after.record(stream));
+        let kept = Running { after: after.clone(), _table: table, _results: Box::new(results) };
+        match &recorded {
+            Ok(()) => lock(&self.running).push(kept),
+            Err(_) => forget(kept),
+        }
+        launched.and(recorded).map(|()| after)
+    }
+
+    /// Queues in `stream`: copy the entries `first..first + count` of `table` to where they say, counted from `base`.
+    ///
+    /// # Safety
+    /// The table, and what it points to, stays until the kernel has run.
+    unsafe fn copy(&self, table: &Table, entries: Range<u32>, base: Address, stream: usize) -> Result<()> {
+        let (first, count) = (entries.start, entries.end - entries.start);
+        if count == 0 {
+            return Ok(());
+        }
+        table.arrive(stream)?;
+        let gather = Gather { pieces: table.pieces(), views: table.views(), base, first, count };
+        // SAFETY: as the caller says; the structure is that of the kernel.
+        unsafe { self.gpu.context.launch(self.gather, stream, GRID.min(count), BLOCK, &gather) }
+    }
+
+    /// Room for digests of so many bytes.
+    fn results(&self, bytes: usize) -> Result<Results> {
+        let mut spare = lock(&self.spare);
+        let fitting = spare.iter().position(|(device, _)| device.len() >= bytes);
+        let (fits, small) = match fitting {
+            Some(at) => (Some(spare.swap_remove(at)), None),
+            None => (None, spare.pop()),
+        };
+        drop(spare);
+        drop(small);
+        let make = || Ok((self.gpu.context.memory(bytes)?, self.gpu.context.pinned(bytes)?));
+        Ok(Results { both: Some(fits.map_or_else(make, Ok)?), spare: self.spare.clone() })
+    }
+
+    /// Queues in `stream`: digest all entries of `table`.
+    ///
+    /// # Safety
+    /// The table, what it points to, and `out` stay until that has run.
+    unsafe fn digest(&self, table: &Table, out: &Memory, stream: usize) -> Result<()> {
+        let (context, count) = (&self.gpu.context, table.lengths.len() as u32);
+        table.arrive(stream)?;
+        context.zero(out, stream)?;
+        let (pieces, views, tables) = (table.pieces(), table.views(), self.digest_tables.address());
+        let digest = DigestPieces { pieces, views, tables, out: out.address(), first: 0, count };
+        // SAFETY: as the caller says; the structure is that of the kernel.
+        unsafe { context.launch(self.digest, stream, GRID.min(count.max(1)), BLOCK, &digest) }
+    }
+
+    /// Queues, in the stream of copies: put a chunk of `table` together. Where it lies until the next one is.
+    ///
+    /// # Safety
+    /// The table, and what it points to, stays until the stream of copies has come here.
+    pub unsafe fn gather(&self, table: &Table, chunk: usize) -> Result<Address> {
+        let room = self.room.as_ref().ok_or_else(|| Error::internal("nothing is gathered on this device"))?;
+        let base = room.address() + self.captured;
+        let _entered = self.gpu.context.enter()?;
+        let (Some(&first), Some(&end)) = (table.starts.get(chunk), table.starts.get(chunk + 1)) else {
+            return Err(Error::internal("no such chunk"));
+        };
+        // SAFETY: as the caller says.
+        unsafe { self.copy(table, first..end, base, self.gpu.copies.handle()) }?;
+        Ok(base)
+    }
+}
+
+/// Digests on their way to the host.
+struct Results {
+    both: Option<(Memory, Memory)>,
+    spare: Spare,
+}
+
+type Spare = Arc<Mutex<Vec<(Memory, Memory)>>>;
+
+impl Results {
+    fn device(&self) -> Result<&Memory> {
+        self.both.as_ref().map(|(device, _)| device).ok_or_else(|| Error::internal("no room for digests"))
+    }
+
+    fn pinned(&self) -> Result<&Memory> {
+        self.both.as_ref().map(|(_, pinned)| pinned).ok_or_else(|| Error::internal("no room for digests"))
+    }
+}
+
+impl Drop for Results {
+    fn drop(&mut self) {
+        // Freeing memory may stop the device: the next save will want it.
+        lock(&self.spare).extend(self.both.take());
+    }
+}
+
+/// What was queued before an event.
+struct Behind(Arc<Lent>);
+
+impl Queued for Behind {
+    fn over(&self) -> bool {
+        let context = &self.0.gpu.context;
+        let reached = || context.enter().is_ok_and(|_entered| self.0.is_reached().unwrap_or(false));
+        reached() || context.lost()
+    }
+}
+
+/// Digests that were asked for.
+struct Asked {
+    loaded: Arc<Loaded>,
+    table: Arc<Table>,
+    results: Arc<Results>,
+    after: Arc<Lent>,
+}
+
+impl Digests for Asked {
+    fn take(&self) -> Result<Vec<Digest>> {
+        let _entered = self.loaded.gpu.context.enter()?;
+        let deadline = Instant::now() + PATIENCE;
+        while !self.after.is_reached()? {
+            if Instant::now() >= deadline {
+                return Err(Error::new(ErrorKind::Device, "a device did not digest tensors in time"));
+            }
+            std::thread::sleep(POLL);
+        }
+        let lengths = &self.table.lengths;
+        // SAFETY: as many numbers as there are entries, written before the event was reached, and by nobody after that.
+        let found =
+            unsafe { std::slice::from_raw_parts(self.results.pinned()?.pointer().cast::<u64>(), lengths.len()) };
+        let each = found.iter().zip(lengths).map(|(&bits, &len)| (Digest::from_bits(bits), u64::from(len)));
+        let each: Vec<_> = each.collect();
+        let chunks = self.table.starts.windows(2);
+        Ok(chunks.map(|w| Digest::concat(each[w[0] as usize..w[1] as usize].iter().copied())).collect())
+    }
+}
+
+/// What an executor holds. When it goes, nothing is queued any more, and what still runs is waited for.
+pub(super) struct Kernels(pub Arc<Loaded>);
+
+impl Kernels {
+    pub fn new(shared: &Arc<Shared>, memory: device::Memory) -> Result<Self> {
+        let kernels = Self(Loaded::new(shared, memory)?);
+        let _entered = kernels.0.gpu.context.enter()?;
+        trial::run(&kernels)?;
+        drop(_entered);
+        Ok(kernels)
+    }
+}
+
+impl fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Kernels(cuda:{}, {} slots)", self.0.gpu.context.ordinal, self.0.slots.len())
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        if self.0.gpu.context.alive().is_ok() && !self.0.settle() {
+            forget(self.0.clone());
+        }
+    }
+}
+
+impl device::Kernels for Kernels {
+    fn ordinal(&self) -> u32 {
+        self.0.gpu.context.ordinal
+    }
+
+    fn room(&self) -> Range<u64> {
+        let start = self.0.room.as_ref().map_or(0, Memory::address);
+        start..start + self.0.captured
+    }
+
+    fn slots(&self) -> &[u64] {
+        &self.0.slots
+    }
+
+    fn capture(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Box<dyn Queued>> {
+        let loaded = &self.0;
+        loaded.shared.refuse_captures(&[stream])?;
+        let _entered = loaded.gpu.context.enter()?;
+        let table = loaded.tables.of(pieces)?;
+        let all = 0..table.lengths.len() as u32;
+        // SAFETY: `keep` keeps the table; the room lives as long as the kernels, and the tensors are kept by the save.
+        let launch = || unsafe { loaded.copy(&table, all, 0, stream.handle) };
+        Ok(Box::new(Behind(loaded.keep(stream.handle, table.clone(), (), launch)?)))
+    }
+
+    fn digest(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Box<dyn Digests>> {
+        let loaded = &self.0;
+        loaded.shared.refuse_captures(&[stream])?;
+        let _entered = loaded.gpu.context.enter()?;
+        let table = loaded.tables.of(pieces)?;
+        let bytes = (table.lengths.len() * size_of::<u64>()).max(8);
+        let results = Arc::new(loaded.results(bytes)?);
+        // SAFETY: `keep` keeps table and results; the tensors are kept by the save.
+        let launch = || unsafe { loaded.digest(&table, results.device()?, stream.handle) };
+        let behind = loaded.keep(stream.handle, table.clone(), results.clone(), launch)?;
+        loaded.results.wait(&behind)?;
+        let (from, to) = (results.device()?.address(), results.pinned()?.pointer());
+        let after = loaded.keep(loaded.results.handle(), table.clone(), results.clone(), || {
+            // SAFETY: as much as the kernel wrote; `keep` keeps both ends.
+            unsafe { loaded.results.copy_to_host(from, to, table.lengths.len() * size_of::<u64>()) }
+        })?;
+        Ok(Box::new(Asked { loaded: loaded.clone(), table, results, after }))
+    }
+
+    fn note(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn Noted>>> {
+        let _entered = self.0.gpu.context.enter()?;
+        let table = self.0.tables.of(pieces)?;
+        Ok(late::note(&self.0, number, base, table).map(|save| Box::new(save) as Box<dyn Noted>))
+    }
+}

@@ -1,0 +1,251 @@
+//! Lists of pieces as kernels read them: in the device's memory, brought there when a list is new.
+//!
+//! Programs save the same tensors again and again, so the last few lists are kept, and compared before anything is made anew.
+//!
+//! # Safety argument
+//! A table is written by the host before its copy to the device is queued, in pinned memory that nobody else knows, and by that
+//! copy before any kernel reads it, because whoever launches one waits for the copy in its stream. Both memories stay as long as
+//! the table, and whoever launches a kernel keeps the table until it has run. Memory is used again for another list only
+//! when the copy to it has ended.
+#![expect(unsafe_code, reason = "writes tables in pinned memory; argument above")]
+
+use super::driver::{Address, Memory, Stream};
+use super::gpu::{Gpu, Lent};
+use crate::device::{Piece, Pieces, View};
+use crate::error::{Error, Result};
+use crate::sync::{Mutex, lock};
+use std::mem::forget;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// One block of a kernel works on a piece, so longer ones are cut.
+const PIECE: u64 = 64 << 10;
+/// How long a copy of a list is waited for when nothing else can be done.
+const PATIENCE: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_micros(50);
+/// Lists that are kept.
+const KEPT: usize = 6;
+/// Dimensions that a kernel knows.
+const DIMS: usize = 8;
+
+/// `struct Piece` in `kernel.h`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Entry {
+    from: u64,
+    to: u64,
+    skip: u64,
+    bytes: u32,
+    view: u32,
+    chunk: u32,
+    unused: u32,
+}
+
+/// `struct View` there.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Strides {
+    shape: [u64; DIMS],
+    stride: [i64; DIMS],
+    dims: u32,
+    item: u32,
+}
+
+/// One list on the device.
+pub(super) struct Table {
+    pieces: Pieces,
+    /// Where the entries of each chunk begin, and the end of the last.
+    pub starts: Vec<u32>,
+    /// The bytes of each entry.
+    pub lengths: Vec<u32>,
+    both: Option<Both>,
+    pool: Arc<Pool>,
+    views: u64,
+    begins: u64,
+    /// Behind the copy to the device; as long as `both`.
+    ready: Option<Lent>,
+}
+
+/// The same bytes on the host, from where they are copied, and on the device.
+struct Both {
+    pinned: Memory,
+    device: Memory,
+}
+
+/// Memory of tables that are gone, and behind what it is free.
+#[derive(Default)]
+struct Pool(Mutex<Vec<(Both, Lent)>>);
+
+/// The lists of one device.
+pub(super) struct Tables {
+    gpu: Arc<Gpu>,
+    /// Of its own, so that no kernel waits behind copies of tensors for its list.
+    stream: Stream,
+    kept: Mutex<Vec<Arc<Table>>>,
+    pool: Arc<Pool>,
+}
+
+impl Tables {
+    pub fn new(gpu: Arc<Gpu>) -> Result<Self> {
+        let stream = gpu.context.stream()?;
+        Ok(Self { gpu, stream, kept: Mutex::default(), pool: Arc::default() })
+    }
+
+    /// The table of this list. The context is current.
+    pub fn of(&self, pieces: &Pieces) -> Result<Arc<Table>> {
+        let mut kept = lock(&self.kept);
+        if let Some(at) = kept.iter().rposition(|table| table.pieces == *pieces) {
+            let table = kept.remove(at);
+            kept.push(table.clone());
+            return Ok(table);
+        }
+        let table = Arc::new(self.make(pieces)?);
+        if kept.len() == KEPT {
+            kept.remove(0);
+        }
+        kept.push(table.clone());
+        Ok(table)
+    }
+
+    fn make(&self, pieces: &Pieces) -> Result<Table> {
+        let mut part = PIECE;
+        let count = |part: u64| pieces.list.iter().map(|piece| piece.bytes.div_ceil(part)).sum::<u64>();
+        // Of very large states, so that the list stays small beside them.
+        while count(part) > 1 << 20 && part < 1 << 30 {
+            part *= 2;
+        }
+        let too_long = || Error::invalid("a save has too many pieces for the kernels of its device");
+        let count = usize::try_from(count(part)).ok().filter(|&n| u32::try_from(n).is_ok()).ok_or_else(too_long)?;
+        let views = count * size_of::<Entry>();
+        let begins = views + pieces.views.len() * size_of::<Strides>();
+        let ready = self.gpu.event()?;
+        let both = self.room(begins + (pieces.chunks + 1) * size_of::<u32>())?;
+        let (starts, lengths) = fill(&both.pinned, pieces, part, views, begins)?;
+        let bytes = begins + starts.len() * size_of::<u32>();
+        // SAFETY: the copy is waited for before either memory is used for something else, or given back.
+        let queued = unsafe { self.stream.copy_to_device(both.pinned.pointer(), both.device.address(), bytes) };
+        if let Err(error) = queued.and_then(|()| ready.record(self.stream.handle())) {
+            // Nobody can be asked when a copy that may have been queued has ended, but the stream.
+            if !self.settle() {
+                forget(both);
+            }
+            return Err(error);
+        }
+        let (pool, pieces, (views, begins)) = (self.pool.clone(), pieces.clone(), (views as u64, begins as u64));
+        Ok(Table { pieces, starts, lengths, both: Some(both), pool, views, begins, ready: Some(ready) })
+    }
+
+    /// Waits until no copy of a list is under way. False when that takes too long.
+    pub fn settle(&self) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.gpu.context.lost() && !self.stream.is_idle().unwrap_or(false) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(POLL);
+        }
+        true
+    }
+
+    /// Room for at least `len` bytes.
+    fn room(&self, len: usize) -> Result<Both> {
+        let mut pool = lock(&self.pool.0);
+        let free = |ready: &Lent| ready.is_reached().unwrap_or(false);
+        if let Some(at) = pool.iter().position(|(both, ready)| both.device.len() >= len && free(ready)) {
+            return Ok(pool.swap_remove(at).0);
+        }
+        // What is too small is no use any more: states keep their structure.
+        let small = pool.iter().position(|(_, ready)| free(ready)).map(|at| pool.swap_remove(at));
+        drop(pool);
+        drop(small);
+        let len = len.next_power_of_two().max(4096);
+        Ok(Both { pinned: self.gpu.context.pinned(len)?, device: self.gpu.context.memory(len)? })
+    }
+}
+
+/// Writes a list as kernels read it: where each chunk's entries begin, and the length of every entry.
+fn fill(to: &Memory, pieces: &Pieces, part: u64, views: usize, begins: usize) -> Result<(Vec<u32>, Vec<u32>)> {
+    let entries: *mut Entry = to.pointer().cast();
+    let (mut starts, mut lengths) = (Vec::with_capacity(pieces.chunks + 1), Vec::new());
+    for piece in &pieces.list {
+        starts.resize(starts.len().max(piece.chunk + 1), lengths.len() as u32);
+        let Piece { from, skip, to, view, chunk, .. } = *piece;
+        for done in (0..piece.bytes).step_by(part as usize) {
+            let bytes = part.min(piece.bytes - done) as u32;
+            let flat = if view.is_none() { done } else { 0 };
+            let entry = Entry {
+                from: from + flat,
+                to: to + done,
+                skip: skip + done - flat,
+                bytes,
+                view: view.map_or(0, |view| view + 1),
+                chunk: chunk as u32,
+                unused: 0,
+            };
+            // SAFETY: as many entries as were counted, at the begin of the memory.
+            unsafe { entries.add(lengths.len()).write(entry) };
+            lengths.push(bytes);
+        }
+    }
+    starts.resize(pieces.chunks + 1, lengths.len() as u32);
+    for (i, View { item, dims }) in pieces.views.iter().enumerate() {
+        let mut strides = Strides { shape: [1; DIMS], stride: [0; DIMS], dims: dims.len() as u32, item: *item };
+        if dims.len() > DIMS || *item == 0 || !part.is_multiple_of(u64::from(*item)) {
+            return Err(Error::invalid(format!("no kernel knows such a tensor dims={} item={item}", dims.len())));
+        }
+        for (d, &(size, stride)) in dims.iter().enumerate() {
+            (strides.shape[d], strides.stride[d]) = (size, stride);
+        }
+        // SAFETY: behind the entries, aligned, room for as many as there are.
+        unsafe { to.pointer().add(views).cast::<Strides>().add(i).write(strides) };
+    }
+    // SAFETY: behind the views, aligned to four bytes, room for one more than there are chunks.
+    unsafe { to.pointer().add(begins).cast::<u32>().copy_from_nonoverlapping(starts.as_ptr(), starts.len()) };
+    Ok((starts, lengths))
+}
+
+impl Table {
+    /// Makes `stream` wait until the list is on the device.
+    pub fn arrive(&self, stream: usize) -> Result<()> {
+        match &self.ready {
+            Some(ready) if !ready.is_reached()? => ready.make_wait(stream),
+            _ => Ok(()),
+        }
+    }
+
+    fn at(&self, offset: u64) -> Address {
+        self.both.as_ref().map_or(0, |both| both.device.address() + offset)
+    }
+
+    pub fn pieces(&self) -> Address {
+        self.at(0)
+    }
+
+    pub fn views(&self) -> Address {
+        self.at(self.views)
+    }
+
+    pub fn begins(&self) -> Address {
+        self.at(self.begins)
+    }
+
+    pub fn chunks(&self) -> usize {
+        self.pieces.chunks
+    }
+}
+
+impl Drop for Tables {
+    fn drop(&mut self) {
+        let _entered = self.gpu.context.enter();
+        if !self.settle() {
+            tracing::error!("a copy to the device did not end; its memory is given up");
+            forget((std::mem::take(&mut *lock(&self.kept)), std::mem::take(&mut *lock(&self.pool.0))));
+        }
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        lock(&self.pool.0).extend(self.both.take().zip(self.ready.take()));
+    }
+}

@@ -1,0 +1,82 @@
+//! Kernels tried out at start, against the processor: a device that gets a byte wrong gathers and digests nothing.
+//!
+//! # Safety argument
+//! Buffers are locals that outlive what is queued: the stream is waited for before they go, and where that takes too long they
+//! are leaked. The host reads what came back only after that.
+#![expect(unsafe_code, reason = "kernels over local buffers; argument above")]
+
+use super::kernels::{Kernels, PATIENCE, POLL};
+use crate::device::{Kernels as _, Piece, Pieces, View};
+use crate::digest::Digest;
+use crate::error::{Error, ErrorKind, Result};
+use crate::state::DeviceStream;
+use smallvec::smallvec;
+use std::mem::forget;
+use std::time::Instant;
+
+/// Bytes of a buffer: room for tensors at every alignment to every alignment.
+const BYTES: usize = 48 << 10;
+
+/// Gathers and digests something in the stream of copies. The context is current.
+pub(super) fn run(kernels: &Kernels) -> Result<()> {
+    let gpu = &kernels.0.gpu;
+    let (host, from, to) = (gpu.context.pinned(2 * BYTES)?, gpu.context.memory(BYTES)?, gpu.context.memory(BYTES)?);
+    // SAFETY: just allocated, and known to nobody.
+    let sent = unsafe { std::slice::from_raw_parts_mut(host.pointer(), BYTES) };
+    sent.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]);
+    let (pieces, expected) = list(sent, from.address(), to.address());
+    let (sent, back) = (sent.as_ptr(), host.pointer().wrapping_add(BYTES));
+    let stream = DeviceStream::new(gpu.context.ordinal, gpu.copies.handle());
+    let queue = || {
+        // SAFETY: within the buffers, which are kept until the stream has come here.
+        unsafe { gpu.copies.copy_to_device(sent, from.address(), BYTES) }?;
+        kernels.capture(stream, &pieces)?;
+        // SAFETY: as above.
+        unsafe { gpu.copies.copy_to_host(to.address(), back, BYTES) }?;
+        kernels.digest(stream, &pieces)
+    };
+    let queued = queue();
+    let deadline = Instant::now() + PATIENCE;
+    while !gpu.context.lost() && !gpu.copies.is_idle().unwrap_or(false) {
+        if Instant::now() >= deadline {
+            forget((host, from, to));
+            return Err(Error::new(ErrorKind::Device, "kernels that were tried out did not end"));
+        }
+        std::thread::sleep(POLL);
+    }
+    let digests = queued?.take()?;
+    // SAFETY: inside the buffer, which nobody writes any more.
+    let back = unsafe { std::slice::from_raw_parts(back, BYTES) };
+    let right = pieces.list.iter().zip(&expected).zip(&digests).all(|((piece, expected), digest)| {
+        let at = (piece.to - to.address()) as usize;
+        back.get(at..at + expected.len()) == Some(expected) && *digest == Digest::of(expected)
+    });
+    if right && digests.len() == expected.len() {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Device, "the kernels of this device gather or digest wrong bytes"))
+}
+
+/// Pieces to every alignment, and from nearly every other; a strided tensor; and the bytes that each must be.
+fn list(sent: &[u8], from: u64, to: u64) -> (Pieces, Vec<Vec<u8>>) {
+    let mut pieces = Pieces::default();
+    let (mut expected, mut end) = (Vec::new(), 0);
+    let mut add = |pieces: &mut Pieces, at: u64, shift: u64, view, bytes: Vec<u8>| {
+        end = u64::next_multiple_of(end, 16) + shift;
+        let chunk = pieces.chunks;
+        let piece = Piece { from: from + at, skip: 0, to: to + end, bytes: bytes.len() as u64, view, chunk };
+        pieces.list.push(piece);
+        pieces.chunks += 1;
+        end += bytes.len() as u64;
+        expected.push(bytes);
+    };
+    for shift in 0..32 {
+        let (at, len) = ((shift * 1285) as usize, 33 + shift as usize * 5);
+        add(&mut pieces, at as u64, shift / 2, None, sent[at..at + len].to_vec());
+    }
+    // The transpose of 10 rows of 24 elements of two bytes.
+    pieces.views.push(View { item: 2, dims: smallvec![(24, 2), (10, 48)] });
+    let element = |i: usize| &sent[(i % 10) * 48 + (i / 10) * 2..][..2];
+    add(&mut pieces, 0, 6, Some(0), (0..24 * 10).flat_map(element).copied().collect());
+    (pieces, expected)
+}

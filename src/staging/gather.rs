@@ -1,0 +1,350 @@
+//! What a device does when a save is asked for, in the order of the streams that wrote the tensors: it captures small tensors, so
+//! that they may change before the fence, and for the first saves digests the others, so that a forgotten fence is found out.
+//!
+//! A captured tensor is from then on read where it was put, in the *room*; everybody else sees a tensor of the device as any other.
+//!
+//! # Safety argument
+//! A source over the room keeps the tensor that the device may still have to read. The region that it reads is kept by its save
+//! until no copy from it is queued and no kernel of a fence will read it; regions that are kept do not overlap, and the program
+//! knows no address in the room.
+#![expect(unsafe_code, reason = "sources over the room; argument above")]
+
+use crate::device::{Digests, Kernels, Piece, Pieces, Queued, View};
+use crate::digest::Digest;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mutant::{self, Mutant};
+use crate::state::{Capture, Layout, Place, Source, StateDict, Tensor};
+use crate::sync::{Mutex, lock};
+use smallvec::SmallVec;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// Tensors of at most this many bytes are captured at `save` while there is room.
+const SMALL: u64 = 128 << 10;
+/// Where tensors begin in the room.
+const ALIGN: u64 = 16;
+/// Dimensions that a kernel knows.
+const DIMS: usize = 8;
+
+/// Tensors, and the digests of them that a device was asked for.
+type Asked = Vec<(Vec<usize>, Box<dyn Digests>)>;
+
+/// What a device did at `save`.
+#[derive(Default)]
+pub(crate) struct OnDevice {
+    /// Some tensor is left to the fence.
+    pub left: bool,
+    /// Small tensors left to the fence because there was no room.
+    pub over_budget: usize,
+    expected: Asked,
+    /// Where captured tensors are. Kept until nothing reads them any more, which may be later than their sources are dropped.
+    pub region: Option<Region>,
+}
+
+impl OnDevice {
+    /// The digests at `save` of tensors that are left to the fence, by their index in the state dict, once it is staged. A device
+    /// that is lost by then has told none.
+    pub fn expected(&self) -> Vec<(usize, Digest)> {
+        let mut all = Vec::new();
+        for (tensors, digests) in &self.expected {
+            match digests.take() {
+                Ok(digests) => all.extend(tensors.iter().copied().zip(digests)),
+                Err(error) => {
+                    tracing::warn!(%error, "a device did not digest tensors; a forgotten fence goes unnoticed")
+                }
+            }
+        }
+        all
+    }
+}
+
+/// Refuses what only kernels could do, where there are none.
+///
+/// # Errors
+/// `Invalid`, naming the tensor and `why`.
+pub(crate) fn without_kernels(state: &StateDict<'_>, why: &str) -> Result<OnDevice> {
+    let on_device = |tensor: &Tensor<'_>| tensor.place.stream().is_some();
+    for (name, tensor) in state.tensors.iter().filter(|(_, tensor)| on_device(tensor)) {
+        if tensor.capture == Some(Capture::AtSave) {
+            return Err(Error::invalid(format!("cannot be captured at save tensor={name:?} reason={why:?}")));
+        }
+        if tensor.source.strides().is_some() {
+            return Err(Error::invalid(format!(
+                "cannot be gathered, make it contiguous tensor={name:?} reason={why:?}"
+            )));
+        }
+    }
+    Ok(OnDevice { left: !state.streams.is_empty(), ..OnDevice::default() })
+}
+
+/// Has the device capture what is to be captured of `state`, and with `detect` digest the rest.
+///
+/// # Errors
+/// `Invalid`, naming the tensor, when a capture that was asked for is not possible; `Device`.
+pub(crate) fn at_save(
+    kernels: &dyn Kernels,
+    room: &Arc<Room>,
+    state: &mut StateDict<'_>,
+    detect: bool,
+) -> Result<OnDevice> {
+    let mut done = OnDevice::default();
+    let span = room.span();
+    let captured = choose(kernels.ordinal(), span, state, &mut done)?;
+    if let Some(end) = captured.iter().map(|(_, end)| *end).max() {
+        let region = Region::take(room, span.0, end);
+        for stream in &state.streams {
+            let mut pieces = Pieces { chunks: 1, ..Pieces::default() };
+            for (index, end) in &captured {
+                let (name, tensor) = state.tensors.get_index(*index).expect("chosen from this dict");
+                if tensor.place.stream() == Some(*stream) {
+                    let to = room.start + end - tensor.place.bytes();
+                    pieces.add(name, tensor, Part { at: 0, bytes: tensor.place.bytes(), to, chunk: 0 })?;
+                }
+            }
+            if !pieces.list.is_empty() {
+                region.wait_for(kernels.capture(*stream, &pieces)?);
+            }
+        }
+        for (index, end) in captured {
+            let tensor = &mut state.tensors[index];
+            let original = std::mem::replace(&mut tensor.source, Box::new(Vec::<u8>::new()));
+            let address = room.start + end - tensor.place.bytes();
+            let (layout, place) = (tensor.layout.clone(), tensor.place);
+            tensor.source = Box::new(InRoom { layout, place, address, _original: original });
+            tensor.capture = Some(Capture::AtSave);
+        }
+        done.region = Some(region);
+    }
+    if detect {
+        match digests(kernels, state) {
+            Ok(expected) => done.expected = expected,
+            Err(error) if error.kind() == ErrorKind::Device => {
+                tracing::warn!(%error, "tensors of a device are not digested; a forgotten fence would not be noticed");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+/// Which tensors are captured, and where the place of each in the room ends; those that were asked for come first.
+fn choose(ordinal: u32, span: (u64, u64), state: &StateDict<'_>, done: &mut OnDevice) -> Result<Vec<(usize, u64)>> {
+    let (mut end, last) = (span.0, span.0 + span.1);
+    let (mut chosen, mut left) = (Vec::new(), 0);
+    for asked in [true, false] {
+        for (index, (name, tensor)) in state.tensors.iter().enumerate() {
+            let Place::Device { bytes, stream } = tensor.place else { continue };
+            if asked != (tensor.capture == Some(Capture::AtSave)) || bytes == 0 {
+                continue;
+            }
+            let home = stream.ordinal == ordinal;
+            let after = Some(end.next_multiple_of(ALIGN)).and_then(|at| at.checked_add(bytes)).filter(|&at| at <= last);
+            match after.filter(|_| home) {
+                Some(after) if asked || (bytes <= SMALL && tensor.capture.is_none()) => {
+                    chosen.push((index, after));
+                    end = after;
+                }
+                None if asked && home => {
+                    let room = last - end;
+                    let wrong = format!("cannot be captured at save: no room on the device bytes={bytes} room={room}");
+                    return Err(Error::invalid(format!("{wrong} setting=gather tensor={name:?}")));
+                }
+                None if asked => {
+                    let device = stream.ordinal;
+                    let wrong = "cannot be captured at save on another device than that of the executor";
+                    return Err(Error::invalid(format!("{wrong} device=cuda:{device} tensor={name:?}")));
+                }
+                fits => {
+                    left += 1;
+                    let small = bytes <= SMALL && tensor.capture.is_none();
+                    done.over_budget += usize::from(home && small && fits.is_none());
+                }
+            }
+        }
+    }
+    done.left = left > 0;
+    Ok(chosen)
+}
+
+/// Asks for digests of all tensors that are left to the fence, in the order of their streams.
+fn digests(kernels: &dyn Kernels, state: &StateDict<'_>) -> Result<Asked> {
+    let mut asked = Vec::new();
+    for stream in state.streams.iter().filter(|stream| stream.ordinal == kernels.ordinal()) {
+        let (mut pieces, mut tensors) = (Pieces::default(), Vec::new());
+        for (index, (name, tensor)) in state.tensors.iter().enumerate() {
+            let captured = tensor.capture == Some(Capture::AtSave);
+            if tensor.place.stream() == Some(*stream) && !captured && tensor.place.bytes() > 0 {
+                let (bytes, chunk) = (tensor.place.bytes(), tensors.len());
+                pieces.add(name, tensor, Part { at: 0, bytes, to: 0, chunk })?;
+                tensors.push(index);
+            }
+        }
+        pieces.chunks = tensors.len();
+        if !tensors.is_empty() {
+            asked.push((tensors, kernels.digest(*stream, &pieces)?));
+        }
+    }
+    Ok(asked)
+}
+
+/// Part of a tensor: where it begins and how long it is, and where it goes.
+pub(super) struct Part {
+    pub at: u64,
+    pub bytes: u64,
+    pub to: u64,
+    pub chunk: usize,
+}
+
+impl Pieces {
+    /// Adds part of a tensor of a device.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the tensor, when no kernel knows how it lies.
+    pub(super) fn add(&mut self, name: &str, tensor: &Tensor<'_>, part: Part) -> Result<()> {
+        let Part { at, bytes, to, chunk } = part;
+        let view = match tensor.source.strides() {
+            None => None,
+            Some(strides) => {
+                let wrong = |why: &str| Error::invalid(format!("{why}, make it contiguous tensor={name:?}"));
+                let view = view(&tensor.layout, strides).ok_or_else(|| wrong("too many dimensions that lie apart"))?;
+                if !at.is_multiple_of(u64::from(view.item)) {
+                    return Err(wrong("elements would be cut"));
+                }
+                if self.views.last() != Some(&view) {
+                    self.views.push(view);
+                }
+                Some(self.views.len() as u32 - 1)
+            }
+        };
+        tensor.source.read(&mut |from| {
+            let from = from.addr() as u64;
+            let (from, skip) = if view.is_some() { (from, at) } else { (from + at, 0) };
+            self.list.push(Piece { from, skip, to, bytes, view, chunk });
+        });
+        Ok(())
+    }
+}
+
+/// How a strided tensor lies, in as few dimensions as it takes.
+fn view(layout: &Layout, strides: &[i64]) -> Option<View> {
+    let mut dims: SmallVec<[(u64, i64); 4]> = SmallVec::new();
+    for (&size, &stride) in layout.shape.iter().zip(strides).filter(|(size, _)| **size != 1) {
+        let size = size as u64;
+        match dims.last_mut() {
+            // Rows that follow each other as their elements do are longer rows.
+            Some((outer, step)) if i64::try_from(size).is_ok_and(|n| stride.checked_mul(n) == Some(*step)) => {
+                (*outer, *step) = (*outer * size, stride);
+            }
+            _ => dims.push((size, stride)),
+        }
+    }
+    let item = layout.item()? as u32;
+    (dims.len() <= DIMS && item > 0).then_some(View { item, dims })
+}
+
+/// Memory of the device for captured tensors: regions of saves, in the order in which they were asked for.
+pub(crate) struct Room {
+    start: u64,
+    len: u64,
+    regions: Mutex<VecDeque<Taken>>,
+}
+
+/// A region, from `begin` to `end` of its room.
+struct Taken {
+    begin: u64,
+    end: u64,
+    /// Nobody will read it any more.
+    over: bool,
+    /// What writes it.
+    writing: Vec<Box<dyn Queued>>,
+}
+
+impl std::fmt::Debug for Room {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Room({} bytes)", self.len)
+    }
+}
+
+impl Room {
+    pub fn new(room: std::ops::Range<u64>) -> Arc<Self> {
+        Arc::new(Self { start: room.start, len: room.end - room.start, regions: Mutex::default() })
+    }
+
+    /// The longest part that is free: its begin and length. The whole room when no save needs any: the same addresses again and
+    /// again keep the lists of the device the same.
+    fn span(&self) -> (u64, u64) {
+        let mut regions = lock(&self.regions);
+        while regions.front_mut().is_some_and(Taken::free) {
+            regions.pop_front();
+        }
+        let (Some(first), Some(last)) = (regions.front(), regions.back()) else { return (0, self.len) };
+        if last.begin < first.begin {
+            return (last.end, first.begin - last.end);
+        }
+        let (before, behind) = ((0, first.begin), (last.end, self.len - last.end));
+        if before.1 > behind.1 { before } else { behind }
+    }
+}
+
+impl Taken {
+    /// Nobody reads it, and what was to be written there is: a save may fail before its tensors are captured.
+    fn free(&mut self) -> bool {
+        self.writing.retain(|queued| !queued.over());
+        self.over && self.writing.is_empty()
+    }
+}
+
+/// Part of the room, until it is dropped.
+pub(crate) struct Region {
+    room: Arc<Room>,
+    begin: u64,
+}
+
+impl Region {
+    /// From the begin of a part that is free up to `end`. Regions are taken by one save at a time.
+    fn take(room: &Arc<Room>, begin: u64, end: u64) -> Self {
+        let over = mutant::on(Mutant::RoomEarly);
+        lock(&room.regions).push_back(Taken { begin, end, over, writing: Vec::new() });
+        Self { room: room.clone(), begin }
+    }
+
+    /// Stays until this has run.
+    fn wait_for(&self, queued: Box<dyn Queued>) {
+        self.change(|taken| taken.writing.push(queued));
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Taken)) {
+        let mut regions = lock(&self.room.regions);
+        regions.iter_mut().find(|taken| taken.begin == self.begin).map(change);
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        self.change(|taken| taken.over = true);
+    }
+}
+
+/// A captured tensor.
+struct InRoom<'a> {
+    layout: Layout,
+    place: Place,
+    address: u64,
+    /// The device may not have read it yet.
+    _original: Box<dyn Source + 'a>,
+}
+
+// SAFETY: see the safety argument.
+unsafe impl Source for InRoom<'_> {
+    fn layout(&self) -> Layout {
+        self.layout.clone()
+    }
+
+    fn place(&self) -> Place {
+        self.place
+    }
+
+    fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+        copy(std::ptr::without_provenance(self.address as usize));
+    }
+}

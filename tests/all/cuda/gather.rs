@@ -1,0 +1,256 @@
+//! What the device does at `save`: small tensors are captured, strided ones packed, and the rest digested.
+
+use super::program::{Gpu, at_fence, rig, rig_on};
+use crate::rig::{LONG, eventually, pattern};
+use ashore::{Capture, Detect, Dtype, ErrorKind, Overlap, StateDict};
+use std::sync::Arc;
+
+/// The setting of the simulated device by which copies to the host do not begin.
+const COPIES: u64 = 1;
+
+#[test]
+fn cuda_tensors_captured_at_save_may_be_written_at_once() {
+    let rig = rig(|b| b);
+    rig.gpu.set("lag_us", 200);
+    let streams = [rig.gpu.stream(), rig.gpu.stream()];
+    let sizes = [1, 2, 15, 16, 17, 1000, 4095, 4097, 20_000];
+    for step in 1..=8_u64 {
+        let bytes = |i: usize| pattern(step + i as u64, sizes[i]);
+        let tensors: Vec<_> = (0..sizes.len()).map(|i| rig.gpu.tensor(&bytes(i))).collect();
+        let mut state = StateDict::new();
+        for (i, tensor) in tensors.iter().enumerate() {
+            let capture = [Capture::AtSave, Capture::AtFence][usize::from(step % 2 == 0 && i == 8)];
+            state.tensor_captured(i.to_string(), tensor.source(streams[i % 2]), capture).unwrap();
+        }
+        let save = rig.executor.save(step, state).unwrap();
+        tensors[..8].iter().enumerate().for_each(|(i, t)| streams[i % 2].fill(t, 0xEE));
+        rig.executor.fence_on(&[streams[0].0]).unwrap();
+        streams[0].fill(&tensors[8], 0xEE);
+        save.wait(LONG).unwrap();
+        let checkpoint = rig.checkpoint(step).unwrap();
+        for i in 0..sizes.len() {
+            assert_eq!(checkpoint.read(&i.to_string()).unwrap(), bytes(i), "step {step} tensor {i}");
+        }
+        streams.iter().for_each(|stream| stream.wait());
+        eventually("sources are dropped", || tensors.iter().all(|t| Arc::strong_count(&t.0) == 1));
+    }
+}
+
+#[test]
+fn cuda_small_tensors_are_captured_while_there_is_room_and_then_left_to_the_fence() {
+    let rig = rig(|b| b.gather(10_000));
+    let stream = rig.gpu.stream();
+    let tensors: Vec<_> = (0..4).map(|i| rig.gpu.tensor(&pattern(i, 4000))).collect();
+    let state = || {
+        let mut state = StateDict::new();
+        tensors.iter().enumerate().for_each(|(i, t)| _ = state.tensor(i.to_string(), t.source(stream)).unwrap());
+        state
+    };
+    let save = rig.executor.save(1, state()).unwrap();
+    rig.executor.fence().unwrap();
+    let ashore::Outcome::Durable(committed) = save.wait(LONG).unwrap() else { panic!("not durable") };
+    assert_eq!(committed.over_budget, 2);
+    let mut asked = state();
+    asked.tensor_captured("asked", tensors[3].source(stream), Capture::AtSave).unwrap();
+    let ashore::Outcome::Durable(committed) = rig.executor.save(2, asked).unwrap().wait(LONG).unwrap() else {
+        panic!("not durable")
+    };
+    assert_eq!(committed.over_budget, 3, "what was asked for comes first");
+    let large = rig.gpu.tensor(&pattern(9, 10_001));
+    let mut state = StateDict::new();
+    state.tensor_captured("large", large.source(stream), Capture::AtSave).unwrap();
+    let error = rig.executor.save(3, state).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    let named = ["tensor=\"large\"", "setting=gather", "bytes=10001", "room=10000"];
+    assert!(named.iter().all(|name| error.to_string().contains(name)), "{error}");
+    assert_eq!(Arc::strong_count(&large.0), 1);
+}
+
+#[test]
+fn cuda_captured_tensors_need_no_fence_before_the_next_save() {
+    let rig = rig(|b| b.overlap(Overlap::Queue(3)));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&[0; 9000]));
+    fake.set("hold", COPIES);
+    let mut saves = Vec::new();
+    for step in 1..=4 {
+        stream.fill(&tensor, step as u8);
+        let mut state = StateDict::new();
+        state.tensor("t", tensor.source(stream)).unwrap();
+        saves.push(rig.executor.save(step, state).unwrap());
+    }
+    stream.fill(&tensor, 0xEE);
+    stream.wait();
+    fake.set("hold", 0);
+    for (save, step) in saves.into_iter().zip(1..) {
+        save.wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), vec![step as u8; 9000]);
+    }
+}
+
+#[test]
+fn cuda_room_of_a_save_that_was_cancelled_is_not_written_late() {
+    let rig = rig(|b| b.gather(8192).detect(Detect::Never));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (slow, quick) = (rig.gpu.stream(), rig.gpu.stream());
+    let (old, new) = (rig.gpu.tensor(&[1; 8000]), rig.gpu.tensor(&[2; 8000]));
+    let state = |tensor: &super::program::Tensor, stream, capture| {
+        let mut state = StateDict::new();
+        state.tensor_captured("t", tensor.source(stream), capture).unwrap();
+        state
+    };
+    // Work of the program that keeps its stream busy for longer than anything here.
+    fake.set("hold", 4);
+    let cancelled = rig.executor.save(1, state(&old, slow, Capture::AtSave)).unwrap();
+    assert!(cancelled.cancel());
+    _ = cancelled.wait(LONG);
+    let error = rig.executor.save(2, state(&new, quick, Capture::AtSave)).unwrap_err();
+    assert!(error.to_string().contains("room=192"), "{error}");
+    fake.set("hold", 0);
+    slow.wait();
+    eventually("the room is free", || rig.executor.save(3, state(&new, quick, Capture::AtSave)).is_ok());
+    rig.executor.fence().unwrap();
+}
+
+#[test]
+fn cuda_strided_tensors_are_saved_packed() {
+    // Four chunks of scratch, or none: set aside, too, and cut where chunks end.
+    for slots in [0, 4] {
+        let rig = rig(|b| b.scratch(slots * 4096));
+        rig.gpu.set("lag_us", 100);
+        let (stream, bytes) = (rig.gpu.stream(), pattern(5, 40_000));
+        let cases: [(u64, Dtype, &[usize], &[i64]); 7] = [
+            (0, Dtype::F32, &[50, 60], &[4, 200]),
+            (0, Dtype::U16, &[100], &[6]),
+            (39_996, Dtype::I32, &[2000], &[-4]),
+            (8, Dtype::F64, &[3, 7, 5], &[0, 40, 8]),
+            (3, Dtype::U8, &[9, 1000], &[2001, 2]),
+            (0, Dtype::F32, &[2, 3, 4, 5], &[240, 80, 20, 4]),
+            (0, Dtype::BF16, &[20, 1, 30], &[2, 77, 40]),
+        ];
+        let packed = |(at, dtype, shape, strides): &(u64, Dtype, &[usize], &[i64])| {
+            let item = dtype.bitsize() / 8;
+            let mut out = Vec::new();
+            for mut n in 0..shape.iter().product::<usize>() {
+                let mut from = *at as i64;
+                for (size, stride) in shape.iter().zip(*strides).rev() {
+                    from += (n % size) as i64 * stride;
+                    n /= size;
+                }
+                out.extend_from_slice(&bytes[from as usize..][..item]);
+            }
+            out
+        };
+        for (step, capture) in [(1, Capture::AtSave), (2, Capture::AtFence), (3, Capture::AtFence)] {
+            let tensor = rig.gpu.tensor(&bytes);
+            let mut state = StateDict::new();
+            for (i, (at, dtype, shape, strides)) in cases.iter().enumerate() {
+                let source = tensor.strided(stream, *at, *dtype, shape, strides);
+                state.tensor_captured(i.to_string(), source, capture).unwrap();
+            }
+            state.tensor("host", Arc::new(pattern(3, 5000))).unwrap();
+            let save = rig.executor.save(step, state).unwrap();
+            rig.executor.fence_on(&[stream.0]).unwrap();
+            stream.fill(&tensor, 0xEE);
+            save.wait(LONG).unwrap();
+            let checkpoint = rig.checkpoint(step).unwrap();
+            for (i, case) in cases.iter().enumerate() {
+                assert_eq!(
+                    checkpoint.read(&i.to_string()).unwrap(),
+                    packed(case),
+                    "slots {slots} step {step} case {i}"
+                );
+            }
+            assert_eq!(checkpoint.read("host").unwrap(), pattern(3, 5000));
+            stream.wait();
+        }
+    }
+}
+
+#[test]
+fn cuda_tensors_that_no_kernel_can_pack_are_refused_by_name() {
+    let rig = rig(|b| b);
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&[0; 1000]));
+    let mut state = StateDict::new();
+    let few = state.tensor("few", tensor.strided(stream, 0, Dtype::F32, &[2, 3], &[4])).map(drop).unwrap_err();
+    assert!(few.to_string().contains("tensor=\"few\"") && few.to_string().contains("strides=[4]"), "{few}");
+    let (shape, strides) = ([2; 9], [3, 7, 11, 1, 5, 13, 2, 17, 19]);
+    state.tensor("many", tensor.strided(stream, 0, Dtype::U8, &shape, &strides)).unwrap();
+    let many = rig.executor.save(1, state).unwrap_err();
+    assert_eq!(many.kind(), ErrorKind::Invalid);
+    assert!(many.to_string().contains("tensor=\"many\""), "{many}");
+    assert_eq!(Arc::strong_count(&tensor.0), 1);
+}
+
+#[test]
+fn cuda_kernels_that_get_bytes_wrong_or_are_refused_gather_nothing() {
+    for fault in ["cuModuleLoadData:1:222", "cuLaunchKernel:5:1", "cuLaunchKernel:6:1", "cuMemAlloc_v2:2:2"] {
+        let gpu = Gpu::take();
+        let Some(fake) = gpu.fake() else { return };
+        fake.fault(fault);
+        let rig = rig_on(gpu, |b| b);
+        let why = rig.executor.device().gather.clone().unwrap_err();
+        assert!(why.contains(fault.split(':').next().unwrap()), "{why}");
+        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 3000)));
+        let mut state = StateDict::new();
+        state.tensor("t", tensor.strided(stream, 0, Dtype::U8, &[1000], &[3])).unwrap();
+        let error = rig.executor.save(1, state).unwrap_err();
+        assert!(error.to_string().contains("tensor=\"t\"") && error.to_string().contains(&why), "{error}");
+        let mut state = StateDict::new();
+        state.tensor("t", tensor.source(stream)).unwrap();
+        let save = rig.executor.save(1, state).unwrap();
+        rig.executor.fence_on(&[stream.0]).unwrap();
+        stream.fill(&tensor, 0xEE);
+        save.wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 3000));
+        stream.wait();
+    }
+}
+
+#[test]
+fn cuda_small_tensors_cross_the_bus_together_and_their_list_only_once() {
+    let rig = rig(|b| b.chunk(64 << 10).arena(256 << 10).detect(Detect::Never));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let stream = rig.gpu.stream();
+    let tensors: Vec<_> = (0..300).map(|i| rig.gpu.tensor(&pattern(i, 1000))).collect();
+    let (mut copies, mut lists) = (Vec::new(), Vec::new());
+    for step in 1..=3 {
+        let mut state = StateDict::new();
+        for (i, tensor) in tensors.iter().enumerate() {
+            state.tensor_captured(format!("{i:03}"), tensor.source(stream), Capture::AtFence).unwrap();
+        }
+        let save = rig.executor.save(step, state).unwrap();
+        rig.executor.fence().unwrap();
+        save.wait(LONG).unwrap();
+        copies.push(fake.calls("cuMemcpyDtoHAsync_v2"));
+        lists.push(fake.calls("cuMemcpyHtoDAsync_v2"));
+        for i in 0..300 {
+            assert_eq!(rig.checkpoint(step).unwrap().read(&format!("{i:03}")).unwrap(), pattern(i, 1000));
+        }
+    }
+    assert!(copies[2] - copies[1] <= 6, "{copies:?}");
+    assert_eq!((lists[1], lists[2]), (lists[0], lists[0]));
+}
+
+#[test]
+fn cuda_tensors_written_before_the_fence_are_found_out_by_the_first_saves() {
+    let rig = rig(|b| b.gather(4096));
+    rig.gpu.set("lag_us", 2000);
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 200_000)));
+    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    stream.fill(&tensor, 0xEE);
+    rig.executor.fence_on(&[stream.0]).unwrap();
+    let error = save.wait(LONG).unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, Some(1)));
+    assert!(error.to_string().contains("tensor=\"t\""), "{error}");
+    assert!(rig.checkpoint(1).is_err());
+    stream.wait();
+    rig.gpu.set("lag_us", 0);
+    // Two saves that were compared, and nothing is digested any more.
+    for step in 2..=4 {
+        let before = rig.gpu.fake().map_or(0, |fake| fake.calls("cuMemsetD8Async"));
+        rig.executor.save(step, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
+        let digested = rig.gpu.fake().map_or(step < 4, |fake| fake.calls("cuMemsetD8Async") > before);
+        assert_eq!(digested, step < 4, "step {step}");
+    }
+}
