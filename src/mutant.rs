@@ -52,6 +52,12 @@ pub(crate) enum Mutant {
     /// Copies do not wait for the streams that wrote the tensors.
     // seen by: cuda::
     ProducerWait,
+    /// A slot of the scratch is given to another save before its chunk is handed over.
+    // seen by: cuda::aside
+    SlotEarly,
+    /// What was captured on a device is written over by the next save before it has left.
+    // seen by: cuda::gather
+    RoomEarly,
     /// Bytes are handed to a device before their digest was compared.
     // seen by: cuda::restoring
     LoadEarly,
@@ -64,12 +70,6 @@ pub(crate) enum Mutant {
     /// A restore does not wait for its last copies to a device.
     // seen by: cuda::restoring
     LoadWait,
-    /// A slot of the scratch is given to another save before its chunk is handed over.
-    // seen by: cuda::aside
-    SlotEarly,
-    /// What was captured on a device is written over by the next save before it has left.
-    // seen by: cuda::gather
-    RoomEarly,
     /// A slab goes home before it is written.
     #[cfg(feature = "mutants")]
     // seen by: fence::late_copies

@@ -20,7 +20,7 @@ mod trial;
 
 use super::{CopyQueue, Device, Kernels, LoadQueue, Memory, Point};
 use crate::error::{ErrorKind, Result};
-use crate::memory::Register;
+use crate::memory::{Node, Register};
 use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use driver::Driver;
@@ -112,6 +112,11 @@ impl fmt::Debug for Cuda {
 impl Register for Cuda {
     fn register(&self, base: *mut u8, len: usize) -> Result<Box<dyn Any + Send + Sync>> {
         Ok(Box::new(self.0.gpu(self.0.home)?.pin(base, len)?))
+    }
+
+    fn node(&self) -> Result<Node, String> {
+        let id = self.0.gpu(self.0.home).and_then(|gpu| gpu.context.pci_id());
+        Node::of(Path::new("/sys"), &id.map_err(|error| error.to_string())?)
     }
 }
 

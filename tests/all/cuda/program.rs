@@ -9,6 +9,7 @@ use ashore::{
     Builder, Capture, Checkpoint, CheckpointExecutor, DeviceStream, DeviceTarget, Dtype, RawDevice, StateDict,
 };
 use std::ffi::{c_int, c_uint, c_void};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -21,6 +22,9 @@ macro_rules! api {
         fn open(path: PathBuf) -> Api {
             // SAFETY: the driver, or what is built to stand in for it; it stays open.
             let library = unsafe { std::mem::ManuallyDrop::new(libloading::Library::new(path).unwrap()) };
+            // SAFETY: only looked for.
+            let simulated = unsafe { library.get::<*const c_void>(b"fakecuda_live\0") }.is_ok();
+            assert!(!(simulated && real()), "a real device was asked for");
             // SAFETY: the signatures are those of `cuda.h`.
             Api { $($name: unsafe { *library.get(concat!(stringify!($name), "\0").as_bytes()).unwrap() },)* }
         }
@@ -73,8 +77,14 @@ pub fn open_device(library: &Path, ordinal: u32) -> ashore::Result<Cuda> {
     unsafe { Cuda::with_driver(library, ordinal) }
 }
 
-fn real() -> bool {
+/// Whether a real device was asked for.
+pub fn real() -> bool {
     std::env::var_os("ASHORE_REQUIRE_GPU").is_some()
+}
+
+/// Says that part of a test cannot be had on a real device.
+pub fn left_out() {
+    let _ = writeln!(std::io::stderr(), "left out: what needs a simulated device");
 }
 
 /// The driver to test with.
@@ -105,8 +115,7 @@ impl Gpu {
     /// The knobs of the simulated device; a test that needs them is left out on a real one.
     pub fn fake(&self) -> Option<&fakecuda::Device> {
         if self.fake.is_none() {
-            use std::io::Write;
-            let _ = writeln!(std::io::stderr(), "left out: what needs a simulated device");
+            left_out();
         }
         self.fake.as_ref()
     }
@@ -229,6 +238,12 @@ impl Tensor {
         unsafe { RawDevice::new(self.0.at, len as u64, Dtype::U8, [len], stream.0, self.0.clone()) }
     }
 
+    /// Elements of `dtype` from the byte `at` on, with strides in bytes.
+    pub fn strided(&self, stream: Stream, at: u64, dtype: Dtype, shape: &[usize], strides: &[i64]) -> RawDevice {
+        // SAFETY: as for `source`; the tests keep inside the block.
+        unsafe { RawDevice::strided(self.0.at + at, dtype, shape, strides, stream.0, self.0.clone()) }
+    }
+
     /// Where a restore writes all of it.
     pub fn target(&self, stream: Stream) -> DeviceTarget {
         self.target_at(0, self.0.len, stream)
@@ -246,12 +261,6 @@ impl Tensor {
         let mut bytes = vec![0; self.0.len];
         cuda!(cuMemcpyDtoH_v2(bytes.as_mut_ptr().cast(), self.0.at, bytes.len()));
         bytes
-    }
-
-    /// Elements of `dtype` from the byte `at` on, with strides in bytes.
-    pub fn strided(&self, stream: Stream, at: u64, dtype: Dtype, shape: &[usize], strides: &[i64]) -> RawDevice {
-        // SAFETY: as for `source`; the tests keep inside the block.
-        unsafe { RawDevice::strided(self.0.at + at, dtype, shape, strides, stream.0, self.0.clone()) }
     }
 
     /// A source that keeps nothing: for scopes, which end before the tensor does.
