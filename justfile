@@ -18,11 +18,13 @@ test:
 lint:
     cargo fmt --all --check
     cargo fmt --check --manifest-path tests/stock/candle/Cargo.toml
+    cargo fmt --check --manifest-path tests/stock/cudarc/Cargo.toml
     cargo fmt --check --manifest-path benches/compression/Cargo.toml
     cargo clippy --workspace --all-targets --all-features -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --all-features --no-deps
     cargo deny --log-level error --workspace --all-features check licenses bans sources
     cargo deny --log-level error --manifest-path tests/stock/candle/Cargo.toml --config "$PWD/deny.toml" check licenses sources
+    cargo deny --log-level error --manifest-path tests/stock/cudarc/Cargo.toml --config "$PWD/deny.toml" check licenses sources
     cargo deny --log-level error --manifest-path benches/compression/Cargo.toml --config "$PWD/deny.toml" check licenses sources
 
 # A saved step directory, read by Python's safetensors, numpy, and torch's HuggingFaceStorageReader.
@@ -30,6 +32,14 @@ stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning tests/stoc
 
 # The same, read by candle.
 candle: (stock_reader "cargo run --quiet --locked --manifest-path tests/stock/candle/Cargo.toml --target-dir " + tools / "candle --")
+
+# Whether a program builds that has cudarc as candle links it, or as burn loads it, and our sources over its types.
+cudarc-check:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    for peer in candle cubecl; do
+        cargo check --quiet --manifest-path tests/stock/cudarc/Cargo.toml --target-dir "{{ tools }}/cudarc" --features "$peer"
+    done
 
 [private]
 stock_reader command:
@@ -48,6 +58,7 @@ examples:
     for example in examples/from_*.rs; do
         cargo run --quiet --example "$(basename "$example" .rs)"
     done
+    cargo run --quiet --features cudarc --example 05_gpu_memory -- --simulated
 
 # The committed PTX of `kernels/`, made anew by a compiler of a fixed version. Installs 60 MB; no GPU needed.
 ptx: (kernels "")
@@ -69,6 +80,15 @@ kernels arguments:
 # `gpu-kit/`: programs and `run.sh` for a machine with a GPU but without Rust or a network.
 gpu-kit:
     tests/gpu/kit.sh
+
+# The scenarios of `tests/gpu/drive.py` on the simulated driver: bytes that come back wrong fail it.
+gpu-drive *arguments="--saves 8 --seconds 25":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --quiet -p ashore-face -p fakecuda
+    root=$(mktemp -d)
+    trap 'rm -rf "$root"' EXIT
+    tests/gpu/drive.py --backend driver --library target/debug/libfakecuda.so --face target/debug/libashore_face.so --dir "$root" {{ arguments }}
 
 # Undefined behaviour in what holds or hands out memory.
 miri *filters="state:: memory:: completion:: staging::":
@@ -114,7 +134,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint ptx-check examples stock candle miri loom fuzz:60 mutants kill mounts")
+ci: (timed "lint ptx-check gpu-drive examples stock candle cudarc-check miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
 nightly: (timed "ci")

@@ -40,7 +40,7 @@
 //! | save while computing | [`CheckpointExecutor::save`], then [`fence`](CheckpointExecutor::fence) before writing tensors |
 //! | save what is only borrowed | [`CheckpointExecutor::scope`] |
 //! | know how it ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] for the moment when tensors are free |
-//! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] |
+//! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] memory of the host or of a GPU ([`DeviceTarget`]) |
 //! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`] |
 //! | end well when the machine is taken away | [`sigterm::Sigterm`] |
 //! | keep steps elsewhere | [`storage::Storage`] |
@@ -63,11 +63,44 @@
 //! compare digests from `save` with the staged bytes ([`Detect`]), and a difference fails the save and names the tensor. Small
 //! raw tensors such as step counters are copied at `save` ([`Capture`]), because they tend to change before the fence.
 //!
+//! # On a GPU
+//!
+//! With the feature `cuda`, on by default, the driver is looked for when an executor is built; building the program needs no toolkit.
+//! A tensor in a GPU's memory is a [`RawDevice`]: an address, the stream that wrote it, and what keeps it allocated. With the
+//! feature `cudarc`, slices and views of that crate are sources as they are, without unsafe code: see [`adapters`].
+//!
+//! ```no_run
+//! use ashore::{CheckpointExecutor, DeviceStream, Dtype, RawDevice, StateDict};
+//! # let (address, handle, memory) = (0_u64, 0_usize, std::sync::Arc::new(()));
+//! let executor = CheckpointExecutor::builder("runs/a").build()?;
+//! println!("copies with {}", executor.device()); // or why the host copies
+//! let stream = DeviceStream::new(0, handle); // the `CUstream` that wrote the tensor
+//!
+//! let mut state = StateDict::new();
+//! // SAFETY: 24 bytes of device 0, which `memory` keeps; they are written in `stream` alone, and only after the fence.
+//! state.tensor("weights", unsafe { RawDevice::new(address, 24, Dtype::F32, [2, 3], stream, memory) })?;
+//! let save = executor.save(1, state)?; // as the stream has left them when it gets here
+//! // ... queue forward and backward ...
+//! executor.fence_on(&[stream])?; // what is queued in it from here on waits on the GPU for the copies
+//! // ... queue the optimizer's step ...
+//! # drop(save);
+//! # Ok::<(), ashore::Error>(())
+//! ```
+//!
+//! Copies go to the arena in a stream of our own, behind everything that was in the tensors' streams at `save`. After
+//! [`fence`](CheckpointExecutor::fence) nothing reads the tensors any more; [`fence_on`](CheckpointExecutor::fence_on) waits only until all
+//! copies are queued, which needs room in the arena, and leaves the rest to the streams that it is given. A stream that is being
+//! captured into a graph is refused by both. [`Builder::scratch`] sets memory of the GPU apart for what has not left it at the
+//! fence, so that little need be waited for; that is experimental. Where there is no driver or no device, the host copies, and an executor
+//! that was asked for a GPU by [`DeviceChoice::Cuda`] is not built. Nothing of this has run on a GPU yet: it was shown on a simulated
+//! driver.
+//!
 //! # Features
 //!
-//! `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
+//! `cuda` and `uring` are on, and looked for at run time. `cudarc` adds the sources over its types. `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
 //! `sqlite` adds a store for many small graph states. `mutants` is for this crate's own tests.
 
+pub mod adapters;
 pub mod catalog;
 mod checkpoint;
 mod commit;
@@ -101,7 +134,7 @@ pub use checkpoint::{Checkpoint, TensorInfo};
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
-pub use restore::{Damage, Report, Targets};
+pub use restore::{Damage, DeviceTarget, Report, Targets};
 pub use save::{Save, SaveOptions, Snapshot, Staged};
 pub use settings::{Detect, DeviceChoice, Engine, Failed, IoMode, Overlap, Priority, Settings};
 pub use state::{

@@ -5,7 +5,7 @@ use crate::completion::Signal;
 use crate::device::{Device, DeviceReport, Memory, Selected, choose};
 use crate::error::Result;
 use crate::id::Attempts;
-use crate::memory::{AlignedBuffer, Arena, Register};
+use crate::memory::{AlignedBuffer, Arena, Node, Register};
 use crate::settings::{Detect, Engine, Failed, Overlap, Priority, Settings};
 use crate::staging::{Scratch, Stager};
 use crate::storage::Storage;
@@ -19,6 +19,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
+
+/// A larger chunk holds up what the program itself reads from a device: copies are made in order, and two chunks are on their way.
+const FOREGROUND: u64 = 16 << 20;
 
 /// Collects what an executor needs; [`Builder::build`] takes memory and starts threads.
 #[derive(Debug)]
@@ -55,7 +58,7 @@ impl Builder {
     setters! {
         /// Size of the pinned arena in bytes: 256 MiB.
         arena: u64,
-        /// Size of a chunk in bytes, a multiple of 4096: 8 MiB.
+        /// Size of a chunk in bytes, a multiple of 4096: 8 MiB. Above 16 MiB on a GPU, what the program reads from it waits long.
         chunk: u64,
         /// Number of writer threads: 4.
         writers: usize,
@@ -125,6 +128,10 @@ impl Builder {
             }
             None => choose(settings.device)?,
         };
+        if device.name() != "host" && settings.chunk > FOREGROUND {
+            let (chunk, at_most) = (settings.chunk, FOREGROUND);
+            tracing::warn!(chunk, at_most, device = %report, "chunks are large: what the program reads from the device waits for two of them");
+        }
         let signal = Arc::new(Signal::default());
         let arena =
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
@@ -190,5 +197,9 @@ struct Both<'a>(&'a dyn Device, &'a dyn Storage);
 impl Register for Both<'_> {
     fn register(&self, base: *mut u8, len: usize) -> Result<Box<dyn Any + Send + Sync>> {
         Ok(Box::new((self.0.register(base, len)?, self.1.register(base, len))))
+    }
+
+    fn node(&self) -> Result<Node, String> {
+        self.0.node()
     }
 }

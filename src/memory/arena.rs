@@ -1,4 +1,5 @@
-//! The mapping under the slabs: anonymous, huge pages when given, prefaulted in parallel, locked as far as allowed.
+//! The mapping under the slabs: anonymous, huge pages when given, prefaulted in parallel where the device is, locked as far as
+//! allowed.
 //!
 //! # Safety argument
 //! A mapping is private, anonymous, and only ever handed out in disjoint slabs; it is unmapped in `Drop`, which runs when
@@ -6,9 +7,11 @@
 //! has no such mappings, an aligned allocation stands in.
 #![expect(unsafe_code, reason = "mapping, locking and prefaulting memory; argument above")]
 
+use super::node::Node;
 use super::slab::{Lease, Pool};
 use crate::completion::Signal;
 use crate::error::{Error, Result};
+use crate::sync::{Mutex, lock};
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
@@ -20,6 +23,14 @@ pub trait Register {
     /// # Errors
     /// `Device` when the memory cannot be pinned.
     fn register(&self, base: *mut u8, len: usize) -> Result<Box<dyn Any + Send + Sync>>;
+
+    /// The NUMA node on which memory is best for the device.
+    ///
+    /// # Errors
+    /// Why any is as good.
+    fn node(&self) -> Result<Node, String> {
+        Err("the device is on no node of its own".into())
+    }
 }
 
 /// What the arena got, as it really is.
@@ -32,6 +43,8 @@ pub struct ArenaReport {
     pub slabs: usize,
     /// Huge pages were asked for and the kernel took the request.
     pub huge_pages: bool,
+    /// The NUMA node of the device, whose processors touched the memory first; otherwise the reason why those of any did.
+    pub node: Result<u32, String>,
     /// The memory is locked; otherwise the reason why not. Not fatal: the kernel could page it out.
     pub locked: Result<(), String>,
     /// The device and the storage know the memory; otherwise the reason why not. Not fatal: copies are slower then.
@@ -50,23 +63,32 @@ impl Arena {
     /// # Errors
     /// `Invalid` when the memory is not to be had.
     pub(crate) fn new(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
+        let arena = Self::quietly(bytes, slab, register, home)?;
+        if let Err(reason) = &arena.report.locked {
+            tracing::warn!(%reason, bytes, "the arena is not locked in memory");
+        }
+        if let Err(reason) = &arena.report.pinned {
+            tracing::warn!(%reason, bytes, "the arena is not pinned: copies from devices are slow and hold up the stager");
+        }
+        Ok(arena)
+    }
+
+    /// [`Arena::new`], whose report says what it did not get.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn quietly(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
         let too_big = || Error::invalid(format!("the arena does not fit the address space arena={bytes}"));
         let slab = usize::try_from(slab).map_err(|_| too_big())?;
         let slabs = usize::try_from(bytes).map_err(|_| too_big())? / slab;
         let mut mapping = Mapping::new(slabs * slab)?;
         let huge_pages = mapping.prepare();
-        mapping.prefault();
+        let node = mapping.prefault(register.node());
         let locked = mapping.lock();
-        if let Err(reason) = &locked {
-            tracing::warn!(%reason, bytes, "the arena is not locked in memory");
-        }
         let registered = register.register(mapping.base, mapping.len);
         let pinned = registered.map(|registration| mapping.registration = Some(registration));
         let pinned = pinned.map_err(|error| error.to_string());
-        if let Err(reason) = &pinned {
-            tracing::warn!(%reason, bytes, "the arena is not pinned: copies from devices are slow and hold up the stager");
-        }
-        let report = ArenaReport { bytes: (slabs * slab) as u64, slabs, huge_pages, locked, pinned };
+        let report = ArenaReport { bytes: (slabs * slab) as u64, slabs, huge_pages, node, locked, pinned };
         Ok(Self { pool: Arc::new(Pool::new(mapping, slab, home)), report })
     }
 
@@ -113,18 +135,25 @@ impl Mapping {
         self.len
     }
 
-    /// Touches every page from all cores, so that no save ever waits for one. Threads are short-lived: this is start-up.
-    fn prefault(&mut self) {
+    /// Touches every page from all cores, so that no save ever waits for one; from those of `node` if there is one, because
+    /// a page lies where it is touched first. Threads are short-lived: this is start-up.
+    fn prefault(&mut self, node: Result<Node, String>) -> Result<u32, String> {
         if cfg!(miri) {
-            return;
+            return Err("not under miri".into());
         }
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = node.as_ref().map_or(cores, Node::processors).min(16);
+        let elsewhere = Mutex::new(None);
         let part = self.len.div_ceil(threads).next_multiple_of(super::ALIGNMENT).max(super::ALIGNMENT);
         // SAFETY: the mapping is exclusively ours, nothing has been lent out yet, and it is initialised (zeros).
         let all = unsafe { std::slice::from_raw_parts_mut(self.base, self.len) };
         std::thread::scope(|scope| {
             for part in all.chunks_mut(part) {
+                let (node, elsewhere) = (node.as_ref(), &elsewhere);
                 let touch = move || {
+                    if let Ok(Err(error)) = node.map(Node::enter) {
+                        *lock(elsewhere) = Some(format!("threads cannot be moved to the node of the device: {error}"));
+                    }
                     for page in part.chunks_mut(super::ALIGNMENT) {
                         // SAFETY: a valid exclusive reference; volatile, so that the store of a zero is not left out.
                         unsafe { std::ptr::write_volatile(&mut page[0], 0) };
@@ -136,6 +165,8 @@ impl Mapping {
                 }
             }
         });
+        let elsewhere = lock(&elsewhere).take();
+        elsewhere.map_or(node.map(|node| node.number), Err)
     }
 }
 
@@ -253,6 +284,23 @@ mod tests {
             lease.bytes_mut()[4095] = 7;
             assert_eq!(lease.bytes()[4095], 7);
         });
+    }
+
+    #[test]
+    #[cfg(not(miri))]
+    fn every_page_is_faulted_in_before_it_is_lent() {
+        for pages in [2, 3, 7, 64, 1001] {
+            let mut mapping = Mapping::new(pages * 4096).unwrap();
+            let resident = |mapping: &Mapping| {
+                let mut seen = vec![0_u8; pages];
+                // SAFETY: our own mapping, and a byte for each of its pages.
+                assert_eq!(unsafe { libc::mincore(mapping.base.cast(), mapping.len, seen.as_mut_ptr()) }, 0);
+                seen.iter().filter(|&&page| page & 1 == 1).count()
+            };
+            assert_eq!(resident(&mapping), 0);
+            assert_eq!(mapping.prefault(Err("there is one".into())), Err("there is one".into()));
+            assert_eq!(resident(&mapping), pages);
+        }
     }
 
     #[test]

@@ -5,9 +5,11 @@
 
 mod aligned;
 mod arena;
+mod node;
 mod slab;
 
 pub use crate::ALIGNMENT;
 pub use aligned::AlignedBuffer;
 pub use arena::{Arena, ArenaReport, Register};
+pub use node::Node;
 pub use slab::Lease;

@@ -7,7 +7,7 @@
 #
 # KIT_SIMULATED=1 tries the kit where there is no GPU, on a simulated driver that LD_LIBRARY_PATH leads to: little state, no figures.
 set -uo pipefail
-stages=(machine kernels suite limits demo staging loops seldom large speeds)
+stages=(machine kernels suite limits torch demo staging loops dcp seldom large speeds)
 kit=$(cd "$(dirname "$0")" && pwd)
 stage=${1:?usage: run.sh STAGE OUT} out=${2:?usage: run.sh STAGE OUT}
 mkdir -p "$out"
@@ -24,6 +24,8 @@ machine() {
     nvidia-smi
     nvidia-smi topo -m || true
     "$kit/ashore" --version
+    command -v python3
+    python3 -c 'import sys, torch; print(sys.version, torch.__version__, torch.cuda.is_available())' || true
 }
 # The kernels against plain Rust, on the device.
 kernels() { "$kit/kernels" kernels:: --skip ptx:: --test-threads 4; }
@@ -88,6 +90,22 @@ large() {
     measure large.w4.scratch "${here[@]}" --workload w4 --scratch 16GiB
     measure large.w5 "${here[@]}" --workload w5
     measure large.w5.scratch "${here[@]}" --workload w5 --scratch 16GiB --no-limit
+}
+# State of torch and of the driver alone, through the C face. `python3` is the machine's own, and must have torch.
+torch() {
+    local common=(--face "$kit/libashore_face.so" --dir "$out/scratch" --out "$out/torch.jsonl") rc=0
+    python3 "$kit/drive.py" --backend driver --saves 30 --seconds 90 "${common[@]}" || rc=1
+    [ -n "$tiny" ] || python3 "$kit/drive.py" --backend torch --saves 100 --seconds 320 "${common[@]}" || rc=1
+    return "$rc"
+}
+# Beside torch's own saves, on the same tensors. The same `python3`.
+dcp() {
+    local common=(--face "$kit/libashore_face.so" --dir "$out/scratch" --out "$out/dcp.jsonl")
+    if [ -n "$tiny" ]; then
+        echo "left out: torch does not run on a simulated driver"
+        return
+    fi
+    python3 "$kit/dcp.py" --scale W3=0.25 --seconds 440 "${common[@]}"
 }
 # The kernels beside the device's own copies. Needs Python 3, and nothing else.
 speeds() { python3 "$kit/kernels.py" "$kit"; }

@@ -93,6 +93,7 @@ table! {
     device_count = "cuDeviceGetCount"(*mut c_int);
     device_get = "cuDeviceGet"(*mut c_int, c_int);
     device_name = "cuDeviceGetName"(*mut c_char, c_int, c_int);
+    device_pci_id = "cuDeviceGetPCIBusId"(*mut c_char, c_int, c_int);
     retain = "cuDevicePrimaryCtxRetain"(*mut Handle, c_int);
     get_current = "cuCtxGetCurrent"(*mut Handle);
     set_current = "cuCtxSetCurrent"(Handle);

@@ -13,13 +13,14 @@ mod driver;
 mod gpu;
 mod kernels;
 mod late;
+mod loads;
 mod queue;
 mod table;
 mod trial;
 
-use super::{CopyQueue, Device, Kernels, Memory, Point};
+use super::{CopyQueue, Device, Kernels, LoadQueue, Memory, Point};
 use crate::error::{ErrorKind, Result};
-use crate::memory::Register;
+use crate::memory::{Node, Register};
 use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use driver::Driver;
@@ -112,6 +113,11 @@ impl Register for Cuda {
     fn register(&self, base: *mut u8, len: usize) -> Result<Box<dyn Any + Send + Sync>> {
         Ok(Box::new(self.0.gpu(self.0.home)?.pin(base, len)?))
     }
+
+    fn node(&self) -> Result<Node, String> {
+        let id = self.0.gpu(self.0.home).and_then(|gpu| gpu.context.pci_id());
+        Node::of(Path::new("/sys"), &id.map_err(|error| error.to_string())?)
+    }
 }
 
 impl Device for Cuda {
@@ -147,6 +153,10 @@ impl Device for Cuda {
             self.0.make_wait(streams, &event)?;
         }
         Ok(())
+    }
+
+    fn loads(&self) -> Result<Box<dyn LoadQueue>> {
+        Ok(Box::new(loads::Loads::new(self.0.clone())?))
     }
 
     fn kernels(&self, memory: Memory) -> Result<Arc<dyn Kernels>> {

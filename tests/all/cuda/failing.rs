@@ -9,12 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// What ashore calls while it lives; the last of them give things back.
-const CALLS: [&str; 33] = [
+const CALLS: [&str; 34] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
     "cuDeviceGet",
     "cuDeviceGetName",
+    "cuDeviceGetPCIBusId",
     "cuDevicePrimaryCtxRetain",
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",

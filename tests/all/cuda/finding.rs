@@ -1,8 +1,10 @@
 //! Finding CUDA: what is missing is named, nothing panics, and a choice that was left to us says why it fell as it did.
 
-use super::program::{Gpu, library, open_device};
+use super::loader::{Found, pass, path_of, run, text, with_driver};
+use super::program::{Gpu, left_out, library, open_device, real};
+use crate::rig::{LONG, one, pattern};
 use ashore::device::choose;
-use ashore::{DeviceChoice, ErrorKind};
+use ashore::{CheckpointExecutor, DeviceChoice, ErrorKind};
 use std::path::Path;
 
 fn open(path: &str) -> ashore::Error {
@@ -44,4 +46,65 @@ fn cuda_choice_says_why() {
             assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Device), "{error}");
         }
     }
+}
+
+#[test]
+fn cuda_driver_that_does_not_work_is_named_and_the_host_copies() {
+    const EXPECTED: &str = "EXPECTED";
+    if let Ok(expected) = std::env::var(EXPECTED) {
+        return the_host_copies(&expected);
+    }
+    if real() {
+        return left_out();
+    }
+    let here = path_of!(cuda_driver_that_does_not_work_is_named_and_the_host_copies);
+    for variables in [
+        &[("FAKECUDA_INIT", "34"), (EXPECTED, "the stub of a toolkit")],
+        &[("FAKECUDA_INIT", "100"), (EXPECTED, "no device")],
+        &[("FAKECUDA_DEVICES", "0"), (EXPECTED, "no device")],
+        &[("FAKECUDA_INIT", "803"), (EXPECTED, "driver and library do not fit")],
+        &[("FAKECUDA_INIT", "987"), (EXPECTED, "code=987")],
+    ] {
+        pass(here, &Found { variables, ..Found::default() });
+    }
+    let variables = &[(EXPECTED, "too old or none symbol=cuStreamWriteValue64_v2 library=\"libcuda.so.1\"")];
+    pass(here, &Found { without: Some("cuStreamWriteValue64_v2"), variables });
+}
+
+fn the_host_copies(expected: &str) {
+    let (_, auto) = choose(DeviceChoice::Auto).unwrap();
+    assert!(auto.name == "host" && auto.why.contains(expected), "{auto}");
+    let folder = tempfile::tempdir().unwrap();
+    let builder = || CheckpointExecutor::builder(folder.path()).arena(1 << 20).chunk(1 << 16);
+    let error = builder().device(DeviceChoice::Cuda(0)).build().unwrap_err();
+    assert_eq!((error.kind(), error.to_string()), (ErrorKind::Unavailable, auto.why));
+    let executor = builder().build().unwrap();
+    executor.save(1, one("t", pattern(1, 100_000))).unwrap().wait(LONG).unwrap();
+    assert_eq!(executor.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 100_000));
+}
+
+#[test]
+fn cuda_driver_is_found_by_its_own_name_and_described() {
+    with_driver!(cuda_driver_is_found_by_its_own_name_and_described);
+    let (_, auto) = choose(DeviceChoice::Auto).unwrap();
+    assert!(auto.name == "cuda:0" && auto.why.contains(", CUDA "), "{auto}");
+    if real() {
+        return left_out();
+    }
+    let here = path_of!(cuda_driver_is_found_by_its_own_name_and_described);
+    match std::env::var("FAKECUDA_VERSION") {
+        Ok(_) => assert_eq!(auto.why, "Simulated device, CUDA 11.4"),
+        Err(_) => pass(here, &Found { variables: &[("FAKECUDA_VERSION", "11040")], ..Found::default() }),
+    }
+}
+
+#[test]
+fn cuda_tests_that_were_to_run_on_a_real_device_refuse_the_simulated_one() {
+    if real() {
+        return left_out();
+    }
+    let variables = &[("ASHORE_REQUIRE_GPU", "1")];
+    let output = run(path_of!(cuda_device_that_is_not_there_is_named), &Found { variables, ..Found::default() });
+    let text = text(&output);
+    assert!(!output.status.success() && text.contains("a real device was asked for"), "{text}");
 }

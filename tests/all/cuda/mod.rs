@@ -2,9 +2,14 @@
 //! speed; with `ASHORE_REQUIRE_GPU=1` those that need no steering run on a real one, unchanged.
 
 mod aside;
+mod cudarc;
 mod failing;
 mod finding;
 mod gather;
+mod loader;
 mod program;
+mod restoring;
+mod restoring_fails;
+mod settings;
 mod staging;
 mod torn;

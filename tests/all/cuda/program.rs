@@ -5,8 +5,11 @@ use crate::rig::LONG;
 use ashore::device::Cuda;
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
-use ashore::{Builder, Capture, Checkpoint, CheckpointExecutor, DeviceStream, Dtype, RawDevice, StateDict};
+use ashore::{
+    Builder, Capture, Checkpoint, CheckpointExecutor, DeviceStream, DeviceTarget, Dtype, RawDevice, StateDict,
+};
 use std::ffi::{c_int, c_uint, c_void};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -19,6 +22,9 @@ macro_rules! api {
         fn open(path: PathBuf) -> Api {
             // SAFETY: the driver, or what is built to stand in for it; it stays open.
             let library = unsafe { std::mem::ManuallyDrop::new(libloading::Library::new(path).unwrap()) };
+            // SAFETY: only looked for.
+            let simulated = unsafe { library.get::<*const c_void>(b"fakecuda_live\0") }.is_ok();
+            assert!(!(simulated && real()), "a real device was asked for");
             // SAFETY: the signatures are those of `cuda.h`.
             Api { $($name: unsafe { *library.get(concat!(stringify!($name), "\0").as_bytes()).unwrap() },)* }
         }
@@ -29,12 +35,15 @@ api! {
     cuInit(c_uint);
     cuDeviceGet(*mut c_int, c_int);
     cuDevicePrimaryCtxRetain(*mut usize, c_int);
+    cuCtxGetCurrent(*mut usize);
     cuCtxSetCurrent(usize);
+    cuCtxSynchronize();
     cuMemAlloc_v2(*mut u64, usize);
     cuMemFree_v2(u64);
     cuMemAllocAsync(*mut u64, usize, usize);
     cuMemFreeAsync(u64, usize);
     cuMemcpyHtoD_v2(u64, *const c_void, usize);
+    cuMemcpyDtoH_v2(*mut c_void, u64, usize);
     cuMemsetD8Async(u64, u8, usize, usize);
     cuStreamCreate(*mut usize, c_uint);
     cuStreamSynchronize(usize);
@@ -68,8 +77,14 @@ pub fn open_device(library: &Path, ordinal: u32) -> ashore::Result<Cuda> {
     unsafe { Cuda::with_driver(library, ordinal) }
 }
 
-fn real() -> bool {
+/// Whether a real device was asked for.
+pub fn real() -> bool {
     std::env::var_os("ASHORE_REQUIRE_GPU").is_some()
+}
+
+/// Says that part of a test cannot be had on a real device.
+pub fn left_out() {
+    let _ = writeln!(std::io::stderr(), "left out: what needs a simulated device");
 }
 
 /// The driver to test with.
@@ -100,8 +115,7 @@ impl Gpu {
     /// The knobs of the simulated device; a test that needs them is left out on a real one.
     pub fn fake(&self) -> Option<&fakecuda::Device> {
         if self.fake.is_none() {
-            use std::io::Write;
-            let _ = writeln!(std::io::stderr(), "left out: what needs a simulated device");
+            left_out();
         }
         self.fake.as_ref()
     }
@@ -116,6 +130,20 @@ impl Gpu {
     /// Makes the context current in this thread.
     pub fn enter(&self) {
         cuda!(cuCtxSetCurrent(self.context));
+    }
+
+    /// Whether the context is current in this thread.
+    pub fn is_current(&self) -> bool {
+        let mut current = 0;
+        cuda!(cuCtxGetCurrent(&mut current));
+        current == self.context
+    }
+
+    /// Whether nothing has failed on it for good.
+    pub fn is_well(&self) -> bool {
+        self.enter();
+        // SAFETY: no arguments.
+        unsafe { (api().cuCtxSynchronize)() == 0 }
     }
 
     /// A device for an executor.
@@ -149,6 +177,11 @@ impl Gpu {
 pub struct Stream(pub DeviceStream);
 
 impl Stream {
+    /// The default stream, for which streams wait that are made without the flag for the opposite.
+    pub fn legacy(ordinal: u32) -> Self {
+        Self(DeviceStream::new(ordinal, 0))
+    }
+
     pub fn fill(&self, tensor: &Tensor, value: u8) {
         cuda!(cuMemsetD8Async(tensor.0.at, value, tensor.0.len, self.0.handle));
     }
@@ -209,6 +242,25 @@ impl Tensor {
     pub fn strided(&self, stream: Stream, at: u64, dtype: Dtype, shape: &[usize], strides: &[i64]) -> RawDevice {
         // SAFETY: as for `source`; the tests keep inside the block.
         unsafe { RawDevice::strided(self.0.at + at, dtype, shape, strides, stream.0, self.0.clone()) }
+    }
+
+    /// Where a restore writes all of it.
+    pub fn target(&self, stream: Stream) -> DeviceTarget {
+        self.target_at(0, self.0.len, stream)
+    }
+
+    /// Where a restore writes `len` bytes of it from `offset` on.
+    pub fn target_at(&self, offset: usize, len: usize, stream: Stream) -> DeviceTarget {
+        assert!(offset + len <= self.0.len);
+        // SAFETY: the tests keep the tensor until the restore is over.
+        unsafe { DeviceTarget::new(self.0.at + offset as u64, len as u64, stream.0) }
+    }
+
+    /// The bytes, at this moment: in the order of the legacy stream, for which no other stream here waits.
+    pub fn read(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.0.len];
+        cuda!(cuMemcpyDtoH_v2(bytes.as_mut_ptr().cast(), self.0.at, bytes.len()));
+        bytes
     }
 
     /// A source that keeps nothing: for scopes, which end before the tensor does.

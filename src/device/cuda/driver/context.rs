@@ -9,7 +9,7 @@ use super::{Address, Driver, Handle, Table, code, refused};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
 use crate::sync::{Mutex, lock};
-use std::ffi::{CStr, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -48,12 +48,24 @@ impl Context {
 
     /// What the device calls itself.
     pub fn device_name(&self) -> Result<String> {
+        // SAFETY: writes at most `len` bytes.
+        self.text("cuDeviceGetName", |t, to, len, device| unsafe { (t.device_name)(to, len, device) })
+    }
+
+    /// Where the device is on the bus: `0000:0F:00.0`.
+    pub fn pci_id(&self) -> Result<String> {
+        // SAFETY: writes at most `len` bytes.
+        self.text("cuDeviceGetPCIBusId", |t, to, len, device| unsafe { (t.device_pci_id)(to, len, device) })
+    }
+
+    /// A text about the device, from a call that writes at most as many bytes as it is told.
+    fn text(&self, call: &'static str, run: impl Fn(&Table, *mut c_char, c_int, c_int) -> c_int) -> Result<String> {
         let (mut device, mut name) = (0, [0; 128]);
         // SAFETY: writes one number.
         self.call("cuDeviceGet", |t| unsafe { (t.device_get)(&mut device, self.ordinal as c_int) })?;
         let len = name.len() as c_int - 1;
-        // SAFETY: writes at most `len` bytes, and the last stays zero.
-        self.call("cuDeviceGetName", |t| unsafe { (t.device_name)(name.as_mut_ptr(), len, device) })?;
+        // The last stays zero.
+        self.call(call, |t| run(t, name.as_mut_ptr(), len, device))?;
         // SAFETY: the array ends in a zero.
         Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
     }
@@ -170,7 +182,7 @@ impl Context {
         if status == 0 {
             return Ok(());
         }
-        let why = "a stream is being captured into a graph: save and fence between launches";
+        let why = "a stream is being captured into a graph: save, fence and restore between launches";
         Err(Error::invalid(format!("{why} device=cuda:{} stream={stream:#x}", self.ordinal)))
     }
 

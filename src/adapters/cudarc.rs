@@ -1,0 +1,192 @@
+//! Tensors in memory that [cudarc](https://docs.rs/cudarc) allocated: slices, views of them, parts of them.
+//!
+//! ```no_run
+//! use ashore::adapters::cudarc::CudaTensor;
+//! use ashore::{CheckpointExecutor, StateDict};
+//! use cudarc::driver::CudaContext;
+//! use std::sync::Arc;
+//!
+//! let executor = CheckpointExecutor::builder("checkpoints").build()?;
+//! let stream = CudaContext::new(0)?.new_stream()?;
+//! let mut weights = Arc::new(stream.alloc_zeros::<f32>(6)?);
+//! let mut state = StateDict::new();
+//! state.tensor("weights", CudaTensor::new(weights.clone(), [2, 3])?)?;
+//! let save = executor.save(1, state)?;
+//! // ... forward and backward: they only read the weights ...
+//! executor.fence()?;
+//! stream.memset_zeros(Arc::get_mut(&mut weights).expect("the only reference again"))?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Order
+//!
+//! Copies come after everything that cudarc knows to have written the slice, whatever stream did: where it manages the order of
+//! streams, making a [`CudaTensor`] has the slice's own stream wait for the last write. Where it does not (no stream was made by
+//! that context, or event tracking is off), it is what was queued in the slice's own stream that counts, or ordered before.
+//!
+//! A shared slice cannot be written safely before its source is dropped, which the stager does when the copies have ended; a
+//! forgotten fence is thus found out by [`Arc::get_mut`], which says no. To write without waiting on the host, borrow the slice
+//! in a [`scope`](crate::CheckpointExecutor::scope) that ends with [`Fence::on`](crate::Fence::on): its copies are then, for
+//! cudarc, reads by the slice's stream, and any stream that writes the slice through cudarc waits for them on the GPU. Kernels that write what they got
+//! through a shared reference are outside of all this: their streams belong into the list of the fence.
+//!
+//! # Panics
+//! Whoever has a slice has a driver that cudarc has loaded; nothing here calls one before.
+//!
+//! # Safety argument
+//! A slice stays allocated while it is owned or borrowed, and what frees it does so in its own stream: after its copies, because
+//! a source that owns it is dropped when they have ended, and one that borrows it when that stream waits for them. What a race of
+//! streams could change is only the value of the bytes on the device, which are no memory of Rust's.
+#![expect(unsafe_code, reason = "sources over memory of a device; argument above")]
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::state::{DeviceStream, Dtype, Element, Layout, Place, Source};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr};
+use std::ops::Range;
+use std::sync::Arc;
+
+impl From<&CudaStream> for DeviceStream {
+    /// A stream of a primary context, as a fence takes it.
+    fn from(stream: &CudaStream) -> Self {
+        Self::new(u32::try_from(stream.context().ordinal()).unwrap_or(u32::MAX), stream.cu_stream() as usize)
+    }
+}
+
+impl From<&Arc<CudaStream>> for DeviceStream {
+    fn from(stream: &Arc<CudaStream>) -> Self {
+        stream.as_ref().into()
+    }
+}
+
+/// A tensor in memory of a GPU that cudarc allocated: `Arc<CudaSlice<T>>`, `CudaSlice<T>`, `&CudaSlice<T>` or `CudaView<T>`.
+#[derive(Debug)]
+pub struct CudaTensor<O: CudaOwner> {
+    owner: O,
+    address: u64,
+    bytes: u64,
+    layout: Layout,
+    stream: DeviceStream,
+}
+
+impl<O: CudaOwner> CudaTensor<O> {
+    /// A tensor of `shape` over the elements of `owner`. Its length is checked when it is put into a state dict.
+    ///
+    /// # Errors
+    /// `Invalid` for a slice whose stream is not of its device's primary context, or is another one in each thread; `Device` when
+    /// cudarc has met an error in that context.
+    pub fn new(owner: O, shape: impl AsRef<[usize]>) -> Result<Self> {
+        Self::with_dtype(owner, O::Element::DTYPE, shape)
+    }
+
+    /// A tensor whose elements have a dtype without a Rust type, over bytes laid out as `dtype` wants them.
+    ///
+    /// # Errors
+    /// As [`CudaTensor::new`].
+    pub fn with_dtype(owner: O, dtype: Dtype, shape: impl AsRef<[usize]>) -> Result<Self> {
+        let all = 0..owner.memory().len();
+        Self::over(owner, all, Layout::new(dtype, shape))
+    }
+
+    /// A tensor of `shape` over the elements `range` of `owner`: one of several that share an allocation.
+    ///
+    /// # Errors
+    /// As [`CudaTensor::new`]; `Invalid` for a range that is not within the slice.
+    pub fn part(owner: O, range: Range<usize>, shape: impl AsRef<[usize]>) -> Result<Self> {
+        Self::over(owner, range, Layout::new(O::Element::DTYPE, shape))
+    }
+
+    fn over(owner: O, range: Range<usize>, layout: Layout) -> Result<Self> {
+        const PER_THREAD: usize = 2;
+        let memory = owner.memory();
+        let (len, size) = (memory.len(), size_of::<O::Element>() as u64);
+        if range.start > range.end || range.end > len {
+            return Err(Error::invalid(format!("a part is not within its slice part={range:?} elements={len}")));
+        }
+        let (context, stream) = (memory.stream().context(), DeviceStream::from(memory.stream()));
+        let device = context.ordinal();
+        if !context.is_primary() {
+            let why = "a slice is of a context of its own: only primary contexts are read";
+            return Err(Error::invalid(format!("{why} device=cuda:{device}")));
+        }
+        if stream.handle == PER_THREAD {
+            let why =
+                "a slice was allocated in the stream of each thread, which is another one in the thread that copies";
+            return Err(Error::invalid(format!("{why} device=cuda:{device}")));
+        }
+        // For cudarc a read by the slice's stream: it now comes after the last write of any.
+        let (address, read) = memory.device_ptr(memory.stream());
+        drop(read);
+        // That would be an error which nobody saw, and a read that waits for nothing.
+        context.check_err().map_err(|error| {
+            Error::new(ErrorKind::Device, format!("cudarc met an error error={:?} device=cuda:{device}", error.0))
+        })?;
+        let (address, bytes) = (address + range.start as u64 * size, range.len() as u64 * size);
+        Ok(Self { owner, address, bytes, layout, stream })
+    }
+}
+
+impl<O: CudaOwner> Drop for CudaTensor<O> {
+    fn drop(&mut self) {
+        let memory = self.owner.memory();
+        if O::BORROWED {
+            // What was copied counts as a read by the slice's stream, which comes after the copies by now: a writer that cudarc
+            // knows of waits for them.
+            drop(memory.device_ptr(memory.stream()));
+        } else {
+            // cudarc frees in the context that is current, and this may be the last reference, in any thread.
+            let context = memory.stream().context();
+            context.record_err(context.bind_to_thread());
+        }
+    }
+}
+
+// SAFETY: see the safety argument; the address is that of the slice, read in no other way than by its device.
+unsafe impl<O: CudaOwner> Source for CudaTensor<O> {
+    fn layout(&self) -> Layout {
+        self.layout.clone()
+    }
+
+    fn place(&self) -> Place {
+        Place::Device { bytes: self.bytes, stream: self.stream }
+    }
+
+    fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+        copy(std::ptr::without_provenance(self.address as usize));
+    }
+}
+
+/// Owners of memory that cudarc allocated. Sealed.
+pub trait CudaOwner: Send + Sync + sealed::Sealed {
+    /// The type of the elements.
+    type Element: Element;
+
+    /// True where the memory outlives the owner.
+    const BORROWED: bool;
+
+    /// The memory.
+    fn memory(&self) -> &dyn DevicePtr<Self::Element>;
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! owners {
+    ($([$($generics:tt)*] $owner:ty, $borrowed:literal => $memory:expr;)*) => { $(
+        impl<$($generics)*> sealed::Sealed for $owner {}
+        impl<$($generics)*> CudaOwner for $owner {
+            type Element = T;
+            const BORROWED: bool = $borrowed;
+            fn memory(&self) -> &dyn DevicePtr<T> {
+                let memory: fn(&Self) -> &dyn DevicePtr<T> = $memory;
+                memory(self)
+            }
+        }
+    )* };
+}
+owners! {
+    [T: Element] Arc<CudaSlice<T>>, false => |o| o.as_ref();
+    [T: Element] CudaSlice<T>, false => |o| o;
+    ['a, T: Element] &'a CudaSlice<T>, true => |o| *o;
+    ['a, T: Element] CudaView<'a, T>, true => |o| o;
+}

@@ -1,0 +1,6 @@
+//! Tensors of other libraries, as sources.
+//!
+//! **Floor 5**: above everything, and nothing below imports it. The adapters know nothing of each other.
+
+#[cfg(feature = "cudarc")]
+pub mod cudarc;

@@ -1,0 +1,171 @@
+//! Tensors of cudarc: each test runs in a process whose loader finds the driver, as cudarc looks for it.
+
+use super::loader::with_driver;
+use super::program::{Gpu, Rig, rig};
+use crate::rig::LONG;
+use ashore::adapters::cudarc::CudaTensor;
+use ashore::{Capture, Dtype, ErrorKind, Fence, Source, StateDict};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use half::bf16;
+use std::sync::Arc;
+
+/// An executor, and cudarc on the same device, with a stream of its own.
+fn both() -> (Rig, Arc<CudaContext>, Arc<CudaStream>) {
+    let rig = rig(|b| b);
+    let context = CudaContext::new(rig.gpu.ordinal as usize).unwrap();
+    let stream = context.new_stream().unwrap();
+    (rig, context, stream)
+}
+
+/// Lags that are long beside everything that the host does in between.
+fn slow(gpu: &Gpu) {
+    gpu.set("lag_us", 300);
+}
+
+/// A state of one tensor, `t`, which is read when the fence comes and not before.
+fn one<'a>(source: impl Source + 'a) -> StateDict<'a> {
+    let mut state = StateDict::new();
+    state.tensor_captured("t", source, Capture::AtFence).unwrap();
+    state
+}
+
+fn numbers(n: usize) -> Vec<f32> {
+    (0..n).map(|i| i as f32 / 3.0).collect()
+}
+
+#[test]
+fn cuda_slices_of_cudarc_come_back_bit_for_bit() {
+    with_driver!(cuda_slices_of_cudarc_come_back_bit_for_bit);
+    let (rig, context, stream) = both();
+    let halves: Vec<_> = (0..5000).map(|i| bf16::from_f32(i as f32)).collect();
+    let shared = Arc::new(stream.clone_htod(&numbers(6000)).unwrap());
+    let (pairs, bytes) = (stream.clone_htod(&[1_i64, -2]).unwrap(), stream.clone_htod(&[7_u8; 4]).unwrap());
+    let (tail, default) = (stream.clone_htod(&halves).unwrap(), context.default_stream());
+    let empty = default.clone_htod(&[0.5_f64; 100]).unwrap();
+    let save = rig.executor.scope(Fence::on(&[(&stream).into()]), |scope| {
+        let mut state = StateDict::new();
+        state.tensor("shared", CudaTensor::new(shared.clone(), [20, 300]).unwrap()).unwrap();
+        state.tensor("part", CudaTensor::part(shared.clone(), 1000..1006, [2, 3]).unwrap()).unwrap();
+        state.tensor("lent", CudaTensor::new(&pairs, [2]).unwrap()).unwrap();
+        state.tensor("given", CudaTensor::with_dtype(bytes, Dtype::F8_E4M3, [2, 2]).unwrap()).unwrap();
+        state.tensor("view", CudaTensor::new(tail.slice(4000..), [1000]).unwrap()).unwrap();
+        state.tensor("view.part", CudaTensor::part(tail.slice(10..20), 3..5, [2]).unwrap()).unwrap();
+        state.tensor("default stream", CudaTensor::new(&empty, [100]).unwrap()).unwrap();
+        scope.save(1, state)
+    });
+    save.unwrap().unwrap().wait(LONG).unwrap();
+    let checkpoint = rig.checkpoint(1).unwrap();
+    assert_eq!(checkpoint.read_as::<f32>("shared").unwrap(), numbers(6000));
+    assert_eq!(checkpoint.read_as::<f32>("part").unwrap(), numbers(6000)[1000..1006]);
+    assert_eq!(checkpoint.read_as::<i64>("lent").unwrap(), [1, -2]);
+    assert_eq!(checkpoint.read("given").unwrap(), [7; 4]);
+    assert_eq!(checkpoint.read_as::<bf16>("view").unwrap(), halves[4000..]);
+    assert_eq!(checkpoint.read_as::<bf16>("view.part").unwrap(), halves[13..15]);
+    assert_eq!(checkpoint.read_as::<f64>("default stream").unwrap(), [0.5; 100]);
+    assert_eq!(checkpoint.tensors().find(|t| t.name == "shared").unwrap().shape, [20, 300]);
+}
+
+#[test]
+fn cuda_slices_that_another_stream_of_cudarc_wrote_are_read_after_that() {
+    with_driver!(cuda_slices_that_another_stream_of_cudarc_wrote_are_read_after_that);
+    let (rig, context, stream) = both();
+    slow(&rig.gpu);
+    let writer = context.new_stream().unwrap();
+    let mut slice = Arc::new(stream.alloc_zeros::<u8>(9000).unwrap());
+    for step in 1..=20_u64 {
+        let next = writer.clone_htod(&[step as u8; 9000]).unwrap();
+        writer.memcpy_dtod(&next, Arc::get_mut(&mut slice).unwrap()).unwrap();
+        let tensor = CudaTensor::new(slice.clone(), [9000]).unwrap();
+        let save = rig.executor.save(step, one(tensor)).unwrap();
+        rig.executor.fence().unwrap();
+        save.wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 9000]);
+    }
+}
+
+#[test]
+fn cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended() {
+    with_driver!(cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended);
+    let (rig, _context, stream) = both();
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (before, to_host) = (fake.live(), 1);
+    let mut slice = Arc::new(stream.clone_htod(&[5_u8; 9000]).unwrap());
+    fake.set("hold", to_host);
+    let save = rig.executor.save(1, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
+    rig.executor.fence_on(&[stream.as_ref().into()]).unwrap();
+    assert!(Arc::get_mut(&mut slice).is_none());
+    fake.set("hold", 0);
+    rig.executor.fence().unwrap();
+    assert!(Arc::get_mut(&mut slice).is_some());
+    // The program's own reference goes first: the last one is dropped by the stager.
+    fake.set("hold", to_host);
+    let second = rig.executor.save(2, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
+    drop(slice);
+    fake.set("hold", 0);
+    rig.executor.fence().unwrap();
+    for (step, save) in [(1, save), (2, second)] {
+        save.wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [5; 9000]);
+    }
+    stream.synchronize().unwrap();
+    let after = fake.live();
+    assert_eq!((after.bytes, after.blocks), (before.bytes, before.blocks));
+}
+
+#[test]
+fn cuda_streams_of_cudarc_that_write_after_a_scope_wait_though_the_fence_did_not_name_them() {
+    with_driver!(cuda_streams_of_cudarc_that_write_after_a_scope_wait_though_the_fence_did_not_name_them);
+    let (rig, context, stream) = both();
+    slow(&rig.gpu);
+    rig.gpu.set("reuse", 1);
+    let writer = context.new_stream().unwrap();
+    for step in 1..=20_u64 {
+        let mut slice: CudaSlice<u8> = stream.alloc_zeros(13_000).unwrap();
+        stream.memcpy_htod(&[step as u8; 13_000], &mut slice).unwrap();
+        let save = rig
+            .executor
+            .scope(Fence::on(&[]), |scope| scope.save(step, one(CudaTensor::new(&slice, [13_000]).unwrap())));
+        if step % 2 == 0 {
+            writer.memset_zeros(&mut slice).unwrap();
+        } else {
+            // Whoever gets the memory next writes it at once.
+            drop(slice);
+            let mut next: CudaSlice<u8> = stream.alloc_zeros(13_000).unwrap();
+            writer.memset_zeros(&mut next).unwrap();
+        }
+        save.unwrap().unwrap().wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 13_000]);
+    }
+}
+
+#[test]
+fn cuda_slices_that_cannot_be_read_are_refused() {
+    with_driver!(cuda_slices_that_cannot_be_read_are_refused);
+    let (rig, context, stream) = both();
+    let refused = |result: Result<CudaTensor<CudaSlice<u8>>, ashore::Error>, what: &str| {
+        let error = result.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        assert!(error.to_string().contains(what), "{error}");
+    };
+    let slice = || stream.alloc_zeros::<u8>(10).unwrap();
+    refused(CudaTensor::part(slice(), 8..11, [3]), "part=8..11 elements=10");
+    #[expect(clippy::reversed_empty_ranges, reason = "a caller's mistake")]
+    refused(CudaTensor::part(slice(), 3..2, [0]), "part=3..2");
+    let each = context.per_thread_stream();
+    refused(CudaTensor::new(each.alloc_zeros::<u8>(10).unwrap(), [10]), "in the stream of each thread");
+    let error = StateDict::new().tensor("t", CudaTensor::new(slice(), [11]).unwrap()).err().unwrap();
+    assert!(error.to_string().contains("expected=11 got=10"), "{error}");
+
+    #[expect(unsafe_code, reason = "a context that cudarc believes to be none of the primary ones")]
+    // SAFETY: the context is alive, and forgotten below, so that nobody destroys it.
+    let own = unsafe { CudaContext::from_raw_context(context.ordinal(), context.cu_device(), context.cu_ctx()) };
+    let own = own.unwrap();
+    refused(CudaTensor::new(own.default_stream().alloc_zeros::<u8>(10).unwrap(), [10]), "context of its own");
+    std::mem::forget(own);
+
+    let Some(fake) = rig.gpu.fake() else { return };
+    fake.fault("cuStreamWaitEvent:1:2");
+    let error = CudaTensor::new(slice(), [10]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Device);
+    assert!(error.to_string().contains("CUDA_ERROR_OUT_OF_MEMORY"), "{error}");
+}

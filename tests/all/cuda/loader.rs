@@ -1,0 +1,73 @@
+//! Processes whose loader finds a driver by its own name: the simulated one, as it is, or made to be of less use.
+
+use super::program::real;
+use std::os::unix::fs::symlink;
+use std::process::{Command, Output};
+
+/// Set in such a process.
+const HERE: &str = "ASHORE_DRIVER_FOUND";
+
+/// What the loader finds.
+#[derive(Default)]
+pub struct Found {
+    /// A function that the driver does not have.
+    pub without: Option<&'static str>,
+    pub variables: &'static [(&'static str, &'static str)],
+}
+
+/// Whether this process is one of those, or a real driver is to be found anyway.
+pub fn here() -> bool {
+    std::env::var_os(HERE).is_some() || real()
+}
+
+/// Runs the test `path` again, in such a process, and that alone.
+pub fn run(path: &str, driver: &Found) -> Output {
+    let folder = tempfile::tempdir().unwrap();
+    let mut library = fakecuda::library();
+    if let Some(symbol) = driver.without {
+        let mut bytes = std::fs::read(&library).unwrap();
+        let finder: Vec<_> = [b"\0", symbol.as_bytes(), b"\0"].concat();
+        let found: Vec<_> = (0..bytes.len() - finder.len()).filter(|&at| bytes[at..].starts_with(&finder)).collect();
+        assert!(!found.is_empty(), "the driver has no {symbol}");
+        found.into_iter().for_each(|at| bytes[at + 1] = b'_');
+        library = folder.path().join("older");
+        std::fs::write(&library, bytes).unwrap();
+    }
+    for name in ["libcuda.so", "libcuda.so.1"] {
+        symlink(&library, folder.path().join(name)).unwrap();
+    }
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    again.args(["--exact", path, "--nocapture", "--test-threads", "1"]);
+    again.env("LD_LIBRARY_PATH", folder.path()).env(HERE, "").envs(driver.variables.iter().copied());
+    again.output().unwrap()
+}
+
+/// Everything that it wrote.
+pub fn text(output: &Output) -> String {
+    [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat()
+}
+
+/// Runs it, and it must pass.
+pub fn pass(path: &str, driver: &Found) {
+    let output = run(path, driver);
+    let text = text(&output);
+    assert!(output.status.success() && text.contains("1 passed"), "{}\n{text}", output.status);
+}
+
+/// The path of a test in this module.
+macro_rules! path_of {
+    ($test:ident) => {
+        concat!(module_path!(), "::", stringify!($test)).split_once("::").unwrap().1
+    };
+}
+pub(super) use path_of;
+
+/// Goes on only in a process whose loader finds the driver: runs the test, whose name it is given, again in one.
+macro_rules! with_driver {
+    ($test:ident) => {
+        if !$crate::cuda::loader::here() {
+            return $crate::cuda::loader::pass($crate::cuda::loader::path_of!($test), &Default::default());
+        }
+    };
+}
+pub(super) use with_driver;
