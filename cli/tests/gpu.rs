@@ -160,7 +160,7 @@ fn a_simulated_cuda_driver_is_no_gpu_where_one_is_required_and_its_errors_are_na
     let said = complaint(&place.run(&["demo", "--device", "cuda:3"]));
     assert!(said.contains("device=cuda:3"), "{said}");
     for fault in
-        ["cuModuleLoadData:1:218", "cuMemHostAlloc:1:2", "cuLaunchKernel:40:719", "cuLaunchKernel:40:700:async"]
+        ["cuModuleLoadData:0:218", "cuStreamCreate:1:2", "cuLaunchKernel:40:719", "cuLaunchKernel:40:700:async"]
     {
         let mut faulty = place.ashore(&demo("50"));
         let output = faulty.env("FAKECUDA_FAULT", fault).output().unwrap();
