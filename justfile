@@ -81,6 +81,15 @@ kernels arguments:
 gpu-kit:
     tests/gpu/kit.sh
 
+# The scenarios of `tests/gpu/drive.py` on the simulated driver: bytes that come back wrong fail it.
+gpu-drive *arguments="--saves 8 --seconds 25":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --quiet -p ashore-face -p fakecuda
+    root=$(mktemp -d)
+    trap 'rm -rf "$root"' EXIT
+    tests/gpu/drive.py --backend driver --library target/debug/libfakecuda.so --face target/debug/libashore_face.so --dir "$root" {{ arguments }}
+
 # Undefined behaviour in what holds or hands out memory.
 miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
@@ -125,7 +134,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint ptx-check examples stock candle cudarc-check miri loom fuzz:60 mutants kill mounts")
+ci: (timed "lint ptx-check gpu-drive examples stock candle cudarc-check miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
 nightly: (timed "ci")

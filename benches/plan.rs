@@ -12,7 +12,7 @@ fn plan(c: &mut Criterion) {
     let data = Arc::new(vec![1.0_f32; 16]);
     for tensors in [1_000, 10_000, 100_000] {
         let names = names(tensors);
-        let executor = builder(Arc::new(null::Sink)).build().expect("an executor");
+        let executor = builder(Arc::new(null::Sink::default())).build().expect("an executor");
         let mut step = 0;
         let mut one = || {
             // One tensor is left out, another one each time, so that the plan of the last save is of no use.

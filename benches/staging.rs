@@ -13,7 +13,7 @@ fn staging(c: &mut Criterion) {
     group.throughput(Throughput::Bytes(BYTES as u64));
     for tensors in [4, 4_096, 65_536] {
         let (names, data) = (names(tensors), Arc::new(vec![1.0_f32; BYTES / 4 / tensors]));
-        let executor = builder(Arc::new(null::Sink)).build().expect("an executor");
+        let executor = builder(Arc::new(null::Sink::default())).build().expect("an executor");
         let mut step = 0;
         let mut one = || {
             step += 1;

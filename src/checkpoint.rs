@@ -1,5 +1,6 @@
 //! A step that was published, held open to be read.
 
+use crate::device::{Device, Selected, choose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::manifest::{FileEntry, MANIFEST, Manifest, TensorEntry, is_ours};
 use crate::format::shard;
@@ -12,6 +13,7 @@ use serde::de::DeserializeOwned;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// How often an open starts over when the step is exchanged or pruned under it.
 const ATTEMPTS: usize = 8;
@@ -48,6 +50,9 @@ const ATTEMPTS: usize = 8;
 pub struct Checkpoint {
     pub(crate) opened: Arc<Opened>,
     pub(crate) threads: usize,
+    /// What copies to targets in device memory.
+    pub(crate) device: Option<Arc<dyn Device>>,
+    pub(crate) patience: Duration,
 }
 
 pub(crate) struct Opened {
@@ -101,7 +106,10 @@ impl Checkpoint {
         let mut tries = 1;
         loop {
             match Opened::new(storage.as_ref(), name, &path) {
-                Ok(opened) => return Ok(Self { opened: Arc::new(opened), threads: THREADS }),
+                Ok(opened) => {
+                    let (opened, device) = (Arc::new(opened), None);
+                    return Ok(Self { opened, threads: THREADS, device, patience: PATIENCE });
+                }
                 // Exchanged or pruned while its files were opened, which are being deleted: look again under the name.
                 Err(Failure::Gone(_)) if tries < ATTEMPTS => tries += 1,
                 Err(failure) => return Err(failure),
@@ -113,6 +121,25 @@ impl Checkpoint {
     /// one for each 4 MiB at most, unless set. Each has a buffer of 2 MiB while it reads.
     pub fn with_threads(mut self, threads: usize) -> Self {
         self.threads = threads.max(1);
+        self
+    }
+
+    /// The same step, with a device that copies to [targets in device memory](crate::Targets::device): a choice, or a device that was
+    /// made by somebody. What an executor opens has that of the executor already.
+    ///
+    /// # Errors
+    /// `Unavailable` or `Device`, naming what is missing, for a GPU that was asked for and is not to be had.
+    pub fn with_device(mut self, device: impl Into<Selected>) -> Result<Self> {
+        self.device = Some(match device.into() {
+            Selected::Choice(choice) => choose(choice)?.0,
+            Selected::Made(device) => device,
+        });
+        Ok(self)
+    }
+
+    /// The same step; a read fails when copies to a device make no progress for so long: 10 minutes unless set.
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
         self
     }
 
@@ -349,3 +376,6 @@ fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> R
 /// Threads wait for the medium most of the time, and fast media want many requests at once: 64 MiB under way with this many.
 /// Few bytes are read by fewer. `docs/tuning.md` has the measurements.
 const THREADS: usize = 32;
+
+/// As long as a fence waits: a stream may have a lot of work before that of a restore.
+const PATIENCE: Duration = Duration::from_secs(600);

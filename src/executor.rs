@@ -141,22 +141,26 @@ impl CheckpointExecutor {
         self.stager.fence_on(streams, self.settings.fence_deadline)
     }
 
-    /// The newest durable step under the root, if there is one.
+    /// The newest durable step under the root, if there is one. Its tensors can be read into memory of the executor's device.
     ///
     /// # Errors
     /// Errors of the storage.
     pub fn latest(&self) -> Result<Option<Checkpoint>> {
         self.alive()?;
-        self.catalog.latest()
+        Ok(self.catalog.latest()?.map(|checkpoint| self.lend_device(checkpoint)))
     }
 
-    /// The checkpoint of `step`.
+    /// The checkpoint of `step`; as [`latest`](Self::latest).
     ///
     /// # Errors
     /// `NotFound` when there is none: never another step.
     pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
         self.alive()?;
-        self.catalog.checkpoint(step)
+        self.catalog.checkpoint(step).map(|checkpoint| self.lend_device(checkpoint))
+    }
+
+    fn lend_device(&self, checkpoint: Checkpoint) -> Checkpoint {
+        Checkpoint { device: Some(self.stager.device.clone()), ..checkpoint }
     }
 
     /// All steps under the root.

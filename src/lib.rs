@@ -40,7 +40,7 @@
 //! | save while computing | [`CheckpointExecutor::save`], then [`fence`](CheckpointExecutor::fence) before writing tensors |
 //! | save what is only borrowed | [`CheckpointExecutor::scope`] |
 //! | know how it ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] for the moment when tensors are free |
-//! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] |
+//! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] memory of the host or of a GPU ([`DeviceTarget`]) |
 //! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`] |
 //! | end well when the machine is taken away | [`sigterm::Sigterm`] |
 //! | keep steps elsewhere | [`storage::Storage`] |
@@ -134,7 +134,7 @@ pub use checkpoint::{Checkpoint, TensorInfo};
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
-pub use restore::{Damage, Report, Targets};
+pub use restore::{Damage, DeviceTarget, Report, Targets};
 pub use save::{Save, SaveOptions, Snapshot, Staged};
 pub use settings::{Detect, DeviceChoice, Engine, Failed, IoMode, Overlap, Priority, Settings};
 pub use state::{

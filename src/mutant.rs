@@ -58,6 +58,18 @@ pub(crate) enum Mutant {
     /// What was captured on a device is written over by the next save before it has left.
     // seen by: cuda::gather
     RoomEarly,
+    /// Bytes are handed to a device before their digest was compared.
+    // seen by: cuda::restoring
+    LoadEarly,
+    /// Copies of a restore do not wait for what the program had queued.
+    // seen by: cuda::restoring
+    LoadOrder,
+    /// A slab is read into while it is still copied from to a device.
+    // seen by: cuda::restoring
+    LoadReuse,
+    /// A restore does not wait for its last copies to a device.
+    // seen by: cuda::restoring
+    LoadWait,
     /// A slab goes home before it is written.
     #[cfg(feature = "mutants")]
     // seen by: fence::late_copies

@@ -1,9 +1,11 @@
 //! The `ashore` program: trains a demo that checkpoints itself, and lists, inspects, verifies, prunes and measures
 //! checkpoints. Data goes to stdout, progress to stderr.
 
+mod adamw;
 mod bench;
 mod demo;
 mod device;
+mod gpu;
 mod inspect;
 mod limit;
 mod ls;
@@ -25,6 +27,7 @@ const DEMO_DIR: &str = "ashore-demo";
 #[command(
     name = "ashore",
     version,
+    args_override_self = true,
     max_term_width = 100,
     after_help = "Exit status: 0 ok, 1 failure, 2 usage, 3 verify found damage."
 )]

@@ -240,7 +240,9 @@ fn failures_end_with_1_and_one_line() {
         (dir.path(), &["verify"], "nothing to verify"),
         (dir.path(), &["inspect", "7"], "step=7"),
         (dir.path(), &["verify", "./7"], "./7"),
-        (dir.path(), &["demo", "--device", "cuda:0"], "device=cuda:0"),
+        (dir.path(), &["demo", "--device", "cuda:99"], "device=cuda:99"),
+        (dir.path(), &["bench", "save", "--device", "cuda:0"], "device=cuda:0"),
+        (dir.path(), &["bench", "staging", "--device", "host", "--graph"], "--graph"),
         (dir.path(), &["demo", "--arena", "5000"], "arena=5000"),
     ] {
         let line = complaint(&run(at, args), 1);

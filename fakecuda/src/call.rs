@@ -67,6 +67,11 @@ pub fn call(name: &'static str, needs: Needs, body: impl FnOnce() -> Status) -> 
         device.state().sticky = Some(code);
         device.changed();
     }
+    if let (Err(code), Ok(device)) = (result, current())
+        && is_sticky(code)
+    {
+        device.stopped();
+    }
     result.err().unwrap_or(0)
 }
 

@@ -25,6 +25,8 @@ pub struct State {
     pub retained: u32,
     /// The error after which nothing works.
     pub sticky: Option<i32>,
+    /// Pieces of work that touch memory at this moment.
+    pub running: u32,
     pub settings: Settings,
     pub faults: Vec<Fault>,
     pub calls: BTreeMap<&'static str, u64>,
@@ -61,6 +63,7 @@ impl Device {
         let state = State {
             retained: 0,
             sticky: None,
+            running: 0,
             settings: Settings::from_env(ordinal),
             faults: faults_from_env(),
             calls: BTreeMap::new(),
@@ -90,6 +93,14 @@ impl Device {
     /// Waits until something happened, or for `at_most`.
     pub fn wait<'s>(&self, state: MutexGuard<'s, State>, at_most: Duration) -> MutexGuard<'s, State> {
         self.changed.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Returns when nothing touches memory any more, after an error that stays: whoever is told of it may unmap what is his.
+    pub fn stopped(&self) {
+        let mut state = self.state();
+        while state.sticky.is_some() && state.running > 0 {
+            state = self.wait(state, crate::stream::PATIENCE);
+        }
     }
 
     /// The addresses of this device, taken when they are first needed.

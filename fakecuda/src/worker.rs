@@ -55,6 +55,9 @@ pub fn work(device: &'static Device, id: u64) {
             continue;
         }
         let delay = delay(&mut state, &work);
+        // A host function may itself make calls, and be told of errors.
+        let touches = !dead && !matches!(work, Work::Call(..));
+        state.running += u32::from(touches);
         drop(state);
         let result = match fault {
             _ if dead => Ok(()),
@@ -67,6 +70,7 @@ pub fn work(device: &'static Device, id: u64) {
             }
         };
         state = device.state();
+        state.running -= u32::from(touches);
         // What was running when the device was reset is no error of what came after.
         let counts = state.streams.get(&id).is_some_and(|s| s.queue.front().is_some_and(|i| i.seq == seq));
         if let (Err(code), true) = (result, counts) {

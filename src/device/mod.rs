@@ -63,6 +63,14 @@ pub trait Device: Register + Send + Sync + Debug {
         Err(Error::new(ErrorKind::Unavailable, "this device has none"))
     }
 
+    /// A queue of copies to devices, made in the thread that will use it.
+    ///
+    /// # Errors
+    /// `Unavailable` when it makes none; `Device`.
+    fn loads(&self) -> Result<Box<dyn LoadQueue>> {
+        Err(Error::new(ErrorKind::Unavailable, format!("nothing is copied to this device device={}", self.name())))
+    }
+
     /// The error for streams of a device that it knows nothing of.
     fn unknown(&self, streams: &[DeviceStream]) -> Error {
         let ordinal = streams.first().map_or(0, |stream| stream.ordinal);
@@ -352,5 +360,41 @@ pub trait CopyQueue {
 
     /// Waits, after a failure, until no copy queued so far will touch memory any more. False when that cannot be known by
     /// `deadline`: sources and slabs are then given up, never reused.
+    fn quiesce(&mut self, deadline: Instant) -> bool;
+}
+
+/// A queue of copies from host memory to devices, beside those of saves. What it queues to one device runs in order.
+pub trait LoadQueue {
+    /// Everything queued from now on comes after `point`, which [`Device::behind`] made.
+    ///
+    /// # Errors
+    /// `Device`, sticky.
+    fn wait(&mut self, point: &Point) -> Result<()>;
+
+    /// Queues a copy of `len` bytes to the address `to` of device `ordinal`.
+    ///
+    /// # Safety
+    /// `from` stays readable and unchanged, and `to` writable on that device, until a later mark is reached or the queue is
+    /// quiescent.
+    ///
+    /// # Errors
+    /// `Device`; the copy may have been queued all the same.
+    #[expect(unsafe_code, reason = "the contract of an asynchronous copy; the restore, its one caller, keeps it")]
+    unsafe fn load(&mut self, ordinal: u32, from: *const u8, to: u64, len: usize) -> Result<()>;
+
+    /// A point behind the copies so far.
+    ///
+    /// # Errors
+    /// `Device`.
+    fn mark(&mut self) -> Result<Point>;
+
+    /// Whether all copies before this mark have ended.
+    ///
+    /// # Errors
+    /// `Device`: they have failed, or that cannot be known now.
+    fn has_reached(&mut self, mark: &Point) -> Result<bool>;
+
+    /// Waits, after a failure, until no copy queued so far will touch memory any more. False when that cannot be known by
+    /// `deadline`.
     fn quiesce(&mut self, deadline: Instant) -> bool;
 }

@@ -63,6 +63,21 @@ impl Arena {
     /// # Errors
     /// `Invalid` when the memory is not to be had.
     pub(crate) fn new(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
+        let arena = Self::quietly(bytes, slab, register, home)?;
+        if let Err(reason) = &arena.report.locked {
+            tracing::warn!(%reason, bytes, "the arena is not locked in memory");
+        }
+        if let Err(reason) = &arena.report.pinned {
+            tracing::warn!(%reason, bytes, "the arena is not pinned: copies from devices are slow and hold up the stager");
+        }
+        Ok(arena)
+    }
+
+    /// [`Arena::new`], whose report says what it did not get.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn quietly(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
         let too_big = || Error::invalid(format!("the arena does not fit the address space arena={bytes}"));
         let slab = usize::try_from(slab).map_err(|_| too_big())?;
         let slabs = usize::try_from(bytes).map_err(|_| too_big())? / slab;
@@ -70,15 +85,9 @@ impl Arena {
         let huge_pages = mapping.prepare();
         let node = mapping.prefault(register.node());
         let locked = mapping.lock();
-        if let Err(reason) = &locked {
-            tracing::warn!(%reason, bytes, "the arena is not locked in memory");
-        }
         let registered = register.register(mapping.base, mapping.len);
         let pinned = registered.map(|registration| mapping.registration = Some(registration));
         let pinned = pinned.map_err(|error| error.to_string());
-        if let Err(reason) = &pinned {
-            tracing::warn!(%reason, bytes, "the arena is not pinned: copies from devices are slow and hold up the stager");
-        }
         let report = ArenaReport { bytes: (slabs * slab) as u64, slabs, huge_pages, node, locked, pinned };
         Ok(Self { pool: Arc::new(Pool::new(mapping, slab, home)), report })
     }

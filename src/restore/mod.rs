@@ -5,11 +5,14 @@
 //! copies and digests each run of bytes while it is in the cache. **Completion.** `Ok` when all targets are filled and
 //! every digest is right. **Errors.** The first error wins and the other threads stop; nobody knows then what the targets
 //! hold, and what a call would have returned is dropped. **Memory.** One buffer of 2 MiB per thread, and what is returned.
+//! Where targets are in device memory, `device` has the way there: two slabs of 8 MiB for each of at most 8 threads.
 
+mod device;
 mod piece;
 mod region;
 mod verify;
 
+pub use device::DeviceTarget;
 pub use verify::{Damage, Report};
 
 use crate::checkpoint::Checkpoint;
@@ -17,8 +20,8 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::manifest::{BLOCK, SliceEntry, TensorEntry};
 use crate::mutant::{self, Mutant};
-use crate::state::{Dtype, Element};
-use piece::{Part, Piece, Window, coalesce, file_at, pass, visit_all, zeroed};
+use crate::state::{DeviceStream, Dtype, Element};
+use piece::{Part, Piece, WINDOW, Window, coalesce, file_at, pass, visit_all, zeroed};
 use region::Region;
 use std::ops::Range;
 
@@ -30,7 +33,11 @@ use std::ops::Range;
 /// # drop(targets);
 /// ```
 #[derive(Default)]
-pub struct Targets<'t>(Vec<Target<'t>>);
+pub struct Targets<'t> {
+    targets: Vec<Target<'t>>,
+    /// Those of targets in device memory.
+    streams: Vec<DeviceStream>,
+}
 
 struct Target<'t> {
     name: String,
@@ -38,7 +45,38 @@ struct Target<'t> {
     dtype: Option<Dtype>,
     /// None: the whole tensor.
     slice: Option<Vec<Range<usize>>>,
-    to: &'t mut [u8],
+    to: Share<'t>,
+}
+
+/// Memory, or a share of it.
+enum Share<'t> {
+    Host(&'t mut [u8]),
+    Device { ordinal: u32, address: u64, bytes: u64 },
+}
+
+impl Share<'_> {
+    fn len(&self) -> u64 {
+        match self {
+            Self::Host(to) => to.len() as u64,
+            Self::Device { bytes, .. } => *bytes,
+        }
+    }
+
+    /// Takes the first `len` bytes away.
+    fn take(&mut self, len: u64) -> Self {
+        match self {
+            Self::Host(to) => {
+                let (share, rest) = std::mem::take(to).split_at_mut(len as usize);
+                *to = rest;
+                Self::Host(share)
+            }
+            Self::Device { ordinal, address, bytes } => {
+                let share = Self::Device { ordinal: *ordinal, address: *address, bytes: len };
+                (*address, *bytes) = (*address + len, *bytes - len);
+                share
+            }
+        }
+    }
 }
 
 impl<'t> Targets<'t> {
@@ -47,27 +85,56 @@ impl<'t> Targets<'t> {
         Self::default()
     }
 
+    fn add(
+        mut self,
+        name: impl Into<String>,
+        dtype: Option<Dtype>,
+        slice: Option<&[Range<usize>]>,
+        to: Share<'t>,
+    ) -> Self {
+        self.targets.push(Target { name: name.into(), dtype, slice: slice.map(<[_]>::to_vec), to });
+        self
+    }
+
     /// The bytes of tensor `name`, into memory of exactly that length.
     #[must_use]
-    pub fn bytes(mut self, name: impl Into<String>, to: &'t mut [u8]) -> Self {
-        self.0.push(Target { name: name.into(), dtype: None, slice: None, to });
-        self
+    pub fn bytes(self, name: impl Into<String>, to: &'t mut [u8]) -> Self {
+        self.add(name, None, None, Share::Host(to))
     }
 
     /// The elements of tensor `name`, into memory of exactly that length; the dtype must be that of `T`.
     #[must_use]
-    pub fn elements<T: Element>(mut self, name: impl Into<String>, to: &'t mut [T]) -> Self {
-        let to = bytemuck::cast_slice_mut(to);
-        self.0.push(Target { name: name.into(), dtype: Some(T::DTYPE), slice: None, to });
-        self
+    pub fn elements<T: Element>(self, name: impl Into<String>, to: &'t mut [T]) -> Self {
+        self.add(name, Some(T::DTYPE), None, Share::Host(bytemuck::cast_slice_mut(to)))
     }
 
     /// The bytes of a slice of tensor `name`, row-major, into memory of exactly that length; see
     /// [`Checkpoint::read_slice`].
     #[must_use]
-    pub fn slice(mut self, name: impl Into<String>, slice: &[Range<usize>], to: &'t mut [u8]) -> Self {
-        self.0.push(Target { name: name.into(), dtype: None, slice: Some(slice.to_vec()), to });
-        self
+    pub fn slice(self, name: impl Into<String>, slice: &[Range<usize>], to: &'t mut [u8]) -> Self {
+        self.add(name, None, Some(slice), Share::Host(to))
+    }
+
+    /// The bytes of tensor `name`, into device memory of exactly that length. The checkpoint needs a device for that: those that an
+    /// executor opened have its, others are given one by [`Checkpoint::with_device`].
+    #[must_use]
+    pub fn device(self, name: impl Into<String>, to: DeviceTarget) -> Self {
+        self.on_device(name, None, to)
+    }
+
+    /// The bytes of a slice of tensor `name`, row-major and packed, into device memory of exactly that length; see
+    /// [`Targets::device`].
+    #[must_use]
+    pub fn device_slice(self, name: impl Into<String>, slice: &[Range<usize>], to: DeviceTarget) -> Self {
+        self.on_device(name, Some(slice), to)
+    }
+
+    fn on_device(mut self, name: impl Into<String>, slice: Option<&[Range<usize>]>, to: DeviceTarget) -> Self {
+        if !self.streams.contains(&to.stream) {
+            self.streams.push(to.stream);
+        }
+        let share = Share::Device { ordinal: to.stream.ordinal, address: to.address, bytes: to.bytes };
+        self.add(name, to.dtype, slice, share)
     }
 }
 
@@ -104,32 +171,54 @@ impl Checkpoint {
         self.fill(len, |bytes| Targets::new().slice(name, slice, bytes))
     }
 
-    /// Fills every target, in parallel; see [`Checkpoint::with_threads`].
+    /// Fills every target, in parallel; see [`Checkpoint::with_threads`]. Targets in device memory are filled by streams of our own,
+    /// with bytes that were checked already; see [`DeviceTarget`].
+    ///
+    /// Where a target is in device memory at most 8 threads read, and each has two buffers of 8 MiB which are pinned for the
+    /// call, fewer or smaller where little is read. What cannot be pinned is only slower, and `tracing` says so.
     ///
     /// # Errors
     /// As [`Checkpoint::read`], [`Checkpoint::read_as`] and [`Checkpoint::read_slice`], and `Invalid`, naming the tensor,
-    /// when a target has another length. Nothing is read unless every target fits.
+    /// when a target has another length, or is in device memory and the checkpoint has no device for it; `Invalid` too for a
+    /// stream that is being captured into a graph. Nothing is read unless every target fits. `Device` when the device fails.
+    /// `Deadline` when copies to it make no progress for as long as [`Checkpoint::with_patience`] says: they may still end.
     pub fn read_into(&self, targets: Targets<'_>) -> Result<()> {
+        let Targets { targets, streams } = targets;
+        let on_device = targets.iter().find(|target| matches!(target.to, Share::Device { .. }));
+        let first = on_device.map(|target| target.name.clone());
         let mut parts = Vec::new();
-        for target in targets.0 {
+        for target in targets {
             self.plan(target, &mut parts)?;
         }
+        if let Some(first) = first {
+            return self.load(parts, &streams, &first);
+        }
         let visit = |window: &mut Window, mut piece: Piece<Wanted<'_, '_>>| {
-            pass(window, file_at(&self.opened.files, piece.file)?, &mut piece).map_err(|error| {
-                let first = piece.parts.first().map(|part| part.tensor.name.as_str());
-                let wrong = format!("cannot read tensors first={first:?} range={:?}", piece.range);
-                self.in_file(Error::new(error.kind(), wrong).with_source(error), piece.file)
-            })?;
-            match piece.parts.iter().find(|part| !matches(part.found, part.digest)) {
-                None => Ok(()),
-                Some(Wanted { tensor, range, .. }) => {
-                    let name = &tensor.name;
-                    let wrong = format!("a tensor is not what was written tensor={name:?} range={range:?}");
-                    Err(self.in_file(Error::corrupt(wrong), piece.file))
-                }
-            }
+            pass(window, file_at(&self.opened.files, piece.file)?, &mut piece).map_err(|e| self.unread(e, &piece))?;
+            let wrong = piece.parts.iter().find(|part| !matches(part.found, part.digest));
+            wrong.map_or(Ok(()), |part| Err(self.wrong(part)))
         };
-        visit_all(coalesce(parts), self.threads, visit)
+        visit_all(coalesce(parts, WINDOW), self.threads, visit)
+    }
+
+    /// The error of a piece that could not be read.
+    fn unread(&self, error: Error, piece: &Piece<Wanted<'_, '_>>) -> Error {
+        let first = piece.parts.first().map(|part| part.tensor.name.as_str());
+        let wrong = format!("cannot read tensors first={first:?} range={:?}", piece.range);
+        self.in_file(Error::new(error.kind(), wrong).with_source(error), piece.file)
+    }
+
+    /// The error of a part that could not be copied to a device.
+    fn unloaded(&self, error: Error, part: &Wanted<'_, '_>) -> Error {
+        let wrong = format!("cannot copy a tensor to a device tensor={:?} range={:?}", part.tensor.name, part.range);
+        self.in_file(Error::new(error.kind(), wrong).with_source(error), part.file)
+    }
+
+    /// The error of a part with another digest.
+    fn wrong(&self, part: &Wanted<'_, '_>) -> Error {
+        let (name, range) = (&part.tensor.name, &part.range);
+        let wrong = format!("a tensor is not what was written tensor={name:?} range={range:?}");
+        self.in_file(Error::corrupt(wrong), part.file)
     }
 
     fn fill<T: bytemuck::Zeroable>(&self, len: u64, targets: impl FnOnce(&mut [T]) -> Targets<'_>) -> Result<Vec<T>> {
@@ -146,7 +235,7 @@ impl Checkpoint {
         }
         let region = self.region(tensor, target.slice.as_deref())?;
         let mut to = target.to;
-        if to.len() as u64 != region.len() {
+        if to.len() != region.len() {
             let (expected, found) = (region.len(), to.len());
             let wrong = format!("a target has the wrong length tensor={:?} expected={expected}", tensor.name);
             return Err(self.place(Error::invalid(format!("{wrong} found={found}"))));
@@ -157,9 +246,7 @@ impl Checkpoint {
             let origin = index as u64 * BLOCK;
             let end = region.before(origin + (range.end - range.start));
             if end > done {
-                let (share, rest) = std::mem::take(&mut to).split_at_mut((end - done) as usize);
-                to = rest;
-                let region = region.clone();
+                let (share, region) = (to.take(end - done), region.clone());
                 let (file, found) = (slice.file, Digest::EMPTY);
                 parts.push(Wanted { file, range, digest, found, tensor, region, origin, place: done, to: share });
                 done = end;
@@ -229,8 +316,8 @@ struct Wanted<'c, 't> {
     origin: u64,
     /// Where `to` begins in the region.
     place: u64,
-    /// What is still to be filled.
-    to: &'t mut [u8],
+    /// What is still to be filled. Memory of a device is filled when the digest is known to be right.
+    to: Share<'t>,
 }
 
 impl Part for Wanted<'_, '_> {
@@ -245,19 +332,21 @@ impl Part for Wanted<'_, '_> {
     fn take(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
         let start = self.origin + (at - self.range.start);
         let end = start + bytes.len() as u64;
-        while !self.to.is_empty() {
+        while let Share::Host(to) = &mut self.to
+            && !to.is_empty()
+        {
             let (source, together) = self.region.at(self.place);
             if source >= end {
                 break;
             }
             let from = source.checked_sub(start).and_then(|skip| bytes.get(skip as usize..)).unwrap_or_default();
-            let len = self.to.len().min(from.len()).min(usize::try_from(together).unwrap_or(usize::MAX));
+            let len = to.len().min(from.len()).min(usize::try_from(together).unwrap_or(usize::MAX));
             if len == 0 {
                 return Err(Error::internal("a slice was looked for outside its block"));
             }
-            let (now, later) = std::mem::take(&mut self.to).split_at_mut(len);
+            let (now, later) = std::mem::take(to).split_at_mut(len);
             now.copy_from_slice(&from[..len]);
-            (self.place, self.to) = (self.place + len as u64, later);
+            (self.place, *to) = (self.place + len as u64, later);
         }
         self.found = self.found.then(Digest::of(bytes), bytes.len() as u64);
         Ok(())

@@ -25,15 +25,12 @@ pub(super) trait Part: Send {
 }
 
 /// Bytes of one read; `docs/tuning.md` has the measurements. Small neighbours are merged up to this length.
-const WINDOW: u64 = 2 << 20;
-
-/// A window that begins anywhere, in whole pages: no read is left over for its last bytes.
-const STEP: u64 = WINDOW + ALIGNMENT as u64;
+pub(super) const WINDOW: u64 = 2 << 20;
 
 /// Bytes that are copied and digested in turn while they are in the second-level cache.
 const HOT: usize = 128 << 10;
 
-/// Neighbours in a file, at most [`WINDOW`] bytes, or one part of at most `BLOCK`: brought by one thread.
+/// Neighbours in a file, at most as many bytes as were asked for, or one part of at most `BLOCK`: brought by one thread.
 #[derive(Debug)]
 pub(super) struct Piece<P> {
     pub file: usize,
@@ -41,8 +38,17 @@ pub(super) struct Piece<P> {
     pub parts: Vec<P>,
 }
 
-/// Puts neighbours together, so that 40,000 small tensors do not cost 40,000 reads.
-pub(super) fn coalesce<P: Part>(mut parts: Vec<P>) -> Vec<Piece<P>> {
+impl<P> Piece<P> {
+    /// Its bytes in whole pages.
+    pub fn pages(&self) -> Range<u64> {
+        let align = ALIGNMENT as u64;
+        let end = self.range.end.checked_next_multiple_of(align).unwrap_or(self.range.end);
+        self.range.start - self.range.start % align..end
+    }
+}
+
+/// Puts neighbours together up to `most` bytes, so that 40,000 small tensors do not cost 40,000 reads.
+pub(super) fn coalesce<P: Part>(mut parts: Vec<P>, most: u64) -> Vec<Piece<P>> {
     parts.sort_by_key(|part| (part.file(), part.range().start, part.range().end));
     let mut pieces: Vec<Piece<P>> = Vec::new();
     for part in parts {
@@ -51,7 +57,7 @@ pub(super) fn coalesce<P: Part>(mut parts: Vec<P>) -> Vec<Piece<P>> {
             Some(last)
                 if last.file == file
                     && range.start.saturating_sub(last.range.end) <= GAP
-                    && range.end.saturating_sub(last.range.start) <= WINDOW =>
+                    && range.end.saturating_sub(last.range.start) <= most =>
             {
                 last.range.end = last.range.end.max(range.end);
                 last.parts.push(part);
@@ -62,7 +68,16 @@ pub(super) fn coalesce<P: Part>(mut parts: Vec<P>) -> Vec<Piece<P>> {
     pieces
 }
 
-/// An aligned buffer of one thread, through which the bytes of a file pass.
+/// Memory that the bytes of a file pass through.
+pub(super) trait Space {
+    /// How much is read at once, in whole pages.
+    const STEP: u64;
+
+    /// Aligned room for `len` of the bytes to be read, from the one at `offset` on.
+    fn room(&mut self, offset: u64, len: usize) -> Result<&mut [u8]>;
+}
+
+/// An aligned buffer of one thread, for one step after the other.
 pub(super) struct Window {
     buffer: Vec<u8>,
 }
@@ -71,35 +86,13 @@ impl Window {
     pub fn new() -> Self {
         Self { buffer: Vec::new() }
     }
+}
 
-    /// Reads `range` of `file` in aligned steps, and hands out exactly its bytes in order, with their place in the file, in
-    /// runs that are still in the processor's cache when they are looked at for the second time.
-    pub fn stream(
-        &mut self,
-        file: &dyn FileReading,
-        range: &Range<u64>,
-        mut each: impl FnMut(u64, &[u8]) -> Result<()>,
-    ) -> Result<()> {
-        let align = ALIGNMENT as u64;
-        let end = range.end.checked_next_multiple_of(align).unwrap_or(range.end).min(file.len());
-        if range.start > range.end || range.end > end {
-            return Err(Error::corrupt(format!("a file ends too early range={range:?} len={}", file.len())));
-        }
-        let mut at = range.start - range.start % align;
-        while at < range.end {
-            let bytes = self.space((end - at).min(STEP) as usize)?;
-            file.read_at(at, bytes)?;
-            let skip = range.start.saturating_sub(at) as usize;
-            let wanted = (range.end - at).min(bytes.len() as u64) as usize;
-            for start in (skip..wanted).step_by(HOT) {
-                each(at + start as u64, &bytes[start..wanted.min(start + HOT)])?;
-            }
-            at += bytes.len() as u64;
-        }
-        Ok(())
-    }
+impl Space for Window {
+    /// A window that begins anywhere, in whole pages: no read is left over for its last bytes.
+    const STEP: u64 = WINDOW + ALIGNMENT as u64;
 
-    fn space(&mut self, len: usize) -> Result<&mut [u8]> {
+    fn room(&mut self, _: u64, len: usize) -> Result<&mut [u8]> {
         let need = len + ALIGNMENT;
         if self.buffer.len() < need {
             self.buffer = zeroed(need)?;
@@ -109,11 +102,39 @@ impl Window {
     }
 }
 
-/// Passes the bytes of `piece` through `window`; each part takes its own, and is finished after its last.
-pub(super) fn pass<P: Part>(window: &mut Window, file: &dyn FileReading, piece: &mut Piece<P>) -> Result<()> {
+/// Reads `range` of `file` in aligned steps, and hands out exactly its bytes in order, with their place in the file, in
+/// runs that are still in the processor's cache when they are looked at for the second time.
+pub(super) fn stream<S: Space>(
+    space: &mut S,
+    file: &dyn FileReading,
+    range: &Range<u64>,
+    mut each: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let align = ALIGNMENT as u64;
+    let end = range.end.checked_next_multiple_of(align).unwrap_or(range.end).min(file.len());
+    if range.start > range.end || range.end > end {
+        return Err(Error::corrupt(format!("a file ends too early range={range:?} len={}", file.len())));
+    }
+    let first = range.start - range.start % align;
+    let mut at = first;
+    while at < range.end {
+        let bytes = space.room(at - first, (end - at).min(S::STEP) as usize)?;
+        file.read_at(at, bytes)?;
+        let skip = range.start.saturating_sub(at) as usize;
+        let wanted = (range.end - at).min(bytes.len() as u64) as usize;
+        for start in (skip..wanted).step_by(HOT) {
+            each(at + start as u64, &bytes[start..wanted.min(start + HOT)])?;
+        }
+        at += bytes.len() as u64;
+    }
+    Ok(())
+}
+
+/// Passes the bytes of `piece` through `space`; each part takes its own, and is finished after its last.
+pub(super) fn pass<P: Part>(space: &mut impl Space, file: &dyn FileReading, piece: &mut Piece<P>) -> Result<()> {
     let Piece { range, parts, .. } = piece;
     let mut first = 0;
-    window.stream(file, range, |at, bytes| {
+    stream(space, file, range, |at, bytes| {
         let end = at + bytes.len() as u64;
         for part in &mut parts[first..] {
             let wanted = part.range();
@@ -146,24 +167,45 @@ pub(super) fn visit_all<P: Part>(
     threads: usize,
     visit: impl Fn(&mut Window, Piece<P>) -> Result<()> + Sync,
 ) -> Result<()> {
+    let threads = worthwhile(&pieces, threads);
+    share_out(pieces, threads, |pieces| {
+        let mut window = Window::new();
+        for piece in pieces {
+            visit(&mut window, piece)?;
+        }
+        Ok(())
+    })
+}
+
+/// How many threads are worth starting for `pieces`, at least 1 and at most `threads`.
+pub(super) fn worthwhile<P>(pieces: &[Piece<P>], threads: usize) -> usize {
     let bytes: u64 = pieces.iter().map(|piece| piece.range.end - piece.range.start).sum();
-    let worthwhile = usize::try_from(bytes / WORTHWHILE).unwrap_or(usize::MAX).saturating_add(1);
-    let helpers = threads.min(pieces.len()).min(worthwhile).saturating_sub(1);
+    let enough = usize::try_from(bytes / WORTHWHILE).unwrap_or(usize::MAX).saturating_add(1);
+    threads.min(pieces.len()).min(enough).max(1)
+}
+
+/// Has `work` called on up to `threads` threads of which the caller's is one, each time with a share of the pieces. The first
+/// error wins; the other threads then get no more pieces.
+pub(super) fn share_out<P: Part>(
+    pieces: Vec<Piece<P>>,
+    threads: usize,
+    work: impl Fn(&mut dyn Iterator<Item = Piece<P>>) -> Result<()> + Sync,
+) -> Result<()> {
     let queue = Mutex::new(pieces.into_iter());
     let failed = AtomicBool::new(false);
     let first = Mutex::new(None);
+    let next = || {
+        let stop = failed.load(Ordering::Relaxed);
+        if stop { None } else { queue.lock().unwrap_or_else(PoisonError::into_inner).next() }
+    };
     let work = || {
-        let mut window = Window::new();
-        while !failed.load(Ordering::Relaxed) {
-            let Some(piece) = queue.lock().unwrap_or_else(PoisonError::into_inner).next() else { return };
-            if let Err(error) = visit(&mut window, piece) {
-                failed.store(true, Ordering::Relaxed);
-                first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-            }
+        if let Err(error) = work(&mut std::iter::from_fn(next)) {
+            failed.store(true, Ordering::Relaxed);
+            first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         }
     };
     thread::scope(|scope| {
-        for _ in 0..helpers {
+        for _ in 1..threads {
             // Without a helper the caller does its work, only slower.
             if thread::Builder::new().name("ashore-read".into()).spawn_scoped(scope, work).is_err() {
                 break;
@@ -207,7 +249,7 @@ mod tests {
         ) {
             let mut parts: Vec<_> = parts.into_iter().map(|(file, at, len)| (file, at..at + len)).collect();
             let longest = parts.iter().map(|(_, part)| part.end - part.start).max().unwrap_or(0);
-            let pieces = coalesce(parts.clone());
+            let pieces = coalesce(parts.clone(), WINDOW);
             for piece in &pieces {
                 let length = piece.range.end - piece.range.start;
                 let most = if piece.parts.len() == 1 { BLOCK } else { WINDOW.max(longest) };
@@ -228,14 +270,14 @@ mod tests {
     #[test]
     fn many_small_neighbours_are_one_read_and_far_ones_are_not() {
         let near: Vec<_> = (0..40_000).map(|i| (0, i * 16..i * 16 + 16)).collect();
-        assert_eq!(coalesce(near).len(), 1);
-        assert_eq!(coalesce(vec![(0, 0..8), (0, 8 + GAP..9 + GAP), (0, 10 + 2 * GAP..11 + 2 * GAP)]).len(), 2);
-        assert_eq!(coalesce(vec![(0, 0..8), (1, 8..9)]).len(), 2);
+        assert_eq!(coalesce(near, WINDOW).len(), 1);
+        assert_eq!(coalesce(vec![(0, 0..8), (0, 8 + GAP..9 + GAP), (0, 10 + 2 * GAP..11 + 2 * GAP)], WINDOW).len(), 2);
+        assert_eq!(coalesce(vec![(0, 0..8), (1, 8..9)], WINDOW).len(), 2);
     }
 
     #[test]
     fn the_first_error_stops_every_thread_and_is_the_one_reported() {
-        let pieces = coalesce((0..1000).map(|i| (i, 0..WORTHWHILE)).collect());
+        let pieces = coalesce((0..1000).map(|i| (i, 0..WORTHWHILE)).collect(), WINDOW);
         let visited = std::sync::atomic::AtomicUsize::new(0);
         let result = visit_all(pieces, 4, |_, piece| {
             visited.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,6 @@
 //! Verification: every byte of a step read once, and all that is wrong with it said.
 
-use super::piece::{Part, Piece, Window, coalesce, file_at, pass, visit_all, zeroed};
+use super::piece::{Part, Piece, WINDOW, Window, coalesce, file_at, pass, stream, visit_all, zeroed};
 use super::{blocks, matches};
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
@@ -82,7 +82,7 @@ impl Checkpoint {
             progress(done.fetch_add(len, Ordering::Relaxed) + len, total);
             Ok(())
         };
-        visit_all(coalesce(self.tiles()), self.threads, visit)?;
+        visit_all(coalesce(self.tiles(), WINDOW), self.threads, visit)?;
         let mut findings = findings.into_inner().unwrap_or_else(PoisonError::into_inner);
         self.verify_files(&mut findings);
         let order = |file: &str| manifest.files.iter().position(|entry| entry.name == file);
@@ -204,7 +204,7 @@ impl Checkpoint {
 
 fn digest(window: &mut Window, file: &dyn FileReading, range: &Range<u64>) -> Result<Digest> {
     let mut digest = Digest::EMPTY;
-    window.stream(file, range, |_, bytes| {
+    stream(window, file, range, |_, bytes| {
         digest = digest.then(Digest::of(bytes), bytes.len() as u64);
         Ok(())
     })?;

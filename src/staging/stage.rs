@@ -102,7 +102,9 @@ impl Stager {
     /// Takes a save, to be staged after those before it.
     pub fn push(&self, job: Job) {
         if let (Some(aside), false) = (&job.aside, job.borrowed) {
-            lock(&self.asides).push((job.ticket.clone(), aside.clone()));
+            let mut asides = lock(&self.asides);
+            asides.retain(|(ticket, _)| !ticket.staged.is_complete());
+            asides.push((job.ticket.clone(), aside.clone()));
         }
         self.flights.add(job.ticket.clone());
         lock(&self.jobs).push_back(job);
@@ -220,11 +222,14 @@ impl Stager {
             ended = self.quiesce(line);
         }
         let Job { ticket, state, captured, sink, aside, region, .. } = job;
-        lock(&self.asides).retain(|(t, _)| !Arc::ptr_eq(t, &ticket));
         drop(captured);
         ticket.enter(Phase::Writing);
         // Kernels of a fence may still read what has left the device by now, and others the list of what was to be gathered.
         let aside = aside.filter(|aside| !ended || aside.pending());
+        if aside.is_none() {
+            // Otherwise a fence must still find it: whoever follows its kernels need not wait for copies of later saves.
+            lock(&self.asides).retain(|(t, _)| !Arc::ptr_eq(t, &ticket));
+        }
         if ended && aside.is_none() {
             dropped((flying, state, region));
             self.flights.release(&ticket);

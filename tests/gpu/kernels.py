@@ -18,6 +18,7 @@ class Cuda:
         self.lib = ctypes.CDLL(library)
         self.simulated = hasattr(self.lib, "fakecuda_live")
         device, context = c_int(), c_void_p()
+        self.context = context
         self("cuInit", 0)
         self("cuDeviceGet", byref(device), 0)
         self("cuDevicePrimaryCtxRetain", byref(context), device)

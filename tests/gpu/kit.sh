@@ -12,13 +12,14 @@ test_program() {
         sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1
 }
 
-cargo build --release --quiet -p ashore-cli
+cargo build --release --quiet -p ashore-cli -p ashore-face
 suite=$(test_program ashore all)
 kernels=$(test_program fakecuda all)
 strip -o "$kit/ashore" target/release/ashore
+strip -o "$kit/libashore_face.so" target/release/libashore_face.so
 strip -o "$kit/suite" "$suite"
 strip -o "$kit/kernels" "$kernels"
-cp tests/gpu/run.sh tests/gpu/kernels.py kernels/*.ptx "$kit"
+cp tests/gpu/run.sh tests/gpu/*.py benches/peers/{tree,workload}.py kernels/*.ptx "$kit"
 git rev-parse HEAD >"$kit/commit"
 size=$(du -sm "$kit" | cut -f1)
 ls -l "$kit"

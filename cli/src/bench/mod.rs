@@ -1,5 +1,6 @@
 //! `ashore bench`: figures beside the machine's own limit, measured in turn in the same run.
 
+mod gpu;
 mod limits;
 mod null;
 mod pairs;
@@ -10,8 +11,9 @@ mod staging;
 mod usage;
 mod workload;
 
-use crate::{Common, device, out, size};
-use ashore::{Builder, CheckpointExecutor, DeviceChoice, Engine, Error, Priority, Result};
+use crate::device::Home;
+use crate::{Common, out, size};
+use ashore::{Builder, CheckpointExecutor, Engine, Error, ErrorKind, Priority, Result};
 use clap::ValueEnum;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -54,6 +56,18 @@ pub struct Args {
     /// Do not measure the machine's limit
     #[arg(long)]
     no_limit: bool,
+    /// On a GPU: milliseconds of a training step [default: 300]
+    #[arg(long, value_name = "MS", value_parser = milliseconds)]
+    step_ms: Option<f64>,
+    /// On a GPU: save every so many steps [default: 10]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    every: Option<u64>,
+    /// On a GPU: replay the steps from graphs
+    #[arg(long)]
+    graph: bool,
+    /// On a GPU: memory of it in which fences set aside what has not left it [default: none]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    scratch: Option<u64>,
     /// Write a page that shows the phases of every save over time
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -78,20 +92,33 @@ fn scale(text: &str) -> Result<f64, String> {
     scale.ok_or_else(|| "a scale is a number such as 0.25".to_owned())
 }
 
+fn milliseconds(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| (0.01..=60_000.0).contains(number));
+    number.ok_or_else(|| "milliseconds are a number such as 300, at most a minute".to_owned())
+}
+
 /// Figures in order, for a table and as JSON: name, value, unit.
 pub struct Figures(Vec<(&'static str, Value)>);
 
 /// Runs a benchmark in a directory of its own under `--dir`, which is deleted in the end.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    device::resolve(common.device)?;
+    let home = match args.what {
+        What::Limits | What::Staging => Home::of(common.device)?,
+        What::Write | What::Restore | What::Save => Home::only_host(common.device, "this benchmark")?,
+    };
     let parent = common.dir.clone().unwrap_or_else(|| ".".into());
     let place = Place::new(&parent)?;
-    let bench = Bench { dir: &place.0, common, args };
-    let figures = match args.what {
-        What::Limits => limits::run(&bench)?,
-        What::Staging => staging::run(&bench)?,
-        What::Write | What::Save => save::run(&bench)?,
-        What::Restore => restore::run(&bench)?,
+    let bench = Bench { dir: &place.0, common, args, home: &home };
+    if home.gpu().is_none() {
+        bench.refuse_what_needs_a_gpu()?;
+    }
+    let figures = match (args.what, home.gpu()) {
+        (What::Limits, None) => limits::run(&bench)?,
+        (What::Limits, Some(gpu)) => gpu::limits(&bench, gpu)?,
+        (What::Staging, None) => staging::run(&bench)?,
+        (What::Staging, Some(gpu)) => gpu::staging(&bench, gpu)?,
+        (What::Write | What::Save, _) => save::run(&bench)?,
+        (What::Restore, _) => restore::run(&bench)?,
     };
     if common.json {
         out::json(
@@ -103,11 +130,18 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Bytes of the arena and of a chunk.
+struct Sizes {
+    arena: u64,
+    chunk: u64,
+}
+
 /// What every benchmark is given.
 struct Bench<'a> {
     dir: &'a Path,
     common: &'a Common,
     args: &'a Args,
+    home: &'a Home,
 }
 
 impl Bench<'_> {
@@ -115,12 +149,34 @@ impl Bench<'_> {
         State::new(self.args.workload, self.args.scale)
     }
 
+    fn sizes(&self) -> Sizes {
+        let arena = self.common.arena.unwrap_or(256 << 20);
+        Sizes { arena, chunk: self.args.chunk.unwrap_or((8 << 20).min(arena / 2 / 4096 * 4096)) }
+    }
+
+    /// What is measured on the host has no steps.
+    fn refuse_what_needs_a_gpu(&self) -> Result<()> {
+        let Args { step_ms, every, graph, scratch, .. } = self.args;
+        let given = [
+            ("--step-ms", step_ms.is_some()),
+            ("--every", every.is_some()),
+            ("--graph", *graph),
+            ("--scratch", scratch.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            None => Ok(()),
+            Some((flag, _)) => {
+                let why = format!("{flag} is for state on a GPU, and this one is on the host device={}", self.home);
+                Err(Error::new(ErrorKind::Invalid, why))
+            }
+        }
+    }
+
     /// An executor as the flags ask for.
     fn builder(&self) -> Builder {
-        let Args { chunk, writers, files, engine, priority, .. } = self.args;
-        let arena = self.common.arena.unwrap_or(256 << 20);
-        let chunk = chunk.unwrap_or((8 << 20).min(arena / 2 / 4096 * 4096));
-        let mut builder = CheckpointExecutor::builder(self.dir).device(DeviceChoice::Host).arena(arena).chunk(chunk);
+        let Args { writers, files, engine, priority, .. } = self.args;
+        let Sizes { arena, chunk } = self.sizes();
+        let mut builder = self.home.builder(CheckpointExecutor::builder(self.dir)).arena(arena).chunk(chunk);
         if let Some(writers) = *writers {
             builder = builder.writers(writers);
         }
@@ -144,6 +200,17 @@ impl Bench<'_> {
 }
 
 impl Figures {
+    /// Takes back whatever is made of times, which mean nothing on the simulated driver: counts and sizes are whole numbers, and
+    /// every number that is not was measured.
+    fn forget_times(&mut self) {
+        for (name, value) in &mut self.0 {
+            let measured = value.is_f64() && !name.ends_with("_wanted");
+            if measured || name.ends_with("_loop") || name.ends_with("_loops") {
+                *value = Value::Null;
+            }
+        }
+    }
+
     fn rows(&self) -> Vec<(String, String)> {
         let shown = |(name, value): &(&str, Value)| {
             let (name, unit) = ["_bytes_per_second", "_seconds_per_gb", "_seconds", "_ms", "_bytes", ""]

@@ -3,21 +3,37 @@
 
 use ashore::device::{CopyQueue, Device};
 use ashore::digest::Digest;
+use ashore::format::manifest::MANIFEST;
 use ashore::memory::Register;
 use ashore::storage::{FileWriting, IoMode, Reading, Storage, Swept, Writing};
 use ashore::{Attempt, Error, ErrorKind, Result};
 use std::any::Any;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-/// Takes everything and keeps nothing.
-#[derive(Debug)]
-pub struct Sink;
+/// Takes everything and keeps nothing, but for the manifests where they are asked for. Clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct Sink {
+    manifests: Option<Arc<Mutex<Vec<Vec<u8>>>>>,
+}
+
+impl Sink {
+    /// One that keeps manifests: they have the digests of what was dropped.
+    pub fn with_manifests() -> Self {
+        Self { manifests: Some(Arc::default()) }
+    }
+
+    /// The manifests that have come since the last call.
+    pub fn taken(&self) -> Vec<Vec<u8>> {
+        let kept = self.manifests.as_ref().map(|kept| kept.lock().unwrap_or_else(PoisonError::into_inner));
+        kept.map(|mut kept| std::mem::take(&mut *kept)).unwrap_or_default()
+    }
+}
 
 impl Storage for Sink {
     fn begin(&self, _: &str, _: Attempt, _: bool) -> Result<Arc<dyn Writing>> {
-        Ok(Arc::new(Self))
+        Ok(Arc::new(self.clone()))
     }
 
     fn open(&self, _: &str) -> Result<Arc<dyn Reading>> {
@@ -51,10 +67,13 @@ impl Storage for Sink {
 
 impl Writing for Sink {
     fn create(&self, _: &str, _: u64) -> Result<Arc<dyn FileWriting>> {
-        Ok(Arc::new(Self))
+        Ok(Arc::new(self.clone()))
     }
 
-    fn put(&self, _: &str, _: &[u8]) -> Result<()> {
+    fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
+        if let (MANIFEST, Some(kept)) = (file, &self.manifests) {
+            kept.lock().unwrap_or_else(PoisonError::into_inner).push(bytes.to_vec());
+        }
         Ok(())
     }
 

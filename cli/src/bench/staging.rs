@@ -11,7 +11,7 @@ use std::time::Instant;
 
 pub fn run(bench: &Bench<'_>) -> Result<Figures> {
     let state = bench.state();
-    let executor = bench.builder().storage(Arc::new(null::Sink)).build()?;
+    let executor = bench.builder().storage(Arc::new(null::Sink::default())).build()?;
     let mut memory = Memory::new(executor.arena().report().bytes);
     let (mut step, mut staged, mut cpu) = (0, Vec::new(), Vec::new());
     let mut sample = |turn| {

@@ -11,10 +11,31 @@ pub enum Workload {
     /// 16 tensors of 64 MiB, fp32
     Large,
     /// 20,000 tensors of 16 KiB and 20,000 of 1 KiB, fp32
+    #[value(alias = "w1")]
     Small,
+    /// 64 tensors of 64 MiB, fp32
+    #[value(alias = "w2")]
+    Wide,
     /// Llama-3.2-1B under AdamW: bf16 weights, two fp32 moments
-    #[value(name = "adam-1b")]
+    #[value(name = "adam-1b", alias = "w3")]
     Adam1b,
+    /// The same of Llama-3-8B with 8 of its 32 layers
+    #[value(name = "adam-8b-part", alias = "w4")]
+    Adam8bPart,
+    /// The same of Llama-3-8B
+    #[value(name = "adam-8b", alias = "w5")]
+    Adam8b,
+}
+
+/// What a Llama consists of.
+struct Llama {
+    width: usize,
+    /// Of keys and values.
+    narrow: usize,
+    hidden: usize,
+    layers: usize,
+    /// The output has weights of its own.
+    head: bool,
 }
 
 impl Workload {
@@ -22,25 +43,49 @@ impl Workload {
         match self {
             Self::Large => "large",
             Self::Small => "small",
+            Self::Wide => "wide",
             Self::Adam1b => "adam-1b",
+            Self::Adam8bPart => "adam-8b-part",
+            Self::Adam8b => "adam-8b",
+        }
+    }
+
+    /// How many bytes the tensors have.
+    pub fn bytes(self, scale: f64) -> u64 {
+        let shapes = self.shapes(scale).into_iter();
+        shapes.map(|(_, half, shape)| shape.iter().product::<usize>() as u64 * if half { 2 } else { 4 }).sum()
+    }
+
+    fn llama(self) -> Llama {
+        match self {
+            Self::Adam8bPart => Llama { layers: 8, ..Self::Adam8b.llama() },
+            Self::Adam8b => Llama { width: 4096, narrow: 1024, hidden: 14_336, layers: 32, head: true },
+            _ => Llama { width: 2048, narrow: 512, hidden: 8192, layers: 16, head: false },
         }
     }
 
     /// Names, element sizes and shapes; `scale` shortens the first dimension of every tensor.
-    fn shapes(self, scale: f64) -> Vec<(String, bool, Vec<usize>)> {
+    pub fn shapes(self, scale: f64) -> Vec<(String, bool, Vec<usize>)> {
         let scaled = |rows: usize| ((rows as f64 * scale).round() as usize).max(1);
         match self {
-            Self::Large => (0..16).map(|i| (format!("layer.{i:02}.weight"), false, vec![scaled(4096), 4096])).collect(),
+            Self::Large | Self::Wide => {
+                let count = if self == Self::Large { 16 } else { 64 };
+                (0..count).map(|i| (format!("layer.{i:02}.weight"), false, vec![scaled(4096), 4096])).collect()
+            }
             Self::Small => {
                 let part = |name: &'static str, columns| {
                     (0..scaled(20_000)).map(move |i| (format!("expert.{i:05}.{name}"), false, vec![4, columns]))
                 };
                 part("weight", 1024).chain(part("bias", 64)).collect()
             }
-            Self::Adam1b => {
-                let mut weights = vec![("embed_tokens".to_owned(), vec![128_256, 2048]), ("norm".into(), vec![2048])];
-                for layer in 0..16 {
-                    let (wide, narrow, long) = (vec![2048, 2048], vec![512, 2048], vec![8192, 2048]);
+            Self::Adam1b | Self::Adam8bPart | Self::Adam8b => {
+                let Llama { width, narrow, hidden, layers, head } = self.llama();
+                let mut weights = vec![("embed_tokens".to_owned(), vec![128_256, width]), ("norm".into(), vec![width])];
+                if head {
+                    weights.push(("lm_head".into(), vec![128_256, width]));
+                }
+                for layer in 0..layers {
+                    let (wide, narrow, long) = (vec![width, width], vec![narrow, width], vec![hidden, width]);
                     for (name, shape) in [
                         ("self_attn.q_proj", wide.clone()),
                         ("self_attn.k_proj", narrow.clone()),
@@ -48,9 +93,9 @@ impl Workload {
                         ("self_attn.o_proj", wide),
                         ("mlp.gate_proj", long.clone()),
                         ("mlp.up_proj", long),
-                        ("mlp.down_proj", vec![2048, 8192]),
-                        ("input_layernorm", vec![2048]),
-                        ("post_attention_layernorm", vec![2048]),
+                        ("mlp.down_proj", vec![width, hidden]),
+                        ("input_layernorm", vec![width]),
+                        ("post_attention_layernorm", vec![width]),
                     ] {
                         weights.push((format!("layers.{layer}.{name}"), shape));
                     }
@@ -135,16 +180,13 @@ mod tests {
 
     #[test]
     fn workloads_have_the_size_that_they_say() {
-        let sizes = |workload: Workload| {
-            let bytes = |(_, half, shape): (String, bool, Vec<usize>)| {
-                shape.iter().product::<usize>() as u64 * if half { 2 } else { 4 }
-            };
-            let shapes = workload.shapes(1.0);
-            (shapes.len(), shapes.into_iter().map(bytes).sum::<u64>())
-        };
+        let sizes = |workload: Workload| (workload.shapes(1.0).len(), workload.bytes(1.0));
         assert_eq!(sizes(Workload::Large), (16, 1 << 30));
         assert_eq!(sizes(Workload::Small), (40_000, 20_000 * (17 << 10)));
+        assert_eq!(sizes(Workload::Wide), (64, 4 << 30));
         assert_eq!(sizes(Workload::Adam1b), (438, 1_235_814_400 * 10));
+        assert_eq!(sizes(Workload::Adam8bPart), (225, 2_795_573_248 * 10));
+        assert_eq!(sizes(Workload::Adam8b), (873, 8_030_261_248 * 10));
     }
 
     #[test]

@@ -2,25 +2,27 @@
 //!
 //! Two models train: one saves, its *twin* does not. They take turns in blocks (save, plain, plain, save, ...), so that the
 //! two step times are measured side by side on a machine whose speed drifts; and because the arithmetic repeats bit for bit,
-//! the twin is also the uninterrupted run that everything else must agree with.
+//! the twin is also the uninterrupted run that everything else must agree with. On a GPU both have their state and optimizer there,
+//! and what was restored is also compared with the same steps taken again on the host alone.
 
-mod adamw;
 mod arithmetic;
 mod blocks;
 mod model;
 mod report;
+mod resident;
 mod run;
 mod text;
 mod training;
 
+use crate::device::Home;
 use crate::limit::{Config, Memory, Scratch};
 use crate::out;
-use crate::{Common, device, size};
-use ashore::{CheckpointExecutor, DeviceChoice, Error, ErrorKind, Result};
+use crate::{Common, size};
+use ashore::{CheckpointExecutor, Error, ErrorKind, Result};
 use blocks::Plan;
 use model::Size;
 use report::{Measured, Opening, Report};
-use run::{Run, Saved, Twin};
+use run::{Run, Saved, Trainer};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -55,12 +57,11 @@ pub struct Args {
 
 /// Runs the demo. The exit status is a failure when something that was to be proved turned out otherwise.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let device = device::resolve(common.device)?;
+    let home = Home::of(common.device)?;
     let root = common.root();
     let arena = common.arena.unwrap_or(8 << 20);
     let chunk = args.chunk.unwrap_or_else(|| (arena / 4).clamp(4096, 2 << 20) / 4096 * 4096);
-    let builder = CheckpointExecutor::builder(&root).device(DeviceChoice::Host);
-    let executor = builder.arena(arena).chunk(chunk).keep_last(2).build()?;
+    let executor = home.builder(CheckpointExecutor::builder(&root)).arena(arena).chunk(chunk).keep_last(2).build()?;
     let root = root.canonicalize().unwrap_or(root);
 
     let corpus = Corpus::new();
@@ -74,7 +75,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let plan = Plan::new(start, (start / args.steps + 1).saturating_mul(args.steps), args.every);
     let opening = Opening {
         root: &root,
-        device,
+        home: &home,
         arena,
         chunk,
         bytes: training.bytes(),
@@ -89,10 +90,12 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     }
 
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
-    let mut twin = Twin { gradients: training.gradients(), training: training.copied(), corpus: &corpus, threads };
-    let run = Run::new(&executor, &corpus, threads, training, args.every, plan.goal);
+    let gpu = home.gpu();
+    let mut twin = Trainer::new(training.copied(), gpu, &corpus, threads)?;
+    let mut witness = gpu.map(|_| twin.on_host(training.copied()));
+    let run = Run::new(&executor, Trainer::new(training, gpu, &corpus, threads)?, args.every, plan.goal);
     let trained = take_turns(run, &mut twin, plan, &opening)?;
-    let proof = prove(&executor, &mut twin, plan, &trained)?;
+    let proof = prove(&executor, &mut twin, witness.as_mut(), plan, &trained)?;
     executor.shutdown(PATIENCE)?;
 
     let report = Report { opening, trained, proof };
@@ -119,7 +122,7 @@ pub struct Trained {
 }
 
 /// Trains both models block by block. Each goes first in every other block.
-fn take_turns(mut run: Run<'_>, twin: &mut Twin<'_>, plan: Plan, opening: &Opening<'_>) -> Result<Trained> {
+fn take_turns(mut run: Run<'_>, twin: &mut Trainer<'_>, plan: Plan, opening: &Opening<'_>) -> Result<Trained> {
     let bar = out::progress(plan.goal);
     let mut measured = Measured::default();
     let config = Config::threads(opening.chunk, run.writers());
@@ -127,7 +130,7 @@ fn take_turns(mut run: Run<'_>, twin: &mut Twin<'_>, plan: Plan, opening: &Openi
     let (mut curve, mut tail, mut kept, mut undisturbed) = (Vec::new(), Vec::new(), None, true);
     for (i, block) in plan.blocks().enumerate() {
         if block.from == plan.goal {
-            kept = Some(run.training.copied());
+            kept = Some(run.trainer.settled()?);
         }
         let first = if i % 2 == 1 { Some(run.advance(block.to, &bar)?) } else { None };
         let began = Instant::now();
@@ -147,7 +150,7 @@ fn take_turns(mut run: Run<'_>, twin: &mut Twin<'_>, plan: Plan, opening: &Openi
         }
     }
     bar.finish_and_clear();
-    undisturbed &= run.training.same_bits(&twin.training);
+    undisturbed &= run.trainer.settled()?.same_bits(&twin.settled()?);
     Ok(Trained { saves: run.saved, measured, curve, tail, kept, undisturbed })
 }
 
@@ -160,21 +163,34 @@ pub struct Proof {
     /// Steps trained from the restored state.
     pub steps: u64,
     pub curve_continues: bool,
+    /// On a GPU: the host has come to the same state by itself.
+    pub recomputed: Option<bool>,
 }
 
 /// Restores the newest step, compares it with the copy of the state that it was made of, and trains on from it.
-fn prove(executor: &CheckpointExecutor, twin: &mut Twin<'_>, plan: Plan, trained: &Trained) -> Result<Proof> {
+fn prove(
+    executor: &CheckpointExecutor,
+    twin: &mut Trainer<'_>,
+    witness: Option<&mut Trainer<'_>>,
+    plan: Plan,
+    trained: &Trained,
+) -> Result<Proof> {
     let began = Instant::now();
     let newest = executor.latest()?.ok_or_else(|| Error::new(ErrorKind::NotFound, "the last step is gone"))?;
-    let resumed = twin.training.resumed(&newest)?;
+    let resumed = twin.training().resumed(&newest)?;
     let restored_in = began.elapsed();
     let bytes_equal = newest.step() == plan.goal && trained.kept.as_ref().is_some_and(|kept| resumed.same_bits(kept));
+    let again_on_host = |witness: &mut Trainer<'_>| {
+        witness.advance(plan.goal)?;
+        Ok::<_, Error>(witness.settled()?.same_bits(&resumed))
+    };
+    let recomputed = witness.map(again_on_host).transpose()?;
 
-    let uninterrupted = std::mem::replace(&mut twin.training, resumed);
-    let again = twin.advance(plan.end())?;
-    let curve_continues = same_bits(&again, &trained.tail) && twin.training.same_bits(&uninterrupted);
+    let mut second = twin.on_host(resumed);
+    let again = second.advance(plan.end())?;
+    let curve_continues = same_bits(&again, &trained.tail) && second.settled()?.same_bits(&twin.settled()?);
     let (restored, path, steps) = (newest.step(), newest.path().to_owned(), plan.end() - plan.goal);
-    Ok(Proof { restored, path, restored_in, bytes_equal, steps, curve_continues })
+    Ok(Proof { restored, path, restored_in, bytes_equal, steps, curve_continues, recomputed })
 }
 
 /// Losses are equal when their bits are.

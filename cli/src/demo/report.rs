@@ -2,6 +2,7 @@
 
 use super::blocks::Block;
 use super::{Proof, Trained};
+use crate::device::Home;
 use crate::limit::Limit;
 use crate::out::{median, ms, quantile};
 use crate::size;
@@ -14,7 +15,7 @@ use std::time::Duration;
 /// What is known before training begins.
 pub struct Opening<'a> {
     pub root: &'a Path,
-    pub device: &'static str,
+    pub home: &'a Home,
     pub arena: u64,
     pub chunk: u64,
     pub bytes: u64,
@@ -75,7 +76,8 @@ impl Measured {
 impl Report<'_> {
     /// True when everything that was to be proved was.
     pub fn verified(&self) -> bool {
-        self.proof.bytes_equal && self.proof.curve_continues && self.trained.undisturbed
+        let Proof { bytes_equal, curve_continues, recomputed, .. } = self.proof;
+        bytes_equal && curve_continues && recomputed != Some(false) && self.trained.undisturbed
     }
 
     fn blocked(&self, q: f64) -> f64 {
@@ -98,72 +100,8 @@ impl Report<'_> {
         self.trained.saves.last().map(|save| save.committed.mode)
     }
 
-    /// The one object that `--json` prints.
-    pub fn json(&self) -> Value {
-        let last_loss = self.trained.curve.last().copied();
-        json!({
-            "steps": self.opening.goal,
-            "saves": self.trained.saves.len(),
-            "bytes": self.opening.bytes,
-            "step_ms_without": self.trained.measured.step_ms(|pair| pair.without),
-            "step_ms_with": self.trained.measured.step_ms(|pair| pair.with),
-            "overhead_fraction": median(self.trained.measured.overheads()),
-            "blocked_ms_p50": self.blocked(0.5),
-            "blocked_ms_p99": self.blocked(0.99),
-            "restored_step": self.proof.restored,
-            "verified": self.verified(),
-            "bytes_equal": self.proof.bytes_equal,
-            "curve_continues": self.proof.curve_continues,
-            "undisturbed": self.trained.undisturbed,
-            "resumed_from": self.opening.resumed.then_some(self.opening.start),
-            "trained_steps": self.trained.curve.len(),
-            "measured_blocks": self.trained.measured.pairs().len(),
-            "final_loss": last_loss,
-            "final_loss_bits": last_loss.map(f32::to_bits),
-            "durable_ms_p50": self.durable_ms(),
-            "durable_bytes_per_second": self.durable_rate(),
-            "disk_limit_bytes_per_second": self.limit_rate(),
-            "restore_ms": ms(self.proof.restored_in),
-            "io": self.mode(),
-            "device": self.opening.device,
-            "arena": self.opening.arena,
-            "chunk": self.opening.chunk,
-            "path": self.proof.path,
-        })
-    }
-}
-
-impl fmt::Display for Opening<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { bytes, parameters, start, goal, every, arena, chunk, .. } = self;
-        let (chunks, times) = (bytes.div_ceil(*chunk), *bytes as f64 / *arena as f64);
-        let (state, arena, chunk) = (size::shown(*bytes), size::exact(*arena), size::exact(*chunk));
-        writeln!(f, "model      {parameters} parameters; with the AdamW moments a state of {state}")?;
-        writeln!(f, "device     {}", self.device)?;
-        writeln!(
-            f,
-            "arena      {arena} in chunks of {chunk}; the state is {chunks} chunks, {times:.1} times the arena"
-        )?;
-        writeln!(f, "directory  {} (the newest two checkpoints are kept)", self.root.display())?;
-        let from = match self.resumed {
-            true => format!("resumed from step {start}, the newest durable one"),
-            false => "from the beginning".to_owned(),
-        };
-        writeln!(f, "training   {from}, to step {goal}; a save every {every} steps and at the end\n")
-    }
-}
-
-impl fmt::Display for Report<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mean = |part: &[f32]| part.iter().sum::<f32>() / part.len().max(1) as f32;
-        let end = self.trained.curve.len().min(10);
-        let (first, last) =
-            (mean(&self.trained.curve[..end]), mean(&self.trained.curve[self.trained.curve.len() - end..]));
-        writeln!(
-            f,
-            "loss                         {first:.3} -> {last:.3} (means of the first and last {end} steps)\n"
-        )?;
-
+    /// What was measured.
+    fn figures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (without, with) =
             (self.trained.measured.step_ms(|pair| pair.without), self.trained.measured.step_ms(|pair| pair.with));
         let percent = |q: f64| 100.0 * quantile(self.trained.measured.overheads(), q);
@@ -203,17 +141,106 @@ impl fmt::Display for Report<'_> {
             f,
             "    medians; the same bytes and chunks, {} loops between the blocks\n",
             self.trained.measured.limits.len()
+        )
+    }
+
+    /// A time, or what follows from times: nothing where they mean nothing.
+    fn timed(&self, figure: f64) -> Option<f64> {
+        (!self.opening.home.simulated()).then_some(figure)
+    }
+
+    /// The one object that `--json` prints.
+    pub fn json(&self) -> Value {
+        let last_loss = self.trained.curve.last().copied();
+        let step_ms = |time: fn(&Pair) -> Duration| self.timed(self.trained.measured.step_ms(time));
+        json!({
+            "steps": self.opening.goal,
+            "saves": self.trained.saves.len(),
+            "bytes": self.opening.bytes,
+            "step_ms_without": step_ms(|pair| pair.without),
+            "step_ms_with": step_ms(|pair| pair.with),
+            "overhead_fraction": self.timed(median(self.trained.measured.overheads())),
+            "blocked_ms_p50": self.timed(self.blocked(0.5)),
+            "blocked_ms_p99": self.timed(self.blocked(0.99)),
+            "restored_step": self.proof.restored,
+            "verified": self.verified(),
+            "bytes_equal": self.proof.bytes_equal,
+            "curve_continues": self.proof.curve_continues,
+            "recomputed": self.proof.recomputed,
+            "undisturbed": self.trained.undisturbed,
+            "resumed_from": self.opening.resumed.then_some(self.opening.start),
+            "trained_steps": self.trained.curve.len(),
+            "measured_blocks": self.trained.measured.pairs().len(),
+            "final_loss": last_loss,
+            "final_loss_bits": last_loss.map(f32::to_bits),
+            "durable_ms_p50": self.timed(self.durable_ms()),
+            "durable_bytes_per_second": self.timed(self.durable_rate()),
+            "disk_limit_bytes_per_second": self.timed(self.limit_rate()),
+            "restore_ms": self.timed(ms(self.proof.restored_in)),
+            "io": self.mode(),
+            "device": self.opening.home.to_string(),
+            "simulated": self.opening.home.simulated(),
+            "arena": self.opening.arena,
+            "chunk": self.opening.chunk,
+            "path": self.proof.path,
+        })
+    }
+}
+
+impl fmt::Display for Opening<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { bytes, parameters, start, goal, every, arena, chunk, .. } = self;
+        let (chunks, times) = (bytes.div_ceil(*chunk), *bytes as f64 / *arena as f64);
+        let (state, arena, chunk) = (size::shown(*bytes), size::exact(*arena), size::exact(*chunk));
+        writeln!(f, "model      {parameters} parameters; with the AdamW moments a state of {state}")?;
+        writeln!(f, "device     {}", self.home)?;
+        writeln!(
+            f,
+            "arena      {arena} in chunks of {chunk}; the state is {chunks} chunks, {times:.1} times the arena"
         )?;
+        writeln!(f, "directory  {} (the newest two checkpoints are kept)", self.root.display())?;
+        let from = match self.resumed {
+            true => format!("resumed from step {start}, the newest durable one"),
+            false => "from the beginning".to_owned(),
+        };
+        writeln!(f, "training   {from}, to step {goal}; a save every {every} steps and at the end\n")
+    }
+}
+
+impl fmt::Display for Report<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mean = |part: &[f32]| part.iter().sum::<f32>() / part.len().max(1) as f32;
+        let end = self.trained.curve.len().min(10);
+        let (first, last) =
+            (mean(&self.trained.curve[..end]), mean(&self.trained.curve[self.trained.curve.len() - end..]));
+        writeln!(
+            f,
+            "loss                         {first:.3} -> {last:.3} (means of the first and last {end} steps)\n"
+        )?;
+
+        if self.opening.home.simulated() {
+            writeln!(
+                f,
+                "saves                        {}; no times: they mean nothing here\n",
+                self.trained.saves.len()
+            )?;
+        } else {
+            self.figures(f)?;
+        }
 
         let says = |held: bool| if held { "yes" } else { "NO" };
         writeln!(
             f,
-            "restored                     step {} in {:.1} ms, from {}",
+            "restored                     step {}{}, from {}",
             self.proof.restored,
-            ms(self.proof.restored_in),
+            self.timed(ms(self.proof.restored_in)).map_or_else(String::new, |ms| format!(" in {ms:.1} ms")),
             self.proof.path.display()
         )?;
         writeln!(f, "every bit as at the save     {}", says(self.proof.bytes_equal))?;
+        if let Some(recomputed) = self.proof.recomputed {
+            let said = "every step so far, taken again without the GPU: the same state";
+            writeln!(f, "recomputed on the host       {} ({said})", says(recomputed))?;
+        }
         writeln!(
             f,
             "training goes on the same    {} ({} steps from the restored state, losses and state bit for bit)",

@@ -1,21 +1,94 @@
 //! The training loop with checkpointing on, as a user would write it, and the same without.
 
 use super::PATIENCE;
+use super::resident::Resident;
 use super::text::Corpus;
 use super::training::{Gradients, Training};
-use ashore::{CheckpointExecutor, Committed, Error, ErrorKind, Result};
+use crate::gpu::Gpu;
+use ashore::{CheckpointExecutor, Committed, Error, ErrorKind, Result, StateDict};
 use indicatif::ProgressBar;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// A model that trains: on the host, or with its state and the optimizer on a GPU.
+pub struct Trainer<'a> {
+    training: Training,
+    gradients: Gradients,
+    resident: Option<Resident>,
+    corpus: &'a Corpus,
+    threads: usize,
+}
+
+impl<'a> Trainer<'a> {
+    /// # Errors
+    /// `Device`, of a GPU.
+    pub fn new(training: Training, gpu: Option<&Arc<Gpu>>, corpus: &'a Corpus, threads: usize) -> Result<Self> {
+        let resident = gpu.map(|gpu| Resident::new(gpu, &training)).transpose()?;
+        Ok(Self { gradients: training.gradients(), training, resident, corpus, threads })
+    }
+
+    /// The same training on the host.
+    pub fn on_host(&self, training: Training) -> Self {
+        let gradients = training.gradients();
+        Self { training, gradients, resident: None, corpus: self.corpus, threads: self.threads }
+    }
+
+    /// Trains up to the step `to` without saves. Gives the losses.
+    pub fn advance(&mut self, to: u64) -> Result<Vec<f32>> {
+        let mut losses = Vec::new();
+        while self.training.step < to {
+            losses.push(self.compute());
+            self.update()?;
+        }
+        Ok(losses)
+    }
+
+    /// A copy of all there is, on the host.
+    pub fn settled(&mut self) -> Result<Training> {
+        if let Some(resident) = &mut self.resident {
+            resident.settle(&mut self.training)?;
+        }
+        Ok(self.training.copied())
+    }
+
+    /// What it looks like; on a GPU, but for the moments.
+    pub fn training(&self) -> &Training {
+        &self.training
+    }
+
+    fn compute(&mut self) -> f32 {
+        self.training.compute(self.corpus, &mut self.gradients, self.threads);
+        self.gradients.loss
+    }
+
+    fn update(&mut self) -> Result<()> {
+        match &mut self.resident {
+            None => self.training.update(&self.gradients, self.threads),
+            Some(resident) => resident.update(&mut self.training, &self.gradients),
+        }
+    }
+
+    fn state(&self) -> Result<StateDict<'static>> {
+        match &self.resident {
+            None => self.training.state(),
+            Some(resident) => resident.state(&self.training),
+        }
+    }
+
+    fn fence(&self, executor: &CheckpointExecutor) -> Result<()> {
+        match &self.resident {
+            None => executor.fence(),
+            Some(resident) => executor.fence_on(&[resident.stream().device_stream()]),
+        }
+    }
+}
 
 /// A model that trains and saves.
 pub struct Run<'a> {
-    pub training: Training,
+    pub trainer: Trainer<'a>,
     /// Every save so far.
     pub saved: Vec<Saved>,
     executor: &'a CheckpointExecutor,
-    corpus: &'a Corpus,
-    threads: usize,
-    gradients: Gradients,
     start: u64,
     every: u64,
     goal: u64,
@@ -28,16 +101,9 @@ pub struct Saved {
 }
 
 impl<'a> Run<'a> {
-    pub fn new(
-        executor: &'a CheckpointExecutor,
-        corpus: &'a Corpus,
-        threads: usize,
-        training: Training,
-        every: u64,
-        goal: u64,
-    ) -> Self {
-        let (gradients, start) = (training.gradients(), training.step);
-        Self { training, saved: Vec::new(), executor, corpus, threads, gradients, start, every, goal }
+    pub fn new(executor: &'a CheckpointExecutor, trainer: Trainer<'a>, every: u64, goal: u64) -> Self {
+        let start = trainer.training.step;
+        Self { trainer, saved: Vec::new(), executor, start, every, goal }
     }
 
     /// How many threads write.
@@ -50,24 +116,24 @@ impl<'a> Run<'a> {
         let began = Instant::now();
         let mut losses = Vec::new();
         let mut flights = Vec::new();
-        while self.training.step < to {
-            let step = self.training.step;
+        while self.trainer.training.step < to {
+            let step = self.trainer.training.step;
             if step > self.start && step <= self.goal && (step.is_multiple_of(self.every) || step == self.goal) {
                 let called = Instant::now();
-                let save = self.executor.save(step, self.training.state()?)?;
+                let save = self.executor.save(step, self.trainer.state()?)?;
                 flights.push((save, called.elapsed()));
             }
-            self.training.compute(self.corpus, &mut self.gradients, self.threads);
+            let loss = self.trainer.compute();
             let called = Instant::now();
-            self.executor.fence()?;
+            self.trainer.fence(self.executor)?;
             if let Some((_, blocked)) = flights.last_mut() {
                 *blocked += called.elapsed();
             }
-            self.training.update(&self.gradients, self.threads)?;
-            losses.push(self.gradients.loss);
+            self.trainer.update()?;
+            losses.push(loss);
             let durable = self.saved.last().map_or(self.start, |saved| saved.committed.step);
-            bar.set_message(format!("loss {:.3}, durable up to step {durable}", self.gradients.loss));
-            bar.set_position(self.training.step.min(self.goal));
+            bar.set_message(format!("loss {loss:.3}, durable up to step {durable}"));
+            bar.set_position((step + 1).min(self.goal));
         }
         for (save, blocked) in flights {
             let skipped = || Error::new(ErrorKind::Internal, "a save was skipped").with_step(save.step());
@@ -75,26 +141,5 @@ impl<'a> Run<'a> {
             self.saved.push(Saved { blocked, committed });
         }
         Ok((losses, began.elapsed()))
-    }
-}
-
-/// A model that trains without saves.
-pub struct Twin<'a> {
-    pub training: Training,
-    pub gradients: Gradients,
-    pub corpus: &'a Corpus,
-    pub threads: usize,
-}
-
-impl Twin<'_> {
-    /// Trains up to the step `to`. Gives the losses.
-    pub fn advance(&mut self, to: u64) -> Result<Vec<f32>> {
-        let mut losses = Vec::new();
-        while self.training.step < to {
-            self.training.compute(self.corpus, &mut self.gradients, self.threads);
-            self.training.update(&self.gradients, self.threads)?;
-            losses.push(self.gradients.loss);
-        }
-        Ok(losses)
     }
 }

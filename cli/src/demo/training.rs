@@ -1,8 +1,8 @@
 //! A training run: parameters, AdamW moments, the random numbers that pick the examples, and the step.
 
-use super::adamw;
 use super::model::{Shape, Size};
 use super::text::Corpus;
+use crate::adamw;
 use crate::rng::Rng;
 use ashore::{Checkpoint, Error, ErrorKind, HostTensor, Result, StateDict, Targets};
 use std::sync::Arc;
@@ -18,15 +18,15 @@ pub struct Training {
     pub step: u64,
     rng: Rng,
     names: Vec<(String, Vec<usize>)>,
-    parameters: Vec<Tensor>,
-    first: Vec<Tensor>,
-    second: Vec<Tensor>,
+    pub parameters: Vec<Tensor>,
+    pub first: Vec<Tensor>,
+    pub second: Vec<Tensor>,
 }
 
 /// The result of a forward and backward pass, which changes nothing in the training state but the random numbers.
 pub struct Gradients {
     pub loss: f32,
-    by_tensor: Vec<Vec<f32>>,
+    pub by_tensor: Vec<Vec<f32>>,
 }
 
 impl Training {
@@ -112,9 +112,15 @@ impl Training {
         for (name, dims, tensor) in self.tensors() {
             state.tensor(name, HostTensor::new(tensor.clone(), dims))?;
         }
+        self.describe(&mut state)?;
+        Ok(state)
+    }
+
+    /// Everything of a save but its tensors.
+    pub fn describe(&self, state: &mut StateDict<'_>) -> Result<()> {
         state.value("step", &self.step)?.value("rng", &self.rng)?.value("batch", &self.batch)?;
         state.metadata("model", &self.shape)?;
-        Ok(state)
+        Ok(())
     }
 
     /// The training that a checkpoint holds; `self` says what it must look like.

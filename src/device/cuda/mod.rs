@@ -13,11 +13,12 @@ mod driver;
 mod gpu;
 mod kernels;
 mod late;
+mod loads;
 mod queue;
 mod table;
 mod trial;
 
-use super::{CopyQueue, Device, Kernels, Memory, Point};
+use super::{CopyQueue, Device, Kernels, LoadQueue, Memory, Point};
 use crate::error::{ErrorKind, Result};
 use crate::memory::{Node, Register};
 use crate::state::DeviceStream;
@@ -152,6 +153,10 @@ impl Device for Cuda {
             self.0.make_wait(streams, &event)?;
         }
         Ok(())
+    }
+
+    fn loads(&self) -> Result<Box<dyn LoadQueue>> {
+        Ok(Box::new(loads::Loads::new(self.0.clone())?))
     }
 
     fn kernels(&self, memory: Memory) -> Result<Arc<dyn Kernels>> {

@@ -8,6 +8,8 @@ mod finding;
 mod gather;
 mod loader;
 mod program;
+mod restoring;
+mod restoring_fails;
 mod settings;
 mod staging;
 mod torn;

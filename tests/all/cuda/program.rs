@@ -5,7 +5,9 @@ use crate::rig::LONG;
 use ashore::device::Cuda;
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
-use ashore::{Builder, Capture, Checkpoint, CheckpointExecutor, DeviceStream, Dtype, RawDevice, StateDict};
+use ashore::{
+    Builder, Capture, Checkpoint, CheckpointExecutor, DeviceStream, DeviceTarget, Dtype, RawDevice, StateDict,
+};
 use std::ffi::{c_int, c_uint, c_void};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -33,12 +35,15 @@ api! {
     cuInit(c_uint);
     cuDeviceGet(*mut c_int, c_int);
     cuDevicePrimaryCtxRetain(*mut usize, c_int);
+    cuCtxGetCurrent(*mut usize);
     cuCtxSetCurrent(usize);
+    cuCtxSynchronize();
     cuMemAlloc_v2(*mut u64, usize);
     cuMemFree_v2(u64);
     cuMemAllocAsync(*mut u64, usize, usize);
     cuMemFreeAsync(u64, usize);
     cuMemcpyHtoD_v2(u64, *const c_void, usize);
+    cuMemcpyDtoH_v2(*mut c_void, u64, usize);
     cuMemsetD8Async(u64, u8, usize, usize);
     cuStreamCreate(*mut usize, c_uint);
     cuStreamSynchronize(usize);
@@ -127,6 +132,20 @@ impl Gpu {
         cuda!(cuCtxSetCurrent(self.context));
     }
 
+    /// Whether the context is current in this thread.
+    pub fn is_current(&self) -> bool {
+        let mut current = 0;
+        cuda!(cuCtxGetCurrent(&mut current));
+        current == self.context
+    }
+
+    /// Whether nothing has failed on it for good.
+    pub fn is_well(&self) -> bool {
+        self.enter();
+        // SAFETY: no arguments.
+        unsafe { (api().cuCtxSynchronize)() == 0 }
+    }
+
     /// A device for an executor.
     pub fn device(&self) -> Arc<Cuda> {
         Arc::new(self.try_device().unwrap())
@@ -158,6 +177,11 @@ impl Gpu {
 pub struct Stream(pub DeviceStream);
 
 impl Stream {
+    /// The default stream, for which streams wait that are made without the flag for the opposite.
+    pub fn legacy(ordinal: u32) -> Self {
+        Self(DeviceStream::new(ordinal, 0))
+    }
+
     pub fn fill(&self, tensor: &Tensor, value: u8) {
         cuda!(cuMemsetD8Async(tensor.0.at, value, tensor.0.len, self.0.handle));
     }
@@ -218,6 +242,25 @@ impl Tensor {
     pub fn strided(&self, stream: Stream, at: u64, dtype: Dtype, shape: &[usize], strides: &[i64]) -> RawDevice {
         // SAFETY: as for `source`; the tests keep inside the block.
         unsafe { RawDevice::strided(self.0.at + at, dtype, shape, strides, stream.0, self.0.clone()) }
+    }
+
+    /// Where a restore writes all of it.
+    pub fn target(&self, stream: Stream) -> DeviceTarget {
+        self.target_at(0, self.0.len, stream)
+    }
+
+    /// Where a restore writes `len` bytes of it from `offset` on.
+    pub fn target_at(&self, offset: usize, len: usize, stream: Stream) -> DeviceTarget {
+        assert!(offset + len <= self.0.len);
+        // SAFETY: the tests keep the tensor until the restore is over.
+        unsafe { DeviceTarget::new(self.0.at + offset as u64, len as u64, stream.0) }
+    }
+
+    /// The bytes, at this moment: in the order of the legacy stream, for which no other stream here waits.
+    pub fn read(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.0.len];
+        cuda!(cuMemcpyDtoH_v2(bytes.as_mut_ptr().cast(), self.0.at, bytes.len()));
+        bytes
     }
 
     /// A source that keeps nothing: for scopes, which end before the tensor does.

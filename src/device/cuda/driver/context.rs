@@ -182,7 +182,7 @@ impl Context {
         if status == 0 {
             return Ok(());
         }
-        let why = "a stream is being captured into a graph: save and fence between launches";
+        let why = "a stream is being captured into a graph: save, fence and restore between launches";
         Err(Error::invalid(format!("{why} device=cuda:{} stream={stream:#x}", self.ordinal)))
     }
 

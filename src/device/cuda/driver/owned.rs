@@ -42,10 +42,10 @@ impl Stream {
         unsafe { self.context.copy_to_host(from, to, len, self.handle) }
     }
 
-    /// Queues a copy of pinned memory to the device.
+    /// Queues a copy to the device. Where the host's memory is not pinned, the call may wait for all that is before it.
     ///
     /// # Safety
-    /// `from` stays readable and unchanged, and `to` allocated, until the copy has ended.
+    /// `from` stays readable and unchanged, and `to` writable for the device, until the copy has ended.
     pub unsafe fn copy_to_device(&self, from: *const u8, to: Address, len: usize) -> Result<()> {
         // SAFETY: as the caller says.
         self.context.call("cuMemcpyHtoDAsync_v2", |t| unsafe { (t.to_device)(to, from.cast(), len, self.handle) })

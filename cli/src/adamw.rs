@@ -9,6 +9,35 @@ const DECAY: f32 = 0.01;
 /// Fewer elements than this are not worth a thread.
 const SHARE_MIN: usize = 64 << 10;
 
+/// What a step multiplies by, the same on the host and on a GPU (`kernels/training.cu`).
+#[derive(Clone, Copy)]
+pub struct Rates {
+    /// Already divided by the bias of the first moment.
+    pub rate: f32,
+    /// One over the bias of the second moment.
+    pub unbias: f32,
+    pub beta_first: f32,
+    pub beta_second: f32,
+    pub epsilon: f32,
+    /// Already multiplied by the rate.
+    pub decay: f32,
+}
+
+impl Rates {
+    /// Those of `step`, which counts from 1.
+    pub fn at(step: u64) -> Self {
+        let power = i32::try_from(step).unwrap_or(i32::MAX);
+        Self {
+            rate: (f64::from(RATE) / (1.0 - f64::from(BETA_FIRST).powi(power))) as f32,
+            unbias: (1.0 / (1.0 - f64::from(BETA_SECOND).powi(power))) as f32,
+            beta_first: BETA_FIRST,
+            beta_second: BETA_SECOND,
+            epsilon: EPSILON,
+            decay: RATE * DECAY,
+        }
+    }
+}
+
 /// Changes `parameter` and its moments by `gradient`; `step` counts from 1. Elements do not depend on each other, so the
 /// result does not depend on `threads`.
 pub fn update(
@@ -19,10 +48,8 @@ pub fn update(
     step: u64,
     threads: usize,
 ) {
-    let power = i32::try_from(step).unwrap_or(i32::MAX);
-    let rate = (f64::from(RATE) / (1.0 - f64::from(BETA_FIRST).powi(power))) as f32;
-    let unbias = (1.0 / (1.0 - f64::from(BETA_SECOND).powi(power))) as f32;
-    let change = |((p, m), v): ((&mut [f32], &mut [f32]), &mut [f32]), g: &[f32]| change(p, m, v, g, rate, unbias);
+    let rates = Rates::at(step);
+    let change = |((p, m), v): ((&mut [f32], &mut [f32]), &mut [f32]), g: &[f32]| change(p, m, v, g, rates);
 
     let share = parameter.len().div_ceil(threads.max(1)).max(SHARE_MIN);
     let moments = parameter.chunks_mut(share).zip(first.chunks_mut(share)).zip(second.chunks_mut(share));
@@ -38,11 +65,12 @@ pub fn update(
     });
 }
 
-fn change(p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], rate: f32, unbias: f32) {
+fn change(p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], rates: Rates) {
+    let Rates { rate, unbias, beta_first, beta_second, epsilon, decay } = rates;
     for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
-        *m = BETA_FIRST * *m + (1.0 - BETA_FIRST) * g;
-        *v = BETA_SECOND * *v + (1.0 - BETA_SECOND) * (g * g);
-        *p -= rate * *m / ((*v * unbias).sqrt() + EPSILON) + RATE * DECAY * *p;
+        *m = beta_first * *m + (1.0 - beta_first) * g;
+        *v = beta_second * *v + (1.0 - beta_second) * (g * g);
+        *p -= rate * *m / ((*v * unbias).sqrt() + epsilon) + decay * *p;
     }
 }
 

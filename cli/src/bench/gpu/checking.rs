@@ -1,0 +1,60 @@
+//! Whether saved bytes are the state at their step: of every save, by the digests in its manifest.
+
+use super::state::State;
+use super::training::{Saved, save_points};
+use crate::bench::null::Sink;
+use crate::gpu::{Pinned, Stream};
+use ashore::digest::Digest;
+use ashore::format::manifest::Manifest;
+use ashore::{Error, ErrorKind, Result};
+use std::collections::BTreeMap;
+
+/// What the digests must be after so many steps of a block, and how many saves had them.
+pub struct Checking<'a> {
+    state: &'a State,
+    sink: &'a Sink,
+    expected: BTreeMap<u64, Vec<Digest>>,
+    pub checked: u64,
+}
+
+impl<'a> Checking<'a> {
+    /// Takes the steps of a block once, without the library, and digests the state where saves will be.
+    pub fn new(state: &'a State, sink: &'a Sink, stream: &Stream, pinned: &mut Pinned, every: u64) -> Result<Self> {
+        let (mut expected, mut taken) = (BTreeMap::new(), 0);
+        state.reset(stream)?;
+        for after in std::iter::once(0).chain(save_points(every)) {
+            while taken < after {
+                state.feed(stream, taken)?;
+                state.update(stream)?;
+                taken += 1;
+            }
+            stream.wait()?;
+            expected.insert(after, state.digests(pinned)?);
+        }
+        Ok(Self { state, sink, expected, checked: 0 })
+    }
+
+    /// Compares the manifests that have come with what is expected of these saves.
+    ///
+    /// # Errors
+    /// `Corrupt`, naming a tensor that is not what it was at the save.
+    pub fn check(&mut self, saves: &[Saved]) -> Result<()> {
+        let manifests = self.sink.taken();
+        let manifests = manifests.iter().map(|text| Manifest::parse(text)).collect::<Result<Vec<_>>>()?;
+        for save in saves {
+            let found = manifests.iter().find(|manifest| manifest.step == save.number);
+            let (Some(found), Some(expected)) = (found, self.expected.get(&save.after)) else {
+                return Err(Error::new(ErrorKind::Internal, "a save without a manifest").with_step(save.number));
+            };
+            for (name, expected) in self.state.names().zip(expected) {
+                let slice = found.tensor(name).and_then(|tensor| tensor.slices.first());
+                if slice.is_none_or(|slice| slice.digest != *expected) {
+                    let why = format!("saved bytes are not the state at the save tensor={name} after={}", save.after);
+                    return Err(Error::new(ErrorKind::Corrupt, why).with_step(save.number));
+                }
+            }
+            self.checked += 1;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,11 @@
+//! Benchmarks of state that lives on a GPU.
+
+mod bus;
+mod checking;
+mod readback;
+mod staging;
+mod state;
+mod training;
+
+pub use bus::run as limits;
+pub use staging::run as staging;

@@ -1,0 +1,49 @@
+//! What a program reads back while a save is on its way: 4 bytes, as `loss.item()` does, on a stream of its own.
+
+use crate::gpu::{Gpu, Pinned, Stream, allocate};
+use ashore::{Error, ErrorKind, Result};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+const PAUSE: Duration = Duration::from_micros(500);
+
+/// When one was asked for, and how many seconds it took.
+pub type Reading = (Instant, f64);
+
+/// Reads again and again while `during` runs.
+///
+/// # Errors
+/// Those of `during`, and `Device`.
+pub fn watch<R>(gpu: &Arc<Gpu>, during: impl FnOnce() -> Result<R>) -> Result<(R, Vec<Reading>)> {
+    /// Also when `during` panics: the thread has to end.
+    struct End<'a>(&'a AtomicBool);
+    impl Drop for End<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| read(gpu, &over));
+        let end = End(&over);
+        let result = during();
+        drop(end);
+        let readings = reader.join().map_err(|_| Error::new(ErrorKind::Internal, "the reader panicked"))?;
+        Ok((result?, readings?))
+    })
+}
+
+fn read(gpu: &Arc<Gpu>, over: &AtomicBool) -> Result<Vec<Reading>> {
+    let (stream, mut readings) = (Stream::new(gpu)?, Vec::new());
+    let (number, mut pinned) = (allocate(gpu, 4)?, Pinned::allocated(&stream, 4)?);
+    stream.zero(&number)?;
+    while !over.load(Ordering::Relaxed) {
+        let began = Instant::now();
+        pinned.fetch(0, &number)?;
+        pinned.bytes()?;
+        readings.push((began, began.elapsed().as_secs_f64()));
+        std::thread::sleep(PAUSE);
+    }
+    Ok(readings)
+}

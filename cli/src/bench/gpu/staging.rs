@@ -1,0 +1,227 @@
+//! `ashore bench staging` on a GPU: how fast state leaves it beside the bus's own limit, and what a loop that trains there loses.
+//!
+//! Storage is a sink that drops what it gets, so that nothing here is the disk's. Writers digest as they always do, and every save is
+//! checked by the digests of its manifest.
+
+use super::bus::{self, Way};
+use super::checking::Checking;
+use super::readback::{self, Reading};
+use super::state::State;
+use super::training::{Block, Pending, Saved, Training};
+use crate::bench::pairs::{self, Estimate, Pairs, Turn};
+use crate::bench::usage::{Cpu, per_gb};
+use crate::bench::{Bench, Figures, PATIENCE, null};
+use crate::gpu::{Gpu, Pinned, Stream};
+use crate::out::{median, quantile};
+use ashore::Result;
+use serde_json::Value;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Blocks of the loop without saves, and with.
+#[derive(Default)]
+struct Blocks {
+    without: Vec<Block>,
+    with: Vec<Block>,
+    readings: Vec<Reading>,
+    /// Of the stager, in the blocks with saves.
+    stager: Duration,
+}
+
+/// Saves beside bare copies of as many bytes.
+#[derive(Default)]
+struct Rates {
+    limit: Vec<f64>,
+    staged: Vec<f64>,
+    pairs: Pairs,
+}
+
+pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
+    let (args, sizes) = (bench.args, bench.sizes());
+    let sink = null::Sink::with_manifests();
+    let executor = bench.builder().storage(Arc::new(sink.clone())).scratch(args.scratch.unwrap_or(0)).build()?;
+    let state = State::new(gpu, args.workload, args.scale)?;
+    let (stream, copies) = (Stream::new(gpu)?, Stream::new(gpu)?);
+    let mut pinned = Pinned::allocated(&copies, sizes.arena)?;
+    let (every, wanted) = (args.every.unwrap_or(10), args.step_ms.unwrap_or(300.0));
+    let mut checking = Checking::new(&state, &sink, &stream, &mut pinned, every)?;
+    let mut training = Training::new(&executor, &state, &stream, every, wanted / 1e3, args.graph)?;
+
+    // The first block plans, and touches what later ones find in place.
+    let warm = training.block(true)?;
+    checking.check(&warm.saves)?;
+    let step_seconds = warm.seconds / warm.steps.len() as f64;
+    state.reset(&stream)?;
+    stream.wait()?;
+    let stretch = state.stretch()?;
+    bus::pass(Way::ToHost, &stretch, &mut pinned, sizes.chunk)?;
+    let bare = bus::pass(Way::ToHost, &stretch, &mut pinned, sizes.chunk)?;
+
+    let (mut alone, mut beside) = (Rates::default(), Rates::default());
+    for (rates, computing) in [(&mut alone, false), (&mut beside, true)] {
+        let Rates { limit, staged, .. } = rates;
+        let compute = |training: &Training<'_>| {
+            if computing { training.compute_for(2.0 * bare, step_seconds) } else { Ok(()) }
+        };
+        let sample = |turn| {
+            if turn == Turn::Limit {
+                compute(&training)?;
+                limit.push(bus::pass(Way::ToHost, &stretch, &mut pinned, sizes.chunk)?);
+                stream.wait()?;
+                return Ok(limit[limit.len() - 1]);
+            }
+            let pending: Pending = training.save(0)?;
+            compute(&training)?;
+            let saved = pending.ended()?;
+            stream.wait()?;
+            checking.check(std::slice::from_ref(&saved))?;
+            staged.push(saved.committed.staged.as_secs_f64());
+            Ok(staged[staged.len() - 1])
+        };
+        if !args.no_limit {
+            rates.pairs = pairs::run(args.rounds, bench.seed(), sample)?;
+        }
+    }
+
+    let (mut blocks, seed) = (Blocks::default(), bench.seed());
+    let (loops, readings) = readback::watch(gpu, || {
+        pairs::run(args.rounds, seed, |turn| {
+            let before = Cpu::now();
+            let block = training.block(turn == Turn::Ours)?;
+            let seconds = block.seconds;
+            if turn == Turn::Ours {
+                blocks.stager += Cpu::now().since(before).stage;
+                checking.check(&block.saves)?;
+                blocks.with.push(block);
+            } else {
+                blocks.without.push(block);
+            }
+            Ok(seconds)
+        })
+    })?;
+    blocks.readings = readings;
+
+    let mut figures = vec![
+        ("workload", args.workload.name().into()),
+        ("tensors", state.len().into()),
+        ("bytes", state.bytes.into()),
+        ("device", bench.home.to_string().into()),
+        ("simulated", gpu.simulated().into()),
+        ("graph", args.graph.into()),
+        ("every", every.into()),
+        ("block_steps", training.steps.into()),
+        ("step_ms_wanted", wanted.into()),
+        ("arena_bytes", executor.arena().report().bytes.into()),
+        ("arena_pinned", executor.arena().report().pinned.is_ok().into()),
+        ("chunk", sizes.chunk.into()),
+        ("writers", executor.settings().writers.into()),
+        ("scratch_wanted", executor.settings().scratch.into()),
+        ("scratch_slots", executor.device().scratch.clone().ok().into()),
+        ("scratch_refused", executor.device().scratch.clone().err().into()),
+        ("saves", (warm.saves.len() + blocks.saves().count() + alone.staged.len() + beside.staged.len()).into()),
+        ("saves_equal", checking.checked.into()),
+    ];
+    figures.extend(rates(&alone, &beside, state.bytes));
+    figures.extend(overhead(&blocks, &loops, state.bytes, bare));
+    figures.extend(calls(&blocks));
+    figures.extend(readings_of(&blocks, bare * sizes.chunk as f64 / state.bytes as f64));
+    let staged = state.bytes * blocks.saves().count() as u64;
+    figures.push(("stage_cpu_seconds_per_gb", per_gb(blocks.stager, staged.max(1)).into()));
+    let mut figures = Figures(figures);
+    if gpu.simulated() {
+        figures.forget_times();
+    }
+    drop(training);
+    executor.shutdown(PATIENCE)?;
+    Ok(figures)
+}
+
+impl Blocks {
+    fn saves(&self) -> impl Iterator<Item = &Saved> {
+        self.with.iter().flat_map(|block| &block.saves)
+    }
+}
+
+type Rows = Vec<(&'static str, Value)>;
+
+/// How fast the state left the device, alone and while it computed.
+fn rates(alone: &Rates, beside: &Rates, bytes: u64) -> Rows {
+    let rate = |seconds: &[f64]| (!seconds.is_empty()).then(|| bytes as f64 / median(seconds.iter().copied()));
+    let estimate = |rates: &Rates| (!rates.pairs.ratios.is_empty()).then(|| rates.pairs.estimate());
+    let (e, d) = (estimate(alone), estimate(beside));
+    let of = |e: Option<Estimate>, part: fn(Estimate) -> f64| Value::from(e.map(part));
+    vec![
+        ("limit_bytes_per_second", rate(&alone.limit).into()),
+        ("staged_bytes_per_second", rate(&alone.staged).into()),
+        ("fraction_of_limit", of(e, |e| e.median)),
+        ("fraction_low", of(e, |e| e.low)),
+        ("fraction_high", of(e, |e| e.high)),
+        ("computing_limit_bytes_per_second", rate(&beside.limit).into()),
+        ("computing_staged_bytes_per_second", rate(&beside.staged).into()),
+        ("computing_fraction_of_limit", of(d, |e| e.median)),
+        ("computing_fraction_low", of(d, |e| e.low)),
+        ("computing_fraction_high", of(d, |e| e.high)),
+        ("pairs", alone.pairs.ratios.len().into()),
+        ("computing_pairs", beside.pairs.ratios.len().into()),
+    ]
+}
+
+/// What the loop lost. `bare` is the time of a bare copy of the state's `bytes`.
+fn overhead(blocks: &Blocks, loops: &Pairs, bytes: u64, bare: f64) -> Rows {
+    let (estimate, (quiet, loud)) = (loops.estimate(), loops.noise());
+    let lost = |ratio: f64| 1.0 / ratio - 1.0;
+    let without = median(blocks.without.iter().map(|block| block.seconds));
+    let each = |blocks: &[Block]| blocks.iter().flat_map(|block| block.steps.clone()).collect::<Vec<f64>>();
+    let (plain, with) = (each(&blocks.without), each(&blocks.with));
+    let middle = median(plain.iter().copied());
+    let of_saves = blocks.with.iter().flat_map(|block| block.saves.iter().map(|save| block.steps[save.after as usize]));
+    let saves = blocks.with.first().map_or(1, |block| block.saves.len().max(1));
+    vec![
+        ("loop_pairs", loops.ratios.len().into()),
+        ("step_ms_without", (1e3 * middle).into()),
+        ("step_ms_with", (1e3 * median(with.iter().copied())).into()),
+        ("overhead_fraction", lost(estimate.median).into()),
+        ("overhead_low", lost(estimate.high).into()),
+        ("overhead_high", lost(estimate.low).into()),
+        ("overhead_noise_low", lost(loud).into()),
+        ("overhead_noise_high", lost(quiet).into()),
+        // About: a step is computing but for its last milliseconds.
+        ("left_at_fence_bytes", (bytes as f64 * (1.0 - middle / bare).max(0.0)).into()),
+        ("stall_ms_per_save", (1e3 * lost(estimate.median) * without / saves as f64).into()),
+        ("step_p99_ratio", (quantile(with.iter().copied(), 0.99) / quantile(plain.iter().copied(), 0.99)).into()),
+        ("save_step_p50_ratio", (median(of_saves.clone()) / middle).into()),
+        ("save_step_p99_ratio", (quantile(of_saves, 0.99) / middle).into()),
+    ]
+}
+
+/// What the calls cost the thread that trains.
+fn calls(blocks: &Blocks) -> Rows {
+    let of = |call: fn(&Saved) -> f64, q| Value::from(quantile(blocks.saves().map(call), q) * 1e6);
+    vec![
+        ("dict_us_p50", of(|save| save.dict, 0.5)),
+        ("dict_us_p99", of(|save| save.dict, 0.99)),
+        ("save_us_p50", of(|save| save.save, 0.5)),
+        ("save_us_p99", of(|save| save.save, 0.99)),
+        ("fence_us_p50", of(|save| save.fence, 0.5)),
+        ("fence_us_p99", of(|save| save.fence, 0.99)),
+    ]
+}
+
+/// How long a program waits for 4 bytes, while a save is being staged and while none is.
+fn readings_of(blocks: &Blocks, chunk: f64) -> Rows {
+    let staging =
+        |&&(at, _): &&Reading| blocks.saves().any(|save| at >= save.called && at < save.called + save.committed.staged);
+    let (during, idle): (Vec<&Reading>, Vec<&Reading>) = blocks.readings.iter().partition(staging);
+    let of = |readings: &[&Reading], q| quantile(readings.iter().map(|&&(_, took)| took), q);
+    let p99 = of(&during, 0.99);
+    vec![
+        ("readback_count", during.len().into()),
+        ("readback_us_p50", (1e6 * of(&during, 0.5)).into()),
+        ("readback_us_p99", (1e6 * p99).into()),
+        ("readback_idle_count", idle.len().into()),
+        ("readback_idle_us_p50", (1e6 * of(&idle, 0.5)).into()),
+        ("readback_idle_us_p99", (1e6 * of(&idle, 0.99)).into()),
+        ("chunk_copy_us", (1e6 * chunk).into()),
+        ("readback_p99_chunks", (p99 / chunk).into()),
+    ]
+}

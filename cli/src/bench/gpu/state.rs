@@ -1,0 +1,147 @@
+//! What is saved from a GPU: the tensors of a workload, in one stretch of memory that an optimizer changes in place.
+//!
+//! The stretch is a third parameters, a third first and a third second moments, whatever the tensors in it are called: so every byte
+//! of every tensor changes in every step, with the traffic of AdamW, and the state after so many steps is always the same.
+
+use crate::adamw::Rates;
+use crate::bench::workload::Workload;
+use crate::gpu::{Gpu, Pinned, Span, Stream, allocate, source};
+use ashore::digest::Digest;
+use ashore::{Dtype, Result, StateDict};
+use std::sync::Arc;
+
+/// Between tensors, so that no two are one copy: allocators of frameworks leave gaps, too.
+const GAP: u64 = 512;
+/// One gradient serves for pieces of this size, one after the other: a state may fill most of the device.
+const PIECE: u64 = 256 << 20;
+/// Digested at once.
+const SEGMENT: u64 = 8 << 20;
+
+/// The state, and the gradient.
+pub struct State {
+    tensors: Vec<(String, Dtype, Vec<usize>, Span)>,
+    all: Span,
+    thirds: [Span; 3],
+    gradient: Span,
+    pub bytes: u64,
+}
+
+impl State {
+    /// Takes the memory. What is in it is not said before the first `reset`.
+    ///
+    /// # Errors
+    /// `Device`, when there is not so much.
+    pub fn new(gpu: &Arc<Gpu>, workload: Workload, scale: f64) -> Result<Self> {
+        let (mut places, mut at, mut bytes) = (Vec::new(), 0, 0);
+        for (name, half, shape) in workload.shapes(scale) {
+            let (dtype, item) = if half { (Dtype::BF16, 2) } else { (Dtype::F32, 4) };
+            let len = shape.iter().product::<usize>() as u64 * item;
+            places.push((name, dtype, shape, at, len));
+            at = (at + len + GAP).next_multiple_of(GAP);
+            bytes += len;
+        }
+        let all = allocate(gpu, at.next_multiple_of(3 * GAP))?;
+        let third = all.bytes / 3;
+        let gradient = allocate(gpu, third.min(PIECE))?;
+        let tensors =
+            places.into_iter().map(|(name, dtype, shape, at, len)| Ok((name, dtype, shape, all.part(at, len)?)));
+        let tensors = tensors.collect::<Result<_>>()?;
+        let thirds = [all.part(0, third)?, all.part(third, third)?, all.part(2 * third, third)?];
+        Ok(Self { tensors, all, thirds, gradient, bytes })
+    }
+
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// As many bytes as the tensors have, in one piece.
+    pub fn stretch(&self) -> Result<Span> {
+        self.all.part(0, self.bytes)
+    }
+
+    /// All that the kernels touch.
+    pub fn spans(&self) -> Vec<Span> {
+        vec![self.all.clone(), self.gradient.clone()]
+    }
+
+    /// Queues: the state as it is before the first step.
+    pub fn reset(&self, stream: &Stream) -> Result<()> {
+        stream.fill(&self.thirds[0], 1, 0.02)?;
+        stream.zero(&self.thirds[1])?;
+        stream.zero(&self.thirds[2])
+    }
+
+    /// Queues: the gradient of a step.
+    pub fn feed(&self, stream: &Stream, step: u64) -> Result<()> {
+        stream.fill(&self.gradient, step + 2, 1.0)
+    }
+
+    /// Queues: the optimizer, with rates that do not depend on the step, so that a graph can hold them.
+    pub fn update(&self, stream: &Stream) -> Result<()> {
+        let (whole, piece) = (self.thirds[0].bytes, self.gradient.bytes);
+        for from in (0..whole).step_by(piece as usize) {
+            let len = piece.min(whole - from);
+            let part = |third: &Span| third.part(from, len);
+            let [p, m, v] = &self.thirds;
+            let tensors = [&part(p)?, &part(m)?, &part(v)?, &self.gradient.part(0, len)?];
+            stream.adamw(tensors, Rates::at(100))?;
+        }
+        Ok(())
+    }
+
+    /// What a save takes; `stream` changes it.
+    pub fn dict(&self, stream: &Stream) -> Result<StateDict<'static>> {
+        let mut dict = StateDict::with_capacity(self.len());
+        for (name, dtype, shape, span) in &self.tensors {
+            dict.tensor(name.as_str(), source(span, *dtype, shape, stream))?;
+        }
+        Ok(dict)
+    }
+
+    /// The names of the tensors, in the order of their digests.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.iter().map(|(name, ..)| name.as_str())
+    }
+
+    /// The digest of every tensor, copied to the host by means that have nothing to do with a save. Nothing may be changing them.
+    pub fn digests(&self, pinned: &mut Pinned) -> Result<Vec<Digest>> {
+        let mut sums = vec![Digest::EMPTY; self.len()];
+        let (mut batch, mut used) = (Vec::new(), 0);
+        let segment = SEGMENT.min(pinned.len());
+        for (tensor, (.., span)) in self.tensors.iter().enumerate() {
+            for from in (0..span.bytes).step_by(segment as usize) {
+                let len = segment.min(span.bytes - from);
+                if used + len > pinned.len() {
+                    digest(pinned, &mut batch, &mut sums)?;
+                    used = 0;
+                }
+                pinned.fetch(used, &span.part(from, len)?)?;
+                batch.push((tensor, used as usize, len as usize));
+                used += len;
+            }
+        }
+        digest(pinned, &mut batch, &mut sums)?;
+        Ok(sums)
+    }
+}
+
+/// Adds what has arrived to the digests of its tensors: which tensor, where it lies, how long it is.
+fn digest(pinned: &mut Pinned, batch: &mut Vec<(usize, usize, usize)>, sums: &mut [Digest]) -> Result<()> {
+    let bytes = &*pinned.bytes()?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
+    let mut found = vec![Digest::EMPTY; batch.len()];
+    let share = batch.len().div_ceil(threads).max(1);
+    std::thread::scope(|scope| {
+        for (found, batch) in found.chunks_mut(share).zip(batch.chunks(share)) {
+            scope.spawn(move || {
+                for (found, &(_, at, len)) in found.iter_mut().zip(batch) {
+                    *found = Digest::of(&bytes[at..at + len]);
+                }
+            });
+        }
+    });
+    for ((tensor, _, len), found) in batch.drain(..).zip(found) {
+        sums[tensor] = sums[tensor].then(found, len as u64);
+    }
+    Ok(())
+}

@@ -1,0 +1,435 @@
+#!/usr/bin/env python3
+"""What a save costs a training loop: ashore beside torch's own, on the same tensors of the same GPU, in the same folder.
+
+  dcp.py --face LIBRARY --dir DIR [--device cuda:0|cpu] [--workloads W2,W1,W3] [--systems a,b] [--scale W3=0.25,...]
+         [--rounds N] [--seconds S] [--out FILE]
+
+Rounds of all systems in random order, each system in a process of its own, which saves a few times while it trains. One JSON
+line for each save:
+
+  call_ms, fence_ms, blocked_ms    how long the save, the wait before the next update, and both held up the program
+  stall_ms                         how much later the GPU was, by events, from the save until it was durable and no step behind
+  step_ms, worst_step_ms           a step without a save, by events, and the longest one of those beside it
+  done_s, durable_s                when the system said that it was done; when its files were synced as well, as ashore's are
+  peak_bytes, available_bytes      how much processes grew at most, and by how much less memory the machine had
+  right                            whether three of the tensors came back as they were at the save
+
+The first save of a process (`save` 0) is a line too: memory is taken and processes are started then. A table of medians of
+the later ones ends it. The exit status is 1 when ashore failed, or a tensor of its came back wrong; what others did is in
+their lines.
+"""
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE), str(HERE.parent.parent / "benches/peers")]  # in the kit all lie beside this file
+import face
+import tree
+import workload
+
+SYSTEMS = (
+    "ashore", "ashore-scratch", "torch.save", "dcp", "dcp-thread", "dcp-process", "dcp-thread-staged", "dcp-process-staged",
+)  # fmt: skip
+WORKLOADS = {"W1": "20,000 x 16 KiB and 20,000 x 1 KiB", "W2": "64 x 64 MiB", "W3": "Llama-3.2-1B in bf16, moments in fp32"}
+BASELINE_STEPS = 10
+MIB = 1 << 20
+
+
+def shapes(name, scale):
+    if name == "W2":
+        return [(f"layer.{i:02}.weight", "F32", (max(1, round(4096 * scale)), 4096)) for i in range(64)]
+    return workload.tensors({"W1": "small", "W3": "adam-1b"}[name], scale)
+
+
+class Loop:
+    """Forward and backward only read the state, the update writes all of it in place."""
+
+    def __init__(self, device, tensors, step_ms):
+        import torch
+
+        self.torch, self.on, self.cuda = torch, torch.device(device), device != "cpu"
+        kinds = {"F32": torch.float32, "BF16": torch.bfloat16}
+        torch.manual_seed(1)
+        self.state = {name: torch.empty(shape, dtype=kinds[t], device=self.on).normal_() for name, t, shape in tensors}
+        self.all = list(self.state.values())
+        side = 8192 if self.cuda else 256
+        self.a, self.b = (torch.randn(side, side, device=self.on, dtype=torch.bfloat16 if self.cuda else None) for _ in "ab")
+        self.c, self.products, self.marks = torch.empty_like(self.a), 8, []
+        self.update()
+        self.compute()
+        self.mark()
+        for _ in range(3):
+            self.compute()
+            self.mark()
+        self.products = max(1, round(step_ms * self.products / min(self.times())))
+
+    def compute(self):
+        for _ in range(self.products):
+            self.torch.matmul(self.a, self.b, out=self.c)
+
+    def update(self):
+        self.torch._foreach_neg_(self.all)  # every bit pattern changes, and reads and writes are what an optimizer makes
+
+    def mark(self):
+        """The end of a step. The host is two steps ahead of the device at most, as a loop that looks at its loss."""
+        if not self.cuda:
+            return self.marks.append(time.perf_counter())
+        self.marks.append(self.torch.cuda.Event(enable_timing=True, blocking=True))
+        self.marks[-1].record()
+        if len(self.marks) > 2:
+            self.marks[-3].synchronize()
+
+    def times(self):
+        """Milliseconds of each step since the first mark."""
+        marks, self.marks = self.marks, []
+        if not self.cuda:
+            return [1e3 * (b - a) for a, b in zip(marks, marks[1:])]
+        self.torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
+
+    def steps(self, count):
+        self.mark()
+        for _ in range(count):
+            self.compute()
+            self.update()
+            self.mark()
+        return self.times()
+
+
+class Ashore:
+    """Through the C face. The array of tensors is made once."""
+
+    peer = False
+
+    def __init__(self, options, loop, root, scratch=0):
+        library = face.Face(options.face)
+        on = loop.on.index if loop.cuda else face.HOST
+        kinds = {4: "F32", 2: "BF16"}
+        told = [
+            face.Tensor(name, t.data_ptr(), t.nbytes, kinds[t.element_size()], tuple(t.shape), on)
+            for name, t in loop.state.items()
+        ]
+        device = options.device if loop.cuda else "host"
+        self.streams, self.tensors, self.root, self.library = [(on, 0)] * loop.cuda, library.packed(told), root, library
+        # By default the first two saves of an executor look for forgotten fences as well; what counts here is the later ones.
+        settings = {"arena": options.arena * MIB, "chunk": 16 * MIB, "scratch": scratch * MIB, "detect": "never"}
+        self.executor = face.Executor(library, root, device, **settings)
+        self.step = 0
+        self.about = self.executor.report
+
+    def save(self, _path):
+        self.step += 1
+        save = self.executor.save(self.step, self.tensors)
+        fence = (lambda: self.executor.fence_on(self.streams)) if self.streams else self.executor.fence
+        return fence, lambda: save.wait(600)
+
+    def read(self, _path, like):
+        step = face.Step(self.library, self.root, self.step)
+        torch = sys.modules["torch"]
+        return {n: torch.frombuffer(step.read(n, t.nbytes), dtype=t.dtype).reshape(t.shape) for n, t in like.items()}
+
+    def forget(self, _path):
+        shutil.rmtree(self.root / f"step-{self.step:08}")
+
+    def close(self):
+        self.executor.__exit__(None, None, None)
+
+
+class Torch:
+    peer = True
+
+    def __init__(self, _options, loop, _root):
+        self.loop, self.torch, self.about = loop, loop.torch, f"torch {loop.torch.__version__}"
+
+    def save(self, path):
+        self.torch.save(self.loop.state, path)
+        return lambda: None, lambda: None
+
+    def read(self, path, like):
+        loaded = self.torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        return {name: loaded[name] for name in like}
+
+    def forget(self, path):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def close(self):
+        pass
+
+
+class Dcp(Torch):
+    """torch's distributed checkpoint in a world of one. `staged` is its best: copies to pinned memory by a stream of their own,
+    and a wait for them before the update."""
+
+    def __init__(self, options, loop, root, kind=None, staged=False):
+        super().__init__(options, loop, root)
+        import torch.distributed as dist
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the name of a machine without a network may not resolve
+        dist.init_process_group("cpu:gloo")
+        self.dcp, self.kind, self.staged = dcp, kind and AsyncCheckpointerType[kind], staged
+
+        def stager():
+            shared, pinned = kind == "PROCESS", loop.cuda
+            return DefaultStager(StagingOptions(pinned, shared, use_async_staging=True, use_non_blocking_copy=pinned))
+
+        self.stager = stager
+        # Each tensor is handed to the other process by descriptors. Where they do not suffice, torch's documentation has this.
+        if kind == "PROCESS" and 2 * len(loop.all) > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+            self.torch.multiprocessing.set_sharing_strategy("file_system")
+
+    def save(self, path):
+        if self.kind is None:
+            self.dcp.save(self.loop.state, checkpoint_id=path)
+            return lambda: None, lambda: None
+        if not self.staged:
+            answer = self.dcp.async_save(self.loop.state, checkpoint_id=path, async_checkpointer_type=self.kind)
+            return lambda: None, answer.result
+        stager = self.stager()  # torch 2.11 closes it at its first save
+        if self.loop.cuda:  # it does not wait by itself for what wrote the tensors
+            stager._staging_stream.wait_stream(self.torch.cuda.current_stream())
+        answer = self.dcp.async_save(
+            self.loop.state, checkpoint_id=path, async_checkpointer_type=self.kind, async_stager=stager
+        )
+
+        def done():
+            answer.upload_completion.result()
+            stager.close()
+
+        return answer.staging_completion.result, done
+
+    def read(self, path, like):
+        into = {name: self.torch.empty_like(t, device="cpu") for name, t in like.items()}
+        self.dcp.load(into, checkpoint_id=path)
+        return into
+
+
+def make(name, options, loop, root):
+    system, _, rest = name.partition("-")
+    if system == "ashore":
+        return Ashore(options, loop, root, scratch=options.scratch if rest else 0)
+    if system == "torch.save":
+        return Torch(options, loop, root)
+    kind, _, staged = rest.partition("-")
+    return Dcp(options, loop, root, kind.upper() or None, bool(staged))
+
+
+def sync(path):
+    """Everything below the path, its folder, and the file system."""
+    for at in [path.parent, path, *path.rglob("*")]:
+        fd = os.open(at, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    fd = os.open(path.parent, os.O_RDONLY)
+    ctypes.CDLL(None).syncfs(fd)
+    os.close(fd)
+
+
+class Watch(threading.Thread):
+    """Waits for a save beside the loop, and stamps when it was done and durable; watches memory meanwhile."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.before = self.least = self.available()
+        self.begun, self.over, self.failed = time.perf_counter(), threading.Event(), None
+        threading.Thread(target=self.memory, daemon=True).start()
+
+    def available(self):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+
+    def memory(self):
+        while not self.over.wait(0.05):
+            self.least = min(self.least, self.available())
+
+    def follow(self, done, path):
+        self.wait_done, self.path = done, path
+        self.start()
+
+    def run(self):
+        try:
+            self.wait_done()
+            self.done = time.perf_counter() - self.begun
+            if self.path:
+                sync(self.path)
+            self.durable = time.perf_counter() - self.begun
+        except Exception as error:
+            self.failed = error
+        self.over.set()
+
+
+def sample(loop, system, path, use):
+    """One save in a training loop, which goes on until it is durable."""
+    without = statistics.median(loop.steps(BASELINE_STEPS))
+    chosen = [n for n, t in loop.state.items() if t.nbytes <= 256 * MIB]
+    chosen = {chosen[0], chosen[len(chosen) // 2], chosen[-1]}
+    use.begin()
+    loop.mark()
+    loop.compute()
+    loop.update()
+    image = {name: loop.state[name].clone() for name in chosen}
+    watch = Watch()
+    fence, done = system.save(path)
+    call = time.perf_counter() - watch.begun
+    watch.follow(done, path if system.peer else None)
+    loop.mark()
+    loop.compute()
+    begun = time.perf_counter()
+    fence()
+    fenced = time.perf_counter() - begun
+    loop.update()
+    loop.mark()
+    while not watch.over.is_set() or len(loop.marks) <= 5:
+        loop.compute()
+        loop.update()
+        loop.mark()
+    times = loop.times()
+    if watch.failed:
+        raise watch.failed
+    read = system.read(path, image)
+    right = all(loop.torch.equal(read[name], tensor.cpu()) for name, tensor in image.items())
+    system.forget(path)
+    return {
+        "call_ms": 1e3 * call, "fence_ms": 1e3 * fenced, "blocked_ms": 1e3 * (call + fenced),
+        "stall_ms": sum(times) - without * len(times), "steps": len(times), "step_ms": without, "worst_step_ms": max(times),
+        "done_s": watch.done, "durable_s": watch.durable, "peak_bytes": use.peak(),
+        "available_bytes": watch.before - watch.least, "right": right,
+    }  # fmt: skip
+
+
+def child(a):
+    """One system, one workload, a few saves; one line each."""
+    warnings.filterwarnings("ignore")
+    begun = time.monotonic()
+    root = a.dir / f"dcp-{os.getpid()}"
+    root.mkdir(parents=True)
+    tensors = shapes(a.workloads, a.scale)
+    loop = Loop(a.device, tensors, a.step_ms)
+    use = tree.Use()
+    system = make(a.only, a, loop, root)
+    size = workload.size(tensors)
+    line = {"workload": a.workloads, "scale": a.scale, "bytes": size, "tensors": len(tensors), "system": a.only}
+    for save in range(a.saves + 1):
+        if save > 1 and time.monotonic() - begun > a.seconds:
+            break
+        measured = sample(loop, system, root / f"save-{save}", use)
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in measured.items()}
+        print(json.dumps({**line, "save": save, **rounded, "about": system.about}), flush=True)
+    system.close()
+    shutil.rmtree(root, ignore_errors=True)
+    sys.stdout.flush()
+    os._exit(0)  # other processes of torch's do not always end
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--face", type=Path, required=True)
+    p.add_argument("--dir", type=Path, required=True)
+    p.add_argument("--device", default="cuda:0")
+    p.add_argument("--workloads", default="W2,W1,W3", help="; ".join(f"{k}: {v}" for k, v in WORKLOADS.items()))
+    p.add_argument("--systems", default=",".join(SYSTEMS))
+    p.add_argument("--scale", default="", help="less of a workload: W3=0.25")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--saves", type=int, default=2, help="of each process, after the first")
+    p.add_argument("--step-ms", type=float, default=100, help="forward and backward")
+    p.add_argument("--arena", type=int, default=1024, help="of ashore, in MiB")
+    p.add_argument("--scratch", type=int, default=2048, help="of ashore-scratch, in MiB")
+    p.add_argument("--seconds", type=float, default=440)
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--out", type=Path)
+    p.add_argument("--only", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if importlib.util.find_spec("torch") is None:
+        p.error(f"{sys.executable} has no torch")
+    if a.only:
+        a.scale = float(a.scale)
+        return child(a)
+
+    scales = dict(pair.split("=") for pair in a.scale.split(",") if pair)
+    systems = [s for s in a.systems.split(",") if a.device != "cpu" or s != "ashore-scratch"]
+    order, until, lines, failed = random.Random(a.seed), time.monotonic() + a.seconds, [], False
+    for number in range(a.rounds):
+        for chosen in a.workloads.split(","):
+            for system in order.sample(systems, len(systems)):
+                left = until - time.monotonic()
+                if left < 20:
+                    continue
+                about = ["--only", system, "--workloads", chosen, "--scale", scales.get(chosen, "1")]
+                command = [sys.executable, *sys.argv, *about, "--seconds", str(left / 4)]
+                for line in samples(command, left):
+                    line = {"round": number, **line}
+                    if "failed" in line:
+                        line |= {"system": system, "workload": chosen}
+                    lines.append(line)
+                    ours = system.startswith("ashore")
+                    failed |= ours and (line.get("right") is False or line.get("failed", "out of time") != "out of time")
+                    print(json.dumps(line), flush=True)
+                    if a.out:
+                        with a.out.open("a") as file:
+                            print(json.dumps(line), file=file, flush=True)
+                            os.fsync(file.fileno())
+                for left_behind in a.dir.glob("dcp-*"):
+                    shutil.rmtree(left_behind, ignore_errors=True)
+    table(lines)
+    sys.exit(failed)
+
+
+def samples(command, seconds):
+    """The lines of a process as they come, and one that says so if it failed. What it started ends with it."""
+    complaints = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, start_new_session=True)
+    timer = threading.Timer(seconds, lambda: os.killpg(process.pid, 9))
+    timer.start()
+    for line in process.stdout:
+        if line.startswith("{"):
+            yield json.loads(line)
+    code = process.wait()
+    timed_out = not timer.is_alive()
+    timer.cancel()
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        pass
+    if code:
+        complaints.seek(0)
+        sys.stderr.write(complaints.read()[-2000:] * (not timed_out))
+        yield {"failed": "out of time" if timed_out else f"ended with {code}"}
+
+
+def table(lines):
+    """Medians of all saves but the first of each process."""
+    columns = {
+        "call_ms": 1, "fence_ms": 1, "blocked_ms": 1, "stall_ms": 1, "worst_step_ms": 1, "step_ms": 1, "done_s": 1,
+        "durable_s": 1, "peak_bytes": MIB, "available_bytes": MIB,
+    }  # fmt: skip
+    print(f"{'':24}" + "".join(f"{c.replace('bytes', 'MiB'):>15}" for c in columns) + f"{'n':>4} right", file=sys.stderr)
+    groups = {}
+    for line in lines:
+        if line.get("save"):
+            groups.setdefault((line["workload"], line["system"]), []).append(line)
+    for (chosen, system), group in sorted(groups.items()):
+        medians = (statistics.median(line[c] for line in group) / unit for c, unit in columns.items())
+        row = "".join(f"{m:>15.2f}" for m in medians)
+        print(f"{chosen} {system:21}{row}{len(group):>4} {all(line['right'] for line in group)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
