@@ -101,6 +101,20 @@ loom:
     RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=3 CARGO_PROFILE_TEST_OPT_LEVEL=0 .ci/strict \
         cargo test --config 'profile.dev.package."*".opt-level=0' --lib --target-dir target/loom -- models
 
+# Data races in what hands memory from thread to thread, the standard library and the simulated driver included: 9 minutes of one core,
+# nearly all of them for the build. Kernels, which another compiler makes, are left out. So is a test whose own two streams write the
+# same memory at the same time, on purpose. The program shows symbols of the sanitizer, because the driver that it opens needs them,
+# and no others: the driver must find its own.
+tsan:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    export RUSTFLAGS="-Zsanitizer=thread -Clink-arg=-Wl,--export-dynamic-symbol=__tsan_*" TSAN_OPTIONS="exitcode=66" FAKECUDA_SPAN_GB=1 CARGO_INCREMENTAL=0
+    test=(cargo +{{ nightly }} test --config 'profile.dev.package."*".opt-level=1' -Zbuild-std --target x86_64-unknown-linux-gnu)
+    test+=(--target-dir target/tsan)
+    .ci/strict "${test[@]}" --lib -- memory:: staging:: completion::
+    .ci/strict "${test[@]}" --test all -- fence:: cuda::staging cuda::cudarc \
+        --skip cuda_streams_that_write_after_a_fence_wait_on_the_gpu
+
 # Every fuzz target, for SECONDS together.
 fuzz seconds="60":
     #!/usr/bin/env bash
@@ -137,7 +151,7 @@ bench *arguments:
 ci: (timed "lint ptx-check gpu-drive examples stock candle cudarc-check miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
-nightly: (timed "ci")
+nightly: (timed "ci tsan")
     just fuzz 3600
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
     ASHORE_CRASH_ROUNDS=10 cargo test --release --test all crash -- --nocapture

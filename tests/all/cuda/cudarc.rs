@@ -89,7 +89,7 @@ fn cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended(
     with_driver!(cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended);
     let (rig, _context, stream) = both();
     let Some(fake) = rig.gpu.fake() else { return };
-    let (before, to_host) = (fake.live(), 1);
+    let to_host = 1;
     let mut slice = Arc::new(stream.clone_htod(&[5_u8; 9000]).unwrap());
     fake.set("hold", to_host);
     let save = rig.executor.save(1, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
@@ -102,6 +102,7 @@ fn cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended(
     fake.set("hold", to_host);
     let second = rig.executor.save(2, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
     drop(slice);
+    let held = fake.live();
     fake.set("hold", 0);
     rig.executor.fence().unwrap();
     for (step, save) in [(1, save), (2, second)] {
@@ -109,8 +110,7 @@ fn cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended(
         assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [5; 9000]);
     }
     stream.synchronize().unwrap();
-    let after = fake.live();
-    assert_eq!((after.bytes, after.blocks), (before.bytes, before.blocks));
+    assert!(held.bytes >= fake.live().bytes + 9000, "{held:?} {:?}", fake.live());
 }
 
 #[test]
