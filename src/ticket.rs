@@ -210,7 +210,8 @@ impl Ticket {
 
     pub fn progress(&self) -> Progress {
         Progress {
-            phase: self.phase(),
+            // Whoever was waiting is told first, and may ask at once.
+            phase: if self.done.is_complete() { Phase::Ended } else { self.phase() },
             bytes: self.bytes,
             staged: self.bytes_staged.load(Ordering::Relaxed),
             written: self.bytes_written.load(Ordering::Relaxed),

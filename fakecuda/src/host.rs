@@ -94,8 +94,9 @@ pub fn find(address: u64, bytes: u64) -> Option<Range> {
     (bytes <= range.bytes && address - range.start <= range.bytes - bytes).then_some(range)
 }
 
-/// Keeps a range from being released while it is in use.
-pub struct InUse(u64);
+/// Keeps a range from being released while it is in use: where it begins, and which one it is. After a reset another may begin
+/// there.
+pub struct InUse(u64, u64);
 
 impl InUse {
     /// Fails when the range is gone, or another now.
@@ -103,13 +104,13 @@ impl InUse {
         let mut table = table();
         let found = table.ranges.get_mut(&range.start).filter(|r| r.id == range.id).ok_or(ILLEGAL_ADDRESS)?;
         found.users += 1;
-        Ok(Self(range.start))
+        Ok(Self(range.start, range.id))
     }
 }
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        if let Some(range) = table().ranges.get_mut(&self.0) {
+        if let Some(range) = table().ranges.get_mut(&self.0).filter(|range| range.id == self.1) {
             range.users -= 1;
         }
         UNUSED.notify_all();
