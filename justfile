@@ -102,7 +102,7 @@ loom:
         cargo test --config 'profile.dev.package."*".opt-level=0' --lib --target-dir target/loom -- models
 
 # Data races in what hands memory from thread to thread, the standard library and the simulated driver included: 9 minutes of one core,
-# nearly all of them for the build. Kernels, which another compiler makes, are left out. So is a test whose own two streams write the
+# nearly all of them for the build. Kernels, which another compiler makes, are left out. So are two tests whose own streams write the
 # same memory at the same time, on purpose. The program shows symbols of the sanitizer, because the driver that it opens needs them,
 # and no others: the driver must find its own.
 tsan:
@@ -112,8 +112,8 @@ tsan:
     test=(cargo +{{ nightly }} test --config 'profile.dev.package."*".opt-level=1' -Zbuild-std --target x86_64-unknown-linux-gnu)
     test+=(--target-dir target/tsan)
     .ci/strict "${test[@]}" --lib -- memory:: staging:: completion::
-    .ci/strict "${test[@]}" --test all -- fence:: cuda::staging cuda::cudarc \
-        --skip cuda_streams_that_write_after_a_fence_wait_on_the_gpu
+    .ci/strict "${test[@]}" --test all -- fence:: cuda::staging cuda::gather cuda::aside cuda::restoring cuda::cudarc \
+        --skip cuda_streams_that_write_after_a_fence_wait_on_the_gpu --skip cuda_streams_go_on_before_anything_has_left_the_gpu
 
 # Every fuzz target, for SECONDS together.
 fuzz seconds="60":
