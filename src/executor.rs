@@ -14,14 +14,14 @@ pub use scope::{Fence, Scope};
 
 use crate::checkpoint::Checkpoint;
 use crate::completion::deadline_after;
-use crate::device::DeviceReport;
+use crate::device::{DeviceReport, Point};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
 use crate::plan::{Later, Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Failed, Settings};
-use crate::staging::{Captured, Job, OnDevice, Stager, without_kernels};
+use crate::staging::{Aside, Captured, Job, OnDevice, Stager, without_kernels};
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::{Mutex, lock};
@@ -99,13 +99,13 @@ impl CheckpointExecutor {
         Builder::new(root.into())
     }
 
-    /// Saves `state` as `step`. Returns at once: nothing has been copied then, and sources are read until the next
-    /// [`fence`](Self::fence), or until [`Save::staged`] resolves.
+    /// Saves `state` as `step`. Returns at once: nothing but small tensors that the program may write has been copied then, and
+    /// sources are read until the next [`fence`](Self::fence), or until [`Save::staged`] resolves.
     ///
     /// # Errors
     /// The error of an earlier save that nobody has seen. `Invalid`: a tensor cannot be captured as asked, or an earlier save
     /// of writable sources was not fenced. `Conflict`: a save of this step is under way. `Busy`: the overlap policy found no
-    /// room within the save deadline. Everything that happens later comes out of the future.
+    /// room within the save deadline, or the GPU none for what is to be captured or gathered there. Everything that happens later comes out of the future.
     pub fn save(&self, step: u64, state: StateDict<'static>) -> Result<Save> {
         self.save_with(step, state, SaveOptions::default())
     }
@@ -270,23 +270,15 @@ impl CheckpointExecutor {
         };
         let mut captured =
             Captured::take(&state, self.settings.capture_budget, detect).map_err(|e| e.with_step(step))?;
-        let no_kernels = || self.device.gather.as_ref().err().map_or("", String::as_str);
-        let on_device = match &self.stager.scratch {
-            _ if state.streams.is_empty() => Ok(OnDevice::default()),
-            Some(scratch) => scratch.at_save(&mut state, detect),
-            None => without_kernels(&state, no_kernels()),
-        };
-        let mut on_device = on_device.map_err(|e| e.with_step(step))?;
-        let region = on_device.region.take();
-        // Recorded here, in the thread that queued the work which wrote the tensors, and behind what was queued just now.
-        let streams = Some(&state.streams).filter(|streams| !streams.is_empty());
-        let behind = streams.map(|streams| self.stager.device.behind(streams)).transpose();
-        let behind = behind.map_err(|e| e.with_step(step))?;
-        let aside = match (&behind, &self.stager.scratch) {
-            (Some(point), Some(scratch)) => scratch
-                .note(&plan, &state, point, |tensor| captured.get(tensor).is_some())
-                .map_err(|e| e.with_step(step))?,
-            _ => None,
+        let mut on_device = OnDevice::default();
+        let noted = self.note(&mut state, &plan, &captured, detect, &mut on_device);
+        let (region, queued) = (on_device.region.take(), std::mem::take(&mut on_device.queued));
+        let (behind, aside) = match noted {
+            Ok(noted) => noted,
+            Err(error) => {
+                self.stager.leave(state, region, queued, None);
+                return Err(error.with_step(step));
+            }
         };
         let issue = Issue {
             step,
@@ -313,12 +305,48 @@ impl CheckpointExecutor {
         register(&ticket);
         ticket.add_blocked(began.elapsed());
         let sink = Arc::new(task);
-        self.stager.push(Job { ticket: ticket.clone(), plan, state, captured, behind, aside, region, borrowed, sink });
+        self.stager.push(Job {
+            ticket: ticket.clone(),
+            plan,
+            state,
+            captured,
+            behind,
+            aside,
+            region,
+            queued,
+            borrowed,
+            sink,
+        });
         drop(admission);
         if options.snapshot == Snapshot::AtSave {
             self.fence()?;
         }
         Ok(Save::new(ticket))
+    }
+
+    /// What devices do at `save`, in the thread that queued the work which wrote the tensors.
+    fn note(
+        &self,
+        state: &mut StateDict<'static>,
+        plan: &Plan,
+        captured: &Captured,
+        detect: bool,
+        on_device: &mut OnDevice,
+    ) -> Result<(Option<Point>, Option<Arc<Aside>>)> {
+        if state.streams.is_empty() {
+            return Ok((None, None));
+        }
+        match &self.stager.scratch {
+            Some(scratch) => scratch.at_save(state, detect, on_device)?,
+            None => without_kernels(state, self.device.gather.as_ref().err().map_or("", String::as_str), on_device)?,
+        }
+        // Behind what was queued just now, too.
+        let point = self.stager.device.behind(&state.streams)?;
+        let aside = match &self.stager.scratch {
+            Some(scratch) => scratch.note(plan, state, &point, |tensor| captured.get(tensor).is_some())?,
+            None => None,
+        };
+        Ok((Some(point), aside))
     }
 
     /// What becomes of a save that comes when admission is closed.

@@ -185,13 +185,14 @@ pub struct Settings {
     pub overlap: Overlap,
     /// What becomes of failures that nobody looked at: `NextCall`.
     pub failed: Failed,
-    /// When to look for forgotten fences: `First`.
+    /// When to look for forgotten fences: `First`. Of tensors of GPUs, among those of the executor's own.
     pub detect: Detect,
     /// Memory of the GPU, taken at start, in which small tensors are captured at `save`: 16 MiB, and as much as a chunk beside it.
     /// With 0 nothing is gathered: small tensors cross the bus one by one and are taken at the fence, and strided ones are refused.
     pub gather: u64,
     /// Memory of the GPU, taken at start, in which fences set aside what has not left it: none, and a fence on
-    /// streams waits until copies are queued. Experimental.
+    /// streams waits until copies are queued. At least a chunk. A list of what a save holds comes on top, 40 bytes for every 64 KiB.
+    /// Experimental.
     pub scratch: u64,
     /// How much a save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
     pub capture_budget: u64,
@@ -285,6 +286,9 @@ impl Settings {
         if self.arena < 2 * self.chunk {
             return refuse(format!("the arena holds at least two chunks arena={} chunk={}", self.arena, self.chunk));
         }
+        if self.scratch > 0 && self.scratch < self.chunk {
+            return refuse(format!("the scratch holds no chunk scratch={} chunk={}", self.scratch, self.chunk));
+        }
         for (name, count, most) in [("writers", self.writers, 256), ("files", self.files, 99_999)] {
             if count == 0 || count > most {
                 return refuse(format!("a number is out of range 1..={most} {name}={count}"));
@@ -320,7 +324,8 @@ mod tests {
     #[test]
     fn settings_that_cannot_work_are_refused_by_name() {
         type Change = fn(&mut Settings);
-        let cases: [(Change, &str); 7] = [
+        let cases: [(Change, &str); 8] = [
+            (|s| s.scratch = s.chunk - 1, "scratch="),
             (|s| s.chunk = 5000, "chunk=5000"),
             (|s| s.chunk = 0, "chunk=0"),
             (|s| s.arena = s.chunk, "arena="),

@@ -146,13 +146,13 @@ pub trait Kernels: Send + Sync + Debug {
     ///
     /// # Errors
     /// `Device`; `Invalid` for a stream that is being captured into a graph.
-    fn capture(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Box<dyn Queued>>;
+    fn capture(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Arc<dyn Queued>>;
 
     /// Queues in `stream`: digest `pieces`, all those of a chunk as one.
     ///
     /// # Errors
     /// As [`Kernels::capture`].
-    fn digest(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Box<dyn Digests>>;
+    fn digest(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Arc<dyn Digests>>;
 
     /// Takes note of the tensors of a save, the `number`-th from 1; `base` is what the watermark will be before its first chunk.
     /// None when there is no room for it now.
@@ -168,8 +168,8 @@ pub trait Queued: Send + Sync {
     fn over(&self) -> bool;
 }
 
-/// Digests that a device was asked for.
-pub trait Digests: Send + Sync {
+/// Digests that a device was asked for; over when nothing reads the tensors for them any more.
+pub trait Digests: Queued {
     /// Of each chunk, in order.
     ///
     /// # Errors

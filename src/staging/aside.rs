@@ -107,8 +107,8 @@ impl Scratch {
     }
 
     /// Captures what is to be captured of a save, and with `detect` has the rest digested: see [`at_save`].
-    pub fn at_save(&self, state: &mut StateDict<'_>, detect: bool) -> Result<OnDevice> {
-        at_save(self.kernels.as_ref(), &self.room, state, detect)
+    pub fn at_save(&self, state: &mut StateDict<'_>, detect: bool, done: &mut OnDevice) -> Result<()> {
+        at_save(self.kernels.as_ref(), &self.room, state, detect, done)
     }
 
     /// Takes note of a save, if there are tensors of this device in it. `captured` are tensors of the host taken at `save`.
@@ -127,7 +127,7 @@ impl Scratch {
         let mut pieces = Pieces { chunks: plan.chunks.len(), ..Pieces::default() };
         pieces.list.reserve(plan.segments.len());
         let (mut gathered, mut host) = (vec![false; plan.chunks.len()], 0);
-        let can_gather = !self.kernels.room().is_empty();
+        let (can_gather, slotted) = (!self.kernels.room().is_empty(), !self.kernels.slots().is_empty());
         for (chunk, planned) in plan.chunks.iter().enumerate() {
             let (mut to, begin) = (0, pieces.list.len());
             for segment in &plan.segments[planned.segments.clone()] {
@@ -141,25 +141,34 @@ impl Scratch {
                         Place::Host { .. } if !captured(index) && bytes > 0 => host = chunk + 1,
                         Place::Device { .. } | Place::Host { .. } => {}
                     }
-                    if tensor.source.strides().is_some()
-                        && !(can_gather && tensor.place.stream().is_some_and(|s| s.ordinal == ordinal))
-                    {
-                        let why = "cannot be gathered on its device, make it contiguous";
-                        return Err(Error::invalid(format!("{why} setting=gather tensor={name:?}")));
-                    }
                 }
                 to += bytes;
             }
             let parts = &pieces.list[begin..];
             gathered[chunk] = can_gather && (parts.len() > MANY || parts.iter().any(|piece| piece.view.is_some()));
+            if !gathered[chunk] && !slotted {
+                // No kernel will look at them.
+                pieces.list.truncate(begin);
+            }
+        }
+        if pieces.list.is_empty() {
+            return Ok(None);
         }
         let mut counted = lock(&self.counted);
         let (number, base) = (counted.0 + 1, counted.1);
-        let Some(save) = self.kernels.note(number, base, &pieces)? else {
-            let strided = pieces.list.iter().any(|piece| piece.view.is_some());
-            let busy =
-                || Error::new(ErrorKind::Busy, "too many saves are under way for tensors that are to be gathered");
-            return if strided { Err(busy()) } else { Ok(None) };
+        let strided = pieces.list.iter().any(|piece| piece.view.is_some());
+        let save = match self.kernels.note(number, base, &pieces) {
+            Ok(Some(save)) => save,
+            Ok(None) if strided => {
+                let busy = "too many saves are under way for tensors that are to be gathered";
+                return Err(Error::new(ErrorKind::Busy, busy));
+            }
+            Err(error) if strided => return Err(error),
+            Ok(None) => return Ok(None),
+            Err(error) => {
+                tracing::warn!(%error, "a save is neither gathered nor set aside on its device");
+                return Ok(None);
+            }
         };
         *counted = (number, base + plan.chunks.len() as u64);
         Ok(Some(Arc::new(Aside {
@@ -168,7 +177,7 @@ impl Scratch {
             ordinal,
             gathered,
             spans,
-            slotted: !self.kernels.slots().is_empty(),
+            slotted,
             base,
             host,
             handed: AtomicUsize::new(0),
@@ -199,8 +208,18 @@ impl Scratch {
         }
         let behind_copies = first > aside.handed.load(Ordering::Acquire);
         let slots: Vec<u64> = lock(&aside.slots).held.iter().flatten().map(|(_, address)| *address).collect();
-        // Before the launch: from then on F may be told.
-        aside.launched.store(true, Ordering::Release);
+        let begun = {
+            // A save that fails from here on sees that kernels will read its sources.
+            let _live = lock(&ticket.live);
+            let begun = !ticket.failed() && !ticket.staged.is_complete();
+            // Before the launch: from then on F may be told.
+            aside.launched.store(begun, Ordering::Release);
+            begun
+        };
+        if !begun {
+            self.give_back(aside, |_| true);
+            return Ok(false);
+        }
         lock(&self.watched).push((ticket.clone(), aside.clone()));
         let launched = aside.save.launch(streams, &aside.point, behind_copies, &slots);
         if let Err(error) = &launched

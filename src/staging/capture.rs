@@ -87,7 +87,7 @@ fn read(tensor: &Tensor<'_>, mut take: impl FnMut(&[u8])) {
     if len == 0 {
         return take(&[]);
     }
-    tensor.source.read(&mut |from| {
+    tensor.read(&mut |from| {
         // SAFETY: the source hands out all its bytes, and nothing writes them while `read` runs.
         take(unsafe { std::slice::from_raw_parts(from, len) });
     });

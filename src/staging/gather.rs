@@ -2,18 +2,14 @@
 //! that they may change before the fence, and for the first saves digests the others, so that a forgotten fence is found out.
 //!
 //! A captured tensor is from then on read where it was put, in the *room*; everybody else sees a tensor of the device as any other.
-//!
-//! # Safety argument
-//! A source over the room keeps the tensor that the device may still have to read. The region that it reads is kept by its save
-//! until no copy from it is queued and no kernel of a fence will read it; regions that are kept do not overlap, and the program
-//! knows no address in the room.
-#![expect(unsafe_code, reason = "sources over the room; argument above")]
+//! A region of the room is kept by its save until no copy from it is queued, no kernel of a fence will read it and what is to be
+//! written there has been; regions that are kept do not overlap, and the program knows no address in the room.
 
 use crate::device::{Digests, Kernels, Piece, Pieces, Queued, View};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
-use crate::state::{Capture, Layout, Place, Source, StateDict, Tensor};
+use crate::state::{Capture, Layout, Place, StateDict, Tensor};
 use crate::sync::{Mutex, lock};
 use smallvec::SmallVec;
 use std::collections::VecDeque;
@@ -27,7 +23,7 @@ const ALIGN: u64 = 16;
 const DIMS: usize = 8;
 
 /// Tensors, and the digests of them that a device was asked for.
-type Asked = Vec<(Vec<usize>, Box<dyn Digests>)>;
+type Asked = Vec<(Vec<usize>, Arc<dyn Digests>)>;
 
 /// What a device did at `save`.
 #[derive(Default)]
@@ -39,6 +35,8 @@ pub(crate) struct OnDevice {
     expected: Asked,
     /// Where captured tensors are. Kept until nothing reads them any more, which may be later than their sources are dropped.
     pub region: Option<Region>,
+    /// What was queued in streams of the program, and reads sources until it has run.
+    pub queued: Vec<Arc<dyn Queued>>,
 }
 
 impl OnDevice {
@@ -62,73 +60,107 @@ impl OnDevice {
 ///
 /// # Errors
 /// `Invalid`, naming the tensor and `why`.
-pub(crate) fn without_kernels(state: &StateDict<'_>, why: &str) -> Result<OnDevice> {
+pub(crate) fn without_kernels(state: &StateDict<'_>, why: &str, done: &mut OnDevice) -> Result<()> {
     let on_device = |tensor: &Tensor<'_>| tensor.place.stream().is_some();
     for (name, tensor) in state.tensors.iter().filter(|(_, tensor)| on_device(tensor)) {
         if tensor.capture == Some(Capture::AtSave) {
             return Err(Error::invalid(format!("cannot be captured at save tensor={name:?} reason={why:?}")));
         }
-        if tensor.source.strides().is_some() {
+        if tensor.strides().is_some() {
             return Err(Error::invalid(format!(
                 "cannot be gathered, make it contiguous tensor={name:?} reason={why:?}"
             )));
         }
     }
-    Ok(OnDevice { left: !state.streams.is_empty(), ..OnDevice::default() })
+    done.left = !state.streams.is_empty();
+    Ok(())
 }
 
-/// Has the device capture what is to be captured of `state`, and with `detect` digest the rest.
+/// Has the device capture what is to be captured of `state`, and with `detect` digest the rest. What was queued is in `done` also
+/// where this fails.
 ///
 /// # Errors
-/// `Invalid`, naming the tensor, when a capture that was asked for is not possible; `Device`.
+/// `Invalid`, naming the tensor, when it cannot be packed, or a capture that was asked for is not possible; `Busy` when there will be
+/// room for it later; `Device`.
 pub(crate) fn at_save(
     kernels: &dyn Kernels,
     room: &Arc<Room>,
     state: &mut StateDict<'_>,
     detect: bool,
-) -> Result<OnDevice> {
-    let mut done = OnDevice::default();
+    done: &mut OnDevice,
+) -> Result<()> {
+    refuse_apart(kernels.ordinal(), room.len, state)?;
     let span = room.span();
-    let captured = choose(kernels.ordinal(), span, state, &mut done)?;
+    let captured = choose(kernels.ordinal(), room.len, span, state, done)?;
     if let Some(end) = captured.iter().map(|(_, end)| *end).max() {
-        let region = Region::take(room, span.0, end);
-        for stream in &state.streams {
-            let mut pieces = Pieces { chunks: 1, ..Pieces::default() };
-            for (index, end) in &captured {
-                let (name, tensor) = state.tensors.get_index(*index).expect("chosen from this dict");
-                if tensor.place.stream() == Some(*stream) {
-                    let to = room.start + end - tensor.place.bytes();
-                    pieces.add(name, tensor, Part { at: 0, bytes: tensor.place.bytes(), to, chunk: 0 })?;
-                }
-            }
-            if !pieces.list.is_empty() {
-                region.wait_for(kernels.capture(*stream, &pieces)?);
-            }
+        let mut region = Region::take(room, span.0, end);
+        if let Err(error) = capture(kernels, room, state, &captured, &region, &mut done.queued) {
+            // Nobody knows what will still be written there, unless nothing was queued.
+            region.lost = error.kind() != ErrorKind::Invalid;
+            return Err(error);
         }
         for (index, end) in captured {
             let tensor = &mut state.tensors[index];
-            let original = std::mem::replace(&mut tensor.source, Box::new(Vec::<u8>::new()));
-            let address = room.start + end - tensor.place.bytes();
-            let (layout, place) = (tensor.layout.clone(), tensor.place);
-            tensor.source = Box::new(InRoom { layout, place, address, _original: original });
-            tensor.capture = Some(Capture::AtSave);
+            tensor.captured_at = Some(room.start + end - tensor.place.bytes());
         }
         done.region = Some(region);
     }
-    if detect {
-        match digests(kernels, state) {
-            Ok(expected) => done.expected = expected,
-            Err(error) if error.kind() == ErrorKind::Device => {
-                tracing::warn!(%error, "tensors of a device are not digested; a forgotten fence would not be noticed");
-            }
-            Err(error) => return Err(error),
+    if detect && let Err(error) = digest(kernels, state, done) {
+        if error.kind() != ErrorKind::Device {
+            return Err(error);
+        }
+        tracing::warn!(%error, "tensors of a device are not digested; a forgotten fence would not be noticed");
+    }
+    Ok(())
+}
+
+/// Refuses tensors that lie apart where nothing can put them together.
+fn refuse_apart(ordinal: u32, room: u64, state: &StateDict<'_>) -> Result<()> {
+    for (name, tensor) in &state.tensors {
+        let Place::Device { bytes, stream } = tensor.place else { continue };
+        if bytes > 0 && tensor.strides().is_some() && (stream.ordinal != ordinal || room == 0) {
+            let (why, device) = ("cannot be gathered on its device, make it contiguous", stream.ordinal);
+            return Err(Error::invalid(format!("{why} device=cuda:{device} gather={room} tensor={name:?}")));
         }
     }
-    Ok(done)
+    Ok(())
+}
+
+/// Captures these tensors, in the order of their streams.
+fn capture(
+    kernels: &dyn Kernels,
+    room: &Room,
+    state: &StateDict<'_>,
+    captured: &[(usize, u64)],
+    region: &Region,
+    queued: &mut Vec<Arc<dyn Queued>>,
+) -> Result<()> {
+    for stream in &state.streams {
+        let mut pieces = Pieces { chunks: 1, ..Pieces::default() };
+        for (index, end) in captured {
+            let (name, tensor) = state.tensors.get_index(*index).expect("chosen from this dict");
+            if tensor.place.stream() == Some(*stream) {
+                let to = room.start + end - tensor.place.bytes();
+                pieces.add(name, tensor, Part { at: 0, bytes: tensor.place.bytes(), to, chunk: 0 })?;
+            }
+        }
+        if !pieces.list.is_empty() {
+            let capture = kernels.capture(*stream, &pieces)?;
+            region.wait_for(capture.clone());
+            queued.push(capture);
+        }
+    }
+    Ok(())
 }
 
 /// Which tensors are captured, and where the place of each in the room ends; those that were asked for come first.
-fn choose(ordinal: u32, span: (u64, u64), state: &StateDict<'_>, done: &mut OnDevice) -> Result<Vec<(usize, u64)>> {
+fn choose(
+    ordinal: u32,
+    room: u64,
+    span: (u64, u64),
+    state: &StateDict<'_>,
+    done: &mut OnDevice,
+) -> Result<Vec<(usize, u64)>> {
     let (mut end, last) = (span.0, span.0 + span.1);
     let (mut chosen, mut left) = (Vec::new(), 0);
     for asked in [true, false] {
@@ -145,9 +177,11 @@ fn choose(ordinal: u32, span: (u64, u64), state: &StateDict<'_>, done: &mut OnDe
                     end = after;
                 }
                 None if asked && home => {
-                    let room = last - end;
-                    let wrong = format!("cannot be captured at save: no room on the device bytes={bytes} room={room}");
-                    return Err(Error::invalid(format!("{wrong} setting=gather tensor={name:?}")));
+                    let free = last - end;
+                    let wrong = format!("cannot be captured at save: no room on the device bytes={bytes} free={free}");
+                    // What earlier saves hold comes back.
+                    let kind = if bytes <= room && free < room { ErrorKind::Busy } else { ErrorKind::Invalid };
+                    return Err(Error::new(kind, format!("{wrong} gather={room} tensor={name:?}")));
                 }
                 None if asked => {
                     let device = stream.ordinal;
@@ -157,7 +191,7 @@ fn choose(ordinal: u32, span: (u64, u64), state: &StateDict<'_>, done: &mut OnDe
                 fits => {
                     left += 1;
                     let small = bytes <= SMALL && tensor.capture.is_none();
-                    done.over_budget += usize::from(home && small && fits.is_none());
+                    done.over_budget += usize::from(home && small && room > 0 && fits.is_none());
                 }
             }
         }
@@ -167,13 +201,11 @@ fn choose(ordinal: u32, span: (u64, u64), state: &StateDict<'_>, done: &mut OnDe
 }
 
 /// Asks for digests of all tensors that are left to the fence, in the order of their streams.
-fn digests(kernels: &dyn Kernels, state: &StateDict<'_>) -> Result<Asked> {
-    let mut asked = Vec::new();
+fn digest(kernels: &dyn Kernels, state: &StateDict<'_>, done: &mut OnDevice) -> Result<()> {
     for stream in state.streams.iter().filter(|stream| stream.ordinal == kernels.ordinal()) {
         let (mut pieces, mut tensors) = (Pieces::default(), Vec::new());
         for (index, (name, tensor)) in state.tensors.iter().enumerate() {
-            let captured = tensor.capture == Some(Capture::AtSave);
-            if tensor.place.stream() == Some(*stream) && !captured && tensor.place.bytes() > 0 {
+            if tensor.place.stream() == Some(*stream) && tensor.captured_at.is_none() && tensor.place.bytes() > 0 {
                 let (bytes, chunk) = (tensor.place.bytes(), tensors.len());
                 pieces.add(name, tensor, Part { at: 0, bytes, to: 0, chunk })?;
                 tensors.push(index);
@@ -181,10 +213,12 @@ fn digests(kernels: &dyn Kernels, state: &StateDict<'_>) -> Result<Asked> {
         }
         pieces.chunks = tensors.len();
         if !tensors.is_empty() {
-            asked.push((tensors, kernels.digest(*stream, &pieces)?));
+            let digests = kernels.digest(*stream, &pieces)?;
+            done.queued.push(digests.clone());
+            done.expected.push((tensors, digests));
         }
     }
-    Ok(asked)
+    Ok(())
 }
 
 /// Part of a tensor: where it begins and how long it is, and where it goes.
@@ -202,7 +236,7 @@ impl Pieces {
     /// `Invalid`, naming the tensor, when no kernel knows how it lies.
     pub(super) fn add(&mut self, name: &str, tensor: &Tensor<'_>, part: Part) -> Result<()> {
         let Part { at, bytes, to, chunk } = part;
-        let view = match tensor.source.strides() {
+        let view = match tensor.strides() {
             None => None,
             Some(strides) => {
                 let wrong = |why: &str| Error::invalid(format!("{why}, make it contiguous tensor={name:?}"));
@@ -216,12 +250,16 @@ impl Pieces {
                 Some(self.views.len() as u32 - 1)
             }
         };
-        tensor.source.read(&mut |from| {
+        let before = self.list.len();
+        tensor.read(&mut |from| {
             let from = from.addr() as u64;
             let (from, skip) = if view.is_some() { (from, at) } else { (from + at, 0) };
             self.list.push(Piece { from, skip, to, bytes, view, chunk });
         });
-        Ok(())
+        if self.list.len() == before + 1 {
+            return Ok(());
+        }
+        Err(Error::invalid(format!("a source did not hand out its bytes tensor={name:?}")))
     }
 }
 
@@ -256,7 +294,7 @@ struct Taken {
     /// Nobody will read it any more.
     over: bool,
     /// What writes it.
-    writing: Vec<Box<dyn Queued>>,
+    writing: Vec<Arc<dyn Queued>>,
 }
 
 impl std::fmt::Debug for Room {
@@ -298,6 +336,8 @@ impl Taken {
 pub(crate) struct Region {
     room: Arc<Room>,
     begin: u64,
+    /// It never comes back.
+    lost: bool,
 }
 
 impl Region {
@@ -305,11 +345,11 @@ impl Region {
     fn take(room: &Arc<Room>, begin: u64, end: u64) -> Self {
         let over = mutant::on(Mutant::RoomEarly);
         lock(&room.regions).push_back(Taken { begin, end, over, writing: Vec::new() });
-        Self { room: room.clone(), begin }
+        Self { room: room.clone(), begin, lost: false }
     }
 
     /// Stays until this has run.
-    fn wait_for(&self, queued: Box<dyn Queued>) {
+    fn wait_for(&self, queued: Arc<dyn Queued>) {
         self.change(|taken| taken.writing.push(queued));
     }
 
@@ -321,30 +361,6 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        self.change(|taken| taken.over = true);
-    }
-}
-
-/// A captured tensor.
-struct InRoom<'a> {
-    layout: Layout,
-    place: Place,
-    address: u64,
-    /// The device may not have read it yet.
-    _original: Box<dyn Source + 'a>,
-}
-
-// SAFETY: see the safety argument.
-unsafe impl Source for InRoom<'_> {
-    fn layout(&self) -> Layout {
-        self.layout.clone()
-    }
-
-    fn place(&self) -> Place {
-        self.place
-    }
-
-    fn read(&self, copy: &mut dyn FnMut(*const u8)) {
-        copy(std::ptr::without_provenance(self.address as usize));
+        self.change(|taken| taken.over = !self.lost);
     }
 }

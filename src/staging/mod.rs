@@ -14,7 +14,7 @@ mod stage;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
-pub(crate) use aside::Scratch;
+pub(crate) use aside::{Aside, Scratch};
 pub(crate) use capture::Captured;
 pub(crate) use fence::Flights;
 pub(crate) use gather::{OnDevice, without_kernels};

@@ -4,7 +4,8 @@
 //! A copy is queued inside [`Source::read`](crate::state::Source::read), under the ticket's `live` lock, from bytes that the
 //! source keeps allocated until it is dropped, to a slab whose lease sits in `flying`. Both stay until the mark behind the
 //! copy is reached: a slab is in `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
-//! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`). Where it does not say so
+//! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`); so is the region in which
+//! the device has captured tensors. Where it does not say so
 //! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
@@ -13,7 +14,7 @@ use super::capture::Captured;
 use super::fence::Flights;
 use super::gather::Region;
 use crate::completion::Signal;
-use crate::device::{CopyQueue, Device, Point};
+use crate::device::{CopyQueue, Device, Point, Queued};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
@@ -50,8 +51,9 @@ pub(crate) struct Job {
     pub behind: Option<Point>,
     /// How its chunks can be put together and set aside on the device.
     pub aside: Option<Arc<Aside>>,
-    /// Where tensors are that the device captured.
+    /// What the device did at `save`.
     pub region: Option<Region>,
+    pub queued: Vec<Arc<dyn Queued>>,
     /// The sources are only lent: they may be freed as soon as the save is released.
     pub borrowed: bool,
     pub sink: Arc<dyn Sink>,
@@ -82,6 +84,8 @@ pub(crate) struct Stager {
     /// Saves that can be, until they are staged.
     asides: Mutex<Vec<(Arc<Ticket>, Arc<Aside>)>>,
     jobs: Mutex<VecDeque<Job>>,
+    /// What is left of saves that will not be staged, while a device may still read it.
+    left: Mutex<Vec<Parked>>,
     /// How many saves may be under way at once; the others wait and can be taken back.
     at_most: Option<usize>,
     stopped: AtomicBool,
@@ -96,7 +100,8 @@ impl Stager {
         at_most: Option<usize>,
     ) -> Self {
         let (flights, jobs, asides) = (Flights::default(), Mutex::new(VecDeque::new()), Mutex::default());
-        Self { signal, arena, flights, device, scratch, asides, jobs, at_most, stopped: AtomicBool::new(false) }
+        let (left, stopped) = (Mutex::default(), AtomicBool::new(false));
+        Self { signal, arena, flights, device, scratch, asides, jobs, left, at_most, stopped }
     }
 
     /// Takes a save, to be staged after those before it.
@@ -116,11 +121,28 @@ impl Stager {
         lock(&self.jobs).pop_back()
     }
 
-    /// Drops the sources of a save that will not be staged.
+    /// Drops the sources of a save that will not be staged, when no device reads them any more.
     pub fn discard(&self, job: Job) {
-        let Job { ticket, state, .. } = job;
-        dropped(state);
-        self.flights.release(&ticket);
+        let Job { ticket, state, region, queued, .. } = job;
+        self.leave(state, region, queued, Some(ticket));
+    }
+
+    /// As [`Stager::discard`], for what did not become a job.
+    pub fn leave(
+        &self,
+        state: StateDict<'static>,
+        region: Option<Region>,
+        queued: Vec<Arc<dyn Queued>>,
+        ticket: Option<Arc<Ticket>>,
+    ) {
+        if queued.iter().all(|queued| queued.over()) {
+            dropped((state, region));
+            ticket.iter().for_each(|ticket| self.flights.release(ticket));
+        } else {
+            let parked = Parked { state, region, queued, ticket, flying: VecDeque::new(), late: false, aside: None };
+            lock(&self.left).push(parked);
+            self.signal.notify();
+        }
     }
 
     /// See [`CheckpointExecutor::fence_on`](crate::CheckpointExecutor::fence_on).
@@ -172,6 +194,7 @@ impl Stager {
                 None => break,
             }
         }
+        line.parked.append(&mut lock(&self.left));
         let patience = Instant::now() + QUIESCE;
         while !line.parked.is_empty() && Instant::now() < patience {
             line.recover(&self.flights);
@@ -183,11 +206,13 @@ impl Stager {
     /// Waits for `look`, while saves that are due expire.
     fn wait<T>(&self, line: &mut Line, mut look: impl FnMut() -> Option<T>) -> T {
         loop {
+            line.parked.append(&mut lock(&self.left));
             line.recover(&self.flights);
             let now = Instant::now();
             let until = self.flights.expire(now).unwrap_or(now + IDLE);
             let until = if line.parked.is_empty() { until } else { until.min(now + POLL) };
-            if let Some(found) = self.signal.wait_until(until, &mut look) {
+            let mut news = || look().map(Some).or_else(|| (!lock(&self.left).is_empty()).then_some(None));
+            if let Some(Some(found)) = self.signal.wait_until(until, &mut news) {
                 return found;
             }
         }
@@ -221,16 +246,18 @@ impl Stager {
             // Whoever lent the memory may free it once this save is released: there is no giving up here.
             ended = self.quiesce(line);
         }
-        let Job { ticket, state, captured, sink, aside, region, .. } = job;
+        let Job { ticket, state, captured, sink, aside, region, queued, .. } = job;
         drop(captured);
         ticket.enter(Phase::Writing);
+        // A fence that has begun to launch kernels has said so by now; after this none will, if the save has failed.
+        ticket.freeze();
         // Kernels of a fence may still read what has left the device by now, and others the list of what was to be gathered.
         let aside = aside.filter(|aside| !ended || aside.pending());
         if aside.is_none() {
             // Otherwise a fence must still find it: whoever follows its kernels need not wait for copies of later saves.
             lock(&self.asides).retain(|(t, _)| !Arc::ptr_eq(t, &ticket));
         }
-        if ended && aside.is_none() {
+        if ended && aside.is_none() && queued.iter().all(|queued| queued.over()) {
             dropped((flying, state, region));
             self.flights.release(&ticket);
         } else {
@@ -243,7 +270,8 @@ impl Stager {
                 self.flights.release(&ticket);
             }
             let late = !ended;
-            line.parked.push(Parked { flying, state, region, late, ticket: ended.then_some(ticket), aside });
+            let ticket = ended.then_some(ticket);
+            line.parked.push(Parked { flying, state, region, queued, late, ticket, aside });
         }
         if failed == Some(ErrorKind::Device) {
             // What is parked is lost with the queue that could have told when its copies end.
@@ -357,6 +385,8 @@ struct Parked {
     flying: VecDeque<Flying>,
     state: StateDict<'static>,
     region: Option<Region>,
+    /// What may still read sources in streams of the program.
+    queued: Vec<Arc<dyn Queued>>,
     /// Copies may be running.
     late: bool,
     /// Still to be released.
@@ -371,7 +401,10 @@ impl Line {
         let Self { queue, parked } = self;
         let mut ended = None;
         let mut quiet = || *ended.get_or_insert_with(|| queue.as_mut().is_some_and(|q| q.quiesce(Instant::now())));
-        let over = |p: &mut Parked| !p.aside.as_ref().is_some_and(|a| a.pending()) && (!p.late || quiet());
+        let over = |p: &mut Parked| {
+            p.queued.retain(|queued| !queued.over());
+            p.queued.is_empty() && !p.aside.as_ref().is_some_and(|a| a.pending()) && (!p.late || quiet())
+        };
         for Parked { flying, state, region, ticket, .. } in parked.extract_if(.., over) {
             dropped((flying, state, region));
             ticket.iter().for_each(|ticket| flights.release(ticket));
@@ -528,8 +561,11 @@ fn read(
     if let Some(error) = job.ticket.failure() {
         return Err(error);
     }
+    if tensor.strides().is_some() {
+        return Err(Error::internal(format!("a strided tensor was not gathered tensor={name:?}")));
+    }
     let mut digest = None;
-    tensor.source.read(&mut |from| {
+    tensor.read(&mut |from| {
         let from = from.wrapping_add(begin);
         // SAFETY: the source hands out all its bytes and keeps them until it is dropped, the slab is leased and its part at
         // `to` has `length` bytes; both stay until the mark behind this copy is reached.

@@ -63,6 +63,7 @@ fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<
         behind: None,
         aside: None,
         region: None,
+        queued: Vec::new(),
         borrowed: false,
         sink: sink.clone(),
     });

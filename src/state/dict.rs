@@ -29,6 +29,23 @@ pub(crate) struct Tensor<'a> {
     /// None: the default for its place and size.
     pub capture: Option<Capture>,
     pub source: Box<dyn Source + 'a>,
+    /// Where the device has captured it, packed: from then on it is read there. The device may still have to read the source.
+    pub captured_at: Option<u64>,
+}
+
+impl Tensor<'_> {
+    /// Hands `copy` a pointer to the bytes, as [`Source::read`] does.
+    pub fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+        match self.captured_at {
+            Some(address) => copy(std::ptr::without_provenance(address as usize)),
+            None => self.source.read(copy),
+        }
+    }
+
+    /// The strides of a tensor whose elements do not lie together.
+    pub fn strides(&self) -> Option<&[i64]> {
+        if self.captured_at.is_some() { None } else { self.source.strides() }
+    }
 }
 
 /// Named tensors, values and metadata, as one save takes them.
@@ -132,7 +149,7 @@ impl<'a> StateDict<'a> {
                             None if place.writable() => self.writable.push(free.index()),
                             _ => {}
                         }
-                        free.insert(Tensor { layout, place, capture, source });
+                        free.insert(Tensor { layout, place, capture, source, captured_at: None });
                     }
                 }
                 self.bytes = self.bytes.saturating_add(bytes);

@@ -10,9 +10,13 @@ use crate::error::Result;
 use crate::sync::{Mutex, lock};
 use std::ops::Deref;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Events made at start: two chunks in flight, and the producers and fences of a few saves.
 const EVENTS: usize = 16;
+/// How long what was queued is waited for when nothing else can be done.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const POLL: Duration = Duration::from_micros(50);
 
 /// See the module.
 pub(super) struct Gpu {
@@ -36,6 +40,22 @@ impl Gpu {
         let pooled = lock(&self.events).pop();
         let event = pooled.map_or_else(|| self.context.event(), Ok)?;
         Ok(Lent { gpu: self.clone(), event: Some(event) })
+    }
+
+    /// Waits until `stream` has come to where it is now. False when that takes too long.
+    pub fn settle(self: &Arc<Self>, stream: &Stream) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        let recorded = |event: Lent| event.record(stream.handle()).map(|()| event);
+        let here = self.event().and_then(recorded);
+        // Without an event, until the stream has nothing to do at all.
+        let over = || here.as_ref().map_or_else(|_| stream.is_idle(), |event| event.is_reached());
+        while !over().unwrap_or(false) && !self.context.lost() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(POLL);
+        }
+        true
     }
 
     /// Pins memory of the arena.

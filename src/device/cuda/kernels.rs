@@ -11,7 +11,7 @@
 
 use super::Shared;
 use super::driver::{Address, Memory, Module, Stream};
-use super::gpu::{Gpu, Lent};
+use super::gpu::{Gpu, Lent, PATIENCE, POLL};
 use super::late::{self, Fences};
 use super::table::{Table, Tables};
 use super::trial;
@@ -26,11 +26,8 @@ use std::fmt;
 use std::mem::forget;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// How long kernels are waited for at the end.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
-pub(super) const POLL: Duration = Duration::from_micros(50);
 const BLOCK: u32 = 256;
 const GRID: u32 = 512;
 /// What `digest_tables` fills, in bytes.
@@ -79,7 +76,7 @@ pub(super) struct Loaded {
     /// In which digests come to the host, so that no stream of the program waits for the bus.
     results: Stream,
     // In this order: kernels before the memory that they use.
-    _modules: [Module; 3],
+    modules: [Module; 3],
     room: Option<Memory>,
     _scratch: Option<Memory>,
     digest_tables: Memory,
@@ -97,10 +94,7 @@ impl Loaded {
     fn new(shared: &Arc<Shared>, memory: device::Memory) -> Result<Arc<Self>> {
         let device::Memory { chunk, gather, scratch } = memory;
         let count = usize::try_from(scratch / chunk as u64).unwrap_or(0);
-        if count == 0 && scratch > 0 {
-            return Err(Error::invalid(format!("the scratch holds no chunk scratch={scratch} chunk={chunk}")));
-        }
-        if gather + scratch == 0 {
+        if gather == 0 && scratch == 0 {
             return Err(Error::invalid("no memory of the device was given to kernels"));
         }
         let gpu = shared.gpu(shared.home)?;
@@ -108,27 +102,27 @@ impl Loaded {
             let text = CStr::from_bytes_with_nul(text.as_bytes());
             gpu.context.module(text.map_err(|_| Error::internal("a zero in a kernel's text"))?)
         };
-        let _modules = [load(text!("gather"))?, load(text!("digest"))?, load(text!("late_copy"))?];
+        let modules = [load(text!("gather"))?, load(text!("digest"))?, load(text!("late_copy"))?];
         let room = usize::try_from(gather).unwrap_or(usize::MAX).saturating_add(chunk);
         let room = (gather > 0).then(|| gpu.context.memory(room)).transpose()?;
-        let _scratch = (count > 0).then(|| gpu.context.memory(count * chunk)).transpose()?;
-        let slots = _scratch.iter().flat_map(|s| (0..count).map(|i| s.address() + (i * chunk) as u64)).collect();
+        let memory = (count > 0).then(|| gpu.context.memory(count * chunk)).transpose()?;
+        let slots = memory.iter().flat_map(|s| (0..count).map(|i| s.address() + (i * chunk) as u64)).collect();
         let loaded = Arc::new(Self {
             shared: shared.clone(),
             tables: Tables::new(gpu.clone())?,
-            fences: Fences::new(&gpu, &_modules[2])?,
-            gather: _modules[0].function(c"gather")?,
-            digest: _modules[1].function(c"digest")?,
+            fences: Fences::new(&gpu, &modules[2])?,
+            gather: modules[0].function(c"gather")?,
+            digest: modules[1].function(c"digest")?,
             slots,
             captured: gather,
             running: Mutex::default(),
             spare: Spare::default(),
             results: gpu.context.stream()?,
             room,
-            _scratch,
+            _scratch: memory,
             digest_tables: gpu.context.memory(DIGEST_TABLES)?,
             gpu: gpu.clone(),
-            _modules,
+            modules,
         });
         let _entered = gpu.context.enter()?;
         let tried = loaded.try_out();
@@ -141,7 +135,7 @@ impl Loaded {
     /// What a driver refuses or gets wrong, it does now.
     fn try_out(&self) -> Result<()> {
         let (gpu, stream) = (&self.gpu, self.gpu.copies.handle());
-        let tables = self._modules[1].function(c"digest_tables")?;
+        let tables = self.modules[1].function(c"digest_tables")?;
         // SAFETY: the structure of this kernel is one address; the tables live as long as `self`.
         unsafe { gpu.context.launch(tables, stream, 32, BLOCK, &self.digest_tables.address()) }?;
         self.fences.try_out(gpu)
@@ -151,10 +145,12 @@ impl Loaded {
     fn settle(&self) -> bool {
         let _entered = self.gpu.context.enter();
         let deadline = Instant::now() + PATIENCE;
+        if !self.gpu.settle(&self.gpu.copies) {
+            return false;
+        }
         loop {
             self.reap();
-            let idle = self.gpu.copies.is_idle().unwrap_or(false) && lock(&self.running).is_empty();
-            if idle || self.gpu.context.lost() {
+            if lock(&self.running).is_empty() || self.gpu.context.lost() {
                 return true;
             }
             if Instant::now() >= deadline {
@@ -295,7 +291,14 @@ struct Asked {
     loaded: Arc<Loaded>,
     table: Arc<Table>,
     results: Arc<Results>,
+    behind: Behind,
     after: Arc<Lent>,
+}
+
+impl Queued for Asked {
+    fn over(&self) -> bool {
+        self.behind.over()
+    }
 }
 
 impl Digests for Asked {
@@ -360,25 +363,26 @@ impl device::Kernels for Kernels {
         &self.0.slots
     }
 
-    fn capture(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Box<dyn Queued>> {
+    fn capture(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Arc<dyn Queued>> {
         let loaded = &self.0;
         loaded.shared.refuse_captures(&[stream])?;
         let _entered = loaded.gpu.context.enter()?;
         let table = loaded.tables.of(pieces)?;
         let all = 0..table.lengths.len() as u32;
-        // SAFETY: `keep` keeps the table; the room lives as long as the kernels, and the tensors are kept by the save.
+        // SAFETY: `keep` keeps the table; the room lives as long as the kernels, and the stager keeps the tensors until what is
+        // returned is over.
         let launch = || unsafe { loaded.copy(&table, all, 0, stream.handle) };
-        Ok(Box::new(Behind(loaded.keep(stream.handle, table.clone(), (), launch)?)))
+        Ok(Arc::new(Behind(loaded.keep(stream.handle, table.clone(), (), launch)?)))
     }
 
-    fn digest(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Box<dyn Digests>> {
+    fn digest(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Arc<dyn Digests>> {
         let loaded = &self.0;
         loaded.shared.refuse_captures(&[stream])?;
         let _entered = loaded.gpu.context.enter()?;
         let table = loaded.tables.of(pieces)?;
         let bytes = (table.lengths.len() * size_of::<u64>()).max(8);
         let results = Arc::new(loaded.results(bytes)?);
-        // SAFETY: `keep` keeps table and results; the tensors are kept by the save.
+        // SAFETY: `keep` keeps table and results; the stager keeps the tensors until what is returned is over.
         let launch = || unsafe { loaded.digest(&table, results.device()?, stream.handle) };
         let behind = loaded.keep(stream.handle, table.clone(), results.clone(), launch)?;
         loaded.results.wait(&behind)?;
@@ -387,7 +391,7 @@ impl device::Kernels for Kernels {
             // SAFETY: as much as the kernel wrote; `keep` keeps both ends.
             unsafe { loaded.results.copy_to_host(from, to, table.lengths.len() * size_of::<u64>()) }
         })?;
-        Ok(Box::new(Asked { loaded: loaded.clone(), table, results, after }))
+        Ok(Arc::new(Asked { loaded: loaded.clone(), table, results, behind: Behind(behind), after }))
     }
 
     fn note(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn Noted>>> {

@@ -11,8 +11,8 @@
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::driver::{Address, Memory, Module};
-use super::gpu::{Gpu, Lent};
-use super::kernels::{Loaded, PATIENCE, POLL};
+use super::gpu::{Gpu, Lent, PATIENCE, POLL};
+use super::kernels::Loaded;
 use super::queue::events_of;
 use super::table::Table;
 use crate::device::{Noted, Point};
@@ -99,7 +99,7 @@ impl Fences {
     }
 
     /// A fence with nothing to copy, in the stream of copies: what a driver refuses, it refuses now. All places are zero after it.
-    pub fn try_out(&self, gpu: &Gpu) -> Result<()> {
+    pub fn try_out(&self, gpu: &Arc<Gpu>) -> Result<()> {
         gpu.copies.zero(&self.places)?;
         // SAFETY: aligned; the memory lives as long as `self`, whose owner waits for the stream before it lets go.
         unsafe { gpu.copies.write(self.watermark(), 0) }?;
@@ -107,11 +107,9 @@ impl Fences {
         let nothing = Latch { save: u64::MAX, ..self.latch_of(0) };
         self.queue(gpu, gpu.copies.handle(), 0, &nothing, (0, 0, 0, 0, 0))?;
         gpu.copies.zero(&self.places)?;
-        let deadline = Instant::now() + PATIENCE;
-        while !gpu.copies.is_idle()? && Instant::now() < deadline {
-            std::thread::sleep(POLL);
-        }
-        if self.cell(0).load(Ordering::Acquire) == 0 {
+        let settled = gpu.settle(&gpu.copies);
+        gpu.context.alive()?;
+        if settled && self.cell(0).load(Ordering::Acquire) == 0 {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Device, "the kernels of the fence did not tell what they should"))
@@ -251,7 +249,9 @@ impl Noted for Save {
             self.enqueue(streams, point, behind_copies, slots)
         };
         let queued = queue();
-        self.failed.store(queued.is_err(), Ordering::Release);
+        // After `Invalid` nothing was queued, and it may be tried again.
+        let failed = queued.as_ref().is_err_and(|error| error.kind() != ErrorKind::Invalid);
+        self.failed.store(failed, Ordering::Release);
         queued
     }
 

@@ -3,8 +3,9 @@
 //! **Order.** Copies are queued in a stream of our own, behind events that `save` recorded in the producers' streams, in the
 //! thread that called it. A fence records an event behind all copies queued so far, and the program's streams wait for it: on the
 //! GPU, not on the host. **Completion.** One event behind each chunk, looked at by the stager alone. **Memory.** Events come
-//! from a pool; nothing is allocated, registered or freed while a program trains. **Failure.** See `driver`: after an error
-//! from which a context does not recover, the driver is not called any more.
+//! from a pool; lists for kernels from another, which takes memory only for lists longer than those before. Otherwise nothing is
+//! allocated, registered or freed while a program trains. **Failure.** See `driver`: after an error from which a context does not
+//! recover, the driver is not called any more, but to give a thread back the context that it had.
 //!
 //! # Safety argument
 //! The one unsafe thing is to run the code of a library; whoever names one says that it is a driver.

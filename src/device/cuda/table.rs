@@ -16,13 +16,9 @@ use crate::error::{Error, Result};
 use crate::sync::{Mutex, lock};
 use std::mem::forget;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// One block of a kernel works on a piece, so longer ones are cut.
 const PIECE: u64 = 64 << 10;
-/// How long a copy of a list is waited for when nothing else can be done.
-const PATIENCE: Duration = Duration::from_secs(10);
-const POLL: Duration = Duration::from_micros(50);
 /// Lists that are kept.
 const KEPT: usize = 6;
 /// Dimensions that a kernel knows.
@@ -126,25 +122,13 @@ impl Tables {
         let queued = unsafe { self.stream.copy_to_device(both.pinned.pointer(), both.device.address(), bytes) };
         if let Err(error) = queued.and_then(|()| ready.record(self.stream.handle())) {
             // Nobody can be asked when a copy that may have been queued has ended, but the stream.
-            if !self.settle() {
+            if !self.gpu.settle(&self.stream) {
                 forget(both);
             }
             return Err(error);
         }
         let (pool, pieces, (views, begins)) = (self.pool.clone(), pieces.clone(), (views as u64, begins as u64));
         Ok(Table { pieces, starts, lengths, both: Some(both), pool, views, begins, ready: Some(ready) })
-    }
-
-    /// Waits until no copy of a list is under way. False when that takes too long.
-    pub fn settle(&self) -> bool {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.gpu.context.lost() && !self.stream.is_idle().unwrap_or(false) {
-            if Instant::now() >= deadline {
-                return false;
-            }
-            std::thread::sleep(POLL);
-        }
-        true
     }
 
     /// Room for at least `len` bytes.
@@ -237,7 +221,7 @@ impl Table {
 impl Drop for Tables {
     fn drop(&mut self) {
         let _entered = self.gpu.context.enter();
-        if !self.settle() {
+        if !self.gpu.settle(&self.stream) {
             tracing::error!("a copy to the device did not end; its memory is given up");
             forget((std::mem::take(&mut *lock(&self.kept)), std::mem::take(&mut *lock(&self.pool.0))));
         }

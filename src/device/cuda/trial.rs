@@ -5,14 +5,13 @@
 //! are leaked. The host reads what came back only after that.
 #![expect(unsafe_code, reason = "kernels over local buffers; argument above")]
 
-use super::kernels::{Kernels, PATIENCE, POLL};
+use super::kernels::Kernels;
 use crate::device::{Kernels as _, Piece, Pieces, View};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::DeviceStream;
 use smallvec::smallvec;
 use std::mem::forget;
-use std::time::Instant;
 
 /// Bytes of a buffer: room for tensors at every alignment to every alignment.
 const BYTES: usize = 48 << 10;
@@ -36,13 +35,9 @@ pub(super) fn run(kernels: &Kernels) -> Result<()> {
         kernels.digest(stream, &pieces)
     };
     let queued = queue();
-    let deadline = Instant::now() + PATIENCE;
-    while !gpu.context.lost() && !gpu.copies.is_idle().unwrap_or(false) {
-        if Instant::now() >= deadline {
-            forget((host, from, to));
-            return Err(Error::new(ErrorKind::Device, "kernels that were tried out did not end"));
-        }
-        std::thread::sleep(POLL);
+    if !gpu.settle(&gpu.copies) {
+        forget((host, from, to));
+        return Err(Error::new(ErrorKind::Device, "kernels that were tried out did not end"));
     }
     let digests = queued?.take()?;
     // SAFETY: inside the buffer, which nobody writes any more.

@@ -61,7 +61,7 @@ fn cuda_small_tensors_are_captured_while_there_is_room_and_then_left_to_the_fenc
     state.tensor_captured("large", large.source(stream), Capture::AtSave).unwrap();
     let error = rig.executor.save(3, state).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
-    let named = ["tensor=\"large\"", "setting=gather", "bytes=10001", "room=10000"];
+    let named = ["tensor=\"large\"", "gather=10000", "bytes=10001", "free=10000"];
     assert!(named.iter().all(|name| error.to_string().contains(name)), "{error}");
     assert_eq!(Arc::strong_count(&large.0), 1);
 }
@@ -105,7 +105,8 @@ fn cuda_room_of_a_save_that_was_cancelled_is_not_written_late() {
     assert!(cancelled.cancel());
     _ = cancelled.wait(LONG);
     let error = rig.executor.save(2, state(&new, quick, Capture::AtSave)).unwrap_err();
-    assert!(error.to_string().contains("room=192"), "{error}");
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("free=192"), "{error}");
     fake.set("hold", 0);
     slow.wait();
     eventually("the room is free", || rig.executor.save(3, state(&new, quick, Capture::AtSave)).is_ok());
@@ -252,5 +253,46 @@ fn cuda_tensors_written_before_the_fence_are_found_out_by_the_first_saves() {
         rig.executor.save(step, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
         let digested = rig.gpu.fake().map_or(step < 4, |fake| fake.calls("cuMemsetD8Async") > before);
         assert_eq!(digested, step < 4, "step {step}");
+    }
+}
+
+#[test]
+fn cuda_strided_tensors_of_another_device_are_refused_by_name() {
+    let rig = rig(|b| b);
+    let other = Gpu::take();
+    let (stream, tensor) = (other.stream(), other.tensor(&pattern(1, 6000)));
+    if stream.0.ordinal == rig.gpu.ordinal {
+        return;
+    }
+    let mut state = StateDict::new();
+    state.tensor("far", tensor.strided(stream, 0, Dtype::U8, &[3000], &[2])).unwrap();
+    let error = rig.executor.save(1, state).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    let named = [format!("device=cuda:{}", other.ordinal), "tensor=\"far\"".to_owned()];
+    assert!(named.iter().all(|name| error.to_string().contains(name)), "{error}");
+}
+
+/// A save that is superseded while it waits has kernels that still read its tensors: they are kept until those have run.
+#[test]
+fn cuda_tensors_of_a_save_that_never_begins_are_kept_until_the_gpu_has_read_them() {
+    const KERNELS: u64 = 8;
+    let rig = rig(|b| b.overlap(Overlap::Latest));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let stream = rig.gpu.stream();
+    let tensors: Vec<_> = (0..5).map(|i| rig.gpu.tensor(&[i as u8; 3000])).collect();
+    fake.set("hold", KERNELS);
+    let mut saves = Vec::new();
+    for (tensor, step) in tensors.iter().zip(1..) {
+        let mut state = StateDict::new();
+        state.tensor("t", tensor.source(stream)).unwrap();
+        saves.push(rig.executor.save(step, state).unwrap());
+    }
+    let superseded = saves.remove(2);
+    assert!(matches!(superseded.wait(LONG), Ok(ashore::Outcome::Superseded { .. })));
+    assert_eq!(Arc::strong_count(&tensors[2].0), 2, "the GPU has not read it yet");
+    fake.set("hold", 0);
+    eventually("the source is dropped", || Arc::strong_count(&tensors[2].0) == 1);
+    for save in saves {
+        save.wait(LONG).unwrap();
     }
 }

@@ -276,14 +276,18 @@ pub struct Entered<'c> {
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
+        if self.context.generation != fork::generation() {
+            return;
+        }
+        // Also when the context was lost meanwhile: the thread is the program's, which may go on with another device.
+        let table = &self.context.driver.table;
         if let Some(mut mode) = self.mode {
             // SAFETY: reads and writes one number.
-            let back = |t: &Table| unsafe { (t.exchange_capture)(&mut mode) };
-            self.context.give_back("cuThreadExchangeStreamCaptureMode", back);
+            unsafe { (table.exchange_capture)(&mut mode) };
         }
         if self.before != self.context.handle {
             // SAFETY: what was current before is made current again.
-            self.context.give_back("cuCtxSetCurrent", |t| unsafe { (t.set_current)(self.before) });
+            unsafe { (table.set_current)(self.before) };
         }
     }
 }
