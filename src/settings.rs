@@ -165,7 +165,7 @@ pub enum Failed {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Settings {
-    /// Size of the pinned arena, taken at start and never grown: 256 MiB.
+    /// Size of the pinned arena, taken at start and never grown: 256 MiB. Half or a quarter where not all of it can be pinned.
     pub arena: u64,
     /// Size of a chunk, the unit of copying and writing: 8 MiB, at most 1 GiB, a multiple of 4096. At least two must fit the arena.
     pub chunk: u64,

@@ -58,12 +58,31 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// Maps `bytes` (rounded down to whole slabs), faults them in with all cores, locks them, registers them where that works.
+    /// Maps `bytes` (rounded down to whole slabs), faults them in with all cores, locks them, registers them where that works. Where
+    /// it does not, half of it or a quarter may: less memory only means waiting for writers, and copies to what is not pinned are
+    /// slow and hold up the thread that queues them.
     ///
     /// # Errors
     /// `Invalid` when the memory is not to be had.
     pub(crate) fn new(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
-        let arena = Self::quietly(bytes, slab, register, home)?;
+        let take = |bytes| Self::quietly(bytes, slab, register, home.clone());
+        let mut arena = take(bytes)?;
+        if let Err(reason) = arena.report.pinned.clone() {
+            for part in [2, 4].into_iter().filter(|part| bytes / part >= 2 * slab) {
+                // First this one goes: both together may be more than there is.
+                drop(arena);
+                arena = take(bytes / part)?;
+                if arena.report.pinned.is_ok() {
+                    let pinned = arena.report.bytes;
+                    tracing::warn!(%reason, bytes, pinned, "the arena is smaller than asked for, because more could not be pinned");
+                    return Ok(arena);
+                }
+            }
+            if arena.report.bytes < bytes / slab * slab {
+                drop(arena);
+                arena = take(bytes)?;
+            }
+        }
         if let Err(reason) = &arena.report.locked {
             tracing::warn!(%reason, bytes, "the arena is not locked in memory");
         }

@@ -204,13 +204,29 @@ fn cuda_capture_of_a_graph_is_refused_and_not_broken() {
 fn cuda_arena_that_cannot_be_pinned_is_reported_and_works() {
     let gpu = Gpu::take();
     let Some(fake) = gpu.fake() else { return };
-    fake.fault("cuMemHostRegister_v2:1:2");
+    fake.fault("cuMemHostRegister_v2:0:2");
     let rig = rig_on(gpu, |b| b);
+    assert_eq!(rig.executor.arena().report().slabs, 4);
     let why = rig.executor.arena().report().pinned.clone().unwrap_err();
     assert!(why.contains("cuMemHostRegister_v2"), "{why}");
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(3, 30_000)));
     rig.executor.save(1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
     assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(3, 30_000));
+}
+
+#[test]
+fn cuda_arena_of_which_only_a_part_can_be_pinned_is_smaller() {
+    for (refused, slabs) in [(1, 8), (2, 4)] {
+        let gpu = Gpu::take();
+        let Some(fake) = gpu.fake() else { return };
+        (1..=refused).for_each(|nth| fake.fault(&format!("cuMemHostRegister_v2:{nth}:2")));
+        let rig = rig_on(gpu, |b| b.arena(16 * 4096));
+        let report = rig.executor.arena().report().clone();
+        assert_eq!((report.slabs, report.bytes, report.pinned), (slabs, slabs as u64 * 4096, Ok(())));
+        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(3, 90_000)));
+        rig.executor.save(1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(3, 90_000));
+    }
 }
 
 #[test]
