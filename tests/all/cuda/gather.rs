@@ -78,6 +78,8 @@ fn cuda_captured_tensors_need_no_fence_before_the_next_save() {
         let mut state = StateDict::new();
         state.tensor("t", tensor.source(stream)).unwrap();
         saves.push(rig.executor.save(step, state).unwrap());
+        // It is captured now, and has not left the GPU.
+        stream.wait();
     }
     stream.fill(&tensor, 0xEE);
     stream.wait();
