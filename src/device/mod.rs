@@ -87,8 +87,13 @@ pub type Point = Arc<dyn Any + Send + Sync>;
 pub struct View {
     /// Bytes of an element.
     pub item: u32,
-    /// Size and stride, in bytes, of each dimension, outermost first; at most eight.
+    /// Size and stride, in bytes, of each dimension, outermost first; at most [`View::DIMS`].
     pub dims: SmallVec<[(u64, i64); 4]>,
+}
+
+impl View {
+    /// The most dimensions that a kernel knows.
+    pub const DIMS: usize = 8;
 }
 
 /// Part of a tensor, and where it goes.

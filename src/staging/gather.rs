@@ -12,15 +12,12 @@ use crate::mutant::{self, Mutant};
 use crate::state::{Capture, Layout, Place, StateDict, Tensor};
 use crate::sync::{Mutex, lock};
 use smallvec::SmallVec;
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// Tensors of at most this many bytes are captured at `save` while there is room.
 const SMALL: u64 = 128 << 10;
 /// Where tensors begin in the room.
 const ALIGN: u64 = 16;
-/// Dimensions that a kernel knows.
-const DIMS: usize = 8;
 
 /// Tensors, and the digests of them that a device was asked for.
 type Asked = Vec<(Vec<usize>, Arc<dyn Digests>)>;
@@ -277,14 +274,14 @@ fn view(layout: &Layout, strides: &[i64]) -> Option<View> {
         }
     }
     let item = layout.item()? as u32;
-    (dims.len() <= DIMS && item > 0).then_some(View { item, dims })
+    (dims.len() <= View::DIMS && item > 0).then_some(View { item, dims })
 }
 
-/// Memory of the device for captured tensors: regions of saves, in the order in which they were asked for.
+/// Memory of the device for captured tensors, in regions of saves.
 pub(crate) struct Room {
     start: u64,
     len: u64,
-    regions: Mutex<VecDeque<Taken>>,
+    regions: Mutex<Vec<Taken>>,
 }
 
 /// A region, from `begin` to `end` of its room.
@@ -312,15 +309,12 @@ impl Room {
     /// again keep the lists of the device the same.
     fn span(&self) -> (u64, u64) {
         let mut regions = lock(&self.regions);
-        while regions.front_mut().is_some_and(Taken::free) {
-            regions.pop_front();
-        }
-        let (Some(first), Some(last)) = (regions.front(), regions.back()) else { return (0, self.len) };
-        if last.begin < first.begin {
-            return (last.end, first.begin - last.end);
-        }
-        let (before, behind) = ((0, first.begin), (last.end, self.len - last.end));
-        if before.1 > behind.1 { before } else { behind }
+        regions.retain_mut(|taken| !taken.free());
+        regions.sort_unstable_by_key(|taken| taken.begin);
+        let ends = std::iter::once(0).chain(regions.iter().map(|taken| taken.end));
+        let begins = regions.iter().map(|taken| taken.begin).chain(std::iter::once(self.len));
+        let gaps = ends.zip(begins).map(|(end, begin)| (end, begin - end));
+        gaps.max_by_key(|(_, len)| *len).unwrap_or((0, 0))
     }
 }
 
@@ -344,7 +338,7 @@ impl Region {
     /// From the begin of a part that is free up to `end`. Regions are taken by one save at a time.
     fn take(room: &Arc<Room>, begin: u64, end: u64) -> Self {
         let over = mutant::on(Mutant::RoomEarly);
-        lock(&room.regions).push_back(Taken { begin, end, over, writing: Vec::new() });
+        lock(&room.regions).push(Taken { begin, end, over, writing: Vec::new() });
         Self { room: room.clone(), begin, lost: false }
     }
 

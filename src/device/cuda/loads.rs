@@ -7,15 +7,12 @@
 
 use super::Shared;
 use super::driver::Stream;
-use super::gpu::{Gpu, Lent};
+use super::gpu::{Gpu, Lent, POLL};
 use super::queue::events_of;
 use crate::device::{LoadQueue, Point};
 use crate::error::Result;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// How often a device is asked whether it has ended, after a failure.
-const POLL: Duration = Duration::from_micros(50);
+use std::time::Instant;
 
 /// See the module.
 pub(super) struct Loads {

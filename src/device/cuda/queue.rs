@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::Shared;
-use super::gpu::{Gpu, Lent};
+use super::gpu::{Gpu, Lent, POLL};
 use crate::device::host::HostQueue;
 use crate::device::{CopyQueue, Point};
 use crate::digest::Digest;
@@ -14,10 +14,7 @@ use crate::error::{Error, Result};
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// How often a device is asked whether it has ended, after a failure.
-const POLL: Duration = Duration::from_micros(50);
+use std::time::Instant;
 
 /// See the module.
 pub(super) struct Queue {

@@ -21,8 +21,7 @@ use std::sync::Arc;
 const PIECE: u64 = 64 << 10;
 /// Lists that are kept.
 const KEPT: usize = 6;
-/// Dimensions that a kernel knows.
-const DIMS: usize = 8;
+const DIMS: usize = View::DIMS;
 
 /// `struct Piece` in `kernel.h`.
 #[derive(Clone, Copy)]

@@ -298,3 +298,22 @@ fn cuda_tensors_of_a_save_that_never_begins_are_kept_until_the_gpu_has_read_them
         save.wait(LONG).unwrap();
     }
 }
+
+/// What may still be written somewhere in the room is given up; the rest of the room goes on being used.
+#[test]
+fn cuda_capture_that_fails_does_not_take_the_room_from_later_saves() {
+    let rig = rig(|b| b.gather(16 << 10).detect(Detect::Never));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 4000)));
+    let state = || {
+        let mut state = StateDict::new();
+        state.tensor_captured("t", tensor.source(stream), Capture::AtSave).unwrap();
+        state
+    };
+    fake.fault("cuLaunchKernel:1:1");
+    assert_eq!(rig.executor.save(1, state()).unwrap_err().kind(), ErrorKind::Device);
+    for step in 2..20 {
+        rig.executor.save(step, state()).unwrap().wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), pattern(1, 4000));
+    }
+}
