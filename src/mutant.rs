@@ -49,6 +49,9 @@ pub(crate) enum Mutant {
     /// The kernel of a fence takes the watermark of earlier saves for this one's.
     // seen by: cuda::
     Watermark,
+    /// Streams that wait for a number in memory are let go before the copies have ended, although no save has failed.
+    // seen by: cuda::waits
+    HoldEarly,
     /// Copies do not wait for the streams that wrote the tensors.
     // seen by: cuda::
     ProducerWait,

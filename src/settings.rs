@@ -194,6 +194,12 @@ pub struct Settings {
     /// streams waits until copies are queued. At least a chunk. A list of what a save holds comes on top, 40 bytes for every 64 KiB.
     /// Experimental.
     pub scratch: u64,
+    /// At a fence on streams, have them wait for a number in pinned memory instead of an event: false. The stream of copies writes
+    /// it behind them, and the host as soon as every save that the fence is for has failed: so the deadline of a save also bounds
+    /// how long the GPU waits, where copies crawl or hang. Not for what a fence sets aside, nor at the end of a scope. CUDA's
+    /// own tools do not see this order. Streams wait for events where the driver refuses, or `CUDA_DEVICE_MAX_CONNECTIONS` is
+    /// below 8: [`DeviceReport::memory_waits`](crate::device::DeviceReport::memory_waits) says so.
+    pub memory_waits: bool,
     /// How much a save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
     pub capture_budget: u64,
     /// Keep this many newest steps; None keeps all.
@@ -224,6 +230,7 @@ impl Default for Settings {
             detect: Detect::First,
             gather: 16 << 20,
             scratch: 0,
+            memory_waits: false,
             capture_budget: 1 << 20,
             keep_last: None,
             keep_every: None,

@@ -5,6 +5,7 @@
 //! raced by a read of the host's.
 
 use crate::completion::deadline_after;
+use crate::device::Hold;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::sync::{Mutex, lock};
@@ -104,7 +105,7 @@ impl Flights {
     }
 
     /// Has `aside` fence each save, or waits until all copies of live sources are queued, and then has `order` make whoever
-    /// writes wait for them.
+    /// writes wait for them: if that gives a hold, until the saves that keep it have failed at the latest.
     ///
     /// # Errors
     /// `Deadline`, as for `fence`. What `aside` and `order` say; other than `Invalid`, the saves that still read have been failed.
@@ -112,19 +113,19 @@ impl Flights {
         &self,
         patience: Duration,
         aside: impl Fn(&Arc<Ticket>, Instant) -> Result<bool>,
-        order: impl FnOnce() -> Result<()>,
+        order: impl FnOnce() -> Result<Option<Hold>>,
     ) -> Result<()> {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
             return Ok(());
         }
         let (began, deadline) = (Instant::now(), deadline_after(patience));
         let reading: Vec<_> = lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect();
-        let (mut result, mut all_aside, mut refused) = (Ok(()), true, Ok(()));
+        let (mut result, mut waiting, mut refused) = (Ok(()), Vec::new(), Ok(()));
         for ticket in &reading {
             match aside(ticket, deadline) {
                 Ok(true) => {}
                 Ok(false) => {
-                    all_aside = false;
+                    waiting.push(ticket);
                     if !ticket.wait_queued(deadline) {
                         result = Err(late(ticket, patience));
                     }
@@ -139,7 +140,13 @@ impl Flights {
             }
             ticket.add_blocked(began.elapsed());
         }
-        if let Err(error) = refused.and_then(|()| if all_aside { Ok(()) } else { order() }) {
+        let ordered = refused.and_then(|()| if waiting.is_empty() { Ok(None) } else { order() });
+        if let Ok(Some(hold)) = &ordered
+            && !mutant::on(Mutant::HoldEarly)
+        {
+            waiting.iter().for_each(|ticket| ticket.hold(hold.clone()));
+        }
+        if let Err(error) = ordered {
             if error.kind() != ErrorKind::Invalid {
                 reading.iter().filter(|t| !t.staged.is_complete()).for_each(|t| _ = t.fail(error.clone()));
             }

@@ -144,3 +144,30 @@ fn a_fence_at_its_deadline_leaves_no_read_behind() {
         Ok(())
     });
 }
+
+#[test]
+fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
+    type Ending = fn(&Stager, &Ticket);
+    let fail: Ending = |_, ticket| assert!(ticket.fail(Error::new(ErrorKind::Cancelled, "enough")));
+    let staged: Ending = |stager, ticket| stager.flights.release(ticket);
+    for [first, second] in [[fail, fail], [fail, staged], [staged, fail], [staged, staged]] {
+        let stager = stager(Host);
+        let tensor = Arc::new(vec![1; 100]);
+        let (one, two) = (push(&stager, &tensor).0, push(&stager, &tensor).0);
+        [&one, &two].iter().for_each(|ticket| (0..ticket.chunks).for_each(|_| ticket.advance()));
+        let hold: Hold = Arc::new(());
+        let fence = || stager.flights.fence_on(LONG, |_, _| Ok(false), || Ok(Some(hold.clone())));
+        fence().unwrap();
+        fence().unwrap();
+        assert_eq!(Arc::strong_count(&hold), 5);
+        first(&stager, &one);
+        assert_eq!(Arc::strong_count(&hold), 3);
+        // Whoever comes now does not wait for the first.
+        fence().unwrap();
+        assert_eq!(Arc::strong_count(&hold), 4);
+        second(&stager, &two);
+        assert_eq!(Arc::strong_count(&hold), 1);
+        two.hold(hold.clone());
+        assert_eq!(Arc::strong_count(&hold), 1);
+    }
+}

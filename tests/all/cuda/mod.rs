@@ -13,3 +13,4 @@ mod restoring_fails;
 mod settings;
 mod staging;
 mod torn;
+mod waits;
