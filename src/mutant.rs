@@ -50,7 +50,7 @@ pub(crate) enum Mutant {
     // seen by: cuda::
     Watermark,
     /// Streams that wait for a number in memory are let go before the copies have ended, although no save has failed.
-    // seen by: cuda::waits
+    // seen by: cuda::waits::cuda_streams_write_after
     HoldEarly,
     /// Copies do not wait for the streams that wrote the tensors.
     // seen by: cuda::

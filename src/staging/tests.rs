@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::completion::Signal;
-use crate::device::{Device, Host};
-use crate::error::{ErrorKind, Result};
+use crate::device::{Device, Hold, Host};
+use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Arena;
 use crate::plan::{Chunk, Plan, Shape, Sink};
 use crate::state::StateDict;

@@ -68,6 +68,9 @@ pub struct Args {
     /// On a GPU: memory of it in which fences set aside what has not left it [default: none]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     scratch: Option<u64>,
+    /// On a GPU: streams wait at fences for a number in memory, so that a save that fails lets them go
+    #[arg(long)]
+    memory_waits: bool,
     /// Write a page that shows the phases of every save over time
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -156,12 +159,13 @@ impl Bench<'_> {
 
     /// What is measured on the host has no steps.
     fn refuse_what_needs_a_gpu(&self) -> Result<()> {
-        let Args { step_ms, every, graph, scratch, .. } = self.args;
+        let Args { step_ms, every, graph, scratch, memory_waits, .. } = self.args;
         let given = [
             ("--step-ms", step_ms.is_some()),
             ("--every", every.is_some()),
             ("--graph", *graph),
             ("--scratch", scratch.is_some()),
+            ("--memory-waits", *memory_waits),
         ];
         match given.into_iter().find(|(_, given)| *given) {
             None => Ok(()),

@@ -72,9 +72,10 @@ macro_rules! table {
         $(? $extra:ident = $extra_symbol:literal ($($extra_argument:ty),* $(,)?);)*
     ) => {
         /// The functions of the library; those with a question mark it may lack.
-        // SAFETY: types of pointers, which promise nothing and do nothing.
         struct Table {
+            // SAFETY: types of pointers, which promise nothing and do nothing.
             $($name: unsafe extern "C" fn($($argument),*) -> c_int,)*
+            // SAFETY: as above.
             $($extra: Option<unsafe extern "C" fn($($extra_argument),*) -> c_int>,)*
         }
 

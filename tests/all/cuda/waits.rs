@@ -16,7 +16,8 @@ const WAIT: &str = "cuStreamWaitValue32_v2";
 const WRITE: &str = "cuStreamWriteValue32_v2";
 
 fn waiting(builder: Builder) -> Builder {
-    builder.memory_waits(true)
+    // Short, so that a test that fails while copies are held ends soon.
+    builder.memory_waits(true).shutdown_deadline(Duration::from_secs(5))
 }
 
 impl Rig {
