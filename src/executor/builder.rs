@@ -158,7 +158,7 @@ impl Builder {
         }
         let at_most = (settings.overlap == Overlap::Latest).then_some(2);
         let mut stager = Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most);
-        stager.waits = waits.ok();
+        stager.flights.waits = waits.ok();
         let stager = Arc::new(stager);
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;

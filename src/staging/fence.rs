@@ -5,9 +5,10 @@
 //! raced by a read of the host's.
 
 use crate::completion::deadline_after;
-use crate::device::Hold;
+use crate::device::{Device, Hold, Waits};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
+use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
 use std::sync::Arc;
@@ -20,6 +21,8 @@ pub(crate) struct Flights {
     tickets: Mutex<Vec<Arc<Ticket>>>,
     /// Saves whose sources may still be read.
     reading: AtomicUsize,
+    /// How streams wait at a fence, if not for events.
+    pub waits: Option<Arc<dyn Waits>>,
 }
 
 impl Flights {
@@ -167,6 +170,19 @@ impl Flights {
         }
         reading.iter().for_each(|t| t.fenced.store(true, Ordering::Release));
         result
+    }
+
+    /// Makes `streams` wait for all copies queued so far; by memory-waits where that can be had, else by events. Not at the end of
+    /// a scope: what was borrowed may be freed then, and not before its copies have ended, however the save did.
+    pub fn order(&self, device: &dyn Device, streams: &[DeviceStream]) -> Result<Option<Hold>> {
+        match self.waits.as_ref().map(|waits| waits.order(streams)) {
+            Some(Ok(Some(hold))) => return Ok(Some(hold)),
+            Some(Err(error)) if error.kind() == ErrorKind::Invalid => return Err(error),
+            Some(Err(error)) => tracing::warn!(%error, "no memory-wait: streams wait for events"),
+            Some(Ok(None)) => tracing::debug!("too many memory-waits are pending: streams wait for events"),
+            None => {}
+        }
+        device.order(streams).map(|()| None)
     }
 
     /// As [`Flights::freeze`], but copies from devices may still be under way when it returns: `order` has then made the streams

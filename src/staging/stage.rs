@@ -14,7 +14,7 @@ use super::capture::Captured;
 use super::fence::Flights;
 use super::gather::Region;
 use crate::completion::Signal;
-use crate::device::{CopyQueue, Device, Hold, Point, Queued, Waits};
+use crate::device::{CopyQueue, Device, Point, Queued};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
@@ -83,8 +83,6 @@ pub(crate) struct Stager {
     pub device: Arc<dyn Device>,
     /// Where chunks are set aside, if the device can do that.
     pub scratch: Option<Scratch>,
-    /// How streams wait at a fence, if not for events.
-    pub waits: Option<Arc<dyn Waits>>,
     /// Saves that can be, until they are staged.
     asides: Mutex<Vec<(Arc<Ticket>, Arc<Aside>)>>,
     jobs: Mutex<VecDeque<Job>>,
@@ -105,7 +103,7 @@ impl Stager {
     ) -> Self {
         let (flights, jobs, asides) = (Flights::default(), Mutex::new(VecDeque::new()), Mutex::default());
         let (left, stopped) = (Mutex::default(), AtomicBool::new(false));
-        Self { signal, arena, flights, device, scratch, waits: None, asides, jobs, left, at_most, stopped }
+        Self { signal, arena, flights, device, scratch, asides, jobs, left, at_most, stopped }
     }
 
     /// Takes a save, to be staged after those before it.
@@ -174,20 +172,7 @@ impl Stager {
                 _ => Ok(false),
             }
         };
-        self.flights.fence_on(patience, aside, || self.order(streams))
-    }
-
-    /// Makes `streams` wait for all copies queued so far; by memory-waits where that can be had, else by events. Not at the end of
-    /// a scope: what was borrowed may be freed then, and not before its copies have ended, however the save did.
-    fn order(&self, streams: &[DeviceStream]) -> Result<Option<Hold>> {
-        match self.waits.as_ref().map(|waits| waits.order(streams)) {
-            Some(Ok(Some(hold))) => return Ok(Some(hold)),
-            Some(Err(error)) if error.kind() == ErrorKind::Invalid => return Err(error),
-            Some(Err(error)) => tracing::warn!(%error, "no memory-wait: streams wait for events"),
-            Some(Ok(None)) => tracing::debug!("too many memory-waits are pending: streams wait for events"),
-            None => {}
-        }
-        self.device.order(streams).map(|()| None)
+        self.flights.fence_on(patience, aside, || self.flights.order(self.device.as_ref(), streams))
     }
 
     /// Waits until borrowed sources of these saves are dropped, with `streams` and those that made them ordered after copies.
