@@ -19,6 +19,7 @@ pub(super) struct Attributes {
     flags: c_uint,
 }
 
+// SAFETY: a type, which promises nothing and does nothing.
 type WithIndex = unsafe extern "C" fn(
     *const *mut u8,
     *const Address,
@@ -30,6 +31,7 @@ type WithIndex = unsafe extern "C" fn(
     *mut usize,
     Handle,
 ) -> c_int;
+// SAFETY: as above.
 type Plain = unsafe extern "C" fn(
     *const *mut u8,
     *const Address,
