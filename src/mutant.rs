@@ -41,16 +41,16 @@ pub(crate) enum Mutant {
     // seen by: fence::late_copies
     Fence,
     /// Copies from live memory are handed over although their chunk was set aside.
-    // seen by: cuda::
+    // seen by: cuda::aside
     Discard,
     /// F is read before the mark of a chunk, not after.
-    // seen by: cuda::
+    // seen by: cuda::aside
     LatchEarly,
     /// The kernel of a fence takes the watermark of earlier saves for this one's.
-    // seen by: cuda::
+    // seen by: cuda::aside
     Watermark,
     /// Copies do not wait for the streams that wrote the tensors.
-    // seen by: cuda::
+    // seen by: cuda::aside
     ProducerWait,
     /// A slot of the scratch is given to another save before its chunk is handed over.
     // seen by: cuda::aside

@@ -142,7 +142,7 @@ pub enum Overlap {
 pub enum Detect {
     /// For none.
     Never,
-    /// For the first two of an executor.
+    /// For the first two of an executor that become durable, those not counted whose GPU did not tell its digests.
     First,
     /// For all.
     All,

@@ -47,7 +47,8 @@ pub trait Device: Register + Send + Sync + Debug {
         Err(self.unknown(streams))
     }
 
-    /// Called by a fence, in its thread: whatever comes to `streams` later waits for all copies that have been queued so far.
+    /// Called by a fence, in its thread: whatever comes to `streams` later waits for all copies that have been queued so far. A
+    /// device with streams copies from host memory before [`CopyQueue::copy`] returns: nobody waits for that in a stream.
     ///
     /// # Errors
     /// As [`Device::behind`].

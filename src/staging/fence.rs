@@ -90,16 +90,27 @@ impl Flights {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
             return Ok(());
         }
-        let (began, deadline) = (Instant::now(), deadline_after(patience));
         let reading: Vec<_> = lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect();
+        let (began, deadline) = (Instant::now(), deadline_after(patience));
         let mut result = Ok(());
         for ticket in &reading {
-            if ticket.staged.wait(deadline).is_none() {
-                result = Err(late(ticket, patience));
-                ticket.freeze();
-            }
+            result = result.and(staged(ticket, patience, deadline));
             ticket.add_blocked(began.elapsed());
         }
+        result
+    }
+
+    /// The same, of one save.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fence_one(&self, ticket: &Ticket, patience: Duration) -> Result<()> {
+        if mutant::on(Mutant::Fence) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let result = staged(ticket, patience, deadline_after(patience));
+        ticket.add_blocked(began.elapsed());
         result
     }
 
@@ -123,6 +134,8 @@ impl Flights {
         for ticket in &reading {
             match aside(ticket, deadline) {
                 Ok(true) => {}
+                // Of the host alone: there is no stream for writers to wait in, and a device may copy behind our back.
+                Ok(false) if ticket.streams.is_empty() => result = result.and(staged(ticket, patience, deadline)),
                 Ok(false) => {
                     all_aside = false;
                     if !ticket.wait_queued(deadline) {
@@ -153,7 +166,7 @@ impl Flights {
     /// wait for them that will write or free the memory.
     pub fn freeze_on(tickets: &[Arc<Ticket>], patience: Duration, order: impl FnOnce() -> Result<()>) -> Result<()> {
         let deadline = deadline_after(patience);
-        let queued = tickets.iter().all(|ticket| ticket.wait_queued(deadline));
+        let queued = tickets.iter().all(|ticket| !ticket.streams.is_empty() && ticket.wait_queued(deadline));
         if !queued || tickets.iter().any(|ticket| ticket.failed()) || order().is_err() {
             return Self::freeze(tickets, deadline.saturating_duration_since(Instant::now()));
         }
@@ -180,6 +193,16 @@ impl Flights {
         }
         result
     }
+}
+
+/// Waits until no live source of a save is read any more; fails it at the deadline.
+fn staged(ticket: &Ticket, patience: Duration, deadline: Instant) -> Result<()> {
+    if ticket.staged.wait(deadline).is_some() {
+        return Ok(());
+    }
+    let late = late(ticket, patience);
+    ticket.freeze();
+    Err(late)
 }
 
 fn late(ticket: &Ticket, patience: Duration) -> Error {

@@ -37,6 +37,8 @@ use std::time::{Duration, Instant};
 const WINDOW: usize = 2;
 /// How often the watermark is looked at while copies are in flight.
 const POLL: Duration = Duration::from_micros(40);
+/// How often what is parked is looked at while there is nothing else to do.
+const LOOK: Duration = Duration::from_micros(500);
 /// How long a failed device is given to end its copies.
 const QUIESCE: Duration = Duration::from_secs(10);
 /// How long the stager sleeps when nothing has a deadline.
@@ -128,22 +130,38 @@ impl Stager {
     /// Drops the sources of a save that will not be staged, when no device reads them any more.
     pub fn discard(&self, job: Job) {
         let Job { ticket, state, region, queued, .. } = job;
-        self.leave(state, region, queued, Some(ticket));
+        self.leave(state, region, queued, ticket);
     }
 
-    /// As [`Stager::discard`], for what did not become a job.
-    pub fn leave(
+    /// Ends a save that did not become a job, and drops its sources when no device reads them any more.
+    pub fn refuse(
+        &self,
+        ticket: Arc<Ticket>,
+        why: Error,
+        state: StateDict<'static>,
+        region: Option<Region>,
+        queued: Vec<Arc<dyn Queued>>,
+    ) {
+        ticket.observed.store(true, Ordering::Release);
+        ticket.fail(why.clone());
+        self.flights.add(ticket.clone());
+        ticket.finish(Err(why));
+        self.leave(state, region, queued, ticket);
+    }
+
+    fn leave(
         &self,
         state: StateDict<'static>,
         region: Option<Region>,
         queued: Vec<Arc<dyn Queued>>,
-        ticket: Option<Arc<Ticket>>,
+        ticket: Arc<Ticket>,
     ) {
         if queued.iter().all(|queued| queued.over()) {
             dropped((state, region));
-            ticket.iter().for_each(|ticket| self.flights.release(ticket));
+            self.flights.release(&ticket);
         } else {
-            let parked = Parked { state, region, queued, ticket, flying: VecDeque::new(), late: false, aside: None };
+            let (flying, late, ticket, aside) = (VecDeque::new(), false, Some(ticket), None);
+            let parked = Parked { state, region, queued, ticket, flying, late, aside };
             lock(&self.left).push(parked);
             self.signal.notify();
         }
@@ -214,7 +232,7 @@ impl Stager {
             line.recover(&self.flights);
             let now = Instant::now();
             let until = self.flights.expire(now).unwrap_or(now + IDLE);
-            let until = if line.parked.is_empty() { until } else { until.min(now + POLL) };
+            let until = if line.parked.is_empty() { until } else { until.min(now + LOOK) };
             let mut news = || look().map(Some).or_else(|| (!lock(&self.left).is_empty()).then_some(None));
             if let Some(Some(found)) = self.signal.wait_until(until, &mut news) {
                 return found;

@@ -141,6 +141,7 @@ def graph(run, make):
         save = executor.save(step, program.tensors())
         program.capture(lambda: taken.append(refused(executor.fence_on, program.streams)))
         program.slow(False)
+        assert taken[1] or program.soon_staged, "a fence on a stream that was being captured was accepted"
         run.notes["in a capture"] = "save refused, fence " + ("refused" if taken[1] else "came when all was staged")
         executor.fence()
         program.update()

@@ -161,9 +161,7 @@ impl Fences {
         if let Some(at) = lists.iter().position(|list| list.len() >= len) {
             return Ok(lists.swap_remove(at));
         }
-        let small = lists.pop();
         drop(lists);
-        drop(small);
         gpu.context.pinned(len.next_power_of_two().max(4096))
     }
 }

@@ -168,6 +168,8 @@ impl Gpu {
         let mut at = 0;
         cuda!(cuMemAlloc_v2(&mut at, bytes.len().max(1)));
         cuda!(cuMemcpyHtoD_v2(at, bytes.as_ptr().cast(), bytes.len()));
+        // From memory that is not pinned it returns once the bytes are taken, not once they have come; streams do not wait for it.
+        cuda!(cuCtxSynchronize());
         Tensor(Arc::new(Block { at, len: bytes.len(), owner: None }))
     }
 }
