@@ -1,10 +1,10 @@
 //! The stager: a thread, a queue of saves, and the copying of one save.
 //!
 //! # Safety argument
-//! A copy is queued inside [`Source::read`](crate::state::Source::read), or held back there and queued with the others of its chunk,
-//! under the ticket's `live` lock either way, from bytes that the
-//! source keeps allocated until it is dropped, to a slab whose lease sits in `flying`. Both stay until the mark behind the
-//! copy is reached: a slab is in `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
+//! A copy is queued inside [`Source::read`](crate::state::Source::read), or held back there and queued with the rest of its chunk, under
+//! the ticket's `live` lock either way, from bytes that the source keeps allocated until it is dropped, to a slab whose lease sits in
+//! `flying`. Both stay until the mark behind the copy is reached, or the copy that is held back is dropped (`quiesce`): a slab is in
+//! `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
 //! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`); so is the region in which
 //! the device has captured tensors. Where it does not say so
 //! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
@@ -544,8 +544,10 @@ fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Fly
     let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
     // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes beyond `at`.
     unsafe { std::ptr::write_bytes(base.wrapping_add(at), 0, tail) };
-    // Before the watermark, which is to say that they have been made.
-    flush(job, queue)?;
+    if !mutant::on(Mutant::BatchLate) {
+        // Before the watermark, which is to say that they have been made.
+        flush(job, queue)?;
+    }
     if let Some(aside) = job.aside.as_ref().filter(|_| flying.live) {
         aside.publish(index)?;
     }
