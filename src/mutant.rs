@@ -55,6 +55,12 @@ pub(crate) enum Mutant {
     /// Copies do not wait for the streams that wrote the tensors.
     // seen by: cuda::aside
     ProducerWait,
+    /// Copies that are held back are queued behind the watermark that speaks of them.
+    // seen by: cuda::batch
+    BatchLate,
+    /// Copies that were held back when a save failed are queued by the next.
+    // seen by: cuda::batch
+    BatchKept,
     /// A slot of the scratch is given to another save before its chunk is handed over.
     // seen by: cuda::aside
     SlotEarly,

@@ -200,6 +200,9 @@ pub struct Settings {
     /// own tools do not see this order. Streams wait for events where the driver refuses, or `CUDA_DEVICE_MAX_CONNECTIONS` is
     /// below 8: [`DeviceReport::memory_waits`](crate::device::DeviceReport::memory_waits) says so.
     pub memory_waits: bool,
+    /// Queue the copies of a chunk from a GPU in one call (`cuMemcpyBatchAsync`), where the driver has that and the arena is
+    /// pinned: false, because which way is faster has not been measured yet.
+    pub batch: bool,
     /// How much a save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
     pub capture_budget: u64,
     /// Keep this many newest steps; None keeps all.
@@ -231,6 +234,7 @@ impl Default for Settings {
             gather: 16 << 20,
             scratch: 0,
             memory_waits: false,
+            batch: false,
             capture_budget: 1 << 20,
             keep_last: None,
             keep_every: None,

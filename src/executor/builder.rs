@@ -83,6 +83,8 @@ impl Builder {
         /// Whether streams wait at fences for a number in memory, so that a save that fails lets them go: no. See
         /// [`Settings::memory_waits`].
         memory_waits: bool,
+        /// Whether to queue the copies of a chunk from a GPU in one call, where its driver has that: no. Not measured yet.
+        batch: bool,
         /// How much a save may copy on the calling thread, in bytes: 1 MiB.
         capture_budget: u64,
         /// Keep this many newest steps, and delete older ones after a commit. All are kept by default.
@@ -156,8 +158,17 @@ impl Builder {
         if let (Err(reason), true) = (&report.memory_waits, settings.memory_waits && device.name() != "host") {
             tracing::warn!(%reason, device = %report, "no memory-waits: streams wait for events at fences");
         }
+        report.batch = match (settings.batch, &arena.report().pinned) {
+            (false, _) => Err("not asked for setting=batch".into()),
+            (true, Err(_)) => Err("the arena is not pinned".into()),
+            (true, Ok(())) => device.batches().map_err(|error| error.to_string()),
+        };
+        if let (Err(reason), true) = (&report.batch, settings.batch && device.name() != "host") {
+            tracing::warn!(%reason, device = %report, "copies from the device are calls of their own");
+        }
+        let batch = report.batch.is_ok();
         let at_most = (settings.overlap == Overlap::Latest).then_some(2);
-        let mut stager = Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most);
+        let mut stager = Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most, batch);
         stager.flights.waits = waits.ok();
         let stager = Arc::new(stager);
         let catalog = Arc::new(Catalog::over(storage.clone()));

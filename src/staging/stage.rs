@@ -1,9 +1,10 @@
 //! The stager: a thread, a queue of saves, and the copying of one save.
 //!
 //! # Safety argument
-//! A copy is queued inside [`Source::read`](crate::state::Source::read), under the ticket's `live` lock, from bytes that the
-//! source keeps allocated until it is dropped, to a slab whose lease sits in `flying`. Both stay until the mark behind the
-//! copy is reached: a slab is in `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
+//! A copy is queued inside [`Source::read`](crate::state::Source::read), or held back there and queued with the rest of its chunk, under
+//! the ticket's `live` lock either way, from bytes that the source keeps allocated until it is dropped, to a slab whose lease sits in
+//! `flying`. Both stay until the mark behind the copy is reached, or the copy that is held back is dropped (`quiesce`): a slab is in
+//! `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
 //! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`); so is the region in which
 //! the device has captured tensors. Where it does not say so
 //! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
@@ -90,6 +91,8 @@ pub(crate) struct Stager {
     left: Mutex<Vec<Parked>>,
     /// How many saves may be under way at once; the others wait and can be taken back.
     at_most: Option<usize>,
+    /// Copies of a chunk are queued in one call.
+    batch: bool,
     stopped: AtomicBool,
 }
 
@@ -100,10 +103,11 @@ impl Stager {
         device: Arc<dyn Device>,
         scratch: Option<Scratch>,
         at_most: Option<usize>,
+        batch: bool,
     ) -> Self {
         let (flights, jobs, asides) = (Flights::default(), Mutex::new(VecDeque::new()), Mutex::default());
         let (left, stopped) = (Mutex::default(), AtomicBool::new(false));
-        Self { signal, arena, flights, device, scratch, asides, jobs, left, at_most, stopped }
+        Self { signal, arena, flights, device, scratch, asides, jobs, left, at_most, batch, stopped }
     }
 
     /// Takes a save, to be staged after those before it.
@@ -245,7 +249,10 @@ impl Stager {
             }
             job.plan.check(&job.state)?;
             if line.queue.is_none() {
-                line.queue = Some(self.device.queue()?);
+                let queue = line.queue.insert(self.device.queue()?);
+                if self.batch {
+                    queue.batch();
+                }
             }
             line.recover(&self.flights);
             if let (Some(point), Some(queue)) = (&job.behind, &mut line.queue)
@@ -537,6 +544,10 @@ fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Fly
     let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
     // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes beyond `at`.
     unsafe { std::ptr::write_bytes(base.wrapping_add(at), 0, tail) };
+    if !mutant::on(Mutant::BatchLate) {
+        // Before the watermark, which is to say that they have been made.
+        flush(job, queue)?;
+    }
     if let Some(aside) = job.aside.as_ref().filter(|_| flying.live) {
         aside.publish(index)?;
     }
@@ -562,6 +573,15 @@ fn gather(job: &Job, aside: &Aside, chunk: usize) -> Result<Option<(u32, u64)>> 
     match job.ticket.failure() {
         Some(error) => Err(error),
         None => aside.gather(chunk),
+    }
+}
+
+/// Queues the copies that are held back, but none once the save has failed: whoever writes tensors then waits for no more.
+fn flush(job: &Job, queue: &mut dyn CopyQueue) -> Result<()> {
+    let _live = lock(&job.ticket.live);
+    match job.ticket.failure() {
+        Some(error) => Err(error),
+        None => queue.flush(),
     }
 }
 

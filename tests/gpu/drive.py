@@ -42,11 +42,11 @@ class Run:
 
     def executors(self, **settings):
         """An executor whose fences on streams wait until copies are queued, one whose fences set chunks aside on the GPU, and
-        one that looks for forgotten fences at each save, of which there must be none."""
+        one that looks for forgotten fences at each save, of which there must be none, and queues the copies of a chunk in one call."""
         chunk = self.backend.chunk
         kinds = [{"scratch": 0, "detect": "never"}, {"scratch": 16 * chunk, "detect": "never"}]
         kinds = kinds[: 1 if self.backend.device == "host" else 2]
-        kinds += [{**kinds[-1], "detect": "all"}] * ("detect" not in settings)
+        kinds += [{**kinds[-1], "detect": "all", "batch": True}] * ("detect" not in settings)
         for at, kind in enumerate(kinds):
             now = time.monotonic()
             self.until = now + (self.end - now) / (len(kinds) - at)

@@ -64,11 +64,15 @@ limits() {
     measure limits.disk bench limits --arena 1GiB
 }
 demo() { measure demo.live demo; }
-# How fast state leaves the device, alone and while it computes: large tensors, then small ones.
+# How fast state leaves the device, alone and while it computes: large tensors, then small ones; and which way is faster.
 staging() {
     local here=(bench staging --arena 1GiB --writers 8)
     measure staging.w2 "${here[@]}" --workload w2 --rounds 8
     measure staging.w1 "${here[@]}" --workload w1 --rounds 8
+    # Gathered, in batches, both, or one by one: many small tensors, a model's, large ones.
+    measure staging.ways.w1 "${here[@]}" --ways --workload w1 --rounds 20
+    measure staging.ways.w3 "${here[@]}" --ways --workload w3 --rounds 8
+    measure staging.ways.w2 "${here[@]}" --ways --workload w2 --rounds 8
     measure staging.w2.16MiB "${here[@]}" --workload w2 --rounds 4 --chunk 16MiB
 }
 # What a loop loses to a save every 10 steps: eager and replayed, with late copies and without; then with steps so short that much

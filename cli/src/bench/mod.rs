@@ -71,6 +71,9 @@ pub struct Args {
     /// On a GPU: streams wait at fences for a number in memory, so that a save that fails lets them go
     #[arg(long)]
     memory_waits: bool,
+    /// On a GPU: measure only how state leaves it faster: gathered, in batches, both, or tensor by tensor
+    #[arg(long, conflicts_with_all = ["graph", "every", "no_limit"])]
+    ways: bool,
     /// Write a page that shows the phases of every save over time
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -119,6 +122,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         (What::Limits, None) => limits::run(&bench)?,
         (What::Limits, Some(gpu)) => gpu::limits(&bench, gpu)?,
         (What::Staging, None) => staging::run(&bench)?,
+        (What::Staging, Some(gpu)) if args.ways => gpu::ways(&bench, gpu)?,
         (What::Staging, Some(gpu)) => gpu::staging(&bench, gpu)?,
         (What::Write | What::Save, _) => save::run(&bench)?,
         (What::Restore, _) => restore::run(&bench)?,
@@ -159,13 +163,14 @@ impl Bench<'_> {
 
     /// What is measured on the host has no steps.
     fn refuse_what_needs_a_gpu(&self) -> Result<()> {
-        let Args { step_ms, every, graph, scratch, memory_waits, .. } = self.args;
+        let Args { step_ms, every, graph, scratch, memory_waits, ways, .. } = self.args;
         let given = [
             ("--step-ms", step_ms.is_some()),
             ("--every", every.is_some()),
             ("--graph", *graph),
             ("--scratch", scratch.is_some()),
             ("--memory-waits", *memory_waits),
+            ("--ways", *ways),
         ];
         match given.into_iter().find(|(_, given)| *given) {
             None => Ok(()),

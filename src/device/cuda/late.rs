@@ -11,9 +11,8 @@
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::driver::{Address, Memory, Module};
-use super::gpu::{Gpu, Lent, PATIENCE, POLL};
+use super::gpu::{Gpu, Lent, PATIENCE, POLL, events_of};
 use super::kernels::Loaded;
-use super::queue::events_of;
 use super::table::Table;
 use crate::device::{Noted, Point};
 use crate::error::{Error, ErrorKind, Result};

@@ -89,7 +89,7 @@ pub fn left_out() {
 
 /// The driver to test with.
 pub fn library() -> PathBuf {
-    if real() { "libcuda.so.1".into() } else { fakecuda::library() }
+    if super::loader::here() { "libcuda.so.1".into() } else { fakecuda::library() }
 }
 
 /// A device, and a context of it that is current in this thread.

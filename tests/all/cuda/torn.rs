@@ -58,14 +58,14 @@ struct Program {
 }
 
 impl Program {
-    fn new(seed: u8, slabs: u64, slots: u64, waits: bool) -> Self {
+    fn new(seed: u8, slabs: u64, slots: u64, batch: bool, waits: bool) -> Self {
         let gpu = Gpu::take();
         gpu.set("seed", u64::from(seed) + 1);
         gpu.set("reuse", 1);
         let streams = [gpu.stream(), gpu.stream(), gpu.stream()];
         let rig = rig_on(gpu, |b| {
-            let b = b.arena(slabs * 4096).scratch(slots * 4096).memory_waits(waits);
-            b.detect(Detect::Never).overlap(ashore::Overlap::Queue(3))
+            let b = b.arena(slabs * 4096).scratch(slots * 4096).detect(Detect::Never);
+            b.overlap(ashore::Overlap::Queue(3)).batch(batch).memory_waits(waits)
         });
         let random = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]);
         Self { rig, streams, random, step: 0, open: Vec::new(), counts: BTreeMap::new() }
@@ -187,10 +187,13 @@ impl Program {
 fn cuda_snapshots_are_never_torn() {
     const TRIALS: usize = 2080;
     let counts = std::thread::scope(|scope| {
-        let programs = [(1, 2, 0, false), (2, 2, 2, true), (3, 4, 64, false), (4, 16, 5, false), (5, 4, 0, true)];
-        let programs = programs.map(|(seed, slabs, slots, waits)| {
+        let ways =
+            [(2, 0, true, false), (2, 2, false, true), (4, 64, true, false), (16, 5, false, false), (4, 0, true, true)];
+        let mut seed = 0;
+        let programs = ways.map(|(slabs, slots, batch, waits)| {
+            seed += 1;
             scope.spawn(move || {
-                let mut program = Program::new(seed, slabs, slots, waits);
+                let mut program = Program::new(seed, slabs, slots, batch, waits);
                 for _ in 0..TRIALS {
                     program.trial();
                 }
@@ -199,8 +202,10 @@ fn cuda_snapshots_are_never_torn() {
                 assert_eq!(program.rig.gpu.fake().map_or(0, |fake| fake.sticky()), 0);
                 let kernels = program.rig.gpu.fake().map(|fake| fake.calls("cuLaunchKernel"));
                 assert!(kernels.is_none_or(|n| if slots == 0 { n > 800 } else { n > 2400 }), "{kernels:?}");
-                let waited = program.rig.gpu.fake().map(|fake| fake.calls("cuStreamWaitValue32_v2"));
-                assert!(waited.is_none_or(|n| if waits { n > 100 } else { n == 0 }), "{waited:?}");
+                for (call, made) in [("cuMemcpyBatchAsync_v2", batch), ("cuStreamWaitValue32_v2", waits)] {
+                    let calls = program.rig.gpu.fake().map(|fake| fake.calls(call));
+                    assert!(calls.is_none_or(|n| if made { n > 100 } else { n == 0 }), "{call} {calls:?}");
+                }
                 program.counts
             })
         });

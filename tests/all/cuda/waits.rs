@@ -269,11 +269,11 @@ fn cuda_driver_without_memory_waits_and_shared_queues_are_named() {
         return left_out();
     }
     if !here() {
-        for symbol in [WAIT, WRITE] {
-            pass(path, &Found { without: Some(symbol), variables: &[(EXPECTED, "too old symbol=cuStreamW")] });
+        for symbol in [&[WAIT], &[WRITE]] {
+            pass(path, &Found { without: symbol, variables: &[(EXPECTED, "too old symbol=cuStreamW")] });
         }
         let variables = &[("CUDA_DEVICE_MAX_CONNECTIONS", "1"), (EXPECTED, "CUDA_DEVICE_MAX_CONNECTIONS=\"1\"")];
-        return pass(path, &Found { without: None, variables });
+        return pass(path, &Found { without: &[], variables });
     }
     let device = open_device(Path::new("libcuda.so.1"), 0).unwrap();
     let folder = tempfile::tempdir().unwrap();
