@@ -51,10 +51,8 @@ const CALLS: [&str; 35] = [
 const OFTEN: [&str; 4] = ["cuCtxGetCurrent", "cuCtxSetCurrent", "cuThreadExchangeStreamCaptureMode", "cuEventQuery"];
 
 /// Of these, those that have to do with memory-waits, and their own.
-const OF_WAITS: [&str; 14] = [
+const OF_WAITS: [&str; 12] = [
     "cuCtxGetCurrent",
-    "cuCtxSetCurrent",
-    "cuThreadExchangeStreamCaptureMode",
     "cuStreamCreateWithPriority",
     "cuStreamQuery",
     "cuStreamWaitEvent",
