@@ -3,7 +3,7 @@
 use super::{Admission, CheckpointExecutor, Lines, ending, tidy};
 use crate::completion::Signal;
 use crate::device::{Device, DeviceReport, Memory, Selected, choose};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Register};
 use crate::settings::{Detect, Engine, Failed, Overlap, Priority, Settings};
@@ -80,6 +80,9 @@ impl Builder {
         gather: u64,
         /// Memory of the GPU, in bytes, in which fences set aside what has not left it: 0, none. Experimental.
         scratch: u64,
+        /// Whether streams wait at fences for a number in memory, so that a save that fails lets them go: no. See
+        /// [`Settings::memory_waits`].
+        memory_waits: bool,
         /// Whether to queue the copies of a chunk from a GPU in one call, where its driver has that: no. Not measured yet.
         batch: bool,
         /// How much a save may copy on the calling thread, in bytes: 1 MiB.
@@ -146,6 +149,15 @@ impl Builder {
         if let (Err(reason), true) = (&report.gather, device.name() != "host") {
             tracing::warn!(%reason, device = %report, "no kernels: small tensors are not gathered, and fences wait");
         }
+        let waits = if settings.memory_waits {
+            device.waits()
+        } else {
+            Err(Error::invalid("not asked for setting=memory_waits"))
+        };
+        report.memory_waits = waits.as_ref().map(|waits| waits.at_once()).map_err(ToString::to_string);
+        if let (Err(reason), true) = (&report.memory_waits, settings.memory_waits && device.name() != "host") {
+            tracing::warn!(%reason, device = %report, "no memory-waits: streams wait for events at fences");
+        }
         report.batch = match (settings.batch, &arena.report().pinned) {
             (false, _) => Err("not asked for setting=batch".into()),
             (true, Err(_)) => Err("the arena is not pinned".into()),
@@ -156,7 +168,9 @@ impl Builder {
         }
         let batch = report.batch.is_ok();
         let at_most = (settings.overlap == Overlap::Latest).then_some(2);
-        let stager = Arc::new(Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most, batch));
+        let mut stager = Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most, batch);
+        stager.flights.waits = waits.ok();
+        let stager = Arc::new(stager);
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };

@@ -176,7 +176,7 @@ impl Stager {
                 _ => Ok(false),
             }
         };
-        self.flights.fence_on(patience, aside, || self.device.order(streams))
+        self.flights.fence_on(patience, aside, || self.flights.order(self.device.as_ref(), streams))
     }
 
     /// Waits until borrowed sources of these saves are dropped, with `streams` and those that made them ordered after copies.

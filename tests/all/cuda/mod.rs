@@ -14,3 +14,4 @@ mod restoring_fails;
 mod settings;
 mod staging;
 mod torn;
+mod waits;
