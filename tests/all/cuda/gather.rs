@@ -2,7 +2,7 @@
 
 use super::program::{Gpu, at_fence, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
-use ashore::{Capture, Detect, Dtype, ErrorKind, Fence, Overlap, StateDict};
+use ashore::{Capture, Detect, Dtype, ErrorKind, Fence, Overlap, Phase, StateDict};
 use std::sync::Arc;
 
 /// The setting of the simulated device by which copies to the host do not begin.
@@ -287,7 +287,12 @@ fn cuda_tensors_of_a_save_that_never_begins_are_kept_until_the_gpu_has_read_them
     for (tensor, step) in tensors.iter().zip(1..) {
         let mut state = StateDict::new();
         state.tensor("t", tensor.source(stream)).unwrap();
-        saves.push(rig.executor.save(step, state).unwrap());
+        let save = rig.executor.save(step, state).unwrap();
+        if step == 1 {
+            // From then on each save that comes takes the place of the one before.
+            eventually("the first is being staged", || save.progress().phase == Phase::Staging);
+        }
+        saves.push(save);
     }
     let superseded = saves.remove(2);
     assert!(matches!(superseded.wait(LONG), Ok(ashore::Outcome::Superseded { .. })));
