@@ -1,10 +1,10 @@
 //! The fence on a device: chunks that have not left it are copied aside, and read from there.
 //!
-//! The protocol is that of the design, checked as a model over all interleavings of small sizes; the names are the model's. *F* is how
-//! many chunks had left the device when its stream came to the fence. Slots for the last chunks are *reserved* in the caller, who
-//! waits until all chunks without a slot are queued; the device latches F, copies aside the chunks from F on, and tells F. The
-//! stager reads F after a chunk's mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from its
-//! slot. A slot is free when F is known and its chunk is before F or handed over, and not before.
+//! The protocol is checked as a model, over all interleavings of small sizes, by `tests/model/fence.py`; the names are the model's.
+//! *F* is how many chunks had left the device when its stream came to the fence. Slots for the last chunks are *reserved* in the
+//! caller, who waits until all chunks without a slot are queued; the device latches F, copies aside the chunks from F on, and tells F.
+//! The stager reads F after a chunk's mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from
+//! its slot. A slot is free when F is known and its chunk is before F or handed over, and not before.
 
 use super::gather::{OnDevice, Part, Room, at_save};
 use crate::device::{Kernels, Noted, Pieces, Point};
