@@ -276,8 +276,18 @@ impl CheckpointExecutor {
         let (behind, aside) = match noted {
             Ok(noted) => noted,
             Err(error) => {
-                self.stager.leave(state, region, queued, None);
-                return Err(error.with_step(step));
+                let error = error.with_step(step);
+                // Kernels may read what is lent: the scope must not end before they have.
+                let lent = borrowed.then(|| Arc::new(self.not_begun(step, attempt, began)));
+                if let Some(ticket) = &lent {
+                    ticket.observed.store(true, Ordering::Release);
+                    ticket.fail(error.clone());
+                    ticket.finish(Err(error.clone()));
+                    self.stager.flights.add(ticket.clone());
+                    register(ticket);
+                }
+                self.stager.leave(state, region, queued, lent);
+                return Err(error);
             }
         };
         let issue = Issue {
@@ -356,13 +366,18 @@ impl CheckpointExecutor {
 
     /// The handle of a save that was not begun.
     fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
-        let deadline = deadline_after(self.settings.save_deadline);
-        let streams = Vec::new();
-        let issue = Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable: false, over_budget: 0 };
-        let ticket = Ticket::new(issue, began, self.stager.signal.clone());
+        let ticket = self.not_begun(step, attempt, began);
         ticket.release();
         ticket.finish(Ok(outcome));
         Save::new(Arc::new(ticket))
+    }
+
+    /// The ticket of a save that is not begun.
+    fn not_begun(&self, step: u64, attempt: Attempt, began: Instant) -> Ticket {
+        let deadline = deadline_after(self.settings.save_deadline);
+        let streams = Vec::new();
+        let issue = Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable: false, over_budget: 0 };
+        Ticket::new(issue, began, self.stager.signal.clone())
     }
 
     /// After a fork the threads are in the parent; the child can do nothing with this executor.

@@ -49,6 +49,9 @@ pub(crate) enum Mutant {
     /// The kernel of a fence takes the watermark of earlier saves for this one's.
     // seen by: cuda::
     Watermark,
+    /// Streams do not wait at the end of a scope for copies that are queued.
+    // seen by: cuda::lent
+    ScopeOrder,
     /// Copies do not wait for the streams that wrote the tensors.
     // seen by: cuda::
     ProducerWait,

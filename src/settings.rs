@@ -190,9 +190,9 @@ pub struct Settings {
     /// Memory of the GPU, taken at start, in which small tensors are captured at `save`: 16 MiB, and as much as a chunk beside it.
     /// With 0 nothing is gathered: small tensors cross the bus one by one and are taken at the fence, and strided ones are refused.
     pub gather: u64,
-    /// Memory of the GPU, taken at start, in which fences set aside what has not left it: none, and a fence on
-    /// streams waits until copies are queued. At least a chunk. A list of what a save holds comes on top, 40 bytes for every 64 KiB.
-    /// Experimental.
+    /// Memory of the GPU, taken at start, in which fences, and the ends of scopes, set aside what has not left it: none, and a
+    /// fence on streams waits until copies are queued. At least a chunk. A list of what a save holds comes on top, 40 bytes for every
+    /// 64 KiB. Of states that span devices nothing is set aside: for those a fence always waits. Experimental.
     pub scratch: u64,
     /// How much a save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
     pub capture_budget: u64,

@@ -215,6 +215,12 @@ pub trait Noted: Send + Sync {
     /// True when the kernels have run, or never will because the device is lost.
     fn over(&self) -> bool;
 
+    /// Makes sure that F can still be told.
+    ///
+    /// # Errors
+    /// `Device`: the device is lost.
+    fn check(&self) -> Result<()>;
+
     /// F, once the device has told it: chunks before it had left the device, those from it on lie in their slots.
     fn latched(&self) -> Option<usize>;
 }

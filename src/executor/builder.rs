@@ -78,7 +78,8 @@ impl Builder {
         detect: Detect,
         /// Memory of the GPU, in bytes, in which small tensors are captured at `save`: 16 MiB. With 0 nothing is gathered.
         gather: u64,
-        /// Memory of the GPU, in bytes, in which fences set aside what has not left it: 0, none. Experimental.
+        /// Memory of the GPU, in bytes, in which fences, and the ends of scopes, set aside what has not left it: 0, none. Of states
+        /// that span devices nothing is set aside. Experimental.
         scratch: u64,
         /// How much a save may copy on the calling thread, in bytes: 1 MiB.
         capture_budget: u64,

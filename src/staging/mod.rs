@@ -10,6 +10,7 @@ mod aside;
 mod capture;
 mod fence;
 mod gather;
+mod line;
 mod stage;
 #[cfg(all(test, not(loom)))]
 mod tests;

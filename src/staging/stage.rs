@@ -5,7 +5,8 @@
 //! source keeps allocated until it is dropped, to a slab whose lease sits in `flying`. Both stay until the mark behind the
 //! copy is reached: a slab is in `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
 //! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`); so is the region in which
-//! the device has captured tensors. Where it does not say so
+//! the device has captured tensors. Sources that are lent may be dropped earlier, when a scope asks for it: nothing is queued from
+//! them any more, and whoever writes or frees their memory comes after what is (see `executor/scope.rs`). Where it does not say so
 //! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
@@ -13,6 +14,7 @@ use super::aside::{Aside, Scratch};
 use super::capture::Captured;
 use super::fence::Flights;
 use super::gather::Region;
+use super::line::{Line, Parked, dropped};
 use crate::completion::Signal;
 use crate::device::{CopyQueue, Device, Point, Queued};
 use crate::digest::Digest;
@@ -25,7 +27,6 @@ use crate::state::{DeviceStream, Place, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Phase, Ticket};
 use std::collections::VecDeque;
-use std::mem::forget;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -73,6 +74,9 @@ impl std::fmt::Debug for Stager {
     }
 }
 
+/// A save that can be set aside, and whether its sources are only lent.
+type Apart = (Arc<Ticket>, Arc<Aside>, bool);
+
 /// The stager's queue and what it works with.
 pub(crate) struct Stager {
     pub signal: Arc<Signal>,
@@ -82,7 +86,7 @@ pub(crate) struct Stager {
     /// Where chunks are set aside, if the device can do that.
     pub scratch: Option<Scratch>,
     /// Saves that can be, until they are staged.
-    asides: Mutex<Vec<(Arc<Ticket>, Arc<Aside>)>>,
+    asides: Mutex<Vec<Apart>>,
     jobs: Mutex<VecDeque<Job>>,
     /// What is left of saves that will not be staged, while a device may still read it.
     left: Mutex<Vec<Parked>>,
@@ -106,10 +110,10 @@ impl Stager {
 
     /// Takes a save, to be staged after those before it.
     pub fn push(&self, job: Job) {
-        if let (Some(aside), false) = (&job.aside, job.borrowed) {
+        if let Some(aside) = &job.aside {
             let mut asides = lock(&self.asides);
-            asides.retain(|(ticket, _)| !ticket.staged.is_complete());
-            asides.push((job.ticket.clone(), aside.clone()));
+            asides.retain(|(ticket, ..)| !ticket.staged.is_complete());
+            asides.push((job.ticket.clone(), aside.clone(), job.borrowed));
         }
         self.flights.add(job.ticket.clone());
         lock(&self.jobs).push_back(job);
@@ -123,8 +127,18 @@ impl Stager {
 
     /// Drops the sources of a save that will not be staged, when no device reads them any more.
     pub fn discard(&self, job: Job) {
-        let Job { ticket, state, region, queued, .. } = job;
-        self.leave(state, region, queued, Some(ticket));
+        let Job { ticket, state, region, queued, aside, .. } = job;
+        // Kernels of a fence may be to come. Where there are none, there will be none.
+        let aside = aside.filter(|aside| aside.withdraw(&ticket));
+        if aside.is_none() {
+            self.forget(&ticket);
+        }
+        self.park(Parked { state, region, queued, ticket: Some(ticket), flying: VecDeque::new(), late: false, aside });
+    }
+
+    /// No fence has to know of this save any more.
+    fn forget(&self, ticket: &Arc<Ticket>) {
+        lock(&self.asides).retain(|(t, ..)| !Arc::ptr_eq(t, ticket));
     }
 
     /// As [`Stager::discard`], for what did not become a job.
@@ -135,11 +149,16 @@ impl Stager {
         queued: Vec<Arc<dyn Queued>>,
         ticket: Option<Arc<Ticket>>,
     ) {
-        if queued.iter().all(|queued| queued.over()) {
+        let (flying, late, aside) = (VecDeque::new(), false, None);
+        self.park(Parked { state, region, queued, ticket, flying, late, aside });
+    }
+
+    fn park(&self, parked: Parked) {
+        if parked.aside.is_none() && parked.queued.iter().all(|queued| queued.over()) {
+            let Parked { state, region, ticket, .. } = parked;
             dropped((state, region));
             ticket.iter().for_each(|ticket| self.flights.release(ticket));
         } else {
-            let parked = Parked { state, region, queued, ticket, flying: VecDeque::new(), late: false, aside: None };
             lock(&self.left).push(parked);
             self.signal.notify();
         }
@@ -147,25 +166,57 @@ impl Stager {
 
     /// See [`CheckpointExecutor::fence_on`](crate::CheckpointExecutor::fence_on).
     pub fn fence_on(&self, streams: &[DeviceStream], patience: Duration) -> Result<()> {
-        let aside = |ticket: &Arc<Ticket>, deadline| {
-            let found = lock(&self.asides).iter().find(|(t, _)| Arc::ptr_eq(t, ticket)).map(|(_, a)| a.clone());
-            match (&self.scratch, found) {
-                (Some(scratch), Some(aside)) => scratch.fence(ticket, &aside, streams, deadline),
-                _ => Ok(false),
+        let aside = |ticket: &Arc<Ticket>, deadline| match (&self.scratch, self.aside(ticket)) {
+            // What is lent is fenced once, at the end of its scope; until then streams wait for it as if there were no scratch.
+            (Some(scratch), Some((aside, lent))) if !lent || aside.launched() => {
+                scratch.fence(ticket, &aside, streams, deadline)
             }
+            _ => Ok(false),
         };
         self.flights.fence_on(patience, aside, || self.device.order(streams))
     }
 
-    /// Waits until borrowed sources of these saves are dropped, with `streams` and those that made them ordered after copies.
+    fn aside(&self, ticket: &Arc<Ticket>) -> Option<(Arc<Aside>, bool)> {
+        let asides = lock(&self.asides);
+        asides.iter().find(|(t, ..)| Arc::ptr_eq(t, ticket)).map(|(_, aside, lent)| (aside.clone(), *lent))
+    }
+
+    /// Waits until borrowed sources of these saves are dropped, with `streams` and those that made them ordered after whatever still
+    /// reads them.
     pub fn freeze_on(&self, tickets: &[Arc<Ticket>], streams: &[DeviceStream], patience: Duration) -> Result<()> {
-        Flights::freeze_on(tickets, patience, || {
-            let owners = tickets.iter().flat_map(|t| &t.streams);
-            let mut all: Vec<_> = streams.iter().chain(owners).copied().collect();
+        let with = |owners: &[DeviceStream]| {
+            let mut all = [streams, owners].concat();
             all.sort_unstable();
             all.dedup();
-            self.device.order(&all)
-        })
+            all
+        };
+        let aside = |ticket: &Arc<Ticket>, deadline| match (&self.scratch, self.aside(ticket)) {
+            (Some(scratch), Some((aside, _))) => scratch.freeze(ticket, &aside, &with(&ticket.streams), deadline),
+            _ => Ok(false),
+        };
+        let order = || {
+            let owners: Vec<_> = tickets.iter().flat_map(|t| &t.streams).copied().collect();
+            self.device.order(&with(&owners))
+        };
+        Flights::freeze_on(tickets, patience, aside, order, |ticket| self.let_go(ticket))
+    }
+
+    /// Drops the sources of a save, of which nothing is queued from live memory any more.
+    fn let_go(&self, ticket: &Arc<Ticket>) {
+        // First: the stager may take the save out of the queue meanwhile.
+        ticket.let_go();
+        let mut jobs = lock(&self.jobs);
+        let waiting = jobs.iter_mut().find(|job| Arc::ptr_eq(&job.ticket, ticket));
+        let state = waiting.map(|job| std::mem::take(&mut job.state));
+        drop(jobs);
+        match state {
+            Some(state) => {
+                dropped(state);
+                ticket.dropped.complete(());
+            }
+            // The stager sees to that next, or ends the save.
+            None => _ = ticket.dropped.wait_forever(),
+        }
     }
 
     /// Lets the thread end once its queue is empty.
@@ -225,7 +276,9 @@ impl Stager {
             if !job.ticket.enter(Phase::Staging) {
                 return Ok(());
             }
-            job.plan.check(&job.state)?;
+            if !job.ticket.let_go.load(Ordering::Acquire) {
+                job.plan.check(&job.state)?;
+            }
             if line.queue.is_none() {
                 line.queue = Some(self.device.queue()?);
             }
@@ -255,7 +308,7 @@ impl Stager {
         let aside = aside.filter(|aside| !ended || aside.pending());
         if aside.is_none() {
             // Otherwise a fence must still find it: whoever follows its kernels need not wait for copies of later saves.
-            lock(&self.asides).retain(|(t, _)| !Arc::ptr_eq(t, &ticket));
+            self.forget(&ticket);
         }
         if ended && aside.is_none() && queued.iter().all(|queued| queued.over()) {
             dropped((flying, state, region));
@@ -303,6 +356,7 @@ impl Stager {
         let stamp = Stamp::new(ticket.step, ticket.attempt);
         let (mut next, mut due) = (0, Instant::now());
         let waker = Waker::from(self.signal.clone());
+        let aside = job.aside.clone();
         loop {
             let now = Instant::now();
             if due <= now {
@@ -328,14 +382,15 @@ impl Stager {
                 ticket.bytes_staged.fetch_add(plan.chunks[chunk.index].length as u64, Ordering::Relaxed);
                 job.sink.clone().accept(chunk);
             }
-            if next == plan.chunks.len() && ticket.let_go.load(Ordering::Acquire) {
+            let asked_to_let_go = || ticket.let_go.load(Ordering::Acquire) && !ticket.dropped.is_complete();
+            if asked_to_let_go() {
                 dropped(std::mem::take(&mut job.state));
                 ticket.dropped.complete(());
             }
             if ticket.failed() || (next == plan.chunks.len() && flying.is_empty()) {
                 return Ok(());
             }
-            let latched = job.aside.as_ref().and_then(|aside| aside.latched());
+            let latched = aside.as_ref().and_then(|aside| aside.latched());
             if latched.is_some() && !job.state.is_empty() && !flying.iter().any(|f| f.live) {
                 // The rest is read from slots.
                 dropped(std::mem::take(&mut job.state));
@@ -345,7 +400,10 @@ impl Stager {
                 && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire))
                 && self.arena.free() > 0
                 && ready(job, next, &waker)?;
-            if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
+            // Held until the chunk is queued: a freeze waits for one that was decided.
+            let frozen = aside.as_ref().map(|aside| aside.decide());
+            let may = latched.is_some() || !frozen.as_deref().is_some_and(|frozen| *frozen);
+            if let Some(lease) = (room && may).then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
                 let (chunk, live) = (Chunk { index: next, lease, digests: None }, latched.is_none());
                 flying.push_back(Flying { chunk, mark: u64::MAX, live, latched });
@@ -358,14 +416,17 @@ impl Stager {
                 }
                 continue;
             }
-            if flying.is_empty() && line.parked.is_empty() {
-                let go_on =
-                    || ticket.failed() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
+            drop(frozen);
+            let news = || ticket.failed() || asked_to_let_go();
+            if let (Some(aside), false) = (&aside, may) {
+                // What is left is in slots, or nowhere: a device that is lost never tells F.
+                aside.check()?;
+            }
+            if may && flying.is_empty() && line.parked.is_empty() {
+                let go_on = || news() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
                 self.wait(line, || go_on().then_some(()));
                 due = Instant::now();
             } else {
-                let news =
-                    || ticket.failed() || (ticket.let_go.load(Ordering::Acquire) && !ticket.dropped.is_complete());
                 self.signal.wait_until(now + POLL, || news().then_some(()));
                 line.recover(&self.flights);
             }
@@ -373,70 +434,9 @@ impl Stager {
     }
 }
 
-/// The device's end of the stager.
-#[derive(Default)]
-struct Line {
-    queue: Option<Box<dyn CopyQueue>>,
-    parked: Vec<Parked>,
-}
-
-/// Slabs and sources of a save that has ended, while a device may still use them.
-struct Parked {
-    flying: VecDeque<Flying>,
-    state: StateDict<'static>,
-    region: Option<Region>,
-    /// What may still read sources in streams of the program.
-    queued: Vec<Arc<dyn Queued>>,
-    /// Copies may be running.
-    late: bool,
-    /// Still to be released.
-    ticket: Option<Arc<Ticket>>,
-    /// Kernels of its fence may be to come.
-    aside: Option<Arc<Aside>>,
-}
-
-impl Line {
-    /// Sends home what is parked and no longer in use.
-    fn recover(&mut self, flights: &Flights) {
-        let Self { queue, parked } = self;
-        let mut ended = None;
-        let mut quiet = || *ended.get_or_insert_with(|| queue.as_mut().is_some_and(|q| q.quiesce(Instant::now())));
-        let over = |p: &mut Parked| {
-            p.queued.retain(|queued| !queued.over());
-            p.queued.is_empty() && !p.aside.as_ref().is_some_and(|a| a.pending()) && (!p.late || quiet())
-        };
-        for Parked { flying, state, region, ticket, .. } in parked.extract_if(.., over) {
-            dropped((flying, state, region));
-            ticket.iter().for_each(|ticket| flights.release(ticket));
-        }
-    }
-
-    /// Leaks what is parked, of this kind, and may still be in use.
-    fn give_up(&mut self, flights: &Flights, which: impl Fn(&Parked) -> bool) {
-        self.recover(flights);
-        for parked in self.parked.extract_if(.., |parked| which(parked)) {
-            parked.ticket.iter().for_each(|ticket| flights.release(ticket));
-            forget(parked);
-        }
-    }
-}
-
-impl Drop for Line {
-    fn drop(&mut self) {
-        forget(std::mem::take(&mut self.parked));
-    }
-}
-
 /// Runs code of users, whose panics must not end the stager.
 fn guarded<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal(what)))
-}
-
-/// Drops what holds sources of users, whose panics must not end the stager.
-fn dropped<T>(sources: T) {
-    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(sources))).is_err() {
-        tracing::error!("a source panicked when it was dropped");
-    }
 }
 
 /// Whether all bytes of the chunk `index` are there to be read.
@@ -455,7 +455,7 @@ fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
 }
 
 /// A chunk whose copies may not have ended.
-struct Flying {
+pub(super) struct Flying {
     chunk: Chunk,
     /// Behind the last copy; beyond all marks while copies are being queued.
     mark: u64,

@@ -6,6 +6,7 @@ mod cudarc;
 mod failing;
 mod finding;
 mod gather;
+mod lent;
 mod loader;
 mod program;
 mod restoring;
