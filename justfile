@@ -90,7 +90,7 @@ gpu-drive *arguments="--saves 8 --seconds 25":
     trap 'rm -rf "$root"' EXIT
     tests/gpu/drive.py --backend driver --library target/debug/libfakecuda.so --face target/debug/libashore_face.so --dir "$root" {{ arguments }}
 
-# Every interleaving of the fence on a GPU, for small sizes, and what breaks without each of its rules. Two minutes; `--deep` an hour.
+# Every interleaving of the fence on a GPU, for small sizes, and what breaks without each of its rules. Minutes; `--deep` an hour.
 model *arguments:
     tests/model/fence.py {{ arguments }}
 

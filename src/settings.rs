@@ -131,7 +131,7 @@ pub enum Overlap {
     Skip,
     /// The newest save takes the place of one that waits and has not begun to stage; that one resolves to
     /// `Outcome::Superseded`. At most two saves are under way beside the one that waits. For loops that never fence, because
-    /// each step makes new tensors: a fence waits for the waiting save, too.
+    /// each step makes new tensors: a fence waits for the waiting save, too, unless all of it can be set aside on the GPU.
     Latest,
 }
 

@@ -137,9 +137,7 @@ impl Builder {
         let arena =
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
         let pool = Pool::start(settings.writers, arena.report().slabs, settings.priority)?;
-        // Of saves that are superseded while they wait, a fence can set nothing aside.
-        let scratch = if settings.overlap == Overlap::Latest { 0 } else { settings.scratch };
-        let memory = Memory { chunk: settings.chunk as usize, gather: settings.gather, scratch };
+        let memory = Memory { chunk: settings.chunk as usize, gather: settings.gather, scratch: settings.scratch };
         let kernels = device.kernels(memory);
         report.found(&kernels);
         if let (Err(reason), true) = (&report.gather, device.name() != "host") {

@@ -254,11 +254,16 @@ impl Stager {
         line.give_up(&self.flights, |_| true);
     }
 
+    /// Sends home what is left of saves that have ended or were taken back, and is no longer in use.
+    fn recover(&self, line: &mut Line) {
+        line.parked.append(&mut lock(&self.left));
+        line.recover(&self.flights);
+    }
+
     /// Waits for `look`, while saves that are due expire.
     fn wait<T>(&self, line: &mut Line, mut look: impl FnMut() -> Option<T>) -> T {
         loop {
-            line.parked.append(&mut lock(&self.left));
-            line.recover(&self.flights);
+            self.recover(line);
             let now = Instant::now();
             let until = self.flights.expire(now).unwrap_or(now + IDLE);
             let until = if line.parked.is_empty() { until } else { until.min(now + POLL) };
@@ -428,7 +433,7 @@ impl Stager {
                 due = Instant::now();
             } else {
                 self.signal.wait_until(now + POLL, || news().then_some(()));
-                line.recover(&self.flights);
+                self.recover(line);
             }
         }
     }

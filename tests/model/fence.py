@@ -4,6 +4,7 @@
 Modelled: every interleaving of five actors, breadth first, so that a counterexample is a shortest one.
   trainer  save k; fence_on(k) with its capacity rule, host wait and deadline; optimizer; drop of the sources. It runs ahead:
            fence_on may return before the GPU has done anything. For borrowed sources the fence is room, freeze, close, free.
+           With `latest` a save that waits, and has its fence behind it, is superseded by the next one.
   stager   leases a slab; decides live or scratch; enqueues the copy (a separate step: the world moves in between); polls events
            in order; reads the published F after the event; hands over, or discards and copies again from scratch.
   writers  read a slab that was handed over and return it, at any later time.
@@ -25,7 +26,7 @@ The code is in src/staging: aside.rs (reserve, latch, hand over), fence.rs and s
 
 Run:      tests/model/fence.py [--deep]                 the protocol with all parameters, the promise, then the mutants
           tests/model/fence.py --mutant NAME            one mutant and its trace
-Expected: "ok" for every configuration, "caught" for every mutant, last line "RESULT: pass", exit status 0. Under two
+Expected: "ok" for every configuration, "caught" for every mutant, last line "RESULT: pass", exit status 0. A few
           minutes; `--deep` adds four chunks, and two saves of three chunks, and takes an hour or so and several GB.
 """
 import argparse, itertools, sys, time
@@ -34,14 +35,16 @@ from graphlib import CycleError, TopologicalSorter
 from types import SimpleNamespace
 
 LIVE, JUNK = -1, -9                      # a copy's source: live memory, or else a scratch slot number; a value nobody wrote
-Config = namedtuple("Config", "chunks saves window slabs scratch kind drop deadline mutant", defaults=(False, False, ""))
-FIELDS = ("t tq ts cq cs live W F pub prod done sent issued sk nxt base fly sp slabs slots hand frozen failed freed dropped").split()
+CONFIG = "chunks saves window slabs scratch kind drop deadline latest mutant"
+Config = namedtuple("Config", CONFIG, defaults=(False, False, False, ""))
+FIELDS = ("t tq ts cq cs live W F pub prod done sent issued sk nxt base fly sp slabs slots hand frozen failed gone freed dropped").split()
 #  t trainer's place in its program   tq, ts; cq, cs  training and copy stream: queue, step within its head   live  version per chunk
 #  W watermark: k * chunks + chunks of save k copied      F, pub  per save: as latched on the GPU, as seen in pinned memory
 #  prod, done  producer and copy events completed (counts: streams are FIFO)     sent  copies enqueued, their events recorded
 #  issued  saves given to the stager      sk, nxt, base  stager: save, next chunk, `sent` at its start      fly  copies in flight
 #  sp stager: 0 idle, 1 event seen, 2 decided for live, (3, F) F read too early (mutant)   hand  set of chunks handed over, per save
 #  slabs (free 0 | leased L | handed over H, half 0, half 1)      slots  None | (save, chunk, value)      failed  at the deadline
+#  gone  superseded by the next save before they were begun
 #  frozen  saves < frozen take nothing more from live memory      freed  saves < freed have lost their memory      dropped  by all
 
 
@@ -94,7 +97,11 @@ class Model:
         if op in ("save", "opt", "free"):
             kernel = (("K", k), ("O", k)) if op == "opt" and self.m == "second-kernel" else ()      # and the next optimizer
             more = (({"save": "P", "opt": "O", "free": "X"}[op], k),) + kernel
-            return [(label, let(t=s.t + 1, issued=s.issued + (op == "save"), tq=s.tq + more))]
+            # With `latest` a save takes the place of one that waits: the count that never falls has a gap then.
+            new = {k - 1} if c.latest and op == "save" and s.sk < k - 1 else set()
+            slots = tuple(None if x and x[0] in new and self.m == "superseded-early" else x for x in s.slots)
+            gone = s.gone | new
+            return [(label, let(t=s.t + 1, issued=s.issued + (op == "save"), tq=s.tq + more, gone=gone, slots=slots))]
         if op in ("fence", "room"):                              # room is the first half of a fence for borrowed sources
             if s.sk > k:                                         # already staged: idle, one atomic load
                 return [(label + " idle", let(t=s.t + 1))]
@@ -155,7 +162,7 @@ class Model:
             elif seen:
                 out.append((f"stager: event of save {k} chunk {s.fly[0][0]} seen", let(sp=1)))
             if k in s.failed:
-                return out + ([] if s.fly else [(f"stager: save {k} failed", let(sk=k + 1, nxt=0, base=s.sent))])
+                return out + ([] if s.fly else [(f"stager: save {k} failed", self.go_on)])
             waits = self.prog[s.t] in (("fence", k), ("room", k)) and m != "no-lift"
             needed = c.chunks - s.slots.count(None) if waits else 0      # a fence waiting on the host lifts the window
             if s.nxt < c.chunks and (len(s.fly) < c.window or s.nxt < needed) and free is not None:
@@ -167,6 +174,7 @@ class Model:
 
     def is_spare(self, s, k, i):
         handed = s.hand[k] >> i & 1 if self.m != "handed-count" else i < bin(s.hand[k]).count("1")
+        handed = handed or k in s.gone and self.m != "forgets-superseded"
         return s.pub[k] >= 0 and (i < s.pub[k] or handed) and (k == s.sk or self.m != "forgets-staged")
 
     def enqueue(self, s, i, live, slab):
@@ -192,7 +200,10 @@ class Model:
             if src >= 0 and m != "early-slot":
                 s.slots = put(s.slots, src, None)
             if s.hand[k] == (1 << self.c.chunks) - 1:
-                s.sk, s.nxt, s.base = k + 1, 0, s.sent
+                self.go_on(s)
+
+    def go_on(self, s):
+        s.sk, s.nxt, s.base = next(k for k in range(s.sk + 1, self.c.saves + 1) if k not in s.gone), 0, s.sent
 
     def write(self, s, j):
         (_, k, i), a, b = s.slabs[j]
@@ -250,7 +261,7 @@ def explore(c, gpu=True):
     model, start = Model(c), SimpleNamespace(
         t=0, tq=(), ts=0, cq=(), cs=0, live=(0,) * c.chunks, W=0, F=(-1,) * c.saves, pub=(-1,) * c.saves, prod=0, done=0, sent=0,
         issued=0, sk=0, nxt=0, base=0, fly=(), sp=0, slabs=((0, JUNK, JUNK),) * c.slabs, slots=(None,) * c.scratch,
-        hand=(0,) * c.saves, frozen=0, failed=frozenset(), freed=0, dropped=False)
+        hand=(0,) * c.saves, frozen=0, failed=frozenset(), gone=frozenset(), freed=0, dropped=False)
     root = tuple(vars(start).values())                           # in the order of FIELDS
     number, queue, parent, ends, before, n = {root: 0}, deque([root]), [(-1, "")], [], {}, -1
     while queue:
@@ -282,6 +293,7 @@ def explore(c, gpu=True):
 SMALL = Config(3, 1, 2, 2, 3, "shared")
 TWO = SMALL._replace(saves=2)
 LENT = SMALL._replace(kind="borrowed")
+LATEST = Config(1, 3, 1, 1, 2, "shared", latest=True)
 MUTANTS = {  # name: (smallest configuration that shows it, what is wrong with it)
     "no-copy-aside": (SMALL, "the fence ignores the watermark and copies nothing aside"),
     "no-discard": (SMALL, "the stager ignores F when it judges a finished copy"),
@@ -301,6 +313,8 @@ MUTANTS = {  # name: (smallest configuration that shows it, what is wrong with i
     "forgets-staged": (SMALL, "F is not watched any more once a save is staged: its slots never come back"),
     "freeze-race": (LENT, "the scope ends while the stager is between its check and its enqueue"),
     "freeze-first": (LENT._replace(scratch=1), "borrowed memory is frozen before the rest fits into scratch"),
+    "superseded-early": (LATEST, "the slots of a save that is superseded are free at once, before its kernel has run"),
+    "forgets-superseded": (LATEST, "the slots of a save that is superseded never come back"),
     "slots-leak": (LENT, "the save is staged between reservation and scope end, and its slots are not given back"),
 }
 
@@ -310,6 +324,9 @@ def configurations(deep):
     for chunks, saves, *memory in sizes + [(4, 1, (1, 2, 4), (0, 1, 2, 4)), (3, 2, (1, 2), (0, 1, 2, 3))] * deep:
         for kind, window, slabs, scratch, deadline in itertools.product(("shared", "borrowed"), (1, 2), *memory, (False, True)):
             yield Config(chunks, saves, window, slabs, scratch, kind, kind == "shared", deadline)
+    for chunks, saves, *memory in [(1, 3, (1, 2), (0, 1, 2, 3)), (1, 4, (1,), (2,))] + [(2, 3, (1, 2), (2, 4))] * deep:
+        for kind, window, slabs, scratch in itertools.product(("shared", "borrowed"), (1, 2), *memory):
+            yield Config(chunks, saves, window, slabs, scratch, kind, kind == "shared", False, True)
 
 
 def main():
