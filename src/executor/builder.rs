@@ -1,9 +1,13 @@
 //! Building an executor: settings, which are plain data, and components, which are not.
+//!
+//! # Safety argument
+//! The one unsafe function calls nothing: it takes memory of a device, and its caller promises what the kernels that use it rely on.
+#![expect(unsafe_code, reason = "takes memory for kernels; argument above")]
 
 use super::{Admission, CheckpointExecutor, Lines, ending, tidy};
 use crate::completion::Signal;
-use crate::device::{Device, DeviceReport, Memory, Selected, choose};
-use crate::error::Result;
+use crate::device::{Device, DeviceReport, LentMemory, Memory, Selected, choose};
+use crate::error::{Error, Result};
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Register};
 use crate::settings::{Detect, Engine, Failed, Overlap, Priority, Settings};
@@ -32,6 +36,8 @@ pub struct Builder {
     storage: Option<Arc<dyn Storage>>,
     /// Instead of the one that the settings choose.
     device: Option<Arc<dyn Device>>,
+    /// For the scratch, and how much it is.
+    lent: Option<(LentMemory, u64)>,
 }
 
 macro_rules! setters {
@@ -46,7 +52,7 @@ macro_rules! setters {
 
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
-        Self { root, settings: Settings::default(), storage: None, device: None }
+        Self { root, settings: Settings::default(), storage: None, device: None, lent: None }
     }
 
     /// Replaces all settings.
@@ -111,12 +117,32 @@ impl Builder {
         self
     }
 
+    /// Sets aside in memory of the program's own, so that its own allocator accounts for it: `bytes` bytes at `address` on the device
+    /// `ordinal`, which must be that of the executor, instead of as many as [`Builder::scratch`] says.
+    ///
+    /// # Safety
+    /// Until `keep_alive` is dropped, the memory stays allocated in the primary context of that device, any stream may read and write
+    /// it, and nobody else does; work of the program's that uses it has ended when [`Builder::build`] is called. `keep_alive` is dropped,
+    /// by any thread, when the executor has ended, or could not be built, and nothing on the device will use the memory any more; where
+    /// that is not known in time, never.
+    pub unsafe fn scratch_in(
+        mut self,
+        ordinal: u32,
+        address: u64,
+        bytes: u64,
+        keep_alive: impl Any + Send + Sync,
+    ) -> Self {
+        self.lent = Some((LentMemory { ordinal, address, keep_alive: Box::new(keep_alive) }, bytes));
+        self
+    }
+
     /// Creates the root if it is missing, takes the arena, starts the threads, and sweeps what dead processes left behind.
     ///
     /// # Errors
     /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` when there are no threads to be had.
     pub fn build(self) -> Result<CheckpointExecutor> {
-        let Self { root, settings, storage, device } = self;
+        let Self { root, mut settings, storage, device, lent } = self;
+        settings.scratch = lent.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
         settings.check()?;
         let storage = match storage {
             Some(storage) => storage,
@@ -129,6 +155,7 @@ impl Builder {
             }
             None => choose(settings.device)?,
         };
+        let lent = lent.map(|(lent, bytes)| fits(lent, bytes, device.as_ref())).transpose()?;
         if device.name() != "host" && settings.chunk > FOREGROUND {
             let (chunk, at_most) = (settings.chunk, FOREGROUND);
             tracing::warn!(chunk, at_most, device = %report, "chunks are large: what the program reads from the device waits for two of them");
@@ -137,7 +164,8 @@ impl Builder {
         let arena =
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
         let pool = Pool::start(settings.writers, arena.report().slabs, settings.priority)?;
-        let memory = Memory { chunk: settings.chunk as usize, gather: settings.gather, scratch: settings.scratch };
+        let Settings { chunk, gather, scratch, .. } = settings;
+        let memory = Memory { chunk: chunk as usize, gather, scratch, lent };
         let kernels = device.kernels(memory);
         report.found(&kernels);
         if let (Err(reason), true) = (&report.gather, device.name() != "host") {
@@ -188,6 +216,20 @@ impl Builder {
         }
         Ok(executor)
     }
+}
+
+/// Makes sure that memory that was handed in can be the scratch of this device.
+fn fits(lent: LentMemory, bytes: u64, device: &dyn Device) -> Result<LentMemory> {
+    let (ordinal, address, name) = (lent.ordinal, lent.address, device.name());
+    let why = if name != format!("cuda:{ordinal}") {
+        "the memory for the scratch is not of the device of the executor"
+    } else if address == 0 || bytes == 0 || address.checked_add(bytes).is_none() {
+        "the memory for the scratch is no memory"
+    } else {
+        return Ok(lent);
+    };
+    let memory = format!("scratch={bytes} address={address:#x} memory=cuda:{ordinal} device={name}");
+    Err(Error::invalid(format!("{why} {memory}")))
 }
 
 /// One buffer that the device copies to and the storage writes from.
