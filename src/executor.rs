@@ -28,6 +28,7 @@ use crate::sync::{Mutex, lock};
 use crate::ticket::{Issue, Outcome, Ticket};
 use crate::writer::{Pool, Task};
 use crate::{Catalog, fork};
+use admission::Verdict;
 use crossbeam_channel::Sender;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -232,7 +233,8 @@ impl CheckpointExecutor {
         if parse_step_name(&name).is_some_and(|other| other != step) {
             return Err(Error::invalid(format!("this is not a name for the step name={name:?}")).with_step(step));
         }
-        let mut admission = lock(&self.admission);
+        let patience = options.deadline.map_or(self.settings.save_deadline, |d| d.min(self.settings.save_deadline));
+        let deadline = deadline_after(patience);
         let lines = self.lines.as_ref().ok_or_else(|| Error::invalid("the executor is shut down"))?;
         if !options.last
             && let Some(error) = self.stager.flights.unobserved()
@@ -242,26 +244,22 @@ impl CheckpointExecutor {
                 Failed::Warn => tracing::error!(%error, "a save failed and nobody saw it"),
             }
         }
-        if let Some(ticket) = self.stager.flights.unfenced() {
-            let unfenced = format!(
-                "writable tensors are still being read: call `fence` before the next save unfenced={}",
-                ticket.step
-            );
-            return Err(Error::invalid(unfenced).with_step(step));
-        }
-        let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
-        let patience = options.deadline.map_or(self.settings.save_deadline, |d| d.min(self.settings.save_deadline));
-        let deadline = deadline_after(patience);
-        let skip = || self.closed.load(Ordering::Acquire) && !options.last;
-        if skip() {
-            return Ok(self.resolved(step, attempt, began, self.last_word(step)));
-        }
-        if let Some(outcome) = admission::admit(&self.stager, self.settings.overlap, step, deadline)? {
-            return Ok(self.resolved(step, attempt, began, outcome));
-        }
-        if skip() {
-            return Ok(self.resolved(step, attempt, began, self.last_word(step)));
-        }
+        let (mut admission, attempt) = loop {
+            let mut admission = lock(&self.admission);
+            self.refuse_unfenced(step)?;
+            let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
+            if self.closed.load(Ordering::Acquire) && !options.last {
+                return Ok(self.resolved(step, attempt, began, self.last_word(step)));
+            }
+            match admission::admit(&self.stager, self.settings.overlap, step)? {
+                Verdict::Begin => break (admission, attempt),
+                Verdict::Ended(outcome) => return Ok(self.resolved(step, attempt, began, outcome)),
+                Verdict::After(unfinished) => {
+                    drop(admission);
+                    admission::wait(&unfinished, step, deadline)?;
+                }
+            }
+        };
         let plan = admission.plan_for(&state, &self.settings)?;
         let detect = match self.settings.detect {
             Detect::Never => false,
@@ -273,23 +271,6 @@ impl CheckpointExecutor {
         let mut on_device = OnDevice::default();
         let noted = self.note(&mut state, &plan, &captured, detect, &mut on_device);
         let (region, queued) = (on_device.region.take(), std::mem::take(&mut on_device.queued));
-        let (behind, aside) = match noted {
-            Ok(noted) => noted,
-            Err(error) => {
-                let error = error.with_step(step);
-                // Kernels may read what is lent: the scope must not end before they have.
-                let lent = borrowed.then(|| Arc::new(self.not_begun(step, attempt, began)));
-                if let Some(ticket) = &lent {
-                    ticket.observed.store(true, Ordering::Release);
-                    ticket.fail(error.clone());
-                    ticket.finish(Err(error.clone()));
-                    self.stager.flights.add(ticket.clone());
-                    register(ticket);
-                }
-                self.stager.leave(state, region, queued, lent);
-                return Err(error);
-            }
-        };
         let issue = Issue {
             step,
             attempt,
@@ -301,6 +282,17 @@ impl CheckpointExecutor {
             over_budget: captured.over_budget + on_device.over_budget,
         };
         let ticket = Arc::new(Ticket::new(issue, began, self.stager.signal.clone()));
+        ticket.blind.store(on_device.blind, Ordering::Relaxed);
+        // Before anything can fail that leaves kernels behind which read borrowed sources: the scope waits for those.
+        register(&ticket);
+        let (behind, aside) = match noted {
+            Ok(noted) => noted,
+            Err(error) => {
+                let error = error.with_step(step);
+                self.stager.refuse(ticket, error.clone(), state, region, queued);
+                return Err(error);
+            }
+        };
         let request = Request {
             ticket: ticket.clone(),
             plan: plan.clone(),
@@ -312,7 +304,6 @@ impl CheckpointExecutor {
             later: Later(Box::new(move || on_device.expected())),
         };
         let task = Task::new(request, self.storage.clone(), &lines.pool, lines.ended.clone());
-        register(&ticket);
         ticket.add_blocked(began.elapsed());
         let sink = Arc::new(task);
         self.stager.push(Job {
@@ -329,9 +320,16 @@ impl CheckpointExecutor {
         });
         drop(admission);
         if options.snapshot == Snapshot::AtSave {
-            self.fence()?;
+            self.stager.flights.fence_one(&ticket, self.settings.fence_deadline)?;
         }
         Ok(Save::new(ticket))
+    }
+
+    /// A save of writable tensors was not fenced: a program that goes on would write under a copy.
+    fn refuse_unfenced(&self, step: u64) -> Result<()> {
+        let Some(ticket) = self.stager.flights.unfenced() else { return Ok(()) };
+        let why = "writable tensors are still being read: call `fence` before the next save";
+        Err(Error::invalid(format!("{why} unfenced={}", ticket.step)).with_step(step))
     }
 
     /// What devices do at `save`, in the thread that queued the work which wrote the tensors.
@@ -366,18 +364,13 @@ impl CheckpointExecutor {
 
     /// The handle of a save that was not begun.
     fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
-        let ticket = self.not_begun(step, attempt, began);
-        ticket.release();
-        ticket.finish(Ok(outcome));
-        Save::new(Arc::new(ticket))
-    }
-
-    /// The ticket of a save that is not begun.
-    fn not_begun(&self, step: u64, attempt: Attempt, began: Instant) -> Ticket {
         let deadline = deadline_after(self.settings.save_deadline);
         let streams = Vec::new();
         let issue = Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable: false, over_budget: 0 };
-        Ticket::new(issue, began, self.stager.signal.clone())
+        let ticket = Ticket::new(issue, began, self.stager.signal.clone());
+        ticket.release();
+        ticket.finish(Ok(outcome));
+        Save::new(Arc::new(ticket))
     }
 
     /// After a fork the threads are in the parent; the child can do nothing with this executor.
@@ -396,6 +389,9 @@ impl CheckpointExecutor {
             if ticket.done.wait(deadline).is_none() {
                 let what = format!("the executor was shut down before a save ended patience={patience:?}");
                 if ticket.give_up(Error::new(ErrorKind::Cancelled, what.clone())) {
+                    // This call says so itself, of the first one.
+                    ticket.observed.store(true, Ordering::Release);
+                    tracing::error!(step = ticket.step, what);
                     late.get_or_insert(Error::new(ErrorKind::Deadline, what).with_step(ticket.step));
                 }
             }

@@ -41,20 +41,26 @@ pub(crate) enum Mutant {
     // seen by: fence::late_copies
     Fence,
     /// Copies from live memory are handed over although their chunk was set aside.
-    // seen by: cuda::
+    // seen by: cuda::aside
     Discard,
     /// F is read before the mark of a chunk, not after.
-    // seen by: cuda::
+    // seen by: cuda::aside
     LatchEarly,
     /// The kernel of a fence takes the watermark of earlier saves for this one's.
-    // seen by: cuda::
+    // seen by: cuda::aside
     Watermark,
     /// Streams do not wait at the end of a scope for copies that are queued.
     // seen by: cuda::lent
     ScopeOrder,
     /// Copies do not wait for the streams that wrote the tensors.
-    // seen by: cuda::
+    // seen by: cuda::aside
     ProducerWait,
+    /// Copies that are held back are queued behind the watermark that speaks of them.
+    // seen by: cuda::batch
+    BatchLate,
+    /// Copies that were held back when a save failed are queued by the next.
+    // seen by: cuda::batch
+    BatchKept,
     /// A slot of the scratch is given to another save before its chunk is handed over.
     // seen by: cuda::aside
     SlotEarly,

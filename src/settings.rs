@@ -142,7 +142,7 @@ pub enum Overlap {
 pub enum Detect {
     /// For none.
     Never,
-    /// For the first two of an executor.
+    /// For the first two of an executor that become durable, those not counted whose GPU did not tell its digests.
     First,
     /// For all.
     All,
@@ -194,6 +194,9 @@ pub struct Settings {
     /// fence on streams waits until copies are queued. At least a chunk. A list of what a save holds comes on top, 40 bytes for every
     /// 64 KiB. Of states that span devices nothing is set aside: for those a fence always waits. Experimental.
     pub scratch: u64,
+    /// Queue the copies of a chunk from a GPU in one call (`cuMemcpyBatchAsync`), where the driver has that and the arena is
+    /// pinned: false, because which way is faster has not been measured yet.
+    pub batch: bool,
     /// How much a save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
     pub capture_budget: u64,
     /// Keep this many newest steps; None keeps all.
@@ -224,6 +227,7 @@ impl Default for Settings {
             detect: Detect::First,
             gather: 16 << 20,
             scratch: 0,
+            batch: false,
             capture_budget: 1 << 20,
             keep_last: None,
             keep_every: None,

@@ -62,7 +62,7 @@ pub struct Committed {
     pub staged: Duration,
     /// When the commit was durable.
     pub durable: Duration,
-    /// From the last byte written to durable: manifest, publish, directory syncs.
+    /// From the last byte written to durable: syncs of files, manifest, publish, syncs of directories.
     pub tail: Duration,
     /// How bytes reached the medium.
     pub mode: IoMode,
@@ -93,7 +93,7 @@ pub enum Phase {
     Waiting,
     /// Sources are being read.
     Staging,
-    /// Sources are free; bytes are on their way.
+    /// All is copied, and bytes are on their way. Sources are free when [`Save::staged`](crate::Save::staged) resolves.
     Writing,
     /// Everything is written; the name is being given.
     Publishing,
@@ -144,6 +144,8 @@ pub(crate) struct Ticket {
     pub bytes_written: AtomicU64,
     pub staged_nanos: AtomicU64,
     pub blocked_nanos: AtomicU64,
+    /// A forgotten fence would not be noticed: a device did not digest what it was asked to.
+    pub blind: AtomicBool,
     /// Some handle or call has seen how it ended.
     pub observed: AtomicBool,
     phase: AtomicU8,
@@ -195,6 +197,7 @@ impl Ticket {
             bytes_written: zero(),
             staged_nanos: zero(),
             blocked_nanos: zero(),
+            blind: AtomicBool::new(false),
             observed: AtomicBool::new(false),
             phase: AtomicU8::new(Phase::Waiting as u8),
             failed: AtomicBool::new(false),

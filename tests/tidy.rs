@@ -24,13 +24,15 @@ const FLOORS: [&[&str]; 6] = [
 const APART: [usize; 2] = [2, 3];
 
 /// The only files of the library with unsafe code. Each opens with its safety argument.
-const ISLANDS: [&str; 29] = [
+const ISLANDS: [&str; 31] = [
     "src/adapters/cudarc.rs",
     "src/device/cuda/driver.rs",
+    "src/device/cuda/driver/batch.rs",
     "src/device/cuda/driver/context.rs",
     "src/device/cuda/driver/owned.rs",
     "src/device/cuda/gpu.rs",
     "src/device/cuda/kernels.rs",
+    "src/device/cuda/lanes.rs",
     "src/device/cuda/late.rs",
     "src/device/cuda/loads.rs",
     "src/device/cuda/mod.rs",
@@ -47,7 +49,7 @@ const ISLANDS: [&str; 29] = [
     "src/restore/device.rs",
     "src/sigterm/handler.rs",
     "src/staging/capture.rs",
-    "src/staging/stage.rs",
+    "src/staging/enqueue.rs",
     "src/state/promised.rs",
     "src/state/source.rs",
     "src/storage/local/linux.rs",

@@ -28,7 +28,7 @@ def memory(pid, *names):
     """Fields of /proc/PID/status in bytes."""
     lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
     values = dict(line.split(":", 1) for line in lines)
-    return [int(values[name].split()[0]) * 1024 for name in names]
+    return [int(values.get(name, "0").split()[0]) * 1024 for name in names]
 
 
 class Use:
@@ -40,8 +40,12 @@ class Use:
 
     def begin(self):
         """From here on processor time counts, and a new peak."""
+        self.peaks = True
         for pid in [os.getpid(), *descendants(os.getpid())]:
-            pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")
+            try:
+                pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")
+            except OSError:
+                self.peaks = False  # a kernel that keeps no peaks to forget
         self.cpu = self.total()
 
     def total(self):
@@ -54,7 +58,10 @@ class Use:
         return self.total() - self.cpu
 
     def peak(self):
-        """The sum of every process's own peak, so at most too high. What is shared counts where it was shared from."""
+        """The sum of every process's own peak, so at most too high. What is shared counts where it was shared from. None where
+        the kernel does not tell."""
+        if not self.peaks:
+            return None
         grown = memory(os.getpid(), "VmHWM")[0] - self.resident
         for pid in descendants(os.getpid()):
             peak, shared, files = memory(pid, "VmHWM", "RssShmem", "RssFile")

@@ -62,6 +62,7 @@ fn no_times(report: &Value) {
         "_per_gb",
         "fraction",
         "ratio",
+        "speedup",
         "overhead",
         "verdict",
         "_chunks",
@@ -129,6 +130,21 @@ fn bench_on_cuda_saves_what_was_there_and_gives_no_times() {
     }
     let report = bench(&place, "limits", "0", &["--scale", "0.0005"]);
     assert!(report["d2h_bytes_per_second"].is_null() && report["bus_bytes"].is_u64(), "{report}");
+}
+
+#[test]
+fn bench_on_cuda_saves_in_every_way_and_names_no_winner_on_a_simulated_driver() {
+    let place = Place::new();
+    for (workload, scale) in [("w1", "0.01"), ("w3", "0.00002")] {
+        let sizes = ["--workload", workload, "--scale", scale, "--step-ms", "1", "--ways"];
+        let report = bench(&place, "staging", "0", &sizes);
+        // Four ways, alone and computing, in the two rounds that count and the three before.
+        assert_eq!((&report["saves"], &report["saves_equal"]), (&40.into(), &40.into()), "{report}");
+        assert_eq!((&report["gather_refused"], &report["batch_refused"]), (&Value::Null, &Value::Null));
+        assert!(report["computing_batched_speedup"].is_null() && report.get("both_fraction_of_limit").is_some());
+    }
+    let said = complaint(&place.run(&["bench", "staging", "--device", "host", "--ways"]));
+    assert!(said.contains("--ways"), "{said}");
 }
 
 #[test]

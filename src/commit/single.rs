@@ -144,7 +144,11 @@ fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (
 
 /// Compares what was staged with what was there at `save`: a difference means that a fence was forgotten.
 fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<()> {
-    let on_devices = (request.later.0)();
+    let on_devices = (request.later.0)().unwrap_or_else(|error| {
+        request.ticket.blind.store(true, Ordering::Relaxed);
+        tracing::warn!(%error, "a device did not digest tensors; a forgotten fence goes unnoticed");
+        Vec::new()
+    });
     for &(index, expected) in request.expected.iter().chain(&on_devices) {
         let staged = request.plan.places.get(index).and_then(|place| tensors.get(*place));
         if staged.is_none_or(|(digest, _)| *digest != expected) {

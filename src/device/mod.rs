@@ -47,7 +47,8 @@ pub trait Device: Register + Send + Sync + Debug {
         Err(self.unknown(streams))
     }
 
-    /// Called by a fence, in its thread: whatever comes to `streams` later waits for all copies that have been queued so far.
+    /// Called by a fence, in its thread: whatever comes to `streams` later waits for all copies that have been queued so far. A
+    /// device with streams copies from host memory before [`CopyQueue::copy`] returns: nobody waits for that in a stream.
     ///
     /// # Errors
     /// As [`Device::behind`].
@@ -69,6 +70,15 @@ pub trait Device: Register + Send + Sync + Debug {
     /// `Unavailable` when it makes none; `Device`.
     fn loads(&self) -> Result<Box<dyn LoadQueue>> {
         Err(Error::new(ErrorKind::Unavailable, format!("nothing is copied to this device device={}", self.name())))
+    }
+
+    /// Called once, at start, where it is asked for: whether its queues can queue many copies in one call
+    /// ([`CopyQueue::batch`]).
+    ///
+    /// # Errors
+    /// Why they cannot.
+    fn batches(&self) -> Result<()> {
+        Err(Error::new(ErrorKind::Unavailable, format!("this device makes each copy by itself device={}", self.name())))
     }
 
     /// The error for streams of a device that it knows nothing of.
@@ -256,12 +266,14 @@ pub struct DeviceReport {
     pub gather: Result<u64, String>,
     /// How many chunks a fence can set aside on the device; or why it waits for copies to the host instead.
     pub scratch: Result<usize, String>,
+    /// That the copies of a chunk are queued in one call; or why each is a call of its own.
+    pub batch: Result<(), String>,
 }
 
 impl DeviceReport {
     pub(crate) fn new(device: &dyn Device, why: String) -> Self {
         let unknown = || "not looked for".to_owned();
-        Self { name: device.name(), why, gather: Err(unknown()), scratch: Err(unknown()) }
+        Self { name: device.name(), why, gather: Err(unknown()), scratch: Err(unknown()), batch: Err(unknown()) }
     }
 
     /// Takes note of the kernels that there are, or of why there are none.
@@ -375,6 +387,17 @@ pub trait CopyQueue {
         Err(Error::new(ErrorKind::Invalid, format!("no copies from this device device=cuda:{ordinal}")))
     }
 
+    /// From now on what is fetched may be held back until [`CopyQueue::flush`], or the next mark, and queued in one call there.
+    fn batch(&mut self) {}
+
+    /// Queues what is held back. Not to be called after a failure: [`CopyQueue::quiesce`] drops it.
+    ///
+    /// # Errors
+    /// `Device`, sticky.
+    fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Queues a mark behind the copies so far, and returns its number: 1, 2, 3, ...
     ///
     /// # Errors
@@ -387,8 +410,8 @@ pub trait CopyQueue {
     /// `Device`, sticky.
     fn reached(&mut self) -> Result<u64>;
 
-    /// Waits, after a failure, until no copy queued so far will touch memory any more. False when that cannot be known by
-    /// `deadline`: sources and slabs are then given up, never reused.
+    /// Waits, after a failure, until no copy queued so far will touch memory any more; what is held back never will. False when
+    /// that cannot be known by `deadline`: sources and slabs are then given up, never reused.
     fn quiesce(&mut self, deadline: Instant) -> bool;
 }
 

@@ -3,42 +3,57 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::settings::Overlap;
 use crate::staging::Stager;
-use crate::ticket::Outcome;
+use crate::ticket::{Outcome, Ticket};
+use std::sync::Arc;
 use std::time::Instant;
 
-/// Makes room for a save of `step`; or the outcome of one that is not to begin.
+/// What becomes of a save that is asked for.
+pub(super) enum Verdict {
+    /// It may begin.
+    Begin,
+    /// It does not begin, and that is how it ended.
+    Ended(Outcome),
+    /// Somebody has to look again when the first of these saves, which have not ended, has.
+    After(Vec<Arc<Ticket>>),
+}
+
+/// Whether a save of `step` may begin now. Waits for nothing: whoever looks holds up all others.
 ///
 /// # Errors
-/// `Conflict` when the step is being saved; `Busy` when there was no room by `deadline`.
-pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64, deadline: Instant) -> Result<Option<Outcome>> {
-    loop {
-        let unfinished = stager.flights.unfinished();
-        if unfinished.iter().any(|t| t.step == step) {
-            return Err(Error::new(ErrorKind::Conflict, "a save of this step is under way").with_step(step));
-        }
-        let room = match overlap {
-            Overlap::Skip => {
-                return Ok(unfinished.last().map(|t| Outcome::Skipped { by: t.step }));
-            }
-            Overlap::Latest => {
-                if let Some(job) = stager.take_waiting() {
-                    let ticket = job.ticket.clone();
-                    stager.discard(job);
-                    ticket.finish(ticket.failure().map_or(Ok(Outcome::Superseded { by: step }), Err));
-                }
-                return Ok(None);
-            }
-            Overlap::Queue(room) => room,
-            Overlap::Block => 0,
-        };
-        if unfinished.len() <= room {
-            return Ok(None);
-        }
-        if unfinished[0].done.wait(deadline).is_none() {
-            let saves = unfinished.len();
-            let busy =
-                format!("earlier saves have not ended; the storage is slower than the saves come unfinished={saves}");
-            return Err(Error::new(ErrorKind::Busy, busy).with_step(step));
-        }
+/// `Conflict` when the step is being saved.
+pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64) -> Result<Verdict> {
+    let unfinished = stager.flights.unfinished();
+    if unfinished.iter().any(|t| t.step == step) {
+        return Err(Error::new(ErrorKind::Conflict, "a save of this step is under way").with_step(step));
     }
+    let room = match overlap {
+        Overlap::Skip => {
+            let by = unfinished.last().map(|t| t.step);
+            return Ok(by.map_or(Verdict::Begin, |by| Verdict::Ended(Outcome::Skipped { by })));
+        }
+        Overlap::Latest => {
+            if let Some(job) = stager.take_waiting() {
+                let ticket = job.ticket.clone();
+                stager.discard(job);
+                ticket.finish(ticket.failure().map_or(Ok(Outcome::Superseded { by: step }), Err));
+            }
+            return Ok(Verdict::Begin);
+        }
+        Overlap::Queue(room) => room,
+        Overlap::Block => 0,
+    };
+    Ok(if unfinished.len() <= room { Verdict::Begin } else { Verdict::After(unfinished) })
+}
+
+/// Waits until the first of `unfinished` has ended.
+///
+/// # Errors
+/// `Busy` at the deadline.
+pub(super) fn wait(unfinished: &[Arc<Ticket>], step: u64, deadline: Instant) -> Result<()> {
+    if unfinished.first().is_none_or(|first| first.done.wait(deadline).is_some()) {
+        return Ok(());
+    }
+    let saves = unfinished.len();
+    let busy = format!("earlier saves have not ended; the storage is slower than the saves come unfinished={saves}");
+    Err(Error::new(ErrorKind::Busy, busy).with_step(step))
 }

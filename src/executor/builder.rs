@@ -87,6 +87,8 @@ impl Builder {
         /// Memory of the GPU, in bytes, in which fences, and the ends of scopes, set aside what has not left it: 0, none. Of states
         /// that span devices nothing is set aside. Experimental.
         scratch: u64,
+        /// Whether to queue the copies of a chunk from a GPU in one call, where its driver has that: no. Not measured yet.
+        batch: bool,
         /// How much a save may copy on the calling thread, in bytes: 1 MiB.
         capture_budget: u64,
         /// Keep this many newest steps, and delete older ones after a commit. All are kept by default.
@@ -171,8 +173,17 @@ impl Builder {
         if let (Err(reason), true) = (&report.gather, device.name() != "host") {
             tracing::warn!(%reason, device = %report, "no kernels: small tensors are not gathered, and fences wait");
         }
+        report.batch = match (settings.batch, &arena.report().pinned) {
+            (false, _) => Err("not asked for setting=batch".into()),
+            (true, Err(_)) => Err("the arena is not pinned".into()),
+            (true, Ok(())) => device.batches().map_err(|error| error.to_string()),
+        };
+        if let (Err(reason), true) = (&report.batch, settings.batch && device.name() != "host") {
+            tracing::warn!(%reason, device = %report, "copies from the device are calls of their own");
+        }
+        let batch = report.batch.is_ok();
         let at_most = (settings.overlap == Overlap::Latest).then_some(2);
-        let stager = Arc::new(Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most));
+        let stager = Arc::new(Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most, batch));
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };

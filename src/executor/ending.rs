@@ -50,7 +50,9 @@ pub(super) fn conclude(
     let (outcome, left) = match concluded {
         Concluded::Durable(committed, published) => {
             catalog.acknowledge(ticket.attempt);
-            compared.fetch_add(1, Ordering::Relaxed);
+            if !ticket.blind.load(Ordering::Relaxed) {
+                compared.fetch_add(1, Ordering::Relaxed);
+            }
             (Ok(Outcome::Durable(committed)), Some(Left { name, published: Some(published) }))
         }
         Concluded::Doubtful(why) => {

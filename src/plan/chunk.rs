@@ -3,6 +3,7 @@
 
 use super::save::Plan;
 use crate::digest::Digest;
+use crate::error::Result;
 use crate::memory::Lease;
 use crate::settings::IoMode;
 use crate::ticket::Ticket;
@@ -26,8 +27,11 @@ pub(crate) struct Request {
     pub later: Later,
 }
 
+/// Digests of tensors, by their index in the state dict.
+type Known = Vec<(usize, Digest)>;
+
 /// What a device will have found out when a save is staged.
-pub(crate) struct Later(pub Box<dyn Fn() -> Vec<(usize, Digest)> + Send + Sync>);
+pub(crate) struct Later(pub Box<dyn Fn() -> Result<Known> + Send + Sync>);
 
 impl std::fmt::Debug for Later {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

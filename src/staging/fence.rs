@@ -90,16 +90,27 @@ impl Flights {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
             return Ok(());
         }
-        let (began, deadline) = (Instant::now(), deadline_after(patience));
         let reading: Vec<_> = lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect();
+        let (began, deadline) = (Instant::now(), deadline_after(patience));
         let mut result = Ok(());
         for ticket in &reading {
-            if ticket.staged.wait(deadline).is_none() {
-                result = Err(late(ticket, patience));
-                ticket.freeze();
-            }
+            result = result.and(staged(ticket, patience, deadline));
             ticket.add_blocked(began.elapsed());
         }
+        result
+    }
+
+    /// The same, of one save.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fence_one(&self, ticket: &Ticket, patience: Duration) -> Result<()> {
+        if mutant::on(Mutant::Fence) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let result = staged(ticket, patience, deadline_after(patience));
+        ticket.add_blocked(began.elapsed());
         result
     }
 
@@ -123,6 +134,8 @@ impl Flights {
         for ticket in &reading {
             match aside(ticket, deadline) {
                 Ok(true) => {}
+                // Of the host alone: there is no stream for writers to wait in, and a device may copy behind our back.
+                Ok(false) if ticket.streams.is_empty() => result = result.and(staged(ticket, patience, deadline)),
                 Ok(false) => {
                     all_aside = false;
                     if !ticket.wait_queued(deadline) {
@@ -179,7 +192,7 @@ impl Flights {
             }
             left.push(ticket.clone());
         }
-        let queued = left.iter().all(|ticket| ticket.wait_queued(deadline) && !ticket.failed());
+        let queued = left.iter().all(|t| !t.streams.is_empty() && t.wait_queued(deadline) && !t.failed());
         if !left.is_empty() && queued && order().is_ok() {
             left.drain(..).for_each(|ticket| ordered(&ticket));
         }
@@ -200,6 +213,16 @@ impl Flights {
         }
         result
     }
+}
+
+/// Waits until no live source of a save is read any more; fails it at the deadline.
+fn staged(ticket: &Ticket, patience: Duration, deadline: Instant) -> Result<()> {
+    if ticket.staged.wait(deadline).is_some() {
+        return Ok(());
+    }
+    let late = late(ticket, patience);
+    ticket.freeze();
+    Err(late)
 }
 
 fn late(ticket: &Ticket, patience: Duration) -> Error {

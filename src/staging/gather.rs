@@ -32,24 +32,23 @@ pub(crate) struct OnDevice {
     expected: Asked,
     /// Where captured tensors are. Kept until nothing reads them any more, which may be later than their sources are dropped.
     pub region: Option<Region>,
+    /// Some tensor is not digested that was to be.
+    pub blind: bool,
     /// What was queued in streams of the program, and reads sources until it has run.
     pub queued: Vec<Arc<dyn Queued>>,
 }
 
 impl OnDevice {
-    /// The digests at `save` of tensors that are left to the fence, by their index in the state dict, once it is staged. A device
-    /// that is lost by then has told none.
-    pub fn expected(&self) -> Vec<(usize, Digest)> {
+    /// The digests at `save` of tensors that are left to the fence, by their index in the state dict, once it is staged.
+    ///
+    /// # Errors
+    /// `Device`: it told none, or is lost by now.
+    pub fn expected(&self) -> Result<Vec<(usize, Digest)>> {
         let mut all = Vec::new();
         for (tensors, digests) in &self.expected {
-            match digests.take() {
-                Ok(digests) => all.extend(tensors.iter().copied().zip(digests)),
-                Err(error) => {
-                    tracing::warn!(%error, "a device did not digest tensors; a forgotten fence goes unnoticed")
-                }
-            }
+            all.extend(tensors.iter().copied().zip(digests.take()?));
         }
-        all
+        Ok(all)
     }
 }
 
@@ -106,6 +105,7 @@ pub(crate) fn at_save(
         if error.kind() != ErrorKind::Device {
             return Err(error);
         }
+        done.blind = true;
         tracing::warn!(%error, "tensors of a device are not digested; a forgotten fence would not be noticed");
     }
     Ok(())
@@ -159,6 +159,12 @@ fn choose(
     done: &mut OnDevice,
 ) -> Result<Vec<(usize, u64)>> {
     let (mut end, last) = (span.0, span.0 + span.1);
+    let asks = |tensor: &&Tensor<'_>| {
+        let home = tensor.place.stream().is_some_and(|stream| stream.ordinal == ordinal);
+        home && tensor.capture == Some(Capture::AtSave)
+    };
+    let bytes = |tensor: &Tensor<'_>| tensor.place.bytes().next_multiple_of(ALIGN);
+    let wanted = state.tensors.values().filter(asks).fold(0_u64, |sum, tensor| sum.saturating_add(bytes(tensor)));
     let (mut chosen, mut left) = (Vec::new(), 0);
     for asked in [true, false] {
         for (index, (name, tensor)) in state.tensors.iter().enumerate() {
@@ -177,8 +183,8 @@ fn choose(
                     let free = last - end;
                     let wrong = format!("cannot be captured at save: no room on the device bytes={bytes} free={free}");
                     // What earlier saves hold comes back.
-                    let kind = if bytes <= room && free < room { ErrorKind::Busy } else { ErrorKind::Invalid };
-                    return Err(Error::new(kind, format!("{wrong} gather={room} tensor={name:?}")));
+                    let kind = if wanted <= room && free < room { ErrorKind::Busy } else { ErrorKind::Invalid };
+                    return Err(Error::new(kind, format!("{wrong} asked={wanted} gather={room} tensor={name:?}")));
                 }
                 None if asked => {
                     let device = stream.ordinal;

@@ -1,9 +1,9 @@
 //! The stager's end of a device: its queue of copies, and what cannot be let go of before the device has ended.
 
 use super::aside::Aside;
+use super::enqueue::Flying;
 use super::fence::Flights;
 use super::gather::Region;
-use super::stage::Flying;
 use crate::device::{CopyQueue, Queued};
 use crate::state::StateDict;
 use crate::ticket::Ticket;

@@ -8,6 +8,7 @@
 
 mod aside;
 mod capture;
+mod enqueue;
 mod fence;
 mod gather;
 mod line;

@@ -1,33 +1,23 @@
-//! The stager: a thread, a queue of saves, and the copying of one save.
-//!
-//! # Safety argument
-//! A copy is queued inside [`Source::read`](crate::state::Source::read), under the ticket's `live` lock, from bytes that the
-//! source keeps allocated until it is dropped, to a slab whose lease sits in `flying`. Both stay until the mark behind the
-//! copy is reached: a slab is in `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
-//! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`); so is the region in which
-//! the device has captured tensors. Sources that are lent may be dropped earlier, when a scope asks for it: nothing is queued from
-//! them any more, and whoever writes or frees their memory comes after what is (see `executor/scope.rs`). Where it does not say so
-//! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
-#![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
+//! The stager: a thread, a queue of saves, and the staging of one save. How long sources and slabs are kept is in the safety argument of
+//! `enqueue`.
 
 use super::aside::{Aside, Scratch};
 use super::capture::Captured;
+use super::enqueue::{Flying, enqueue};
 use super::fence::Flights;
 use super::gather::Region;
 use super::line::{Line, Parked, dropped};
 use crate::completion::Signal;
-use crate::device::{CopyQueue, Device, Point, Queued};
-use crate::digest::Digest;
+use crate::device::{Device, Point, Queued};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
 use crate::memory::Arena;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From, Plan, Sink};
-use crate::state::{DeviceStream, Place, StateDict};
+use crate::state::{DeviceStream, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Phase, Ticket};
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Waker};
@@ -37,6 +27,8 @@ use std::time::{Duration, Instant};
 const WINDOW: usize = 2;
 /// How often the watermark is looked at while copies are in flight.
 const POLL: Duration = Duration::from_micros(40);
+/// How often what is parked is looked at while there is nothing else to do.
+const LOOK: Duration = Duration::from_micros(500);
 /// How long a failed device is given to end its copies.
 const QUIESCE: Duration = Duration::from_secs(10);
 /// How long the stager sleeps when nothing has a deadline.
@@ -62,7 +54,7 @@ pub(crate) struct Job {
 
 impl Job {
     /// Whether a tensor is in the memory of this device.
-    fn lies_on(&self, tensor: usize, ordinal: u32) -> bool {
+    pub fn lies_on(&self, tensor: usize, ordinal: u32) -> bool {
         let tensor = self.state.tensors.get_index(tensor);
         tensor.and_then(|(_, tensor)| tensor.place.stream()).is_some_and(|stream| stream.ordinal == ordinal)
     }
@@ -92,6 +84,8 @@ pub(crate) struct Stager {
     left: Mutex<Vec<Parked>>,
     /// How many saves may be under way at once; the others wait and can be taken back.
     at_most: Option<usize>,
+    /// Copies of a chunk are queued in one call.
+    batch: bool,
     stopped: AtomicBool,
 }
 
@@ -102,10 +96,11 @@ impl Stager {
         device: Arc<dyn Device>,
         scratch: Option<Scratch>,
         at_most: Option<usize>,
+        batch: bool,
     ) -> Self {
         let (flights, jobs, asides) = (Flights::default(), Mutex::new(VecDeque::new()), Mutex::default());
         let (left, stopped) = (Mutex::default(), AtomicBool::new(false));
-        Self { signal, arena, flights, device, scratch, asides, jobs, left, at_most, stopped }
+        Self { signal, arena, flights, device, scratch, asides, jobs, left, at_most, batch, stopped }
     }
 
     /// Takes a save, to be staged after those before it.
@@ -141,15 +136,30 @@ impl Stager {
         lock(&self.asides).retain(|(t, ..)| !Arc::ptr_eq(t, ticket));
     }
 
-    /// As [`Stager::discard`], for what did not become a job.
-    pub fn leave(
+    /// Ends a save that did not become a job, and drops its sources when no device reads them any more.
+    pub fn refuse(
+        &self,
+        ticket: Arc<Ticket>,
+        why: Error,
+        state: StateDict<'static>,
+        region: Option<Region>,
+        queued: Vec<Arc<dyn Queued>>,
+    ) {
+        ticket.observed.store(true, Ordering::Release);
+        ticket.fail(why.clone());
+        self.flights.add(ticket.clone());
+        ticket.finish(Err(why));
+        self.leave(state, region, queued, ticket);
+    }
+
+    fn leave(
         &self,
         state: StateDict<'static>,
         region: Option<Region>,
         queued: Vec<Arc<dyn Queued>>,
-        ticket: Option<Arc<Ticket>>,
+        ticket: Arc<Ticket>,
     ) {
-        let (flying, late, aside) = (VecDeque::new(), false, None);
+        let (flying, late, ticket, aside) = (VecDeque::new(), false, Some(ticket), None);
         self.park(Parked { state, region, queued, ticket, flying, late, aside });
     }
 
@@ -266,7 +276,7 @@ impl Stager {
             self.recover(line);
             let now = Instant::now();
             let until = self.flights.expire(now).unwrap_or(now + IDLE);
-            let until = if line.parked.is_empty() { until } else { until.min(now + POLL) };
+            let until = if line.parked.is_empty() { until } else { until.min(now + LOOK) };
             let mut news = || look().map(Some).or_else(|| (!lock(&self.left).is_empty()).then_some(None));
             if let Some(Some(found)) = self.signal.wait_until(until, &mut news) {
                 return found;
@@ -285,7 +295,10 @@ impl Stager {
                 job.plan.check(&job.state)?;
             }
             if line.queue.is_none() {
-                line.queue = Some(self.device.queue()?);
+                let queue = line.queue.insert(self.device.queue()?);
+                if self.batch {
+                    queue.batch();
+                }
             }
             line.recover(&self.flights);
             if let (Some(point), Some(queue)) = (&job.behind, &mut line.queue)
@@ -457,130 +470,4 @@ fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
         }
     }
     Ok(true)
-}
-
-/// A chunk whose copies may not have ended.
-pub(super) struct Flying {
-    chunk: Chunk,
-    /// Behind the last copy; beyond all marks while copies are being queued.
-    mark: u64,
-    /// Copied from live memory, not from where it was set aside.
-    live: bool,
-    /// F when it was queued.
-    latched: Option<usize>,
-}
-
-/// Queues the copies of one chunk, and the mark behind them.
-fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
-    let index = flying.chunk.index;
-    let whole = match &job.aside {
-        Some(aside) if flying.live => gather(job, aside, index)?,
-        Some(aside) => Some(aside.place(index).ok_or_else(|| Error::internal("a chunk from F on has no slot"))?),
-        None => None,
-    };
-    let chunk = &job.plan.chunks[index];
-    let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
-    let (base, mut at, mut run) = (flying.chunk.lease.as_mut_ptr(), 0, 0..0);
-    for segment in &job.plan.segments[chunk.segments.clone()] {
-        let (begin, offset, length) = (segment.at as usize, at, segment.length);
-        let to = base.wrapping_add(offset);
-        at += length;
-        let captured = |tensor| job.captured.get(tensor).and_then(|b| b.get(begin..begin + length));
-        let digest = match segment.from {
-            From::Header => {
-                // SAFETY: inside the leased slab, initialised when the arena was made, and no queued copy writes this part.
-                let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
-                if !job.plan.shards[chunk.shard].header.copy(stamp, begin, place) {
-                    return Err(Error::internal("a header is shorter than planned"));
-                }
-                Some(Digest::of(place))
-            }
-            From::Tensor(tensor) => match (captured(tensor), whole) {
-                (Some(bytes), _) => {
-                    // SAFETY: as above.
-                    let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
-                    place.copy_from_slice(bytes);
-                    Some(Digest::of(place))
-                }
-                (None, Some((ordinal, address))) if !flying.live || job.lies_on(tensor, ordinal) => {
-                    if run.end != offset {
-                        fetch(queue, ordinal, address, &run, base)?;
-                        run.start = offset;
-                    }
-                    run.end = at;
-                    None
-                }
-                _ => read(job, tensor, begin, length, to, queue)?,
-            },
-        };
-        match digest {
-            Some(digest) => digests.iter_mut().for_each(|d| d.push(digest)),
-            None => digests = None,
-        }
-    }
-    if let Some((ordinal, address)) = whole {
-        fetch(queue, ordinal, address, &run, base)?;
-    }
-    let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
-    // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes beyond `at`.
-    unsafe { std::ptr::write_bytes(base.wrapping_add(at), 0, tail) };
-    if let Some(aside) = job.aside.as_ref().filter(|_| flying.live) {
-        aside.publish(index)?;
-    }
-    flying.mark = queue.mark()?;
-    flying.chunk.digests = digests;
-    Ok(())
-}
-
-/// Queues the copy of `run`, part of a chunk that lies on the device as it will lie in the slab at `to`.
-fn fetch(queue: &mut dyn CopyQueue, ordinal: u32, address: u64, run: &Range<usize>, to: *mut u8) -> Result<()> {
-    if run.is_empty() {
-        return Ok(());
-    }
-    let from = std::ptr::without_provenance(address as usize + run.start);
-    // SAFETY: a slot is kept until its chunk is handed over, and a chunk that was put together until the queue has come here; `to`
-    // as in `read`. No tensor of the host is in a chunk that has a slot.
-    unsafe { queue.fetch(ordinal, from, to.wrapping_add(run.start), run.len()) }
-}
-
-/// Has the device put a chunk together from live memory, if that is what is done with it.
-fn gather(job: &Job, aside: &Aside, chunk: usize) -> Result<Option<(u32, u64)>> {
-    let _live = lock(&job.ticket.live);
-    match job.ticket.failure() {
-        Some(error) => Err(error),
-        None => aside.gather(chunk),
-    }
-}
-
-/// Queues the copy of a segment from live memory.
-fn read(
-    job: &Job,
-    tensor: usize,
-    begin: usize,
-    length: usize,
-    to: *mut u8,
-    queue: &mut dyn CopyQueue,
-) -> Result<Option<Digest>> {
-    let (name, tensor) = job.state.tensors.get_index(tensor).expect("checked by the plan");
-    let _live = lock(&job.ticket.live);
-    if let Some(error) = job.ticket.failure() {
-        return Err(error);
-    }
-    if tensor.strides().is_some() {
-        return Err(Error::internal(format!("a strided tensor was not gathered tensor={name:?}")));
-    }
-    let mut digest = None;
-    tensor.read(&mut |from| {
-        let from = from.wrapping_add(begin);
-        // SAFETY: the source hands out all its bytes and keeps them until it is dropped, the slab is leased and its part at
-        // `to` has `length` bytes; both stay until the mark behind this copy is reached.
-        digest = Some(match tensor.place {
-            // SAFETY: as above.
-            Place::Host { .. } => unsafe { queue.copy(from, to, length) },
-            // SAFETY: as above.
-            Place::Device { stream, .. } => unsafe { queue.fetch(stream.ordinal, from, to, length) }.map(|()| None),
-        });
-    });
-    let nothing = || Error::new(ErrorKind::Invalid, format!("a source did not hand out its bytes tensor={name:?}"));
-    digest.unwrap_or_else(|| Err(nothing()))
 }

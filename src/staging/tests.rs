@@ -35,7 +35,7 @@ impl Sink for Kept {
 fn stager(device: impl Device + 'static) -> Stager {
     let signal = Arc::new(Signal::default());
     let arena = Arena::new(3 * 4096, 4096, &device, signal.clone()).unwrap();
-    Stager::new(signal, arena, Arc::new(device), None, None)
+    Stager::new(signal, arena, Arc::new(device), None, None, false)
 }
 
 fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {

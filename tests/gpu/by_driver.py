@@ -134,6 +134,10 @@ class Graph(Program):
 
     SIZES = [150 * KIB + 5] * 6
 
+    @property
+    def soon_staged(self):
+        return not self.backend.cuda.simulated
+
     def capture(self, during):
         (stream,), cuda, blocks = self.handles, self.cuda, list(self.blocks.values())
         cuda("cuStreamBeginCapture_v2", c_void_p(stream), c_int(GLOBAL))

@@ -188,6 +188,7 @@ class Graph(AdamW):
     """The same as one captured graph, once there is one; its replay is the update."""
 
     graph = None
+    soon_staged = True  # torch waits for the device before it captures
 
     def capture(self, during):
         self.optimizer.zero_grad()

@@ -344,7 +344,7 @@ def main():
     p.add_argument("--face", type=Path, required=True)
     p.add_argument("--dir", type=Path, required=True)
     p.add_argument("--device", default="cuda:0")
-    p.add_argument("--workloads", default="W2,W1,W3", help="; ".join(f"{k}: {v}" for k, v in WORKLOADS.items()))
+    p.add_argument("--workloads", default="W2,W3,W1", help="; ".join(f"{k}: {v}" for k, v in WORKLOADS.items()))
     p.add_argument("--systems", default=",".join(SYSTEMS))
     p.add_argument("--scale", default="", help="less of a workload: W3=0.25")
     p.add_argument("--rounds", type=int, default=3)
@@ -426,8 +426,8 @@ def table(lines):
         if line.get("save"):
             groups.setdefault((line["workload"], line["system"]), []).append(line)
     for (chosen, system), group in sorted(groups.items()):
-        medians = (statistics.median(line[c] for line in group) / unit for c, unit in columns.items())
-        row = "".join(f"{m:>15.2f}" for m in medians)
+        told = {c: [line[c] / unit for line in group if line[c] is not None] for c, unit in columns.items()}
+        row = "".join(f"{statistics.median(t):>15.2f}" if t else f"{'-':>15}" for t in told.values())
         print(f"{chosen} {system:21}{row}{len(group):>4} {all(line['right'] for line in group)}", file=sys.stderr)
 
 

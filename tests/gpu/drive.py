@@ -42,11 +42,11 @@ class Run:
 
     def executors(self, **settings):
         """An executor whose fences on streams wait until copies are queued, one whose fences set chunks aside on the GPU, and
-        one that looks for forgotten fences at each save, of which there must be none."""
+        one that looks for forgotten fences at each save, of which there must be none, and queues the copies of a chunk in one call."""
         chunk = self.backend.chunk
         kinds = [{"scratch": 0, "detect": "never"}, {"scratch": 16 * chunk, "detect": "never"}]
         kinds = kinds[: 1 if self.backend.device == "host" else 2]
-        kinds += [{**kinds[-1], "detect": "all"}] * ("detect" not in settings)
+        kinds += [{**kinds[-1], "detect": "all", "batch": True}] * ("detect" not in settings)
         for at, kind in enumerate(kinds):
             now = time.monotonic()
             self.until = now + (self.end - now) / (len(kinds) - at)
@@ -141,6 +141,7 @@ def graph(run, make):
         save = executor.save(step, program.tensors())
         program.capture(lambda: taken.append(refused(executor.fence_on, program.streams)))
         program.slow(False)
+        assert taken[1] or program.soon_staged, "a fence on a stream that was being captured was accepted"
         run.notes["in a capture"] = "save refused, fence " + ("refused" if taken[1] else "came when all was staged")
         executor.fence()
         program.update()

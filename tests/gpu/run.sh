@@ -19,7 +19,7 @@ machine() {
     cat "$kit/commit"
     uname -a
     nproc
-    free -g
+    free -g || true
     df -h "$out"
     nvidia-smi
     nvidia-smi topo -m || true
@@ -30,7 +30,10 @@ machine() {
 # The kernels against plain Rust, on the device.
 kernels() { "$kit/kernels" kernels:: --skip ptx:: --test-threads 4; }
 # The tests of CUDA staging, the same as on the simulated driver.
-suite() { "$kit/suite" cuda --test-threads 4; }
+suite() {
+    # One by one: while one test captures a graph, no other thread may do what a capture does not bear.
+    "$kit/suite" cuda --test-threads 1
+}
 # measure NAME VERB ...: a run of the program, on disk when it ends. One that has ended well is not made again; one that fails
 # does not keep the others from being made.
 measure() {
@@ -54,17 +57,22 @@ measure() {
     fi
     cat "$to"
 }
-# The bus beside the disk, at two sizes of a chunk.
+# The bus, at two sizes of a chunk; then the disk, which takes longer.
 limits() {
-    measure limits.8MiB bench limits --arena 1GiB
+    measure limits.8MiB bench limits --arena 1GiB --no-limit
     measure limits.16MiB bench limits --arena 1GiB --chunk 16MiB --no-limit
+    measure limits.disk bench limits --arena 1GiB
 }
 demo() { measure demo.live demo; }
-# How fast state leaves the device, alone and while it computes: large tensors, then small ones.
+# How fast state leaves the device, alone and while it computes: large tensors, then small ones; and which way is faster.
 staging() {
     local here=(bench staging --arena 1GiB --writers 8)
     measure staging.w2 "${here[@]}" --workload w2 --rounds 8
     measure staging.w1 "${here[@]}" --workload w1 --rounds 8
+    # Gathered, in batches, both, or one by one: many small tensors, a model's, large ones.
+    measure staging.ways.w1 "${here[@]}" --ways --workload w1 --rounds 20
+    measure staging.ways.w3 "${here[@]}" --ways --workload w3 --rounds 8
+    measure staging.ways.w2 "${here[@]}" --ways --workload w2 --rounds 8
     measure staging.w2.16MiB "${here[@]}" --workload w2 --rounds 4 --chunk 16MiB
 }
 # What a loop loses to a save every 10 steps: eager and replayed, with late copies and without; then with steps so short that much

@@ -68,6 +68,9 @@ pub struct Args {
     /// On a GPU: memory of it in which fences set aside what has not left it [default: none]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     scratch: Option<u64>,
+    /// On a GPU: measure only how state leaves it faster: gathered, in batches, both, or tensor by tensor
+    #[arg(long, conflicts_with_all = ["graph", "every", "no_limit"])]
+    ways: bool,
     /// Write a page that shows the phases of every save over time
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -116,6 +119,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         (What::Limits, None) => limits::run(&bench)?,
         (What::Limits, Some(gpu)) => gpu::limits(&bench, gpu)?,
         (What::Staging, None) => staging::run(&bench)?,
+        (What::Staging, Some(gpu)) if args.ways => gpu::ways(&bench, gpu)?,
         (What::Staging, Some(gpu)) => gpu::staging(&bench, gpu)?,
         (What::Write | What::Save, _) => save::run(&bench)?,
         (What::Restore, _) => restore::run(&bench)?,
@@ -156,12 +160,13 @@ impl Bench<'_> {
 
     /// What is measured on the host has no steps.
     fn refuse_what_needs_a_gpu(&self) -> Result<()> {
-        let Args { step_ms, every, graph, scratch, .. } = self.args;
+        let Args { step_ms, every, graph, scratch, ways, .. } = self.args;
         let given = [
             ("--step-ms", step_ms.is_some()),
             ("--every", every.is_some()),
             ("--graph", *graph),
             ("--scratch", scratch.is_some()),
+            ("--ways", *ways),
         ];
         match given.into_iter().find(|(_, given)| *given) {
             None => Ok(()),

@@ -1,5 +1,5 @@
 //! The CUDA driver, found at run time. Nobody outside this folder calls it: here is its table of functions, in `context` what is
-//! asked of a device, in `owned` what it lends.
+//! asked of a device, in `owned` what it lends, in `batch` the one function that a driver may lack.
 //!
 //! A library that is absent, a symbol that it lacks, a driver without a device: each is an error that names it, never a panic.
 //! A result code is a plain number, because a newer driver may return ones that nobody here knows.
@@ -14,9 +14,11 @@
 //! a call reads or writes later, in stream order, is what the caller of an `unsafe fn` vouches for.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
+mod batch;
 mod context;
 mod owned;
 
+pub(super) use batch::Copies;
 pub(super) use context::Context;
 pub(super) use owned::{Event, Memory, Module, Registered, Stream};
 
@@ -129,6 +131,7 @@ table! {
 /// The driver of this machine.
 pub(super) struct Driver {
     table: Table,
+    batch: Option<batch::Batch>,
     version: i32,
 }
 
@@ -167,7 +170,9 @@ impl Driver {
         let unavailable = |why: String| Error::new(ErrorKind::Unavailable, why);
         let table = table
             .map_err(|symbol| unavailable(format!("the CUDA driver is too old or none symbol={symbol} {}", named())))?;
-        let mut driver = Self { table, version: 0 };
+        // SAFETY: as above.
+        let batch = unsafe { batch::Batch::find(&library) };
+        let mut driver = Self { table, batch, version: 0 };
         // SAFETY: no arguments but a reserved zero.
         driver.start("cuInit", unsafe { (driver.table.init)(0) })?;
         let mut version = 0;

@@ -6,7 +6,8 @@
 #![expect(unsafe_code, reason = "registers the arena; argument above")]
 
 use super::driver::{Context, Driver, Event, Registered, Stream};
-use crate::error::Result;
+use crate::device::Point;
+use crate::error::{Error, Result};
 use crate::sync::{Mutex, lock};
 use std::ops::Deref;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ pub(super) const POLL: Duration = Duration::from_micros(50);
 pub(super) struct Gpu {
     pub context: Arc<Context>,
     /// First-in first-out: all copies to the host.
-    pub copies: Stream,
+    pub copies: Arc<Stream>,
     events: Mutex<Vec<Event>>,
 }
 
@@ -30,7 +31,7 @@ impl Gpu {
     /// Takes what copying needs of device `ordinal`.
     pub fn new(driver: Arc<Driver>, ordinal: u32) -> Result<Arc<Self>> {
         let context = Context::retain(driver, ordinal)?;
-        let copies = context.stream()?;
+        let copies = Arc::new(context.stream()?);
         let events = (0..EVENTS).map(|_| context.event()).collect::<Result<_>>()?;
         Ok(Arc::new(Self { context, copies, events: Mutex::new(events) }))
     }
@@ -63,6 +64,11 @@ impl Gpu {
         // SAFETY: see the safety argument.
         unsafe { self.context.register(base, len) }
     }
+}
+
+/// What a point of this device is.
+pub(super) fn events_of(point: &Point) -> Result<&Vec<Lent>> {
+    point.downcast_ref::<Vec<Lent>>().ok_or_else(|| Error::internal("a point of another device"))
 }
 
 /// An event on loan. Recorded anew it forgets what it was recorded behind, but who waits for that goes on waiting.

@@ -214,14 +214,11 @@ impl Loaded {
     /// Room for digests of so many bytes.
     fn results(&self, bytes: usize) -> Result<Results> {
         let mut spare = lock(&self.spare);
-        let fitting = spare.iter().position(|(device, _)| device.len() >= bytes);
-        let (fits, small) = match fitting {
-            Some(at) => (Some(spare.swap_remove(at)), None),
-            None => (None, spare.pop()),
-        };
+        let fits = spare.iter().position(|(device, _)| device.len() >= bytes).map(|at| spare.swap_remove(at));
         drop(spare);
-        drop(small);
-        let make = || Ok((self.gpu.context.memory(bytes)?, self.gpu.context.pinned(bytes)?));
+        // Nothing is freed here, as for lists.
+        let len = bytes.next_power_of_two();
+        let make = || Ok((self.gpu.context.memory(len)?, self.gpu.context.pinned(len)?));
         Ok(Results { both: Some(fits.map_or_else(make, Ok)?), spare: self.spare.clone() })
     }
 

@@ -11,9 +11,8 @@
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::driver::{Address, Memory, Module};
-use super::gpu::{Gpu, Lent, PATIENCE, POLL};
+use super::gpu::{Gpu, Lent, PATIENCE, POLL, events_of};
 use super::kernels::Loaded;
-use super::queue::events_of;
 use super::table::Table;
 use crate::device::{Noted, Point};
 use crate::error::{Error, ErrorKind, Result};
@@ -162,9 +161,7 @@ impl Fences {
         if let Some(at) = lists.iter().position(|list| list.len() >= len) {
             return Ok(lists.swap_remove(at));
         }
-        let small = lists.pop();
         drop(lists);
-        drop(small);
         gpu.context.pinned(len.next_power_of_two().max(4096))
     }
 }

@@ -13,6 +13,7 @@
 mod driver;
 mod gpu;
 mod kernels;
+mod lanes;
 mod late;
 mod loads;
 mod queue;
@@ -158,6 +159,11 @@ impl Device for Cuda {
 
     fn loads(&self) -> Result<Box<dyn LoadQueue>> {
         Ok(Box::new(loads::Loads::new(self.0.clone())?))
+    }
+
+    fn batches(&self) -> Result<()> {
+        self.0.driver.batches()?;
+        trial::batch(&self.0.gpu(self.0.home)?)
     }
 
     fn kernels(&self, memory: Memory) -> Result<Arc<dyn Kernels>> {

@@ -6,11 +6,12 @@
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::Shared;
-use super::gpu::{Gpu, Lent, POLL};
+use super::gpu::Lent;
+use super::lanes::Lanes;
 use crate::device::host::HostQueue;
 use crate::device::{CopyQueue, Point};
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,26 +19,13 @@ use std::time::Instant;
 
 /// See the module.
 pub(super) struct Queue {
-    shared: Arc<Shared>,
     host: HostQueue,
-    lanes: Vec<Lane>,
-    /// The device whose context is current in this thread.
-    current: Option<u32>,
+    lanes: Lanes,
+    /// Copies are held back.
+    batch: bool,
     marks: VecDeque<Mark>,
     marked: u64,
     reached: u64,
-}
-
-/// One GPU as this queue uses it.
-struct Lane {
-    gpu: Arc<Gpu>,
-    /// Something was queued since the last mark.
-    moved: bool,
-}
-
-/// What a point of this device is.
-pub(super) fn events_of(point: &Point) -> Result<&Vec<Lent>> {
-    point.downcast_ref::<Vec<Lent>>().ok_or_else(|| Error::internal("a point of another device"))
 }
 
 /// A mark that is not known to be reached: one event for each GPU with copies before it.
@@ -45,28 +33,11 @@ struct Mark(SmallVec<[Lent; 1]>);
 
 impl Queue {
     pub fn new(shared: Arc<Shared>) -> Result<Self> {
-        let (lanes, marks) = (Vec::new(), VecDeque::with_capacity(8));
-        let mut queue = Self { shared, host: HostQueue(0), lanes, current: None, marks, marked: 0, reached: 0 };
-        let home = queue.lane(queue.shared.home)?;
-        queue.lanes[home].gpu.context.relax_capture()?;
-        Ok(queue)
-    }
-
-    /// The lane of device `ordinal`, whose context is then current in this thread.
-    fn lane(&mut self, ordinal: u32) -> Result<usize> {
-        let found = self.lanes.iter().position(|lane| lane.gpu.context.ordinal == ordinal);
-        let index = match found {
-            Some(index) => index,
-            None => {
-                self.lanes.push(Lane { gpu: self.shared.gpu(ordinal)?, moved: false });
-                self.lanes.len() - 1
-            }
-        };
-        if self.current != Some(ordinal) {
-            self.lanes[index].gpu.context.make_current()?;
-            self.current = Some(ordinal);
-        }
-        Ok(index)
+        let home = shared.home;
+        let mut lanes = Lanes::new(shared, |gpu| Ok(gpu.copies.clone()))?;
+        // From the beginning: kernels are queued there too, and `quiesce` waits for them.
+        lanes.of(home)?;
+        Ok(Self { host: HostQueue(0), lanes, batch: false, marks: VecDeque::with_capacity(8), marked: 0, reached: 0 })
     }
 }
 
@@ -77,32 +48,33 @@ impl CopyQueue for Queue {
     }
 
     fn wait(&mut self, point: &Point) -> Result<()> {
-        for event in events_of(point)? {
-            let lane = self.lane(event.gpu.context.ordinal)?;
-            self.lanes[lane].gpu.copies.wait(event)?;
-        }
-        Ok(())
+        self.lanes.wait(point)
+    }
+
+    fn batch(&mut self) {
+        self.batch = true;
     }
 
     unsafe fn fetch(&mut self, ordinal: u32, from: *const u8, to: *mut u8, len: usize) -> Result<()> {
-        let lane = self.lane(ordinal)?;
-        let lane = &mut self.lanes[lane];
+        let lane = self.lanes.of(ordinal)?;
         // Before the call: what fails may have been queued all the same.
         lane.moved = true;
+        let from = from.addr() as u64;
+        if self.batch {
+            lane.held.push(from, to, len);
+            return Ok(());
+        }
         // SAFETY: passed on.
-        unsafe { lane.gpu.copies.copy_to_host(from.addr() as u64, to, len) }
+        unsafe { lane.stream.copy_to_host(from, to, len) }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.lanes.flush()
     }
 
     fn mark(&mut self) -> Result<u64> {
         let mut events = SmallVec::new();
-        for lane in 0..self.lanes.len() {
-            if std::mem::take(&mut self.lanes[lane].moved) {
-                self.lane(self.lanes[lane].gpu.context.ordinal)?;
-                let event = self.lanes[lane].gpu.event()?;
-                event.record(self.lanes[lane].gpu.copies.handle())?;
-                events.push(event);
-            }
-        }
+        self.lanes.mark(&mut events)?;
         self.marks.push_back(Mark(events));
         self.marked += 1;
         Ok(self.marked)
@@ -122,14 +94,6 @@ impl CopyQueue for Queue {
     }
 
     fn quiesce(&mut self, deadline: Instant) -> bool {
-        // A context that is lost does nothing any more: the driver has stopped all of its work.
-        let ended = |lane: &Lane| lane.gpu.context.lost() || lane.gpu.copies.is_idle().unwrap_or(false);
-        while !self.lanes.iter().all(ended) {
-            if Instant::now() >= deadline {
-                return false;
-            }
-            std::thread::sleep(POLL);
-        }
-        true
+        self.lanes.quiesce(deadline)
     }
 }

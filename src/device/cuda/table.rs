@@ -137,10 +137,8 @@ impl Tables {
         if let Some(at) = pool.iter().position(|(both, ready)| both.device.len() >= len && free(ready)) {
             return Ok(pool.swap_remove(at).0);
         }
-        // What is too small is no use any more: states keep their structure.
-        let small = pool.iter().position(|(_, ready)| free(ready)).map(|at| pool.swap_remove(at));
         drop(pool);
-        drop(small);
+        // What is too small stays for a smaller list: to free memory may wait for the whole device, and powers of two are few.
         let len = len.next_power_of_two().max(4096);
         Ok(Both { pinned: self.gpu.context.pinned(len)?, device: self.gpu.context.memory(len)? })
     }

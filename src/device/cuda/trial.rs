@@ -1,10 +1,13 @@
-//! Kernels tried out at start, against the processor: a device that gets a byte wrong gathers and digests nothing.
+//! Kernels, and copies in one call, tried out at start, against the processor: a device that gets a byte wrong gathers and digests
+//! nothing, and makes each copy by itself.
 //!
 //! # Safety argument
 //! Buffers are locals that outlive what is queued: the stream is waited for before they go, and where that takes too long they
 //! are leaked. The host reads what came back only after that.
 #![expect(unsafe_code, reason = "kernels over local buffers; argument above")]
 
+use super::driver::Copies;
+use super::gpu::Gpu;
 use super::kernels::Kernels;
 use crate::device::{Kernels as _, Piece, Pieces, View};
 use crate::digest::Digest;
@@ -12,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::state::DeviceStream;
 use smallvec::smallvec;
 use std::mem::forget;
+use std::sync::Arc;
 
 /// Bytes of a buffer: room for tensors at every alignment to every alignment.
 const BYTES: usize = 48 << 10;
@@ -22,7 +26,7 @@ pub(super) fn run(kernels: &Kernels) -> Result<()> {
     let (host, from, to) = (gpu.context.pinned(2 * BYTES)?, gpu.context.memory(BYTES)?, gpu.context.memory(BYTES)?);
     // SAFETY: just allocated, and known to nobody.
     let sent = unsafe { std::slice::from_raw_parts_mut(host.pointer(), BYTES) };
-    sent.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]);
+    vary(sent);
     let (pieces, expected) = list(sent, from.address(), to.address());
     let (sent, back) = (sent.as_ptr(), host.pointer().wrapping_add(BYTES));
     let stream = DeviceStream::new(gpu.context.ordinal, gpu.copies.handle());
@@ -50,6 +54,45 @@ pub(super) fn run(kernels: &Kernels) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Device, "the kernels of this device gather or digest wrong bytes"))
+}
+
+/// Copies parts of a buffer to the host in one call.
+pub(super) fn batch(gpu: &Arc<Gpu>) -> Result<()> {
+    let _entered = gpu.context.enter()?;
+    let (host, from) = (gpu.context.pinned(2 * BYTES)?, gpu.context.memory(BYTES)?);
+    // SAFETY: just allocated, and known to nobody.
+    let (sent, back) = unsafe { std::slice::from_raw_parts_mut(host.pointer(), 2 * BYTES) }.split_at_mut(BYTES);
+    vary(sent);
+    let (sent, back) = (sent.as_ptr(), back.as_mut_ptr());
+    let mut copies = Copies::default();
+    // Of every length and alignment, each to where it came from.
+    let mut at = 0;
+    for len in (1..).take_while(|len| len * (len + 1) / 2 <= BYTES) {
+        copies.push(from.address() + at as u64, back.wrapping_add(at), len);
+        at += len;
+    }
+    let queue = || {
+        // SAFETY: within the buffers, which are kept until the stream has come here.
+        unsafe { gpu.copies.copy_to_device(sent, from.address(), BYTES) }?;
+        // SAFETY: as above.
+        unsafe { gpu.copies.copy_all_to_host(&copies) }
+    };
+    let queued = queue();
+    if !gpu.settle(&gpu.copies) {
+        forget((host, from));
+        return Err(Error::new(ErrorKind::Device, "copies that were tried out did not end"));
+    }
+    queued?;
+    gpu.context.alive()?;
+    // SAFETY: the first half and part of the second, which nobody writes any more.
+    let (sent, back) = unsafe { (std::slice::from_raw_parts(sent, at), std::slice::from_raw_parts(back, at)) };
+    let wrong = || Error::new(ErrorKind::Device, "copies in one call brought wrong bytes");
+    if sent == back { Ok(()) } else { Err(wrong()) }
+}
+
+/// Bytes that differ from their neighbours.
+fn vary(bytes: &mut [u8]) {
+    bytes.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0]);
 }
 
 /// Pieces to every alignment, and from nearly every other; a strided tensor; and the bytes that each must be.

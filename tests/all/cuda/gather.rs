@@ -2,7 +2,7 @@
 
 use super::program::{Gpu, at_fence, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
-use ashore::{Capture, Detect, Dtype, ErrorKind, Overlap, StateDict};
+use ashore::{Capture, Detect, Dtype, ErrorKind, Fence, Overlap, StateDict};
 use std::sync::Arc;
 
 /// The setting of the simulated device by which copies to the host do not begin.
@@ -316,4 +316,48 @@ fn cuda_capture_that_fails_does_not_take_the_room_from_later_saves() {
         rig.executor.save(step, state()).unwrap().wait(LONG).unwrap();
         assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), pattern(1, 4000));
     }
+}
+
+/// The save of borrowed tensors was refused after the first kernel that reads them was queued, and the scope ended while it ran.
+#[test]
+fn cuda_scope_waits_for_kernels_of_a_save_that_was_refused() {
+    const KERNELS: u64 = 8;
+    let rig = rig(|b| b);
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (first, second) = (rig.gpu.stream(), rig.gpu.stream());
+    let (one, two) = (rig.gpu.tensor(&pattern(1, 3000)), rig.gpu.tensor(&pattern(2, 3000)));
+    fake.set("hold", KERNELS);
+    let ended = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        second.capture(|| {
+            let mut state = StateDict::new();
+            state.tensor("one", one.source(first)).unwrap();
+            state.tensor("two", two.source(second)).unwrap();
+            let (rig, one, ended) = (&rig, &one, &ended);
+            threads.spawn(move || {
+                rig.gpu.enter();
+                let error = rig.executor.scope(Fence::host(), |scope| scope.save(1, state)).unwrap().unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Invalid);
+                assert_eq!(Arc::strong_count(&one.0), 1, "still to be read");
+                ended.store(true, std::sync::atomic::Ordering::Release);
+            });
+            std::thread::sleep(std::time::Duration::from_millis(30));
+        });
+        assert!(!ended.load(std::sync::atomic::Ordering::Acquire));
+        fake.set("hold", 0);
+    });
+    rig.executor.save(1, at_fence(one.source(first))).unwrap().wait(LONG).unwrap();
+}
+
+/// Each fits the room, both do not: waiting for room would be in vain.
+#[test]
+fn cuda_captures_that_never_fit_together_are_refused_for_good() {
+    let rig = rig(|b| b.gather(16 << 10).detect(Detect::Never));
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 10_000)));
+    let mut state = StateDict::new();
+    for name in ["a", "b"] {
+        state.tensor_captured(name, tensor.source(stream), Capture::AtSave).unwrap();
+    }
+    let error = rig.executor.save(1, state).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
 }

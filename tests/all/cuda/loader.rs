@@ -10,8 +10,8 @@ const HERE: &str = "ASHORE_DRIVER_FOUND";
 /// What the loader finds.
 #[derive(Default)]
 pub struct Found {
-    /// A function that the driver does not have.
-    pub without: Option<&'static str>,
+    /// Functions that the driver does not have.
+    pub without: &'static [&'static str],
     pub variables: &'static [(&'static str, &'static str)],
 }
 
@@ -24,12 +24,11 @@ pub fn here() -> bool {
 pub fn run(path: &str, driver: &Found) -> Output {
     let folder = tempfile::tempdir().unwrap();
     let mut library = fakecuda::library();
-    if let Some(symbol) = driver.without {
+    if !driver.without.is_empty() {
         let mut bytes = std::fs::read(&library).unwrap();
-        let finder: Vec<_> = [b"\0", symbol.as_bytes(), b"\0"].concat();
-        let found: Vec<_> = (0..bytes.len() - finder.len()).filter(|&at| bytes[at..].starts_with(&finder)).collect();
-        assert!(!found.is_empty(), "the driver has no {symbol}");
-        found.into_iter().for_each(|at| bytes[at + 1] = b'_');
+        for symbol in driver.without {
+            take_away(&mut bytes, symbol);
+        }
         library = folder.path().join("older");
         std::fs::write(&library, bytes).unwrap();
     }
@@ -40,6 +39,15 @@ pub fn run(path: &str, driver: &Found) -> Output {
     again.args(["--exact", path, "--nocapture", "--test-threads", "1"]);
     again.env("LD_LIBRARY_PATH", folder.path()).env(HERE, "").envs(driver.variables.iter().copied());
     again.output().unwrap()
+}
+
+/// Renames a symbol.
+fn take_away(library: &mut [u8], symbol: &str) {
+    let finder: Vec<_> = [b"\0", symbol.as_bytes(), b"\0"].concat();
+    let found = |at: &usize| library[*at..].starts_with(&finder);
+    let found: Vec<_> = (0..library.len() - finder.len()).filter(found).collect();
+    assert!(!found.is_empty(), "the driver has no {symbol}");
+    found.into_iter().for_each(|at| library[at + 1] = b'_');
 }
 
 /// Everything that it wrote.

@@ -2,6 +2,7 @@
 //! speed; with `ASHORE_REQUIRE_GPU=1` those that need no steering run on a real one, unchanged.
 
 mod aside;
+mod batch;
 mod cudarc;
 mod failing;
 mod finding;

@@ -89,7 +89,7 @@ pub fn left_out() {
 
 /// The driver to test with.
 pub fn library() -> PathBuf {
-    if real() { "libcuda.so.1".into() } else { fakecuda::library() }
+    if super::loader::here() { "libcuda.so.1".into() } else { fakecuda::library() }
 }
 
 /// A device, and a context of it that is current in this thread.
@@ -168,6 +168,8 @@ impl Gpu {
         let mut at = 0;
         cuda!(cuMemAlloc_v2(&mut at, bytes.len().max(1)));
         cuda!(cuMemcpyHtoD_v2(at, bytes.as_ptr().cast(), bytes.len()));
+        // From memory that is not pinned it returns once the bytes are taken, not once they have come; streams do not wait for it.
+        cuda!(cuCtxSynchronize());
         Tensor(Arc::new(Block { at, len: bytes.len(), owner: None }))
     }
 }

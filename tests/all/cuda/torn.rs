@@ -58,13 +58,14 @@ struct Program {
 }
 
 impl Program {
-    fn new(seed: u8, slabs: u64, slots: u64) -> Self {
+    fn new(seed: u8, slabs: u64, slots: u64, batch: bool) -> Self {
         let gpu = Gpu::take();
         gpu.set("seed", u64::from(seed) + 1);
         gpu.set("reuse", 1);
         let streams = [gpu.stream(), gpu.stream(), gpu.stream()];
         let rig = rig_on(gpu, |b| {
-            b.arena(slabs * 4096).scratch(slots * 4096).detect(Detect::Never).overlap(ashore::Overlap::Queue(3))
+            let b = b.arena(slabs * 4096).scratch(slots * 4096).detect(Detect::Never);
+            b.overlap(ashore::Overlap::Queue(3)).batch(batch)
         });
         let random = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]);
         Self { rig, streams, random, step: 0, open: Vec::new(), counts: BTreeMap::new() }
@@ -186,9 +187,10 @@ impl Program {
 fn cuda_snapshots_are_never_torn() {
     const TRIALS: usize = 2600;
     let counts = std::thread::scope(|scope| {
-        let programs = [(1, 2, 0), (2, 2, 2), (3, 4, 64), (4, 16, 5)].map(|(seed, slabs, slots)| {
+        let programs = [(1, 2, 0, true), (2, 2, 2, false), (3, 4, 64, true), (4, 16, 5, false)];
+        let programs = programs.map(|(seed, slabs, slots, batch)| {
             scope.spawn(move || {
-                let mut program = Program::new(seed, slabs, slots);
+                let mut program = Program::new(seed, slabs, slots, batch);
                 for _ in 0..TRIALS {
                     program.trial();
                 }
@@ -197,6 +199,8 @@ fn cuda_snapshots_are_never_torn() {
                 assert_eq!(program.rig.gpu.fake().map_or(0, |fake| fake.sticky()), 0);
                 let kernels = program.rig.gpu.fake().map(|fake| fake.calls("cuLaunchKernel"));
                 assert!(kernels.is_none_or(|n| if slots == 0 { n > 1000 } else { n > 3000 }), "{kernels:?}");
+                let batches = program.rig.gpu.fake().map(|fake| fake.calls("cuMemcpyBatchAsync_v2"));
+                assert!(batches.is_none_or(|n| if batch { n > 1000 } else { n == 0 }), "{batches:?}");
                 program.counts
             })
         });

@@ -1,7 +1,7 @@
 //! After a fence tensors may be written, however late the copies are made.
 
 use crate::rig::{Buffer, LONG, eventually, one, pattern, rig};
-use ashore::{Capture, Detect, StateDict};
+use ashore::{Capture, Detect, Fence, StateDict};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -140,4 +140,33 @@ fn a_state_many_times_the_arena_goes_through_it() {
 fn an_idle_fence_does_not_wait() {
     let rig = rig(|b| b.fence_deadline(Duration::ZERO));
     rig.executor.fence().unwrap();
+}
+
+/// There is no stream in which whoever writes or frees memory of the host could wait.
+#[test]
+fn fences_on_streams_wait_on_the_host_for_what_is_copied_from_it_behind_our_back() {
+    let rig = rig(|b| b);
+    for scoped in [true, false] {
+        rig.device.hold();
+        let (step, before) = (u64::from(scoped), rig.device.copied());
+        let bytes = pattern(1, 9000);
+        std::thread::scope(|scope| {
+            let fence = scope.spawn(|| {
+                if scoped {
+                    let mut state = StateDict::new();
+                    state.tensor("t", &bytes[..]).unwrap();
+                    _ = rig.executor.scope(Fence::on(&[]), |scope| scope.save(step, state)).unwrap().unwrap();
+                } else {
+                    _ = rig.executor.save(step, one("t", Arc::new(bytes.clone()))).unwrap();
+                    rig.executor.fence_on(&[]).unwrap();
+                }
+                rig.device.copied() - before
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!fence.is_finished(), "scoped {scoped}");
+            rig.device.release();
+            assert_eq!(fence.join().unwrap(), 3);
+        });
+    }
+    rig.slabs_home();
 }

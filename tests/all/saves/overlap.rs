@@ -1,7 +1,7 @@
 //! What `save` does while earlier saves are unfinished is a stated policy.
 
 use crate::rig::{LONG, Rig, eventually, one, pattern, rig};
-use ashore::{ErrorKind, Outcome, Overlap, Phase, Save};
+use ashore::{ErrorKind, Outcome, Overlap, Phase, Save, SaveOptions};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,4 +83,23 @@ fn the_same_step_twice_is_a_conflict_under_way_and_afterwards() {
     let again = rig.executor.save_with(1, other, ashore::SaveOptions::default().overwrite()).unwrap();
     again.wait(LONG).unwrap();
     assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(77, 5000));
+}
+
+/// The lock of whoever admits saves was held while one waited for room, and nobody else's deadline counted.
+#[test]
+fn a_save_that_waits_for_room_does_not_hold_up_the_deadline_of_another() {
+    let rig = rig(|b| b.overlap(Overlap::Block));
+    rig.device.hold();
+    let first = save(&rig, 1).unwrap();
+    std::thread::scope(|scope| {
+        let patient = scope.spawn(|| save(&rig, 2));
+        std::thread::sleep(Duration::from_millis(20));
+        let hasty = SaveOptions::default().deadline(Duration::from_millis(20));
+        let error = rig.executor.save_with(3, one("t", Arc::new(pattern(3, 5000))), hasty).unwrap_err();
+        assert_eq!((error.kind(), error.step()), (ErrorKind::Busy, Some(3)));
+        assert!(!patient.is_finished());
+        rig.device.release();
+        patient.join().unwrap().unwrap().wait(LONG).unwrap();
+    });
+    first.wait(LONG).unwrap();
 }

@@ -63,8 +63,8 @@ fn shutdown_fails_what_is_unfinished_at_its_deadline() {
             device.release();
         });
         let error = rig.executor.shutdown(std::time::Duration::from_millis(50)).unwrap_err();
-        assert_eq!(error.step(), Some(1));
-        save.wait(LONG).unwrap_err();
+        assert_eq!((error.kind(), error.step()), (ErrorKind::Deadline, Some(1)));
+        assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
     });
     assert!(rig.storage.list().unwrap().is_empty());
 }

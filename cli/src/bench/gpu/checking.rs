@@ -1,7 +1,7 @@
 //! Whether saved bytes are the state at their step: of every save, by the digests in its manifest.
 
 use super::state::State;
-use super::training::{Saved, save_points};
+use super::training::Saved;
 use crate::bench::null::Sink;
 use crate::gpu::{Pinned, Stream};
 use ashore::digest::Digest;
@@ -18,11 +18,18 @@ pub struct Checking<'a> {
 }
 
 impl<'a> Checking<'a> {
-    /// Takes the steps of a block once, without the library, and digests the state where saves will be.
-    pub fn new(state: &'a State, sink: &'a Sink, stream: &Stream, pinned: &mut Pinned, every: u64) -> Result<Self> {
+    /// Takes the steps of a block once, without the library, and digests the state where saves will be: after so many steps, in
+    /// rising order.
+    pub fn new(
+        state: &'a State,
+        sink: &'a Sink,
+        stream: &Stream,
+        pinned: &mut Pinned,
+        points: impl IntoIterator<Item = u64>,
+    ) -> Result<Self> {
         let (mut expected, mut taken) = (BTreeMap::new(), 0);
         state.reset(stream)?;
-        for after in std::iter::once(0).chain(save_points(every)) {
+        for after in points {
             while taken < after {
                 state.feed(stream, taken)?;
                 state.update(stream)?;

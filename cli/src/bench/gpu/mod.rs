@@ -6,6 +6,8 @@ mod readback;
 mod staging;
 mod state;
 mod training;
+mod ways;
 
 pub use bus::run as limits;
 pub use staging::run as staging;
+pub use ways::run as ways;

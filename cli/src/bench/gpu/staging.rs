@@ -7,7 +7,7 @@ use super::bus::{self, Way};
 use super::checking::Checking;
 use super::readback::{self, Reading};
 use super::state::State;
-use super::training::{Block, Pending, Saved, Training};
+use super::training::{Block, Pending, Saved, Training, save_points};
 use crate::bench::pairs::{self, Estimate, Pairs, Turn};
 use crate::bench::usage::{Cpu, per_gb};
 use crate::bench::{Bench, Figures, PATIENCE, null};
@@ -44,7 +44,8 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     let (stream, copies) = (Stream::new(gpu)?, Stream::new(gpu)?);
     let mut pinned = Pinned::allocated(&copies, sizes.arena)?;
     let (every, wanted) = (args.every.unwrap_or(10), args.step_ms.unwrap_or(300.0));
-    let mut checking = Checking::new(&state, &sink, &stream, &mut pinned, every)?;
+    let points = std::iter::once(0).chain(save_points(every));
+    let mut checking = Checking::new(&state, &sink, &stream, &mut pinned, points)?;
     let mut training = Training::new(&executor, &state, &stream, every, wanted / 1e3, args.graph)?;
 
     // The first block plans, and touches what later ones find in place.

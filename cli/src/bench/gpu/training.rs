@@ -112,12 +112,7 @@ impl<'a> Training<'a> {
     /// Saves what is there now, `after` steps.
     pub fn save(&mut self, after: u64) -> Result<Pending> {
         self.saves += 1;
-        let began = Instant::now();
-        let dict = self.state.dict(&self.stream)?;
-        let called = Instant::now();
-        let save = self.executor.save(self.saves, dict)?;
-        let (number, took) = (self.saves, called.elapsed().as_secs_f64());
-        Ok(Pending { save, number, after, called, dict: (called - began).as_secs_f64(), took, fence: 0.0 })
+        save(self.executor, self.state, &self.stream, self.saves, after)
     }
 
     /// Trains a block from the beginning.
@@ -157,6 +152,16 @@ impl<'a> Training<'a> {
         let saves = pending.into_iter().map(Pending::ended).collect::<Result<_>>()?;
         Ok(Block { seconds: last.since(&events[0])?, steps, saves })
     }
+}
+
+/// Saves what `stream` has made of the state, as `number`, `after` steps.
+pub fn save(executor: &CheckpointExecutor, state: &State, stream: &Stream, number: u64, after: u64) -> Result<Pending> {
+    let began = Instant::now();
+    let dict = state.dict(stream)?;
+    let called = Instant::now();
+    let save = executor.save(number, dict)?;
+    let took = called.elapsed().as_secs_f64();
+    Ok(Pending { save, number, after, called, dict: (called - began).as_secs_f64(), took, fence: 0.0 })
 }
 
 /// A save under way.

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// The primary context of a device, shared with every other user of the device in this process. It is retained when first
 /// used and never given back: others may use it without having retained it.
 pub struct Context {
-    driver: Arc<Driver>,
+    pub(super) driver: Arc<Driver>,
     pub ordinal: u32,
     handle: Handle,
     dead: AtomicBool,

@@ -16,6 +16,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         state.tensor("bias", CudaTensor::new(bias.clone(), [2])?)?;
         scope.save(1, state)
     })??;
+    #[cfg(feature = "cubecl")]
+    println!("beside {:?}", cubecl_cuda::CudaDevice::new(0));
     save.wait(Duration::from_secs(60))?;
     Ok(())
 }

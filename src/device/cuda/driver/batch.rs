@@ -1,0 +1,140 @@
+//! Many copies in one call, which only drivers from CUDA 12.8 on can make.
+//!
+//! # Safety argument
+//! That of the module above. The arrays have as many members as the call is told, and live until it returns; the driver reads them
+//! during the call alone.
+#![expect(unsafe_code, reason = "calls of a C library; argument above")]
+
+use super::owned::Stream;
+use super::{Address, Driver, Handle};
+use crate::error::{Error, ErrorKind, Result};
+use std::ffi::{c_int, c_uint};
+
+/// `CUmemcpyAttributes`: when sources are read, hints for memory of other kinds than ours, flags.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Attributes {
+    order: c_uint,
+    hints: [c_uint; 4],
+    flags: c_uint,
+}
+
+// SAFETY: a type, which promises nothing and does nothing.
+type WithIndex = unsafe extern "C" fn(
+    *const *mut u8,
+    *const Address,
+    *const usize,
+    usize,
+    *const Attributes,
+    *const usize,
+    usize,
+    *mut usize,
+    Handle,
+) -> c_int;
+// SAFETY: as above.
+type Plain = unsafe extern "C" fn(
+    *const *mut u8,
+    *const Address,
+    *const usize,
+    usize,
+    *const Attributes,
+    *const usize,
+    usize,
+    Handle,
+) -> c_int;
+
+/// The function, as CUDA 13 has it, or as 12.8 had it: with the index of a copy that is wrong.
+#[derive(Clone, Copy)]
+pub(super) enum Batch {
+    Plain(Plain),
+    WithIndex(WithIndex),
+}
+
+impl Batch {
+    /// Looks for it.
+    ///
+    /// # Safety
+    /// `library` is a CUDA driver.
+    pub unsafe fn find(library: &libloading::Library) -> Option<Self> {
+        // SAFETY: the caller says that it is a driver; the signature is that of `cuda.h` for this symbol.
+        let plain = unsafe { library.get::<Plain>(b"cuMemcpyBatchAsync_v2\0") };
+        // SAFETY: as above.
+        let with_index = || unsafe { library.get::<WithIndex>(b"cuMemcpyBatchAsync\0") };
+        plain.map(|f| Self::Plain(*f)).or_else(|_| with_index().map(|f| Self::WithIndex(*f))).ok()
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Plain(_) => "cuMemcpyBatchAsync_v2",
+            Self::WithIndex(_) => "cuMemcpyBatchAsync",
+        }
+    }
+
+    /// # Safety
+    /// Whatever the copies say is as [`Stream::copy_to_host`] asks for, and the stream is a live one that is no default stream.
+    unsafe fn call(self, copies: &Copies, stream: Handle) -> c_int {
+        const IN_STREAM_ORDER: c_uint = 1;
+        let attributes = Attributes { order: IN_STREAM_ORDER, hints: [0; 4], flags: 0 };
+        let (first, mut wrong) = (0, 0);
+        let Copies { to, from, bytes } = copies;
+        let (to, from, bytes, count) = (to.as_ptr(), from.as_ptr(), bytes.as_ptr(), bytes.len());
+        // SAFETY: arrays of one length, and one set of attributes, from the first copy on; what the copies say is the caller's.
+        unsafe {
+            match self {
+                Self::Plain(f) => f(to, from, bytes, count, &attributes, &first, 1, stream),
+                Self::WithIndex(f) => f(to, from, bytes, count, &attributes, &first, 1, &mut wrong, stream),
+            }
+        }
+    }
+}
+
+/// Copies to the host, in no order among each other.
+#[derive(Debug, Default)]
+pub struct Copies {
+    to: Vec<*mut u8>,
+    from: Vec<Address>,
+    bytes: Vec<usize>,
+}
+
+impl Copies {
+    pub fn push(&mut self, from: Address, to: *mut u8, len: usize) {
+        if len > 0 {
+            self.to.push(to);
+            self.from.push(from);
+            self.bytes.push(len);
+        }
+    }
+
+    /// Keeps the memory.
+    pub fn clear(&mut self) {
+        self.to.clear();
+        self.from.clear();
+        self.bytes.clear();
+    }
+}
+
+impl Driver {
+    /// Fails when it cannot make many copies in one call.
+    pub fn batches(&self) -> Result<()> {
+        let old = || Error::new(ErrorKind::Unavailable, "the CUDA driver is too old symbol=cuMemcpyBatchAsync");
+        self.batch.map(drop).ok_or_else(old)
+    }
+}
+
+impl Stream {
+    /// Queues copies to the host, several in one call where the driver has that.
+    ///
+    /// # Safety
+    /// Each is as [`Stream::copy_to_host`] asks for.
+    pub unsafe fn copy_all_to_host(&self, copies: &Copies) -> Result<()> {
+        if let (Some(batch), true) = (self.context.driver.batch, copies.bytes.len() > 1) {
+            // SAFETY: as the caller says; the stream is one that we made.
+            return self.context.call(batch.name(), |_| unsafe { batch.call(copies, self.handle) });
+        }
+        for ((&to, &from), &len) in copies.to.iter().zip(&copies.from).zip(&copies.bytes) {
+            // SAFETY: as the caller says.
+            unsafe { self.copy_to_host(from, to, len) }?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,128 @@
+//! A thread's way to GPUs: on each of them a stream, what was queued there since the last mark, and what is held back to be queued in
+//! one call.
+//!
+//! # Safety argument
+//! What is held back was vouched for until a later mark, or until the lanes are quiescent, by whoever handed it over; it is queued
+//! before that mark, or dropped before anybody is told that nothing runs.
+#![expect(unsafe_code, reason = "asynchronous copies; argument above")]
+
+use super::Shared;
+use super::driver::{Copies, Stream};
+use super::gpu::{Gpu, Lent, POLL, events_of};
+use crate::device::Point;
+use crate::error::Result;
+use crate::mutant::{self, Mutant};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// See the module.
+pub(super) struct Lanes {
+    shared: Arc<Shared>,
+    /// Of a GPU that is used for the first time.
+    stream: fn(&Gpu) -> Result<Arc<Stream>>,
+    lanes: Vec<Lane>,
+    /// The device whose context is current in this thread.
+    current: Option<u32>,
+}
+
+/// One GPU.
+pub(super) struct Lane {
+    pub gpu: Arc<Gpu>,
+    pub stream: Arc<Stream>,
+    /// Something was queued, or is held back, since the last mark.
+    pub moved: bool,
+    /// Copies to the host.
+    pub held: Copies,
+}
+
+impl Lanes {
+    /// Those of this thread, which is then one that other threads may capture graphs beside.
+    pub fn new(shared: Arc<Shared>, stream: fn(&Gpu) -> Result<Arc<Stream>>) -> Result<Self> {
+        let home = shared.gpu(shared.home)?;
+        home.context.make_current()?;
+        home.context.relax_capture()?;
+        Ok(Self { current: Some(shared.home), shared, stream, lanes: Vec::new() })
+    }
+
+    /// The lane of device `ordinal`, whose context is then current in this thread.
+    pub fn of(&mut self, ordinal: u32) -> Result<&mut Lane> {
+        let found = self.lanes.iter().position(|lane| lane.gpu.context.ordinal == ordinal);
+        let index = match found {
+            Some(index) => index,
+            None => {
+                let gpu = self.shared.gpu(ordinal)?;
+                let stream = (self.stream)(&gpu)?;
+                self.lanes.push(Lane { gpu, stream, moved: false, held: Copies::default() });
+                self.lanes.len() - 1
+            }
+        };
+        let lane = &mut self.lanes[index];
+        if self.current != Some(ordinal) {
+            lane.gpu.context.make_current()?;
+            self.current = Some(ordinal);
+        }
+        Ok(lane)
+    }
+
+    /// Everything queued from now on comes after `point`.
+    pub fn wait(&mut self, point: &Point) -> Result<()> {
+        for event in events_of(point)? {
+            self.of(event.gpu.context.ordinal)?.stream.wait(event)?;
+        }
+        Ok(())
+    }
+
+    /// Queues what is held back.
+    pub fn flush(&mut self) -> Result<()> {
+        self.each_moved(Lane::flush)
+    }
+
+    /// One event for each GPU with something queued since the last mark, behind that.
+    pub fn mark(&mut self, events: &mut impl Extend<Lent>) -> Result<()> {
+        self.each_moved(|lane| {
+            lane.flush()?;
+            let event = lane.gpu.event()?;
+            event.record(lane.stream.handle())?;
+            lane.moved = false;
+            events.extend([event]);
+            Ok(())
+        })
+    }
+
+    /// For each lane that has moved, with its context current.
+    fn each_moved(&mut self, mut run: impl FnMut(&mut Lane) -> Result<()>) -> Result<()> {
+        for at in 0..self.lanes.len() {
+            if self.lanes[at].moved {
+                run(self.of(self.lanes[at].gpu.context.ordinal)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops what is held back, and waits until nothing that was queued runs any more. False when that takes longer than until
+    /// `deadline`.
+    pub fn quiesce(&mut self, deadline: Instant) -> bool {
+        if !mutant::on(Mutant::BatchKept) {
+            self.lanes.iter_mut().for_each(|lane| lane.held.clear());
+        }
+        // A context that is lost does nothing any more: the driver has stopped all of its work.
+        let ended = |lane: &Lane| lane.gpu.context.lost() || lane.stream.is_idle().unwrap_or(false);
+        while !self.lanes.iter().all(ended) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(POLL);
+        }
+        true
+    }
+}
+
+impl Lane {
+    /// Queues what is held back. Its context is current.
+    fn flush(&mut self) -> Result<()> {
+        // SAFETY: see the safety argument.
+        let queued = unsafe { self.stream.copy_all_to_host(&self.held) };
+        self.held.clear();
+        queued
+    }
+}

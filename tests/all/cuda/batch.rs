@@ -1,0 +1,208 @@
+//! The copies of a chunk in one call: the same bytes, fewer calls, and nothing that comes too late.
+
+use super::loader::{Found, pass, path_of};
+use super::program::{Gpu, Rig, Stream, Tensor, at_fence, left_out, real, rig, rig_on};
+use crate::rig::{LONG, eventually, pattern};
+use ashore::{Builder, Capture, Detect, Dtype, ErrorKind, Layout, Place, Source, StateDict};
+use std::sync::Arc;
+
+/// The setting of the simulated device by which copies to the host do not begin.
+const COPIES: u64 = 1;
+const BATCH: &str = "cuMemcpyBatchAsync_v2";
+
+/// Small tensors that are not gathered; some are empty.
+fn small(gpu: &Gpu) -> Vec<(Tensor, Vec<u8>)> {
+    let bytes = (0..300).map(|i| pattern(i, (i as usize * 37) % 900));
+    bytes.map(|bytes| (gpu.tensor(&bytes), bytes)).collect()
+}
+
+fn state_of(tensors: &[(Tensor, Vec<u8>)], stream: Stream) -> StateDict<'static> {
+    let mut state = StateDict::new();
+    for (i, (tensor, _)) in tensors.iter().enumerate() {
+        state.tensor_captured(format!("{i:03}"), tensor.source(stream), Capture::AtFence).unwrap();
+        if i % 100 == 7 {
+            state.tensor(format!("{i:03}.host"), Arc::new(pattern(i as u64, 700))).unwrap();
+        }
+    }
+    state
+}
+
+fn ungathered(b: Builder) -> Builder {
+    b.chunk(16 << 10).arena(64 << 10).gather(0).detect(Detect::Never)
+}
+
+/// Saves twice, and compares what was saved. How often the driver was called for the second save, and how often to copy.
+fn save(rig: &Rig, stream: Stream, tensors: &[(Tensor, Vec<u8>)]) -> Option<[u64; 3]> {
+    let calls = || rig.gpu.fake().map(|fake| ["*", "cuMemcpyDtoHAsync_v2", BATCH].map(|name| fake.calls(name)));
+    let mut before = None;
+    for step in 1..=2 {
+        before = calls();
+        let save = rig.executor.save(step, state_of(tensors, stream)).unwrap();
+        rig.executor.fence().unwrap();
+        save.wait(LONG).unwrap();
+        let checkpoint = rig.checkpoint(step).unwrap();
+        checkpoint.verify().unwrap();
+        for (i, (_, bytes)) in tensors.iter().enumerate() {
+            assert_eq!(&checkpoint.read(&format!("{i:03}")).unwrap(), bytes, "step {step} tensor {i}");
+        }
+        assert_eq!(checkpoint.read("107.host").unwrap(), pattern(107, 700));
+    }
+    let (before, after) = (before?, calls()?);
+    Some([0, 1, 2].map(|i| after[i] - before[i]))
+}
+
+#[test]
+fn cuda_copies_in_batches_bring_the_same_bytes_by_fewer_calls() {
+    let mut counted = Vec::new();
+    for batch in [false, true] {
+        let rig = rig(|b| ungathered(b).batch(batch));
+        let found = rig.executor.device().batch.clone();
+        // A real driver may be too old.
+        assert!(found.is_ok() == batch || (batch && real()), "{found:?}");
+        let (stream, tensors) = (rig.gpu.stream(), small(&rig.gpu));
+        counted.extend(save(&rig, stream, &tensors));
+    }
+    let [[all, copies, none], [all_in_batches, single, batches]] = counted[..] else { return };
+    assert!(none == 0 && copies > 280, "{counted:?}");
+    // 300 tensors of 450 bytes on average, in chunks of 16 KiB.
+    assert!((8..12).contains(&batches) && single < 3 && all - all_in_batches > 270, "{counted:?}");
+}
+
+#[test]
+fn cuda_batches_of_several_devices_go_into_one_save() {
+    let (rig, second) = (rig(|b| ungathered(b).batch(true)), Gpu::take());
+    if second.ordinal == rig.gpu.ordinal {
+        return;
+    }
+    let (mine, theirs) = (rig.gpu.stream(), second.stream());
+    let (near, far) = (small(&rig.gpu), small(&second));
+    let mut state = StateDict::new();
+    for i in 0..near.len() {
+        let (tensor, stream) = if i % 2 == 0 { (&near[i].0, mine) } else { (&far[i].0, theirs) };
+        state.tensor(format!("{i:03}"), tensor.source(stream)).unwrap();
+    }
+    let save = rig.executor.save(1, state).unwrap();
+    rig.executor.fence_on(&[mine.0, theirs.0]).unwrap();
+    theirs.fill(&far[1].0, 0xEE);
+    save.wait(LONG).unwrap();
+    let checkpoint = rig.checkpoint(1).unwrap();
+    for (i, (_, bytes)) in near.iter().enumerate() {
+        assert_eq!(&checkpoint.read(&format!("{i:03}")).unwrap(), bytes, "tensor {i}");
+    }
+    let counted = [&rig.gpu, &second].map(|gpu| gpu.fake().map_or(2, |fake| fake.calls(BATCH)));
+    assert!(counted.iter().all(|&n| n > 1), "{counted:?}");
+}
+
+/// The watermark comes behind the copies that it speaks of, so that a fence sets aside what has not been copied.
+#[test]
+fn cuda_batches_that_have_not_left_the_gpu_are_set_aside_at_the_fence() {
+    let rig = rig(|b| b.scratch(16 * 4096).gather(0).batch(true).detect(Detect::Never));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let stream = rig.gpu.stream();
+    for step in 1..=20_u64 {
+        let tensors: Vec<_> = (0..20).map(|i| rig.gpu.tensor(&pattern(step + i, 700))).collect();
+        fake.set("hold", COPIES);
+        let (batches, told) = (fake.calls(BATCH), fake.calls("cuStreamWriteValue64_v2"));
+        let mut state = StateDict::new();
+        for (i, tensor) in tensors.iter().enumerate() {
+            state.tensor_captured(format!("{i:02}"), tensor.source(stream), Capture::AtFence).unwrap();
+        }
+        let save = rig.executor.save(step, state).unwrap();
+        eventually("two chunks are queued", || fake.calls("cuStreamWriteValue64_v2") >= told + 2);
+        assert!(fake.calls(BATCH) > batches);
+        rig.executor.fence_on(&[stream.0]).unwrap();
+        tensors.iter().for_each(|tensor| stream.fill(tensor, 0xEE));
+        stream.wait();
+        fake.set("hold", 0);
+        save.wait(LONG).unwrap();
+        for i in 0..20 {
+            let read = rig.checkpoint(step).unwrap().read(&format!("{i:02}")).unwrap();
+            assert!(read == pattern(step + i, 700), "step {step} tensor {i}");
+        }
+    }
+}
+
+/// Says that it has bytes, and hands out none.
+struct Empty;
+
+#[expect(unsafe_code, reason = "a source that breaks its promise")]
+// SAFETY: no pointer is handed out.
+unsafe impl Source for Empty {
+    fn layout(&self) -> Layout {
+        Layout::new(Dtype::U8, [100])
+    }
+
+    fn place(&self) -> Place {
+        Place::Host { bytes: 100, writable: false }
+    }
+
+    fn read(&self, _: &mut dyn FnMut(*const u8)) {}
+}
+
+#[test]
+fn cuda_copies_that_were_held_back_when_a_save_failed_are_never_made() {
+    let rig = rig(|b| b.gather(0).batch(true).detect(Detect::Never));
+    let stream = rig.gpu.stream();
+    for step in 1..=20 {
+        let tensors: Vec<_> = (0..3).map(|i| rig.gpu.tensor(&pattern(i, 500))).collect();
+        let mut state = StateDict::new();
+        tensors.iter().enumerate().for_each(|(i, t)| _ = state.tensor(format!("{i}"), t.source(stream)).unwrap());
+        state.tensor("3", Empty).unwrap();
+        let before = rig.gpu.fake().map(|fake| fake.calls(BATCH));
+        let error = rig.executor.save(2 * step, state).unwrap().wait(LONG).unwrap_err();
+        assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("tensor=\"3\""), "{error}");
+        rig.executor.fence().unwrap();
+        assert_eq!(rig.gpu.fake().map(|fake| fake.calls(BATCH)), before);
+        assert!(tensors.iter().all(|tensor| Arc::strong_count(&tensor.0) == 1));
+        // Their memory is gone, and whoever reads it from now on meets an error that stays.
+        drop(tensors);
+        let tensor = rig.gpu.tensor(&pattern(9, 9000));
+        rig.executor.save(2 * step + 1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(2 * step + 1).unwrap().read("t").unwrap(), pattern(9, 9000));
+    }
+    assert!(rig.gpu.is_well());
+}
+
+#[test]
+fn cuda_batches_that_a_driver_refuses_or_gets_wrong_are_reported_and_not_used() {
+    for (fault, named) in [
+        ("cuMemcpyBatchAsync_v2:1:1", BATCH),
+        ("cuMemcpyBatchAsync_v2:1:801", "code=801"),
+        ("cuMemHostAlloc:1:2", "cuMemHostAlloc"),
+        ("cuMemHostRegister_v2:0:2", "not pinned"),
+    ] {
+        let gpu = Gpu::take();
+        let Some(fake) = gpu.fake() else { return };
+        fake.fault(fault);
+        let rig = rig_on(gpu, |b| ungathered(b).batch(true));
+        let why = rig.executor.device().batch.clone().unwrap_err();
+        assert!(why.contains(named), "{why}");
+        let (stream, tensors) = (rig.gpu.stream(), small(&rig.gpu));
+        let [_, copies, batches] = save(&rig, stream, &tensors).unwrap();
+        assert!(copies > 280 && batches == 0, "{copies} {batches}");
+    }
+    let rig = rig(|b| b);
+    assert!(rig.executor.device().batch.clone().unwrap_err().contains("setting=batch"));
+    let host = crate::rig::rig(|b| b.batch(true));
+    assert!(host.executor.device().batch.clone().unwrap_err().contains("by itself"));
+}
+
+#[test]
+fn cuda_batches_are_made_by_drivers_of_12_8_too_and_older_ones_copy_one_by_one() {
+    const EXPECTED: &str = "EXPECTED_BATCH";
+    if real() {
+        return left_out();
+    }
+    let here = path_of!(cuda_batches_are_made_by_drivers_of_12_8_too_and_older_ones_copy_one_by_one);
+    let Ok(expected) = std::env::var(EXPECTED) else {
+        pass(here, &Found { without: &[BATCH], variables: &[(EXPECTED, "first")] });
+        pass(here, &Found { without: &[BATCH, "cuMemcpyBatchAsync"], variables: &[(EXPECTED, "none")] });
+        return;
+    };
+    let rig = rig(|b| ungathered(b).batch(true));
+    match rig.executor.device().batch.clone() {
+        Ok(()) => assert_eq!(expected, "first"),
+        Err(why) => assert!(expected == "none" && why.contains("too old symbol=cuMemcpyBatchAsync"), "{why}"),
+    }
+    save(&rig, rig.gpu.stream(), &small(&rig.gpu));
+}
