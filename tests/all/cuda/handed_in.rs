@@ -28,6 +28,8 @@ fn cuda_memory_that_was_handed_in_takes_what_is_set_aside_and_is_let_go_at_the_e
     let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
     rig.executor.fence_on(&[stream.0]).unwrap();
     stream.fill(&tensor, 0xEE);
+    // Nothing had left the GPU when its kernels ran.
+    stream.wait();
     rig.gpu.set("hold", 0);
     save.wait(LONG).unwrap();
     assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), bytes);
@@ -40,7 +42,8 @@ fn cuda_memory_that_was_handed_in_takes_what_is_set_aside_and_is_let_go_at_the_e
     executor.shutdown(LONG).unwrap();
     eventually("the memory is let go", || Arc::strong_count(&scratch.0) == 1);
     drop((scratch, tensor));
-    assert_eq!(gpu.fake().map(|fake| (fake.live().bytes, fake.live().blocks)), before);
+    // What else the kernels had goes right after it, in whichever thread lets go last.
+    eventually("all is given back", || gpu.fake().map(|fake| (fake.live().bytes, fake.live().blocks)) == before);
 }
 
 #[test]

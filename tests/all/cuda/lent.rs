@@ -10,15 +10,17 @@ use std::time::Duration;
 /// The setting of the simulated device by which copies to the host do not begin.
 const COPIES: u64 = 1;
 
-/// Saves `tensors`, each of its own stream, in a scope that ends with a fence on `writers`.
-fn scoped(rig: &Rig, step: u64, tensors: &[(&Tensor, Stream)], writers: &[Stream]) -> Save {
+/// Saves `tensors`, each of its own stream, in a scope that ends after `end`, with a fence on `writers`.
+fn scoped(rig: &Rig, step: u64, tensors: &[(&Tensor, Stream)], writers: &[Stream], end: impl FnOnce()) -> Save {
     let streams: Vec<_> = writers.iter().map(|stream| stream.0).collect();
     let save = rig.executor.scope(Fence::on(&streams), |scope| {
         let mut state = StateDict::new();
         for (i, (tensor, stream)) in tensors.iter().enumerate() {
             state.tensor_captured(i.to_string(), tensor.lent(*stream), Capture::AtFence).unwrap();
         }
-        scope.save(step, state)
+        let save = scope.save(step, state);
+        end();
+        save
     });
     save.unwrap().unwrap()
 }
@@ -57,18 +59,20 @@ fn cuda_scope_waits_on_the_host_exactly_for_what_neither_scratch_nor_slabs_hold(
 
 #[test]
 fn cuda_lent_memory_is_written_and_freed_only_behind_what_still_reads_it() {
-    let rig = rig(|b| b.scratch(24 * 4096));
+    let rig = rig(|b| b.scratch(24 * 4096).detect(ashore::Detect::Never));
     let Some(fake) = rig.gpu.fake() else { return };
     let (first, second, writer, other) = (rig.gpu.stream(), rig.gpu.stream(), rig.gpu.stream(), rig.gpu.stream());
     for step in 1..=20_u64 {
         let (value, len) = (step as u8, 30_000);
         let tensors = [(first.tensor(len), first), (second.tensor(len), second)];
         tensors.iter().for_each(|(tensor, stream)| stream.fill(tensor, value));
-        // Two chunks are on their way when the scope ends, or one, and cannot be taken back.
+        // Two chunks are on their way when the scope ends, and cannot be taken back.
         fake.set("hold", COPIES);
         fake.set("allow", step % 4);
         let lent: Vec<_> = tensors.iter().map(|(tensor, stream)| (tensor, *stream)).collect();
-        let save = scoped(&rig, step, &lent, &[writer]);
+        let copies = || fake.calls("cuMemcpyDtoHAsync_v2");
+        let before = copies();
+        let save = scoped(&rig, step, &lent, &[writer], || eventually("copies are queued", || copies() >= before + 2));
         let written = if step % 2 == 0 {
             tensors.iter().for_each(|(tensor, _)| writer.fill(tensor, 0xEE));
             Some(tensors)
@@ -80,7 +84,7 @@ fn cuda_lent_memory_is_written_and_freed_only_behind_what_still_reads_it() {
         };
         let next = [other.tensor(len), other.tensor(len)];
         next.iter().for_each(|tensor| other.fill(tensor, 0xDD));
-        std::thread::sleep(Duration::from_micros(300));
+        std::thread::sleep(Duration::from_millis(3));
         fake.set("hold", 0);
         fake.set("allow", 0);
         save.wait(LONG).unwrap();
@@ -166,7 +170,7 @@ fn cuda_scope_whose_stream_is_being_captured_waits_on_the_host() {
     for step in 1..=5_u64 {
         let tensor = rig.gpu.tensor(&pattern(step, 30_000));
         let mut save = None;
-        captured.capture(|| save = Some(scoped(&rig, step, &[(&tensor, stream)], &[captured])));
+        captured.capture(|| save = Some(scoped(&rig, step, &[(&tensor, stream)], &[captured], || ())));
         stream.fill(&tensor, 0xEE);
         save.unwrap().wait(LONG).unwrap();
         stream.wait();
@@ -200,7 +204,7 @@ fn cuda_scope_whose_kernels_are_lost_fails_its_save_alone() {
         let error = saved.unwrap().unwrap().wait(LONG).unwrap_err();
         assert!(error.to_string().contains(&format!("code={code}")), "{nth}:{code}{late}: {error}");
         if code == 1 {
-            let save = scoped(&rig, 2, &[(&tensor, stream)], &[stream]);
+            let save = scoped(&rig, 2, &[(&tensor, stream)], &[stream], || ());
             save.wait(LONG).unwrap();
             assert_eq!(rig.checkpoint(2).unwrap().read("0").unwrap(), pattern(1, 30_000));
         }
