@@ -50,7 +50,7 @@ pub(crate) enum Mutant {
     // seen by: cuda::aside
     Watermark,
     /// Streams do not wait at the end of a scope for copies that are queued.
-    // seen by: cuda::lent
+    // seen by: cuda::torn
     ScopeOrder,
     /// Copies do not wait for the streams that wrote the tensors.
     // seen by: cuda::aside
