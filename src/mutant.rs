@@ -47,11 +47,15 @@ pub(crate) enum Mutant {
     // seen by: cuda::aside
     LatchEarly,
     /// The kernel of a fence takes the watermark of earlier saves for this one's.
+    #[cfg(feature = "cuda")]
     // seen by: cuda::aside
     Watermark,
     /// Streams do not wait at the end of a scope for copies that are queued.
     // seen by: cuda::torn
     ScopeOrder,
+    /// Streams that wait for a number in memory are let go before the copies have ended, although no save has failed.
+    // seen by: cuda::waits::cuda_streams_write_after
+    HoldEarly,
     /// Copies do not wait for the streams that wrote the tensors.
     // seen by: cuda::aside
     ProducerWait,
@@ -59,6 +63,7 @@ pub(crate) enum Mutant {
     // seen by: cuda::batch
     BatchLate,
     /// Copies that were held back when a save failed are queued by the next.
+    #[cfg(feature = "cuda")]
     // seen by: cuda::batch
     BatchKept,
     /// A slot of the scratch is given to another save before its chunk is handed over.

@@ -194,6 +194,12 @@ pub struct Settings {
     /// fence on streams waits until copies are queued. At least a chunk. A list of what a save holds comes on top, 40 bytes for every
     /// 64 KiB. Of states that span devices nothing is set aside: for those a fence always waits. Experimental.
     pub scratch: u64,
+    /// At a fence on streams, have them wait for a number in pinned memory instead of an event: false. The stream of copies writes
+    /// it behind them, and the host as soon as every save that the fence is for has failed: so the deadline of a save also bounds
+    /// how long the GPU waits, where copies crawl or hang. Not for what a fence sets aside, nor at the end of a scope. CUDA's
+    /// own tools do not see this order. Streams wait for events where the driver refuses, or `CUDA_DEVICE_MAX_CONNECTIONS` is
+    /// below 8: [`DeviceReport::memory_waits`](crate::device::DeviceReport::memory_waits) says so.
+    pub memory_waits: bool,
     /// Queue the copies of a chunk from a GPU in one call (`cuMemcpyBatchAsync`), where the driver has that and the arena is
     /// pinned: false, because which way is faster has not been measured yet.
     pub batch: bool,
@@ -227,6 +233,7 @@ impl Default for Settings {
             detect: Detect::First,
             gather: 16 << 20,
             scratch: 0,
+            memory_waits: false,
             batch: false,
             capture_budget: 1 << 20,
             keep_last: None,

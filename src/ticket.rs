@@ -11,6 +11,7 @@ use crate::id::Attempt;
 use crate::settings::IoMode;
 use crate::state::DeviceStream;
 use crate::sync::{self, Mutex, lock};
+use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -151,6 +152,8 @@ pub(crate) struct Ticket {
     phase: AtomicU8,
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
+    /// While it keeps them, streams wait for its copies.
+    holds: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     signal: Arc<Signal>,
     /// The process that made it: in a forked child nothing will ever happen to it.
     generation: u64,
@@ -202,6 +205,7 @@ impl Ticket {
             phase: AtomicU8::new(Phase::Waiting as u8),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
+            holds: Mutex::new(Vec::new()),
             signal,
             generation,
         }
@@ -248,6 +252,7 @@ impl Ticket {
         *failure = Some(error.with_step(self.step));
         self.failed.store(true, Ordering::Release);
         drop(failure);
+        self.drop_holds();
         self.signal.notify();
         self.moved.notify();
         true
@@ -287,8 +292,23 @@ impl Ticket {
         self.staged_nanos.store(nanos, Ordering::Relaxed);
         self.dropped.complete(());
         self.staged.complete(self.failure().map_or(Ok(()), Err));
+        self.drop_holds();
         self.signal.notify();
         self.moved.notify();
+    }
+
+    /// Keeps `hold` until the save has failed or is staged.
+    pub fn hold(&self, hold: Arc<dyn Any + Send + Sync>) {
+        lock(&self.holds).push(hold);
+        // Whoever says so first comes for what is there only after he has said it.
+        if self.failed() || self.staged.is_complete() {
+            self.drop_holds();
+        }
+    }
+
+    fn drop_holds(&self) {
+        let holds = std::mem::take(&mut *lock(&self.holds));
+        drop(holds);
     }
 
     /// One more chunk is queued.

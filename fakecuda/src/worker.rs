@@ -14,8 +14,10 @@ const ON_DEVICE: u64 = 4;
 const KERNELS: u64 = 8;
 const WRITES: u64 = 16;
 
-/// How often something is looked at of which nobody tells us: host memory, and events of other devices.
+/// How often something is looked at of which nobody tells us: events of other devices.
 const LOOK: Duration = Duration::from_micros(50);
+/// The same of memory, where only what the host writes comes unannounced; streams may wait for it for long.
+const LOOK_AT_MEMORY: Duration = Duration::from_micros(300);
 
 /// Runs until the stream is destroyed and has nothing left to do.
 pub fn work(device: &'static Device, id: u64) {
@@ -43,7 +45,8 @@ pub fn work(device: &'static Device, id: u64) {
             let due = is_due(&work) || is_lost(&work);
             state = device.state();
             if !due {
-                state = device.wait(state, LOOK);
+                let look = if matches!(work, Work::Await { .. }) { LOOK_AT_MEMORY } else { LOOK };
+                state = device.wait(state, look);
                 continue;
             }
         } else if !dead && !is_due(&work) {

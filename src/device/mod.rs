@@ -64,6 +64,14 @@ pub trait Device: Register + Send + Sync + Debug {
         Err(Error::new(ErrorKind::Unavailable, "this device has none"))
     }
 
+    /// Called at most once, at start: waits of streams that the host can end.
+    ///
+    /// # Errors
+    /// Why there are none.
+    fn waits(&self) -> Result<Arc<dyn Waits>> {
+        Err(Error::new(ErrorKind::Unavailable, "this device has none"))
+    }
+
     /// A queue of copies to devices, made in the thread that will use it.
     ///
     /// # Errors
@@ -195,6 +203,22 @@ pub trait Kernels: Send + Sync + Debug {
     fn note(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn Noted>>>;
 }
 
+/// What a device offers whose streams can wait for a number in memory.
+pub trait Waits: Send + Sync + Debug {
+    /// How many fences may be pending.
+    fn at_once(&self) -> usize;
+
+    /// As [`Device::order`], but the waits also end when the last clone of what is returned is dropped, by a store to memory and
+    /// without a call of the driver. None when too many are pending: nothing was queued.
+    ///
+    /// # Errors
+    /// As [`Device::order`]; nothing waits then.
+    fn order(&self, streams: &[DeviceStream]) -> Result<Option<Hold>>;
+}
+
+/// While it lives, streams wait.
+pub type Hold = Arc<dyn Any + Send + Sync>;
+
 /// Something that was queued in a stream of the program.
 pub trait Queued: Send + Sync {
     /// True when it has run, or never will because the device is lost.
@@ -266,6 +290,9 @@ pub struct DeviceReport {
     pub gather: Result<u64, String>,
     /// How many chunks a fence can set aside on the device; or why it waits for copies to the host instead.
     pub scratch: Result<usize, String>,
+    /// How many fences may be pending whose waits end when their saves have failed; or why streams wait for events, whatever
+    /// becomes of the saves.
+    pub memory_waits: Result<usize, String>,
     /// That the copies of a chunk are queued in one call; or why each is a call of its own.
     pub batch: Result<(), String>,
 }
@@ -273,7 +300,14 @@ pub struct DeviceReport {
 impl DeviceReport {
     pub(crate) fn new(device: &dyn Device, why: String) -> Self {
         let unknown = || "not looked for".to_owned();
-        Self { name: device.name(), why, gather: Err(unknown()), scratch: Err(unknown()), batch: Err(unknown()) }
+        Self {
+            name: device.name(),
+            why,
+            gather: Err(unknown()),
+            scratch: Err(unknown()),
+            memory_waits: Err(unknown()),
+            batch: Err(unknown()),
+        }
     }
 
     /// Takes note of the kernels that there are, or of why there are none.

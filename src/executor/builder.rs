@@ -87,6 +87,9 @@ impl Builder {
         /// Memory of the GPU, in bytes, in which fences, and the ends of scopes, set aside what has not left it: 0, none. Of states
         /// that span devices nothing is set aside. Experimental.
         scratch: u64,
+        /// Whether streams wait at fences for a number in memory, so that a save that fails lets them go: no. See
+        /// [`Settings::memory_waits`].
+        memory_waits: bool,
         /// Whether to queue the copies of a chunk from a GPU in one call, where its driver has that: no. Not measured yet.
         batch: bool,
         /// How much a save may copy on the calling thread, in bytes: 1 MiB.
@@ -173,6 +176,15 @@ impl Builder {
         if let (Err(reason), true) = (&report.gather, device.name() != "host") {
             tracing::warn!(%reason, device = %report, "no kernels: small tensors are not gathered, and fences wait");
         }
+        let waits = if settings.memory_waits {
+            device.waits()
+        } else {
+            Err(Error::invalid("not asked for setting=memory_waits"))
+        };
+        report.memory_waits = waits.as_ref().map(|waits| waits.at_once()).map_err(ToString::to_string);
+        if let (Err(reason), true) = (&report.memory_waits, settings.memory_waits && device.name() != "host") {
+            tracing::warn!(%reason, device = %report, "no memory-waits: streams wait for events at fences");
+        }
         report.batch = match (settings.batch, &arena.report().pinned) {
             (false, _) => Err("not asked for setting=batch".into()),
             (true, Err(_)) => Err("the arena is not pinned".into()),
@@ -183,7 +195,9 @@ impl Builder {
         }
         let batch = report.batch.is_ok();
         let at_most = (settings.overlap == Overlap::Latest).then_some(2);
-        let stager = Arc::new(Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most, batch));
+        let mut stager = Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most, batch);
+        stager.flights.waits = waits.ok();
+        let stager = Arc::new(stager);
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };

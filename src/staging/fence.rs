@@ -5,8 +5,10 @@
 //! raced by a read of the host's.
 
 use crate::completion::deadline_after;
+use crate::device::{Device, Hold, Waits};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
+use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
 use std::sync::Arc;
@@ -19,6 +21,8 @@ pub(crate) struct Flights {
     tickets: Mutex<Vec<Arc<Ticket>>>,
     /// Saves whose sources may still be read.
     reading: AtomicUsize,
+    /// How streams wait at a fence, if not for events.
+    pub waits: Option<Arc<dyn Waits>>,
 }
 
 impl Flights {
@@ -115,7 +119,7 @@ impl Flights {
     }
 
     /// Has `aside` fence each save, or waits until all copies of live sources are queued, and then has `order` make whoever
-    /// writes wait for them.
+    /// writes wait for them: if that gives a hold, until the saves that keep it have failed at the latest.
     ///
     /// # Errors
     /// `Deadline`, as for `fence`. What `aside` and `order` say; other than `Invalid`, the saves that still read have been failed.
@@ -123,21 +127,21 @@ impl Flights {
         &self,
         patience: Duration,
         aside: impl Fn(&Arc<Ticket>, Instant) -> Result<bool>,
-        order: impl FnOnce() -> Result<()>,
+        order: impl FnOnce() -> Result<Option<Hold>>,
     ) -> Result<()> {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
             return Ok(());
         }
         let (began, deadline) = (Instant::now(), deadline_after(patience));
         let reading: Vec<_> = lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect();
-        let (mut result, mut all_aside, mut refused) = (Ok(()), true, Ok(()));
+        let (mut result, mut waiting, mut refused) = (Ok(()), Vec::new(), Ok(()));
         for ticket in &reading {
             match aside(ticket, deadline) {
                 Ok(true) => {}
                 // Of the host alone: there is no stream for writers to wait in, and a device may copy behind our back.
                 Ok(false) if ticket.streams.is_empty() => result = result.and(staged(ticket, patience, deadline)),
                 Ok(false) => {
-                    all_aside = false;
+                    waiting.push(ticket);
                     if !ticket.wait_queued(deadline) {
                         result = Err(late(ticket, patience));
                     }
@@ -152,7 +156,13 @@ impl Flights {
             }
             ticket.add_blocked(began.elapsed());
         }
-        if let Err(error) = refused.and_then(|()| if all_aside { Ok(()) } else { order() }) {
+        let ordered = refused.and_then(|()| if waiting.is_empty() { Ok(None) } else { order() });
+        if let Ok(Some(hold)) = &ordered
+            && !mutant::on(Mutant::HoldEarly)
+        {
+            waiting.iter().for_each(|ticket| ticket.hold(hold.clone()));
+        }
+        if let Err(error) = ordered {
             if error.kind() != ErrorKind::Invalid {
                 reading.iter().filter(|t| !t.staged.is_complete()).for_each(|t| _ = t.fail(error.clone()));
             }
@@ -160,6 +170,19 @@ impl Flights {
         }
         reading.iter().for_each(|t| t.fenced.store(true, Ordering::Release));
         result
+    }
+
+    /// Makes `streams` wait for all copies queued so far; by memory-waits where that can be had, else by events. Not at the end of
+    /// a scope: what was borrowed may be freed then, and not before its copies have ended, however the save did.
+    pub fn order(&self, device: &dyn Device, streams: &[DeviceStream]) -> Result<Option<Hold>> {
+        match self.waits.as_ref().map(|waits| waits.order(streams)) {
+            Some(Ok(Some(hold))) => return Ok(Some(hold)),
+            Some(Err(error)) if error.kind() == ErrorKind::Invalid => return Err(error),
+            Some(Err(error)) => tracing::warn!(%error, "no memory-wait: streams wait for events"),
+            Some(Ok(None)) => tracing::debug!("too many memory-waits are pending: streams wait for events"),
+            None => {}
+        }
+        device.order(streams).map(|()| None)
     }
 
     /// As [`Flights::freeze`], but what was queued may still read the memory when it returns, and whoever will write or free it

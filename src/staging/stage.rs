@@ -183,7 +183,7 @@ impl Stager {
             }
             _ => Ok(false),
         };
-        self.flights.fence_on(patience, aside, || self.device.order(streams))
+        self.flights.fence_on(patience, aside, || self.flights.order(self.device.as_ref(), streams))
     }
 
     fn aside(&self, ticket: &Arc<Ticket>) -> Option<(Arc<Aside>, bool)> {

@@ -2,11 +2,11 @@
 
 use super::*;
 use crate::completion::Signal;
-use crate::device::{Device, Host};
-use crate::error::{ErrorKind, Result};
+use crate::device::{Device, Hold, Host};
+use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Arena;
 use crate::plan::{Chunk, Plan, Shape, Sink};
-use crate::state::StateDict;
+use crate::state::{DeviceStream, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::testing::LateDevice;
 use crate::ticket::{Issue, Ticket};
@@ -39,6 +39,11 @@ fn stager(device: impl Device + 'static) -> Stager {
 }
 
 fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
+    push_of(stager, tensor, Vec::new())
+}
+
+/// As if streams had written the tensor.
+fn push_of(stager: &Stager, tensor: &Arc<Vec<u8>>, streams: Vec<DeviceStream>) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
     let mut state = StateDict::new();
     state.tensor("t", tensor.clone()).unwrap();
     let plan = Arc::new(Plan::new(&state, Shape { chunk: 4096, files: 1 }).unwrap());
@@ -47,7 +52,7 @@ fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<
         attempt: Default::default(),
         deadline: Instant::now() + LONG,
         chunks: plan.chunks.len(),
-        streams: Vec::new(),
+        streams,
         bytes: 0,
         writable: false,
         over_budget: 0,
@@ -143,4 +148,32 @@ fn a_fence_at_its_deadline_leaves_no_read_behind() {
         assert_eq!(Arc::strong_count(&tensor), 1);
         Ok(())
     });
+}
+
+#[test]
+fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
+    type Ending = fn(&Stager, &Ticket);
+    let fail: Ending = |_, ticket| assert!(ticket.fail(Error::new(ErrorKind::Cancelled, "enough")));
+    let staged: Ending = |stager, ticket| stager.flights.release(ticket);
+    for [first, second] in [[fail, fail], [fail, staged], [staged, fail], [staged, staged]] {
+        let stager = stager(Host);
+        let tensor = Arc::new(vec![1; 100]);
+        let save = || push_of(&stager, &tensor, vec![DeviceStream::new(0, 0)]).0;
+        let (one, two) = (save(), save());
+        [&one, &two].iter().for_each(|ticket| (0..ticket.chunks).for_each(|_| ticket.advance()));
+        let hold: Hold = Arc::new(());
+        let fence = || stager.flights.fence_on(LONG, |_, _| Ok(false), || Ok(Some(hold.clone())));
+        fence().unwrap();
+        fence().unwrap();
+        assert_eq!(Arc::strong_count(&hold), 5);
+        first(&stager, &one);
+        assert_eq!(Arc::strong_count(&hold), 3);
+        // Whoever comes now does not wait for the first.
+        fence().unwrap();
+        assert_eq!(Arc::strong_count(&hold), 4);
+        second(&stager, &two);
+        assert_eq!(Arc::strong_count(&hold), 1);
+        two.hold(hold.clone());
+        assert_eq!(Arc::strong_count(&hold), 1);
+    }
 }

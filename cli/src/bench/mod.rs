@@ -68,6 +68,9 @@ pub struct Args {
     /// On a GPU: memory of it in which fences set aside what has not left it [default: none]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     scratch: Option<u64>,
+    /// On a GPU: streams wait at fences for a number in memory, so that a save that fails lets them go
+    #[arg(long)]
+    memory_waits: bool,
     /// On a GPU: measure only how state leaves it faster: gathered, in batches, both, or tensor by tensor
     #[arg(long, conflicts_with_all = ["graph", "every", "no_limit"])]
     ways: bool,
@@ -160,12 +163,13 @@ impl Bench<'_> {
 
     /// What is measured on the host has no steps.
     fn refuse_what_needs_a_gpu(&self) -> Result<()> {
-        let Args { step_ms, every, graph, scratch, ways, .. } = self.args;
+        let Args { step_ms, every, graph, scratch, memory_waits, ways, .. } = self.args;
         let given = [
             ("--step-ms", step_ms.is_some()),
             ("--every", every.is_some()),
             ("--graph", *graph),
             ("--scratch", scratch.is_some()),
+            ("--memory-waits", *memory_waits),
             ("--ways", *ways),
         ];
         match given.into_iter().find(|(_, given)| *given) {

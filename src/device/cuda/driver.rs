@@ -1,5 +1,5 @@
 //! The CUDA driver, found at run time. Nobody outside this folder calls it: here is its table of functions, in `context` what is
-//! asked of a device, in `owned` what it lends, in `batch` the one function that a driver may lack.
+//! asked of a device, in `owned` what it lends, in `batch` a function that a driver may lack.
 //!
 //! A library that is absent, a symbol that it lacks, a driver without a device: each is an error that names it, never a panic.
 //! A result code is a plain number, because a newer driver may return ones that nobody here knows.
@@ -69,10 +69,17 @@ mod code {
 }
 
 macro_rules! table {
-    ($($name:ident = $symbol:literal ($($argument:ty),* $(,)?);)*) => {
-        /// The functions of the library.
-        // SAFETY: types of pointers, which promise nothing and do nothing.
-        struct Table { $($name: unsafe extern "C" fn($($argument),*) -> c_int,)* }
+    (
+        $($name:ident = $symbol:literal ($($argument:ty),* $(,)?);)*
+        $(? $extra:ident = $extra_symbol:literal ($($extra_argument:ty),* $(,)?);)*
+    ) => {
+        /// The functions of the library; those with a question mark it may lack.
+        struct Table {
+            // SAFETY: types of pointers, which promise nothing and do nothing.
+            $($name: unsafe extern "C" fn($($argument),*) -> c_int,)*
+            // SAFETY: as above.
+            $($extra: Option<unsafe extern "C" fn($($extra_argument),*) -> c_int>,)*
+        }
 
         impl Table {
             /// Looks every symbol up, once.
@@ -80,10 +87,16 @@ macro_rules! table {
             /// # Safety
             /// `library` is a CUDA driver.
             unsafe fn find(library: &libloading::Library) -> Result<Self, &'static str> {
-                Ok(Self { $(
-                    // SAFETY: the caller says that it is a driver; the signature is that of `cuda.h`.
-                    $name: unsafe { *library.get(concat!($symbol, "\0").as_bytes()).map_err(|_| $symbol)? },
-                )* })
+                Ok(Self {
+                    $(
+                        // SAFETY: the caller says that it is a driver; the signature is that of `cuda.h`.
+                        $name: unsafe { *library.get(concat!($symbol, "\0").as_bytes()).map_err(|_| $symbol)? },
+                    )*
+                    $(
+                        // SAFETY: as above.
+                        $extra: unsafe { library.get(concat!($extra_symbol, "\0").as_bytes()).ok().map(|found| *found) },
+                    )*
+                })
             }
         }
     };
@@ -126,6 +139,8 @@ table! {
     launch = "cuLaunchKernel"(
         Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *const *const c_void, *const *const c_void
     );
+    ? wait_number = "cuStreamWaitValue32_v2"(Handle, Address, u32, c_uint);
+    ? write_number = "cuStreamWriteValue32_v2"(Handle, Address, u32, c_uint);
 }
 
 /// The driver of this machine.
@@ -201,6 +216,11 @@ impl Driver {
     fn start(&self, call: &'static str, code: c_int) -> Result<()> {
         if code == code::SUCCESS { Ok(()) } else { Err(refused(call, code).with_kind(ErrorKind::Unavailable)) }
     }
+}
+
+/// The error for a function that an older driver lacks.
+fn absent(symbol: &str) -> Error {
+    Error::new(ErrorKind::Unavailable, format!("the CUDA driver is too old symbol={symbol}"))
 }
 
 /// The error of a call that returned `code`.

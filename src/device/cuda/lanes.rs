@@ -21,8 +21,6 @@ pub(super) struct Lanes {
     /// Of a GPU that is used for the first time.
     stream: fn(&Gpu) -> Result<Arc<Stream>>,
     lanes: Vec<Lane>,
-    /// The device whose context is current in this thread.
-    current: Option<u32>,
 }
 
 /// One GPU.
@@ -41,7 +39,7 @@ impl Lanes {
         let home = shared.gpu(shared.home)?;
         home.context.make_current()?;
         home.context.relax_capture()?;
-        Ok(Self { current: Some(shared.home), shared, stream, lanes: Vec::new() })
+        Ok(Self { shared, stream, lanes: Vec::new() })
     }
 
     /// The lane of device `ordinal`, whose context is then current in this thread.
@@ -57,10 +55,8 @@ impl Lanes {
             }
         };
         let lane = &mut self.lanes[index];
-        if self.current != Some(ordinal) {
-            lane.gpu.context.make_current()?;
-            self.current = Some(ordinal);
-        }
+        // Each time: sources that are read or dropped in this thread run code of users, which may leave any context behind.
+        lane.gpu.context.make_current()?;
         Ok(lane)
     }
 

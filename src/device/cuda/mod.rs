@@ -19,8 +19,9 @@ mod loads;
 mod queue;
 mod table;
 mod trial;
+mod waits;
 
-use super::{CopyQueue, Device, Kernels, LoadQueue, Memory, Point};
+use super::{CopyQueue, Device, Kernels, LoadQueue, Memory, Point, Waits};
 use crate::error::{ErrorKind, Result};
 use crate::memory::{Node, Register};
 use crate::state::DeviceStream;
@@ -168,6 +169,10 @@ impl Device for Cuda {
 
     fn kernels(&self, memory: Memory) -> Result<Arc<dyn Kernels>> {
         Ok(Arc::new(kernels::Kernels::new(&self.0, memory)?))
+    }
+
+    fn waits(&self) -> Result<Arc<dyn Waits>> {
+        Ok(Arc::new(waits::Waits::new(&self.0)?))
     }
 }
 

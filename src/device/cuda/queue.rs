@@ -83,6 +83,8 @@ impl CopyQueue for Queue {
     fn reached(&mut self) -> Result<u64> {
         while let Some(Mark(events)) = self.marks.front() {
             for event in events {
+                // As in `Lanes::of`: who knows what ran in this thread since the last time.
+                event.gpu.context.make_current()?;
                 if !event.is_reached()? {
                     return Ok(self.reached);
                 }

@@ -16,3 +16,4 @@ mod restoring_fails;
 mod settings;
 mod staging;
 mod torn;
+mod waits;

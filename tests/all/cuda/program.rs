@@ -132,6 +132,11 @@ impl Gpu {
         cuda!(cuCtxSetCurrent(self.context));
     }
 
+    /// Makes no context current in this thread.
+    pub fn leave() {
+        cuda!(cuCtxSetCurrent(0));
+    }
+
     /// Whether the context is current in this thread.
     pub fn is_current(&self) -> bool {
         let mut current = 0;
@@ -235,9 +240,14 @@ impl Drop for Block {
 impl Tensor {
     /// A source that keeps the memory.
     pub fn source(&self, stream: Stream) -> RawDevice {
+        self.kept_by(stream, self.clone())
+    }
+
+    /// The same, which `keep`, who has the tensor, keeps.
+    pub fn kept_by(&self, stream: Stream, keep: impl Send + Sync + 'static) -> RawDevice {
         let len = self.0.len;
         // SAFETY: the block is kept alive; what else is asked of the program is what these tests are about.
-        unsafe { RawDevice::new(self.0.at, len as u64, Dtype::U8, [len], stream.0, self.0.clone()) }
+        unsafe { RawDevice::new(self.0.at, len as u64, Dtype::U8, [len], stream.0, keep) }
     }
 
     /// Elements of `dtype` from the byte `at` on, with strides in bytes.

@@ -299,3 +299,24 @@ fn cuda_tensors_are_not_kept_for_a_second_try() {
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert!(error.to_string().contains("tensor=\"t\""), "{error}");
 }
+
+/// Whatever keeps tensors is dropped by the thread that copies, and may leave it without a context.
+#[test]
+fn cuda_saves_go_on_after_a_source_has_taken_the_context_away() {
+    struct Rude;
+    impl Drop for Rude {
+        fn drop(&mut self) {
+            Gpu::leave();
+        }
+    }
+    let rig = rig(|b| b);
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+    for step in 1..10 {
+        let mut state = at_fence(tensor.source(stream));
+        for name in ["a", "b"] {
+            state.tensor_captured(name, tensor.kept_by(stream, (tensor.clone(), Rude)), Capture::AtFence).unwrap();
+        }
+        rig.executor.save(step, state).unwrap().wait(LONG).unwrap();
+        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), pattern(1, 30_000));
+    }
+}

@@ -39,7 +39,8 @@ struct Rates {
 pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     let (args, sizes) = (bench.args, bench.sizes());
     let sink = null::Sink::with_manifests();
-    let executor = bench.builder().storage(Arc::new(sink.clone())).scratch(args.scratch.unwrap_or(0)).build()?;
+    let builder = bench.builder().storage(Arc::new(sink.clone()));
+    let executor = builder.scratch(args.scratch.unwrap_or(0)).memory_waits(args.memory_waits).build()?;
     let state = State::new(gpu, args.workload, args.scale)?;
     let (stream, copies) = (Stream::new(gpu)?, Stream::new(gpu)?);
     let mut pinned = Pinned::allocated(&copies, sizes.arena)?;
@@ -119,6 +120,8 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
         ("scratch_wanted", executor.settings().scratch.into()),
         ("scratch_slots", executor.device().scratch.clone().ok().into()),
         ("scratch_refused", executor.device().scratch.clone().err().into()),
+        ("memory_waits", executor.device().memory_waits.clone().ok().into()),
+        ("memory_waits_refused", executor.device().memory_waits.clone().err().filter(|_| args.memory_waits).into()),
         ("saves", (warm.saves.len() + blocks.saves().count() + alone.staged.len() + beside.staged.len()).into()),
         ("saves_equal", checking.checked.into()),
     ];

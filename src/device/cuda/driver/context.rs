@@ -5,7 +5,7 @@
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
 use super::owned::{Event, Memory, Module, Registered, Stream};
-use super::{Address, Driver, Handle, Table, code, refused};
+use super::{Address, Driver, Handle, Table, absent, code, refused};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
 use crate::sync::{Mutex, lock};
@@ -249,6 +249,29 @@ impl Context {
     pub unsafe fn copy_to_host(&self, from: Address, to: *mut u8, len: usize, stream: Handle) -> Result<()> {
         // SAFETY: as the caller says.
         self.call("cuMemcpyDtoHAsync_v2", |t| unsafe { (t.to_host)(to.cast(), from, len, stream) })
+    }
+
+    /// Queues a store of `value`, in any stream of this device: seen by whoever looks after everything that was queued before it.
+    ///
+    /// # Safety
+    /// `at` is a multiple of 4 in pinned memory that lives until then.
+    pub unsafe fn write_number(&self, at: Address, value: u32, stream: Handle) -> Result<()> {
+        const CALL: &str = "cuStreamWriteValue32_v2";
+        let write = self.driver.table.write_number.ok_or_else(|| absent(CALL))?;
+        // SAFETY: as the caller says.
+        self.call(CALL, |_| unsafe { write(stream, at, value, 0) })
+    }
+
+    /// Queues, in any stream of this device: wait until the number at `at` is `value`, or has gone past it.
+    ///
+    /// # Safety
+    /// As [`Context::write_number`].
+    pub unsafe fn wait_number(&self, at: Address, value: u32, stream: Handle) -> Result<()> {
+        const CALL: &str = "cuStreamWaitValue32_v2";
+        const AT_LEAST: c_uint = 0;
+        let wait = self.driver.table.wait_number.ok_or_else(|| absent(CALL))?;
+        // SAFETY: as the caller says.
+        self.call(CALL, |_| unsafe { wait(stream, at, value, AT_LEAST) })
     }
 
     /// Pins `len` bytes at `base` for all contexts, until the guard is dropped.

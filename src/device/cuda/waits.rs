@@ -1,0 +1,279 @@
+//! Memory-waits: at a fence, streams of the program wait for a number in pinned memory instead of an event. The stream of copies
+//! writes it behind them; the host does the same, without the driver, once nobody needs these copies any more.
+//!
+//! A fence takes a row of numbers, one for each device, and a value that is new to them. The row is used again when its guard is
+//! gone and everything that was queued with it has been reached: so a number never falls. **Order.** The write is queued before
+//! the waits, and behind all that it depends on. Whichever hardware queue streams share, no wait stands before what would end it.
+//!
+//! # Safety argument
+//! The numbers are pinned memory that only devices and atomics touch, aligned, and inside their allocation. It goes when
+//! everything that was queued with its address has been reached; where nobody can say that, it is leaked.
+#![expect(unsafe_code, reason = "numbers that a device and the host share; argument above")]
+
+use super::Shared;
+use super::driver::{Address, Context, Memory, Stream};
+use super::gpu::{Gpu, Lent, PATIENCE, POLL};
+use crate::device::{self, Hold};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fork;
+use crate::state::DeviceStream;
+use crate::sync::{Mutex, lock};
+use std::fmt;
+use std::mem::forget;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Fences that may be pending at once.
+const FENCES: usize = 32;
+/// Fewer hardware queues than this are shared by streams that have nothing to do with each other.
+const CONNECTIONS: u32 = 8;
+/// How long a wait that is tried out must last before it is ended.
+const TRIAL: Duration = Duration::from_millis(1);
+
+/// What an executor holds.
+pub(super) struct Waits(Arc<Rows>);
+
+struct Rows {
+    shared: Arc<Shared>,
+    home: Arc<Gpu>,
+    devices: usize,
+    /// A row for each fence, with a number for each device.
+    numbers: Option<Memory>,
+    /// Whether the guard of a row lives.
+    held: [AtomicBool; FENCES],
+    rows: Mutex<[Row; FENCES]>,
+}
+
+#[derive(Default)]
+struct Row {
+    value: u32,
+    /// Behind the writes, then behind the waits.
+    behind: Vec<Lent>,
+    /// Something was queued behind which there is no event.
+    lost: bool,
+}
+
+impl Waits {
+    /// Takes memory and tries a wait out, ended by the host and by the device.
+    pub fn new(shared: &Arc<Shared>) -> Result<Self> {
+        enough_connections(std::env::var_os("CUDA_DEVICE_MAX_CONNECTIONS").map(|n| n.to_string_lossy().into_owned()))?;
+        let (home, devices) = (shared.gpu(shared.home)?, shared.driver.devices()? as usize);
+        let numbers = Some(home.context.pinned(FENCES * devices * size_of::<u32>())?);
+        let (shared, held) = (shared.clone(), [const { AtomicBool::new(false) }; FENCES]);
+        let rows = Rows { shared, home, devices, numbers, held, rows: Mutex::default() };
+        rows.try_out()?;
+        Ok(Self(Arc::new(rows)))
+    }
+}
+
+/// Refuses an environment in which the waits of one stream stand before the work of others.
+fn enough_connections(set: Option<String>) -> Result<()> {
+    match set {
+        Some(n) if n.trim().parse().map_or(true, |n: u32| n < CONNECTIONS) => {
+            let why = "with so few hardware queues a wait holds up streams that do not wait";
+            Err(Error::invalid(format!("{why} CUDA_DEVICE_MAX_CONNECTIONS={n:?}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Rows {
+    fn offset(&self, row: usize, device: u32) -> usize {
+        (row * self.devices + device as usize) * size_of::<u32>()
+    }
+
+    fn address(&self, row: usize, device: u32) -> Address {
+        self.numbers.as_ref().map_or(0, |numbers| numbers.address() + self.offset(row, device) as u64)
+    }
+
+    fn number(&self, row: usize, device: u32) -> Option<&AtomicU32> {
+        let at = self.numbers.as_ref()?.pointer().wrapping_add(self.offset(row, device));
+        // SAFETY: inside the numbers, which live as long as `self`, aligned, and only ever used as atomics.
+        Some(unsafe { AtomicU32::from_ptr(at.cast()) })
+    }
+
+    /// Ends all waits for `value` in this row: plain stores.
+    fn end(&self, row: usize, value: u32) {
+        (0..self.devices as u32)
+            .filter_map(|device| self.number(row, device))
+            .for_each(|number| number.store(value, Ordering::Release));
+    }
+
+    /// The number of a row, and of a device in it, is to be `value` behind what is in `stream`.
+    fn write(&self, context: &Context, row: usize, value: u32, stream: usize) -> Result<()> {
+        // SAFETY: aligned; the numbers live until this has been reached, or for ever.
+        unsafe { context.write_number(self.address(row, context.ordinal), value, stream) }
+    }
+
+    /// What comes to `stream`, which is of `context`, waits until the number of `device` is `value`.
+    fn wait(&self, context: &Context, row: usize, device: u32, value: u32, stream: usize) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { context.wait_number(self.address(row, device), value, stream) }
+    }
+
+    /// What a driver refuses or does not do, it refuses now: in a stream of our own, so that nobody hangs with it.
+    fn try_out(&self) -> Result<()> {
+        let (gpu, here) = (&self.home, self.home.context.ordinal);
+        let stream = gpu.context.stream()?;
+        let _entered = gpu.context.enter()?;
+        let refused = |why| Err(Error::new(ErrorKind::Device, why));
+        let by_host = || {
+            self.wait(&gpu.context, 0, here, 1, stream.handle())?;
+            std::thread::sleep(TRIAL);
+            if stream.is_idle()? {
+                return refused("a stream does not wait for a number");
+            }
+            self.end(0, 1);
+            if gpu.settle(&stream) { Ok(()) } else { refused("a store of the host does not end a wait") }
+        };
+        let by_device = || {
+            self.write(&gpu.context, 0, 2, gpu.copies.handle())?;
+            self.wait(&gpu.context, 0, here, 2, stream.handle())?;
+            let settled = gpu.settle(&gpu.copies);
+            let written = self.number(0, here).is_some_and(|number| number.load(Ordering::Acquire) == 2);
+            if settled && written { Ok(()) } else { refused("a write of the device does not come to its number") }
+        };
+        let tried = by_host().and_then(|()| by_device());
+        // Whatever has been queued ends now, if anything can end it.
+        self.end(0, 2);
+        lock(&self.rows)[0].value = 2;
+        if gpu.settle(&stream) && gpu.settle(&gpu.copies) {
+            return tried;
+        }
+        self.give_up(stream);
+        tried.and(refused("a wait that was tried out did not end"))
+    }
+
+    /// Something may be queued of which nobody can say when it ends: what it uses stays for ever.
+    fn give_up(&self, stream: Stream) {
+        lock(&self.rows)[0].lost = true;
+        forget(stream);
+    }
+
+    /// Queues in the streams of copies the writes, and in `streams` the waits for them. None when too many are pending.
+    fn order(self: &Arc<Self>, streams: &[DeviceStream]) -> Result<Option<Hold>> {
+        self.shared.refuse_captures(streams)?;
+        let mut rows = lock(&self.rows);
+        let Some(index) = self.free(&rows)? else { return Ok(None) };
+        let row = &mut rows[index];
+        let value = row.value.wrapping_add(1);
+        row.value = value;
+        row.behind.clear();
+        self.held[index].store(true, Ordering::Release);
+        // From here on: however this ends, waits end.
+        let guard = Guard { rows: self.clone(), index, value, generation: fork::generation() };
+        let gpus = self.shared.in_use();
+        // Before anything is queued, because only they can say when the row is free again.
+        for ordinal in gpus.iter().map(|gpu| gpu.context.ordinal).chain(streams.iter().map(|stream| stream.ordinal)) {
+            row.behind.push(self.shared.gpu(ordinal)?.event()?);
+        }
+        let (writes, waits) = row.behind.split_at(gpus.len());
+        let lost = &mut row.lost;
+        for (gpu, event) in gpus.iter().zip(writes) {
+            let copies = gpu.copies.handle();
+            queue(event, copies, lost, |context| self.write(context, index, value, copies))?;
+        }
+        for (stream, event) in streams.iter().zip(waits) {
+            let all = |context: &Context| {
+                let each = |gpu: &Arc<Gpu>| self.wait(context, index, gpu.context.ordinal, value, stream.handle);
+                gpus.iter().try_for_each(each)
+            };
+            queue(event, stream.handle, lost, all)?;
+        }
+        Ok(Some(Arc::new(guard)))
+    }
+
+    /// A row that nobody uses.
+    fn free(&self, rows: &[Row; FENCES]) -> Result<Option<usize>> {
+        let _entered = self.home.context.enter()?;
+        let over = |row: &Row| row.behind.iter().all(|event| event.is_reached().unwrap_or(false));
+        let free = |i: &usize| !self.held[*i].load(Ordering::Acquire) && !rows[*i].lost && over(&rows[*i]);
+        Ok((0..FENCES).find(free))
+    }
+}
+
+/// Queues `work` in `stream`, which is of the event's device, and the event behind it.
+fn queue(event: &Lent, stream: usize, lost: &mut bool, work: impl FnOnce(&Context) -> Result<()>) -> Result<()> {
+    let _entered = event.gpu.context.enter()?;
+    let queued = work(&event.gpu.context);
+    // Also where that failed: it may be queued all the same. A second try, because nobody else can say when it ends.
+    let recorded = event.record(stream).or_else(|_| event.record(stream));
+    *lost |= recorded.is_err();
+    queued.and(recorded)
+}
+
+/// While it lives, the waits of a fence last until the copies have ended.
+struct Guard {
+    rows: Arc<Rows>,
+    index: usize,
+    value: u32,
+    generation: u64,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // A child of fork has no part in pinned memory.
+        if self.generation == fork::generation() {
+            self.rows.end(self.index, self.value);
+            self.rows.held[self.index].store(false, Ordering::Release);
+        }
+    }
+}
+
+impl Drop for Rows {
+    fn drop(&mut self) {
+        let context = &self.home.context;
+        if context.alive().is_err() {
+            return;
+        }
+        let _entered = context.enter();
+        let mut rows = std::mem::take(&mut *lock(&self.rows));
+        let over = |event: &Lent| event.gpu.context.lost() || event.is_reached().unwrap_or(false);
+        let deadline = Instant::now() + PATIENCE;
+        let mut pending = true;
+        while pending && Instant::now() < deadline {
+            rows.iter_mut().for_each(|row| row.behind.retain(|event| !over(event)));
+            pending = rows.iter().any(|row| !row.behind.is_empty());
+            if pending {
+                std::thread::sleep(POLL);
+            }
+        }
+        if pending || rows.iter().any(|row| row.lost) {
+            tracing::error!("memory-waits did not end; their memory is given up");
+            forget(self.numbers.take());
+        }
+    }
+}
+
+impl fmt::Debug for Waits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Waits({})", self.0.home.context.ordinal)
+    }
+}
+
+impl device::Waits for Waits {
+    fn at_once(&self) -> usize {
+        FENCES
+    }
+
+    fn order(&self, streams: &[DeviceStream]) -> Result<Option<Hold>> {
+        self.0.order(streams)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuda_queues_that_streams_share_are_refused() {
+        for (set, fine) in [(None, true), (Some("8"), true), (Some(" 32 "), true)] {
+            assert_eq!(enough_connections(set.map(str::to_owned)).is_ok(), fine);
+        }
+        for set in ["1", "7", "", "many"] {
+            let error = enough_connections(Some(set.into())).unwrap_err();
+            assert!(error.to_string().contains("CUDA_DEVICE_MAX_CONNECTIONS="), "{error}");
+        }
+    }
+}

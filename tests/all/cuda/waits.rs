@@ -1,0 +1,300 @@
+//! Streams that wait at a fence for a number in memory: until the copies have ended, or the save has failed.
+
+use super::loader::{Found, here, pass, path_of};
+use super::program::{Gpu, Rig, Stream, Tensor, at_fence, left_out, open_device, real, rig, rig_on};
+use crate::rig::{LONG, eventually, one, pattern};
+use ashore::{Builder, Capture, CheckpointExecutor, ErrorKind, Save, StateDict};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The setting of the simulated device by which copies to the host do not begin.
+const COPIES: u64 = 1;
+/// In which a stream that nothing holds up has long gone on.
+const A_WHILE: Duration = Duration::from_millis(5);
+const WAIT: &str = "cuStreamWaitValue32_v2";
+const WRITE: &str = "cuStreamWriteValue32_v2";
+
+fn waiting(builder: Builder) -> Builder {
+    // Short, so that a test that fails while copies are held ends soon.
+    builder.memory_waits(true).shutdown_deadline(Duration::from_secs(5))
+}
+
+impl Rig {
+    /// Whether the first byte of the tensor has been written by `Stream::fill` with 0xEE.
+    fn written(&self, tensor: &Tensor) -> bool {
+        self.gpu.fake().is_some_and(|fake| fake.peek(tensor.0.at, 1) == [0xEE])
+    }
+
+    /// A save none of whose copies begins, and a stream that has come to its fence and then writes the tensor.
+    fn held(&self, step: u64, tensor: &Tensor, stream: Stream) -> Option<Save> {
+        self.gpu.fake()?.set("hold", COPIES);
+        let save = self.executor.save(step, at_fence(tensor.source(stream))).unwrap();
+        self.executor.fence_on(&[stream.0]).unwrap();
+        stream.fill(tensor, 0xEE);
+        std::thread::sleep(A_WHILE);
+        assert!(!self.written(tensor));
+        Some(save)
+    }
+
+    fn saves_right(&self, step: u64) {
+        let (stream, tensor) = (self.gpu.stream(), self.gpu.tensor(&pattern(step, 9000)));
+        let save = self.executor.save(step, at_fence(tensor.source(stream))).unwrap();
+        self.executor.fence_on(&[stream.0]).unwrap();
+        stream.fill(&tensor, 0xEE);
+        save.wait(LONG).unwrap();
+        assert_eq!(self.checkpoint(step).unwrap().read("t").unwrap(), pattern(step, 9000));
+        stream.wait();
+    }
+}
+
+#[test]
+fn cuda_streams_write_after_a_memory_wait_only_what_has_left_the_gpu() {
+    let rig = rig(waiting);
+    assert!(rig.executor.device().memory_waits.as_ref().is_ok_and(|&n| n > 1));
+    rig.gpu.set("lag_us", 300);
+    let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
+    let tensors = [5000, 9000, 100].map(|n| rig.gpu.tensor(&vec![0; n]));
+    for step in 1..=20_u64 {
+        let mut state = StateDict::new();
+        for (i, tensor) in tensors.iter().enumerate() {
+            producer.fill(tensor, step as u8);
+            state.tensor_captured(i.to_string(), tensor.source(producer), Capture::AtFence).unwrap();
+        }
+        let save = rig.executor.save(step, state).unwrap();
+        rig.executor.fence_on(&[writer.0, producer.0]).unwrap();
+        for tensor in &tensors {
+            writer.fill(tensor, 0xEE);
+            producer.fill(tensor, 0xDD);
+        }
+        save.wait(LONG).unwrap();
+        writer.wait();
+        for (i, tensor) in tensors.iter().enumerate() {
+            let read = rig.checkpoint(step).unwrap().read(&i.to_string()).unwrap();
+            assert_eq!(read, vec![step as u8; tensor.0.len], "step {step} tensor {i}");
+        }
+    }
+    if let Some(fake) = rig.gpu.fake() {
+        assert!(fake.calls(WAIT) > 20 && fake.calls(WRITE) > 20);
+    }
+}
+
+#[test]
+fn cuda_streams_are_let_go_when_the_save_fails_although_its_copies_hang() {
+    for cancel in [true, false] {
+        let deadline = if cancel { LONG } else { Duration::from_millis(40) };
+        let rig = rig(|b| waiting(b).save_deadline(deadline).fence_deadline(LONG));
+        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
+        let Some(save) = rig.held(1, &tensor, stream) else { return };
+        assert!(!cancel || save.cancel());
+        stream.wait();
+        assert!(rig.written(&tensor));
+        let kind = save.wait(LONG).unwrap_err().kind();
+        assert_eq!(kind, if cancel { ErrorKind::Cancelled } else { ErrorKind::Deadline });
+        // The copies may still begin: what they read is there.
+        std::thread::sleep(A_WHILE);
+        assert!(Arc::strong_count(&tensor.0) > 1);
+        rig.gpu.set("hold", 0);
+        eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
+        eventually("slabs come home", || rig.executor.arena().free() == rig.executor.arena().report().slabs);
+        assert!(rig.checkpoint(1).is_err());
+        if cancel {
+            rig.saves_right(2);
+        }
+    }
+}
+
+#[test]
+fn cuda_streams_that_wait_for_an_event_are_not_let_go() {
+    let rig = rig(|b| b);
+    assert!(rig.executor.device().memory_waits.as_ref().is_err_and(|why| why.contains("setting=memory_waits")));
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
+    let Some(save) = rig.held(1, &tensor, stream) else { return };
+    assert!(save.cancel());
+    std::thread::sleep(A_WHILE);
+    assert!(!rig.written(&tensor));
+    rig.gpu.set("hold", 0);
+    stream.wait();
+    assert!(rig.written(&tensor));
+    assert_eq!(rig.gpu.fake().map_or(0, |fake| fake.calls(WAIT) + fake.calls(WRITE)), 0);
+}
+
+#[test]
+fn cuda_every_fence_of_a_save_lets_its_streams_go_and_later_ones_do_not_wait() {
+    let rig = rig(waiting);
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
+    let others: Vec<_> = (0..3).map(|i| (rig.gpu.stream(), rig.gpu.tensor(&pattern(i, 100)))).collect();
+    let Some(save) = rig.held(1, &tensor, stream) else { return };
+    for (other, mark) in &others[..2] {
+        rig.executor.fence_on(&[other.0, stream.0]).unwrap();
+        other.fill(mark, 0xEE);
+    }
+    std::thread::sleep(A_WHILE);
+    assert!(!others.iter().any(|(_, mark)| rig.written(mark)));
+    assert!(save.cancel());
+    // The save still reads, in vain.
+    let (late, mark) = &others[2];
+    rig.executor.fence_on(&[late.0]).unwrap();
+    late.fill(mark, 0xEE);
+    for (other, mark) in &others {
+        other.wait();
+        assert!(rig.written(mark));
+    }
+    stream.wait();
+    assert!(Arc::strong_count(&tensor.0) > 1);
+    rig.gpu.set("hold", 0);
+    rig.saves_right(2);
+}
+
+#[test]
+fn cuda_streams_wait_for_an_event_when_too_many_memory_waits_are_pending() {
+    let rig = rig(waiting);
+    let at_once = rig.executor.device().memory_waits.clone().unwrap();
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
+    let (late, mark) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(2, 100)));
+    let Some(save) = rig.held(1, &tensor, stream) else { return };
+    (1..at_once).for_each(|_| rig.executor.fence_on(&[stream.0]).unwrap());
+    rig.executor.fence_on(&[late.0]).unwrap();
+    late.fill(&mark, 0xEE);
+    assert!(save.cancel());
+    stream.wait();
+    assert!(rig.written(&tensor) && !rig.written(&mark));
+    rig.gpu.set("hold", 0);
+    late.wait();
+    eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
+    // All of them are there again, more than once.
+    let fake = rig.gpu.fake().unwrap();
+    let before = fake.calls(WAIT);
+    (0..2 * at_once as u64 + 2).for_each(|i| rig.saves_right(2 + i));
+    assert!(fake.calls(WAIT) > before + at_once as u64);
+}
+
+#[test]
+fn cuda_streams_of_several_devices_are_let_go() {
+    // The executor goes first.
+    let second = Gpu::take();
+    let rig = rig(waiting);
+    let (Some(fake), Some(other)) = (rig.gpu.fake(), second.fake()) else { return };
+    let (mine, theirs) = (rig.gpu.stream(), second.stream());
+    let (near, far) = (rig.gpu.tensor(&[0; 5000]), second.tensor(&[0; 5000]));
+    for step in 1..=8 {
+        let mut state = StateDict::new();
+        state.tensor_captured("near", near.source(mine), Capture::AtFence).unwrap();
+        state.tensor_captured("far", far.source(theirs), Capture::AtFence).unwrap();
+        // Held on one of them only.
+        [fake, other][step as usize % 2].set("hold", COPIES);
+        let save = rig.executor.save(step, state).unwrap();
+        rig.executor.fence_on(&[mine.0, theirs.0]).unwrap();
+        second.enter();
+        theirs.fill(&far, step as u8);
+        rig.gpu.enter();
+        mine.fill(&near, step as u8);
+        std::thread::sleep(A_WHILE / 5);
+        assert_ne!((fake.peek(near.0.at, 1)[0], other.peek(far.0.at, 1)[0]), (step as u8, step as u8));
+        let good = step > 4;
+        if good {
+            [fake, other].iter().for_each(|device| device.set("hold", 0));
+        } else {
+            assert!(save.cancel());
+        }
+        mine.wait();
+        second.enter();
+        theirs.wait();
+        rig.gpu.enter();
+        [fake, other].iter().for_each(|device| device.set("hold", 0));
+        assert_eq!(save.wait(LONG).is_ok(), good);
+        if good {
+            let before = step as u8 - 1;
+            assert_eq!(rig.checkpoint(step).unwrap().read("near").unwrap(), [before; 5000]);
+            assert_eq!(rig.checkpoint(step).unwrap().read("far").unwrap(), [before; 5000]);
+        }
+        _ = save.staged().wait(LONG);
+    }
+}
+
+#[test]
+fn cuda_capture_of_a_graph_is_refused_by_a_memory_wait_and_not_broken() {
+    let rig = rig(waiting);
+    rig.gpu.set("lag_us", 300);
+    let (stream, captured) = (rig.gpu.stream(), rig.gpu.stream());
+    let tensor = rig.gpu.tensor(&[5; 40_000]);
+    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    let waits = rig.gpu.fake().map_or(0, |fake| fake.calls(WAIT));
+    captured.capture(|| {
+        let error = rig.executor.fence_on(&[stream.0, captured.0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        assert!(error.to_string().contains("captured"), "{error}");
+        assert_eq!(rig.gpu.fake().map_or(0, |fake| fake.calls(WAIT)), waits);
+        rig.executor.fence_on(&[stream.0]).unwrap();
+        save.wait(LONG).unwrap();
+    });
+    assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), [5; 40_000]);
+}
+
+#[test]
+fn cuda_streams_are_let_go_although_the_driver_refuses_every_call() {
+    let rig = rig(waiting);
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
+    let Some(save) = rig.held(1, &tensor, stream) else { return };
+    // Copies stay held: nothing that is queued behind them runs any more.
+    rig.gpu.fake().unwrap().fault("*:0:4");
+    assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Device);
+    eventually("the stream goes on", || rig.written(&tensor));
+}
+
+#[test]
+fn cuda_memory_waits_that_a_driver_refuses_are_reported_and_streams_wait_for_events() {
+    for fault in [WAIT, WRITE, "cuMemHostAlloc"].map(|call| format!("{call}:1:801")) {
+        let gpu = Gpu::take();
+        let Some(fake) = gpu.fake() else { return };
+        let before = fake.live();
+        fake.fault(&fault);
+        let rig = rig_on(gpu, |b| waiting(b).gather(0));
+        let why = rig.executor.device().memory_waits.clone().unwrap_err();
+        assert!(why.contains(fault.split(':').next().unwrap()), "{why}");
+        rig.gpu.set("lag_us", 300);
+        let waits = rig.gpu.fake().unwrap().calls(WAIT);
+        (1..5).for_each(|step| rig.saves_right(step));
+        assert_eq!(rig.gpu.fake().unwrap().calls(WAIT), waits);
+        rig.executor.shutdown(LONG).unwrap();
+        assert_eq!(rig.gpu.fake().unwrap().live().host, before.host);
+    }
+}
+
+#[test]
+fn cuda_driver_without_memory_waits_and_shared_queues_are_named() {
+    let path = path_of!(cuda_driver_without_memory_waits_and_shared_queues_are_named);
+    const EXPECTED: &str = "ASHORE_TEST_EXPECTED";
+    if real() {
+        return left_out();
+    }
+    if !here() {
+        for symbol in [&[WAIT], &[WRITE]] {
+            pass(path, &Found { without: symbol, variables: &[(EXPECTED, "too old symbol=cuStreamW")] });
+        }
+        let variables = &[("CUDA_DEVICE_MAX_CONNECTIONS", "1"), (EXPECTED, "CUDA_DEVICE_MAX_CONNECTIONS=\"1\"")];
+        return pass(path, &Found { without: &[], variables });
+    }
+    let device = open_device(Path::new("libcuda.so.1"), 0).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let builder = CheckpointExecutor::builder(folder.path()).arena(1 << 20).chunk(1 << 16).device(Arc::new(device));
+    let executor = builder.memory_waits(true).build().unwrap();
+    let (why, expected) = (executor.device().memory_waits.clone().unwrap_err(), std::env::var(EXPECTED).unwrap());
+    assert!(why.contains(&expected), "{why}");
+    executor.save(1, one("t", pattern(1, 100_000))).unwrap().wait(LONG).unwrap();
+}
+
+#[test]
+fn cuda_executor_with_memory_waits_gives_back_all_that_it_took() {
+    let gpu = Gpu::take();
+    let Some(fake) = gpu.fake() else { return };
+    let (stream, tensor) = (gpu.stream(), gpu.tensor(&pattern(1, 9000)));
+    let before = fake.live();
+    let rig = rig_on(gpu, waiting);
+    let Some(save) = rig.held(1, &tensor, stream) else { return };
+    assert!(save.cancel());
+    rig.gpu.set("hold", 0);
+    let Rig { executor, gpu, .. } = rig;
+    executor.shutdown(LONG).unwrap();
+    assert_eq!(gpu.fake().unwrap().live(), before);
+}
