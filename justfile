@@ -91,6 +91,10 @@ gpu-drive *arguments="--saves 8 --seconds 25":
     trap 'rm -rf "$root"' EXIT
     tests/gpu/drive.py --backend driver --library target/debug/libfakecuda.so --face target/debug/libashore_face.so --dir "$root" {{ arguments }}
 
+# Every interleaving of the fence on a GPU, for small sizes, and what breaks without each of its rules. Minutes; `--deep` an hour.
+model *arguments:
+    tests/model/fence.py {{ arguments }}
+
 # Undefined behaviour in what holds or hands out memory.
 miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
@@ -154,7 +158,7 @@ bench *arguments:
 ci: (timed "lint ptx-check gpu-drive examples stock candle cudarc-check miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
-nightly: (timed "ci tsan")
+nightly: (timed "ci tsan model")
     just fuzz 3600
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
     ASHORE_CRASH_ROUNDS=10 cargo test --release --test all crash -- --nocapture

@@ -50,6 +50,9 @@ pub(crate) enum Mutant {
     #[cfg(feature = "cuda")]
     // seen by: cuda::aside
     Watermark,
+    /// Streams do not wait at the end of a scope for copies that are queued.
+    // seen by: cuda::torn
+    ScopeOrder,
     /// Streams that wait for a number in memory are let go before the copies have ended, although no save has failed.
     // seen by: cuda::waits::cuda_streams_write_after
     HoldEarly,

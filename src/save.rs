@@ -146,7 +146,9 @@ impl Save {
             return false;
         }
         self.ticket.observed.store(true, Ordering::Release);
-        self.ticket.give_up(cancelled)
+        // False where its threads were faster: they have ended it as cancelled.
+        self.ticket.give_up(cancelled);
+        true
     }
 
     fn observe(&self, result: Result<Outcome>) -> Result<Outcome> {

@@ -131,7 +131,7 @@ pub enum Overlap {
     Skip,
     /// The newest save takes the place of one that waits and has not begun to stage; that one resolves to
     /// `Outcome::Superseded`. At most two saves are under way beside the one that waits. For loops that never fence, because
-    /// each step makes new tensors: a fence waits for the waiting save, too.
+    /// each step makes new tensors: a fence waits for the waiting save, too, unless all of it can be set aside on the GPU.
     Latest,
 }
 
@@ -190,9 +190,9 @@ pub struct Settings {
     /// Memory of the GPU, taken at start, in which small tensors are captured at `save`: 16 MiB, and as much as a chunk beside it.
     /// With 0 nothing is gathered: small tensors cross the bus one by one and are taken at the fence, and strided ones are refused.
     pub gather: u64,
-    /// Memory of the GPU, taken at start, in which fences set aside what has not left it: none, and a fence on
-    /// streams waits until copies are queued. At least a chunk. A list of what a save holds comes on top, 40 bytes for every 64 KiB.
-    /// Experimental.
+    /// Memory of the GPU, taken at start, in which fences, and the ends of scopes, set aside what has not left it: none, and a
+    /// fence on streams waits until copies are queued. At least a chunk. A list of what a save holds comes on top, 40 bytes for every
+    /// 64 KiB. Of states that span devices nothing is set aside: for those a fence always waits. Experimental.
     pub scratch: u64,
     /// At a fence on streams, have them wait for a number in pinned memory instead of an event: false. The stream of copies writes
     /// it behind them, and the host as soon as every save that the fence is for has failed: so the deadline of a save also bounds

@@ -129,7 +129,7 @@ pub(crate) struct Ticket {
     pub fenced: AtomicBool,
     /// The streams that wrote the tensors of devices.
     pub streams: Vec<DeviceStream>,
-    /// All copies are queued and the streams of borrowed sources wait for them: the sources are to be dropped at once.
+    /// Nothing more is queued from borrowed sources, and streams wait for what is: the sources are to be dropped at once.
     pub let_go: AtomicBool,
     /// Resolves when the sources are dropped, which may be before `staged`.
     pub dropped: sync::Arc<Completion<()>>,
@@ -334,7 +334,7 @@ impl Ticket {
         self.moved.wait_until(deadline, queued).is_some()
     }
 
-    /// Asks the stager to drop the sources, all copies of which are queued.
+    /// Asks the stager to drop the sources, from which nothing more is queued.
     pub fn let_go(&self) {
         self.let_go.store(true, Ordering::Release);
         self.signal.notify();

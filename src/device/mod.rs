@@ -143,7 +143,7 @@ pub struct Pieces {
 }
 
 /// What is asked for of a device's own memory, in bytes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Memory {
     /// The size of a chunk.
     pub chunk: usize,
@@ -151,6 +151,24 @@ pub struct Memory {
     pub gather: u64,
     /// For what fences set aside.
     pub scratch: u64,
+    /// Where that is, if the program has memory of its own for it.
+    pub lent: Option<LentMemory>,
+}
+
+/// Memory of a device that a program has handed in. Dropped when nothing on the device will use it any more.
+pub struct LentMemory {
+    /// The device.
+    pub ordinal: u32,
+    /// Where it begins.
+    pub address: u64,
+    /// What keeps it allocated.
+    pub keep_alive: Box<dyn Any + Send + Sync>,
+}
+
+impl Debug for LentMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LentMemory(cuda:{}, {:#x})", self.ordinal, self.address)
+    }
 }
 
 /// What a device does with kernels of its own, in memory of its own: it gathers small and strided tensors, so that they need not
@@ -248,6 +266,12 @@ pub trait Noted: Send + Sync {
 
     /// True when the kernels have run, or never will because the device is lost.
     fn over(&self) -> bool;
+
+    /// Makes sure that F can still be told.
+    ///
+    /// # Errors
+    /// `Device`: the device is lost.
+    fn check(&self) -> Result<()>;
 
     /// F, once the device has told it: chunks before it had left the device, those from it on lie in their slots.
     fn latched(&self) -> Option<usize>;

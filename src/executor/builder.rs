@@ -1,8 +1,12 @@
 //! Building an executor: settings, which are plain data, and components, which are not.
+//!
+//! # Safety argument
+//! The one unsafe function calls nothing: it takes memory of a device, and its caller promises what the kernels that use it rely on.
+#![expect(unsafe_code, reason = "takes memory for kernels; argument above")]
 
 use super::{Admission, CheckpointExecutor, Lines, ending, tidy};
 use crate::completion::Signal;
-use crate::device::{Device, DeviceReport, Memory, Selected, choose};
+use crate::device::{Device, DeviceReport, LentMemory, Memory, Selected, choose};
 use crate::error::{Error, Result};
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Register};
@@ -32,6 +36,8 @@ pub struct Builder {
     storage: Option<Arc<dyn Storage>>,
     /// Instead of the one that the settings choose.
     device: Option<Arc<dyn Device>>,
+    /// For the scratch, and how much it is.
+    lent: Option<(LentMemory, u64)>,
 }
 
 macro_rules! setters {
@@ -46,7 +52,7 @@ macro_rules! setters {
 
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
-        Self { root, settings: Settings::default(), storage: None, device: None }
+        Self { root, settings: Settings::default(), storage: None, device: None, lent: None }
     }
 
     /// Replaces all settings.
@@ -78,7 +84,8 @@ impl Builder {
         detect: Detect,
         /// Memory of the GPU, in bytes, in which small tensors are captured at `save`: 16 MiB. With 0 nothing is gathered.
         gather: u64,
-        /// Memory of the GPU, in bytes, in which fences set aside what has not left it: 0, none. Experimental.
+        /// Memory of the GPU, in bytes, in which fences, and the ends of scopes, set aside what has not left it: 0, none. Of states
+        /// that span devices nothing is set aside. Experimental.
         scratch: u64,
         /// Whether streams wait at fences for a number in memory, so that a save that fails lets them go: no. See
         /// [`Settings::memory_waits`].
@@ -115,12 +122,32 @@ impl Builder {
         self
     }
 
+    /// Sets aside in memory of the program's own, so that its own allocator accounts for it: `bytes` bytes at `address` on the device
+    /// `ordinal`, which must be that of the executor, instead of as many as [`Builder::scratch`] says.
+    ///
+    /// # Safety
+    /// Until `keep_alive` is dropped, the memory stays allocated in the primary context of that device, any stream may read and write
+    /// it, and nobody else does; work of the program's that uses it has ended when [`Builder::build`] is called. `keep_alive` is dropped,
+    /// by any thread, when the executor has ended, or could not be built, and nothing on the device will use the memory any more; where
+    /// that is not known in time, never.
+    pub unsafe fn scratch_in(
+        mut self,
+        ordinal: u32,
+        address: u64,
+        bytes: u64,
+        keep_alive: impl Any + Send + Sync,
+    ) -> Self {
+        self.lent = Some((LentMemory { ordinal, address, keep_alive: Box::new(keep_alive) }, bytes));
+        self
+    }
+
     /// Creates the root if it is missing, takes the arena, starts the threads, and sweeps what dead processes left behind.
     ///
     /// # Errors
     /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` when there are no threads to be had.
     pub fn build(self) -> Result<CheckpointExecutor> {
-        let Self { root, settings, storage, device } = self;
+        let Self { root, mut settings, storage, device, lent } = self;
+        settings.scratch = lent.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
         settings.check()?;
         let storage = match storage {
             Some(storage) => storage,
@@ -133,6 +160,7 @@ impl Builder {
             }
             None => choose(settings.device)?,
         };
+        let lent = lent.map(|(lent, bytes)| fits(lent, bytes, device.as_ref())).transpose()?;
         if device.name() != "host" && settings.chunk > FOREGROUND {
             let (chunk, at_most) = (settings.chunk, FOREGROUND);
             tracing::warn!(chunk, at_most, device = %report, "chunks are large: what the program reads from the device waits for two of them");
@@ -141,9 +169,8 @@ impl Builder {
         let arena =
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
         let pool = Pool::start(settings.writers, arena.report().slabs, settings.priority)?;
-        // Of saves that are superseded while they wait, a fence can set nothing aside.
-        let scratch = if settings.overlap == Overlap::Latest { 0 } else { settings.scratch };
-        let memory = Memory { chunk: settings.chunk as usize, gather: settings.gather, scratch };
+        let Settings { chunk, gather, scratch, .. } = settings;
+        let memory = Memory { chunk: chunk as usize, gather, scratch, lent };
         let kernels = device.kernels(memory);
         report.found(&kernels);
         if let (Err(reason), true) = (&report.gather, device.name() != "host") {
@@ -214,6 +241,20 @@ impl Builder {
         }
         Ok(executor)
     }
+}
+
+/// Makes sure that memory that was handed in can be the scratch of this device.
+fn fits(lent: LentMemory, bytes: u64, device: &dyn Device) -> Result<LentMemory> {
+    let (ordinal, address, name) = (lent.ordinal, lent.address, device.name());
+    let why = if name != format!("cuda:{ordinal}") {
+        "the memory for the scratch is not of the device of the executor"
+    } else if address == 0 || bytes == 0 || address.checked_add(bytes).is_none() {
+        "the memory for the scratch is no memory"
+    } else {
+        return Ok(lent);
+    };
+    let memory = format!("scratch={bytes} address={address:#x} memory=cuda:{ordinal} device={name}");
+    Err(Error::invalid(format!("{why} {memory}")))
 }
 
 /// One buffer that the device copies to and the storage writes from.

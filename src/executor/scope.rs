@@ -5,8 +5,15 @@
 //! its sources borrow lives for `'env`, which outlives the call of `scope`, and `scope` does not return or unwind before the
 //! stager has dropped every state dict of the scope: the guard `Ending` waits for that in its `Drop`, a panic included. The
 //! guard is a local of `scope`, so no safe code can forget it; forgetting a `Save` changes nothing, because the guard keeps
-//! tickets of its own. With a fence on streams, copies of borrowed device memory may run on when it returns; whoever writes or frees
-//! that memory does so in a stream that waits for them, by the contract of such sources. In a forked child there is no stager, and the parent's memory is not ours: nothing is waited for.
+//! tickets of its own. In a forked child there is no stager, and the parent's memory is not ours: nothing is waited for.
+//!
+//! With a fence on streams, what was queued may still read borrowed memory of a device when `scope` returns: copies to the host, and
+//! kernels that set aside what is not copied yet. Nothing more is queued from it then. Sources are let go only when all copies of a
+//! save are queued, or when it is frozen, by a lock that the stager holds while it queues a chunk, and its kernels are launched; and
+//! only when every stream that was given, and every stream that made a tensor of the save, has been made to wait for both. Whoever
+//! writes or frees that memory does so in one of these streams, or after one of them, by the contract of such sources. Where any step
+//! of this is refused, fails or comes too late, the host waits instead, until the stager has let go of the save: by then nothing
+//! reads its memory any more, on the host or on a device.
 #![expect(unsafe_code, reason = "lifetime of scoped state; argument above")]
 
 use super::CheckpointExecutor;
@@ -24,8 +31,9 @@ use std::sync::Arc;
 pub struct Fence<'a>(Option<&'a [DeviceStream]>);
 
 impl<'a> Fence<'a> {
-    /// These streams, and those that made the tensors, wait on the GPU for copies that are queued; the calling thread waits
-    /// until all are. See [`CheckpointExecutor::fence_on`].
+    /// These streams, and those that made the tensors, wait on the GPU for what still reads them; the calling thread waits until all
+    /// copies are queued, or until what is left of them fits the memory of [`Builder::scratch`](crate::Builder::scratch), where it is set
+    /// aside then. See [`CheckpointExecutor::fence_on`].
     pub fn on(streams: &'a [DeviceStream]) -> Self {
         Self(Some(streams))
     }
@@ -161,7 +169,7 @@ impl CheckpointExecutor {
     ///
     /// # Errors
     /// `Deadline` when staging took longer than the fence deadline: the saves that were still reading have been failed, and
-    /// the tensors may be written all the same.
+    /// the tensors may be written all the same. What a device refuses fails the save that it is about, whose handle says so.
     pub fn scope<'env, R>(
         &self,
         fence: Fence<'_>,

@@ -1,10 +1,10 @@
 //! The fence on a device: chunks that have not left it are copied aside, and read from there.
 //!
-//! The protocol is that of the design, checked as a model over all interleavings of small sizes; the names are the model's. *F* is how
-//! many chunks had left the device when its stream came to the fence. Slots for the last chunks are *reserved* in the caller, who
-//! waits until all chunks without a slot are queued; the device latches F, copies aside the chunks from F on, and tells F. The
-//! stager reads F after a chunk's mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from its
-//! slot. A slot is free when F is known and its chunk is before F or handed over, and not before.
+//! The protocol is checked as a model, over all interleavings of small sizes, by `tests/model/fence.py`; the names are the model's.
+//! *F* is how many chunks had left the device when its stream came to the fence. Slots for the last chunks are *reserved* in the
+//! caller, who waits until all chunks without a slot are queued; the device latches F, copies aside the chunks from F on, and tells F.
+//! The stager reads F after a chunk's mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from
+//! its slot. A slot is free when F is known and its chunk is before F or handed over, and not before.
 
 use super::gather::{OnDevice, Part, Room, at_save};
 use crate::device::{Kernels, Noted, Pieces, Point};
@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::plan::{From, Plan};
 use crate::state::{DeviceStream, Place, StateDict};
-use crate::sync::{Mutex, lock};
+use crate::sync::{Mutex, MutexGuard, lock};
 use crate::ticket::Ticket;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -53,6 +53,12 @@ pub(crate) struct Aside {
     pub handed: AtomicUsize,
     launched: AtomicBool,
     slots: Mutex<Slots>,
+    /// Held by whoever fences it: kernels are launched once.
+    turn: Mutex<()>,
+    /// Nothing more is queued from live memory. Held while what was decided to be is queued.
+    frozen: Mutex<bool>,
+    /// It will not be staged.
+    withdrawn: AtomicBool,
 }
 
 /// Slots of the chunks from `first` on; None once they are given back.
@@ -71,12 +77,40 @@ impl std::fmt::Debug for Aside {
 impl Aside {
     /// F, once it is told.
     pub fn latched(&self) -> Option<usize> {
-        if self.launched.load(Ordering::Acquire) { self.save.latched() } else { None }
+        if self.launched() { self.save.latched() } else { None }
+    }
+
+    /// Whether kernels were launched.
+    pub fn launched(&self) -> bool {
+        self.launched.load(Ordering::Acquire)
     }
 
     /// Kernels that read live memory may still be to come.
     pub fn pending(&self) -> bool {
-        self.launched.load(Ordering::Acquire) && !self.save.over()
+        self.launched() && !self.save.over()
+    }
+
+    /// True where nothing is to be queued from live memory any more. Held while a chunk is queued from there.
+    pub fn decide(&self) -> MutexGuard<'_, bool> {
+        lock(&self.frozen)
+    }
+
+    /// Fails when the device is lost, and F will never be told.
+    pub fn check(&self) -> Result<()> {
+        self.save.check()
+    }
+
+    /// From here on no kernels are launched for a save that will not be staged. Whether there are some that may be to come.
+    pub fn withdraw(&self, ticket: &Ticket) -> bool {
+        let _live = lock(&ticket.live);
+        self.withdrawn.store(true, Ordering::Release);
+        self.launched() && self.latched().is_none()
+    }
+
+    /// Whether a fence on these streams can set anything aside.
+    fn serves(&self, streams: &[DeviceStream]) -> bool {
+        let here = !streams.is_empty() && streams.iter().all(|stream| stream.ordinal == self.ordinal);
+        here && self.slotted && !self.spans
     }
 
     /// Puts a chunk together, if that is what is done with it: the device, and an address for the first byte of its slab.
@@ -183,6 +217,9 @@ impl Scratch {
             handed: AtomicUsize::new(0),
             launched: AtomicBool::new(false),
             slots: Mutex::default(),
+            turn: Mutex::default(),
+            frozen: Mutex::default(),
+            withdrawn: AtomicBool::new(false),
         })))
     }
 
@@ -195,26 +232,72 @@ impl Scratch {
         streams: &[DeviceStream],
         deadline: Instant,
     ) -> Result<bool> {
-        if aside.spans || !aside.slotted || streams.is_empty() || streams.iter().any(|s| s.ordinal != aside.ordinal) {
+        if !aside.serves(streams) {
             return Ok(false);
         }
-        if aside.launched.load(Ordering::Acquire) {
-            aside.save.follow(streams)?;
-            return Ok(true);
+        let _turn = lock(&aside.turn);
+        if aside.launched() {
+            return aside.save.follow(streams).map(|()| true);
         }
-        let Some(first) = self.reserve(ticket, aside, deadline) else { return Ok(false) };
-        if first == ticket.chunks {
+        match self.reserve(ticket, aside, deadline) {
+            Some(first) if first < ticket.chunks => {
+                self.launch(ticket, aside, streams, first > aside.handed.load(Ordering::Acquire))
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// As [`Scratch::fence`], at the end of a scope whose `streams` will write or free the tensors: when it returns true, nothing is
+    /// queued from live memory any more, and they come after all that was.
+    pub fn freeze(
+        &self,
+        ticket: &Arc<Ticket>,
+        aside: &Arc<Aside>,
+        streams: &[DeviceStream],
+        deadline: Instant,
+    ) -> Result<bool> {
+        if !aside.serves(streams) || ticket.failed() {
             return Ok(false);
         }
-        let behind_copies = first > aside.handed.load(Ordering::Acquire);
+        let _turn = lock(&aside.turn);
+        if aside.launched() {
+            return aside.save.follow(streams).map(|()| true);
+        }
+        // Room first: what has no slot could not be queued any more once it is frozen.
+        if self.reserve(ticket, aside, deadline).is_none() {
+            return Ok(false);
+        }
+        *aside.decide() = true;
+        let queued = ticket.queued.load(Ordering::Acquire);
+        if queued == ticket.chunks {
+            self.give_back(aside, |_| true);
+            return Ok(false);
+        }
+        let behind_copies = queued > aside.handed.load(Ordering::Acquire) && !mutant::on(Mutant::ScopeOrder);
+        let launched = self.launch(ticket, aside, streams, behind_copies);
+        if !aside.launched() {
+            // Nothing was: somebody waits on the host, for chunks that are still to be queued.
+            *aside.decide() = false;
+        }
+        launched
+    }
+
+    /// Launches the kernels of a fence, with the slots that are reserved. False when the save is staged, has failed or was taken back.
+    fn launch(
+        &self,
+        ticket: &Arc<Ticket>,
+        aside: &Arc<Aside>,
+        streams: &[DeviceStream],
+        behind_copies: bool,
+    ) -> Result<bool> {
         let slots: Vec<u64> = lock(&aside.slots).held.iter().flatten().map(|(_, address)| *address).collect();
         let begun = {
             // A save that fails from here on sees that kernels will read its sources.
             let _live = lock(&ticket.live);
-            let begun = !ticket.failed() && !ticket.staged.is_complete();
+            let over = ticket.failed() || ticket.staged.is_complete() || aside.withdrawn.load(Ordering::Acquire);
             // Before the launch: from then on F may be told.
-            aside.launched.store(begun, Ordering::Release);
-            begun
+            aside.launched.store(!over, Ordering::Release);
+            !over
         };
         if !begun {
             self.give_back(aside, |_| true);

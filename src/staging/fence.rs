@@ -185,21 +185,41 @@ impl Flights {
         device.order(streams).map(|()| None)
     }
 
-    /// As [`Flights::freeze`], but copies from devices may still be under way when it returns: `order` has then made the streams
-    /// wait for them that will write or free the memory.
-    pub fn freeze_on(tickets: &[Arc<Ticket>], patience: Duration, order: impl FnOnce() -> Result<()>) -> Result<()> {
-        let deadline = deadline_after(patience);
-        let queued = tickets.iter().all(|ticket| !ticket.streams.is_empty() && ticket.wait_queued(deadline));
-        if !queued || tickets.iter().any(|ticket| ticket.failed()) || order().is_err() {
-            return Self::freeze(tickets, deadline.saturating_duration_since(Instant::now()));
-        }
-        for ticket in tickets {
+    /// As [`Flights::freeze`], but what was queued may still read the memory when it returns, and whoever will write or free it
+    /// comes after that. `aside` sees to that for a save of which something is still to be queued, where there is room to set it
+    /// aside; `order` for saves of which nothing is. `let_go` drops the sources of a save.
+    pub fn freeze_on(
+        tickets: &[Arc<Ticket>],
+        patience: Duration,
+        aside: impl Fn(&Arc<Ticket>, Instant) -> Result<bool>,
+        order: impl FnOnce() -> Result<()>,
+        let_go: impl Fn(&Arc<Ticket>),
+    ) -> Result<()> {
+        let (began, deadline) = (Instant::now(), deadline_after(patience));
+        let ordered = |ticket: &Arc<Ticket>| {
             ticket.fenced.store(true, Ordering::Release);
-            ticket.let_go();
-            // The stager sees to that next, or ends the save.
-            ticket.dropped.wait_forever();
+            let_go(ticket);
+            ticket.add_blocked(began.elapsed());
+        };
+        let mut left = Vec::new();
+        for ticket in tickets.iter().filter(|ticket| !ticket.dropped.is_complete()) {
+            match aside(ticket, deadline) {
+                Ok(true) => {
+                    ordered(ticket);
+                    continue;
+                }
+                Ok(false) => {}
+                // Nothing was queued, and the host can wait instead.
+                Err(error) if error.kind() == ErrorKind::Invalid => {}
+                Err(error) => _ = ticket.fail(error),
+            }
+            left.push(ticket.clone());
         }
-        Ok(())
+        let queued = left.iter().all(|t| !t.streams.is_empty() && t.wait_queued(deadline) && !t.failed());
+        if !left.is_empty() && queued && order().is_ok() {
+            left.drain(..).for_each(|ticket| ordered(&ticket));
+        }
+        Self::freeze(&left, deadline.saturating_duration_since(Instant::now()))
     }
 
     /// Waits until the sources of these saves are dropped, and returns only then: their memory is borrowed. At the deadline

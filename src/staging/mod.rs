@@ -8,8 +8,10 @@
 
 mod aside;
 mod capture;
+mod enqueue;
 mod fence;
 mod gather;
+mod line;
 mod stage;
 #[cfg(all(test, not(loom)))]
 mod tests;

@@ -1,33 +1,23 @@
-//! The stager: a thread, a queue of saves, and the copying of one save.
-//!
-//! # Safety argument
-//! A copy is queued inside [`Source::read`](crate::state::Source::read), or held back there and queued with the rest of its chunk, under
-//! the ticket's `live` lock either way, from bytes that the source keeps allocated until it is dropped, to a slab whose lease sits in
-//! `flying`. Both stay until the mark behind the copy is reached, or the copy that is held back is dropped (`quiesce`): a slab is in
-//! `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
-//! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`); so is the region in which
-//! the device has captured tensors. Where it does not say so
-//! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
-#![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
+//! The stager: a thread, a queue of saves, and the staging of one save. How long sources and slabs are kept is in the safety argument of
+//! `enqueue`.
 
 use super::aside::{Aside, Scratch};
 use super::capture::Captured;
+use super::enqueue::{Flying, enqueue};
 use super::fence::Flights;
 use super::gather::Region;
+use super::line::{Line, Parked, dropped};
 use crate::completion::Signal;
-use crate::device::{CopyQueue, Device, Point, Queued};
-use crate::digest::Digest;
+use crate::device::{Device, Point, Queued};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
 use crate::memory::Arena;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From, Plan, Sink};
-use crate::state::{DeviceStream, Place, StateDict};
+use crate::state::{DeviceStream, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Phase, Ticket};
 use std::collections::VecDeque;
-use std::mem::forget;
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Waker};
@@ -64,7 +54,7 @@ pub(crate) struct Job {
 
 impl Job {
     /// Whether a tensor is in the memory of this device.
-    fn lies_on(&self, tensor: usize, ordinal: u32) -> bool {
+    pub fn lies_on(&self, tensor: usize, ordinal: u32) -> bool {
         let tensor = self.state.tensors.get_index(tensor);
         tensor.and_then(|(_, tensor)| tensor.place.stream()).is_some_and(|stream| stream.ordinal == ordinal)
     }
@@ -76,6 +66,9 @@ impl std::fmt::Debug for Stager {
     }
 }
 
+/// A save that can be set aside, and whether its sources are only lent.
+type Apart = (Arc<Ticket>, Arc<Aside>, bool);
+
 /// The stager's queue and what it works with.
 pub(crate) struct Stager {
     pub signal: Arc<Signal>,
@@ -85,7 +78,7 @@ pub(crate) struct Stager {
     /// Where chunks are set aside, if the device can do that.
     pub scratch: Option<Scratch>,
     /// Saves that can be, until they are staged.
-    asides: Mutex<Vec<(Arc<Ticket>, Arc<Aside>)>>,
+    asides: Mutex<Vec<Apart>>,
     jobs: Mutex<VecDeque<Job>>,
     /// What is left of saves that will not be staged, while a device may still read it.
     left: Mutex<Vec<Parked>>,
@@ -112,10 +105,10 @@ impl Stager {
 
     /// Takes a save, to be staged after those before it.
     pub fn push(&self, job: Job) {
-        if let (Some(aside), false) = (&job.aside, job.borrowed) {
+        if let Some(aside) = &job.aside {
             let mut asides = lock(&self.asides);
-            asides.retain(|(ticket, _)| !ticket.staged.is_complete());
-            asides.push((job.ticket.clone(), aside.clone()));
+            asides.retain(|(ticket, ..)| !ticket.staged.is_complete());
+            asides.push((job.ticket.clone(), aside.clone(), job.borrowed));
         }
         self.flights.add(job.ticket.clone());
         lock(&self.jobs).push_back(job);
@@ -129,8 +122,18 @@ impl Stager {
 
     /// Drops the sources of a save that will not be staged, when no device reads them any more.
     pub fn discard(&self, job: Job) {
-        let Job { ticket, state, region, queued, .. } = job;
-        self.leave(state, region, queued, ticket);
+        let Job { ticket, state, region, queued, aside, .. } = job;
+        // Kernels of a fence may be to come. Where there are none, there will be none.
+        let aside = aside.filter(|aside| aside.withdraw(&ticket));
+        if aside.is_none() {
+            self.forget(&ticket);
+        }
+        self.park(Parked { state, region, queued, ticket: Some(ticket), flying: VecDeque::new(), late: false, aside });
+    }
+
+    /// No fence has to know of this save any more.
+    fn forget(&self, ticket: &Arc<Ticket>) {
+        lock(&self.asides).retain(|(t, ..)| !Arc::ptr_eq(t, ticket));
     }
 
     /// Ends a save that did not become a job, and drops its sources when no device reads them any more.
@@ -156,12 +159,16 @@ impl Stager {
         queued: Vec<Arc<dyn Queued>>,
         ticket: Arc<Ticket>,
     ) {
-        if queued.iter().all(|queued| queued.over()) {
+        let (flying, late, ticket, aside) = (VecDeque::new(), false, Some(ticket), None);
+        self.park(Parked { state, region, queued, ticket, flying, late, aside });
+    }
+
+    fn park(&self, parked: Parked) {
+        if parked.aside.is_none() && parked.queued.iter().all(|queued| queued.over()) {
+            let Parked { state, region, ticket, .. } = parked;
             dropped((state, region));
-            self.flights.release(&ticket);
+            ticket.iter().for_each(|ticket| self.flights.release(ticket));
         } else {
-            let (flying, late, ticket, aside) = (VecDeque::new(), false, Some(ticket), None);
-            let parked = Parked { state, region, queued, ticket, flying, late, aside };
             lock(&self.left).push(parked);
             self.signal.notify();
         }
@@ -169,25 +176,57 @@ impl Stager {
 
     /// See [`CheckpointExecutor::fence_on`](crate::CheckpointExecutor::fence_on).
     pub fn fence_on(&self, streams: &[DeviceStream], patience: Duration) -> Result<()> {
-        let aside = |ticket: &Arc<Ticket>, deadline| {
-            let found = lock(&self.asides).iter().find(|(t, _)| Arc::ptr_eq(t, ticket)).map(|(_, a)| a.clone());
-            match (&self.scratch, found) {
-                (Some(scratch), Some(aside)) => scratch.fence(ticket, &aside, streams, deadline),
-                _ => Ok(false),
+        let aside = |ticket: &Arc<Ticket>, deadline| match (&self.scratch, self.aside(ticket)) {
+            // What is lent is fenced once, at the end of its scope; until then streams wait for it as if there were no scratch.
+            (Some(scratch), Some((aside, lent))) if !lent || aside.launched() => {
+                scratch.fence(ticket, &aside, streams, deadline)
             }
+            _ => Ok(false),
         };
         self.flights.fence_on(patience, aside, || self.flights.order(self.device.as_ref(), streams))
     }
 
-    /// Waits until borrowed sources of these saves are dropped, with `streams` and those that made them ordered after copies.
+    fn aside(&self, ticket: &Arc<Ticket>) -> Option<(Arc<Aside>, bool)> {
+        let asides = lock(&self.asides);
+        asides.iter().find(|(t, ..)| Arc::ptr_eq(t, ticket)).map(|(_, aside, lent)| (aside.clone(), *lent))
+    }
+
+    /// Waits until borrowed sources of these saves are dropped, with `streams` and those that made them ordered after whatever still
+    /// reads them.
     pub fn freeze_on(&self, tickets: &[Arc<Ticket>], streams: &[DeviceStream], patience: Duration) -> Result<()> {
-        Flights::freeze_on(tickets, patience, || {
-            let owners = tickets.iter().flat_map(|t| &t.streams);
-            let mut all: Vec<_> = streams.iter().chain(owners).copied().collect();
+        let with = |owners: &[DeviceStream]| {
+            let mut all = [streams, owners].concat();
             all.sort_unstable();
             all.dedup();
-            self.device.order(&all)
-        })
+            all
+        };
+        let aside = |ticket: &Arc<Ticket>, deadline| match (&self.scratch, self.aside(ticket)) {
+            (Some(scratch), Some((aside, _))) => scratch.freeze(ticket, &aside, &with(&ticket.streams), deadline),
+            _ => Ok(false),
+        };
+        let order = || {
+            let owners: Vec<_> = tickets.iter().flat_map(|t| &t.streams).copied().collect();
+            self.device.order(&with(&owners))
+        };
+        Flights::freeze_on(tickets, patience, aside, order, |ticket| self.let_go(ticket))
+    }
+
+    /// Drops the sources of a save, of which nothing is queued from live memory any more.
+    fn let_go(&self, ticket: &Arc<Ticket>) {
+        // First: the stager may take the save out of the queue meanwhile.
+        ticket.let_go();
+        let mut jobs = lock(&self.jobs);
+        let waiting = jobs.iter_mut().find(|job| Arc::ptr_eq(&job.ticket, ticket));
+        let state = waiting.map(|job| std::mem::take(&mut job.state));
+        drop(jobs);
+        match state {
+            Some(state) => {
+                dropped(state);
+                ticket.dropped.complete(());
+            }
+            // The stager sees to that next, or ends the save.
+            None => _ = ticket.dropped.wait_forever(),
+        }
     }
 
     /// Lets the thread end once its queue is empty.
@@ -225,11 +264,16 @@ impl Stager {
         line.give_up(&self.flights, |_| true);
     }
 
+    /// Sends home what is left of saves that have ended or were taken back, and is no longer in use.
+    fn recover(&self, line: &mut Line) {
+        line.parked.append(&mut lock(&self.left));
+        line.recover(&self.flights);
+    }
+
     /// Waits for `look`, while saves that are due expire.
     fn wait<T>(&self, line: &mut Line, mut look: impl FnMut() -> Option<T>) -> T {
         loop {
-            line.parked.append(&mut lock(&self.left));
-            line.recover(&self.flights);
+            self.recover(line);
             let now = Instant::now();
             let until = self.flights.expire(now).unwrap_or(now + IDLE);
             let until = if line.parked.is_empty() { until } else { until.min(now + LOOK) };
@@ -247,7 +291,9 @@ impl Stager {
             if !job.ticket.enter(Phase::Staging) {
                 return Ok(());
             }
-            job.plan.check(&job.state)?;
+            if !job.ticket.let_go.load(Ordering::Acquire) {
+                job.plan.check(&job.state)?;
+            }
             if line.queue.is_none() {
                 let queue = line.queue.insert(self.device.queue()?);
                 if self.batch {
@@ -280,7 +326,7 @@ impl Stager {
         let aside = aside.filter(|aside| !ended || aside.pending());
         if aside.is_none() {
             // Otherwise a fence must still find it: whoever follows its kernels need not wait for copies of later saves.
-            lock(&self.asides).retain(|(t, _)| !Arc::ptr_eq(t, &ticket));
+            self.forget(&ticket);
         }
         if ended && aside.is_none() && queued.iter().all(|queued| queued.over()) {
             dropped((flying, state, region));
@@ -328,6 +374,7 @@ impl Stager {
         let stamp = Stamp::new(ticket.step, ticket.attempt);
         let (mut next, mut due) = (0, Instant::now());
         let waker = Waker::from(self.signal.clone());
+        let aside = job.aside.clone();
         loop {
             let now = Instant::now();
             if due <= now {
@@ -353,14 +400,15 @@ impl Stager {
                 ticket.bytes_staged.fetch_add(plan.chunks[chunk.index].length as u64, Ordering::Relaxed);
                 job.sink.clone().accept(chunk);
             }
-            if next == plan.chunks.len() && ticket.let_go.load(Ordering::Acquire) {
+            let asked_to_let_go = || ticket.let_go.load(Ordering::Acquire) && !ticket.dropped.is_complete();
+            if asked_to_let_go() {
                 dropped(std::mem::take(&mut job.state));
                 ticket.dropped.complete(());
             }
             if ticket.failed() || (next == plan.chunks.len() && flying.is_empty()) {
                 return Ok(());
             }
-            let latched = job.aside.as_ref().and_then(|aside| aside.latched());
+            let latched = aside.as_ref().and_then(|aside| aside.latched());
             if latched.is_some() && !job.state.is_empty() && !flying.iter().any(|f| f.live) {
                 // The rest is read from slots.
                 dropped(std::mem::take(&mut job.state));
@@ -370,7 +418,10 @@ impl Stager {
                 && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire))
                 && self.arena.free() > 0
                 && ready(job, next, &waker)?;
-            if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
+            // Held until the chunk is queued: a freeze waits for one that was decided.
+            let frozen = aside.as_ref().map(|aside| aside.decide());
+            let may = latched.is_some() || !frozen.as_deref().is_some_and(|frozen| *frozen);
+            if let Some(lease) = (room && may).then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
                 let (chunk, live) = (Chunk { index: next, lease, digests: None }, latched.is_none());
                 flying.push_back(Flying { chunk, mark: u64::MAX, live, latched });
@@ -383,85 +434,27 @@ impl Stager {
                 }
                 continue;
             }
-            if flying.is_empty() && line.parked.is_empty() {
-                let go_on =
-                    || ticket.failed() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
+            drop(frozen);
+            let news = || ticket.failed() || asked_to_let_go();
+            if let (Some(aside), false) = (&aside, may) {
+                // What is left is in slots, or nowhere: a device that is lost never tells F.
+                aside.check()?;
+            }
+            if may && flying.is_empty() && line.parked.is_empty() {
+                let go_on = || news() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
                 self.wait(line, || go_on().then_some(()));
                 due = Instant::now();
             } else {
-                let news =
-                    || ticket.failed() || (ticket.let_go.load(Ordering::Acquire) && !ticket.dropped.is_complete());
                 self.signal.wait_until(now + POLL, || news().then_some(()));
-                line.recover(&self.flights);
+                self.recover(line);
             }
         }
-    }
-}
-
-/// The device's end of the stager.
-#[derive(Default)]
-struct Line {
-    queue: Option<Box<dyn CopyQueue>>,
-    parked: Vec<Parked>,
-}
-
-/// Slabs and sources of a save that has ended, while a device may still use them.
-struct Parked {
-    flying: VecDeque<Flying>,
-    state: StateDict<'static>,
-    region: Option<Region>,
-    /// What may still read sources in streams of the program.
-    queued: Vec<Arc<dyn Queued>>,
-    /// Copies may be running.
-    late: bool,
-    /// Still to be released.
-    ticket: Option<Arc<Ticket>>,
-    /// Kernels of its fence may be to come.
-    aside: Option<Arc<Aside>>,
-}
-
-impl Line {
-    /// Sends home what is parked and no longer in use.
-    fn recover(&mut self, flights: &Flights) {
-        let Self { queue, parked } = self;
-        let mut ended = None;
-        let mut quiet = || *ended.get_or_insert_with(|| queue.as_mut().is_some_and(|q| q.quiesce(Instant::now())));
-        let over = |p: &mut Parked| {
-            p.queued.retain(|queued| !queued.over());
-            p.queued.is_empty() && !p.aside.as_ref().is_some_and(|a| a.pending()) && (!p.late || quiet())
-        };
-        for Parked { flying, state, region, ticket, .. } in parked.extract_if(.., over) {
-            dropped((flying, state, region));
-            ticket.iter().for_each(|ticket| flights.release(ticket));
-        }
-    }
-
-    /// Leaks what is parked, of this kind, and may still be in use.
-    fn give_up(&mut self, flights: &Flights, which: impl Fn(&Parked) -> bool) {
-        self.recover(flights);
-        for parked in self.parked.extract_if(.., |parked| which(parked)) {
-            parked.ticket.iter().for_each(|ticket| flights.release(ticket));
-            forget(parked);
-        }
-    }
-}
-
-impl Drop for Line {
-    fn drop(&mut self) {
-        forget(std::mem::take(&mut self.parked));
     }
 }
 
 /// Runs code of users, whose panics must not end the stager.
 fn guarded<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal(what)))
-}
-
-/// Drops what holds sources of users, whose panics must not end the stager.
-fn dropped<T>(sources: T) {
-    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(sources))).is_err() {
-        tracing::error!("a source panicked when it was dropped");
-    }
 }
 
 /// Whether all bytes of the chunk `index` are there to be read.
@@ -477,143 +470,4 @@ fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
         }
     }
     Ok(true)
-}
-
-/// A chunk whose copies may not have ended.
-struct Flying {
-    chunk: Chunk,
-    /// Behind the last copy; beyond all marks while copies are being queued.
-    mark: u64,
-    /// Copied from live memory, not from where it was set aside.
-    live: bool,
-    /// F when it was queued.
-    latched: Option<usize>,
-}
-
-/// Queues the copies of one chunk, and the mark behind them.
-fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
-    let index = flying.chunk.index;
-    let whole = match &job.aside {
-        Some(aside) if flying.live => gather(job, aside, index)?,
-        Some(aside) => Some(aside.place(index).ok_or_else(|| Error::internal("a chunk from F on has no slot"))?),
-        None => None,
-    };
-    let chunk = &job.plan.chunks[index];
-    let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
-    let (base, mut at, mut run) = (flying.chunk.lease.as_mut_ptr(), 0, 0..0);
-    for segment in &job.plan.segments[chunk.segments.clone()] {
-        let (begin, offset, length) = (segment.at as usize, at, segment.length);
-        let to = base.wrapping_add(offset);
-        at += length;
-        let captured = |tensor| job.captured.get(tensor).and_then(|b| b.get(begin..begin + length));
-        let digest = match segment.from {
-            From::Header => {
-                // SAFETY: inside the leased slab, initialised when the arena was made, and no queued copy writes this part.
-                let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
-                if !job.plan.shards[chunk.shard].header.copy(stamp, begin, place) {
-                    return Err(Error::internal("a header is shorter than planned"));
-                }
-                Some(Digest::of(place))
-            }
-            From::Tensor(tensor) => match (captured(tensor), whole) {
-                (Some(bytes), _) => {
-                    // SAFETY: as above.
-                    let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
-                    place.copy_from_slice(bytes);
-                    Some(Digest::of(place))
-                }
-                (None, Some((ordinal, address))) if !flying.live || job.lies_on(tensor, ordinal) => {
-                    if run.end != offset {
-                        fetch(queue, ordinal, address, &run, base)?;
-                        run.start = offset;
-                    }
-                    run.end = at;
-                    None
-                }
-                _ => read(job, tensor, begin, length, to, queue)?,
-            },
-        };
-        match digest {
-            Some(digest) => digests.iter_mut().for_each(|d| d.push(digest)),
-            None => digests = None,
-        }
-    }
-    if let Some((ordinal, address)) = whole {
-        fetch(queue, ordinal, address, &run, base)?;
-    }
-    let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
-    // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes beyond `at`.
-    unsafe { std::ptr::write_bytes(base.wrapping_add(at), 0, tail) };
-    if !mutant::on(Mutant::BatchLate) {
-        // Before the watermark, which is to say that they have been made.
-        flush(job, queue)?;
-    }
-    if let Some(aside) = job.aside.as_ref().filter(|_| flying.live) {
-        aside.publish(index)?;
-    }
-    flying.mark = queue.mark()?;
-    flying.chunk.digests = digests;
-    Ok(())
-}
-
-/// Queues the copy of `run`, part of a chunk that lies on the device as it will lie in the slab at `to`.
-fn fetch(queue: &mut dyn CopyQueue, ordinal: u32, address: u64, run: &Range<usize>, to: *mut u8) -> Result<()> {
-    if run.is_empty() {
-        return Ok(());
-    }
-    let from = std::ptr::without_provenance(address as usize + run.start);
-    // SAFETY: a slot is kept until its chunk is handed over, and a chunk that was put together until the queue has come here; `to`
-    // as in `read`. No tensor of the host is in a chunk that has a slot.
-    unsafe { queue.fetch(ordinal, from, to.wrapping_add(run.start), run.len()) }
-}
-
-/// Has the device put a chunk together from live memory, if that is what is done with it.
-fn gather(job: &Job, aside: &Aside, chunk: usize) -> Result<Option<(u32, u64)>> {
-    let _live = lock(&job.ticket.live);
-    match job.ticket.failure() {
-        Some(error) => Err(error),
-        None => aside.gather(chunk),
-    }
-}
-
-/// Queues the copies that are held back, but none once the save has failed: whoever writes tensors then waits for no more.
-fn flush(job: &Job, queue: &mut dyn CopyQueue) -> Result<()> {
-    let _live = lock(&job.ticket.live);
-    match job.ticket.failure() {
-        Some(error) => Err(error),
-        None => queue.flush(),
-    }
-}
-
-/// Queues the copy of a segment from live memory.
-fn read(
-    job: &Job,
-    tensor: usize,
-    begin: usize,
-    length: usize,
-    to: *mut u8,
-    queue: &mut dyn CopyQueue,
-) -> Result<Option<Digest>> {
-    let (name, tensor) = job.state.tensors.get_index(tensor).expect("checked by the plan");
-    let _live = lock(&job.ticket.live);
-    if let Some(error) = job.ticket.failure() {
-        return Err(error);
-    }
-    if tensor.strides().is_some() {
-        return Err(Error::internal(format!("a strided tensor was not gathered tensor={name:?}")));
-    }
-    let mut digest = None;
-    tensor.read(&mut |from| {
-        let from = from.wrapping_add(begin);
-        // SAFETY: the source hands out all its bytes and keeps them until it is dropped, the slab is leased and its part at
-        // `to` has `length` bytes; both stay until the mark behind this copy is reached.
-        digest = Some(match tensor.place {
-            // SAFETY: as above.
-            Place::Host { .. } => unsafe { queue.copy(from, to, length) },
-            // SAFETY: as above.
-            Place::Device { stream, .. } => unsafe { queue.fetch(stream.ordinal, from, to, length) }.map(|()| None),
-        });
-    });
-    let nothing = || Error::new(ErrorKind::Invalid, format!("a source did not hand out its bytes tensor={name:?}"));
-    digest.unwrap_or_else(|| Err(nothing()))
 }

@@ -6,7 +6,7 @@
 //! # Safety argument
 //! The structures are those of the sources in `kernels/`. What a launch points to, tables included, is kept by `running`, by a
 //! save that outlives its launches (`late`), or as long as `self`, who waits for all of it before it goes; where that takes too
-//! long, memory and kernels are leaked.
+//! long, memory and kernels are leaked, and with them what keeps memory that the program has handed in.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::Shared;
@@ -78,7 +78,7 @@ pub(super) struct Loaded {
     // In this order: kernels before the memory that they use.
     modules: [Module; 3],
     room: Option<Memory>,
-    _scratch: Option<Memory>,
+    _scratch: Box<dyn Any + Send + Sync>,
     digest_tables: Memory,
 }
 
@@ -92,7 +92,7 @@ struct Running {
 impl Loaded {
     /// Takes memory of the device, loads the kernels and tries each of them.
     fn new(shared: &Arc<Shared>, memory: device::Memory) -> Result<Arc<Self>> {
-        let device::Memory { chunk, gather, scratch } = memory;
+        let device::Memory { chunk, gather, scratch, lent } = memory;
         let count = usize::try_from(scratch / chunk as u64).unwrap_or(0);
         if gather == 0 && scratch == 0 {
             return Err(Error::invalid("no memory of the device was given to kernels"));
@@ -105,8 +105,14 @@ impl Loaded {
         let modules = [load(text!("gather"))?, load(text!("digest"))?, load(text!("late_copy"))?];
         let room = usize::try_from(gather).unwrap_or(usize::MAX).saturating_add(chunk);
         let room = (gather > 0).then(|| gpu.context.memory(room)).transpose()?;
-        let memory = (count > 0).then(|| gpu.context.memory(count * chunk)).transpose()?;
-        let slots = memory.iter().flat_map(|s| (0..count).map(|i| s.address() + (i * chunk) as u64)).collect();
+        let (begin, scratch): (_, Box<dyn Any + Send + Sync>) = match lent {
+            Some(lent) => (lent.address, lent.keep_alive),
+            None => {
+                let memory = (count > 0).then(|| gpu.context.memory(count * chunk)).transpose()?;
+                (memory.as_ref().map_or(0, Memory::address), Box::new(memory))
+            }
+        };
+        let slots = (0..count).map(|i| begin + (i * chunk) as u64).collect();
         let loaded = Arc::new(Self {
             shared: shared.clone(),
             tables: Tables::new(gpu.clone())?,
@@ -119,7 +125,7 @@ impl Loaded {
             spare: Spare::default(),
             results: gpu.context.stream()?,
             room,
-            _scratch: memory,
+            _scratch: scratch,
             digest_tables: gpu.context.memory(DIGEST_TABLES)?,
             gpu: gpu.clone(),
             modules,

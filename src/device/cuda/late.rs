@@ -245,7 +245,9 @@ impl Noted for Save {
             let _entered = self.loaded.gpu.context.enter()?;
             self.enqueue(streams, point, behind_copies, slots)
         };
-        let queued = queue();
+        // What was queued cannot be taken back, whatever the driver thinks of a later call.
+        let begun = || self.launched.load(Ordering::Acquire);
+        let queued = queue().map_err(|error| if begun() { error.with_kind(ErrorKind::Device) } else { error });
         // After `Invalid` nothing was queued, and it may be tried again.
         let failed = queued.as_ref().is_err_and(|error| error.kind() != ErrorKind::Invalid);
         self.failed.store(failed, Ordering::Release);
@@ -264,10 +266,16 @@ impl Noted for Save {
         if self.latched().is_some() || context.lost() {
             return true;
         }
-        // Asking is also how one learns that the context is lost.
-        let reached = |event: &Lent| event.is_reached().unwrap_or(false);
+        // Asking is also how one learns that the context is lost; threads that ask need not have used it before.
+        let reached = |event: &Lent| context.enter().is_ok_and(|_entered| event.is_reached().unwrap_or(false));
         let ended = !self.launched.load(Ordering::Acquire) || lock(&self.after).as_ref().is_some_and(reached);
         context.lost() || (self.failed.load(Ordering::Acquire) && ended)
+    }
+
+    fn check(&self) -> Result<()> {
+        // Asking is how one learns that the context is lost.
+        _ = self.over();
+        self.loaded.gpu.context.alive()
     }
 
     fn latched(&self) -> Option<usize> {

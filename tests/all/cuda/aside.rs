@@ -2,12 +2,13 @@
 
 use super::program::{Gpu, at_fence, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
-use ashore::StateDict;
+use ashore::{Outcome, Overlap, Phase, StateDict};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The setting of the simulated device by which copies to the host do not begin.
+/// Settings of the simulated device by which copies to the host, and kernels, do not begin.
 const COPIES: u64 = 1;
+const KERNELS: u64 = 8;
 
 #[test]
 fn cuda_streams_go_on_before_anything_has_left_the_gpu() {
@@ -144,4 +145,71 @@ fn cuda_slots_are_not_given_to_another_save_before_they_are_read() {
         assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), one, "step {step}");
         assert_eq!(rig.checkpoint(step + 1).unwrap().read("t").unwrap(), two, "step {step}");
     }
+}
+
+#[test]
+fn cuda_fence_does_not_wait_for_a_save_that_may_be_superseded() {
+    // Slots for three saves of nine chunks: those of saves that are superseded have to come back.
+    let rig = rig(|b| b.scratch(27 * 4096).overlap(Overlap::Latest).detect(ashore::Detect::Never));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
+    let save = |step: u64| {
+        let tensor = producer.tensor(30_000);
+        producer.fill(&tensor, step as u8);
+        let save = rig.executor.save(step, at_fence(tensor.source(producer))).unwrap();
+        rig.executor.fence_on(&[writer.0]).unwrap();
+        writer.fill(&tensor, 0xEE);
+        (save, tensor)
+    };
+    for round in 0..5 {
+        let first = 10 * round + 1;
+        fake.set("hold", COPIES);
+        let begun = save(first).0;
+        eventually("the first is being staged", || begun.progress().phase == Phase::Staging);
+        let mut last = save(first + 1);
+        for step in first + 2..first + 8 {
+            // Its kernels have not run when the next save takes its place: they must find its memory.
+            fake.set("hold", COPIES | KERNELS);
+            let (waiting, tensor) = save(step);
+            assert!(matches!(last.0.wait(LONG).unwrap(), Outcome::Superseded { by } if by == step));
+            fake.set("hold", COPIES);
+            // Not freed in its producer's stream before it was written in the other.
+            writer.wait();
+            eventually("the source is dropped", || Arc::strong_count(&last.1.0) == 1);
+            last = (waiting, tensor);
+        }
+        fake.set("hold", 0);
+        for (save, step) in [(&begun, first), (&last.0, first + 7)] {
+            save.wait(LONG).unwrap().committed().unwrap();
+            assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 30_000], "step {step}");
+        }
+        writer.wait();
+    }
+    assert_eq!(fake.sticky(), 0);
+}
+
+#[test]
+fn cuda_sources_of_a_superseded_save_are_kept_until_its_fence_has_read_them() {
+    let rig = rig(|b| b.scratch(27 * 4096).overlap(Overlap::Latest).detect(ashore::Detect::Never));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
+    fake.set("hold", COPIES | KERNELS);
+    let [first, second, third] = [1, 2, 3].map(|step| {
+        let tensor = producer.tensor(30_000);
+        let save = rig.executor.save(step, at_fence(tensor.source(producer))).unwrap();
+        if step == 1 {
+            eventually("the first is being staged", || save.progress().phase == Phase::Staging);
+        }
+        rig.executor.fence_on(&[writer.0]).unwrap();
+        (save, tensor)
+    });
+    second.0.wait(LONG).unwrap();
+    std::thread::sleep(Duration::from_millis(2));
+    assert_eq!(Arc::strong_count(&second.1.0), 2);
+    fake.set("hold", COPIES);
+    eventually("the source is dropped", || Arc::strong_count(&second.1.0) == 1);
+    fake.set("hold", 0);
+    first.0.wait(LONG).unwrap();
+    third.0.wait(LONG).unwrap();
+    assert_eq!(fake.sticky(), 0);
 }

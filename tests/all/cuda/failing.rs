@@ -4,7 +4,7 @@ use super::program::{Gpu, Stream, Tensor, at_fence, rig};
 use crate::rig::{LONG, eventually, one, pattern};
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
-use ashore::{Builder, Capture, Checkpoint, CheckpointExecutor, Detect, ErrorKind};
+use ashore::{Builder, Capture, Checkpoint, CheckpointExecutor, Detect, ErrorKind, Fence};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -68,20 +68,27 @@ const OF_WAITS: [&str; 12] = [
 
 type Change = fn(Builder) -> Builder;
 
-/// Two saves and fences by an executor of its own; the first error, with its kind.
-fn train(gpu: &Gpu, stream: Stream, tensor: &Tensor, change: Change) -> ashore::Result<()> {
+/// Two saves and fences, and a save of lent memory, by an executor of its own; the first error, with its kind.
+fn train(gpu: &Gpu, stream: Stream, [tensor, lent]: [&Tensor; 2], change: Change) -> ashore::Result<()> {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
     let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).device(Arc::new(gpu.try_device()?));
     let executor = change(builder.arena(4 * 4096).chunk(4096).shutdown_deadline(LONG)).build()?;
     let mut result = Ok(());
-    for step in 1..=2 {
+    for step in 1..=3 {
+        let tensor = if step < 3 { tensor } else { lent };
         let mut state = at_fence(tensor.source(stream));
         if executor.settings().gather > 0 {
             state.tensor_captured("captured", tensor.source(stream), Capture::AtSave).unwrap();
         }
-        let saved = executor.save(step, state);
         // Its deadline is far: an error of the driver must not make it wait for that.
-        let fenced = executor.fence_on(&[stream.0]);
+        let (saved, fenced) = if step < 3 {
+            (executor.save(step, state), executor.fence_on(&[stream.0]))
+        } else {
+            let saved = executor.scope(Fence::on(&[stream.0]), |scope| scope.save(step, state));
+            // Whatever became of the save, its sources are gone.
+            assert_eq!(Arc::strong_count(&lent.0), 1);
+            saved.map_or_else(|error| (Err(error.clone()), Err(error)), |saved| (saved, Ok(())))
+        };
         let waited = saved.and_then(|save| save.wait(LONG));
         let whole = waited.is_ok();
         result = result.and(fenced).and(waited.map(drop));
@@ -122,10 +129,11 @@ fn each_fails_once(calls: &[&str], change: Change) -> usize {
                 }
                 // A sticky error is gone only with all that the device has.
                 fake.reset();
-                let (stream, tensor) = (gpu.stream(), gpu.tensor(&pattern(1, 9000)));
+                let (stream, tensor, lent) =
+                    (gpu.stream(), gpu.tensor(&pattern(1, 9000)), gpu.tensor(&pattern(1, 9000)));
                 let (live, before) = (fake.live(), fake.calls(name));
                 fake.fault(&format!("{name}:{nth}:{code}{late}"));
-                let result = train(&gpu, stream, &tensor, change);
+                let result = train(&gpu, stream, [&tensor, &lent], change);
                 if fake.sticky() == 0 {
                     // However it was let go.
                     stream.wait();

@@ -7,6 +7,8 @@ mod cudarc;
 mod failing;
 mod finding;
 mod gather;
+mod handed_in;
+mod lent;
 mod loader;
 mod program;
 mod restoring;

@@ -275,6 +275,13 @@ impl Tensor {
         bytes
     }
 
+    /// Has an executor set aside in this memory, or in as much of it as `bytes`.
+    pub fn scratch_of(&self, builder: Builder, ordinal: u32, bytes: u64) -> Builder {
+        assert!(bytes <= self.0.len as u64);
+        // SAFETY: the block is kept alive, and nobody else writes it until the executor has let go of it.
+        unsafe { builder.scratch_in(ordinal, self.0.at, bytes, self.clone()) }
+    }
+
     /// A source that keeps nothing: for scopes, which end before the tensor does.
     pub fn lent(&self, stream: Stream) -> RawDevice {
         // SAFETY: the tests drop the tensor, in `stream`, after the scope.

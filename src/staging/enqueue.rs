@@ -1,0 +1,163 @@
+//! The queueing of one chunk: its header, what was captured of it, and copies of the rest.
+//!
+//! # Safety argument
+//! A copy is queued inside [`Source::read`](crate::state::Source::read), or held back there and queued with the rest of its chunk, under
+//! the ticket's `live` lock either way, from bytes that the source keeps allocated until it is dropped, to a slab whose lease sits in
+//! `flying`. Both stay until the mark behind the copy is reached, or the copy that is held back is dropped (`quiesce`): a slab is in
+//! `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
+//! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`); so is the region in which
+//! the device has captured tensors. Sources that are lent may be dropped earlier, when a scope asks for it: nothing is queued from
+//! them any more, and whoever writes or frees their memory comes after what is (see `executor/scope.rs`). Where it does not say so
+//! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
+#![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
+
+use super::aside::Aside;
+use super::stage::Job;
+use crate::device::CopyQueue;
+use crate::digest::Digest;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::shard::Stamp;
+use crate::mutant::{self, Mutant};
+use crate::plan::{Chunk, From};
+use crate::state::Place;
+use crate::sync::lock;
+use std::ops::Range;
+
+/// A chunk whose copies may not have ended.
+pub(super) struct Flying {
+    pub chunk: Chunk,
+    /// Behind the last copy; beyond all marks while copies are being queued.
+    pub mark: u64,
+    /// Copied from live memory, not from where it was set aside.
+    pub live: bool,
+    /// F when it was queued.
+    pub latched: Option<usize>,
+}
+
+/// Queues the copies of one chunk, and the mark behind them.
+pub(super) fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
+    let index = flying.chunk.index;
+    let whole = match &job.aside {
+        Some(aside) if flying.live => gather(job, aside, index)?,
+        Some(aside) => Some(aside.place(index).ok_or_else(|| Error::internal("a chunk from F on has no slot"))?),
+        None => None,
+    };
+    let chunk = &job.plan.chunks[index];
+    let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
+    let (base, mut at, mut run) = (flying.chunk.lease.as_mut_ptr(), 0, 0..0);
+    for segment in &job.plan.segments[chunk.segments.clone()] {
+        let (begin, offset, length) = (segment.at as usize, at, segment.length);
+        let to = base.wrapping_add(offset);
+        at += length;
+        let captured = |tensor| job.captured.get(tensor).and_then(|b| b.get(begin..begin + length));
+        let digest = match segment.from {
+            From::Header => {
+                // SAFETY: inside the leased slab, initialised when the arena was made, and no queued copy writes this part.
+                let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
+                if !job.plan.shards[chunk.shard].header.copy(stamp, begin, place) {
+                    return Err(Error::internal("a header is shorter than planned"));
+                }
+                Some(Digest::of(place))
+            }
+            From::Tensor(tensor) => match (captured(tensor), whole) {
+                (Some(bytes), _) => {
+                    // SAFETY: as above.
+                    let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
+                    place.copy_from_slice(bytes);
+                    Some(Digest::of(place))
+                }
+                (None, Some((ordinal, address))) if !flying.live || job.lies_on(tensor, ordinal) => {
+                    if run.end != offset {
+                        fetch(queue, ordinal, address, &run, base)?;
+                        run.start = offset;
+                    }
+                    run.end = at;
+                    None
+                }
+                _ => read(job, tensor, begin, length, to, queue)?,
+            },
+        };
+        match digest {
+            Some(digest) => digests.iter_mut().for_each(|d| d.push(digest)),
+            None => digests = None,
+        }
+    }
+    if let Some((ordinal, address)) = whole {
+        fetch(queue, ordinal, address, &run, base)?;
+    }
+    let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
+    // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes beyond `at`.
+    unsafe { std::ptr::write_bytes(base.wrapping_add(at), 0, tail) };
+    if !mutant::on(Mutant::BatchLate) {
+        // Before the watermark, which is to say that they have been made.
+        flush(job, queue)?;
+    }
+    if let Some(aside) = job.aside.as_ref().filter(|_| flying.live) {
+        aside.publish(index)?;
+    }
+    flying.mark = queue.mark()?;
+    flying.chunk.digests = digests;
+    Ok(())
+}
+
+/// Queues the copy of `run`, part of a chunk that lies on the device as it will lie in the slab at `to`.
+fn fetch(queue: &mut dyn CopyQueue, ordinal: u32, address: u64, run: &Range<usize>, to: *mut u8) -> Result<()> {
+    if run.is_empty() {
+        return Ok(());
+    }
+    let from = std::ptr::without_provenance(address as usize + run.start);
+    // SAFETY: a slot is kept until its chunk is handed over, and a chunk that was put together until the queue has come here; `to`
+    // as in `read`. No tensor of the host is in a chunk that has a slot.
+    unsafe { queue.fetch(ordinal, from, to.wrapping_add(run.start), run.len()) }
+}
+
+/// Has the device put a chunk together from live memory, if that is what is done with it.
+fn gather(job: &Job, aside: &Aside, chunk: usize) -> Result<Option<(u32, u64)>> {
+    let _live = lock(&job.ticket.live);
+    match job.ticket.failure() {
+        Some(error) => Err(error),
+        None => aside.gather(chunk),
+    }
+}
+
+/// Queues the copies that are held back, but none once the save has failed: whoever writes tensors then waits for no more.
+fn flush(job: &Job, queue: &mut dyn CopyQueue) -> Result<()> {
+    let _live = lock(&job.ticket.live);
+    match job.ticket.failure() {
+        Some(error) => Err(error),
+        None => queue.flush(),
+    }
+}
+
+/// Queues the copy of a segment from live memory.
+fn read(
+    job: &Job,
+    tensor: usize,
+    begin: usize,
+    length: usize,
+    to: *mut u8,
+    queue: &mut dyn CopyQueue,
+) -> Result<Option<Digest>> {
+    let (name, tensor) = job.state.tensors.get_index(tensor).expect("checked by the plan");
+    let _live = lock(&job.ticket.live);
+    if let Some(error) = job.ticket.failure() {
+        return Err(error);
+    }
+    if tensor.strides().is_some() {
+        return Err(Error::internal(format!("a strided tensor was not gathered tensor={name:?}")));
+    }
+    let mut digest = None;
+    tensor.read(&mut |from| {
+        let from = from.wrapping_add(begin);
+        // SAFETY: the source hands out all its bytes and keeps them until it is dropped, the slab is leased and its part at
+        // `to` has `length` bytes; both stay until the mark behind this copy is reached.
+        digest = Some(match tensor.place {
+            // SAFETY: as above.
+            Place::Host { .. } => unsafe { queue.copy(from, to, length) },
+            // SAFETY: as above.
+            Place::Device { stream, .. } => unsafe { queue.fetch(stream.ordinal, from, to, length) }.map(|()| None),
+        });
+    });
+    let nothing = || Error::new(ErrorKind::Invalid, format!("a source did not hand out its bytes tensor={name:?}"));
+    digest.unwrap_or_else(|| Err(nothing()))
+}

@@ -1,0 +1,92 @@
+//! Memory that the program hands in for what fences set aside.
+
+use super::program::{Gpu, at_fence, rig_on};
+use crate::rig::{LONG, eventually, pattern};
+use ashore::{CheckpointExecutor, DeviceChoice, ErrorKind};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Settings of the simulated device by which copies to the host, and kernels, do not begin.
+const COPIES: u64 = 1;
+const KERNELS: u64 = 8;
+
+/// Nine chunks: as many as the state has.
+const BYTES: usize = 9 * 4096;
+
+#[test]
+fn cuda_memory_that_was_handed_in_takes_what_is_set_aside_and_is_let_go_at_the_end() {
+    let gpu = Gpu::take();
+    let before = gpu.fake().map(|fake| (fake.live().bytes, fake.live().blocks));
+    let scratch = gpu.tensor(&[0; BYTES]);
+    let ordinal = gpu.ordinal;
+    let rig = rig_on(gpu, |b| scratch.scratch_of(b, ordinal, BYTES as u64));
+    assert_eq!((rig.executor.device().scratch.clone(), rig.executor.settings().scratch), (Ok(9), BYTES as u64));
+    assert_eq!(Arc::strong_count(&scratch.0), 2);
+    let (stream, bytes) = (rig.gpu.stream(), pattern(1, 30_000));
+    let tensor = rig.gpu.tensor(&bytes);
+    rig.gpu.set("hold", COPIES);
+    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    rig.executor.fence_on(&[stream.0]).unwrap();
+    stream.fill(&tensor, 0xEE);
+    // Nothing had left the GPU when its kernels ran.
+    stream.wait();
+    rig.gpu.set("hold", 0);
+    save.wait(LONG).unwrap();
+    assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), bytes);
+    if rig.gpu.fake().is_some() {
+        // The last chunk lies in some slot, byte for byte.
+        let last = &bytes[bytes.len() - 1000..];
+        assert!(scratch.read().windows(last.len()).any(|found| found == last));
+    }
+    let (executor, gpu) = (rig.executor, rig.gpu);
+    executor.shutdown(LONG).unwrap();
+    eventually("the memory is let go", || Arc::strong_count(&scratch.0) == 1);
+    drop((scratch, tensor));
+    // What else the kernels had goes right after it, in whichever thread lets go last.
+    eventually("all is given back", || gpu.fake().map(|fake| (fake.live().bytes, fake.live().blocks)) == before);
+}
+
+#[test]
+fn cuda_memory_that_was_handed_in_is_kept_until_no_kernel_will_write_it() {
+    let gpu = Gpu::take();
+    if gpu.fake().is_none() {
+        return;
+    }
+    let (scratch, ordinal) = (gpu.tensor(&[0; BYTES]), gpu.ordinal);
+    let patience = Duration::from_millis(20);
+    let rig = rig_on(gpu, |b| scratch.scratch_of(b, ordinal, BYTES as u64).shutdown_deadline(patience));
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+    rig.gpu.set("hold", COPIES | KERNELS);
+    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    rig.executor.fence_on(&[stream.0]).unwrap();
+    let (executor, gpu) = (rig.executor, rig.gpu);
+    std::thread::scope(|threads| {
+        let end = threads.spawn(|| drop(executor));
+        save.wait(LONG).unwrap_err();
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(Arc::strong_count(&scratch.0), 2);
+        gpu.set("hold", 0);
+        end.join().unwrap();
+    });
+    eventually("the memory is let go", || Arc::strong_count(&scratch.0) == 1);
+    assert_eq!(gpu.fake().map(|fake| fake.sticky()), Some(0));
+}
+
+#[test]
+fn cuda_memory_that_cannot_be_the_scratch_is_refused_by_name() {
+    let gpu = Gpu::take();
+    let (scratch, ordinal) = (gpu.tensor(&[0; BYTES]), gpu.ordinal);
+    let builder = || CheckpointExecutor::builder("none").arena(4 * 4096).chunk(4096);
+    let on_gpu = || builder().device(gpu.device());
+    for (builder, named) in [
+        (scratch.scratch_of(on_gpu(), ordinal + 1, BYTES as u64), "memory=cuda:"),
+        (scratch.scratch_of(builder().device(DeviceChoice::Host), ordinal, BYTES as u64), "device=host"),
+        (scratch.scratch_of(on_gpu(), ordinal, 4095), "scratch=4095"),
+        (scratch.scratch_of(on_gpu(), ordinal, 0), "scratch=0"),
+    ] {
+        let error = builder.storage(Arc::new(ashore::storage::Memory::new())).build().unwrap_err();
+        assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains(named), "{error}");
+        assert!(error.to_string().contains("scratch"), "{error}");
+    }
+    assert_eq!(Arc::strong_count(&scratch.0), 1);
+}
