@@ -36,6 +36,9 @@ fn table() -> MutexGuard<'static, Table> {
 impl Table {
     fn insert(&mut self, start: u64, bytes: u64, ordinal: usize, owned: bool) {
         self.ids += 1;
+        // An owned range is a fresh mapping: what is said to be pinned there was unmapped by a program that could not unpin it.
+        let gone = |r: &Range| owned && r.start < start + bytes && start < r.start + r.bytes;
+        self.ranges.retain(|_, r| !gone(r));
         self.ranges.insert(start, Range { start, bytes, id: self.ids, ordinal, owned, users: 0 });
     }
 }
