@@ -51,7 +51,7 @@ pub(crate) enum Mutant {
     // seen by: cuda::aside
     Watermark,
     /// Streams do not wait at the end of a scope for copies that are queued.
-    // seen by: cuda::torn
+    // seen by: cuda::lent
     ScopeOrder,
     /// Streams that wait for a number in memory are let go before the copies have ended, although no save has failed.
     // seen by: cuda::waits::cuda_streams_write_after

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 /// The setting of the simulated device by which copies to the host do not begin.
 const COPIES: u64 = 1;
+/// Longer than the kernels of a fence take.
+const SOON: Duration = Duration::from_millis(25);
 
 /// Saves `tensors`, each of its own stream, in a scope that ends after `end`, with a fence on `writers`.
 fn scoped(rig: &Rig, step: u64, tensors: &[(&Tensor, Stream)], writers: &[Stream], end: impl FnOnce()) -> Save {
@@ -45,6 +47,8 @@ fn cuda_scope_waits_on_the_host_exactly_for_what_neither_scratch_nor_slabs_hold(
             });
             if ends {
                 eventually("the scope ends", || thread.is_finished());
+                // Time enough for what must not run yet.
+                std::thread::sleep(SOON);
             } else {
                 std::thread::sleep(Duration::from_millis(10));
                 assert!(!thread.is_finished(), "{slots} slots, {slabs} slabs");
@@ -84,7 +88,7 @@ fn cuda_lent_memory_is_written_and_freed_only_behind_what_still_reads_it() {
         };
         let next = [other.tensor(len), other.tensor(len)];
         next.iter().for_each(|tensor| other.fill(tensor, 0xDD));
-        std::thread::sleep(Duration::from_millis(3));
+        std::thread::sleep(SOON);
         fake.set("hold", 0);
         fake.set("allow", 0);
         save.wait(LONG).unwrap();
