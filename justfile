@@ -116,11 +116,12 @@ tsan:
     export TSAN_OPTIONS="exitcode=66" FAKECUDA_SPAN_GB=1 CARGO_INCREMENTAL=0
     test=(cargo +{{ nightly }} test --config 'profile.dev.package."*".opt-level=1' -Zbuild-std --target x86_64-unknown-linux-gnu)
     test+=(--target-dir target/tsan)
-    # In these the program's streams race on purpose: with each other, or with copies that no fence made them wait for.
+    # In these the program's streams race on purpose: with each other, or with copies that no fence made them wait for. So do those of
+    # `cuda::torn`, which is left out for that: its only report is of two fills.
     skip=(cuda_streams_that_write_after_a_fence_wait_on_the_gpu cuda_streams_go_on_before_anything_has_left_the_gpu
         cuda_tensors_written_before_the_fence_are_found_out_by_the_first_saves)
     .ci/strict "${test[@]}" --lib -- memory:: staging:: completion::
-    .ci/strict "${test[@]}" --test all -- fence:: cuda::{staging,gather,aside,restoring,cudarc} "${skip[@]/#/--skip=}"
+    .ci/strict "${test[@]}" --test all -- fence:: cuda::{staging,gather,aside,batch,waits,lent,handed_in,restoring,cudarc} "${skip[@]/#/--skip=}"
 
 # Every fuzz target, for SECONDS together.
 fuzz seconds="60":
