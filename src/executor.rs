@@ -21,7 +21,7 @@ use crate::memory::Arena;
 use crate::plan::{Later, Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Failed, Settings};
-use crate::staging::{Aside, Captured, Job, OnDevice, Stager, without_kernels};
+use crate::staging::{Aside, Captured, Job, OnDevice, Stager, guarded, without_kernels};
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::{Mutex, lock};
@@ -269,7 +269,9 @@ impl CheckpointExecutor {
         let mut captured =
             Captured::take(&state, self.settings.capture_budget, detect).map_err(|e| e.with_step(step))?;
         let mut on_device = OnDevice::default();
-        let noted = self.note(&mut state, &plan, &captured, detect, &mut on_device);
+        let noted = guarded("a source panicked while it was read", || {
+            self.note(&mut state, &plan, &captured, detect, &mut on_device)
+        });
         let (region, queued) = (on_device.region.take(), std::mem::take(&mut on_device.queued));
         let issue = Issue {
             step,

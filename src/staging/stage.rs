@@ -452,8 +452,8 @@ impl Stager {
     }
 }
 
-/// Runs code of users, whose panics must not end the stager.
-fn guarded<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Runs code of users, whose panics must end no thread, and drop nothing that a device still reads.
+pub(crate) fn guarded<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal(what)))
 }
 

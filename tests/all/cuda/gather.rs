@@ -2,7 +2,9 @@
 
 use super::program::{Gpu, at_fence, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
-use ashore::{Capture, Detect, Dtype, ErrorKind, Fence, Overlap, Phase, StateDict};
+use ashore::{
+    Capture, Detect, DeviceStream, Dtype, ErrorKind, Fence, Layout, Overlap, Phase, Place, Source, StateDict,
+};
 use std::sync::Arc;
 
 /// The setting of the simulated device by which copies to the host do not begin.
@@ -365,4 +367,42 @@ fn cuda_captures_that_never_fit_together_are_refused_for_good() {
     }
     let error = rig.executor.save(1, state).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+}
+
+/// A tensor whose source panics when it is asked where that is.
+struct Broken(DeviceStream);
+
+#[expect(unsafe_code, reason = "a source that breaks its promise")]
+// SAFETY: no pointer is handed out.
+unsafe impl Source for Broken {
+    fn layout(&self) -> Layout {
+        Layout::new(Dtype::U8, [3000])
+    }
+
+    fn place(&self) -> Place {
+        Place::Device { bytes: 3000, stream: self.0 }
+    }
+
+    fn read(&self, _: &mut dyn FnMut(*const u8)) {
+        panic!("on purpose");
+    }
+}
+
+/// The panic went through `save`, and on its way dropped what the kernels of other streams still read.
+#[test]
+fn cuda_source_that_panics_at_save_frees_nothing_that_a_kernel_still_reads() {
+    const KERNELS: u64 = 8;
+    let rig = rig(|b| b);
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (first, second) = (rig.gpu.stream(), rig.gpu.stream());
+    let tensor = rig.gpu.tensor(&pattern(1, 3000));
+    fake.set("hold", KERNELS);
+    let mut state = StateDict::new();
+    state.tensor("one", tensor.source(first)).unwrap();
+    state.tensor("two", Broken(second.0)).unwrap();
+    assert_eq!(rig.executor.save(1, state).unwrap_err().kind(), ErrorKind::Internal);
+    assert_eq!(Arc::strong_count(&tensor.0), 2, "the GPU has not read it yet");
+    fake.set("hold", 0);
+    eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
+    rig.executor.save(1, at_fence(tensor.source(first))).unwrap().wait(LONG).unwrap();
 }

@@ -3,7 +3,7 @@
 use super::program::{Gpu, Rig, Stream, Tensor, at_fence, real, rig, rig_on};
 use crate::rig::{Buffer, LONG, one, pattern};
 use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, ThreadExecutor};
-use ashore::{Capture, ErrorKind, Fence, StateDict};
+use ashore::{Capture, DeviceStream, ErrorKind, Fence, StateDict};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -61,36 +61,39 @@ fn cuda_copies_wait_for_what_every_producer_had_queued() {
     }
 }
 
+/// Saves tensors that two streams write again as soon as `fence` has returned; what is saved must be what was there before.
+pub fn write_right_after(rig: &Rig, fence: impl Fn(&[DeviceStream])) {
+    let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
+    let tensors = [5000, 9000, 100].map(|n| rig.gpu.tensor(&vec![0; n]));
+    for step in 1..=20_u64 {
+        let mut state = StateDict::new();
+        for (i, tensor) in tensors.iter().enumerate() {
+            producer.fill(tensor, step as u8);
+            state.tensor_captured(i.to_string(), tensor.source(producer), Capture::AtFence).unwrap();
+        }
+        let save = rig.executor.save(step, state).unwrap();
+        fence(&[writer.0, producer.0]);
+        for tensor in &tensors {
+            writer.fill(tensor, 0xEE);
+            producer.fill(tensor, 0xDD);
+        }
+        save.wait(LONG).unwrap();
+        writer.wait();
+        for (i, tensor) in tensors.iter().enumerate() {
+            let read = rig.checkpoint(step).unwrap().read(&i.to_string()).unwrap();
+            assert_eq!(read, vec![step as u8; tensor.0.len], "step {step} tensor {i}");
+        }
+    }
+}
+
 #[test]
 fn cuda_streams_that_write_after_a_fence_wait_on_the_gpu() {
     for host in [true, false] {
         let rig = rig(|b| b);
         slow(&rig.gpu);
-        let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
-        let tensors: Vec<_> = [5000, 9000, 100].map(|n| rig.gpu.tensor(&vec![0; n])).into();
-        for step in 1..=20_u64 {
-            let mut state = StateDict::new();
-            for (i, tensor) in tensors.iter().enumerate() {
-                producer.fill(tensor, step as u8);
-                state.tensor_captured(i.to_string(), tensor.source(producer), Capture::AtFence).unwrap();
-            }
-            let save = rig.executor.save(step, state).unwrap();
-            if host {
-                rig.executor.fence().unwrap();
-            } else {
-                rig.executor.fence_on(&[writer.0, producer.0]).unwrap();
-            }
-            for tensor in &tensors {
-                writer.fill(tensor, 0xEE);
-                producer.fill(tensor, 0xDD);
-            }
-            save.wait(LONG).unwrap();
-            writer.wait();
-            for (i, tensor) in tensors.iter().enumerate() {
-                let read = rig.checkpoint(step).unwrap().read(&i.to_string()).unwrap();
-                assert_eq!(read, vec![step as u8; tensor.0.len], "step {step} tensor {i}");
-            }
-        }
+        write_right_after(&rig, |streams| {
+            if host { rig.executor.fence() } else { rig.executor.fence_on(streams) }.unwrap();
+        });
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::loader::{Found, here, pass, path_of};
 use super::program::{Gpu, Rig, Stream, Tensor, at_fence, left_out, open_device, real, rig, rig_on};
+use super::staging::write_right_after;
 use crate::rig::{LONG, eventually, one, pattern};
 use ashore::{Builder, Capture, CheckpointExecutor, ErrorKind, Save, StateDict};
 use std::path::Path;
@@ -53,27 +54,7 @@ fn cuda_streams_write_after_a_memory_wait_only_what_has_left_the_gpu() {
     let rig = rig(waiting);
     assert!(rig.executor.device().memory_waits.as_ref().is_ok_and(|&n| n > 1));
     rig.gpu.set("lag_us", 300);
-    let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
-    let tensors = [5000, 9000, 100].map(|n| rig.gpu.tensor(&vec![0; n]));
-    for step in 1..=20_u64 {
-        let mut state = StateDict::new();
-        for (i, tensor) in tensors.iter().enumerate() {
-            producer.fill(tensor, step as u8);
-            state.tensor_captured(i.to_string(), tensor.source(producer), Capture::AtFence).unwrap();
-        }
-        let save = rig.executor.save(step, state).unwrap();
-        rig.executor.fence_on(&[writer.0, producer.0]).unwrap();
-        for tensor in &tensors {
-            writer.fill(tensor, 0xEE);
-            producer.fill(tensor, 0xDD);
-        }
-        save.wait(LONG).unwrap();
-        writer.wait();
-        for (i, tensor) in tensors.iter().enumerate() {
-            let read = rig.checkpoint(step).unwrap().read(&i.to_string()).unwrap();
-            assert_eq!(read, vec![step as u8; tensor.0.len], "step {step} tensor {i}");
-        }
-    }
+    write_right_after(&rig, |streams| rig.executor.fence_on(streams).unwrap());
     if let Some(fake) = rig.gpu.fake() {
         assert!(fake.calls(WAIT) > 20 && fake.calls(WRITE) > 20);
     }
