@@ -7,7 +7,7 @@
 //! `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
 //! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`); so is the region in which
 //! the device has captured tensors. Sources that are lent may be dropped earlier, when a scope asks for it: nothing is queued from
-//! them any more, and whoever writes or frees their memory comes after what is (see `executor/scope.rs`). Where it does not say so
+//! them any more, and whoever writes or frees their memory comes after what is (see `executor/scope.rs`). Where the device does not say so
 //! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
