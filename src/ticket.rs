@@ -69,6 +69,8 @@ pub struct Committed {
     pub mode: IoMode,
     /// Tensors that were to be captured at `save` by default and were left to the fence, because the budget was used up.
     pub over_budget: usize,
+    /// Chunks that a fence copied aside on the GPU, and that the save read from there instead of from the tensors.
+    pub late_chunks: usize,
 }
 
 /// How far a save is.
@@ -142,6 +144,7 @@ pub(crate) struct Ticket {
     /// Held while a live source is read or a copy from it is enqueued, so that a freeze can wait for one that was decided.
     pub live: Mutex<()>,
     pub bytes_staged: AtomicU64,
+    pub late_chunks: AtomicUsize,
     pub bytes_written: AtomicU64,
     pub staged_nanos: AtomicU64,
     pub blocked_nanos: AtomicU64,
@@ -197,6 +200,7 @@ impl Ticket {
             done: sync::Arc::new(Completion::new()),
             live: Mutex::new(()),
             bytes_staged: zero(),
+            late_chunks: AtomicUsize::new(0),
             bytes_written: zero(),
             staged_nanos: zero(),
             blocked_nanos: zero(),

@@ -112,6 +112,7 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
         tail: durable.saturating_sub(last_byte),
         mode,
         over_budget: ticket.over_budget,
+        late_chunks: ticket.late_chunks.load(Ordering::Relaxed),
     })
 }
 

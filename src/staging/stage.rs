@@ -395,6 +395,9 @@ impl Stager {
                         enqueue(job, &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
                         continue;
                     }
+                    if !live {
+                        ticket.late_chunks.fetch_add(1, Ordering::Relaxed);
+                    }
                     scratch.hand_over(aside, chunk.index);
                 }
                 ticket.bytes_staged.fetch_add(plan.chunks[chunk.index].length as u64, Ordering::Relaxed);

@@ -30,7 +30,7 @@ class Committed(ctypes.Structure):
     """Bytes, and seconds since the save was called."""
 
     _fields_ = [(n, c_double) for n in ("blocked", "staged", "durable", "tail")]
-    _fields_ = [("bytes", c_uint64), *_fields_, ("over_budget", c_uint64)]
+    _fields_ = [("bytes", c_uint64), *_fields_, ("over_budget", c_uint64), ("late_chunks", c_uint64)]
 
 
 class Failed(Exception):

@@ -32,6 +32,7 @@ pub struct Committed {
     durable: f64,
     tail: f64,
     over_budget: u64,
+    late_chunks: u64,
 }
 
 /// A stream of a device.
@@ -209,6 +210,7 @@ face! {
                 durable: done.durable.as_secs_f64(),
                 tail: done.tail.as_secs_f64(),
                 over_budget: done.over_budget as u64,
+                late_chunks: done.late_chunks as u64,
             };
         }
         Ok(0)
