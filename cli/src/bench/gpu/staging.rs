@@ -103,6 +103,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     })?;
     blocks.readings = readings;
 
+    let late: usize = warm.saves.iter().chain(blocks.saves()).map(|save| save.committed.late_chunks).sum();
     let mut figures = vec![
         ("workload", args.workload.name().into()),
         ("tensors", state.len().into()),
@@ -124,6 +125,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
         ("memory_waits_refused", executor.device().memory_waits.clone().err().filter(|_| args.memory_waits).into()),
         ("saves", (warm.saves.len() + blocks.saves().count() + alone.staged.len() + beside.staged.len()).into()),
         ("saves_equal", checking.checked.into()),
+        ("late_chunks", late.into()),
     ];
     figures.extend(rates(&alone, &beside, state.bytes));
     figures.extend(overhead(&blocks, &loops, state.bytes, bare));
@@ -174,12 +176,10 @@ fn rates(alone: &Rates, beside: &Rates, bytes: u64) -> Rows {
 fn overhead(blocks: &Blocks, loops: &Pairs, bytes: u64, bare: f64) -> Rows {
     let (estimate, (quiet, loud)) = (loops.estimate(), loops.noise());
     let lost = |ratio: f64| 1.0 / ratio - 1.0;
-    let without = median(blocks.without.iter().map(|block| block.seconds));
     let each = |blocks: &[Block]| blocks.iter().flat_map(|block| block.steps.clone()).collect::<Vec<f64>>();
     let (plain, with) = (each(&blocks.without), each(&blocks.with));
     let middle = median(plain.iter().copied());
     let of_saves = blocks.with.iter().flat_map(|block| block.saves.iter().map(|save| block.steps[save.after as usize]));
-    let saves = blocks.with.first().map_or(1, |block| block.saves.len().max(1));
     vec![
         ("loop_pairs", loops.ratios.len().into()),
         ("step_ms_without", (1e3 * middle).into()),
@@ -191,11 +191,28 @@ fn overhead(blocks: &Blocks, loops: &Pairs, bytes: u64, bare: f64) -> Rows {
         ("overhead_noise_high", lost(quiet).into()),
         // About: a step is computing but for its last milliseconds.
         ("left_at_fence_bytes", (bytes as f64 * (1.0 - middle / bare).max(0.0)).into()),
-        ("stall_ms_per_save", (1e3 * lost(estimate.median) * without / saves as f64).into()),
+        ("stall_ms_per_save", (1e3 * median(blocks.with.iter().flat_map(stalls))).into()),
+        ("stall_ms_noise", (1e3 * median(blocks.without.iter().map(spread))).into()),
         ("step_p99_ratio", (quantile(with.iter().copied(), 0.99) / quantile(plain.iter().copied(), 0.99)).into()),
         ("save_step_p50_ratio", (median(of_saves.clone()) / middle).into()),
         ("save_step_p99_ratio", (quantile(of_saves, 0.99) / middle).into()),
     ]
+}
+
+/// Seconds by which each step with a save is longer than the median step of its own block. The sum of a block would not do: a
+/// clock that drifts by 0.1 % adds more to it than a save costs.
+fn stalls(block: &Block) -> impl Iterator<Item = f64> {
+    block.saves.iter().map(|save| excess(&block.steps, save.after as usize))
+}
+
+fn excess(steps: &[f64], at: usize) -> f64 {
+    steps[at] - median(steps.iter().copied())
+}
+
+/// Seconds between a typical step and the median step of its block: what `stalls` cannot tell from nothing.
+fn spread(block: &Block) -> f64 {
+    let middle = median(block.steps.iter().copied());
+    median(block.steps.iter().map(|step| (step - middle).abs()))
 }
 
 /// What the calls cost the thread that trains.
@@ -228,4 +245,20 @@ fn readings_of(blocks: &Blocks, chunk: f64) -> Rows {
         ("chunk_copy_us", (1e6 * chunk).into()),
         ("readback_p99_chunks", (p99 / chunk).into()),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The sum of this block is 2.1 ms longer than that of the one before it, by drift alone; the save costs 2 ms.
+    #[test]
+    fn stall_of_a_save_does_not_contain_the_drift_of_the_clock() {
+        let mut steps: Vec<f64> = (0..21).map(|i| 0.3001 + 1e-5 * f64::from(i - 10)).collect();
+        assert!(excess(&steps, 10).abs() < 1e-9);
+        steps[10] += 0.002;
+        assert!((excess(&steps, 10) - 0.002).abs() < 2e-5);
+        let block = Block { seconds: steps.iter().sum(), steps, saves: Vec::new() };
+        assert!(spread(&block) < 1e-4);
+    }
 }
