@@ -82,6 +82,20 @@ kernels arguments:
 gpu-kit:
     tests/gpu/kit.sh
 
+# The brief list of the kit on the simulated driver, with the programs of `cargo test` and little state: it runs to its end, and
+# a stage that hangs is killed. No figure comes of it.
+gpu-brief:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    tests/gpu/kit.sh --debug >/dev/null
+    root=$(mktemp -d)
+    trap 'rm -rf "$root"' EXIT
+    mkdir "$root/lib"
+    ln -s "$PWD/gpu-kit/libfakecuda.so" "$root/lib/libcuda.so.1"
+    export KIT_SIMULATED=1 KIT_PYTHON="{{ tools }}/stock/bin/python" LD_LIBRARY_PATH="$root/lib" TMPDIR="$root"
+    gpu-kit/run.sh brief "$root/out"
+    tests/gpu/check_stages.py
+
 # The scenarios of `tests/gpu/drive.py` on the simulated driver: bytes that come back wrong fail it.
 gpu-drive *arguments="--saves 8 --seconds 25":
     #!/usr/bin/env bash
@@ -156,7 +170,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint ptx-check gpu-drive examples stock candle cudarc-check miri loom fuzz:60 mutants kill mounts")
+ci: (timed "lint ptx-check gpu-drive gpu-brief examples stock candle cudarc-check miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
 nightly: (timed "ci tsan model")

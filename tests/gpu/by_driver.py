@@ -24,6 +24,7 @@ class Backend:
         self.chunk = 32 * KIB * self.scale
         self.ink = os.urandom(512 * KIB * self.scale)
         self.palette = self.cuda.memory(len(self.ink), self.ink)
+        self.bulk = None
         if self.cuda.simulated:
             for name, value in {"lag_us": 150, "jitter_us": 300, "reuse": 1}.items():
                 self.set(name, value)
@@ -32,6 +33,17 @@ class Backend:
         """Settings of the simulated device."""
         if self.cuda.simulated:
             self.cuda("fakecuda_set", c_uint64(0), name.encode(), c_uint64(value))
+
+    def crowd(self):
+        """Fills the bus towards the host for some 40 ms; copies of the simulated driver take their time anyway."""
+        if self.cuda.simulated:
+            return
+        size = 1 << 30
+        if not self.bulk:
+            self.bulk = self.cuda.memory(size), self.cuda.made("cuMemHostAlloc", c_size_t(size), 0).value, self.stream()
+        source, to, stream = self.bulk
+        for _ in range(2):
+            self.cuda("cuMemcpyDtoHAsync_v2", c_void_p(to), c_void_p(source), c_size_t(size), c_void_p(stream))
 
     def stream(self):
         return self.cuda.made("cuStreamCreate", 1).value

@@ -1,26 +1,34 @@
 #!/usr/bin/env bash
-# Makes `gpu-kit`: stripped programs and `run.sh`, for a machine with a GPU but without Rust, a toolkit or a network.
+# kit.sh [--debug]: makes `gpu-kit`, stripped programs and `run.sh`, for a machine with a GPU but without Rust, a toolkit or a network.
+# With --debug the programs are those of `cargo test`, to try the kit itself.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-kit=gpu-kit
+kit=gpu-kit release=--release folder=target/release
+if [ "${1-}" = --debug ]; then
+    release= folder=target/debug
+fi
 rm -rf "$kit"
 mkdir -p "$kit"
 
-# The newest test program called NAME of PACKAGE.
+# The test program made of a file. Features are those of the whole workspace, so that nothing is built twice.
 test_program() {
-    cargo test --release --quiet --no-run --message-format=json -p "$1" --test "$2" |
-        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1
+    cargo test $release --quiet --no-run --message-format=json --workspace |
+        sed -n "s|.*\"src_path\":\"$PWD/$1\".*\"executable\":\"\([^\"]*\)\".*|\1|p" | tail -1
 }
 
-cargo build --release --quiet -p ashore-cli -p ashore-face
-suite=$(test_program ashore all)
-kernels=$(test_program fakecuda all)
-strip -o "$kit/ashore" target/release/ashore
-strip -o "$kit/libashore_face.so" target/release/libashore_face.so
+cargo build $release --quiet -p ashore-cli -p ashore-face
+suite=$(test_program tests/all/main.rs)
+kernels=$(test_program fakecuda/tests/all/main.rs)
+strip -o "$kit/ashore" "$folder/ashore"
+strip -o "$kit/libashore_face.so" "$folder/libashore_face.so"
 strip -o "$kit/suite" "$suite"
 strip -o "$kit/kernels" "$kernels"
-cp tests/gpu/run.sh tests/gpu/*.py benches/peers/{tree,workload}.py kernels/*.ptx "$kit"
+cp tests/gpu/run.sh tests/gpu/*.py benches/peers/{tree,workload}.py kernels/*.ptx kernels/SHA256SUMS "$kit"
 git rev-parse HEAD >"$kit/commit"
 size=$(du -sm "$kit" | cut -f1)
 ls -l "$kit"
+if [ -z "$release" ]; then
+    cp target/debug/deps/libfakecuda.so "$kit"
+    exit
+fi
 [ "$size" -lt 40 ] || { echo "gpu-kit: $size MiB, at most 40 are allowed"; exit 1; }
