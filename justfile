@@ -64,8 +64,16 @@ examples:
 # The committed PTX of `kernels/`, made anew by a compiler of a fixed version. Installs 60 MB; no GPU needed.
 ptx: (kernels "")
 
-# Whether the committed PTX is what the kernels compile to, byte for byte.
+# Whether the committed PTX is what the kernels compile to, byte for byte, and what ptxas makes of it: no spills, at most 64 registers.
 ptx-check: (kernels "--check")
+    #!/usr/bin/env bash
+    set -euo pipefail
+    want=nvidia-cuda-nvcc==13.0.88 venv="{{ tools }}/ptxas"
+    if ! "$venv/bin/pip" --disable-pip-version-check freeze 2>/dev/null | grep -qx "$want"; then
+        python3 -m venv --clear "$venv"
+        "$venv/bin/pip" -q --disable-pip-version-check install --no-deps "$want"
+    fi
+    python3 kernels/build.py --assemble "$venv"/lib/python3*/site-packages/nvidia/cu13/bin/ptxas
 
 [private]
 kernels arguments:

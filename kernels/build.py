@@ -2,11 +2,12 @@
 """Compiles every .cu in this folder to PTX for compute_80, and writes the sums that a unit test compares.
 
   build.py [--check]    --check writes nothing, and fails when anything would change
+  build.py --assemble PTXAS    assembles the PTX for each of ARCHS, and fails where a kernel spills or takes too many registers
 
 Runs under a Python that has nvidia-cuda-nvrtc-cu12 of exactly the version below: an older compiler writes PTX that older drivers
 take. Needs neither a GPU nor a driver.
 """
-import ctypes, hashlib, re, sys
+import ctypes, hashlib, re, subprocess, sys
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +15,8 @@ HERE = Path(__file__).parent
 PACKAGE, VERSION = "nvidia-cuda-nvrtc-cu12", "12.4.127"
 OPTIONS = [b"--gpu-architecture=compute_80", b"--fmad=false", b"--device-as-default-execution-space"]
 SUMS = "SHA256SUMS"
+ARCHS = "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
+REGISTERS = 64  # of a thread: more, and a block of 1,024 threads cannot be launched
 
 
 def library():
@@ -44,7 +47,30 @@ def compile_to_ptx(nvrtc, source, headers):
     return ptx.value
 
 
+def assemble(ptxas):
+    """What ptxas says of each kernel on each architecture."""
+    wrong = []
+    for arch in ARCHS:
+        most = {}
+        for path in sorted(HERE.glob("*.ptx")):
+            command = [ptxas, f"-arch={arch}", "-v", path, "-o", "/dev/null"]
+            ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            told = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+                              ended.stdout, re.S)
+            if ended.returncode or len(told) != path.read_text().count(".entry"):
+                sys.exit(f"{path.name} for {arch}: ptxas ended with {ended.returncode}\n{ended.stdout}")
+            for name, stores, loads, registers in told:
+                most[name] = int(registers)
+                if int(registers) > REGISTERS or int(stores) or int(loads):
+                    wrong.append(f"{name} for {arch}: {registers} registers, {stores} bytes of spill stores, {loads} of loads")
+        print(f"{arch}: registers: {', '.join(f'{name} {count}' for name, count in sorted(most.items()))}")
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
 def main():
+    if sys.argv[1:2] == ["--assemble"] and len(sys.argv) == 3:
+        return assemble(sys.argv[2])
     check = sys.argv[1:] == ["--check"]
     if sys.argv[1:] and not check:
         sys.exit(__doc__)

@@ -3,8 +3,9 @@
 #define ASHORE_COPY_H
 #include "kernel.h"
 
-/* Ranges that lie together, at any alignment. Nothing outside of them is read. */
-INLINE void copy_flat(u64 to_at, u64 from_at, u64 bytes)
+/* Ranges that lie together, at any alignment. Nothing outside of them is read. With `four` a thread has four loads of 16 bytes in
+ * flight, where both ranges are aligned alike. */
+INLINE void copy_flat(u64 to_at, u64 from_at, u64 bytes, u32 four)
 {
     u8 *to = AT(u8, to_at, bytes);
     const u8 *from = AT(const u8, from_at, bytes);
@@ -20,8 +21,21 @@ INLINE void copy_flat(u64 to_at, u64 from_at, u64 bytes)
         head = 0;
     }
     if (width == 16) {
-        for (u64 i = lane; i < words; i += lanes) {
-            ((ulonglong2 *)(to + head))[i] = ((const ulonglong2 *)(from + head))[i];
+        ulonglong2 *words_to = (ulonglong2 *)(to + head);
+        const ulonglong2 *words_from = (const ulonglong2 *)(from + head);
+        u64 i = lane;
+        if (four) {
+            for (; i + 3 * lanes < words; i += 4 * lanes) {
+                const ulonglong2 a = words_from[i], b = words_from[i + lanes];
+                const ulonglong2 c = words_from[i + 2 * lanes], d = words_from[i + 3 * lanes];
+                words_to[i] = a;
+                words_to[i + lanes] = b;
+                words_to[i + 2 * lanes] = c;
+                words_to[i + 3 * lanes] = d;
+            }
+        }
+        for (; i < words; i += lanes) {
+            words_to[i] = words_from[i];
         }
     } else if (shift == 0) {
         for (u64 i = lane; i < words; i += lanes) {
@@ -64,10 +78,10 @@ INLINE void copy_strided(u64 to_at, const struct Piece *piece, const struct View
     }
 }
 
-INLINE void copy_piece(u64 base, const struct Piece *piece, u64 views)
+INLINE void copy_piece(u64 base, const struct Piece *piece, u64 views, u32 four)
 {
     if (piece->view == 0) {
-        copy_flat(base + piece->to, piece->from, piece->bytes);
+        copy_flat(base + piece->to, piece->from, piece->bytes, four);
     } else {
         copy_strided(base + piece->to, piece, view_at(views, piece->view));
     }

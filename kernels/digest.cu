@@ -97,11 +97,11 @@ INLINE u64 share(const u64 *tables, const struct Piece *piece, const struct View
     const u64 words = (bytes - head) / 8, tail = (bytes - head) % 8;
     const u64 rows = (words + LANES - 1) / LANES, absent = rows * LANES - words;
     const u64 *flat = view ? 0 : AT(const u64, piece->from + head, words);
-    u64 acc = 0;
-    for (u64 row = 0; row < rows; row++) {
+    u64 acc = 0, i = lane - absent;
+    for (u64 row = 0; row < rows; row++, i += LANES) {
         u64 word = 0, product = 0;
-        if (row * LANES + lane >= absent) {
-            const u64 i = row * LANES + lane - absent;
+        /* Before the first word `i` is below zero, which is above every number of words. */
+        if (i < words) {
             word = view ? bytes_of(piece, view, 8 * i, 8) : flat[i];
         }
         for (u32 place = 0; place < 8; place++) {

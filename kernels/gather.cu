@@ -13,6 +13,6 @@ struct Gather {
 KERNEL(gather, Gather)
 {
     for (u64 p = blockIdx.x; p < a.count; p += gridDim.x) {
-        copy_piece(a.base, piece_at(a.pieces, a.first + p), a.views);
+        copy_piece(a.base, piece_at(a.pieces, a.first + p), a.views, 0);
     }
 }

@@ -9,7 +9,8 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 #ifdef __CUDACC__
-#define KERNEL(name, type) extern "C" __global__ void name(const struct type a)
+/* Blocks of up to 1024 threads: without the bound a kernel may take more registers than a block of that size has. */
+#define KERNEL(name, type) extern "C" __global__ void __launch_bounds__(1024) name(const struct type a)
 #define INLINE static __device__ __forceinline__
 /* `count` elements at an address that came as a number. The simulated device checks it, and finds the bytes elsewhere. */
 #define AT(type, address, count) ((type *)(address))
@@ -63,7 +64,7 @@ INLINE u64 item_at(const struct View *view, u64 from, u64 byte)
 {
     u64 index = byte / view->item;
     u64 at = from;
-    for (u32 d = view->dims; d-- > 0;) {
+    ROLLED for (u32 d = view->dims; d-- > 0;) {
         at += (u64)((i64)(index % view->shape[d]) * view->stride[d]);
         index /= view->shape[d];
     }

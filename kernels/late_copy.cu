@@ -48,20 +48,31 @@ struct LateCopy {
     u32 first;  /* chunks before this one have no slot: the stream waited until they had left */
 };
 
+INLINE void copy_late(const struct LateCopy *a, u32 four)
+{
+    const u64 latched = AT(const struct Fence, a->fence, 1)->from;
+    const u64 from = latched > a->first ? latched : a->first;
+    if (from >= a->chunks) {
+        return;
+    }
+    const u32 *starts = AT(const u32, a->starts, a->chunks + 1);
+    const u64 *slots = AT(const u64, a->slots, a->chunks - a->first);
+    for (u64 p = (u64)starts[from] + blockIdx.x; p < starts[a->chunks]; p += gridDim.x) {
+        const struct Piece *piece = piece_at(a->pieces, p);
+        copy_piece(slots[piece->chunk - a->first], piece, a->views, four);
+    }
+}
+
 /* Any grid, any block. */
 KERNEL(late_copy, LateCopy)
 {
-    const u64 latched = AT(const struct Fence, a.fence, 1)->from;
-    const u64 from = latched > a.first ? latched : a.first;
-    if (from >= a.chunks) {
-        return;
-    }
-    const u32 *starts = AT(const u32, a.starts, a.chunks + 1);
-    const u64 *slots = AT(const u64, a.slots, a.chunks - a.first);
-    for (u64 p = (u64)starts[from] + blockIdx.x; p < starts[a.chunks]; p += gridDim.x) {
-        const struct Piece *piece = piece_at(a.pieces, p);
-        copy_piece(slots[piece->chunk - a.first], piece, a.views);
-    }
+    copy_late(&a, 0);
+}
+
+/* The same with more loads in flight. `tests/gpu/kernels.py` measures both, and the faster one is to stay. */
+KERNEL(late_copy_four, LateCopy)
+{
+    copy_late(&a, 1);
 }
 
 struct Publish {

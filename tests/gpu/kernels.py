@@ -53,12 +53,12 @@ class Cuda:
         module = self.made("cuModuleLoadData", c_char_p(ptx.read_bytes()))
         return [self.made("cuModuleGetFunction", module, c_char_p(n.encode())) for n in names]
 
-    def launch(self, function, argument, grid=None, block=256):
+    def launch(self, function, argument, grid=None, block=256, stream=None):
         held = ctypes.create_string_buffer(argument, len(argument))
         parameters = (c_void_p * 1)(ctypes.addressof(held))
         one = c_uint(1)
-        self("cuLaunchKernel", function, c_uint(grid or self.grid), one, one, c_uint(block), one, one, c_uint(0), self.stream,
-             parameters, None)
+        self("cuLaunchKernel", function, c_uint(grid or self.grid), one, one, c_uint(block), one, one, c_uint(0),
+             stream or self.stream, parameters, None)
 
     def seconds(self, work, rounds=7):
         """The median of several rounds, after one that warms up."""
@@ -83,6 +83,76 @@ def pieces(extents):
     return len(rows), b"".join(rows)
 
 
+def ways_of_chunks(cuda, source, to, size, watermark):
+    """Chunks of 8 MiB to the host with a watermark behind each: none, in the stream of copies, and in a second stream."""
+    chunk, second, event = min(8 * MIB, size), cuda.made("cuStreamCreate", 1), cuda.made("cuEventCreate", 2)
+
+    def write(stream, number):
+        cuda("cuStreamWriteValue64_v2", stream, c_void_p(watermark), ctypes.c_uint64(number), 0)
+
+    def apart(number):
+        cuda("cuEventRecord", event, cuda.stream)
+        cuda("cuStreamWaitEvent", second, event, 0)
+        write(second, number)
+
+    def copies(mark):
+        for number, at in enumerate(range(0, size, chunk)):
+            length = min(chunk, size - at)
+            cuda("cuMemcpyDtoHAsync_v2", c_void_p(to + at), c_void_p(source + at), c_size_t(length), cuda.stream)
+            mark(number)
+
+    marks = {
+        "chunks without a watermark": lambda number: None,
+        "chunks with a watermark in their stream": lambda number: write(cuda.stream, number),
+        "chunks with a watermark in a second stream": apart,
+    }
+    figures = {}
+    for name, mark in marks.items():
+        seconds = cuda.seconds(lambda: copies(mark))
+        figures[name] = {"bytes": size, "seconds": seconds, "gb_per_s": size / seconds / 1e9}
+    cuda("cuStreamSynchronize", second)
+    return figures
+
+
+def rooms(cuda, gather, extents, table, room, to):
+    """Small tensors to the host by chunks of 8 MiB, gathered in one room of the GPU, or in two so that kernel and copy overlap."""
+    chunk, second = 8 * MIB, cuda.made("cuStreamCreate", 1)
+    # Where each chunk begins and ends in the table, of which each row is one tensor here: all are shorter than a piece.
+    chunks, begin = [], 0
+    for row in range(1, len(extents) + 1):
+        if row == len(extents) or extents[row][1] - extents[begin][1] >= chunk:
+            end = extents[row - 1][1] + extents[row - 1][2]
+            chunks.append((begin, row - begin, extents[begin][1], end - extents[begin][1]))
+            begin = row
+    rows = cuda.memory(len(table), table)
+    gathered, copied = ([cuda.made("cuEventCreate", 2) for _ in range(2)] for _ in range(2))
+    total = sum(length for *_, length in chunks)
+
+    def work(count):
+        for number, (first, tensors, offset, length) in enumerate(chunks):
+            which = number % count
+            # Offsets in the table are those in the whole, so that each room begins so far before its chunk.
+            base = (room + which * 2 * chunk - offset) % (1 << 64)
+            kernel_in = cuda.stream if count == 1 else second
+            if count == 2 and number >= 2:
+                cuda("cuStreamWaitEvent", second, copied[which], 0)
+            cuda.launch(gather, struct.pack("<QQQII", rows, 0, base, first, tensors), stream=kernel_in)
+            if count == 2:
+                cuda("cuEventRecord", gathered[which], second)
+                cuda("cuStreamWaitEvent", cuda.stream, gathered[which], 0)
+            at = to + offset
+            cuda("cuMemcpyDtoHAsync_v2", c_void_p(at), c_void_p(room + which * 2 * chunk), c_size_t(length), cuda.stream)
+            if count == 2:
+                cuda("cuEventRecord", copied[which], cuda.stream)
+
+    figures = {}
+    for count, name in ((1, "small tensors by chunks through one room"), (2, "small tensors by chunks through two rooms")):
+        seconds = cuda.seconds(lambda: work(count))
+        figures[name] = {"bytes": total, "seconds": seconds, "gb_per_s": total / seconds / 1e9}
+    cuda("cuStreamSynchronize", second)
+    return figures
+
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("folder", type=Path)
@@ -91,7 +161,9 @@ def main():
     cuda, figures = Cuda(a.library), {}
     scale = 256 if cuda.simulated else 1
     (gather,) = cuda.functions(a.folder / "gather.ptx", "gather")
-    latch, late, publish = cuda.functions(a.folder / "late_copy.ptx", "fence_latch", "late_copy", "fence_publish")
+    latch, late, late_four, publish = cuda.functions(
+        a.folder / "late_copy.ptx", "fence_latch", "late_copy", "late_copy_four", "fence_publish"
+    )
     tables_fill, digest = cuda.functions(a.folder / "digest.ptx", "digest_tables", "digest")
 
     def rate(name, size, work):
@@ -137,6 +209,10 @@ def main():
         batch = lambda: cuda(name, targets, sources, sizes, c_size_t(count), kinds, first, c_size_t(1), *failed, cuda.stream)
         rate("batch of small copies to the host", to, batch)
 
+    watermark = cuda.memory(8, bytes(8))
+    figures |= ways_of_chunks(cuda, live, pinned, on_host, watermark)
+    figures |= rooms(cuda, gather, extents, table, scratch, pinned)
+
     # A transposed matrix of floats.
     side = 4096 // (16 if cuda.simulated else 1)
     view = struct.pack("<8Q8qII", side, side, *[0] * 6, 4, 4 * side, *[0] * 6, 2, 4)
@@ -146,11 +222,11 @@ def main():
     rate("gather a transposed matrix", 4 * side * side, lambda: cuda.launch(gather, strided))
 
     # The fence: everything late, at four alignments; and nothing late.
-    fence, watermark = cuda.memory(24, bytes(24)), cuda.memory(8, bytes(8))
+    fence = cuda.memory(24, bytes(24))
     flag = cuda.made("cuMemHostAlloc", c_size_t(8), 0).value
     saves = iter(range(1, 1 << 30))
 
-    def fences(shift, left):
+    def fences(shift, left, late=late):
         chunk = 16 * MIB // scale
         chunks = size // chunk
         count, table = pieces([(live + shift + i * chunk, 0, chunk, i) for i in range(chunks)])
@@ -171,6 +247,7 @@ def main():
 
     for shift in (0, 8, 4, 1):
         rate(f"fence with all chunks late, source at {shift}", size, fences(shift, False))
+    rate("fence with all chunks late, four loads in flight", size, fences(0, False, late_four))
     figures["fence with no chunk late"] = {"seconds": cuda.seconds(fences(0, True))}
 
     # Digests.

@@ -3,6 +3,7 @@
 use crate::symbols::cuda;
 use fakecuda::Device;
 use std::ffi::{CString, c_char};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 /// Whether the tests run on a real device: then only those of the kernels do.
@@ -20,6 +21,14 @@ impl Rig {
         let rig = Self { simulated: (!is_real()).then(Device::claim) };
         let mut context = 0_u64;
         assert_eq!(cuda!(cuInit(0 => u32)), 0);
+        if is_real() {
+            // Held to the end of the process: the last release destroys a context, and the next retain takes half a second.
+            static HELD: Once = Once::new();
+            HELD.call_once(|| {
+                let mut held = 0_u64;
+                assert_eq!(cuda!(cuDevicePrimaryCtxRetain(&mut held => &mut u64, rig.ordinal() => i32)), 0);
+            });
+        }
         assert_eq!(cuda!(cuDevicePrimaryCtxRetain(&mut context => &mut u64, rig.ordinal() => i32)), 0);
         assert_eq!(cuda!(cuCtxSetCurrent(context => u64)), 0);
         rig

@@ -41,6 +41,7 @@ struct Fence {
     rig: Rig,
     stream: u64,
     kernels: [Kernel; 3],
+    block: u32,
     fence: u64,
     watermark: u64,
     published: u64,
@@ -53,6 +54,11 @@ struct Fence {
 impl Fence {
     /// Slots for the last `aside` chunks.
     fn new(aside: usize) -> Self {
+        Self::with(aside, "late_copy", 64)
+    }
+
+    /// The same, with one of the kernels that copy, on blocks of so many threads.
+    fn with(aside: usize, copy: &str, block: u32) -> Self {
         let rig = Rig::new();
         let bytes = noise(CHUNKS * CHUNK, 8);
         let (memory, stream) = (rig.upload(&bytes), rig.stream(1));
@@ -84,11 +90,11 @@ impl Fence {
             chunks: CHUNKS as u32,
             first: (CHUNKS - aside) as u32,
         };
-        let kernels = ["fence_latch", "late_copy", "fence_publish"].map(|name| rig.kernel("late_copy", name));
+        let kernels = ["fence_latch", copy, "fence_publish"].map(|name| rig.kernel("late_copy", name));
         let published = rig.pinned(8).as_ptr() as u64;
         rig.poke(published, &[0xFF; 8]);
         let watermark = rig.upload(&[0_u64]);
-        Self { rig, stream, kernels, fence, watermark, published, slots, table, expected, memory }
+        Self { rig, stream, kernels, block, fence, watermark, published, slots, table, expected, memory }
     }
 
     /// The kernels in their order, on this grid.
@@ -97,7 +103,7 @@ impl Fence {
         self.rig.poke(self.watermark, &watermark.to_le_bytes());
         let latch = Latch { fence, watermark: self.watermark, base, save, chunks: CHUNKS as u32, unused: 0 };
         assert_eq!(self.rig.launch(self.kernels[0], 1, 1, self.stream, latch), 0);
-        assert_eq!(self.rig.launch(self.kernels[1], grid, 64, self.stream, self.table), 0);
+        assert_eq!(self.rig.launch(self.kernels[1], grid, self.block, self.stream, self.table), 0);
         assert_eq!(self.rig.launch(self.kernels[2], 1, 1, self.stream, Publish { fence, to: self.published }), 0);
         assert_eq!(synchronize(self.stream), 0);
     }
@@ -125,6 +131,19 @@ fn chunks_from_the_watermark_on_are_copied_aside() {
                 let expected = (chunk >= left).then_some(true);
                 assert_eq!(fence.copied(chunk), expected, "left={left} chunk={chunk} grid={grid}");
             }
+        }
+    }
+}
+
+/// Four threads have enough words of a piece for four loads each; a block of 1,024 has not, and must be launched all the same.
+#[test]
+fn chunks_are_copied_aside_by_either_kernel_on_blocks_of_any_size() {
+    for copy in ["late_copy", "late_copy_four"] {
+        for block in [1, 4, 64, 1024] {
+            let fence = Fence::with(CHUNKS, copy, block);
+            fence.run(1, 0, 7, 3);
+            let copied: Vec<_> = (0..CHUNKS).map(|chunk| fence.copied(chunk)).collect();
+            assert_eq!(copied, [None, Some(true), Some(true), Some(true), Some(true)], "{copy} block={block}");
         }
     }
 }
