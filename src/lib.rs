@@ -129,6 +129,8 @@ mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod ticket;
+#[doc(hidden)]
+pub mod tries;
 mod writer;
 
 pub use catalog::{Catalog, Retention};

@@ -17,6 +17,7 @@ use crate::plan::{Chunk, From, Plan, Sink};
 use crate::state::{DeviceStream, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Phase, Ticket};
+use crate::tries;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -237,7 +238,7 @@ impl Stager {
 
     /// The thread.
     pub fn run(&self) {
-        let mut line = Line::default();
+        let (mut line, mut sharp) = (Line::default(), false);
         loop {
             let next = self.wait(&mut line, || {
                 let under_way = || self.flights.unfinished().iter().filter(|t| t.phase() > Phase::Waiting).count();
@@ -251,7 +252,10 @@ impl Stager {
                 }
             });
             match next {
-                Some(job) => self.stage(job, &mut line),
+                Some(job) => {
+                    tries::sharpen(&mut sharp);
+                    self.stage(job, &mut line);
+                }
                 None => break,
             }
         }

@@ -1,5 +1,6 @@
 //! `ashore bench staging --ways`: how state leaves a GPU faster: with small tensors gathered there, with the copies of a chunk queued
-//! in one call, with both, or one by one.
+//! in one call, with both, or one by one; also in one call that asks the driver to overlap copies with kernels, and gathered by a
+//! stager whose sleeps end when they are due.
 //!
 //! Each way has an executor of its own, over the same state. A round is a bare copy of as many bytes and a save each way, in random
 //! order; figures are medians over rounds, and those that compare are of times in the same round.
@@ -14,9 +15,10 @@ use crate::bench::{Bench, Figures, PATIENCE, null};
 use crate::gpu::{Gpu, Pinned, Stream};
 use crate::out::{self, median};
 use crate::rng::Rng;
-use ashore::{CheckpointExecutor, Result};
+use ashore::{CheckpointExecutor, Result, tries};
 use serde_json::Value;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Rounds that are not counted: the first saves plan, and look for forgotten fences.
 const WARM: u32 = 3;
@@ -26,51 +28,52 @@ struct Way {
     name: &'static str,
     gather: bool,
     batch: bool,
+    overlap: bool,
+    sharp: bool,
     alone: [&'static str; 9],
     computing: [&'static str; 9],
 }
 
 macro_rules! figures {
-    ($name:literal) => {
+    ($($name:literal),+) => {
         [
-            concat!($name, "_bytes_per_second"),
-            concat!($name, "_fraction_of_limit"),
-            concat!($name, "_fraction_low"),
-            concat!($name, "_fraction_high"),
-            concat!($name, "_speedup"),
-            concat!($name, "_speedup_low"),
-            concat!($name, "_speedup_high"),
-            concat!($name, "_save_us"),
-            concat!($name, "_stage_cpu_seconds_per_gb"),
+            concat!($($name),+, "_bytes_per_second"),
+            concat!($($name),+, "_fraction_of_limit"),
+            concat!($($name),+, "_fraction_low"),
+            concat!($($name),+, "_fraction_high"),
+            concat!($($name),+, "_speedup"),
+            concat!($($name),+, "_speedup_low"),
+            concat!($($name),+, "_speedup_high"),
+            concat!($($name),+, "_save_us"),
+            concat!($($name),+, "_stage_cpu_seconds_per_gb"),
         ]
     };
 }
 
-/// The last is what the others are compared with.
-const WAYS: [Way; 4] = [
-    Way {
-        name: "gathered",
-        gather: true,
-        batch: false,
-        alone: figures!("gathered"),
-        computing: figures!("computing_gathered"),
-    },
-    Way {
-        name: "batched",
-        gather: false,
-        batch: true,
-        alone: figures!("batched"),
-        computing: figures!("computing_batched"),
-    },
-    Way { name: "both", gather: true, batch: true, alone: figures!("both"), computing: figures!("computing_both") },
-    Way {
-        name: "singly",
-        gather: false,
-        batch: false,
-        alone: figures!("singly"),
-        computing: figures!("computing_singly"),
-    },
+macro_rules! way {
+    ($name:literal, $gather:literal, $batch:literal, $overlap:literal, $sharp:literal) => {
+        Way {
+            name: $name,
+            gather: $gather,
+            batch: $batch,
+            overlap: $overlap,
+            sharp: $sharp,
+            alone: figures!($name),
+            computing: figures!("computing_", $name),
+        }
+    };
+}
+
+/// Whether small tensors are gathered, copies batched, batches overlapped with kernels, and timers sharp.
+const WAYS: [Way; 6] = [
+    way!("gathered", true, false, false, false),
+    way!("batched", false, true, false, false),
+    way!("both", true, true, false, false),
+    way!("singly", false, false, false, false),
+    way!("overlapped", false, true, true, false),
+    way!("sharp", true, false, false, true),
 ];
+/// What the others are compared with.
 const SINGLY: usize = 3;
 /// The place of the bare copy in a round.
 const LIMIT: usize = WAYS.len();
@@ -125,6 +128,8 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
                     bus::pass(Direction::ToHost, &stretch, &mut pinned, sizes.chunk)?
                 } else {
                     numbers += 1;
+                    tries::PREFER_OVERLAP.store(WAYS[i].overlap, Ordering::Relaxed);
+                    tries::SHARP_TIMERS.store(WAYS[i].sharp, Ordering::Relaxed);
                     let before = Cpu::now();
                     let pending = training::save(&executors[i], &state, &stream, numbers, 0)?;
                     compute()?;
@@ -227,11 +232,11 @@ mod tests {
             staged: (0..20).map(|i| seconds * (1.0 + f64::from(i % 3) / 100.0)).collect(),
             ..Times::default()
         };
-        let all = [1.5, 1.0, 1.2, 3.0, 0.9].map(times);
+        let all = [1.5, 1.0, 1.2, 3.0, 2.0, 2.0, 0.9].map(times);
         assert!(fastest(&all).starts_with("batched: 1.200 times as fast as both"), "{}", fastest(&all));
         let figures = each(&all[1], &all, 1 << 30);
         assert_eq!(figures[4].as_f64().map(|speedup| speedup.round()), Some(3.0));
-        let mut all = [1.0, 1.0, 1.2, 3.0, 0.9].map(times);
+        let mut all = [1.0, 1.0, 1.2, 3.0, 2.0, 2.0, 0.9].map(times);
         assert!(fastest(&all).starts_with("undecided: "), "{}", fastest(&all));
         // What was refused takes no part.
         all[1] = Times::default();

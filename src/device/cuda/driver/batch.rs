@@ -8,7 +8,9 @@
 use super::owned::Stream;
 use super::{Address, Driver, Handle};
 use crate::error::{Error, ErrorKind, Result};
+use crate::tries;
 use std::ffi::{c_int, c_uint};
+use std::sync::atomic::Ordering;
 
 /// `CUmemcpyAttributes`: when sources are read, hints for memory of other kinds than ours, flags.
 #[derive(Clone, Copy)]
@@ -74,7 +76,9 @@ impl Batch {
     /// Whatever the copies say is as [`Stream::copy_to_host`] asks for, and the stream is a live one that is no default stream.
     unsafe fn call(self, copies: &Copies, stream: Handle) -> c_int {
         const IN_STREAM_ORDER: c_uint = 1;
-        let attributes = Attributes { order: IN_STREAM_ORDER, hints: [0; 4], flags: 0 };
+        const PREFER_OVERLAP_WITH_COMPUTE: c_uint = 1;
+        let flags = if tries::PREFER_OVERLAP.load(Ordering::Relaxed) { PREFER_OVERLAP_WITH_COMPUTE } else { 0 };
+        let attributes = Attributes { order: IN_STREAM_ORDER, hints: [0; 4], flags };
         let (first, mut wrong) = (0, 0);
         let Copies { to, from, bytes } = copies;
         let (to, from, bytes, count) = (to.as_ptr(), from.as_ptr(), bytes.as_ptr(), bytes.len());
