@@ -214,7 +214,7 @@ def long(work):
             "w5": ["staging", *staging, "--every", "10", "--rounds", "3", "--workload", "w5"],
         }),
         # The disk, which takes longest and says least about a GPU.
-        each("medium", {"disk": ["limits", "--arena", "1GiB"]}),
+        each("disk-limit", {"whole": ["limits", "--arena", "1GiB"]}),
     ]  # fmt: skip
 
 

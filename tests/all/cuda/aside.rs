@@ -1,25 +1,23 @@
 //! What has not left the GPU when it comes to the fence is set aside on it, and nobody waits for the bus.
 
-use super::program::{Gpu, at_fence, rig, rig_on};
+use super::program::{COPIES, Gpu, at_fence, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
 use ashore::{Outcome, Overlap, Phase, StateDict};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Settings of the simulated device by which copies to the host, and kernels, do not begin.
-const COPIES: u64 = 1;
+/// The setting of the simulated device by which kernels do not begin.
 const KERNELS: u64 = 8;
 
 #[test]
 fn cuda_streams_go_on_before_anything_has_left_the_gpu() {
     let rig = rig(|b| b.scratch(16 * 4096));
     assert_eq!(rig.executor.device().scratch, Ok(16));
-    let Some(fake) = rig.gpu.fake() else { return };
     let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
     for step in 1..=20_u64 {
         let bytes = pattern(step, 30_000);
         let tensor = rig.gpu.tensor(&bytes);
-        fake.set("hold", COPIES);
+        rig.gpu.set("hold", COPIES);
         let save = rig.executor.save(step, at_fence(tensor.source(producer))).unwrap();
         rig.executor.fence_on(&[writer.0]).unwrap();
         rig.executor.fence_on(&[producer.0]).unwrap();
@@ -28,7 +26,7 @@ fn cuda_streams_go_on_before_anything_has_left_the_gpu() {
         writer.wait();
         producer.wait();
         assert_ne!(save.progress().phase, ashore::Phase::Ended);
-        fake.set("hold", 0);
+        rig.gpu.set("hold", 0);
         let committed = save.wait(LONG).unwrap().committed().unwrap();
         // The first chunk is the header, which no copy holds up: the fence may find that it has left.
         assert!((8..=9).contains(&committed.late_chunks), "{}", committed.late_chunks);
@@ -65,18 +63,17 @@ fn cuda_host_waits_at_a_fence_exactly_for_what_neither_scratch_nor_slabs_hold() 
 #[test]
 fn cuda_slots_come_back_however_a_save_ends() {
     let rig = rig(|b| b.scratch(9 * 4096));
-    let Some(fake) = rig.gpu.fake() else { return };
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
     for step in 1..=30_u64 {
         // With a slot for each of the nine chunks the stream goes on while no copy ends; with one fewer it would wait for one in vain.
-        fake.set("hold", COPIES);
+        rig.gpu.set("hold", COPIES);
         let save = rig.executor.save(step, at_fence(tensor.source(stream))).unwrap();
         rig.executor.fence_on(&[stream.0]).unwrap();
         if step % 3 == 0 {
             assert!(save.cancel());
         }
         stream.wait();
-        fake.set("hold", 0);
+        rig.gpu.set("hold", 0);
         assert_eq!(save.wait(LONG).is_ok(), step % 3 != 0);
         _ = save.staged().wait(LONG);
         eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
@@ -123,11 +120,10 @@ fn cuda_kernels_that_a_driver_refuses_are_reported_and_the_fence_waits() {
 #[test]
 fn cuda_slots_are_not_given_to_another_save_before_they_are_read() {
     let rig = rig(|b| b.scratch(9 * 4096).overlap(ashore::Overlap::Queue(2)).detect(ashore::Detect::Never));
-    let Some(fake) = rig.gpu.fake() else { return };
     let (stream, one, two) = (rig.gpu.stream(), pattern(1, 30_000), pattern(2, 30_000));
     let (first, second) = (rig.gpu.tensor(&one), rig.gpu.tensor(&two));
     for step in (1..20_u64).step_by(2) {
-        fake.set("hold", COPIES);
+        rig.gpu.set("hold", COPIES);
         let save = rig.executor.save(step, at_fence(first.source(stream))).unwrap();
         rig.executor.fence_on(&[stream.0]).unwrap();
         // All of the first lies in the slots now, and nothing has been read from there.
@@ -137,7 +133,7 @@ fn cuda_slots_are_not_given_to_another_save_before_they_are_read() {
             // Waits for slots, which come home when the first is read.
             let fence = scope.spawn(|| rig.executor.fence_on(&[stream.0]));
             std::thread::sleep(Duration::from_millis(3));
-            fake.set("hold", 0);
+            rig.gpu.set("hold", 0);
             fence.join().unwrap().unwrap();
         });
         save.wait(LONG).unwrap();

@@ -1,13 +1,11 @@
 //! The copies of a chunk in one call: the same bytes, fewer calls, and nothing that comes too late.
 
 use super::loader::{Found, pass, path_of};
-use super::program::{Gpu, Rig, Stream, Tensor, at_fence, left_out, real, rig, rig_on};
+use super::program::{COPIES, Gpu, Rig, Stream, Tensor, at_fence, left_out, real, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
 use ashore::{Builder, Capture, Detect, Dtype, ErrorKind, Layout, Place, Source, StateDict};
 use std::sync::Arc;
 
-/// The setting of the simulated device by which copies to the host do not begin.
-const COPIES: u64 = 1;
 const BATCH: &str = "cuMemcpyBatchAsync_v2";
 
 /// Small tensors that are not gathered; some are empty.

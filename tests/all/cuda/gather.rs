@@ -1,14 +1,11 @@
 //! What the device does at `save`: small tensors are captured, strided ones packed, and the rest digested.
 
-use super::program::{Gpu, at_fence, rig, rig_on};
+use super::program::{COPIES, Gpu, at_fence, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
 use ashore::{
     Capture, Detect, DeviceStream, Dtype, ErrorKind, Fence, Layout, Overlap, Phase, Place, Source, StateDict,
 };
 use std::sync::Arc;
-
-/// The setting of the simulated device by which copies to the host do not begin.
-const COPIES: u64 = 1;
 
 #[test]
 fn cuda_tensors_captured_at_save_may_be_written_at_once() {
@@ -71,9 +68,8 @@ fn cuda_small_tensors_are_captured_while_there_is_room_and_then_left_to_the_fenc
 #[test]
 fn cuda_captured_tensors_need_no_fence_before_the_next_save() {
     let rig = rig(|b| b.overlap(Overlap::Queue(3)));
-    let Some(fake) = rig.gpu.fake() else { return };
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&[0; 9000]));
-    fake.set("hold", COPIES);
+    rig.gpu.set("hold", COPIES);
     let mut saves = Vec::new();
     for step in 1..=4 {
         stream.fill(&tensor, step as u8);
@@ -85,7 +81,7 @@ fn cuda_captured_tensors_need_no_fence_before_the_next_save() {
     }
     stream.fill(&tensor, 0xEE);
     stream.wait();
-    fake.set("hold", 0);
+    rig.gpu.set("hold", 0);
     for (save, step) in saves.into_iter().zip(1..) {
         save.wait(LONG).unwrap();
         assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), vec![step as u8; 9000]);

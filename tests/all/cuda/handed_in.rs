@@ -1,13 +1,11 @@
 //! Memory that the program hands in for what fences set aside.
 
-use super::program::{Gpu, at_fence, rig_on};
+use super::program::{COPIES, Gpu, at_fence, rig_on};
 use crate::rig::{LONG, eventually, pattern};
 use ashore::{CheckpointExecutor, DeviceChoice, ErrorKind};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Settings of the simulated device by which copies to the host, and kernels, do not begin.
-const COPIES: u64 = 1;
 const KERNELS: u64 = 8;
 
 /// Nine chunks: as many as the state has.

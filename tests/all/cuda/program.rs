@@ -11,7 +11,9 @@ use ashore::{
 use std::ffi::{c_int, c_uint, c_void};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::JoinHandle;
 
 macro_rules! api {
     ($($name:ident($($argument:ty),*);)*) => {
@@ -44,11 +46,14 @@ api! {
     cuMemFreeAsync(u64, usize);
     cuMemcpyHtoD_v2(u64, *const c_void, usize);
     cuMemcpyDtoH_v2(*mut c_void, u64, usize);
+    cuMemcpyDtoHAsync_v2(*mut c_void, u64, usize, usize);
+    cuMemHostAlloc(*mut usize, usize, c_uint);
     cuMemsetD8Async(u64, u8, usize, usize);
     cuStreamCreate(*mut usize, c_uint);
     cuStreamSynchronize(usize);
     cuStreamBeginCapture_v2(usize, c_uint);
     cuStreamEndCapture(usize, *mut usize);
+    cuThreadExchangeStreamCaptureMode(*mut c_uint);
     cuGraphDestroy(usize);
 }
 
@@ -87,6 +92,9 @@ pub fn left_out() {
     let _ = writeln!(std::io::stderr(), "left out: what needs a simulated device");
 }
 
+/// The setting "hold" by which copies to the host do not begin.
+pub const COPIES: u64 = 1;
+
 /// The driver to test with.
 pub fn library() -> PathBuf {
     if super::loader::here() { "libcuda.so.1".into() } else { fakecuda::library() }
@@ -120,10 +128,14 @@ impl Gpu {
         self.fake.as_ref()
     }
 
-    /// Changes how the simulated device behaves; a real one is as it is.
+    /// Changes how the simulated device behaves. On a real one, copies of another stream stand in for two settings: "hold" of copies
+    /// to the host occupies the bus for some 80 ms, and "lag_us" for as long as it is above 0.
     pub fn set(&self, name: &str, value: u64) {
-        if let Some(fake) = &self.fake {
-            fake.set(name, value);
+        match (&self.fake, name) {
+            (Some(fake), _) => fake.set(name, value),
+            (None, "hold") if value & COPIES != 0 => Traffic::of(self.context).queue(16),
+            (None, "lag_us") => Traffic::of(self.context).keep_up(value > 0),
+            (None, _) => {}
         }
     }
 
@@ -179,6 +191,73 @@ impl Gpu {
     }
 }
 
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.fake.is_none() {
+            Traffic::of(self.context).keep_up(false);
+        }
+    }
+}
+
+/// Copies to the host in a stream of their own, which hold up those of other streams: a copy engine takes them in turn.
+struct Traffic {
+    context: usize,
+    stream: usize,
+    from: u64,
+    to: usize,
+    thread: Mutex<Option<(Arc<AtomicBool>, JoinHandle<()>)>>,
+}
+
+impl Traffic {
+    /// 5 ms of a bus of 55 GB/s.
+    const BYTES: usize = 256 << 20;
+
+    /// The one of the process. Its memory stays until the end.
+    fn of(context: usize) -> &'static Self {
+        const NON_BLOCKING: c_uint = 1;
+        static TRAFFIC: OnceLock<Traffic> = OnceLock::new();
+        TRAFFIC.get_or_init(|| {
+            cuda!(cuCtxSetCurrent(context));
+            let (mut stream, mut from, mut to) = (0, 0, 0);
+            cuda!(cuStreamCreate(&mut stream, NON_BLOCKING));
+            cuda!(cuMemAlloc_v2(&mut from, Self::BYTES));
+            cuda!(cuMemHostAlloc(&mut to, Self::BYTES, 0));
+            Self { context, stream, from, to, thread: Mutex::default() }
+        })
+    }
+
+    fn queue(&self, copies: usize) {
+        cuda!(cuCtxSetCurrent(self.context));
+        for _ in 0..copies {
+            cuda!(cuMemcpyDtoHAsync_v2(self.to as *mut c_void, self.from, Self::BYTES, self.stream));
+        }
+    }
+
+    /// Has a thread queue copies without an end, or ends it.
+    fn keep_up(&'static self, on: bool) {
+        const RELAXED: c_uint = 2;
+        let mut thread = self.thread.lock().unwrap();
+        if let Some((stop, thread)) = thread.take() {
+            stop.store(true, Ordering::Release);
+            thread.join().unwrap();
+        }
+        if on {
+            let stop = Arc::new(AtomicBool::new(false));
+            let stopped = stop.clone();
+            let run = move || {
+                let mut mode = RELAXED;
+                cuda!(cuCtxSetCurrent(self.context));
+                cuda!(cuThreadExchangeStreamCaptureMode(&mut mode));
+                while !stopped.load(Ordering::Acquire) {
+                    self.queue(2);
+                    cuda!(cuStreamSynchronize(self.stream));
+                }
+            };
+            *thread = Some((stop, std::thread::spawn(run)));
+        }
+    }
+}
+
 /// A stream of the program.
 #[derive(Clone, Copy)]
 pub struct Stream(pub DeviceStream);
@@ -190,7 +269,10 @@ impl Stream {
     }
 
     pub fn fill(&self, tensor: &Tensor, value: u8) {
-        cuda!(cuMemsetD8Async(tensor.0.at, value, tensor.0.len, self.0.handle));
+        // A real driver refuses to fill nothing.
+        if tensor.0.len > 0 {
+            cuda!(cuMemsetD8Async(tensor.0.at, value, tensor.0.len, self.0.handle));
+        }
     }
 
     /// Memory in stream order: freed in this stream when the last reference goes.
@@ -206,11 +288,23 @@ impl Stream {
 
     /// Runs `during` while the stream is being captured into a graph, which must not break.
     pub fn capture(&self, during: impl FnOnce()) {
-        let (mut graph, global) = (0, 0);
+        /// Ends the capture also when a test fails in it: while it is open, no other test can use the device.
+        struct Open(Stream);
+        impl Drop for Open {
+            fn drop(&mut self) {
+                let mut graph = 0;
+                // SAFETY: the stream lives as long as its device, and the result goes to a local.
+                let code = unsafe { (api().cuStreamEndCapture)(self.0.0.handle, &mut graph) };
+                if !std::thread::panicking() {
+                    assert_eq!(code, 0, "the capture was broken");
+                    cuda!(cuGraphDestroy(graph));
+                }
+            }
+        }
+        let global = 0;
         cuda!(cuStreamBeginCapture_v2(self.0.handle, global));
+        let _open = Open(*self);
         during();
-        cuda!(cuStreamEndCapture(self.0.handle, &mut graph));
-        cuda!(cuGraphDestroy(graph));
     }
 }
 

@@ -1,16 +1,14 @@
 //! Streams that wait at a fence for a number in memory: until the copies have ended, or the save has failed.
 
 use super::loader::{Found, here, pass, path_of};
-use super::program::{Gpu, Rig, Stream, Tensor, at_fence, left_out, open_device, real, rig, rig_on};
-use super::staging::write_right_after;
+use super::program::{COPIES, Gpu, Rig, Stream, Tensor, at_fence, left_out, open_device, real, rig, rig_on};
+use super::staging::{refused_or_staged, write_right_after};
 use crate::rig::{LONG, eventually, one, pattern};
 use ashore::{Builder, Capture, CheckpointExecutor, ErrorKind, Save, StateDict};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The setting of the simulated device by which copies to the host do not begin.
-const COPIES: u64 = 1;
 /// In which a stream that nothing holds up has long gone on.
 const A_WHILE: Duration = Duration::from_millis(5);
 const WAIT: &str = "cuStreamWaitValue32_v2";
@@ -202,9 +200,7 @@ fn cuda_capture_of_a_graph_is_refused_by_a_memory_wait_and_not_broken() {
     let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
     let waits = rig.gpu.fake().map_or(0, |fake| fake.calls(WAIT));
     captured.capture(|| {
-        let error = rig.executor.fence_on(&[stream.0, captured.0]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
-        assert!(error.to_string().contains("captured"), "{error}");
+        refused_or_staged(&save, rig.executor.fence_on(&[stream.0, captured.0]));
         assert_eq!(rig.gpu.fake().map_or(0, |fake| fake.calls(WAIT)), waits);
         rig.executor.fence_on(&[stream.0]).unwrap();
         save.wait(LONG).unwrap();
