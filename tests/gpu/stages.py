@@ -163,9 +163,9 @@ def brief(work):
                   "--every", "10", "--rounds", "3", positive=("late_chunks",), lag_us=300),
         ]),
         Stage("seldom", 40, [
-            bench(work, "seldom.w3", "staging", *adam, "--arena", "13GiB", "--step-ms", "120", "--every", "50", "--rounds", "2"),
+            bench(work, "seldom.w3", "staging", *adam, "--arena", "13GiB", "--step-ms", "100", "--every", "50", "--rounds", "2"),
         ]),
-        Stage("ways", 20, [bench(work, "ways.w1", "staging", "--ways", "--workload", "w1", "--arena", "1GiB", "--rounds", "8")]),
+        Stage("ways", 20, [bench(work, "ways.w1", "staging", "--ways", "--workload", "w1", "--arena", "512MiB", "--rounds", "5")]),
     ]  # fmt: skip
 
 

@@ -13,6 +13,9 @@ const BYTES_MAX: u64 = 4 << 30;
 /// Each loop is measured at most so often.
 const ROUNDS_MAX: u32 = 12;
 
+/// Of pinned memory, where only the rate of copies matters: to pin more takes seconds.
+pub const RING: u64 = 1 << 30;
+
 /// Which way the bytes go.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Way {

@@ -3,7 +3,7 @@
 //! Storage is a sink that drops what it gets, so that nothing here is the disk's. Writers digest as they always do, and every save is
 //! checked by the digests of its manifest.
 
-use super::bus::{self, Way};
+use super::bus::{self, RING, Way};
 use super::checking::Checking;
 use super::readback::{self, Reading};
 use super::state::State;
@@ -43,7 +43,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     let executor = builder.scratch(args.scratch.unwrap_or(0)).memory_waits(args.memory_waits).build()?;
     let state = State::new(gpu, args.workload, args.scale)?;
     let (stream, copies) = (Stream::new(gpu)?, Stream::new(gpu)?);
-    let mut pinned = Pinned::allocated(&copies, sizes.arena)?;
+    let mut pinned = Pinned::allocated(&copies, sizes.arena.min(RING))?;
     let (every, wanted) = (args.every.unwrap_or(10), args.step_ms.unwrap_or(300.0));
     let points = std::iter::once(0).chain(save_points(every));
     let mut checking = Checking::new(&state, &sink, &stream, &mut pinned, points)?;

@@ -5,7 +5,7 @@
 //! Each way has an executor of its own, over the same state. A round is a bare copy of as many bytes and a save each way, in random
 //! order; figures are medians over rounds, and those that compare are of times in the same round.
 
-use super::bus::{self, Way as Direction};
+use super::bus::{self, RING, Way as Direction};
 use super::checking::Checking;
 use super::state::State;
 use super::training::{self, Training};
@@ -103,7 +103,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     };
     let state = State::new(gpu, args.workload, args.scale)?;
     let (stream, copies) = (Stream::new(gpu)?, Stream::new(gpu)?);
-    let mut pinned = Pinned::allocated(&copies, sizes.arena)?;
+    let mut pinned = Pinned::allocated(&copies, sizes.arena.min(RING))?;
     let mut checking = Checking::new(&state, &sink, &stream, &mut pinned, [0])?;
     let step = args.step_ms.unwrap_or(300.0) / 1e3;
     let computing = Training::new(&executors[SINGLY], &state, &stream, 1, step, false)?;
