@@ -126,7 +126,7 @@ def peers(work, name, seconds, systems, *arguments, fast=True):
     """`dcp.py`, on the processor where the driver is simulated, because torch does not run on that."""
     into = work.fast if fast else work.scratch
     common = ["--face", KIT / "libashore_face.so", "--dir", into, "--out", work.results / f"{name}.jsonl"]
-    small = ["--device", "cpu", "--scale", "W2=0.0005,W3=0.0005", "--step-ms", "1", "--saves", "1", "--steps", "3"] * SIMULATED
+    small = ["--device", "cpu", "--scale", "W2=0.0005,W3=0.0005", "--step-ms", "1", "--saves", "1", "--steps", "3", "--rounds", "1"] * SIMULATED
     chosen = ["--systems", ",".join(systems)] * bool(systems)
     return Run(name, [sys.executable, KIT / "dcp.py", *chosen, "--seconds", str(seconds), *common, *arguments, *small])
 
@@ -160,7 +160,7 @@ def brief(work):
         ]),
         Stage("late", 35, [
             bench(work, "late.w3", "staging", *adam, "--arena", "1GiB", "--scratch", "14GiB", "--graph", "--step-ms", "100",
-                  "--every", "10", "--rounds", "3", positive=("late_chunks",), lag_us=300),
+                  "--every", "10", "--rounds", "3", positive=("late_chunks",), lag_us=3000),
         ]),
         Stage("seldom", 40, [
             bench(work, "seldom.w3", "staging", *adam, "--arena", "13GiB", "--step-ms", "100", "--every", "50", "--rounds", "2"),
