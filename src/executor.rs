@@ -256,7 +256,7 @@ impl CheckpointExecutor {
                 Verdict::Ended(outcome) => return Ok(self.resolved(step, attempt, began, outcome)),
                 Verdict::After(unfinished) => {
                     drop(admission);
-                    admission::wait(&unfinished, step, deadline)?;
+                    admission::wait(&self.stager, &unfinished, step, deadline)?;
                 }
             }
         };

@@ -13,7 +13,7 @@ pub(super) enum Verdict {
     Begin,
     /// It does not begin, and that is how it ended.
     Ended(Outcome),
-    /// Somebody has to look again when the first of these saves, which have not ended, has.
+    /// To be asked again when one of these saves, which have not ended, has.
     After(Vec<Arc<Ticket>>),
 }
 
@@ -45,12 +45,13 @@ pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64) -> Result<Verd
     Ok(if unfinished.len() <= room { Verdict::Begin } else { Verdict::After(unfinished) })
 }
 
-/// Waits until the first of `unfinished` has ended.
+/// Waits until one of `unfinished` has ended: not always the oldest, for each has a deadline of its own and can be cancelled.
 ///
 /// # Errors
 /// `Busy` at the deadline.
-pub(super) fn wait(unfinished: &[Arc<Ticket>], step: u64, deadline: Instant) -> Result<()> {
-    if unfinished.first().is_none_or(|first| first.done.wait(deadline).is_some()) {
+pub(super) fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadline: Instant) -> Result<()> {
+    let ended = || unfinished.iter().any(|ticket| ticket.done.is_complete()).then_some(());
+    if stager.signal.wait_until(deadline, ended).is_some() {
         return Ok(());
     }
     let saves = unfinished.len();

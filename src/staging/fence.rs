@@ -12,8 +12,17 @@ use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+
+/// How long the stager sleeps when no save has a deadline.
+const IDLE: Duration = Duration::from_secs(3600);
+
+/// The next deadline of the saves that there were when it was found.
+pub(crate) struct Due {
+    pub next: Instant,
+    added: u64,
+}
 
 /// All saves that have not ended.
 #[derive(Default)]
@@ -21,6 +30,8 @@ pub(crate) struct Flights {
     tickets: Mutex<Vec<Arc<Ticket>>>,
     /// Saves whose sources may still be read.
     reading: AtomicUsize,
+    /// Saves that were ever added.
+    added: AtomicU64,
     /// How streams wait at a fence, if not for events.
     pub waits: Option<Arc<dyn Waits>>,
 }
@@ -30,6 +41,7 @@ impl Flights {
     pub fn add(&self, ticket: Arc<Ticket>) {
         self.reading.fetch_add(1, Ordering::AcqRel);
         lock(&self.tickets).push(ticket);
+        self.added.fetch_add(1, Ordering::AcqRel);
     }
 
     /// The sources of `ticket` are dropped. Once per ticket that was added.
@@ -76,13 +88,26 @@ impl Flights {
     }
 
     /// Resolves saves whose deadline has passed, and returns the next deadline.
-    pub fn expire(&self, now: Instant) -> Option<Instant> {
+    pub fn expire(&self, now: Instant) -> Due {
+        // Before the list: a save that comes in between is one that was not looked at.
+        let added = self.added.load(Ordering::Acquire);
         let unfinished = self.unfinished();
         for ticket in unfinished.iter().filter(|t| t.deadline <= now) {
             let phase = ticket.phase();
             ticket.give_up(Error::new(ErrorKind::Deadline, format!("the save deadline passed phase={phase:?}")));
         }
-        unfinished.iter().map(|t| t.deadline).filter(|d| *d > now).min()
+        let next = unfinished.iter().map(|t| t.deadline).filter(|d| *d > now).min();
+        Due { next: next.unwrap_or(now + IDLE), added }
+    }
+
+    /// Whether it is time to [`expire`](Self::expire) again: `due` has passed, or a save has come that may be due earlier.
+    pub fn is_due(&self, due: &Due, now: Instant) -> bool {
+        due.next <= now || self.has_grown(due)
+    }
+
+    /// Whether a save was added since `due` was found.
+    pub fn has_grown(&self, due: &Due) -> bool {
+        self.added.load(Ordering::Acquire) != due.added
     }
 
     /// Waits until no save reads live sources.

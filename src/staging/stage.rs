@@ -32,8 +32,8 @@ const POLL: Duration = Duration::from_micros(40);
 const LOOK: Duration = Duration::from_micros(500);
 /// How long a failed device is given to end its copies.
 const QUIESCE: Duration = Duration::from_secs(10);
-/// How long the stager sleeps when nothing has a deadline.
-const IDLE: Duration = Duration::from_secs(3600);
+/// How long a device is waited for at a time, while saves may fall due.
+const SLICE: Duration = Duration::from_millis(5);
 
 /// A save to be staged.
 pub(crate) struct Job {
@@ -270,8 +270,18 @@ impl Stager {
 
     /// Sends home what is left of saves that have ended or were taken back, and is no longer in use.
     fn recover(&self, line: &mut Line) {
+        while let Some(job) = self.take_failed() {
+            self.stage(job, line);
+        }
         line.parked.append(&mut lock(&self.left));
         line.recover(&self.flights);
+    }
+
+    /// Takes a save out of the queue that has failed there: what it holds need not wait for the saves before it.
+    fn take_failed(&self) -> Option<Job> {
+        let mut jobs = lock(&self.jobs);
+        let at = jobs.iter().position(|job| job.ticket.failed())?;
+        jobs.remove(at)
     }
 
     /// Waits for `look`, while saves that are due expire.
@@ -279,9 +289,13 @@ impl Stager {
         loop {
             self.recover(line);
             let now = Instant::now();
-            let until = self.flights.expire(now).unwrap_or(now + IDLE);
-            let until = if line.parked.is_empty() { until } else { until.min(now + LOOK) };
-            let mut news = || look().map(Some).or_else(|| (!lock(&self.left).is_empty()).then_some(None));
+            let due = self.flights.expire(now);
+            let until = if line.parked.is_empty() { due.next } else { due.next.min(now + LOOK) };
+            let again = || {
+                let failed = || lock(&self.jobs).iter().any(|job| job.ticket.failed());
+                self.flights.has_grown(&due) || !lock(&self.left).is_empty() || failed()
+            };
+            let mut news = || look().map(Some).or_else(|| again().then_some(None));
             if let Some(Some(found)) = self.signal.wait_until(until, &mut news) {
                 return found;
             }
@@ -363,7 +377,7 @@ impl Stager {
         loop {
             let now = Instant::now();
             self.flights.expire(now);
-            let slice = deadline.min(now + QUIESCE / 100);
+            let slice = deadline.min(now + SLICE);
             match guarded("a device panicked", || Ok(queue.quiesce(slice))) {
                 Ok(true) => return true,
                 Ok(false) if now < deadline => {}
@@ -376,13 +390,13 @@ impl Stager {
     fn copy(&self, job: &mut Job, line: &mut Line, flying: &mut VecDeque<Flying>) -> Result<()> {
         let (ticket, plan) = (job.ticket.clone(), job.plan.clone());
         let stamp = Stamp::new(ticket.step, ticket.attempt);
-        let (mut next, mut due) = (0, Instant::now());
+        let (mut next, mut due) = (0, self.flights.expire(Instant::now()));
         let waker = Waker::from(self.signal.clone());
         let aside = job.aside.clone();
         loop {
             let now = Instant::now();
-            if due <= now {
-                due = self.flights.expire(now).unwrap_or(now + IDLE);
+            if self.flights.is_due(&due, now) {
+                due = self.flights.expire(now);
             }
             let queue = line.queue.as_mut().ok_or_else(|| Error::internal("a stager without a queue"))?;
             let reached = queue.reached()?;
@@ -450,7 +464,6 @@ impl Stager {
             if may && flying.is_empty() && line.parked.is_empty() {
                 let go_on = || news() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
                 self.wait(line, || go_on().then_some(()));
-                due = Instant::now();
             } else {
                 self.signal.wait_until(now + POLL, || news().then_some(()));
                 self.recover(line);

@@ -39,18 +39,23 @@ fn stager(device: impl Device + 'static) -> Stager {
 }
 
 fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
-    push_of(stager, tensor, Vec::new())
+    push_of(stager, tensor, Vec::new(), LONG)
 }
 
-/// As if streams had written the tensor.
-fn push_of(stager: &Stager, tensor: &Arc<Vec<u8>>, streams: Vec<DeviceStream>) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
+/// As if streams had written the tensor, with a deadline of its own.
+fn push_of(
+    stager: &Stager,
+    tensor: &Arc<Vec<u8>>,
+    streams: Vec<DeviceStream>,
+    patience: Duration,
+) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
     let mut state = StateDict::new();
     state.tensor("t", tensor.clone()).unwrap();
     let plan = Arc::new(Plan::new(&state, Shape { chunk: 4096, files: 1 }).unwrap());
     let issue = Issue {
         step: 1,
         attempt: Default::default(),
-        deadline: Instant::now() + LONG,
+        deadline: Instant::now() + patience,
         chunks: plan.chunks.len(),
         streams,
         bytes: 0,
@@ -158,7 +163,7 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
     for [first, second] in [[fail, fail], [fail, staged], [staged, fail], [staged, staged]] {
         let stager = stager(Host);
         let tensor = Arc::new(vec![1; 100]);
-        let save = || push_of(&stager, &tensor, vec![DeviceStream::new(0, 0)]).0;
+        let save = || push_of(&stager, &tensor, vec![DeviceStream::new(0, 0)], LONG).0;
         let (one, two) = (save(), save());
         [&one, &two].iter().for_each(|ticket| (0..ticket.chunks).for_each(|_| ticket.advance()));
         let hold: Hold = Arc::new(());
@@ -176,4 +181,25 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
         two.hold(hold.clone());
         assert_eq!(Arc::strong_count(&hold), 1);
     }
+}
+
+#[test]
+fn streams_are_let_go_when_a_save_falls_due_behind_one_that_is_stuck() {
+    let device = LateDevice::default();
+    device.hold();
+    let stager = stager(device.clone());
+    with(&stager, || {
+        let (hold, tensor): (Hold, _) = (Arc::new(()), Arc::new(vec![1; 100]));
+        let (first, ..) = push(&stager, &tensor);
+        while device.queued() == 0 {
+            std::thread::yield_now();
+        }
+        let (second, ..) = push_of(&stager, &tensor, vec![DeviceStream::new(0, 0)], Duration::from_millis(20));
+        second.hold(hold.clone());
+        let late = second.done.wait(Instant::now() + LONG).expect("long before the first").unwrap_err();
+        assert_eq!((late.kind(), Arc::strong_count(&hold)), (ErrorKind::Deadline, 1));
+        assert!(!first.done.is_complete());
+        device.release();
+        first.staged.wait_forever().unwrap()
+    });
 }

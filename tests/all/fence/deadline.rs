@@ -1,7 +1,8 @@
 //! No wait without a deadline: a device that stands still fails the save, not the program.
 
-use crate::rig::{Buffer, LONG, one, pattern, rig};
-use ashore::ErrorKind;
+use crate::rig::{Buffer, LONG, eventually, one, pattern, rig};
+use ashore::state::promise;
+use ashore::{Dtype, ErrorKind, Layout, Phase, SaveOptions};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -58,4 +59,29 @@ fn waiting_for_a_handle_ends_at_its_own_deadline_and_the_save_goes_on() {
     assert_eq!(save.staged().wait(SHORT).unwrap_err().kind(), ErrorKind::Deadline);
     rig.device.release();
     save.wait(LONG).unwrap();
+}
+
+/// A ticket's deadline was looked at when the stager began to wait for the save before it, and then not again: behind a save that
+/// was stuck, one with a deadline of 50 ms failed when that of the first had passed.
+#[test]
+fn a_save_behind_one_that_is_stuck_fails_at_its_own_deadline_and_lets_its_sources_go() {
+    for promised in [true, false] {
+        let rig = rig(|b| b);
+        let (promise, tensor) = promise(Layout::new(Dtype::U8, [5000]));
+        let first = if promised { one("t", tensor) } else { one("t", Arc::new(pattern(1, 5000))) };
+        rig.device.hold();
+        let first = rig.executor.save(1, first).unwrap();
+        eventually("the first is being staged", || first.progress().phase == Phase::Staging);
+        let waiting = Arc::new(pattern(2, 5000));
+        let options = SaveOptions::default().deadline(SHORT);
+        let second = rig.executor.save_with(2, one("t", waiting.clone()), options).unwrap();
+        let error = second.wait(LONG / 10).unwrap_err();
+        assert!(error.message().starts_with("the save deadline passed"), "{promised}: {error}");
+        assert_eq!((error.kind(), error.step()), (ErrorKind::Deadline, Some(2)));
+        eventually("the source is dropped", || Arc::strong_count(&waiting) == 1);
+        assert!(first.try_get().is_none());
+        promise.fulfil(pattern(1, 5000)).unwrap();
+        rig.device.release();
+        first.wait(LONG).unwrap();
+    }
 }

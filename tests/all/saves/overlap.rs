@@ -40,6 +40,23 @@ fn latest_replaces_a_save_that_waits_by_a_newer_one() {
     assert!(rig.checkpoint(2).is_err());
 }
 
+/// A save that found the queue full watched the oldest save alone, and was `Busy` although a younger one had ended.
+#[test]
+fn room_in_a_full_queue_comes_from_whichever_save_ends_first() {
+    let rig = rig(|b| b.overlap(Overlap::Queue(1)));
+    rig.device.hold();
+    let first = save(&rig, 1).unwrap();
+    let within = |patience| SaveOptions::default().deadline(patience);
+    let state = |step| one("t", Arc::new(pattern(step, 5000)));
+    let second = rig.executor.save_with(2, state(2), within(Duration::from_millis(50))).unwrap();
+    let third = rig.executor.save_with(3, state(3), within(LONG / 10)).unwrap();
+    assert_eq!(second.wait(LONG).unwrap_err().kind(), ErrorKind::Deadline);
+    assert!(first.try_get().is_none());
+    rig.device.release();
+    first.wait(LONG).unwrap();
+    third.wait(LONG).unwrap().committed().unwrap();
+}
+
 #[test]
 fn a_full_queue_waits_for_room_and_is_busy_at_the_deadline() {
     for (overlap, room) in [(Overlap::Block, 1), (Overlap::Queue(0), 1), (Overlap::Queue(2), 3)] {
