@@ -21,7 +21,7 @@ use crate::memory::Arena;
 use crate::plan::{Later, Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Failed, Settings};
-use crate::staging::{Aside, Captured, Job, OnDevice, Stager, guarded, without_kernels};
+use crate::staging::{Aside, Captured, Job, OnDevice, Stager, dropped, guarded, without_kernels};
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::{Mutex, lock};
@@ -227,6 +227,21 @@ impl CheckpointExecutor {
         borrowed: bool,
         register: impl FnOnce(&Arc<Ticket>),
     ) -> Result<Save> {
+        let saved = self.begin(step, &mut state, options, borrowed, register);
+        // What was refused: a source that panics when it is dropped must not unwind through `save`.
+        dropped(state);
+        saved
+    }
+
+    /// Takes what is saved out of `state`, or leaves there what is refused.
+    fn begin(
+        &self,
+        step: u64,
+        state: &mut StateDict<'static>,
+        options: SaveOptions,
+        borrowed: bool,
+        register: impl FnOnce(&Arc<Ticket>),
+    ) -> Result<Save> {
         self.alive()?;
         let began = Instant::now();
         let name = options.name.unwrap_or_else(|| step_name(step));
@@ -260,18 +275,17 @@ impl CheckpointExecutor {
                 }
             }
         };
-        let plan = admission.plan_for(&state, &self.settings)?;
+        let plan = admission.plan_for(state, &self.settings)?;
         let detect = match self.settings.detect {
             Detect::Never => false,
             Detect::First => self.compared.load(Ordering::Relaxed) < 2,
             Detect::All => true,
         };
-        let mut captured =
-            Captured::take(&state, self.settings.capture_budget, detect).map_err(|e| e.with_step(step))?;
+        let panicked = "a source panicked while it was read";
+        let captured = guarded(panicked, || Captured::take(state, self.settings.capture_budget, detect));
+        let mut captured = captured.map_err(|error| error.with_step(step))?;
         let mut on_device = OnDevice::default();
-        let noted = guarded("a source panicked while it was read", || {
-            self.note(&mut state, &plan, &captured, detect, &mut on_device)
-        });
+        let noted = guarded(panicked, || self.note(state, &plan, &captured, detect, &mut on_device));
         let (region, queued) = (on_device.region.take(), std::mem::take(&mut on_device.queued));
         let issue = Issue {
             step,
@@ -291,7 +305,7 @@ impl CheckpointExecutor {
             Ok(noted) => noted,
             Err(error) => {
                 let error = error.with_step(step);
-                self.stager.refuse(ticket, error.clone(), state, region, queued);
+                self.stager.refuse(ticket, error.clone(), std::mem::take(state), region, queued);
                 return Err(error);
             }
         };
@@ -311,7 +325,7 @@ impl CheckpointExecutor {
         self.stager.push(Job {
             ticket: ticket.clone(),
             plan,
-            state,
+            state: std::mem::take(state),
             captured,
             behind,
             aside,

@@ -66,8 +66,8 @@ impl Drop for Line {
     }
 }
 
-/// Drops what holds sources of users, whose panics must not end the stager.
-pub(super) fn dropped<T>(sources: T) {
+/// Drops what holds sources of users, whose panics must end neither the stager nor a call of `save`.
+pub(crate) fn dropped<T>(sources: T) {
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(sources))).is_err() {
         tracing::error!("a source panicked when it was dropped");
     }

@@ -2,7 +2,7 @@
 
 use crate::rig::{LONG, eventually, one, pattern, rig};
 use ashore::storage::{Memory, Reading, Storage, Swept, Writing};
-use ashore::{Attempt, CheckpointExecutor, ErrorKind, Fence, Overlap, Result, Source, StateDict};
+use ashore::{Attempt, CheckpointExecutor, ErrorKind, Fence, Overlap, Result, SaveOptions, Source, StateDict};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -60,6 +60,42 @@ fn a_source_that_panics_when_it_is_dropped_ends_no_thread() {
         rig.executor.fence().unwrap();
         save.wait(LONG).unwrap();
     }
+    rig.slabs_home();
+}
+
+/// Writable memory that panics when it is read, in `save` itself, and again when it is dropped.
+struct Mine(Bomb);
+
+#[expect(unsafe_code, reason = "a source that breaks its contract in a harmless way")]
+// SAFETY: it never hands out a pointer.
+unsafe impl Source for Mine {
+    fn layout(&self) -> ashore::Layout {
+        self.0.layout()
+    }
+    fn place(&self) -> ashore::Place {
+        ashore::Place::Host { bytes: self.0.place().bytes(), writable: true }
+    }
+    fn read(&self, _: &mut dyn FnMut(*const u8)) {
+        panic!("a source that fails");
+    }
+}
+
+/// What `save` captures it reads in the caller's thread. A panic there, or in the destructor of what was refused, unwound through
+/// `save` with its locks held.
+#[test]
+fn a_source_that_panics_in_the_call_of_save_is_an_error_of_that_call() {
+    let rig = rig(|b| b);
+    let mine = |len| Mine(Bomb(Arc::new(pattern(1, len))));
+    // Small: captured. Large: digested, so that a forgotten fence is found out.
+    for len in [100, 9000] {
+        let error = rig.executor.save(1, one("t", mine(len))).unwrap_err();
+        assert_eq!((error.kind(), error.step()), (ErrorKind::Internal, Some(1)), "{error}");
+        assert!(error.message().contains("a source panicked"), "{error}");
+    }
+    let refused =
+        rig.executor.save_with(1, one("t", Bomb(Arc::new(pattern(1, 9)))), SaveOptions::default().name("step-2"));
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid);
+    rig.executor.save(1, one("t", Arc::new(pattern(1, 9000)))).unwrap().wait(LONG).unwrap();
     rig.slabs_home();
 }
 
