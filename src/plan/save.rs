@@ -138,9 +138,11 @@ impl Plan {
         self.names.get(tensor).map_or("", |(name, _)| name)
     }
 
-    /// Whether it seems to be a plan of `state`: cheap, no look at the tensors. [`Plan::check`] makes sure.
+    /// Whether it is a plan of `state`. Of tensors in host memory only the fingerprint is compared, which takes no time, and
+    /// [`Plan::check`] makes sure before anything is read; tensors of devices are read by this plan as soon as it is chosen.
     pub fn fits(&self, state: &StateDict<'_>, shape: Shape) -> bool {
-        self.fingerprint == state.fingerprint() && self.names.len() == state.len() && self.shape == shape
+        let alike = self.fingerprint == state.fingerprint() && self.names.len() == state.len() && self.shape == shape;
+        alike && (state.streams.is_empty() || self.check(state).is_ok())
     }
 
     /// Makes sure that it is a plan of `state`.
@@ -252,3 +254,31 @@ impl Draft {
 }
 
 const _: () = assert!(BLOCK.is_multiple_of(ALIGNMENT as u64));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::DeviceStream;
+    use std::sync::Arc;
+
+    fn state_of(bytes: usize) -> StateDict<'static> {
+        let mut state = StateDict::new();
+        state.tensor("t", Arc::new(vec![0_u8; bytes])).unwrap();
+        state
+    }
+
+    /// Kernels read tensors of a device by offsets of the plan before the stager compared more of it than 64 bits: a structure that
+    /// happened to have the fingerprint of the last one was read beyond its end.
+    #[test]
+    fn a_plan_is_taken_for_tensors_of_a_device_only_if_it_is_theirs() {
+        let shape = Shape { chunk: 4096, files: 1 };
+        let (long, mut short) = (state_of(9000), state_of(10));
+        let mut plan = Plan::new(&long, shape).unwrap();
+        plan.fingerprint = short.fingerprint();
+        assert!(plan.fits(&short, shape), "of the host: compared before it is read");
+        assert_eq!(plan.check(&short).unwrap_err().kind(), crate::ErrorKind::Internal);
+        short.streams.push(DeviceStream::new(0, 0));
+        assert!(!plan.fits(&short, shape));
+        assert!(Plan::new(&short, shape).unwrap().fits(&short, shape));
+    }
+}
