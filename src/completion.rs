@@ -1,13 +1,16 @@
 //! A value that comes once, awaitable from any async runtime and waitable from a thread with a deadline.
 //!
-//! No thread and no polling per future: `event-listener` keeps the waiters, tasks and threads alike. The first value wins;
-//! a waiter that comes late finds it there.
+//! No thread and no polling per future: the cell keeps the wakers of tasks and what is to be called, `event-listener` the threads that
+//! sleep. The first value wins; a waiter that comes late finds it there. **Locks.** Wakers and calls are code of the program: they
+//! are cloned, run and dropped while no lock of the cell is held, so they may look at it at once, and their panics end no thread.
 
 use crate::sync::{Arc, Mutex, lock};
 use event_listener::{Event, EventListener, Listener};
+use std::fmt;
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// The moment `patience` from now; a patience beyond all reason is a hundred years.
@@ -16,37 +19,73 @@ pub(crate) fn deadline_after(patience: Duration) -> Instant {
     now.checked_add(patience).unwrap_or_else(|| now + Duration::from_secs(100 * 365 * 24 * 3600))
 }
 
+/// What is to be done with a value when it comes.
+type Call<T> = Box<dyn FnOnce(T) + Send>;
+
 /// The cell that both sides share.
-#[derive(Debug)]
 pub(crate) struct Completion<T> {
-    value: Mutex<Option<T>>,
+    state: Mutex<State<T>>,
     event: Event,
+}
+
+struct State<T> {
+    value: Option<T>,
+    /// Of tasks, each under the number of its waiter.
+    wakers: Vec<(u64, Waker)>,
+    numbers: u64,
+    calls: Vec<Call<T>>,
+}
+
+impl<T: fmt::Debug> fmt::Debug for Completion<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Completion({:?})", lock(&self.state).value)
+    }
 }
 
 impl<T: Clone> Completion<T> {
     pub fn new() -> Self {
-        Self { value: Mutex::new(None), event: Event::new() }
+        let state = State { value: None, wakers: Vec::new(), numbers: 0, calls: Vec::new() };
+        Self { state: Mutex::new(state), event: Event::new() }
     }
 
-    /// Completes with `value`; false, and without effect, when there is one already.
+    /// Completes with `value`, and runs what was to be called; false, and without effect, when there is a value already.
     pub fn complete(&self, value: T) -> bool {
-        {
-            let mut slot = lock(&self.value);
-            if slot.is_some() {
-                return false;
-            }
-            *slot = Some(value);
+        self.put(value).map(Calls::here).is_some()
+    }
+
+    /// Completes with `value`, and wakes whoever waits: what is to be called now. None, and without effect, when there is a value
+    /// already.
+    pub fn put(&self, value: T) -> Option<Calls<T>> {
+        let mut state = lock(&self.state);
+        if state.value.is_some() {
+            return None;
         }
+        state.value = Some(value.clone());
+        let (wakers, calls) = (std::mem::take(&mut state.wakers), std::mem::take(&mut state.calls));
+        drop(state);
         self.event.notify(usize::MAX);
-        true
+        wakers.into_iter().for_each(|(_, waker)| guarded(|| waker.wake()));
+        Some(Calls { calls, value })
+    }
+
+    /// Has `call` called with the value when it comes, or now, if it is there.
+    pub fn on_value(&self, call: Box<dyn FnOnce(T) + Send>) {
+        let mut state = lock(&self.state);
+        match state.value.clone() {
+            None => state.calls.push(call),
+            Some(value) => {
+                drop(state);
+                Calls { calls: vec![call], value }.here();
+            }
+        }
     }
 
     pub fn get(&self) -> Option<T> {
-        lock(&self.value).clone()
+        lock(&self.state).value.clone()
     }
 
     pub fn is_complete(&self) -> bool {
-        lock(&self.value).is_some()
+        lock(&self.state).value.is_some()
     }
 
     /// Blocks the thread until there is a value or `deadline` has passed.
@@ -88,16 +127,58 @@ fn park(listener: EventListener, deadline: Instant) -> bool {
     listener.wait_deadline(deadline).is_some()
 }
 
+/// What is to be called with a value that has come.
+#[must_use = "what waits for the value is called by `here` or `apart`"]
+pub(crate) struct Calls<T> {
+    calls: Vec<Call<T>>,
+    value: T,
+}
+
+impl<T: Clone> Calls<T> {
+    /// Calls it in this thread, which holds no lock.
+    pub fn here(self) {
+        let Self { calls, value } = self;
+        calls.into_iter().for_each(|call| guarded(|| call(value.clone())));
+    }
+}
+
+impl<T: Clone + Send + 'static> Calls<T> {
+    /// Calls it in a thread of its own: this one has other work, or holds a lock.
+    pub fn apart(self) {
+        if self.calls.is_empty() {
+            return;
+        }
+        let theirs = std::sync::Arc::new(Mutex::new(Some(self)));
+        let mine = theirs.clone();
+        let run = move || {
+            let calls = lock(&theirs).take();
+            calls.into_iter().for_each(Self::here);
+        };
+        if std::thread::Builder::new().name("ashore-call".into()).spawn(run).is_err() {
+            let calls = lock(&mine).take();
+            calls.into_iter().for_each(Self::here);
+        }
+    }
+}
+
+/// Runs code of the program.
+fn guarded(code: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(code)).is_err() {
+        tracing::error!("code that was to be told of the end of a save panicked");
+    }
+}
+
 /// The future of a [`Completion`]. Any number of them may wait for the same one.
 #[derive(Debug)]
-pub(crate) struct Waiter<T> {
+pub(crate) struct Waiter<T: Clone> {
     cell: Arc<Completion<T>>,
-    listener: Option<EventListener>,
+    /// Under which the cell keeps a waker, or has kept it.
+    number: Option<u64>,
 }
 
 impl<T: Clone> Waiter<T> {
     pub fn new(cell: Arc<Completion<T>>) -> Self {
-        Self { cell, listener: None }
+        Self { cell, number: None }
     }
 
     pub fn cell(&self) -> &Completion<T> {
@@ -109,19 +190,38 @@ impl<T: Clone> Future for Waiter<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        loop {
-            if let Some(value) = self.cell.get() {
-                self.listener = None;
-                return Poll::Ready(value);
-            }
-            match &mut self.listener {
-                None => self.listener = Some(self.cell.event.listen()),
-                Some(listener) => match Pin::new(listener).poll(cx) {
-                    Poll::Ready(()) => self.listener = None,
-                    Poll::Pending => return Poll::Pending,
-                },
-            }
+        let waker = cx.waker().clone();
+        let mut state = lock(&self.cell.state);
+        if let Some(value) = state.value.clone() {
+            return Poll::Ready(value);
         }
+        let number = self.number.unwrap_or_else(|| {
+            state.numbers += 1;
+            state.numbers
+        });
+        let kept = state.wakers.iter_mut().find(|(kept, _)| *kept == number);
+        let replaced = match kept {
+            Some((_, kept)) => Some(std::mem::replace(kept, waker)),
+            None => {
+                state.wakers.push((number, waker));
+                None
+            }
+        };
+        drop(state);
+        drop(replaced);
+        self.number = Some(number);
+        Poll::Pending
+    }
+}
+
+impl<T: Clone> Drop for Waiter<T> {
+    fn drop(&mut self) {
+        let Some(number) = self.number else { return };
+        let mut state = lock(&self.cell.state);
+        let at = state.wakers.iter().position(|(kept, _)| *kept == number);
+        let waker = at.map(|at| state.wakers.swap_remove(at));
+        drop(state);
+        drop(waker);
     }
 }
 
@@ -188,7 +288,59 @@ mod tests {
         assert!(waiter.as_mut().poll(&mut cx).is_pending());
         drop(waiter);
         assert_eq!(Arc::strong_count(&cell), 1);
+        assert!(lock(&cell.state).wakers.is_empty());
         cell.complete(1);
+    }
+
+    /// Polls the future that it wakes, in `wake` itself, as bridges to other languages do; looks from the clone and the drop, too.
+    struct Inline(Mutex<Option<Waiter<i32>>>, Arc<Completion<i32>>, std::sync::atomic::AtomicUsize);
+
+    impl std::task::Wake for Inline {
+        fn wake(self: std::sync::Arc<Self>) {
+            let mut waiter = lock(&self.0).take().expect("woken once");
+            let mut cx = Context::from_waker(Waker::noop());
+            assert_eq!(Pin::new(&mut waiter).poll(&mut cx), Poll::Ready(5));
+            self.2.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
+    impl Drop for Inline {
+        fn drop(&mut self) {
+            self.1.get();
+        }
+    }
+
+    /// The list of waiters was locked while they were woken: a waker that polled inline hung the thread that ended the save.
+    #[test]
+    fn a_waker_that_polls_while_it_wakes_finds_the_value() {
+        let cell = Arc::new(Completion::new());
+        let inline = std::sync::Arc::new(Inline(Mutex::new(None), cell.clone(), 0.into()));
+        let (waker, mut waiter) = (Waker::from(inline.clone()), Waiter::new(cell.clone()));
+        assert!(Pin::new(&mut waiter).poll(&mut Context::from_waker(&waker)).is_pending());
+        *lock(&inline.0) = Some(waiter);
+        drop(waker);
+        let (done, ended) = std::sync::mpsc::channel();
+        let completer = cell.clone();
+        std::thread::spawn(move || done.send(completer.complete(5)));
+        assert_eq!(ended.recv_timeout(Duration::from_secs(30)), Ok(true));
+        assert_eq!(inline.2.load(std::sync::atomic::Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn what_is_to_be_called_is_called_once_and_its_panic_keeps_nobody() {
+        let (cell, (send, called)) = (Completion::new(), std::sync::mpsc::channel());
+        for number in 1..=4 {
+            let send = send.clone();
+            cell.on_value(Box::new(move |value: i32| {
+                assert_ne!(number, 2, "a call that fails");
+                send.send((number, value)).unwrap();
+            }));
+            if number == 3 {
+                assert!(cell.complete(7) && !cell.complete(8));
+            }
+        }
+        drop(send);
+        assert_eq!(called.iter().collect::<Vec<_>>(), [(1, 7), (3, 7), (4, 7)]);
     }
 }
 
@@ -218,6 +370,18 @@ mod models {
             let completer = thread::spawn(move || completer.complete(1));
             assert_eq!(loom::future::block_on(Waiter::new(cell)), 1);
             assert!(completer.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn what_is_to_be_called_is_called_once_whoever_comes_first() {
+        loom::model(|| {
+            let (cell, sum) = (Arc::new(Completion::new()), Arc::new(Mutex::new(0)));
+            let (completer, called) = (cell.clone(), sum.clone());
+            let completer = thread::spawn(move || completer.complete(3));
+            cell.on_value(Box::new(move |value| *lock(&called) += value));
+            assert!(completer.join().unwrap());
+            assert_eq!(*lock(&sum), 3);
         });
     }
 

@@ -13,7 +13,7 @@ pub use builder::Builder;
 pub use scope::{Fence, Scope};
 
 use crate::checkpoint::Checkpoint;
-use crate::completion::deadline_after;
+use crate::completion::{Calls, deadline_after};
 use crate::device::{DeviceReport, Point};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, Attempts, parse_step_name, step_name};
@@ -259,16 +259,23 @@ impl CheckpointExecutor {
                 Failed::Warn => tracing::error!(%error, "a save failed and nobody saw it"),
             }
         }
+        // One that another save has made room for is begun, even if admission is closed meanwhile.
+        let mut superseded = false;
         let (mut admission, attempt) = loop {
             let mut admission = lock(&self.admission);
             self.refuse_unfenced(step)?;
             let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
-            if self.closed.load(Ordering::Acquire) && !options.last {
+            if self.closed.load(Ordering::Acquire) && !options.last && !superseded {
                 return Ok(self.resolved(step, attempt, began, self.last_word(step)));
             }
             match admission::admit(&self.stager, self.settings.overlap, step)? {
                 Verdict::Begin => break (admission, attempt),
                 Verdict::Ended(outcome) => return Ok(self.resolved(step, attempt, began, outcome)),
+                Verdict::InsteadOf(waiting) => {
+                    drop(admission);
+                    admission::supersede(&self.stager, *waiting, step);
+                    superseded = true;
+                }
                 Verdict::After(unfinished) => {
                     drop(admission);
                     admission::wait(&self.stager, &unfinished, step, deadline)?;
@@ -385,7 +392,7 @@ impl CheckpointExecutor {
         let issue = Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable: false, over_budget: 0 };
         let ticket = Ticket::new(issue, began, self.stager.signal.clone());
         ticket.release();
-        ticket.finish(Ok(outcome));
+        ticket.finish(Ok(outcome)).into_iter().for_each(Calls::here);
         Save::new(Arc::new(ticket))
     }
 
@@ -404,9 +411,10 @@ impl CheckpointExecutor {
         for ticket in self.stager.flights.unfinished() {
             if ticket.done.wait(deadline).is_none() {
                 let what = format!("the executor was shut down before a save ended patience={patience:?}");
-                if ticket.give_up(Error::new(ErrorKind::Cancelled, what.clone())) {
+                if let Some(calls) = ticket.give_up(Error::new(ErrorKind::Cancelled, what.clone())) {
                     // This call says so itself, of the first one.
                     ticket.observed.store(true, Ordering::Release);
+                    calls.here();
                     tracing::error!(step = ticket.step, what);
                     late.get_or_insert(Error::new(ErrorKind::Deadline, what).with_step(ticket.step));
                 }

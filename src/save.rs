@@ -1,6 +1,6 @@
 //! The handle of a save.
 
-use crate::completion::{Waiter, deadline_after};
+use crate::completion::{Calls, Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::ticket::{Outcome, Progress, Ticket};
@@ -82,6 +82,8 @@ impl SaveOptions {
 /// A save under way: a future of how it ends, awaitable from any async runtime, waitable from a thread. Clones are of
 /// the same save.
 ///
+/// Wakers are woken with no lock held, and may poll at once. [`Save::on_done`] calls a function instead.
+///
 /// Dropping it detaches: the save goes on, and an error that nobody saw is reported by the next `save` or `shutdown`.
 #[must_use = "dropping the handle detaches the save; keep it to learn when the checkpoint is durable"]
 pub struct Save {
@@ -147,8 +149,33 @@ impl Save {
         }
         self.ticket.observed.store(true, Ordering::Release);
         // False where its threads were faster: they have ended it as cancelled.
-        self.ticket.give_up(cancelled);
+        self.ticket.give_up(cancelled).into_iter().for_each(Calls::apart);
         true
+    }
+
+    /// Calls `f` with how the save has ended: in the thread that commits, or, for a save that was given up or superseded, in a thread
+    /// of its own, because the one that commits may hang in the storage; at once, in this thread, if the save has ended already. An
+    /// executor that is shut down before that calls it before it returns.
+    ///
+    /// No lock is held then: `f` may use the save and the executor, but commits wait while it runs, so it should hand on what it is
+    /// told. Its panic is logged. It counts as having seen the error.
+    ///
+    /// ```
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let executor = ashore::CheckpointExecutor::builder(dir.path()).arena(16 << 20).chunk(1 << 20).build()?;
+    /// # let mut state = ashore::StateDict::new();
+    /// # state.tensor("weights", vec![1.0_f32; 4])?;
+    /// let (send, ended) = std::sync::mpsc::channel();
+    /// executor.save(1, state)?.on_done(move |outcome| send.send(outcome).unwrap());
+    /// assert_eq!(ended.recv().unwrap()?.committed().unwrap().step, 1);
+    /// # Ok::<(), ashore::Error>(())
+    /// ```
+    pub fn on_done(&self, f: impl FnOnce(Result<Outcome>) + Send + 'static) {
+        if let Err(forked) = self.ticket.alive() {
+            return f(Err(forked));
+        }
+        self.ticket.observed.store(true, Ordering::Release);
+        self.ticket.done.on_value(Box::new(f));
     }
 
     fn observe(&self, result: Result<Outcome>) -> Result<Outcome> {

@@ -4,7 +4,7 @@
 //! save ended; `done` resolves once. **Failure.** The first error wins. Once the publish has begun, a failure can no longer
 //! undo it: `fail` is refused, and a deadline that passes then is `Indeterminate`.
 
-use crate::completion::{Completion, Signal};
+use crate::completion::{Calls, Completion, Signal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
 use crate::id::Attempt;
@@ -262,24 +262,25 @@ impl Ticket {
         true
     }
 
-    /// Fails the save with `why` and resolves it at once, whatever its threads hang in. False when it had ended.
-    pub fn give_up(&self, why: Error) -> bool {
+    /// Fails the save with `why` and resolves it at once, whatever its threads hang in. None when it had ended.
+    pub fn give_up(&self, why: Error) -> Option<Calls<Result<Outcome>>> {
         self.fail(why);
         let error = self.failure().unwrap_or_else(|| {
             // The publish has begun, or the failure would be there: nobody knows yet how it ends.
             Error::new(ErrorKind::Indeterminate, "the save was given up while it was being published")
                 .with_step(self.step)
         });
-        let ended = self.done.complete(Err(error));
+        let calls = self.done.put(Err(error));
         self.signal.notify();
-        ended
+        calls
     }
 
-    /// Ends the save.
-    pub fn finish(&self, result: Result<Outcome>) {
-        self.done.complete(result.map_err(|e| e.with_step(self.step)));
+    /// Ends the save. None when it had been given up.
+    pub fn finish(&self, result: Result<Outcome>) -> Option<Calls<Result<Outcome>>> {
+        let calls = self.done.put(result.map_err(|e| e.with_step(self.step)));
         self.phase.store(Phase::Ended as u8, Ordering::Release);
         self.signal.notify();
+        calls
     }
 
     /// Refuses to say anything about the save in a forked child.

@@ -1,8 +1,9 @@
 //! Whether a save may begin while others are unfinished.
 
+use crate::completion::Calls;
 use crate::error::{Error, ErrorKind, Result};
 use crate::settings::Overlap;
-use crate::staging::Stager;
+use crate::staging::{Job, Stager};
 use crate::ticket::{Outcome, Ticket};
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,6 +14,8 @@ pub(super) enum Verdict {
     Begin,
     /// It does not begin, and that is how it ended.
     Ended(Outcome),
+    /// To be asked again when this save, which waits, was taken back: see [`supersede`].
+    InsteadOf(Box<Job>),
     /// To be asked again when one of these saves, which have not ended, has.
     After(Vec<Arc<Ticket>>),
 }
@@ -33,9 +36,7 @@ pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64) -> Result<Verd
         }
         Overlap::Latest => {
             if let Some(job) = stager.take_waiting() {
-                let ticket = job.ticket.clone();
-                stager.discard(job);
-                ticket.finish(ticket.failure().map_or(Ok(Outcome::Superseded { by: step }), Err));
+                return Ok(Verdict::InsteadOf(Box::new(job)));
             }
             return Ok(Verdict::Begin);
         }
@@ -43,6 +44,14 @@ pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64) -> Result<Verd
         Overlap::Block => 0,
     };
     Ok(if unfinished.len() <= room { Verdict::Begin } else { Verdict::After(unfinished) })
+}
+
+/// Ends a save that waited, because `step` takes its place. Whoever is told of that runs code of the program: no lock is held.
+pub(super) fn supersede(stager: &Stager, job: Job, step: u64) {
+    let ticket = job.ticket.clone();
+    stager.discard(job);
+    let calls = ticket.finish(ticket.failure().map_or(Ok(Outcome::Superseded { by: step }), Err));
+    calls.into_iter().for_each(Calls::apart);
 }
 
 /// Waits until one of `unfinished` has ended: not always the oldest, for each has a deadline of its own and can be cancelled.

@@ -7,6 +7,7 @@
 use crate::catalog::Catalog;
 use crate::checkpoint::replaceable;
 use crate::commit::{self, Concluded, Ending, Published};
+use crate::completion::Calls;
 use crate::error::{Error, ErrorKind};
 use crate::memory::AlignedBuffer;
 use crate::storage::Storage;
@@ -64,6 +65,6 @@ pub(super) fn conclude(
             (Err(why), (!swept).then_some(Left { name, published: None }))
         }
     };
-    ticket.finish(outcome);
+    ticket.finish(outcome).into_iter().for_each(Calls::here);
     left
 }

@@ -149,7 +149,8 @@ impl Stager {
         ticket.observed.store(true, Ordering::Release);
         ticket.fail(why.clone());
         self.flights.add(ticket.clone());
-        ticket.finish(Err(why));
+        // There is no handle yet that anything could wait for.
+        drop(ticket.finish(Err(why)));
         self.leave(state, region, queued, ticket);
     }
 

@@ -50,9 +50,12 @@ struct Inner {
 
 impl Inner {
     fn come(&self, what: Result<Box<dyn Source>>) {
-        if self.came.set(what).is_ok()
-            && let Some(waker) = lock(&self.waker).take()
-        {
+        if self.came.set(what).is_err() {
+            return;
+        }
+        // Woken, cloned and dropped without the lock: it may poll at once.
+        let waker = lock(&self.waker).take();
+        if let Some(waker) = waker {
             waker.wake();
         }
     }
@@ -127,7 +130,9 @@ unsafe impl Source for Promised {
     fn poll_ready(&self, bytes: Range<u64>, waker: &Waker) -> Poll<Result<()>> {
         if self.0.came.get().is_none() {
             // Left here before the second look, so that whoever delivers in between finds it.
-            *lock(&self.0.waker) = Some(waker.clone());
+            let waker = Some(waker.clone());
+            let before = std::mem::replace(&mut *lock(&self.0.waker), waker);
+            drop(before);
         }
         match self.0.came.get() {
             None => Poll::Pending,

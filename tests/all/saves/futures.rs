@@ -1,8 +1,13 @@
 //! A save is a future for any runtime, and something to wait for without one.
 
 use crate::rig::{LONG, eventually, one, pattern, rig};
-use ashore::{Outcome, Overlap, Save};
-use std::sync::Arc;
+use ashore::{ErrorKind, Outcome, Overlap, Save, SaveOptions};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, mpsc};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
+use std::time::Duration;
 
 fn saves(rig: &crate::rig::Rig, count: u64) -> Vec<Save> {
     (0..count).map(|step| rig.executor.save(step, one("t", Arc::new(pattern(step, 9000)))).unwrap()).collect()
@@ -77,4 +82,97 @@ fn progress_counts_up_to_everything() {
     let end = save.progress();
     assert_eq!((end.phase, end.staged), (ashore::Phase::Ended, end.written));
     assert!(end.written >= 9000);
+}
+
+/// Polls the save that it was given, in `wake` itself, as a bridge to another language may.
+#[derive(Default)]
+struct Inline(Mutex<Option<Save>>, Mutex<Option<ashore::Result<Outcome>>>);
+
+impl Wake for Inline {
+    fn wake(self: Arc<Self>) {
+        let mut save = self.0.lock().unwrap().take().expect("woken once");
+        if let Poll::Ready(ended) = Pin::new(&mut save).poll(&mut Context::from_waker(Waker::noop())) {
+            *self.1.lock().unwrap() = Some(ended);
+        }
+    }
+}
+
+/// Tasks were woken under the lock of the list of waiters, which a poll takes: the thread that commits hung for ever.
+#[test]
+fn a_waker_that_polls_the_save_while_it_wakes_hangs_no_thread() {
+    let rig = rig(|b| b);
+    rig.device.hold();
+    let mut save = rig.executor.save(1, one("t", Arc::new(pattern(1, 9000)))).unwrap();
+    let inline = Arc::new(Inline::default());
+    let waker = Waker::from(inline.clone());
+    assert!(Pin::new(&mut save).poll(&mut Context::from_waker(&waker)).is_pending());
+    *inline.0.lock().unwrap() = Some(save);
+    rig.device.release();
+    eventually("the waker has polled", || inline.1.lock().unwrap().is_some());
+    assert!(is_durable(inline.1.lock().unwrap().take().unwrap()));
+    rig.executor.save(2, one("t", Arc::new(pattern(2, 9000)))).unwrap().wait(LONG).unwrap();
+}
+
+/// The thread that a function was called in, and how the save had ended.
+type Told = (String, ashore::Result<Outcome>);
+
+fn told(save: &Save) -> mpsc::Receiver<Told> {
+    let (send, told) = mpsc::channel();
+    save.on_done(move |ended| send.send((thread::current().name().unwrap_or("").to_owned(), ended)).unwrap());
+    told
+}
+
+#[test]
+fn a_function_is_called_by_the_thread_that_commits_and_may_use_the_executor() {
+    let rig = Arc::new(rig(|b| b.overlap(Overlap::Block)));
+    rig.device.hold();
+    let save = rig.executor.save(1, one("t", Arc::new(pattern(1, 9000)))).unwrap();
+    let (send, next) = mpsc::channel();
+    let weak = Arc::downgrade(&rig);
+    save.on_done(move |ended| {
+        let rig = weak.upgrade().unwrap();
+        assert!(is_durable(ended) && rig.executor.latest().unwrap().unwrap().step() == 1);
+        // There is room again: the save that ended does not count any more.
+        send.send(rig.executor.save(2, one("t", Arc::new(pattern(2, 9000)))).unwrap()).unwrap();
+    });
+    save.on_done(|_| panic!("a function that fails"));
+    let last = told(&save);
+    rig.device.release();
+    let (thread, ended) = last.recv_timeout(LONG).unwrap();
+    assert!(thread == "ashore-commit" && is_durable(ended), "{thread}");
+    assert!(is_durable(next.recv_timeout(LONG).unwrap().wait(LONG)));
+    let (thread, ended) = told(&save).try_recv().unwrap();
+    assert!(Some(thread.as_str()) == thread::current().name() && is_durable(ended));
+}
+
+#[test]
+fn a_function_is_told_of_saves_that_were_given_up_and_their_errors_are_seen() {
+    let rig = rig(|b| b.overlap(Overlap::Latest));
+    rig.device.hold();
+    let state = |step| one("t", Arc::new(pattern(step, 9000)));
+    let first = rig.executor.save(1, state(1)).unwrap();
+    eventually("the first is being staged", || first.progress().phase == ashore::Phase::Staging);
+    let soon = SaveOptions::default().deadline(Duration::from_millis(30));
+    let late = told(&rig.executor.save_with(2, state(2), soon).unwrap());
+    let ended = |told: &mpsc::Receiver<Told>| {
+        let (thread, ended) = told.recv_timeout(LONG).unwrap();
+        assert_eq!(thread, "ashore-call");
+        ended
+    };
+    assert_eq!(ended(&late).unwrap_err().kind(), ErrorKind::Deadline);
+    let waiting = rig.executor.save(3, state(3)).unwrap();
+    let (send, superseded) = mpsc::channel();
+    waiting.on_done(move |ended| send.send(ended).unwrap());
+    let newest = rig.executor.save(4, state(4)).unwrap();
+    assert!(matches!(superseded.recv_timeout(LONG).unwrap(), Ok(Outcome::Superseded { by: 4 })));
+    let cancelled = told(&newest);
+    assert!(newest.cancel());
+    assert_eq!(ended(&cancelled).unwrap_err().kind(), ErrorKind::Cancelled);
+    let left = told(&first);
+    // None of these errors is returned here: each was seen.
+    let result = rig.executor.shutdown(Duration::from_millis(30));
+    assert_eq!(result.unwrap_err().step(), Some(1));
+    let (thread, ended) = left.try_recv().unwrap();
+    assert_eq!((Some(thread.as_str()), ended.unwrap_err().kind()), (thread::current().name(), ErrorKind::Cancelled));
+    rig.device.release();
 }
