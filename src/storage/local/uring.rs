@@ -7,7 +7,8 @@
 //!
 //! # Safety argument
 //! The kernel reads from a caller's bytes between the submission of a piece and its completion. [`Ring::write`] returns only
-//! when every piece that was submitted has completed, and nothing in between can panic. Pieces in registered memory name it by
+//! when every piece that was submitted has completed, and nothing in between can panic. A piece that is queued when the kernel refuses
+//! a submission is not submitted by any later call, and the ring that it is in is closed. Pieces in registered memory name it by
 //! an index, and the kernel then reads the pages that were there at registration: when the registration ends, which is before
 //! the memory is unmapped, idle rings are closed and busy ones are closed instead of reused; none can be writing from that
 //! memory then, for whoever writes from it holds a lease of it.
@@ -70,7 +71,15 @@ impl Uring {
     }
 
     fn ring(&self, rings: &Rings) -> io::Result<Ring> {
-        let mut ring = Ring { queue: IoUring::new(DEPTH)?, memory: 0..0, epoch: rings.epoch, broken: false };
+        let (queue, memory, epoch) = (IoUring::new(DEPTH)?, 0..0, rings.epoch);
+        let mut ring = Ring {
+            queue,
+            memory,
+            epoch,
+            broken: false,
+            #[cfg(test)]
+            instead: None,
+        };
         if let Err(error) = ring.know(rings.memory.clone()) {
             tracing::debug!(%error, "io_uring writes from memory that is not registered");
         }
@@ -115,9 +124,15 @@ struct Ring {
     queue: IoUring,
     memory: Range<usize>,
     epoch: u64,
-    /// The kernel refused to take submissions: not to be used again.
+    /// The kernel refused to take submissions: not to be used again. What it has not taken stays in the ring, and goes with it.
     broken: bool,
+    #[cfg(test)]
+    instead: Option<Instead>,
 }
+
+/// What a test does instead of a submission, where that gives something.
+#[cfg(test)]
+type Instead = Box<dyn FnMut(&IoUring) -> Option<io::Result<usize>> + Send>;
 
 impl Ring {
     /// Registers `memory`, which saves pinning its pages for every write.
@@ -147,6 +162,20 @@ impl Ring {
         opcode::Write::new(types::Fd(fd), bytes.as_ptr(), len).offset(offset).build()
     }
 
+    /// Hands the kernel what is queued, and waits for a completion. A broken ring only waits.
+    fn submit(&mut self) -> io::Result<usize> {
+        const GET_EVENTS: u32 = 1;
+        #[cfg(test)]
+        if let Some(submitted) = self.instead.as_mut().and_then(|instead| instead(&self.queue)) {
+            return submitted;
+        }
+        if self.broken {
+            // SAFETY: submits nothing, and has no argument.
+            return unsafe { self.queue.submitter().enter::<libc::sigset_t>(0, 1, GET_EVENTS, None) };
+        }
+        self.queue.submit_and_wait(1)
+    }
+
     /// Writes `bytes` at `offset`; how many from the first on were written, or why none.
     fn write(&mut self, fd: RawFd, bytes: &[u8], offset: u64) -> io::Result<usize> {
         let pieces = bytes.len().div_ceil(PIECE);
@@ -163,10 +192,10 @@ impl Ring {
                 }
                 (next, flying) = (next + 1, flying + 1);
             }
-            if let Err(error) = self.queue.submit_and_wait(1) {
+            if let Err(error) = self.submit() {
                 let passing = matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY));
                 if !passing && !self.broken {
-                    // What the kernel has not taken yet it never will; the rest has to be waited for in any case.
+                    // What the kernel has not taken yet it never will: nothing is submitted any more. The rest has to be waited for.
                     self.broken = true;
                     let left = self.queue.submission().len();
                     flying -= left;
@@ -280,7 +309,7 @@ mod tests {
     use super::*;
     use crate::memory::AlignedBuffer;
     use std::fs::{File, OpenOptions};
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
@@ -356,6 +385,42 @@ mod tests {
         assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
         let error = uring.pwrite(-1, &bytes, 0).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+    }
+
+    /// After an error of the submission, pieces that the kernel had not taken were no longer counted, and submitted all the same by
+    /// the call that waited for the others: the write returned while the kernel still read from its bytes.
+    #[test]
+    fn pieces_that_were_not_taken_when_a_submission_failed_are_never_submitted() {
+        let Some(uring) = uring() else { return };
+        let mut ring = uring.take().unwrap();
+        let bytes = pattern(8 * PIECE);
+        // Full, so that the first piece is under way until the pipe is read.
+        let (mut from, mut to) = std::io::pipe().unwrap();
+        // SAFETY: asks for a number.
+        let room = unsafe { libc::fcntl(to.as_raw_fd(), libc::F_GETPIPE_SZ) } as usize;
+        to.write_all(&vec![0; room]).unwrap();
+        let (mut calls, mut drained) = (0, vec![0; room]);
+        ring.instead = Some(Box::new(move |queue| {
+            calls += 1;
+            match calls {
+                // SAFETY: submits the first piece alone, whose bytes outlive the write.
+                1 => Some(unsafe { queue.submitter().enter::<libc::sigset_t>(1, 0, 0, None) }),
+                2 => {
+                    from.read_exact(&mut drained).unwrap();
+                    Some(Err(io::Error::from_raw_os_error(libc::EIO)))
+                }
+                _ => {
+                    // Keeps the end that is read open.
+                    let _ = &from;
+                    None
+                }
+            }
+        }));
+        let written = ring.write(to.as_raw_fd(), &bytes, 0).unwrap();
+        assert!((1..PIECE).contains(&written), "{written}");
+        assert_eq!((ring.broken, ring.queue.submission().len()), (true, 7));
+        uring.give(ring);
+        assert!(uring.lock().idle.is_empty());
     }
 
     #[test]
