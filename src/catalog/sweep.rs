@@ -165,11 +165,13 @@ impl Catalog {
 
     /// Removes `entry`, unless the name has come to stand for another attempt since it was listed.
     fn remove(&self, entry: &Entry) -> Result<()> {
+        // Opened before it is compared: what is removed is what was compared, or nothing.
+        let opened = self.storage.open(&entry.name)?;
         let there = Checkpoint::from_storage(self.storage.clone(), &entry.name)?;
         if there.attempt() != entry.attempt {
             return Err(Error::new(ErrorKind::Conflict, "the step was replaced meanwhile; it was not removed"));
         }
-        self.storage.remove(&entry.name)
+        self.storage.remove_opened(&entry.name, opened.as_ref())
     }
 
     /// Forgets an attempt that was removed, so that a long run does not remember all of its saves.

@@ -95,6 +95,17 @@ impl Storage for Memory {
         lock(&self.0).steps.remove(name).map(drop).ok_or_else(|| missing(name))
     }
 
+    fn remove_opened(&self, name: &str, opened: &dyn Reading) -> Result<()> {
+        check_step(name)?;
+        let mut root = lock(&self.0);
+        let there = root.steps.get(name).ok_or_else(|| missing(name))?;
+        if opened.identity() != Some(identity(there)) {
+            return Err(conflict("the step was replaced meanwhile; it was not removed", name));
+        }
+        root.steps.remove(name);
+        Ok(())
+    }
+
     fn sweep(&self) -> Result<Swept> {
         let mut swept = Swept::default();
         lock(&self.0).attempts.retain(|(name, attempt, writing)| {
@@ -308,6 +319,15 @@ impl Reading for MemoryReading {
             None => Err(Error::new(ErrorKind::NotFound, "no such file").with_path(path)),
         }
     }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        Some(identity(&self.files))
+    }
+}
+
+/// No two steps that are there, or held open, have the same address.
+fn identity(files: &Arc<Files>) -> (u64, u64) {
+    (0, Arc::as_ptr(files).addr() as u64)
 }
 
 struct Bytes {

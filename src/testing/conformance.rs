@@ -33,6 +33,7 @@ pub const BEHAVIOURS: &[Behaviour] = &[
     ("an overwrite of nothing is a publish", an_overwrite_of_nothing_is_a_publish),
     ("what is abandoned leaves nothing", what_is_abandoned_leaves_nothing),
     ("what is removed is gone", what_is_removed_is_gone),
+    ("only the step that was opened is removed", only_the_step_that_was_opened_is_removed),
     ("a reader keeps its step", a_reader_keeps_its_step),
     ("a sweep removes the dead and leaves the living", a_sweep_removes_only_the_dead),
     ("an attempt that is not complete is not published", incomplete_attempts_are_not_published),
@@ -207,6 +208,16 @@ fn what_is_removed_is_gone(storage: &Arc<dyn Storage>) {
     assert_kind(storage.remove(NAME), ErrorKind::NotFound);
     publish(storage, false, 2);
     assert_holds(storage, 2);
+}
+
+fn only_the_step_that_was_opened_is_removed(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    let first = storage.open(NAME).unwrap();
+    publish(storage, true, 2);
+    assert_kind(storage.remove_opened(NAME, &*first), ErrorKind::Conflict);
+    assert_holds(storage, 2);
+    storage.remove_opened(NAME, &*storage.open(NAME).unwrap()).unwrap();
+    assert_kind(storage.remove_opened(NAME, &*first), ErrorKind::NotFound);
 }
 
 fn a_reader_keeps_its_step(storage: &Arc<dyn Storage>) {

@@ -68,8 +68,18 @@ pub struct Logged {
     pub ok: bool,
 }
 
+/// What another does just before a call.
+struct Before(Call, Box<dyn FnOnce() + Send>);
+
+impl std::fmt::Debug for Before {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Before({:?})", self.0)
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
+    before: Option<Before>,
     faults: Vec<Fault>,
     hits: u64,
     log: Vec<Logged>,
@@ -99,6 +109,11 @@ impl Faulty {
     /// Adds a fault; `after` counts from now.
     pub fn fail(&self, fault: Fault) {
         self.state().faults.push(fault);
+    }
+
+    /// Has `other` run just before the next call of this kind: what another process does in between.
+    pub fn interrupt(&self, call: Call, other: impl FnOnce() + Send + 'static) {
+        self.state().before = Some(Before(call, Box::new(other)));
     }
 
     /// Takes the faults back that have not been met.
@@ -131,6 +146,10 @@ impl Faulty {
     }
 
     fn meet(&self, call: Call) -> Option<Effect> {
+        let before = self.state().before.take_if(|before| before.0 == call);
+        if let Some(Before(_, other)) = before {
+            other();
+        }
         let mut state = self.state();
         let mut met = None;
         state.faults.retain_mut(|fault| {

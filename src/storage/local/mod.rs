@@ -105,6 +105,26 @@ impl Local {
     }
 }
 
+impl Local {
+    /// Removes the step `name`, if that is the one `wanted`.
+    fn discard(&self, name: &str, wanted: Option<(u64, u64)>) -> Result<()> {
+        rules::check_step(name)?;
+        let root = self.root.afresh()?;
+        let dir = root.enter(name).map_err(root.error("cannot open the step", name))?;
+        for file in dir.list().map_err(dir.own_error("cannot list"))? {
+            if dir.look(&file).map_err(dir.error("cannot look at", &file))?.is_some_and(|stat| stat.kind == Kind::Dir) {
+                let message = "the step holds a directory that no checkpoint has; nothing was removed";
+                return Err(Error::invalid(message).with_path(dir.path().join(file)));
+            }
+        }
+        let there = dir.stat().map_err(dir.own_error("cannot stat"))?.identity;
+        if wanted.is_some_and(|wanted| wanted != there) {
+            return Err(attempt::conflict("the step was replaced meanwhile; it was not removed", &root, name));
+        }
+        trash::discard(&root, name, &names::trash(Attempt::new()), there)
+    }
+}
+
 /// The system calls that write as `engine` says.
 fn system(engine: Engine) -> Arc<dyn Sys> {
     match engine {
@@ -166,16 +186,12 @@ impl Storage for Local {
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        rules::check_step(name)?;
-        let root = self.root.afresh()?;
-        let dir = root.enter(name).map_err(root.error("cannot open the step", name))?;
-        for file in dir.list().map_err(dir.own_error("cannot list"))? {
-            if dir.look(&file).map_err(dir.error("cannot look at", &file))?.is_some_and(|stat| stat.kind == Kind::Dir) {
-                let message = "the step holds a directory that no checkpoint has; nothing was removed";
-                return Err(Error::invalid(message).with_path(dir.path().join(file)));
-            }
-        }
-        trash::discard(&root, name, &names::trash(Attempt::new()))
+        self.discard(name, None)
+    }
+
+    fn remove_opened(&self, name: &str, opened: &dyn Reading) -> Result<()> {
+        let unknown = || Error::internal("a step that another storage has opened is to be removed");
+        self.discard(name, Some(opened.identity().ok_or_else(unknown)?))
     }
 
     fn sweep(&self) -> Result<Swept> {

@@ -42,6 +42,11 @@ impl Reading for LocalReading {
         }
         Ok(Arc::new(LocalFileReading { fd, bypass, len: stat.len, path: self.dir.path().join(file) }))
     }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        // The number of a directory is not used again while a descriptor holds it.
+        self.dir.stat().ok().map(|stat| stat.identity)
+    }
 }
 
 fn not_a_file(dir: &Dir, file: &str) -> Error {

@@ -2,16 +2,45 @@
 //!
 //! An attempt is out of sight by its name: it is deleted where it is. On a disk that is full, a new name can be refused.
 
+use super::attempt::conflict;
 use super::dir::Dir;
 use super::durable;
 use super::sys::{Kind, Rename};
 use crate::error::{Error, Result};
 
-/// Moves the step `name` to the trash and deletes it.
-pub(super) fn discard(root: &Dir, name: &str, trash: &str) -> Result<()> {
+/// Moves the step `name`, known by its `identity`, to the trash and deletes it.
+///
+/// A rename moves whatever has the name by then, and another process may just have exchanged it: what was moved is looked at before it
+/// is deleted, and goes back if it is another step.
+pub(super) fn discard(root: &Dir, name: &str, trash: &str, identity: (u64, u64)) -> Result<()> {
     root.rename(name, trash, Rename::Plain).map_err(root.error("cannot move to the trash", name))?;
+    let moved = root.look(trash).map_err(root.error("cannot look at what was moved to the trash", trash));
+    match moved {
+        // Where it is gone already, a sweep was faster.
+        Ok(moved) if moved.as_ref().is_none_or(|stat| stat.identity == identity) => {}
+        moved => {
+            put_back(root, name, trash)?;
+            moved?;
+            return Err(conflict("the step was replaced meanwhile; it was not removed", root, name));
+        }
+    }
     durable::trash(root).map_err(root.error("cannot make the removal durable", name))?;
     delete(root, trash)
+}
+
+/// Gives a step its name back, durably: it may have been acknowledged.
+fn put_back(root: &Dir, name: &str, trash: &str) -> Result<()> {
+    let back = match root.rename(trash, name, Rename::NoReplace) {
+        // rename(2) replaces nothing but an empty directory, and no step is one.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => {
+            root.rename(trash, name, Rename::Plain)
+        }
+        back => back,
+    };
+    back.map_err(
+        root.error("a step that was not to be removed is in the trash, and does not get its name back", trash),
+    )?;
+    durable::published(root).map_err(root.error("cannot make durable that a step has its name back", name))
 }
 
 /// Deletes the attempt `temp`, durably: its owner record may go then.

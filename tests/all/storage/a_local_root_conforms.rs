@@ -1,8 +1,8 @@
 //! The local storage does what every storage must, with direct and with buffered I/O, on disk and in memory.
 
-use ashore::storage::local::Local;
+use ashore::storage::local::{Linux, Local};
 use ashore::storage::{IoMode, Storage};
-use ashore::testing::conformance;
+use ashore::testing::{Call, Faulty, conformance};
 use ashore::{Attempt, Engine, ErrorKind};
 use std::fs;
 use std::io::Write;
@@ -87,4 +87,27 @@ fn a_step_holds_the_checkpoint_and_nothing_else() {
     assert_eq!(names(directory.path()), ["latest", "step-1"]);
     assert_eq!(names(&directory.path().join("step-1")), ["manifest.json"]);
     assert_eq!(fs::read_to_string(directory.path().join("latest")).unwrap(), "step-1\n");
+}
+
+/// A removal compared the attempt and then renamed by name: a step that another process had put there in between was deleted.
+#[test]
+fn a_step_that_takes_the_name_just_before_the_rename_of_a_removal_stays() {
+    let directory = tempfile::tempdir().unwrap();
+    let write = |storage: &Local, bytes: &str| {
+        let attempt = storage.begin("step-1", Attempt::new(), true).unwrap();
+        attempt.put("manifest.json", bytes.as_bytes()).unwrap();
+        attempt.publish(true).unwrap();
+        attempt.settle().unwrap();
+    };
+    let sys = Faulty::new(Arc::new(Linux));
+    let (mine, theirs) =
+        (Local::with_sys(sys.clone(), directory.path()).unwrap(), Local::open(directory.path()).unwrap());
+    write(&theirs, "old");
+    let opened = mine.open("step-1").unwrap();
+    sys.interrupt(Call::Rename, move || write(&theirs, "new"));
+    assert_eq!(mine.remove_opened("step-1", &*opened).unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(fs::read(directory.path().join("step-1/manifest.json")).unwrap(), b"new");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    mine.remove_opened("step-1", &*mine.open("step-1").unwrap()).unwrap();
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }

@@ -201,6 +201,9 @@ impl Storage for Arc<Remote> {
     fn remove(&self, name: &str) -> Result<()> {
         self.local.remove(name)
     }
+    fn remove_opened(&self, name: &str, opened: &dyn Reading) -> Result<()> {
+        self.local.remove_opened(name, opened)
+    }
     fn sweep(&self) -> Result<Swept> {
         self.local.sweep()
     }
