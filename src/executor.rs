@@ -31,8 +31,8 @@ use crate::{Catalog, fork};
 use admission::Verdict;
 use crossbeam_channel::Sender;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -70,9 +70,6 @@ pub struct CheckpointExecutor {
     device: DeviceReport,
     /// The last plan; held by callers of `save` only, one at a time.
     admission: Mutex<Admission>,
-    /// None once shut down.
-    lines: Option<Lines>,
-    threads: Vec<JoinHandle<()>>,
     generation: u64,
     /// Saves that became durable: what was staged was compared with what was there at `save`.
     compared: Arc<AtomicU64>,
@@ -83,6 +80,8 @@ pub struct CheckpointExecutor {
 #[derive(Debug)]
 struct Admission {
     plan: Option<Arc<Plan>>,
+    /// None once shut down.
+    lines: Option<Lines>,
     /// Attempts are drawn ahead, because randomness is a system call.
     attempts: Attempts,
 }
@@ -92,6 +91,7 @@ struct Admission {
 struct Lines {
     pool: Pool,
     ended: Sender<Arc<Task>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl CheckpointExecutor {
@@ -194,12 +194,13 @@ impl CheckpointExecutor {
         &self.stager.arena
     }
 
-    /// Takes no more saves, waits for those in flight, ends the threads.
+    /// Takes no more saves, waits for those in flight, ends the threads. What is there can still be read. Any owner of an `Arc`
+    /// may call it; called again it waits for what is left.
     ///
     /// # Errors
     /// The first error of a save that nobody has seen. `Deadline` when saves were unfinished at the deadline: they have
     /// failed then, and threads that hang in the storage are left behind.
-    pub fn shutdown(mut self, deadline: Duration) -> Result<()> {
+    pub fn shutdown(&self, deadline: Duration) -> Result<()> {
         self.alive()?;
         self.close(deadline)
     }
@@ -250,7 +251,6 @@ impl CheckpointExecutor {
         }
         let patience = options.deadline.map_or(self.settings.save_deadline, |d| d.min(self.settings.save_deadline));
         let deadline = deadline_after(patience);
-        let lines = self.lines.as_ref().ok_or_else(|| Error::invalid("the executor is shut down"))?;
         if !options.last
             && let Some(error) = self.stager.flights.unobserved()
         {
@@ -263,6 +263,7 @@ impl CheckpointExecutor {
         let mut superseded = false;
         let (mut admission, attempt) = loop {
             let mut admission = lock(&self.admission);
+            admission.lines()?;
             self.refuse_unfenced(step)?;
             let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
             if self.closed.load(Ordering::Acquire) && !options.last && !superseded {
@@ -326,6 +327,7 @@ impl CheckpointExecutor {
             expected: std::mem::take(&mut captured.expected),
             later: Later(Box::new(move || on_device.expected())),
         };
+        let lines = admission.lines()?;
         let task = Task::new(request, self.storage.clone(), &lines.pool, lines.ended.clone());
         ticket.add_blocked(began.elapsed());
         let sink = Arc::new(task);
@@ -404,8 +406,8 @@ impl CheckpointExecutor {
         Err(Error::invalid("an executor cannot be used in a forked child; make a new one there"))
     }
 
-    fn close(&mut self, patience: Duration) -> Result<()> {
-        let Some(lines) = self.lines.take() else { return Ok(()) };
+    fn close(&self, patience: Duration) -> Result<()> {
+        let lines = lock(&self.admission).lines.take();
         let deadline = deadline_after(patience);
         let mut late = None;
         for ticket in self.stager.flights.unfinished() {
@@ -420,11 +422,12 @@ impl CheckpointExecutor {
                 }
             }
         }
+        let Some(Lines { pool, ended, threads }) = lines else { return late.map_or(Ok(()), Err) };
         self.stager.stop();
-        drop(lines);
+        drop((pool, ended));
         // Saves that failed just now end as soon as their threads see it; threads that hang in the storage never do.
         let grace = deadline.max(Instant::now() + Duration::from_millis(500));
-        for thread in self.threads.drain(..) {
+        for thread in threads {
             while !thread.is_finished() && Instant::now() < grace {
                 std::thread::sleep(Duration::from_micros(200));
             }
@@ -442,6 +445,10 @@ impl CheckpointExecutor {
 }
 
 impl Admission {
+    fn lines(&self) -> Result<&Lines> {
+        self.lines.as_ref().ok_or_else(|| Error::invalid("the executor is shut down"))
+    }
+
     /// The plan of the last save, if the structure is the same; a new one otherwise.
     fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings) -> Result<Arc<Plan>> {
         let shape = Shape { chunk: settings.chunk, files: settings.files };
@@ -456,8 +463,8 @@ impl Drop for CheckpointExecutor {
     fn drop(&mut self) {
         if self.alive().is_err() {
             // Everything behind it belongs to the parent: descriptors, locks, threads that do not exist here.
-            std::mem::forget(self.lines.take());
-            std::mem::forget(std::mem::take(&mut self.threads));
+            let admission = self.admission.get_mut().unwrap_or_else(PoisonError::into_inner);
+            std::mem::forget(admission.lines.take());
             return;
         }
         if let Err(error) = self.close(self.settings.shutdown_deadline) {

@@ -1,27 +1,33 @@
 //! SIGTERM: what becomes of saves when the machine is about to be taken away.
 //!
 //! **Protocol.** The first signal stops the admission of saves, and finishes, promotes or abandons those under way, until a
-//! deadline. Then the report is given, and the program ends, or goes on. A second signal abandons what is left, at once.
-//! **Deadline.** A second after it the program ends, whatever hangs: a storage, a report. **Fork.** A child dies of the signal, as
-//! if nothing were installed.
+//! deadline. Then the report is given, and the program ends, or goes on; if it goes on, the next signal has the effect that it had
+//! before the hook was installed. A second signal before the report abandons what is left, at once. **Deadline.** A second after it
+//! the program ends, whatever hangs: a storage, a report. **Fork.** A child has no hook: the signal has the effect there that it had
+//! before, and dropping the child's copy of a hook does nothing. **Ownership.** A hook does not keep its executor alive: the last
+//! `Arc` of the program waits for saves in flight, before or after the hook is dropped.
 
 mod handler;
 
+use crate::catalog::Catalog;
+use crate::completion::{Completion, Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
 use crate::save::Save;
 use crate::state::StateDict;
-use crate::sync::{Mutex, lock};
+use crate::sync::{Arc as CellArc, Mutex, lock};
 use crate::ticket::Outcome;
 use crate::writer::spawn;
+use handler::{Hook, SIGNAL};
 use signal_hook::consts::SIGTERM;
-use signal_hook::{SigId, low_level};
+use signal_hook::low_level;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 /// How long after the deadline the program ends, if it is to end, whatever hangs.
@@ -86,7 +92,8 @@ type Tell = Box<dyn Fn(&Report) + Send + Sync>;
 /// Collects what a hook needs.
 #[must_use = "nothing happens until `install`"]
 pub struct SigtermBuilder {
-    executor: Arc<CheckpointExecutor>,
+    executor: Weak<CheckpointExecutor>,
+    catalog: Catalog,
     deadline: Duration,
     on_term: OnTerm,
     exit: Exit,
@@ -121,15 +128,20 @@ impl SigtermBuilder {
     /// Installs the hook, until what is returned is dropped. Others that handle the signal go on doing so.
     ///
     /// # Errors
-    /// `Busy` when the system has no descriptor or no thread for it.
+    /// `Busy` when the system has no descriptor or no thread for it, or the program has too many hooks.
     pub fn install(self) -> Result<Sigterm> {
         let busy = |e| Error::new(ErrorKind::Busy, "the hook for SIGTERM cannot be installed").with_source(e);
-        let (signals, theirs) = UnixStream::pair().map_err(busy)?;
-        let wake = theirs.try_clone().map_err(busy)?;
-        let id = handler::register(theirs).map_err(busy)?;
-        let hook = Sigterm { shared: Arc::default(), wake, id };
-        let (shared, listener) = (hook.shared.clone(), Arc::new(Listener { hook: self, shared: hook.shared.clone() }));
-        spawn("ashore-sigterm".into(), move || listen(&listener, &shared, signals))?;
+        let (signals, wake) = UnixStream::pair().map_err(busy)?;
+        let shared = Arc::new(Shared::default());
+        let hook = Sigterm { shared: shared.clone(), wake, patience: self.deadline.saturating_add(2 * GRACE) };
+        *lock(&shared.hook) = Some(Hook::new(&hook.wake).map_err(busy)?);
+        let listener = Arc::new(Listener { hook: self, shared: shared.clone() });
+        spawn("ashore-sigterm".into(), move || {
+            listen(&listener, signals);
+            drop(listener);
+            shared.ended.complete(());
+        })
+        .inspect_err(|_| _ = hook.shared.ended.complete(()))?;
         Ok(hook)
     }
 }
@@ -140,12 +152,24 @@ impl std::fmt::Debug for SigtermBuilder {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     requested: AtomicBool,
-    removed: AtomicBool,
-    report: Mutex<Option<Report>>,
+    report: CellArc<Completion<Report>>,
     offered: Mutex<Option<(u64, StateDict<'static>)>>,
+    hook: Mutex<Option<Hook>>,
+    /// The thread that drains, once there is one.
+    drain: OnceLock<ThreadId>,
+    /// The thread that listens has ended.
+    ended: Completion<()>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        let (requested, report) = (AtomicBool::new(false), CellArc::new(Completion::new()));
+        let (offered, hook) = (Mutex::new(None), Mutex::new(None));
+        Self { requested, report, offered, hook, drain: OnceLock::new(), ended: Completion::new() }
+    }
 }
 
 /// The hook, while it is installed.
@@ -161,13 +185,17 @@ struct Shared {
 ///     .exit(Exit::Code { durable: 0, lost: 75 })
 ///     .install()?;
 /// assert!(!hook.requested());
+/// executor.shutdown(Duration::from_secs(60))?;
 /// # Ok::<(), ashore::Error>(())
 /// ```
+///
+/// Dropping it takes the hook away. While saves are drained it waits for the end of that first, so that a program whose `main`
+/// returns meanwhile loses nothing and ends as [`Exit`] says.
 #[derive(Debug)]
 pub struct Sigterm {
     shared: Arc<Shared>,
     wake: UnixStream,
-    id: SigId,
+    patience: Duration,
 }
 
 impl Sigterm {
@@ -179,7 +207,8 @@ impl Sigterm {
             let _ = writeln!(std::io::stderr(), "ashore: SIGTERM: durable is {durable}; saves lost: {lost}");
         };
         SigtermBuilder {
-            executor: executor.clone(),
+            executor: Arc::downgrade(executor),
+            catalog: executor.catalog().clone(),
             deadline: Duration::from_secs(20),
             on_term: OnTerm::default(),
             exit: Exit::default(),
@@ -211,15 +240,30 @@ impl Sigterm {
 
     /// What became of the saves, once that is known.
     pub fn report(&self) -> Option<Report> {
-        lock(&self.shared.report).clone()
+        self.shared.report.get()
+    }
+
+    /// A future of what became of the saves; it waits as long as no signal comes.
+    pub fn reported(&self) -> impl Future<Output = Report> + Send + 'static + use<> {
+        Waiter::new(self.shared.report.clone())
     }
 }
 
 impl Drop for Sigterm {
     fn drop(&mut self) {
-        low_level::unregister(self.id);
-        self.shared.removed.store(true, Ordering::Release);
-        let _ = self.wake.write(&[0]);
+        if lock(&self.shared.hook).as_ref().is_some_and(|hook| !hook.is_ours()) {
+            return; // in a forked child the socket, and the thread behind it, are the parent's
+        }
+        // The report may be what drops it: the thread that drains cannot wait for itself.
+        let patience =
+            if self.shared.drain.get() == Some(&std::thread::current().id()) { Duration::ZERO } else { self.patience };
+        if self.requested() {
+            // A second signal still counts.
+            self.shared.ended.wait(deadline_after(patience));
+        }
+        drop(lock(&self.shared.hook).take());
+        let _ = self.wake.write(&[!SIGNAL]);
+        self.shared.ended.wait(deadline_after(patience));
     }
 }
 
@@ -229,19 +273,23 @@ struct Listener {
 }
 
 /// The thread that signals wake.
-fn listen(listener: &Arc<Listener>, shared: &Shared, mut signals: UnixStream) {
-    let mut byte = [0];
+fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
+    let (hook, shared, mut byte) = (&listener.hook, &listener.shared, [!SIGNAL]);
     while matches!(signals.read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::Interrupted) {}
-    if shared.removed.load(Ordering::Acquire) {
+    if byte != [SIGNAL] {
         return;
     }
     let began = Instant::now();
     shared.requested.store(true, Ordering::Release);
-    listener.hook.executor.close_admission();
+    let executor = hook.executor.upgrade();
+    if let Some(executor) = &executor {
+        executor.close_admission();
+    }
     let again = Arc::new(AtomicBool::new(false));
     let (draining, interrupted) = (listener.clone(), again.clone());
     let drain = spawn("ashore-drain".into(), move || {
-        let run = || draining.drain(began + draining.hook.deadline, &interrupted);
+        let _ = draining.shared.drain.set(std::thread::current().id());
+        let run = || draining.drain(executor, began + draining.hook.deadline, &interrupted);
         if catch_unwind(AssertUnwindSafe(run)).is_err() {
             tracing::error!("the drain at SIGTERM panicked");
         }
@@ -249,17 +297,23 @@ fn listen(listener: &Arc<Listener>, shared: &Shared, mut signals: UnixStream) {
     if let Err(error) = &drain {
         tracing::error!(%error, "saves cannot be drained at SIGTERM");
     }
-    let _ = signals.set_read_timeout(Some(Duration::from_millis(5)));
-    let end = began + listener.hook.deadline + GRACE;
+    let slice = Duration::from_millis(5);
+    let _ = signals.set_read_timeout(Some(slice));
+    let end = began + hook.deadline + GRACE;
     while drain.as_ref().is_ok_and(|thread| !thread.is_finished()) && Instant::now() < end {
-        if signals.read(&mut byte).is_ok() && !shared.removed.load(Ordering::Acquire) {
-            again.store(true, Ordering::Release);
+        match signals.read(&mut byte) {
+            Ok(0) => std::thread::sleep(slice), // the hook is gone: the thread that drains has dropped it
+            Ok(_) if byte == [SIGNAL] => again.store(true, Ordering::Release),
+            Ok(_) | Err(_) => {}
         }
     }
-    let report = lock(&shared.report).clone();
-    let kept = report.is_some_and(|report| report.newest_is_durable());
-    match listener.hook.exit {
-        Exit::Return => {}
+    let kept = shared.report.get().is_some_and(|report| report.newest_is_durable());
+    match hook.exit {
+        Exit::Return => {
+            drop(lock(&shared.hook).take());
+            // Whoever waits for it learns that nothing is known.
+            shared.report.complete(Report { cut_short: true, ..Report::default() });
+        }
         Exit::Code { durable, lost } => low_level::exit(if kept { durable } else { lost }),
         Exit::Signal => _ = low_level::emulate_default_handler(SIGTERM),
     }
@@ -267,10 +321,10 @@ fn listen(listener: &Arc<Listener>, shared: &Shared, mut signals: UnixStream) {
 
 impl Listener {
     /// Ends the saves, and reports.
-    fn drain(&self, deadline: Instant, again: &AtomicBool) {
+    fn drain(&self, executor: Option<Arc<CheckpointExecutor>>, deadline: Instant, again: &AtomicBool) {
         let Self { hook, shared } = self;
         let mut report = Report::default();
-        let mut saves = hook.executor.unfinished();
+        let mut saves = executor.as_ref().map(|executor| executor.unfinished()).unwrap_or_default();
         let cancel = |save: &Save| _ = save.cancel();
         match hook.on_term {
             OnTerm::Finish => {}
@@ -278,10 +332,12 @@ impl Listener {
             OnTerm::Promote => {
                 let staged = saves.iter().filter(|save| save.is_staged()).map(Save::step).max();
                 let newest = staged.or_else(|| saves.iter().map(Save::step).max());
-                let kept = self.promote(newest, &mut saves, &mut report);
+                let kept = self.promote(executor.as_deref(), newest, &mut saves, &mut report);
                 saves.iter().filter(|save| Some(save.step()) != kept).for_each(cancel);
             }
         }
+        // Before any wait: the last `Arc` of the program waits for saves, too, when it is dropped.
+        drop(executor);
         for save in &saves {
             let ended = loop {
                 let now = Instant::now();
@@ -303,22 +359,29 @@ impl Listener {
         }
         report.finished.sort_unstable();
         report.lost.sort_by_key(|(step, _)| *step);
-        let newest = hook.executor.catalog().latest();
+        let newest = hook.catalog.latest();
         report.durable = newest.ok().flatten().map(|newest| (newest.step(), newest.path().to_owned()));
-        *lock(&shared.report) = Some(report.clone());
+        shared.report.complete(report.clone());
         (hook.tell)(&report);
     }
 
     /// Saves what was offered, if it is newer than `newest` and all else; returns the step to finish.
-    fn promote(&self, newest: Option<u64>, saves: &mut Vec<Save>, report: &mut Report) -> Option<u64> {
+    fn promote(
+        &self,
+        executor: Option<&CheckpointExecutor>,
+        newest: Option<u64>,
+        saves: &mut Vec<Save>,
+        report: &mut Report,
+    ) -> Option<u64> {
+        let Some(executor) = executor else { return newest };
         let Some((step, state)) = lock(&self.shared.offered).take() else { return newest };
-        let durable = self.hook.executor.catalog().latest().ok().flatten().map(|newest| newest.step());
+        let durable = self.hook.catalog.latest().ok().flatten().map(|newest| newest.step());
         if newest.max(durable).is_some_and(|newest| newest >= step) {
             return newest;
         }
         // Those under way go first: what is offered must not wait behind them.
         saves.iter().for_each(|save| _ = save.cancel());
-        match self.hook.executor.save_at_the_end(step, state) {
+        match executor.save_at_the_end(step, state) {
             Ok(save) => saves.push(save),
             Err(error) => report.lost.push((step, error)),
         }

@@ -14,8 +14,8 @@ use crate::settings::{Detect, Engine, Failed, Overlap, Priority, Settings};
 use crate::staging::{Scratch, Stager};
 use crate::storage::Storage;
 use crate::storage::local::Local;
-use crate::sync::Mutex;
-use crate::writer::{Pool, adopt, spawn};
+use crate::sync::{Mutex, lock};
+use crate::writer::{Pool, Task, adopt, spawn};
 use crate::{Catalog, Retention, fork};
 use crossbeam_channel::{bounded, unbounded};
 use std::any::Any;
@@ -168,7 +168,7 @@ impl Builder {
         let signal = Arc::new(Signal::default());
         let arena =
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
-        let pool = Pool::start(settings.writers, arena.report().slabs, settings.priority)?;
+        let mut pool = Pool::start(settings.writers, arena.report().slabs, settings.priority)?;
         let Settings { chunk, gather, scratch, .. } = settings;
         let memory = Memory { chunk: chunk as usize, gather, scratch, lent };
         let kernels = device.kernels(memory);
@@ -202,15 +202,13 @@ impl Builder {
         let priority = settings.priority;
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };
 
-        let (ended, endings) = unbounded();
+        let (ended, endings) = unbounded::<Arc<Task>>();
         // Bounded, because what waits holds descriptors.
         let (leftovers, leavings) = bounded(64);
-        let mut executor = CheckpointExecutor {
+        let executor = CheckpointExecutor {
             catalog: catalog.clone(),
             stager: stager.clone(),
-            admission: Mutex::new(Admission { plan: None, attempts: Attempts::new() }),
-            lines: Some(Lines { pool, ended }),
-            threads: Vec::new(),
+            admission: Mutex::new(Admission { plan: None, lines: None, attempts: Attempts::new() }),
             generation: fork::generation(),
             compared: Arc::default(),
             closed: AtomicBool::new(false),
@@ -233,12 +231,11 @@ impl Builder {
             adopt(priority);
             tidy::run(&leavings, storage.as_ref(), &catalog, &retention);
         };
-        executor.threads.push(spawn("ashore-stage".into(), move || stager.run())?);
-        executor.threads.push(spawn("ashore-commit".into(), commit)?);
-        executor.threads.push(spawn("ashore-tidy".into(), tidy)?);
-        if let Some(lines) = &mut executor.lines {
-            executor.threads.append(&mut lines.pool.threads);
-        }
+        let mut lines = Lines { threads: std::mem::take(&mut pool.threads), pool, ended };
+        lines.threads.push(spawn("ashore-stage".into(), move || stager.run())?);
+        lines.threads.push(spawn("ashore-commit".into(), commit)?);
+        lines.threads.push(spawn("ashore-tidy".into(), tidy)?);
+        lock(&executor.admission).lines = Some(lines);
         Ok(executor)
     }
 }

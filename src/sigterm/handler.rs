@@ -1,28 +1,146 @@
-//! The handler of the signal: wakes a thread, and does nothing else; lets a forked child die.
+//! The handler of the signal: wakes the threads of the hooks, and has the effect that was there before otherwise.
+//!
+//! It is installed with the first hook and stays. While there is no hook the signal has the effect that it had before: it ends the
+//! program again, unless somebody else handles it. The handler of a crate for signals would stay, too, and leave it without effect.
 //!
 //! # Safety argument
-//! The action runs inside a signal handler, where only async-signal-safe things may be done: it asks for the process id, writes
-//! one byte to a socket that it owns and that does not block, and in a child gives the signal its default effect by a function
-//! made for handlers. It allocates nothing, takes no lock and cannot panic.
-#![expect(unsafe_code, reason = "an action inside a signal handler; argument above")]
+//! The handler may interrupt any code, so only async-signal-safe things are done in it: atomic operations on statics, getpid(2),
+//! sigaction(2), a send(2) that does not block, a call of the handler that was there before, and the default effect by a function
+//! made for handlers. It allocates nothing, takes no lock, cannot panic, and gives errno back. A descriptor that it sends to is
+//! open: a hook that goes takes its slot back and waits for the handlers that run, before it closes its socket.
+#![expect(unsafe_code, reason = "sigaction, and a handler; argument above")]
 
 use signal_hook::consts::SIGTERM;
-use signal_hook::{SigId, low_level};
-use std::io::{Result, Write};
+use signal_hook::low_level::emulate_default_handler;
+use std::ffi::{c_int, c_void};
+use std::io::{Error, Result};
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::ptr::{null, null_mut};
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-/// Has a byte written to `wake` whenever the signal comes to this process. In a forked child, which has the handler and the
-/// socket, too, it has its default effect: the parent must not hear of it.
-pub(super) fn register(wake: UnixStream) -> Result<SigId> {
-    wake.set_nonblocking(true)?;
-    let owner = std::process::id();
-    let action = move || {
-        if std::process::id() == owner {
-            let _ = (&wake).write(&[0]);
-        } else {
-            let _ = low_level::emulate_default_handler(SIGTERM);
+/// The byte that the handler sends.
+pub(super) const SIGNAL: u8 = 1;
+
+const FREE: u64 = 0;
+/// A process in the upper half, a descriptor to send to in the lower: a forked child has the table, and none of the hooks.
+static HOOKS: [AtomicU64; 64] = [const { AtomicU64::new(FREE) }; 64];
+/// How many threads are in the handler, as far as they look at the table.
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether ours is installed, and what was there before.
+static INSTALLED: Mutex<bool> = Mutex::new(false);
+static BEFORE: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
+static BEFORE_FLAGS: AtomicI32 = AtomicI32::new(0);
+
+/// Has bytes sent to a socket as long as it lives. In a forked child it does nothing, not even when it is dropped.
+#[derive(Debug)]
+pub(super) struct Hook {
+    slot: &'static AtomicU64,
+    value: u64,
+}
+
+impl Hook {
+    /// Has [`SIGNAL`] sent to `wake` whenever the signal comes to this process.
+    pub fn new(wake: &UnixStream) -> Result<Self> {
+        let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+        let value = u64::from(std::process::id()) << 32 | u64::from(wake.as_raw_fd().cast_unsigned());
+        let free = |slot: &&AtomicU64| !ours(slot.load(SeqCst));
+        let slot = HOOKS.iter().find(free).ok_or_else(|| Error::other("there are too many hooks"))?;
+        let there = current()?;
+        let default = there.sa_sigaction == libc::SIG_DFL || there.sa_sigaction == libc::SIG_IGN;
+        // Where somebody else's handler was put over ours, that calls ours: ours over it, too, would go round for ever.
+        if there.sa_sigaction != address() && (!*installed || default) {
+            BEFORE.store(there.sa_sigaction, SeqCst);
+            BEFORE_FLAGS.store(there.sa_flags, SeqCst);
+            let mut handler = there;
+            handler.sa_sigaction = address();
+            handler.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
+            // SAFETY: `handle` may be called for a signal at any time; its mask is that of the handler before.
+            check(unsafe { libc::sigaction(SIGTERM, &handler, null_mut()) })?;
+            *installed = true;
         }
-    };
-    // SAFETY: see the module.
-    unsafe { low_level::register(SIGTERM, action) }
+        slot.store(value, SeqCst);
+        Ok(Self { slot, value })
+    }
+
+    /// Whether it was made by this process, and not by its parent before a fork.
+    pub fn is_ours(&self) -> bool {
+        ours(self.value)
+    }
+}
+
+impl Drop for Hook {
+    fn drop(&mut self) {
+        if !self.is_ours() {
+            return;
+        }
+        self.slot.store(FREE, SeqCst);
+        // A handler takes microseconds; the count of one that another thread was in at a fork stays in the child.
+        let end = Instant::now() + Duration::from_secs(1);
+        while RUNNING.load(SeqCst) > 0 && Instant::now() < end {
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn ours(value: u64) -> bool {
+    value >> 32 == u64::from(std::process::id())
+}
+
+fn check(code: c_int) -> Result<()> {
+    if code == 0 { Ok(()) } else { Err(Error::last_os_error()) }
+}
+
+/// What is installed now.
+fn current() -> Result<libc::sigaction> {
+    let mut there = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: the pointer is to memory for one; zeroes are valid, too.
+    unsafe {
+        check(libc::sigaction(SIGTERM, null(), there.as_mut_ptr()))?;
+        Ok(there.assume_init())
+    }
+}
+
+fn topmost() -> bool {
+    current().is_ok_and(|there| there.sa_sigaction == address())
+}
+
+fn address() -> usize {
+    handle as extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) as usize
+}
+
+extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: errno of this thread; descriptors in the table are open while `RUNNING` counts this thread.
+    unsafe {
+        let errno = *libc::__errno_location();
+        RUNNING.fetch_add(1, SeqCst);
+        let mut heard = false;
+        for hook in HOOKS.iter().map(|slot| slot.load(SeqCst)).filter(|value| ours(*value)) {
+            let (byte, flags) = ([SIGNAL], libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT);
+            libc::send(hook as u32 as c_int, byte.as_ptr().cast(), 1, flags);
+            heard = true;
+        }
+        RUNNING.fetch_sub(1, SeqCst);
+        match BEFORE.load(SeqCst) {
+            // Without a hook, as in a forked child, the signal has its effect, unless a handler above ours has it.
+            libc::SIG_DFL => _ = (!heard && topmost()).then(|| emulate_default_handler(signal)),
+            libc::SIG_IGN => {}
+            before if BEFORE_FLAGS.load(SeqCst) & libc::SA_SIGINFO != 0 => {
+                // SAFETY: sigaction(2) gave it as a handler of this kind.
+                let before: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = std::mem::transmute(before);
+                before(signal, info, context);
+            }
+            before => {
+                // SAFETY: sigaction(2) gave it as a handler of this kind.
+                let before: extern "C" fn(c_int) = std::mem::transmute(before);
+                before(signal);
+            }
+        }
+        *libc::__errno_location() = errno;
+    }
 }

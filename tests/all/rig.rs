@@ -40,7 +40,7 @@ impl Rig {
 }
 
 /// Waits until `look` is true.
-pub fn eventually(what: &str, look: impl Fn() -> bool) {
+pub fn eventually(what: &str, mut look: impl FnMut() -> bool) {
     let deadline = Instant::now() + LONG;
     while !look() {
         assert!(Instant::now() < deadline, "never: {what}");

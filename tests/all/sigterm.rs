@@ -67,7 +67,7 @@ fn the_program() {
     let executor = Arc::new(builder.arena(8 * 4096).chunk(4096).build().unwrap());
     let code = Exit::Code { durable: DURABLE, lost: LOST };
     let (on_term, exit, deadline) = match scenario {
-        "finish" | "second" => (OnTerm::Finish, code, 60_000),
+        "finish" | "second" | "child" => (OnTerm::Finish, code, 60_000),
         "late" => (OnTerm::Finish, code, 50),
         "hang" => (OnTerm::Finish, code, 10),
         "promote" | "offer" | "old offer" => (OnTerm::Promote, code, 60_000),
@@ -99,22 +99,70 @@ fn the_program() {
         "old offer" => hook.offer(1, one("t", pattern(9, 500))).unwrap(),
         "fork" => die_in_a_child(),
         "removed" => drop(Sigterm::on(&executor).install().unwrap()),
+        "child" => drop_in_a_child(&hook),
+        "order" => return leave(hook, executor),
+        "taken away" => drop(Sigterm::on(&executor).install().unwrap()),
         _ => {}
     }
     say("ready");
+    if scenario == "taken away" {
+        drop(hook);
+        say("gone");
+        park();
+    }
     eventually("the signal", || hook.requested());
     say("requested");
-    if exit != Exit::Return {
-        loop {
-            std::thread::park();
+    match scenario {
+        "leaves" => return leave(hook, executor),
+        "again" => {
+            ashore::testing::block_on(hook.reported());
+            say("reported");
+            park();
         }
+        _ if exit != Exit::Return => park(),
+        _ => {}
     }
     let skipped = executor.save(3, one("t", pattern(3, 500))).unwrap();
     assert!(matches!(skipped.wait(Duration::ZERO).unwrap(), Outcome::Skipped { by: 2 }));
-    eventually("the report", || hook.report().is_some());
-    let report = hook.report().unwrap();
-    assert!(report.newest_is_durable());
+    let report = ashore::testing::block_on(hook.reported());
+    assert!(report.newest_is_durable() && hook.report().is_some());
+    executor.shutdown(Duration::from_secs(60)).unwrap();
+    let closed = executor.save(4, one("t", pattern(4, 500))).unwrap_err();
+    assert_eq!(closed.kind(), ashore::ErrorKind::Invalid);
+    executor.shutdown(Duration::from_secs(60)).unwrap();
     std::process::exit(33);
+}
+
+fn park() -> ! {
+    loop {
+        std::thread::park();
+    }
+}
+
+/// What `main` does that returns while saves are under way: its variables go, then the process.
+fn leave(hook: Sigterm, executor: Arc<CheckpointExecutor>) {
+    say("ready");
+    drop(hook);
+    assert_eq!(Arc::strong_count(&executor), 1, "a hook that is gone holds the executor");
+    drop(executor);
+    std::process::exit(33);
+}
+
+/// A forked child drops its copy of the hook.
+#[expect(unsafe_code, reason = "fork, and a second owner in the child")]
+fn drop_in_a_child(hook: &Sigterm) {
+    // SAFETY: the child drops what it has a copy of, and leaves.
+    let status = unsafe {
+        let child = libc::fork();
+        if child == 0 {
+            drop(std::ptr::read(hook));
+            libc::_exit(0);
+        }
+        let mut status = 0;
+        assert_eq!(libc::waitpid(child, &mut status, 0), child);
+        status
+    };
+    assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{status:#x}");
 }
 
 /// A forked child dies of the signal, and the parent does not hear of it.
@@ -270,5 +318,53 @@ fn a_program_may_go_on_or_die_of_the_signal() {
     }
     let program = Program::start("signal");
     program.term();
+    assert_eq!(program.ends().0.signal(), Some(libc::SIGTERM));
+}
+
+/// A forked child that dropped its copy wrote to the socket that it shares with its parent, whose listener took that for the
+/// signal: it drained, the signal itself was the second one, and the saves were lost.
+#[test]
+fn a_hook_that_a_forked_child_drops_stays_with_the_parent() {
+    let program = Program::start("child").terminate();
+    program.open();
+    let (status, report, steps) = program.ends();
+    assert_eq!((status.code(), &report[..], &steps[..]), (Some(DURABLE), "Some(2) [1, 2] [] false", &[1, 2][..]));
+}
+
+/// The listener of a hook held an `Arc` of the executor. Where the hook went first it was often the last one: the executor was dropped
+/// on a thread that `main` did not wait for, and saves were lost with exit status 0.
+#[test]
+fn saves_are_waited_for_whichever_goes_first_hook_or_executor() {
+    let program = Program::start("order");
+    program.open();
+    let (status, _, steps) = program.ends();
+    assert_eq!((status.code(), &steps[..]), (Some(33), &[1, 2][..]));
+}
+
+/// A hook that was dropped while its thread drained closed the socket that the thread read: it went round at full speed, and the
+/// program ended before the saves had.
+#[test]
+fn a_program_whose_main_returns_while_saves_are_drained_loses_none() {
+    let mut program = Program::start("leaves").terminate();
+    assert_eq!(program.hear(), "ready");
+    program.open();
+    let (status, report, steps) = program.ends();
+    assert_eq!((status.code(), &report[..], &steps[..]), (Some(33), "Some(2) [1, 2] [] false", &[1, 2][..]));
+}
+
+/// The handler stayed when the hook went, and after the report of a program that went on: the signal ended it no more.
+#[test]
+fn the_signal_ends_the_program_again_when_the_hook_is_gone_or_has_reported() {
+    let mut program = Program::start("taken away");
+    assert_eq!(program.hear(), "gone");
+    program.term();
+    assert_eq!(program.ends().0.signal(), Some(libc::SIGTERM));
+    let mut program = Program::start("again").terminate();
+    program.open();
+    while program.hear() != "reported" {}
+    eventually("its end", || {
+        program.term();
+        program.child.try_wait().unwrap().is_some()
+    });
     assert_eq!(program.ends().0.signal(), Some(libc::SIGTERM));
 }
