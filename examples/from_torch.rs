@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     assert_eq!(executor.executor().checkpoint(200)?.read("head")?, vec![2; LEN]);
 
     // What contradicts itself is refused before anything is touched.
-    let wrong = ExecuteOptions::new().checkpoint_id("step-300").no_dist(true).use_collectives(true);
+    let wrong = ExecuteOptions::new().checkpoint_id("step-300").no_dist(true).use_collectives(false);
     assert!(executor.execute_save(StateDict::new().into(), wrong).is_err());
     executor.close(MINUTE)?;
     std::fs::remove_dir_all(root)?;

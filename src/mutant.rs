@@ -97,6 +97,9 @@ pub(crate) enum Mutant {
     /// A sweep ignores locks.
     // seen by: storage::sweeping_takes_only_dead_attempts
     SweepLock,
+    /// Every rank of a group is told that it is the coordinator.
+    // seen by: compat::torch::ranks
+    Coordinator,
 }
 
 /// True when `mutant` is switched on, by `ASHORE_MUTANT=Name` in the environment.

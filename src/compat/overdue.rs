@@ -61,17 +61,16 @@ impl std::fmt::Debug for Overdue {
 fn watch(watched: &Watched) {
     while !watched.stopped.load(Ordering::Acquire) {
         let now = Instant::now();
-        let next = {
+        let (due, known, until) = {
             let mut cells = lock(&watched.cells);
-            cells.retain(|(deadline, done, expire)| {
-                if *deadline <= now {
-                    expire();
-                }
-                !done()
-            });
-            (cells.len(), cells.iter().map(|(deadline, ..)| *deadline).min().unwrap_or(now + Duration::from_secs(3600)))
+            let unended = std::mem::take(&mut *cells).into_iter().filter(|(_, done, _)| !done());
+            let (due, later): (Vec<_>, Vec<_>) = unended.partition(|(deadline, ..)| *deadline <= now);
+            *cells = later;
+            let next = cells.iter().map(|(deadline, ..)| *deadline).min();
+            (due, cells.len(), next.unwrap_or(now + Duration::from_secs(3600)))
         };
-        let (known, until) = next;
+        // With no lock held: what a future wakes may come back here.
+        due.into_iter().for_each(|(_, _, expire)| _ = expire());
         watched.signal.wait_until(until, || {
             (watched.stopped.load(Ordering::Acquire) || lock(&watched.cells).len() != known).then_some(())
         });

@@ -5,17 +5,18 @@ use crate::executor::CheckpointExecutor;
 use crate::id::parse_step_name;
 use std::path::{Path, PathBuf, absolute};
 
-/// The step that a path below the root of `executor` stands for, and where it is.
+/// The step that a path in the root of `executor` stands for, and where it is. A name that says no step is that of a checkpoint
+/// beside the steps, which has the number at its end, or 0, as its step.
 ///
 /// # Errors
-/// `Invalid`: its name is not that of a step, or it is elsewhere.
+/// `Invalid`: it has no name, or it is elsewhere.
 pub(crate) fn place(executor: &CheckpointExecutor, path: &Path) -> Result<(u64, PathBuf)> {
     let refuse = |why: &str| Error::invalid(why).with_path(path);
-    let name = path.file_name().and_then(|name| name.to_str());
-    let step = name.and_then(parse_step_name);
-    let (Some(name), Some(step)) = (name, step) else {
-        return Err(refuse("the path of a checkpoint ends in the name of a step, such as step-100"));
+    let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+        return Err(refuse("the path of a checkpoint ends in a name in UTF-8, such as step-100"));
     };
+    let number = || name.rsplit(|c: char| !c.is_ascii_digit()).next().and_then(|digits| digits.parse().ok());
+    let step = parse_step_name(name).or_else(number).unwrap_or(0);
     let place = executor.storage().describe(name);
     let same = |a: &Path, b: &Path| a == b || matches!((absolute(a), absolute(b)), (Ok(a), Ok(b)) if a == b);
     let canonical = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);

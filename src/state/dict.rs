@@ -208,14 +208,25 @@ impl<'a> StateDict<'a> {
         Ok(())
     }
 
-    /// The same, without the tensors and values that `keep` does not want.
-    pub(crate) fn select(self, keep: impl Fn(&str) -> bool) -> Result<Self> {
-        let mut selected = Self { metadata: self.metadata, ..Self::default() };
-        selected.values = self.values.into_iter().filter(|(name, _)| keep(name)).collect();
-        for (name, Tensor { capture, source, .. }) in self.tensors.into_iter().filter(|(name, _)| keep(name)) {
-            selected.insert(name, source, capture)?;
+    /// The same, with each tensor and value under the name that `name` makes of its own; without those for which it says None.
+    ///
+    /// # Errors
+    /// `Invalid`: two have the same name then.
+    pub fn renamed(self, name: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let mut renamed = Self { metadata: self.metadata, ..Self::default() };
+        for (old, value) in self.values {
+            let Some(name) = name(&old) else { continue };
+            if renamed.values.contains_key(&name) {
+                return Err(Error::invalid(format!("two values have the same name value={name:?}")));
+            }
+            renamed.values.insert(name, value);
         }
-        Ok(selected)
+        for (old, Tensor { capture, source, .. }) in self.tensors {
+            if let Some(name) = name(&old) {
+                renamed.insert(name, source, capture)?;
+            }
+        }
+        Ok(renamed)
     }
 
     /// Two state dicts of the same sources, for whoever may have to save them twice.

@@ -6,6 +6,7 @@ use super::planner::SavePlanner;
 use super::writer::StorageWriter;
 use crate::compat::wire::WireError;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mutant::{self, Mutant};
 use crate::state::StateDict;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -26,7 +27,7 @@ pub(super) enum Ranks {
 
 impl Ranks {
     fn is_coordinator(&self) -> bool {
-        !matches!(self, Self::Gather(group) if group.rank() != 0)
+        !matches!(self, Self::Gather(group) if group.rank() != 0) || mutant::on(Mutant::Coordinator)
     }
 
     /// Everybody's `part`, by rank; the first error of any rank, on all of them.
@@ -112,20 +113,29 @@ pub(super) fn plan(
     Ok((finished, metadata))
 }
 
+/// What is written for `plan`.
+pub(super) fn resolve(
+    planner: &mut dyn SavePlanner,
+    plan: &SavePlan,
+    state: StateDict<'static>,
+) -> Result<StateDict<'static>> {
+    guarded("a planner panicked", || planner.resolve_data(plan, state))
+}
+
 fn uneven(world: usize, plans: usize) -> Error {
     Error::invalid(format!("a global plan needs one plan for each rank world_size={world} plans={plans}"))
 }
 
 /// Writes and finishes, and returns when both are done on every rank.
 pub(super) fn write(
-    state: StateDict<'static>,
+    state: Result<StateDict<'static>>,
     plan: &SavePlan,
     mut metadata: Metadata,
     writer: &mut dyn StorageWriter,
     ranks: &Ranks,
     deadline: Instant,
 ) -> Result<Metadata> {
-    let written = guarded("a storage writer panicked", || complete(writer.write_data(plan, state)?, deadline));
+    let written = guarded("a storage writer panicked", || complete(writer.write_data(plan, state?)?, deadline));
     let written = written.and_then(|results| checked(plan, results));
     let mut finish = |results: Vec<Vec<WriteResult>>| {
         guarded("a storage writer panicked", || {

@@ -1,7 +1,7 @@
 //! The engine as a storage writer.
 
 use super::future::HandedOver;
-use super::plan::{Metadata, SavePlan, StorageMeta, WriteResult};
+use super::plan::{Metadata, SavePlan, StorageMeta, StorageMetadata, WriteResult, metadata};
 use super::writer::{StorageWriter, WriteFuture};
 use crate::compat::place::place;
 use crate::error::{Error, ErrorKind, Result};
@@ -10,7 +10,7 @@ use crate::id::Attempt;
 use crate::save::{Save, SaveOptions};
 use crate::state::StateDict;
 use crate::ticket::{Committed, Outcome};
-use std::collections::HashSet;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +24,8 @@ pub struct EngineWriter {
     executor: Arc<CheckpointExecutor>,
     options: SaveOptions,
     place: Option<(u64, StorageMeta)>,
+    /// What `write_data` has written.
+    written: BTreeMap<String, StorageMetadata>,
     /// Where it is known what a writer process has been handed.
     pub(super) handed: Option<Arc<HandedOver>>,
 }
@@ -31,7 +33,13 @@ pub struct EngineWriter {
 impl EngineWriter {
     /// Writes below the root of `executor`, and replaces what is there as torch does.
     pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
-        Self { executor, options: SaveOptions::default().overwrite(), place: None, handed: None }
+        Self {
+            executor,
+            options: SaveOptions::default().overwrite(),
+            place: None,
+            written: BTreeMap::new(),
+            handed: None,
+        }
     }
 
     /// Whether a checkpoint that is there is replaced. With false it is a `Conflict`.
@@ -59,12 +67,7 @@ impl EngineWriter {
     pub(super) fn submit(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<Save> {
         let (step, meta) = self.place.clone().ok_or_else(|| Error::invalid("a storage writer was not set up"))?;
         let name = meta.checkpoint_id.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-        let state = if plan.items.len() == state.len() + state.value_names().len() {
-            state
-        } else {
-            let wanted: HashSet<&str> = plan.items.iter().map(|item| item.fqn.as_str()).collect();
-            state.select(|name| wanted.contains(name))?
-        };
+        plan.fits(&state)?;
         let options = self.options.clone().name(name);
         self.options.attempt = None; // no two saves share an attempt
         self.executor.save_with(step, state, options)
@@ -96,6 +99,10 @@ impl StorageWriter for EngineWriter {
         self.place.as_ref().map(|(_, meta)| meta.clone())
     }
 
+    fn validate_checkpoint_id(&self, checkpoint_id: &Path) -> bool {
+        place(&self.executor, checkpoint_id).is_ok()
+    }
+
     fn set_up_storage_writer(&mut self, _: bool) -> Result<()> {
         Ok(())
     }
@@ -114,6 +121,7 @@ impl StorageWriter for EngineWriter {
 
     fn write_data(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<WriteFuture> {
         let (save, plan) = (self.submit(plan, state)?, plan.clone());
+        self.written = metadata(std::slice::from_ref(&plan))?.state_dict_metadata;
         if let Some((_, meta)) = &mut self.place {
             meta.save_id = Some(save.attempt().to_string());
         }
@@ -129,8 +137,7 @@ impl StorageWriter for EngineWriter {
     }
 
     fn finish(&mut self, metadata: &mut Metadata, results: Vec<Vec<WriteResult>>) -> Result<()> {
-        let written: HashSet<&str> = results.iter().flatten().map(|result| result.fqn.as_str()).collect();
-        metadata.state_dict_metadata.retain(|name, _| written.contains(name.as_str()));
+        metadata.state_dict_metadata = std::mem::take(&mut self.written);
         metadata.storage_meta = self.storage_meta();
         metadata.storage_data = results.into_iter().flatten().collect();
         Ok(())

@@ -1,7 +1,7 @@
 //! The future that `execute_save` returns.
 
 use super::engine::results;
-use super::plan::{Metadata, SavePlan, StorageMeta};
+use super::plan::{self, Metadata, SavePlan, StorageMeta};
 use super::queue::Record;
 use crate::compat::overdue::Cell;
 use crate::completion::{Completion, Waiter, deadline_after};
@@ -10,7 +10,7 @@ use crate::id::Attempt;
 use crate::save::Save;
 use crate::sync::{Arc as CellArc, Mutex, lock};
 use crate::ticket::{Committed, Outcome};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -41,12 +41,10 @@ pub(super) struct Planned {
 
 impl Planned {
     pub fn finish(&self, committed: &Committed) -> Metadata {
-        let mut metadata = self.metadata.clone();
-        // A planner may have left out more at the end.
-        if metadata.state_dict_metadata.len() != self.plan.items.len() {
-            let items: HashSet<&str> = self.plan.items.iter().map(|item| item.fqn.as_str()).collect();
-            metadata.state_dict_metadata.retain(|name, _| items.contains(name.as_str()));
-        }
+        // What was written, whatever the planner said of it before its last word.
+        let written = plan::metadata(std::slice::from_ref(&self.plan));
+        let state_dict_metadata = written.map(|written| written.state_dict_metadata).unwrap_or_default();
+        let mut metadata = Metadata { state_dict_metadata, ..self.metadata.clone() };
         metadata.storage_data = results(&self.plan, committed);
         let (checkpoint_id, save_id) = (committed.path.clone(), Some(committed.attempt.to_string()));
         metadata.storage_meta = Some(StorageMeta { checkpoint_id, save_id });

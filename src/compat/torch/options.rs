@@ -31,8 +31,8 @@ impl ExecuteOptions {
         Self::default()
     }
 
-    /// Where the checkpoint goes: a directory below the executor's root whose name says the step, such as `root/step-100`, or
-    /// that name alone.
+    /// Where the checkpoint goes: a directory in the executor's root, such as `root/step-100`, or its name alone. One whose name
+    /// says no step is a checkpoint beside the steps: it is opened by its path, and neither listed nor deleted by retention.
     pub fn checkpoint_id(mut self, path: impl Into<PathBuf>) -> Self {
         self.checkpoint_id = Some(path.into());
         self
@@ -56,7 +56,7 @@ impl ExecuteOptions {
         self
     }
 
-    /// Says that this rank saves alone. Contradicts a process group, and either choice of `use_collectives`.
+    /// Says that this rank saves alone. Contradicts a process group, and `use_collectives(false)`.
     pub fn no_dist(mut self, no_dist: bool) -> Self {
         self.no_dist = no_dist;
         self
@@ -96,7 +96,6 @@ impl ExecuteOptions {
         let refuse = |why: &str| Err(Error::invalid(format!("options of a save contradict each other: {why}")));
         match (&self.process_group, self.no_dist, self.use_collectives) {
             (Some(_), true, _) => refuse("no_dist saves alone, and a process group is given"),
-            (None, true, Some(_)) => refuse("no_dist saves alone, and use_collectives says how ranks save together"),
             (None, _, Some(false)) => {
                 refuse("use_collectives=false is about the ranks of a process group; none is given")
             }

@@ -14,6 +14,8 @@ pub struct SavePlan {
     pub items: Arc<Vec<WriteItem>>,
     /// Whatever a planner wants to tell the metadata.
     pub planner_data: Option<serde_json::Value>,
+    /// Whatever a storage writer wants to find again in the plan that it is to carry out.
+    pub storage_data: Option<serde_json::Value>,
 }
 
 /// One thing to write: torch's `WriteItem`.
@@ -111,13 +113,40 @@ impl WriteItem {
 impl SavePlan {
     /// A plan of these items.
     pub fn new(items: Vec<WriteItem>) -> Self {
-        Self { items: Arc::new(items), planner_data: None }
+        Self { items: Arc::new(items), ..Self::default() }
     }
 
     /// Every tensor and value of `state`, whole.
     pub fn of(state: &StateDict<'_>) -> Self {
         let tensors = state.layouts().map(|(name, layout)| WriteItem::tensor(name, layout));
         Self::new(tensors.chain(state.value_names().map(WriteItem::value)).collect())
+    }
+
+    /// Makes sure that `state` is what this plans, all of it whole.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the first item that is not there, or is another there.
+    pub(super) fn fits(&self, state: &StateDict<'_>) -> Result<()> {
+        for item in self.items.iter() {
+            let fits = match &item.kind {
+                WriteKind::Value => state.values.contains_key(&item.fqn),
+                WriteKind::Tensor { dtype, size, chunk } => state.tensors.get(&item.fqn).is_some_and(|tensor| {
+                    (tensor.layout.dtype, &tensor.layout.shape[..]) == (*dtype, &size[..])
+                        && *chunk == ChunkStorageMetadata::whole(size)
+                }),
+            };
+            if !fits {
+                let what = "a plan says something else than the state: `resolve_data` has to make what is planned";
+                return Err(Error::invalid(format!("{what} item={:?} planned={:?}", item.fqn, item.kind)));
+            }
+        }
+        let (planned, found) = (self.items.len(), state.len() + state.value_names().len());
+        if planned == found {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "a plan names an item twice, or not all of the state items={planned} state={found}"
+        )))
     }
 }
 

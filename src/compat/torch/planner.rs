@@ -3,7 +3,7 @@
 use super::plan::{Metadata, SavePlan, StorageMeta, metadata};
 use crate::error::{Error, Result};
 use crate::state::StateDict;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// Decides which rank writes what: torch's `SavePlanner`. The methods are called in this order, once per save; those that say so
@@ -37,6 +37,20 @@ pub trait SavePlanner: Send {
     /// # Errors
     /// As [`set_up_planner`](Self::set_up_planner).
     fn finish_plan(&mut self, plan: SavePlan) -> Result<SavePlan>;
+
+    /// What is written: the tensors and values that `plan` names, each as the plan says. A planner that renames or converts makes
+    /// them here, of what it was given in `state` or has itself; a plan that its state does not fit is `Invalid`. torch's
+    /// `resolve_data`, for all items at once.
+    ///
+    /// # Errors
+    /// As [`set_up_planner`](Self::set_up_planner).
+    fn resolve_data(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<StateDict<'static>> {
+        if plan.items.len() == state.len() + state.value_names().len() {
+            return Ok(state);
+        }
+        let wanted: HashSet<&str> = plan.items.iter().map(|item| item.fqn.as_str()).collect();
+        state.renamed(|name| wanted.contains(name).then(|| name.to_owned()))
+    }
 }
 
 /// Writes everything once: what several ranks have is written by the one with the fewest bytes so far.
@@ -145,11 +159,11 @@ fn dedup(plans: &[SavePlan], to_lowest: bool) -> Vec<SavePlan> {
         load[chosen] = load[chosen].saturating_add(item.bytes());
         *having = vec![chosen];
     }
-    let mut written = std::collections::HashSet::new();
+    let mut written = HashSet::new();
     let mut global = Vec::with_capacity(plans.len());
     for (rank, plan) in plans.iter().enumerate() {
         let mine = plan.items.iter().filter(|item| ranks[&item.index()] == [rank] && written.insert(item.index()));
-        global.push(SavePlan { items: Arc::new(mine.cloned().collect()), planner_data: plan.planner_data.clone() });
+        global.push(SavePlan { items: Arc::new(mine.cloned().collect()), ..plan.clone() });
     }
     global
 }

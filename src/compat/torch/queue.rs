@@ -20,17 +20,24 @@ use std::time::{Duration, Instant};
 pub(super) struct Record {
     pub done: Cell<Option<Metadata>>,
     pub staged: Cell<()>,
-    /// The engine's save, once there is one.
-    save: Mutex<Option<Arc<Save>>>,
+    begun: Mutex<Begun>,
     observed: AtomicBool,
     generation: u64,
+}
+
+/// Whether the engine has a save.
+enum Begun {
+    NotYet,
+    /// And never will.
+    Cancelled,
+    Save(Arc<Save>),
 }
 
 impl Record {
     fn new() -> Arc<Self> {
         let (done, staged) = (CellArc::new(Completion::new()), CellArc::new(Completion::new()));
         let (observed, generation) = (AtomicBool::new(false), fork::generation());
-        Arc::new(Self { done, staged, save: Mutex::new(None), observed, generation })
+        Arc::new(Self { done, staged, begun: Mutex::new(Begun::NotYet), observed, generation })
     }
 
     /// A save that ended before it began.
@@ -58,24 +65,33 @@ impl Record {
 
     /// The engine has it from here on. False, and the save is cancelled, when the record has ended meanwhile.
     pub fn hand_over(&self, save: &Arc<Save>) -> bool {
-        let mut slot = lock(&self.save);
-        if self.done.is_complete() {
+        let mut begun = lock(&self.begun);
+        if self.done.is_complete() || matches!(*begun, Begun::Cancelled) {
             save.cancel();
             return false;
         }
-        *slot = Some(save.clone());
+        *begun = Begun::Save(save.clone());
         true
     }
 
     pub fn cancel(&self) -> bool {
-        let cancelled = || Err(Error::new(ErrorKind::Cancelled, "the save was cancelled"));
-        let save = lock(&self.save);
-        if self.alive().is_err() || save.as_ref().is_some_and(|save| !save.cancel()) {
+        if self.alive().is_err() {
+            return false;
+        }
+        let save = match &mut *lock(&self.begun) {
+            Begun::Save(save) => Some(save.clone()),
+            begun => {
+                *begun = Begun::Cancelled;
+                None
+            }
+        };
+        if save.is_some_and(|save| !save.cancel()) {
             return false;
         }
         self.observe();
-        let first = self.done.complete(cancelled());
-        self.staged.complete(Err(Error::new(ErrorKind::Cancelled, "the save was cancelled")));
+        let cancelled = Error::new(ErrorKind::Cancelled, "the save was cancelled");
+        let first = self.done.complete(Err(cancelled.clone()));
+        self.staged.complete(Err(cancelled));
         first
     }
 }
@@ -95,6 +111,7 @@ pub(super) struct Queue {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
     overdue: Overdue,
+    generation: u64,
 }
 
 impl Queue {
@@ -102,7 +119,7 @@ impl Queue {
         let shared = Arc::new(Shared::default());
         let mine = shared.clone();
         let thread = spawn("ashore-torch".into(), move || run(&mine))?;
-        Ok(Self { shared, thread: Some(thread), overdue: Overdue::start()? })
+        Ok(Self { shared, thread: Some(thread), overdue: Overdue::start()?, generation: fork::generation() })
     }
 
     /// The first error that nobody has seen.
@@ -142,34 +159,45 @@ impl Queue {
     pub fn push(&self, overlap: Overlap, deadline: Instant, job: Job) -> Result<Arc<Record>> {
         let room = match overlap {
             Overlap::Queue(room) => room,
-            Overlap::Skip if !self.unfinished().is_empty() => return Ok(Record::ended(Ok(None))),
-            Overlap::Latest => {
-                let waits = lock(&self.shared.waiting).pop_back();
-                if let Some((record, job)) = waits {
-                    drop(job);
-                    record.end(Ok(None));
-                }
-                usize::MAX
-            }
+            Overlap::Latest => usize::MAX,
             Overlap::Block | Overlap::Skip => 0,
         };
-        loop {
-            let unfinished = self.unfinished();
-            if unfinished.len() <= room {
-                break;
-            }
-            if unfinished[0].done.wait(deadline).is_none() {
-                let saves = unfinished.len();
-                return Err(Error::new(ErrorKind::Busy, format!("earlier saves have not ended unfinished={saves}")));
-            }
-        }
         let record = Record::new();
         self.overdue.watch(&record.done, deadline, "the save deadline passed in the queue of the executor");
         self.overdue.watch(&record.staged, deadline, "the save deadline passed before the state was staged");
-        lock(&self.shared.records).push(record.clone());
-        lock(&self.shared.waiting).push_back((record.clone(), job));
-        self.shared.signal.notify();
-        Ok(record)
+        loop {
+            // Looked for and taken under one lock: two callers must not both find the last place free.
+            let (first, saves) = {
+                let mut records = lock(&self.shared.records);
+                let mut unfinished = records.iter().filter(|record| !record.done.is_complete());
+                let (first, saves) = (unfinished.next().cloned(), unfinished.count() + 1);
+                match first {
+                    Some(first) if saves > room => (first, saves),
+                    _ => {
+                        records.push(record.clone());
+                        let mut waiting = lock(&self.shared.waiting);
+                        let superseded = if overlap == Overlap::Latest { waiting.pop_back() } else { None };
+                        waiting.push_back((record.clone(), job));
+                        drop((waiting, records));
+                        self.shared.signal.notify();
+                        if let Some((superseded, job)) = superseded {
+                            drop(job);
+                            superseded.end(Ok(None));
+                        }
+                        return Ok(record);
+                    }
+                }
+            };
+            if overlap == Overlap::Skip {
+                record.end(Ok(None));
+                return Ok(record);
+            }
+            if first.done.wait(deadline).is_none() {
+                let busy = Error::new(ErrorKind::Busy, format!("earlier saves have not ended unfinished={saves}"));
+                record.end(Err(busy.clone()));
+                return Err(busy);
+            }
+        }
     }
 
     /// Waits for what is under way, then ends the thread.
@@ -178,6 +206,9 @@ impl Queue {
     /// The first error that nobody has seen; `Deadline` when saves were unfinished.
     pub fn close(&mut self, patience: Duration) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
+        if self.generation != fork::generation() {
+            return Ok(()); // in a forked child: saves, and the thread that carries them out, are the parent's
+        }
         let deadline = deadline_after(patience);
         let mut late = None;
         for record in self.unfinished() {

@@ -114,14 +114,18 @@ impl ThreadExecutor {
     ) -> Result<CheckpointFuture> {
         let id = options.checkpoint_id.as_deref();
         let deadline = deadline_after(self.executor.settings().save_deadline);
-        let mut plan =
-            |planner: &mut dyn SavePlanner| drive::plan(&state, planner, &mut writer, id, &Ranks::Alone, deadline);
+        let plan = |planner: &mut dyn SavePlanner| {
+            let (plan, metadata) = drive::plan(&state, planner, &mut writer, id, &Ranks::Alone, deadline)?;
+            let state = drive::resolve(planner, &plan, state)?;
+            plan.fits(&state)?;
+            Ok((plan, metadata, state))
+        };
         let planned = match options.planner {
             Some(mut planner) => plan(planner.as_mut()),
             None => plan(&mut *lock(&self.planner)),
         };
         match planned {
-            Ok((plan, metadata)) => {
+            Ok((plan, metadata, state)) => {
                 let save = writer.submit(&plan, state)?;
                 Ok(CheckpointFuture::engine(save, Planned { plan, metadata }, self.handed.clone()))
             }
@@ -151,7 +155,6 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
             None => {
                 let writer = EngineWriter::new(self.executor.clone()).overwrite(!options.keep_existing);
                 let mut writer = writer.attempt(options.attempt).deadline(patience);
-                writer.reset(options.checkpoint_id.as_deref())?;
                 writer.handed = self.handed.clone();
                 Writer::Engine(writer)
             }
@@ -277,10 +280,12 @@ fn once(
         Writer::Engine(engine) => engine,
         Writer::Users(writer) => {
             let (plan, metadata) = drive::plan(&state, planner, writer.as_mut(), id, ranks, deadline)?;
+            let state = drive::resolve(planner, &plan, state);
             return drive::write(state, &plan, metadata, writer.as_mut(), ranks, deadline).map(Some);
         }
     };
     let (plan, metadata) = drive::plan(&state, planner, engine, id, ranks, deadline)?;
+    let state = drive::resolve(planner, &plan, state)?;
     let save = Arc::new(engine.submit(&plan, state)?);
     if !record.hand_over(&save) {
         return Err(Error::new(ErrorKind::Cancelled, "the save was cancelled"));

@@ -21,6 +21,12 @@ pub trait StorageWriter: Send {
     /// Any error fails the save on every rank.
     fn reset(&mut self, checkpoint_id: Option<&Path>) -> Result<()>;
 
+    /// Whether this writer could write to `checkpoint_id`, for programs that choose among several.
+    fn validate_checkpoint_id(&self, checkpoint_id: &Path) -> bool {
+        let _ = checkpoint_id;
+        true
+    }
+
     /// Where this save goes, for planners and for the metadata.
     fn storage_meta(&self) -> Option<StorageMeta> {
         None

@@ -46,6 +46,24 @@ fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
+/// Drops a copy of `value` in a forked child, as data loaders do that fork; the child has ten seconds for it.
+#[expect(unsafe_code, reason = "fork, and a second owner in the child")]
+fn drop_in_a_child<T>(value: &T) {
+    // SAFETY: the child drops what it has a copy of, and leaves; the parent keeps its own.
+    let status = unsafe {
+        let child = libc::fork();
+        if child == 0 {
+            libc::alarm(10);
+            drop(std::ptr::read(value));
+            libc::_exit(0);
+        }
+        let mut status = 0;
+        assert_eq!(libc::waitpid(child, &mut status, 0), child);
+        status
+    };
+    assert_eq!(status, 0, "the child hung, or failed");
+}
+
 /// A storage that refuses the first few attempts.
 #[derive(Debug)]
 struct Flaky {

@@ -7,6 +7,7 @@ use crate::compat::overdue::Cell;
 use crate::compat::wire::WireError;
 use crate::completion::{Completion, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fork;
 use crate::id::Attempt;
 use crate::settings::{IoMode, Settings};
 use crate::storage::local::Local;
@@ -39,6 +40,7 @@ pub(super) struct Remote {
     settings: Settings,
     link: Mutex<Option<Arc<Link>>>,
     pub handed: Arc<HandedOver>,
+    generation: u64,
 }
 
 impl Remote {
@@ -46,7 +48,8 @@ impl Remote {
     pub fn start(root: PathBuf, settings: Settings, program: PathBuf, arguments: Vec<String>) -> Result<Arc<Self>> {
         let local = Local::open_with(&root, settings.engine)?.direct(settings.direct);
         let (link, handed) = (Mutex::new(None), Arc::default());
-        let remote = Self { local, program, arguments, root, settings, link, handed };
+        let generation = fork::generation();
+        let remote = Self { local, program, arguments, root, settings, link, handed, generation };
         remote.link()?;
         Ok(Arc::new(remote))
     }
@@ -167,6 +170,9 @@ impl Link {
 
 impl Drop for Remote {
     fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            return; // a forked child shares the socket: the parent's writer process must not hear that it is closed
+        }
         let Some(link) = lock(&self.link).take() else { return };
         // The process ends once it has done what it was asked; it is not waited for beyond reason, and never killed.
         let _ = lock(&link.socket).shutdown(Shutdown::Write);

@@ -3,7 +3,8 @@
 use crate::compat::{engine, files, state};
 use crate::rig::{LONG, one, pattern};
 use ashore::compat::torch::{
-    AsyncCheckpointExecutor, EngineWriter, ExecuteOptions, StagedState, StorageMetadata, ThreadExecutor, ThreadGroup,
+    AsyncCheckpointExecutor, EngineWriter, ExecuteOptions, StagedState, Staging, StorageMetadata, StorageWriter,
+    ThreadExecutor, ThreadGroup,
 };
 use ashore::testing::{LateDevice, block_on};
 use ashore::{Attempt, Checkpoint, ErrorKind, Overlap, SaveOptions};
@@ -76,19 +77,27 @@ fn options_that_contradict_each_other_and_places_that_are_none_are_invalid_and_c
     let alone = || ThreadGroup::new(1).remove(0);
     let wrong: Vec<(ExecuteOptions, &str)> = vec![
         (to("step-1").process_group(alone()).no_dist(true), "no_dist"),
-        (to("step-1").no_dist(true).use_collectives(true), "no_dist"),
-        (to("step-1").no_dist(true).use_collectives(false), "no_dist"),
+        (to("step-1").no_dist(true).use_collectives(false), "use_collectives"),
         (to("step-1").use_collectives(false), "use_collectives"),
         (to("step-1").process_group(ThreadGroup::new(2).remove(0)), "one rank"),
-        (ExecuteOptions::new(), "checkpoint_id"),
-        (to("weights"), "name of a step"),
-        (to("/"), "name of a step"),
-        (to("/elsewhere/step-1"), "root"),
-        (to(root.path().join("deeper/step-1")), "root"),
     ];
     for (options, named) in wrong {
         let shown = format!("{options:?}");
         let error = executor.execute_save(state(1).into(), options).expect_err(&shown);
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{shown}");
+        assert!(error.to_string().contains(named), "{shown}: {error}");
+    }
+    // Where a save goes is found out in its order, and comes out of the future as torch's does.
+    let places = [
+        (ExecuteOptions::new(), "checkpoint_id"),
+        (to("/"), "name"),
+        (to(".hidden"), "hidden"),
+        (to("/elsewhere/step-1"), "root"),
+        (to(root.path().join("deeper/step-1")), "root"),
+    ];
+    for (options, named) in places {
+        let shown = format!("{options:?}");
+        let error = executor.execute_save(state(1).into(), options).unwrap().result(LONG).expect_err(&shown);
         assert_eq!(error.kind(), ErrorKind::Invalid, "{shown}");
         assert!(error.to_string().contains(named), "{shown}: {error}");
     }
@@ -98,7 +107,7 @@ fn options_that_contradict_each_other_and_places_that_are_none_are_invalid_and_c
         to("1").process_group(alone()),
         to("2").process_group(alone()).use_collectives(false),
         to("3").process_group(alone()).use_collectives(true),
-        to("4").no_dist(true),
+        to("4").no_dist(true).use_collectives(true),
         to("5").use_collectives(true),
     ]
     .into_iter()
@@ -123,7 +132,7 @@ fn overlapping_saves_follow_the_policy_of_the_engine() {
     first.result(LONG).unwrap().unwrap();
 
     // Those that wait for a staging future, too.
-    let pending = || StagedState::Pending(ashore::compat::torch::Staging::future(std::future::pending()));
+    let pending = || StagedState::Pending(Staging::future(std::future::pending()));
     let waits = executor.execute_save(pending(), to("3")).unwrap();
     assert!(executor.execute_save(pending(), to("4")).unwrap().result(LONG).unwrap().is_none());
     assert!(waits.cancel() && !waits.cancel());
@@ -136,9 +145,62 @@ fn overlapping_saves_follow_the_policy_of_the_engine() {
 fn a_queue_that_is_full_is_busy_at_the_deadline() {
     let root = tempfile::tempdir().unwrap();
     let executor = ThreadExecutor::new(Arc::new(engine(root.path()).overlap(Overlap::Block).build().unwrap())).unwrap();
-    let pending = || StagedState::Pending(ashore::compat::torch::Staging::future(std::future::pending()));
+    let pending = || StagedState::Pending(Staging::future(std::future::pending()));
     let first = executor.execute_save(pending(), to("1")).unwrap();
     let soon = to("2").deadline(Duration::from_millis(20));
     assert_eq!(executor.execute_save(pending(), soon).unwrap_err().kind(), ErrorKind::Busy);
     assert!(first.cancel());
+}
+
+#[test]
+fn a_checkpoint_id_may_be_any_name_and_one_of_no_step_is_beside_the_steps() {
+    let root = tempfile::tempdir().unwrap();
+    let engine = Arc::new(engine(root.path()).build().unwrap());
+    let executor = ThreadExecutor::new(engine.clone()).unwrap();
+    for id in ["weights", "epoch=3-step=100", "checkpoint_7"] {
+        let future = executor.execute_save(state(1).into(), to(root.path().join(id))).unwrap();
+        let place = future.result(LONG).unwrap().unwrap().storage_meta.unwrap().checkpoint_id;
+        assert!(place.ends_with(id) && Checkpoint::open(&place).unwrap().verify().unwrap().is_sound());
+    }
+    assert!(engine.catalog().list().unwrap().is_empty());
+    let writer = EngineWriter::new(engine);
+    assert!(writer.validate_checkpoint_id("weights".as_ref()) && writer.validate_checkpoint_id("step-1".as_ref()));
+    assert!(!writer.validate_checkpoint_id("/elsewhere/step-1".as_ref()));
+}
+
+/// Whether there was room was looked for and taken under two locks: two callers at once both found it.
+#[test]
+fn of_callers_at_once_one_takes_the_last_place() {
+    let root = tempfile::tempdir().unwrap();
+    let build = engine(root.path()).overlap(Overlap::Skip).build().unwrap();
+    let executor = ThreadExecutor::new(Arc::new(build)).unwrap();
+    let pending = || StagedState::Pending(Staging::future(std::future::pending()));
+    for _ in 0..100 {
+        let together = std::sync::Barrier::new(4);
+        let futures: Vec<_> = std::thread::scope(|scope| {
+            let call = || {
+                together.wait();
+                executor.execute_save(pending(), to("1")).unwrap()
+            };
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(call)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let waiting = futures.iter().filter(|future| future.try_result().is_none()).count();
+        assert_eq!(waiting, 1);
+        futures.iter().filter(|future| future.try_result().is_none()).for_each(|future| assert!(future.cancel()));
+    }
+}
+
+/// A forked child that dropped an executor waited for saves whose threads are the parent's, for as long as a shutdown may take.
+#[test]
+#[cfg_attr(miri, ignore = "forks")]
+fn an_executor_that_a_forked_child_drops_goes_on_in_the_parent() {
+    let root = tempfile::tempdir().unwrap();
+    let executor = ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap();
+    let waits = Staging::future(std::future::pending());
+    let pending = executor.execute_save(waits.into(), to("1")).unwrap();
+    crate::compat::drop_in_a_child(&executor);
+    assert!(pending.cancel());
+    let future = executor.execute_save(Staging::future(async { Ok(state(2)) }).into(), to("2")).unwrap();
+    future.result(LONG).unwrap().unwrap();
 }

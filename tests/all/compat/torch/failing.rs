@@ -4,9 +4,9 @@ use crate::compat::{Flaky, engine, files, state};
 use crate::rig::{LONG, one};
 use ashore::compat::torch::{
     AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, SavePlanner, StorageMeta,
-    ThreadExecutor,
+    ThreadExecutor, WriteItem,
 };
-use ashore::{Error, ErrorKind, Failed, Result, StateDict};
+use ashore::{Dtype, Error, ErrorKind, Failed, Layout, Result, StateDict};
 use std::sync::Arc;
 
 fn to(id: &str) -> ExecuteOptions {
@@ -85,6 +85,76 @@ fn a_planner_decides_what_is_saved() {
     let saved = executor.executor().checkpoint(1).unwrap();
     assert_eq!(saved.tensors().map(|t| t.name).collect::<Vec<_>>(), ["model.bias"]);
     assert_eq!((saved.value::<u64>("epoch").unwrap(), saved.metadata::<String>("run").unwrap()), (1, "a test".into()));
+}
+
+/// Says that a tensor has another name, or another type, and makes that so, or not.
+struct Converts {
+    planner: DefaultSavePlanner,
+    renames: bool,
+    resolves: bool,
+}
+
+impl SavePlanner for Converts {
+    fn set_up_planner(&mut self, state: &StateDict<'_>, meta: Option<&StorageMeta>, first: bool) -> Result<()> {
+        self.planner.set_up_planner(state, meta, first)
+    }
+    fn create_local_plan(&mut self) -> Result<SavePlan> {
+        let mut plan = self.planner.create_local_plan()?;
+        let mut items = plan.items.to_vec();
+        for item in items.iter_mut().filter(|item| item.fqn == "model.bias") {
+            *item = match self.renames {
+                true => WriteItem::tensor("bias", &Layout::new(Dtype::F32, [7])),
+                false => WriteItem::tensor("model.bias", &Layout::new(Dtype::I64, [7])),
+            };
+        }
+        plan.items = Arc::new(items);
+        Ok(plan)
+    }
+    fn create_global_plan(&mut self, plans: Vec<SavePlan>) -> Result<(Vec<SavePlan>, Metadata)> {
+        self.planner.create_global_plan(plans)
+    }
+    fn finish_plan(&mut self, plan: SavePlan) -> Result<SavePlan> {
+        Ok(plan)
+    }
+    fn resolve_data(&mut self, _: &SavePlan, state: StateDict<'static>) -> Result<StateDict<'static>> {
+        if !self.resolves {
+            return Ok(state);
+        }
+        if self.renames {
+            return state.renamed(|name| Some(if name == "model.bias" { "bias" } else { name }.to_owned()));
+        }
+        let mut converted = state.renamed(|name| (name != "model.bias").then(|| name.to_owned()))?;
+        converted.tensor("model.bias", Arc::new(vec![5_i64; 7]))?;
+        Ok(converted)
+    }
+}
+
+/// Only the counts of a plan and a state were compared: with a planner that renamed or converted an item the original bytes were
+/// saved, and the metadata told of the plan.
+#[test]
+fn what_is_saved_is_what_the_plan_says_or_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    for retries in [0, 1] {
+        let executor = ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap().retry(retries);
+        for renames in [true, false] {
+            let planner = |resolves| Converts { planner: DefaultSavePlanner::new(), renames, resolves };
+            let refused = executor.execute_save(state(1).into(), to("step-1").planner(planner(false))).unwrap();
+            let error = refused.result(LONG).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+            assert!(error.to_string().contains("bias"), "{error}");
+            let saved = executor.execute_save(state(1).into(), to("step-1").planner(planner(true))).unwrap();
+            let metadata = saved.result(LONG).unwrap().unwrap();
+            let checkpoint = executor.executor().checkpoint(1).unwrap();
+            let names: Vec<_> = checkpoint.tensors().map(|t| t.name).chain(checkpoint.value_names()).collect();
+            let mut told: Vec<_> = metadata.state_dict_metadata.keys().map(String::as_str).collect();
+            told.sort_unstable_by_key(|name| names.iter().position(|there| there == name));
+            assert_eq!(told, names);
+            match renames {
+                true => assert_eq!(checkpoint.read_as::<f32>("bias").unwrap(), [1.0; 7]),
+                false => assert_eq!(checkpoint.read_as::<i64>("model.bias").unwrap(), [5; 7]),
+            }
+        }
+    }
 }
 
 #[test]

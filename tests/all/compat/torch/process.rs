@@ -110,6 +110,19 @@ fn a_writer_that_hangs_fails_its_save_at_the_deadline() {
     signal(writer, libc::SIGCONT);
 }
 
+/// A forked child shares the socket to the writer process. One that dropped its copy of the executor shut that down: the writer
+/// took its program for gone, and ended.
+#[test]
+#[cfg_attr(miri, ignore = "forks")]
+fn a_writer_process_stays_with_the_parent_when_a_forked_child_drops_the_executor() {
+    let root = tempfile::tempdir().unwrap();
+    let executor = builder(root.path()).build().unwrap();
+    let writer = executor.writer().unwrap();
+    crate::compat::drop_in_a_child(&executor);
+    executor.execute_save(state(1).into(), to("1")).unwrap().result(LONG).unwrap().unwrap();
+    assert_eq!(executor.writer(), Some(writer));
+}
+
 /// Hands over a state, and waits to be killed.
 #[test]
 #[ignore = "the training program of the test below"]

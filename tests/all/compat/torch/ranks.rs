@@ -17,6 +17,8 @@ struct Log {
     calls: Vec<String>,
     written: Vec<Vec<String>>,
     finished: usize,
+    /// How many were told that they are the coordinator.
+    coordinators: usize,
 }
 
 /// Notes what it is asked to do, and fails where it is told to.
@@ -39,7 +41,8 @@ impl StorageWriter for Noting {
     fn reset(&mut self, _: Option<&Path>) -> Result<()> {
         self.note("reset")
     }
-    fn set_up_storage_writer(&mut self, _: bool) -> Result<()> {
+    fn set_up_storage_writer(&mut self, is_coordinator: bool) -> Result<()> {
+        self.log.lock().unwrap().coordinators += usize::from(is_coordinator);
         self.note("set_up_storage_writer")
     }
     fn prepare_local_plan(&mut self, plan: SavePlan) -> Result<SavePlan> {
@@ -126,7 +129,11 @@ fn what_several_ranks_have_is_written_once_and_the_work_is_shared_by_bytes() {
     let mut loads: Vec<_> = log.written.iter().map(bytes).collect();
     loads.sort();
     assert_eq!(loads, [3900, 4000]);
-    assert_eq!(log.finished, 1, "the coordinator alone commits");
+    assert_eq!(
+        (log.finished, log.coordinators),
+        (1, 1),
+        "the coordinator alone commits, and is told that it is the one"
+    );
 
     let lowest =
         |_, options: ExecuteOptions| options.planner(DefaultSavePlanner::new().dedup_save_to_lowest_rank(true));
@@ -152,7 +159,7 @@ fn without_collectives_every_rank_commits_for_itself() {
         assert_eq!(metadata.state_dict_metadata.len(), 6);
         assert!(metadata.state_dict_metadata.contains_key(&format!("rank{rank}")));
     }
-    assert_eq!((log.finished, log.written.len()), (3, 3));
+    assert_eq!((log.finished, log.written.len(), log.coordinators), (3, 3, 3));
 }
 
 #[test]
