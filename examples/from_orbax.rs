@@ -53,6 +53,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     futures[0].result(MINUTE)?;
     manager.reload()?;
     assert_eq!(manager.latest_step()?, Some(50));
+    manager.close(MINUTE)?;
     std::fs::remove_dir_all(root)?;
     Ok(())
 }

@@ -97,9 +97,18 @@ pub(crate) enum Mutant {
     /// A sweep ignores locks.
     // seen by: storage::sweeping_takes_only_dead_attempts
     SweepLock,
+    /// A manager that is dropped does not wait for its saves.
+    // seen by: compat::orbax::managing
+    ManagerDrop,
     /// Every rank of a group is told that it is the coordinator.
     // seen by: compat::torch::ranks
     Coordinator,
+    /// Of few checkpoints those without metrics go.
+    // seen by: compat::orbax::policies
+    BestFew,
+    /// One more is kept than the best so many.
+    // seen by: compat::orbax::policies
+    BestEdge,
 }
 
 /// True when `mutant` is switched on, by `ASHORE_MUTANT=Name` in the environment.

@@ -47,9 +47,17 @@ impl WaiterOf {
 /// A commit that waits for signals.
 struct Waiting {
     done: Cell<Outcome>,
-    save: Mutex<Option<Save>>,
+    begun: Mutex<Begun>,
     signals: Signals,
     generation: u64,
+}
+
+/// Whether the engine has a save.
+enum Begun {
+    NotYet,
+    /// And never will.
+    Cancelled,
+    Save(Save),
 }
 
 impl CommitFuture {
@@ -74,7 +82,8 @@ impl CommitFuture {
         }
         let done: Cell<Outcome> = CellArc::new(Completion::new());
         let generation = fork::generation();
-        let shared = Waiting { done: done.clone(), save: Mutex::new(None), signals: signals.clone(), generation };
+        let shared =
+            Waiting { done: done.clone(), begun: Mutex::new(Begun::NotYet), signals: signals.clone(), generation };
         let shared = Arc::new(shared);
         let (waiting, contract, sends) = (shared.clone(), signals.contract(id), sends.to_vec());
         spawn("ashore-deferred".into(), move || {
@@ -122,12 +131,21 @@ impl Waiting {
     }
 
     fn cancelled(&self) -> bool {
-        self.done.is_complete()
+        matches!(*lock(&self.begun), Begun::Cancelled)
     }
 
     fn cancel(&self) -> bool {
-        let save = lock(&self.save);
-        if self.alive().is_err() || save.as_ref().is_some_and(|save| !save.cancel()) {
+        if self.alive().is_err() {
+            return false;
+        }
+        let save = match &mut *lock(&self.begun) {
+            Begun::Save(save) => Some(save.clone()),
+            begun => {
+                *begun = Begun::Cancelled;
+                None
+            }
+        };
+        if save.is_some_and(|save| !save.cancel()) {
             return false;
         }
         let first = self.done.complete(Err(Error::new(ErrorKind::Cancelled, "the save was cancelled")));
@@ -148,11 +166,13 @@ impl Waiting {
             self.signals.wait_or(id, *signal, left(), || self.cancelled())?;
         }
         let save = {
-            let mut slot = lock(&self.save);
-            if self.cancelled() {
+            let mut begun = lock(&self.begun);
+            if matches!(*begun, Begun::Cancelled) {
                 return Err(Error::new(ErrorKind::Cancelled, "the save was cancelled"));
             }
-            slot.insert(begin()?).clone()
+            let save = begin()?;
+            *begun = Begun::Save(save.clone());
+            save
         };
         let outcome = save.wait(left());
         if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Deadline) {

@@ -5,10 +5,10 @@ use super::future::CommitFuture;
 use super::path::PathAwaitingCreation;
 use super::signals::{HandlerAwaitableSignal, OperationId, Signals};
 use crate::compat::place::place;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
 use crate::id::Attempt;
-use crate::save::{Save, SaveOptions};
+use crate::save::{Save, SaveOptions, Snapshot};
 use crate::state::StateDict;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -52,11 +52,13 @@ pub struct SaveArgs {
     attempt: Option<Attempt>,
     operation: Option<(Signals, OperationId)>,
     timeout: Duration,
+    snapshot: Snapshot,
 }
 
 impl Default for SaveArgs {
     fn default() -> Self {
-        Self { force: false, attempt: None, operation: None, timeout: Duration::from_secs(1200) }
+        let (timeout, snapshot) = (Duration::from_secs(1200), Snapshot::AtFence);
+        Self { force: false, attempt: None, operation: None, timeout, snapshot }
     }
 }
 
@@ -89,9 +91,17 @@ impl SaveArgs {
         self
     }
 
+    /// When the tensors are read: until the next fence, unless set. [`Snapshot::AtSave`] is what Orbax does.
+    #[must_use]
+    pub fn snapshot(mut self, snapshot: Snapshot) -> Self {
+        self.snapshot = snapshot;
+        self
+    }
+
     fn options(&self, name: &Path) -> SaveOptions {
         let name = name.file_name().and_then(|name| name.to_str()).map(str::to_owned);
-        SaveOptions { overwrite: self.force, attempt: self.attempt, name, ..SaveOptions::default() }
+        let Self { force: overwrite, attempt, snapshot, .. } = *self;
+        SaveOptions { overwrite, attempt, snapshot, name, ..SaveOptions::default() }
     }
 }
 
@@ -124,9 +134,13 @@ impl StandardCheckpointHandler {
                 HandlerAwaitableSignal::StepDirectoryCreation
             )));
         }
-        let this = self.clone();
-        let timeout = args.timeout;
-        CommitFuture::contracted(&signals, id, &[], timeout, move || this.begin(&path.path()?, state, &args))
+        // What waits for a path does not keep the executor alive: the program's last `Arc` waits for saves when it is dropped.
+        let (executor, timeout) = (Arc::downgrade(&self.executor), args.timeout);
+        CommitFuture::contracted(&signals, id, &[], timeout, move || {
+            let gone = || Error::new(ErrorKind::Cancelled, "the executor went before a deferred save could begin");
+            let this = Self { executor: executor.upgrade().ok_or_else(gone)? };
+            this.begin(&path.path()?, state, &args)
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! Preservation policies: which steps are kept.
 
+use crate::mutant::{self, Mutant};
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
@@ -10,7 +11,8 @@ use std::time::{Duration, SystemTime};
 pub struct CheckpointInfo {
     /// The step.
     pub step: u64,
-    /// When it was written, as the file system says; the beginning of 1970 where none can say.
+    /// When it was saved, as its manifest says. Of steps that no manager saved: when the directory was written, as the file system
+    /// says, or the beginning of 1970 where none can say.
     pub time: SystemTime,
     /// The metrics that it was saved with.
     pub metrics: Option<serde_json::Value>,
@@ -60,7 +62,40 @@ impl PreservationPolicy for EveryNSteps {
     }
 }
 
-/// The first, and each that was written so many seconds after the one that was kept before.
+/// For each multiple of this the step that is closest to it, of two as close the newer one; none for 0.
+#[derive(Clone, Copy, Debug)]
+pub struct EveryNStepsClosest(pub u64);
+
+impl PreservationPolicy for EveryNStepsClosest {
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
+        let n = self.0;
+        let step = |i: usize| checkpoints.get(i).map(|checkpoint| checkpoint.step);
+        let keep = |i: usize| {
+            let (Some(this), before, after) = (step(i), i.checked_sub(1).and_then(step), step(i + 1)) else {
+                return true;
+            };
+            let (below, above) = (this - this % n, this.checked_next_multiple_of(n));
+            // The multiple below belongs to this one or to the one before, the multiple above to this one or to the one after.
+            let before = before.is_none_or(|before| below == this || below > before && this - below <= below - before);
+            let after = after.zip(above).is_some_and(|(after, above)| above < after && above - this < after - above);
+            before || after
+        };
+        (0..checkpoints.len()).map(|i| n > 0 && keep(i)).collect()
+    }
+}
+
+/// Those that were saved no longer ago than this.
+#[derive(Clone, Copy, Debug)]
+pub struct LatestDuration(pub Duration);
+
+impl PreservationPolicy for LatestDuration {
+    fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
+        // One from the future is as new as can be.
+        checkpoints.iter().map(|c| c.time.elapsed().map_or(true, |age| age <= self.0)).collect()
+    }
+}
+
+/// The first, and each that was saved so many seconds after the one that was kept before.
 #[derive(Clone, Copy, Debug)]
 pub struct EveryNSeconds(pub u64);
 
@@ -100,7 +135,8 @@ pub struct BestN {
 }
 
 impl BestN {
-    /// The `n` with the greatest metric; all for None. Of equal ones the newest. What has no metric is kept.
+    /// The `n` with the greatest metric; all for None, or when there are no more than `n` checkpoints; none for 0. Of equal ones the
+    /// newest. What has no metric is kept.
     pub fn new(
         n: Option<usize>,
         get_metric: impl Fn(&serde_json::Value) -> Option<f64> + Send + Sync + 'static,
@@ -135,10 +171,11 @@ impl BestN {
 
 impl PreservationPolicy for BestN {
     fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
-        let ranking = self.ranking(checkpoints);
-        let mut keep = vec![self.keep_checkpoints_without_metrics; checkpoints.len()];
-        for (rank, index) in ranking.into_iter().enumerate() {
-            keep[index] = self.n.is_none_or(|n| rank < n);
+        let few = |n: usize| checkpoints.len() <= n && !mutant::on(Mutant::BestFew);
+        let Some(n) = self.n.filter(|n| !few(*n)) else { return vec![true; checkpoints.len()] };
+        let mut keep = vec![self.keep_checkpoints_without_metrics && n > 0; checkpoints.len()];
+        for (rank, index) in self.ranking(checkpoints).into_iter().enumerate() {
+            keep[index] = rank < n || mutant::on(Mutant::BestEdge) && rank == n;
         }
         keep
     }
@@ -163,5 +200,25 @@ impl PreservationPolicy for AnyPreservationPolicy {
 impl std::fmt::Debug for AnyPreservationPolicy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "AnyPreservationPolicy({})", self.0.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn for_each_multiple_the_closest_step_is_kept_and_of_two_the_newer() {
+        let kept = |n, steps: &[u64]| {
+            let time = SystemTime::UNIX_EPOCH;
+            let all: Vec<_> = steps.iter().map(|&step| CheckpointInfo { step, time, metrics: None }).collect();
+            let keep = EveryNStepsClosest(n).should_preserve(&all);
+            steps.iter().zip(keep).filter(|(_, keep)| *keep).map(|(step, _)| *step).collect::<Vec<_>>()
+        };
+        assert_eq!(kept(1, &[0, 1, 2, 3, 4]), [0, 1, 2, 3, 4]);
+        assert_eq!(kept(3, &[0, 1, 2, 4]), [0, 4]);
+        assert_eq!(kept(3, &[0, 1, 2, 4, 5, 8, 9, 13, 14, 25]), [0, 4, 5, 9, 13, 14, 25]);
+        assert!(kept(0, &[0, 1]).is_empty());
+        assert_eq!(kept(10, &[u64::MAX]), [u64::MAX]);
     }
 }

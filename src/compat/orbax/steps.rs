@@ -1,83 +1,30 @@
 //! `CheckpointManager`: when to save, what to keep, and what there is.
 
 use super::args::CompositeArgs;
-use super::decision::{DecisionContext, FixedIntervalPolicy, SaveDecisionPolicy};
-use super::preservation::{BestN, CheckpointInfo, PreservationPolicy, PreserveAll};
-use crate::catalog::{Catalog, Entry};
+use super::decision::DecisionContext;
+use super::follower::{Flight, Follower, METRICS, TIME, infos, metrics, time};
+use super::options::CheckpointManagerOptions;
+use crate::catalog::Catalog;
 use crate::checkpoint::Checkpoint;
-use crate::completion::{Signal, deadline_after};
+use crate::completion::{Completion, Signal, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
-use crate::save::{Save, SaveOptions};
+use crate::fork;
+use crate::mutant::{self, Mutant};
+use crate::save::{SaveOptions, Snapshot};
 use crate::settings::Failed;
-use crate::state::StateDict;
+use crate::state::{Layout, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::Outcome;
 use crate::writer::spawn;
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Sender, unbounded};
 use serde::Serialize;
-use std::collections::{BTreeSet, VecDeque};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use serde::de::DeserializeOwned;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
-
-/// The metadata under which metrics are kept.
-const METRICS: &str = "metrics";
-
-/// How a [`CheckpointManager`] goes about it.
-#[must_use]
-pub struct CheckpointManagerOptions {
-    decision: Box<dyn SaveDecisionPolicy>,
-    preservation: Arc<dyn PreservationPolicy>,
-    best: Option<BestN>,
-    retries: u32,
-}
-
-impl Default for CheckpointManagerOptions {
-    fn default() -> Self {
-        Self { decision: Box::new(FixedIntervalPolicy(1)), preservation: Arc::new(PreserveAll), best: None, retries: 0 }
-    }
-}
-
-impl CheckpointManagerOptions {
-    /// Saves every step, keeps all.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Which steps are saved.
-    pub fn save_decision_policy(mut self, policy: impl SaveDecisionPolicy + 'static) -> Self {
-        self.decision = Box::new(policy);
-        self
-    }
-
-    /// Which steps are kept. The executor's own retention should be left unset then.
-    pub fn preservation_policy(mut self, policy: impl PreservationPolicy + 'static) -> Self {
-        self.preservation = Arc::new(policy);
-        self
-    }
-
-    /// What [`CheckpointManager::best_step`] goes by: Orbax's `best_fn` and `best_mode`.
-    pub fn best(mut self, best: BestN) -> Self {
-        self.best = Some(best);
-        self
-    }
-
-    /// Tries a save that failed for a reason that may pass up to `times` times more. Its state is kept until it has ended, beyond
-    /// fences, so one that the program can write is `Invalid`.
-    pub fn retry(mut self, times: u32) -> Self {
-        self.retries = times;
-        self
-    }
-}
-
-impl std::fmt::Debug for CheckpointManagerOptions {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CheckpointManagerOptions").field("best", &self.best).field("retries", &self.retries).finish()
-    }
-}
 
 /// Saves steps of a run by its policies, and knows which there are: Orbax's class of that name.
 ///
@@ -100,11 +47,14 @@ impl std::fmt::Debug for CheckpointManagerOptions {
 /// }
 /// manager.wait_until_finished(Duration::from_secs(60))?;
 /// assert_eq!(manager.all_steps()?, [30, 40]);
+/// assert!(dir.path().join("40").is_dir());
+/// manager.close(Duration::from_secs(60))?;
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
 /// Whether saves overlap, and what becomes of failures, is as the executor's settings say; an error that nobody saw comes out of
-/// the next `save`, `check_for_errors` or `wait_until_finished`.
+/// the next `save`, `check_for_errors`, `wait_until_finished` or `close`. Dropping it waits for saves under way, for the executor's
+/// `shutdown_deadline` at most; errors are then only logged.
 #[derive(Debug)]
 pub struct CheckpointManager {
     catalog: Catalog,
@@ -118,48 +68,80 @@ pub struct CheckpointManager {
 struct Writer {
     executor: Arc<CheckpointExecutor>,
     flights: Sender<Flight>,
+    generation: u64,
 }
 
-#[derive(Debug, Default)]
-struct Shared {
-    progress: Mutex<Progress>,
-    changed: Signal,
-    preempted: AtomicBool,
-}
-
-#[derive(Debug, Default)]
-struct Progress {
-    /// Steps that are there, as far as this manager knows.
-    steps: BTreeSet<u64>,
-    saving: BTreeSet<u64>,
-    last_save: Option<Instant>,
-    errors: VecDeque<Error>,
-}
-
-/// A save under way.
 #[derive(Debug)]
-struct Flight {
-    step: u64,
-    save: Save,
-    kept: Option<StateDict<'static>>,
-    retries: u32,
-    deadline: Instant,
+pub(super) struct Shared {
+    pub progress: Mutex<Progress>,
+    pub changed: Signal,
+    preempted: AtomicBool,
+    /// The thread that follows saves has ended.
+    ended: Completion<()>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    /// Steps that are there, as far as this manager knows.
+    pub steps: BTreeSet<u64>,
+    pub saving: BTreeSet<u64>,
+    last_save: Option<Instant>,
+    pub errors: VecDeque<Error>,
+}
+
+impl Shared {
+    fn of(steps: BTreeSet<u64>) -> Arc<Self> {
+        let progress = Mutex::new(Progress { steps, ..Progress::default() });
+        let (changed, preempted) = (Signal::default(), AtomicBool::new(false));
+        Arc::new(Self { progress, changed, preempted, ended: Completion::new() })
+    }
+}
+
+/// What is known of a step without its tensors: Orbax's `StepMetadata`.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct StepMetadata {
+    /// When it was saved.
+    pub time: SystemTime,
+    /// The metrics that it was saved with.
+    pub metrics: Option<serde_json::Value>,
+    checkpoint: Checkpoint,
+}
+
+impl StepMetadata {
+    /// The metadata `key` of the state that was saved: Orbax's `custom_metadata`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::metadata`].
+    pub fn custom<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
+        self.checkpoint.metadata(key)
+    }
 }
 
 impl CheckpointManager {
     /// Saves by `executor`, below its root.
     ///
     /// # Errors
-    /// When the root cannot be read; `Busy` when there is no thread to be had.
+    /// When the root cannot be read; `Invalid` for names under which steps are not found again; `Busy` when there is no thread to
+    /// be had.
     pub fn new(executor: Arc<CheckpointExecutor>, options: CheckpointManagerOptions) -> Result<Self> {
+        options.name_of(0)?;
         let catalog = executor.catalog().clone();
-        let shared = Arc::new(Shared::default());
-        lock(&shared.progress).steps = steps(&catalog)?;
+        let shared = Shared::of(steps(&catalog)?);
         let (flights, coming) = unbounded();
-        let follower =
-            Follower { executor: executor.clone(), shared: shared.clone(), preservation: options.preservation.clone() };
-        spawn("ashore-manager".into(), move || follower.run(&coming))?;
-        Ok(Self { catalog, writer: Some(Writer { executor, flights }), options, shared })
+        let follower = Follower {
+            executor: Arc::downgrade(&executor),
+            catalog: catalog.clone(),
+            failed: executor.settings().failed,
+            shared: shared.clone(),
+            preservation: options.preservation.clone(),
+        };
+        spawn("ashore-manager".into(), move || {
+            follower.run(&coming);
+            follower.shared.ended.complete(());
+        })?;
+        let writer = Some(Writer { executor, flights, generation: fork::generation() });
+        Ok(Self { catalog, writer, options, shared })
     }
 
     /// Reads the steps below `root`, and writes nothing: `should_save` is false, `save` saves nothing.
@@ -167,7 +149,7 @@ impl CheckpointManager {
     /// # Errors
     /// `NotFound` when there is no such directory.
     pub fn read_only(root: impl AsRef<Path>, options: CheckpointManagerOptions) -> Result<Self> {
-        Ok(Self { catalog: Catalog::open(root)?, writer: None, options, shared: Arc::default() })
+        Ok(Self { catalog: Catalog::open(root)?, writer: None, options, shared: Shared::of(BTreeSet::new()) })
     }
 
     /// Whether it only reads.
@@ -233,9 +215,9 @@ impl CheckpointManager {
         mut state: StateDict<'static>,
         metrics: Option<&(impl Serialize + ?Sized)>,
         force: bool,
-        options: SaveOptions,
+        mut options: SaveOptions,
     ) -> Result<bool> {
-        let Some(Writer { executor, flights }) = &self.writer else {
+        let Some(Writer { executor, flights, .. }) = &self.writer else {
             let refused = Error::invalid("a manager that only reads cannot save").with_step(step);
             return if force { Err(refused) } else { Ok(false) };
         };
@@ -256,6 +238,14 @@ impl CheckpointManager {
         if let Some(metrics) = metrics {
             state.metadata(METRICS, metrics)?;
         }
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        state.metadata(TIME, &u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))?;
+        if options.name.is_none() {
+            options.name = Some(self.options.name_of(step)?);
+        }
+        if self.options.snapshot == Snapshot::AtSave {
+            options.snapshot = Snapshot::AtSave;
+        }
         let retries = self.options.retries;
         let (state, kept) = if retries > 0 {
             let (state, kept) = state.split()?;
@@ -263,8 +253,9 @@ impl CheckpointManager {
         } else {
             (state, None)
         };
-        let deadline = deadline_after(executor.settings().save_deadline);
-        let save = executor.save_with(step, state, options)?;
+        let longest = executor.settings().save_deadline;
+        let deadline = deadline_after(options.deadline.map_or(longest, |deadline| deadline.min(longest)));
+        let save = executor.save_with(step, state, options.clone())?;
         if let Some(Ok(Outcome::Skipped { .. })) = save.try_get() {
             return Ok(false);
         }
@@ -274,7 +265,7 @@ impl CheckpointManager {
             progress.last_save = Some(Instant::now());
         }
         let gone = |_| Error::internal("the thread of a manager has ended");
-        flights.send(Flight { step, save, kept, retries, deadline }).map_err(gone)?;
+        flights.send(Flight { step, save, kept, options, retries, deadline }).map_err(gone)?;
         Ok(true)
     }
 
@@ -288,7 +279,8 @@ impl CheckpointManager {
         self.shared.preempted.load(Ordering::Acquire)
     }
 
-    /// The steps that are there, oldest first: those that this manager knows; from the medium when it only reads.
+    /// The steps that are there, oldest first: those that this manager knows; from the medium when it only reads. In Orbax a step
+    /// that is being saved is among them; here it is when it is durable, and [`should_save`](Self::should_save) knows of it before.
     ///
     /// # Errors
     /// When the root cannot be read.
@@ -309,7 +301,7 @@ impl CheckpointManager {
         Ok(())
     }
 
-    /// The newest step that is there.
+    /// The newest step that is there, and durable: one that is being saved is not yet, other than in Orbax.
     ///
     /// # Errors
     /// As [`all_steps`](Self::all_steps).
@@ -333,6 +325,24 @@ impl CheckpointManager {
     /// As [`Catalog::checkpoint`].
     pub fn metrics(&self, step: u64) -> Result<Option<serde_json::Value>> {
         Ok(metrics(&self.catalog.checkpoint(step)?))
+    }
+
+    /// What is known of a step without its tensors.
+    ///
+    /// # Errors
+    /// As [`Catalog::checkpoint`].
+    pub fn metadata(&self, step: u64) -> Result<StepMetadata> {
+        let checkpoint = self.catalog.checkpoint(step)?;
+        Ok(StepMetadata { time: time(&checkpoint), metrics: metrics(&checkpoint), checkpoint })
+    }
+
+    /// The tensors of a step, by name, with dtype and shape. Those of a composite begin with the name of their item and a dot.
+    ///
+    /// # Errors
+    /// As [`Catalog::checkpoint`].
+    pub fn item_metadata(&self, step: u64) -> Result<BTreeMap<String, Layout>> {
+        let checkpoint = self.catalog.checkpoint(step)?;
+        Ok(checkpoint.tensors().map(|it| (it.name.to_owned(), Layout::new(it.dtype, it.shape))).collect())
     }
 
     /// The checkpoint of `step`, or the newest for None.
@@ -389,111 +399,47 @@ impl CheckpointManager {
     }
 }
 
+impl CheckpointManager {
+    /// Waits for saves under way, their retries and what is to be deleted, and ends the manager. The executor goes on.
+    ///
+    /// # Errors
+    /// The error of a save that nobody has seen; `Deadline` after `timeout`.
+    pub fn close(mut self, timeout: Duration) -> Result<()> {
+        self.end(timeout).and_then(|()| self.check_for_errors())
+    }
+
+    fn end(&mut self, timeout: Duration) -> Result<()> {
+        // The executor stays until the last retry has been made.
+        let Some(Writer { flights, generation, executor: _executor }) = self.writer.take() else { return Ok(()) };
+        if generation != fork::generation() {
+            // The thread behind the channel is the parent's.
+            std::mem::forget(flights);
+            return Ok(());
+        }
+        drop(flights);
+        let late = || Error::new(ErrorKind::Deadline, format!("saves have not ended waited={timeout:?}"));
+        self.shared.ended.wait(deadline_after(timeout)).ok_or_else(late)
+    }
+}
+
 impl Drop for CheckpointManager {
     fn drop(&mut self) {
+        let Some(writer) = &self.writer else { return };
+        let (parents, patience) =
+            (writer.generation != fork::generation(), writer.executor.settings().shutdown_deadline);
+        let patience = if mutant::on(Mutant::ManagerDrop) { Duration::ZERO } else { patience };
+        if let Err(error) = self.end(patience) {
+            tracing::error!(%error, "a manager was dropped before its saves had ended");
+        }
+        if parents {
+            return;
+        }
         for error in lock(&self.shared.progress).errors.drain(..) {
             tracing::error!(%error, "a save failed and nobody saw it");
         }
     }
 }
 
-/// The thread that follows saves to their end.
-struct Follower {
-    executor: Arc<CheckpointExecutor>,
-    shared: Arc<Shared>,
-    preservation: Arc<dyn PreservationPolicy>,
-}
-
-impl Follower {
-    fn run(&self, coming: &Receiver<Flight>) {
-        // Saves run ahead of this thread, so that a policy may delete a step before its turn comes here.
-        let mut deleted = BTreeSet::new();
-        for flight in coming {
-            let step = flight.step;
-            let ended = self.follow(flight);
-            let durable = matches!(ended, Ok(Outcome::Durable(_)));
-            if durable && !deleted.remove(&step) {
-                lock(&self.shared.progress).steps.insert(step);
-            }
-            if durable {
-                deleted.extend(self.preserve());
-            }
-            let mut progress = lock(&self.shared.progress);
-            progress.saving.remove(&step);
-            match ended {
-                Err(error) if self.executor.settings().failed == Failed::Warn => {
-                    tracing::error!(%error, "a save failed and nobody saw it");
-                }
-                Err(error) => progress.errors.push_back(error),
-                Ok(_) => {}
-            }
-            drop(progress);
-            self.shared.changed.notify();
-        }
-    }
-
-    /// How the save ends, tried again as often as it may be.
-    fn follow(&self, flight: Flight) -> Result<Outcome> {
-        let Flight { step, mut save, mut kept, mut retries, deadline } = flight;
-        loop {
-            let patience = deadline.saturating_duration_since(Instant::now()) + Duration::from_secs(1);
-            let ended = save.wait(patience);
-            let next = match (&ended, kept.take()) {
-                (Err(error), Some(state)) if retries > 0 && may_pass(error) && Instant::now() < deadline => {
-                    tracing::warn!(%error, retries, "a save failed and is tried again");
-                    state
-                }
-                _ => return ended,
-            };
-            retries -= 1;
-            let (now, later) = next.split()?;
-            kept = Some(later);
-            save = self.executor.save_with(step, now, SaveOptions::default())?;
-        }
-    }
-
-    /// Deletes what the policy does not keep, and returns what of it is still to be followed.
-    fn preserve(&self) -> Vec<u64> {
-        let catalog = self.executor.catalog();
-        let chosen = |entries: &[Entry]| {
-            let infos = infos(catalog, entries);
-            let keep = self.preservation.should_preserve(&infos);
-            let kept = |i: usize| keep.get(i).copied().unwrap_or(true);
-            infos.iter().enumerate().filter(|(i, _)| !kept(*i)).map(|(_, info)| info.step).collect()
-        };
-        let pruned = catch_unwind(AssertUnwindSafe(|| catalog.prune_chosen(chosen)));
-        match pruned {
-            Ok(Ok(pruned)) => {
-                let mut progress = lock(&self.shared.progress);
-                let Progress { steps, saving, .. } = &mut *progress;
-                let removed = pruned.removed.iter().map(|entry| entry.step);
-                return removed.filter(|step| !steps.remove(step) && saving.contains(step)).collect();
-            }
-            Ok(Err(error)) => tracing::warn!(%error, "steps that are not kept could not be deleted"),
-            Err(_) => tracing::error!("a preservation policy panicked; all steps are kept"),
-        }
-        Vec::new()
-    }
-}
-
-fn may_pass(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::Busy | ErrorKind::NoSpace | ErrorKind::Unavailable)
-}
-
 fn steps(catalog: &Catalog) -> Result<BTreeSet<u64>> {
     Ok(catalog.list()?.into_iter().map(|entry| entry.step).collect())
-}
-
-fn metrics(checkpoint: &Checkpoint) -> Option<serde_json::Value> {
-    checkpoint.metadata(METRICS).ok()
-}
-
-fn infos(catalog: &Catalog, entries: &[Entry]) -> Vec<CheckpointInfo> {
-    let time = |entry: &Entry| std::fs::metadata(&entry.path).and_then(|meta| meta.modified());
-    let info = |entry: &Entry| CheckpointInfo {
-        step: entry.step,
-        time: time(entry).unwrap_or(SystemTime::UNIX_EPOCH),
-        metrics: catalog.checkpoint(entry.step).ok().and_then(|checkpoint| metrics(&checkpoint)),
-    };
-    entries.iter().map(info).collect()
 }

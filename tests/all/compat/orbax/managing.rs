@@ -1,12 +1,14 @@
 //! `CheckpointManager`: saving, steps, metrics, errors, reading only.
 
-use crate::compat::{Flaky, engine, files, state};
+use crate::compat::{Flaky, drop_in_a_child, engine, files, state};
 use crate::rig::{Buffer, LONG, eventually, one};
-use ashore::compat::orbax::{BestN, CheckpointManager, CheckpointManagerOptions, CompositeArgs, Item};
-use ashore::{Attempt, ErrorKind, Failed, SaveOptions};
+use ashore::compat::orbax::{BestN, CheckpointManager, CheckpointManagerOptions, CompositeArgs, Item, LatestN};
+use ashore::testing::LateDevice;
+use ashore::{Attempt, Catalog, Dtype, ErrorKind, Failed, Overlap, SaveOptions, Snapshot};
 use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 type Options = CheckpointManagerOptions;
 
@@ -83,13 +85,16 @@ fn items_are_saved_as_one_step() {
 
 #[test]
 fn a_save_through_the_manager_leaves_the_bytes_that_the_engine_leaves() {
-    let options = SaveOptions::default().attempt(Attempt::new());
+    let options = SaveOptions::default().attempt(Attempt::new()).name("5");
     let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let plain = engine(ours.path()).build().unwrap();
-    plain.save_with(5, state(1), options.clone()).unwrap().wait(LONG).unwrap();
     let manager = manager(theirs.path(), Options::new());
-    assert!(manager.save_as(5, state(1), None::<&()>, false, options).unwrap());
+    assert!(manager.save_as(5, state(1), None::<&()>, false, options.clone()).unwrap());
     manager.wait_until_finished(LONG).unwrap();
+    // The one thing that the manager adds.
+    let (mut same, saved) = (state(1), manager.metadata(5).unwrap().custom::<u64>("init_timestamp_nsecs").unwrap());
+    same.metadata("init_timestamp_nsecs", &saved).unwrap();
+    let plain = engine(ours.path()).build().unwrap();
+    plain.save_with(5, same, options).unwrap().wait(LONG).unwrap();
     assert_eq!(files(ours.path()), files(theirs.path()));
 }
 
@@ -132,4 +137,111 @@ fn a_failure_that_may_pass_is_tried_again() {
     assert_eq!(retries.restore(Some(1)).unwrap().value::<u64>("epoch").unwrap(), 7);
     let written = one("counter", Buffer::new(vec![0; 10]).source());
     assert!(retries.save(2, written).unwrap_err().to_string().contains("counter"));
+}
+
+/// The thread of a manager that follows saves held the last `Arc` of the executor, and nobody waited for it: the last save of a
+/// program was lost when its `main` returned, and so was what was to be tried again or deleted.
+#[test]
+fn a_manager_that_is_dropped_waits_for_its_saves_their_retries_and_what_is_deleted() {
+    let root = tempfile::tempdir().unwrap();
+    let engine = Arc::new(engine(root.path()).overlap(Overlap::Queue(8)).build().unwrap());
+    let manager = CheckpointManager::new(engine.clone(), Options::new().preservation_policy(LatestN(1))).unwrap();
+    for step in 1..=4 {
+        assert!(manager.save(step, state(step)).unwrap());
+    }
+    drop(manager);
+    let left: Vec<u64> = Catalog::open(root.path()).unwrap().list().unwrap().iter().map(|entry| entry.step).collect();
+    assert_eq!((left, Arc::strong_count(&engine)), (vec![4], 1));
+
+    let retries = flaky(2, Failed::NextCall, Options::new().retry(2));
+    retries.save(1, state(7)).unwrap();
+    retries.close(LONG).unwrap();
+    let fails = flaky(1, Failed::NextCall, Options::new());
+    fails.save(1, state(7)).unwrap();
+    assert_eq!(fails.close(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "forks")]
+fn a_manager_that_a_forked_child_drops_goes_on_in_the_parent() {
+    let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
+    let engine = engine(root.path()).device(Arc::new(device.clone())).build().unwrap();
+    let manager = CheckpointManager::new(Arc::new(engine), Options::new()).unwrap();
+    device.hold();
+    assert!(manager.save(1, state(1)).unwrap());
+    drop_in_a_child(&manager);
+    device.release();
+    manager.wait_until_finished(LONG).unwrap();
+    assert_eq!(manager.all_steps().unwrap(), [1]);
+}
+
+/// The options of a save were dropped when it was tried again: it went elsewhere, and did not overwrite.
+#[test]
+fn a_retry_has_the_options_of_the_save() {
+    let retries = flaky(1, Failed::NextCall, Options::new().retry(1));
+    let options = SaveOptions::default().name("ckpt-5").attempt(Attempt::new());
+    assert!(retries.save_as(5, state(1), None::<&()>, false, options).unwrap());
+    retries.wait_until_finished(LONG).unwrap();
+    assert_eq!(retries.restore(Some(5)).unwrap().name(), "ckpt-5");
+}
+
+#[test]
+fn steps_are_named_as_orbax_names_them_and_found_under_any_known_name() {
+    let names = |options: Options| {
+        let root = tempfile::tempdir().unwrap();
+        let manager = manager(root.path(), options);
+        manager.save(5, state(1)).unwrap();
+        manager.close(LONG).unwrap();
+        let reader = CheckpointManager::read_only(root.path(), Options::new()).unwrap();
+        assert_eq!(reader.all_steps().unwrap(), [5]);
+        reader.restore(Some(5)).unwrap().name().to_owned()
+    };
+    assert_eq!(names(Options::new()), "5");
+    assert_eq!(names(Options::new().step_format(Some("step"), None)), "step_5");
+    assert_eq!(names(Options::new().step_format(None, Some(4))), "0005");
+    assert_eq!(names(Options::new().step_format(Some("iter"), Some(7))), "iter_0000005");
+    assert_eq!(names(Options::new().step_name(|step| format!("ckpt-{step}"))), "ckpt-5");
+    let root = tempfile::tempdir().unwrap();
+    for lost in [Options::new().step_format(Some("weights"), None), Options::new().step_name(|_| "7".into())] {
+        let engine = Arc::new(engine(root.path()).build().unwrap());
+        assert_eq!(CheckpointManager::new(engine, lost).unwrap_err().kind(), ErrorKind::Invalid);
+    }
+    // A step that is there under another name is there.
+    let engine = Arc::new(engine(root.path()).build().unwrap());
+    engine.save(5, state(1)).unwrap().wait(LONG).unwrap();
+    let manager = CheckpointManager::new(engine, Options::new()).unwrap();
+    assert!(!manager.save(5, state(2)).unwrap());
+    assert_eq!(manager.save_with(5, state(2), None::<&()>, true).unwrap_err().kind(), ErrorKind::Conflict);
+}
+
+#[test]
+fn with_a_snapshot_at_save_the_tensors_may_be_written_when_save_returns() {
+    let root = tempfile::tempdir().unwrap();
+    let manager = manager(root.path(), Options::new().snapshot(Snapshot::AtSave));
+    let buffer = Buffer::new(vec![1; 10_000]);
+    for step in 1..=3_u8 {
+        assert!(manager.save(step.into(), one("t", buffer.source())).unwrap());
+        buffer.fill(&[step + 1; 10_000]);
+    }
+    manager.wait_until_finished(LONG).unwrap();
+    for step in 1..=3_u8 {
+        assert_eq!(manager.restore(Some(step.into())).unwrap().read("t").unwrap(), vec![step; 10_000]);
+    }
+}
+
+#[test]
+fn the_metadata_of_a_step_is_read_without_its_tensors() {
+    let root = tempfile::tempdir().unwrap();
+    let manager = manager(root.path(), Options::new());
+    let before = SystemTime::now();
+    manager.save_with(1, state(1), Some(&json!({ "loss": 0.5 })), false).unwrap();
+    manager.wait_until_finished(LONG).unwrap();
+    let metadata = manager.metadata(1).unwrap();
+    assert!(metadata.time >= before - Duration::from_secs(1) && metadata.time <= SystemTime::now());
+    assert_eq!(metadata.metrics.as_ref().unwrap()["loss"], 0.5);
+    assert_eq!(metadata.custom::<String>("run").unwrap(), "a test");
+    let tensors = manager.item_metadata(1).unwrap();
+    assert_eq!(tensors.keys().collect::<Vec<_>>(), ["model.bias", "model.weights"]);
+    assert_eq!((tensors["model.bias"].dtype, &tensors["model.bias"].shape[..]), (Dtype::F32, &[7][..]));
+    assert_eq!(manager.metadata(2).unwrap_err().kind(), ErrorKind::NotFound);
 }

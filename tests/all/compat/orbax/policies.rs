@@ -4,9 +4,9 @@ use crate::compat::engine;
 use crate::rig::{LONG, eventually, one};
 use ashore::compat::orbax::{
     AnyPreservationPolicy, AnySavePolicy, BestN, CheckpointInfo, CheckpointManager, CheckpointManagerOptions,
-    ContinuousCheckpointingPolicy, CustomSteps, DecisionContext, EveryNSeconds, EveryNSteps, FixedIntervalPolicy,
-    InitialSavePolicy, LatestN, PreemptionCheckpointingPolicy, PreservationPolicy, PreserveAll, SaveDecisionPolicy,
-    SpecificStepsPolicy,
+    ContinuousCheckpointingPolicy, CustomSteps, DecisionContext, EveryNSeconds, EveryNSteps, EveryNStepsClosest,
+    FixedIntervalPolicy, InitialSavePolicy, LatestDuration, LatestN, PreemptionCheckpointingPolicy, PreservationPolicy,
+    PreserveAll, SaveDecisionPolicy, SpecificStepsPolicy,
 };
 use ashore::testing::LateDevice;
 use serde_json::json;
@@ -92,6 +92,9 @@ fn steps_are_kept_as_the_policy_says_and_the_newest_always() {
     assert_eq!(kept(CustomSteps([2, 4].into())), [2, 4, 6]);
     assert_eq!(kept(EveryNSeconds(3600)), [1, 6]);
     assert_eq!(kept(EveryNSeconds(0)), [1, 2, 3, 4, 5, 6]);
+    assert_eq!(kept(EveryNStepsClosest(4)), [1, 4, 6], "the closest to 0, to 4, and the newest");
+    assert_eq!(kept(LatestDuration(LONG)), [1, 2, 3, 4, 5, 6]);
+    assert_eq!(kept(LatestDuration(Duration::ZERO)), [6]);
     assert_eq!(kept(|all: &[CheckpointInfo]| all.iter().map(|c| c.step == 2).collect::<Vec<_>>()), [2, 6]);
     assert_eq!(kept(|_: &[CheckpointInfo]| -> Vec<bool> { panic!("on purpose") }), [1, 2, 3, 4, 5, 6]);
     assert_eq!(kept(BestN::new(Some(2), loss)), [1, 5, 6], "most of the metric, and what has none");
@@ -108,7 +111,7 @@ fn a_step_that_is_deleted_before_its_turn_is_not_listed_afterwards() {
     // At the turn of step 1 all four become durable, so that at the turn of step 2 the policy drops 3 as well.
     let policy = move |seen: &[CheckpointInfo]| {
         if seen.iter().all(|checkpoint| checkpoint.step == 1) {
-            eventually("four steps", || (1..=4).all(|step| steps.join(ashore::id::step_name(step)).exists()));
+            eventually("four steps", || (1..=4).all(|step: u64| steps.join(step.to_string()).exists()));
         }
         seen.iter().map(|checkpoint| checkpoint.step == 1 || checkpoint.step == 4).collect::<Vec<_>>()
     };
@@ -119,4 +122,33 @@ fn a_step_that_is_deleted_before_its_turn_is_not_listed_afterwards() {
     }
     manager.wait_until_finished(LONG).unwrap();
     assert_eq!(manager.all_steps().unwrap(), [1, 4]);
+}
+
+/// With `keep_checkpoints_without_metrics(false)` and fewer steps than are to be kept, everything without a metric was deleted.
+/// Orbax deletes nothing before there are more than `n`.
+#[test]
+fn the_best_so_many_are_kept_as_orbax_keeps_them() {
+    let strict = |n| BestN::new(Some(n), loss).keep_checkpoints_without_metrics(false);
+    assert_eq!(kept(strict(6)), [1, 2, 3, 4, 5, 6], "no more than are to be kept");
+    assert_eq!(kept(strict(5)), [1, 2, 3, 4, 5, 6], "the newest always stays");
+    assert_eq!(kept(strict(2)), [1, 5, 6]);
+    assert_eq!(kept(BestN::new(Some(0), loss)), [6], "none is kept, whether it has a metric or not");
+    assert_eq!(kept(BestN::new(Some(6), loss)), [1, 2, 3, 4, 5, 6]);
+}
+
+/// Times came from the file system, where a copy of the directory, or a touch of it, changes them.
+#[test]
+fn the_time_of_a_step_is_the_one_in_its_manifest() {
+    let root = tempfile::tempdir().unwrap();
+    let options = Options::new().preservation_policy(EveryNSeconds(3600));
+    let manager = CheckpointManager::new(Arc::new(engine(root.path()).build().unwrap()), options).unwrap();
+    for step in 1..=3 {
+        manager.save(step, one("t", vec![1_u8])).unwrap();
+        manager.wait_until_finished(LONG).unwrap();
+        let directory = std::fs::File::open(root.path().join(step.to_string())).unwrap();
+        directory
+            .set_modified(std::time::SystemTime::UNIX_EPOCH + step as u32 * 2 * Duration::from_secs(3600))
+            .unwrap();
+    }
+    assert_eq!(manager.all_steps().unwrap(), [1, 3]);
 }

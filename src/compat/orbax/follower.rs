@@ -1,0 +1,149 @@
+//! The thread of a manager that follows saves to their end, tries them again, and deletes what is not kept.
+
+use super::preservation::{CheckpointInfo, PreservationPolicy};
+use super::steps::{Progress, Shared};
+use crate::catalog::{Catalog, Entry};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::CheckpointExecutor;
+use crate::save::{Save, SaveOptions};
+use crate::settings::Failed;
+use crate::state::StateDict;
+use crate::sync::lock;
+use crate::ticket::Outcome;
+use crossbeam_channel::Receiver;
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant, SystemTime};
+
+/// The metadata under which metrics are kept.
+pub(super) const METRICS: &str = "metrics";
+/// The metadata that says when a step was saved, in nanoseconds since the beginning of 1970: Orbax's name.
+pub(super) const TIME: &str = "init_timestamp_nsecs";
+
+/// A save under way.
+#[derive(Debug)]
+pub(super) struct Flight {
+    pub step: u64,
+    pub save: Save,
+    /// For the next try.
+    pub kept: Option<StateDict<'static>>,
+    pub options: SaveOptions,
+    pub retries: u32,
+    pub deadline: Instant,
+}
+
+/// The thread that follows saves to their end.
+///
+/// It does not keep the executor alive: the program's last `Arc` has to be the one whose drop waits for saves.
+pub(super) struct Follower {
+    pub executor: Weak<CheckpointExecutor>,
+    pub catalog: Catalog,
+    pub failed: Failed,
+    pub shared: Arc<Shared>,
+    pub preservation: Arc<dyn PreservationPolicy>,
+}
+
+impl Follower {
+    pub fn run(&self, coming: &Receiver<Flight>) {
+        // Saves run ahead of this thread, so that a policy may delete a step before its turn comes here.
+        let mut deleted = BTreeSet::new();
+        for flight in coming {
+            let step = flight.step;
+            let ended = self.follow(flight);
+            let durable = matches!(ended, Ok(Outcome::Durable(_)));
+            if durable && !deleted.remove(&step) {
+                lock(&self.shared.progress).steps.insert(step);
+            }
+            if durable {
+                deleted.extend(self.preserve());
+            }
+            let mut progress = lock(&self.shared.progress);
+            progress.saving.remove(&step);
+            match ended {
+                Err(error) if self.failed == Failed::Warn => {
+                    tracing::error!(%error, "a save failed and nobody saw it");
+                }
+                Err(error) => progress.errors.push_back(error),
+                Ok(_) => {}
+            }
+            drop(progress);
+            self.shared.changed.notify();
+        }
+    }
+
+    /// How the save ends, tried again as often as it may be.
+    fn follow(&self, flight: Flight) -> Result<Outcome> {
+        let Flight { step, mut save, mut kept, mut options, mut retries, deadline } = flight;
+        options.attempt = None; // no two tries share an attempt
+        loop {
+            let patience = deadline.saturating_duration_since(Instant::now()) + Duration::from_secs(1);
+            let ended = save.wait(patience);
+            let next = match (&ended, kept.take()) {
+                (Err(error), Some(state)) if retries > 0 && may_pass(error) && Instant::now() < deadline => {
+                    tracing::warn!(%error, retries, "a save failed and is tried again");
+                    state
+                }
+                _ => return ended,
+            };
+            let Some(executor) = self.executor.upgrade() else { return ended };
+            retries -= 1;
+            let (now, later) = next.split()?;
+            kept = Some(later);
+            options.deadline = Some(deadline.saturating_duration_since(Instant::now()));
+            save = executor.save_with(step, now, options.clone())?;
+        }
+    }
+
+    /// Deletes what the policy does not keep, and returns what of it is still to be followed.
+    fn preserve(&self) -> Vec<u64> {
+        let catalog = &self.catalog;
+        let chosen = |entries: &[Entry]| {
+            let infos = infos(catalog, entries);
+            let keep = self.preservation.should_preserve(&infos);
+            let kept = |i: usize| keep.get(i).copied().unwrap_or(true);
+            infos.iter().enumerate().filter(|(i, _)| !kept(*i)).map(|(_, info)| info.step).collect()
+        };
+        let pruned = catch_unwind(AssertUnwindSafe(|| catalog.prune_chosen(chosen)));
+        match pruned {
+            Ok(Ok(pruned)) => {
+                let mut progress = lock(&self.shared.progress);
+                let Progress { steps, saving, .. } = &mut *progress;
+                let removed = pruned.removed.iter().map(|entry| entry.step);
+                return removed.filter(|step| !steps.remove(step) && saving.contains(step)).collect();
+            }
+            Ok(Err(error)) => tracing::warn!(%error, "steps that are not kept could not be deleted"),
+            Err(_) => tracing::error!("a preservation policy panicked; all steps are kept"),
+        }
+        Vec::new()
+    }
+}
+
+fn may_pass(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Busy | ErrorKind::NoSpace | ErrorKind::Unavailable)
+}
+
+pub(super) fn metrics(checkpoint: &Checkpoint) -> Option<serde_json::Value> {
+    checkpoint.metadata(METRICS).ok()
+}
+
+/// When a step was saved; the time of its directory where somebody else saved it.
+pub(super) fn time(checkpoint: &Checkpoint) -> SystemTime {
+    if let Ok(nanoseconds) = checkpoint.metadata::<u64>(TIME) {
+        return SystemTime::UNIX_EPOCH + Duration::from_nanos(nanoseconds);
+    }
+    std::fs::metadata(checkpoint.path()).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+pub(super) fn infos(catalog: &Catalog, entries: &[Entry]) -> Vec<CheckpointInfo> {
+    let info = |entry: &Entry| {
+        let checkpoint = catalog.checkpoint(entry.step).ok();
+        CheckpointInfo {
+            step: entry.step,
+            time: checkpoint.as_ref().map_or(SystemTime::UNIX_EPOCH, time),
+            metrics: checkpoint.as_ref().and_then(metrics),
+        }
+    };
+    entries.iter().map(info).collect()
+}

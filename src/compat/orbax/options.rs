@@ -1,0 +1,106 @@
+//! What a manager is told once.
+
+use super::decision::{FixedIntervalPolicy, SaveDecisionPolicy};
+use super::preservation::{BestN, PreservationPolicy, PreserveAll};
+use crate::error::{Error, Result};
+use crate::id::parse_step_name;
+use crate::save::Snapshot;
+use std::sync::Arc;
+
+/// How a [`CheckpointManager`] goes about it.
+#[must_use]
+pub struct CheckpointManagerOptions {
+    pub(super) decision: Box<dyn SaveDecisionPolicy>,
+    pub(super) preservation: Arc<dyn PreservationPolicy>,
+    pub(super) best: Option<BestN>,
+    pub(super) retries: u32,
+    pub(super) snapshot: Snapshot,
+    name: Box<dyn Fn(u64) -> String + Send + Sync>,
+}
+
+impl Default for CheckpointManagerOptions {
+    fn default() -> Self {
+        Self {
+            decision: Box::new(FixedIntervalPolicy(1)),
+            preservation: Arc::new(PreserveAll),
+            best: None,
+            retries: 0,
+            snapshot: Snapshot::AtFence,
+            name: Box::new(|step| step.to_string()),
+        }
+    }
+}
+
+impl CheckpointManagerOptions {
+    /// Saves every step, keeps all.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Which steps are saved.
+    pub fn save_decision_policy(mut self, policy: impl SaveDecisionPolicy + 'static) -> Self {
+        self.decision = Box::new(policy);
+        self
+    }
+
+    /// Which steps are kept. The executor's own retention should be left unset then.
+    pub fn preservation_policy(mut self, policy: impl PreservationPolicy + 'static) -> Self {
+        self.preservation = Arc::new(policy);
+        self
+    }
+
+    /// What [`CheckpointManager::best_step`] goes by: Orbax's `best_fn` and `best_mode`.
+    pub fn best(mut self, best: BestN) -> Self {
+        self.best = Some(best);
+        self
+    }
+
+    /// Tries a save that failed for a reason that may pass up to `times` times more. Its state is kept until it has ended, beyond
+    /// fences, so one that the program can write is `Invalid`.
+    pub fn retry(mut self, times: u32) -> Self {
+        self.retries = times;
+        self
+    }
+
+    /// When the tensors are read. Orbax copies them before `save` returns: [`Snapshot::AtSave`]. Unless that is asked for they are
+    /// read until the next [`fence`](crate::CheckpointExecutor::fence) of the executor, and the program must call that before it
+    /// writes them.
+    pub fn snapshot(mut self, snapshot: Snapshot) -> Self {
+        self.snapshot = snapshot;
+        self
+    }
+
+    /// Names steps as Orbax does for `step_prefix` and `step_format_fixed_length`: `5` unless set, `step_5` with a prefix,
+    /// `step_00005` with a length, too.
+    pub fn step_format(self, prefix: Option<&str>, fixed_length: Option<usize>) -> Self {
+        let prefix = prefix.map(|prefix| format!("{prefix}_")).unwrap_or_default();
+        self.step_name(move |step| format!("{prefix}{step:0width$}", width = fixed_length.unwrap_or(0)))
+    }
+
+    /// Names steps by `name`: Orbax's `step_name_format`. Steps that are there already are found under any name that
+    /// [`parse_step_name`] takes.
+    pub fn step_name(mut self, name: impl Fn(u64) -> String + Send + Sync + 'static) -> Self {
+        self.name = Box::new(name);
+        self
+    }
+
+    /// The name of a step.
+    ///
+    /// # Errors
+    /// `Invalid` for one under which the step would not be found again.
+    pub(super) fn name_of(&self, step: u64) -> Result<String> {
+        let name = (self.name)(step);
+        if parse_step_name(&name) == Some(step) {
+            return Ok(name);
+        }
+        let known = "a number, alone or after step_, step-, checkpoint-, ckpt- or iter_";
+        Err(Error::invalid(format!("a step is not found again under this name: use {known} name={name:?}"))
+            .with_step(step))
+    }
+}
+
+impl std::fmt::Debug for CheckpointManagerOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CheckpointManagerOptions").field("best", &self.best).field("retries", &self.retries).finish()
+    }
+}
