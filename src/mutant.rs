@@ -103,6 +103,9 @@ pub(crate) enum Mutant {
     /// Every rank of a group is told that it is the coordinator.
     // seen by: compat::torch::ranks
     Coordinator,
+    /// A session begins with the metadata of the row that it resumes from.
+    // seen by: compat::earth2studio
+    ResumeMetadata,
     /// Of few checkpoints those without metrics go.
     // seen by: compat::orbax::policies
     BestFew,

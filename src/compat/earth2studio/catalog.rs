@@ -1,6 +1,7 @@
 //! The catalog of a run: its settings, its rows, and the executor that commits them.
 
 use super::metadata::Metadata;
+use super::pending;
 use super::session::{self, CheckpointSession, Scope};
 use crate::catalog::Catalog;
 use crate::checkpoint;
@@ -48,8 +49,7 @@ pub struct Builder {
     flush_interval: Option<u64>,
     history_size: Option<usize>,
     level: u8,
-    rank: u32,
-    world_size: u32,
+    rank: Option<(u32, u32)>,
     device: Arc<dyn Device>,
     settings: Settings,
 }
@@ -80,15 +80,17 @@ impl Builder {
         self
     }
 
-    /// How much components are to keep, from 0 (the least) to 2: 2. Components read it; it changes nothing here.
+    /// How much components are to keep, from 0 to 2: 2. At 0 states are neither saved nor restored: a row is of the progress and the
+    /// metadata alone. What else a level means components decide.
     pub fn level(mut self, level: u8) -> Self {
         self.level = level;
         self
     }
 
-    /// Which rank this process is, and of how many: 0 of 1. With more than one, each has a directory of its own.
+    /// Which rank this process is, and of how many. With more than one, each has a directory of its own. Unless set, what the
+    /// launcher says in the environment (`RANK` and `WORLD_SIZE`, Slurm's, Open MPI's), and 0 of 1 where there is none.
     pub fn rank(mut self, rank: u32, world_size: u32) -> Self {
-        (self.rank, self.world_size) = (rank, world_size);
+        self.rank = Some((rank, world_size));
         self
     }
 
@@ -121,11 +123,12 @@ impl Builder {
         if self.level > 2 {
             return refuse("a level is 0, 1 or 2", format!("level={}", self.level));
         }
-        if self.rank >= self.world_size {
-            return refuse(
-                "a rank is below the size of its world",
-                format!("rank={} of={}", self.rank, self.world_size),
-            );
+        let (rank, world_size) = match self.rank {
+            Some(given) => given,
+            None => launched(|name| std::env::var(name).ok())?,
+        };
+        if rank >= world_size {
+            return refuse("a rank is below the size of its world", format!("rank={rank} of={world_size}"));
         }
         if matches!(&*self.name, "" | "." | "..") || self.name.contains(['/', '\0']) {
             return refuse("a catalog is named as a directory can be", format!("name={:?}", self.name));
@@ -137,8 +140,39 @@ impl Builder {
             Some(path) => path,
             None => cache()?.join("checkpoints").join(&self.name),
         };
-        Ok(Checkpoint(Arc::new(Shared { path, given: self, line: Mutex::default() })))
+        let checkpoint = Checkpoint(Arc::new(Shared { path, rank, world_size, given: self, line: Mutex::default() }));
+        pending::set_current(&checkpoint);
+        Ok(checkpoint)
     }
+}
+
+/// The rank and the number of ranks that a launcher put into the environment; 0 of 1 without one.
+fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<(u32, u32)> {
+    let launchers = [
+        ("RANK", "WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ];
+    let number = |name: &str| {
+        let wrong = |text: &str| Error::invalid(format!("a launcher's variable is no number {name}={text:?}"));
+        variable(name).map(|text| text.trim().parse::<u32>().map_err(|_| wrong(&text))).transpose()
+    };
+    for (rank, world_size) in launchers {
+        match (number(rank)?, number(world_size)?) {
+            (Some(rank), Some(world_size)) => return Ok((rank, world_size)),
+            // Ranks that take each other for the only one would write to one directory.
+            (None, Some(2..)) => {
+                let what = "a launcher says that there are several ranks and not which this is: set `rank`";
+                return Err(Error::invalid(format!("{what} {world_size} without={rank}")));
+            }
+            (Some(1..), None) => {
+                let what = "a launcher says that this is not the only rank and not how many there are: set `rank`";
+                return Err(Error::invalid(format!("{what} {rank} without={world_size}")));
+            }
+            _ => {}
+        }
+    }
+    Ok((0, 1))
 }
 
 fn cache() -> Result<PathBuf> {
@@ -154,6 +188,8 @@ pub struct Checkpoint(pub(super) Arc<Shared>);
 #[derive(Debug)]
 pub(super) struct Shared {
     path: PathBuf,
+    rank: u32,
+    world_size: u32,
     given: Builder,
     line: Mutex<Line>,
 }
@@ -222,8 +258,7 @@ impl Checkpoint {
             flush_interval: Some(1),
             history_size: None,
             level: 2,
-            rank: 0,
-            world_size: 1,
+            rank: None,
             device: Arc::new(Host),
             settings: Settings { arena: 64 << 20, ..Settings::default() },
         }
@@ -294,13 +329,14 @@ impl Checkpoint {
         CheckpointSession::of(self, self.catalog()?.pop())
     }
 
-    /// Enters the session of this catalog that is active on this thread, or a new one as [`Checkpoint::session`] makes it.
+    /// Enters the session of this catalog that is active on this thread, or a new one as [`Checkpoint::session`] makes it. That takes
+    /// over the states of the one that was left last.
     ///
     /// # Errors
-    /// As [`Checkpoint::session`].
+    /// As [`Checkpoint::session`] and [`CheckpointSession::enter`].
     pub fn enter(&self) -> Result<Scope> {
         let session = self.active().map_or_else(|| self.session(), Ok)?;
-        Ok(session.enter())
+        session.enter()
     }
 
     /// The session that is active on this thread, if it is one of this catalog.
@@ -311,10 +347,14 @@ impl Checkpoint {
 
 impl Shared {
     pub fn rank_path(&self) -> PathBuf {
-        match self.given.world_size {
+        match self.world_size {
             1 => self.path.clone(),
-            _ => self.path.join(format!("rank_{:06}", self.given.rank)),
+            _ => self.path.join(format!("rank_{:06}", self.rank)),
         }
+    }
+
+    pub fn level(&self) -> u8 {
+        self.given.level
     }
 
     pub fn flush_interval(&self) -> Option<u64> {
@@ -322,7 +362,7 @@ impl Shared {
     }
 
     pub fn record(&self, write_count: u64, saved_at: SystemTime, states: BTreeMap<String, Schema>) -> Record {
-        let Builder { ref name, mode, rank, world_size, .. } = self.given;
+        let Self { rank, world_size, given: Builder { ref name, mode, .. }, .. } = *self;
         Record { checkpoint: name.clone(), write_count, saved_at, mode, rank, world_size, states }
     }
 
@@ -368,5 +408,27 @@ impl CheckpointEntry {
         let commit_id = format!("commit_{write_count:08}_{attempt}");
         let state_ids = record.states.keys().cloned().collect();
         Self { commit_id, write_count, saved_at, rank, world_size, state_ids, metadata, step, path: path.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(variables: &[(&str, &str)]) -> Result<(u32, u32)> {
+        launched(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, text)| (*text).to_owned()))
+    }
+
+    #[test]
+    fn the_rank_is_what_the_launcher_says_and_ranks_that_cannot_be_told_apart_are_refused() {
+        assert_eq!(found(&[]).unwrap(), (0, 1));
+        assert_eq!(found(&[("RANK", "3"), ("WORLD_SIZE", "8")]).unwrap(), (3, 8));
+        assert_eq!(found(&[("SLURM_PROCID", "1"), ("SLURM_STEP_NUM_TASKS", "2")]).unwrap(), (1, 2));
+        assert_eq!(found(&[("OMPI_COMM_WORLD_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "4")]).unwrap(), (0, 4));
+        assert_eq!(found(&[("RANK", "0")]).unwrap(), (0, 1));
+        assert_eq!(found(&[("WORLD_SIZE", "1")]).unwrap(), (0, 1));
+        for refused in [&[("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")][..], &[("RANK", "3")], &[("RANK", "three")]] {
+            assert_eq!(found(refused).unwrap_err().kind(), ErrorKind::Invalid);
+        }
     }
 }

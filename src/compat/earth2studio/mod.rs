@@ -39,7 +39,16 @@
 //! the flushes that were; with [`Mode::Overwrite`] the old row goes after the new one is durable. **Failure.** A flush that
 //! fails puts the session's counters, metadata and unsaved mark back to where they were before the call. When more was written
 //! while it ran, what was written stays, and is still to be flushed. A failure that nobody waited for comes back from the next
-//! `write` or `flush`. **Retention.** `Overwrite` keeps one row, `Append` the last `history_size`.
+//! `write` or `flush`. **Retention.** `Overwrite` keeps one row, `Append` the last `history_size`. **Metadata** of the writes of one
+//! session adds up, and a session begins with none: what a row says is in [`CheckpointSession::metadata`]. **Re-entering.** The states
+//! of a session that is left wait for the next session of its catalog that is entered on the thread, which restores them from its row.
+//!
+//! | in earth2studio | here |
+//! |---|---|
+//! | `bind_checkpoint_state` | [`bind_checkpoint_state`]; the state waits as long as the program holds it |
+//! | `checkpoint_is_flush_due`, `checkpoint_level`, `checkpoint_state_loaded` | [`Bound::checkpoint_is_flush_due`], [`Bound::checkpoint_level`], [`Bound::is_loaded`] |
+//! | `NullCheckpoint` | [`NullCheckpoint`] |
+//! | rank and world size of PhysicsNeMo or the environment | of the environment, by [`Builder::rank`] |
 //!
 //! | error in earth2studio | here |
 //! |---|---|
@@ -51,6 +60,8 @@ mod catalog;
 mod errors;
 mod flush;
 mod metadata;
+mod null;
+mod pending;
 mod session;
 mod state;
 
@@ -58,6 +69,8 @@ pub use catalog::{Builder, Checkpoint, CheckpointEntry, Mode};
 pub use errors::{CheckpointSerializationError, CheckpointStateCollision, CheckpointStateSchemaError};
 pub use flush::Flush;
 pub use metadata::Metadata;
+pub use null::NullCheckpoint;
+pub use pending::bind_checkpoint_state;
 pub use session::{CheckpointSession, Scope, active};
 pub use state::{Bound, CheckpointState, Field, Fields, Saved, Tensor};
 

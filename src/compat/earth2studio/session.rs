@@ -4,11 +4,13 @@ use super::catalog::{Checkpoint, CheckpointEntry, RECORD, Record, Schema};
 use super::errors::{CheckpointStateCollision, CheckpointStateSchemaError};
 use super::flush::{Flush, durable};
 use super::metadata::Metadata;
-use super::state::{Bound, CheckpointState, Erased, Saved, schema_hash, spelled};
+use super::pending::{self, Pending};
+use super::state::{Bound, CheckpointState, Erased, Link, Saved, schema_hash, spelled};
 use crate::checkpoint;
 use crate::device::Device;
 use crate::error::Result;
 use crate::id::step_name;
+use crate::mutant::{self, Mutant};
 use crate::save::{Save, SaveOptions};
 use crate::state::{StateDict, encode_value};
 use crate::sync::{Mutex, lock};
@@ -23,9 +25,9 @@ use std::time::{Duration, SystemTime};
 
 /// A row of a catalog, or a run that has none yet. Clones are of the same session.
 #[derive(Clone)]
-pub struct CheckpointSession(Arc<Inner>);
+pub struct CheckpointSession(pub(super) Arc<Inner>);
 
-struct Inner {
+pub(super) struct Inner {
     catalog: Checkpoint,
     work: Mutex<Work>,
 }
@@ -36,6 +38,10 @@ struct Work {
     selected: Option<(checkpoint::Checkpoint, Record)>,
     counters: Counters,
     bound: Vec<Arc<dyn Erased>>,
+    /// The types of states that the session before had: another of the type may take the place of one.
+    replaceable: Vec<&'static str>,
+    /// It was entered, and has taken over what waited for it.
+    adopted: bool,
     flying: Option<Flying>,
 }
 
@@ -82,12 +88,21 @@ impl Deref for Scope {
 
 impl Drop for Scope {
     fn drop(&mut self) {
-        ACTIVE.with_borrow_mut(|sessions| {
+        let left = ACTIVE.with_borrow_mut(|sessions| {
             // The one entered last that is this session: scopes may be dropped in any order.
             if let Some(at) = sessions.iter().rposition(|session| Arc::ptr_eq(&session.0, &self.session.0)) {
                 sessions.remove(at);
             }
+            !sessions.iter().any(|session| Arc::ptr_eq(&session.0, &self.session.0))
         });
+        if left {
+            // The next session of the catalog goes on with them.
+            let (catalog, work) = (&self.session.0.catalog, lock(&self.session.0.work));
+            for state in &work.bound {
+                state.link(Link { catalog: Some(catalog.clone()), ..Link::default() });
+                pending::put(catalog, state, true);
+            }
+        }
     }
 }
 
@@ -100,6 +115,8 @@ impl fmt::Debug for Scope {
 impl CheckpointSession {
     pub(super) fn of(catalog: &Checkpoint, entry: Option<CheckpointEntry>) -> Result<Self> {
         let selected = match &entry {
+            // At this level components keep nothing, and get nothing back.
+            Some(_) if catalog.level() == 0 => None,
             Some(entry) => {
                 let row = checkpoint::Checkpoint::open(&entry.path)?;
                 let record = row.value(RECORD)?;
@@ -108,9 +125,14 @@ impl CheckpointSession {
             None => None,
         };
         let write_count = entry.as_ref().map_or(0, |entry| entry.write_count);
-        let metadata = entry.as_ref().map_or_else(BTreeMap::new, |entry| entry.metadata.0.clone());
+        // What a row says is true of that row; the next one says what is written for it.
+        let metadata = match &entry {
+            Some(entry) if mutant::on(Mutant::ResumeMetadata) => entry.metadata.0.clone(),
+            _ => BTreeMap::new(),
+        };
         let counters = Counters { write_count, metadata, dirty: false };
-        let work = Work { entry, selected, counters, bound: Vec::new(), flying: None };
+        let (bound, replaceable) = (Vec::new(), Vec::new());
+        let work = Work { entry, selected, counters, bound, replaceable, adopted: false, flying: None };
         Ok(Self(Arc::new(Inner { catalog: catalog.clone(), work: Mutex::new(work) })))
     }
 
@@ -118,10 +140,36 @@ impl CheckpointSession {
         Arc::ptr_eq(&self.0.catalog.0, &catalog.0)
     }
 
-    /// Makes it the active session of this thread.
-    pub fn enter(&self) -> Scope {
+    /// Makes it the active session of this thread, and binds the states to it that wait for a session of its catalog: those of the
+    /// session that was left last, and those of [`bind_checkpoint_state`].
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind); it is not entered then.
+    pub fn enter(&self) -> Result<Scope> {
+        let adopted = std::mem::replace(&mut lock(&self.0.work).adopted, true);
+        if !adopted {
+            for Pending { state, of_session } in pending::take(&self.0.catalog) {
+                if self.exists() && !of_session {
+                    tracing::warn!(
+                        state = state.id(),
+                        "a state is restored late: it was bound before a session was entered"
+                    );
+                }
+                let id = state.id();
+                self.adopt(state)?;
+                if of_session {
+                    lock(&self.0.work).replaceable.push(id);
+                }
+            }
+        }
         ACTIVE.with_borrow_mut(|sessions| sessions.push(self.clone()));
-        Scope { session: self.clone(), here: PhantomData }
+        Ok(Scope { session: self.clone(), here: PhantomData })
+    }
+
+    /// Whether the next write is expected to flush.
+    pub fn is_flush_due(&self) -> bool {
+        let interval = self.0.catalog.0.flush_interval();
+        interval.is_some_and(|interval| (self.write_count() + 1).is_multiple_of(interval))
     }
 
     /// Whether it is the active session of this thread.
@@ -185,34 +233,47 @@ impl CheckpointSession {
     }
 
     /// Binds a state: restores it from the row that was selected, if that has one of its type, and commits it with every flush
-    /// from now on. Binding the same one again changes nothing.
+    /// from now on; neither at level 0. Binding the same one again changes nothing.
     ///
     /// # Errors
     /// `Invalid` from a [`CheckpointStateCollision`] when another state of this type is bound, and from a
     /// [`CheckpointStateSchemaError`] when its fields are not those that were saved; those of [`Saved`]. The state is then as
     /// it was, and not bound.
     pub fn bind<T: CheckpointState>(&self, state: impl Into<Bound<T>>) -> Result<Bound<T>> {
-        let (mut state, mut work) = (state.into(), lock(&self.0.work));
-        let state_id = || T::ID.to_owned();
-        if let Some(bound) = work.bound.iter().find(|bound| bound.id() == T::ID) {
-            return match bound.address() == state.address() {
-                true => Ok(state.with_loaded(bound.loaded())),
-                false => Err(CheckpointStateCollision { state_id: state_id() }.error()),
-            };
-        }
-        state = state.with_loaded(false);
-        if let Some((row, record)) = &work.selected
-            && let Some(schema) = record.states.get(T::ID)
-        {
-            let current = spelled(T::FIELDS);
-            if schema.hash != schema_hash(T::FIELDS) || schema.fields != current {
-                let saved = schema.fields.clone();
-                return Err(CheckpointStateSchemaError { state_id: state_id(), saved, current }.error());
-            }
-            state = state.restored(&Saved { id: T::ID, checkpoint: row })?;
-        }
-        work.bound.push(state.erased());
+        let state = state.into();
+        self.adopt(state.erased())?;
         Ok(state)
+    }
+
+    fn adopt(&self, state: Arc<dyn Erased>) -> Result<()> {
+        let mut work = lock(&self.0.work);
+        let id = state.id();
+        let there = work.bound.iter().position(|bound| bound.id() == id);
+        if there.is_some_and(|at| Arc::ptr_eq(&work.bound[at], &state)) {
+            return Ok(());
+        }
+        if there.is_some() && !work.replaceable.contains(&id) {
+            return Err(CheckpointStateCollision { state_id: id.to_owned() }.error());
+        }
+        let mut link = Link { catalog: Some(self.0.catalog.clone()), session: Arc::downgrade(&self.0), loaded: false };
+        if let Some((row, record)) = &work.selected
+            && let Some(schema) = record.states.get(id)
+        {
+            let current = spelled(state.fields());
+            if schema.hash != schema_hash(state.fields()) || schema.fields != current {
+                let (state_id, saved) = (id.to_owned(), schema.fields.clone());
+                return Err(CheckpointStateSchemaError { state_id, saved, current }.error());
+            }
+            state.restore(&Saved { id, checkpoint: row })?;
+            link.loaded = true;
+        }
+        state.link(link);
+        work.replaceable.retain(|replaceable| *replaceable != id);
+        match there {
+            Some(at) => work.bound[at] = state,
+            None => work.bound.push(state),
+        }
+        Ok(())
     }
 
     /// Records a boundary from which a run can restart, and flushes when it is the turn of one.
@@ -286,7 +347,8 @@ impl CheckpointSession {
         let given = &self.0.catalog.0;
         let mut state = StateDict::new();
         let mut states = BTreeMap::new();
-        for bound in &work.bound {
+        // At level 0 a row is of the progress and the metadata alone.
+        for bound in work.bound.iter().filter(|_| given.level() > 0) {
             bound.save(&mut state)?;
             let schema = Schema { hash: schema_hash(bound.fields()), fields: spelled(bound.fields()) };
             states.insert(bound.id().to_owned(), schema);

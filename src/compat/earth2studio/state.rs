@@ -2,8 +2,10 @@
 //!
 //! In a checkpoint the field `f` of the type `a::B` is the value or the tensor `a::B.f`.
 
+use super::catalog::Checkpoint;
 use super::errors::CheckpointSerializationError;
-use crate::checkpoint::Checkpoint;
+use super::session::{CheckpointSession, Inner};
+use crate::checkpoint;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::{Element, HostTensor, StateDict, encode_value};
@@ -11,7 +13,7 @@ use crate::sync::{Mutex, lock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::ops::Deref;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// A field of a state: its name, and its type as the source code has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,7 +153,7 @@ impl Fields<'_> {
 #[derive(Debug)]
 pub struct Saved<'a> {
     pub(super) id: &'a str,
-    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) checkpoint: &'a checkpoint::Checkpoint,
 }
 
 impl Saved<'_> {
@@ -178,64 +180,83 @@ fn key(id: &str, field: &str) -> String {
     format!("{id}.{field}")
 }
 
-/// A state that is bound to a session. Clones are of the same state; it outlives the session and may be bound to the next.
+/// A state that is bound to a session. Clones are of the same state; it outlives the session, and the next session of its catalog that
+/// is entered on the thread takes it over.
 #[derive(Debug)]
-pub struct Bound<T> {
-    state: Arc<Mutex<T>>,
-    loaded: bool,
+pub struct Bound<T>(Arc<Shared<T>>);
+
+#[derive(Debug)]
+pub(super) struct Shared<T> {
+    state: Mutex<T>,
+    link: Mutex<Link>,
+}
+
+/// What a state belongs to.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Link {
+    pub catalog: Option<Checkpoint>,
+    pub session: Weak<Inner>,
+    pub loaded: bool,
 }
 
 impl<T> Clone for Bound<T> {
     fn clone(&self) -> Self {
-        Self { state: self.state.clone(), loaded: self.loaded }
+        Self(self.0.clone())
     }
 }
 
 impl<T: CheckpointState> From<T> for Bound<T> {
     fn from(state: T) -> Self {
-        Self { state: Arc::new(Mutex::new(state)), loaded: false }
+        Self(Arc::new(Shared { state: Mutex::new(state), link: Mutex::default() }))
     }
 }
 
 impl<T: CheckpointState> Bound<T> {
     /// Looks at the state, or changes it. A session that commits meanwhile, on this thread too, is told that it is `Busy`.
     pub fn update<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
-        change(&mut lock(&self.state))
+        change(&mut lock(&self.0.state))
     }
 
-    /// Whether it was restored from the row that was selected.
+    /// Whether it was restored from the row that was selected: `checkpoint_state_loaded`.
     pub fn is_loaded(&self) -> bool {
-        self.loaded
+        lock(&self.0.link).loaded
     }
 
-    pub(super) fn with_loaded(self, loaded: bool) -> Self {
-        Self { loaded, ..self }
+    /// The catalog that it belongs to: None where there is none, or a [`NullCheckpoint`](super::NullCheckpoint).
+    pub fn checkpoint(&self) -> Option<Checkpoint> {
+        lock(&self.0.link).catalog.clone()
     }
 
-    pub(super) fn restored(self, saved: &Saved<'_>) -> Result<Self> {
-        lock(&self.state).load(saved)?;
-        Ok(Self { loaded: true, ..self })
+    /// The session that it is bound to; None after that was left, and before the next is entered.
+    pub fn session(&self) -> Option<CheckpointSession> {
+        lock(&self.0.link).session.upgrade().map(CheckpointSession)
+    }
+
+    /// How much components are to keep, from 0 to 2; 0 where there is no catalog.
+    pub fn checkpoint_level(&self) -> u8 {
+        self.checkpoint().map_or(0, |catalog| catalog.level())
+    }
+
+    /// Whether the next write of its session is expected to flush.
+    pub fn checkpoint_is_flush_due(&self) -> bool {
+        self.session().is_some_and(|session| session.is_flush_due())
     }
 
     pub(super) fn erased(&self) -> Arc<dyn Erased> {
-        Arc::new(self.clone())
-    }
-
-    pub(super) fn address(&self) -> usize {
-        Arc::as_ptr(&self.state).addr()
+        self.0.clone()
     }
 }
 
-/// A bound state of any type.
+/// A state of any type.
 pub(super) trait Erased: Send + Sync {
     fn id(&self) -> &'static str;
     fn fields(&self) -> &'static [Field];
-    fn address(&self) -> usize;
-    fn loaded(&self) -> bool;
+    fn link(&self, link: Link);
     fn save(&self, to: &mut StateDict<'static>) -> Result<()>;
+    fn restore(&self, from: &Saved<'_>) -> Result<()>;
 }
 
-impl<T: CheckpointState> Erased for Bound<T> {
+impl<T: CheckpointState> Erased for Shared<T> {
     fn id(&self) -> &'static str {
         T::ID
     }
@@ -244,12 +265,8 @@ impl<T: CheckpointState> Erased for Bound<T> {
         T::FIELDS
     }
 
-    fn address(&self) -> usize {
-        Bound::address(self)
-    }
-
-    fn loaded(&self) -> bool {
-        self.loaded
+    fn link(&self, link: Link) {
+        *lock(&self.link) = link;
     }
 
     fn save(&self, to: &mut StateDict<'static>) -> Result<()> {
@@ -260,5 +277,9 @@ impl<T: CheckpointState> Erased for Bound<T> {
             guard => guard.map_err(busy)?,
         };
         state.save(&mut Fields { id: T::ID, state: to })
+    }
+
+    fn restore(&self, from: &Saved<'_>) -> Result<()> {
+        lock(&self.state).load(from)
     }
 }

@@ -3,7 +3,8 @@
 use super::identical::{assert_saved_by_the_executor, files};
 use ashore::compat::earth2studio::{
     Bound, Builder, Checkpoint, CheckpointEntry, CheckpointSerializationError, CheckpointSession, CheckpointState,
-    CheckpointStateCollision, CheckpointStateSchemaError, Metadata, Mode, Tensor, active, checkpoint_state,
+    CheckpointStateCollision, CheckpointStateSchemaError, Metadata, Mode, NullCheckpoint, Tensor, active,
+    bind_checkpoint_state, checkpoint_state,
 };
 use ashore::testing::{LateDevice, block_on};
 use ashore::{Error, ErrorKind, Result, Settings};
@@ -279,7 +280,11 @@ fn every_few_writes_make_a_flush_and_metadata_adds_up() {
     assert_eq!(session.flush(Metadata::new()).unwrap().expect("a row").write_count, 4);
     assert_eq!(session.flush(lead(5)).unwrap().expect("more metadata is a reason").write_count, 4);
     assert_eq!(checkpoint.catalog().unwrap().len(), 3);
-    assert!(checkpoint.session().unwrap().metadata_value::<u8>("a").is_ok(), "rows go on with what they had");
+    // What a row says is true of that row: a session that resumes from it begins with none.
+    let resumed = checkpoint.session().unwrap();
+    assert!(resumed.metadata_value::<u8>("a").is_ok());
+    let row = resumed.flush(lead(6)).unwrap().expect("a row");
+    assert_eq!(row.metadata.names().collect::<Vec<_>>(), ["lead_time"]);
 }
 
 #[test]
@@ -441,4 +446,77 @@ fn rows_are_saved_by_the_one_executor() {
     let session = checkpoint.session().unwrap();
     let bound = session.bind(Rollout::new(0)).unwrap();
     assert_saved_by_the_executor(&row(&session, &bound, 6).path);
+}
+
+#[test]
+fn at_level_0_states_are_neither_saved_nor_restored() {
+    let root = tempdir().unwrap();
+    let session = appending(root.path()).session().unwrap();
+    let bound = session.bind(Rollout::new(0)).unwrap();
+    row(&session, &bound, 6);
+    let least = builder(root.path()).mode(Mode::Append).level(0).build().unwrap();
+    let session = least.session().unwrap();
+    let bound = session.bind(Rollout::new(99)).unwrap();
+    assert!(!bound.is_loaded() && bound.checkpoint_level() == 0);
+    bound.update(|rollout| assert_eq!(*rollout, Rollout::new(99)));
+    let row = session.write(lead(12)).unwrap().expect("a row");
+    assert!(row.state_ids.is_empty());
+    assert_eq!(least.select(-1).unwrap().lead_time::<u32>().unwrap(), Some(12));
+}
+
+#[test]
+fn the_states_of_a_session_that_is_left_are_bound_again_by_the_next_that_is_entered() {
+    let root = tempdir().unwrap();
+    let checkpoint = appending(root.path());
+    let scope = checkpoint.enter().unwrap();
+    let bound = scope.bind(Rollout::new(0)).unwrap();
+    row(&scope, &bound, 6);
+    assert!(bound.session().is_some());
+    drop(scope);
+    assert!(bound.session().is_none() && bound.checkpoint().is_some());
+    bound.update(|rollout| *rollout = Rollout::new(50));
+    let scope = checkpoint.enter().unwrap();
+    assert!(bound.is_loaded(), "restored from the row");
+    bound.update(|rollout| assert_eq!(*rollout, Rollout::new(6)));
+    assert_eq!(row(&scope, &bound, 12).state_ids, [Rollout::ID], "and committed with the next");
+    // Another of its type may take its place, once.
+    let other = scope.bind(Rollout::new(0)).unwrap();
+    other.update(|rollout| assert_eq!(*rollout, Rollout::new(6)));
+    assert_eq!(kind(scope.bind(Rollout::new(1))), ErrorKind::Invalid);
+    drop(scope);
+
+    // One that cannot be restored leaves the session unentered.
+    drop((bound, other));
+    let drifted = checkpoint.session().unwrap();
+    let waits = bind_checkpoint_state(drifted::Rollout { lead: 1 }).unwrap();
+    assert_eq!(kind(drifted.enter().map(drop)), ErrorKind::Invalid);
+    assert!(active().is_none() && !waits.is_loaded());
+}
+
+#[test]
+fn a_state_that_is_bound_before_a_session_waits_for_one() {
+    let root = tempdir().unwrap();
+    assert!(bind_checkpoint_state(Clock(1)).unwrap().checkpoint().is_none(), "no catalog was built on this thread");
+    let checkpoint = builder(root.path()).mode(Mode::Append).flush_interval(2).build().unwrap();
+    let waits = bind_checkpoint_state(Rollout::new(6)).unwrap();
+    assert!(waits.checkpoint().is_some() && waits.session().is_none() && !waits.checkpoint_is_flush_due());
+    let scope = checkpoint.enter().unwrap();
+    let clock = bind_checkpoint_state(Clock(3)).unwrap();
+    assert!(clock.session().is_some() && !waits.checkpoint_is_flush_due());
+    scope.write(lead(3)).unwrap();
+    assert!(waits.checkpoint_is_flush_due() && scope.is_flush_due());
+    assert_eq!(scope.write(lead(6)).unwrap().expect("it was due").state_ids.len(), 2);
+    drop(scope);
+    // Nobody can see what is restored into a state that the program has dropped.
+    drop((waits, clock));
+    let again = checkpoint.enter().unwrap();
+    again.bind(Rollout::new(0)).unwrap().update(|rollout| assert_eq!(*rollout, Rollout::new(6)));
+
+    let none = NullCheckpoint;
+    let free = none.bind(Clock(7)).unwrap();
+    assert!(none.write(lead(1)).unwrap().is_none() && none.flush(lead(1)).unwrap().is_none());
+    assert_eq!(
+        (none.exists(), none.write_count(), free.checkpoint_level(), free.update(|clock| clock.0)),
+        (false, 0, 0, 7)
+    );
 }
