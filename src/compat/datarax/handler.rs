@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::time::Duration;
 
 /// The name of a checkpoint without a step.
@@ -155,6 +156,19 @@ impl OrbaxCheckpointHandler {
         self
     }
 
+    /// [`save`](Self::save), by the name that it has in newer versions of Datarax.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn save_to_directory(
+        &self,
+        directory: impl AsRef<Path>,
+        target: &impl Checkpointable,
+        args: SaveArgs,
+    ) -> Result<PathBuf> {
+        self.save(directory, target, args)
+    }
+
     /// Saves the state of `target` below `directory`, which is created when it is missing. Returns where.
     ///
     /// # Errors
@@ -164,7 +178,7 @@ impl OrbaxCheckpointHandler {
     pub fn save(&self, directory: impl AsRef<Path>, target: &impl Checkpointable, args: SaveArgs) -> Result<PathBuf> {
         let directory = directory.as_ref();
         let mut inner = lock(&self.inner);
-        inner.finish()?;
+        inner.finish(Duration::MAX)?;
         let mut state = target.get_state()?.into_dict()?;
         if args.metadata.contains_key("") {
             return Err(Error::invalid("metadata needs a key"));
@@ -187,7 +201,7 @@ impl OrbaxCheckpointHandler {
         let save = executor.save_with(args.step.unwrap_or(0), state, options)?;
         inner.flying = Some(Flying { save, keep: args.keep.filter(|keep| *keep > 0 && args.step.is_some()) });
         if !self.asynchronous {
-            inner.finish()?;
+            inner.finish(Duration::MAX)?;
         }
         Ok(directory.join(name))
     }
@@ -200,17 +214,24 @@ impl OrbaxCheckpointHandler {
         State::read(&self.find(directory.as_ref(), step)?)
     }
 
-    /// Restores into `target`, which is left as it was when the checkpoint cannot be read.
+    /// Restores into `target`, which is left as it was when the checkpoint cannot be read, or has not its structure: the same names,
+    /// each of the same kind, dtype and shape. A [`State`] with nothing in it takes whatever there is.
     ///
     /// # Errors
-    /// As [`OrbaxCheckpointHandler::restore`], and those of `target`.
+    /// As [`OrbaxCheckpointHandler::restore`]; `Invalid` for another structure, and for the checkpoint of an iterator over something
+    /// else; those of `target`.
     pub fn restore_into(
         &self,
         directory: impl AsRef<Path>,
         step: Option<u64>,
         target: &mut impl Checkpointable,
     ) -> Result<()> {
-        target.set_state(self.restore(directory, step)?)
+        let (saved, current) = (self.restore(directory, step)?, target.get_state()?);
+        if current.names().len() > 0 {
+            saved.same_iterator(&current)?;
+            saved.same_structure(&current)?;
+        }
+        target.set_state(saved)
     }
 
     /// The metadata alone: no tensor is read.
@@ -266,7 +287,7 @@ impl OrbaxCheckpointHandler {
     /// # Errors
     /// Its error, once.
     pub fn wait_until_finished(&self) -> Result<()> {
-        lock(&self.inner).finish()
+        lock(&self.inner).finish(Duration::MAX)
     }
 
     /// Waits until everything is durable, and gives arenas and threads back.
@@ -275,11 +296,21 @@ impl OrbaxCheckpointHandler {
     /// The error of the last save, if nobody has seen it.
     pub fn close(self) -> Result<()> {
         let mut inner = lock(&self.inner);
-        let finished = inner.finish();
+        let finished = inner.finish(Duration::MAX);
         for (_, executor) in inner.open.drain(..) {
             executor.shutdown(self.settings.shutdown_deadline)?;
         }
         finished
+    }
+}
+
+impl Drop for OrbaxCheckpointHandler {
+    fn drop(&mut self) {
+        // In a forked child the save is the parent's, and cannot be waited for.
+        let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = inner.finish(self.settings.shutdown_deadline) {
+            tracing::error!(%error, "a handler was dropped before its save had ended, or that failed");
+        }
     }
 }
 
@@ -297,10 +328,10 @@ impl Inner {
     }
 
     /// Waits for the last save, then deletes what it need not keep.
-    fn finish(&mut self) -> Result<()> {
+    fn finish(&mut self, patience: Duration) -> Result<()> {
         let Some(Flying { save, keep }) = self.flying.take() else { return Ok(()) };
         // The save has a deadline of its own.
-        save.wait(Duration::MAX)?;
+        save.wait(patience)?;
         if let (Some((directory, executor)), Some(_)) = (self.open.first(), keep)
             && let Err(error) = executor.catalog().prune(&Retention { keep_last: keep, keep_every: None }, false)
         {

@@ -4,6 +4,9 @@
 //! |---|---|
 //! | `save(directory, target, step, keep, overwrite, metadata)` | [`save`](OrbaxCheckpointHandler::save) with [`SaveArgs`]; `ckpt-<step>`, or `checkpoint` without a step |
 //! | `restore(directory, target, step)` | [`restore`](OrbaxCheckpointHandler::restore), [`restore_into`](OrbaxCheckpointHandler::restore_into) |
+//! | nested dictionaries | [`State::nested`], [`State::get_nested`] |
+//! | `save_to_directory` | [`save_to_directory`](OrbaxCheckpointHandler::save_to_directory) |
+//! | `IteratorCheckpoint`, `PipelineCheckpoint` | [`IteratorCheckpoint`], with the identity check of both |
 //! | `restore(directory, metadata_only=True)` | [`restore_metadata`](OrbaxCheckpointHandler::restore_metadata): no tensor is read |
 //! | `get_state`, `set_state` | [`Checkpointable`], with a [`State`] of arrays, PRNG keys and values |
 //! | `get_checkpoint_steps`, `latest_step`, `list_checkpoints` | the same |
@@ -15,7 +18,9 @@
 //! does `keep`; a PRNG key keeps the name of its implementation; strings are strings in the file, too.
 
 mod handler;
+mod iterator;
 mod state;
 
 pub use handler::{Metadata, OrbaxCheckpointHandler, SaveArgs};
+pub use iterator::IteratorCheckpoint;
 pub use state::{Array, Checkpointable, PrngKey, State};

@@ -167,6 +167,78 @@ impl State {
         self.put(name, Leaf::Value(encoded))
     }
 
+    /// Adds a state as a part of this one: each of its names after `name` and a dot.
+    ///
+    /// # Errors
+    /// `Invalid`: a name is taken.
+    pub fn nested(&mut self, name: &str, state: State) -> Result<&mut Self> {
+        for (inner, leaf) in state.0 {
+            self.put(format!("{name}.{inner}"), leaf)?;
+        }
+        Ok(self)
+    }
+
+    /// The part `name` of this state, by the names that it had as a state of its own.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such part.
+    pub fn get_nested(&self, name: &str) -> Result<State> {
+        let inner = |full: &str| Some(full.strip_prefix(name)?.strip_prefix('.')?.to_owned());
+        let found = self.0.iter().filter_map(|(full, leaf)| Some((inner(full)?, leaf.clone())));
+        let nested = Self(found.collect());
+        if nested.0.is_empty() {
+            let missing = format!("the state has no such part name={name:?}");
+            return Err(Error::new(ErrorKind::NotFound, missing));
+        }
+        Ok(nested)
+    }
+
+    /// Makes sure that this, which was saved, is of the iterator that has the state `current`: what both say of the sampler, the data
+    /// source and the number of shards and workers is the same. Others would go on with other data.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the field.
+    pub(super) fn same_iterator(&self, current: &State) -> Result<()> {
+        for field in ["sampler_repr", "data_source_repr", "shard_count", "worker_count"] {
+            if let (Some(saved), Some(current)) = (self.0.get(field), current.0.get(field))
+                && saved != current
+            {
+                let what =
+                    "the checkpoint is of an iterator over something else; make the iterator as it was, or begin anew";
+                return Err(Error::invalid(format!("{what} field={field} saved={saved:?} current={current:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes sure that this has the structure of `current`: the same names, each of the same kind, dtype and shape.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the first that differs.
+    pub(super) fn same_structure(&self, current: &State) -> Result<()> {
+        let refuse = |why: &str, name: &str| Err(Error::invalid(format!("{why} name={name:?}")));
+        for (name, leaf) in &self.0 {
+            let same = match (leaf, current.0.get(name)) {
+                (_, None) => return refuse("the target has nothing for a part of the checkpoint", name),
+                (Leaf::Array(saved), Some(Leaf::Array(there))) => {
+                    (saved.dtype, &saved.shape) == (there.dtype, &there.shape)
+                }
+                (Leaf::Key(saved), Some(Leaf::Key(there))) => {
+                    (&saved.implementation, &saved.shape) == (&there.implementation, &there.shape)
+                }
+                (Leaf::Value(_), Some(Leaf::Value(_))) => true,
+                _ => false,
+            };
+            if !same {
+                return refuse("a part of the checkpoint is of another kind, dtype or shape than in the target", name);
+            }
+        }
+        match current.0.keys().find(|name| !self.0.contains_key(*name)) {
+            Some(name) => refuse("the checkpoint has nothing for a part of the target", name),
+            None => Ok(()),
+        }
+    }
+
     fn put(&mut self, name: String, leaf: Leaf) -> Result<&mut Self> {
         if self.0.contains_key(&name) {
             return Err(Error::invalid(format!("the name is taken name={name:?}")));

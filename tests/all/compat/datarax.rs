@@ -1,7 +1,7 @@
 //! Datarax's handler, method by method.
 
 use super::identical::{assert_saved_by_the_executor, files};
-use ashore::compat::datarax::{Checkpointable, OrbaxCheckpointHandler, PrngKey, SaveArgs, State};
+use ashore::compat::datarax::{Checkpointable, IteratorCheckpoint, OrbaxCheckpointHandler, PrngKey, SaveArgs, State};
 use ashore::{Dtype, Error, ErrorKind, Result, Settings};
 use std::fmt::Debug;
 use tempfile::tempdir;
@@ -197,7 +197,7 @@ fn an_object_gives_its_state_and_takes_it_back() {
     assert_eq!(restored, there);
     handler.save(root.path(), &state(1), SaveArgs::step(2).keep(None)).unwrap();
     let mut unchanged = new();
-    assert_eq!(kind(handler.restore_into(root.path(), Some(2), &mut unchanged)), ErrorKind::NotFound, "another schema");
+    assert_eq!(kind(handler.restore_into(root.path(), Some(2), &mut unchanged)), ErrorKind::Invalid, "another schema");
     assert_eq!(kind(handler.restore_into(root.path(), Some(3), &mut unchanged)), ErrorKind::NotFound);
     assert_eq!(unchanged, new());
 }
@@ -265,4 +265,130 @@ fn a_directory_of_somebody_else_is_never_replaced() {
         ["checkpoint/", "checkpoint/data", "ckpt-4/", "ckpt-4/data"],
         "{there:?}"
     );
+}
+
+#[test]
+fn a_part_of_a_state_is_a_state() {
+    let root = tempdir().unwrap();
+    let mut whole = State::new();
+    whole.nested("model", state(1)).unwrap().nested("loader.0", state(2)).unwrap().value("epoch", &3).unwrap();
+    let handler = handler();
+    let path = handler.save_to_directory(root.path(), &whole, SaveArgs::step(1)).unwrap();
+    assert_eq!(ashore::Checkpoint::open(path).unwrap().value::<u32>("model.seed").unwrap(), 1);
+    let restored = handler.restore(root.path(), None).unwrap();
+    assert_eq!(restored.get_nested("model").unwrap(), state(1));
+    assert_eq!(restored.get_nested("loader").unwrap().get_nested("0").unwrap(), state(2));
+    assert_eq!(kind(restored.get_nested("epoch")), ErrorKind::NotFound);
+    assert_eq!(kind(restored.get_nested("mod")), ErrorKind::NotFound, "not a part of the name");
+    assert_eq!(kind(whole.nested("model", state(1)).map(drop)), ErrorKind::Invalid);
+}
+
+/// What was restored was handed to the target whatever it was: a target with other arrays found out later, or never.
+#[test]
+fn a_target_of_another_structure_is_refused_and_left_as_it_was() {
+    let root = tempdir().unwrap();
+    let handler = handler();
+    handler.save(root.path(), &state(1), SaveArgs::step(1)).unwrap();
+    let mut same = state(9);
+    handler.restore_into(root.path(), None, &mut same).unwrap();
+    assert_eq!(same, state(1));
+    let mut empty = State::new();
+    handler.restore_into(root.path(), None, &mut empty).unwrap();
+    assert_eq!(empty, state(1), "a state with nothing in it takes what there is");
+    let without = |name: &str| {
+        let mut other = State::new();
+        for there in state(1).names().filter(|there| *there != name) {
+            match there {
+                "params.w" => other.array("params.w", vec![0_f32; 5000], [50, 100]).map(drop),
+                "params.steps" => other.array("params.steps", vec![0_u32], []).map(drop),
+                "empty" => other.array("empty", Vec::<u8>::new(), [0, 3]).map(drop),
+                "rng" | "keys" => other.key(there, state(1).get_key(there).unwrap().clone()).map(drop),
+                _ => other.value(there, &0).map(drop),
+            }
+            .unwrap();
+        }
+        other
+    };
+    let mut cases = vec![(without("name"), "name")];
+    for (name, change) in [
+        ("more", (|it: &mut State| it.value("more", &1).map(drop)) as fn(&mut State) -> Result<()>),
+        ("params.w", |it| it.array("params.w", vec![0_f32; 5000], [100, 50]).map(drop)),
+        ("params.w", |it| it.array("params.w", vec![0_u32; 5000], [50, 100]).map(drop)),
+        ("params.w", |it| it.value("params.w", &1).map(drop)),
+        ("rng", |it| it.key("rng", PrngKey { implementation: "rbg".into(), ..PrngKey::threefry2x32(0) }).map(drop)),
+    ] {
+        let mut other = without(name);
+        change(&mut other).unwrap();
+        cases.push((other, name));
+    }
+    for (target, name) in cases {
+        let mut restored = target.clone();
+        let error = handler.restore_into(root.path(), None, &mut restored).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.to_string().contains(&format!("{name:?}")), "{error}");
+        assert_eq!(restored, target);
+    }
+}
+
+/// An iterator over a shard of something.
+#[derive(Clone, Debug, PartialEq)]
+struct Shuffled {
+    position: u64,
+    buffer: Vec<u32>,
+    shards: u32,
+    sampler: &'static str,
+}
+
+impl Checkpointable for Shuffled {
+    fn get_state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.value("position", &self.position)?.array("buffer", self.buffer.clone(), [self.buffer.len()])?;
+        state.value("shard_count", &self.shards)?.value("sampler_repr", self.sampler)?;
+        Ok(state)
+    }
+
+    fn set_state(&mut self, state: State) -> Result<()> {
+        (self.position, self.buffer) = (state.get_value("position")?, state.get_elements("buffer")?);
+        Ok(())
+    }
+}
+
+#[test]
+fn an_iterator_is_restored_into_one_over_the_same_data_only() {
+    let root = tempdir().unwrap();
+    let new = || Shuffled { position: 0, buffer: Vec::new(), shards: 4, sampler: "shuffled(42)" };
+    let checkpoints = IteratorCheckpoint::new(root.path(), handler());
+    assert_eq!(kind(checkpoints.restore_latest(&mut new())), ErrorKind::NotFound);
+    let mut iterator = new();
+    for step in 1..=40 {
+        (iterator.position, iterator.buffer) = (step * 32, vec![step as u32; step as usize]);
+        assert_eq!(checkpoints.save_to_step(&iterator, step, 5).unwrap().is_some(), step % 5 == 0);
+    }
+    assert_eq!(checkpoints.list_checkpoints().unwrap().into_keys().collect::<Vec<_>>(), [20, 25, 30, 35, 40]);
+    let mut restored = new();
+    checkpoints.restore_latest(&mut restored).unwrap();
+    assert_eq!(restored, iterator, "its buffer has another length, which is its own business");
+    for (other, field) in [
+        (Shuffled { shards: 8, ..new() }, "shard_count"),
+        (Shuffled { sampler: "shuffled(43)", ..new() }, "sampler_repr"),
+    ] {
+        let mut target = other.clone();
+        let error = checkpoints.restore(&mut target, Some(20)).unwrap_err();
+        assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains(field), "{error}");
+        assert_eq!(target, other);
+    }
+    assert_eq!(kind(checkpoints.save_to_step(&iterator, 1, 0)), ErrorKind::Invalid);
+    checkpoints.close().unwrap();
+}
+
+/// What an asynchronous save need not keep was deleted by the next call only: after the last one it stayed.
+#[test]
+fn a_handler_that_is_dropped_deletes_what_its_last_save_need_not_keep() {
+    let root = tempdir().unwrap();
+    let handler = handler().asynchronous();
+    for step in 1..=3 {
+        handler.save(root.path(), &state(1), SaveArgs::step(step)).unwrap();
+    }
+    drop(handler);
+    assert_eq!(ashore::Catalog::open(root.path()).unwrap().list().unwrap().len(), 1);
 }
