@@ -19,6 +19,7 @@ lint:
     cargo fmt --all --check
     cargo fmt --check --manifest-path tests/stock/candle/Cargo.toml
     cargo fmt --check --manifest-path tests/stock/cudarc/Cargo.toml
+    cargo fmt --check --manifest-path tests/stock/cognis/Cargo.toml
     cargo fmt --check --manifest-path benches/compression/Cargo.toml
     cargo clippy --workspace --all-targets --all-features -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --all-features --no-deps
@@ -26,6 +27,7 @@ lint:
     cargo deny --log-level error --manifest-path tests/stock/candle/Cargo.toml --config "$PWD/deny.toml" check licenses sources
     # What burn brings is built beside ours and never linked into anything, so that its licences are not ours to choose.
     cargo deny --log-level error --manifest-path tests/stock/cudarc/Cargo.toml --config "$PWD/deny.toml" check sources
+    cargo deny --log-level error --manifest-path tests/stock/cognis/Cargo.toml --config "$PWD/deny.toml" check licenses sources
     cargo deny --log-level error --manifest-path benches/compression/Cargo.toml --config "$PWD/deny.toml" check licenses sources
 
 # A saved step directory, read by Python's safetensors, numpy, and torch's HuggingFaceStorageReader.
@@ -33,6 +35,10 @@ stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning tests/stoc
 
 # The same, read by candle.
 candle: (stock_reader "cargo run --quiet --locked --manifest-path tests/stock/candle/Cargo.toml --target-dir " + tools / "candle --")
+
+# Graphs of cognis, whose engine owns the checkpointer trait, over stores of ours.
+cognis:
+    cargo run --quiet --locked --manifest-path tests/stock/cognis/Cargo.toml --target-dir "{{ tools }}/cognis"
 
 # Whether a program builds that has cudarc as candle links it, or cubecl-cuda (burn) beside ours, and our sources over its types.
 cudarc-check:
@@ -178,7 +184,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint ptx-check gpu-drive gpu-brief examples stock candle cudarc-check miri loom fuzz:60 mutants kill mounts")
+ci: (timed "lint ptx-check gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill mounts")
 
 # What takes too long for every change.
 nightly: (timed "ci tsan model")

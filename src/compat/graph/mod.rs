@@ -2,7 +2,8 @@
 //! were active then.
 //!
 //! The trait is the original's, method for method. An implementation written for it with `#[async_trait]` compiles after its
-//! imports and its bound on the state are changed. What the original leaves open is decided here, for every implementation
+//! imports and its bound on the state are changed. The other way round, [`checkpointer_for`] hands a store of ours to an engine that
+//! owns the trait, such as `cognis-graph`, and [`Namespaced`] keeps the states of its subgraphs apart. What the original leaves open is decided here, for every implementation
 //! in this module, and `testing::graph` is the suite that checks it:
 //!
 //! | question | answer |
@@ -20,8 +21,10 @@
 //! | calls at the same time | each is atomic; of two saves of one step the one that was polled last stays |
 //! | deletion | nothing goes by itself: see [`Prune`] |
 
+mod adapter;
 mod directory;
 mod memory;
+mod namespaced;
 mod records;
 #[cfg(feature = "sqlite")]
 mod sqlite;
@@ -29,14 +32,20 @@ mod worker;
 
 pub use directory::Directory;
 pub use memory::InMemory;
+pub use namespaced::Namespaced;
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;
 
+#[doc(inline)]
+pub use crate::__checkpointer_for as checkpointer_for;
+#[doc(hidden)] // for what the macro makes
+pub use async_trait::async_trait;
+#[doc(hidden)]
+pub use uuid::Uuid;
+
 use crate::error::Result;
-use async_trait::async_trait;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
 /// What a state must be able to do: whatever serde can write and read. Every such type is one.
 pub trait GraphState: Serialize + DeserializeOwned + Send + Sync + 'static {}

@@ -1,7 +1,9 @@
 //! The graph checkpointer: the suite on every implementation, and what only some of them can get wrong.
 
 use crate::compat::identical::{assert_saved_by_the_executor, files};
-use ashore::compat::graph::{ActiveSnapshot, Checkpointer, Directory, GraphState, InMemory, Prune, Sqlite};
+use ashore::compat::graph::{
+    ActiveSnapshot, Checkpointer, Directory, GraphState, InMemory, Namespaced, Prune, Sqlite, checkpointer_for,
+};
 use ashore::testing::block_on;
 use ashore::testing::graph::{Sample, run, run_pruning};
 use ashore::{ErrorKind, Result, Settings};
@@ -27,11 +29,13 @@ fn every_implementation_keeps_the_contract() {
     };
     run(|| Arc::new(Directory::open(path("")).unwrap()));
     run(|| Arc::new(Sqlite::open(path(".db")).unwrap()));
+    run(|| Arc::new(Namespaced::new(InMemory::new(), "subgraph")));
 }
 
 #[test]
 fn every_implementation_prunes_alike() {
     run_pruning(|| Arc::new(InMemory::new()));
+    run_pruning(|| Arc::new(Namespaced::new(InMemory::new(), "subgraph")));
     let (root, mut roots) = (tempdir().unwrap(), 0);
     let mut path = |extension: &str| {
         roots += 1;
@@ -223,4 +227,80 @@ fn a_save_whose_future_is_dropped_half_way_happens_whole() {
         let _ = save.as_mut().poll(&mut cx);
     }
     assert_eq!(block_on(directory.load(RUN, None)).unwrap(), Some(Sample::new(3)));
+}
+
+#[test]
+fn namespaces_of_one_store_know_nothing_of_each_other() {
+    let root = tempdir().unwrap();
+    let store = Arc::new(Directory::open(root.path()).unwrap());
+    let [whole, outer, inner] = ["", "a", "a/b"].map(|name| Namespaced::new(store.clone(), name));
+    let load = |of: &dyn Checkpointer<Sample>| block_on(of.load(RUN, None)).unwrap();
+    save(&store, RUN, 1);
+    save(&outer, RUN, 2);
+    assert_eq!(load(&whole), Some(Sample::new(1)), "the empty one is the store itself");
+    assert_eq!((load(&outer), load(&inner)), (Some(Sample::new(2)), None));
+    let other = Uuid::from_u128(8);
+    assert!(block_on(Checkpointer::<Sample>::list(&outer, other)).unwrap().is_empty());
+    assert_eq!(block_on(Checkpointer::<Sample>::list(&outer, RUN)).unwrap(), [2]);
+    drop((whole, outer, inner, store));
+    let again = Namespaced::new(Directory::open(root.path()).unwrap(), "a");
+    assert_eq!(load(&again), Some(Sample::new(2)), "a namespace has the same place in every process");
+}
+
+/// An engine that owns the trait, in small: what it asks of a state is not serde, and its errors and snapshots are its own.
+mod engine {
+    use super::Uuid;
+    use async_trait::async_trait;
+
+    pub trait GraphState: Sized + Send + Sync + 'static {
+        type Update: Default + Send + 'static;
+        fn apply(&mut self, update: Self::Update);
+        fn reset_ephemeral(&mut self) {}
+    }
+
+    #[derive(Debug, PartialEq)]
+    pub struct ActiveSnapshot {
+        pub node_name: String,
+        pub payload: Option<serde_json::Value>,
+    }
+
+    #[derive(Debug)]
+    pub enum Failed {
+        Store(String),
+    }
+
+    #[async_trait]
+    pub trait Checkpointer<S: GraphState>: Send + Sync {
+        async fn save(&self, run_id: Uuid, step: u64, state: &S) -> Result<(), Failed>;
+        async fn load(&self, run_id: Uuid, step: Option<u64>) -> Result<Option<S>, Failed>;
+        async fn list(&self, run_id: Uuid) -> Result<Vec<u64>, Failed>;
+        async fn save_active(&self, run: Uuid, step: u64, active: &[ActiveSnapshot]) -> Result<(), Failed>;
+        async fn load_active(&self, run_id: Uuid, step: u64) -> Result<Vec<ActiveSnapshot>, Failed>;
+    }
+
+    impl GraphState for super::Sample {
+        type Update = ();
+        fn apply(&mut self, (): ()) {}
+    }
+}
+
+checkpointer_for! {
+    /// A store, for the engine above.
+    struct Store for engine, |error| engine::Failed::Store(error.to_string()) => engine::Failed
+}
+
+/// A store of ours could not be handed to an engine that owns the trait.
+#[test]
+fn a_store_can_be_handed_to_an_engine_that_owns_the_trait() {
+    let root = tempdir().unwrap();
+    let store: Arc<dyn engine::Checkpointer<Sample>> = Arc::new(Store(Directory::open(root.path()).unwrap()));
+    block_on(store.save(RUN, 3, &Sample::new(3))).unwrap();
+    assert_eq!(block_on(store.load(RUN, None)).unwrap(), Some(Sample::new(3)));
+    assert_eq!((block_on(store.load(RUN, Some(4))).unwrap(), block_on(store.list(RUN)).unwrap()), (None, vec![3]));
+    let active = || vec![engine::ActiveSnapshot { node_name: "act".into(), payload: Some(serde_json::json!([1])) }];
+    block_on(store.save_active(RUN, 4, &active())).unwrap();
+    assert_eq!(block_on(store.load_active(RUN, 4)).unwrap(), active());
+    std::fs::write(root.path().join(RUN.to_string()).join("step-00000003/manifest.json"), "{").unwrap();
+    let engine::Failed::Store(why) = block_on(store.load(RUN, Some(3))).unwrap_err();
+    assert!(why.contains("step-00000003"), "{why}");
 }

@@ -1,0 +1,55 @@
+//! Runs within runs: the states of a subgraph, kept apart from those of its graph under the same run id.
+
+use super::{ActiveSnapshot, Checkpointer, GraphState, Prune};
+use crate::error::Result;
+use async_trait::async_trait;
+use uuid::Uuid;
+
+/// The runs of one namespace in a store. The empty namespace is the store itself; every other one has a run id of its own for each
+/// run, derived from both (a UUID of version 5).
+#[derive(Clone, Debug)]
+pub struct Namespaced<C> {
+    store: C,
+    namespace: String,
+}
+
+impl<C> Namespaced<C> {
+    /// The namespace `namespace` of `store`.
+    pub fn new(store: C, namespace: impl Into<String>) -> Self {
+        Self { store, namespace: namespace.into() }
+    }
+
+    fn run(&self, run: Uuid) -> Uuid {
+        if self.namespace.is_empty() { run } else { Uuid::new_v5(&run, self.namespace.as_bytes()) }
+    }
+}
+
+#[async_trait]
+impl<S: GraphState, C: Checkpointer<S>> Checkpointer<S> for Namespaced<C> {
+    async fn save(&self, run_id: Uuid, step: u64, state: &S) -> Result<()> {
+        self.store.save(self.run(run_id), step, state).await
+    }
+
+    async fn load(&self, run_id: Uuid, step: Option<u64>) -> Result<Option<S>> {
+        self.store.load(self.run(run_id), step).await
+    }
+
+    async fn list(&self, run_id: Uuid) -> Result<Vec<u64>> {
+        self.store.list(self.run(run_id)).await
+    }
+
+    async fn save_active(&self, run_id: Uuid, step: u64, active: &[ActiveSnapshot]) -> Result<()> {
+        self.store.save_active(self.run(run_id), step, active).await
+    }
+
+    async fn load_active(&self, run_id: Uuid, step: u64) -> Result<Vec<ActiveSnapshot>> {
+        self.store.load_active(self.run(run_id), step).await
+    }
+}
+
+#[async_trait]
+impl<C: Prune> Prune for Namespaced<C> {
+    async fn prune(&self, run_id: Uuid, keep_last: usize) -> Result<()> {
+        self.store.prune(self.run(run_id), keep_last).await
+    }
+}
