@@ -80,10 +80,15 @@ impl ProcessGroup for ThreadGroup {
             let rounds = lock(rounds);
             (rounds.number > number).then(|| rounds.complete.clone())
         };
-        let gathered = signal.wait_until(deadline, look);
-        gathered.ok_or_else(|| {
-            lock(rounds).coming[self.rank as usize] = None;
-            Error::new(ErrorKind::Deadline, "not every rank took part in a save in time").with_rank(self.rank)
-        })
+        if let Some(gathered) = signal.wait_until(deadline, look) {
+            return Ok(gathered);
+        }
+        let mut rounds = lock(rounds);
+        if rounds.number > number {
+            // Just now: the others go on with the message of this rank.
+            return Ok(rounds.complete.clone());
+        }
+        rounds.coming[self.rank as usize] = None;
+        Err(Error::new(ErrorKind::Deadline, "not every rank took part in a save in time").with_rank(self.rank))
     }
 }

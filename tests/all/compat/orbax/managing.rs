@@ -165,7 +165,7 @@ fn a_manager_that_is_dropped_waits_for_its_saves_their_retries_and_what_is_delet
 #[cfg_attr(miri, ignore = "forks")]
 fn a_manager_that_a_forked_child_drops_goes_on_in_the_parent() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
-    let engine = engine(root.path()).device(Arc::new(device.clone())).build().unwrap();
+    let engine = engine(root.path()).device(Arc::new(device.clone())).shutdown_deadline(LONG).build().unwrap();
     let manager = CheckpointManager::new(Arc::new(engine), Options::new()).unwrap();
     device.hold();
     assert!(manager.save(1, state(1)).unwrap());

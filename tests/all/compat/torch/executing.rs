@@ -196,7 +196,8 @@ fn of_callers_at_once_one_takes_the_last_place() {
 #[cfg_attr(miri, ignore = "forks")]
 fn an_executor_that_a_forked_child_drops_goes_on_in_the_parent() {
     let root = tempfile::tempdir().unwrap();
-    let executor = ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap();
+    let build = engine(root.path()).shutdown_deadline(LONG).build().unwrap();
+    let executor = ThreadExecutor::new(Arc::new(build)).unwrap();
     let waits = Staging::future(std::future::pending());
     let pending = executor.execute_save(waits.into(), to("1")).unwrap();
     crate::compat::drop_in_a_child(&executor);
