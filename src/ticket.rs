@@ -59,7 +59,7 @@ pub struct Committed {
     pub bytes: u64,
     /// How long `save` and fences held up their callers for this save.
     pub blocked: Duration,
-    /// When no live source was read any more.
+    /// When no live source was read any more; the same as `durable` where kernels of a fence still ran then.
     pub staged: Duration,
     /// When the commit was durable.
     pub durable: Duration,

@@ -107,7 +107,8 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
         path,
         bytes: ticket.bytes,
         blocked: nanos(&ticket.blocked_nanos),
-        staged: nanos(&ticket.staged_nanos),
+        // Kernels of a fence may still run, and keep sources alive, after all bytes have left the GPU.
+        staged: Some(nanos(&ticket.staged_nanos)).filter(|staged| !staged.is_zero()).unwrap_or(durable),
         durable,
         tail: durable.saturating_sub(last_byte),
         mode,

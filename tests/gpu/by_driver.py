@@ -34,9 +34,10 @@ class Backend:
         if self.cuda.simulated:
             self.cuda("fakecuda_set", c_uint64(0), name.encode(), c_uint64(value))
 
-    def crowd(self):
-        """Fills the bus towards the host for some 40 ms; copies of the simulated driver take their time anyway."""
-        if self.cuda.simulated:
+    def crowd(self, on):
+        """Fills the bus towards the host for some 40 ms; those of the simulated driver do not begin as long as this is on."""
+        self.set("hold", 1 if on else 0)
+        if self.cuda.simulated or not on:
             return
         size = 1 << 30
         if not self.bulk:

@@ -44,7 +44,7 @@ class Run:
         """An executor whose fences on streams wait until copies are queued, one whose fences set chunks aside on the GPU, and
         one that looks for forgotten fences at each save, of which there must be none, and queues the copies of a chunk in one call."""
         chunk = self.backend.chunk
-        kinds = [{"scratch": 0, "detect": "never"}, {"scratch": 16 * chunk, "detect": "never"}]
+        kinds = [{"scratch": 0, "detect": "never"}, {"scratch": 32 * chunk, "detect": "never"}]
         kinds = kinds[: 1 if self.backend.device == "host" else 2]
         kinds += [{**kinds[-1], "detect": "all", "batch": True}] * ("detect" not in settings)
         for at, kind in enumerate(kinds):
@@ -53,6 +53,7 @@ class Run:
             chosen = {"chunk": chunk, "arena": 8 * chunk, "keep_last": 8, **kind, **settings}
             with face.Executor(self.library, self.root, self.backend.device, self.backend.driver, **chosen) as executor:
                 about = executor.report.partition("scratch: ")[2].partition(", ")[0]
+                executor.scratch = kind["scratch"]
                 self.notes.setdefault("scratch", {})[kind["scratch"]] = about
                 yield executor
             self.library.wait_released()
@@ -108,18 +109,26 @@ def train(run, make):
     """Saves every few steps, with the host ahead of the device; every tensor is written again right after each fence."""
     for executor in run.executors():
         program = make()
-        for _ in run.trials():
+        for trial in run.trials():
             for _ in range(run.random.randint(1, 4)):
                 program.forward()
                 program.update()
             step, image = next(run.steps), program.image()
-            if run.random.random() < 0.5:
-                run.backend.crowd()
+            if crowded := trial % 2 == 0 and bool(program.streams) and executor.scratch > 0:
+                run.check_rest()  # slots that earlier saves hold would have this fence wait
+                run.backend.crowd(True)
             save = executor.save(step, program.tensors())
-            for _ in range(run.random.randint(0, 2)):
-                program.forward()
-            run.fence(executor, save, program.streams)
+            if crowded:
+                # The fence comes before much can have left: what it copies late must be right.
+                executor.fence_on(program.streams)
+            else:
+                for _ in range(run.random.randint(0, 2)):
+                    program.forward()
+                run.fence(executor, save, program.streams)
             program.update()
+            if crowded:
+                time.sleep(0.02)  # for the kernels of the fence, before anything leaves the GPU
+                run.backend.crowd(False)
             run.check_later(step, save, image)
         run.check_rest()
 

@@ -211,3 +211,20 @@ fn cuda_sources_of_a_superseded_save_are_kept_until_its_fence_has_read_them() {
     third.0.wait(LONG).unwrap();
     assert_eq!(fake.sticky(), 0);
 }
+
+/// Every chunk leaves the GPU before the kernels of the fence run: the commit comes first, and said that staging took no time.
+#[test]
+fn cuda_save_that_is_durable_before_its_fence_has_run_says_when_it_was_staged() {
+    let rig = rig(|b| b.scratch(16 * 4096).detect(ashore::Detect::Never));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+    fake.set("hold", COPIES);
+    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    fake.set("hold", COPIES | KERNELS);
+    rig.executor.fence_on(&[stream.0]).unwrap();
+    fake.set("hold", KERNELS);
+    let committed = save.wait(LONG).unwrap().committed().unwrap();
+    assert_eq!((committed.staged, committed.late_chunks), (committed.durable, 0));
+    fake.set("hold", 0);
+    save.staged().wait(LONG).unwrap();
+}
