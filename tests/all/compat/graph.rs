@@ -247,7 +247,8 @@ fn namespaces_of_one_store_know_nothing_of_each_other() {
     assert_eq!(load(&again), Some(Sample::new(2)), "a namespace has the same place in every process");
 }
 
-/// An engine that owns the trait, in small: what it asks of a state is not serde, and its errors and snapshots are its own.
+/// An engine that owns the trait, in small: what it asks of a state is not serde, and its errors and
+/// snapshots are its own.
 mod engine {
     use super::Uuid;
     use async_trait::async_trait;
@@ -294,7 +295,10 @@ checkpointer_for! {
 fn a_store_can_be_handed_to_an_engine_that_owns_the_trait() {
     let root = tempdir().unwrap();
     let store: Arc<dyn engine::Checkpointer<Sample>> = Arc::new(Store(Directory::open(root.path()).unwrap()));
-    block_on(store.save(RUN, 3, &Sample::new(3))).unwrap();
+    let mut sample = Sample::new(3);
+    engine::GraphState::reset_ephemeral(&mut sample);
+    engine::GraphState::apply(&mut sample, ());
+    block_on(store.save(RUN, 3, &sample)).unwrap();
     assert_eq!(block_on(store.load(RUN, None)).unwrap(), Some(Sample::new(3)));
     assert_eq!((block_on(store.load(RUN, Some(4))).unwrap(), block_on(store.list(RUN)).unwrap()), (None, vec![3]));
     let active = || vec![engine::ActiveSnapshot { node_name: "act".into(), payload: Some(serde_json::json!([1])) }];

@@ -1,4 +1,5 @@
-//! A graph of cognis that is interrupted, and resumed by a program that has only the store; a subgraph in a namespace of its own.
+//! A graph of cognis that is interrupted, and resumed by a program that has only the store; a subgraph in a
+//! namespace of its own.
 
 use ashore::compat::graph::{Checkpointer, Directory, InMemory, Namespaced, Sqlite, checkpointer_for};
 use cognis_core::{CognisError, Runnable, RunnableConfig};
@@ -30,13 +31,14 @@ fn node(name: &'static str, next: Option<&'static str>) -> impl cognis_graph::No
 fn graph(store: impl Checkpointer<State> + 'static) -> Result<CompiledGraph<State>, CognisError> {
     let graph = Graph::new().node("plan", node("plan", Some("act"))).node("act", node("act", Some("review")));
     let compiled = graph.node("review", node("review", None)).start_at("plan").compile()?;
-    Ok(compiled.with_checkpointer(Arc::new(Store(store))).with_interrupt_before(["review"]))
+    Ok(compiled.with_checkpointer(Arc::new(Store(store))))
 }
 
 /// Interrupts a run in one store, and goes on with it in the next, which finds what the first has kept.
 async fn interrupted<C: Checkpointer<State> + 'static>(run: Uuid, open: impl Fn() -> C) -> Result<(), CognisError> {
     let config = || RunnableConfig { run_id: run, ..RunnableConfig::default() };
-    let step = match graph(open())?.invoke(State::default(), config()).await {
+    let first = graph(open())?.with_interrupt_before(["review"]);
+    let step = match first.invoke(State::default(), config()).await {
         Err(CognisError::GraphInterrupted { step, node, .. }) if node == "review" => step,
         other => panic!("it was not interrupted: {other:?}"),
     };
