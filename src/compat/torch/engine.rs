@@ -63,11 +63,10 @@ impl EngineWriter {
         self
     }
 
-    /// Begins the save, of what the plan says.
-    pub(super) fn submit(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<Save> {
+    /// Begins the save, of a state that fits the plan.
+    pub(super) fn submit(&mut self, state: StateDict<'static>) -> Result<Save> {
         let (step, meta) = self.place.clone().ok_or_else(|| Error::invalid("a storage writer was not set up"))?;
         let name = meta.checkpoint_id.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-        plan.fits(&state)?;
         let options = self.options.clone().name(name);
         self.options.attempt = None; // no two saves share an attempt
         self.executor.save_with(step, state, options)
@@ -120,7 +119,8 @@ impl StorageWriter for EngineWriter {
     }
 
     fn write_data(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<WriteFuture> {
-        let (save, plan) = (self.submit(plan, state)?, plan.clone());
+        plan.fits(&state)?;
+        let (save, plan) = (self.submit(state)?, plan.clone());
         self.written = metadata(std::slice::from_ref(&plan))?.state_dict_metadata;
         if let Some((_, meta)) = &mut self.place {
             meta.save_id = Some(save.attempt().to_string());

@@ -27,7 +27,7 @@ pub struct CheckpointFuture(Inner);
 
 enum Inner {
     /// The engine has it.
-    Engine { save: Save, planned: Planned, handed: Option<Arc<HandedOver>> },
+    Engine { save: Save, planned: Box<Planned>, handed: Option<Arc<HandedOver>> },
     /// A thread of the executor carries it out.
     Queued { record: Arc<Record>, done: Waiter<Result<Option<Metadata>>> },
 }
@@ -58,7 +58,7 @@ impl Planned {
 
 impl CheckpointFuture {
     pub(super) fn engine(save: Save, planned: Planned, handed: Option<Arc<HandedOver>>) -> Self {
-        Self(Inner::Engine { save, planned, handed })
+        Self(Inner::Engine { save, planned: Box::new(planned), handed })
     }
 
     pub(super) fn queued(record: Arc<Record>) -> Self {

@@ -126,7 +126,7 @@ impl ThreadExecutor {
         };
         match planned {
             Ok((plan, metadata, state)) => {
-                let save = writer.submit(&plan, state)?;
+                let save = writer.submit(state)?;
                 Ok(CheckpointFuture::engine(save, Planned { plan, metadata }, self.handed.clone()))
             }
             Err(error) => Ok(CheckpointFuture::queued(self.queue.failed(error))),
@@ -286,7 +286,8 @@ fn once(
     };
     let (plan, metadata) = drive::plan(&state, planner, engine, id, ranks, deadline)?;
     let state = drive::resolve(planner, &plan, state)?;
-    let save = Arc::new(engine.submit(&plan, state)?);
+    plan.fits(&state)?;
+    let save = Arc::new(engine.submit(state)?);
     if !record.hand_over(&save) {
         return Err(Error::new(ErrorKind::Cancelled, "the save was cancelled"));
     }
