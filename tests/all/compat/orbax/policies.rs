@@ -124,8 +124,8 @@ fn a_step_that_is_deleted_before_its_turn_is_not_listed_afterwards() {
     assert_eq!(manager.all_steps().unwrap(), [1, 4]);
 }
 
-/// With `keep_checkpoints_without_metrics(false)` and fewer steps than are to be kept, everything without a metric was deleted.
-/// Orbax deletes nothing before there are more than `n`.
+/// With `keep_checkpoints_without_metrics(false)` and fewer steps than are to be kept, everything without a
+/// metric was deleted. Orbax deletes nothing before there are more than `n`.
 #[test]
 fn the_best_so_many_are_kept_as_orbax_keeps_them() {
     let strict = |n| BestN::new(Some(n), loss).keep_checkpoints_without_metrics(false);
@@ -134,6 +134,16 @@ fn the_best_so_many_are_kept_as_orbax_keeps_them() {
     assert_eq!(kept(strict(2)), [1, 5, 6]);
     assert_eq!(kept(BestN::new(Some(0), loss)), [6], "none is kept, whether it has a metric or not");
     assert_eq!(kept(BestN::new(Some(6), loss)), [1, 2, 3, 4, 5, 6]);
+    // Most of them without a metric: nothing goes before there are five.
+    let root = tempfile::tempdir().unwrap();
+    let options = Options::new().preservation_policy(strict(4));
+    let manager = CheckpointManager::new(Arc::new(engine(root.path()).build().unwrap()), options).unwrap();
+    for (step, left) in [(1, &[1][..]), (2, &[1, 2]), (3, &[1, 2, 3]), (4, &[1, 2, 3, 4]), (5, &[2, 5])] {
+        let metrics = (step == 2).then(|| json!({ "loss": 1 }));
+        manager.save_with(step, one("t", vec![1_u8]), metrics.as_ref(), false).unwrap();
+        manager.wait_until_finished(LONG).unwrap();
+        assert_eq!(manager.all_steps().unwrap(), left);
+    }
 }
 
 /// Times came from the file system, where a copy of the directory, or a touch of it, changes them.
