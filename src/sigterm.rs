@@ -1,10 +1,11 @@
 //! SIGTERM: what becomes of saves when the machine is about to be taken away.
 //!
 //! **Protocol.** The first signal stops the admission of saves, and finishes, promotes or abandons those under way, until a
-//! deadline. Then the report is given, and the program ends, or goes on; if it goes on, the next signal has the effect that it had
-//! before the hook was installed. A second signal before the report abandons what is left, at once. **Deadline.** A second after it
-//! the program ends, whatever hangs: a storage, a report. **Fork.** A child has no hook: the signal has the effect there that it had
-//! before, and dropping the child's copy of a hook does nothing. **Ownership.** A hook does not keep its executor alive: the last
+//! deadline. Then the report is given, and the program ends, or goes on; if it goes on, the next signal has
+//! the effect that it had before the hook was installed. A second signal before the report abandons what is
+//! left, at once. **Deadline.** A second after it the program ends, whatever hangs: a storage, a report.
+//! **Fork.** A child has no hook: the signal has the effect there that it had before, and dropping the
+//! child's copy of a hook does nothing. **Ownership.** A hook does not keep its executor alive: the last
 //! `Arc` of the program waits for saves in flight, before or after the hook is dropped.
 
 mod handler;
@@ -189,8 +190,8 @@ impl Default for Shared {
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// Dropping it takes the hook away. While saves are drained it waits for the end of that first, so that a program whose `main`
-/// returns meanwhile loses nothing and ends as [`Exit`] says.
+/// Dropping it takes the hook away. While saves are drained it waits for the end of that first, so that a
+/// program whose `main` returns meanwhile loses nothing and ends as [`Exit`] says.
 #[derive(Debug)]
 pub struct Sigterm {
     shared: Arc<Shared>,
@@ -279,7 +280,7 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     if byte != [SIGNAL] {
         return;
     }
-    let began = Instant::now();
+    let (deadline, end) = (deadline_after(hook.deadline), deadline_after(hook.deadline.saturating_add(GRACE)));
     shared.requested.store(true, Ordering::Release);
     let executor = hook.executor.upgrade();
     if let Some(executor) = &executor {
@@ -289,7 +290,7 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     let (draining, interrupted) = (listener.clone(), again.clone());
     let drain = spawn("ashore-drain".into(), move || {
         let _ = draining.shared.drain.set(std::thread::current().id());
-        let run = || draining.drain(executor, began + draining.hook.deadline, &interrupted);
+        let run = || draining.drain(executor, deadline, &interrupted);
         if catch_unwind(AssertUnwindSafe(run)).is_err() {
             tracing::error!("the drain at SIGTERM panicked");
         }
@@ -299,7 +300,6 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     }
     let slice = Duration::from_millis(5);
     let _ = signals.set_read_timeout(Some(slice));
-    let end = began + hook.deadline + GRACE;
     while drain.as_ref().is_ok_and(|thread| !thread.is_finished()) && Instant::now() < end {
         match signals.read(&mut byte) {
             Ok(0) => std::thread::sleep(slice), // the hook is gone: the thread that drains has dropped it
@@ -311,7 +311,7 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     match hook.exit {
         Exit::Return => {
             drop(lock(&shared.hook).take());
-            // Whoever waits for it learns that nothing is known.
+            // A drain that panicked or hangs has left none.
             shared.report.complete(Report { cut_short: true, ..Report::default() });
         }
         Exit::Code { durable, lost } => low_level::exit(if kept { durable } else { lost }),

@@ -66,17 +66,18 @@ fn the_program() {
     let builder = CheckpointExecutor::builder(root).storage(Arc::new(storage)).overlap(Overlap::Queue(3));
     let executor = Arc::new(builder.arena(8 * 4096).chunk(4096).build().unwrap());
     let code = Exit::Code { durable: DURABLE, lost: LOST };
+    let ms = Duration::from_millis;
     let (on_term, exit, deadline) = match scenario {
-        "finish" | "second" | "child" => (OnTerm::Finish, code, 60_000),
-        "late" => (OnTerm::Finish, code, 50),
-        "hang" => (OnTerm::Finish, code, 10),
-        "promote" | "offer" | "old offer" => (OnTerm::Promote, code, 60_000),
-        "abandon" => (OnTerm::Abandon, code, 60_000),
-        "signal" => (OnTerm::Abandon, Exit::Signal, 60_000),
-        _ => (OnTerm::Finish, Exit::Return, 60_000),
+        "finish" | "second" | "child" => (OnTerm::Finish, code, ms(60_000)),
+        "late" => (OnTerm::Finish, code, ms(50)),
+        "hang" => (OnTerm::Finish, code, ms(10)),
+        "promote" | "offer" | "old offer" => (OnTerm::Promote, code, ms(60_000)),
+        "abandon" => (OnTerm::Abandon, code, ms(60_000)),
+        "signal" => (OnTerm::Abandon, Exit::Signal, ms(60_000)),
+        _ => (OnTerm::Finish, Exit::Return, Duration::MAX),
     };
     let hangs = scenario == "hang";
-    let hook = Sigterm::on(&executor).deadline(Duration::from_millis(deadline)).on_term(on_term).exit(exit);
+    let hook = Sigterm::on(&executor).deadline(deadline).on_term(on_term).exit(exit);
     let hook = hook
         .report(move |report| {
             let durable = report.durable.as_ref().map(|(step, _)| *step);
@@ -321,8 +322,8 @@ fn a_program_may_go_on_or_die_of_the_signal() {
     assert_eq!(program.ends().0.signal(), Some(libc::SIGTERM));
 }
 
-/// A forked child that dropped its copy wrote to the socket that it shares with its parent, whose listener took that for the
-/// signal: it drained, the signal itself was the second one, and the saves were lost.
+/// A forked child that dropped its copy wrote to the socket that it shares with its parent, whose listener
+/// took that for the signal: it drained, the signal itself was the second one, and the saves were lost.
 #[test]
 fn a_hook_that_a_forked_child_drops_stays_with_the_parent() {
     let program = Program::start("child").terminate();
@@ -331,8 +332,8 @@ fn a_hook_that_a_forked_child_drops_stays_with_the_parent() {
     assert_eq!((status.code(), &report[..], &steps[..]), (Some(DURABLE), "Some(2) [1, 2] [] false", &[1, 2][..]));
 }
 
-/// The listener of a hook held an `Arc` of the executor. Where the hook went first it was often the last one: the executor was dropped
-/// on a thread that `main` did not wait for, and saves were lost with exit status 0.
+/// The listener of a hook held an `Arc` of the executor. Where the hook went first it was often the last one:
+/// the executor was dropped on a thread that `main` did not wait for, and saves were lost with exit status 0.
 #[test]
 fn saves_are_waited_for_whichever_goes_first_hook_or_executor() {
     let program = Program::start("order");
@@ -341,8 +342,8 @@ fn saves_are_waited_for_whichever_goes_first_hook_or_executor() {
     assert_eq!((status.code(), &steps[..]), (Some(33), &[1, 2][..]));
 }
 
-/// A hook that was dropped while its thread drained closed the socket that the thread read: it went round at full speed, and the
-/// program ended before the saves had.
+/// A hook that was dropped while its thread drained closed the socket that the thread read: it went round at
+/// full speed, and the program ended before the saves had.
 #[test]
 fn a_program_whose_main_returns_while_saves_are_drained_loses_none() {
     let mut program = Program::start("leaves").terminate();
@@ -352,7 +353,8 @@ fn a_program_whose_main_returns_while_saves_are_drained_loses_none() {
     assert_eq!((status.code(), &report[..], &steps[..]), (Some(33), "Some(2) [1, 2] [] false", &[1, 2][..]));
 }
 
-/// The handler stayed when the hook went, and after the report of a program that went on: the signal ended it no more.
+/// The handler stayed when the hook went, and after the report of a program that went on: the signal ended it
+/// no more.
 #[test]
 fn the_signal_ends_the_program_again_when_the_hook_is_gone_or_has_reported() {
     let mut program = Program::start("taken away");
