@@ -194,8 +194,8 @@ impl CheckpointExecutor {
         &self.stager.arena
     }
 
-    /// Takes no more saves, waits for those in flight, ends the threads. What is there can still be read. Any owner of an `Arc`
-    /// may call it; called again it waits for what is left.
+    /// Takes no more saves, waits for those in flight, ends the threads. What is there can still be read. Any
+    /// owner of an `Arc` may call it; called again it waits for what is left.
     ///
     /// # Errors
     /// The first error of a save that nobody has seen. `Deadline` when saves were unfinished at the deadline: they have

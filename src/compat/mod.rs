@@ -1,9 +1,11 @@
 //! The interfaces of other systems, each a thin face on the one executor: their names and their meaning, one write path, one
-//! format. A save through a face leaves the bytes that [`CheckpointExecutor::save`](crate::CheckpointExecutor::save) leaves; but for
-//! [`graph::InMemory`], the database of the feature `sqlite`, and storage writers of a program's own.
+//! format. A save through a face leaves the bytes that
+//! [`CheckpointExecutor::save`](crate::CheckpointExecutor::save) leaves; but for [`graph::InMemory`], the
+//! database of the feature `sqlite`, and storage writers of a program's own.
 //!
-//! **Ends.** What a face has that waits for saves waits when it is dropped, and reports errors from `close`; its threads keep no
-//! executor alive. In a forked child, dropping it waits for nothing, and the parent does not hear of it.
+//! **Ends.** What a face has that waits for saves waits when it is dropped, and reports errors from `close`;
+//! its threads keep no executor alive. In a forked child, dropping it waits for nothing, and the parent does
+//! not hear of it.
 //!
 //! **Floor 5**: above everything, and nothing below imports it. The faces know nothing of each other.
 //!

@@ -5,8 +5,8 @@ use crate::executor::CheckpointExecutor;
 use crate::id::parse_step_name;
 use std::path::{Path, PathBuf, absolute};
 
-/// The step that a path in the root of `executor` stands for, and where it is. A name that says no step is that of a checkpoint
-/// beside the steps, which has the number at its end, or 0, as its step.
+/// The step that a path in the root of `executor` stands for, and where it is. A name that says no step is
+/// that of a checkpoint beside the steps, which has the number at its end, or 0, as its step.
 ///
 /// # Errors
 /// `Invalid`: it has no name, or it is elsewhere.

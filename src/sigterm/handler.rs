@@ -1,13 +1,16 @@
-//! The handler of the signal: wakes the threads of the hooks, and has the effect that was there before otherwise.
+//! The handler of the signal: wakes the threads of the hooks, and has the effect that was there before
+//! otherwise.
 //!
-//! It is installed with the first hook and stays. While there is no hook the signal has the effect that it had before: it ends the
-//! program again, unless somebody else handles it. The handler of a crate for signals would stay, too, and leave it without effect.
+//! It is installed with the first hook and stays. While there is no hook the signal has the effect that it
+//! had before: it ends the program again, unless another handler has it. The handler of signal-hook would
+//! stay, too, and leave the signal without effect.
 //!
 //! # Safety argument
-//! The handler may interrupt any code, so only async-signal-safe things are done in it: atomic operations on statics, getpid(2),
-//! sigaction(2), a send(2) that does not block, a call of the handler that was there before, and the default effect by a function
-//! made for handlers. It allocates nothing, takes no lock, cannot panic, and gives errno back. A descriptor that it sends to is
-//! open: a hook that goes takes its slot back and waits for the handlers that run, before it closes its socket.
+//! The handler may interrupt any code, so only async-signal-safe things are done in it: atomic operations on
+//! statics, getpid(2), sigaction(2), a send(2) that does not block, a call of the handler that was there
+//! before, and the default effect by a function made for handlers. It allocates nothing, takes no lock,
+//! cannot panic, and gives errno back. A descriptor that it sends to is open: a hook that goes takes its slot
+//! back and waits for the handlers that run, before it closes its socket.
 #![expect(unsafe_code, reason = "sigaction, and a handler; argument above")]
 
 use signal_hook::consts::SIGTERM;
@@ -27,7 +30,8 @@ use std::time::{Duration, Instant};
 pub(super) const SIGNAL: u8 = 1;
 
 const FREE: u64 = 0;
-/// A process in the upper half, a descriptor to send to in the lower: a forked child has the table, and none of the hooks.
+/// A process in the upper half, a descriptor to send to in the lower: a forked child has the table, and none
+/// of the hooks.
 static HOOKS: [AtomicU64; 64] = [const { AtomicU64::new(FREE) }; 64];
 /// How many threads are in the handler, as far as they look at the table.
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
@@ -37,7 +41,8 @@ static INSTALLED: Mutex<bool> = Mutex::new(false);
 static BEFORE: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
 static BEFORE_FLAGS: AtomicI32 = AtomicI32::new(0);
 
-/// Has bytes sent to a socket as long as it lives. In a forked child it does nothing, not even when it is dropped.
+/// Has bytes sent to a socket as long as it lives. In a forked child it does nothing, not even when it is
+/// dropped.
 #[derive(Debug)]
 pub(super) struct Hook {
     slot: &'static AtomicU64,
@@ -53,7 +58,8 @@ impl Hook {
         let slot = HOOKS.iter().find(free).ok_or_else(|| Error::other("there are too many hooks"))?;
         let there = current()?;
         let default = there.sa_sigaction == libc::SIG_DFL || there.sa_sigaction == libc::SIG_IGN;
-        // Where somebody else's handler was put over ours, that calls ours: ours over it, too, would go round for ever.
+        // Another handler that was put over ours calls ours: with ours over it again, they would call each
+        // other for ever.
         if there.sa_sigaction != address() && (!*installed || default) {
             BEFORE.store(there.sa_sigaction, SeqCst);
             BEFORE_FLAGS.store(there.sa_flags, SeqCst);
@@ -80,7 +86,8 @@ impl Drop for Hook {
             return;
         }
         self.slot.store(FREE, SeqCst);
-        // A handler takes microseconds; the count of one that another thread was in at a fork stays in the child.
+        // A handler takes microseconds; the count of one that another thread was in at a fork stays in the
+        // child.
         let end = Instant::now() + Duration::from_secs(1);
         while RUNNING.load(SeqCst) > 0 && Instant::now() < end {
             std::thread::yield_now();
@@ -127,7 +134,8 @@ extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_
         }
         RUNNING.fetch_sub(1, SeqCst);
         match BEFORE.load(SeqCst) {
-            // Without a hook, as in a forked child, the signal has its effect, unless a handler above ours has it.
+            // Without a hook, as in a forked child, the signal has its effect, unless a handler above ours
+            // has it.
             libc::SIG_DFL => _ = (!heard && topmost()).then(|| emulate_default_handler(signal)),
             libc::SIG_IGN => {}
             before if BEFORE_FLAGS.load(SeqCst) & libc::SA_SIGINFO != 0 => {

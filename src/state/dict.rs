@@ -208,7 +208,8 @@ impl<'a> StateDict<'a> {
         Ok(())
     }
 
-    /// The same, with each tensor and value under the name that `name` makes of its own; without those for which it says None.
+    /// The same, with each tensor and value under the name that `name` makes of its own; without those for
+    /// which it says None.
     ///
     /// # Errors
     /// `Invalid`: two have the same name then.

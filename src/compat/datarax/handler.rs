@@ -214,12 +214,13 @@ impl OrbaxCheckpointHandler {
         State::read(&self.find(directory.as_ref(), step)?)
     }
 
-    /// Restores into `target`, which is left as it was when the checkpoint cannot be read, or has not its structure: the same names,
-    /// each of the same kind, dtype and shape. A [`State`] with nothing in it takes whatever there is.
+    /// Restores into `target`, which is left as it was when the checkpoint cannot be read, or has not its
+    /// structure: the same names, each of the same kind, dtype and shape. A [`State`] with nothing in it
+    /// takes whatever there is.
     ///
     /// # Errors
-    /// As [`OrbaxCheckpointHandler::restore`]; `Invalid` for another structure, and for the checkpoint of an iterator over something
-    /// else; those of `target`.
+    /// As [`OrbaxCheckpointHandler::restore`]; `Invalid` for another structure, and for the checkpoint of an
+    /// iterator over something else; those of `target`.
     pub fn restore_into(
         &self,
         directory: impl AsRef<Path>,

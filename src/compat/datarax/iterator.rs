@@ -27,7 +27,7 @@ impl IteratorCheckpoint {
         self.handler.save(&self.directory, iterator, args)
     }
 
-    /// Saves the state of `iterator` if `interval` divides `step`, and keeps the last 5; None for another step.
+    /// Saves the state of `iterator` if `interval` divides `step`, and keeps the last 5. None for other steps.
     ///
     /// # Errors
     /// As [`OrbaxCheckpointHandler::save`]; `Invalid` for an interval of 0.
@@ -41,12 +41,13 @@ impl IteratorCheckpoint {
         self.save_to_directory(iterator, SaveArgs::step(step).keep(5)).map(Some)
     }
 
-    /// Restores `iterator`; from the highest step, or the checkpoint without one, for None. What the state says of the sampler
-    /// (`sampler_repr`), the data source (`data_source_repr`) and the number of shards and workers (`shard_count`, `worker_count`)
-    /// must be as it was.
+    /// Restores `iterator`; from the highest step, or the checkpoint without one, for None. What the state
+    /// says of the sampler (`sampler_repr`), the data source (`data_source_repr`) and the number of shards
+    /// and workers (`shard_count`, `worker_count`) must be as it was.
     ///
     /// # Errors
-    /// As [`OrbaxCheckpointHandler::restore`]; `Invalid` for the checkpoint of an iterator over something else; those of `iterator`.
+    /// As [`OrbaxCheckpointHandler::restore`]; `Invalid` for the checkpoint of an iterator over something
+    /// else; those of `iterator`.
     pub fn restore(&self, iterator: &mut impl Checkpointable, step: Option<u64>) -> Result<()> {
         let saved = self.handler.restore(&self.directory, step)?;
         saved.same_iterator(&iterator.get_state()?)?;

@@ -193,8 +193,9 @@ impl State {
         Ok(nested)
     }
 
-    /// Makes sure that this, which was saved, is of the iterator that has the state `current`: what both say of the sampler, the data
-    /// source and the number of shards and workers is the same. Others would go on with other data.
+    /// Makes sure that this, which was saved, is of the iterator that has the state `current`: what both say
+    /// of the sampler, the data source and the number of shards and workers is the same. Others would go on
+    /// with other data.
     ///
     /// # Errors
     /// `Invalid`, naming the field.
@@ -211,7 +212,8 @@ impl State {
         Ok(())
     }
 
-    /// Makes sure that this has the structure of `current`: the same names, each of the same kind, dtype and shape.
+    /// Makes sure that this has the structure of `current`: the same names, each of the same kind, dtype and
+    /// shape.
     ///
     /// # Errors
     /// `Invalid`, naming the first that differs.

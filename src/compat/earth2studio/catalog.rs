@@ -80,15 +80,16 @@ impl Builder {
         self
     }
 
-    /// How much components are to keep, from 0 to 2: 2. At 0 states are neither saved nor restored: a row is of the progress and the
-    /// metadata alone. What else a level means components decide.
+    /// How much components are to keep, from 0 to 2: 2. At 0 states are neither saved nor restored: a row is
+    /// of the progress and the metadata alone. What else a level means components decide.
     pub fn level(mut self, level: u8) -> Self {
         self.level = level;
         self
     }
 
-    /// Which rank this process is, and of how many. With more than one, each has a directory of its own. Unless set, what the
-    /// launcher says in the environment (`RANK` and `WORLD_SIZE`, Slurm's, Open MPI's), and 0 of 1 where there is none.
+    /// Which rank this process is, and of how many. With more than one, each has a directory of its own.
+    /// Unless set, what the launcher says in the environment (`RANK` and `WORLD_SIZE`, Slurm's, Open MPI's),
+    /// and 0 of 1 where there is none.
     pub fn rank(mut self, rank: u32, world_size: u32) -> Self {
         self.rank = Some((rank, world_size));
         self
@@ -329,8 +330,8 @@ impl Checkpoint {
         CheckpointSession::of(self, self.catalog()?.pop())
     }
 
-    /// Enters the session of this catalog that is active on this thread, or a new one as [`Checkpoint::session`] makes it. That takes
-    /// over the states of the one that was left last.
+    /// Enters the session of this catalog that is active on this thread, or a new one as
+    /// [`Checkpoint::session`] makes it. That takes over the states of the one that was left last.
     ///
     /// # Errors
     /// As [`Checkpoint::session`] and [`CheckpointSession::enter`].

@@ -39,9 +39,10 @@
 //! the flushes that were; with [`Mode::Overwrite`] the old row goes after the new one is durable. **Failure.** A flush that
 //! fails puts the session's counters, metadata and unsaved mark back to where they were before the call. When more was written
 //! while it ran, what was written stays, and is still to be flushed. A failure that nobody waited for comes back from the next
-//! `write` or `flush`. **Retention.** `Overwrite` keeps one row, `Append` the last `history_size`. **Metadata** of the writes of one
-//! session adds up, and a session begins with none: what a row says is in [`CheckpointSession::metadata`]. **Re-entering.** The states
-//! of a session that is left wait for the next session of its catalog that is entered on the thread, which restores them from its row.
+//! `write` or `flush`. **Retention.** `Overwrite` keeps one row, `Append` the last `history_size`.
+//! **Metadata** of the writes of one session adds up, and a session begins with none: what a row says is in
+//! [`CheckpointSession::metadata`]. **Re-entering.** The states of a session that is left wait for the next
+//! session of its catalog that is entered on the thread, which restores them from its row.
 //!
 //! | in earth2studio | here |
 //! |---|---|

@@ -1,4 +1,5 @@
-//! States that wait for a session: on each thread, those that were bound before one was entered, and those of the one that was left.
+//! States that wait for a session: on each thread, those that were bound before one was entered, and those of
+//! the one that was left.
 
 use super::catalog::{Checkpoint, Shared};
 use super::session::active;
@@ -27,8 +28,9 @@ thread_local! {
     static WAITING: RefCell<Vec<Waiting>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Binds a state to the session that is active on this thread. Without one the state waits for the next session that is entered of
-/// the catalog that was built last on this thread; without that, too, it is bound to nothing.
+/// Binds a state to the session that is active on this thread. Without one the state waits for the next
+/// session that is entered of the catalog that was built last on this thread; without that, too, it is bound
+/// to nothing.
 ///
 /// # Errors
 /// As [`CheckpointSession::bind`](super::CheckpointSession::bind).

@@ -140,8 +140,8 @@ impl CheckpointSession {
         Arc::ptr_eq(&self.0.catalog.0, &catalog.0)
     }
 
-    /// Makes it the active session of this thread, and binds the states to it that wait for a session of its catalog: those of the
-    /// session that was left last, and those of [`bind_checkpoint_state`].
+    /// Makes it the active session of this thread, and binds the states to it that wait for a session of its
+    /// catalog: those of the session that was left last, and those of [`bind_checkpoint_state`].
     ///
     /// # Errors
     /// As [`bind`](Self::bind); it is not entered then.

@@ -180,8 +180,8 @@ fn key(id: &str, field: &str) -> String {
     format!("{id}.{field}")
 }
 
-/// A state that is bound to a session. Clones are of the same state; it outlives the session, and the next session of its catalog that
-/// is entered on the thread takes it over.
+/// A state that is bound to a session. Clones are of the same state; it outlives the session, and the next
+/// session of its catalog that is entered on the thread takes it over.
 #[derive(Debug)]
 pub struct Bound<T>(Arc<Shared<T>>);
 
@@ -222,7 +222,8 @@ impl<T: CheckpointState> Bound<T> {
         lock(&self.0.link).loaded
     }
 
-    /// The catalog that it belongs to: None where there is none, or a [`NullCheckpoint`](super::NullCheckpoint).
+    /// The catalog that it belongs to: None where there is none, or a
+    /// [`NullCheckpoint`](super::NullCheckpoint).
     pub fn checkpoint(&self) -> Option<Checkpoint> {
         lock(&self.0.link).catalog.clone()
     }

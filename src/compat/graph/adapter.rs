@@ -30,8 +30,9 @@ impl<S: GraphState, C: Checkpointer<S> + ?Sized> Checkpointer<S> for Arc<C> {
     }
 }
 
-/// Makes a type that implements the `Checkpointer` of an engine, such as `cognis_graph`, by a store of ours. Named are the type, the
-/// engine's crate or module with its `Checkpointer`, `GraphState` and `ActiveSnapshot`, what an error becomes, and that error's type.
+/// Makes a type that implements the `Checkpointer` of an engine, such as `cognis_graph`, by a store of ours.
+/// Named are the type, the engine's crate or module with its `Checkpointer`, `GraphState` and
+/// `ActiveSnapshot`, what an error becomes, and that error's type.
 ///
 /// ```
 /// # mod engine {

@@ -2,9 +2,10 @@
 //! were active then.
 //!
 //! The trait is the original's, method for method. An implementation written for it with `#[async_trait]` compiles after its
-//! imports and its bound on the state are changed. The other way round, [`checkpointer_for`] hands a store of ours to an engine that
-//! owns the trait, such as `cognis-graph`, and [`Namespaced`] keeps the states of its subgraphs apart. What the original leaves open is decided here, for every implementation
-//! in this module, and `testing::graph` is the suite that checks it:
+//! imports and its bound on the state are changed. The other way round, [`checkpointer_for`] hands a store of
+//! ours to an engine that owns the trait, such as `cognis-graph`, and [`Namespaced`] keeps the states of its
+//! subgraphs apart. What the original leaves open is decided here, for every implementation in this module,
+//! and `testing::graph` is the suite that checks it:
 //!
 //! | question | answer |
 //! |---|---|

@@ -5,8 +5,8 @@ use crate::error::Result;
 use async_trait::async_trait;
 use uuid::Uuid;
 
-/// The runs of one namespace in a store. The empty namespace is the store itself; every other one has a run id of its own for each
-/// run, derived from both (a UUID of version 5).
+/// The runs of one namespace in a store. The empty namespace is the store itself; every other one has a run
+/// id of its own for each run, derived from both (a UUID of version 5).
 #[derive(Clone, Debug)]
 pub struct Namespaced<C> {
     store: C,

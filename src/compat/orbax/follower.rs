@@ -36,7 +36,7 @@ pub(super) struct Flight {
 
 /// The thread that follows saves to their end.
 ///
-/// It does not keep the executor alive: the program's last `Arc` has to be the one whose drop waits for saves.
+/// It keeps no executor alive: the last `Arc` of the program is the one whose drop waits for saves.
 pub(super) struct Follower {
     pub executor: Weak<CheckpointExecutor>,
     pub catalog: Catalog,
@@ -128,7 +128,7 @@ pub(super) fn metrics(checkpoint: &Checkpoint) -> Option<serde_json::Value> {
     checkpoint.metadata(METRICS).ok()
 }
 
-/// When a step was saved; the time of its directory where somebody else saved it.
+/// When a step was saved; where no manager saved it, the time of its directory.
 pub(super) fn time(checkpoint: &Checkpoint) -> SystemTime {
     if let Ok(nanoseconds) = checkpoint.metadata::<u64>(TIME) {
         return SystemTime::UNIX_EPOCH + Duration::from_nanos(nanoseconds);

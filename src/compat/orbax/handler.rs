@@ -134,7 +134,8 @@ impl StandardCheckpointHandler {
                 HandlerAwaitableSignal::StepDirectoryCreation
             )));
         }
-        // What waits for a path does not keep the executor alive: the program's last `Arc` waits for saves when it is dropped.
+        // What waits for a path does not keep the executor alive: the program's last `Arc` waits for saves
+        // when it is dropped.
         let (executor, timeout) = (Arc::downgrade(&self.executor), args.timeout);
         CommitFuture::contracted(&signals, id, &[], timeout, move || {
             let gone = || Error::new(ErrorKind::Cancelled, "the executor went before a deferred save could begin");

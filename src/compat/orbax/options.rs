@@ -55,30 +55,30 @@ impl CheckpointManagerOptions {
         self
     }
 
-    /// Tries a save that failed for a reason that may pass up to `times` times more. Its state is kept until it has ended, beyond
-    /// fences, so one that the program can write is `Invalid`.
+    /// Tries a save that failed for a reason that may pass up to `times` times more. Its state is kept until
+    /// it has ended, beyond fences, so one that the program can write is `Invalid`.
     pub fn retry(mut self, times: u32) -> Self {
         self.retries = times;
         self
     }
 
-    /// When the tensors are read. Orbax copies them before `save` returns: [`Snapshot::AtSave`]. Unless that is asked for they are
-    /// read until the next [`fence`](crate::CheckpointExecutor::fence) of the executor, and the program must call that before it
-    /// writes them.
+    /// When the tensors are read. Orbax copies them before `save` returns: [`Snapshot::AtSave`]. Unless that
+    /// is asked for they are read until the next [`fence`](crate::CheckpointExecutor::fence) of the executor,
+    /// and the program must call that before it writes them.
     pub fn snapshot(mut self, snapshot: Snapshot) -> Self {
         self.snapshot = snapshot;
         self
     }
 
-    /// Names steps as Orbax does for `step_prefix` and `step_format_fixed_length`: `5` unless set, `step_5` with a prefix,
-    /// `step_00005` with a length, too.
+    /// Names steps as Orbax does for `step_prefix` and `step_format_fixed_length`: `5` unless set, `step_5`
+    /// with a prefix, `step_00005` with a length, too.
     pub fn step_format(self, prefix: Option<&str>, fixed_length: Option<usize>) -> Self {
         let prefix = prefix.map(|prefix| format!("{prefix}_")).unwrap_or_default();
         self.step_name(move |step| format!("{prefix}{step:0width$}", width = fixed_length.unwrap_or(0)))
     }
 
-    /// Names steps by `name`: Orbax's `step_name_format`. Steps that are there already are found under any name that
-    /// [`parse_step_name`] takes.
+    /// Names steps by `name`: Orbax's `step_name_format`. Steps that are there already are found under any
+    /// name that [`parse_step_name`] takes.
     pub fn step_name(mut self, name: impl Fn(u64) -> String + Send + Sync + 'static) -> Self {
         self.name = Box::new(name);
         self

@@ -11,8 +11,8 @@ use std::time::{Duration, SystemTime};
 pub struct CheckpointInfo {
     /// The step.
     pub step: u64,
-    /// When it was saved, as its manifest says. Of steps that no manager saved: when the directory was written, as the file system
-    /// says, or the beginning of 1970 where none can say.
+    /// When it was saved, as its manifest says. Of steps that no manager saved: when the directory was
+    /// written, as the file system says, or the beginning of 1970 where none can say.
     pub time: SystemTime,
     /// The metrics that it was saved with.
     pub metrics: Option<serde_json::Value>,
@@ -75,7 +75,8 @@ impl PreservationPolicy for EveryNStepsClosest {
                 return true;
             };
             let (below, above) = (this - this % n, this.checked_next_multiple_of(n));
-            // The multiple below belongs to this one or to the one before, the multiple above to this one or to the one after.
+            // The multiple below belongs to this one or to the one before, the multiple above to this one or
+            // to the one after.
             let before = before.is_none_or(|before| below == this || below > before && this - below <= below - before);
             let after = after.zip(above).is_some_and(|(after, above)| above < after && above - this < after - above);
             before || after
@@ -135,8 +136,8 @@ pub struct BestN {
 }
 
 impl BestN {
-    /// The `n` with the greatest metric; all for None, or when there are no more than `n` checkpoints; none for 0. Of equal ones the
-    /// newest. What has no metric is kept.
+    /// The `n` with the greatest metric; all for None, or when there are no more than `n` checkpoints; none
+    /// for 0. Of equal ones the newest. What has no metric is kept.
     pub fn new(
         n: Option<usize>,
         get_metric: impl Fn(&serde_json::Value) -> Option<f64> + Send + Sync + 'static,

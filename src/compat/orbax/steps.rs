@@ -53,8 +53,8 @@ use std::time::{Duration, Instant, SystemTime};
 /// ```
 ///
 /// Whether saves overlap, and what becomes of failures, is as the executor's settings say; an error that nobody saw comes out of
-/// the next `save`, `check_for_errors`, `wait_until_finished` or `close`. Dropping it waits for saves under way, for the executor's
-/// `shutdown_deadline` at most; errors are then only logged.
+/// the next `save`, `check_for_errors`, `wait_until_finished` or `close`. Dropping it waits for saves under
+/// way, for the executor's `shutdown_deadline` at most; errors are then only logged.
 #[derive(Debug)]
 pub struct CheckpointManager {
     catalog: Catalog,
@@ -122,8 +122,8 @@ impl CheckpointManager {
     /// Saves by `executor`, below its root.
     ///
     /// # Errors
-    /// When the root cannot be read; `Invalid` for names under which steps are not found again; `Busy` when there is no thread to
-    /// be had.
+    /// When the root cannot be read; `Invalid` for names under which steps are not found again; `Busy` when
+    /// there is no thread to be had.
     pub fn new(executor: Arc<CheckpointExecutor>, options: CheckpointManagerOptions) -> Result<Self> {
         options.name_of(0)?;
         let catalog = executor.catalog().clone();
@@ -279,8 +279,9 @@ impl CheckpointManager {
         self.shared.preempted.load(Ordering::Acquire)
     }
 
-    /// The steps that are there, oldest first: those that this manager knows; from the medium when it only reads. In Orbax a step
-    /// that is being saved is among them; here it is when it is durable, and [`should_save`](Self::should_save) knows of it before.
+    /// The steps that are there, oldest first: those that this manager knows; from the medium when it only
+    /// reads. In Orbax a step that is being saved is among them; here it is when it is durable, and
+    /// [`should_save`](Self::should_save) knows of it before.
     ///
     /// # Errors
     /// When the root cannot be read.
@@ -336,7 +337,8 @@ impl CheckpointManager {
         Ok(StepMetadata { time: time(&checkpoint), metrics: metrics(&checkpoint), checkpoint })
     }
 
-    /// The tensors of a step, by name, with dtype and shape. Those of a composite begin with the name of their item and a dot.
+    /// The tensors of a step, by name, with dtype and shape. Those of a composite begin with the name of
+    /// their item and a dot.
     ///
     /// # Errors
     /// As [`Catalog::checkpoint`].
@@ -400,7 +402,8 @@ impl CheckpointManager {
 }
 
 impl CheckpointManager {
-    /// Waits for saves under way, their retries and what is to be deleted, and ends the manager. The executor goes on.
+    /// Waits for saves under way, their retries and what is to be deleted, and ends the manager. The executor
+    /// goes on.
     ///
     /// # Errors
     /// The error of a save that nobody has seen; `Deadline` after `timeout`.

@@ -31,8 +31,9 @@ impl ExecuteOptions {
         Self::default()
     }
 
-    /// Where the checkpoint goes: a directory in the executor's root, such as `root/step-100`, or its name alone. One whose name
-    /// says no step is a checkpoint beside the steps: it is opened by its path, and neither listed nor deleted by retention.
+    /// Where the checkpoint goes: a directory in the executor's root, such as `root/step-100`, or its name
+    /// alone. One whose name says no step is a checkpoint beside the steps: it is opened by its path, and
+    /// neither listed nor deleted by retention.
     pub fn checkpoint_id(mut self, path: impl Into<PathBuf>) -> Self {
         self.checkpoint_id = Some(path.into());
         self

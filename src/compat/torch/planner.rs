@@ -38,9 +38,9 @@ pub trait SavePlanner: Send {
     /// As [`set_up_planner`](Self::set_up_planner).
     fn finish_plan(&mut self, plan: SavePlan) -> Result<SavePlan>;
 
-    /// What is written: the tensors and values that `plan` names, each as the plan says. A planner that renames or converts makes
-    /// them here, of what it was given in `state` or has itself; a plan that its state does not fit is `Invalid`. torch's
-    /// `resolve_data`, for all items at once.
+    /// What is written: the tensors and values that `plan` names, each as the plan says. A planner that
+    /// renames or converts makes them here, of what it was given in `state` or has itself; a plan that its
+    /// state does not fit is `Invalid`. torch's `resolve_data`, for all items at once.
     ///
     /// # Errors
     /// As [`set_up_planner`](Self::set_up_planner).

@@ -283,7 +283,8 @@ fn a_part_of_a_state_is_a_state() {
     assert_eq!(kind(whole.nested("model", state(1)).map(drop)), ErrorKind::Invalid);
 }
 
-/// What was restored was handed to the target whatever it was: a target with other arrays found out later, or never.
+/// What was restored was handed to the target whatever it was: a target with other arrays found out later, or
+/// never.
 #[test]
 fn a_target_of_another_structure_is_refused_and_left_as_it_was() {
     let root = tempdir().unwrap();

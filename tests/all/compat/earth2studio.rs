@@ -507,7 +507,7 @@ fn a_state_that_is_bound_before_a_session_waits_for_one() {
     assert!(waits.checkpoint_is_flush_due() && scope.is_flush_due());
     assert_eq!(scope.write(lead(6)).unwrap().expect("it was due").state_ids.len(), 2);
     drop(scope);
-    // Nobody can see what is restored into a state that the program has dropped.
+    // A state that the program has dropped waits no longer.
     drop((waits, clock));
     let again = checkpoint.enter().unwrap();
     again.bind(Rollout::new(0)).unwrap().update(|rollout| assert_eq!(*rollout, Rollout::new(6)));

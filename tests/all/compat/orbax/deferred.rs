@@ -179,7 +179,8 @@ fn a_commit_sends_its_own_signals_when_it_is_durable() {
     future.result(LONG).unwrap();
 }
 
-/// What waits for a path held the executor: a program that dropped its own last `Arc` waited for no save at all.
+/// What waits for a path held the executor: a program that dropped its own last `Arc` waited for no save at
+/// all.
 #[test]
 fn a_save_that_waits_for_its_path_does_not_keep_the_executor_alive() {
     let root = tempfile::tempdir().unwrap();
@@ -187,7 +188,7 @@ fn a_save_that_waits_for_its_path_does_not_keep_the_executor_alive() {
     let (deferred, (signals, id, args)) = (DeferredPath::new(), operation());
     let path = SavePath::Deferred(deferred.awaiting().join("5").unwrap());
     let futures = StandardCheckpointHandler::new(engine.clone()).async_save_deferred(path, state(1), args).unwrap();
-    drop(Arc::into_inner(engine).expect("nobody else has it"));
+    drop(Arc::into_inner(engine).expect("the last one"));
     deferred.set_path(root.path());
     signals.send(id, STEP);
     assert_eq!(futures[0].result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);

@@ -139,8 +139,8 @@ fn a_failure_that_may_pass_is_tried_again() {
     assert!(retries.save(2, written).unwrap_err().to_string().contains("counter"));
 }
 
-/// The thread of a manager that follows saves held the last `Arc` of the executor, and nobody waited for it: the last save of a
-/// program was lost when its `main` returned, and so was what was to be tried again or deleted.
+/// The thread of a manager that follows saves held the last `Arc` of the executor, and `main` did not wait
+/// for that thread: the last save of a program was lost, and so was what was to be tried again or deleted.
 #[test]
 fn a_manager_that_is_dropped_waits_for_its_saves_their_retries_and_what_is_deleted() {
     let root = tempfile::tempdir().unwrap();

@@ -191,7 +191,8 @@ fn of_callers_at_once_one_takes_the_last_place() {
     }
 }
 
-/// A forked child that dropped an executor waited for saves whose threads are the parent's, for as long as a shutdown may take.
+/// A forked child that dropped an executor waited for saves whose threads are the parent's, for as long as a
+/// shutdown may take.
 #[test]
 #[cfg_attr(miri, ignore = "forks")]
 fn an_executor_that_a_forked_child_drops_goes_on_in_the_parent() {

@@ -129,8 +129,8 @@ impl SavePlanner for Converts {
     }
 }
 
-/// Only the counts of a plan and a state were compared: with a planner that renamed or converted an item the original bytes were
-/// saved, and the metadata told of the plan.
+/// Only the counts of a plan and a state were compared: with a planner that renamed or converted an item the
+/// original bytes were saved, and the metadata told of the plan.
 #[test]
 fn what_is_saved_is_what_the_plan_says_or_nothing() {
     let root = tempfile::tempdir().unwrap();

@@ -110,8 +110,8 @@ fn a_writer_that_hangs_fails_its_save_at_the_deadline() {
     signal(writer, libc::SIGCONT);
 }
 
-/// A forked child shares the socket to the writer process. One that dropped its copy of the executor shut that down: the writer
-/// took its program for gone, and ended.
+/// A forked child shares the socket to the writer process. One that dropped its copy of the executor shut
+/// that down: the writer took its program for gone, and ended.
 #[test]
 #[cfg_attr(miri, ignore = "forks")]
 fn a_writer_process_stays_with_the_parent_when_a_forked_child_drops_the_executor() {
