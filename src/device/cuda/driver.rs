@@ -5,7 +5,8 @@
 //! A result code is a plain number, because a newer driver may return ones that nobody here knows.
 //!
 //! **Failure.** A code after which a context is lost is sticky: from then on every call on that context fails with the same
-//! error and the driver is not called any more, not even to give things back. **Exit, fork.** A driver that the end of the process
+//! error and the driver is not called any more, not even to give things back. A context also counts as lost when the driver refuses
+//! to say how far work is, and does not stop refusing. **Exit, fork.** A driver that the end of the process
 //! has taken down already is no error for whoever gives something back; a forked child never calls it.
 //!
 //! # Safety argument
@@ -41,10 +42,34 @@ mod code {
     pub const NOT_READY: i32 = 600;
     /// Errors of stream capture lie together.
     pub const CAPTURE: std::ops::RangeInclusive<i32> = 900..=908;
-    /// After these nothing on the context works any more.
-    pub const STICKY: [i32; 17] =
-        [DEINITIALIZED, 46, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999];
-    pub const NAMES: [(i32, &str); 20] = [
+    pub const INVALID_CONTEXT: i32 = 201;
+    pub const INVALID_HANDLE: i32 = 400;
+    /// After these nothing on the context works any more, whatever was called. Other errors may pass; what is made of those that do
+    /// not is in `context`.
+    pub const STICKY: [i32; 21] = [
+        DEINITIALIZED,
+        46,
+        214,
+        220,
+        226,
+        700,
+        702,
+        709,
+        710,
+        714,
+        715,
+        716,
+        717,
+        718,
+        719,
+        721,
+        805,
+        806,
+        810,
+        911,
+        999,
+    ];
+    pub const NAMES: [(i32, &str); 26] = [
         (1, "invalid value"),
         (2, "out of memory"),
         (3, "not initialized"),
@@ -54,16 +79,22 @@ mod code {
         (NO_DEVICE, "no device"),
         (101, "invalid device"),
         (200, "invalid image"),
-        (201, "invalid context"),
+        (INVALID_CONTEXT, "invalid context"),
         (214, "uncorrectable memory error"),
         (218, "invalid kernel text"),
         (222, "kernel text of a newer toolkit"),
-        (400, "invalid handle"),
+        (INVALID_HANDLE, "invalid handle"),
         (700, "illegal address"),
         (702, "launch timeout"),
+        (709, "the context was destroyed"),
         (712, "host memory registered already"),
         (719, "launch failed"),
         (803, "driver and library do not fit"),
+        (805, "no connection to the server of MPS"),
+        (806, "a call of the server of MPS failed"),
+        (809, "the server of MPS has no connections left"),
+        (810, "ended by the server of MPS"),
+        (911, "an error of a device outside CUDA"),
         (999, "unknown"),
     ];
 }
@@ -132,13 +163,13 @@ table! {
     allocate_host = "cuMemHostAlloc"(*mut Address, usize, c_uint);
     free_host = "cuMemFreeHost"(Address);
     fill = "cuMemsetD8Async"(Address, u8, usize, Handle);
-    write_value = "cuStreamWriteValue64_v2"(Handle, Address, u64, c_uint);
     module_load = "cuModuleLoadData"(*mut Handle, *const c_char);
     module_unload = "cuModuleUnload"(Handle);
     module_function = "cuModuleGetFunction"(*mut Handle, Handle, *const c_char);
     launch = "cuLaunchKernel"(
         Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *const *const c_void, *const *const c_void
     );
+    ? write_value = "cuStreamWriteValue64_v2"(Handle, Address, u64, c_uint);
     ? wait_number = "cuStreamWaitValue32_v2"(Handle, Address, u32, c_uint);
     ? write_number = "cuStreamWriteValue32_v2"(Handle, Address, u32, c_uint);
 }

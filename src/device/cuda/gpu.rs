@@ -77,6 +77,16 @@ pub(super) struct Lent {
     event: Option<Event>,
 }
 
+impl Lent {
+    /// True when it is reached, or never will be because the device is lost.
+    pub fn is_over(&self) -> bool {
+        let context = &self.gpu.context;
+        // Asked in any case: that is how one learns that the context is lost.
+        let _entered = context.enter();
+        self.is_reached().unwrap_or(false) || context.lost()
+    }
+}
+
 impl Deref for Lent {
     type Target = Event;
 

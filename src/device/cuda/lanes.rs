@@ -101,8 +101,12 @@ impl Lanes {
         if !mutant::on(Mutant::BatchKept) {
             self.lanes.iter_mut().for_each(|lane| lane.held.clear());
         }
-        // A context that is lost does nothing any more: the driver has stopped all of its work.
-        let ended = |lane: &Lane| lane.gpu.context.lost() || lane.stream.is_idle().unwrap_or(false);
+        // A context that is lost does nothing any more: the driver has stopped all of its work, or does not say.
+        let ended = |lane: &Lane| {
+            // As in `of`: users' code may have been what failed. Where it is refused, so is the question.
+            _ = lane.gpu.context.make_current();
+            lane.stream.is_idle().unwrap_or(false) || lane.gpu.context.lost()
+        };
         while !self.lanes.iter().all(ended) {
             if Instant::now() >= deadline {
                 return false;

@@ -1,11 +1,14 @@
 //! A driver that fails: each call once in turn, at once and later; contexts that are lost; work that never ends.
 
-use super::program::{Gpu, Stream, Tensor, at_fence, rig};
+use super::program::{COPIES, Gpu, Stream, Tensor, at_fence, rig};
 use crate::rig::{LONG, eventually, one, pattern};
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
-use ashore::{Builder, Capture, Checkpoint, CheckpointExecutor, Detect, ErrorKind, Fence};
-use std::sync::Arc;
+use ashore::{
+    Builder, Capture, Checkpoint, CheckpointExecutor, Detect, ErrorKind, Fence, RawDevice, Source, StateDict,
+};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 /// What ashore calls while it lives; the last of them give things back.
@@ -213,4 +216,90 @@ fn cuda_driver_that_is_taken_down_first_is_no_error() {
     rig.executor.save(1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
     fake.fault("*:0:4");
     rig.executor.shutdown(LONG).unwrap();
+}
+
+/// Runs `scope` in a thread, because it may never end.
+fn ends(scope: impl FnOnce() -> ashore::Error + Send + 'static) -> ashore::Error {
+    let (send, ended) = mpsc::channel();
+    std::thread::spawn(move || send.send(scope()));
+    ended.recv_timeout(LONG).expect("the scope ends")
+}
+
+/// An error that was not known to stay was taken for "still running" by whoever waited for copies: after somebody's reset of the device,
+/// or of its connection to MPS, a scope never ended.
+#[test]
+fn cuda_scope_ends_when_the_driver_refuses_for_good_to_say_how_far_copies_are() {
+    for code in [201, 400, 709, 809, 810] {
+        let rig = Arc::new(rig(|b| b.detect(Detect::Never)));
+        if rig.gpu.fake().is_none() {
+            return;
+        }
+        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 60_000)));
+        let theirs = rig.clone();
+        let error = ends(move || {
+            let fake = theirs.gpu.fake().unwrap();
+            fake.set("hold", COPIES);
+            let copies = fake.calls("cuMemcpyDtoHAsync_v2");
+            let save = theirs.executor.scope(Fence::host(), |scope| {
+                let save = scope.save(1, at_fence(tensor.lent(stream))).unwrap();
+                eventually("copies are queued", || fake.calls("cuMemcpyDtoHAsync_v2") > copies);
+                ["cuStreamQuery", "cuEventQuery"].iter().for_each(|call| fake.fault(&format!("{call}:0:{code}")));
+                save
+            });
+            fake.set("hold", 0);
+            save.unwrap().wait(LONG).unwrap_err()
+        });
+        assert_eq!((error.kind(), error.step()), (ErrorKind::Device, Some(1)), "{error}");
+        assert!(error.to_string().contains(&format!("code={code}")), "{error}");
+        // The context counts as lost: nothing is copied into slabs that a driver may still write.
+        let error = rig.executor.save(2, one("host", Arc::new(pattern(2, 5000)))).unwrap().wait(LONG).unwrap_err();
+        assert!(error.kind() == ErrorKind::Device && error.to_string().contains(&format!("code={code}")), "{error}");
+    }
+}
+
+/// Hands its bytes out once; the second time it leaves the thread without a context, and panics.
+struct Leaves(RawDevice, Arc<AtomicUsize>);
+
+#[expect(unsafe_code, reason = "hands on the promises of the source inside")]
+// SAFETY: those of the source inside.
+unsafe impl Source for Leaves {
+    fn layout(&self) -> ashore::Layout {
+        self.0.layout()
+    }
+    fn place(&self) -> ashore::Place {
+        self.0.place()
+    }
+    fn read(&self, copy: &mut dyn FnMut(*const u8)) {
+        if self.1.fetch_add(1, Ordering::Relaxed) > 0 {
+            Gpu::leave();
+            panic!("a source that fails");
+        }
+        self.0.read(copy);
+    }
+}
+
+/// Without a current context the driver refused to say whether the first copy had ended, and nobody made one current again.
+#[test]
+fn cuda_copies_are_waited_for_in_a_thread_that_a_source_left_without_a_context() {
+    // Without kernels, for which `save` itself would ask the source where it lies.
+    let rig = Arc::new(rig(|b| b.gather(0)));
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 60_000)));
+    let theirs = rig.clone();
+    let error = ends(move || {
+        theirs.gpu.enter();
+        theirs.gpu.set("hold", COPIES);
+        let save = theirs.executor.scope(Fence::host(), |scope| {
+            let (mut state, reads) = (StateDict::new(), Arc::new(AtomicUsize::new(0)));
+            let source = Leaves(tensor.lent(stream), reads.clone());
+            state.tensor_captured("t", source, Capture::AtFence).unwrap();
+            let save = scope.save(1, state).unwrap();
+            eventually("the source has failed", || reads.load(Ordering::Relaxed) > 1);
+            theirs.gpu.set("hold", 0);
+            save
+        });
+        save.unwrap().wait(LONG).unwrap_err()
+    });
+    assert_eq!(error.kind(), ErrorKind::Internal, "{error}");
+    let tensor = rig.gpu.tensor(&pattern(2, 9000));
+    rig.executor.save(2, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
 }

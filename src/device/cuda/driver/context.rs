@@ -12,6 +12,10 @@ use crate::sync::{Mutex, lock};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long a driver may refuse to say how far work is before its context counts as lost.
+pub(super) const REFUSALS: Duration = Duration::from_secs(2);
 
 /// The primary context of a device, shared with every other user of the device in this process. It is retained when first
 /// used and never given back: others may use it without having retained it.
@@ -87,20 +91,64 @@ impl Context {
         self.dead.load(Ordering::Acquire)
     }
 
-    /// The one place where codes are judged.
     pub(super) fn code(&self, call: &'static str, run: impl FnOnce(&Table) -> c_int) -> Result<c_int> {
         self.alive()?;
-        let code = run(&self.driver.table);
+        self.judge(call, run(&self.driver.table))
+    }
+
+    /// The one place where codes are judged.
+    pub(super) fn judge(&self, call: &'static str, code: c_int) -> Result<c_int> {
         if code == code::SUCCESS || code == code::NOT_READY {
             return Ok(code);
         }
-        let error = refused(call, code);
-        let error = Error::new(error.kind(), format!("{} device=cuda:{}", error.message(), self.ordinal));
+        let error = self.refused(call, code);
         if code::STICKY.contains(&code) {
-            lock(&self.why).get_or_insert_with(|| error.clone());
-            self.dead.store(true, Ordering::Release);
+            self.lose(&error);
         }
         Err(error)
+    }
+
+    fn refused(&self, call: &'static str, code: c_int) -> Error {
+        let error = refused(call, code);
+        Error::new(error.kind(), format!("{} device=cuda:{}", error.message(), self.ordinal))
+    }
+
+    /// From here on the driver is not called any more. Memory of the host that it may still use stays pinned, and nothing that is
+    /// copied with this context is published.
+    pub(super) fn lose(&self, why: &Error) {
+        lock(&self.why).get_or_insert_with(|| why.clone());
+        if !self.dead.swap(true, Ordering::AcqRel) {
+            tracing::error!(error = %why, "a CUDA context is lost");
+        }
+    }
+
+    /// Asks how far something of ours is: true when it has ended. Whoever asks waits, and must not wait for ever for a driver that
+    /// refuses to say. One that does not know our handle, in our own context, has reset that context, and its work ended with it; any
+    /// other refusal is for good when nothing else was heard for `REFUSALS`.
+    pub(super) fn query(
+        &self,
+        call: &'static str,
+        refusing: &Mutex<Option<Instant>>,
+        ask: impl Fn(&Table) -> c_int,
+    ) -> Result<bool> {
+        self.alive()?;
+        let mut code = ask(&self.driver.table);
+        // Code of the program that ran in this thread may have left it without a context.
+        if code == code::INVALID_CONTEXT && self.make_current().is_ok() {
+            code = ask(&self.driver.table);
+        }
+        let answer = self.judge(call, code);
+        let mut refusing = lock(refusing);
+        match &answer {
+            Ok(_) => *refusing = None,
+            Err(error) => {
+                let unknown = code == code::INVALID_CONTEXT || code == code::INVALID_HANDLE;
+                if unknown || refusing.get_or_insert_with(Instant::now).elapsed() >= REFUSALS {
+                    self.lose(error);
+                }
+            }
+        }
+        answer.map(|code| code == code::SUCCESS)
     }
 
     pub(super) fn call(&self, call: &'static str, run: impl FnOnce(&Table) -> c_int) -> Result<()> {
@@ -161,7 +209,7 @@ impl Context {
         // SAFETY: writes one handle.
         let made = |t: &Table| unsafe { (t.stream_create)(&mut handle, NON_BLOCKING, least) };
         self.call("cuStreamCreateWithPriority", made)?;
-        Ok(Stream { context: self.clone(), handle })
+        Ok(Stream { context: self.clone(), handle, refusing: Mutex::default() })
     }
 
     /// An event, which is reached until it is recorded.
@@ -171,7 +219,7 @@ impl Context {
         let mut handle = 0;
         // SAFETY: writes one handle.
         self.call("cuEventCreate", |t| unsafe { (t.event_create)(&mut handle, DISABLE_TIMING) })?;
-        Ok(Event { context: self.clone(), handle })
+        Ok(Event { context: self.clone(), handle, refusing: Mutex::default() })
     }
 
     /// Refuses a stream that is being captured into a graph: what is queued there would not run now.

@@ -4,16 +4,22 @@
 //! That of the module above.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
-use super::context::Context;
-use super::{Address, Handle, Table, code};
+use super::context::{Context, REFUSALS};
+use super::{Address, Handle, Table, absent, code};
 use crate::error::Result;
+use crate::sync::Mutex;
 use std::ffi::CStr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Since when the driver has been refusing to say how far something is.
+type Refusing = Mutex<Option<Instant>>;
 
 /// A stream of our own.
 pub struct Stream {
     pub(super) context: Arc<Context>,
     pub(super) handle: Handle,
+    pub(super) refusing: Refusing,
 }
 
 impl Stream {
@@ -29,8 +35,7 @@ impl Stream {
     /// True when everything queued so far has ended.
     pub fn is_idle(&self) -> Result<bool> {
         // SAFETY: a live stream.
-        let query = |t: &Table| unsafe { (t.stream_query)(self.handle) };
-        Ok(self.context.code("cuStreamQuery", query)? == code::SUCCESS)
+        self.context.query("cuStreamQuery", &self.refusing, |t| unsafe { (t.stream_query)(self.handle) })
     }
 
     /// Queues a copy to the host.
@@ -56,8 +61,10 @@ impl Stream {
     /// # Safety
     /// `at` is a multiple of 8 in memory of the device that lives until then.
     pub unsafe fn write(&self, at: Address, value: u64) -> Result<()> {
+        const CALL: &str = "cuStreamWriteValue64_v2";
+        let write = self.context.driver.table.write_value.ok_or_else(|| absent(CALL))?;
         // SAFETY: as the caller says.
-        self.context.call("cuStreamWriteValue64_v2", |t| unsafe { (t.write_value)(self.handle, at, value, 0) })
+        self.context.call(CALL, |_| unsafe { write(self.handle, at, value, 0) })
     }
 
     /// Queues zeros over all of `memory`.
@@ -78,6 +85,7 @@ impl Drop for Stream {
 pub struct Event {
     pub(super) context: Arc<Context>,
     pub(super) handle: Handle,
+    pub(super) refusing: Refusing,
 }
 
 impl Event {
@@ -85,6 +93,35 @@ impl Event {
     pub fn record(&self, stream: Handle) -> Result<()> {
         // SAFETY: a live event; the stream is ours, or one for which the program vouched.
         self.context.call("cuEventRecord", |t| unsafe { (t.event_record)(self.handle, stream) })
+    }
+
+    /// Records it in a stream of the program behind what was queued there just now, and goes on trying for `REFUSALS`: an event that
+    /// was not recorded counts as reached, and sources would be freed under kernels that read them. After an error nothing of
+    /// that runs any more, or the context is lost.
+    pub fn insist(&self, stream: Handle) -> Result<()> {
+        const POLL: Duration = Duration::from_micros(50);
+        let (table, began) = (&self.context.driver.table, Instant::now());
+        loop {
+            let mut code = code::SUCCESS;
+            for _ in 0..2 {
+                self.context.alive()?;
+                // SAFETY: as in `record`.
+                code = unsafe { (table.event_record)(self.handle, stream) };
+                if code == code::SUCCESS {
+                    return Ok(());
+                }
+            }
+            let refused = self.context.judge("cuEventRecord", code).map(drop);
+            // SAFETY: as in `record`.
+            let idle = self.context.code("cuStreamQuery", |t| unsafe { (t.stream_query)(stream) });
+            if code == code::INVALID_HANDLE || idle.is_ok_and(|code| code == code::SUCCESS) {
+                return refused;
+            }
+            if let (Err(error), true) = (&refused, began.elapsed() >= REFUSALS) {
+                self.context.lose(error);
+            }
+            std::thread::sleep(POLL);
+        }
     }
 
     /// Makes `stream` wait for what it was last recorded behind.
@@ -96,8 +133,7 @@ impl Event {
     /// True when everything that it was last recorded behind has ended.
     pub fn is_reached(&self) -> Result<bool> {
         // SAFETY: a live event.
-        let query = |t: &Table| unsafe { (t.event_query)(self.handle) };
-        Ok(self.context.code("cuEventQuery", query)? == code::SUCCESS)
+        self.context.query("cuEventQuery", &self.refusing, |t| unsafe { (t.event_query)(self.handle) })
     }
 }
 
