@@ -181,19 +181,28 @@ pub trait Kernels: Send + Sync + Debug {
     fn room(&self) -> Range<u64>;
 
     /// The addresses of the slots of the scratch.
-    fn slots(&self) -> &[u64];
+    ///
+    /// # Errors
+    /// Why there are none.
+    fn slots(&self) -> Result<&[u64]>;
 
-    /// Queues in `stream`: copy `pieces`, whose `to` are addresses in the room.
+    /// Queues in `stream`: copy `pieces`, whose `to` are addresses in the room. What was queued is added to `queued` also where
+    /// that fails: it reads the tensors until it has run.
     ///
     /// # Errors
     /// `Device`; `Invalid` for a stream that is being captured into a graph.
-    fn capture(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Arc<dyn Queued>>;
+    fn capture(&self, stream: DeviceStream, pieces: &Pieces, queued: &mut Vec<Arc<dyn Queued>>) -> Result<()>;
 
-    /// Queues in `stream`: digest `pieces`, all those of a chunk as one.
+    /// Queues in `stream`: digest `pieces`, all those of a chunk as one. `queued` as there.
     ///
     /// # Errors
     /// As [`Kernels::capture`].
-    fn digest(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Arc<dyn Digests>>;
+    fn digest(
+        &self,
+        stream: DeviceStream,
+        pieces: &Pieces,
+        queued: &mut Vec<Arc<dyn Queued>>,
+    ) -> Result<Arc<dyn Digests>>;
 
     /// Takes note of the tensors of a save, the `number`-th from 1; `base` is what the watermark will be before its first chunk.
     /// None when there is no room for it now.
@@ -225,8 +234,8 @@ pub trait Queued: Send + Sync {
     fn over(&self) -> bool;
 }
 
-/// Digests that a device was asked for; over when nothing reads the tensors for them any more.
-pub trait Digests: Queued {
+/// Digests that a device was asked for.
+pub trait Digests: Send + Sync {
     /// Of each chunk, in order.
     ///
     /// # Errors
@@ -252,11 +261,14 @@ pub trait Noted: Send + Sync {
 
     /// Queues in the first of `streams`, behind `point`, and behind all copies queued so far if `behind_copies`: decide F from the
     /// watermark, copy the chunks from F on aside, tell F. The other streams wait for that. `slots` are those of the last
-    /// chunks. Once.
+    /// chunks. Not again once something of it has [begun](Noted::begun).
     ///
     /// # Errors
-    /// `Device`: the slots are lost. `Invalid`: nothing was queued.
+    /// `Device`; `Invalid`: nothing was queued.
     fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()>;
+
+    /// Whether something was queued by [`Noted::launch`], which may have failed all the same.
+    fn begun(&self) -> bool;
 
     /// Makes `streams` wait for what was launched.
     ///
@@ -314,11 +326,9 @@ impl DeviceReport {
     pub(crate) fn found(&mut self, kernels: &Result<Arc<dyn Kernels>>) {
         match kernels {
             Ok(kernels) => {
-                let (room, slots) = (kernels.room(), kernels.slots().len());
-                let none = |setting: &str| Err(format!("no memory was asked for setting={setting}"));
-                self.gather = if room.is_empty() { none("gather") } else { Ok(room.end - room.start) };
-                self.scratch =
-                    if slots == 0 { Err("no memory was asked for setting=scratch".into()) } else { Ok(slots) };
+                let (room, none) = (kernels.room(), "no memory was asked for setting=gather");
+                self.gather = if room.is_empty() { Err(none.into()) } else { Ok(room.end - room.start) };
+                self.scratch = kernels.slots().map(<[u64]>::len).map_err(|why| why.to_string());
             }
             Err(why) => (self.gather, self.scratch) = (Err(why.to_string()), Err(why.to_string())),
         }

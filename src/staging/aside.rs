@@ -28,6 +28,8 @@ const LOOK: Duration = Duration::from_micros(200);
 pub(crate) struct Scratch {
     kernels: Arc<dyn Kernels>,
     room: Arc<Room>,
+    /// Addresses of the slots, and which of them are free.
+    slots: Vec<u64>,
     free: Mutex<Vec<usize>>,
     /// Fences that were launched and still have slots, or kernels that may run.
     watched: Mutex<Vec<(Arc<Ticket>, Arc<Aside>)>>,
@@ -136,8 +138,9 @@ impl Aside {
 
 impl Scratch {
     pub fn new(kernels: Arc<dyn Kernels>) -> Self {
-        let (free, room) = ((0..kernels.slots().len()).rev().collect(), Room::new(kernels.room()));
-        Self { kernels, room, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
+        let slots = kernels.slots().unwrap_or_default().to_vec();
+        let (free, room) = ((0..slots.len()).rev().collect(), Room::new(kernels.room()));
+        Self { kernels, room, slots, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
     }
 
     /// Captures what is to be captured of a save, and with `detect` has the rest digested: see [`at_save`].
@@ -161,7 +164,7 @@ impl Scratch {
         let mut pieces = Pieces { chunks: plan.chunks.len(), ..Pieces::default() };
         pieces.list.reserve(plan.segments.len());
         let (mut gathered, mut host) = (vec![false; plan.chunks.len()], 0);
-        let (can_gather, slotted) = (!self.kernels.room().is_empty(), !self.kernels.slots().is_empty());
+        let (can_gather, slotted) = (!self.kernels.room().is_empty(), !self.slots.is_empty());
         for (chunk, planned) in plan.chunks.iter().enumerate() {
             let (mut to, begin) = (0, pieces.list.len());
             for segment in &plan.segments[planned.segments.clone()] {
@@ -305,9 +308,7 @@ impl Scratch {
         }
         lock(&self.watched).push((ticket.clone(), aside.clone()));
         let launched = aside.save.launch(streams, &aside.point, behind_copies, &slots);
-        if let Err(error) = &launched
-            && error.kind() == ErrorKind::Invalid
-        {
+        if launched.is_err() && !aside.save.begun() {
             aside.launched.store(false, Ordering::Release);
             lock(&self.watched).retain(|(_, watched)| !Arc::ptr_eq(watched, aside));
             self.give_back(aside, |_| true);
@@ -327,8 +328,7 @@ impl Scratch {
             let first = (ticket.chunks - most).max(aside.host);
             if ticket.queued.load(Ordering::Acquire) >= first {
                 let rest = free.len() - (ticket.chunks - first);
-                let addresses = self.kernels.slots();
-                let held = free.split_off(rest).into_iter().map(|slot| Some((slot, addresses[slot]))).collect();
+                let held = free.split_off(rest).into_iter().map(|slot| Some((slot, self.slots[slot]))).collect();
                 *lock(&aside.slots) = Slots { first, held };
                 return Some(first);
             }
@@ -353,8 +353,14 @@ impl Scratch {
         let mut watched = lock(&self.watched);
         let mut over = Vec::new();
         watched.retain(|(ticket, aside)| {
-            let Some(latched) = aside.latched() else { return true };
-            let ended = ticket.staged.is_complete() || mutant::on(Mutant::SlotEarly);
+            let staged = ticket.staged.is_complete();
+            let latched = match aside.latched() {
+                Some(latched) => latched,
+                // Not all kernels could be queued, and F is never told: those that were have ended.
+                None if staged && !aside.pending() => 0,
+                None => return true,
+            };
+            let ended = staged || mutant::on(Mutant::SlotEarly);
             self.give_back(aside, |i| i < latched || ended);
             if ended {
                 over.push(aside.clone());

@@ -89,12 +89,12 @@ pub(crate) fn at_save(
     let span = room.span();
     let captured = choose(kernels.ordinal(), room.len, span, state, done)?;
     if let Some(end) = captured.iter().map(|(_, end)| *end).max() {
-        let mut region = Region::take(room, span.0, end);
-        if let Err(error) = capture(kernels, room, state, &captured, &region, &mut done.queued) {
-            // Nobody knows what will still be written there, unless nothing was queued.
-            region.lost = error.kind() != ErrorKind::Invalid;
-            return Err(error);
-        }
+        let region = Region::take(room, span.0, end);
+        let before = done.queued.len();
+        let queued = capture(kernels, room, state, &captured, &mut done.queued);
+        // Also where that failed: what was queued is still to be written there.
+        done.queued[before..].iter().for_each(|queued| region.wait_for(queued.clone()));
+        queued?;
         for (index, end) in captured {
             let tensor = &mut state.tensors[index];
             tensor.captured_at = Some(room.start + end - tensor.place.bytes());
@@ -129,7 +129,6 @@ fn capture(
     room: &Room,
     state: &StateDict<'_>,
     captured: &[(usize, u64)],
-    region: &Region,
     queued: &mut Vec<Arc<dyn Queued>>,
 ) -> Result<()> {
     for stream in &state.streams {
@@ -142,9 +141,7 @@ fn capture(
             }
         }
         if !pieces.list.is_empty() {
-            let capture = kernels.capture(*stream, &pieces)?;
-            region.wait_for(capture.clone());
-            queued.push(capture);
+            kernels.capture(*stream, &pieces, queued)?;
         }
     }
     Ok(())
@@ -216,8 +213,7 @@ fn digest(kernels: &dyn Kernels, state: &StateDict<'_>, done: &mut OnDevice) -> 
         }
         pieces.chunks = tensors.len();
         if !tensors.is_empty() {
-            let digests = kernels.digest(*stream, &pieces)?;
-            done.queued.push(digests.clone());
+            let digests = kernels.digest(*stream, &pieces, &mut done.queued)?;
             done.expected.push((tensors, digests));
         }
     }
@@ -336,8 +332,6 @@ impl Taken {
 pub(crate) struct Region {
     room: Arc<Room>,
     begin: u64,
-    /// It never comes back.
-    lost: bool,
 }
 
 impl Region {
@@ -345,7 +339,7 @@ impl Region {
     fn take(room: &Arc<Room>, begin: u64, end: u64) -> Self {
         let over = mutant::on(Mutant::RoomEarly);
         lock(&room.regions).push(Taken { begin, end, over, writing: Vec::new() });
-        Self { room: room.clone(), begin, lost: false }
+        Self { room: room.clone(), begin }
     }
 
     /// Stays until this has run.
@@ -361,6 +355,6 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        self.change(|taken| taken.over = !self.lost);
+        self.change(|taken| taken.over = true);
     }
 }

@@ -15,7 +15,7 @@ use super::gpu::{Gpu, Lent, PATIENCE, POLL};
 use super::late::{self, Fences};
 use super::table::{Table, Tables};
 use super::trial;
-use crate::device::{self, Digests, Noted, Pieces, Queued};
+use crate::device::{self, Digests, LentMemory, Noted, Pieces, Queued};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::DeviceStream;
@@ -65,10 +65,10 @@ pub(super) struct Loaded {
     pub shared: Arc<Shared>,
     pub gpu: Arc<Gpu>,
     pub tables: Tables,
-    pub fences: Fences,
+    /// What fences set aside; or why they set nothing aside, which keeps nobody from gathering.
+    pub aside: Result<Slots>,
     gather: usize,
     digest: usize,
-    slots: Vec<Address>,
     /// How much of `room` is for captured tensors; a chunk that is put together lies behind it.
     captured: u64,
     running: Mutex<Vec<Running>>,
@@ -76,10 +76,41 @@ pub(super) struct Loaded {
     /// In which digests come to the host, so that no stream of the program waits for the bus.
     results: Stream,
     // In this order: kernels before the memory that they use.
-    modules: [Module; 3],
+    modules: [Module; 2],
     room: Option<Memory>,
-    _scratch: Box<dyn Any + Send + Sync>,
     digest_tables: Memory,
+}
+
+/// Where chunks are set aside.
+pub(super) struct Slots {
+    // In this order: kernels before the memory that they use.
+    pub fences: Fences,
+    slots: Vec<Address>,
+    _memory: Box<dyn Any + Send + Sync>,
+}
+
+impl Slots {
+    /// Takes memory for `count` chunks, if the program has handed in none, and tries the kernels of fences.
+    fn new(gpu: &Arc<Gpu>, chunk: usize, count: usize, lent: Option<LentMemory>) -> Result<Self> {
+        if count == 0 {
+            return Err(Error::invalid("no memory was asked for setting=scratch"));
+        }
+        let fences = Fences::new(gpu, load(gpu, text!("late_copy"))?)?;
+        let (begin, memory): (_, Box<dyn Any + Send + Sync>) = match lent {
+            Some(lent) => (lent.address, lent.keep_alive),
+            None => {
+                let memory = gpu.context.memory(count * chunk)?;
+                (memory.address(), Box::new(memory))
+            }
+        };
+        Ok(Self { fences, slots: (0..count).map(|i| begin + (i * chunk) as u64).collect(), _memory: memory })
+    }
+}
+
+/// Loads the kernels of a text that ends in a zero.
+fn load(gpu: &Arc<Gpu>, text: &'static str) -> Result<Module> {
+    let text = CStr::from_bytes_with_nul(text.as_bytes());
+    gpu.context.module(text.map_err(|_| Error::internal("a zero in a kernel's text"))?)
 }
 
 /// What was queued in a stream of the program, and must stay until it has run.
@@ -98,34 +129,26 @@ impl Loaded {
             return Err(Error::invalid("no memory of the device was given to kernels"));
         }
         let gpu = shared.gpu(shared.home)?;
-        let load = |text: &'static str| {
-            let text = CStr::from_bytes_with_nul(text.as_bytes());
-            gpu.context.module(text.map_err(|_| Error::internal("a zero in a kernel's text"))?)
-        };
-        let modules = [load(text!("gather"))?, load(text!("digest"))?, load(text!("late_copy"))?];
+        let aside = Slots::new(&gpu, chunk, count, lent);
+        match &aside {
+            Err(why) if gather == 0 => return Err(why.clone()),
+            Err(why) if scratch > 0 => tracing::warn!(error = %why, "no scratch: fences wait for copies to the host"),
+            _ => {}
+        }
+        let modules = [load(&gpu, text!("gather"))?, load(&gpu, text!("digest"))?];
         let room = usize::try_from(gather).unwrap_or(usize::MAX).saturating_add(chunk);
         let room = (gather > 0).then(|| gpu.context.memory(room)).transpose()?;
-        let (begin, scratch): (_, Box<dyn Any + Send + Sync>) = match lent {
-            Some(lent) => (lent.address, lent.keep_alive),
-            None => {
-                let memory = (count > 0).then(|| gpu.context.memory(count * chunk)).transpose()?;
-                (memory.as_ref().map_or(0, Memory::address), Box::new(memory))
-            }
-        };
-        let slots = (0..count).map(|i| begin + (i * chunk) as u64).collect();
         let loaded = Arc::new(Self {
             shared: shared.clone(),
             tables: Tables::new(gpu.clone())?,
-            fences: Fences::new(&gpu, &modules[2])?,
+            aside,
             gather: modules[0].function(c"gather")?,
             digest: modules[1].function(c"digest")?,
-            slots,
             captured: gather,
             running: Mutex::default(),
             spare: Spare::default(),
             results: gpu.context.stream()?,
             room,
-            _scratch: scratch,
             digest_tables: gpu.context.memory(DIGEST_TABLES)?,
             gpu: gpu.clone(),
             modules,
@@ -143,8 +166,7 @@ impl Loaded {
         let (gpu, stream) = (&self.gpu, self.gpu.copies.handle());
         let tables = self.modules[1].function(c"digest_tables")?;
         // SAFETY: the structure of this kernel is one address; the tables live as long as `self`.
-        unsafe { gpu.context.launch(tables, stream, 32, BLOCK, &self.digest_tables.address()) }?;
-        self.fences.try_out(gpu)
+        unsafe { gpu.context.launch(tables, stream, 32, BLOCK, &self.digest_tables.address()) }
     }
 
     /// Waits until nothing runs any more. False when that takes too long.
@@ -175,25 +197,30 @@ impl Loaded {
         drop(ended);
     }
 
-    /// Queues what `launch` queues, and keeps what it needs until that has run. The context is current.
+    /// Queues what `launch` queues, and keeps what it needs until that has run: behind what it will have, and whether all of it
+    /// was queued. The context is current.
+    ///
+    /// # Errors
+    /// Nothing of it is queued.
     fn keep(
         &self,
         stream: usize,
         table: Arc<Table>,
         results: impl Any + Send + Sync,
         launch: impl FnOnce() -> Result<()>,
-    ) -> Result<Arc<Lent>> {
+    ) -> Result<(Arc<Lent>, Result<()>)> {
         self.reap();
         let after = Arc::new(self.gpu.event()?);
         let launched = launch();
-        // Some of it may be queued although it failed. A second try, because nobody else can say when that ends.
-        let recorded = after.record(stream).or_else(|_| after.record(stream));
+        // Some of it may be queued although it failed.
+        let recorded = after.insist(stream);
         let kept = Running { after: after.clone(), _table: table, _results: Box::new(results) };
         match &recorded {
             Ok(()) => lock(&self.running).push(kept),
-            Err(_) => forget(kept),
+            // Nothing of it runs any more, or the context is lost.
+            Err(_) => drop(kept),
         }
-        launched.and(recorded).map(|()| after)
+        Ok((after, launched.and(recorded)))
     }
 
     /// Queues in `stream`: copy the entries `first..first + count` of `table` to where they say, counted from `base`.
@@ -283,9 +310,7 @@ struct Behind(Arc<Lent>);
 
 impl Queued for Behind {
     fn over(&self) -> bool {
-        let context = &self.0.gpu.context;
-        let reached = || context.enter().is_ok_and(|_entered| self.0.is_reached().unwrap_or(false));
-        reached() || context.lost()
+        self.0.is_over()
     }
 }
 
@@ -294,14 +319,7 @@ struct Asked {
     loaded: Arc<Loaded>,
     table: Arc<Table>,
     results: Arc<Results>,
-    behind: Behind,
     after: Arc<Lent>,
-}
-
-impl Queued for Asked {
-    fn over(&self) -> bool {
-        self.behind.over()
-    }
 }
 
 impl Digests for Asked {
@@ -340,7 +358,8 @@ impl Kernels {
 
 impl fmt::Debug for Kernels {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Kernels(cuda:{}, {} slots)", self.0.gpu.context.ordinal, self.0.slots.len())
+        let slots = self.0.aside.as_ref().map_or(0, |aside| aside.slots.len());
+        write!(f, "Kernels(cuda:{}, {slots} slots)", self.0.gpu.context.ordinal)
     }
 }
 
@@ -362,39 +381,49 @@ impl device::Kernels for Kernels {
         start..start + self.0.captured
     }
 
-    fn slots(&self) -> &[u64] {
-        &self.0.slots
+    fn slots(&self) -> Result<&[u64]> {
+        self.0.aside.as_ref().map(|aside| &aside.slots[..]).map_err(Clone::clone)
     }
 
-    fn capture(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Arc<dyn Queued>> {
+    fn capture(&self, stream: DeviceStream, pieces: &Pieces, queued: &mut Vec<Arc<dyn Queued>>) -> Result<()> {
         let loaded = &self.0;
         loaded.shared.refuse_captures(&[stream])?;
         let _entered = loaded.gpu.context.enter()?;
         let table = loaded.tables.of(pieces)?;
         let all = 0..table.lengths.len() as u32;
         // SAFETY: `keep` keeps the table; the room lives as long as the kernels, and the stager keeps the tensors until what is
-        // returned is over.
+        // added to `queued` is over.
         let launch = || unsafe { loaded.copy(&table, all, 0, stream.handle) };
-        Ok(Arc::new(Behind(loaded.keep(stream.handle, table.clone(), (), launch)?)))
+        let (behind, launched) = loaded.keep(stream.handle, table.clone(), (), launch)?;
+        queued.push(Arc::new(Behind(behind)));
+        launched
     }
 
-    fn digest(&self, stream: DeviceStream, pieces: &Pieces) -> Result<Arc<dyn Digests>> {
+    fn digest(
+        &self,
+        stream: DeviceStream,
+        pieces: &Pieces,
+        queued: &mut Vec<Arc<dyn Queued>>,
+    ) -> Result<Arc<dyn Digests>> {
         let loaded = &self.0;
         loaded.shared.refuse_captures(&[stream])?;
         let _entered = loaded.gpu.context.enter()?;
         let table = loaded.tables.of(pieces)?;
         let bytes = (table.lengths.len() * size_of::<u64>()).max(8);
         let results = Arc::new(loaded.results(bytes)?);
-        // SAFETY: `keep` keeps table and results; the stager keeps the tensors until what is returned is over.
+        // SAFETY: `keep` keeps table and results; the stager keeps the tensors until what is added to `queued` is over.
         let launch = || unsafe { loaded.digest(&table, results.device()?, stream.handle) };
-        let behind = loaded.keep(stream.handle, table.clone(), results.clone(), launch)?;
+        let (behind, launched) = loaded.keep(stream.handle, table.clone(), results.clone(), launch)?;
+        queued.push(Arc::new(Behind(behind.clone())));
+        launched?;
         loaded.results.wait(&behind)?;
         let (from, to) = (results.device()?.address(), results.pinned()?.pointer());
-        let after = loaded.keep(loaded.results.handle(), table.clone(), results.clone(), || {
+        let (after, copied) = loaded.keep(loaded.results.handle(), table.clone(), results.clone(), || {
             // SAFETY: as much as the kernel wrote; `keep` keeps both ends.
             unsafe { loaded.results.copy_to_host(from, to, table.lengths.len() * size_of::<u64>()) }
         })?;
-        Ok(Arc::new(Asked { loaded: loaded.clone(), table, results, behind: Behind(behind), after }))
+        copied?;
+        Ok(Arc::new(Asked { loaded: loaded.clone(), table, results, after }))
     }
 
     fn note(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn Noted>>> {

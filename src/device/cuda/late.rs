@@ -75,6 +75,8 @@ pub(super) struct Fences {
     latch: usize,
     copy: usize,
     publish: usize,
+    // Before the memory that its kernels use.
+    _module: Module,
     /// A `FencePlace` for each save, then the watermark.
     places: Memory,
     /// Where F is told, one for each save.
@@ -85,20 +87,29 @@ pub(super) struct Fences {
 }
 
 impl Fences {
-    pub fn new(gpu: &Arc<Gpu>, module: &Module) -> Result<Self> {
-        Ok(Self {
+    /// Takes memory and tries the kernels: what a driver refuses or gets wrong, it does now.
+    pub fn new(gpu: &Arc<Gpu>, module: Module) -> Result<Self> {
+        let fences = Self {
             latch: module.function(c"fence_latch")?,
             copy: module.function(c"late_copy")?,
             publish: module.function(c"fence_publish")?,
+            _module: module,
             places: gpu.context.memory(SAVES * size_of::<FencePlace>() + size_of::<u64>())?,
             cells: gpu.context.pinned(SAVES * size_of::<u64>())?,
             free: Mutex::new((0..SAVES).rev().collect()),
             lists: Mutex::default(),
-        })
+        };
+        let _entered = gpu.context.enter()?;
+        let tried = fences.try_out(gpu);
+        if !gpu.settle(&gpu.copies) {
+            forget(fences);
+            return tried.and(Err(Error::new(ErrorKind::Device, "the kernels of the fence did not end")));
+        }
+        tried.map(|()| fences)
     }
 
-    /// A fence with nothing to copy, in the stream of copies: what a driver refuses, it refuses now. All places are zero after it.
-    pub fn try_out(&self, gpu: &Arc<Gpu>) -> Result<()> {
+    /// A fence with nothing to copy, in the stream of copies. All places are zero after it.
+    fn try_out(&self, gpu: &Arc<Gpu>) -> Result<()> {
         gpu.copies.zero(&self.places)?;
         // SAFETY: aligned; the memory lives as long as `self`, whose owner waits for the stream before it lets go.
         unsafe { gpu.copies.write(self.watermark(), 0) }?;
@@ -168,21 +179,24 @@ impl Fences {
 
 /// Takes note of a save, unless too many are noted already. The context is current.
 pub(super) fn note(loaded: &Arc<Loaded>, number: u64, base: u64, table: Arc<Table>) -> Option<Save> {
-    let fences = &loaded.fences;
-    let chunks = u32::try_from(table.chunks()).ok()?;
-    let index = lock(&fences.free).pop()?;
-    fences.cell(index).store(UNKNOWN, Ordering::Release);
-    let latch = Latch { base, save: number, chunks, ..fences.latch_of(index) };
-    let (launched, failed) = (AtomicBool::new(false), AtomicBool::new(false));
-    let (list, after) = (Mutex::new(None), Mutex::new(None));
-    Some(Save { loaded: loaded.clone(), index, table, list, latch, launched, failed, after })
+    let fence = match &loaded.aside {
+        Ok(aside) => Some(Fence::new(&aside.fences, number, base, u32::try_from(table.chunks()).ok()?)?),
+        // It is gathered, and not set aside.
+        Err(_) => None,
+    };
+    Some(Save { loaded: loaded.clone(), table, fence })
 }
 
 /// One save.
 pub(super) struct Save {
     loaded: Arc<Loaded>,
-    index: usize,
     table: Arc<Table>,
+    fence: Option<Fence>,
+}
+
+/// The fence of one save.
+struct Fence {
+    index: usize,
     /// The slots, once there are some.
     list: Mutex<Option<Memory>>,
     latch: Latch,
@@ -194,15 +208,34 @@ pub(super) struct Save {
     after: Mutex<Option<Lent>>,
 }
 
+impl Fence {
+    fn new(fences: &Fences, number: u64, base: u64, chunks: u32) -> Option<Self> {
+        let index = lock(&fences.free).pop()?;
+        fences.cell(index).store(UNKNOWN, Ordering::Release);
+        let latch = Latch { base, save: number, chunks, ..fences.latch_of(index) };
+        let (launched, failed) = (AtomicBool::new(false), AtomicBool::new(false));
+        Some(Self { index, list: Mutex::default(), latch, launched, failed, after: Mutex::default() })
+    }
+}
+
 impl Save {
+    /// The fences of its device, and its own.
+    fn fence(&self) -> Result<(&Fences, &Fence)> {
+        let aside = self.loaded.aside.as_ref().map_err(Clone::clone)?;
+        let none = || Error::internal("a save that is not set aside is fenced on its device");
+        Ok((&aside.fences, self.fence.as_ref().ok_or_else(none)?))
+    }
+
     fn enqueue(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()> {
         let Some(stream) = streams.first() else { return Ok(()) };
-        let (gpu, fences, table) = (&self.loaded.gpu, &self.loaded.fences, &self.table);
+        let ((fences, fence), gpu, table) = (self.fence()?, &self.loaded.gpu, &self.table);
         let list = fences.list(gpu, size_of_val(slots))?;
         // SAFETY: room for all slots, aligned, and known to nobody.
         unsafe { list.pointer().cast::<u64>().copy_from_nonoverlapping(slots.as_ptr(), slots.len()) };
         let at = list.address();
-        *lock(&self.list) = Some(list);
+        // One from before is of a launch of which nothing was queued.
+        let before = lock(&fence.list).replace(list);
+        lock(&fences.lists).extend(before);
         for event in events_of(point)? {
             event.make_wait(stream.handle)?;
         }
@@ -213,14 +246,14 @@ impl Save {
             event.record(gpu.copies.handle())?;
             event.make_wait(stream.handle)?;
         }
-        self.launched.store(true, Ordering::Release);
-        let latch = Latch { base: if mutant::on(Mutant::Watermark) { 0 } else { self.latch.base }, ..self.latch };
-        let first = self.latch.chunks - slots.len() as u32;
+        fence.launched.store(true, Ordering::Release);
+        let latch = Latch { base: if mutant::on(Mutant::Watermark) { 0 } else { fence.latch.base }, ..fence.latch };
+        let first = fence.latch.chunks - slots.len() as u32;
         let list = (table.pieces(), table.views(), table.begins(), at, first);
-        let queued = fences.queue(gpu, stream.handle, self.index, &latch, list);
-        // Also where that failed: some of the kernels may be queued. A second try, because nobody else can say when they end.
-        let recorded = after.record(stream.handle).or_else(|_| after.record(stream.handle));
-        *lock(&self.after) = Some(after);
+        let queued = fences.queue(gpu, stream.handle, fence.index, &latch, list);
+        // Also where that failed: some of the kernels may be queued.
+        let recorded = after.insist(stream.handle);
+        *lock(&fence.after) = Some(after);
         queued.and(recorded)?;
         self.follow(&streams[1..])
     }
@@ -233,43 +266,42 @@ impl Noted for Save {
     }
 
     fn publish(&self, watermark: u64) -> Result<()> {
-        let gpu = &self.loaded.gpu;
+        let ((fences, _), gpu) = (self.fence()?, &self.loaded.gpu);
         let _entered = gpu.context.enter()?;
         // SAFETY: aligned; the watermark lives as long as the kernels, whose owner waits for the stream before it lets go.
-        unsafe { gpu.copies.write(self.loaded.fences.watermark(), watermark) }
+        unsafe { gpu.copies.write(fences.watermark(), watermark) }
     }
 
     fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()> {
+        let (_, fence) = self.fence()?;
         let queue = || {
             self.loaded.shared.refuse_captures(streams)?;
             let _entered = self.loaded.gpu.context.enter()?;
             self.enqueue(streams, point, behind_copies, slots)
         };
         // What was queued cannot be taken back, whatever the driver thinks of a later call.
-        let begun = || self.launched.load(Ordering::Acquire);
-        let queued = queue().map_err(|error| if begun() { error.with_kind(ErrorKind::Device) } else { error });
-        // After `Invalid` nothing was queued, and it may be tried again.
-        let failed = queued.as_ref().is_err_and(|error| error.kind() != ErrorKind::Invalid);
-        self.failed.store(failed, Ordering::Release);
+        let queued = queue().map_err(|error| if self.begun() { error.with_kind(ErrorKind::Device) } else { error });
+        fence.failed.store(queued.is_err() && self.begun(), Ordering::Release);
         queued
+    }
+
+    fn begun(&self) -> bool {
+        self.fence.as_ref().is_some_and(|fence| fence.launched.load(Ordering::Acquire))
     }
 
     fn follow(&self, streams: &[DeviceStream]) -> Result<()> {
         self.loaded.shared.refuse_captures(streams)?;
-        let after = lock(&self.after);
+        let (_, fence) = self.fence()?;
+        let after = lock(&fence.after);
         let event = after.as_ref().ok_or_else(|| Error::internal("a fence that was not launched is followed"))?;
         self.loaded.shared.make_wait(streams, event)
     }
 
     fn over(&self) -> bool {
-        let context = &self.loaded.gpu.context;
-        if self.latched().is_some() || context.lost() {
-            return true;
-        }
+        let Some(fence) = self.fence.as_ref().filter(|_| self.latched().is_none()) else { return true };
         // Asking is also how one learns that the context is lost; threads that ask need not have used it before.
-        let reached = |event: &Lent| context.enter().is_ok_and(|_entered| event.is_reached().unwrap_or(false));
-        let ended = !self.launched.load(Ordering::Acquire) || lock(&self.after).as_ref().is_some_and(reached);
-        context.lost() || (self.failed.load(Ordering::Acquire) && ended)
+        let ended = !fence.launched.load(Ordering::Acquire) || lock(&fence.after).as_ref().is_some_and(Lent::is_over);
+        self.loaded.gpu.context.lost() || (fence.failed.load(Ordering::Acquire) && ended)
     }
 
     fn check(&self) -> Result<()> {
@@ -279,29 +311,28 @@ impl Noted for Save {
     }
 
     fn latched(&self) -> Option<usize> {
-        let latched = self.loaded.fences.cell(self.index).load(Ordering::Acquire);
+        let (fences, fence) = self.fence().ok()?;
+        let latched = fences.cell(fence.index).load(Ordering::Acquire);
         usize::try_from(latched).ok().filter(|_| latched != UNKNOWN)
     }
 }
 
 impl Drop for Save {
     fn drop(&mut self) {
-        let (context, fences) = (&self.loaded.gpu.context, &self.loaded.fences);
-        if self.launched.load(Ordering::Acquire) && self.latched().is_none() && context.alive().is_ok() {
+        let Ok((fences, fence)) = self.fence() else { return };
+        let context = &self.loaded.gpu.context;
+        if self.begun() && self.latched().is_none() && context.alive().is_ok() {
             let deadline = Instant::now() + PATIENCE;
-            let _entered = context.enter();
-            let after = lock(&self.after);
-            let over = || after.as_ref().is_some_and(|event| event.is_reached().unwrap_or(false)) || context.lost();
-            while !over() {
+            while !lock(&fence.after).as_ref().is_some_and(Lent::is_over) && !context.lost() {
                 if Instant::now() >= deadline {
                     tracing::error!("kernels of a fence did not end; their memory is given up");
-                    forget((self.loaded.clone(), self.table.clone(), lock(&self.list).take()));
+                    forget((self.loaded.clone(), self.table.clone(), lock(&fence.list).take()));
                     return;
                 }
                 std::thread::sleep(POLL);
             }
         }
-        lock(&fences.lists).extend(lock(&self.list).take());
-        lock(&fences.free).push(self.index);
+        lock(&fences.lists).extend(lock(&fence.list).take());
+        lock(&fences.free).push(fence.index);
     }
 }

@@ -30,13 +30,15 @@ pub(super) fn run(kernels: &Kernels) -> Result<()> {
     let (pieces, expected) = list(sent, from.address(), to.address());
     let (sent, back) = (sent.as_ptr(), host.pointer().wrapping_add(BYTES));
     let stream = DeviceStream::new(gpu.context.ordinal, gpu.copies.handle());
-    let queue = || {
+    // The stream of copies is waited for, and with it all that is queued.
+    let mut queued = Vec::new();
+    let mut queue = || {
         // SAFETY: within the buffers, which are kept until the stream has come here.
         unsafe { gpu.copies.copy_to_device(sent, from.address(), BYTES) }?;
-        kernels.capture(stream, &pieces)?;
+        kernels.capture(stream, &pieces, &mut queued)?;
         // SAFETY: as above.
         unsafe { gpu.copies.copy_to_host(to.address(), back, BYTES) }?;
-        kernels.digest(stream, &pieces)
+        kernels.digest(stream, &pieces, &mut queued)
     };
     let queued = queue();
     if !gpu.settle(&gpu.copies) {

@@ -2,7 +2,7 @@
 
 use super::program::{COPIES, Gpu, at_fence, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
-use ashore::{Outcome, Overlap, Phase, StateDict};
+use ashore::{Detect, ErrorKind, Outcome, Overlap, Phase, StateDict};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -107,6 +107,8 @@ fn cuda_kernels_that_a_driver_refuses_are_reported_and_the_fence_waits() {
         let rig = rig_on(gpu, |b| b.scratch(16 * 4096));
         let why = rig.executor.device().scratch.clone().unwrap_err();
         assert!(why.contains(fault.split(':').next().unwrap()), "{why}");
+        // Small tensors are gathered all the same.
+        assert_eq!(rig.executor.device().gather, Ok(64 << 10));
         rig.gpu.set("lag_us", 300);
         let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
         let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
@@ -119,7 +121,7 @@ fn cuda_kernels_that_a_driver_refuses_are_reported_and_the_fence_waits() {
 
 #[test]
 fn cuda_slots_are_not_given_to_another_save_before_they_are_read() {
-    let rig = rig(|b| b.scratch(9 * 4096).overlap(ashore::Overlap::Queue(2)).detect(ashore::Detect::Never));
+    let rig = rig(|b| b.scratch(9 * 4096).overlap(ashore::Overlap::Queue(2)).detect(Detect::Never));
     let (stream, one, two) = (rig.gpu.stream(), pattern(1, 30_000), pattern(2, 30_000));
     let (first, second) = (rig.gpu.tensor(&one), rig.gpu.tensor(&two));
     for step in (1..20_u64).step_by(2) {
@@ -148,7 +150,7 @@ fn cuda_slots_are_not_given_to_another_save_before_they_are_read() {
 #[test]
 fn cuda_fence_does_not_wait_for_a_save_that_may_be_superseded() {
     // Slots for three saves of nine chunks: those of saves that are superseded have to come back.
-    let rig = rig(|b| b.scratch(27 * 4096).overlap(Overlap::Latest).detect(ashore::Detect::Never));
+    let rig = rig(|b| b.scratch(27 * 4096).overlap(Overlap::Latest).detect(Detect::Never));
     let Some(fake) = rig.gpu.fake() else { return };
     let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
     let save = |step: u64| {
@@ -188,7 +190,7 @@ fn cuda_fence_does_not_wait_for_a_save_that_may_be_superseded() {
 
 #[test]
 fn cuda_sources_of_a_superseded_save_are_kept_until_its_fence_has_read_them() {
-    let rig = rig(|b| b.scratch(27 * 4096).overlap(Overlap::Latest).detect(ashore::Detect::Never));
+    let rig = rig(|b| b.scratch(27 * 4096).overlap(Overlap::Latest).detect(Detect::Never));
     let Some(fake) = rig.gpu.fake() else { return };
     let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
     fake.set("hold", COPIES | KERNELS);
@@ -227,4 +229,67 @@ fn cuda_save_that_is_durable_before_its_fence_has_run_says_when_it_was_staged() 
     assert_eq!((committed.staged, committed.late_chunks), (committed.durable, 0));
     fake.set("hold", 0);
     save.staged().wait(LONG).unwrap();
+}
+
+/// An error of the driver before anything of a fence was queued, or between its kernels, cost the slots of that save for good.
+#[test]
+fn cuda_slots_come_back_after_a_fence_that_the_driver_refused() {
+    let rig = rig(|b| b.scratch(9 * 4096).detect(Detect::Never).fence_deadline(LONG / 10));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+    let save = |step| {
+        fake.set("hold", COPIES);
+        let copies = fake.calls("cuMemcpyDtoHAsync_v2");
+        let save = rig.executor.save(step, at_fence(tensor.source(stream))).unwrap();
+        eventually("two chunks are on their way", || fake.calls("cuMemcpyDtoHAsync_v2") >= copies + 2);
+        save
+    };
+    let refused = ["cuMemHostAlloc:1:2", "cuStreamWaitEvent:1:1", "cuLaunchKernel:1:1", "cuLaunchKernel:2:1"];
+    for (round, fault) in refused.into_iter().chain(["cuLaunchKernel:3:1"]).enumerate() {
+        let failed = save(2 * round as u64 + 1);
+        fake.fault(fault);
+        let error = rig.executor.fence_on(&[stream.0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Device, "{fault}: {error}");
+        fake.set("hold", 0);
+        assert_eq!(failed.wait(LONG).unwrap_err().kind(), ErrorKind::Device, "{fault}");
+        _ = failed.staged().wait(LONG);
+        eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
+        // With one slot fewer than its nine chunks the fence would wait in vain.
+        let next = save(2 * round as u64 + 2);
+        rig.executor.fence_on(&[stream.0]).unwrap_or_else(|error| panic!("{fault}: {error}"));
+        fake.set("hold", 0);
+        next.wait(LONG).unwrap();
+    }
+}
+
+/// An event that could not be recorded counts as reached: sources were freed while kernels that read them had not run.
+#[test]
+fn cuda_sources_are_kept_while_kernels_are_queued_behind_which_no_event_could_be_recorded() {
+    let rig = rig(|b| b.arena(2 * 4096).scratch(16 * 4096).detect(Detect::Never));
+    let Some(fake) = rig.gpu.fake() else { return };
+    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+    fake.set("hold", COPIES | KERNELS);
+    let records = || fake.calls("cuEventRecord");
+    let before = records();
+    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    // Behind the list of pieces, the producer, and each of as many chunks as there are slabs: the stager waits.
+    eventually("two chunks are on their way", || records() == before + 4);
+    fake.fault("cuEventRecord:0:1");
+    std::thread::scope(|scope| {
+        let fence = scope.spawn(|| rig.executor.fence_on(&[stream.0]));
+        eventually("no event can be recorded", || records() > before + 10);
+        assert!(save.cancel());
+        fake.set("hold", KERNELS);
+        let slabs = rig.executor.arena();
+        eventually("nothing is copied any more", || slabs.free() == slabs.report().slabs);
+        // Time enough for what must not happen yet.
+        let staged = save.staged().wait(Duration::from_millis(50));
+        assert_eq!((staged.unwrap_err().kind(), Arc::strong_count(&tensor.0)), (ErrorKind::Deadline, 2));
+        fake.set("hold", 0);
+        let error = fence.join().unwrap().unwrap_err();
+        assert!(error.to_string().contains("call=cuEventRecord"), "{error}");
+    });
+    assert_eq!(save.staged().wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+    eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
+    assert_eq!(fake.sticky(), 0);
 }

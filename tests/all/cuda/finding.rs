@@ -1,10 +1,10 @@
 //! Finding CUDA: what is missing is named, nothing panics, and a choice that was left to us says why it fell as it did.
 
 use super::loader::{Found, pass, path_of, run, text, with_driver};
-use super::program::{Gpu, left_out, library, open_device, real};
+use super::program::{Gpu, at_fence, left_out, library, open_device, real, rig_on};
 use crate::rig::{LONG, one, pattern};
 use ashore::device::choose;
-use ashore::{CheckpointExecutor, DeviceChoice, ErrorKind};
+use ashore::{CheckpointExecutor, DeviceChoice, Dtype, ErrorKind};
 use std::path::Path;
 
 fn open(path: &str) -> ashore::Error {
@@ -67,8 +67,8 @@ fn cuda_driver_that_does_not_work_is_named_and_the_host_copies() {
     ] {
         pass(here, &Found { variables, ..Found::default() });
     }
-    let variables = &[(EXPECTED, "too old or none symbol=cuStreamWriteValue64_v2 library=\"libcuda.so.1\"")];
-    pass(here, &Found { without: &["cuStreamWriteValue64_v2"], variables });
+    let variables = &[(EXPECTED, "too old or none symbol=cuStreamIsCapturing library=\"libcuda.so.1\"")];
+    pass(here, &Found { without: &["cuStreamIsCapturing"], variables });
 }
 
 fn the_host_copies(expected: &str) {
@@ -81,6 +81,37 @@ fn the_host_copies(expected: &str) {
     let executor = builder().build().unwrap();
     executor.save(1, one("t", pattern(1, 100_000))).unwrap().wait(LONG).unwrap();
     assert_eq!(executor.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 100_000));
+}
+
+/// A driver that lacks what only fences on the device need was refused altogether, and with it the gathering of small tensors.
+#[test]
+fn cuda_driver_that_writes_no_numbers_in_streams_gathers_and_its_fences_wait() {
+    let here = path_of!(cuda_driver_that_writes_no_numbers_in_streams_gathers_and_its_fences_wait);
+    if real() {
+        return left_out();
+    }
+    if !super::loader::here() {
+        return pass(here, &Found { without: &["cuStreamWriteValue64_v2"], variables: &[] });
+    }
+    for (scratch, why) in [(0, "setting=scratch"), (16 * 4096, "symbol=cuStreamWriteValue64_v2")] {
+        let rig = rig_on(Gpu::take(), |b| b.scratch(scratch));
+        let device = rig.executor.device();
+        assert_eq!(device.gather, Ok(64 << 10));
+        assert!(device.scratch.as_ref().unwrap_err().contains(why), "{device:?}");
+        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+        let mut state = at_fence(tensor.source(stream));
+        state.tensor("strided", tensor.strided(stream, 1, Dtype::U8, &[100, 2], &[5, 2])).unwrap();
+        let save = rig.executor.save(1, state).unwrap();
+        rig.executor.fence_on(&[stream.0]).unwrap();
+        stream.fill(&tensor, 0xEE);
+        save.wait(LONG).unwrap();
+        let saved = rig.checkpoint(1).unwrap();
+        let strided: Vec<u8> = (0..200).map(|i| pattern(1, 30_000)[1 + i / 2 * 5 + i % 2 * 2]).collect();
+        assert_eq!((saved.read("t").unwrap(), saved.read("strided").unwrap()), (pattern(1, 30_000), strided));
+    }
+    let alone = rig_on(Gpu::take(), |b| b.gather(0).scratch(16 * 4096));
+    let device = alone.executor.device();
+    assert!(device.gather.is_err() && device.scratch.as_ref().unwrap_err().contains("symbol="), "{device:?}");
 }
 
 #[test]
