@@ -369,12 +369,101 @@ impl Scratch {
         });
     }
 
+    /// Never with both locks held: `reserve` takes `slots` while it holds `free`.
     fn give_back(&self, aside: &Aside, which: impl Fn(usize) -> bool) {
         let mut slots = lock(&aside.slots);
         let first = slots.first;
-        let mut free = lock(&self.free);
-        for (_, held) in slots.held.iter_mut().enumerate().filter(|(i, _)| which(first + i)) {
-            free.extend(held.take().map(|(slot, _)| slot));
+        let held = slots.held.iter_mut().enumerate().filter(|(i, _)| which(first + i));
+        let back: Vec<usize> = held.filter_map(|(_, held)| held.take().map(|(slot, _)| slot)).collect();
+        drop(slots);
+        lock(&self.free).extend(back);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::device::{Digests, Queued};
+    use std::ops::Range;
+
+    /// Kernels that were never launched, over three slots.
+    #[derive(Debug)]
+    struct Idle([u64; 3]);
+
+    impl Kernels for Idle {
+        fn ordinal(&self) -> u32 {
+            0
         }
+        fn room(&self) -> Range<u64> {
+            0..0
+        }
+        fn slots(&self) -> Result<&[u64]> {
+            Ok(&self.0)
+        }
+        fn capture(&self, _: DeviceStream, _: &Pieces, _: &mut Vec<Arc<dyn Queued>>) -> Result<()> {
+            Err(Error::internal("idle"))
+        }
+        fn digest(&self, _: DeviceStream, _: &Pieces, _: &mut Vec<Arc<dyn Queued>>) -> Result<Arc<dyn Digests>> {
+            Err(Error::internal("idle"))
+        }
+        fn note(&self, _: u64, _: u64, _: &Pieces) -> Result<Option<Box<dyn Noted>>> {
+            Ok(Some(Box::new(Self(self.0))))
+        }
+    }
+
+    impl Noted for Idle {
+        fn gather(&self, _: usize) -> Result<u64> {
+            Err(Error::internal("idle"))
+        }
+        fn publish(&self, _: u64) -> Result<()> {
+            Ok(())
+        }
+        fn launch(&self, _: &[DeviceStream], _: &Point, _: bool, _: &[u64]) -> Result<()> {
+            Err(Error::internal("idle"))
+        }
+        fn begun(&self) -> bool {
+            false
+        }
+        fn follow(&self, _: &[DeviceStream]) -> Result<()> {
+            Ok(())
+        }
+        fn over(&self) -> bool {
+            true
+        }
+        fn check(&self) -> Result<()> {
+            Ok(())
+        }
+        fn latched(&self) -> Option<usize> {
+            None
+        }
+    }
+
+    /// A fence took the slots of a save under the lock of those that are free; whoever gave some back took the two the other way
+    /// around. Two threads could wait for each other.
+    #[test]
+    fn slots_are_given_back_with_one_lock_at_a_time() {
+        let scratch = Scratch::new(Arc::new(Idle([0, 4096, 8192])));
+        let aside = Aside {
+            save: Box::new(Idle([0; 3])),
+            point: Arc::new(()),
+            ordinal: 0,
+            gathered: Vec::new(),
+            spans: false,
+            slotted: true,
+            base: 0,
+            host: 0,
+            handed: AtomicUsize::new(0),
+            launched: AtomicBool::new(false),
+            slots: Mutex::new(Slots { first: 1, held: vec![Some((2, 8192)), Some((1, 4096))] }),
+            turn: Mutex::default(),
+            frozen: Mutex::default(),
+            withdrawn: AtomicBool::new(false),
+        };
+        *lock(&scratch.free) = vec![0];
+        scratch.give_back(&aside, |chunk| {
+            assert!(scratch.free.try_lock().is_ok(), "both locks are held");
+            chunk == 2
+        });
+        assert_eq!((&lock(&scratch.free)[..], aside.place(1), aside.place(2)), (&[0, 1][..], Some((0, 8192)), None));
     }
 }
