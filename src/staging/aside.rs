@@ -4,7 +4,8 @@
 //! *F* is how many chunks had left the device when its stream came to the fence. Slots for the last chunks are *reserved* in the
 //! caller, who waits until all chunks without a slot are queued; the device latches F, copies aside the chunks from F on, and tells F.
 //! The stager reads F after a chunk's mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from
-//! its slot. A slot is free when F is known and its chunk is before F or handed over, and not before.
+//! its slot. A slot is free when F is known and its chunk is before F or handed over, and not before. Where the driver refuses some of
+//! the kernels F is never told: the save has failed, and its slots are free when it is staged and what was queued has run.
 
 use super::gather::{OnDevice, Part, Room, at_save};
 use crate::device::{Kernels, Noted, Pieces, Point};
