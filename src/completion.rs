@@ -53,8 +53,7 @@ impl<T: Clone> Completion<T> {
         self.put(value).map(Calls::here).is_some()
     }
 
-    /// Completes with `value`, and wakes whoever waits: what is to be called now. None, and without effect, when there is a value
-    /// already.
+    /// Completes with `value`: who is to be told now. None, and without effect, when there is a value already.
     pub fn put(&self, value: T) -> Option<Calls<T>> {
         let mut state = lock(&self.state);
         if state.value.is_some() {
@@ -64,8 +63,7 @@ impl<T: Clone> Completion<T> {
         let (wakers, calls) = (std::mem::take(&mut state.wakers), std::mem::take(&mut state.calls));
         drop(state);
         self.event.notify(usize::MAX);
-        wakers.into_iter().for_each(|(_, waker)| guarded(|| waker.wake()));
-        Some(Calls { calls, value })
+        Some(Calls { wakers, calls, value })
     }
 
     /// Has `call` called with the value when it comes, or now, if it is there.
@@ -75,7 +73,7 @@ impl<T: Clone> Completion<T> {
             None => state.calls.push(call),
             Some(value) => {
                 drop(state);
-                Calls { calls: vec![call], value }.here();
+                Calls { wakers: Vec::new(), calls: vec![call], value }.here();
             }
         }
     }
@@ -127,24 +125,28 @@ fn park(listener: EventListener, deadline: Instant) -> bool {
     listener.wait_deadline(deadline).is_some()
 }
 
-/// What is to be called with a value that has come.
-#[must_use = "what waits for the value is called by `here` or `apart`"]
+/// Who is to be told of a value that has come, besides threads that sleep.
+#[must_use = "tasks that wait for the value are woken by `here` or `apart`"]
 pub(crate) struct Calls<T> {
+    wakers: Vec<(u64, Waker)>,
     calls: Vec<Call<T>>,
     value: T,
 }
 
 impl<T: Clone> Calls<T> {
-    /// Calls it in this thread, which holds no lock.
+    /// Wakes and calls in this thread, which holds no lock.
     pub fn here(self) {
-        let Self { calls, value } = self;
+        let Self { wakers, calls, value } = self;
+        wakers.into_iter().for_each(|(_, waker)| guarded(|| waker.wake()));
         calls.into_iter().for_each(|call| guarded(|| call(value.clone())));
     }
 }
 
 impl<T: Clone + Send + 'static> Calls<T> {
-    /// Calls it in a thread of its own: this one has other work, or holds a lock.
-    pub fn apart(self) {
+    /// Wakes in this thread, which holds no lock, and calls in one of its own: this one has other work.
+    pub fn apart(mut self) {
+        let wakers = std::mem::take(&mut self.wakers);
+        wakers.into_iter().for_each(|(_, waker)| guarded(|| waker.wake()));
         if self.calls.is_empty() {
             return;
         }
