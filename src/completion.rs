@@ -1,8 +1,9 @@
 //! A value that comes once, awaitable from any async runtime and waitable from a thread with a deadline.
 //!
-//! No thread and no polling per future: the cell keeps the wakers of tasks and what is to be called, `event-listener` the threads that
-//! sleep. The first value wins; a waiter that comes late finds it there. **Locks.** Wakers and calls are code of the program: they
-//! are cloned, run and dropped while no lock of the cell is held, so they may look at it at once, and their panics end no thread.
+//! No thread and no polling per future: the cell keeps the wakers of tasks and what is to be called,
+//! `event-listener` the threads that sleep. The first value wins; a waiter that comes late finds it there.
+//! **Locks.** Wakers and calls are code of the program: they are cloned, run and dropped while no lock of the
+//! cell is held, so they may look at it at once, and their panics end no thread.
 
 use crate::sync::{Arc, Mutex, lock};
 use event_listener::{Event, EventListener, Listener};
@@ -48,12 +49,14 @@ impl<T: Clone> Completion<T> {
         Self { state: Mutex::new(state), event: Event::new() }
     }
 
-    /// Completes with `value`, and runs what was to be called; false, and without effect, when there is a value already.
+    /// Completes with `value`, and runs what was to be called; false, and without effect, when there is a
+    /// value already.
     pub fn complete(&self, value: T) -> bool {
         self.put(value).map(Calls::here).is_some()
     }
 
-    /// Completes with `value`: who is to be told now. None, and without effect, when there is a value already.
+    /// Completes with `value`: who is to be told now. None, and without effect, when there is a value
+    /// already.
     pub fn put(&self, value: T) -> Option<Calls<T>> {
         let mut state = lock(&self.state);
         if state.value.is_some() {
@@ -294,7 +297,8 @@ mod tests {
         cell.complete(1);
     }
 
-    /// Polls the future that it wakes, in `wake` itself, as bridges to other languages do; looks from the clone and the drop, too.
+    /// Polls the future that it wakes, in `wake` itself, as bridges to other languages do; looks from the
+    /// clone and the drop, too.
     struct Inline(Mutex<Option<Waiter<i32>>>, Arc<Completion<i32>>, std::sync::atomic::AtomicUsize);
 
     impl std::task::Wake for Inline {
@@ -312,7 +316,8 @@ mod tests {
         }
     }
 
-    /// The list of waiters was locked while they were woken: a waker that polled inline hung the thread that ended the save.
+    /// The list of waiters was locked while they were woken: a waker that polled inline hung the thread that
+    /// ended the save.
     #[test]
     fn a_waker_that_polls_while_it_wakes_finds_the_value() {
         let cell = Arc::new(Completion::new());
@@ -329,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_to_be_called_is_called_once_and_its_panic_keeps_nobody() {
+    fn what_is_to_be_called_is_called_once_and_a_panic_keeps_no_other() {
         let (cell, (send, called)) = (Completion::new(), std::sync::mpsc::channel());
         for number in 1..=4 {
             let send = send.clone();
@@ -376,7 +381,7 @@ mod models {
     }
 
     #[test]
-    fn what_is_to_be_called_is_called_once_whoever_comes_first() {
+    fn what_is_to_be_called_is_called_once_before_or_after_the_value() {
         loom::model(|| {
             let (cell, sum) = (Arc::new(Completion::new()), Arc::new(Mutex::new(0)));
             let (completer, called) = (cell.clone(), sum.clone());

@@ -153,12 +153,14 @@ impl Save {
         true
     }
 
-    /// Calls `f` with how the save has ended: in the thread that commits, or, for a save that was given up or superseded, in a thread
-    /// of its own, because the one that commits may hang in the storage; at once, in this thread, if the save has ended already. An
-    /// executor that is shut down before that calls it before it returns.
+    /// Calls `f` with how the save has ended.
     ///
-    /// No lock is held then: `f` may use the save and the executor, but commits wait while it runs, so it should hand on what it is
-    /// told. Its panic is logged. It counts as having seen the error.
+    /// The thread that commits calls it; a thread of its own does for a save that is given up or superseded,
+    /// because the one that commits may hang in the storage; this thread does, at once, if the save has ended
+    /// already. A shutdown that gives the save up calls it before it returns.
+    ///
+    /// No lock is held then: `f` may use the save and the executor. Commits wait while it runs, so it should
+    /// hand on what it is told. Its panic is logged. An error that it is told counts as seen.
     ///
     /// ```
     /// # let dir = tempfile::tempdir().unwrap();

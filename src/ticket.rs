@@ -262,7 +262,8 @@ impl Ticket {
         true
     }
 
-    /// Fails the save with `why` and resolves it at once, whatever its threads hang in. None when it had ended.
+    /// Fails the save with `why` and resolves it at once, whatever its threads hang in. None when it had
+    /// ended.
     pub fn give_up(&self, why: Error) -> Option<Calls<Result<Outcome>>> {
         self.fail(why);
         let error = self.failure().unwrap_or_else(|| {

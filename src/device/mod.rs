@@ -186,8 +186,8 @@ pub trait Kernels: Send + Sync + Debug {
     /// Why there are none.
     fn slots(&self) -> Result<&[u64]>;
 
-    /// Queues in `stream`: copy `pieces`, whose `to` are addresses in the room. What was queued is added to `queued` also where
-    /// that fails: it reads the tensors until it has run.
+    /// Queues in `stream`: copy `pieces`, whose `to` are addresses in the room. What was queued is added to
+    /// `queued` also where that fails: it reads the tensors until it has run.
     ///
     /// # Errors
     /// `Device`; `Invalid` for a stream that is being captured into a graph.

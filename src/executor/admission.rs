@@ -46,7 +46,8 @@ pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64) -> Result<Verd
     Ok(if unfinished.len() <= room { Verdict::Begin } else { Verdict::After(unfinished) })
 }
 
-/// Ends a save that waited, because `step` takes its place. Whoever is told of that runs code of the program: no lock is held.
+/// Ends a save that waited, because `step` takes its place. Wakers and functions of the program run here: no
+/// lock is held.
 pub(super) fn supersede(stager: &Stager, job: Job, step: u64) {
     let ticket = job.ticket.clone();
     stager.discard(job);
@@ -54,7 +55,8 @@ pub(super) fn supersede(stager: &Stager, job: Job, step: u64) {
     calls.into_iter().for_each(Calls::apart);
 }
 
-/// Waits until one of `unfinished` has ended: not always the oldest, for each has a deadline of its own and can be cancelled.
+/// Waits until one of `unfinished` has ended: not always the oldest, for each has a deadline of its own and
+/// can be cancelled.
 ///
 /// # Errors
 /// `Busy` at the deadline.

@@ -138,8 +138,9 @@ impl Plan {
         self.names.get(tensor).map_or("", |(name, _)| name)
     }
 
-    /// Whether it is a plan of `state`. Of tensors in host memory only the fingerprint is compared, which takes no time, and
-    /// [`Plan::check`] makes sure before anything is read; tensors of devices are read by this plan as soon as it is chosen.
+    /// Whether it is a plan of `state`. Of tensors in host memory only the fingerprint is compared, which
+    /// takes no time, and [`Plan::check`] makes sure before anything is read; tensors of devices are read by
+    /// this plan as soon as it is chosen.
     pub fn fits(&self, state: &StateDict<'_>, shape: Shape) -> bool {
         let alike = self.fingerprint == state.fingerprint() && self.names.len() == state.len() && self.shape == shape;
         alike && (state.streams.is_empty() || self.check(state).is_ok())
@@ -267,8 +268,8 @@ mod tests {
         state
     }
 
-    /// Kernels read tensors of a device by offsets of the plan before the stager compared more of it than 64 bits: a structure that
-    /// happened to have the fingerprint of the last one was read beyond its end.
+    /// Kernels read tensors of a device by offsets of the plan before the stager compared more of it than 64
+    /// bits: a structure that happened to have the fingerprint of the last one was read beyond its end.
     #[test]
     fn a_plan_is_taken_for_tensors_of_a_device_only_if_it_is_theirs() {
         let shape = Shape { chunk: 4096, files: 1 };

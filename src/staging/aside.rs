@@ -1,11 +1,13 @@
 //! The fence on a device: chunks that have not left it are copied aside, and read from there.
 //!
-//! The protocol is checked as a model, over all interleavings of small sizes, by `tests/model/fence.py`; the names are the model's.
-//! *F* is how many chunks had left the device when its stream came to the fence. Slots for the last chunks are *reserved* in the
-//! caller, who waits until all chunks without a slot are queued; the device latches F, copies aside the chunks from F on, and tells F.
-//! The stager reads F after a chunk's mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from
-//! its slot. A slot is free when F is known and its chunk is before F or handed over, and not before. Where the driver refuses some of
-//! the kernels F is never told: the save has failed, and its slots are free when it is staged and what was queued has run.
+//! The protocol is checked as a model, over all interleavings of small sizes, by `tests/model/fence.py`; the
+//! names are the model's. *F* is how many chunks had left the device when its stream came to the fence. Slots
+//! for the last chunks are *reserved* in the caller, who waits until all chunks without a slot are queued;
+//! the device latches F, copies aside the chunks from F on, and tells F. The stager reads F after a chunk's
+//! mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from its slot. A
+//! slot is free when F is known and its chunk is before F or handed over, and not before. Where the driver
+//! refuses some of the kernels F is never told: the save has failed, and its slots are free when it is staged
+//! and what was queued has run.
 
 use super::gather::{OnDevice, Part, Room, at_save};
 use crate::device::{Kernels, Noted, Pieces, Point};
@@ -439,8 +441,8 @@ mod tests {
         }
     }
 
-    /// A fence took the slots of a save under the lock of those that are free; whoever gave some back took the two the other way
-    /// around. Two threads could wait for each other.
+    /// A fence took the slots of a save under the lock of those that are free; `give_back` took the two the
+    /// other way around. Two threads could wait for each other.
     #[test]
     fn slots_are_given_back_with_one_lock_at_a_time() {
         let scratch = Scratch::new(Arc::new(Idle([0, 4096, 8192])));

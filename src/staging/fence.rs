@@ -101,7 +101,8 @@ impl Flights {
         Due { next: next.unwrap_or(now + IDLE), added }
     }
 
-    /// Whether it is time to [`expire`](Self::expire) again: `due` has passed, or a save has come that may be due earlier.
+    /// Whether it is time to [`expire`](Self::expire) again: `due` has passed, or a save has come that may be
+    /// due earlier.
     pub fn is_due(&self, due: &Due, now: Instant) -> bool {
         due.next <= now || self.has_grown(due)
     }

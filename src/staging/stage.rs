@@ -278,7 +278,8 @@ impl Stager {
         line.recover(&self.flights);
     }
 
-    /// Takes a save out of the queue that has failed there: what it holds need not wait for the saves before it.
+    /// Takes a save out of the queue that has failed there: what it holds need not wait for the saves before
+    /// it.
     fn take_failed(&self) -> Option<Job> {
         let mut jobs = lock(&self.jobs);
         let at = jobs.iter().position(|job| job.ticket.failed())?;

@@ -39,7 +39,8 @@ pub trait Storage: Send + Sync + Debug {
     /// Removes a step: it disappears at once and durably, then its bytes are freed.
     fn remove(&self, name: &str) -> Result<()>;
 
-    /// As [`Storage::remove`], but only the step that `opened` has open: another that has taken its name stays.
+    /// As [`Storage::remove`], but only the step that `opened` has open: another that has taken its name
+    /// stays.
     ///
     /// # Errors
     /// `Conflict` when there is another; `NotFound` when there is none.
@@ -115,7 +116,8 @@ pub trait Reading: Send + Sync + Debug {
     /// Opens a file of the step. Names with a path separator, `.` and `..` are `Corrupt`; links are not followed.
     fn open(&self, file: &str) -> Result<Arc<dyn FileReading>>;
 
-    /// What tells this step from any other under its name, as long as it is held open; None where nothing does.
+    /// What tells this step from any other under its name, as long as it is held open; None where nothing
+    /// does.
     fn identity(&self) -> Option<(u64, u64)> {
         None
     }

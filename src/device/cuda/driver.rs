@@ -4,10 +4,11 @@
 //! A library that is absent, a symbol that it lacks, a driver without a device: each is an error that names it, never a panic.
 //! A result code is a plain number, because a newer driver may return ones that nobody here knows.
 //!
-//! **Failure.** A code after which a context is lost is sticky: from then on every call on that context fails with the same
-//! error and the driver is not called any more, not even to give things back. A context also counts as lost when the driver refuses
-//! to say how far work is, and does not stop refusing. **Exit, fork.** A driver that the end of the process
-//! has taken down already is no error for whoever gives something back; a forked child never calls it.
+//! **Failure.** A code after which a context is lost is sticky: from then on every call on that context fails
+//! with the same error and the driver is not called any more, not even to give things back. A context also
+//! counts as lost when the driver refuses to say how far work is, and does not stop refusing. **Exit, fork.**
+//! A driver that the end of the process has taken down already is no error for whoever gives something back;
+//! a forked child never calls it.
 //!
 //! # Safety argument
 //! The signatures are those of `cuda.h` for the symbols named, which the driver keeps stable, and the library is never unloaded.
@@ -44,8 +45,8 @@ mod code {
     pub const CAPTURE: std::ops::RangeInclusive<i32> = 900..=908;
     pub const INVALID_CONTEXT: i32 = 201;
     pub const INVALID_HANDLE: i32 = 400;
-    /// After these nothing on the context works any more, whatever was called. Other errors may pass; what is made of those that do
-    /// not is in `context`.
+    /// After these nothing on the context works any more, whatever was called. Other errors may pass; what is
+    /// made of those that do not is in `context`.
     pub const STICKY: [i32; 21] = [
         DEINITIALIZED,
         46,

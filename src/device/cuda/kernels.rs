@@ -65,7 +65,7 @@ pub(super) struct Loaded {
     pub shared: Arc<Shared>,
     pub gpu: Arc<Gpu>,
     pub tables: Tables,
-    /// What fences set aside; or why they set nothing aside, which keeps nobody from gathering.
+    /// Where fences set chunks aside; or why they do not. Tensors are gathered either way.
     pub aside: Result<Slots>,
     gather: usize,
     digest: usize,
@@ -197,8 +197,8 @@ impl Loaded {
         drop(ended);
     }
 
-    /// Queues what `launch` queues, and keeps what it needs until that has run: behind what it will have, and whether all of it
-    /// was queued. The context is current.
+    /// Queues what `launch` queues, and keeps what it needs until that has run: behind what it will have, and
+    /// whether all of it was queued. The context is current.
     ///
     /// # Errors
     /// Nothing of it is queued.
@@ -411,7 +411,8 @@ impl device::Kernels for Kernels {
         let table = loaded.tables.of(pieces)?;
         let bytes = (table.lengths.len() * size_of::<u64>()).max(8);
         let results = Arc::new(loaded.results(bytes)?);
-        // SAFETY: `keep` keeps table and results; the stager keeps the tensors until what is added to `queued` is over.
+        // SAFETY: `keep` keeps table and results; the stager keeps the tensors until what is added to
+        // `queued` is over.
         let launch = || unsafe { loaded.digest(&table, results.device()?, stream.handle) };
         let (behind, launched) = loaded.keep(stream.handle, table.clone(), results.clone(), launch)?;
         queued.push(Arc::new(Behind(behind.clone())));

@@ -101,7 +101,8 @@ impl Lanes {
         if !mutant::on(Mutant::BatchKept) {
             self.lanes.iter_mut().for_each(|lane| lane.held.clear());
         }
-        // A context that is lost does nothing any more: the driver has stopped all of its work, or does not say.
+        // A context that is lost does nothing any more: the driver has stopped all of its work, or does not
+        // say.
         let ended = |lane: &Lane| {
             // As in `of`: users' code may have been what failed. Where it is refused, so is the question.
             _ = lane.gpu.context.make_current();

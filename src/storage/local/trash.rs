@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 
 /// Moves the step `name`, known by its `identity`, to the trash and deletes it.
 ///
-/// A rename moves whatever has the name by then, and another process may just have exchanged it: what was moved is looked at before it
-/// is deleted, and goes back if it is another step.
+/// A rename moves whatever has the name by then, and another process may just have exchanged it: what was
+/// moved is looked at before it is deleted, and goes back if it is another step.
 pub(super) fn discard(root: &Dir, name: &str, trash: &str, identity: (u64, u64)) -> Result<()> {
     root.rename(name, trash, Rename::Plain).map_err(root.error("cannot move to the trash", name))?;
     let moved = root.look(trash).map_err(root.error("cannot look at what was moved to the trash", trash));

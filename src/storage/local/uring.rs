@@ -6,11 +6,12 @@
 //! **Fork.** A child shares the queues of its parent's rings, so it leaves them alone and uses pwrite(2).
 //!
 //! # Safety argument
-//! The kernel reads from a caller's bytes between the submission of a piece and its completion. [`Ring::write`] returns only
-//! when every piece that was submitted has completed, and nothing in between can panic. A piece that is queued when the kernel refuses
-//! a submission is not submitted by any later call, and the ring that it is in is closed. Pieces in registered memory name it by
-//! an index, and the kernel then reads the pages that were there at registration: when the registration ends, which is before
-//! the memory is unmapped, idle rings are closed and busy ones are closed instead of reused; none can be writing from that
+//! The kernel reads from a caller's bytes between the submission of a piece and its completion.
+//! [`Ring::write`] returns only when every piece that was submitted has completed, and nothing in between can
+//! panic. A piece that is queued when the kernel refuses a submission is not submitted by any later call, and
+//! the ring that it is in is closed. Pieces in registered memory name it by an index, and the kernel then
+//! reads the pages that were there at registration: when the registration ends, which is before the memory is
+//! unmapped, idle rings are closed and busy ones are closed instead of reused; none can be writing from that
 //! memory then, for whoever writes from it holds a lease of it.
 #![expect(unsafe_code, reason = "submissions to the kernel's queue; argument above")]
 
@@ -124,7 +125,8 @@ struct Ring {
     queue: IoUring,
     memory: Range<usize>,
     epoch: u64,
-    /// The kernel refused to take submissions: not to be used again. What it has not taken stays in the ring, and goes with it.
+    /// The kernel refused to take submissions: not to be used again. What it has not taken stays in the ring,
+    /// and goes with it.
     broken: bool,
     #[cfg(test)]
     instead: Option<Instead>,
@@ -195,7 +197,8 @@ impl Ring {
             if let Err(error) = self.submit() {
                 let passing = matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY));
                 if !passing && !self.broken {
-                    // What the kernel has not taken yet it never will: nothing is submitted any more. The rest has to be waited for.
+                    // What the kernel has not taken yet it never will: nothing is submitted any more. The
+                    // rest has to be waited for.
                     self.broken = true;
                     let left = self.queue.submission().len();
                     flying -= left;
@@ -387,8 +390,9 @@ mod tests {
         assert_eq!(error.raw_os_error(), Some(libc::EBADF));
     }
 
-    /// After an error of the submission, pieces that the kernel had not taken were no longer counted, and submitted all the same by
-    /// the call that waited for the others: the write returned while the kernel still read from its bytes.
+    /// After an error of the submission, pieces that the kernel had not taken were no longer counted, and
+    /// submitted all the same by the call that waited for the others: the write returned while the kernel
+    /// still read from its bytes.
     #[test]
     fn pieces_that_were_not_taken_when_a_submission_failed_are_never_submitted() {
         let Some(uring) = uring() else { return };

@@ -231,7 +231,8 @@ fn cuda_save_that_is_durable_before_its_fence_has_run_says_when_it_was_staged() 
     save.staged().wait(LONG).unwrap();
 }
 
-/// An error of the driver before anything of a fence was queued, or between its kernels, cost the slots of that save for good.
+/// An error of the driver before anything of a fence was queued, or between its kernels, cost the slots of
+/// that save for good.
 #[test]
 fn cuda_slots_come_back_after_a_fence_that_the_driver_refused() {
     let rig = rig(|b| b.scratch(9 * 4096).detect(Detect::Never).fence_deadline(LONG / 10));
@@ -262,7 +263,8 @@ fn cuda_slots_come_back_after_a_fence_that_the_driver_refused() {
     }
 }
 
-/// An event that could not be recorded counts as reached: sources were freed while kernels that read them had not run.
+/// An event that could not be recorded counts as reached: sources were freed while kernels that read them had
+/// not run.
 #[test]
 fn cuda_sources_are_kept_while_kernels_are_queued_behind_which_no_event_could_be_recorded() {
     let rig = rig(|b| b.arena(2 * 4096).scratch(16 * 4096).detect(Detect::Never));
@@ -272,7 +274,8 @@ fn cuda_sources_are_kept_while_kernels_are_queued_behind_which_no_event_could_be
     let records = || fake.calls("cuEventRecord");
     let before = records();
     let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
-    // Behind the list of pieces, the producer, and each of as many chunks as there are slabs: the stager waits.
+    // Behind the list of pieces, the producer, and each of as many chunks as there are slabs: the stager
+    // waits.
     eventually("two chunks are on their way", || records() == before + 4);
     fake.fault("cuEventRecord:0:1");
     std::thread::scope(|scope| {

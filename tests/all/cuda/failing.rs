@@ -225,8 +225,8 @@ fn ends(scope: impl FnOnce() -> ashore::Error + Send + 'static) -> ashore::Error
     ended.recv_timeout(LONG).expect("the scope ends")
 }
 
-/// An error that was not known to stay was taken for "still running" by whoever waited for copies: after somebody's reset of the device,
-/// or of its connection to MPS, a scope never ended.
+/// The stager took an error that it did not know to stay for "still running": after a reset of the device, or
+/// of its connection to MPS, a scope never ended.
 #[test]
 fn cuda_scope_ends_when_the_driver_refuses_for_good_to_say_how_far_copies_are() {
     for code in [201, 400, 709, 809, 810] {
@@ -278,7 +278,8 @@ unsafe impl Source for Leaves {
     }
 }
 
-/// Without a current context the driver refused to say whether the first copy had ended, and nobody made one current again.
+/// Without a current context the driver refused to say whether the first copy had ended, and the stager did
+/// not make one current again.
 #[test]
 fn cuda_copies_are_waited_for_in_a_thread_that_a_source_left_without_a_context() {
     // Without kernels, for which `save` itself would ask the source where it lies.

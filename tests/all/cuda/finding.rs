@@ -83,7 +83,8 @@ fn the_host_copies(expected: &str) {
     assert_eq!(executor.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 100_000));
 }
 
-/// A driver that lacks what only fences on the device need was refused altogether, and with it the gathering of small tensors.
+/// A driver that lacks what only fences on the device need was refused altogether, and with it the gathering
+/// of small tensors.
 #[test]
 fn cuda_driver_that_writes_no_numbers_in_streams_gathers_and_its_fences_wait() {
     let here = path_of!(cuda_driver_that_writes_no_numbers_in_streams_gathers_and_its_fences_wait);

@@ -61,8 +61,9 @@ fn waiting_for_a_handle_ends_at_its_own_deadline_and_the_save_goes_on() {
     save.wait(LONG).unwrap();
 }
 
-/// A ticket's deadline was looked at when the stager began to wait for the save before it, and then not again: behind a save that
-/// was stuck, one with a deadline of 50 ms failed when that of the first had passed.
+/// A ticket's deadline was looked at when the stager began to wait for the save before it, and then not
+/// again: behind a save that was stuck, one with a deadline of 50 ms failed when that of the first had
+/// passed.
 #[test]
 fn a_save_behind_one_that_is_stuck_fails_at_its_own_deadline_and_lets_its_sources_go() {
     for promised in [true, false] {

@@ -97,7 +97,8 @@ impl Wake for Inline {
     }
 }
 
-/// Tasks were woken under the lock of the list of waiters, which a poll takes: the thread that commits hung for ever.
+/// Tasks were woken under the lock of the list of waiters, which a poll takes: the thread that commits hung
+/// for ever.
 #[test]
 fn a_waker_that_polls_the_save_while_it_wakes_hangs_no_thread() {
     let rig = rig(|b| b);

@@ -80,8 +80,8 @@ unsafe impl Source for Mine {
     }
 }
 
-/// What `save` captures it reads in the caller's thread. A panic there, or in the destructor of what was refused, unwound through
-/// `save` with its locks held.
+/// What `save` captures it reads in the caller's thread. A panic there, or in the destructor of what was
+/// refused, unwound through `save` with its locks held.
 #[test]
 fn a_source_that_panics_in_the_call_of_save_is_an_error_of_that_call() {
     let rig = rig(|b| b);

@@ -40,7 +40,8 @@ fn latest_replaces_a_save_that_waits_by_a_newer_one() {
     assert!(rig.checkpoint(2).is_err());
 }
 
-/// A save that found the queue full watched the oldest save alone, and was `Busy` although a younger one had ended.
+/// A save that found the queue full watched the oldest save alone, and was `Busy` although a younger one had
+/// ended.
 #[test]
 fn room_in_a_full_queue_comes_from_whichever_save_ends_first() {
     let rig = rig(|b| b.overlap(Overlap::Queue(1)));

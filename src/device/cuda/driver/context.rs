@@ -113,8 +113,8 @@ impl Context {
         Error::new(error.kind(), format!("{} device=cuda:{}", error.message(), self.ordinal))
     }
 
-    /// From here on the driver is not called any more. Memory of the host that it may still use stays pinned, and nothing that is
-    /// copied with this context is published.
+    /// From here on the driver is not called any more. Memory of the host that it may still use stays pinned,
+    /// and nothing that is copied with this context is published.
     pub(super) fn lose(&self, why: &Error) {
         lock(&self.why).get_or_insert_with(|| why.clone());
         if !self.dead.swap(true, Ordering::AcqRel) {
@@ -122,9 +122,10 @@ impl Context {
         }
     }
 
-    /// Asks how far something of ours is: true when it has ended. Whoever asks waits, and must not wait for ever for a driver that
-    /// refuses to say. One that does not know our handle, in our own context, has reset that context, and its work ended with it; any
-    /// other refusal is for good when nothing else was heard for `REFUSALS`.
+    /// Asks how far something of ours is: true when it has ended. The caller waits, and must not wait for
+    /// ever for a driver that refuses to say. One that does not know our handle, in our own context, has
+    /// reset that context, and its work ended with it; any other refusal is for good when nothing else was
+    /// heard for `REFUSALS`.
     pub(super) fn query(
         &self,
         call: &'static str,

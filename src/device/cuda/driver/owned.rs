@@ -95,9 +95,9 @@ impl Event {
         self.context.call("cuEventRecord", |t| unsafe { (t.event_record)(self.handle, stream) })
     }
 
-    /// Records it in a stream of the program behind what was queued there just now, and goes on trying for `REFUSALS`: an event that
-    /// was not recorded counts as reached, and sources would be freed under kernels that read them. After an error nothing of
-    /// that runs any more, or the context is lost.
+    /// Records it in a stream of the program behind what was queued there just now, and goes on trying for
+    /// `REFUSALS`: an event that was not recorded counts as reached, and sources would be freed under kernels
+    /// that read them. After an error nothing of that runs any more, or the context is lost.
     pub fn insist(&self, stream: Handle) -> Result<()> {
         const POLL: Duration = Duration::from_micros(50);
         let (table, began) = (&self.context.driver.table, Instant::now());
