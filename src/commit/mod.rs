@@ -6,4 +6,4 @@
 
 mod single;
 
-pub(crate) use single::{Concluded, Ending, Published, conclude};
+pub(crate) use single::{Concluded, Ending, conclude};

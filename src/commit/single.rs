@@ -14,12 +14,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A step that was published by us and is durable.
-#[derive(Debug)]
-pub(crate) struct Published {
-    pub attempt: Arc<dyn Writing>,
-}
-
 /// A save whose chunks are all done.
 pub(crate) struct Ending<'a> {
     pub request: &'a Request,
@@ -35,14 +29,14 @@ pub(crate) struct Ending<'a> {
 /// How a save ended. Its future is still to be resolved: first whoever counts steps has to know.
 pub(crate) enum Concluded {
     /// It is durable; the replaced copy, the hint and the rest can be tidied up.
-    Durable(Committed, Published),
+    Durable(Committed, Arc<dyn Writing>),
     /// It may or may not be durable: it must not be counted.
     Doubtful(Error),
     /// It is not there.
     Failed {
         why: Error,
-        /// Nothing is left of it; otherwise a sweep has to remove it.
-        swept: bool,
+        /// The attempt, if it could not be deleted.
+        left: Option<Arc<dyn Writing>>,
     },
 }
 
@@ -53,20 +47,23 @@ pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
     match (committed, attempt) {
         (Ok(committed), Some(attempt)) => {
             tracing::info!(step = ticket.step, bytes = committed.bytes, durable = ?committed.durable, "durable");
-            Concluded::Durable(committed, Published { attempt })
+            Concluded::Durable(committed, attempt)
         }
         (Err(error), _) if error.kind() == ErrorKind::Indeterminate => {
             tracing::error!(step = ticket.step, %error, "nobody knows whether the step is durable");
             Concluded::Doubtful(error)
         }
         (committed, attempt) => {
-            let abandoned = attempt.map_or(Ok(()), |a| a.abandon());
-            if let Err(left) = &abandoned {
-                tracing::warn!(step = ticket.step, error = %left, "an attempt is left for a sweep");
-            }
+            let left = attempt.filter(|attempt| match attempt.abandon() {
+                Ok(()) => false,
+                Err(error) => {
+                    tracing::warn!(step = ticket.step, %error, "a failed attempt is to be deleted later");
+                    true
+                }
+            });
             let why = committed.err().unwrap_or_else(|| Error::internal("a commit without an attempt"));
             tracing::warn!(step = ticket.step, error = %why, "the save failed");
-            Concluded::Failed { why, swept: abandoned.is_ok() }
+            Concluded::Failed { why, left }
         }
     }
 }

@@ -203,8 +203,8 @@ impl Builder {
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };
 
         let (ended, endings) = unbounded::<Arc<Task>>();
-        // Bounded, because what waits holds descriptors.
-        let (leftovers, leavings) = bounded(64);
+        // Bounded, because what waits holds descriptors and room on the medium.
+        let (leftovers, leavings) = bounded(tidy::LAG);
         let executor = CheckpointExecutor {
             catalog: catalog.clone(),
             stager: stager.clone(),
@@ -222,8 +222,10 @@ impl Builder {
             let mut manifest = AlignedBuffer::new(0);
             for task in endings {
                 let left = ending::conclude(&task, place.as_ref(), &steps, &compared, &mut manifest);
-                if let Some(Err(full)) = left.map(|left| leftovers.try_send(left)) {
-                    tracing::warn!(step = ?full.into_inner().name, "tidying is behind; a later sweep does it");
+                drop(task);
+                if let Some(left) = left {
+                    // Waits while tidying is behind. Refused by a thread that is gone: then the next process sweeps.
+                    let _ = leftovers.send(left);
                 }
             }
         };

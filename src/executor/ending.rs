@@ -6,21 +6,35 @@
 
 use crate::catalog::Catalog;
 use crate::checkpoint::replaceable;
-use crate::commit::{self, Concluded, Ending, Published};
+use crate::commit::{self, Concluded, Ending};
 use crate::completion::Calls;
 use crate::error::{Error, ErrorKind};
 use crate::memory::AlignedBuffer;
-use crate::storage::Storage;
+use crate::storage::{Storage, Writing};
 use crate::ticket::{Outcome, Phase};
 use crate::writer::Task;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Something to tidy up.
-pub(super) struct Left {
-    pub name: String,
-    /// None: a failed save left an attempt that only a sweep can remove.
-    pub published: Option<Published>,
+/// What a save left to be tidied up.
+pub(super) enum Left {
+    /// A durable step: what it replaced, and the owner record.
+    Published { name: String, attempt: Arc<dyn Writing> },
+    /// A failed attempt that could not be deleted.
+    Failed { attempt: Arc<dyn Writing> },
+    /// Something that only a sweep can find.
+    Unknown,
+}
+
+impl Left {
+    /// The name of the step, if there is one.
+    pub fn published(&self) -> Option<&str> {
+        match self {
+            Self::Published { name, .. } => Some(name),
+            Self::Failed { .. } | Self::Unknown => None,
+        }
+    }
 }
 
 /// Ends the save of `task`; a panic of the storage fails the save, not the thread.
@@ -42,6 +56,7 @@ pub(super) fn conclude(
         }
         commit::conclude(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, manifest })
     }));
+    let panicked = concluded.is_err();
     let concluded = concluded.unwrap_or_else(|_| {
         let publishing = ticket.phase() >= Phase::Publishing;
         let kind = if publishing { ErrorKind::Indeterminate } else { ErrorKind::Internal };
@@ -49,20 +64,21 @@ pub(super) fn conclude(
     });
     let name = request.name.clone();
     let (outcome, left) = match concluded {
-        Concluded::Durable(committed, published) => {
+        Concluded::Durable(committed, attempt) => {
             catalog.acknowledge(ticket.attempt);
             if !ticket.blind.load(Ordering::Relaxed) {
                 compared.fetch_add(1, Ordering::Relaxed);
             }
-            (Ok(Outcome::Durable(committed)), Some(Left { name, published: Some(published) }))
+            (Ok(Outcome::Durable(committed)), Some(Left::Published { name, attempt }))
         }
         Concluded::Doubtful(why) => {
             catalog.doubt(ticket.attempt);
-            (Err(why), None)
+            (Err(why), panicked.then_some(Left::Unknown))
         }
-        Concluded::Failed { why, swept } => {
+        Concluded::Failed { why, left } => {
             catalog.withdraw(ticket.attempt);
-            (Err(why), (!swept).then_some(Left { name, published: None }))
+            let unknown = || task.begin_failed().then_some(Left::Unknown);
+            (Err(why), left.map(|attempt| Left::Failed { attempt }).or_else(unknown))
         }
     };
     ticket.finish(outcome).into_iter().for_each(Calls::here);

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// A system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,6 +84,7 @@ struct State {
     hits: u64,
     log: Vec<Logged>,
     descriptors: BTreeMap<RawFd, PathBuf>,
+    held: Vec<Call>,
 }
 
 /// A [`Sys`] over another one, with faults, and a log of its calls.
@@ -92,18 +93,31 @@ pub struct Faulty {
     inner: Arc<dyn Sys>,
     syncing: bool,
     state: Mutex<State>,
+    released: Condvar,
+}
+
+/// Calls of one kind wait until this is dropped.
+#[must_use = "calls wait until it is dropped"]
+#[derive(Debug)]
+pub struct HeldCalls<'a>(&'a Faulty, Call);
+
+impl Drop for HeldCalls<'_> {
+    fn drop(&mut self) {
+        self.0.state().held.retain(|held| *held != self.1);
+        self.0.released.notify_all();
+    }
 }
 
 impl Faulty {
     /// No faults yet.
     pub fn new(inner: Arc<dyn Sys>) -> Arc<Self> {
-        Arc::new(Self { inner, syncing: true, state: Mutex::default() })
+        Arc::new(Self { inner, syncing: true, state: Mutex::default(), released: Condvar::new() })
     }
 
     /// No faults yet; an fsync is logged, can fail, and is otherwise answered with `Ok` at once. For tests that make thousands
     /// of saves and no power cut.
     pub fn unsynced(inner: Arc<dyn Sys>) -> Arc<Self> {
-        Arc::new(Self { inner, syncing: false, state: Mutex::default() })
+        Arc::new(Self { inner, syncing: false, state: Mutex::default(), released: Condvar::new() })
     }
 
     /// Adds a fault; `after` counts from now.
@@ -119,6 +133,12 @@ impl Faulty {
     /// Takes the faults back that have not been met.
     pub fn heal(&self) {
         self.state().faults.clear();
+    }
+
+    /// Makes calls of one kind wait, as on a medium that is slow with them.
+    pub fn hold(&self, call: Call) -> HeldCalls<'_> {
+        self.state().held.push(call);
+        HeldCalls(self, call)
     }
 
     /// How many calls met a fault.
@@ -176,6 +196,11 @@ impl Faulty {
         mut work: impl FnMut(usize) -> io::Result<T>,
         undo: impl FnOnce(T),
     ) -> io::Result<T> {
+        drop(
+            self.released
+                .wait_while(self.state(), |state| state.held.contains(&call))
+                .unwrap_or_else(PoisonError::into_inner),
+        );
         let result = match self.meet(call) {
             None => work(usize::MAX),
             Some(Effect::Short(limit)) => work(limit),

@@ -13,5 +13,5 @@ pub mod simfs;
 
 pub use crate::memory::AlignedBuffer;
 pub use block_on::block_on;
-pub use faulty::{Call, Effect, Fault, Faulty, Logged};
+pub use faulty::{Call, Effect, Fault, Faulty, HeldCalls, Logged};
 pub use late::{LateDevice, POISON};

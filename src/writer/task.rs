@@ -70,6 +70,11 @@ impl Task {
         self.attempt.get()?.as_ref().ok().cloned()
     }
 
+    /// Whether it was tried to begin the attempt and something of it may be left.
+    pub fn begin_failed(&self) -> bool {
+        matches!(self.attempt.get(), Some(Err(error)) if error.kind() != ErrorKind::Conflict)
+    }
+
     fn file(&self, shard: usize) -> Result<Arc<dyn FileWriting>> {
         let plan = &self.request.plan.shards[shard];
         let file = &self.shards[shard].file;

@@ -6,3 +6,4 @@ mod futures;
 mod hostile_callers;
 mod overlap;
 mod reporting;
+mod tidying;
