@@ -140,7 +140,7 @@ pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
 pub use restore::{Damage, DeviceTarget, Report, Targets};
 pub use save::{Save, SaveOptions, Snapshot, Staged};
-pub use settings::{Detect, DeviceChoice, Engine, Failed, IoMode, Overlap, Priority, Settings};
+pub use settings::{Detect, DeviceChoice, Engine, Failed, IoMode, Locks, Overlap, Priority, Settings};
 pub use state::{
     Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, RawDevice, RawHost, Source, StateDict,
 };

@@ -67,6 +67,29 @@ impl FromStr for Priority {
     }
 }
 
+/// How the owner record of an attempt is locked, by which sweeps tell a live owner from a dead one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Locks {
+    /// By flock(2). Where a file system says that it has no locks, as by `None`; where locking fails, saves fail.
+    Flock,
+    /// Not at all, for file systems whose locks do not work: attempts are judged by their age.
+    None,
+}
+
+impl FromStr for Locks {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "flock" => Ok(Self::Flock),
+            "none" => Ok(Self::None),
+            _ => Err(Error::invalid(format!("locks are flock or none locks={text:?}"))),
+        }
+    }
+}
+
 /// Which device copies tensors into the arena. Written `auto`, `host` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -179,6 +202,11 @@ pub struct Settings {
     pub direct: bool,
     /// How files are written: `Auto`.
     pub engine: Engine,
+    /// How owner records are locked: `Flock`.
+    pub locks: Locks,
+    /// Attempts of which no lock tells whether their owner is alive (of another host, or without locks) are deleted when they have
+    /// not changed for so long: a day, at least an hour. Live owners touch theirs every five minutes.
+    pub abandoned_after: Duration,
     /// How much writers give way to other threads: `Normal`.
     pub priority: Priority,
     /// What `save` does while earlier saves are unfinished: `Queue(1)`.
@@ -227,6 +255,8 @@ impl Default for Settings {
             device: DeviceChoice::Auto,
             direct: true,
             engine: Engine::Auto,
+            locks: Locks::Flock,
+            abandoned_after: Duration::from_secs(24 * 3600),
             priority: Priority::Normal,
             overlap: Overlap::Queue(1),
             failed: Failed::NextCall,
@@ -247,7 +277,7 @@ impl Default for Settings {
 
 impl Settings {
     /// The defaults, changed by `ASHORE_ARENA`, `ASHORE_CHUNK` (bytes), `ASHORE_WRITERS`, `ASHORE_FILES`, `ASHORE_DIRECT`
-    /// (`true` or `false`), `ASHORE_DEVICE`, `ASHORE_ENGINE`, `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`.
+    /// (`true` or `false`), `ASHORE_DEVICE`, `ASHORE_ENGINE`, `ASHORE_LOCKS`, `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`.
     ///
     /// # Errors
     /// `Invalid`, naming the variable that does not parse.
@@ -272,6 +302,7 @@ impl Settings {
             set(name, var(name), field)?;
         }
         set("ASHORE_ENGINE", var("ASHORE_ENGINE"), &mut settings.engine)?;
+        set("ASHORE_LOCKS", var("ASHORE_LOCKS"), &mut settings.locks)?;
         set("ASHORE_DEVICE", var("ASHORE_DEVICE"), &mut settings.device)?;
         set("ASHORE_PRIORITY", var("ASHORE_PRIORITY"), &mut settings.priority)?;
         set("ASHORE_DIRECT", var("ASHORE_DIRECT"), &mut settings.direct)?;
@@ -305,6 +336,10 @@ impl Settings {
                 return refuse(format!("a number is out of range 1..={most} {name}={count}"));
             }
         }
+        if self.abandoned_after < Duration::from_secs(3600) {
+            let why = "live owners touch their attempts every five minutes; give them at least an hour";
+            return refuse(format!("{why} abandoned_after={:?}", self.abandoned_after));
+        }
         if self.keep_last == Some(0) || self.keep_every == Some(0) {
             return refuse("retention cannot keep nothing keep_last=0 or keep_every=0".into());
         }
@@ -335,7 +370,8 @@ mod tests {
     #[test]
     fn settings_that_cannot_work_are_refused_by_name() {
         type Change = fn(&mut Settings);
-        let cases: [(Change, &str); 8] = [
+        let cases: [(Change, &str); 9] = [
+            (|s| s.abandoned_after = Duration::from_secs(3599), "abandoned_after="),
             (|s| s.scratch = s.chunk - 1, "scratch="),
             (|s| s.chunk = 5000, "chunk=5000"),
             (|s| s.chunk = 0, "chunk=0"),

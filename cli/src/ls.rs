@@ -1,7 +1,7 @@
 //! `ashore ls`: the checkpoints of a directory.
 
-use crate::out;
-use crate::{Common, size};
+use crate::{Common, out, remnants, size};
+use ashore::storage::Sweep;
 use ashore::{Catalog, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
@@ -23,7 +23,8 @@ struct Row {
 /// Lists checkpoints, newest last; damaged ones too.
 pub fn run(common: &Common) -> Result<ExitCode> {
     let root = common.root();
-    let (entries, problems) = Catalog::open(&root)?.survey()?;
+    let catalog = Catalog::open(&root)?;
+    let (entries, problems) = catalog.survey()?;
     let sound = entries.into_iter().map(|e| Row { step: e.step, path: e.path, bytes: e.bytes, valid: true, why: None });
     let damaged = problems.into_iter().map(|p| {
         let bytes = bytes_in(&p.path);
@@ -48,7 +49,22 @@ pub fn run(common: &Common) -> Result<ExitCode> {
         }
         out::print(&shown(&mut table, &[0, 1]))?;
     }
+    complain_of_remnants(&catalog)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says what interrupted saves left, and take room.
+fn complain_of_remnants(catalog: &Catalog) -> Result<()> {
+    let swept = catalog.sweep(Sweep::default().dry_run())?;
+    for dead in remnants::not_alive(swept.removed) {
+        out::complain(&format!("the next sweep deletes {}", dead.shown()));
+    }
+    let left = remnants::not_alive(swept.left);
+    left.iter().for_each(|left| out::complain(&format!("unfinished {}", left.shown())));
+    if !left.is_empty() {
+        out::complain(remnants::ADVICE);
+    }
+    Ok(())
 }
 
 /// A plain table: no frame, no colours, no wrapping.

@@ -2,6 +2,7 @@
 //! checkpoints. Data goes to stdout, progress to stderr.
 
 mod adamw;
+mod age;
 mod bench;
 mod demo;
 mod device;
@@ -11,6 +12,7 @@ mod limit;
 mod ls;
 mod out;
 mod prune;
+mod remnants;
 mod rng;
 mod size;
 mod verify;

@@ -157,6 +157,38 @@ fn a_step_whose_manifest_or_shard_is_cut_is_listed_as_damaged() {
     assert_eq!(run(dir.path(), &["verify", one.to_str().unwrap()]).status.code(), Some(3));
 }
 
+/// A job that was requeued to another node left its unfinished save, whole in size, in the directory for ever: no verb named it, and
+/// none could delete it.
+#[test]
+fn what_a_host_that_is_gone_left_is_shown_and_goes_when_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    json(&demo(dir.path(), 10, 5).output().unwrap(), 0);
+    let attempt = ".step-00000015.67e55044-10b1-426f-9247-bb680e5fe0c8";
+    let (temp, owner) = (dir.path().join(format!("{attempt}.tmp")), dir.path().join(format!("{attempt}.owner")));
+    fs::create_dir(&temp).unwrap();
+    fs::write(temp.join("model.safetensors"), [0; 5000]).unwrap();
+    fs::write(&owner, r#"{"host":"node-7","boot_id":"another","pid":4711,"start_time":1}"#).unwrap();
+
+    let listed = run(dir.path(), &["ls", "--json"]);
+    let (stdout, stderr) = (serde_json::from_slice(&listed.stdout).unwrap(), String::from_utf8(listed.stderr).unwrap());
+    assert_eq!(steps(&stdout), [5, 10]);
+    for said in [attempt, "5.0 kB, unchanged for", "host=node-7 pid=4711", "prune --abandoned"] {
+        assert!(stderr.contains(said), "{said}: {stderr}");
+    }
+    let prune = |more: &[&str]| json(&run(dir.path(), &[&["prune", "--json"], more].concat()), 0);
+    let kept = prune(&["--keep-last", "2", "--yes"]);
+    assert_eq!((&kept["left"][0]["bytes"], &kept["left"][0]["state"]), (&5000.into(), &"undecided".into()), "{kept}");
+    assert!(temp.exists() && kept["left"][0]["age_seconds"].is_u64(), "{kept}");
+    let spared = prune(&["--abandoned", "--yes"]);
+    assert_eq!((spared["swept"].as_array().unwrap().len(), temp.exists()), (0, true), "not a day old: {spared}");
+    let would = prune(&["--abandoned", "--older-than", "0s"]);
+    assert_eq!((would["swept"].as_array().unwrap().len(), temp.exists()), (1, true), "{would}");
+    let gone = prune(&["--abandoned", "--older-than", "0s", "--yes"]);
+    assert_eq!(gone["swept"][0]["name"], format!("{attempt}.tmp"));
+    assert!(!temp.exists() && !owner.exists());
+    assert_eq!((steps(&gone["removed"]), steps(&gone["kept"])), (vec![], vec![5, 10]), "no checkpoint was asked for");
+}
+
 #[test]
 fn prune_deletes_only_when_told_to() {
     let dir = tempfile::tempdir().unwrap();
@@ -221,6 +253,8 @@ fn wrong_usage_ends_with_2() {
         &["ls", "--device", "gpu"],
         &["prune"],
         &["prune", "--keep-last", "0"],
+        &["prune", "--abandoned", "--older-than", "a while"],
+        &["prune", "--keep-last", "1", "--older-than", "1d"],
         &["prune", "--keep-last", "1", "--yes", "--dry-run"],
         &["inspect", "1", "2"],
     ] {

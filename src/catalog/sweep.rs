@@ -5,7 +5,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::mutant::{self, Mutant};
-use crate::storage::Swept;
+use crate::storage::{Sweep, Swept};
 use std::collections::{BTreeSet, HashSet};
 use std::sync::PoisonError;
 use std::time::Duration;
@@ -144,12 +144,12 @@ impl Catalog {
         failed.map_or(Ok(pruned), Err)
     }
 
-    /// Removes attempts and trash whose owner is dead, and only those.
+    /// Removes attempts and trash whose owner is dead, and only those; says what it left alone, and why.
     ///
     /// # Errors
     /// When the directory cannot be read.
-    pub fn sweep(&self) -> Result<Swept> {
-        self.storage.sweep()
+    pub fn sweep(&self, how: Sweep) -> Result<Swept> {
+        self.storage.sweep(how)
     }
 
     /// Claims the name of `entry` for its removal; false while an attempt may be published under it.

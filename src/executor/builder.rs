@@ -10,10 +10,10 @@ use crate::device::{Device, DeviceReport, LentMemory, Memory, Selected, choose};
 use crate::error::{Error, Result};
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Register};
-use crate::settings::{Detect, Engine, Failed, Overlap, Priority, Settings};
+use crate::settings::{Detect, Engine, Failed, Locks, Overlap, Priority, Settings};
 use crate::staging::{Scratch, Stager};
-use crate::storage::Storage;
 use crate::storage::local::Local;
+use crate::storage::{Storage, Sweep};
 use crate::sync::{Mutex, lock};
 use crate::writer::{Pool, Task, adopt, spawn};
 use crate::{Catalog, Retention, fork};
@@ -74,6 +74,10 @@ impl Builder {
         direct: bool,
         /// How files are written: `Auto`.
         engine: Engine,
+        /// How owner records are locked: by flock(2).
+        locks: Locks,
+        /// When an attempt of which no lock tells whether its owner is alive counts as abandoned: unchanged for a day.
+        abandoned_after: Duration,
         /// How much writers give way to other threads: `Normal`.
         priority: Priority,
         /// What `save` does while earlier saves are unfinished: `Queue(1)`.
@@ -151,7 +155,7 @@ impl Builder {
         settings.check()?;
         let storage = match storage {
             Some(storage) => storage,
-            None => Arc::new(Local::open_with(&root, settings.engine)?.direct(settings.direct)),
+            None => Arc::new(Local::open_with(&root, settings.engine)?.direct(settings.direct).locks(settings.locks)),
         };
         let (device, mut report) = match device {
             Some(device) => {
@@ -200,6 +204,7 @@ impl Builder {
         let stager = Arc::new(stager);
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;
+        let sweep = Sweep::default().older_than(settings.abandoned_after);
         let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };
 
         let (ended, endings) = unbounded::<Arc<Task>>();
@@ -231,7 +236,7 @@ impl Builder {
         };
         let tidy = move || {
             adopt(priority);
-            tidy::run(&leavings, storage.as_ref(), &catalog, &retention);
+            tidy::run(&leavings, storage.as_ref(), &catalog, &retention, sweep);
         };
         let mut lines = Lines { threads: std::mem::take(&mut pool.threads), pool, ended };
         lines.threads.push(spawn("ashore-stage".into(), move || stager.run())?);

@@ -7,38 +7,65 @@ use super::ending::Left;
 use crate::catalog::{Catalog, Retention};
 use crate::error::{Error, Result};
 use crate::id::parse_step_name;
-use crate::storage::Storage;
-use crossbeam_channel::Receiver;
+use crate::storage::{Remnant, State, Storage, Sweep, Swept};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::iter::once;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 /// So many saves may wait to be tidied up while as many are in hand; an attempt holds three descriptors until then.
 pub(super) const LAG: usize = 16;
 
-/// The thread: sweeps once, then tidies up after saves until the committer is gone. Saves that came meanwhile share one hint, one
-/// prune and one sweep.
-pub(super) fn run(leavings: &Receiver<Left>, storage: &dyn Storage, catalog: &Catalog, retention: &Retention) {
-    let mut tidy = Tidy { storage, catalog, retention, owed: Vec::new(), unpruned: false, unswept: true };
+/// How often live attempts are touched; at most twice as long passes between.
+const TOUCH: Duration = Duration::from_secs(5 * 60);
+/// How often to sweep what other processes may have left.
+const SWEEP: Duration = Duration::from_secs(3600);
+
+/// The thread: sweeps, then tidies up after saves until the committer is gone. Saves that came meanwhile share one hint, one prune
+/// and one sweep.
+pub(super) fn run(
+    leavings: &Receiver<Left>,
+    storage: &dyn Storage,
+    catalog: &Catalog,
+    retention: &Retention,
+    sweep: Sweep,
+) {
+    let (owed, reported) = (Vec::new(), Vec::new());
+    let mut tidy = Tidy { storage, catalog, retention, sweep, owed, unpruned: false, unswept: false, reported };
+    tidy.unswept = tidy.sweep().is_none();
+    let (mut touched, mut swept) = (Instant::now(), Instant::now());
+    loop {
+        match leavings.recv_timeout(TOUCH) {
+            Ok(first) => tidy.take(once(first).chain(leavings.try_iter()).take(LAG)),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if swept.elapsed() >= SWEEP {
+            swept = Instant::now();
+            tidy.unswept |= tidy.sweep().is_none();
+        }
+        tidy.work();
+        if touched.elapsed() >= TOUCH {
+            touched = Instant::now();
+            attempt("show that attempts are alive", || storage.touch());
+        }
+    }
     tidy.work();
-    while let Ok(first) = leavings.recv() {
-        tidy.take(once(first).chain(leavings.try_iter()).take(LAG));
-        tidy.work();
-    }
-    if tidy.owes() {
-        tidy.work();
-    }
 }
 
 struct Tidy<'a> {
     storage: &'a dyn Storage,
     catalog: &'a Catalog,
     retention: &'a Retention,
+    sweep: Sweep,
     /// Attempts that are over and still on the medium, at most [`LAG`] after each round of work.
     owed: Vec<Left>,
     /// Steps have come since the last prune that succeeded.
     unpruned: bool,
-    /// Something is left that only a sweep can remove.
+    /// Something of this process is left that only a sweep can remove.
     unswept: bool,
+    /// The names that the last sweep left alone and did not know to be alive.
+    reported: Vec<String>,
 }
 
 impl Tidy<'_> {
@@ -51,10 +78,6 @@ impl Tidy<'_> {
             attempt("write the hint", || self.storage.hint(newest));
         }
         self.unpruned |= self.owed.iter().skip(before).any(|left| left.published().is_some());
-    }
-
-    fn owes(&self) -> bool {
-        !self.owed.is_empty() || self.unpruned || self.unswept
     }
 
     fn work(&mut self) {
@@ -76,11 +99,37 @@ impl Tidy<'_> {
             self.unpruned = !self.retention.is_unlimited() && !attempt("prune", pruned);
         }
         if self.unswept {
-            let mut all = false;
             // An attempt that looks alive may be one whose last thread is just letting go of it.
-            attempt("sweep", || self.storage.sweep().map(|swept| all = swept.left.is_empty()));
-            self.unswept = !all;
+            let done = |swept: Swept| swept.left.iter().all(|left| left.state == State::Undecided);
+            self.unswept = !self.sweep().is_some_and(done);
         }
+    }
+
+    fn sweep(&mut self) -> Option<Swept> {
+        let mut done = None;
+        attempt("sweep", || self.storage.sweep(self.sweep).map(|swept| done = Some(swept)));
+        if let Some(swept) = &done {
+            for removed in &swept.removed {
+                tracing::info!(name = removed.name, why = removed.why, bytes = removed.bytes, "swept");
+            }
+            self.report(&swept.left);
+        }
+        done
+    }
+
+    /// Says what takes room and is not known to be alive, each time that it is something else.
+    fn report(&mut self, left: &[Remnant]) {
+        let left: Vec<&Remnant> = left.iter().filter(|remnant| remnant.state != State::Live).collect();
+        let names: Vec<String> = left.iter().map(|remnant| remnant.name.clone()).collect();
+        if names != self.reported
+            && let Some(first) = left.first()
+        {
+            let bytes: u64 = left.iter().map(|remnant| remnant.bytes).sum();
+            let what = "unfinished saves of other hosts are left; `ashore prune --abandoned` deletes what is dead";
+            let (attempts, after) = (left.len(), self.sweep.older_than);
+            tracing::warn!(attempts, bytes, first = first.name, why = first.why, abandoned_after = ?after, "{what}");
+        }
+        self.reported = names;
     }
 }
 

@@ -5,7 +5,7 @@
 //! works on it breaks no rule of the seam.
 
 use super::name::{check_file, check_step};
-use super::{FileReading, FileWriting, IoMode, Reading, Storage, Swept, Writing};
+use super::{FileReading, FileWriting, IoMode, Reading, Remnant, State, Storage, Sweep, Swept, Writing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::memory::ALIGNMENT;
@@ -106,17 +106,15 @@ impl Storage for Memory {
         Ok(())
     }
 
-    fn sweep(&self) -> Result<Swept> {
+    fn sweep(&self, how: Sweep) -> Result<Swept> {
         let mut swept = Swept::default();
         lock(&self.0).attempts.retain(|(name, attempt, writing)| {
-            let label = format!(".{name}.{attempt}.tmp");
             let alive = writing.strong_count() > 0;
-            if alive {
-                swept.left.push((label, "its owner is alive".into()));
-            } else {
-                swept.removed.push(label);
-            }
-            alive
+            let (state, why) = if alive { (State::Live, "live") } else { (State::Dead, "it was dropped") };
+            let name = format!(".{name}.{attempt}.tmp");
+            let remnant = Remnant { name, state, why: why.into(), age: None, bytes: 0 };
+            if alive { &mut swept.left } else { &mut swept.removed }.push(remnant);
+            alive || how.dry_run
         });
         Ok(swept)
     }

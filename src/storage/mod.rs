@@ -18,6 +18,7 @@ pub use crate::settings::IoMode;
 use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A place for steps. Names are single path components.
 pub trait Storage: Send + Sync + Debug {
@@ -49,7 +50,13 @@ pub trait Storage: Send + Sync + Debug {
     }
 
     /// Removes attempts and trash whose owner is dead, and only those.
-    fn sweep(&self) -> Result<Swept>;
+    fn sweep(&self, how: Sweep) -> Result<Swept>;
+
+    /// Shows those who judge by age that attempts begun here and not settled are alive. Called every few minutes by an executor; a
+    /// storage whose sweeps never judge by age has nothing to do.
+    fn touch(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Writes the hint file `latest`: best effort, never trusted.
     fn hint(&self, name: &str) -> Result<()>;
@@ -69,14 +76,75 @@ pub trait Storage: Send + Sync + Debug {
     fn describe(&self, name: &str) -> std::path::PathBuf;
 }
 
-/// What a sweep did.
+/// How to sweep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Sweep {
+    /// An attempt of which no lock tells whether its owner is alive is dead when it has not changed for so long: a day. Live
+    /// owners touch their attempts every few minutes: below that, the caller vouches for it that none is alive on another host.
+    pub older_than: Duration,
+    /// Only say what would be removed.
+    pub dry_run: bool,
+}
+
+impl Default for Sweep {
+    fn default() -> Self {
+        Self { older_than: Duration::from_secs(24 * 3600), dry_run: false }
+    }
+}
+
+impl Sweep {
+    /// Sets after what time without a change an attempt is dead whose owner no lock tells of.
+    pub fn older_than(mut self, older_than: Duration) -> Self {
+        self.older_than = older_than;
+        self
+    }
+
+    /// Removes nothing.
+    pub fn dry_run(mut self) -> Self {
+        self.dry_run = true;
+        self
+    }
+}
+
+/// What a sweep did, or would do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Swept {
     /// Attempts and trash that were removed.
-    pub removed: Vec<String>,
-    /// Attempts that were left alone, and why: live, of another host, or without an owner record.
-    pub left: Vec<(String, String)>,
+    pub removed: Vec<Remnant>,
+    /// Attempts and trash that were left alone.
+    pub left: Vec<Remnant>,
+}
+
+/// An attempt, or trash, that a sweep found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Remnant {
+    /// Its name.
+    pub name: String,
+    /// What is known of its owner.
+    pub state: State,
+    /// Why, for people.
+    pub why: String,
+    /// How long it has not changed, by the clock of the file system, where that was asked and can be told.
+    pub age: Option<Duration>,
+    /// The length of its files; of live ones not all that will be.
+    pub bytes: u64,
+}
+
+/// What is known of the owner of a [`Remnant`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum State {
+    /// It is dead.
+    Dead,
+    /// It is alive.
+    Live,
+    /// No lock tells, and it changed not long ago: it may be alive on another host.
+    Undecided,
+    /// It is dead, or may be, but an error kept the attempt from being judged or removed.
+    Stuck,
 }
 
 /// An attempt being written. Dropping it without `publish` or `abandon` leaves it to a sweep.

@@ -15,7 +15,7 @@ use crate::error::{ErrorKind, Result};
 use crate::id::Attempt;
 use crate::memory::ALIGNMENT;
 use crate::memory::AlignedBuffer;
-use crate::storage::{FileReading, Reading, Storage, Writing};
+use crate::storage::{FileReading, Reading, Storage, Sweep, Writing};
 use std::fmt::Debug;
 use std::sync::{Arc, Barrier};
 use std::thread;
@@ -195,7 +195,7 @@ fn an_overwrite_of_nothing_is_a_publish(storage: &Arc<dyn Storage>) {
 fn what_is_abandoned_leaves_nothing(storage: &Arc<dyn Storage>) {
     begin(storage, false, 1).abandon().unwrap();
     assert_eq!(storage.list().unwrap(), [""; 0]);
-    assert_eq!(storage.sweep().unwrap(), Default::default());
+    assert_eq!(storage.sweep(Sweep::default()).unwrap(), Default::default());
     publish(storage, false, 2);
     assert_holds(storage, 2);
 }
@@ -239,12 +239,14 @@ fn a_reader_keeps_its_step(storage: &Arc<dyn Storage>) {
 fn a_sweep_removes_only_the_dead(storage: &Arc<dyn Storage>) {
     let live = begin(storage, false, 1);
     drop(storage.begin("step-8", Attempt::new(), false).unwrap());
-    let swept = storage.sweep().unwrap();
+    let would = storage.sweep(Sweep::default().dry_run()).unwrap();
+    let swept = storage.sweep(Sweep::default()).unwrap();
     assert_eq!((swept.removed.len(), swept.left.len()), (1, 1), "{swept:?}");
+    assert_eq!(would, swept, "a dry run says what a sweep does, and does not do it");
     live.publish(false).unwrap();
     live.settle().unwrap();
     assert_holds(storage, 1);
-    assert_eq!(storage.sweep().unwrap(), Default::default());
+    assert_eq!(storage.sweep(Sweep::default()).unwrap(), Default::default());
     assert_holds(storage, 1);
 }
 
@@ -329,5 +331,5 @@ fn a_hint_is_no_step(storage: &Arc<dyn Storage>) {
     storage.hint(NAME).unwrap();
     storage.hint(NAME).unwrap();
     assert_holds(storage, 1);
-    assert_eq!(storage.sweep().unwrap(), Default::default());
+    assert_eq!(storage.sweep(Sweep::default()).unwrap(), Default::default());
 }

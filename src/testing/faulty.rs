@@ -25,6 +25,7 @@ pub enum Call {
     Rename,
     Unlink,
     Stat,
+    Touch,
     List,
     Lock,
     Direct,
@@ -277,6 +278,14 @@ impl Sys for Faulty {
 
     fn stat_at(&self, dir: RawFd, name: &Path) -> io::Result<Stat> {
         self.on(Call::Stat, dir, name, || self.inner.stat_at(dir, name))
+    }
+
+    fn touch(&self, fd: RawFd) -> io::Result<()> {
+        self.on(Call::Touch, fd, Path::new(ITSELF), || self.inner.touch(fd))
+    }
+
+    fn path_of(&self, dir: RawFd) -> Option<PathBuf> {
+        self.inner.path_of(dir)
     }
 
     fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>> {

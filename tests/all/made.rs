@@ -3,7 +3,7 @@
 use ashore::digest::Digest;
 use ashore::format::manifest::{BLOCK, FileEntry, MANIFEST, Manifest, SliceEntry, TensorEntry};
 use ashore::format::shard::{HeaderTemplate, Stamp, index_json, shard_names};
-use ashore::storage::{FileReading, FileWriting, IoMode, Memory, Reading, Storage, Swept, Writing};
+use ashore::storage::{FileReading, FileWriting, IoMode, Memory, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, Checkpoint, Dtype, Result};
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
@@ -208,8 +208,8 @@ impl Storage for Watched {
         self.seen.lock().unwrap().removed.push(name.into());
         self.memory.remove(name)
     }
-    fn sweep(&self) -> Result<Swept> {
-        self.memory.sweep()
+    fn sweep(&self, how: Sweep) -> Result<Swept> {
+        self.memory.sweep(how)
     }
     fn hint(&self, name: &str) -> Result<()> {
         self.memory.hint(name)

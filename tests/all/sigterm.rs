@@ -3,7 +3,7 @@
 use crate::rig::{eventually, one, pattern};
 use ashore::sigterm::{Exit, OnTerm, Sigterm};
 use ashore::storage::local::Local;
-use ashore::storage::{Reading, Storage, Swept, Writing};
+use ashore::storage::{Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, Catalog, CheckpointExecutor, Outcome, Overlap, Result};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -39,8 +39,8 @@ impl Storage for Gated {
     fn remove(&self, name: &str) -> Result<()> {
         self.0.remove(name)
     }
-    fn sweep(&self) -> Result<Swept> {
-        self.0.sweep()
+    fn sweep(&self, how: Sweep) -> Result<Swept> {
+        self.0.sweep(how)
     }
     fn hint(&self, name: &str) -> Result<()> {
         self.0.hint(name)

@@ -5,7 +5,7 @@ use ashore::device::{CopyQueue, Device};
 use ashore::digest::Digest;
 use ashore::format::manifest::MANIFEST;
 use ashore::memory::Register;
-use ashore::storage::{FileWriting, IoMode, Reading, Storage, Swept, Writing};
+use ashore::storage::{FileWriting, IoMode, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, Error, ErrorKind, Result};
 use std::any::Any;
 use std::path::PathBuf;
@@ -52,7 +52,7 @@ impl Storage for Sink {
         Ok(())
     }
 
-    fn sweep(&self) -> Result<Swept> {
+    fn sweep(&self, _: Sweep) -> Result<Swept> {
         Ok(Swept::default())
     }
 

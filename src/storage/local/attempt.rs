@@ -3,7 +3,7 @@
 use super::dir::Dir;
 use super::direct::Bypass;
 use super::file::LocalFile;
-use super::owner::Owner;
+use super::owner::{Owner, Owners};
 use super::sys::Kind;
 use super::{direct, durable, names, publish, transfer, trash};
 use crate::error::{Error, ErrorKind, Result};
@@ -14,9 +14,6 @@ use crate::storage::{FileWriting, Writing, name};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// Owner records whose locks are kept until the storage is dropped, so that no sweep of ours acts on an unclear publish.
-pub(super) type Kept = Arc<Mutex<Vec<Owner>>>;
 
 /// Files that come whole and have at least so many bytes are written like shards, past the page cache: the manifest of many
 /// tensors has several MiB.
@@ -80,7 +77,7 @@ pub(super) struct LocalAttempt {
     direct: bool,
     progress: Arc<Progress>,
     phase: Mutex<Phase>,
-    kept: Kept,
+    owners: Arc<Owners>,
 }
 
 impl LocalAttempt {
@@ -90,7 +87,7 @@ impl LocalAttempt {
         attempt: Attempt,
         overwrite: bool,
         direct: bool,
-        kept: Kept,
+        owners: Arc<Owners>,
     ) -> Result<Self> {
         name::check_step(step)?;
         match root.look(step).map_err(root.error("cannot look for the step", step))? {
@@ -98,7 +95,7 @@ impl LocalAttempt {
             Some(stat) if overwrite && stat.kind == Kind::Dir => {}
             Some(_) => return Err(conflict("the step exists", &root, step)),
         }
-        let owner = Owner::record(&root, step, attempt)?;
+        let owner = owners.record(&root, step, attempt)?;
         let temp = names::temp(step, attempt);
         let made = root.mkdir(&temp).map_err(root.error("cannot create the attempt", &temp));
         let opened = made.and_then(|()| {
@@ -113,7 +110,7 @@ impl LocalAttempt {
             }
         })?;
         let (step, phase) = (step.to_owned(), Mutex::new(Phase::Open(owner)));
-        Ok(Self { root, dir, step, temp, identity, direct, progress: Arc::default(), phase, kept })
+        Ok(Self { root, dir, step, temp, identity, direct, progress: Arc::default(), phase, owners })
     }
 
     fn phase(&self) -> MutexGuard<'_, Phase> {
@@ -193,7 +190,7 @@ impl Writing for LocalAttempt {
             *phase = match &done {
                 Ok(()) => Phase::Published(owner),
                 Err(error) if error.kind() == ErrorKind::Indeterminate => {
-                    self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(owner);
+                    self.owners.keep(owner);
                     Phase::Unclear
                 }
                 Err(_) => {

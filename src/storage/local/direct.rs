@@ -45,6 +45,18 @@ pub(super) fn open(dir: &Dir, file: &str, wanted: bool) -> io::Result<(Fd, Bypas
     settled(wanted, |direct| dir.open(file, Open::Read { direct }), || Ok(()))
 }
 
+/// Opens a file to read and write, through the page cache. Where writing is not allowed, to read: its lock is then refused by file
+/// systems that lock ranges of bytes in place of files, as NFS does.
+pub(super) fn update(dir: &Dir, file: &str) -> io::Result<(Fd, Bypass)> {
+    let fd = match dir.open(file, Open::Update) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {
+            dir.open(file, Open::Read { direct: false })
+        }
+        opened => opened,
+    };
+    Ok((fd?, Bypass(AtomicBool::new(false))))
+}
+
 /// Creates a file, direct when `wanted` and possible.
 pub(super) fn create(dir: &Dir, file: &str, wanted: bool) -> io::Result<(Fd, Bypass)> {
     // A refusal of O_DIRECT can come after the file was created.

@@ -8,13 +8,17 @@
 use super::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
 use crate::fork;
 use crate::memory::ALIGNMENT;
-use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, IFlags, Mode, OFlags, RenameFlags, StatxFlags};
+use rustix::fs::{
+    AtFlags, FallocateFlags, FileType, FlockOperation, IFlags, Mode, OFlags, RenameFlags, StatxFlags, Timespec,
+    Timestamps, UTIME_NOW,
+};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{BorrowedFd, IntoRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// File systems that take O_DIRECT and use the page cache all the same.
 const BTRFS: u64 = 0x9123_683e;
@@ -45,6 +49,9 @@ fn stat_of(stat: &rustix::fs::Stat) -> Stat {
         len: u64::try_from(stat.st_size).unwrap_or(0),
         identity: (stat.st_dev.into(), stat.st_ino.into()),
         links: stat.st_nlink.into(),
+        // Before 1970 is as long ago as can be.
+        modified: u64::try_from(stat.st_mtime)
+            .map_or(Duration::ZERO, |seconds| Duration::new(seconds, u32::try_from(stat.st_mtime_nsec).unwrap_or(0))),
     }
 }
 
@@ -56,6 +63,7 @@ impl Sys for Linux {
                 Open::Dir => OFlags::RDONLY | OFlags::DIRECTORY,
                 // A pipe in the place of a file must not make us wait for its writer.
                 Open::Read { direct: on } => OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | direct(on),
+                Open::Update => OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY,
                 Open::Create { direct: on } => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | direct(on),
             };
         flags.set(OFlags::NOFOLLOW, !follow);
@@ -119,6 +127,15 @@ impl Sys for Linux {
 
     fn stat_at(&self, dir: RawFd, name: &Path) -> io::Result<Stat> {
         Ok(stat_of(&rustix::fs::statat(borrow(dir), name, AtFlags::SYMLINK_NOFOLLOW)?))
+    }
+
+    fn touch(&self, fd: RawFd) -> io::Result<()> {
+        let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+        Ok(rustix::fs::futimens(borrow(fd), &Timestamps { last_access: now, last_modification: now })?)
+    }
+
+    fn path_of(&self, dir: RawFd) -> Option<PathBuf> {
+        std::fs::read_link(format!("/proc/self/fd/{dir}")).ok()
     }
 
     fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>> {

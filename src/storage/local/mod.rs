@@ -7,20 +7,21 @@
 //! **Completion.** Files, then the attempt's directory, then the rename, then the root: each is fsynced before the next step, in
 //! `durable` and nowhere else. A failed fsync loses the attempt; one that fails after the rename is `Indeterminate`.
 //! **Crash.** An attempt whose owner is dead is deleted, once it is durable that nothing there has the name of a step. What is
-//! removed first gets a hidden name, durably, so a crash never brings back a step with some of its files missing. Leaks that
-//! are accepted: an owner record that is still empty (it may be another host's), and attempts of hosts that never come back;
-//! both are reported.
+//! removed first gets a hidden name, durably, so a crash never brings back a step with some of its files missing. What no lock
+//! tells of, as attempts of other hosts, is deleted when it has not changed for long enough, and reported until then.
 //! **Cancellation.** [`Writing::abandon`]; or drop the attempt, and a sweep finds it.
 //! **Fork.** A child never closes, unlocks or deletes what its parent has open.
 //!
-//! From the system calls up: `sys` (the seam), `linux`, `dir`, `transfer`, `direct`, `durable`; then `owner`, `file`, `trash`,
-//! `publish`; then `attempt`, `reading`, `sweep`, `root`; then [`Local`].
+//! From the system calls up: `sys` (the seam), `linux`, `dir`, `transfer`, `direct`, `durable`; then `owner`, `clock`, `judge`, `file`,
+//! `trash`, `publish`; then `attempt`, `reading`, `sweep`, `root`; then [`Local`].
 
 mod attempt;
+mod clock;
 mod dir;
 mod direct;
 mod durable;
 mod file;
+mod judge;
 mod linux;
 mod names;
 mod owner;
@@ -40,11 +41,12 @@ pub use uring::Uring;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, parse_step_name};
-use crate::settings::Engine;
-use crate::storage::{Reading, Storage, Swept, Writing, name as rules};
-use attempt::{Kept, LocalAttempt};
+use crate::settings::{Engine, Locks};
+use crate::storage::{Reading, Storage, Sweep, Swept, Writing, name as rules};
+use attempt::LocalAttempt;
 use dir::Dir;
 use direct::Bypass;
+use owner::Owners;
 use reading::LocalReading;
 use std::any::Any;
 use std::path::{Path, PathBuf};
@@ -57,7 +59,7 @@ pub struct Local {
     /// For looking only. Whoever fsyncs opens it afresh: a failed fsync is final for a descriptor.
     root: Dir,
     direct: bool,
-    kept: Kept,
+    owners: Arc<Owners>,
 }
 
 impl Local {
@@ -90,13 +92,20 @@ impl Local {
     }
 
     fn over(root: Dir) -> Self {
-        Self { root, direct: true, kept: Kept::default() }
+        Self { root, direct: true, owners: Arc::new(Owners::new(Locks::Flock)) }
     }
 
     /// Whether files are opened with O_DIRECT where that is possible: yes, unless told otherwise.
     #[must_use]
     pub fn direct(mut self, direct: bool) -> Self {
         self.direct = direct;
+        self
+    }
+
+    /// How owner records are locked: by flock(2), unless told otherwise.
+    #[must_use]
+    pub fn locks(mut self, locks: Locks) -> Self {
+        self.owners = Arc::new(Owners::new(locks));
         self
     }
 
@@ -143,7 +152,7 @@ fn system(engine: Engine) -> Arc<dyn Sys> {
 impl Storage for Local {
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
         let root = self.root.afresh()?;
-        Ok(Arc::new(LocalAttempt::begin(root, name, attempt, overwrite, self.direct, self.kept.clone())?))
+        Ok(Arc::new(LocalAttempt::begin(root, name, attempt, overwrite, self.direct, self.owners.clone())?))
     }
 
     fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
@@ -194,8 +203,12 @@ impl Storage for Local {
         self.discard(name, Some(opened.identity().ok_or_else(unknown)?))
     }
 
-    fn sweep(&self) -> Result<Swept> {
-        sweep::sweep(&self.root.afresh()?)
+    fn sweep(&self, how: Sweep) -> Result<Swept> {
+        sweep::sweep(&self.root.afresh()?, how)
+    }
+
+    fn touch(&self) -> Result<()> {
+        self.owners.touch().map_err(self.root.own_error("cannot touch the owner records of live attempts"))
     }
 
     fn hint(&self, name: &str) -> Result<()> {

@@ -1,54 +1,119 @@
 //! Who writes an attempt: a record beside it, locked for as long as the writer lives.
 //!
-//! The lock tells a live writer from a dead one, but only as far as it reaches: some network file systems keep locks per host.
-//! So the record names the host, and only attempts of this host are judged. Process id and start time are for people.
+//! The lock tells a live writer from a dead one, but only as far as it reaches: between two machines, or two boots of one, it may
+//! not. The record names the boot, so that `judge` knows. A live writer also touches its record, for those whom the lock does not
+//! reach. Host, process id and start time are for people.
 
 use super::dir::Dir;
-use super::direct::Bypass;
-use super::sys::{Fd, Kind, Stat, uninterrupted};
-use super::{direct, durable, names, transfer};
+use super::direct::{self, Bypass};
+use super::sys::{Fd, Kind, uninterrupted};
+use super::{durable, names, transfer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
+use crate::settings::Locks;
 use serde::{Deserialize, Serialize};
-use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::{fs, io};
 
-/// Longer than any record.
-const LIMIT: usize = 4096;
+/// ENOTSUPP, which the kernel should keep to itself; some parallel file systems return it.
+const ENOTSUPP: i32 = 524;
 
-/// The record of an attempt of ours. The lock goes with it.
+/// The record of an attempt. The lock goes with it.
 #[derive(Debug)]
 pub(super) struct Owner {
     name: String,
-    _lock: Fd,
+    _lock: Arc<Fd>,
 }
 
-impl Owner {
-    /// Creates, locks and fills the record, and makes it durable.
-    pub(super) fn record(root: &Dir, step: &str, attempt: Attempt) -> Result<Self> {
+/// The owner records of one storage.
+#[derive(Debug)]
+pub(super) struct Owners {
+    locks: Locks,
+    /// Their locks are kept until the storage is dropped, so that no sweep of ours acts on an unclear publish.
+    kept: Mutex<Vec<Owner>>,
+    live: Mutex<Vec<Weak<Fd>>>,
+    /// It was said that there are no locks.
+    warned: AtomicBool,
+}
+
+impl Owners {
+    pub(super) fn new(locks: Locks) -> Self {
+        Self { locks, kept: Mutex::default(), live: Mutex::default(), warned: AtomicBool::new(false) }
+    }
+
+    /// Creates, locks and fills a record, and makes it durable.
+    pub(super) fn record(&self, root: &Dir, step: &str, attempt: Attempt) -> Result<Owner> {
         let name = names::owner(step, attempt);
         let (fd, bypass) =
             direct::create(root, &name, false).map_err(root.error("cannot create the owner record", &name))?;
-        Self::fill(root, &name, &fd, &bypass).inspect_err(|_| drop(root.unlink(&name, Kind::File)))?;
-        Ok(Self { name, _lock: fd })
+        self.fill(root, &name, &fd, &bypass).inspect_err(|_| drop(root.unlink(&name, Kind::File)))?;
+        let record = Arc::new(fd);
+        let mut live = lock(&self.live);
+        live.retain(|record| record.strong_count() > 0);
+        live.push(Arc::downgrade(&record));
+        Ok(Owner::new(name, record))
     }
 
-    fn fill(root: &Dir, name: &str, fd: &Fd, bypass: &Bypass) -> Result<()> {
-        match uninterrupted(|| fd.sys().try_lock(fd.raw())) {
-            Ok(true) => {}
-            Ok(false) => {
-                return Err(Error::new(ErrorKind::Conflict, "somebody else locked a new owner record")
-                    .with_path(root.path().join(name)));
-            }
-            // Nobody can lock here, so nobody will take this attempt for dead. Where only this call failed, others can, and would.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {
-                tracing::warn!(path = %root.path().join(name).display(), %error, "no locks; dead attempts stay")
-            }
-            Err(error) => return Err(root.error("cannot lock the owner record", name)(error)),
-        }
-        let record = serde_json::to_vec(&Record::of_this_process())
+    fn fill(&self, root: &Dir, name: &str, fd: &Fd, bypass: &Bypass) -> Result<()> {
+        let locked = self.lock(root, name, fd)?;
+        let record = serde_json::to_vec(&Record::of_this_process(locked))
             .map_err(|error| Error::internal("cannot write the owner record").with_source(error))?;
         transfer::write_all(fd, bypass, &record, 0).map_err(root.error("cannot write the owner record", name))?;
         durable::owner(fd, root).map_err(root.error("cannot make the owner record durable", name))
+    }
+
+    /// Locks a new record; false where there are no locks, which the record then says.
+    fn lock(&self, root: &Dir, name: &str, fd: &Fd) -> Result<bool> {
+        if self.locks == Locks::None {
+            return Ok(false);
+        }
+        match uninterrupted(|| fd.sys().try_lock(fd.raw())) {
+            Ok(true) => Ok(true),
+            Ok(false) => Err(Error::new(ErrorKind::Conflict, "another process locked a new owner record")
+                .with_path(root.path().join(name))),
+            Err(error) if has_no_locks(&error) => {
+                if !self.warned.swap(true, Ordering::AcqRel) {
+                    let path = root.path().display();
+                    tracing::warn!(%path, %error, "the file system has no locks: dead attempts are told by their age");
+                }
+                Ok(false)
+            }
+            Err(error) => {
+                let what = "cannot lock the owner record; where the file system has no locks that work, set locks=none";
+                Err(root.error(what, name)(error))
+            }
+        }
+    }
+
+    /// Keeps `owner` until the storage is dropped.
+    pub(super) fn keep(&self, owner: Owner) {
+        lock(&self.kept).push(owner);
+    }
+
+    /// Touches the records of all live attempts.
+    ///
+    /// # Errors
+    /// The first error; the others are still touched.
+    pub(super) fn touch(&self) -> io::Result<()> {
+        let live: Vec<Arc<Fd>> = lock(&self.live).iter().filter_map(Weak::upgrade).collect();
+        let touched: Vec<_> = live.iter().map(|fd| uninterrupted(|| fd.sys().touch(fd.raw()))).collect();
+        touched.into_iter().collect()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether the error of a lock says that there are none on this file system, for any process.
+fn has_no_locks(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | ENOTSUPP))
+}
+
+impl Owner {
+    pub(super) fn new(name: String, record: Arc<Fd>) -> Self {
+        Self { name, _lock: record }
     }
 
     /// Deletes the record.
@@ -57,73 +122,49 @@ impl Owner {
     }
 }
 
-/// What a sweep finds out about the owner of an attempt.
-#[derive(Debug)]
-pub(super) enum Finding {
-    /// Dead, and locked by us now.
-    Dead(Owner),
-    /// To be left alone, for this reason.
-    Left(String),
-    /// Somebody else swept it.
-    Gone,
-}
-
-/// Judges the owner that the record `name` speaks of.
-pub(super) fn judge(root: &Dir, name: &str) -> Result<Finding> {
-    let failed = "cannot read the owner record";
-    let (fd, bypass) = match direct::open(root, name, false) {
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Finding::Gone),
-        opened => opened.map_err(root.error(failed, name))?,
-    };
-    let mut bytes = [0; LIMIT];
-    let len = transfer::read_full(&fd, &bypass, &mut bytes, 0).map_err(root.error(failed, name))?;
-    let Ok(record) = serde_json::from_slice::<Record>(bytes.get(..len).unwrap_or_default()) else {
-        return Ok(Finding::Left("its owner record is empty or not ours".into()));
-    };
-    if !record.is_of_this_host() {
-        return Ok(Finding::Left(format!("of another host host={} pid={}", record.host, record.pid)));
-    }
-    if !crate::mutant::on(crate::mutant::Mutant::SweepLock) {
-        match uninterrupted(|| fd.sys().try_lock(fd.raw())) {
-            Ok(true) => {}
-            Ok(false) => return Ok(Finding::Left(format!("live pid={}", record.pid))),
-            Err(error) => return Ok(Finding::Left(format!("cannot be locked: {error} pid={}", record.pid))),
-        }
-    }
-    // Between open and lock the record can have been swept, and even written anew.
-    let held = uninterrupted(|| fd.sys().stat(fd.raw())).map_err(root.error(failed, name))?;
-    let named = root.look(name).map_err(root.error(failed, name))?;
-    if named.is_none_or(|named: Stat| named.identity != held.identity) {
-        return Ok(Finding::Gone);
-    }
-    Ok(Finding::Dead(Owner { name: name.to_owned(), _lock: fd }))
-}
-
+/// The content of a record.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Record {
-    host: String,
+pub(super) struct Record {
+    pub(super) host: String,
     boot_id: String,
-    pid: u32,
+    pub(super) pid: u32,
     start_time: u64,
+    /// Absent means yes.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub(super) locked: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_yes(locked: &bool) -> bool {
+    *locked
 }
 
 impl Record {
-    fn of_this_process() -> Self {
-        let (host, boot_id) = this_host();
-        Self { host, boot_id, pid: std::process::id(), start_time: start_time().unwrap_or(0) }
+    /// None for what is not a record: empty, zeros after a power failure, or of another program.
+    pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
+        serde_json::from_slice(bytes).ok()
     }
 
-    /// One kernel, or the name of one machine: then a lock that we get means that the owner is gone.
-    fn is_of_this_host(&self) -> bool {
-        let (host, boot_id) = this_host();
-        self.host == host || (self.boot_id == boot_id && !boot_id.is_empty())
+    fn of_this_process(locked: bool) -> Self {
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let (pid, start_time) = (std::process::id(), start_time().unwrap_or(0));
+        Self { host, boot_id: this_boot(), pid, start_time, locked }
+    }
+
+    /// Written under the kernel that runs here, which then knows whether the writer still holds its lock. Names of hosts, and what
+    /// is in their images, can be equal on several machines.
+    pub(super) fn is_of_this_boot(&self) -> bool {
+        !self.boot_id.is_empty() && self.boot_id == this_boot()
     }
 }
 
-fn this_host() -> (String, String) {
-    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    (rustix::system::uname().nodename().to_string_lossy().into_owned(), boot_id.trim().to_owned())
+fn this_boot() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 /// When this process started, in clock ticks since boot: with the process id, it names a process.

@@ -1,67 +1,141 @@
-//! Cleaning up after the dead of this host, and after nobody else.
+//! Cleaning up after dead owners, and after no other.
 
+use super::clock::Clock;
 use super::dir::Dir;
-use super::owner::{Finding, Owner};
-use super::{durable, names, owner, trash};
-use crate::error::Result;
-use crate::storage::Swept;
+use super::judge::{Dead, Extent, Finding, judge};
+use super::sys::Rename;
+use super::{durable, names, trash};
+use crate::error::{Error, Result};
+use crate::id::Attempt;
+use crate::storage::{Remnant, State, Sweep, Swept};
+use std::collections::HashSet;
+
+/// So many dead attempts share the fsyncs of their removal; each holds a descriptor until then.
+const BATCH: usize = 64;
 
 /// Removes what dead owners left, and whatever lies in the trash. One that cannot be removed does not keep the others.
-pub(super) fn sweep(root: &Dir) -> Result<Swept> {
+pub(super) fn sweep(root: &Dir, how: Sweep) -> Result<Swept> {
     let listed = root.list().map_err(root.own_error("cannot list"))?;
     let listed: Vec<&str> = listed.iter().filter_map(|name| name.to_str()).collect();
-    let mut swept = Swept::default();
+    let clock = Clock::of(root);
+    let (mut swept, mut dead) = (Swept::default(), Vec::new());
     for name in &listed {
         let Some((step, attempt)) = names::parse_owner(name) else { continue };
         let temp = names::temp(step, attempt);
-        match owner::judge(root, name).and_then(|finding| act(root, finding, &temp)) {
-            Ok(None) => swept.removed.push(temp),
-            Ok(Some(Left::Because(reason))) => swept.left.push((temp, reason)),
-            Ok(Some(Left::Gone)) => {}
-            Err(error) => swept.left.push((temp, error.to_string())),
+        match judge(root, &clock, name, &temp, how.older_than) {
+            Ok(Finding::Dead(found)) if how.dry_run => swept.removed.push(found.remnant),
+            Ok(Finding::Dead(found)) => dead.push(found),
+            Ok(Finding::Left(remnant)) => swept.left.push(remnant),
+            Ok(Finding::Gone) => {}
+            Err(error) => swept.left.push(stuck(&temp, &error)),
+        }
+        if dead.len() >= BATCH {
+            bury(root, std::mem::take(&mut dead), &mut swept);
         }
     }
-    let owned = |step, attempt| listed.contains(&names::owner(step, attempt).as_str());
-    for name in &listed {
-        if names::parse_temp(name).is_some_and(|(step, attempt)| !owned(step, attempt)) {
-            swept.left.push(((*name).to_owned(), "has no owner record".into()));
-        }
-    }
-    empty_trash(root, &listed, &mut swept)?;
+    bury(root, dead, &mut swept);
+    orphans(root, &clock, &listed, how, &mut swept)?;
+    empty_trash(root, &listed, how, &mut swept)?;
     Ok(swept)
 }
 
-enum Left {
-    Because(String),
-    Gone,
+fn stuck(name: &str, error: &Error) -> Remnant {
+    Remnant { name: name.to_owned(), state: State::Stuck, why: error.to_string(), age: None, bytes: 0 }
 }
 
-fn act(root: &Dir, finding: Finding, temp: &str) -> Result<Option<Left>> {
-    match finding {
-        Finding::Dead(owner) => bury(root, &owner, temp).map(|()| None),
-        Finding::Left(reason) => Ok(Some(Left::Because(reason))),
-        Finding::Gone => Ok(Some(Left::Gone)),
+/// Removes attempts, then their records: a record goes only once it is durable that its attempt is gone.
+fn bury(root: &Dir, dead: Vec<Dead>, swept: &mut Swept) {
+    if dead.is_empty() {
+        return;
+    }
+    let inherited = durable::inherited(root).map_err(root.own_error("cannot make durable what a dead process did"));
+    let mut cleared = Vec::new();
+    let mut deleted = false;
+    for found in dead {
+        let gone = inherited.clone().and_then(|()| clear(root, &found));
+        match gone {
+            Ok(there) => {
+                deleted |= there;
+                cleared.push(found);
+            }
+            Err(error) => swept.left.push(stuck(&found.remnant.name, &error)),
+        }
+    }
+    let durable = if deleted { durable::deleted(root) } else { Ok(()) };
+    let durable = durable.map_err(root.own_error("cannot make it durable that attempts are gone"));
+    for found in cleared {
+        match durable.clone().and_then(|()| found.owner.erase(root)) {
+            Ok(()) => swept.removed.push(found.remnant),
+            Err(error) => swept.left.push(stuck(&found.remnant.name, &error)),
+        }
     }
 }
 
-fn bury(root: &Dir, owner: &Owner, temp: &str) -> Result<()> {
-    durable::inherited(root).map_err(root.own_error("cannot make durable what a dead process did"))?;
-    if root.look(temp).map_err(root.error("cannot look for the attempt", temp))?.is_some() {
-        trash::delete_attempt(root, temp)?;
+/// Deletes a dead attempt; false when it is not there.
+fn clear(root: &Dir, found: &Dead) -> Result<bool> {
+    let temp = &found.remnant.name;
+    if root.look(temp).map_err(root.error("cannot look for the attempt", temp))?.is_none() {
+        return Ok(false);
     }
-    owner.erase(root)
+    if found.by_age {
+        set_aside(root, temp)?
+    } else {
+        trash::delete(root, temp)?
+    }
+    Ok(true)
 }
 
-fn empty_trash(root: &Dir, listed: &[&str], swept: &mut Swept) -> Result<()> {
+/// Deletes an attempt whose owner may, against all odds, be about to publish it: it loses its name first, so that the publish
+/// fails instead of showing a step that is being deleted.
+fn set_aside(root: &Dir, temp: &str) -> Result<()> {
+    let aside = names::trash(Attempt::new());
+    root.rename(temp, &aside, Rename::Plain).map_err(root.error("cannot move to the trash", temp))?;
+    trash::delete(root, &aside)
+}
+
+/// Attempts without a record are judged by their age alone.
+fn orphans(root: &Dir, clock: &Clock<'_>, listed: &[&str], how: Sweep, swept: &mut Swept) -> Result<()> {
+    let owned: HashSet<_> = listed.iter().filter_map(|name| names::parse_owner(name)).collect();
+    for name in listed {
+        let Some((step, attempt)) = names::parse_temp(name).filter(|attempt| !owned.contains(attempt)) else {
+            continue;
+        };
+        let extent = Extent::of(root, name);
+        // The list is not of one moment: the record may have been made, or both be gone, since.
+        let owner = names::owner(step, attempt);
+        if !extent.exists || root.look(&owner).map_err(root.error("cannot look for the record", &owner))?.is_some() {
+            continue;
+        }
+        let age = clock.age(extent.modified);
+        let old = age.is_some_and(|age| age >= how.older_than);
+        let state = if old { State::Dead } else { State::Undecided };
+        let why = "has no owner record".to_owned();
+        let remnant = Remnant { name: (*name).to_owned(), state, why, age, bytes: extent.bytes };
+        match if old && !how.dry_run { set_aside(root, name) } else { Ok(()) } {
+            Err(error) => swept.left.push(stuck(name, &error)),
+            Ok(()) if old => swept.removed.push(remnant),
+            Ok(()) => swept.left.push(remnant),
+        }
+    }
+    Ok(())
+}
+
+fn empty_trash(root: &Dir, listed: &[&str], how: Sweep, swept: &mut Swept) -> Result<()> {
     let trash: Vec<_> = listed.iter().filter(|name| names::is_trash(name)).collect();
     if trash.is_empty() {
         return Ok(());
     }
-    durable::trash(root).map_err(root.own_error("cannot make removals durable"))?;
+    if !how.dry_run {
+        durable::trash(root).map_err(root.own_error("cannot make removals durable"))?;
+    }
     for name in trash {
-        match trash::delete(root, name) {
-            Ok(()) => swept.removed.push((*name).to_string()),
-            Err(error) => swept.left.push(((*name).to_string(), error.to_string())),
+        let (name, bytes) = ((*name).to_string(), Extent::of(root, name).bytes);
+        match if how.dry_run { Ok(()) } else { trash::delete(root, &name) } {
+            Ok(()) => {
+                let why = "was being deleted".to_owned();
+                swept.removed.push(Remnant { name, state: State::Dead, why, age: None, bytes });
+            }
+            Err(error) => swept.left.push(stuck(&name, &error)),
         }
     }
     Ok(())

@@ -8,9 +8,10 @@ use std::any::Any;
 use std::ffi::OsString;
 use std::fmt::Debug;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// A descriptor, owned by the [`Fd`] that wraps it.
 pub type RawFd = i32;
@@ -25,6 +26,8 @@ pub enum Open {
         /// With O_DIRECT.
         direct: bool,
     },
+    /// An existing file, to read and write. Symbolic links in the last component are not followed.
+    Update,
     /// A new file, to read and write; it is an error if it exists.
     Create {
         /// With O_DIRECT.
@@ -54,6 +57,8 @@ pub struct Stat {
     pub identity: (u64, u64),
     /// The number of names; zero after the last was removed.
     pub links: u64,
+    /// When it was last modified, since 1970, by the clock of the file system.
+    pub modified: Duration,
 }
 
 /// How a rename treats its target.
@@ -105,6 +110,12 @@ pub trait Sys: Send + Sync + Debug {
     fn stat(&self, fd: RawFd) -> io::Result<Stat>;
     /// fstatat(2) without following links.
     fn stat_at(&self, dir: RawFd, name: &Path) -> io::Result<Stat>;
+    /// utimensat(2) with UTIME_NOW: the time is that of the file system, not one that this process read.
+    fn touch(&self, fd: RawFd) -> io::Result<()>;
+    /// Where the directory is now, which may not be where it was opened; None where that cannot be told.
+    fn path_of(&self, _dir: RawFd) -> Option<PathBuf> {
+        None
+    }
     /// getdents(2), without `.` and `..`.
     fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>>;
     /// flock(2), exclusive and without waiting; false when another descriptor holds it.

@@ -23,7 +23,7 @@ use std::any::Any;
 use std::ffi::OsString;
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -288,6 +288,14 @@ impl Sys for Uring {
 
     fn stat_at(&self, dir: RawFd, name: &Path) -> io::Result<Stat> {
         Linux.stat_at(dir, name)
+    }
+
+    fn touch(&self, fd: RawFd) -> io::Result<()> {
+        Linux.touch(fd)
+    }
+
+    fn path_of(&self, dir: RawFd) -> Option<PathBuf> {
+        Linux.path_of(dir)
     }
 
     fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>> {

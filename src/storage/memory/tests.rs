@@ -125,11 +125,11 @@ fn a_sweep_takes_dropped_attempts_and_leaves_live_ones() {
     let memory = Memory::new();
     let live = begin(&memory, "step-1");
     drop(begin(&memory, "step-2"));
-    let swept = memory.sweep().unwrap();
-    assert!(swept.removed.len() == 1 && swept.removed[0].contains("step-2"), "{swept:?}");
-    assert!(swept.left.len() == 1 && swept.left[0].0.contains("step-1"), "{swept:?}");
+    let swept = memory.sweep(Sweep::default()).unwrap();
+    assert!(swept.removed.len() == 1 && swept.removed[0].name.contains("step-2"), "{swept:?}");
+    assert!(swept.left.len() == 1 && swept.left[0].name.contains("step-1"), "{swept:?}");
     live.abandon().unwrap();
-    assert_eq!(memory.sweep().unwrap(), Swept::default());
+    assert_eq!(memory.sweep(Sweep::default()).unwrap(), Swept::default());
 }
 
 #[test]

@@ -22,6 +22,7 @@ pub enum Call {
     Rename,
     Unlink,
     Stat,
+    Touch,
     List,
     Lock,
     Direct,
@@ -111,6 +112,10 @@ impl Sys for SimFs {
             let (parent, name) = state.walk(Some(dir), name)?;
             state.stat(name.map_or(Ok(parent), |name| state.lookup(parent, name))?)
         })
+    }
+
+    fn touch(&self, fd: RawFd) -> io::Result<()> {
+        self.call(Call::Touch, |state| state.descriptor(fd).map(drop))
     }
 
     fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>> {

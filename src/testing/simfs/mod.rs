@@ -19,7 +19,7 @@
 //!   pending (file systems stop altogether when they cannot write names).
 //! - **Locks** belong to descriptors and end with them; a crash ends all.
 //!
-//! What it leaves out: links, sparse files beyond memory, the order that a journal would add (fewer images, all of them
+//! What it leaves out: time (every age is zero), links, sparse files beyond memory, the order that a journal would add (fewer images, all of them
 //! among these), bytes damaged after they were durable.
 
 mod calls;

@@ -9,6 +9,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::{Component, Path};
 use std::sync::Arc;
+use std::time::Duration;
 
 #[derive(Debug)]
 enum Body {
@@ -189,6 +190,8 @@ impl State {
         let (ino, writable, direct) = match (how, name) {
             (Open::Create { direct }, Some(name)) => (self.create(parent, name, true)?, true, direct),
             (Open::Create { .. }, None) => return Err(error(libc::EEXIST)),
+            (Open::Update, Some(name)) => (self.lookup(parent, name)?, true, false),
+            (Open::Update, None) => return Err(error(libc::EISDIR)),
             (Open::Read { direct }, Some(name)) => (self.lookup(parent, name)?, false, direct),
             (Open::Dir, Some(name)) => (self.lookup(parent, name)?, false, false),
             (Open::Dir | Open::Read { .. }, None) => (parent, false, false),
@@ -322,11 +325,16 @@ impl State {
     pub(super) fn stat(&self, ino: Ino) -> io::Result<Stat> {
         let inode = self.inodes.get(&ino).ok_or_else(|| error(libc::EIO))?;
         let len = if let Body::File(bytes) = &inode.body { bytes.len() as u64 } else { 0 };
-        Ok(Stat { kind: self.kind(ino), len, identity: (1, ino), links: inode.links })
+        // Time stands still.
+        Ok(Stat { kind: self.kind(ino), len, identity: (1, ino), links: inode.links, modified: Duration::ZERO })
     }
 
     pub(super) fn try_lock(&mut self, fd: RawFd) -> io::Result<bool> {
-        let ino = self.descriptor(fd)?.ino;
+        let &Descriptor { ino, writable, .. } = self.descriptor(fd)?;
+        // As on NFS, where an exclusive lock needs a descriptor that can write.
+        if !writable {
+            return Err(error(libc::EBADF));
+        }
         let holder = self.inode(ino)?.locked_by.get_or_insert(fd);
         Ok(*holder == fd)
     }

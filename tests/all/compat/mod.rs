@@ -7,7 +7,7 @@ mod identical;
 mod orbax;
 mod torch;
 
-use ashore::storage::{Memory, Reading, Storage, Swept, Writing};
+use ashore::storage::{Memory, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, CheckpointExecutor, Error, ErrorKind, Result, StateDict};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -96,8 +96,8 @@ impl Storage for Flaky {
     fn remove(&self, name: &str) -> Result<()> {
         self.memory.remove(name)
     }
-    fn sweep(&self) -> Result<Swept> {
-        self.memory.sweep()
+    fn sweep(&self, how: Sweep) -> Result<Swept> {
+        self.memory.sweep(how)
     }
     fn hint(&self, name: &str) -> Result<()> {
         self.memory.hint(name)

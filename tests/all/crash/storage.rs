@@ -5,7 +5,7 @@ use super::expected::{Event, Expected, Try};
 use super::explore::{Findings, Run, Verdict, each, rounds};
 use ashore::id::{parse_step_name, step_name};
 use ashore::storage::local::Local;
-use ashore::storage::{Storage, Writing};
+use ashore::storage::{Storage, Sweep, Writing};
 use ashore::testing::simfs::{Fault, Image, SimFs};
 use ashore::{ALIGNMENT, ErrorKind, Result};
 use std::collections::BTreeMap;
@@ -159,7 +159,7 @@ fn recover(image: &Image, verdict: &Verdict, lengths: &[usize]) -> Run {
     let found: Vec<Try> = verdict.values().filter_map(|found| found.clone().ok()).collect();
     let mut expected = Expected::durable(found.iter().copied());
     let mut program = Program::start(&fs, &mut expected).unwrap();
-    program.storage.sweep().unwrap();
+    program.storage.sweep(Sweep::default()).unwrap();
     assert_eq!(read(&program.storage), *verdict, "a sweep changed what is listed");
     let attempts: Vec<String> = fs.history().everything().paths().into_keys().filter(|p| p.ends_with(".tmp")).collect();
     assert!(attempts.is_empty(), "attempts that nobody may sweep: {attempts:?}");
@@ -236,7 +236,7 @@ fn second_process(story: usize, harm: impl Fn(&SimFs), findings: &Findings) -> b
     fs.restart();
     let mut program = Program::start(&fs, &mut expected).unwrap();
     if story.is_multiple_of(2) {
-        program.storage.sweep().unwrap();
+        program.storage.sweep(Sweep::default()).unwrap();
     }
     let allowed = program.expected.allowed(fs.position());
     let mut found = Vec::new();

@@ -4,8 +4,8 @@
 
 use crate::rig::{LONG, eventually, hidden, one, pattern};
 use ashore::id::step_name;
-use ashore::storage::Storage;
 use ashore::storage::local::{Linux, Local};
+use ashore::storage::{Storage, Sweep};
 use ashore::testing::{Call, Effect, Fault, Faulty};
 use ashore::{Checkpoint, CheckpointExecutor, Committed, ErrorKind, Result, SaveOptions};
 use std::path::Path;
@@ -96,7 +96,7 @@ fn survives(fault: Fault, case: Case, until: Until) -> bool {
     executor.shutdown(LONG).unwrap_or_else(|error| panic!("{error:?}: {what}"));
     assert!(sys.open_descriptors().is_empty(), "leaked {:?}: {what}", sys.open_descriptors());
     assert_eq!(seed_of(&clean, 4, &what), Some(4), "{what}");
-    clean.sweep().unwrap();
+    clean.sweep(Sweep::default()).unwrap();
     assert!(hidden(directory.path()).is_empty(), "left behind {:?}: {what}", hidden(directory.path()));
     hits > 0
 }

@@ -1,7 +1,7 @@
 //! What callers do at their worst: endless patience, sources that panic when they are dropped, storage that panics.
 
 use crate::rig::{LONG, eventually, one, pattern, rig};
-use ashore::storage::{Memory, Reading, Storage, Swept, Writing};
+use ashore::storage::{Memory, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, CheckpointExecutor, ErrorKind, Fence, Overlap, Result, SaveOptions, Source, StateDict};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -153,8 +153,8 @@ impl Storage for Panicking {
     fn remove(&self, name: &str) -> Result<()> {
         self.memory.remove(name)
     }
-    fn sweep(&self) -> Result<Swept> {
-        self.memory.sweep()
+    fn sweep(&self, how: Sweep) -> Result<Swept> {
+        self.memory.sweep(how)
     }
     fn hint(&self, name: &str) -> Result<()> {
         self.memory.hint(name)

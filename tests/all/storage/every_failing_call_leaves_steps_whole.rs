@@ -3,7 +3,7 @@
 
 use crate::rig::hidden;
 use ashore::storage::local::{Linux, Local};
-use ashore::storage::{Reading, Storage};
+use ashore::storage::{Reading, Storage, Sweep};
 use ashore::testing::{AlignedBuffer, Effect, Fault, Faulty};
 use ashore::{Attempt, Error, ErrorKind};
 use std::sync::Arc;
@@ -63,7 +63,7 @@ fn save_with(fault: Fault, overwrite: bool, direct: bool) -> bool {
     assert!(faulty.open_descriptors().is_empty(), "leaked {:?}: {what}", faulty.open_descriptors());
     check(&clean, overwrite, &saved, &what);
     // A sweep by somebody to whom nothing happens changes no step and leaves nothing behind.
-    let swept = clean.sweep().unwrap();
+    let swept = clean.sweep(Sweep::default()).unwrap();
     check(&clean, overwrite, &saved, &what);
     assert!(hidden(directory.path()).is_empty(), "{what} {swept:?} {:?}", hidden(directory.path()));
     faulty.hits() > 0

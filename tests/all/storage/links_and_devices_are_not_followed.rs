@@ -1,7 +1,7 @@
 //! A root that somebody else can write to does not lead us out of it, nor make us wait.
 
-use ashore::storage::Storage;
 use ashore::storage::local::Local;
+use ashore::storage::{Storage, Sweep};
 use ashore::{Attempt, ErrorKind};
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -66,7 +66,7 @@ fn a_link_in_the_trash_is_removed_and_what_it_points_to_is_kept() {
     fs::create_dir(root.join(".trash-1")).unwrap();
     symlink("../../precious", root.join(".trash-1/link")).unwrap();
     symlink("..", root.join(".trash-2")).unwrap();
-    assert_eq!(storage.sweep().unwrap().removed.len(), 2);
+    assert_eq!(storage.sweep(Sweep::default()).unwrap().removed.len(), 2);
     assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
     assert_eq!(fs::read(directory.path().join("precious")).unwrap(), b"kept");
 }

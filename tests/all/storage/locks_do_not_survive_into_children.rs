@@ -6,8 +6,8 @@
 #![expect(unsafe_code, reason = "fork")]
 
 use ashore::Attempt;
-use ashore::storage::Storage;
 use ashore::storage::local::Local;
+use ashore::storage::{Storage, Sweep};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
@@ -28,10 +28,10 @@ fn of_a_process_that_dies() {
     let line = lines.find(|line| line.contains("child=")).expect("the child's process id");
     let child = line.split_once("child=").unwrap().1.parse().unwrap();
 
-    let while_it_lives = storage.sweep().unwrap();
+    let while_it_lives = storage.sweep(Sweep::default()).unwrap();
     parent.kill().unwrap();
     parent.wait().unwrap();
-    let after_its_death = storage.sweep().unwrap();
+    let after_its_death = storage.sweep(Sweep::default()).unwrap();
     let child = rustix::process::Pid::from_raw(child).unwrap();
     rustix::process::kill_process(child, rustix::process::Signal::KILL).expect("the child outlives its parent");
     assert_eq!((while_it_lives.removed.len(), while_it_lives.left.len()), (0, 1), "{while_it_lives:?}");

@@ -3,7 +3,7 @@
 use crate::compat::wire::WireError;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
-use crate::settings::{Engine, Priority};
+use crate::settings::{Engine, Locks, Priority};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
@@ -28,6 +28,7 @@ pub(super) struct Hello {
     pub root: PathBuf,
     pub engine: Engine,
     pub direct: bool,
+    pub locks: Locks,
     pub priority: Priority,
 }
 

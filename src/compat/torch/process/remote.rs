@@ -11,7 +11,7 @@ use crate::fork;
 use crate::id::Attempt;
 use crate::settings::{IoMode, Settings};
 use crate::storage::local::Local;
-use crate::storage::{FileWriting, Reading, Storage, Swept, Writing};
+use crate::storage::{FileWriting, Reading, Storage, Sweep, Swept, Writing};
 use crate::sync::{Arc as CellArc, Mutex, lock};
 use crate::writer::spawn;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -71,6 +71,7 @@ impl Remote {
                     root: std::path::absolute(&self.root).map_err(|e| Error::io("the root has no path", e))?,
                     engine: self.settings.engine,
                     direct: self.settings.direct,
+                    locks: self.settings.locks,
                     priority: self.settings.priority,
                 };
                 let mut command = Command::new(&self.program);
@@ -210,8 +211,8 @@ impl Storage for Arc<Remote> {
     fn remove_opened(&self, name: &str, opened: &dyn Reading) -> Result<()> {
         self.local.remove_opened(name, opened)
     }
-    fn sweep(&self) -> Result<Swept> {
-        self.local.sweep()
+    fn sweep(&self, how: Sweep) -> Result<Swept> {
+        self.local.sweep(how)
     }
     fn hint(&self, name: &str) -> Result<()> {
         self.local.hint(name)

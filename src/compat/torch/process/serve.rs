@@ -69,7 +69,7 @@ fn open(hello: &Hello) -> Result<Local> {
         let theirs = hello.version;
         return Err(Error::invalid(format!("the writer process is of another version theirs={theirs} ours={VERSION}")));
     }
-    Ok(Local::open_with(&hello.root, hello.engine)?.direct(hello.direct))
+    Ok(Local::open_with(&hello.root, hello.engine)?.direct(hello.direct).locks(hello.locks))
 }
 
 fn write(storage: &Local, request: &Request, shared: &File, buffer: &mut AlignedBuffer) -> Result<Arc<dyn Writing>> {

@@ -1,0 +1,123 @@
+//! Whether the owner of an attempt is dead.
+//!
+//! Under the boot that wrote the record, its lock decides. Everywhere else, and where there are no locks, age does: an attempt is
+//! dead when neither its record nor its files have changed for long enough, for a live owner touches its record.
+
+use super::clock::Clock;
+use super::dir::Dir;
+use super::owner::{Owner, Record};
+use super::sys::{Fd, uninterrupted};
+use super::{direct, transfer};
+use crate::error::Result;
+use crate::storage::{Remnant, State};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Longer than any record.
+const LIMIT: usize = 4096;
+
+/// A record that is so old and says nothing is not just being written.
+const WRITTEN_BY_THEN: Duration = Duration::from_secs(60);
+
+/// What a sweep finds out about the owner of an attempt.
+pub(super) enum Finding {
+    Dead(Dead),
+    Left(Remnant),
+    /// Another sweep, or the owner itself, has removed it.
+    Gone,
+}
+
+/// An attempt to be removed. Its record is locked by us, where that is possible.
+pub(super) struct Dead {
+    pub(super) owner: Owner,
+    pub(super) remnant: Remnant,
+    /// Only its age says so.
+    pub(super) by_age: bool,
+}
+
+/// The bytes of an attempt, and when it was last modified.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Extent {
+    pub(super) exists: bool,
+    pub(super) bytes: u64,
+    pub(super) modified: Duration,
+}
+
+impl Extent {
+    /// That of the directory `name`; nothing when it is not there.
+    pub(super) fn of(root: &Dir, name: &str) -> Self {
+        let Ok(Some(stat)) = root.look(name) else { return Self::default() };
+        let mut extent = Self { exists: true, bytes: 0, modified: stat.modified };
+        let Ok(dir) = root.enter(name) else { return extent };
+        for file in dir.list().unwrap_or_default() {
+            if let Ok(Some(stat)) = dir.look(&file) {
+                extent.bytes += stat.len;
+                extent.modified = extent.modified.max(stat.modified);
+            }
+        }
+        extent
+    }
+}
+
+/// Judges the owner of the attempt `temp` by its record `name`; by age, it is dead when unchanged for `older_than`.
+pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older_than: Duration) -> Result<Finding> {
+    let failed = "cannot read the owner record";
+    let (fd, bypass) = match direct::update(root, name) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Finding::Gone),
+        opened => opened.map_err(root.error(failed, name))?,
+    };
+    let mut bytes = [0; LIMIT];
+    let len = transfer::read_full(&fd, &bypass, &mut bytes, 0).map_err(root.error(failed, name))?;
+    let record = Record::parse(bytes.get(..len).unwrap_or_default());
+    let held = uninterrupted(|| fd.sys().stat(fd.raw())).map_err(root.error(failed, name))?;
+    let extent = Extent::of(root, temp);
+    let remnant = |state, why: String, age| Remnant { name: temp.to_owned(), state, why, age, bytes: extent.bytes };
+    let live = |who: &str| Ok(Finding::Left(remnant(State::Live, format!("live{who}"), None)));
+
+    let who = record.as_ref().map_or_else(String::new, |record| format!(" host={} pid={}", record.host, record.pid));
+    let mut by_age = true;
+    let mut why = match &record {
+        None => "its owner record cannot be read".to_owned(),
+        Some(record) if !record.is_of_this_boot() => format!("of another host, or another boot{who}"),
+        Some(record) if !record.locked => format!("its owner took no lock{who}"),
+        Some(_) => format!("its owner holds no lock{who}"),
+    };
+    if let Some(record) = record.as_ref().filter(|record| record.locked) {
+        match may_be_dead(&fd) {
+            Ok(true) => by_age = !record.is_of_this_boot(),
+            Ok(false) => return live(&who),
+            Err(error) => why = format!("its owner record cannot be locked: {error}{who}"),
+        }
+    }
+    let mut age = None;
+    if by_age {
+        age = clock.age(held.modified.max(extent.modified));
+        let enough = match (&record, extent.exists) {
+            (Some(_), _) => older_than,
+            (None, true) => older_than.max(WRITTEN_BY_THEN),
+            (None, false) => WRITTEN_BY_THEN,
+        };
+        if age.is_none_or(|age| age < enough) {
+            return Ok(Finding::Left(remnant(State::Undecided, why, age)));
+        }
+        // Only now: its owner would find a new record locked, and fail.
+        if record.is_none() && matches!(may_be_dead(&fd), Ok(false)) {
+            return live("");
+        }
+    }
+    // Between open and lock the record can have been swept, and even written anew.
+    let named = root.look(name).map_err(root.error(failed, name))?;
+    if named.is_none_or(|named| named.identity != held.identity) {
+        return Ok(Finding::Gone);
+    }
+    let owner = Owner::new(name.to_owned(), Arc::new(fd));
+    Ok(Finding::Dead(Dead { owner, remnant: remnant(State::Dead, why, age), by_age }))
+}
+
+/// Takes the lock of a record; false when its owner has it.
+fn may_be_dead(fd: &Fd) -> std::io::Result<bool> {
+    if crate::mutant::on(crate::mutant::Mutant::SweepLock) {
+        return Ok(true);
+    }
+    uninterrupted(|| fd.sys().try_lock(fd.raw()))
+}
