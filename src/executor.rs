@@ -413,10 +413,13 @@ impl CheckpointExecutor {
         for ticket in self.stager.flights.unfinished() {
             if ticket.done.wait(deadline).is_none() {
                 let what = format!("the executor was shut down before a save ended patience={patience:?}");
-                if let Some(calls) = ticket.give_up(Error::new(ErrorKind::Cancelled, what.clone())) {
-                    // This call says so itself, of the first one.
+                let cancelled = Error::new(ErrorKind::Cancelled, what.clone());
+                // This call says so itself, of the first one; no other may.
+                let failed = ticket.fail_as(cancelled.clone(), true);
+                let calls = ticket.give_up(cancelled);
+                if failed || calls.is_some() {
                     ticket.observed.store(true, Ordering::Release);
-                    calls.here();
+                    calls.into_iter().for_each(Calls::here);
                     tracing::error!(step = ticket.step, what);
                     late.get_or_insert(Error::new(ErrorKind::Deadline, what).with_step(ticket.step));
                 }

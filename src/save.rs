@@ -144,10 +144,9 @@ impl Save {
     /// [`Save::staged`] resolves. False when it is too late: it has ended, or its publish has begun.
     pub fn cancel(&self) -> bool {
         let cancelled = Error::new(ErrorKind::Cancelled, "the save was cancelled");
-        if self.ticket.alive().is_err() || !self.ticket.fail(cancelled.clone()) {
+        if self.ticket.alive().is_err() || !self.ticket.fail_as(cancelled.clone(), true) {
             return false;
         }
-        self.ticket.observed.store(true, Ordering::Release);
         // False where its threads were faster: they have ended it as cancelled.
         self.ticket.give_up(cancelled).into_iter().for_each(Calls::apart);
         true
@@ -256,5 +255,39 @@ impl Future for Staged {
 impl fmt::Debug for Staged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Staged(step {})", self.ticket.step)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::completion::Signal;
+    use crate::ticket::Issue;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Instant;
+
+    /// Dropped by the ticket in the middle of a failure, as a hold on streams is.
+    struct Witness(Arc<AtomicBool>, std::sync::Weak<Ticket>);
+
+    impl Drop for Witness {
+        fn drop(&mut self) {
+            let seen =
+                self.1.upgrade().is_some_and(|ticket| ticket.failed() && ticket.observed.load(Ordering::Acquire));
+            self.0.store(seen, Ordering::Release);
+        }
+    }
+
+    /// The ticket of a cancelled save failed first and was marked as seen afterwards. A `save` of another thread in between was refused
+    /// with the `Cancelled` of a save that was not its own.
+    #[test]
+    fn a_cancelled_save_is_never_a_failure_that_was_not_seen() {
+        let (now, signal) = (Instant::now(), Arc::new(Signal::default()));
+        let (attempt, deadline) = (Attempt::new(), now + Duration::from_secs(60));
+        let issue =
+            Issue { step: 1, attempt, deadline, chunks: 1, streams: vec![], bytes: 1, writable: false, over_budget: 0 };
+        let (ticket, seen) = (Arc::new(Ticket::new(issue, now, signal)), Arc::new(AtomicBool::new(false)));
+        ticket.hold(Arc::new(Witness(seen.clone(), Arc::downgrade(&ticket))));
+        assert!(Save::new(ticket).cancel());
+        assert!(seen.load(Ordering::Acquire));
     }
 }

@@ -249,9 +249,17 @@ impl Ticket {
 
     /// Fails the save, unless it failed before or its publish has begun. Returns whether it did.
     pub fn fail(&self, error: Error) -> bool {
+        self.fail_as(error, false)
+    }
+
+    /// The same. `seen`: the caller of this function knows of the failure, and no other thread may find it unseen in between.
+    pub fn fail_as(&self, error: Error, seen: bool) -> bool {
         let mut failure = lock(&self.failure);
         if failure.is_some() || self.phase() >= Phase::Publishing {
             return false;
+        }
+        if seen {
+            self.observed.store(true, Ordering::Release);
         }
         *failure = Some(error.with_step(self.step));
         self.failed.store(true, Ordering::Release);

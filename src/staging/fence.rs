@@ -285,8 +285,6 @@ fn late(ticket: &Ticket, patience: Duration) -> Error {
         ),
     )
     .with_step(ticket.step);
-    if ticket.fail(error.clone()) {
-        ticket.observed.store(true, Ordering::Release);
-    }
+    ticket.fail_as(error.clone(), true);
     error
 }
