@@ -83,9 +83,9 @@ impl Catalog {
     /// error is returned.
     pub fn prune(&self, retention: &Retention, dry_run: bool) -> Result<Pruned> {
         retention.check()?;
-        let entries = self.list()?;
+        let mut entries = self.list()?;
         let mut pruned = Pruned::default();
-        let durable = self.durable(&entries, retention.keep_last.unwrap_or(0), &mut pruned.doubtful);
+        let durable = self.durable(&mut entries, retention.keep_last.unwrap_or(0), &mut pruned.doubtful);
         let gone: BTreeSet<u64> =
             retention.plan(entries.iter().map(|entry| entry.step), durable)?.into_iter().collect();
         let own = self.own(&entries, retention.keep_last.unwrap_or(0));
@@ -98,14 +98,14 @@ impl Catalog {
     /// # Errors
     /// As there.
     pub(crate) fn prune_chosen(&self, choose: impl FnOnce(&[Entry]) -> BTreeSet<u64>) -> Result<Pruned> {
-        let entries = self.list()?;
+        let mut entries = self.list()?;
         let mut pruned = Pruned::default();
         let mut gone = choose(&entries);
         if gone.is_empty() {
             pruned.kept = entries;
             return Ok(pruned);
         }
-        let durable = self.durable(&entries, 1, &mut pruned.doubtful).last().copied();
+        let durable = self.durable(&mut entries, 1, &mut pruned.doubtful).last().copied();
         gone.retain(|step| durable.is_some_and(|durable| *step < durable));
         self.take(entries, &gone, &HashSet::new(), false, pruned)
     }
@@ -187,9 +187,10 @@ impl Catalog {
         self.known().own.iter().rev().filter(|attempt| there.contains(attempt)).take(wanted).copied().collect()
     }
 
-    /// The newest steps that are durable, as many as are `wanted`; older ones are not asked about.
-    fn durable(&self, entries: &[Entry], wanted: usize, doubtful: &mut Vec<Problem>) -> BTreeSet<u64> {
-        let mut durable = BTreeSet::new();
+    /// The newest steps that are durable, as many as are `wanted`; older ones are not asked about. An entry that another prune has
+    /// removed meanwhile is taken out.
+    fn durable(&self, entries: &mut Vec<Entry>, wanted: usize, doubtful: &mut Vec<Problem>) -> BTreeSet<u64> {
+        let (mut durable, mut gone) = (BTreeSet::new(), HashSet::new());
         for entry in entries.iter().rev() {
             if durable.len() >= wanted {
                 break;
@@ -205,6 +206,9 @@ impl Catalog {
                     drop(error);
                     durable.insert(entry.step);
                 }
+                Err(error) if error.kind() == ErrorKind::NotFound && self.is_gone(entry) => {
+                    gone.insert(entry.name.clone());
+                }
                 Err(error) => {
                     tracing::warn!(step = entry.step, %error, "a step does not count for retention");
                     doubtful.push(Problem {
@@ -217,7 +221,13 @@ impl Catalog {
             }
         }
         doubtful.reverse();
+        entries.retain(|entry| !gone.contains(&entry.name));
         durable
+    }
+
+    /// Whether there is no step of that name any more.
+    fn is_gone(&self, entry: &Entry) -> bool {
+        self.storage.open(&entry.name).is_err_and(|error| error.kind() == ErrorKind::NotFound)
     }
 
     fn make_durable(&self, entry: &Entry) -> Result<()> {

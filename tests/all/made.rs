@@ -168,6 +168,8 @@ pub struct Seen {
     pub broken: HashSet<String>,
     /// Done once, before a file is opened that is not the manifest.
     pub before_shard: Option<BeforeShard>,
+    /// Removed, as by another process, when its confirmation is asked for.
+    pub vanishing: Option<String>,
 }
 
 pub struct BeforeShard(pub Box<dyn FnOnce() + Send>);
@@ -200,7 +202,11 @@ impl Storage for Watched {
     }
     fn confirm(&self, name: &str) -> Result<()> {
         self.check(name)?;
-        self.seen.lock().unwrap().confirmed.push(name.into());
+        let mut seen = self.seen.lock().unwrap();
+        seen.confirmed.push(name.into());
+        if seen.vanishing.as_deref() == Some(name) {
+            self.memory.remove(name)?;
+        }
         self.memory.confirm(name)
     }
     fn remove(&self, name: &str) -> Result<()> {

@@ -62,6 +62,17 @@ fn a_step_that_cannot_be_made_durable_replaces_none() {
     assert_eq!(left(&storage), [2, 3, 4], "none of them counts");
 }
 
+/// Two prunes at once: one named a step as doubtful, and as kept, that the other had just deleted.
+#[test]
+fn a_step_that_another_prune_deletes_meanwhile_is_neither_doubtful_nor_kept() {
+    let (storage, catalog, _) = steps([1, 2, 3, 4]);
+    storage.seen.lock().unwrap().vanishing = Some("step-00000003".into());
+    let pruned = catalog.prune(&LAST_TWO, false).unwrap();
+    assert_eq!(pruned.doubtful.len(), 0, "{:?}", pruned.doubtful);
+    assert_eq!(pruned.kept.iter().map(|entry| entry.step).collect::<Vec<_>>(), [2, 4]);
+    assert_eq!(left(&storage), [2, 4]);
+}
+
 #[test]
 fn an_indeterminate_step_never_counts() {
     let (storage, catalog, attempts) = steps([1, 2, 3]);
