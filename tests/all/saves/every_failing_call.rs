@@ -82,6 +82,7 @@ fn survives(fault: Fault, case: Case, until: Until) -> bool {
         first
     } else {
         first.shutdown(LONG).unwrap_or_else(|error| panic!("{error:?}: {what}"));
+        drop(first);
         sys.heal();
         executor(&sys, directory.path(), case)
     };
@@ -94,6 +95,7 @@ fn survives(fault: Fault, case: Case, until: Until) -> bool {
     save(&executor, 4, 4, false).unwrap_or_else(|error| panic!("the next save: {error:?}: {what}"));
     assert_eq!(executor.latest().unwrap().unwrap().step(), 4, "{what}");
     executor.shutdown(LONG).unwrap_or_else(|error| panic!("{error:?}: {what}"));
+    drop(executor);
     assert!(sys.open_descriptors().is_empty(), "leaked {:?}: {what}", sys.open_descriptors());
     assert_eq!(seed_of(&clean, 4, &what), Some(4), "{what}");
     clean.sweep(Sweep::default()).unwrap();
