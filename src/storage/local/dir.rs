@@ -80,6 +80,19 @@ impl Dir {
         &self.path
     }
 
+    /// The path by which it was opened while that leads here, and otherwise where it is now: it may have been renamed, or the
+    /// program have changed its own directory.
+    pub(super) fn present_path(&self) -> PathBuf {
+        let identity = |dir: &Self| dir.stat().map(|stat| stat.identity);
+        let leads_here =
+            |path: &Path| match (Self::at(self.fd.sys(), path).and_then(|dir| identity(&dir)), identity(self)) {
+                (Ok(there), Ok(here)) => there == here,
+                _ => false,
+            };
+        let moved = || self.fd.sys().path_of(self.fd.raw()).filter(|path| leads_here(path));
+        if leads_here(&self.path) { None } else { moved() }.unwrap_or_else(|| self.path.clone())
+    }
+
     /// Turns what a call on `name` reported into an error that says what was attempted and where.
     pub(super) fn error(&self, attempted: &str, name: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
         let path = self.path.join(name);

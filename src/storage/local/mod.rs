@@ -49,6 +49,7 @@ use direct::Bypass;
 use owner::Owners;
 use reading::LocalReading;
 use std::any::Any;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use sys::{Kind, Open, Rename, Sys};
@@ -107,6 +108,11 @@ impl Local {
     pub fn locks(mut self, locks: Locks) -> Self {
         self.owners = Arc::new(Owners::new(locks));
         self
+    }
+
+    /// Where the root is.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.root.present_path()
     }
 
     fn not_found(&self, step: &str) -> Error {
@@ -214,11 +220,18 @@ impl Storage for Local {
     fn hint(&self, name: &str) -> Result<()> {
         rules::check_step(name)?;
         let failed = |error| self.root.error("cannot write the hint", rules::LATEST)(error);
-        // Left by a process that died, or being written by another: what wins does not matter.
+        // Left by a process that died, or being written by another: which one wins does not matter.
         self.root.unlink(names::LATEST_NEW, Kind::File).map_err(failed)?;
-        let (fd, bypass): (_, Bypass) = direct::create(&self.root, names::LATEST_NEW, false).map_err(failed)?;
+        let lost = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EEXIST | libc::ENOENT));
+        let (fd, bypass): (_, Bypass) = match direct::create(&self.root, names::LATEST_NEW, false) {
+            Err(error) if lost(&error) => return Ok(()),
+            created => created.map_err(failed)?,
+        };
         transfer::write_all(&fd, &bypass, format!("{name}\n").as_bytes(), 0).map_err(failed)?;
-        self.root.rename(names::LATEST_NEW, rules::LATEST, Rename::Plain).map_err(failed)
+        match self.root.rename(names::LATEST_NEW, rules::LATEST, Rename::Plain) {
+            Err(error) if lost(&error) => Ok(()),
+            renamed => renamed.map_err(failed),
+        }
     }
 
     fn register(&self, base: *mut u8, len: usize) -> Box<dyn Any + Send + Sync> {
@@ -230,6 +243,6 @@ impl Storage for Local {
     }
 
     fn describe(&self, name: &str) -> PathBuf {
-        self.root.path().join(name)
+        self.root.present_path().join(name)
     }
 }

@@ -5,5 +5,6 @@ mod forked;
 mod futures;
 mod hostile_callers;
 mod overlap;
+mod renamed_root;
 mod reporting;
 mod tidying;

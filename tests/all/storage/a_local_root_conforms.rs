@@ -2,7 +2,7 @@
 
 use ashore::storage::local::{Linux, Local};
 use ashore::storage::{IoMode, Storage};
-use ashore::testing::{Call, Faulty, conformance};
+use ashore::testing::{Call, Effect, Fault, Faulty, conformance};
 use ashore::{Attempt, Engine, ErrorKind};
 use std::fs;
 use std::io::Write;
@@ -66,6 +66,21 @@ fn a_root_is_made_with_all_that_leads_to_it_and_readers_make_nothing() {
     Local::open(&root).unwrap();
     assert!(root.is_dir());
     Local::at(&root).unwrap();
+}
+
+/// Two executors that write the hint at once exchanged each other's file, and each warned several times a minute.
+#[test]
+fn a_hint_that_another_process_writes_at_once_is_no_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let faulty = Faulty::unsynced(Arc::new(Linux));
+    let storage = Local::with_sys(faulty.clone(), directory.path()).unwrap();
+    for (call, errno) in [(Call::Open, libc::EEXIST), (Call::Rename, libc::ENOENT)] {
+        faulty.fail(Fault { call: Some(call), after: 0, sticky: false, effect: Effect::Refused(errno) });
+        storage.hint("step-1").unwrap();
+    }
+    assert_eq!(faulty.hits(), 2);
+    storage.hint("step-2").unwrap();
+    assert_eq!(fs::read_to_string(directory.path().join("latest")).unwrap(), "step-2\n");
 }
 
 #[test]

@@ -36,7 +36,6 @@ pub(super) struct Remote {
     local: Local,
     program: PathBuf,
     arguments: Vec<String>,
-    root: PathBuf,
     settings: Settings,
     link: Mutex<Option<Arc<Link>>>,
     pub handed: Arc<HandedOver>,
@@ -49,7 +48,7 @@ impl Remote {
         let local = Local::open_with(&root, settings.engine)?.direct(settings.direct);
         let (link, handed) = (Mutex::new(None), Arc::default());
         let generation = fork::generation();
-        let remote = Self { local, program, arguments, root, settings, link, handed, generation };
+        let remote = Self { local, program, arguments, settings, link, handed, generation };
         remote.link()?;
         Ok(Arc::new(remote))
     }
@@ -68,7 +67,7 @@ impl Remote {
             _ => {
                 let hello = Hello {
                     version: VERSION,
-                    root: std::path::absolute(&self.root).map_err(|e| Error::io("the root has no path", e))?,
+                    root: std::path::absolute(self.local.path()).map_err(|e| Error::io("the root has no path", e))?,
                     engine: self.settings.engine,
                     direct: self.settings.direct,
                     locks: self.settings.locks,
