@@ -187,12 +187,12 @@ fn behaves(mounted: &Mounted, mode: IoMode) {
 }
 
 #[test]
-fn ext4() {
+fn ext4_is_written_past_the_page_cache_until_it_is_full() {
     behaves(&Mounted::new("ext4", 64, &["-q", "-F", "-m", "0"]), IoMode::Direct);
 }
 
 #[test]
-fn xfs() {
+fn xfs_is_written_past_the_page_cache_until_it_is_full() {
     behaves(&Mounted::new("xfs", 300, &["-q"]), IoMode::Direct);
 }
 

@@ -8,3 +8,4 @@ mod overlap;
 mod renamed_root;
 mod reporting;
 mod tidying;
+mod writers;
