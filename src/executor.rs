@@ -195,7 +195,8 @@ impl CheckpointExecutor {
     }
 
     /// Takes no more saves, waits for those in flight, ends the threads. What is there can still be read. Any
-    /// owner of an `Arc` may call it; called again it waits for what is left.
+    /// owner of an `Arc` may call it; called again it waits for what is left. The arena, and what it has of a
+    /// device, are given back when the last owner drops it.
     ///
     /// # Errors
     /// The first error of a save that nobody has seen. `Deadline` when saves were unfinished at the deadline: they have

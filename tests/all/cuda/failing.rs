@@ -105,6 +105,7 @@ fn train(gpu: &Gpu, stream: Stream, [tensor, lent]: [&Tensor; 2], change: Change
     }
     eventually("slabs come home", || executor.arena().free() == executor.arena().report().slabs);
     let _ = executor.shutdown(LONG);
+    drop(executor);
     result
 }
 
@@ -189,6 +190,7 @@ fn cuda_driver_is_not_called_after_an_error_that_stays() {
     rig.executor.fence_on(&[stream.0]).unwrap();
     rig.executor.save(4, one("host", Arc::new(pattern(4, 5000)))).unwrap().wait(LONG).unwrap_err();
     rig.executor.shutdown(LONG).unwrap();
+    drop(rig.executor);
     assert_eq!(fake.calls("*"), calls);
     assert_eq!(Arc::strong_count(&tensor.0), 1);
 }
@@ -216,6 +218,7 @@ fn cuda_driver_that_is_taken_down_first_is_no_error() {
     rig.executor.save(1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
     fake.fault("*:0:4");
     rig.executor.shutdown(LONG).unwrap();
+    drop(rig.executor);
 }
 
 /// Runs `scope` in a thread, because it may never end.

@@ -38,6 +38,7 @@ fn cuda_memory_that_was_handed_in_takes_what_is_set_aside_and_is_let_go_at_the_e
     }
     let (executor, gpu) = (rig.executor, rig.gpu);
     executor.shutdown(LONG).unwrap();
+    drop(executor);
     eventually("the memory is let go", || Arc::strong_count(&scratch.0) == 1);
     drop((scratch, tensor));
     // What else the kernels had goes right after it, in whichever thread lets go last.

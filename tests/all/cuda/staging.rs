@@ -281,6 +281,7 @@ fn cuda_executor_gives_back_all_that_it_took_but_the_context() {
         executor.save(step, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
     }
     executor.shutdown(LONG).unwrap();
+    drop(executor);
     let _: (&Tensor, &Stream) = (&tensor, &stream);
     assert_eq!(gpu.fake().unwrap().live(), before);
 }

@@ -234,6 +234,7 @@ fn cuda_memory_waits_that_a_driver_refuses_are_reported_and_streams_wait_for_eve
         (1..5).for_each(|step| rig.saves_right(step));
         assert_eq!(rig.gpu.fake().unwrap().calls(WAIT), waits);
         rig.executor.shutdown(LONG).unwrap();
+        drop(rig.executor);
         assert_eq!(rig.gpu.fake().unwrap().live().host, before.host);
     }
 }
@@ -273,5 +274,6 @@ fn cuda_executor_with_memory_waits_gives_back_all_that_it_took() {
     rig.gpu.set("hold", 0);
     let Rig { executor, gpu, .. } = rig;
     executor.shutdown(LONG).unwrap();
+    drop(executor);
     assert_eq!(gpu.fake().unwrap().live(), before);
 }
