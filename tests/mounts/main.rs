@@ -107,6 +107,7 @@ fn saves_until_it_is_full(mounted: &Mounted, mode: IoMode) {
     save(&executor, next).unwrap();
     steps_are(&root, &[next - 1, next]);
     executor.shutdown(LONG).unwrap();
+    drop(executor);
     for ballast in ["ballast", "more"] {
         fs::remove_file(mounted.path().join(ballast)).unwrap();
     }
@@ -119,6 +120,7 @@ fn saves_with_little_room(mounted: &Mounted) {
     let first = executor(&root).unwrap();
     save(&first, 1).unwrap();
     first.shutdown(LONG).unwrap();
+    drop(first);
     let ballast = mounted.path().join("ballast");
     let whole = (LEN as u64).next_multiple_of(4 * KIB);
     let rooms = [0, 4, 8, 12, 16, 32, 64, 256].map(|kib| kib * KIB).into_iter();
@@ -145,6 +147,7 @@ fn saves_with_little_room(mounted: &Mounted) {
             }
         }
         executor.shutdown(LONG).unwrap();
+        drop(executor);
         assert!(lies_about(&root).is_empty(), "room={room} {:?}", lies_about(&root));
     }
     println!("{}: {saved} saved, {refused} refused", mounted.kind());
@@ -159,6 +162,7 @@ fn is_read_only_for_a_while(mounted: &Mounted) {
     let writing = executor(&root).unwrap();
     save(&writing, 1).unwrap();
     writing.shutdown(LONG).unwrap();
+    drop(writing);
     let executor_before = executor(&root).unwrap();
 
     mounted.remount("ro");
@@ -171,12 +175,14 @@ fn is_read_only_for_a_while(mounted: &Mounted) {
     assert_eq!(reading.latest().unwrap().unwrap().step(), 1);
     steps_are(&root, &[1]);
     reading.shutdown(LONG).unwrap();
+    drop(reading);
 
     mounted.remount("rw");
     save(&executor_before, 2).unwrap();
     steps_are(&root, &[1, 2]);
     assert!(!mounted.path().join("new").exists());
     executor_before.shutdown(LONG).unwrap();
+    drop(executor_before);
     assert!(lies_about(&root).is_empty(), "{:?}", lies_about(&root));
 }
 

@@ -98,6 +98,7 @@ impl<'a> Program<'a> {
 
     fn run(self) -> Run {
         let _ = self.executor.shutdown(LONG);
+        drop(self.executor);
         Run { history: self.fs.history(), expected: self.expected.clone() }
     }
 }

@@ -30,6 +30,7 @@ fn a_copy_that_fails_now_or_later_fails_the_save_and_gives_everything_back() {
             assert_eq!(rig.checkpoint(3).unwrap().read("t").unwrap(), *tensor);
             let device = rig.device.clone();
             rig.executor.shutdown(LONG).unwrap();
+            drop(rig.executor);
             eventually("the arena is unregistered", || device.registered() == 0);
         }
     }
