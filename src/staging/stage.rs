@@ -360,8 +360,9 @@ impl Stager {
                 );
                 self.flights.release(&ticket);
             }
-            let late = !ended;
-            let ticket = ended.then_some(ticket);
+            let (late, ticket) = (!ended, ended.then_some(ticket));
+            // Nothing is copied into slabs any more: they need not wait for kernels.
+            let flying = if late { flying } else { VecDeque::new() };
             line.parked.push(Parked { flying, state, region, queued, late, ticket, aside });
         }
         if failed == Some(ErrorKind::Device) {
