@@ -3,19 +3,19 @@
 //! `cargo run --example 01_save_and_resume -- runs/example` twice: the second run goes on where the first one ended.
 
 use ashore::{Checkpoint, CheckpointExecutor, HostTensor, StateDict};
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
-struct Training {
+#[derive(Debug, PartialEq)]
+pub struct Training {
     step: u64,
     weights: Arc<Vec<f32>>,
     momentum: Arc<Vec<f32>>,
 }
 
 impl Training {
-    fn restore(checkpoint: &Checkpoint) -> ashore::Result<Self> {
-        let weights = Arc::new(checkpoint.read_as("weights")?);
-        let momentum = Arc::new(checkpoint.read_as("momentum")?);
-        Ok(Self { step: checkpoint.step(), weights, momentum })
+    fn restore(from: &Checkpoint) -> ashore::Result<Self> {
+        let [weights, momentum] = [from.read_as("weights")?.into(), from.read_as("momentum")?.into()];
+        Ok(Self { step: from.step(), weights, momentum })
     }
 
     fn state(&self) -> ashore::Result<StateDict<'static>> {
@@ -37,24 +37,24 @@ impl Training {
     }
 }
 
-fn main() -> ashore::Result<()> {
-    let root = std::env::args().nth(1).unwrap_or_else(|| "ashore-example".into());
-    let executor = CheckpointExecutor::builder(&root).arena(32 << 20).chunk(4 << 20).keep_last(2).build()?;
-    let new = || vec![0.0; 1_000_000].into();
-    let mut training = match executor.latest()? {
-        Some(newest) => Training::restore(&newest)?,
-        None => Training { step: 0, weights: new(), momentum: new() },
-    };
-    let first = training.step;
-    for _ in 0..20 {
-        if training.step.is_multiple_of(5) && training.step > first {
+/// Trains `more` updates on from the newest durable step, and saves after every fifth and after the last.
+pub fn train(root: &Path, more: u64) -> ashore::Result<Training> {
+    let executor = CheckpointExecutor::builder(root).arena(32 << 20).chunk(4 << 20).keep_last(2).build()?;
+    let new = || Training { step: 0, weights: vec![0.0; 1_000_000].into(), momentum: vec![0.0; 1_000_000].into() };
+    let mut training = executor.latest()?.map_or_else(|| Ok(new()), |newest| Training::restore(&newest))?;
+    for left in (0..more).rev() {
+        executor.fence()?; // forward and backward have run, while the stager copied
+        training.optimize();
+        if training.step.is_multiple_of(5) || left == 0 {
             drop(executor.save(training.step, training.state()?)?); // an error would come back from the next call
         }
-        // Forward and backward would run here, while the stager copies.
-        executor.fence()?;
-        training.optimize();
     }
     executor.shutdown(Duration::from_secs(60))?;
-    println!("went from step {first} to {}; the newest durable step is in {root}", training.step);
+    Ok(training)
+}
+
+fn main() -> ashore::Result<()> {
+    let root = std::env::args().nth(1).unwrap_or_else(|| "ashore-example".into());
+    println!("step {} is in {root}", train(Path::new(&root), 20)?.step);
     Ok(())
 }

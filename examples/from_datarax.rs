@@ -37,7 +37,7 @@ impl Checkpointable for Pipeline {
     }
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+pub fn main() -> Result<(), Box<dyn std::error::Error>> {
     let directory = tempfile::tempdir()?;
     let handler = OrbaxCheckpointHandler::new().asynchronous();
     let (mut pipeline, mut replayed, mut restored) = (Pipeline::new(), Pipeline::new(), Pipeline::new());
@@ -53,6 +53,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     handler.restore_into(directory.path(), Some(200), &mut restored)?;
     (0..200).for_each(|_| replayed.batch());
     assert_eq!(restored, replayed);
+    (200..300).for_each(|_| restored.batch());
+    assert_eq!(restored, pipeline, "it goes on as if it had not been stopped");
     assert!(handler.restore(directory.path(), Some(100)).is_err(), "a step that is gone is an error, not another step");
     Ok(handler.close()?)
 }

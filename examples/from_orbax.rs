@@ -15,7 +15,7 @@ fn loss(metrics: &serde_json::Value) -> Option<f64> {
     metrics["loss"].as_f64()
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+pub fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = std::env::temp_dir().join(format!("ashore-from-orbax-{}", std::process::id()));
     let engine = Arc::new(CheckpointExecutor::builder(&root).arena(16 << 20).chunk(1 << 20).build()?);
     let best = || BestN::new(Some(1), loss).reverse(true);

@@ -41,22 +41,29 @@ use std::time::{Duration, Instant};
 /// ```
 /// use ashore::{CheckpointExecutor, StateDict};
 /// use std::{sync::Arc, time::Duration};
-/// # let dir = tempfile::tempdir().unwrap();
-/// # let root = dir.path();
+/// # fn train(root: &std::path::Path, steps: u64) -> ashore::Result<()> {
 /// let executor = CheckpointExecutor::builder(root).arena(16 << 20).chunk(1 << 20).build()?;
-/// let mut weights = Arc::new(vec![0.0_f32; 1000]);
-/// for step in 1..=3 {
+/// let (done, mut weights) = match executor.latest()? {
+///     Some(newest) => (newest.step(), Arc::new(newest.read_as::<f32>("weights")?)),
+///     None => (0, Arc::new(vec![0.0_f32; 1000])),
+/// };
+/// for step in done + 1..=steps {
+///     // ... forward and backward read the weights ...
+///     executor.fence()?; // from here on no save reads them
+///     Arc::get_mut(&mut weights).unwrap().iter_mut().for_each(|weight| *weight += 1.0);
 ///     let mut state = StateDict::new();
 ///     state.tensor("weights", weights.clone())?.value("step", &step)?;
 ///     let save = executor.save(step, state)?; // returns at once
-///     // ... forward and backward read the weights ...
-///     executor.fence()?; // from here on nothing reads them
-///     Arc::get_mut(&mut weights).unwrap().fill(step as f32);
 ///     save.wait(Duration::from_secs(60))?; // or `.await`, or drop it and go on
 /// }
-/// let newest = executor.latest()?.unwrap();
-/// assert_eq!((newest.step(), newest.read_as::<f32>("weights")?[0]), (3, 2.0));
 /// executor.shutdown(Duration::from_secs(60))?;
+/// # Ok(())
+/// # }
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let root = dir.path();
+/// # for steps in [2, 3, 5] { train(root, steps)?; }
+/// let newest = ashore::Catalog::open(root)?.latest()?.unwrap();
+/// assert_eq!((newest.step(), newest.read_as::<f32>("weights")?[0]), (5, 5.0)); // after whatever restarts
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///

@@ -5,8 +5,7 @@
 //! ```
 //! use ashore::{CheckpointExecutor, HostTensor, StateDict};
 //! use std::{sync::Arc, time::Duration};
-//! # let dir = tempfile::tempdir().unwrap();
-//! # let root = dir.path();
+//! # fn train(root: &std::path::Path, steps: u64) -> ashore::Result<Vec<f32>> {
 //! let executor = CheckpointExecutor::builder(root).arena(16 << 20).chunk(1 << 20).keep_last(3).build()?;
 //!
 //! // Every training loop begins where the newest durable step ended, or from nothing.
@@ -15,20 +14,25 @@
 //!     None => (0, Arc::new(vec![0.0_f32; 6])),
 //! };
 //!
-//! while step < 3 {
-//!     step += 1;
+//! while step < steps {
+//!     // ... forward and backward: they only read the weights ...
+//!     executor.fence()?; // from here on the last save does not read them any more
+//!     Arc::get_mut(&mut weights).expect("the only reference again")[0] += 1.0;
+//!     step += 1; // as many updates are in the weights: what is saved as a step is the state after it
 //!     let mut state = StateDict::new();
 //!     state
 //!         .tensor("weights", HostTensor::new(weights.clone(), [2, 3]))? // not copied: the stager reads it
 //!         .value("learning_rate", &0.1)?; // any serde type, kept exactly
 //!     let save = executor.save(step, state)?; // returns at once
-//!     // ... forward and backward: they only read the weights ...
-//!     executor.fence()?; // from here on nothing reads them any more
-//!     Arc::get_mut(&mut weights).expect("the only reference again").fill(step as f32);
 //!     drop(save); // or keep it, and `.await` or `.wait` for the moment when it is durable
 //! }
 //! executor.shutdown(Duration::from_secs(60))?; // reports an error that nobody has seen
-//! # assert_eq!(ashore::Catalog::open(root)?.latest()?.unwrap().step(), 3);
+//! # Ok(weights.to_vec())
+//! # }
+//! # let (whole, restarted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+//! # for steps in [2, 3] { train(restarted.path(), steps)?; }
+//! # assert_eq!(train(restarted.path(), 5)?, train(whole.path(), 5)?);
+//! # assert_eq!(ashore::Catalog::open(whole.path())?.latest()?.unwrap().step(), 5);
 //! # Ok::<(), ashore::Error>(())
 //! ```
 //!

@@ -8,6 +8,9 @@ mod crash;
 mod cuda;
 mod fence;
 mod format;
+// The runtimes that they use are built for neither.
+#[cfg(not(any(loom, miri)))]
+mod loops;
 mod made;
 mod restore;
 mod rig;

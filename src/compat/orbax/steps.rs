@@ -32,23 +32,35 @@ use std::time::{Duration, Instant, SystemTime};
 /// use ashore::compat::orbax::{CheckpointManager, CheckpointManagerOptions, FixedIntervalPolicy, LatestN};
 /// use ashore::{CheckpointExecutor, StateDict};
 /// use std::{sync::Arc, time::Duration};
-/// # let dir = tempfile::tempdir().unwrap();
-/// let engine = CheckpointExecutor::builder(dir.path()).arena(16 << 20).chunk(1 << 20).build()?;
+/// # fn train(root: &std::path::Path, last: u64) -> ashore::Result<(Vec<f32>, Vec<u64>)> {
+/// let engine = CheckpointExecutor::builder(root).arena(16 << 20).chunk(1 << 20).build()?;
 /// let options = CheckpointManagerOptions::new()
 ///     .save_decision_policy(FixedIntervalPolicy(10))
 ///     .preservation_policy(LatestN(2));
 /// let manager = CheckpointManager::new(Arc::new(engine), options)?;
-/// for step in 0..=40 {
+/// let (first, mut weights) = match manager.latest_step()? {
+///     Some(step) => (step + 1, manager.restore(Some(step))?.read_as::<f32>("weights")?),
+///     None => (0, vec![0.0; 4]),
+/// };
+/// for step in first..=last {
+///     weights[0] += 1.0;
 ///     if manager.should_save(step) {
 ///         let mut state = StateDict::new();
-///         state.tensor("weights", Arc::new(vec![step as f32; 4]))?;
+///         state.tensor("weights", Arc::new(weights.clone()))?; // as this step has left them
 ///         manager.save(step, state)?;
 ///     }
 /// }
 /// manager.wait_until_finished(Duration::from_secs(60))?;
-/// assert_eq!(manager.all_steps()?, [30, 40]);
-/// assert!(dir.path().join("40").is_dir());
+/// assert_eq!(manager.latest_step()?, Some(last / 10 * 10)); // a folder of this name is in `root`
+/// # let steps = manager.all_steps()?;
 /// manager.close(Duration::from_secs(60))?;
+/// # Ok((weights, steps))
+/// # }
+/// # let (whole, restarted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+/// # for last in [12, 25] { train(restarted.path(), last)?; }
+/// # let (weights, steps) = train(whole.path(), 40)?;
+/// # assert_eq!((steps.as_slice(), &train(restarted.path(), 40)?.0), ([30, 40].as_slice(), &weights));
+/// # assert!(whole.path().join("40").is_dir());
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
