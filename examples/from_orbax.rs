@@ -16,8 +16,9 @@ fn loss(metrics: &serde_json::Value) -> Option<f64> {
 }
 
 pub fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let root = std::env::temp_dir().join(format!("ashore-from-orbax-{}", std::process::id()));
-    let engine = Arc::new(CheckpointExecutor::builder(&root).arena(16 << 20).chunk(1 << 20).build()?);
+    let directory = tempfile::tempdir()?; // dropped last, when the engine has ended
+    let root = directory.path();
+    let engine = Arc::new(CheckpointExecutor::builder(root).arena(16 << 20).chunk(1 << 20).build()?);
     let best = || BestN::new(Some(1), loss).reverse(true);
     let options = CheckpointManagerOptions::new()
         .save_decision_policy(FixedIntervalPolicy(10))
@@ -48,12 +49,11 @@ pub fn main() -> Result<(), Box<dyn std::error::Error>> {
     state.tensor("weights", Arc::new(vec![1.0_f32; 1000]))?;
     let path = SavePath::Deferred(deferred.awaiting().join("50")?);
     let futures = handler.async_save_deferred(path, state, SaveArgs::default().operation(&signals, id))?;
-    deferred.set_path(&root);
+    deferred.set_path(root);
     signals.send(id, HandlerAwaitableSignal::StepDirectoryCreation);
     futures[0].result(MINUTE)?;
     manager.reload()?;
     assert_eq!(manager.latest_step()?, Some(50));
     manager.close(MINUTE)?;
-    std::fs::remove_dir_all(root)?;
     Ok(())
 }

@@ -78,7 +78,8 @@
 //! # let (address, handle, memory) = (0_u64, 0_usize, std::sync::Arc::new(()));
 //! let executor = CheckpointExecutor::builder("runs/a").build()?;
 //! println!("copies with {}", executor.device()); // or why the host copies
-//! let stream = DeviceStream::new(0, handle); // the `CUstream` that wrote the tensor
+//! // SAFETY: `handle` is the `CUstream` that wrote the tensor, and outlives all of this.
+//! let stream = unsafe { DeviceStream::new(0, handle) };
 //!
 //! let mut state = StateDict::new();
 //! // SAFETY: 24 bytes of device 0, which `memory` keeps; they are written in `stream` alone, and only after the fence.
@@ -149,6 +150,11 @@ pub use state::{
     Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, RawDevice, RawHost, Source, StateDict,
 };
 pub use ticket::{Committed, Outcome, Phase, Progress};
+
+/// What the README shows compiles.
+#[cfg(all(doctest, feature = "cudarc"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 /// Slabs, chunks and direct I/O are aligned to this many bytes.
 pub const ALIGNMENT: usize = 4096;

@@ -130,7 +130,7 @@ pub(crate) struct Ticket {
     /// A fence has ordered whoever writes after the copies.
     pub fenced: AtomicBool,
     /// The streams that wrote the tensors of devices.
-    pub streams: Vec<DeviceStream>,
+    pub streams: Vec<DeviceStream<'static>>,
     /// Nothing more is queued from borrowed sources, and streams wait for what is: the sources are to be dropped at once.
     pub let_go: AtomicBool,
     /// Resolves when the sources are dropped, which may be before `staged`.
@@ -168,7 +168,7 @@ pub(crate) struct Issue {
     pub attempt: Attempt,
     pub deadline: Instant,
     pub chunks: usize,
-    pub streams: Vec<DeviceStream>,
+    pub streams: Vec<DeviceStream<'static>>,
     pub bytes: u64,
     pub writable: bool,
     pub over_budget: usize,

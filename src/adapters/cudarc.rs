@@ -36,24 +36,39 @@
 //! # Safety argument
 //! A slice stays allocated while it is owned or borrowed, and what frees it does so in its own stream: after its copies, because
 //! a source that owns it is dropped when they have ended, and one that borrows it when that stream waits for them. What a race of
-//! streams could change is only the value of the bytes on the device, which are no memory of Rust's.
+//! streams could change is only the value of the bytes on the device, which are no memory of Rust's. A stream is named while it
+//! is borrowed, or by a source, whose slice keeps it.
 #![expect(unsafe_code, reason = "sources over memory of a device; argument above")]
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::{DeviceStream, Dtype, Element, Layout, Place, Source};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr};
+use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
-impl From<&CudaStream> for DeviceStream {
-    /// A stream of a primary context, as a fence takes it.
-    fn from(stream: &CudaStream) -> Self {
-        Self::new(u32::try_from(stream.context().ordinal()).unwrap_or(u32::MAX), stream.cu_stream() as usize)
+/// A stream of a primary context, as a fence takes it. It cannot outlive the stream:
+/// ```compile_fail,E0597
+/// # use ashore::{CheckpointExecutor, DeviceStream};
+/// # use cudarc::driver::CudaContext;
+/// # fn demo(executor: &CheckpointExecutor) -> Result<(), Box<dyn std::error::Error>> {
+/// let fenced: DeviceStream<'_> = {
+///     let stream = CudaContext::new(0)?.new_stream()?;
+///     (&stream).into()
+/// };
+/// executor.fence_on(&[fenced])?;
+/// # Ok(()) }
+/// ```
+impl<'s> From<&'s CudaStream> for DeviceStream<'s> {
+    fn from(stream: &'s CudaStream) -> Self {
+        let ordinal = u32::try_from(stream.context().ordinal()).unwrap_or(u32::MAX);
+        // SAFETY: cudarc destroys the stream when it is dropped, and it is borrowed.
+        unsafe { Self::new(ordinal, stream.cu_stream() as usize) }
     }
 }
 
-impl From<&Arc<CudaStream>> for DeviceStream {
-    fn from(stream: &Arc<CudaStream>) -> Self {
+impl<'s> From<&'s Arc<CudaStream>> for DeviceStream<'s> {
+    fn from(stream: &'s Arc<CudaStream>) -> Self {
         stream.as_ref().into()
     }
 }
@@ -65,7 +80,7 @@ pub struct CudaTensor<O: CudaOwner> {
     address: u64,
     bytes: u64,
     layout: Layout,
-    stream: DeviceStream,
+    stream: DeviceStream<'static>,
 }
 
 impl<O: CudaOwner> CudaTensor<O> {
@@ -102,7 +117,9 @@ impl<O: CudaOwner> CudaTensor<O> {
         if range.start > range.end || range.end > len {
             return Err(Error::invalid(format!("a part is not within its slice part={range:?} elements={len}")));
         }
-        let (context, stream) = (memory.stream().context(), DeviceStream::from(memory.stream()));
+        // SAFETY: the slice keeps its stream, and is owned or borrowed for as long as the source lives.
+        let stream = unsafe { DeviceStream::from(memory.stream()).promised() };
+        let context = memory.stream().context();
         let device = context.ordinal();
         if !context.is_primary() {
             let why = "a slice is of a context of its own: only primary contexts are read";
@@ -148,6 +165,10 @@ unsafe impl<O: CudaOwner> Source for CudaTensor<O> {
 
     fn place(&self) -> Place {
         Place::Device { bytes: self.bytes, stream: self.stream }
+    }
+
+    fn stream_owner(&self) -> Option<Arc<dyn Any + Send + Sync>> {
+        Some(self.owner.memory().stream().clone())
     }
 
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {

@@ -7,7 +7,7 @@
 use super::{CopyQueue, Device};
 use crate::digest::Digest;
 use crate::error::Result;
-use crate::memory::Register;
+use crate::memory::{Pages, Register};
 use std::any::Any;
 use std::time::Instant;
 
@@ -19,7 +19,7 @@ const BLOCK: usize = 128 << 10;
 pub struct Host;
 
 impl Register for Host {
-    fn register(&self, _: *mut u8, _: usize) -> Result<Box<dyn Any + Send + Sync>> {
+    fn register(&self, _: Pages<'_>) -> Result<Box<dyn Any + Send + Sync>> {
         Ok(Box::new(()))
     }
 }

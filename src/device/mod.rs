@@ -5,6 +5,11 @@
 //! Copies cannot be taken back: whoever queues one keeps source and slab until its mark is reached. **Failure.** Errors are
 //! sticky; after one, no mark need ever be reached.
 //!
+//! What the devices of this crate do with addresses as numbers is for it alone:
+//! ```compile_fail,E0603
+//! use ashore::device::{Kernels, LentMemory, Noted};
+//! ```
+//!
 //! # Safety argument
 //! Contracts of asynchronous copies, and one body that copies nothing: it refuses.
 
@@ -60,6 +65,8 @@ pub trait Device: Register + Send + Sync + Debug {
     ///
     /// # Errors
     /// Why there are none.
+    #[doc(hidden)]
+    #[expect(private_interfaces, reason = "for the devices of this crate")]
     fn kernels(&self, _memory: Memory) -> Result<Arc<dyn Kernels>> {
         Err(Error::new(ErrorKind::Unavailable, "this device has none"))
     }
@@ -68,6 +75,8 @@ pub trait Device: Register + Send + Sync + Debug {
     ///
     /// # Errors
     /// Why there are none.
+    #[doc(hidden)]
+    #[expect(private_interfaces, reason = "for the devices of this crate")]
     fn waits(&self) -> Result<Arc<dyn Waits>> {
         Err(Error::new(ErrorKind::Unavailable, "this device has none"))
     }
@@ -76,6 +85,8 @@ pub trait Device: Register + Send + Sync + Debug {
     ///
     /// # Errors
     /// `Unavailable` when it makes none; `Device`.
+    #[doc(hidden)]
+    #[expect(private_interfaces, reason = "for the devices of this crate")]
     fn loads(&self) -> Result<Box<dyn LoadQueue>> {
         Err(Error::new(ErrorKind::Unavailable, format!("nothing is copied to this device device={}", self.name())))
     }
@@ -102,7 +113,7 @@ pub type Point = Arc<dyn Any + Send + Sync>;
 
 /// How a tensor lies whose elements do not lie together: row-major over its dimensions.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct View {
+pub(crate) struct View {
     /// Bytes of an element.
     pub item: u32,
     /// Size and stride, in bytes, of each dimension, outermost first; at most [`View::DIMS`].
@@ -116,7 +127,7 @@ impl View {
 
 /// Part of a tensor, and where it goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub(crate) struct Piece {
     /// Where it is on the device; with a view, where the tensor is.
     pub from: u64,
     /// With a view, how many bytes of the packed tensor come before it.
@@ -133,7 +144,7 @@ pub struct Piece {
 
 /// Parts of tensors in the memory of one device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Pieces {
+pub(crate) struct Pieces {
     /// The parts.
     pub list: Vec<Piece>,
     /// How tensors lie that do not lie together.
@@ -144,7 +155,7 @@ pub struct Pieces {
 
 /// What is asked for of a device's own memory, in bytes.
 #[derive(Debug)]
-pub struct Memory {
+pub(crate) struct Memory {
     /// The size of a chunk.
     pub chunk: usize,
     /// For what is captured at `save`; with 0 nothing is gathered.
@@ -156,7 +167,7 @@ pub struct Memory {
 }
 
 /// Memory of a device that a program has handed in. Dropped when nothing on the device will use it any more.
-pub struct LentMemory {
+pub(crate) struct LentMemory {
     /// The device.
     pub ordinal: u32,
     /// Where it begins.
@@ -173,7 +184,7 @@ impl Debug for LentMemory {
 
 /// What a device does with kernels of its own, in memory of its own: it gathers small and strided tensors, so that they need not
 /// cross the bus one by one; it digests tensors; and at a fence it copies aside what has not left it, so that nobody waits.
-pub trait Kernels: Send + Sync + Debug {
+pub(crate) trait Kernels: Send + Sync + Debug {
     /// The device.
     fn ordinal(&self) -> u32;
 
@@ -213,7 +224,7 @@ pub trait Kernels: Send + Sync + Debug {
 }
 
 /// What a device offers whose streams can wait for a number in memory.
-pub trait Waits: Send + Sync + Debug {
+pub(crate) trait Waits: Send + Sync + Debug {
     /// How many fences may be pending.
     fn at_once(&self) -> usize;
 
@@ -226,16 +237,16 @@ pub trait Waits: Send + Sync + Debug {
 }
 
 /// While it lives, streams wait.
-pub type Hold = Arc<dyn Any + Send + Sync>;
+pub(crate) type Hold = Arc<dyn Any + Send + Sync>;
 
 /// Something that was queued in a stream of the program.
-pub trait Queued: Send + Sync {
+pub(crate) trait Queued: Send + Sync {
     /// True when it has run, or never will because the device is lost.
     fn over(&self) -> bool;
 }
 
 /// Digests that a device was asked for.
-pub trait Digests: Send + Sync {
+pub(crate) trait Digests: Send + Sync {
     /// Of each chunk, in order.
     ///
     /// # Errors
@@ -245,7 +256,7 @@ pub trait Digests: Send + Sync {
 
 /// One save, as a device knows it that offers [`Kernels`]. Dropped only when no copy of the save is queued any more, and it is
 /// not launched or has told F.
-pub trait Noted: Send + Sync {
+pub(crate) trait Noted: Send + Sync {
     /// Queues, with the copies: put the pieces of `chunk` together as they will lie in its slab. The address that stands for the
     /// first byte of the slab, until the next call.
     ///
@@ -460,7 +471,7 @@ pub trait CopyQueue {
 }
 
 /// A queue of copies from host memory to devices, beside those of saves. What it queues to one device runs in order.
-pub trait LoadQueue {
+pub(crate) trait LoadQueue {
     /// Everything queued from now on comes after `point`, which [`Device::behind`] made.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use crate::completion::Signal;
 use crate::device::{Device, DeviceReport, LentMemory, Memory, Selected, choose};
 use crate::error::{Error, Result};
 use crate::id::Attempts;
-use crate::memory::{AlignedBuffer, Arena, Node, Register};
+use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
 use crate::settings::{Detect, Engine, Failed, Locks, Overlap, Priority, Settings};
 use crate::staging::{Scratch, Stager};
 use crate::storage::local::Local;
@@ -265,8 +265,8 @@ fn fits(lent: LentMemory, bytes: u64, device: &dyn Device) -> Result<LentMemory>
 struct Both<'a>(&'a dyn Device, &'a dyn Storage);
 
 impl Register for Both<'_> {
-    fn register(&self, base: *mut u8, len: usize) -> Result<Box<dyn Any + Send + Sync>> {
-        Ok(Box::new((self.0.register(base, len)?, self.1.register(base, len))))
+    fn register(&self, pages: Pages<'_>) -> Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new((self.0.register(pages)?, self.1.register(pages))))
     }
 
     fn node(&self) -> Result<Node, String> {

@@ -13,7 +13,8 @@
 //! only when every stream that was given, and every stream that made a tensor of the save, has been made to wait for both. Whoever
 //! writes or frees that memory does so in one of these streams, or after one of them, by the contract of such sources. Where any step
 //! of this is refused, fails or comes too late, the host waits instead, until the stager has let go of the save: by then nothing
-//! reads its memory any more, on the host or on a device.
+//! reads its memory any more, on the host or on a device. The streams that are made to wait live: those that were given are borrowed
+//! until the scope has ended, and what owns those of the tensors is kept by the scope, or promised by the unsafe code that named them.
 #![expect(unsafe_code, reason = "lifetime of scoped state; argument above")]
 
 use super::CheckpointExecutor;
@@ -23,18 +24,20 @@ use crate::staging::Flights;
 use crate::state::{DeviceStream, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
+use std::any::Any;
+use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
 /// How a scope makes sure at its end that borrowed tensors may be written.
 #[derive(Clone, Copy, Debug)]
-pub struct Fence<'a>(Option<&'a [DeviceStream]>);
+pub struct Fence<'a>(Option<&'a [DeviceStream<'a>]>);
 
 impl<'a> Fence<'a> {
     /// These streams, and those that made the tensors, wait on the GPU for what still reads them; the calling thread waits until all
     /// copies are queued, or until what is left of them fits the memory of [`Builder::scratch`](crate::Builder::scratch), where it is set
     /// aside then. See [`CheckpointExecutor::fence_on`].
-    pub fn on(streams: &'a [DeviceStream]) -> Self {
+    pub fn on(streams: &'a [DeviceStream<'a>]) -> Self {
         Self(Some(streams))
     }
 
@@ -45,11 +48,18 @@ impl<'a> Fence<'a> {
 }
 
 /// A scope in which borrowed state can be saved; see [`CheckpointExecutor::scope`].
-#[derive(Debug)]
 pub struct Scope<'scope, 'env: 'scope> {
     executor: &'scope CheckpointExecutor,
     tickets: Mutex<Vec<Arc<Ticket>>>,
+    /// The streams of the saves, which wait at the end: sources, and what they own, may be gone by then.
+    stream_owners: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     env: PhantomData<&'env mut &'env ()>,
+}
+
+impl fmt::Debug for Scope<'_, '_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scope").field("saves", &lock(&self.tickets).len()).finish()
+    }
 }
 
 impl<'env> Scope<'_, 'env> {
@@ -66,6 +76,7 @@ impl<'env> Scope<'_, 'env> {
     /// # Errors
     /// As there.
     pub fn save_with(&self, step: u64, state: StateDict<'env>, options: SaveOptions) -> Result<Save> {
+        lock(&self.stream_owners).extend(state.stream_owners.iter().cloned());
         // SAFETY: only the lifetime changes; the guard of the scope keeps `'env` alive until the dict is dropped.
         let state = unsafe { std::mem::transmute::<StateDict<'env>, StateDict<'static>>(state) };
         self.executor.submit(step, state, options, true, |ticket| lock(&self.tickets).push(ticket.clone()))
@@ -175,7 +186,8 @@ impl CheckpointExecutor {
         fence: Fence<'_>,
         f: impl for<'scope> FnOnce(&'scope Scope<'scope, 'env>) -> R,
     ) -> Result<R> {
-        let scope = Scope { executor: self, tickets: Mutex::new(Vec::new()), env: PhantomData };
+        let (tickets, stream_owners) = (Mutex::default(), Mutex::default());
+        let scope = Scope { executor: self, tickets, stream_owners, env: PhantomData };
         let ending = Ending { executor: self, fence, tickets: &scope.tickets };
         let result = f(&scope);
         ending.freeze()?;

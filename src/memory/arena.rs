@@ -14,15 +14,16 @@ use crate::error::{Error, Result};
 use crate::sync::{Mutex, lock};
 use std::any::Any;
 use std::fmt;
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 /// Makes memory known to a device, so that it copies there asynchronously.
 pub trait Register {
-    /// Registers `len` bytes at `base`, until the returned value is dropped; that happens before the memory is unmapped.
+    /// Registers the memory of an arena, until the returned value is dropped; that happens before the memory is unmapped.
     ///
     /// # Errors
     /// `Device` when the memory cannot be pinned.
-    fn register(&self, base: *mut u8, len: usize) -> Result<Box<dyn Any + Send + Sync>>;
+    fn register(&self, pages: Pages<'_>) -> Result<Box<dyn Any + Send + Sync>>;
 
     /// The NUMA node on which memory is best for the device.
     ///
@@ -30,6 +31,37 @@ pub trait Register {
     /// Why any is as good.
     fn node(&self) -> Result<Node, String> {
         Err("the device is on no node of its own".into())
+    }
+}
+
+/// The memory of an arena. Devices and the kernel are told of it by its address, so that nothing but an arena can make one:
+/// ```compile_fail,E0451
+/// let pages = ashore::memory::Pages { base: 0x1000 as *mut u8, len: 4096, mapping: Default::default() };
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Pages<'m> {
+    base: *mut u8,
+    len: usize,
+    mapping: PhantomData<&'m ()>,
+}
+
+impl Pages<'_> {
+    /// `len` bytes at `base`.
+    ///
+    /// # Safety
+    /// They stay mapped until what a registration of them returned is dropped.
+    pub(crate) unsafe fn new(base: *mut u8, len: usize) -> Self {
+        Self { base, len, mapping: PhantomData }
+    }
+
+    /// Where they begin.
+    pub fn base(&self) -> *mut u8 {
+        self.base
+    }
+
+    /// How many bytes there are.
+    pub fn size(&self) -> usize {
+        self.len
     }
 }
 
@@ -104,7 +136,8 @@ impl Arena {
         let huge_pages = mapping.prepare();
         let node = mapping.prefault(register.node());
         let locked = mapping.lock();
-        let registered = register.register(mapping.base, mapping.len);
+        // SAFETY: the mapping drops its registration before it unmaps them.
+        let registered = register.register(unsafe { Pages::new(mapping.base, mapping.len) });
         let pinned = registered.map(|registration| mapping.registration = Some(registration));
         let pinned = pinned.map_err(|error| error.to_string());
         let report = ArenaReport { bytes: (slabs * slab) as u64, slabs, huge_pages, node, locked, pinned };

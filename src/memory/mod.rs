@@ -10,6 +10,6 @@ mod slab;
 
 pub use crate::ALIGNMENT;
 pub use aligned::AlignedBuffer;
-pub use arena::{Arena, ArenaReport, Register};
+pub use arena::{Arena, ArenaReport, Pages, Register};
 pub use node::Node;
 pub use slab::Lease;

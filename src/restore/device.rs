@@ -43,9 +43,9 @@ const POLL: Duration = Duration::from_micros(50);
 ///
 /// ```no_run
 /// use ashore::{Checkpoint, DeviceChoice, DeviceStream, DeviceTarget, Targets};
-/// # fn restore(address: u64, stream: usize) -> ashore::Result<()> {
+/// # fn restore(address: u64, stream: DeviceStream<'_>) -> ashore::Result<()> {
 /// // SAFETY: 4096 bytes were allocated there, and are used in this stream alone.
-/// let weights = unsafe { DeviceTarget::new(address, 4096, DeviceStream::new(0, stream)) };
+/// let weights = unsafe { DeviceTarget::new(address, 4096, stream) };
 /// let checkpoint = Checkpoint::open("runs/step-00000100")?.with_device(DeviceChoice::Cuda(0))?;
 /// checkpoint.read_into(Targets::new().device("weights", weights))?;
 /// # Ok(())
@@ -55,7 +55,7 @@ const POLL: Duration = Duration::from_micros(50);
 pub struct DeviceTarget {
     pub(super) address: u64,
     pub(super) bytes: u64,
-    pub(super) stream: DeviceStream,
+    pub(super) stream: DeviceStream<'static>,
     pub(super) dtype: Option<Dtype>,
 }
 
@@ -67,7 +67,9 @@ impl DeviceTarget {
     /// From the call of `read_into` until it returns the memory is valid for writes of `bytes` bytes on that device, `stream` is
     /// valid, and nothing else reads or writes the memory but what was queued in `stream` before. If the call returns `Deadline`,
     /// copies may still be under way: the memory stays valid until the device has ended all of its work.
-    pub unsafe fn new(address: u64, bytes: u64, stream: DeviceStream) -> Self {
+    pub unsafe fn new(address: u64, bytes: u64, stream: DeviceStream<'_>) -> Self {
+        // SAFETY: the caller promises that it is valid whenever the target is used.
+        let stream = unsafe { stream.promised() };
         Self { address, bytes, stream, dtype: None }
     }
 

@@ -36,7 +36,7 @@ use std::ops::Range;
 pub struct Targets<'t> {
     targets: Vec<Target<'t>>,
     /// Those of targets in device memory.
-    streams: Vec<DeviceStream>,
+    streams: Vec<DeviceStream<'static>>,
 }
 
 struct Target<'t> {

@@ -196,7 +196,7 @@ impl Stager {
     /// Waits until borrowed sources of these saves are dropped, with `streams` and those that made them ordered after whatever still
     /// reads them.
     pub fn freeze_on(&self, tickets: &[Arc<Ticket>], streams: &[DeviceStream], patience: Duration) -> Result<()> {
-        let with = |owners: &[DeviceStream]| {
+        let with = |owners: &[DeviceStream<'static>]| {
             let mut all = [streams, owners].concat();
             all.sort_unstable();
             all.dedup();

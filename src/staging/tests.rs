@@ -46,7 +46,7 @@ fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<
 fn push_of(
     stager: &Stager,
     tensor: &Arc<Vec<u8>>,
-    streams: Vec<DeviceStream>,
+    streams: Vec<DeviceStream<'static>>,
     patience: Duration,
 ) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
     let mut state = StateDict::new();
@@ -163,7 +163,7 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
     for [first, second] in [[fail, fail], [fail, staged], [staged, fail], [staged, staged]] {
         let stager = stager(Host);
         let tensor = Arc::new(vec![1; 100]);
-        let save = || push_of(&stager, &tensor, vec![DeviceStream::new(0, 0)], LONG).0;
+        let save = || push_of(&stager, &tensor, vec![DeviceStream::legacy(0)], LONG).0;
         let (one, two) = (save(), save());
         [&one, &two].iter().for_each(|ticket| (0..ticket.chunks).for_each(|_| ticket.advance()));
         let hold: Hold = Arc::new(());
@@ -194,7 +194,7 @@ fn streams_are_let_go_when_a_save_falls_due_behind_one_that_is_stuck() {
         while device.queued() == 0 {
             std::thread::yield_now();
         }
-        let (second, ..) = push_of(&stager, &tensor, vec![DeviceStream::new(0, 0)], Duration::from_millis(20));
+        let (second, ..) = push_of(&stager, &tensor, vec![DeviceStream::legacy(0)], Duration::from_millis(20));
         second.hold(hold.clone());
         let late = second.done.wait(Instant::now() + LONG).expect("long before the first").unwrap_err();
         assert_eq!((late.kind(), Arc::strong_count(&hold)), (ErrorKind::Deadline, 1));

@@ -8,9 +8,11 @@ use foldhash::fast::FixedState;
 use indexmap::IndexMap;
 use indexmap::map::Entry;
 use serde::Serialize;
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::BuildHasher;
+use std::sync::Arc;
 
 /// When a tensor's bytes are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,7 +76,9 @@ pub struct StateDict<'a> {
     /// Indices of tensors in host memory that can be written while they are held.
     pub(crate) writable: Vec<usize>,
     /// The streams that produced tensors of devices, each once.
-    pub(crate) streams: Vec<DeviceStream>,
+    pub(crate) streams: Vec<DeviceStream<'static>>,
+    /// What keeps those streams alive beyond their tensors.
+    pub(crate) stream_owners: Vec<Arc<dyn Any + Send + Sync>>,
     bytes: u64,
     fingerprint: u64,
 }
@@ -145,6 +149,7 @@ impl<'a> StateDict<'a> {
                             // Few streams: the last is nearly always the same.
                             Some(stream) if !self.streams.iter().rev().any(|s| *s == stream) => {
                                 self.streams.push(stream);
+                                self.stream_owners.extend(source.stream_owner());
                             }
                             None if place.writable() => self.writable.push(free.index()),
                             _ => {}

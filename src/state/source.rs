@@ -1,32 +1,67 @@
 //! Where a tensor's bytes live until they are staged.
 //!
 //! # Safety argument
-//! The only unsafe things here are the contract of [`Source`] and its implementations. Each of those holds a stable host
-//! allocation (`Arc`, `Vec`, `Box`, a borrowed slice) that no safe code can write while the source is alive, or a raw pointer
-//! for which the caller of [`RawHost::new`] or [`RawDevice::new`] made the promises.
+//! The only unsafe things here are the contract of [`Source`], its implementations, and the making of a [`DeviceStream`], whose
+//! caller promises that the driver knows it. Each source holds a stable host allocation (`Arc`, `Vec`, `Box`, a borrowed slice)
+//! that no safe code can write while the source is alive, or a raw pointer for which the caller of [`RawHost::new`] or
+//! [`RawDevice::new`] made the promises.
 #![expect(unsafe_code, reason = "the contract between memory owners and asynchronous copies; argument above")]
 
 use super::dtype::{Dtype, Element, Layout, Shape};
 use crate::error::Result;
 use smallvec::SmallVec;
 use std::any::Any;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-/// A stream of a device, as the program that made it knows it. Here it is only handed on.
+/// A stream of a device, as the program that made it knows it, which lives for `'s` at least. Here it is only handed on.
+///
+/// The driver takes any number for a stream and reads what it finds there, so that a stream is named by unsafe code:
+/// ```compile_fail,E0133
+/// let stream = ashore::DeviceStream::new(0, 0xdead_beef);
+/// ```
+/// Adapters borrow it from the library that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct DeviceStream {
-    /// The device, by its ordinal in this process.
-    pub ordinal: u32,
-    /// The driver's handle: a `CUstream` as a number, where 0 is the legacy default stream.
-    pub handle: usize,
+pub struct DeviceStream<'s> {
+    pub(crate) ordinal: u32,
+    pub(crate) handle: usize,
+    lives: PhantomData<&'s ()>,
 }
 
-impl DeviceStream {
-    /// The stream `handle` of device `ordinal`.
-    pub fn new(ordinal: u32, handle: usize) -> Self {
-        Self { ordinal, handle }
+impl DeviceStream<'static> {
+    /// The legacy default stream of device `ordinal`, which is always there.
+    pub fn legacy(ordinal: u32) -> Self {
+        Self { ordinal, handle: 0, lives: PhantomData }
+    }
+}
+
+impl DeviceStream<'_> {
+    /// The stream `handle`, a `CUstream` as a number, of device `ordinal`.
+    ///
+    /// # Safety
+    /// For the lifetime of what is returned, `handle` is a stream of that device's primary context, or 0.
+    pub unsafe fn new(ordinal: u32, handle: usize) -> Self {
+        Self { ordinal, handle, lives: PhantomData }
+    }
+
+    /// The device, by its ordinal in this process.
+    pub fn ordinal(&self) -> u32 {
+        self.ordinal
+    }
+
+    /// The driver's handle: a `CUstream` as a number, where 0 is the legacy default stream.
+    pub fn handle(&self) -> usize {
+        self.handle
+    }
+
+    /// The same stream for as long as the caller promises.
+    ///
+    /// # Safety
+    /// As for [`DeviceStream::new`].
+    pub(crate) unsafe fn promised(self) -> DeviceStream<'static> {
+        DeviceStream { ordinal: self.ordinal, handle: self.handle, lives: PhantomData }
     }
 }
 
@@ -46,8 +81,8 @@ pub enum Place {
     Device {
         /// How many bytes there are.
         bytes: u64,
-        /// The stream that wrote them, and that will free them.
-        stream: DeviceStream,
+        /// The stream that wrote them, and that will free them. It lives as long as the source.
+        stream: DeviceStream<'static>,
     },
 }
 
@@ -68,7 +103,7 @@ impl Place {
     }
 
     /// The producer's stream, for memory of a device.
-    pub fn stream(&self) -> Option<DeviceStream> {
+    pub fn stream(&self) -> Option<DeviceStream<'static>> {
         match *self {
             Place::Host { .. } => None,
             Place::Device { stream, .. } => Some(stream),
@@ -99,6 +134,12 @@ pub unsafe trait Source: Send + Sync {
     /// hands out where the element with all indices 0 is, and [`Place::Device`] has the bytes of the packed tensor. Must not
     /// change.
     fn strides(&self) -> Option<&[i64]> {
+        None
+    }
+
+    /// What keeps the stream of [`Place::Device`] alive after the source was dropped. A scope holds on to it, because at its end
+    /// it makes that stream wait.
+    fn stream_owner(&self) -> Option<Arc<dyn Any + Send + Sync>> {
         None
     }
 
@@ -135,6 +176,10 @@ unsafe impl Source for Shared<'_> {
 
     fn strides(&self) -> Option<&[i64]> {
         self.0.strides()
+    }
+
+    fn stream_owner(&self) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.0.stream_owner()
     }
 
     fn poll_ready(&self, bytes: Range<u64>, waker: &Waker) -> Poll<Result<()>> {
@@ -275,7 +320,7 @@ pub struct RawDevice {
     layout: Layout,
     /// None: the elements lie together.
     strides: Option<SmallVec<[i64; 4]>>,
-    stream: DeviceStream,
+    stream: DeviceStream<'static>,
     _keep_alive: Box<dyn Any + Send + Sync>,
 }
 
@@ -284,8 +329,8 @@ impl RawDevice {
     ///
     /// # Safety
     /// `address` is valid for reads of `bytes` bytes on the device of `stream`, in its primary context, until `keep_alive` is
-    /// dropped; if that frees the memory in stream order, then in the order of `stream`. `stream` stays valid as long. All work
-    /// that writes the bytes was queued in `stream`, or ordered before it, when the source is handed to `save`; nothing writes
+    /// dropped; if that frees the memory in stream order, then in the order of `stream`. `stream` stays valid as long, and until the end
+    /// of the scope that it is saved in. All work that writes the bytes was queued in `stream`, or ordered before it, when the source is handed to `save`; nothing writes
     /// them between that save and the next `fence` or `fence_on` that returns `Ok`, or the resolution of that save's `staged()`:
     /// after `fence_on`, only streams that were given to it, or that are ordered after those.
     pub unsafe fn new(
@@ -293,10 +338,11 @@ impl RawDevice {
         bytes: u64,
         dtype: Dtype,
         shape: impl AsRef<[usize]>,
-        stream: DeviceStream,
+        stream: DeviceStream<'_>,
         keep_alive: impl Any + Send + Sync,
     ) -> Self {
-        let layout = Layout::new(dtype, shape);
+        // SAFETY: the caller promises that it is valid as long as the source.
+        let (layout, stream) = (Layout::new(dtype, shape), unsafe { stream.promised() });
         Self { address, bytes, layout, strides: None, stream, _keep_alive: Box::new(keep_alive) }
     }
 
@@ -311,10 +357,11 @@ impl RawDevice {
         dtype: Dtype,
         shape: impl AsRef<[usize]>,
         strides: impl AsRef<[i64]>,
-        stream: DeviceStream,
+        stream: DeviceStream<'_>,
         keep_alive: impl Any + Send + Sync,
     ) -> Self {
-        let layout = Layout::new(dtype, shape);
+        // SAFETY: as in `new`.
+        let (layout, stream) = (Layout::new(dtype, shape), unsafe { stream.promised() });
         let bytes = layout.bytes().unwrap_or(0);
         let strides = Some(SmallVec::from_slice(strides.as_ref())).filter(|strides| !layout.is_packed(strides));
         Self { address, bytes, layout, strides, stream, _keep_alive: Box::new(keep_alive) }

@@ -14,6 +14,7 @@ pub use memory::Memory;
 
 use crate::error::Result;
 use crate::id::Attempt;
+use crate::memory::Pages;
 pub use crate::settings::IoMode;
 use std::any::Any;
 use std::fmt::Debug;
@@ -63,7 +64,7 @@ pub trait Storage: Send + Sync + Debug {
 
     /// Makes memory known from which files will be written, until the returned value is dropped: before the memory is
     /// unmapped, and when nothing is written from it. A storage that gains nothing by it has nothing to do.
-    fn register(&self, _base: *mut u8, _len: usize) -> Box<dyn Any + Send + Sync> {
+    fn register(&self, _pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {
         Box::new(())
     }
 

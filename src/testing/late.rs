@@ -12,7 +12,7 @@
 use crate::device::{CopyQueue, Device};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::Register;
+use crate::memory::{Pages, Register};
 use std::any::Any;
 use std::collections::VecDeque;
 use std::fmt;
@@ -141,7 +141,7 @@ impl fmt::Debug for LateDevice {
 }
 
 impl Register for LateDevice {
-    fn register(&self, _: *mut u8, _: usize) -> Result<Box<dyn Any + Send + Sync>> {
+    fn register(&self, _: Pages<'_>) -> Result<Box<dyn Any + Send + Sync>> {
         struct Registered(Arc<Shared>);
         impl Drop for Registered {
             fn drop(&mut self) {

@@ -4,7 +4,7 @@
 use ashore::device::{CopyQueue, Device};
 use ashore::digest::Digest;
 use ashore::format::manifest::MANIFEST;
-use ashore::memory::Register;
+use ashore::memory::{Pages, Register};
 use ashore::storage::{FileWriting, IoMode, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, Error, ErrorKind, Result};
 use std::any::Any;
@@ -109,7 +109,7 @@ impl FileWriting for Sink {
 pub struct Absent;
 
 impl Register for Absent {
-    fn register(&self, _: *mut u8, _: usize) -> Result<Box<dyn Any + Send + Sync>> {
+    fn register(&self, _: Pages<'_>) -> Result<Box<dyn Any + Send + Sync>> {
         Ok(Box::new(()))
     }
 }

@@ -40,8 +40,9 @@ impl Stream {
     }
 
     /// As the library knows it.
-    pub fn device_stream(&self) -> DeviceStream {
-        DeviceStream::new(self.gpu().ordinal, self.handle())
+    pub fn device_stream(&self) -> DeviceStream<'_> {
+        // SAFETY: this stream, which is destroyed when it is dropped.
+        unsafe { DeviceStream::new(self.gpu().ordinal, self.handle()) }
     }
 
     /// Waits for everything that was queued in it.

@@ -8,6 +8,7 @@
 use super::driver::{Context, Driver, Event, Registered, Stream};
 use crate::device::Point;
 use crate::error::{Error, Result};
+use crate::memory::Pages;
 use crate::sync::{Mutex, lock};
 use std::ops::Deref;
 use std::sync::Arc;
@@ -60,9 +61,9 @@ impl Gpu {
     }
 
     /// Pins memory of the arena.
-    pub fn pin(&self, base: *mut u8, len: usize) -> Result<Registered> {
+    pub fn pin(&self, pages: Pages<'_>) -> Result<Registered> {
         // SAFETY: see the safety argument.
-        unsafe { self.context.register(base, len) }
+        unsafe { self.context.register(pages.base(), pages.size()) }
     }
 }
 

@@ -23,7 +23,7 @@ mod waits;
 
 use super::{CopyQueue, Device, Kernels, LoadQueue, Memory, Point, Waits};
 use crate::error::{ErrorKind, Result};
-use crate::memory::{Node, Register};
+use crate::memory::{Node, Pages, Register};
 use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use driver::Driver;
@@ -113,8 +113,8 @@ impl fmt::Debug for Cuda {
 }
 
 impl Register for Cuda {
-    fn register(&self, base: *mut u8, len: usize) -> Result<Box<dyn Any + Send + Sync>> {
-        Ok(Box::new(self.0.gpu(self.0.home)?.pin(base, len)?))
+    fn register(&self, pages: Pages<'_>) -> Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new(self.0.gpu(self.0.home)?.pin(pages)?))
     }
 
     fn node(&self) -> Result<Node, String> {
@@ -123,6 +123,7 @@ impl Register for Cuda {
     }
 }
 
+#[expect(private_interfaces, reason = "kernels, waits and loads are for this crate alone")]
 impl Device for Cuda {
     fn name(&self) -> String {
         format!("cuda:{}", self.0.home)

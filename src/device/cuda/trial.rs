@@ -29,7 +29,8 @@ pub(super) fn run(kernels: &Kernels) -> Result<()> {
     vary(sent);
     let (pieces, expected) = list(sent, from.address(), to.address());
     let (sent, back) = (sent.as_ptr(), host.pointer().wrapping_add(BYTES));
-    let stream = DeviceStream::new(gpu.context.ordinal, gpu.copies.handle());
+    // SAFETY: a stream of our own, of this context.
+    let stream = unsafe { DeviceStream::new(gpu.context.ordinal, gpu.copies.handle()) };
     // The stream of copies is waited for, and with it all that is queued.
     let mut queued = Vec::new();
     let mut queue = || {

@@ -41,6 +41,7 @@ pub use uring::Uring;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, parse_step_name};
+use crate::memory::Pages;
 use crate::settings::{Engine, Locks};
 use crate::storage::{Reading, Storage, Sweep, Swept, Writing, name as rules};
 use attempt::LocalAttempt;
@@ -234,8 +235,8 @@ impl Storage for Local {
         }
     }
 
-    fn register(&self, base: *mut u8, len: usize) -> Box<dyn Any + Send + Sync> {
-        self.root.fd().sys().register(base, len)
+    fn register(&self, pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {
+        self.root.fd().sys().register(pages)
     }
 
     fn engine(&self) -> &'static str {

@@ -4,6 +4,7 @@
 //! what to fsync, so that the code under test is the code that ships.
 
 use crate::fork;
+use crate::memory::Pages;
 use std::any::Any;
 use std::ffi::OsString;
 use std::fmt::Debug;
@@ -128,7 +129,7 @@ pub trait Sys: Send + Sync + Debug {
     }
     /// Makes memory known from which files will be written, until the returned value is dropped: before the memory is
     /// unmapped, and when nothing is written from it. A system that gains nothing by it has nothing to do.
-    fn register(&self, _base: *mut u8, _len: usize) -> Box<dyn Any + Send + Sync> {
+    fn register(&self, _pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {
         Box::new(())
     }
     /// How it writes, for reports.

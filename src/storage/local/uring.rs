@@ -18,6 +18,7 @@
 use super::linux::Linux;
 use super::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
 use crate::fork;
+use crate::memory::Pages;
 use io_uring::{IoUring, opcode, squeue, types};
 use std::any::Any;
 use std::ffi::OsString;
@@ -237,8 +238,9 @@ impl Sys for Uring {
         written
     }
 
-    fn register(&self, base: *mut u8, len: usize) -> Box<dyn Any + Send + Sync> {
-        renew(&self.pool, base.addr()..base.addr() + len);
+    fn register(&self, pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {
+        let base = pages.base().addr();
+        renew(&self.pool, base..base + pages.size());
         Box::new(Registered(self.pool.clone()))
     }
 
@@ -352,7 +354,8 @@ mod tests {
         let mut bytes = pattern(40 * PIECE + 12_288);
         for registered in [0, bytes.len(), 3 * PIECE + 4096] {
             bytes[PIECE] = bytes[PIECE].wrapping_add(1);
-            let known = uring.register(bytes.as_mut_ptr(), registered);
+            // SAFETY: dropped before the buffer.
+            let known = uring.register(unsafe { Pages::new(bytes.as_mut_ptr(), registered) });
             assert_eq!(uring.pwrite(file.as_raw_fd(), &bytes, 4096).unwrap(), bytes.len());
             assert!(content(&file, bytes.len()) == bytes[..], "registered={registered}");
             assert!(uring.lock().idle.iter().all(|ring| ring.memory.len() <= registered));
@@ -366,7 +369,8 @@ mod tests {
         let Some(uring) = uring() else { return };
         let file = tempfile::tempfile().unwrap();
         let mut first = pattern(2 * PIECE);
-        drop(uring.register(first.as_mut_ptr(), first.len()));
+        // SAFETY: dropped at once.
+        drop(uring.register(unsafe { Pages::new(first.as_mut_ptr(), first.len()) }));
         drop(first);
         let second = pattern(2 * PIECE);
         uring.pwrite(file.as_raw_fd(), &second, 4096).unwrap();

@@ -139,6 +139,24 @@ fn cuda_streams_of_cudarc_that_write_after_a_scope_wait_though_the_fence_did_not
     }
 }
 
+/// A scope makes the streams of its tensors wait at its end. It once did so with the stream of a slice that it owned and had
+/// dropped: a handle that the driver takes for an address.
+#[test]
+fn cuda_streams_of_cudarc_live_until_the_scope_ends_that_makes_them_wait() {
+    with_driver!(cuda_streams_of_cudarc_live_until_the_scope_ends_that_makes_them_wait);
+    let (rig, context, _) = both();
+    let stream = context.new_stream().unwrap();
+    let (slice, lives) = (stream.clone_htod(&[1_u8; 9000]).unwrap(), Arc::downgrade(&stream));
+    drop(stream);
+    let ended = rig.executor.scope(Fence::on(&[]), |scope| {
+        let save = scope.save(1, one(CudaTensor::new(slice, [9000]).unwrap())).unwrap();
+        save.wait(LONG).unwrap();
+        assert!(lives.upgrade().is_some(), "the stream went with the slice");
+    });
+    ended.unwrap();
+    assert!(lives.upgrade().is_none(), "the scope holds on to the stream");
+}
+
 #[test]
 fn cuda_slices_that_cannot_be_read_are_refused() {
     with_driver!(cuda_slices_that_cannot_be_read_are_refused);

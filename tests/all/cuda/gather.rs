@@ -261,7 +261,7 @@ fn cuda_strided_tensors_of_another_device_are_refused_by_name() {
     let rig = rig(|b| b);
     let other = Gpu::take();
     let (stream, tensor) = (other.stream(), other.tensor(&pattern(1, 6000)));
-    if stream.0.ordinal == rig.gpu.ordinal {
+    if stream.0.ordinal() == rig.gpu.ordinal {
         return;
     }
     let mut state = StateDict::new();
@@ -366,7 +366,7 @@ fn cuda_captures_that_never_fit_together_are_refused_for_good() {
 }
 
 /// A tensor whose source panics when it is asked where that is.
-struct Broken(DeviceStream);
+struct Broken(DeviceStream<'static>);
 
 #[expect(unsafe_code, reason = "a source that breaks its promise")]
 // SAFETY: no pointer is handed out.

@@ -177,7 +177,8 @@ impl Gpu {
         self.enter();
         let mut handle = 0;
         cuda!(cuStreamCreate(&mut handle, NON_BLOCKING));
-        Stream(DeviceStream::new(self.ordinal, handle))
+        // SAFETY: just made, and never destroyed.
+        Stream(unsafe { DeviceStream::new(self.ordinal, handle) })
     }
 
     pub fn tensor(&self, bytes: &[u8]) -> Tensor {
@@ -260,30 +261,30 @@ impl Traffic {
 
 /// A stream of the program.
 #[derive(Clone, Copy)]
-pub struct Stream(pub DeviceStream);
+pub struct Stream(pub DeviceStream<'static>);
 
 impl Stream {
     /// The default stream, for which streams wait that are made without the flag for the opposite.
     pub fn legacy(ordinal: u32) -> Self {
-        Self(DeviceStream::new(ordinal, 0))
+        Self(DeviceStream::legacy(ordinal))
     }
 
     pub fn fill(&self, tensor: &Tensor, value: u8) {
         // A real driver refuses to fill nothing.
         if tensor.0.len > 0 {
-            cuda!(cuMemsetD8Async(tensor.0.at, value, tensor.0.len, self.0.handle));
+            cuda!(cuMemsetD8Async(tensor.0.at, value, tensor.0.len, self.0.handle()));
         }
     }
 
     /// Memory in stream order: freed in this stream when the last reference goes.
     pub fn tensor(&self, len: usize) -> Tensor {
         let mut at = 0;
-        cuda!(cuMemAllocAsync(&mut at, len, self.0.handle));
+        cuda!(cuMemAllocAsync(&mut at, len, self.0.handle()));
         Tensor(Arc::new(Block { at, len, owner: Some(*self) }))
     }
 
     pub fn wait(&self) {
-        cuda!(cuStreamSynchronize(self.0.handle));
+        cuda!(cuStreamSynchronize(self.0.handle()));
     }
 
     /// Runs `during` while the stream is being captured into a graph, which must not break.
@@ -294,7 +295,7 @@ impl Stream {
             fn drop(&mut self) {
                 let mut graph = 0;
                 // SAFETY: the stream lives as long as its device, and the result goes to a local.
-                let code = unsafe { (api().cuStreamEndCapture)(self.0.0.handle, &mut graph) };
+                let code = unsafe { (api().cuStreamEndCapture)(self.0.0.handle(), &mut graph) };
                 if !std::thread::panicking() {
                     assert_eq!(code, 0, "the capture was broken");
                     cuda!(cuGraphDestroy(graph));
@@ -302,7 +303,7 @@ impl Stream {
             }
         }
         let global = 0;
-        cuda!(cuStreamBeginCapture_v2(self.0.handle, global));
+        cuda!(cuStreamBeginCapture_v2(self.0.handle(), global));
         let _open = Open(*self);
         during();
     }
@@ -324,7 +325,7 @@ impl Drop for Block {
         // SAFETY: allocated by this program and used no more.
         let _ = unsafe {
             match self.owner {
-                Some(stream) => (api().cuMemFreeAsync)(self.at, stream.0.handle),
+                Some(stream) => (api().cuMemFreeAsync)(self.at, stream.0.handle()),
                 None => (api().cuMemFree_v2)(self.at),
             }
         };

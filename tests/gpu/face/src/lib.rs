@@ -186,7 +186,9 @@ face! {
     fn face_fence_on(executor: *const CheckpointExecutor, streams: *const Stream, count: u64) -> i32 = -1; {
         // SAFETY: the argument at the top.
         let (executor, streams) = unsafe { (held(executor)?, array(streams, count)?) };
-        let streams: Vec<_> = streams.iter().map(|s| DeviceStream::new(s.ordinal, s.handle as usize)).collect();
+        // SAFETY: as above.
+        let named = |stream: &Stream| unsafe { DeviceStream::new(stream.ordinal, stream.handle as usize) };
+        let streams: Vec<_> = streams.iter().map(named).collect();
         executor.fence_on(&streams).map(|()| 0)
     }
 

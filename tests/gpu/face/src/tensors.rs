@@ -56,7 +56,8 @@ pub unsafe fn state(tensors: &[Tensor]) -> Result<StateDict<'static>> {
         })?;
         let shape: Vec<usize> = shape.iter().map(|&dim| dim as usize).collect();
         if let Ok(ordinal) = u32::try_from(tensor.ordinal) {
-            let stream = DeviceStream::new(ordinal, tensor.stream as usize);
+            // SAFETY: passed on.
+            let stream = unsafe { DeviceStream::new(ordinal, tensor.stream as usize) };
             // SAFETY: passed on.
             let source = unsafe { RawDevice::new(tensor.address, tensor.bytes, dtype, shape, stream, keep) };
             put(&mut state, name, source, tensor.capture)?;
