@@ -6,7 +6,7 @@ use ashore::{Checkpoint, CheckpointExecutor, HostTensor, StateDict};
 use std::{path::Path, sync::Arc, time::Duration};
 
 #[derive(Debug, PartialEq)]
-pub struct Training {
+pub(crate) struct Training {
     step: u64,
     weights: Arc<Vec<f32>>,
     momentum: Arc<Vec<f32>>,
@@ -38,7 +38,7 @@ impl Training {
 }
 
 /// Trains `more` updates on from the newest durable step, and saves after every fifth and after the last.
-pub fn train(root: &Path, more: u64) -> ashore::Result<Training> {
+pub(crate) fn train(root: &Path, more: u64) -> ashore::Result<Training> {
     let executor = CheckpointExecutor::builder(root).arena(32 << 20).chunk(4 << 20).keep_last(2).build()?;
     let new = || Training { step: 0, weights: vec![0.0; 1_000_000].into(), momentum: vec![0.0; 1_000_000].into() };
     let mut training = executor.latest()?.map_or_else(|| Ok(new()), |newest| Training::restore(&newest))?;

@@ -37,7 +37,7 @@ impl Checkpointable for Pipeline {
     }
 }
 
-pub fn main() -> Result<(), Box<dyn std::error::Error>> {
+pub(crate) fn main() -> Result<(), Box<dyn std::error::Error>> {
     let directory = tempfile::tempdir()?;
     let handler = OrbaxCheckpointHandler::new().asynchronous();
     let (mut pipeline, mut replayed, mut restored) = (Pipeline::new(), Pipeline::new(), Pipeline::new());

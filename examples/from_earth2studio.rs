@@ -44,7 +44,7 @@ fn forecast(path: &Path, stop: u32) -> ashore::Result<Forecast> {
     Ok(forecast.update(|it| it.clone()))
 }
 
-pub fn main() -> ashore::Result<()> {
+pub(crate) fn main() -> ashore::Result<()> {
     let (stopped, whole) = (tempfile::tempdir().expect("a place"), tempfile::tempdir().expect("a place"));
     forecast(stopped.path(), 42)?; // the last boundary was not flushed: it is computed again
     let rows = Checkpoint::builder("demo").path(stopped.path()).build()?;

@@ -9,7 +9,7 @@ use uuid::Uuid;
 const RUN: Uuid = Uuid::from_u128(0x5eed);
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct State {
+pub(crate) struct State {
     trace: Vec<String>,
 }
 
@@ -24,7 +24,7 @@ fn node(name: &str, state: &mut State) -> &'static [&'static str] {
     }
 }
 
-pub async fn run(store: &dyn Checkpointer<State>, supersteps: u64) -> ashore::Result<State> {
+pub(crate) async fn run(store: &dyn Checkpointer<State>, supersteps: u64) -> ashore::Result<State> {
     let task = |name: &str| ActiveSnapshot { node_name: name.into(), payload: None };
     let last = store.list(RUN).await?.last().copied();
     let mut state = if last.is_some() { store.load(RUN, last).await?.unwrap_or_default() } else { State::default() };

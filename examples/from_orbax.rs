@@ -15,7 +15,7 @@ fn loss(metrics: &serde_json::Value) -> Option<f64> {
     metrics["loss"].as_f64()
 }
 
-pub fn main() -> Result<(), Box<dyn std::error::Error>> {
+pub(crate) fn main() -> Result<(), Box<dyn std::error::Error>> {
     let directory = tempfile::tempdir()?; // dropped last, when the engine has ended
     let root = directory.path();
     let engine = Arc::new(CheckpointExecutor::builder(root).arena(16 << 20).chunk(1 << 20).build()?);

@@ -235,8 +235,9 @@ impl Checkpoint {
     fn decode<T: DeserializeOwned>(&self, what: &str, name: &str, value: Option<&serde_json::Value>) -> Result<T> {
         let value = value.ok_or_else(|| self.missing(what, name))?;
         decode_value(value).map_err(|e| {
-            let wrong = Error::invalid(format!("{what} {} {what}={name:?}", e.message()));
-            self.place(wrong.with_source(e))
+            let wanted = std::any::type_name::<T>();
+            let wrong = Error::invalid(format!("the {what} is of another type {what}={name:?} wanted={wanted}"));
+            self.place(wrong.with_source_of(&e))
         })
     }
 
@@ -358,7 +359,9 @@ fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> R
     let file = reading.open(&entry.name)?;
     if file.len() != entry.length {
         let (expected, found) = (entry.length, file.len());
-        return Err(Error::corrupt(format!("a file has the wrong length expected={expected} found={found}")));
+        return Err(Error::corrupt(format!(
+            "a file has the wrong length expected_bytes={expected} found_bytes={found}"
+        )));
     }
     if entry.data > 0 {
         let mut prefix = [0; ALIGNMENT];

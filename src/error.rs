@@ -39,7 +39,15 @@ pub enum ErrorKind {
 
 /// A cloneable error: kind, what was attempted, step, rank, path and source.
 ///
-/// Every future and waiter of one save gets the same error. Messages are lower case, variables last as `key=value`.
+/// Every future and waiter of one save gets the same error. Messages are lower case, variables last as `key=value`. `{}` says what
+/// this error is, and [`source`](std::error::Error::source) what caused it; `{:#}` and `{:?}` say both, in one line:
+/// ```
+/// use ashore::{Error, ErrorKind};
+/// let full = std::io::Error::from_raw_os_error(28);
+/// let error = Error::new(ErrorKind::NoSpace, "cannot write a chunk chunk=3").with_step(7).with_source(full);
+/// assert_eq!(error.to_string(), "cannot write a chunk chunk=3 step=7");
+/// assert_eq!(format!("{error:#}"), "cannot write a chunk chunk=3 step=7: No space left on device (os error 28)");
+/// ```
 #[derive(Clone)]
 pub struct Error(Arc<Inner>);
 
@@ -140,6 +148,12 @@ impl Error {
         self
     }
 
+    /// Adds what caused `error`, where that says no more than this one.
+    pub(crate) fn with_source_of(mut self, error: &Self) -> Self {
+        Arc::make_mut(&mut self.0).source = error.0.source.clone();
+        self
+    }
+
     /// Adds what caused it.
     pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         Arc::make_mut(&mut self.0).source = Some(Arc::new(source));
@@ -150,9 +164,6 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0.message)?;
-        if let Some(source) = &self.0.source {
-            write!(f, ": {source}")?;
-        }
         if let Some(step) = self.0.step {
             write!(f, " step={step}")?;
         }
@@ -162,13 +173,21 @@ impl fmt::Display for Error {
         if let Some(path) = &self.0.path {
             write!(f, " path={}", path.display())?;
         }
+        if !f.alternate() {
+            return Ok(());
+        }
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
         Ok(())
     }
 }
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}: {self}", self.0.kind)
+        write!(f, "{:?}: {self:#}", self.0.kind)
     }
 }
 

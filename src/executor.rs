@@ -264,7 +264,7 @@ impl CheckpointExecutor {
         {
             match self.settings.failed {
                 Failed::NextCall => return Err(error),
-                Failed::Warn => tracing::error!(%error, "a save failed and nobody saw it"),
+                Failed::Warn => tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it"),
             }
         }
         // One that another save has made room for is begun, even if admission is closed meanwhile.
@@ -450,7 +450,7 @@ impl CheckpointExecutor {
         }
         let mut unseen = std::iter::from_fn(|| self.stager.flights.unobserved());
         let first = unseen.next().or(late);
-        unseen.for_each(|error| tracing::error!(%error, "a save failed and nobody saw it"));
+        unseen.for_each(|error| tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it"));
         first.map_or(Ok(()), Err)
     }
 }
@@ -479,7 +479,7 @@ impl Drop for CheckpointExecutor {
             return;
         }
         if let Err(error) = self.close(self.settings.shutdown_deadline) {
-            tracing::error!(%error, "a save failed and nobody saw it");
+            tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it");
         }
     }
 }

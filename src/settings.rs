@@ -340,10 +340,15 @@ impl Settings {
             let why = "live owners touch their attempts every five minutes; give them at least an hour";
             return refuse(format!("{why} abandoned_after={:?}", self.abandoned_after));
         }
-        if self.keep_last == Some(0) || self.keep_every == Some(0) {
-            return refuse("retention cannot keep nothing keep_last=0 or keep_every=0".into());
+        // As `Retention::check`.
+        match (self.keep_last, self.keep_every) {
+            (Some(0), _) => refuse("keep at least one step, or leave this unset to keep all keep_last=0".into()),
+            (_, Some(0)) => refuse("no step is a multiple of this: leave it unset keep_every=0".into()),
+            (None, Some(every)) => {
+                refuse(format!("nothing is deleted without keep_last: set it, too, or neither keep_every={every}"))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -370,7 +375,7 @@ mod tests {
     #[test]
     fn settings_that_cannot_work_are_refused_by_name() {
         type Change = fn(&mut Settings);
-        let cases: [(Change, &str); 9] = [
+        let cases: [(Change, &str); 10] = [
             (|s| s.abandoned_after = Duration::from_secs(3599), "abandoned_after="),
             (|s| s.scratch = s.chunk - 1, "scratch="),
             (|s| s.chunk = 5000, "chunk=5000"),
@@ -379,7 +384,8 @@ mod tests {
             (|s| s.writers = 0, "writers=0"),
             (|s| s.files = 100_000, "files=100000"),
             (|s| s.keep_last = Some(0), "keep_last=0"),
-            (|s| s.keep_every = Some(0), "keep_every=0"),
+            (|s| (s.keep_last, s.keep_every) = (Some(1), Some(0)), "keep_every=0"),
+            (|s| s.keep_every = Some(100), "set it, too, or neither keep_every=100"),
         ];
         Settings::default().check().unwrap();
         for (change, named) in cases {

@@ -296,7 +296,7 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
         }
     });
     if let Err(error) = &drain {
-        tracing::error!(%error, "saves cannot be drained at SIGTERM");
+        tracing::error!(error = format_args!("{error:#}"), "saves cannot be drained at SIGTERM");
     }
     let slice = Duration::from_millis(5);
     let _ = signals.set_read_timeout(Some(slice));

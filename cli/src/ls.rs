@@ -28,7 +28,7 @@ pub fn run(common: &Common) -> Result<ExitCode> {
     let sound = entries.into_iter().map(|e| Row { step: e.step, path: e.path, bytes: e.bytes, valid: true, why: None });
     let damaged = problems.into_iter().map(|p| {
         let bytes = bytes_in(&p.path);
-        Row { step: p.step, path: p.path, bytes, valid: false, why: Some(p.error.to_string()) }
+        Row { step: p.step, path: p.path, bytes, valid: false, why: Some(format!("{:#}", p.error)) }
     });
     let mut rows: Vec<Row> = sound.chain(damaged).collect();
     rows.sort_by(|a, b| (a.step, &a.path).cmp(&(b.step, &b.path)));

@@ -96,7 +96,7 @@ fn main() -> ExitCode {
         Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS),
     };
     ended.unwrap_or_else(|error| {
-        out::complain(&error.to_string());
+        out::complain(&format!("{error:#}"));
         ExitCode::FAILURE
     })
 }

@@ -168,7 +168,7 @@ impl Catalog {
                 Ok(None) => {}
                 Ok(Some(checkpoint)) => return Ok(Some(checkpoint)),
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
-                    tracing::warn!(step, %name, %error, "a damaged step is not listed");
+                    tracing::warn!(step, %name, error = format_args!("{error:#}"), "a damaged step is not listed");
                 }
                 Err(error) => return Err(error),
             }
@@ -209,7 +209,7 @@ impl Catalog {
                 Ok(Some(checkpoint)) => return Ok(Some(Found { checkpoint, skipped })),
                 Ok(None) => {}
                 Err(error) => {
-                    tracing::warn!(step, %name, %error, "a step is passed over");
+                    tracing::warn!(step, %name, error = format_args!("{error:#}"), "a step is passed over");
                     skipped.push(self.problem(step, name, error));
                 }
             }

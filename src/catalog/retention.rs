@@ -15,10 +15,9 @@ use std::collections::BTreeSet;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Retention {
-    /// Keep this many of the newest durable steps, and whatever is newer than they are; at least 1. None: all steps are
-    /// kept, whatever `keep_every` says.
+    /// Keep this many of the newest durable steps, and whatever is newer than they are; at least 1. None: all steps are kept.
     pub keep_last: Option<usize>,
-    /// Of the older steps, keep those that this divides; at least 1. None: no older step is kept.
+    /// Of the older steps, keep those that this divides; at least 1. None: no older step is kept. Not without `keep_last`.
     pub keep_every: Option<u64>,
 }
 
@@ -31,11 +30,15 @@ impl Retention {
     /// Checks the settings.
     ///
     /// # Errors
-    /// `Invalid`, naming the setting that is 0.
+    /// `Invalid`, naming the setting that is 0, or missing.
     pub fn check(&self) -> Result<()> {
         match (self.keep_last, self.keep_every) {
-            (Some(0), _) => Err(Error::invalid("the newest durable step is always kept keep_last=0")),
-            (_, Some(0)) => Err(Error::invalid("no step is a multiple of this keep_every=0")),
+            (Some(0), _) => Err(Error::invalid("keep at least one step, or leave this unset to keep all keep_last=0")),
+            (_, Some(0)) => Err(Error::invalid("no step is a multiple of this: leave it unset keep_every=0")),
+            (None, Some(every)) => {
+                let why = "nothing is deleted without keep_last: set it, too, or neither";
+                Err(Error::invalid(format!("{why} keep_every={every}")))
+            }
             _ => Ok(()),
         }
     }
@@ -75,8 +78,8 @@ mod tests {
             assert!(refused.message().contains(named), "{refused}");
         }
         assert!(Retention::default().plan([1, 2], [1, 2]).unwrap().is_empty());
-        let every = Retention { keep_last: None, keep_every: Some(10) };
-        assert!(every.plan([1, 2], [1, 2]).unwrap().is_empty());
+        let every = Retention { keep_last: None, keep_every: Some(10) }.plan([1, 2], [1, 2]).unwrap_err();
+        assert!(every.message().contains("nothing is deleted without keep_last"), "it once kept everything: {every}");
     }
 
     #[test]
@@ -99,6 +102,7 @@ mod tests {
             steps in prop::collection::btree_map(0_u64..50, any::<bool>(), 0..30),
             keep_last in prop::option::of(1_usize..5), keep_every in prop::option::of(1_u64..12),
         ) {
+            prop_assume!(keep_last.is_some() || keep_every.is_none());
             let durable: BTreeSet<u64> = steps.iter().filter(|(_, durable)| **durable).map(|(step, _)| *step).collect();
             let gone = Retention { keep_last, keep_every }.plan(steps.keys().copied(), durable.clone()).unwrap();
             let kept: BTreeSet<u64> = steps.keys().copied().filter(|step| !gone.contains(step)).collect();

@@ -210,7 +210,11 @@ impl Catalog {
                     gone.insert(entry.name.clone());
                 }
                 Err(error) => {
-                    tracing::warn!(step = entry.step, %error, "a step does not count for retention");
+                    tracing::warn!(
+                        step = entry.step,
+                        error = format_args!("{error:#}"),
+                        "a step does not count for retention"
+                    );
                     doubtful.push(Problem {
                         step: entry.step,
                         name: entry.name.clone(),

@@ -50,19 +50,27 @@ pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
             Concluded::Durable(committed, attempt)
         }
         (Err(error), _) if error.kind() == ErrorKind::Indeterminate => {
-            tracing::error!(step = ticket.step, %error, "nobody knows whether the step is durable");
+            tracing::error!(
+                step = ticket.step,
+                error = format_args!("{error:#}"),
+                "nobody knows whether the step is durable"
+            );
             Concluded::Doubtful(error)
         }
         (committed, attempt) => {
             let left = attempt.filter(|attempt| match attempt.abandon() {
                 Ok(()) => false,
                 Err(error) => {
-                    tracing::warn!(step = ticket.step, %error, "a failed attempt is to be deleted later");
+                    tracing::warn!(step = ticket.step, error = format_args!("{error:#}"), "a failed attempt is to be deleted later");
                     true
                 }
             });
             let why = committed.err().unwrap_or_else(|| Error::internal("a commit without an attempt"));
-            tracing::warn!(step = ticket.step, error = %why, "the save failed");
+            if why.kind() == ErrorKind::Cancelled {
+                tracing::info!(step = ticket.step, reason = format_args!("{why:#}"), "the save was cancelled");
+            } else {
+                tracing::warn!(step = ticket.step, error = format_args!("{why:#}"), "the save failed");
+            }
             Concluded::Failed { why, left }
         }
     }
@@ -145,7 +153,10 @@ fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (
 fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<()> {
     let on_devices = (request.later.0)().unwrap_or_else(|error| {
         request.ticket.blind.store(true, Ordering::Relaxed);
-        tracing::warn!(%error, "a device did not digest tensors; a forgotten fence goes unnoticed");
+        tracing::warn!(
+            error = format_args!("{error:#}"),
+            "a device did not digest tensors; a forgotten fence goes unnoticed"
+        );
         Vec::new()
     });
     for &(index, expected) in request.expected.iter().chain(&on_devices) {

@@ -19,7 +19,7 @@ const KINDS: [ErrorKind; 12] = [
     ErrorKind::Internal,
 ];
 
-/// An [`Error`] as data. The source is part of the message.
+/// An [`Error`] as data. Its sources are part of the message.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct WireError {
     kind: String,
@@ -31,10 +31,11 @@ pub(crate) struct WireError {
 
 impl From<&Error> for WireError {
     fn from(error: &Error) -> Self {
-        let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
+        let sources = std::iter::successors(std::error::Error::source(error), |error| error.source());
+        let message = sources.fold(error.message().to_owned(), |message, source| format!("{message}: {source}"));
         Self {
             kind: format!("{:?}", error.kind()),
-            message: format!("{}{source}", error.message()),
+            message,
             step: error.step(),
             rank: error.rank(),
             path: error.path().map(Into::into),

@@ -341,7 +341,10 @@ impl DeviceReport {
                 self.gather = if room.is_empty() { Err(none.into()) } else { Ok(room.end - room.start) };
                 self.scratch = kernels.slots().map(<[u64]>::len).map_err(|why| why.to_string());
             }
-            Err(why) => (self.gather, self.scratch) = (Err(why.to_string()), Err(why.to_string())),
+            Err(why) => {
+                let why = format!("{why:#}");
+                (self.gather, self.scratch) = (Err(why.clone()), Err(why));
+            }
         }
     }
 }
@@ -390,8 +393,10 @@ pub fn choose(choice: DeviceChoice) -> Result<(Arc<dyn Device>, DeviceReport)> {
         DeviceChoice::Host => Ok(host("as asked for".into())),
         DeviceChoice::Cuda(ordinal) => cuda_device(ordinal),
         DeviceChoice::Auto => Ok(cuda_device(0).unwrap_or_else(|error| {
-            tracing::info!(%error, "tensors are copied by the host");
-            host(error.to_string())
+            let why = format!("{error:#}");
+            // Not a field `error`: a machine without a GPU has none.
+            tracing::info!(reason = %why, "no GPU: tensors are copied by the host");
+            host(why)
         })),
     }
 }

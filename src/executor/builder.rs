@@ -100,7 +100,7 @@ impl Builder {
         capture_budget: u64,
         /// Keep this many newest steps, and delete older ones after a commit. All are kept by default.
         keep_last: usize,
-        /// Keep every step that is a multiple of this, beyond `keep_last`.
+        /// Keep every step that is a multiple of this, beyond `keep_last`, without which it is refused.
         keep_every: u64,
         /// A save that is not durable by then fails: 30 minutes.
         save_deadline: Duration,
@@ -185,14 +185,14 @@ impl Builder {
         } else {
             Err(Error::invalid("not asked for setting=memory_waits"))
         };
-        report.memory_waits = waits.as_ref().map(|waits| waits.at_once()).map_err(ToString::to_string);
+        report.memory_waits = waits.as_ref().map(|waits| waits.at_once()).map_err(|error| format!("{error:#}"));
         if let (Err(reason), true) = (&report.memory_waits, settings.memory_waits && device.name() != "host") {
             tracing::warn!(%reason, device = %report, "no memory-waits: streams wait for events at fences");
         }
         report.batch = match (settings.batch, &arena.report().pinned) {
             (false, _) => Err("not asked for setting=batch".into()),
             (true, Err(_)) => Err("the arena is not pinned".into()),
-            (true, Ok(())) => device.batches().map_err(|error| error.to_string()),
+            (true, Ok(())) => device.batches().map_err(|error| format!("{error:#}")),
         };
         if let (Err(reason), true) = (&report.batch, settings.batch && device.name() != "host") {
             tracing::warn!(%reason, device = %report, "copies from the device are calls of their own");

@@ -116,7 +116,7 @@ impl Ending<'_> {
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.freeze() {
-            tracing::error!(%error, "a scope that panicked ended late");
+            tracing::error!(error = format_args!("{error:#}"), "a scope that panicked ended late");
         }
     }
 }

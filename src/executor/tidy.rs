@@ -137,7 +137,7 @@ impl Tidy<'_> {
 fn attempt(what: &str, run: impl FnOnce() -> Result<()>) -> bool {
     let done = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal("the storage panicked")));
     if let Err(error) = &done {
-        tracing::warn!(%error, "could not {what}");
+        tracing::warn!(error = format_args!("{error:#}"), "could not {what}");
     }
     done.is_ok()
 }

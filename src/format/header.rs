@@ -45,7 +45,9 @@ impl Header {
         let len = header_len(bytes)?;
         if len != bytes.len() as u64 {
             let got = bytes.len();
-            return Err(Error::corrupt(format!("a header has the wrong length expected={len} got={got}")));
+            return Err(Error::corrupt(format!(
+                "a header has the wrong length expected_bytes={len} found_bytes={got}"
+            )));
         }
         let (step, attempt) = identity(bytes)?;
         let corrupt = || Error::corrupt("the header of a shard cannot be read");

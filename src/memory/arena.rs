@@ -213,7 +213,7 @@ impl Mapping {
                 };
                 // Where there are no threads to be had, the first save faults in what is missing.
                 if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, touch) {
-                    tracing::warn!(%error, "part of the arena is not faulted in");
+                    tracing::warn!(error = format_args!("{error:#}"), "part of the arena is not faulted in");
                 }
             }
         });

@@ -237,8 +237,8 @@ impl Checkpoint {
         let mut to = target.to;
         if to.len() != region.len() {
             let (expected, found) = (region.len(), to.len());
-            let wrong = format!("a target has the wrong length tensor={:?} expected={expected}", tensor.name);
-            return Err(self.place(Error::invalid(format!("{wrong} found={found}"))));
+            let wrong = format!("a target has the wrong length tensor={:?} expected_bytes={expected}", tensor.name);
+            return Err(self.place(Error::invalid(format!("{wrong} found_bytes={found}"))));
         }
         let slice = self.only_slice(tensor)?;
         let mut done = 0;

@@ -107,7 +107,7 @@ impl Checkpoint {
         }
         let mut bytes = zeroed::<u8>(entry.data as usize).map_err(|e| self.place(e))?;
         if let Err(error) = file.read_at(0, &mut bytes) {
-            wrong(format!("the header cannot be read: {error}"));
+            wrong(format!("the header cannot be read: {error:#}"));
             return Ok(entry.data);
         }
         let digest = Digest::of(&bytes);
@@ -116,7 +116,7 @@ impl Checkpoint {
         } else if let Err(error) =
             Header::parse(&bytes, entry.length).and_then(|header| invariants::check_header(manifest, index, &header))
         {
-            wrong(format!("the header contradicts the manifest: {error}"));
+            wrong(format!("the header contradicts the manifest: {error:#}"));
         }
         findings.digests.push((index, 0..entry.data, digest));
         Ok(entry.data)
@@ -162,7 +162,7 @@ impl Checkpoint {
             let tensor = tile.written.map(|(_, tensor)| tensor);
             let mut wrong = |what| findings.damage.push(self.damage(tile.file, tensor, &tile.range, what));
             match (&found, tile.written) {
-                (Err(error), _) => wrong(format!("cannot be read: {error}")),
+                (Err(error), _) => wrong(format!("cannot be read: {error:#}")),
                 (Ok(found), Some((written, _))) if !matches(*found, written) => {
                     wrong(format!("not what was written expected={written} found={found}"));
                 }

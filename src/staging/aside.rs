@@ -206,7 +206,10 @@ impl Scratch {
             Err(error) if strided => return Err(error),
             Ok(None) => return Ok(None),
             Err(error) => {
-                tracing::warn!(%error, "a save is neither gathered nor set aside on its device");
+                tracing::warn!(
+                    error = format_args!("{error:#}"),
+                    "a save is neither gathered nor set aside on its device"
+                );
                 return Ok(None);
             }
         };

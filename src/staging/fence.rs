@@ -205,7 +205,9 @@ impl Flights {
         match self.waits.as_ref().map(|waits| waits.order(streams)) {
             Some(Ok(Some(hold))) => return Ok(Some(hold)),
             Some(Err(error)) if error.kind() == ErrorKind::Invalid => return Err(error),
-            Some(Err(error)) => tracing::warn!(%error, "no memory-wait: streams wait for events"),
+            Some(Err(error)) => {
+                tracing::warn!(error = format_args!("{error:#}"), "no memory-wait: streams wait for events")
+            }
             Some(Ok(None)) => tracing::debug!("too many memory-waits are pending: streams wait for events"),
             None => {}
         }

@@ -106,7 +106,10 @@ pub(crate) fn at_save(
             return Err(error);
         }
         done.blind = true;
-        tracing::warn!(%error, "tensors of a device are not digested; a forgotten fence would not be noticed");
+        tracing::warn!(
+            error = format_args!("{error:#}"),
+            "tensors of a device are not digested; a forgotten fence would not be noticed"
+        );
     }
     Ok(())
 }

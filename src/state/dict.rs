@@ -1,6 +1,6 @@
 //! The state dict: what one save saves.
 
-use super::dtype::Layout;
+use super::dtype::{Dtype, Layout};
 use super::source::{DeviceStream, Place, Shared, Source};
 use super::value;
 use crate::error::{Error, Result};
@@ -98,7 +98,8 @@ impl<'a> StateDict<'a> {
     ///
     /// # Errors
     /// `Invalid`, naming the tensor: an empty, reserved (`__metadata__`) or duplicate name, a source whose byte length
-    /// is not that of its dtype and shape, or strides that do not go with it.
+    /// is not that of its dtype and shape, strides that do not go with it, or F4 with an odd last dimension, for which torch refuses
+    /// the whole file.
     pub fn tensor(&mut self, name: impl Into<String>, source: impl Source + 'a) -> Result<&mut Self> {
         self.insert(name.into(), Box::new(source), None)
     }
@@ -129,6 +130,10 @@ impl<'a> StateDict<'a> {
             let wrong = "only whole-byte elements of a device have strides, one for each dimension";
             return refuse(&name, format!("{wrong} strides={strides:?} dtype={dtype} shape={shape:?}"));
         }
+        if layout.dtype == Dtype::F4 && layout.shape.last().is_none_or(|&last| last % 2 == 1) {
+            let why = "two elements of F4 share a byte, and torch refuses a file in which the last dimension is odd";
+            return refuse(&name, format!("{why} dtype=F4 shape={:?}", &layout.shape[..]));
+        }
         match layout.bytes() {
             Err(e) => return refuse(&name, e.message().into()),
             Ok(expected) if expected != place.bytes() => {
@@ -136,7 +141,7 @@ impl<'a> StateDict<'a> {
                 return refuse(
                     &name,
                     format!(
-                        "a source has the wrong length expected={expected} got={got} dtype={dtype} shape={shape:?}"
+                        "a source has the wrong length expected_bytes={expected} found_bytes={got} dtype={dtype} shape={shape:?}"
                     ),
                 );
             }

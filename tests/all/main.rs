@@ -1,5 +1,6 @@
 //! The integration tests: one binary, folders by stage, one behaviour per file.
 
+mod alone;
 mod catalog;
 mod compat;
 mod crash;
@@ -8,6 +9,7 @@ mod crash;
 mod cuda;
 mod fence;
 mod format;
+mod heard;
 // The runtimes that they use are built for neither.
 #[cfg(not(any(loom, miri)))]
 mod loops;

@@ -310,7 +310,7 @@ impl Drop for OrbaxCheckpointHandler {
         // In a forked child the save is the parent's, and cannot be waited for.
         let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = inner.finish(self.settings.shutdown_deadline) {
-            tracing::error!(%error, "a handler was dropped before its save had ended, or that failed");
+            tracing::error!(error = format_args!("{error:#}"), "a handler was dropped before its save had ended, or that failed");
         }
     }
 }
@@ -336,7 +336,7 @@ impl Inner {
         if let (Some((directory, executor)), Some(_)) = (self.open.first(), keep)
             && let Err(error) = executor.catalog().prune(&Retention { keep_last: keep, keep_every: None }, false)
         {
-            tracing::warn!(?directory, %error, "could not delete old steps");
+            tracing::warn!(?directory, error = format_args!("{error:#}"), "could not delete old steps");
         }
         Ok(())
     }

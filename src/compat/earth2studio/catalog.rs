@@ -298,7 +298,9 @@ impl Checkpoint {
         for entry in catalog.list()? {
             match checkpoint::Checkpoint::open(&entry.path).and_then(|row| CheckpointEntry::of(&row)) {
                 Ok(row) => rows.push(row),
-                Err(error) => tracing::warn!(path = ?entry.path, %error, "not a row of a catalog"),
+                Err(error) => {
+                    tracing::warn!(path = ?entry.path, error = format_args!("{error:#}"), "not a row of a catalog")
+                }
             }
         }
         // Rows beyond these are about to go.

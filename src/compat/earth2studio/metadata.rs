@@ -28,7 +28,7 @@ impl Metadata {
         if name.is_empty() {
             return Err(refuse("metadata needs a name".into()));
         }
-        let encoded = encode_value(value).map_err(|e| refuse(e.to_string()))?;
+        let encoded = encode_value(value).map_err(|e| refuse(format!("{e:#}")))?;
         self.0.insert(name, encoded);
         Ok(self)
     }

@@ -131,7 +131,7 @@ impl Fields<'_> {
     /// `Invalid` from a [`CheckpointSerializationError`]: it cannot be kept exactly.
     pub fn value<T: Serialize>(&mut self, name: &str, value: &T) -> Result<()> {
         let name = key(self.id, name);
-        let refuse = |e: Error| CheckpointSerializationError { name: name.clone(), why: e.to_string() }.error();
+        let refuse = |e: Error| CheckpointSerializationError { name: name.clone(), why: format!("{e:#}") }.error();
         let encoded = encode_value(value).map_err(refuse)?;
         self.state.values.insert(name, encoded);
         Ok(())
@@ -145,7 +145,7 @@ impl Fields<'_> {
         let name = key(self.id, name);
         let source = HostTensor::new(tensor.elements.clone(), &tensor.shape);
         let put = self.state.tensor(&*name, source).map(drop);
-        put.map_err(|e| CheckpointSerializationError { name, why: e.to_string() }.error())
+        put.map_err(|e| CheckpointSerializationError { name, why: format!("{e:#}") }.error())
     }
 }
 

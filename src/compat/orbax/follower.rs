@@ -63,7 +63,7 @@ impl Follower {
             progress.saving.remove(&step);
             match ended {
                 Err(error) if self.failed == Failed::Warn => {
-                    tracing::error!(%error, "a save failed and nobody saw it");
+                    tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it");
                 }
                 Err(error) => progress.errors.push_back(error),
                 Ok(_) => {}
@@ -82,7 +82,7 @@ impl Follower {
             let ended = save.wait(patience);
             let next = match (&ended, kept.take()) {
                 (Err(error), Some(state)) if retries > 0 && may_pass(error) && Instant::now() < deadline => {
-                    tracing::warn!(%error, retries, "a save failed and is tried again");
+                    tracing::warn!(error = format_args!("{error:#}"), retries, "a save failed and is tried again");
                     state
                 }
                 _ => return ended,
@@ -113,7 +113,7 @@ impl Follower {
                 let removed = pruned.removed.iter().map(|entry| entry.step);
                 return removed.filter(|step| !steps.remove(step) && saving.contains(step)).collect();
             }
-            Ok(Err(error)) => tracing::warn!(%error, "steps that are not kept could not be deleted"),
+            Ok(Err(error)) => tracing::warn!(error = format_args!("{error:#}"), "steps that are not kept could not be deleted"),
             Err(_) => tracing::error!("a preservation policy panicked; all steps are kept"),
         }
         Vec::new()

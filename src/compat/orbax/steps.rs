@@ -444,13 +444,13 @@ impl Drop for CheckpointManager {
             (writer.generation != fork::generation(), writer.executor.settings().shutdown_deadline);
         let patience = if mutant::on(Mutant::ManagerDrop) { Duration::ZERO } else { patience };
         if let Err(error) = self.end(patience) {
-            tracing::error!(%error, "a manager was dropped before its saves had ended");
+            tracing::error!(error = format_args!("{error:#}"), "a manager was dropped before its saves had ended");
         }
         if parents {
             return;
         }
         for error in lock(&self.shared.progress).errors.drain(..) {
-            tracing::error!(%error, "a save failed and nobody saw it");
+            tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it");
         }
     }
 }

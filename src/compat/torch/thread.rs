@@ -143,7 +143,7 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
         if let Some(error) = self.queue.unobserved() {
             match settings.failed {
                 Failed::NextCall => return Err(error),
-                Failed::Warn => tracing::error!(%error, "a save failed and nobody saw it"),
+                Failed::Warn => tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it"),
             }
         }
         let writer = match options.storage_writer.take() {
@@ -183,7 +183,7 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
 impl Drop for ThreadExecutor {
     fn drop(&mut self) {
         if let Err(error) = self.queue.close(self.executor.settings().shutdown_deadline) {
-            tracing::error!(%error, "a save failed and nobody saw it");
+            tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it");
         }
     }
 }
@@ -239,7 +239,7 @@ impl Job {
             };
             match (saved, kept) {
                 (Err(error), Some(kept)) if may_pass(&error) && Instant::now() < deadline => {
-                    tracing::warn!(%error, retries, "a save failed and is tried again");
+                    tracing::warn!(error = format_args!("{error:#}"), retries, "a save failed and is tried again");
                     retries -= 1;
                     next = kept;
                 }

@@ -119,7 +119,7 @@ impl Register for Cuda {
 
     fn node(&self) -> Result<Node, String> {
         let id = self.0.gpu(self.0.home).and_then(|gpu| gpu.context.pci_id());
-        Node::of(Path::new("/sys"), &id.map_err(|error| error.to_string())?)
+        Node::of(Path::new("/sys"), &id.map_err(|error| format!("{error:#}"))?)
     }
 }
 

@@ -50,7 +50,7 @@ pub fn encode(value: &(impl Serialize + ?Sized)) -> Result<Value> {
 /// # Errors
 /// `Invalid` when it is not a `T`.
 pub fn decode<T: DeserializeOwned>(value: &Value) -> Result<T> {
-    let wrong = || Error::invalid(format!("a value is not of this type type={}", std::any::type_name::<T>()));
+    let wrong = || Error::invalid(format!("a value is of another type wanted={}", std::any::type_name::<T>()));
     T::deserialize(decode::Decoder(value)).map_err(|e| wrong().with_source(e))
 }
 

@@ -21,7 +21,7 @@ impl<'a> Clock<'a> {
     pub(super) fn age(&self, modified: Duration) -> Option<Duration> {
         let now = self.now.get_or_init(|| {
             let now = self.read().inspect_err(|error| {
-                tracing::debug!(path = %self.root.path().display(), %error, "the clock of the file system cannot be read");
+                tracing::debug!(path = %self.root.path().display(), error = format_args!("{error:#}"), "the clock of the file system cannot be read");
             });
             now.ok()
         });

@@ -77,8 +77,8 @@ impl LocalFile {
         if len == self.len {
             return Ok(());
         }
-        Err(Error::internal(format!("a file was sealed before all of it was written len={len} expected={}", self.len))
-            .with_path(&self.path))
+        let what = "a file was sealed before all of it was written";
+        Err(Error::internal(format!("{what} expected_bytes={} found_bytes={len}", self.len)).with_path(&self.path))
     }
 }
 

@@ -147,7 +147,10 @@ fn system(engine: Engine) -> Arc<dyn Sys> {
         #[cfg(feature = "uring")]
         Engine::Uring => match Uring::probe() {
             Ok(uring) => return Arc::new(uring),
-            Err(error) => tracing::warn!(%error, "io_uring is not to be had, files are written by pwrite"),
+            Err(error) => tracing::warn!(
+                error = format_args!("{error:#}"),
+                "io_uring is not to be had, files are written by pwrite"
+            ),
         },
         #[cfg(not(feature = "uring"))]
         Engine::Uring => tracing::warn!("built without the feature `uring`, files are written by pwrite"),

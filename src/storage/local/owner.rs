@@ -75,7 +75,7 @@ impl Owners {
             Err(error) if has_no_locks(&error) => {
                 if !self.warned.swap(true, Ordering::AcqRel) {
                     let path = root.path().display();
-                    tracing::warn!(%path, %error, "the file system has no locks: dead attempts are told by their age");
+                    tracing::warn!(%path, error = format_args!("{error:#}"), "the file system has no locks: dead attempts are told by their age");
                 }
                 Ok(false)
             }

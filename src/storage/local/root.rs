@@ -29,7 +29,7 @@ pub(super) fn make(sys: &Arc<dyn Sys>, path: &Path) -> Result<Dir> {
     };
     if let Some(dir) = found {
         if let Err(error) = above.and_then(|above| durable::made(&above).map_err(failed("cannot fsync the parent"))) {
-            tracing::debug!(%error, "a directory that was there could not be made durable");
+            tracing::debug!(error = format_args!("{error:#}"), "a directory that was there could not be made durable");
         }
         return Ok(dir);
     }

@@ -40,7 +40,7 @@ pub(super) fn sweep(root: &Dir, how: Sweep) -> Result<Swept> {
 }
 
 fn stuck(name: &str, error: &Error) -> Remnant {
-    Remnant { name: name.to_owned(), state: State::Stuck, why: error.to_string(), age: None, bytes: 0 }
+    Remnant { name: name.to_owned(), state: State::Stuck, why: format!("{error:#}"), age: None, bytes: 0 }
 }
 
 /// Removes attempts, then their records: a record goes only once it is durable that its attempt is gone.

@@ -83,7 +83,7 @@ impl Uring {
             instead: None,
         };
         if let Err(error) = ring.know(rings.memory.clone()) {
-            tracing::debug!(%error, "io_uring writes from memory that is not registered");
+            tracing::debug!(error = format_args!("{error:#}"), "io_uring writes from memory that is not registered");
         }
         Ok(ring)
     }
@@ -91,7 +91,11 @@ impl Uring {
     fn take(&self) -> Option<Ring> {
         let mut rings = self.lock();
         let idle = rings.idle.pop();
-        idle.or_else(|| self.ring(&rings).inspect_err(|error| tracing::debug!(%error, "no ring: pwrite")).ok())
+        idle.or_else(|| {
+            self.ring(&rings)
+                .inspect_err(|error| tracing::debug!(error = format_args!("{error:#}"), "no ring: pwrite"))
+                .ok()
+        })
     }
 
     fn give(&self, ring: Ring) {

@@ -173,7 +173,7 @@ fn cuda_slices_that_cannot_be_read_are_refused() {
     let each = context.per_thread_stream();
     refused(CudaTensor::new(each.alloc_zeros::<u8>(10).unwrap(), [10]), "in the stream of each thread");
     let error = StateDict::new().tensor("t", CudaTensor::new(slice(), [11]).unwrap()).err().unwrap();
-    assert!(error.to_string().contains("expected=11 got=10"), "{error}");
+    assert!(error.to_string().contains("expected_bytes=11 found_bytes=10"), "{error}");
 
     #[expect(unsafe_code, reason = "a context that cudarc believes to be none of the primary ones")]
     // SAFETY: the context is alive, and forgotten below, so that nobody destroys it.

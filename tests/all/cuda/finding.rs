@@ -42,7 +42,7 @@ fn cuda_choice_says_why() {
     match choose(DeviceChoice::Cuda(0)) {
         Ok((_, asked)) => assert_eq!(asked.name, auto.name),
         Err(error) => {
-            assert_eq!((auto.name.as_str(), &auto.why), ("host", &error.to_string()));
+            assert_eq!((auto.name.as_str(), &auto.why), ("host", &format!("{error:#}")));
             assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Device), "{error}");
         }
     }

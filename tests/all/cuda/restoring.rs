@@ -264,7 +264,10 @@ fn cuda_targets_that_cannot_be_filled_are_named_before_anything_is_read() {
     let without = step(&[("t", &bytes)]).open().unwrap();
     assert!(refused(&without, whole()).contains("no device"));
     refused(&without.with_device(DeviceChoice::Host).unwrap(), whole());
-    assert!(refused(&checkpoint, Targets::new().device("t", memory.target_at(0, 3999, stream))).contains("found=3999"));
+    assert!(
+        refused(&checkpoint, Targets::new().device("t", memory.target_at(0, 3999, stream)))
+            .contains("found_bytes=3999")
+    );
     let wrong = memory.target(stream).with_dtype(Dtype::F32);
     assert!(refused(&checkpoint, Targets::new().device("t", wrong)).contains("stored=U8 asked=F32"));
     stream.capture(|| assert!(refused(&checkpoint, whole()).contains("captured")));

@@ -69,7 +69,7 @@ fn elements_of_the_wrong_type_or_number_are_refused_before_anything_is_read() {
     let (mut fits, mut short) = ([9; 8], [0; 7]);
     let refused = checkpoint.read_into(Targets::new().bytes("nan", &mut fits).bytes("nan", &mut short)).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Invalid);
-    assert!(refused.message().contains("tensor=\"nan\" expected=8 found=7"), "{refused}");
+    assert!(refused.message().contains("tensor=\"nan\" expected_bytes=8 found_bytes=7"), "{refused}");
     assert_eq!(fits, [9; 8]);
 }
 

@@ -4,6 +4,7 @@ mod forgotten_handles;
 mod forked;
 mod futures;
 mod hostile_callers;
+mod messages;
 mod overlap;
 mod renamed_root;
 mod reporting;

@@ -39,12 +39,16 @@ pub fn serve() -> Result<()> {
         let written = shared.and_then(|shared| write(&storage, &request, &shared, &mut buffer));
         let result = written.as_ref().map(|_| ()).map_err(WireError::from);
         if let Err(error) = send(&mut socket, &Reply { id: request.id, result }, None) {
-            tracing::warn!(%error, name = request.name, "nobody is there to hear how a save ended");
+            tracing::warn!(
+                error = format_args!("{error:#}"),
+                name = request.name,
+                "nobody is there to hear how a save ended"
+            );
         }
         if let Ok(attempt) = written {
             let tidied = attempt.settle().and_then(|()| storage.hint(&request.name));
             if let Err(error) = tidied {
-                tracing::warn!(%error, name = request.name, "could not tidy up");
+                tracing::warn!(error = format_args!("{error:#}"), name = request.name, "could not tidy up");
             }
         }
     }
@@ -54,12 +58,12 @@ pub fn serve() -> Result<()> {
 /// Nothing but the end of the program ends this process: neither its terminal, nor a signal that is meant for all.
 fn stand_apart() {
     if let Err(error) = rustix::process::setsid() {
-        tracing::warn!(%error, "the writer process stays in the session of its program");
+        tracing::warn!(error = format_args!("{error:#}"), "the writer process stays in the session of its program");
     }
     for signal in [SIGTERM, SIGINT] {
         // The flag is nobody's: the program that is served decides what becomes of saves.
         if let Err(error) = signal_hook::flag::register(signal, Arc::default()) {
-            tracing::warn!(%error, signal, "the writer process would end at a signal");
+            tracing::warn!(error = format_args!("{error:#}"), signal, "the writer process would end at a signal");
         }
     }
 }
@@ -77,7 +81,7 @@ fn write(storage: &Local, request: &Request, shared: &File, buffer: &mut Aligned
     let filled = fill(attempt.as_ref(), request, shared, buffer);
     if let Err(error) = filled {
         if let Err(left) = attempt.abandon() {
-            tracing::warn!(error = %left, name = request.name, "an attempt is left for a sweep");
+            tracing::warn!(error = format_args!("{left:#}"), name = request.name, "an attempt is left for a sweep");
         }
         return Err(error);
     }

@@ -162,7 +162,7 @@ impl Context {
             && let Err(error) = self.call(call, run)
             && !self.lost()
         {
-            tracing::warn!(%error, "could not give back what the CUDA driver had lent");
+            tracing::warn!(error = format_args!("{error:#}"), "could not give back what the CUDA driver had lent");
         }
     }
 
