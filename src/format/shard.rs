@@ -18,7 +18,7 @@ pub use super::header::{Header, HeaderTensor};
 pub const INDEX: &str = "model.safetensors.index.json";
 
 /// What the safetensors format allows for the header of one file, in bytes.
-const MAX_HEADER: usize = 100_000_000;
+pub const MAX_HEADER: usize = 100_000_000;
 
 /// The length of the prefix that says how long the JSON text is.
 pub(super) const PREFIX: usize = 8;
@@ -95,7 +95,7 @@ impl HeaderTemplate {
         let len = bytes.len().next_multiple_of(ALIGNMENT);
         if len > MAX_HEADER {
             return Err(Error::invalid(format!(
-                "there are too many tensors for the header of one file: use more files limit={MAX_HEADER}"
+                "the header of a file would be longer than readers accept limit_bytes={MAX_HEADER}"
             )));
         }
         bytes.resize(len, b' ');
@@ -248,13 +248,13 @@ mod tests {
     }
 
     #[test]
-    fn a_header_longer_than_the_format_allows_asks_for_more_files() {
+    fn a_header_longer_than_the_format_allows_is_refused() {
         let name = "n".repeat(1 << 20);
         let shape: &[usize] = &[0];
         let tensors = std::iter::repeat_n((&name[..], Dtype::U8, shape, 0..0), 1000);
         let refused = HeaderTemplate::new(tensors).unwrap_err();
         assert_eq!(refused.kind(), crate::ErrorKind::Invalid);
-        assert!(refused.message().contains("use more files"), "{refused}");
+        assert!(refused.message().contains("limit_bytes=100000000"), "{refused}");
     }
 
     #[test]

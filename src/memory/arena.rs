@@ -7,6 +7,7 @@
 //! has no such mappings, an aligned allocation stands in.
 #![expect(unsafe_code, reason = "mapping, locking and prefaulting memory; argument above")]
 
+use super::limit;
 use super::node::Node;
 use super::slab::{Lease, Pool};
 use crate::completion::Signal;
@@ -97,6 +98,9 @@ impl Arena {
     /// # Errors
     /// `Invalid` when the memory is not to be had.
     pub(crate) fn new(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
+        if !cfg!(miri) {
+            limit::check(bytes)?;
+        }
         let take = |bytes| Self::quietly(bytes, slab, register, home.clone());
         let mut arena = take(bytes)?;
         if let Err(reason) = arena.report.pinned.clone() {
@@ -139,7 +143,7 @@ impl Arena {
         // SAFETY: the mapping drops its registration before it unmaps them.
         let registered = register.register(unsafe { Pages::new(mapping.base, mapping.len) });
         let pinned = registered.map(|registration| mapping.registration = Some(registration));
-        let pinned = pinned.map_err(|error| error.to_string());
+        let pinned = pinned.map_err(|error| format!("{error:#}"));
         let report = ArenaReport { bytes: (slabs * slab) as u64, slabs, huge_pages, node, locked, pinned };
         Ok(Self { pool: Arc::new(Pool::new(mapping, slab, home)), report })
     }

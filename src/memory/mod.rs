@@ -5,6 +5,7 @@
 
 mod aligned;
 mod arena;
+mod limit;
 mod node;
 mod slab;
 

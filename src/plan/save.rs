@@ -2,10 +2,9 @@
 
 use crate::ALIGNMENT;
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::manifest::{BLOCK, FileEntry, ManifestTemplate, SliceEntry, TensorEntry};
-
-use crate::format::shard::{HeaderTemplate, INDEX, index_json, shard_names};
+use crate::format::shard::{HeaderTemplate, INDEX, MAX_HEADER, index_json, shard_names};
 use crate::state::{Layout, StateDict};
 use std::ops::Range;
 
@@ -109,7 +108,17 @@ impl Plan {
         let mut shards = Vec::with_capacity(parts.len());
         let mut slices = vec![(0, 0); sizes.len()];
         for (part, name) in parts.into_iter().zip(names) {
-            shards.push(draft.shard(state, &order[part], &sizes, name, shards.len(), &mut slices)?);
+            let shard = draft.shard(state, &order[part], &sizes, name, shards.len(), &mut slices);
+            shards.push(shard.map_err(|error| {
+                if error.kind() != ErrorKind::Invalid {
+                    return error;
+                }
+                // About what an entry takes beside the name.
+                let entry = |i: usize| 96 + state.tensors.get_index(i).map_or(0, |(name, _)| name.len());
+                let advice = advice(&order, &sizes, total, shape.files, MAX_HEADER, entry);
+                let tensors = order.len();
+                Error::invalid(format!("{advice} files={} tensors={tensors}", shape.files)).with_source(error)
+            })?);
         }
         let Draft { chunks, segments, ranges, .. } = draft;
 
@@ -174,6 +183,24 @@ fn split(order: &[usize], sizes: &[u64], total: u64, files: usize) -> Vec<Range<
         runs.push(begin..order.len());
     }
     runs
+}
+
+/// What to do about a header that is longer than `limit`, when tensors take as much of one as `entry` says. Files are cut by bytes, so
+/// that more of them do not always have fewer tensors each.
+fn advice(
+    order: &[usize],
+    sizes: &[u64],
+    total: u64,
+    files: usize,
+    limit: usize,
+    entry: impl Fn(usize) -> usize,
+) -> String {
+    let fits = |run: Range<usize>| order[run].iter().map(|&i| entry(i)).sum::<usize>() <= limit;
+    let more = std::iter::successors(Some(files * 2), |files| Some(files * 2)).take_while(|files| *files <= 1024);
+    match more.into_iter().find(|&files| split(order, sizes, total, files).into_iter().all(fits)) {
+        Some(enough) => format!("there are too many tensors for so few files: {enough} are enough"),
+        None => "there are too many small tensors, and more files do not help: join them".into(),
+    }
 }
 
 /// The entry of a file whose digests are not known yet.
@@ -278,8 +305,37 @@ mod tests {
         plan.fingerprint = short.fingerprint();
         assert!(plan.fits(&short, shape), "of the host: compared before it is read");
         assert_eq!(plan.check(&short).unwrap_err().kind(), crate::ErrorKind::Internal);
-        short.streams.push(DeviceStream::new(0, 0));
+        short.streams.push(DeviceStream::legacy(0));
         assert!(!plan.fits(&short, shape));
         assert!(Plan::new(&short, shape).unwrap().fits(&short, shape));
+    }
+
+    /// 1.3 million small tensors beside a large one were told to use more files, which are cut by bytes: all of the small ones
+    /// stayed in one of them.
+    #[test]
+    fn more_files_are_advised_only_where_they_help() {
+        let order: Vec<usize> = (0..10_000).collect();
+        let advice = |sizes: &[u64], files| {
+            let total = sizes.iter().sum();
+            advice(&order, sizes, total, files, 100 * 3000, |_| 100)
+        };
+        let alike = vec![4; 10_000];
+        assert_eq!(advice(&alike, 1), "there are too many tensors for so few files: 4 are enough");
+        assert_eq!(advice(&alike, 3), "there are too many tensors for so few files: 6 are enough");
+        let mut beside_a_large_one = vec![4; 10_000];
+        beside_a_large_one[9_999] = 1 << 40;
+        assert!(advice(&beside_a_large_one, 1).contains("more files do not help"));
+    }
+
+    #[test]
+    fn a_header_that_is_too_long_comes_with_the_advice() {
+        let mut state = StateDict::new();
+        for i in 0..100 {
+            state.tensor(format!("{i}{}", "n".repeat(1 << 20)), vec![0_u8; 4]).unwrap();
+        }
+        let error = Plan::new(&state, Shape { chunk: 1 << 20, files: 1 }).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.message().ends_with("2 are enough files=1 tensors=100"), "{error}");
+        Plan::new(&state, Shape { chunk: 1 << 20, files: 2 }).unwrap();
     }
 }

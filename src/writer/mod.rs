@@ -6,6 +6,7 @@
 
 mod pool;
 mod priority;
+mod signals;
 mod task;
 
 pub(crate) use pool::{Pool, spawn};

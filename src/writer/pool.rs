@@ -1,6 +1,7 @@
 //! The writer threads and the bounded channel that feeds them.
 
 use super::priority::adopt;
+use super::signals::outlive_file_limits;
 use super::task::Task;
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::Chunk;
@@ -62,10 +63,13 @@ fn carry_out(task: &Arc<Task>, chunk: Chunk) {
     task.leave();
 }
 
-/// Starts a named thread.
+/// Starts a named thread, in which a limit for the size of files is an error as any other.
 pub(crate) fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name(name.clone())
-        .spawn(run)
+        .spawn(move || {
+            outlive_file_limits();
+            run();
+        })
         .map_err(|e| Error::new(ErrorKind::Busy, format!("a thread cannot be started thread={name}")).with_source(e))
 }

@@ -1,5 +1,6 @@
 mod engines;
 mod every_failing_call;
+mod file_limit;
 mod forgotten_handles;
 mod forked;
 mod futures;

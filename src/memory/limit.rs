@@ -1,0 +1,102 @@
+//! How much memory this process may have at most: that of the machine, or what a control group allows.
+//!
+//! Without a look at these, an arena that is too large ends the process while it is faulted in, without a word.
+
+use crate::error::{Error, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A bound, and where it is set.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Limit {
+    bytes: u64,
+    set_in: PathBuf,
+}
+
+/// Refuses an arena that no process here can have.
+///
+/// # Errors
+/// `Invalid`, naming what bounds it.
+pub(super) fn check(arena: u64) -> Result<()> {
+    let machine = rustix::system::sysinfo();
+    // The types differ between architectures.
+    let total = u64::try_from(machine.totalram).unwrap_or(u64::MAX).saturating_mul(u64::from(machine.mem_unit));
+    let machine = Limit { bytes: total, set_in: "/proc/meminfo".into() };
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    fits(arena, of_groups(&groups, Path::new("/sys/fs/cgroup")).into_iter().chain([machine]))
+}
+
+fn fits(arena: u64, limits: impl IntoIterator<Item = Limit>) -> Result<()> {
+    let Some(Limit { bytes, set_in }) = limits.into_iter().min_by_key(|limit| limit.bytes) else { return Ok(()) };
+    if arena <= bytes {
+        return Ok(());
+    }
+    let why = "the arena is larger than the memory that this process may have: set a smaller one";
+    Err(Error::invalid(format!("{why} arena={arena} limit={bytes}")).with_path(set_in))
+}
+
+/// The limits of the control groups in `groups`, which has the lines of `/proc/self/cgroup`, and of those above them. In a
+/// container the path is often that of the host, and what is mounted begins further down: then the topmost counts.
+fn of_groups(groups: &str, mounted: &Path) -> Vec<Limit> {
+    let mut found = Vec::new();
+    for line in groups.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+        let (top, file) = if controllers.is_empty() {
+            (mounted.to_owned(), "memory.max")
+        } else if controllers.split(',').any(|name| name == "memory") {
+            (mounted.join("memory"), "memory.limit_in_bytes")
+        } else {
+            continue;
+        };
+        let group = Path::new(path.trim_start_matches('/'));
+        found.extend(group.ancestors().filter_map(|group| {
+            let set_in = top.join(group).join(file);
+            // `max`, or no such file: no limit here.
+            let bytes = fs::read_to_string(&set_in).ok()?.trim().parse().ok()?;
+            Some(Limit { bytes, set_in })
+        }));
+    }
+    found
+}
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    /// An arena beyond the limit of its control group ended the process while it was faulted in.
+    #[test]
+    fn an_arena_beyond_what_a_group_or_the_machine_allows_is_refused_before_it_is_mapped() {
+        let error = check(1 << 60).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.to_string().contains("arena=1152921504606846976 limit="), "{error}");
+        check(1 << 20).unwrap();
+    }
+
+    #[test]
+    fn the_smallest_limit_of_a_group_and_those_above_it_counts() {
+        let mounted = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = mounted.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("memory.max", "900\n");
+        write("a/memory.max", "700\n");
+        write("a/b/memory.max", "max\n");
+        write("memory/x/memory.limit_in_bytes", "500\n");
+        let limits = |groups: &str| {
+            let mut bytes: Vec<_> = of_groups(groups, mounted.path()).iter().map(|limit| limit.bytes).collect();
+            bytes.sort_unstable();
+            bytes
+        };
+        assert_eq!(limits("0::/a/b\n"), [700, 900]);
+        assert_eq!(limits("5:cpu:/a\n4:memory:/x/y\n0::/\n"), [500, 900], "both versions at once");
+        assert_eq!(limits("0::/of/the/host\n"), [900], "a container that sees the path of its host");
+        assert!(limits("nonsense\n\n1:name=systemd:/a\n").is_empty());
+        let error = fits(800, of_groups("0::/a/b\n", mounted.path())).unwrap_err();
+        assert_eq!(error.path(), Some(&*mounted.path().join("a/memory.max")));
+        fits(700, of_groups("0::/a/b\n", mounted.path())).unwrap();
+    }
+}
