@@ -310,7 +310,10 @@ impl Drop for OrbaxCheckpointHandler {
         // In a forked child the save is the parent's, and cannot be waited for.
         let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = inner.finish(self.settings.shutdown_deadline) {
-            tracing::error!(error = format_args!("{error:#}"), "a handler was dropped before its save had ended, or that failed");
+            tracing::error!(
+                error = format_args!("{error:#}"),
+                "a handler was dropped before its save had ended, or that failed"
+            );
         }
     }
 }

@@ -113,7 +113,9 @@ impl Follower {
                 let removed = pruned.removed.iter().map(|entry| entry.step);
                 return removed.filter(|step| !steps.remove(step) && saving.contains(step)).collect();
             }
-            Ok(Err(error)) => tracing::warn!(error = format_args!("{error:#}"), "steps that are not kept could not be deleted"),
+            Ok(Err(error)) => {
+                tracing::warn!(error = format_args!("{error:#}"), "steps that are not kept could not be deleted")
+            }
             Err(_) => tracing::error!("a preservation policy panicked; all steps are kept"),
         }
         Vec::new()

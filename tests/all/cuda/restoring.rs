@@ -258,7 +258,7 @@ fn cuda_targets_that_cannot_be_filled_are_named_before_anything_is_read() {
         let error = checkpoint.read_into(targets).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
         assert!(error.to_string().contains("\"t\""), "{error}");
-        error.to_string()
+        format!("{error:#}")
     };
     let whole = || Targets::new().device("t", memory.target(stream));
     let without = step(&[("t", &bytes)]).open().unwrap();

@@ -75,7 +75,7 @@ fn cuda_call_that_fails_once_is_one_clean_error_of_a_restore() {
                 tried += 1;
                 if let Err(error) = result {
                     assert!(matches!(error.kind(), ErrorKind::Device | ErrorKind::Unavailable), "{}: {error}", at());
-                    let named = error.to_string();
+                    let named = format!("{error:#}");
                     assert!(named.contains(&format!("code={code}")), "{}: {named}", at());
                     assert!(code != 1 || named.contains(name), "{}: {named}", at());
                 }
@@ -96,10 +96,10 @@ fn cuda_driver_is_not_called_after_a_restore_has_met_an_error_that_stays() {
     let read = || checkpoint.read_into(Targets::new().device("t", memory.target(stream)));
     let error = read().unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Device, Some(7)));
-    assert!(error.to_string().contains("code=700"), "{error}");
+    assert!(format!("{error:#}").contains("code=700"), "{error}");
     let calls = fake.calls("*");
     let error = read().unwrap_err();
-    assert!(error.kind() == ErrorKind::Device && error.to_string().contains("code=700"), "{error}");
+    assert!(error.kind() == ErrorKind::Device && format!("{error:#}").contains("code=700"), "{error}");
     // The host's tensors are no business of the device.
     assert!(checkpoint.read("t").unwrap() == bytes);
     drop(checkpoint);

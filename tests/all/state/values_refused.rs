@@ -10,7 +10,7 @@ fn refused(value: &impl Serialize, why: &str) {
     let mut state = StateDict::new();
     let refused = state.value("the value", value).map(|_| ()).expect_err(why);
     assert_eq!(refused.kind(), ErrorKind::Invalid, "{refused}");
-    let text = refused.to_string();
+    let text = format!("{refused:#}");
     assert!(text.contains(r#"value="the value""#) && text.contains(why), "{text}");
 }
 
