@@ -1,5 +1,6 @@
-//! Switches that break one promise each, so that `just mutants` can show that the test suite notices. Without the feature
-//! `mutants` every switch is the constant `false` and disappears. The comments name the tests that are run first.
+//! Switches that break one promise each, so that `just mutants` can show that the test suite notices. Without `--cfg mutants`
+//! every switch is the constant `false` and disappears. It is no feature, because any dependency could switch that on for a
+//! whole program. The comments name the tests that are run first.
 
 /// A promise to break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +86,7 @@ pub(crate) enum Mutant {
     // seen by: cuda::restoring
     LoadWait,
     /// A slab goes home before it is written.
-    #[cfg(feature = "mutants")]
+    #[cfg(mutants)]
     // seen by: fence::late_copies
     SlabEarly,
     /// Sources are dropped before their copies are done.
@@ -115,7 +116,7 @@ pub(crate) enum Mutant {
 }
 
 /// True when `mutant` is switched on, by `ASHORE_MUTANT=Name` in the environment.
-#[cfg(feature = "mutants")]
+#[cfg(mutants)]
 pub(crate) fn on(mutant: Mutant) -> bool {
     static CHOSEN: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
     let chosen = CHOSEN.get_or_init(|| std::env::var("ASHORE_MUTANT").ok());
@@ -123,7 +124,7 @@ pub(crate) fn on(mutant: Mutant) -> bool {
 }
 
 /// Always false.
-#[cfg(not(feature = "mutants"))]
+#[cfg(not(mutants))]
 pub(crate) const fn on(_: Mutant) -> bool {
     false
 }

@@ -42,8 +42,10 @@ def wired():
 
 def build():
     """The test programs, each with the folder that it runs in."""
-    command = ["cargo", "test", "--workspace", "--features", "ashore/mutants", "--no-run", "--message-format", "json"]
-    built = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    # Beside the other builds, which other flags would have it replace.
+    command = ["cargo", "test", "--workspace", "--target-dir", "target/mutants", "--no-run", "--message-format", "json"]
+    flags = {"RUSTFLAGS": f"{os.environ.get('RUSTFLAGS', '')} --cfg mutants"}
+    built = subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True, stdout=subprocess.PIPE, text=True)
     messages = [json.loads(line) for line in built.stdout.splitlines()]
     artifacts = [m for m in messages if m["reason"] == "compiler-artifact" and m["executable"] and m["profile"]["test"]]
     # tidy reads the source, which a switch does not change.

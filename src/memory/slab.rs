@@ -33,7 +33,7 @@ impl Pool {
         Some(Lease {
             pool: self.clone(),
             index,
-            #[cfg(feature = "mutants")]
+            #[cfg(mutants)]
             early: false,
         })
     }
@@ -51,7 +51,7 @@ impl Pool {
 pub struct Lease {
     pool: Arc<Pool>,
     index: u32,
-    #[cfg(feature = "mutants")]
+    #[cfg(mutants)]
     early: bool,
 }
 
@@ -85,7 +85,7 @@ impl Lease {
 }
 
 /// Breaks the one promise of a slab, to show that the suite notices.
-#[cfg(feature = "mutants")]
+#[cfg(mutants)]
 impl Lease {
     pub(crate) fn go_home_early(&mut self) {
         lock(&self.pool.free).insert(0, self.index);
@@ -95,7 +95,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        #[cfg(feature = "mutants")]
+        #[cfg(mutants)]
         if self.early {
             return;
         }

@@ -63,7 +63,7 @@ pub(crate) struct Chunk {
     pub digests: Option<Vec<Digest>>,
 }
 
-#[cfg(feature = "mutants")]
+#[cfg(mutants)]
 impl Chunk {
     pub fn early(mut self) -> Self {
         self.lease.go_home_early();

@@ -156,7 +156,7 @@ impl Task {
 
 impl Sink for Task {
     fn accept(self: Arc<Self>, chunk: Chunk) {
-        #[cfg(feature = "mutants")]
+        #[cfg(mutants)]
         let chunk = if crate::mutant::on(crate::mutant::Mutant::SlabEarly) { chunk.early() } else { chunk };
         self.present.fetch_add(1, Ordering::AcqRel);
         if let Err(refused) = self.work.send((self.clone(), chunk)) {
