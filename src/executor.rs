@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
 use crate::plan::{Later, Plan, Request, Shape};
-use crate::save::{Save, SaveOptions, Snapshot};
+use crate::save::{Fenced, Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Failed, Settings};
 use crate::staging::{Aside, Captured, Job, OnDevice, Stager, dropped, guarded, without_kernels};
 use crate::state::{DeviceStream, StateDict};
@@ -135,6 +135,12 @@ impl CheckpointExecutor {
     pub fn fence(&self) -> Result<()> {
         self.alive()?;
         self.stager.flights.fence(self.settings.fence_deadline)
+    }
+
+    /// A future of [`fence`](Self::fence), for tasks that must not block their thread: nothing will be read any more from tensors of
+    /// saves so far. A save that hangs ends it by its own deadline; nothing fails earlier, as at the deadline of `fence`.
+    pub fn fenced(&self) -> Fenced {
+        Fenced::new(self.alive().map(|()| self.stager.flights.reading()))
     }
 
     /// Makes `streams`, which will write tensors of saves so far, wait on the GPU for what still has to be read of them; the

@@ -67,6 +67,37 @@
 //! compare digests from `save` with the staged bytes ([`Detect`]), and a difference fails the save and names the tensor. Small
 //! raw tensors such as step counters are copied at `save` ([`Capture`]), because they tend to change before the fence.
 //!
+//! # Which calls block
+//!
+//! | call | its thread waits |
+//! |---|---|
+//! | [`save`](CheckpointExecutor::save) | only while the overlap policy finds no room, until the save deadline |
+//! | [`Save`], [`Save::staged`], [`fenced`](CheckpointExecutor::fenced) | not at all: they are futures for any runtime |
+//! | [`fence`](CheckpointExecutor::fence), the end of a [`scope`](CheckpointExecutor::scope) | until nothing reads the tensors, until the fence deadline |
+//! | [`fence_on`](CheckpointExecutor::fence_on), and a scope that ends on streams | until the copies are queued, which needs room in the arena |
+//! | [`Builder::build`], [`latest`](CheckpointExecutor::latest), [`Catalog`], [`Checkpoint`] | for the storage |
+//! | [`Save::wait`], [`shutdown`](CheckpointExecutor::shutdown), dropping the executor | until saves have ended, as long as they are told to |
+//!
+//! In an asynchronous program those that wait belong on a thread for them:
+//! ```
+//! # use ashore::{Catalog, CheckpointExecutor, StateDict};
+//! # use std::{sync::Arc, time::Duration};
+//! # let dir = tempfile::tempdir().unwrap();
+//! # let root = dir.path().to_owned();
+//! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+//! let builder = CheckpointExecutor::builder(&root).arena(16 << 20).chunk(1 << 20);
+//! let executor = tokio::task::spawn_blocking(|| builder.build()).await??;
+//! let mut state = StateDict::new();
+//! state.tensor("weights", Arc::new(vec![1.0_f32; 6]))?;
+//! let save = executor.save(1, state)?;
+//! executor.fenced().await?; // the tensors may be written
+//! save.await?; // durable
+//! tokio::task::spawn_blocking(|| executor.shutdown(Duration::from_secs(60))).await??;
+//! # assert_eq!(Catalog::open(&root)?.latest()?.unwrap().step(), 1);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # }).unwrap();
+//! ```
+//!
 //! # On a GPU
 //!
 //! With the feature `cuda`, on by default, the driver is looked for when an executor is built; building the program needs no toolkit.
@@ -105,7 +136,7 @@
 //! # Features
 //!
 //! `cuda` and `uring` are on, and looked for at run time. `cudarc` adds the sources over its types. `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
-//! `sqlite` adds a store for many small graph states. `mutants` is for this crate's own tests.
+//! `sqlite` adds a store for many small graph states.
 
 pub mod adapters;
 pub mod catalog;
@@ -144,7 +175,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
 pub use restore::{Damage, DeviceTarget, Report, Targets};
-pub use save::{Save, SaveOptions, Snapshot, Staged};
+pub use save::{Fenced, Save, SaveOptions, Snapshot, Staged};
 pub use settings::{Detect, DeviceChoice, Engine, Failed, IoMode, Locks, Overlap, Priority, Settings};
 pub use state::{
     Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, RawDevice, RawHost, Source, StateDict,

@@ -258,6 +258,43 @@ impl fmt::Debug for Staged {
     }
 }
 
+/// A future of the moment when the tensors of all saves may be written, from
+/// [`CheckpointExecutor::fenced`](crate::CheckpointExecutor::fenced). How a save ends is for its own future to say.
+#[must_use = "a future does nothing unless it is awaited"]
+pub struct Fenced {
+    reading: Result<Vec<Staged>>,
+}
+
+impl Fenced {
+    pub(crate) fn new(reading: Result<Vec<Arc<Ticket>>>) -> Self {
+        let staged = |ticket: Arc<Ticket>| Staged { staged: Waiter::new(ticket.staged.clone()), ticket };
+        Self { reading: reading.map(|tickets| tickets.into_iter().map(staged).collect()) }
+    }
+}
+
+impl Future for Fenced {
+    /// `Invalid` in a forked child.
+    type Output = Result<()>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let reading = self.reading.as_mut().map_err(|error| error.clone())?;
+        while let Some(next) = reading.last_mut() {
+            next.ticket.alive()?;
+            // Failed or not: nothing reads its tensors any more.
+            let _ = ready!(Pin::new(&mut next.staged).poll(cx));
+            reading.pop();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl fmt::Debug for Fenced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let left = self.reading.as_ref().map_or(0, Vec::len);
+        write!(f, "Fenced({left} saves)")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -112,6 +112,14 @@ impl Flights {
         self.added.load(Ordering::Acquire) != due.added
     }
 
+    /// Saves whose sources may still be read.
+    pub fn reading(&self) -> Vec<Arc<Ticket>> {
+        if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
+            return Vec::new();
+        }
+        lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect()
+    }
+
     /// Waits until no save reads live sources.
     ///
     /// # Errors

@@ -86,7 +86,7 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
         match may_be_dead(&fd) {
             Ok(true) => by_age = !record.is_of_this_boot(),
             Ok(false) => return live(&who),
-            Err(error) => why = format!("its owner record cannot be locked: {error}{who}"),
+            Err(error) => why = format!("its owner record cannot be locked: {error:#}{who}"),
         }
     }
     let mut age = None;

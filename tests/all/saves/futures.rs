@@ -177,3 +177,29 @@ fn a_function_is_told_of_saves_that_were_given_up_and_their_errors_are_seen() {
     assert_eq!((Some(thread.as_str()), ended.unwrap_err().kind()), (thread::current().name(), ErrorKind::Cancelled));
     rig.device.release();
 }
+
+/// `fence` blocks its thread, which an asynchronous program cannot have: there was no other.
+#[test]
+fn a_task_can_await_the_fence() {
+    let rig = rig(|b| b.overlap(Overlap::Queue(100)));
+    rig.device.hold();
+    let tensor = Arc::new(pattern(1, 9000));
+    let save = rig.executor.save(1, one("t", tensor.clone())).unwrap();
+    eventually("a copy is queued", || rig.device.queued() > 0);
+    let mut fenced = rig.executor.fenced();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        assert!(std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut fenced).poll(cx))).await.is_pending());
+        rig.device.release();
+        fenced.await.unwrap();
+        assert_eq!(Arc::strong_count(&tensor), 1, "nothing reads it any more");
+        rig.executor.fenced().await.unwrap();
+        assert!(is_durable(save.await));
+        // A save that failed reads nothing either; its error is not the fence's.
+        rig.device.fail_when_queued(1);
+        let failed = rig.executor.save(2, one("t", tensor.clone())).unwrap();
+        rig.executor.fenced().await.unwrap();
+        assert_eq!(Arc::strong_count(&tensor), 1);
+        failed.await.unwrap_err();
+    });
+}
