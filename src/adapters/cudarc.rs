@@ -18,6 +18,11 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Which cudarc
+//!
+//! The one that this crate was built with, 0.19, which is here as [`cudarc`]: the types of another version are other types, and the
+//! compiler says so. A program that uses `ashore::adapters::cudarc::cudarc` cannot have the wrong one.
+//!
 //! # Order
 //!
 //! Copies come after everything that cudarc knows to have written the slice, whatever stream did: where it manages the order of
@@ -40,9 +45,12 @@
 //! is borrowed, or by a source, whose slice keeps it.
 #![expect(unsafe_code, reason = "sources over memory of a device; argument above")]
 
+pub use ::cudarc;
+
 use crate::error::{Error, ErrorKind, Result};
+use crate::restore::DeviceTarget;
 use crate::state::{DeviceStream, Dtype, Element, Layout, Place, Source};
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
@@ -111,32 +119,17 @@ impl<O: CudaOwner> CudaTensor<O> {
     }
 
     fn over(owner: O, range: Range<usize>, layout: Layout) -> Result<Self> {
-        const PER_THREAD: usize = 2;
         let memory = owner.memory();
         let (len, size) = (memory.len(), size_of::<O::Element>() as u64);
         if range.start > range.end || range.end > len {
             return Err(Error::invalid(format!("a part is not within its slice part={range:?} elements={len}")));
         }
         // SAFETY: the slice keeps its stream, and is owned or borrowed for as long as the source lives.
-        let stream = unsafe { DeviceStream::from(memory.stream()).promised() };
-        let context = memory.stream().context();
-        let device = context.ordinal();
-        if !context.is_primary() {
-            let why = "a slice is of a context of its own: only primary contexts are read";
-            return Err(Error::invalid(format!("{why} device=cuda:{device}")));
-        }
-        if stream.handle == PER_THREAD {
-            let why =
-                "a slice was allocated in the stream of each thread, which is another one in the thread that copies";
-            return Err(Error::invalid(format!("{why} device=cuda:{device}")));
-        }
+        let stream = unsafe { readable(memory.stream())?.promised() };
         // For cudarc a read by the slice's stream: it now comes after the last write of any.
         let (address, read) = memory.device_ptr(memory.stream());
         drop(read);
-        // That would be an error which nobody saw, and a read that waits for nothing.
-        context.check_err().map_err(|error| {
-            Error::new(ErrorKind::Device, format!("cudarc met an error error={:?} device=cuda:{device}", error.0))
-        })?;
+        unfailed(memory.stream().context())?;
         let (address, bytes) = (address + range.start as u64 * size, range.len() as u64 * size);
         Ok(Self { owner, address, bytes, layout, stream })
     }
@@ -177,6 +170,11 @@ unsafe impl<O: CudaOwner> Source for CudaTensor<O> {
 }
 
 /// Owners of memory that cudarc allocated. Sealed.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no memory of the cudarc that ashore was built with",
+    label = "not a `CudaSlice`, an `Arc` of one, a reference to one, or a `CudaView`, of cudarc 0.19",
+    note = "if it is one, of another version of cudarc: use `ashore::adapters::cudarc::cudarc`, or ask for version 0.19 of cudarc"
+)]
 pub trait CudaOwner: Send + Sync + sealed::Sealed {
     /// The type of the elements.
     type Element: Element;
@@ -186,6 +184,105 @@ pub trait CudaOwner: Send + Sync + sealed::Sealed {
 
     /// The memory.
     fn memory(&self) -> &dyn DevicePtr<Self::Element>;
+}
+
+/// Memory of a GPU that cudarc allocated, to read a tensor into: a `CudaSlice<T>` or a `CudaViewMut<T>`, borrowed until
+/// [`read_into`](crate::Checkpoint::read_into) has returned. The tensor must have as many bytes, and the dtype of `T`.
+///
+/// ```no_run
+/// use ashore::adapters::cudarc::CudaTarget;
+/// use ashore::{Catalog, DeviceChoice, Targets};
+/// use cudarc::driver::CudaContext;
+///
+/// let stream = CudaContext::new(0)?.new_stream()?;
+/// let mut weights = stream.alloc_zeros::<f32>(6)?;
+/// if let Some(newest) = Catalog::open("checkpoints")?.latest()? {
+///     let newest = newest.with_device(DeviceChoice::Cuda(0))?;
+///     newest.read_into(Targets::new().device("weights", CudaTarget::new(&mut weights)?))?;
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+/// What is read into cannot be used meanwhile:
+/// ```compile_fail,E0505
+/// # use ashore::{Checkpoint, Targets, adapters::cudarc::CudaTarget};
+/// # fn demo(from: &Checkpoint, mut weights: cudarc::driver::CudaSlice<f32>) -> ashore::Result<()> {
+/// let targets = Targets::new().device("weights", CudaTarget::new(&mut weights)?);
+/// drop(weights);
+/// from.read_into(targets)
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct CudaTarget<'t>(DeviceTarget<'t>);
+
+impl<'t> CudaTarget<'t> {
+    /// All of `memory`. It is written after whatever cudarc knows to use it, in any stream.
+    ///
+    /// # Errors
+    /// As [`CudaTensor::new`].
+    pub fn new<M: CudaMemory>(memory: &'t mut M) -> Result<Self> {
+        let memory = memory.memory();
+        let (bytes, owner) = (memory.num_bytes() as u64, memory.stream().clone());
+        let stream = readable(&owner)?;
+        // For cudarc a write by the slice's stream: it now comes after all that used the memory before.
+        let (address, written) = memory.device_ptr_mut(&owner);
+        drop(written);
+        unfailed(owner.context())?;
+        // SAFETY: the memory, which keeps its stream, is borrowed for `'t`.
+        Ok(Self(unsafe { DeviceTarget::borrowed(address, bytes, stream, M::Element::DTYPE) }))
+    }
+}
+
+impl<'t> From<CudaTarget<'t>> for DeviceTarget<'t> {
+    fn from(target: CudaTarget<'t>) -> Self {
+        target.0
+    }
+}
+
+/// Memory that cudarc allocated and that can be written. Sealed.
+pub trait CudaMemory: sealed::Sealed {
+    /// The type of the elements.
+    type Element: Element;
+
+    /// The memory.
+    fn memory(&mut self) -> &mut dyn DevicePtrMut<Self::Element>;
+}
+
+impl<T: Element> CudaMemory for CudaSlice<T> {
+    type Element = T;
+    fn memory(&mut self) -> &mut dyn DevicePtrMut<T> {
+        self
+    }
+}
+
+impl<T: Element> sealed::Sealed for CudaViewMut<'_, T> {}
+
+impl<T: Element> CudaMemory for CudaViewMut<'_, T> {
+    type Element = T;
+    fn memory(&mut self) -> &mut dyn DevicePtrMut<T> {
+        self
+    }
+}
+
+/// The stream of memory that the device of an executor can reach.
+fn readable(stream: &Arc<CudaStream>) -> Result<DeviceStream<'_>> {
+    const PER_THREAD: usize = 2;
+    let (context, found) = (stream.context(), DeviceStream::from(stream));
+    let why = if !context.is_primary() {
+        "a slice is of a context of its own: only primary contexts are read and written"
+    } else if found.handle == PER_THREAD {
+        "a slice was allocated in the stream of each thread, which is another one in the thread that copies"
+    } else {
+        return Ok(found);
+    };
+    Err(Error::invalid(format!("{why} device=cuda:{}", context.ordinal())))
+}
+
+/// What would be an error that nobody saw, and a wait that waits for nothing.
+fn unfailed(context: &CudaContext) -> Result<()> {
+    context.check_err().map_err(|error| {
+        let device = context.ordinal();
+        Error::new(ErrorKind::Device, format!("cudarc met an error error={:?} device=cuda:{device}", error.0))
+    })
 }
 
 mod sealed {

@@ -61,7 +61,11 @@ pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
             let left = attempt.filter(|attempt| match attempt.abandon() {
                 Ok(()) => false,
                 Err(error) => {
-                    tracing::warn!(step = ticket.step, error = format_args!("{error:#}"), "a failed attempt is to be deleted later");
+                    tracing::warn!(
+                        step = ticket.step,
+                        error = format_args!("{error:#}"),
+                        "a failed attempt is to be deleted later"
+                    );
                     true
                 }
             });

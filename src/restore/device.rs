@@ -4,7 +4,8 @@
 //! every part. A part whose digest is right is handed over: its bytes are copied to the device by a stream of this thread, which
 //! waits for what the program had queued in its streams. While that goes on the thread reads into its second slab. **Completion.**
 //! A slab is read into again, and the call returns, when an event behind its copies is reached. **Failure.** Copies that were queued
-//! are waited for all the same; where that takes longer than the checkpoint's patience, slabs are leaked rather than reused.
+//! are waited for all the same; where that takes longer than the checkpoint's patience, slabs are leaked rather than reused, but
+//! copies to memory that is borrowed are waited for until they end.
 //!
 //! # Safety argument
 //! Copies read from a slab that is leased until they have ended: `Loader` keeps the lease, and gives it up only for a mark
@@ -17,6 +18,7 @@ use super::piece::{Piece, Space, coalesce, file_at, pass, share_out, worthwhile}
 use super::region::Region;
 use super::{Share, Wanted, matches};
 use crate::checkpoint::Checkpoint;
+use crate::completion::deadline_after;
 use crate::device::{Device, LoadQueue, Point};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::manifest::BLOCK;
@@ -24,6 +26,7 @@ use crate::memory::{ALIGNMENT, Arena, Lease};
 use crate::mutant::{self, Mutant};
 use crate::state::{DeviceStream, Dtype};
 use std::collections::VecDeque;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,7 +42,8 @@ const RUN: u64 = 64 << 10;
 /// How often an event is looked at.
 const POLL: Duration = Duration::from_micros(50);
 
-/// Memory of a device that a tensor is read into: see [`Targets::device`](super::Targets::device).
+/// Memory of a device that a tensor is read into: see [`Targets::device`](super::Targets::device). Slices of cudarc are targets
+/// without unsafe code: `adapters::cudarc::CudaTarget`.
 ///
 /// ```no_run
 /// use ashore::{Checkpoint, DeviceChoice, DeviceStream, DeviceTarget, Targets};
@@ -51,15 +55,18 @@ const POLL: Duration = Duration::from_micros(50);
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Copy, Debug)]
-pub struct DeviceTarget {
+#[derive(Debug)]
+pub struct DeviceTarget<'t> {
     pub(super) address: u64,
     pub(super) bytes: u64,
     pub(super) stream: DeviceStream<'static>,
     pub(super) dtype: Option<Dtype>,
+    /// The memory is borrowed for `'t` and no longer.
+    pub(super) borrowed: bool,
+    memory: PhantomData<&'t mut ()>,
 }
 
-impl DeviceTarget {
+impl DeviceTarget<'_> {
     /// `bytes` bytes at the address `address` of the device of `stream`, in its primary context. They are written after everything
     /// that is queued in `stream` when [`Checkpoint::read_into`] is called, and whatever is queued after it returned sees them.
     ///
@@ -70,7 +77,19 @@ impl DeviceTarget {
     pub unsafe fn new(address: u64, bytes: u64, stream: DeviceStream<'_>) -> Self {
         // SAFETY: the caller promises that it is valid whenever the target is used.
         let stream = unsafe { stream.promised() };
-        Self { address, bytes, stream, dtype: None }
+        Self { address, bytes, stream, dtype: None, borrowed: false, memory: PhantomData }
+    }
+
+    /// As [`DeviceTarget::new`], for memory that may be gone when `read_into` has returned, whatever it returned: it then waits for
+    /// copies as long as they take.
+    ///
+    /// # Safety
+    /// As there, but for what is said of `Deadline`; the caller binds the lifetime to that of the memory and of `stream`.
+    #[cfg(feature = "cudarc")]
+    pub(crate) unsafe fn borrowed(address: u64, bytes: u64, stream: DeviceStream<'_>, dtype: Dtype) -> Self {
+        // SAFETY: passed on.
+        let target = unsafe { Self::new(address, bytes, stream) };
+        Self { dtype: Some(dtype), borrowed: true, ..target }
     }
 
     /// The same, refused for a tensor of another dtype.
@@ -83,7 +102,13 @@ impl DeviceTarget {
 
 impl Checkpoint {
     /// Fills targets of which some are in device memory, behind everything in `streams`.
-    pub(super) fn load(&self, parts: Vec<Wanted<'_, '_>>, streams: &[DeviceStream], first: &str) -> Result<()> {
+    pub(super) fn load(
+        &self,
+        parts: Vec<Wanted<'_, '_>>,
+        streams: &[DeviceStream],
+        borrowed: bool,
+        first: &str,
+    ) -> Result<()> {
         let refused = |why: &str, kind| self.place(Error::new(kind, format!("{why} first={first:?}")));
         let Some(device) = &self.device else {
             return Err(refused("a target is in device memory, and no device was given", ErrorKind::Invalid));
@@ -100,7 +125,7 @@ impl Checkpoint {
             let _relaxed = device.loads()?;
             let arena = pinned(slab, threads * SLABS, device.as_ref())?;
             share_out(pieces, threads, |pieces| {
-                let mut loader = Loader::new(self, device.as_ref(), &arena, &unfinished)?;
+                let mut loader = Loader::new(self, device.as_ref(), &arena, borrowed, &unfinished)?;
                 if !mutant::on(Mutant::LoadOrder) {
                     loader.queue.wait(&behind)?;
                 }
@@ -145,6 +170,8 @@ struct Loader<'l> {
     /// Slabs that are copied from, oldest first.
     flights: VecDeque<Flight>,
     patience: Duration,
+    /// Copies go to memory that is borrowed.
+    borrowed: bool,
     /// Set where copies are left behind.
     unfinished: &'l AtomicBool,
 }
@@ -211,10 +238,11 @@ impl<'l> Loader<'l> {
         checkpoint: &'l Checkpoint,
         device: &dyn Device,
         arena: &'l Arena,
+        borrowed: bool,
         unfinished: &'l AtomicBool,
     ) -> Result<Self> {
         let (queue, flights, patience) = (device.loads()?, VecDeque::with_capacity(SLABS), checkpoint.patience);
-        Ok(Self { checkpoint, arena, queue, flights, patience, unfinished })
+        Ok(Self { checkpoint, arena, queue, flights, patience, borrowed, unfinished })
     }
 
     /// Reads a piece, checks it, and hands it over when all of it is right.
@@ -292,8 +320,16 @@ impl<'l> Loader<'l> {
 
 impl Drop for Loader<'_> {
     fn drop(&mut self) {
-        if self.flights.is_empty() || self.queue.quiesce(Instant::now() + self.patience) {
+        if self.flights.is_empty() || self.queue.quiesce(deadline_after(self.patience)) {
             return;
+        }
+        if self.borrowed {
+            tracing::error!(
+                "copies to borrowed memory of a device do not end, and are waited for: it may be freed after that"
+            );
+            if self.queue.quiesce(deadline_after(Duration::MAX)) {
+                return;
+            }
         }
         tracing::error!(slabs = self.flights.len(), "copies to a device do not end: their memory is given up");
         self.flights.drain(..).for_each(std::mem::forget);

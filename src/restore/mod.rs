@@ -23,6 +23,7 @@ use crate::mutant::{self, Mutant};
 use crate::state::{DeviceStream, Dtype, Element};
 use piece::{Part, Piece, WINDOW, Window, coalesce, file_at, pass, visit_all, zeroed};
 use region::Region;
+use std::collections::HashSet;
 use std::ops::Range;
 
 /// Where tensors are to be read to: any number of them, read together.
@@ -35,8 +36,12 @@ use std::ops::Range;
 #[derive(Default)]
 pub struct Targets<'t> {
     targets: Vec<Target<'t>>,
+    /// Every tensor of the checkpoint must be among them.
+    strict: bool,
     /// Those of targets in device memory.
     streams: Vec<DeviceStream<'static>>,
+    /// Some of that is borrowed.
+    borrowed: bool,
 }
 
 struct Target<'t> {
@@ -115,21 +120,41 @@ impl<'t> Targets<'t> {
         self.add(name, None, Some(slice), Share::Host(to))
     }
 
+    /// The elements of a slice of tensor `name`, row-major, into memory of exactly that length; the dtype must be that of `T`.
+    #[must_use]
+    pub fn slice_elements<T: Element>(self, name: impl Into<String>, slice: &[Range<usize>], to: &'t mut [T]) -> Self {
+        self.add(name, Some(T::DTYPE), Some(slice), Share::Host(bytemuck::cast_slice_mut(to)))
+    }
+
+    /// Refuses a checkpoint in which there are tensors that none of the targets asks for, in whole or in part: one that was saved
+    /// by a larger or another program.
+    #[must_use]
+    pub fn strict(mut self) -> Self {
+        self.strict = true;
+        self
+    }
+
     /// The bytes of tensor `name`, into device memory of exactly that length. The checkpoint needs a device for that: those that an
     /// executor opened have its, others are given one by [`Checkpoint::with_device`].
     #[must_use]
-    pub fn device(self, name: impl Into<String>, to: DeviceTarget) -> Self {
-        self.on_device(name, None, to)
+    pub fn device(self, name: impl Into<String>, to: impl Into<DeviceTarget<'t>>) -> Self {
+        self.on_device(name, None, to.into())
     }
 
     /// The bytes of a slice of tensor `name`, row-major and packed, into device memory of exactly that length; see
     /// [`Targets::device`].
     #[must_use]
-    pub fn device_slice(self, name: impl Into<String>, slice: &[Range<usize>], to: DeviceTarget) -> Self {
-        self.on_device(name, Some(slice), to)
+    pub fn device_slice(
+        self,
+        name: impl Into<String>,
+        slice: &[Range<usize>],
+        to: impl Into<DeviceTarget<'t>>,
+    ) -> Self {
+        self.on_device(name, Some(slice), to.into())
     }
 
-    fn on_device(mut self, name: impl Into<String>, slice: Option<&[Range<usize>]>, to: DeviceTarget) -> Self {
+    fn on_device(mut self, name: impl Into<String>, slice: Option<&[Range<usize>]>, to: DeviceTarget<'t>) -> Self {
+        self.borrowed |= to.borrowed;
         if !self.streams.contains(&to.stream) {
             self.streams.push(to.stream);
         }
@@ -171,6 +196,31 @@ impl Checkpoint {
         self.fill(len, |bytes| Targets::new().slice(name, slice, bytes))
     }
 
+    /// The elements of a slice of tensor `name`, row-major: one range of indices for each dimension.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read_slice`] and [`Checkpoint::read_as`].
+    pub fn read_slice_as<T: Element>(&self, name: &str, slice: &[Range<usize>]) -> Result<Vec<T>> {
+        let entry = self.entry(name)?;
+        self.expect_dtype(entry, T::DTYPE)?;
+        let len = self.region(entry, Some(slice))?.len() / size_of::<T>() as u64;
+        self.fill(len, |elements| Targets::new().slice_elements(name, slice, elements))
+    }
+
+    /// Refuses what targets that are strict do not ask for.
+    fn refuse_unasked(&self, targets: &[Target<'_>]) -> Result<()> {
+        const NAMED: usize = 8;
+        let asked: HashSet<&str> = targets.iter().map(|target| target.name.as_str()).collect();
+        let mut unasked = self.tensors().map(|tensor| tensor.name).filter(|name| !asked.contains(name));
+        let first: Vec<&str> = unasked.by_ref().take(NAMED).collect();
+        if first.is_empty() {
+            return Ok(());
+        }
+        let count = first.len() + unasked.count();
+        let why = "the checkpoint has tensors that no target asks for";
+        Err(self.place(Error::invalid(format!("{why} count={count} first={first:?}"))))
+    }
+
     /// Fills every target, in parallel; see [`Checkpoint::with_threads`]. Targets in device memory are filled by streams of our own,
     /// with bytes that were checked already; see [`DeviceTarget`].
     ///
@@ -179,11 +229,15 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Checkpoint::read`], [`Checkpoint::read_as`] and [`Checkpoint::read_slice`], and `Invalid`, naming the tensor,
-    /// when a target has another length, or is in device memory and the checkpoint has no device for it; `Invalid` too for a
+    /// when [strict](Targets::strict) targets do not ask for it, or when a target has another length, or is in device memory and the checkpoint has no device for it; `Invalid` too for a
     /// stream that is being captured into a graph. Nothing is read unless every target fits. `Device` when the device fails.
-    /// `Deadline` when copies to it make no progress for as long as [`Checkpoint::with_patience`] says: they may still end.
+    /// `Deadline` when copies to it make no progress for as long as [`Checkpoint::with_patience`] says: they may still end, and
+    /// where they go to memory that is borrowed they are waited for.
     pub fn read_into(&self, targets: Targets<'_>) -> Result<()> {
-        let Targets { targets, streams } = targets;
+        let Targets { targets, strict, streams, borrowed } = targets;
+        if strict {
+            self.refuse_unasked(&targets)?;
+        }
         let on_device = targets.iter().find(|target| matches!(target.to, Share::Device { .. }));
         let first = on_device.map(|target| target.name.clone());
         let mut parts = Vec::new();
@@ -191,7 +245,7 @@ impl Checkpoint {
             self.plan(target, &mut parts)?;
         }
         if let Some(first) = first {
-            return self.load(parts, &streams, &first);
+            return self.load(parts, &streams, borrowed, &first);
         }
         let visit = |window: &mut Window, mut piece: Piece<Wanted<'_, '_>>| {
             pass(window, file_at(&self.opened.files, piece.file)?, &mut piece).map_err(|e| self.unread(e, &piece))?;

@@ -2,12 +2,14 @@
 
 use super::loader::with_driver;
 use super::program::{Gpu, Rig, rig};
-use crate::rig::LONG;
-use ashore::adapters::cudarc::CudaTensor;
-use ashore::{Capture, Dtype, ErrorKind, Fence, Source, StateDict};
+use crate::heard::Heard;
+use crate::rig::{LONG, eventually};
+use ashore::adapters::cudarc::{CudaTarget, CudaTensor};
+use ashore::{Capture, Dtype, ErrorKind, Fence, Source, StateDict, Targets};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use half::bf16;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// An executor, and cudarc on the same device, with a stream of its own.
 fn both() -> (Rig, Arc<CudaContext>, Arc<CudaStream>) {
@@ -155,6 +157,64 @@ fn cuda_streams_of_cudarc_live_until_the_scope_ends_that_makes_them_wait() {
     });
     ended.unwrap();
     assert!(lives.upgrade().is_none(), "the scope holds on to the stream");
+}
+
+/// Restores into slices needed unsafe code, with an address that the program had to keep right.
+#[test]
+fn cuda_slices_of_cudarc_are_restored_into() {
+    with_driver!(cuda_slices_of_cudarc_are_restored_into);
+    let (rig, context, stream) = both();
+    slow(&rig.gpu);
+    let (whole, part) = (numbers(6000), numbers(100));
+    let mut state = StateDict::new();
+    state.tensor("whole", Arc::new(whole.clone())).unwrap().tensor("part", Arc::new(part.clone())).unwrap();
+    rig.executor.save(1, state).unwrap().wait(LONG).unwrap();
+    let checkpoint = rig.executor.checkpoint(1).unwrap();
+    let (mut one, mut other) = (stream.alloc_zeros::<f32>(6000).unwrap(), stream.alloc_zeros::<f32>(300).unwrap());
+    // Work of another stream on it comes before.
+    context.new_stream().unwrap().memset_zeros(&mut one).unwrap();
+    let mut view = other.slice_mut(100..200);
+    let targets = Targets::new().device("whole", CudaTarget::new(&mut one).unwrap());
+    checkpoint.read_into(targets.device("part", CudaTarget::new(&mut view).unwrap()).strict()).unwrap();
+    assert_eq!(stream.clone_dtoh(&one).unwrap(), whole);
+    assert_eq!(stream.clone_dtoh(&other).unwrap(), [vec![0.0; 100], part, vec![0.0; 100]].concat());
+
+    let mut integers = stream.alloc_zeros::<i32>(100).unwrap();
+    let targets = Targets::new().device("part", CudaTarget::new(&mut integers).unwrap());
+    let error = checkpoint.read_into(targets).unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && error.message().contains("I32"), "{error}");
+    let mut each = context.per_thread_stream().alloc_zeros::<u8>(10).unwrap();
+    assert_eq!(CudaTarget::new(&mut each).unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+/// Memory that a restore borrows may be freed as soon as the call has returned, `Deadline` or not.
+#[test]
+fn cuda_restore_into_a_borrowed_slice_returns_when_nothing_writes_there_any_more() {
+    const TO_DEVICE: u64 = 2;
+    with_driver!(cuda_restore_into_a_borrowed_slice_returns_when_nothing_writes_there_any_more);
+    let (rig, _context, stream) = both();
+    let Some(fake) = rig.gpu.fake() else { return };
+    let heard = Heard::default();
+    tracing::subscriber::set_global_default(heard.clone()).unwrap();
+    rig.executor.save(1, one(Arc::new(numbers(6000)))).unwrap().wait(LONG).unwrap();
+    let checkpoint = rig.executor.checkpoint(1).unwrap().with_patience(Duration::from_millis(10));
+    let mut slice = stream.alloc_zeros::<f32>(6000).unwrap();
+    stream.synchronize().unwrap();
+    fake.set("hold", TO_DEVICE);
+    std::thread::scope(|scope| {
+        let restore = scope.spawn(|| {
+            let target = CudaTarget::new(&mut slice).unwrap();
+            checkpoint.read_into(Targets::new().device("t", target))
+        });
+        let said = || heard.0.lock().unwrap().iter().any(|line| line.contains("copies to borrowed memory"));
+        eventually("its patience is over", said);
+        assert!(!restore.is_finished(), "it has returned while copies write to what it had borrowed");
+        fake.set("hold", 0);
+        assert_eq!(restore.join().unwrap().unwrap_err().kind(), ErrorKind::Deadline);
+    });
+    assert_eq!(stream.clone_dtoh(&slice).unwrap(), numbers(6000));
+    drop(slice);
+    assert_eq!(fake.sticky(), 0);
 }
 
 #[test]

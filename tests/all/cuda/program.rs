@@ -352,12 +352,12 @@ impl Tensor {
     }
 
     /// Where a restore writes all of it.
-    pub fn target(&self, stream: Stream) -> DeviceTarget {
+    pub fn target(&self, stream: Stream) -> DeviceTarget<'static> {
         self.target_at(0, self.0.len, stream)
     }
 
     /// Where a restore writes `len` bytes of it from `offset` on.
-    pub fn target_at(&self, offset: usize, len: usize, stream: Stream) -> DeviceTarget {
+    pub fn target_at(&self, offset: usize, len: usize, stream: Stream) -> DeviceTarget<'static> {
         assert!(offset + len <= self.0.len);
         // SAFETY: the tests keep the tensor until the restore is over.
         unsafe { DeviceTarget::new(self.0.at + offset as u64, len as u64, stream.0) }

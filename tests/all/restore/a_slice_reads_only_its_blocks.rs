@@ -1,5 +1,5 @@
 use crate::made::{Made, Watched, noise};
-use ashore::{Checkpoint, Dtype, ErrorKind};
+use ashore::{Checkpoint, Dtype, ErrorKind, Targets};
 use proptest::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
@@ -84,4 +84,41 @@ fn slices_that_do_not_fit_name_the_tensor() {
         assert_eq!(refused.kind(), ErrorKind::Invalid, "{slice:?}");
         assert!(refused.message().contains("tensor=\"x\""), "{refused}");
     }
+}
+
+#[test]
+fn slices_have_elements() {
+    let bytes: Vec<u8> = (0_u16..12).flat_map(u16::to_le_bytes).collect();
+    let checkpoint = Made::new(7).tensor("x", Dtype::U16, &[3, 4], bytes).open().unwrap();
+    let slice = [1..3, 2..4];
+    assert_eq!(checkpoint.read_slice_as::<u16>("x", &slice).unwrap(), [6, 7, 10, 11]);
+    let mut elements = [0_u16; 4];
+    checkpoint.read_into(Targets::new().slice_elements("x", &slice, &mut elements)).unwrap();
+    assert_eq!(elements, [6, 7, 10, 11]);
+    for refused in [
+        checkpoint.read_slice_as::<i16>("x", &slice).unwrap_err(),
+        checkpoint.read_into(Targets::new().slice_elements("x", &slice, &mut [0_i16; 4])).unwrap_err(),
+    ] {
+        assert_eq!(refused.kind(), ErrorKind::Invalid);
+        assert!(refused.message().contains("U16") && refused.message().contains("I16"), "{refused}");
+    }
+}
+
+/// A restore read what was asked for, and nobody learned of what else was there.
+#[test]
+fn strict_targets_refuse_what_they_do_not_ask_for() {
+    let mut made = Made::new(7).tensor("a", Dtype::U8, &[4], vec![1, 2, 3, 4]);
+    for extra in 0..10 {
+        made = made.tensor(&format!("x{extra}"), Dtype::U8, &[1], vec![9]);
+    }
+    let checkpoint = made.open().unwrap();
+    let (mut a, mut part) = ([0_u8; 4], [0_u8; 2]);
+    checkpoint.read_into(Targets::new().bytes("a", &mut a)).unwrap();
+    a.fill(0);
+    let refused = checkpoint.read_into(Targets::new().bytes("a", &mut a).strict()).unwrap_err();
+    assert_eq!((refused.kind(), a), (ErrorKind::Invalid, [0; 4]), "nothing is read");
+    assert!(refused.message().contains("count=10 first=[\"x0\", ") && !refused.message().contains("x9"), "{refused}");
+    let only = Made::new(8).tensor("a", Dtype::U8, &[4], vec![1, 2, 3, 4]).open().unwrap();
+    only.read_into(Targets::new().strict().slice("a", &[1..3], &mut part)).unwrap();
+    assert_eq!(part, [2, 3], "a part is asked for, too");
 }
