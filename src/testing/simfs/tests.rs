@@ -250,15 +250,20 @@ fn an_unlinked_file_comes_back_with_its_durable_content_or_is_gone() {
 #[test]
 fn locks_belong_to_descriptors_and_end_with_them_and_with_the_system() {
     let fs = SimFs::new();
-    fs.make_dir("d");
+    let file = fs.file("f", b"");
+    fs.close(file);
     fs.sync("/");
-    let (one, two) = (fs.at("d", Open::Dir), fs.at("d", Open::Dir));
+    // As on NFS, a descriptor that cannot write cannot lock.
+    let reader = fs.at("/", Open::Dir);
+    assert_eq!(fs.try_lock(reader).unwrap_err().raw_os_error(), Some(libc::EBADF));
+    fs.close(reader);
+    let (one, two) = (fs.at("f", Open::Update), fs.at("f", Open::Update));
     assert!(fs.try_lock(one).unwrap() && fs.try_lock(one).unwrap());
     assert!(!fs.try_lock(two).unwrap());
     fs.close(one);
     assert!(fs.try_lock(two).unwrap());
     let booted = SimFs::boot(&fs.history().everything());
-    let fd = booted.at("d", Open::Dir);
+    let fd = booted.at("f", Open::Update);
     assert!(booted.try_lock(fd).unwrap());
     assert_eq!(booted.open_descriptors(), 1);
 }
@@ -308,9 +313,10 @@ fn a_fault_hits_its_call_once_or_from_then_on_and_may_come_after_the_work() {
 #[test]
 fn a_killed_process_leaves_what_it_wrote_visible_and_not_durable_and_its_locks_behind() {
     let fs = SimFs::new();
+    let file = fs.file("f", b"");
     fs.sync("/");
     let root = fs.at("/", Open::Dir);
-    assert!(fs.try_lock(root).unwrap());
+    assert!(fs.try_lock(file).unwrap());
     fs.kill_after(1);
     fs.make_dir("a");
     assert!(fs.killed());
@@ -319,10 +325,10 @@ fn a_killed_process_leaves_what_it_wrote_visible_and_not_durable_and_its_locks_b
     fs.restart();
     assert!(!fs.killed());
     assert_eq!(fs.open_descriptors(), 0);
-    let root = fs.at("/", Open::Dir);
-    assert!(fs.try_lock(root).unwrap());
-    assert_eq!(fs.list(root).unwrap(), ["a"]);
-    assert_eq!(fs.names(), set(["", "a"]));
+    let (root, file) = (fs.at("/", Open::Dir), fs.at("f", Open::Update));
+    assert!(fs.try_lock(file).unwrap());
+    assert_eq!(fs.list(root).unwrap(), ["f", "a"]);
+    assert_eq!(fs.names(), set(["f", "a f"]));
 }
 
 #[test]
