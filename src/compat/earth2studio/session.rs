@@ -141,7 +141,8 @@ impl CheckpointSession {
     }
 
     /// Makes it the active session of this thread, and binds the states to it that wait for a session of its
-    /// catalog: those of the session that was left last, and those of [`bind_checkpoint_state`].
+    /// catalog: those of the session that was left last, and those of
+    /// [`bind_checkpoint_state`](super::bind_checkpoint_state).
     ///
     /// # Errors
     /// As [`bind`](Self::bind); it is not entered then.

@@ -7,7 +7,7 @@ use crate::id::parse_step_name;
 use crate::save::Snapshot;
 use std::sync::Arc;
 
-/// How a [`CheckpointManager`] goes about it.
+/// How a [`CheckpointManager`](super::CheckpointManager) goes about it.
 #[must_use]
 pub struct CheckpointManagerOptions {
     pub(super) decision: Box<dyn SaveDecisionPolicy>,
@@ -49,7 +49,7 @@ impl CheckpointManagerOptions {
         self
     }
 
-    /// What [`CheckpointManager::best_step`] goes by: Orbax's `best_fn` and `best_mode`.
+    /// What [`CheckpointManager::best_step`](super::CheckpointManager::best_step) goes by: Orbax's `best_fn` and `best_mode`.
     pub fn best(mut self, best: BestN) -> Self {
         self.best = Some(best);
         self
