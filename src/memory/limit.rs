@@ -19,7 +19,7 @@ pub(super) struct Limit {
 /// `Invalid`, naming what bounds it.
 pub(super) fn check(arena: u64) -> Result<()> {
     let machine = rustix::system::sysinfo();
-    // The types differ between architectures.
+    #[allow(clippy::useless_conversion, reason = "the type is that of the architecture")]
     let total = u64::try_from(machine.totalram).unwrap_or(u64::MAX).saturating_mul(u64::from(machine.mem_unit));
     let machine = Limit { bytes: total, set_in: "/proc/meminfo".into() };
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();

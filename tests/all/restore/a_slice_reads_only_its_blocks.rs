@@ -106,6 +106,7 @@ fn slices_have_elements() {
 
 /// A restore read what was asked for, and nobody learned of what else was there.
 #[test]
+#[expect(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 fn strict_targets_refuse_what_they_do_not_ask_for() {
     let mut made = Made::new(7).tensor("a", Dtype::U8, &[4], vec![1, 2, 3, 4]);
     for extra in 0..10 {
