@@ -72,9 +72,9 @@ impl Tidy<'_> {
     fn take(&mut self, batch: impl Iterator<Item = Left>) {
         let before = self.owed.len();
         self.owed.extend(batch);
-        let names = self.owed.iter().skip(before).filter_map(Left::published);
+        let mut names = self.owed.iter().skip(before).filter_map(Left::published);
         // What lies beside the steps is not the latest of them.
-        if let Some(newest) = names.filter(|name| parse_step_name(name).is_some()).last() {
+        if let Some(newest) = names.rfind(|name| parse_step_name(name).is_some()) {
             attempt("write the hint", || self.storage.hint(newest));
         }
         self.unpruned |= self.owed.iter().skip(before).any(|left| left.published().is_some());
