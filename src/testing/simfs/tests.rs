@@ -250,20 +250,17 @@ fn an_unlinked_file_comes_back_with_its_durable_content_or_is_gone() {
 #[test]
 fn locks_belong_to_descriptors_and_end_with_them_and_with_the_system() {
     let fs = SimFs::new();
-    let file = fs.file("f", b"");
-    fs.close(file);
+    fs.file("d", b"");
     fs.sync("/");
-    // As on NFS, a descriptor that cannot write cannot lock.
-    let reader = fs.at("/", Open::Dir);
-    assert_eq!(fs.try_lock(reader).unwrap_err().raw_os_error(), Some(libc::EBADF));
-    fs.close(reader);
-    let (one, two) = (fs.at("f", Open::Update), fs.at("f", Open::Update));
+    let (one, two) = (fs.at("d", Open::Update), fs.at("d", Open::Update));
+    let reader = fs.at("d", READ);
+    assert_eq!(fs.try_lock(reader).unwrap_err().raw_os_error(), Some(libc::EBADF), "as on NFS");
     assert!(fs.try_lock(one).unwrap() && fs.try_lock(one).unwrap());
     assert!(!fs.try_lock(two).unwrap());
     fs.close(one);
     assert!(fs.try_lock(two).unwrap());
     let booted = SimFs::boot(&fs.history().everything());
-    let fd = booted.at("f", Open::Update);
+    let fd = booted.at("d", Open::Update);
     assert!(booted.try_lock(fd).unwrap());
     assert_eq!(booted.open_descriptors(), 1);
 }
