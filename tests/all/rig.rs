@@ -54,8 +54,9 @@ pub fn hidden(root: &std::path::Path) -> Vec<String> {
     for entry in std::fs::read_dir(root).unwrap() {
         let entry = entry.unwrap();
         let name = entry.file_name().into_string().unwrap();
-        let empty_record = name.ends_with(".owner") && entry.metadata().unwrap().len() == 0;
-        if name.starts_with('.') && !empty_record {
+        // What an executor deletes while this looks is gone.
+        let empty_record = name.ends_with(".owner") && entry.metadata().is_ok_and(|metadata| metadata.len() == 0);
+        if name.starts_with('.') && !empty_record && entry.path().symlink_metadata().is_ok() {
             left.push(name);
         }
     }
