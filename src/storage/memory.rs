@@ -321,6 +321,10 @@ impl Reading for MemoryReading {
     fn identity(&self) -> Option<(u64, u64)> {
         Some(identity(&self.files))
     }
+
+    fn list(&self) -> Result<Vec<String>> {
+        Ok(self.files.keys().cloned().collect())
+    }
 }
 
 /// No two steps that are there, or held open, have the same address.

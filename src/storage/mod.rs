@@ -19,7 +19,7 @@ pub use crate::settings::IoMode;
 use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// A place for steps. Names are single path components.
 pub trait Storage: Send + Sync + Debug {
@@ -190,12 +190,20 @@ pub trait Reading: Send + Sync + Debug {
     fn identity(&self) -> Option<(u64, u64)> {
         None
     }
+
+    /// The names of all its files, in no order.
+    fn list(&self) -> Result<Vec<String>>;
 }
 
 /// A file of a published step.
 pub trait FileReading: Send + Sync + Debug {
     /// Its length in bytes.
     fn len(&self) -> u64;
+
+    /// When its bytes were last changed, by the clock of the medium. None where that is not known.
+    fn modified(&self) -> Option<SystemTime> {
+        None
+    }
 
     /// True when the file has no bytes.
     fn is_empty(&self) -> bool {

@@ -134,6 +134,11 @@ fn published_bytes_read_back(storage: &Arc<dyn Storage>) {
             assert!(whole(&*step.open(&file).unwrap()) == pattern(seed as u64, size), "{file}");
         }
     }
+    let mut listed = step.list().unwrap();
+    listed.sort_unstable();
+    let mut made: Vec<_> = sizes.iter().flat_map(|s| [format!("shard-{s}"), format!("small-{s}")]).collect();
+    made.sort_unstable();
+    assert_eq!(listed, made);
     storage.confirm(NAME).unwrap();
 }
 

@@ -170,6 +170,8 @@ pub struct Seen {
     pub before_shard: Option<BeforeShard>,
     /// Removed, as by another process, when its confirmation is asked for.
     pub vanishing: Option<String>,
+    /// Done once, after an attempt was begun that may replace a step.
+    pub after_begin: Option<BeforeShard>,
 }
 
 pub struct BeforeShard(pub Box<dyn FnOnce() + Send>);
@@ -191,7 +193,10 @@ impl Watched {
 
 impl Storage for Watched {
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
-        self.memory.begin(name, attempt, overwrite)
+        let begun = self.memory.begin(name, attempt, overwrite)?;
+        let disturb = if overwrite { self.seen.lock().unwrap().after_begin.take() } else { None };
+        disturb.into_iter().for_each(|BeforeShard(disturb)| disturb());
+        Ok(begun)
     }
     fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
         let (reading, storage, name) = (self.memory.open(name)?, self.clone(), name.into());
@@ -242,6 +247,9 @@ impl Reading for WatchedReading {
         }
         let (reading, storage) = (self.reading.open(file)?, self.storage.clone());
         Ok(Arc::new(WatchedFile { reading, storage, name: format!("{}/{file}", self.name) }))
+    }
+    fn list(&self) -> Result<Vec<String>> {
+        self.reading.list()
     }
 }
 

@@ -11,6 +11,7 @@ use crate::storage::{FileReading, Reading, name};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 /// Unaligned requests pass through a buffer of at most this many bytes.
 const BOUNCE: usize = 1 << 20;
@@ -40,7 +41,14 @@ impl Reading for LocalReading {
         if stat.kind != Kind::File {
             return Err(not_a_file(&self.dir, file));
         }
-        Ok(Arc::new(LocalFileReading { fd, bypass, len: stat.len, path: self.dir.path().join(file) }))
+        let path = self.dir.path().join(file);
+        let modified = SystemTime::UNIX_EPOCH.checked_add(stat.modified);
+        Ok(Arc::new(LocalFileReading { fd, bypass, len: stat.len, modified, path }))
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        let names = self.dir.list().map_err(self.dir.own_error("cannot list the step"))?;
+        Ok(names.into_iter().map(|name| name.to_string_lossy().into_owned()).collect())
     }
 
     fn identity(&self) -> Option<(u64, u64)> {
@@ -59,6 +67,7 @@ struct LocalFileReading {
     fd: Fd,
     bypass: Bypass,
     len: u64,
+    modified: Option<SystemTime>,
     path: PathBuf,
 }
 
@@ -104,6 +113,10 @@ impl LocalFileReading {
 impl FileReading for LocalFileReading {
     fn len(&self) -> u64 {
         self.len
+    }
+
+    fn modified(&self) -> Option<SystemTime> {
+        self.modified
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
