@@ -2,9 +2,9 @@
 
 use crate::device::{Device, Selected, choose};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::manifest::{FileEntry, MANIFEST, Manifest, TensorEntry, is_ours};
+use crate::format::manifest::{FileEntry, MANIFEST, Manifest, TensorEntry, is_blank, is_ours};
 use crate::format::shard;
-use crate::id::Attempt;
+use crate::id::{Attempt, parse_step_name, step_name};
 use crate::memory::{ALIGNMENT, AlignedBuffer};
 use crate::state::{Dtype, Layout, decode_value};
 use crate::storage::local::Local;
@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// How often an open starts over when the step is exchanged or pruned under it.
 const ATTEMPTS: usize = 8;
@@ -62,6 +62,10 @@ pub(crate) struct Opened {
     pub manifest: Manifest,
     /// In the order of `manifest.files`.
     pub files: Vec<Arc<dyn FileReading>>,
+    /// The directory.
+    pub reading: Arc<dyn Reading>,
+    /// When the manifest was written, where the storage knows.
+    modified: Option<SystemTime>,
 }
 
 /// What a tensor is, without its bytes.
@@ -82,8 +86,8 @@ impl Checkpoint {
     /// Opens the step in the directory `path`. Needs no executor and no arena, and writes nothing.
     ///
     /// # Errors
-    /// `NotFound` when there is no such directory or it holds no manifest; `Corrupt`, naming the file, when the manifest
-    /// contradicts itself, a file is missing or has another length, or a shard belongs to another step or attempt.
+    /// `NotFound` when there is no such directory, or nothing in it is of a checkpoint; `Corrupt`, naming the file, when the
+    /// manifest contradicts itself, a file is missing or has another length, or a shard belongs to another step or attempt.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let given = path.as_ref();
         let path = given.canonicalize().map_err(|e| Error::io("cannot open a checkpoint", e).with_path(given))?;
@@ -171,6 +175,11 @@ impl Checkpoint {
     /// The length of all its files together, manifest included.
     pub fn bytes(&self) -> u64 {
         self.opened.bytes
+    }
+
+    /// When it was written, by the clock of the storage; None where that is not known. A copy of a step can have another time.
+    pub fn modified(&self) -> Option<SystemTime> {
+        self.opened.modified
     }
 
     /// The manifest: every file, tensor, value and digest.
@@ -265,20 +274,33 @@ impl<'a> TensorInfo<'a> {
     }
 }
 
-/// Why an open failed.
+/// Why an open failed. Listing, overwriting and pruning all go by this.
 pub(crate) enum Failure {
-    /// There is nothing of ours under the name.
+    /// There is nothing under the name.
+    Absent(Error),
+    /// This library did not make what is there.
     Foreign(Error),
-    /// A file is not there that the manifest speaks of.
+    /// It cannot be said what is there, because the storage does not answer.
+    Unknown(Error),
+    /// It is ours, and a file of it is not there.
     Gone(Error),
-    /// It is ours, but cannot be opened.
+    /// It is ours, and cannot be opened: `Corrupt` when its bytes are not what was written.
     Broken(Error),
 }
 
 impl Failure {
+    /// True for a step of ours whose bytes are not what was written.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Gone(_) => true,
+            Self::Broken(error) => error.kind() == ErrorKind::Corrupt,
+            Self::Absent(_) | Self::Foreign(_) | Self::Unknown(_) => false,
+        }
+    }
+
     pub fn into_error(self) -> Error {
         match self {
-            Self::Foreign(error) | Self::Broken(error) => error,
+            Self::Absent(error) | Self::Foreign(error) | Self::Unknown(error) | Self::Broken(error) => error,
             Self::Gone(error) => {
                 let (step, path) = (error.step(), error.path().map(Path::to_path_buf));
                 let mut missing = Error::corrupt("a file of the checkpoint is missing").with_source(error);
@@ -293,65 +315,101 @@ impl Failure {
 
 impl Opened {
     fn new(storage: &dyn Storage, name: &str, path: &Path) -> Result<Self, Failure> {
-        let foreign_if_missing = |error: Error| match error.kind() {
-            ErrorKind::NotFound => Failure::Foreign(error.with_path(path)),
-            _ => Failure::Broken(error.with_path(path)),
+        let missing = |error: &Error| error.kind() == ErrorKind::NotFound;
+        let reading = storage.open(name).map_err(|error| {
+            let failure = if missing(&error) { Failure::Absent } else { Failure::Unknown };
+            failure(error.with_path(path))
+        })?;
+        let owned = || ours(reading.as_ref(), name).map_err(|error| Failure::Unknown(error.with_path(path)));
+        let manifest_path = path.join(MANIFEST);
+        let file = match reading.open(MANIFEST) {
+            Err(error) if missing(&error) && owned()? => return Err(Failure::Gone(error.with_path(manifest_path))),
+            Err(error) if missing(&error) => return Err(Failure::Foreign(error.with_path(path))),
+            // A link where the manifest should be, or the storage does not answer.
+            Err(error) => return Err(Failure::Unknown(error.with_path(path))),
+            Ok(file) => file,
         };
-        let reading = storage.open(name).map_err(foreign_if_missing)?;
-        let file = reading.open(MANIFEST).map_err(foreign_if_missing)?;
-        let manifest = parse(file.as_ref(), &path.join(MANIFEST))?;
+        let bytes = read_whole(file.as_ref()).map_err(|error| Failure::Unknown(error.with_path(&manifest_path)))?;
+        let manifest = match Manifest::parse(&bytes) {
+            Ok(manifest) => manifest,
+            Err(error) if owned()? => return Err(Failure::Broken(error.with_path(manifest_path))),
+            Err(error) => return Err(Failure::Foreign(error.with_path(manifest_path))),
+        };
+        let modified = file.modified();
         let mut bytes = file.len();
         let mut files = Vec::new();
         for entry in &manifest.files {
             let file = open_file(reading.as_ref(), &manifest, entry).map_err(|error| {
-                let gone = error.kind() == ErrorKind::NotFound;
+                let gone = missing(&error);
                 let error = error.with_step(manifest.step).with_path(path.join(&entry.name));
                 if gone { Failure::Gone(error) } else { Failure::Broken(error) }
             })?;
             bytes = bytes.saturating_add(file.len());
             files.push(file);
         }
-        Ok(Self { name: name.into(), path: path.into(), bytes, manifest, files })
+        Ok(Self { name: name.into(), path: path.into(), bytes, manifest, files, reading, modified })
     }
 }
 
-/// Refuses to replace what is under `name` when this library did not make it; nothing there is fine.
-pub(crate) fn replaceable(storage: &dyn Storage, name: &str) -> Result<()> {
+/// How many shards are looked at for the mark of this library.
+const MARKED: usize = 8;
+
+/// True when this library made the step `name`, whatever is left of it: its manifest begins as ours do; or it is empty,
+/// zeroed or cut and the name is as we give it; or a shard bears the mark of a save.
+fn ours(reading: &dyn Reading, name: &str) -> Result<bool> {
     let missing = |error: &Error| error.kind() == ErrorKind::NotFound;
-    let reading = match storage.open(name) {
-        Err(error) if missing(&error) => return Ok(()),
-        reading => reading?,
-    };
-    let ours = match reading.open(MANIFEST) {
-        Err(error) if missing(&error) => false,
+    match reading.open(MANIFEST) {
+        Err(error) if missing(&error) => {}
         manifest => {
             let (manifest, mut head) = (manifest?, [0; 64]);
             let head = &mut head[..manifest.len().min(64) as usize];
             manifest.read_at(0, head)?;
-            is_ours(head)
+            let canonical = || parse_step_name(name).is_some_and(|step| step_name(step) == name);
+            if is_ours(head) || is_blank(head) && canonical() {
+                return Ok(true);
+            }
         }
+    }
+    let mut shards: Vec<_> = reading.list()?.into_iter().filter(|file| file.ends_with(".safetensors")).collect();
+    shards.sort_unstable();
+    for shard in shards.iter().take(MARKED) {
+        match reading.open(shard).and_then(|file| mark(file.as_ref())) {
+            Ok(_) => return Ok(true),
+            Err(error) if missing(&error) || error.kind() == ErrorKind::Corrupt => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(false)
+}
+
+/// Refuses to replace what is under `name` when this library did not make it; nothing there is fine.
+pub(crate) fn replaceable(storage: &dyn Storage, name: &str) -> Result<()> {
+    let reading = match storage.open(name) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        reading => reading?,
     };
-    if ours {
+    if ours(reading.as_ref(), name)? {
         return Ok(());
     }
     let foreign = Error::new(ErrorKind::Conflict, "what is there is no checkpoint of this library; it is not replaced");
     Err(foreign.with_path(storage.describe(name)))
 }
 
-fn parse(file: &dyn FileReading, path: &Path) -> Result<Manifest, Failure> {
-    let read = || {
-        let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a manifest bytes={}", file.len()));
-        let len = usize::try_from(file.len()).map_err(|_| no_memory())?;
-        // Aligned: past the page cache it arrives in one request, not in many through a buffer.
-        let mut bytes = AlignedBuffer::try_new(len).ok_or_else(no_memory)?;
-        file.read_at(0, &mut bytes)?;
-        Ok(bytes)
-    };
-    let bytes = read().map_err(|e: Error| Failure::Broken(e.with_path(path)))?;
-    Manifest::parse(&bytes).map_err(|error| {
-        let error = error.with_path(path);
-        if is_ours(&bytes) { Failure::Broken(error) } else { Failure::Foreign(error) }
-    })
+fn read_whole(file: &dyn FileReading) -> Result<AlignedBuffer> {
+    let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a manifest bytes={}", file.len()));
+    let len = usize::try_from(file.len()).map_err(|_| no_memory())?;
+    // Aligned: past the page cache it arrives in one request, not in many through a buffer.
+    let mut bytes = AlignedBuffer::try_new(len).ok_or_else(no_memory)?;
+    file.read_at(0, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// The step and attempt in the mark of a shard.
+fn mark(file: &dyn FileReading) -> Result<(u64, Attempt)> {
+    let mut prefix = [0; ALIGNMENT];
+    let prefix = &mut prefix[..file.len().min(ALIGNMENT as u64) as usize];
+    file.read_at(0, prefix)?;
+    shard::identity(prefix)
 }
 
 /// Opens a file that the manifest names, and makes sure that it is the one.
@@ -364,10 +422,7 @@ fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> R
         )));
     }
     if entry.data > 0 {
-        let mut prefix = [0; ALIGNMENT];
-        let prefix = &mut prefix[..file.len().min(ALIGNMENT as u64) as usize];
-        file.read_at(0, prefix)?;
-        let (step, attempt) = shard::identity(prefix)?;
+        let (step, attempt) = mark(file.as_ref())?;
         if (step, attempt) != (manifest.step, manifest.attempt) {
             let expected = format!("expected={}:{}", manifest.step, manifest.attempt);
             return Err(Error::corrupt(format!("a shard belongs to another save {expected} found={step}:{attempt}")));

@@ -231,9 +231,9 @@ impl Catalog {
             Ok(checkpoint) if checkpoint.step() == step => Ok(Some(checkpoint)),
             Ok(checkpoint) => {
                 let what = format!("a directory has the name of another step manifest={}", checkpoint.step());
-                Err(Error::corrupt(what).with_step(step).with_path(checkpoint.path()))
+                Err(Error::new(ErrorKind::Conflict, what).with_step(step).with_path(checkpoint.path()))
             }
-            Err(Failure::Foreign(error)) if error.kind() == ErrorKind::NotFound || name != step_name(step) => Ok(None),
+            Err(Failure::Absent(_) | Failure::Foreign(_)) => Ok(None),
             Err(failure) => Err(failure.into_error().with_step(step)),
         }
     }

@@ -87,6 +87,33 @@ pub fn check_header(manifest: &Manifest, file: usize, header: &Header) -> Result
     Ok(())
 }
 
+/// Checks the bytes of the index of a step against its manifest: each tensor in the file that holds it, and no other tensor.
+///
+/// # Errors
+/// `Corrupt`, naming the tensor.
+pub fn check_index(manifest: &Manifest, bytes: &[u8]) -> Result<()> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: HashMap<String, String>,
+    }
+    let index: Index = serde_json::from_slice(bytes)
+        .map_err(|e| Error::corrupt(format!("the index cannot be read: {e}")).with_source(e))?;
+    for tensor in &manifest.tensors {
+        let said = index.weight_map.get(&tensor.name).map(String::as_str);
+        let holds = |slice: &SliceEntry| manifest.files.get(slice.file).map(|file| file.name.as_str()) == said;
+        if said.is_none() || !tensor.slices.iter().any(holds) {
+            let said = said.unwrap_or("none");
+            let what = format!("the index contradicts the manifest tensor={:?} index={said:?}", tensor.name);
+            return Err(Error::corrupt(what));
+        }
+    }
+    if index.weight_map.len() != manifest.tensors.len() {
+        let (there, known) = (index.weight_map.len(), manifest.tensors.len());
+        return Err(Error::corrupt(format!("the index names other tensors index={there} manifest={known}")));
+    }
+    Ok(())
+}
+
 fn check_files(files: &[FileEntry]) -> Result<()> {
     let mut names = HashSet::new();
     let mut total = 0_u64;

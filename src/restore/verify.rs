@@ -4,10 +4,10 @@ use super::piece::{Part, Piece, WINDOW, Window, coalesce, file_at, pass, stream,
 use super::{blocks, matches};
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::invariants;
 use crate::format::manifest::{BLOCK, TensorEntry};
-use crate::format::shard::Header;
+use crate::format::shard::{Header, INDEX};
 use crate::storage::FileReading;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,8 +26,11 @@ pub struct Report {
     pub tensors: usize,
     /// How many bytes they have.
     pub bytes: u64,
-    /// All that is not as it was written, sorted by file and place; empty when the step is sound.
+    /// All that is not as it was written, sorted by file and place.
     pub damage: Vec<Damage>,
+    /// What stock loaders would take for the step although its manifest says otherwise: an index that sends them to other
+    /// files, weights or an index that the manifest does not name. This library reads the step rightly all the same.
+    pub misleading: Vec<Damage>,
 }
 
 /// A place that is not as it was written, or cannot be read.
@@ -42,11 +45,18 @@ pub struct Damage {
     pub range: Range<u64>,
     /// What is wrong.
     pub what: String,
+    /// True when the bytes cannot be read at present; that says nothing of what they are.
+    pub unreadable: bool,
 }
 
 impl Report {
-    /// True when nothing is damaged.
+    /// True when every byte is as it was written, and stock loaders read the same tensors as this library.
     pub fn is_sound(&self) -> bool {
+        self.is_intact() && self.misleading.is_empty()
+    }
+
+    /// True when every byte is as it was written.
+    pub fn is_intact(&self) -> bool {
         self.damage.is_empty()
     }
 }
@@ -87,8 +97,38 @@ impl Checkpoint {
         self.verify_files(&mut findings);
         let order = |file: &str| manifest.files.iter().position(|entry| entry.name == file);
         findings.damage.sort_by_cached_key(|d| (order(&d.file), d.range.start, d.range.end, d.tensor.clone()));
+        let misleading = self.verify_for_stock_loaders(&findings.damage)?;
         let (files, tensors) = (manifest.files.len(), manifest.tensors.len());
-        Ok(Report { files, tensors, bytes: total, damage: findings.damage })
+        Ok(Report { files, tensors, bytes: total, damage: findings.damage, misleading })
+    }
+
+    /// What stock loaders would read instead of what the manifest says: they go by names, and by the index where there is one.
+    fn verify_for_stock_loaders(&self, damage: &[Damage]) -> Result<Vec<Damage>> {
+        let manifest = &self.opened.manifest;
+        let mut misleading = Vec::new();
+        let mut wrong = |file: &str, range: Range<u64>, what: String| {
+            misleading.push(Damage { file: file.to_owned(), tensor: None, range, what, unreadable: false });
+        };
+        let index = manifest.files.iter().position(|entry| entry.name == INDEX);
+        if let Some(at) = index
+            && !damage.iter().any(|damage| damage.file == INDEX)
+        {
+            let file = file_at(&self.opened.files, at)?;
+            let mut bytes = zeroed::<u8>(file.len() as usize).map_err(|e| self.place(e))?;
+            file.read_at(0, &mut bytes).map_err(|e| self.place(e))?;
+            if let Err(error) = invariants::check_index(manifest, &bytes) {
+                wrong(INDEX, 0..file.len(), error.message().to_owned());
+            }
+        }
+        let mut names = self.opened.reading.list().map_err(|e| self.place(e))?;
+        names.sort_unstable();
+        for name in names {
+            let known = manifest.files.iter().any(|entry| entry.name == name);
+            if !known && (name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")) {
+                wrong(&name, 0..0, "a file that the manifest does not name, and stock loaders would read".into());
+            }
+        }
+        Ok(misleading)
     }
 
     /// Checks the header of a shard, and says how many bytes that was.
@@ -107,9 +147,12 @@ impl Checkpoint {
         }
         let mut bytes = zeroed::<u8>(entry.data as usize).map_err(|e| self.place(e))?;
         if let Err(error) = file.read_at(0, &mut bytes) {
-            wrong(format!("the header cannot be read: {error:#}"));
+            let what = format!("the header cannot be read: {error:#}");
+            let unreadable = error.kind() != ErrorKind::Corrupt;
+            findings.damage.push(Damage { unreadable, ..self.damage(index, None, &(0..entry.data), what) });
             return Ok(entry.data);
         }
+        let mut wrong = |what: String| findings.damage.push(self.damage(index, None, &(0..entry.data), what));
         let digest = Digest::of(&bytes);
         if !matches(digest, entry.header) {
             wrong(format!("the header is not what was written expected={} found={digest}", entry.header));
@@ -160,11 +203,14 @@ impl Checkpoint {
         let mut findings = findings.lock().unwrap_or_else(PoisonError::into_inner);
         for (tile, found) in piece.parts.into_iter().zip(found) {
             let tensor = tile.written.map(|(_, tensor)| tensor);
-            let mut wrong = |what| findings.damage.push(self.damage(tile.file, tensor, &tile.range, what));
             match (&found, tile.written) {
-                (Err(error), _) => wrong(format!("cannot be read: {error:#}")),
+                (Err(error), _) => {
+                    let damage = self.damage(tile.file, tensor, &tile.range, format!("cannot be read: {error:#}"));
+                    findings.damage.push(Damage { unreadable: error.kind() != ErrorKind::Corrupt, ..damage });
+                }
                 (Ok(found), Some((written, _))) if !matches(*found, written) => {
-                    wrong(format!("not what was written expected={written} found={found}"));
+                    let what = format!("not what was written expected={written} found={found}");
+                    findings.damage.push(self.damage(tile.file, tensor, &tile.range, what));
                 }
                 _ => {}
             }
@@ -190,15 +236,22 @@ impl Checkpoint {
 
     fn damage(&self, file: usize, tensor: Option<&TensorEntry>, range: &Range<u64>, what: String) -> Damage {
         let file = self.opened.manifest.files.get(file).map_or_else(String::new, |entry| entry.name.clone());
-        Damage { file, tensor: tensor.map(|tensor| tensor.name.clone()), range: range.clone(), what }
+        let tensor = tensor.map(|tensor| tensor.name.clone());
+        Damage { file, tensor, range: range.clone(), what, unreadable: false }
     }
 
-    /// The first damage of a report as an error.
+    /// The first damage of a report as an error: `Unavailable` when all of it is that bytes cannot be read at present.
     pub(crate) fn damaged(&self, report: &Report) -> Option<Error> {
-        let Damage { file, tensor, range, what } = report.damage.first()?;
+        let first = report.damage.iter().find(|damage| !damage.unreadable).or(report.damage.first())?;
+        let Damage { file, tensor, range, what, unreadable } = first;
         let (count, tensor) = (report.damage.len(), tensor.as_deref().unwrap_or_default());
-        let what = format!("a checkpoint is damaged: {what} tensor={tensor:?} range={range:?} places={count}");
-        Some(Error::corrupt(what).with_step(self.step()).with_path(self.path().join(file)))
+        let (kind, how) = if *unreadable {
+            (ErrorKind::Unavailable, "a checkpoint cannot be read whole")
+        } else {
+            (ErrorKind::Corrupt, "a checkpoint is damaged")
+        };
+        let what = format!("{how}: {what} tensor={tensor:?} range={range:?} places={count}");
+        Some(Error::new(kind, what).with_step(self.step()).with_path(self.path().join(file)))
     }
 }
 

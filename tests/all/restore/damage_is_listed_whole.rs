@@ -1,5 +1,6 @@
 use crate::made::{Made, noise, open};
 use ashore::Dtype;
+use ashore::digest::Digest;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const BLOCK: usize = 8 << 20;
@@ -59,4 +60,36 @@ fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
     let report = open(&files).unwrap().verify().unwrap();
     assert_eq!(report.damage.len(), 1, "{report:?}");
     assert!(report.damage[0].what.contains("contradicts the manifest"), "{report:?}");
+}
+
+/// Stock loaders go by the index and by the names of files, and would read other tensors than this library does.
+#[test]
+fn what_stock_loaders_would_read_instead_is_not_sound() {
+    let made =
+        Made::new(7).tensor("a", Dtype::U8, &[8], noise(8, 1)).tensor("b", Dtype::U8, &[8], noise(8, 2)).shards(2);
+    let misleading = |files: &[(String, Vec<u8>)]| {
+        let report = open(files).unwrap().verify().unwrap();
+        assert!(report.is_intact(), "every byte is as it was written: {report:?}");
+        assert_eq!(report.is_sound(), report.misleading.is_empty());
+        report.misleading.into_iter().map(|found| (found.file, found.what)).collect::<Vec<_>>()
+    };
+    let file = |name: &str| (name.to_owned(), b"something".to_vec());
+    let plain = made.files();
+    assert_eq!(misleading(&[plain.clone(), vec![file("README.md"), file("config.json")]].concat()), []);
+    for stray in ["model.safetensors", "other.safetensors", "other.safetensors.index.json"] {
+        let found = misleading(&[plain.clone(), vec![file(stray)]].concat());
+        assert_eq!(found.iter().map(|(file, _)| &file[..]).collect::<Vec<_>>(), [stray]);
+    }
+
+    // An index that sends readers of "a" to the file of "b", and a manifest that has its digest.
+    let mut files = plain;
+    let (before, index) = (Digest::of(&files[2].1), String::from_utf8(files[2].1.clone()).unwrap());
+    files[2].1 = index.replacen("model-00001", "model-00002", 1).into_bytes();
+    let manifest = String::from_utf8(files.pop().unwrap().1).unwrap();
+    let text = manifest.replace(&before.to_string(), &Digest::of(&files[2].1).to_string());
+    let text = text.rsplit_once(",\"digest\":").unwrap().0.as_bytes().to_vec();
+    files.push(("manifest.json".into(), ashore::format::manifest::seal(text)));
+    let found = misleading(&files);
+    assert_eq!(found.len(), 1);
+    assert!(found[0].0.ends_with("index.json") && found[0].1.contains("tensor=\"a\""), "{found:?}");
 }
