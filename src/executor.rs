@@ -6,12 +6,14 @@
 mod admission;
 mod builder;
 mod ending;
+mod place;
 mod scope;
 mod tidy;
 
 pub use builder::Builder;
 pub use scope::{Fence, Scope};
 
+use crate::catalog::Found;
 use crate::checkpoint::Checkpoint;
 use crate::completion::{Calls, deadline_after};
 use crate::device::{DeviceReport, Point};
@@ -30,6 +32,7 @@ use crate::writer::{Pool, Task};
 use crate::{Catalog, fork};
 use admission::Verdict;
 use crossbeam_channel::Sender;
+use place::Place;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
@@ -72,6 +75,7 @@ use std::time::{Duration, Instant};
 pub struct CheckpointExecutor {
     settings: Settings,
     storage: Arc<dyn Storage>,
+    place: Arc<Place>,
     catalog: Arc<Catalog>,
     stager: Arc<Stager>,
     device: DeviceReport,
@@ -171,6 +175,18 @@ impl CheckpointExecutor {
     pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
         self.alive()?;
         self.catalog.checkpoint(step).map(|checkpoint| self.lend_device(checkpoint))
+    }
+
+    /// The newest step all of whose bytes are what was written, and what was passed over; None when there is no step at all.
+    /// Reads that step whole. A newer step that it finds damaged is replaced when its number is saved again: see
+    /// [`OnDamaged`](crate::OnDamaged).
+    ///
+    /// # Errors
+    /// As [`Catalog::latest_valid`].
+    pub fn latest_valid(&self) -> Result<Option<Found>> {
+        self.alive()?;
+        let found = self.catalog.latest_valid()?;
+        Ok(found.map(|found| Found { checkpoint: self.lend_device(found.checkpoint), skipped: found.skipped }))
     }
 
     fn lend_device(&self, checkpoint: Checkpoint) -> Checkpoint {
@@ -342,7 +358,7 @@ impl CheckpointExecutor {
             later: Later(Box::new(move || on_device.expected())),
         };
         let lines = admission.lines()?;
-        let task = Task::new(request, self.storage.clone(), &lines.pool, lines.ended.clone());
+        let task = Task::new(request, self.place.clone(), &lines.pool, lines.ended.clone());
         ticket.add_blocked(began.elapsed());
         let sink = Arc::new(task);
         self.stager.push(Job {

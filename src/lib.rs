@@ -169,14 +169,14 @@ mod ticket;
 pub mod tries;
 mod writer;
 
-pub use catalog::{Catalog, Retention};
+pub use catalog::{Catalog, PruneOptions, Retention};
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
 pub use restore::{Damage, DeviceTarget, Report, Targets};
 pub use save::{Fenced, Save, SaveOptions, Snapshot, Staged};
-pub use settings::{Detect, DeviceChoice, Engine, Failed, IoMode, Locks, Overlap, Priority, Settings};
+pub use settings::{Detect, DeviceChoice, Engine, Failed, IoMode, Locks, OnDamaged, Overlap, Priority, Settings};
 pub use state::{
     Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, RawDevice, RawHost, Source, StateDict,
 };

@@ -95,6 +95,9 @@ pub(crate) enum Mutant {
     /// Retention counts steps that are not durable.
     // seen by: catalog::a_prune
     RetentionCount,
+    /// A prune reads none of the steps that stay.
+    // seen by: catalog::a_prune_keeps_a_sound
+    PruneBlind,
     /// A sweep ignores locks.
     // seen by: storage::sweeping_takes_only_dead_attempts
     SweepLock,

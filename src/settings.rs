@@ -183,6 +183,21 @@ pub enum Failed {
     Warn,
 }
 
+/// What a save does about a step that is there under its number and damaged: made by this library, and its bytes are not what was
+/// written. Found when it cannot be opened, or when [`Catalog::latest_valid`](crate::Catalog::latest_valid) or a prune of this
+/// executor's catalog has read it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum OnDamaged {
+    /// The new step takes its place, so that a run that resumed before it gets past it. The damaged one is removed right before
+    /// the new one is published.
+    #[default]
+    Replace,
+    /// The save fails with `Conflict`, as over a sound step.
+    Refuse,
+}
+
 /// The settings of an executor. Sizes in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -237,6 +252,11 @@ pub struct Settings {
     pub keep_last: Option<usize>,
     /// Keep every step that is a multiple of this, beyond `keep_last`.
     pub keep_every: Option<u64>,
+    /// Read a step that an earlier process wrote whole before it counts for `keep_last`, once and off the path of saves: false.
+    /// A damaged one then replaces no older one.
+    pub verify_kept: bool,
+    /// What a save does about a damaged step of the same number: `Replace`.
+    pub damaged: OnDamaged,
     /// A save that is not durable by then fails: 30 minutes. Counted from the call, waiting for room included.
     pub save_deadline: Duration,
     /// A save that is still read when a fence has waited this long fails: 10 minutes.
@@ -268,6 +288,8 @@ impl Default for Settings {
             capture_budget: 1 << 20,
             keep_last: None,
             keep_every: None,
+            verify_kept: false,
+            damaged: OnDamaged::Replace,
             save_deadline: Duration::from_secs(30 * 60),
             fence_deadline: Duration::from_secs(10 * 60),
             shutdown_deadline: Duration::from_secs(5 * 60),

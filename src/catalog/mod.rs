@@ -2,16 +2,23 @@
 //!
 //! **Consistency.** A step is listed only when its manifest parses, every file has its length, and every shard is of this
 //! step and attempt, so nothing incomplete is ever listed. Directories that this library did not make are foreign: never
-//! listed, never touched. **Names.** Steps are compared as numbers. A step may be there under several names (`step-00000100`
-//! and `ckpt-100`); the name that this library would give comes first, then the others in lexicographic order, and the
-//! first that can be opened is read. A directory whose name says another step than its manifest is a problem, not a step.
-//! **Crash.** Nothing is deleted before enough newer steps are durable; deleting is atomic, step by step.
+//! listed, never touched. **Names.** Steps are compared as numbers. A step is listed once: of several names (`step-00000100` and
+//! `ckpt-100`) the one that this library would give comes first, then the others in lexicographic order, and the first that
+//! can be opened is the step; the others are problems of the kind `Conflict`, and so is a directory whose name says another
+//! step than its manifest. **Damage.** A step is damaged when this library made it and its bytes are not what was written;
+//! listing, overwriting, replacing and pruning all judge by one function. **Crash.** Nothing is deleted before enough steps
+//! that stay are durable, and one of them is sound; deleting is atomic, step by step.
 
+mod branch;
+mod policy;
+mod prune;
 mod retention;
 mod sweep;
 
+pub(crate) use branch::Keeping;
+pub use policy::{Best, Candidate, PreservationPolicy};
+pub use prune::{PruneOptions, Pruned, Verify};
 pub use retention::Retention;
-pub use sweep::Pruned;
 
 use crate::checkpoint::{Checkpoint, Failure};
 use crate::error::{Error, ErrorKind, Result};
@@ -22,11 +29,12 @@ use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 /// The steps of a storage. Clones share what they know of durability.
 ///
 /// ```
-/// use ashore::{Catalog, CheckpointExecutor, Retention, StateDict};
+/// use ashore::{Catalog, CheckpointExecutor, PruneOptions, Retention, StateDict};
 /// use std::{sync::Arc, time::Duration};
 /// # let root = tempfile::tempdir().unwrap();
 /// let executor = CheckpointExecutor::builder(root.path()).arena(4 << 20).chunk(1 << 20).build()?;
@@ -40,7 +48,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 ///
 /// let catalog = Catalog::open(root.path())?; // without an executor
 /// assert_eq!(catalog.latest()?.unwrap().step(), 300);
-/// let pruned = catalog.prune(&Retention { keep_last: Some(2), keep_every: None }, false)?;
+/// let pruned = catalog.prune(&Retention { keep_last: Some(2), keep_every: None }, PruneOptions::new())?;
 /// assert_eq!(pruned.removed[0].step, 100);
 /// assert_eq!(catalog.list()?.len(), 2);
 /// let found = catalog.latest_valid()?.unwrap();
@@ -62,6 +70,12 @@ struct Known {
     /// Those that this process published, in that order.
     own: Vec<Attempt>,
     doubtful: HashSet<Attempt>,
+    /// Those that this process published, or read whole and found as they were written.
+    sound: HashSet<Attempt>,
+    /// Those that this process read and found damaged, and what is wrong with each.
+    damaged: HashMap<Attempt, Error>,
+    /// Names of steps that are not as this library would give them, by step. None: not looked for yet.
+    aliases: Option<HashMap<u64, Vec<String>>>,
     /// Those that may become visible at any moment, and under which name.
     pending: HashMap<Attempt, String>,
     /// Names that a prune is taking away.
@@ -77,14 +91,19 @@ pub struct Entry {
     /// The name of its directory.
     pub name: String,
     /// Where it is.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// The length of all its files.
     pub bytes: u64,
     /// The attempt that was published.
     pub attempt: Attempt,
+    /// When it was written, by the clock of the storage; None where that is not known.
+    #[serde(skip)]
+    pub modified: Option<SystemTime>,
 }
 
-/// A directory that has the name of a step, and was made by this library, but cannot be opened.
+/// A directory that has the name of a step and was made by this library, but is not listed: it cannot be opened (`Corrupt` when it
+/// is damaged), or it is in the way of another (`Conflict`).
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Problem {
@@ -143,13 +162,36 @@ impl Catalog {
     /// # Errors
     /// As [`Catalog::list`].
     pub fn survey(&self) -> Result<(Vec<Entry>, Vec<Problem>)> {
+        let (mut entries, mut problems) = (Vec::<Entry>::new(), Vec::new());
+        let (all, broken) = self.everything()?;
+        for entry in all {
+            match entries.last() {
+                Some(first) if first.step == entry.step => {
+                    let what = format!("the step is there under another name, too name={:?}", first.name);
+                    let error = Error::new(ErrorKind::Conflict, what).with_step(entry.step).with_path(&entry.path);
+                    problems.push(self.problem(entry.step, entry.name, error));
+                }
+                _ => entries.push(entry),
+            }
+        }
+        problems.extend(broken);
+        problems.sort_by_key(|problem| problem.step);
+        Ok((entries, problems))
+    }
+
+    /// Every name under which a step can be opened, by step and preference, and what cannot.
+    fn everything(&self) -> Result<(Vec<Entry>, Vec<Problem>)> {
         let (mut entries, mut problems) = (Vec::new(), Vec::new());
         for (step, name) in self.names()? {
             match self.try_open(step, &name) {
-                Ok(Some(checkpoint)) => {
-                    let (path, attempt) = (checkpoint.path().into(), checkpoint.attempt());
-                    entries.push(Entry { step, name, path, bytes: checkpoint.bytes(), attempt });
-                }
+                Ok(Some(checkpoint)) => entries.push(Entry {
+                    step,
+                    path: checkpoint.path().into(),
+                    bytes: checkpoint.bytes(),
+                    attempt: checkpoint.attempt(),
+                    modified: checkpoint.modified(),
+                    name,
+                }),
                 Ok(None) => {}
                 Err(error) => problems.push(self.problem(step, name, error)),
             }
@@ -167,8 +209,8 @@ impl Catalog {
             match self.try_open(step, &name) {
                 Ok(None) => {}
                 Ok(Some(checkpoint)) => return Ok(Some(checkpoint)),
-                Err(error) if error.kind() == ErrorKind::Corrupt => {
-                    tracing::warn!(step, %name, error = format_args!("{error:#}"), "a damaged step is not listed");
+                Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Conflict) => {
+                    tracing::warn!(step, %name, error = format_args!("{error:#}"), "a newer step is passed over");
                 }
                 Err(error) => return Err(error),
             }
@@ -205,7 +247,7 @@ impl Catalog {
     pub fn latest_valid(&self) -> Result<Option<Found>> {
         let mut skipped = Vec::new();
         for (step, name) in newest_first(self.names()?) {
-            match self.try_open(step, &name).and_then(sound) {
+            match self.try_open(step, &name).and_then(|found| self.read_whole(found)) {
                 Ok(Some(checkpoint)) => return Ok(Some(Found { checkpoint, skipped })),
                 Ok(None) => {}
                 Err(error) => {
@@ -223,6 +265,22 @@ impl Catalog {
             self.storage.list()?.into_iter().filter_map(|name| Some((parse_step_name(&name)?, name))).collect();
         names.sort_by_cached_key(|(step, name)| (*step, *name != step_name(*step), name.clone()));
         Ok(names)
+    }
+
+    /// Returns the checkpoint when every byte of it is as it was written, and remembers what was found.
+    fn read_whole(&self, checkpoint: Option<Checkpoint>) -> Result<Option<Checkpoint>> {
+        let Some(checkpoint) = checkpoint else { return Ok(None) };
+        let found = checkpoint.damaged(&checkpoint.verify()?);
+        let mut known = self.known();
+        let Some(error) = found else {
+            known.sound.insert(checkpoint.attempt());
+            return Ok(Some(checkpoint));
+        };
+        if error.kind() == ErrorKind::Corrupt {
+            known.sound.remove(&checkpoint.attempt());
+            known.damaged.insert(checkpoint.attempt(), error.clone());
+        }
+        Err(error)
     }
 
     /// None when the directory is foreign, or gone by now.
@@ -253,10 +311,7 @@ fn newest_first(mut names: Vec<(u64, String)>) -> Vec<(u64, String)> {
     names
 }
 
-fn sound(checkpoint: Option<Checkpoint>) -> Result<Option<Checkpoint>> {
-    let Some(checkpoint) = checkpoint else { return Ok(None) };
-    match checkpoint.damaged(&checkpoint.verify()?) {
-        None => Ok(Some(checkpoint)),
-        Some(error) => Err(error),
-    }
+/// A path as text: what is not UTF-8 in it is replaced, because JSON has nothing else.
+fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }

@@ -4,13 +4,15 @@
 //! The one unsafe function calls nothing: it takes memory of a device, and its caller promises what the kernels that use it rely on.
 #![expect(unsafe_code, reason = "takes memory for kernels; argument above")]
 
+use super::place::Place;
 use super::{Admission, CheckpointExecutor, Lines, ending, tidy};
+use crate::catalog::{Keeping, PreservationPolicy, Verify};
 use crate::completion::Signal;
 use crate::device::{Device, DeviceReport, LentMemory, Memory, Selected, choose};
 use crate::error::{Error, Result};
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
-use crate::settings::{Detect, Engine, Failed, Locks, Overlap, Priority, Settings};
+use crate::settings::{Detect, Engine, Failed, Locks, OnDamaged, Overlap, Priority, Settings};
 use crate::staging::{Scratch, Stager};
 use crate::storage::local::Local;
 use crate::storage::{Storage, Sweep};
@@ -38,6 +40,18 @@ pub struct Builder {
     device: Option<Arc<dyn Device>>,
     /// For the scratch, and how much it is.
     lent: Option<(LentMemory, u64)>,
+    /// What is kept beyond the retention of the settings.
+    policy: Policy,
+}
+
+/// A policy, if there is one.
+#[derive(Clone, Default)]
+struct Policy(Option<Arc<dyn PreservationPolicy>>);
+
+impl std::fmt::Debug for Policy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Policy({})", self.0.is_some())
+    }
 }
 
 macro_rules! setters {
@@ -52,7 +66,7 @@ macro_rules! setters {
 
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
-        Self { root, settings: Settings::default(), storage: None, device: None, lent: None }
+        Self { root, settings: Settings::default(), storage: None, device: None, lent: None, policy: Policy::default() }
     }
 
     /// Replaces all settings.
@@ -102,12 +116,23 @@ impl Builder {
         keep_last: usize,
         /// Keep every step that is a multiple of this, beyond `keep_last`, without which it is refused.
         keep_every: u64,
+        /// Whether a step that an earlier process wrote is read whole before it counts for `keep_last`: no.
+        verify_kept: bool,
+        /// What a save does about a damaged step of the same number: `Replace`.
+        damaged: OnDamaged,
         /// A save that is not durable by then fails: 30 minutes.
         save_deadline: Duration,
         /// A save that is still read when a fence has waited this long fails: 10 minutes.
         fence_deadline: Duration,
         /// How long dropping the executor waits for saves in flight: 5 minutes.
         shutdown_deadline: Duration,
+    }
+
+    /// Keeps steps that `policy` chooses, such as the [best](crate::catalog::Best), beyond those of `keep_last` and `keep_every`;
+    /// without these, beyond the newest durable one.
+    pub fn preserve(mut self, policy: impl PreservationPolicy + 'static) -> Self {
+        self.policy = Policy(Some(Arc::new(policy)));
+        self
     }
 
     /// Keeps checkpoints in `storage` instead of the root directory.
@@ -150,7 +175,7 @@ impl Builder {
     /// # Errors
     /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` when there are no threads to be had.
     pub fn build(self) -> Result<CheckpointExecutor> {
-        let Self { root, mut settings, storage, device, lent } = self;
+        let Self { root, mut settings, storage, device, lent, policy } = self;
         settings.scratch = lent.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
         settings.check()?;
         let storage = match storage {
@@ -205,7 +230,12 @@ impl Builder {
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;
         let sweep = Sweep::default().older_than(settings.abandoned_after);
-        let retention = Retention { keep_last: settings.keep_last, keep_every: settings.keep_every };
+        let keeping = Keeping {
+            retention: Retention { keep_last: settings.keep_last, keep_every: settings.keep_every },
+            policy: policy.0,
+            verify: if settings.verify_kept { Verify::All } else { Verify::No },
+        };
+        let place = Arc::new(Place { storage: storage.clone(), catalog: catalog.clone(), damaged: settings.damaged });
 
         let (ended, endings) = unbounded::<Arc<Task>>();
         // Bounded, because what waits holds descriptors and room on the medium.
@@ -218,6 +248,7 @@ impl Builder {
             compared: Arc::default(),
             closed: AtomicBool::new(false),
             storage: storage.clone(),
+            place,
             device: report,
             settings,
         };
@@ -236,7 +267,7 @@ impl Builder {
         };
         let tidy = move || {
             adopt(priority);
-            tidy::run(&leavings, storage.as_ref(), &catalog, &retention, sweep);
+            tidy::run(&leavings, storage.as_ref(), &catalog, &keeping, sweep);
         };
         let mut lines = Lines { threads: std::mem::take(&mut pool.threads), pool, ended };
         lines.threads.push(spawn("ashore-stage".into(), move || stager.run())?);

@@ -4,7 +4,7 @@
 //! bounded. What fails is tried again after later saves, and once more when the executor ends.
 
 use super::ending::Left;
-use crate::catalog::{Catalog, Retention};
+use crate::catalog::{Catalog, Keeping};
 use crate::error::{Error, Result};
 use crate::id::parse_step_name;
 use crate::storage::{Remnant, State, Storage, Sweep, Swept};
@@ -27,11 +27,13 @@ pub(super) fn run(
     leavings: &Receiver<Left>,
     storage: &dyn Storage,
     catalog: &Catalog,
-    retention: &Retention,
+    keeping: &Keeping,
     sweep: Sweep,
 ) {
+    attempt("look at the steps", || catalog.warn_of_oddities());
     let (owed, reported) = (Vec::new(), Vec::new());
-    let mut tidy = Tidy { storage, catalog, retention, sweep, owed, unpruned: false, unswept: false, reported };
+    let (unpruned, unswept, last) = (false, false, None);
+    let mut tidy = Tidy { storage, catalog, keeping, sweep, owed, unpruned, unswept, reported, last };
     tidy.unswept = tidy.sweep().is_none();
     let (mut touched, mut swept) = (Instant::now(), Instant::now());
     loop {
@@ -56,7 +58,7 @@ pub(super) fn run(
 struct Tidy<'a> {
     storage: &'a dyn Storage,
     catalog: &'a Catalog,
-    retention: &'a Retention,
+    keeping: &'a Keeping,
     sweep: Sweep,
     /// Attempts that are over and still on the medium, at most [`LAG`] after each round of work.
     owed: Vec<Left>,
@@ -66,6 +68,8 @@ struct Tidy<'a> {
     unswept: bool,
     /// The names that the last sweep left alone and did not know to be alive.
     reported: Vec<String>,
+    /// The step that was published last.
+    last: Option<u64>,
 }
 
 impl Tidy<'_> {
@@ -76,6 +80,12 @@ impl Tidy<'_> {
         // What lies beside the steps is not the latest of them.
         if let Some(newest) = names.rfind(|name| parse_step_name(name).is_some()) {
             attempt("write the hint", || self.storage.hint(newest));
+            let step = parse_step_name(newest);
+            // Where a run begins, or goes back.
+            if let Some(step) = step.filter(|step| self.last.is_none_or(|last| *step < last)) {
+                attempt("look for newer steps", || self.catalog.warn_if_below(step));
+            }
+            self.last = step;
         }
         self.unpruned |= self.owed.iter().skip(before).any(|left| left.published().is_some());
     }
@@ -95,8 +105,7 @@ impl Tidy<'_> {
             *unswept = true;
         }
         if self.unpruned {
-            let pruned = || self.catalog.prune(self.retention, false).map(drop);
-            self.unpruned = !self.retention.is_unlimited() && !attempt("prune", pruned);
+            self.unpruned = !attempt("prune", || self.keeping.prune(self.catalog));
         }
         if self.unswept {
             // An attempt that looks alive may be one whose last thread is just letting go of it.

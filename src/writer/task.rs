@@ -5,17 +5,22 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{Chunk, Receipts, Request, Segment, Sink};
 use crate::settings::IoMode;
-use crate::storage::{FileWriting, Storage, Writing};
+use crate::storage::{FileWriting, Writing};
 use crossbeam_channel::Sender;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+/// Begins the attempt of a save, at the place where it goes.
+pub(crate) trait Begin: Send + Sync + std::fmt::Debug {
+    fn begin(&self, request: &Request) -> Result<Arc<dyn Writing>>;
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Task {
     pub request: Request,
-    storage: Arc<dyn Storage>,
+    place: Arc<dyn Begin>,
     attempt: OnceLock<Result<Arc<dyn Writing>>>,
     shards: Vec<Shard>,
     /// Of each chunk that was written.
@@ -43,11 +48,11 @@ struct Shard {
 
 impl Task {
     /// A task over `pool`; `ended` gets it when its last chunk is done.
-    pub fn new(request: Request, storage: Arc<dyn Storage>, pool: &Pool, ended: Sender<Arc<Task>>) -> Self {
+    pub fn new(request: Request, place: Arc<dyn Begin>, pool: &Pool, ended: Sender<Arc<Task>>) -> Self {
         let shard =
             |chunks| Shard { file: OnceLock::new(), chunks_left: AtomicUsize::new(chunks), sealed: OnceLock::new() };
         Self {
-            storage,
+            place,
             attempt: OnceLock::new(),
             shards: request.plan.shards.iter().map(|s| shard(s.chunks.len())).collect(),
             receipts: request.plan.chunks.iter().map(|_| OnceLock::new()).collect(),
@@ -61,8 +66,7 @@ impl Task {
 
     /// The attempt, begun by the first who asks.
     fn attempt(&self) -> Result<Arc<dyn Writing>> {
-        let Request { ticket, name, overwrite, .. } = &self.request;
-        self.attempt.get_or_init(|| self.storage.begin(name, ticket.attempt, *overwrite)).clone()
+        self.attempt.get_or_init(|| self.place.begin(&self.request)).clone()
     }
 
     /// The attempt, if it was begun.

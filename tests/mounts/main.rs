@@ -4,7 +4,8 @@
 mod image;
 
 use ashore::{
-    Catalog, CheckpointExecutor, Committed, Error, ErrorKind, IoMode, Result, Retention, StateDict, id::parse_step_name,
+    Catalog, CheckpointExecutor, Committed, Error, ErrorKind, IoMode, PruneOptions, Result, Retention, StateDict,
+    id::parse_step_name,
 };
 use image::Mounted;
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
@@ -102,7 +103,8 @@ fn saves_until_it_is_full(mounted: &Mounted, mode: IoMode) {
     full(&save(&executor, next).unwrap_err(), next);
     steps_are(&root, &done);
     assert!(lies_about(&root).is_empty(), "{:?}", lies_about(&root));
-    let pruned = executor.catalog().prune(&Retention { keep_last: Some(1), keep_every: None }, false).unwrap();
+    let pruned =
+        executor.catalog().prune(&Retention { keep_last: Some(1), keep_every: None }, PruneOptions::new()).unwrap();
     assert_eq!(pruned.removed.len(), done.len() - 1);
     save(&executor, next).unwrap();
     steps_are(&root, &[next - 1, next]);
@@ -134,7 +136,10 @@ fn saves_with_little_room(mounted: &Mounted) {
                 saved += 1;
                 steps_are(&root, &[1, 2]);
                 fs::remove_file(&ballast).unwrap();
-                executor.catalog().prune(&Retention { keep_last: Some(1), keep_every: None }, false).unwrap();
+                executor
+                    .catalog()
+                    .prune(&Retention { keep_last: Some(1), keep_every: None }, PruneOptions::new())
+                    .unwrap();
                 steps_are(&root, &[2]);
                 save(&executor, 1).unwrap();
                 fs::remove_dir_all(root.join("step-00000002")).unwrap();

@@ -1,7 +1,7 @@
 //! The handler: where checkpoints are, which are kept, and when a call returns.
 
 use super::state::{Checkpointable, State};
-use crate::catalog::{Catalog, Retention};
+use crate::catalog::{Catalog, PruneOptions, Pruned, Retention};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
@@ -318,6 +318,10 @@ impl Drop for OrbaxCheckpointHandler {
     }
 }
 
+fn prune(catalog: &Catalog, keep_last: Option<usize>) -> Result<Pruned> {
+    catalog.prune(&Retention { keep_last, keep_every: None }, PruneOptions::new())?.complete()
+}
+
 impl Inner {
     fn executor(&mut self, directory: &Path, settings: &Settings) -> Result<&CheckpointExecutor> {
         let executor = match self.open.iter().position(|(open, _)| open == directory) {
@@ -337,7 +341,7 @@ impl Inner {
         // The save has a deadline of its own.
         save.wait(patience)?;
         if let (Some((directory, executor)), Some(_)) = (self.open.first(), keep)
-            && let Err(error) = executor.catalog().prune(&Retention { keep_last: keep, keep_every: None }, false)
+            && let Err(error) = prune(executor.catalog(), keep)
         {
             tracing::warn!(?directory, error = format_args!("{error:#}"), "could not delete old steps");
         }

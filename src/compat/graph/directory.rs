@@ -7,7 +7,7 @@
 
 use super::records::{Kind, Records, checkpointer};
 use super::worker::Worker;
-use crate::catalog::{Catalog, Retention};
+use crate::catalog::{Catalog, PruneOptions, Retention};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
@@ -155,7 +155,9 @@ impl Records for Runs {
             return Ok(());
         }
         let Some(catalog) = self.catalog(run, Kind::State)? else { return Ok(()) };
-        let pruned = catalog.prune(&Retention { keep_last: Some(keep_last), keep_every: None }, false)?;
+        let pruned = catalog
+            .prune(&Retention { keep_last: Some(keep_last), keep_every: None }, PruneOptions::new())?
+            .complete()?;
         match pruned.kept.first() {
             Some(oldest) if pruned.kept.len() >= keep_last => self.remove(run, Kind::Active, Some(oldest.step)),
             _ => Ok(()),

@@ -1,6 +1,6 @@
 use crate::made::{Made, Watched, noise, publish};
 use ashore::storage::Storage;
-use ashore::{Attempt, Catalog, Dtype, ErrorKind, Retention};
+use ashore::{Attempt, Catalog, Dtype, ErrorKind, PruneOptions, Retention};
 use std::sync::Arc;
 
 fn steps(steps: impl IntoIterator<Item = u64>) -> (Watched, Catalog, Vec<Attempt>) {
@@ -27,9 +27,9 @@ const LAST_TWO: Retention = Retention { keep_last: Some(2), keep_every: None };
 fn the_last_ones_and_every_kth_survive() {
     let (storage, catalog, _) = steps([5, 10, 15, 20, 25, 30, 100]);
     let retention = Retention { keep_last: Some(2), keep_every: Some(10) };
-    let dry = catalog.prune(&retention, true).unwrap();
+    let dry = catalog.prune(&retention, PruneOptions::new().dry_run(true)).unwrap();
     assert_eq!(left(&storage).len(), 7, "a dry run removes nothing");
-    let pruned = catalog.prune(&retention, false).unwrap();
+    let pruned = catalog.prune(&retention, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [10, 20, 30, 100]);
     assert_eq!(storage.seen.lock().unwrap().removed, ["step-00000005", "step-00000015", "step-00000025"]);
     let steps = |entries: &[ashore::catalog::Entry]| entries.iter().map(|entry| entry.step).collect::<Vec<_>>();
@@ -41,11 +41,11 @@ fn the_last_ones_and_every_kth_survive() {
 fn survivors_are_made_durable_before_anything_is_removed_and_only_once() {
     let (storage, catalog, attempts) = steps([1, 2, 3]);
     catalog.acknowledge(attempts[2]);
-    catalog.prune(&LAST_TWO, false).unwrap();
+    catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
     let seen = |storage: &Watched| storage.seen.lock().unwrap().confirmed.clone();
     assert_eq!(seen(&storage), ["step-00000002"], "the one that this process did not publish");
     assert_eq!(left(&storage), [2, 3]);
-    catalog.prune(&LAST_TWO, false).unwrap();
+    catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(seen(&storage).len(), 1);
 }
 
@@ -53,12 +53,12 @@ fn survivors_are_made_durable_before_anything_is_removed_and_only_once() {
 fn a_step_that_cannot_be_made_durable_replaces_none() {
     let (storage, catalog, _) = steps([1, 2, 3, 4]);
     storage.seen.lock().unwrap().broken.insert("step-00000004".into());
-    let pruned = catalog.prune(&LAST_TWO, false).unwrap();
+    let pruned = catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [2, 3, 4]);
     assert_eq!(pruned.doubtful.iter().map(|problem| problem.step).collect::<Vec<_>>(), [4]);
     storage.seen.lock().unwrap().broken.extend(["step-00000002".into(), "step-00000003".into()]);
     let fresh = Catalog::over(Arc::new(storage.clone()));
-    fresh.prune(&Retention { keep_last: Some(1), keep_every: None }, false).unwrap();
+    fresh.prune(&Retention { keep_last: Some(1), keep_every: None }, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [2, 3, 4], "none of them counts");
 }
 
@@ -67,7 +67,7 @@ fn a_step_that_cannot_be_made_durable_replaces_none() {
 fn a_step_that_another_prune_deletes_meanwhile_is_neither_doubtful_nor_kept() {
     let (storage, catalog, _) = steps([1, 2, 3, 4]);
     storage.seen.lock().unwrap().vanishing = Some("step-00000003".into());
-    let pruned = catalog.prune(&LAST_TWO, false).unwrap();
+    let pruned = catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(pruned.doubtful.len(), 0, "{:?}", pruned.doubtful);
     assert_eq!(pruned.kept.iter().map(|entry| entry.step).collect::<Vec<_>>(), [2, 4]);
     assert_eq!(left(&storage), [2, 4]);
@@ -78,7 +78,7 @@ fn an_indeterminate_step_never_counts() {
     let (storage, catalog, attempts) = steps([1, 2, 3]);
     catalog.acknowledge(attempts[2]);
     catalog.doubt(attempts[2]);
-    let pruned = catalog.prune(&LAST_TWO, false).unwrap();
+    let pruned = catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [1, 2, 3]);
     assert_eq!(pruned.doubtful[0].error.kind(), ErrorKind::Indeterminate);
     assert_eq!(pruned.removed.len(), 0);
@@ -91,9 +91,9 @@ fn a_run_that_went_back_keeps_what_it_saves() {
         catalog.acknowledge(*fresh);
         catalog.acknowledge(*fresh);
     }
-    catalog.prune(&LAST_TWO, false).unwrap();
+    catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [110, 120, 900, 1000], "higher steps of the run before replace none of this one's");
-    Catalog::over(Arc::new(storage.clone())).prune(&LAST_TWO, false).unwrap();
+    Catalog::over(Arc::new(storage.clone())).prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [900, 1000]);
 }
 
@@ -106,7 +106,7 @@ fn foreign_and_broken_directories_stay() {
     broken[0].1.pop();
     publish(&storage.memory, "step-00000003", &broken);
     publish(&storage.memory, "step-00000040", &broken);
-    catalog.prune(&LAST_TWO, false).unwrap();
+    catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [1, 2, 3, 20, 30, 40], "and the broken newer one does not count");
 }
 
@@ -115,7 +115,7 @@ fn every_name_of_a_step_goes_with_it() {
     let (storage, catalog, _) = steps([1, 2, 3]);
     Made::new(1).publish(&storage.memory, "ckpt-1");
     Made::new(3).publish(&storage.memory, "ckpt-3");
-    catalog.prune(&LAST_TWO, false).unwrap();
+    catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [2, 3, 3]);
 }
 
@@ -123,7 +123,11 @@ fn every_name_of_a_step_goes_with_it() {
 fn one_that_cannot_be_removed_is_reported_and_the_others_go() {
     let (storage, catalog, _) = steps([1, 2, 3, 4]);
     storage.seen.lock().unwrap().broken.insert("step-00000001".into());
-    let failed = catalog.prune(&LAST_TWO, false).unwrap_err();
+    let pruned = catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
+    let steps = |entries: &[ashore::catalog::Entry]| entries.iter().map(|entry| entry.step).collect::<Vec<_>>();
+    assert_eq!((steps(&pruned.removed), steps(&pruned.kept)), (vec![2], vec![1, 3, 4]), "what was deleted is said");
+    assert_eq!(pruned.failed.iter().map(|problem| problem.step).collect::<Vec<_>>(), [1]);
+    let failed = pruned.complete().unwrap_err();
     assert_eq!((failed.kind(), failed.step()), (ErrorKind::Unavailable, Some(1)));
     assert_eq!(left(&storage), [1, 3, 4]);
 }
@@ -132,9 +136,12 @@ fn one_that_cannot_be_removed_is_reported_and_the_others_go() {
 fn a_retention_of_nothing_is_refused_before_anything_is_read() {
     let (storage, catalog, _) = steps([1, 2]);
     for (keep_last, keep_every) in [(Some(0), None), (Some(1), Some(0)), (None, Some(0))] {
-        assert_eq!(catalog.prune(&Retention { keep_last, keep_every }, false).unwrap_err().kind(), ErrorKind::Invalid);
+        assert_eq!(
+            catalog.prune(&Retention { keep_last, keep_every }, PruneOptions::new()).unwrap_err().kind(),
+            ErrorKind::Invalid
+        );
     }
     assert!(storage.seen.lock().unwrap().reads.is_empty());
-    catalog.prune(&Retention::default(), false).unwrap();
+    catalog.prune(&Retention::default(), PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [1, 2]);
 }

@@ -56,7 +56,14 @@ fn of_two_names_for_a_step_the_one_that_we_give_comes_first() {
     b.publish(&storage, "ckpt-7");
     ours.publish(&storage, "step-00000007");
     let catalog = catalog(&storage);
-    assert_eq!(names(&catalog), ["step-00000007", "checkpoint-7", "ckpt-7"]);
+    let (entries, problems) = catalog.survey().unwrap();
+    assert_eq!(
+        entries.iter().map(|entry| &entry.name[..]).collect::<Vec<_>>(),
+        ["step-00000007"],
+        "one step, not three"
+    );
+    let others: Vec<_> = problems.iter().map(|problem| (&problem.name[..], problem.error.kind())).collect();
+    assert_eq!(others, [("checkpoint-7", ErrorKind::Conflict), ("ckpt-7", ErrorKind::Conflict)]);
     assert_eq!(catalog.checkpoint(7).unwrap().attempt(), ours.attempt);
     assert_eq!(catalog.latest().unwrap().unwrap().attempt(), ours.attempt);
     let mut broken = ours.files();
@@ -98,8 +105,11 @@ fn what_is_ours_and_broken_is_a_problem_with_a_reason() {
     let problems = catalog.problems().unwrap();
     let found: Vec<_> = problems.iter().map(|problem| (problem.step, &problem.name[..])).collect();
     assert_eq!(found, [(3, "step-00000003"), (4, "ckpt-4"), (5, "ckpt-5"), (6, "step-00000006")]);
-    for (problem, reason) in problems.iter().zip(["another step manifest=2", "wrong length", "damaged", "damaged"]) {
-        assert_eq!(problem.error.kind(), ErrorKind::Corrupt);
+    let (conflict, corrupt) = (ErrorKind::Conflict, ErrorKind::Corrupt);
+    let why =
+        [("another step manifest=2", conflict), ("wrong length", corrupt), ("damaged", corrupt), ("damaged", corrupt)];
+    for (problem, (reason, kind)) in problems.iter().zip(why) {
+        assert_eq!(problem.error.kind(), kind);
         assert!(problem.error.message().contains(reason), "{}", problem.error);
     }
     assert_eq!(catalog.checkpoint(4).unwrap_err().kind(), ErrorKind::Corrupt);

@@ -1,0 +1,163 @@
+//! Branches: a run that went back to an earlier step and goes on from there, below steps of the run before.
+
+use super::prune::is_damaged;
+use super::{Catalog, Entry, PreservationPolicy, Problem, PruneOptions, Pruned, Retention, Verify};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::step_name;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+/// What an executor keeps as saves become durable.
+pub(crate) struct Keeping {
+    pub retention: Retention,
+    pub policy: Option<Arc<dyn PreservationPolicy>>,
+    pub verify: Verify,
+}
+
+impl Keeping {
+    /// Deletes what is not to be kept.
+    pub fn prune(&self, catalog: &Catalog) -> Result<()> {
+        let options = PruneOptions::new().verify(self.verify);
+        match &self.policy {
+            None if self.retention.is_unlimited() => return Ok(()),
+            None => catalog.prune(&self.retention, options),
+            Some(policy) => catalog.prune_by(&self.retention, policy.as_ref(), options),
+        }?
+        .complete()
+        .map(drop)
+    }
+}
+
+impl fmt::Debug for Keeping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("Keeping");
+        out.field("retention", &self.retention).field("policy", &self.policy.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl Catalog {
+    /// Deletes every step after `step`, newest first, also the damaged ones: for a run that goes back to `step` and on from
+    /// there, so that what it saves is the newest again.
+    ///
+    /// # Errors
+    /// `NotFound` when `step` is not there; `Invalid` when it is not durable and, as the options ask, sound. Nothing is
+    /// deleted then. When the directory cannot be read.
+    pub fn discard_after(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
+        let stays = self.checkpoint(step)?;
+        let (mut entries, mut problems) = self.everything()?;
+        let mut pruned = Pruned::default();
+        let there: Vec<_> = entries.iter().filter(|entry| entry.attempt == stays.attempt()).cloned().collect();
+        self.demand(&there, options.verify, &mut pruned)?;
+        problems.retain(|problem| problem.step > step && is_damaged(problem));
+        problems.reverse();
+        entries.reverse();
+        self.take_damaged(problems, options.dry_run, &mut pruned);
+        self.take(entries, |entry| entry.step > step, options.dry_run, &mut pruned);
+        pruned.removed.reverse();
+        pruned.damaged.reverse();
+        pruned.kept.reverse();
+        Ok(pruned)
+    }
+
+    /// The step that the running branch has come to: the last that this process published; where it published none, the
+    /// last that was written, by the clock of the storage.
+    pub(super) fn head<'e>(&self, entries: &'e [Entry]) -> Option<&'e Entry> {
+        let known = self.known();
+        let own = known.own.iter().rev().find_map(|own| entries.iter().find(|entry| entry.attempt == *own));
+        own.or_else(|| entries.iter().max_by_key(|entry| (entry.modified, entry.step)))
+    }
+
+    /// The step that was written last, and the one with the highest number, where these are two: a run went back, and
+    /// [`Catalog::latest`] is of the run before. Times are those of the storage's clock; a copy of a step can have another.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn branched(&self) -> Result<Option<(Entry, Entry)>> {
+        Ok(branch(&self.list()?).map(|(last, newest)| (last.clone(), newest.clone())))
+    }
+
+    /// Warns, when a run begins, of steps that are not listed, and when the newest step is not the one that was written last.
+    pub(crate) fn warn_of_oddities(&self) -> Result<()> {
+        let (entries, problems) = self.survey()?;
+        for Problem { step, name, error, .. } in problems {
+            tracing::warn!(step, %name, error = format_args!("{error:#}"), "a step is not listed");
+        }
+        if let Some((last, newest)) = branch(&entries) {
+            warn(last.step, newest.step);
+        }
+        Ok(())
+    }
+
+    /// Warns when `step`, which this process just published, is below steps that are there.
+    pub(crate) fn warn_if_below(&self, step: u64) -> Result<()> {
+        let mut above = self.names()?.into_iter().rev().filter(|(there, _)| *there > step);
+        if let Some((newest, _)) = above.find(|(there, name)| matches!(self.try_open(*there, name), Ok(Some(_)))) {
+            warn(step, newest);
+        }
+        Ok(())
+    }
+
+    /// Refuses to save `step` as `name` while it is there under another name: it would be one step in two places.
+    pub(crate) fn refuse_second_name(&self, step: u64, name: &str) -> Result<()> {
+        let canonical = step_name(step);
+        if self.known().aliases.is_none() {
+            let mut aliases = HashMap::<u64, Vec<String>>::new();
+            for (step, name) in self.names()?.into_iter().filter(|(step, name)| *name != step_name(*step)) {
+                aliases.entry(step).or_default().push(name);
+            }
+            self.known().aliases.get_or_insert(aliases);
+        }
+        let mut others = match &mut self.known().aliases {
+            Some(aliases) if name == canonical => aliases.get(&step).cloned().unwrap_or_default(),
+            Some(aliases) => {
+                let names = aliases.entry(step).or_default();
+                if !names.iter().any(|known| known == name) {
+                    names.push(name.into());
+                }
+                names.clone()
+            }
+            None => Vec::new(),
+        };
+        others.push(canonical);
+        for other in others.iter().filter(|other| *other != name) {
+            let there = match self.try_open(step, other) {
+                Ok(found) => found.is_some(),
+                Err(error) => error.kind() == ErrorKind::Corrupt,
+            };
+            if there {
+                let what = format!("the step is there under another name other={other:?}");
+                let path = self.storage.describe(name);
+                return Err(Error::new(ErrorKind::Conflict, what).with_step(step).with_path(path));
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets the name of a step that was removed.
+    pub(super) fn forget_alias(&self, step: u64, name: &str) {
+        if let Some(aliases) = &mut self.known().aliases
+            && let Some(names) = aliases.get_mut(&step)
+        {
+            names.retain(|known| known != name);
+            if names.is_empty() {
+                aliases.remove(&step);
+            }
+        }
+    }
+}
+
+/// The step that was written last and the newest by number, where these are two.
+fn branch(entries: &[Entry]) -> Option<(&Entry, &Entry)> {
+    let last = entries.iter().max_by_key(|entry| (entry.modified, entry.step));
+    last.zip(entries.last()).filter(|(last, newest)| last.step < newest.step)
+}
+
+fn warn(last: u64, newest: u64) {
+    tracing::warn!(
+        last,
+        newest,
+        "the newest step by number is not the one written last: the run went back; `latest` finds the higher number until \
+         `Catalog::discard_after` deletes what comes after the step to go on from"
+    );
+}

@@ -1,0 +1,108 @@
+//! Policies: which steps are worth keeping for what they hold, whatever their age.
+
+use super::{Catalog, Entry};
+use crate::error::{Error, ErrorKind, Result};
+use crate::state::decode_value;
+use serde::de::DeserializeOwned;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A step as policies see it.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Candidate {
+    /// The step.
+    pub entry: Entry,
+    metadata: BTreeMap<String, serde_json::Value>,
+}
+
+impl Candidate {
+    /// The user metadata under `key`; None when there is none, or it is not a `T`.
+    pub fn metadata<T: DeserializeOwned>(&self, key: &str) -> Option<T> {
+        self.metadata.get(key).and_then(|value| decode_value(value).ok())
+    }
+}
+
+/// Which steps are kept beyond a [`Retention`](super::Retention). Any `Fn(&[Candidate]) -> Vec<bool>` is one.
+///
+/// A policy only spares: the newest steps that the retention keeps stay whatever it says.
+pub trait PreservationPolicy: Send + Sync {
+    /// For each step, oldest first, whether it is kept. What is missing at the end is kept.
+    fn preserves(&self, steps: &[Candidate]) -> Vec<bool>;
+}
+
+impl<F: Fn(&[Candidate]) -> Vec<bool> + Send + Sync> PreservationPolicy for F {
+    fn preserves(&self, steps: &[Candidate]) -> Vec<bool> {
+        self(steps)
+    }
+}
+
+/// The best steps by a metric, which is a number in their metadata. Of equal ones the newer is better; a step without the
+/// metric, or whose metric is not a number, is none of the best.
+///
+/// ```
+/// use ashore::{CheckpointExecutor, StateDict, catalog::Best};
+/// use std::{sync::Arc, time::Duration};
+/// # let root = tempfile::tempdir().unwrap();
+/// let executor = CheckpointExecutor::builder(root.path()).arena(4 << 20).chunk(1 << 20)
+///     .keep_last(1).preserve(Best::lowest("loss", 1)).build()?;
+/// for (step, loss) in [(1, 0.5), (2, 0.2), (3, 0.4), (4, 0.3)] {
+///     let mut state = StateDict::new();
+///     state.tensor("weights", Arc::new(vec![step as f32; 4]))?.metadata("loss", &loss)?;
+///     executor.save(step, state)?.wait(Duration::from_secs(60))?;
+///     executor.fence()?;
+/// }
+/// executor.shutdown(Duration::from_secs(60))?;
+/// let kept: Vec<u64> = ashore::Catalog::open(root.path())?.list()?.iter().map(|entry| entry.step).collect();
+/// assert_eq!(kept, [2, 4]);
+/// # Ok::<(), ashore::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Best {
+    metric: String,
+    count: usize,
+    lowest: bool,
+}
+
+impl Best {
+    /// The `count` steps with the lowest metadata `metric`.
+    pub fn lowest(metric: impl Into<String>, count: usize) -> Self {
+        Self { metric: metric.into(), count, lowest: true }
+    }
+
+    /// The `count` steps with the highest metadata `metric`.
+    pub fn highest(metric: impl Into<String>, count: usize) -> Self {
+        Self { metric: metric.into(), count, lowest: false }
+    }
+}
+
+impl PreservationPolicy for Best {
+    fn preserves(&self, steps: &[Candidate]) -> Vec<bool> {
+        let metric = |step: &Candidate| step.metadata::<f64>(&self.metric).filter(|metric| !metric.is_nan());
+        let mut ranked: Vec<(usize, f64)> =
+            steps.iter().enumerate().filter_map(|(i, step)| Some((i, metric(step)?))).collect();
+        let order = |a: f64, b: f64| if self.lowest { a.total_cmp(&b) } else { b.total_cmp(&a) };
+        ranked.sort_by(|(i, a), (j, b)| order(*a, *b).then(j.cmp(i)));
+        let best: BTreeSet<usize> = ranked.into_iter().take(self.count).map(|(i, _)| i).collect();
+        (0..steps.len()).map(|i| best.contains(&i)).collect()
+    }
+}
+
+impl Catalog {
+    /// The steps that `policy` keeps.
+    pub(super) fn spared(&self, policy: &dyn PreservationPolicy, entries: &[Entry]) -> Result<BTreeSet<u64>> {
+        let mut candidates = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let metadata = match self.try_open(entry.step, &entry.name) {
+                Ok(Some(checkpoint)) => checkpoint.manifest().metadata.clone(),
+                Ok(None) => continue,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            candidates.push(Candidate { entry: entry.clone(), metadata });
+        }
+        let keep = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| policy.preserves(&candidates)))
+            .map_err(|_| Error::invalid("a preservation policy panicked; nothing was deleted"))?;
+        let kept = |i: usize| keep.get(i).copied().unwrap_or(true);
+        Ok(candidates.iter().enumerate().filter(|(i, _)| kept(*i)).map(|(_, step)| step.entry.step).collect())
+    }
+}

@@ -1,0 +1,372 @@
+//! Pruning: which steps go, what has to be known of those that stay first, and what came of it.
+
+use super::{Catalog, Entry, PreservationPolicy, Problem, Retention};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mutant::{self, Mutant};
+use std::collections::{BTreeSet, HashSet};
+
+/// What has to be known of the steps that stay before others are deleted, beside that they are complete and durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Verify {
+    /// Nothing.
+    No,
+    /// One of them is sound: this process wrote it, or has read it whole, now if it has not before.
+    #[default]
+    One,
+    /// Each that counts is sound.
+    All,
+}
+
+/// How steps are deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PruneOptions {
+    /// Delete nothing, only say what would be deleted.
+    pub dry_run: bool,
+    /// What has to be known of the steps that stay.
+    pub verify: Verify,
+}
+
+impl PruneOptions {
+    /// Deletes, once one step that stays is known to be sound.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether nothing is deleted.
+    #[must_use]
+    pub fn dry_run(mut self, dry_run: bool) -> Self {
+        self.dry_run = dry_run;
+        self
+    }
+
+    /// Sets what has to be known of the steps that stay.
+    #[must_use]
+    pub fn verify(mut self, verify: Verify) -> Self {
+        self.verify = verify;
+        self
+    }
+}
+
+/// What was deleted, or would be. A step that could not be deleted hinders no other.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Pruned {
+    /// What was removed, oldest first.
+    pub removed: Vec<Entry>,
+    /// Damaged steps that were removed, and what was wrong with each.
+    pub damaged: Vec<Problem>,
+    /// What was kept, oldest first.
+    pub kept: Vec<Entry>,
+    /// Steps among the kept that could not be made durable, or are damaged, and therefore replace no older one.
+    pub doubtful: Vec<Problem>,
+    /// What could not be deleted, and why. A step that is also among the removed is gone from the list, and what is left of
+    /// its bytes waits in a hidden directory for [`Catalog::sweep`].
+    pub failed: Vec<Problem>,
+    /// Names that another prune took away while this one looked at them.
+    vanished: HashSet<String>,
+}
+
+impl Pruned {
+    /// The same, when all was deleted that had to be.
+    ///
+    /// # Errors
+    /// Why the first step could not be deleted.
+    pub fn complete(self) -> Result<Self> {
+        match self.failed.first() {
+            Some(problem) => Err(problem.error.clone().with_step(problem.step).with_path(&problem.path)),
+            None => Ok(self),
+        }
+    }
+}
+
+impl Catalog {
+    /// Deletes what `retention` does not keep, oldest first. Foreign directories, attempts and steps that cannot be
+    /// opened are left alone.
+    ///
+    /// Steps that this process did not publish itself are made durable before they are counted; those where that fails,
+    /// and those found damaged, do not count, so more is kept. A run that went back to an early step loses nothing that it
+    /// saves to higher steps of the run before: the `keep_last` newest steps up to the one that this process published
+    /// last are kept as well, or up to the one that was written last where this process published none.
+    ///
+    /// # Errors
+    /// `Invalid` for a retention that keeps nothing; when the directory cannot be read. A step that cannot be deleted is
+    /// no error of this call: see [`Pruned::complete`].
+    pub fn prune(&self, retention: &Retention, options: PruneOptions) -> Result<Pruned> {
+        self.prune_sparing(retention, options, |_| Ok(BTreeSet::new()))
+    }
+
+    /// [`Catalog::prune`], which also keeps what `policy` does, such as the [best](super::Best). A retention that keeps all
+    /// steps keeps only the newest durable one here, and those of the policy.
+    ///
+    /// # Errors
+    /// As [`Catalog::prune`].
+    pub fn prune_by(
+        &self,
+        retention: &Retention,
+        policy: &dyn PreservationPolicy,
+        options: PruneOptions,
+    ) -> Result<Pruned> {
+        let retention = Retention { keep_last: retention.keep_last.or(Some(1)), ..*retention };
+        self.prune_sparing(&retention, options, |entries| self.spared(policy, entries))
+    }
+
+    fn prune_sparing(
+        &self,
+        retention: &Retention,
+        options: PruneOptions,
+        spared: impl FnOnce(&[Entry]) -> Result<BTreeSet<u64>>,
+    ) -> Result<Pruned> {
+        retention.check()?;
+        let entries = self.everything()?.0;
+        let mut pruned = Pruned::default();
+        let gone = self.planned(&entries, retention, options.verify, &mut pruned)?;
+        let spared = if gone.is_empty() { BTreeSet::new() } else { spared(&entries)? };
+        let goes = |entry: &Entry| gone.contains(&entry.step) && !spared.contains(&entry.step);
+        self.take(entries, goes, options.dry_run, &mut pruned);
+        Ok(pruned)
+    }
+
+    /// The steps that `retention` does not keep, neither by number nor on the branch that is running.
+    fn planned(
+        &self,
+        entries: &[Entry],
+        retention: &Retention,
+        verify: Verify,
+        pruned: &mut Pruned,
+    ) -> Result<BTreeSet<u64>> {
+        let Some(wanted) = retention.keep_last else { return Ok(BTreeSet::new()) };
+        let steps = |entries: &[Entry]| entries.iter().map(|entry| entry.step).collect::<Vec<_>>();
+        let head = self.head(entries);
+        let mut sound = head.is_some_and(|head| self.known().sound.contains(&head.attempt));
+        let counted = self.counted(entries, wanted, verify, &mut sound, pruned);
+        let mut gone: BTreeSet<u64> = retention.plan(steps(entries), counted)?.into_iter().collect();
+        if let Some(head) = head.map(|head| head.step) {
+            let branch = entries.split_at(entries.partition_point(|entry| entry.step <= head)).0;
+            if branch.len() < entries.len() {
+                let counted = self.counted(branch, wanted, verify, &mut sound, pruned);
+                let of_branch: BTreeSet<u64> = retention.plan(steps(branch), counted)?.into_iter().collect();
+                gone.retain(|step| *step > head || of_branch.contains(step));
+            }
+        }
+        Ok(gone)
+    }
+
+    /// Deletes of the steps that `choose` returns those that are older than the newest durable one, oldest first. As
+    /// [`Catalog::prune`] in everything else.
+    ///
+    /// # Errors
+    /// As there, and when a step cannot be deleted.
+    pub(crate) fn prune_chosen(&self, choose: impl FnOnce(&[Entry]) -> BTreeSet<u64>) -> Result<Pruned> {
+        let entries = self.everything()?.0;
+        let mut pruned = Pruned::default();
+        let mut gone = choose(&entries);
+        if gone.is_empty() {
+            pruned.kept = entries;
+            return Ok(pruned);
+        }
+        let durable = self.counted(&entries, 1, Verify::No, &mut true, &mut pruned).last().copied();
+        gone.retain(|step| durable.is_some_and(|durable| *step < durable));
+        self.take(entries, |entry| gone.contains(&entry.step), false, &mut pruned);
+        pruned.complete()
+    }
+
+    /// Deletes `step` under every name that it has, also when it is damaged.
+    ///
+    /// # Errors
+    /// `NotFound` when it is not there. `Invalid` when none of the others is durable and, as the options ask, sound:
+    /// nothing is deleted then. When the directory cannot be read.
+    pub fn delete(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
+        let (entries, problems) = self.everything()?;
+        let problems: Vec<_> =
+            problems.into_iter().filter(|problem| problem.step == step && is_damaged(problem)).collect();
+        if problems.is_empty() && entries.iter().all(|entry| entry.step != step) {
+            return Err(self
+                .checkpoint(step)
+                .err()
+                .unwrap_or_else(|| Error::internal("a step came while it was looked for")));
+        }
+        let mut pruned = Pruned::default();
+        let others: Vec<_> = entries.iter().filter(|entry| entry.step != step).cloned().collect();
+        self.demand(&others, options.verify, &mut pruned)?;
+        self.take_damaged(problems, options.dry_run, &mut pruned);
+        self.take(entries, |entry| entry.step == step, options.dry_run, &mut pruned);
+        Ok(pruned)
+    }
+
+    /// Reads every step whole and deletes the damaged ones of this library. What cannot be read at present stays.
+    ///
+    /// # Errors
+    /// `Invalid` when there are damaged steps and no sound and durable one: nothing is deleted then. When the directory cannot
+    /// be read.
+    pub fn delete_damaged(&self, options: PruneOptions) -> Result<Pruned> {
+        let (entries, problems) = self.everything()?;
+        let mut pruned = Pruned::default();
+        let mut damaged: Vec<_> = problems.into_iter().filter(is_damaged).collect();
+        for entry in entries {
+            match self.find_sound(&entry) {
+                Ok(()) => pruned.kept.push(entry),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => {
+                    let problem = self.problem(entry.step, entry.name.clone(), error);
+                    if is_damaged(&problem) {
+                        damaged.push(problem);
+                    } else {
+                        pruned.doubtful.push(problem);
+                        pruned.kept.push(entry);
+                    }
+                }
+            }
+        }
+        if !damaged.is_empty() {
+            let kept = pruned.kept.clone();
+            self.demand(&kept, options.verify, &mut pruned)?;
+        }
+        damaged.sort_by_key(|problem| problem.step);
+        self.take_damaged(damaged, options.dry_run, &mut pruned);
+        Ok(pruned)
+    }
+
+    /// Demands that one of `entries`, which stay, is durable and, as `verify` asks, sound.
+    pub(super) fn demand(&self, entries: &[Entry], verify: Verify, pruned: &mut Pruned) -> Result<()> {
+        if !self.counted(entries, 1, verify, &mut false, pruned).is_empty() {
+            return Ok(());
+        }
+        let what = "no step that would stay is durable and sound; nothing was deleted";
+        let refused = Error::invalid(what).with_path(self.storage.describe(""));
+        Err(match pruned.doubtful.last() {
+            Some(problem) => refused.with_source(problem.error.clone()),
+            None => refused,
+        })
+    }
+
+    /// The newest steps that count, as many as are `wanted`: those that are durable and, as `verify` asks, sound. Older ones
+    /// are not asked about. `sound` says whether one that stays is known to be.
+    fn counted(
+        &self,
+        entries: &[Entry],
+        wanted: usize,
+        verify: Verify,
+        sound: &mut bool,
+        pruned: &mut Pruned,
+    ) -> BTreeSet<u64> {
+        let mut counted = BTreeSet::new();
+        for entry in entries.iter().rev() {
+            if counted.len() >= wanted {
+                break;
+            }
+            if self.known().pending.contains_key(&entry.attempt)
+                || pruned.doubtful.iter().any(|seen| seen.name == entry.name)
+            {
+                continue;
+            }
+            let read = match verify {
+                Verify::No => false,
+                Verify::One => !*sound,
+                Verify::All => true,
+            } && !mutant::on(Mutant::PruneBlind);
+            let found = self
+                .make_durable(entry)
+                .and_then(|()| if read { self.find_sound(entry) } else { self.unblemished(entry) });
+            match found {
+                Ok(()) => {
+                    *sound |= read;
+                    counted.insert(entry.step);
+                }
+                Err(error) if mutant::on(Mutant::RetentionCount) => {
+                    drop(error);
+                    counted.insert(entry.step);
+                }
+                // Deleted meanwhile, by another process.
+                Err(error) if error.kind() == ErrorKind::NotFound && self.is_free(&entry.name) => {
+                    pruned.vanished.insert(entry.name.clone());
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        step = entry.step,
+                        error = format_args!("{error:#}"),
+                        "a step does not count for retention"
+                    );
+                    pruned.doubtful.push(self.problem(entry.step, entry.name.clone(), error));
+                }
+            }
+        }
+        pruned.doubtful.sort_by_key(|problem| problem.step);
+        counted
+    }
+
+    /// Reads a step whole, unless this process knows already that it is sound, or what is wrong with it.
+    fn find_sound(&self, entry: &Entry) -> Result<()> {
+        self.unblemished(entry)?;
+        if self.known().sound.contains(&entry.attempt) {
+            return Ok(());
+        }
+        let missing = || Error::new(ErrorKind::NotFound, "no such step").with_step(entry.step).with_path(&entry.path);
+        let checkpoint = self.try_open(entry.step, &entry.name)?.ok_or_else(missing)?;
+        if checkpoint.attempt() != entry.attempt {
+            let what = "the step was replaced meanwhile";
+            return Err(Error::new(ErrorKind::Conflict, what).with_step(entry.step).with_path(&entry.path));
+        }
+        self.read_whole(Some(checkpoint)).map(drop)
+    }
+
+    /// What is known to be wrong with a step, as an error.
+    fn unblemished(&self, entry: &Entry) -> Result<()> {
+        self.known().damaged.get(&entry.attempt).map_or(Ok(()), |error| Err(error.clone()))
+    }
+
+    /// Removes those of `entries` that `goes` says, unless an attempt may be published under their names.
+    pub(super) fn take(&self, entries: Vec<Entry>, goes: impl Fn(&Entry) -> bool, dry_run: bool, pruned: &mut Pruned) {
+        for entry in entries {
+            if pruned.vanished.contains(&entry.name) {
+                continue;
+            }
+            if !goes(&entry) || !self.claim(&entry.name) {
+                pruned.kept.push(entry);
+                continue;
+            }
+            let removed = if dry_run { Ok(()) } else { self.remove(&entry) };
+            self.unclaim(&entry.name);
+            let error = match removed {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                removed => removed.err(),
+            };
+            let gone = error.is_none() || self.is_free(&entry.name);
+            pruned.failed.extend(error.map(|error| self.problem(entry.step, entry.name.clone(), error)));
+            if gone && !dry_run {
+                self.forget(entry.attempt);
+                self.forget_alias(entry.step, &entry.name);
+            }
+            if gone { &mut pruned.removed } else { &mut pruned.kept }.push(entry);
+        }
+    }
+
+    /// Removes damaged steps of ours, each after it was judged once more.
+    pub(super) fn take_damaged(&self, problems: Vec<Problem>, dry_run: bool, pruned: &mut Pruned) {
+        for problem in problems.into_iter().filter(|problem| self.claim(&problem.name)) {
+            let removed = self.remove_damaged(&problem.name, dry_run);
+            self.unclaim(&problem.name);
+            match removed {
+                Ok(()) => pruned.damaged.push(problem),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => {
+                    pruned.failed.push(self.problem(problem.step, problem.name.clone(), error));
+                    if self.is_free(&problem.name) {
+                        pruned.damaged.push(problem);
+                    }
+                }
+            }
+        }
+    }
+
+    /// True when nothing is under `name`.
+    fn is_free(&self, name: &str) -> bool {
+        matches!(self.storage.open(name), Err(error) if error.kind() == ErrorKind::NotFound)
+    }
+}
+
+/// True for a step of ours whose bytes are not what was written.
+pub(super) fn is_damaged(problem: &Problem) -> bool {
+    problem.error.kind() == ErrorKind::Corrupt
+}

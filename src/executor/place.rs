@@ -1,0 +1,80 @@
+//! Where saves go: the storage, with the names of steps looked after. A step has one name, and a damaged one does not stand
+//! in the way of a new one.
+
+use crate::catalog::Catalog;
+use crate::error::{ErrorKind, Result};
+use crate::id::parse_step_name;
+use crate::plan::Request;
+use crate::settings::OnDamaged;
+use crate::storage::{FileWriting, Storage, Writing};
+use crate::writer::Begin;
+use std::sync::Arc;
+
+/// Begins attempts.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub storage: Arc<dyn Storage>,
+    pub catalog: Arc<Catalog>,
+    pub damaged: OnDamaged,
+}
+
+impl Begin for Place {
+    fn begin(&self, request: &Request) -> Result<Arc<dyn Writing>> {
+        let Request { ticket, name, overwrite, .. } = request;
+        if parse_step_name(name).is_some() {
+            self.catalog.refuse_second_name(ticket.step, name)?;
+        }
+        let begun = self.storage.begin(name, ticket.attempt, *overwrite);
+        match begun {
+            Err(error) if error.kind() == ErrorKind::Conflict && self.damaged == OnDamaged::Replace => {
+                let Some(damage) = self.catalog.damage(name) else { return Err(error) };
+                tracing::warn!(step = ticket.step, error = %damage, "the step that is there is damaged, and is replaced");
+                let attempt = self.storage.begin(name, ticket.attempt, true)?;
+                let (storage, catalog) = (self.storage.clone(), self.catalog.clone());
+                Ok(Arc::new(Replacing { attempt, storage, catalog, name: name.clone() }))
+            }
+            begun => begun,
+        }
+    }
+}
+
+/// An attempt at a step that is there and damaged. The damaged one is removed right before the publish, which replaces nothing:
+/// so it works where directories cannot be exchanged, and a sound step that came meanwhile wins.
+#[derive(Debug)]
+struct Replacing {
+    attempt: Arc<dyn Writing>,
+    storage: Arc<dyn Storage>,
+    catalog: Arc<Catalog>,
+    name: String,
+}
+
+impl Writing for Replacing {
+    fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
+        self.attempt.create(file, len)
+    }
+
+    fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
+        self.attempt.put(file, bytes)
+    }
+
+    fn publish(&self, _: bool) -> Result<()> {
+        if let Err(error) = self.catalog.remove_damaged(&self.name, false)
+            && error.kind() != ErrorKind::NotFound
+        {
+            // A part of its bytes can be left in the trash; the name decides.
+            if self.storage.open(&self.name).is_ok() {
+                return Err(error);
+            }
+            tracing::warn!(name = self.name, error = format_args!("{error:#}"), "a damaged step is left to a sweep");
+        }
+        self.attempt.publish(false)
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.attempt.settle()
+    }
+
+    fn abandon(&self) -> Result<()> {
+        self.attempt.abandon()
+    }
+}
