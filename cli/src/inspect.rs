@@ -3,21 +3,23 @@
 use crate::Common;
 use crate::ls::{shown as shown_table, table};
 use crate::{out, size};
+use ashore::format::manifest::MANIFEST;
+use ashore::id::parse_step_name;
 use ashore::{Catalog, Checkpoint, Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// The flags of `inspect`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A step of the directory, or the path of a checkpoint; the newest step when left out
+    /// A step of --dir, the path of a checkpoint, or a directory of checkpoints, of which the newest is meant
     #[arg(value_name = "STEP|PATH")]
     what: Option<Which>,
 }
 
-/// A checkpoint: all digits mean a step of `--dir`, anything else a path.
+/// Checkpoints: all digits mean a step of `--dir`, anything else a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Which {
     Step(u64),
@@ -36,26 +38,52 @@ impl std::str::FromStr for Which {
     }
 }
 
+/// What a [`Which`] stands for.
+pub enum Meant {
+    One(Box<Checkpoint>),
+    /// All of a directory.
+    Directory(PathBuf),
+}
+
 impl Which {
-    /// Opens it.
-    pub fn open(&self, common: &Common) -> Result<Checkpoint> {
-        match self {
-            Self::Step(step) => Catalog::open(common.root())?.checkpoint(*step),
-            Self::Path(path) => Checkpoint::open(path),
+    /// Opens the checkpoint, or finds the directory of them.
+    pub fn find(which: Option<&Self>, common: &Common) -> Result<Meant> {
+        let one = |checkpoint| Ok(Meant::One(Box::new(checkpoint)));
+        match which {
+            None => Ok(Meant::Directory(common.root())),
+            Some(Self::Step(step)) => one(Catalog::open(common.root())?.checkpoint(*step)?),
+            Some(Self::Path(path)) if is_checkpoint(path) => one(Checkpoint::open(path)?),
+            Some(Self::Path(path)) => Ok(Meant::Directory(common.root_at(Some(path))?)),
         }
     }
 }
 
-fn newest(common: &Common) -> Result<Checkpoint> {
-    let none = || Error::new(ErrorKind::NotFound, "there is no checkpoint").with_path(common.root());
-    Catalog::open(common.root())?.latest()?.ok_or_else(none)
+/// A checkpoint has a manifest, or at least the name of a step.
+fn is_checkpoint(path: &Path) -> bool {
+    let named = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| parse_step_name(name).is_some());
+    named || path.join(MANIFEST).symlink_metadata().is_ok()
+}
+
+/// The newest checkpoint of a directory, and no older one instead.
+fn newest(root: &Path) -> Result<Checkpoint> {
+    let catalog = Catalog::open(root)?;
+    let (entries, problems) = catalog.survey()?;
+    let whole = entries.last().map(|entry| entry.step);
+    if let Some(newer) = problems.last().filter(|problem| Some(problem.step) > whole) {
+        let (step, what) = (newer.step, newer.error.message());
+        let older = whole.map_or_else(String::new, |step| format!("; step {step} is the newest that is complete"));
+        let what = format!("the newest step, {step}, cannot be shown: {what}{older}");
+        return Err(Error::new(newer.error.kind(), what).with_path(&newer.path));
+    }
+    let none = || Error::new(ErrorKind::NotFound, "there is no checkpoint").with_path(root);
+    whole.map_or_else(|| Err(none()), |step| catalog.checkpoint(step))
 }
 
 /// Shows files, tensors, values and metadata.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let checkpoint = match &args.what {
-        Some(which) => which.open(common)?,
-        None => newest(common)?,
+    let checkpoint = match Which::find(args.what.as_ref(), common)? {
+        Meant::One(checkpoint) => *checkpoint,
+        Meant::Directory(root) => newest(&root)?,
     };
     if common.json {
         out::json(&described(&checkpoint))?
@@ -85,7 +113,7 @@ fn described(checkpoint: &Checkpoint) -> Value {
     json!({
         "step": checkpoint.step(),
         "attempt": checkpoint.attempt(),
-        "path": checkpoint.path(),
+        "path": checkpoint.path().display().to_string(),
         "bytes": checkpoint.bytes(),
         "world": checkpoint.world(),
         "files": manifest.files,

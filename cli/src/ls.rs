@@ -8,29 +8,39 @@ use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// A row. Valid is what can be said without reading tensor data: the manifest is whole, and every file is there, has its
-/// length, and is of this save.
+/// The flags of `ls`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The directory of checkpoints; the same as --dir
+    #[arg(value_name = "DIR")]
+    root: Option<PathBuf>,
+}
+
+/// A row. Complete is what can be said without reading tensor data: the manifest is whole, and every file is there, has its
+/// length, and is of this save. Whether its bytes are what was written is for `verify` to say.
 #[derive(Serialize)]
 struct Row {
     step: u64,
+    #[serde(serialize_with = "out::path")]
     path: PathBuf,
     bytes: u64,
-    valid: bool,
+    complete: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     why: Option<String>,
 }
 
 /// Lists checkpoints, newest last; damaged ones too.
-pub fn run(common: &Common) -> Result<ExitCode> {
-    let root = common.root();
+pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    let root = common.root_at(args.root.as_deref())?;
     let catalog = Catalog::open(&root)?;
     let (entries, problems) = catalog.survey()?;
-    let sound = entries.into_iter().map(|e| Row { step: e.step, path: e.path, bytes: e.bytes, valid: true, why: None });
-    let damaged = problems.into_iter().map(|p| {
+    let complete =
+        entries.into_iter().map(|e| Row { step: e.step, path: e.path, bytes: e.bytes, complete: true, why: None });
+    let others = problems.into_iter().map(|p| {
         let bytes = bytes_in(&p.path);
-        Row { step: p.step, path: p.path, bytes, valid: false, why: Some(format!("{:#}", p.error)) }
+        Row { step: p.step, path: p.path, bytes, complete: false, why: Some(format!("{:#}", p.error)) }
     });
-    let mut rows: Vec<Row> = sound.chain(damaged).collect();
+    let mut rows: Vec<Row> = complete.chain(others).collect();
     rows.sort_by(|a, b| (a.step, &a.path).cmp(&(b.step, &b.path)));
 
     if common.json {
@@ -38,18 +48,25 @@ pub fn run(common: &Common) -> Result<ExitCode> {
     } else if rows.is_empty() {
         out::print(&format!("no checkpoints in {}\n", root.display()))?;
     } else {
-        let mut table = table(["step", "size", "valid", "path"]);
+        let mut table = table(["step", "size", "complete", "path"]);
         for row in &rows {
-            let valid = match &row.why {
+            let complete = match &row.why {
                 None => "yes".to_owned(),
                 Some(why) => format!("NO: {}", out::printable(why)),
             };
             let path = out::printable(&row.path.display().to_string());
-            table.add_row([row.step.to_string(), size::shown(row.bytes), valid, path]);
+            table.add_row([row.step.to_string(), size::shown(row.bytes), complete, path]);
         }
         out::print(&shown(&mut table, &[0, 1]))?;
     }
     complain_of_remnants(&catalog)?;
+    if let Some((last, newest)) = catalog.branched()? {
+        let (last, newest) = (last.step, newest.step);
+        out::complain(&format!(
+            "step {last} was written after step {newest}: the run went back, and {newest} is still what a restart finds; \
+             `prune --after STEP` deletes what comes after the step to go on from"
+        ));
+    }
     Ok(ExitCode::SUCCESS)
 }
 

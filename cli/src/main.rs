@@ -17,12 +17,16 @@ mod rng;
 mod size;
 mod verify;
 
+use ashore::{DeviceChoice, Error, ErrorKind, Result};
 use clap::{Args, Parser, Subcommand};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Where `demo` writes, and the other verbs look, unless told otherwise.
 const DEMO_DIR: &str = "ashore-demo";
+
+/// The exit status that says: a checkpoint is damaged.
+const DAMAGED: u8 = 3;
 
 /// Checkpoints of training programs: durable, never torn, readable by stock tools.
 #[derive(Parser)]
@@ -31,45 +35,80 @@ const DEMO_DIR: &str = "ashore-demo";
     version,
     args_override_self = true,
     max_term_width = 100,
-    after_help = "Exit status: 0 ok, 1 failure, 2 usage, 3 verify found damage."
+    after_help = "Exit status: 0 ok, 1 failure, 2 usage, 3 a checkpoint is damaged."
 )]
 struct Cli {
-    #[command(flatten)]
-    common: Common,
+    /// The directory of checkpoints [default: ashore-demo; for bench the current directory]
+    #[arg(long, global = true, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Print one JSON value on stdout instead of text
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     verb: Verb,
 }
 
-/// What all verbs take.
-#[derive(Args)]
-pub struct Common {
-    /// The directory of checkpoints [default: ashore-demo; for bench the current directory]
-    #[arg(long, global = true, value_name = "DIR")]
-    dir: Option<PathBuf>,
+/// What the verbs take that save.
+#[derive(Args, Clone, Copy)]
+struct Saving {
     /// Where the state lives: auto, host or cuda:N
-    #[arg(long, global = true, value_name = "DEVICE", default_value = "auto")]
-    device: ashore::DeviceChoice,
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: DeviceChoice,
     /// Memory taken for staging, such as 256MiB [default: demo 8MiB, bench 256MiB]
-    #[arg(long, global = true, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     arena: Option<u64>,
-    /// Print one JSON value on stdout instead of text
-    #[arg(long, global = true)]
+}
+
+/// What a verb needs to know beside its own flags.
+pub struct Common {
+    dir: Option<PathBuf>,
     json: bool,
+    device: DeviceChoice,
+    arena: Option<u64>,
 }
 
 impl Common {
+    fn new(cli: &Cli) -> Self {
+        let saving = match &cli.verb {
+            Verb::Demo { saving, .. } | Verb::Bench { saving, .. } => *saving,
+            _ => Saving { device: DeviceChoice::Auto, arena: None },
+        };
+        Self { dir: cli.dir.clone(), json: cli.json, device: saving.device, arena: saving.arena }
+    }
+
     /// The directory of checkpoints.
     pub fn root(&self) -> PathBuf {
         self.dir.clone().unwrap_or_else(|| DEMO_DIR.into())
+    }
+
+    /// The directory of checkpoints, which may be given behind the verb or by `--dir`.
+    ///
+    /// # Errors
+    /// `Invalid` when both are there.
+    pub fn root_at(&self, given: Option<&Path>) -> Result<PathBuf> {
+        match (given, &self.dir) {
+            (Some(given), Some(dir)) => {
+                let (given, dir) = (given.display(), dir.display());
+                let what = format!("give the directory once, behind the verb or by --dir given={given} dir={dir}");
+                Err(Error::new(ErrorKind::Invalid, what))
+            }
+            (Some(given), None) => Ok(given.to_owned()),
+            (None, _) => Ok(self.root()),
+        }
     }
 }
 
 #[derive(Subcommand)]
 enum Verb {
     /// Train a small model while checkpointing, then restore and prove the bytes
-    Demo(demo::Args),
+    Demo {
+        #[command(flatten)]
+        saving: Saving,
+        #[command(flatten)]
+        args: demo::Args,
+    },
     /// List checkpoints, newest last
-    Ls,
+    Ls(ls::Args),
     /// Show what a checkpoint holds
     Inspect(inspect::Args),
     /// Read every byte of a checkpoint and name all damage
@@ -77,7 +116,12 @@ enum Verb {
     /// Delete old checkpoints; says what it would delete unless --yes is given
     Prune(prune::Args),
     /// Measure against the machine's own limits
-    Bench(bench::Args),
+    Bench {
+        #[command(flatten)]
+        saving: Saving,
+        #[command(flatten)]
+        args: bench::Args,
+    },
     /// Serve a training program that saves by a writer process; started by that program
     #[command(hide = true)]
     Writer,
@@ -85,18 +129,18 @@ enum Verb {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let common = &cli.common;
+    let common = &Common::new(&cli);
     let ended = match &cli.verb {
-        Verb::Demo(args) => demo::run(common, args),
-        Verb::Ls => ls::run(common),
+        Verb::Demo { args, .. } => demo::run(common, args),
+        Verb::Ls(args) => ls::run(common, args),
         Verb::Inspect(args) => inspect::run(common, args),
         Verb::Verify(args) => verify::run(common, args),
         Verb::Prune(args) => prune::run(common, args),
-        Verb::Bench(args) => bench::run(common, args),
+        Verb::Bench { args, .. } => bench::run(common, args),
         Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS),
     };
     ended.unwrap_or_else(|error| {
         out::complain(&format!("{error:#}"));
-        ExitCode::FAILURE
+        if error.kind() == ErrorKind::Corrupt { ExitCode::from(DAMAGED) } else { ExitCode::FAILURE }
     })
 }

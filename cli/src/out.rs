@@ -4,6 +4,7 @@ use ashore::{Error, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use std::io::{ErrorKind, Write};
+use std::path::Path;
 use std::time::Duration;
 
 /// Writes text to stdout. A reader that went away (`ashore ls | head -1`) has read what it wanted: no error.
@@ -31,6 +32,11 @@ pub fn complain(text: &str) {
 pub fn printable(text: &str) -> String {
     let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
     text.chars().map(escape).collect()
+}
+
+/// A path as text for JSON, which has nothing but UTF-8: other bytes are replaced.
+pub fn path<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 /// A duration in milliseconds.

@@ -1,9 +1,11 @@
-//! `ashore prune`: deletes old checkpoints, never the newest durable one.
+//! `ashore prune`: deletes checkpoints, and none before one that stays was read whole and found sound.
 
 use crate::remnants::{self, Row};
 use crate::{Common, age, out, size};
+use ashore::catalog::{Best, Entry, Problem, Verify};
 use ashore::storage::Sweep;
-use ashore::{Catalog, Result, Retention};
+use ashore::{Catalog, PruneOptions, Result, Retention};
+use clap::ArgGroup;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,13 +13,18 @@ use std::time::Duration;
 
 /// The flags of `prune`.
 #[derive(clap::Args)]
-#[group(id = "keep", required = true, multiple = true, args = ["keep_last", "keep_every", "abandoned"])]
+#[group(skip)]
+#[command(group(ArgGroup::new("what").required(true).multiple(true).args(["keep_last", "after", "damaged", "abandoned"])))]
+#[command(group(ArgGroup::new("metric").args(["lowest", "highest"])))]
 pub struct Args {
-    /// Keep the newest N checkpoints [default: 1]
+    /// The directory of checkpoints; the same as --dir
+    #[arg(value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// Keep the newest N checkpoints, and as many of the branch that was written last
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     keep_last: Option<u64>,
-    /// Keep every step that is a multiple of K, however old
-    #[arg(long, value_name = "K", value_parser = at_least_one)]
+    /// Keep every step that is a multiple of K, too, however old
+    #[arg(long, value_name = "K", value_parser = at_least_one, requires = "keep_last")]
     keep_every: Option<u64>,
     /// Delete unfinished saves of other hosts that have not changed for --older-than; alone, it deletes no checkpoint
     #[arg(long)]
@@ -25,6 +32,24 @@ pub struct Args {
     /// A live writer touches its save every few minutes: a shorter AGE says that no writer is alive on another host
     #[arg(long, value_name = "AGE", value_parser = age::parse, default_value = "1d", requires = "abandoned")]
     older_than: Duration,
+    /// Keep the N best checkpoints, too, by the metric that --lowest or --highest names
+    #[arg(long, value_name = "N", value_parser = at_least_one, requires = "keep_last", requires = "metric")]
+    keep_best: Option<u64>,
+    /// The best have the lowest number under KEY in their metadata
+    #[arg(long, value_name = "KEY", requires = "keep_best")]
+    lowest: Option<String>,
+    /// The best have the highest number under KEY in their metadata
+    #[arg(long, value_name = "KEY", requires = "keep_best")]
+    highest: Option<String>,
+    /// Delete every checkpoint after STEP: the run goes back to it and on from there
+    #[arg(long, value_name = "STEP", conflicts_with_all = ["keep_last", "damaged"])]
+    after: Option<u64>,
+    /// Read every checkpoint, and delete those that are damaged
+    #[arg(long, conflicts_with = "keep_last")]
+    damaged: bool,
+    /// Delete although no checkpoint that stays was read and found sound
+    #[arg(long)]
+    unverified: bool,
     /// Really delete
     #[arg(long, conflicts_with = "dry_run")]
     yes: bool,
@@ -37,40 +62,57 @@ pub struct Args {
 struct Pruned {
     dry_run: bool,
     removed: Vec<Step>,
+    /// Damaged checkpoints that were deleted.
+    damaged: Vec<Step>,
     kept: Vec<Step>,
+    /// Of the kept, those that do not count.
+    doubtful: Vec<Step>,
+    /// What could not be deleted, or not whole.
+    failed: Vec<Step>,
     /// Unfinished saves of dead processes.
     swept: Vec<Row>,
-    /// Unfinished saves that may be alive on another host, or could not be deleted.
+    /// Unfinished saves that may be alive on another host, and what could not be deleted.
     left: Vec<Row>,
 }
 
 #[derive(Serialize)]
 struct Step {
     step: u64,
+    #[serde(serialize_with = "out::path")]
     path: PathBuf,
-    bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
 }
 
-/// Prunes, or says what pruning would do.
+/// Prunes, or says what pruning would do. What was deleted is said even where something else could not be.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let catalog = Catalog::open(common.root())?;
-    let keep_last = usize::try_from(args.keep_last.unwrap_or(1)).unwrap_or(usize::MAX);
-    let asked = args.keep_last.is_some() || args.keep_every.is_some();
-    let retention = Retention { keep_last: asked.then_some(keep_last), keep_every: args.keep_every };
+    let catalog = Catalog::open(common.root_at(args.root.as_deref())?)?;
     let dry_run = !args.yes;
-    let done = catalog.prune(&retention, dry_run)?;
+    let verify = if args.unverified { Verify::No } else { Verify::One };
+    let done = delete(&catalog, args, PruneOptions::new().dry_run(dry_run).verify(verify))?;
     let how = if args.abandoned { Sweep::default().older_than(args.older_than) } else { Sweep::default() };
-    let swept = catalog.sweep(if dry_run { how.dry_run() } else { how })?;
+    let swept = catalog.sweep(if dry_run { how.dry_run() } else { how });
     for doubtful in &done.doubtful {
         out::complain(&format!("not counted, and kept: {}", doubtful.error));
     }
-    let steps = |entries: Vec<ashore::catalog::Entry>| {
-        entries.into_iter().map(|e| Step { step: e.step, path: e.path, bytes: e.bytes }).collect()
-    };
+    for failed in &done.failed {
+        out::complain(&format!("could not delete step {}: {}", failed.step, failed.error));
+    }
+    let mut failed = !done.failed.is_empty();
+    let swept = swept.unwrap_or_else(|error| {
+        failed = true;
+        out::complain(&format!("could not look for what dead processes left behind: {error}"));
+        Default::default()
+    });
     let pruned = Pruned {
         dry_run,
-        removed: steps(done.removed),
-        kept: steps(done.kept),
+        removed: done.removed.into_iter().map(Step::of).collect(),
+        damaged: done.damaged.into_iter().map(Step::because).collect(),
+        kept: done.kept.into_iter().map(Step::of).collect(),
+        doubtful: done.doubtful.into_iter().map(Step::because).collect(),
+        failed: done.failed.into_iter().map(Step::because).collect(),
         swept: remnants::not_alive(swept.removed),
         left: remnants::not_alive(swept.left),
     };
@@ -79,16 +121,45 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     } else {
         out::print(&pruned.shown())?
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn delete(catalog: &Catalog, args: &Args, options: PruneOptions) -> Result<ashore::catalog::Pruned> {
+    if let Some(step) = args.after {
+        return catalog.discard_after(step, options);
+    }
+    if args.damaged {
+        return catalog.delete_damaged(options);
+    }
+    let Some(keep_last) = args.keep_last else { return catalog.prune(&Retention::default(), options) };
+    let whole = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+    let retention = Retention { keep_last: Some(whole(keep_last)), keep_every: args.keep_every };
+    let best = match (args.keep_best, &args.lowest, &args.highest) {
+        (Some(n), Some(key), _) => Best::lowest(key, whole(n)),
+        (Some(n), _, Some(key)) => Best::highest(key, whole(n)),
+        _ => return catalog.prune(&retention, options),
+    };
+    catalog.prune_by(&retention, &best, options)
+}
+
+impl Step {
+    fn of(entry: Entry) -> Self {
+        Self { step: entry.step, path: entry.path, bytes: Some(entry.bytes), why: None }
+    }
+
+    fn because(problem: Problem) -> Self {
+        Self { step: problem.step, path: problem.path, bytes: None, why: Some(problem.error.to_string()) }
+    }
 }
 
 impl Pruned {
     fn shown(&self) -> String {
         let mut text = String::new();
         let verb = if self.dry_run { "would delete" } else { "deleted" };
-        for gone in &self.removed {
+        for gone in self.removed.iter().chain(&self.damaged) {
             let path = out::printable(&gone.path.display().to_string());
-            text += &format!("{verb}  step {}  {}  {path}\n", gone.step, size::shown(gone.bytes));
+            let what = gone.bytes.map_or_else(|| "damaged".to_owned(), size::shown);
+            text += &format!("{verb}  step {}  {what}  {path}\n", gone.step);
         }
         for dead in &self.swept {
             text += &format!("{verb}  unfinished {}\n", dead.shown());
@@ -99,8 +170,8 @@ impl Pruned {
         if !self.left.is_empty() {
             text += &format!("{}\n", remnants::ADVICE);
         }
-        let bytes = size::shown(self.removed.iter().map(|gone| gone.bytes).sum());
-        let (removed, kept) = (self.removed.len(), self.kept.len());
+        let bytes = size::shown(self.removed.iter().filter_map(|gone| gone.bytes).sum());
+        let (removed, kept) = (self.removed.len() + self.damaged.len(), self.kept.len());
         text += &format!("{verb} {removed} ({bytes}), kept {kept}\n");
         if self.dry_run && removed + self.swept.len() > 0 {
             text += "nothing was deleted: add --yes to do it\n";

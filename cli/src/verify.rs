@@ -1,20 +1,16 @@
 //! `ashore verify`: reads every byte and names all damage.
 
-use crate::Common;
-use crate::inspect::Which;
-use crate::{out, size};
+use crate::inspect::{Meant, Which};
+use crate::{Common, DAMAGED, out, size};
 use ashore::{Catalog, Checkpoint, Damage, Error, ErrorKind, Result};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// The exit status that says: damage was found.
-const DAMAGED: u8 = 3;
-
 /// The flags of `verify`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A step of the directory, or the path of a checkpoint [default: all of the directory]
+    /// A step of --dir, the path of a checkpoint, or a directory of checkpoints, of which all are meant
     #[arg(value_name = "STEP|PATH")]
     what: Option<Which>,
 }
@@ -25,11 +21,15 @@ struct Findings {
     valid: bool,
     checkpoints: Vec<Verified>,
     damage: Vec<Place>,
+    /// Some checkpoint could not be looked at, for a reason that says nothing of its bytes.
+    #[serde(skip)]
+    failed: bool,
 }
 
 #[derive(Serialize)]
 struct Verified {
     step: Option<u64>,
+    #[serde(serialize_with = "out::path")]
     path: PathBuf,
     bytes: u64,
     valid: bool,
@@ -38,6 +38,7 @@ struct Verified {
 #[derive(Serialize)]
 struct Place {
     step: Option<u64>,
+    #[serde(serialize_with = "out::path")]
     path: PathBuf,
     file: Option<String>,
     tensor: Option<String>,
@@ -47,24 +48,14 @@ struct Place {
 }
 
 /// Verifies. A checkpoint that cannot even be opened because of what its files hold is damaged; one that is not there is an
-/// error.
+/// error, unless it went away after it was listed.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let mut findings = Findings::default();
-    match &args.what {
-        Some(which) => findings.look(which.open(common))?,
-        None => {
-            let root = common.root();
-            let (entries, problems) = Catalog::open(&root)?.survey()?;
-            if entries.is_empty() && problems.is_empty() {
-                return Err(Error::new(ErrorKind::NotFound, "there is nothing to verify").with_path(root));
-            }
-            for problem in problems {
-                findings.look(Err(problem.error.with_step(problem.step).with_path(problem.path)))?;
-            }
-            for entry in entries {
-                findings.look(Checkpoint::open(&entry.path))?;
-            }
-        }
+    match Which::find(args.what.as_ref(), common) {
+        Ok(Meant::One(checkpoint)) => findings.read(&checkpoint)?,
+        Ok(Meant::Directory(root)) => findings.look_at_all(root)?,
+        Err(error) if error.kind() == ErrorKind::Corrupt => findings.unreadable(&error),
+        Err(error) => return Err(error),
     }
     findings.checkpoints.sort_by(|a, b| (a.step, &a.path).cmp(&(b.step, &b.path)));
     findings.valid = findings.damage.is_empty();
@@ -73,19 +64,51 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     } else {
         out::print(&findings.shown())?
     }
-    Ok(if findings.valid { ExitCode::SUCCESS } else { ExitCode::from(DAMAGED) })
+    Ok(match (findings.valid, findings.failed) {
+        (false, _) => ExitCode::from(DAMAGED),
+        (true, true) => ExitCode::FAILURE,
+        (true, false) => ExitCode::SUCCESS,
+    })
 }
 
 impl Findings {
-    fn look(&mut self, opened: Result<Checkpoint>) -> Result<()> {
-        match opened {
-            Ok(checkpoint) => self.read(&checkpoint),
-            Err(error) if error.kind() == ErrorKind::Corrupt => {
-                self.unreadable(&error);
-                Ok(())
-            }
-            Err(error) => Err(error),
+    fn look_at_all(&mut self, root: PathBuf) -> Result<()> {
+        let (entries, problems) = Catalog::open(&root)?.survey()?;
+        if entries.is_empty() && problems.is_empty() {
+            return Err(Error::new(ErrorKind::NotFound, "there is nothing to verify").with_path(root));
         }
+        for problem in problems {
+            let is_conflict = problem.error.kind() == ErrorKind::Conflict;
+            let found = self.look(problem.step, &problem.path)?;
+            if is_conflict && found {
+                let (step, path, what) = (Some(problem.step), problem.path, problem.error.message().to_owned());
+                self.damage.push(Place { step, path, file: None, tensor: None, range: None, what });
+            }
+        }
+        for entry in entries {
+            self.look(entry.step, &entry.path)?;
+        }
+        Ok(())
+    }
+
+    /// Looks at a checkpoint that was listed. False when it went away meanwhile, as when old ones are pruned.
+    fn look(&mut self, step: u64, path: &Path) -> Result<bool> {
+        match Checkpoint::open(path) {
+            Ok(checkpoint) => self.read(&checkpoint)?,
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                let at = error.path().unwrap_or(path).to_owned();
+                self.unreadable(&error.with_step(step).with_path(at));
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                out::complain(&format!("step {step} went away while others were read"));
+                return Ok(false);
+            }
+            Err(error) => {
+                out::complain(&error.to_string());
+                self.failed = true;
+            }
+        }
+        Ok(true)
     }
 
     fn read(&mut self, checkpoint: &Checkpoint) -> Result<()> {
@@ -95,12 +118,13 @@ impl Findings {
         bar.finish_and_clear();
         let (step, path) = (Some(checkpoint.step()), checkpoint.path().to_owned());
         self.checkpoints.push(Verified { step, path: path.clone(), bytes: report.bytes, valid: report.is_sound() });
-        self.damage.extend(report.damage.into_iter().map(|Damage { file, range, tensor, what, .. }| Place {
+        let found = report.damage.into_iter().chain(report.misleading);
+        self.damage.extend(found.map(|Damage { file, range, tensor, what, .. }| Place {
             step,
             path: path.clone(),
             file: Some(file),
             tensor,
-            range: Some((range.start, range.end)),
+            range: (!range.is_empty()).then_some((range.start, range.end)),
             what,
         }));
         Ok(())
@@ -136,5 +160,19 @@ impl Findings {
             text += &format!("step {step}: {verdict}, {} read\n", size::shown(seen.bytes));
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A step that `prune` takes away while `verify` reads others once made it fail.
+    #[test]
+    fn a_step_that_went_away_is_neither_damage_nor_a_failure() {
+        let root = tempfile::tempdir().unwrap();
+        let mut findings = Findings::default();
+        assert!(!findings.look(5, &root.path().join("step-00000005")).unwrap());
+        assert!(findings.damage.is_empty() && findings.checkpoints.is_empty() && !findings.failed);
     }
 }

@@ -149,7 +149,7 @@ fn a_step_whose_manifest_or_shard_is_cut_is_listed_as_damaged() {
     }
     let listed = json(&run(dir.path(), &["ls", "--json"]), 0);
     assert_eq!(steps(&listed), [5, 10]);
-    assert!(listed.as_array().unwrap().iter().all(|row| row["valid"] == false && row["bytes"] != 0), "{listed}");
+    assert!(listed.as_array().unwrap().iter().all(|row| row["complete"] == false && row["bytes"] != 0), "{listed}");
     let found = json(&run(dir.path(), &["verify", "--json"]), 3);
     let files: Vec<&Value> = found["damage"].as_array().unwrap().iter().map(|damage| &damage["file"]).collect();
     assert_eq!(files, ["manifest.json", "model.safetensors"], "{found}");
@@ -200,12 +200,124 @@ fn prune_deletes_only_when_told_to() {
     assert_eq!(listed(), [15, 20]);
     let planned = json(&run(dir.path(), &["prune", "--keep-last", "1", "--json"]), 0);
     assert_eq!((steps(&planned["removed"]), steps(&planned["kept"])), (vec![15], vec![20]));
-    let spared = json(&run(dir.path(), &["prune", "--keep-every", "15", "--yes", "--json"]), 0);
+    let spared = json(&run(dir.path(), &["prune", "--keep-last", "1", "--keep-every", "15", "--yes", "--json"]), 0);
     assert_eq!(steps(&spared["removed"]), [0; 0]);
     assert_eq!(listed(), [15, 20], "nothing was deleted");
     let text = run(dir.path(), &["prune", "--keep-last", "1", "--yes"]).stdout;
     assert!(String::from_utf8_lossy(&text).contains("deleted 1"));
     assert_eq!(listed(), [20]);
+}
+
+/// Changes one bit of the last byte of a step's weights: the step stays complete, and is not what was written.
+fn flip(root: &Path, step: &str) {
+    let file = root.join(step).join("model.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&file, bytes).unwrap();
+}
+
+/// `prune` once deleted the sound step and kept the damaged one, because a step with a flipped byte is complete.
+#[test]
+fn prune_keeps_the_last_sound_step() {
+    let dir = tempfile::tempdir().unwrap();
+    json(&demo(dir.path(), 10, 5).output().unwrap(), 0);
+    flip(dir.path(), "step-00000010");
+    let output = run(dir.path(), &["prune", "--keep-last", "1", "--yes", "--json"]);
+    let pruned: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((steps(&pruned["removed"]), steps(&pruned["kept"])), (vec![], vec![5, 10]));
+    assert_eq!(steps(&pruned["doubtful"]), [10]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("not counted, and kept: "), "{output:?}");
+    let gone = json(&run(dir.path(), &["prune", "--damaged", "--yes", "--json"]), 0);
+    assert_eq!((steps(&gone["damaged"]), steps(&gone["kept"])), (vec![10], vec![5]));
+    let last = run(dir.path(), &["prune", "--after", "5", "--yes", "--json"]);
+    assert_eq!(steps(&json(&last, 0)["kept"]), [5]);
+}
+
+/// The directory stands where a hand puts it, behind the verb.
+#[test]
+fn verbs_take_the_directory_behind_them() {
+    let dir = tempfile::tempdir().unwrap();
+    json(&demo(&dir.path().join("a"), 10, 5).output().unwrap(), 0);
+    let program = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ashore"));
+        json(&command.args(args).args(["a", "--json"]).current_dir(dir.path()).output().unwrap(), 0)
+    };
+    assert_eq!(steps(&program(&["ls"])), [5, 10]);
+    assert_eq!(steps(&program(&["verify"])["checkpoints"]), [5, 10]);
+    assert_eq!(program(&["inspect"])["step"], 10);
+    assert_eq!(steps(&program(&["prune", "--keep-last", "1", "--yes"])["removed"]), [5]);
+    let twice = complaint(&run(dir.path(), &["ls", "a"]), 1);
+    assert!(twice.contains("give the directory once"), "{twice}");
+    for verb in ["ls", "inspect", "verify", "prune"] {
+        let help = Command::new(env!("CARGO_BIN_EXE_ashore")).args([verb, "--help"]).output().unwrap();
+        let help = String::from_utf8(help.stdout).unwrap();
+        assert!(!help.contains("--device") && !help.contains("--arena") && help.contains("--dir"), "{verb}: {help}");
+    }
+}
+
+/// A root with a byte that is no UTF-8: `inspect --json` panicked, and `prune --yes --json` deleted and then reported a failure.
+#[test]
+fn a_root_that_is_not_utf8_is_a_root() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join(std::ffi::OsStr::from_bytes(b"r\xff"));
+    assert_eq!(json(&demo(&root, 10, 5).output().unwrap(), 0)["verified"], true);
+    assert_eq!(steps(&json(&run(&root, &["ls", "--json"]), 0)), [5, 10]);
+    assert_eq!(json(&run(&root, &["verify", "--json"]), 0)["valid"], true);
+    assert!(json(&run(&root, &["inspect", "--json"]), 0)["path"].as_str().unwrap().contains('\u{fffd}'));
+    let pruned = json(&run(&root, &["prune", "--keep-last", "1", "--yes", "--json"]), 0);
+    assert_eq!((steps(&pruned["removed"]), steps(&pruned["kept"])), (vec![5], vec![10]));
+    assert!(!root.join("step-00000005").exists());
+}
+
+/// A prune that could not delete one step once ended without a word of those that it had deleted.
+#[test]
+fn a_prune_that_fails_half_way_says_what_it_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let executor = ashore::CheckpointExecutor::builder(dir.path()).arena(1 << 20).chunk(64 << 10).build().unwrap();
+    for step in [5, 10, 15] {
+        let mut state = ashore::StateDict::new();
+        state.tensor("weights", vec![step as f32; 4]).unwrap();
+        executor.save(step, state).unwrap().wait(std::time::Duration::from_secs(60)).unwrap();
+    }
+    executor.shutdown(std::time::Duration::from_secs(60)).unwrap();
+    fs::create_dir(dir.path().join("step-00000005/mine")).unwrap();
+    let trash = dir.path().join(".trash-00000000-0000-4000-8000-000000000000");
+    fs::create_dir_all(trash.join("mine")).unwrap();
+    let output = run(dir.path(), &["prune", "--keep-last", "1", "--yes", "--json"]);
+    let pruned: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (output.status.code(), steps(&pruned["removed"]), steps(&pruned["failed"])),
+        (Some(1), vec![10], vec![5])
+    );
+    assert!(!dir.path().join("step-00000010").exists());
+    assert!(pruned["left"][0]["name"].as_str().unwrap().starts_with(".trash-"), "{pruned}");
+}
+
+/// `inspect` showed the step before the newest without a word when the newest was damaged.
+#[test]
+fn inspect_shows_no_older_step_instead() {
+    let dir = tempfile::tempdir().unwrap();
+    json(&demo(dir.path(), 10, 5).output().unwrap(), 0);
+    fs::write(dir.path().join("step-00000010/manifest.json"), "").unwrap();
+    let said = complaint(&run(dir.path(), &["inspect"]), 3);
+    assert!(said.contains("the newest step, 10, cannot be shown") && said.contains("step 5 is the newest"), "{said}");
+    assert_eq!(json(&run(dir.path(), &["inspect", "5", "--json"]), 0)["step"], 5);
+}
+
+/// A damaged newest step once made a loop: the run resumed before it, reached it again and died because "the step exists".
+#[test]
+fn a_demo_gets_past_a_damaged_newest_step() {
+    for damage in ["manifest.json", "model.safetensors"] {
+        let dir = tempfile::tempdir().unwrap();
+        json(&demo(dir.path(), 20, 10).output().unwrap(), 0);
+        fs::write(dir.path().join("step-00000020").join(damage), "").unwrap();
+        let output = demo(dir.path(), 20, 10).output().unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert!(String::from_utf8_lossy(&output.stderr).contains("step 20 is passed over"), "{output:?}");
+        assert_eq!((&report["resumed_from"], &report["verified"]), (&10.into(), &Value::Bool(true)));
+        assert_eq!(json(&run(dir.path(), &["verify", "20", "--json"]), 0)["valid"], true);
+    }
 }
 
 #[test]
@@ -255,6 +367,10 @@ fn wrong_usage_ends_with_2() {
         &["prune", "--keep-last", "0"],
         &["prune", "--abandoned", "--older-than", "a while"],
         &["prune", "--keep-last", "1", "--older-than", "1d"],
+        &["prune", "--keep-every", "5"],
+        &["prune", "--keep-last", "1", "--damaged"],
+        &["prune", "--keep-last", "1", "--keep-best", "2"],
+        &["verify", "--device", "host"],
         &["prune", "--keep-last", "1", "--yes", "--dry-run"],
         &["inspect", "1", "2"],
     ] {

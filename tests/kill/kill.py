@@ -90,7 +90,7 @@ class Program:
         expect(status == 0, f"ls ended with {status}: {output}")
         rows = json.loads(output)
         if rows:
-            expect(all(row["valid"] for row in rows), f"an invalid step is listed: {output}")
+            expect(all(row["complete"] for row in rows), f"an incomplete step is listed: {output}")
             status, output = self.run([self.path, "verify", "--json", "--dir", str(root)])
             expect(status == 0, f"verify ended with {status}: {output}")
         return [row["step"] for row in rows]

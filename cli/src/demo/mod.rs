@@ -18,6 +18,7 @@ use crate::device::Home;
 use crate::limit::{Config, Memory, Scratch};
 use crate::out;
 use crate::{Common, size};
+use ashore::catalog::{Found, Problem};
 use ashore::{CheckpointExecutor, Error, ErrorKind, Result};
 use blocks::Plan;
 use model::Size;
@@ -65,7 +66,12 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let root = root.canonicalize().unwrap_or(root);
 
     let corpus = Corpus::new();
-    let found = executor.latest()?;
+    let found = executor.latest_valid()?.map(|Found { checkpoint, skipped, .. }| {
+        for Problem { step, error, .. } in skipped {
+            out::complain(&format!("step {step} is passed over, and replaced when training gets there: {error}"));
+        }
+        checkpoint
+    });
     let fresh = Training::new(args.model, args.seed, &corpus);
     let training = match &found {
         Some(checkpoint) => fresh.resumed(checkpoint)?,

@@ -182,7 +182,7 @@ impl Report<'_> {
             "simulated": self.opening.home.simulated(),
             "arena": self.opening.arena,
             "chunk": self.opening.chunk,
-            "path": self.proof.path,
+            "path": self.proof.path.display().to_string(),
         })
     }
 }
