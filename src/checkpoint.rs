@@ -86,8 +86,9 @@ impl Checkpoint {
     /// Opens the step in the directory `path`. Needs no executor and no arena, and writes nothing.
     ///
     /// # Errors
-    /// `NotFound` when there is no such directory, or nothing in it is of a checkpoint; `Corrupt`, naming the file, when the
-    /// manifest contradicts itself, a file is missing or has another length, or a shard belongs to another step or attempt.
+    /// `NotFound` when there is no such directory, or nothing in it is of a checkpoint; `Corrupt`, naming the
+    /// file, when the manifest contradicts itself, a file is missing or has another length, or a shard
+    /// belongs to another step or attempt.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let given = path.as_ref();
         let path = given.canonicalize().map_err(|e| Error::io("cannot open a checkpoint", e).with_path(given))?;
@@ -177,7 +178,8 @@ impl Checkpoint {
         self.opened.bytes
     }
 
-    /// When it was written, by the clock of the storage; None where that is not known. A copy of a step can have another time.
+    /// When it was written, by the clock of the storage; None where that is not known. A copy of a step can
+    /// have another time.
     pub fn modified(&self) -> Option<SystemTime> {
         self.opened.modified
     }
@@ -354,8 +356,8 @@ impl Opened {
 /// How many shards are looked at for the mark of this library.
 const MARKED: usize = 8;
 
-/// True when this library made the step `name`, whatever is left of it: its manifest begins as ours do; or it is empty,
-/// zeroed or cut and the name is as we give it; or a shard bears the mark of a save.
+/// True when this library made the step `name`, whatever is left of it: its manifest begins as ours do; or it
+/// is empty, zeroed or cut and the name is as we give it; or a shard bears the mark of a save.
 fn ours(reading: &dyn Reading, name: &str) -> Result<bool> {
     let missing = |error: &Error| error.kind() == ErrorKind::NotFound;
     match reading.open(MANIFEST) {

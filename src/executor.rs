@@ -177,9 +177,9 @@ impl CheckpointExecutor {
         self.catalog.checkpoint(step).map(|checkpoint| self.lend_device(checkpoint))
     }
 
-    /// The newest step all of whose bytes are what was written, and what was passed over; None when there is no step at all.
-    /// Reads that step whole. A newer step that it finds damaged is replaced when its number is saved again: see
-    /// [`OnDamaged`](crate::OnDamaged).
+    /// The newest step all of whose bytes are what was written, and what was passed over; None when there is
+    /// no step at all. Reads that step whole. A newer step that it finds damaged is replaced when its number
+    /// is saved again: see [`OnDamaged`](crate::OnDamaged).
     ///
     /// # Errors
     /// As [`Catalog::latest_valid`].

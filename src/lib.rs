@@ -45,7 +45,9 @@
 //! | save what is only borrowed | [`CheckpointExecutor::scope`] |
 //! | know how it ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] for the moment when tensors are free |
 //! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] memory of the host or of a GPU ([`DeviceTarget`]) |
-//! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`] |
+//! | start again past damage | [`CheckpointExecutor::latest_valid`], which says what it passed over; [`OnDamaged`] |
+//! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`], [`catalog::Best`] |
+//! | go back to an earlier step | [`Catalog::discard_after`] |
 //! | end well when the machine is taken away | [`sigterm::Sigterm`] |
 //! | keep steps elsewhere | [`storage::Storage`] |
 //! | come from another system | [`compat`]: its interface, on this engine |

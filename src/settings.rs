@@ -183,15 +183,16 @@ pub enum Failed {
     Warn,
 }
 
-/// What a save does about a step that is there under its number and damaged: made by this library, and its bytes are not what was
-/// written. Found when it cannot be opened, or when [`Catalog::latest_valid`](crate::Catalog::latest_valid) or a prune of this
-/// executor's catalog has read it.
+/// What a save does about a damaged step of the same number.
+///
+/// A step is damaged when this library made it and its bytes are not what was written. Found when it cannot be opened, or when
+/// [`Catalog::latest_valid`](crate::Catalog::latest_valid) or a prune of this executor's catalog has read it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum OnDamaged {
-    /// The new step takes its place, so that a run that resumed before it gets past it. The damaged one is removed right before
-    /// the new one is published.
+    /// The new step takes its place, so that a run that resumed before it gets past it. The damaged one is
+    /// removed right before the new one is published.
     #[default]
     Replace,
     /// The save fails with `Conflict`, as over a sound step.
@@ -252,8 +253,8 @@ pub struct Settings {
     pub keep_last: Option<usize>,
     /// Keep every step that is a multiple of this, beyond `keep_last`.
     pub keep_every: Option<u64>,
-    /// Read a step that an earlier process wrote whole before it counts for `keep_last`, once and off the path of saves: false.
-    /// A damaged one then replaces no older one.
+    /// Read a step that an earlier process wrote whole before it counts for `keep_last`, once and off the
+    /// path of saves: false. A damaged one then replaces no older one.
     pub verify_kept: bool,
     /// What a save does about a damaged step of the same number: `Replace`.
     pub damaged: OnDamaged,

@@ -16,8 +16,8 @@ pub struct Args {
     root: Option<PathBuf>,
 }
 
-/// A row. Complete is what can be said without reading tensor data: the manifest is whole, and every file is there, has its
-/// length, and is of this save. Whether its bytes are what was written is for `verify` to say.
+/// A row. Complete is what can be said without reading tensor data: the manifest is whole, and every file is
+/// there, has its length, and is of this save. Whether its bytes are what was written is for `verify` to say.
 #[derive(Serialize)]
 struct Row {
     step: u64,

@@ -148,7 +148,7 @@ impl Step {
     }
 
     fn because(problem: Problem) -> Self {
-        Self { step: problem.step, path: problem.path, bytes: None, why: Some(problem.error.to_string()) }
+        Self { step: problem.step, path: problem.path, bytes: None, why: Some(format!("{:#}", problem.error)) }
     }
 }
 

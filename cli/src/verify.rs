@@ -104,7 +104,7 @@ impl Findings {
                 return Ok(false);
             }
             Err(error) => {
-                out::complain(&error.to_string());
+                out::complain(&format!("{error:#}"));
                 self.failed = true;
             }
         }

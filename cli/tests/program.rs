@@ -208,7 +208,8 @@ fn prune_deletes_only_when_told_to() {
     assert_eq!(listed(), [20]);
 }
 
-/// Changes one bit of the last byte of a step's weights: the step stays complete, and is not what was written.
+/// Changes one bit of the last byte of a step's weights: the step stays complete, and is not what was
+/// written.
 fn flip(root: &Path, step: &str) {
     let file = root.join(step).join("model.safetensors");
     let mut bytes = fs::read(&file).unwrap();
@@ -216,7 +217,8 @@ fn flip(root: &Path, step: &str) {
     fs::write(&file, bytes).unwrap();
 }
 
-/// `prune` once deleted the sound step and kept the damaged one, because a step with a flipped byte is complete.
+/// `prune` once deleted the sound step and kept the damaged one, because a step with a flipped byte is
+/// complete.
 #[test]
 fn prune_keeps_the_last_sound_step() {
     let dir = tempfile::tempdir().unwrap();
@@ -255,7 +257,8 @@ fn verbs_take_the_directory_behind_them() {
     }
 }
 
-/// A root with a byte that is no UTF-8: `inspect --json` panicked, and `prune --yes --json` deleted and then reported a failure.
+/// A root with a byte that is no UTF-8: `inspect --json` panicked, and `prune --yes --json` deleted and then
+/// reported a failure.
 #[test]
 fn a_root_that_is_not_utf8_is_a_root() {
     use std::os::unix::ffi::OsStrExt;
@@ -305,7 +308,8 @@ fn inspect_shows_no_older_step_instead() {
     assert_eq!(json(&run(dir.path(), &["inspect", "5", "--json"]), 0)["step"], 5);
 }
 
-/// A damaged newest step once made a loop: the run resumed before it, reached it again and died because "the step exists".
+/// A damaged newest step once made a loop: the run resumed before it, reached it again and died because "the
+/// step exists".
 #[test]
 fn a_demo_gets_past_a_damaged_newest_step() {
     for damage in ["manifest.json", "model.safetensors"] {

@@ -37,12 +37,12 @@ impl fmt::Debug for Keeping {
 }
 
 impl Catalog {
-    /// Deletes every step after `step`, newest first, also the damaged ones: for a run that goes back to `step` and on from
-    /// there, so that what it saves is the newest again.
+    /// Deletes every step after `step`, newest first, also the damaged ones: for a run that goes back to
+    /// `step` and on from there, so that what it saves is the newest again.
     ///
     /// # Errors
-    /// `NotFound` when `step` is not there; `Invalid` when it is not durable and, as the options ask, sound. Nothing is
-    /// deleted then. When the directory cannot be read.
+    /// `NotFound` when `step` is not there; `Invalid` when it is not durable and, as the options ask, sound.
+    /// Nothing is deleted then. When the directory cannot be read.
     pub fn discard_after(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
         let stays = self.checkpoint(step)?;
         let (mut entries, mut problems) = self.everything()?;
@@ -60,16 +60,17 @@ impl Catalog {
         Ok(pruned)
     }
 
-    /// The step that the running branch has come to: the last that this process published; where it published none, the
-    /// last that was written, by the clock of the storage.
+    /// The step that the running branch has come to: the last that this process published; where it published
+    /// none, the last that was written, by the clock of the storage.
     pub(super) fn head<'e>(&self, entries: &'e [Entry]) -> Option<&'e Entry> {
         let known = self.known();
         let own = known.own.iter().rev().find_map(|own| entries.iter().find(|entry| entry.attempt == *own));
         own.or_else(|| entries.iter().max_by_key(|entry| (entry.modified, entry.step)))
     }
 
-    /// The step that was written last, and the one with the highest number, where these are two: a run went back, and
-    /// [`Catalog::latest`] is of the run before. Times are those of the storage's clock; a copy of a step can have another.
+    /// The step that was written last, and the one with the highest number, where these are two: a run went
+    /// back, and [`Catalog::latest`] is of the run before. Times are those of the storage's clock; a copy of
+    /// a step can have another.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -77,7 +78,8 @@ impl Catalog {
         Ok(branch(&self.list()?).map(|(last, newest)| (last.clone(), newest.clone())))
     }
 
-    /// Warns, when a run begins, of steps that are not listed, and when the newest step is not the one that was written last.
+    /// Warns, when a run begins, of steps that are not listed, and when the newest step is not the one that
+    /// was written last.
     pub(crate) fn warn_of_oddities(&self) -> Result<()> {
         let (entries, problems) = self.survey()?;
         for Problem { step, name, error, .. } in problems {
@@ -98,7 +100,8 @@ impl Catalog {
         Ok(())
     }
 
-    /// Refuses to save `step` as `name` while it is there under another name: it would be one step in two places.
+    /// Refuses to save `step` as `name` while it is there under another name: it would be one step in two
+    /// places.
     pub(crate) fn refuse_second_name(&self, step: u64, name: &str) -> Result<()> {
         let canonical = step_name(step);
         if self.known().aliases.is_none() {

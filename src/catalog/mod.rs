@@ -1,13 +1,14 @@
 //! The steps of a directory: which there are, which is the newest, which may go.
 //!
-//! **Consistency.** A step is listed only when its manifest parses, every file has its length, and every shard is of this
-//! step and attempt, so nothing incomplete is ever listed. Directories that this library did not make are foreign: never
-//! listed, never touched. **Names.** Steps are compared as numbers. A step is listed once: of several names (`step-00000100` and
-//! `ckpt-100`) the one that this library would give comes first, then the others in lexicographic order, and the first that
-//! can be opened is the step; the others are problems of the kind `Conflict`, and so is a directory whose name says another
-//! step than its manifest. **Damage.** A step is damaged when this library made it and its bytes are not what was written;
-//! listing, overwriting, replacing and pruning all judge by one function. **Crash.** Nothing is deleted before enough steps
-//! that stay are durable, and one of them is sound; deleting is atomic, step by step.
+//! **Consistency.** A step is listed only when its manifest parses, every file has its length, and every
+//! shard is of this step and attempt, so nothing incomplete is ever listed. Directories that this library did
+//! not make are foreign: never listed, never touched. **Names.** Steps are compared as numbers. A step is
+//! listed once: of several names (`step-00000100` and `ckpt-100`) the one that this library would give comes
+//! first, then the others in lexicographic order, and the first that can be opened is the step; the others
+//! are problems of the kind `Conflict`, and so is a directory whose name says another step than its manifest.
+//! **Damage.** A step is damaged when this library made it and its bytes are not what was written; listing,
+//! overwriting, replacing and pruning all judge by one function. **Crash.** Nothing is deleted before enough
+//! steps that stay are durable, and one of them is sound; deleting is atomic, step by step.
 
 mod branch;
 mod policy;
@@ -102,8 +103,8 @@ pub struct Entry {
     pub modified: Option<SystemTime>,
 }
 
-/// A directory that has the name of a step and was made by this library, but is not listed: it cannot be opened (`Corrupt` when it
-/// is damaged), or it is in the way of another (`Conflict`).
+/// A directory that has the name of a step and was made by this library, but is not listed: it cannot be
+/// opened (`Corrupt` when it is damaged), or it is in the way of another (`Conflict`).
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Problem {

@@ -36,8 +36,8 @@ impl<F: Fn(&[Candidate]) -> Vec<bool> + Send + Sync> PreservationPolicy for F {
     }
 }
 
-/// The best steps by a metric, which is a number in their metadata. Of equal ones the newer is better; a step without the
-/// metric, or whose metric is not a number, is none of the best.
+/// The best steps by a metric, which is a number in their metadata. Of equal ones the newer is better; a step
+/// without the metric, or whose metric is not a number, is none of the best.
 ///
 /// ```
 /// use ashore::{CheckpointExecutor, StateDict, catalog::Best};

@@ -5,7 +5,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use std::collections::{BTreeSet, HashSet};
 
-/// What has to be known of the steps that stay before others are deleted, beside that they are complete and durable.
+/// What has to be known of the steps that stay before others are deleted.
+///
+/// That they are complete and durable is asked for in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Verify {
@@ -59,10 +61,10 @@ pub struct Pruned {
     pub damaged: Vec<Problem>,
     /// What was kept, oldest first.
     pub kept: Vec<Entry>,
-    /// Steps among the kept that could not be made durable, or are damaged, and therefore replace no older one.
+    /// Steps among the kept that replace no older one: not durable, or damaged.
     pub doubtful: Vec<Problem>,
-    /// What could not be deleted, and why. A step that is also among the removed is gone from the list, and what is left of
-    /// its bytes waits in a hidden directory for [`Catalog::sweep`].
+    /// What could not be deleted, and why. A step that is also among the removed is gone from the list, and
+    /// what is left of its bytes waits in a hidden directory for [`Catalog::sweep`].
     pub failed: Vec<Problem>,
     /// Names that another prune took away while this one looked at them.
     vanished: HashSet<String>,
@@ -82,23 +84,24 @@ impl Pruned {
 }
 
 impl Catalog {
-    /// Deletes what `retention` does not keep, oldest first. Foreign directories, attempts and steps that cannot be
-    /// opened are left alone.
+    /// Deletes what `retention` does not keep, oldest first. Foreign directories, attempts and steps that
+    /// cannot be opened are left alone.
     ///
-    /// Steps that this process did not publish itself are made durable before they are counted; those where that fails,
-    /// and those found damaged, do not count, so more is kept. A run that went back to an early step loses nothing that it
-    /// saves to higher steps of the run before: the `keep_last` newest steps up to the one that this process published
-    /// last are kept as well, or up to the one that was written last where this process published none.
+    /// Steps that this process did not publish itself are made durable before they are counted; those where
+    /// that fails, and those found damaged, do not count, so more is kept. A run that went back to an early
+    /// step loses nothing that it saves to higher steps of the run before: the `keep_last` newest steps up to
+    /// the one that this process published last are kept as well, or up to the one that was written last
+    /// where this process published none.
     ///
     /// # Errors
-    /// `Invalid` for a retention that keeps nothing; when the directory cannot be read. A step that cannot be deleted is
-    /// no error of this call: see [`Pruned::complete`].
+    /// `Invalid` for a retention that keeps nothing; when the directory cannot be read. A step that cannot be
+    /// deleted is no error of this call: see [`Pruned::complete`].
     pub fn prune(&self, retention: &Retention, options: PruneOptions) -> Result<Pruned> {
         self.prune_sparing(retention, options, |_| Ok(BTreeSet::new()))
     }
 
-    /// [`Catalog::prune`], which also keeps what `policy` does, such as the [best](super::Best). A retention that keeps all
-    /// steps keeps only the newest durable one here, and those of the policy.
+    /// [`Catalog::prune`], which also keeps what `policy` does, such as the [best](super::Best). A retention
+    /// that keeps all steps keeps only the newest durable one here, and those of the policy.
     ///
     /// # Errors
     /// As [`Catalog::prune`].
@@ -153,8 +156,8 @@ impl Catalog {
         Ok(gone)
     }
 
-    /// Deletes of the steps that `choose` returns those that are older than the newest durable one, oldest first. As
-    /// [`Catalog::prune`] in everything else.
+    /// Deletes of the steps that `choose` returns those that are older than the newest durable one, oldest
+    /// first. As [`Catalog::prune`] in everything else.
     ///
     /// # Errors
     /// As there, and when a step cannot be deleted.
@@ -175,8 +178,8 @@ impl Catalog {
     /// Deletes `step` under every name that it has, also when it is damaged.
     ///
     /// # Errors
-    /// `NotFound` when it is not there. `Invalid` when none of the others is durable and, as the options ask, sound:
-    /// nothing is deleted then. When the directory cannot be read.
+    /// `NotFound` when it is not there. `Invalid` when none of the others is durable and, as the options ask,
+    /// sound: nothing is deleted then. When the directory cannot be read.
     pub fn delete(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
         let (entries, problems) = self.everything()?;
         let problems: Vec<_> =
@@ -195,11 +198,12 @@ impl Catalog {
         Ok(pruned)
     }
 
-    /// Reads every step whole and deletes the damaged ones of this library. What cannot be read at present stays.
+    /// Reads every step whole and deletes the damaged ones of this library. What cannot be read at present
+    /// stays.
     ///
     /// # Errors
-    /// `Invalid` when there are damaged steps and no sound and durable one: nothing is deleted then. When the directory cannot
-    /// be read.
+    /// `Invalid` when there are damaged steps and no sound and durable one: nothing is deleted then. When the
+    /// directory cannot be read.
     pub fn delete_damaged(&self, options: PruneOptions) -> Result<Pruned> {
         let (entries, problems) = self.everything()?;
         let mut pruned = Pruned::default();
@@ -241,8 +245,8 @@ impl Catalog {
         })
     }
 
-    /// The newest steps that count, as many as are `wanted`: those that are durable and, as `verify` asks, sound. Older ones
-    /// are not asked about. `sound` says whether one that stays is known to be.
+    /// The newest steps that count, as many as are `wanted`: those that are durable and, as `verify` asks,
+    /// sound. Older ones are not asked about. `sound` says whether one that stays is known to be.
     fn counted(
         &self,
         entries: &[Entry],

@@ -100,8 +100,8 @@ impl Catalog {
         if dry_run { Ok(()) } else { self.storage.remove_opened(name, opened.as_ref()) }
     }
 
-    /// What is wrong with the step under `name`, if it is ours and damaged: it cannot be opened, or this process has read
-    /// it and found other bytes than were written.
+    /// What is wrong with the step under `name`, if it is ours and damaged: it cannot be opened, or this
+    /// process has read it and found other bytes than were written.
     pub(crate) fn damage(&self, name: &str) -> Option<Error> {
         match Checkpoint::try_open(&self.storage, name) {
             Ok(checkpoint) => self.known().damaged.get(&checkpoint.attempt()).cloned(),

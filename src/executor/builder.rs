@@ -128,8 +128,8 @@ impl Builder {
         shutdown_deadline: Duration,
     }
 
-    /// Keeps steps that `policy` chooses, such as the [best](crate::catalog::Best), beyond those of `keep_last` and `keep_every`;
-    /// without these, beyond the newest durable one.
+    /// Keeps steps that `policy` chooses, such as the [best](crate::catalog::Best), beyond those of
+    /// `keep_last` and `keep_every`; without these, beyond the newest durable one.
     pub fn preserve(mut self, policy: impl PreservationPolicy + 'static) -> Self {
         self.policy = Policy(Some(Arc::new(policy)));
         self

@@ -1,5 +1,5 @@
-//! Where saves go: the storage, with the names of steps looked after. A step has one name, and a damaged one does not stand
-//! in the way of a new one.
+//! Where saves go: the storage, with the names of steps looked after. A step has one name, and a damaged one
+//! does not stand in the way of a new one.
 
 use crate::catalog::Catalog;
 use crate::error::{ErrorKind, Result};
@@ -38,8 +38,9 @@ impl Begin for Place {
     }
 }
 
-/// An attempt at a step that is there and damaged. The damaged one is removed right before the publish, which replaces nothing:
-/// so it works where directories cannot be exchanged, and a sound step that came meanwhile wins.
+/// An attempt at a step that is there and damaged. The damaged one is removed right before the publish, which
+/// replaces nothing: so it works where directories cannot be exchanged, and a sound step that came meanwhile
+/// wins.
 #[derive(Debug)]
 struct Replacing {
     attempt: Arc<dyn Writing>,

@@ -87,7 +87,8 @@ pub fn check_header(manifest: &Manifest, file: usize, header: &Header) -> Result
     Ok(())
 }
 
-/// Checks the bytes of the index of a step against its manifest: each tensor in the file that holds it, and no other tensor.
+/// Checks the bytes of the index of a step against its manifest: each tensor in the file that holds it, and
+/// no other tensor.
 ///
 /// # Errors
 /// `Corrupt`, naming the tensor.

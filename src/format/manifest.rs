@@ -39,7 +39,8 @@ pub fn is_ours(bytes: &[u8]) -> bool {
     bytes.starts_with(BEGIN)
 }
 
-/// True for the beginning of a manifest of which nothing was written but a part of [`BEGIN`]: empty, cut, or zeros.
+/// True for the beginning of a manifest of which nothing was written but a part of [`BEGIN`]: empty, cut, or
+/// zeros.
 pub(crate) fn is_blank(head: &[u8]) -> bool {
     BEGIN.starts_with(head) || head.iter().all(|byte| *byte == 0)
 }

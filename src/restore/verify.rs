@@ -28,8 +28,9 @@ pub struct Report {
     pub bytes: u64,
     /// All that is not as it was written, sorted by file and place.
     pub damage: Vec<Damage>,
-    /// What stock loaders would take for the step although its manifest says otherwise: an index that sends them to other
-    /// files, weights or an index that the manifest does not name. This library reads the step rightly all the same.
+    /// What stock loaders would take for the step although its manifest says otherwise: an index that sends
+    /// them to other files, weights or an index that the manifest does not name. This library reads the step
+    /// rightly all the same.
     pub misleading: Vec<Damage>,
 }
 
@@ -102,7 +103,8 @@ impl Checkpoint {
         Ok(Report { files, tensors, bytes: total, damage: findings.damage, misleading })
     }
 
-    /// What stock loaders would read instead of what the manifest says: they go by names, and by the index where there is one.
+    /// What stock loaders would read instead of what the manifest says: they go by names, and by the index
+    /// where there is one.
     fn verify_for_stock_loaders(&self, damage: &[Damage]) -> Result<Vec<Damage>> {
         let manifest = &self.opened.manifest;
         let mut misleading = Vec::new();
@@ -240,7 +242,8 @@ impl Checkpoint {
         Damage { file, tensor, range: range.clone(), what, unreadable: false }
     }
 
-    /// The first damage of a report as an error: `Unavailable` when all of it is that bytes cannot be read at present.
+    /// The first damage of a report as an error: `Unavailable` when all of it is that bytes cannot be read at
+    /// present.
     pub(crate) fn damaged(&self, report: &Report) -> Option<Error> {
         let first = report.damage.iter().find(|damage| !damage.unreadable).or(report.damage.first())?;
         let Damage { file, tensor, range, what, unreadable } = first;

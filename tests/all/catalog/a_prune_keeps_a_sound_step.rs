@@ -1,4 +1,5 @@
-//! A prune once deleted the only sound step: the newest was complete and a byte of it was flipped, and "complete" was enough.
+//! A prune once deleted the only sound step: the newest was complete and a byte of it was flipped, and
+//! "complete" was enough.
 
 use crate::made::{Made, noise, publish};
 use ashore::catalog::{Entry, Problem, Verify};
@@ -13,7 +14,8 @@ fn made(step: u64) -> Made {
     Made::new(step).tensor("x", Dtype::U8, &[64], noise(64, step))
 }
 
-/// Sound steps, and those of `flipped` with one byte of their tensor changed: complete, and not what was written.
+/// Sound steps, and those of `flipped` with one byte of their tensor changed: complete, and not what was
+/// written.
 fn steps(sound: &[u64], flipped: &[u64]) -> (Memory, Catalog) {
     let storage = Memory::new();
     sound.iter().for_each(|&step| made(step).publish(&storage, &ashore::id::step_name(step)));

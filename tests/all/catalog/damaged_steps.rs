@@ -1,5 +1,6 @@
-//! A step is ours, and damaged, by one judgement, whatever is left of it: the catalog, an overwrite, a save and a prune agree.
-//! Once a manifest of 0 bytes made a step of ours somebody else's to an overwrite, and a damaged step to the catalog.
+//! A step is ours, and damaged, by one judgement, whatever is left of it: the catalog, an overwrite, a save
+//! and a prune agree. Once a manifest of 0 bytes made a step of ours somebody else's to an overwrite, and a
+//! damaged step to the catalog.
 
 use crate::made::{BeforeShard, Made, Watched, noise, publish};
 use crate::rig::{LONG, one};
@@ -17,7 +18,8 @@ fn made(step: u64) -> Made {
         .shards(2)
 }
 
-/// Every damage, by what it does to the files of a step. The manifest is the last of them, the shards the first two.
+/// Every damage, by what it does to the files of a step. The manifest is the last of them, the shards the
+/// first two.
 const DAMAGES: [(&str, fn(&mut Files)); 9] = [
     ("a manifest of 0 bytes", |files| files.last_mut().unwrap().1.clear()),
     ("a manifest of zeros", |files| files.last_mut().unwrap().1.fill(0)),

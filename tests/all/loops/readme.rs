@@ -5,7 +5,8 @@ use std::{path::Path, sync::Arc, time::Duration};
 pub fn train(root: &Path, steps: u64) -> Result<Arc<Vec<f32>>> {
     let executor = CheckpointExecutor::builder(root).arena(256 << 20).keep_last(3).build()?;
     let (mut done, mut weights) = (0, Arc::new(vec![0.0_f32; 1024 * 1024]));
-    if let Some(newest) = executor.latest()? {
+    if let Some(found) = executor.latest_valid()? {
+        let newest = found.checkpoint; // the newest step that is sound; `found.skipped` says what is wrong with newer ones
         newest.read_into(Targets::new().elements("weights", Arc::get_mut(&mut weights).unwrap()))?;
         done = newest.step();
     }

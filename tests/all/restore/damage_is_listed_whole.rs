@@ -62,7 +62,8 @@ fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
     assert!(report.damage[0].what.contains("contradicts the manifest"), "{report:?}");
 }
 
-/// Stock loaders go by the index and by the names of files, and would read other tensors than this library does.
+/// Stock loaders go by the index and by the names of files, and would read other tensors than this library
+/// does.
 #[test]
 fn what_stock_loaders_would_read_instead_is_not_sound() {
     let made =
