@@ -94,7 +94,7 @@
 //! let save = executor.save(1, state)?;
 //! executor.fenced().await?; // the tensors may be written
 //! save.await?; // durable
-//! tokio::task::spawn_blocking(|| executor.shutdown(Duration::from_secs(60))).await??;
+//! tokio::task::spawn_blocking(move || executor.shutdown(Duration::from_secs(60))).await??;
 //! # assert_eq!(Catalog::open(&root)?.latest()?.unwrap().step(), 1);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! # }).unwrap();
