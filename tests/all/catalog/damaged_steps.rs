@@ -18,9 +18,11 @@ fn made(step: u64) -> Made {
         .shards(2)
 }
 
-/// Every damage, by what it does to the files of a step. The manifest is the last of them, the shards the
-/// first two.
-const DAMAGES: [(&str, fn(&mut Files)); 9] = [
+/// A name, and what it does to the files of a step.
+type Damaging = (&'static str, fn(&mut Files));
+
+/// Every damage. The manifest is the last of the files, the shards are the first two.
+const DAMAGES: [Damaging; 9] = [
     ("a manifest of 0 bytes", |files| files.last_mut().unwrap().1.clear()),
     ("a manifest of zeros", |files| files.last_mut().unwrap().1.fill(0)),
     ("a manifest that is cut", |files| files.last_mut().unwrap().1.truncate(200)),
