@@ -62,7 +62,8 @@ class Program:
 
     def run(self, command):
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
-        return done.returncode, done.stdout + done.stderr
+        # What is printed beside a result, such as what an attempt has left, is no part of it.
+        return done.returncode, done.stdout if done.stdout.strip() else done.stderr
 
     def finished(self, status, output):
         """The report of a demo that went well."""
