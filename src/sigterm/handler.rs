@@ -10,7 +10,8 @@
 //! statics, getpid(2), sigaction(2), a send(2) that does not block, a call of the handler that was there
 //! before, and the default effect by a function made for handlers. It allocates nothing, takes no lock,
 //! cannot panic, and gives errno back. A descriptor that it sends to is open: a hook that goes takes its slot
-//! back and waits for the handlers that run, before it closes its socket.
+//! back and waits for the handlers that run, before it closes its socket: for a second at most, so that a
+//! thread that a debugger stops inside the handler for longer may send its byte to another socket.
 #![expect(unsafe_code, reason = "sigaction, and a handler; argument above")]
 
 use signal_hook::consts::SIGTERM;
@@ -20,9 +21,9 @@ use std::io::{Error, Result};
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::ptr::{null, null_mut};
+use std::ptr::null;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicI32, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,8 +39,10 @@ static RUNNING: AtomicUsize = AtomicUsize::new(0);
 
 /// Whether ours is installed, and what was there before.
 static INSTALLED: Mutex<bool> = Mutex::new(false);
-static BEFORE: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
-static BEFORE_FLAGS: AtomicI32 = AtomicI32::new(0);
+static PLAIN: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
+/// The same, where it takes three arguments: 0 where it does not. Apart from `PLAIN`, so that no thread ever takes a handler of
+/// one kind for one of the other.
+static DETAILED: AtomicUsize = AtomicUsize::new(0);
 
 /// Has bytes sent to a socket as long as it lives. In a forked child it does nothing, not even when it is
 /// dropped.
@@ -61,13 +64,14 @@ impl Hook {
         // Another handler that was put over ours calls ours: with ours over it again, they would call each
         // other for ever.
         if there.sa_sigaction != address() && (!*installed || default) {
-            BEFORE.store(there.sa_sigaction, SeqCst);
-            BEFORE_FLAGS.store(there.sa_flags, SeqCst);
-            let mut handler = there;
+            remember(&there);
+            let (mut handler, mut replaced) = (there, there);
             handler.sa_sigaction = address();
             handler.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
             // SAFETY: `handle` may be called for a signal at any time; its mask is that of the handler before.
-            check(unsafe { libc::sigaction(SIGTERM, &handler, null_mut()) })?;
+            check(unsafe { libc::sigaction(SIGTERM, &handler, &mut replaced) })?;
+            // Another thread may have installed one since `current` looked.
+            remember(&replaced);
             *installed = true;
         }
         slot.store(value, SeqCst);
@@ -93,6 +97,13 @@ impl Drop for Hook {
             std::thread::yield_now();
         }
     }
+}
+
+/// Has the handler call what was there before.
+fn remember(before: &libc::sigaction) {
+    let detailed = before.sa_flags & libc::SA_SIGINFO != 0;
+    DETAILED.store(if detailed { before.sa_sigaction } else { 0 }, SeqCst);
+    PLAIN.store(if detailed { libc::SIG_DFL } else { before.sa_sigaction }, SeqCst);
 }
 
 fn ours(value: u64) -> bool {
@@ -133,16 +144,17 @@ extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_
             heard = true;
         }
         RUNNING.fetch_sub(1, SeqCst);
-        match BEFORE.load(SeqCst) {
+        let detailed = DETAILED.load(SeqCst);
+        match PLAIN.load(SeqCst) {
+            _ if detailed != 0 => {
+                // SAFETY: sigaction(2) gave it as a handler of this kind.
+                let before: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = std::mem::transmute(detailed);
+                before(signal, info, context);
+            }
             // Without a hook, as in a forked child, the signal has its effect, unless a handler above ours
             // has it.
             libc::SIG_DFL => _ = (!heard && topmost()).then(|| emulate_default_handler(signal)),
             libc::SIG_IGN => {}
-            before if BEFORE_FLAGS.load(SeqCst) & libc::SA_SIGINFO != 0 => {
-                // SAFETY: sigaction(2) gave it as a handler of this kind.
-                let before: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = std::mem::transmute(before);
-                before(signal, info, context);
-            }
             before => {
                 // SAFETY: sigaction(2) gave it as a handler of this kind.
                 let before: extern "C" fn(c_int) = std::mem::transmute(before);
