@@ -55,7 +55,7 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A stream of a primary context, as a fence takes it. It cannot outlive the stream:
+/// A stream of a primary context, as a fence takes it; one of another context is refused there. It cannot outlive the stream:
 /// ```compile_fail,E0597
 /// # use ashore::{CheckpointExecutor, DeviceStream};
 /// # use cudarc::driver::CudaContext;
@@ -69,8 +69,11 @@ use std::sync::Arc;
 /// ```
 impl<'s> From<&'s CudaStream> for DeviceStream<'s> {
     fn from(stream: &'s CudaStream) -> Self {
-        let ordinal = u32::try_from(stream.context().ordinal()).unwrap_or(u32::MAX);
-        // SAFETY: cudarc destroys the stream when it is dropped, and it is borrowed.
+        let context = stream.context();
+        // The driver would take a stream of another context for one of ours: it is named as one of no device, and refused.
+        let ordinal = u32::try_from(context.ordinal()).ok().filter(|_| context.is_primary());
+        let ordinal = ordinal.unwrap_or(u32::MAX);
+        // SAFETY: cudarc destroys the stream when it is dropped, and it is borrowed; it is of a primary context, or refused.
         unsafe { Self::new(ordinal, stream.cu_stream() as usize) }
     }
 }
@@ -215,7 +218,7 @@ pub trait CudaOwner: Send + Sync + sealed::Sealed {
 pub struct CudaTarget<'t>(DeviceTarget<'t>);
 
 impl<'t> CudaTarget<'t> {
-    /// All of `memory`. It is written after whatever cudarc knows to use it, in any stream.
+    /// All of `memory`. It is written after all work of any stream that cudarc has recorded as using it.
     ///
     /// # Errors
     /// As [`CudaTensor::new`].
@@ -277,7 +280,7 @@ fn readable(stream: &Arc<CudaStream>) -> Result<DeviceStream<'_>> {
     Err(Error::invalid(format!("{why} device=cuda:{}", context.ordinal())))
 }
 
-/// What would be an error that nobody saw, and a wait that waits for nothing.
+/// Fails when cudarc has met an error in this context that no call has returned: its waits may have waited for nothing.
 fn unfailed(context: &CudaContext) -> Result<()> {
     context.check_err().map_err(|error| {
         let device = context.ordinal();
