@@ -95,15 +95,15 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let how = if args.abandoned { Sweep::default().older_than(args.older_than) } else { Sweep::default() };
     let swept = catalog.sweep(if dry_run { how.dry_run() } else { how });
     for doubtful in &done.doubtful {
-        out::complain(&format!("not counted, and kept: {}", doubtful.error));
+        out::complain(&format!("not counted, and kept: {:#}", doubtful.error));
     }
     for failed in &done.failed {
-        out::complain(&format!("could not delete step {}: {}", failed.step, failed.error));
+        out::complain(&format!("could not delete step {}: {:#}", failed.step, failed.error));
     }
     let mut failed = !done.failed.is_empty();
     let swept = swept.unwrap_or_else(|error| {
         failed = true;
-        out::complain(&format!("could not look for what dead processes left behind: {error}"));
+        out::complain(&format!("could not look for what dead processes left behind: {error:#}"));
         Default::default()
     });
     let pruned = Pruned {

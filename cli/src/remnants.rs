@@ -43,5 +43,5 @@ pub fn not_alive(remnants: Vec<Remnant>) -> Vec<Row> {
     remnants.into_iter().filter(|remnant| remnant.state != State::Live).map(Row::from).collect()
 }
 
-/// What to do about those that nobody can tell.
+/// What to do about attempts whose owners may or may not be alive.
 pub const ADVICE: &str = "may be of hosts that are gone: ashore prune --abandoned --older-than AGE --yes deletes them";

@@ -339,7 +339,7 @@ impl DeviceReport {
             Ok(kernels) => {
                 let (room, none) = (kernels.room(), "no memory was asked for setting=gather");
                 self.gather = if room.is_empty() { Err(none.into()) } else { Ok(room.end - room.start) };
-                self.scratch = kernels.slots().map(<[u64]>::len).map_err(|why| why.to_string());
+                self.scratch = kernels.slots().map(<[u64]>::len).map_err(|why| format!("{why:#}"));
             }
             Err(why) => {
                 let why = format!("{why:#}");

@@ -77,7 +77,7 @@ impl Tidy<'_> {
         let before = self.owed.len();
         self.owed.extend(batch);
         let mut names = self.owed.iter().skip(before).filter_map(Left::published);
-        // What lies beside the steps is not the latest of them.
+        // A checkpoint under a name of its own is not the latest step.
         if let Some(newest) = names.rfind(|name| parse_step_name(name).is_some()) {
             attempt("write the hint", || self.storage.hint(newest));
             let step = parse_step_name(newest);

@@ -50,7 +50,7 @@ impl<S: GraphState, C: Checkpointer<S> + ?Sized> Checkpointer<S> for Arc<C> {
 /// use ashore::compat::graph::{InMemory, checkpointer_for};
 /// checkpointer_for! {
 ///     /// A store of ashore, for the engine.
-///     pub struct Store for engine, |error| error.to_string() => String
+///     pub struct Store for engine, |error| format!("{error:#}") => String
 /// }
 /// let store = Store(InMemory::new()); // or a `Directory`, or an `Arc` of either
 /// # struct State;

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 checkpointer_for! {
     /// A store of ashore, for cognis.
-    struct Store for cognis_graph, |error| CognisError::Internal(error.to_string()) => CognisError
+    struct Store for cognis_graph, |error| CognisError::Internal(format!("{error:#}")) => CognisError
 }
 
 #[derive(GraphState, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
