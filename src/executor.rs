@@ -8,16 +8,18 @@ mod builder;
 mod ending;
 mod place;
 mod scope;
+mod threads;
 mod tidy;
 
 pub use builder::Builder;
 pub use scope::{Fence, Scope};
+pub(crate) use threads::Threads;
 
 use crate::catalog::Found;
 use crate::checkpoint::Checkpoint;
 use crate::completion::{Calls, deadline_after};
 use crate::device::{DeviceReport, Point};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
 use crate::plan::{Later, Plan, Request, Shape};
@@ -28,15 +30,13 @@ use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Issue, Outcome, Ticket};
-use crate::writer::{Pool, Task};
+use crate::writer::Task;
 use crate::{Catalog, fork};
 use admission::Verdict;
-use crossbeam_channel::Sender;
 use place::Place;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Saves state dicts under a root directory while the program goes on computing.
@@ -70,7 +70,9 @@ use std::time::{Duration, Instant};
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// Dropping it waits for saves in flight, for `shutdown_deadline` at most; errors are then only logged.
+/// Dropping it waits for saves in flight, for `shutdown_deadline` at most; errors are then only logged. Where a
+/// function given to [`Save::on_done`], or a waker, drops the last owner, a thread of its own does so, which `main`
+/// does not wait for.
 #[derive(Debug)]
 pub struct CheckpointExecutor {
     settings: Settings,
@@ -78,31 +80,20 @@ pub struct CheckpointExecutor {
     place: Arc<Place>,
     catalog: Arc<Catalog>,
     stager: Arc<Stager>,
+    threads: Arc<Threads>,
     device: DeviceReport,
     /// The last plan; held by callers of `save` only, one at a time.
     admission: Mutex<Admission>,
     generation: u64,
     /// Saves that became durable: what was staged was compared with what was there at `save`.
     compared: Arc<AtomicU64>,
-    /// No save is begun any more.
-    closed: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Admission {
     plan: Option<Arc<Plan>>,
-    /// None once shut down.
-    lines: Option<Lines>,
     /// Attempts are drawn ahead, because randomness is a system call.
     attempts: Attempts,
-}
-
-/// The sending ends that keep the threads alive.
-#[derive(Debug)]
-struct Lines {
-    pool: Pool,
-    ended: Sender<Arc<Task>>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 impl CheckpointExecutor {
@@ -224,25 +215,26 @@ impl CheckpointExecutor {
     }
 
     /// Takes no more saves, waits for those in flight, ends the threads. What is there can still be read. Any
-    /// owner of an `Arc` may call it; called again it waits for what is left. The arena, and what it has of a
+    /// owner of an `Arc` may call it, several at once too; called again it waits for what is left. The arena, and what it has of a
     /// device, are given back when the last owner drops it.
     ///
     /// # Errors
     /// The first error of a save that nobody has seen. `Deadline` when saves were unfinished at the deadline: they have
-    /// failed then, and threads that hang in the storage are left behind.
+    /// failed then, and threads that hang in the storage are left behind: a later call, or the drop, waits for them.
+    /// `Invalid` in a function given to [`Save::on_done`], or a waker: their thread is one that has to end.
     pub fn shutdown(&self, deadline: Duration) -> Result<()> {
         self.alive()?;
-        self.close(deadline)
+        if self.threads.are_here() {
+            return Err(Error::invalid(
+                "a thread of the executor cannot shut it down: call `shutdown` from another thread",
+            ));
+        }
+        self.threads.close(deadline)
     }
 
-    /// Begins no save any more; those that are asked for are skipped.
-    pub(crate) fn close_admission(&self) {
-        self.closed.store(true, Ordering::Release);
-    }
-
-    /// The saves under way, in the order of calls.
-    pub(crate) fn unfinished(&self) -> Vec<Save> {
-        self.stager.flights.unfinished().into_iter().map(Save::new).collect()
+    /// The threads, which live as long as saves do.
+    pub(crate) fn threads(&self) -> &Arc<Threads> {
+        &self.threads
     }
 
     /// A save although admission is closed: the last of the program.
@@ -279,6 +271,10 @@ impl CheckpointExecutor {
         if parse_step_name(&name).is_some_and(|other| other != step) {
             return Err(Error::invalid(format!("this is not a name for the step name={name:?}")).with_step(step));
         }
+        if options.snapshot == Snapshot::AtSave && self.threads.are_here() {
+            let why = "a thread of the executor cannot wait for staging: save without `Snapshot::AtSave`";
+            return Err(Error::invalid(why).with_step(step));
+        }
         let patience = options.deadline.map_or(self.settings.save_deadline, |d| d.min(self.settings.save_deadline));
         let deadline = deadline_after(patience);
         if !options.last
@@ -293,10 +289,12 @@ impl CheckpointExecutor {
         let mut superseded = false;
         let (mut admission, attempt) = loop {
             let mut admission = lock(&self.admission);
-            admission.lines()?;
+            if self.threads.lines().is_none() {
+                return Err(shut_down());
+            }
             self.refuse_unfenced(step)?;
             let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
-            if self.closed.load(Ordering::Acquire) && !options.last && !superseded {
+            if self.threads.admission_is_closed() && !options.last && !superseded {
                 return Ok(self.resolved(step, attempt, began, self.last_word(step)));
             }
             match admission::admit(&self.stager, self.settings.overlap, step)? {
@@ -357,10 +355,16 @@ impl CheckpointExecutor {
             expected: std::mem::take(&mut captured.expected),
             later: Later(Box::new(move || on_device.expected())),
         };
-        let lines = admission.lines()?;
-        let task = Task::new(request, self.place.clone(), &lines.pool, lines.ended.clone());
+        let lines = self.threads.lines();
+        let Some(open) = lines.as_ref() else {
+            // While the sources were read here.
+            drop(lines);
+            let error = shut_down().with_step(step);
+            self.stager.refuse(ticket, error.clone(), std::mem::take(state), region, queued);
+            return Err(error);
+        };
+        let sink = Arc::new(Task::new(request, self.place.clone(), &open.pool, open.ended.clone()));
         ticket.add_blocked(began.elapsed());
-        let sink = Arc::new(task);
         self.stager.push(Job {
             ticket: ticket.clone(),
             plan,
@@ -373,7 +377,7 @@ impl CheckpointExecutor {
             borrowed,
             sink,
         });
-        drop(admission);
+        drop((lines, admission));
         if options.snapshot == Snapshot::AtSave {
             self.stager.flights.fence_one(&ticket, self.settings.fence_deadline)?;
         }
@@ -435,53 +439,9 @@ impl CheckpointExecutor {
         }
         Err(Error::invalid("an executor cannot be used in a forked child; make a new one there"))
     }
-
-    fn close(&self, patience: Duration) -> Result<()> {
-        let lines = lock(&self.admission).lines.take();
-        let deadline = deadline_after(patience);
-        let mut late = None;
-        for ticket in self.stager.flights.unfinished() {
-            if ticket.done.wait(deadline).is_none() {
-                let what = format!("the executor was shut down before a save ended patience={patience:?}");
-                let cancelled = Error::new(ErrorKind::Cancelled, what.clone());
-                // This call says so itself, of the first one; no other may.
-                let failed = ticket.fail_as(cancelled.clone(), true);
-                let calls = ticket.give_up(cancelled);
-                if failed || calls.is_some() {
-                    ticket.observed.store(true, Ordering::Release);
-                    calls.into_iter().for_each(Calls::here);
-                    tracing::error!(step = ticket.step, what);
-                    late.get_or_insert(Error::new(ErrorKind::Deadline, what).with_step(ticket.step));
-                }
-            }
-        }
-        let Some(Lines { pool, ended, threads }) = lines else { return late.map_or(Ok(()), Err) };
-        self.stager.stop();
-        drop((pool, ended));
-        // Saves that failed just now end as soon as their threads see it; threads that hang in the storage never do.
-        let grace = deadline.max(Instant::now() + Duration::from_millis(500));
-        for thread in threads {
-            while !thread.is_finished() && Instant::now() < grace {
-                std::thread::sleep(Duration::from_micros(200));
-            }
-            if thread.is_finished() {
-                let _ = thread.join();
-            } else {
-                tracing::error!(thread = thread.thread().name(), "a thread hangs and is left behind");
-            }
-        }
-        let mut unseen = std::iter::from_fn(|| self.stager.flights.unobserved());
-        let first = unseen.next().or(late);
-        unseen.for_each(|error| tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it"));
-        first.map_or(Ok(()), Err)
-    }
 }
 
 impl Admission {
-    fn lines(&self) -> Result<&Lines> {
-        self.lines.as_ref().ok_or_else(|| Error::invalid("the executor is shut down"))
-    }
-
     /// The plan of the last save, if the structure is the same; a new one otherwise.
     fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings) -> Result<Arc<Plan>> {
         let shape = Shape { chunk: settings.chunk, files: settings.files };
@@ -492,16 +452,17 @@ impl Admission {
     }
 }
 
+fn shut_down() -> Error {
+    Error::invalid("the executor is shut down")
+}
+
 impl Drop for CheckpointExecutor {
     fn drop(&mut self) {
         if self.alive().is_err() {
             // Everything behind it belongs to the parent: descriptors, locks, threads that do not exist here.
-            let admission = self.admission.get_mut().unwrap_or_else(PoisonError::into_inner);
-            std::mem::forget(admission.lines.take());
+            std::mem::forget(self.threads.clone());
             return;
         }
-        if let Err(error) = self.close(self.settings.shutdown_deadline) {
-            tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it");
-        }
+        self.threads.close_dropped(self.settings.shutdown_deadline);
     }
 }

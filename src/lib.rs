@@ -155,6 +155,7 @@ pub mod format;
 pub mod id;
 pub mod memory;
 mod mutant;
+mod own_threads;
 mod plan;
 mod restore;
 mod save;

@@ -111,8 +111,12 @@ impl Save {
     ///
     /// # Errors
     /// How the save failed; `Deadline` when it has not ended after `patience`: it goes on then, and can be waited for again.
+    /// `Invalid`, at once, in a function given to [`Save::on_done`], or a waker, when it has not ended.
     pub fn wait(&self, patience: Duration) -> Result<Outcome> {
         self.ticket.alive()?;
+        if !self.ticket.done.is_complete() {
+            self.ticket.may_wait()?;
+        }
         match self.done.cell().wait(deadline_after(patience)) {
             Some(result) => self.observe(result),
             None => Err(self.late("the save has not ended", patience)),
@@ -155,11 +159,16 @@ impl Save {
     /// Calls `f` with how the save has ended.
     ///
     /// The thread that commits calls it; a thread of its own does for a save that is given up or superseded,
-    /// because the one that commits may hang in the storage; this thread does, at once, if the save has ended
+    /// because the one that commits may hang in the storage, and a `main` that returns does not wait for it; this thread does, at once, if the save has ended
     /// already. A shutdown that gives the save up calls it before it returns.
     ///
-    /// No lock is held then: `f` may use the save and the executor. Commits wait while it runs, so it should
-    /// hand on what it is told. Its panic is logged. An error that it is told counts as seen.
+    /// No lock is held then. Commits wait while it runs, so it should hand on what it is told. Its panic is logged.
+    /// An error that it is told counts as seen.
+    ///
+    /// `f` may look at the save and the executor, begin a save, and drop the last owner of the executor, whose saves
+    /// go on. It cannot wait for what its own thread has to do: `wait` of a save that has not ended, a fence, a
+    /// scope, `Snapshot::AtSave` and `shutdown` are `Invalid` there, and a save that would wait for room is `Busy`,
+    /// each at once. The same holds for wakers. Other waits for this executor, such as `block_on` of a save, hang.
     ///
     /// ```
     /// # let dir = tempfile::tempdir().unwrap();
@@ -225,8 +234,12 @@ impl Staged {
     ///
     /// # Errors
     /// How the save failed: its sources are dropped then, too. `Deadline` when it is not staged after `patience`.
+    /// `Invalid`, at once, in a function given to [`Save::on_done`], or a waker, when it is not staged.
     pub fn wait(&self, patience: Duration) -> Result<()> {
         self.ticket.alive()?;
+        if !self.ticket.staged.is_complete() {
+            self.ticket.may_wait()?;
+        }
         match self.staged.cell().wait(deadline_after(patience)) {
             Some(result) => self.observe(result),
             None => Err(Error::new(ErrorKind::Deadline, format!("the save is not staged waited={patience:?}"))

@@ -8,6 +8,7 @@ use crate::completion::{Calls, Completion, Signal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
 use crate::id::Attempt;
+use crate::own_threads;
 use crate::settings::IoMode;
 use crate::state::DeviceStream;
 use crate::sync::{self, Mutex, lock};
@@ -298,6 +299,15 @@ impl Ticket {
             return Ok(());
         }
         Err(Error::invalid("a save of the parent cannot be waited for in a forked child").with_step(self.step))
+    }
+
+    /// Refuses a wait to a thread of the executor, which may be the one that has to end it.
+    pub fn may_wait(&self) -> Result<()> {
+        if !own_threads::is_one_of(&self.signal) {
+            return Ok(());
+        }
+        let why = "a thread of the executor cannot wait for a save: wait in another thread, or await it in a task";
+        Err(Error::invalid(why).with_step(self.step))
     }
 
     /// Says that no live source will be read any more and that the sources are dropped.

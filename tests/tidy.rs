@@ -12,7 +12,20 @@ use std::path::{Path, PathBuf};
 /// Imports go down only, or sideways where the floor allows it. `lib.rs`, `testing` and tests may import anything; nothing
 /// else imports `testing`.
 const FLOORS: [&[&str]; 6] = [
-    &["completion", "digest", "error", "fork", "id", "mutant", "settings", "state", "sync", "ticket", "tries"],
+    &[
+        "completion",
+        "digest",
+        "error",
+        "fork",
+        "id",
+        "mutant",
+        "own_threads",
+        "settings",
+        "state",
+        "sync",
+        "ticket",
+        "tries",
+    ],
     &["format", "memory", "plan"],
     &["device", "storage"],
     &["commit", "staging", "writer"],

@@ -2,6 +2,7 @@
 
 use crate::completion::Calls;
 use crate::error::{Error, ErrorKind, Result};
+use crate::own_threads;
 use crate::settings::Overlap;
 use crate::staging::{Job, Stager};
 use crate::ticket::{Outcome, Ticket};
@@ -59,13 +60,19 @@ pub(super) fn supersede(stager: &Stager, job: Job, step: u64) {
 /// can be cancelled.
 ///
 /// # Errors
-/// `Busy` at the deadline.
+/// `Busy` at the deadline; at once in a thread of the executor, for which they may be waiting.
 pub(super) fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadline: Instant) -> Result<()> {
     let ended = || unfinished.iter().any(|ticket| ticket.done.is_complete()).then_some(());
+    let own = own_threads::is_one_of(&stager.signal);
+    let deadline = if own { Instant::now() } else { deadline };
     if stager.signal.wait_until(deadline, ended).is_some() {
         return Ok(());
     }
     let saves = unfinished.len();
+    if own {
+        let busy = "earlier saves have not ended, and a thread of the executor cannot wait for them";
+        return Err(Error::new(ErrorKind::Busy, format!("{busy} unfinished={saves}")).with_step(step));
+    }
     let busy = format!("earlier saves have not ended; the storage is slower than the saves come unfinished={saves}");
     Err(Error::new(ErrorKind::Busy, busy).with_step(step))
 }

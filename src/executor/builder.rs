@@ -5,7 +5,8 @@
 #![expect(unsafe_code, reason = "takes memory for kernels; argument above")]
 
 use super::place::Place;
-use super::{Admission, CheckpointExecutor, Lines, ending, tidy};
+use super::threads::{Lines, Threads};
+use super::{Admission, CheckpointExecutor, ending, tidy};
 use crate::catalog::{Keeping, PreservationPolicy, Verify};
 use crate::completion::Signal;
 use crate::device::{Device, DeviceReport, LentMemory, Memory, Selected, choose};
@@ -16,14 +17,13 @@ use crate::settings::{Detect, Engine, Failed, Locks, OnDamaged, Overlap, Priorit
 use crate::staging::{Scratch, Stager};
 use crate::storage::local::Local;
 use crate::storage::{Storage, Sweep};
-use crate::sync::{Mutex, lock};
+use crate::sync::Mutex;
 use crate::writer::{Pool, Task, adopt, spawn};
-use crate::{Catalog, Retention, fork};
+use crate::{Catalog, Retention, fork, own_threads};
 use crossbeam_channel::{bounded, unbounded};
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// A larger chunk holds up what the program itself reads from a device: copies are made in order, and two chunks are on their way.
@@ -197,7 +197,7 @@ impl Builder {
         let signal = Arc::new(Signal::default());
         let arena =
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
-        let mut pool = Pool::start(settings.writers, arena.report().slabs, settings.priority)?;
+        let mut pool = Pool::start(settings.writers, arena.report().slabs, settings.priority, &signal)?;
         let Settings { chunk, gather, scratch, .. } = settings;
         let memory = Memory { chunk: chunk as usize, gather, scratch, lent };
         let kernels = device.kernels(memory);
@@ -224,7 +224,7 @@ impl Builder {
         }
         let batch = report.batch.is_ok();
         let at_most = (settings.overlap == Overlap::Latest).then_some(2);
-        let mut stager = Stager::new(signal, arena, device, kernels.ok().map(Scratch::new), at_most, batch);
+        let mut stager = Stager::new(signal.clone(), arena, device, kernels.ok().map(Scratch::new), at_most, batch);
         stager.flights.waits = waits.ok();
         let stager = Arc::new(stager);
         let catalog = Arc::new(Catalog::over(storage.clone()));
@@ -243,17 +243,19 @@ impl Builder {
         let executor = CheckpointExecutor {
             catalog: catalog.clone(),
             stager: stager.clone(),
-            admission: Mutex::new(Admission { plan: None, lines: None, attempts: Attempts::new() }),
+            threads: Arc::new(Threads::new(stager.clone())),
+            admission: Mutex::new(Admission { plan: None, attempts: Attempts::new() }),
             generation: fork::generation(),
             compared: Arc::default(),
-            closed: AtomicBool::new(false),
             storage: storage.clone(),
             place,
             device: report,
             settings,
         };
         let (place, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());
+        let (staging, committing, tidying) = (signal.clone(), signal.clone(), signal);
         let commit = move || {
+            own_threads::mark(&committing);
             adopt(priority);
             let mut manifest = AlignedBuffer::new(0);
             for task in endings {
@@ -266,14 +268,19 @@ impl Builder {
             }
         };
         let tidy = move || {
+            own_threads::mark(&tidying);
             adopt(priority);
             tidy::run(&leavings, storage.as_ref(), &catalog, &keeping, sweep);
         };
-        let mut lines = Lines { threads: std::mem::take(&mut pool.threads), pool, ended };
-        lines.threads.push(spawn("ashore-stage".into(), move || stager.run())?);
-        lines.threads.push(spawn("ashore-commit".into(), commit)?);
-        lines.threads.push(spawn("ashore-tidy".into(), tidy)?);
-        lock(&executor.admission).lines = Some(lines);
+        let stage = move || {
+            own_threads::mark(&staging);
+            stager.run();
+        };
+        let mut handles = std::mem::take(&mut pool.threads);
+        handles.push(spawn("ashore-stage".into(), stage)?);
+        handles.push(spawn("ashore-commit".into(), commit)?);
+        handles.push(spawn("ashore-tidy".into(), tidy)?);
+        executor.threads.keep(Lines { pool, ended }, handles);
         Ok(executor)
     }
 }

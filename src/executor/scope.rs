@@ -18,7 +18,7 @@
 #![expect(unsafe_code, reason = "lifetime of scoped state; argument above")]
 
 use super::CheckpointExecutor;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::save::{Save, SaveOptions};
 use crate::staging::Flights;
 use crate::state::{DeviceStream, StateDict};
@@ -180,12 +180,16 @@ impl CheckpointExecutor {
     ///
     /// # Errors
     /// `Deadline` when staging took longer than the fence deadline: the saves that were still reading have been failed, and
-    /// the tensors may be written all the same. What a device refuses fails the save that it is about, whose handle says so.
+    /// the tensors may be written all the same. `Invalid`, and `f` is not called, in a function given to
+    /// [`Save::on_done`], or a waker. What a device refuses fails the save that it is about, whose handle says so.
     pub fn scope<'env, R>(
         &self,
         fence: Fence<'_>,
         f: impl for<'scope> FnOnce(&'scope Scope<'scope, 'env>) -> R,
     ) -> Result<R> {
+        if self.threads.are_here() {
+            return Err(Error::invalid("a thread of the executor cannot wait for the end of a scope"));
+        }
         let (tickets, stream_owners) = (Mutex::default(), Mutex::default());
         let scope = Scope { executor: self, tickets, stream_owners, env: PhantomData };
         let ending = Ending { executor: self, fence, tickets: &scope.tickets };

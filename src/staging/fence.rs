@@ -169,6 +169,7 @@ impl Flights {
         }
         let (began, deadline) = (Instant::now(), deadline_after(patience));
         let reading: Vec<_> = lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect();
+        reading.iter().try_for_each(|ticket| ticket.may_wait())?;
         let (mut result, mut waiting, mut refused) = (Ok(()), Vec::new(), Ok(()));
         for ticket in &reading {
             match aside(ticket, deadline) {
@@ -277,6 +278,10 @@ impl Flights {
 
 /// Waits until no live source of a save is read any more; fails it at the deadline.
 fn staged(ticket: &Ticket, patience: Duration, deadline: Instant) -> Result<()> {
+    if ticket.staged.is_complete() {
+        return Ok(());
+    }
+    ticket.may_wait()?;
     if ticket.staged.wait(deadline).is_some() {
         return Ok(());
     }

@@ -88,6 +88,8 @@ pub(crate) struct Stager {
     /// Copies of a chunk are queued in one call.
     batch: bool,
     stopped: AtomicBool,
+    /// The thread has ended, or is about to; written under the lock of `left`.
+    ended: AtomicBool,
 }
 
 impl Stager {
@@ -100,8 +102,8 @@ impl Stager {
         batch: bool,
     ) -> Self {
         let (flights, jobs, asides) = (Flights::default(), Mutex::new(VecDeque::new()), Mutex::default());
-        let (left, stopped) = (Mutex::default(), AtomicBool::new(false));
-        Self { signal, arena, flights, device, scratch, asides, jobs, left, at_most, batch, stopped }
+        let (left, stopped, ended) = (Mutex::default(), AtomicBool::new(false), AtomicBool::new(false));
+        Self { signal, arena, flights, device, scratch, asides, jobs, left, at_most, batch, stopped, ended }
     }
 
     /// Takes a save, to be staged after those before it.
@@ -171,7 +173,15 @@ impl Stager {
             dropped((state, region));
             ticket.iter().for_each(|ticket| self.flights.release(ticket));
         } else {
-            lock(&self.left).push(parked);
+            let mut left = lock(&self.left);
+            if self.ended.load(Ordering::Acquire) {
+                drop(left);
+                let mut line = Line::default();
+                line.parked.push(parked);
+                return self.clear(line);
+            }
+            left.push(parked);
+            drop(left);
             self.signal.notify();
         }
     }
@@ -260,7 +270,15 @@ impl Stager {
                 None => break,
             }
         }
-        line.parked.append(&mut lock(&self.left));
+        let mut left = lock(&self.left);
+        self.ended.store(true, Ordering::Release);
+        line.parked.append(&mut left);
+        drop(left);
+        self.clear(line);
+    }
+
+    /// Sends home what is parked when no device uses it any more; leaks what a device does not let go of.
+    fn clear(&self, mut line: Line) {
         let patience = Instant::now() + QUIESCE;
         while !line.parked.is_empty() && Instant::now() < patience {
             line.recover(&self.flights);

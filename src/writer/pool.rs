@@ -3,7 +3,9 @@
 use super::priority::adopt;
 use super::signals::outlive_file_limits;
 use super::task::Task;
+use crate::completion::Signal;
 use crate::error::{Error, ErrorKind, Result};
+use crate::own_threads;
 use crate::plan::Chunk;
 use crate::settings::Priority;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -26,12 +28,13 @@ impl Pool {
     ///
     /// # Errors
     /// `Busy` when the system has no more threads.
-    pub fn start(writers: usize, slabs: usize, priority: Priority) -> Result<Self> {
+    pub fn start(writers: usize, slabs: usize, priority: Priority, signal: &Arc<Signal>) -> Result<Self> {
         let (work, chunks): (Sender<Work>, Receiver<Work>) = bounded(slabs);
         let threads = (0..writers)
             .map(|i| {
-                let chunks = chunks.clone();
+                let (chunks, signal) = (chunks.clone(), signal.clone());
                 spawn(format!("ashore-write-{i}"), move || {
+                    own_threads::mark(&signal);
                     adopt(priority);
                     for (task, chunk) in chunks {
                         carry_out(&task, chunk);

@@ -1,3 +1,4 @@
+mod closing;
 mod engines;
 mod every_failing_call;
 mod file_limit;
