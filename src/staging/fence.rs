@@ -60,18 +60,19 @@ impl Flights {
         let mut tickets = lock(&self.tickets);
         let mut error = None;
         tickets.retain(|t| {
-            let Some(result) = t.done.get().filter(|_| t.staged.is_complete()) else { return true };
-            match result {
-                Err(e) if !t.observed.load(Ordering::Acquire) => {
-                    let first = error.is_none();
-                    if first {
-                        t.observed.store(true, Ordering::Release);
-                        error = Some(e);
-                    }
-                    !first
+            let Some(result) = t.done.get() else { return true };
+            let mut seen = true;
+            if let Err(e) = result
+                && !t.observed.load(Ordering::Acquire)
+            {
+                seen = error.is_none();
+                if seen {
+                    t.observed.store(true, Ordering::Release);
+                    error = Some(e);
                 }
-                _ => false,
             }
+            // A fence still has to know of one that is read.
+            !seen || !t.staged.is_complete()
         });
         error
     }

@@ -3,7 +3,7 @@
 use crate::rig::{LONG, Rig, eventually, hidden, one, pattern, rig};
 use ashore::storage::local::{Linux, Local};
 use ashore::testing::{Call, Faulty};
-use ashore::{CheckpointExecutor, Detect, ErrorKind, Fence, Layout, Outcome, Overlap, Place};
+use ashore::{CheckpointExecutor, Detect, ErrorKind, Fence, Layout, Outcome, Overlap, Phase, Place};
 use ashore::{SaveOptions, Snapshot, Source};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -73,6 +73,26 @@ fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
         assert!(matches!(save.wait(LONG), Ok(Outcome::Durable(_))), "{save:?}");
     }
     rig.executor.shutdown(LONG).unwrap();
+}
+
+/// A failed save of which a device still held copies was passed over, and `shutdown` returned `Ok` although its
+/// handle had been dropped.
+#[test]
+fn shutdown_returns_the_error_of_a_failed_save_whose_copies_hang() {
+    let rig = rig(|b| b);
+    rig.device.hold();
+    let soon = SaveOptions::default().deadline(Duration::from_millis(20));
+    let save = rig.executor.save_with(1, one("t", Arc::new(pattern(1, 9000))), soon).unwrap();
+    let staged = save.staged();
+    eventually("it has failed", || save.progress().phase == Phase::Ended);
+    drop(save);
+    let error = rig.executor.shutdown(Duration::ZERO).unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::Deadline, Some(1)));
+    assert!(error.message().contains("the save deadline passed"), "{error}");
+    rig.device.release();
+    // It is returned once.
+    rig.executor.shutdown(LONG).unwrap();
+    staged.wait(Duration::ZERO).unwrap_err();
 }
 
 /// Memory that `save` reads at once, and whose read waits until the channel is closed.
