@@ -13,7 +13,7 @@ mod handler;
 use crate::catalog::Catalog;
 use crate::completion::{Completion, Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
-use crate::executor::CheckpointExecutor;
+use crate::executor::{CheckpointExecutor, Threads};
 use crate::save::Save;
 use crate::state::StateDict;
 use crate::sync::{Arc as CellArc, Mutex, lock};
@@ -94,6 +94,8 @@ type Tell = Box<dyn Fn(&Report) + Send + Sync>;
 #[must_use = "nothing happens until `install`"]
 pub struct SigtermBuilder {
     executor: Weak<CheckpointExecutor>,
+    /// There while the executor waits for saves in its drop, when it cannot be had any more itself.
+    threads: Weak<Threads>,
     catalog: Catalog,
     deadline: Duration,
     on_term: OnTerm,
@@ -209,6 +211,7 @@ impl Sigterm {
         };
         SigtermBuilder {
             executor: Arc::downgrade(executor),
+            threads: Arc::downgrade(executor.threads()),
             catalog: executor.catalog().clone(),
             deadline: Duration::from_secs(20),
             on_term: OnTerm::default(),
@@ -283,8 +286,8 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     let (deadline, end) = (deadline_after(hook.deadline), deadline_after(hook.deadline.saturating_add(GRACE)));
     shared.requested.store(true, Ordering::Release);
     let executor = hook.executor.upgrade();
-    if let Some(executor) = &executor {
-        executor.close_admission();
+    if let Some(threads) = hook.threads.upgrade() {
+        threads.close_admission();
     }
     let again = Arc::new(AtomicBool::new(false));
     let (draining, interrupted) = (listener.clone(), again.clone());
@@ -324,7 +327,7 @@ impl Listener {
     fn drain(&self, executor: Option<Arc<CheckpointExecutor>>, deadline: Instant, again: &AtomicBool) {
         let Self { hook, shared } = self;
         let mut report = Report::default();
-        let mut saves = executor.as_ref().map(|executor| executor.unfinished()).unwrap_or_default();
+        let mut saves = hook.threads.upgrade().map(|threads| threads.unfinished()).unwrap_or_default();
         let cancel = |save: &Save| _ = save.cancel();
         match hook.on_term {
             OnTerm::Finish => {}
@@ -373,12 +376,16 @@ impl Listener {
         saves: &mut Vec<Save>,
         report: &mut Report,
     ) -> Option<u64> {
-        let Some(executor) = executor else { return newest };
         let Some((step, state)) = lock(&self.shared.offered).take() else { return newest };
         let durable = self.hook.catalog.latest().ok().flatten().map(|newest| newest.step());
         if newest.max(durable).is_some_and(|newest| newest >= step) {
             return newest;
         }
+        let Some(executor) = executor else {
+            let gone = Error::invalid("a state was offered, and the executor was dropped before the signal");
+            report.lost.push((step, gone.with_step(step)));
+            return newest;
+        };
         // Those under way go first: what is offered must not wait behind them.
         saves.iter().for_each(|save| _ = save.cancel());
         match executor.save_at_the_end(step, state) {

@@ -68,10 +68,10 @@ fn the_program() {
     let code = Exit::Code { durable: DURABLE, lost: LOST };
     let ms = Duration::from_millis;
     let (on_term, exit, deadline) = match scenario {
-        "finish" | "second" | "child" => (OnTerm::Finish, code, ms(60_000)),
+        "finish" | "second" | "child" | "going" => (OnTerm::Finish, code, ms(60_000)),
         "late" => (OnTerm::Finish, code, ms(50)),
         "hang" => (OnTerm::Finish, code, ms(10)),
-        "promote" | "offer" | "old offer" => (OnTerm::Promote, code, ms(60_000)),
+        "promote" | "offer" | "old offer" | "offer and go" => (OnTerm::Promote, code, ms(60_000)),
         "abandon" => (OnTerm::Abandon, code, ms(60_000)),
         "signal" => (OnTerm::Abandon, Exit::Signal, ms(60_000)),
         _ => (OnTerm::Finish, Exit::Return, Duration::MAX),
@@ -102,6 +102,11 @@ fn the_program() {
         "removed" => drop(Sigterm::on(&executor).install().unwrap()),
         "child" => drop_in_a_child(&hook),
         "order" => return leave(hook, executor),
+        "going" => go(executor, &hook),
+        "offer and go" => {
+            hook.offer(9, one("t", pattern(9, 500))).unwrap();
+            go(executor, &hook);
+        }
         "taken away" => drop(Sigterm::on(&executor).install().unwrap()),
         _ => {}
     }
@@ -147,6 +152,21 @@ fn leave(hook: Sigterm, executor: Arc<CheckpointExecutor>) {
     assert_eq!(Arc::strong_count(&executor), 1, "a hook that is gone holds the executor");
     drop(executor);
     std::process::exit(33);
+}
+
+/// Drops the executor while saves are under way, and says that it is ready when there is no owner any more.
+fn go(executor: Arc<CheckpointExecutor>, hook: &Sigterm) -> ! {
+    let weak = Arc::downgrade(&executor);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            eventually("the executor is being dropped", || weak.strong_count() == 0);
+            say("ready");
+            eventually("the signal", || hook.requested());
+            say("requested");
+        });
+        drop(executor);
+    });
+    park();
 }
 
 /// A forked child drops its copy of the hook.
@@ -340,6 +360,21 @@ fn saves_are_waited_for_whichever_goes_first_hook_or_executor() {
     program.open();
     let (status, _, steps) = program.ends();
     assert_eq!((status.code(), &steps[..]), (Some(33), &[1, 2][..]));
+}
+
+/// The hook asked the executor for its saves, and found none while the last owner of the executor waited for them
+/// in its drop: the program ended at once, with the code that says that nothing was lost.
+#[test]
+fn saves_that_the_drop_of_an_executor_waits_for_are_drained() {
+    let program = Program::start("going").terminate();
+    program.open();
+    let (status, report, steps) = program.ends();
+    assert_eq!((status.code(), &report[..], &steps[..]), (Some(DURABLE), "Some(2) [1, 2] [] false", &[1, 2][..]));
+    // What was offered can be saved no more, and counts as lost.
+    let program = Program::start("offer and go").terminate();
+    program.open();
+    let (status, report, steps) = program.ends();
+    assert_eq!((status.code(), &report[..], &steps[..]), (Some(LOST), "Some(2) [2] [1, 9] false", &[2][..]));
 }
 
 /// A hook that was dropped while its thread drained closed the socket that the thread read: it went round at
