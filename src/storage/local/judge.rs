@@ -33,12 +33,15 @@ pub(super) struct Dead {
     pub(super) remnant: Remnant,
     /// Only its age says so.
     pub(super) by_age: bool,
+    /// That of its directory when it was judged; None when it was not there.
+    pub(super) identity: Option<(u64, u64)>,
 }
 
 /// The bytes of an attempt, and when it was last modified.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Extent {
-    pub(super) exists: bool,
+    /// None when it is not there.
+    pub(super) identity: Option<(u64, u64)>,
     pub(super) bytes: u64,
     pub(super) modified: Duration,
 }
@@ -47,7 +50,7 @@ impl Extent {
     /// That of the directory `name`; nothing when it is not there.
     pub(super) fn of(root: &Dir, name: &str) -> Self {
         let Ok(Some(stat)) = root.look(name) else { return Self::default() };
-        let mut extent = Self { exists: true, bytes: 0, modified: stat.modified };
+        let mut extent = Self { identity: Some(stat.identity), bytes: 0, modified: stat.modified };
         let Ok(dir) = root.enter(name) else { return extent };
         for file in dir.list().unwrap_or_default() {
             if let Ok(Some(stat)) = dir.look(&file) {
@@ -92,7 +95,7 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
     let mut age = None;
     if by_age {
         age = clock.age(held.modified.max(extent.modified));
-        let enough = match (&record, extent.exists) {
+        let enough = match (&record, extent.identity.is_some()) {
             (Some(_), _) => older_than,
             (None, true) => older_than.max(WRITTEN_BY_THEN),
             (None, false) => WRITTEN_BY_THEN,
@@ -111,7 +114,7 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
         return Ok(Finding::Gone);
     }
     let owner = Owner::new(name.to_owned(), Arc::new(fd));
-    Ok(Finding::Dead(Dead { owner, remnant: remnant(State::Dead, why, age), by_age }))
+    Ok(Finding::Dead(Dead { owner, remnant: remnant(State::Dead, why, age), by_age, identity: extent.identity }))
 }
 
 /// Takes the lock of a record; false when its owner has it.

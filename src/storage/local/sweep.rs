@@ -3,9 +3,8 @@
 use super::clock::Clock;
 use super::dir::Dir;
 use super::judge::{Dead, Extent, Finding, judge};
-use super::sys::Rename;
 use super::{durable, names, trash};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::storage::{Remnant, State, Sweep, Swept};
 use std::collections::HashSet;
@@ -77,20 +76,22 @@ fn clear(root: &Dir, found: &Dead) -> Result<bool> {
     if root.look(temp).map_err(root.error("cannot look for the attempt", temp))?.is_none() {
         return Ok(false);
     }
-    if found.by_age {
-        set_aside(root, temp)?
-    } else {
-        trash::delete(root, temp)?
+    match found.identity {
+        // One that came after the judgement is no dead attempt: its owner lives.
+        None if found.by_age => {
+            return Err(Error::new(ErrorKind::Conflict, "the attempt appeared while it was swept")
+                .with_path(root.path().join(temp)));
+        }
+        Some(identity) if found.by_age => set_aside(root, temp, identity)?,
+        _ => trash::delete(root, temp)?,
     }
     Ok(true)
 }
 
-/// Deletes an attempt whose owner may, against all odds, be about to publish it: it loses its name first, so that the publish
-/// fails instead of showing a step that is being deleted.
-fn set_aside(root: &Dir, temp: &str) -> Result<()> {
-    let aside = names::trash(Attempt::new());
-    root.rename(temp, &aside, Rename::Plain).map_err(root.error("cannot move to the trash", temp))?;
-    trash::delete(root, &aside)
+/// Deletes an attempt whose owner may, against all odds, be about to publish it: it loses its name first, durably, so that the
+/// publish fails instead of showing a step that is being deleted, even when the power fails in between.
+fn set_aside(root: &Dir, temp: &str, identity: (u64, u64)) -> Result<()> {
+    trash::discard(root, temp, &names::trash(Attempt::new()), identity)
 }
 
 /// Attempts without a record are judged by their age alone.
@@ -103,7 +104,8 @@ fn orphans(root: &Dir, clock: &Clock<'_>, listed: &[&str], how: Sweep, swept: &m
         let extent = Extent::of(root, name);
         // The list is not of one moment: the record may have been made, or both be gone, since.
         let owner = names::owner(step, attempt);
-        if !extent.exists || root.look(&owner).map_err(root.error("cannot look for the record", &owner))?.is_some() {
+        let Some(identity) = extent.identity else { continue };
+        if root.look(&owner).map_err(root.error("cannot look for the record", &owner))?.is_some() {
             continue;
         }
         let age = clock.age(extent.modified);
@@ -111,7 +113,7 @@ fn orphans(root: &Dir, clock: &Clock<'_>, listed: &[&str], how: Sweep, swept: &m
         let state = if old { State::Dead } else { State::Undecided };
         let why = "has no owner record".to_owned();
         let remnant = Remnant { name: (*name).to_owned(), state, why, age, bytes: extent.bytes };
-        match if old && !how.dry_run { set_aside(root, name) } else { Ok(()) } {
+        match if old && !how.dry_run { set_aside(root, name, identity) } else { Ok(()) } {
             Err(error) => swept.left.push(stuck(name, &error)),
             Ok(()) if old => swept.removed.push(remnant),
             Ok(()) => swept.left.push(remnant),

@@ -8,10 +8,10 @@ use super::durable;
 use super::sys::{Kind, Rename};
 use crate::error::{Error, Result};
 
-/// Moves the step `name`, known by its `identity`, to the trash and deletes it.
+/// Moves the step or attempt `name`, known by its `identity`, to the trash and deletes it.
 ///
 /// A rename moves whatever has the name by then, and another process may just have exchanged it: what was
-/// moved is looked at before it is deleted, and goes back if it is another step.
+/// moved is looked at before it is deleted, and goes back if it is another.
 pub(super) fn discard(root: &Dir, name: &str, trash: &str, identity: (u64, u64)) -> Result<()> {
     root.rename(name, trash, Rename::Plain).map_err(root.error("cannot move to the trash", name))?;
     let moved = root.look(trash).map_err(root.error("cannot look at what was moved to the trash", trash));
@@ -21,14 +21,14 @@ pub(super) fn discard(root: &Dir, name: &str, trash: &str, identity: (u64, u64))
         moved => {
             put_back(root, name, trash)?;
             moved?;
-            return Err(conflict("the step was replaced meanwhile; it was not removed", root, name));
+            return Err(conflict("another directory has this name meanwhile; it was not removed", root, name));
         }
     }
     durable::trash(root).map_err(root.error("cannot make the removal durable", name))?;
     delete(root, trash)
 }
 
-/// Gives a step its name back, durably: it may have been acknowledged.
+/// Gives a step or attempt its name back, durably: it may have been acknowledged.
 fn put_back(root: &Dir, name: &str, trash: &str) -> Result<()> {
     let back = match root.rename(trash, name, Rename::NoReplace) {
         // rename(2) replaces nothing but an empty directory, and no step is one.
@@ -37,10 +37,8 @@ fn put_back(root: &Dir, name: &str, trash: &str) -> Result<()> {
         }
         back => back,
     };
-    back.map_err(
-        root.error("a step that was not to be removed is in the trash, and does not get its name back", trash),
-    )?;
-    durable::published(root).map_err(root.error("cannot make durable that a step has its name back", name))
+    back.map_err(root.error("what was not to be removed is in the trash, and does not get its name back", trash))?;
+    durable::published(root).map_err(root.error("cannot make durable that this has its name back", name))
 }
 
 /// Deletes the attempt `temp`, durably: its owner record may go then.

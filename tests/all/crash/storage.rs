@@ -6,11 +6,12 @@ use super::explore::{Findings, Run, Verdict, each, rounds};
 use ashore::id::{parse_step_name, step_name};
 use ashore::storage::local::Local;
 use ashore::storage::{Storage, Sweep, Writing};
-use ashore::testing::simfs::{Fault, Image, SimFs};
-use ashore::{ALIGNMENT, ErrorKind, Result};
+use ashore::testing::simfs::{Call, Crash, Fault, Image, SimFs};
+use ashore::{ALIGNMENT, ErrorKind, Locks, Result};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 const ROOT: &str = "/data/run";
 /// Tries made after a crash count from here: no attempt is ever made twice.
@@ -276,6 +277,36 @@ fn any_call_that_fails_once_or_from_then_on_and_a_machine_that_fails_later_lose_
         }
     });
     findings.conclude(10_000);
+}
+
+/// A sweep moved an attempt that was too old to the trash and deleted its files before the move was durable. When the power of the
+/// server failed then, the attempt had its name back and lacked files, and an owner on a host that stayed up could publish it.
+#[test]
+fn an_attempt_that_a_sweep_judged_by_its_age_never_has_its_name_without_its_files() {
+    let fs = SimFs::new();
+    let storage = Local::with_sys(Arc::new(fs.clone()), ROOT).unwrap().locks(Locks::None);
+    let attempt = storage.begin(&step_name(1), first(1).attempt(), false).unwrap();
+    ["part-0", "part-1", MANIFEST].iter().for_each(|file| attempt.put(file, b"whole").unwrap());
+    // Its files are durable, and it is not published.
+    fs.fail(Fault { call: Some(Call::Rename), after: 0, errno: libc::EIO, sticky: false, done: false });
+    attempt.publish(false).unwrap_err();
+    let before = fs.position();
+    let swept = storage.sweep(Sweep::default().older_than(Duration::ZERO)).unwrap();
+    assert_eq!((swept.removed.len(), swept.left.len()), (1, 0), "{swept:?}");
+
+    let (mut there, mut gone) = (0, 0);
+    for Crash { position, image } in fs.history().crashes(before..usize::MAX, 1, 1000) {
+        let paths = image.paths();
+        let Some(temp) = paths.keys().find(|path| path.ends_with(".tmp")) else {
+            gone += 1;
+            continue;
+        };
+        there += 1;
+        let files = paths.iter().filter(|(path, _)| path.starts_with(&format!("{temp}/")));
+        let whole = files.filter(|(_, bytes)| bytes.as_ref().is_some_and(|bytes| ***bytes == *b"whole")).count();
+        assert_eq!(whole, 3, "position={position}");
+    }
+    assert!(there > 0 && gone > 0, "there={there} gone={gone}");
 }
 
 /// More than the harmed saves make.
