@@ -152,6 +152,7 @@ mod error;
 mod executor;
 mod fork;
 pub mod format;
+mod guard;
 pub mod id;
 pub mod memory;
 mod mutant;

@@ -17,6 +17,7 @@ const FLOORS: [&[&str]; 6] = [
         "digest",
         "error",
         "fork",
+        "guard",
         "id",
         "mutant",
         "own_threads",

@@ -5,6 +5,7 @@ use super::enqueue::Flying;
 use super::fence::Flights;
 use super::gather::Region;
 use crate::device::{CopyQueue, Queued};
+use crate::guard::{dropped, guarded};
 use crate::state::StateDict;
 use crate::ticket::Ticket;
 use std::collections::VecDeque;
@@ -17,6 +18,8 @@ use std::time::Instant;
 pub(super) struct Line {
     pub queue: Option<Box<dyn CopyQueue>>,
     pub parked: Vec<Parked>,
+    /// The queue panicked while nothing but [`Line::recover`] used it: it tells nothing any more.
+    pub broken: bool,
 }
 
 /// Slabs and sources of a save that has ended, while a device may still use them.
@@ -37,22 +40,36 @@ pub(super) struct Parked {
 impl Line {
     /// Sends home what is parked and no longer in use.
     pub fn recover(&mut self, flights: &Flights) {
-        let Self { queue, parked } = self;
+        let Self { queue, parked, broken } = self;
         let mut ended = None;
-        let mut quiet = || *ended.get_or_insert_with(|| queue.as_mut().is_some_and(|q| q.quiesce(Instant::now())));
+        let mut quiet = || *ended.get_or_insert_with(|| ended_now(queue, broken));
         let over = |p: &mut Parked| {
-            p.queued.retain(|queued| !queued.over());
+            p.queued.extract_if(.., |queued| is_over(queued)).for_each(dropped);
             p.queued.is_empty() && !p.aside.as_ref().is_some_and(|a| a.pending()) && (!p.late || quiet())
         };
         for Parked { flying, state, region, ticket, .. } in parked.extract_if(.., over) {
             dropped((flying, state, region));
             ticket.iter().for_each(|ticket| flights.release(ticket));
         }
+        if self.broken {
+            self.leak(flights, |parked| parked.late);
+        }
     }
 
     /// Leaks what is parked, of this kind, and may still be in use.
     pub fn give_up(&mut self, flights: &Flights, which: impl Fn(&Parked) -> bool) {
         self.recover(flights);
+        self.leak(flights, which);
+    }
+
+    /// Gives up the queue, and what only it could have told of; the next save gets another.
+    pub fn lose(&mut self, flights: &Flights) {
+        self.give_up(flights, |parked| parked.late);
+        dropped(self.queue.take());
+        self.broken = false;
+    }
+
+    fn leak(&mut self, flights: &Flights, which: impl Fn(&Parked) -> bool) {
         for parked in self.parked.extract_if(.., |parked| which(parked)) {
             parked.ticket.iter().for_each(|ticket| flights.release(ticket));
             forget(parked);
@@ -63,12 +80,21 @@ impl Line {
 impl Drop for Line {
     fn drop(&mut self) {
         forget(std::mem::take(&mut self.parked));
+        dropped(self.queue.take());
     }
 }
 
-/// Drops what holds sources of users, whose panics must end neither the stager nor a call of `save`.
-pub(crate) fn dropped<T>(sources: T) {
-    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(sources))).is_err() {
-        tracing::error!("a source panicked when it was dropped");
-    }
+/// Whether all copies of the queue have ended; false when it panics, which breaks it.
+fn ended_now(queue: &mut Option<Box<dyn CopyQueue>>, broken: &mut bool) -> bool {
+    let Some(queue) = queue.as_mut().filter(|_| !*broken) else { return false };
+    guarded("a device panicked", || Ok(queue.quiesce(Instant::now()))).unwrap_or_else(|error| {
+        tracing::error!(error = format_args!("{error:#}"), "the queue of copies is given up");
+        *broken = true;
+        false
+    })
+}
+
+/// Whether a device does nothing any more that it queued at a `save`; a panic is no yes.
+pub(super) fn is_over(queued: &Arc<dyn Queued>) -> bool {
+    guarded("a device panicked", || Ok(queued.over())).unwrap_or(false)
 }

@@ -20,5 +20,4 @@ pub(crate) use aside::{Aside, Scratch};
 pub(crate) use capture::Captured;
 pub(crate) use fence::Flights;
 pub(crate) use gather::{OnDevice, without_kernels};
-pub(crate) use line::dropped;
-pub(crate) use stage::{Job, Stager, guarded};
+pub(crate) use stage::{Job, Stager};

@@ -6,11 +6,12 @@ use super::capture::Captured;
 use super::enqueue::{Flying, enqueue};
 use super::fence::Flights;
 use super::gather::Region;
-use super::line::{Line, Parked, dropped};
+use super::line::{Line, Parked, is_over};
 use crate::completion::Signal;
 use crate::device::{Device, Point, Queued};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
+use crate::guard::{dropped, guarded};
 use crate::memory::Arena;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From, Plan, Sink};
@@ -168,7 +169,7 @@ impl Stager {
     }
 
     fn park(&self, parked: Parked) {
-        if parked.aside.is_none() && parked.queued.iter().all(|queued| queued.over()) {
+        if parked.aside.is_none() && parked.queued.iter().all(is_over) {
             let Parked { state, region, ticket, .. } = parked;
             dropped((state, region));
             ticket.iter().for_each(|ticket| self.flights.release(ticket));
@@ -332,13 +333,16 @@ impl Stager {
             if !job.ticket.let_go.load(Ordering::Acquire) {
                 job.plan.check(&job.state)?;
             }
+            line.recover(&self.flights);
+            if line.broken {
+                line.lose(&self.flights);
+            }
             if line.queue.is_none() {
                 let queue = line.queue.insert(self.device.queue()?);
                 if self.batch {
                     queue.batch();
                 }
             }
-            line.recover(&self.flights);
             if let (Some(point), Some(queue)) = (&job.behind, &mut line.queue)
                 && !mutant::on(Mutant::ProducerWait)
             {
@@ -366,7 +370,7 @@ impl Stager {
             // Otherwise a fence must still find it: whoever follows its kernels need not wait for copies of later saves.
             self.forget(&ticket);
         }
-        if ended && aside.is_none() && queued.iter().all(|queued| queued.over()) {
+        if ended && aside.is_none() && queued.iter().all(is_over) {
             dropped((flying, state, region));
             self.flights.release(&ticket);
         } else {
@@ -383,10 +387,9 @@ impl Stager {
             let flying = if late { flying } else { VecDeque::new() };
             line.parked.push(Parked { flying, state, region, queued, late, ticket, aside });
         }
-        if failed == Some(ErrorKind::Device) {
+        if failed == Some(ErrorKind::Device) || line.broken {
             // What is parked is lost with the queue that could have told when its copies end.
-            line.give_up(&self.flights, |parked| parked.late);
-            line.queue = None;
+            line.lose(&self.flights);
         }
         sink.end();
     }
@@ -418,6 +421,9 @@ impl Stager {
             let now = Instant::now();
             if self.flights.is_due(&due, now) {
                 due = self.flights.expire(now);
+            }
+            if line.broken {
+                return Err(Error::new(ErrorKind::Device, "the queue of copies panicked"));
             }
             let queue = line.queue.as_mut().ok_or_else(|| Error::internal("a stager without a queue"))?;
             let reached = queue.reached()?;
@@ -491,11 +497,6 @@ impl Stager {
             }
         }
     }
-}
-
-/// Runs code of users, whose panics must end no thread, and drop nothing that a device still reads.
-pub(crate) fn guarded<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal(what)))
 }
 
 /// Whether all bytes of the chunk `index` are there to be read.

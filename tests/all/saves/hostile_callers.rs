@@ -1,12 +1,17 @@
 //! What callers do at their worst: endless patience, sources that panic when they are dropped, storage that panics.
 
 use crate::rig::{LONG, eventually, one, pattern, rig};
+use ashore::device::{CopyQueue, Device};
+use ashore::digest::Digest;
+use ashore::memory::{Pages, Register};
 use ashore::storage::{Memory, Reading, Storage, Sweep, Swept, Writing};
+use ashore::testing::LateDevice;
 use ashore::{Attempt, CheckpointExecutor, ErrorKind, Fence, Overlap, Result, SaveOptions, Source, StateDict};
+use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[test]
 fn patience_without_end_is_not_an_overflow() {
@@ -126,6 +131,56 @@ fn an_error_that_a_fence_returned_is_not_returned_again() {
     rig.device.release();
     rig.executor.save(2, one("t", tensor)).unwrap().wait(LONG).unwrap();
     rig.executor.shutdown(LONG).unwrap();
+}
+
+/// A device whose first queue panics in every call.
+#[derive(Debug, Default)]
+struct Breaking(AtomicBool);
+
+impl Register for Breaking {
+    fn register(&self, _: Pages<'_>) -> Result<Box<dyn Any + Send + Sync>> {
+        Ok(Box::new(()))
+    }
+}
+
+impl Device for Breaking {
+    fn name(&self) -> String {
+        "breaking".into()
+    }
+    fn queue(&self) -> Result<Box<dyn CopyQueue>> {
+        if self.0.swap(true, Ordering::Relaxed) { LateDevice::default().queue() } else { Ok(Box::new(Broken)) }
+    }
+}
+
+struct Broken;
+
+#[expect(unsafe_code, reason = "a queue that copies nothing")]
+impl CopyQueue for Broken {
+    unsafe fn copy(&mut self, _: *const u8, _: *mut u8, _: usize) -> Result<Option<Digest>> {
+        panic!("a device that panics");
+    }
+    fn mark(&mut self) -> Result<u64> {
+        panic!("a device that panics");
+    }
+    fn reached(&mut self) -> Result<u64> {
+        Ok(0)
+    }
+    fn quiesce(&mut self, _: Instant) -> bool {
+        panic!("a device that panics");
+    }
+}
+
+/// The stager asked a queue outside of any guard whether the copies of a failed save had ended. A queue that panicked there, too,
+/// ended the thread, and no later save was ever staged.
+#[test]
+fn a_queue_that_panics_whenever_it_is_asked_fails_its_save_and_no_other() {
+    let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(Memory::new()));
+    let builder = builder.device(Arc::new(Breaking::default())).arena(4 * 4096).chunk(4096);
+    let executor = builder.shutdown_deadline(Duration::from_secs(5)).build().unwrap();
+    let save = |step| executor.save(step, one("t", Arc::new(pattern(step, 30_000)))).unwrap();
+    assert_eq!(save(1).wait(LONG).unwrap_err().kind(), ErrorKind::Internal);
+    save(2).wait(LONG).unwrap();
+    executor.shutdown(LONG).unwrap();
 }
 
 /// Storage that panics where it is told to.
