@@ -1,6 +1,6 @@
 //! The executor: takes state dicts, gives futures of durable checkpoints.
 //!
-//! Threads: one stages, a pool writes, one commits, one tidies up. They talk downwards through channels; what comes back are
+//! Threads: one stages, a pool writes, one commits, one tidies up, one touches attempts. They talk downwards through channels; what comes back are
 //! leases and the completions of futures. The thread that calls `save` does not touch storage.
 
 mod admission;
@@ -10,6 +10,7 @@ mod place;
 mod scope;
 mod threads;
 mod tidy;
+mod touch;
 
 pub use builder::Builder;
 pub use scope::{Fence, Scope};

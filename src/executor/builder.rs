@@ -6,7 +6,7 @@
 
 use super::place::Place;
 use super::threads::{Lines, Threads};
-use super::{Admission, CheckpointExecutor, ending, tidy};
+use super::{Admission, CheckpointExecutor, ending, tidy, touch};
 use crate::catalog::{Keeping, PreservationPolicy, Verify};
 use crate::completion::Signal;
 use crate::device::{Device, DeviceReport, LentMemory, Memory, Selected, choose};
@@ -42,6 +42,8 @@ pub struct Builder {
     lent: Option<(LentMemory, u64)>,
     /// What is kept beyond the retention of the settings.
     policy: Policy,
+    /// How often live attempts are touched.
+    pub(super) touch: Duration,
 }
 
 /// A policy, if there is one.
@@ -66,7 +68,8 @@ macro_rules! setters {
 
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
-        Self { root, settings: Settings::default(), storage: None, device: None, lent: None, policy: Policy::default() }
+        let (settings, policy) = (Settings::default(), Policy::default());
+        Self { root, settings, storage: None, device: None, lent: None, policy, touch: touch::TOUCH }
     }
 
     /// Replaces all settings.
@@ -175,7 +178,7 @@ impl Builder {
     /// # Errors
     /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` when there are no threads to be had.
     pub fn build(self) -> Result<CheckpointExecutor> {
-        let Self { root, mut settings, storage, device, lent, policy } = self;
+        let Self { root, mut settings, storage, device, lent, policy, touch } = self;
         settings.scratch = lent.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
         settings.check()?;
         let storage = match storage {
@@ -267,10 +270,14 @@ impl Builder {
                 }
             }
         };
+        // Attempts are touched until the last is tidied up.
+        let (alive, ended_tidying) = bounded(0);
+        let touched = storage.clone();
         let tidy = move || {
             own_threads::mark(&tidying);
             adopt(priority);
             tidy::run(&leavings, storage.as_ref(), &catalog, &keeping, sweep);
+            drop(alive);
         };
         let stage = move || {
             own_threads::mark(&staging);
@@ -280,6 +287,7 @@ impl Builder {
         handles.push(spawn("ashore-stage".into(), stage)?);
         handles.push(spawn("ashore-commit".into(), commit)?);
         handles.push(spawn("ashore-tidy".into(), tidy)?);
+        handles.push(spawn("ashore-touch".into(), move || touch::run(&ended_tidying, touched.as_ref(), touch))?);
         executor.threads.keep(Lines { pool, ended }, handles);
         Ok(executor)
     }

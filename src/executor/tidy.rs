@@ -16,10 +16,9 @@ use std::time::{Duration, Instant};
 /// So many saves may wait to be tidied up while as many are in hand; an attempt holds three descriptors until then.
 pub(super) const LAG: usize = 16;
 
-/// How often live attempts are touched; at most twice as long passes between.
-const TOUCH: Duration = Duration::from_secs(5 * 60);
-/// How often to sweep what other processes may have left.
+/// How often to sweep what other processes may have left, and how often to look whether that is due.
 const SWEEP: Duration = Duration::from_secs(3600);
+const LOOK: Duration = Duration::from_secs(5 * 60);
 
 /// The thread: sweeps, then tidies up after saves until the committer is gone. Saves that came meanwhile share one hint, one prune
 /// and one sweep.
@@ -35,9 +34,9 @@ pub(super) fn run(
     let (unpruned, unswept, last) = (false, false, None);
     let mut tidy = Tidy { storage, catalog, keeping, sweep, owed, unpruned, unswept, reported, last };
     tidy.unswept = tidy.sweep().is_none();
-    let (mut touched, mut swept) = (Instant::now(), Instant::now());
+    let mut swept = Instant::now();
     loop {
-        match leavings.recv_timeout(TOUCH) {
+        match leavings.recv_timeout(LOOK) {
             Ok(first) => tidy.take(once(first).chain(leavings.try_iter()).take(LAG)),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
@@ -47,10 +46,6 @@ pub(super) fn run(
             tidy.unswept |= tidy.sweep().is_none();
         }
         tidy.work();
-        if touched.elapsed() >= TOUCH {
-            touched = Instant::now();
-            attempt("show that attempts are alive", || storage.touch());
-        }
     }
     tidy.work();
 }
@@ -143,7 +138,7 @@ impl Tidy<'_> {
 }
 
 /// Does it; false, and a warning, when it fails.
-fn attempt(what: &str, run: impl FnOnce() -> Result<()>) -> bool {
+pub(super) fn attempt(what: &str, run: impl FnOnce() -> Result<()>) -> bool {
     let done = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal("the storage panicked")));
     if let Err(error) = &done {
         tracing::warn!(error = format_args!("{error:#}"), "could not {what}");
