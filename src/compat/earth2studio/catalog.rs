@@ -1,5 +1,6 @@
 //! The catalog of a run: its settings, its rows, and the executor that commits them.
 
+use super::flush::durable;
 use super::metadata::Metadata;
 use super::pending;
 use super::session::{self, CheckpointSession, Scope};
@@ -8,6 +9,7 @@ use crate::checkpoint;
 use crate::device::{Device, Host};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
+use crate::save::Save;
 use crate::settings::Settings;
 use crate::sync::{Mutex, lock};
 use serde::{Deserialize, Serialize};
@@ -15,7 +17,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// What a commit does with the rows before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -201,6 +203,8 @@ struct Line {
     executor: Option<Arc<CheckpointExecutor>>,
     /// The number of the next row, unless it must be looked for.
     next: Option<u64>,
+    /// The last flush, until its end is known: a session that begins meanwhile would restore the row before it.
+    flying: Option<Save>,
 }
 
 /// A committed row.
@@ -308,11 +312,12 @@ impl Checkpoint {
         Ok(rows.split_off(kept))
     }
 
-    /// A session that restores row `row` of the catalog; -1 is the latest.
+    /// A session that restores row `row` of the catalog; -1 is the latest. Waits for a flush under way.
     ///
     /// # Errors
-    /// `NotFound` when there is no such row.
+    /// `NotFound` when there is no such row; as [`Checkpoint::session`].
     pub fn select(&self, row: isize) -> Result<CheckpointSession> {
+        self.0.land()?;
         let mut rows = self.catalog()?;
         let index = if row < 0 { rows.len().checked_sub(row.unsigned_abs()) } else { Some(row.unsigned_abs()) };
         match index.filter(|index| *index < rows.len()) {
@@ -324,11 +329,12 @@ impl Checkpoint {
         }
     }
 
-    /// A session that restores the latest row, or begins the first.
+    /// A session that restores the latest row, or begins the first. Waits for a flush under way, whose row is the latest.
     ///
     /// # Errors
-    /// As [`Checkpoint::catalog`].
+    /// How that flush failed, once; as [`Checkpoint::catalog`].
     pub fn session(&self) -> Result<CheckpointSession> {
+        self.0.land()?;
         CheckpointSession::of(self, self.catalog()?.pop())
     }
 
@@ -390,6 +396,25 @@ impl Shared {
         };
         line.next = step.checked_add(1);
         Ok((executor, step))
+    }
+
+    /// A flush was begun.
+    pub fn fly(&self, save: &Save) {
+        lock(&self.line).flying = Some(save.clone());
+    }
+
+    /// The end of a flush is known.
+    pub fn landed(&self, save: &Save) {
+        lock(&self.line).flying.take_if(|flying| flying.attempt() == save.attempt());
+    }
+
+    /// Waits for a flush whose end nobody knows.
+    fn land(&self) -> Result<()> {
+        let Some(save) = lock(&self.line).flying.clone() else { return Ok(()) };
+        // The save has a deadline of its own.
+        let result = durable(save.wait(Duration::MAX));
+        self.landed(&save);
+        result.inspect_err(|_| self.look_again())
     }
 
     /// After a commit that failed: the next row's number is looked for again.

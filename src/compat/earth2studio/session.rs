@@ -145,26 +145,30 @@ impl CheckpointSession {
     /// [`bind_checkpoint_state`](super::bind_checkpoint_state).
     ///
     /// # Errors
-    /// As [`bind`](Self::bind); it is not entered then.
+    /// As [`bind`](Self::bind); it is not entered then, and the states go on waiting for a session.
     pub fn enter(&self) -> Result<Scope> {
         let adopted = std::mem::replace(&mut lock(&self.0.work).adopted, true);
-        if !adopted {
-            for Pending { state, of_session } in pending::take(&self.0.catalog) {
-                if self.exists() && !of_session {
-                    tracing::warn!(
-                        state = state.id(),
-                        "a state is restored late: it was bound before a session was entered"
-                    );
-                }
-                let id = state.id();
-                self.adopt(state)?;
-                if of_session {
-                    lock(&self.0.work).replaceable.push(id);
-                }
-            }
+        let waiting = if adopted { Vec::new() } else { pending::take(&self.0.catalog) };
+        if let Err(error) = waiting.iter().try_for_each(|pending| self.take_over(pending)) {
+            // All of them go on waiting: another session may be entered instead of this one.
+            waiting.iter().for_each(|it| pending::put(&self.0.catalog, &it.state, it.of_session));
+            lock(&self.0.work).adopted = false;
+            return Err(error);
         }
         ACTIVE.with_borrow_mut(|sessions| sessions.push(self.clone()));
         Ok(Scope { session: self.clone(), here: PhantomData })
+    }
+
+    fn take_over(&self, Pending { state, of_session }: &Pending) -> Result<()> {
+        let id = state.id();
+        if self.exists() && !of_session {
+            tracing::warn!(state = id, "a state is restored late: it was bound before a session was entered");
+        }
+        self.adopt(state.clone())?;
+        if *of_session {
+            lock(&self.0.work).replaceable.push(id);
+        }
+        Ok(())
     }
 
     /// Whether the next write is expected to flush.
@@ -340,6 +344,7 @@ impl CheckpointSession {
         };
         let write_count = work.counters.write_count;
         work.counters.dirty = false;
+        self.0.catalog.0.fly(&save);
         work.flying = Some(Flying { save: save.clone(), row: row.clone(), before, write_count });
         Ok(Flush { session: self.clone(), save, row })
     }
@@ -383,6 +388,7 @@ impl CheckpointSession {
     }
 
     fn landed(&self, work: &mut Work, flying: Flying, durable: bool) {
+        self.0.catalog.0.landed(&flying.save);
         if durable {
             work.entry = Some(flying.row);
             return;

@@ -520,3 +520,65 @@ fn a_state_that_is_bound_before_a_session_waits_for_one() {
         (false, 0, 0, 7)
     );
 }
+
+/// A session that began while a flush of its catalog was under way looked for the latest row before that flush had
+/// made one: it put the states back to the row before, and the next flush committed those as the newest row.
+#[test]
+fn a_session_entered_during_a_flush_goes_on_from_its_row() {
+    let (root, device) = (tempdir().unwrap(), LateDevice::default());
+    let checkpoint = builder(root.path()).mode(Mode::Append).device(Arc::new(device.clone())).build().unwrap();
+    let session = checkpoint.enter().unwrap();
+    let bound = session.bind(Rollout::new(0)).unwrap();
+    row(&session, &bound, 6);
+    bound.update(|rollout| *rollout = Rollout::new(12));
+    device.hold();
+    drop(session.write_async(lead(12)).unwrap().expect("a flush"));
+    drop(session);
+    let (entered, wait) = std::sync::mpsc::channel::<()>();
+    let entered_again = std::thread::scope(|scope| {
+        // Released when the session was entered, which must wait, or a moment later.
+        let held = &device;
+        scope.spawn(move || {
+            let _ = wait.recv_timeout(Duration::from_millis(100));
+            held.release();
+        });
+        let again = checkpoint.enter().unwrap();
+        let _ = entered.send(());
+        again.write_count()
+    });
+    assert_eq!(entered_again, 2);
+    bound.update(|rollout| assert_eq!(*rollout, Rollout::new(12)));
+    assert_eq!(checkpoint.select(-1).unwrap().lead_time::<u32>().unwrap(), Some(12));
+
+    // One that failed is told of once, before the states are put back.
+    let session = checkpoint.enter().unwrap();
+    let clear = obstruct(root.path(), 3);
+    drop(session.write_async(lead(18)).unwrap().expect("a flush"));
+    drop(session);
+    assert_eq!(kind(checkpoint.enter().map(drop)), ErrorKind::Conflict);
+    clear();
+    assert_eq!(row(&checkpoint.enter().unwrap(), &bound, 18).write_count, 3);
+}
+
+/// A state that could not be restored kept the states behind it from the session, and from every later one.
+#[test]
+fn a_session_that_cannot_be_entered_leaves_every_state_waiting() {
+    let root = tempdir().unwrap();
+    let checkpoint = appending(root.path());
+    let session = checkpoint.session().unwrap();
+    row(&session, &session.bind(Rollout::new(0)).unwrap(), 6);
+    session.bind(Clock(6)).unwrap();
+    session.flush(lead(6)).unwrap().expect("a row");
+    drop(session);
+    let drifted = bind_checkpoint_state(drifted::Rollout { lead: 3 }).unwrap();
+    let clock = bind_checkpoint_state(Clock(0)).unwrap();
+    let session = checkpoint.session().unwrap();
+    for _ in 0..2 {
+        assert_eq!(kind(session.enter().map(drop)), ErrorKind::Invalid);
+    }
+    drop((session, drifted));
+    let session = checkpoint.enter().unwrap();
+    assert!(clock.is_loaded() && clock.session().is_some());
+    assert_eq!(clock.update(|clock| clock.0), 6);
+    assert_eq!(session.flush(lead(7)).unwrap().expect("a row").state_ids, [Clock::ID]);
+}
