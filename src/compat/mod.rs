@@ -25,4 +25,5 @@ pub mod torch;
 
 mod overdue;
 mod place;
+mod unseen;
 mod wire;

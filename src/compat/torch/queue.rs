@@ -3,12 +3,14 @@
 
 use super::plan::Metadata;
 use crate::compat::overdue::{Cell, Overdue};
+use crate::compat::unseen::first;
 use crate::completion::{Completion, Signal, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
 use crate::save::Save;
 use crate::settings::Overlap;
 use crate::sync::{Arc as CellArc, Mutex, lock};
+use crate::ticket::Phase;
 use crate::writer::spawn;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -111,6 +113,8 @@ pub(super) struct Queue {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
     overdue: Overdue,
+    /// Saves that the engine was given at once: they have no record.
+    direct: Mutex<Vec<Save>>,
     generation: u64,
 }
 
@@ -119,7 +123,8 @@ impl Queue {
         let shared = Arc::new(Shared::default());
         let mine = shared.clone();
         let thread = spawn("ashore-torch".into(), move || run(&mine))?;
-        Ok(Self { shared, thread: Some(thread), overdue: Overdue::start()?, generation: fork::generation() })
+        let (overdue, direct, generation) = (Overdue::start()?, Mutex::default(), fork::generation());
+        Ok(Self { shared, thread: Some(thread), overdue, direct, generation })
     }
 
     /// The first error that nobody has seen.
@@ -146,6 +151,13 @@ impl Queue {
         let record = Record::ended(Err(error));
         lock(&self.shared.records).push(record.clone());
         record
+    }
+
+    /// Remembers a save that the engine was given, so that `close` waits for it.
+    pub fn remember(&self, save: &Save) {
+        let mut direct = lock(&self.direct);
+        direct.retain(under_way);
+        direct.push(save.clone());
     }
 
     fn unfinished(&self) -> Vec<Arc<Record>> {
@@ -203,27 +215,54 @@ impl Queue {
     /// Waits for what is under way, then ends the thread.
     ///
     /// # Errors
-    /// The first error that nobody has seen; `Deadline` when saves were unfinished.
+    /// The first error that nobody has seen. `Deadline` when saves were unfinished, which have failed then; `Indeterminate`
+    /// when one was being published, which may become durable.
     pub fn close(&mut self, patience: Duration) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         if self.generation != fork::generation() {
             return Ok(()); // in a forked child: saves, and the thread that carries them out, are the parent's
         }
         let deadline = deadline_after(patience);
-        let mut late = None;
+        let grace = deadline.max(Instant::now() + Duration::from_millis(500));
+        let late = || Error::new(ErrorKind::Deadline, "the executor was closed before a save ended");
+        let published = || {
+            let what = "the executor was closed while a save was being published: it may become durable";
+            Error::new(ErrorKind::Indeterminate, what)
+        };
+        let mut errors = Vec::new();
         for record in self.unfinished() {
-            if record.done.wait(deadline).is_none() && record.cancel() {
-                late = Some(Error::new(ErrorKind::Deadline, "the executor was closed before a save ended"));
+            if record.done.wait(deadline).is_some() {
+                continue;
             }
+            if record.cancel() {
+                errors.push(late());
+            } else if record.done.wait(grace).is_none() {
+                errors.push(published());
+            }
+        }
+        let ended = |save: &Save, until: Instant| {
+            let _ = save.wait(until.saturating_duration_since(Instant::now()));
+            save.try_get()
+        };
+        for save in std::mem::take(&mut *lock(&self.direct)).iter().filter(|save| under_way(save)) {
+            let ended = match ended(save, deadline) {
+                Some(ended) => ended,
+                None if save.cancel() => Err(late()),
+                None => ended(save, grace).unwrap_or_else(|| Err(published())),
+            };
+            errors.extend(ended.err().filter(|error| error.kind() != ErrorKind::Cancelled));
         }
         self.shared.stopped.store(true, Ordering::Release);
         self.shared.signal.notify();
-        let grace = deadline.max(Instant::now() + Duration::from_millis(500));
         while !thread.is_finished() && Instant::now() < grace {
             std::thread::sleep(Duration::from_micros(200));
         }
-        self.unobserved().or(late).map_or(Ok(()), Err)
+        first(std::iter::from_fn(|| self.unobserved()).chain(errors))
     }
+}
+
+fn under_way(save: &Save) -> bool {
+    save.progress().phase < Phase::Ended
 }
 
 fn run(shared: &Shared) {

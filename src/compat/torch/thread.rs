@@ -10,6 +10,7 @@ use super::planner::{DefaultSavePlanner, SavePlanner};
 use super::queue::{Queue, Record};
 use super::staging::{Coming, Inner, StagedState};
 use super::writer::StorageWriter;
+use crate::compat::unseen::first;
 use crate::completion::{Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
@@ -93,16 +94,16 @@ impl ThreadExecutor {
     /// Waits for the saves under way; shuts the engine down, too, when nobody else has it.
     ///
     /// # Errors
-    /// The first error of a save that nobody has seen. `Deadline` when saves were unfinished; they have failed then.
+    /// The first error of a save that nobody has seen; others are logged. `Deadline` when saves were unfinished, which have
+    /// failed then; `Indeterminate` when one was being published, which may become durable.
     pub fn close(mut self, deadline: Duration) -> Result<()> {
         let until = deadline_after(deadline);
         let closed = self.queue.close(deadline);
         let executor = self.executor.clone();
         drop(self);
-        match Arc::into_inner(executor) {
-            Some(executor) => closed.and(executor.shutdown(until.saturating_duration_since(Instant::now()))),
-            None => closed,
-        }
+        let shutdown = |engine: CheckpointExecutor| engine.shutdown(until.saturating_duration_since(Instant::now()));
+        let shut = Arc::into_inner(executor).map_or(Ok(()), shutdown);
+        first(closed.err().into_iter().chain(shut.err()))
     }
 
     /// Plans and submits at once, in the calling thread: nothing has to be waited for.
@@ -127,6 +128,7 @@ impl ThreadExecutor {
         match planned {
             Ok((plan, metadata, state)) => {
                 let save = writer.submit(state)?;
+                self.queue.remember(&save);
                 Ok(CheckpointFuture::engine(save, Planned { plan, metadata }, self.handed.clone()))
             }
             Err(error) => Ok(CheckpointFuture::queued(self.queue.failed(error))),

@@ -7,12 +7,13 @@ mod identical;
 mod orbax;
 mod torch;
 
-use ashore::storage::{Memory, Reading, Storage, Sweep, Swept, Writing};
+use crate::rig::LONG;
+use ashore::storage::{FileWriting, Memory, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, CheckpointExecutor, Error, ErrorKind, Result, StateDict};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 /// A small engine on real files.
@@ -64,16 +65,50 @@ fn drop_in_a_child<T>(value: &T) {
     assert_eq!(status, 0, "the child hung, or failed");
 }
 
-/// A storage that refuses the first few attempts.
+/// Where a thread waits until a test lets it pass.
+#[derive(Debug, Default)]
+struct Gate {
+    /// Whether a thread has come, and whether threads may pass.
+    state: Mutex<(bool, bool)>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.0 = true;
+        self.changed.notify_all();
+        drop(self.changed.wait_timeout_while(state, LONG, |state| !state.1).unwrap());
+    }
+
+    /// Waits until a thread has come.
+    fn reached(&self) {
+        let state = self.state.lock().unwrap();
+        let (_state, late) = self.changed.wait_timeout_while(state, LONG, |state| !state.0).unwrap();
+        assert!(!late.timed_out(), "no thread came");
+    }
+
+    fn open(&self) {
+        self.state.lock().unwrap().1 = true;
+        self.changed.notify_all();
+    }
+}
+
+/// A storage that refuses the first few attempts, or publishes nothing before a gate is open.
 #[derive(Debug)]
 struct Flaky {
     memory: Memory,
     refusals: AtomicUsize,
+    gate: Option<Arc<Gate>>,
 }
 
 impl Flaky {
     fn new(refusals: usize) -> Self {
-        Self { memory: Memory::new(), refusals: refusals.into() }
+        Self { memory: Memory::new(), refusals: refusals.into(), gate: None }
+    }
+
+    fn gated(gate: &Arc<Gate>) -> Self {
+        Self { gate: Some(gate.clone()), ..Self::new(0) }
     }
 }
 
@@ -82,7 +117,11 @@ impl Storage for Flaky {
         if self.refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
             return Err(Error::new(ErrorKind::Unavailable, "not now"));
         }
-        self.memory.begin(name, attempt, overwrite)
+        let attempt = self.memory.begin(name, attempt, overwrite)?;
+        Ok(match &self.gate {
+            Some(gate) => Arc::new(GatedAttempt(attempt, gate.clone())),
+            None => attempt,
+        })
     }
     fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
         self.memory.open(name)
@@ -104,5 +143,27 @@ impl Storage for Flaky {
     }
     fn describe(&self, name: &str) -> PathBuf {
         self.memory.describe(name)
+    }
+}
+
+#[derive(Debug)]
+struct GatedAttempt(Arc<dyn Writing>, Arc<Gate>);
+
+impl Writing for GatedAttempt {
+    fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
+        self.0.create(file, len)
+    }
+    fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
+        self.0.put(file, bytes)
+    }
+    fn publish(&self, overwrite: bool) -> Result<()> {
+        self.1.pass();
+        self.0.publish(overwrite)
+    }
+    fn settle(&self) -> Result<()> {
+        self.0.settle()
+    }
+    fn abandon(&self) -> Result<()> {
+        self.0.abandon()
     }
 }

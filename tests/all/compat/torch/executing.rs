@@ -206,3 +206,34 @@ fn an_executor_that_a_forked_child_drops_goes_on_in_the_parent() {
     let future = executor.execute_save(Staging::future(async { Ok(state(2)) }).into(), to("2")).unwrap();
     future.result(LONG).unwrap().unwrap();
 }
+
+/// `close`, and a drop, waited for the saves of their own thread alone: where the program had the engine, too, those
+/// that the engine was given at once were still under way when they returned.
+#[test]
+fn an_executor_that_ends_waits_for_its_saves_though_the_engine_goes_on() {
+    let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
+    let engine = Arc::new(engine(root.path()).device(Arc::new(device.clone())).build().unwrap());
+    let begin = |step: u64| {
+        let executor = ThreadExecutor::new(engine.clone()).unwrap();
+        device.hold();
+        drop(executor.execute_save(state(step).into(), to(step.to_string())).unwrap());
+        executor
+    };
+    assert_eq!(begin(1).close(Duration::from_millis(1)).unwrap_err().kind(), ErrorKind::Deadline);
+    device.release();
+
+    let executor = begin(2);
+    let (dropped, wait) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        // Released when the executor is gone, which must wait, or a moment later.
+        let held = &device;
+        scope.spawn(move || {
+            let _ = wait.recv_timeout(Duration::from_millis(100));
+            held.release();
+        });
+        drop(executor);
+        assert!(engine.checkpoint(2).is_ok());
+        let _ = dropped.send(());
+    });
+    assert_eq!(engine.catalog().list().unwrap().len(), 1, "the save that was late has failed");
+}

@@ -1,6 +1,6 @@
 //! Failures of planners, writers and storage: always in the future, never silent, and tried again where that is asked for.
 
-use crate::compat::{Flaky, engine, files, state};
+use crate::compat::{Flaky, Gate, engine, files, state};
 use crate::rig::{LONG, one};
 use ashore::compat::torch::{
     AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, SavePlanner, StorageMeta,
@@ -8,6 +8,7 @@ use ashore::compat::torch::{
 };
 use ashore::{Dtype, Error, ErrorKind, Failed, Layout, Result, StateDict};
 use std::sync::Arc;
+use std::time::Duration;
 
 fn to(id: &str) -> ExecuteOptions {
     ExecuteOptions::new().checkpoint_id(id)
@@ -212,5 +213,23 @@ fn a_failure_that_nobody_saw_stops_the_next_call_or_is_logged() {
         if let Ok(second) = second {
             second.result(LONG).unwrap().unwrap();
         }
+    }
+}
+
+/// `close` said that all was well of a save that was still being published when its time was up.
+#[test]
+fn a_save_that_is_being_published_when_the_executor_closes_is_indeterminate() {
+    for retries in [0, 1] {
+        let gate = Arc::new(Gate::default());
+        let engine = engine("in memory".as_ref()).storage(Arc::new(Flaky::gated(&gate))).build().unwrap();
+        let engine = Arc::new(engine);
+        let executor = ThreadExecutor::new(engine.clone()).unwrap().retry(retries);
+        let future = executor.execute_save(state(1).into(), to("step-1")).unwrap();
+        gate.reached();
+        let error = executor.close(Duration::from_millis(1)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Indeterminate, "{error}");
+        gate.open();
+        future.result(LONG).unwrap().unwrap();
+        assert_eq!(engine.checkpoint(1).unwrap().value::<u64>("epoch").unwrap(), 1);
     }
 }
