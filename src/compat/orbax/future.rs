@@ -175,10 +175,15 @@ impl Waiting {
             save
         };
         let outcome = save.wait(left());
-        if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Deadline) {
-            save.cancel();
+        let published = || {
+            let what = "the commit was being published at its deadline: it may become durable";
+            Err(Error::new(ErrorKind::Indeterminate, what))
+        };
+        match save.try_get() {
+            Some(ended) => ended,
+            None if save.cancel() => outcome,
+            None => save.try_get().unwrap_or_else(published),
         }
-        outcome
     }
 }
 

@@ -1,6 +1,6 @@
 //! Paths that are not known yet, and the signals that say when they are, or why they never will be.
 
-use crate::compat::{engine, files, state};
+use crate::compat::{Flaky, Gate, engine, files, state};
 use crate::rig::{Buffer, LONG, one};
 use ashore::compat::orbax::{
     AsyncCheckpointHandler, CommitFuture, CompositeArgs, CompositeCheckpointHandler, DeferredPath,
@@ -192,4 +192,28 @@ fn a_save_that_waits_for_its_path_does_not_keep_the_executor_alive() {
     deferred.set_path(root.path());
     signals.send(id, STEP);
     assert_eq!(futures[0].result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+}
+
+/// It was told of as failed by its deadline, though it became durable a moment later.
+#[test]
+fn a_commit_that_is_being_published_at_its_deadline_is_indeterminate() {
+    let gate = Arc::new(Gate::default());
+    let engine = engine("in memory".as_ref()).storage(Arc::new(Flaky::gated(&gate))).build().unwrap();
+    let engine = Arc::new(engine);
+    let signals = Signals::new();
+    let id = signals.next_operation_id(&[]);
+    let save = {
+        let (engine, gate) = (engine.clone(), gate.clone());
+        move || {
+            let save = engine.save(1, state(1))?;
+            gate.reached();
+            Ok(save)
+        }
+    };
+    let future = CommitFuture::contracted(&signals, id, &[ITEM], Duration::from_nanos(1), save).unwrap();
+    assert_eq!(future.result(LONG).unwrap_err().kind(), ErrorKind::Indeterminate);
+    assert_eq!(signals.wait(id, ITEM, LONG).unwrap_err().kind(), ErrorKind::Indeterminate);
+    gate.open();
+    engine.shutdown(LONG).unwrap();
+    assert!(engine.checkpoint(1).is_ok());
 }
