@@ -2,7 +2,7 @@
 
 use super::preservation::{CheckpointInfo, PreservationPolicy};
 use super::steps::{Progress, Shared};
-use crate::catalog::{Catalog, Entry};
+use crate::catalog::{self, Catalog};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
@@ -13,6 +13,7 @@ use crate::sync::lock;
 use crate::ticket::Outcome;
 use crossbeam_channel::Receiver;
 use std::collections::BTreeSet;
+use std::collections::btree_map::Entry;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
@@ -60,7 +61,12 @@ impl Follower {
                 deleted.extend(self.preserve());
             }
             let mut progress = lock(&self.shared.progress);
-            progress.saving.remove(&step);
+            if let Entry::Occupied(mut saves) = progress.saving.entry(step) {
+                *saves.get_mut() -= 1;
+                if *saves.get() == 0 {
+                    saves.remove();
+                }
+            }
             match ended {
                 Err(error) if self.failed == Failed::Warn => {
                     tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it");
@@ -99,7 +105,7 @@ impl Follower {
     /// Deletes what the policy does not keep, and returns what of it is still to be followed.
     fn preserve(&self) -> Vec<u64> {
         let catalog = &self.catalog;
-        let chosen = |entries: &[Entry]| {
+        let chosen = |entries: &[catalog::Entry]| {
             let infos = infos(catalog, entries);
             let keep = self.preservation.should_preserve(&infos);
             let kept = |i: usize| keep.get(i).copied().unwrap_or(true);
@@ -111,7 +117,7 @@ impl Follower {
                 let mut progress = lock(&self.shared.progress);
                 let Progress { steps, saving, .. } = &mut *progress;
                 let removed = pruned.removed.iter().map(|entry| entry.step);
-                return removed.filter(|step| !steps.remove(step) && saving.contains(step)).collect();
+                return removed.filter(|step| !steps.remove(step) && saving.contains_key(step)).collect();
             }
             Ok(Err(error)) => {
                 tracing::warn!(error = format_args!("{error:#}"), "steps that are not kept could not be deleted")
@@ -138,8 +144,8 @@ pub(super) fn time(checkpoint: &Checkpoint) -> SystemTime {
     std::fs::metadata(checkpoint.path()).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-pub(super) fn infos(catalog: &Catalog, entries: &[Entry]) -> Vec<CheckpointInfo> {
-    let info = |entry: &Entry| {
+pub(super) fn infos(catalog: &Catalog, entries: &[catalog::Entry]) -> Vec<CheckpointInfo> {
+    let info = |entry: &catalog::Entry| {
         let checkpoint = catalog.checkpoint(entry.step).ok();
         CheckpointInfo {
             step: entry.step,

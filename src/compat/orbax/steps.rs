@@ -6,6 +6,7 @@ use super::follower::{Flight, Follower, METRICS, TIME, infos, metrics, time};
 use super::options::CheckpointManagerOptions;
 use crate::catalog::Catalog;
 use crate::checkpoint::Checkpoint;
+use crate::compat::unseen::first;
 use crate::completion::{Completion, Signal, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
@@ -96,7 +97,9 @@ pub(super) struct Shared {
 pub(super) struct Progress {
     /// Steps that are there, as far as this manager knows.
     pub steps: BTreeSet<u64>,
-    pub saving: BTreeSet<u64>,
+    /// How many saves of each step are under way: one that overwrites may begin before this manager has seen the end of the
+    /// one before.
+    pub saving: BTreeMap<u64, usize>,
     last_save: Option<Instant>,
     pub errors: VecDeque<Error>,
 }
@@ -174,7 +177,7 @@ impl CheckpointManager {
         let context = {
             let progress = lock(&self.shared.progress);
             DecisionContext {
-                latest_step: progress.steps.last().max(progress.saving.last()).copied(),
+                latest_step: progress.steps.last().max(progress.saving.keys().next_back()).copied(),
                 last_save: progress.last_save,
                 is_saving: !progress.saving.is_empty(),
                 reached_preemption: self.reached_preemption(),
@@ -242,7 +245,7 @@ impl CheckpointManager {
         }
         let there = {
             let progress = lock(&self.shared.progress);
-            progress.steps.contains(&step) || progress.saving.contains(&step)
+            progress.steps.contains(&step) || progress.saving.contains_key(&step)
         };
         if there && !options.overwrite {
             return Err(Error::new(ErrorKind::Conflict, "the step is there already").with_step(step));
@@ -273,7 +276,7 @@ impl CheckpointManager {
         }
         {
             let mut progress = lock(&self.shared.progress);
-            progress.saving.insert(step);
+            *progress.saving.entry(step).or_default() += 1;
             progress.last_save = Some(Instant::now());
         }
         let gone = |_| Error::internal("the thread of a manager has ended");
@@ -415,17 +418,18 @@ impl CheckpointManager {
 
 impl CheckpointManager {
     /// Waits for saves under way, their retries and what is to be deleted, and ends the manager. The executor
-    /// goes on.
+    /// goes on, unless this manager was its last owner: it is shut down then, by the same deadline.
     ///
     /// # Errors
-    /// The error of a save that nobody has seen; `Deadline` after `timeout`.
+    /// The first error of a save that nobody has seen; others are logged. `Deadline` after `timeout`.
     pub fn close(mut self, timeout: Duration) -> Result<()> {
-        self.end(timeout).and_then(|()| self.check_for_errors())
+        let ended = self.end(timeout);
+        let errors = std::mem::take(&mut lock(&self.shared.progress).errors);
+        first(ended.err().into_iter().chain(errors))
     }
 
     fn end(&mut self, timeout: Duration) -> Result<()> {
-        // The executor stays until the last retry has been made.
-        let Some(Writer { flights, generation, executor: _executor }) = self.writer.take() else { return Ok(()) };
+        let Some(Writer { flights, generation, executor }) = self.writer.take() else { return Ok(()) };
         if generation != fork::generation() {
             // The thread behind the channel is the parent's.
             std::mem::forget(flights);
@@ -433,7 +437,13 @@ impl CheckpointManager {
         }
         drop(flights);
         let late = || Error::new(ErrorKind::Deadline, format!("saves have not ended waited={timeout:?}"));
-        self.shared.ended.wait(deadline_after(timeout)).ok_or_else(late)
+        let deadline = deadline_after(timeout);
+        let ended = self.shared.ended.wait(deadline).ok_or_else(late);
+        // It stayed until the last retry was made. Dropped here, it would wait anew.
+        let shutdown =
+            |executor: CheckpointExecutor| executor.shutdown(deadline.saturating_duration_since(Instant::now()));
+        let shut = Arc::into_inner(executor).map_or(Ok(()), shutdown);
+        first(ended.err().into_iter().chain(shut.err()))
     }
 }
 

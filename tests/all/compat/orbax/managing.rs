@@ -1,14 +1,17 @@
 //! `CheckpointManager`: saving, steps, metrics, errors, reading only.
 
-use crate::compat::{Flaky, drop_in_a_child, engine, files, state};
+use crate::compat::{Flaky, Gate, drop_in_a_child, engine, files, state};
+use crate::heard::Heard;
 use crate::rig::{Buffer, LONG, eventually, one};
-use ashore::compat::orbax::{BestN, CheckpointManager, CheckpointManagerOptions, CompositeArgs, Item, LatestN};
+use ashore::compat::orbax::{
+    BestN, CheckpointInfo, CheckpointManager, CheckpointManagerOptions, CompositeArgs, Item, LatestN,
+};
 use ashore::testing::LateDevice;
 use ashore::{Attempt, Catalog, Dtype, ErrorKind, Failed, Overlap, SaveOptions, Snapshot};
 use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 type Options = CheckpointManagerOptions;
 
@@ -244,4 +247,63 @@ fn the_metadata_of_a_step_is_read_without_its_tensors() {
     assert_eq!(tensors.keys().collect::<Vec<_>>(), ["model.bias", "model.weights"]);
     assert_eq!((tensors["model.bias"].dtype, &tensors["model.bias"].shape[..]), (Dtype::F32, &[7][..]));
     assert_eq!(manager.metadata(2).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+/// The manager forgot the second save of a step when it saw the end of the first.
+#[test]
+fn two_saves_of_one_step_are_two_saves_under_way() {
+    let (root, device, gate) = (tempfile::tempdir().unwrap(), LateDevice::default(), Arc::new(Gate::default()));
+    let engine = engine(root.path()).device(Arc::new(device.clone())).build().unwrap();
+    let held = gate.clone();
+    let options = Options::new().preservation_policy(move |steps: &[CheckpointInfo]| {
+        held.pass();
+        vec![true; steps.len()]
+    });
+    let manager = CheckpointManager::new(Arc::new(engine), options).unwrap();
+    assert!(manager.save(1, state(1)).unwrap());
+    gate.reached();
+    device.hold();
+    assert!(manager.save_as(1, state(2), None::<&()>, true, SaveOptions::default().overwrite()).unwrap());
+    gate.open();
+    let unfinished = manager.wait_until_finished(Duration::from_millis(200)).unwrap_err();
+    assert_eq!(unfinished.kind(), ErrorKind::Deadline);
+    assert!(manager.is_saving_in_progress());
+    device.release();
+    manager.wait_until_finished(LONG).unwrap();
+    assert_eq!(manager.restore(Some(1)).unwrap().value::<u64>("epoch").unwrap(), 2);
+}
+
+/// After its own time a manager that had the last executor waited for that one's `shutdown_deadline`, too.
+#[test]
+fn a_manager_closes_within_its_deadline() {
+    let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
+    let patience = Duration::from_secs(20);
+    let engine = engine(root.path()).device(Arc::new(device.clone())).shutdown_deadline(patience).build().unwrap();
+    let manager = CheckpointManager::new(Arc::new(engine), Options::new()).unwrap();
+    device.hold();
+    assert!(manager.save(1, state(1)).unwrap());
+    let began = Instant::now();
+    let late = manager.close(Duration::from_millis(1)).unwrap_err();
+    assert!(late.kind() == ErrorKind::Deadline && began.elapsed() < patience / 2, "{late} {:?}", began.elapsed());
+    device.release();
+    assert!(Catalog::open(root.path()).unwrap().list().unwrap().is_empty());
+}
+
+/// Of several saves that had failed, `close` told of one, and nothing told of the others.
+#[test]
+fn errors_that_close_does_not_return_are_logged() {
+    let device = LateDevice::default();
+    let builder = engine("in memory".as_ref()).storage(Arc::new(Flaky::new(2))).device(Arc::new(device.clone()));
+    let engine = builder.overlap(Overlap::Queue(2)).build().unwrap();
+    let manager = CheckpointManager::new(Arc::new(engine), Options::new()).unwrap();
+    device.hold();
+    for step in [1, 2] {
+        assert!(manager.save(step, state(step)).unwrap());
+    }
+    device.release();
+    let heard = Heard::default();
+    let error = tracing::subscriber::with_default(heard.clone(), || manager.close(LONG)).unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::Unavailable, Some(1)));
+    let lines = heard.0.lock().unwrap();
+    assert!(lines.iter().any(|line| line.contains("nobody saw it") && line.contains("step=2")), "{lines:?}");
 }
