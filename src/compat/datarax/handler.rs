@@ -3,6 +3,7 @@
 use super::state::{Checkpointable, State};
 use crate::catalog::{Catalog, PruneOptions, Pruned, Retention};
 use crate::checkpoint::Checkpoint;
+use crate::compat::unseen::first;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
 use crate::save::{Save, SaveOptions};
@@ -294,14 +295,12 @@ impl OrbaxCheckpointHandler {
     /// Waits until everything is durable, and gives arenas and threads back.
     ///
     /// # Errors
-    /// The error of the last save, if nobody has seen it.
+    /// The error of the last save, if nobody has seen it; others are logged.
     pub fn close(self) -> Result<()> {
         let mut inner = lock(&self.inner);
-        let finished = inner.finish(Duration::MAX);
-        for (_, executor) in inner.open.drain(..) {
-            executor.shutdown(self.settings.shutdown_deadline)?;
-        }
-        finished
+        let finished = inner.finish(Duration::MAX).err();
+        let shut = |(_, executor): (_, CheckpointExecutor)| executor.shutdown(self.settings.shutdown_deadline).err();
+        first(finished.into_iter().chain(inner.open.drain(..).filter_map(shut)))
     }
 }
 

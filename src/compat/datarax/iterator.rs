@@ -27,18 +27,25 @@ impl IteratorCheckpoint {
         self.handler.save(&self.directory, iterator, args)
     }
 
-    /// Saves the state of `iterator` if `interval` divides `step`, and keeps the last 5. None for other steps.
+    /// Saves the state of `iterator` if `interval` divides `step`, and keeps the last `keep` steps: 5 in Datarax unless said
+    /// otherwise; None or 0: all. Returns None for other steps.
     ///
     /// # Errors
     /// As [`OrbaxCheckpointHandler::save`]; `Invalid` for an interval of 0.
-    pub fn save_to_step(&self, iterator: &impl Checkpointable, step: u64, interval: u64) -> Result<Option<PathBuf>> {
+    pub fn save_to_step(
+        &self,
+        iterator: &impl Checkpointable,
+        step: u64,
+        interval: u64,
+        keep: impl Into<Option<usize>>,
+    ) -> Result<Option<PathBuf>> {
         if interval == 0 {
             return Err(Error::invalid("an interval is at least 1 interval=0"));
         }
         if !step.is_multiple_of(interval) {
             return Ok(None);
         }
-        self.save_to_directory(iterator, SaveArgs::step(step).keep(5)).map(Some)
+        self.save_to_directory(iterator, SaveArgs::step(step).keep(keep)).map(Some)
     }
 
     /// Restores `iterator`; from the highest step, or the checkpoint without one, for None. What the state

@@ -27,6 +27,7 @@
 //! | steps are named `5`, or as `step_prefix`, `step_format_fixed_length` and `step_name_format` say | the same: [`CheckpointManagerOptions::step_format`], [`CheckpointManagerOptions::step_name`]; names that no catalog would find again are `Invalid` |
 //! | `all_steps` and `latest_step` tell of a step that is still being saved | they tell of durable steps |
 //! | `max_to_keep`, `keep_period`, `keep_time_interval` | preservation policies, as Orbax itself recommends |
+//! | a save that is cancelled sends its signals | it fails its operation: what waits for a signal gets `Cancelled` at once, and never takes the save for done |
 //! | `close` | [`CheckpointManager::close`]; dropping the manager waits, too, and logs errors |
 
 mod args;
