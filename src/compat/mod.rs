@@ -3,7 +3,7 @@
 //! [`CheckpointExecutor::save`](crate::CheckpointExecutor::save) leaves; but for [`graph::InMemory`], the
 //! database of the feature `sqlite`, and storage writers of a program's own.
 //!
-//! **Ends.** What a face has that waits for saves waits when it is dropped, and reports errors from `close`;
+//! **Ends.** A handler, manager or executor of a face waits for its saves when it is dropped, and returns their errors from `close`;
 //! its threads keep no executor alive. In a forked child, dropping it waits for nothing, and the parent does
 //! not hear of it.
 //!

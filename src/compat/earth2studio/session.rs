@@ -125,7 +125,7 @@ impl CheckpointSession {
             None => None,
         };
         let write_count = entry.as_ref().map_or(0, |entry| entry.write_count);
-        // What a row says is true of that row; the next one says what is written for it.
+        // Metadata belongs to the row that was read: the next row has only what the program writes for it.
         let metadata = match &entry {
             Some(entry) if mutant::on(Mutant::ResumeMetadata) => entry.metadata.0.clone(),
             _ => BTreeMap::new(),
