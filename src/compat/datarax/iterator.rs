@@ -27,8 +27,8 @@ impl IteratorCheckpoint {
         self.handler.save(&self.directory, iterator, args)
     }
 
-    /// Saves the state of `iterator` if `interval` divides `step`, and keeps the last `keep` steps: 5 in Datarax unless said
-    /// otherwise; None or 0: all. Returns None for other steps.
+    /// Saves the state of `iterator` if `interval` divides `step`, and keeps the last `keep` steps: 5 in
+    /// Datarax unless said otherwise; None or 0: all. Returns None for other steps.
     ///
     /// # Errors
     /// As [`OrbaxCheckpointHandler::save`]; `Invalid` for an interval of 0.

@@ -203,7 +203,7 @@ struct Line {
     executor: Option<Arc<CheckpointExecutor>>,
     /// The number of the next row, unless it must be looked for.
     next: Option<u64>,
-    /// The last flush, until its end is known: a session that begins meanwhile would restore the row before it.
+    /// The last flush, until its end is known: a session that begins meanwhile would restore the row before.
     flying: Option<Save>,
 }
 
@@ -329,7 +329,7 @@ impl Checkpoint {
         }
     }
 
-    /// A session that restores the latest row, or begins the first. Waits for a flush under way, whose row is the latest.
+    /// A session that restores the latest row, or begins the first. Waits for a flush under way.
     ///
     /// # Errors
     /// How that flush failed, once; as [`Checkpoint::catalog`].

@@ -97,8 +97,8 @@ pub(super) struct Shared {
 pub(super) struct Progress {
     /// Steps that are there, as far as this manager knows.
     pub steps: BTreeSet<u64>,
-    /// How many saves of each step are under way: one that overwrites may begin before this manager has seen the end of the
-    /// one before.
+    /// How many saves of each step are under way: one that overwrites may begin before the manager's thread
+    /// has seen the end of the one before.
     pub saving: BTreeMap<u64, usize>,
     last_save: Option<Instant>,
     pub errors: VecDeque<Error>,

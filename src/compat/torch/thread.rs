@@ -94,8 +94,9 @@ impl ThreadExecutor {
     /// Waits for the saves under way; shuts the engine down, too, when nobody else has it.
     ///
     /// # Errors
-    /// The first error of a save that nobody has seen; others are logged. `Deadline` when saves were unfinished, which have
-    /// failed then; `Indeterminate` when one was being published, which may become durable.
+    /// The first error of a save that nobody has seen; others are logged. `Deadline` when saves were
+    /// unfinished, which have failed then; `Indeterminate` when one was being published, which may become
+    /// durable.
     pub fn close(mut self, deadline: Duration) -> Result<()> {
         let until = deadline_after(deadline);
         let closed = self.queue.close(deadline);

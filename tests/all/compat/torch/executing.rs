@@ -207,8 +207,8 @@ fn an_executor_that_a_forked_child_drops_goes_on_in_the_parent() {
     future.result(LONG).unwrap().unwrap();
 }
 
-/// `close`, and a drop, waited for the saves of their own thread alone: where the program had the engine, too, those
-/// that the engine was given at once were still under way when they returned.
+/// `close`, and a drop, waited for the saves of their own thread alone: where the program had the engine,
+/// too, those that the engine was given at once were still under way when they returned.
 #[test]
 fn an_executor_that_ends_waits_for_its_saves_though_the_engine_goes_on() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
