@@ -1,12 +1,13 @@
 //! Whether a save may begin while others are unfinished.
 
+use super::CheckpointExecutor;
 use crate::completion::Calls;
 use crate::error::{Error, ErrorKind, Result};
 use crate::own_threads;
 use crate::settings::Overlap;
 use crate::staging::{Job, Stager};
 use crate::ticket::{Outcome, Ticket};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 /// What becomes of a save that is asked for.
@@ -75,4 +76,31 @@ pub(super) fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadl
     }
     let busy = format!("earlier saves have not ended; the storage is slower than the saves come unfinished={saves}");
     Err(Error::new(ErrorKind::Busy, busy).with_step(step))
+}
+
+impl CheckpointExecutor {
+    /// The executor, when it has room for a save, for threads that outlive their callers. Nothing here keeps
+    /// it alive meanwhile: the program's last `Arc` waits for saves when it is dropped.
+    ///
+    /// # Errors
+    /// `Cancelled` when the executor has gone; `Busy` when there was no room by `deadline`.
+    pub(crate) fn with_room(executor: &Weak<Self>, deadline: Instant) -> Result<Arc<Self>> {
+        loop {
+            let gone = || Error::new(ErrorKind::Cancelled, "the executor went before a deferred save could begin");
+            let executor = executor.upgrade().ok_or_else(gone)?;
+            let room = match executor.settings.overlap {
+                Overlap::Queue(room) => room,
+                Overlap::Block => 0,
+                Overlap::Skip | Overlap::Latest => return Ok(executor),
+            };
+            let (unfinished, signal) = (executor.stager.flights.unfinished(), executor.stager.signal.clone());
+            if unfinished.len() <= room {
+                return Ok(executor);
+            }
+            drop(executor);
+            let ended = || unfinished.iter().any(|ticket| ticket.done.is_complete()).then_some(());
+            let busy = || format!("earlier saves have not ended unfinished={}", unfinished.len());
+            signal.wait_until(deadline, ended).ok_or_else(|| Error::new(ErrorKind::Busy, busy()))?;
+        }
+    }
 }

@@ -165,15 +165,20 @@ impl Waiting {
         for signal in contract {
             self.signals.wait_or(id, *signal, left(), || self.cancelled())?;
         }
-        let save = {
+        let cancelled = || Error::new(ErrorKind::Cancelled, "the save was cancelled");
+        if self.cancelled() {
+            return Err(cancelled());
+        }
+        // With no lock held: it may wait for room, and `cancel` must not.
+        let save = begin()?;
+        {
             let mut begun = lock(&self.begun);
             if matches!(*begun, Begun::Cancelled) {
-                return Err(Error::new(ErrorKind::Cancelled, "the save was cancelled"));
+                save.cancel();
+                return Err(cancelled());
             }
-            let save = begin()?;
             *begun = Begun::Save(save.clone());
-            save
-        };
+        }
         let outcome = save.wait(left());
         let published = || {
             let what = "the commit was being published at its deadline: it may become durable";

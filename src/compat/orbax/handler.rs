@@ -5,7 +5,8 @@ use super::future::CommitFuture;
 use super::path::PathAwaitingCreation;
 use super::signals::{HandlerAwaitableSignal, OperationId, Signals};
 use crate::compat::place::place;
-use crate::error::{Error, ErrorKind, Result};
+use crate::completion::deadline_after;
+use crate::error::{Error, Result};
 use crate::executor::CheckpointExecutor;
 use crate::id::Attempt;
 use crate::save::{Save, SaveOptions, Snapshot};
@@ -122,8 +123,14 @@ impl StandardCheckpointHandler {
         self.executor.save_with(step, state, args.options(&place))
     }
 
-    fn deferred(&self, path: PathAwaitingCreation, state: StateDict<'static>, args: SaveArgs) -> Result<CommitFuture> {
+    fn deferred(
+        &self,
+        path: PathAwaitingCreation,
+        state: StateDict<'static>,
+        mut args: SaveArgs,
+    ) -> Result<CommitFuture> {
         state.settled()?;
+        args.snapshot = Snapshot::AtFence; // the program cannot write it, so that nothing waits for copies
         let Some((signals, id)) = args.operation.clone() else {
             return Err(Error::invalid("a deferred save needs an operation, whose signals say when the path is known"));
         };
@@ -137,10 +144,11 @@ impl StandardCheckpointHandler {
         // What waits for a path does not keep the executor alive: the program's last `Arc` waits for saves
         // when it is dropped.
         let (executor, timeout) = (Arc::downgrade(&self.executor), args.timeout);
+        let deadline = deadline_after(timeout);
         CommitFuture::contracted(&signals, id, &[], timeout, move || {
-            let gone = || Error::new(ErrorKind::Cancelled, "the executor went before a deferred save could begin");
-            let this = Self { executor: executor.upgrade().ok_or_else(gone)? };
-            this.begin(&path.path()?, state, &args)
+            let path = path.path()?;
+            let this = Self { executor: CheckpointExecutor::with_room(&executor, deadline)? };
+            this.begin(&path, state, &args)
         })
     }
 }

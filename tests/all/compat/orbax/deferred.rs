@@ -1,14 +1,14 @@
 //! Paths that are not known yet, and the signals that say when they are, or why they never will be.
 
 use crate::compat::{Flaky, Gate, engine, files, state};
-use crate::rig::{Buffer, LONG, one};
+use crate::rig::{Buffer, LONG, eventually, one};
 use ashore::compat::orbax::{
     AsyncCheckpointHandler, CommitFuture, CompositeArgs, CompositeCheckpointHandler, DeferredPath,
     DeferredPathAsyncCheckpointHandler, HandlerAwaitableSignal, OperationId, SaveArgs, SavePath, Signals,
     StandardCheckpointHandler,
 };
-use ashore::testing::block_on;
-use ashore::{Checkpoint, Error, ErrorKind};
+use ashore::testing::{LateDevice, block_on};
+use ashore::{Checkpoint, Error, ErrorKind, Overlap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -216,4 +216,45 @@ fn a_commit_that_is_being_published_at_its_deadline_is_indeterminate() {
     gate.open();
     engine.shutdown(LONG).unwrap();
     assert!(engine.checkpoint(1).is_ok());
+}
+
+/// A deferred save that waited for room held the executor: the program's own last `Arc` waited for no save
+/// when it was dropped.
+#[test]
+fn a_save_that_waits_for_room_does_not_keep_the_executor_alive() {
+    let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
+    let engine = engine(root.path()).device(Arc::new(device.clone())).overlap(Overlap::Block).build().unwrap();
+    let engine = Arc::new(engine);
+    device.hold();
+    drop(engine.save(1, state(1)).unwrap());
+    let (deferred, (signals, id, args)) = (DeferredPath::new(), operation());
+    let path = SavePath::Deferred(deferred.awaiting().join("5").unwrap());
+    let futures = StandardCheckpointHandler::new(engine.clone()).async_save_deferred(path, state(1), args).unwrap();
+    deferred.set_path(root.path());
+    signals.send(id, STEP);
+    // For long enough that it waits for room by now; were it slower, the test would find nothing.
+    assert_eq!(futures[0].result(Duration::from_millis(100)).unwrap_err().kind(), ErrorKind::Deadline);
+    eventually("the program has the only one", || Arc::strong_count(&engine) == 1);
+    device.release();
+    drop(engine);
+    assert!(Checkpoint::open(root.path().join("step-00000001")).is_ok());
+}
+
+/// `cancel` waited for as long as a save waited to begin.
+#[test]
+fn a_commit_that_begins_can_be_cancelled() {
+    let (signals, gate) = (Signals::new(), Arc::new(Gate::default()));
+    let id = signals.next_operation_id(&[]);
+    let begin = {
+        let gate = gate.clone();
+        move || {
+            gate.pass();
+            Err(Error::new(ErrorKind::Busy, "no room"))
+        }
+    };
+    let future = CommitFuture::contracted(&signals, id, &[ITEM], LONG, begin).unwrap();
+    gate.reached();
+    assert!(future.cancel());
+    assert_eq!(future.result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+    gate.open();
 }
