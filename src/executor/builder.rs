@@ -11,6 +11,7 @@ use crate::catalog::{Keeping, PreservationPolicy, Verify};
 use crate::completion::Signal;
 use crate::device::{Device, DeviceReport, LentMemory, Memory, Selected, choose};
 use crate::error::{Error, Result};
+use crate::guard::dropped;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
 use crate::settings::{Detect, Engine, Failed, Locks, OnDamaged, Overlap, Priority, Settings};
@@ -263,10 +264,10 @@ impl Builder {
             let mut manifest = AlignedBuffer::new(0);
             for task in endings {
                 let left = ending::conclude(&task, place.as_ref(), &steps, &compared, &mut manifest);
-                drop(task);
+                dropped(task);
                 if let Some(left) = left {
                     // Waits while tidying is behind. Refused by a thread that is gone: then the next process sweeps.
-                    let _ = leftovers.send(left);
+                    dropped(leftovers.send(left));
                 }
             }
         };

@@ -46,10 +46,10 @@ pub(super) fn conclude(
     manifest: &mut AlignedBuffer,
 ) -> Option<Left> {
     let (request, ticket) = (&task.request, &task.request.ticket);
-    if let Err(busy) = catalog.announce(&request.name, ticket.attempt) {
-        ticket.fail(busy);
-    }
     let concluded = catch_unwind(AssertUnwindSafe(|| {
+        if let Err(busy) = catalog.announce(&request.name, ticket.attempt) {
+            ticket.fail(busy);
+        }
         let path = storage.describe(&request.name);
         if let (true, Err(foreign)) = (request.overwrite, replaceable(storage, &request.name)) {
             ticket.fail(foreign);

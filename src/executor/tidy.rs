@@ -6,6 +6,7 @@
 use super::ending::Left;
 use crate::catalog::{Catalog, Keeping};
 use crate::error::{Error, Result};
+use crate::guard::dropped;
 use crate::id::parse_step_name;
 use crate::storage::{Remnant, State, Storage, Sweep, Swept};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -48,6 +49,7 @@ pub(super) fn run(
         tidy.work();
     }
     tidy.work();
+    tidy.owed.drain(..).for_each(dropped);
 }
 
 struct Tidy<'a> {
@@ -86,18 +88,20 @@ impl Tidy<'_> {
     }
 
     fn work(&mut self) {
-        let unswept = &mut self.unswept;
-        self.owed.retain(|left| match left {
-            Left::Published { attempt: step, .. } => !attempt("delete the replaced copy", || step.settle()),
-            Left::Failed { attempt: failed } => !attempt("delete a failed attempt", || failed.abandon()),
+        let mut unknown = false;
+        let over = |left: &mut Left| match left {
+            Left::Published { attempt: step, .. } => attempt("delete the replaced copy", || step.settle()),
+            Left::Failed { attempt: failed } => attempt("delete a failed attempt", || failed.abandon()),
             Left::Unknown => {
-                *unswept = true;
-                false
+                unknown = true;
+                true
             }
-        });
+        };
+        self.owed.extract_if(.., over).for_each(dropped);
         let most = self.owed.len().saturating_sub(LAG);
-        if self.owed.drain(..most).count() > 0 {
-            *unswept = true;
+        self.owed.drain(..most).for_each(dropped);
+        if unknown || most > 0 {
+            self.unswept = true;
         }
         if self.unpruned {
             self.unpruned = !attempt("prune", || self.keeping.prune(self.catalog));

@@ -3,6 +3,7 @@
 use super::pool::{Pool, Work};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
+use crate::guard::dropped;
 use crate::plan::{Chunk, Receipts, Request, Segment, Sink};
 use crate::settings::IoMode;
 use crate::storage::{FileWriting, Writing};
@@ -155,6 +156,15 @@ impl Task {
         let direct = |s: &Shard| matches!(s.file.get(), Some(Ok(file)) if file.mode() == IoMode::Direct);
         let mode = if self.shards.iter().all(direct) { IoMode::Direct } else { IoMode::Buffered };
         Ok(Receipts { digests, chunks, mode, last_byte: Duration::from_nanos(self.last_byte.load(Ordering::Acquire)) })
+    }
+}
+
+/// Files and attempts are the storage's, and the last owner can be any thread: each is dropped by itself, because a second
+/// panic while the first unwinds ends the process.
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.shards.iter_mut().for_each(|shard| dropped(shard.file.take()));
+        dropped(self.attempt.take());
     }
 }
 

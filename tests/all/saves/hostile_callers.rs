@@ -4,9 +4,9 @@ use crate::rig::{LONG, eventually, one, pattern, rig};
 use ashore::device::{CopyQueue, Device};
 use ashore::digest::Digest;
 use ashore::memory::{Pages, Register};
-use ashore::storage::{Memory, Reading, Storage, Sweep, Swept, Writing};
+use ashore::storage::{FileWriting, Memory, Reading, Storage, Sweep, Swept, Writing};
 use ashore::testing::LateDevice;
-use ashore::{Attempt, CheckpointExecutor, ErrorKind, Fence, Overlap, Result, SaveOptions, Source, StateDict};
+use ashore::{Attempt, CheckpointExecutor, ErrorKind, Fence, IoMode, Overlap, Result, SaveOptions, Source, StateDict};
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -233,4 +233,103 @@ fn a_storage_that_panics_fails_the_save_and_ends_no_thread() {
         save(step + 1).unwrap();
     }
     executor.shutdown(LONG).unwrap();
+}
+
+/// Storage whose attempts and files panic when they are dropped.
+#[derive(Debug, Default)]
+struct Dropping(Memory);
+
+#[derive(Debug)]
+struct BombAttempt(Arc<dyn Writing>);
+
+#[derive(Debug)]
+struct BombFile(Arc<dyn FileWriting>);
+
+impl Drop for BombAttempt {
+    fn drop(&mut self) {
+        panic!("an attempt that panics");
+    }
+}
+
+impl Drop for BombFile {
+    fn drop(&mut self) {
+        panic!("a file that panics");
+    }
+}
+
+impl Writing for BombAttempt {
+    fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
+        Ok(Arc::new(BombFile(self.0.create(file, len)?)))
+    }
+    fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
+        self.0.put(file, bytes)
+    }
+    fn publish(&self, overwrite: bool) -> Result<()> {
+        self.0.publish(overwrite)
+    }
+    fn settle(&self) -> Result<()> {
+        self.0.settle()
+    }
+    fn abandon(&self) -> Result<()> {
+        self.0.abandon()
+    }
+}
+
+impl FileWriting for BombFile {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.0.write_at(offset, bytes)
+    }
+    fn seal(&self) -> Result<()> {
+        self.0.seal()
+    }
+    fn mode(&self) -> IoMode {
+        self.0.mode()
+    }
+}
+
+impl Storage for Dropping {
+    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
+        Ok(Arc::new(BombAttempt(self.0.begin(name, attempt, overwrite)?)))
+    }
+    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
+        self.0.open(name)
+    }
+    fn list(&self) -> Result<Vec<String>> {
+        self.0.list()
+    }
+    fn confirm(&self, name: &str) -> Result<()> {
+        self.0.confirm(name)
+    }
+    fn remove(&self, name: &str) -> Result<()> {
+        self.0.remove(name)
+    }
+    fn sweep(&self, how: Sweep) -> Result<Swept> {
+        self.0.sweep(how)
+    }
+    fn hint(&self, name: &str) -> Result<()> {
+        self.0.hint(name)
+    }
+    fn describe(&self, name: &str) -> PathBuf {
+        self.0.describe(name)
+    }
+}
+
+/// The thread that had the last of a save dropped the attempt and its files without a guard: a destructor that panics ended the
+/// committer, a writer or the thread that tidies up, and two of them in one save the process.
+#[test]
+fn attempts_and_files_that_panic_when_they_are_dropped_end_no_thread() {
+    let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(Dropping::default()));
+    let builder = builder.arena(4 * 4096).chunk(4096).files(2).writers(2).keep_last(2);
+    let executor = builder.shutdown_deadline(Duration::from_secs(5)).build().unwrap();
+    let state = |step| {
+        let mut state = one("t", Arc::new(pattern(step, 9000)));
+        state.tensor("u", Arc::new(pattern(step, 9000))).unwrap();
+        state
+    };
+    // More saves than may wait to be tidied up.
+    for step in 1..60 {
+        executor.save(step, state(step)).unwrap().wait(LONG).unwrap();
+    }
+    executor.shutdown(LONG).unwrap();
+    assert_eq!(executor.catalog().list().unwrap().len(), 2, "the last saves were tidied up after");
 }
