@@ -10,7 +10,7 @@
 //! removed first gets a hidden name, durably, so a crash never brings back a step with some of its files missing. What no lock
 //! tells of, as attempts of other hosts, is deleted when it has not changed for long enough, and reported until then.
 //! **Cancellation.** [`Writing::abandon`]; or drop the attempt, and a sweep finds it.
-//! **Fork.** A child never closes, unlocks or deletes what its parent has open.
+//! **Fork.** A child never closes, unlocks, touches or deletes what its parent has open: it begins and sweeps in a storage of its own.
 //!
 //! From the system calls up: `sys` (the seam), `linux`, `dir`, `transfer`, `direct`, `durable`; then `owner`, `clock`, `judge`, `file`,
 //! `trash`, `publish`; then `attempt`, `reading`, `sweep`, `root`; then [`Local`].
@@ -111,6 +111,15 @@ impl Local {
         self
     }
 
+    /// After a fork the attempts are the parent's, and their descriptors are closed.
+    fn alive(&self) -> Result<()> {
+        if self.root.fd().is_ours() {
+            return Ok(());
+        }
+        Err(Error::invalid("a storage cannot write in a forked child; open a new one there")
+            .with_path(self.root.path()))
+    }
+
     /// Where the root is.
     pub(crate) fn path(&self) -> PathBuf {
         self.root.present_path()
@@ -161,6 +170,7 @@ fn system(engine: Engine) -> Arc<dyn Sys> {
 
 impl Storage for Local {
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
+        self.alive()?;
         let root = self.root.afresh()?;
         Ok(Arc::new(LocalAttempt::begin(root, name, attempt, overwrite, self.direct, self.owners.clone())?))
     }
@@ -214,10 +224,12 @@ impl Storage for Local {
     }
 
     fn sweep(&self, how: Sweep) -> Result<Swept> {
+        self.alive()?;
         sweep::sweep(&self.root.afresh()?, how)
     }
 
     fn touch(&self) -> Result<()> {
+        self.alive()?;
         self.owners.touch().map_err(self.root.own_error("cannot touch the owner records of live attempts"))
     }
 

@@ -96,7 +96,8 @@ impl Owners {
     /// # Errors
     /// The first error; the others are still touched.
     pub(super) fn touch(&self) -> io::Result<()> {
-        let live: Vec<Arc<Fd>> = lock(&self.live).iter().filter_map(Weak::upgrade).collect();
+        let live: Vec<Arc<Fd>> =
+            lock(&self.live).iter().filter_map(Weak::upgrade).filter(|record| record.is_ours()).collect();
         let touched: Vec<_> = live.iter().map(|fd| uninterrupted(|| fd.sys().touch(fd.raw()))).collect();
         touched.into_iter().collect()
     }

@@ -164,6 +164,11 @@ impl Fd {
         &self.sys
     }
 
+    /// Whether this process opened it: in a forked child the number may stand for another file, or none.
+    pub(super) fn is_ours(&self) -> bool {
+        self.generation == fork::generation()
+    }
+
     /// fsync(2), at most until it fails: the kernel reports an error once and then forgets the data, so a second `Ok` would
     /// mean nothing. Called by `durable` only.
     pub(super) fn fsync(&self) -> io::Result<()> {
@@ -176,7 +181,7 @@ impl Fd {
 
 impl Drop for Fd {
     fn drop(&mut self) {
-        if self.generation == fork::generation() {
+        if self.is_ours() {
             self.sys.close(self.raw);
         }
     }
