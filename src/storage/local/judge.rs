@@ -5,8 +5,8 @@
 
 use super::clock::Clock;
 use super::dir::Dir;
-use super::owner::{Owner, Record};
-use super::sys::{Fd, uninterrupted};
+use super::owner::{Owner, Record, has_no_locks};
+use super::sys::{Fd, Kind, uninterrupted};
 use super::{direct, transfer};
 use crate::error::Result;
 use crate::storage::{Remnant, State};
@@ -48,17 +48,27 @@ pub(super) struct Extent {
 
 impl Extent {
     /// That of the directory `name`; nothing when it is not there.
-    pub(super) fn of(root: &Dir, name: &str) -> Self {
-        let Ok(Some(stat)) = root.look(name) else { return Self::default() };
+    ///
+    /// # Errors
+    /// Those of the file system: what cannot be looked at may be there, and be alive.
+    pub(super) fn of(root: &Dir, name: &str) -> Result<Self> {
+        let failed = "cannot look at what is to be swept";
+        let Some(stat) = root.look(name).map_err(root.error(failed, name))? else { return Ok(Self::default()) };
         let mut extent = Self { identity: Some(stat.identity), bytes: 0, modified: stat.modified };
-        let Ok(dir) = root.enter(name) else { return extent };
-        for file in dir.list().unwrap_or_default() {
-            if let Ok(Some(stat)) = dir.look(&file) {
+        if stat.kind != Kind::Dir {
+            return Ok(extent);
+        }
+        let dir = match root.enter(name) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Self::default()),
+            opened => opened.map_err(root.error(failed, name))?,
+        };
+        for file in dir.list().map_err(dir.own_error(failed))? {
+            if let Some(stat) = dir.look(&file).map_err(dir.error(failed, &file))? {
                 extent.bytes += stat.len;
                 extent.modified = extent.modified.max(stat.modified);
             }
         }
-        extent
+        Ok(extent)
     }
 }
 
@@ -74,7 +84,8 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
     let record = Record::parse(bytes.get(..len).unwrap_or_default());
     let held = uninterrupted(|| fd.sys().stat(fd.raw())).map_err(root.error(failed, name))?;
     let extent = Extent::of(root, temp);
-    let remnant = |state, why: String, age| Remnant { name: temp.to_owned(), state, why, age, bytes: extent.bytes };
+    let bytes = extent.as_ref().map_or(0, |extent| extent.bytes);
+    let remnant = |state, why: String, age| Remnant { name: temp.to_owned(), state, why, age, bytes };
     let live = |who: &str| Ok(Finding::Left(remnant(State::Live, format!("live{who}"), None)));
 
     let who = record.as_ref().map_or_else(String::new, |record| format!(" host={} pid={}", record.host, record.pid));
@@ -92,6 +103,8 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
             Err(error) => why = format!("its owner record cannot be locked: {error:#}{who}"),
         }
     }
+    // An owner that holds its lock is alive whatever can be seen of its attempt; any other decision needs to see it.
+    let extent = extent?;
     let mut age = None;
     if by_age {
         age = clock.age(held.modified.max(extent.modified));
@@ -104,8 +117,16 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
             return Ok(Finding::Left(remnant(State::Undecided, why, age)));
         }
         // Only now: its owner would find a new record locked, and fail.
-        if record.is_none() && matches!(may_be_dead(&fd), Ok(false)) {
-            return live("");
+        if record.is_none() {
+            match may_be_dead(&fd) {
+                Ok(true) => {}
+                Ok(false) => return live(""),
+                Err(error) if has_no_locks(&error) => {}
+                Err(error) => {
+                    let why = format!("{why}, nor locked: {error:#}");
+                    return Ok(Finding::Left(remnant(State::Undecided, why, age)));
+                }
+            }
         }
     }
     // Between open and lock the record can have been swept, and even written anew.

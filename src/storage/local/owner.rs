@@ -108,7 +108,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Whether the error of a lock says that there are none on this file system, for any process.
-fn has_no_locks(error: &io::Error) -> bool {
+pub(super) fn has_no_locks(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | ENOTSUPP))
 }
 
@@ -123,9 +123,8 @@ impl Owner {
     }
 }
 
-/// The content of a record.
+/// The content of a record. Later versions may add fields.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub(super) struct Record {
     pub(super) host: String,
     boot_id: String,

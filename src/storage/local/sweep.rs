@@ -101,7 +101,13 @@ fn orphans(root: &Dir, clock: &Clock<'_>, listed: &[&str], how: Sweep, swept: &m
         let Some((step, attempt)) = names::parse_temp(name).filter(|attempt| !owned.contains(attempt)) else {
             continue;
         };
-        let extent = Extent::of(root, name);
+        let extent = match Extent::of(root, name) {
+            Ok(extent) => extent,
+            Err(error) => {
+                swept.left.push(stuck(name, &error));
+                continue;
+            }
+        };
         // The list is not of one moment: the record may have been made, or both be gone, since.
         let owner = names::owner(step, attempt);
         let Some(identity) = extent.identity else { continue };
@@ -131,9 +137,10 @@ fn empty_trash(root: &Dir, listed: &[&str], how: Sweep, swept: &mut Swept) -> Re
         durable::trash(root).map_err(root.own_error("cannot make removals durable"))?;
     }
     for name in trash {
-        let (name, bytes) = ((*name).to_string(), Extent::of(root, name).bytes);
-        match if how.dry_run { Ok(()) } else { trash::delete(root, &name) } {
-            Ok(()) => {
+        let name = (*name).to_string();
+        let delete = |extent| if how.dry_run { Ok(extent) } else { trash::delete(root, &name).map(|()| extent) };
+        match Extent::of(root, &name).and_then(delete) {
+            Ok(Extent { bytes, .. }) => {
                 let why = "was being deleted".to_owned();
                 swept.removed.push(Remnant { name, state: State::Dead, why, age: None, bytes });
             }

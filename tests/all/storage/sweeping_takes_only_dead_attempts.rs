@@ -244,3 +244,52 @@ fn what_an_overwrite_displaced_goes_when_its_owner_died_before_it_could() {
     assert_eq!(names(directory.path()), ["step-1"]);
     assert_eq!(fs::read(directory.path().join("step-1/manifest.json")).unwrap(), b"new");
 }
+
+/// An attempt that could not be looked at counted as one that is not there: with a record that says nothing it went after a minute.
+/// And a lock that could not be asked for counted as one that is free.
+#[test]
+fn what_cannot_be_looked_at_or_locked_is_not_dead() {
+    let directory = tempfile::tempdir().unwrap();
+    let faulty = Faulty::unsynced(Arc::new(Linux));
+    let storage = Local::with_sys(faulty.clone(), directory.path()).unwrap();
+    let dead = dead_attempt(&storage);
+    fs::write(directory.path().join(format!("{dead}.owner")), "").unwrap();
+    age(directory.path(), &dead, 2 * HOUR);
+    let refused =
+        |call, after, sticky, errno| Fault { call: Some(call), after, sticky, effect: Effect::Refused(errno) };
+    // The record is looked at first, then the attempt, then its files.
+    for (call, after, errno) in
+        [(Call::Stat, 1, libc::EACCES), (Call::List, 1, libc::EIO), (Call::Stat, 2, libc::ESTALE)]
+    {
+        faulty.fail(refused(call, after, false, errno));
+        let swept = storage.sweep(Sweep::default()).unwrap();
+        faulty.heal();
+        assert_eq!((swept.removed.len(), swept.left[0].state), (0, State::Stuck), "{call:?} {after}: {swept:?}");
+    }
+    for (errno, removed) in [(libc::ENOLCK, 0), (libc::EOPNOTSUPP, 1)] {
+        faulty.fail(refused(Call::Lock, 0, true, errno));
+        let swept = storage.sweep(Sweep::default().older_than(HOUR)).unwrap();
+        faulty.heal();
+        assert_eq!(swept.removed.len(), removed, "{swept:?}");
+        assert!(swept.left.iter().all(|left| left.state == State::Undecided), "{swept:?}");
+    }
+    assert_eq!(names(directory.path()), [""; 0]);
+}
+
+/// A record with a field that this version does not know could not be read: the attempts of a newer version were judged by their
+/// age, whether their owners were alive or dead.
+#[test]
+fn a_record_of_a_later_version_is_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let storage = Local::open(directory.path()).unwrap();
+    let name = Attempt::new();
+    let attempt = storage.begin("step-2", name, false).unwrap();
+    rewrite(directory.path(), &format!(".step-2.{name}"), "later", "field");
+    let dead = dead_attempt(&storage);
+    rewrite(directory.path(), &dead, "later", "field");
+    let swept = storage.sweep(Sweep::default()).unwrap();
+    assert_eq!(named(&swept.removed), [format!("{dead}.tmp")]);
+    let left = &swept.left[0];
+    assert!(left.state == State::Live && left.why.contains("pid="), "{left:?}");
+    attempt.abandon().unwrap();
+}
