@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 /// So many saves may wait to be tidied up while as many are in hand; an attempt holds three descriptors until then.
 pub(super) const LAG: usize = 16;
 
+/// So often a sweep tries after saves to find what this process left; then only the hourly one, and one at the end, looks.
+const TRIES: u8 = 3;
 /// How often to sweep what other processes may have left, and how often to look whether that is due.
 const SWEEP: Duration = Duration::from_secs(3600);
 const LOOK: Duration = Duration::from_secs(5 * 60);
@@ -32,9 +34,9 @@ pub(super) fn run(
 ) {
     attempt("look at the steps", || catalog.warn_of_oddities());
     let (owed, reported) = (Vec::new(), Vec::new());
-    let (unpruned, unswept, last) = (false, false, None);
-    let mut tidy = Tidy { storage, catalog, keeping, sweep, owed, unpruned, unswept, reported, last };
-    tidy.unswept = tidy.sweep().is_none();
+    let (unpruned, unswept, tries, last) = (false, false, TRIES, None);
+    let mut tidy = Tidy { storage, catalog, keeping, sweep, owed, unpruned, unswept, tries, reported, last };
+    tidy.sweep_all();
     let mut swept = Instant::now();
     loop {
         match leavings.recv_timeout(LOOK) {
@@ -44,10 +46,11 @@ pub(super) fn run(
         }
         if swept.elapsed() >= SWEEP {
             swept = Instant::now();
-            tidy.unswept |= tidy.sweep().is_none();
+            tidy.sweep_all();
         }
         tidy.work();
     }
+    tidy.tries = tidy.tries.max(1);
     tidy.work();
     tidy.owed.drain(..).for_each(dropped);
 }
@@ -63,6 +66,8 @@ struct Tidy<'a> {
     unpruned: bool,
     /// Something of this process is left that only a sweep can remove.
     unswept: bool,
+    /// How many rounds may still sweep for that.
+    tries: u8,
     /// The names that the last sweep left alone and did not know to be alive.
     reported: Vec<String>,
     /// The step that was published last.
@@ -101,15 +106,23 @@ impl Tidy<'_> {
         let most = self.owed.len().saturating_sub(LAG);
         self.owed.drain(..most).for_each(dropped);
         if unknown || most > 0 {
-            self.unswept = true;
+            (self.unswept, self.tries) = (true, TRIES);
         }
         if self.unpruned {
             self.unpruned = !attempt("prune", || self.keeping.prune(self.catalog));
         }
-        if self.unswept {
+        if self.unswept && self.tries > 0 {
+            self.tries -= 1;
             // An attempt that looks alive may be one whose last thread is just letting go of it.
             let done = |swept: Swept| swept.left.iter().all(|left| left.state == State::Undecided);
             self.unswept = !self.sweep().is_some_and(done);
+        }
+    }
+
+    /// Sweeps what other processes may have left; one that fails is tried again after later saves.
+    fn sweep_all(&mut self) {
+        if self.sweep().is_none() {
+            (self.unswept, self.tries) = (true, TRIES);
         }
     }
 

@@ -3,14 +3,16 @@
 use crate::rig::{LONG, eventually, one, pattern, rig};
 use ashore::device::{CopyQueue, Device};
 use ashore::digest::Digest;
+use ashore::id::parse_step_name;
 use ashore::memory::{Pages, Register};
-use ashore::storage::{FileWriting, Memory, Reading, Storage, Sweep, Swept, Writing};
+use ashore::storage::local::Local;
+use ashore::storage::{FileWriting, Memory, Reading, State, Storage, Sweep, Swept, Writing};
 use ashore::testing::LateDevice;
 use ashore::{Attempt, CheckpointExecutor, ErrorKind, Fence, IoMode, Overlap, Result, SaveOptions, Source, StateDict};
 use std::any::Any;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -189,6 +191,12 @@ struct Panicking {
     memory: Memory,
     when_begun: AtomicBool,
     when_described: AtomicBool,
+    /// Sweeps so far.
+    sweeps: AtomicUsize,
+    /// Swept instead, where it is set.
+    beside: OnceLock<Local>,
+    /// The step that was hinted at last.
+    hinted: AtomicUsize,
 }
 
 impl Storage for Panicking {
@@ -209,10 +217,13 @@ impl Storage for Panicking {
         self.memory.remove(name)
     }
     fn sweep(&self, how: Sweep) -> Result<Swept> {
-        self.memory.sweep(how)
+        self.sweeps.fetch_add(1, Ordering::Relaxed);
+        self.beside.get().map_or_else(|| self.memory.sweep(how), |beside| beside.sweep(how))
     }
     fn hint(&self, name: &str) -> Result<()> {
-        self.memory.hint(name)
+        self.memory.hint(name)?;
+        self.hinted.store(parse_step_name(name).unwrap() as usize, Ordering::Relaxed);
+        Ok(())
     }
     fn describe(&self, name: &str) -> PathBuf {
         assert!(!self.when_described.load(Ordering::Relaxed), "a storage that panics");
@@ -233,6 +244,32 @@ fn a_storage_that_panics_fails_the_save_and_ends_no_thread() {
         save(step + 1).unwrap();
     }
     executor.shutdown(LONG).unwrap();
+}
+
+/// After one attempt of which only a sweep could know, every later save swept the whole root for as long as any other process
+/// was writing to it.
+#[test]
+fn what_another_process_is_writing_is_not_swept_after_every_save() {
+    let directory = tempfile::tempdir().unwrap();
+    let local = Local::open(directory.path()).unwrap();
+    let other = local.begin("step-100", Attempt::new(), false).unwrap();
+    assert_eq!(local.sweep(Sweep::default()).unwrap().left[0].state, State::Live);
+    let storage = Arc::new(Panicking { beside: local.into(), ..Panicking::default() });
+    let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).arena(4 * 4096).chunk(4096);
+    let executor = builder.build().unwrap();
+    let save = |step| executor.save(step, one("t", Arc::new(pattern(step, 900)))).unwrap().wait(LONG);
+    storage.when_described.store(true, Ordering::Relaxed);
+    save(1).unwrap_err();
+    storage.when_described.store(false, Ordering::Relaxed);
+    for step in 2..20 {
+        save(step).unwrap();
+        eventually("the save is being tidied up", || storage.hinted.load(Ordering::Relaxed) == step as usize);
+    }
+    executor.shutdown(LONG).unwrap();
+    other.abandon().unwrap();
+    // The first, three tries, the last.
+    let sweeps = storage.sweeps.load(Ordering::Relaxed);
+    assert!((2..=5).contains(&sweeps), "sweeps={sweeps}");
 }
 
 /// Storage whose attempts and files panic when they are dropped.
