@@ -222,7 +222,8 @@ impl CheckpointExecutor {
     ///
     /// # Errors
     /// The first error of a save that nobody has seen. `Deadline` when saves were unfinished at the deadline: they have
-    /// failed then, and threads that hang in the storage are left behind: a later call, or the drop, waits for them.
+    /// failed then, and threads that hang in the storage are left behind: a later call waits for them, and the
+    /// drop for as long as the last call did.
     /// `Invalid` in a function given to [`Save::on_done`], or a waker: their thread is one that has to end.
     pub fn shutdown(&self, deadline: Duration) -> Result<()> {
         self.alive()?;
@@ -231,7 +232,7 @@ impl CheckpointExecutor {
                 "a thread of the executor cannot shut it down: call `shutdown` from another thread",
             ));
         }
-        self.threads.close(deadline)
+        self.threads.shut_down(deadline)
     }
 
     /// The threads, which live as long as saves do.

@@ -30,6 +30,8 @@ pub(crate) struct Threads {
     handles: Mutex<Vec<JoinHandle<()>>>,
     /// No save is begun any more.
     closed: AtomicBool,
+    /// How long the program was ready to wait when it last shut the executor down itself.
+    patience: Mutex<Option<Duration>>,
 }
 
 /// The sending ends that keep the threads alive.
@@ -41,7 +43,13 @@ pub(super) struct Lines {
 
 impl Threads {
     pub(super) fn new(stager: Arc<Stager>) -> Self {
-        Self { stager, lines: Mutex::default(), handles: Mutex::default(), closed: AtomicBool::new(false) }
+        Self {
+            stager,
+            lines: Mutex::default(),
+            handles: Mutex::default(),
+            closed: AtomicBool::new(false),
+            patience: Mutex::default(),
+        }
     }
 
     /// Takes charge of threads that have been started.
@@ -74,6 +82,15 @@ impl Threads {
         own_threads::is_one_of(&self.stager.signal)
     }
 
+    /// As [`close`](Self::close), when the program asks for it. The drop waits no longer than the program did.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn shut_down(&self, patience: Duration) -> Result<()> {
+        *lock(&self.patience) = Some(patience);
+        self.close(patience)
+    }
+
     /// Takes no more saves, waits for those in flight, ends the threads. Any number of threads may call it; each
     /// waits for what is left.
     ///
@@ -95,6 +112,7 @@ impl Threads {
     /// As [`close`](Self::close), for the drop of the executor. One of these threads would wait for itself: another
     /// closes then, and this returns at once.
     pub(super) fn close_dropped(self: &Arc<Self>, patience: Duration) {
+        let patience = lock(&self.patience).map_or(patience, |asked| asked.min(patience));
         if !self.are_here() {
             return log(self.close(patience));
         }
