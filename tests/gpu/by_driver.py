@@ -2,6 +2,7 @@
 import ctypes
 import itertools
 import os
+import time
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
 import face
@@ -45,6 +46,12 @@ class Backend:
         source, to, stream = self.bulk
         for _ in range(2):
             self.cuda("cuMemcpyDtoHAsync_v2", c_void_p(to), c_void_p(source), c_size_t(size), c_void_p(stream))
+
+    def settle(self, handles, seconds=2):
+        """Waits until these streams have done all, for so long at most: a fence may wait for copies that are held."""
+        end = time.monotonic() + seconds
+        while any(self.cuda.lib.cuStreamQuery(c_void_p(h)) for h in handles) and time.monotonic() < end:
+            time.sleep(0.001)
 
     def stream(self):
         return self.cuda.made("cuStreamCreate", 1).value

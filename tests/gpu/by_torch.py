@@ -1,6 +1,7 @@
 """Programs that train with torch: plain tensors, optimizers, a captured graph, memory of the caching allocator."""
 import contextlib
 import itertools
+import time
 
 import torch
 
@@ -52,6 +53,12 @@ class Backend:
         with torch.cuda.stream(stream):
             for _ in range(2):
                 to.copy_(from_, non_blocking=True)
+
+    def settle(self, handles, seconds=2):
+        """Waits until these streams have done all, for so long at most."""
+        end = time.monotonic() + seconds
+        while not all(stream.query() for stream in handles) and time.monotonic() < end:
+            time.sleep(0.001)
 
     def stream(self):
         return torch.cuda.Stream() if self.cuda else None
