@@ -19,6 +19,6 @@ pub fn train(root: &Path, steps: u64) -> Result<Arc<Vec<f32>>> {
         state.tensor("weights", HostTensor::new(weights.clone(), [1024, 1024]))?.value("learning_rate", &0.1)?;
         drop(executor.save(step, state)?); // returns at once; `.await` it, or `.wait(...)`, to know that it is durable
     }
-    executor.shutdown(Duration::from_secs(60))?; // waits for the last saves, and returns an error that nobody has seen
+    executor.shutdown(Duration::from_secs(60))?; // waits for the last saves, and returns an error that no call has returned
     Ok(weights)
 }
