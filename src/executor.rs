@@ -285,7 +285,10 @@ impl CheckpointExecutor {
         {
             match self.settings.failed {
                 Failed::NextCall => return Err(error),
-                Failed::Warn => tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it"),
+                Failed::Warn => tracing::error!(
+                    error = format_args!("{error:#}"),
+                    "a save failed, and no call has returned its error"
+                ),
             }
         }
         // One that another save has made room for is begun, even if admission is closed meanwhile.

@@ -53,7 +53,7 @@ pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
             tracing::error!(
                 step = ticket.step,
                 error = format_args!("{error:#}"),
-                "nobody knows whether the step is durable"
+                "it is unknown whether the step is durable"
             );
             Concluded::Doubtful(error)
         }

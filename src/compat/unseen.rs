@@ -6,6 +6,8 @@ use crate::error::{Error, Result};
 pub(crate) fn first(errors: impl IntoIterator<Item = Error>) -> Result<()> {
     let mut errors = errors.into_iter();
     let first = errors.next();
-    errors.for_each(|error| tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it"));
+    errors.for_each(|error| {
+        tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error")
+    });
     first.map_or(Ok(()), Err)
 }

@@ -105,7 +105,9 @@ impl Threads {
         self.join(deadline.max(Instant::now() + GRACE));
         let mut unseen = std::iter::from_fn(|| self.stager.flights.unobserved());
         let first = unseen.next().or(late);
-        unseen.for_each(|error| tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it"));
+        unseen.for_each(|error| {
+            tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error")
+        });
         first.map_or(Ok(()), Err)
     }
 
@@ -173,6 +175,6 @@ impl Threads {
 /// Says what nobody asked for.
 fn log(closed: Result<()>) {
     if let Err(error) = closed {
-        tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it");
+        tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error");
     }
 }

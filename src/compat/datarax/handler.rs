@@ -295,7 +295,7 @@ impl OrbaxCheckpointHandler {
     /// Waits until everything is durable, and gives arenas and threads back.
     ///
     /// # Errors
-    /// The error of the last save, if nobody has seen it; others are logged.
+    /// The error of the last save, if no call has returned it; others are logged.
     pub fn close(self) -> Result<()> {
         let mut inner = lock(&self.inner);
         let finished = inner.finish(Duration::MAX).err();

@@ -408,7 +408,7 @@ impl Shared {
         lock(&self.line).flying.take_if(|flying| flying.attempt() == save.attempt());
     }
 
-    /// Waits for a flush whose end nobody knows.
+    /// Waits for a flush that may not have ended.
     fn land(&self) -> Result<()> {
         let Some(save) = lock(&self.line).flying.clone() else { return Ok(()) };
         // The save has a deadline of its own.

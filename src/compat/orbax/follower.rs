@@ -69,7 +69,10 @@ impl Follower {
             }
             match ended {
                 Err(error) if self.failed == Failed::Warn => {
-                    tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it");
+                    tracing::error!(
+                        error = format_args!("{error:#}"),
+                        "a save failed, and no call has returned its error"
+                    );
                 }
                 Err(error) => progress.errors.push_back(error),
                 Ok(_) => {}

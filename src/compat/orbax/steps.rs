@@ -421,7 +421,7 @@ impl CheckpointManager {
     /// goes on, unless this manager was its last owner: it is shut down then, by the same deadline.
     ///
     /// # Errors
-    /// The first error of a save that nobody has seen; others are logged. `Deadline` after `timeout`.
+    /// The first error that no call has returned; others are logged. `Deadline` after `timeout`.
     pub fn close(mut self, timeout: Duration) -> Result<()> {
         let ended = self.end(timeout);
         let errors = std::mem::take(&mut lock(&self.shared.progress).errors);
@@ -460,7 +460,7 @@ impl Drop for CheckpointManager {
             return;
         }
         for error in lock(&self.shared.progress).errors.drain(..) {
-            tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it");
+            tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error");
         }
     }
 }

@@ -215,7 +215,7 @@ impl Queue {
     /// Waits for what is under way, then ends the thread.
     ///
     /// # Errors
-    /// The first error that nobody has seen; others are logged. `Deadline` when saves were unfinished, which
+    /// The first error that no call has returned; others are logged. `Deadline` when saves were unfinished, which
     /// have failed then; `Indeterminate` when one was being published, which may become durable.
     pub fn close(&mut self, patience: Duration) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };

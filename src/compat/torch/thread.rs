@@ -94,7 +94,7 @@ impl ThreadExecutor {
     /// Waits for the saves under way; shuts the engine down, too, when nobody else has it.
     ///
     /// # Errors
-    /// The first error of a save that nobody has seen; others are logged. `Deadline` when saves were
+    /// The first error that no call has returned; others are logged. `Deadline` when saves were
     /// unfinished, which have failed then; `Indeterminate` when one was being published, which may become
     /// durable.
     pub fn close(mut self, deadline: Duration) -> Result<()> {
@@ -146,7 +146,10 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
         if let Some(error) = self.queue.unobserved() {
             match settings.failed {
                 Failed::NextCall => return Err(error),
-                Failed::Warn => tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it"),
+                Failed::Warn => tracing::error!(
+                    error = format_args!("{error:#}"),
+                    "a save failed, and no call has returned its error"
+                ),
             }
         }
         let writer = match options.storage_writer.take() {
@@ -186,7 +189,7 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
 impl Drop for ThreadExecutor {
     fn drop(&mut self) {
         if let Err(error) = self.queue.close(self.executor.settings().shutdown_deadline) {
-            tracing::error!(error = format_args!("{error:#}"), "a save failed and nobody saw it");
+            tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error");
         }
     }
 }

@@ -305,5 +305,8 @@ fn errors_that_close_does_not_return_are_logged() {
     let error = tracing::subscriber::with_default(heard.clone(), || manager.close(LONG)).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Unavailable, Some(1)));
     let lines = heard.0.lock().unwrap();
-    assert!(lines.iter().any(|line| line.contains("nobody saw it") && line.contains("step=2")), "{lines:?}");
+    assert!(
+        lines.iter().any(|line| line.contains("no call has returned its error") && line.contains("step=2")),
+        "{lines:?}"
+    );
 }
