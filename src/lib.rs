@@ -191,5 +191,12 @@ pub use ticket::{Committed, Outcome, Phase, Progress};
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+/// The embedded GPU kernels: the first 16 hexadecimal digits of the SHA-256 of `kernels/SHA256SUMS`, the version of the compiler that
+/// made the PTX, and the architectures whose machine code was built in. Empty without the feature `cuda`.
+pub const KERNELS: &str = match option_env!("ASHORE_KERNELS_ID") {
+    Some(kernels) => kernels,
+    None => "",
+};
+
 /// Slabs, chunks and direct I/O are aligned to this many bytes.
 pub const ALIGNMENT: usize = 4096;

@@ -21,6 +21,7 @@ use ashore::{DeviceChoice, Error, ErrorKind, Result};
 use clap::{Args, Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::LazyLock;
 
 /// Where `demo` writes, and the other verbs look, unless told otherwise.
 const DEMO_DIR: &str = "ashore-demo";
@@ -32,7 +33,7 @@ const DAMAGED: u8 = 3;
 #[derive(Parser)]
 #[command(
     name = "ashore",
-    version,
+    version = VERSION.as_str(),
     args_override_self = true,
     max_term_width = 100,
     after_help = "Exit status: 0 ok, 1 failure, 2 usage, 3 a checkpoint is damaged."
@@ -47,6 +48,10 @@ struct Cli {
     #[command(subcommand)]
     verb: Verb,
 }
+
+/// The version of the program, and the GPU kernels in it.
+static VERSION: LazyLock<String> =
+    LazyLock::new(|| format!("{} kernels {}", env!("CARGO_PKG_VERSION"), ashore::KERNELS));
 
 /// What the verbs take that save.
 #[derive(Args, Clone, Copy)]

@@ -318,6 +318,8 @@ pub struct DeviceReport {
     pub memory_waits: Result<usize, String>,
     /// That the copies of a chunk are queued in one call; or why each is a call of its own.
     pub batch: Result<(), String>,
+    /// The embedded kernels: [`KERNELS`](crate::KERNELS).
+    pub kernels: &'static str,
 }
 
 impl DeviceReport {
@@ -330,6 +332,7 @@ impl DeviceReport {
             scratch: Err(unknown()),
             memory_waits: Err(unknown()),
             batch: Err(unknown()),
+            kernels: crate::KERNELS,
         }
     }
 

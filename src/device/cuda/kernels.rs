@@ -11,6 +11,7 @@
 
 use super::Shared;
 use super::driver::{Address, Memory, Module, Stream};
+use super::embedded;
 use super::gpu::{Gpu, Lent, PATIENCE, POLL};
 use super::late::{self, Fences};
 use super::table::{Table, Tables};
@@ -21,7 +22,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use std::any::Any;
-use std::ffi::CStr;
 use std::fmt;
 use std::mem::forget;
 use std::ops::Range;
@@ -32,12 +32,6 @@ const BLOCK: u32 = 256;
 const GRID: u32 = 512;
 /// What `digest_tables` fills, in bytes.
 const DIGEST_TABLES: usize = (8 * 256 + 256 + 40) * 8;
-
-macro_rules! text {
-    ($name:literal) => {
-        concat!(include_str!(concat!("../../../kernels/", $name, ".ptx")), "\0")
-    };
-}
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -95,7 +89,7 @@ impl Slots {
         if count == 0 {
             return Err(Error::invalid("no memory was asked for setting=scratch"));
         }
-        let fences = Fences::new(gpu, load(gpu, text!("late_copy"))?)?;
+        let fences = Fences::new(gpu, gpu.context.module(&embedded::LATE_COPY)?)?;
         let (begin, memory): (_, Box<dyn Any + Send + Sync>) = match lent {
             Some(lent) => (lent.address, lent.keep_alive),
             None => {
@@ -105,12 +99,6 @@ impl Slots {
         };
         Ok(Self { fences, slots: (0..count).map(|i| begin + (i * chunk) as u64).collect(), _memory: memory })
     }
-}
-
-/// Loads the kernels of a text that ends in a zero.
-fn load(gpu: &Arc<Gpu>, text: &'static str) -> Result<Module> {
-    let text = CStr::from_bytes_with_nul(text.as_bytes());
-    gpu.context.module(text.map_err(|_| Error::internal("a zero in a kernel's text"))?)
 }
 
 /// What was queued in a stream of the program, and must stay until it has run.
@@ -135,7 +123,7 @@ impl Loaded {
             Err(why) if scratch > 0 => tracing::warn!(error = %why, "no scratch: fences wait for copies to the host"),
             _ => {}
         }
-        let modules = [load(&gpu, text!("gather"))?, load(&gpu, text!("digest"))?];
+        let modules = [gpu.context.module(&embedded::GATHER)?, gpu.context.module(&embedded::DIGEST)?];
         let room = usize::try_from(gather).unwrap_or(usize::MAX).saturating_add(chunk);
         let room = (gather > 0).then(|| gpu.context.memory(room)).transpose()?;
         let loaded = Arc::new(Self {

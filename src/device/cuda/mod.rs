@@ -11,6 +11,7 @@
 //! The one unsafe thing is to run the code of a library; whoever names one says that it is a driver.
 
 mod driver;
+mod embedded;
 mod gpu;
 mod kernels;
 mod lanes;

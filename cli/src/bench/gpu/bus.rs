@@ -103,6 +103,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     };
     figures.0.extend([
         ("device", bench.home.to_string().into()),
+        ("kernels", ashore::KERNELS.into()),
         ("simulated", gpu.simulated().into()),
         ("bus_bytes", bytes.into()),
         ("bus_rounds", rounds.into()),

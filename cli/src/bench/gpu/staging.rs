@@ -109,6 +109,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
         ("tensors", state.len().into()),
         ("bytes", state.bytes.into()),
         ("device", bench.home.to_string().into()),
+        ("kernels", ashore::KERNELS.into()),
         ("simulated", gpu.simulated().into()),
         ("graph", args.graph.into()),
         ("every", every.into()),

@@ -159,6 +159,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
         ("tensors", state.len().into()),
         ("bytes", state.bytes.into()),
         ("device", bench.home.to_string().into()),
+        ("kernels", ashore::KERNELS.into()),
         ("simulated", gpu.simulated().into()),
         ("arena_bytes", executors[SINGLY].arena().report().bytes.into()),
         ("arena_pinned", executors[SINGLY].arena().report().pinned.is_ok().into()),

@@ -4,6 +4,7 @@
 //! That of the module above.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
+use super::super::embedded::Images;
 use super::owned::{Event, Memory, Module, Registered, Stream};
 use super::{Address, Driver, Handle, Table, absent, code, refused};
 use crate::error::{Error, ErrorKind, Result};
@@ -257,13 +258,16 @@ impl Context {
         Ok(memory)
     }
 
-    /// Loads kernels: a PTX text that ends in a zero.
-    pub fn module(self: &Arc<Self>, text: &CStr) -> Result<Module> {
+    /// Loads kernels from the first of their images that the device takes.
+    pub fn module(self: &Arc<Self>, images: &Images) -> Result<Module> {
         let _entered = self.enter()?;
-        let mut handle = 0;
-        // SAFETY: a text that ends in a zero; writes one handle.
-        self.call("cuModuleLoadData", |t| unsafe { (t.module_load)(&mut handle, text.as_ptr()) })?;
-        Ok(Module { context: self.clone(), handle })
+        let load = |image: &'static [u8]| {
+            let mut handle = 0;
+            // SAFETY: PTX that ends in a zero, or machine code that says how long it is; writes one handle.
+            self.call("cuModuleLoadData", |t| unsafe { (t.module_load)(&mut handle, image.as_ptr().cast()) })?;
+            Ok(Module { context: self.clone(), handle })
+        };
+        images.cubins.iter().find_map(|cubin| load(cubin).ok()).map_or_else(|| load(images.ptx.as_bytes()), Ok)
     }
 
     /// Queues a kernel with one structure as its argument, in any stream of this device.
