@@ -71,7 +71,11 @@ examples:
 ptx: (kernels "")
 
 # Whether the committed PTX is what the kernels compile to, byte for byte, and what ptxas makes of it: no spills, at most 64 registers.
-ptx-check: (kernels "--check")
+ptx-check: (kernels "--check") (ptxas "python3 kernels/build.py --assemble")
+
+# Runs COMMAND with the path of ptxas as its last argument.
+[private]
+ptxas command:
     #!/usr/bin/env bash
     set -euo pipefail
     want=nvidia-cuda-nvcc==13.0.88 venv="{{ tools }}/ptxas"
@@ -79,7 +83,7 @@ ptx-check: (kernels "--check")
         python3 -m venv --clear "$venv"
         "$venv/bin/pip" -q --disable-pip-version-check install --no-deps "$want"
     fi
-    python3 kernels/build.py --assemble "$venv"/lib/python3*/site-packages/nvidia/cu13/bin/ptxas
+    {{ command }} "$venv"/lib/python3*/site-packages/nvidia/cu13/bin/ptxas
 
 [private]
 kernels arguments:
@@ -179,15 +183,32 @@ mounts:
 large:
     .ci/strict cargo test --release --test large -- --ignored --nocapture
 
+# Whether what `cargo package` packs builds, and what the build says of kernels that do not fit their sums.
+package: (ptxas "checks/package.py")
+
+# The oldest toolchain that Cargo.toml names. Clippy's `incompatible_msrv` looks for newer functions in every `just lint`.
+msrv:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    version=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+    rustup -q toolchain install "$version" --profile minimal
+    cargo "+$version" check --workspace --all-features --target-dir target/msrv
+
+# Each feature alone, none, and the default ones. Minutes.
+features:
+    [ "$("{{ tools }}/bin/cargo-hack" --version 2>/dev/null)" = "cargo-hack 0.6.46" ] || \
+        CARGO_PROFILE_DEV_DEBUG=false cargo install --quiet --locked --debug --root "{{ tools }}" cargo-hack@0.6.46
+    cargo hack check --package ashore --package ashore-cli --each-feature --no-dev-deps --target-dir target/features
+
 # The benchmarks.
 bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint ptx-check gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill mounts")
+ci: (timed "lint ptx-check gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill mounts package")
 
 # What takes too long for every change.
-nightly: (timed "ci tsan model")
+nightly: (timed "ci tsan model msrv features")
     just fuzz 3600
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
     ASHORE_CRASH_ROUNDS=10 cargo test --release --test all crash -- --nocapture

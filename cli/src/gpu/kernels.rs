@@ -11,7 +11,8 @@ use crate::adamw::Rates;
 use ashore::{Error, ErrorKind, Result};
 use std::ffi::{CString, c_void};
 
-const PTX: &str = include_str!("../../../kernels/training.ptx");
+// A link in the repository; a file in the published package.
+const PTX: &str = include_str!("../../kernels/training.ptx");
 const THREADS: u32 = 256;
 
 /// The entry points. The module stays loaded.
