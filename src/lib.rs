@@ -140,6 +140,11 @@
 //! `cuda` and `uring` are on, and looked for at run time. `cudarc` adds the sources over its types. `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
 //! `sqlite` adds a store for many small graph states.
 
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!(
+    "ashore runs on 64-bit Linux: it needs fsync of directories, renameat2, direct I/O and pinned memory as Linux has them"
+);
+
 pub mod adapters;
 pub mod catalog;
 mod checkpoint;
