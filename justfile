@@ -66,6 +66,9 @@ examples:
         cargo run --quiet --example "$(basename "$example" .rs)"
     done
     cargo run --quiet --features cudarc --example 05_gpu_memory -- --simulated
+    # Interrupted, and started again.
+    cargo run --quiet --features tokio --example 06_tokio -- --interrupt
+    cargo run --quiet --features tokio --example 06_tokio
 
 # The committed PTX of `kernels/`, made anew by a compiler of a fixed version. Installs 60 MB; no GPU needed.
 ptx: (kernels "")

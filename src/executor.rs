@@ -182,7 +182,7 @@ impl CheckpointExecutor {
         Ok(found.map(|found| Found { checkpoint: self.lend_device(found.checkpoint), skipped: found.skipped }))
     }
 
-    fn lend_device(&self, checkpoint: Checkpoint) -> Checkpoint {
+    pub(crate) fn lend_device(&self, checkpoint: Checkpoint) -> Checkpoint {
         Checkpoint { device: Some(self.stager.device.clone()), ..checkpoint }
     }
 
@@ -227,11 +227,6 @@ impl CheckpointExecutor {
     /// `Invalid` in a function given to [`Save::on_done`], or a waker: their thread is one that has to end.
     pub fn shutdown(&self, deadline: Duration) -> Result<()> {
         self.alive()?;
-        if self.threads.are_here() {
-            return Err(Error::invalid(
-                "a thread of the executor cannot shut it down: call `shutdown` from another thread",
-            ));
-        }
         self.threads.shut_down(deadline)
     }
 
@@ -439,7 +434,7 @@ impl CheckpointExecutor {
     }
 
     /// After a fork the threads are in the parent; the child can do nothing with this executor.
-    fn alive(&self) -> Result<()> {
+    pub(crate) fn alive(&self) -> Result<()> {
         if self.generation == fork::generation() {
             return Ok(());
         }

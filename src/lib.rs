@@ -80,7 +80,8 @@
 //! | [`Builder::build`], [`latest`](CheckpointExecutor::latest), [`Catalog`], [`Checkpoint`] | for the storage |
 //! | [`Save::wait`], [`shutdown`](CheckpointExecutor::shutdown), dropping the executor | until saves have ended, as long as they are told to |
 //!
-//! In an asynchronous program those that wait belong on a thread for them:
+//! In an asynchronous program those that wait belong on a thread for them. With the feature `tokio` each has a form that does this, such as
+//! `build_async`; without it:
 //! ```
 //! # use ashore::{Catalog, CheckpointExecutor, StateDict};
 //! # use std::{sync::Arc, time::Duration};
@@ -138,7 +139,7 @@
 //! # Features
 //!
 //! `cuda` and `uring` are on, and looked for at run time. `cudarc` adds the sources over its types. `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
-//! `sqlite` adds a store for many small graph states.
+//! `sqlite` adds a store for many small graph states. `tokio` adds forms of the calls that block, as futures: [`adapters`].
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!(

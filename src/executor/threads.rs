@@ -86,7 +86,11 @@ impl Threads {
     ///
     /// # Errors
     /// As there.
-    pub(super) fn shut_down(&self, patience: Duration) -> Result<()> {
+    pub(crate) fn shut_down(&self, patience: Duration) -> Result<()> {
+        if self.are_here() {
+            let why = "a thread of the executor cannot shut it down: call `shutdown` from another thread";
+            return Err(Error::invalid(why));
+        }
         *lock(&self.patience) = Some(patience);
         self.close(patience)
     }

@@ -21,3 +21,5 @@ mod saving;
 mod sigterm;
 mod state;
 mod storage;
+#[cfg(not(any(loom, miri)))]
+mod tokio;
