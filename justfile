@@ -203,6 +203,15 @@ features:
         CARGO_PROFILE_DEV_DEBUG=false cargo install --quiet --locked --debug --root "{{ tools }}" cargo-hack@0.6.46
     cargo hack check --package ashore --package ashore-cli --each-feature --no-dev-deps --target-dir target/features
 
+# The picture in the README: one save beside the training steps of a real run of the demo. Wants a quiet machine.
+picture:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    cargo build --release --quiet -p ashore-cli
+    root=$(mktemp -d -p target)
+    trap 'rm -rf "$root"' EXIT
+    target/release/ashore demo --dir "$root/run" --picture docs/overlap.svg
+
 # The benchmarks.
 bench *arguments:
     cargo bench --workspace -- {{ arguments }}

@@ -70,6 +70,19 @@ fn a_demo_proves_what_it_restored() {
 }
 
 #[test]
+fn a_demo_draws_one_save_beside_its_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = dir.path().join("save.svg");
+    json(&demo(&dir.path().join("run"), 25, 10).arg("--picture").arg(&picture).output().unwrap(), 0);
+    let text = std::fs::read_to_string(&picture).unwrap();
+    let drawn = roxmltree::Document::parse(&text).unwrap();
+    let texts: Vec<_> = drawn.descendants().filter_map(|node| node.text()).map(str::trim).collect();
+    for lane in ["training", "copy to the arena", "write to disk", "commit", "held up by save and fence"] {
+        assert!(texts.contains(&lane), "{lane}: {texts:?}");
+    }
+}
+
+#[test]
 fn a_killed_demo_resumes_and_ends_as_if_nothing_had_happened() {
     let dir = tempfile::tempdir().unwrap();
     let mut endless = demo(dir.path(), 1_000_000, 5).stdout(Stdio::null()).spawn().unwrap();

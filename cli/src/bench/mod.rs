@@ -4,7 +4,7 @@ mod gpu;
 mod limits;
 mod null;
 mod pairs;
-mod report;
+pub mod report;
 mod restore;
 mod save;
 mod staging;

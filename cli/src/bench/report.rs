@@ -1,7 +1,7 @@
 //! A benchmark of saves as one page of HTML that needs nothing else: no script, no font, no network.
 
-mod charts;
-mod ink;
+pub mod charts;
+pub mod ink;
 #[cfg(test)]
 mod tests;
 

@@ -8,6 +8,7 @@
 mod arithmetic;
 mod blocks;
 mod model;
+mod picture;
 mod report;
 mod resident;
 mod run;
@@ -45,6 +46,9 @@ pub struct Args {
     /// Save every so many steps, and after the last
     #[arg(long, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
     every: u64,
+    /// Draw one save beside the training steps, as an SVG
+    #[arg(long, hide = true, value_name = "FILE")]
+    picture: Option<PathBuf>,
     /// How large the model is
     #[arg(long, hide = true, value_enum, default_value_t = Size::Standard)]
     model: Size,
@@ -104,6 +108,9 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let proof = prove(&executor, &mut twin, witness.as_mut(), plan, &trained)?;
     executor.shutdown(PATIENCE)?;
 
+    if let Some(path) = &args.picture {
+        picture::write(&trained.blocks, path)?;
+    }
     let report = Report { opening, trained, proof };
     if common.json {
         out::json(&report.json())?
@@ -116,6 +123,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
 /// What came of the training.
 pub struct Trained {
     pub saves: Vec<Saved>,
+    pub blocks: Vec<run::Block>,
     pub measured: Measured,
     /// The losses up to the goal.
     pub curve: Vec<f32>,
@@ -157,7 +165,7 @@ fn take_turns(mut run: Run<'_>, twin: &mut Trainer<'_>, plan: Plan, opening: &Op
     }
     bar.finish_and_clear();
     undisturbed &= run.trainer.settled()?.same_bits(&twin.settled()?);
-    Ok(Trained { saves: run.saved, measured, curve, tail, kept, undisturbed })
+    Ok(Trained { saves: run.saved, blocks: run.blocks, measured, curve, tail, kept, undisturbed })
 }
 
 /// What the newest checkpoint turned out to be.

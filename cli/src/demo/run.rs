@@ -88,6 +88,8 @@ pub struct Run<'a> {
     pub trainer: Trainer<'a>,
     /// Every save so far.
     pub saved: Vec<Saved>,
+    /// What each call of `advance` did, for the picture.
+    pub blocks: Vec<Block>,
     executor: &'a CheckpointExecutor,
     start: u64,
     every: u64,
@@ -100,10 +102,49 @@ pub struct Saved {
     pub committed: Committed,
 }
 
+/// What the training thread does in a part of a step.
+#[derive(Clone, Copy)]
+pub enum Activity {
+    Compute,
+    Update,
+    Save,
+    Fence,
+}
+
+/// A part of a step, in times from the start of its block.
+pub struct Part {
+    pub activity: Activity,
+    pub from: Duration,
+    pub to: Duration,
+}
+
+/// One call of `advance`: its steps, and the first save in it.
+pub struct Block {
+    began: Instant,
+    pub parts: Vec<Part>,
+    pub save: Option<BlockSave>,
+}
+
+/// A save of a block, called at a time from the start of the block.
+pub struct BlockSave {
+    pub called: Duration,
+    pub committed: Committed,
+}
+
+impl Block {
+    /// Runs a part of a step and records it.
+    fn part<T>(&mut self, activity: Activity, run: impl FnOnce() -> T) -> T {
+        let from = self.began.elapsed();
+        let result = run();
+        self.parts.push(Part { activity, from, to: self.began.elapsed() });
+        result
+    }
+}
+
 impl<'a> Run<'a> {
     pub fn new(executor: &'a CheckpointExecutor, trainer: Trainer<'a>, every: u64, goal: u64) -> Self {
         let start = trainer.training.step;
-        Self { trainer, saved: Vec::new(), executor, start, every, goal }
+        Self { trainer, saved: Vec::new(), blocks: Vec::new(), executor, start, every, goal }
     }
 
     /// How many threads write.
@@ -113,33 +154,36 @@ impl<'a> Run<'a> {
 
     /// Trains up to the step `to`. Gives the losses, and the time until the last save in it was durable.
     pub fn advance(&mut self, to: u64, bar: &ProgressBar) -> Result<(Vec<f32>, Duration)> {
-        let began = Instant::now();
+        let mut block = Block { began: Instant::now(), parts: Vec::new(), save: None };
         let mut losses = Vec::new();
-        let mut flights = Vec::new();
+        let mut in_flight = Vec::new();
         while self.trainer.training.step < to {
             let step = self.trainer.training.step;
             if step > self.start && step <= self.goal && (step.is_multiple_of(self.every) || step == self.goal) {
-                let called = Instant::now();
-                let save = self.executor.save(step, self.trainer.state()?)?;
-                flights.push((save, called.elapsed()));
+                let called = block.began.elapsed();
+                let save = block.part(Activity::Save, || self.executor.save(step, self.trainer.state()?))?;
+                in_flight.push((save, called, block.began.elapsed() - called));
             }
-            let loss = self.trainer.compute();
+            let loss = block.part(Activity::Compute, || self.trainer.compute());
             let called = Instant::now();
-            self.trainer.fence(self.executor)?;
-            if let Some((_, blocked)) = flights.last_mut() {
+            block.part(Activity::Fence, || self.trainer.fence(self.executor))?;
+            if let Some((_, _, blocked)) = in_flight.last_mut() {
                 *blocked += called.elapsed();
             }
-            self.trainer.update()?;
+            block.part(Activity::Update, || self.trainer.update())?;
             losses.push(loss);
             let durable = self.saved.last().map_or(self.start, |saved| saved.committed.step);
             bar.set_message(format!("loss {loss:.3}, durable up to step {durable}"));
             bar.set_position((step + 1).min(self.goal));
         }
-        for (save, blocked) in flights {
+        for (save, called, blocked) in in_flight {
             let skipped = || Error::new(ErrorKind::Internal, "a save was skipped").with_step(save.step());
             let committed = save.wait(PATIENCE)?.committed().ok_or_else(skipped)?;
+            block.save.get_or_insert(BlockSave { called, committed: committed.clone() });
             self.saved.push(Saved { blocked, committed });
         }
-        Ok((losses, began.elapsed()))
+        let time = block.began.elapsed();
+        self.blocks.push(block);
+        Ok((losses, time))
     }
 }

@@ -14,8 +14,8 @@ pub const ROWS: usize = 12;
 const POINTS: usize = 240;
 const WIDTH: u32 = 1800;
 /// The same for all charts over time, so that they can be read from one down to the next.
-const LEFT: u32 = 300;
-const RIGHT: u32 = 150;
+pub const LEFT: u32 = 300;
+pub const RIGHT: u32 = 150;
 const AXIS: u32 = 60;
 const LETTERS: i32 = 30;
 
@@ -256,7 +256,7 @@ fn pairs(n: usize) -> String {
 }
 
 /// A moment on an axis that ends at `end`, in one unit for the whole axis.
-fn moment(at: f64, end: f64) -> String {
+pub fn moment(at: f64, end: f64) -> String {
     let (scale, unit) = if end < 1e-3 {
         (1e6, "\u{b5}s")
     } else if end < 1.0 {
@@ -268,12 +268,12 @@ fn moment(at: f64, end: f64) -> String {
     format!("{:.digits$} {unit}", at * scale)
 }
 
-fn letters(ink: Ink, side: HPos, height: VPos) -> TextStyle<'static> {
+pub fn letters(ink: Ink, side: HPos, height: VPos) -> TextStyle<'static> {
     let font = ("sans-serif", LETTERS).into_font();
     TextStyle { font, color: ink.rgb().to_backend_color(), pos: Pos::new(side, height) }
 }
 
-fn canvas(height: u32, draw: impl FnOnce(&Area<'_>) -> Drawn<()>) -> Drawn<String> {
+pub fn canvas(height: u32, draw: impl FnOnce(&Area<'_>) -> Drawn<()>) -> Drawn<String> {
     let mut svg = String::new();
     let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
     draw(&area)?;

@@ -3,7 +3,7 @@
 use plotters::style::RGBColor;
 
 /// One colour, on light and on dark ground.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Ink {
     name: &'static str,
     light: (u8, u8, u8),
