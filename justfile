@@ -17,35 +17,35 @@ test:
 # Formatting, clippy, documentation, licences.
 lint:
     cargo fmt --all --check
-    cargo fmt --check --manifest-path tests/stock/candle/Cargo.toml
-    cargo fmt --check --manifest-path tests/stock/cudarc/Cargo.toml
-    cargo fmt --check --manifest-path tests/stock/cognis/Cargo.toml
+    cargo fmt --check --manifest-path checks/stock/candle/Cargo.toml
+    cargo fmt --check --manifest-path checks/stock/cudarc/Cargo.toml
+    cargo fmt --check --manifest-path checks/stock/cognis/Cargo.toml
     cargo fmt --check --manifest-path benches/compression/Cargo.toml
     cargo clippy --workspace --all-targets --all-features -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --all-features --no-deps
     cargo deny --log-level error --workspace --all-features check licenses bans sources
-    cargo deny --log-level error --manifest-path tests/stock/candle/Cargo.toml --config "$PWD/deny.toml" check licenses sources
+    cargo deny --log-level error --manifest-path checks/stock/candle/Cargo.toml --config "$PWD/deny.toml" check licenses sources
     # What burn brings is built beside ours and never linked into anything, so that its licences are not ours to choose.
-    cargo deny --log-level error --manifest-path tests/stock/cudarc/Cargo.toml --config "$PWD/deny.toml" check sources
-    cargo deny --log-level error --manifest-path tests/stock/cognis/Cargo.toml --config "$PWD/deny.toml" check licenses sources
+    cargo deny --log-level error --manifest-path checks/stock/cudarc/Cargo.toml --config "$PWD/deny.toml" check sources
+    cargo deny --log-level error --manifest-path checks/stock/cognis/Cargo.toml --config "$PWD/deny.toml" check licenses sources
     cargo deny --log-level error --manifest-path benches/compression/Cargo.toml --config "$PWD/deny.toml" check licenses sources
 
 # A saved step directory, read by Python's safetensors, numpy, and torch's HuggingFaceStorageReader.
-stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning tests/stock/check.py")
+stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning checks/stock/check.py")
 
 # The same, read by candle.
-candle: (stock_reader "cargo run --quiet --locked --manifest-path tests/stock/candle/Cargo.toml --target-dir " + tools / "candle --")
+candle: (stock_reader "cargo run --quiet --locked --manifest-path checks/stock/candle/Cargo.toml --target-dir " + tools / "candle --")
 
 # Graphs of cognis, whose engine owns the checkpointer trait, over stores of ours.
 cognis:
-    cargo run --quiet --locked --manifest-path tests/stock/cognis/Cargo.toml --target-dir "{{ tools }}/cognis"
+    cargo run --quiet --locked --manifest-path checks/stock/cognis/Cargo.toml --target-dir "{{ tools }}/cognis"
 
 # Whether a program builds that has cudarc as candle links it, or cubecl-cuda (burn) beside ours, and our sources over its types.
 cudarc-check:
     #!/usr/bin/env bash
     set -euo pipefail
     for peer in candle cubecl; do
-        cargo check --quiet --manifest-path tests/stock/cudarc/Cargo.toml --target-dir "{{ tools }}/cudarc" --features "$peer"
+        cargo check --quiet --manifest-path checks/stock/cudarc/Cargo.toml --target-dir "{{ tools }}/cudarc" --features "$peer"
     done
 
 [private]
@@ -101,34 +101,34 @@ kernels arguments:
 
 # `gpu-kit/`: programs and `run.sh` for a machine with a GPU but without Rust or a network.
 gpu-kit:
-    tests/gpu/kit.sh
+    checks/gpu/kit.sh
 
 # The brief list of the kit on the simulated driver, with the programs of `cargo test` and little state: it runs to its end, and
 # a stage that hangs is killed. No figure comes of it.
 gpu-brief:
     #!/usr/bin/env bash
     set -euo pipefail
-    tests/gpu/kit.sh --debug >/dev/null
+    checks/gpu/kit.sh --debug >/dev/null
     root=$(mktemp -d)
     trap 'rm -rf "$root"' EXIT
     mkdir "$root/lib"
     ln -s "$PWD/gpu-kit/libfakecuda.so" "$root/lib/libcuda.so.1"
     export KIT_SIMULATED=1 KIT_PYTHON="{{ tools }}/stock/bin/python" LD_LIBRARY_PATH="$root/lib" TMPDIR="$root"
     gpu-kit/run.sh brief "$root/out"
-    tests/gpu/check_stages.py
+    checks/gpu/check_stages.py
 
-# The scenarios of `tests/gpu/drive.py` on the simulated driver: bytes that come back wrong fail it.
+# The scenarios of `checks/gpu/drive.py` on the simulated driver: bytes that come back wrong fail it.
 gpu-drive *arguments="--saves 8 --seconds 25":
     #!/usr/bin/env bash
     set -euo pipefail
     cargo build --quiet -p ashore-face -p fakecuda
     root=$(mktemp -d)
     trap 'rm -rf "$root"' EXIT
-    tests/gpu/drive.py --backend driver --library target/debug/libfakecuda.so --face target/debug/libashore_face.so --dir "$root" {{ arguments }}
+    checks/gpu/drive.py --backend driver --library target/debug/libfakecuda.so --face target/debug/libashore_face.so --dir "$root" {{ arguments }}
 
 # Every interleaving of the fence on a GPU, for small sizes, and what breaks without each of its rules. Minutes; `--deep` an hour.
 model *arguments:
-    tests/model/fence.py {{ arguments }}
+    checks/model/fence.py {{ arguments }}
 
 # Undefined behaviour in what holds or hands out memory.
 miri *filters="state:: memory:: completion:: staging::":
@@ -172,11 +172,11 @@ fuzz seconds="60":
 
 # Breaks each promise once: the suite must notice.
 mutants *arguments:
-    tests/mutants.py {{ arguments }}
+    checks/mutants.py {{ arguments }}
 
 # The program killed at every call by which it changes files, and started again. Needs Linux 5.5.
 kill:
-    tests/kill/kill.py
+    checks/kill/kill.py
 
 # Full and read-only file systems: ext4, xfs, btrfs. Needs root and loop devices.
 mounts:

@@ -69,7 +69,7 @@ KERNEL(late_copy, LateCopy)
     copy_late(&a, 0);
 }
 
-/* The same with more loads in flight. `tests/gpu/kernels.py` measures both, and the faster one is to stay. */
+/* The same with more loads in flight. `checks/gpu/kernels.py` measures both, and the faster one is to stay. */
 KERNEL(late_copy_four, LateCopy)
 {
     copy_late(&a, 1);

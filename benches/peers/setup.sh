@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes two Python environments in DIR: `stock` with torch, the one that tests/stock uses, and `jax` with Orbax and tensorstore.
+# Makes two Python environments in DIR: `stock` with torch, the one that checks/stock uses, and `jax` with Orbax and tensorstore.
 # About 2.2 GB, 2 to 4 minutes. Does nothing where that was done before.
 set -euo pipefail
 dir=${1:?usage: setup.sh DIR}
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$dir"
-"$here/../../tests/stock/setup.sh" "$dir/stock"
+"$here/../../checks/stock/setup.sh" "$dir/stock"
 
 jax=$dir/jax
 want=$(cat "$0" "$here/jax.txt" | sha256sum)

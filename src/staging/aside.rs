@@ -1,6 +1,6 @@
 //! The fence on a device: chunks that have not left it are copied aside, and read from there.
 //!
-//! The protocol is checked as a model, over all interleavings of small sizes, by `tests/model/fence.py`; the
+//! The protocol is checked as a model, over all interleavings of small sizes, by `checks/model/fence.py`; the
 //! names are the model's. *F* is how many chunks had left the device when its stream came to the fence. Slots
 //! for the last chunks are *reserved* in the caller, who waits until all chunks without a slot are queued;
 //! the device latches F, copies aside the chunks from F on, and tells F. The stager reads F after a chunk's

@@ -24,8 +24,8 @@ Abstracted away: bytes (a chunk is a version number, in a slab two halves); AtSa
 
 The code is in src/staging: aside.rs (reserve, latch, hand over), fence.rs and stage.rs (judge, freeze). Its names are those here.
 
-Run:      tests/model/fence.py [--deep]                 the protocol with all parameters, the promise, then the mutants
-          tests/model/fence.py --mutant NAME            one mutant and its trace
+Run:      checks/model/fence.py [--deep]                 the protocol with all parameters, the promise, then the mutants
+          checks/model/fence.py --mutant NAME            one mutant and its trace
 Expected: "ok" for every configuration, "caught" for every mutant, last line "RESULT: pass", exit status 0. A few
           minutes; `--deep` adds four chunks, and two saves of three chunks, and takes an hour or so and several GB.
 """

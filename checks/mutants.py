@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Breaks each promise of src/mutant.rs once and demands that the test suite notices.
 
-    tests/mutants.py [--by FILTER] [NAME...]
+    checks/mutants.py [--by FILTER] [NAME...]
 
 The tests are built once, with the switches in; ASHORE_MUTANT then names the promise to break. A mutant may say which tests see it,
 in a comment above it: `// seen by: FILTER`. They are run first, the whole suite only where they do not notice. With `--by`, only

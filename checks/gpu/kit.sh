@@ -23,7 +23,7 @@ strip -o "$kit/ashore" "$folder/ashore"
 strip -o "$kit/libashore_face.so" "$folder/libashore_face.so"
 strip -o "$kit/suite" "$suite"
 strip -o "$kit/kernels" "$kernels"
-cp tests/gpu/run.sh tests/gpu/*.py benches/peers/{tree,workload}.py kernels/*.ptx kernels/SHA256SUMS "$kit"
+cp checks/gpu/run.sh checks/gpu/*.py benches/peers/{tree,workload}.py kernels/*.ptx kernels/SHA256SUMS "$kit"
 git rev-parse HEAD >"$kit/commit"
 size=$(du -sm "$kit" | cut -f1)
 ls -l "$kit"

@@ -1,4 +1,4 @@
-//! The library as C sees it, for the Python programs in `tests/gpu`, which drive it with pointers of torch and of the driver.
+//! The library as C sees it, for the Python programs in `checks/gpu`, which drive it with pointers of torch and of the driver.
 //! For tests only: it promises nothing, and is not the library's C interface.
 //!
 //! A function that makes something returns null when it fails, any other a code: 0 is well, 1 a save that was not begun, -1 a

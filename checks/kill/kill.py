@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kills the real program in place of each call by which it changes its directory, and starts it again.
 
-    tests/kill/kill.py [PROGRAM]
+    checks/kill/kill.py [PROGRAM]
 
 Two runs are killed at their first changing call, at their second, and so on, until one ends unharmed: a run that begins with
 nothing, and one that finds what killed runs left behind. After each kill, every listed step must be sound and no step that was
