@@ -129,40 +129,35 @@ fn park(listener: EventListener, deadline: Instant) -> bool {
 }
 
 /// Who is to be told of a value that has come, besides threads that sleep.
-#[must_use = "tasks that wait for the value are woken by `here` or `apart`"]
+#[must_use = "tasks that wait for the value are woken by `here`, or by the call thread that this is handed to"]
 pub(crate) struct Calls<T> {
     wakers: Vec<(u64, Waker)>,
     calls: Vec<Call<T>>,
     value: T,
 }
 
-impl<T: Clone> Calls<T> {
-    /// Wakes and calls in this thread, which holds no lock.
-    pub fn here(self) {
-        let Self { wakers, calls, value } = self;
-        wakers.into_iter().for_each(|(_, waker)| guarded(|| waker.wake()));
-        calls.into_iter().for_each(|call| guarded(|| call(value.clone())));
+impl<T> fmt::Debug for Calls<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Calls({})", self.calls.len())
     }
 }
 
-impl<T: Clone + Send + 'static> Calls<T> {
-    /// Wakes in this thread, which holds no lock, and calls in one of its own: this one has other work.
-    pub fn apart(mut self) {
-        let wakers = std::mem::take(&mut self.wakers);
-        wakers.into_iter().for_each(|(_, waker)| guarded(|| waker.wake()));
-        if self.calls.is_empty() {
-            return;
-        }
-        let theirs = std::sync::Arc::new(Mutex::new(Some(self)));
-        let mine = theirs.clone();
-        let run = move || {
-            let calls = lock(&theirs).take();
-            calls.into_iter().for_each(Self::here);
-        };
-        if std::thread::Builder::new().name("ashore-call".into()).spawn(run).is_err() {
-            let calls = lock(&mine).take();
-            calls.into_iter().for_each(Self::here);
-        }
+impl<T: Clone> Calls<T> {
+    /// Wakes and calls in this thread, which holds no lock.
+    pub fn here(mut self) {
+        self.wake();
+        let Self { calls, value, .. } = self;
+        calls.into_iter().for_each(|call| guarded(|| call(value.clone())));
+    }
+
+    /// Wakes tasks in this thread, which holds no lock. What is to be called stays.
+    pub fn wake(&mut self) {
+        std::mem::take(&mut self.wakers).into_iter().for_each(|(_, waker)| guarded(|| waker.wake()));
+    }
+
+    /// Whether nothing is to be called.
+    pub fn are_none(&self) -> bool {
+        self.calls.is_empty()
     }
 }
 

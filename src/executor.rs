@@ -1,6 +1,6 @@
 //! The executor: takes state dicts, gives futures of durable checkpoints.
 //!
-//! Threads: one stages, a pool writes, one commits, one tidies up, one touches attempts. They talk downwards through channels; what comes back are
+//! Threads: one stages, a pool writes, one commits, one tidies up, one touches attempts, one calls functions of the program. They talk downwards through channels; what comes back are
 //! leases and the completions of futures. The thread that calls `save` does not touch storage.
 
 mod admission;
@@ -334,7 +334,7 @@ impl CheckpointExecutor {
             writable: captured.writable || on_device.left,
             over_budget: captured.over_budget + on_device.over_budget,
         };
-        let ticket = Arc::new(Ticket::new(issue, began, self.stager.signal.clone()));
+        let ticket = Arc::new(Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone()));
         ticket.blind.store(on_device.blind, Ordering::Relaxed);
         // Before anything can fail that leaves kernels behind which read borrowed sources: the scope waits for those.
         register(&ticket);
@@ -427,7 +427,7 @@ impl CheckpointExecutor {
         let deadline = deadline_after(self.settings.save_deadline);
         let streams = Vec::new();
         let issue = Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable: false, over_budget: 0 };
-        let ticket = Ticket::new(issue, began, self.stager.signal.clone());
+        let ticket = Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone());
         ticket.release();
         ticket.finish(Ok(outcome)).into_iter().for_each(Calls::here);
         Save::new(Arc::new(ticket))

@@ -147,6 +147,7 @@ compile_error!(
 );
 
 pub mod adapters;
+mod call_thread;
 pub mod catalog;
 mod checkpoint;
 mod commit;

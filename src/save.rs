@@ -1,6 +1,6 @@
 //! The handle of a save.
 
-use crate::completion::{Calls, Waiter, deadline_after};
+use crate::completion::{Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::ticket::{Outcome, Progress, Ticket};
@@ -152,23 +152,25 @@ impl Save {
             return false;
         }
         // False where its threads were faster: they have ended it as cancelled.
-        self.ticket.give_up(cancelled).into_iter().for_each(Calls::apart);
+        self.ticket.hand_over(self.ticket.give_up(cancelled));
         true
     }
 
     /// Calls `f` with how the save has ended.
     ///
-    /// The thread that commits calls it; a thread of its own does for a save that is given up or superseded,
-    /// because the one that commits may hang in the storage, and a `main` that returns does not wait for it; this thread does, at once, if the save has ended
-    /// already. A shutdown that gives the save up calls it before it returns.
+    /// The thread that commits calls it. For a save that is given up or superseded the executor's call thread does,
+    /// because the one that commits may hang in the storage. This thread does, at once, if the save has ended already,
+    /// and a shutdown for the saves that it gives up itself. A shutdown returns after all of these calls have run,
+    /// unless one takes half a second longer than the deadline.
     ///
-    /// No lock is held then. Commits wait while it runs, so it should hand on what it is told. Its panic is logged.
-    /// An error that it is told counts as seen.
+    /// No lock is held then. Commits, or other calls, wait while it runs, so it should hand on what it is told. Its
+    /// panic is logged. An error that it is told counts as seen.
     ///
     /// `f` may look at the save and the executor, begin a save, and drop the last owner of the executor, whose saves
     /// go on. It cannot wait for what its own thread has to do: `wait` of a save that has not ended, a fence, a
     /// scope, `Snapshot::AtSave` and `shutdown` are `Invalid` there, and a save that would wait for room is `Busy`,
-    /// each at once. The same holds for wakers. Other waits for this executor, such as `block_on` of a save, hang.
+    /// each at once. The same holds for wakers. Other waits for this executor, such as `block_on` of a save, hang: a
+    /// poll there cannot be refused, because a waker may poll its task at once, which then awaits the next save.
     ///
     /// ```
     /// # let dir = tempfile::tempdir().unwrap();
@@ -311,6 +313,7 @@ impl fmt::Debug for Fenced {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::call_thread::CallThread;
     use crate::completion::Signal;
     use crate::ticket::Issue;
     use std::sync::atomic::AtomicBool;
@@ -332,10 +335,11 @@ mod tests {
     #[test]
     fn a_cancelled_save_is_never_a_failure_that_was_not_seen() {
         let (now, signal) = (Instant::now(), Arc::new(Signal::default()));
+        let calls = Arc::new(CallThread::new(signal.clone()));
         let (attempt, deadline) = (Attempt::new(), now + Duration::from_secs(60));
         let issue =
             Issue { step: 1, attempt, deadline, chunks: 1, streams: vec![], bytes: 1, writable: false, over_budget: 0 };
-        let (ticket, seen) = (Arc::new(Ticket::new(issue, now, signal)), Arc::new(AtomicBool::new(false)));
+        let (ticket, seen) = (Arc::new(Ticket::new(issue, now, signal, calls)), Arc::new(AtomicBool::new(false)));
         ticket.hold(Arc::new(Witness(seen.clone(), Arc::downgrade(&ticket))));
         assert!(Save::new(ticket).cancel());
         assert!(seen.load(Ordering::Acquire));

@@ -4,6 +4,7 @@
 //! save ended; `done` resolves once. **Failure.** The first error wins. Once the publish has begun, a failure can no longer
 //! undo it: `fail` is refused, and a deadline that passes then is `Indeterminate`.
 
+use crate::call_thread::CallThread;
 use crate::completion::{Calls, Completion, Signal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
@@ -159,6 +160,7 @@ pub(crate) struct Ticket {
     /// While it keeps them, streams wait for its copies.
     holds: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     signal: Arc<Signal>,
+    calls: Arc<CallThread>,
     /// The process that made it: in a forked child nothing will ever happen to it.
     generation: u64,
 }
@@ -176,8 +178,8 @@ pub(crate) struct Issue {
 }
 
 impl Ticket {
-    /// `signal` wakes the stager.
-    pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>) -> Self {
+    /// `signal` wakes the stager; `calls` is where functions are called that no other thread may call.
+    pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>, calls: Arc<CallThread>) -> Self {
         let Issue { step, attempt, deadline, chunks, streams, bytes, writable, over_budget } = issue;
         let generation = fork::generation();
         let zero = || AtomicU64::new(0);
@@ -212,6 +214,7 @@ impl Ticket {
             failure: Mutex::new(None),
             holds: Mutex::new(Vec::new()),
             signal,
+            calls,
             generation,
         }
     }
@@ -291,6 +294,11 @@ impl Ticket {
         self.phase.store(Phase::Ended as u8, Ordering::Release);
         self.signal.notify();
         calls
+    }
+
+    /// Wakes tasks in this thread and has the call thread call functions: the stager, a `save` and a `cancel` have other work.
+    pub fn hand_over(&self, calls: Option<Calls<Result<Outcome>>>) {
+        calls.into_iter().for_each(|calls| self.calls.hand(calls));
     }
 
     /// Refuses to say anything about the save in a forked child.

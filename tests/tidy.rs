@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 /// else imports `testing`.
 const FLOORS: [&[&str]; 6] = [
     &[
+        "call_thread",
         "completion",
         "digest",
         "error",

@@ -1,7 +1,6 @@
 //! Whether a save may begin while others are unfinished.
 
 use super::CheckpointExecutor;
-use crate::completion::Calls;
 use crate::error::{Error, ErrorKind, Result};
 use crate::own_threads;
 use crate::settings::Overlap;
@@ -48,13 +47,11 @@ pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64) -> Result<Verd
     Ok(if unfinished.len() <= room { Verdict::Begin } else { Verdict::After(unfinished) })
 }
 
-/// Ends a save that waited, because `step` takes its place. Wakers and functions of the program run here: no
-/// lock is held.
+/// Ends a save that waited, because `step` takes its place. Wakers run here: no lock is held.
 pub(super) fn supersede(stager: &Stager, job: Job, step: u64) {
     let ticket = job.ticket.clone();
     stager.discard(job);
-    let calls = ticket.finish(ticket.failure().map_or(Ok(Outcome::Superseded { by: step }), Err));
-    calls.into_iter().for_each(Calls::apart);
+    ticket.hand_over(ticket.finish(ticket.failure().map_or(Ok(Outcome::Superseded { by: step }), Err)));
 }
 
 /// Waits until one of `unfinished` has ended: not always the oldest, for each has a deadline of its own and

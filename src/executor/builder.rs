@@ -20,7 +20,7 @@ use crate::storage::local::Local;
 use crate::storage::{Storage, Sweep};
 use crate::sync::Mutex;
 use crate::writer::{Pool, Task, adopt, spawn};
-use crate::{Catalog, Retention, fork, own_threads};
+use crate::{Catalog, Retention, call_thread, fork, own_threads};
 use crossbeam_channel::{bounded, unbounded};
 use std::any::Any;
 use std::path::PathBuf;
@@ -280,6 +280,7 @@ impl Builder {
             tidy::run(&leavings, storage.as_ref(), &catalog, &keeping, sweep);
             drop(alive);
         };
+        let calling = spawn(call_thread::NAME.into(), stager.calls.body())?;
         let stage = move || {
             own_threads::mark(&staging);
             stager.run();
@@ -289,7 +290,7 @@ impl Builder {
         handles.push(spawn("ashore-commit".into(), commit)?);
         handles.push(spawn("ashore-tidy".into(), tidy)?);
         handles.push(spawn("ashore-touch".into(), move || touch::run(&ended_tidying, touched.as_ref(), touch))?);
-        executor.threads.keep(Lines { pool, ended }, handles);
+        executor.threads.keep(Lines { pool, ended }, handles, calling);
         Ok(executor)
     }
 }

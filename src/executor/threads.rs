@@ -28,6 +28,8 @@ pub(crate) struct Threads {
     lines: Mutex<Option<Lines>>,
     /// Of threads that were not seen to end.
     handles: Mutex<Vec<JoinHandle<()>>>,
+    /// The call thread, which ends after them: any of them may hand calls over.
+    calling: Mutex<Vec<JoinHandle<()>>>,
     /// No save is begun any more.
     closed: AtomicBool,
     /// How long the program was ready to wait when it last shut the executor down itself.
@@ -47,15 +49,17 @@ impl Threads {
             stager,
             lines: Mutex::default(),
             handles: Mutex::default(),
+            calling: Mutex::default(),
             closed: AtomicBool::new(false),
             patience: Mutex::default(),
         }
     }
 
     /// Takes charge of threads that have been started.
-    pub(super) fn keep(&self, lines: Lines, handles: Vec<JoinHandle<()>>) {
+    pub(super) fn keep(&self, lines: Lines, handles: Vec<JoinHandle<()>>, calling: JoinHandle<()>) {
         *lock(&self.lines) = Some(lines);
         *lock(&self.handles) = handles;
+        *lock(&self.calling) = vec![calling];
     }
 
     /// The sending ends, which stay while the guard is held: only for the moment in which a save is handed over.
@@ -106,7 +110,9 @@ impl Threads {
         let late = self.wait_for_saves(patience, deadline);
         self.stager.stop();
         drop(lines);
-        self.join(deadline.max(Instant::now() + GRACE));
+        join(&self.handles, deadline.max(Instant::now() + GRACE));
+        self.stager.calls.close();
+        join(&self.calling, deadline.max(Instant::now() + GRACE));
         let mut unseen = std::iter::from_fn(|| self.stager.flights.unobserved());
         let first = unseen.next().or(late);
         unseen.for_each(|error| {
@@ -152,27 +158,27 @@ impl Threads {
         }
         late
     }
+}
 
-    /// Joins the threads that end until `deadline`; a later call may join the others. A thread that hangs in the
-    /// storage never ends.
-    fn join(&self, deadline: Instant) {
-        loop {
-            let mut handles = lock(&self.handles);
-            for ended in handles.extract_if(.., |thread| thread.is_finished()) {
-                let _ = ended.join();
-            }
-            if handles.is_empty() {
-                return;
-            }
-            if Instant::now() >= deadline {
-                for thread in handles.iter() {
-                    tracing::error!(thread = thread.thread().name(), "a thread hangs and is left behind");
-                }
-                return;
-            }
-            drop(handles);
-            std::thread::sleep(Duration::from_micros(200));
+/// Joins the threads that end until `deadline`; a later call may join the others. A thread that hangs in the storage, or in a
+/// function of the program, never ends.
+fn join(handles: &Mutex<Vec<JoinHandle<()>>>, deadline: Instant) {
+    loop {
+        let mut handles = lock(handles);
+        for ended in handles.extract_if(.., |thread| thread.is_finished()) {
+            let _ = ended.join();
         }
+        if handles.is_empty() {
+            return;
+        }
+        if Instant::now() >= deadline {
+            for thread in handles.iter() {
+                tracing::error!(thread = thread.thread().name(), "a thread hangs and is left behind");
+            }
+            return;
+        }
+        drop(handles);
+        std::thread::sleep(Duration::from_micros(200));
     }
 }
 

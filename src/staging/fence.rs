@@ -4,7 +4,7 @@
 //! returns, and one copy that had been decided is waited for: whoever writes after a fence, however it ended, is never
 //! raced by a read of the host's.
 
-use crate::completion::{Calls, deadline_after};
+use crate::completion::deadline_after;
 use crate::device::{Device, Hold, Waits};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
@@ -96,7 +96,7 @@ impl Flights {
         for ticket in unfinished.iter().filter(|t| t.deadline <= now) {
             let phase = ticket.phase();
             let late = Error::new(ErrorKind::Deadline, format!("the save deadline passed phase={phase:?}"));
-            ticket.give_up(late).into_iter().for_each(Calls::apart);
+            ticket.hand_over(ticket.give_up(late));
         }
         let next = unfinished.iter().map(|t| t.deadline).filter(|d| *d > now).min();
         Due { next: next.unwrap_or(now + IDLE), added }

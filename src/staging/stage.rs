@@ -7,6 +7,7 @@ use super::enqueue::{Flying, enqueue};
 use super::fence::Flights;
 use super::gather::Region;
 use super::line::{Line, Parked, is_over};
+use crate::call_thread::CallThread;
 use crate::completion::Signal;
 use crate::device::{Device, Point, Queued};
 use crate::error::{Error, ErrorKind, Result};
@@ -74,6 +75,7 @@ type Apart = (Arc<Ticket>, Arc<Aside>, bool);
 /// The stager's queue and what it works with.
 pub(crate) struct Stager {
     pub signal: Arc<Signal>,
+    pub calls: Arc<CallThread>,
     pub arena: Arena,
     pub flights: Flights,
     pub device: Arc<dyn Device>,
@@ -103,8 +105,9 @@ impl Stager {
         batch: bool,
     ) -> Self {
         let (flights, jobs, asides) = (Flights::default(), Mutex::new(VecDeque::new()), Mutex::default());
+        let calls = Arc::new(CallThread::new(signal.clone()));
         let (left, stopped, ended) = (Mutex::default(), AtomicBool::new(false), AtomicBool::new(false));
-        Self { signal, arena, flights, device, scratch, asides, jobs, left, at_most, batch, stopped, ended }
+        Self { signal, calls, arena, flights, device, scratch, asides, jobs, left, at_most, batch, stopped, ended }
     }
 
     /// Takes a save, to be staged after those before it.

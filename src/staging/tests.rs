@@ -62,7 +62,7 @@ fn push_of(
         writable: false,
         over_budget: 0,
     };
-    let ticket = Arc::new(Ticket::new(issue, Instant::now(), stager.signal.clone()));
+    let ticket = Arc::new(Ticket::new(issue, Instant::now(), stager.signal.clone(), stager.calls.clone()));
     let sink = Arc::new(Kept::default());
     let captured = Captured::default();
     stager.push(Job {

@@ -178,6 +178,30 @@ fn a_function_is_told_of_saves_that_were_given_up_and_their_errors_are_seen() {
     rig.device.release();
 }
 
+/// Each of these calls ran in a thread of its own, and `shutdown` returned while they did.
+#[test]
+fn a_shutdown_returns_after_the_calls_of_saves_that_were_given_up() {
+    let rig = rig(|b| b.overlap(Overlap::Queue(100)));
+    rig.device.hold();
+    let threads = Arc::new(Mutex::new(Vec::new()));
+    for save in saves(&rig, 20) {
+        let threads = threads.clone();
+        save.on_done(|_| panic!("a function that fails"));
+        save.on_done(move |ended| {
+            thread::sleep(Duration::from_millis(5));
+            assert_eq!(ended.unwrap_err().kind(), ErrorKind::Cancelled);
+            threads.lock().unwrap().push((thread::current().id(), thread::current().name() == Some("ashore-call")));
+        });
+        assert!(save.cancel());
+    }
+    rig.device.release();
+    rig.executor.shutdown(LONG).unwrap();
+    let mut threads = threads.lock().unwrap().clone();
+    assert_eq!(threads.len(), 20, "all calls have run");
+    threads.dedup();
+    assert!(matches!(threads[..], [(_, true)]), "in one thread: {threads:?}");
+}
+
 /// `fence` blocks its thread, which an asynchronous program cannot have: there was no other.
 #[test]
 fn a_task_can_await_the_fence() {
