@@ -130,6 +130,24 @@ gpu-drive *arguments="--saves 8 --seconds 25":
 model *arguments:
     checks/model/fence.py {{ arguments }}
 
+# The public API, one item a line, as `docs/api.txt` has it: a change of it shows in the diff.
+api: (listing "docs/api.txt")
+
+# Whether that file is what the source says.
+api-check:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    now=$(mktemp)
+    trap 'rm -f "$now"' EXIT
+    just listing "$now"
+    diff -u docs/api.txt "$now" || { echo "api-check: the public API has changed: \`just api\` writes it down" >&2; exit 1; }
+
+# Read from what rustdoc writes as JSON, in a format that the nightly compiler and the tool must agree on.
+[private]
+listing file:
+    RUSTDOCFLAGS="--cap-lints allow" cargo +{{ nightly }} public-api --package ashore --all-features --target-dir target/api \
+        --color=never -sss >"{{ file }}"
+
 # Undefined behaviour in what holds or hands out memory.
 miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
@@ -217,7 +235,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # What `.ci/run` runs after the tests: nothing may be left out.
-ci: (timed "lint ptx-check gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill mounts package")
+ci: (timed "lint api-check ptx-check gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill mounts package")
 
 # What takes too long for every change.
 nightly: (timed "ci tsan model msrv features")
