@@ -17,7 +17,7 @@ fn writer(c: &mut Criterion) {
     for engine in [Engine::Pwrite, Engine::Uring] {
         let root = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
         let builder = CheckpointExecutor::builder(root.path()).arena(128 << 20).overlap(Overlap::Block).keep_last(1);
-        let executor = builder.engine(engine).device(Arc::new(null::Absent)).build().expect("an executor");
+        let executor = builder.engine(engine).made_device(Arc::new(null::Absent)).build().expect("an executor");
         let mut step = 0;
         let mut one = || {
             step += 1;

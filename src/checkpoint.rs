@@ -1,6 +1,6 @@
 //! A step that was published, held open to be read.
 
-use crate::device::{Device, Selected, choose};
+use crate::device::{Device, DeviceChoice, choose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::manifest::{FileEntry, MANIFEST, Manifest, TensorEntry, is_blank, is_ours};
 use crate::format::shard;
@@ -129,17 +129,20 @@ impl Checkpoint {
         self
     }
 
-    /// The same step, with a device that copies to [targets in device memory](crate::Targets::device): a choice, or a device that was
-    /// made by somebody. What an executor opens has that of the executor already.
+    /// The same step, with a device that copies to [targets in device memory](crate::Targets::device). What an executor opens has that
+    /// of the executor already.
     ///
     /// # Errors
     /// `Unavailable` or `Device`, naming what is missing, for a GPU that was asked for and is not to be had.
-    pub fn with_device(mut self, device: impl Into<Selected>) -> Result<Self> {
-        self.device = Some(match device.into() {
-            Selected::Choice(choice) => choose(choice)?.0,
-            Selected::Made(device) => device,
-        });
-        Ok(self)
+    pub fn with_device(self, choice: DeviceChoice) -> Result<Self> {
+        Ok(self.with_made_device(choose(choice)?.0))
+    }
+
+    /// The same step, with a device that exists already.
+    #[doc(hidden)]
+    pub fn with_made_device(mut self, device: Arc<dyn Device>) -> Self {
+        self.device = Some(device);
+        self
     }
 
     /// The same step; a read fails when copies to a device make no progress for so long: 10 minutes unless set.
@@ -185,6 +188,7 @@ impl Checkpoint {
     }
 
     /// The manifest: every file, tensor, value and digest.
+    #[doc(hidden)]
     pub fn manifest(&self) -> &Manifest {
         &self.opened.manifest
     }

@@ -138,7 +138,7 @@
 //!
 //! # Features
 //!
-//! `cuda` and `uring` are on, and looked for at run time. `cudarc` adds the sources over its types. `testing` adds the module of that name: a device that copies late, faulty and simulated file systems, and the conformance suite for storage.
+//! `cuda` and `uring` are on, and looked for at run time. `cudarc` adds the sources over its types. `testing` adds the module of that name: a device that copies late, and the conformance suites for storage and for graph checkpointers.
 //! `sqlite` adds a store for many small graph states. `tokio` adds forms of the calls that block, as futures: [`adapters`].
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
@@ -153,11 +153,14 @@ mod checkpoint;
 mod commit;
 pub mod compat;
 mod completion;
+#[doc(hidden)] // for this repository, as all that is hidden here: no part of the API
 pub mod device;
+#[doc(hidden)]
 pub mod digest;
 mod error;
 mod executor;
 mod fork;
+#[doc(hidden)]
 pub mod format;
 mod guard;
 pub mod id;
@@ -170,6 +173,7 @@ mod save;
 mod settings;
 pub mod sigterm;
 mod staging;
+#[doc(hidden)]
 pub mod state;
 pub mod storage;
 mod sync;
@@ -182,6 +186,7 @@ mod writer;
 
 pub use catalog::{Catalog, PruneOptions, Retention};
 pub use checkpoint::{Checkpoint, TensorInfo};
+pub use device::DeviceReport;
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;

@@ -79,7 +79,7 @@ impl Home {
     pub fn builder(&self, builder: Builder) -> Builder {
         match self {
             Self::Host { .. } => builder.device(DeviceChoice::Host),
-            Self::Gpu { device, .. } => builder.device(ashore::device::Selected::Made(device.clone())),
+            Self::Gpu { device, .. } => builder.made_device(device.clone()),
         }
     }
 }

@@ -15,6 +15,7 @@ const ANNOUNCE: Duration = Duration::from_secs(60);
 impl Catalog {
     /// Says that `attempt` is durable because this process published it and saw every fsync succeed. Other steps are made
     /// durable before they are counted.
+    #[doc(hidden)]
     pub fn acknowledge(&self, attempt: Attempt) {
         let mut known = self.known();
         known.pending.remove(&attempt);
@@ -51,6 +52,7 @@ impl Catalog {
 
     /// Says that the publish of `attempt` ended as `Indeterminate`: it never counts in this process. A later fsync would
     /// prove nothing, for the kernel reports a lost write once.
+    #[doc(hidden)]
     pub fn doubt(&self, attempt: Attempt) {
         let mut known = self.known();
         known.pending.remove(&attempt);

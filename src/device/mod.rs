@@ -67,7 +67,7 @@ pub trait Device: Register + Send + Sync + Debug {
     /// Why there are none.
     #[doc(hidden)]
     #[expect(private_interfaces, reason = "for the devices of this crate")]
-    fn kernels(&self, _memory: Memory) -> Result<Arc<dyn Kernels>> {
+    fn kernels(&self, _memory: KernelMemory) -> Result<Arc<dyn Kernels>> {
         Err(Error::new(ErrorKind::Unavailable, "this device has none"))
     }
 
@@ -155,7 +155,7 @@ pub(crate) struct Pieces {
 
 /// What is asked for of a device's own memory, in bytes.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub(crate) struct KernelMemory {
     /// The size of a chunk.
     pub chunk: usize,
     /// For what is captured at `save`; with 0 nothing is gathered.
@@ -355,34 +355,6 @@ impl DeviceReport {
 impl fmt::Display for DeviceReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({})", self.name, self.why)
-    }
-}
-
-/// What [`Builder::device`](crate::Builder::device) takes: a choice, or a device that somebody made.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub enum Selected {
-    /// Looked for when the executor is built.
-    Choice(DeviceChoice),
-    /// This one.
-    Made(Arc<dyn Device>),
-}
-
-impl From<DeviceChoice> for Selected {
-    fn from(choice: DeviceChoice) -> Self {
-        Self::Choice(choice)
-    }
-}
-
-impl From<Arc<dyn Device>> for Selected {
-    fn from(device: Arc<dyn Device>) -> Self {
-        Self::Made(device)
-    }
-}
-
-impl<D: Device + 'static> From<Arc<D>> for Selected {
-    fn from(device: Arc<D>) -> Self {
-        Self::Made(device)
     }
 }
 

@@ -9,12 +9,12 @@ use super::threads::{Lines, Threads};
 use super::{Admission, CheckpointExecutor, ending, tidy, touch};
 use crate::catalog::{Keeping, PreservationPolicy, Verify};
 use crate::completion::Signal;
-use crate::device::{Device, DeviceReport, LentMemory, Memory, Selected, choose};
+use crate::device::{Device, DeviceReport, KernelMemory, LentMemory, choose};
 use crate::error::{Error, Result};
 use crate::guard::dropped;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
-use crate::settings::{Detect, Engine, Failed, Locks, OnDamaged, Overlap, Priority, Settings};
+use crate::settings::{Detect, DeviceChoice, Engine, Failed, Locks, OnDamaged, Overlap, Priority, Settings};
 use crate::staging::{Scratch, Stager};
 use crate::storage::local::Local;
 use crate::storage::{Storage, Sweep};
@@ -145,13 +145,16 @@ impl Builder {
         self
     }
 
-    /// Copies with this device: a [`DeviceChoice`](crate::DeviceChoice), by default the first GPU where there is one; or a
-    /// device that was made by somebody.
-    pub fn device(mut self, device: impl Into<Selected>) -> Self {
-        match device.into() {
-            Selected::Choice(choice) => (self.settings.device, self.device) = (choice, None),
-            Selected::Made(device) => self.device = Some(device),
-        }
+    /// Copies with this device: by default the first GPU where there is one.
+    pub fn device(mut self, choice: DeviceChoice) -> Self {
+        (self.settings.device, self.device) = (choice, None);
+        self
+    }
+
+    /// Copies with a device that exists already.
+    #[doc(hidden)]
+    pub fn made_device(mut self, device: Arc<dyn Device>) -> Self {
+        self.device = Some(device);
         self
     }
 
@@ -203,7 +206,7 @@ impl Builder {
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
         let mut pool = Pool::start(settings.writers, arena.report().slabs, settings.priority, &signal)?;
         let Settings { chunk, gather, scratch, .. } = settings;
-        let memory = Memory { chunk: chunk as usize, gather, scratch, lent };
+        let memory = KernelMemory { chunk: chunk as usize, gather, scratch, lent };
         let kernels = device.kernels(memory);
         report.found(&kernels);
         if let (Err(reason), true) = (&report.gather, device.name() != "host") {

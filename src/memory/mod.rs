@@ -9,8 +9,6 @@ mod limit;
 mod node;
 mod slab;
 
-pub use crate::ALIGNMENT;
-pub use aligned::AlignedBuffer;
-pub use arena::{Arena, ArenaReport, Pages, Register};
-pub use node::Node;
-pub use slab::Lease;
+pub use arena::{Arena, ArenaReport, Pages};
+#[doc(hidden)]
+pub use {crate::ALIGNMENT, aligned::AlignedBuffer, arena::Register, node::Node, slab::Lease};

@@ -7,7 +7,7 @@
 //! **Cancellation.** [`Writing::abandon`], or dropping the process.
 
 pub mod local;
-pub mod memory;
+mod memory;
 mod name;
 
 pub use memory::Memory;

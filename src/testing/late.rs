@@ -9,6 +9,7 @@
 //! `quiesce` has said that nothing is left. The worker only dereferences what is still queued, and a failure empties the queue.
 #![expect(unsafe_code, reason = "late copies between memory that the contract keeps alive; argument above")]
 
+use crate::Builder;
 use crate::device::{CopyQueue, Device};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
@@ -72,6 +73,11 @@ impl LateDevice {
         let device = Self(Arc::default());
         device.state().delay = delay;
         device
+    }
+
+    /// Has what `builder` builds copy with this device.
+    pub fn under(&self, builder: Builder) -> Builder {
+        builder.made_device(Arc::new(self.clone()))
     }
 
     /// Stops: nothing is copied any more until [`LateDevice::release`].

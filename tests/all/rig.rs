@@ -20,7 +20,8 @@ pub struct Rig {
 /// Chunks of 4 KiB in four slabs, on a late device.
 pub fn rig(change: impl FnOnce(Builder) -> Builder) -> Rig {
     let (storage, device): (Arc<dyn Storage>, _) = (Arc::new(Memory::new()), LateDevice::default());
-    let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).device(Arc::new(device.clone()));
+    let builder =
+        CheckpointExecutor::builder("in memory").storage(storage.clone()).made_device(Arc::new(device.clone()));
     // Short, so that a test that fails with its device held ends soon.
     let builder = builder.arena(4 * 4096).chunk(4096).shutdown_deadline(Duration::from_secs(5));
     let executor = change(builder).build().unwrap();

@@ -33,7 +33,7 @@ pub fn run(bench: &Bench<'_>) -> Result<Figures> {
     let peak = Peak::watch();
     let builder = bench.builder();
     let device = args.what == What::Write;
-    let executor = if device { builder.device(Arc::new(null::Absent)) } else { builder }.build()?;
+    let executor = if device { builder.made_device(Arc::new(null::Absent)) } else { builder }.build()?;
 
     let mut step = 0;
     let mut save = || {

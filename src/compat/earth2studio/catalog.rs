@@ -6,7 +6,7 @@ use super::pending;
 use super::session::{self, CheckpointSession, Scope};
 use crate::catalog::Catalog;
 use crate::checkpoint;
-use crate::device::{Device, Host};
+use crate::device::{Device, DeviceChoice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
 use crate::save::Save;
@@ -52,7 +52,9 @@ pub struct Builder {
     history_size: Option<usize>,
     level: u8,
     rank: Option<(u32, u32)>,
-    device: Arc<dyn Device>,
+    device: DeviceChoice,
+    /// Instead of the one that is chosen.
+    made: Option<Arc<dyn Device>>,
     settings: Settings,
 }
 
@@ -98,8 +100,15 @@ impl Builder {
     }
 
     /// Copies tensors with `device`, not the host's processor.
-    pub fn device(mut self, device: Arc<dyn Device>) -> Self {
-        self.device = device;
+    pub fn device(mut self, device: DeviceChoice) -> Self {
+        (self.device, self.made) = (device, None);
+        self
+    }
+
+    /// Copies tensors with a device that exists already.
+    #[doc(hidden)]
+    pub fn made_device(mut self, device: Arc<dyn Device>) -> Self {
+        self.made = Some(device);
         self
     }
 
@@ -264,7 +273,8 @@ impl Checkpoint {
             history_size: None,
             level: 2,
             rank: None,
-            device: Arc::new(Host),
+            device: DeviceChoice::Host,
+            made: None,
             settings: Settings { arena: 64 << 20, ..Settings::default() },
         }
     }
@@ -285,8 +295,8 @@ impl Checkpoint {
     }
 
     /// What copies tensors.
-    pub fn device(&self) -> &Arc<dyn Device> {
-        &self.0.given.device
+    pub fn device(&self) -> DeviceChoice {
+        self.0.given.device
     }
 
     /// Every row of this rank as it is on disk now, oldest first. What is damaged or not of this kind is none.
@@ -382,7 +392,11 @@ impl Shared {
             Some(executor) => executor.clone(),
             None => {
                 let builder = CheckpointExecutor::builder(self.rank_path()).settings(self.given.settings.clone());
-                line.executor.insert(Arc::new(builder.device(self.given.device.clone()).build()?)).clone()
+                let builder = match &self.given.made {
+                    Some(made) => builder.made_device(made.clone()),
+                    None => builder.device(self.given.device),
+                };
+                line.executor.insert(Arc::new(builder.build()?)).clone()
             }
         };
         let step = match line.next {

@@ -7,7 +7,7 @@ use super::metadata::Metadata;
 use super::pending::{self, Pending};
 use super::state::{Bound, CheckpointState, Erased, Link, Saved, schema_hash, spelled};
 use crate::checkpoint;
-use crate::device::Device;
+use crate::device::DeviceChoice;
 use crate::error::Result;
 use crate::id::step_name;
 use crate::mutant::{self, Mutant};
@@ -228,8 +228,8 @@ impl CheckpointSession {
     }
 
     /// What copies tensors of the states that are bound.
-    pub fn device(&self) -> Arc<dyn Device> {
-        self.0.catalog.device().clone()
+    pub fn device(&self) -> DeviceChoice {
+        self.0.catalog.device()
     }
 
     /// How many writes there were, those of the row that was selected included.

@@ -110,8 +110,8 @@ struct Running {
 
 impl Loaded {
     /// Takes memory of the device, loads the kernels and tries each of them.
-    fn new(shared: &Arc<Shared>, memory: device::Memory) -> Result<Arc<Self>> {
-        let device::Memory { chunk, gather, scratch, lent } = memory;
+    fn new(shared: &Arc<Shared>, memory: device::KernelMemory) -> Result<Arc<Self>> {
+        let device::KernelMemory { chunk, gather, scratch, lent } = memory;
         let count = usize::try_from(scratch / chunk as u64).unwrap_or(0);
         if gather == 0 && scratch == 0 {
             return Err(Error::invalid("no memory of the device was given to kernels"));
@@ -335,7 +335,7 @@ impl Digests for Asked {
 pub(super) struct Kernels(pub Arc<Loaded>);
 
 impl Kernels {
-    pub fn new(shared: &Arc<Shared>, memory: device::Memory) -> Result<Self> {
+    pub fn new(shared: &Arc<Shared>, memory: device::KernelMemory) -> Result<Self> {
         let kernels = Self(Loaded::new(shared, memory)?);
         let _entered = kernels.0.gpu.context.enter()?;
         trial::run(&kernels)?;

@@ -22,7 +22,7 @@ mod table;
 mod trial;
 mod waits;
 
-use super::{CopyQueue, Device, Kernels, LoadQueue, Memory, Point, Waits};
+use super::{CopyQueue, Device, KernelMemory, Kernels, LoadQueue, Point, Waits};
 use crate::error::{ErrorKind, Result};
 use crate::memory::{Node, Pages, Register};
 use crate::state::DeviceStream;
@@ -169,7 +169,7 @@ impl Device for Cuda {
         trial::batch(&self.0.gpu(self.0.home)?)
     }
 
-    fn kernels(&self, memory: Memory) -> Result<Arc<dyn Kernels>> {
+    fn kernels(&self, memory: KernelMemory) -> Result<Arc<dyn Kernels>> {
         Ok(Arc::new(kernels::Kernels::new(&self.0, memory)?))
     }
 

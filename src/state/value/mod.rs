@@ -36,7 +36,7 @@ const BOOL: &str = "$bool:";
 /// How deep a value nests at most. The manifest's parser goes down 127 levels, of which the manifest itself takes two.
 const MAX_DEPTH: usize = 125;
 
-/// Encodes a value as JSON from which [`decode`] makes the same value: floats bit for bit, keys of their own type.
+/// Encodes a value as JSON from which `decode` makes the same value: floats bit for bit, keys of their own type.
 ///
 /// # Errors
 /// `Invalid` for what JSON cannot hold: integers beyond 64 bits, keys that are not text, integers or bools, an option that
@@ -45,7 +45,7 @@ pub fn encode(value: &(impl Serialize + ?Sized)) -> Result<Value> {
     encode::value(value, 0).map_err(|e| Error::invalid("a value cannot be written as json").with_source(e))
 }
 
-/// Decodes what [`encode`] wrote.
+/// Decodes what `encode` wrote.
 ///
 /// # Errors
 /// `Invalid` when it is not a `T`.

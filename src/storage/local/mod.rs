@@ -29,14 +29,17 @@ mod publish;
 mod reading;
 mod root;
 mod sweep;
+#[doc(hidden)]
 pub mod sys;
 mod transfer;
 mod trash;
 #[cfg(feature = "uring")]
 mod uring;
 
+#[doc(hidden)]
 pub use linux::Linux;
 #[cfg(feature = "uring")]
+#[doc(hidden)]
 pub use uring::Uring;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -84,11 +87,13 @@ impl Local {
     }
 
     /// [`Self::open`] on other system calls.
+    #[doc(hidden)]
     pub fn with_sys(sys: Arc<dyn Sys>, path: impl AsRef<Path>) -> Result<Self> {
         Ok(Self::over(root::make(&sys, path.as_ref())?))
     }
 
     /// [`Self::at`] on other system calls.
+    #[doc(hidden)]
     pub fn at_with_sys(sys: Arc<dyn Sys>, path: impl AsRef<Path>) -> Result<Self> {
         Ok(Self::over(root::find(&sys, path.as_ref())?))
     }

@@ -353,7 +353,7 @@ fn a_failure_that_nobody_waited_for_comes_back() {
 fn writes_go_on_during_a_flush_and_stand_when_it_fails() {
     let root = tempdir().unwrap();
     let device = LateDevice::default();
-    let checkpoint = builder(root.path()).flush_interval(None).device(Arc::new(device.clone())).build().unwrap();
+    let checkpoint = builder(root.path()).flush_interval(None).made_device(Arc::new(device.clone())).build().unwrap();
     let session = checkpoint.session().unwrap();
     let bound = session.bind(Rollout::new(1)).unwrap();
     session.write(lead(1)).unwrap();
@@ -415,7 +415,7 @@ fn ranks_have_directories_of_their_own() {
     assert_eq!((alone.rank_path(), alone.catalog().unwrap().len()), (root.path().to_owned(), 0));
     assert_eq!((alone.level(), alone.name()), (1, "test"));
     let session = alone.session().unwrap();
-    assert!(Arc::ptr_eq(&session.device(), alone.device()));
+    assert_eq!((session.device(), alone.device()), (ashore::DeviceChoice::Host, ashore::DeviceChoice::Host));
 }
 
 #[test]
@@ -526,7 +526,7 @@ fn a_state_that_is_bound_before_a_session_waits_for_one() {
 #[test]
 fn a_session_entered_during_a_flush_goes_on_from_its_row() {
     let (root, device) = (tempdir().unwrap(), LateDevice::default());
-    let checkpoint = builder(root.path()).mode(Mode::Append).device(Arc::new(device.clone())).build().unwrap();
+    let checkpoint = builder(root.path()).mode(Mode::Append).made_device(Arc::new(device.clone())).build().unwrap();
     let session = checkpoint.enter().unwrap();
     let bound = session.bind(Rollout::new(0)).unwrap();
     row(&session, &bound, 6);

@@ -74,7 +74,8 @@ type Change = fn(Builder) -> Builder;
 /// Two saves and fences, and a save of lent memory, by an executor of its own; the first error, with its kind.
 fn train(gpu: &Gpu, stream: Stream, [tensor, lent]: [&Tensor; 2], change: Change) -> ashore::Result<()> {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
-    let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).device(Arc::new(gpu.try_device()?));
+    let builder =
+        CheckpointExecutor::builder("in memory").storage(storage.clone()).made_device(Arc::new(gpu.try_device()?));
     let executor = change(builder.arena(4 * 4096).chunk(4096).shutdown_deadline(LONG)).build()?;
     let mut result = Ok(());
     for step in 1..=3 {

@@ -76,7 +76,7 @@ fn cuda_memory_that_cannot_be_the_scratch_is_refused_by_name() {
     let gpu = Gpu::take();
     let (scratch, ordinal) = (gpu.tensor(&[0; BYTES]), gpu.ordinal);
     let builder = || CheckpointExecutor::builder("none").arena(4 * 4096).chunk(4096);
-    let on_gpu = || builder().device(gpu.device());
+    let on_gpu = || builder().made_device(gpu.device());
     for (builder, named) in [
         (scratch.scratch_of(on_gpu(), ordinal + 1, BYTES as u64), "memory=cuda:"),
         (scratch.scratch_of(builder().device(DeviceChoice::Host), ordinal, BYTES as u64), "device=host"),

@@ -16,7 +16,7 @@ pub fn step(tensors: &[(&str, &[u8])]) -> Made {
 
 /// The same, opened for a device.
 pub fn opened(gpu: &Gpu, tensors: &[(&str, &[u8])]) -> Checkpoint {
-    step(tensors).open().unwrap().with_device(gpu.device()).unwrap()
+    step(tensors).open().unwrap().with_made_device(gpu.device())
 }
 
 /// Memory with something else in it.
@@ -40,7 +40,7 @@ fn cuda_tensors_of_any_length_are_restored_to_any_address_bit_for_bit() {
     for (name, bytes) in made.files() {
         std::fs::write(path.join(name), bytes).unwrap();
     }
-    let checkpoint = Checkpoint::open(&path).unwrap().with_device(gpu.device()).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap().with_made_device(gpu.device());
     for threads in [1, 3, 32] {
         // A tensor in the middle of other memory, which stays as it is.
         let memory: Vec<_> = sizes.iter().map(|n| blank(&gpu, n + 32)).collect();
@@ -64,7 +64,7 @@ fn cuda_restores_many_small_tensors_and_those_of_the_host_in_one_call() {
     let bytes = |i: usize| pattern(i as u64, i * 7 % 1000);
     let made = (0..2000)
         .fold(Made::new(7).shards(3), |made, i| made.tensor(&format!("t{i}"), Dtype::U8, &[bytes(i).len()], bytes(i)));
-    let checkpoint = made.open().unwrap().with_device(gpu.device()).unwrap();
+    let checkpoint = made.open().unwrap().with_made_device(gpu.device());
     let device: Vec<_> = (0..2000).step_by(2).map(|i| (i, blank(&gpu, bytes(i).len()))).collect();
     let mut host: Vec<_> = (0..2000).skip(1).step_by(2).map(|i| (i, vec![0xEE; bytes(i).len()])).collect();
     let mut targets = Targets::new();
@@ -87,7 +87,7 @@ fn cuda_slices_are_restored_packed_also_when_they_overlap() {
     let bytes = [noise(6000 * 3000, 5), noise(150 * 120_000, 6)];
     let made = Made::new(7).tensor("t", Dtype::F32, &[6000, 750], bytes[0].clone());
     let made = made.tensor("u", Dtype::U8, &[150, 120_000], bytes[1].clone());
-    let checkpoint = made.open().unwrap().with_device(gpu.device()).unwrap();
+    let checkpoint = made.open().unwrap().with_made_device(gpu.device());
     let slices = [
         ("t", [0..6000, 7..8]),
         ("t", [100..5900, 700..750]),
@@ -185,7 +185,7 @@ fn cuda_slabs_are_not_read_into_while_they_are_copied_from() {
     // Each in a file of its own, so that one thread brings them one after the other.
     let add = |made: Made, (name, bytes): &(String, Vec<u8>)| made.tensor(name, Dtype::U8, &[100_000], bytes.clone());
     let made = tensors.iter().fold(Made::new(7).shards(12), add);
-    let checkpoint = made.open().unwrap().with_device(gpu.device()).unwrap().with_threads(1);
+    let checkpoint = made.open().unwrap().with_made_device(gpu.device()).with_threads(1);
     let memory: Vec<_> = tensors.iter().map(|_| blank(&gpu, 100_000)).collect();
     let targets = tensors.iter().zip(&memory);
     let targets = targets.fold(Targets::new(), |t, ((name, _), memory)| t.device(name, memory.target(stream)));
@@ -204,7 +204,7 @@ fn cuda_bytes_that_are_not_what_was_written_never_get_to_the_device() {
         let checkpoint = made.open().unwrap();
         let offset = checkpoint.manifest().tensors.iter().find(|t| t.name == name).unwrap().slices[0].offset as usize;
         files[0].1[offset + place] ^= 4;
-        let checkpoint = open(&files).unwrap().with_device(gpu.device()).unwrap();
+        let checkpoint = open(&files).unwrap().with_made_device(gpu.device());
         for lag in [0, 2000] {
             gpu.set("lag_us", lag);
             let memory = [blank(&gpu, big.len()), blank(&gpu, small.len())];

@@ -38,7 +38,7 @@ const CALLS: [&str; 22] = [
 fn restore(gpu: &Gpu, storage: &Arc<dyn Storage>, stream: Stream, memory: &[Tensor; 2]) -> ashore::Result<()> {
     let checkpoint = Checkpoint::from_storage(storage.clone(), "step")?.with_threads(1);
     let targets = Targets::new().device("a", memory[0].target(stream)).device("b", memory[1].target(stream));
-    checkpoint.with_device(Arc::new(gpu.try_device()?))?.read_into(targets)
+    checkpoint.with_made_device(Arc::new(gpu.try_device()?)).read_into(targets)
 }
 
 #[test]

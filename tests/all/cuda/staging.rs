@@ -275,7 +275,7 @@ fn cuda_executor_gives_back_all_that_it_took_but_the_context() {
     let (stream, tensor) = (gpu.stream(), gpu.tensor(&[1; 30_000]));
     let before = fake.live();
     let device = gpu.device();
-    let Rig { executor, gpu, .. } = rig_on(gpu, |b| b.device(device));
+    let Rig { executor, gpu, .. } = rig_on(gpu, |b| b.made_device(device));
     assert_ne!(gpu.fake().unwrap().live(), before);
     for step in 1..5 {
         executor.save(step, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();

@@ -255,7 +255,8 @@ fn cuda_driver_without_memory_waits_and_shared_queues_are_named() {
     }
     let device = open_device(Path::new("libcuda.so.1"), 0).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let builder = CheckpointExecutor::builder(folder.path()).arena(1 << 20).chunk(1 << 16).device(Arc::new(device));
+    let builder =
+        CheckpointExecutor::builder(folder.path()).arena(1 << 20).chunk(1 << 16).made_device(Arc::new(device));
     let executor = builder.memory_waits(true).build().unwrap();
     let (why, expected) = (executor.device().memory_waits.clone().unwrap_err(), std::env::var(EXPECTED).unwrap());
     assert!(why.contains(&expected), "{why}");

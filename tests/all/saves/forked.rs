@@ -14,7 +14,7 @@ fn the_child_can_do_nothing_and_the_parent_goes_on() {
     let root = tempfile::tempdir().unwrap();
     let device = LateDevice::default();
     let builder = CheckpointExecutor::builder(root.path()).arena(4 * 4096).chunk(4096);
-    let executor = builder.device(Arc::new(device.clone())).build().unwrap();
+    let executor = builder.made_device(Arc::new(device.clone())).build().unwrap();
     let tensor = Arc::new(pattern(1, 50_000));
     device.hold();
     let save = executor.save(1, one("t", tensor.clone())).unwrap();

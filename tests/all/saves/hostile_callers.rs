@@ -177,7 +177,7 @@ impl CopyQueue for Broken {
 #[test]
 fn a_queue_that_panics_whenever_it_is_asked_fails_its_save_and_no_other() {
     let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(Memory::new()));
-    let builder = builder.device(Arc::new(Breaking::default())).arena(4 * 4096).chunk(4096);
+    let builder = builder.made_device(Arc::new(Breaking::default())).arena(4 * 4096).chunk(4096);
     let executor = builder.shutdown_deadline(Duration::from_secs(5)).build().unwrap();
     let save = |step| executor.save(step, one("t", Arc::new(pattern(step, 30_000)))).unwrap();
     assert_eq!(save(1).wait(LONG).unwrap_err().kind(), ErrorKind::Internal);

@@ -1,6 +1,6 @@
 //! The storage in host memory does what every storage must.
 
-use ashore::storage::memory::Memory;
+use ashore::storage::Memory;
 use ashore::testing::conformance;
 use std::sync::Arc;
 

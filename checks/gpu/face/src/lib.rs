@@ -12,7 +12,8 @@
 mod steps;
 mod tensors;
 
-use ashore::device::{Cuda, DeviceChoice};
+use ashore::DeviceChoice;
+use ashore::device::Cuda;
 use ashore::{CheckpointExecutor, DeviceStream, Error, ErrorKind, Outcome, Result, Save, Settings};
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char};
@@ -150,7 +151,7 @@ face! {
             DeviceChoice::Cuda(ordinal) if !driver.is_null() => {
                 // SAFETY: the program says that it is a driver.
                 let device = unsafe { Cuda::with_driver(Path::new(text(driver)?), ordinal)? };
-                builder.device(Arc::new(device))
+                builder.made_device(Arc::new(device))
             }
             _ => builder,
         };

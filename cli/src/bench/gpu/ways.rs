@@ -152,8 +152,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     let (alone, beside) = (measure(false)?, measure(true)?);
     bar.finish_and_clear();
 
-    let refused =
-        |of: fn(&ashore::device::DeviceReport) -> Option<String>, i: usize| Value::from(of(executors[i].device()));
+    let refused = |of: fn(&ashore::DeviceReport) -> Option<String>, i: usize| Value::from(of(executors[i].device()));
     let mut figures = vec![
         ("workload", args.workload.name().into()),
         ("tensors", state.len().into()),

@@ -223,7 +223,7 @@ fn a_commit_that_is_being_published_at_its_deadline_is_indeterminate() {
 #[test]
 fn a_save_that_waits_for_room_does_not_keep_the_executor_alive() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
-    let engine = engine(root.path()).device(Arc::new(device.clone())).overlap(Overlap::Block).build().unwrap();
+    let engine = engine(root.path()).made_device(Arc::new(device.clone())).overlap(Overlap::Block).build().unwrap();
     let engine = Arc::new(engine);
     device.hold();
     drop(engine.save(1, state(1)).unwrap());

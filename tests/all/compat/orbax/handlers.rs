@@ -20,7 +20,7 @@ fn values(name: &str, value: u64) -> StateDict<'static> {
 fn a_handler_returns_futures_of_the_commit() {
     let root = tempfile::tempdir().unwrap();
     let device = LateDevice::default();
-    let engine = engine(root.path()).device(Arc::new(device.clone())).build().unwrap();
+    let engine = engine(root.path()).made_device(Arc::new(device.clone())).build().unwrap();
     let handler: Box<dyn AsyncCheckpointHandler<Item = StateDict<'static>>> =
         Box::new(StandardCheckpointHandler::new(Arc::new(engine)));
     device.hold();

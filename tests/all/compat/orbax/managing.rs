@@ -168,7 +168,7 @@ fn a_manager_that_is_dropped_waits_for_its_saves_their_retries_and_what_is_delet
 #[cfg_attr(miri, ignore = "forks")]
 fn a_manager_that_a_forked_child_drops_goes_on_in_the_parent() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
-    let engine = engine(root.path()).device(Arc::new(device.clone())).shutdown_deadline(LONG).build().unwrap();
+    let engine = engine(root.path()).made_device(Arc::new(device.clone())).shutdown_deadline(LONG).build().unwrap();
     let manager = CheckpointManager::new(Arc::new(engine), Options::new()).unwrap();
     device.hold();
     assert!(manager.save(1, state(1)).unwrap());
@@ -253,7 +253,7 @@ fn the_metadata_of_a_step_is_read_without_its_tensors() {
 #[test]
 fn two_saves_of_one_step_are_two_saves_under_way() {
     let (root, device, gate) = (tempfile::tempdir().unwrap(), LateDevice::default(), Arc::new(Gate::default()));
-    let engine = engine(root.path()).device(Arc::new(device.clone())).build().unwrap();
+    let engine = engine(root.path()).made_device(Arc::new(device.clone())).build().unwrap();
     let held = gate.clone();
     let options = Options::new().preservation_policy(move |steps: &[CheckpointInfo]| {
         held.pass();
@@ -278,7 +278,7 @@ fn two_saves_of_one_step_are_two_saves_under_way() {
 fn a_manager_closes_within_its_deadline() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
     let patience = Duration::from_secs(20);
-    let engine = engine(root.path()).device(Arc::new(device.clone())).shutdown_deadline(patience).build().unwrap();
+    let engine = engine(root.path()).made_device(Arc::new(device.clone())).shutdown_deadline(patience).build().unwrap();
     let manager = CheckpointManager::new(Arc::new(engine), Options::new()).unwrap();
     device.hold();
     assert!(manager.save(1, state(1)).unwrap());
@@ -293,7 +293,7 @@ fn a_manager_closes_within_its_deadline() {
 #[test]
 fn errors_that_close_does_not_return_are_logged() {
     let device = LateDevice::default();
-    let builder = engine("in memory".as_ref()).storage(Arc::new(Flaky::new(2))).device(Arc::new(device.clone()));
+    let builder = engine("in memory".as_ref()).storage(Arc::new(Flaky::new(2))).made_device(Arc::new(device.clone()));
     let engine = builder.overlap(Overlap::Queue(2)).build().unwrap();
     let manager = CheckpointManager::new(Arc::new(engine), Options::new()).unwrap();
     device.hold();

@@ -47,7 +47,7 @@ fn steps_are_saved_as_the_policy_says() {
 #[test]
 fn continuous_saving_never_overlaps_and_a_preemption_is_saved() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
-    let engine = engine(root.path()).device(Arc::new(device.clone())).build().unwrap();
+    let engine = engine(root.path()).made_device(Arc::new(device.clone())).build().unwrap();
     let policy = AnySavePolicy(vec![
         Box::new(ContinuousCheckpointingPolicy { minimum_interval: Duration::ZERO }),
         Box::new(PreemptionCheckpointingPolicy),

@@ -122,7 +122,7 @@ fn options_that_contradict_each_other_and_places_that_are_none_are_invalid_and_c
 fn overlapping_saves_follow_the_policy_of_the_engine() {
     let root = tempfile::tempdir().unwrap();
     let device = LateDevice::default();
-    let build = engine(root.path()).device(Arc::new(device.clone())).overlap(Overlap::Skip).build().unwrap();
+    let build = engine(root.path()).made_device(Arc::new(device.clone())).overlap(Overlap::Skip).build().unwrap();
     let executor = ThreadExecutor::new(Arc::new(build)).unwrap();
     device.hold();
     let first = executor.execute_save(state(1).into(), to("1")).unwrap();
@@ -212,7 +212,7 @@ fn an_executor_that_a_forked_child_drops_goes_on_in_the_parent() {
 #[test]
 fn an_executor_that_ends_waits_for_its_saves_though_the_engine_goes_on() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
-    let engine = Arc::new(engine(root.path()).device(Arc::new(device.clone())).build().unwrap());
+    let engine = Arc::new(engine(root.path()).made_device(Arc::new(device.clone())).build().unwrap());
     let begin = |step: u64| {
         let executor = ThreadExecutor::new(engine.clone()).unwrap();
         device.hold();
