@@ -52,7 +52,7 @@ pub struct Checkpoint {
     pub(crate) threads: usize,
     /// What copies to targets in device memory.
     pub(crate) device: Option<Arc<dyn Device>>,
-    pub(crate) patience: Duration,
+    pub(crate) timeout: Duration,
 }
 
 pub(crate) struct Opened {
@@ -113,7 +113,7 @@ impl Checkpoint {
             match Opened::new(storage.as_ref(), name, &path) {
                 Ok(opened) => {
                     let (opened, device) = (Arc::new(opened), None);
-                    return Ok(Self { opened, threads: THREADS, device, patience: PATIENCE });
+                    return Ok(Self { opened, threads: THREADS, device, timeout: PATIENCE });
                 }
                 // Exchanged or pruned while its files were opened, which are being deleted: look again under the name.
                 Err(Failure::Gone(_)) if tries < ATTEMPTS => tries += 1,
@@ -146,8 +146,8 @@ impl Checkpoint {
     }
 
     /// The same step; a read fails when copies to a device make no progress for so long: 10 minutes unless set.
-    pub fn with_patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 

@@ -14,10 +14,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-/// The moment `patience` from now; a patience beyond all reason is a hundred years.
-pub(crate) fn deadline_after(patience: Duration) -> Instant {
+/// The moment `timeout` from now; a timeout beyond all reason is a hundred years.
+pub(crate) fn deadline_after(timeout: Duration) -> Instant {
     let now = Instant::now();
-    now.checked_add(patience).unwrap_or_else(|| now + Duration::from_secs(100 * 365 * 24 * 3600))
+    now.checked_add(timeout).unwrap_or_else(|| now + Duration::from_secs(100 * 365 * 24 * 3600))
 }
 
 /// What is to be done with a value when it comes.

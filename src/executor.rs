@@ -26,7 +26,7 @@ use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
 use crate::plan::{Later, Plan, Request, Shape};
 use crate::save::{Fenced, Save, SaveOptions, Snapshot};
-use crate::settings::{Detect, Failed, Settings};
+use crate::settings::{Detect, OnUnseenError, Settings};
 use crate::staging::{Aside, Captured, Job, OnDevice, Stager, without_kernels};
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
@@ -72,7 +72,7 @@ use std::time::{Duration, Instant};
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// Dropping it waits for saves in flight, for `shutdown_deadline` at most; errors are then only logged. Where a
+/// Dropping it waits for saves in flight, for `shutdown_timeout` at most; errors are then only logged. Where a
 /// function given to [`Save::on_done`], or a waker, drops the last owner, a thread of its own does so, which `main`
 /// does not wait for.
 #[derive(Debug)]
@@ -131,7 +131,7 @@ impl CheckpointExecutor {
     /// asynchronous device was making cannot be taken back: the tensors may be written when `staged()` of those saves resolves.
     pub fn fence(&self) -> Result<()> {
         self.alive()?;
-        self.stager.flights.fence(self.settings.fence_deadline)
+        self.stager.flights.fence(self.settings.fence_timeout)
     }
 
     /// A future of [`fence`](Self::fence), for tasks that must not block their thread: nothing will be read any more from tensors of
@@ -149,7 +149,7 @@ impl CheckpointExecutor {
     /// knows nothing of: nothing is ordered then. `Device`: the saves that were still reading have been failed.
     pub fn fence_on(&self, streams: &[DeviceStream]) -> Result<()> {
         self.alive()?;
-        self.stager.fence_on(streams, self.settings.fence_deadline)
+        self.stager.fence_on(streams, self.settings.fence_timeout)
     }
 
     /// The newest durable step under the root, if there is one. Its tensors can be read into memory of the executor's device.
@@ -225,9 +225,9 @@ impl CheckpointExecutor {
     /// failed then, and threads that hang in the storage are left behind: a later call waits for them, and the
     /// drop for as long as the last call did.
     /// `Invalid` in a function given to [`Save::on_done`], or a waker: their thread is one that has to end.
-    pub fn shutdown(&self, deadline: Duration) -> Result<()> {
+    pub fn shutdown(&self, timeout: Duration) -> Result<()> {
         self.alive()?;
-        self.threads.shut_down(deadline)
+        self.threads.shut_down(timeout)
     }
 
     /// The threads, which live as long as saves do.
@@ -273,14 +273,14 @@ impl CheckpointExecutor {
             let why = "a thread of the executor cannot wait for staging: save without `Snapshot::AtSave`";
             return Err(Error::invalid(why).with_step(step));
         }
-        let patience = options.deadline.map_or(self.settings.save_deadline, |d| d.min(self.settings.save_deadline));
-        let deadline = deadline_after(patience);
+        let timeout = options.timeout.map_or(self.settings.save_timeout, |d| d.min(self.settings.save_timeout));
+        let deadline = deadline_after(timeout);
         if !options.last
             && let Some(error) = self.stager.flights.unobserved()
         {
-            match self.settings.failed {
-                Failed::NextCall => return Err(error),
-                Failed::Warn => tracing::error!(
+            match self.settings.on_unseen_error {
+                OnUnseenError::NextCall => return Err(error),
+                OnUnseenError::Warn => tracing::error!(
                     error = format_args!("{error:#}"),
                     "a save failed, and no call has returned its error"
                 ),
@@ -380,7 +380,7 @@ impl CheckpointExecutor {
         });
         drop((lines, admission));
         if options.snapshot == Snapshot::AtSave {
-            self.stager.flights.fence_one(&ticket, self.settings.fence_deadline)?;
+            self.stager.flights.fence_one(&ticket, self.settings.fence_timeout)?;
         }
         Ok(Save::new(ticket))
     }
@@ -424,7 +424,7 @@ impl CheckpointExecutor {
 
     /// The handle of a save that was not begun.
     fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
-        let deadline = deadline_after(self.settings.save_deadline);
+        let deadline = deadline_after(self.settings.save_timeout);
         let streams = Vec::new();
         let issue = Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable: false, over_budget: 0 };
         let ticket = Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone());
@@ -464,6 +464,6 @@ impl Drop for CheckpointExecutor {
             std::mem::forget(self.threads.clone());
             return;
         }
-        self.threads.close_dropped(self.settings.shutdown_deadline);
+        self.threads.close_dropped(self.settings.shutdown_timeout);
     }
 }

@@ -192,7 +192,9 @@ pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
 pub use restore::{Damage, DeviceTarget, Report, Targets};
 pub use save::{Fenced, Save, SaveOptions, Snapshot, Staged};
-pub use settings::{Detect, DeviceChoice, Engine, Failed, IoMode, Locks, OnDamaged, Overlap, Priority, Settings};
+pub use settings::{
+    Detect, DeviceChoice, Engine, IoMode, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings,
+};
 pub use state::{
     Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, RawDevice, RawHost, Source, StateDict,
 };

@@ -36,8 +36,9 @@ pub struct SaveOptions {
     /// The directory name; [`step_name`](crate::id::step_name) of the step if None. One that is the name of no step is that
     /// of a checkpoint beside the steps: never listed and never pruned.
     pub name: Option<String>,
-    /// When the save fails if it is not durable, counted from the call; the settings' save deadline if None, and never later.
-    pub deadline: Option<Duration>,
+    /// After how long the save fails if it is not durable, counted from the call; the settings' `save_timeout` if None, and never
+    /// later.
+    pub timeout: Option<Duration>,
     /// The last save of a program whose executor takes no more.
     pub(crate) last: bool,
 }
@@ -72,9 +73,9 @@ impl SaveOptions {
         self
     }
 
-    /// Sets when the save fails if it is not durable.
-    pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.deadline = Some(deadline);
+    /// Sets after how long the save fails if it is not durable.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
         self
     }
 }
@@ -110,16 +111,16 @@ impl Save {
     /// Blocks the thread until the save has ended.
     ///
     /// # Errors
-    /// How the save failed; `Deadline` when it has not ended after `patience`: it goes on then, and can be waited for again.
+    /// How the save failed; `Deadline` when it has not ended after `timeout`: it goes on then, and can be waited for again.
     /// `Invalid`, at once, in a function given to [`Save::on_done`], or a waker, when it has not ended.
-    pub fn wait(&self, patience: Duration) -> Result<Outcome> {
+    pub fn wait(&self, timeout: Duration) -> Result<Outcome> {
         self.ticket.alive()?;
         if !self.ticket.done.is_complete() {
             self.ticket.may_wait()?;
         }
-        match self.done.cell().wait(deadline_after(patience)) {
+        match self.done.cell().wait(deadline_after(timeout)) {
             Some(result) => self.observe(result),
-            None => Err(self.late("the save has not ended", patience)),
+            None => Err(self.late("the save has not ended", timeout)),
         }
     }
 
@@ -195,9 +196,9 @@ impl Save {
         result
     }
 
-    fn late(&self, what: &str, patience: Duration) -> Error {
+    fn late(&self, what: &str, timeout: Duration) -> Error {
         let phase = self.ticket.phase();
-        Error::new(ErrorKind::Deadline, format!("{what} waited={patience:?} phase={phase:?}"))
+        Error::new(ErrorKind::Deadline, format!("{what} waited={timeout:?} phase={phase:?}"))
             .with_step(self.ticket.step)
     }
 }
@@ -235,16 +236,16 @@ impl Staged {
     /// Blocks the thread until the save is staged.
     ///
     /// # Errors
-    /// How the save failed: its sources are dropped then, too. `Deadline` when it is not staged after `patience`.
+    /// How the save failed: its sources are dropped then, too. `Deadline` when it is not staged after `timeout`.
     /// `Invalid`, at once, in a function given to [`Save::on_done`], or a waker, when it is not staged.
-    pub fn wait(&self, patience: Duration) -> Result<()> {
+    pub fn wait(&self, timeout: Duration) -> Result<()> {
         self.ticket.alive()?;
         if !self.ticket.staged.is_complete() {
             self.ticket.may_wait()?;
         }
-        match self.staged.cell().wait(deadline_after(patience)) {
+        match self.staged.cell().wait(deadline_after(timeout)) {
             Some(result) => self.observe(result),
-            None => Err(Error::new(ErrorKind::Deadline, format!("the save is not staged waited={patience:?}"))
+            None => Err(Error::new(ErrorKind::Deadline, format!("the save is not staged waited={timeout:?}"))
                 .with_step(self.ticket.step)),
         }
     }

@@ -171,11 +171,11 @@ pub enum Detect {
     All,
 }
 
-/// What becomes of a save that failed in the background and whose handle nobody looked at.
+/// What becomes of the error of a save that failed in the background, when no handle and no call has returned it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
-pub enum Failed {
+pub enum OnUnseenError {
     /// The next `save` returns its error, and does not save; or `shutdown` does.
     NextCall,
     /// It is logged, at the level of errors, by the next `save`, which goes on; `shutdown` returns what is left. For programs
@@ -227,8 +227,8 @@ pub struct Settings {
     pub priority: Priority,
     /// What `save` does while earlier saves are unfinished: `Queue(1)`.
     pub overlap: Overlap,
-    /// What becomes of failures that nobody looked at: `NextCall`.
-    pub failed: Failed,
+    /// What becomes of errors of saves that no handle and no call has returned: `NextCall`.
+    pub on_unseen_error: OnUnseenError,
     /// When to look for forgotten fences: `First`. Of tensors of GPUs, among those of the executor's own.
     pub detect: Detect,
     /// Memory of the GPU, taken at start, in which small tensors are captured at `save`: 16 MiB, and as much as a chunk beside it.
@@ -258,12 +258,12 @@ pub struct Settings {
     pub verify_kept: bool,
     /// What a save does about a damaged step of the same number: `Replace`.
     pub damaged: OnDamaged,
-    /// A save that is not durable by then fails: 30 minutes. Counted from the call, waiting for room included.
-    pub save_deadline: Duration,
+    /// A save that is not durable after so long fails: 30 minutes. Counted from the call, waiting for room included.
+    pub save_timeout: Duration,
     /// A save that is still read when a fence has waited this long fails: 10 minutes.
-    pub fence_deadline: Duration,
+    pub fence_timeout: Duration,
     /// How long dropping the executor waits for saves in flight: 5 minutes.
-    pub shutdown_deadline: Duration,
+    pub shutdown_timeout: Duration,
 }
 
 impl Default for Settings {
@@ -280,7 +280,7 @@ impl Default for Settings {
             abandoned_after: Duration::from_secs(24 * 3600),
             priority: Priority::Normal,
             overlap: Overlap::Queue(1),
-            failed: Failed::NextCall,
+            on_unseen_error: OnUnseenError::NextCall,
             detect: Detect::First,
             gather: 16 << 20,
             scratch: 0,
@@ -291,9 +291,9 @@ impl Default for Settings {
             keep_every: None,
             verify_kept: false,
             damaged: OnDamaged::Replace,
-            save_deadline: Duration::from_secs(30 * 60),
-            fence_deadline: Duration::from_secs(10 * 60),
-            shutdown_deadline: Duration::from_secs(5 * 60),
+            save_timeout: Duration::from_secs(30 * 60),
+            fence_timeout: Duration::from_secs(10 * 60),
+            shutdown_timeout: Duration::from_secs(5 * 60),
         }
     }
 }

@@ -97,7 +97,7 @@ pub struct SigtermBuilder {
     /// There while the executor waits for saves in its drop, when it cannot be had any more itself.
     threads: Weak<Threads>,
     catalog: Catalog,
-    deadline: Duration,
+    timeout: Duration,
     on_term: OnTerm,
     exit: Exit,
     tell: Tell,
@@ -105,8 +105,8 @@ pub struct SigtermBuilder {
 
 impl SigtermBuilder {
     /// How long saves are given: 20 seconds.
-    pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.deadline = deadline;
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 
@@ -136,7 +136,7 @@ impl SigtermBuilder {
         let busy = |e| Error::new(ErrorKind::Busy, "the hook for SIGTERM cannot be installed").with_source(e);
         let (signals, wake) = UnixStream::pair().map_err(busy)?;
         let shared = Arc::new(Shared::default());
-        let hook = Sigterm { shared: shared.clone(), wake, patience: self.deadline.saturating_add(2 * GRACE) };
+        let hook = Sigterm { shared: shared.clone(), wake, timeout: self.timeout.saturating_add(2 * GRACE) };
         *lock(&shared.hook) = Some(Hook::new(&hook.wake).map_err(busy)?);
         let listener = Arc::new(Listener { hook: self, shared: shared.clone() });
         spawn("ashore-sigterm".into(), move || {
@@ -151,7 +151,7 @@ impl SigtermBuilder {
 
 impl std::fmt::Debug for SigtermBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "SigtermBuilder({:?}, {:?}, {:?})", self.deadline, self.on_term, self.exit)
+        write!(f, "SigtermBuilder({:?}, {:?}, {:?})", self.timeout, self.on_term, self.exit)
     }
 }
 
@@ -183,7 +183,7 @@ impl Default for Shared {
 /// # let dir = tempfile::tempdir().unwrap();
 /// let executor = Arc::new(ashore::CheckpointExecutor::builder(dir.path()).arena(16 << 20).chunk(1 << 20).build()?);
 /// let hook = Sigterm::on(&executor)
-///     .deadline(Duration::from_secs(20)) // well below the scheduler's own
+///     .timeout(Duration::from_secs(20)) // well below the scheduler's own
 ///     .on_term(OnTerm::Promote)
 ///     .exit(Exit::Code { durable: 0, lost: 75 })
 ///     .install()?;
@@ -198,7 +198,7 @@ impl Default for Shared {
 pub struct Sigterm {
     shared: Arc<Shared>,
     wake: UnixStream,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Sigterm {
@@ -213,7 +213,7 @@ impl Sigterm {
             executor: Arc::downgrade(executor),
             threads: Arc::downgrade(executor.threads()),
             catalog: executor.catalog().clone(),
-            deadline: Duration::from_secs(20),
+            timeout: Duration::from_secs(20),
             on_term: OnTerm::default(),
             exit: Exit::default(),
             tell: Box::new(tell),
@@ -259,15 +259,15 @@ impl Drop for Sigterm {
             return; // in a forked child the socket, and the thread behind it, are the parent's
         }
         // The report may be what drops it: the thread that drains cannot wait for itself.
-        let patience =
-            if self.shared.drain.get() == Some(&std::thread::current().id()) { Duration::ZERO } else { self.patience };
+        let timeout =
+            if self.shared.drain.get() == Some(&std::thread::current().id()) { Duration::ZERO } else { self.timeout };
         if self.requested() {
             // A second signal still counts.
-            self.shared.ended.wait(deadline_after(patience));
+            self.shared.ended.wait(deadline_after(timeout));
         }
         drop(lock(&self.shared.hook).take());
         let _ = self.wake.write(&[!SIGNAL]);
-        self.shared.ended.wait(deadline_after(patience));
+        self.shared.ended.wait(deadline_after(timeout));
     }
 }
 
@@ -283,7 +283,7 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     if byte != [SIGNAL] {
         return;
     }
-    let (deadline, end) = (deadline_after(hook.deadline), deadline_after(hook.deadline.saturating_add(GRACE)));
+    let (deadline, end) = (deadline_after(hook.timeout), deadline_after(hook.timeout.saturating_add(GRACE)));
     shared.requested.store(true, Ordering::Release);
     let executor = hook.executor.upgrade();
     if let Some(threads) = hook.threads.upgrade() {
@@ -396,9 +396,9 @@ impl Listener {
     }
 }
 
-/// How the save ended, if it does so within `patience`.
-fn slice(save: &Save, patience: Duration) -> Result<Result<Outcome>, ()> {
-    match save.wait(patience) {
+/// How the save ended, if it does so within `timeout`.
+fn slice(save: &Save, timeout: Duration) -> Result<Result<Outcome>, ()> {
+    match save.wait(timeout) {
         // Its own deadline, or that of this wait: asked again, an end is still there.
         Err(error) if error.kind() == ErrorKind::Deadline => save.try_get().ok_or(()),
         ended => Ok(ended),

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::guard::dropped;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
-use crate::settings::{Detect, DeviceChoice, Engine, Failed, Locks, OnDamaged, Overlap, Priority, Settings};
+use crate::settings::{Detect, DeviceChoice, Engine, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings};
 use crate::staging::{Scratch, Stager};
 use crate::storage::local::Local;
 use crate::storage::{Storage, Sweep};
@@ -100,8 +100,8 @@ impl Builder {
         priority: Priority,
         /// What `save` does while earlier saves are unfinished: `Queue(1)`.
         overlap: Overlap,
-        /// What becomes of failures that nobody looked at: returned by the next `save`.
-        failed: Failed,
+        /// What becomes of errors of saves that no handle and no call has returned: the next `save` returns them.
+        on_unseen_error: OnUnseenError,
         /// When to look for forgotten fences: for the first two saves.
         detect: Detect,
         /// Memory of the GPU, in bytes, in which small tensors are captured at `save`: 16 MiB. With 0 nothing is gathered.
@@ -124,12 +124,12 @@ impl Builder {
         verify_kept: bool,
         /// What a save does about a damaged step of the same number: `Replace`.
         damaged: OnDamaged,
-        /// A save that is not durable by then fails: 30 minutes.
-        save_deadline: Duration,
+        /// A save that is not durable after so long fails: 30 minutes.
+        save_timeout: Duration,
         /// A save that is still read when a fence has waited this long fails: 10 minutes.
-        fence_deadline: Duration,
+        fence_timeout: Duration,
         /// How long dropping the executor waits for saves in flight: 5 minutes.
-        shutdown_deadline: Duration,
+        shutdown_timeout: Duration,
     }
 
     /// Keeps steps that `policy` chooses, such as the [best](crate::catalog::Best), beyond those of

@@ -105,10 +105,10 @@ impl Ending<'_> {
         }
         // Not taken out: should this unwind, the next call must find them again.
         let tickets = lock(self.tickets).clone();
-        let patience = self.executor.settings.fence_deadline;
+        let timeout = self.executor.settings.fence_timeout;
         match self.fence.0 {
-            None => Flights::freeze(&tickets, patience),
-            Some(streams) => self.executor.stager.freeze_on(&tickets, streams, patience),
+            None => Flights::freeze(&tickets, timeout),
+            Some(streams) => self.executor.stager.freeze_on(&tickets, streams, timeout),
         }
     }
 }

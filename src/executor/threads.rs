@@ -33,7 +33,7 @@ pub(crate) struct Threads {
     /// No save is begun any more.
     closed: AtomicBool,
     /// How long the program was ready to wait when it last shut the executor down itself.
-    patience: Mutex<Option<Duration>>,
+    timeout: Mutex<Option<Duration>>,
 }
 
 /// The sending ends that keep the threads alive.
@@ -51,7 +51,7 @@ impl Threads {
             handles: Mutex::default(),
             calling: Mutex::default(),
             closed: AtomicBool::new(false),
-            patience: Mutex::default(),
+            timeout: Mutex::default(),
         }
     }
 
@@ -90,13 +90,13 @@ impl Threads {
     ///
     /// # Errors
     /// As there.
-    pub(crate) fn shut_down(&self, patience: Duration) -> Result<()> {
+    pub(crate) fn shut_down(&self, timeout: Duration) -> Result<()> {
         if self.are_here() {
             let why = "a thread of the executor cannot shut it down: call `shutdown` from another thread";
             return Err(Error::invalid(why));
         }
-        *lock(&self.patience) = Some(patience);
-        self.close(patience)
+        *lock(&self.timeout) = Some(timeout);
+        self.close(timeout)
     }
 
     /// Takes no more saves, waits for those in flight, ends the threads. Any number of threads may call it; each
@@ -104,10 +104,10 @@ impl Threads {
     ///
     /// # Errors
     /// The first error of a save that nobody has seen. `Deadline` when saves were unfinished at the deadline.
-    pub(super) fn close(&self, patience: Duration) -> Result<()> {
+    pub(super) fn close(&self, timeout: Duration) -> Result<()> {
         let lines = lock(&self.lines).take();
-        let deadline = deadline_after(patience);
-        let late = self.wait_for_saves(patience, deadline);
+        let deadline = deadline_after(timeout);
+        let late = self.wait_for_saves(timeout, deadline);
         self.stager.stop();
         drop(lines);
         join(&self.handles, deadline.max(Instant::now() + GRACE));
@@ -123,13 +123,13 @@ impl Threads {
 
     /// As [`close`](Self::close), for the drop of the executor. One of these threads would wait for itself: another
     /// closes then, and this returns at once.
-    pub(super) fn close_dropped(self: &Arc<Self>, patience: Duration) {
-        let patience = lock(&self.patience).map_or(patience, |asked| asked.min(patience));
+    pub(super) fn close_dropped(self: &Arc<Self>, timeout: Duration) {
+        let timeout = lock(&self.timeout).map_or(timeout, |asked| asked.min(timeout));
         if !self.are_here() {
-            return log(self.close(patience));
+            return log(self.close(timeout));
         }
         let threads = self.clone();
-        if let Err(error) = spawn("ashore-close".into(), move || log(threads.close(patience))) {
+        if let Err(error) = spawn("ashore-close".into(), move || log(threads.close(timeout))) {
             tracing::error!(error = format_args!("{error:#}"), "no thread waits for the saves of a dropped executor");
             // Saves in flight go on, and the threads end after the last of them.
             self.stager.stop();
@@ -139,11 +139,11 @@ impl Threads {
 
     /// Waits for saves in flight, and gives up those that are unfinished at the deadline. Returns what is to be said
     /// of the first of these.
-    fn wait_for_saves(&self, patience: Duration, deadline: Instant) -> Option<Error> {
+    fn wait_for_saves(&self, timeout: Duration, deadline: Instant) -> Option<Error> {
         let mut late = None;
         for ticket in self.stager.flights.unfinished() {
             if ticket.done.wait(deadline).is_none() {
-                let what = format!("the executor was shut down before a save ended patience={patience:?}");
+                let what = format!("the executor was shut down before a save ended timeout={timeout:?}");
                 let cancelled = Error::new(ErrorKind::Cancelled, what.clone());
                 // This call says so itself, of the first one; no other may.
                 let failed = ticket.fail_as(cancelled.clone(), true);

@@ -4,7 +4,7 @@
 //! every part. A part whose digest is right is handed over: its bytes are copied to the device by a stream of this thread, which
 //! waits for what the program had queued in its streams. While that goes on the thread reads into its second slab. **Completion.**
 //! A slab is read into again, and the call returns, when an event behind its copies is reached. **Failure.** Copies that were queued
-//! are waited for all the same; where that takes longer than the checkpoint's patience, slabs are leaked rather than reused, but
+//! are waited for all the same; where that takes longer than the checkpoint's timeout, slabs are leaked rather than reused, but
 //! copies to memory that is borrowed are waited for until they end.
 //!
 //! # Safety argument
@@ -145,8 +145,7 @@ impl Checkpoint {
         if !unfinished.into_inner() {
             return result;
         }
-        let why =
-            format!("copies to a device have not ended and still write to its memory patience={:?}", self.patience);
+        let why = format!("copies to a device have not ended and still write to its memory timeout={:?}", self.timeout);
         let late = self.place(Error::new(ErrorKind::Deadline, why));
         Err(if let Err(error) = result { late.with_source(error) } else { late })
     }
@@ -169,7 +168,7 @@ struct Loader<'l> {
     queue: Box<dyn LoadQueue>,
     /// Slabs that are copied from, oldest first.
     flights: VecDeque<Flight>,
-    patience: Duration,
+    timeout: Duration,
     /// Copies go to memory that is borrowed.
     borrowed: bool,
     /// Set where copies are left behind.
@@ -241,8 +240,8 @@ impl<'l> Loader<'l> {
         borrowed: bool,
         unfinished: &'l AtomicBool,
     ) -> Result<Self> {
-        let (queue, flights, patience) = (device.loads()?, VecDeque::with_capacity(SLABS), checkpoint.patience);
-        Ok(Self { checkpoint, arena, queue, flights, patience, borrowed, unfinished })
+        let (queue, flights, timeout) = (device.loads()?, VecDeque::with_capacity(SLABS), checkpoint.timeout);
+        Ok(Self { checkpoint, arena, queue, flights, timeout, borrowed, unfinished })
     }
 
     /// Reads a piece, checks it, and hands it over when all of it is right.
@@ -293,12 +292,12 @@ impl<'l> Loader<'l> {
         let Some(mark) = self.flights.front().and_then(|flight| flight.mark.clone()) else {
             return Err(Error::internal("a slab without a mark is waited for"));
         };
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.timeout;
         while !self.queue.has_reached(&mark)? {
             if Instant::now() >= deadline {
-                let why = format!("copies to a device do not end patience={:?}", self.patience);
+                let why = format!("copies to a device do not end timeout={:?}", self.timeout);
                 // Nor will they while this is waited for once more.
-                self.patience = Duration::ZERO;
+                self.timeout = Duration::ZERO;
                 return Err(Error::new(ErrorKind::Deadline, why));
             }
             thread::sleep(POLL);
@@ -320,7 +319,7 @@ impl<'l> Loader<'l> {
 
 impl Drop for Loader<'_> {
     fn drop(&mut self) {
-        if self.flights.is_empty() || self.queue.quiesce(deadline_after(self.patience)) {
+        if self.flights.is_empty() || self.queue.quiesce(deadline_after(self.timeout)) {
             return;
         }
         if self.borrowed {

@@ -231,7 +231,7 @@ impl Checkpoint {
     /// As [`Checkpoint::read`], [`Checkpoint::read_as`] and [`Checkpoint::read_slice`], and `Invalid`, naming the tensor,
     /// when [strict](Targets::strict) targets do not ask for it, or when a target has another length, or is in device memory and the checkpoint has no device for it; `Invalid` too for a
     /// stream that is being captured into a graph. Nothing is read unless every target fits. `Device` when the device fails.
-    /// `Deadline` when copies to it make no progress for as long as [`Checkpoint::with_patience`] says: they may still end, and
+    /// `Deadline` when copies to it make no progress for as long as [`Checkpoint::with_timeout`] says: they may still end, and
     /// where they go to memory that is borrowed they are waited for.
     pub fn read_into(&self, targets: Targets<'_>) -> Result<()> {
         let Targets { targets, strict, streams, borrowed } = targets;

@@ -23,7 +23,7 @@ pub fn rig(change: impl FnOnce(Builder) -> Builder) -> Rig {
     let builder =
         CheckpointExecutor::builder("in memory").storage(storage.clone()).made_device(Arc::new(device.clone()));
     // Short, so that a test that fails with its device held ends soon.
-    let builder = builder.arena(4 * 4096).chunk(4096).shutdown_deadline(Duration::from_secs(5));
+    let builder = builder.arena(4 * 4096).chunk(4096).shutdown_timeout(Duration::from_secs(5));
     let executor = change(builder).build().unwrap();
     Rig { executor, storage, device }
 }

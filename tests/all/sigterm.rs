@@ -77,7 +77,7 @@ fn the_program() {
         _ => (OnTerm::Finish, Exit::Return, Duration::MAX),
     };
     let hangs = scenario == "hang";
-    let hook = Sigterm::on(&executor).deadline(deadline).on_term(on_term).exit(exit);
+    let hook = Sigterm::on(&executor).timeout(deadline).on_term(on_term).exit(exit);
     let hook = hook
         .report(move |report| {
             let durable = report.durable.as_ref().map(|(step, _)| *step);

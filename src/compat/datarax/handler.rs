@@ -110,7 +110,7 @@ impl Metadata {
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// Dropping it waits for a save in flight, for the settings' `shutdown_deadline` at most; its error is then only logged.
+/// Dropping it waits for a save in flight, for the settings' `shutdown_timeout` at most; its error is then only logged.
 #[derive(Debug)]
 pub struct OrbaxCheckpointHandler {
     settings: Settings,
@@ -299,7 +299,7 @@ impl OrbaxCheckpointHandler {
     pub fn close(self) -> Result<()> {
         let mut inner = lock(&self.inner);
         let finished = inner.finish(Duration::MAX).err();
-        let shut = |(_, executor): (_, CheckpointExecutor)| executor.shutdown(self.settings.shutdown_deadline).err();
+        let shut = |(_, executor): (_, CheckpointExecutor)| executor.shutdown(self.settings.shutdown_timeout).err();
         first(finished.into_iter().chain(inner.open.drain(..).filter_map(shut)))
     }
 }
@@ -308,7 +308,7 @@ impl Drop for OrbaxCheckpointHandler {
     fn drop(&mut self) {
         // In a forked child the save is the parent's, and cannot be waited for.
         let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = inner.finish(self.settings.shutdown_deadline) {
+        if let Err(error) = inner.finish(self.settings.shutdown_timeout) {
             tracing::error!(
                 error = format_args!("{error:#}"),
                 "a handler was dropped before its save had ended, or that failed"
@@ -335,10 +335,10 @@ impl Inner {
     }
 
     /// Waits for the last save, then deletes what it need not keep.
-    fn finish(&mut self, patience: Duration) -> Result<()> {
+    fn finish(&mut self, timeout: Duration) -> Result<()> {
         let Some(Flying { save, keep }) = self.flying.take() else { return Ok(()) };
         // The save has a deadline of its own.
-        save.wait(patience)?;
+        save.wait(timeout)?;
         if let (Some((directory, executor)), Some(_)) = (self.open.first(), keep)
             && let Err(error) = prune(executor.catalog(), keep)
         {

@@ -26,9 +26,9 @@ impl Flush {
     ///
     /// # Errors
     /// How the commit failed: the session is then as it was before the call. `Deadline` when it has not ended after
-    /// `patience`: it goes on.
-    pub fn wait(&self, patience: Duration) -> Result<CheckpointEntry> {
-        let result = self.save.wait(patience);
+    /// `timeout`: it goes on.
+    pub fn wait(&self, timeout: Duration) -> Result<CheckpointEntry> {
+        let result = self.save.wait(timeout);
         if result.is_err() && self.save.try_get().is_none() {
             return result.map(|_| self.row.clone());
         }

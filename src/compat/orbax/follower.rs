@@ -7,7 +7,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
 use crate::save::{Save, SaveOptions};
-use crate::settings::Failed;
+use crate::settings::OnUnseenError;
 use crate::state::StateDict;
 use crate::sync::lock;
 use crate::ticket::Outcome;
@@ -41,7 +41,7 @@ pub(super) struct Flight {
 pub(super) struct Follower {
     pub executor: Weak<CheckpointExecutor>,
     pub catalog: Catalog,
-    pub failed: Failed,
+    pub failed: OnUnseenError,
     pub shared: Arc<Shared>,
     pub preservation: Arc<dyn PreservationPolicy>,
 }
@@ -68,7 +68,7 @@ impl Follower {
                 }
             }
             match ended {
-                Err(error) if self.failed == Failed::Warn => {
+                Err(error) if self.failed == OnUnseenError::Warn => {
                     tracing::error!(
                         error = format_args!("{error:#}"),
                         "a save failed, and no call has returned its error"
@@ -87,8 +87,8 @@ impl Follower {
         let Flight { step, mut save, mut kept, mut options, mut retries, deadline } = flight;
         options.attempt = None; // no two tries share an attempt
         loop {
-            let patience = deadline.saturating_duration_since(Instant::now()) + Duration::from_secs(1);
-            let ended = save.wait(patience);
+            let timeout = deadline.saturating_duration_since(Instant::now()) + Duration::from_secs(1);
+            let ended = save.wait(timeout);
             let next = match (&ended, kept.take()) {
                 (Err(error), Some(state)) if retries > 0 && may_pass(error) && Instant::now() < deadline => {
                     tracing::warn!(error = format_args!("{error:#}"), retries, "a save failed and is tried again");
@@ -100,7 +100,7 @@ impl Follower {
             retries -= 1;
             let (now, later) = next.split()?;
             kept = Some(later);
-            options.deadline = Some(deadline.saturating_duration_since(Instant::now()));
+            options.timeout = Some(deadline.saturating_duration_since(Instant::now()));
             save = executor.save_with(step, now, options.clone())?;
         }
     }

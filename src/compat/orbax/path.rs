@@ -85,10 +85,10 @@ impl PathAwaitingCreation {
     /// Waits for the path on this thread.
     ///
     /// # Errors
-    /// Why there will be none; `Deadline` after `patience`.
-    pub fn wait(&self, patience: Duration) -> Result<PathBuf> {
-        let late = || Error::new(ErrorKind::Deadline, format!("the path was not created in time waited={patience:?}"));
-        self.root.wait(deadline_after(patience)).ok_or_else(late)?.map(|root| self.under(root))
+    /// Why there will be none; `Deadline` after `timeout`.
+    pub fn wait(&self, timeout: Duration) -> Result<PathBuf> {
+        let late = || Error::new(ErrorKind::Deadline, format!("the path was not created in time waited={timeout:?}"));
+        self.root.wait(deadline_after(timeout)).ok_or_else(late)?.map(|root| self.under(root))
     }
 
     fn under(&self, root: PathBuf) -> PathBuf {

@@ -13,7 +13,7 @@ use crate::executor::CheckpointExecutor;
 use crate::fork;
 use crate::mutant::{self, Mutant};
 use crate::save::{SaveOptions, Snapshot};
-use crate::settings::Failed;
+use crate::settings::OnUnseenError;
 use crate::state::{Layout, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::Outcome;
@@ -67,7 +67,7 @@ use std::time::{Duration, Instant, SystemTime};
 ///
 /// Whether saves overlap, and what becomes of failures, is as the executor's settings say; an error that nobody saw comes out of
 /// the next `save`, `check_for_errors`, `wait_until_finished` or `close`. Dropping it waits for saves under
-/// way, for the executor's `shutdown_deadline` at most; errors are then only logged.
+/// way, for the executor's `shutdown_timeout` at most; errors are then only logged.
 #[derive(Debug)]
 pub struct CheckpointManager {
     catalog: Catalog,
@@ -147,7 +147,7 @@ impl CheckpointManager {
         let follower = Follower {
             executor: Arc::downgrade(&executor),
             catalog: catalog.clone(),
-            failed: executor.settings().failed,
+            failed: executor.settings().on_unseen_error,
             shared: shared.clone(),
             preservation: options.preservation.clone(),
         };
@@ -236,9 +236,9 @@ impl CheckpointManager {
             let refused = Error::invalid("a manager that only reads cannot save").with_step(step);
             return if force { Err(refused) } else { Ok(false) };
         };
-        match executor.settings().failed {
-            Failed::NextCall => self.check_for_errors()?,
-            Failed::Warn => {}
+        match executor.settings().on_unseen_error {
+            OnUnseenError::NextCall => self.check_for_errors()?,
+            OnUnseenError::Warn => {}
         }
         if !force && !self.should_save(step) {
             return Ok(false);
@@ -268,8 +268,8 @@ impl CheckpointManager {
         } else {
             (state, None)
         };
-        let longest = executor.settings().save_deadline;
-        let deadline = deadline_after(options.deadline.map_or(longest, |deadline| deadline.min(longest)));
+        let longest = executor.settings().save_timeout;
+        let deadline = deadline_after(options.timeout.map_or(longest, |timeout| timeout.min(longest)));
         let save = executor.save_with(step, state, options.clone())?;
         if let Some(Ok(Outcome::Skipped { .. })) = save.try_get() {
             return Ok(false);
@@ -450,10 +450,9 @@ impl CheckpointManager {
 impl Drop for CheckpointManager {
     fn drop(&mut self) {
         let Some(writer) = &self.writer else { return };
-        let (parents, patience) =
-            (writer.generation != fork::generation(), writer.executor.settings().shutdown_deadline);
-        let patience = if mutant::on(Mutant::ManagerDrop) { Duration::ZERO } else { patience };
-        if let Err(error) = self.end(patience) {
+        let (parents, timeout) = (writer.generation != fork::generation(), writer.executor.settings().shutdown_timeout);
+        let timeout = if mutant::on(Mutant::ManagerDrop) { Duration::ZERO } else { timeout };
+        if let Err(error) = self.end(timeout) {
             tracing::error!(error = format_args!("{error:#}"), "a manager was dropped before its saves had ended");
         }
         if parents {

@@ -198,8 +198,8 @@ pub(super) fn complete<T>(
             return result;
         }
         let flag = woken.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let patience = deadline.saturating_duration_since(Instant::now());
-        let waited = woken.1.wait_timeout_while(flag, patience, |woken| !*woken);
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        let waited = woken.1.wait_timeout_while(flag, timeout, |woken| !*woken);
         let (mut flag, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if !std::mem::take(&mut *flag) {
             return Err(Error::new(ErrorKind::Deadline, "staging or writing had not ended at the deadline of a save"));

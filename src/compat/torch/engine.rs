@@ -58,8 +58,8 @@ impl EngineWriter {
 
     /// When saves fail that have not ended; never later than the engine's settings say.
     #[must_use]
-    pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.options.deadline = Some(deadline);
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.options.timeout = Some(timeout);
         self
     }
 

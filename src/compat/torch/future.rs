@@ -69,14 +69,14 @@ impl CheckpointFuture {
     /// Blocks the thread until the save has ended: torch's `result()`.
     ///
     /// # Errors
-    /// How the save failed; `Deadline` when it has not ended after `patience`: it goes on then, and can be waited for again.
-    pub fn result(&self, patience: Duration) -> Result<Option<Metadata>> {
+    /// How the save failed; `Deadline` when it has not ended after `timeout`: it goes on then, and can be waited for again.
+    pub fn result(&self, timeout: Duration) -> Result<Option<Metadata>> {
         match &self.0 {
-            Inner::Engine { save, planned, .. } => planned.outcome(save.wait(patience)),
+            Inner::Engine { save, planned, .. } => planned.outcome(save.wait(timeout)),
             Inner::Queued { record, done } => {
                 record.alive()?;
-                let late = || Error::new(ErrorKind::Deadline, format!("the save has not ended waited={patience:?}"));
-                let result = done.cell().wait(deadline_after(patience)).ok_or_else(late)?;
+                let late = || Error::new(ErrorKind::Deadline, format!("the save has not ended waited={timeout:?}"));
+                let result = done.cell().wait(deadline_after(timeout)).ok_or_else(late)?;
                 record.observe();
                 result
             }

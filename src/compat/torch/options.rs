@@ -21,7 +21,7 @@ pub struct ExecuteOptions {
     no_dist: bool,
     use_collectives: Option<bool>,
     pub(super) keep_existing: bool,
-    pub(super) deadline: Option<Duration>,
+    pub(super) timeout: Option<Duration>,
     pub(super) attempt: Option<Attempt>,
 }
 
@@ -77,9 +77,9 @@ impl ExecuteOptions {
         self
     }
 
-    /// When the save fails, if it has not ended; never later than the engine's save deadline says.
-    pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.deadline = Some(deadline);
+    /// After how long the save fails, if it has not ended; never later than the engine's `save_timeout` says.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
         self
     }
 

@@ -217,12 +217,12 @@ impl Queue {
     /// # Errors
     /// The first error that no call has returned; others are logged. `Deadline` when saves were unfinished, which
     /// have failed then; `Indeterminate` when one was being published, which may become durable.
-    pub fn close(&mut self, patience: Duration) -> Result<()> {
+    pub fn close(&mut self, timeout: Duration) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         if self.generation != fork::generation() {
             return Ok(()); // in a forked child: saves, and the thread that carries them out, are the parent's
         }
-        let deadline = deadline_after(patience);
+        let deadline = deadline_after(timeout);
         let grace = deadline.max(Instant::now() + Duration::from_millis(500));
         let late = || Error::new(ErrorKind::Deadline, "the executor was closed before a save ended");
         let published = || {

@@ -15,7 +15,7 @@ use crate::completion::{Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
 use crate::save::Save;
-use crate::settings::Failed;
+use crate::settings::OnUnseenError;
 use crate::state::StateDict;
 use crate::sync::{Arc as CellArc, Mutex, lock};
 use crate::ticket::Outcome;
@@ -97,9 +97,9 @@ impl ThreadExecutor {
     /// The first error that no call has returned; others are logged. `Deadline` when saves were
     /// unfinished, which have failed then; `Indeterminate` when one was being published, which may become
     /// durable.
-    pub fn close(mut self, deadline: Duration) -> Result<()> {
-        let until = deadline_after(deadline);
-        let closed = self.queue.close(deadline);
+    pub fn close(mut self, timeout: Duration) -> Result<()> {
+        let until = deadline_after(timeout);
+        let closed = self.queue.close(timeout);
         let executor = self.executor.clone();
         drop(self);
         let shutdown = |engine: CheckpointExecutor| engine.shutdown(until.saturating_duration_since(Instant::now()));
@@ -115,7 +115,7 @@ impl ThreadExecutor {
         options: ExecuteOptions,
     ) -> Result<CheckpointFuture> {
         let id = options.checkpoint_id.as_deref();
-        let deadline = deadline_after(self.executor.settings().save_deadline);
+        let deadline = deadline_after(self.executor.settings().save_timeout);
         let plan = |planner: &mut dyn SavePlanner| {
             let (plan, metadata) = drive::plan(&state, planner, &mut writer, id, &Ranks::Alone, deadline)?;
             let state = drive::resolve(planner, &plan, state)?;
@@ -141,12 +141,12 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
     fn execute_save(&self, state: StagedState, mut options: ExecuteOptions) -> Result<CheckpointFuture> {
         let settings = self.executor.settings();
         let ranks = options.ranks()?;
-        let patience = options.deadline.map_or(settings.save_deadline, |d| d.min(settings.save_deadline));
-        let deadline = deadline_after(patience);
+        let timeout = options.timeout.map_or(settings.save_timeout, |d| d.min(settings.save_timeout));
+        let deadline = deadline_after(timeout);
         if let Some(error) = self.queue.unobserved() {
-            match settings.failed {
-                Failed::NextCall => return Err(error),
-                Failed::Warn => tracing::error!(
+            match settings.on_unseen_error {
+                OnUnseenError::NextCall => return Err(error),
+                OnUnseenError::Warn => tracing::error!(
                     error = format_args!("{error:#}"),
                     "a save failed, and no call has returned its error"
                 ),
@@ -160,7 +160,7 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
             }
             None => {
                 let writer = EngineWriter::new(self.executor.clone()).overwrite(!options.keep_existing);
-                let mut writer = writer.attempt(options.attempt).deadline(patience);
+                let mut writer = writer.attempt(options.attempt).timeout(timeout);
                 writer.handed = self.handed.clone();
                 Writer::Engine(writer)
             }
@@ -188,7 +188,7 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
 
 impl Drop for ThreadExecutor {
     fn drop(&mut self) {
-        if let Err(error) = self.queue.close(self.executor.settings().shutdown_deadline) {
+        if let Err(error) = self.queue.close(self.executor.settings().shutdown_timeout) {
             tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error");
         }
     }

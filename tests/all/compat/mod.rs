@@ -18,7 +18,7 @@ use std::time::Duration;
 
 /// A small engine on real files.
 fn engine(root: &Path) -> ashore::Builder {
-    CheckpointExecutor::builder(root).arena(4 * 4096).chunk(4096).shutdown_deadline(Duration::from_secs(5))
+    CheckpointExecutor::builder(root).arena(4 * 4096).chunk(4096).shutdown_timeout(Duration::from_secs(5))
 }
 
 /// A state with tensors of several chunks, a value and metadata.

@@ -43,7 +43,7 @@ fn cuda_host_waits_at_a_fence_exactly_for_what_neither_scratch_nor_slabs_hold() 
     {
         let gpu = Gpu::take();
         let patience = Duration::from_millis(if returns { 20_000 } else { 30 });
-        let rig = rig_on(gpu, |b| b.arena(slabs * 4096).scratch(slots * 4096).fence_deadline(patience));
+        let rig = rig_on(gpu, |b| b.arena(slabs * 4096).scratch(slots * 4096).fence_timeout(patience));
         let Some(fake) = rig.gpu.fake() else { return };
         fake.set("hold", COPIES);
         let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
@@ -235,7 +235,7 @@ fn cuda_save_that_is_durable_before_its_fence_has_run_says_when_it_was_staged() 
 /// that save for good.
 #[test]
 fn cuda_slots_come_back_after_a_fence_that_the_driver_refused() {
-    let rig = rig(|b| b.scratch(9 * 4096).detect(Detect::Never).fence_deadline(LONG / 10));
+    let rig = rig(|b| b.scratch(9 * 4096).detect(Detect::Never).fence_timeout(LONG / 10));
     let Some(fake) = rig.gpu.fake() else { return };
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
     let save = |step| {

@@ -197,7 +197,7 @@ fn cuda_restore_into_a_borrowed_slice_returns_when_nothing_writes_there_any_more
     let heard = Heard::default();
     tracing::subscriber::set_global_default(heard.clone()).unwrap();
     rig.executor.save(1, one(Arc::new(numbers(6000)))).unwrap().wait(LONG).unwrap();
-    let checkpoint = rig.executor.checkpoint(1).unwrap().with_patience(Duration::from_millis(10));
+    let checkpoint = rig.executor.checkpoint(1).unwrap().with_timeout(Duration::from_millis(10));
     let mut slice = stream.alloc_zeros::<f32>(6000).unwrap();
     stream.synchronize().unwrap();
     fake.set("hold", TO_DEVICE);

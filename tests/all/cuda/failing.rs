@@ -76,7 +76,7 @@ fn train(gpu: &Gpu, stream: Stream, [tensor, lent]: [&Tensor; 2], change: Change
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
     let builder =
         CheckpointExecutor::builder("in memory").storage(storage.clone()).made_device(Arc::new(gpu.try_device()?));
-    let executor = change(builder.arena(4 * 4096).chunk(4096).shutdown_deadline(LONG)).build()?;
+    let executor = change(builder.arena(4 * 4096).chunk(4096).shutdown_timeout(LONG)).build()?;
     let mut result = Ok(());
     for step in 1..=3 {
         let tensor = if step < 3 { tensor } else { lent };
@@ -198,7 +198,7 @@ fn cuda_driver_is_not_called_after_an_error_that_stays() {
 
 #[test]
 fn cuda_work_that_never_ends_fails_the_save_at_its_deadline() {
-    let rig = rig(|b| b.save_deadline(Duration::from_millis(50)).fence_deadline(Duration::from_millis(50)));
+    let rig = rig(|b| b.save_timeout(Duration::from_millis(50)).fence_timeout(Duration::from_millis(50)));
     let Some(fake) = rig.gpu.fake() else { return };
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 60_000)));
     fake.set("lag_us", 200_000);

@@ -53,7 +53,7 @@ fn cuda_memory_that_was_handed_in_is_kept_until_no_kernel_will_write_it() {
     }
     let (scratch, ordinal) = (gpu.tensor(&[0; BYTES]), gpu.ordinal);
     let patience = Duration::from_millis(20);
-    let rig = rig_on(gpu, |b| scratch.scratch_of(b, ordinal, BYTES as u64).shutdown_deadline(patience));
+    let rig = rig_on(gpu, |b| scratch.scratch_of(b, ordinal, BYTES as u64).shutdown_timeout(patience));
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
     rig.gpu.set("hold", COPIES | KERNELS);
     let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();

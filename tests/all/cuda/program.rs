@@ -398,8 +398,7 @@ pub fn rig(change: impl FnOnce(Builder) -> Builder) -> Rig {
 pub fn rig_on(gpu: Gpu, change: impl FnOnce(Builder) -> Builder) -> Rig {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
     let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).made_device(gpu.device());
-    let executor =
-        change(builder.arena(4 * 4096).chunk(4096).gather(64 << 10).shutdown_deadline(LONG)).build().unwrap();
+    let executor = change(builder.arena(4 * 4096).chunk(4096).gather(64 << 10).shutdown_timeout(LONG)).build().unwrap();
     Rig { executor, storage, gpu }
 }
 

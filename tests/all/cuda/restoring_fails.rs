@@ -115,11 +115,11 @@ fn cuda_copies_that_never_end_fail_a_restore_when_its_patience_is_over() {
     let checkpoint = opened(&gpu, &[("t", &bytes)]);
     let memory = blank(&gpu, bytes.len());
     fake.set("hold", TO_DEVICE);
-    let impatient = checkpoint.clone().with_patience(Duration::from_millis(50));
+    let impatient = checkpoint.clone().with_timeout(Duration::from_millis(50));
     let began = Instant::now();
     let error = impatient.read_into(Targets::new().device("t", memory.target(stream))).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Deadline);
-    assert!(error.to_string().contains("still write") && error.to_string().contains("patience=50ms"), "{error}");
+    assert!(error.to_string().contains("still write") && error.to_string().contains("timeout=50ms"), "{error}");
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
     // What they read from was neither reused nor unpinned: they end well.
     assert_eq!(fake.live().registered, 1);

@@ -16,7 +16,7 @@ const WRITE: &str = "cuStreamWriteValue32_v2";
 
 fn waiting(builder: Builder) -> Builder {
     // Short, so that a test that fails while copies are held ends soon.
-    builder.memory_waits(true).shutdown_deadline(Duration::from_secs(5))
+    builder.memory_waits(true).shutdown_timeout(Duration::from_secs(5))
 }
 
 impl Rig {
@@ -62,7 +62,7 @@ fn cuda_streams_write_after_a_memory_wait_only_what_has_left_the_gpu() {
 fn cuda_streams_are_let_go_when_the_save_fails_although_its_copies_hang() {
     for cancel in [true, false] {
         let deadline = if cancel { LONG } else { Duration::from_millis(40) };
-        let rig = rig(|b| waiting(b).save_deadline(deadline).fence_deadline(LONG));
+        let rig = rig(|b| waiting(b).save_timeout(deadline).fence_timeout(LONG));
         let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
         let Some(save) = rig.held(1, &tensor, stream) else { return };
         assert!(!cancel || save.cancel());

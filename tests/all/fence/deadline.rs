@@ -10,7 +10,7 @@ const SHORT: Duration = Duration::from_millis(30);
 
 #[test]
 fn at_the_deadline_of_the_fence_the_save_fails_and_everything_comes_back() {
-    let rig = rig(|b| b.fence_deadline(SHORT));
+    let rig = rig(|b| b.fence_timeout(SHORT));
     rig.device.hold();
     let tensor = Arc::new(pattern(1, 30_000));
     let save = rig.executor.save(1, one("t", tensor.clone())).unwrap();
@@ -27,7 +27,7 @@ fn at_the_deadline_of_the_fence_the_save_fails_and_everything_comes_back() {
 
 #[test]
 fn a_writable_tensor_written_after_a_late_fence_is_never_published_torn() {
-    let rig = rig(|b| b.fence_deadline(SHORT));
+    let rig = rig(|b| b.fence_timeout(SHORT));
     let buffer = Buffer::new(pattern(1, 30_000));
     rig.device.hold();
     let save = rig.executor.save(1, one("t", buffer.source())).unwrap();
@@ -40,7 +40,7 @@ fn a_writable_tensor_written_after_a_late_fence_is_never_published_torn() {
 
 #[test]
 fn a_save_that_is_not_durable_at_its_deadline_fails() {
-    let rig = rig(|b| b.save_deadline(SHORT));
+    let rig = rig(|b| b.save_timeout(SHORT));
     rig.device.hold();
     let save = rig.executor.save(1, one("t", Arc::new(pattern(1, 30_000)))).unwrap();
     let error = save.wait(LONG).unwrap_err();
@@ -74,7 +74,7 @@ fn a_save_behind_one_that_is_stuck_fails_at_its_own_deadline_and_lets_its_source
         let first = rig.executor.save(1, first).unwrap();
         eventually("the first is being staged", || first.progress().phase == Phase::Staging);
         let waiting = Arc::new(pattern(2, 5000));
-        let options = SaveOptions::default().deadline(SHORT);
+        let options = SaveOptions::default().timeout(SHORT);
         let second = rig.executor.save_with(2, one("t", waiting.clone()), options).unwrap();
         let error = second.wait(LONG / 10).unwrap_err();
         assert!(error.message().starts_with("the save deadline passed"), "{promised}: {error}");

@@ -138,7 +138,7 @@ fn a_state_many_times_the_arena_goes_through_it() {
 
 #[test]
 fn an_idle_fence_does_not_wait() {
-    let rig = rig(|b| b.fence_deadline(Duration::ZERO));
+    let rig = rig(|b| b.fence_timeout(Duration::ZERO));
     rig.executor.fence().unwrap();
 }
 

@@ -41,7 +41,7 @@ fn a_function_may_drop_the_last_owner_of_an_executor() {
 fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
     // Of 9,000 bytes in chunks of 4 KiB.
     const COPIES: u64 = 3;
-    let rig = Arc::new(rig(|b| b.overlap(Overlap::Queue(1)).fence_deadline(SHORT).save_deadline(LONG)));
+    let rig = Arc::new(rig(|b| b.overlap(Overlap::Queue(1)).fence_timeout(SHORT).save_timeout(LONG)));
     let state = |step| one("t", Arc::new(pattern(step, 9000)));
     rig.device.hold();
     let first = rig.executor.save(1, state(1)).unwrap();
@@ -61,7 +61,7 @@ fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
             executor.fence_on(&[]),
             executor.scope(Fence::host(), |_| panic!("no scope is entered")),
             executor.shutdown(SHORT),
-            executor.save_with(4, state(4), SaveOptions::default().deadline(SHORT)).map(drop),
+            executor.save_with(4, state(4), SaveOptions::default().timeout(SHORT)).map(drop),
         ];
         rig.device.release();
         send.send((refused.map(|refused| refused.err().map(|error| error.kind())), second, third)).unwrap();
@@ -83,7 +83,7 @@ fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
 fn shutdown_returns_the_error_of_a_failed_save_whose_copies_hang() {
     let rig = rig(|b| b);
     rig.device.hold();
-    let soon = SaveOptions::default().deadline(Duration::from_millis(20));
+    let soon = SaveOptions::default().timeout(Duration::from_millis(20));
     let save = rig.executor.save_with(1, one("t", Arc::new(pattern(1, 9000))), soon).unwrap();
     let staged = save.staged();
     eventually("it has failed", || save.progress().phase == Phase::Ended);

@@ -153,7 +153,7 @@ fn a_function_is_told_of_saves_that_were_given_up_and_their_errors_are_seen() {
     let state = |step| one("t", Arc::new(pattern(step, 9000)));
     let first = rig.executor.save(1, state(1)).unwrap();
     eventually("the first is being staged", || first.progress().phase == ashore::Phase::Staging);
-    let soon = SaveOptions::default().deadline(Duration::from_millis(30));
+    let soon = SaveOptions::default().timeout(Duration::from_millis(30));
     let late = told(&rig.executor.save_with(2, state(2), soon).unwrap());
     let ended = |told: &mpsc::Receiver<Told>| {
         let (thread, ended) = told.recv_timeout(LONG).unwrap();

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 #[test]
 fn patience_without_end_is_not_an_overflow() {
-    let rig = rig(|b| b.fence_deadline(Duration::MAX).save_deadline(Duration::MAX));
+    let rig = rig(|b| b.fence_timeout(Duration::MAX).save_timeout(Duration::MAX));
     let tensor = pattern(1, 20_000);
     let save = rig.executor.scope(Fence::host(), |scope| {
         let mut state = StateDict::new();
@@ -125,7 +125,7 @@ fn a_waiting_save_that_was_cancelled_was_not_superseded() {
 
 #[test]
 fn an_error_that_a_fence_returned_is_not_returned_again() {
-    let rig = rig(|b| b.fence_deadline(Duration::from_millis(10)));
+    let rig = rig(|b| b.fence_timeout(Duration::from_millis(10)));
     rig.device.hold();
     let tensor = Arc::new(pattern(1, 30_000));
     drop(rig.executor.save(1, one("t", tensor.clone())).unwrap());
@@ -178,7 +178,7 @@ impl CopyQueue for Broken {
 fn a_queue_that_panics_whenever_it_is_asked_fails_its_save_and_no_other() {
     let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(Memory::new()));
     let builder = builder.made_device(Arc::new(Breaking::default())).arena(4 * 4096).chunk(4096);
-    let executor = builder.shutdown_deadline(Duration::from_secs(5)).build().unwrap();
+    let executor = builder.shutdown_timeout(Duration::from_secs(5)).build().unwrap();
     let save = |step| executor.save(step, one("t", Arc::new(pattern(step, 30_000)))).unwrap();
     assert_eq!(save(1).wait(LONG).unwrap_err().kind(), ErrorKind::Internal);
     save(2).wait(LONG).unwrap();
@@ -357,7 +357,7 @@ impl Storage for Dropping {
 fn attempts_and_files_that_panic_when_they_are_dropped_end_no_thread() {
     let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(Dropping::default()));
     let builder = builder.arena(4 * 4096).chunk(4096).files(2).writers(2).keep_last(2);
-    let executor = builder.shutdown_deadline(Duration::from_secs(5)).build().unwrap();
+    let executor = builder.shutdown_timeout(Duration::from_secs(5)).build().unwrap();
     let state = |step| {
         let mut state = one("t", Arc::new(pattern(step, 9000)));
         state.tensor("u", Arc::new(pattern(step, 9000))).unwrap();

@@ -47,7 +47,7 @@ fn room_in_a_full_queue_comes_from_whichever_save_ends_first() {
     let rig = rig(|b| b.overlap(Overlap::Queue(1)));
     rig.device.hold();
     let first = save(&rig, 1).unwrap();
-    let within = |patience| SaveOptions::default().deadline(patience);
+    let within = |patience| SaveOptions::default().timeout(patience);
     let state = |step| one("t", Arc::new(pattern(step, 5000)));
     let second = rig.executor.save_with(2, state(2), within(Duration::from_millis(50))).unwrap();
     let third = rig.executor.save_with(3, state(3), within(LONG / 10)).unwrap();
@@ -61,7 +61,7 @@ fn room_in_a_full_queue_comes_from_whichever_save_ends_first() {
 #[test]
 fn a_full_queue_waits_for_room_and_is_busy_at_the_deadline() {
     for (overlap, room) in [(Overlap::Block, 1), (Overlap::Queue(0), 1), (Overlap::Queue(2), 3)] {
-        let rig = rig(|b| b.overlap(overlap).save_deadline(Duration::from_millis(300)));
+        let rig = rig(|b| b.overlap(overlap).save_timeout(Duration::from_millis(300)));
         rig.device.hold();
         let saves: Vec<_> = (0..room).map(|step| save(&rig, step).unwrap()).collect();
         std::thread::scope(|scope| {
@@ -112,7 +112,7 @@ fn a_save_that_waits_for_room_does_not_hold_up_the_deadline_of_another() {
     std::thread::scope(|scope| {
         let patient = scope.spawn(|| save(&rig, 2));
         std::thread::sleep(Duration::from_millis(20));
-        let hasty = SaveOptions::default().deadline(Duration::from_millis(20));
+        let hasty = SaveOptions::default().timeout(Duration::from_millis(20));
         let error = rig.executor.save_with(3, one("t", Arc::new(pattern(3, 5000))), hasty).unwrap_err();
         assert_eq!((error.kind(), error.step()), (ErrorKind::Busy, Some(3)));
         assert!(!patient.is_finished());

@@ -118,8 +118,8 @@ impl ProcessExecutor {
     ///
     /// # Errors
     /// As there.
-    pub fn close(self, deadline: Duration) -> Result<()> {
-        self.executor.close(deadline)
+    pub fn close(self, timeout: Duration) -> Result<()> {
+        self.executor.close(timeout)
     }
 }
 

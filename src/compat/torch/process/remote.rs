@@ -270,9 +270,9 @@ impl Writing for SharedAttempt {
         let mut request = Request { id: 0, name: self.name.clone(), attempt: self.attempt, overwrite, files };
         let answer = self.remote.link()?.ask(&mut request, &self.memory)?;
         self.remote.handed.done(self.attempt);
-        let patience = self.remote.settings.save_deadline;
-        answer.wait(deadline_after(patience)).unwrap_or_else(|| {
-            let what = format!("the writer process has not answered waited={patience:?}");
+        let timeout = self.remote.settings.save_timeout;
+        answer.wait(deadline_after(timeout)).unwrap_or_else(|| {
+            let what = format!("the writer process has not answered waited={timeout:?}");
             Err(Error::new(ErrorKind::Indeterminate, what))
         })
     }

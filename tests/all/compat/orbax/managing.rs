@@ -7,7 +7,7 @@ use ashore::compat::orbax::{
     BestN, CheckpointInfo, CheckpointManager, CheckpointManagerOptions, CompositeArgs, Item, LatestN,
 };
 use ashore::testing::LateDevice;
-use ashore::{Attempt, Catalog, Dtype, ErrorKind, Failed, Overlap, SaveOptions, Snapshot};
+use ashore::{Attempt, Catalog, Dtype, ErrorKind, OnUnseenError, Overlap, SaveOptions, Snapshot};
 use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
@@ -102,14 +102,15 @@ fn a_save_through_the_manager_leaves_the_bytes_that_the_engine_leaves() {
 }
 
 /// A manager over a storage that refuses the first few attempts.
-fn flaky(refusals: usize, failed: Failed, options: Options) -> CheckpointManager {
-    let engine = engine("in memory".as_ref()).storage(Arc::new(Flaky::new(refusals))).failed(failed).build().unwrap();
+fn flaky(refusals: usize, failed: OnUnseenError, options: Options) -> CheckpointManager {
+    let engine =
+        engine("in memory".as_ref()).storage(Arc::new(Flaky::new(refusals))).on_unseen_error(failed).build().unwrap();
     CheckpointManager::new(Arc::new(engine), options).unwrap()
 }
 
 #[test]
 fn a_failed_save_is_an_error_of_the_next_call_once() {
-    let next = flaky(2, Failed::NextCall, Options::new());
+    let next = flaky(2, OnUnseenError::NextCall, Options::new());
     next.save(1, state(1)).unwrap();
     assert_eq!(next.wait_until_finished(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
     next.check_for_errors().unwrap();
@@ -124,7 +125,7 @@ fn a_failed_save_is_an_error_of_the_next_call_once() {
 
 #[test]
 fn a_failed_save_is_only_logged_where_that_is_the_policy() {
-    let warns = flaky(1, Failed::Warn, Options::new());
+    let warns = flaky(1, OnUnseenError::Warn, Options::new());
     warns.save(1, state(1)).unwrap();
     eventually("it has ended", || !warns.is_saving_in_progress());
     warns.save(2, state(1)).unwrap();
@@ -134,7 +135,7 @@ fn a_failed_save_is_only_logged_where_that_is_the_policy() {
 
 #[test]
 fn a_failure_that_may_pass_is_tried_again() {
-    let retries = flaky(2, Failed::NextCall, Options::new().retry(2));
+    let retries = flaky(2, OnUnseenError::NextCall, Options::new().retry(2));
     retries.save(1, state(7)).unwrap();
     retries.wait_until_finished(LONG).unwrap();
     assert_eq!(retries.restore(Some(1)).unwrap().value::<u64>("epoch").unwrap(), 7);
@@ -156,10 +157,10 @@ fn a_manager_that_is_dropped_waits_for_its_saves_their_retries_and_what_is_delet
     let left: Vec<u64> = Catalog::open(root.path()).unwrap().list().unwrap().iter().map(|entry| entry.step).collect();
     assert_eq!((left, Arc::strong_count(&engine)), (vec![4], 1));
 
-    let retries = flaky(2, Failed::NextCall, Options::new().retry(2));
+    let retries = flaky(2, OnUnseenError::NextCall, Options::new().retry(2));
     retries.save(1, state(7)).unwrap();
     retries.close(LONG).unwrap();
-    let fails = flaky(1, Failed::NextCall, Options::new());
+    let fails = flaky(1, OnUnseenError::NextCall, Options::new());
     fails.save(1, state(7)).unwrap();
     assert_eq!(fails.close(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
 }
@@ -168,7 +169,7 @@ fn a_manager_that_is_dropped_waits_for_its_saves_their_retries_and_what_is_delet
 #[cfg_attr(miri, ignore = "forks")]
 fn a_manager_that_a_forked_child_drops_goes_on_in_the_parent() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
-    let engine = engine(root.path()).made_device(Arc::new(device.clone())).shutdown_deadline(LONG).build().unwrap();
+    let engine = engine(root.path()).made_device(Arc::new(device.clone())).shutdown_timeout(LONG).build().unwrap();
     let manager = CheckpointManager::new(Arc::new(engine), Options::new()).unwrap();
     device.hold();
     assert!(manager.save(1, state(1)).unwrap());
@@ -181,7 +182,7 @@ fn a_manager_that_a_forked_child_drops_goes_on_in_the_parent() {
 /// The options of a save were dropped when it was tried again: it went elsewhere, and did not overwrite.
 #[test]
 fn a_retry_has_the_options_of_the_save() {
-    let retries = flaky(1, Failed::NextCall, Options::new().retry(1));
+    let retries = flaky(1, OnUnseenError::NextCall, Options::new().retry(1));
     let options = SaveOptions::default().name("ckpt-5").attempt(Attempt::new());
     assert!(retries.save_as(5, state(1), None::<&()>, false, options).unwrap());
     retries.wait_until_finished(LONG).unwrap();
@@ -273,12 +274,12 @@ fn two_saves_of_one_step_are_two_saves_under_way() {
     assert_eq!(manager.restore(Some(1)).unwrap().value::<u64>("epoch").unwrap(), 2);
 }
 
-/// After its own time a manager that had the last executor waited for that one's `shutdown_deadline`, too.
+/// After its own time a manager that had the last executor waited for that one's `shutdown_timeout`, too.
 #[test]
 fn a_manager_closes_within_its_deadline() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
     let patience = Duration::from_secs(20);
-    let engine = engine(root.path()).made_device(Arc::new(device.clone())).shutdown_deadline(patience).build().unwrap();
+    let engine = engine(root.path()).made_device(Arc::new(device.clone())).shutdown_timeout(patience).build().unwrap();
     let manager = CheckpointManager::new(Arc::new(engine), Options::new()).unwrap();
     device.hold();
     assert!(manager.save(1, state(1)).unwrap());

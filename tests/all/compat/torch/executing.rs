@@ -147,7 +147,7 @@ fn a_queue_that_is_full_is_busy_at_the_deadline() {
     let executor = ThreadExecutor::new(Arc::new(engine(root.path()).overlap(Overlap::Block).build().unwrap())).unwrap();
     let pending = || StagedState::Pending(Staging::future(std::future::pending()));
     let first = executor.execute_save(pending(), to("1")).unwrap();
-    let soon = to("2").deadline(Duration::from_millis(20));
+    let soon = to("2").timeout(Duration::from_millis(20));
     assert_eq!(executor.execute_save(pending(), soon).unwrap_err().kind(), ErrorKind::Busy);
     assert!(first.cancel());
 }
@@ -197,7 +197,7 @@ fn of_callers_at_once_one_takes_the_last_place() {
 #[cfg_attr(miri, ignore = "forks")]
 fn an_executor_that_a_forked_child_drops_goes_on_in_the_parent() {
     let root = tempfile::tempdir().unwrap();
-    let build = engine(root.path()).shutdown_deadline(LONG).build().unwrap();
+    let build = engine(root.path()).shutdown_timeout(LONG).build().unwrap();
     let executor = ThreadExecutor::new(Arc::new(build)).unwrap();
     let waits = Staging::future(std::future::pending());
     let pending = executor.execute_save(waits.into(), to("1")).unwrap();

@@ -6,7 +6,7 @@ use ashore::compat::torch::{
     AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, SavePlanner, StorageMeta,
     ThreadExecutor, WriteItem,
 };
-use ashore::{Dtype, Error, ErrorKind, Failed, Layout, Result, StateDict};
+use ashore::{Dtype, Error, ErrorKind, Layout, OnUnseenError, Result, StateDict};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -176,14 +176,15 @@ fn the_default_planner_keeps_its_plans_while_the_structure_stays() {
     assert_eq!(unready.kind(), ErrorKind::Invalid);
 }
 
-fn flaky(refusals: usize, failed: Failed) -> ThreadExecutor {
-    let engine = engine("in memory".as_ref()).storage(Arc::new(Flaky::new(refusals))).failed(failed).build().unwrap();
+fn flaky(refusals: usize, failed: OnUnseenError) -> ThreadExecutor {
+    let engine =
+        engine("in memory".as_ref()).storage(Arc::new(Flaky::new(refusals))).on_unseen_error(failed).build().unwrap();
     ThreadExecutor::new(Arc::new(engine)).unwrap()
 }
 
 #[test]
 fn a_failure_that_may_pass_is_tried_again_as_often_as_was_asked_for() {
-    let executor = flaky(2, Failed::NextCall).retry(2);
+    let executor = flaky(2, OnUnseenError::NextCall).retry(2);
     executor.execute_save(state(1).into(), to("step-1")).unwrap().result(LONG).unwrap().unwrap();
     assert_eq!(
         executor.executor().checkpoint(1).unwrap().read("model.weights").unwrap(),
@@ -191,14 +192,14 @@ fn a_failure_that_may_pass_is_tried_again_as_often_as_was_asked_for() {
     );
     executor.close(LONG).unwrap();
 
-    let executor = flaky(3, Failed::NextCall).retry(2);
+    let executor = flaky(3, OnUnseenError::NextCall).retry(2);
     let future = executor.execute_save(state(1).into(), to("step-1")).unwrap();
     assert_eq!(future.result(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
 }
 
 #[test]
 fn a_failure_that_nobody_saw_stops_the_next_call_or_is_logged() {
-    for (failed, stops) in [(Failed::NextCall, true), (Failed::Warn, false)] {
+    for (failed, stops) in [(OnUnseenError::NextCall, true), (OnUnseenError::Warn, false)] {
         let executor = flaky(1, failed);
         drop(executor.execute_save(state(1).into(), to("step-1")).unwrap());
         crate::rig::eventually("it has failed", || executor.executor().arena().free() == 4);

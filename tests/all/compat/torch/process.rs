@@ -104,7 +104,7 @@ fn a_writer_that_hangs_fails_its_save_at_the_deadline() {
     let executor = builder(root.path()).build().unwrap();
     let writer = executor.writer().unwrap();
     signal(writer, libc::SIGSTOP);
-    let future = executor.execute_save(state(1).into(), to("1").deadline(Duration::from_millis(50))).unwrap();
+    let future = executor.execute_save(state(1).into(), to("1").timeout(Duration::from_millis(50))).unwrap();
     let kind = future.result(LONG).unwrap_err().kind();
     assert!(matches!(kind, ErrorKind::Indeterminate | ErrorKind::Deadline), "{kind:?}");
     signal(writer, libc::SIGCONT);

@@ -215,6 +215,6 @@ fn ranks_that_disagree_and_ranks_that_never_come_fail_the_others() {
     let executor = ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap();
     let writer = Noting { log: Arc::default(), fails_in: None };
     let options = ExecuteOptions::new().process_group(ThreadGroup::new(2).remove(0)).storage_writer(writer);
-    let future = executor.execute_save(part(0).into(), options.deadline(Duration::from_millis(30))).unwrap();
+    let future = executor.execute_save(part(0).into(), options.timeout(Duration::from_millis(30))).unwrap();
     assert_eq!(future.result(LONG).unwrap_err().kind(), ErrorKind::Deadline);
 }

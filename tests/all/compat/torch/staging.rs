@@ -106,7 +106,7 @@ fn a_staging_that_fails_or_ends_early_or_brings_something_else_fails_the_save() 
 fn a_staging_that_never_ends_ends_at_the_deadline() {
     let root = tempfile::tempdir().unwrap();
     let executor = executor(root.path());
-    let soon = |id| to(id).deadline(Duration::from_millis(30));
+    let soon = |id| to(id).timeout(Duration::from_millis(30));
     let (stage, staging) = channel();
     let stream = executor.execute_save(staging.into(), soon("step-1")).unwrap();
     let whole = executor.execute_save(Staging::future(std::future::pending()).into(), soon("step-2")).unwrap();
