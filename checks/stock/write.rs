@@ -2,7 +2,7 @@
 //!
 //! The arena is smaller than the first step, so that its bytes come through the ring as those of a real state do.
 
-use ashore::{CheckpointExecutor, HostTensor, Layout, StateDict};
+use ashore::{CheckpointExecutor, Dtype, HostTensor, Layout, StateDict};
 use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ struct Table {
 struct Step {
     step: u64,
     /// Name, dtype, shape.
-    tensors: Vec<(String, safetensors::Dtype, Vec<usize>)>,
+    tensors: Vec<(String, Dtype, Vec<usize>)>,
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut state = StateDict::new();
         for (index, (name, dtype, shape)) in tensors.iter().enumerate() {
             let layout = Layout::new(*dtype, shape);
-            let modulus = if *dtype == safetensors::Dtype::BOOL { 2 } else { 256 };
+            let modulus = if *dtype == Dtype::BOOL { 2 } else { 256 };
             let bytes: Vec<u8> =
                 (0..layout.bytes()?).map(|i| ((i * 31 + index as u64 * 17 + 7) % 251 % modulus) as u8).collect();
             state.tensor(name, HostTensor::with_dtype(Arc::new(bytes), *dtype, shape))?;

@@ -53,9 +53,10 @@ impl Header {
         let corrupt = || Error::corrupt("the header of a shard cannot be read");
         let Entries(entries) = serde_json::from_slice(&bytes[PREFIX..]).map_err(|e| corrupt().with_source(e))?;
         let mut entries: Vec<_> = entries.into_iter().collect();
-        entries.sort_by_key(|(_, info)| info.data_offsets);
+        entries.sort_by_key(|(_, entry)| entry.data_offsets);
         let tensors = entries.iter().map(HeaderTensor::new).collect();
-        let metadata = Metadata::new(None, entries).map_err(|e| corrupt().with_source(e))?;
+        let stock = entries.into_iter().map(|(name, entry)| (name, entry.stock())).collect();
+        let metadata = Metadata::new(None, stock).map_err(|e| corrupt().with_source(e))?;
         let end = (metadata.data_len() as u64).checked_add(len);
         if end != Some(file_len) {
             return Err(Error::corrupt(format!(
@@ -68,15 +69,31 @@ impl Header {
 }
 
 impl HeaderTensor {
-    fn new((name, info): &(String, TensorInfo)) -> Self {
-        let (start, end) = info.data_offsets;
+    fn new((name, entry): &(String, Entry)) -> Self {
+        let (start, end) = entry.data_offsets;
         let offsets = start as u64..end as u64;
-        Self { name: name.clone(), dtype: info.dtype, shape: info.shape.clone(), offsets }
+        Self { name: name.clone(), dtype: entry.dtype, shape: entry.shape.clone(), offsets }
+    }
+}
+
+/// What a header says of a tensor.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data_offsets: (usize, usize),
+}
+
+impl Entry {
+    /// The same, for the crate that checks it.
+    fn stock(self) -> TensorInfo {
+        TensorInfo { dtype: self.dtype.stock(), shape: self.shape, data_offsets: self.data_offsets }
     }
 }
 
 /// The tensors of a header. Of keys that come twice the safetensors crate takes the last; here they are refused.
-struct Entries(BTreeMap<String, TensorInfo>);
+struct Entries(BTreeMap<String, Entry>);
 
 impl<'de> Deserialize<'de> for Entries {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -94,20 +111,12 @@ impl<'de> Visitor<'de> for EntriesVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Entry {
-            dtype: Dtype,
-            shape: Vec<usize>,
-            data_offsets: (usize, usize),
-        }
         // The first key is `__metadata__`, for the stamp was compared byte by byte.
         let _: Option<(IgnoredAny, IgnoredAny)> = map.next_entry()?;
         let mut tensors = BTreeMap::new();
-        while let Some((name, Entry { dtype, shape, data_offsets })) = map.next_entry::<String, Entry>()? {
-            let info = TensorInfo { dtype, shape, data_offsets };
+        while let Some((name, entry)) = map.next_entry::<String, Entry>()? {
             match tensors.entry(name) {
-                btree_map::Entry::Vacant(free) if free.key() != "__metadata__" => free.insert(info),
+                btree_map::Entry::Vacant(free) if free.key() != "__metadata__" => free.insert(entry),
                 free_or_taken => {
                     return Err(A::Error::custom(format!("a key comes twice key={:?}", free_or_taken.key())));
                 }

@@ -179,7 +179,7 @@ pub struct TensorEntry {
     /// Its name: data, never a path.
     pub name: String,
     /// Its dtype, as safetensors spells it.
-    pub dtype: safetensors::Dtype,
+    pub dtype: crate::state::Dtype,
     /// Its shape.
     pub shape: Vec<usize>,
     /// Where its bytes are. Today one slice that covers the tensor.

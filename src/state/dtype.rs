@@ -1,12 +1,118 @@
-//! Element types and tensor layouts. The dtype table is that of the `safetensors` crate, which defines the format.
+//! Element types and tensor layouts. The names of dtypes are those of the safetensors format, and so are their sizes.
 
 use crate::error::{Error, Result};
 use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
+use std::fmt;
+use std::ops::Deref;
 
-pub use safetensors::Dtype;
+macro_rules! dtypes {
+    ($($(#[$doc:meta])* $name:ident: $bits:literal),* $(,)?) => {
+        /// The type of the elements of a tensor. Its `Display`, and what serde makes of it, are its name in the safetensors format.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        #[non_exhaustive]
+        #[expect(non_camel_case_types, reason = "the names are those of the format")]
+        pub enum Dtype { $($(#[$doc])* $name),* }
 
-/// Dimensions of a tensor, outermost first; no dimensions is a scalar.
-pub type Shape = smallvec::SmallVec<[usize; 4]>;
+        impl Dtype {
+            /// The bits of an element.
+            pub const fn bitsize(self) -> usize {
+                match self { $(Self::$name => $bits),* }
+            }
+
+            /// The same, as the crate knows it that reads the format.
+            pub(crate) fn stock(self) -> safetensors::Dtype {
+                match self { $(Self::$name => safetensors::Dtype::$name),* }
+            }
+        }
+
+        impl fmt::Display for Dtype {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $(Self::$name => stringify!($name)),* })
+            }
+        }
+
+        #[cfg(test)]
+        const DTYPES: &[Dtype] = &[$(Dtype::$name),*];
+    };
+}
+dtypes! {
+    /// A boolean, in a byte.
+    BOOL: 8,
+    /// MXFP4 of the Open Compute Project.
+    F4: 4,
+    /// MXFP6, 2 bits of exponent.
+    F6_E2M3: 6,
+    /// MXFP6, 3 bits of exponent.
+    F6_E3M2: 6,
+    /// An unsigned byte.
+    U8: 8,
+    /// A signed byte.
+    I8: 8,
+    /// FP8, 5 bits of exponent.
+    F8_E5M2: 8,
+    /// FP8, 4 bits of exponent.
+    F8_E4M3: 8,
+    /// A scale of the MX formats: 8 bits of exponent.
+    F8_E8M0: 8,
+    /// FP8, 4 bits of exponent, without infinities and a negative zero.
+    F8_E4M3FNUZ: 8,
+    /// FP8, 5 bits of exponent, without infinities and a negative zero.
+    F8_E5M2FNUZ: 8,
+    /// A signed integer of 16 bits.
+    I16: 16,
+    /// An unsigned integer of 16 bits.
+    U16: 16,
+    /// A half-precision float.
+    F16: 16,
+    /// A brain float.
+    BF16: 16,
+    /// A signed integer of 32 bits.
+    I32: 32,
+    /// An unsigned integer of 32 bits.
+    U32: 32,
+    /// A float of 32 bits.
+    F32: 32,
+    /// A complex number of two floats of 32 bits.
+    C64: 64,
+    /// A float of 64 bits.
+    F64: 64,
+    /// A signed integer of 64 bits.
+    I64: 64,
+    /// An unsigned integer of 64 bits.
+    U64: 64,
+}
+
+/// Dimensions of a tensor, outermost first; no dimensions is a scalar. A slice of sizes.
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
+pub struct Shape(SmallVec<[usize; 4]>);
+
+impl Deref for Shape {
+    type Target = [usize];
+
+    fn deref(&self) -> &[usize] {
+        &self.0
+    }
+}
+
+impl AsRef<[usize]> for Shape {
+    fn as_ref(&self) -> &[usize] {
+        &self.0
+    }
+}
+
+impl From<&[usize]> for Shape {
+    fn from(sizes: &[usize]) -> Self {
+        Self(SmallVec::from_slice(sizes))
+    }
+}
+
+impl fmt::Debug for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 /// Rust types that are the elements of a tensor, bit for bit.
 pub trait Element: bytemuck::Pod + Send + Sync {
@@ -23,7 +129,7 @@ elements! {
 }
 
 /// Dtype and shape of a tensor in row-major order.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
     /// The type of the elements.
     pub dtype: Dtype,
@@ -31,17 +137,10 @@ pub struct Layout {
     pub shape: Shape,
 }
 
-impl std::hash::Hash for Layout {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        std::mem::discriminant(&self.dtype).hash(state);
-        self.shape.hash(state);
-    }
-}
-
 impl Layout {
     /// A layout of `dtype` elements in `shape`.
     pub fn new(dtype: Dtype, shape: impl AsRef<[usize]>) -> Self {
-        Self { dtype, shape: Shape::from_slice(shape.as_ref()) }
+        Self { dtype, shape: shape.as_ref().into() }
     }
 
     /// The number of elements, or None where it does not fit.
@@ -82,5 +181,20 @@ impl Layout {
             fits
         });
         strides.len() == self.shape.len() && (packed || self.elements() == Some(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dtypes_have_the_names_and_sizes_of_the_stock_crate() {
+        for &dtype in DTYPES {
+            let stock = dtype.stock();
+            assert_eq!((dtype.to_string(), dtype.bitsize()), (stock.to_string(), stock.bitsize()));
+            assert_eq!(serde_json::to_value(dtype).unwrap(), serde_json::to_value(stock).unwrap());
+            assert_eq!(serde_json::from_value::<Dtype>(dtype.to_string().into()).unwrap(), dtype);
+        }
     }
 }

@@ -233,7 +233,7 @@ macro_rules! owners {
         // allocation stays and nothing can write it; `bytes` hands out all of it.
         unsafe impl<$($generics)*> Source for $owner {
             fn layout(&self) -> Layout {
-                Layout { dtype: T::DTYPE, shape: Shape::from_slice(&[self.len()]) }
+                Layout { dtype: T::DTYPE, shape: Shape::from(&[self.len()][..]) }
             }
             fn place(&self) -> Place {
                 Place::Host { bytes: HostOwner::bytes(self).len() as u64, writable: false }

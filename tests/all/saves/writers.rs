@@ -3,7 +3,7 @@
 use crate::rig::{LONG, eventually, one, pattern};
 use ashore::storage::local::Local;
 use ashore::storage::{FileWriting, IoMode, Memory, Reading, Storage, Sweep, Swept, Writing};
-use ashore::{Attempt, Checkpoint, CheckpointExecutor, Dtype, Result};
+use ashore::{Attempt, Checkpoint, CheckpointExecutor, Result};
 use safetensors::SafeTensors;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
@@ -173,7 +173,7 @@ fn every_file_of_a_step_is_read_whole_by_the_safetensors_crate() {
         let file = SafeTensors::deserialize(&bytes).unwrap();
         for (name, view) in file.tensors() {
             let (_, expected) = tensors.iter().find(|(known, _)| *known == name).unwrap();
-            assert_eq!((view.dtype(), view.data()), (Dtype::U8, &expected[..]), "{name}");
+            assert_eq!((view.dtype(), view.data()), (safetensors::Dtype::U8, &expected[..]), "{name}");
             found += 1;
         }
     }
