@@ -153,17 +153,16 @@ mod checkpoint;
 mod commit;
 pub mod compat;
 mod completion;
-#[doc(hidden)] // for this repository, as all that is hidden here: no part of the API
-pub mod device;
-#[doc(hidden)]
-pub mod digest;
+mod device;
+mod digest;
 mod error;
 mod executor;
 mod fork;
-#[doc(hidden)]
-pub mod format;
+mod format;
 mod guard;
 pub mod id;
+#[doc(hidden)]
+pub mod internal;
 pub mod memory;
 mod mutant;
 mod own_threads;
@@ -173,8 +172,7 @@ mod save;
 mod settings;
 pub mod sigterm;
 mod staging;
-#[doc(hidden)]
-pub mod state;
+mod state;
 pub mod storage;
 mod sync;
 #[cfg(any(test, feature = "testing"))]
@@ -196,7 +194,7 @@ pub use settings::{
     Detect, DeviceChoice, Engine, IoMode, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings,
 };
 pub use state::{
-    Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, RawDevice, RawHost, Source, StateDict,
+    Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, RawDevice, RawHost, Shape, Source, StateDict,
 };
 pub use ticket::{Committed, Outcome, Phase, Progress};
 

@@ -31,7 +31,7 @@ const FLOORS: [&[&str]; 6] = [
     &["format", "memory", "plan"],
     &["device", "storage"],
     &["commit", "staging", "writer"],
-    &["catalog", "checkpoint", "executor", "restore", "save", "scope"],
+    &["catalog", "checkpoint", "executor", "internal", "restore", "save", "scope"],
     &["adapters", "compat", "sigterm"],
 ];
 

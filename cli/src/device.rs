@@ -1,7 +1,7 @@
 //! The `--device` flag: where the state lives that this program trains or measures.
 
 use crate::gpu::Gpu;
-use ashore::device::{Device, choose};
+use ashore::internal::device::{Device, choose};
 use ashore::{Builder, DeviceChoice, Error, ErrorKind, Result};
 use std::fmt;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Any bytes as the header of a shard: no panic, bounded memory, and what is accepted is written back as it was read.
 #![no_main]
 
-use ashore::format::shard::{Header, HeaderTemplate, Stamp, identity};
+use ashore::internal::format::shard::{Header, HeaderTemplate, Stamp, identity};
 use ashore_fuzz::bounded;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {

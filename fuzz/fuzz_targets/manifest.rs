@@ -2,7 +2,7 @@
 //! written back as it was read.
 #![no_main]
 
-use ashore::format::manifest::{Manifest, seal};
+use ashore::internal::format::manifest::{Manifest, seal};
 use ashore_fuzz::bounded;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {

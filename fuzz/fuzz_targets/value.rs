@@ -1,7 +1,7 @@
 //! Any JSON: decoding never panics; any JSON as a user's value comes back as it was.
 #![no_main]
 
-use ashore::state::{decode_value, encode_value};
+use ashore::internal::state::{decode_value, encode_value};
 use ashore_fuzz::bounded;
 use serde::Deserialize;
 use serde_json::Value;

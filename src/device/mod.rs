@@ -7,7 +7,7 @@
 //!
 //! What the devices of this crate do with addresses as numbers is for it alone:
 //! ```compile_fail,E0603
-//! use ashore::device::{Kernels, LentMemory, Noted};
+//! use ashore::internal::device::{Kernels, LentMemory, Noted};
 //! ```
 //!
 //! # Safety argument

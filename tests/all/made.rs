@@ -1,8 +1,8 @@
 //! Checkpoints made by hand, file by file, so that they can be damaged and mixed up.
 
-use ashore::digest::Digest;
-use ashore::format::manifest::{BLOCK, FileEntry, MANIFEST, Manifest, SliceEntry, TensorEntry};
-use ashore::format::shard::{HeaderTemplate, Stamp, index_json, shard_names};
+use ashore::internal::digest::Digest;
+use ashore::internal::format::manifest::{BLOCK, FileEntry, MANIFEST, Manifest, SliceEntry, TensorEntry};
+use ashore::internal::format::shard::{HeaderTemplate, Stamp, index_json, shard_names};
 use ashore::storage::{FileReading, FileWriting, IoMode, Memory, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, Checkpoint, Dtype, Result};
 use std::collections::{BTreeMap, HashSet};

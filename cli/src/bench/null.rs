@@ -1,9 +1,9 @@
 //! Halves of a save that cost nothing, to measure the other half: a storage that drops what it gets, and a device whose copies
 //! are never made.
 
-use ashore::device::{CopyQueue, Device};
-use ashore::digest::Digest;
-use ashore::format::manifest::MANIFEST;
+use ashore::internal::device::{CopyQueue, Device};
+use ashore::internal::digest::Digest;
+use ashore::internal::format::manifest::MANIFEST;
 use ashore::memory::{Pages, Register};
 use ashore::storage::{FileWriting, IoMode, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, Error, ErrorKind, Result};

@@ -3,7 +3,7 @@
 use super::loader::{Found, pass, path_of, run, text, with_driver};
 use super::program::{Gpu, at_fence, left_out, library, open_device, real, rig_on};
 use crate::rig::{LONG, one, pattern};
-use ashore::device::choose;
+use ashore::internal::device::choose;
 use ashore::{CheckpointExecutor, DeviceChoice, Dtype, ErrorKind};
 use std::path::Path;
 

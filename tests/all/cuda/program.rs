@@ -2,8 +2,8 @@
 #![expect(unsafe_code, reason = "calls of a C library, and sources over its memory")]
 
 use crate::rig::LONG;
-use ashore::device::Cuda;
 use ashore::id::step_name;
+use ashore::internal::device::Cuda;
 use ashore::storage::{Memory, Storage};
 use ashore::{
     Builder, Capture, Checkpoint, CheckpointExecutor, DeviceStream, DeviceTarget, Dtype, RawDevice, StateDict,

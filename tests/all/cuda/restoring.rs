@@ -3,7 +3,7 @@
 use super::program::{Gpu, Stream, Tensor, rig};
 use crate::made::{Made, noise, open};
 use crate::rig::{LONG, one, pattern};
-use ashore::format::manifest::BLOCK;
+use ashore::internal::format::manifest::BLOCK;
 use ashore::{Checkpoint, DeviceChoice, Dtype, ErrorKind, Targets};
 
 const MIB: usize = 1 << 20;

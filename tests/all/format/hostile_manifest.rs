@@ -1,8 +1,8 @@
 //! A manifest with the right digest can still be wrong or hostile. Each is refused, and says where.
 
 use super::{DATA, manifest, sample};
-use ashore::digest::Digest;
-use ashore::format::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry, seal};
+use ashore::internal::digest::Digest;
+use ashore::internal::format::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry, seal};
 use ashore::{Dtype, Error, ErrorKind};
 
 /// Changes the sample and gives back why it is refused.

@@ -2,7 +2,7 @@
 
 use super::sample;
 use ashore::ErrorKind;
-use ashore::format::manifest::{Manifest, seal};
+use ashore::internal::format::manifest::{Manifest, seal};
 
 #[test]
 fn a_manifest_is_read_as_it_was_written() {

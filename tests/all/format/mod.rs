@@ -5,8 +5,8 @@ mod manifest_damage;
 mod seeds;
 mod template;
 
-use ashore::digest::Digest;
-use ashore::format::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry, block_count};
+use ashore::internal::digest::Digest;
+use ashore::internal::format::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry, block_count};
 use ashore::{Attempt, Dtype};
 
 /// Where the data of sample files begins.

@@ -1,8 +1,8 @@
 //! The seeds of the fuzz targets are what they should be: good input, from which fuzzing departs.
 
-use ashore::format::manifest::Manifest;
-use ashore::format::shard::Header;
-use ashore::state::decode_value;
+use ashore::internal::format::manifest::Manifest;
+use ashore::internal::format::shard::Header;
+use ashore::internal::state::decode_value;
 use std::path::{Path, PathBuf};
 
 fn seeds(target: &str) -> Vec<(PathBuf, Vec<u8>)> {

@@ -1,8 +1,8 @@
 //! A template, filled, is the manifest that was meant.
 
 use super::{manifest, sample};
-use ashore::digest::Digest;
-use ashore::format::manifest::{BLOCK, Head, Manifest, ManifestTemplate};
+use ashore::internal::digest::Digest;
+use ashore::internal::format::manifest::{BLOCK, Head, Manifest, ManifestTemplate};
 use ashore::testing::AlignedBuffer;
 use ashore::{Dtype, ErrorKind};
 use proptest::prelude::*;

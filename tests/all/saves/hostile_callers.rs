@@ -1,9 +1,9 @@
 //! What callers do at their worst: endless patience, sources that panic when they are dropped, storage that panics.
 
 use crate::rig::{LONG, eventually, one, pattern, rig};
-use ashore::device::{CopyQueue, Device};
-use ashore::digest::Digest;
 use ashore::id::parse_step_name;
+use ashore::internal::device::{CopyQueue, Device};
+use ashore::internal::digest::Digest;
 use ashore::memory::{Pages, Register};
 use ashore::storage::local::Local;
 use ashore::storage::{FileWriting, Memory, Reading, State, Storage, Sweep, Swept, Writing};

@@ -3,7 +3,7 @@
 use crate::alone::alone;
 use crate::heard::Heard;
 use crate::rig::{LONG, eventually, one, pattern, rig};
-use ashore::device::choose;
+use ashore::internal::device::choose;
 use ashore::{CheckpointExecutor, DeviceChoice, Dtype, ErrorKind, HostTensor, StateDict, Targets};
 use std::error::Error as _;
 use std::sync::Arc;

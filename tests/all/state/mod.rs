@@ -4,8 +4,8 @@ mod values;
 mod values_refused;
 
 use ashore::Result;
-use ashore::format::manifest::Manifest;
-use ashore::state::{decode_value, encode_value};
+use ashore::internal::format::manifest::Manifest;
+use ashore::internal::state::{decode_value, encode_value};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 

@@ -1,7 +1,7 @@
 //! What would not come back is refused when it is put in, and names the value.
 
 use super::saved_and_restored;
-use ashore::state::{decode_value, encode_value};
+use ashore::internal::state::{decode_value, encode_value};
 use ashore::{ErrorKind, StateDict};
 use serde::{Serialize, Serializer};
 use std::collections::{BTreeMap, HashMap};

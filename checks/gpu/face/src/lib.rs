@@ -13,7 +13,7 @@ mod steps;
 mod tensors;
 
 use ashore::DeviceChoice;
-use ashore::device::Cuda;
+use ashore::internal::device::Cuda;
 use ashore::{CheckpointExecutor, DeviceStream, Error, ErrorKind, Outcome, Result, Save, Settings};
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char};

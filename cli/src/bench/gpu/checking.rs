@@ -4,8 +4,8 @@ use super::state::State;
 use super::training::Saved;
 use crate::bench::null::Sink;
 use crate::gpu::{Pinned, Stream};
-use ashore::digest::Digest;
-use ashore::format::manifest::Manifest;
+use ashore::internal::digest::Digest;
+use ashore::internal::format::manifest::Manifest;
 use ashore::{Error, ErrorKind, Result};
 use std::collections::BTreeMap;
 

@@ -6,7 +6,7 @@
 use crate::adamw::Rates;
 use crate::bench::workload::Workload;
 use crate::gpu::{Gpu, Pinned, Span, Stream, allocate, source};
-use ashore::digest::Digest;
+use ashore::internal::digest::Digest;
 use ashore::{Dtype, Result, StateDict};
 use std::sync::Arc;
 

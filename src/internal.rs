@@ -1,0 +1,16 @@
+//! What tests, programs and fuzz targets of this repository need beyond the API: no part of it, and free to change.
+
+pub mod device {
+    #[cfg(all(feature = "cuda", not(any(loom, miri))))]
+    pub use crate::device::Cuda;
+    pub use crate::device::{CopyQueue, Device, Host, Point, choose};
+}
+pub mod digest {
+    pub use crate::digest::Digest;
+}
+pub mod format {
+    pub use crate::format::{invariants, manifest, shard};
+}
+pub mod state {
+    pub use crate::state::{decode_value, encode_value, promise};
+}
