@@ -138,6 +138,7 @@ impl Local {
 impl Local {
     /// Removes the step `name`, if that is the one `wanted`.
     fn discard(&self, name: &str, wanted: Option<(u64, u64)>) -> Result<()> {
+        self.alive()?;
         rules::check_step(name)?;
         let root = self.root.afresh()?;
         let dir = root.enter(name).map_err(root.error("cannot open the step", name))?;
@@ -239,6 +240,7 @@ impl Storage for Local {
     }
 
     fn hint(&self, name: &str) -> Result<()> {
+        self.alive()?;
         rules::check_step(name)?;
         let failed = |error| self.root.error("cannot write the hint", rules::LATEST)(error);
         // Left by a process that died, or being written by another: which one wins does not matter.

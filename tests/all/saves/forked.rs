@@ -74,10 +74,12 @@ fn the_child_touches_no_file_of_its_own_through_the_storage_of_its_parent() {
             invalid(storage.touch()),
             invalid(storage.begin("step-2", Attempt::new(), false).map(drop)),
             invalid(storage.sweep(Sweep::default()).map(drop)),
+            invalid(storage.remove("step-1")),
+            invalid(storage.hint("step-1")),
         ];
         let untouched = files.first().is_some_and(|file| file.metadata().unwrap().modified().unwrap() == old);
         // SAFETY: ends the child without running anything of the parent's.
-        unsafe { libc::_exit(i32::from(refused != [true; 3]) + 2 * i32::from(!untouched)) };
+        unsafe { libc::_exit(i32::from(refused != [true; 5]) + 2 * i32::from(!untouched)) };
     }
     let mut status = 0;
     // SAFETY: waits for our own child.
