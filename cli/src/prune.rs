@@ -133,7 +133,8 @@ fn delete(catalog: &Catalog, args: &Args, options: PruneOptions) -> Result<ashor
     }
     let Some(keep_last) = args.keep_last else { return catalog.prune(&Retention::default(), options) };
     let whole = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-    let retention = Retention { keep_last: Some(whole(keep_last)), keep_every: args.keep_every };
+    let mut retention = Retention::last(whole(keep_last));
+    retention.keep_every = args.keep_every;
     let best = match (args.keep_best, &args.lowest, &args.highest) {
         (Some(n), Some(key), _) => Best::lowest(key, whole(n)),
         (Some(n), _, Some(key)) => Best::highest(key, whole(n)),

@@ -49,7 +49,7 @@ use std::time::SystemTime;
 ///
 /// let catalog = Catalog::open(root.path())?; // without an executor
 /// assert_eq!(catalog.latest()?.unwrap().step(), 300);
-/// let pruned = catalog.prune(&Retention { keep_last: Some(2), keep_every: None }, PruneOptions::new())?;
+/// let pruned = catalog.prune(&Retention::last(2), PruneOptions::new())?;
 /// assert_eq!(pruned.removed[0].step, 100);
 /// assert_eq!(catalog.list()?.len(), 2);
 /// let found = catalog.latest_valid()?.unwrap();

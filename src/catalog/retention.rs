@@ -8,12 +8,13 @@ use std::collections::BTreeSet;
 ///
 /// ```
 /// use ashore::Retention;
-/// let retention = Retention { keep_last: Some(2), keep_every: Some(100) };
+/// let retention = Retention::last(2).every(100);
 /// assert_eq!(retention.plan([90, 100, 110, 120, 130], [110, 120])?, [90]);
 /// # Ok::<(), ashore::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Retention {
     /// Keep this many of the newest durable steps, and whatever is newer than they are; at least 1. None: all steps are kept.
     pub keep_last: Option<usize>,
@@ -22,6 +23,17 @@ pub struct Retention {
 }
 
 impl Retention {
+    /// Keeps the `n` newest durable steps.
+    pub const fn last(n: usize) -> Self {
+        Self { keep_last: Some(n), keep_every: None }
+    }
+
+    /// Keeps those of the older steps, too, that `n` divides.
+    pub const fn every(mut self, n: u64) -> Self {
+        self.keep_every = Some(n);
+        self
+    }
+
     /// True when all steps are kept.
     pub fn is_unlimited(&self) -> bool {
         self.keep_last.is_none()

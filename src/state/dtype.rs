@@ -130,6 +130,7 @@ elements! {
 
 /// Dtype and shape of a tensor in row-major order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct Layout {
     /// The type of the elements.
     pub dtype: Dtype,

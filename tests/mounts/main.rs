@@ -103,8 +103,7 @@ fn saves_until_it_is_full(mounted: &Mounted, mode: IoMode) {
     full(&save(&executor, next).unwrap_err(), next);
     steps_are(&root, &done);
     assert!(lies_about(&root).is_empty(), "{:?}", lies_about(&root));
-    let pruned =
-        executor.catalog().prune(&Retention { keep_last: Some(1), keep_every: None }, PruneOptions::new()).unwrap();
+    let pruned = executor.catalog().prune(&Retention::last(1), PruneOptions::new()).unwrap();
     assert_eq!(pruned.removed.len(), done.len() - 1);
     save(&executor, next).unwrap();
     steps_are(&root, &[next - 1, next]);
@@ -136,10 +135,7 @@ fn saves_with_little_room(mounted: &Mounted) {
                 saved += 1;
                 steps_are(&root, &[1, 2]);
                 fs::remove_file(&ballast).unwrap();
-                executor
-                    .catalog()
-                    .prune(&Retention { keep_last: Some(1), keep_every: None }, PruneOptions::new())
-                    .unwrap();
+                executor.catalog().prune(&Retention::last(1), PruneOptions::new()).unwrap();
                 steps_are(&root, &[2]);
                 save(&executor, 1).unwrap();
                 fs::remove_dir_all(root.join("step-00000002")).unwrap();

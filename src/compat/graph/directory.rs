@@ -155,9 +155,7 @@ impl Records for Runs {
             return Ok(());
         }
         let Some(catalog) = self.catalog(run, Kind::State)? else { return Ok(()) };
-        let pruned = catalog
-            .prune(&Retention { keep_last: Some(keep_last), keep_every: None }, PruneOptions::new())?
-            .complete()?;
+        let pruned = catalog.prune(&Retention::last(keep_last), PruneOptions::new())?.complete()?;
         match pruned.kept.first() {
             Some(oldest) if pruned.kept.len() >= keep_last => self.remove(run, Kind::Active, Some(oldest.step)),
             _ => Ok(()),

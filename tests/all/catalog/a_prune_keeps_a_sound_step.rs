@@ -7,7 +7,7 @@ use ashore::storage::{Memory, Storage};
 use ashore::{Catalog, Dtype, ErrorKind, PruneOptions, Retention};
 use std::sync::Arc;
 
-const ONE: Retention = Retention { keep_last: Some(1), keep_every: None };
+const ONE: Retention = Retention::last(1);
 const NOW: fn() -> PruneOptions = PruneOptions::new;
 
 fn made(step: u64) -> Made {
@@ -65,7 +65,7 @@ fn nothing_goes_where_nothing_is_sound_unless_it_is_asked_for() {
 
 #[test]
 fn one_step_is_read_or_each_that_counts() {
-    let two = Retention { keep_last: Some(2), keep_every: None };
+    let two = Retention::last(2);
     let (storage, catalog) = steps(&[10, 30], &[20]);
     catalog.prune(&two, NOW()).unwrap();
     assert_eq!(left(&storage), [20, 30], "30 was read and found sound, 20 was not read");

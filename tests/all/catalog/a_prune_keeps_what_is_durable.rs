@@ -21,12 +21,12 @@ fn left(storage: &Watched) -> Vec<u64> {
     steps
 }
 
-const LAST_TWO: Retention = Retention { keep_last: Some(2), keep_every: None };
+const LAST_TWO: Retention = Retention::last(2);
 
 #[test]
 fn the_last_ones_and_every_kth_survive() {
     let (storage, catalog, _) = steps([5, 10, 15, 20, 25, 30, 100]);
-    let retention = Retention { keep_last: Some(2), keep_every: Some(10) };
+    let retention = Retention::last(2).every(10);
     let dry = catalog.prune(&retention, PruneOptions::new().dry_run(true)).unwrap();
     assert_eq!(left(&storage).len(), 7, "a dry run removes nothing");
     let pruned = catalog.prune(&retention, PruneOptions::new()).unwrap();
@@ -58,7 +58,7 @@ fn a_step_that_cannot_be_made_durable_replaces_none() {
     assert_eq!(pruned.doubtful.iter().map(|problem| problem.step).collect::<Vec<_>>(), [4]);
     storage.seen.lock().unwrap().broken.extend(["step-00000002".into(), "step-00000003".into()]);
     let fresh = Catalog::over(Arc::new(storage.clone()));
-    fresh.prune(&Retention { keep_last: Some(1), keep_every: None }, PruneOptions::new()).unwrap();
+    fresh.prune(&Retention::last(1), PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [2, 3, 4], "none of them counts");
 }
 
@@ -136,10 +136,9 @@ fn one_that_cannot_be_removed_is_reported_and_the_others_go() {
 fn a_retention_of_nothing_is_refused_before_anything_is_read() {
     let (storage, catalog, _) = steps([1, 2]);
     for (keep_last, keep_every) in [(Some(0), None), (Some(1), Some(0)), (None, Some(0))] {
-        assert_eq!(
-            catalog.prune(&Retention { keep_last, keep_every }, PruneOptions::new()).unwrap_err().kind(),
-            ErrorKind::Invalid
-        );
+        let mut retention = Retention::default();
+        (retention.keep_last, retention.keep_every) = (keep_last, keep_every);
+        assert_eq!(catalog.prune(&retention, PruneOptions::new()).unwrap_err().kind(), ErrorKind::Invalid);
     }
     assert!(storage.seen.lock().unwrap().reads.is_empty());
     catalog.prune(&Retention::default(), PruneOptions::new()).unwrap();

@@ -71,7 +71,7 @@ fn a_process_that_saved_nothing_goes_by_the_clock_of_the_storage() {
     let catalog = Catalog::open(root.path()).unwrap();
     let (last, newest) = catalog.branched().unwrap().unwrap();
     assert_eq!((last.step, newest.step), (13, 100));
-    catalog.prune(&Retention { keep_last: Some(2), keep_every: None }, PruneOptions::new()).unwrap();
+    catalog.prune(&Retention::last(2), PruneOptions::new()).unwrap();
     let kept: Vec<_> = catalog.list().unwrap().iter().map(|entry| entry.step).collect();
     assert_eq!(kept, [12, 13, 90, 100], "the running branch, and the newest by number");
     catalog.discard_after(13, PruneOptions::new()).unwrap();

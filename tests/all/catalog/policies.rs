@@ -56,7 +56,7 @@ fn a_catalog_prunes_by_a_policy_too() {
     let (storage, all) = saved(&LOSSES, |b| b);
     assert_eq!(all.len(), LOSSES.len());
     let catalog = Catalog::over(Arc::new(storage.clone()));
-    let retention = Retention { keep_last: Some(2), keep_every: None };
+    let retention = Retention::last(2);
     catalog.prune_by(&retention, &Best::lowest("loss", 1), PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [6, 7]);
 }
