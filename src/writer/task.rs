@@ -3,7 +3,7 @@
 use super::pool::{Pool, Work};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::guard::dropped;
+use crate::guard::{dropped, guarded};
 use crate::plan::{Chunk, Receipts, Request, Segment, Sink};
 use crate::settings::IoMode;
 use crate::storage::{FileWriting, Writing};
@@ -67,7 +67,9 @@ impl Task {
 
     /// The attempt, begun by the first who asks.
     fn attempt(&self) -> Result<Arc<dyn Writing>> {
-        self.attempt.get_or_init(|| self.place.begin(&self.request)).clone()
+        // A panic is kept, as any error is: files may have been made before it.
+        let begin = || guarded("the storage panicked when an attempt was begun", || self.place.begin(&self.request));
+        self.attempt.get_or_init(begin).clone()
     }
 
     /// The attempt, if it was begun.

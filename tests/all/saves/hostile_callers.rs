@@ -238,9 +238,12 @@ fn a_storage_that_panics_fails_the_save_and_ends_no_thread() {
     let executor = builder.build().unwrap();
     let save = |step| executor.save(step, one("t", Arc::new(pattern(step, 30_000)))).unwrap().wait(LONG);
     for (step, switch) in [(1, &storage.when_begun), (3, &storage.when_described)] {
+        let swept = storage.sweeps.load(Ordering::Relaxed).max(1);
         switch.store(true, Ordering::Relaxed);
         assert_eq!(save(step).unwrap_err().kind(), ErrorKind::Internal);
         switch.store(false, Ordering::Relaxed);
+        // At once, not in an hour: files may be left of the attempt.
+        eventually("what is left is swept", || storage.sweeps.load(Ordering::Relaxed) > swept);
         save(step + 1).unwrap();
     }
     executor.shutdown(LONG).unwrap();

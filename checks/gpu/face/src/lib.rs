@@ -118,7 +118,7 @@ unsafe fn given_back<T>(handle: *mut T) -> Result<Box<T>> {
     Ok(unsafe { Box::from_raw(handle) })
 }
 
-fn patience(seconds: f64) -> Result<Duration> {
+fn timeout(seconds: f64) -> Result<Duration> {
     Duration::try_from_secs_f64(seconds).map_err(|_| invalid("seconds are a number from 0"))
 }
 
@@ -196,13 +196,13 @@ face! {
     /// Waits until no tensor of the save is read any more.
     fn face_staged(save: *const Save, seconds: f64) -> i32 = -1; {
         // SAFETY: the argument at the top.
-        unsafe { held(save)? }.staged().wait(patience(seconds)?).map(|()| 0)
+        unsafe { held(save)? }.staged().wait(timeout(seconds)?).map(|()| 0)
     }
 
     /// Waits until the save has ended; `committed` may be null.
     fn face_wait(save: *const Save, seconds: f64, committed: *mut Committed) -> i32 = -1; {
         // SAFETY: the argument at the top.
-        let outcome = unsafe { held(save)? }.wait(patience(seconds)?)?;
+        let outcome = unsafe { held(save)? }.wait(timeout(seconds)?)?;
         let Outcome::Durable(done) = outcome else { return Ok(1) };
         // SAFETY: null, or the program's to be written.
         if let Some(committed) = unsafe { committed.as_mut() } {
@@ -230,7 +230,7 @@ face! {
     fn face_shutdown(executor: *mut CheckpointExecutor, seconds: f64) -> i32 = -1; {
         // SAFETY: the argument at the top.
         let executor = unsafe { given_back(executor)? };
-        executor.shutdown(patience(seconds)?).map(|()| 0)
+        executor.shutdown(timeout(seconds)?).map(|()| 0)
     }
 }
 
