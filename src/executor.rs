@@ -27,7 +27,7 @@ use crate::memory::Arena;
 use crate::plan::{Later, Plan, Request, Shape};
 use crate::save::{Fenced, Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, OnUnseenError, Settings};
-use crate::staging::{Aside, Captured, Job, OnDevice, Stager, without_kernels};
+use crate::staging::{Captured, Job, LateCopy, OnDevice, Stager, without_kernels};
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::{Mutex, lock};
@@ -338,7 +338,7 @@ impl CheckpointExecutor {
         ticket.blind.store(on_device.blind, Ordering::Relaxed);
         // Before anything can fail that leaves kernels behind which read borrowed sources: the scope waits for those.
         register(&ticket);
-        let (behind, aside) = match noted {
+        let (behind, late_copy) = match noted {
             Ok(noted) => noted,
             Err(error) => {
                 let error = error.with_step(step);
@@ -372,7 +372,7 @@ impl CheckpointExecutor {
             state: std::mem::take(state),
             captured,
             behind,
-            aside,
+            late_copy,
             region,
             queued,
             borrowed,
@@ -400,7 +400,7 @@ impl CheckpointExecutor {
         captured: &Captured,
         detect: bool,
         on_device: &mut OnDevice,
-    ) -> Result<(Option<Point>, Option<Arc<Aside>>)> {
+    ) -> Result<(Option<Point>, Option<Arc<LateCopy>>)> {
         if state.streams.is_empty() {
             return Ok((None, None));
         }
@@ -410,11 +410,11 @@ impl CheckpointExecutor {
         }
         // Behind what was queued just now, too.
         let point = self.stager.device.behind(&state.streams)?;
-        let aside = match &self.stager.scratch {
-            Some(scratch) => scratch.note(plan, state, &point, |tensor| captured.get(tensor).is_some())?,
+        let late_copy = match &self.stager.scratch {
+            Some(scratch) => scratch.late_copy(plan, state, &point, |tensor| captured.get(tensor).is_some())?,
             None => None,
         };
-        Ok((Some(point), aside))
+        Ok((Some(point), late_copy))
     }
 
     /// What becomes of a save that comes when admission is closed.

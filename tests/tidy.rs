@@ -48,7 +48,7 @@ const ISLANDS: [&str; 33] = [
     "src/device/cuda/gpu.rs",
     "src/device/cuda/kernels.rs",
     "src/device/cuda/lanes.rs",
-    "src/device/cuda/late.rs",
+    "src/device/cuda/late_copy.rs",
     "src/device/cuda/loads.rs",
     "src/device/cuda/mod.rs",
     "src/device/cuda/queue.rs",

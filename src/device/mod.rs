@@ -7,7 +7,7 @@
 //!
 //! What the devices of this crate do with addresses as numbers is for it alone:
 //! ```compile_fail,E0603
-//! use ashore::internal::device::{Kernels, LentMemory, Noted};
+//! use ashore::internal::device::{Kernels, LentMemory, DeviceLateCopy};
 //! ```
 //!
 //! # Safety argument
@@ -160,7 +160,7 @@ pub(crate) struct KernelMemory {
     pub chunk: usize,
     /// For what is captured at `save`; with 0 nothing is gathered.
     pub gather: u64,
-    /// For what fences set aside.
+    /// For the late copies of fences.
     pub scratch: u64,
     /// Where that is, if the program has memory of its own for it.
     pub lent: Option<LentMemory>,
@@ -183,7 +183,7 @@ impl Debug for LentMemory {
 }
 
 /// What a device does with kernels of its own, in memory of its own: it gathers small and strided tensors, so that they need not
-/// cross the bus one by one; it digests tensors; and at a fence it copies aside what has not left it, so that nobody waits.
+/// cross the bus one by one; it digests tensors; and at a fence it makes late copies of what has not left it, so that no thread waits.
 pub(crate) trait Kernels: Send + Sync + Debug {
     /// The device.
     fn ordinal(&self) -> u32;
@@ -215,12 +215,12 @@ pub(crate) trait Kernels: Send + Sync + Debug {
         queued: &mut Vec<Arc<dyn Queued>>,
     ) -> Result<Arc<dyn Digests>>;
 
-    /// Takes note of the tensors of a save, the `number`-th from 1; `base` is what the watermark will be before its first chunk.
+    /// The late copy of a save, the `number`-th from 1, with these tensors; `base` is what the watermark will be before its first chunk.
     /// None when there is no room for it now.
     ///
     /// # Errors
     /// `Device`.
-    fn note(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn Noted>>>;
+    fn late_copy(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn DeviceLateCopy>>>;
 }
 
 /// What a device offers whose streams can wait for a number in memory.
@@ -256,7 +256,7 @@ pub(crate) trait Digests: Send + Sync {
 
 /// One save, as a device knows it that offers [`Kernels`]. Dropped only when no copy of the save is queued any more, and it is
 /// not launched or has told F.
-pub(crate) trait Noted: Send + Sync {
+pub(crate) trait DeviceLateCopy: Send + Sync {
     /// Queues, with the copies: put the pieces of `chunk` together as they will lie in its slab. The address that stands for the
     /// first byte of the slab, until the next call.
     ///
@@ -271,14 +271,14 @@ pub(crate) trait Noted: Send + Sync {
     fn publish(&self, watermark: u64) -> Result<()>;
 
     /// Queues in the first of `streams`, behind `point`, and behind all copies queued so far if `behind_copies`: decide F from the
-    /// watermark, copy the chunks from F on aside, tell F. The other streams wait for that. `slots` are those of the last
-    /// chunks. Not again once something of it has [begun](Noted::begun).
+    /// watermark, make late copies of the chunks from F on, tell F. The other streams wait for that. `slots` are those of the last
+    /// chunks. Not again once something of it has [begun](DeviceLateCopy::begun).
     ///
     /// # Errors
     /// `Device`; `Invalid`: nothing was queued.
     fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()>;
 
-    /// Whether something was queued by [`Noted::launch`], which may have failed all the same.
+    /// Whether something was queued by [`DeviceLateCopy::launch`], which may have failed all the same.
     fn begun(&self) -> bool;
 
     /// Makes `streams` wait for what was launched.
@@ -311,7 +311,7 @@ pub struct DeviceReport {
     /// How much small state the device can gather at `save`, in bytes; or why it does not: small tensors cross the bus one by one
     /// then and are taken at the fence, and strided ones are refused.
     pub gather: Result<u64, String>,
-    /// How many chunks a fence can set aside on the device; or why it waits for copies to the host instead.
+    /// How many chunks a fence can copy late on the device; or why it waits for copies to the host instead.
     pub scratch: Result<usize, String>,
     /// How many fences may be pending whose waits end when their saves have failed; or why streams wait for events, whatever
     /// becomes of the saves.

@@ -11,7 +11,7 @@
 //! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
-use super::aside::Aside;
+use super::late_copy::LateCopy;
 use super::stage::Job;
 use crate::device::CopyQueue;
 use crate::digest::Digest;
@@ -28,7 +28,7 @@ pub(super) struct Flying {
     pub chunk: Chunk,
     /// Behind the last copy; beyond all marks while copies are being queued.
     pub mark: u64,
-    /// Copied from live memory, not from where it was set aside.
+    /// Copied from live memory, not from its late copy.
     pub live: bool,
     /// F when it was queued.
     pub latched: Option<usize>,
@@ -37,9 +37,11 @@ pub(super) struct Flying {
 /// Queues the copies of one chunk, and the mark behind them.
 pub(super) fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
     let index = flying.chunk.index;
-    let whole = match &job.aside {
-        Some(aside) if flying.live => gather(job, aside, index)?,
-        Some(aside) => Some(aside.place(index).ok_or_else(|| Error::internal("a chunk from F on has no slot"))?),
+    let whole = match &job.late_copy {
+        Some(late_copy) if flying.live => gather(job, late_copy, index)?,
+        Some(late_copy) => {
+            Some(late_copy.place(index).ok_or_else(|| Error::internal("a chunk from F on has no slot"))?)
+        }
         None => None,
     };
     let chunk = &job.plan.chunks[index];
@@ -92,8 +94,8 @@ pub(super) fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flyin
         // Before the watermark, which is to say that they have been made.
         flush(job, queue)?;
     }
-    if let Some(aside) = job.aside.as_ref().filter(|_| flying.live) {
-        aside.publish(index)?;
+    if let Some(late_copy) = job.late_copy.as_ref().filter(|_| flying.live) {
+        late_copy.publish(index)?;
     }
     flying.mark = queue.mark()?;
     flying.chunk.digests = digests;
@@ -112,11 +114,11 @@ fn fetch(queue: &mut dyn CopyQueue, ordinal: u32, address: u64, run: &Range<usiz
 }
 
 /// Has the device put a chunk together from live memory, if that is what is done with it.
-fn gather(job: &Job, aside: &Aside, chunk: usize) -> Result<Option<(u32, u64)>> {
+fn gather(job: &Job, late_copy: &LateCopy, chunk: usize) -> Result<Option<(u32, u64)>> {
     let _live = lock(&job.ticket.live);
     match job.ticket.failure() {
         Some(error) => Err(error),
-        None => aside.gather(chunk),
+        None => late_copy.gather(chunk),
     }
 }
 

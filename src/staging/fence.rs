@@ -154,15 +154,15 @@ impl Flights {
         result
     }
 
-    /// Has `aside` fence each save, or waits until all copies of live sources are queued, and then has `order` make whoever
+    /// Has `late_copy` fence each save, or waits until all copies of live sources are queued, and then has `order` make whoever
     /// writes wait for them: if that gives a hold, until the saves that keep it have failed at the latest.
     ///
     /// # Errors
-    /// `Deadline`, as for `fence`. What `aside` and `order` say; other than `Invalid`, the saves that still read have been failed.
+    /// `Deadline`, as for `fence`. What `late_copy` and `order` say; other than `Invalid`, the saves that still read have been failed.
     pub fn fence_on(
         &self,
         patience: Duration,
-        aside: impl Fn(&Arc<Ticket>, Instant) -> Result<bool>,
+        late_copy: impl Fn(&Arc<Ticket>, Instant) -> Result<bool>,
         order: impl FnOnce() -> Result<Option<Hold>>,
     ) -> Result<()> {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
@@ -173,7 +173,7 @@ impl Flights {
         reading.iter().try_for_each(|ticket| ticket.may_wait())?;
         let (mut result, mut waiting, mut refused) = (Ok(()), Vec::new(), Ok(()));
         for ticket in &reading {
-            match aside(ticket, deadline) {
+            match late_copy(ticket, deadline) {
                 Ok(true) => {}
                 // Of the host alone: there is no stream for writers to wait in, and a device may copy behind our back.
                 Ok(false) if ticket.streams.is_empty() => result = result.and(staged(ticket, patience, deadline)),
@@ -225,12 +225,12 @@ impl Flights {
     }
 
     /// As [`Flights::freeze`], but what was queued may still read the memory when it returns, and whoever will write or free it
-    /// comes after that. `aside` sees to that for a save of which something is still to be queued, where there is room to set it
-    /// aside; `order` for saves of which nothing is. `let_go` drops the sources of a save.
+    /// comes after that. `late_copy` sees to that for a save of which something is still to be queued, where there is room for
+    /// late copies; `order` for saves of which nothing is. `let_go` drops the sources of a save.
     pub fn freeze_on(
         tickets: &[Arc<Ticket>],
         patience: Duration,
-        aside: impl Fn(&Arc<Ticket>, Instant) -> Result<bool>,
+        late_copy: impl Fn(&Arc<Ticket>, Instant) -> Result<bool>,
         order: impl FnOnce() -> Result<()>,
         let_go: impl Fn(&Arc<Ticket>),
     ) -> Result<()> {
@@ -242,7 +242,7 @@ impl Flights {
         };
         let mut left = Vec::new();
         for ticket in tickets.iter().filter(|ticket| !ticket.dropped.is_complete()) {
-            match aside(ticket, deadline) {
+            match late_copy(ticket, deadline) {
                 Ok(true) => {
                     ordered(ticket);
                     continue;

@@ -1,9 +1,9 @@
 //! The stager's end of a device: its queue of copies, and what cannot be let go of before the device has ended.
 
-use super::aside::Aside;
 use super::enqueue::Flying;
 use super::fence::Flights;
 use super::gather::Region;
+use super::late_copy::LateCopy;
 use crate::device::{CopyQueue, Queued};
 use crate::guard::{dropped, guarded};
 use crate::state::StateDict;
@@ -34,7 +34,7 @@ pub(super) struct Parked {
     /// Still to be released.
     pub ticket: Option<Arc<Ticket>>,
     /// Kernels of its fence may be to come.
-    pub aside: Option<Arc<Aside>>,
+    pub late_copy: Option<Arc<LateCopy>>,
 }
 
 impl Line {
@@ -45,7 +45,7 @@ impl Line {
         let mut quiet = || *ended.get_or_insert_with(|| ended_now(queue, broken));
         let over = |p: &mut Parked| {
             p.queued.extract_if(.., |queued| is_over(queued)).for_each(dropped);
-            p.queued.is_empty() && !p.aside.as_ref().is_some_and(|a| a.pending()) && (!p.late || quiet())
+            p.queued.is_empty() && !p.late_copy.as_ref().is_some_and(|a| a.pending()) && (!p.late || quiet())
         };
         for Parked { flying, state, region, ticket, .. } in parked.extract_if(.., over) {
             dropped((flying, state, region));

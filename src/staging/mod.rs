@@ -6,18 +6,18 @@
 //! flight are waited for, then slabs and sources go home. **Time.** The thread never touches storage, so it is also the one
 //! that expires saves at their deadlines.
 
-mod aside;
 mod capture;
 mod enqueue;
 mod fence;
 mod gather;
+mod late_copy;
 mod line;
 mod stage;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
-pub(crate) use aside::{Aside, Scratch};
 pub(crate) use capture::Captured;
 pub(crate) use fence::Flights;
 pub(crate) use gather::{OnDevice, without_kernels};
+pub(crate) use late_copy::{LateCopy, Scratch};
 pub(crate) use stage::{Job, Stager};

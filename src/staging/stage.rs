@@ -1,11 +1,11 @@
 //! The stager: a thread, a queue of saves, and the staging of one save. How long sources and slabs are kept is in the safety argument of
 //! `enqueue`.
 
-use super::aside::{Aside, Scratch};
 use super::capture::Captured;
 use super::enqueue::{Flying, enqueue};
 use super::fence::Flights;
 use super::gather::Region;
+use super::late_copy::{LateCopy, Scratch};
 use super::line::{Line, Parked, is_over};
 use crate::call_thread::CallThread;
 use crate::completion::Signal;
@@ -45,8 +45,8 @@ pub(crate) struct Job {
     pub captured: Captured,
     /// Behind the work that wrote tensors of devices.
     pub behind: Option<Point>,
-    /// How its chunks can be put together and set aside on the device.
-    pub aside: Option<Arc<Aside>>,
+    /// How its chunks can be put together and copied late on the device.
+    pub late_copy: Option<Arc<LateCopy>>,
     /// What the device did at `save`.
     pub region: Option<Region>,
     pub queued: Vec<Arc<dyn Queued>>,
@@ -69,8 +69,8 @@ impl std::fmt::Debug for Stager {
     }
 }
 
-/// A save that can be set aside, and whether its sources are only lent.
-type Apart = (Arc<Ticket>, Arc<Aside>, bool);
+/// A save that can be copied late, and whether its sources are borrowed.
+type Copyable = (Arc<Ticket>, Arc<LateCopy>, bool);
 
 /// The stager's queue and what it works with.
 pub(crate) struct Stager {
@@ -79,10 +79,10 @@ pub(crate) struct Stager {
     pub arena: Arena,
     pub flights: Flights,
     pub device: Arc<dyn Device>,
-    /// Where chunks are set aside, if the device can do that.
+    /// Where late copies are made, if the device can do that.
     pub scratch: Option<Scratch>,
     /// Saves that can be, until they are staged.
-    asides: Mutex<Vec<Apart>>,
+    late_copies: Mutex<Vec<Copyable>>,
     jobs: Mutex<VecDeque<Job>>,
     /// What is left of saves that will not be staged, while a device may still read it.
     left: Mutex<Vec<Parked>>,
@@ -104,18 +104,18 @@ impl Stager {
         at_most: Option<usize>,
         batch: bool,
     ) -> Self {
-        let (flights, jobs, asides) = (Flights::default(), Mutex::new(VecDeque::new()), Mutex::default());
+        let (flights, jobs, late_copies) = (Flights::default(), Mutex::new(VecDeque::new()), Mutex::default());
         let calls = Arc::new(CallThread::new(signal.clone()));
         let (left, stopped, ended) = (Mutex::default(), AtomicBool::new(false), AtomicBool::new(false));
-        Self { signal, calls, arena, flights, device, scratch, asides, jobs, left, at_most, batch, stopped, ended }
+        Self { signal, calls, arena, flights, device, scratch, late_copies, jobs, left, at_most, batch, stopped, ended }
     }
 
     /// Takes a save, to be staged after those before it.
     pub fn push(&self, job: Job) {
-        if let Some(aside) = &job.aside {
-            let mut asides = lock(&self.asides);
-            asides.retain(|(ticket, ..)| !ticket.staged.is_complete());
-            asides.push((job.ticket.clone(), aside.clone(), job.borrowed));
+        if let Some(late_copy) = &job.late_copy {
+            let mut late_copies = lock(&self.late_copies);
+            late_copies.retain(|(ticket, ..)| !ticket.staged.is_complete());
+            late_copies.push((job.ticket.clone(), late_copy.clone(), job.borrowed));
         }
         self.flights.add(job.ticket.clone());
         lock(&self.jobs).push_back(job);
@@ -129,18 +129,26 @@ impl Stager {
 
     /// Drops the sources of a save that will not be staged, when no device reads them any more.
     pub fn discard(&self, job: Job) {
-        let Job { ticket, state, region, queued, aside, .. } = job;
+        let Job { ticket, state, region, queued, late_copy, .. } = job;
         // Kernels of a fence may be to come. Where there are none, there will be none.
-        let aside = aside.filter(|aside| aside.withdraw(&ticket));
-        if aside.is_none() {
+        let late_copy = late_copy.filter(|late_copy| late_copy.withdraw(&ticket));
+        if late_copy.is_none() {
             self.forget(&ticket);
         }
-        self.park(Parked { state, region, queued, ticket: Some(ticket), flying: VecDeque::new(), late: false, aside });
+        self.park(Parked {
+            state,
+            region,
+            queued,
+            ticket: Some(ticket),
+            flying: VecDeque::new(),
+            late: false,
+            late_copy,
+        });
     }
 
     /// No fence has to know of this save any more.
     fn forget(&self, ticket: &Arc<Ticket>) {
-        lock(&self.asides).retain(|(t, ..)| !Arc::ptr_eq(t, ticket));
+        lock(&self.late_copies).retain(|(t, ..)| !Arc::ptr_eq(t, ticket));
     }
 
     /// Ends a save that did not become a job, and drops its sources when no device reads them any more.
@@ -167,12 +175,12 @@ impl Stager {
         queued: Vec<Arc<dyn Queued>>,
         ticket: Arc<Ticket>,
     ) {
-        let (flying, late, ticket, aside) = (VecDeque::new(), false, Some(ticket), None);
-        self.park(Parked { state, region, queued, ticket, flying, late, aside });
+        let (flying, late, ticket, late_copy) = (VecDeque::new(), false, Some(ticket), None);
+        self.park(Parked { state, region, queued, ticket, flying, late, late_copy });
     }
 
     fn park(&self, parked: Parked) {
-        if parked.aside.is_none() && parked.queued.iter().all(is_over) {
+        if parked.late_copy.is_none() && parked.queued.iter().all(is_over) {
             let Parked { state, region, ticket, .. } = parked;
             dropped((state, region));
             ticket.iter().for_each(|ticket| self.flights.release(ticket));
@@ -192,19 +200,19 @@ impl Stager {
 
     /// See [`CheckpointExecutor::fence_on`](crate::CheckpointExecutor::fence_on).
     pub fn fence_on(&self, streams: &[DeviceStream], patience: Duration) -> Result<()> {
-        let aside = |ticket: &Arc<Ticket>, deadline| match (&self.scratch, self.aside(ticket)) {
+        let late_copy = |ticket: &Arc<Ticket>, deadline| match (&self.scratch, self.late_copy(ticket)) {
             // What is lent is fenced once, at the end of its scope; until then streams wait for it as if there were no scratch.
-            (Some(scratch), Some((aside, lent))) if !lent || aside.launched() => {
-                scratch.fence(ticket, &aside, streams, deadline)
+            (Some(scratch), Some((late_copy, lent))) if !lent || late_copy.launched() => {
+                scratch.fence(ticket, &late_copy, streams, deadline)
             }
             _ => Ok(false),
         };
-        self.flights.fence_on(patience, aside, || self.flights.order(self.device.as_ref(), streams))
+        self.flights.fence_on(patience, late_copy, || self.flights.order(self.device.as_ref(), streams))
     }
 
-    fn aside(&self, ticket: &Arc<Ticket>) -> Option<(Arc<Aside>, bool)> {
-        let asides = lock(&self.asides);
-        asides.iter().find(|(t, ..)| Arc::ptr_eq(t, ticket)).map(|(_, aside, lent)| (aside.clone(), *lent))
+    fn late_copy(&self, ticket: &Arc<Ticket>) -> Option<(Arc<LateCopy>, bool)> {
+        let late_copies = lock(&self.late_copies);
+        late_copies.iter().find(|(t, ..)| Arc::ptr_eq(t, ticket)).map(|(_, late_copy, lent)| (late_copy.clone(), *lent))
     }
 
     /// Waits until borrowed sources of these saves are dropped, with `streams` and those that made them ordered after whatever still
@@ -216,15 +224,17 @@ impl Stager {
             all.dedup();
             all
         };
-        let aside = |ticket: &Arc<Ticket>, deadline| match (&self.scratch, self.aside(ticket)) {
-            (Some(scratch), Some((aside, _))) => scratch.freeze(ticket, &aside, &with(&ticket.streams), deadline),
+        let late_copy = |ticket: &Arc<Ticket>, deadline| match (&self.scratch, self.late_copy(ticket)) {
+            (Some(scratch), Some((late_copy, _))) => {
+                scratch.freeze(ticket, &late_copy, &with(&ticket.streams), deadline)
+            }
             _ => Ok(false),
         };
         let order = || {
             let owners: Vec<_> = tickets.iter().flat_map(|t| &t.streams).copied().collect();
             self.device.order(&with(&owners))
         };
-        Flights::freeze_on(tickets, patience, aside, order, |ticket| self.let_go(ticket))
+        Flights::freeze_on(tickets, patience, late_copy, order, |ticket| self.let_go(ticket))
     }
 
     /// Drops the sources of a save, of which nothing is queued from live memory any more.
@@ -362,18 +372,18 @@ impl Stager {
             // Whoever lent the memory may free it once this save is released: there is no giving up here.
             ended = self.quiesce(line);
         }
-        let Job { ticket, state, captured, sink, aside, region, queued, .. } = job;
+        let Job { ticket, state, captured, sink, late_copy, region, queued, .. } = job;
         drop(captured);
         ticket.enter(Phase::Writing);
         // A fence that has begun to launch kernels has said so by now; after this none will, if the save has failed.
         ticket.freeze();
         // Kernels of a fence may still read what has left the device by now, and others the list of what was to be gathered.
-        let aside = aside.filter(|aside| !ended || aside.pending());
-        if aside.is_none() {
+        let late_copy = late_copy.filter(|late_copy| !ended || late_copy.pending());
+        if late_copy.is_none() {
             // Otherwise a fence must still find it: whoever follows its kernels need not wait for copies of later saves.
             self.forget(&ticket);
         }
-        if ended && aside.is_none() && queued.iter().all(is_over) {
+        if ended && late_copy.is_none() && queued.iter().all(is_over) {
             dropped((flying, state, region));
             self.flights.release(&ticket);
         } else {
@@ -388,7 +398,7 @@ impl Stager {
             let (late, ticket) = (!ended, ended.then_some(ticket));
             // Nothing is copied into slabs any more: they need not wait for kernels.
             let flying = if late { flying } else { VecDeque::new() };
-            line.parked.push(Parked { flying, state, region, queued, late, ticket, aside });
+            line.parked.push(Parked { flying, state, region, queued, late, ticket, late_copy });
         }
         if failed == Some(ErrorKind::Device) || line.broken {
             // What is parked is lost with the queue that could have told when its copies end.
@@ -419,7 +429,7 @@ impl Stager {
         let stamp = Stamp::new(ticket.step, ticket.attempt);
         let (mut next, mut due) = (0, self.flights.expire(Instant::now()));
         let waker = Waker::from(self.signal.clone());
-        let aside = job.aside.clone();
+        let late_copy = job.late_copy.clone();
         loop {
             let now = Instant::now();
             if self.flights.is_due(&due, now) {
@@ -432,9 +442,9 @@ impl Stager {
             let reached = queue.reached()?;
             while flying.front().is_some_and(|f| f.mark <= reached) {
                 let Some(Flying { chunk, live, latched, .. }) = flying.pop_front() else { break };
-                if let (Some(scratch), Some(aside)) = (&self.scratch, &job.aside) {
+                if let (Some(scratch), Some(late_copy)) = (&self.scratch, &job.late_copy) {
                     // Read after the mark: whatever the device tells later, this copy was made before it.
-                    let latched = if mutant::on(Mutant::LatchEarly) { latched } else { aside.latched() };
+                    let latched = if mutant::on(Mutant::LatchEarly) { latched } else { late_copy.latched() };
                     if live && latched.is_some_and(|f| f <= chunk.index) && !mutant::on(Mutant::Discard) {
                         if ticket.failed() {
                             break;
@@ -446,7 +456,7 @@ impl Stager {
                     if !live {
                         ticket.late_chunks.fetch_add(1, Ordering::Relaxed);
                     }
-                    scratch.hand_over(aside, chunk.index);
+                    scratch.hand_over(late_copy, chunk.index);
                 }
                 ticket.bytes_staged.fetch_add(plan.chunks[chunk.index].length as u64, Ordering::Relaxed);
                 job.sink.clone().accept(chunk);
@@ -459,7 +469,7 @@ impl Stager {
             if ticket.failed() || (next == plan.chunks.len() && flying.is_empty()) {
                 return Ok(());
             }
-            let latched = aside.as_ref().and_then(|aside| aside.latched());
+            let latched = late_copy.as_ref().and_then(|late_copy| late_copy.latched());
             if latched.is_some() && !job.state.is_empty() && !flying.iter().any(|f| f.live) {
                 // The rest is read from slots.
                 dropped(std::mem::take(&mut job.state));
@@ -470,7 +480,7 @@ impl Stager {
                 && self.arena.free() > 0
                 && ready(job, next, &waker)?;
             // Held until the chunk is queued: a freeze waits for one that was decided.
-            let frozen = aside.as_ref().map(|aside| aside.decide());
+            let frozen = late_copy.as_ref().map(|late_copy| late_copy.decide());
             let may = latched.is_some() || !frozen.as_deref().is_some_and(|frozen| *frozen);
             if let Some(lease) = (room && may).then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
@@ -487,9 +497,9 @@ impl Stager {
             }
             drop(frozen);
             let news = || ticket.failed() || asked_to_let_go();
-            if let (Some(aside), false) = (&aside, may) {
+            if let (Some(late_copy), false) = (&late_copy, may) {
                 // What is left is in slots, or nowhere: a device that is lost never tells F.
-                aside.check()?;
+                late_copy.check()?;
             }
             if may && flying.is_empty() && line.parked.is_empty() {
                 let go_on = || news() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));

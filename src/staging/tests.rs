@@ -71,7 +71,7 @@ fn push_of(
         state,
         captured,
         behind: None,
-        aside: None,
+        late_copy: None,
         region: None,
         queued: Vec::new(),
         borrowed: false,

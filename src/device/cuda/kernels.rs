@@ -5,7 +5,7 @@
 //!
 //! # Safety argument
 //! The structures are those of the sources in `kernels/`. What a launch points to, tables included, is kept by `running`, by a
-//! save that outlives its launches (`late`), or as long as `self`, who waits for all of it before it goes; where that takes too
+//! save that outlives its launches (`late_copy`), or as long as `self`, who waits for all of it before it goes; where that takes too
 //! long, memory and kernels are leaked, and with them what keeps memory that the program has handed in.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
@@ -13,10 +13,10 @@ use super::Shared;
 use super::driver::{Address, Memory, Module, Stream};
 use super::embedded;
 use super::gpu::{Gpu, Lent, PATIENCE, POLL};
-use super::late::{self, Fences};
+use super::late_copy::{Fences, Save};
 use super::table::{Table, Tables};
 use super::trial;
-use crate::device::{self, Digests, LentMemory, Noted, Pieces, Queued};
+use crate::device::{self, DeviceLateCopy, Digests, LentMemory, Pieces, Queued};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::DeviceStream;
@@ -59,8 +59,8 @@ pub(super) struct Loaded {
     pub shared: Arc<Shared>,
     pub gpu: Arc<Gpu>,
     pub tables: Tables,
-    /// Where fences set chunks aside; or why they do not. Tensors are gathered either way.
-    pub aside: Result<Slots>,
+    /// Where fences make late copies; or why they do not. Tensors are gathered either way.
+    pub late_copies: Result<Slots>,
     gather: usize,
     digest: usize,
     /// How much of `room` is for captured tensors; a chunk that is put together lies behind it.
@@ -75,7 +75,7 @@ pub(super) struct Loaded {
     digest_tables: Memory,
 }
 
-/// Where chunks are set aside.
+/// Where late copies are made.
 pub(super) struct Slots {
     // In this order: kernels before the memory that they use.
     pub fences: Fences,
@@ -117,8 +117,8 @@ impl Loaded {
             return Err(Error::invalid("no memory of the device was given to kernels"));
         }
         let gpu = shared.gpu(shared.home)?;
-        let aside = Slots::new(&gpu, chunk, count, lent);
-        match &aside {
+        let late_copies = Slots::new(&gpu, chunk, count, lent);
+        match &late_copies {
             Err(why) if gather == 0 => return Err(why.clone()),
             Err(why) if scratch > 0 => tracing::warn!(error = %why, "no scratch: fences wait for copies to the host"),
             _ => {}
@@ -129,7 +129,7 @@ impl Loaded {
         let loaded = Arc::new(Self {
             shared: shared.clone(),
             tables: Tables::new(gpu.clone())?,
-            aside,
+            late_copies,
             gather: modules[0].function(c"gather")?,
             digest: modules[1].function(c"digest")?,
             captured: gather,
@@ -346,7 +346,7 @@ impl Kernels {
 
 impl fmt::Debug for Kernels {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let slots = self.0.aside.as_ref().map_or(0, |aside| aside.slots.len());
+        let slots = self.0.late_copies.as_ref().map_or(0, |late_copies| late_copies.slots.len());
         write!(f, "Kernels(cuda:{}, {slots} slots)", self.0.gpu.context.ordinal)
     }
 }
@@ -370,7 +370,7 @@ impl device::Kernels for Kernels {
     }
 
     fn slots(&self) -> Result<&[u64]> {
-        self.0.aside.as_ref().map(|aside| &aside.slots[..]).map_err(Clone::clone)
+        self.0.late_copies.as_ref().map(|late_copies| &late_copies.slots[..]).map_err(Clone::clone)
     }
 
     fn capture(&self, stream: DeviceStream, pieces: &Pieces, queued: &mut Vec<Arc<dyn Queued>>) -> Result<()> {
@@ -415,9 +415,9 @@ impl device::Kernels for Kernels {
         Ok(Arc::new(Asked { loaded: loaded.clone(), table, results, after }))
     }
 
-    fn note(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn Noted>>> {
+    fn late_copy(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn DeviceLateCopy>>> {
         let _entered = self.0.gpu.context.enter()?;
         let table = self.0.tables.of(pieces)?;
-        Ok(late::note(&self.0, number, base, table).map(|save| Box::new(save) as Box<dyn Noted>))
+        Ok(Save::new(&self.0, number, base, table).map(|save| Box::new(save) as Box<dyn DeviceLateCopy>))
     }
 }

@@ -15,7 +15,7 @@ mod embedded;
 mod gpu;
 mod kernels;
 mod lanes;
-mod late;
+mod late_copy;
 mod loads;
 mod queue;
 mod table;

@@ -1,4 +1,4 @@
-//! Late copies: what has not left the GPU when a stream comes to the fence is copied aside, by kernels in that stream.
+//! Late copies: what has not left the GPU when a stream comes to the fence is copied by kernels in that stream.
 //!
 //! The kernels and their structures are in `kernels/late_copy.cu`. The watermark is written by the stream of copies, behind the
 //! copies that it speaks of; F is told to the host in pinned memory.
@@ -14,7 +14,7 @@ use super::driver::{Address, Memory, Module};
 use super::gpu::{Gpu, Lent, PATIENCE, POLL, events_of};
 use super::kernels::Loaded;
 use super::table::Table;
-use crate::device::{Noted, Point};
+use crate::device::{DeviceLateCopy, Point};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::state::DeviceStream;
@@ -177,16 +177,6 @@ impl Fences {
     }
 }
 
-/// Takes note of a save, unless too many are noted already. The context is current.
-pub(super) fn note(loaded: &Arc<Loaded>, number: u64, base: u64, table: Arc<Table>) -> Option<Save> {
-    let fence = match &loaded.aside {
-        Ok(aside) => Some(Fence::new(&aside.fences, number, base, u32::try_from(table.chunks()).ok()?)?),
-        // It is gathered, and not set aside.
-        Err(_) => None,
-    };
-    Some(Save { loaded: loaded.clone(), table, fence })
-}
-
 /// One save.
 pub(super) struct Save {
     loaded: Arc<Loaded>,
@@ -219,11 +209,21 @@ impl Fence {
 }
 
 impl Save {
+    /// None where there are too many saves already. The context is current.
+    pub fn new(loaded: &Arc<Loaded>, number: u64, base: u64, table: Arc<Table>) -> Option<Self> {
+        let fence = match &loaded.late_copies {
+            Ok(slots) => Some(Fence::new(&slots.fences, number, base, u32::try_from(table.chunks()).ok()?)?),
+            // It is gathered, and not copied late.
+            Err(_) => None,
+        };
+        Some(Self { loaded: loaded.clone(), table, fence })
+    }
+
     /// The fences of its device, and its own.
     fn fence(&self) -> Result<(&Fences, &Fence)> {
-        let aside = self.loaded.aside.as_ref().map_err(Clone::clone)?;
-        let none = || Error::internal("a save that is not set aside is fenced on its device");
-        Ok((&aside.fences, self.fence.as_ref().ok_or_else(none)?))
+        let slots = self.loaded.late_copies.as_ref().map_err(Clone::clone)?;
+        let none = || Error::internal("a save that is not copied late is fenced on its device");
+        Ok((&slots.fences, self.fence.as_ref().ok_or_else(none)?))
     }
 
     fn enqueue(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()> {
@@ -259,7 +259,7 @@ impl Save {
     }
 }
 
-impl Noted for Save {
+impl DeviceLateCopy for Save {
     fn gather(&self, chunk: usize) -> Result<u64> {
         // SAFETY: a save is dropped, and its table with it, only when no copy of it is queued any more.
         unsafe { self.loaded.gather(&self.table, chunk) }

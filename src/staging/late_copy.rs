@@ -1,16 +1,16 @@
-//! The fence on a device: chunks that have not left it are copied aside, and read from there.
+//! The fence on a device: chunks that have not left it are copied late, in its own memory, and read from there.
 //!
 //! The protocol is checked as a model, over all interleavings of small sizes, by `checks/model/fence.py`; the
 //! names are the model's. *F* is how many chunks had left the device when its stream came to the fence. Slots
 //! for the last chunks are *reserved* in the caller, who waits until all chunks without a slot are queued;
-//! the device latches F, copies aside the chunks from F on, and tells F. The stager reads F after a chunk's
+//! the device latches F, makes late copies of the chunks from F on, and tells F. The stager reads F after a chunk's
 //! mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from its slot. A
 //! slot is free when F is known and its chunk is before F or handed over, and not before. Where the driver
 //! refuses some of the kernels F is never told: the save has failed, and its slots are free when it is staged
 //! and what was queued has run.
 
 use super::gather::{OnDevice, Part, Room, at_save};
-use crate::device::{Kernels, Noted, Pieces, Point};
+use crate::device::{DeviceLateCopy, Kernels, Pieces, Point};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::plan::{From, Plan};
@@ -26,7 +26,7 @@ const MANY: usize = 8;
 /// How often a fence that waits for slots looks for F of earlier saves.
 const LOOK: Duration = Duration::from_micros(200);
 
-/// The memory of a device: a room for what is captured, slots for what is set aside, and the saves that may have some.
+/// The memory of a device: a room for what is captured, slots for late copies, and the saves that may have some.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     kernels: Arc<dyn Kernels>,
@@ -35,19 +35,19 @@ pub(crate) struct Scratch {
     slots: Vec<u64>,
     free: Mutex<Vec<usize>>,
     /// Fences that were launched and still have slots, or kernels that may run.
-    watched: Mutex<Vec<(Arc<Ticket>, Arc<Aside>)>>,
+    watched: Mutex<Vec<(Arc<Ticket>, Arc<LateCopy>)>>,
     /// Saves so far, and chunks of them.
     counted: Mutex<(u64, u64)>,
 }
 
-/// One save whose chunks can be put together on the device, and set aside there.
-pub(crate) struct Aside {
-    save: Box<dyn Noted>,
+/// One save whose chunks can be put together on the device, and copied late there.
+pub(crate) struct LateCopy {
+    save: Box<dyn DeviceLateCopy>,
     point: Point,
     ordinal: u32,
     /// Chunks that are put together before they are copied.
     gathered: Vec<bool>,
-    /// Some tensors are of another device: nothing is set aside.
+    /// Some tensors are of another device: there is no late copy.
     spans: bool,
     /// There are slots: the watermark is looked at.
     slotted: bool,
@@ -73,13 +73,13 @@ struct Slots {
     held: Vec<Option<(usize, u64)>>,
 }
 
-impl std::fmt::Debug for Aside {
+impl std::fmt::Debug for LateCopy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Aside({:?})", self.latched())
+        write!(f, "LateCopy({:?})", self.latched())
     }
 }
 
-impl Aside {
+impl LateCopy {
     /// F, once it is told.
     pub fn latched(&self) -> Option<usize> {
         if self.launched() { self.save.latched() } else { None }
@@ -112,7 +112,7 @@ impl Aside {
         self.launched() && self.latched().is_none()
     }
 
-    /// Whether a fence on these streams can set anything aside.
+    /// Whether a fence on these streams can make late copies.
     fn serves(&self, streams: &[DeviceStream]) -> bool {
         let here = !streams.is_empty() && streams.iter().all(|stream| stream.ordinal == self.ordinal);
         here && self.slotted && !self.spans
@@ -151,14 +151,14 @@ impl Scratch {
         at_save(self.kernels.as_ref(), &self.room, state, detect, done)
     }
 
-    /// Takes note of a save, if there are tensors of this device in it. `captured` are tensors of the host taken at `save`.
-    pub fn note(
+    /// The late copy of a save, if there are tensors of this device in it. `captured` are tensors of the host taken at `save`.
+    pub fn late_copy(
         &self,
         plan: &Plan,
         state: &StateDict<'_>,
         point: &Point,
         captured: impl Fn(usize) -> bool,
-    ) -> Result<Option<Arc<Aside>>> {
+    ) -> Result<Option<Arc<LateCopy>>> {
         let ordinal = self.kernels.ordinal();
         let spans = state.streams.iter().any(|s| s.ordinal != ordinal);
         if plan.chunks.is_empty() || state.streams.iter().all(|s| s.ordinal != ordinal) {
@@ -197,7 +197,7 @@ impl Scratch {
         let mut counted = lock(&self.counted);
         let (number, base) = (counted.0 + 1, counted.1);
         let strided = pieces.list.iter().any(|piece| piece.view.is_some());
-        let save = match self.kernels.note(number, base, &pieces) {
+        let save = match self.kernels.late_copy(number, base, &pieces) {
             Ok(Some(save)) => save,
             Ok(None) if strided => {
                 let busy = "too many saves are under way for tensors that are to be gathered";
@@ -208,13 +208,13 @@ impl Scratch {
             Err(error) => {
                 tracing::warn!(
                     error = format_args!("{error:#}"),
-                    "a save is neither gathered nor set aside on its device"
+                    "a save is neither gathered nor copied late on its device"
                 );
                 return Ok(None);
             }
         };
         *counted = (number, base + plan.chunks.len() as u64);
-        Ok(Some(Arc::new(Aside {
+        Ok(Some(Arc::new(LateCopy {
             save,
             point: point.clone(),
             ordinal,
@@ -237,20 +237,20 @@ impl Scratch {
     pub fn fence(
         &self,
         ticket: &Arc<Ticket>,
-        aside: &Arc<Aside>,
+        late_copy: &Arc<LateCopy>,
         streams: &[DeviceStream],
         deadline: Instant,
     ) -> Result<bool> {
-        if !aside.serves(streams) {
+        if !late_copy.serves(streams) {
             return Ok(false);
         }
-        let _turn = lock(&aside.turn);
-        if aside.launched() {
-            return aside.save.follow(streams).map(|()| true);
+        let _turn = lock(&late_copy.turn);
+        if late_copy.launched() {
+            return late_copy.save.follow(streams).map(|()| true);
         }
-        match self.reserve(ticket, aside, deadline) {
+        match self.reserve(ticket, late_copy, deadline) {
             Some(first) if first < ticket.chunks => {
-                self.launch(ticket, aside, streams, first > aside.handed.load(Ordering::Acquire))
+                self.launch(ticket, late_copy, streams, first > late_copy.handed.load(Ordering::Acquire))
             }
             _ => Ok(false),
         }
@@ -261,32 +261,32 @@ impl Scratch {
     pub fn freeze(
         &self,
         ticket: &Arc<Ticket>,
-        aside: &Arc<Aside>,
+        late_copy: &Arc<LateCopy>,
         streams: &[DeviceStream],
         deadline: Instant,
     ) -> Result<bool> {
-        if !aside.serves(streams) || ticket.failed() {
+        if !late_copy.serves(streams) || ticket.failed() {
             return Ok(false);
         }
-        let _turn = lock(&aside.turn);
-        if aside.launched() {
-            return aside.save.follow(streams).map(|()| true);
+        let _turn = lock(&late_copy.turn);
+        if late_copy.launched() {
+            return late_copy.save.follow(streams).map(|()| true);
         }
         // Room first: what has no slot could not be queued any more once it is frozen.
-        if self.reserve(ticket, aside, deadline).is_none() {
+        if self.reserve(ticket, late_copy, deadline).is_none() {
             return Ok(false);
         }
-        *aside.decide() = true;
+        *late_copy.decide() = true;
         let queued = ticket.queued.load(Ordering::Acquire);
         if queued == ticket.chunks {
-            self.give_back(aside, |_| true);
+            self.give_back(late_copy, |_| true);
             return Ok(false);
         }
-        let behind_copies = queued > aside.handed.load(Ordering::Acquire) && !mutant::on(Mutant::ScopeOrder);
-        let launched = self.launch(ticket, aside, streams, behind_copies);
-        if !aside.launched() {
+        let behind_copies = queued > late_copy.handed.load(Ordering::Acquire) && !mutant::on(Mutant::ScopeOrder);
+        let launched = self.launch(ticket, late_copy, streams, behind_copies);
+        if !late_copy.launched() {
             // Nothing was: somebody waits on the host, for chunks that are still to be queued.
-            *aside.decide() = false;
+            *late_copy.decide() = false;
         }
         launched
     }
@@ -295,47 +295,47 @@ impl Scratch {
     fn launch(
         &self,
         ticket: &Arc<Ticket>,
-        aside: &Arc<Aside>,
+        late_copy: &Arc<LateCopy>,
         streams: &[DeviceStream],
         behind_copies: bool,
     ) -> Result<bool> {
-        let slots: Vec<u64> = lock(&aside.slots).held.iter().flatten().map(|(_, address)| *address).collect();
+        let slots: Vec<u64> = lock(&late_copy.slots).held.iter().flatten().map(|(_, address)| *address).collect();
         let begun = {
             // A save that fails from here on sees that kernels will read its sources.
             let _live = lock(&ticket.live);
-            let over = ticket.failed() || ticket.staged.is_complete() || aside.withdrawn.load(Ordering::Acquire);
+            let over = ticket.failed() || ticket.staged.is_complete() || late_copy.withdrawn.load(Ordering::Acquire);
             // Before the launch: from then on F may be told.
-            aside.launched.store(!over, Ordering::Release);
+            late_copy.launched.store(!over, Ordering::Release);
             !over
         };
         if !begun {
-            self.give_back(aside, |_| true);
+            self.give_back(late_copy, |_| true);
             return Ok(false);
         }
-        lock(&self.watched).push((ticket.clone(), aside.clone()));
-        let launched = aside.save.launch(streams, &aside.point, behind_copies, &slots);
-        if launched.is_err() && !aside.save.begun() {
-            aside.launched.store(false, Ordering::Release);
-            lock(&self.watched).retain(|(_, watched)| !Arc::ptr_eq(watched, aside));
-            self.give_back(aside, |_| true);
+        lock(&self.watched).push((ticket.clone(), late_copy.clone()));
+        let launched = late_copy.save.launch(streams, &late_copy.point, behind_copies, &slots);
+        if launched.is_err() && !late_copy.save.begun() {
+            late_copy.launched.store(false, Ordering::Release);
+            lock(&self.watched).retain(|(_, watched)| !Arc::ptr_eq(watched, late_copy));
+            self.give_back(late_copy, |_| true);
         }
         launched.map(|()| true)
     }
 
     /// Waits until every chunk is queued or has a slot: the first one that has.
-    fn reserve(&self, ticket: &Ticket, aside: &Aside, deadline: Instant) -> Option<usize> {
+    fn reserve(&self, ticket: &Ticket, late_copy: &LateCopy, deadline: Instant) -> Option<usize> {
         loop {
             self.reap();
             if ticket.failed() || ticket.staged.is_complete() {
                 return None;
             }
             let mut free = lock(&self.free);
-            let most = free.len().min(ticket.chunks - aside.handed.load(Ordering::Acquire));
-            let first = (ticket.chunks - most).max(aside.host);
+            let most = free.len().min(ticket.chunks - late_copy.handed.load(Ordering::Acquire));
+            let first = (ticket.chunks - most).max(late_copy.host);
             if ticket.queued.load(Ordering::Acquire) >= first {
                 let rest = free.len() - (ticket.chunks - first);
                 let held = free.split_off(rest).into_iter().map(|slot| Some((slot, self.slots[slot]))).collect();
-                *lock(&aside.slots) = Slots { first, held };
+                *lock(&late_copy.slots) = Slots { first, held };
                 return Some(first);
             }
             drop(free);
@@ -347,10 +347,10 @@ impl Scratch {
     }
 
     /// A chunk was handed over: its slot is free, if F is known.
-    pub fn hand_over(&self, aside: &Aside, chunk: usize) {
-        aside.handed.fetch_add(1, Ordering::AcqRel);
-        if aside.latched().is_some() {
-            self.give_back(aside, |i| i == chunk);
+    pub fn hand_over(&self, late_copy: &LateCopy, chunk: usize) {
+        late_copy.handed.fetch_add(1, Ordering::AcqRel);
+        if late_copy.latched().is_some() {
+            self.give_back(late_copy, |i| i == chunk);
         }
     }
 
@@ -358,26 +358,26 @@ impl Scratch {
     pub fn reap(&self) {
         let mut watched = lock(&self.watched);
         let mut over = Vec::new();
-        watched.retain(|(ticket, aside)| {
+        watched.retain(|(ticket, late_copy)| {
             let staged = ticket.staged.is_complete();
-            let latched = match aside.latched() {
+            let latched = match late_copy.latched() {
                 Some(latched) => latched,
                 // Not all kernels could be queued, and F is never told: those that were have ended.
-                None if staged && !aside.pending() => 0,
+                None if staged && !late_copy.pending() => 0,
                 None => return true,
             };
             let ended = staged || mutant::on(Mutant::SlotEarly);
-            self.give_back(aside, |i| i < latched || ended);
+            self.give_back(late_copy, |i| i < latched || ended);
             if ended {
-                over.push(aside.clone());
+                over.push(late_copy.clone());
             }
             !ended
         });
     }
 
     /// Never with both locks held: `reserve` takes `slots` while it holds `free`.
-    fn give_back(&self, aside: &Aside, which: impl Fn(usize) -> bool) {
-        let mut slots = lock(&aside.slots);
+    fn give_back(&self, late_copy: &LateCopy, which: impl Fn(usize) -> bool) {
+        let mut slots = lock(&late_copy.slots);
         let first = slots.first;
         let held = slots.held.iter_mut().enumerate().filter(|(i, _)| which(first + i));
         let back: Vec<usize> = held.filter_map(|(_, held)| held.take().map(|(slot, _)| slot)).collect();
@@ -412,12 +412,12 @@ mod tests {
         fn digest(&self, _: DeviceStream, _: &Pieces, _: &mut Vec<Arc<dyn Queued>>) -> Result<Arc<dyn Digests>> {
             Err(Error::internal("idle"))
         }
-        fn note(&self, _: u64, _: u64, _: &Pieces) -> Result<Option<Box<dyn Noted>>> {
+        fn late_copy(&self, _: u64, _: u64, _: &Pieces) -> Result<Option<Box<dyn DeviceLateCopy>>> {
             Ok(Some(Box::new(Self(self.0))))
         }
     }
 
-    impl Noted for Idle {
+    impl DeviceLateCopy for Idle {
         fn gather(&self, _: usize) -> Result<u64> {
             Err(Error::internal("idle"))
         }
@@ -449,7 +449,7 @@ mod tests {
     #[test]
     fn slots_are_given_back_with_one_lock_at_a_time() {
         let scratch = Scratch::new(Arc::new(Idle([0, 4096, 8192])));
-        let aside = Aside {
+        let late_copy = LateCopy {
             save: Box::new(Idle([0; 3])),
             point: Arc::new(()),
             ordinal: 0,
@@ -466,10 +466,13 @@ mod tests {
             withdrawn: AtomicBool::new(false),
         };
         *lock(&scratch.free) = vec![0];
-        scratch.give_back(&aside, |chunk| {
+        scratch.give_back(&late_copy, |chunk| {
             assert!(scratch.free.try_lock().is_ok(), "both locks are held");
             chunk == 2
         });
-        assert_eq!((&lock(&scratch.free)[..], aside.place(1), aside.place(2)), (&[0, 1][..], Some((0, 8192)), None));
+        assert_eq!(
+            (&lock(&scratch.free)[..], late_copy.place(1), late_copy.place(2)),
+            (&[0, 1][..], Some((0, 8192)), None)
+        );
     }
 }
