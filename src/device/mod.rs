@@ -254,8 +254,7 @@ pub(crate) trait Digests: Send + Sync {
     fn take(&self) -> Result<Vec<Digest>>;
 }
 
-/// One save, as a device knows it that offers [`Kernels`]. Dropped only when no copy of the save is queued any more, and it is
-/// not launched or has told F.
+/// One save, as a device knows it that offers [`Kernels`]. Dropped only when no copy of the save is queued any more.
 pub(crate) trait DeviceLateCopy: Send + Sync {
     /// Queues, with the copies: put the pieces of `chunk` together as they will lie in its slab. The address that stands for the
     /// first byte of the slab, until the next call.
@@ -272,31 +271,39 @@ pub(crate) trait DeviceLateCopy: Send + Sync {
 
     /// Queues in the first of `streams`, behind `point`, and behind all copies queued so far if `behind_copies`: decide F from the
     /// watermark, make late copies of the chunks from F on, tell F. The other streams wait for that. `slots` are those of the last
-    /// chunks. Not again once something of it has [begun](DeviceLateCopy::begun).
+    /// chunks. Once for a save, unless it fails.
     ///
     /// # Errors
-    /// `Device`; `Invalid`: nothing was queued.
-    fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()>;
-
-    /// Whether something was queued by [`DeviceLateCopy::launch`], which may have failed all the same.
-    fn begun(&self) -> bool;
-
-    /// Makes `streams` wait for what was launched.
-    ///
-    /// # Errors
-    /// `Device`, or `Invalid`, as [`Device::order`].
-    fn follow(&self, streams: &[DeviceStream]) -> Result<()>;
-
-    /// True when the kernels have run, or never will because the device is lost.
-    fn over(&self) -> bool;
+    /// `Device`, `Invalid`: nothing was queued.
+    fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<Launch>;
 
     /// Makes sure that F can still be told.
     ///
     /// # Errors
     /// `Device`: the device is lost.
     fn check(&self) -> Result<()>;
+}
 
-    /// F, once the device has told it: chunks before it had left the device, those from it on lie in their slots.
+/// What was queued by [`DeviceLateCopy::launch`].
+pub(crate) struct Launch {
+    /// The kernels, or some of them.
+    pub kernels: Arc<dyn FenceKernels>,
+    /// That all of them were queued, and that all streams wait for them; or why not.
+    pub queued: Result<()>,
+}
+
+/// Kernels of a fence that were queued. The last owner waits until they have run.
+pub(crate) trait FenceKernels: Send + Sync {
+    /// Makes `streams` wait for them.
+    ///
+    /// # Errors
+    /// `Device`, or `Invalid`, as [`Device::order`].
+    fn follow(&self, streams: &[DeviceStream]) -> Result<()>;
+
+    /// True when they have run, or never will because the device is lost.
+    fn over(&self) -> bool;
+
+    /// F, once the device has told it: chunks before it had left the device, those from it on lie in their slots. A load from memory.
     fn latched(&self) -> Option<usize>;
 }
 

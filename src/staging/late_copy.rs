@@ -1,478 +1,358 @@
-//! The fence on a device: chunks that have not left it are copied late, in its own memory, and read from there.
+//! The late copy of one save: what has not left the device when its stream comes to the fence is copied in the device's own memory,
+//! and read from there.
 //!
-//! The protocol is checked as a model, over all interleavings of small sizes, by `checks/model/fence.py`; the
-//! names are the model's. *F* is how many chunks had left the device when its stream came to the fence. Slots
-//! for the last chunks are *reserved* in the caller, who waits until all chunks without a slot are queued;
-//! the device latches F, makes late copies of the chunks from F on, and tells F. The stager reads F after a chunk's
-//! mark, and only then *judges*: a copy from live memory of a chunk from F on is made again from its slot. A
-//! slot is free when F is known and its chunk is before F or handed over, and not before. Where the driver
-//! refuses some of the kernels F is never told: the save has failed, and its slots are free when it is staged
-//! and what was queued has run.
+//! The protocol is checked as a model, over all interleavings of small sizes, by `checks/model/fence.py`; the names are the model's.
+//! *F* is how many chunks had left the device when its stream came to the fence. Slots for the last chunks are *reserved* in the
+//! caller, who waits until all chunks without a slot are queued; the device latches F, makes late copies of the chunks from F on,
+//! and tells F. The stager reads F after a chunk's mark, and only then *judges*: a copy from live memory of a chunk from F on is
+//! made again from its slot. A slot is free when F is known and its chunk is before F or handed over, and not before. Where the
+//! driver refuses some of the kernels F is never told: the save has failed, and its slots are free when it is staged and what was
+//! queued has run.
+//!
+//! # States
+//! Every event is a method of [`LateCopy`], and every change of state is made under its one lock. What is not in the table changes
+//! nothing, and the method says so to its caller.
+//!
+//! | event | by | from | to |
+//! |---|---|---|---|
+//! | `reserve`: the last chunks have slots | a fence | open | reserved |
+//! | `freeze`: nothing more is queued from live memory | the end of a scope | reserved | reserved, frozen |
+//! | `give_up`: no kernels after all | a fence | reserved, launched before `set_kernels` | open |
+//! | `launch`: kernels are about to be queued, F may be told | a fence | reserved | launched |
+//! | `set_kernels`: they are queued, or some of them | a fence | launched | launched, with kernels |
+//! | `latched`: the device has told F | any thread that looks | launched, with kernels | latched |
+//! | `withdraw`: the save will not be staged | the thread that took it out of the queue | open, reserved | withdrawn |
+//! | `end`: the stager queues no more of it | the stager | open, reserved | done |
+//! | `reap`: it is staged, and no kernel is to come | a fence, later | latched, or launched and refused in part | done |
+//!
+//! `hand_over` counts in every state. `decide` lets the stager queue a chunk from live memory while the late copy is open, or reserved
+//! or launched and not frozen; `freeze` waits for a chunk that was decided. A launch of which nothing could be queued goes back to
+//! open, so that the host can wait instead.
+//!
+//! **Locks.** The lock of the state is held for a few instructions, and no other lock is taken under it. The *turn* is a lock of its
+//! own, taken before all others: the thread that has it waits, for chunks to be queued, for slots, for the driver, and the next one
+//! must not fence the same save meanwhile, while the stager has to go on looking at the state.
 
-use super::gather::{OnDevice, Part, Room, at_save};
-use crate::device::{DeviceLateCopy, Kernels, Pieces, Point};
-use crate::error::{Error, ErrorKind, Result};
+use crate::device::{DeviceLateCopy, FenceKernels, Launch, Point};
+use crate::error::Result;
 use crate::mutant::{self, Mutant};
-use crate::plan::{From, Plan};
-use crate::state::{DeviceStream, Place, StateDict};
-use crate::sync::{Mutex, MutexGuard, lock};
+use crate::state::DeviceStream;
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 use crate::ticket::Ticket;
+use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
-/// A chunk with more parts of tensors than this is put together on the device, and copied as one.
-const MANY: usize = 8;
-/// How often a fence that waits for slots looks for F of earlier saves.
-const LOOK: Duration = Duration::from_micros(200);
-
-/// The memory of a device: a room for what is captured, slots for late copies, and the saves that may have some.
-#[derive(Debug)]
-pub(crate) struct Scratch {
-    kernels: Arc<dyn Kernels>,
-    room: Arc<Room>,
-    /// Addresses of the slots, and which of them are free.
-    slots: Vec<u64>,
-    free: Mutex<Vec<usize>>,
-    /// Fences that were launched and still have slots, or kernels that may run.
-    watched: Mutex<Vec<(Arc<Ticket>, Arc<LateCopy>)>>,
-    /// Saves so far, and chunks of them.
-    counted: Mutex<(u64, u64)>,
+/// See the module.
+pub(crate) struct LateCopy {
+    /// What is the same for the whole save.
+    pub(super) save: Planned,
+    locked: Mutex<Locked>,
+    /// Notified when a chunk that was decided for live memory is queued.
+    queued: Condvar,
+    turn: Mutex<()>,
 }
 
-/// One save whose chunks can be put together on the device, and copied late there.
-pub(crate) struct LateCopy {
-    save: Box<dyn DeviceLateCopy>,
-    point: Point,
-    ordinal: u32,
+/// One save as it was when it was asked for.
+pub(super) struct Planned {
+    pub device: Box<dyn DeviceLateCopy>,
+    /// Behind the work that wrote the tensors.
+    pub point: Point,
+    pub ordinal: u32,
     /// Chunks that are put together before they are copied.
-    gathered: Vec<bool>,
+    pub gathered: Vec<bool>,
     /// Some tensors are of another device: there is no late copy.
-    spans: bool,
+    pub spans: bool,
     /// There are slots: the watermark is looked at.
-    slotted: bool,
+    pub slotted: bool,
     /// The watermark before its first chunk.
     pub base: u64,
     /// Chunks before this one hold tensors of the host, which a fence must see queued.
-    host: usize,
-    pub handed: AtomicUsize,
-    launched: AtomicBool,
-    slots: Mutex<Slots>,
-    /// Held by whoever fences it: kernels are launched once.
-    turn: Mutex<()>,
-    /// Nothing more is queued from live memory. Held while what was decided to be is queued.
-    frozen: Mutex<bool>,
-    /// It will not be staged.
-    withdrawn: AtomicBool,
+    pub host: usize,
 }
 
-/// Slots of the chunks from `first` on; None once they are given back.
+/// What changes.
 #[derive(Default)]
-struct Slots {
-    first: usize,
-    held: Vec<Option<(usize, u64)>>,
+struct Locked {
+    state: State,
+    slots: Slots,
+    /// Chunks handed over.
+    handed: usize,
+    /// The stager is queueing a chunk from live memory.
+    decided: bool,
 }
 
-impl std::fmt::Debug for LateCopy {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "LateCopy({:?})", self.latched())
+/// See the table.
+#[derive(Default)]
+enum State {
+    #[default]
+    Open,
+    Reserved {
+        frozen: bool,
+    },
+    Launched {
+        frozen: bool,
+        /// None while they are being queued.
+        kernels: Option<Arc<dyn FenceKernels>>,
+    },
+    Latched {
+        first: usize,
+        kernels: Arc<dyn FenceKernels>,
+    },
+    Withdrawn,
+    Done,
+}
+
+/// Slots of the chunks from `first` on, by number and address; None once they are given back.
+#[derive(Default)]
+pub(super) struct Slots {
+    pub first: usize,
+    pub held: Vec<Option<(usize, u64)>>,
+}
+
+impl Slots {
+    /// The numbers of those of such chunks, which are not held any more then.
+    pub fn take(&mut self, which: impl Fn(usize) -> bool) -> Vec<usize> {
+        let held = self.held.iter_mut().zip(self.first..).filter(|(_, chunk)| which(*chunk));
+        held.filter_map(|(held, _)| held.take().map(|(slot, _)| slot)).collect()
+    }
+}
+
+impl Locked {
+    /// F, once it is told.
+    fn latched(&mut self) -> Option<usize> {
+        if let State::Launched { kernels: Some(kernels), .. } = &self.state
+            && let Some(first) = kernels.latched()
+        {
+            self.state = State::Latched { first, kernels: kernels.clone() };
+        }
+        if let State::Latched { first, .. } = self.state { Some(first) } else { None }
+    }
+}
+
+impl fmt::Debug for LateCopy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let locked = lock(&self.locked);
+        let (name, frozen) = match &locked.state {
+            State::Open => ("open", false),
+            State::Reserved { frozen } => ("reserved", *frozen),
+            State::Launched { frozen, kernels: None } => ("launched", *frozen),
+            State::Launched { frozen, kernels: Some(_) } => ("launched, with kernels", *frozen),
+            State::Latched { .. } => ("latched", false),
+            State::Withdrawn => ("withdrawn", false),
+            State::Done => ("done", false),
+        };
+        write!(f, "LateCopy({name}{})", if frozen { ", frozen" } else { "" })
     }
 }
 
 impl LateCopy {
-    /// F, once it is told.
-    pub fn latched(&self) -> Option<usize> {
-        if self.launched() { self.save.latched() } else { None }
+    pub(super) fn new(save: Planned) -> Self {
+        Self { save, locked: Mutex::default(), queued: Condvar::default(), turn: Mutex::default() }
     }
 
-    /// Whether kernels were launched.
+    /// Whether a fence on these streams can make late copies.
+    pub(super) fn serves(&self, streams: &[DeviceStream]) -> bool {
+        let here = !streams.is_empty() && streams.iter().all(|stream| stream.ordinal == self.save.ordinal);
+        here && self.save.slotted && !self.save.spans
+    }
+
+    /// The turn of one thread at a time: kernels are launched once.
+    pub(super) fn turn(&self) -> MutexGuard<'_, ()> {
+        lock(&self.turn)
+    }
+
+    /// Open to reserved; gives the slots back where it is not open any more.
+    pub(super) fn reserve(&self, slots: Slots) -> Result<(), Slots> {
+        let mut locked = lock(&self.locked);
+        if !matches!(locked.state, State::Open) {
+            return Err(slots);
+        }
+        (locked.state, locked.slots) = (State::Reserved { frozen: false }, slots);
+        Ok(())
+    }
+
+    /// From here on nothing is queued from live memory; one chunk that was decided is waited for.
+    pub(super) fn freeze(&self) {
+        let mut locked = lock(&self.locked);
+        if let State::Reserved { frozen } = &mut locked.state {
+            *frozen = true;
+        }
+        while locked.decided {
+            locked = wait(&self.queued, locked);
+        }
+    }
+
+    /// Reserved to launched: the addresses of the slots. None, and no kernels are to be queued, when the save has ended or was taken
+    /// back. A save that fails from here on finds, by `end` or `withdraw`, that kernels may read its sources.
+    pub(super) fn launch(&self, ticket: &Ticket) -> Option<Vec<u64>> {
+        let mut locked = lock(&self.locked);
+        let State::Reserved { frozen } = locked.state else { return None };
+        if ticket.failed() || ticket.staged.is_complete() {
+            return None;
+        }
+        locked.state = State::Launched { frozen, kernels: None };
+        Some(locked.slots.held.iter().flatten().map(|(_, address)| *address).collect())
+    }
+
+    /// Has the device queue the kernels.
+    ///
+    /// # Errors
+    /// Nothing was queued.
+    pub(super) fn queue(&self, streams: &[DeviceStream], behind_copies: bool, slots: &[u64]) -> Result<Launch> {
+        self.save.device.launch(streams, &self.save.point, behind_copies, slots)
+    }
+
+    /// The kernels that were queued: F can be looked for.
+    pub(super) fn set_kernels(&self, queued: Arc<dyn FenceKernels>) {
+        if let State::Launched { kernels, .. } = &mut lock(&self.locked).state {
+            *kernels = Some(queued);
+        }
+    }
+
+    /// Back to open, where no kernels are queued: the slots.
+    pub(super) fn give_up(&self) -> Vec<usize> {
+        let mut locked = lock(&self.locked);
+        match locked.state {
+            State::Reserved { .. } | State::Launched { kernels: None, .. } => locked.state = State::Open,
+            State::Launched { .. } | State::Latched { .. } => return Vec::new(),
+            // What a fence had reserved before.
+            State::Open | State::Withdrawn | State::Done => {}
+        }
+        locked.slots.take(|_| true)
+    }
+
+    /// F, once it is told.
+    pub fn latched(&self) -> Option<usize> {
+        lock(&self.locked).latched()
+    }
+
+    /// Whether kernels were launched, or are being queued, and the save is not done.
     pub fn launched(&self) -> bool {
-        self.launched.load(Ordering::Acquire)
+        matches!(lock(&self.locked).state, State::Launched { .. } | State::Latched { .. })
+    }
+
+    /// The kernels that were launched.
+    pub(super) fn kernels(&self) -> Option<Arc<dyn FenceKernels>> {
+        match &lock(&self.locked).state {
+            State::Launched { kernels, .. } => kernels.clone(),
+            State::Latched { kernels, .. } => Some(kernels.clone()),
+            _ => None,
+        }
     }
 
     /// Kernels that read live memory may still be to come.
     pub fn pending(&self) -> bool {
-        self.launched() && !self.save.over()
-    }
-
-    /// True where nothing is to be queued from live memory any more. Held while a chunk is queued from there.
-    pub fn decide(&self) -> MutexGuard<'_, bool> {
-        lock(&self.frozen)
+        let kernels = match &lock(&self.locked).state {
+            State::Launched { kernels, .. } => kernels.clone(),
+            _ => return false,
+        };
+        // Asked with no lock held: that is a call of the driver.
+        kernels.is_none_or(|kernels| !kernels.over())
     }
 
     /// Fails when the device is lost, and F will never be told.
     pub fn check(&self) -> Result<()> {
-        self.save.check()
+        // Asking is how one learns that the device is lost.
+        _ = self.pending();
+        self.save.device.check()
+    }
+
+    /// Whether nothing is queued from live memory any more.
+    pub fn frozen(&self) -> bool {
+        matches!(lock(&self.locked).state, State::Reserved { frozen: true } | State::Launched { frozen: true, .. })
+    }
+
+    /// Decides that one chunk is queued from live memory, which a freeze waits for. None where nothing is any more.
+    pub fn decide(&self) -> Option<Decided<'_>> {
+        let mut locked = lock(&self.locked);
+        let free = match locked.state {
+            State::Open => true,
+            State::Reserved { frozen } | State::Launched { frozen, .. } => !frozen,
+            State::Latched { .. } | State::Withdrawn | State::Done => false,
+        };
+        locked.decided |= free;
+        free.then(|| Decided(self))
     }
 
     /// From here on no kernels are launched for a save that will not be staged. Whether there are some that may be to come.
-    pub fn withdraw(&self, ticket: &Ticket) -> bool {
-        let _live = lock(&ticket.live);
-        self.withdrawn.store(true, Ordering::Release);
-        self.launched() && self.latched().is_none()
+    pub fn withdraw(&self) -> bool {
+        let mut locked = lock(&self.locked);
+        if let State::Open | State::Reserved { .. } = locked.state {
+            locked.state = State::Withdrawn;
+        }
+        locked.latched().is_none() && matches!(locked.state, State::Launched { .. })
     }
 
-    /// Whether a fence on these streams can make late copies.
-    fn serves(&self, streams: &[DeviceStream]) -> bool {
-        let here = !streams.is_empty() && streams.iter().all(|stream| stream.ordinal == self.ordinal);
-        here && self.slotted && !self.spans
+    /// The stager queues nothing more of the save, and no kernels are launched for it. Kernels that were launched go on.
+    pub fn end(&self) {
+        let mut locked = lock(&self.locked);
+        if let State::Open | State::Reserved { .. } = locked.state {
+            locked.state = State::Done;
+        }
+    }
+
+    /// Counts a chunk that is handed over: its slot, if that is free by now.
+    pub(super) fn hand_over(&self, chunk: usize) -> Vec<usize> {
+        let mut locked = lock(&self.locked);
+        locked.handed += 1;
+        if locked.latched().is_some() { locked.slots.take(|i| i == chunk) } else { Vec::new() }
+    }
+
+    /// Chunks handed over.
+    pub(super) fn handed(&self) -> usize {
+        lock(&self.locked).handed
+    }
+
+    /// The slots that are free by now, and whether nothing is left to be watched. `staged`: the save is.
+    pub(super) fn reap(&self, staged: bool) -> (Vec<usize>, bool) {
+        let pending = self.latched().is_none() && staged && self.pending();
+        let mut locked = lock(&self.locked);
+        let first = match (locked.latched(), &locked.state) {
+            (Some(first), _) => first,
+            // Not all kernels could be queued, and F is never told: those that were have ended.
+            (None, State::Launched { .. }) if staged && !pending => 0,
+            (None, State::Launched { .. }) => return (Vec::new(), false),
+            (None, _) => return (Vec::new(), true),
+        };
+        let last = staged || mutant::on(Mutant::SlotEarly);
+        let slots = locked.slots.take(|chunk| chunk < first || last);
+        let before = staged.then(|| std::mem::replace(&mut locked.state, State::Done));
+        drop(locked);
+        // With no lock held: the last owner of kernels gives memory back.
+        drop(before);
+        (slots, last)
     }
 
     /// Puts a chunk together, if that is what is done with it: the device, and an address for the first byte of its slab.
     pub fn gather(&self, chunk: usize) -> Result<Option<(u32, u64)>> {
-        if self.gathered.get(chunk) != Some(&true) {
+        if self.save.gathered.get(chunk) != Some(&true) {
             return Ok(None);
         }
-        self.save.gather(chunk).map(|address| Some((self.ordinal, address)))
+        self.save.device.gather(chunk).map(|address| Some((self.save.ordinal, address)))
     }
 
     /// Tells the device, behind the copies so far, that this chunk has left it.
     pub fn publish(&self, chunk: usize) -> Result<()> {
-        if self.slotted { self.save.publish(self.base + chunk as u64 + 1) } else { Ok(()) }
+        if self.save.slotted { self.save.device.publish(self.save.base + chunk as u64 + 1) } else { Ok(()) }
     }
 
     /// Where a chunk from F on lies: the device and an address.
     pub fn place(&self, chunk: usize) -> Option<(u32, u64)> {
-        let slots = lock(&self.slots);
-        let held = slots.held.get(chunk.checked_sub(slots.first)?)?;
-        held.map(|(_, address)| (self.ordinal, address))
+        let locked = lock(&self.locked);
+        let held = locked.slots.held.get(chunk.checked_sub(locked.slots.first)?)?;
+        held.map(|(_, address)| (self.save.ordinal, address))
     }
 }
 
-impl Scratch {
-    pub fn new(kernels: Arc<dyn Kernels>) -> Self {
-        let slots = kernels.slots().unwrap_or_default().to_vec();
-        let (free, room) = ((0..slots.len()).rev().collect(), Room::new(kernels.room()));
-        Self { kernels, room, slots, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
-    }
+/// A chunk that the stager is queueing from live memory.
+pub(crate) struct Decided<'a>(&'a LateCopy);
 
-    /// Captures what is to be captured of a save, and with `detect` has the rest digested: see [`at_save`].
-    pub fn at_save(&self, state: &mut StateDict<'_>, detect: bool, done: &mut OnDevice) -> Result<()> {
-        at_save(self.kernels.as_ref(), &self.room, state, detect, done)
-    }
-
-    /// The late copy of a save, if there are tensors of this device in it. `captured` are tensors of the host taken at `save`.
-    pub fn late_copy(
-        &self,
-        plan: &Plan,
-        state: &StateDict<'_>,
-        point: &Point,
-        captured: impl Fn(usize) -> bool,
-    ) -> Result<Option<Arc<LateCopy>>> {
-        let ordinal = self.kernels.ordinal();
-        let spans = state.streams.iter().any(|s| s.ordinal != ordinal);
-        if plan.chunks.is_empty() || state.streams.iter().all(|s| s.ordinal != ordinal) {
-            return Ok(None);
-        }
-        let mut pieces = Pieces { chunks: plan.chunks.len(), ..Pieces::default() };
-        pieces.list.reserve(plan.segments.len());
-        let (mut gathered, mut host) = (vec![false; plan.chunks.len()], 0);
-        let (can_gather, slotted) = (!self.kernels.room().is_empty(), !self.slots.is_empty());
-        for (chunk, planned) in plan.chunks.iter().enumerate() {
-            let (mut to, begin) = (0, pieces.list.len());
-            for segment in &plan.segments[planned.segments.clone()] {
-                let bytes = segment.length as u64;
-                if let From::Tensor(index) = segment.from {
-                    let (name, tensor) = state.tensors.get_index(index).expect("checked by the plan");
-                    match tensor.place {
-                        Place::Device { stream, .. } if stream.ordinal == ordinal => {
-                            pieces.add(name, tensor, Part { at: segment.at, bytes, to, chunk })?;
-                        }
-                        Place::Host { .. } if !captured(index) && bytes > 0 => host = chunk + 1,
-                        Place::Device { .. } | Place::Host { .. } => {}
-                    }
-                }
-                to += bytes;
-            }
-            let parts = &pieces.list[begin..];
-            gathered[chunk] = can_gather && (parts.len() > MANY || parts.iter().any(|piece| piece.view.is_some()));
-            if !gathered[chunk] && !slotted {
-                // No kernel will look at them.
-                pieces.list.truncate(begin);
-            }
-        }
-        if pieces.list.is_empty() {
-            return Ok(None);
-        }
-        let mut counted = lock(&self.counted);
-        let (number, base) = (counted.0 + 1, counted.1);
-        let strided = pieces.list.iter().any(|piece| piece.view.is_some());
-        let save = match self.kernels.late_copy(number, base, &pieces) {
-            Ok(Some(save)) => save,
-            Ok(None) if strided => {
-                let busy = "too many saves are under way for tensors that are to be gathered";
-                return Err(Error::new(ErrorKind::Busy, busy));
-            }
-            Err(error) if strided => return Err(error),
-            Ok(None) => return Ok(None),
-            Err(error) => {
-                tracing::warn!(
-                    error = format_args!("{error:#}"),
-                    "a save is neither gathered nor copied late on its device"
-                );
-                return Ok(None);
-            }
-        };
-        *counted = (number, base + plan.chunks.len() as u64);
-        Ok(Some(Arc::new(LateCopy {
-            save,
-            point: point.clone(),
-            ordinal,
-            gathered,
-            spans,
-            slotted,
-            base,
-            host,
-            handed: AtomicUsize::new(0),
-            launched: AtomicBool::new(false),
-            slots: Mutex::default(),
-            turn: Mutex::default(),
-            frozen: Mutex::default(),
-            withdrawn: AtomicBool::new(false),
-        })))
-    }
-
-    /// Fences a save on `streams`: true when they need not wait for the rest of its copies. False at the deadline, when it is
-    /// staged or has failed, and where there are no slots: whoever writes must then wait as if there were no scratch.
-    pub fn fence(
-        &self,
-        ticket: &Arc<Ticket>,
-        late_copy: &Arc<LateCopy>,
-        streams: &[DeviceStream],
-        deadline: Instant,
-    ) -> Result<bool> {
-        if !late_copy.serves(streams) {
-            return Ok(false);
-        }
-        let _turn = lock(&late_copy.turn);
-        if late_copy.launched() {
-            return late_copy.save.follow(streams).map(|()| true);
-        }
-        match self.reserve(ticket, late_copy, deadline) {
-            Some(first) if first < ticket.chunks => {
-                self.launch(ticket, late_copy, streams, first > late_copy.handed.load(Ordering::Acquire))
-            }
-            _ => Ok(false),
-        }
-    }
-
-    /// As [`Scratch::fence`], at the end of a scope whose `streams` will write or free the tensors: when it returns true, nothing is
-    /// queued from live memory any more, and they come after all that was.
-    pub fn freeze(
-        &self,
-        ticket: &Arc<Ticket>,
-        late_copy: &Arc<LateCopy>,
-        streams: &[DeviceStream],
-        deadline: Instant,
-    ) -> Result<bool> {
-        if !late_copy.serves(streams) || ticket.failed() {
-            return Ok(false);
-        }
-        let _turn = lock(&late_copy.turn);
-        if late_copy.launched() {
-            return late_copy.save.follow(streams).map(|()| true);
-        }
-        // Room first: what has no slot could not be queued any more once it is frozen.
-        if self.reserve(ticket, late_copy, deadline).is_none() {
-            return Ok(false);
-        }
-        *late_copy.decide() = true;
-        let queued = ticket.queued.load(Ordering::Acquire);
-        if queued == ticket.chunks {
-            self.give_back(late_copy, |_| true);
-            return Ok(false);
-        }
-        let behind_copies = queued > late_copy.handed.load(Ordering::Acquire) && !mutant::on(Mutant::ScopeOrder);
-        let launched = self.launch(ticket, late_copy, streams, behind_copies);
-        if !late_copy.launched() {
-            // Nothing was: somebody waits on the host, for chunks that are still to be queued.
-            *late_copy.decide() = false;
-        }
-        launched
-    }
-
-    /// Launches the kernels of a fence, with the slots that are reserved. False when the save is staged, has failed or was taken back.
-    fn launch(
-        &self,
-        ticket: &Arc<Ticket>,
-        late_copy: &Arc<LateCopy>,
-        streams: &[DeviceStream],
-        behind_copies: bool,
-    ) -> Result<bool> {
-        let slots: Vec<u64> = lock(&late_copy.slots).held.iter().flatten().map(|(_, address)| *address).collect();
-        let begun = {
-            // A save that fails from here on sees that kernels will read its sources.
-            let _live = lock(&ticket.live);
-            let over = ticket.failed() || ticket.staged.is_complete() || late_copy.withdrawn.load(Ordering::Acquire);
-            // Before the launch: from then on F may be told.
-            late_copy.launched.store(!over, Ordering::Release);
-            !over
-        };
-        if !begun {
-            self.give_back(late_copy, |_| true);
-            return Ok(false);
-        }
-        lock(&self.watched).push((ticket.clone(), late_copy.clone()));
-        let launched = late_copy.save.launch(streams, &late_copy.point, behind_copies, &slots);
-        if launched.is_err() && !late_copy.save.begun() {
-            late_copy.launched.store(false, Ordering::Release);
-            lock(&self.watched).retain(|(_, watched)| !Arc::ptr_eq(watched, late_copy));
-            self.give_back(late_copy, |_| true);
-        }
-        launched.map(|()| true)
-    }
-
-    /// Waits until every chunk is queued or has a slot: the first one that has.
-    fn reserve(&self, ticket: &Ticket, late_copy: &LateCopy, deadline: Instant) -> Option<usize> {
-        loop {
-            self.reap();
-            if ticket.failed() || ticket.staged.is_complete() {
-                return None;
-            }
-            let mut free = lock(&self.free);
-            let most = free.len().min(ticket.chunks - late_copy.handed.load(Ordering::Acquire));
-            let first = (ticket.chunks - most).max(late_copy.host);
-            if ticket.queued.load(Ordering::Acquire) >= first {
-                let rest = free.len() - (ticket.chunks - first);
-                let held = free.split_off(rest).into_iter().map(|slot| Some((slot, self.slots[slot]))).collect();
-                *lock(&late_copy.slots) = Slots { first, held };
-                return Some(first);
-            }
-            drop(free);
-            if Instant::now() >= deadline {
-                return None;
-            }
-            ticket.wait_until_queued(first, deadline.min(Instant::now() + LOOK));
-        }
-    }
-
-    /// A chunk was handed over: its slot is free, if F is known.
-    pub fn hand_over(&self, late_copy: &LateCopy, chunk: usize) {
-        late_copy.handed.fetch_add(1, Ordering::AcqRel);
-        if late_copy.latched().is_some() {
-            self.give_back(late_copy, |i| i == chunk);
-        }
-    }
-
-    /// Gives back what is known to be free, also of saves that are staged or have failed.
-    pub fn reap(&self) {
-        let mut watched = lock(&self.watched);
-        let mut over = Vec::new();
-        watched.retain(|(ticket, late_copy)| {
-            let staged = ticket.staged.is_complete();
-            let latched = match late_copy.latched() {
-                Some(latched) => latched,
-                // Not all kernels could be queued, and F is never told: those that were have ended.
-                None if staged && !late_copy.pending() => 0,
-                None => return true,
-            };
-            let ended = staged || mutant::on(Mutant::SlotEarly);
-            self.give_back(late_copy, |i| i < latched || ended);
-            if ended {
-                over.push(late_copy.clone());
-            }
-            !ended
-        });
-    }
-
-    /// Never with both locks held: `reserve` takes `slots` while it holds `free`.
-    fn give_back(&self, late_copy: &LateCopy, which: impl Fn(usize) -> bool) {
-        let mut slots = lock(&late_copy.slots);
-        let first = slots.first;
-        let held = slots.held.iter_mut().enumerate().filter(|(i, _)| which(first + i));
-        let back: Vec<usize> = held.filter_map(|(_, held)| held.take().map(|(slot, _)| slot)).collect();
-        drop(slots);
-        lock(&self.free).extend(back);
+impl Drop for Decided<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.locked).decided = false;
+        self.0.queued.notify_all();
     }
 }
 
-#[cfg(all(test, not(loom)))]
-mod tests {
-    use super::*;
-    use crate::device::{Digests, Queued};
-    use std::ops::Range;
-
-    /// Kernels that were never launched, over three slots.
-    #[derive(Debug)]
-    struct Idle([u64; 3]);
-
-    impl Kernels for Idle {
-        fn ordinal(&self) -> u32 {
-            0
-        }
-        fn room(&self) -> Range<u64> {
-            0..0
-        }
-        fn slots(&self) -> Result<&[u64]> {
-            Ok(&self.0)
-        }
-        fn capture(&self, _: DeviceStream, _: &Pieces, _: &mut Vec<Arc<dyn Queued>>) -> Result<()> {
-            Err(Error::internal("idle"))
-        }
-        fn digest(&self, _: DeviceStream, _: &Pieces, _: &mut Vec<Arc<dyn Queued>>) -> Result<Arc<dyn Digests>> {
-            Err(Error::internal("idle"))
-        }
-        fn late_copy(&self, _: u64, _: u64, _: &Pieces) -> Result<Option<Box<dyn DeviceLateCopy>>> {
-            Ok(Some(Box::new(Self(self.0))))
-        }
-    }
-
-    impl DeviceLateCopy for Idle {
-        fn gather(&self, _: usize) -> Result<u64> {
-            Err(Error::internal("idle"))
-        }
-        fn publish(&self, _: u64) -> Result<()> {
-            Ok(())
-        }
-        fn launch(&self, _: &[DeviceStream], _: &Point, _: bool, _: &[u64]) -> Result<()> {
-            Err(Error::internal("idle"))
-        }
-        fn begun(&self) -> bool {
-            false
-        }
-        fn follow(&self, _: &[DeviceStream]) -> Result<()> {
-            Ok(())
-        }
-        fn over(&self) -> bool {
-            true
-        }
-        fn check(&self) -> Result<()> {
-            Ok(())
-        }
-        fn latched(&self) -> Option<usize> {
-            None
-        }
-    }
-
-    /// A fence took the slots of a save under the lock of those that are free; `give_back` took the two the
-    /// other way around. Two threads could wait for each other.
-    #[test]
-    fn slots_are_given_back_with_one_lock_at_a_time() {
-        let scratch = Scratch::new(Arc::new(Idle([0, 4096, 8192])));
-        let late_copy = LateCopy {
-            save: Box::new(Idle([0; 3])),
-            point: Arc::new(()),
-            ordinal: 0,
-            gathered: Vec::new(),
-            spans: false,
-            slotted: true,
-            base: 0,
-            host: 0,
-            handed: AtomicUsize::new(0),
-            launched: AtomicBool::new(false),
-            slots: Mutex::new(Slots { first: 1, held: vec![Some((2, 8192)), Some((1, 4096))] }),
-            turn: Mutex::default(),
-            frozen: Mutex::default(),
-            withdrawn: AtomicBool::new(false),
-        };
-        *lock(&scratch.free) = vec![0];
-        scratch.give_back(&late_copy, |chunk| {
-            assert!(scratch.free.try_lock().is_ok(), "both locks are held");
-            chunk == 2
-        });
-        assert_eq!(
-            (&lock(&scratch.free)[..], late_copy.place(1), late_copy.place(2)),
-            (&[0, 1][..], Some((0, 8192)), None)
-        );
-    }
-}
+#[cfg(test)]
+pub(super) mod tests;

@@ -12,6 +12,7 @@ mod fence;
 mod gather;
 mod late_copy;
 mod line;
+mod scratch;
 mod stage;
 #[cfg(all(test, not(loom)))]
 mod tests;
@@ -19,5 +20,6 @@ mod tests;
 pub(crate) use capture::Captured;
 pub(crate) use fence::Flights;
 pub(crate) use gather::{OnDevice, without_kernels};
-pub(crate) use late_copy::{LateCopy, Scratch};
+pub(crate) use late_copy::LateCopy;
+pub(crate) use scratch::Scratch;
 pub(crate) use stage::{Job, Stager};

@@ -5,8 +5,9 @@ use super::capture::Captured;
 use super::enqueue::{Flying, enqueue};
 use super::fence::Flights;
 use super::gather::Region;
-use super::late_copy::{LateCopy, Scratch};
+use super::late_copy::LateCopy;
 use super::line::{Line, Parked, is_over};
+use super::scratch::Scratch;
 use crate::call_thread::CallThread;
 use crate::completion::Signal;
 use crate::device::{Device, Point, Queued};
@@ -131,7 +132,7 @@ impl Stager {
     pub fn discard(&self, job: Job) {
         let Job { ticket, state, region, queued, late_copy, .. } = job;
         // Kernels of a fence may be to come. Where there are none, there will be none.
-        let late_copy = late_copy.filter(|late_copy| late_copy.withdraw(&ticket));
+        let late_copy = late_copy.filter(|late_copy| late_copy.withdraw());
         if late_copy.is_none() {
             self.forget(&ticket);
         }
@@ -375,10 +376,8 @@ impl Stager {
         let Job { ticket, state, captured, sink, late_copy, region, queued, .. } = job;
         drop(captured);
         ticket.enter(Phase::Writing);
-        // A fence that has begun to launch kernels has said so by now; after this none will, if the save has failed.
-        ticket.freeze();
         // Kernels of a fence may still read what has left the device by now, and others the list of what was to be gathered.
-        let late_copy = late_copy.filter(|late_copy| !ended || late_copy.pending());
+        let late_copy = late_copy.inspect(|late_copy| late_copy.end()).filter(|l| !ended || l.pending());
         if late_copy.is_none() {
             // Otherwise a fence must still find it: whoever follows its kernels need not wait for copies of later saves.
             self.forget(&ticket);
@@ -479,10 +478,11 @@ impl Stager {
                 && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire))
                 && self.arena.free() > 0
                 && ready(job, next, &waker)?;
-            // Held until the chunk is queued: a freeze waits for one that was decided.
-            let frozen = late_copy.as_ref().map(|late_copy| late_copy.decide());
-            let may = latched.is_some() || !frozen.as_deref().is_some_and(|frozen| *frozen);
-            if let Some(lease) = (room && may).then(|| self.arena.try_lease()).flatten() {
+            let may = latched.is_some() || !late_copy.as_ref().is_some_and(|late_copy| late_copy.frozen());
+            // Kept until the chunk is queued: a freeze waits for one that was decided.
+            let decided = late_copy.as_ref().filter(|_| room && latched.is_none()).map(|late_copy| late_copy.decide());
+            let room = room && may && !matches!(decided, Some(None));
+            if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
                 // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
                 let (chunk, live) = (Chunk { index: next, lease, digests: None }, latched.is_none());
                 flying.push_back(Flying { chunk, mark: u64::MAX, live, latched });
@@ -495,7 +495,7 @@ impl Stager {
                 }
                 continue;
             }
-            drop(frozen);
+            drop(decided);
             let news = || ticket.failed() || asked_to_let_go();
             if let (Some(late_copy), false) = (&late_copy, may) {
                 // What is left is in slots, or nowhere: a device that is lost never tells F.

@@ -78,7 +78,7 @@ pub(super) struct Loaded {
 /// Where late copies are made.
 pub(super) struct Slots {
     // In this order: kernels before the memory that they use.
-    pub fences: Fences,
+    pub fences: Arc<Fences>,
     slots: Vec<Address>,
     _memory: Box<dyn Any + Send + Sync>,
 }
@@ -89,7 +89,7 @@ impl Slots {
         if count == 0 {
             return Err(Error::invalid("no memory was asked for setting=scratch"));
         }
-        let fences = Fences::new(gpu, gpu.context.module(&embedded::LATE_COPY)?)?;
+        let fences = Arc::new(Fences::new(gpu, gpu.context.module(&embedded::LATE_COPY)?)?);
         let (begin, memory): (_, Box<dyn Any + Send + Sync>) = match lent {
             Some(lent) => (lent.address, lent.keep_alive),
             None => {

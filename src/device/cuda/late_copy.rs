@@ -6,7 +6,7 @@
 //! # Safety argument
 //! Lists of slots and cells are pinned memory that belongs to one save at a time. The host writes a list before the kernels that
 //! read it are queued, and a cell only while no kernel knows it. Both go back, and the table of pieces is let go, only when the
-//! kernels of the save have run: [`Save`] waits for that when it is dropped, and where that takes too long everything is leaked.
+//! kernels of the save have run: [`Launched`] waits for that when it is dropped, and where that takes too long everything is leaked.
 //! The addresses of tensors are those of sources, which the stager keeps until F is told or everything has left the device.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
@@ -14,14 +14,14 @@ use super::driver::{Address, Memory, Module};
 use super::gpu::{Gpu, Lent, PATIENCE, POLL, events_of};
 use super::kernels::Loaded;
 use super::table::Table;
-use crate::device::{DeviceLateCopy, Point};
+use crate::device::{DeviceLateCopy, FenceKernels, Launch, Point};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use std::mem::forget;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 /// Saves that may be known at once.
@@ -184,27 +184,49 @@ pub(super) struct Save {
     fence: Option<Fence>,
 }
 
-/// The fence of one save.
+/// The fence of one save, before any kernel of it is queued.
 struct Fence {
-    index: usize,
-    /// The slots, once there are some.
-    list: Mutex<Option<Memory>>,
+    cell: Arc<Cell>,
     latch: Latch,
-    /// Kernels are queued, or some of them.
-    launched: AtomicBool,
-    /// Not all of them.
-    failed: AtomicBool,
-    /// Behind the kernels.
-    after: Mutex<Option<Lent>>,
+}
+
+/// Where F of one save is told, until no kernel knows it any more.
+struct Cell {
+    fences: Arc<Fences>,
+    index: usize,
+}
+
+impl Cell {
+    fn latched(&self) -> Option<usize> {
+        let latched = self.fences.cell(self.index).load(Ordering::Acquire);
+        usize::try_from(latched).ok().filter(|_| latched != UNKNOWN)
+    }
+}
+
+impl Drop for Cell {
+    fn drop(&mut self) {
+        lock(&self.fences.free).push(self.index);
+    }
+}
+
+/// A list of slots, which goes back to its pool.
+struct List {
+    fences: Arc<Fences>,
+    memory: Option<Memory>,
+}
+
+impl Drop for List {
+    fn drop(&mut self) {
+        lock(&self.fences.lists).extend(self.memory.take());
+    }
 }
 
 impl Fence {
-    fn new(fences: &Fences, number: u64, base: u64, chunks: u32) -> Option<Self> {
+    fn new(fences: &Arc<Fences>, number: u64, base: u64, chunks: u32) -> Option<Self> {
         let index = lock(&fences.free).pop()?;
         fences.cell(index).store(UNKNOWN, Ordering::Release);
         let latch = Latch { base, save: number, chunks, ..fences.latch_of(index) };
-        let (launched, failed) = (AtomicBool::new(false), AtomicBool::new(false));
-        Some(Self { index, list: Mutex::default(), latch, launched, failed, after: Mutex::default() })
+        Some(Self { cell: Arc::new(Cell { fences: fences.clone(), index }), latch })
     }
 }
 
@@ -219,43 +241,11 @@ impl Save {
         Some(Self { loaded: loaded.clone(), table, fence })
     }
 
-    /// The fences of its device, and its own.
-    fn fence(&self) -> Result<(&Fences, &Fence)> {
-        let slots = self.loaded.late_copies.as_ref().map_err(Clone::clone)?;
-        let none = || Error::internal("a save that is not copied late is fenced on its device");
-        Ok((&slots.fences, self.fence.as_ref().ok_or_else(none)?))
-    }
-
-    fn enqueue(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()> {
-        let Some(stream) = streams.first() else { return Ok(()) };
-        let ((fences, fence), gpu, table) = (self.fence()?, &self.loaded.gpu, &self.table);
-        let list = fences.list(gpu, size_of_val(slots))?;
-        // SAFETY: room for all slots, aligned, and known to nobody.
-        unsafe { list.pointer().cast::<u64>().copy_from_nonoverlapping(slots.as_ptr(), slots.len()) };
-        let at = list.address();
-        // One from before is of a launch of which nothing was queued.
-        let before = lock(&fence.list).replace(list);
-        lock(&fences.lists).extend(before);
-        for event in events_of(point)? {
-            event.make_wait(stream.handle)?;
+    fn fence(&self) -> Result<&Fence> {
+        if let Err(why) = &self.loaded.late_copies {
+            return Err(why.clone());
         }
-        table.arrive(stream.handle)?;
-        let after = gpu.event()?;
-        if behind_copies {
-            let event = gpu.event()?;
-            event.record(gpu.copies.handle())?;
-            event.make_wait(stream.handle)?;
-        }
-        fence.launched.store(true, Ordering::Release);
-        let latch = Latch { base: if mutant::on(Mutant::Watermark) { 0 } else { fence.latch.base }, ..fence.latch };
-        let first = fence.latch.chunks - slots.len() as u32;
-        let list = (table.pieces(), table.views(), table.begins(), at, first);
-        let queued = fences.queue(gpu, stream.handle, fence.index, &latch, list);
-        // Also where that failed: some of the kernels may be queued.
-        let recorded = after.insist(stream.handle);
-        *lock(&fence.after) = Some(after);
-        queued.and(recorded)?;
-        self.follow(&streams[1..])
+        self.fence.as_ref().ok_or_else(|| Error::internal("a save that is not copied late is fenced on its device"))
     }
 }
 
@@ -266,73 +256,96 @@ impl DeviceLateCopy for Save {
     }
 
     fn publish(&self, watermark: u64) -> Result<()> {
-        let ((fences, _), gpu) = (self.fence()?, &self.loaded.gpu);
+        let (fences, gpu) = (&self.fence()?.cell.fences, &self.loaded.gpu);
         let _entered = gpu.context.enter()?;
         // SAFETY: aligned; the watermark lives as long as the kernels, whose owner waits for the stream before it lets go.
         unsafe { gpu.copies.write(fences.watermark(), watermark) }
     }
 
-    fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<()> {
-        let (_, fence) = self.fence()?;
-        let queue = || {
-            self.loaded.shared.refuse_captures(streams)?;
-            let _entered = self.loaded.gpu.context.enter()?;
-            self.enqueue(streams, point, behind_copies, slots)
-        };
-        // What was queued cannot be taken back, whatever the driver thinks of a later call.
-        let queued = queue().map_err(|error| if self.begun() { error.with_kind(ErrorKind::Device) } else { error });
-        fence.failed.store(queued.is_err() && self.begun(), Ordering::Release);
-        queued
-    }
-
-    fn begun(&self) -> bool {
-        self.fence.as_ref().is_some_and(|fence| fence.launched.load(Ordering::Acquire))
-    }
-
-    fn follow(&self, streams: &[DeviceStream]) -> Result<()> {
+    fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<Launch> {
+        let (Fence { cell, latch }, gpu, table) = (self.fence()?, &self.loaded.gpu, &self.table);
+        let (stream, others) = streams.split_first().ok_or_else(|| Error::internal("a fence without a stream"))?;
         self.loaded.shared.refuse_captures(streams)?;
-        let (_, fence) = self.fence()?;
-        let after = lock(&fence.after);
-        let event = after.as_ref().ok_or_else(|| Error::internal("a fence that was not launched is followed"))?;
-        self.loaded.shared.make_wait(streams, event)
-    }
-
-    fn over(&self) -> bool {
-        let Some(fence) = self.fence.as_ref().filter(|_| self.latched().is_none()) else { return true };
-        // Asking is also how one learns that the context is lost; threads that ask need not have used it before.
-        let ended = !fence.launched.load(Ordering::Acquire) || lock(&fence.after).as_ref().is_some_and(Lent::is_over);
-        self.loaded.gpu.context.lost() || (fence.failed.load(Ordering::Acquire) && ended)
+        let _entered = gpu.context.enter()?;
+        let memory = cell.fences.list(gpu, size_of_val(slots))?;
+        // SAFETY: room for all slots, aligned, and known to nobody.
+        unsafe { memory.pointer().cast::<u64>().copy_from_nonoverlapping(slots.as_ptr(), slots.len()) };
+        let at = memory.address();
+        let list = List { fences: cell.fences.clone(), memory: Some(memory) };
+        for event in events_of(point)? {
+            event.make_wait(stream.handle)?;
+        }
+        table.arrive(stream.handle)?;
+        let after = gpu.event()?;
+        if behind_copies {
+            let event = gpu.event()?;
+            event.record(gpu.copies.handle())?;
+            event.make_wait(stream.handle)?;
+        }
+        let latch = Latch { base: if mutant::on(Mutant::Watermark) { 0 } else { latch.base }, ..*latch };
+        let arguments = (table.pieces(), table.views(), table.begins(), at, latch.chunks - slots.len() as u32);
+        let (loaded, table) = (self.loaded.clone(), table.clone());
+        let mut launched = Launched { whole: false, after, list: Some(list), cell: cell.clone(), table, loaded };
+        // From here on something may be queued, whatever the driver says of a later call.
+        let queued = cell.fences.queue(gpu, stream.handle, cell.index, &latch, arguments);
+        let recorded = launched.after.insist(stream.handle);
+        let queued = queued.and(recorded).and_then(|()| launched.follow(others));
+        launched.whole = queued.is_ok();
+        let queued = queued.map_err(|error| error.with_kind(ErrorKind::Device));
+        Ok(Launch { kernels: Arc::new(launched), queued })
     }
 
     fn check(&self) -> Result<()> {
-        // Asking is how one learns that the context is lost.
-        _ = self.over();
         self.loaded.gpu.context.alive()
-    }
-
-    fn latched(&self) -> Option<usize> {
-        let (fences, fence) = self.fence().ok()?;
-        let latched = fences.cell(fence.index).load(Ordering::Acquire);
-        usize::try_from(latched).ok().filter(|_| latched != UNKNOWN)
     }
 }
 
-impl Drop for Save {
-    fn drop(&mut self) {
-        let Ok((fences, fence)) = self.fence() else { return };
-        let context = &self.loaded.gpu.context;
-        if self.begun() && self.latched().is_none() && context.alive().is_ok() {
-            let deadline = Instant::now() + PATIENCE;
-            while !lock(&fence.after).as_ref().is_some_and(Lent::is_over) && !context.lost() {
-                if Instant::now() >= deadline {
-                    tracing::error!("kernels of a fence did not end; their memory is given up");
-                    forget((self.loaded.clone(), self.table.clone(), lock(&fence.list).take()));
-                    return;
-                }
-                std::thread::sleep(POLL);
-            }
+/// The kernels of a fence that are queued, and what they use.
+struct Launched {
+    /// All of them are.
+    whole: bool,
+    /// Behind them.
+    after: Lent,
+    list: Option<List>,
+    cell: Arc<Cell>,
+    table: Arc<Table>,
+    loaded: Arc<Loaded>,
+}
+
+impl FenceKernels for Launched {
+    fn follow(&self, streams: &[DeviceStream]) -> Result<()> {
+        self.loaded.shared.refuse_captures(streams)?;
+        self.loaded.shared.make_wait(streams, &self.after)
+    }
+
+    fn over(&self) -> bool {
+        if self.latched().is_some() {
+            return true;
         }
-        lock(&fences.lists).extend(lock(&fence.list).take());
-        lock(&fences.free).push(fence.index);
+        // Asking is also how one learns that the context is lost; threads that ask need not have used it before.
+        let ended = self.after.is_over();
+        self.loaded.gpu.context.lost() || (!self.whole && ended)
+    }
+
+    fn latched(&self) -> Option<usize> {
+        self.cell.latched()
+    }
+}
+
+impl Drop for Launched {
+    fn drop(&mut self) {
+        let context = &self.loaded.gpu.context;
+        if self.latched().is_some() || context.alive().is_err() {
+            return;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while !self.after.is_over() && !context.lost() {
+            if Instant::now() >= deadline {
+                tracing::error!("kernels of a fence did not end; their memory is given up");
+                forget((self.loaded.clone(), self.table.clone(), self.cell.clone(), self.list.take()));
+                return;
+            }
+            std::thread::sleep(POLL);
+        }
     }
 }

@@ -1,0 +1,358 @@
+//! The memory of a device, and the fences that make late copies in it.
+//!
+//! **Locks.** The turn of a save comes before all others. The list of watched saves is held while the states of their late copies are
+//! looked at; the list of free slots alone.
+
+use super::gather::{OnDevice, Part, Room, at_save};
+use super::late_copy::{LateCopy, Planned, Slots};
+use crate::device::{Kernels, Pieces, Point};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mutant::{self, Mutant};
+use crate::plan::{From, Plan};
+use crate::state::{DeviceStream, Place, StateDict};
+use crate::sync::{Mutex, lock};
+use crate::ticket::Ticket;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// A chunk with more parts of tensors than this is put together on the device, and copied as one.
+const MANY: usize = 8;
+/// How often a fence that waits for slots looks for F of earlier saves.
+const LOOK: Duration = Duration::from_micros(200);
+
+/// The memory of a device: a room for what is captured, slots for late copies, and the saves that may have some.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    kernels: Arc<dyn Kernels>,
+    room: Arc<Room>,
+    /// Addresses of the slots, and which of them are free.
+    slots: Vec<u64>,
+    free: Mutex<Vec<usize>>,
+    /// Fences that were launched and still have slots, or kernels that may run.
+    watched: Mutex<Vec<(Arc<Ticket>, Arc<LateCopy>)>>,
+    /// Saves so far, and chunks of them.
+    counted: Mutex<(u64, u64)>,
+}
+
+impl Scratch {
+    pub fn new(kernels: Arc<dyn Kernels>) -> Self {
+        let slots = kernels.slots().unwrap_or_default().to_vec();
+        let (free, room) = ((0..slots.len()).rev().collect(), Room::new(kernels.room()));
+        Self { kernels, room, slots, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
+    }
+
+    /// Captures what is to be captured of a save, and with `detect` has the rest digested: see [`at_save`].
+    pub fn at_save(&self, state: &mut StateDict<'_>, detect: bool, done: &mut OnDevice) -> Result<()> {
+        at_save(self.kernels.as_ref(), &self.room, state, detect, done)
+    }
+
+    /// The late copy of a save, if there are tensors of this device in it. `captured` are tensors of the host taken at `save`.
+    pub fn late_copy(
+        &self,
+        plan: &Plan,
+        state: &StateDict<'_>,
+        point: &Point,
+        captured: impl Fn(usize) -> bool,
+    ) -> Result<Option<Arc<LateCopy>>> {
+        let ordinal = self.kernels.ordinal();
+        let spans = state.streams.iter().any(|s| s.ordinal != ordinal);
+        if plan.chunks.is_empty() || state.streams.iter().all(|s| s.ordinal != ordinal) {
+            return Ok(None);
+        }
+        let mut pieces = Pieces { chunks: plan.chunks.len(), ..Pieces::default() };
+        pieces.list.reserve(plan.segments.len());
+        let (mut gathered, mut host) = (vec![false; plan.chunks.len()], 0);
+        let (can_gather, slotted) = (!self.kernels.room().is_empty(), !self.slots.is_empty());
+        for (chunk, planned) in plan.chunks.iter().enumerate() {
+            let (mut to, begin) = (0, pieces.list.len());
+            for segment in &plan.segments[planned.segments.clone()] {
+                let bytes = segment.length as u64;
+                if let From::Tensor(index) = segment.from {
+                    let (name, tensor) = state.tensors.get_index(index).expect("checked by the plan");
+                    match tensor.place {
+                        Place::Device { stream, .. } if stream.ordinal == ordinal => {
+                            pieces.add(name, tensor, Part { at: segment.at, bytes, to, chunk })?;
+                        }
+                        Place::Host { .. } if !captured(index) && bytes > 0 => host = chunk + 1,
+                        Place::Device { .. } | Place::Host { .. } => {}
+                    }
+                }
+                to += bytes;
+            }
+            let parts = &pieces.list[begin..];
+            gathered[chunk] = can_gather && (parts.len() > MANY || parts.iter().any(|piece| piece.view.is_some()));
+            if !gathered[chunk] && !slotted {
+                // No kernel will look at them.
+                pieces.list.truncate(begin);
+            }
+        }
+        if pieces.list.is_empty() {
+            return Ok(None);
+        }
+        let mut counted = lock(&self.counted);
+        let (number, base) = (counted.0 + 1, counted.1);
+        let strided = pieces.list.iter().any(|piece| piece.view.is_some());
+        let device = match self.kernels.late_copy(number, base, &pieces) {
+            Ok(Some(device)) => device,
+            Ok(None) if strided => {
+                let busy = "too many saves are under way for tensors that are to be gathered";
+                return Err(Error::new(ErrorKind::Busy, busy));
+            }
+            Err(error) if strided => return Err(error),
+            Ok(None) => return Ok(None),
+            Err(error) => {
+                tracing::warn!(
+                    error = format_args!("{error:#}"),
+                    "a save is neither gathered nor copied late on its device"
+                );
+                return Ok(None);
+            }
+        };
+        *counted = (number, base + plan.chunks.len() as u64);
+        Ok(Some(Arc::new(LateCopy::new(Planned {
+            device,
+            point: point.clone(),
+            ordinal,
+            gathered,
+            spans,
+            slotted,
+            base,
+            host,
+        }))))
+    }
+
+    /// Fences a save on `streams`: true when they need not wait for the rest of its copies. False at the deadline, when it is
+    /// staged or has failed, and where there are no slots: whoever writes must then wait as if there were no scratch.
+    pub fn fence(
+        &self,
+        ticket: &Arc<Ticket>,
+        late_copy: &Arc<LateCopy>,
+        streams: &[DeviceStream],
+        deadline: Instant,
+    ) -> Result<bool> {
+        if !late_copy.serves(streams) {
+            return Ok(false);
+        }
+        let _turn = late_copy.turn();
+        if let Some(kernels) = late_copy.kernels() {
+            return kernels.follow(streams).map(|()| true);
+        }
+        let Some(first) = self.reserve(ticket, late_copy, deadline) else { return Ok(false) };
+        if first == ticket.chunks {
+            self.give_up(late_copy);
+            return Ok(false);
+        }
+        self.launch(ticket, late_copy, streams, first > late_copy.handed())
+    }
+
+    /// As [`Scratch::fence`], at the end of a scope whose `streams` will write or free the tensors: when it returns true, nothing is
+    /// queued from live memory any more, and they come after all that was.
+    pub fn freeze(
+        &self,
+        ticket: &Arc<Ticket>,
+        late_copy: &Arc<LateCopy>,
+        streams: &[DeviceStream],
+        deadline: Instant,
+    ) -> Result<bool> {
+        if !late_copy.serves(streams) || ticket.failed() {
+            return Ok(false);
+        }
+        let _turn = late_copy.turn();
+        if let Some(kernels) = late_copy.kernels() {
+            return kernels.follow(streams).map(|()| true);
+        }
+        // Slots first: what has none could not be queued any more once it is frozen.
+        if self.reserve(ticket, late_copy, deadline).is_none() {
+            return Ok(false);
+        }
+        late_copy.freeze();
+        let queued = ticket.queued.load(Ordering::Acquire);
+        if queued == ticket.chunks {
+            self.give_up(late_copy);
+            return Ok(false);
+        }
+        let behind_copies = queued > late_copy.handed() && !mutant::on(Mutant::ScopeOrder);
+        self.launch(ticket, late_copy, streams, behind_copies)
+    }
+
+    /// Launches the kernels of a fence, with the slots that are reserved. False when the save is staged, has failed or was taken back.
+    fn launch(
+        &self,
+        ticket: &Arc<Ticket>,
+        late_copy: &Arc<LateCopy>,
+        streams: &[DeviceStream],
+        behind_copies: bool,
+    ) -> Result<bool> {
+        let Some(slots) = late_copy.launch(ticket) else {
+            self.give_up(late_copy);
+            return Ok(false);
+        };
+        lock(&self.watched).push((ticket.clone(), late_copy.clone()));
+        match late_copy.queue(streams, behind_copies, &slots) {
+            Ok(launch) => {
+                late_copy.set_kernels(launch.kernels);
+                launch.queued.map(|()| true)
+            }
+            Err(refused) => {
+                lock(&self.watched).retain(|(_, watched)| !Arc::ptr_eq(watched, late_copy));
+                self.give_up(late_copy);
+                Err(refused)
+            }
+        }
+    }
+
+    /// Waits until every chunk is queued or has a slot: the first one that has.
+    fn reserve(&self, ticket: &Ticket, late_copy: &LateCopy, deadline: Instant) -> Option<usize> {
+        loop {
+            self.reap();
+            if ticket.failed() || ticket.staged.is_complete() {
+                return None;
+            }
+            let handed = late_copy.handed();
+            let mut free = lock(&self.free);
+            let most = free.len().min(ticket.chunks - handed);
+            let first = (ticket.chunks - most).max(late_copy.save.host);
+            if ticket.queued.load(Ordering::Acquire) >= first {
+                let rest = free.len() - (ticket.chunks - first);
+                let taken = free.split_off(rest);
+                drop(free);
+                let held = taken.into_iter().map(|slot| Some((slot, self.slots[slot]))).collect();
+                let Err(mut refused) = late_copy.reserve(Slots { first, held }) else { return Some(first) };
+                lock(&self.free).extend(refused.take(|_| true));
+                return None;
+            }
+            drop(free);
+            if Instant::now() >= deadline {
+                return None;
+            }
+            ticket.wait_until_queued(first, deadline.min(Instant::now() + LOOK));
+        }
+    }
+
+    /// A chunk was handed over: its slot is free, if F is known.
+    pub fn hand_over(&self, late_copy: &LateCopy, chunk: usize) {
+        let free = late_copy.hand_over(chunk);
+        lock(&self.free).extend(free);
+    }
+
+    /// Gives back what is known to be free, also of saves that are staged or have failed.
+    pub fn reap(&self) {
+        let mut free = Vec::new();
+        let mut watched = lock(&self.watched);
+        let over = watched.extract_if(.., |(ticket, late_copy)| {
+            let (slots, last) = late_copy.reap(ticket.staged.is_complete());
+            free.extend(slots);
+            last
+        });
+        // Dropped with no lock held: the last owner of kernels waits for them.
+        let over: Vec<_> = over.collect();
+        drop(watched);
+        drop(over);
+        if !free.is_empty() {
+            lock(&self.free).extend(free);
+        }
+    }
+
+    /// Gives back all slots of a save of which no kernels are queued.
+    fn give_up(&self, late_copy: &LateCopy) {
+        let free = late_copy.give_up();
+        lock(&self.free).extend(free);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::super::late_copy::tests::fixtures::{late_copy, ticket};
+    use super::*;
+    use crate::device::{DeviceLateCopy, Digests, FenceKernels, Launch, Queued};
+    use std::ops::Range;
+    use std::sync::OnceLock;
+
+    /// A device with three slots, whose kernels look at the locks of the scratch whenever they are asked something.
+    #[derive(Debug)]
+    struct Watching;
+
+    static SCRATCH: OnceLock<Scratch> = OnceLock::new();
+
+    fn scratch() -> &'static Scratch {
+        SCRATCH.get_or_init(|| Scratch::new(Arc::new(Watching)))
+    }
+
+    /// Called with the state of a late copy locked, or with nothing locked.
+    fn no_list_is_locked() {
+        assert!(scratch().free.try_lock().is_ok(), "both locks are held");
+    }
+
+    impl Kernels for Watching {
+        fn ordinal(&self) -> u32 {
+            0
+        }
+        fn room(&self) -> Range<u64> {
+            0..0
+        }
+        fn slots(&self) -> Result<&[u64]> {
+            Ok(&[0, 4096, 8192])
+        }
+        fn capture(&self, _: DeviceStream, _: &Pieces, _: &mut Vec<Arc<dyn Queued>>) -> Result<()> {
+            Err(Error::internal("nothing is captured"))
+        }
+        fn digest(&self, _: DeviceStream, _: &Pieces, _: &mut Vec<Arc<dyn Queued>>) -> Result<Arc<dyn Digests>> {
+            Err(Error::internal("nothing is digested"))
+        }
+        fn late_copy(&self, _: u64, _: u64, _: &Pieces) -> Result<Option<Box<dyn DeviceLateCopy>>> {
+            Ok(Some(Box::new(Self)))
+        }
+    }
+
+    impl DeviceLateCopy for Watching {
+        fn gather(&self, _: usize) -> Result<u64> {
+            Err(Error::internal("nothing is gathered"))
+        }
+        fn publish(&self, _: u64) -> Result<()> {
+            Ok(())
+        }
+        fn launch(&self, _: &[DeviceStream], _: &Point, _: bool, slots: &[u64]) -> Result<Launch> {
+            no_list_is_locked();
+            assert_eq!(slots, [8192, 4096]);
+            Ok(Launch { kernels: Arc::new(Self), queued: Ok(()) })
+        }
+        fn check(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    impl FenceKernels for Watching {
+        fn follow(&self, _: &[DeviceStream]) -> Result<()> {
+            Ok(())
+        }
+        fn over(&self) -> bool {
+            true
+        }
+        fn latched(&self) -> Option<usize> {
+            no_list_is_locked();
+            Some(1)
+        }
+    }
+
+    /// A fence took the slots of a save under the lock of those that are free; giving them back took the two the other way around. Two
+    /// threads could wait for each other.
+    #[test]
+    fn slots_are_given_back_with_one_lock_at_a_time() {
+        let (scratch, ticket, late_copy) = (scratch(), ticket(3), Arc::new(late_copy(Box::new(Watching))));
+        *lock(&scratch.free) = vec![0, 2, 1];
+        late_copy.hand_over(0);
+        ticket.queued.store(1, Ordering::Relaxed);
+        let fenced = scratch.fence(&ticket, &late_copy, &[DeviceStream::legacy(0)], Instant::now()).unwrap();
+        assert!(fenced);
+        assert_eq!((&lock(&scratch.free)[..], late_copy.place(2)), (&[0][..], Some((0, 4096))));
+        scratch.hand_over(&late_copy, 2);
+        assert_eq!(
+            (&lock(&scratch.free)[..], late_copy.place(1), late_copy.place(2)),
+            (&[0, 1][..], Some((0, 8192)), None)
+        );
+        ticket.release();
+        scratch.reap();
+        assert_eq!((&lock(&scratch.free)[..], late_copy.place(1)), (&[0, 1, 2][..], None));
+    }
+}
