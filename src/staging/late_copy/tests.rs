@@ -138,6 +138,21 @@ mod cases {
     }
 
     #[test]
+    fn chunks_are_queued_from_live_memory_until_it_is_frozen_or_f_is_told() {
+        for (state, path, _) in TABLE {
+            let told = Arc::new(Told { first: Some(2), ..Told::default() });
+            let late_copy = late_copy(Box::new(told.clone()));
+            run(path, &late_copy, &told);
+            let live = ["open", "reserved", "launched", "launched, with kernels"].contains(&state);
+            assert_eq!(
+                (late_copy.decide().is_some(), late_copy.frozen()),
+                (live, state.ends_with("frozen")),
+                "{state}"
+            );
+        }
+    }
+
+    #[test]
     fn slots_are_free_when_f_is_told_and_their_chunks_are_before_it_or_handed_over() {
         let told = Arc::new(Told { first: Some(2), ..Told::default() });
         let late_copy = late_copy(Box::new(told.clone()));
