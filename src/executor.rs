@@ -131,13 +131,13 @@ impl CheckpointExecutor {
     /// asynchronous device was making cannot be taken back: the tensors may be written when `staged()` of those saves resolves.
     pub fn fence(&self) -> Result<()> {
         self.alive()?;
-        self.stager.flights.fence(self.settings.fence_timeout)
+        self.stager.saves.fence(self.settings.fence_timeout)
     }
 
     /// A future of [`fence`](Self::fence), for tasks that must not block their thread: nothing will be read any more from tensors of
     /// saves so far. A save that hangs ends it by its own deadline; nothing fails earlier, as at the deadline of `fence`.
     pub fn fenced(&self) -> Fenced {
-        Fenced::new(self.alive().map(|()| self.stager.flights.reading()))
+        Fenced::new(self.alive().map(|()| self.stager.saves.reading()))
     }
 
     /// Makes `streams`, which will write tensors of saves so far, wait on the GPU for what still has to be read of them; the
@@ -276,7 +276,7 @@ impl CheckpointExecutor {
         let timeout = options.timeout.map_or(self.settings.save_timeout, |d| d.min(self.settings.save_timeout));
         let deadline = deadline_after(timeout);
         if !options.last
-            && let Some(error) = self.stager.flights.unobserved()
+            && let Some(error) = self.stager.saves.unobserved()
         {
             match self.settings.on_unseen_error {
                 OnUnseenError::NextCall => return Err(error),
@@ -323,7 +323,7 @@ impl CheckpointExecutor {
         let mut captured = captured.map_err(|error| error.with_step(step))?;
         let mut on_device = OnDevice::default();
         let noted = guarded(panicked, || self.note(state, &plan, &captured, detect, &mut on_device));
-        let (region, queued) = (on_device.region.take(), std::mem::take(&mut on_device.queued));
+        let (allocation, queued) = (on_device.allocation.take(), std::mem::take(&mut on_device.queued));
         let issue = Issue {
             step,
             attempt,
@@ -342,7 +342,7 @@ impl CheckpointExecutor {
             Ok(noted) => noted,
             Err(error) => {
                 let error = error.with_step(step);
-                self.stager.refuse(ticket, error.clone(), std::mem::take(state), region, queued);
+                self.stager.refuse(ticket, error.clone(), std::mem::take(state), allocation, queued);
                 return Err(error);
             }
         };
@@ -361,7 +361,7 @@ impl CheckpointExecutor {
             // While the sources were read here.
             drop(lines);
             let error = shut_down().with_step(step);
-            self.stager.refuse(ticket, error.clone(), std::mem::take(state), region, queued);
+            self.stager.refuse(ticket, error.clone(), std::mem::take(state), allocation, queued);
             return Err(error);
         };
         let sink = Arc::new(Task::new(request, self.place.clone(), &open.pool, open.ended.clone()));
@@ -373,21 +373,21 @@ impl CheckpointExecutor {
             captured,
             behind,
             late_copy,
-            region,
+            allocation,
             queued,
             borrowed,
             sink,
         });
         drop((lines, admission));
         if options.snapshot == Snapshot::AtSave {
-            self.stager.flights.fence_one(&ticket, self.settings.fence_timeout)?;
+            self.stager.saves.fence_one(&ticket, self.settings.fence_timeout)?;
         }
         Ok(Save::new(ticket))
     }
 
     /// A save of writable tensors was not fenced: a program that goes on would write under a copy.
     fn refuse_unfenced(&self, step: u64) -> Result<()> {
-        let Some(ticket) = self.stager.flights.unfenced() else { return Ok(()) };
+        let Some(ticket) = self.stager.saves.unfenced() else { return Ok(()) };
         let why = "writable tensors are still being read: call `fence` before the next save";
         Err(Error::invalid(format!("{why} unfenced={}", ticket.step)).with_step(step))
     }
@@ -419,7 +419,7 @@ impl CheckpointExecutor {
 
     /// What becomes of a save that comes when admission is closed.
     fn last_word(&self, step: u64) -> Outcome {
-        Outcome::Skipped { by: self.stager.flights.unfinished().last().map_or(step, |ticket| ticket.step) }
+        Outcome::Skipped { by: self.stager.saves.unfinished().last().map_or(step, |ticket| ticket.step) }
     }
 
     /// The handle of a save that was not begun.

@@ -26,7 +26,7 @@ pub(super) enum Verdict {
 /// # Errors
 /// `Conflict` when the step is being saved.
 pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64) -> Result<Verdict> {
-    let unfinished = stager.flights.unfinished();
+    let unfinished = stager.saves.unfinished();
     if unfinished.iter().any(|t| t.step == step) {
         return Err(Error::new(ErrorKind::Conflict, "a save of this step is under way").with_step(step));
     }
@@ -90,7 +90,7 @@ impl CheckpointExecutor {
                 Overlap::Block => 0,
                 Overlap::Skip | Overlap::Latest => return Ok(executor),
             };
-            let (unfinished, signal) = (executor.stager.flights.unfinished(), executor.stager.signal.clone());
+            let (unfinished, signal) = (executor.stager.saves.unfinished(), executor.stager.signal.clone());
             if unfinished.len() <= room {
                 return Ok(executor);
             }

@@ -78,7 +78,7 @@ impl Threads {
 
     /// The saves under way, in the order of calls.
     pub fn unfinished(&self) -> Vec<Save> {
-        self.stager.flights.unfinished().into_iter().map(Save::new).collect()
+        self.stager.saves.unfinished().into_iter().map(Save::new).collect()
     }
 
     /// Whether the calling thread is one of these.
@@ -113,7 +113,7 @@ impl Threads {
         join(&self.handles, deadline.max(Instant::now() + GRACE));
         self.stager.calls.close();
         join(&self.calling, deadline.max(Instant::now() + GRACE));
-        let mut unseen = std::iter::from_fn(|| self.stager.flights.unobserved());
+        let mut unseen = std::iter::from_fn(|| self.stager.saves.unobserved());
         let first = unseen.next().or(late);
         unseen.for_each(|error| {
             tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error")
@@ -141,7 +141,7 @@ impl Threads {
     /// of the first of these.
     fn wait_for_saves(&self, timeout: Duration, deadline: Instant) -> Option<Error> {
         let mut late = None;
-        for ticket in self.stager.flights.unfinished() {
+        for ticket in self.stager.saves.unfinished() {
             if ticket.done.wait(deadline).is_none() {
                 let what = format!("the executor was shut down before a save ended timeout={timeout:?}");
                 let cancelled = Error::new(ErrorKind::Cancelled, what.clone());

@@ -3,12 +3,12 @@
 //! # Safety argument
 //! A copy is queued inside [`Source::read`](crate::state::Source::read), or held back there and queued with the rest of its chunk, under
 //! the ticket's `live` lock either way, from bytes that the source keeps allocated until it is dropped, to a slab whose lease sits in
-//! `flying`. Both stay until the mark behind the copy is reached, or the copy that is held back is dropped (`quiesce`): a slab is in
-//! `flying` before the first copy into it is queued, `flying` is emptied by marks only, and the
-//! state dict is dropped when `flying` is empty or the device says that no copy is running (`quiesce`); so is the region in which
+//! `in_flight`. Both stay until the mark behind the copy is reached, or the copy that is held back is dropped (`quiesce`): a slab is in
+//! `in_flight` before the first copy into it is queued, `in_flight` is emptied by marks only, and the
+//! state dict is dropped when `in_flight` is empty or the device says that no copy is running (`quiesce`); so is the allocation in which
 //! the device has captured tensors. Sources that are lent may be dropped earlier, when a scope asks for it: nothing is queued from
 //! them any more, and whoever writes or frees their memory comes after what is (see `executor/scope.rs`). Where the device does not say so
-//! in time, both are parked until it does, or forgotten with the queue; sources that are only lent are waited for.
+//! in time, their release is deferred until it does, or they are forgotten with the queue; borrowed sources are waited for.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
 use super::late_copy::LateCopy;
@@ -24,7 +24,7 @@ use crate::sync::lock;
 use std::ops::Range;
 
 /// A chunk whose copies may not have ended.
-pub(super) struct Flying {
+pub(super) struct InFlightChunk {
     pub chunk: Chunk,
     /// Behind the last copy; beyond all marks while copies are being queued.
     pub mark: u64,
@@ -35,10 +35,15 @@ pub(super) struct Flying {
 }
 
 /// Queues the copies of one chunk, and the mark behind them.
-pub(super) fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flying: &mut Flying) -> Result<()> {
-    let index = flying.chunk.index;
+pub(super) fn enqueue(
+    job: &Job,
+    stamp: &Stamp,
+    queue: &mut dyn CopyQueue,
+    in_flight: &mut InFlightChunk,
+) -> Result<()> {
+    let index = in_flight.chunk.index;
     let whole = match &job.late_copy {
-        Some(late_copy) if flying.live => gather(job, late_copy, index)?,
+        Some(late_copy) if in_flight.live => gather(job, late_copy, index)?,
         Some(late_copy) => {
             Some(late_copy.place(index).ok_or_else(|| Error::internal("a chunk from F on has no slot"))?)
         }
@@ -46,7 +51,7 @@ pub(super) fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flyin
     };
     let chunk = &job.plan.chunks[index];
     let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
-    let (base, mut at, mut run) = (flying.chunk.lease.as_mut_ptr(), 0, 0..0);
+    let (base, mut at, mut run) = (in_flight.chunk.lease.as_mut_ptr(), 0, 0..0);
     for segment in &job.plan.segments[chunk.segments.clone()] {
         let (begin, offset, length) = (segment.at as usize, at, segment.length);
         let to = base.wrapping_add(offset);
@@ -68,7 +73,7 @@ pub(super) fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flyin
                     place.copy_from_slice(bytes);
                     Some(Digest::of(place))
                 }
-                (None, Some((ordinal, address))) if !flying.live || job.lies_on(tensor, ordinal) => {
+                (None, Some((ordinal, address))) if !in_flight.live || job.lies_on(tensor, ordinal) => {
                     if run.end != offset {
                         fetch(queue, ordinal, address, &run, base)?;
                         run.start = offset;
@@ -94,11 +99,11 @@ pub(super) fn enqueue(job: &Job, stamp: &Stamp, queue: &mut dyn CopyQueue, flyin
         // Before the watermark, which is to say that they have been made.
         flush(job, queue)?;
     }
-    if let Some(late_copy) = job.late_copy.as_ref().filter(|_| flying.live) {
+    if let Some(late_copy) = job.late_copy.as_ref().filter(|_| in_flight.live) {
         late_copy.publish(index)?;
     }
-    flying.mark = queue.mark()?;
-    flying.chunk.digests = digests;
+    in_flight.mark = queue.mark()?;
+    in_flight.chunk.digests = digests;
     Ok(())
 }
 

@@ -26,7 +26,7 @@ pub(crate) struct Due {
 
 /// All saves that have not ended.
 #[derive(Default)]
-pub(crate) struct Flights {
+pub(crate) struct InFlightSaves {
     tickets: Mutex<Vec<Arc<Ticket>>>,
     /// Saves whose sources may still be read.
     reading: AtomicUsize,
@@ -36,7 +36,7 @@ pub(crate) struct Flights {
     pub waits: Option<Arc<dyn Waits>>,
 }
 
-impl Flights {
+impl InFlightSaves {
     /// Adds a save, whose sources may be read from now on.
     pub fn add(&self, ticket: Arc<Ticket>) {
         self.reading.fetch_add(1, Ordering::AcqRel);
@@ -224,7 +224,7 @@ impl Flights {
         device.order(streams).map(|()| None)
     }
 
-    /// As [`Flights::freeze`], but what was queued may still read the memory when it returns, and whoever will write or free it
+    /// As [`InFlightSaves::freeze`], but what was queued may still read the memory when it returns, and whoever will write or free it
     /// comes after that. `late_copy` sees to that for a save of which something is still to be queued, where there is room for
     /// late copies; `order` for saves of which nothing is. `let_go` drops the sources of a save.
     pub fn freeze_on(

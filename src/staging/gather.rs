@@ -1,9 +1,9 @@
 //! What a device does when a save is asked for, in the order of the streams that wrote the tensors: it captures small tensors, so
 //! that they may change before the fence, and for the first saves digests the others, so that a forgotten fence is found out.
 //!
-//! A captured tensor is from then on read where it was put, in the *room*; everybody else sees a tensor of the device as any other.
-//! A region of the room is kept by its save until no copy from it is queued, no kernel of a fence will read it and what is to be
-//! written there has been; regions that are kept do not overlap, and the program knows no address in the room.
+//! A captured tensor is from then on read where it was put, in the *capture pool*; everybody else sees a tensor of the device as any other.
+//! An allocation of the pool is kept by its save until no copy from it is queued, no kernel of a fence will read it and what is to be
+//! written there has been; allocations that are kept do not overlap, and the program knows no address in the pool.
 
 use crate::device::{Digests, Kernels, Piece, Pieces, Queued, View};
 use crate::digest::Digest;
@@ -14,9 +14,9 @@ use crate::sync::{Mutex, lock};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
-/// Tensors of at most this many bytes are captured at `save` while there is room.
+/// Tensors of at most this many bytes are captured at `save` while the pool has space.
 const SMALL: u64 = 128 << 10;
-/// Where tensors begin in the room.
+/// Where tensors begin in the pool.
 const ALIGN: u64 = 16;
 
 /// Tensors, and the digests of them that a device was asked for.
@@ -27,11 +27,11 @@ type Asked = Vec<(Vec<usize>, Arc<dyn Digests>)>;
 pub(crate) struct OnDevice {
     /// Some tensor is left to the fence.
     pub left: bool,
-    /// Small tensors left to the fence because there was no room.
+    /// Small tensors left to the fence because the pool had no space.
     pub over_budget: usize,
     expected: Asked,
     /// Where captured tensors are. Kept until nothing reads them any more, which may be later than their sources are dropped.
-    pub region: Option<Region>,
+    pub allocation: Option<Allocation>,
     /// Some tensor is not digested that was to be.
     pub blind: bool,
     /// What was queued in streams of the program, and reads sources until it has run.
@@ -80,26 +80,26 @@ pub(crate) fn without_kernels(state: &StateDict<'_>, why: &str, done: &mut OnDev
 /// room for it later; `Device`.
 pub(crate) fn at_save(
     kernels: &dyn Kernels,
-    room: &Arc<Room>,
+    pool: &Arc<CapturePool>,
     state: &mut StateDict<'_>,
     detect: bool,
     done: &mut OnDevice,
 ) -> Result<()> {
-    refuse_apart(kernels.ordinal(), room.len, state)?;
-    let span = room.span();
-    let captured = choose(kernels.ordinal(), room.len, span, state, done)?;
+    refuse_apart(kernels.ordinal(), pool.len, state)?;
+    let span = pool.span();
+    let captured = choose(kernels.ordinal(), pool.len, span, state, done)?;
     if let Some(end) = captured.iter().map(|(_, end)| *end).max() {
-        let region = Region::take(room, span.0, end);
+        let allocation = Allocation::take(pool, span.0, end);
         let before = done.queued.len();
-        let queued = capture(kernels, room, state, &captured, &mut done.queued);
+        let queued = capture(kernels, pool, state, &captured, &mut done.queued);
         // Also where that failed: what was queued is still to be written there.
-        done.queued[before..].iter().for_each(|queued| region.wait_for(queued.clone()));
+        done.queued[before..].iter().for_each(|queued| allocation.wait_for(queued.clone()));
         queued?;
         for (index, end) in captured {
             let tensor = &mut state.tensors[index];
-            tensor.captured_at = Some(room.start + end - tensor.place.bytes());
+            tensor.captured_at = Some(pool.start + end - tensor.place.bytes());
         }
-        done.region = Some(region);
+        done.allocation = Some(allocation);
     }
     if detect && let Err(error) = digest(kernels, state, done) {
         if error.kind() != ErrorKind::Device {
@@ -129,7 +129,7 @@ fn refuse_apart(ordinal: u32, room: u64, state: &StateDict<'_>) -> Result<()> {
 /// Captures these tensors, in the order of their streams.
 fn capture(
     kernels: &dyn Kernels,
-    room: &Room,
+    pool: &CapturePool,
     state: &StateDict<'_>,
     captured: &[(usize, u64)],
     queued: &mut Vec<Arc<dyn Queued>>,
@@ -139,7 +139,7 @@ fn capture(
         for (index, end) in captured {
             let (name, tensor) = state.tensors.get_index(*index).expect("chosen from this dict");
             if tensor.place.stream() == Some(*stream) {
-                let to = room.start + end - tensor.place.bytes();
+                let to = pool.start + end - tensor.place.bytes();
                 pieces.add(name, tensor, Part { at: 0, bytes: tensor.place.bytes(), to, chunk: 0 })?;
             }
         }
@@ -150,7 +150,7 @@ fn capture(
     Ok(())
 }
 
-/// Which tensors are captured, and where the place of each in the room ends; those that were asked for come first.
+/// Which tensors are captured, and where the place of each in the pool ends; those that were asked for come first.
 fn choose(
     ordinal: u32,
     room: u64,
@@ -282,14 +282,14 @@ fn view(layout: &Layout, strides: &[i64]) -> Option<View> {
     (dims.len() <= View::DIMS && item > 0).then_some(View { item, dims })
 }
 
-/// Memory of the device for captured tensors, in regions of saves.
-pub(crate) struct Room {
+/// Memory of the device for captured tensors, in allocations of saves.
+pub(crate) struct CapturePool {
     start: u64,
     len: u64,
-    regions: Mutex<Vec<Taken>>,
+    allocations: Mutex<Vec<Taken>>,
 }
 
-/// A region, from `begin` to `end` of its room.
+/// An allocation, from `begin` to `end` of its pool.
 struct Taken {
     begin: u64,
     end: u64,
@@ -299,25 +299,25 @@ struct Taken {
     writing: Vec<Arc<dyn Queued>>,
 }
 
-impl std::fmt::Debug for Room {
+impl std::fmt::Debug for CapturePool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Room({} bytes)", self.len)
+        write!(f, "CapturePool({} bytes)", self.len)
     }
 }
 
-impl Room {
+impl CapturePool {
     pub fn new(room: std::ops::Range<u64>) -> Arc<Self> {
-        Arc::new(Self { start: room.start, len: room.end - room.start, regions: Mutex::default() })
+        Arc::new(Self { start: room.start, len: room.end - room.start, allocations: Mutex::default() })
     }
 
-    /// The longest part that is free: its begin and length. The whole room when no save needs any: the same addresses again and
+    /// The longest part that is free: its begin and length. The whole pool when no save needs any: the same addresses again and
     /// again keep the lists of the device the same.
     fn span(&self) -> (u64, u64) {
-        let mut regions = lock(&self.regions);
-        regions.retain_mut(|taken| !taken.free());
-        regions.sort_unstable_by_key(|taken| taken.begin);
-        let ends = std::iter::once(0).chain(regions.iter().map(|taken| taken.end));
-        let begins = regions.iter().map(|taken| taken.begin).chain(std::iter::once(self.len));
+        let mut allocations = lock(&self.allocations);
+        allocations.retain_mut(|taken| !taken.free());
+        allocations.sort_unstable_by_key(|taken| taken.begin);
+        let ends = std::iter::once(0).chain(allocations.iter().map(|taken| taken.end));
+        let begins = allocations.iter().map(|taken| taken.begin).chain(std::iter::once(self.len));
         let gaps = ends.zip(begins).map(|(end, begin)| (end, begin - end));
         gaps.max_by_key(|(_, len)| *len).unwrap_or((0, 0))
     }
@@ -331,18 +331,18 @@ impl Taken {
     }
 }
 
-/// Part of the room, until it is dropped.
-pub(crate) struct Region {
-    room: Arc<Room>,
+/// Part of the pool, until it is dropped.
+pub(crate) struct Allocation {
+    pool: Arc<CapturePool>,
     begin: u64,
 }
 
-impl Region {
+impl Allocation {
     /// From the begin of a part that is free up to `end`. Regions are taken by one save at a time.
-    fn take(room: &Arc<Room>, begin: u64, end: u64) -> Self {
+    fn take(pool: &Arc<CapturePool>, begin: u64, end: u64) -> Self {
         let over = mutant::on(Mutant::RoomEarly);
-        lock(&room.regions).push(Taken { begin, end, over, writing: Vec::new() });
-        Self { room: room.clone(), begin }
+        lock(&pool.allocations).push(Taken { begin, end, over, writing: Vec::new() });
+        Self { pool: pool.clone(), begin }
     }
 
     /// Stays until this has run.
@@ -351,12 +351,12 @@ impl Region {
     }
 
     fn change(&self, change: impl FnOnce(&mut Taken)) {
-        let mut regions = lock(&self.room.regions);
-        regions.iter_mut().find(|taken| taken.begin == self.begin).map(change);
+        let mut allocations = lock(&self.pool.allocations);
+        allocations.iter_mut().find(|taken| taken.begin == self.begin).map(change);
     }
 }
 
-impl Drop for Region {
+impl Drop for Allocation {
     fn drop(&mut self) {
         self.change(|taken| taken.over = true);
     }

@@ -7,18 +7,18 @@
 //! that expires saves at their deadlines.
 
 mod capture;
+mod device_state;
 mod enqueue;
 mod fence;
 mod gather;
 mod late_copy;
-mod line;
 mod scratch;
 mod stage;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
 pub(crate) use capture::Captured;
-pub(crate) use fence::Flights;
+pub(crate) use fence::InFlightSaves;
 pub(crate) use gather::{OnDevice, without_kernels};
 pub(crate) use late_copy::LateCopy;
 pub(crate) use scratch::Scratch;

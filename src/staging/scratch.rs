@@ -3,7 +3,7 @@
 //! **Locks.** The turn of a save comes before all others. The list of watched saves is held while the states of their late copies are
 //! looked at; the list of free slots alone.
 
-use super::gather::{OnDevice, Part, Room, at_save};
+use super::gather::{CapturePool, OnDevice, Part, at_save};
 use super::late_copy::{LateCopy, Planned, Slots};
 use crate::device::{Kernels, Pieces, Point};
 use crate::error::{Error, ErrorKind, Result};
@@ -21,11 +21,11 @@ const MANY: usize = 8;
 /// How often a fence that waits for slots looks for F of earlier saves.
 const LOOK: Duration = Duration::from_micros(200);
 
-/// The memory of a device: a room for what is captured, slots for late copies, and the saves that may have some.
+/// The memory of a device: a pool for what is captured, slots for late copies, and the saves that may have some.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     kernels: Arc<dyn Kernels>,
-    room: Arc<Room>,
+    pool: Arc<CapturePool>,
     /// Addresses of the slots, and which of them are free.
     slots: Vec<u64>,
     free: Mutex<Vec<usize>>,
@@ -38,13 +38,13 @@ pub(crate) struct Scratch {
 impl Scratch {
     pub fn new(kernels: Arc<dyn Kernels>) -> Self {
         let slots = kernels.slots().unwrap_or_default().to_vec();
-        let (free, room) = ((0..slots.len()).rev().collect(), Room::new(kernels.room()));
-        Self { kernels, room, slots, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
+        let (free, pool) = ((0..slots.len()).rev().collect(), CapturePool::new(kernels.room()));
+        Self { kernels, pool, slots, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
     }
 
     /// Captures what is to be captured of a save, and with `detect` has the rest digested: see [`at_save`].
     pub fn at_save(&self, state: &mut StateDict<'_>, detect: bool, done: &mut OnDevice) -> Result<()> {
-        at_save(self.kernels.as_ref(), &self.room, state, detect, done)
+        at_save(self.kernels.as_ref(), &self.pool, state, detect, done)
     }
 
     /// The late copy of a save, if there are tensors of this device in it. `captured` are tensors of the host taken at `save`.

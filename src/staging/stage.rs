@@ -2,11 +2,11 @@
 //! `enqueue`.
 
 use super::capture::Captured;
-use super::enqueue::{Flying, enqueue};
-use super::fence::Flights;
-use super::gather::Region;
+use super::device_state::{DeferredRelease, DeviceState, is_over};
+use super::enqueue::{InFlightChunk, enqueue};
+use super::fence::InFlightSaves;
+use super::gather::Allocation;
 use super::late_copy::LateCopy;
-use super::line::{Line, Parked, is_over};
 use super::scratch::Scratch;
 use crate::call_thread::CallThread;
 use crate::completion::Signal;
@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 const WINDOW: usize = 2;
 /// How often the watermark is looked at while copies are in flight.
 const POLL: Duration = Duration::from_micros(40);
-/// How often what is parked is looked at while there is nothing else to do.
+/// How often what is deferred is looked at while there is nothing else to do.
 const LOOK: Duration = Duration::from_micros(500);
 /// How long a failed device is given to end its copies.
 const QUIESCE: Duration = Duration::from_secs(10);
@@ -49,7 +49,7 @@ pub(crate) struct Job {
     /// How its chunks can be put together and copied late on the device.
     pub late_copy: Option<Arc<LateCopy>>,
     /// What the device did at `save`.
-    pub region: Option<Region>,
+    pub allocation: Option<Allocation>,
     pub queued: Vec<Arc<dyn Queued>>,
     /// The sources are only lent: they may be freed as soon as the save is released.
     pub borrowed: bool,
@@ -78,7 +78,7 @@ pub(crate) struct Stager {
     pub signal: Arc<Signal>,
     pub calls: Arc<CallThread>,
     pub arena: Arena,
-    pub flights: Flights,
+    pub saves: InFlightSaves,
     pub device: Arc<dyn Device>,
     /// Where late copies are made, if the device can do that.
     pub scratch: Option<Scratch>,
@@ -86,7 +86,7 @@ pub(crate) struct Stager {
     late_copies: Mutex<Vec<Copyable>>,
     jobs: Mutex<VecDeque<Job>>,
     /// What is left of saves that will not be staged, while a device may still read it.
-    left: Mutex<Vec<Parked>>,
+    left: Mutex<Vec<DeferredRelease>>,
     /// How many saves may be under way at once; the others wait and can be taken back.
     at_most: Option<usize>,
     /// Copies of a chunk are queued in one call.
@@ -105,10 +105,10 @@ impl Stager {
         at_most: Option<usize>,
         batch: bool,
     ) -> Self {
-        let (flights, jobs, late_copies) = (Flights::default(), Mutex::new(VecDeque::new()), Mutex::default());
+        let (saves, jobs, late_copies) = (InFlightSaves::default(), Mutex::new(VecDeque::new()), Mutex::default());
         let calls = Arc::new(CallThread::new(signal.clone()));
         let (left, stopped, ended) = (Mutex::default(), AtomicBool::new(false), AtomicBool::new(false));
-        Self { signal, calls, arena, flights, device, scratch, late_copies, jobs, left, at_most, batch, stopped, ended }
+        Self { signal, calls, arena, saves, device, scratch, late_copies, jobs, left, at_most, batch, stopped, ended }
     }
 
     /// Takes a save, to be staged after those before it.
@@ -118,7 +118,7 @@ impl Stager {
             late_copies.retain(|(ticket, ..)| !ticket.staged.is_complete());
             late_copies.push((job.ticket.clone(), late_copy.clone(), job.borrowed));
         }
-        self.flights.add(job.ticket.clone());
+        self.saves.add(job.ticket.clone());
         lock(&self.jobs).push_back(job);
         self.signal.notify();
     }
@@ -130,18 +130,18 @@ impl Stager {
 
     /// Drops the sources of a save that will not be staged, when no device reads them any more.
     pub fn discard(&self, job: Job) {
-        let Job { ticket, state, region, queued, late_copy, .. } = job;
+        let Job { ticket, state, allocation, queued, late_copy, .. } = job;
         // Kernels of a fence may be to come. Where there are none, there will be none.
         let late_copy = late_copy.filter(|late_copy| late_copy.withdraw());
         if late_copy.is_none() {
             self.forget(&ticket);
         }
-        self.park(Parked {
+        self.park(DeferredRelease {
             state,
-            region,
+            allocation,
             queued,
             ticket: Some(ticket),
-            flying: VecDeque::new(),
+            in_flight: VecDeque::new(),
             late: false,
             late_copy,
         });
@@ -158,42 +158,42 @@ impl Stager {
         ticket: Arc<Ticket>,
         why: Error,
         state: StateDict<'static>,
-        region: Option<Region>,
+        allocation: Option<Allocation>,
         queued: Vec<Arc<dyn Queued>>,
     ) {
         ticket.observed.store(true, Ordering::Release);
         ticket.fail(why.clone());
-        self.flights.add(ticket.clone());
+        self.saves.add(ticket.clone());
         // There is no handle yet that anything could wait for.
         drop(ticket.finish(Err(why)));
-        self.leave(state, region, queued, ticket);
+        self.leave(state, allocation, queued, ticket);
     }
 
     fn leave(
         &self,
         state: StateDict<'static>,
-        region: Option<Region>,
+        allocation: Option<Allocation>,
         queued: Vec<Arc<dyn Queued>>,
         ticket: Arc<Ticket>,
     ) {
-        let (flying, late, ticket, late_copy) = (VecDeque::new(), false, Some(ticket), None);
-        self.park(Parked { state, region, queued, ticket, flying, late, late_copy });
+        let (in_flight, late, ticket, late_copy) = (VecDeque::new(), false, Some(ticket), None);
+        self.park(DeferredRelease { state, allocation, queued, ticket, in_flight, late, late_copy });
     }
 
-    fn park(&self, parked: Parked) {
-        if parked.late_copy.is_none() && parked.queued.iter().all(is_over) {
-            let Parked { state, region, ticket, .. } = parked;
-            dropped((state, region));
-            ticket.iter().for_each(|ticket| self.flights.release(ticket));
+    fn park(&self, deferred: DeferredRelease) {
+        if deferred.late_copy.is_none() && deferred.queued.iter().all(is_over) {
+            let DeferredRelease { state, allocation, ticket, .. } = deferred;
+            dropped((state, allocation));
+            ticket.iter().for_each(|ticket| self.saves.release(ticket));
         } else {
             let mut left = lock(&self.left);
             if self.ended.load(Ordering::Acquire) {
                 drop(left);
-                let mut line = Line::default();
-                line.parked.push(parked);
-                return self.clear(line);
+                let mut device_state = DeviceState::default();
+                device_state.deferred.push(deferred);
+                return self.clear(device_state);
             }
-            left.push(parked);
+            left.push(deferred);
             drop(left);
             self.signal.notify();
         }
@@ -208,7 +208,7 @@ impl Stager {
             }
             _ => Ok(false),
         };
-        self.flights.fence_on(patience, late_copy, || self.flights.order(self.device.as_ref(), streams))
+        self.saves.fence_on(patience, late_copy, || self.saves.order(self.device.as_ref(), streams))
     }
 
     fn late_copy(&self, ticket: &Arc<Ticket>) -> Option<(Arc<LateCopy>, bool)> {
@@ -235,7 +235,7 @@ impl Stager {
             let owners: Vec<_> = tickets.iter().flat_map(|t| &t.streams).copied().collect();
             self.device.order(&with(&owners))
         };
-        Flights::freeze_on(tickets, patience, late_copy, order, |ticket| self.let_go(ticket))
+        InFlightSaves::freeze_on(tickets, patience, late_copy, order, |ticket| self.let_go(ticket))
     }
 
     /// Drops the sources of a save, of which nothing is queued from live memory any more.
@@ -264,10 +264,10 @@ impl Stager {
 
     /// The thread.
     pub fn run(&self) {
-        let (mut line, mut sharp) = (Line::default(), false);
+        let (mut device_state, mut sharp) = (DeviceState::default(), false);
         loop {
-            let next = self.wait(&mut line, || {
-                let under_way = || self.flights.unfinished().iter().filter(|t| t.phase() > Phase::Waiting).count();
+            let next = self.wait(&mut device_state, || {
+                let under_way = || self.saves.unfinished().iter().filter(|t| t.phase() > Phase::Waiting).count();
                 if self.at_most.is_some_and(|most| under_way() >= most) {
                     return None;
                 }
@@ -280,35 +280,35 @@ impl Stager {
             match next {
                 Some(job) => {
                     tries::sharpen(&mut sharp);
-                    self.stage(job, &mut line);
+                    self.stage(job, &mut device_state);
                 }
                 None => break,
             }
         }
         let mut left = lock(&self.left);
         self.ended.store(true, Ordering::Release);
-        line.parked.append(&mut left);
+        device_state.deferred.append(&mut left);
         drop(left);
-        self.clear(line);
+        self.clear(device_state);
     }
 
-    /// Sends home what is parked when no device uses it any more; leaks what a device does not let go of.
-    fn clear(&self, mut line: Line) {
+    /// Sends home what is deferred when no device uses it any more; leaks what a device does not let go of.
+    fn clear(&self, mut device_state: DeviceState) {
         let patience = Instant::now() + QUIESCE;
-        while !line.parked.is_empty() && Instant::now() < patience {
-            line.recover(&self.flights);
+        while !device_state.deferred.is_empty() && Instant::now() < patience {
+            device_state.recover(&self.saves);
             std::thread::sleep(POLL);
         }
-        line.give_up(&self.flights, |_| true);
+        device_state.give_up(&self.saves, |_| true);
     }
 
     /// Sends home what is left of saves that have ended or were taken back, and is no longer in use.
-    fn recover(&self, line: &mut Line) {
+    fn recover(&self, device_state: &mut DeviceState) {
         while let Some(job) = self.take_failed() {
-            self.stage(job, line);
+            self.stage(job, device_state);
         }
-        line.parked.append(&mut lock(&self.left));
-        line.recover(&self.flights);
+        device_state.deferred.append(&mut lock(&self.left));
+        device_state.recover(&self.saves);
     }
 
     /// Takes a save out of the queue that has failed there: what it holds need not wait for the saves before
@@ -320,15 +320,15 @@ impl Stager {
     }
 
     /// Waits for `look`, while saves that are due expire.
-    fn wait<T>(&self, line: &mut Line, mut look: impl FnMut() -> Option<T>) -> T {
+    fn wait<T>(&self, device_state: &mut DeviceState, mut look: impl FnMut() -> Option<T>) -> T {
         loop {
-            self.recover(line);
+            self.recover(device_state);
             let now = Instant::now();
-            let due = self.flights.expire(now);
-            let until = if line.parked.is_empty() { due.next } else { due.next.min(now + LOOK) };
+            let due = self.saves.expire(now);
+            let until = if device_state.deferred.is_empty() { due.next } else { due.next.min(now + LOOK) };
             let again = || {
                 let failed = || lock(&self.jobs).iter().any(|job| job.ticket.failed());
-                self.flights.has_grown(&due) || !lock(&self.left).is_empty() || failed()
+                self.saves.has_grown(&due) || !lock(&self.left).is_empty() || failed()
             };
             let mut news = || look().map(Some).or_else(|| again().then_some(None));
             if let Some(Some(found)) = self.signal.wait_until(until, &mut news) {
@@ -338,8 +338,8 @@ impl Stager {
     }
 
     /// Stages one save, and gives everything back however it ends.
-    fn stage(&self, mut job: Job, line: &mut Line) {
-        let mut flying = VecDeque::new();
+    fn stage(&self, mut job: Job, device_state: &mut DeviceState) {
+        let mut in_flight = VecDeque::new();
         let copied = guarded("a source panicked while it was read", || {
             if !job.ticket.enter(Phase::Staging) {
                 return Ok(());
@@ -347,33 +347,33 @@ impl Stager {
             if !job.ticket.let_go.load(Ordering::Acquire) {
                 job.plan.check(&job.state)?;
             }
-            line.recover(&self.flights);
-            if line.broken {
-                line.lose(&self.flights);
+            device_state.recover(&self.saves);
+            if device_state.broken {
+                device_state.lose(&self.saves);
             }
-            if line.queue.is_none() {
-                let queue = line.queue.insert(self.device.queue()?);
+            if device_state.queue.is_none() {
+                let queue = device_state.queue.insert(self.device.queue()?);
                 if self.batch {
                     queue.batch();
                 }
             }
-            if let (Some(point), Some(queue)) = (&job.behind, &mut line.queue)
+            if let (Some(point), Some(queue)) = (&job.behind, &mut device_state.queue)
                 && !mutant::on(Mutant::ProducerWait)
             {
                 queue.wait(point)?;
             }
-            self.copy(&mut job, line, &mut flying)
+            self.copy(&mut job, device_state, &mut in_flight)
         });
         let failed = copied.as_ref().err().map(Error::kind);
         if let Err(error) = copied {
             job.ticket.fail(error);
         }
-        let mut ended = (flying.is_empty() && failed.is_none()) || self.quiesce(line);
+        let mut ended = (in_flight.is_empty() && failed.is_none()) || self.quiesce(device_state);
         while job.borrowed && !ended {
             // Whoever lent the memory may free it once this save is released: there is no giving up here.
-            ended = self.quiesce(line);
+            ended = self.quiesce(device_state);
         }
-        let Job { ticket, state, captured, sink, late_copy, region, queued, .. } = job;
+        let Job { ticket, state, captured, sink, late_copy, allocation, queued, .. } = job;
         drop(captured);
         ticket.enter(Phase::Writing);
         // Kernels of a fence may still read what has left the device by now, and others the list of what was to be gathered.
@@ -383,36 +383,44 @@ impl Stager {
             self.forget(&ticket);
         }
         if ended && late_copy.is_none() && queued.iter().all(is_over) {
-            dropped((flying, state, region));
-            self.flights.release(&ticket);
+            dropped((in_flight, state, allocation));
+            self.saves.release(&ticket);
         } else {
             if !ended {
                 tracing::error!(
                     step = ticket.step,
-                    slabs = flying.len(),
+                    slabs = in_flight.len(),
                     "a device is late; slabs wait for their copies"
                 );
-                self.flights.release(&ticket);
+                self.saves.release(&ticket);
             }
             let (late, ticket) = (!ended, ended.then_some(ticket));
             // Nothing is copied into slabs any more: they need not wait for kernels.
-            let flying = if late { flying } else { VecDeque::new() };
-            line.parked.push(Parked { flying, state, region, queued, late, ticket, late_copy });
+            let in_flight = if late { in_flight } else { VecDeque::new() };
+            device_state.deferred.push(DeferredRelease {
+                in_flight,
+                state,
+                allocation,
+                queued,
+                late,
+                ticket,
+                late_copy,
+            });
         }
-        if failed == Some(ErrorKind::Device) || line.broken {
-            // What is parked is lost with the queue that could have told when its copies end.
-            line.lose(&self.flights);
+        if failed == Some(ErrorKind::Device) || device_state.broken {
+            // What is deferred is lost with the queue that could have told when its copies end.
+            device_state.lose(&self.saves);
         }
         sink.end();
     }
 
     /// Waits until no copy is running any more, while saves that are due expire. False when that takes too long.
-    fn quiesce(&self, line: &mut Line) -> bool {
-        let Some(queue) = &mut line.queue else { return true };
+    fn quiesce(&self, device_state: &mut DeviceState) -> bool {
+        let Some(queue) = &mut device_state.queue else { return true };
         let deadline = Instant::now() + QUIESCE;
         loop {
             let now = Instant::now();
-            self.flights.expire(now);
+            self.saves.expire(now);
             let slice = deadline.min(now + SLICE);
             match guarded("a device panicked", || Ok(queue.quiesce(slice))) {
                 Ok(true) => return true,
@@ -423,24 +431,29 @@ impl Stager {
     }
 
     /// Copies all chunks, in order, `WINDOW` at a time, and hands over each when its mark is reached.
-    fn copy(&self, job: &mut Job, line: &mut Line, flying: &mut VecDeque<Flying>) -> Result<()> {
+    fn copy(
+        &self,
+        job: &mut Job,
+        device_state: &mut DeviceState,
+        in_flight: &mut VecDeque<InFlightChunk>,
+    ) -> Result<()> {
         let (ticket, plan) = (job.ticket.clone(), job.plan.clone());
         let stamp = Stamp::new(ticket.step, ticket.attempt);
-        let (mut next, mut due) = (0, self.flights.expire(Instant::now()));
+        let (mut next, mut due) = (0, self.saves.expire(Instant::now()));
         let waker = Waker::from(self.signal.clone());
         let late_copy = job.late_copy.clone();
         loop {
             let now = Instant::now();
-            if self.flights.is_due(&due, now) {
-                due = self.flights.expire(now);
+            if self.saves.is_due(&due, now) {
+                due = self.saves.expire(now);
             }
-            if line.broken {
+            if device_state.broken {
                 return Err(Error::new(ErrorKind::Device, "the queue of copies panicked"));
             }
-            let queue = line.queue.as_mut().ok_or_else(|| Error::internal("a stager without a queue"))?;
+            let queue = device_state.queue.as_mut().ok_or_else(|| Error::internal("a stager without a queue"))?;
             let reached = queue.reached()?;
-            while flying.front().is_some_and(|f| f.mark <= reached) {
-                let Some(Flying { chunk, live, latched, .. }) = flying.pop_front() else { break };
+            while in_flight.front().is_some_and(|f| f.mark <= reached) {
+                let Some(InFlightChunk { chunk, live, latched, .. }) = in_flight.pop_front() else { break };
                 if let (Some(scratch), Some(late_copy)) = (&self.scratch, &job.late_copy) {
                     // Read after the mark: whatever the device tells later, this copy was made before it.
                     let latched = if mutant::on(Mutant::LatchEarly) { latched } else { late_copy.latched() };
@@ -448,8 +461,8 @@ impl Stager {
                         if ticket.failed() {
                             break;
                         }
-                        flying.push_back(Flying { chunk, mark: u64::MAX, live: false, latched });
-                        enqueue(job, &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
+                        in_flight.push_back(InFlightChunk { chunk, mark: u64::MAX, live: false, latched });
+                        enqueue(job, &stamp, queue.as_mut(), in_flight.back_mut().expect("just pushed"))?;
                         continue;
                     }
                     if !live {
@@ -465,17 +478,17 @@ impl Stager {
                 dropped(std::mem::take(&mut job.state));
                 ticket.dropped.complete(());
             }
-            if ticket.failed() || (next == plan.chunks.len() && flying.is_empty()) {
+            if ticket.failed() || (next == plan.chunks.len() && in_flight.is_empty()) {
                 return Ok(());
             }
             let latched = late_copy.as_ref().and_then(|late_copy| late_copy.latched());
-            if latched.is_some() && !job.state.is_empty() && !flying.iter().any(|f| f.live) {
+            if latched.is_some() && !job.state.is_empty() && !in_flight.iter().any(|f| f.live) {
                 // The rest is read from slots.
                 dropped(std::mem::take(&mut job.state));
                 ticket.dropped.complete(());
             }
             let room = next < plan.chunks.len()
-                && (flying.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire))
+                && (in_flight.len() < WINDOW || next < ticket.needed.load(Ordering::Acquire))
                 && self.arena.free() > 0
                 && ready(job, next, &waker)?;
             let may = latched.is_some() || !late_copy.as_ref().is_some_and(|late_copy| late_copy.frozen());
@@ -483,10 +496,10 @@ impl Stager {
             let decided = late_copy.as_ref().filter(|_| room && latched.is_none()).map(|late_copy| late_copy.decide());
             let room = room && may && !matches!(decided, Some(None));
             if let Some(lease) = room.then(|| self.arena.try_lease()).flatten() {
-                // In `flying` before the first copy: whatever happens from here on, the slab does not go home too early.
+                // In `in_flight` before the first copy: whatever happens from here on, the slab does not go home too early.
                 let (chunk, live) = (Chunk { index: next, lease, digests: None }, latched.is_none());
-                flying.push_back(Flying { chunk, mark: u64::MAX, live, latched });
-                enqueue(job, &stamp, queue.as_mut(), flying.back_mut().expect("just pushed"))?;
+                in_flight.push_back(InFlightChunk { chunk, mark: u64::MAX, live, latched });
+                enqueue(job, &stamp, queue.as_mut(), in_flight.back_mut().expect("just pushed"))?;
                 next += 1;
                 ticket.advance();
                 if mutant::on(Mutant::SourceEarly) && next == plan.chunks.len() {
@@ -501,12 +514,12 @@ impl Stager {
                 // What is left is in slots, or nowhere: a device that is lost never tells F.
                 late_copy.check()?;
             }
-            if may && flying.is_empty() && line.parked.is_empty() {
+            if may && in_flight.is_empty() && device_state.deferred.is_empty() {
                 let go_on = || news() || (self.arena.free() > 0 && !matches!(ready(job, next, &waker), Ok(false)));
-                self.wait(line, || go_on().then_some(()));
+                self.wait(device_state, || go_on().then_some(()));
             } else {
                 self.signal.wait_until(now + POLL, || news().then_some(()));
-                self.recover(line);
+                self.recover(device_state);
             }
         }
     }

@@ -72,7 +72,7 @@ fn push_of(
         captured,
         behind: None,
         late_copy: None,
-        region: None,
+        allocation: None,
         queued: Vec::new(),
         borrowed: false,
         sink: sink.clone(),
@@ -109,7 +109,7 @@ fn what_is_handed_over_is_what_was_there_at_the_fence() {
             let mut tensor = Arc::new((0..10_000).map(|i| i as u8).collect::<Vec<_>>());
             let expected = tensor.to_vec();
             let (ticket, plan, sink) = push(&stager, &tensor);
-            stager.flights.fence(LONG)?;
+            stager.saves.fence(LONG)?;
             Arc::get_mut(&mut tensor).expect("released").fill(0xEE);
             drop(tensor);
             ticket.staged.wait_forever().unwrap()?;
@@ -127,7 +127,7 @@ fn a_save_that_fails_half_way_gives_everything_back() {
     with(&stager, || {
         let tensor = Arc::new(vec![1; 10_000]);
         let (ticket, _, sink) = push(&stager, &tensor);
-        stager.flights.fence(LONG)?;
+        stager.saves.fence(LONG)?;
         assert_eq!(ticket.staged.wait_forever().unwrap().unwrap_err().kind(), ErrorKind::Device);
         assert_eq!(Arc::strong_count(&tensor), 1);
         let deadline = Instant::now() + LONG;
@@ -147,7 +147,7 @@ fn a_fence_at_its_deadline_leaves_no_read_behind() {
     with(&stager, || {
         let tensor = Arc::new(vec![1; 10_000]);
         let (ticket, ..) = push(&stager, &tensor);
-        assert_eq!(stager.flights.fence(Duration::from_millis(1)).unwrap_err().kind(), ErrorKind::Deadline);
+        assert_eq!(stager.saves.fence(Duration::from_millis(1)).unwrap_err().kind(), ErrorKind::Deadline);
         device.release();
         ticket.staged.wait_forever().unwrap().unwrap_err();
         assert_eq!(Arc::strong_count(&tensor), 1);
@@ -159,7 +159,7 @@ fn a_fence_at_its_deadline_leaves_no_read_behind() {
 fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
     type Ending = fn(&Stager, &Ticket);
     let fail: Ending = |_, ticket| assert!(ticket.fail(Error::new(ErrorKind::Cancelled, "enough")));
-    let staged: Ending = |stager, ticket| stager.flights.release(ticket);
+    let staged: Ending = |stager, ticket| stager.saves.release(ticket);
     for [first, second] in [[fail, fail], [fail, staged], [staged, fail], [staged, staged]] {
         let stager = stager(Host);
         let tensor = Arc::new(vec![1; 100]);
@@ -167,7 +167,7 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
         let (one, two) = (save(), save());
         [&one, &two].iter().for_each(|ticket| (0..ticket.chunks).for_each(|_| ticket.advance()));
         let hold: Hold = Arc::new(());
-        let fence = || stager.flights.fence_on(LONG, |_, _| Ok(false), || Ok(Some(hold.clone())));
+        let fence = || stager.saves.fence_on(LONG, |_, _| Ok(false), || Ok(Some(hold.clone())));
         fence().unwrap();
         fence().unwrap();
         assert_eq!(Arc::strong_count(&hold), 5);

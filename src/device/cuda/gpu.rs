@@ -6,11 +6,10 @@
 #![expect(unsafe_code, reason = "registers the arena; argument above")]
 
 use super::driver::{Context, Driver, Event, Registered, Stream};
-use crate::device::Point;
-use crate::error::{Error, Result};
+use super::pooled_event::PooledEvent;
+use crate::error::Result;
 use crate::memory::Pages;
 use crate::sync::{Mutex, lock};
-use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,16 +37,21 @@ impl Gpu {
     }
 
     /// An event, which goes back to the pool when it is dropped.
-    pub fn event(self: &Arc<Self>) -> Result<Lent> {
+    pub fn event(self: &Arc<Self>) -> Result<PooledEvent> {
         let pooled = lock(&self.events).pop();
         let event = pooled.map_or_else(|| self.context.event(), Ok)?;
-        Ok(Lent { gpu: self.clone(), event: Some(event) })
+        Ok(PooledEvent::new(self.clone(), event))
+    }
+
+    /// Takes back an event that is not used any more.
+    pub fn put_back(&self, event: Event) {
+        lock(&self.events).push(event);
     }
 
     /// Waits until `stream` has come to where it is now. False when that takes too long.
     pub fn settle(self: &Arc<Self>, stream: &Stream) -> bool {
         let deadline = Instant::now() + PATIENCE;
-        let recorded = |event: Lent| event.record(stream.handle()).map(|()| event);
+        let recorded = |event: PooledEvent| event.record(stream.handle()).map(|()| event);
         let here = self.event().and_then(recorded);
         // Without an event, until the stream has nothing to do at all.
         let over = || here.as_ref().map_or_else(|_| stream.is_idle(), |event| event.is_reached());
@@ -64,40 +68,5 @@ impl Gpu {
     pub fn pin(&self, pages: Pages<'_>) -> Result<Registered> {
         // SAFETY: see the safety argument.
         unsafe { self.context.register(pages.base(), pages.size()) }
-    }
-}
-
-/// What a point of this device is.
-pub(super) fn events_of(point: &Point) -> Result<&Vec<Lent>> {
-    point.downcast_ref::<Vec<Lent>>().ok_or_else(|| Error::internal("a point of another device"))
-}
-
-/// An event on loan. Recorded anew it forgets what it was recorded behind, but who waits for that goes on waiting.
-pub(super) struct Lent {
-    pub gpu: Arc<Gpu>,
-    event: Option<Event>,
-}
-
-impl Lent {
-    /// True when it is reached, or never will be because the device is lost.
-    pub fn is_over(&self) -> bool {
-        let context = &self.gpu.context;
-        // Asked in any case: that is how one learns that the context is lost.
-        let _entered = context.enter();
-        self.is_reached().unwrap_or(false) || context.lost()
-    }
-}
-
-impl Deref for Lent {
-    type Target = Event;
-
-    fn deref(&self) -> &Event {
-        self.event.as_ref().expect("taken out in drop alone")
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        lock(&self.gpu.events).extend(self.event.take());
     }
 }

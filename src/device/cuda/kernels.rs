@@ -12,10 +12,11 @@
 use super::Shared;
 use super::driver::{Address, Memory, Module, Stream};
 use super::embedded;
-use super::gpu::{Gpu, Lent, PATIENCE, POLL};
+use super::gpu::{Gpu, PATIENCE, POLL};
 use super::late_copy::{Fences, Save};
+use super::pooled_event::PooledEvent;
+use super::self_test;
 use super::table::{Table, Tables};
-use super::trial;
 use crate::device::{self, DeviceLateCopy, Digests, LentMemory, Pieces, Queued};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
@@ -103,7 +104,7 @@ impl Slots {
 
 /// What was queued in a stream of the program, and must stay until it has run.
 struct Running {
-    after: Arc<Lent>,
+    after: Arc<PooledEvent>,
     _table: Arc<Table>,
     _results: Box<dyn Any + Send + Sync>,
 }
@@ -196,7 +197,7 @@ impl Loaded {
         table: Arc<Table>,
         results: impl Any + Send + Sync,
         launch: impl FnOnce() -> Result<()>,
-    ) -> Result<(Arc<Lent>, Result<()>)> {
+    ) -> Result<(Arc<PooledEvent>, Result<()>)> {
         self.reap();
         let after = Arc::new(self.gpu.event()?);
         let launched = launch();
@@ -294,7 +295,7 @@ impl Drop for Results {
 }
 
 /// What was queued before an event.
-struct Behind(Arc<Lent>);
+struct Behind(Arc<PooledEvent>);
 
 impl Queued for Behind {
     fn over(&self) -> bool {
@@ -307,7 +308,7 @@ struct Asked {
     loaded: Arc<Loaded>,
     table: Arc<Table>,
     results: Arc<Results>,
-    after: Arc<Lent>,
+    after: Arc<PooledEvent>,
 }
 
 impl Digests for Asked {
@@ -338,7 +339,7 @@ impl Kernels {
     pub fn new(shared: &Arc<Shared>, memory: device::KernelMemory) -> Result<Self> {
         let kernels = Self(Loaded::new(shared, memory)?);
         let _entered = kernels.0.gpu.context.enter()?;
-        trial::run(&kernels)?;
+        self_test::run(&kernels)?;
         drop(_entered);
         Ok(kernels)
     }

@@ -10,16 +10,17 @@
 //! # Safety argument
 //! The one unsafe thing is to run the code of a library; whoever names one says that it is a driver.
 
+mod copy_streams;
 mod driver;
 mod embedded;
 mod gpu;
 mod kernels;
-mod lanes;
 mod late_copy;
-mod loads;
+mod pooled_event;
 mod queue;
+mod self_test;
 mod table;
-mod trial;
+mod upload;
 mod waits;
 
 use super::{CopyQueue, Device, KernelMemory, Kernels, LoadQueue, Point, Waits};
@@ -28,7 +29,8 @@ use crate::memory::{Node, Pages, Register};
 use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use driver::Driver;
-use gpu::{Gpu, Lent};
+use gpu::Gpu;
+use pooled_event::PooledEvent;
 use std::any::Any;
 use std::fmt;
 use std::path::Path;
@@ -143,7 +145,7 @@ impl Device for Cuda {
             event.record(stream.handle)?;
             Ok(event)
         });
-        Ok(Arc::new(behind.collect::<Result<Vec<Lent>>>()?))
+        Ok(Arc::new(behind.collect::<Result<Vec<PooledEvent>>>()?))
     }
 
     fn order(&self, streams: &[DeviceStream]) -> Result<()> {
@@ -161,12 +163,12 @@ impl Device for Cuda {
     }
 
     fn loads(&self) -> Result<Box<dyn LoadQueue>> {
-        Ok(Box::new(loads::Loads::new(self.0.clone())?))
+        Ok(Box::new(upload::Uploads::new(self.0.clone())?))
     }
 
     fn batches(&self) -> Result<()> {
         self.0.driver.batches()?;
-        trial::batch(&self.0.gpu(self.0.home)?)
+        self_test::batch(&self.0.gpu(self.0.home)?)
     }
 
     fn kernels(&self, memory: KernelMemory) -> Result<Arc<dyn Kernels>> {
@@ -180,7 +182,7 @@ impl Device for Cuda {
 
 impl Shared {
     /// Makes every stream wait for what `event` was recorded behind.
-    fn make_wait(&self, streams: &[DeviceStream], event: &Lent) -> Result<()> {
+    fn make_wait(&self, streams: &[DeviceStream], event: &PooledEvent) -> Result<()> {
         for stream in streams {
             let waiting = self.gpu(stream.ordinal)?;
             let _entered = waiting.context.enter()?;

@@ -6,8 +6,8 @@
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::Shared;
-use super::gpu::Lent;
-use super::lanes::Lanes;
+use super::copy_streams::CopyStreams;
+use super::pooled_event::PooledEvent;
 use crate::device::host::HostQueue;
 use crate::device::{CopyQueue, Point};
 use crate::digest::Digest;
@@ -20,7 +20,7 @@ use std::time::Instant;
 /// See the module.
 pub(super) struct Queue {
     host: HostQueue,
-    lanes: Lanes,
+    streams: CopyStreams,
     /// Copies are held back.
     batch: bool,
     marks: VecDeque<Mark>,
@@ -29,15 +29,15 @@ pub(super) struct Queue {
 }
 
 /// A mark that is not known to be reached: one event for each GPU with copies before it.
-struct Mark(SmallVec<[Lent; 1]>);
+struct Mark(SmallVec<[PooledEvent; 1]>);
 
 impl Queue {
     pub fn new(shared: Arc<Shared>) -> Result<Self> {
         let home = shared.home;
-        let mut lanes = Lanes::new(shared, |gpu| Ok(gpu.copies.clone()))?;
+        let mut streams = CopyStreams::new(shared, |gpu| Ok(gpu.copies.clone()))?;
         // From the beginning: kernels are queued there too, and `quiesce` waits for them.
-        lanes.of(home)?;
-        Ok(Self { host: HostQueue(0), lanes, batch: false, marks: VecDeque::with_capacity(8), marked: 0, reached: 0 })
+        streams.of(home)?;
+        Ok(Self { host: HostQueue(0), streams, batch: false, marks: VecDeque::with_capacity(8), marked: 0, reached: 0 })
     }
 }
 
@@ -48,7 +48,7 @@ impl CopyQueue for Queue {
     }
 
     fn wait(&mut self, point: &Point) -> Result<()> {
-        self.lanes.wait(point)
+        self.streams.wait(point)
     }
 
     fn batch(&mut self) {
@@ -56,25 +56,25 @@ impl CopyQueue for Queue {
     }
 
     unsafe fn fetch(&mut self, ordinal: u32, from: *const u8, to: *mut u8, len: usize) -> Result<()> {
-        let lane = self.lanes.of(ordinal)?;
+        let copy_stream = self.streams.of(ordinal)?;
         // Before the call: what fails may have been queued all the same.
-        lane.moved = true;
+        copy_stream.moved = true;
         let from = from.addr() as u64;
         if self.batch {
-            lane.held.push(from, to, len);
+            copy_stream.held.push(from, to, len);
             return Ok(());
         }
         // SAFETY: passed on.
-        unsafe { lane.stream.copy_to_host(from, to, len) }
+        unsafe { copy_stream.stream.copy_to_host(from, to, len) }
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.lanes.flush()
+        self.streams.flush()
     }
 
     fn mark(&mut self) -> Result<u64> {
         let mut events = SmallVec::new();
-        self.lanes.mark(&mut events)?;
+        self.streams.mark(&mut events)?;
         self.marks.push_back(Mark(events));
         self.marked += 1;
         Ok(self.marked)
@@ -83,7 +83,7 @@ impl CopyQueue for Queue {
     fn reached(&mut self) -> Result<u64> {
         while let Some(Mark(events)) = self.marks.front() {
             for event in events {
-                // As in `Lanes::of`: who knows what ran in this thread since the last time.
+                // As in `CopyStreams::of`: who knows what ran in this thread since the last time.
                 event.gpu.context.make_current()?;
                 if !event.is_reached()? {
                     return Ok(self.reached);
@@ -96,6 +96,6 @@ impl CopyQueue for Queue {
     }
 
     fn quiesce(&mut self, deadline: Instant) -> bool {
-        self.lanes.quiesce(deadline)
+        self.streams.quiesce(deadline)
     }
 }

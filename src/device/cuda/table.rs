@@ -4,13 +4,14 @@
 //!
 //! # Safety argument
 //! A table is written by the host before its copy to the device is queued, in pinned memory that nobody else knows, and by that
-//! copy before any kernel reads it, because whoever launches one waits for the copy in its stream. Both memories stay as long as
+//! copy before any kernel reads it, because whoever launches one waits for the copy in its stream. BufferPair memories stay as long as
 //! the table, and whoever launches a kernel keeps the table until it has run. Memory is used again for another list only
 //! when the copy to it has ended.
 #![expect(unsafe_code, reason = "writes tables in pinned memory; argument above")]
 
 use super::driver::{Address, Memory, Stream};
-use super::gpu::{Gpu, Lent};
+use super::gpu::Gpu;
+use super::pooled_event::PooledEvent;
 use crate::device::{Piece, Pieces, View};
 use crate::error::{Error, Result};
 use crate::sync::{Mutex, lock};
@@ -53,23 +54,23 @@ pub(super) struct Table {
     pub starts: Vec<u32>,
     /// The bytes of each entry.
     pub lengths: Vec<u32>,
-    both: Option<Both>,
+    both: Option<BufferPair>,
     pool: Arc<Pool>,
     views: u64,
     begins: u64,
     /// Behind the copy to the device; as long as `both`.
-    ready: Option<Lent>,
+    ready: Option<PooledEvent>,
 }
 
 /// The same bytes on the host, from where they are copied, and on the device.
-struct Both {
+struct BufferPair {
     pinned: Memory,
     device: Memory,
 }
 
 /// Memory of tables that are gone, and behind what it is free.
 #[derive(Default)]
-struct Pool(Mutex<Vec<(Both, Lent)>>);
+struct Pool(Mutex<Vec<(BufferPair, PooledEvent)>>);
 
 /// The lists of one device.
 pub(super) struct Tables {
@@ -131,16 +132,16 @@ impl Tables {
     }
 
     /// Room for at least `len` bytes.
-    fn room(&self, len: usize) -> Result<Both> {
+    fn room(&self, len: usize) -> Result<BufferPair> {
         let mut pool = lock(&self.pool.0);
-        let free = |ready: &Lent| ready.is_reached().unwrap_or(false);
+        let free = |ready: &PooledEvent| ready.is_reached().unwrap_or(false);
         if let Some(at) = pool.iter().position(|(both, ready)| both.device.len() >= len && free(ready)) {
             return Ok(pool.swap_remove(at).0);
         }
         drop(pool);
         // What is too small stays for a smaller list: to free memory may wait for the whole device, and powers of two are few.
         let len = len.next_power_of_two().max(4096);
-        Ok(Both { pinned: self.gpu.context.pinned(len)?, device: self.gpu.context.memory(len)? })
+        Ok(BufferPair { pinned: self.gpu.context.pinned(len)?, device: self.gpu.context.memory(len)? })
     }
 }
 

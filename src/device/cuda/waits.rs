@@ -12,7 +12,8 @@
 
 use super::Shared;
 use super::driver::{Address, Context, Memory, Stream};
-use super::gpu::{Gpu, Lent, PATIENCE, POLL};
+use super::gpu::{Gpu, PATIENCE, POLL};
+use super::pooled_event::PooledEvent;
 use crate::device::{self, Hold};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
@@ -49,7 +50,7 @@ struct Rows {
 struct Row {
     value: u32,
     /// Behind the writes, then behind the waits.
-    behind: Vec<Lent>,
+    behind: Vec<PooledEvent>,
     /// Something was queued behind which there is no event.
     lost: bool,
 }
@@ -194,7 +195,7 @@ impl Rows {
 }
 
 /// Queues `work` in `stream`, which is of the event's device, and the event behind it.
-fn queue(event: &Lent, stream: usize, lost: &mut bool, work: impl FnOnce(&Context) -> Result<()>) -> Result<()> {
+fn queue(event: &PooledEvent, stream: usize, lost: &mut bool, work: impl FnOnce(&Context) -> Result<()>) -> Result<()> {
     let _entered = event.gpu.context.enter()?;
     let queued = work(&event.gpu.context);
     // Also where that failed: it may be queued all the same. A second try, because nobody else can say when it ends.
@@ -229,7 +230,7 @@ impl Drop for Rows {
         }
         let _entered = context.enter();
         let mut rows = std::mem::take(&mut *lock(&self.rows));
-        let over = |event: &Lent| event.gpu.context.lost() || event.is_reached().unwrap_or(false);
+        let over = |event: &PooledEvent| event.gpu.context.lost() || event.is_reached().unwrap_or(false);
         let deadline = Instant::now() + PATIENCE;
         let mut pending = true;
         while pending && Instant::now() < deadline {

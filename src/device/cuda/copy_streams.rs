@@ -2,13 +2,14 @@
 //! one call.
 //!
 //! # Safety argument
-//! What is held back was vouched for until a later mark, or until the lanes are quiescent, by whoever handed it over; it is queued
+//! What is held back was vouched for until a later mark, or until the streams are quiescent, by whoever handed it over; it is queued
 //! before that mark, or dropped before anybody is told that nothing runs.
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::Shared;
 use super::driver::{Copies, Stream};
-use super::gpu::{Gpu, Lent, POLL, events_of};
+use super::gpu::{Gpu, POLL};
+use super::pooled_event::{PooledEvent, events_of};
 use crate::device::Point;
 use crate::error::Result;
 use crate::mutant::{self, Mutant};
@@ -16,15 +17,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// See the module.
-pub(super) struct Lanes {
+pub(super) struct CopyStreams {
     shared: Arc<Shared>,
     /// Of a GPU that is used for the first time.
     stream: fn(&Gpu) -> Result<Arc<Stream>>,
-    lanes: Vec<Lane>,
+    streams: Vec<CopyStream>,
 }
 
 /// One GPU.
-pub(super) struct Lane {
+pub(super) struct CopyStream {
     pub gpu: Arc<Gpu>,
     pub stream: Arc<Stream>,
     /// Something was queued, or is held back, since the last mark.
@@ -33,31 +34,31 @@ pub(super) struct Lane {
     pub held: Copies,
 }
 
-impl Lanes {
+impl CopyStreams {
     /// Those of this thread, which is then one that other threads may capture graphs beside.
     pub fn new(shared: Arc<Shared>, stream: fn(&Gpu) -> Result<Arc<Stream>>) -> Result<Self> {
         let home = shared.gpu(shared.home)?;
         home.context.make_current()?;
         home.context.relax_capture()?;
-        Ok(Self { shared, stream, lanes: Vec::new() })
+        Ok(Self { shared, stream, streams: Vec::new() })
     }
 
-    /// The lane of device `ordinal`, whose context is then current in this thread.
-    pub fn of(&mut self, ordinal: u32) -> Result<&mut Lane> {
-        let found = self.lanes.iter().position(|lane| lane.gpu.context.ordinal == ordinal);
+    /// The stream of device `ordinal`, whose context is then current in this thread.
+    pub fn of(&mut self, ordinal: u32) -> Result<&mut CopyStream> {
+        let found = self.streams.iter().position(|copy_stream| copy_stream.gpu.context.ordinal == ordinal);
         let index = match found {
             Some(index) => index,
             None => {
                 let gpu = self.shared.gpu(ordinal)?;
                 let stream = (self.stream)(&gpu)?;
-                self.lanes.push(Lane { gpu, stream, moved: false, held: Copies::default() });
-                self.lanes.len() - 1
+                self.streams.push(CopyStream { gpu, stream, moved: false, held: Copies::default() });
+                self.streams.len() - 1
             }
         };
-        let lane = &mut self.lanes[index];
+        let copy_stream = &mut self.streams[index];
         // Each time: sources that are read or dropped in this thread run code of users, which may leave any context behind.
-        lane.gpu.context.make_current()?;
-        Ok(lane)
+        copy_stream.gpu.context.make_current()?;
+        Ok(copy_stream)
     }
 
     /// Everything queued from now on comes after `point`.
@@ -70,26 +71,26 @@ impl Lanes {
 
     /// Queues what is held back.
     pub fn flush(&mut self) -> Result<()> {
-        self.each_moved(Lane::flush)
+        self.each_moved(CopyStream::flush)
     }
 
     /// One event for each GPU with something queued since the last mark, behind that.
-    pub fn mark(&mut self, events: &mut impl Extend<Lent>) -> Result<()> {
-        self.each_moved(|lane| {
-            lane.flush()?;
-            let event = lane.gpu.event()?;
-            event.record(lane.stream.handle())?;
-            lane.moved = false;
+    pub fn mark(&mut self, events: &mut impl Extend<PooledEvent>) -> Result<()> {
+        self.each_moved(|copy_stream| {
+            copy_stream.flush()?;
+            let event = copy_stream.gpu.event()?;
+            event.record(copy_stream.stream.handle())?;
+            copy_stream.moved = false;
             events.extend([event]);
             Ok(())
         })
     }
 
-    /// For each lane that has moved, with its context current.
-    fn each_moved(&mut self, mut run: impl FnMut(&mut Lane) -> Result<()>) -> Result<()> {
-        for at in 0..self.lanes.len() {
-            if self.lanes[at].moved {
-                run(self.of(self.lanes[at].gpu.context.ordinal)?)?;
+    /// For each stream that has moved, with its context current.
+    fn each_moved(&mut self, mut run: impl FnMut(&mut CopyStream) -> Result<()>) -> Result<()> {
+        for at in 0..self.streams.len() {
+            if self.streams[at].moved {
+                run(self.of(self.streams[at].gpu.context.ordinal)?)?;
             }
         }
         Ok(())
@@ -99,16 +100,16 @@ impl Lanes {
     /// `deadline`.
     pub fn quiesce(&mut self, deadline: Instant) -> bool {
         if !mutant::on(Mutant::BatchKept) {
-            self.lanes.iter_mut().for_each(|lane| lane.held.clear());
+            self.streams.iter_mut().for_each(|copy_stream| copy_stream.held.clear());
         }
         // A context that is lost does nothing any more: the driver has stopped all of its work, or does not
         // say.
-        let ended = |lane: &Lane| {
+        let ended = |copy_stream: &CopyStream| {
             // As in `of`: users' code may have been what failed. Where it is refused, so is the question.
-            _ = lane.gpu.context.make_current();
-            lane.stream.is_idle().unwrap_or(false) || lane.gpu.context.lost()
+            _ = copy_stream.gpu.context.make_current();
+            copy_stream.stream.is_idle().unwrap_or(false) || copy_stream.gpu.context.lost()
         };
-        while !self.lanes.iter().all(ended) {
+        while !self.streams.iter().all(ended) {
             if Instant::now() >= deadline {
                 return false;
             }
@@ -118,7 +119,7 @@ impl Lanes {
     }
 }
 
-impl Lane {
+impl CopyStream {
     /// Queues what is held back. Its context is current.
     fn flush(&mut self) -> Result<()> {
         // SAFETY: see the safety argument.

@@ -6,37 +6,37 @@
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::Shared;
-use super::gpu::{Lent, events_of};
-use super::lanes::Lanes;
+use super::copy_streams::CopyStreams;
+use super::pooled_event::{PooledEvent, events_of};
 use crate::device::{LoadQueue, Point};
 use crate::error::Result;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// See the module.
-pub(super) struct Loads(Lanes);
+pub(super) struct Uploads(CopyStreams);
 
-impl Loads {
+impl Uploads {
     pub fn new(shared: Arc<Shared>) -> Result<Self> {
-        Ok(Self(Lanes::new(shared, |gpu| gpu.context.stream().map(Arc::new))?))
+        Ok(Self(CopyStreams::new(shared, |gpu| gpu.context.stream().map(Arc::new))?))
     }
 }
 
-impl LoadQueue for Loads {
+impl LoadQueue for Uploads {
     fn wait(&mut self, point: &Point) -> Result<()> {
         self.0.wait(point)
     }
 
     unsafe fn load(&mut self, ordinal: u32, from: *const u8, to: u64, len: usize) -> Result<()> {
-        let lane = self.0.of(ordinal)?;
+        let copy_stream = self.0.of(ordinal)?;
         // Before the call: what fails may have been queued all the same.
-        lane.moved = true;
+        copy_stream.moved = true;
         // SAFETY: passed on.
-        unsafe { lane.stream.copy_to_device(from, to, len) }
+        unsafe { copy_stream.stream.copy_to_device(from, to, len) }
     }
 
     fn mark(&mut self) -> Result<Point> {
-        let mut events: Vec<Lent> = Vec::new();
+        let mut events: Vec<PooledEvent> = Vec::new();
         self.0.mark(&mut events)?;
         Ok(Arc::new(events))
     }

@@ -1,8 +1,8 @@
 //! The stager's end of a device: its queue of copies, and what cannot be let go of before the device has ended.
 
-use super::enqueue::Flying;
-use super::fence::Flights;
-use super::gather::Region;
+use super::enqueue::InFlightChunk;
+use super::fence::InFlightSaves;
+use super::gather::Allocation;
 use super::late_copy::LateCopy;
 use crate::device::{CopyQueue, Queued};
 use crate::guard::{dropped, guarded};
@@ -15,18 +15,18 @@ use std::time::Instant;
 
 /// The device's end of the stager.
 #[derive(Default)]
-pub(super) struct Line {
+pub(super) struct DeviceState {
     pub queue: Option<Box<dyn CopyQueue>>,
-    pub parked: Vec<Parked>,
-    /// The queue panicked while nothing but [`Line::recover`] used it: it tells nothing any more.
+    pub deferred: Vec<DeferredRelease>,
+    /// The queue panicked while nothing but [`DeviceState::recover`] used it: it tells nothing any more.
     pub broken: bool,
 }
 
 /// Slabs and sources of a save that has ended, while a device may still use them.
-pub(super) struct Parked {
-    pub flying: VecDeque<Flying>,
+pub(super) struct DeferredRelease {
+    pub in_flight: VecDeque<InFlightChunk>,
     pub state: StateDict<'static>,
-    pub region: Option<Region>,
+    pub allocation: Option<Allocation>,
     /// What may still read sources in streams of the program.
     pub queued: Vec<Arc<dyn Queued>>,
     /// Copies may be running.
@@ -37,49 +37,49 @@ pub(super) struct Parked {
     pub late_copy: Option<Arc<LateCopy>>,
 }
 
-impl Line {
-    /// Sends home what is parked and no longer in use.
-    pub fn recover(&mut self, flights: &Flights) {
-        let Self { queue, parked, broken } = self;
+impl DeviceState {
+    /// Releases what is deferred and no longer in use.
+    pub fn recover(&mut self, saves: &InFlightSaves) {
+        let Self { queue, deferred, broken } = self;
         let mut ended = None;
         let mut quiet = || *ended.get_or_insert_with(|| ended_now(queue, broken));
-        let over = |p: &mut Parked| {
+        let over = |p: &mut DeferredRelease| {
             p.queued.extract_if(.., |queued| is_over(queued)).for_each(dropped);
             p.queued.is_empty() && !p.late_copy.as_ref().is_some_and(|a| a.pending()) && (!p.late || quiet())
         };
-        for Parked { flying, state, region, ticket, .. } in parked.extract_if(.., over) {
-            dropped((flying, state, region));
-            ticket.iter().for_each(|ticket| flights.release(ticket));
+        for DeferredRelease { in_flight, state, allocation, ticket, .. } in deferred.extract_if(.., over) {
+            dropped((in_flight, state, allocation));
+            ticket.iter().for_each(|ticket| saves.release(ticket));
         }
         if self.broken {
-            self.leak(flights, |parked| parked.late);
+            self.leak(saves, |deferred| deferred.late);
         }
     }
 
-    /// Leaks what is parked, of this kind, and may still be in use.
-    pub fn give_up(&mut self, flights: &Flights, which: impl Fn(&Parked) -> bool) {
-        self.recover(flights);
-        self.leak(flights, which);
+    /// Leaks what is deferred, of this kind, and may still be in use.
+    pub fn give_up(&mut self, saves: &InFlightSaves, which: impl Fn(&DeferredRelease) -> bool) {
+        self.recover(saves);
+        self.leak(saves, which);
     }
 
     /// Gives up the queue, and what only it could have told of; the next save gets another.
-    pub fn lose(&mut self, flights: &Flights) {
-        self.give_up(flights, |parked| parked.late);
+    pub fn lose(&mut self, saves: &InFlightSaves) {
+        self.give_up(saves, |deferred| deferred.late);
         dropped(self.queue.take());
         self.broken = false;
     }
 
-    fn leak(&mut self, flights: &Flights, which: impl Fn(&Parked) -> bool) {
-        for parked in self.parked.extract_if(.., |parked| which(parked)) {
-            parked.ticket.iter().for_each(|ticket| flights.release(ticket));
-            forget(parked);
+    fn leak(&mut self, saves: &InFlightSaves, which: impl Fn(&DeferredRelease) -> bool) {
+        for deferred in self.deferred.extract_if(.., |deferred| which(deferred)) {
+            deferred.ticket.iter().for_each(|ticket| saves.release(ticket));
+            forget(deferred);
         }
     }
 }
 
-impl Drop for Line {
+impl Drop for DeviceState {
     fn drop(&mut self) {
-        forget(std::mem::take(&mut self.parked));
+        forget(std::mem::take(&mut self.deferred));
         dropped(self.queue.take());
     }
 }
