@@ -1,8 +1,8 @@
 //! The stager's end of a device: its queue of copies, and what cannot be let go of before the device has ended.
 
+use super::capture_pool::Allocation;
 use super::enqueue::InFlightChunk;
 use super::fence::InFlightSaves;
-use super::gather::Allocation;
 use super::late_copy::LateCopy;
 use crate::device::{CopyQueue, Queued};
 use crate::guard::{dropped, guarded};

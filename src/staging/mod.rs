@@ -7,11 +7,13 @@
 //! that expires saves at their deadlines.
 
 mod capture;
+mod capture_pool;
 mod device_state;
 mod enqueue;
 mod fence;
-mod gather;
 mod late_copy;
+mod on_device;
+mod pieces;
 mod scratch;
 mod stage;
 #[cfg(all(test, not(loom)))]
@@ -19,7 +21,7 @@ mod tests;
 
 pub(crate) use capture::Captured;
 pub(crate) use fence::InFlightSaves;
-pub(crate) use gather::{OnDevice, without_kernels};
 pub(crate) use late_copy::LateCopy;
+pub(crate) use on_device::{OnDevice, without_kernels};
 pub(crate) use scratch::Scratch;
 pub(crate) use stage::{Job, Stager};

@@ -3,8 +3,10 @@
 //! **Locks.** The turn of a save comes before all others. The list of watched saves is held while the states of their late copies are
 //! looked at; the list of free slots alone.
 
-use super::gather::{CapturePool, OnDevice, Part, at_save};
+use super::capture_pool::CapturePool;
 use super::late_copy::{LateCopy, Planned, Slots};
+use super::on_device::{OnDevice, at_save};
+use super::pieces::Part;
 use crate::device::{Kernels, Pieces, Point};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};

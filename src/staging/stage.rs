@@ -2,10 +2,10 @@
 //! `enqueue`.
 
 use super::capture::Captured;
+use super::capture_pool::Allocation;
 use super::device_state::{DeferredRelease, DeviceState, is_over};
 use super::enqueue::{InFlightChunk, enqueue};
 use super::fence::InFlightSaves;
-use super::gather::Allocation;
 use super::late_copy::LateCopy;
 use super::scratch::Scratch;
 use crate::call_thread::CallThread;

@@ -1,17 +1,15 @@
 //! What a device does when a save is asked for, in the order of the streams that wrote the tensors: it captures small tensors, so
 //! that they may change before the fence, and for the first saves digests the others, so that a forgotten fence is found out.
 //!
-//! A captured tensor is from then on read where it was put, in the *capture pool*; everybody else sees a tensor of the device as any other.
-//! An allocation of the pool is kept by its save until no copy from it is queued, no kernel of a fence will read it and what is to be
-//! written there has been; allocations that are kept do not overlap, and the program knows no address in the pool.
+//! A captured tensor is from then on read where it was put, in the *capture pool*; all later code sees a tensor of the device as any
+//! other.
 
-use crate::device::{Digests, Kernels, Piece, Pieces, Queued, View};
+use super::capture_pool::{Allocation, CapturePool};
+use super::pieces::Part;
+use crate::device::{Digests, Kernels, Pieces, Queued};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mutant::{self, Mutant};
-use crate::state::{Capture, Layout, Place, StateDict, Tensor};
-use crate::sync::{Mutex, lock};
-use smallvec::SmallVec;
+use crate::state::{Capture, Place, StateDict, Tensor};
 use std::sync::Arc;
 
 /// Tensors of at most this many bytes are captured at `save` while the pool has space.
@@ -221,143 +219,4 @@ fn digest(kernels: &dyn Kernels, state: &StateDict<'_>, done: &mut OnDevice) -> 
         }
     }
     Ok(())
-}
-
-/// Part of a tensor: where it begins and how long it is, and where it goes.
-pub(super) struct Part {
-    pub at: u64,
-    pub bytes: u64,
-    pub to: u64,
-    pub chunk: usize,
-}
-
-impl Pieces {
-    /// Adds part of a tensor of a device.
-    ///
-    /// # Errors
-    /// `Invalid`, naming the tensor, when no kernel knows how it lies.
-    pub(super) fn add(&mut self, name: &str, tensor: &Tensor<'_>, part: Part) -> Result<()> {
-        let Part { at, bytes, to, chunk } = part;
-        let view = match tensor.strides() {
-            None => None,
-            Some(strides) => {
-                let wrong = |why: &str| Error::invalid(format!("{why}, make it contiguous tensor={name:?}"));
-                let view = view(&tensor.layout, strides).ok_or_else(|| wrong("too many dimensions that lie apart"))?;
-                if !at.is_multiple_of(u64::from(view.item)) {
-                    return Err(wrong("elements would be cut"));
-                }
-                if self.views.last() != Some(&view) {
-                    self.views.push(view);
-                }
-                Some(self.views.len() as u32 - 1)
-            }
-        };
-        let before = self.list.len();
-        tensor.read(&mut |from| {
-            let from = from.addr() as u64;
-            let (from, skip) = if view.is_some() { (from, at) } else { (from + at, 0) };
-            self.list.push(Piece { from, skip, to, bytes, view, chunk });
-        });
-        if self.list.len() == before + 1 {
-            return Ok(());
-        }
-        Err(Error::invalid(format!("a source did not hand out its bytes tensor={name:?}")))
-    }
-}
-
-/// How a strided tensor lies, in as few dimensions as it takes.
-fn view(layout: &Layout, strides: &[i64]) -> Option<View> {
-    let mut dims: SmallVec<[(u64, i64); 4]> = SmallVec::new();
-    for (&size, &stride) in layout.shape.iter().zip(strides).filter(|(size, _)| **size != 1) {
-        let size = size as u64;
-        match dims.last_mut() {
-            // Rows that follow each other as their elements do are longer rows.
-            Some((outer, step)) if i64::try_from(size).is_ok_and(|n| stride.checked_mul(n) == Some(*step)) => {
-                (*outer, *step) = (*outer * size, stride);
-            }
-            _ => dims.push((size, stride)),
-        }
-    }
-    let item = layout.item()? as u32;
-    (dims.len() <= View::DIMS && item > 0).then_some(View { item, dims })
-}
-
-/// Memory of the device for captured tensors, in allocations of saves.
-pub(crate) struct CapturePool {
-    start: u64,
-    len: u64,
-    allocations: Mutex<Vec<Taken>>,
-}
-
-/// An allocation, from `begin` to `end` of its pool.
-struct Taken {
-    begin: u64,
-    end: u64,
-    /// Nobody will read it any more.
-    over: bool,
-    /// What writes it.
-    writing: Vec<Arc<dyn Queued>>,
-}
-
-impl std::fmt::Debug for CapturePool {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "CapturePool({} bytes)", self.len)
-    }
-}
-
-impl CapturePool {
-    pub fn new(room: std::ops::Range<u64>) -> Arc<Self> {
-        Arc::new(Self { start: room.start, len: room.end - room.start, allocations: Mutex::default() })
-    }
-
-    /// The longest part that is free: its begin and length. The whole pool when no save needs any: the same addresses again and
-    /// again keep the lists of the device the same.
-    fn span(&self) -> (u64, u64) {
-        let mut allocations = lock(&self.allocations);
-        allocations.retain_mut(|taken| !taken.free());
-        allocations.sort_unstable_by_key(|taken| taken.begin);
-        let ends = std::iter::once(0).chain(allocations.iter().map(|taken| taken.end));
-        let begins = allocations.iter().map(|taken| taken.begin).chain(std::iter::once(self.len));
-        let gaps = ends.zip(begins).map(|(end, begin)| (end, begin - end));
-        gaps.max_by_key(|(_, len)| *len).unwrap_or((0, 0))
-    }
-}
-
-impl Taken {
-    /// Nobody reads it, and what was to be written there is: a save may fail before its tensors are captured.
-    fn free(&mut self) -> bool {
-        self.writing.retain(|queued| !queued.over());
-        self.over && self.writing.is_empty()
-    }
-}
-
-/// Part of the pool, until it is dropped.
-pub(crate) struct Allocation {
-    pool: Arc<CapturePool>,
-    begin: u64,
-}
-
-impl Allocation {
-    /// From the begin of a part that is free up to `end`. Regions are taken by one save at a time.
-    fn take(pool: &Arc<CapturePool>, begin: u64, end: u64) -> Self {
-        let over = mutant::on(Mutant::RoomEarly);
-        lock(&pool.allocations).push(Taken { begin, end, over, writing: Vec::new() });
-        Self { pool: pool.clone(), begin }
-    }
-
-    /// Stays until this has run.
-    fn wait_for(&self, queued: Arc<dyn Queued>) {
-        self.change(|taken| taken.writing.push(queued));
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Taken)) {
-        let mut allocations = lock(&self.pool.allocations);
-        allocations.iter_mut().find(|taken| taken.begin == self.begin).map(change);
-    }
-}
-
-impl Drop for Allocation {
-    fn drop(&mut self) {
-        self.change(|taken| taken.over = true);
-    }
 }

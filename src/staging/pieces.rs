@@ -1,0 +1,65 @@
+//! Tensors as the kernels of a device take them: parts, and how strided ones lie.
+
+use crate::device::{Piece, Pieces, View};
+use crate::error::{Error, Result};
+use crate::state::{Layout, Tensor};
+use smallvec::SmallVec;
+
+/// Part of a tensor: where it begins and how long it is, and where it goes.
+pub(super) struct Part {
+    pub at: u64,
+    pub bytes: u64,
+    pub to: u64,
+    pub chunk: usize,
+}
+
+impl Pieces {
+    /// Adds part of a tensor of a device.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the tensor, when no kernel knows how it lies.
+    pub(super) fn add(&mut self, name: &str, tensor: &Tensor<'_>, part: Part) -> Result<()> {
+        let Part { at, bytes, to, chunk } = part;
+        let view = match tensor.strides() {
+            None => None,
+            Some(strides) => {
+                let wrong = |why: &str| Error::invalid(format!("{why}, make it contiguous tensor={name:?}"));
+                let view = view(&tensor.layout, strides).ok_or_else(|| wrong("too many dimensions that lie apart"))?;
+                if !at.is_multiple_of(u64::from(view.item)) {
+                    return Err(wrong("elements would be cut"));
+                }
+                if self.views.last() != Some(&view) {
+                    self.views.push(view);
+                }
+                Some(self.views.len() as u32 - 1)
+            }
+        };
+        let before = self.list.len();
+        tensor.read(&mut |from| {
+            let from = from.addr() as u64;
+            let (from, skip) = if view.is_some() { (from, at) } else { (from + at, 0) };
+            self.list.push(Piece { from, skip, to, bytes, view, chunk });
+        });
+        if self.list.len() == before + 1 {
+            return Ok(());
+        }
+        Err(Error::invalid(format!("a source did not hand out its bytes tensor={name:?}")))
+    }
+}
+
+/// How a strided tensor lies, in as few dimensions as it takes.
+fn view(layout: &Layout, strides: &[i64]) -> Option<View> {
+    let mut dims: SmallVec<[(u64, i64); 4]> = SmallVec::new();
+    for (&size, &stride) in layout.shape.iter().zip(strides).filter(|(size, _)| **size != 1) {
+        let size = size as u64;
+        match dims.last_mut() {
+            // Rows that follow each other as their elements do are longer rows.
+            Some((outer, step)) if i64::try_from(size).is_ok_and(|n| stride.checked_mul(n) == Some(*step)) => {
+                (*outer, *step) = (*outer * size, stride);
+            }
+            _ => dims.push((size, stride)),
+        }
+    }
+    let item = layout.item()? as u32;
+    (dims.len() <= View::DIMS && item > 0).then_some(View { item, dims })
+}
