@@ -131,7 +131,7 @@ impl CheckpointExecutor {
     /// asynchronous device was making cannot be taken back: the tensors may be written when `staged()` of those saves resolves.
     pub fn fence(&self) -> Result<()> {
         self.alive()?;
-        self.stager.saves.fence(self.settings.fence_timeout)
+        self.stager.fence(self.settings.fence_timeout)
     }
 
     /// A future of [`fence`](Self::fence), for tasks that must not block their thread: nothing will be read any more from tensors of
@@ -380,7 +380,7 @@ impl CheckpointExecutor {
         });
         drop((lines, admission));
         if options.snapshot == Snapshot::AtSave {
-            self.stager.saves.fence_one(&ticket, self.settings.fence_timeout)?;
+            self.stager.fence_one(&ticket, self.settings.fence_timeout)?;
         }
         Ok(Save::new(ticket))
     }

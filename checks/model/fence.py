@@ -22,7 +22,8 @@ Abstracted away: bytes (a chunk is a version number, in a slab two halves); AtSa
   kernel's block structure; weak memory. Each step is atomic and seen at once, so the code owes acquire and release on the host,
   a system-scope fence before F is published, and a single latch of F. Saves are staged strictly in order.
 
-The code is in src/staging: late_copy.rs (the states), scratch.rs (reserve, launch, hand over), fence.rs and stage.rs (judge, freeze). Its names are those here.
+The code is in src/staging: late_copy.rs (the states), scratch.rs (reserve, hand over), fence.rs (freeze), next_action.rs (judge). Its
+names are those here.
 
 Run:      checks/model/fence.py [--deep]                 the protocol with all parameters, the promise, then the mutants
           checks/model/fence.py --mutant NAME            one mutant and its trace

@@ -232,7 +232,7 @@ impl Builder {
         let batch = report.batch.is_ok();
         let at_most = (settings.overlap == Overlap::Latest).then_some(2);
         let mut stager = Stager::new(signal.clone(), arena, device, kernels.ok().map(Scratch::new), at_most, batch);
-        stager.saves.waits = waits.ok();
+        stager.waits = waits.ok();
         let stager = Arc::new(stager);
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;

@@ -20,7 +20,7 @@
 use super::CheckpointExecutor;
 use crate::error::{Error, Result};
 use crate::save::{Save, SaveOptions};
-use crate::staging::InFlightSaves;
+use crate::staging::freeze;
 use crate::state::{DeviceStream, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
@@ -107,7 +107,7 @@ impl Ending<'_> {
         let tickets = lock(self.tickets).clone();
         let timeout = self.executor.settings.fence_timeout;
         match self.fence.0 {
-            None => InFlightSaves::freeze(&tickets, timeout),
+            None => freeze(&tickets, timeout),
             Some(streams) => self.executor.stager.freeze_on(&tickets, streams, timeout),
         }
     }

@@ -2,17 +2,17 @@
 //!
 //! # Safety argument
 //! A copy is queued inside [`Source::read`](crate::state::Source::read), or held back there and queued with the rest of its chunk, under
-//! the ticket's `live` lock either way, from bytes that the source keeps allocated until it is dropped, to a slab whose lease sits in
-//! `in_flight`. Both stay until the mark behind the copy is reached, or the copy that is held back is dropped (`quiesce`): a slab is in
-//! `in_flight` before the first copy into it is queued, `in_flight` is emptied by marks only, and the
-//! state dict is dropped when `in_flight` is empty or the device says that no copy is running (`quiesce`); so is the allocation in which
-//! the device has captured tensors. Sources that are lent may be dropped earlier, when a scope asks for it: nothing is queued from
-//! them any more, and whoever writes or frees their memory comes after what is (see `executor/scope.rs`). Where the device does not say so
-//! in time, their release is deferred until it does, or they are forgotten with the queue; borrowed sources are waited for.
+//! the ticket's `live` lock either way, from bytes that the source keeps allocated until it is dropped, to a slab whose lease sits among
+//! the chunks in flight. Both stay until the mark behind the copy is reached, or the copy that is held back is dropped (`quiesce`): a
+//! chunk is in flight before the first copy of it is queued, chunks leave by marks only, and the state dict is dropped when none is in
+//! flight or the device says that no copy is running (`quiesce`); so is the allocation in which the device has captured tensors.
+//! Borrowed sources may be dropped earlier, when a scope asks for it: nothing is queued from them any more, and what writes or frees
+//! their memory comes after what is (see `executor/scope.rs`). Where the device does not say so in time, the release of both is deferred
+//! until it does, or they are forgotten with the queue; borrowed sources are waited for.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
 use super::late_copy::LateCopy;
-use super::stage::Job;
+use super::stager::Job;
 use crate::device::CopyQueue;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};

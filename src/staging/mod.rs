@@ -8,20 +8,24 @@
 
 mod capture;
 mod capture_pool;
+mod deferred;
 mod device_state;
 mod enqueue;
 mod fence;
+mod in_flight;
 mod late_copy;
+mod next_action;
 mod on_device;
 mod pieces;
 mod scratch;
 mod stage;
+mod stager;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
 pub(crate) use capture::Captured;
-pub(crate) use fence::InFlightSaves;
+pub(crate) use fence::freeze;
 pub(crate) use late_copy::LateCopy;
 pub(crate) use on_device::{OnDevice, without_kernels};
 pub(crate) use scratch::Scratch;
-pub(crate) use stage::{Job, Stager};
+pub(crate) use stager::{Job, Stager};

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::completion::Signal;
-use crate::device::{Device, Hold, Host};
+use crate::device::{Device, Hold, Host, Waits};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Arena;
 use crate::plan::{Chunk, Plan, Shape, Sink};
@@ -109,7 +109,7 @@ fn what_is_handed_over_is_what_was_there_at_the_fence() {
             let mut tensor = Arc::new((0..10_000).map(|i| i as u8).collect::<Vec<_>>());
             let expected = tensor.to_vec();
             let (ticket, plan, sink) = push(&stager, &tensor);
-            stager.saves.fence(LONG)?;
+            stager.fence(LONG)?;
             Arc::get_mut(&mut tensor).expect("released").fill(0xEE);
             drop(tensor);
             ticket.staged.wait_forever().unwrap()?;
@@ -127,7 +127,7 @@ fn a_save_that_fails_half_way_gives_everything_back() {
     with(&stager, || {
         let tensor = Arc::new(vec![1; 10_000]);
         let (ticket, _, sink) = push(&stager, &tensor);
-        stager.saves.fence(LONG)?;
+        stager.fence(LONG)?;
         assert_eq!(ticket.staged.wait_forever().unwrap().unwrap_err().kind(), ErrorKind::Device);
         assert_eq!(Arc::strong_count(&tensor), 1);
         let deadline = Instant::now() + LONG;
@@ -147,12 +147,26 @@ fn a_fence_at_its_deadline_leaves_no_read_behind() {
     with(&stager, || {
         let tensor = Arc::new(vec![1; 10_000]);
         let (ticket, ..) = push(&stager, &tensor);
-        assert_eq!(stager.saves.fence(Duration::from_millis(1)).unwrap_err().kind(), ErrorKind::Deadline);
+        assert_eq!(stager.fence(Duration::from_millis(1)).unwrap_err().kind(), ErrorKind::Deadline);
         device.release();
         ticket.staged.wait_forever().unwrap().unwrap_err();
         assert_eq!(Arc::strong_count(&tensor), 1);
         Ok(())
     });
+}
+
+/// Streams wait until the last clone of this is dropped.
+#[derive(Debug)]
+struct Holding(Hold);
+
+impl Waits for Holding {
+    fn at_once(&self) -> usize {
+        1
+    }
+
+    fn order(&self, _: &[DeviceStream]) -> Result<Option<Hold>> {
+        Ok(Some(self.0.clone()))
+    }
 }
 
 #[test]
@@ -161,25 +175,28 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
     let fail: Ending = |_, ticket| assert!(ticket.fail(Error::new(ErrorKind::Cancelled, "enough")));
     let staged: Ending = |stager, ticket| stager.saves.release(ticket);
     for [first, second] in [[fail, fail], [fail, staged], [staged, fail], [staged, staged]] {
-        let stager = stager(Host);
+        let hold: Hold = Arc::new(());
+        let mut stager = stager(Host);
+        stager.waits = Some(Arc::new(Holding(hold.clone())));
         let tensor = Arc::new(vec![1; 100]);
         let save = || push_of(&stager, &tensor, vec![DeviceStream::legacy(0)], LONG).0;
         let (one, two) = (save(), save());
         [&one, &two].iter().for_each(|ticket| (0..ticket.chunks).for_each(|_| ticket.advance()));
-        let hold: Hold = Arc::new(());
-        let fence = || stager.saves.fence_on(LONG, |_, _| Ok(false), || Ok(Some(hold.clone())));
+        // One is here, one is what the device gives out.
+        let held = || Arc::strong_count(&hold) - 2;
+        let fence = || stager.fence_on(&[DeviceStream::legacy(0)], LONG);
         fence().unwrap();
         fence().unwrap();
-        assert_eq!(Arc::strong_count(&hold), 5);
+        assert_eq!(held(), 4);
         first(&stager, &one);
-        assert_eq!(Arc::strong_count(&hold), 3);
+        assert_eq!(held(), 2);
         // Whoever comes now does not wait for the first.
         fence().unwrap();
-        assert_eq!(Arc::strong_count(&hold), 4);
+        assert_eq!(held(), 3);
         second(&stager, &two);
-        assert_eq!(Arc::strong_count(&hold), 1);
+        assert_eq!(held(), 0);
         two.hold(hold.clone());
-        assert_eq!(Arc::strong_count(&hold), 1);
+        assert_eq!(held(), 0);
     }
 }
 

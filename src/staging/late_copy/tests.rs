@@ -3,6 +3,7 @@
 /// Kernels of which a test says what they do, and a save on their device.
 pub mod fixtures {
     use super::super::*;
+    use crate::call_thread::CallThread;
     use crate::completion::Signal;
     use crate::error::Error;
     use crate::ticket::Issue;
@@ -52,7 +53,8 @@ pub mod fixtures {
         let (now, attempt, streams) = (Instant::now(), Default::default(), Vec::new());
         let deadline = now + Duration::from_secs(600);
         let issue = Issue { step: 1, attempt, deadline, chunks, streams, bytes: 0, writable: false, over_budget: 0 };
-        Arc::new(Ticket::new(issue, now, Arc::new(Signal::default())))
+        let signal = Arc::new(Signal::default());
+        Arc::new(Ticket::new(issue, now, signal.clone(), Arc::new(CallThread::new(signal))))
     }
 }
 

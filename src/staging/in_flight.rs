@@ -1,0 +1,114 @@
+//! The saves in flight: those whose sources may still be read, and those that have not ended.
+
+use crate::error::{Error, ErrorKind};
+use crate::mutant::{self, Mutant};
+use crate::sync::{Mutex, lock};
+use crate::ticket::Ticket;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long the stager sleeps when no save has a deadline.
+const IDLE: Duration = Duration::from_secs(3600);
+
+/// The next deadline of the saves that there were when it was found.
+pub(crate) struct Due {
+    pub next: Instant,
+    added: u64,
+}
+
+/// All saves that have not ended.
+#[derive(Default)]
+pub(crate) struct InFlightSaves {
+    tickets: Mutex<Vec<Arc<Ticket>>>,
+    /// Saves whose sources may still be read.
+    reading: AtomicUsize,
+    /// Saves that were ever added.
+    added: AtomicU64,
+}
+
+impl InFlightSaves {
+    /// Adds a save, whose sources may be read from now on.
+    pub fn add(&self, ticket: Arc<Ticket>) {
+        self.reading.fetch_add(1, Ordering::AcqRel);
+        lock(&self.tickets).push(ticket);
+        self.added.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The sources of `ticket` are dropped. Once per ticket that was added.
+    pub fn release(&self, ticket: &Ticket) {
+        ticket.release();
+        self.reading.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Saves that have not ended.
+    pub fn unfinished(&self) -> Vec<Arc<Ticket>> {
+        lock(&self.tickets).iter().filter(|t| !t.done.is_complete()).cloned().collect()
+    }
+
+    /// Forgets saves that have ended in every respect, and returns the first error that nobody has seen.
+    pub fn unobserved(&self) -> Option<Error> {
+        let mut tickets = lock(&self.tickets);
+        let mut error = None;
+        tickets.retain(|t| {
+            let Some(result) = t.done.get() else { return true };
+            let mut seen = true;
+            if let Err(e) = result
+                && !t.observed.load(Ordering::Acquire)
+            {
+                seen = error.is_none();
+                if seen {
+                    t.observed.store(true, Ordering::Release);
+                    error = Some(e);
+                }
+            }
+            // A fence still has to know of one that is read.
+            !seen || !t.staged.is_complete()
+        });
+        error
+    }
+
+    /// A save of writable sources that no fence has covered yet. One that has failed is not published, whatever it reads.
+    pub fn unfenced(&self) -> Option<Arc<Ticket>> {
+        lock(&self.tickets)
+            .iter()
+            .find(|t| {
+                let unread = t.failed() || t.staged.is_complete() || t.fenced.load(Ordering::Acquire);
+                t.writable && !unread
+            })
+            .cloned()
+    }
+
+    /// Resolves saves whose deadline has passed, and returns the next deadline.
+    pub fn expire(&self, now: Instant) -> Due {
+        // Before the list: a save that comes in between is one that was not looked at.
+        let added = self.added.load(Ordering::Acquire);
+        let unfinished = self.unfinished();
+        for ticket in unfinished.iter().filter(|t| t.deadline <= now) {
+            let phase = ticket.phase();
+            let late = Error::new(ErrorKind::Deadline, format!("the save deadline passed phase={phase:?}"));
+            ticket.hand_over(ticket.give_up(late));
+        }
+        let next = unfinished.iter().map(|t| t.deadline).filter(|d| *d > now).min();
+        Due { next: next.unwrap_or(now + IDLE), added }
+    }
+
+    /// Whether it is time to [`expire`](Self::expire) again: `due` has passed, or a save has come that may be
+    /// due earlier.
+    pub fn is_due(&self, due: &Due, now: Instant) -> bool {
+        due.next <= now || self.has_grown(due)
+    }
+
+    /// Whether a save was added since `due` was found.
+    pub fn has_grown(&self, due: &Due) -> bool {
+        self.added.load(Ordering::Acquire) != due.added
+    }
+
+    /// Saves whose sources may still be read; with none, one atomic load.
+    pub fn reading(&self) -> Vec<Arc<Ticket>> {
+        if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
+            return Vec::new();
+        }
+        lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect()
+    }
+}

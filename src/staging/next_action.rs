@@ -1,0 +1,179 @@
+//! What the stager does next with the save that it stages: decided from what it sees of it, and from nothing else.
+
+use crate::mutant::{self, Mutant};
+
+/// Copies in flight at once: copy engines are first-in first-out, and whatever else wants to cross the bus waits behind them.
+const WINDOW: usize = 2;
+
+/// What the stager sees of a save.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct View {
+    pub failed: bool,
+    /// The oldest chunk in flight, if its copies have ended.
+    pub arrived: Option<Arrived>,
+    /// F, if the device has told it.
+    pub latched: Option<usize>,
+    /// Nothing is queued from live memory any more.
+    pub frozen: bool,
+    /// The next chunk to be queued, and how many there are.
+    pub next: usize,
+    pub chunks: usize,
+    pub in_flight: usize,
+    /// One of those is copied from live memory.
+    pub live_in_flight: bool,
+    /// A fence waits until this many are queued.
+    pub needed: usize,
+    /// A slab is free.
+    pub slab: bool,
+    /// All bytes of the next chunk can be read.
+    pub ready: bool,
+    /// The sources are not dropped yet.
+    pub sources: bool,
+    /// The end of a scope asks for them to be dropped, and waits for that.
+    pub release_requested: bool,
+    /// Releases of other saves are deferred, and have to be looked at.
+    pub deferred: bool,
+}
+
+/// A chunk whose copies have ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Arrived {
+    pub chunk: usize,
+    /// It was copied from live memory.
+    pub live: bool,
+    /// F, as it was told after the copies had ended.
+    pub latched: Option<usize>,
+}
+
+/// What to do, one thing at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Action {
+    /// Hand the oldest chunk over.
+    HandOver,
+    /// Its tensors may have been written while it was copied: copy it again, from its slot.
+    CopyAgain,
+    /// The same, but the save has failed: give its slab back.
+    Discard,
+    /// Drop the sources: nothing more is queued from them.
+    ReleaseSources,
+    /// Queue the next chunk, from live memory or from its slot.
+    Queue { live: bool },
+    /// Nothing more is done: all is handed over, or the save has failed.
+    End,
+    /// What is left is in slots, or nowhere: wait until F is told, while the device is alive.
+    AwaitF,
+    /// Wait for copies in flight, or for deferred releases, which are looked at again and again.
+    AwaitCopies,
+    /// Wait for a slab, for bytes, for a failure: all of these notify.
+    AwaitNews,
+}
+
+/// See the module.
+pub(super) fn next_action(view: &View) -> Action {
+    if let Some(Arrived { chunk, live, latched }) = view.arrived {
+        let written = live && latched.is_some_and(|first| first <= chunk) && !mutant::on(Mutant::Discard);
+        return match (written, view.failed) {
+            (true, true) => Action::Discard,
+            (true, false) => Action::CopyAgain,
+            (false, _) => Action::HandOver,
+        };
+    }
+    if view.release_requested {
+        return Action::ReleaseSources;
+    }
+    if view.failed || (view.next == view.chunks && view.in_flight == 0) {
+        return Action::End;
+    }
+    if view.latched.is_some() && view.sources && !view.live_in_flight {
+        return Action::ReleaseSources;
+    }
+    let live = view.latched.is_none();
+    if live && view.frozen {
+        return Action::AwaitF;
+    }
+    let window = view.in_flight < WINDOW || view.next < view.needed;
+    if view.next < view.chunks && window && view.slab && view.ready {
+        return Action::Queue { live };
+    }
+    if view.in_flight == 0 && !view.deferred { Action::AwaitNews } else { Action::AwaitCopies }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    /// A save of four chunks that has just begun.
+    const BEGUN: View = View {
+        failed: false,
+        arrived: None,
+        latched: None,
+        frozen: false,
+        next: 0,
+        chunks: 4,
+        in_flight: 0,
+        live_in_flight: false,
+        needed: 0,
+        slab: true,
+        ready: true,
+        sources: true,
+        release_requested: false,
+        deferred: false,
+    };
+    /// The window is full of chunks from live memory.
+    const FULL: View = View { next: 2, in_flight: 2, live_in_flight: true, ..BEGUN };
+    /// F is 2, and the sources are dropped.
+    const LATCHED: View = View { latched: Some(2), sources: false, next: 2, ..BEGUN };
+
+    const fn arrived(chunk: usize, live: bool, latched: Option<usize>) -> Option<Arrived> {
+        Some(Arrived { chunk, live, latched })
+    }
+
+    #[test]
+    fn every_view_has_one_action() {
+        use Action::*;
+        let table = [
+            // One after the other, two at a time, as slabs and bytes come.
+            (BEGUN, Queue { live: true }),
+            (View { next: 1, in_flight: 1, live_in_flight: true, ..BEGUN }, Queue { live: true }),
+            (FULL, AwaitCopies),
+            (View { slab: false, ..BEGUN }, AwaitNews),
+            (View { ready: false, ..BEGUN }, AwaitNews),
+            (View { slab: false, deferred: true, ..BEGUN }, AwaitCopies),
+            (View { slab: false, in_flight: 1, live_in_flight: true, ..BEGUN }, AwaitCopies),
+            // A fence that waits on the host lifts the window.
+            (View { needed: 3, ..FULL }, Queue { live: true }),
+            (View { needed: 2, ..FULL }, AwaitCopies),
+            (View { needed: 3, slab: false, ..FULL }, AwaitCopies),
+            // What has arrived goes first, whatever else there is to do.
+            (View { arrived: arrived(0, true, None), ..FULL }, HandOver),
+            (View { arrived: arrived(0, true, None), failed: true, release_requested: true, ..FULL }, HandOver),
+            // It was copied before F was latched, or from a slot; or it is judged and copied again.
+            (View { arrived: arrived(1, true, Some(2)), latched: Some(2), ..FULL }, HandOver),
+            (View { arrived: arrived(2, false, Some(2)), ..LATCHED }, HandOver),
+            (View { arrived: arrived(2, true, Some(2)), latched: Some(2), ..FULL }, CopyAgain),
+            (View { arrived: arrived(3, true, Some(2)), latched: Some(2), ..FULL }, CopyAgain),
+            (View { arrived: arrived(3, true, Some(2)), latched: Some(2), failed: true, ..FULL }, Discard),
+            // From F on chunks are read from slots, and the sources are dropped when no copy from them is in flight.
+            (View { latched: Some(2), ..FULL }, AwaitCopies),
+            (View { latched: Some(2), in_flight: 1, ..FULL }, Queue { live: false }),
+            (View { latched: Some(2), live_in_flight: false, ..FULL }, ReleaseSources),
+            (LATCHED, Queue { live: false }),
+            (View { frozen: true, ..LATCHED }, Queue { live: false }),
+            // Frozen, and F is not told: nothing can be queued.
+            (View { frozen: true, ..BEGUN }, AwaitF),
+            (View { frozen: true, ..FULL }, AwaitF),
+            (View { frozen: true, release_requested: true, ..FULL }, ReleaseSources),
+            // The end, and requests of a scope before it.
+            (View { next: 4, in_flight: 1, live_in_flight: true, ..BEGUN }, AwaitCopies),
+            (View { next: 4, in_flight: 1, release_requested: true, ..BEGUN }, ReleaseSources),
+            (View { next: 4, ..BEGUN }, End),
+            (View { next: 4, ..LATCHED }, End),
+            (View { next: 4, release_requested: true, ..BEGUN }, ReleaseSources),
+            (View { failed: true, ..FULL }, End),
+            (View { failed: true, release_requested: true, ..FULL }, ReleaseSources),
+        ];
+        for (view, action) in table {
+            assert_eq!(next_action(&view), action, "{view:?}");
+        }
+    }
+}
