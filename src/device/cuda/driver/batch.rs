@@ -5,9 +5,9 @@
 //! during the call alone.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
-use super::owned::Stream;
-use super::{Address, Driver, Handle};
-use crate::error::{Error, ErrorKind, Result};
+use super::Address;
+use super::codes::flag;
+use super::functions::Handle;
 use crate::tries;
 use std::ffi::{c_int, c_uint};
 use std::sync::atomic::Ordering;
@@ -65,7 +65,7 @@ impl Batch {
         plain.map(|f| Self::Plain(*f)).or_else(|_| with_index().map(|f| Self::WithIndex(*f))).ok()
     }
 
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Plain(_) => "cuMemcpyBatchAsync_v2",
             Self::WithIndex(_) => "cuMemcpyBatchAsync",
@@ -73,12 +73,11 @@ impl Batch {
     }
 
     /// # Safety
-    /// Whatever the copies say is as [`Stream::copy_to_host`] asks for, and the stream is a live one that is no default stream.
-    unsafe fn call(self, copies: &Copies, stream: Handle) -> c_int {
-        const IN_STREAM_ORDER: c_uint = 1;
-        const PREFER_OVERLAP_WITH_COMPUTE: c_uint = 1;
-        let flags = if tries::PREFER_OVERLAP.load(Ordering::Relaxed) { PREFER_OVERLAP_WITH_COMPUTE } else { 0 };
-        let attributes = Attributes { order: IN_STREAM_ORDER, hints: [0; 4], flags };
+    /// Whatever the copies say is as [`Stream::copy_to_host`](super::Stream::copy_to_host) asks for, and the stream is a live one that is no default stream.
+    pub unsafe fn call(self, copies: &Copies, stream: Handle) -> c_int {
+        let overlap = tries::PREFER_OVERLAP.load(Ordering::Relaxed);
+        let flags = if overlap { flag::COPY_PREFER_OVERLAP_WITH_COMPUTE } else { flag::COPY_DEFAULT };
+        let attributes = Attributes { order: flag::COPY_IN_STREAM_ORDER, hints: [0; 4], flags };
         let (first, mut wrong) = (0, 0);
         let Copies { to, from, bytes } = copies;
         let (to, from, bytes, count) = (to.as_ptr(), from.as_ptr(), bytes.as_ptr(), bytes.len());
@@ -101,6 +100,15 @@ pub struct Copies {
 }
 
 impl Copies {
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// From where, to where, and how many bytes.
+    pub fn each(&self) -> impl Iterator<Item = (Address, *mut u8, usize)> {
+        self.from.iter().zip(&self.to).zip(&self.bytes).map(|((&from, &to), &len)| (from, to, len))
+    }
+
     pub fn push(&mut self, from: Address, to: *mut u8, len: usize) {
         if len > 0 {
             self.to.push(to);
@@ -114,31 +122,5 @@ impl Copies {
         self.to.clear();
         self.from.clear();
         self.bytes.clear();
-    }
-}
-
-impl Driver {
-    /// Fails when it cannot make many copies in one call.
-    pub fn batches(&self) -> Result<()> {
-        let old = || Error::new(ErrorKind::Unavailable, "the CUDA driver is too old symbol=cuMemcpyBatchAsync");
-        self.batch.map(drop).ok_or_else(old)
-    }
-}
-
-impl Stream {
-    /// Queues copies to the host, several in one call where the driver has that.
-    ///
-    /// # Safety
-    /// Each is as [`Stream::copy_to_host`] asks for.
-    pub unsafe fn copy_all_to_host(&self, copies: &Copies) -> Result<()> {
-        if let (Some(batch), true) = (self.context.driver.batch, copies.bytes.len() > 1) {
-            // SAFETY: as the caller says; the stream is one that we made.
-            return self.context.call(batch.name(), |_| unsafe { batch.call(copies, self.handle) });
-        }
-        for ((&to, &from), &len) in copies.to.iter().zip(&copies.from).zip(&copies.bytes) {
-            // SAFETY: as the caller says.
-            unsafe { self.copy_to_host(from, to, len) }?;
-        }
-        Ok(())
     }
 }

@@ -4,9 +4,10 @@
 //! That of the module above.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
-use super::super::embedded::Images;
-use super::owned::{Event, Memory, Module, Registered, Stream};
-use super::{Address, Driver, Handle, Table, absent, code, refused};
+use super::Address;
+use super::codes::{self, flag};
+use super::functions::{Handle, Table};
+use super::library::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
 use crate::sync::{Mutex, lock};
@@ -99,18 +100,18 @@ impl Context {
 
     /// The one place where codes are judged.
     pub(super) fn judge(&self, call: &'static str, code: c_int) -> Result<c_int> {
-        if code == code::SUCCESS || code == code::NOT_READY {
+        if code == codes::SUCCESS || code == codes::NOT_READY {
             return Ok(code);
         }
         let error = self.refused(call, code);
-        if code::STICKY.contains(&code) {
+        if codes::is_sticky(code) {
             self.lose(&error);
         }
         Err(error)
     }
 
     fn refused(&self, call: &'static str, code: c_int) -> Error {
-        let error = refused(call, code);
+        let error = codes::refused(call, code);
         Error::new(error.kind(), format!("{} device=cuda:{}", error.message(), self.ordinal))
     }
 
@@ -136,7 +137,7 @@ impl Context {
         self.alive()?;
         let mut code = ask(&self.driver.table);
         // Code of the program that ran in this thread may have left it without a context.
-        if code == code::INVALID_CONTEXT && self.make_current().is_ok() {
+        if code == codes::INVALID_CONTEXT && self.make_current().is_ok() {
             code = ask(&self.driver.table);
         }
         let answer = self.judge(call, code);
@@ -144,13 +145,13 @@ impl Context {
         match &answer {
             Ok(_) => *refusing = None,
             Err(error) => {
-                let unknown = code == code::INVALID_CONTEXT || code == code::INVALID_HANDLE;
+                let unknown = code == codes::INVALID_CONTEXT || code == codes::INVALID_HANDLE;
                 if unknown || refusing.get_or_insert_with(Instant::now).elapsed() >= REFUSALS {
                     self.lose(error);
                 }
             }
         }
-        answer.map(|code| code == code::SUCCESS)
+        answer.map(|code| code == codes::SUCCESS)
     }
 
     pub(super) fn call(&self, call: &'static str, run: impl FnOnce(&Table) -> c_int) -> Result<()> {
@@ -178,7 +179,7 @@ impl Context {
             self.call("cuCtxSetCurrent", |t| unsafe { (t.set_current)(self.handle) })?;
         }
         let mut entered = Entered { context: self, before, mode: None };
-        entered.mode = Some(self.exchange_capture(RELAXED)?);
+        entered.mode = Some(self.exchange_capture(flag::CAPTURE_RELAXED)?);
         Ok(entered)
     }
 
@@ -190,7 +191,7 @@ impl Context {
 
     /// Lets this thread query events while other threads capture graphs.
     pub fn relax_capture(&self) -> Result<()> {
-        self.exchange_capture(RELAXED).map(drop)
+        self.exchange_capture(flag::CAPTURE_RELAXED).map(drop)
     }
 
     /// Changes how careful this thread is of captures: how it was before.
@@ -201,73 +202,16 @@ impl Context {
         Ok(mode)
     }
 
-    /// A stream of our own: it does not wait for the legacy default stream, and gives way to all others.
-    pub fn stream(self: &Arc<Self>) -> Result<Stream> {
-        const NON_BLOCKING: c_uint = 1;
-        let _entered = self.enter()?;
-        let (mut least, mut greatest, mut handle) = (0, 0, 0);
-        // SAFETY: writes two numbers.
-        self.call("cuCtxGetStreamPriorityRange", |t| unsafe { (t.priorities)(&mut least, &mut greatest) })?;
-        // SAFETY: writes one handle.
-        let made = |t: &Table| unsafe { (t.stream_create)(&mut handle, NON_BLOCKING, least) };
-        self.call("cuStreamCreateWithPriority", made)?;
-        Ok(Stream { context: self.clone(), handle, refusing: Mutex::default() })
-    }
-
-    /// An event, which is reached until it is recorded.
-    pub fn event(self: &Arc<Self>) -> Result<Event> {
-        const DISABLE_TIMING: c_uint = 2;
-        let _entered = self.enter()?;
-        let mut handle = 0;
-        // SAFETY: writes one handle.
-        self.call("cuEventCreate", |t| unsafe { (t.event_create)(&mut handle, DISABLE_TIMING) })?;
-        Ok(Event { context: self.clone(), handle, refusing: Mutex::default() })
-    }
-
     /// Refuses a stream that is being captured into a graph: what is queued there would not run now.
     pub fn refuse_capture(&self, stream: Handle) -> Result<()> {
         let mut status = 0;
         // SAFETY: writes one number; that the handle is a stream is in the contract of `DeviceStream`'s users.
         self.call("cuStreamIsCapturing", |t| unsafe { (t.stream_capturing)(stream, &mut status) })?;
-        if status == 0 {
+        if status == flag::NOT_CAPTURING {
             return Ok(());
         }
         let why = "a stream is being captured into a graph: save, fence and restore between launches";
         Err(Error::invalid(format!("{why} device=cuda:{} stream={stream:#x}", self.ordinal)))
-    }
-
-    /// `len` bytes of the device, of unknown content.
-    pub fn memory(self: &Arc<Self>, len: usize) -> Result<Memory> {
-        let _entered = self.enter()?;
-        let mut at = 0;
-        // SAFETY: writes one address.
-        self.call("cuMemAlloc_v2", |t| unsafe { (t.allocate)(&mut at, len) })?;
-        Ok(Memory { context: self.clone(), at, len, host: false })
-    }
-
-    /// `len` pinned bytes of the host, which the device sees at the same address; all zero.
-    pub fn pinned(self: &Arc<Self>, len: usize) -> Result<Memory> {
-        const PORTABLE_MAPPED: c_uint = 3;
-        let _entered = self.enter()?;
-        let mut at = 0;
-        // SAFETY: writes one address.
-        self.call("cuMemHostAlloc", |t| unsafe { (t.allocate_host)(&mut at, len, PORTABLE_MAPPED) })?;
-        let memory = Memory { context: self.clone(), at, len, host: true };
-        // SAFETY: just allocated, and known to nobody.
-        unsafe { std::ptr::write_bytes(memory.pointer(), 0, len) };
-        Ok(memory)
-    }
-
-    /// Loads kernels from the first of their images that the device takes.
-    pub fn module(self: &Arc<Self>, images: &Images) -> Result<Module> {
-        let _entered = self.enter()?;
-        let load = |image: &'static [u8]| {
-            let mut handle = 0;
-            // SAFETY: PTX that ends in a zero, or machine code that says how long it is; writes one handle.
-            self.call("cuModuleLoadData", |t| unsafe { (t.module_load)(&mut handle, image.as_ptr().cast()) })?;
-            Ok(Module { context: self.clone(), handle })
-        };
-        images.cubins.iter().find_map(|cubin| load(cubin).ok()).map_or_else(|| load(images.ptx.as_bytes()), Ok)
     }
 
     /// Queues a kernel with one structure as its argument, in any stream of this device.
@@ -289,16 +233,10 @@ impl Context {
         })
     }
 
-    /// Queues zeros over all of `memory`, in any stream of this device.
-    pub fn zero(&self, memory: &Memory, stream: Handle) -> Result<()> {
-        // SAFETY: within the allocation, whose owner waits for the stream before it lets go.
-        self.call("cuMemsetD8Async", |t| unsafe { (t.fill)(memory.address(), 0, memory.len(), stream) })
-    }
-
     /// Queues a copy to the host, in any stream of this device.
     ///
     /// # Safety
-    /// As [`Stream::copy_to_host`].
+    /// As [`Stream::copy_to_host`](super::Stream::copy_to_host).
     pub unsafe fn copy_to_host(&self, from: Address, to: *mut u8, len: usize, stream: Handle) -> Result<()> {
         // SAFETY: as the caller says.
         self.call("cuMemcpyDtoHAsync_v2", |t| unsafe { (t.to_host)(to.cast(), from, len, stream) })
@@ -310,9 +248,9 @@ impl Context {
     /// `at` is a multiple of 4 in pinned memory that lives until then.
     pub unsafe fn write_number(&self, at: Address, value: u32, stream: Handle) -> Result<()> {
         const CALL: &str = "cuStreamWriteValue32_v2";
-        let write = self.driver.table.write_number.ok_or_else(|| absent(CALL))?;
+        let write = self.driver.table.write_number.ok_or_else(|| codes::absent(CALL))?;
         // SAFETY: as the caller says.
-        self.call(CALL, |_| unsafe { write(stream, at, value, 0) })
+        self.call(CALL, |_| unsafe { write(stream, at, value, flag::WRITE_DEFAULT) })
     }
 
     /// Queues, in any stream of this device: wait until the number at `at` is `value`, or has gone past it.
@@ -321,27 +259,11 @@ impl Context {
     /// As [`Context::write_number`].
     pub unsafe fn wait_number(&self, at: Address, value: u32, stream: Handle) -> Result<()> {
         const CALL: &str = "cuStreamWaitValue32_v2";
-        const AT_LEAST: c_uint = 0;
-        let wait = self.driver.table.wait_number.ok_or_else(|| absent(CALL))?;
+        let wait = self.driver.table.wait_number.ok_or_else(|| codes::absent(CALL))?;
         // SAFETY: as the caller says.
-        self.call(CALL, |_| unsafe { wait(stream, at, value, AT_LEAST) })
-    }
-
-    /// Pins `len` bytes at `base` for all contexts, until the guard is dropped.
-    ///
-    /// # Safety
-    /// The memory stays mapped until then.
-    pub unsafe fn register(self: &Arc<Self>, base: *mut u8, len: usize) -> Result<Registered> {
-        const PORTABLE: c_uint = 1;
-        let _entered = self.enter()?;
-        // SAFETY: mapped memory, as the caller says.
-        self.call("cuMemHostRegister_v2", |t| unsafe { (t.register)(base.cast(), len, PORTABLE) })?;
-        Ok(Registered { context: self.clone(), base: base.addr() })
+        self.call(CALL, |_| unsafe { wait(stream, at, value, flag::WAIT_AT_LEAST) })
     }
 }
-
-/// The mode in which a thread may do what a capture in another would not survive.
-const RELAXED: c_uint = 2;
 
 /// While it lives, its context is current in its thread.
 pub struct Entered<'c> {

@@ -4,8 +4,12 @@
 //! That of the module above.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
+use super::super::embedded::Images;
+use super::Address;
+use super::batch::Copies;
+use super::codes::{self, flag};
 use super::context::{Context, REFUSALS};
-use super::{Address, Handle, Table, absent, code};
+use super::functions::{Handle, Table};
 use crate::error::Result;
 use crate::sync::Mutex;
 use std::ffi::CStr;
@@ -14,6 +18,79 @@ use std::time::{Duration, Instant};
 
 /// Since when the driver has been refusing to say how far something is.
 type Refusing = Mutex<Option<Instant>>;
+
+impl Context {
+    /// A stream of our own: it does not wait for the legacy default stream, and gives way to all others.
+    pub fn stream(self: &Arc<Self>) -> Result<Stream> {
+        let _entered = self.enter()?;
+        let (mut least, mut greatest, mut handle) = (0, 0, 0);
+        // SAFETY: writes two numbers.
+        self.call("cuCtxGetStreamPriorityRange", |t| unsafe { (t.priorities)(&mut least, &mut greatest) })?;
+        // SAFETY: writes one handle.
+        let made = |t: &Table| unsafe { (t.stream_create)(&mut handle, flag::STREAM_NON_BLOCKING, least) };
+        self.call("cuStreamCreateWithPriority", made)?;
+        Ok(Stream { context: self.clone(), handle, refusing: Mutex::default() })
+    }
+
+    /// An event, which is reached until it is recorded.
+    pub fn event(self: &Arc<Self>) -> Result<Event> {
+        let _entered = self.enter()?;
+        let mut handle = 0;
+        // SAFETY: writes one handle.
+        self.call("cuEventCreate", |t| unsafe { (t.event_create)(&mut handle, flag::EVENT_DISABLE_TIMING) })?;
+        Ok(Event { context: self.clone(), handle, refusing: Mutex::default() })
+    }
+
+    /// `len` bytes of the device, of unknown content.
+    pub fn memory(self: &Arc<Self>, len: usize) -> Result<Memory> {
+        let _entered = self.enter()?;
+        let mut at = 0;
+        // SAFETY: writes one address.
+        self.call("cuMemAlloc_v2", |t| unsafe { (t.allocate)(&mut at, len) })?;
+        Ok(Memory { context: self.clone(), at, len, host: false })
+    }
+
+    /// `len` pinned bytes of the host, which the device sees at the same address; all zero.
+    pub fn pinned(self: &Arc<Self>, len: usize) -> Result<Memory> {
+        let _entered = self.enter()?;
+        let mut at = 0;
+        // SAFETY: writes one address.
+        self.call("cuMemHostAlloc", |t| unsafe { (t.allocate_host)(&mut at, len, flag::HOST_PORTABLE_MAPPED) })?;
+        let memory = Memory { context: self.clone(), at, len, host: true };
+        // SAFETY: just allocated, and known to nobody.
+        unsafe { std::ptr::write_bytes(memory.pointer(), 0, len) };
+        Ok(memory)
+    }
+
+    /// Loads kernels from the first of their images that the device takes.
+    pub fn module(self: &Arc<Self>, images: &Images) -> Result<Module> {
+        let _entered = self.enter()?;
+        let load = |image: &'static [u8]| {
+            let mut handle = 0;
+            // SAFETY: PTX that ends in a zero, or machine code that says how long it is; writes one handle.
+            self.call("cuModuleLoadData", |t| unsafe { (t.module_load)(&mut handle, image.as_ptr().cast()) })?;
+            Ok(Module { context: self.clone(), handle })
+        };
+        images.cubins.iter().find_map(|cubin| load(cubin).ok()).map_or_else(|| load(images.ptx.as_bytes()), Ok)
+    }
+
+    /// Queues zeros over all of `memory`, in any stream of this device.
+    pub fn zero(&self, memory: &Memory, stream: Handle) -> Result<()> {
+        // SAFETY: within the allocation, whose owner waits for the stream before it lets go.
+        self.call("cuMemsetD8Async", |t| unsafe { (t.fill)(memory.address(), 0, memory.len(), stream) })
+    }
+
+    /// Pins `len` bytes at `base` for all contexts, until the guard is dropped.
+    ///
+    /// # Safety
+    /// The memory stays mapped until then.
+    pub unsafe fn register(self: &Arc<Self>, base: *mut u8, len: usize) -> Result<Registered> {
+        let _entered = self.enter()?;
+        // SAFETY: mapped memory, as the caller says.
+        self.call("cuMemHostRegister_v2", |t| unsafe { (t.register)(base.cast(), len, flag::REGISTER_PORTABLE) })?;
+        Ok(Registered { context: self.clone(), base: base.addr() })
+    }
+}
 
 /// A stream of our own.
 pub struct Stream {
@@ -47,6 +124,22 @@ impl Stream {
         unsafe { self.context.copy_to_host(from, to, len, self.handle) }
     }
 
+    /// Queues copies to the host, several in one call where the driver has that.
+    ///
+    /// # Safety
+    /// Each is as [`Stream::copy_to_host`] asks for.
+    pub unsafe fn copy_all_to_host(&self, copies: &Copies) -> Result<()> {
+        if let (Some(batch), true) = (self.context.driver.batch, copies.len() > 1) {
+            // SAFETY: as the caller says; the stream is one that we made.
+            return self.context.call(batch.name(), |_| unsafe { batch.call(copies, self.handle) });
+        }
+        for (from, to, len) in copies.each() {
+            // SAFETY: as the caller says.
+            unsafe { self.copy_to_host(from, to, len) }?;
+        }
+        Ok(())
+    }
+
     /// Queues a copy to the device. Where the host's memory is not pinned, the call may wait for all that is before it.
     ///
     /// # Safety
@@ -62,9 +155,9 @@ impl Stream {
     /// `at` is a multiple of 8 in memory of the device that lives until then.
     pub unsafe fn write(&self, at: Address, value: u64) -> Result<()> {
         const CALL: &str = "cuStreamWriteValue64_v2";
-        let write = self.context.driver.table.write_value.ok_or_else(|| absent(CALL))?;
+        let write = self.context.driver.table.write_value.ok_or_else(|| codes::absent(CALL))?;
         // SAFETY: as the caller says.
-        self.context.call(CALL, |_| unsafe { write(self.handle, at, value, 0) })
+        self.context.call(CALL, |_| unsafe { write(self.handle, at, value, flag::WRITE_DEFAULT) })
     }
 
     /// Queues zeros over all of `memory`.
@@ -102,19 +195,19 @@ impl Event {
         const POLL: Duration = Duration::from_micros(50);
         let (table, began) = (&self.context.driver.table, Instant::now());
         loop {
-            let mut code = code::SUCCESS;
+            let mut code = codes::SUCCESS;
             for _ in 0..2 {
                 self.context.alive()?;
                 // SAFETY: as in `record`.
                 code = unsafe { (table.event_record)(self.handle, stream) };
-                if code == code::SUCCESS {
+                if code == codes::SUCCESS {
                     return Ok(());
                 }
             }
             let refused = self.context.judge("cuEventRecord", code).map(drop);
             // SAFETY: as in `record`.
             let idle = self.context.code("cuStreamQuery", |t| unsafe { (t.stream_query)(stream) });
-            if code == code::INVALID_HANDLE || idle.is_ok_and(|code| code == code::SUCCESS) {
+            if code == codes::INVALID_HANDLE || idle.is_ok_and(|code| code == codes::SUCCESS) {
                 return refused;
             }
             if let (Err(error), true) = (&refused, began.elapsed() >= REFUSALS) {

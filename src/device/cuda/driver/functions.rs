@@ -1,0 +1,98 @@
+//! The driver's functions: which there are, and the table of those that a library has.
+//!
+//! # Safety argument
+//! That of the module above: the signatures are those of `cuda.h`.
+#![expect(unsafe_code, reason = "symbols of a C library; argument above")]
+
+use super::Address;
+use std::ffi::{c_char, c_int, c_uint, c_void};
+
+/// A `CUstream`, `CUevent`, `CUcontext`, `CUfunction`: opaque, and harmless as a number.
+pub type Handle = usize;
+
+/// Hands the functions to the macro `$with`, with their names in `cuda.h`; those with a question mark an older driver lacks.
+macro_rules! functions {
+    ($with:ident) => {
+        $with! {
+                init = cuInit(c_uint);
+                version = cuDriverGetVersion(*mut c_int);
+                device_count = cuDeviceGetCount(*mut c_int);
+                device_get = cuDeviceGet(*mut c_int, c_int);
+                device_name = cuDeviceGetName(*mut c_char, c_int, c_int);
+                device_pci_id = cuDeviceGetPCIBusId(*mut c_char, c_int, c_int);
+                retain = cuDevicePrimaryCtxRetain(*mut Handle, c_int);
+                get_current = cuCtxGetCurrent(*mut Handle);
+                set_current = cuCtxSetCurrent(Handle);
+                priorities = cuCtxGetStreamPriorityRange(*mut c_int, *mut c_int);
+                exchange_capture = cuThreadExchangeStreamCaptureMode(*mut c_uint);
+                stream_create = cuStreamCreateWithPriority(*mut Handle, c_uint, c_int);
+                stream_destroy = cuStreamDestroy_v2(Handle);
+                stream_query = cuStreamQuery(Handle);
+                stream_wait = cuStreamWaitEvent(Handle, Handle, c_uint);
+                stream_capturing = cuStreamIsCapturing(Handle, *mut c_uint);
+                event_create = cuEventCreate(*mut Handle, c_uint);
+                event_destroy = cuEventDestroy_v2(Handle);
+                event_record = cuEventRecord(Handle, Handle);
+                event_query = cuEventQuery(Handle);
+                register = cuMemHostRegister_v2(*mut c_void, usize, c_uint);
+                unregister = cuMemHostUnregister(*mut c_void);
+                to_host = cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, Handle);
+                to_device = cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, Handle);
+                allocate = cuMemAlloc_v2(*mut Address, usize);
+                free = cuMemFree_v2(Address);
+                allocate_host = cuMemHostAlloc(*mut Address, usize, c_uint);
+                free_host = cuMemFreeHost(Address);
+                fill = cuMemsetD8Async(Address, u8, usize, Handle);
+                module_load = cuModuleLoadData(*mut Handle, *const c_char);
+                module_unload = cuModuleUnload(Handle);
+                module_function = cuModuleGetFunction(*mut Handle, Handle, *const c_char);
+                launch = cuLaunchKernel(
+                    Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *const *const c_void, *const *const c_void
+                );
+                ? write_value = cuStreamWriteValue64_v2(Handle, Address, u64, c_uint);
+                ? wait_number = cuStreamWaitValue32_v2(Handle, Address, u32, c_uint);
+                ? write_number = cuStreamWriteValue32_v2(Handle, Address, u32, c_uint);
+        }
+    };
+}
+
+macro_rules! table {
+    (
+        $($name:ident = $symbol:ident($($argument:ty),* $(,)?);)*
+        $(? $extra:ident = $extra_symbol:ident($($extra_argument:ty),* $(,)?);)*
+    ) => {
+        /// The functions of a library.
+        pub struct Table {
+            // SAFETY: types of pointers, which promise nothing and do nothing.
+            $(pub $name: unsafe extern "C" fn($($argument),*) -> c_int,)*
+            // SAFETY: as above.
+            $(pub $extra: Option<unsafe extern "C" fn($($extra_argument),*) -> c_int>,)*
+        }
+
+        impl Table {
+            /// Looks every symbol up, once. The error is the name of one that is absent.
+            ///
+            /// # Safety
+            /// `library` is a CUDA driver.
+            pub unsafe fn find(library: &libloading::Library) -> Result<Self, &'static str> {
+                Ok(Self {
+                    $(
+                        // SAFETY: the caller says that it is a driver; the signature is that of `cuda.h`.
+                        $name: unsafe {
+                            let symbol = concat!(stringify!($symbol), "\0");
+                            *library.get(symbol.as_bytes()).map_err(|_| stringify!($symbol))?
+                        },
+                    )*
+                    $(
+                        // SAFETY: as above.
+                        $extra: unsafe {
+                            let symbol = concat!(stringify!($extra_symbol), "\0");
+                            library.get(symbol.as_bytes()).ok().map(|found| *found)
+                        },
+                    )*
+                })
+            }
+        }
+    };
+}
+functions!(table);

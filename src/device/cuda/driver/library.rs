@@ -1,0 +1,93 @@
+//! The library that is the driver: finding it, opening it, and what needs no context.
+//!
+//! # Safety argument
+//! That of the module above. The library is never unloaded.
+#![expect(unsafe_code, reason = "calls of a C library; argument above")]
+
+use super::batch::Batch;
+use super::codes;
+use super::functions::Table;
+use crate::error::{Error, ErrorKind, Result};
+use std::ffi::c_int;
+use std::path::Path;
+use std::sync::Arc;
+
+/// The driver of this machine.
+pub struct Driver {
+    pub(super) table: Table,
+    pub(super) batch: Option<Batch>,
+    version: i32,
+}
+
+impl Driver {
+    /// The driver that the system's loader finds.
+    ///
+    /// # Errors
+    /// `Unavailable`, naming what is missing.
+    pub fn find() -> Result<Arc<Self>> {
+        let mut missing = None;
+        // The first is the driver's own name; toolkits carry stubs under the second.
+        for name in ["libcuda.so.1", "libcuda.so"] {
+            match Self::open(Path::new(name)) {
+                Err(error) if error.kind() == ErrorKind::NotFound => missing = missing.or(Some(error)),
+                found => return found,
+            }
+        }
+        let missing = missing.unwrap_or_else(|| Error::internal("no library was looked for"));
+        Err(missing.with_kind(ErrorKind::Unavailable))
+    }
+
+    /// The driver in the library `path`.
+    ///
+    /// # Errors
+    /// `NotFound` when it cannot be loaded; `Unavailable`, naming what is missing, when it is no driver that works.
+    pub fn open(path: &Path) -> Result<Arc<Self>> {
+        let named = || format!("library={path:?}");
+        // SAFETY: a driver's initialisers are meant to be run by any program; the caller named a driver.
+        let library = unsafe { libloading::Library::new(path) }.map_err(|error| {
+            Error::new(ErrorKind::NotFound, format!("no CUDA driver is installed {}", named())).with_source(error)
+        })?;
+        // Never unloaded: drivers have threads.
+        let library = std::mem::ManuallyDrop::new(library);
+        // SAFETY: the library was named as that of a driver.
+        let table = unsafe { Table::find(&library) };
+        let unavailable = |why: String| Error::new(ErrorKind::Unavailable, why);
+        let table = table
+            .map_err(|symbol| unavailable(format!("the CUDA driver is too old or none symbol={symbol} {}", named())))?;
+        // SAFETY: as above.
+        let batch = unsafe { Batch::find(&library) };
+        let mut driver = Self { table, batch, version: 0 };
+        // SAFETY: no arguments but a reserved zero.
+        driver.start("cuInit", unsafe { (driver.table.init)(0) })?;
+        let mut version = 0;
+        // SAFETY: writes one number.
+        driver.start("cuDriverGetVersion", unsafe { (driver.table.version)(&mut version) })?;
+        driver.version = version;
+        if driver.devices()? == 0 {
+            return Err(unavailable("the CUDA driver has no device".into()));
+        }
+        Ok(Arc::new(driver))
+    }
+
+    /// How many devices there are.
+    pub fn devices(&self) -> Result<u32> {
+        let mut count = 0;
+        // SAFETY: writes one number.
+        self.start("cuDeviceGetCount", unsafe { (self.table.device_count)(&mut count) })?;
+        Ok(u32::try_from(count).unwrap_or(0))
+    }
+
+    /// The version of CUDA that it speaks: 12040 is 12.4.
+    pub fn version(&self) -> i32 {
+        self.version
+    }
+
+    /// Fails when it cannot make many copies in one call.
+    pub fn batches(&self) -> Result<()> {
+        self.batch.map(drop).ok_or_else(|| codes::absent("cuMemcpyBatchAsync"))
+    }
+
+    fn start(&self, call: &'static str, code: c_int) -> Result<()> {
+        if code == codes::SUCCESS { Ok(()) } else { Err(codes::refused(call, code).with_kind(ErrorKind::Unavailable)) }
+    }
+}
