@@ -1,4 +1,5 @@
-//! The CUDA driver, found at run time. No file outside this folder calls it. From below: `functions` is the table of its functions,
+//! The CUDA driver, found at run time. No file outside this folder calls it. From below: `handles` are the types of
+//! its objects, `functions` is the table of its functions,
 //! `codes` what they return, `batch` a function that a driver may lack, `library` how the driver is found, `context` what a device
 //! is asked, `owned` what a driver hands out and takes back.
 //!
@@ -20,13 +21,12 @@ mod batch;
 mod codes;
 mod context;
 mod functions;
+mod handles;
 mod library;
 mod owned;
 
 pub(super) use batch::Copies;
 pub(super) use context::Context;
+pub(super) use handles::{Address, FunctionHandle, StreamHandle};
 pub(super) use library::Driver;
 pub(super) use owned::{Event, Memory, Module, Registered, Stream};
-
-/// An address of a device.
-pub(super) type Address = u64;

@@ -10,7 +10,7 @@
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::Shared;
-use super::driver::{Address, Memory, Module, Stream};
+use super::driver::{Address, FunctionHandle, Memory, Module, Stream, StreamHandle};
 use super::embedded;
 use super::gpu::{Gpu, PATIENCE, POLL};
 use super::late_copy::{Fences, Save};
@@ -62,8 +62,8 @@ pub(super) struct Loaded {
     pub tables: Tables,
     /// Where fences make late copies; or why they do not. Tensors are gathered either way.
     pub late_copies: Result<Slots>,
-    gather: usize,
-    digest: usize,
+    gather: FunctionHandle,
+    digest: FunctionHandle,
     /// How much of `room` is for captured tensors; a chunk that is put together lies behind it.
     captured: u64,
     running: Mutex<Vec<Running>>,
@@ -193,7 +193,7 @@ impl Loaded {
     /// Nothing of it is queued.
     fn keep(
         &self,
-        stream: usize,
+        stream: StreamHandle,
         table: Arc<Table>,
         results: impl Any + Send + Sync,
         launch: impl FnOnce() -> Result<()>,
@@ -216,7 +216,7 @@ impl Loaded {
     ///
     /// # Safety
     /// The table, and what it points to, stays until the kernel has run.
-    unsafe fn copy(&self, table: &Table, entries: Range<u32>, base: Address, stream: usize) -> Result<()> {
+    unsafe fn copy(&self, table: &Table, entries: Range<u32>, base: Address, stream: StreamHandle) -> Result<()> {
         let (first, count) = (entries.start, entries.end - entries.start);
         if count == 0 {
             return Ok(());
@@ -242,7 +242,7 @@ impl Loaded {
     ///
     /// # Safety
     /// The table, what it points to, and `out` stay until that has run.
-    unsafe fn digest(&self, table: &Table, out: &Memory, stream: usize) -> Result<()> {
+    unsafe fn digest(&self, table: &Table, out: &Memory, stream: StreamHandle) -> Result<()> {
         let (context, count) = (&self.gpu.context, table.lengths.len() as u32);
         table.arrive(stream)?;
         context.zero(out, stream)?;
@@ -382,8 +382,8 @@ impl device::Kernels for Kernels {
         let all = 0..table.lengths.len() as u32;
         // SAFETY: `keep` keeps the table; the room lives as long as the kernels, and the stager keeps the tensors until what is
         // added to `queued` is over.
-        let launch = || unsafe { loaded.copy(&table, all, 0, stream.handle) };
-        let (behind, launched) = loaded.keep(stream.handle, table.clone(), (), launch)?;
+        let launch = || unsafe { loaded.copy(&table, all, 0, (&stream).into()) };
+        let (behind, launched) = loaded.keep((&stream).into(), table.clone(), (), launch)?;
         queued.push(Arc::new(Behind(behind)));
         launched
     }
@@ -402,8 +402,8 @@ impl device::Kernels for Kernels {
         let results = Arc::new(loaded.results(bytes)?);
         // SAFETY: `keep` keeps table and results; the stager keeps the tensors until what is added to
         // `queued` is over.
-        let launch = || unsafe { loaded.digest(&table, results.device()?, stream.handle) };
-        let (behind, launched) = loaded.keep(stream.handle, table.clone(), results.clone(), launch)?;
+        let launch = || unsafe { loaded.digest(&table, results.device()?, (&stream).into()) };
+        let (behind, launched) = loaded.keep((&stream).into(), table.clone(), results.clone(), launch)?;
         queued.push(Arc::new(Behind(behind.clone())));
         launched?;
         loaded.results.wait(&behind)?;

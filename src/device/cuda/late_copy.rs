@@ -10,7 +10,7 @@
 //! The addresses of tensors are those of sources, which the stager keeps until F is told or everything has left the device.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
-use super::driver::{Address, Memory, Module};
+use super::driver::{Address, FunctionHandle, Memory, Module, StreamHandle};
 use super::gpu::{Gpu, PATIENCE, POLL};
 use super::kernels::Loaded;
 use super::pooled_event::{PooledEvent, events_of};
@@ -73,9 +73,9 @@ struct Publish {
 
 /// The fences of one device.
 pub(super) struct Fences {
-    latch: usize,
-    copy: usize,
-    publish: usize,
+    latch: FunctionHandle,
+    copy: FunctionHandle,
+    publish: FunctionHandle,
     // Before the memory that its kernels use.
     _module: Module,
     /// A `FencePlace` for each save, then the watermark.
@@ -151,7 +151,7 @@ impl Fences {
     fn queue(
         &self,
         gpu: &Gpu,
-        stream: usize,
+        stream: StreamHandle,
         index: usize,
         latch: &Latch,
         list: (u64, u64, u64, u64, u32),
@@ -274,22 +274,22 @@ impl DeviceLateCopy for Save {
         let at = memory.address();
         let list = List { fences: cell.fences.clone(), memory: Some(memory) };
         for event in events_of(point)? {
-            event.make_wait(stream.handle)?;
+            event.make_wait(stream.into())?;
         }
-        table.arrive(stream.handle)?;
+        table.arrive(stream.into())?;
         let after = gpu.event()?;
         if behind_copies {
             let event = gpu.event()?;
             event.record(gpu.copies.handle())?;
-            event.make_wait(stream.handle)?;
+            event.make_wait(stream.into())?;
         }
         let latch = Latch { base: if mutant::on(Mutant::Watermark) { 0 } else { latch.base }, ..*latch };
         let arguments = (table.pieces(), table.views(), table.begins(), at, latch.chunks - slots.len() as u32);
         let (loaded, table) = (self.loaded.clone(), table.clone());
         let mut launched = Launched { whole: false, after, list: Some(list), cell: cell.clone(), table, loaded };
         // From here on something may be queued, whatever the driver says of a later call.
-        let queued = cell.fences.queue(gpu, stream.handle, cell.index, &latch, arguments);
-        let recorded = launched.after.insist(stream.handle);
+        let queued = cell.fences.queue(gpu, stream.into(), cell.index, &latch, arguments);
+        let recorded = launched.after.insist(stream.into());
         let queued = queued.and(recorded).and_then(|()| launched.follow(others));
         launched.whole = queued.is_ok();
         let queued = queued.map_err(|error| error.with_kind(ErrorKind::Device));

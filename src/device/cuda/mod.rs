@@ -142,7 +142,7 @@ impl Device for Cuda {
             let gpu = self.0.gpu(stream.ordinal)?;
             let _entered = gpu.context.enter()?;
             let event = gpu.event()?;
-            event.record(stream.handle)?;
+            event.record(stream.into())?;
             Ok(event)
         });
         Ok(Arc::new(behind.collect::<Result<Vec<PooledEvent>>>()?))
@@ -186,7 +186,7 @@ impl Shared {
         for stream in streams {
             let waiting = self.gpu(stream.ordinal)?;
             let _entered = waiting.context.enter()?;
-            event.make_wait(stream.handle)?;
+            event.make_wait(stream.into())?;
         }
         Ok(())
     }
@@ -196,7 +196,7 @@ impl Shared {
         for stream in streams {
             let gpu = self.gpu(stream.ordinal)?;
             let _entered = gpu.context.enter()?;
-            gpu.context.refuse_capture(stream.handle)?;
+            gpu.context.refuse_capture(stream.into())?;
         }
         Ok(())
     }

@@ -12,7 +12,6 @@ use super::kernels::Kernels;
 use crate::device::{Kernels as _, Piece, Pieces, View};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::state::DeviceStream;
 use smallvec::smallvec;
 use std::mem::forget;
 use std::sync::Arc;
@@ -29,8 +28,7 @@ pub(super) fn run(kernels: &Kernels) -> Result<()> {
     vary(sent);
     let (pieces, expected) = list(sent, from.address(), to.address());
     let (sent, back) = (sent.as_ptr(), host.pointer().wrapping_add(BYTES));
-    // SAFETY: a stream of our own, of this context.
-    let stream = unsafe { DeviceStream::new(gpu.context.ordinal, gpu.copies.handle()) };
+    let stream = gpu.copies.as_device();
     // The stream of copies is waited for, and with it all that is queued.
     let mut queued = Vec::new();
     let mut queue = || {

@@ -9,7 +9,7 @@
 //! when the copy to it has ended.
 #![expect(unsafe_code, reason = "writes tables in pinned memory; argument above")]
 
-use super::driver::{Address, Memory, Stream};
+use super::driver::{Address, Memory, Stream, StreamHandle};
 use super::gpu::Gpu;
 use super::pooled_event::PooledEvent;
 use crate::device::{Piece, Pieces, View};
@@ -188,7 +188,7 @@ fn fill(to: &Memory, pieces: &Pieces, part: u64, views: usize, begins: usize) ->
 
 impl Table {
     /// Makes `stream` wait until the list is on the device.
-    pub fn arrive(&self, stream: usize) -> Result<()> {
+    pub fn arrive(&self, stream: StreamHandle) -> Result<()> {
         match &self.ready {
             Some(ready) if !ready.is_reached()? => ready.make_wait(stream),
             _ => Ok(()),

@@ -11,7 +11,7 @@
 #![expect(unsafe_code, reason = "numbers that a device and the host share; argument above")]
 
 use super::Shared;
-use super::driver::{Address, Context, Memory, Stream};
+use super::driver::{Address, Context, Memory, Stream, StreamHandle};
 use super::gpu::{Gpu, PATIENCE, POLL};
 use super::pooled_event::PooledEvent;
 use crate::device::{self, Hold};
@@ -102,13 +102,13 @@ impl Rows {
     }
 
     /// The number of a row, and of a device in it, is to be `value` behind what is in `stream`.
-    fn write(&self, context: &Context, row: usize, value: u32, stream: usize) -> Result<()> {
+    fn write(&self, context: &Context, row: usize, value: u32, stream: StreamHandle) -> Result<()> {
         // SAFETY: aligned; the numbers live until this has been reached, or for ever.
         unsafe { context.write_number(self.address(row, context.ordinal), value, stream) }
     }
 
     /// What comes to `stream`, which is of `context`, waits until the number of `device` is `value`.
-    fn wait(&self, context: &Context, row: usize, device: u32, value: u32, stream: usize) -> Result<()> {
+    fn wait(&self, context: &Context, row: usize, device: u32, value: u32, stream: StreamHandle) -> Result<()> {
         // SAFETY: as above.
         unsafe { context.wait_number(self.address(row, device), value, stream) }
     }
@@ -177,10 +177,10 @@ impl Rows {
         }
         for (stream, event) in streams.iter().zip(waits) {
             let all = |context: &Context| {
-                let each = |gpu: &Arc<Gpu>| self.wait(context, index, gpu.context.ordinal, value, stream.handle);
+                let each = |gpu: &Arc<Gpu>| self.wait(context, index, gpu.context.ordinal, value, stream.into());
                 gpus.iter().try_for_each(each)
             };
-            queue(event, stream.handle, lost, all)?;
+            queue(event, stream.into(), lost, all)?;
         }
         Ok(Some(Arc::new(guard)))
     }
@@ -195,7 +195,12 @@ impl Rows {
 }
 
 /// Queues `work` in `stream`, which is of the event's device, and the event behind it.
-fn queue(event: &PooledEvent, stream: usize, lost: &mut bool, work: impl FnOnce(&Context) -> Result<()>) -> Result<()> {
+fn queue(
+    event: &PooledEvent,
+    stream: StreamHandle,
+    lost: &mut bool,
+    work: impl FnOnce(&Context) -> Result<()>,
+) -> Result<()> {
     let _entered = event.gpu.context.enter()?;
     let queued = work(&event.gpu.context);
     // Also where that failed: it may be queued all the same. A second try, because nobody else can say when it ends.

@@ -5,9 +5,8 @@
 //! during the call alone.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
-use super::Address;
 use super::codes::flag;
-use super::functions::Handle;
+use super::handles::{Address, StreamHandle};
 use crate::tries;
 use std::ffi::{c_int, c_uint};
 use std::sync::atomic::Ordering;
@@ -31,7 +30,7 @@ type WithIndex = unsafe extern "C" fn(
     *const usize,
     usize,
     *mut usize,
-    Handle,
+    StreamHandle,
 ) -> c_int;
 // SAFETY: as above.
 type Plain = unsafe extern "C" fn(
@@ -42,7 +41,7 @@ type Plain = unsafe extern "C" fn(
     *const Attributes,
     *const usize,
     usize,
-    Handle,
+    StreamHandle,
 ) -> c_int;
 
 /// The function, as CUDA 13 has it, or as 12.8 had it: with the index of a copy that is wrong.
@@ -74,7 +73,7 @@ impl Batch {
 
     /// # Safety
     /// Whatever the copies say is as [`Stream::copy_to_host`](super::Stream::copy_to_host) asks for, and the stream is a live one that is no default stream.
-    pub unsafe fn call(self, copies: &Copies, stream: Handle) -> c_int {
+    pub unsafe fn call(self, copies: &Copies, stream: StreamHandle) -> c_int {
         let overlap = tries::PREFER_OVERLAP.load(Ordering::Relaxed);
         let flags = if overlap { flag::COPY_PREFER_OVERLAP_WITH_COMPUTE } else { flag::COPY_DEFAULT };
         let attributes = Attributes { order: flag::COPY_IN_STREAM_ORDER, hints: [0; 4], flags };

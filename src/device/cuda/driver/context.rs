@@ -4,9 +4,9 @@
 //! That of the module above.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
-use super::Address;
 use super::codes::{self, flag};
-use super::functions::{Handle, Table};
+use super::functions::Table;
+use super::handles::{Address, ContextHandle, FunctionHandle, StreamHandle};
 use super::library::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork;
@@ -24,7 +24,7 @@ pub(super) const REFUSALS: Duration = Duration::from_secs(2);
 pub struct Context {
     pub(super) driver: Arc<Driver>,
     pub ordinal: u32,
-    handle: Handle,
+    handle: ContextHandle,
     dead: AtomicBool,
     why: Mutex<Option<Error>>,
     generation: u64,
@@ -42,8 +42,9 @@ impl Context {
             return Err(Error::new(ErrorKind::Unavailable, missing));
         }
         let generation = fork::generation();
-        let mut context = Self { driver, ordinal, handle: 0, dead: false.into(), why: Mutex::new(None), generation };
-        let (mut device, mut handle) = (0, 0);
+        let handle = ContextHandle::default();
+        let mut context = Self { driver, ordinal, handle, dead: false.into(), why: Mutex::new(None), generation };
+        let (mut device, mut handle) = (0, handle);
         // SAFETY: writes one number.
         context.call("cuDeviceGet", |t| unsafe { (t.device_get)(&mut device, ordinal as c_int) })?;
         // SAFETY: writes one handle.
@@ -171,7 +172,7 @@ impl Context {
     /// Makes the context current in this thread until the guard is dropped; what the thread does until then breaks no capture of
     /// a graph, its own or another's.
     pub fn enter(&self) -> Result<Entered<'_>> {
-        let mut before = 0;
+        let mut before = ContextHandle::default();
         // SAFETY: writes one handle.
         self.call("cuCtxGetCurrent", |t| unsafe { (t.get_current)(&mut before) })?;
         if before != self.handle {
@@ -203,7 +204,7 @@ impl Context {
     }
 
     /// Refuses a stream that is being captured into a graph: what is queued there would not run now.
-    pub fn refuse_capture(&self, stream: Handle) -> Result<()> {
+    pub fn refuse_capture(&self, stream: StreamHandle) -> Result<()> {
         let mut status = 0;
         // SAFETY: writes one number; that the handle is a stream is in the contract of `DeviceStream`'s users.
         self.call("cuStreamIsCapturing", |t| unsafe { (t.stream_capturing)(stream, &mut status) })?;
@@ -211,7 +212,7 @@ impl Context {
             return Ok(());
         }
         let why = "a stream is being captured into a graph: save, fence and restore between launches";
-        Err(Error::invalid(format!("{why} device=cuda:{} stream={stream:#x}", self.ordinal)))
+        Err(Error::invalid(format!("{why} device=cuda:{} stream={:#x}", self.ordinal, stream.number())))
     }
 
     /// Queues a kernel with one structure as its argument, in any stream of this device.
@@ -220,8 +221,8 @@ impl Context {
     /// `function` is of a live module of this context and takes an `A`; what its addresses point to stays until it has run.
     pub unsafe fn launch<A: Copy>(
         &self,
-        function: Handle,
-        stream: Handle,
+        function: FunctionHandle,
+        stream: StreamHandle,
         grid: u32,
         block: u32,
         argument: &A,
@@ -237,7 +238,7 @@ impl Context {
     ///
     /// # Safety
     /// As [`Stream::copy_to_host`](super::Stream::copy_to_host).
-    pub unsafe fn copy_to_host(&self, from: Address, to: *mut u8, len: usize, stream: Handle) -> Result<()> {
+    pub unsafe fn copy_to_host(&self, from: Address, to: *mut u8, len: usize, stream: StreamHandle) -> Result<()> {
         // SAFETY: as the caller says.
         self.call("cuMemcpyDtoHAsync_v2", |t| unsafe { (t.to_host)(to.cast(), from, len, stream) })
     }
@@ -246,7 +247,7 @@ impl Context {
     ///
     /// # Safety
     /// `at` is a multiple of 4 in pinned memory that lives until then.
-    pub unsafe fn write_number(&self, at: Address, value: u32, stream: Handle) -> Result<()> {
+    pub unsafe fn write_number(&self, at: Address, value: u32, stream: StreamHandle) -> Result<()> {
         const CALL: &str = "cuStreamWriteValue32_v2";
         let write = self.driver.table.write_number.ok_or_else(|| codes::absent(CALL))?;
         // SAFETY: as the caller says.
@@ -257,7 +258,7 @@ impl Context {
     ///
     /// # Safety
     /// As [`Context::write_number`].
-    pub unsafe fn wait_number(&self, at: Address, value: u32, stream: Handle) -> Result<()> {
+    pub unsafe fn wait_number(&self, at: Address, value: u32, stream: StreamHandle) -> Result<()> {
         const CALL: &str = "cuStreamWaitValue32_v2";
         let wait = self.driver.table.wait_number.ok_or_else(|| codes::absent(CALL))?;
         // SAFETY: as the caller says.
@@ -268,7 +269,7 @@ impl Context {
 /// While it lives, its context is current in its thread.
 pub struct Entered<'c> {
     context: &'c Context,
-    before: Handle,
+    before: ContextHandle,
     mode: Option<c_uint>,
 }
 

@@ -4,11 +4,8 @@
 //! That of the module above: the signatures are those of `cuda.h`.
 #![expect(unsafe_code, reason = "symbols of a C library; argument above")]
 
-use super::Address;
+use super::handles::{Address, ContextHandle, EventHandle, FunctionHandle, ModuleHandle, StreamHandle};
 use std::ffi::{c_char, c_int, c_uint, c_void};
-
-/// A `CUstream`, `CUevent`, `CUcontext`, `CUfunction`: opaque, and harmless as a number.
-pub type Handle = usize;
 
 /// Hands the functions to the macro `$with`, with their names in `cuda.h`; those with a question mark an older driver lacks.
 macro_rules! functions {
@@ -20,38 +17,39 @@ macro_rules! functions {
                 device_get = cuDeviceGet(*mut c_int, c_int);
                 device_name = cuDeviceGetName(*mut c_char, c_int, c_int);
                 device_pci_id = cuDeviceGetPCIBusId(*mut c_char, c_int, c_int);
-                retain = cuDevicePrimaryCtxRetain(*mut Handle, c_int);
-                get_current = cuCtxGetCurrent(*mut Handle);
-                set_current = cuCtxSetCurrent(Handle);
+                retain = cuDevicePrimaryCtxRetain(*mut ContextHandle, c_int);
+                get_current = cuCtxGetCurrent(*mut ContextHandle);
+                set_current = cuCtxSetCurrent(ContextHandle);
                 priorities = cuCtxGetStreamPriorityRange(*mut c_int, *mut c_int);
                 exchange_capture = cuThreadExchangeStreamCaptureMode(*mut c_uint);
-                stream_create = cuStreamCreateWithPriority(*mut Handle, c_uint, c_int);
-                stream_destroy = cuStreamDestroy_v2(Handle);
-                stream_query = cuStreamQuery(Handle);
-                stream_wait = cuStreamWaitEvent(Handle, Handle, c_uint);
-                stream_capturing = cuStreamIsCapturing(Handle, *mut c_uint);
-                event_create = cuEventCreate(*mut Handle, c_uint);
-                event_destroy = cuEventDestroy_v2(Handle);
-                event_record = cuEventRecord(Handle, Handle);
-                event_query = cuEventQuery(Handle);
+                stream_create = cuStreamCreateWithPriority(*mut StreamHandle, c_uint, c_int);
+                stream_destroy = cuStreamDestroy_v2(StreamHandle);
+                stream_query = cuStreamQuery(StreamHandle);
+                stream_wait = cuStreamWaitEvent(StreamHandle, EventHandle, c_uint);
+                stream_capturing = cuStreamIsCapturing(StreamHandle, *mut c_uint);
+                event_create = cuEventCreate(*mut EventHandle, c_uint);
+                event_destroy = cuEventDestroy_v2(EventHandle);
+                event_record = cuEventRecord(EventHandle, StreamHandle);
+                event_query = cuEventQuery(EventHandle);
                 register = cuMemHostRegister_v2(*mut c_void, usize, c_uint);
                 unregister = cuMemHostUnregister(*mut c_void);
-                to_host = cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, Handle);
-                to_device = cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, Handle);
+                to_host = cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, StreamHandle);
+                to_device = cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, StreamHandle);
                 allocate = cuMemAlloc_v2(*mut Address, usize);
                 free = cuMemFree_v2(Address);
                 allocate_host = cuMemHostAlloc(*mut Address, usize, c_uint);
                 free_host = cuMemFreeHost(Address);
-                fill = cuMemsetD8Async(Address, u8, usize, Handle);
-                module_load = cuModuleLoadData(*mut Handle, *const c_char);
-                module_unload = cuModuleUnload(Handle);
-                module_function = cuModuleGetFunction(*mut Handle, Handle, *const c_char);
+                fill = cuMemsetD8Async(Address, u8, usize, StreamHandle);
+                module_load = cuModuleLoadData(*mut ModuleHandle, *const c_char);
+                module_unload = cuModuleUnload(ModuleHandle);
+                module_function = cuModuleGetFunction(*mut FunctionHandle, ModuleHandle, *const c_char);
                 launch = cuLaunchKernel(
-                    Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *const *const c_void, *const *const c_void
+                    FunctionHandle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, StreamHandle, *const *const c_void,
+                    *const *const c_void
                 );
-                ? write_value = cuStreamWriteValue64_v2(Handle, Address, u64, c_uint);
-                ? wait_number = cuStreamWaitValue32_v2(Handle, Address, u32, c_uint);
-                ? write_number = cuStreamWriteValue32_v2(Handle, Address, u32, c_uint);
+                ? write_value = cuStreamWriteValue64_v2(StreamHandle, Address, u64, c_uint);
+                ? wait_number = cuStreamWaitValue32_v2(StreamHandle, Address, u32, c_uint);
+                ? write_number = cuStreamWriteValue32_v2(StreamHandle, Address, u32, c_uint);
         }
     };
 }

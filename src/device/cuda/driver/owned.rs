@@ -5,12 +5,13 @@
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
 use super::super::embedded::Images;
-use super::Address;
 use super::batch::Copies;
 use super::codes::{self, flag};
 use super::context::{Context, REFUSALS};
-use super::functions::{Handle, Table};
+use super::functions::Table;
+use super::handles::{Address, EventHandle, FunctionHandle, ModuleHandle, StreamHandle};
 use crate::error::Result;
+use crate::state::DeviceStream;
 use crate::sync::Mutex;
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ impl Context {
     /// A stream of our own: it does not wait for the legacy default stream, and gives way to all others.
     pub fn stream(self: &Arc<Self>) -> Result<Stream> {
         let _entered = self.enter()?;
-        let (mut least, mut greatest, mut handle) = (0, 0, 0);
+        let (mut least, mut greatest, mut handle) = (0, 0, StreamHandle::default());
         // SAFETY: writes two numbers.
         self.call("cuCtxGetStreamPriorityRange", |t| unsafe { (t.priorities)(&mut least, &mut greatest) })?;
         // SAFETY: writes one handle.
@@ -35,7 +36,7 @@ impl Context {
     /// An event, which is reached until it is recorded.
     pub fn event(self: &Arc<Self>) -> Result<Event> {
         let _entered = self.enter()?;
-        let mut handle = 0;
+        let mut handle = EventHandle::default();
         // SAFETY: writes one handle.
         self.call("cuEventCreate", |t| unsafe { (t.event_create)(&mut handle, flag::EVENT_DISABLE_TIMING) })?;
         Ok(Event { context: self.clone(), handle, refusing: Mutex::default() })
@@ -66,7 +67,7 @@ impl Context {
     pub fn module(self: &Arc<Self>, images: &Images) -> Result<Module> {
         let _entered = self.enter()?;
         let load = |image: &'static [u8]| {
-            let mut handle = 0;
+            let mut handle = ModuleHandle::default();
             // SAFETY: PTX that ends in a zero, or machine code that says how long it is; writes one handle.
             self.call("cuModuleLoadData", |t| unsafe { (t.module_load)(&mut handle, image.as_ptr().cast()) })?;
             Ok(Module { context: self.clone(), handle })
@@ -75,7 +76,7 @@ impl Context {
     }
 
     /// Queues zeros over all of `memory`, in any stream of this device.
-    pub fn zero(&self, memory: &Memory, stream: Handle) -> Result<()> {
+    pub fn zero(&self, memory: &Memory, stream: StreamHandle) -> Result<()> {
         // SAFETY: within the allocation, whose owner waits for the stream before it lets go.
         self.call("cuMemsetD8Async", |t| unsafe { (t.fill)(memory.address(), 0, memory.len(), stream) })
     }
@@ -95,13 +96,19 @@ impl Context {
 /// A stream of our own.
 pub struct Stream {
     pub(super) context: Arc<Context>,
-    pub(super) handle: Handle,
+    pub(super) handle: StreamHandle,
     pub(super) refusing: Refusing,
 }
 
 impl Stream {
-    pub fn handle(&self) -> Handle {
+    pub fn handle(&self) -> StreamHandle {
         self.handle
+    }
+
+    /// As a program names one of its own.
+    pub fn as_device(&self) -> DeviceStream<'_> {
+        // SAFETY: of the primary context of this device, and destroyed when it is dropped, until which it is borrowed.
+        unsafe { DeviceStream::new(self.context.ordinal, self.handle.number()) }
     }
 
     /// Everything queued later comes after what `event` was last recorded behind.
@@ -177,13 +184,13 @@ impl Drop for Stream {
 /// An event of our own.
 pub struct Event {
     pub(super) context: Arc<Context>,
-    pub(super) handle: Handle,
+    pub(super) handle: EventHandle,
     pub(super) refusing: Refusing,
 }
 
 impl Event {
     /// Records it behind everything queued in `stream` so far.
-    pub fn record(&self, stream: Handle) -> Result<()> {
+    pub fn record(&self, stream: StreamHandle) -> Result<()> {
         // SAFETY: a live event; the stream is ours, or one for which the program vouched.
         self.context.call("cuEventRecord", |t| unsafe { (t.event_record)(self.handle, stream) })
     }
@@ -191,7 +198,7 @@ impl Event {
     /// Records it in a stream of the program behind what was queued there just now, and goes on trying for
     /// `REFUSALS`: an event that was not recorded counts as reached, and sources would be freed under kernels
     /// that read them. After an error nothing of that runs any more, or the context is lost.
-    pub fn insist(&self, stream: Handle) -> Result<()> {
+    pub fn insist(&self, stream: StreamHandle) -> Result<()> {
         const POLL: Duration = Duration::from_micros(50);
         let (table, began) = (&self.context.driver.table, Instant::now());
         loop {
@@ -218,7 +225,7 @@ impl Event {
     }
 
     /// Makes `stream` wait for what it was last recorded behind.
-    pub fn make_wait(&self, stream: Handle) -> Result<()> {
+    pub fn make_wait(&self, stream: StreamHandle) -> Result<()> {
         // SAFETY: as in `record`.
         self.context.call("cuStreamWaitEvent", |t| unsafe { (t.stream_wait)(stream, self.handle, 0) })
     }
@@ -290,13 +297,13 @@ impl Drop for Memory {
 /// Kernels that are loaded.
 pub struct Module {
     pub(super) context: Arc<Context>,
-    pub(super) handle: Handle,
+    pub(super) handle: ModuleHandle,
 }
 
 impl Module {
-    pub fn function(&self, name: &CStr) -> Result<Handle> {
+    pub fn function(&self, name: &CStr) -> Result<FunctionHandle> {
         let _entered = self.context.enter()?;
-        let mut function = 0;
+        let mut function = FunctionHandle::default();
         // SAFETY: a live module, a name that ends in a zero; writes one handle.
         let find = |t: &Table| unsafe { (t.module_function)(&mut function, self.handle, name.as_ptr()) };
         self.context.call("cuModuleGetFunction", find)?;
