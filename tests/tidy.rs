@@ -47,6 +47,7 @@ const ISLANDS: [&str; 35] = [
     "src/device/cuda/driver/functions.rs",
     "src/device/cuda/driver/library.rs",
     "src/device/cuda/driver/owned.rs",
+    "src/device/cuda/driver/proof.rs",
     "src/device/cuda/gpu.rs",
     "src/device/cuda/kernels.rs",
     "src/device/cuda/copy_streams.rs",

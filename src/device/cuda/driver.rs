@@ -24,6 +24,8 @@ mod functions;
 mod handles;
 mod library;
 mod owned;
+#[cfg(all(test, not(any(loom, miri))))]
+mod proof;
 
 pub(super) use batch::Copies;
 pub(super) use context::Context;

@@ -15,32 +15,33 @@ use std::sync::atomic::Ordering;
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct Attributes {
-    order: c_uint,
-    hints: [c_uint; 4],
-    flags: c_uint,
+    pub order: c_uint,
+    pub hints: [c_uint; 4],
+    pub flags: c_uint,
 }
 
+/// The arrays are only read: `cuda.h` does not say so.
 // SAFETY: a type, which promises nothing and does nothing.
-type WithIndex = unsafe extern "C" fn(
-    *const *mut u8,
-    *const Address,
-    *const usize,
-    usize,
-    *const Attributes,
-    *const usize,
-    usize,
+pub(super) type Plain = unsafe extern "C" fn(
+    *mut *mut u8,
+    *mut Address,
     *mut usize,
+    usize,
+    *mut Attributes,
+    *mut usize,
+    usize,
     StreamHandle,
 ) -> c_int;
 // SAFETY: as above.
-type Plain = unsafe extern "C" fn(
-    *const *mut u8,
-    *const Address,
-    *const usize,
+pub(super) type WithIndex = unsafe extern "C" fn(
+    *mut *mut u8,
+    *mut Address,
+    *mut usize,
     usize,
-    *const Attributes,
-    *const usize,
+    *mut Attributes,
+    *mut usize,
     usize,
+    *mut usize,
     StreamHandle,
 ) -> c_int;
 
@@ -72,19 +73,21 @@ impl Batch {
     }
 
     /// # Safety
-    /// Whatever the copies say is as [`Stream::copy_to_host`](super::Stream::copy_to_host) asks for, and the stream is a live one that is no default stream.
+    /// Whatever the copies say is as [`Stream::copy_to_host`](super::Stream::copy_to_host) asks for, and the stream is a live one
+    /// that is no default stream.
     pub unsafe fn call(self, copies: &Copies, stream: StreamHandle) -> c_int {
         let overlap = tries::PREFER_OVERLAP.load(Ordering::Relaxed);
         let flags = if overlap { flag::COPY_PREFER_OVERLAP_WITH_COMPUTE } else { flag::COPY_DEFAULT };
-        let attributes = Attributes { order: flag::COPY_IN_STREAM_ORDER, hints: [0; 4], flags };
-        let (first, mut wrong) = (0, 0);
+        let mut attributes = Attributes { order: flag::COPY_IN_STREAM_ORDER, hints: [0; 4], flags };
+        let (mut first, mut wrong) = (0, 0);
         let Copies { to, from, bytes } = copies;
-        let (to, from, bytes, count) = (to.as_ptr(), from.as_ptr(), bytes.as_ptr(), bytes.len());
+        let (to, from, count) = (to.as_ptr().cast_mut(), from.as_ptr().cast_mut(), bytes.len());
+        let (bytes, first) = (bytes.as_ptr().cast_mut(), &raw mut first);
         // SAFETY: arrays of one length, and one set of attributes, from the first copy on; what the copies say is the caller's.
         unsafe {
             match self {
-                Self::Plain(f) => f(to, from, bytes, count, &attributes, &first, 1, stream),
-                Self::WithIndex(f) => f(to, from, bytes, count, &attributes, &first, 1, &mut wrong, stream),
+                Self::Plain(f) => f(to, from, bytes, count, &mut attributes, first, 1, stream),
+                Self::WithIndex(f) => f(to, from, bytes, count, &mut attributes, first, 1, &mut wrong, stream),
             }
         }
     }

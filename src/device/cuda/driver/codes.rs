@@ -8,7 +8,7 @@ pub const NOT_READY: c_int = 600;
 pub const INVALID_CONTEXT: c_int = 201;
 pub const INVALID_HANDLE: c_int = 400;
 /// Errors of stream capture lie together.
-const CAPTURE: std::ops::RangeInclusive<c_int> = 900..=908;
+pub const CAPTURE: std::ops::RangeInclusive<c_int> = 900..=908;
 
 /// Hands the errors that are known here to the macro `$with`, by their names in `cuda.h`. After a sticky one nothing on the
 /// context works any more, whatever was called. Another may pass; what is made of one that does not is in `context`.
@@ -68,6 +68,9 @@ macro_rules! known {
     };
 }
 errors!(known);
+
+#[cfg(all(test, not(any(loom, miri))))]
+pub(super) use errors;
 
 /// True for a code after which the context is lost.
 pub fn is_sticky(code: c_int) -> bool {

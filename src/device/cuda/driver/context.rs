@@ -227,10 +227,10 @@ impl Context {
         block: u32,
         argument: &A,
     ) -> Result<()> {
-        let arguments = [std::ptr::from_ref(argument).cast::<c_void>()];
+        let mut arguments = [std::ptr::from_ref(argument).cast_mut().cast::<c_void>()];
         // SAFETY: the argument is copied by the call; the rest is as the caller says.
         self.call("cuLaunchKernel", |t| unsafe {
-            (t.launch)(function, grid, 1, 1, block, 1, 1, 0, stream, arguments.as_ptr(), std::ptr::null())
+            (t.launch)(function, grid, 1, 1, block, 1, 1, 0, stream, arguments.as_mut_ptr(), std::ptr::null_mut())
         })
     }
 

@@ -1,5 +1,7 @@
 //! The driver's functions: which there are, and the table of those that a library has.
 //!
+//! Each is compared with the bindings of cudarc in `proof`, when the tests are compiled.
+//!
 //! # Safety argument
 //! That of the module above: the signatures are those of `cuda.h`.
 #![expect(unsafe_code, reason = "symbols of a C library; argument above")]
@@ -37,15 +39,15 @@ macro_rules! functions {
                 to_device = cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, StreamHandle);
                 allocate = cuMemAlloc_v2(*mut Address, usize);
                 free = cuMemFree_v2(Address);
-                allocate_host = cuMemHostAlloc(*mut Address, usize, c_uint);
-                free_host = cuMemFreeHost(Address);
+                allocate_host = cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
+                free_host = cuMemFreeHost(*mut c_void);
                 fill = cuMemsetD8Async(Address, u8, usize, StreamHandle);
-                module_load = cuModuleLoadData(*mut ModuleHandle, *const c_char);
+                module_load = cuModuleLoadData(*mut ModuleHandle, *const c_void);
                 module_unload = cuModuleUnload(ModuleHandle);
                 module_function = cuModuleGetFunction(*mut FunctionHandle, ModuleHandle, *const c_char);
                 launch = cuLaunchKernel(
-                    FunctionHandle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, StreamHandle, *const *const c_void,
-                    *const *const c_void
+                    FunctionHandle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, StreamHandle, *mut *mut c_void,
+                    *mut *mut c_void
                 );
                 ? write_value = cuStreamWriteValue64_v2(StreamHandle, Address, u64, c_uint);
                 ? wait_number = cuStreamWaitValue32_v2(StreamHandle, Address, u32, c_uint);
@@ -94,3 +96,6 @@ macro_rules! table {
     };
 }
 functions!(table);
+
+#[cfg(all(test, not(any(loom, miri))))]
+pub(super) use functions;

@@ -54,10 +54,10 @@ impl Context {
     /// `len` pinned bytes of the host, which the device sees at the same address; all zero.
     pub fn pinned(self: &Arc<Self>, len: usize) -> Result<Memory> {
         let _entered = self.enter()?;
-        let mut at = 0;
-        // SAFETY: writes one address.
-        self.call("cuMemHostAlloc", |t| unsafe { (t.allocate_host)(&mut at, len, flag::HOST_PORTABLE_MAPPED) })?;
-        let memory = Memory { context: self.clone(), at, len, host: true };
+        let mut base = std::ptr::null_mut();
+        // SAFETY: writes one pointer.
+        self.call("cuMemHostAlloc", |t| unsafe { (t.allocate_host)(&mut base, len, flag::HOST_PORTABLE_MAPPED) })?;
+        let memory = Memory { context: self.clone(), at: base.expose_provenance() as Address, len, host: true };
         // SAFETY: just allocated, and known to nobody.
         unsafe { std::ptr::write_bytes(memory.pointer(), 0, len) };
         Ok(memory)
@@ -289,8 +289,12 @@ impl Drop for Memory {
     fn drop(&mut self) {
         let _entered = self.context.enter();
         // SAFETY: allocated by us and used no more, as its owner sees to.
-        let free = |t: &Table| unsafe { if self.host { (t.free_host)(self.at) } else { (t.free)(self.at) } };
-        self.context.give_back(if self.host { "cuMemFreeHost" } else { "cuMemFree_v2" }, free);
+        let free_host = |t: &Table| unsafe { (t.free_host)(self.pointer().cast()) };
+        if self.host {
+            return self.context.give_back("cuMemFreeHost", free_host);
+        }
+        // SAFETY: as above.
+        self.context.give_back("cuMemFree_v2", |t| unsafe { (t.free)(self.at) });
     }
 }
 
