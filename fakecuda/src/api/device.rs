@@ -67,6 +67,14 @@ export! {
         (0..kept).try_for_each(|i| put(name.wrapping_add(i), full[i] as c_char))
     }
 
+    init fn cuDeviceGetUuid_v2(uuid: *mut u8, device: i32) {
+        named(device, "cuDeviceGetUuid_v2")?;
+        let bytes = *b"simulated device";
+        let last = bytes.len() - 1;
+        (0..last).try_for_each(|i| put(uuid.wrapping_add(i), bytes[i]))?;
+        put(uuid.wrapping_add(last), device as u8)
+    }
+
     init fn cuDeviceGetAttribute(value: *mut i32, attribute: i32, device: i32) {
         named(device, "cuDeviceGetAttribute")?;
         put(value, attribute_of(attribute, device))

@@ -51,6 +51,12 @@ export! {
         work.into_iter().try_for_each(|work| enqueue(stream, work, false))
     }
 
+    context fn cuGraphUpload(executable: u64, stream: u64) {
+        let device = get(ordinal_of(Kind::Executable, executable)?)?;
+        device.state().executables.get(&executable).ok_or(INVALID_HANDLE)?;
+        find(stream).map(drop)
+    }
+
     context fn cuGraphDestroy(graph: u64) {
         let device = get(ordinal_of(Kind::Graph, graph)?)?;
         device.state().graphs.remove(&graph).map(drop).ok_or(INVALID_HANDLE)
