@@ -121,6 +121,15 @@ impl<O: CudaOwner> CudaTensor<O> {
         Self::over(owner, range, Layout::new(O::Element::DTYPE, shape))
     }
 
+    /// As [`CudaTensor::part`], with elements that have a dtype without a Rust type, or are other than those of the slice: a
+    /// `CudaSlice<u8>` may hold tensors of any. `range` counts elements of `owner`.
+    ///
+    /// # Errors
+    /// As [`CudaTensor::part`].
+    pub fn part_with_dtype(owner: O, dtype: Dtype, range: Range<usize>, shape: impl AsRef<[usize]>) -> Result<Self> {
+        Self::over(owner, range, Layout::new(dtype, shape))
+    }
+
     fn over(owner: O, range: Range<usize>, layout: Layout) -> Result<Self> {
         let memory = owner.memory();
         let (len, size) = (memory.len(), size_of::<O::Element>() as u64);

@@ -44,11 +44,14 @@ fn cuda_slices_of_cudarc_come_back_bit_for_bit() {
     let shared = Arc::new(stream.clone_htod(&numbers(6000)).unwrap());
     let (pairs, bytes) = (stream.clone_htod(&[1_i64, -2]).unwrap(), stream.clone_htod(&[7_u8; 4]).unwrap());
     let (tail, default) = (stream.clone_htod(&halves).unwrap(), context.default_stream());
+    let pool = Arc::new(stream.clone_htod(bytemuck::cast_slice::<f32, u8>(&numbers(100))).unwrap());
     let empty = default.clone_htod(&[0.5_f64; 100]).unwrap();
     let save = rig.executor.scope(Fence::on(&[(&stream).into()]), |scope| {
         let mut state = StateDict::new();
         state.tensor("shared", CudaTensor::new(shared.clone(), [20, 300]).unwrap()).unwrap();
         state.tensor("part", CudaTensor::part(shared.clone(), 1000..1006, [2, 3]).unwrap()).unwrap();
+        let pooled = CudaTensor::part_with_dtype(pool.clone(), Dtype::F32, 40..80, [5, 2]).unwrap();
+        state.tensor("pooled", pooled).unwrap();
         state.tensor("lent", CudaTensor::new(&pairs, [2]).unwrap()).unwrap();
         state.tensor("given", CudaTensor::with_dtype(bytes, Dtype::F8_E4M3, [2, 2]).unwrap()).unwrap();
         state.tensor("view", CudaTensor::new(tail.slice(4000..), [1000]).unwrap()).unwrap();
@@ -60,6 +63,7 @@ fn cuda_slices_of_cudarc_come_back_bit_for_bit() {
     let checkpoint = rig.checkpoint(1).unwrap();
     assert_eq!(checkpoint.read_as::<f32>("shared").unwrap(), numbers(6000));
     assert_eq!(checkpoint.read_as::<f32>("part").unwrap(), numbers(6000)[1000..1006]);
+    assert_eq!(checkpoint.read_as::<f32>("pooled").unwrap(), numbers(100)[10..20]);
     assert_eq!(checkpoint.read_as::<i64>("lent").unwrap(), [1, -2]);
     assert_eq!(checkpoint.read("given").unwrap(), [7; 4]);
     assert_eq!(checkpoint.read_as::<bf16>("view").unwrap(), halves[4000..]);
