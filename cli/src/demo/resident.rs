@@ -32,7 +32,7 @@ impl Resident {
         let (mut places, mut at) = (Vec::new(), 0);
         for parameter in &training.parameters {
             let bytes = size_of_val(&parameter[..]) as u64;
-            let memory = allocate(gpu, 4 * bytes)?;
+            let memory = allocate(&stream, 4 * bytes)?;
             let part = |i| memory.part(i * bytes, bytes);
             places.push(Place { tensors: [part(0)?, part(1)?, part(2)?, part(3)?], at });
             at += bytes;
@@ -81,7 +81,7 @@ impl Resident {
         let mut state = StateDict::with_capacity(3 * self.places.len());
         let spans = (0..3).flat_map(|kind| self.places.iter().map(move |place| &place.tensors[kind]));
         for ((name, dims, _), span) in training.tensors().zip(spans) {
-            state.tensor(name, source(span, Dtype::F32, dims, &self.stream))?;
+            state.tensor(name, source(span, Dtype::F32, dims)?)?;
         }
         training.describe(&mut state)?;
         Ok(state)

@@ -1,129 +1,95 @@
-//! The functions of the CUDA driver that a training program calls. The library has a table of its own, which is not for others;
-//! a symbol that is absent is an error here, too, where the well-known bindings panic.
+//! Whether cudarc can be asked: it panics where it finds no driver, or where the driver lacks a function.
+//!
+//! The bindings are those of the newest CUDA that cudarc knows. A driver that returns a code that even they do not know would be
+//! undefined behaviour in them, which is why the library calls it through a table of its own.
 //!
 //! # Safety argument
-//! The signatures are those of `cuda.h` for the symbols named, which the driver keeps stable; the library is never unloaded.
-#![expect(unsafe_code, reason = "symbols of a C library; argument above")]
+//! The library that is opened is the system's driver by its name, whose initialisers any program may run; symbols are only asked
+//! for.
+#![expect(unsafe_code, reason = "opens a C library; argument above")]
 
 use ashore::{Error, ErrorKind, Result};
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use cudarc::driver::{DriverError, sys};
 
-/// A `CUcontext`, `CUstream`, `CUevent`, `CUgraph`, `CUfunction`: opaque, and harmless as a number.
-pub type Handle = usize;
-/// An address of a device.
-pub type Address = u64;
+/// What cudarc calls for this program.
+const FUNCTIONS: [&str; 40] = [
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuCtxSynchronize",
+    "cuDeviceGet",
+    "cuDeviceGetAttribute",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
+    "cuInit",
+    "cuLaunchKernel",
+    "cuMemAllocAsync",
+    "cuMemAlloc_v2",
+    "cuMemFreeAsync",
+    "cuMemFreeHost",
+    "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemHostRegister_v2",
+    "cuMemHostUnregister",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemsetD8Async",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuStreamBeginCapture_v2",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamEndCapture",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+];
 
-macro_rules! table {
-    ($($name:ident($($argument:ty),* $(,)?);)*) => {
-        /// The functions, by their names in `cuda.h`.
-        #[expect(non_snake_case, reason = "the driver's names")]
-        // SAFETY: types of pointers, which promise nothing and do nothing.
-        pub struct Table { $(pub $name: unsafe extern "C" fn($($argument),*) -> c_int,)* }
-
-        impl Table {
-            /// # Safety
-            /// `library` is a CUDA driver.
-            unsafe fn find(library: &libloading::Library) -> Result<Self, &'static str> {
-                Ok(Self { $(
-                    // SAFETY: the caller says that it is a driver; the signature is that of `cuda.h`.
-                    $name: unsafe {
-                        *library.get(concat!(stringify!($name), "\0").as_bytes()).map_err(|_| stringify!($name))?
-                    },
-                )* })
-            }
-        }
-    };
-}
-
-table! {
-    cuInit(c_uint);
-    cuGetErrorString(c_int, *mut *const c_char);
-    cuDeviceGet(*mut c_int, c_int);
-    cuDeviceGetAttribute(*mut c_int, c_int, c_int);
-    cuDevicePrimaryCtxRetain(*mut Handle, c_int);
-    cuCtxSetCurrent(Handle);
-    cuCtxSynchronize();
-    cuMemAlloc_v2(*mut Address, usize);
-    cuMemFree_v2(Address);
-    cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
-    cuMemFreeHost(*mut c_void);
-    cuMemHostRegister_v2(*mut c_void, usize, c_uint);
-    cuMemHostUnregister(*mut c_void);
-    cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, Handle);
-    cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, Handle);
-    cuMemcpyDtoDAsync_v2(Address, Address, usize, Handle);
-    cuMemsetD8Async(Address, u8, usize, Handle);
-    cuStreamCreate(*mut Handle, c_uint);
-    cuStreamDestroy_v2(Handle);
-    cuStreamSynchronize(Handle);
-    cuStreamBeginCapture_v2(Handle, c_uint);
-    cuStreamEndCapture(Handle, *mut Handle);
-    cuGraphInstantiateWithFlags(*mut Handle, Handle, u64);
-    cuGraphLaunch(Handle, Handle);
-    cuGraphDestroy(Handle);
-    cuGraphExecDestroy(Handle);
-    cuEventCreate(*mut Handle, c_uint);
-    cuEventDestroy_v2(Handle);
-    cuEventRecord(Handle, Handle);
-    cuEventSynchronize(Handle);
-    cuEventElapsedTime(*mut f32, Handle, Handle);
-    cuModuleLoadData(*mut Handle, *const c_char);
-    cuModuleGetFunction(*mut Handle, Handle, *const c_char);
-    cuLaunchKernel(
-        Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *const *const c_void, *const *const c_void,
-    );
-}
-
-/// The driver of this machine, or what stands in for it in tests.
+/// What the driver that cudarc has found can do.
 pub struct Driver {
-    pub table: Table,
-    /// No time that is measured on it means anything.
+    /// It stands in for one in tests: no time that is measured on it means anything.
     pub simulated: bool,
+    /// It can say how long a stream took, as those from CUDA 12.8 on can in the way that cudarc asks.
+    pub measures: bool,
 }
 
 impl Driver {
-    /// The driver that the system's loader finds.
+    /// Asks for everything that cudarc will call.
     ///
     /// # Errors
     /// `Unavailable`, naming what is missing.
     pub fn find() -> Result<Self> {
-        const NAME: &str = "libcuda.so.1";
-        let missing = |what: &str| Error::new(ErrorKind::Unavailable, format!("no CUDA driver: {what} library={NAME}"));
-        // SAFETY: the file is the system's driver by its name, whose initialisers any program may run.
-        let library = unsafe { libloading::Library::new(NAME) };
-        let library = std::mem::ManuallyDrop::new(library.map_err(|e| missing("it cannot be opened").with_source(e))?);
-        // SAFETY: as above.
-        let table = unsafe { Table::find(&library) };
-        let table = table.map_err(|symbol| missing(&format!("it lacks {symbol}")))?;
-        // SAFETY: only asked for, never called.
-        let simulated = unsafe { library.get::<Handle>(b"fakecuda_live\0") }.is_ok();
-        let driver = Self { table, simulated };
-        // SAFETY: a reserved zero.
-        driver.check("cuInit", unsafe { (driver.table.cuInit)(0) })?;
-        Ok(driver)
-    }
-
-    /// Judges a result code.
-    ///
-    /// # Errors
-    /// `Device`, with the call and what the driver says.
-    pub fn check(&self, call: &str, code: c_int) -> Result<()> {
-        if code == 0 {
-            return Ok(());
+        let missing = |what: &str| Error::new(ErrorKind::Unavailable, format!("no CUDA driver: {what}"));
+        // SAFETY: see the safety argument.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(missing("no library can be opened"));
         }
-        let mut text = std::ptr::null();
-        // SAFETY: writes one pointer, to a string that stays, or null for a code that it does not know.
-        let known = unsafe { (self.table.cuGetErrorString)(code, &mut text) } == 0 && !text.is_null();
         // SAFETY: as above.
-        let said = if known { unsafe { CStr::from_ptr(text) }.to_string_lossy() } else { "an unknown error".into() };
-        Err(Error::new(ErrorKind::Device, format!("the CUDA driver refused a call: {said} call={call} code={code}")))
+        let library = unsafe { sys::culib() };
+        // SAFETY: as above.
+        let has = |name: &str| unsafe { library.get::<*const ()>(name.as_bytes()) }.is_ok();
+        if let Some(symbol) = FUNCTIONS.iter().find(|name| !has(name)) {
+            return Err(missing(&format!("it lacks {symbol}")));
+        }
+        Ok(Self { simulated: has("fakecuda_live"), measures: has("cuEventElapsedTime_v2") })
     }
 }
 
-/// Calls the driver and judges what it returns. Unsafe, as the functions are.
-macro_rules! call {
-    ($gpu:expr, $name:ident($($argument:expr),* $(,)?)) => {
-        $gpu.driver.check(stringify!($name), ($gpu.driver.table.$name)($($argument),*))
-    };
+/// The error of a `call` that the driver refused.
+pub fn refused(call: &str) -> impl FnOnce(DriverError) -> Error {
+    move |error| {
+        let said = error.error_string().map_or("an unknown error".into(), |text| text.to_string_lossy());
+        let code = error.0 as u32;
+        Error::new(ErrorKind::Device, format!("the CUDA driver refused a call: {said} call={call} code={code}"))
+    }
 }
-pub(super) use call;

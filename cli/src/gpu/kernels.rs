@@ -3,24 +3,24 @@
 //! # Safety argument
 //! Each function is launched with the structure that its source declares, by value, and touches device memory within spans whose
 //! lengths are checked here; `memory` says how long they stay.
-#![expect(unsafe_code, reason = "calls of a C library; argument above")]
+#![expect(unsafe_code, reason = "launches kernels; argument above")]
 
-use super::driver::{Handle, call};
-use super::{Gpu, Span, Stream};
+use super::driver::refused;
+use super::{Span, Stream};
 use crate::adamw::Rates;
 use ashore::{Error, ErrorKind, Result};
-use std::ffi::{CString, c_void};
+use cudarc::driver::{CudaContext, CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
+use std::sync::Arc;
 
 // A link in the repository; a file in the published package.
 const PTX: &str = include_str!("../../kernels/training.ptx");
 const THREADS: u32 = 256;
 
-/// The entry points. The module stays loaded.
-#[derive(Default)]
+/// The entry points, each of which keeps the module.
 pub struct Kernels {
-    adamw: Handle,
-    fill: Handle,
-    busy: Handle,
+    adamw: CudaFunction,
+    fill: CudaFunction,
+    busy: CudaFunction,
 }
 
 #[repr(C)]
@@ -50,18 +50,17 @@ struct Busy {
     rounds: u64,
 }
 
+// SAFETY: structures of numbers, laid out as in C, without padding.
+unsafe impl DeviceRepr for Adamw {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for Fill {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for Busy {}
+
 impl Kernels {
-    pub(super) fn load(gpu: &Gpu) -> Result<Self> {
-        let text = |text: &str| CString::new(text).map_err(|_| Error::new(ErrorKind::Internal, "a zero byte in PTX"));
-        let (ptx, mut module) = (text(PTX)?, 0);
-        // SAFETY: writes one handle; the text ends in a zero.
-        unsafe { call!(gpu, cuModuleLoadData(&mut module, ptx.as_ptr())) }?;
-        let find = |name: &str| {
-            let (name, mut function) = (text(name)?, 0);
-            // SAFETY: writes one handle; the module is loaded and the name ends in a zero.
-            unsafe { call!(gpu, cuModuleGetFunction(&mut function, module, name.as_ptr())) }?;
-            Ok::<_, Error>(function)
-        };
+    pub(super) fn load(context: &Arc<CudaContext>) -> Result<Self> {
+        let module = context.load_module(PTX.into()).map_err(refused("cuModuleLoadData"))?;
+        let find = |name| module.load_function(name).map_err(refused("cuModuleGetFunction"));
         Ok(Self { adamw: find("adamw")?, fill: find("fill")?, busy: find("busy")? })
     }
 }
@@ -79,7 +78,7 @@ impl Stream {
         let Rates { rate, unbias, beta_first, beta_second, epsilon, decay } = rates;
         let tensors = tensors.map(Span::address);
         let argument = Adamw { tensors, count: bytes / 4, rate, unbias, beta_first, beta_second, epsilon, decay };
-        self.launch(self.gpu().kernels.adamw, &argument)
+        self.launch(&self.gpu().kernels.adamw, &argument)
     }
 
     /// Numbers between -`scale` and `scale`, the same for the same seed.
@@ -88,7 +87,7 @@ impl Stream {
     /// `Device`.
     pub fn fill(&self, to: &Span, seed: u64, scale: f32) -> Result<()> {
         let argument = Fill { to: to.address(), count: to.bytes / 4, seed, scale, unused: 0 };
-        self.launch(self.gpu().kernels.fill, &argument)
+        self.launch(&self.gpu().kernels.fill, &argument)
     }
 
     /// Keeps the device busy with so many rounds of arithmetic; it writes nothing to `out`, of one number.
@@ -97,31 +96,15 @@ impl Stream {
     /// `Device`; `Internal` when `out` is shorter.
     pub fn busy(&self, out: &Span, rounds: u64) -> Result<()> {
         let argument = Busy { out: out.part(0, 4)?.address(), rounds };
-        self.launch(self.gpu().kernels.busy, &argument)
+        self.launch(&self.gpu().kernels.busy, &argument)
     }
 
-    fn launch<T>(&self, function: Handle, argument: &T) -> Result<()> {
-        let gpu = self.gpu();
-        let parameters: [*const c_void; 1] = [std::ptr::from_ref(argument).cast()];
-        gpu.enter()?;
-        // SAFETY: the argument is the function's structure, and is copied during the call.
-        unsafe {
-            call!(
-                gpu,
-                cuLaunchKernel(
-                    function,
-                    gpu.blocks,
-                    1,
-                    1,
-                    THREADS,
-                    1,
-                    1,
-                    0,
-                    self.handle(),
-                    parameters.as_ptr(),
-                    std::ptr::null()
-                )
-            )
-        }
+    fn launch<T: DeviceRepr>(&self, function: &CudaFunction, argument: &T) -> Result<()> {
+        let (grid_dim, block_dim) = ((self.gpu().blocks, 1, 1), (THREADS, 1, 1));
+        let mut launch = self.inner.launch_builder(function);
+        // SAFETY: the argument is the function's structure, and is copied during the call; the rest is in the safety argument.
+        let launched =
+            unsafe { launch.arg(argument).launch(LaunchConfig { grid_dim, block_dim, shared_mem_bytes: 0 }) };
+        launched.map(drop).map_err(refused("cuLaunchKernel"))
     }
 }

@@ -1,48 +1,34 @@
 //! Streams, events and graphs.
-//!
-//! # Safety argument
-//! Handles belong to the owner that wraps them and are destroyed once; the driver puts that off until what was queued has ended.
-//! What work touches stays because spans keep it, also in a graph, or until it has ended (`memory`).
-#![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
-use super::driver::{Handle, call};
+use super::driver::refused;
 use super::{Gpu, Span};
 use ashore::{DeviceStream, Error, ErrorKind, Result};
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaStream};
 use std::sync::Arc;
 
 /// A stream that is ordered with no other. Clones are the same stream.
 #[derive(Clone)]
-pub struct Stream(Arc<Owned>);
-
-struct Owned {
+pub struct Stream {
     gpu: Arc<Gpu>,
-    handle: Handle,
+    pub(super) inner: Arc<CudaStream>,
 }
 
 impl Stream {
     /// # Errors
     /// `Device`.
     pub fn new(gpu: &Arc<Gpu>) -> Result<Self> {
-        const NON_BLOCKING: u32 = 1;
-        let mut handle = 0;
-        gpu.enter()?;
-        // SAFETY: writes one handle.
-        unsafe { call!(gpu, cuStreamCreate(&mut handle, NON_BLOCKING)) }?;
-        Ok(Self(Arc::new(Owned { gpu: gpu.clone(), handle })))
+        let inner = gpu.context.new_stream().map_err(refused("cuStreamCreate"))?;
+        Ok(Self { gpu: gpu.clone(), inner })
     }
 
     pub fn gpu(&self) -> &Arc<Gpu> {
-        &self.0.gpu
-    }
-
-    pub(super) fn handle(&self) -> Handle {
-        self.0.handle
+        &self.gpu
     }
 
     /// As the library knows it.
     pub fn device_stream(&self) -> DeviceStream<'_> {
-        // SAFETY: this stream, which is destroyed when it is dropped.
-        unsafe { DeviceStream::new(self.gpu().ordinal, self.handle()) }
+        (&self.inner).into()
     }
 
     /// Waits for everything that was queued in it.
@@ -50,30 +36,7 @@ impl Stream {
     /// # Errors
     /// `Device`.
     pub fn wait(&self) -> Result<()> {
-        self.gpu().enter()?;
-        // SAFETY: a live stream.
-        unsafe { call!(self.gpu(), cuStreamSynchronize(self.handle())) }
-    }
-
-    /// Zeros.
-    ///
-    /// # Errors
-    /// `Device`.
-    pub fn zero(&self, to: &Span) -> Result<()> {
-        self.gpu().enter()?;
-        // SAFETY: within memory that the span keeps, which is freed only when everything has ended.
-        unsafe { call!(self.gpu(), cuMemsetD8Async(to.address(), 0, to.bytes as usize, self.handle())) }
-    }
-
-    /// Copies as many bytes as there are in both.
-    ///
-    /// # Errors
-    /// `Device`.
-    pub fn copy(&self, to: &Span, from: &Span) -> Result<()> {
-        let bytes = to.bytes.min(from.bytes) as usize;
-        self.gpu().enter()?;
-        // SAFETY: as for zeros, at both ends.
-        unsafe { call!(self.gpu(), cuMemcpyDtoDAsync_v2(to.address(), from.address(), bytes, self.handle())) }
+        self.inner.synchronize().map_err(refused("cuStreamSynchronize"))
     }
 
     /// What `queue` puts into the stream, as a graph, which keeps `spans`: all that it touches.
@@ -81,58 +44,27 @@ impl Stream {
     /// # Errors
     /// `Device`.
     pub fn capture(&self, spans: Vec<Span>, queue: impl FnOnce() -> Result<()>) -> Result<Graph> {
-        const OF_THIS_THREAD: u32 = 1;
-        let gpu = self.gpu();
-        let (mut graph, mut executable) = (0, 0);
-        gpu.enter()?;
-        // SAFETY: a live stream, whose capture ends below.
-        unsafe { call!(gpu, cuStreamBeginCapture_v2(self.handle(), OF_THIS_THREAD)) }?;
+        let of_this_thread = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.inner.begin_capture(of_this_thread).map_err(refused("cuStreamBeginCapture"))?;
         let queued = queue();
-        // SAFETY: writes one handle.
-        unsafe { call!(gpu, cuStreamEndCapture(self.handle(), &mut graph)) }?;
-        // SAFETY: writes one handle; the graph is live.
-        let made = unsafe { call!(gpu, cuGraphInstantiateWithFlags(&mut executable, graph, 0)) };
-        // SAFETY: made above, used no more: the executable is a copy.
-        unsafe { call!(gpu, cuGraphDestroy(graph)) }?;
-        made?;
-        let graph = Graph { gpu: gpu.clone(), executable, _spans: spans };
-        queued.map(|()| graph)
-    }
-
-    /// Queues a graph.
-    ///
-    /// # Errors
-    /// `Device`.
-    pub fn replay(&self, graph: &Graph) -> Result<()> {
-        self.gpu().enter()?;
-        // SAFETY: a live graph, which keeps what it touches; it is destroyed when everything has ended.
-        unsafe { call!(self.gpu(), cuGraphLaunch(graph.executable, self.handle())) }
-    }
-}
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        let _ = self.gpu.enter();
-        // SAFETY: made here, and no clone is left.
-        let _ = unsafe { call!(self.gpu, cuStreamDestroy_v2(self.handle)) };
+        let graph = self.inner.end_capture(CUgraphInstantiate_flags(0)).map_err(refused("cuStreamEndCapture"))?;
+        let graph = graph.ok_or_else(|| Error::new(ErrorKind::Device, "nothing was captured"))?;
+        queued.map(|()| Graph { stream: self.inner.clone(), graph, _spans: spans })
     }
 }
 
 /// A point in a stream, and when it was passed.
 pub struct Event {
     gpu: Arc<Gpu>,
-    handle: Handle,
+    inner: CudaEvent,
 }
 
 impl Event {
     /// # Errors
     /// `Device`.
     pub fn new(gpu: &Arc<Gpu>) -> Result<Self> {
-        let mut handle = 0;
-        gpu.enter()?;
-        // SAFETY: writes one handle.
-        unsafe { call!(gpu, cuEventCreate(&mut handle, 0)) }?;
-        Ok(Self { gpu: gpu.clone(), handle })
+        let inner = gpu.context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(refused("cuEventCreate"))?;
+        Ok(Self { gpu: gpu.clone(), inner })
     }
 
     /// From now on it is the point behind everything in the stream.
@@ -140,9 +72,7 @@ impl Event {
     /// # Errors
     /// `Device`.
     pub fn record(&self, stream: &Stream) -> Result<()> {
-        self.gpu.enter()?;
-        // SAFETY: live handles.
-        unsafe { call!(self.gpu, cuEventRecord(self.handle, stream.handle())) }
+        self.inner.record(&stream.inner).map_err(refused("cuEventRecord"))
     }
 
     /// Waits until it is passed.
@@ -150,45 +80,45 @@ impl Event {
     /// # Errors
     /// `Device`.
     pub fn wait(&self) -> Result<()> {
-        self.gpu.enter()?;
-        // SAFETY: a live handle.
-        unsafe { call!(self.gpu, cuEventSynchronize(self.handle)) }
+        self.inner.synchronize().map_err(refused("cuEventSynchronize"))
     }
 
-    /// Seconds from `before` to this, both of them passed.
+    /// Seconds from `before` to this.
     ///
     /// # Errors
-    /// `Device`.
+    /// `Device`; `Unavailable` for a driver from before CUDA 12.8.
     pub fn since(&self, before: &Self) -> Result<f64> {
-        let mut milliseconds = f32::NAN;
-        self.gpu.enter()?;
-        // SAFETY: live handles; writes one number.
-        unsafe { call!(self.gpu, cuEventElapsedTime(&mut milliseconds, before.handle, self.handle)) }?;
+        const CALL: &str = "cuEventElapsedTime_v2";
+        if !self.gpu.driver.measures {
+            return Err(Error::new(ErrorKind::Unavailable, format!("the CUDA driver is too old symbol={CALL}")));
+        }
+        let milliseconds = before.inner.elapsed_ms(&self.inner).map_err(refused(CALL))?;
         Ok(f64::from(milliseconds) / 1e3)
     }
 }
 
-impl Drop for Event {
-    fn drop(&mut self) {
-        let _ = self.gpu.enter();
-        // SAFETY: made here.
-        let _ = unsafe { call!(self.gpu, cuEventDestroy_v2(self.handle)) };
-    }
+/// Work that is queued as one, in the stream in which it was captured.
+pub struct Graph {
+    stream: Arc<CudaStream>,
+    // Before the memory that it touches.
+    graph: CudaGraph,
+    _spans: Vec<Span>,
 }
 
-/// Work that is queued as one.
-pub struct Graph {
-    gpu: Arc<Gpu>,
-    executable: Handle,
-    _spans: Vec<Span>,
+impl Graph {
+    /// Queues it.
+    ///
+    /// # Errors
+    /// `Device`.
+    pub fn replay(&self) -> Result<()> {
+        self.graph.launch().map_err(refused("cuGraphLaunch"))
+    }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        if self.gpu.synchronize().is_ok() {
-            // SAFETY: made here, and nothing runs any more.
-            let _ = unsafe { call!(self.gpu, cuGraphExecDestroy(self.executable)) };
-        }
+        // Spans may be of other streams, which free them.
+        self.stream.context().record_err(self.stream.synchronize());
     }
 }
 

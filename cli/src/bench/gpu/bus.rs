@@ -74,7 +74,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     let (settings, rounds) = (bench.sizes(), bench.args.rounds.min(ROUNDS_MAX));
     let bytes = bench.args.workload.bytes(bench.args.scale).clamp(4096, BYTES_MAX);
     let stream = Stream::new(gpu)?;
-    let (from, to) = (allocate(gpu, bytes)?, allocate(gpu, bytes)?);
+    let (from, to) = (allocate(&stream, bytes)?, allocate(&stream, bytes)?);
     stream.fill(&from, 1, 1.0)?;
     stream.wait()?;
     let mut memory = [Pinned::allocated(&stream, settings.arena)?, Pinned::registered(&stream, settings.arena)?];

@@ -36,7 +36,7 @@ pub fn watch<R>(gpu: &Arc<Gpu>, during: impl FnOnce() -> Result<R>) -> Result<(R
 
 fn read(gpu: &Arc<Gpu>, over: &AtomicBool) -> Result<Vec<Reading>> {
     let (stream, mut readings) = (Stream::new(gpu)?, Vec::new());
-    let (number, mut pinned) = (allocate(gpu, 4)?, Pinned::allocated(&stream, 4)?);
+    let (number, mut pinned) = (allocate(&stream, 4)?, Pinned::allocated(&stream, 4)?);
     stream.zero(&number)?;
     while !over.load(Ordering::Relaxed) {
         let began = Instant::now();

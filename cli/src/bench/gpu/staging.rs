@@ -41,8 +41,8 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     let sink = null::Sink::with_manifests();
     let builder = bench.builder().storage(Arc::new(sink.clone()));
     let executor = builder.scratch(args.scratch.unwrap_or(0)).memory_waits(args.memory_waits).build()?;
-    let state = State::new(gpu, args.workload, args.scale)?;
     let (stream, copies) = (Stream::new(gpu)?, Stream::new(gpu)?);
+    let state = State::new(&stream, args.workload, args.scale)?;
     let mut pinned = Pinned::allocated(&copies, sizes.arena.min(RING))?;
     let (every, wanted) = (args.every.unwrap_or(10), args.step_ms.unwrap_or(300.0));
     let points = std::iter::once(0).chain(save_points(every));

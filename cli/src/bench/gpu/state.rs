@@ -5,10 +5,9 @@
 
 use crate::adamw::Rates;
 use crate::bench::workload::Workload;
-use crate::gpu::{Gpu, Pinned, Span, Stream, allocate, source};
+use crate::gpu::{Pinned, Span, Stream, allocate, source};
 use ashore::internal::digest::Digest;
 use ashore::{Dtype, Result, StateDict};
-use std::sync::Arc;
 
 /// Between tensors, so that no two are one copy: allocators of frameworks leave gaps, too.
 const GAP: u64 = 512;
@@ -27,11 +26,11 @@ pub struct State {
 }
 
 impl State {
-    /// Takes the memory. What is in it is not said before the first `reset`.
+    /// Takes the memory, which `stream` will change. What is in it is not said before the first `reset`.
     ///
     /// # Errors
     /// `Device`, when there is not so much.
-    pub fn new(gpu: &Arc<Gpu>, workload: Workload, scale: f64) -> Result<Self> {
+    pub fn new(stream: &Stream, workload: Workload, scale: f64) -> Result<Self> {
         let (mut places, mut at, mut bytes) = (Vec::new(), 0, 0);
         for (name, half, shape) in workload.shapes(scale) {
             let (dtype, item) = if half { (Dtype::BF16, 2) } else { (Dtype::F32, 4) };
@@ -40,9 +39,9 @@ impl State {
             at = (at + len + GAP).next_multiple_of(GAP);
             bytes += len;
         }
-        let all = allocate(gpu, at.next_multiple_of(3 * GAP))?;
+        let all = allocate(stream, at.next_multiple_of(3 * GAP))?;
         let third = all.bytes / 3;
-        let gradient = allocate(gpu, third.min(PIECE))?;
+        let gradient = allocate(stream, third.min(PIECE))?;
         let tensors =
             places.into_iter().map(|(name, dtype, shape, at, len)| Ok((name, dtype, shape, all.part(at, len)?)));
         let tensors = tensors.collect::<Result<_>>()?;
@@ -89,11 +88,11 @@ impl State {
         Ok(())
     }
 
-    /// What a save takes; `stream` changes it.
-    pub fn dict(&self, stream: &Stream) -> Result<StateDict<'static>> {
+    /// What a save takes.
+    pub fn dict(&self) -> Result<StateDict<'static>> {
         let mut dict = StateDict::with_capacity(self.len());
         for (name, dtype, shape, span) in &self.tensors {
-            dict.tensor(name.as_str(), source(span, *dtype, shape, stream))?;
+            dict.tensor(name.as_str(), source(span, *dtype, shape)?)?;
         }
         Ok(dict)
     }

@@ -66,7 +66,7 @@ impl<'a> Training<'a> {
         seconds: f64,
         graph: bool,
     ) -> Result<Self> {
-        let out = allocate(stream.gpu(), 4)?;
+        let out = allocate(stream, 4)?;
         let (stream, steps) = (stream.clone(), steps(every));
         let mut training = Self { executor, state, stream, out, rounds: 1, graphs: None, every, steps, saves: 0 };
         training.state.reset(&training.stream)?;
@@ -112,7 +112,7 @@ impl<'a> Training<'a> {
     /// Saves what is there now, `after` steps.
     pub fn save(&mut self, after: u64) -> Result<Pending> {
         self.saves += 1;
-        save(self.executor, self.state, &self.stream, self.saves, after)
+        save(self.executor, self.state, self.saves, after)
     }
 
     /// Trains a block from the beginning.
@@ -133,7 +133,7 @@ impl<'a> Training<'a> {
             self.state.feed(&self.stream, step)?;
             match &self.graphs {
                 None => self.compute()?,
-                Some([compute, _]) => self.stream.replay(compute)?,
+                Some([compute, _]) => compute.replay()?,
             }
             let began = Instant::now();
             self.executor.fence_on(&[self.stream.device_stream()])?;
@@ -142,7 +142,7 @@ impl<'a> Training<'a> {
             }
             match &self.graphs {
                 None => self.state.update(&self.stream)?,
-                Some([_, update]) => self.stream.replay(update)?,
+                Some([_, update]) => update.replay()?,
             }
         }
         let last = &events[self.steps as usize];
@@ -154,10 +154,10 @@ impl<'a> Training<'a> {
     }
 }
 
-/// Saves what `stream` has made of the state, as `number`, `after` steps.
-pub fn save(executor: &CheckpointExecutor, state: &State, stream: &Stream, number: u64, after: u64) -> Result<Pending> {
+/// Saves what is made of the state by now, as `number`, `after` steps.
+pub fn save(executor: &CheckpointExecutor, state: &State, number: u64, after: u64) -> Result<Pending> {
     let began = Instant::now();
-    let dict = state.dict(stream)?;
+    let dict = state.dict()?;
     let called = Instant::now();
     let save = executor.save(number, dict)?;
     let took = called.elapsed().as_secs_f64();

@@ -101,8 +101,8 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
         let device = executors[i].device();
         (!WAYS[i].gather || device.gather.is_ok()) && (!WAYS[i].batch || device.batch.is_ok())
     };
-    let state = State::new(gpu, args.workload, args.scale)?;
     let (stream, copies) = (Stream::new(gpu)?, Stream::new(gpu)?);
+    let state = State::new(&stream, args.workload, args.scale)?;
     let mut pinned = Pinned::allocated(&copies, sizes.arena.min(RING))?;
     let mut checking = Checking::new(&state, &sink, &stream, &mut pinned, [0])?;
     let step = args.step_ms.unwrap_or(300.0) / 1e3;
@@ -131,7 +131,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
                     tries::PREFER_OVERLAP.store(WAYS[i].overlap, Ordering::Relaxed);
                     tries::SHARP_TIMERS.store(WAYS[i].sharp, Ordering::Relaxed);
                     let before = Cpu::now();
-                    let pending = training::save(&executors[i], &state, &stream, numbers, 0)?;
+                    let pending = training::save(&executors[i], &state, numbers, 0)?;
                     compute()?;
                     let saved = pending.ended()?;
                     (call, stager) = (saved.save, per_gb(Cpu::now().since(before).stage, state.bytes));
