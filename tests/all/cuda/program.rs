@@ -8,71 +8,40 @@ use ashore::storage::{Memory, Storage};
 use ashore::{
     Builder, Capture, Checkpoint, CheckpointExecutor, DeviceStream, DeviceTarget, Dtype, RawDevice, StateDict,
 };
-use std::ffi::{c_int, c_uint, c_void};
+use cudarc::driver::sys::{self, CUresult::CUDA_SUCCESS as SUCCESS};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
-macro_rules! api {
-    ($($name:ident($($argument:ty),*);)*) => {
-        #[expect(non_snake_case, reason = "the driver's names")]
-        // SAFETY: types of pointers, which promise nothing and do nothing.
-        struct Api { $($name: unsafe extern "C" fn($($argument),*) -> c_int,)* }
-
-        fn open(path: PathBuf) -> Api {
-            // SAFETY: the driver, or what is built to stand in for it; it stays open.
-            let library = unsafe { std::mem::ManuallyDrop::new(libloading::Library::new(path).unwrap()) };
-            // SAFETY: only looked for.
-            let simulated = unsafe { library.get::<*const c_void>(b"fakecuda_live\0") }.is_ok();
-            assert!(!(simulated && real()), "a real device was asked for");
-            // SAFETY: the signatures are those of `cuda.h`.
-            Api { $($name: unsafe { *library.get(concat!(stringify!($name), "\0").as_bytes()).unwrap() },)* }
-        }
-    };
-}
-
-api! {
-    cuInit(c_uint);
-    cuDeviceGet(*mut c_int, c_int);
-    cuDevicePrimaryCtxRetain(*mut usize, c_int);
-    cuCtxGetCurrent(*mut usize);
-    cuCtxSetCurrent(usize);
-    cuCtxSynchronize();
-    cuMemAlloc_v2(*mut u64, usize);
-    cuMemFree_v2(u64);
-    cuMemAllocAsync(*mut u64, usize, usize);
-    cuMemFreeAsync(u64, usize);
-    cuMemcpyHtoD_v2(u64, *const c_void, usize);
-    cuMemcpyDtoH_v2(*mut c_void, u64, usize);
-    cuMemcpyDtoHAsync_v2(*mut c_void, u64, usize, usize);
-    cuMemHostAlloc(*mut usize, usize, c_uint);
-    cuMemsetD8Async(u64, u8, usize, usize);
-    cuStreamCreate(*mut usize, c_uint);
-    cuStreamSynchronize(usize);
-    cuStreamBeginCapture_v2(usize, c_uint);
-    cuStreamEndCapture(usize, *mut usize);
-    cuThreadExchangeStreamCaptureMode(*mut c_uint);
-    cuGraphDestroy(usize);
-}
-
-fn api() -> &'static Api {
-    static API: OnceLock<Api> = OnceLock::new();
-    API.get_or_init(|| {
-        let api = open(library());
+/// Opens the driver, once; cudarc then finds the same one. Its functions are those of `cuda.h`, and none of them is absent there.
+fn open() {
+    static OPENED: OnceLock<()> = OnceLock::new();
+    OPENED.get_or_init(|| {
+        // SAFETY: the driver, or what is built to stand in for it; it stays open.
+        let library = unsafe { std::mem::ManuallyDrop::new(libloading::Library::new(library()).unwrap()) };
+        // SAFETY: only looked for.
+        let live = |library: &libloading::Library| {
+            unsafe { library.get::<fn()>(b"fakecuda_live\0") }.map(|f| *f as usize).ok()
+        };
+        let simulated = live(&library);
+        assert!(!(simulated.is_some() && real()), "a real device was asked for");
+        // SAFETY: there is one, opened above.
+        assert_eq!(simulated, live(unsafe { sys::culib() }), "cudarc has found another driver");
         // SAFETY: a reserved zero.
-        assert_eq!(unsafe { (api.cuInit)(0) }, 0);
-        api
-    })
+        assert_eq!(unsafe { sys::cuInit(0) }, SUCCESS);
+    });
 }
 
 /// Calls the driver, which must not refuse.
 macro_rules! cuda {
     ($name:ident($($argument:expr),*)) => {{
+        open();
         // SAFETY: handles and addresses are live, and results go to locals, as each caller sees to.
-        let code = unsafe { (api().$name)($($argument),*) };
-        assert_eq!(code, 0, stringify!($name));
+        let code = unsafe { sys::$name($($argument),*) };
+        assert_eq!(code, SUCCESS, stringify!($name));
     }};
 }
 
@@ -105,17 +74,28 @@ pub struct Gpu {
     pub ordinal: u32,
     /// None on a real one.
     fake: Option<fakecuda::Device>,
-    context: usize,
+    context: Context,
 }
+
+/// A context, for any thread.
+#[derive(Clone, Copy, PartialEq)]
+struct Context(sys::CUcontext);
+
+// SAFETY: a handle, which the driver takes in any thread.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
 
 impl Gpu {
     pub fn take() -> Self {
+        // Before the whole simulated driver is opened, of which the library may be a copy without some functions.
+        open();
         let fake = (!real()).then(fakecuda::Device::claim);
         let ordinal = fake.as_ref().map_or(0, fakecuda::Device::ordinal) as u32;
-        let (mut device, mut context) = (0, 0);
-        cuda!(cuDeviceGet(&mut device, ordinal as c_int));
+        let (mut device, mut context) = (0, null_mut());
+        cuda!(cuDeviceGet(&mut device, ordinal as i32));
         cuda!(cuDevicePrimaryCtxRetain(&mut context, device));
-        let gpu = Self { ordinal, fake, context };
+        let gpu = Self { ordinal, fake, context: Context(context) };
         gpu.enter();
         gpu
     }
@@ -141,26 +121,26 @@ impl Gpu {
 
     /// Makes the context current in this thread.
     pub fn enter(&self) {
-        cuda!(cuCtxSetCurrent(self.context));
+        cuda!(cuCtxSetCurrent(self.context.0));
     }
 
     /// Makes no context current in this thread.
     pub fn leave() {
-        cuda!(cuCtxSetCurrent(0));
+        cuda!(cuCtxSetCurrent(null_mut()));
     }
 
     /// Whether the context is current in this thread.
     pub fn is_current(&self) -> bool {
-        let mut current = 0;
+        let mut current = null_mut();
         cuda!(cuCtxGetCurrent(&mut current));
-        current == self.context
+        Context(current) == self.context
     }
 
     /// Whether nothing has failed on it for good.
     pub fn is_well(&self) -> bool {
         self.enter();
         // SAFETY: no arguments.
-        unsafe { (api().cuCtxSynchronize)() == 0 }
+        unsafe { sys::cuCtxSynchronize() == SUCCESS }
     }
 
     /// A device for an executor.
@@ -173,12 +153,11 @@ impl Gpu {
     }
 
     pub fn stream(&self) -> Stream {
-        const NON_BLOCKING: c_uint = 1;
         self.enter();
-        let mut handle = 0;
+        let mut handle = null_mut();
         cuda!(cuStreamCreate(&mut handle, NON_BLOCKING));
         // SAFETY: just made, and never destroyed.
-        Stream(unsafe { DeviceStream::new(self.ordinal, handle) })
+        Stream(unsafe { DeviceStream::new(self.ordinal, handle as usize) })
     }
 
     pub fn tensor(&self, bytes: &[u8]) -> Tensor {
@@ -202,8 +181,8 @@ impl Drop for Gpu {
 
 /// Copies to the host in a stream of their own, which hold up those of other streams: a copy engine takes them in turn.
 struct Traffic {
-    context: usize,
-    stream: usize,
+    context: Context,
+    stream: DeviceStream<'static>,
     from: u64,
     to: usize,
     thread: Mutex<Option<(Arc<AtomicBool>, JoinHandle<()>)>>,
@@ -214,29 +193,29 @@ impl Traffic {
     const BYTES: usize = 256 << 20;
 
     /// The one of the process. Its memory stays until the end.
-    fn of(context: usize) -> &'static Self {
-        const NON_BLOCKING: c_uint = 1;
+    fn of(context: Context) -> &'static Self {
         static TRAFFIC: OnceLock<Traffic> = OnceLock::new();
         TRAFFIC.get_or_init(|| {
-            cuda!(cuCtxSetCurrent(context));
-            let (mut stream, mut from, mut to) = (0, 0, 0);
+            cuda!(cuCtxSetCurrent(context.0));
+            let (mut stream, mut from, mut to) = (null_mut(), 0, null_mut());
             cuda!(cuStreamCreate(&mut stream, NON_BLOCKING));
+            // SAFETY: just made, and never destroyed; no device is asked for.
+            let stream = unsafe { DeviceStream::new(0, stream as usize) };
             cuda!(cuMemAlloc_v2(&mut from, Self::BYTES));
             cuda!(cuMemHostAlloc(&mut to, Self::BYTES, 0));
-            Self { context, stream, from, to, thread: Mutex::default() }
+            Self { context, stream, from, to: to as usize, thread: Mutex::default() }
         })
     }
 
     fn queue(&self, copies: usize) {
-        cuda!(cuCtxSetCurrent(self.context));
+        cuda!(cuCtxSetCurrent(self.context.0));
         for _ in 0..copies {
-            cuda!(cuMemcpyDtoHAsync_v2(self.to as *mut c_void, self.from, Self::BYTES, self.stream));
+            cuda!(cuMemcpyDtoHAsync_v2(self.to as *mut _, self.from, Self::BYTES, raw(self.stream)));
         }
     }
 
     /// Has a thread queue copies without an end, or ends it.
     fn keep_up(&'static self, on: bool) {
-        const RELAXED: c_uint = 2;
         let mut thread = self.thread.lock().unwrap();
         if let Some((stop, thread)) = thread.take() {
             stop.store(true, Ordering::Release);
@@ -246,17 +225,24 @@ impl Traffic {
             let stop = Arc::new(AtomicBool::new(false));
             let stopped = stop.clone();
             let run = move || {
-                let mut mode = RELAXED;
-                cuda!(cuCtxSetCurrent(self.context));
+                let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+                cuda!(cuCtxSetCurrent(self.context.0));
                 cuda!(cuThreadExchangeStreamCaptureMode(&mut mode));
                 while !stopped.load(Ordering::Acquire) {
                     self.queue(2);
-                    cuda!(cuStreamSynchronize(self.stream));
+                    cuda!(cuStreamSynchronize(raw(self.stream)));
                 }
             };
             *thread = Some((stop, std::thread::spawn(run)));
         }
     }
+}
+
+const NON_BLOCKING: u32 = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+
+/// As the driver takes it.
+fn raw(stream: DeviceStream<'_>) -> sys::CUstream {
+    stream.handle() as sys::CUstream
 }
 
 /// A stream of the program.
@@ -272,19 +258,19 @@ impl Stream {
     pub fn fill(&self, tensor: &Tensor, value: u8) {
         // A real driver refuses to fill nothing.
         if tensor.0.len > 0 {
-            cuda!(cuMemsetD8Async(tensor.0.at, value, tensor.0.len, self.0.handle()));
+            cuda!(cuMemsetD8Async(tensor.0.at, value, tensor.0.len, raw(self.0)));
         }
     }
 
     /// Memory in stream order: freed in this stream when the last reference goes.
     pub fn tensor(&self, len: usize) -> Tensor {
         let mut at = 0;
-        cuda!(cuMemAllocAsync(&mut at, len, self.0.handle()));
+        cuda!(cuMemAllocAsync(&mut at, len, raw(self.0)));
         Tensor(Arc::new(Block { at, len, owner: Some(*self) }))
     }
 
     pub fn wait(&self) {
-        cuda!(cuStreamSynchronize(self.0.handle()));
+        cuda!(cuStreamSynchronize(raw(self.0)));
     }
 
     /// Runs `during` while the stream is being captured into a graph, which must not break.
@@ -293,17 +279,17 @@ impl Stream {
         struct Open(Stream);
         impl Drop for Open {
             fn drop(&mut self) {
-                let mut graph = 0;
+                let mut graph = null_mut();
                 // SAFETY: the stream lives as long as its device, and the result goes to a local.
-                let code = unsafe { (api().cuStreamEndCapture)(self.0.0.handle(), &mut graph) };
+                let code = unsafe { sys::cuStreamEndCapture(raw(self.0.0), &mut graph) };
                 if !std::thread::panicking() {
-                    assert_eq!(code, 0, "the capture was broken");
+                    assert_eq!(code, SUCCESS, "the capture was broken");
                     cuda!(cuGraphDestroy(graph));
                 }
             }
         }
-        let global = 0;
-        cuda!(cuStreamBeginCapture_v2(self.0.handle(), global));
+        let global = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+        cuda!(cuStreamBeginCapture_v2(raw(self.0), global));
         let _open = Open(*self);
         during();
     }
@@ -325,8 +311,8 @@ impl Drop for Block {
         // SAFETY: allocated by this program and used no more.
         let _ = unsafe {
             match self.owner {
-                Some(stream) => (api().cuMemFreeAsync)(self.at, stream.0.handle()),
-                None => (api().cuMemFree_v2)(self.at),
+                Some(stream) => sys::cuMemFreeAsync(self.at, raw(stream.0)),
+                None => sys::cuMemFree_v2(self.at),
             }
         };
     }
