@@ -5,12 +5,12 @@
 //! **Locks.** Wakers and calls are code of the program: they are cloned, run and dropped while no lock of the
 //! cell is held, so they may look at it at once, and their panics end no thread.
 
+use crate::guard::logged;
 use crate::sync::{Arc, Mutex, lock};
 use event_listener::{Event, EventListener, Listener};
 use std::fmt;
 use std::future::Future;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -147,12 +147,12 @@ impl<T: Clone> Calls<T> {
     pub fn here(mut self) {
         self.wake();
         let Self { calls, value, .. } = self;
-        calls.into_iter().for_each(|call| guarded(|| call(value.clone())));
+        calls.into_iter().for_each(|call| tell(|| call(value.clone())));
     }
 
     /// Wakes tasks in this thread, which holds no lock. What is to be called stays.
     pub fn wake(&mut self) {
-        std::mem::take(&mut self.wakers).into_iter().for_each(|(_, waker)| guarded(|| waker.wake()));
+        std::mem::take(&mut self.wakers).into_iter().for_each(|(_, waker)| tell(|| waker.wake()));
     }
 
     /// Whether nothing is to be called.
@@ -162,10 +162,8 @@ impl<T: Clone> Calls<T> {
 }
 
 /// Runs code of the program.
-fn guarded(code: impl FnOnce()) {
-    if catch_unwind(AssertUnwindSafe(code)).is_err() {
-        tracing::error!("code that was to be told of the end of a save panicked");
-    }
+fn tell(code: impl FnOnce()) {
+    logged("code that was to be told of the end of a save panicked", code);
 }
 
 /// The future of a [`Completion`]. Any number of them may wait for the same one.
@@ -253,6 +251,17 @@ impl Signal {
             }
         }
     }
+}
+
+/// Drives `future` on this thread; None at the deadline.
+pub(crate) fn block_on<F: Future>(future: F, deadline: Instant) -> Option<F::Output> {
+    let signal = std::sync::Arc::new(Signal::default());
+    let waker = Waker::from(signal.clone());
+    let (mut future, mut context) = (pin!(future), Context::from_waker(&waker));
+    signal.wait_until(deadline, || match future.as_mut().poll(&mut context) {
+        Poll::Ready(output) => Some(output),
+        Poll::Pending => None,
+    })
 }
 
 #[cfg(all(test, not(loom)))]

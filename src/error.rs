@@ -104,6 +104,11 @@ impl Error {
         self.0.kind
     }
 
+    /// Whether the same call may succeed a little later: `Busy`, `NoSpace` and `Unavailable`.
+    pub fn is_transient(&self) -> bool {
+        matches!(self.kind(), ErrorKind::Busy | ErrorKind::NoSpace | ErrorKind::Unavailable)
+    }
+
     /// What was attempted and what was wrong, without step, path and source.
     pub fn message(&self) -> &str {
         &self.0.message

@@ -16,11 +16,13 @@ pub use builder::Builder;
 pub use scope::{Fence, Scope};
 pub(crate) use threads::Threads;
 
+use crate::Catalog;
 use crate::catalog::Found;
 use crate::checkpoint::Checkpoint;
 use crate::completion::{Calls, deadline_after};
 use crate::device::{DeviceReport, Point};
 use crate::error::{Error, Result};
+use crate::fork::ForkGuard;
 use crate::guard::{dropped, guarded};
 use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
@@ -33,7 +35,6 @@ use crate::storage::Storage;
 use crate::sync::{Mutex, lock};
 use crate::ticket::{Issue, Outcome, Ticket};
 use crate::writer::Task;
-use crate::{Catalog, fork};
 use admission::Verdict;
 use place::Place;
 use std::path::PathBuf;
@@ -86,7 +87,7 @@ pub struct CheckpointExecutor {
     device: DeviceReport,
     /// The last plan; held by callers of `save` only, one at a time.
     admission: Mutex<Admission>,
-    generation: u64,
+    origin: ForkGuard,
     /// Saves that became durable: what was staged was compared with what was there at `save`.
     compared: Arc<AtomicU64>,
 }
@@ -435,10 +436,7 @@ impl CheckpointExecutor {
 
     /// After a fork the threads are in the parent; the child can do nothing with this executor.
     pub(crate) fn alive(&self) -> Result<()> {
-        if self.generation == fork::generation() {
-            return Ok(());
-        }
-        Err(Error::invalid("an executor cannot be used in a forked child; make a new one there"))
+        self.origin.check("an executor cannot be used in a forked child; make a new one there")
     }
 }
 

@@ -1,8 +1,8 @@
 //! What must not survive fork(2) into a child: our locks, and our right to act.
 //!
 //! A child of fork has copies of all descriptors, and a copy keeps a flock(2) alive after the parent died: no sweep would ever
-//! remove the parent's attempts. So a handler in the child closes the descriptors that hold locks, and counts the fork; whoever
-//! was made before that count acts no more.
+//! remove the parent's attempts. So a handler in the child closes the descriptors that hold locks, and counts the fork. An object
+//! that keeps a [`ForkGuard`] knows by that count whether it was made before a fork, and acts no more then.
 //!
 //! # Safety argument
 //! The handler runs in the child of a process that may have many threads, where only async-signal-safe calls are allowed. It
@@ -10,6 +10,7 @@
 //! owner and not given back; an owner that comes from before the fork never touches its descriptor in the child.
 #![expect(unsafe_code, reason = "pthread_atfork, and close in its handler")]
 
+use crate::error::{Error, Result};
 use std::sync::Once;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
@@ -18,9 +19,34 @@ const FREE: i32 = -1;
 static GENERATION: AtomicU64 = AtomicU64::new(0);
 static LOCKS: [AtomicI32; 1024] = [const { AtomicI32::new(FREE) }; 1024];
 
-/// How many forks lie between this process and the one that loaded us, as far as we were in use before them. An object that
-/// remembers another number belongs to a parent.
-pub(crate) fn generation() -> u64 {
+/// The process that made an object: in a forked child the object's threads, descriptors and saves are the parent's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ForkGuard {
+    generation: u64,
+}
+
+impl ForkGuard {
+    /// The calling process.
+    pub fn new() -> Self {
+        Self { generation: generation() }
+    }
+
+    /// False in a forked child.
+    pub fn is_ours(self) -> bool {
+        self.generation == generation()
+    }
+
+    /// Refuses to go on in a forked child.
+    ///
+    /// # Errors
+    /// `Invalid` there, with `why`.
+    pub fn check(self, why: &str) -> Result<()> {
+        if self.is_ours() { Ok(()) } else { Err(Error::invalid(why)) }
+    }
+}
+
+/// How many forks lie between this process and the one that loaded us, as far as we were in use before them.
+fn generation() -> u64 {
     static WATCH: Once = Once::new();
     WATCH.call_once(|| {
         // SAFETY: `in_child` is a function for the life of the program, and async-signal-safe (see the safety argument).

@@ -14,6 +14,7 @@ use crate::catalog::Catalog;
 use crate::completion::{Completion, Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::{CheckpointExecutor, Threads};
+use crate::guard::logged;
 use crate::save::Save;
 use crate::state::StateDict;
 use crate::sync::{Arc as CellArc, Mutex, lock};
@@ -24,7 +25,6 @@ use signal_hook::consts::SIGTERM;
 use signal_hook::low_level;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -293,10 +293,7 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     let (draining, interrupted) = (listener.clone(), again.clone());
     let drain = spawn("ashore-drain".into(), move || {
         let _ = draining.shared.drain.set(std::thread::current().id());
-        let run = || draining.drain(executor, deadline, &interrupted);
-        if catch_unwind(AssertUnwindSafe(run)).is_err() {
-            tracing::error!("the drain at SIGTERM panicked");
-        }
+        logged("the drain at SIGTERM panicked", || draining.drain(executor, deadline, &interrupted));
     });
     if let Err(error) = &drain {
         tracing::error!(error = format_args!("{error:#}"), "saves cannot be drained at SIGTERM");

@@ -7,7 +7,7 @@
 use crate::call_thread::CallThread;
 use crate::completion::{Calls, Completion, Signal};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fork;
+use crate::fork::ForkGuard;
 use crate::id::Attempt;
 use crate::own_threads;
 use crate::settings::IoMode;
@@ -162,7 +162,7 @@ pub(crate) struct Ticket {
     signal: Arc<Signal>,
     calls: Arc<CallThread>,
     /// The process that made it: in a forked child nothing will ever happen to it.
-    generation: u64,
+    origin: ForkGuard,
 }
 
 /// What a new ticket is for.
@@ -181,7 +181,6 @@ impl Ticket {
     /// `signal` wakes the stager; `calls` is where functions are called that no other thread may call.
     pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>, calls: Arc<CallThread>) -> Self {
         let Issue { step, attempt, deadline, chunks, streams, bytes, writable, over_budget } = issue;
-        let generation = fork::generation();
         let zero = || AtomicU64::new(0);
         Self {
             step,
@@ -215,7 +214,7 @@ impl Ticket {
             holds: Mutex::new(Vec::new()),
             signal,
             calls,
-            generation,
+            origin: ForkGuard::new(),
         }
     }
 
@@ -303,10 +302,8 @@ impl Ticket {
 
     /// Refuses to say anything about the save in a forked child.
     pub fn alive(&self) -> Result<()> {
-        if self.generation == fork::generation() {
-            return Ok(());
-        }
-        Err(Error::invalid("a save of the parent cannot be waited for in a forked child").with_step(self.step))
+        let alive = self.origin.check("a save of the parent cannot be waited for in a forked child");
+        alive.map_err(|forked| forked.with_step(self.step))
     }
 
     /// Refuses a wait to a thread of the executor, which may be the one that has to end it.

@@ -118,6 +118,11 @@ fn one_file_decides_what_is_fsynced() {
 }
 
 #[test]
+fn one_file_catches_panics() {
+    no_complaints("src", "rs", panics);
+}
+
+#[test]
 fn what_tests_leave_out_is_seen() {
     no_complaints("", "rs", left_out);
 }
@@ -356,6 +361,16 @@ fn fsync(path: &str, text: &str) -> Vec<String> {
     calls.map(|(call, at)| format!("{call} line={}", code[..at].matches('\n').count() + 1)).collect()
 }
 
+fn panics(path: &str, text: &str) -> Vec<String> {
+    if path == "src/guard.rs" || path.starts_with("src/testing/") {
+        return Vec::new();
+    }
+    let code = without_tests(&code(text));
+    words(&code, "catch_unwind")
+        .map(|at| format!("catches a panic line={}", code[..at].matches('\n').count() + 1))
+        .collect()
+}
+
 /// The test runner swallows what passing tests print, but not what they write to stderr themselves.
 fn left_out(_: &str, text: &str) -> Vec<String> {
     let code = code(text);
@@ -501,6 +516,13 @@ mod rules_can_fail {
         let text = "fn fsync(&self) { self.sys.fsync(fd) }\nlet f = rustix::fs::fdatasync;";
         assert_eq!(fsync("src/commit/mod.rs", text).len(), 2);
         assert_eq!(fsync("src/storage/local/durable.rs", text).len(), 0);
+    }
+
+    #[test]
+    fn panics_caught_elsewhere() {
+        let text = "fn f() { std::panic::catch_unwind(g) }";
+        assert_eq!(panics("src/save.rs", text).len(), 1);
+        assert_eq!(panics("src/guard.rs", text).len(), 0);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Policies: which steps are worth keeping for what they hold, whatever their age.
 
 use super::{Catalog, Entry};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{ErrorKind, Result};
+use crate::guard::guarded;
 use crate::state::decode_value;
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, BTreeSet};
@@ -100,8 +101,9 @@ impl Catalog {
             };
             candidates.push(Candidate { entry: entry.clone(), metadata });
         }
-        let keep = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| policy.preserves(&candidates)))
-            .map_err(|_| Error::invalid("a preservation policy panicked; nothing was deleted"))?;
+        let panicked = "a preservation policy panicked; nothing was deleted";
+        let keep = guarded(panicked, || Ok(policy.preserves(&candidates)))
+            .map_err(|panic| panic.with_kind(ErrorKind::Invalid))?;
         let kept = |i: usize| keep.get(i).copied().unwrap_or(true);
         Ok(candidates.iter().enumerate().filter(|(i, _)| kept(*i)).map(|(_, step)| step.entry.step).collect())
     }

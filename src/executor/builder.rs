@@ -11,6 +11,7 @@ use crate::catalog::{Keeping, PreservationPolicy, Verify};
 use crate::completion::Signal;
 use crate::device::{Device, DeviceReport, KernelMemory, LentMemory, choose};
 use crate::error::{Error, Result};
+use crate::fork::ForkGuard;
 use crate::guard::dropped;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
@@ -20,7 +21,7 @@ use crate::storage::local::Local;
 use crate::storage::{Storage, Sweep};
 use crate::sync::Mutex;
 use crate::writer::{Pool, Task, adopt, spawn};
-use crate::{Catalog, Retention, call_thread, fork, own_threads};
+use crate::{Catalog, Retention, call_thread, own_threads};
 use crossbeam_channel::{bounded, unbounded};
 use std::any::Any;
 use std::path::PathBuf;
@@ -252,7 +253,7 @@ impl Builder {
             stager: stager.clone(),
             threads: Arc::new(Threads::new(stager.clone())),
             admission: Mutex::new(Admission { plan: None, attempts: Attempts::new() }),
-            generation: fork::generation(),
+            origin: ForkGuard::new(),
             compared: Arc::default(),
             storage: storage.clone(),
             place,

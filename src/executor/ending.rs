@@ -8,12 +8,12 @@ use crate::catalog::Catalog;
 use crate::checkpoint::replaceable;
 use crate::commit::{self, Concluded, Ending};
 use crate::completion::Calls;
-use crate::error::{Error, ErrorKind};
+use crate::error::ErrorKind;
+use crate::guard::guarded;
 use crate::memory::AlignedBuffer;
 use crate::storage::{Storage, Writing};
 use crate::ticket::{Outcome, Phase};
 use crate::writer::Task;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -46,7 +46,7 @@ pub(super) fn conclude(
     manifest: &mut AlignedBuffer,
 ) -> Option<Left> {
     let (request, ticket) = (&task.request, &task.request.ticket);
-    let concluded = catch_unwind(AssertUnwindSafe(|| {
+    let concluded = guarded("the storage panicked during a commit", || {
         if let Err(busy) = catalog.announce(&request.name, ticket.attempt) {
             ticket.fail(busy);
         }
@@ -54,13 +54,12 @@ pub(super) fn conclude(
         if let (true, Err(foreign)) = (request.overwrite, replaceable(storage, &request.name)) {
             ticket.fail(foreign);
         }
-        commit::conclude(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, manifest })
-    }));
+        Ok(commit::conclude(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, manifest }))
+    });
     let panicked = concluded.is_err();
-    let concluded = concluded.unwrap_or_else(|_| {
+    let concluded = concluded.unwrap_or_else(|panic| {
         let publishing = ticket.phase() >= Phase::Publishing;
-        let kind = if publishing { ErrorKind::Indeterminate } else { ErrorKind::Internal };
-        Concluded::Doubtful(Error::new(kind, "the storage panicked during a commit"))
+        Concluded::Doubtful(if publishing { panic.with_kind(ErrorKind::Indeterminate) } else { panic })
     });
     let name = request.name.clone();
     let (outcome, left) = match concluded {

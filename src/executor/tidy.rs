@@ -5,13 +5,13 @@
 
 use super::ending::Left;
 use crate::catalog::{Catalog, Keeping};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::guard::dropped;
+use crate::guard::guarded;
 use crate::id::parse_step_name;
 use crate::storage::{Remnant, State, Storage, Sweep, Swept};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::iter::once;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 /// So many saves may wait to be tidied up while as many are in hand; an attempt holds three descriptors until then.
@@ -156,7 +156,7 @@ impl Tidy<'_> {
 
 /// Does it; false, and a warning, when it fails.
 pub(super) fn attempt(what: &str, run: impl FnOnce() -> Result<()>) -> bool {
-    let done = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal("the storage panicked")));
+    let done = guarded("the storage panicked", run);
     if let Err(error) = &done {
         tracing::warn!(error = format_args!("{error:#}"), "could not {what}");
     }

@@ -5,11 +5,11 @@ use super::signals::outlive_file_limits;
 use super::task::Task;
 use crate::completion::Signal;
 use crate::error::{Error, ErrorKind, Result};
+use crate::guard::guarded;
 use crate::own_threads;
 use crate::plan::Chunk;
 use crate::settings::Priority;
 use crossbeam_channel::{Receiver, Sender, bounded};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -54,12 +54,9 @@ impl Pool {
 /// Writes a chunk and sends its slab home; nothing that goes wrong ends the thread.
 fn carry_out(task: &Arc<Task>, chunk: Chunk) {
     let index = chunk.index;
-    let written = catch_unwind(AssertUnwindSafe(|| task.write(chunk)))
-        .unwrap_or_else(|_| Err(Error::internal("a writer thread panicked")))
-        .and_then(|()| {
-            catch_unwind(AssertUnwindSafe(|| task.seal_if_last(index)))
-                .unwrap_or_else(|_| Err(Error::internal("a writer thread panicked")))
-        });
+    let panicked = "a writer thread panicked";
+    let written = guarded(panicked, || task.write(chunk));
+    let written = written.and_then(|()| guarded(panicked, || task.seal_if_last(index)));
     if let Err(error) = written {
         task.request.ticket.fail(error);
     }

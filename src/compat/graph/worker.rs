@@ -7,11 +7,11 @@
 use super::records::Records;
 use crate::completion::{Completion, Waiter};
 use crate::error::{Error, Result};
-use crate::fork;
+use crate::fork::ForkGuard;
+use crate::guard::guarded;
 use crate::sync::{self, Mutex, lock};
 use crate::writer::spawn;
 use crossbeam_channel::{Sender, unbounded};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -22,14 +22,14 @@ type Job = Box<dyn FnOnce(&mut dyn Records) + Send>;
 pub(super) struct Worker {
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
-    generation: u64,
+    origin: ForkGuard,
 }
 
 impl Worker {
     pub fn start(mut records: impl Records + 'static) -> Result<Self> {
         let (jobs, todo) = unbounded::<Job>();
         let thread = spawn("ashore-graph".into(), move || todo.iter().for_each(|job| job(&mut records)))?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread), generation: fork::generation() })
+        Ok(Self { jobs: Some(jobs), thread: Some(thread), origin: ForkGuard::new() })
     }
 
     /// Does `job` on the thread.
@@ -37,19 +37,16 @@ impl Worker {
         &self,
         job: impl FnOnce(&mut dyn Records) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let Some(jobs) = self.jobs.as_ref().filter(|_| self.generation == fork::generation()) else {
-            return Err(Error::invalid("a checkpointer cannot be used in a forked child; make a new one there"));
-        };
+        self.origin.check("a checkpointer cannot be used in a forked child; make a new one there")?;
         let result = Arc::new(Mutex::new(None));
         let done = sync::Arc::new(Completion::new());
         let (put, complete) = (result.clone(), done.clone());
         let job: Job = Box::new(move |records| {
-            let panicked = |_| Err(Error::internal("a checkpointer panicked"));
-            *lock(&put) = Some(catch_unwind(AssertUnwindSafe(|| job(records))).unwrap_or_else(panicked));
+            *lock(&put) = Some(guarded("a checkpointer panicked", || job(records)));
             complete.complete(());
         });
         let gone = || Error::internal("the thread of a checkpointer is gone");
-        jobs.send(job).map_err(|_| gone())?;
+        self.jobs.as_ref().ok_or_else(gone)?.send(job).map_err(|_| gone())?;
         Waiter::new(done).await;
         let result = lock(&result).take();
         result.unwrap_or_else(|| Err(gone()))
@@ -60,7 +57,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.jobs = None;
         if let Some(thread) = self.thread.take()
-            && self.generation == fork::generation()
+            && self.origin.is_ours()
             && thread.join().is_err()
         {
             tracing::error!("the thread of a checkpointer panicked");

@@ -4,8 +4,9 @@ use super::preservation::{CheckpointInfo, PreservationPolicy};
 use super::steps::{Progress, Shared};
 use crate::catalog::{self, Catalog};
 use crate::checkpoint::Checkpoint;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::executor::CheckpointExecutor;
+use crate::guard::guarded;
 use crate::save::{Save, SaveOptions};
 use crate::settings::OnUnseenError;
 use crate::state::StateDict;
@@ -14,7 +15,6 @@ use crate::ticket::Outcome;
 use crossbeam_channel::Receiver;
 use std::collections::BTreeSet;
 use std::collections::btree_map::Entry;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -90,7 +90,7 @@ impl Follower {
             let timeout = deadline.saturating_duration_since(Instant::now()) + Duration::from_secs(1);
             let ended = save.wait(timeout);
             let next = match (&ended, kept.take()) {
-                (Err(error), Some(state)) if retries > 0 && may_pass(error) && Instant::now() < deadline => {
+                (Err(error), Some(state)) if retries > 0 && error.is_transient() && Instant::now() < deadline => {
                     tracing::warn!(error = format_args!("{error:#}"), retries, "a save failed and is tried again");
                     state
                 }
@@ -114,25 +114,20 @@ impl Follower {
             let kept = |i: usize| keep.get(i).copied().unwrap_or(true);
             infos.iter().enumerate().filter(|(i, _)| !kept(*i)).map(|(_, info)| info.step).collect()
         };
-        let pruned = catch_unwind(AssertUnwindSafe(|| catalog.prune_chosen(chosen)));
+        let pruned = guarded("a preservation policy panicked; all steps are kept", || catalog.prune_chosen(chosen));
         match pruned {
-            Ok(Ok(pruned)) => {
+            Ok(pruned) => {
                 let mut progress = lock(&self.shared.progress);
                 let Progress { steps, saving, .. } = &mut *progress;
                 let removed = pruned.removed.iter().map(|entry| entry.step);
                 return removed.filter(|step| !steps.remove(step) && saving.contains_key(step)).collect();
             }
-            Ok(Err(error)) => {
+            Err(error) => {
                 tracing::warn!(error = format_args!("{error:#}"), "steps that are not kept could not be deleted")
             }
-            Err(_) => tracing::error!("a preservation policy panicked; all steps are kept"),
         }
         Vec::new()
     }
-}
-
-fn may_pass(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::Busy | ErrorKind::NoSpace | ErrorKind::Unavailable)
 }
 
 pub(super) fn metrics(checkpoint: &Checkpoint) -> Option<serde_json::Value> {

@@ -4,14 +4,14 @@ use super::signals::{HandlerAwaitableSignal, OperationId, Signals};
 use crate::compat::overdue::Cell;
 use crate::completion::{Completion, Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fork;
+use crate::fork::ForkGuard;
+use crate::guard::guarded;
 use crate::save::Save;
 use crate::sync::{Arc as CellArc, Mutex, lock};
 use crate::ticket::Outcome;
 use crate::writer::spawn;
 use std::fmt;
 use std::future::Future;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -49,7 +49,7 @@ struct Waiting {
     done: Cell<Outcome>,
     begun: Mutex<Begun>,
     signals: Signals,
-    generation: u64,
+    origin: ForkGuard,
 }
 
 /// Whether the engine has a save.
@@ -80,15 +80,14 @@ impl CommitFuture {
         if timeout.is_zero() {
             return Err(Error::invalid(format!("a commit is waited for with a timeout timeout={timeout:?}")));
         }
+        let origin = ForkGuard::new();
         let done: Cell<Outcome> = CellArc::new(Completion::new());
-        let generation = fork::generation();
-        let shared =
-            Waiting { done: done.clone(), begun: Mutex::new(Begun::NotYet), signals: signals.clone(), generation };
+        let shared = Waiting { done: done.clone(), begun: Mutex::new(Begun::NotYet), signals: signals.clone(), origin };
         let shared = Arc::new(shared);
         let (waiting, contract, sends) = (shared.clone(), signals.contract(id), sends.to_vec());
         spawn("ashore-deferred".into(), move || {
             let run = || waiting.run(id, &contract, deadline_after(timeout), begin);
-            let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal("a save panicked")));
+            let ended = guarded("a save panicked", run);
             match &ended {
                 Ok(_) => sends.into_iter().for_each(|signal| waiting.signals.send(id, signal)),
                 Err(error) => waiting.signals.fail(id, error),
@@ -124,10 +123,7 @@ impl CommitFuture {
 
 impl Waiting {
     fn alive(&self) -> Result<()> {
-        if self.generation == fork::generation() {
-            return Ok(());
-        }
-        Err(Error::invalid("a commit of the parent cannot be waited for in a forked child"))
+        self.origin.check("a commit of the parent cannot be waited for in a forked child")
     }
 
     fn cancelled(&self) -> bool {

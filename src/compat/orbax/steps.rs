@@ -10,7 +10,7 @@ use crate::compat::unseen::first;
 use crate::completion::{Completion, Signal, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
-use crate::fork;
+use crate::fork::ForkGuard;
 use crate::mutant::{self, Mutant};
 use crate::save::{SaveOptions, Snapshot};
 use crate::settings::OnUnseenError;
@@ -81,7 +81,7 @@ pub struct CheckpointManager {
 struct Writer {
     executor: Arc<CheckpointExecutor>,
     flights: Sender<Flight>,
-    generation: u64,
+    origin: ForkGuard,
 }
 
 #[derive(Debug)]
@@ -155,7 +155,7 @@ impl CheckpointManager {
             follower.run(&coming);
             follower.shared.ended.complete(());
         })?;
-        let writer = Some(Writer { executor, flights, generation: fork::generation() });
+        let writer = Some(Writer { executor, flights, origin: ForkGuard::new() });
         Ok(Self { catalog, writer, options, shared })
     }
 
@@ -429,8 +429,8 @@ impl CheckpointManager {
     }
 
     fn end(&mut self, timeout: Duration) -> Result<()> {
-        let Some(Writer { flights, generation, executor }) = self.writer.take() else { return Ok(()) };
-        if generation != fork::generation() {
+        let Some(Writer { flights, origin, executor }) = self.writer.take() else { return Ok(()) };
+        if !origin.is_ours() {
             // The thread behind the channel is the parent's.
             std::mem::forget(flights);
             return Ok(());
@@ -450,7 +450,7 @@ impl CheckpointManager {
 impl Drop for CheckpointManager {
     fn drop(&mut self) {
         let Some(writer) = &self.writer else { return };
-        let (parents, timeout) = (writer.generation != fork::generation(), writer.executor.settings().shutdown_timeout);
+        let (parents, timeout) = (!writer.origin.is_ours(), writer.executor.settings().shutdown_timeout);
         let timeout = if mutant::on(Mutant::ManagerDrop) { Duration::ZERO } else { timeout };
         if let Err(error) = self.end(timeout) {
             tracing::error!(error = format_args!("{error:#}"), "a manager was dropped before its saves had ended");

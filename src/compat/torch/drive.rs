@@ -5,14 +5,15 @@ use super::plan::{Metadata, SavePlan, WriteResult};
 use super::planner::SavePlanner;
 use super::writer::StorageWriter;
 use crate::compat::wire::WireError;
+use crate::completion::block_on;
 use crate::error::{Error, ErrorKind, Result};
+use crate::guard::guarded;
 use crate::mutant::{self, Mutant};
 use crate::state::StateDict;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::task::{Context, Poll, Wake, Waker};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Who saves together.
@@ -173,36 +174,8 @@ fn checked(plan: &SavePlan, results: Vec<WriteResult>) -> Result<Vec<WriteResult
     Err(Error::internal(format!("a storage writer did not write what was planned planned={planned} written={written}")))
 }
 
-/// Runs code of users, whose panics must not end our threads.
-pub(super) fn guarded<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal(what)))
-}
-
 /// Drives a future on this thread, until it is ready or the deadline has passed.
-pub(super) fn complete<T>(
-    mut future: std::pin::Pin<Box<dyn Future<Output = Result<T>> + Send>>,
-    deadline: Instant,
-) -> Result<T> {
-    #[derive(Default)]
-    struct Woken(Mutex<bool>, Condvar);
-    impl Wake for Woken {
-        fn wake(self: Arc<Self>) {
-            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
-            self.1.notify_one();
-        }
-    }
-    let woken = Arc::new(Woken::default());
-    let waker = Waker::from(woken.clone());
-    loop {
-        if let Poll::Ready(result) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
-            return result;
-        }
-        let flag = woken.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let timeout = deadline.saturating_duration_since(Instant::now());
-        let waited = woken.1.wait_timeout_while(flag, timeout, |woken| !*woken);
-        let (mut flag, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if !std::mem::take(&mut *flag) {
-            return Err(Error::new(ErrorKind::Deadline, "staging or writing had not ended at the deadline of a save"));
-        }
-    }
+pub(super) fn complete<T>(future: impl Future<Output = Result<T>>, deadline: Instant) -> Result<T> {
+    let late = || Error::new(ErrorKind::Deadline, "staging or writing had not ended at the deadline of a save");
+    block_on(future, deadline).ok_or_else(late)?
 }

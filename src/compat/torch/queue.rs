@@ -6,7 +6,8 @@ use crate::compat::overdue::{Cell, Overdue};
 use crate::compat::unseen::first;
 use crate::completion::{Completion, Signal, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fork;
+use crate::fork::ForkGuard;
+use crate::guard::guarded;
 use crate::save::Save;
 use crate::settings::Overlap;
 use crate::sync::{Arc as CellArc, Mutex, lock};
@@ -24,7 +25,7 @@ pub(super) struct Record {
     pub staged: Cell<()>,
     begun: Mutex<Begun>,
     observed: AtomicBool,
-    generation: u64,
+    origin: ForkGuard,
 }
 
 /// Whether the engine has a save.
@@ -38,8 +39,8 @@ enum Begun {
 impl Record {
     fn new() -> Arc<Self> {
         let (done, staged) = (CellArc::new(Completion::new()), CellArc::new(Completion::new()));
-        let (observed, generation) = (AtomicBool::new(false), fork::generation());
-        Arc::new(Self { done, staged, begun: Mutex::new(Begun::NotYet), observed, generation })
+        let (observed, origin) = (AtomicBool::new(false), ForkGuard::new());
+        Arc::new(Self { done, staged, begun: Mutex::new(Begun::NotYet), observed, origin })
     }
 
     /// A save that ended before it began.
@@ -59,10 +60,7 @@ impl Record {
     }
 
     pub fn alive(&self) -> Result<()> {
-        if self.generation == fork::generation() {
-            return Ok(());
-        }
-        Err(Error::invalid("a save of the parent cannot be waited for in a forked child"))
+        self.origin.check("a save of the parent cannot be waited for in a forked child")
     }
 
     /// The engine has it from here on. False, and the save is cancelled, when the record has ended meanwhile.
@@ -115,7 +113,7 @@ pub(super) struct Queue {
     overdue: Overdue,
     /// Saves that the engine was given at once: they have no record.
     direct: Mutex<Vec<Save>>,
-    generation: u64,
+    origin: ForkGuard,
 }
 
 impl Queue {
@@ -123,8 +121,8 @@ impl Queue {
         let shared = Arc::new(Shared::default());
         let mine = shared.clone();
         let thread = spawn("ashore-torch".into(), move || run(&mine))?;
-        let (overdue, direct, generation) = (Overdue::start()?, Mutex::default(), fork::generation());
-        Ok(Self { shared, thread: Some(thread), overdue, direct, generation })
+        let (overdue, direct, origin) = (Overdue::start()?, Mutex::default(), ForkGuard::new());
+        Ok(Self { shared, thread: Some(thread), overdue, direct, origin })
     }
 
     /// The first error that nobody has seen.
@@ -219,7 +217,7 @@ impl Queue {
     /// have failed then; `Indeterminate` when one was being published, which may become durable.
     pub fn close(&mut self, timeout: Duration) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
-        if self.generation != fork::generation() {
+        if !self.origin.is_ours() {
             return Ok(()); // in a forked child: saves, and the thread that carries them out, are the parent's
         }
         let deadline = deadline_after(timeout);
@@ -279,7 +277,7 @@ fn run(shared: &Shared) {
                 let result = if record.done.is_complete() {
                     Err(Error::new(ErrorKind::Cancelled, "the save ended before its turn came"))
                 } else {
-                    super::drive::guarded("a save panicked", || job(&record))
+                    guarded("a save panicked", || job(&record))
                 };
                 record.end(result);
             }

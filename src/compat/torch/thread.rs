@@ -244,7 +244,7 @@ impl Job {
                 }
             };
             match (saved, kept) {
-                (Err(error), Some(kept)) if may_pass(&error) && Instant::now() < deadline => {
+                (Err(error), Some(kept)) if error.is_transient() && Instant::now() < deadline => {
                     tracing::warn!(error = format_args!("{error:#}"), retries, "a save failed and is tried again");
                     retries -= 1;
                     next = kept;
@@ -253,11 +253,6 @@ impl Job {
             }
         }
     }
-}
-
-/// Whether the same save may succeed a little later.
-fn may_pass(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::Busy | ErrorKind::NoSpace | ErrorKind::Unavailable)
 }
 
 /// The staged state, when it comes; an error when the save ends before.
@@ -269,7 +264,7 @@ fn wait_for(mut coming: Coming, record: &Record, deadline: Instant) -> Result<St
         }
         coming.as_mut().poll(cx)
     });
-    complete(Box::pin(first), deadline)
+    complete(first, deadline)
 }
 
 /// One try.
@@ -299,7 +294,7 @@ fn once(
     }
     let left = || deadline.saturating_duration_since(Instant::now()) + GRACE;
     let staged = staging(Save::clone(&save), engine.handed.clone());
-    if complete(Box::pin(staged), deadline + GRACE).is_ok() {
+    if complete(staged, deadline + GRACE).is_ok() {
         record.staged.complete(Ok(()));
     }
     match save.wait(left())? {

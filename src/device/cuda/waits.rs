@@ -16,7 +16,7 @@ use super::gpu::{Gpu, PATIENCE, POLL};
 use super::pooled_event::PooledEvent;
 use crate::device::{self, Hold};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fork;
+use crate::fork::ForkGuard;
 use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use std::fmt;
@@ -163,7 +163,7 @@ impl Rows {
         row.behind.clear();
         self.held[index].store(true, Ordering::Release);
         // From here on: however this ends, waits end.
-        let guard = Guard { rows: self.clone(), index, value, generation: fork::generation() };
+        let guard = Guard { rows: self.clone(), index, value, origin: ForkGuard::new() };
         let gpus = self.shared.in_use();
         // Before anything is queued, because only they can say when the row is free again.
         for ordinal in gpus.iter().map(|gpu| gpu.context.ordinal).chain(streams.iter().map(|stream| stream.ordinal)) {
@@ -214,13 +214,13 @@ struct Guard {
     rows: Arc<Rows>,
     index: usize,
     value: u32,
-    generation: u64,
+    origin: ForkGuard,
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
         // A child of fork has no part in pinned memory.
-        if self.generation == fork::generation() {
+        if self.origin.is_ours() {
             self.rows.end(self.index, self.value);
             self.rows.held[self.index].store(false, Ordering::Release);
         }

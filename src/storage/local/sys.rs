@@ -3,7 +3,7 @@
 //! Production runs on [`Linux`](super::linux::Linux). Tests put a simulated file system here, *below* the code that decides
 //! what to fsync, so that the code under test is the code that ships.
 
-use crate::fork;
+use crate::fork::ForkGuard;
 use crate::memory::Pages;
 use std::any::Any;
 use std::ffi::OsString;
@@ -143,7 +143,7 @@ pub trait Sys: Send + Sync + Debug {
 pub struct Fd {
     sys: Arc<dyn Sys>,
     raw: RawFd,
-    generation: u64,
+    origin: ForkGuard,
     spent: AtomicBool,
 }
 
@@ -151,7 +151,7 @@ impl Fd {
     /// Opens.
     pub fn open(sys: &Arc<dyn Sys>, dir: Option<&Fd>, path: &Path, how: Open, follow: bool) -> io::Result<Self> {
         let raw = uninterrupted(|| sys.open(dir.map(Fd::raw), path, how, follow))?;
-        Ok(Self { sys: sys.clone(), raw, generation: fork::generation(), spent: AtomicBool::new(false) })
+        Ok(Self { sys: sys.clone(), raw, origin: ForkGuard::new(), spent: AtomicBool::new(false) })
     }
 
     /// The descriptor.
@@ -166,7 +166,7 @@ impl Fd {
 
     /// Whether this process opened it: in a forked child the number may stand for another file, or none.
     pub(super) fn is_ours(&self) -> bool {
-        self.generation == fork::generation()
+        self.origin.is_ours()
     }
 
     /// fsync(2), at most until it fails: the kernel reports an error once and then forgets the data, so a second `Ok` would

@@ -17,7 +17,7 @@
 
 use super::linux::Linux;
 use super::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
-use crate::fork;
+use crate::fork::ForkGuard;
 use crate::memory::Pages;
 use io_uring::{IoUring, opcode, squeue, types};
 use std::any::Any;
@@ -39,7 +39,7 @@ const PER_INDEX: usize = 1 << 30;
 #[derive(Clone, Debug)]
 pub struct Uring {
     pool: Arc<Mutex<Rings>>,
-    generation: u64,
+    origin: ForkGuard,
 }
 
 #[derive(Default)]
@@ -62,7 +62,7 @@ impl Uring {
     /// # Errors
     /// Why not: `ENOSYS` on kernels without it, `EPERM` where it is forbidden, `ENOMEM` beyond the limit of locked memory.
     pub fn probe() -> io::Result<Self> {
-        let rings = Self { pool: Arc::default(), generation: fork::generation() };
+        let rings = Self { pool: Arc::default(), origin: ForkGuard::new() };
         let ring = rings.ring(&rings.lock())?;
         rings.lock().idle.push(ring);
         Ok(rings)
@@ -233,7 +233,7 @@ impl Ring {
 
 impl Sys for Uring {
     fn pwrite(&self, fd: RawFd, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        if bytes.len() <= PIECE || self.generation != fork::generation() {
+        if bytes.len() <= PIECE || !self.origin.is_ours() {
             return Linux.pwrite(fd, bytes, offset);
         }
         let Some(mut ring) = self.take() else { return Linux.pwrite(fd, bytes, offset) };

@@ -7,7 +7,7 @@ use crate::compat::overdue::Cell;
 use crate::compat::wire::WireError;
 use crate::completion::{Completion, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fork;
+use crate::fork::ForkGuard;
 use crate::id::Attempt;
 use crate::settings::{IoMode, Settings};
 use crate::storage::local::Local;
@@ -39,7 +39,7 @@ pub(super) struct Remote {
     settings: Settings,
     link: Mutex<Option<Arc<Link>>>,
     pub handed: Arc<HandedOver>,
-    generation: u64,
+    origin: ForkGuard,
 }
 
 impl Remote {
@@ -47,8 +47,8 @@ impl Remote {
     pub fn start(root: PathBuf, settings: Settings, program: PathBuf, arguments: Vec<String>) -> Result<Arc<Self>> {
         let local = Local::open_with(&root, settings.engine)?.direct(settings.direct);
         let (link, handed) = (Mutex::new(None), Arc::default());
-        let generation = fork::generation();
-        let remote = Self { local, program, arguments, settings, link, handed, generation };
+        let origin = ForkGuard::new();
+        let remote = Self { local, program, arguments, settings, link, handed, origin };
         remote.link()?;
         Ok(Arc::new(remote))
     }
@@ -170,7 +170,7 @@ impl Link {
 
 impl Drop for Remote {
     fn drop(&mut self) {
-        if self.generation != fork::generation() {
+        if !self.origin.is_ours() {
             return; // a forked child shares the socket: the parent's writer process must not hear that it is closed
         }
         let Some(link) = lock(&self.link).take() else { return };

@@ -9,7 +9,7 @@ use super::functions::Table;
 use super::handles::{Address, ContextHandle, FunctionHandle, StreamHandle};
 use super::library::Driver;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fork;
+use crate::fork::ForkGuard;
 use crate::sync::{Mutex, lock};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
@@ -27,7 +27,7 @@ pub struct Context {
     handle: ContextHandle,
     dead: AtomicBool,
     why: Mutex<Option<Error>>,
-    generation: u64,
+    origin: ForkGuard,
 }
 
 impl Context {
@@ -41,9 +41,8 @@ impl Context {
             let missing = format!("there is no such device device=cuda:{ordinal} devices={count}");
             return Err(Error::new(ErrorKind::Unavailable, missing));
         }
-        let generation = fork::generation();
-        let handle = ContextHandle::default();
-        let mut context = Self { driver, ordinal, handle, dead: false.into(), why: Mutex::new(None), generation };
+        let (origin, handle) = (ForkGuard::new(), ContextHandle::default());
+        let mut context = Self { driver, ordinal, handle, dead: false.into(), why: Mutex::new(None), origin };
         let (mut device, mut handle) = (0, handle);
         // SAFETY: writes one number.
         context.call("cuDeviceGet", |t| unsafe { (t.device_get)(&mut device, ordinal as c_int) })?;
@@ -79,9 +78,7 @@ impl Context {
 
     /// Fails when the context is lost, or belongs to the parent of a fork.
     pub fn alive(&self) -> Result<()> {
-        if self.generation != fork::generation() {
-            return Err(Error::invalid("CUDA cannot be used in a forked child"));
-        }
+        self.origin.check("CUDA cannot be used in a forked child")?;
         if self.dead.load(Ordering::Acquire) {
             let lost = || Error::new(ErrorKind::Device, "the CUDA context is lost");
             return Err(lock(&self.why).clone().unwrap_or_else(lost));
@@ -275,7 +272,7 @@ pub struct Entered<'c> {
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
-        if self.context.generation != fork::generation() {
+        if !self.context.origin.is_ours() {
             return;
         }
         // Also when the context was lost meanwhile: the thread is the program's, which may go on with another device.
