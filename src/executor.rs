@@ -4,6 +4,7 @@
 //! leases and the completions of futures. The thread that calls `save` does not touch storage.
 
 mod admission;
+mod again;
 mod builder;
 mod ending;
 mod place;
@@ -287,6 +288,8 @@ impl CheckpointExecutor {
                 ),
             }
         }
+        let kept =
+            again::keep(state, options.retries, options.backoff, borrowed).map_err(|error| error.with_step(step))?;
         // One that another save has made room for is begun, even if admission is closed meanwhile.
         let mut superseded = false;
         let (mut admission, attempt) = loop {
@@ -334,6 +337,7 @@ impl CheckpointExecutor {
             bytes: state.bytes(),
             writable: captured.writable || on_device.left,
             over_budget: captured.over_budget + on_device.over_budget,
+            kept: kept.is_some(),
         };
         let ticket = Arc::new(Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone()));
         ticket.blind.store(on_device.blind, Ordering::Relaxed);
@@ -365,7 +369,7 @@ impl CheckpointExecutor {
             self.stager.refuse(ticket, error.clone(), std::mem::take(state), allocation, queued);
             return Err(error);
         };
-        let sink = Arc::new(Task::new(request, self.place.clone(), &open.pool, open.ended.clone()));
+        let sink = Arc::new(Task::new(request, kept, self.place.clone(), &open.pool, open.ended.clone()));
         ticket.add_blocked(began.elapsed());
         self.stager.push(Job {
             ticket: ticket.clone(),
@@ -377,10 +381,11 @@ impl CheckpointExecutor {
             allocation,
             queued,
             borrowed,
+            not_before: None,
             sink,
         });
         drop((lines, admission));
-        if options.snapshot == Snapshot::AtSave {
+        if options.snapshot == Snapshot::AtSave && !ticket.kept {
             self.stager.fence_one(&ticket, self.settings.fence_timeout)?;
         }
         Ok(Save::new(ticket))
@@ -427,7 +432,9 @@ impl CheckpointExecutor {
     fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
         let deadline = deadline_after(self.settings.save_timeout);
         let streams = Vec::new();
-        let issue = Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable: false, over_budget: 0 };
+        let kept = false;
+        let issue =
+            Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable: false, over_budget: 0, kept };
         let ticket = Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone());
         ticket.release();
         ticket.finish(Ok(outcome)).into_iter().for_each(Calls::here);

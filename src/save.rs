@@ -39,6 +39,15 @@ pub struct SaveOptions {
     /// After how long the save fails if it is not durable, counted from the call; the settings' `save_timeout` if None, and never
     /// later.
     pub timeout: Option<Duration>,
+    /// How often the save is tried again when it has failed for a reason that may pass ([`Error::is_transient`]): 0.
+    ///
+    /// Each time is a new attempt at the step, and all of them share the deadline. The save keeps its place among others meanwhile.
+    /// Its state is kept until it has ended, and no fence waits for that: a tensor that the program can write, or that
+    /// is borrowed for a scope, is `Invalid`.
+    pub retries: u32,
+    /// How long a save that failed waits before it is tried again: not at all. Twice as long after each further failure. When
+    /// that is beyond the deadline, the save has failed.
+    pub backoff: Duration,
     /// The last save of a program whose executor takes no more.
     pub(crate) last: bool,
 }
@@ -65,6 +74,13 @@ impl SaveOptions {
     /// Sets the directory name: one that [`parse_step_name`](crate::id::parse_step_name) takes for the step, or for none.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
+        self
+    }
+
+    /// Tries the save up to `times` times again when it has failed for a reason that may pass, at first after `backoff`. See
+    /// [`SaveOptions::retries`].
+    pub fn retry(mut self, times: u32, backoff: Duration) -> Self {
+        (self.retries, self.backoff) = (times, backoff);
         self
     }
 
@@ -103,9 +119,9 @@ impl Save {
         self.ticket.step
     }
 
-    /// The attempt at it.
+    /// The attempt at it; of a save that is tried again, the latest.
     pub fn attempt(&self) -> Attempt {
-        self.ticket.attempt
+        self.ticket.attempt()
     }
 
     /// Blocks the thread until the save has ended.
@@ -338,8 +354,17 @@ mod tests {
         let (now, signal) = (Instant::now(), Arc::new(Signal::default()));
         let calls = Arc::new(CallThread::new(signal.clone()));
         let (attempt, deadline) = (Attempt::new(), now + Duration::from_secs(60));
-        let issue =
-            Issue { step: 1, attempt, deadline, chunks: 1, streams: vec![], bytes: 1, writable: false, over_budget: 0 };
+        let issue = Issue {
+            step: 1,
+            attempt,
+            deadline,
+            chunks: 1,
+            streams: vec![],
+            bytes: 1,
+            writable: false,
+            over_budget: 0,
+            kept: false,
+        };
         let (ticket, seen) = (Arc::new(Ticket::new(issue, now, signal, calls)), Arc::new(AtomicBool::new(false)));
         ticket.hold(Arc::new(Witness(seen.clone(), Arc::downgrade(&ticket))));
         assert!(Save::new(ticket).cancel());

@@ -119,7 +119,10 @@ impl Phase {
 #[derive(Debug)]
 pub(crate) struct Ticket {
     pub step: u64,
-    pub attempt: Attempt,
+    /// Of a save that is tried again, the latest.
+    attempt: Mutex<Attempt>,
+    /// The sources are kept until the save has ended, for another attempt; nothing can write them.
+    pub kept: bool,
     pub began: Instant,
     pub deadline: Instant,
     /// How many chunks there are, and how many of them have been queued: nothing more is read on the host once all are.
@@ -155,6 +158,8 @@ pub(crate) struct Ticket {
     /// Some handle or call has seen how it ended.
     pub observed: AtomicBool,
     phase: AtomicU8,
+    /// Nothing reads the sources for the attempt under way.
+    released: AtomicBool,
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
     /// While it keeps them, streams wait for its copies.
@@ -175,16 +180,18 @@ pub(crate) struct Issue {
     pub bytes: u64,
     pub writable: bool,
     pub over_budget: usize,
+    pub kept: bool,
 }
 
 impl Ticket {
     /// `signal` wakes the stager; `calls` is where functions are called that no other thread may call.
     pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>, calls: Arc<CallThread>) -> Self {
-        let Issue { step, attempt, deadline, chunks, streams, bytes, writable, over_budget } = issue;
+        let Issue { step, attempt, deadline, chunks, streams, bytes, writable, over_budget, kept } = issue;
         let zero = || AtomicU64::new(0);
         Self {
             step,
-            attempt,
+            attempt: Mutex::new(attempt),
+            kept,
             began,
             deadline,
             chunks,
@@ -209,6 +216,7 @@ impl Ticket {
             blind: AtomicBool::new(false),
             observed: AtomicBool::new(false),
             phase: AtomicU8::new(Phase::Waiting as u8),
+            released: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
             holds: Mutex::new(Vec::new()),
@@ -216,6 +224,10 @@ impl Ticket {
             calls,
             origin: ForkGuard::new(),
         }
+    }
+
+    pub fn attempt(&self) -> Attempt {
+        *lock(&self.attempt)
     }
 
     pub fn phase(&self) -> Phase {
@@ -257,8 +269,17 @@ impl Ticket {
 
     /// The same. `seen`: the caller of this function knows of the failure, and no other thread may find it unseen in between.
     pub fn fail_as(&self, error: Error, seen: bool) -> bool {
-        let mut failure = lock(&self.failure);
-        if failure.is_some() || self.phase() >= Phase::Publishing {
+        let failed = self.fail_with(&mut lock(&self.failure), error, seen);
+        if failed {
+            self.tell_failed();
+        }
+        failed
+    }
+
+    fn fail_with(&self, failure: &mut Option<Error>, error: Error, seen: bool) -> bool {
+        // One that may pass does not stand in the way of a cancellation, or the deadline: the save would be tried again.
+        let first = failure.as_ref().is_none_or(|there| self.kept && there.is_transient() && !error.is_transient());
+        if !first || self.phase() >= Phase::Publishing {
             return false;
         }
         if seen {
@@ -266,30 +287,64 @@ impl Ticket {
         }
         *failure = Some(error.with_step(self.step));
         self.failed.store(true, Ordering::Release);
-        drop(failure);
+        true
+    }
+
+    fn tell_failed(&self) {
         self.drop_holds();
         self.signal.notify();
         self.moved.notify();
+    }
+
+    /// Begins `attempt`, after one that failed for a reason that may pass and of which nothing is left. False for a save that has
+    /// been given up.
+    pub fn try_again(&self, attempt: Attempt) -> bool {
+        let mut failure = lock(&self.failure);
+        if self.done.is_complete() || failure.as_ref().is_some_and(|why| !why.is_transient()) {
+            return false;
+        }
+        *failure = None;
+        *lock(&self.attempt) = attempt;
+        for count in [&self.queued, &self.needed, &self.late_chunks] {
+            count.store(0, Ordering::Release);
+        }
+        for bytes in [&self.bytes_staged, &self.bytes_written] {
+            bytes.store(0, Ordering::Release);
+        }
+        self.released.store(false, Ordering::Release);
+        self.phase.store(Phase::Waiting as u8, Ordering::Release);
+        self.failed.store(false, Ordering::Release);
         true
     }
 
     /// Fails the save with `why` and resolves it at once, whatever its threads hang in. None when it had
     /// ended.
     pub fn give_up(&self, why: Error) -> Option<Calls<Result<Outcome>>> {
-        self.fail(why);
-        let error = self.failure().unwrap_or_else(|| {
+        // Under one lock with the end, after which the save is not tried again.
+        let mut failure = lock(&self.failure);
+        let failed = self.fail_with(&mut failure, why, false);
+        let error = failure.clone().unwrap_or_else(|| {
             // The publish has begun, or the failure would be there: nobody knows yet how it ends.
             Error::new(ErrorKind::Indeterminate, "the save was given up while it was being published")
                 .with_step(self.step)
         });
         let calls = self.done.put(Err(error));
+        drop(failure);
+        if failed {
+            self.tell_failed();
+        }
         self.signal.notify();
         calls
     }
 
     /// Ends the save. None when it had been given up.
     pub fn finish(&self, result: Result<Outcome>) -> Option<Calls<Result<Outcome>>> {
-        let calls = self.done.put(result.map_err(|e| e.with_step(self.step)));
+        let result = result.map_err(|e| e.with_step(self.step));
+        let staged = result.as_ref().map(|_| ()).map_err(Clone::clone);
+        let calls = self.done.put(result);
+        if self.kept && self.released.load(Ordering::Acquire) {
+            self.staged.complete(staged);
+        }
         self.phase.store(Phase::Ended as u8, Ordering::Release);
         self.signal.notify();
         calls
@@ -320,7 +375,11 @@ impl Ticket {
         let nanos = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.staged_nanos.store(nanos, Ordering::Relaxed);
         self.dropped.complete(());
-        self.staged.complete(self.failure().map_or(Ok(()), Err));
+        self.released.store(true, Ordering::Release);
+        // The sources of one that has failed may be read for another attempt, until it has ended.
+        if !self.kept || !self.failed() || self.done.is_complete() {
+            self.staged.complete(self.failure().map_or(Ok(()), Err));
+        }
         self.drop_holds();
         self.signal.notify();
         self.moved.notify();

@@ -95,7 +95,7 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
     }
     let head = Head {
         step: ticket.step,
-        attempt: ticket.attempt,
+        attempt: ticket.attempt(),
         world: 1,
         values: &request.values,
         metadata: &request.metadata,
@@ -112,7 +112,7 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
     let nanos = |n: &AtomicU64| Duration::from_nanos(n.load(Ordering::Relaxed));
     Ok(Committed {
         step: ticket.step,
-        attempt: ticket.attempt,
+        attempt: ticket.attempt(),
         path,
         bytes: ticket.bytes,
         blocked: nanos(&ticket.blocked_nanos),

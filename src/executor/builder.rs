@@ -262,12 +262,13 @@ impl Builder {
         };
         let (place, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());
         let (staging, committing, tidying) = (signal.clone(), signal.clone(), signal);
+        let stages = stager.clone();
         let commit = move || {
             own_threads::mark(&committing);
             adopt(priority);
             let mut manifest = AlignedBuffer::new(0);
             for task in endings {
-                let left = ending::conclude(&task, place.as_ref(), &steps, &compared, &mut manifest);
+                let left = ending::conclude(&task, &stages, place.as_ref(), &steps, &compared, &mut manifest);
                 dropped(task);
                 if let Some(left) = left {
                     // Waits while tidying is behind. Refused by a thread that is gone: then the next process sweeps.

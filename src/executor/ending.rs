@@ -4,6 +4,7 @@
 //! before its outcome is known; and the catalog, and the count of saves that were compared, know the outcome before the
 //! future tells the caller.
 
+use super::again::try_again;
 use crate::catalog::Catalog;
 use crate::checkpoint::replaceable;
 use crate::commit::{self, Concluded, Ending};
@@ -11,6 +12,7 @@ use crate::completion::Calls;
 use crate::error::ErrorKind;
 use crate::guard::guarded;
 use crate::memory::AlignedBuffer;
+use crate::staging::Stager;
 use crate::storage::{Storage, Writing};
 use crate::ticket::{Outcome, Phase};
 use crate::writer::Task;
@@ -40,14 +42,16 @@ impl Left {
 /// Ends the save of `task`; a panic of the storage fails the save, not the thread.
 pub(super) fn conclude(
     task: &Task,
+    stager: &Stager,
     storage: &dyn Storage,
     catalog: &Catalog,
     compared: &AtomicU64,
     manifest: &mut AlignedBuffer,
 ) -> Option<Left> {
     let (request, ticket) = (&task.request, &task.request.ticket);
+    let attempt = ticket.attempt();
     let concluded = guarded("the storage panicked during a commit", || {
-        if let Err(busy) = catalog.announce(&request.name, ticket.attempt) {
+        if let Err(busy) = catalog.announce(&request.name, attempt) {
             ticket.fail(busy);
         }
         let path = storage.describe(&request.name);
@@ -63,23 +67,29 @@ pub(super) fn conclude(
     });
     let name = request.name.clone();
     let (outcome, left) = match concluded {
-        Concluded::Durable(committed, attempt) => {
-            catalog.acknowledge(ticket.attempt);
+        Concluded::Durable(committed, published) => {
+            catalog.acknowledge(attempt);
             if !ticket.blind.load(Ordering::Relaxed) {
                 compared.fetch_add(1, Ordering::Relaxed);
             }
-            (Ok(Outcome::Durable(committed)), Some(Left::Published { name, attempt }))
+            (Ok(Outcome::Durable(committed)), Some(Left::Published { name, attempt: published }))
         }
         Concluded::Doubtful(why) => {
-            catalog.doubt(ticket.attempt);
+            catalog.doubt(attempt);
             (Err(why), panicked.then_some(Left::Unknown))
         }
         Concluded::Failed { why, left } => {
-            catalog.withdraw(ticket.attempt);
+            catalog.withdraw(attempt);
             let unknown = || task.begin_failed().then_some(Left::Unknown);
-            (Err(why), left.map(|attempt| Left::Failed { attempt }).or_else(unknown))
+            let left = left.map(|attempt| Left::Failed { attempt }).or_else(unknown);
+            if try_again(task, stager, &why) {
+                return left;
+            }
+            (Err(why), left)
         }
     };
+    // Before the future says that the save has ended: its state is free then.
+    drop(task.take_kept());
     ticket.finish(outcome).into_iter().for_each(Calls::here);
     left
 }

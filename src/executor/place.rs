@@ -24,12 +24,12 @@ impl Begin for Place {
         if parse_step_name(name).is_some() {
             self.catalog.refuse_second_name(ticket.step, name)?;
         }
-        let begun = self.storage.begin(name, ticket.attempt, *overwrite);
+        let begun = self.storage.begin(name, ticket.attempt(), *overwrite);
         match begun {
             Err(error) if error.kind() == ErrorKind::Conflict && self.damaged == OnDamaged::Replace => {
                 let Some(damage) = self.catalog.damage(name) else { return Err(error) };
                 tracing::warn!(step = ticket.step, error = %damage, "the step that is there is damaged, and is replaced");
-                let attempt = self.storage.begin(name, ticket.attempt, true)?;
+                let attempt = self.storage.begin(name, ticket.attempt(), true)?;
                 let (storage, catalog) = (self.storage.clone(), self.catalog.clone());
                 Ok(Arc::new(Replacing { attempt, storage, catalog, name: name.clone() }))
             }

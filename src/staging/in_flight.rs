@@ -35,7 +35,12 @@ impl InFlightSaves {
         self.added.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The sources of `ticket` are dropped. Once per ticket that was added.
+    /// The sources of a save that was added before are read once more.
+    pub fn add_again(&self) {
+        self.reading.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The sources of `ticket` are dropped. Once for each time that it was added.
     pub fn release(&self, ticket: &Ticket) {
         ticket.release();
         self.reading.fetch_sub(1, Ordering::AcqRel);
@@ -104,11 +109,11 @@ impl InFlightSaves {
         self.added.load(Ordering::Acquire) != due.added
     }
 
-    /// Saves whose sources may still be read; with none, one atomic load.
+    /// Saves that a fence waits for: their sources may still be read, and written by the program after it. With none, one atomic load.
     pub fn reading(&self) -> Vec<Arc<Ticket>> {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
             return Vec::new();
         }
-        lock(&self.tickets).iter().filter(|t| !t.staged.is_complete()).cloned().collect()
+        lock(&self.tickets).iter().filter(|t| !t.kept && !t.staged.is_complete()).cloned().collect()
     }
 }

@@ -114,7 +114,7 @@ impl Stager {
 
     /// Copies all chunks, in order, and hands over each when its mark is reached.
     fn copy(&self, job: &mut Job, device_state: &mut DeviceState, chunks: &mut VecDeque<InFlightChunk>) -> Result<()> {
-        let stamp = Stamp::new(job.ticket.step, job.ticket.attempt);
+        let stamp = Stamp::new(job.ticket.step, job.ticket.attempt());
         let (due, waker) = (self.saves.expire(Instant::now()), Waker::from(self.signal.clone()));
         let mut copying = Copying { stager: self, job, device_state, chunks, stamp, waker, due, next: 0, reached: 0 };
         loop {

@@ -44,6 +44,8 @@ pub(crate) struct Job {
     pub queued: Vec<Arc<dyn Queued>>,
     /// The sources may be freed as soon as the save is released.
     pub borrowed: bool,
+    /// It is not staged before then: after a failure the save waits before it is tried again.
+    pub not_before: Option<Instant>,
     pub sink: Arc<dyn Sink>,
 }
 
@@ -129,6 +131,20 @@ impl Stager {
         self.saves.add(job.ticket.clone());
         lock(&self.jobs).push_back(job);
         self.signal.notify();
+    }
+
+    /// Takes a save for another attempt, to be staged before those that came after it. Hands the job back when the thread has
+    /// been told to end.
+    pub fn push_again(&self, job: Job) -> Option<Job> {
+        let mut jobs = lock(&self.jobs);
+        if self.stopped.load(Ordering::Acquire) {
+            return Some(job);
+        }
+        self.saves.add_again();
+        jobs.push_front(job);
+        drop(jobs);
+        self.signal.notify();
+        None
     }
 
     /// Takes back the newest save that has not begun to stage.
@@ -229,10 +245,13 @@ impl Stager {
         if self.at_most.is_some_and(|most| under_way() >= most) {
             return None;
         }
-        let job = lock(&self.jobs).pop_front();
-        match job {
-            Some(job) => Some(Some(job)),
-            None => self.stopped.load(Ordering::Acquire).then_some(None),
+        // Before the queue: what is not in it then will not come into it any more.
+        let stopped = self.stopped.load(Ordering::Acquire);
+        let mut jobs = lock(&self.jobs);
+        let now = Instant::now();
+        match jobs.iter().position(|job| job.not_before.is_none_or(|begins| begins <= now)) {
+            Some(at) => jobs.remove(at).map(Some),
+            None => (stopped && jobs.is_empty()).then_some(None),
         }
     }
 
@@ -263,16 +282,24 @@ impl Stager {
         jobs.remove(at)
     }
 
+    /// Until when the first of the saves waits that are tried again.
+    fn delayed_until(&self) -> Option<Instant> {
+        lock(&self.jobs).iter().filter_map(|job| job.not_before).min()
+    }
+
     /// Waits for `look`, while saves that are due expire.
     pub(super) fn wait<T>(&self, device_state: &mut DeviceState, mut look: impl FnMut() -> Option<T>) -> T {
         loop {
             self.recover(device_state);
             let now = Instant::now();
             let due = self.saves.expire(now);
-            let until = if device_state.deferred.is_empty() { due.next } else { due.next.min(now + LOOK) };
+            let delayed = self.delayed_until();
+            let next = delayed.filter(|begins| *begins > now).map_or(due.next, |begins| begins.min(due.next));
+            let until = if device_state.deferred.is_empty() { next } else { next.min(now + LOOK) };
             let again = || {
                 let failed = || lock(&self.jobs).iter().any(|job| job.ticket.failed());
-                self.saves.has_grown(&due) || !lock(&self.deferred).is_empty() || failed()
+                let grown = self.saves.has_grown(&due) || self.delayed_until() != delayed;
+                grown || !lock(&self.deferred).is_empty() || failed()
             };
             let mut news = || look().map(Some).or_else(|| again().then_some(None));
             if let Some(Some(found)) = self.signal.wait_until(until, &mut news) {

@@ -61,6 +61,7 @@ fn push_of(
         bytes: 0,
         writable: false,
         over_budget: 0,
+        kept: false,
     };
     let ticket = Arc::new(Ticket::new(issue, Instant::now(), stager.signal.clone(), stager.calls.clone()));
     let sink = Arc::new(Kept::default());
@@ -75,6 +76,7 @@ fn push_of(
         allocation: None,
         queued: Vec::new(),
         borrowed: false,
+        not_before: None,
         sink: sink.clone(),
     });
     (ticket, plan, sink)

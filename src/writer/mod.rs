@@ -11,4 +11,4 @@ mod task;
 
 pub(crate) use pool::{Pool, spawn};
 pub(crate) use priority::adopt;
-pub(crate) use task::{Begin, Task};
+pub(crate) use task::{Begin, Kept, Task};

@@ -6,7 +6,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{dropped, guarded};
 use crate::plan::{Chunk, Receipts, Request, Segment, Sink};
 use crate::settings::IoMode;
+use crate::state::StateDict;
 use crate::storage::{FileWriting, Writing};
+use crate::sync::{Mutex, lock};
 use crossbeam_channel::Sender;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -17,10 +19,27 @@ pub(crate) trait Begin: Send + Sync + std::fmt::Debug {
     fn begin(&self, request: &Request) -> Result<Arc<dyn Writing>>;
 }
 
+/// What is kept of a save, to try it again.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub state: StateDict<'static>,
+    /// How often it may be tried again.
+    pub left: u32,
+    /// How long it waits before.
+    pub backoff: Duration,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        dropped(std::mem::take(&mut self.state));
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Task {
     pub request: Request,
+    kept: Mutex<Option<Kept>>,
     place: Arc<dyn Begin>,
     attempt: OnceLock<Result<Arc<dyn Writing>>>,
     shards: Vec<Shard>,
@@ -49,17 +68,39 @@ struct Shard {
 
 impl Task {
     /// A task over `pool`; `ended` gets it when its last chunk is done.
-    pub fn new(request: Request, place: Arc<dyn Begin>, pool: &Pool, ended: Sender<Arc<Task>>) -> Self {
+    pub fn new(
+        request: Request,
+        kept: Option<Kept>,
+        place: Arc<dyn Begin>,
+        pool: &Pool,
+        ended: Sender<Arc<Task>>,
+    ) -> Self {
+        Self::over(request, kept, place, pool.sender(), ended)
+    }
+
+    /// The task of another attempt at the save of this one.
+    pub fn again(&self, request: Request, kept: Kept) -> Self {
+        Self::over(request, Some(kept), self.place.clone(), self.work.clone(), self.ended.clone())
+    }
+
+    fn over(
+        request: Request,
+        kept: Option<Kept>,
+        place: Arc<dyn Begin>,
+        work: Sender<Work>,
+        ended: Sender<Arc<Task>>,
+    ) -> Self {
         let shard =
             |chunks| Shard { file: OnceLock::new(), chunks_left: AtomicUsize::new(chunks), sealed: OnceLock::new() };
         Self {
+            kept: Mutex::new(kept),
             place,
             attempt: OnceLock::new(),
             shards: request.plan.shards.iter().map(|s| shard(s.chunks.len())).collect(),
             receipts: request.plan.chunks.iter().map(|_| OnceLock::new()).collect(),
             present: AtomicUsize::new(1),
             last_byte: AtomicU64::new(0),
-            work: pool.sender(),
+            work,
             ended,
             request,
         }
@@ -75,6 +116,11 @@ impl Task {
     /// The attempt, if it was begun.
     pub fn begun(&self) -> Option<Arc<dyn Writing>> {
         self.attempt.get()?.as_ref().ok().cloned()
+    }
+
+    /// What is kept to try the save again, if it may be.
+    pub fn take_kept(&self) -> Option<Kept> {
+        lock(&self.kept).take()
     }
 
     /// Whether it was tried to begin the attempt and something of it may be left.

@@ -52,7 +52,17 @@ pub mod fixtures {
     pub fn ticket(chunks: usize) -> Arc<Ticket> {
         let (now, attempt, streams) = (Instant::now(), Default::default(), Vec::new());
         let deadline = now + Duration::from_secs(600);
-        let issue = Issue { step: 1, attempt, deadline, chunks, streams, bytes: 0, writable: false, over_budget: 0 };
+        let issue = Issue {
+            step: 1,
+            attempt,
+            deadline,
+            chunks,
+            streams,
+            bytes: 0,
+            writable: false,
+            over_budget: 0,
+            kept: false,
+        };
         let signal = Arc::new(Signal::default());
         Arc::new(Ticket::new(issue, now, signal.clone(), Arc::new(CallThread::new(signal))))
     }

@@ -67,14 +67,14 @@ fn drop_in_a_child<T>(value: &T) {
 
 /// Where a thread waits until a test lets it pass.
 #[derive(Debug, Default)]
-struct Gate {
+pub struct Gate {
     /// Whether a thread has come, and whether threads may pass.
     state: Mutex<(bool, bool)>,
     changed: Condvar,
 }
 
 impl Gate {
-    fn pass(&self) {
+    pub fn pass(&self) {
         let mut state = self.state.lock().unwrap();
         state.0 = true;
         self.changed.notify_all();
@@ -82,46 +82,53 @@ impl Gate {
     }
 
     /// Waits until a thread has come.
-    fn reached(&self) {
+    pub fn reached(&self) {
         let state = self.state.lock().unwrap();
         let (_state, late) = self.changed.wait_timeout_while(state, LONG, |state| !state.0).unwrap();
         assert!(!late.timed_out(), "no thread came");
     }
 
-    fn open(&self) {
+    pub fn open(&self) {
         self.state.lock().unwrap().1 = true;
         self.changed.notify_all();
     }
 }
 
-/// A storage that refuses the first few attempts, or publishes nothing before a gate is open.
+/// A storage that refuses the first few attempts, or their publishes, or publishes nothing before a gate is open.
 #[derive(Debug)]
-struct Flaky {
+pub struct Flaky {
     memory: Memory,
     refusals: AtomicUsize,
+    publishes: Arc<AtomicUsize>,
     gate: Option<Arc<Gate>>,
 }
 
+fn refused(refusals: &AtomicUsize) -> Result<()> {
+    match refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)) {
+        Ok(_) => Err(Error::new(ErrorKind::Unavailable, "not now")),
+        Err(_) => Ok(()),
+    }
+}
+
 impl Flaky {
-    fn new(refusals: usize) -> Self {
-        Self { memory: Memory::new(), refusals: refusals.into(), gate: None }
+    pub fn new(refusals: usize) -> Self {
+        Self { memory: Memory::new(), refusals: refusals.into(), publishes: Arc::default(), gate: None }
     }
 
-    fn gated(gate: &Arc<Gate>) -> Self {
+    pub fn at_publish(refusals: usize) -> Self {
+        Self { publishes: Arc::new(refusals.into()), ..Self::new(0) }
+    }
+
+    pub fn gated(gate: &Arc<Gate>) -> Self {
         Self { gate: Some(gate.clone()), ..Self::new(0) }
     }
 }
 
 impl Storage for Flaky {
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
-        if self.refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok() {
-            return Err(Error::new(ErrorKind::Unavailable, "not now"));
-        }
+        refused(&self.refusals)?;
         let attempt = self.memory.begin(name, attempt, overwrite)?;
-        Ok(match &self.gate {
-            Some(gate) => Arc::new(GatedAttempt(attempt, gate.clone())),
-            None => attempt,
-        })
+        Ok(Arc::new(FlakyAttempt { attempt, publishes: self.publishes.clone(), gate: self.gate.clone() }))
     }
     fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
         self.memory.open(name)
@@ -147,23 +154,28 @@ impl Storage for Flaky {
 }
 
 #[derive(Debug)]
-struct GatedAttempt(Arc<dyn Writing>, Arc<Gate>);
+struct FlakyAttempt {
+    attempt: Arc<dyn Writing>,
+    publishes: Arc<AtomicUsize>,
+    gate: Option<Arc<Gate>>,
+}
 
-impl Writing for GatedAttempt {
+impl Writing for FlakyAttempt {
     fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
-        self.0.create(file, len)
+        self.attempt.create(file, len)
     }
     fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
-        self.0.put(file, bytes)
+        self.attempt.put(file, bytes)
     }
     fn publish(&self, overwrite: bool) -> Result<()> {
-        self.1.pass();
-        self.0.publish(overwrite)
+        refused(&self.publishes)?;
+        self.gate.iter().for_each(|gate| gate.pass());
+        self.attempt.publish(overwrite)
     }
     fn settle(&self) -> Result<()> {
-        self.0.settle()
+        self.attempt.settle()
     }
     fn abandon(&self) -> Result<()> {
-        self.0.abandon()
+        self.attempt.abandon()
     }
 }

@@ -10,5 +10,6 @@ mod messages;
 mod overlap;
 mod renamed_root;
 mod reporting;
+mod retrying;
 mod tidying;
 mod writers;

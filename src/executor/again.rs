@@ -1,0 +1,89 @@
+//! Another attempt at a save that failed for a reason that may pass.
+//!
+//! **Protocol.** The committer begins it when nothing is left of the attempt before: every chunk has come back, and the attempt
+//! is abandoned. It is a new attempt under the same ticket, so the handle, the deadline and the place among other saves stay.
+//! **Cancellation.** A save that was cancelled, or given up, is not tried again: the ticket decides that under one lock.
+
+use crate::completion::deadline_after;
+use crate::error::{Error, Result};
+use crate::guard::{dropped, guarded};
+use crate::id::Attempt;
+use crate::plan::{Later, Request};
+use crate::staging::{Captured, Job, Stager};
+use crate::state::StateDict;
+use crate::writer::{Kept, Task};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Keeps `state` beside itself, where the options of a save say that it may be tried again.
+///
+/// # Errors
+/// `Invalid` for a state that would be another one later.
+pub(super) fn keep(
+    state: &mut StateDict<'static>,
+    left: u32,
+    backoff: Duration,
+    borrowed: bool,
+) -> Result<Option<Kept>> {
+    if left == 0 {
+        return Ok(None);
+    }
+    if borrowed {
+        return Err(Error::invalid("what is borrowed for a scope cannot be kept for another attempt"));
+    }
+    state.settled()?;
+    let (now, later) = split(std::mem::take(state))?;
+    *state = now;
+    Ok(Some(Kept { state: later, left, backoff }))
+}
+
+fn split(state: StateDict<'static>) -> Result<(StateDict<'static>, StateDict<'static>)> {
+    guarded("a source panicked while it was read", || state.split())
+}
+
+/// Tries the save of `task`, which failed with `why`, again. False when that is how it ends.
+pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
+    let Request { ticket, plan, name, overwrite, .. } = &task.request;
+    let Some(mut kept) = task.take_kept() else { return false };
+    let (left, backoff, not_before) = (kept.left, kept.backoff, deadline_after(kept.backoff));
+    if left == 0 || !why.is_transient() || not_before >= ticket.deadline {
+        return false;
+    }
+    let Ok((mut state, later)) = split(std::mem::take(&mut kept.state)) else { return false };
+    let kept = Kept { state: later, left: left - 1, backoff: backoff.saturating_mul(2) };
+    if !ticket.try_again(Attempt::new()) {
+        dropped(state);
+        return false;
+    }
+    tracing::warn!(step = ticket.step, error = format_args!("{why:#}"), left, ?backoff, "the save is tried again");
+    let request = Request {
+        ticket: ticket.clone(),
+        plan: plan.clone(),
+        name: name.clone(),
+        overwrite: *overwrite,
+        values: std::mem::take(&mut state.values),
+        metadata: std::mem::take(&mut state.metadata),
+        // Nothing can write what is kept.
+        expected: Vec::new(),
+        later: Later(Box::new(|| Ok(Vec::new()))),
+    };
+    let left_over = stager.push_again(Job {
+        ticket: ticket.clone(),
+        plan: plan.clone(),
+        state,
+        captured: Captured::default(),
+        behind: None,
+        late_copy: None,
+        allocation: None,
+        queued: Vec::new(),
+        borrowed: false,
+        not_before: Some(not_before),
+        sink: Arc::new(task.again(request, kept)),
+    });
+    let Some(job) = left_over else { return true };
+    dropped(job.state);
+    // As it was: it has failed, and nothing reads its sources.
+    ticket.fail(why.clone());
+    ticket.release();
+    false
+}
