@@ -1,45 +1,29 @@
-//! The thread of a manager that follows saves to their end, tries them again, and deletes what is not kept.
+//! The thread of a manager that follows saves to their end, and deletes what is not kept.
 
 use super::preservation::{CheckpointInfo, PreservationPolicy};
 use super::steps::{Progress, Shared};
 use crate::catalog::{self, Catalog};
 use crate::checkpoint::Checkpoint;
-use crate::error::Result;
-use crate::executor::CheckpointExecutor;
 use crate::guard::guarded;
-use crate::save::{Save, SaveOptions};
+use crate::save::Save;
 use crate::settings::OnUnseenError;
-use crate::state::StateDict;
 use crate::sync::lock;
 use crate::ticket::Outcome;
 use crossbeam_channel::Receiver;
 use std::collections::BTreeSet;
 use std::collections::btree_map::Entry;
-use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 /// The metadata under which metrics are kept.
 pub(super) const METRICS: &str = "metrics";
 /// The metadata that says when a step was saved, in nanoseconds since the beginning of 1970: Orbax's name.
 pub(super) const TIME: &str = "init_timestamp_nsecs";
 
-/// A save under way.
-#[derive(Debug)]
-pub(super) struct Flight {
-    pub step: u64,
-    pub save: Save,
-    /// For the next try.
-    pub kept: Option<StateDict<'static>>,
-    pub options: SaveOptions,
-    pub retries: u32,
-    pub deadline: Instant,
-}
-
 /// The thread that follows saves to their end.
 ///
 /// It keeps no executor alive: the last `Arc` of the program is the one whose drop waits for saves.
 pub(super) struct Follower {
-    pub executor: Weak<CheckpointExecutor>,
     pub catalog: Catalog,
     pub failed: OnUnseenError,
     pub shared: Arc<Shared>,
@@ -47,12 +31,13 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    pub fn run(&self, coming: &Receiver<Flight>) {
+    pub fn run(&self, coming: &Receiver<Save>) {
         // Saves run ahead of this thread, so that a policy may delete a step before its turn comes here.
         let mut deleted = BTreeSet::new();
-        for flight in coming {
-            let step = flight.step;
-            let ended = self.follow(flight);
+        for save in coming {
+            let step = save.step();
+            // It has a deadline of its own.
+            let ended = save.wait(Duration::MAX);
             let durable = matches!(ended, Ok(Outcome::Durable(_)));
             if durable && !deleted.remove(&step) {
                 lock(&self.shared.progress).steps.insert(step);
@@ -79,29 +64,6 @@ impl Follower {
             }
             drop(progress);
             self.shared.changed.notify();
-        }
-    }
-
-    /// How the save ends, tried again as often as it may be.
-    fn follow(&self, flight: Flight) -> Result<Outcome> {
-        let Flight { step, mut save, mut kept, mut options, mut retries, deadline } = flight;
-        options.attempt = None; // no two tries share an attempt
-        loop {
-            let timeout = deadline.saturating_duration_since(Instant::now()) + Duration::from_secs(1);
-            let ended = save.wait(timeout);
-            let next = match (&ended, kept.take()) {
-                (Err(error), Some(state)) if retries > 0 && error.is_transient() && Instant::now() < deadline => {
-                    tracing::warn!(error = format_args!("{error:#}"), retries, "a save failed and is tried again");
-                    state
-                }
-                _ => return ended,
-            };
-            let Some(executor) = self.executor.upgrade() else { return ended };
-            retries -= 1;
-            let (now, later) = next.split()?;
-            kept = Some(later);
-            options.timeout = Some(deadline.saturating_duration_since(Instant::now()));
-            save = executor.save_with(step, now, options.clone())?;
         }
     }
 

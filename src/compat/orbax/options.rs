@@ -55,8 +55,8 @@ impl CheckpointManagerOptions {
         self
     }
 
-    /// Tries a save that failed for a reason that may pass up to `times` times more. Its state is kept until
-    /// it has ended, beyond fences, so one that the program can write is `Invalid`.
+    /// Tries a save that failed for a reason that may pass up to `times` times more: see
+    /// [`SaveOptions::retries`](crate::SaveOptions::retries).
     pub fn retry(mut self, times: u32) -> Self {
         self.retries = times;
         self

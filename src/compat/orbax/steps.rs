@@ -2,7 +2,7 @@
 
 use super::args::CompositeArgs;
 use super::decision::DecisionContext;
-use super::follower::{Flight, Follower, METRICS, TIME, infos, metrics, time};
+use super::follower::{Follower, METRICS, TIME, infos, metrics, time};
 use super::options::CheckpointManagerOptions;
 use crate::catalog::Catalog;
 use crate::checkpoint::Checkpoint;
@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
 use crate::fork::ForkGuard;
 use crate::mutant::{self, Mutant};
-use crate::save::{SaveOptions, Snapshot};
+use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::OnUnseenError;
 use crate::state::{Layout, StateDict};
 use crate::sync::{Mutex, lock};
@@ -80,7 +80,7 @@ pub struct CheckpointManager {
 #[derive(Debug)]
 struct Writer {
     executor: Arc<CheckpointExecutor>,
-    flights: Sender<Flight>,
+    saves: Sender<Save>,
     origin: ForkGuard,
 }
 
@@ -143,9 +143,8 @@ impl CheckpointManager {
         options.name_of(0)?;
         let catalog = executor.catalog().clone();
         let shared = Shared::of(steps(&catalog)?);
-        let (flights, coming) = unbounded();
+        let (saves, coming) = unbounded();
         let follower = Follower {
-            executor: Arc::downgrade(&executor),
             catalog: catalog.clone(),
             failed: executor.settings().on_unseen_error,
             shared: shared.clone(),
@@ -155,7 +154,7 @@ impl CheckpointManager {
             follower.run(&coming);
             follower.shared.ended.complete(());
         })?;
-        let writer = Some(Writer { executor, flights, origin: ForkGuard::new() });
+        let writer = Some(Writer { executor, saves, origin: ForkGuard::new() });
         Ok(Self { catalog, writer, options, shared })
     }
 
@@ -232,7 +231,7 @@ impl CheckpointManager {
         force: bool,
         mut options: SaveOptions,
     ) -> Result<bool> {
-        let Some(Writer { executor, flights, .. }) = &self.writer else {
+        let Some(Writer { executor, saves, .. }) = &self.writer else {
             let refused = Error::invalid("a manager that only reads cannot save").with_step(step);
             return if force { Err(refused) } else { Ok(false) };
         };
@@ -261,16 +260,8 @@ impl CheckpointManager {
         if self.options.snapshot == Snapshot::AtSave {
             options.snapshot = Snapshot::AtSave;
         }
-        let retries = self.options.retries;
-        let (state, kept) = if retries > 0 {
-            let (state, kept) = state.split()?;
-            (state, Some(kept))
-        } else {
-            (state, None)
-        };
-        let longest = executor.settings().save_timeout;
-        let deadline = deadline_after(options.timeout.map_or(longest, |timeout| timeout.min(longest)));
-        let save = executor.save_with(step, state, options.clone())?;
+        options.retries = options.retries.max(self.options.retries);
+        let save = executor.save_with(step, state, options)?;
         if let Some(Ok(Outcome::Skipped { .. })) = save.try_get() {
             return Ok(false);
         }
@@ -280,7 +271,7 @@ impl CheckpointManager {
             progress.last_save = Some(Instant::now());
         }
         let gone = |_| Error::internal("the thread of a manager has ended");
-        flights.send(Flight { step, save, kept, options, retries, deadline }).map_err(gone)?;
+        saves.send(save).map_err(gone)?;
         Ok(true)
     }
 
@@ -429,17 +420,17 @@ impl CheckpointManager {
     }
 
     fn end(&mut self, timeout: Duration) -> Result<()> {
-        let Some(Writer { flights, origin, executor }) = self.writer.take() else { return Ok(()) };
+        let Some(Writer { saves, origin, executor }) = self.writer.take() else { return Ok(()) };
         if !origin.is_ours() {
             // The thread behind the channel is the parent's.
-            std::mem::forget(flights);
+            std::mem::forget(saves);
             return Ok(());
         }
-        drop(flights);
+        drop(saves);
         let late = || Error::new(ErrorKind::Deadline, format!("saves have not ended waited={timeout:?}"));
         let deadline = deadline_after(timeout);
         let ended = self.shared.ended.wait(deadline).ok_or_else(late);
-        // It stayed until the last retry was made. Dropped here, it would wait anew.
+        // Dropped here, it would wait anew.
         let shutdown =
             |executor: CheckpointExecutor| executor.shutdown(deadline.saturating_duration_since(Instant::now()));
         let shut = Arc::into_inner(executor).map_or(Ok(()), shutdown);
