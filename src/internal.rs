@@ -12,5 +12,5 @@ pub mod format {
     pub use crate::format::{invariants, manifest, shard};
 }
 pub mod state {
-    pub use crate::state::{decode_value, encode_value, promise};
+    pub use crate::state::{decode_value, encode_value};
 }

@@ -194,7 +194,8 @@ pub use settings::{
     Detect, DeviceChoice, Engine, IoMode, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings,
 };
 pub use state::{
-    Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, RawDevice, RawHost, Shape, Source, StateDict,
+    Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, Promise, Promised, RawDevice, RawHost, Shape,
+    Source, StateDict, promise,
 };
 pub use ticket::{Committed, Outcome, Phase, Progress};
 

@@ -6,7 +6,7 @@
 //! sticky; after one, no mark need ever be reached.
 //!
 //! What the devices of this crate do with addresses as numbers is for it alone:
-//! ```compile_fail,E0603
+//! ```compile_fail,E0432
 //! use ashore::internal::device::{Kernels, LentMemory, DeviceLateCopy};
 //! ```
 

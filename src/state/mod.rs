@@ -12,6 +12,6 @@ mod value;
 pub(crate) use dict::Tensor;
 pub use dict::{Capture, StateDict};
 pub use dtype::{Dtype, Element, Layout, Shape};
-pub use promised::{Promise, promise};
+pub use promised::{Promise, Promised, promise};
 pub use source::{DeviceStream, HostTensor, Place, RawDevice, RawHost, Source};
 pub use value::{decode as decode_value, encode as encode_value};

@@ -17,7 +17,7 @@ use std::task::{Poll, Waker};
 /// A promise to deliver a tensor of `layout`, and the source to be saved in its place meanwhile.
 ///
 /// ```
-/// use ashore::{CheckpointExecutor, Dtype, Layout, StateDict, state::promise};
+/// use ashore::{CheckpointExecutor, Dtype, Layout, StateDict, promise};
 /// # let dir = tempfile::tempdir().unwrap();
 /// let executor = CheckpointExecutor::builder(dir.path()).arena(16 << 20).chunk(1 << 20).build()?;
 /// let (promise, promised) = promise(Layout::new(Dtype::F32, [4]));

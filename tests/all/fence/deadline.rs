@@ -1,7 +1,7 @@
 //! No wait without a deadline: a device that stands still fails the save, not the program.
 
 use crate::rig::{Buffer, LONG, eventually, one, pattern, rig};
-use ashore::internal::state::promise;
+use ashore::promise;
 use ashore::{Dtype, ErrorKind, Layout, Phase, SaveOptions};
 use std::sync::Arc;
 use std::time::Duration;
