@@ -320,21 +320,27 @@ impl Ticket {
     /// Fails the save with `why` and resolves it at once, whatever its threads hang in. None when it had
     /// ended.
     pub fn give_up(&self, why: Error) -> Option<Calls<Result<Outcome>>> {
-        // Under one lock with the end, after which the save is not tried again.
-        let mut failure = lock(&self.failure);
-        let failed = self.fail_with(&mut failure, why, false);
-        let error = failure.clone().unwrap_or_else(|| {
-            // The publish has begun, or the failure would be there: nobody knows yet how it ends.
-            Error::new(ErrorKind::Indeterminate, "the save was given up while it was being published")
-                .with_step(self.step)
-        });
-        let calls = self.done.put(Err(error));
-        drop(failure);
-        if failed {
-            self.tell_failed();
+        loop {
+            // First: streams that wait for its copies are let go before its end is told.
+            if self.fail_with(&mut lock(&self.failure), why.clone(), false) {
+                self.tell_failed();
+            }
+            // Under one lock with the end, after which the save is not tried again.
+            let failure = lock(&self.failure);
+            if failure.is_none() && self.phase() < Phase::Publishing {
+                // Another attempt was begun meanwhile.
+                continue;
+            }
+            let error = failure.clone().unwrap_or_else(|| {
+                // The publish has begun, or the failure would be there: nobody knows yet how it ends.
+                Error::new(ErrorKind::Indeterminate, "the save was given up while it was being published")
+                    .with_step(self.step)
+            });
+            let calls = self.done.put(Err(error));
+            drop(failure);
+            self.signal.notify();
+            return calls;
         }
-        self.signal.notify();
-        calls
     }
 
     /// Ends the save. None when it had been given up.
