@@ -6,9 +6,9 @@
 
 use crate::completion::{Calls, Signal};
 use crate::error::Result;
+use crate::outcome::Outcome;
 use crate::own_threads;
 use crate::sync::{Mutex, lock};
-use crate::ticket::Outcome;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::sync::Arc;
 

@@ -27,6 +27,7 @@ use crate::fork::ForkGuard;
 use crate::guard::{dropped, guarded};
 use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::memory::Arena;
+use crate::outcome::Outcome;
 use crate::plan::{Later, Plan, Request, Shape};
 use crate::save::{Fenced, Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, OnUnseenError, Settings};
@@ -34,7 +35,7 @@ use crate::staging::{Captured, Job, LateCopy, OnDevice, Stager, without_kernels}
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::{Mutex, lock};
-use crate::ticket::{Issue, Outcome, Ticket};
+use crate::ticket::{Issue, Ticket};
 use crate::writer::Task;
 use admission::Verdict;
 use place::Place;

@@ -165,6 +165,7 @@ pub mod id;
 pub mod internal;
 pub mod memory;
 mod mutant;
+mod outcome;
 mod own_threads;
 mod plan;
 mod restore;
@@ -188,6 +189,7 @@ pub use device::DeviceReport;
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
+pub use outcome::{Committed, Outcome, Phase, Progress};
 pub use restore::{Damage, DeviceTarget, Report, Targets};
 pub use save::{Fenced, Save, SaveOptions, Snapshot, Staged};
 pub use settings::{
@@ -197,7 +199,6 @@ pub use state::{
     Capture, DeviceStream, Dtype, Element, HostTensor, Layout, Place, Promise, Promised, RawDevice, RawHost, Shape,
     Source, StateDict, promise,
 };
-pub use ticket::{Committed, Outcome, Phase, Progress};
 
 /// What the README shows compiles.
 #[cfg(all(doctest, feature = "cudarc"))]

@@ -3,7 +3,8 @@
 use crate::completion::{Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
-use crate::ticket::{Outcome, Progress, Ticket};
+use crate::outcome::{Outcome, Progress};
+use crate::ticket::Ticket;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;

@@ -21,6 +21,7 @@ const FLOORS: [&[&str]; 6] = [
         "guard",
         "id",
         "mutant",
+        "outcome",
         "own_threads",
         "settings",
         "state",

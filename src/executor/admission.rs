@@ -2,10 +2,11 @@
 
 use super::CheckpointExecutor;
 use crate::error::{Error, ErrorKind, Result};
+use crate::outcome::Outcome;
 use crate::own_threads;
 use crate::settings::Overlap;
 use crate::staging::{Job, Stager};
-use crate::ticket::{Outcome, Ticket};
+use crate::ticket::Ticket;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 

@@ -3,8 +3,8 @@
 use super::catalog::CheckpointEntry;
 use super::session::CheckpointSession;
 use crate::error::{Error, ErrorKind, Result};
+use crate::outcome::Outcome;
 use crate::save::Save;
-use crate::ticket::Outcome;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
