@@ -78,7 +78,6 @@ pub struct Progress {
 /// The phase of a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
-#[repr(u8)]
 pub enum Phase {
     /// Behind earlier saves.
     Waiting,

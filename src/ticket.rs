@@ -15,7 +15,7 @@ use crate::state::DeviceStream;
 use crate::sync::{self, Mutex, lock};
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// See the module.
@@ -60,17 +60,36 @@ pub(crate) struct Ticket {
     pub blind: AtomicBool,
     /// Some handle or call has seen how it ended.
     pub observed: AtomicBool,
-    phase: AtomicU8,
+    state: Mutex<State>,
     /// Nothing reads the sources for the attempt under way.
     released: AtomicBool,
-    failed: AtomicBool,
-    failure: Mutex<Option<Error>>,
     /// While it keeps them, streams wait for its copies.
     holds: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     signal: Arc<Signal>,
     calls: Arc<CallThread>,
     /// The process that made it: in a forked child nothing will ever happen to it.
     origin: ForkGuard,
+}
+
+/// How far a save is, and whether it failed.
+#[derive(Debug)]
+enum State {
+    Running(Phase),
+    /// In this phase; `Ended` once its threads are done with it.
+    Failed {
+        phase: Phase,
+        error: Error,
+    },
+    Ended,
+}
+
+impl State {
+    fn phase(&self) -> Phase {
+        match self {
+            Self::Running(phase) | Self::Failed { phase, .. } => *phase,
+            Self::Ended => Phase::Ended,
+        }
+    }
 }
 
 /// What a new ticket is for.
@@ -118,10 +137,8 @@ impl Ticket {
             blocked_nanos: zero(),
             blind: AtomicBool::new(false),
             observed: AtomicBool::new(false),
-            phase: AtomicU8::new(Phase::Waiting as u8),
+            state: Mutex::new(State::Running(Phase::Waiting)),
             released: AtomicBool::new(false),
-            failed: AtomicBool::new(false),
-            failure: Mutex::new(None),
             holds: Mutex::new(Vec::new()),
             signal,
             calls,
@@ -134,7 +151,7 @@ impl Ticket {
     }
 
     pub fn phase(&self) -> Phase {
-        phase_of(self.phase.load(Ordering::Acquire))
+        lock(&self.state).phase()
     }
 
     pub fn progress(&self) -> Progress {
@@ -149,20 +166,23 @@ impl Ticket {
 
     /// Moves from one phase to the next; false when the save has failed or is elsewhere.
     pub fn enter(&self, phase: Phase) -> bool {
-        let _guard = lock(&self.failure);
-        let forward = !self.failed() && self.phase() < phase;
+        let mut state = lock(&self.state);
+        let forward = matches!(*state, State::Running(before) if before < phase);
         if forward {
-            self.phase.store(phase as u8, Ordering::Release);
+            *state = State::Running(phase);
         }
         forward
     }
 
     pub fn failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
+        matches!(*lock(&self.state), State::Failed { .. })
     }
 
     pub fn failure(&self) -> Option<Error> {
-        lock(&self.failure).clone()
+        match &*lock(&self.state) {
+            State::Failed { error, .. } => Some(error.clone()),
+            State::Running(_) | State::Ended => None,
+        }
     }
 
     /// Fails the save, unless it failed before or its publish has begun. Returns whether it did.
@@ -172,24 +192,29 @@ impl Ticket {
 
     /// The same. `seen`: the caller of this function knows of the failure, and no other thread may find it unseen in between.
     pub fn fail_as(&self, error: Error, seen: bool) -> bool {
-        let failed = self.fail_with(&mut lock(&self.failure), error, seen);
+        let failed = self.fail_with(&mut lock(&self.state), error, seen);
         if failed {
             self.tell_failed();
         }
         failed
     }
 
-    fn fail_with(&self, failure: &mut Option<Error>, error: Error, seen: bool) -> bool {
-        // One that may pass does not stand in the way of a cancellation, or the deadline: the save would be tried again.
-        let first = failure.as_ref().is_none_or(|there| self.kept && there.is_transient() && !error.is_transient());
-        if !first || self.phase() >= Phase::Publishing {
+    fn fail_with(&self, state: &mut State, error: Error, seen: bool) -> bool {
+        let (phase, first) = match state {
+            State::Running(phase) => (*phase, true),
+            // One that may pass does not stand in the way of a cancellation, or the deadline: the save would be tried again.
+            State::Failed { phase, error: there } => {
+                (*phase, self.kept && there.is_transient() && !error.is_transient())
+            }
+            State::Ended => return false,
+        };
+        if !first || phase >= Phase::Publishing {
             return false;
         }
         if seen {
             self.observed.store(true, Ordering::Release);
         }
-        *failure = Some(error.with_step(self.step));
-        self.failed.store(true, Ordering::Release);
+        *state = State::Failed { phase, error: error.with_step(self.step) };
         true
     }
 
@@ -202,11 +227,11 @@ impl Ticket {
     /// Begins `attempt`, after one that failed for a reason that may pass and of which nothing is left. False for a save that has
     /// been given up.
     pub fn try_again(&self, attempt: Attempt) -> bool {
-        let mut failure = lock(&self.failure);
-        if self.done.is_complete() || failure.as_ref().is_some_and(|why| !why.is_transient()) {
+        let mut state = lock(&self.state);
+        let lasts = matches!(&*state, State::Failed { error, .. } if !error.is_transient());
+        if lasts || self.done.is_complete() {
             return false;
         }
-        *failure = None;
         *lock(&self.attempt) = attempt;
         for count in [&self.queued, &self.needed, &self.late_chunks] {
             count.store(0, Ordering::Release);
@@ -215,8 +240,7 @@ impl Ticket {
             bytes.store(0, Ordering::Release);
         }
         self.released.store(false, Ordering::Release);
-        self.phase.store(Phase::Waiting as u8, Ordering::Release);
-        self.failed.store(false, Ordering::Release);
+        *state = State::Running(Phase::Waiting);
         true
     }
 
@@ -224,23 +248,24 @@ impl Ticket {
     /// ended.
     pub fn give_up(&self, why: Error) -> Option<Calls<Result<Outcome>>> {
         loop {
-            // First: streams that wait for its copies are let go before its end is told.
-            if self.fail_with(&mut lock(&self.failure), why.clone(), false) {
+            // First: streams that wait for its copies go on before its end is told.
+            if self.fail_with(&mut lock(&self.state), why.clone(), false) {
                 self.tell_failed();
             }
             // Under one lock with the end, after which the save is not tried again.
-            let failure = lock(&self.failure);
-            if failure.is_none() && self.phase() < Phase::Publishing {
+            let state = lock(&self.state);
+            let error = match &*state {
                 // Another attempt was begun meanwhile.
-                continue;
-            }
-            let error = failure.clone().unwrap_or_else(|| {
-                // The publish has begun, or the failure would be there: nobody knows yet how it ends.
-                Error::new(ErrorKind::Indeterminate, "the save was given up while it was being published")
-                    .with_step(self.step)
-            });
+                State::Running(phase) if *phase < Phase::Publishing => continue,
+                State::Failed { error, .. } => error.clone(),
+                // How the publish ends is not known yet.
+                State::Running(_) | State::Ended => {
+                    let why = "the save was given up while it was being published";
+                    Error::new(ErrorKind::Indeterminate, why).with_step(self.step)
+                }
+            };
             let calls = self.done.put(Err(error));
-            drop(failure);
+            drop(state);
             self.signal.notify();
             return calls;
         }
@@ -254,7 +279,12 @@ impl Ticket {
         if self.kept && self.released.load(Ordering::Acquire) {
             self.staged.complete(staged);
         }
-        self.phase.store(Phase::Ended as u8, Ordering::Release);
+        let mut state = lock(&self.state);
+        match &mut *state {
+            State::Failed { phase, .. } => *phase = Phase::Ended,
+            running => *running = State::Ended,
+        }
+        drop(state);
         self.signal.notify();
         calls
     }
@@ -345,9 +375,4 @@ impl Ticket {
     pub fn add_blocked(&self, time: Duration) {
         self.blocked_nanos.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
-}
-
-fn phase_of(number: u8) -> Phase {
-    let phases = [Phase::Waiting, Phase::Staging, Phase::Writing, Phase::Publishing];
-    phases.get(number as usize).copied().unwrap_or(Phase::Ended)
 }
