@@ -2,7 +2,7 @@
 //!
 //! # Safety argument
 //! A copy is queued inside [`Source::read`](crate::state::Source::read), or held back there and queued with the rest of its chunk, under
-//! the ticket's `live` lock either way, from bytes that the source keeps allocated until it is dropped, to a slab whose lease sits among
+//! the lock of its gate either way, from bytes that the source keeps allocated until it is dropped, to a slab whose lease sits among
 //! the chunks in flight. Both stay until the mark behind the copy is reached, or the copy that is held back is dropped (`quiesce`): a
 //! chunk is in flight before the first copy of it is queued, chunks leave by marks only, and the state dict is dropped when none is in
 //! flight or the device says that no copy is running (`quiesce`); so is the allocation in which the device has captured tensors.
@@ -20,7 +20,6 @@ use crate::format::shard::Stamp;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From};
 use crate::state::Place;
-use crate::sync::lock;
 use std::ops::Range;
 
 /// A chunk whose copies may not have ended.
@@ -120,7 +119,7 @@ fn fetch(queue: &mut dyn CopyQueue, ordinal: u32, address: u64, run: &Range<usiz
 
 /// Has the device put a chunk together from live memory, if that is what is done with it.
 fn gather(job: &Job, late_copy: &LateCopy, chunk: usize) -> Result<Option<(u32, u64)>> {
-    let _live = lock(&job.ticket.live);
+    let _reading = job.ticket.sources.read();
     match job.ticket.failure() {
         Some(error) => Err(error),
         None => late_copy.gather(chunk),
@@ -129,7 +128,7 @@ fn gather(job: &Job, late_copy: &LateCopy, chunk: usize) -> Result<Option<(u32, 
 
 /// Queues the copies that are held back, but none once the save has failed: whoever writes tensors then waits for no more.
 fn flush(job: &Job, queue: &mut dyn CopyQueue) -> Result<()> {
-    let _live = lock(&job.ticket.live);
+    let _reading = job.ticket.sources.read();
     match job.ticket.failure() {
         Some(error) => Err(error),
         None => queue.flush(),
@@ -146,7 +145,7 @@ fn read(
     queue: &mut dyn CopyQueue,
 ) -> Result<Option<Digest>> {
     let (name, tensor) = job.state.tensors.get_index(tensor).expect("checked by the plan");
-    let _live = lock(&job.ticket.live);
+    let _reading = job.ticket.sources.read();
     if let Some(error) = job.ticket.failure() {
         return Err(error);
     }

@@ -83,7 +83,7 @@ impl Stager {
                 }
             }
             if ticket.failed() {
-                ticket.freeze();
+                ticket.sources.await_read();
             }
             ticket.add_blocked(began.elapsed());
         }
@@ -138,7 +138,7 @@ impl Stager {
     pub fn freeze_on(&self, tickets: &[Arc<Ticket>], streams: &[DeviceStream], patience: Duration) -> Result<()> {
         let (began, deadline) = (Instant::now(), deadline_after(patience));
         let mut left = Vec::new();
-        for ticket in tickets.iter().filter(|ticket| !ticket.dropped.is_complete()) {
+        for ticket in tickets.iter().filter(|ticket| !ticket.sources.is_dropped()) {
             match self.freeze_by_late_copy(ticket, streams, deadline) {
                 Ok(true) => {
                     self.release_sources(ticket, began);
@@ -174,14 +174,14 @@ impl Stager {
     fn release_sources(&self, ticket: &Arc<Ticket>, began: Instant) {
         ticket.fenced.store(true, Ordering::Release);
         // First: the stager may take the save out of the queue meanwhile.
-        ticket.let_go();
+        ticket.request_release();
         match self.take_sources(ticket) {
             Some(state) => {
                 dropped(state);
-                ticket.dropped.complete(());
+                ticket.sources.set_dropped();
             }
             // The stager sees to that next, or ends the save.
-            None => _ = ticket.dropped.wait_forever(),
+            None => ticket.sources.wait_until_dropped(),
         }
         ticket.add_blocked(began.elapsed());
     }
@@ -223,7 +223,7 @@ fn wait_until_staged(ticket: &Ticket, patience: Duration, deadline: Instant) -> 
         return Ok(());
     }
     let late = late(ticket, patience);
-    ticket.freeze();
+    ticket.sources.await_read();
     Err(late)
 }
 

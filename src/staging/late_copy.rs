@@ -29,8 +29,8 @@
 //! or launched and not frozen; `freeze` waits for a chunk that was decided. A launch of which nothing could be queued goes back to
 //! open, so that the host can wait instead.
 //!
-//! **Locks.** The lock of the state is held for a few instructions, and no other lock is taken under it. The *turn* is a lock of its
-//! own, taken before all others: the thread that has it waits, for chunks to be queued, for slots, for the driver, and the next one
+//! **Locks.** The lock of the state is held for a few instructions, and under it only those of a ticket's state and completions are
+//! taken. The *turn* is a lock of its own, taken before all others: the thread that has it waits, for chunks to be queued, for slots, for the driver, and the next one
 //! must not fence the same save meanwhile, while the stager has to go on looking at the state.
 
 use crate::device::{DeviceLateCopy, FenceKernels, Launch, Point};

@@ -30,7 +30,7 @@ impl Stager {
             if !job.ticket.enter(Phase::Staging) {
                 return Ok(());
             }
-            if !job.ticket.let_go.load(Ordering::Acquire) {
+            if job.ticket.sources.is_live() {
                 job.plan.check(&job.state)?;
             }
             self.prepare(&job, device_state)?;
@@ -199,7 +199,7 @@ impl Copying<'_> {
             slab: self.stager.arena.free() > 0,
             ready: true,
             sources: !job.state.is_empty(),
-            release_requested: release_requested(ticket),
+            release_requested: ticket.sources.release_is_requested(),
             deferred: !self.device_state.deferred.is_empty(),
         })
     }
@@ -257,7 +257,7 @@ impl Copying<'_> {
 
     fn release_sources(&mut self) {
         dropped(std::mem::take(&mut self.job.state));
-        self.job.ticket.dropped.complete(());
+        self.job.ticket.sources.set_dropped();
     }
 
     /// Sleeps until copies are looked at again.
@@ -291,11 +291,6 @@ fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
     Ok(true)
 }
 
-/// The end of a scope asks for the sources to be dropped, and they are not yet.
-fn release_requested(ticket: &Ticket) -> bool {
-    ticket.let_go.load(Ordering::Acquire) && !ticket.dropped.is_complete()
-}
-
 fn has_news(ticket: &Ticket) -> bool {
-    ticket.failed() || release_requested(ticket)
+    ticket.failed() || ticket.sources.release_is_requested()
 }

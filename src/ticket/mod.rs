@@ -4,6 +4,8 @@
 //! save ended; `done` resolves once. **Failure.** The first error wins. Once the publish has begun, a failure can no longer
 //! undo it: `fail` is refused, and a deadline that passes then is `Indeterminate`.
 
+mod source_gate;
+
 use crate::call_thread::CallThread;
 use crate::completion::{Calls, Completion, Signal};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,6 +15,7 @@ use crate::outcome::{Outcome, Phase, Progress};
 use crate::own_threads;
 use crate::state::DeviceStream;
 use crate::sync::{self, Mutex, lock};
+use source_gate::SourceGate;
 use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -39,18 +42,13 @@ pub(crate) struct Ticket {
     pub fenced: AtomicBool,
     /// The streams that wrote the tensors of devices.
     pub streams: Vec<DeviceStream<'static>>,
-    /// Nothing more is queued from borrowed sources, and streams wait for what is: the sources are to be dropped at once.
-    pub let_go: AtomicBool,
-    /// Resolves when the sources are dropped, which may be before `staged`.
-    pub dropped: sync::Arc<Completion<()>>,
+    pub sources: SourceGate,
     pub bytes: u64,
     /// Some source can be written while it is read: a later save without a fence between is refused.
     pub writable: bool,
     pub over_budget: usize,
     pub staged: sync::Arc<Completion<Result<()>>>,
     pub done: sync::Arc<Completion<Result<Outcome>>>,
-    /// Held while a live source is read or a copy from it is enqueued, so that a freeze can wait for one that was decided.
-    pub live: Mutex<()>,
     pub bytes_staged: AtomicU64,
     pub late_chunks: AtomicUsize,
     pub bytes_written: AtomicU64,
@@ -61,8 +59,6 @@ pub(crate) struct Ticket {
     /// Some handle or call has seen how it ended.
     pub observed: AtomicBool,
     state: Mutex<State>,
-    /// Nothing reads the sources for the attempt under way.
-    released: AtomicBool,
     /// While it keeps them, streams wait for its copies.
     holds: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     signal: Arc<Signal>,
@@ -122,14 +118,12 @@ impl Ticket {
             needed: AtomicUsize::new(0),
             fenced: AtomicBool::new(false),
             streams,
-            let_go: AtomicBool::new(false),
-            dropped: sync::Arc::new(Completion::new()),
+            sources: SourceGate::new(),
             bytes,
             writable,
             over_budget,
             staged: sync::Arc::new(Completion::new()),
             done: sync::Arc::new(Completion::new()),
-            live: Mutex::new(()),
             bytes_staged: zero(),
             late_chunks: AtomicUsize::new(0),
             bytes_written: zero(),
@@ -138,7 +132,6 @@ impl Ticket {
             blind: AtomicBool::new(false),
             observed: AtomicBool::new(false),
             state: Mutex::new(State::Running(Phase::Waiting)),
-            released: AtomicBool::new(false),
             holds: Mutex::new(Vec::new()),
             signal,
             calls,
@@ -239,7 +232,7 @@ impl Ticket {
         for bytes in [&self.bytes_staged, &self.bytes_written] {
             bytes.store(0, Ordering::Release);
         }
-        self.released.store(false, Ordering::Release);
+        self.sources.renew();
         *state = State::Running(Phase::Waiting);
         true
     }
@@ -276,7 +269,7 @@ impl Ticket {
         let result = result.map_err(|e| e.with_step(self.step));
         let staged = result.as_ref().map(|_| ()).map_err(Clone::clone);
         let calls = self.done.put(result);
-        if self.kept && self.released.load(Ordering::Acquire) {
+        if self.kept && self.sources.is_dropped() {
             self.staged.complete(staged);
         }
         let mut state = lock(&self.state);
@@ -313,8 +306,7 @@ impl Ticket {
     pub fn release(&self) {
         let nanos = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.staged_nanos.store(nanos, Ordering::Relaxed);
-        self.dropped.complete(());
-        self.released.store(true, Ordering::Release);
+        self.sources.set_dropped();
         // The sources of one that has failed may be read for another attempt, until it has ended.
         if !self.kept || !self.failed() || self.done.is_complete() {
             self.staged.complete(self.failure().map_or(Ok(()), Err));
@@ -362,14 +354,9 @@ impl Ticket {
     }
 
     /// Asks the stager to drop the sources, from which nothing more is queued.
-    pub fn let_go(&self) {
-        self.let_go.store(true, Ordering::Release);
+    pub fn request_release(&self) {
+        self.sources.request_release();
         self.signal.notify();
-    }
-
-    /// Waits for an enqueue that was already decided; nothing more is read from live memory after a failure.
-    pub fn freeze(&self) {
-        drop(lock(&self.live));
     }
 
     pub fn add_blocked(&self, time: Duration) {
