@@ -9,6 +9,7 @@ mod builder;
 mod ending;
 mod place;
 mod scope;
+mod submit;
 mod threads;
 mod tidy;
 mod touch;
@@ -20,29 +21,23 @@ pub(crate) use threads::Threads;
 use crate::Catalog;
 use crate::catalog::Found;
 use crate::checkpoint::Checkpoint;
-use crate::completion::{Calls, deadline_after};
-use crate::device::{DeviceReport, Point};
-use crate::error::{Error, Result};
+use crate::device::DeviceReport;
+use crate::error::Result;
 use crate::fork::ForkGuard;
-use crate::guard::{dropped, guarded};
-use crate::id::{Attempt, Attempts, parse_step_name, step_name};
+use crate::id::Attempts;
 use crate::memory::Arena;
-use crate::outcome::Outcome;
-use crate::plan::{Later, Plan, Request, Shape};
-use crate::save::{Fenced, Save, SaveOptions, Snapshot};
-use crate::settings::{Detect, OnUnseenError, Settings};
-use crate::staging::{Captured, Job, LateCopy, OnDevice, Stager, without_kernels};
+use crate::plan::Plan;
+use crate::save::{Fenced, Save, SaveOptions};
+use crate::settings::Settings;
+use crate::staging::Stager;
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
-use crate::sync::{Mutex, lock};
-use crate::ticket::{Issue, Ticket};
-use crate::writer::Task;
-use admission::Verdict;
+use crate::sync::Mutex;
 use place::Place;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 /// Saves state dicts under a root directory while the program goes on computing.
 ///
@@ -243,224 +238,10 @@ impl CheckpointExecutor {
         self.submit(step, state, SaveOptions::default().last(), false, |_| ())
     }
 
-    fn submit(
-        &self,
-        step: u64,
-        mut state: StateDict<'static>,
-        options: SaveOptions,
-        borrowed: bool,
-        register: impl FnOnce(&Arc<Ticket>),
-    ) -> Result<Save> {
-        let saved = self.begin(step, &mut state, options, borrowed, register);
-        // What was refused: a source that panics when it is dropped must not unwind through `save`.
-        dropped(state);
-        saved
-    }
-
-    /// Takes what is saved out of `state`, or leaves there what is refused.
-    fn begin(
-        &self,
-        step: u64,
-        state: &mut StateDict<'static>,
-        options: SaveOptions,
-        borrowed: bool,
-        register: impl FnOnce(&Arc<Ticket>),
-    ) -> Result<Save> {
-        self.alive()?;
-        let began = Instant::now();
-        let name = options.name.unwrap_or_else(|| step_name(step));
-        if parse_step_name(&name).is_some_and(|other| other != step) {
-            return Err(Error::invalid(format!("this is not a name for the step name={name:?}")).with_step(step));
-        }
-        if options.snapshot == Snapshot::AtSave && self.threads.are_here() {
-            let why = "a thread of the executor cannot wait for staging: save without `Snapshot::AtSave`";
-            return Err(Error::invalid(why).with_step(step));
-        }
-        let timeout = options.timeout.map_or(self.settings.save_timeout, |d| d.min(self.settings.save_timeout));
-        let deadline = deadline_after(timeout);
-        if !options.last
-            && let Some(error) = self.stager.saves.unobserved()
-        {
-            match self.settings.on_unseen_error {
-                OnUnseenError::NextCall => return Err(error),
-                OnUnseenError::Warn => tracing::error!(
-                    error = format_args!("{error:#}"),
-                    "a save failed, and no call has returned its error"
-                ),
-            }
-        }
-        let kept =
-            again::keep(state, options.retries, options.backoff, borrowed).map_err(|error| error.with_step(step))?;
-        // One that another save has made room for is begun, even if admission is closed meanwhile.
-        let mut superseded = false;
-        let (mut admission, attempt) = loop {
-            let mut admission = lock(&self.admission);
-            if self.threads.lines().is_none() {
-                return Err(shut_down());
-            }
-            self.refuse_unfenced(step)?;
-            let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
-            if self.threads.admission_is_closed() && !options.last && !superseded {
-                return Ok(self.resolved(step, attempt, began, self.last_word(step)));
-            }
-            match admission::admit(&self.stager, self.settings.overlap, step)? {
-                Verdict::Begin => break (admission, attempt),
-                Verdict::Ended(outcome) => return Ok(self.resolved(step, attempt, began, outcome)),
-                Verdict::InsteadOf(waiting) => {
-                    drop(admission);
-                    admission::supersede(&self.stager, *waiting, step);
-                    superseded = true;
-                }
-                Verdict::After(unfinished) => {
-                    drop(admission);
-                    admission::wait(&self.stager, &unfinished, step, deadline)?;
-                }
-            }
-        };
-        let plan = admission.plan_for(state, &self.settings)?;
-        let detect = match self.settings.detect {
-            Detect::Never => false,
-            Detect::First => self.compared.load(Ordering::Relaxed) < 2,
-            Detect::All => true,
-        };
-        let panicked = "a source panicked while it was read";
-        let captured = guarded(panicked, || Captured::take(state, self.settings.capture_budget, detect));
-        let mut captured = captured.map_err(|error| error.with_step(step))?;
-        let mut on_device = OnDevice::default();
-        let noted = guarded(panicked, || self.note(state, &plan, &captured, detect, &mut on_device));
-        let (allocation, queued) = (on_device.allocation.take(), std::mem::take(&mut on_device.queued));
-        let issue = Issue {
-            step,
-            attempt,
-            deadline,
-            chunks: plan.chunks.len(),
-            streams: state.streams.clone(),
-            bytes: state.bytes(),
-            writable: captured.writable || on_device.left,
-            over_budget: captured.over_budget + on_device.over_budget,
-            kept: kept.is_some(),
-        };
-        let ticket = Arc::new(Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone()));
-        ticket.blind.store(on_device.blind, Ordering::Relaxed);
-        // Before anything can fail that leaves kernels behind which read borrowed sources: the scope waits for those.
-        register(&ticket);
-        let (behind, late_copy) = match noted {
-            Ok(noted) => noted,
-            Err(error) => {
-                let error = error.with_step(step);
-                self.stager.refuse(ticket, error.clone(), std::mem::take(state), allocation, queued);
-                return Err(error);
-            }
-        };
-        let request = Request {
-            ticket: ticket.clone(),
-            plan: plan.clone(),
-            name,
-            overwrite: options.overwrite,
-            values: std::mem::take(&mut state.values),
-            metadata: std::mem::take(&mut state.metadata),
-            expected: std::mem::take(&mut captured.expected),
-            later: Later(Box::new(move || on_device.expected())),
-        };
-        let lines = self.threads.lines();
-        let Some(open) = lines.as_ref() else {
-            // While the sources were read here.
-            drop(lines);
-            let error = shut_down().with_step(step);
-            self.stager.refuse(ticket, error.clone(), std::mem::take(state), allocation, queued);
-            return Err(error);
-        };
-        let sink = Arc::new(Task::new(request, kept, self.place.clone(), &open.pool, open.ended.clone()));
-        ticket.add_blocked(began.elapsed());
-        self.stager.push(Job {
-            ticket: ticket.clone(),
-            plan,
-            state: std::mem::take(state),
-            captured,
-            behind,
-            late_copy,
-            allocation,
-            queued,
-            borrowed,
-            not_before: None,
-            sink,
-        });
-        drop((lines, admission));
-        if options.snapshot == Snapshot::AtSave && !ticket.kept {
-            self.stager.fence_one(&ticket, self.settings.fence_timeout)?;
-        }
-        Ok(Save::new(ticket))
-    }
-
-    /// A save of writable tensors was not fenced: a program that goes on would write under a copy.
-    fn refuse_unfenced(&self, step: u64) -> Result<()> {
-        let Some(ticket) = self.stager.saves.unfenced() else { return Ok(()) };
-        let why = "writable tensors are still being read: call `fence` before the next save";
-        Err(Error::invalid(format!("{why} unfenced={}", ticket.step)).with_step(step))
-    }
-
-    /// What devices do at `save`, in the thread that queued the work which wrote the tensors.
-    fn note(
-        &self,
-        state: &mut StateDict<'static>,
-        plan: &Plan,
-        captured: &Captured,
-        detect: bool,
-        on_device: &mut OnDevice,
-    ) -> Result<(Option<Point>, Option<Arc<LateCopy>>)> {
-        if state.streams.is_empty() {
-            return Ok((None, None));
-        }
-        match &self.stager.scratch {
-            Some(scratch) => scratch.at_save(state, detect, on_device)?,
-            None => without_kernels(state, self.device.gather.as_ref().err().map_or("", String::as_str), on_device)?,
-        }
-        // Behind what was queued just now, too.
-        let point = self.stager.device.behind(&state.streams)?;
-        let late_copy = match &self.stager.scratch {
-            Some(scratch) => scratch.late_copy(plan, state, &point, |tensor| captured.get(tensor).is_some())?,
-            None => None,
-        };
-        Ok((Some(point), late_copy))
-    }
-
-    /// What becomes of a save that comes when admission is closed.
-    fn last_word(&self, step: u64) -> Outcome {
-        Outcome::Skipped { by: self.stager.saves.unfinished().last().map_or(step, |ticket| ticket.step) }
-    }
-
-    /// The handle of a save that was not begun.
-    fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
-        let deadline = deadline_after(self.settings.save_timeout);
-        let streams = Vec::new();
-        let kept = false;
-        let issue =
-            Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable: false, over_budget: 0, kept };
-        let ticket = Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone());
-        ticket.release();
-        ticket.finish(Ok(outcome)).into_iter().for_each(Calls::here);
-        Save::new(Arc::new(ticket))
-    }
-
     /// After a fork the threads are in the parent; the child can do nothing with this executor.
     pub(crate) fn alive(&self) -> Result<()> {
         self.origin.check("an executor cannot be used in a forked child; make a new one there")
     }
-}
-
-impl Admission {
-    /// The plan of the last save, if the structure is the same; a new one otherwise.
-    fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings) -> Result<Arc<Plan>> {
-        let shape = Shape { chunk: settings.chunk, files: settings.files };
-        match &self.plan {
-            Some(plan) if plan.fits(state, shape) => Ok(plan.clone()),
-            _ => Ok(self.plan.insert(Arc::new(Plan::new(state, shape)?)).clone()),
-        }
-    }
-}
-
-fn shut_down() -> Error {
-    Error::invalid("the executor is shut down")
 }
 
 impl Drop for CheckpointExecutor {
