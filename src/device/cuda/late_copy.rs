@@ -5,7 +5,7 @@
 //!
 //! # Safety argument
 //! Lists of slots and cells are pinned memory that belongs to one save at a time. The host writes a list before the kernels that
-//! read it are queued, and a cell only while no kernel knows it. BufferPair go back, and the table of pieces is let go, only when the
+//! read it are queued, and a cell only while no kernel knows it. Both go back, and the table of pieces is let go, only when the
 //! kernels of the save have run: [`Launched`] waits for that when it is dropped, and where that takes too long everything is leaked.
 //! The addresses of tensors are those of sources, which the stager keeps until F is told or everything has left the device.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]

@@ -4,7 +4,7 @@
 //!
 //! # Safety argument
 //! A table is written by the host before its copy to the device is queued, in pinned memory that nobody else knows, and by that
-//! copy before any kernel reads it, because whoever launches one waits for the copy in its stream. BufferPair memories stay as long as
+//! copy before any kernel reads it, because whoever launches one waits for the copy in its stream. Both memories stay as long as
 //! the table, and whoever launches a kernel keeps the table until it has run. Memory is used again for another list only
 //! when the copy to it has ended.
 #![expect(unsafe_code, reason = "writes tables in pinned memory; argument above")]
