@@ -7,6 +7,7 @@ mod admission;
 mod again;
 mod builder;
 mod ending;
+mod equipment;
 mod place;
 mod scope;
 mod submit;
@@ -33,6 +34,7 @@ use crate::staging::Stager;
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::Mutex;
+use equipment::Equipment;
 use place::Place;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -81,7 +83,7 @@ pub struct CheckpointExecutor {
     catalog: Arc<Catalog>,
     stager: Arc<Stager>,
     threads: Arc<Threads>,
-    device: DeviceReport,
+    equipment: Equipment,
     /// The last plan; held by callers of `save` only, one at a time.
     admission: Mutex<Admission>,
     origin: ForkGuard,
@@ -199,9 +201,10 @@ impl CheckpointExecutor {
         &self.settings
     }
 
-    /// The device that copies, and why it is this one.
+    /// The device that copies, and why it is this one. With [`DeviceChoice::Auto`](crate::DeviceChoice) it may be `auto` until the first
+    /// tensor of a GPU is saved.
     pub fn device(&self) -> &DeviceReport {
-        &self.device
+        self.equipment.report()
     }
 
     /// How files are written, as it really is: `pwrite`, `io_uring`, or what the storage says.

@@ -132,7 +132,8 @@
 //! captured into a graph is refused by both. Tensors of at most 128 KiB are captured on the GPU at `save`, in the order of their streams,
 //! while the memory of [`Builder::gather`] has room, and may be written at once; the others of the first two saves are digested there, so
 //! that a forgotten fence fails the save. Strided tensors ([`RawDevice::strided`]) are saved packed. [`Builder::scratch`] sets memory of the GPU apart for what has not left it at the
-//! fence, so that little need be waited for; that is experimental. Where there is no driver or no device, the host copies, and an executor
+//! fence, so that little need be waited for; that is experimental. Which GPU it is need not be said: [`DeviceChoice::Auto`] is that of the current context, or of the first tensor
+//! of one that is saved, and before that none is touched. Where there is no driver or no device, the host copies, and an executor
 //! that was asked for a GPU by [`DeviceChoice::Cuda`] is not built. Nothing of this has run on a GPU yet: it was shown on a simulated
 //! driver.
 //!

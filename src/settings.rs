@@ -95,7 +95,10 @@ impl FromStr for Locks {
 #[serde(try_from = "String", into = "String")]
 #[non_exhaustive]
 pub enum DeviceChoice {
-    /// The first GPU where there is one, the host otherwise; the executor says which and why.
+    /// A GPU where there is one, the host otherwise; the executor says which and why. It is the GPU whose context is current in the thread
+    /// that builds the executor; without one, that of the first tensor in the memory of a GPU that is saved, or restored into. Until
+    /// then no GPU is touched, and the arena is not pinned. Where tensors of several come first, it is that which the number of this
+    /// process on its machine stands for (`LOCAL_RANK` and what other launchers set), or else the first of them.
     #[default]
     Auto,
     /// The processor. Tensors of devices are refused.
@@ -212,7 +215,7 @@ pub struct Settings {
     pub writers: usize,
     /// Number of shard files per save: 1.
     pub files: usize,
-    /// Which device copies: `Auto`.
+    /// Which device copies: `Auto`, that of the tensors.
     pub device: DeviceChoice,
     /// Ask for direct I/O: true.
     pub direct: bool,

@@ -43,6 +43,7 @@ const APART: [usize; 2] = [2, 3];
 const ISLANDS: &[&str] = &[
     "src/adapters/cudarc.rs",
     "src/device/copy_queue.rs",
+    "src/device/cuda/auto.rs",
     "src/device/cuda/driver/batch.rs",
     "src/device/cuda/driver/context.rs",
     "src/device/cuda/driver/functions.rs",

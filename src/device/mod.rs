@@ -10,6 +10,7 @@
 //! use ashore::internal::device::{Kernels, LentMemory, DeviceLateCopy};
 //! ```
 
+mod auto;
 mod copy_queue;
 #[cfg(all(feature = "cuda", not(any(loom, miri))))]
 mod cuda;
@@ -20,6 +21,8 @@ mod pieces;
 mod selection;
 mod waits;
 
+pub use auto::choose;
+pub(crate) use auto::choose_later;
 pub use copy_queue::CopyQueue;
 #[cfg(all(feature = "cuda", not(any(loom, miri))))]
 pub use cuda::Cuda;
@@ -27,7 +30,7 @@ pub use host::Host;
 pub(crate) use kernels::{DeviceLateCopy, Digests, FenceKernels, KernelMemory, Kernels, Launch, LentMemory, Queued};
 pub(crate) use load_queue::LoadQueue;
 pub(crate) use pieces::{Piece, Pieces, View};
-pub use selection::{DeviceReport, choose};
+pub use selection::DeviceReport;
 pub(crate) use waits::{Hold, Waits};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -42,6 +45,22 @@ use std::sync::Arc;
 pub trait Device: Register + Send + Sync + Debug {
     /// Its name in messages: `host`, `cuda:0`.
     fn name(&self) -> String;
+
+    /// Whether it is known which device it is.
+    #[doc(hidden)]
+    fn is_settled(&self) -> bool {
+        true
+    }
+
+    /// Called by `save`, in its thread, before anything else is asked for tensors of these streams, where [`Device::is_settled`] was not
+    /// true at start: decides which device it is, and says what that one calls itself.
+    ///
+    /// # Errors
+    /// `Unavailable` for a device that is not there; `Device`. It is not settled then.
+    #[doc(hidden)]
+    fn settle(&self, _streams: &[DeviceStream]) -> Result<String> {
+        Ok(self.name())
+    }
 
     /// A queue of copies, made in the thread that will use it.
     ///

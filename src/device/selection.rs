@@ -1,12 +1,7 @@
 //! Which device an executor copies with, and the report of why it is that and what it can do.
 
-#[cfg(all(feature = "cuda", not(any(loom, miri))))]
-use super::Cuda;
-use super::{Device, Host, Kernels};
+use super::{Device, Kernels};
 use crate::error::Result;
-#[cfg(not(all(feature = "cuda", not(any(loom, miri)))))]
-use crate::error::{Error, ErrorKind};
-use crate::settings::DeviceChoice;
 use std::fmt;
 use std::sync::Arc;
 
@@ -14,7 +9,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct DeviceReport {
-    /// Its name: `host`, `cuda:0`.
+    /// Its name: `host`, `cuda:0`; `auto` until it is known which GPU it is.
     pub name: String,
     /// Why it was chosen, or what it is.
     pub why: String,
@@ -66,35 +61,4 @@ impl fmt::Display for DeviceReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({})", self.name, self.why)
     }
-}
-
-/// The device that `choice` comes to on this machine.
-///
-/// # Errors
-/// `Unavailable` or `Device`, naming what is missing, for a GPU that was asked for and is not to be had.
-pub fn choose(choice: DeviceChoice) -> Result<(Arc<dyn Device>, DeviceReport)> {
-    let host = |why: String| -> (Arc<dyn Device>, DeviceReport) { (Arc::new(Host), DeviceReport::new(&Host, why)) };
-    match choice {
-        DeviceChoice::Host => Ok(host("as asked for".into())),
-        DeviceChoice::Cuda(ordinal) => cuda_device(ordinal),
-        DeviceChoice::Auto => Ok(cuda_device(0).unwrap_or_else(|error| {
-            let why = format!("{error:#}");
-            // Not a field `error`: a machine without a GPU has none.
-            tracing::info!(reason = %why, "no GPU: tensors are copied by the host");
-            host(why)
-        })),
-    }
-}
-
-#[cfg(all(feature = "cuda", not(any(loom, miri))))]
-fn cuda_device(ordinal: u32) -> Result<(Arc<dyn Device>, DeviceReport)> {
-    let device = Cuda::new(ordinal)?;
-    let report = DeviceReport::new(&device, device.describe().to_owned());
-    tracing::info!(device = %report, "tensors are copied by a GPU");
-    Ok((Arc::new(device), report))
-}
-
-#[cfg(not(all(feature = "cuda", not(any(loom, miri)))))]
-fn cuda_device(ordinal: u32) -> Result<(Arc<dyn Device>, DeviceReport)> {
-    Err(Error::new(ErrorKind::Unavailable, format!("built without the feature cuda device=cuda:{ordinal}")))
 }

@@ -4,19 +4,20 @@
 //! The one unsafe function calls nothing: it takes memory of a device, and its caller promises what the kernels that use it rely on.
 #![expect(unsafe_code, reason = "takes memory for kernels; argument above")]
 
+use super::equipment::{Equipment, Offer, Wish};
 use super::place::Place;
 use super::threads::{Lines, Threads};
 use super::{Admission, CheckpointExecutor, ending, tidy, touch};
 use crate::catalog::{Keeping, PreservationPolicy, Verify};
 use crate::completion::Signal;
-use crate::device::{Device, DeviceReport, KernelMemory, LentMemory, choose};
+use crate::device::{Device, DeviceReport, LentMemory, choose_later};
 use crate::error::{Error, Result};
 use crate::fork::ForkGuard;
 use crate::guard::dropped;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
 use crate::settings::{Detect, DeviceChoice, Engine, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings};
-use crate::staging::{Scratch, Stager};
+use crate::staging::Stager;
 use crate::storage::local::Local;
 use crate::storage::{Storage, Sweep};
 use crate::sync::Mutex;
@@ -27,9 +28,6 @@ use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// A larger chunk holds up what the program itself reads from a device: copies are made in order, and two chunks are on their way.
-const FOREGROUND: u64 = 16 << 20;
 
 /// Collects what an executor needs; [`Builder::build`] takes memory and starts threads.
 #[derive(Debug)]
@@ -146,7 +144,7 @@ impl Builder {
         self
     }
 
-    /// Copies with this device: by default the first GPU where there is one.
+    /// Copies with this device: by default that of the tensors.
     pub fn device(mut self, choice: DeviceChoice) -> Self {
         (self.settings.device, self.device) = (choice, None);
         self
@@ -190,51 +188,23 @@ impl Builder {
             Some(storage) => storage,
             None => Arc::new(Local::open_with(&root, settings.engine)?.direct(settings.direct).locks(settings.locks)),
         };
-        let (device, mut report) = match device {
+        let (device, report) = match device {
             Some(device) => {
                 let report = DeviceReport::new(device.as_ref(), "as it was given".into());
                 (device, report)
             }
-            None => choose(settings.device)?,
+            None => choose_later(settings.device, lent.as_ref().map(|(lent, _)| lent.ordinal))?,
         };
         let lent = lent.map(|(lent, bytes)| fits(lent, bytes, device.as_ref())).transpose()?;
-        if device.name() != "host" && settings.chunk > FOREGROUND {
-            let (chunk, at_most) = (settings.chunk, FOREGROUND);
-            tracing::warn!(chunk, at_most, device = %report, "chunks are large: what the program reads from the device waits for two of them");
-        }
         let signal = Arc::new(Signal::default());
         let arena =
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
         let mut pool = Pool::start(settings.writers, arena.report().slabs, settings.priority, &signal)?;
-        let Settings { chunk, gather, scratch, .. } = settings;
-        let memory = KernelMemory { chunk: chunk as usize, gather, scratch, lent };
-        let kernels = device.kernels(memory);
-        report.found(&kernels);
-        if let (Err(reason), true) = (&report.gather, device.name() != "host") {
-            tracing::warn!(%reason, device = %report, "no kernels: small tensors are not gathered, and fences wait");
-        }
-        let waits = if settings.memory_waits {
-            device.waits()
-        } else {
-            Err(Error::invalid("not asked for setting=memory_waits"))
-        };
-        report.memory_waits = waits.as_ref().map(|waits| waits.at_once()).map_err(|error| format!("{error:#}"));
-        if let (Err(reason), true) = (&report.memory_waits, settings.memory_waits && device.name() != "host") {
-            tracing::warn!(%reason, device = %report, "no memory-waits: streams wait for events at fences");
-        }
-        report.batch = match (settings.batch, &arena.report().pinned) {
-            (false, _) => Err("not asked for setting=batch".into()),
-            (true, Err(_)) => Err("the arena is not pinned".into()),
-            (true, Ok(())) => device.batches().map_err(|error| format!("{error:#}")),
-        };
-        if let (Err(reason), true) = (&report.batch, settings.batch && device.name() != "host") {
-            tracing::warn!(%reason, device = %report, "copies from the device are calls of their own");
-        }
-        let batch = report.batch.is_ok();
+        let wish = Wish::new(&settings, lent, &arena.report().pinned);
+        let (equipment, Offer { scratch, waits, batch }) = Equipment::of(device.as_ref(), report, wish);
         let at_most = (settings.overlap == Overlap::Latest).then_some(2);
-        let mut stager = Stager::new(signal.clone(), arena, device, kernels.ok().map(Scratch::new), at_most, batch);
-        stager.waits = waits.ok();
-        let stager = Arc::new(stager);
+        let stager = Arc::new(Stager::new(signal.clone(), arena, device, at_most, batch));
+        stager.offer(scratch, waits);
         let catalog = Arc::new(Catalog::over(storage.clone()));
         let priority = settings.priority;
         let sweep = Sweep::default().older_than(settings.abandoned_after);
@@ -257,7 +227,7 @@ impl Builder {
             compared: Arc::default(),
             storage: storage.clone(),
             place,
-            device: report,
+            equipment,
             settings,
         };
         let (place, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());

@@ -260,13 +260,15 @@ impl CheckpointExecutor {
         if state.streams.is_empty() {
             return Ok((None, None));
         }
-        match &self.stager.scratch {
+        self.equipment.complete(&self.stager, &state.streams)?;
+        let scratch = self.stager.scratch.get();
+        match scratch {
             Some(scratch) => scratch.at_save(state, detect, on_device)?,
-            None => without_kernels(state, self.device.gather.as_ref().err().map_or("", String::as_str), on_device)?,
+            None => without_kernels(state, self.device().gather.as_ref().err().map_or("", String::as_str), on_device)?,
         }
         // Behind what was queued just now, too.
         let point = self.stager.device.behind(&state.streams)?;
-        let late_copy = match &self.stager.scratch {
+        let late_copy = match scratch {
             Some(scratch) => scratch.late_copy(plan, state, &point, |tensor| captured.get(tensor).is_some())?,
             None => None,
         };

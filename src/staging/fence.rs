@@ -105,7 +105,7 @@ impl Stager {
 
     /// Whether `streams` need not wait for the rest of a save's copies, because the device makes late copies of it.
     fn fence_by_late_copy(&self, ticket: &Arc<Ticket>, streams: &[DeviceStream], deadline: Instant) -> Result<bool> {
-        match (&self.scratch, self.late_copy(ticket)) {
+        match (self.scratch.get(), self.late_copy(ticket)) {
             // What is borrowed is fenced once, at the end of its scope; until then streams wait for it as if there were no scratch.
             (Some(scratch), Some((late_copy, borrowed))) if !borrowed || late_copy.launched() => {
                 scratch.fence(ticket, &late_copy, streams, deadline)
@@ -117,7 +117,7 @@ impl Stager {
     /// Makes `streams` wait for all copies queued so far; by memory-waits where that can be had, else by events. Not at the end of
     /// a scope: what was borrowed may be freed then, and not before its copies have ended, however the save did.
     fn order(&self, streams: &[DeviceStream]) -> Result<Option<Hold>> {
-        match self.waits.as_ref().map(|waits| waits.order(streams)) {
+        match self.waits.get().map(|waits| waits.order(streams)) {
             Some(Ok(Some(guard))) => return Ok(Some(guard)),
             Some(Err(error)) if error.kind() == ErrorKind::Invalid => return Err(error),
             Some(Err(error)) => {
@@ -162,7 +162,7 @@ impl Stager {
     }
 
     fn freeze_by_late_copy(&self, ticket: &Arc<Ticket>, streams: &[DeviceStream], deadline: Instant) -> Result<bool> {
-        match (&self.scratch, self.late_copy(ticket)) {
+        match (self.scratch.get(), self.late_copy(ticket)) {
             (Some(scratch), Some((late_copy, _))) => {
                 scratch.freeze(ticket, &late_copy, &together(streams, &ticket.streams), deadline)
             }

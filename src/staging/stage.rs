@@ -245,7 +245,7 @@ impl Copying<'_> {
     fn hand_over(&mut self) {
         let Some(InFlightChunk { chunk, live, .. }) = self.chunks.pop_front() else { return };
         let (job, ticket) = (&self.job, &self.job.ticket);
-        if let (Some(scratch), Some(late_copy)) = (&self.stager.scratch, &job.late_copy) {
+        if let (Some(scratch), Some(late_copy)) = (self.stager.scratch.get(), &job.late_copy) {
             if !live {
                 ticket.late_chunks.fetch_add(1, Ordering::Relaxed);
             }

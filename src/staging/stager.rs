@@ -19,8 +19,8 @@ use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
 use crate::tries;
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// How often the watermark is looked at while copies are in flight.
@@ -75,9 +75,9 @@ pub(crate) struct Stager {
     pub saves: InFlightSaves,
     pub device: Arc<dyn Device>,
     /// Where late copies are made, if the device can do that.
-    pub scratch: Option<Scratch>,
+    pub scratch: OnceLock<Scratch>,
     /// How streams wait at a fence, if not for events.
-    pub waits: Option<Arc<dyn Waits>>,
+    pub waits: OnceLock<Arc<dyn Waits>>,
     late_copies: Mutex<Vec<Fenceable>>,
     jobs: Mutex<VecDeque<Job>>,
     /// Of saves that will not be staged, until the thread takes them over.
@@ -96,14 +96,13 @@ impl Stager {
         signal: Arc<Signal>,
         arena: Arena,
         device: Arc<dyn Device>,
-        scratch: Option<Scratch>,
         at_most: Option<usize>,
         batch: bool,
     ) -> Self {
         let (saves, jobs, late_copies) = (InFlightSaves::default(), Mutex::new(VecDeque::new()), Mutex::default());
         let (deferred, stopped, ended) = (Mutex::default(), AtomicBool::new(false), AtomicBool::new(false));
         let calls = Arc::new(CallThread::new(signal.clone()));
-        let waits = None;
+        let (scratch, waits) = (OnceLock::new(), OnceLock::new());
         Self {
             signal,
             calls,
@@ -119,6 +118,16 @@ impl Stager {
             batch,
             stopped,
             ended,
+        }
+    }
+
+    /// What the device offers, once, at start or when it has been chosen.
+    pub fn offer(&self, scratch: Option<Scratch>, waits: Option<Arc<dyn Waits>>) {
+        if let Some(scratch) = scratch {
+            _ = self.scratch.set(scratch);
+        }
+        if let Some(waits) = waits {
+            _ = self.waits.set(waits);
         }
     }
 

@@ -35,7 +35,7 @@ impl Sink for Kept {
 fn stager(device: impl Device + 'static) -> Stager {
     let signal = Arc::new(Signal::default());
     let arena = Arena::new(3 * 4096, 4096, &device, signal.clone()).unwrap();
-    Stager::new(signal, arena, Arc::new(device), None, None, false)
+    Stager::new(signal, arena, Arc::new(device), None, false)
 }
 
 fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
@@ -178,8 +178,8 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
     let staged: Ending = |stager, ticket| stager.saves.release(ticket);
     for [first, second] in [[fail, fail], [fail, staged], [staged, fail], [staged, staged]] {
         let hold: Hold = Arc::new(());
-        let mut stager = stager(Host);
-        stager.waits = Some(Arc::new(Holding(hold.clone())));
+        let stager = stager(Host);
+        stager.offer(None, Some(Arc::new(Holding(hold.clone()))));
         let tensor = Arc::new(vec![1; 100]);
         let save = || push_of(&stager, &tensor, vec![DeviceStream::legacy(0)], LONG).0;
         let (one, two) = (save(), save());

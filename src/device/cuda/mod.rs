@@ -10,6 +10,7 @@
 //! # Safety argument
 //! The one unsafe thing is to run the code of a library; whoever names one says that it is a driver.
 
+mod auto;
 mod copy_streams;
 mod driver;
 mod embedded;
@@ -23,6 +24,7 @@ mod table;
 mod upload;
 mod waits;
 
+use super::auto::Hint;
 use super::{CopyQueue, Device, KernelMemory, Kernels, LoadQueue, Point, Waits};
 use crate::error::{ErrorKind, Result};
 use crate::memory::{Node, Pages, Register};
@@ -66,6 +68,28 @@ impl Cuda {
     #[expect(unsafe_code, reason = "runs code from a file; the caller says which")]
     pub unsafe fn with_driver(path: &Path, ordinal: u32) -> Result<Self> {
         Self::over(Driver::open(path).map_err(unavailable)?, ordinal)
+    }
+
+    /// The device for [`DeviceChoice::Auto`](super::DeviceChoice), and why it is that: of memory that was `given`, of the current
+    /// context, or open. With `now` it is the one of the launcher, or the first, instead of an open one.
+    pub(super) fn auto(now: bool, given: Option<u32>) -> Result<(Arc<dyn Device>, String)> {
+        let driver = Driver::find()?;
+        let given = given.map(|ordinal| Hint { ordinal, why: "of the memory for the scratch".into() });
+        let current = || Some(Hint { ordinal: driver.current()?, why: "of the current context".into() });
+        let launcher = || Hint::of_launcher(driver.devices().ok()?, |name| std::env::var(name).ok());
+        let first = || now.then(|| Hint { ordinal: 0, why: "the first".into() });
+        let decided = given.or_else(current).or_else(|| now.then(launcher).flatten()).or_else(first);
+        if let Some(Hint { ordinal, why }) = decided {
+            let device = Self::over(driver, ordinal)?;
+            let why = format!("{}, {why}", device.describe());
+            return Ok((Arc::new(device), why));
+        }
+        let hint = launcher();
+        let likely =
+            hint.as_ref().map_or(String::new(), |Hint { ordinal, why }| format!(", likely cuda:{ordinal}, {why}"));
+        let device = auto::Auto::new(driver, hint);
+        let why = format!("that of the first tensor of a GPU{likely}, {}", device.describe());
+        Ok((Arc::new(device), why))
     }
 
     fn over(driver: Arc<Driver>, ordinal: u32) -> Result<Self> {

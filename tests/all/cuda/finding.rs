@@ -125,7 +125,7 @@ fn cuda_driver_is_found_by_its_own_name_and_described() {
     }
     let here = path_of!(cuda_driver_is_found_by_its_own_name_and_described);
     match std::env::var("FAKECUDA_VERSION") {
-        Ok(_) => assert_eq!(auto.why, "Simulated device, CUDA 11.4"),
+        Ok(_) => assert_eq!(auto.why, "Simulated device, CUDA 11.4, the first"),
         Err(_) => pass(here, &Found { variables: &[("FAKECUDA_VERSION", "11040")], ..Found::default() }),
     }
 }

@@ -4,6 +4,7 @@
 
 mod aside;
 mod batch;
+mod choosing;
 mod cudarc;
 mod failing;
 mod finding;

@@ -21,6 +21,7 @@ macro_rules! functions {
                 device_pci_id = cuDeviceGetPCIBusId(*mut c_char, c_int, c_int);
                 retain = cuDevicePrimaryCtxRetain(*mut ContextHandle, c_int);
                 get_current = cuCtxGetCurrent(*mut ContextHandle);
+                current_device = cuCtxGetDevice(*mut c_int);
                 set_current = cuCtxSetCurrent(ContextHandle);
                 priorities = cuCtxGetStreamPriorityRange(*mut c_int, *mut c_int);
                 exchange_capture = cuThreadExchangeStreamCaptureMode(*mut c_uint);

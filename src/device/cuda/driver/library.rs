@@ -7,8 +7,9 @@
 use super::batch::Batch;
 use super::codes;
 use super::functions::Table;
+use super::handles::ContextHandle;
 use crate::error::{Error, ErrorKind, Result};
-use std::ffi::c_int;
+use std::ffi::{CStr, c_int};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -75,6 +76,32 @@ impl Driver {
         // SAFETY: writes one number.
         self.start("cuDeviceGetCount", unsafe { (self.table.device_count)(&mut count) })?;
         Ok(u32::try_from(count).unwrap_or(0))
+    }
+
+    /// The device whose context is current in this thread, if one is. Touches no device.
+    pub fn current(&self) -> Option<u32> {
+        let (mut context, mut device) = (ContextHandle::default(), 0);
+        // SAFETY: writes one handle.
+        let asked = unsafe { (self.table.get_current)(&mut context) };
+        if asked != codes::SUCCESS || context == ContextHandle::default() {
+            return None;
+        }
+        // SAFETY: writes one number.
+        let code = unsafe { (self.table.current_device)(&mut device) };
+        (code == codes::SUCCESS).then(|| u32::try_from(device).ok()).flatten()
+    }
+
+    /// Where device `ordinal` is on the bus: `0000:0F:00.0`. Needs no context.
+    pub fn pci_id(&self, ordinal: u32) -> Result<String> {
+        let (mut device, mut name) = (0, [0; 64]);
+        // SAFETY: writes one number.
+        self.start("cuDeviceGet", unsafe { (self.table.device_get)(&mut device, ordinal as c_int) })?;
+        let len = name.len() as c_int - 1;
+        // The last stays zero.
+        // SAFETY: writes at most `len` bytes.
+        self.start("cuDeviceGetPCIBusId", unsafe { (self.table.device_pci_id)(name.as_mut_ptr(), len, device) })?;
+        // SAFETY: the array ends in a zero.
+        Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
     }
 
     /// The version of CUDA that it speaks: 12040 is 12.4.

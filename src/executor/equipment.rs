@@ -1,0 +1,119 @@
+//! What the device of an executor offers beyond copies: found out at start, or by the first save of a tensor of a GPU where it is not
+//! known before which GPU that is.
+
+use crate::device::{Device, DeviceReport, KernelMemory, LentMemory, Waits};
+use crate::error::{Error, Result};
+use crate::settings::Settings;
+use crate::staging::{Scratch, Stager};
+use crate::state::DeviceStream;
+use crate::sync::{Mutex, lock};
+use std::sync::{Arc, OnceLock};
+
+/// A larger chunk holds up what the program itself reads from a device: copies are made in order, and two chunks are on their way.
+const FOREGROUND: u64 = 16 << 20;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Equipment {
+    /// At start.
+    first: DeviceReport,
+    /// Of the device that was chosen later.
+    later: OnceLock<DeviceReport>,
+    /// What is to be asked of it then.
+    open: Mutex<Option<Wish>>,
+}
+
+/// What an executor asks of its device.
+#[derive(Debug)]
+pub(super) struct Wish {
+    chunk: u64,
+    gather: u64,
+    scratch: u64,
+    memory_waits: bool,
+    batch: bool,
+    lent: Option<LentMemory>,
+    /// Why the arena is not pinned.
+    unpinned: Option<String>,
+}
+
+impl Wish {
+    pub fn new(settings: &Settings, lent: Option<LentMemory>, pinned: &Result<(), String>) -> Self {
+        let Settings { chunk, gather, scratch, memory_waits, batch, .. } = *settings;
+        Self { chunk, gather, scratch, memory_waits, batch, lent, unpinned: pinned.clone().err() }
+    }
+
+    /// Takes what there is, and says in `report` what there is not.
+    fn fulfil(self, device: &dyn Device, report: &mut DeviceReport) -> Offer {
+        let (is_gpu, at_most) = (device.name() != "host", FOREGROUND);
+        if is_gpu && self.chunk > at_most {
+            tracing::warn!(chunk = self.chunk, at_most, device = %report, "chunks are large: what the program reads from the device waits for two of them");
+        }
+        let Self { chunk, gather, scratch, lent, .. } = self;
+        let kernels = device.kernels(KernelMemory { chunk: chunk as usize, gather, scratch, lent });
+        report.found(&kernels);
+        if let (Err(reason), true) = (&report.gather, is_gpu) {
+            tracing::warn!(%reason, device = %report, "no kernels: small tensors are not gathered, and fences wait");
+        }
+        let not_asked = || Error::invalid("not asked for setting=memory_waits");
+        let waits = if self.memory_waits { device.waits() } else { Err(not_asked()) };
+        report.memory_waits = waits.as_ref().map(|waits| waits.at_once()).map_err(|error| format!("{error:#}"));
+        if let (Err(reason), true) = (&report.memory_waits, self.memory_waits && is_gpu) {
+            tracing::warn!(%reason, device = %report, "no memory-waits: streams wait for events at fences");
+        }
+        report.batch = match (self.batch, &self.unpinned) {
+            (false, _) => Err("not asked for setting=batch".into()),
+            (true, Some(_)) => Err("the arena is not pinned".into()),
+            (true, None) => device.batches().map_err(|error| format!("{error:#}")),
+        };
+        if let (Err(reason), true) = (&report.batch, self.batch && is_gpu) {
+            tracing::warn!(%reason, device = %report, "copies from the device are calls of their own");
+        }
+        Offer { scratch: kernels.ok().map(Scratch::new), waits: waits.ok(), batch: report.batch.is_ok() }
+    }
+}
+
+/// What the stager gets.
+#[derive(Default)]
+pub(super) struct Offer {
+    pub scratch: Option<Scratch>,
+    pub waits: Option<Arc<dyn Waits>>,
+    pub batch: bool,
+}
+
+impl Equipment {
+    /// Asks for everything at once where it is known which device it is, and otherwise later.
+    pub fn of(device: &dyn Device, mut report: DeviceReport, wish: Wish) -> (Self, Offer) {
+        let (offer, open) = if device.is_settled() {
+            (wish.fulfil(device, &mut report), None)
+        } else {
+            // A device that is chosen later queues copies in one call only where it can.
+            let batch = wish.batch && wish.unpinned.is_none();
+            (Offer { batch, ..Offer::default() }, Some(wish))
+        };
+        (Self { first: report, later: OnceLock::new(), open: Mutex::new(open) }, offer)
+    }
+
+    /// Once tensors of these streams are to be saved.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Device`: their device cannot be used.
+    pub fn complete(&self, stager: &Stager, streams: &[DeviceStream]) -> Result<()> {
+        let mut open = lock(&self.open);
+        if open.is_none() {
+            return Ok(());
+        }
+        let device = stager.device.as_ref();
+        let why = device.settle(streams)?;
+        if let Some(wish) = open.take() {
+            let mut report = DeviceReport::new(device, format!("{why}, of the first tensor of a GPU"));
+            let Offer { scratch, waits, .. } = wish.fulfil(device, &mut report);
+            stager.offer(scratch, waits);
+            _ = self.later.set(report);
+        }
+        Ok(())
+    }
+
+    pub fn report(&self) -> &DeviceReport {
+        self.later.get().unwrap_or(&self.first)
+    }
+}
