@@ -21,21 +21,21 @@ pub enum Home {
 }
 
 impl Home {
-    /// The choice as the library means it: `auto` is the first GPU where there is one.
+    /// The choice as the library means it: `auto` is the GPU of this process's rank, or the first, where there is one.
     ///
     /// # Errors
     /// `Unavailable` or `Device` for a GPU that was asked for and is not to be had, or that `ASHORE_REQUIRE_GPU` asks for.
     pub fn of(choice: DeviceChoice) -> Result<Self> {
         let required = std::env::var_os("ASHORE_REQUIRE_GPU").is_some();
         let (device, report) = choose(choice).map_err(|e| asked(&e, choice))?;
-        let ordinal = match choice {
-            DeviceChoice::Cuda(ordinal) => ordinal,
-            _ if device.name() == "cuda:0" => 0,
-            _ if required && choice != DeviceChoice::Host => {
+        let chosen = device.name().strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
+        let ordinal = match (choice, chosen) {
+            (_, Some(ordinal)) => ordinal,
+            (DeviceChoice::Host, _) => return Ok(Self::Host { why: "host".into() }),
+            _ if required => {
                 let why = format!("a GPU is required by ASHORE_REQUIRE_GPU: {} device={choice}", report.why);
                 return Err(Error::new(ErrorKind::Unavailable, why));
             }
-            DeviceChoice::Host => return Ok(Self::Host { why: "host".into() }),
             _ => return Ok(Self::Host { why: format!("host (auto: {})", report.why) }),
         };
         let gpu = Gpu::open(ordinal).map_err(|e| asked(&e, choice))?;

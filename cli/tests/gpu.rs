@@ -100,6 +100,16 @@ fn a_demo_on_cuda_proves_what_it_restored() {
     assert_eq!(whole["recomputed"], Value::Null);
 }
 
+#[test]
+fn a_demo_on_cuda_that_is_left_the_choice_takes_the_gpu_of_its_rank() {
+    let place = Place::new();
+    let mut command = place.ashore(&["demo", "--steps", "5", "--model", "tiny", "--json"]);
+    let report = json(&command.env("FAKECUDA_DEVICES", "2").env("LOCAL_RANK", "3").output().unwrap());
+    let device = report["device"].as_str().unwrap();
+    assert!(device.starts_with("cuda:1 ") && device.contains("LOCAL_RANK=3"), "{device}");
+    assert_eq!(report["verified"], true, "{report}");
+}
+
 /// A benchmark small enough for a debug build. With a lag copies are late, so that what is not waited for is seen.
 fn bench(place: &Place, what: &str, lag: &str, more: &[&str]) -> Value {
     let small = ["--device", "cuda:0", "--rounds", "2", "--arena", "256KiB", "--chunk", "16KiB", "--json"];
