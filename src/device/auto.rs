@@ -1,4 +1,4 @@
-//! Which device it is when that was left to the machine.
+//! Chooses the device of an executor or restore when the program leaves it to `auto`.
 
 #[cfg(all(feature = "cuda", not(any(loom, miri))))]
 use super::Cuda;
@@ -6,7 +6,8 @@ use super::{Device, DeviceChoice, DeviceReport, Host};
 use crate::error::Result;
 use std::sync::Arc;
 
-/// How launchers tell a process its number among those of its machine: torchrun, Slurm, Open MPI, MVAPICH, Hydra and Intel MPI, Flux, PALS.
+/// Environment variables in which launchers pass a process its rank on its machine: torchrun, Slurm, Open
+/// MPI, MVAPICH, Hydra and Intel MPI, Flux, PALS.
 const LOCAL_RANKS: [&str; 7] = [
     "LOCAL_RANK",
     "SLURM_LOCALID",
@@ -17,16 +18,16 @@ const LOCAL_RANKS: [&str; 7] = [
     "PALS_LOCAL_RANKID",
 ];
 
-/// A device that something speaks for.
+/// A likely device, and what suggests it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hint {
     pub ordinal: u32,
-    /// What does.
+    /// What suggests it, for messages.
     pub why: String,
 }
 
 impl Hint {
-    /// The rank of this process, as `variable` has it: ranks of a machine take its `devices` in turn.
+    /// Reads the local rank of this process from `variable`, modulo the machine's number of `devices`.
     #[cfg_attr(not(all(feature = "cuda", not(any(loom, miri)))), allow(dead_code))]
     pub fn of_launcher(devices: u32, variable: impl Fn(&str) -> Option<String>) -> Option<Self> {
         let rank = |name: &&'static str| Some((*name, variable(name)?.trim().parse::<u32>().ok()?));
@@ -35,21 +36,22 @@ impl Hint {
     }
 }
 
-/// The device that `choice` comes to on this machine. [`DeviceChoice::Auto`] is decided here and now: by the context that is current in
-/// this thread, by the number that the launcher gave this process, or the first.
+/// Resolves `choice` to a device of this machine. [`DeviceChoice::Auto`] is decided in this call: the context
+/// current in this thread, else the local rank from the launcher, else the first GPU.
 ///
 /// # Errors
-/// `Unavailable` or `Device`, naming what is missing, for a GPU that was asked for and is not to be had.
+/// `Unavailable` or `Device`, naming what is missing, for a requested GPU that is not available.
 pub fn choose(choice: DeviceChoice) -> Result<(Arc<dyn Device>, DeviceReport)> {
     match choice {
-        DeviceChoice::Host => Ok(host("as asked for".into())),
+        DeviceChoice::Host => Ok(host("as requested".into())),
         DeviceChoice::Cuda(ordinal) => cuda(ordinal),
         DeviceChoice::Auto => Ok(auto(true, None).unwrap_or_else(no_gpu)),
     }
 }
 
-/// As [`choose`] for an executor: what is left to the machine is decided by memory of the device `given` that was handed in, or by the
-/// context that is current; otherwise it is left open until a tensor of a GPU is seen.
+/// Resolves `choice` for an executor. [`DeviceChoice::Auto`] is the device `given`, on which the program
+/// handed in memory, else that of the current context; otherwise it stays open until the first tensor of a
+/// GPU is seen.
 pub(crate) fn choose_later(choice: DeviceChoice, given: Option<u32>) -> Result<(Arc<dyn Device>, DeviceReport)> {
     match choice {
         DeviceChoice::Auto => Ok(auto(false, given).unwrap_or_else(no_gpu)),
@@ -63,8 +65,8 @@ fn host(why: String) -> (Arc<dyn Device>, DeviceReport) {
 
 fn no_gpu(error: crate::Error) -> (Arc<dyn Device>, DeviceReport) {
     let why = format!("{error:#}");
-    // Not a field `error`: a machine without a GPU has none.
-    tracing::info!(reason = %why, "no GPU: tensors are copied by the host");
+    // The field is not `error`: a machine without a GPU has none.
+    tracing::info!(reason = %why, "no GPU: the host copies tensors");
     host(why)
 }
 
@@ -72,7 +74,7 @@ fn no_gpu(error: crate::Error) -> (Arc<dyn Device>, DeviceReport) {
 fn cuda(ordinal: u32) -> Result<(Arc<dyn Device>, DeviceReport)> {
     let device = Cuda::new(ordinal)?;
     let report = DeviceReport::new(&device, device.describe().to_owned());
-    tracing::info!(device = %report, "tensors are copied by a GPU");
+    tracing::info!(device = %report, "a GPU copies tensors");
     Ok((Arc::new(device), report))
 }
 
@@ -80,7 +82,7 @@ fn cuda(ordinal: u32) -> Result<(Arc<dyn Device>, DeviceReport)> {
 fn auto(now: bool, given: Option<u32>) -> Result<(Arc<dyn Device>, DeviceReport)> {
     let device = Cuda::auto(now, given)?;
     let report = DeviceReport::new(device.0.as_ref(), device.1);
-    tracing::info!(device = %report, "tensors are copied by a GPU, where they are in its memory");
+    tracing::info!(device = %report, "a GPU copies tensors that are in GPU memory");
     Ok((device.0, report))
 }
 
@@ -107,7 +109,7 @@ mod tests {
         };
         assert_eq!(hint(&[("LOCAL_RANK", "3")], 8), Some((3, "LOCAL_RANK=3".into())));
         assert_eq!(hint(&[("LOCAL_RANK", "9")], 8), Some((1, "LOCAL_RANK=9".into())));
-        // A launcher that shows each process one device.
+        // This launcher shows each process one device.
         assert_eq!(hint(&[("SLURM_LOCALID", "5")], 1), Some((0, "SLURM_LOCALID=5".into())));
         assert_eq!(hint(&[("LOCAL_RANK", "five"), ("SLURM_LOCALID", " 2 ")], 4), Some((2, "SLURM_LOCALID=2".into())));
         assert_eq!(

@@ -1,7 +1,7 @@
 //! The queue of copies from tensors into slabs.
 //!
 //! # Safety argument
-//! Contracts of asynchronous copies, and one body that copies nothing: it refuses.
+//! This file has contracts of asynchronous copies. Its one unsafe body copies nothing and returns an error.
 
 use super::Point;
 use crate::digest::Digest;
@@ -10,8 +10,8 @@ use std::time::Instant;
 
 /// A first-in first-out queue of copies into slabs.
 pub trait CopyQueue {
-    /// Queues a copy of `len` bytes. The digest of the bytes, where the copy was made by this thread and is done; None when
-    /// it comes later, and the bytes are to be digested by whoever reads them from the slab.
+    /// Queues a copy of `len` bytes. Returns the digest if this thread has already made the copy; None if the
+    /// copy ends later, and the reader of the slab must digest the bytes.
     ///
     /// # Safety
     /// `from` stays readable, and `to` writable and otherwise untouched, until a later mark is reached.
@@ -21,7 +21,7 @@ pub trait CopyQueue {
     #[expect(unsafe_code, reason = "the contract of an asynchronous copy; the stager, its one caller, keeps it")]
     unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) -> Result<Option<Digest>>;
 
-    /// Everything queued from now on comes after `point`.
+    /// Makes everything queued from now on wait for the dependency `point`.
     ///
     /// # Errors
     /// `Device`, sticky.
@@ -32,19 +32,21 @@ pub trait CopyQueue {
     /// Queues a copy of `len` bytes from the memory of device `ordinal`.
     ///
     /// # Safety
-    /// As [`CopyQueue::copy`], but that it is the device which can read `from`.
+    /// As [`CopyQueue::copy`], except that `from` need be readable only by device `ordinal`.
     ///
     /// # Errors
-    /// `Device`, sticky; `Invalid` for a device that it knows nothing of.
+    /// `Device`, sticky; `Invalid` for an unknown device.
     #[expect(unsafe_code, reason = "as for `copy`")]
     unsafe fn fetch(&mut self, ordinal: u32, _from: *const u8, _to: *mut u8, _len: usize) -> Result<()> {
         Err(Error::new(ErrorKind::Invalid, format!("no copies from this device device=cuda:{ordinal}")))
     }
 
-    /// From now on what is fetched may be held back until [`CopyQueue::flush`], or the next mark, and queued in one call there.
+    /// Allows later fetches to be held back until [`CopyQueue::flush`] or the next mark, which queues them in
+    /// one call.
     fn batch(&mut self) {}
 
-    /// Queues what is held back. Not to be called after a failure: [`CopyQueue::quiesce`] drops it.
+    /// Queues the copies that are held back. Must not be called after a failure: [`CopyQueue::quiesce`] drops
+    /// them.
     ///
     /// # Errors
     /// `Device`, sticky.
@@ -52,19 +54,20 @@ pub trait CopyQueue {
         Ok(())
     }
 
-    /// Queues a mark behind the copies so far, and returns its number: 1, 2, 3, ...
+    /// Queues a completion event behind the copies so far, and returns its number: 1, 2, 3, ...
     ///
     /// # Errors
     /// `Device`, sticky.
     fn mark(&mut self) -> Result<u64>;
 
-    /// The number of the last mark reached; never falls.
+    /// The number of the last completion event reached; never falls.
     ///
     /// # Errors
     /// `Device`, sticky.
     fn reached(&mut self) -> Result<u64>;
 
-    /// Waits, after a failure, until no copy queued so far will touch memory any more; what is held back never will. False when
-    /// that cannot be known by `deadline`: sources and slabs are then given up, never reused.
+    /// Waits, after a failure, until no copy queued so far can touch memory any more, and drops copies that
+    /// are held back. False when that cannot be known by `deadline`: sources and slabs are then leaked, never
+    /// reused.
     fn quiesce(&mut self, deadline: Instant) -> bool;
 }

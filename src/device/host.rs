@@ -1,7 +1,8 @@
-//! Host memory: the stager's own thread copies, and digests while the bytes are in its cache.
+//! The host as a device: the stager's thread copies, and digests while the bytes are in its cache.
 //!
 //! # Safety argument
-//! One copy between ranges that the caller of [`CopyQueue::copy`] vouched for; it has ended when the call returns.
+//! Each copy is between ranges for which the caller of [`CopyQueue::copy`] vouches, and ends before the call
+//! returns.
 #![expect(unsafe_code, reason = "a copy from a raw source into a slab; argument above")]
 
 use super::{CopyQueue, Device};
@@ -11,7 +12,7 @@ use crate::memory::{Pages, Register};
 use std::any::Any;
 use std::time::Instant;
 
-/// Copy and digest in blocks that stay in the second-level cache between the two.
+/// Block size of copy and digest: a block stays in the second-level cache between the two.
 const BLOCK: usize = 128 << 10;
 
 /// The host as a device.

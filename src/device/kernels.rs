@@ -1,7 +1,8 @@
-//! What a device can do with kernels of its own: capture, digest and gather tensors, and make late copies of them.
+//! Kernels of a device: they capture, digest and gather tensors, and make late copies.
 //!
-//! What these queue in streams of the program reads the tensors later: each says when it has run, and the stager keeps sources until
-//! then. The states of a late copy are those of `staging/late_copy.rs`; the device keeps none.
+//! Work that these queue in the program's streams reads the tensors later. Each piece of work reports when it
+//! has run; the stager keeps its sources until then. `staging/late_copy.rs` has the states of a late copy;
+//! the device keeps none.
 
 use super::{Pieces, Point};
 use crate::digest::Digest;
@@ -12,26 +13,26 @@ use std::fmt::{self, Debug};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// What is asked for of a device's own memory, in bytes.
+/// Requested amounts of device memory, in bytes.
 #[derive(Debug)]
 pub(crate) struct KernelMemory {
     /// The size of a chunk.
     pub chunk: usize,
-    /// For what is captured at `save`; with 0 nothing is gathered.
+    /// Size of the capture pool; with 0 nothing is gathered.
     pub gather: u64,
-    /// For the late copies of fences.
+    /// Size of the scratch for late copies.
     pub scratch: u64,
-    /// Where that is, if the program has memory of its own for it.
+    /// The scratch, if the program hands in its own memory for it.
     pub lent: Option<LentMemory>,
 }
 
-/// Memory of a device that a program has handed in. Dropped when nothing on the device will use it any more.
+/// Device memory that the program hands in. Dropped when nothing on the device can use it any more.
 pub(crate) struct LentMemory {
-    /// The device.
+    /// Ordinal of the device.
     pub ordinal: u32,
-    /// Where it begins.
+    /// Its start address.
     pub address: u64,
-    /// What keeps it allocated.
+    /// Keeps the memory allocated.
     pub keep_alive: Box<dyn Any + Send + Sync>,
 }
 
@@ -41,29 +42,30 @@ impl Debug for LentMemory {
     }
 }
 
-/// What a device does with kernels of its own, in memory of its own: it gathers small and strided tensors, so that they need not
-/// cross the bus one by one; it digests tensors; and at a fence it makes late copies of what has not left it, so that no thread waits.
+/// Kernels of one device, with their own device memory. They gather small and strided tensors, so that these
+/// need not cross the bus one by one; digest tensors; and at a fence make late copies of what has not left
+/// the device, so that no thread waits.
 pub(crate) trait Kernels: Send + Sync + Debug {
-    /// The device.
+    /// Ordinal of the device.
     fn ordinal(&self) -> u32;
 
-    /// Where captured tensors may be put.
+    /// Address range of the capture pool.
     fn room(&self) -> Range<u64>;
 
     /// The addresses of the slots of the scratch.
     ///
     /// # Errors
-    /// Why there are none.
+    /// The reason there is no scratch.
     fn slots(&self) -> Result<&[u64]>;
 
-    /// Queues in `stream`: copy `pieces`, whose `to` are addresses in the room. What was queued is added to
-    /// `queued` also where that fails: it reads the tensors until it has run.
+    /// Queues a copy of `pieces` in `stream`; each `to` is an address in the capture pool. Also on failure,
+    /// `queued` receives what was queued: it reads the tensors until it has run.
     ///
     /// # Errors
     /// `Device`; `Invalid` for a stream that is being captured into a graph.
     fn capture(&self, stream: DeviceStream, pieces: &Pieces, queued: &mut Vec<Arc<dyn Queued>>) -> Result<()>;
 
-    /// Queues in `stream`: digest `pieces`, all those of a chunk as one. `queued` as there.
+    /// Queues digests of `pieces` in `stream`, one per chunk. `queued` as in [`Kernels::capture`].
     ///
     /// # Errors
     /// As [`Kernels::capture`].
@@ -74,70 +76,71 @@ pub(crate) trait Kernels: Send + Sync + Debug {
         queued: &mut Vec<Arc<dyn Queued>>,
     ) -> Result<Arc<dyn Digests>>;
 
-    /// The late copy of a save, the `number`-th from 1, with these tensors; `base` is what the watermark will be before its first chunk.
-    /// None when there is no room for it now.
+    /// Prepares the late copy of the `number`-th save, counted from 1; `base` is the watermark before its
+    /// first chunk. None when the device tracks too many saves already.
     ///
     /// # Errors
     /// `Device`.
     fn late_copy(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn DeviceLateCopy>>>;
 }
 
-/// Something that was queued in a stream of the program.
+/// Work that was queued in a stream of the program.
 pub(crate) trait Queued: Send + Sync {
     /// True when it has run, or never will because the device is lost.
     fn over(&self) -> bool;
 }
 
-/// Digests that a device was asked for.
+/// Digests that were queued on a device.
 pub(crate) trait Digests: Send + Sync {
-    /// Of each chunk, in order.
+    /// Returns the digest of each chunk, in order.
     ///
     /// # Errors
-    /// `Device`, also when they are not there yet.
+    /// `Device`, also when they did not arrive in time.
     fn take(&self) -> Result<Vec<Digest>>;
 }
 
-/// One save, as a device knows it that offers [`Kernels`]. Dropped only when no copy of the save is queued any more.
+/// The device's part of one save. Dropped only when no copy of the save is queued any more.
 pub(crate) trait DeviceLateCopy: Send + Sync {
-    /// Queues, with the copies: put the pieces of `chunk` together as they will lie in its slab. The address that stands for the
-    /// first byte of the slab, until the next call.
+    /// Queues, in the stream of copies, a gather of the pieces of `chunk` into their layout in its slab.
+    /// Returns the device address that corresponds to the first byte of the slab, valid until the next call.
     ///
     /// # Errors
     /// `Device`.
     fn gather(&self, chunk: usize) -> Result<u64>;
 
-    /// Queues, with the copies: `watermark` chunks of all saves have left the device.
+    /// Queues, in the stream of copies, a store of the watermark: `watermark` chunks of all saves have left
+    /// the device.
     ///
     /// # Errors
     /// `Device`.
     fn publish(&self, watermark: u64) -> Result<()>;
 
-    /// Queues in the first of `streams`, behind `point`, and behind all copies queued so far if `behind_copies`: decide F from the
-    /// watermark, make late copies of the chunks from F on, tell F. The other streams wait for that. `slots` are those of the last
-    /// chunks. Once for a save, unless it fails.
+    /// Queues in the first of `streams`, behind `point` and, if `behind_copies`, behind all copies queued so
+    /// far: latch F from the watermark, make late copies of the chunks from F on, report F. The other streams
+    /// wait for that. `slots` are the slots of the last chunks. Called once per save, unless it fails.
     ///
     /// # Errors
     /// `Device`, `Invalid`: nothing was queued.
     fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<Launch>;
 
-    /// Makes sure that F can still be told.
+    /// Checks that the device can still report F.
     ///
     /// # Errors
     /// `Device`: the device is lost.
     fn check(&self) -> Result<()>;
 }
 
-/// What was queued by [`DeviceLateCopy::launch`].
+/// What [`DeviceLateCopy::launch`] queued.
 pub(crate) struct Launch {
-    /// The kernels, or some of them.
+    /// The queued kernels, possibly not all.
     pub kernels: Arc<dyn FenceKernels>,
-    /// That all of them were queued, and that all streams wait for them; or why not.
+    /// Ok if all kernels were queued and all streams wait for them.
     pub queued: Result<()>,
 }
 
-/// Kernels of a fence that were queued. The last owner waits until they have run.
+/// The queued kernels of a fence. Dropping the last reference waits until they have run.
 pub(crate) trait FenceKernels: Send + Sync {
-    /// Makes `streams` wait for them.
+    /// Makes `streams` wait for the kernels.
     ///
     /// # Errors
     /// `Device`, or `Invalid`, as [`Device::order`].
@@ -146,6 +149,7 @@ pub(crate) trait FenceKernels: Send + Sync {
     /// True when they have run, or never will because the device is lost.
     fn over(&self) -> bool;
 
-    /// F, once the device has told it: chunks before it had left the device, those from it on lie in their slots. A load from memory.
+    /// F, once the device has reported it: chunks before F had left the device, those from F on are in their
+    /// slots. A load from memory, no driver call.
     fn latched(&self) -> Option<usize>;
 }

@@ -1,11 +1,12 @@
-//! Devices: how bytes get from where a tensor lives into a slab.
+//! Devices: they copy bytes from a tensor's memory location into a slab.
 //!
-//! **Consistency.** A queue is first-in first-out: marks are reached in order, and a mark is reached only when every copy
-//! before it has ended. **Completion.** [`CopyQueue::reached`] is the watermark, a count that never falls. **Cancellation.**
-//! Copies cannot be taken back: whoever queues one keeps source and slab until its mark is reached. **Failure.** Errors are
-//! sticky; after one, no mark need ever be reached.
+//! **Consistency.** A queue is first in, first out: its marks, the completion events, are reached in order,
+//! each only when every copy before it has ended. **Completion.** [`CopyQueue::reached`] is the watermark, a
+//! count that never falls. **Cancellation.** Copies cannot be cancelled: the caller that queues one keeps
+//! source and slab until its mark is reached. **Failure.** Errors are sticky; after one, a mark may never be
+//! reached.
 //!
-//! What the devices of this crate do with addresses as numbers is for it alone:
+//! The kernel interfaces, which use addresses as numbers, are private to this crate:
 //! ```compile_fail,E0432
 //! use ashore::internal::device::{Kernels, LentMemory, DeviceLateCopy};
 //! ```
@@ -41,43 +42,45 @@ use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-/// A kind of device, shared by all threads.
+/// A device that copies tensors, shared by all threads.
 pub trait Device: Register + Send + Sync + Debug {
     /// Its name in messages: `host`, `cuda:0`.
     fn name(&self) -> String;
 
-    /// Whether it is known which device it is.
+    /// True once a concrete device is chosen.
     #[doc(hidden)]
     fn is_settled(&self) -> bool {
         true
     }
 
-    /// Called by `save`, in its thread, before anything else is asked for tensors of these streams, where [`Device::is_settled`] was not
-    /// true at start: decides which device it is, and says what that one calls itself.
+    /// Chooses the concrete device for tensors of these streams, and returns its description. `save` calls it
+    /// first, in its own thread, if [`Device::is_settled`] was false at start.
     ///
     /// # Errors
-    /// `Unavailable` for a device that is not there; `Device`. It is not settled then.
+    /// `Unavailable` for a missing device; `Device`. The device stays unsettled then.
     #[doc(hidden)]
     fn settle(&self, _streams: &[DeviceStream]) -> Result<String> {
         Ok(self.name())
     }
 
-    /// A queue of copies, made in the thread that will use it.
+    /// Makes a copy queue, in the thread that will use it.
     ///
     /// # Errors
-    /// `Device` when there is none to be had.
+    /// `Device` when none is available.
     fn queue(&self) -> Result<Box<dyn CopyQueue>>;
 
-    /// Called by `save`, in its thread: the point behind everything that is in `streams` now, for [`CopyQueue::wait`].
+    /// Makes a dependency on everything that is in `streams` now, for [`CopyQueue::wait`]. `save` calls it in
+    /// its own thread.
     ///
     /// # Errors
-    /// `Invalid` for streams of a device that it knows nothing of, and for one that is being captured into a graph; `Device`.
+    /// `Invalid` for streams of an unknown device, and for one that is being captured into a graph; `Device`.
     fn behind(&self, streams: &[DeviceStream]) -> Result<Point> {
         Err(self.unknown(streams))
     }
 
-    /// Called by a fence, in its thread: whatever comes to `streams` later waits for all copies that have been queued so far. A
-    /// device with streams copies from host memory before [`CopyQueue::copy`] returns: nobody waits for that in a stream.
+    /// Makes later work in `streams` wait for all copies queued so far. A fence calls it in its own thread. A
+    /// device with streams copies from host memory before [`CopyQueue::copy`] returns, so no stream waits for
+    /// those copies.
     ///
     /// # Errors
     /// As [`Device::behind`].
@@ -85,46 +88,46 @@ pub trait Device: Register + Send + Sync + Debug {
         if streams.is_empty() { Ok(()) } else { Err(self.unknown(streams)) }
     }
 
-    /// Called once, at start: kernels that use so much memory of the device.
+    /// Loads the kernels, with the given amounts of device memory. Called once, at start.
     ///
     /// # Errors
     /// Why there are none.
     #[doc(hidden)]
     #[expect(private_interfaces, reason = "for the devices of this crate")]
     fn kernels(&self, _memory: KernelMemory) -> Result<Arc<dyn Kernels>> {
-        Err(Error::new(ErrorKind::Unavailable, "this device has none"))
+        Err(Error::new(ErrorKind::Unavailable, "this device has no kernels"))
     }
 
-    /// Called at most once, at start: waits of streams that the host can end.
+    /// Makes stream waits that the host can end. Called at most once, at start.
     ///
     /// # Errors
     /// Why there are none.
     #[doc(hidden)]
     #[expect(private_interfaces, reason = "for the devices of this crate")]
     fn waits(&self) -> Result<Arc<dyn Waits>> {
-        Err(Error::new(ErrorKind::Unavailable, "this device has none"))
+        Err(Error::new(ErrorKind::Unavailable, "this device has no memory-waits"))
     }
 
-    /// A queue of copies to devices, made in the thread that will use it.
+    /// Makes a queue of copies to devices, in the thread that will use it.
     ///
     /// # Errors
-    /// `Unavailable` when it makes none; `Device`.
+    /// `Unavailable` when the device supports none; `Device`.
     #[doc(hidden)]
     #[expect(private_interfaces, reason = "for the devices of this crate")]
     fn loads(&self) -> Result<Box<dyn LoadQueue>> {
-        Err(Error::new(ErrorKind::Unavailable, format!("nothing is copied to this device device={}", self.name())))
+        Err(Error::new(ErrorKind::Unavailable, format!("copies to this device are not supported device={}", self.name())))
     }
 
-    /// Called once, at start, where it is asked for: whether its queues can queue many copies in one call
-    /// ([`CopyQueue::batch`]).
+    /// Checks that the copy queues can queue many copies in one call ([`CopyQueue::batch`]). Called once, at
+    /// start, if batching is requested.
     ///
     /// # Errors
     /// Why they cannot.
     fn batches(&self) -> Result<()> {
-        Err(Error::new(ErrorKind::Unavailable, format!("this device makes each copy by itself device={}", self.name())))
+        Err(Error::new(ErrorKind::Unavailable, format!("this device cannot batch copies device={}", self.name())))
     }
 
-    /// The error for streams of a device that it knows nothing of.
+    /// The error for streams of an unknown device.
     fn unknown(&self, streams: &[DeviceStream]) -> Error {
         let ordinal = streams.first().map_or(0, |stream| stream.ordinal);
         let name = self.name();
@@ -132,5 +135,5 @@ pub trait Device: Register + Send + Sync + Debug {
     }
 }
 
-/// A point in streams, as the device that made it knows it.
+/// A dependency on work in streams, in the form of the device that made it.
 pub type Point = Arc<dyn Any + Send + Sync>;

@@ -1,35 +1,35 @@
-//! Lists of parts of tensors, as kernels take them.
+//! Lists of parts of tensors, the input of the kernels.
 
 use smallvec::SmallVec;
 
-/// How a tensor lies whose elements do not lie together: row-major over its dimensions.
+/// The layout of a strided tensor: row-major order over dimensions with strides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct View {
-    /// Bytes of an element.
+    /// Size of an element in bytes.
     pub item: u32,
     /// Size and stride, in bytes, of each dimension, outermost first; at most [`View::DIMS`].
     pub dims: SmallVec<[(u64, i64); 4]>,
 }
 
 impl View {
-    /// The most dimensions that a kernel knows.
+    /// The maximum number of dimensions that the kernels support.
     pub const DIMS: usize = 8;
 }
 
-/// Part of a tensor, and where it goes.
+/// A part of a tensor and its destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
-    /// Where it is on the device; with a view, where the tensor is.
+    /// Source address on the device; with a view, the address of the tensor.
     pub from: u64,
-    /// With a view, how many bytes of the packed tensor come before it.
+    /// With a view, the offset of the part in the packed tensor, in bytes.
     pub skip: u64,
-    /// Where it goes: in the slot of its chunk, or an address.
+    /// Destination: an offset in the slot of its chunk, or an address.
     pub to: u64,
-    /// How long it is.
+    /// Length in bytes.
     pub bytes: u64,
-    /// How the tensor lies, by the number of its view; None for bytes that lie together.
+    /// Index of the tensor's view; None for contiguous bytes.
     pub view: Option<u32>,
-    /// The chunk, or whatever else pieces are put together by. They come in this order.
+    /// Index of the chunk, or of another group. Pieces are sorted by it.
     pub chunk: usize,
 }
 
@@ -38,8 +38,8 @@ pub(crate) struct Piece {
 pub(crate) struct Pieces {
     /// The parts.
     pub list: Vec<Piece>,
-    /// How tensors lie that do not lie together.
+    /// Layouts of the strided tensors.
     pub views: Vec<View>,
-    /// How many chunks there are, some of which may have no piece.
+    /// Number of chunks; some may have no piece.
     pub chunks: usize,
 }

@@ -1,27 +1,28 @@
-//! Which device an executor copies with, and the report of why it is that and what it can do.
+//! The report of which device an executor copies with, why, and what it can do.
 
 use super::{Device, Kernels};
 use crate::error::Result;
 use std::fmt;
 use std::sync::Arc;
 
-/// The device of an executor, and why it is that.
+/// The device of an executor, why it was chosen, and its capabilities.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct DeviceReport {
-    /// Its name: `host`, `cuda:0`; `auto` until it is known which GPU it is.
+    /// Its name: `host`, `cuda:0`; `auto` until the GPU is known.
     pub name: String,
-    /// Why it was chosen, or what it is.
+    /// Why it was chosen, or its description.
     pub why: String,
-    /// How much small state the device can gather at `save`, in bytes; or why it does not: small tensors cross the bus one by one
-    /// then and are taken at the fence, and strided ones are refused.
+    /// Size of the capture pool, in bytes; the error is the reason there is none: small tensors then cross
+    /// the bus one by one and are read at the fence, and strided ones are refused.
     pub gather: Result<u64, String>,
-    /// How many chunks a fence can copy late on the device; or why it waits for copies to the host instead.
+    /// Number of chunks that a fence can copy late on the device; the error is the reason it waits for copies
+    /// to the host instead.
     pub scratch: Result<usize, String>,
-    /// How many fences may be pending whose waits end when their saves have failed; or why streams wait for events, whatever
-    /// becomes of the saves.
+    /// Maximum number of pending fences whose stream waits end if their saves fail; the error is the reason
+    /// streams wait for events instead, even if the saves fail.
     pub memory_waits: Result<usize, String>,
-    /// That the copies of a chunk are queued in one call; or why each is a call of its own.
+    /// Ok if the copies of a chunk are batched in one call; the error is the reason they are not.
     pub batch: Result<(), String>,
     /// The embedded kernels: [`KERNELS`](crate::KERNELS).
     pub kernels: &'static str,
@@ -29,7 +30,7 @@ pub struct DeviceReport {
 
 impl DeviceReport {
     pub(crate) fn new(device: &dyn Device, why: String) -> Self {
-        let unknown = || "not looked for".to_owned();
+        let unknown = || "not checked yet".to_owned();
         Self {
             name: device.name(),
             why,
@@ -41,11 +42,11 @@ impl DeviceReport {
         }
     }
 
-    /// Takes note of the kernels that there are, or of why there are none.
+    /// Records the capabilities of `kernels`, or the reason there are none.
     pub(crate) fn found(&mut self, kernels: &Result<Arc<dyn Kernels>>) {
         match kernels {
             Ok(kernels) => {
-                let (room, none) = (kernels.room(), "no memory was asked for setting=gather");
+                let (room, none) = (kernels.room(), "no memory was requested setting=gather");
                 self.gather = if room.is_empty() { Err(none.into()) } else { Ok(room.end - room.start) };
                 self.scratch = kernels.slots().map(<[u64]>::len).map_err(|why| format!("{why:#}"));
             }

@@ -6,18 +6,18 @@ use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-/// What a device offers whose streams can wait for a number in memory.
+/// Implemented for devices whose streams can wait for a number in memory.
 pub(crate) trait Waits: Send + Sync + Debug {
-    /// How many fences may be pending.
+    /// The maximum number of pending fences.
     fn at_once(&self) -> usize;
 
-    /// As [`Device::order`], but the waits also end when the last clone of what is returned is dropped, by a store to memory and
-    /// without a call of the driver. None when too many are pending: nothing was queued.
+    /// As [`Device::order`], but the waits also end when the last clone of the returned guard is dropped: by
+    /// a store to memory, without a driver call. None when too many fences are pending: nothing was queued.
     ///
     /// # Errors
     /// As [`Device::order`]; nothing waits then.
     fn order(&self, streams: &[DeviceStream]) -> Result<Option<Hold>>;
 }
 
-/// While it lives, streams wait.
+/// A wait guard: streams wait while it lives.
 pub(crate) type Hold = Arc<dyn Any + Send + Sync>;

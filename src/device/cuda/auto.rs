@@ -1,10 +1,11 @@
-//! A GPU that is chosen when it is known which: by the first tensor of one that is saved, or the first target of a restore. Until then
-//! no GPU is touched, and the host copies.
+//! A device whose GPU is chosen at the first GPU tensor that is saved, or the first GPU target of a restore.
+//! Until then no GPU is touched, and the host copies.
 //!
 //! # Safety argument
-//! Pages that come before the choice are pinned at it, under the lock of their guard, which the arena drops before it unmaps them: a
-//! guard that is gone has said so under that lock. What is queued is passed on under the contract of [`CopyQueue`]; a mark of the host
-//! is reached when it is made, so that those of the GPU are counted on from there.
+//! Pages registered before the choice are pinned at it, under the lock of their guard. The arena drops the
+//! guard before it unmaps the pages, and that drop sets `Pin::Over` under the same lock. Queued copies are
+//! passed on under the contract of [`CopyQueue`]. A mark of the host is reached when it is made, so that
+//! marks of the GPU continue its count.
 #![expect(unsafe_code, reason = "pins pages later, passes copies on; argument above")]
 
 use super::Cuda;
@@ -28,15 +29,15 @@ pub(super) struct Auto(Arc<Choice>);
 
 struct Choice {
     driver: Arc<Driver>,
-    /// What speaks for a device before one is seen.
+    /// The likely device, before a tensor decides.
     hint: Option<Hint>,
     chosen: OnceLock<Cuda>,
-    /// Held while one is chosen: memory that is to be pinned then.
+    /// Memory to pin at the choice. Locked while a device is chosen.
     waiting: Mutex<Vec<Weak<Mutex<Pin>>>>,
     batches: OnceLock<Result<()>>,
 }
 
-/// Memory of an arena.
+/// State of an arena's memory.
 enum Pin {
     Waiting {
         base: usize,
@@ -45,13 +46,13 @@ enum Pin {
     Pinned {
         _registered: Registered,
     },
-    /// The driver refused.
+    /// The driver refused to pin it.
     Not,
-    /// It is about to be unmapped.
+    /// The memory is about to be unmapped.
     Over,
 }
 
-/// What the arena drops before it unmaps its memory.
+/// A guard that the arena drops before it unmaps its memory.
 struct Guard(Arc<Mutex<Pin>>);
 
 impl Drop for Guard {
@@ -66,7 +67,7 @@ impl Auto {
         Self(Arc::new(Choice { driver, hint, chosen, waiting, batches }))
     }
 
-    /// What the driver calls itself.
+    /// The driver's version and number of devices.
     pub fn describe(&self) -> String {
         let (version, devices) = (self.0.driver.version(), self.0.driver.devices().unwrap_or(0));
         format!("CUDA {}.{}, devices={devices}", version / 1000, version % 1000 / 10)
@@ -74,12 +75,12 @@ impl Auto {
 }
 
 impl Choice {
-    /// The device, where it is chosen.
+    /// Returns the device if it is chosen.
     fn cuda(&self) -> Result<&Cuda> {
         self.chosen.get().ok_or_else(|| Error::internal("no device is chosen yet"))
     }
 
-    /// Chooses among the devices of `streams`, and pins what has been waiting for that.
+    /// Chooses among the devices of `streams`, and pins the memory that waits for the choice.
     fn choose(&self, streams: &[DeviceStream]) -> Result<&Cuda> {
         let mut waiting = lock(&self.waiting);
         if let Some(chosen) = self.chosen.get() {
@@ -88,13 +89,13 @@ impl Choice {
         let hinted = self.hint.as_ref().map(|hint| hint.ordinal);
         let hinted = hinted.filter(|hint| streams.iter().any(|stream| stream.ordinal == *hint));
         let first = streams.first().map(|stream| stream.ordinal);
-        let ordinal = hinted.or(first).ok_or_else(|| Error::internal("a device is chosen for no tensor"))?;
+        let ordinal = hinted.or(first).ok_or_else(|| Error::internal("no tensor to choose a device for"))?;
         let cuda = Cuda::over(self.driver.clone(), ordinal)?;
         let gpu = cuda.0.gpu(ordinal)?;
         for pin in waiting.drain(..).filter_map(|pin| pin.upgrade()) {
             let mut pin = lock(&pin);
             let Pin::Waiting { base, len } = *pin else { continue };
-            // SAFETY: see the safety argument.
+            // SAFETY: mapped until the guard is dropped, which needs the lock held here.
             let pages = unsafe { Pages::new(std::ptr::with_exposed_provenance_mut(base), len) };
             *pin = match gpu.pin(pages) {
                 Ok(_registered) => Pin::Pinned { _registered },
@@ -109,7 +110,7 @@ impl Choice {
         Ok(self.chosen.get_or_init(|| cuda))
     }
 
-    /// Whether the copies of a chunk are queued in one call, tried out once.
+    /// Checks, once, that the device can batch the copies of a chunk.
     fn batches(&self) -> Result<()> {
         let cuda = self.cuda()?;
         self.batches.get_or_init(|| cuda.batches()).clone()
@@ -166,7 +167,7 @@ impl Device for Auto {
         self.0.choose(streams)?.behind(streams)
     }
 
-    /// Before the choice nothing has been copied from any GPU.
+    /// Before the choice no GPU copy exists, so nothing waits.
     fn order(&self, streams: &[DeviceStream]) -> Result<()> {
         self.0.chosen.get().map_or(Ok(()), |cuda| cuda.order(streams))
     }
@@ -188,7 +189,7 @@ impl Device for Auto {
     }
 }
 
-/// The host's, until a GPU has been chosen and something of it is to be copied.
+/// The host's queue, until a GPU is chosen and has something to copy.
 struct Queue {
     choice: Arc<Choice>,
     host: HostQueue,
@@ -211,7 +212,7 @@ impl Queue {
 
 impl CopyQueue for Queue {
     unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) -> Result<Option<Digest>> {
-        // SAFETY: passed on.
+        // SAFETY: the caller's contract, passed on.
         unsafe { self.host.copy(from, to, len) }
     }
 
@@ -220,7 +221,7 @@ impl CopyQueue for Queue {
     }
 
     unsafe fn fetch(&mut self, ordinal: u32, from: *const u8, to: *mut u8, len: usize) -> Result<()> {
-        // SAFETY: passed on.
+        // SAFETY: the caller's contract, passed on.
         unsafe { self.gpu()?.fetch(ordinal, from, to, len) }
     }
 
@@ -247,7 +248,7 @@ impl CopyQueue for Queue {
     }
 
     fn quiesce(&mut self, deadline: Instant) -> bool {
-        // Kernels may have been queued with the copies although none of those was.
+        // Kernels may have been queued with the copies even if no copy was: they need a queue to wait with.
         if self.choice.chosen.get().is_some() && self.gpu().is_err() {
             return false;
         }

@@ -1,21 +1,21 @@
-//! The CUDA driver, found at run time. No file outside this folder calls it. From below: `handles` are the types of
-//! its objects, `functions` is the table of its functions,
-//! `codes` what they return, `batch` a function that a driver may lack, `library` how the driver is found, `context` what a device
-//! is asked, `owned` what a driver hands out and takes back.
+//! The CUDA driver, found at run time. No file outside this folder calls it. From the bottom up: `handles`
+//! has the types of its objects, `functions` the table of its functions, `codes` their result codes, `batch`
+//! a function that a driver may lack, `library` finds the driver, `context` has the calls on a device,
+//! `owned` the objects that the driver creates and destroys.
 //!
-//! A library that is absent, a symbol that it lacks, a driver without a device: each is an error that names it, never a panic.
-//! A result code is a plain number, because a newer driver may return ones that are not known here.
+//! A missing library, a missing symbol, a driver without a device: each is an error that names it, never a
+//! panic. A result code is a plain number, because a newer driver may return codes that are unknown here.
 //!
 //! **Failure.** A code after which a context is lost is sticky: from then on every call on that context fails
-//! with the same error and the driver is not called any more, not even to give things back. A context also
-//! counts as lost when the driver refuses to say how far work is, and does not stop refusing. **Exit, fork.**
-//! A driver that the end of the process has taken down already is no error for whoever gives something back;
-//! a forked child never calls it.
+//! with the same error and the driver is not called any more, not even to release things. A context also
+//! counts as lost when the driver keeps refusing to report the progress of work. **Exit, fork.** If the
+//! driver is already shut down at process exit, a release ignores the error; a forked child never calls it.
 //!
 //! # Safety argument
-//! The signatures are those of `cuda.h` for the symbols named, which the driver keeps stable, and the library is never unloaded.
-//! Handles are made here and destroyed once, by the owner that wraps them. Pointers to results are to locals of the call. What
-//! a call reads or writes later, in stream order, is what the caller of an `unsafe fn` vouches for.
+//! The signatures are those of `cuda.h` for the symbols named, which the driver keeps stable, and the library
+//! is never unloaded. Handles are made here and destroyed once, by the owner that wraps them. Pointers to
+//! results are to locals of the call. The caller of an `unsafe fn` vouches for what a call reads or writes
+//! later, in stream order.
 
 mod batch;
 mod codes;

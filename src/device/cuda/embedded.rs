@@ -1,10 +1,11 @@
-//! The kernels that `build.rs` has embedded: PTX for every GPU, and machine code (cubins) for the architectures that the build named.
+//! The kernels that `build.rs` embedded: PTX for every GPU, and machine code (cubins) for the architectures
+//! named at build time.
 
-/// One module of kernels.
+/// The images of one module of kernels.
 pub(super) struct Images {
-    /// Machine code, each for one architecture. A GPU refuses those of others.
+    /// Machine code, each for one architecture; a GPU refuses those of others.
     pub cubins: &'static [&'static [u8]],
-    /// Text that the driver compiles for its GPU; ends in a zero.
+    /// Text that the driver compiles for its GPU; ends in a zero byte.
     pub ptx: &'static str,
 }
 

@@ -1,8 +1,8 @@
-//! One GPU: its context, the stream of our copies, a pool of events.
+//! One GPU: its context, its copy stream and its pool of events.
 //!
 //! # Safety argument
-//! The arena's memory is registered here for as long as its guard lives, which the arena drops before it unmaps the memory:
-//! that is what [`Register`](crate::memory::Register) asks of an arena.
+//! The arena's memory is registered here while its guard lives, which the arena drops before it unmaps the
+//! memory, as [`Register`](crate::memory::Register) requires.
 #![expect(unsafe_code, reason = "registers the arena; argument above")]
 
 use super::driver::{Context, Driver, Event, Registered, Stream};
@@ -13,22 +13,22 @@ use crate::sync::{Mutex, lock};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Events made at start: two chunks in flight, and the producers and fences of a few saves.
+/// Number of events made at start: for two chunks in flight, and the producers and fences of a few saves.
 const EVENTS: usize = 16;
-/// How long what was queued is waited for when nothing else can be done.
+/// Timeout of a wait for queued work whose memory would otherwise be leaked.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) const POLL: Duration = Duration::from_micros(50);
 
-/// See the module.
+/// One GPU, shared by all threads.
 pub(super) struct Gpu {
     pub context: Arc<Context>,
-    /// First-in first-out: all copies to the host.
+    /// The copy stream, first in, first out: all copies to the host.
     pub copies: Arc<Stream>,
     events: Mutex<Vec<Event>>,
 }
 
 impl Gpu {
-    /// Takes what copying needs of device `ordinal`.
+    /// Retains the context of device `ordinal`, and makes its copy stream and events.
     pub fn new(driver: Arc<Driver>, ordinal: u32) -> Result<Arc<Self>> {
         let context = Context::retain(driver, ordinal)?;
         let copies = Arc::new(context.stream()?);
@@ -36,24 +36,24 @@ impl Gpu {
         Ok(Arc::new(Self { context, copies, events: Mutex::new(events) }))
     }
 
-    /// An event, which goes back to the pool when it is dropped.
+    /// Takes an event from the pool, to which it returns when it is dropped.
     pub fn event(self: &Arc<Self>) -> Result<PooledEvent> {
         let pooled = lock(&self.events).pop();
         let event = pooled.map_or_else(|| self.context.event(), Ok)?;
         Ok(PooledEvent::new(self.clone(), event))
     }
 
-    /// Takes back an event that is not used any more.
+    /// Returns an unused event to the pool.
     pub fn put_back(&self, event: Event) {
         lock(&self.events).push(event);
     }
 
-    /// Waits until `stream` has come to where it is now. False when that takes too long.
+    /// Waits until what is in `stream` now has ended. False after a timeout.
     pub fn settle(self: &Arc<Self>, stream: &Stream) -> bool {
         let deadline = Instant::now() + PATIENCE;
         let recorded = |event: PooledEvent| event.record(stream.handle()).map(|()| event);
         let here = self.event().and_then(recorded);
-        // Without an event, until the stream has nothing to do at all.
+        // Without an event, wait until the stream is idle.
         let over = || here.as_ref().map_or_else(|_| stream.is_idle(), |event| event.is_reached());
         while !over().unwrap_or(false) && !self.context.lost() {
             if Instant::now() >= deadline {
@@ -66,7 +66,7 @@ impl Gpu {
 
     /// Pins memory of the arena.
     pub fn pin(&self, pages: Pages<'_>) -> Result<Registered> {
-        // SAFETY: see the safety argument.
+        // SAFETY: the arena drops the guard before it unmaps the pages.
         unsafe { self.context.register(pages.base(), pages.size()) }
     }
 }

@@ -1,14 +1,16 @@
-//! GPUs through the CUDA driver, which is found at run time.
+//! The GPUs of this machine, through the CUDA driver, which is found at run time.
 //!
-//! **Order.** Copies are queued in a stream of our own, behind events that `save` recorded in the producers' streams, in the
-//! thread that called it. A fence records an event behind all copies queued so far, and the program's streams wait for it: on the
-//! GPU, not on the host. **Completion.** One event behind each chunk, looked at by the stager alone. **Memory.** Events come
-//! from a pool; lists for kernels from another, which takes memory only for lists longer than those before. Otherwise nothing is
-//! allocated, registered or freed while a program trains. **Failure.** See `driver`: after an error from which a context does not
-//! recover, the driver is not called any more, but to give a thread back the context that it had.
+//! **Order.** Copies are queued in a stream of our own, behind events that `save` recorded, in its own
+//! thread, in the producers' streams. A fence records an event behind all copies queued so far, and the
+//! program's streams wait for it: on the GPU, not on the host. **Completion.** One event behind each chunk,
+//! queried by the stager alone. **Memory.** Events come from a pool; lists for kernels from another, which
+//! allocates only for lists longer than earlier ones. Otherwise nothing is allocated, registered or freed
+//! while a program trains. **Failure.** See `driver`: after an error from which a context does not recover,
+//! the driver is called only to restore a thread's previous context.
 //!
 //! # Safety argument
-//! The one unsafe thing is to run the code of a library; whoever names one says that it is a driver.
+//! The only unsafe operation runs the code of a library; the caller that names the library vouches that it is
+//! a driver.
 
 mod auto;
 mod copy_streams;
@@ -38,19 +40,19 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// GPUs of this machine, as devices of an executor. One of them pins the arena; tensors may live on any.
+/// The GPUs of this machine as a device. One of them pins the arena; tensors may be on any.
 pub struct Cuda(Arc<Shared>);
 
 struct Shared {
     driver: Arc<Driver>,
     home: u32,
     describe: String,
-    /// By ordinal; made when first used.
+    /// By ordinal; created on first use.
     gpus: Mutex<Vec<Option<Arc<Gpu>>>>,
 }
 
 impl Cuda {
-    /// Finds the driver, and takes the primary context of device `ordinal`.
+    /// Finds the driver and retains the primary context of device `ordinal`.
     ///
     /// # Errors
     /// `Unavailable`, naming the library, symbol or device that is missing; `Device` when the driver refuses.
@@ -58,24 +60,25 @@ impl Cuda {
         Self::over(Driver::find()?, ordinal)
     }
 
-    /// As [`Cuda::new`], with the driver in the library at `path`.
+    /// Like [`Cuda::new`], with the driver in the library at `path`.
     ///
     /// # Safety
-    /// The library, if there is one, is a CUDA driver.
+    /// The library, if it exists, is a CUDA driver.
     ///
     /// # Errors
-    /// As there.
-    #[expect(unsafe_code, reason = "runs code from a file; the caller says which")]
+    /// As [`Cuda::new`].
+    #[expect(unsafe_code, reason = "runs code of a library that the caller names")]
     pub unsafe fn with_driver(path: &Path, ordinal: u32) -> Result<Self> {
         Self::over(Driver::open(path).map_err(unavailable)?, ordinal)
     }
 
-    /// The device for [`DeviceChoice::Auto`](super::DeviceChoice), and why it is that: of memory that was `given`, of the current
-    /// context, or open. With `now` it is the one of the launcher, or the first, instead of an open one.
+    /// Returns the device for [`DeviceChoice::Auto`](super::DeviceChoice), and why: that of memory that was
+    /// `given`, that of the current context, or an open choice. With `now`, that of the launcher's rank, or
+    /// the first, instead of an open choice.
     pub(super) fn auto(now: bool, given: Option<u32>) -> Result<(Arc<dyn Device>, String)> {
         let driver = Driver::find()?;
-        let given = given.map(|ordinal| Hint { ordinal, why: "of the memory for the scratch".into() });
-        let current = || Some(Hint { ordinal: driver.current()?, why: "of the current context".into() });
+        let given = given.map(|ordinal| Hint { ordinal, why: "the device of the scratch memory".into() });
+        let current = || Some(Hint { ordinal: driver.current()?, why: "the device of the current context".into() });
         let launcher = || Hint::of_launcher(driver.devices().ok()?, |name| std::env::var(name).ok());
         let first = || now.then(|| Hint { ordinal: 0, why: "the first".into() });
         let decided = given.or_else(current).or_else(|| now.then(launcher).flatten()).or_else(first);
@@ -88,7 +91,7 @@ impl Cuda {
         let likely =
             hint.as_ref().map_or(String::new(), |Hint { ordinal, why }| format!(", likely cuda:{ordinal}, {why}"));
         let device = auto::Auto::new(driver, hint);
-        let why = format!("that of the first tensor of a GPU{likely}, {}", device.describe());
+        let why = format!("chosen at the first tensor of a GPU{likely}, {}", device.describe());
         Ok((Arc::new(device), why))
     }
 
@@ -102,7 +105,7 @@ impl Cuda {
         Ok(Self(Arc::new(Shared { driver, home: ordinal, describe, gpus: Mutex::new(gpus) })))
     }
 
-    /// What the device and its driver call themselves.
+    /// The names of the device and the driver's version.
     pub fn describe(&self) -> &str {
         &self.0.describe
     }
@@ -113,7 +116,7 @@ fn unavailable(error: crate::Error) -> crate::Error {
 }
 
 impl Shared {
-    /// The GPU `ordinal`.
+    /// Returns the GPU `ordinal`, created on first use.
     fn gpu(&self, ordinal: u32) -> Result<Arc<Gpu>> {
         let mut gpus = lock(&self.gpus);
         if let Some(Some(gpu)) = gpus.get(ordinal as usize) {
@@ -127,7 +130,7 @@ impl Shared {
         Ok(gpu)
     }
 
-    /// Those that are in use.
+    /// The GPUs used so far.
     fn in_use(&self) -> Vec<Arc<Gpu>> {
         lock(&self.gpus).iter().flatten().cloned().collect()
     }
@@ -215,7 +218,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Before anything is queued anywhere.
+    /// Refuses streams that are being captured into a graph. Called before anything is queued.
     fn refuse_captures(&self, streams: &[DeviceStream]) -> Result<()> {
         for stream in streams {
             let gpu = self.gpu(stream.ordinal)?;

@@ -1,5 +1,5 @@
-//! An event that goes back to the pool of its GPU when it is dropped. Recorded anew it forgets what it was recorded behind, but what
-//! waits for that goes on waiting.
+//! An event that returns to the pool of its GPU when it is dropped. Recording it again replaces what it is
+//! behind, but earlier waits for it stay as they are.
 
 use super::driver::Event;
 use super::gpu::Gpu;
@@ -8,12 +8,12 @@ use crate::error::{Error, Result};
 use std::ops::Deref;
 use std::sync::Arc;
 
-/// What a point of this device is.
+/// The events of a dependency that this device made.
 pub(super) fn events_of(point: &Point) -> Result<&Vec<PooledEvent>> {
-    point.downcast_ref::<Vec<PooledEvent>>().ok_or_else(|| Error::internal("a point of another device"))
+    point.downcast_ref::<Vec<PooledEvent>>().ok_or_else(|| Error::internal("a dependency of another device"))
 }
 
-/// See the module.
+/// An event that returns to its pool when it is dropped.
 pub(super) struct PooledEvent {
     pub gpu: Arc<Gpu>,
     event: Option<Event>,
@@ -24,10 +24,10 @@ impl PooledEvent {
         Self { gpu, event: Some(event) }
     }
 
-    /// True when it is reached, or never will be because the device is lost.
+    /// True when the event is reached, or never will be because the device is lost.
     pub fn is_over(&self) -> bool {
         let context = &self.gpu.context;
-        // Asked in any case: that is how one learns that the context is lost.
+        // Query in any case: a query is what detects a lost context.
         let _entered = context.enter();
         self.is_reached().unwrap_or(false) || context.lost()
     }
@@ -37,7 +37,7 @@ impl Deref for PooledEvent {
     type Target = Event;
 
     fn deref(&self) -> &Event {
-        self.event.as_ref().expect("taken out in drop alone")
+        self.event.as_ref().expect("taken only in drop")
     }
 }
 

@@ -1,8 +1,8 @@
-//! The stager's queue of copies: those from GPUs in a stream of each, those from the host by the stager's own thread.
+//! The stager's copy queue: a stream per GPU copies from GPUs, and the stager's own thread from the host.
 //!
 //! # Safety argument
-//! Copies are passed on to the driver under the contract of [`CopyQueue::copy`]. A mark is reached when the events of all GPUs
-//! with a copy before it are reached, and marks are looked at in order.
+//! Copies are passed on to the driver under the contract of [`CopyQueue::copy`]. A mark is reached when the
+//! events of all GPUs with a copy before it are reached, and marks are checked in order.
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::Shared;
@@ -17,25 +17,25 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// See the module.
+/// The stager's copy queue over the host and all GPUs.
 pub(super) struct Queue {
     host: HostQueue,
     streams: CopyStreams,
-    /// Copies are held back.
+    /// True if copies are held back, to be batched.
     batch: bool,
     marks: VecDeque<Mark>,
     marked: u64,
     reached: u64,
 }
 
-/// A mark that is not known to be reached: one event for each GPU with copies before it.
+/// A mark not yet known to be reached: one event for each GPU with copies before it.
 struct Mark(SmallVec<[PooledEvent; 1]>);
 
 impl Queue {
     pub fn new(shared: Arc<Shared>) -> Result<Self> {
         let home = shared.home;
         let mut streams = CopyStreams::new(shared, |gpu| Ok(gpu.copies.clone()))?;
-        // From the beginning: kernels are queued there too, and `quiesce` waits for them.
+        // The stream exists from the start: kernels are queued there too, and `quiesce` waits for them.
         streams.of(home)?;
         Ok(Self { host: HostQueue(0), streams, batch: false, marks: VecDeque::with_capacity(8), marked: 0, reached: 0 })
     }
@@ -43,7 +43,7 @@ impl Queue {
 
 impl CopyQueue for Queue {
     unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) -> Result<Option<Digest>> {
-        // SAFETY: passed on.
+        // SAFETY: the caller's contract, passed on.
         unsafe { self.host.copy(from, to, len) }
     }
 
@@ -57,14 +57,14 @@ impl CopyQueue for Queue {
 
     unsafe fn fetch(&mut self, ordinal: u32, from: *const u8, to: *mut u8, len: usize) -> Result<()> {
         let copy_stream = self.streams.of(ordinal)?;
-        // Before the call: what fails may have been queued all the same.
+        // Set before the call, because a call that fails may have queued the copy nevertheless.
         copy_stream.moved = true;
         let from = from.addr() as u64;
         if self.batch {
             copy_stream.held.push(from, to, len);
             return Ok(());
         }
-        // SAFETY: passed on.
+        // SAFETY: the caller's contract, passed on.
         unsafe { copy_stream.stream.copy_to_host(from, to, len) }
     }
 
@@ -83,7 +83,7 @@ impl CopyQueue for Queue {
     fn reached(&mut self) -> Result<u64> {
         while let Some(Mark(events)) = self.marks.front() {
             for event in events {
-                // As in `CopyStreams::of`: who knows what ran in this thread since the last time.
+                // As in `CopyStreams::of`, users' code may have changed this thread's context.
                 event.gpu.context.make_current()?;
                 if !event.is_reached()? {
                     return Ok(self.reached);

@@ -1,8 +1,10 @@
-//! Copies from the host to GPUs, for one thread of a restore: in a stream of its own on each, beside the copies of saves.
+//! Copies from the host to GPUs for one thread of a restore: on each GPU in a stream of its own, separate
+//! from the copies of saves.
 //!
 //! # Safety argument
-//! Copies are passed on to the driver under the contract of [`LoadQueue::load`]. A mark holds an event behind the copies of each
-//! GPU that had some since the last mark; those before them in the same stream have ended then too.
+//! Copies are passed on to the driver under the contract of [`LoadQueue::load`]. A mark has an event behind
+//! the copies of each GPU that had some since the last mark; earlier copies in the same stream have ended by
+//! then too.
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::Shared;
@@ -13,7 +15,7 @@ use crate::error::Result;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// See the module.
+/// The copy streams of one restore thread.
 pub(super) struct Uploads(CopyStreams);
 
 impl Uploads {
@@ -29,9 +31,9 @@ impl LoadQueue for Uploads {
 
     unsafe fn load(&mut self, ordinal: u32, from: *const u8, to: u64, len: usize) -> Result<()> {
         let copy_stream = self.0.of(ordinal)?;
-        // Before the call: what fails may have been queued all the same.
+        // Set before the call, because a call that fails may have queued the copy nevertheless.
         copy_stream.moved = true;
-        // SAFETY: passed on.
+        // SAFETY: the caller's contract, passed on.
         unsafe { copy_stream.stream.copy_to_device(from, to, len) }
     }
 

@@ -1,4 +1,5 @@
-//! Finding CUDA: what is missing is named, nothing panics, and a choice that was left to us says why it fell as it did.
+//! Finding CUDA: what is missing is named, nothing panics, and a choice that was left to us says why it fell
+//! as it did.
 
 use super::loader::{Found, pass, path_of, run, text, with_driver};
 use super::program::{Gpu, at_fence, left_out, library, open_device, real, rig_on};
@@ -37,7 +38,7 @@ fn cuda_device_that_is_not_there_is_named() {
 #[test]
 fn cuda_choice_says_why() {
     let (_, host) = choose(DeviceChoice::Host).unwrap();
-    assert_eq!(host.to_string(), "host (as asked for)");
+    assert_eq!(host.to_string(), "host (as requested)");
     let (_, auto) = choose(DeviceChoice::Auto).unwrap();
     match choose(DeviceChoice::Cuda(0)) {
         Ok((_, asked)) => assert_eq!(asked.name, auto.name),
