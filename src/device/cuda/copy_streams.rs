@@ -1,9 +1,9 @@
-//! A thread's way to GPUs: on each of them a stream, what was queued there since the last mark, and what is held back to be queued in
-//! one call.
+//! The copy streams of one thread, one per GPU, with what was queued since the last mark and the copies held
+//! back to be batched.
 //!
 //! # Safety argument
-//! What is held back was vouched for until a later mark, or until the streams are quiescent, by whoever handed it over; it is queued
-//! before that mark, or dropped before anybody is told that nothing runs.
+//! The caller that hands over a copy vouches for it until a later mark, or until the streams are quiescent. A
+//! copy that is held back is queued before that mark, or dropped before `quiesce` returns.
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::Shared;
@@ -16,26 +16,26 @@ use crate::mutant::{self, Mutant};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// See the module.
+/// The copy streams of one thread.
 pub(super) struct CopyStreams {
     shared: Arc<Shared>,
-    /// Of a GPU that is used for the first time.
+    /// Makes the stream of a GPU at its first use.
     stream: fn(&Gpu) -> Result<Arc<Stream>>,
     streams: Vec<CopyStream>,
 }
 
-/// One GPU.
+/// The copy stream of one GPU.
 pub(super) struct CopyStream {
     pub gpu: Arc<Gpu>,
     pub stream: Arc<Stream>,
-    /// Something was queued, or is held back, since the last mark.
+    /// True if something was queued, or is held back, since the last mark.
     pub moved: bool,
-    /// Copies to the host.
+    /// Copies to the host that are held back.
     pub held: Copies,
 }
 
 impl CopyStreams {
-    /// Those of this thread, which is then one that other threads may capture graphs beside.
+    /// Makes the copy streams of this thread, and lets it query events while other threads capture graphs.
     pub fn new(shared: Arc<Shared>, stream: fn(&Gpu) -> Result<Arc<Stream>>) -> Result<Self> {
         let home = shared.gpu(shared.home)?;
         home.context.make_current()?;
@@ -43,7 +43,7 @@ impl CopyStreams {
         Ok(Self { shared, stream, streams: Vec::new() })
     }
 
-    /// The stream of device `ordinal`, whose context is then current in this thread.
+    /// Returns the stream of device `ordinal`, and makes its context current in this thread.
     pub fn of(&mut self, ordinal: u32) -> Result<&mut CopyStream> {
         let found = self.streams.iter().position(|copy_stream| copy_stream.gpu.context.ordinal == ordinal);
         let index = match found {
@@ -56,12 +56,13 @@ impl CopyStreams {
             }
         };
         let copy_stream = &mut self.streams[index];
-        // Each time: sources that are read or dropped in this thread run code of users, which may leave any context behind.
+        // Set each time: sources that are read or dropped in this thread run users' code, which may leave
+        // another context current.
         copy_stream.gpu.context.make_current()?;
         Ok(copy_stream)
     }
 
-    /// Everything queued from now on comes after `point`.
+    /// Makes everything queued from now on wait for `point`.
     pub fn wait(&mut self, point: &Point) -> Result<()> {
         for event in events_of(point)? {
             self.of(event.gpu.context.ordinal)?.stream.wait(event)?;
@@ -69,12 +70,12 @@ impl CopyStreams {
         Ok(())
     }
 
-    /// Queues what is held back.
+    /// Queues the copies that are held back.
     pub fn flush(&mut self) -> Result<()> {
         self.each_moved(CopyStream::flush)
     }
 
-    /// One event for each GPU with something queued since the last mark, behind that.
+    /// Records one event per GPU that had something queued since the last mark, behind that.
     pub fn mark(&mut self, events: &mut impl Extend<PooledEvent>) -> Result<()> {
         self.each_moved(|copy_stream| {
             copy_stream.flush()?;
@@ -86,7 +87,7 @@ impl CopyStreams {
         })
     }
 
-    /// For each stream that has moved, with its context current.
+    /// Runs `run` for each stream that has moved, with its context current.
     fn each_moved(&mut self, mut run: impl FnMut(&mut CopyStream) -> Result<()>) -> Result<()> {
         for at in 0..self.streams.len() {
             if self.streams[at].moved {
@@ -96,16 +97,16 @@ impl CopyStreams {
         Ok(())
     }
 
-    /// Drops what is held back, and waits until nothing that was queued runs any more. False when that takes longer than until
-    /// `deadline`.
+    /// Drops the copies that are held back, and waits until nothing that was queued runs any more. False if
+    /// that is not so by `deadline`.
     pub fn quiesce(&mut self, deadline: Instant) -> bool {
         if !mutant::on(Mutant::BatchKept) {
             self.streams.iter_mut().for_each(|copy_stream| copy_stream.held.clear());
         }
-        // A context that is lost does nothing any more: the driver has stopped all of its work, or does not
-        // say.
+        // A lost context does no more work: the driver has stopped all of it, or does not say.
         let ended = |copy_stream: &CopyStream| {
-            // As in `of`: users' code may have been what failed. Where it is refused, so is the question.
+            // As in `of`, users' code may have changed the context. If the driver refuses this, it refuses
+            // the query too.
             _ = copy_stream.gpu.context.make_current();
             copy_stream.stream.is_idle().unwrap_or(false) || copy_stream.gpu.context.lost()
         };
@@ -120,9 +121,10 @@ impl CopyStreams {
 }
 
 impl CopyStream {
-    /// Queues what is held back. Its context is current.
+    /// Queues the copies that are held back. The context must be current.
     fn flush(&mut self) -> Result<()> {
-        // SAFETY: see the safety argument.
+        // SAFETY: the caller of `push` vouched for each copy until a later mark, and `quiesce` drops the
+        // others.
         let queued = unsafe { self.stream.copy_all_to_host(&self.held) };
         self.held.clear();
         queued

@@ -1,12 +1,13 @@
-//! The project's kernels on a device, in memory that is taken at start; tried out there, so that what a driver refuses or gets
-//! wrong is known before anything is saved.
+//! The project's kernels on a device, with memory allocated at start. The constructor tests them, so that a
+//! driver that refuses or gets something wrong is found before anything is saved.
 //!
-//! What is queued in streams of the program is kept in `running` until it has run.
+//! `running` keeps what is queued in streams of the program until it has run.
 //!
 //! # Safety argument
-//! The structures are those of the sources in `kernels/`. What a launch points to, tables included, is kept by `running`, by a
-//! save that outlives its launches (`late_copy`), or as long as `self`, who waits for all of it before it goes; where that takes too
-//! long, memory and kernels are leaked, and with them what keeps memory that the program has handed in.
+//! The structures are those of the sources in `kernels/`. What a launch points to, tables included, is kept
+//! by `running`, by a save that outlives its launches (`late_copy`), or by `self`, which waits for all of it
+//! before it is dropped. After a timeout, memory and kernels are leaked, and so is the owner of memory that
+//! the program handed in.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::Shared;
@@ -31,7 +32,7 @@ use std::time::Instant;
 
 const BLOCK: u32 = 256;
 const GRID: u32 = 512;
-/// What `digest_tables` fills, in bytes.
+/// Size of what `digest_tables` fills, in bytes.
 const DIGEST_TABLES: usize = (8 * 256 + 256 + 40) * 8;
 
 #[derive(Clone, Copy)]
@@ -55,40 +56,41 @@ struct DigestPieces {
     count: u32,
 }
 
-/// See the module. Whoever holds it last drops it when nothing runs any more.
+/// The loaded kernels. The last owner drops them when nothing runs any more.
 pub(super) struct Loaded {
     pub shared: Arc<Shared>,
     pub gpu: Arc<Gpu>,
     pub tables: Tables,
-    /// Where fences make late copies; or why they do not. Tensors are gathered either way.
+    /// Slots for late copies, or the reason there are none. Tensors are gathered in either case.
     pub late_copies: Result<Slots>,
     gather: FunctionHandle,
     digest: FunctionHandle,
-    /// How much of `room` is for captured tensors; a chunk that is put together lies behind it.
+    /// Size of the capture pool, the first part of `room`; the rest is for one gathered chunk.
     captured: u64,
     running: Mutex<Vec<Running>>,
     spare: Spare,
-    /// In which digests come to the host, so that no stream of the program waits for the bus.
+    /// The stream that copies digests to the host, so that no stream of the program waits for the bus.
     results: Stream,
-    // In this order: kernels before the memory that they use.
+    // Declared in drop order: kernels before the memory that they use.
     modules: [Module; 2],
     room: Option<Memory>,
     digest_tables: Memory,
 }
 
-/// Where late copies are made.
+/// The scratch, and the kernels of fences.
 pub(super) struct Slots {
-    // In this order: kernels before the memory that they use.
+    // Declared in drop order: kernels before the memory that they use.
     pub fences: Arc<Fences>,
     slots: Vec<Address>,
     _memory: Box<dyn Any + Send + Sync>,
 }
 
 impl Slots {
-    /// Takes memory for `count` chunks, if the program has handed in none, and tries the kernels of fences.
+    /// Allocates scratch for `count` chunks, unless the program handed it in, and tests the kernels of
+    /// fences.
     fn new(gpu: &Arc<Gpu>, chunk: usize, count: usize, lent: Option<LentMemory>) -> Result<Self> {
         if count == 0 {
-            return Err(Error::invalid("no memory was asked for setting=scratch"));
+            return Err(Error::invalid("no memory was requested setting=scratch"));
         }
         let fences = Arc::new(Fences::new(gpu, gpu.context.module(&embedded::LATE_COPY)?)?);
         let (begin, memory): (_, Box<dyn Any + Send + Sync>) = match lent {
@@ -102,7 +104,7 @@ impl Slots {
     }
 }
 
-/// What was queued in a stream of the program, and must stay until it has run.
+/// Work that was queued in a stream of the program, and what must stay until it has run.
 struct Running {
     after: Arc<PooledEvent>,
     _table: Arc<Table>,
@@ -110,12 +112,12 @@ struct Running {
 }
 
 impl Loaded {
-    /// Takes memory of the device, loads the kernels and tries each of them.
+    /// Allocates device memory, loads the kernels and tests each of them.
     fn new(shared: &Arc<Shared>, memory: device::KernelMemory) -> Result<Arc<Self>> {
         let device::KernelMemory { chunk, gather, scratch, lent } = memory;
         let count = usize::try_from(scratch / chunk as u64).unwrap_or(0);
         if gather == 0 && scratch == 0 {
-            return Err(Error::invalid("no memory of the device was given to kernels"));
+            return Err(Error::invalid("no device memory was requested for kernels"));
         }
         let gpu = shared.gpu(shared.home)?;
         let late_copies = Slots::new(&gpu, chunk, count, lent);
@@ -150,7 +152,7 @@ impl Loaded {
         tried.map(|()| loaded)
     }
 
-    /// What a driver refuses or gets wrong, it does now.
+    /// Runs `digest_tables` at start, where a driver that refuses it is found out.
     fn try_out(&self) -> Result<()> {
         let (gpu, stream) = (&self.gpu, self.gpu.copies.handle());
         let tables = self.modules[1].function(c"digest_tables")?;
@@ -158,7 +160,7 @@ impl Loaded {
         unsafe { gpu.context.launch(tables, stream, 32, BLOCK, &self.digest_tables.address()) }
     }
 
-    /// Waits until nothing runs any more. False when that takes too long.
+    /// Waits until nothing runs any more. False after a timeout.
     fn settle(&self) -> bool {
         let _entered = self.gpu.context.enter();
         let deadline = Instant::now() + PATIENCE;
@@ -171,14 +173,14 @@ impl Loaded {
                 return true;
             }
             if Instant::now() >= deadline {
-                tracing::error!("kernels did not end; their memory is given up");
+                tracing::error!("kernels did not end; their memory is leaked");
                 return false;
             }
             std::thread::sleep(POLL);
         }
     }
 
-    /// Lets go of what has run.
+    /// Releases what has run.
     fn reap(&self) {
         let mut running = lock(&self.running);
         let ended: Vec<_> = running.extract_if(.., |r| r.after.is_reached().unwrap_or(false)).collect();
@@ -186,11 +188,11 @@ impl Loaded {
         drop(ended);
     }
 
-    /// Queues what `launch` queues, and keeps what it needs until that has run: behind what it will have, and
-    /// whether all of it was queued. The context is current.
+    /// Runs `launch`, and keeps what it needs until the queued work has run. Returns an event behind that
+    /// work, and whether all of it was queued. The context must be current.
     ///
     /// # Errors
-    /// Nothing of it is queued.
+    /// Nothing was queued.
     fn keep(
         &self,
         stream: StreamHandle,
@@ -201,18 +203,19 @@ impl Loaded {
         self.reap();
         let after = Arc::new(self.gpu.event()?);
         let launched = launch();
-        // Some of it may be queued although it failed.
+        // Some of it may be queued even if it failed.
         let recorded = after.insist(stream);
         let kept = Running { after: after.clone(), _table: table, _results: Box::new(results) };
         match &recorded {
             Ok(()) => lock(&self.running).push(kept),
-            // Nothing of it runs any more, or the context is lost.
+            // Either nothing of it runs any more, or the context is lost.
             Err(_) => drop(kept),
         }
         Ok((after, launched.and(recorded)))
     }
 
-    /// Queues in `stream`: copy the entries `first..first + count` of `table` to where they say, counted from `base`.
+    /// Queues in `stream` a copy of the entries `first..first + count` of `table` to their destinations,
+    /// relative to `base`.
     ///
     /// # Safety
     /// The table, and what it points to, stays until the kernel has run.
@@ -227,18 +230,18 @@ impl Loaded {
         unsafe { self.gpu.context.launch(self.gather, stream, GRID.min(count), BLOCK, &gather) }
     }
 
-    /// Room for digests of so many bytes.
+    /// Takes buffers for `bytes` of digests from the pool, or allocates them.
     fn results(&self, bytes: usize) -> Result<Results> {
         let mut spare = lock(&self.spare);
         let fits = spare.iter().position(|(device, _)| device.len() >= bytes).map(|at| spare.swap_remove(at));
         drop(spare);
-        // Nothing is freed here, as for lists.
+        // Nothing is freed here, for the reason given in `Tables::room`.
         let len = bytes.next_power_of_two();
         let make = || Ok((self.gpu.context.memory(len)?, self.gpu.context.pinned(len)?));
         Ok(Results { both: Some(fits.map_or_else(make, Ok)?), spare: self.spare.clone() })
     }
 
-    /// Queues in `stream`: digest all entries of `table`.
+    /// Queues in `stream` digests of all entries of `table`.
     ///
     /// # Safety
     /// The table, what it points to, and `out` stay until that has run.
@@ -252,10 +255,11 @@ impl Loaded {
         unsafe { context.launch(self.digest, stream, GRID.min(count.max(1)), BLOCK, &digest) }
     }
 
-    /// Queues, in the stream of copies: put a chunk of `table` together. Where it lies until the next one is.
+    /// Queues, in the copy stream, a gather of one chunk of `table`. Returns its address, valid until the
+    /// next gather.
     ///
     /// # Safety
-    /// The table, and what it points to, stays until the stream of copies has come here.
+    /// The table, and what it points to, stays until the copy stream has reached this gather.
     pub unsafe fn gather(&self, table: &Table, chunk: usize) -> Result<Address> {
         let room = self.room.as_ref().ok_or_else(|| Error::internal("nothing is gathered on this device"))?;
         let base = room.address() + self.captured;
@@ -269,7 +273,7 @@ impl Loaded {
     }
 }
 
-/// Digests on their way to the host.
+/// Buffers of digests on the device and the host.
 struct Results {
     both: Option<(Memory, Memory)>,
     spare: Spare,
@@ -279,22 +283,22 @@ type Spare = Arc<Mutex<Vec<(Memory, Memory)>>>;
 
 impl Results {
     fn device(&self) -> Result<&Memory> {
-        self.both.as_ref().map(|(device, _)| device).ok_or_else(|| Error::internal("no room for digests"))
+        self.both.as_ref().map(|(device, _)| device).ok_or_else(|| Error::internal("no memory for digests"))
     }
 
     fn pinned(&self) -> Result<&Memory> {
-        self.both.as_ref().map(|(_, pinned)| pinned).ok_or_else(|| Error::internal("no room for digests"))
+        self.both.as_ref().map(|(_, pinned)| pinned).ok_or_else(|| Error::internal("no memory for digests"))
     }
 }
 
 impl Drop for Results {
     fn drop(&mut self) {
-        // Freeing memory may stop the device: the next save will want it.
+        // Reuse the buffers for the next save: freeing memory may stall the device.
         lock(&self.spare).extend(self.both.take());
     }
 }
 
-/// What was queued before an event.
+/// The work queued before an event.
 struct Behind(Arc<PooledEvent>);
 
 impl Queued for Behind {
@@ -303,7 +307,7 @@ impl Queued for Behind {
     }
 }
 
-/// Digests that were asked for.
+/// Digests that were queued.
 struct Asked {
     loaded: Arc<Loaded>,
     table: Arc<Table>,
@@ -322,7 +326,7 @@ impl Digests for Asked {
             std::thread::sleep(POLL);
         }
         let lengths = &self.table.lengths;
-        // SAFETY: as many numbers as there are entries, written before the event was reached, and by nobody after that.
+        // SAFETY: as many numbers as there are entries, written before the event was reached and not after.
         let found =
             unsafe { std::slice::from_raw_parts(self.results.pinned()?.pointer().cast::<u64>(), lengths.len()) };
         let each = found.iter().zip(lengths).map(|(&bits, &len)| (Digest::from_bits(bits), u64::from(len)));
@@ -332,7 +336,8 @@ impl Digests for Asked {
     }
 }
 
-/// What an executor holds. When it goes, nothing is queued any more, and what still runs is waited for.
+/// The kernels of an executor. When it is dropped nothing is queued any more, and the drop waits for what
+/// still runs.
 pub(super) struct Kernels(pub Arc<Loaded>);
 
 impl Kernels {
@@ -380,8 +385,8 @@ impl device::Kernels for Kernels {
         let _entered = loaded.gpu.context.enter()?;
         let table = loaded.tables.of(pieces)?;
         let all = 0..table.lengths.len() as u32;
-        // SAFETY: `keep` keeps the table; the room lives as long as the kernels, and the stager keeps the tensors until what is
-        // added to `queued` is over.
+        // SAFETY: `keep` keeps the table; the capture pool lives as long as the kernels, and the stager keeps
+        // the tensors until what is added to `queued` is over.
         let launch = || unsafe { loaded.copy(&table, all, 0, (&stream).into()) };
         let (behind, launched) = loaded.keep((&stream).into(), table.clone(), (), launch)?;
         queued.push(Arc::new(Behind(behind)));

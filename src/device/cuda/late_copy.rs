@@ -1,13 +1,15 @@
-//! Late copies: what has not left the GPU when a stream comes to the fence is copied by kernels in that stream.
+//! Late copies: kernels in a stream of the program copy the chunks that have not left the GPU when the stream
+//! reaches the fence.
 //!
-//! The kernels and their structures are in `kernels/late_copy.cu`. The watermark is written by the stream of copies, behind the
-//! copies that it speaks of; F is told to the host in pinned memory.
+//! The kernels and their structures are in `kernels/late_copy.cu`. The copy stream writes the watermark
+//! behind the copies that it counts; the kernels report F to the host in pinned memory.
 //!
 //! # Safety argument
-//! Lists of slots and cells are pinned memory that belongs to one save at a time. The host writes a list before the kernels that
-//! read it are queued, and a cell only while no kernel knows it. Both go back, and the table of pieces is let go, only when the
-//! kernels of the save have run: [`Launched`] waits for that when it is dropped, and where that takes too long everything is leaked.
-//! The addresses of tensors are those of sources, which the stager keeps until F is told or everything has left the device.
+//! Lists of slots and cells are pinned memory that belongs to one save at a time. The host writes a list
+//! before the kernels that read it are queued, and a cell only while no kernel uses it. Both return to their
+//! pools, and the table of pieces is released, only when the kernels of the save have run: dropping
+//! [`Launched`] waits for that, and after a timeout leaks everything. The addresses of tensors are those of
+//! sources, which the stager keeps until F is reported or everything has left the device.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::driver::{Address, FunctionHandle, Memory, Module, StreamHandle};
@@ -25,14 +27,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Saves that may be known at once.
+/// Maximum number of saves tracked at once.
 const SAVES: usize = 32;
 const BLOCK: u32 = 256;
 const GRID: u32 = 512;
-/// What a cell holds until F is told.
+/// Value of a cell until F is reported.
 const UNKNOWN: u64 = u64::MAX;
 
-/// As in `late_copy.cu`.
+/// The structures below are those of `late_copy.cu`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct FencePlace {
@@ -71,24 +73,25 @@ struct Publish {
     to: u64,
 }
 
-/// The fences of one device.
+/// The kernels of fences on one device, and their memory.
 pub(super) struct Fences {
     latch: FunctionHandle,
     copy: FunctionHandle,
     publish: FunctionHandle,
-    // Before the memory that its kernels use.
+    // Declared, and so dropped, before the memory that its kernels use.
     _module: Module,
-    /// A `FencePlace` for each save, then the watermark.
+    /// One `FencePlace` per save, followed by the watermark.
     places: Memory,
-    /// Where F is told, one for each save.
+    /// One cell per save, in which the kernels report F.
     cells: Memory,
     free: Mutex<Vec<usize>>,
-    /// Lists of slots of saves that are over.
+    /// Lists of slots that ended saves returned.
     lists: Mutex<Vec<Memory>>,
 }
 
 impl Fences {
-    /// Takes memory and tries the kernels: what a driver refuses or gets wrong, it does now.
+    /// Allocates memory and tests the kernels, so that a driver that refuses or gets something wrong does so
+    /// at start.
     pub fn new(gpu: &Arc<Gpu>, module: Module) -> Result<Self> {
         let fences = Self {
             latch: module.function(c"fence_latch")?,
@@ -109,10 +112,11 @@ impl Fences {
         tried.map(|()| fences)
     }
 
-    /// A fence with nothing to copy, in the stream of copies. All places are zero after it.
+    /// Runs a fence with nothing to copy, in the copy stream, and zeroes all `places` after it.
     fn try_out(&self, gpu: &Arc<Gpu>) -> Result<()> {
         gpu.copies.zero(&self.places)?;
-        // SAFETY: aligned; the memory lives as long as `self`, whose owner waits for the stream before it lets go.
+        // SAFETY: aligned; the memory lives as long as `self`, which its owner drops only after the stream
+        // has ended.
         unsafe { gpu.copies.write(self.watermark(), 0) }?;
         self.cell(0).store(UNKNOWN, Ordering::Release);
         let nothing = Latch { save: u64::MAX, ..self.latch_of(0) };
@@ -123,7 +127,7 @@ impl Fences {
         if settled && self.cell(0).load(Ordering::Acquire) == 0 {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Device, "the kernels of the fence did not tell what they should"))
+        Err(Error::new(ErrorKind::Device, "the kernels of the fence reported a wrong value"))
     }
 
     fn place(&self, index: usize) -> Address {
@@ -147,7 +151,8 @@ impl Fences {
         Latch { fence: self.place(index), watermark: self.watermark(), base: 0, save: 0, chunks: 0, unused: 0 }
     }
 
-    /// Queues the three kernels. `list` has the addresses of pieces, views, begins and slots, and the first chunk with a slot.
+    /// Queues the three kernels. `list` has the addresses of pieces, views, begins and slots, and the first
+    /// chunk with a slot.
     fn queue(
         &self,
         gpu: &Gpu,
@@ -159,7 +164,8 @@ impl Fences {
         let fence = self.place(index);
         let (pieces, views, starts, slots, first) = list;
         let copy = LateCopy { fence, pieces, views, starts, slots, chunks: latch.chunks, first };
-        // SAFETY: the structures are those of the kernels; places, cells, scratch and lists outlive the kernels.
+        // SAFETY: the structures are those of the kernels; places, cells, scratch and lists outlive the
+        // kernels.
         unsafe {
             gpu.context.launch(self.latch, stream, 1, 1, latch)?;
             gpu.context.launch(self.copy, stream, GRID, BLOCK, &copy)?;
@@ -167,7 +173,7 @@ impl Fences {
         }
     }
 
-    /// A list of at least `len` bytes.
+    /// Takes a list of at least `len` bytes from the pool, or allocates one.
     fn list(&self, gpu: &Arc<Gpu>, len: usize) -> Result<Memory> {
         let mut lists = lock(&self.lists);
         if let Some(at) = lists.iter().position(|list| list.len() >= len) {
@@ -178,20 +184,20 @@ impl Fences {
     }
 }
 
-/// One save.
+/// The device's part of one save.
 pub(super) struct Save {
     loaded: Arc<Loaded>,
     table: Arc<Table>,
     fence: Option<Fence>,
 }
 
-/// The fence of one save, before any kernel of it is queued.
+/// The fence of one save before its kernels are queued.
 struct Fence {
     cell: Arc<Cell>,
     latch: Latch,
 }
 
-/// Where F of one save is told, until no kernel knows it any more.
+/// The cell in which F of one save is reported, until no kernel uses it.
 struct Cell {
     fences: Arc<Fences>,
     index: usize,
@@ -210,7 +216,7 @@ impl Drop for Cell {
     }
 }
 
-/// A list of slots, which goes back to its pool.
+/// A list of slots, returned to its pool when dropped.
 struct List {
     fences: Arc<Fences>,
     memory: Option<Memory>,
@@ -232,11 +238,11 @@ impl Fence {
 }
 
 impl Save {
-    /// None where there are too many saves already. The context is current.
+    /// None if too many saves are tracked already. The context must be current.
     pub fn new(loaded: &Arc<Loaded>, number: u64, base: u64, table: Arc<Table>) -> Option<Self> {
         let fence = match &loaded.late_copies {
             Ok(slots) => Some(Fence::new(&slots.fences, number, base, u32::try_from(table.chunks()).ok()?)?),
-            // It is gathered, and not copied late.
+            // The save is gathered, but not copied late.
             Err(_) => None,
         };
         Some(Self { loaded: loaded.clone(), table, fence })
@@ -246,7 +252,7 @@ impl Save {
         if let Err(why) = &self.loaded.late_copies {
             return Err(why.clone());
         }
-        self.fence.as_ref().ok_or_else(|| Error::internal("a save that is not copied late is fenced on its device"))
+        self.fence.as_ref().ok_or_else(|| Error::internal("a fence on the device for a save that is not copied late"))
     }
 }
 
@@ -259,7 +265,8 @@ impl DeviceLateCopy for Save {
     fn publish(&self, watermark: u64) -> Result<()> {
         let (fences, gpu) = (&self.fence()?.cell.fences, &self.loaded.gpu);
         let _entered = gpu.context.enter()?;
-        // SAFETY: aligned; the watermark lives as long as the kernels, whose owner waits for the stream before it lets go.
+        // SAFETY: aligned; the watermark lives as long as the kernels, whose owner waits for the stream
+        // before it drops them.
         unsafe { gpu.copies.write(fences.watermark(), watermark) }
     }
 
@@ -269,7 +276,7 @@ impl DeviceLateCopy for Save {
         self.loaded.shared.refuse_captures(streams)?;
         let _entered = gpu.context.enter()?;
         let memory = cell.fences.list(gpu, size_of_val(slots))?;
-        // SAFETY: room for all slots, aligned, and known to nobody.
+        // SAFETY: large enough for all slots, aligned, and not shared yet.
         unsafe { memory.pointer().cast::<u64>().copy_from_nonoverlapping(slots.as_ptr(), slots.len()) };
         let at = memory.address();
         let list = List { fences: cell.fences.clone(), memory: Some(memory) };
@@ -287,7 +294,7 @@ impl DeviceLateCopy for Save {
         let arguments = (table.pieces(), table.views(), table.begins(), at, latch.chunks - slots.len() as u32);
         let (loaded, table) = (self.loaded.clone(), table.clone());
         let mut launched = Launched { whole: false, after, list: Some(list), cell: cell.clone(), table, loaded };
-        // From here on something may be queued, whatever the driver says of a later call.
+        // From here on something may be queued, even if a later call fails.
         let queued = cell.fences.queue(gpu, stream.into(), cell.index, &latch, arguments);
         let recorded = launched.after.insist(stream.into());
         let queued = queued.and(recorded).and_then(|()| launched.follow(others));
@@ -301,11 +308,11 @@ impl DeviceLateCopy for Save {
     }
 }
 
-/// The kernels of a fence that are queued, and what they use.
+/// The queued kernels of a fence, and what they use.
 struct Launched {
-    /// All of them are.
+    /// True if all of them were queued.
     whole: bool,
-    /// Behind them.
+    /// An event behind them.
     after: PooledEvent,
     list: Option<List>,
     cell: Arc<Cell>,
@@ -323,7 +330,7 @@ impl FenceKernels for Launched {
         if self.latched().is_some() {
             return true;
         }
-        // Asking is also how one learns that the context is lost; threads that ask need not have used it before.
+        // The query also detects a lost context; the thread that asks need not have used it before.
         let ended = self.after.is_over();
         self.loaded.gpu.context.lost() || (!self.whole && ended)
     }
@@ -342,7 +349,7 @@ impl Drop for Launched {
         let deadline = Instant::now() + PATIENCE;
         while !self.after.is_over() && !context.lost() {
             if Instant::now() >= deadline {
-                tracing::error!("kernels of a fence did not end; their memory is given up");
+                tracing::error!("kernels of a fence did not end; their memory is leaked");
                 forget((self.loaded.clone(), self.table.clone(), self.cell.clone(), self.list.take()));
                 return;
             }

@@ -1,9 +1,9 @@
-//! Kernels, and copies in one call, tried out at start, against the processor: a device that gets a byte wrong gathers and digests
-//! nothing, and makes each copy by itself.
+//! Self-tests at start, against the CPU, of kernels and of batched copies: a device that gets a byte wrong
+//! gathers and digests nothing, and does not batch copies.
 //!
 //! # Safety argument
-//! Buffers are locals that outlive what is queued: the stream is waited for before they go, and where that takes too long they
-//! are leaked. The host reads what came back only after that.
+//! Buffers are locals that outlive what is queued: they are dropped after the stream has ended, or leaked
+//! after a timeout. The host reads the results only after the stream has ended.
 #![expect(unsafe_code, reason = "kernels over local buffers; argument above")]
 
 use super::driver::Copies;
@@ -16,23 +16,23 @@ use smallvec::smallvec;
 use std::mem::forget;
 use std::sync::Arc;
 
-/// Bytes of a buffer: room for tensors at every alignment to every alignment.
+/// Size of a buffer in bytes: enough for tensors from every alignment to every alignment.
 const BYTES: usize = 48 << 10;
 
-/// Gathers and digests something in the stream of copies. The context is current.
+/// Tests gather and digest in the copy stream. The context must be current.
 pub(super) fn run(kernels: &Kernels) -> Result<()> {
     let gpu = &kernels.0.gpu;
     let (host, from, to) = (gpu.context.pinned(2 * BYTES)?, gpu.context.memory(BYTES)?, gpu.context.memory(BYTES)?);
-    // SAFETY: just allocated, and known to nobody.
+    // SAFETY: just allocated, and not shared yet.
     let sent = unsafe { std::slice::from_raw_parts_mut(host.pointer(), BYTES) };
     vary(sent);
     let (pieces, expected) = list(sent, from.address(), to.address());
     let (sent, back) = (sent.as_ptr(), host.pointer().wrapping_add(BYTES));
     let stream = gpu.copies.as_device();
-    // The stream of copies is waited for, and with it all that is queued.
+    // Dropped unused: `settle` waits for the copy stream, and so for all that is queued.
     let mut queued = Vec::new();
     let mut queue = || {
-        // SAFETY: within the buffers, which are kept until the stream has come here.
+        // SAFETY: within the buffers, which are kept until the stream has ended.
         unsafe { gpu.copies.copy_to_device(sent, from.address(), BYTES) }?;
         kernels.capture(stream, &pieces, &mut queued)?;
         // SAFETY: as above.
@@ -42,10 +42,10 @@ pub(super) fn run(kernels: &Kernels) -> Result<()> {
     let queued = queue();
     if !gpu.settle(&gpu.copies) {
         forget((host, from, to));
-        return Err(Error::new(ErrorKind::Device, "kernels that were tried out did not end"));
+        return Err(Error::new(ErrorKind::Device, "kernels of the self-test did not end"));
     }
     let digests = queued?.take()?;
-    // SAFETY: inside the buffer, which nobody writes any more.
+    // SAFETY: inside the buffer, which is not written any more.
     let back = unsafe { std::slice::from_raw_parts(back, BYTES) };
     let right = pieces.list.iter().zip(&expected).zip(&digests).all(|((piece, expected), digest)| {
         let at = (piece.to - to.address()) as usize;
@@ -57,23 +57,23 @@ pub(super) fn run(kernels: &Kernels) -> Result<()> {
     Err(Error::new(ErrorKind::Device, "the kernels of this device gather or digest wrong bytes"))
 }
 
-/// Copies parts of a buffer to the host in one call.
+/// Tests batched copies of parts of a buffer to the host.
 pub(super) fn batch(gpu: &Arc<Gpu>) -> Result<()> {
     let _entered = gpu.context.enter()?;
     let (host, from) = (gpu.context.pinned(2 * BYTES)?, gpu.context.memory(BYTES)?);
-    // SAFETY: just allocated, and known to nobody.
+    // SAFETY: just allocated, and not shared yet.
     let (sent, back) = unsafe { std::slice::from_raw_parts_mut(host.pointer(), 2 * BYTES) }.split_at_mut(BYTES);
     vary(sent);
     let (sent, back) = (sent.as_ptr(), back.as_mut_ptr());
     let mut copies = Copies::default();
-    // Of every length and alignment, each to where it came from.
+    // Parts of every length and alignment, each to its own offset.
     let mut at = 0;
     for len in (1..).take_while(|len| len * (len + 1) / 2 <= BYTES) {
         copies.push(from.address() + at as u64, back.wrapping_add(at), len);
         at += len;
     }
     let queue = || {
-        // SAFETY: within the buffers, which are kept until the stream has come here.
+        // SAFETY: within the buffers, which are kept until the stream has ended.
         unsafe { gpu.copies.copy_to_device(sent, from.address(), BYTES) }?;
         // SAFETY: as above.
         unsafe { gpu.copies.copy_all_to_host(&copies) }
@@ -81,13 +81,13 @@ pub(super) fn batch(gpu: &Arc<Gpu>) -> Result<()> {
     let queued = queue();
     if !gpu.settle(&gpu.copies) {
         forget((host, from));
-        return Err(Error::new(ErrorKind::Device, "copies that were tried out did not end"));
+        return Err(Error::new(ErrorKind::Device, "copies of the self-test did not end"));
     }
     queued?;
     gpu.context.alive()?;
-    // SAFETY: the first half and part of the second, which nobody writes any more.
+    // SAFETY: the first half and part of the second, which are not written any more.
     let (sent, back) = unsafe { (std::slice::from_raw_parts(sent, at), std::slice::from_raw_parts(back, at)) };
-    let wrong = || Error::new(ErrorKind::Device, "copies in one call brought wrong bytes");
+    let wrong = || Error::new(ErrorKind::Device, "batched copies returned wrong bytes");
     if sent == back { Ok(()) } else { Err(wrong()) }
 }
 

@@ -1,12 +1,13 @@
-//! Lists of pieces as kernels read them: in the device's memory, brought there when a list is new.
+//! Lists of pieces in device memory, as kernels read them. A new list is uploaded once.
 //!
-//! Programs save the same tensors again and again, so the last few lists are kept, and compared before anything is made anew.
+//! Programs save the same tensors again and again, so the last few lists are kept, and compared before a new
+//! one is made.
 //!
 //! # Safety argument
-//! A table is written by the host before its copy to the device is queued, in pinned memory that nobody else knows, and by that
-//! copy before any kernel reads it, because whoever launches one waits for the copy in its stream. Both memories stay as long as
-//! the table, and whoever launches a kernel keeps the table until it has run. Memory is used again for another list only
-//! when the copy to it has ended.
+//! The host writes a table in pinned memory, not shared yet, before its copy to the device is queued. That
+//! copy ends before any kernel reads the table, because the launching code makes the stream wait for the
+//! copy. Both memories stay as long as the table, and the launching code keeps the table until the kernel has
+//! run. Memory is reused for another list only when the copy to it has ended.
 #![expect(unsafe_code, reason = "writes tables in pinned memory; argument above")]
 
 use super::driver::{Address, Memory, Stream, StreamHandle};
@@ -18,9 +19,9 @@ use crate::sync::{Mutex, lock};
 use std::mem::forget;
 use std::sync::Arc;
 
-/// One block of a kernel works on a piece, so longer ones are cut.
+/// Maximum bytes of an entry: one block of a kernel works on an entry, so longer pieces are cut.
 const PIECE: u64 = 64 << 10;
-/// Lists that are kept.
+/// Number of lists kept.
 const KEPT: usize = 6;
 const DIMS: usize = View::DIMS;
 
@@ -37,7 +38,7 @@ struct Entry {
     unused: u32,
 }
 
-/// `struct View` there.
+/// `struct View` in `kernel.h`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Strides {
@@ -50,32 +51,32 @@ struct Strides {
 /// One list on the device.
 pub(super) struct Table {
     pieces: Pieces,
-    /// Where the entries of each chunk begin, and the end of the last.
+    /// Index of the first entry of each chunk, and the end of the last.
     pub starts: Vec<u32>,
-    /// The bytes of each entry.
+    /// Length of each entry in bytes.
     pub lengths: Vec<u32>,
     both: Option<BufferPair>,
     pool: Arc<Pool>,
     views: u64,
     begins: u64,
-    /// Behind the copy to the device; as long as `both`.
+    /// An event behind the copy to the device; present as long as `both`.
     ready: Option<PooledEvent>,
 }
 
-/// The same bytes on the host, from where they are copied, and on the device.
+/// Two buffers for the same bytes: pinned on the host, and on the device.
 struct BufferPair {
     pinned: Memory,
     device: Memory,
 }
 
-/// Memory of tables that are gone, and behind what it is free.
+/// Buffers of dropped tables, each with the event after which it is free.
 #[derive(Default)]
 struct Pool(Mutex<Vec<(BufferPair, PooledEvent)>>);
 
 /// The lists of one device.
 pub(super) struct Tables {
     gpu: Arc<Gpu>,
-    /// Of its own, so that no kernel waits behind copies of tensors for its list.
+    /// A stream of its own, so that no kernel waits behind copies of tensors for its list.
     stream: Stream,
     kept: Mutex<Vec<Arc<Table>>>,
     pool: Arc<Pool>,
@@ -87,7 +88,7 @@ impl Tables {
         Ok(Self { gpu, stream, kept: Mutex::default(), pool: Arc::default() })
     }
 
-    /// The table of this list. The context is current.
+    /// Returns the table of this list, kept or new. The context must be current.
     pub fn of(&self, pieces: &Pieces) -> Result<Arc<Table>> {
         let mut kept = lock(&self.kept);
         if let Some(at) = kept.iter().rposition(|table| table.pieces == *pieces) {
@@ -106,11 +107,11 @@ impl Tables {
     fn make(&self, pieces: &Pieces) -> Result<Table> {
         let mut part = PIECE;
         let count = |part: u64| pieces.list.iter().map(|piece| piece.bytes.div_ceil(part)).sum::<u64>();
-        // Of very large states, so that the list stays small beside them.
+        // Larger entries for very large states, so that the list stays small.
         while count(part) > 1 << 20 && part < 1 << 30 {
             part *= 2;
         }
-        let too_long = || Error::invalid("a save has too many pieces for the kernels of its device");
+        let too_long = || Error::invalid("a save has too many pieces for the device's kernels");
         let count = usize::try_from(count(part)).ok().filter(|&n| u32::try_from(n).is_ok()).ok_or_else(too_long)?;
         let views = count * size_of::<Entry>();
         let begins = views + pieces.views.len() * size_of::<Strides>();
@@ -118,10 +119,10 @@ impl Tables {
         let both = self.room(begins + (pieces.chunks + 1) * size_of::<u32>())?;
         let (starts, lengths) = fill(&both.pinned, pieces, part, views, begins)?;
         let bytes = begins + starts.len() * size_of::<u32>();
-        // SAFETY: the copy is waited for before either memory is used for something else, or given back.
+        // SAFETY: neither memory is reused or freed before the copy has ended.
         let queued = unsafe { self.stream.copy_to_device(both.pinned.pointer(), both.device.address(), bytes) };
         if let Err(error) = queued.and_then(|()| ready.record(self.stream.handle())) {
-            // Nobody can be asked when a copy that may have been queued has ended, but the stream.
+            // The copy may be queued nevertheless; only the stream tells when it has ended.
             if !self.gpu.settle(&self.stream) {
                 forget(both);
             }
@@ -131,7 +132,7 @@ impl Tables {
         Ok(Table { pieces, starts, lengths, both: Some(both), pool, views, begins, ready: Some(ready) })
     }
 
-    /// Room for at least `len` bytes.
+    /// Takes buffers of at least `len` bytes from the pool, or allocates them.
     fn room(&self, len: usize) -> Result<BufferPair> {
         let mut pool = lock(&self.pool.0);
         let free = |ready: &PooledEvent| ready.is_reached().unwrap_or(false);
@@ -139,13 +140,14 @@ impl Tables {
             return Ok(pool.swap_remove(at).0);
         }
         drop(pool);
-        // What is too small stays for a smaller list: to free memory may wait for the whole device, and powers of two are few.
+        // Buffers that are too small stay for smaller lists: freeing memory may wait for the whole device,
+        // and powers of two are few.
         let len = len.next_power_of_two().max(4096);
         Ok(BufferPair { pinned: self.gpu.context.pinned(len)?, device: self.gpu.context.memory(len)? })
     }
 }
 
-/// Writes a list as kernels read it: where each chunk's entries begin, and the length of every entry.
+/// Writes a list as kernels read it. Returns the first entry of each chunk, and the length of every entry.
 fn fill(to: &Memory, pieces: &Pieces, part: u64, views: usize, begins: usize) -> Result<(Vec<u32>, Vec<u32>)> {
     let entries: *mut Entry = to.pointer().cast();
     let (mut starts, mut lengths) = (Vec::with_capacity(pieces.chunks + 1), Vec::new());
@@ -164,7 +166,7 @@ fn fill(to: &Memory, pieces: &Pieces, part: u64, views: usize, begins: usize) ->
                 chunk: chunk as u32,
                 unused: 0,
             };
-            // SAFETY: as many entries as were counted, at the begin of the memory.
+            // SAFETY: as many entries as were counted, at the start of the memory.
             unsafe { entries.add(lengths.len()).write(entry) };
             lengths.push(bytes);
         }
@@ -173,15 +175,15 @@ fn fill(to: &Memory, pieces: &Pieces, part: u64, views: usize, begins: usize) ->
     for (i, View { item, dims }) in pieces.views.iter().enumerate() {
         let mut strides = Strides { shape: [1; DIMS], stride: [0; DIMS], dims: dims.len() as u32, item: *item };
         if dims.len() > DIMS || *item == 0 || !part.is_multiple_of(u64::from(*item)) {
-            return Err(Error::invalid(format!("no kernel knows such a tensor dims={} item={item}", dims.len())));
+            return Err(Error::invalid(format!("the kernels do not support such a tensor dims={} item={item}", dims.len())));
         }
         for (d, &(size, stride)) in dims.iter().enumerate() {
             (strides.shape[d], strides.stride[d]) = (size, stride);
         }
-        // SAFETY: behind the entries, aligned, room for as many as there are.
+        // SAFETY: behind the entries, aligned, with space for all views.
         unsafe { to.pointer().add(views).cast::<Strides>().add(i).write(strides) };
     }
-    // SAFETY: behind the views, aligned to four bytes, room for one more than there are chunks.
+    // SAFETY: behind the views, aligned to four bytes, with space for one more than there are chunks.
     unsafe { to.pointer().add(begins).cast::<u32>().copy_from_nonoverlapping(starts.as_ptr(), starts.len()) };
     Ok((starts, lengths))
 }
@@ -220,7 +222,7 @@ impl Drop for Tables {
     fn drop(&mut self) {
         let _entered = self.gpu.context.enter();
         if !self.gpu.settle(&self.stream) {
-            tracing::error!("a copy to the device did not end; its memory is given up");
+            tracing::error!("a copy to the device did not end; its memory is leaked");
             forget((std::mem::take(&mut *lock(&self.kept)), std::mem::take(&mut *lock(&self.pool.0))));
         }
     }

@@ -1,13 +1,16 @@
-//! Memory-waits: at a fence, streams of the program wait for a number in pinned memory instead of an event. The stream of copies
-//! writes it behind them; the host does the same, without the driver, once nobody needs these copies any more.
+//! Memory-waits: at a fence, streams of the program wait for a number in pinned memory instead of an event.
+//! The copy stream writes the number behind its copies; the host writes it too, without the driver, once
+//! these copies are no longer needed.
 //!
-//! A fence takes a row of numbers, one for each device, and a value that is new to them. The row is used again when its guard is
-//! gone and everything that was queued with it has been reached: so a number never falls. **Order.** The write is queued before
-//! the waits, and behind all that it depends on. Whichever hardware queue streams share, no wait stands before what would end it.
+//! A fence takes a row of numbers, one per device, and a value that is new to them. A row is reused when its
+//! guard is dropped and everything queued with it has been reached, so a number never falls. **Order.** The
+//! write is queued before the waits, and behind all that it depends on. So no wait precedes, in any hardware
+//! queue that streams share, the write that ends it.
 //!
 //! # Safety argument
-//! The numbers are pinned memory that only devices and atomics touch, aligned, and inside their allocation. It goes when
-//! everything that was queued with its address has been reached; where nobody can say that, it is leaked.
+//! The numbers are pinned memory that only devices and atomics touch, aligned, and inside their allocation.
+//! It is freed when everything that was queued with its address has been reached; where that is unknown, it
+//! is leaked.
 #![expect(unsafe_code, reason = "numbers that a device and the host share; argument above")]
 
 use super::Shared;
@@ -25,23 +28,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// Fences that may be pending at once.
+/// Maximum number of pending fences.
 const FENCES: usize = 32;
-/// Fewer hardware queues than this are shared by streams that have nothing to do with each other.
+/// Minimum number of hardware queues: with fewer, unrelated streams share one.
 const CONNECTIONS: u32 = 8;
-/// How long a wait that is tried out must last before it is ended.
+/// How long the self-test lets a wait last before it ends the wait.
 const TRIAL: Duration = Duration::from_millis(1);
 
-/// What an executor holds.
+/// The memory-waits of an executor.
 pub(super) struct Waits(Arc<Rows>);
 
 struct Rows {
     shared: Arc<Shared>,
     home: Arc<Gpu>,
     devices: usize,
-    /// A row for each fence, with a number for each device.
+    /// One row per fence, with one number per device.
     numbers: Option<Memory>,
-    /// Whether the guard of a row lives.
+    /// True while the guard of a row lives.
     held: [AtomicBool; FENCES],
     rows: Mutex<[Row; FENCES]>,
 }
@@ -49,14 +52,14 @@ struct Rows {
 #[derive(Default)]
 struct Row {
     value: u32,
-    /// Behind the writes, then behind the waits.
+    /// Events behind the writes, then behind the waits.
     behind: Vec<PooledEvent>,
-    /// Something was queued behind which there is no event.
+    /// True if something was queued without an event behind it.
     lost: bool,
 }
 
 impl Waits {
-    /// Takes memory and tries a wait out, ended by the host and by the device.
+    /// Allocates the numbers and tests that the host and the device can end a wait.
     pub fn new(shared: &Arc<Shared>) -> Result<Self> {
         enough_connections(std::env::var_os("CUDA_DEVICE_MAX_CONNECTIONS").map(|n| n.to_string_lossy().into_owned()))?;
         let (home, devices) = (shared.gpu(shared.home)?, shared.driver.devices()? as usize);
@@ -68,11 +71,11 @@ impl Waits {
     }
 }
 
-/// Refuses an environment in which the waits of one stream stand before the work of others.
+/// Refuses an environment in which waits of one stream block the work of others.
 fn enough_connections(set: Option<String>) -> Result<()> {
     match set {
         Some(n) if n.trim().parse().map_or(true, |n: u32| n < CONNECTIONS) => {
-            let why = "with so few hardware queues a wait holds up streams that do not wait";
+            let why = "too few hardware queues: a wait would block other streams";
             Err(Error::invalid(format!("{why} CUDA_DEVICE_MAX_CONNECTIONS={n:?}")))
         }
         _ => Ok(()),
@@ -94,26 +97,27 @@ impl Rows {
         Some(unsafe { AtomicU32::from_ptr(at.cast()) })
     }
 
-    /// Ends all waits for `value` in this row: plain stores.
+    /// Ends all waits for `value` in this row, with plain stores.
     fn end(&self, row: usize, value: u32) {
         (0..self.devices as u32)
             .filter_map(|device| self.number(row, device))
             .for_each(|number| number.store(value, Ordering::Release));
     }
 
-    /// The number of a row, and of a device in it, is to be `value` behind what is in `stream`.
+    /// Queues in `stream` a write of `value` to the number of `context`'s device in `row`.
     fn write(&self, context: &Context, row: usize, value: u32, stream: StreamHandle) -> Result<()> {
-        // SAFETY: aligned; the numbers live until this has been reached, or for ever.
+        // SAFETY: aligned; the numbers live until this has been reached, or are leaked.
         unsafe { context.write_number(self.address(row, context.ordinal), value, stream) }
     }
 
-    /// What comes to `stream`, which is of `context`, waits until the number of `device` is `value`.
+    /// Makes later work in `stream`, which is of `context`, wait until the number of `device` is `value`.
     fn wait(&self, context: &Context, row: usize, device: u32, value: u32, stream: StreamHandle) -> Result<()> {
         // SAFETY: as above.
         unsafe { context.wait_number(self.address(row, device), value, stream) }
     }
 
-    /// What a driver refuses or does not do, it refuses now: in a stream of our own, so that nobody hangs with it.
+    /// Tests waits in a stream of our own, so that a driver that refuses or ignores one blocks no stream of
+    /// the program.
     fn try_out(&self) -> Result<()> {
         let (gpu, here) = (&self.home, self.home.context.ordinal);
         let stream = gpu.context.stream()?;
@@ -126,33 +130,34 @@ impl Rows {
                 return refused("a stream does not wait for a number");
             }
             self.end(0, 1);
-            if gpu.settle(&stream) { Ok(()) } else { refused("a store of the host does not end a wait") }
+            if gpu.settle(&stream) { Ok(()) } else { refused("a store by the host does not end a wait") }
         };
         let by_device = || {
             self.write(&gpu.context, 0, 2, gpu.copies.handle())?;
             self.wait(&gpu.context, 0, here, 2, stream.handle())?;
             let settled = gpu.settle(&gpu.copies);
             let written = self.number(0, here).is_some_and(|number| number.load(Ordering::Acquire) == 2);
-            if settled && written { Ok(()) } else { refused("a write of the device does not come to its number") }
+            if settled && written { Ok(()) } else { refused("a write by the device does not reach its number") }
         };
         let tried = by_host().and_then(|()| by_device());
-        // Whatever has been queued ends now, if anything can end it.
+        // This ends everything that is queued, if anything can.
         self.end(0, 2);
         lock(&self.rows)[0].value = 2;
         if gpu.settle(&stream) && gpu.settle(&gpu.copies) {
             return tried;
         }
         self.give_up(stream);
-        tried.and(refused("a wait that was tried out did not end"))
+        tried.and(refused("a wait of the self-test did not end"))
     }
 
-    /// Something may be queued of which nobody can say when it ends: what it uses stays for ever.
+    /// Marks row 0 as lost and leaks the stream: the end of what is queued cannot be known.
     fn give_up(&self, stream: Stream) {
         lock(&self.rows)[0].lost = true;
         forget(stream);
     }
 
-    /// Queues in the streams of copies the writes, and in `streams` the waits for them. None when too many are pending.
+    /// Queues the writes in the copy streams, and the waits for them in `streams`. None when too many fences
+    /// are pending.
     fn order(self: &Arc<Self>, streams: &[DeviceStream]) -> Result<Option<Hold>> {
         self.shared.refuse_captures(streams)?;
         let mut rows = lock(&self.rows);
@@ -162,10 +167,10 @@ impl Rows {
         row.value = value;
         row.behind.clear();
         self.held[index].store(true, Ordering::Release);
-        // From here on: however this ends, waits end.
+        // From here on the guard ends the waits, however this call ends.
         let guard = Guard { rows: self.clone(), index, value, origin: ForkGuard::new() };
         let gpus = self.shared.in_use();
-        // Before anything is queued, because only they can say when the row is free again.
+        // Take the events before anything is queued: only they tell when the row is free again.
         for ordinal in gpus.iter().map(|gpu| gpu.context.ordinal).chain(streams.iter().map(|stream| stream.ordinal)) {
             row.behind.push(self.shared.gpu(ordinal)?.event()?);
         }
@@ -185,7 +190,7 @@ impl Rows {
         Ok(Some(Arc::new(guard)))
     }
 
-    /// A row that nobody uses.
+    /// Finds an unused row.
     fn free(&self, rows: &[Row; FENCES]) -> Result<Option<usize>> {
         let _entered = self.home.context.enter()?;
         let over = |row: &Row| row.behind.iter().all(|event| event.is_reached().unwrap_or(false));
@@ -194,7 +199,7 @@ impl Rows {
     }
 }
 
-/// Queues `work` in `stream`, which is of the event's device, and the event behind it.
+/// Queues `work` in `stream`, which is of the event's device, and records the event behind it.
 fn queue(
     event: &PooledEvent,
     stream: StreamHandle,
@@ -203,13 +208,14 @@ fn queue(
 ) -> Result<()> {
     let _entered = event.gpu.context.enter()?;
     let queued = work(&event.gpu.context);
-    // Also where that failed: it may be queued all the same. A second try, because nobody else can say when it ends.
+    // Record even if the work failed, because it may be queued nevertheless. Try twice: only the event tells
+    // when it ends.
     let recorded = event.record(stream).or_else(|_| event.record(stream));
     *lost |= recorded.is_err();
     queued.and(recorded)
 }
 
-/// While it lives, the waits of a fence last until the copies have ended.
+/// A wait guard: while it lives, the waits of a fence last until the copies have ended.
 struct Guard {
     rows: Arc<Rows>,
     index: usize,
@@ -219,7 +225,7 @@ struct Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // A child of fork has no part in pinned memory.
+        // A forked child must not write pinned memory.
         if self.origin.is_ours() {
             self.rows.end(self.index, self.value);
             self.rows.held[self.index].store(false, Ordering::Release);
@@ -246,7 +252,7 @@ impl Drop for Rows {
             }
         }
         if pending || rows.iter().any(|row| row.lost) {
-            tracing::error!("memory-waits did not end; their memory is given up");
+            tracing::error!("memory-waits did not end; their memory is leaked");
             forget(self.numbers.take());
         }
     }
