@@ -1,8 +1,8 @@
-//! Many copies in one call, which only drivers from CUDA 12.8 on can make.
+//! Batches of copies: one call for many copies, which drivers have from CUDA 12.8 on.
 //!
 //! # Safety argument
-//! That of the module above. The arrays have as many members as the call is told, and live until it returns; the driver reads them
-//! during the call alone.
+//! See the module above. The arrays have as many members as the call is told, and live until it returns; the
+//! driver reads them only during the call.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
 use super::codes::flag;
@@ -11,7 +11,7 @@ use crate::tries;
 use std::ffi::{c_int, c_uint};
 use std::sync::atomic::Ordering;
 
-/// `CUmemcpyAttributes`: when sources are read, hints for memory of other kinds than ours, flags.
+/// `CUmemcpyAttributes`: when sources are read, hints for memory of kinds not used here, flags.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct Attributes {
@@ -20,8 +20,8 @@ pub(super) struct Attributes {
     pub flags: c_uint,
 }
 
-/// The arrays are only read: `cuda.h` does not say so.
-// SAFETY: a type, which promises nothing and does nothing.
+/// The driver only reads the arrays, although `cuda.h` does not declare them `const`.
+// SAFETY: a type; nothing is called.
 pub(super) type Plain = unsafe extern "C" fn(
     *mut *mut u8,
     *mut Address,
@@ -45,7 +45,7 @@ pub(super) type WithIndex = unsafe extern "C" fn(
     StreamHandle,
 ) -> c_int;
 
-/// The function, as CUDA 13 has it, or as 12.8 had it: with the index of a copy that is wrong.
+/// The function as CUDA 13 has it, or as 12.8 has it: with the index of a wrong copy.
 #[derive(Clone, Copy)]
 pub(super) enum Batch {
     Plain(Plain),
@@ -53,12 +53,12 @@ pub(super) enum Batch {
 }
 
 impl Batch {
-    /// Looks for it.
+    /// Looks up the function.
     ///
     /// # Safety
     /// `library` is a CUDA driver.
     pub unsafe fn find(library: &libloading::Library) -> Option<Self> {
-        // SAFETY: the caller says that it is a driver; the signature is that of `cuda.h` for this symbol.
+        // SAFETY: the caller vouches that it is a driver; the signature is that of `cuda.h` for this symbol.
         let plain = unsafe { library.get::<Plain>(b"cuMemcpyBatchAsync_v2\0") };
         // SAFETY: as above.
         let with_index = || unsafe { library.get::<WithIndex>(b"cuMemcpyBatchAsync\0") };
@@ -73,8 +73,8 @@ impl Batch {
     }
 
     /// # Safety
-    /// Whatever the copies say is as [`Stream::copy_to_host`](super::Stream::copy_to_host) asks for, and the stream is a live one
-    /// that is no default stream.
+    /// Each copy meets the contract of [`Stream::copy_to_host`](super::Stream::copy_to_host), and the stream
+    /// is a live one that is not a default stream.
     pub unsafe fn call(self, copies: &Copies, stream: StreamHandle) -> c_int {
         let overlap = tries::PREFER_OVERLAP.load(Ordering::Relaxed);
         let flags = if overlap { flag::COPY_PREFER_OVERLAP_WITH_COMPUTE } else { flag::COPY_DEFAULT };
@@ -83,7 +83,8 @@ impl Batch {
         let Copies { to, from, bytes } = copies;
         let (to, from, count) = (to.as_ptr().cast_mut(), from.as_ptr().cast_mut(), bytes.len());
         let (bytes, first) = (bytes.as_ptr().cast_mut(), &raw mut first);
-        // SAFETY: arrays of one length, and one set of attributes, from the first copy on; what the copies say is the caller's.
+        // SAFETY: arrays of one length, one set of attributes from the first copy on; the caller vouches for
+        // the copies.
         unsafe {
             match self {
                 Self::Plain(f) => f(to, from, bytes, count, &mut attributes, first, 1, stream),
@@ -106,7 +107,7 @@ impl Copies {
         self.bytes.len()
     }
 
-    /// From where, to where, and how many bytes.
+    /// Source, destination and length of each copy.
     pub fn each(&self) -> impl Iterator<Item = (Address, *mut u8, usize)> {
         self.from.iter().zip(&self.to).zip(&self.bytes).map(|((&from, &to), &len)| (from, to, len))
     }
@@ -119,7 +120,7 @@ impl Copies {
         }
     }
 
-    /// Keeps the memory.
+    /// Removes all copies, but keeps the allocations.
     pub fn clear(&mut self) {
         self.to.clear();
         self.from.clear();

@@ -1,4 +1,4 @@
-//! Codes that the driver's functions return, and flags that they take.
+//! Result codes of the driver's functions, and flags that they take.
 
 use crate::error::{Error, ErrorKind};
 use std::ffi::c_int;
@@ -7,11 +7,11 @@ pub const SUCCESS: c_int = 0;
 pub const NOT_READY: c_int = 600;
 pub const INVALID_CONTEXT: c_int = 201;
 pub const INVALID_HANDLE: c_int = 400;
-/// Errors of stream capture lie together.
+/// The contiguous range of errors of stream capture.
 pub const CAPTURE: std::ops::RangeInclusive<c_int> = 900..=908;
 
-/// Hands the errors that are known here to the macro `$with`, by their names in `cuda.h`. After a sticky one nothing on the
-/// context works any more, whatever was called. Another may pass; what is made of one that does not is in `context`.
+/// Passes the known errors, by their names in `cuda.h`, to the macro `$with`. After a sticky one every call
+/// on the context fails. Others may pass; `context` handles those that do not.
 macro_rules! errors {
     ($with:ident) => {
         $with! {
@@ -77,7 +77,7 @@ pub fn is_sticky(code: c_int) -> bool {
     KNOWN.iter().any(|known| known.sticky && known.code == code)
 }
 
-/// The error of a call that returned `code`.
+/// Makes the error of a call that returned `code`.
 pub fn refused(call: &str, code: c_int) -> Error {
     if CAPTURE.contains(&code) {
         return Error::invalid(format!("a stream is being captured into a graph call={call} code={code}"));
@@ -86,7 +86,7 @@ pub fn refused(call: &str, code: c_int) -> Error {
     Error::new(ErrorKind::Device, format!("the CUDA driver refused: {text} call={call} code={code}"))
 }
 
-/// The error for a function that an older driver lacks.
+/// Makes the error for a function that an older driver lacks.
 pub fn absent(symbol: &str) -> Error {
     Error::new(ErrorKind::Unavailable, format!("the CUDA driver is too old symbol={symbol}"))
 }
@@ -97,15 +97,15 @@ pub mod flag {
     /// A stream that does not wait for the legacy default stream.
     pub const STREAM_NON_BLOCKING: c_uint = 1;
     pub const EVENT_DISABLE_TIMING: c_uint = 2;
-    /// The mode in which a thread may do what a capture in another would not survive.
+    /// The mode in which a thread may make calls that would break another thread's capture.
     pub const CAPTURE_RELAXED: c_uint = 2;
     pub const NOT_CAPTURING: c_uint = 0;
-    /// Memory of the host that is pinned for all contexts, and at one address for host and device.
+    /// Host memory that is pinned for all contexts, at one address for host and device.
     pub const HOST_PORTABLE_MAPPED: c_uint = 3;
     pub const REGISTER_PORTABLE: c_uint = 1;
     pub const WRITE_DEFAULT: c_uint = 0;
     pub const WAIT_AT_LEAST: c_uint = 0;
-    /// Copies of a batch are made when their stream comes to them.
+    /// Each copy of a batch reads its source in stream order.
     pub const COPY_IN_STREAM_ORDER: c_uint = 1;
     pub const COPY_DEFAULT: c_uint = 0;
     pub const COPY_PREFER_OVERLAP_WITH_COMPUTE: c_uint = 1;

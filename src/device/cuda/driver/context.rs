@@ -1,7 +1,7 @@
-//! The primary context of a device, and what is asked of it.
+//! The primary context of a device, and the calls on it.
 //!
 //! # Safety argument
-//! That of the module above.
+//! See the module above.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
 use super::codes::{self, flag};
@@ -16,11 +16,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long a driver may refuse to say how far work is before its context counts as lost.
+/// How long a driver may refuse to report progress before its context counts as lost.
 pub(super) const REFUSALS: Duration = Duration::from_secs(2);
 
-/// The primary context of a device, shared with every other user of the device in this process. It is retained when first
-/// used and never given back: others may use it without having retained it.
+/// The primary context of a device, shared with every other user of the device in this process. It is
+/// retained at first use and never released: others may use it without having retained it.
 pub struct Context {
     pub(super) driver: Arc<Driver>,
     pub ordinal: u32,
@@ -31,7 +31,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// The primary context of device `ordinal`.
+    /// Retains the primary context of device `ordinal`.
     ///
     /// # Errors
     /// `Unavailable` when there is no such device; `Device` when it cannot be used.
@@ -52,25 +52,25 @@ impl Context {
         Ok(Arc::new(context))
     }
 
-    /// What the device calls itself.
+    /// The device's name.
     pub fn device_name(&self) -> Result<String> {
         // SAFETY: writes at most `len` bytes.
         self.text("cuDeviceGetName", |t, to, len, device| unsafe { (t.device_name)(to, len, device) })
     }
 
-    /// Where the device is on the bus: `0000:0F:00.0`.
+    /// The device's PCI bus id: `0000:0F:00.0`.
     pub fn pci_id(&self) -> Result<String> {
         // SAFETY: writes at most `len` bytes.
         self.text("cuDeviceGetPCIBusId", |t, to, len, device| unsafe { (t.device_pci_id)(to, len, device) })
     }
 
-    /// A text about the device, from a call that writes at most as many bytes as it is told.
+    /// Returns a text about the device, from a call that writes at most the given number of bytes.
     fn text(&self, call: &'static str, run: impl Fn(&Table, *mut c_char, c_int, c_int) -> c_int) -> Result<String> {
         let (mut device, mut name) = (0, [0; 128]);
         // SAFETY: writes one number.
         self.call("cuDeviceGet", |t| unsafe { (t.device_get)(&mut device, self.ordinal as c_int) })?;
         let len = name.len() as c_int - 1;
-        // The last stays zero.
+        // The last byte stays zero.
         self.call(call, |t| run(t, name.as_mut_ptr(), len, device))?;
         // SAFETY: the array ends in a zero.
         Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
@@ -96,7 +96,7 @@ impl Context {
         self.judge(call, run(&self.driver.table))
     }
 
-    /// The one place where codes are judged.
+    /// Judges a result code; all calls pass through here.
     pub(super) fn judge(&self, call: &'static str, code: c_int) -> Result<c_int> {
         if code == codes::SUCCESS || code == codes::NOT_READY {
             return Ok(code);
@@ -113,8 +113,8 @@ impl Context {
         Error::new(error.kind(), format!("{} device=cuda:{}", error.message(), self.ordinal))
     }
 
-    /// From here on the driver is not called any more. Memory of the host that it may still use stays pinned,
-    /// and nothing that is copied with this context is published.
+    /// Marks the context as lost: the driver is not called any more, host memory that it may still use stays
+    /// pinned, and nothing that is copied with this context is published.
     pub(super) fn lose(&self, why: &Error) {
         lock(&self.why).get_or_insert_with(|| why.clone());
         if !self.dead.swap(true, Ordering::AcqRel) {
@@ -122,10 +122,10 @@ impl Context {
         }
     }
 
-    /// Asks how far something of ours is: true when it has ended. The caller waits, and must not wait for
-    /// ever for a driver that refuses to say. One that does not know our handle, in our own context, has
-    /// reset that context, and its work ended with it; any other refusal is for good when nothing else was
-    /// heard for `REFUSALS`.
+    /// Queries an object of ours: true when its work has ended. The caller waits, but must not wait for ever
+    /// for a driver that refuses to answer. If the driver does not know our handle in our own context, that
+    /// context was reset and its work has ended; any other refusal becomes permanent after `REFUSALS` without
+    /// an answer.
     pub(super) fn query(
         &self,
         call: &'static str,
@@ -134,7 +134,7 @@ impl Context {
     ) -> Result<bool> {
         self.alive()?;
         let mut code = ask(&self.driver.table);
-        // Code of the program that ran in this thread may have left it without a context.
+        // The program's code that ran in this thread may have left it without a context.
         if code == codes::INVALID_CONTEXT && self.make_current().is_ok() {
             code = ask(&self.driver.table);
         }
@@ -156,18 +156,18 @@ impl Context {
         self.code(call, run).map(drop)
     }
 
-    /// Gives something back. There is nobody to tell when that fails; it is never an error of what was done with it.
+    /// Releases an object. A failure is only logged: it is no error of the work done with the object.
     pub(super) fn give_back(&self, call: &'static str, run: impl FnOnce(&Table) -> c_int) {
         if self.alive().is_ok()
             && let Err(error) = self.call(call, run)
             && !self.lost()
         {
-            tracing::warn!(error = format_args!("{error:#}"), "could not give back what the CUDA driver had lent");
+            tracing::warn!(error = format_args!("{error:#}"), "could not release an object of the CUDA driver");
         }
     }
 
-    /// Makes the context current in this thread until the guard is dropped; what the thread does until then breaks no capture of
-    /// a graph, its own or another's.
+    /// Makes the context current in this thread until the guard is dropped. Until then the thread's calls
+    /// break no capture of a graph, its own or another's.
     pub fn enter(&self) -> Result<Entered<'_>> {
         let mut before = ContextHandle::default();
         // SAFETY: writes one handle.
@@ -192,7 +192,7 @@ impl Context {
         self.exchange_capture(flag::CAPTURE_RELAXED).map(drop)
     }
 
-    /// Changes how careful this thread is of captures: how it was before.
+    /// Exchanges this thread's capture mode; returns the previous one.
     fn exchange_capture(&self, mode: c_uint) -> Result<c_uint> {
         let mut mode = mode;
         // SAFETY: reads and writes one number.
@@ -200,10 +200,10 @@ impl Context {
         Ok(mode)
     }
 
-    /// Refuses a stream that is being captured into a graph: what is queued there would not run now.
+    /// Refuses a stream that is being captured into a graph: work queued there would not run now.
     pub fn refuse_capture(&self, stream: StreamHandle) -> Result<()> {
         let mut status = 0;
-        // SAFETY: writes one number; that the handle is a stream is in the contract of `DeviceStream`'s users.
+        // SAFETY: writes one number; users of `DeviceStream` vouch that the handle is a stream.
         self.call("cuStreamIsCapturing", |t| unsafe { (t.stream_capturing)(stream, &mut status) })?;
         if status == flag::NOT_CAPTURING {
             return Ok(());
@@ -215,7 +215,8 @@ impl Context {
     /// Queues a kernel with one structure as its argument, in any stream of this device.
     ///
     /// # Safety
-    /// `function` is of a live module of this context and takes an `A`; what its addresses point to stays until it has run.
+    /// `function` is of a live module of this context and takes an `A`; what its addresses point to stays
+    /// until it has run.
     pub unsafe fn launch<A: Copy>(
         &self,
         function: FunctionHandle,
@@ -225,7 +226,7 @@ impl Context {
         argument: &A,
     ) -> Result<()> {
         let mut arguments = [std::ptr::from_ref(argument).cast_mut().cast::<c_void>()];
-        // SAFETY: the argument is copied by the call; the rest is as the caller says.
+        // SAFETY: the call copies the argument; the rest is the caller's contract.
         self.call("cuLaunchKernel", |t| unsafe {
             (t.launch)(function, grid, 1, 1, block, 1, 1, 0, stream, arguments.as_mut_ptr(), std::ptr::null_mut())
         })
@@ -236,29 +237,31 @@ impl Context {
     /// # Safety
     /// As [`Stream::copy_to_host`](super::Stream::copy_to_host).
     pub unsafe fn copy_to_host(&self, from: Address, to: *mut u8, len: usize, stream: StreamHandle) -> Result<()> {
-        // SAFETY: as the caller says.
+        // SAFETY: the caller's contract.
         self.call("cuMemcpyDtoHAsync_v2", |t| unsafe { (t.to_host)(to.cast(), from, len, stream) })
     }
 
-    /// Queues a store of `value`, in any stream of this device: seen by whoever looks after everything that was queued before it.
+    /// Queues a store of `value`, in any stream of this device, visible after everything that was queued
+    /// before it.
     ///
     /// # Safety
     /// `at` is a multiple of 4 in pinned memory that lives until then.
     pub unsafe fn write_number(&self, at: Address, value: u32, stream: StreamHandle) -> Result<()> {
         const CALL: &str = "cuStreamWriteValue32_v2";
         let write = self.driver.table.write_number.ok_or_else(|| codes::absent(CALL))?;
-        // SAFETY: as the caller says.
+        // SAFETY: the caller's contract.
         self.call(CALL, |_| unsafe { write(stream, at, value, flag::WRITE_DEFAULT) })
     }
 
-    /// Queues, in any stream of this device: wait until the number at `at` is `value`, or has gone past it.
+    /// Makes later work in `stream`, any stream of this device, wait until the number at `at` is `value`, or
+    /// has gone past it.
     ///
     /// # Safety
     /// As [`Context::write_number`].
     pub unsafe fn wait_number(&self, at: Address, value: u32, stream: StreamHandle) -> Result<()> {
         const CALL: &str = "cuStreamWaitValue32_v2";
         let wait = self.driver.table.wait_number.ok_or_else(|| codes::absent(CALL))?;
-        // SAFETY: as the caller says.
+        // SAFETY: the caller's contract.
         self.call(CALL, |_| unsafe { wait(stream, at, value, flag::WAIT_AT_LEAST) })
     }
 }
@@ -275,7 +278,8 @@ impl Drop for Entered<'_> {
         if !self.context.origin.is_ours() {
             return;
         }
-        // Also when the context was lost meanwhile: the thread is the program's, which may go on with another device.
+        // Restore even if the context was lost meanwhile: the thread is the program's, which may go on with
+        // another device.
         let table = &self.context.driver.table;
         if let Some(mut mode) = self.mode {
             // SAFETY: reads and writes one number.

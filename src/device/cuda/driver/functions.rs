@@ -1,15 +1,16 @@
-//! The driver's functions: which there are, and the table of those that a library has.
+//! The list of driver functions that are used, and the table of those that a library has.
 //!
-//! Each is compared with the bindings of cudarc in `proof`, when the tests are compiled.
+//! `proof` compares each with the bindings of cudarc when the tests are compiled.
 //!
 //! # Safety argument
-//! That of the module above: the signatures are those of `cuda.h`.
+//! See the module above: the signatures are those of `cuda.h`.
 #![expect(unsafe_code, reason = "symbols of a C library; argument above")]
 
 use super::handles::{Address, ContextHandle, EventHandle, FunctionHandle, ModuleHandle, StreamHandle};
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
-/// Hands the functions to the macro `$with`, with their names in `cuda.h`; those with a question mark an older driver lacks.
+/// Passes the functions, with their names in `cuda.h`, to the macro `$with`; an older driver may lack those
+/// with a question mark.
 macro_rules! functions {
     ($with:ident) => {
         $with! {
@@ -62,23 +63,23 @@ macro_rules! table {
         $($name:ident = $symbol:ident($($argument:ty),* $(,)?);)*
         $(? $extra:ident = $extra_symbol:ident($($extra_argument:ty),* $(,)?);)*
     ) => {
-        /// The functions of a library.
+        /// The functions of one driver library.
         pub struct Table {
-            // SAFETY: types of pointers, which promise nothing and do nothing.
+            // SAFETY: a pointer type; nothing is called.
             $(pub $name: unsafe extern "C" fn($($argument),*) -> c_int,)*
             // SAFETY: as above.
             $(pub $extra: Option<unsafe extern "C" fn($($extra_argument),*) -> c_int>,)*
         }
 
         impl Table {
-            /// Looks every symbol up, once. The error is the name of one that is absent.
+            /// Looks up every symbol once. The error is the name of a missing one.
             ///
             /// # Safety
             /// `library` is a CUDA driver.
             pub unsafe fn find(library: &libloading::Library) -> Result<Self, &'static str> {
                 Ok(Self {
                     $(
-                        // SAFETY: the caller says that it is a driver; the signature is that of `cuda.h`.
+                        // SAFETY: the caller vouches that it is a driver; the signature is that of `cuda.h`.
                         $name: unsafe {
                             let symbol = concat!(stringify!($symbol), "\0");
                             *library.get(symbol.as_bytes()).map_err(|_| stringify!($symbol))?

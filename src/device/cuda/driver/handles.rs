@@ -1,8 +1,9 @@
-//! What the driver knows its objects by: numbers, each kind of a type of its own, so that no call takes one for another.
+//! Handles of the driver's objects: numbers, with a type of their own for each kind, so that no call mixes
+//! them up.
 
 use crate::state::DeviceStream;
 
-/// An address of a device.
+/// An address in device memory.
 pub type Address = u64;
 
 macro_rules! handles {
@@ -27,7 +28,7 @@ handles! {
     FunctionHandle;
 }
 
-/// That of a stream for which the program has vouched.
+/// The handle of a stream for which the program vouched.
 impl From<&DeviceStream<'_>> for StreamHandle {
     fn from(stream: &DeviceStream<'_>) -> Self {
         Self(stream.handle)
@@ -35,7 +36,7 @@ impl From<&DeviceStream<'_>> for StreamHandle {
 }
 
 impl StreamHandle {
-    /// As a number, for the program's eyes.
+    /// The handle as a number, for messages.
     pub fn number(self) -> usize {
         self.0
     }

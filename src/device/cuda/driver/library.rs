@@ -1,7 +1,7 @@
-//! The library that is the driver: finding it, opening it, and what needs no context.
+//! The driver's library: finding it, opening it, and calls that need no context.
 //!
 //! # Safety argument
-//! That of the module above. The library is never unloaded.
+//! See the module above. The library is never unloaded.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
 use super::batch::Batch;
@@ -13,7 +13,7 @@ use std::ffi::{CStr, c_int};
 use std::path::Path;
 use std::sync::Arc;
 
-/// The driver of this machine.
+/// The opened driver library.
 pub struct Driver {
     pub(super) table: Table,
     pub(super) batch: Option<Batch>,
@@ -21,13 +21,13 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// The driver that the system's loader finds.
+    /// Opens the driver that the system's loader finds.
     ///
     /// # Errors
     /// `Unavailable`, naming what is missing.
     pub fn find() -> Result<Arc<Self>> {
         let mut missing = None;
-        // The first is the driver's own name; toolkits carry stubs under the second.
+        // The first is the driver's own name; toolkits install stubs under the second.
         for name in ["libcuda.so.1", "libcuda.so"] {
             match Self::open(Path::new(name)) {
                 Err(error) if error.kind() == ErrorKind::NotFound => missing = missing.or(Some(error)),
@@ -38,17 +38,18 @@ impl Driver {
         Err(missing.with_kind(ErrorKind::Unavailable))
     }
 
-    /// The driver in the library `path`.
+    /// Opens the driver in the library `path`.
     ///
     /// # Errors
-    /// `NotFound` when it cannot be loaded; `Unavailable`, naming what is missing, when it is no driver that works.
+    /// `NotFound` when it cannot be loaded; `Unavailable`, naming what is missing, when it is not a working
+    /// driver.
     pub fn open(path: &Path) -> Result<Arc<Self>> {
         let named = || format!("library={path:?}");
-        // SAFETY: a driver's initialisers are meant to be run by any program; the caller named a driver.
+        // SAFETY: any program may run a driver's initialisers; the caller named a driver.
         let library = unsafe { libloading::Library::new(path) }.map_err(|error| {
             Error::new(ErrorKind::NotFound, format!("no CUDA driver is installed {}", named())).with_source(error)
         })?;
-        // Never unloaded: drivers have threads.
+        // Never unloaded, because drivers have threads.
         let library = std::mem::ManuallyDrop::new(library);
         // SAFETY: the library was named as that of a driver.
         let table = unsafe { Table::find(&library) };
@@ -70,7 +71,7 @@ impl Driver {
         Ok(Arc::new(driver))
     }
 
-    /// How many devices there are.
+    /// The number of devices.
     pub fn devices(&self) -> Result<u32> {
         let mut count = 0;
         // SAFETY: writes one number.
@@ -78,7 +79,7 @@ impl Driver {
         Ok(u32::try_from(count).unwrap_or(0))
     }
 
-    /// The device whose context is current in this thread, if one is. Touches no device.
+    /// The device whose context is current in this thread, if any. Touches no device.
     pub fn current(&self) -> Option<u32> {
         let (mut context, mut device) = (ContextHandle::default(), 0);
         // SAFETY: writes one handle.
@@ -91,25 +92,24 @@ impl Driver {
         (code == codes::SUCCESS).then(|| u32::try_from(device).ok()).flatten()
     }
 
-    /// Where device `ordinal` is on the bus: `0000:0F:00.0`. Needs no context.
+    /// The PCI bus id of device `ordinal`: `0000:0F:00.0`. Needs no context.
     pub fn pci_id(&self, ordinal: u32) -> Result<String> {
         let (mut device, mut name) = (0, [0; 64]);
         // SAFETY: writes one number.
         self.start("cuDeviceGet", unsafe { (self.table.device_get)(&mut device, ordinal as c_int) })?;
         let len = name.len() as c_int - 1;
-        // The last stays zero.
-        // SAFETY: writes at most `len` bytes.
+        // The last byte stays zero.
         self.start("cuDeviceGetPCIBusId", unsafe { (self.table.device_pci_id)(name.as_mut_ptr(), len, device) })?;
         // SAFETY: the array ends in a zero.
         Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
     }
 
-    /// The version of CUDA that it speaks: 12040 is 12.4.
+    /// The CUDA version of the driver: 12040 is 12.4.
     pub fn version(&self) -> i32 {
         self.version
     }
 
-    /// Fails when it cannot make many copies in one call.
+    /// Fails when the driver cannot batch copies.
     pub fn batches(&self) -> Result<()> {
         self.batch.map(drop).ok_or_else(|| codes::absent("cuMemcpyBatchAsync"))
     }

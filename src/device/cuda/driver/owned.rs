@@ -1,7 +1,7 @@
-//! What the driver lends, each given back once, when it is dropped.
+//! Objects that the driver creates, each destroyed once, when its owner is dropped.
 //!
 //! # Safety argument
-//! That of the module above.
+//! See the module above.
 #![expect(unsafe_code, reason = "calls of a C library; argument above")]
 
 use super::super::embedded::Images;
@@ -17,11 +17,11 @@ use std::ffi::CStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Since when the driver has been refusing to say how far something is.
+/// Since when the driver has been refusing to report progress.
 type Refusing = Mutex<Option<Instant>>;
 
 impl Context {
-    /// A stream of our own: it does not wait for the legacy default stream, and gives way to all others.
+    /// Creates a stream that does not wait for the legacy default stream, and has the lowest priority.
     pub fn stream(self: &Arc<Self>) -> Result<Stream> {
         let _entered = self.enter()?;
         let (mut least, mut greatest, mut handle) = (0, 0, StreamHandle::default());
@@ -33,7 +33,7 @@ impl Context {
         Ok(Stream { context: self.clone(), handle, refusing: Mutex::default() })
     }
 
-    /// An event, which is reached until it is recorded.
+    /// Creates an event, which counts as reached until it is recorded.
     pub fn event(self: &Arc<Self>) -> Result<Event> {
         let _entered = self.enter()?;
         let mut handle = EventHandle::default();
@@ -42,7 +42,7 @@ impl Context {
         Ok(Event { context: self.clone(), handle, refusing: Mutex::default() })
     }
 
-    /// `len` bytes of the device, of unknown content.
+    /// Allocates `len` bytes of device memory, with undefined contents.
     pub fn memory(self: &Arc<Self>, len: usize) -> Result<Memory> {
         let _entered = self.enter()?;
         let mut at = 0;
@@ -51,19 +51,19 @@ impl Context {
         Ok(Memory { context: self.clone(), at, len, host: false })
     }
 
-    /// `len` pinned bytes of the host, which the device sees at the same address; all zero.
+    /// Allocates `len` zeroed, pinned bytes of host memory, which the device sees at the same address.
     pub fn pinned(self: &Arc<Self>, len: usize) -> Result<Memory> {
         let _entered = self.enter()?;
         let mut base = std::ptr::null_mut();
         // SAFETY: writes one pointer.
         self.call("cuMemHostAlloc", |t| unsafe { (t.allocate_host)(&mut base, len, flag::HOST_PORTABLE_MAPPED) })?;
         let memory = Memory { context: self.clone(), at: base.expose_provenance() as Address, len, host: true };
-        // SAFETY: just allocated, and known to nobody.
+        // SAFETY: just allocated, and not shared yet.
         unsafe { std::ptr::write_bytes(memory.pointer(), 0, len) };
         Ok(memory)
     }
 
-    /// Loads kernels from the first of their images that the device takes.
+    /// Loads kernels from the first image that the device accepts.
     pub fn module(self: &Arc<Self>, images: &Images) -> Result<Module> {
         let _entered = self.enter()?;
         let load = |image: &'static [u8]| {
@@ -77,7 +77,7 @@ impl Context {
 
     /// Queues zeros over all of `memory`, in any stream of this device.
     pub fn zero(&self, memory: &Memory, stream: StreamHandle) -> Result<()> {
-        // SAFETY: within the allocation, whose owner waits for the stream before it lets go.
+        // SAFETY: within the allocation, whose owner waits for the stream before it drops it.
         self.call("cuMemsetD8Async", |t| unsafe { (t.fill)(memory.address(), 0, memory.len(), stream) })
     }
 
@@ -87,13 +87,13 @@ impl Context {
     /// The memory stays mapped until then.
     pub unsafe fn register(self: &Arc<Self>, base: *mut u8, len: usize) -> Result<Registered> {
         let _entered = self.enter()?;
-        // SAFETY: mapped memory, as the caller says.
+        // SAFETY: mapped memory, by the caller's contract.
         self.call("cuMemHostRegister_v2", |t| unsafe { (t.register)(base.cast(), len, flag::REGISTER_PORTABLE) })?;
         Ok(Registered { context: self.clone(), base: base.addr() })
     }
 }
 
-/// A stream of our own.
+/// A stream that this crate created.
 pub struct Stream {
     pub(super) context: Arc<Context>,
     pub(super) handle: StreamHandle,
@@ -105,13 +105,13 @@ impl Stream {
         self.handle
     }
 
-    /// As a program names one of its own.
+    /// Returns the stream as a program would name it.
     pub fn as_device(&self) -> DeviceStream<'_> {
-        // SAFETY: of the primary context of this device, and destroyed when it is dropped, until which it is borrowed.
+        // SAFETY: a stream of the device's primary context, destroyed only on drop, and borrowed until then.
         unsafe { DeviceStream::new(self.context.ordinal, self.handle.number()) }
     }
 
-    /// Everything queued later comes after what `event` was last recorded behind.
+    /// Makes everything queued later wait for what `event` was last recorded behind.
     pub fn wait(&self, event: &Event) -> Result<()> {
         event.make_wait(self.handle)
     }
@@ -125,45 +125,46 @@ impl Stream {
     /// Queues a copy to the host.
     ///
     /// # Safety
-    /// `from` stays readable for the device, and `to` writable and otherwise untouched, until the copy has ended.
+    /// `from` stays readable for the device, and `to` writable and otherwise untouched, until the copy has
+    /// ended.
     pub unsafe fn copy_to_host(&self, from: Address, to: *mut u8, len: usize) -> Result<()> {
-        // SAFETY: as the caller says.
+        // SAFETY: the caller's contract.
         unsafe { self.context.copy_to_host(from, to, len, self.handle) }
     }
 
-    /// Queues copies to the host, several in one call where the driver has that.
+    /// Queues copies to the host, in one call if the driver supports that.
     ///
     /// # Safety
-    /// Each is as [`Stream::copy_to_host`] asks for.
+    /// Each copy meets the contract of [`Stream::copy_to_host`].
     pub unsafe fn copy_all_to_host(&self, copies: &Copies) -> Result<()> {
         if let (Some(batch), true) = (self.context.driver.batch, copies.len() > 1) {
-            // SAFETY: as the caller says; the stream is one that we made.
+            // SAFETY: the caller's contract; the stream is one that we made.
             return self.context.call(batch.name(), |_| unsafe { batch.call(copies, self.handle) });
         }
         for (from, to, len) in copies.each() {
-            // SAFETY: as the caller says.
+            // SAFETY: the caller's contract.
             unsafe { self.copy_to_host(from, to, len) }?;
         }
         Ok(())
     }
 
-    /// Queues a copy to the device. Where the host's memory is not pinned, the call may wait for all that is before it.
+    /// Queues a copy to the device. If the host memory is not pinned, the call may wait for all earlier work.
     ///
     /// # Safety
     /// `from` stays readable and unchanged, and `to` writable for the device, until the copy has ended.
     pub unsafe fn copy_to_device(&self, from: *const u8, to: Address, len: usize) -> Result<()> {
-        // SAFETY: as the caller says.
+        // SAFETY: the caller's contract.
         self.context.call("cuMemcpyHtoDAsync_v2", |t| unsafe { (t.to_device)(to, from.cast(), len, self.handle) })
     }
 
-    /// Queues a store of `value`, seen by whoever looks after everything that was queued before it.
+    /// Queues a store of `value`, visible after everything that was queued before it.
     ///
     /// # Safety
     /// `at` is a multiple of 8 in memory of the device that lives until then.
     pub unsafe fn write(&self, at: Address, value: u64) -> Result<()> {
         const CALL: &str = "cuStreamWriteValue64_v2";
         let write = self.context.driver.table.write_value.ok_or_else(|| codes::absent(CALL))?;
-        // SAFETY: as the caller says.
+        // SAFETY: the caller's contract.
         self.context.call(CALL, |_| unsafe { write(self.handle, at, value, flag::WRITE_DEFAULT) })
     }
 
@@ -176,12 +177,12 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         let _entered = self.context.enter();
-        // SAFETY: made by us and not used again; what is queued still runs.
+        // SAFETY: made by us and not used again; queued work still runs.
         self.context.give_back("cuStreamDestroy_v2", |t| unsafe { (t.stream_destroy)(self.handle) });
     }
 }
 
-/// An event of our own.
+/// An event that this crate created.
 pub struct Event {
     pub(super) context: Arc<Context>,
     pub(super) handle: EventHandle,
@@ -189,15 +190,15 @@ pub struct Event {
 }
 
 impl Event {
-    /// Records it behind everything queued in `stream` so far.
+    /// Records the event behind everything queued in `stream` so far.
     pub fn record(&self, stream: StreamHandle) -> Result<()> {
-        // SAFETY: a live event; the stream is ours, or one for which the program vouched.
+        // SAFETY: a live event; the stream is ours, or the program vouched for it.
         self.context.call("cuEventRecord", |t| unsafe { (t.event_record)(self.handle, stream) })
     }
 
-    /// Records it in a stream of the program behind what was queued there just now, and goes on trying for
+    /// Records the event in a stream of the program behind what was just queued there, and retries for
     /// `REFUSALS`: an event that was not recorded counts as reached, and sources would be freed under kernels
-    /// that read them. After an error nothing of that runs any more, or the context is lost.
+    /// that read them. After an error either none of that work runs any more, or the context is lost.
     pub fn insist(&self, stream: StreamHandle) -> Result<()> {
         const POLL: Duration = Duration::from_micros(50);
         let (table, began) = (&self.context.driver.table, Instant::now());
@@ -224,13 +225,13 @@ impl Event {
         }
     }
 
-    /// Makes `stream` wait for what it was last recorded behind.
+    /// Makes `stream` wait for what the event was last recorded behind.
     pub fn make_wait(&self, stream: StreamHandle) -> Result<()> {
         // SAFETY: as in `record`.
         self.context.call("cuStreamWaitEvent", |t| unsafe { (t.stream_wait)(stream, self.handle, 0) })
     }
 
-    /// True when everything that it was last recorded behind has ended.
+    /// True when everything that the event was last recorded behind has ended.
     pub fn is_reached(&self) -> Result<bool> {
         // SAFETY: a live event.
         self.context.query("cuEventQuery", &self.refusing, |t| unsafe { (t.event_query)(self.handle) })
@@ -245,7 +246,7 @@ impl Drop for Event {
     }
 }
 
-/// Pinned memory.
+/// The guard of registered, and so pinned, host memory.
 pub struct Registered {
     pub(super) context: Arc<Context>,
     pub(super) base: usize,
@@ -255,7 +256,7 @@ impl Drop for Registered {
     fn drop(&mut self) {
         let _entered = self.context.enter();
         let base = std::ptr::without_provenance_mut(self.base);
-        // SAFETY: registered by us, and given back once, before it is unmapped.
+        // SAFETY: registered by us, and unregistered once, before it is unmapped.
         self.context.give_back("cuMemHostUnregister", |t| unsafe { (t.unregister)(base) });
     }
 }
@@ -269,7 +270,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// The address, for the device.
+    /// The address for the device.
     pub fn address(&self) -> Address {
         self.at
     }
@@ -278,7 +279,7 @@ impl Memory {
         self.len
     }
 
-    /// The address of pinned memory, for the host.
+    /// The address of pinned memory for the host.
     pub fn pointer(&self) -> *mut u8 {
         debug_assert!(self.host);
         std::ptr::with_exposed_provenance_mut(self.at as usize)
@@ -288,7 +289,7 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         let _entered = self.context.enter();
-        // SAFETY: allocated by us and used no more, as its owner sees to.
+        // SAFETY: allocated by us; the owner drops it only when it is not used any more.
         let free_host = |t: &Table| unsafe { (t.free_host)(self.pointer().cast()) };
         if self.host {
             return self.context.give_back("cuMemFreeHost", free_host);
@@ -298,7 +299,7 @@ impl Drop for Memory {
     }
 }
 
-/// Kernels that are loaded.
+/// A loaded module of kernels.
 pub struct Module {
     pub(super) context: Arc<Context>,
     pub(super) handle: ModuleHandle,
@@ -318,7 +319,7 @@ impl Module {
 impl Drop for Module {
     fn drop(&mut self) {
         let _entered = self.context.enter();
-        // SAFETY: loaded by us, and none of its kernels is running, as its owner sees to.
+        // SAFETY: loaded by us; the owner drops it only when none of its kernels runs.
         self.context.give_back("cuModuleUnload", |t| unsafe { (t.module_unload)(self.handle) });
     }
 }

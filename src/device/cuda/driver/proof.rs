@@ -1,10 +1,11 @@
-//! The driver's functions, codes, flags and structures, compared with the bindings that cudarc has generated from `cuda.h`.
+//! Compares the driver's functions, codes, flags and structures with the bindings that cudarc generated from
+//! `cuda.h`.
 //!
-//! All of it is done by the compiler: where they differ, the tests do not compile. The feature `cuda-13040` of cudarc in the
-//! dev-dependencies says which `cuda.h` it is; programs that link the library choose their own.
+//! The compiler does all of it: the tests do not compile if they differ. The feature `cuda-13040` of cudarc
+//! in the dev-dependencies selects the `cuda.h`; programs that link the library choose their own.
 //!
-//! A signature is right when it has as many arguments, each of the same size, pointers that lead to values of the same size and
-//! are `const` in both or in neither, and handles of the same kind.
+//! A signature is right when it has the same number of arguments, each of the same size; pointers lead to
+//! values of the same size and are `const` in both or in neither; and handles are of the same kind.
 //!
 //! # Safety argument
 //! Nothing is called: the functions are only cast to their types.
@@ -17,13 +18,13 @@ use cudarc::driver::sys;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::mem::offset_of;
 
-/// What is compared of a type.
+/// The compared properties of a type.
 #[derive(Clone, Copy)]
 struct Shape {
     bytes: usize,
-    /// Which handle it is.
+    /// The kind of handle, if it is one.
     handle: Option<Kind>,
-    /// For a pointer that is no handle: what it leads to, and whether that can be written.
+    /// For a pointer that is no handle: size and handle kind of its target, and whether that is writable.
     to: Option<(usize, Option<Kind>, bool)>,
 }
 
@@ -56,11 +57,11 @@ impl Shape {
     }
 }
 
-/// A type of an argument, or of what one points to.
+/// An argument type, or the target type of one.
 trait Argument: Sized {
     const HANDLE: Option<Kind> = None;
     const SHAPE: Shape = Shape { bytes: size_of::<Self>(), handle: Self::HANDLE, to: None };
-    /// What a pointer to it is, where that is a handle.
+    /// The kind of handle that a pointer to it is, if any.
     const POINTED_AT: Option<Kind> = None;
 }
 
@@ -106,7 +107,7 @@ trait Signature {
 
 macro_rules! signatures {
     ($([$($argument:ident)*])*) => { $(
-        // SAFETY: types of pointers, which promise nothing and do nothing.
+        // SAFETY: a pointer type; nothing is called.
         impl<$($argument: Argument,)* R> Signature for unsafe extern "C" fn($($argument),*) -> R {
             const ARGUMENTS: &'static [Shape] = &[$($argument::SHAPE),*];
             const RESULT: usize = size_of::<R>();
@@ -131,7 +132,7 @@ const fn agree<Ours: Signature, Theirs: Signature>() -> bool {
     at == ours.len() && at == theirs.len() && Ours::RESULT == Theirs::RESULT
 }
 
-/// The same with a function of cudarc, which is no `extern "C"`, but calls one.
+/// Like [`agree`], for a function of cudarc, which is no `extern "C"` but calls one.
 const fn agree_with<Ours: Signature, Theirs: Signature + Copy>(_theirs: Theirs) -> bool {
     agree::<Ours, Theirs>()
 }
@@ -162,8 +163,9 @@ macro_rules! prove {
 }
 functions!(prove);
 
-/// `cuMemcpyBatchAsync` as CUDA 12.8 and 12.9 have it. cudarc has it for these alone and can be built for one version, so that it is
-/// written down here: that of 13, with the index of a copy that is wrong before the stream.
+/// `cuMemcpyBatchAsync` as CUDA 12.8 and 12.9 have it: that of 13, with the index of a wrong copy before the
+/// stream. It is written out here because cudarc is built for one version and has this one only in those for
+/// 12.8 and 12.9.
 // SAFETY: a type, which promises nothing and does nothing.
 type Batch12 = unsafe extern "C" fn(
     *mut sys::CUdeviceptr,
