@@ -1,9 +1,10 @@
-//! Embeds the GPU kernels: checks `kernels/` against its sums and writes `kernels.rs`, which `device/cuda/embedded.rs` includes.
+//! Embeds the GPU kernels: checks `kernels/` against its checksums and writes `kernels.rs`, which
+//! `device/cuda/embedded.rs` includes.
 //!
-//! - `ASHORE_KERNELS=stale` turns a sum that does not fit into a warning, for work on a kernel.
-//! - `ASHORE_KERNELS=build` also assembles the PTX for each architecture of `ASHORE_CUDA_ARCHS` (`sm_90,sm_100`) with `$PTXAS`
-//!   (`ptxas` by default), so that a GPU of these architectures loads its kernels without compiling them. The PTX stays embedded
-//!   for all other GPUs.
+//! - `ASHORE_KERNELS=stale` turns a wrong checksum into a warning, for work on a kernel.
+//! - `ASHORE_KERNELS=build` also assembles the PTX for each architecture of `ASHORE_CUDA_ARCHS`
+//!   (`sm_90,sm_100`) with `$PTXAS` (`ptxas` by default), so that a GPU of these architectures loads its
+//!   kernels without compiling them. The PTX stays embedded for all other GPUs.
 //!
 //! Without the feature `cuda` this script does nothing. It needs neither a CUDA toolkit nor a GPU.
 
@@ -15,10 +16,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
-/// What went wrong, for the person who builds.
+/// The error is a message for the person who builds.
 type Result<T> = std::result::Result<T, String>;
 
-/// The modules that the library loads. `training` belongs to the program.
+/// The modules that the library loads; `training` is for the program only.
 const EMBEDDED: [&str; 3] = ["digest", "gather", "late_copy"];
 const SUMS: &str = "SHA256SUMS";
 const SETTINGS: [&str; 3] = ["ASHORE_KERNELS", "ASHORE_CUDA_ARCHS", "PTXAS"];
@@ -43,7 +44,7 @@ fn embed() -> Result<()> {
         "" => (false, false),
         "stale" => (true, false),
         "build" => (false, true),
-        other => return Err(format!("ASHORE_KERNELS={other} is none of stale and build")),
+        other => return Err(format!("ASHORE_KERNELS={other} is unknown: set stale or build")),
     };
     let level = if stale { "warning" } else { "error" };
     for name in changed(&kernels)? {
@@ -69,7 +70,8 @@ fn embed() -> Result<()> {
             .expect("to a string");
     }
     write(&out.join("kernels.rs"), &source)?;
-    // What a report, a figure and `ashore --version` say. The sums name every source and every PTX.
+    // The kernels' id in reports, figures and `ashore --version`. The checksums cover every source and every
+    // PTX.
     let sums = hash(&read(&kernels.join(SUMS))?);
     let compiler = compiler(&kernels.join("gather.ptx"))?;
     let also: String = architectures.iter().map(|architecture| format!(" {architecture}")).collect();
@@ -77,7 +79,7 @@ fn embed() -> Result<()> {
     Ok(())
 }
 
-/// The files whose content is not what the sums say, that the sums lack, or that are missing.
+/// Lists files whose content differs from the checksums, that have no checksum, or that are missing.
 fn changed(kernels: &Path) -> Result<Vec<String>> {
     let sums = String::from_utf8(read(&kernels.join(SUMS))?).map_err(|_| format!("kernels/{SUMS} is not text"))?;
     let mut recorded: BTreeMap<&str, &str> =
@@ -100,7 +102,7 @@ fn architectures() -> Result<Vec<String>> {
     let asked = setting("ASHORE_CUDA_ARCHS");
     let list: Vec<_> = asked.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect();
     match list.iter().find(|name| !name.starts_with("sm_")) {
-        Some(wrong) => Err(format!("ASHORE_CUDA_ARCHS names {wrong}: write sm_90, or sm_90,sm_100")),
+        Some(wrong) => Err(format!("ASHORE_CUDA_ARCHS has the unknown name {wrong}: write sm_90, or sm_90,sm_100")),
         None if list.is_empty() => Err("ASHORE_KERNELS=build needs ASHORE_CUDA_ARCHS, such as sm_90,sm_100".into()),
         None => Ok(list),
     }
@@ -121,7 +123,7 @@ fn assemble(ptx: &Path, architecture: &str, cubin: &Path) -> Result<()> {
     Err(format!("{} cannot assemble {} for {architecture}: {line}", ptxas.display(), ptx.display()))
 }
 
-/// The version of the compiler that made a PTX text, from the comment at its head.
+/// Returns the version of the compiler that made a PTX text, from the comment at its head.
 fn compiler(ptx: &Path) -> Result<String> {
     let text = String::from_utf8(read(ptx)?).map_err(|_| format!("{} is not text", ptx.display()))?;
     let version = text.lines().find_map(|line| line.strip_prefix("// Cuda compilation tools, ")?.split(", V").nth(1));

@@ -1,4 +1,5 @@
-//! What tests, programs and fuzz targets of this repository need beyond the API: no part of it, and free to change.
+//! Items that tests, programs and fuzz targets of this repository need beyond the API: not part of it, and
+//! free to change.
 
 pub mod device {
     #[cfg(all(feature = "cuda", not(any(loom, miri))))]

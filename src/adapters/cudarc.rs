@@ -1,4 +1,5 @@
-//! Tensors in memory that [cudarc](https://docs.rs/cudarc) allocated: slices, views of them, parts of them.
+//! Sources and targets in memory that [cudarc](https://docs.rs/cudarc) allocated: slices, views of them,
+//! parts of them.
 //!
 //! ```no_run
 //! use ashore::adapters::cudarc::CudaTensor;
@@ -20,29 +21,32 @@
 //!
 //! # Which cudarc
 //!
-//! The one that this crate was built with, 0.19, which is here as [`cudarc`]: the types of another version are other types, and the
-//! compiler says so. A program that uses `ashore::adapters::cudarc::cudarc` cannot have the wrong one.
+//! The version that this crate was built with, 0.19, re-exported here as [`cudarc`]. Another version has
+//! other types, and mixing them is a compile error. A program that uses `ashore::adapters::cudarc::cudarc`
+//! always has the right one.
 //!
 //! # Order
 //!
-//! Copies come after everything that cudarc knows to have written the slice, whatever stream did: where it manages the order of
-//! streams, making a [`CudaTensor`] has the slice's own stream wait for the last write. Where it does not (no stream was made by
-//! that context, or event tracking is off), it is what was queued in the slice's own stream that counts, or ordered before.
+//! Copies come after everything that cudarc records as having written the slice, in any stream: where it
+//! manages the order of streams, making a [`CudaTensor`] makes the slice's own stream wait for the last
+//! write. Where it does not (no stream was made by that context, or event tracking is off), copies come only
+//! after what was queued in the slice's own stream, or ordered before that.
 //!
-//! A shared slice cannot be written safely before its source is dropped, which the stager does when the copies have ended; a
-//! forgotten fence is thus found out by [`Arc::get_mut`], which says no. To write without waiting on the host, borrow the slice
-//! in a [`scope`](crate::CheckpointExecutor::scope) that ends with [`Fence::on`](crate::Fence::on): its copies are then, for
-//! cudarc, reads by the slice's stream, and any stream that writes the slice through cudarc waits for them on the GPU. Kernels that write what they got
-//! through a shared reference are outside of all this: their streams belong into the list of the fence.
+//! A shared slice cannot be written safely before its source is dropped, which the stager does when the
+//! copies have ended; so [`Arc::get_mut`] returns None after a forgotten fence. To write without waiting on
+//! the host, borrow the slice in a [`scope`](crate::CheckpointExecutor::scope) that ends with
+//! [`Fence::on`](crate::Fence::on): cudarc then records its copies as reads by the slice's stream, and any
+//! stream that writes the slice through cudarc waits for them on the GPU. Kernels that write through a shared
+//! reference are outside of this: name their streams in the fence.
 //!
 //! # Panics
-//! Whoever has a slice has a driver that cudarc has loaded; nothing here calls one before.
+//! A slice exists only if cudarc has loaded the driver; nothing here calls the driver without one.
 //!
 //! # Safety argument
-//! A slice stays allocated while it is owned or borrowed, and what frees it does so in its own stream: after its copies, because
-//! a source that owns it is dropped when they have ended, and one that borrows it when that stream waits for them. What a race of
-//! streams could change is only the value of the bytes on the device, which are no memory of Rust's. A stream is named while it
-//! is borrowed, or by a source, whose slice keeps it.
+//! A slice stays allocated while it is owned or borrowed, and is freed in its own stream after its copies: a
+//! source that owns it is dropped when they have ended, and one that borrows it when that stream waits for
+//! them. A race of streams could change only the values of bytes on the device, which are not Rust memory. A
+//! stream is named while it is borrowed, or by a source, whose slice keeps it.
 #![expect(unsafe_code, reason = "sources over memory of a device; argument above")]
 
 pub use ::cudarc;
@@ -55,7 +59,8 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A stream of a primary context, as a fence takes it; one of another context is refused there. It cannot outlive the stream:
+/// A stream of a primary context, for use with a fence; the fence refuses one of another context. It cannot
+/// outlive the stream:
 /// ```compile_fail,E0597
 /// # use ashore::{CheckpointExecutor, DeviceStream};
 /// # use cudarc::driver::CudaContext;
@@ -70,10 +75,12 @@ use std::sync::Arc;
 impl<'s> From<&'s CudaStream> for DeviceStream<'s> {
     fn from(stream: &'s CudaStream) -> Self {
         let context = stream.context();
-        // The driver would take a stream of another context for one of ours: it is named as one of no device, and refused.
+        // The driver would accept a stream of another context as one of ours. Give it an invalid ordinal, so
+        // that it is refused.
         let ordinal = u32::try_from(context.ordinal()).ok().filter(|_| context.is_primary());
         let ordinal = ordinal.unwrap_or(u32::MAX);
-        // SAFETY: cudarc destroys the stream when it is dropped, and it is borrowed; it is of a primary context, or refused.
+        // SAFETY: cudarc destroys the stream on drop, and it is borrowed; it is of a primary context, or
+        // refused.
         unsafe { Self::new(ordinal, stream.cu_stream() as usize) }
     }
 }
@@ -84,7 +91,8 @@ impl<'s> From<&'s Arc<CudaStream>> for DeviceStream<'s> {
     }
 }
 
-/// A tensor in memory of a GPU that cudarc allocated: `Arc<CudaSlice<T>>`, `CudaSlice<T>`, `&CudaSlice<T>` or `CudaView<T>`.
+/// A tensor in GPU memory that cudarc allocated: `Arc<CudaSlice<T>>`, `CudaSlice<T>`, `&CudaSlice<T>` or
+/// `CudaView<T>`.
 #[derive(Debug)]
 pub struct CudaTensor<O: CudaOwner> {
     owner: O,
@@ -95,16 +103,18 @@ pub struct CudaTensor<O: CudaOwner> {
 }
 
 impl<O: CudaOwner> CudaTensor<O> {
-    /// A tensor of `shape` over the elements of `owner`. Its length is checked when it is put into a state dict.
+    /// Makes a tensor of `shape` over the elements of `owner`. Its length is checked when it is put into a
+    /// state dict.
     ///
     /// # Errors
-    /// `Invalid` for a slice whose stream is not of its device's primary context, or is another one in each thread; `Device` when
-    /// cudarc has met an error in that context.
+    /// `Invalid` for a slice whose stream is not of its device's primary context, or is the per-thread
+    /// default stream; `Device` when cudarc has met an error in that context.
     pub fn new(owner: O, shape: impl AsRef<[usize]>) -> Result<Self> {
         Self::with_dtype(owner, O::Element::DTYPE, shape)
     }
 
-    /// A tensor whose elements have a dtype without a Rust type, over bytes laid out as `dtype` wants them.
+    /// Like [`CudaTensor::new`], for a dtype without a Rust type: `owner` has the bytes in the layout of
+    /// `dtype`.
     ///
     /// # Errors
     /// As [`CudaTensor::new`].
@@ -113,7 +123,8 @@ impl<O: CudaOwner> CudaTensor<O> {
         Self::over(owner, all, Layout::new(dtype, shape))
     }
 
-    /// A tensor of `shape` over the elements `range` of `owner`: one of several that share an allocation.
+    /// Makes a tensor of `shape` over the elements `range` of `owner`: one of several that share an
+    /// allocation.
     ///
     /// # Errors
     /// As [`CudaTensor::new`]; `Invalid` for a range that is not within the slice.
@@ -121,8 +132,8 @@ impl<O: CudaOwner> CudaTensor<O> {
         Self::over(owner, range, Layout::new(O::Element::DTYPE, shape))
     }
 
-    /// As [`CudaTensor::part`], with elements that have a dtype without a Rust type, or are other than those of the slice: a
-    /// `CudaSlice<u8>` may hold tensors of any. `range` counts elements of `owner`.
+    /// Like [`CudaTensor::part`], for a dtype without a Rust type, or another one than that of the slice: a
+    /// `CudaSlice<u8>` may have tensors of any dtype. `range` counts elements of `owner`.
     ///
     /// # Errors
     /// As [`CudaTensor::part`].
@@ -134,11 +145,12 @@ impl<O: CudaOwner> CudaTensor<O> {
         let memory = owner.memory();
         let (len, size) = (memory.len(), size_of::<O::Element>() as u64);
         if range.start > range.end || range.end > len {
-            return Err(Error::invalid(format!("a part is not within its slice part={range:?} elements={len}")));
+            return Err(Error::invalid(format!("a part is outside its slice part={range:?} elements={len}")));
         }
-        // SAFETY: the slice keeps its stream, and is owned or borrowed for as long as the source lives.
+        // SAFETY: the slice keeps its stream, and is owned or borrowed while the source lives.
         let stream = unsafe { readable(memory.stream())?.promised() };
-        // For cudarc a read by the slice's stream: it now comes after the last write of any.
+        // cudarc records this as a read by the slice's stream, which now comes after the last write of any
+        // stream.
         let (address, read) = memory.device_ptr(memory.stream());
         drop(read);
         unfailed(memory.stream().context())?;
@@ -151,18 +163,18 @@ impl<O: CudaOwner> Drop for CudaTensor<O> {
     fn drop(&mut self) {
         let memory = self.owner.memory();
         if O::BORROWED {
-            // What was copied counts as a read by the slice's stream, which comes after the copies by now: a writer that cudarc
-            // knows of waits for them.
+            // Records the copies as a read by the slice's stream, which comes after them by now, so that
+            // writers known to cudarc wait for them.
             drop(memory.device_ptr(memory.stream()));
         } else {
-            // cudarc frees in the context that is current, and this may be the last reference, in any thread.
+            // cudarc frees in the current context, and any thread may drop this last reference.
             let context = memory.stream().context();
             context.record_err(context.bind_to_thread());
         }
     }
 }
 
-// SAFETY: see the safety argument; the address is that of the slice, read in no other way than by its device.
+// SAFETY: see the safety argument; the address is that of the slice, and only its device reads it.
 unsafe impl<O: CudaOwner> Source for CudaTensor<O> {
     fn layout(&self) -> Layout {
         self.layout.clone()
@@ -198,8 +210,9 @@ pub trait CudaOwner: Send + Sync + sealed::Sealed {
     fn memory(&self) -> &dyn DevicePtr<Self::Element>;
 }
 
-/// Memory of a GPU that cudarc allocated, to read a tensor into: a `CudaSlice<T>` or a `CudaViewMut<T>`, borrowed until
-/// [`read_into`](crate::Checkpoint::read_into) has returned. The tensor must have as many bytes, and the dtype of `T`.
+/// GPU memory of cudarc as the target of a restored tensor: a `CudaSlice<T>` or a `CudaViewMut<T>`, borrowed
+/// until [`read_into`](crate::Checkpoint::read_into) has returned. The tensor must have as many bytes, and
+/// the dtype of `T`.
 ///
 /// ```no_run
 /// use ashore::adapters::cudarc::CudaTarget;
@@ -214,7 +227,7 @@ pub trait CudaOwner: Send + Sync + sealed::Sealed {
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-/// What is read into cannot be used meanwhile:
+/// The target cannot be used meanwhile:
 /// ```compile_fail,E0505
 /// # use ashore::{Checkpoint, Targets, adapters::cudarc::CudaTarget};
 /// # fn demo(from: &Checkpoint, mut weights: cudarc::driver::CudaSlice<f32>) -> ashore::Result<()> {
@@ -227,7 +240,8 @@ pub trait CudaOwner: Send + Sync + sealed::Sealed {
 pub struct CudaTarget<'t>(DeviceTarget<'t>);
 
 impl<'t> CudaTarget<'t> {
-    /// All of `memory`. It is written after all work of any stream that cudarc has recorded as using it.
+    /// Makes a target of all of `memory`. It is written after all work that cudarc has recorded as using it,
+    /// in any stream.
     ///
     /// # Errors
     /// As [`CudaTensor::new`].
@@ -235,7 +249,8 @@ impl<'t> CudaTarget<'t> {
         let memory = memory.memory();
         let (bytes, owner) = (memory.num_bytes() as u64, memory.stream().clone());
         let stream = readable(&owner)?;
-        // For cudarc a write by the slice's stream: it now comes after all that used the memory before.
+        // cudarc records this as a write by the slice's stream, which now comes after all earlier uses of the
+        // memory.
         let (address, written) = memory.device_ptr_mut(&owner);
         drop(written);
         unfailed(owner.context())?;
@@ -250,7 +265,7 @@ impl<'t> From<CudaTarget<'t>> for DeviceTarget<'t> {
     }
 }
 
-/// Memory that cudarc allocated and that can be written. Sealed.
+/// Writable memory that cudarc allocated. Sealed.
 pub trait CudaMemory: sealed::Sealed {
     /// The type of the elements.
     type Element: Element;
@@ -275,21 +290,22 @@ impl<T: Element> CudaMemory for CudaViewMut<'_, T> {
     }
 }
 
-/// The stream of memory that the device of an executor can reach.
+/// Returns the stream of memory that the executor's device can access, or an error.
 fn readable(stream: &Arc<CudaStream>) -> Result<DeviceStream<'_>> {
     const PER_THREAD: usize = 2;
     let (context, found) = (stream.context(), DeviceStream::from(stream));
     let why = if !context.is_primary() {
-        "a slice is of a context of its own: only primary contexts are read and written"
+        "a slice is not of a primary context: use the device's primary context"
     } else if found.handle == PER_THREAD {
-        "a slice was allocated in the stream of each thread, which is another one in the thread that copies"
+        "a slice was allocated in the per-thread default stream: use another stream"
     } else {
         return Ok(found);
     };
     Err(Error::invalid(format!("{why} device=cuda:{}", context.ordinal())))
 }
 
-/// Fails when cudarc has met an error in this context that no call has returned: its waits may have waited for nothing.
+/// Fails when cudarc has recorded an error in this context that no call returned: its waits may have had no
+/// effect.
 fn unfailed(context: &CudaContext) -> Result<()> {
     context.check_err().map_err(|error| {
         let device = context.ordinal();

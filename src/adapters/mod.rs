@@ -1,6 +1,6 @@
-//! Tensors of other libraries as sources, and calls as futures of a runtime.
+//! Adapters: tensors of other libraries as sources, and blocking calls as futures of a runtime.
 //!
-//! **Floor 5**: above everything, and nothing below imports it. The adapters know nothing of each other.
+//! **Floor 5**: above everything; nothing below imports it. The adapters do not depend on each other.
 
 #[cfg(feature = "cudarc")]
 pub mod cudarc;

@@ -1,11 +1,12 @@
-//! The calls that block their thread, as futures: they run on the blocking pool of the tokio runtime that polls them.
+//! Blocking calls as futures: they run on the blocking pool of the tokio runtime that polls them.
 //!
-//! Saves need none of this: [`Save`](crate::Save), [`Save::staged`](crate::Save::staged), [`CheckpointExecutor::fenced`] and
-//! [`Sigterm::reported`](crate::sigterm::Sigterm::reported) are futures for every runtime.
+//! Saves need none of this: [`Save`](crate::Save), [`Save::staged`](crate::Save::staged),
+//! [`CheckpointExecutor::fenced`] and [`Sigterm::reported`](crate::sigterm::Sigterm::reported) are futures
+//! for every runtime.
 //!
-//! **Dropping** one of these futures before its end does not stop the call, which ends on its thread of the pool.
-//! **Panics**: polled outside a tokio runtime. **Errors**: as the call of the same name without `_async`, and `Cancelled` when the
-//! runtime shuts down before the call has begun.
+//! **Dropping** one of these futures early does not stop the call, which ends on its thread of the pool.
+//! **Panics**: polled outside a tokio runtime. **Errors**: as the call of the same name without `_async`, and
+//! `Cancelled` when the runtime shuts down before the call has begun.
 
 use crate::catalog::Found;
 use crate::checkpoint::Checkpoint;
@@ -115,8 +116,9 @@ impl Checkpoint {
         blocking(move || this.read_as(&name)).await
     }
 
-    /// [`read_into`](Self::read_into) on the blocking pool, for targets in memory of a GPU or in host memory that is never freed: a
-    /// future that is dropped leaves the call writing to them. [`read_as_async`](Self::read_as_async) returns memory of its own.
+    /// [`read_into`](Self::read_into) on the blocking pool, for targets in GPU memory or in host memory that
+    /// is never freed: the call goes on writing to them even if its future is dropped.
+    /// [`read_as_async`](Self::read_as_async) returns memory of its own.
     ///
     /// # Errors
     /// As [`read_into`](Self::read_into); see the [module](crate::adapters::tokio).

@@ -235,7 +235,7 @@ fn cuda_slices_that_cannot_be_read_are_refused() {
     #[expect(clippy::reversed_empty_ranges, reason = "a caller's mistake")]
     refused(CudaTensor::part(slice(), 3..2, [0]), "part=3..2");
     let each = context.per_thread_stream();
-    refused(CudaTensor::new(each.alloc_zeros::<u8>(10).unwrap(), [10]), "in the stream of each thread");
+    refused(CudaTensor::new(each.alloc_zeros::<u8>(10).unwrap(), [10]), "in the per-thread default stream");
     let error = StateDict::new().tensor("t", CudaTensor::new(slice(), [11]).unwrap()).err().unwrap();
     assert!(error.to_string().contains("expected_bytes=11 found_bytes=10"), "{error}");
 
@@ -243,7 +243,7 @@ fn cuda_slices_that_cannot_be_read_are_refused() {
     // SAFETY: the context is alive, and forgotten below, so that nobody destroys it.
     let own = unsafe { CudaContext::from_raw_context(context.ordinal(), context.cu_device(), context.cu_ctx()) };
     let own = own.unwrap();
-    refused(CudaTensor::new(own.default_stream().alloc_zeros::<u8>(10).unwrap(), [10]), "context of its own");
+    refused(CudaTensor::new(own.default_stream().alloc_zeros::<u8>(10).unwrap(), [10]), "not of a primary context");
     std::mem::forget(own);
 
     let Some(fake) = rig.gpu.fake() else { return };
