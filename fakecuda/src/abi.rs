@@ -1,6 +1,6 @@
-//! What crosses the C ABI: result codes, handles, and pointers of the caller.
+//! Types of the C ABI: result codes, handles, and pointers of the caller.
 
-/// What an exported function returns: a `CUresult`, 0 for Ok.
+/// The result of an exported function: a `CUresult`, 0 for Ok.
 pub type Status<T = ()> = Result<T, i32>;
 
 pub const INVALID_VALUE: i32 = 1;
@@ -22,7 +22,7 @@ pub const CAPTURE_IMPLICIT: i32 = 906;
 pub const CAPTURED_EVENT: i32 = 907;
 pub const CAPTURE_WRONG_THREAD: i32 = 908;
 
-/// Errors after which a context serves no call any more.
+/// Errors after which every call on a context fails.
 pub fn is_sticky(code: i32) -> bool {
     matches!(code, 214 | 700 | 702 | 714..=719 | 999)
 }
@@ -74,7 +74,7 @@ pub fn describe(code: i32) -> Option<(&'static std::ffi::CStr, &'static std::ffi
     })
 }
 
-/// What a handle stands for.
+/// The kind of object that a handle names.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Context = 1,
@@ -86,12 +86,12 @@ pub enum Kind {
     Executable = 7,
 }
 
-/// A handle: kind, device and a serial number, never used twice. It points nowhere.
+/// Makes a handle: kind, device and a serial number that is never reused. It is no address.
 pub fn handle(kind: Kind, ordinal: usize, serial: u32) -> u64 {
     (kind as u64) << 40 | (ordinal as u64) << 32 | u64::from(serial)
 }
 
-/// The device of a handle, which must be of this kind.
+/// Returns the device of a handle, which must be of this kind.
 pub fn ordinal_of(kind: Kind, handle: u64) -> Status<usize> {
     let wrong = if kind == Kind::Context { INVALID_CONTEXT } else { INVALID_HANDLE };
     if handle >> 40 == kind as u64 { Ok((handle >> 32 & 0xff) as usize) } else { Err(wrong) }
@@ -116,7 +116,7 @@ pub fn take<T: Copy>(from: *const T, count: usize) -> Status<Vec<T>> {
     Ok((0..count).map(|i| unsafe { from.add(i).read_unaligned() }).collect())
 }
 
-/// The text that the caller passed.
+/// Reads the text that the caller passed.
 pub fn text(from: *const std::ffi::c_char) -> Status<String> {
     if from.is_null() {
         return Err(INVALID_VALUE);

@@ -1,4 +1,4 @@
-//! What every exported function has in common: the thread's context, counting, faults, and errors that stay.
+//! The common part of every exported function: the thread's context, counts, faults, and sticky errors.
 
 use crate::abi::{CAPTURE_UNSUPPORTED, INVALID_CONTEXT, NOT_INITIALIZED, Status, is_sticky};
 use crate::device::{self, Device};
@@ -6,17 +6,17 @@ use crate::settings::strike;
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What must be there before a function does anything.
+/// What a function requires before its body runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[expect(non_camel_case_types, reason = "they read as words before `fn` in `export`")]
 pub enum Needs {
-    /// Nothing: not even `cuInit`.
+    /// Nothing, not even `cuInit`.
     nothing,
     /// `cuInit`.
     init,
     /// A current context without an error.
     context,
-    /// The same, and no capture that forbids calls which may synchronise.
+    /// The same, and no capture that forbids calls that may synchronise.
     quiet,
 }
 
@@ -27,7 +27,7 @@ thread_local! {
     pub static CONTEXTS: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
     /// The thread's capture mode: 0 global, 1 thread-local, 2 relaxed.
     pub static CAPTURE_MODE: Cell<i32> = const { Cell::new(0) };
-    /// The code with which what this call enqueues will fail.
+    /// The code with which the work that this call enqueues will fail.
     static LATE: Cell<Option<i32>> = const { Cell::new(None) };
 }
 
@@ -38,7 +38,7 @@ pub fn current() -> Status<&'static Device> {
     if device.state().retained == 0 { Err(INVALID_CONTEXT) } else { Ok(device) }
 }
 
-/// The failure that what is enqueued now is to meet, if any.
+/// Returns the code with which work enqueued now is to fail, if any.
 pub fn late_fault() -> Option<i32> {
     LATE.take()
 }
@@ -62,7 +62,7 @@ pub fn call(name: &'static str, needs: Needs, body: impl FnOnce() -> Status) -> 
         body()
     };
     let result = run();
-    // Nothing was enqueued that could fail later: the device itself does.
+    // Nothing was enqueued that could fail later, so the device itself fails.
     if let (Some(code), Ok(device)) = (LATE.take(), current()) {
         device.state().sticky = Some(code);
         device.changed();
@@ -75,7 +75,7 @@ pub fn call(name: &'static str, needs: Needs, body: impl FnOnce() -> Status) -> 
     result.err().unwrap_or(0)
 }
 
-/// Counts a call of a device, and fails it if it is to fail.
+/// Counts a call on a device, and fails it if a fault applies.
 pub fn count(device: &Device, name: &'static str) -> Status {
     let mut state = device.state();
     *state.calls.entry(name).or_default() += 1;

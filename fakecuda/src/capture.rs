@@ -1,6 +1,6 @@
-//! Stream capture: what would be enqueued is written down instead, and calls that could synchronise break the capture.
+//! Stream capture: work is recorded instead of enqueued, and calls that could synchronise break the capture.
 //!
-//! Modes count within a device here, not within the process, so that tests on other devices go on beside a capture.
+//! Modes apply per device here, not per process, so that tests on other devices can run during a capture.
 
 use crate::abi::{CAPTURE_INVALIDATED, CAPTURE_UNMATCHED, CAPTURE_WRONG_THREAD, INVALID_VALUE, Kind, Status};
 use crate::call::CAPTURE_MODE;
@@ -11,7 +11,7 @@ use std::thread::ThreadId;
 const GLOBAL: i32 = 0;
 const RELAXED: i32 = 2;
 
-/// A capture under way.
+/// A capture in progress.
 pub struct Capture {
     mode: i32,
     thread: ThreadId,
@@ -20,7 +20,7 @@ pub struct Capture {
     pub invalid: bool,
 }
 
-/// What was captured: a sequence, which is one of the orders that the graph allows.
+/// The captured work in one of the orders that the graph allows.
 pub type Graph = Vec<Work>;
 
 impl State {
@@ -42,7 +42,7 @@ impl State {
         }
     }
 
-    /// The captured work, and the end of the capture in every stream that joined it.
+    /// Ends the capture in every stream that joined it, and returns its work.
     pub fn end_capture(&mut self, stream: u64) -> Status<Graph> {
         let id = self.streams[&stream].capture.ok_or(INVALID_VALUE)?;
         let capture = self.captures.get(&id).ok_or(INVALID_VALUE)?;
@@ -59,13 +59,13 @@ impl State {
         if capture.invalid { Err(CAPTURE_INVALIDATED) } else { Ok(capture.work) }
     }
 
-    /// 0 not capturing, 1 capturing, 2 the capture has been broken.
+    /// 0: not capturing; 1: capturing; 2: the capture is broken.
     pub fn capture_status(&self, stream: u64) -> u32 {
         let capture = self.streams.get(&stream).and_then(|s| s.capture).and_then(|id| self.captures.get(&id));
         capture.map_or(0, |c| 1 + u32::from(c.invalid))
     }
 
-    /// Whether this thread may call what could synchronise. Captures that forbid it are broken.
+    /// Checks that this thread may make calls that could synchronise; breaks captures that forbid them.
     pub fn may_synchronise(&mut self) -> bool {
         let (mode, me) = (CAPTURE_MODE.get(), std::thread::current().id());
         let mut may = true;
@@ -85,7 +85,7 @@ impl State {
         blocking.filter_map(|s| s.capture).collect()
     }
 
-    /// Work on the legacy stream would come after that of every blocking stream, so it breaks what those capture.
+    /// Breaks captures of blocking streams, after whose work that of the legacy stream would come.
     pub fn break_captures_of_blocking_streams(&mut self) -> bool {
         let broken = self.captures_of_blocking_streams();
         for id in &broken {
@@ -97,7 +97,7 @@ impl State {
     }
 }
 
-/// Exchanges the mode of this thread.
+/// Exchanges the capture mode of this thread.
 pub fn exchange_mode(new: i32) -> Status<i32> {
     if !(GLOBAL..=RELAXED).contains(&new) {
         return Err(INVALID_VALUE);

@@ -1,4 +1,5 @@
-//! How tests steer the devices: symbols beside those of the driver, and what calls them in the library that a test has opened.
+//! The control interface for tests: symbols beside those of the driver, and their callers in the library that
+//! a test opened.
 
 use crate::abi::{Status, text};
 use crate::settings::Fault;
@@ -66,7 +67,7 @@ steer! {
         code((|| {
             let spot = Spot::of(address, bytes)?;
             let (from, _in_use) = spot.pointer()?;
-            // SAFETY: found to hold `bytes`; the caller says that `to` does.
+            // SAFETY: checked to have `bytes`; the caller vouches that `to` has.
             unsafe { std::ptr::copy(from, to, bytes as usize) };
             Ok(())
         })())
@@ -76,18 +77,18 @@ steer! {
         code((|| {
             let spot = Spot::of(address, bytes)?;
             let (to, _in_use) = spot.pointer()?;
-            // SAFETY: found to hold `bytes`; the caller says that `from` does.
+            // SAFETY: checked to have `bytes`; the caller vouches that `from` has.
             unsafe { std::ptr::copy(from, to, bytes as usize) };
             Ok(())
         })())
     }
 }
 
-/// The file to open as a driver: cargo leaves it beside the test programs of every crate that has this one among its
-/// dev-dependencies.
+/// Returns the file to open as a driver: cargo puts it beside the test programs of every crate that has this
+/// one among its dev-dependencies.
 ///
 /// # Panics
-/// When it is not there, because nothing had it built.
+/// When the file is missing, because it was not built.
 pub fn library() -> PathBuf {
     let program = std::env::current_exe().expect("a program has a path");
     let folders = program.ancestors().skip(1).take(3);
@@ -95,17 +96,17 @@ pub fn library() -> PathBuf {
     files.find(|f| f.exists()).expect("libfakecuda.so lies beside the test program")
 }
 
-/// A simulated device, borrowed by one test: settings, faults and counts are per device, so tests that hold different ones
-/// run beside each other. Goes back, and is reset, when dropped.
+/// A simulated device, borrowed by one test. Settings, faults and counts are per device, so tests with
+/// different ones run in parallel. It is reset and returned when dropped.
 #[derive(Debug)]
 pub struct Device {
     ordinal: u64,
 }
 
-/// What a device holds that nobody gave back. All zero is right.
+/// Objects of a device that were not released. All zero is right.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Live {
-    /// Bytes of device memory, and in how many allocations.
+    /// Bytes of device memory.
     pub bytes: u64,
     /// Allocations of device memory.
     pub blocks: u64,
@@ -126,7 +127,7 @@ pub struct Live {
 static BORROWED: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
 static RETURNED: Condvar = Condvar::new();
 
-/// An address in the library that programs open as a driver.
+/// Finds a symbol in the library that programs open as a driver.
 fn symbol(name: &str) -> *mut c_void {
     static LIBRARY: OnceLock<usize> = OnceLock::new();
     let opened = *LIBRARY.get_or_init(|| {
@@ -145,13 +146,14 @@ fn symbol(name: &str) -> *mut c_void {
 macro_rules! steered {
     ($name:ident($($argument:expr => $type:ty),*) -> $result:ty) => {{
         let found = symbol(stringify!($name));
-        // SAFETY: the symbol is the function of this signature above; pointers among the arguments outlive the call.
+        // SAFETY: the symbol is the function of this signature above; pointers among the arguments outlive
+        // the call.
         unsafe { std::mem::transmute::<*mut c_void, extern "C" fn($($type),*) -> $result>(found)($($argument),*) }
     }};
 }
 
 impl Device {
-    /// A device that no other test holds; waits for one.
+    /// Borrows a device that no other test uses; waits for one.
     pub fn claim() -> Self {
         let mut borrowed = BORROWED.lock().unwrap_or_else(PoisonError::into_inner);
         let count = crate::settings::number("devices").unwrap_or(16);
@@ -166,7 +168,7 @@ impl Device {
         }
     }
 
-    /// Its number, as `cuDeviceGet` takes it.
+    /// The ordinal for `cuDeviceGet`.
     pub fn ordinal(&self) -> usize {
         self.ordinal as usize
     }
@@ -174,7 +176,7 @@ impl Device {
     /// Changes a setting; their names are in `README.md`.
     ///
     /// # Panics
-    /// When there is no such setting.
+    /// When the setting does not exist.
     pub fn set(&self, name: &str, value: u64) {
         let text = CString::new(name).expect("a name has no zero byte");
         let code = steered!(fakecuda_set(self.ordinal => u64, text.as_ptr() => *const c_char, value => u64) -> i32);
@@ -191,7 +193,7 @@ impl Device {
         assert_eq!(code, 0, "no fault {fault}");
     }
 
-    /// What is there and was not given back, also at the end of its context.
+    /// Counts the objects that were not released, also those left when its context ended.
     pub fn live(&self) -> Live {
         let count = |name: &str| {
             let text = CString::new(name).expect("a name has no zero byte");
@@ -209,23 +211,23 @@ impl Device {
         }
     }
 
-    /// How often a function was called with this device current; `*` counts all calls.
+    /// Number of calls of a function with this device current; `*` counts all calls.
     pub fn calls(&self, name: &str) -> u64 {
         let text = CString::new(name).expect("a name has no zero byte");
         steered!(fakecuda_calls(self.ordinal => u64, text.as_ptr() => *const c_char) -> u64)
     }
 
-    /// The error after which nothing works, or 0.
+    /// The sticky error, or 0.
     pub fn sticky(&self) -> i32 {
         steered!(fakecuda_sticky(self.ordinal => u64) -> i32)
     }
 
-    /// As new, but for the number of times its context is retained.
+    /// Resets the device, except how often its context is retained.
     pub fn reset(&self) {
         steered!(fakecuda_reset(self.ordinal => u64) -> i32);
     }
 
-    /// Reads device or pinned memory at this moment, whatever streams are doing.
+    /// Reads device or pinned memory now, regardless of streams.
     ///
     /// # Panics
     /// When the range is not allocated.
@@ -236,7 +238,7 @@ impl Device {
         out
     }
 
-    /// Writes device or pinned memory at this moment.
+    /// Writes device or pinned memory now, regardless of streams.
     ///
     /// # Panics
     /// When the range is not allocated.

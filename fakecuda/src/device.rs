@@ -1,4 +1,4 @@
-//! The devices, and all that belongs to one: its context, memory, streams, events, settings and counts.
+//! The devices, and the state of each: its context, memory, streams, events, settings and counts.
 
 use crate::abi::{INVALID_DEVICE, Kind, OUT_OF_MEMORY, Status, handle};
 use crate::capture::{Capture, Graph};
@@ -19,13 +19,13 @@ pub struct Device {
     changed: Condvar,
 }
 
-/// What changes, under the device's lock.
+/// The mutable state, under the device's lock.
 pub struct State {
-    /// How often the primary context was retained and not released.
+    /// Number of retains of the primary context that were not released.
     pub retained: u32,
-    /// The error after which nothing works.
+    /// The sticky error.
     pub sticky: Option<i32>,
-    /// Pieces of work that touch memory at this moment.
+    /// Number of pieces of work that touch memory now.
     pub running: u32,
     pub settings: Settings,
     pub faults: Vec<Fault>,
@@ -38,7 +38,7 @@ pub struct State {
     pub graphs: BTreeMap<u64, Graph>,
     pub executables: BTreeMap<u64, Graph>,
     pub captures: BTreeMap<u64, Capture>,
-    /// What was still there when the context went away.
+    /// Objects that were left when the context ended.
     pub lost: BTreeMap<&'static str, u64>,
     serial: u32,
 }
@@ -53,7 +53,7 @@ pub fn get(ordinal: usize) -> Status<&'static Device> {
     all().get(ordinal).ok_or(INVALID_DEVICE)
 }
 
-/// The device whose window holds an address.
+/// Finds the device whose window contains an address.
 pub fn holding(address: u64) -> Option<&'static Device> {
     all().iter().find(|d| d.window.get().is_some_and(|w| w.holds(address)))
 }
@@ -85,17 +85,18 @@ impl Device {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something happened that others may wait for.
+    /// Wakes all threads that wait for a change.
     pub fn changed(&self) {
         self.changed.notify_all();
     }
 
-    /// Waits until something happened, or for `at_most`.
+    /// Waits for a change, at most `at_most`.
     pub fn wait<'s>(&self, state: MutexGuard<'s, State>, at_most: Duration) -> MutexGuard<'s, State> {
         self.changed.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Returns when nothing touches memory any more, after an error that stays: whoever is told of it may unmap what is his.
+    /// Waits, after a sticky error, until no work touches memory any more: a caller that learns of the error
+    /// may unmap its memory.
     pub fn stopped(&self) {
         let mut state = self.state();
         while state.sticky.is_some() && state.running > 0 {
@@ -103,11 +104,11 @@ impl Device {
         }
     }
 
-    /// The addresses of this device, taken when they are first needed.
+    /// The address window of this device, mapped at first use.
     pub fn window(&self) -> Status<&Window> {
         if self.window.get().is_none() {
             let window = Window::new(number("span_gb").unwrap_or(64).max(1) << 30)?;
-            // Another thread was faster: its window counts, ours stays mapped and unused.
+            // If another thread was faster its window counts; ours stays mapped and unused.
             let _ = self.window.set(window);
         }
         self.window.get().ok_or(OUT_OF_MEMORY)
@@ -120,7 +121,7 @@ impl Device {
         Ok(handle(Kind::Context, self.ordinal, 1))
     }
 
-    /// The last release ends everything that is left in the context.
+    /// Releases the context; the last release destroys everything left in it.
     pub fn release(&self) -> Status {
         let mut state = self.state();
         state.retained = state.retained.checked_sub(1).ok_or(crate::abi::INVALID_CONTEXT)?;
@@ -135,7 +136,8 @@ impl Device {
         Ok(())
     }
 
-    /// As new: nothing allocated, no error, no counts, settings as at start. The context stays retained as often as it was.
+    /// Resets the device: nothing allocated, no error, no counts, settings as at start. The context stays
+    /// retained as often as it was.
     pub fn reset(&self) -> Status {
         let window = self.window()?;
         let mut state = self.state();
@@ -164,7 +166,7 @@ impl State {
         self.sticky.map_or(Ok(()), Err)
     }
 
-    /// What is there and has not been given back, by name.
+    /// Counts objects that were not released, by name.
     pub fn live(&self, ordinal: usize) -> BTreeMap<&'static str, u64> {
         let pinned = crate::host::ranges().into_iter().filter(|r| r.ordinal == ordinal);
         let (owned, registered): (Vec<_>, Vec<_>) = pinned.partition(|r| r.owned);

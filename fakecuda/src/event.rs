@@ -1,5 +1,5 @@
-//! Events: counters of generations. Recording begins a new one; a wait is for the generation of the moment it was enqueued,
-//! whatever the event is recorded behind later, in another stream perhaps, that gets there sooner.
+//! Events: counters of generations. Recording starts a new generation. A wait is for the generation at the
+//! time it was enqueued, even if the event is recorded again later in another stream that reaches it sooner.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -8,16 +8,16 @@ use std::time::Instant;
 
 pub struct Event {
     pub ordinal: usize,
-    /// Whether it refuses to tell times.
+    /// True if it has no timing.
     pub timeless: bool,
     recorded: AtomicU64,
     reached: Mutex<Reached>,
-    /// The capture in which it was recorded last.
+    /// The capture in which it was last recorded.
     captured: Mutex<Option<u64>>,
     at: Mutex<Option<Instant>>,
 }
 
-/// Generations that were reached: all up to the first number, and a few more.
+/// Reached generations: all up to the first number, and those in the set.
 #[derive(Default)]
 struct Reached(u64, BTreeSet<u64>);
 
@@ -27,7 +27,7 @@ impl Event {
         Self { ordinal, timeless, recorded, reached, captured: Mutex::new(None), at: Mutex::new(None) }
     }
 
-    /// A record is enqueued: its generation.
+    /// Starts a generation for a record that is enqueued, and returns it.
     pub fn record(&self) -> u64 {
         *self.captured.lock().unwrap_or_else(|e| e.into_inner()) = None;
         self.recorded.fetch_add(1, Ordering::AcqRel) + 1
@@ -41,12 +41,12 @@ impl Event {
         *self.captured.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// The generation that was enqueued last; 0 when it was never recorded.
+    /// The generation that was last enqueued; 0 if never recorded.
     pub fn generation(&self) -> u64 {
         self.recorded.load(Ordering::Acquire)
     }
 
-    /// The stream has come to this record.
+    /// Marks a generation as reached by its stream.
     pub fn reach(&self, generation: u64) {
         *self.at.lock().unwrap_or_else(|e| e.into_inner()) = Some(Instant::now());
         let mut reached = self.reached.lock().unwrap_or_else(|e| e.into_inner());
@@ -61,7 +61,7 @@ impl Event {
         generation <= reached.0 || reached.1.contains(&generation)
     }
 
-    /// When it was reached last.
+    /// When it was last reached.
     pub fn at(&self) -> Option<Instant> {
         *self.at.lock().unwrap_or_else(|e| e.into_inner())
     }

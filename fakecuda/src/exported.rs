@@ -1,6 +1,7 @@
-//! How a function becomes a symbol of the driver.
+//! The macro that exports functions as symbols of the driver.
 
-/// Exports functions under their own names. Each one is counted, and may be made to fail, before its body runs.
+/// Exports functions under their own names. Each call is counted, and may be made to fail, before the body
+/// runs.
 macro_rules! export {
     ($($kind:ident fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block)*) => { $(
         // SAFETY: the symbol is the driver's; this library is only ever opened in its place.

@@ -1,5 +1,5 @@
-//! Host memory that copies may touch while the program goes on: allocated or registered by the driver. One table for all
-//! devices, because such memory is addressed alike from all of them.
+//! Pinned host memory, allocated or registered by the driver, which copies may touch while the program goes
+//! on. One table for all devices, because each of them uses the same addresses for it.
 
 use crate::abi::{ALREADY_REGISTERED, ILLEGAL_ADDRESS, INVALID_VALUE, NOT_REGISTERED, OUT_OF_MEMORY, Status};
 use std::collections::BTreeMap;
@@ -10,13 +10,13 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 pub struct Range {
     pub start: u64,
     pub bytes: u64,
-    /// Never used twice.
+    /// Never reused.
     pub id: u64,
-    /// The device whose context it was pinned through.
+    /// The device whose context pinned the range.
     pub ordinal: usize,
-    /// Whether the memory is the driver's, or only registered.
+    /// True if the driver allocated the memory; false if it is only registered.
     pub owned: bool,
-    /// Copies and kernels that run at this moment.
+    /// Number of copies and kernels that use it now.
     users: u32,
 }
 
@@ -36,14 +36,15 @@ fn table() -> MutexGuard<'static, Table> {
 impl Table {
     fn insert(&mut self, start: u64, bytes: u64, ordinal: usize, owned: bool) {
         self.ids += 1;
-        // An owned range is a fresh mapping: what is said to be pinned there was unmapped by a program that could not unpin it.
+        // An owned range is a fresh mapping, so an older range there was unmapped by a program that could not
+        // unpin it.
         let gone = |r: &Range| owned && r.start < start + bytes && start < r.start + r.bytes;
         self.ranges.retain(|_, r| !gone(r));
         self.ranges.insert(start, Range { start, bytes, id: self.ids, ordinal, owned, users: 0 });
     }
 }
 
-/// Page-aligned memory, pinned.
+/// Allocates page-aligned, pinned memory.
 pub fn allocate(bytes: usize, ordinal: usize) -> Status<u64> {
     if bytes == 0 {
         return Err(INVALID_VALUE);
@@ -72,7 +73,7 @@ pub fn register(start: u64, bytes: u64, ordinal: usize) -> Status {
     Ok(())
 }
 
-/// Forgets a range, as soon as nothing that runs touches it; what is only enqueued will fail.
+/// Removes a range once no running work uses it; work that is only enqueued will fail.
 pub fn release(start: u64, owned: bool) -> Status<Range> {
     let wrong = if owned { INVALID_VALUE } else { NOT_REGISTERED };
     let mut table = table();
@@ -90,19 +91,19 @@ pub fn release(start: u64, owned: bool) -> Status<Range> {
     }
 }
 
-/// The pinned range that holds all of this.
+/// Finds the pinned range that contains all of `bytes` at `address`.
 pub fn find(address: u64, bytes: u64) -> Option<Range> {
     let table = table();
     let range = table.ranges.range(..=address).next_back().map(|(_, r)| *r)?;
     (bytes <= range.bytes && address - range.start <= range.bytes - bytes).then_some(range)
 }
 
-/// Keeps a range from being released while it is in use: where it begins, and which one it is. After a reset another may begin
+/// A guard against the release of a range in use: its start and its id. After a reset another range may start
 /// there.
 pub struct InUse(u64, u64);
 
 impl InUse {
-    /// Fails when the range is gone, or another now.
+    /// Fails when the range is gone, or another one has its start.
     pub fn new(range: Range) -> Status<Self> {
         let mut table = table();
         let found = table.ranges.get_mut(&range.start).filter(|r| r.id == range.id).ok_or(ILLEGAL_ADDRESS)?;

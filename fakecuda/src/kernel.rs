@@ -1,7 +1,7 @@
-//! Kernels: the project's own, compiled for the processor from the same source, and found by name.
+//! The project's kernels, compiled for the CPU from the same source, and found by name.
 //!
-//! A kernel gets its addresses as numbers and asks [`fakecuda_at`] for the bytes. What it may touch is what was allocated or
-//! pinned when it began to run.
+//! A kernel gets its addresses as numbers and calls [`fakecuda_at`] for the bytes. It may touch what was
+//! allocated or pinned when it began to run.
 
 use crate::abi::{ILLEGAL_ADDRESS, Status};
 use crate::device::Device;
@@ -12,7 +12,7 @@ use std::cell::{Cell, RefCell};
 /// The argument is the kernel's structure, grid and block are of three numbers each.
 type Run = unsafe extern "C" fn(argument: *const u8, grid: *const u32, block: *const u32, backwards: u32);
 
-/// One compiled kernel. It takes one structure, by value.
+/// A compiled kernel, which takes one structure by value.
 pub struct Kernel {
     name: &'static str,
     /// The size of the structure.
@@ -47,14 +47,14 @@ macro_rules! kernel {
     }};
 }
 
-/// The kernel of this name.
+/// Finds the kernel of this name.
 pub fn find(name: &str) -> Option<&'static Kernel> {
     static KERNELS: std::sync::OnceLock<Vec<Kernel>> = std::sync::OnceLock::new();
     let all = KERNELS.get_or_init(|| include!(concat!(env!("OUT_DIR"), "/kernels.rs")).into());
     all.iter().find(|k| k.name == name)
 }
 
-/// A range that a running kernel may touch, and how far its bytes are from its addresses.
+/// A range that a running kernel may touch, and the offset from its device addresses to its bytes.
 #[derive(Clone, Copy)]
 struct Reach {
     start: u64,
@@ -65,7 +65,7 @@ struct Reach {
 thread_local! {
     static REACH: RefCell<Vec<Reach>> = const { RefCell::new(Vec::new()) };
     static LAST: Cell<Option<Reach>> = const { Cell::new(None) };
-    /// What stands in for memory that is not there, and whether it was needed.
+    /// Substitute for memory that does not exist; not empty if it was needed.
     static NOWHERE: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -77,7 +77,7 @@ impl Launch {
             let offset = (window.shadow_of(b.start) as u64).wrapping_sub(b.start);
             Reach { start: b.start, bytes: b.bytes, offset }
         });
-        // What was released in this moment is not in reach.
+        // Ranges released meanwhile are not included.
         let pinned = host::ranges().into_iter().filter_map(|r| Some((r, InUse::new(r).ok()?)));
         let (pinned, _in_use): (Vec<_>, Vec<_>) = pinned.unzip();
         let pinned = pinned.iter().map(|r| Reach { start: r.start, bytes: r.bytes, offset: 0 });
@@ -86,7 +86,7 @@ impl Launch {
         REACH.set(reach);
         LAST.set(None);
         NOWHERE.take();
-        // Aligned like the structure that it is.
+        // Aligned like the kernel's structure.
         let mut argument = vec![0_u64; self.argument.len().div_ceil(8)];
         for (word, bytes) in argument.iter_mut().zip(self.argument.chunks(8)) {
             let mut whole = [0; 8];
@@ -94,15 +94,15 @@ impl Launch {
             *word = u64::from_le_bytes(whole);
         }
         let backwards = device.state().settings.random(2) as u32;
-        // SAFETY: the argument is as long as the kernel's structure, checked when the function was found; what the kernel
-        // touches beyond it comes from `fakecuda_at`.
+        // SAFETY: the argument is as long as the kernel's structure, checked when the function was found; all
+        // else that the kernel touches comes from `fakecuda_at`.
         unsafe { (self.kernel.run)(argument.as_ptr().cast(), self.grid.as_ptr(), self.block.as_ptr(), backwards) };
         let failed = !NOWHERE.take().is_empty();
         if failed { Err(ILLEGAL_ADDRESS) } else { Ok(()) }
     }
 }
 
-/// Where the bytes at a device address are, for a kernel that runs on this thread.
+/// Returns the host address of the bytes at a device address, for a kernel that runs on this thread.
 // SAFETY: the symbol is this library's own.
 #[unsafe(no_mangle)]
 extern "C" fn fakecuda_at(address: u64, bytes: u64) -> *mut u8 {
@@ -118,13 +118,13 @@ extern "C" fn fakecuda_at(address: u64, bytes: u64) -> *mut u8 {
             LAST.set(Some(reach));
             address.wrapping_add(reach.offset) as *mut u8
         }
-        // No bytes are everywhere.
+        // Zero bytes are valid at any address.
         None if bytes == 0 => std::ptr::without_provenance_mut(64),
         None => NOWHERE.with_borrow_mut(|nowhere| {
-            // Longer than any range, but not without bound: a broken kernel may ask for anything.
+            // Longer than any range, but bounded: a broken kernel may request any length.
             let words = (bytes.min(1 << 30) / 8 + 2) as usize;
             if nowhere.len() < words {
-                // What was handed out before may still be written.
+                // Earlier substitutes may still be written, so leak them.
                 std::mem::take(nowhere).leak();
                 nowhere.resize(words, 0);
             }

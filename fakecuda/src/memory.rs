@@ -1,13 +1,13 @@
-//! Memory of a device: a window of addresses that fault on the host, and a shadow behind it that holds the bytes.
+//! Device memory: a window of addresses that fault on the host, and a shadow behind it that has the bytes.
 
 use crate::abi::{ILLEGAL_ADDRESS, INVALID_VALUE, OUT_OF_MEMORY, Status};
 use crate::settings::POISON;
 use std::collections::BTreeMap;
 
-/// Allocations begin at multiples of this, and lie at least as far apart, so that a copy that runs over an end is seen.
+/// Alignment and minimum distance of allocations, so that a copy past an end is detected.
 const ALIGN: u64 = 512;
 
-/// Larger allocations are not filled with poison: it would cost their pages.
+/// Maximum size of an allocation that is filled with poison: larger ones would cost their pages.
 const POISONED_MAX: u64 = 64 << 20;
 
 /// Two mappings of the same size. They stay until the process ends.
@@ -32,7 +32,7 @@ impl Window {
         (self.base..self.base + self.span).contains(&address)
     }
 
-    /// Where the byte at a device address really is.
+    /// Host address of the byte at a device address.
     pub fn shadow_of(&self, address: u64) -> *mut u8 {
         (address - self.base + self.shadow) as *mut u8
     }
@@ -43,13 +43,13 @@ impl Window {
 pub struct Block {
     pub start: u64,
     pub bytes: u64,
-    /// Never used twice: tells an allocation from a later one at the same address.
+    /// Never reused: distinguishes an allocation from a later one at the same address.
     pub id: u64,
-    /// A stream will free it; nothing new may use it.
+    /// A stream will free it; no new work may use it.
     leaving: bool,
 }
 
-/// What is allocated in a window.
+/// The allocations in a window.
 #[derive(Default)]
 pub struct Heap {
     blocks: BTreeMap<u64, Block>,
@@ -74,13 +74,13 @@ impl Heap {
         self.next = start - window.base + bytes + ALIGN;
         self.used += bytes;
         if poison && bytes <= POISONED_MAX {
-            // SAFETY: the block lies in the window, so its shadow is mapped; nobody knows its address yet.
+            // SAFETY: the block is in the window, so its shadow is mapped; its address is not shared yet.
             unsafe { std::ptr::write_bytes(window.shadow_of(start), POISON, bytes as usize) };
         }
         Ok(start)
     }
 
-    /// The first room for `bytes` at or after an offset in the window.
+    /// Finds the first gap for `bytes` at or after an offset in the window.
     fn gap(&self, window: &Window, from: u64, bytes: u64) -> Option<u64> {
         let apart = |at: u64| (at + ALIGN).next_multiple_of(ALIGN);
         let mut at = (window.base + from).next_multiple_of(ALIGN);
@@ -96,33 +96,34 @@ impl Heap {
         (at + bytes <= window.base + window.span).then_some(at)
     }
 
-    /// Frees an allocation at once, whatever still uses it.
+    /// Frees an allocation at once, even if work still uses it.
     pub fn free(&mut self, window: &Window, start: u64) -> Status {
         let block = self.blocks.remove(&start).ok_or(INVALID_VALUE)?;
         self.used -= block.bytes;
         let (first, end) = (start.next_multiple_of(4096), (start + block.bytes) / 4096 * 4096);
         if first < end {
-            // SAFETY: whole pages of the shadow that belonged to this block alone; they read as zeros from now on.
+            // SAFETY: whole pages of the shadow that belonged to this block alone; they read as zeros from
+            // now on.
             unsafe { libc::madvise(window.shadow_of(first).cast(), (end - first) as usize, libc::MADV_DONTNEED) };
         }
         Ok(())
     }
 
-    /// From now on nothing new may use the allocation; what is enqueued already may.
+    /// Marks an allocation as leaving: no new work may use it, but enqueued work may.
     pub fn leave(&mut self, start: u64) -> Status<Block> {
         let block = self.blocks.get_mut(&start).filter(|b| !b.leaving).ok_or(INVALID_VALUE)?;
         block.leaving = true;
         Ok(*block)
     }
 
-    /// The allocation that holds all of this range.
+    /// Finds the allocation that contains all of this range.
     pub fn find(&self, address: u64, bytes: u64) -> Status<Block> {
         let block = self.blocks.range(..=address).next_back().map(|(_, b)| *b).filter(|b| !b.leaving);
         let block = block.filter(|b| bytes <= b.bytes && address - b.start <= b.bytes - bytes);
         block.ok_or(INVALID_VALUE)
     }
 
-    /// Whether an allocation that was there is there still.
+    /// Checks that an allocation still exists.
     pub fn check(&self, block: Block) -> Status {
         let same = self.blocks.get(&block.start).is_some_and(|b| b.id == block.id);
         if same { Ok(()) } else { Err(ILLEGAL_ADDRESS) }

@@ -1,12 +1,12 @@
-//! Modules: the entry points that a PTX text declares, and how many bytes their parameters take.
+//! Modules: the entry points that a PTX text declares, and the size of their parameters.
 
 use crate::abi::{INVALID_PTX, Status};
 use std::collections::BTreeMap;
 
-/// Entry point to bytes of parameters.
+/// Maps entry points to the size of their parameters in bytes.
 pub type Module = BTreeMap<String, usize>;
 
-/// Reads the `.entry` declarations of a PTX text. Nothing else of it is looked at.
+/// Parses the `.entry` declarations of a PTX text, and nothing else of it.
 pub fn parse(ptx: &str) -> Status<Module> {
     if !ptx.contains(".version") || !ptx.contains(".target") {
         return Err(INVALID_PTX);
@@ -21,7 +21,7 @@ pub fn parse(ptx: &str) -> Status<Module> {
     if module.is_empty() { Err(INVALID_PTX) } else { Ok(module) }
 }
 
-/// Bytes of one `.param`: `.u64 name`, or `.align 8 .b8 name[40]`.
+/// Size of one `.param` in bytes: `.u64 name`, or `.align 8 .b8 name[40]`.
 fn size(parameter: &str) -> Option<usize> {
     if parameter.trim().is_empty() {
         return Some(0);

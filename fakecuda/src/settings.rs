@@ -1,31 +1,31 @@
-//! Settings and faults of a device, and what the environment sets at start.
+//! Settings and faults of a device, and their initial values from the environment.
 
 use crate::abi::{INVALID_VALUE, Status};
 
-/// How a device behaves. Every field can be set while it runs.
+/// The settings of a device. Every field can be changed while it runs.
 #[derive(Clone)]
 pub struct Settings {
-    /// Each copy, fill and kernel begins this much later, in microseconds.
+    /// Delay of each copy, fill and kernel, in microseconds.
     pub lag_us: u64,
-    /// Everything in a stream is delayed by up to this much more, at random.
+    /// Maximum additional random delay of any work in a stream, in microseconds.
     pub jitter_us: u64,
-    /// Megabytes per second of a copy; 0 is as fast as it goes.
+    /// Bandwidth of a copy in megabytes per second; 0 is unlimited.
     pub mbps: u64,
     /// Whether memory that is not yet written is filled with `POISON`.
     pub poison: bool,
-    /// Whether a freed address is handed out again at once, and not as late as possible.
+    /// Whether a freed address is reused at once, or as late as possible.
     pub reuse: bool,
-    /// How much memory the device has, in MiB.
+    /// Size of the device's memory, in MiB.
     pub mem_mb: u64,
-    /// Kinds of work that do not begin: the sum of `TO_HOST` and so on.
+    /// Kinds of work that are held back: the sum of `TO_HOST` and so on.
     pub hold: u64,
-    /// How many pieces of held work may begin all the same.
+    /// Number of pieces of held work that may begin nevertheless.
     pub allow: u64,
     /// State of the random numbers.
     pub seed: u64,
 }
 
-/// What fills destinations that are not yet written.
+/// The fill byte of destinations that are not yet written.
 pub const POISON: u8 = 0xCD;
 
 impl Settings {
@@ -85,10 +85,10 @@ pub fn number(name: &str) -> Option<u64> {
 pub struct Fault {
     /// The function, or `*` for any.
     name: String,
-    /// Which call from now on: 1 is the next, 0 is every one.
+    /// Which call from now on fails: 1 is the next, 0 is every one.
     nth: u64,
     code: i32,
-    /// The call succeeds and what it enqueued fails.
+    /// If true, the call succeeds and the work that it enqueued fails.
     late: bool,
 }
 
@@ -106,7 +106,7 @@ impl Fault {
         }
     }
 
-    /// Counts this call: the code with which it fails, and whether only later.
+    /// Counts this call; returns the code with which it fails, and whether only later.
     fn strikes(&mut self, name: &str) -> Option<(i32, bool)> {
         if self.name != "*" && self.name != name {
             return None;
@@ -125,13 +125,13 @@ impl Fault {
     }
 }
 
-/// The faults that `FAKECUDA_FAULT` asks for on every device: several are set apart by commas.
+/// The faults in `FAKECUDA_FAULT`, separated by commas, which apply to every device.
 pub fn faults_from_env() -> Vec<Fault> {
     let text = std::env::var("FAKECUDA_FAULT").unwrap_or_default();
     text.split(',').filter(|f| !f.is_empty()).filter_map(|f| Fault::parse(f).ok()).collect()
 }
 
-/// Counts a call against all faults; the first that strikes is the one that is felt.
+/// Counts a call against all faults; the first that matches applies.
 pub fn strike(faults: &mut Vec<Fault>, name: &str) -> Option<(i32, bool)> {
     let felt = faults.iter_mut().filter_map(|f| f.strikes(name)).collect::<Vec<_>>().first().copied();
     faults.retain(|f| !f.name.is_empty());

@@ -1,4 +1,5 @@
-//! Streams: queues of work, each with a thread of its own, and the order between them that the legacy default stream demands.
+//! Streams: queues of work, each with its own thread, and the order between them that the legacy default
+//! stream requires.
 
 use crate::abi::{
     CAPTURE_IMPLICIT, CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, INVALID_HANDLE, INVALID_VALUE, Kind, OUT_OF_MEMORY,
@@ -15,7 +16,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Long enough to cost nothing, short enough for a missed wake-up not to matter.
+/// The timeout of waits: long enough to cost nothing, short enough that a missed wake-up does not matter.
 pub const PATIENCE: Duration = Duration::from_millis(20);
 
 /// One end of a copy, as it was when the copy was enqueued.
@@ -45,13 +46,13 @@ pub enum Work {
 pub struct Item {
     pub work: Work,
     pub seq: u64,
-    /// Other streams of this device, and how far they must have come before.
+    /// Dependencies: other streams of this device, and the number up to which they must be done.
     pub after: Vec<(u64, u64)>,
     /// Fails with this code instead of being done.
     pub fault: Option<i32>,
 }
 
-/// What a stream is to the others.
+/// How a stream is ordered with others.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub enum Role {
     /// Made by the program, ordered with the legacy stream.
@@ -68,7 +69,7 @@ pub enum Role {
 #[derive(Default)]
 pub struct Stream {
     pub queue: VecDeque<Item>,
-    /// How much was ever enqueued and done.
+    /// Numbers of items ever enqueued, and done.
     pub enqueued: u64,
     pub done: u64,
     pub role: Role,
@@ -78,7 +79,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Ends at once: what was enqueued counts as done.
+    /// Ends the stream at once: enqueued work counts as done.
     pub fn close(&mut self) {
         self.destroyed = true;
         self.queue.clear();
@@ -98,7 +99,8 @@ impl Spot {
         Ok(host::find(address, bytes).map_or(Spot::Pageable(address), |range| Spot::Pinned(address, range)))
     }
 
-    /// The address to use now, and what keeps it usable; an error when the memory has gone since it was enqueued.
+    /// Returns the host address to use now, and a guard that keeps it valid; an error if the memory was freed
+    /// since the work was enqueued.
     pub fn pointer(self) -> Status<(*mut u8, Option<InUse>)> {
         match self {
             Spot::Device(device, address, block) => {
@@ -134,7 +136,7 @@ pub fn create(device: &'static Device, role: Role, priority: i32) -> Status<u64>
     Ok(id)
 }
 
-/// Device and stream for a handle, of which 0, 1 and 2 are the current device's default streams.
+/// Returns device and stream of a handle; 0, 1 and 2 are the current device's default streams.
 pub fn find(handle: u64) -> Status<(&'static Device, u64)> {
     if handle > 2 {
         let device = device::get(ordinal_of(Kind::Stream, handle)?)?;
@@ -159,7 +161,8 @@ fn legacy(state: &State) -> Option<u64> {
     state.streams.iter().find(|(_, s)| s.role == Role::Legacy && !s.destroyed).map(|(&id, _)| id)
 }
 
-/// Enqueues work; `block` waits until it is done, as the driver does for memory that it cannot copy from or to later.
+/// Enqueues work; `block` waits until it is done, as the driver does for memory that it cannot copy from or
+/// to later.
 pub fn enqueue(stream: u64, work: Work, block: bool) -> Status {
     let (device, id) = find(stream)?;
     let mut state = device.state();
@@ -183,7 +186,7 @@ pub fn enqueue(stream: u64, work: Work, block: bool) -> Status {
 }
 
 impl State {
-    /// Appends work to a stream: its number there.
+    /// Appends work to a stream, and returns its number there.
     pub fn push(&mut self, id: u64, work: Work, fault: Option<i32>) -> u64 {
         let role = self.streams[&id].role;
         let concerns = |other: Role| match role {
@@ -199,13 +202,13 @@ impl State {
         stream.enqueued
     }
 
-    /// Whether a stream has come so far, or is gone.
+    /// True if a stream has reached this number, or is gone.
     pub fn is_past(&self, stream: u64, seq: u64) -> bool {
         self.streams.get(&stream).is_none_or(|s| s.done >= seq)
     }
 }
 
-/// Waits until a stream has come so far; fails with the device's error.
+/// Waits until a stream has reached this number; fails with the device's error.
 pub fn wait_for(
     device: &'static Device,
     mut state: std::sync::MutexGuard<'static, State>,

@@ -1,4 +1,4 @@
-//! The thread behind a stream: takes work in order, waits for what it must come after, and does it.
+//! The thread of a stream: takes work in order, waits for its dependencies, and runs it.
 
 use crate::abi::{Status, is_sticky};
 use crate::device::{Device, State};
@@ -14,12 +14,13 @@ const ON_DEVICE: u64 = 4;
 const KERNELS: u64 = 8;
 const WRITES: u64 = 16;
 
-/// How often something is looked at of which nobody tells us: events of other devices.
+/// Polling interval for events of other devices, which do not wake this thread.
 const LOOK: Duration = Duration::from_micros(50);
-/// The same of memory, where only what the host writes comes unannounced; streams may wait for it for long.
+/// Polling interval for memory: longer, because only writes of the host come without a wake-up, and streams
+/// may wait long.
 const LOOK_AT_MEMORY: Duration = Duration::from_micros(300);
 
-/// Runs until the stream is destroyed and has nothing left to do.
+/// Runs until the stream is destroyed and its queue is empty.
 pub fn work(device: &'static Device, id: u64) {
     let mut state = device.state();
     loop {
@@ -58,7 +59,7 @@ pub fn work(device: &'static Device, id: u64) {
             continue;
         }
         let delay = delay(&mut state, &work);
-        // A host function may itself make calls, and be told of errors.
+        // A host function may itself make calls, and receive errors.
         let touches = !dead && !matches!(work, Work::Call(..));
         state.running += u32::from(touches);
         drop(state);
@@ -74,7 +75,7 @@ pub fn work(device: &'static Device, id: u64) {
         };
         state = device.state();
         state.running -= u32::from(touches);
-        // What was running when the device was reset is no error of what came after.
+        // Work that was running at a reset is no error of later work.
         let counts = state.streams.get(&id).is_some_and(|s| s.queue.front().is_some_and(|i| i.seq == seq));
         if let (Err(code), true) = (result, counts) {
             state.sticky.get_or_insert(if is_sticky(code) { code } else { crate::abi::ILLEGAL_ADDRESS });
@@ -84,7 +85,7 @@ pub fn work(device: &'static Device, id: u64) {
     }
 }
 
-/// The stream has come past this piece of work; it may have been closed in the meantime.
+/// Marks a piece of work as done; the stream may have been closed meanwhile.
 fn end(state: &mut MutexGuard<'_, State>, id: u64, seq: u64) {
     if let Some(stream) = state.streams.get_mut(&id) {
         if stream.queue.front().is_some_and(|i| i.seq == seq) {
@@ -94,7 +95,8 @@ fn end(state: &mut MutexGuard<'_, State>, id: u64, seq: u64) {
     }
 }
 
-/// Whether it waits for something of which nobody tells us. Looking at it may take any device's lock.
+/// True if the work waits for something that does not wake this thread. Checking that may take any device's
+/// lock.
 fn is_watched(device: &Device, work: &Work) -> bool {
     match work {
         Work::Await { .. } => true,
@@ -103,12 +105,12 @@ fn is_watched(device: &Device, work: &Work) -> bool {
     }
 }
 
-/// Whether what the work waits for has come: an event, or a value in memory.
+/// True if the event or value in memory that the work waits for has come.
 fn is_due(work: &Work) -> bool {
     match work {
         Work::Wait(event, generation) => event.has_reached(*generation),
         Work::Await { at, value, test } => {
-            // An address that is gone is an error, and found when the work runs.
+            // A freed address is an error, reported when the work runs.
             let Ok((pointer, _in_use)) = at.pointer() else { return true };
             // SAFETY: `pointer` vouches for four bytes; the alignment was checked when the wait was enqueued.
             let now = unsafe { AtomicU32::from_ptr(pointer.cast()) }.load(Ordering::Acquire);
@@ -123,7 +125,7 @@ fn is_due(work: &Work) -> bool {
     }
 }
 
-/// Whether it waits for an event that will never be reached, because that event's device has failed.
+/// True if the work waits for an event that will never be reached, because that event's device has failed.
 fn is_lost(work: &Work) -> bool {
     let Work::Wait(event, _) = work else { return false };
     crate::device::get(event.ordinal).is_ok_and(|d| d.state().sticky.is_some())
@@ -167,8 +169,9 @@ fn run(device: &Device, work: &Work) -> Status {
     match work {
         Work::Copy { to, from, bytes } => {
             let ((to, _to_in_use), (from, _from_in_use)) = (to.pointer()?, from.pointer()?);
-            // SAFETY: both ends were found to hold `bytes` when the copy was enqueued, and are there still; pinned ranges stay
-            // while they are in use, shadows always, and for pageable memory the caller waits.
+            // SAFETY: both ends were checked to have `bytes` when the copy was enqueued, and still exist:
+            // pinned ranges stay while they are in use, shadows always, and for pageable memory the caller
+            // waits.
             unsafe { std::ptr::copy(from, to, *bytes as usize) };
         }
         Work::Fill { to, value, bytes } => {
@@ -191,12 +194,12 @@ fn run(device: &Device, work: &Work) -> Status {
     Ok(())
 }
 
-/// Everything before it in the stream is seen by whoever sees the value.
+/// Stores a value; a reader that sees it also sees everything before it in the stream.
 fn write(to: Spot, value: u64, bytes: u64) -> Status {
     let (to, _in_use) = to.pointer()?;
     fence(Ordering::SeqCst);
     if bytes == 4 {
-        // SAFETY: found to hold four bytes, and aligned, when the write was enqueued.
+        // SAFETY: checked to have four bytes, and aligned, when the write was enqueued.
         unsafe { AtomicU32::from_ptr(to.cast()) }.store(value as u32, Ordering::Release);
     } else {
         // SAFETY: as above, with eight.

@@ -6,7 +6,7 @@ use crate::exported::export;
 use crate::settings::POISON;
 use crate::stream::{Spot, Work, enqueue, find};
 
-/// Destinations shorter than this are not poisoned: they may be flags that somebody watches.
+/// Minimum size of a poisoned destination: shorter ones may be flags that a thread polls.
 const POISONED_MIN: u64 = 64;
 
 /// `CUmemcpyAttributes`.
@@ -19,7 +19,7 @@ struct Attributes {
     flags: u32,
 }
 
-/// Enqueues a copy. With pageable memory at either end the host waits for it.
+/// Enqueues a copy. If either end is pageable memory, the host waits for it.
 fn copy(to: u64, from: u64, bytes: usize, stream: u64, block: bool) -> Status {
     if bytes == 0 {
         return find(stream).map(drop);
@@ -42,10 +42,10 @@ fn copy(to: u64, from: u64, bytes: usize, stream: u64, block: bool) -> Status {
     enqueue(stream, Work::Copy { to, from, bytes }, block || pageable)
 }
 
-/// A copy between what its name says.
+/// A copy between the kinds of memory in the function's name.
 fn between(to: (u64, bool), from: (u64, bool), bytes: usize, stream: u64, block: bool) -> Status {
     let right = |(address, on_device): (u64, bool)| crate::device::holding(address).is_some() == on_device;
-    // Pinned memory has a device address, which is its own.
+    // The device address of pinned memory is its host address.
     let mapped = |(address, on_device)| on_device && crate::host::find(address, bytes as u64).is_some();
     if bytes > 0 && ![to, from].into_iter().all(|end| right(end) || mapped(end)) {
         return Err(INVALID_VALUE);
@@ -72,7 +72,7 @@ fn write(stream: u64, address: u64, value: u64, bytes: u64, flags: u32) -> Statu
     enqueue(stream, Work::Write { to, value, bytes }, false)
 }
 
-/// Where a stream may read or write a single value.
+/// Checks that a stream may read or write a single value at `address`.
 fn aligned(address: u64, bytes: u64) -> Status<Spot> {
     let spot = Spot::of(address, bytes)?;
     let wrong = !address.is_multiple_of(bytes) || matches!(spot, Spot::Pageable(_));
@@ -86,12 +86,12 @@ struct Batch {
     bytes: *const usize,
     count: usize,
     attributes: *const Attributes,
-    /// Where in the batch each of the attributes begins to hold.
+    /// Index of the first copy to which each of the attributes applies.
     starts: *const usize,
     kinds: usize,
 }
 
-/// The copies of a batch come in no order; here the last comes first.
+/// Enqueues a batch. Its copies have no order; this driver runs the last first.
 fn batch(batch: Batch, stream: u64) -> Status {
     let Batch { to, from, bytes, count, attributes, starts, kinds } = batch;
     if stream < 2 || count == 0 || kinds == 0 || kinds > count {
@@ -107,7 +107,7 @@ fn batch(batch: Batch, stream: u64) -> Status {
         return Err(INVALID_VALUE);
     }
     let (to, from, bytes) = (take(to, count)?, take(from, count)?, take(bytes, count)?);
-    // All are looked at before any is enqueued.
+    // All are checked before any is enqueued.
     for i in 0..count {
         Spot::of(to[i], bytes[i] as u64)?;
         Spot::of(from[i], bytes[i] as u64)?;

@@ -1,4 +1,4 @@
-//! Starting, devices and contexts.
+//! Initialisation, devices and contexts.
 
 use crate::abi::{INVALID_DEVICE, INVALID_VALUE, Kind, NOT_FOUND, Status, describe, handle, ordinal_of, put, text};
 use crate::call::{CONTEXTS, INITIALIZED, count, current};
@@ -41,7 +41,7 @@ export! {
         symbol: *const c_char, address: *mut *mut c_void, version: i32, _flags: u64, status: *mut i32,
     ) {
         let name = text(symbol)?;
-        // A version suffix is the driver's business: the newest that the asked-for version knows.
+        // The driver chooses the version suffix: the newest that the requested version has.
         let newer = if name == "cuMemcpyBatchAsync" && version < 13_000 { name.clone() } else { format!("{name}_v2") };
         let found = [newer, name].iter().map(|name| symbol_named(name)).find(|found| !found.is_null());
         put(address, found.unwrap_or(std::ptr::null_mut()))?;
@@ -150,7 +150,7 @@ export! {
     }
 }
 
-/// The device that a call names. Where none is current, the call counts as one of that device.
+/// Returns the device that a call names. If no context is current, counts the call for that device.
 fn named(ordinal: i32, name: &'static str) -> Status<&'static Device> {
     let device = get(usize::try_from(ordinal).map_err(|_| INVALID_DEVICE)?)?;
     if CONTEXTS.with_borrow(|c| c.is_empty()) {
@@ -159,7 +159,7 @@ fn named(ordinal: i32, name: &'static str) -> Status<&'static Device> {
     Ok(device)
 }
 
-/// Of the attributes that ashore might ask for, what an H200 says; 0 for all others.
+/// The values of an H200 for the attributes that ashore may query; 0 for all others.
 fn attribute_of(attribute: i32, device: i32) -> i32 {
     match attribute {
         1..=3 => 1024,                          // threads of a block, in all and by x and y
@@ -173,13 +173,14 @@ fn attribute_of(attribute: i32, device: i32) -> i32 {
         33 => device + 1,                       // PCI bus
         75 => 9,                                // compute capability 9.0
         19 | 31 | 41 | 78 | 83 | 89 | 115 => 1, // mapped host memory, concurrency, one address space, priorities, pools
-        // Pointers of registered memory as they are, and stream memory operations: the second kind; the first is off.
+        // Device pointers of registered memory equal host pointers; stream memory operations of the second
+        // kind; the first is off.
         91 | 122 | 123 => 1,
         _ => 0,
     }
 }
 
-/// A symbol of this very library.
+/// Finds a symbol of this library itself.
 fn symbol_named(name: &str) -> *mut c_void {
     let Ok(name) = CString::new(name) else { return std::ptr::null_mut() };
     let inside: extern "C" fn(u32) -> i32 = cuInit;
@@ -189,8 +190,8 @@ fn symbol_named(name: &str) -> *mut c_void {
         dli_sname: std::ptr::null(),
         dli_saddr: std::ptr::null_mut(),
     };
-    // SAFETY: any address may be asked for; `dli_fname` is then the path under which this library was opened, which
-    // `dlopen` finds again without loading anything.
+    // SAFETY: `dladdr` accepts any address; `dli_fname` is then the path under which this library was opened,
+    // which `dlopen` finds again without loading anything.
     unsafe {
         if libc::dladdr(inside as *const c_void, &mut found) == 0 {
             return std::ptr::null_mut();

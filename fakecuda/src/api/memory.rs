@@ -1,4 +1,4 @@
-//! Memory of devices and pinned memory of the host.
+//! Device memory and pinned host memory.
 
 use crate::abi::{INVALID_VALUE, put};
 use crate::call::current;
@@ -18,7 +18,7 @@ export! {
     }
 
     context fn cuMemAllocAsync(address: *mut u64, bytes: usize, stream: u64) {
-        // The address is known at once. It is new, so no order is needed before its first use.
+        // The address is available at once and new, so no order is needed before its first use.
         enqueue(stream, Work::Nothing, false)?;
         put(address, allocate(bytes)?)
     }

@@ -19,7 +19,7 @@ export! {
             return Err(INVALID_HANDLE);
         }
         let (device, id) = find(stream)?;
-        // What is enqueued is still done.
+        // Enqueued work still runs.
         device.state().streams.get_mut(&id).ok_or(INVALID_HANDLE)?.destroyed = true;
         device.changed();
         Ok(())
@@ -34,7 +34,7 @@ export! {
     quiet fn cuStreamQuery(stream: u64) {
         let (device, id) = find(stream)?;
         let state = device.state();
-        // Under the lock under which work ends: what ended with an error is not taken for done.
+        // Under the lock under which work ends, so that work that failed does not count as done.
         state.healthy()?;
         if state.is_past(id, state.streams[&id].enqueued) { Ok(()) } else { Err(NOT_READY) }
     }
@@ -51,7 +51,7 @@ export! {
             return Ok(());
         }
         match event.generation() {
-            // Never recorded: there is nothing to wait for.
+            // Never recorded, so nothing to wait for.
             0 => Ok(()),
             generation => enqueue(stream, Work::Wait(event, generation), false),
         }

@@ -99,6 +99,7 @@ impl Driver {
         self.start("cuDeviceGet", unsafe { (self.table.device_get)(&mut device, ordinal as c_int) })?;
         let len = name.len() as c_int - 1;
         // The last byte stays zero.
+        // SAFETY: writes at most `len` bytes.
         self.start("cuDeviceGetPCIBusId", unsafe { (self.table.device_pci_id)(name.as_mut_ptr(), len, device) })?;
         // SAFETY: the array ends in a zero.
         Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
