@@ -16,7 +16,7 @@ pub enum Needs {
     init,
     /// A current context without an error.
     context,
-    /// The same, and no capture that forbids calls that may synchronise.
+    /// A current context without an error, and no capture that forbids calls that may synchronise.
     quiet,
 }
 

@@ -115,7 +115,10 @@ pub trait Device: Register + Send + Sync + Debug {
     #[doc(hidden)]
     #[expect(private_interfaces, reason = "for the devices of this crate")]
     fn loads(&self) -> Result<Box<dyn LoadQueue>> {
-        Err(Error::new(ErrorKind::Unavailable, format!("copies to this device are not supported device={}", self.name())))
+        Err(Error::new(
+            ErrorKind::Unavailable,
+            format!("copies to this device are not supported device={}", self.name()),
+        ))
     }
 
     /// Checks that the copy queues can queue many copies in one call ([`CopyQueue::batch`]). Called once, at

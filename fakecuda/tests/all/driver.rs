@@ -1,4 +1,4 @@
-//! The simulated driver, called as a program calls the real one.
+//! Tests that call the simulated driver as a program calls the real one.
 
 use crate::rig::{Rig, query, record, synchronize, to_host, wait};
 use crate::symbols::{self, cuda};
@@ -71,10 +71,10 @@ fn a_wait_is_for_the_record_before_it_and_none_without_one() {
     assert_eq!(record(event, a), 0);
     rig.device().set("hold", 1);
     assert_eq!((wait(b, event), to_host(to, from, a), record(event, a), record(other, b)), (0, 0, 0, 0));
-    // Of the first generation, which nothing holds.
+    // This wait is for the first generation, which is not held back.
     assert_eq!(synchronize(b), 0);
     assert_eq!((query(event), query(other)), (600, 0));
-    // Of the second, which is held.
+    // This wait is for the second, which is held back.
     assert_eq!((wait(b, event), record(other, b), query(other)), (0, 0, 600));
     rig.device().set("hold", 0);
     assert_eq!((synchronize(b), query(event), query(other)), (0, 0, 0));
@@ -96,7 +96,7 @@ fn the_legacy_stream_is_ordered_with_blocking_streams_only() {
     assert_eq!((query(events[0]), query(events[1]), rig.device().peek(from, 1)), (600, 600, vec![0xCD]));
     rig.device().set("hold", 0);
     assert_eq!((synchronize(blocking), rig.device().peek(from, 1)), (0, vec![1]));
-    // A thread's default stream is a blocking one, and not the legacy one.
+    // A thread's default stream is a blocking one, not the legacy one.
     rig.device().set("hold", 1);
     assert_eq!((to_host(to, from, 2), record(events[0], 0), record(events[2], free)), (0, 0, 0));
     assert_eq!((synchronize(free), query(events[2]), query(events[0])), (0, 0, 600));
@@ -126,7 +126,7 @@ fn faults_strike_the_nth_call_at_once_or_later() {
     rig.device().fault("cuMemcpyDtoHAsync_v2:1:719:async");
     assert_eq!((to_host(to, from, stream), synchronize(stream), rig.device().sticky()), (0, 719, 719));
     assert_eq!(cuda!(cuStreamSynchronize(stream => u64)), 719);
-    // Work behind the failure is not done.
+    // Work behind the failure does not run.
     assert_eq!(to_host(to, from, stream), 719);
 }
 

@@ -1,4 +1,4 @@
-//! A device for a test, and short names for what tests do with it.
+//! A device for a test, and short names for common calls.
 
 use crate::symbols::cuda;
 use fakecuda::Device;
@@ -6,7 +6,7 @@ use std::ffi::{CString, c_char};
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
-/// Whether the tests run on a real device: then only those of the kernels do.
+/// True if the tests run on a real device: then only those of the kernels run.
 pub fn is_real() -> bool {
     std::env::var("ASHORE_REQUIRE_GPU").is_ok_and(|v| v == "1")
 }
@@ -22,7 +22,8 @@ impl Rig {
         let mut context = 0_u64;
         assert_eq!(cuda!(cuInit(0 => u32)), 0);
         if is_real() {
-            // Held to the end of the process: the last release destroys a context, and the next retain takes half a second.
+            // Retained until the process ends: the last release destroys a context, and the next retain takes
+            // half a second.
             static HELD: Once = Once::new();
             HELD.call_once(|| {
                 let mut held = 0_u64;
@@ -43,7 +44,7 @@ impl Rig {
         self.simulated.as_ref().map_or(0, |d| d.ordinal() as i32)
     }
 
-    /// Bytes of the device or of pinned memory.
+    /// Reads bytes of device or pinned memory.
     pub fn peek(&self, address: u64, bytes: usize) -> Vec<u8> {
         let mut out = vec![0; bytes];
         assert_eq!(cuda!(cuMemcpy(out.as_mut_ptr() => *mut u8, address => u64, bytes => usize)), 0);
@@ -68,7 +69,7 @@ impl Rig {
     pub fn pinned(&self, bytes: usize) -> &'static mut [u8] {
         let mut address = 0_u64;
         assert_eq!(cuda!(cuMemHostAlloc(&mut address => &mut u64, bytes => usize, 0 => u32)), 0);
-        // SAFETY: `bytes` were just allocated, and the tests free them only when they no longer look.
+        // SAFETY: `bytes` were just allocated, and the tests free them only after their last access.
         unsafe { std::slice::from_raw_parts_mut(address as *mut u8, bytes) }
     }
 
@@ -85,7 +86,7 @@ impl Rig {
     }
 }
 
-/// The committed modules, in the program itself: it also runs where the source is not.
+/// The committed modules, embedded so that the tests also run without the source.
 const PTX: [(&str, &str); 4] = [
     ("digest", include_str!("../../../kernels/digest.ptx")),
     ("gather", include_str!("../../../kernels/gather.ptx")),
@@ -98,7 +99,7 @@ const PTX: [(&str, &str); 4] = [
 pub struct Kernel(u64);
 
 impl Rig {
-    /// One of the project's kernels, from its committed PTX.
+    /// Loads one of the project's kernels from its committed PTX.
     pub fn kernel(&self, module: &str, name: &str) -> Kernel {
         let ptx = PTX.iter().find(|(name, _)| *name == module).expect("one of the modules").1;
         let text = CString::new(ptx).unwrap();
@@ -111,7 +112,7 @@ impl Rig {
         Kernel(function)
     }
 
-    /// Launches on a stream; the argument is the kernel's structure.
+    /// Launches a kernel on a stream; the argument is the kernel's structure.
     pub fn launch<T: Copy>(&self, kernel: Kernel, grid: u32, block: u32, stream: u64, argument: T) -> i32 {
         let parameters = [&raw const argument];
         cuda!(cuLaunchKernel(
@@ -120,7 +121,7 @@ impl Rig {
         ))
     }
 
-    /// Device memory with these values in it.
+    /// Allocates device memory with these values.
     pub fn upload<T: Copy>(&self, values: &[T]) -> u64 {
         let bytes = std::mem::size_of_val(values);
         // SAFETY: plain values without padding, read as bytes.
@@ -157,13 +158,13 @@ pub fn wait(stream: u64, event: u64) -> i32 {
     cuda!(cuStreamWaitEvent(stream => u64, event => u64, 0 => u32))
 }
 
-/// Fills, and copies from pageable memory, may still be under way in the legacy stream when the call returns, and other streams
-/// do not wait for it.
+/// Waits for the legacy stream: fills, and copies from pageable memory, may still run there when the call
+/// returns, and other streams do not wait for them.
 fn settle() {
     assert_eq!(cuda!(cuCtxSynchronize()), 0);
 }
 
-/// Waits until a stream has done all: its error, or 600 when that takes too long.
+/// Waits until a stream is done. Returns its error, or 600 after a timeout.
 pub fn synchronize(stream: u64) -> i32 {
     let begin = Instant::now();
     loop {

@@ -1,10 +1,10 @@
-//! Calling a function of the library by its name.
+//! Calls functions of the library by name.
 
 use crate::rig::is_real;
 use std::ffi::{CString, c_void};
 use std::sync::OnceLock;
 
-/// The address of a symbol; null when there is none.
+/// Returns the address of a symbol; null if it does not exist.
 pub fn find(name: &str) -> *mut c_void {
     static LIBRARY: OnceLock<usize> = OnceLock::new();
     let opened = *LIBRARY.get_or_init(|| {

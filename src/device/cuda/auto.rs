@@ -24,7 +24,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
-/// See the module.
+/// A device whose GPU is chosen later; see the module.
 pub(super) struct Auto(Arc<Choice>);
 
 struct Choice {

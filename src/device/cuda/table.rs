@@ -175,7 +175,10 @@ fn fill(to: &Memory, pieces: &Pieces, part: u64, views: usize, begins: usize) ->
     for (i, View { item, dims }) in pieces.views.iter().enumerate() {
         let mut strides = Strides { shape: [1; DIMS], stride: [0; DIMS], dims: dims.len() as u32, item: *item };
         if dims.len() > DIMS || *item == 0 || !part.is_multiple_of(u64::from(*item)) {
-            return Err(Error::invalid(format!("the kernels do not support such a tensor dims={} item={item}", dims.len())));
+            return Err(Error::invalid(format!(
+                "the kernels do not support such a tensor dims={} item={item}",
+                dims.len()
+            )));
         }
         for (d, &(size, stride)) in dims.iter().enumerate() {
             (strides.shape[d], strides.stride[d]) = (size, stride);

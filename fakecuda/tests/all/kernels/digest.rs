@@ -1,4 +1,4 @@
-//! `digest`: the same as CRC-64/NVME on the host, whatever the alignment, the length, the layout and the grid.
+//! `digest` equals CRC-64/NVME on the host, for every alignment, length, layout and grid.
 
 use super::{Piece, View, noise};
 use crate::rig::{Kernel, Rig, synchronize};
@@ -20,7 +20,7 @@ fn crc(bytes: &[u8]) -> u64 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes)
 }
 
-/// The filled tables, and the kernel.
+/// Returns the filled tables and the kernel.
 fn ready(rig: &Rig, stream: u64) -> (u64, Kernel) {
     let tables = rig.memory(TABLES * 8);
     assert_eq!(rig.launch(rig.kernel("digest", "digest_tables"), 3, 128, stream, tables), 0);

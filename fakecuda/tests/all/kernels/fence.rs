@@ -1,4 +1,5 @@
-//! `fence_latch`, `late_copy`, `fence_publish`: what has left is not copied, all the rest is, and the host is told which.
+//! `fence_latch`, `late_copy` and `fence_publish` copy exactly the chunks that have not left the device, and
+//! report F to the host.
 
 use super::{Piece, View, noise};
 use crate::rig::{Kernel, Rig, synchronize};
@@ -36,7 +37,7 @@ struct Publish {
 const CHUNKS: usize = 5;
 const CHUNK: usize = 1000;
 
-/// Five chunks of three pieces each, one of them strided, in memory of 5,000 bytes.
+/// A save of five chunks of three pieces each, one of them strided, in memory of 5,000 bytes.
 struct Fence {
     rig: Rig,
     stream: u64,
@@ -52,12 +53,12 @@ struct Fence {
 }
 
 impl Fence {
-    /// Slots for the last `aside` chunks.
+    /// Makes slots for the last `aside` chunks.
     fn new(aside: usize) -> Self {
         Self::with(aside, "late_copy", 64)
     }
 
-    /// The same, with one of the kernels that copy, on blocks of so many threads.
+    /// Like `new`, with the copying kernel `copy` on blocks of `block` threads.
     fn with(aside: usize, copy: &str, block: u32) -> Self {
         let rig = Rig::new();
         let bytes = noise(CHUNKS * CHUNK, 8);
@@ -97,7 +98,7 @@ impl Fence {
         Self { rig, stream, kernels, block, fence, watermark, published, slots, table, expected, memory }
     }
 
-    /// The kernels in their order, on this grid.
+    /// Runs the three kernels in their order, on this grid.
     fn run(&self, watermark: u64, base: u64, save: u64, grid: u32) {
         let fence = self.fence;
         self.rig.poke(self.watermark, &watermark.to_le_bytes());
@@ -112,7 +113,7 @@ impl Fence {
         u64::from_le_bytes(self.rig.peek(self.published, 8).try_into().unwrap())
     }
 
-    /// Whether the slot of a chunk holds it; None when it was not touched.
+    /// True if the slot has the chunk's bytes; None if it was not written.
     fn copied(&self, chunk: usize) -> Option<bool> {
         let slot = self.rig.peek(self.slots[chunk + self.slots.len() - CHUNKS], CHUNK);
         slot.iter().any(|&b| b != 0xCD).then(|| slot == self.expected[chunk])
@@ -135,7 +136,8 @@ fn chunks_from_the_watermark_on_are_copied_aside() {
     }
 }
 
-/// Four threads have enough words of a piece for four loads each; a block of 1,024 has not, and must be launched all the same.
+/// Four threads have enough words of a piece for four loads each; a block of 1,024 does not, and must work
+/// nevertheless.
 #[test]
 fn chunks_are_copied_aside_by_either_kernel_on_blocks_of_any_size() {
     for copy in ["late_copy", "late_copy_four"] {
@@ -176,7 +178,7 @@ fn a_second_run_for_the_same_save_changes_nothing() {
     fence.rig.poke(fence.memory, &[0; CHUNKS * CHUNK]);
     fence.run(4, 0, 1, 4);
     assert_eq!((fence.published(), fence.copied(2), fence.copied(4)), (2, Some(true), Some(true)));
-    // The next save latches anew.
+    // The next save latches again.
     fence.run(9, 5, 2, 4);
     assert_eq!((fence.published(), fence.copied(4)), (4, Some(false)));
 }

@@ -1,4 +1,4 @@
-//! `gather`: pieces at any alignment, together or strided, land where they should and nowhere else.
+//! `gather` writes pieces of any alignment, contiguous or strided, to their destinations and nowhere else.
 
 use super::{Piece, View, noise};
 use crate::rig::{Rig, synchronize};
@@ -13,7 +13,7 @@ struct Gather {
     count: u32,
 }
 
-/// Gathers, and compares all of the destination: with poison where no piece goes.
+/// Gathers, and compares the whole destination, which has poison where no piece goes.
 fn check(memory: &[u8], places: &[(usize, usize, usize)], room: usize, grid: u32, block: u32) {
     let rig = Rig::new();
     let (from, to, stream) = (rig.upload(memory), rig.memory(room), rig.stream(1));
@@ -26,7 +26,7 @@ fn check(memory: &[u8], places: &[(usize, usize, usize)], room: usize, grid: u32
             ..Piece::default()
         })
         .collect();
-    // One that must be left alone in front.
+    // A first piece outside the range, which must not be gathered.
     let outside = Piece { from: 1, bytes: 1, ..Piece::default() };
     let table = rig.upload(&[&[outside][..], &pieces].concat());
     let argument = Gather { pieces: table, views: 0, base: to, first: 1, count: pieces.len() as u32 };
@@ -63,7 +63,7 @@ fn large_pieces_at_every_alignment_and_any_grid() {
 
 #[test]
 fn the_whole_of_an_allocation_is_read_and_nothing_beside_it() {
-    // Each source and each target is an allocation of its own, so that a byte too many is found.
+    // Each source and each target is its own allocation, so that an access past an end is detected.
     let rig = Rig::new();
     let (kernel, stream) = (rig.kernel("gather", "gather"), rig.stream(1));
     for bytes in [1_usize, 7, 8, 15, 16, 17, 24, 31, 33, 250, 4097] {

@@ -1,4 +1,4 @@
-//! The project's kernels, from their source compiled for the processor, against plain Rust.
+//! Tests of the project's kernels, compiled for the CPU from their source, against plain Rust.
 
 mod digest;
 mod fence;
@@ -56,7 +56,7 @@ impl View {
     }
 }
 
-/// Bytes that repeat only after a long time.
+/// Bytes that repeat only after a long period.
 pub fn noise(count: usize, seed: u64) -> Vec<u8> {
     let mut state = seed * 2 + 1;
     let mut next = || {

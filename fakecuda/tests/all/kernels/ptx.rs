@@ -1,4 +1,5 @@
-//! The committed PTX has the kernels that are compiled here, and old drivers take it. Its sums are checked by the build.
+//! The committed PTX has the kernels that are compiled here, and old drivers accept it. The build checks its
+//! checksums.
 
 use crate::rig::Rig;
 use std::collections::BTreeMap;
@@ -23,7 +24,7 @@ fn every_kernel_is_in_its_module_with_the_argument_that_was_compiled_here() {
     for (name, source) in files.iter().filter_map(|(n, s)| Some((n.strip_suffix(".cu")?, s))) {
         let source = std::str::from_utf8(source).unwrap();
         for kernel in source.lines().filter_map(|l| l.strip_prefix("KERNEL(")?.split(',').next()) {
-            // Fails when the sizes of the argument differ.
+            // This fails when the sizes of the argument differ.
             rig.kernel(name, kernel);
             kernels += 1;
         }

@@ -1,4 +1,4 @@
-//! `adamw`, `fill` and `busy`: the demo's training step, to the bit.
+//! `adamw`, `fill` and `busy`, the demo's training step, equal the host's results bit for bit.
 
 use crate::rig::{Rig, synchronize};
 
