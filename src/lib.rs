@@ -1,4 +1,5 @@
-//! Saves the state of GPU training programs without stopping them: durable, never torn, readable by stock tools.
+//! Checkpoints GPU training programs while they compute: saves are durable, never torn, and readable by stock
+//! tools.
 //!
 //! # In one minute
 //!
@@ -40,48 +41,53 @@
 //!
 //! | to | use |
 //! |---|---|
-//! | say what is saved | [`StateDict`]: tensors from a [`Source`], values of any serde type, metadata |
+//! | name what is saved | [`StateDict`]: tensors from a [`Source`], values of any serde type, metadata |
 //! | save while computing | [`CheckpointExecutor::save`], then [`fence`](CheckpointExecutor::fence) before writing tensors |
-//! | save what is only borrowed | [`CheckpointExecutor::scope`] |
-//! | know how it ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] for the moment when tensors are free |
-//! | start again | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] memory of the host or of a GPU ([`DeviceTarget`]) |
-//! | start again past damage | [`CheckpointExecutor::latest_valid`], which says what it passed over; [`OnDamaged`] |
+//! | save borrowed tensors | [`CheckpointExecutor::scope`] |
+//! | learn how a save ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] resolves when tensors may be written |
+//! | restore | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] host or GPU memory ([`DeviceTarget`]) |
+//! | restore past damage | [`CheckpointExecutor::latest_valid`], which reports the damaged steps it skipped; [`OnDamaged`] |
 //! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`], [`catalog::Best`] |
 //! | go back to an earlier step | [`Catalog::discard_after`] |
-//! | end well when the machine is taken away | [`sigterm::Sigterm`] |
-//! | keep steps elsewhere | [`storage::Storage`] |
-//! | come from another system | [`compat`]: its interface, on this engine |
+//! | finish or abandon saves on SIGTERM | [`sigterm::Sigterm`] |
+//! | store steps elsewhere | [`storage::Storage`] |
+//! | migrate from another library | [`compat`]: its interface, on this engine |
 //!
 //! # What is promised
 //!
-//! - **Durable means durable.** A save resolves to [`Outcome::Durable`] after every byte that was planned is written, every file
-//!   and directory is fsynced, and one atomic publish is fsynced too. `docs/durability.md` has the whole story.
-//! - **Never torn.** No crash leaves a step that is listed and incomplete, and none that was durable is lost. Every byte has a
-//!   digest that is checked when it is read.
-//! - **Bounded memory.** One arena of the size that you set, taken at start; a state larger than it flows through it.
-//! - **Stock files.** Plain safetensors in the Hugging Face layout; `docs/format.md` specifies the manifest beside them.
-//! - **No silent failure.** An error reaches every future of its save; if nobody looks, the next `save` or `shutdown` returns it.
+//! - **Durable means durable.** A save resolves to [`Outcome::Durable`] only after every planned byte is
+//!   written, every file and directory is fsynced, and one atomic rename is fsynced too. `docs/durability.md`
+//!   has the details.
+//! - **Never torn.** A crash never leaves a listed step incomplete and never loses a durable one. Every byte
+//!   has a digest, checked when it is read.
+//! - **Bounded memory.** The executor allocates one arena of the size that you set, at start; larger states
+//!   pass through it in chunks.
+//! - **Stock files.** Steps are plain safetensors in the Hugging Face layout; `docs/format.md` specifies the
+//!   manifest beside them.
+//! - **No silent failure.** An error reaches every future of its save; if no caller takes it, the next `save`
+//!   or `shutdown` returns it.
 //!
 //! # Before the tensors change
 //!
-//! A save reads its tensors until the *fence*. Sources that cannot be written while they are held (an `Arc`, a borrowed slice)
-//! make a forgotten fence impossible: `Arc::get_mut` says no. With raw memory ([`RawHost`]) it is possible, so the first saves
-//! compare digests from `save` with the staged bytes ([`Detect`]), and a difference fails the save and names the tensor. Small
-//! raw tensors such as step counters are copied at `save` ([`Capture`]), because they tend to change before the fence.
+//! A save reads its tensors until the *fence*. A forgotten fence is impossible for sources that the program
+//! cannot write while the save holds them (an `Arc`, a borrowed slice): `Arc::get_mut` returns `None`. Raw
+//! memory ([`RawHost`]) has no such protection, so the first saves compare digests taken at `save` with the
+//! staged bytes ([`Detect`]); a difference fails the save and names the tensor. Small raw tensors such as
+//! step counters are copied at `save` ([`Capture`]), because programs tend to write them before the fence.
 //!
 //! # Which calls block
 //!
-//! | call | its thread waits |
+//! | call | the calling thread waits |
 //! |---|---|
-//! | [`save`](CheckpointExecutor::save) | only while the overlap policy finds no room, until the save deadline |
-//! | [`Save`], [`Save::staged`], [`fenced`](CheckpointExecutor::fenced) | not at all: they are futures for any runtime |
+//! | [`save`](CheckpointExecutor::save) | only while the overlap policy admits no further save, until the save deadline |
+//! | [`Save`], [`Save::staged`], [`fenced`](CheckpointExecutor::fenced) | never: they are futures for any runtime |
 //! | [`fence`](CheckpointExecutor::fence), the end of a [`scope`](CheckpointExecutor::scope) | until nothing reads the tensors, until the fence deadline |
-//! | [`fence_on`](CheckpointExecutor::fence_on), and a scope that ends on streams | until the copies are queued, which needs room in the arena |
+//! | [`fence_on`](CheckpointExecutor::fence_on), and a scope that ends on streams | until the copies are queued, which needs free slabs in the arena |
 //! | [`Builder::build`], [`latest`](CheckpointExecutor::latest), [`Catalog`], [`Checkpoint`] | for the storage |
-//! | [`Save::wait`], [`shutdown`](CheckpointExecutor::shutdown), dropping the executor | until saves have ended, as long as they are told to |
+//! | [`Save::wait`], [`shutdown`](CheckpointExecutor::shutdown), dropping the executor | until saves have ended, at most the given timeout |
 //!
-//! In an asynchronous program those that wait belong on a thread for them. With the feature `tokio` each has a form that does this, such as
-//! `build_async`; without it:
+//! Asynchronous programs run the blocking calls on a blocking thread. With the feature `tokio` each call has
+//! an async form, such as `build_async`; without it:
 //! ```
 //! # use ashore::{Catalog, CheckpointExecutor, StateDict};
 //! # use std::{sync::Arc, time::Duration};
@@ -103,9 +109,10 @@
 //!
 //! # On a GPU
 //!
-//! With the feature `cuda`, on by default, the driver is looked for when an executor is built; building the program needs no toolkit.
-//! A tensor in a GPU's memory is a [`RawDevice`]: an address, the stream that wrote it, and what keeps it allocated. With the
-//! feature `cudarc`, slices and views of that crate are sources as they are, without unsafe code: see [`adapters`].
+//! The executor loads the CUDA driver when it is built (feature `cuda`, on by default); compiling needs no
+//! toolkit. A tensor in GPU memory is a [`RawDevice`]: an address, the stream that wrote it, and an object
+//! that keeps it allocated. With the feature `cudarc`, slices and views of that crate are sources without
+//! unsafe code: see [`adapters`].
 //!
 //! ```no_run
 //! use ashore::{CheckpointExecutor, DeviceStream, Dtype, RawDevice, StateDict};
@@ -126,21 +133,29 @@
 //! # Ok::<(), ashore::Error>(())
 //! ```
 //!
-//! Copies go to the arena in a stream of our own, behind everything that was in the tensors' streams at `save`. After
-//! [`fence`](CheckpointExecutor::fence) nothing reads the tensors any more; [`fence_on`](CheckpointExecutor::fence_on) waits only until all
-//! copies are queued, which needs room in the arena, and leaves the rest to the streams that it is given. A stream that is being
-//! captured into a graph is refused by both. Tensors of at most 128 KiB are captured on the GPU at `save`, in the order of their streams,
-//! while the memory of [`Builder::gather`] has room, and may be written at once; the others of the first two saves are digested there, so
-//! that a forgotten fence fails the save. Strided tensors ([`RawDevice::strided`]) are saved packed. [`Builder::scratch`] sets memory of the GPU apart for what has not left it at the
-//! fence, so that little need be waited for; that is experimental. Which GPU it is need not be said: [`DeviceChoice::Auto`] is that of the current context, or of the first tensor
-//! of one that is saved, and before that none is touched. Where there is no driver or no device, the host copies, and an executor
-//! that was asked for a GPU by [`DeviceChoice::Cuda`] is not built. Nothing of this has run on a GPU yet: it was shown on a simulated
-//! driver.
+//! The executor copies tensors to the arena in a stream of its own, after all work that was in the tensors'
+//! streams at `save`. After [`fence`](CheckpointExecutor::fence) nothing reads the tensors any more.
+//! [`fence_on`](CheckpointExecutor::fence_on) waits only until all copies are queued, which needs free slabs
+//! in the arena, and makes the given streams wait for them on the GPU. Both refuse a stream that is being
+//! captured into a graph.
+//!
+//! Tensors of at most 128 KiB are captured on the GPU at `save`, in the order of their streams, while the
+//! capture pool ([`Builder::gather`]) has space; the program may write them at once. In the first two saves
+//! the GPU digests the other tensors, so that a forgotten fence fails the save. Strided tensors
+//! ([`RawDevice::strided`]) are saved packed.
+//!
+//! [`Builder::scratch`] reserves GPU memory for late copies, so that a fence waits for little; this is
+//! experimental. [`DeviceChoice::Auto`] uses the GPU of the current context, or of the first tensor in GPU
+//! memory that is saved, and touches no GPU before that. Without a driver or a device the host copies; an
+//! executor that was given [`DeviceChoice::Cuda`] then fails to build. None of this has run on a GPU yet: it
+//! was tested on a simulated driver.
 //!
 //! # Features
 //!
-//! `cuda` and `uring` are on, and looked for at run time. `cudarc` adds the sources over its types. `testing` adds the module of that name: a device that copies late, and the conformance suites for storage and for graph checkpointers.
-//! `sqlite` adds a store for many small graph states. `tokio` adds forms of the calls that block, as futures: [`adapters`].
+//! `cuda` and `uring` are on by default, and used where the machine has them. `cudarc` adds sources over its
+//! types. `testing` adds the module of that name: a device that copies late, and the conformance suites for
+//! storage and for graph checkpointers. `sqlite` adds a store for many small graph states. `tokio` adds async
+//! forms of the calls that block: [`adapters`].
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!(
@@ -201,13 +216,14 @@ pub use state::{
     Source, StateDict, promise,
 };
 
-/// What the README shows compiles.
+/// Compiles the examples of the README as doc tests.
 #[cfg(all(doctest, feature = "cudarc"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// The embedded GPU kernels: the first 16 hexadecimal digits of the SHA-256 of `kernels/SHA256SUMS`, the version of the compiler that
-/// made the PTX, and the architectures whose machine code was built in. Empty without the feature `cuda`.
+/// Identifies the embedded GPU kernels: the first 16 hexadecimal digits of the SHA-256 of
+/// `kernels/SHA256SUMS`, the version of the compiler that made the PTX, and the architectures with built-in
+/// machine code. Empty without the feature `cuda`.
 pub const KERNELS: &str = match option_env!("ASHORE_KERNELS_ID") {
     Some(kernels) => kernels,
     None => "",

@@ -1,32 +1,33 @@
-//! Settings: plain data, filled by the builder, a file or the environment.
+//! Settings of an executor: plain data, set by the builder, a file or the environment.
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 use std::time::Duration;
 
-/// How bytes reach the medium, as it really is, not as it was asked for.
+/// How bytes actually reach the medium, which may differ from what was requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum IoMode {
-    /// Past the page cache.
+    /// Direct I/O: bytes bypass the page cache.
     Direct,
-    /// Through the page cache: direct I/O was refused, or accepted and not honoured (btrfs with checksums, tmpfs).
+    /// Through the page cache: the file system refused direct I/O, or accepted it without honouring it (btrfs
+    /// with checksums, tmpfs).
     Buffered,
 }
 
-/// How files are written.
+/// Which system calls write files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Engine {
-    /// As measured to be best in general: `Pwrite`.
+    /// The engine that measured best in general: `Pwrite`.
     Auto,
     /// One blocking pwrite(2) per chunk and writer thread.
     Pwrite,
-    /// Several pieces of a chunk in flight per writer thread, through io_uring and from registered memory; pwrite(2) where the
-    /// kernel has no rings to give. Needs the feature `uring`.
+    /// io_uring from registered memory, with several pieces of a chunk in flight per writer thread; pwrite(2)
+    /// where io_uring is not available. Needs the feature `uring`.
     Uring,
 }
 
@@ -43,15 +44,15 @@ impl FromStr for Engine {
     }
 }
 
-/// How much the threads behind the stager (writers, committer, tidying) give way to others, on processors and disks.
+/// CPU and I/O priority of the threads behind the stager: writers, committer and tidying.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Priority {
-    /// As any thread.
+    /// The priority of any thread.
     Normal,
-    /// Behind others: nice 10, batch scheduling, the lowest best-effort I/O priority. Still gets its share when nobody else
-    /// wants it.
+    /// Below other threads: nice 10, batch scheduling, the lowest best-effort I/O priority. Idle CPUs and
+    /// disks are still used in full.
     Low,
 }
 
@@ -67,14 +68,15 @@ impl FromStr for Priority {
     }
 }
 
-/// How the owner record of an attempt is locked, by which sweeps tell a live owner from a dead one.
+/// How the owner record of an attempt is locked. A sweep tells live owners from dead ones by this lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Locks {
-    /// By flock(2). Where a file system says that it has no locks, as by `None`; where locking fails, saves fail.
+    /// flock(2). On a file system that reports no lock support, the same as `None`; where locking fails
+    /// otherwise, saves fail.
     Flock,
-    /// Not at all, for file systems whose locks do not work: attempts are judged by their age.
+    /// No locks, for file systems whose locks do not work. Sweeps judge attempts by their age.
     None,
 }
 
@@ -95,15 +97,18 @@ impl FromStr for Locks {
 #[serde(try_from = "String", into = "String")]
 #[non_exhaustive]
 pub enum DeviceChoice {
-    /// A GPU where there is one, the host otherwise; the executor says which and why. It is the GPU whose context is current in the thread
-    /// that builds the executor; without one, that of the first tensor in the memory of a GPU that is saved, or restored into. Until
-    /// then no GPU is touched, and the arena is not pinned. Where tensors of several come first, it is that which the number of this
-    /// process on its machine stands for (`LOCAL_RANK` and what other launchers set), or else the first of them.
+    /// A GPU if the machine has one, the host otherwise;
+    /// [`CheckpointExecutor::device`](crate::CheckpointExecutor::device) reports which and why. The choice is
+    /// the GPU whose context is current in the thread that builds the executor. Without a current context it
+    /// is the GPU of the first tensor in GPU memory that is saved or restored into; until then no GPU is
+    /// touched, and the arena is not pinned. If the first such tensors are on several GPUs, the choice is the
+    /// GPU with the local rank of this process (`LOCAL_RANK`, or the variables of other launchers), or else
+    /// the first of them.
     #[default]
     Auto,
-    /// The processor. Tensors of devices are refused.
+    /// The host's CPU. Tensors in GPU memory are refused.
     Host,
-    /// The GPU with this ordinal; without it there is no executor.
+    /// The GPU with this ordinal; building the executor fails without it.
     Cuda(u32),
 }
 
@@ -149,121 +154,139 @@ impl std::fmt::Display for DeviceChoice {
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Overlap {
-    /// Up to `n` unfinished saves may precede a new one; `save` waits for room until the save deadline, then is `Busy`.
+    /// At most `n` unfinished saves may precede a new one; beyond that `save` waits until the save deadline,
+    /// then returns `Busy`.
     Queue(usize),
-    /// `save` waits until the one before is finished: `Queue(0)`.
+    /// `save` waits until the previous save is finished: `Queue(0)`.
     Block,
-    /// A save that finds another unfinished is skipped; its handle resolves to `Outcome::Skipped`.
+    /// A new save is skipped while another is unfinished; its handle resolves to `Outcome::Skipped`.
     Skip,
-    /// The newest save takes the place of one that waits and has not begun to stage; that one resolves to
-    /// `Outcome::Superseded`. At most two saves are under way beside the one that waits. For loops that never fence, because
-    /// each step makes new tensors: a fence waits for the waiting save, too, unless all of it can be set aside on the GPU.
+    /// A new save replaces the waiting one that has not begun to stage; the replaced save resolves to
+    /// `Outcome::Superseded`. At most two saves are under way beside the waiting one. Meant for loops that
+    /// never fence because each step makes new tensors: a fence also waits for the waiting save, unless
+    /// scratch can take late copies of all of it.
     Latest,
 }
 
-/// For which saves writable sources are digested at `save`, to detect a forgotten fence.
+/// Which saves digest writable sources at `save`, to detect a forgotten fence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Detect {
-    /// For none.
+    /// No save.
     Never,
-    /// For the first two of an executor that become durable, those not counted whose GPU did not tell its digests.
+    /// The first two durable saves of an executor. A save whose GPU returned no digests does not count.
     First,
-    /// For all.
+    /// Every save.
     All,
 }
 
-/// What becomes of the error of a save that failed in the background, when no handle and no call has returned it.
+/// What happens to the error of a background save that no handle and no call has returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum OnUnseenError {
-    /// The next `save` returns its error, and does not save; or `shutdown` does.
+    /// The next `save` returns the error and does not save; `shutdown` returns it if no `save` did.
     NextCall,
-    /// It is logged, at the level of errors, by the next `save`, which goes on; `shutdown` returns what is left. For programs
-    /// that would rather miss a checkpoint than stop.
+    /// The next `save` logs the error at error level and proceeds; `shutdown` returns errors that are left.
+    /// For programs that would rather miss a checkpoint than stop.
     Warn,
 }
 
-/// What a save does about a damaged step of the same number.
+/// What a save does with a damaged step of the same number.
 ///
-/// A step is damaged when this library made it and its bytes are not what was written. Found when it cannot be opened, or when
+/// A step is damaged when this library made it and its bytes are not what was written. The executor knows of
+/// the damage when the step cannot be opened, or after
 /// [`Catalog::latest_valid`](crate::Catalog::latest_valid) or a prune of this executor's catalog has read it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum OnDamaged {
-    /// The new step takes its place, so that a run that resumed before it gets past it. The damaged one is
-    /// removed right before the new one is published.
+    /// The new step replaces the damaged one, so that a run that resumed from an earlier step can pass it.
+    /// The damaged step is removed right before the new one is published.
     #[default]
     Replace,
-    /// The save fails with `Conflict`, as over a sound step.
+    /// The save fails with `Conflict`, as for an intact step.
     Refuse,
 }
 
-/// The settings of an executor. Sizes in bytes.
+/// The settings of an executor. Sizes are in bytes; each field names its default.
+///
+/// ```
+/// let mut settings = ashore::Settings::default();
+/// settings.arena = 1 << 30;
+/// settings.keep_last = Some(3);
+/// settings.check()?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Settings {
-    /// Size of the pinned arena, taken at start and never grown: 256 MiB. Half or a quarter where not all of it can be pinned.
+    /// Size of the pinned arena, allocated at start and never grown: 256 MiB. It shrinks to a half or a
+    /// quarter if not all of it can be pinned.
     pub arena: u64,
-    /// Size of a chunk, the unit of copying and writing: 8 MiB, at most 1 GiB, a multiple of 4096. At least two must fit the arena.
+    /// Size of a chunk, the unit of copying and writing: 8 MiB. A multiple of 4096, at most 1 GiB; the arena
+    /// must fit at least two.
     pub chunk: u64,
     /// Number of writer threads: 4.
     pub writers: usize,
-    /// Number of shard files per save: 1.
+    /// Maximum number of shard files per save: 1.
     pub files: usize,
-    /// Which device copies: `Auto`, that of the tensors.
+    /// Which device copies: `Auto`, the device of the tensors.
     pub device: DeviceChoice,
-    /// Ask for direct I/O: true.
+    /// Request direct I/O: true.
     pub direct: bool,
-    /// How files are written: `Auto`.
+    /// Which system calls write files: `Auto`.
     pub engine: Engine,
     /// How owner records are locked: `Flock`.
     pub locks: Locks,
-    /// Attempts of which no lock tells whether their owner is alive (of another host, or without locks) are deleted when they have
-    /// not changed for so long: a day, at least an hour. Live owners touch theirs every five minutes.
+    /// Age at which a sweep deletes an attempt whose lock cannot be judged (of another host, or without
+    /// locks): a day without a change, at least an hour. Live owners touch their attempts every five minutes.
     pub abandoned_after: Duration,
-    /// How much writers give way to other threads: `Normal`.
+    /// Priority of the threads behind the stager: `Normal`.
     pub priority: Priority,
     /// What `save` does while earlier saves are unfinished: `Queue(1)`.
     pub overlap: Overlap,
-    /// What becomes of errors of saves that no handle and no call has returned: `NextCall`.
+    /// What happens to errors of saves that no handle and no call has returned: `NextCall`.
     pub on_unseen_error: OnUnseenError,
-    /// When to look for forgotten fences: `First`. Of tensors of GPUs, among those of the executor's own.
+    /// Which saves detect forgotten fences: `First`. For tensors in GPU memory, only those of the executor's
+    /// own GPU.
     pub detect: Detect,
-    /// Memory of the GPU, taken at start, in which small tensors are captured at `save`: 16 MiB, and as much as a chunk beside it.
-    /// With 0 nothing is gathered: small tensors cross the bus one by one and are taken at the fence, and strided ones are refused.
+    /// Size of the capture pool, GPU memory allocated at start for small tensors that are captured at `save`:
+    /// 16 MiB, plus one chunk. With 0 the GPU gathers nothing: small tensors cross the bus one by one and are
+    /// live until the fence, and strided ones are refused.
     pub gather: u64,
-    /// Memory of the GPU, taken at start, in which fences, and the ends of scopes, set aside what has not left it: none, and a
-    /// fence on streams waits until copies are queued. At least a chunk. A list of what a save holds comes on top, 40 bytes for every
-    /// 64 KiB. Of states that span devices nothing is set aside: for those a fence always waits. Experimental.
+    /// Size of the scratch, GPU memory allocated at start for late copies at fences and ends of scopes: 0,
+    /// and a fence on streams waits until copies are queued. At least a chunk if not 0. A list of the save's
+    /// pieces adds 40 bytes per 64 KiB. States that span devices get no late copies: their fences always
+    /// wait. Experimental.
     pub scratch: u64,
-    /// At a fence on streams, have them wait for a number in pinned memory instead of an event: false. The stream of copies writes
-    /// it behind them, and the host as soon as every save that the fence is for has failed: so the deadline of a save also bounds
-    /// how long the GPU waits, where copies crawl or hang. Not for what a fence sets aside, nor at the end of a scope. CUDA's
-    /// own tools do not see this order. Streams wait for events where the driver refuses, or `CUDA_DEVICE_MAX_CONNECTIONS` is
-    /// below 8: [`DeviceReport::memory_waits`](crate::device::DeviceReport::memory_waits) says so.
+    /// Streams at a fence wait for a number in pinned memory instead of an event: false. The copy stream
+    /// writes the number after the copies; the host writes it as soon as every save of the fence has failed.
+    /// So the deadline of a save also bounds how long the GPU waits for slow or hung copies. Late copies and
+    /// ends of scopes do not use it. CUDA's own tools do not see this order. Streams wait for events where
+    /// the driver refuses, or `CUDA_DEVICE_MAX_CONNECTIONS` is below 8:
+    /// [`DeviceReport::memory_waits`](crate::device::DeviceReport::memory_waits) says so.
     pub memory_waits: bool,
-    /// Queue the copies of a chunk from a GPU in one call (`cuMemcpyBatchAsync`), where the driver has that and the arena is
-    /// pinned: false, because which way is faster has not been measured yet.
+    /// Queue the copies of a chunk from a GPU in one call (`cuMemcpyBatchAsync`), if the driver has it and
+    /// the arena is pinned: false, because the faster way has not been measured yet.
     pub batch: bool,
-    /// How much a save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
+    /// Bytes that one save may copy on the calling thread for `Capture::AtSave`: 1 MiB.
     pub capture_budget: u64,
-    /// Keep this many newest steps; None keeps all.
+    /// Number of newest steps to keep: None, which keeps all.
     pub keep_last: Option<usize>,
-    /// Keep every step that is a multiple of this, beyond `keep_last`.
+    /// Keep every step that is a multiple of this, beyond `keep_last`: None.
     pub keep_every: Option<u64>,
-    /// Read a step that an earlier process wrote whole before it counts for `keep_last`, once and off the
-    /// path of saves: false. A damaged one then replaces no older one.
+    /// Verify a step of an earlier process before it counts for `keep_last`, once and off the path of saves:
+    /// false. With it, a damaged step never makes retention delete an older intact one.
     pub verify_kept: bool,
-    /// What a save does about a damaged step of the same number: `Replace`.
+    /// What a save does with a damaged step of the same number: `Replace`.
     pub damaged: OnDamaged,
-    /// A save that is not durable after so long fails: 30 minutes. Counted from the call, waiting for room included.
+    /// A save that is not durable after this time fails: 30 minutes. Counted from the call, time in the queue
+    /// included.
     pub save_timeout: Duration,
-    /// A save that is still read when a fence has waited this long fails: 10 minutes.
+    /// A save whose tensors are still read when a fence has waited this long fails: 10 minutes.
     pub fence_timeout: Duration,
     /// How long dropping the executor waits for saves in flight: 5 minutes.
     pub shutdown_timeout: Duration,
@@ -302,8 +325,9 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// The defaults, changed by `ASHORE_ARENA`, `ASHORE_CHUNK` (bytes), `ASHORE_WRITERS`, `ASHORE_FILES`, `ASHORE_DIRECT`
-    /// (`true` or `false`), `ASHORE_DEVICE`, `ASHORE_ENGINE`, `ASHORE_LOCKS`, `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`.
+    /// Returns the defaults, changed by `ASHORE_ARENA`, `ASHORE_CHUNK` (bytes), `ASHORE_WRITERS`,
+    /// `ASHORE_FILES`, `ASHORE_DIRECT` (`true` or `false`), `ASHORE_DEVICE`, `ASHORE_ENGINE`, `ASHORE_LOCKS`,
+    /// `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`.
     ///
     /// # Errors
     /// `Invalid`, naming the variable that does not parse.
@@ -366,7 +390,7 @@ impl Settings {
             let why = "live owners touch their attempts every five minutes; give them at least an hour";
             return refuse(format!("{why} abandoned_after={:?}", self.abandoned_after));
         }
-        // As `Retention::check`.
+        // The same rules as `Retention::check`.
         match (self.keep_last, self.keep_every) {
             (Some(0), _) => refuse("keep at least one step, or leave this unset to keep all keep_last=0".into()),
             (_, Some(0)) => refuse("no step is a multiple of this: leave it unset keep_every=0".into()),
