@@ -1,4 +1,4 @@
-//! The state dict: what one save saves.
+//! The state dict: the tensors, values and metadata of one save.
 
 use super::dtype::{Dtype, Layout};
 use super::source::{DeviceStream, Place, Shared, Source};
@@ -14,13 +14,13 @@ use std::fmt;
 use std::hash::BuildHasher;
 use std::sync::Arc;
 
-/// When a tensor's bytes are taken.
+/// When a save takes a tensor's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Capture {
-    /// Before `save` returns. For what changes before the fence: statistics, scales, step counters.
+    /// Before `save` returns. For tensors that change before the fence: statistics, scales, step counters.
     AtSave,
-    /// At the latest when the fence is reached.
+    /// At the fence at the latest.
     AtFence,
 }
 
@@ -28,15 +28,16 @@ pub enum Capture {
 pub(crate) struct Tensor<'a> {
     pub layout: Layout,
     pub place: Place,
-    /// None: the default for its place and size.
+    /// None: the default for its memory location and size.
     pub capture: Option<Capture>,
     pub source: Box<dyn Source + 'a>,
-    /// Where the device has captured it, packed: from then on it is read there. The device may still have to read the source.
+    /// The address of the packed capture on the device, which the save reads instead. The device may still
+    /// have to read the source.
     pub captured_at: Option<u64>,
 }
 
 impl Tensor<'_> {
-    /// Hands `copy` a pointer to the bytes, as [`Source::read`] does.
+    /// Calls `copy` with a pointer to the bytes, as [`Source::read`] does.
     pub fn read(&self, copy: &mut dyn FnMut(*const u8)) {
         match self.captured_at {
             Some(address) => copy(std::ptr::without_provenance(address as usize)),
@@ -44,16 +45,16 @@ impl Tensor<'_> {
         }
     }
 
-    /// The strides of a tensor whose elements do not lie together.
+    /// The strides of a tensor that is not packed.
     pub fn strides(&self) -> Option<&[i64]> {
         if self.captured_at.is_some() { None } else { self.source.strides() }
     }
 }
 
-/// Named tensors, values and metadata, as one save takes them.
+/// Named tensors, values and metadata of one save.
 ///
-/// Tensors are *sources*: nothing is copied when they are put in. Values are any serde type; they and the metadata are
-/// kept exactly (see [`encode_value`](super::encode_value)). Order of insertion does not matter to the file.
+/// Tensors are *sources*: adding one copies nothing. Values are any serde type; they and the metadata are
+/// kept exactly (see [`encode_value`](super::encode_value)). The order of insertion does not change the file.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -73,11 +74,11 @@ pub struct StateDict<'a> {
     pub(crate) tensors: IndexMap<String, Tensor<'a>, FixedState>,
     pub(crate) values: BTreeMap<String, serde_json::Value>,
     pub(crate) metadata: BTreeMap<String, serde_json::Value>,
-    /// Indices of tensors in host memory that can be written while they are held.
+    /// Indices of tensors in host memory that the program can write while the save holds them.
     pub(crate) writable: Vec<usize>,
-    /// The streams that produced tensors of devices, each once.
+    /// The streams that wrote device tensors, each once.
     pub(crate) streams: Vec<DeviceStream<'static>>,
-    /// What keeps those streams alive beyond their tensors.
+    /// Owners that keep those streams alive beyond their tensors.
     pub(crate) stream_owners: Vec<Arc<dyn Any + Send + Sync>>,
     bytes: u64,
     fingerprint: u64,
@@ -89,22 +90,22 @@ impl<'a> StateDict<'a> {
         Self::default()
     }
 
-    /// An empty state dict with room for `tensors` tensors.
+    /// An empty state dict with capacity for `tensors` tensors.
     pub fn with_capacity(tensors: usize) -> Self {
         Self { tensors: IndexMap::with_capacity_and_hasher(tensors, FixedState::default()), ..Self::default() }
     }
 
-    /// Adds a tensor, captured as is usual for its place and size.
+    /// Adds a tensor, with the default capture for its memory location and size.
     ///
     /// # Errors
-    /// `Invalid`, naming the tensor: an empty, reserved (`__metadata__`) or duplicate name, a source whose byte length
-    /// is not that of its dtype and shape, strides that do not go with it, or F4 with an odd last dimension, for which torch refuses
-    /// the whole file.
+    /// `Invalid`, naming the tensor: an empty, reserved (`__metadata__`) or duplicate name, a source whose
+    /// byte length is not that of its dtype and shape, strides that do not fit its shape, or F4 with an odd
+    /// last dimension, for which torch refuses the whole file.
     pub fn tensor(&mut self, name: impl Into<String>, source: impl Source + 'a) -> Result<&mut Self> {
         self.insert(name.into(), Box::new(source), None)
     }
 
-    /// Adds a tensor that is captured when `capture` says.
+    /// Adds a tensor that is captured at the time that `capture` says.
     ///
     /// # Errors
     /// As [`StateDict::tensor`]. Whether [`Capture::AtSave`] is possible is known at `save`.
@@ -169,16 +170,16 @@ impl<'a> StateDict<'a> {
         Ok(self)
     }
 
-    /// Adds a value: anything serde can serialize, kept exactly, non-finite floats included.
+    /// Adds a value of any serde type, kept exactly, non-finite floats included.
     ///
     /// # Errors
-    /// `Invalid`, naming the value: an empty or duplicate name, or something that cannot be kept exactly.
+    /// `Invalid`, naming the value: an empty or duplicate name, or a value that cannot be kept exactly.
     pub fn value(&mut self, name: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
         put("value", &mut self.values, name.into(), value)?;
         Ok(self)
     }
 
-    /// Adds user metadata: what describes the checkpoint rather than belongs to the state.
+    /// Adds user metadata, which describes the checkpoint and is not part of the state.
     ///
     /// # Errors
     /// As [`StateDict::value`].
@@ -197,10 +198,10 @@ impl<'a> StateDict<'a> {
         self.values.keys().map(String::as_str)
     }
 
-    /// Takes over what is in `other`, under names that begin with `prefix`.
+    /// Moves the content of `other` into this state dict, with `prefix` before every name.
     ///
     /// # Errors
-    /// `Invalid`, naming it, when a name is taken.
+    /// `Invalid`, with the name, when a name is taken.
     pub(crate) fn absorb(&mut self, prefix: &str, other: Self) -> Result<()> {
         for (name, Tensor { capture, source, .. }) in other.tensors {
             self.insert(format!("{prefix}{name}"), source, capture)?;
@@ -218,11 +219,10 @@ impl<'a> StateDict<'a> {
         Ok(())
     }
 
-    /// The same, with each tensor and value under the name that `name` makes of its own; without those for
-    /// which it says None.
+    /// Renames each tensor and value by `name`, and removes those for which it returns None.
     ///
     /// # Errors
-    /// `Invalid`: two have the same name then.
+    /// `Invalid` when two tensors or values get the same name.
     pub fn renamed(self, name: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let mut renamed = Self { metadata: self.metadata, ..Self::default() };
         for (old, value) in self.values {
@@ -240,10 +240,11 @@ impl<'a> StateDict<'a> {
         Ok(renamed)
     }
 
-    /// Two state dicts of the same sources, for whoever may have to save them twice.
+    /// Splits into two state dicts of the same sources, for a caller that may have to save them twice.
     ///
     /// # Errors
-    /// `Invalid`, naming the tensor that the program may write meanwhile: later it would be another state.
+    /// `Invalid`, naming a tensor that the program may write in between: the second save would save another
+    /// state.
     pub(crate) fn split(self) -> Result<(Self, Self)> {
         self.settled()?;
         let mut both = (Self::with_capacity(self.len()), Self::with_capacity(self.len()));
@@ -257,7 +258,7 @@ impl<'a> StateDict<'a> {
         Ok(both)
     }
 
-    /// Makes sure that nothing can write the tensors while the state dict is held.
+    /// Checks that the program cannot write the tensors while the state dict holds them.
     ///
     /// # Errors
     /// `Invalid`, naming the first tensor that can be written.
@@ -280,7 +281,7 @@ impl<'a> StateDict<'a> {
         self.tensors.is_empty()
     }
 
-    /// The sum of the tensors' sizes in bytes.
+    /// The sum of tensor sizes in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }

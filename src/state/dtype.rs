@@ -1,4 +1,4 @@
-//! Element types and tensor layouts. The names of dtypes are those of the safetensors format, and so are their sizes.
+//! Element types and tensor layouts, with the names and sizes of the safetensors format.
 
 use crate::error::{Error, Result};
 use half::{bf16, f16};
@@ -9,7 +9,7 @@ use std::ops::Deref;
 
 macro_rules! dtypes {
     ($($(#[$doc:meta])* $name:ident: $bits:literal),* $(,)?) => {
-        /// The type of the elements of a tensor. Its `Display`, and what serde makes of it, are its name in the safetensors format.
+        /// The element type of a tensor. `Display` and serde use its name in the safetensors format.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
         #[non_exhaustive]
         #[expect(non_camel_case_types, reason = "the names are those of the format")]
@@ -21,7 +21,7 @@ macro_rules! dtypes {
                 match self { $(Self::$name => $bits),* }
             }
 
-            /// The same, as the crate knows it that reads the format.
+            /// The dtype of the safetensors crate.
             pub(crate) fn stock(self) -> safetensors::Dtype {
                 match self { $(Self::$name => safetensors::Dtype::$name),* }
             }
@@ -84,7 +84,7 @@ dtypes! {
     U64: 64,
 }
 
-/// Dimensions of a tensor, outermost first; no dimensions is a scalar. A slice of sizes.
+/// Dimensions of a tensor, outermost first; a scalar has none. Dereferences to a slice of sizes.
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct Shape(SmallVec<[usize; 4]>);
 
@@ -114,9 +114,9 @@ impl fmt::Debug for Shape {
     }
 }
 
-/// Rust types that are the elements of a tensor, bit for bit.
+/// A Rust type whose values are tensor elements, bit for bit.
 pub trait Element: bytemuck::Pod + Send + Sync {
-    /// The dtype under which such elements are stored.
+    /// The dtype that stores these elements.
     const DTYPE: Dtype;
 }
 
@@ -144,7 +144,7 @@ impl Layout {
         Self { dtype, shape: shape.as_ref().into() }
     }
 
-    /// The number of elements, or None where it does not fit.
+    /// The number of elements; None if it overflows.
     pub fn elements(&self) -> Option<u64> {
         self.shape.iter().try_fold(1_u64, |n, &dim| n.checked_mul(u64::try_from(dim).ok()?))
     }
@@ -166,13 +166,13 @@ impl Layout {
         }
     }
 
-    /// The bytes of an element, if it has whole ones.
+    /// The bytes of an element; None for dtypes smaller than a byte or not whole bytes.
     pub(crate) fn item(&self) -> Option<usize> {
         let bits = self.dtype.bitsize();
         bits.is_multiple_of(8).then_some(bits / 8)
     }
 
-    /// True when elements with these strides, in bytes, lie together in row-major order.
+    /// Returns true when elements with these strides, in bytes, are packed in row-major order.
     pub(crate) fn is_packed(&self, strides: &[i64]) -> bool {
         let Some(mut expected) = self.item().and_then(|item| i64::try_from(item).ok()) else { return false };
         let mut dims = self.shape.iter().zip(strides).rev();

@@ -1,7 +1,7 @@
-//! What is saved: named tensors, and values that are not tensors.
+//! The content of a save: named tensors, and values that are not tensors.
 //!
-//! A [`StateDict`] owns or borrows *sources* and never copies their bytes; copying is the stager's work. Names are data:
-//! they become keys in files, never paths.
+//! A [`StateDict`] owns or borrows *sources* and never copies their bytes; the stager copies them. Names are
+//! data: they become keys in files, never paths.
 
 mod dict;
 mod dtype;

@@ -1,9 +1,8 @@
-//! A tensor that is still being staged by somebody else: planned now, read when it has come.
+//! A tensor that another component still stages: planned at `save`, read once it is delivered.
 //!
 //! # Safety argument
-//! [`Promised`] is a source that hands out the bytes of the source that it was fulfilled with, which it owns from then on and
-//! for as long as it lives itself; that one's promises are its own. Before that it says that it is not ready, and hands out
-//! nothing.
+//! [`Promised`] forwards to the source that fulfilled it, and owns that source for the rest of its life; so
+//! that source's promises hold for it. Before that it is not ready, and passes no pointer.
 #![expect(unsafe_code, reason = "a source that forwards to another; argument above")]
 
 use super::dtype::Layout;
@@ -14,7 +13,7 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 use std::task::{Poll, Waker};
 
-/// A promise to deliver a tensor of `layout`, and the source to be saved in its place meanwhile.
+/// Creates a promise to deliver a tensor of `layout`, and the source to save in its place.
 ///
 /// ```
 /// use ashore::{CheckpointExecutor, Dtype, Layout, StateDict, promise};
@@ -33,12 +32,12 @@ pub fn promise(layout: Layout) -> (Promise, Promised) {
     (Promise(Some(shared.clone())), Promised(shared))
 }
 
-/// The deliverer's end of a [`promise`]. Dropping it breaks the promise, and fails the save.
+/// The delivering end of a [`promise`]. Dropping it breaks the promise and fails the save.
 #[derive(Debug)]
 #[must_use = "a promise that is dropped fails the save"]
 pub struct Promise(Option<Arc<Inner>>);
 
-/// The source of a tensor that was [promised](promise). Later saves wait behind the one that waits for it.
+/// The source of a [promised](promise) tensor. Later saves wait for the save that waits for it.
 #[derive(Debug)]
 pub struct Promised(Arc<Inner>);
 
@@ -53,7 +52,7 @@ impl Inner {
         if self.came.set(what).is_err() {
             return;
         }
-        // Woken, cloned and dropped without the lock: it may poll at once.
+        // The waker is woken, cloned and dropped without the lock, because it may poll at once.
         let waker = lock(&self.waker).take();
         if let Some(waker) = waker {
             waker.wake();
@@ -71,8 +70,8 @@ impl Promise {
     /// Delivers the tensor.
     ///
     /// # Errors
-    /// `Invalid`, and the save fails with it: another dtype, shape or length than was promised, or memory that the program may
-    /// write while it is held.
+    /// `Invalid`, and the save fails with it: another dtype, shape or length than promised, or memory that
+    /// the program may write while the source exists.
     pub fn fulfil(mut self, source: impl Source + 'static) -> Result<()> {
         let Some(inner) = self.0.take() else { return Ok(()) };
         let (layout, place) = (source.layout(), source.place());
@@ -95,7 +94,7 @@ impl Promise {
         Err(error)
     }
 
-    /// Says that the tensor will not come: the save fails with `why`.
+    /// Breaks the promise: the save fails with `why`.
     pub fn fail(mut self, why: Error) {
         if let Some(inner) = self.0.take() {
             inner.come(Err(why));
@@ -111,7 +110,7 @@ impl Drop for Promise {
     }
 }
 
-// SAFETY: see the module.
+// SAFETY: the module's safety argument.
 unsafe impl Source for Promised {
     fn layout(&self) -> Layout {
         self.0.layout.clone()
@@ -129,7 +128,7 @@ unsafe impl Source for Promised {
 
     fn poll_ready(&self, bytes: Range<u64>, waker: &Waker) -> Poll<Result<()>> {
         if self.0.came.get().is_none() {
-            // Left here before the second look, so that whoever delivers in between finds it.
+            // Stored before the second check, so that a delivery in between finds the waker.
             let waker = Some(waker.clone());
             let before = std::mem::replace(&mut *lock(&self.0.waker), waker);
             drop(before);

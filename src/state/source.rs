@@ -1,10 +1,10 @@
-//! Where a tensor's bytes live until they are staged.
+//! Sources: the memory that a tensor's bytes are read from until they are staged.
 //!
 //! # Safety argument
-//! The only unsafe things here are the contract of [`Source`], its implementations, and the making of a [`DeviceStream`], whose
-//! caller promises that the driver knows it. Each source holds a stable host allocation (`Arc`, `Vec`, `Box`, a borrowed slice)
-//! that no safe code can write while the source is alive, or a raw pointer for which the caller of [`RawHost::new`] or
-//! [`RawDevice::new`] made the promises.
+//! The unsafe code here is the contract of [`Source`], its implementations, and the construction of a
+//! [`DeviceStream`], whose caller promises that the driver knows it. Each source holds a stable host
+//! allocation (`Arc`, `Vec`, `Box`, a borrowed slice) that no safe code can write while the source is alive,
+//! or a raw pointer whose promises the caller of [`RawHost::new`] or [`RawDevice::new`] made.
 #![expect(unsafe_code, reason = "the contract between memory owners and asynchronous copies; argument above")]
 
 use super::dtype::{Dtype, Element, Layout, Shape};
@@ -16,13 +16,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-/// A stream of a device, as the program that made it knows it, which lives for `'s` at least. Here it is only handed on.
+/// A stream of the program, valid for at least `'s`. This module only passes it on.
 ///
-/// The driver takes any number for a stream and reads what it finds there, so that a stream is named by unsafe code:
+/// The driver dereferences any number that it gets as a stream, so only unsafe code creates one:
 /// ```compile_fail,E0133
 /// let stream = ashore::DeviceStream::new(0, 0xdead_beef);
 /// ```
-/// Adapters borrow it from the library that made it.
+/// Adapters borrow the stream from the library that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeviceStream<'s> {
     pub(crate) ordinal: u32,
@@ -31,7 +31,7 @@ pub struct DeviceStream<'s> {
 }
 
 impl DeviceStream<'static> {
-    /// The legacy default stream of device `ordinal`, which is always there.
+    /// The legacy default stream of device `ordinal`, which always exists.
     pub fn legacy(ordinal: u32) -> Self {
         Self { ordinal, handle: 0, lives: PhantomData }
     }
@@ -41,7 +41,7 @@ impl DeviceStream<'_> {
     /// The stream `handle`, a `CUstream` as a number, of device `ordinal`.
     ///
     /// # Safety
-    /// For the lifetime of what is returned, `handle` is a stream of that device's primary context, or 0.
+    /// For the lifetime of the returned stream, `handle` is a stream of that device's primary context, or 0.
     pub unsafe fn new(ordinal: u32, handle: usize) -> Self {
         Self { ordinal, handle, lives: PhantomData }
     }
@@ -56,38 +56,38 @@ impl DeviceStream<'_> {
         self.handle
     }
 
-    /// The same stream for as long as the caller promises.
+    /// Extends the stream's lifetime as the caller promises.
     ///
     /// # Safety
-    /// As for [`DeviceStream::new`].
+    /// The promise of [`DeviceStream::new`], for the new lifetime.
     pub(crate) unsafe fn promised(self) -> DeviceStream<'static> {
         DeviceStream { ordinal: self.ordinal, handle: self.handle, lives: PhantomData }
     }
 }
 
-/// Where a source's bytes are.
+/// The memory location of a source's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Place {
     /// Host memory.
     Host {
-        /// How many bytes there are.
+        /// Number of bytes.
         bytes: u64,
-        /// True when the program can write the memory while the source is alive. Such a source is watched for forgotten
-        /// fences, and captured at `save` when it is small.
+        /// True when the program can write the memory while the source is alive. The executor checks such a
+        /// source for forgotten fences, and captures it at `save` when it is small.
         writable: bool,
     },
-    /// Memory of a device, which the program can write as soon as its streams get there.
+    /// Device memory, which the program can write as soon as its streams reach the write.
     Device {
-        /// How many bytes there are.
+        /// Number of bytes.
         bytes: u64,
-        /// The stream that wrote them, and that will free them. It lives as long as the source.
+        /// The stream that wrote the bytes, and that will free them. It lives as long as the source.
         stream: DeviceStream<'static>,
     },
 }
 
 impl Place {
-    /// How many bytes there are.
+    /// Number of bytes.
     pub fn bytes(&self) -> u64 {
         match *self {
             Place::Host { bytes, .. } | Place::Device { bytes, .. } => bytes,
@@ -102,7 +102,7 @@ impl Place {
         }
     }
 
-    /// The producer's stream, for memory of a device.
+    /// The stream that wrote the bytes, for device memory.
     pub fn stream(&self) -> Option<DeviceStream<'static>> {
         match *self {
             Place::Host { .. } => None,
@@ -111,46 +111,47 @@ impl Place {
     }
 }
 
-/// A tensor's bytes, held by whoever owns them until they are staged.
+/// A tensor's bytes, kept in their owner's memory until they are staged.
 ///
 /// # Safety
-/// Until the source is dropped, the memory that it describes stays allocated at the same address. [`Source::read`] calls
-/// `copy` exactly once, with a pointer to all bytes of the tensor in row-major order, and nothing writes those bytes while
-/// `read` runs. Copies that were begun inside `read` may still be read from the memory until the source is dropped; a
-/// write in that time must not be undefined behaviour beyond the value of the bytes read. The pointer of a source with
-/// [`Place::Device`] is an address of that device, never read on the host; what its stream had done when the source was
-/// handed to `save` is what is read.
+/// The memory that the source describes stays allocated at the same address until the source is dropped.
+/// [`Source::read`] calls `copy` exactly once, with a pointer to all bytes of the tensor in row-major order,
+/// and nothing writes those bytes while `read` runs. Copies that began inside `read` may still read the
+/// memory until the source is dropped; a write in that time must not be undefined behaviour beyond the value
+/// of the bytes read. The pointer of a source with [`Place::Device`] is an address of that device, never read
+/// on the host; a save reads the bytes as the stream has written them when the source is passed to `save`.
 pub unsafe trait Source: Send + Sync {
     /// Dtype and shape. Must not change.
     fn layout(&self) -> Layout;
 
-    /// Where the bytes are, and how many. Must not change.
+    /// The location and number of bytes. Must not change.
     fn place(&self) -> Place;
 
-    /// Hands `copy` a pointer to the bytes.
+    /// Calls `copy` once with a pointer to the bytes.
     fn read(&self, copy: &mut dyn FnMut(*const u8));
 
-    /// For memory of a device whose elements do not lie together: the stride of each dimension, in bytes. [`Source::read`] then
-    /// hands out where the element with all indices 0 is, and [`Place::Device`] has the bytes of the packed tensor. Must not
-    /// change.
+    /// The stride of each dimension in bytes, for device memory that is not packed. [`Source::read`] then
+    /// passes the address of the element with all indices 0, and [`Place::Device`] has the size of the packed
+    /// tensor. Must not change.
     fn strides(&self) -> Option<&[i64]> {
         None
     }
 
-    /// What keeps the stream of [`Place::Device`] alive after the source was dropped. A scope holds on to it, because at its end
-    /// it makes that stream wait.
+    /// An owner that keeps the stream of [`Place::Device`] alive after the source is dropped. A scope keeps
+    /// it, because the end of the scope makes that stream wait.
     fn stream_owner(&self) -> Option<Arc<dyn Any + Send + Sync>> {
         None
     }
 
-    /// Whether these bytes, of all of the tensor's, are there to be read. If they are not, `waker` is woken once they are, or
-    /// once they never will be; an error fails the save. Always ready, unless it says otherwise.
+    /// Polls whether the given range of the tensor's bytes is ready to be read. If pending, the source wakes
+    /// `waker` once the bytes are ready or never will be; an error fails the save. The default is always
+    /// ready.
     fn poll_ready(&self, _bytes: Range<u64>, _waker: &Waker) -> Poll<Result<()>> {
         Poll::Ready(Ok(()))
     }
 }
 
-/// A source that several state dicts hold.
+/// A source shared by several state dicts.
 #[derive(Clone)]
 pub(crate) struct Shared<'a>(Arc<dyn Source + 'a>);
 
@@ -160,7 +161,7 @@ impl<'a> Shared<'a> {
     }
 }
 
-// SAFETY: passed on; the source is dropped after the last who shares it.
+// SAFETY: forwards to the inner source, which is dropped after its last sharer.
 unsafe impl Source for Shared<'_> {
     fn layout(&self) -> Layout {
         self.0.layout()
@@ -187,7 +188,8 @@ unsafe impl Source for Shared<'_> {
     }
 }
 
-/// A tensor in host memory that cannot change while it is held: `Arc<Vec<T>>`, `Arc<[T]>`, `Vec<T>`, `Box<[T]>` or `&[T]`.
+/// A tensor in host memory that cannot change while the source exists: `Arc<Vec<T>>`, `Arc<[T]>`, `Vec<T>`,
+/// `Box<[T]>` or `&[T]`.
 #[derive(Clone, Debug)]
 pub struct HostTensor<O> {
     owner: O,
@@ -195,18 +197,19 @@ pub struct HostTensor<O> {
 }
 
 impl<O: HostOwner> HostTensor<O> {
-    /// A tensor of `shape` over the elements of `owner`. Its length is checked when it is put into a state dict.
+    /// A tensor of `shape` over the elements of `owner`. [`StateDict::tensor`](crate::StateDict::tensor)
+    /// checks the length.
     pub fn new(owner: O, shape: impl AsRef<[usize]>) -> Self {
         Self { owner, layout: Layout::new(O::DTYPE, shape) }
     }
 
-    /// A tensor whose elements have a dtype without a Rust type, over bytes laid out as `dtype` wants them.
+    /// A tensor of a dtype that has no Rust type, over bytes in the layout of `dtype`.
     pub fn with_dtype(owner: O, dtype: Dtype, shape: impl AsRef<[usize]>) -> Self {
         Self { owner, layout: Layout::new(dtype, shape) }
     }
 }
 
-/// Owners of host memory that stays put and cannot be written while the owner lives. Sealed.
+/// An owner of host memory at a stable address that cannot be written while the owner lives. Sealed.
 pub trait HostOwner: Send + Sync + sealed::Sealed {
     /// The dtype of the elements.
     const DTYPE: Dtype;
@@ -229,8 +232,8 @@ macro_rules! owners {
                 bytemuck::cast_slice(access(self))
             }
         }
-        // SAFETY: elements are plain data without interior mutability, and the owner is held or borrowed, so the
-        // allocation stays and nothing can write it; `bytes` hands out all of it.
+        // SAFETY: elements are plain data without interior mutability, and the owner is owned or borrowed, so
+        // the allocation stays and nothing can write it; `bytes` returns all of it.
         unsafe impl<$($generics)*> Source for $owner {
             fn layout(&self) -> Layout {
                 Layout { dtype: T::DTYPE, shape: Shape::from(&[self.len()][..]) }
@@ -253,7 +256,7 @@ owners! {
     ['a, T: Element] &'a Vec<T> => |o| o,
 }
 
-// SAFETY: as for the owner itself; only the layout differs.
+// SAFETY: the argument of the owner itself holds; only the layout differs.
 unsafe impl<O: HostOwner> Source for HostTensor<O> {
     fn layout(&self) -> Layout {
         self.layout.clone()
@@ -268,7 +271,8 @@ unsafe impl<O: HostOwner> Source for HostTensor<O> {
     }
 }
 
-/// Host memory that the program writes between a fence and the next save: torch and candle tensors, C buffers.
+/// Host memory that the program writes between a fence and the next save: torch and candle tensors, C
+/// buffers.
 pub struct RawHost {
     pointer: *const u8,
     bytes: u64,
@@ -276,7 +280,8 @@ pub struct RawHost {
     _keep_alive: Box<dyn Any + Send + Sync>,
 }
 
-// SAFETY: the pointer is only read, in `read`, under the promises made to `RawHost::new`, which hold on any thread.
+// SAFETY: the pointer is only read, in `read`, under the promises made to `RawHost::new`, which hold on any
+// thread.
 unsafe impl Send for RawHost {}
 // SAFETY: as above; `read` takes no exclusive access.
 unsafe impl Sync for RawHost {}
@@ -285,8 +290,9 @@ impl RawHost {
     /// A tensor at `pointer`, of `bytes` bytes, kept allocated by `keep_alive`.
     ///
     /// # Safety
-    /// `pointer` is valid for reads of `bytes` bytes until `keep_alive` is dropped, and nothing writes them between a
-    /// `save` of this source and the next `fence` that returns `Ok`, or the resolution of that save's `staged()`.
+    /// `pointer` is valid for reads of `bytes` bytes until `keep_alive` is dropped, and nothing writes them
+    /// between a `save` of this source and the next `fence` that returns `Ok`, or the resolution of that
+    /// save's `staged()`.
     pub unsafe fn new(
         pointer: *const u8,
         bytes: u64,
@@ -298,7 +304,7 @@ impl RawHost {
     }
 }
 
-// SAFETY: passed on to the caller of `RawHost::new`.
+// SAFETY: the caller of `RawHost::new` made the promises.
 unsafe impl Source for RawHost {
     fn layout(&self) -> Layout {
         self.layout.clone()
@@ -313,7 +319,7 @@ unsafe impl Source for RawHost {
     }
 }
 
-/// Memory of a device: tensors of torch and candle, C buffers.
+/// Device memory: tensors of torch and candle, C buffers.
 pub struct RawDevice {
     address: u64,
     bytes: u64,
@@ -325,14 +331,17 @@ pub struct RawDevice {
 }
 
 impl RawDevice {
-    /// A tensor at the device address `address`, of `bytes` bytes, written by `stream` and kept allocated by `keep_alive`.
+    /// A tensor at the device address `address`, of `bytes` bytes, written by `stream` and kept allocated by
+    /// `keep_alive`.
     ///
     /// # Safety
-    /// `address` is valid for reads of `bytes` bytes on the device of `stream`, in its primary context, until `keep_alive` is
-    /// dropped; if that frees the memory in stream order, then in the order of `stream`. `stream` stays valid as long, and until the end
-    /// of the scope that it is saved in. All work that writes the bytes was queued in `stream`, or ordered before it, when the source is handed to `save`; nothing writes
-    /// them between that save and the next `fence` or `fence_on` that returns `Ok`, or the resolution of that save's `staged()`:
-    /// after `fence_on`, only streams that were given to it, or that are ordered after those.
+    /// `address` is valid for reads of `bytes` bytes on the device of `stream`, in its primary context, until
+    /// `keep_alive` is dropped; if that frees the memory in stream order, then in the order of `stream`.
+    /// `stream` stays valid as long, and until the end of the scope in which the tensor is saved. All work
+    /// that writes the bytes was queued in `stream`, or ordered before it, when the source is passed to
+    /// `save`; nothing writes them between that save and the next `fence` or `fence_on` that returns `Ok`, or
+    /// the resolution of that save's `staged()`: after `fence_on`, only the given streams, or streams ordered
+    /// after those, write them.
     pub unsafe fn new(
         address: u64,
         bytes: u64,
@@ -341,17 +350,18 @@ impl RawDevice {
         stream: DeviceStream<'_>,
         keep_alive: impl Any + Send + Sync,
     ) -> Self {
-        // SAFETY: the caller promises that it is valid as long as the source.
+        // SAFETY: the caller promises that the stream is valid as long as the source.
         let (layout, stream) = (Layout::new(dtype, shape), unsafe { stream.promised() });
         Self { address, bytes, layout, strides: None, stream, _keep_alive: Box::new(keep_alive) }
     }
 
-    /// A tensor whose elements do not lie together: the one with all indices 0 is at `address`, and `strides` has for each
-    /// dimension how many bytes further the next one is; negative strides, and 0, are fine. It is saved packed, in row-major
-    /// order, by a kernel of the device that gathers its elements; where there is none, `save` refuses it.
+    /// A tensor that is not packed: the element with all indices 0 is at `address`, and `strides` has the
+    /// byte distance of neighbours for each dimension; strides may be negative or 0. A kernel gathers the
+    /// elements, and the tensor is saved packed, in row-major order; `save` refuses the tensor if the device
+    /// has no kernels.
     ///
     /// # Safety
-    /// As [`RawDevice::new`], for all bytes of all elements.
+    /// The promises of [`RawDevice::new`], for all bytes of all elements.
     pub unsafe fn strided(
         address: u64,
         dtype: Dtype,
@@ -368,7 +378,7 @@ impl RawDevice {
     }
 }
 
-// SAFETY: passed on to the caller of `RawDevice::new`.
+// SAFETY: the caller of `RawDevice::new` made the promises.
 unsafe impl Source for RawDevice {
     fn layout(&self) -> Layout {
         self.layout.clone()

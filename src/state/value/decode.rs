@@ -1,4 +1,4 @@
-//! From JSON back to serde.
+//! Decodes JSON to serde values.
 
 use super::{BOOL, F32, F64, INT};
 use serde::de::value::{BorrowedStrDeserializer, MapDeserializer, SeqDeserializer};
@@ -22,7 +22,7 @@ impl<'de> IntoDeserializer<'de, Error> for Decoder<'de> {
     }
 }
 
-/// The float that an object with a tag stands for.
+/// A float that a tagged object encodes.
 enum Float {
     F32(f32),
     F64(f64),
@@ -62,7 +62,7 @@ fn visit_list<'de, V: Visitor<'de>>(items: &'de [Value], visitor: V) -> Result<V
 }
 
 fn visit_object<'de, V: Visitor<'de>>(object: &'de Map<String, Value>, visitor: V) -> Result<V::Value> {
-    // Keys are checked at once, so that the iterator below has only good ones.
+    // Keys are checked first, so that the iterator below has only valid ones.
     let keys = object.keys().map(|key| Key::parse(key)).collect::<Result<Vec<_>>>()?;
     let mut entries = MapDeserializer::new(keys.into_iter().zip(object.values().map(Decoder)));
     let value = visitor.visit_map(&mut entries)?;
@@ -149,7 +149,7 @@ impl<'de> EnumAccess<'de> for Variant<'de> {
     }
 }
 
-/// What a variant holds; None for a unit variant.
+/// The content of a variant; None for a unit variant.
 struct Content<'de>(Option<&'de Value>);
 
 impl<'de> VariantAccess<'de> for Content<'de> {
@@ -184,7 +184,7 @@ impl<'de> VariantAccess<'de> for Content<'de> {
     }
 }
 
-/// The key of an object, as the user knows it.
+/// The key of an object, with its tag decoded.
 #[derive(Clone, Copy)]
 enum Key<'de> {
     Text(&'de str),
@@ -231,7 +231,7 @@ impl<'de> Deserializer<'de> for Key<'de> {
         }
     }
 
-    /// Whoever asks for text of any key, as `serde_json::Value` does, gets it.
+    /// Any key decodes as text, because `serde_json::Value` asks for text.
     fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value> {
         match self {
             Self::Text(text) | Self::Unsigned(_, text) | Self::Signed(_, text) => visitor.visit_borrowed_str(text),

@@ -1,4 +1,4 @@
-//! From serde to JSON.
+//! Encodes serde values as JSON.
 
 use super::{BOOL, F32, F64, INT, MAX_DEPTH};
 use serde::ser::{self, Error as _, Impossible, Serialize, Serializer};
@@ -11,12 +11,12 @@ pub(super) fn value(value: &(impl Serialize + ?Sized), depth: usize) -> Result<V
     value.serialize(Encoder { depth })
 }
 
-/// A user's key, field or variant as a key of JSON.
+/// Escapes a user's key, field or variant name as a JSON key.
 fn escaped(key: &str) -> String {
     if key.starts_with('$') { format!("${key}") } else { key.into() }
 }
 
-/// The object with this one entry.
+/// An object with one entry.
 fn single(key: &str, value: impl Into<Value>) -> Value {
     Value::Object(Map::from_iter([(key.into(), value.into())]))
 }
@@ -183,7 +183,7 @@ impl Serializer for Encoder {
     }
 }
 
-/// An array being made, as it is or in a variant.
+/// An array under construction, plain or in a variant.
 struct List {
     items: Vec<Value>,
     depth: usize,
@@ -204,7 +204,7 @@ impl List {
     }
 }
 
-/// An object being made, as it is or in a variant.
+/// An object under construction, plain or in a variant.
 struct Object {
     entries: Map<String, Value>,
     key: Option<String>,
@@ -289,7 +289,7 @@ impl ser::SerializeMap for Object {
     }
 }
 
-/// Makes the keys of JSON objects.
+/// Encodes keys of JSON objects.
 struct Key;
 
 impl Key {

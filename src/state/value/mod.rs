@@ -1,7 +1,7 @@
-//! Values: any serde type as JSON, exactly.
+//! Encodes values of any serde type as JSON, exactly.
 //!
-//! JSON has no non-finite floats and only text for keys. Both are written with a tag that begins with `$`; text of the
-//! user's own that begins so gets one more `$`, so nothing is ever mistaken for a tag:
+//! JSON has no non-finite floats, and only text keys. Both are written with a tag that begins with `$`. A
+//! user's key that begins with `$` gets one more `$`, so it is never mistaken for a tag:
 //!
 //! | in Rust | in JSON |
 //! |---|---|
@@ -10,8 +10,7 @@
 //! | an integer or a bool as a key | `"$int:-5"`, `"$bool:true"` |
 //! | a key, field or variant `$x` | `"$$x"` |
 //!
-//! Everything else is as serde and JSON have it. What would not come back as it was is refused while it can still be
-//! changed: at encoding.
+//! Everything else is plain serde JSON. Encoding refuses values that would not decode to the same value.
 
 mod decode;
 mod encode;
@@ -33,22 +32,25 @@ const INT: &str = "$int:";
 /// The tag of a bool key.
 const BOOL: &str = "$bool:";
 
-/// How deep a value nests at most. The manifest's parser goes down 127 levels, of which the manifest itself takes two.
+/// Maximum nesting depth of a value. The manifest's parser goes down 127 levels, of which the manifest itself
+/// takes two.
 const MAX_DEPTH: usize = 125;
 
-/// Encodes a value as JSON from which `decode` makes the same value: floats bit for bit, keys of their own type.
+/// Encodes a value as JSON from which `decode` makes the same value: floats bit for bit, keys of their own
+/// type.
 ///
 /// # Errors
-/// `Invalid` for what JSON cannot hold: integers beyond 64 bits, keys that are not text, integers or bools, an option that
-/// holds nothing (`Some(None)`, `Some(())`), an equal key twice, more than 125 levels of nesting, unparsed JSON.
+/// `Invalid` for values that JSON cannot hold: integers beyond 64 bits, keys that are not text, integers or
+/// bools, an option that holds nothing (`Some(None)`, `Some(())`), a duplicate key, more than 125 levels of
+/// nesting, unparsed JSON.
 pub fn encode(value: &(impl Serialize + ?Sized)) -> Result<Value> {
     encode::value(value, 0).map_err(|e| Error::invalid("a value cannot be written as json").with_source(e))
 }
 
-/// Decodes what `encode` wrote.
+/// Decodes a value that `encode` wrote.
 ///
 /// # Errors
-/// `Invalid` when it is not a `T`.
+/// `Invalid` when the value is not a `T`.
 pub fn decode<T: DeserializeOwned>(value: &Value) -> Result<T> {
     let wrong = || Error::invalid(format!("a value is of another type wanted={}", std::any::type_name::<T>()));
     T::deserialize(decode::Decoder(value)).map_err(|e| wrong().with_source(e))
