@@ -1,8 +1,8 @@
-//! CRC-64/NVME: the digest of every staged byte, and how digests of neighbours combine.
+//! CRC-64/NVME: the digest of every staged byte, and how digests of adjacent byte runs combine.
 //!
-//! Combining must be cheap, because a checkpoint of 40,000 tensors combines 40,000 digests per save. Appending `n` bytes
-//! multiplies the register by x^(8n) modulo the polynomial; a table of x^(8 * 2^k) makes that at most 64 carry-less
-//! multiplications of 64 bits, whatever `n` is.
+//! Combining must be cheap, because a checkpoint of 40,000 tensors combines 40,000 digests per save.
+//! Appending `n` bytes multiplies the register by x^(8n) modulo the polynomial; a table of x^(8 * 2^k) makes
+//! that at most 64 carry-less multiplications of 64 bits, whatever `n` is.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 /// The generator polynomial, bit-reflected.
 const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
 
-/// A CRC-64/NVME digest of some bytes; written as 16 lower-case hex digits.
+/// A CRC-64/NVME digest, written as 16 lower-case hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Digest(u64);
 
@@ -24,11 +24,11 @@ impl Digest {
         Self(crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes))
     }
 
-    /// The digest of `self`'s bytes followed by `next`'s, of which there are `next_len`.
+    /// The digest of `self`'s bytes followed by the `next_len` bytes of `next`.
     pub fn then(self, next: Digest, next_len: u64) -> Self {
         match (self, next_len) {
             (_, 0) => self,
-            // Nothing to multiply: runs that are digested piece by piece begin like this.
+            // Skips the multiplication: runs that are digested piece by piece begin with EMPTY.
             (Self::EMPTY, _) => next,
             _ => Self(times_x8n(self.0, next_len) ^ next.0),
         }
@@ -39,7 +39,7 @@ impl Digest {
         pieces.into_iter().fold(Self::EMPTY, |sum, (digest, len)| sum.then(digest, len))
     }
 
-    /// The 16 hex digits, for templates of fixed width.
+    /// The 16 hex digits as bytes, for templates of fixed width.
     pub fn to_hex(self) -> [u8; 16] {
         let mut out = [0; 16];
         for (i, digit) in out.iter_mut().enumerate() {
@@ -48,7 +48,8 @@ impl Digest {
         out
     }
 
-    /// Parses exactly 16 lower-case hex digits: one digest has one spelling, so a flipped bit in it never goes unseen.
+    /// Parses exactly 16 lower-case hex digits. One digest has one spelling, so every flipped bit in it is
+    /// detected.
     pub fn from_hex(text: &[u8]) -> Option<Self> {
         if text.len() != 16 {
             return None;

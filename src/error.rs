@@ -1,4 +1,4 @@
-//! The one error type: what the caller can do about it, what was attempted, and where.
+//! The crate's error type: what the caller can do about it, what was attempted, and where.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,31 +7,33 @@ use std::sync::Arc;
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What the caller can do about an [`Error`]. A new kind is added only where the caller would act differently.
+/// What the caller can do about an [`Error`]. A new kind is added only where the caller would act
+/// differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// The request is wrong: change the call, the setting or the input.
     Invalid,
-    /// What was asked for is not there.
+    /// The requested step, tensor or file does not exist.
     NotFound,
     /// The step exists already, or another attempt at it won.
     Conflict,
     /// Too much is in flight at present; the same call can succeed later.
     Busy,
-    /// The medium or the quota is full. Older steps are intact; a later save works once there is room.
+    /// The medium or the quota is full. Older steps are intact; a later save works once there is space.
     NoSpace,
-    /// The medium did not do its work (an I/O error, a read-only mount). Retry later, or look at the machine.
+    /// The medium failed (an I/O error, a read-only mount). Retry later, or check the machine.
     Unavailable,
     /// Stored bytes are not what was written.
     Corrupt,
-    /// The device failed; saves that were staged still commit.
+    /// The device failed. Saves that were staged still commit.
     Device,
     /// The save was cancelled, or its executor was dropped before it was done.
     Cancelled,
     /// The deadline passed first.
     Deadline,
-    /// The publish began and its outcome is unknown: the step may or may not survive a crash. Never counted as durable.
+    /// The publish began and its outcome is unknown: the step may or may not survive a crash. Never counted
+    /// as durable.
     Indeterminate,
     /// A bug in this crate.
     Internal,
@@ -39,8 +41,9 @@ pub enum ErrorKind {
 
 /// A cloneable error: kind, what was attempted, step, rank, path and source.
 ///
-/// Every future and waiter of one save gets the same error. Messages are lower case, variables last as `key=value`. `{}` says what
-/// this error is, and [`source`](std::error::Error::source) what caused it; `{:#}` and `{:?}` say both, in one line:
+/// Every future and waiter of one save gets the same error. Messages are lower case, variables last as
+/// `key=value`. `{}` prints this error, [`source`](std::error::Error::source) returns its cause; `{:#}` and
+/// `{:?}` print both in one line:
 /// ```
 /// use ashore::{Error, ErrorKind};
 /// let full = std::io::Error::from_raw_os_error(28);
@@ -62,12 +65,12 @@ struct Inner {
 }
 
 impl Error {
-    /// A new error: `message` says in lower case what was attempted and what was wrong.
+    /// Creates an error. `message` says in lower case what was attempted and what was wrong.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Arc::new(Inner { kind, message: message.into(), step: None, rank: None, path: None, source: None }))
     }
 
-    /// An error from a system call; the kind follows from the code.
+    /// Creates an error from a system call's; the kind follows from the error code.
     pub fn io(message: impl Into<String>, source: std::io::Error) -> Self {
         let kind = match source.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => ErrorKind::NoSpace,
@@ -99,17 +102,17 @@ impl Error {
         Self::new(ErrorKind::Internal, message)
     }
 
-    /// What the caller can do about it.
+    /// Returns what the caller can do about the error.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// Whether the same call may succeed a little later: `Busy`, `NoSpace` and `Unavailable`.
+    /// Returns true if the same call may succeed later: `Busy`, `NoSpace` and `Unavailable`.
     pub fn is_transient(&self) -> bool {
         matches!(self.kind(), ErrorKind::Busy | ErrorKind::NoSpace | ErrorKind::Unavailable)
     }
 
-    /// What was attempted and what was wrong, without step, path and source.
+    /// Returns what was attempted and what was wrong, without step, path and source.
     pub fn message(&self) -> &str {
         &self.0.message
     }
@@ -119,7 +122,7 @@ impl Error {
         self.0.step
     }
 
-    /// The rank on which it happened.
+    /// The rank on which the error occurred.
     pub fn rank(&self) -> Option<u32> {
         self.0.rank
     }
@@ -129,7 +132,7 @@ impl Error {
         self.0.path.as_deref()
     }
 
-    /// The same error, of another kind.
+    /// Replaces the kind.
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {
         Arc::make_mut(&mut self.0).kind = kind;
         self
@@ -147,19 +150,19 @@ impl Error {
         self
     }
 
-    /// Adds the path, unless one is known: the innermost caller knows best.
+    /// Adds the path, unless one is known: the innermost caller's is the most exact.
     pub fn with_path(mut self, path: impl Into<PathBuf>) -> Self {
         Arc::make_mut(&mut self.0).path.get_or_insert_with(|| path.into());
         self
     }
 
-    /// Adds what caused `error`, where that says no more than this one.
+    /// Adds the cause of `error`, for callers whose message replaces that of `error`.
     pub(crate) fn with_source_of(mut self, error: &Self) -> Self {
         Arc::make_mut(&mut self.0).source = error.0.source.clone();
         self
     }
 
-    /// Adds what caused it.
+    /// Adds the cause.
     pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         Arc::make_mut(&mut self.0).source = Some(Arc::new(source));
         self

@@ -1,13 +1,14 @@
-//! What must not survive fork(2) into a child: our locks, and our right to act.
+//! Keeps locks, and the right to act, out of a child of fork(2).
 //!
-//! A child of fork has copies of all descriptors, and a copy keeps a flock(2) alive after the parent died: no sweep would ever
-//! remove the parent's attempts. So a handler in the child closes the descriptors that hold locks, and counts the fork. An object
-//! that keeps a [`ForkGuard`] knows by that count whether it was made before a fork, and acts no more then.
+//! A forked child has copies of all descriptors, and a copy keeps a flock(2) after the parent died: no sweep
+//! would ever remove the parent's attempts. So a handler in the child closes the descriptors that hold locks,
+//! and counts the fork. An object with a [`ForkGuard`] compares that count, and refuses to act in a child.
 //!
 //! # Safety argument
-//! The handler runs in the child of a process that may have many threads, where only async-signal-safe calls are allowed. It
-//! does nothing but atomic operations on statics and close(2). It closes only descriptors that were registered here by their
-//! owner and not given back; an owner that comes from before the fork never touches its descriptor in the child.
+//! The handler runs in the child of a process that may have many threads, where only async-signal-safe calls
+//! are allowed. It does nothing but atomic operations on statics and close(2). It closes only descriptors
+//! that their owner registered here and did not unregister; an owner from before the fork never touches its
+//! descriptor in the child.
 #![expect(unsafe_code, reason = "pthread_atfork, and close in its handler")]
 
 use crate::error::{Error, Result};
@@ -19,24 +20,25 @@ const FREE: i32 = -1;
 static GENERATION: AtomicU64 = AtomicU64::new(0);
 static LOCKS: [AtomicI32; 1024] = [const { AtomicI32::new(FREE) }; 1024];
 
-/// The process that made an object: in a forked child the object's threads, descriptors and saves are the parent's.
+/// Identifies the process that made an object: in a forked child the object's threads, descriptors and saves
+/// are the parent's.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ForkGuard {
     generation: u64,
 }
 
 impl ForkGuard {
-    /// The calling process.
+    /// A guard of the calling process.
     pub fn new() -> Self {
         Self { generation: generation() }
     }
 
-    /// False in a forked child.
+    /// Returns false in a forked child.
     pub fn is_ours(self) -> bool {
         self.generation == generation()
     }
 
-    /// Refuses to go on in a forked child.
+    /// Refuses to act in a forked child.
     ///
     /// # Errors
     /// `Invalid` there, with `why`.
@@ -45,11 +47,12 @@ impl ForkGuard {
     }
 }
 
-/// How many forks lie between this process and the one that loaded us, as far as we were in use before them.
+/// Counts the forks between this process and the one that loaded this crate, from the crate's first use on.
 fn generation() -> u64 {
     static WATCH: Once = Once::new();
     WATCH.call_once(|| {
-        // SAFETY: `in_child` is a function for the life of the program, and async-signal-safe (see the safety argument).
+        // SAFETY: `in_child` is a function for the life of the program, and async-signal-safe (see the safety
+        // argument).
         let code = unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
         if code != 0 {
             tracing::warn!(code, "forks cannot be watched");
@@ -69,7 +72,7 @@ pub(crate) fn is_registered(fd: i32) -> bool {
     LOCKS.iter().any(|slot| slot.load(Ordering::Acquire) == fd)
 }
 
-/// Gives a registration back.
+/// Removes a registration.
 pub(crate) fn unregister(fd: i32) {
     LOCKS.iter().any(|slot| slot.compare_exchange(fd, FREE, Ordering::AcqRel, Ordering::Relaxed).is_ok());
 }
@@ -79,7 +82,7 @@ extern "C" fn in_child() {
     for slot in &LOCKS {
         let fd = slot.swap(FREE, Ordering::AcqRel);
         if fd != FREE {
-            // SAFETY: the descriptor was registered by its owner, who does not touch it in the child.
+            // SAFETY: the owner registered the descriptor, and does not touch it in the child.
             unsafe { libc::close(fd) };
         }
     }

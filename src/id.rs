@@ -1,4 +1,4 @@
-//! Names: attempts, and how a step number becomes a directory name and back.
+//! Attempts, and the conversion of step numbers to directory names and back.
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -6,7 +6,8 @@ use std::borrow::Cow;
 use std::fmt;
 use uuid::Uuid;
 
-/// One try at a step. Two tries never share an attempt, in any process, so bytes of different tries are never mixed up.
+/// Identity of one try to write a step. Two tries never share it, in any process, so bytes of different tries
+/// never mix.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(transparent)]
 pub struct Attempt(Uuid);
@@ -17,7 +18,7 @@ impl Attempt {
         Self(Uuid::new_v4())
     }
 
-    /// A given attempt, for programs that compare two checkpoints byte by byte.
+    /// Creates a given attempt, for programs that compare two checkpoints byte by byte.
     pub fn from_uuid(uuid: Uuid) -> Self {
         Self(uuid)
     }
@@ -36,7 +37,8 @@ impl<'de> Deserialize<'de> for Attempt {
     }
 }
 
-/// Attempts of one process without a system call each: they count up from a random beginning, so they are as unique.
+/// Generates attempts without a system call each: it counts up from a random start, so they are as unique as
+/// random ones.
 #[derive(Debug)]
 pub(crate) struct Attempts(u128);
 
@@ -69,13 +71,13 @@ impl fmt::Debug for Attempt {
     }
 }
 
-/// The directory name of a step: `step-00000100`. Sorting is by number, never by name.
+/// The directory name of a step: `step-00000100`. Steps sort by number, never by name.
 pub fn step_name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
-/// The step that a directory name stands for. Accepted: `step-N`, `step_N`, `checkpoint-N`, `ckpt-N`, `iter_N` and `N`,
-/// with or without leading zeros.
+/// Parses the step of a directory name: `step-N`, `step_N`, `checkpoint-N`, `ckpt-N`, `iter_N` or `N`, with
+/// or without leading zeros.
 pub fn parse_step_name(name: &str) -> Option<u64> {
     let digits = ["step-", "step_", "checkpoint-", "ckpt-", "iter_"]
         .iter()

@@ -1,6 +1,7 @@
-//! Switches that break one promise each, so that `just mutants` can show that the test suite notices. Without `--cfg mutants`
-//! every switch is the constant `false` and disappears. It is no feature, because any dependency could switch that on for a
-//! whole program. The comments name the tests that are run first.
+//! Switches that break one promise each, so that `just mutants` can show that the test suite detects it.
+//! Without `--cfg mutants` every switch is the constant `false` and is compiled out. This is not a feature,
+//! because any dependency could enable a feature for the whole program. The comments name the tests that run
+//! first.
 
 /// A promise to break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,10 +24,10 @@ pub(crate) enum Mutant {
     /// The root is not fsynced before trash is unlinked.
     // seen by: storage::promises_are_kept_in_order
     TrashFsync,
-    /// A step that somebody else published is counted without being made durable.
+    /// A step of another process is counted without being made durable.
     // seen by: catalog::a_prune
     ConfirmFsync,
-    /// The publish replaces what is there.
+    /// The publish replaces an existing step.
     // seen by: storage::a_local_root_conforms
     NoReplace,
     /// The publish comes before the fsync of the files.
@@ -41,51 +42,52 @@ pub(crate) enum Mutant {
     /// The fence does not wait.
     // seen by: fence::late_copies
     Fence,
-    /// Copies from live memory are handed over although their chunk was set aside.
+    /// Copies from live memory are handed to writers although their chunk was copied late.
     // seen by: cuda::aside
     Discard,
-    /// F is read before the mark of a chunk, not after.
+    /// F is read before the completion event of a chunk, not after.
     // seen by: cuda::aside
     LatchEarly,
-    /// The kernel of a fence takes the watermark of earlier saves for this one's.
+    /// A fence's kernel takes the watermark of earlier saves for this one's.
     #[cfg(feature = "cuda")]
     // seen by: cuda::aside
     Watermark,
-    /// Streams do not wait at the end of a scope for copies that are queued.
+    /// Streams do not wait for queued copies at the end of a scope.
     // seen by: cuda::lent
     ScopeOrder,
-    /// Streams that wait for a number in memory are let go before the copies have ended, although no save has failed.
+    /// Streams that wait for a number in memory are released before the copies have ended, although no save
+    /// has failed.
     // seen by: cuda::waits::cuda_streams_write_after
     HoldEarly,
     /// Copies do not wait for the streams that wrote the tensors.
     // seen by: cuda::aside
     ProducerWait,
-    /// Copies that are held back are queued behind the watermark that speaks of them.
+    /// Copies that are held back are queued after the watermark that counts them.
     // seen by: cuda::batch
     BatchLate,
-    /// Copies that were held back when a save failed are queued by the next.
+    /// Copies that were held back when a save failed are queued by the next save.
     #[cfg(feature = "cuda")]
     // seen by: cuda::batch
     BatchKept,
-    /// A slot of the scratch is given to another save before its chunk is handed over.
+    /// A scratch slot is reused by another save before its chunk is handed to a writer.
     // seen by: cuda::aside
     SlotEarly,
-    /// What was captured on a device is written over by the next save before it has left.
+    /// The next save overwrites the capture pool before its copies have left the device.
     // seen by: cuda::gather
     RoomEarly,
     /// Bytes are handed to a device before their digest was compared.
     // seen by: cuda::restoring
     LoadEarly,
-    /// Copies of a restore do not wait for what the program had queued.
+    /// Copies of a restore do not wait for work that the program had queued.
     // seen by: cuda::restoring
     LoadOrder,
-    /// A slab is read into while it is still copied from to a device.
+    /// A slab is overwritten while a device still copies from it.
     // seen by: cuda::restoring
     LoadReuse,
     /// A restore does not wait for its last copies to a device.
     // seen by: cuda::restoring
     LoadWait,
-    /// A slab goes home before it is written.
+    /// A slab returns to the arena before it is written.
     #[cfg(mutants)]
     // seen by: fence::late_copies
     SlabEarly,
@@ -95,7 +97,7 @@ pub(crate) enum Mutant {
     /// Retention counts steps that are not durable.
     // seen by: catalog::a_prune
     RetentionCount,
-    /// A prune reads none of the steps that stay.
+    /// A prune verifies none of the steps that it keeps.
     // seen by: catalog::a_prune_keeps_a_sound
     PruneBlind,
     /// A sweep ignores locks.
@@ -110,10 +112,10 @@ pub(crate) enum Mutant {
     /// A session begins with the metadata of the row that it resumes from.
     // seen by: compat::earth2studio
     ResumeMetadata,
-    /// Of few checkpoints those without metrics go.
+    /// With few checkpoints, those without metrics are deleted.
     // seen by: compat::orbax::policies
     BestFew,
-    /// One more is kept than the best so many.
+    /// One more checkpoint is kept than the requested number of best ones.
     // seen by: compat::orbax::policies
     BestEdge,
 }

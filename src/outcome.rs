@@ -1,30 +1,30 @@
-//! What a program learns of a save: how far it is, and how it ended.
+//! The progress of a save, and how it ended.
 
 use crate::id::Attempt;
 use crate::settings::IoMode;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How a save ended, when it did not fail.
+/// How a save ended without failing.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Outcome {
-    /// The checkpoint is durable.
+    /// The step is durable.
     Durable(Committed),
-    /// Not begun, by [`Overlap::Skip`](crate::Overlap::Skip): the save of step `by` was unfinished.
+    /// The save never began ([`Overlap::Skip`](crate::Overlap::Skip)): the save of step `by` was unfinished.
     Skipped {
-        /// The step that was in the way.
+        /// The step whose save was unfinished.
         by: u64,
     },
-    /// Not begun, by [`Overlap::Latest`](crate::Overlap::Latest): step `by` took its place.
+    /// The save never began ([`Overlap::Latest`](crate::Overlap::Latest)): the save of step `by` replaced it.
     Superseded {
-        /// The step that took its place.
+        /// The step that replaced it.
         by: u64,
     },
 }
 
 impl Outcome {
-    /// The commit, if there was one.
+    /// Returns the committed step, if the save became durable.
     pub fn committed(self) -> Option<Committed> {
         match self {
             Outcome::Durable(committed) => Some(committed),
@@ -33,7 +33,7 @@ impl Outcome {
     }
 }
 
-/// A durable checkpoint, and what it cost. Times count from the call of `save`.
+/// A durable step and its measurements. Times count from the call of `save`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Committed {
@@ -41,27 +41,30 @@ pub struct Committed {
     pub step: u64,
     /// The attempt that was published.
     pub attempt: Attempt,
-    /// Where it is.
+    /// The directory of the step.
     pub path: PathBuf,
-    /// Bytes of tensors.
+    /// Tensor bytes.
     pub bytes: u64,
-    /// How long `save` and fences held up their callers for this save.
+    /// How long `save` and fences blocked their callers for this save.
     pub blocked: Duration,
-    /// When no live source was read any more; the same as `durable` where kernels of a fence still ran then.
+    /// When the last read of a live source ended; equal to `durable` if kernels of a fence still ran then.
     pub staged: Duration,
-    /// When the commit was durable.
+    /// When the step became durable.
     pub durable: Duration,
-    /// From the last byte written to durable: syncs of files, manifest, publish, syncs of directories.
+    /// Time from the last byte written until durable: fsyncs of files, manifest, publish, fsyncs of
+    /// directories.
     pub tail: Duration,
     /// How bytes reached the medium.
     pub mode: IoMode,
-    /// Tensors that were to be captured at `save` by default and were left to the fence, because the budget was used up.
+    /// Tensors that stayed live until the fence, instead of being captured at `save`, because the budget was
+    /// used up.
     pub over_budget: usize,
-    /// Chunks that a fence copied aside on the GPU, and that the save read from there instead of from the tensors.
+    /// Late copies: chunks that a fence copied on the GPU, and that the save read from there instead of from
+    /// the tensors.
     pub late_chunks: usize,
 }
 
-/// How far a save is.
+/// The progress of a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
@@ -79,14 +82,15 @@ pub struct Progress {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Behind earlier saves.
+    /// The save waits for earlier saves.
     Waiting,
-    /// Sources are being read.
+    /// The stager reads sources.
     Staging,
-    /// All is copied, and bytes are on their way. Sources are free when [`Save::staged`](crate::Save::staged) resolves.
+    /// Every chunk is copied, and writers write them. Sources are free when
+    /// [`Save::staged`](crate::Save::staged) resolves.
     Writing,
-    /// Everything is written; the name is being given.
+    /// Every byte is written; the committer publishes the step.
     Publishing,
-    /// Ended, well or not.
+    /// The save has ended, with or without an error.
     Ended,
 }
