@@ -1,4 +1,4 @@
-//! Branches: a run that went back to an earlier step and goes on from there, below steps of the run before.
+//! Branches: a run that went back to an earlier step and continues below the steps of the earlier run.
 
 use super::prune::is_damaged;
 use super::{Catalog, Entry, PreservationPolicy, Problem, PruneOptions, Pruned, Retention, Verify};
@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
-/// What an executor keeps as saves become durable.
+/// Which steps an executor keeps as saves become durable.
 pub(crate) struct Keeping {
     pub retention: Retention,
     pub policy: Option<Arc<dyn PreservationPolicy>>,
@@ -16,7 +16,7 @@ pub(crate) struct Keeping {
 }
 
 impl Keeping {
-    /// Deletes what is not to be kept.
+    /// Deletes the steps that are not kept.
     pub fn prune(&self, catalog: &Catalog) -> Result<()> {
         let options = PruneOptions::new().verify(self.verify);
         match &self.policy {
@@ -37,12 +37,12 @@ impl fmt::Debug for Keeping {
 }
 
 impl Catalog {
-    /// Deletes every step after `step`, newest first, also the damaged ones: for a run that goes back to
-    /// `step` and on from there, so that what it saves is the newest again.
+    /// Deletes every step after `step`, newest first, including damaged ones. For a run that goes back to
+    /// `step` and continues from it, so that its saves are the newest again.
     ///
     /// # Errors
-    /// `NotFound` when `step` is not there; `Invalid` when it is not durable and, as the options ask, sound.
-    /// Nothing is deleted then. When the directory cannot be read.
+    /// `NotFound` when `step` does not exist; `Invalid` when it is not durable or, if the options require it,
+    /// not sound: nothing is deleted then. An I/O error when the directory cannot be read.
     pub fn discard_after(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
         let stays = self.checkpoint(step)?;
         let (mut entries, mut problems) = self.everything()?;
@@ -60,17 +60,17 @@ impl Catalog {
         Ok(pruned)
     }
 
-    /// The step that the running branch has come to: the last that this process published; where it published
-    /// none, the last that was written, by the clock of the storage.
+    /// Returns the last step of the running branch: the last that this process published, or, if it published
+    /// none, the last written by the clock of the storage.
     pub(super) fn head<'e>(&self, entries: &'e [Entry]) -> Option<&'e Entry> {
         let known = self.known();
         let own = known.own.iter().rev().find_map(|own| entries.iter().find(|entry| entry.attempt == *own));
         own.or_else(|| entries.iter().max_by_key(|entry| (entry.modified, entry.step)))
     }
 
-    /// The step that was written last, and the one with the highest number, where these are two: a run went
-    /// back, and [`Catalog::latest`] is of the run before. Times are those of the storage's clock; a copy of
-    /// a step can have another.
+    /// Returns the step written last and the one with the highest number, if they differ: a run went back,
+    /// and [`Catalog::latest`] belongs to the earlier run. Times are those of the storage's clock; a copy of
+    /// a step may have another time.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -78,8 +78,8 @@ impl Catalog {
         Ok(branch(&self.list()?).map(|(last, newest)| (last.clone(), newest.clone())))
     }
 
-    /// Warns, when a run begins, of steps that are not listed, and when the newest step is not the one that
-    /// was written last.
+    /// Warns, when a run begins, of steps that are not listed, and of a newest step that is not the one
+    /// written last.
     pub(crate) fn warn_of_oddities(&self) -> Result<()> {
         let (entries, problems) = self.survey()?;
         for Problem { step, name, error, .. } in problems {
@@ -91,7 +91,7 @@ impl Catalog {
         Ok(())
     }
 
-    /// Warns when `step`, which this process just published, is below steps that are there.
+    /// Warns when `step`, which this process just published, is below existing steps.
     pub(crate) fn warn_if_below(&self, step: u64) -> Result<()> {
         let mut above = self.names()?.into_iter().rev().filter(|(there, _)| *there > step);
         if let Some((newest, _)) = above.find(|(there, name)| matches!(self.try_open(*there, name), Ok(Some(_)))) {
@@ -100,8 +100,7 @@ impl Catalog {
         Ok(())
     }
 
-    /// Refuses to save `step` as `name` while it is there under another name: it would be one step in two
-    /// places.
+    /// Refuses to save `step` as `name` while it exists under another name, so that a step has one directory.
     pub(crate) fn refuse_second_name(&self, step: u64, name: &str) -> Result<()> {
         let canonical = step_name(step);
         if self.known().aliases.is_none() {
@@ -129,7 +128,7 @@ impl Catalog {
                 Err(error) => error.kind() == ErrorKind::Corrupt,
             };
             if there {
-                let what = format!("the step is there under another name other={other:?}");
+                let what = format!("the step exists under another name other={other:?}");
                 let path = self.storage.describe(name);
                 return Err(Error::new(ErrorKind::Conflict, what).with_step(step).with_path(path));
             }
@@ -150,7 +149,7 @@ impl Catalog {
     }
 }
 
-/// The step that was written last and the newest by number, where these are two.
+/// Returns the step written last and the newest by number, if they differ.
 fn branch(entries: &[Entry]) -> Option<(&Entry, &Entry)> {
     let last = entries.iter().max_by_key(|entry| (entry.modified, entry.step));
     last.zip(entries.last()).filter(|(last, newest)| last.step < newest.step)

@@ -1,14 +1,15 @@
-//! The steps of a directory: which there are, which is the newest, which may go.
+//! The steps of a directory: which exist, which is the newest, which may be deleted.
 //!
 //! **Consistency.** A step is listed only when its manifest parses, every file has its length, and every
-//! shard is of this step and attempt, so nothing incomplete is ever listed. Directories that this library did
-//! not make are foreign: never listed, never touched. **Names.** Steps are compared as numbers. A step is
-//! listed once: of several names (`step-00000100` and `ckpt-100`) the one that this library would give comes
-//! first, then the others in lexicographic order, and the first that can be opened is the step; the others
-//! are problems of the kind `Conflict`, and so is a directory whose name says another step than its manifest.
-//! **Damage.** A step is damaged when this library made it and its bytes are not what was written; listing,
-//! overwriting, replacing and pruning all judge by one function. **Crash.** Nothing is deleted before enough
-//! steps that stay are durable, and one of them is sound; deleting is atomic, step by step.
+//! shard belongs to this step and attempt, so nothing incomplete is ever listed. Directories that this
+//! library did not make are foreign: never listed, never touched. **Names.** Steps are compared as numbers
+//! and listed once. If a step has several names (`step-00000100` and `ckpt-100`), the name that this library
+//! would give comes first, then the others in lexicographic order; the first that can be opened is the step.
+//! The others are problems of the kind `Conflict`, as is a directory whose name gives another step than its
+//! manifest. **Damage.** A step is damaged when this library made it and its bytes are not those that were
+//! written; listing, overwriting, replacing and pruning all use one function for it. **Crash.** Nothing is
+//! deleted before enough of the remaining steps are durable and one of them is sound. Each step is deleted
+//! atomically.
 
 mod branch;
 mod policy;
@@ -32,7 +33,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-/// The steps of a storage. Clones share what they know of durability.
+/// The steps of a storage. Clones share their knowledge of durability.
 ///
 /// ```
 /// use ashore::{Catalog, CheckpointExecutor, PruneOptions, Retention, StateDict};
@@ -60,30 +61,30 @@ use std::time::SystemTime;
 pub struct Catalog {
     storage: Arc<dyn Storage>,
     known: Arc<Mutex<Known>>,
-    /// A name is no longer going.
+    /// Signals that a name was removed from `Known::going`.
     gone: Arc<Condvar>,
 }
 
-/// What this process knows of attempts without asking the medium.
+/// What this process knows about attempts without reading the storage.
 #[derive(Debug, Default)]
 struct Known {
     durable: HashSet<Attempt>,
-    /// Those that this process published, in that order.
+    /// Attempts that this process published, in that order.
     own: Vec<Attempt>,
     doubtful: HashSet<Attempt>,
-    /// Those that this process published, or read whole and found as they were written.
+    /// Attempts that this process published, or read in full and found undamaged.
     sound: HashSet<Attempt>,
-    /// Those that this process read and found damaged, and what is wrong with each.
+    /// Attempts that this process read and found damaged, with the damage of each.
     damaged: HashMap<Attempt, Error>,
-    /// Names of steps that are not as this library would give them, by step. None: not looked for yet.
+    /// Names of steps that differ from those this library gives, by step. None: not searched yet.
     aliases: Option<HashMap<u64, Vec<String>>>,
-    /// Those that may become visible at any moment, and under which name.
+    /// Attempts that may become visible at any moment, with their names.
     pending: HashMap<Attempt, String>,
-    /// Names that a prune is taking away.
+    /// Names that a prune is removing.
     going: HashSet<String>,
 }
 
-/// A step that is there.
+/// A step that exists.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct Entry {
@@ -91,34 +92,34 @@ pub struct Entry {
     pub step: u64,
     /// The name of its directory.
     pub name: String,
-    /// Where it is.
+    /// Its path.
     #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
-    /// The length of all its files.
+    /// The total length of its files.
     pub bytes: u64,
     /// The attempt that was published.
     pub attempt: Attempt,
-    /// When it was written, by the clock of the storage; None where that is not known.
+    /// When it was written, by the clock of the storage; None if unknown.
     #[serde(skip)]
     pub modified: Option<SystemTime>,
 }
 
-/// A directory that has the name of a step and was made by this library, but is not listed: it cannot be
-/// opened (`Corrupt` when it is damaged), or it is in the way of another (`Conflict`).
+/// A directory that this library made and that has the name of a step, but is not listed: it cannot be opened
+/// (`Corrupt` when it is damaged), or it conflicts with another (`Conflict`).
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Problem {
-    /// The step that its name says.
+    /// The step in its name.
     pub step: u64,
     /// The name of its directory.
     pub name: String,
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
     /// Why it is not listed.
     pub error: Error,
 }
 
-/// The newest step that is sound, and what was passed over on the way to it.
+/// The newest sound step, and the newer steps that were skipped.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Found {
@@ -142,15 +143,16 @@ impl Catalog {
         Self { storage, known: Arc::default(), gone: Arc::default() }
     }
 
-    /// Every step, oldest first; see the [module](self) for what counts as one.
+    /// Lists every step, oldest first; the [module](self) says what counts as one.
     ///
     /// # Errors
-    /// When the directory cannot be read. A step that cannot be opened is no error: see [`Catalog::problems`].
+    /// When the directory cannot be read. A step that cannot be opened is not an error: see
+    /// [`Catalog::problems`].
     pub fn list(&self) -> Result<Vec<Entry>> {
         Ok(self.survey()?.0)
     }
 
-    /// What looks like a step of this library and is not listed, oldest first, with the reason.
+    /// Lists what looks like a step of this library but is not listed, oldest first, with the reason.
     ///
     /// # Errors
     /// As [`Catalog::list`].
@@ -158,7 +160,7 @@ impl Catalog {
         Ok(self.survey()?.1)
     }
 
-    /// [`Catalog::list`] and [`Catalog::problems`] in one pass.
+    /// Returns [`Catalog::list`] and [`Catalog::problems`] in one pass.
     ///
     /// # Errors
     /// As [`Catalog::list`].
@@ -168,7 +170,7 @@ impl Catalog {
         for entry in all {
             match entries.last() {
                 Some(first) if first.step == entry.step => {
-                    let what = format!("the step is there under another name, too name={:?}", first.name);
+                    let what = format!("the step also exists under another name name={:?}", first.name);
                     let error = Error::new(ErrorKind::Conflict, what).with_step(entry.step).with_path(&entry.path);
                     problems.push(self.problem(entry.step, entry.name, error));
                 }
@@ -180,7 +182,8 @@ impl Catalog {
         Ok((entries, problems))
     }
 
-    /// Every name under which a step can be opened, by step and preference, and what cannot.
+    /// Returns every name under which a step can be opened, by step and preference, and the names that cannot
+    /// be opened.
     fn everything(&self) -> Result<(Vec<Entry>, Vec<Problem>)> {
         let (mut entries, mut problems) = (Vec::new(), Vec::new());
         for (step, name) in self.names()? {
@@ -200,18 +203,18 @@ impl Catalog {
         Ok((entries, problems))
     }
 
-    /// The newest step that is listed, None when there is none. Its tensor data is checked when it is read.
+    /// Opens the newest listed step; None when there is none. Tensor data is checked when it is read.
     ///
     /// # Errors
-    /// When the directory cannot be read, or a newer step is there that cannot be read at present (an I/O error, missing
-    /// permission): starting from an older one is for the caller to decide.
+    /// When the directory cannot be read, or a newer step cannot be read at present (an I/O error, missing
+    /// permission): the caller decides whether to start from an older one.
     pub fn latest(&self) -> Result<Option<Checkpoint>> {
         for (step, name) in newest_first(self.names()?) {
             match self.try_open(step, &name) {
                 Ok(None) => {}
                 Ok(Some(checkpoint)) => return Ok(Some(checkpoint)),
                 Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Conflict) => {
-                    tracing::warn!(step, %name, error = format_args!("{error:#}"), "a newer step is passed over");
+                    tracing::warn!(step, %name, error = format_args!("{error:#}"), "a newer step is skipped");
                 }
                 Err(error) => return Err(error),
             }
@@ -219,10 +222,10 @@ impl Catalog {
         Ok(None)
     }
 
-    /// The step `step`, never another.
+    /// Opens the step `step`, never another.
     ///
     /// # Errors
-    /// `NotFound` when it is not there; otherwise as [`Checkpoint::open`].
+    /// `NotFound` when it does not exist; otherwise as [`Checkpoint::open`].
     pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
         let mut first = None;
         for (_, name) in self.names()?.into_iter().filter(|(there, _)| *there == step) {
@@ -240,11 +243,11 @@ impl Catalog {
         }))
     }
 
-    /// The newest step all of whose bytes are what was written, and what was passed over; None when there is no step at
-    /// all. Reads every byte of the steps that it looks at.
+    /// Finds the newest step whose bytes are all as written, and reports the skipped ones; None when there is
+    /// no step. Reads every byte of the steps that it examines.
     ///
     /// # Errors
-    /// When the directory cannot be read; when there are steps but none is sound, what is wrong with the newest.
+    /// When the directory cannot be read. When there are steps but none is sound, the damage of the newest.
     pub fn latest_valid(&self) -> Result<Option<Found>> {
         let mut skipped = Vec::new();
         for (step, name) in newest_first(self.names()?) {
@@ -252,7 +255,7 @@ impl Catalog {
                 Ok(Some(checkpoint)) => return Ok(Some(Found { checkpoint, skipped })),
                 Ok(None) => {}
                 Err(error) => {
-                    tracing::warn!(step, %name, error = format_args!("{error:#}"), "a step is passed over");
+                    tracing::warn!(step, %name, error = format_args!("{error:#}"), "a step is skipped");
                     skipped.push(self.problem(step, name, error));
                 }
             }
@@ -260,7 +263,7 @@ impl Catalog {
         skipped.into_iter().next().map_or(Ok(None), |problem| Err(problem.error))
     }
 
-    /// Names of steps, ordered by step, for each step in the order of preference.
+    /// Returns the names of steps, ordered by step, then by preference.
     fn names(&self) -> Result<Vec<(u64, String)>> {
         let mut names: Vec<_> =
             self.storage.list()?.into_iter().filter_map(|name| Some((parse_step_name(&name)?, name))).collect();
@@ -268,7 +271,7 @@ impl Catalog {
         Ok(names)
     }
 
-    /// Returns the checkpoint when every byte of it is as it was written, and remembers what was found.
+    /// Returns the checkpoint if every byte of it is as written, and records the result.
     fn read_whole(&self, checkpoint: Option<Checkpoint>) -> Result<Option<Checkpoint>> {
         let Some(checkpoint) = checkpoint else { return Ok(None) };
         let found = checkpoint.damaged(&checkpoint.verify()?);
@@ -284,12 +287,15 @@ impl Catalog {
         Err(error)
     }
 
-    /// None when the directory is foreign, or gone by now.
+    /// Returns None when the directory is foreign or no longer exists.
     fn try_open(&self, step: u64, name: &str) -> Result<Option<Checkpoint>> {
         match Checkpoint::try_open(&self.storage, name) {
             Ok(checkpoint) if checkpoint.step() == step => Ok(Some(checkpoint)),
             Ok(checkpoint) => {
-                let what = format!("a directory has the name of another step manifest={}", checkpoint.step());
+                let what = format!(
+                    "the directory is named after another step than its manifest manifest={}",
+                    checkpoint.step()
+                );
                 Err(Error::new(ErrorKind::Conflict, what).with_step(step).with_path(checkpoint.path()))
             }
             Err(Failure::Absent(_) | Failure::Foreign(_)) => Ok(None),
@@ -312,7 +318,7 @@ fn newest_first(mut names: Vec<(u64, String)>) -> Vec<(u64, String)> {
     names
 }
 
-/// A path as text: what is not UTF-8 in it is replaced, because JSON has nothing else.
+/// Serializes a path as text. Bytes that are not UTF-8 are replaced, because JSON cannot hold them.
 fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }

@@ -1,4 +1,4 @@
-//! Policies: which steps are worth keeping for what they hold, whatever their age.
+//! Policies: which steps are kept for their contents, whatever their age.
 
 use super::{Catalog, Entry};
 use crate::error::{ErrorKind, Result};
@@ -7,7 +7,7 @@ use crate::state::decode_value;
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A step as policies see it.
+/// A step as a policy sees it.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Candidate {
@@ -17,17 +17,19 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// The user metadata under `key`; None when there is none, or it is not a `T`.
+    /// Returns the user metadata under `key`, or None when it is missing or not a `T`.
     pub fn metadata<T: DeserializeOwned>(&self, key: &str) -> Option<T> {
         self.metadata.get(key).and_then(|value| decode_value(value).ok())
     }
 }
 
-/// Which steps are kept beyond a [`Retention`](super::Retention). Any `Fn(&[Candidate]) -> Vec<bool>` is one.
+/// Which steps are kept in addition to a [`Retention`](super::Retention). Any `Fn(&[Candidate]) -> Vec<bool>`
+/// is one.
 ///
-/// A policy only spares: the newest steps that the retention keeps stay whatever it says.
+/// A policy only adds to what is kept: it cannot delete the newest steps that the retention keeps.
 pub trait PreservationPolicy: Send + Sync {
-    /// For each step, oldest first, whether it is kept. What is missing at the end is kept.
+    /// Returns, for each step, oldest first, whether to keep it. Steps missing at the end of the result are
+    /// kept.
     fn preserves(&self, steps: &[Candidate]) -> Vec<bool>;
 }
 
@@ -37,8 +39,8 @@ impl<F: Fn(&[Candidate]) -> Vec<bool> + Send + Sync> PreservationPolicy for F {
     }
 }
 
-/// The best steps by a metric, which is a number in their metadata. Of equal ones the newer is better; a step
-/// without the metric, or whose metric is not a number, is none of the best.
+/// The best steps by a metric, a number in their metadata. Of equal steps the newer is better. A step whose
+/// metric is missing or not a number is never among the best.
 ///
 /// ```
 /// use ashore::{CheckpointExecutor, StateDict, catalog::Best};
@@ -89,7 +91,7 @@ impl PreservationPolicy for Best {
 }
 
 impl Catalog {
-    /// The steps that `policy` keeps.
+    /// Returns the steps that `policy` keeps.
     pub(super) fn spared(&self, policy: &dyn PreservationPolicy, entries: &[Entry]) -> Result<BTreeSet<u64>> {
         let mut candidates = Vec::with_capacity(entries.len());
         for entry in entries {

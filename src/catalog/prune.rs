@@ -1,22 +1,22 @@
-//! Pruning: which steps go, what has to be known of those that stay first, and what came of it.
+//! Pruning: which steps are deleted, what is checked before, and the result.
 
 use super::{Catalog, Entry, PreservationPolicy, Problem, Retention};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use std::collections::{BTreeSet, HashSet};
 
-/// What has to be known of the steps that stay before others are deleted.
+/// What is checked about the remaining steps before others are deleted.
 ///
-/// That they are complete and durable is asked for in any case.
+/// Remaining steps must be complete and durable in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Verify {
-    /// Nothing.
+    /// No further check.
     No,
-    /// One of them is sound: this process wrote it, or has read it whole, now if it has not before.
+    /// At least one of them is sound: this process wrote it, or has read all of it (now, if not before).
     #[default]
     One,
-    /// Each that counts is sound.
+    /// Every one that counts is sound.
     All,
 }
 
@@ -24,26 +24,26 @@ pub enum Verify {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PruneOptions {
-    /// Delete nothing, only say what would be deleted.
+    /// Delete nothing; only report what would be deleted.
     pub dry_run: bool,
-    /// What has to be known of the steps that stay.
+    /// What is checked about the remaining steps.
     pub verify: Verify,
 }
 
 impl PruneOptions {
-    /// Deletes, once one step that stays is known to be sound.
+    /// Deletes, once one remaining step is known to be sound.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Whether nothing is deleted.
+    /// If true, nothing is deleted.
     #[must_use]
     pub fn dry_run(mut self, dry_run: bool) -> Self {
         self.dry_run = dry_run;
         self
     }
 
-    /// Sets what has to be known of the steps that stay.
+    /// Sets what is checked about the remaining steps.
     #[must_use]
     pub fn verify(mut self, verify: Verify) -> Self {
         self.verify = verify;
@@ -51,27 +51,27 @@ impl PruneOptions {
     }
 }
 
-/// What was deleted, or would be. A step that could not be deleted hinders no other.
+/// What was deleted, or would be. A step that cannot be deleted does not stop the others.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Pruned {
-    /// What was removed, oldest first.
+    /// Removed steps, oldest first.
     pub removed: Vec<Entry>,
     /// Damaged steps that were removed, and what was wrong with each.
     pub damaged: Vec<Problem>,
-    /// What was kept, oldest first.
+    /// Kept steps, oldest first.
     pub kept: Vec<Entry>,
-    /// Steps among the kept that replace no older one: not durable, or damaged.
+    /// Kept steps that do not count because they are not durable or are damaged.
     pub doubtful: Vec<Problem>,
-    /// What could not be deleted, and why. A step that is also among the removed is gone from the list, and
-    /// what is left of its bytes waits in a hidden directory for [`Catalog::sweep`].
+    /// What could not be deleted, and why. A step that is also in `removed` is no longer listed; the rest of
+    /// its bytes stays in a hidden directory for [`Catalog::sweep`].
     pub failed: Vec<Problem>,
-    /// Names that another prune took away while this one looked at them.
+    /// Names that another prune removed while this one ran.
     vanished: HashSet<String>,
 }
 
 impl Pruned {
-    /// The same, when all was deleted that had to be.
+    /// Returns `self` if everything that had to be deleted was deleted.
     ///
     /// # Errors
     /// Why the first step could not be deleted.
@@ -84,24 +84,24 @@ impl Pruned {
 }
 
 impl Catalog {
-    /// Deletes what `retention` does not keep, oldest first. Foreign directories, attempts and steps that
-    /// cannot be opened are left alone.
+    /// Deletes the steps that `retention` does not keep, oldest first. Leaves foreign directories, attempts
+    /// and steps that cannot be opened.
     ///
-    /// Steps that this process did not publish itself are made durable before they are counted; those where
-    /// that fails, and those found damaged, do not count, so more is kept. A run that went back to an early
-    /// step loses nothing that it saves to higher steps of the run before: the `keep_last` newest steps up to
-    /// the one that this process published last are kept as well, or up to the one that was written last
-    /// where this process published none.
+    /// Steps that another process published are made durable before they count. A step where that fails, or
+    /// that is damaged, does not count, so more steps are kept. A run that went back to an early step does
+    /// not lose its new saves to higher steps of the earlier run: prune also keeps the `keep_last` newest
+    /// steps up to the one that this process published last, or up to the one written last if this process
+    /// published none.
     ///
     /// # Errors
-    /// `Invalid` for a retention that keeps nothing; when the directory cannot be read. A step that cannot be
-    /// deleted is no error of this call: see [`Pruned::complete`].
+    /// `Invalid` for a retention that keeps nothing; an I/O error when the directory cannot be read. A step
+    /// that cannot be deleted is not an error of this call: see [`Pruned::complete`].
     pub fn prune(&self, retention: &Retention, options: PruneOptions) -> Result<Pruned> {
         self.prune_sparing(retention, options, |_| Ok(BTreeSet::new()))
     }
 
-    /// [`Catalog::prune`], which also keeps what `policy` does, such as the [best](super::Best). A retention
-    /// that keeps all steps keeps only the newest durable one here, and those of the policy.
+    /// [`Catalog::prune`] that also keeps what `policy` keeps, such as the [best](super::Best). With a
+    /// retention that keeps all steps, only the newest durable step and those of the policy stay.
     ///
     /// # Errors
     /// As [`Catalog::prune`].
@@ -131,7 +131,7 @@ impl Catalog {
         Ok(pruned)
     }
 
-    /// The steps that `retention` does not keep, neither by number nor on the branch that is running.
+    /// Returns the steps that `retention` does not keep, by number or on the running branch.
     fn planned(
         &self,
         entries: &[Entry],
@@ -156,11 +156,11 @@ impl Catalog {
         Ok(gone)
     }
 
-    /// Deletes of the steps that `choose` returns those that are older than the newest durable one, oldest
-    /// first. As [`Catalog::prune`] in everything else.
+    /// Deletes those of the steps returned by `choose` that are older than the newest durable one, oldest
+    /// first. Otherwise as [`Catalog::prune`].
     ///
     /// # Errors
-    /// As there, and when a step cannot be deleted.
+    /// As [`Catalog::prune`], and when a step cannot be deleted.
     pub(crate) fn prune_chosen(&self, choose: impl FnOnce(&[Entry]) -> BTreeSet<u64>) -> Result<Pruned> {
         let entries = self.everything()?.0;
         let mut pruned = Pruned::default();
@@ -175,11 +175,11 @@ impl Catalog {
         pruned.complete()
     }
 
-    /// Deletes `step` under every name that it has, also when it is damaged.
+    /// Deletes `step` under every name that it has, even if it is damaged.
     ///
     /// # Errors
-    /// `NotFound` when it is not there. `Invalid` when none of the others is durable and, as the options ask,
-    /// sound: nothing is deleted then. When the directory cannot be read.
+    /// `NotFound` when the step does not exist. `Invalid` when no other step is durable and, if the options
+    /// require it, sound; nothing is deleted then. An I/O error when the directory cannot be read.
     pub fn delete(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
         let (entries, problems) = self.everything()?;
         let problems: Vec<_> =
@@ -188,7 +188,7 @@ impl Catalog {
             return Err(self
                 .checkpoint(step)
                 .err()
-                .unwrap_or_else(|| Error::internal("a step came while it was looked for")));
+                .unwrap_or_else(|| Error::internal("a step appeared during the search")));
         }
         let mut pruned = Pruned::default();
         let others: Vec<_> = entries.iter().filter(|entry| entry.step != step).cloned().collect();
@@ -198,12 +198,12 @@ impl Catalog {
         Ok(pruned)
     }
 
-    /// Reads every step whole and deletes the damaged ones of this library. What cannot be read at present
-    /// stays.
+    /// Reads every step in full and deletes the damaged ones of this library. A step that cannot be read at
+    /// present stays.
     ///
     /// # Errors
-    /// `Invalid` when there are damaged steps and no sound and durable one: nothing is deleted then. When the
-    /// directory cannot be read.
+    /// `Invalid` when there are damaged steps and none that is sound and durable; nothing is deleted then. An
+    /// I/O error when the directory cannot be read.
     pub fn delete_damaged(&self, options: PruneOptions) -> Result<Pruned> {
         let (entries, problems) = self.everything()?;
         let mut pruned = Pruned::default();
@@ -232,12 +232,12 @@ impl Catalog {
         Ok(pruned)
     }
 
-    /// Demands that one of `entries`, which stay, is durable and, as `verify` asks, sound.
+    /// Requires that one of `entries`, which stay, is durable and, if `verify` requires it, sound.
     pub(super) fn demand(&self, entries: &[Entry], verify: Verify, pruned: &mut Pruned) -> Result<()> {
         if !self.counted(entries, 1, verify, &mut false, pruned).is_empty() {
             return Ok(());
         }
-        let what = "no step that would stay is durable and sound; nothing was deleted";
+        let what = "no remaining step would be durable and sound; nothing was deleted";
         let refused = Error::invalid(what).with_path(self.storage.describe(""));
         Err(match pruned.doubtful.last() {
             Some(problem) => refused.with_source(problem.error.clone()),
@@ -245,8 +245,8 @@ impl Catalog {
         })
     }
 
-    /// The newest steps that count, as many as are `wanted`: those that are durable and, as `verify` asks,
-    /// sound. Older ones are not asked about. `sound` says whether one that stays is known to be.
+    /// Returns the newest `wanted` steps that count: durable and, if `verify` requires it, sound. Older ones
+    /// are not checked. `sound` says whether a remaining step is known to be sound.
     fn counted(
         &self,
         entries: &[Entry],
@@ -282,7 +282,7 @@ impl Catalog {
                     drop(error);
                     counted.insert(entry.step);
                 }
-                // Deleted meanwhile, by another process.
+                // Another process deleted it meanwhile.
                 Err(error) if error.kind() == ErrorKind::NotFound && self.is_free(&entry.name) => {
                     pruned.vanished.insert(entry.name.clone());
                 }
@@ -300,7 +300,7 @@ impl Catalog {
         counted
     }
 
-    /// Reads a step whole, unless this process knows already that it is sound, or what is wrong with it.
+    /// Reads a step in full, unless this process already knows that it is sound or what is wrong with it.
     fn find_sound(&self, entry: &Entry) -> Result<()> {
         self.unblemished(entry)?;
         if self.known().sound.contains(&entry.attempt) {
@@ -315,12 +315,12 @@ impl Catalog {
         self.read_whole(Some(checkpoint)).map(drop)
     }
 
-    /// What is known to be wrong with a step, as an error.
+    /// Returns the known damage of a step as an error.
     fn unblemished(&self, entry: &Entry) -> Result<()> {
         self.known().damaged.get(&entry.attempt).map_or(Ok(()), |error| Err(error.clone()))
     }
 
-    /// Removes those of `entries` that `goes` says, unless an attempt may be published under their names.
+    /// Removes the `entries` for which `goes` is true, unless an attempt may be published under their names.
     pub(super) fn take(&self, entries: Vec<Entry>, goes: impl Fn(&Entry) -> bool, dry_run: bool, pruned: &mut Pruned) {
         for entry in entries {
             if pruned.vanished.contains(&entry.name) {
@@ -346,7 +346,7 @@ impl Catalog {
         }
     }
 
-    /// Removes damaged steps of ours, each after it was judged once more.
+    /// Removes damaged steps of this library, each after another check.
     pub(super) fn take_damaged(&self, problems: Vec<Problem>, dry_run: bool, pruned: &mut Pruned) {
         for problem in problems.into_iter().filter(|problem| self.claim(&problem.name)) {
             let removed = self.remove_damaged(&problem.name, dry_run);
@@ -370,7 +370,7 @@ impl Catalog {
     }
 }
 
-/// True for a step of ours whose bytes are not what was written.
+/// True for a step of this library whose bytes are not those that were written.
 pub(super) fn is_damaged(problem: &Problem) -> bool {
     problem.error.kind() == ErrorKind::Corrupt
 }

@@ -1,10 +1,10 @@
-//! Which steps to keep: a pure decision, apart from carrying it out.
+//! Which steps to keep: a pure decision, without the deletion.
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
-/// Which steps to keep. Neither set: all of them.
+/// Which steps to keep. If neither is set, all of them.
 ///
 /// ```
 /// use ashore::Retention;
@@ -16,9 +16,10 @@ use std::collections::BTreeSet;
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Retention {
-    /// Keep this many of the newest durable steps, and whatever is newer than they are; at least 1. None: all steps are kept.
+    /// Keep this many of the newest durable steps, and every newer step; at least 1. None: keep all steps.
     pub keep_last: Option<usize>,
-    /// Of the older steps, keep those that this divides; at least 1. None: no older step is kept. Not without `keep_last`.
+    /// Also keep older steps that are multiples of this; at least 1. None: keep no older step. Needs
+    /// `keep_last`.
     pub keep_every: Option<u64>,
 }
 
@@ -28,7 +29,7 @@ impl Retention {
         Self { keep_last: Some(n), keep_every: None }
     }
 
-    /// Keeps those of the older steps, too, that `n` divides.
+    /// Also keeps older steps that are multiples of `n`.
     pub const fn every(mut self, n: u64) -> Self {
         self.keep_every = Some(n);
         self
@@ -42,23 +43,23 @@ impl Retention {
     /// Checks the settings.
     ///
     /// # Errors
-    /// `Invalid`, naming the setting that is 0, or missing.
+    /// `Invalid`, naming the setting that is 0 or missing.
     pub fn check(&self) -> Result<()> {
         match (self.keep_last, self.keep_every) {
-            (Some(0), _) => Err(Error::invalid("keep at least one step, or leave this unset to keep all keep_last=0")),
-            (_, Some(0)) => Err(Error::invalid("no step is a multiple of this: leave it unset keep_every=0")),
+            (Some(0), _) => Err(Error::invalid("keep at least one step, or leave it unset to keep all keep_last=0")),
+            (_, Some(0)) => Err(Error::invalid("no step is a multiple of 0: leave it unset keep_every=0")),
             (None, Some(every)) => {
-                let why = "nothing is deleted without keep_last: set it, too, or neither";
+                let why = "nothing is deleted without keep_last: set both, or neither";
                 Err(Error::invalid(format!("{why} keep_every={every}")))
             }
             _ => Ok(()),
         }
     }
 
-    /// The steps of `steps` to delete, ascending, when those of `durable` are known to be durable.
+    /// Returns which of `steps` to delete, ascending. `durable` are those known to be durable.
     ///
-    /// Only durable steps count: each deleted step is older than `keep_last` steps that survive a crash. So the newest
-    /// durable step is never deleted, nor any newer one.
+    /// Only durable steps count: each deleted step is older than `keep_last` steps that survive a crash. So
+    /// the newest durable step and all newer steps are never deleted.
     ///
     /// # Errors
     /// As [`Retention::check`].
@@ -105,7 +106,7 @@ mod tests {
         let two = Retention { keep_last: Some(2), keep_every: None };
         assert_eq!(two.plan([1, 2, 3, 4, 5], [1, 2, 4]).unwrap(), [1], "3 and 5 do not count");
         assert!(two.plan([1, 2, 3, 4, 5], [4]).unwrap().is_empty(), "too few are durable");
-        assert!(two.plan([1, 2], [3, 4]).unwrap().is_empty(), "what is not there does not count");
+        assert!(two.plan([1, 2], [3, 4]).unwrap().is_empty(), "a missing step does not count");
     }
 
     proptest! {
@@ -127,7 +128,7 @@ mod tests {
             if let Some(n) = keep_last && durable.len() >= n {
                 let counted = kept.iter().filter(|&&step| keep_every.is_none_or(|every| step % every != 0));
                 let newer = |step: u64| durable.range(step + 1..).count();
-                prop_assert!(counted.copied().all(|step| newer(step) < n), "no more is kept than was asked for");
+                prop_assert!(counted.copied().all(|step| newer(step) < n), "no more is kept than requested");
             } else {
                 prop_assert!(gone.is_empty());
             }

@@ -1,4 +1,4 @@
-//! What this process knows of attempts, and how one step or a dead attempt is deleted.
+//! What this process knows about attempts, and how it deletes one step or a dead attempt.
 
 use super::{Catalog, Entry};
 use crate::checkpoint::Checkpoint;
@@ -9,12 +9,12 @@ use crate::storage::{Sweep, Swept};
 use std::sync::PoisonError;
 use std::time::Duration;
 
-/// How long a publish waits for a prune to let go of its name.
+/// How long a publish waits for a prune to release its name.
 const ANNOUNCE: Duration = Duration::from_secs(60);
 
 impl Catalog {
-    /// Says that `attempt` is durable because this process published it and saw every fsync succeed. Other steps are made
-    /// durable before they are counted.
+    /// Records that `attempt` is durable: this process published it and every fsync succeeded. Other steps
+    /// are made durable before they count.
     #[doc(hidden)]
     pub fn acknowledge(&self, attempt: Attempt) {
         let mut known = self.known();
@@ -25,8 +25,8 @@ impl Catalog {
         }
     }
 
-    /// Says that `attempt` is about to be published as `name`: until its outcome is known it neither counts nor goes, and
-    /// neither does what it may replace.
+    /// Records that `attempt` is about to be published as `name`. Until its outcome is known it does not
+    /// count and is not deleted, and neither is the step that it may replace.
     ///
     /// # Errors
     /// `Busy` when a prune has been deleting that step for too long.
@@ -45,13 +45,13 @@ impl Catalog {
         Ok(())
     }
 
-    /// Says that `attempt` was not published.
+    /// Records that `attempt` was not published.
     pub(crate) fn withdraw(&self, attempt: Attempt) {
         self.known().pending.remove(&attempt);
     }
 
-    /// Says that the publish of `attempt` ended as `Indeterminate`: it never counts in this process. A later fsync would
-    /// prove nothing, for the kernel reports a lost write once.
+    /// Records that the publish of `attempt` ended as `Indeterminate`: it never counts in this process. A
+    /// later fsync would prove nothing, because the kernel reports a lost write only once.
     #[doc(hidden)]
     pub fn doubt(&self, attempt: Attempt) {
         let mut known = self.known();
@@ -61,7 +61,7 @@ impl Catalog {
         known.doubtful.insert(attempt);
     }
 
-    /// Removes attempts and trash whose owner is dead, and only those; says what it left alone, and why.
+    /// Removes attempts and trash of dead owners, and only those. Reports what it kept, and why.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -69,7 +69,7 @@ impl Catalog {
         self.storage.sweep(how)
     }
 
-    /// Claims `name` for a removal; false while an attempt may be published under it.
+    /// Claims `name` for a removal. Returns false while an attempt may be published under it.
     pub(super) fn claim(&self, name: &str) -> bool {
         let mut known = self.known();
         !known.pending.values().any(|pending| pending == name) && known.going.insert(name.into())
@@ -80,9 +80,9 @@ impl Catalog {
         self.gone.notify_all();
     }
 
-    /// Removes `entry`, unless the name has come to stand for another attempt since it was listed.
+    /// Removes `entry`, unless its name now belongs to another attempt than when it was listed.
     pub(super) fn remove(&self, entry: &Entry) -> Result<()> {
-        // Opened before it is compared: what is removed is what was compared, or nothing.
+        // Open first, then compare: only what was compared is removed.
         let opened = self.storage.open(&entry.name)?;
         let there = Checkpoint::from_storage(self.storage.clone(), &entry.name)?;
         if there.attempt() != entry.attempt {
@@ -91,19 +91,19 @@ impl Catalog {
         self.storage.remove_opened(&entry.name, opened.as_ref())
     }
 
-    /// Removes what is under `name`, if it is a damaged step of ours.
+    /// Removes the step under `name` if this library made it and it is damaged.
     pub(crate) fn remove_damaged(&self, name: &str, dry_run: bool) -> Result<()> {
-        // Opened before it is judged: what is removed is what was judged, or nothing.
+        // Open first, then judge: only what was judged is removed.
         let opened = self.storage.open(name)?;
         if self.damage(name).is_none() {
-            let what = "the step is not damaged, or not of this library, any more; it was not removed";
+            let what = "the step is no longer damaged, or no longer one of this library; it was not removed";
             return Err(Error::new(ErrorKind::Conflict, what));
         }
         if dry_run { Ok(()) } else { self.storage.remove_opened(name, opened.as_ref()) }
     }
 
-    /// What is wrong with the step under `name`, if it is ours and damaged: it cannot be opened, or this
-    /// process has read it and found other bytes than were written.
+    /// Returns what is wrong with the step under `name`, if this library made it and it is damaged: it cannot
+    /// be opened, or this process read it and found other bytes than were written.
     pub(crate) fn damage(&self, name: &str) -> Option<Error> {
         match Checkpoint::try_open(&self.storage, name) {
             Ok(checkpoint) => self.known().damaged.get(&checkpoint.attempt()).cloned(),
@@ -112,7 +112,7 @@ impl Catalog {
         }
     }
 
-    /// Forgets an attempt that was removed, so that a long run does not remember all of its saves.
+    /// Forgets a removed attempt, so that a long run does not remember all of its saves.
     pub(super) fn forget(&self, attempt: Attempt) {
         let mut known = self.known();
         known.durable.remove(&attempt);
@@ -124,7 +124,7 @@ impl Catalog {
     pub(super) fn make_durable(&self, entry: &Entry) -> Result<()> {
         let known = self.known();
         if known.doubtful.contains(&entry.attempt) {
-            let what = "the publish of this step had no certain end";
+            let what = "it is unknown whether the publish of this step is durable";
             let error = crate::Error::new(crate::ErrorKind::Indeterminate, what);
             return Err(error.with_step(entry.step).with_path(&entry.path));
         }
