@@ -1,4 +1,4 @@
-//! A step that was published, held open to be read.
+//! A published step, open for reading.
 
 use crate::device::{Device, DeviceChoice, choose};
 use crate::error::{Error, ErrorKind, Result};
@@ -15,14 +15,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// How often an open starts over when the step is exchanged or pruned under it.
+/// How often an open starts over when the step is replaced or pruned meanwhile.
 const ATTEMPTS: usize = 8;
 
-/// A step, held open: what it holds stays readable even when the step is replaced or pruned meanwhile.
+/// An open step. Its contents stay readable even if the step is replaced or pruned meanwhile.
 ///
-/// Opening reads the manifest and the first 4096 bytes of each shard, no tensor data: it finds out what the step holds,
-/// that every file has its length, and that no file is that of another step or attempt. Tensor bytes are checked against
-/// their digests when they are read, all of them by [`Checkpoint::verify`]. Clones are cheap and share the open files.
+/// Opening reads the manifest and the first 4096 bytes of each shard, but no tensor data: it checks what the
+/// step contains, that every file has its length, and that no file belongs to another step or attempt. Tensor
+/// bytes are checked against their digests when they are read; [`Checkpoint::verify`] checks all of them.
+/// Clones are cheap and share the open files.
 ///
 /// ```
 /// use ashore::{Checkpoint, CheckpointExecutor, HostTensor, StateDict, Targets};
@@ -50,7 +51,7 @@ const ATTEMPTS: usize = 8;
 pub struct Checkpoint {
     pub(crate) opened: Arc<Opened>,
     pub(crate) threads: usize,
-    /// What copies to targets in device memory.
+    /// The device that copies to targets in device memory.
     pub(crate) device: Option<Arc<dyn Device>>,
     pub(crate) timeout: Duration,
 }
@@ -64,11 +65,11 @@ pub(crate) struct Opened {
     pub files: Vec<Arc<dyn FileReading>>,
     /// The directory.
     pub reading: Arc<dyn Reading>,
-    /// When the manifest was written, where the storage knows.
+    /// When the manifest was written, if the storage knows.
     modified: Option<SystemTime>,
 }
 
-/// What a tensor is, without its bytes.
+/// A tensor's description, without its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct TensorInfo<'a> {
@@ -86,9 +87,9 @@ impl Checkpoint {
     /// Opens the step in the directory `path`. Needs no executor and no arena, and writes nothing.
     ///
     /// # Errors
-    /// `NotFound` when there is no such directory, or nothing in it is of a checkpoint; `Corrupt`, naming the
-    /// file, when the manifest contradicts itself, a file is missing or has another length, or a shard
-    /// belongs to another step or attempt.
+    /// `NotFound` when there is no such directory, or nothing in it belongs to a checkpoint; `Corrupt`,
+    /// naming the file, when the manifest contradicts itself, a file is missing or has another length, or a
+    /// shard belongs to another step or attempt.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let given = path.as_ref();
         let path = given.canonicalize().map_err(|e| Error::io("cannot open a checkpoint", e).with_path(given))?;
@@ -115,37 +116,38 @@ impl Checkpoint {
                     let (opened, device) = (Arc::new(opened), None);
                     return Ok(Self { opened, threads: THREADS, device, timeout: PATIENCE });
                 }
-                // Exchanged or pruned while its files were opened, which are being deleted: look again under the name.
+                // The step was replaced or pruned while its files were opened, and they are being deleted:
+                // open the name again.
                 Err(Failure::Gone(_)) if tries < ATTEMPTS => tries += 1,
                 Err(failure) => return Err(failure),
             }
         }
     }
 
-    /// The same step, read by up to `threads` threads, of which the caller's is one: 32, and
-    /// one for each 4 MiB at most, unless set. Each has a buffer of 2 MiB while it reads.
+    /// Reads with up to `threads` threads, including the caller's. Default: 32, and at most one for each 4
+    /// MiB. Each uses a buffer of 2 MiB while it reads.
     pub fn with_threads(mut self, threads: usize) -> Self {
         self.threads = threads.max(1);
         self
     }
 
-    /// The same step, with a device that copies to [targets in device memory](crate::Targets::device). What an executor opens has that
-    /// of the executor already.
+    /// Sets the device that copies to [targets in device memory](crate::Targets::device). A checkpoint opened
+    /// by an executor already has the executor's device.
     ///
     /// # Errors
-    /// `Unavailable` or `Device`, naming what is missing, for a GPU that was asked for and is not to be had.
+    /// `Unavailable` or `Device`, naming what is missing, if a GPU was requested and is not available.
     pub fn with_device(self, choice: DeviceChoice) -> Result<Self> {
         Ok(self.with_made_device(choose(choice)?.0))
     }
 
-    /// The same step, with a device that exists already.
+    /// Sets a device that exists already.
     #[doc(hidden)]
     pub fn with_made_device(mut self, device: Arc<dyn Device>) -> Self {
         self.device = Some(device);
         self
     }
 
-    /// The same step; a read fails when copies to a device make no progress for so long: 10 minutes unless set.
+    /// Sets how long a read waits for copies to a device that make no progress. Default: 10 minutes.
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -161,12 +163,12 @@ impl Checkpoint {
         self.opened.manifest.attempt
     }
 
-    /// How many ranks wrote it.
+    /// The number of ranks that wrote it.
     pub fn world(&self) -> u32 {
         self.opened.manifest.world
     }
 
-    /// Where it was found.
+    /// The path under which it was opened.
     pub fn path(&self) -> &Path {
         &self.opened.path
     }
@@ -176,13 +178,13 @@ impl Checkpoint {
         &self.opened.name
     }
 
-    /// The length of all its files together, manifest included.
+    /// The total length of its files, including the manifest.
     pub fn bytes(&self) -> u64 {
         self.opened.bytes
     }
 
-    /// When it was written, by the clock of the storage; None where that is not known. A copy of a step can
-    /// have another time.
+    /// When it was written, by the clock of the storage; None if unknown. A copy of a step may have another
+    /// time.
     pub fn modified(&self) -> Option<SystemTime> {
         self.opened.modified
     }
@@ -221,7 +223,7 @@ impl Checkpoint {
         found.and_then(|index| tensors.get(index)).ok_or_else(|| self.missing("tensor", name))
     }
 
-    /// The value `name`, without touching tensor data.
+    /// Decodes the value `name`, without reading tensor data.
     ///
     /// # Errors
     /// `NotFound` when there is none, `Invalid` when it is not a `T`; both name the value and the path.
@@ -229,7 +231,7 @@ impl Checkpoint {
         self.decode("value", name, self.opened.manifest.values.get(name))
     }
 
-    /// The user metadata under `key`.
+    /// Decodes the user metadata under `key`.
     ///
     /// # Errors
     /// As [`Checkpoint::value`].
@@ -251,7 +253,7 @@ impl Checkpoint {
         let value = value.ok_or_else(|| self.missing(what, name))?;
         decode_value(value).map_err(|e| {
             let wanted = std::any::type_name::<T>();
-            let wrong = Error::invalid(format!("the {what} is of another type {what}={name:?} wanted={wanted}"));
+            let wrong = Error::invalid(format!("the {what} has another type {what}={name:?} wanted={wanted}"));
             self.place(wrong.with_source_of(&e))
         })
     }
@@ -280,22 +282,22 @@ impl<'a> TensorInfo<'a> {
     }
 }
 
-/// Why an open failed. Listing, overwriting and pruning all go by this.
+/// Why an open failed. Listing, overwriting and pruning all use this.
 pub(crate) enum Failure {
-    /// There is nothing under the name.
+    /// Nothing exists under the name.
     Absent(Error),
-    /// This library did not make what is there.
+    /// Another program made what is under the name.
     Foreign(Error),
-    /// It cannot be said what is there, because the storage does not answer.
+    /// The storage does not answer, so the contents are unknown.
     Unknown(Error),
-    /// It is ours, and a file of it is not there.
+    /// This library made the step, and one of its files is missing.
     Gone(Error),
-    /// It is ours, and cannot be opened: `Corrupt` when its bytes are not what was written.
+    /// This library made the step, and it cannot be opened: `Corrupt` when its bytes are not those written.
     Broken(Error),
 }
 
 impl Failure {
-    /// True for a step of ours whose bytes are not what was written.
+    /// True for a step of this library whose bytes are not those written.
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Gone(_) => true,
@@ -331,7 +333,7 @@ impl Opened {
         let file = match reading.open(MANIFEST) {
             Err(error) if missing(&error) && owned()? => return Err(Failure::Gone(error.with_path(manifest_path))),
             Err(error) if missing(&error) => return Err(Failure::Foreign(error.with_path(path))),
-            // A link where the manifest should be, or the storage does not answer.
+            // The manifest's name is a link, or the storage does not answer.
             Err(error) => return Err(Failure::Unknown(error.with_path(path))),
             Ok(file) => file,
         };
@@ -357,11 +359,12 @@ impl Opened {
     }
 }
 
-/// How many shards are looked at for the mark of this library.
+/// How many shards are searched for the metadata of this library.
 const MARKED: usize = 8;
 
-/// True when this library made the step `name`, whatever is left of it: its manifest begins as ours do; or it
-/// is empty, zeroed or cut and the name is as we give it; or a shard bears the mark of a save.
+/// True when this library made the step `name`, however damaged it is. Either its manifest begins as ours do;
+/// or the manifest is empty, zeroed or cut and `name` is one that this library gives; or a shard's header has
+/// the metadata of a save.
 fn ours(reading: &dyn Reading, name: &str) -> Result<bool> {
     let missing = |error: &Error| error.kind() == ErrorKind::NotFound;
     match reading.open(MANIFEST) {
@@ -388,7 +391,7 @@ fn ours(reading: &dyn Reading, name: &str) -> Result<bool> {
     Ok(false)
 }
 
-/// Refuses to replace what is under `name` when this library did not make it; nothing there is fine.
+/// Refuses to replace what is under `name` when this library did not make it. An unused name is accepted.
 pub(crate) fn replaceable(storage: &dyn Storage, name: &str) -> Result<()> {
     let reading = match storage.open(name) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -397,20 +400,21 @@ pub(crate) fn replaceable(storage: &dyn Storage, name: &str) -> Result<()> {
     if ours(reading.as_ref(), name)? {
         return Ok(());
     }
-    let foreign = Error::new(ErrorKind::Conflict, "what is there is no checkpoint of this library; it is not replaced");
+    let foreign =
+        Error::new(ErrorKind::Conflict, "the directory is not a checkpoint of this library; it is not replaced");
     Err(foreign.with_path(storage.describe(name)))
 }
 
 fn read_whole(file: &dyn FileReading) -> Result<AlignedBuffer> {
     let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a manifest bytes={}", file.len()));
     let len = usize::try_from(file.len()).map_err(|_| no_memory())?;
-    // Aligned: past the page cache it arrives in one request, not in many through a buffer.
+    // An aligned buffer: with direct I/O it is read in one request instead of many through another buffer.
     let mut bytes = AlignedBuffer::try_new(len).ok_or_else(no_memory)?;
     file.read_at(0, &mut bytes)?;
     Ok(bytes)
 }
 
-/// The step and attempt in the mark of a shard.
+/// Reads the step and attempt in a shard's metadata.
 fn mark(file: &dyn FileReading) -> Result<(u64, Attempt)> {
     let mut prefix = [0; ALIGNMENT];
     let prefix = &mut prefix[..file.len().min(ALIGNMENT as u64) as usize];
@@ -418,7 +422,7 @@ fn mark(file: &dyn FileReading) -> Result<(u64, Attempt)> {
     shard::identity(prefix)
 }
 
-/// Opens a file that the manifest names, and makes sure that it is the one.
+/// Opens a file that the manifest names, and checks that it belongs to this attempt.
 fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> Result<Arc<dyn FileReading>> {
     let file = reading.open(&entry.name)?;
     if file.len() != entry.length {
@@ -437,9 +441,9 @@ fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> R
     Ok(file)
 }
 
-/// Threads wait for the medium most of the time, and fast media want many requests at once: 64 MiB under way with this many.
-/// Few bytes are read by fewer. `docs/tuning.md` has the measurements.
+/// Threads spend most of their time waiting for the storage, and fast storage needs many requests at once: 64
+/// MiB in flight with this many threads. Few bytes are read by fewer. `docs/tuning.md` has the measurements.
 const THREADS: usize = 32;
 
-/// As long as a fence waits: a stream may have a lot of work before that of a restore.
+/// Like a fence's timeout: a stream may have a lot of work queued before a restore's copies.
 const PATIENCE: Duration = Duration::from_secs(600);

@@ -13,43 +13,44 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-/// When the bytes of a whole save are taken.
+/// When the bytes of a whole save are captured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Snapshot {
-    /// At the latest when the fence is reached: each tensor by its own [`Capture`](crate::Capture).
+    /// When the fence is reached at the latest: each tensor by its own [`Capture`](crate::Capture).
     #[default]
     AtFence,
-    /// Before `save` returns. For programs that cannot call a fence; on the host `save` then waits for staging.
+    /// Before `save` returns. For programs that cannot call a fence. For host tensors `save` then waits for
+    /// staging.
     AtSave,
 }
 
-/// What one save may want different from the others.
+/// Options of one save.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct SaveOptions {
-    /// Replace the step if it exists. The old checkpoint stays whole until the new one has taken its place.
+    /// Replace the step if it exists. The old checkpoint stays complete until the new one replaces it.
     pub overwrite: bool,
-    /// When the bytes are taken.
+    /// When the bytes are captured.
     pub snapshot: Snapshot,
-    /// The attempt; a new one if None.
+    /// The attempt; None: a new one.
     pub attempt: Option<Attempt>,
-    /// The directory name; [`step_name`](crate::id::step_name) of the step if None. One that is the name of no step is that
-    /// of a checkpoint beside the steps: never listed and never pruned.
+    /// The directory name; None: [`step_name`](crate::id::step_name) of the step. A name that is not a step's
+    /// makes a checkpoint beside the steps, which is never listed and never pruned.
     pub name: Option<String>,
-    /// After how long the save fails if it is not durable, counted from the call; the settings' `save_timeout` if None, and never
-    /// later.
+    /// How long after the call the save fails if it is not durable; None: the settings' `save_timeout`, which
+    /// is also the maximum.
     pub timeout: Option<Duration>,
-    /// How often the save is tried again when it has failed for a reason that may pass ([`Error::is_transient`]): 0.
+    /// How often a save that failed for a transient reason ([`Error::is_transient`]) is retried. Default: 0.
     ///
-    /// Each time is a new attempt at the step, and all of them share the deadline. The save keeps its place among others meanwhile.
-    /// Its state is kept until it has ended, and no fence waits for that: a tensor that the program can write, or that
-    /// is borrowed for a scope, is `Invalid`.
+    /// Each retry is a new attempt at the step; all of them share the deadline. The save keeps its position
+    /// in the queue. Its state is kept until it has ended, and no fence waits for that: a tensor that the
+    /// program can write, or that is borrowed for a scope, is `Invalid`.
     pub retries: u32,
-    /// How long a save that failed waits before it is tried again: not at all. Twice as long after each further failure. When
-    /// that is beyond the deadline, the save has failed.
+    /// How long a failed save waits before the first retry; doubled after each further failure. Default: 0.
+    /// If the wait would pass the deadline, the save fails.
     pub backoff: Duration,
-    /// The last save of a program whose executor takes no more.
+    /// This is the last save of an executor that accepts no others.
     pub(crate) last: bool,
 }
 
@@ -60,7 +61,7 @@ impl SaveOptions {
         self
     }
 
-    /// Says when the bytes are taken.
+    /// Sets when the bytes are captured.
     pub fn snapshot(mut self, snapshot: Snapshot) -> Self {
         self.snapshot = snapshot;
         self
@@ -72,13 +73,14 @@ impl SaveOptions {
         self
     }
 
-    /// Sets the directory name: one that [`parse_step_name`](crate::id::parse_step_name) takes for the step, or for none.
+    /// Sets the directory name. [`parse_step_name`](crate::id::parse_step_name) must return the step for it,
+    /// or None.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Tries the save up to `times` times again when it has failed for a reason that may pass, at first after `backoff`. See
+    /// Retries the save up to `times` times when it fails for a transient reason, first after `backoff`. See
     /// [`SaveOptions::retries`].
     pub fn retry(mut self, times: u32, backoff: Duration) -> Self {
         (self.retries, self.backoff) = (times, backoff);
@@ -97,12 +99,13 @@ impl SaveOptions {
     }
 }
 
-/// A save under way: a future of how it ends, awaitable from any async runtime, waitable from a thread. Clones are of
-/// the same save.
+/// A save in progress: a future of its outcome. Await it in any async runtime, or wait for it in a thread.
+/// Clones refer to the same save.
 ///
-/// Wakers are woken with no lock held, and may poll at once. [`Save::on_done`] calls a function instead.
+/// Wakers are called with no lock held and may poll at once. [`Save::on_done`] calls a function instead.
 ///
-/// Dropping it detaches: the save goes on, and an error that nobody saw is reported by the next `save` or `shutdown`.
+/// Dropping it detaches the save, which goes on. The next `save` or `shutdown` reports an error that was not
+/// observed.
 #[must_use = "dropping the handle detaches the save; keep it to learn when the checkpoint is durable"]
 pub struct Save {
     ticket: Arc<Ticket>,
@@ -120,7 +123,7 @@ impl Save {
         self.ticket.step
     }
 
-    /// The attempt at it; of a save that is tried again, the latest.
+    /// The current attempt; the latest if the save was retried.
     pub fn attempt(&self) -> Attempt {
         self.ticket.attempt()
     }
@@ -128,8 +131,9 @@ impl Save {
     /// Blocks the thread until the save has ended.
     ///
     /// # Errors
-    /// How the save failed; `Deadline` when it has not ended after `timeout`: it goes on then, and can be waited for again.
-    /// `Invalid`, at once, in a function given to [`Save::on_done`], or a waker, when it has not ended.
+    /// The save's own failure. `Deadline` when it has not ended after `timeout`: it goes on, and can be
+    /// waited for again. `Invalid`, at once, in a function given to [`Save::on_done`] or in a waker, when it
+    /// has not ended.
     pub fn wait(&self, timeout: Duration) -> Result<Outcome> {
         self.ticket.alive()?;
         if !self.ticket.done.is_complete() {
@@ -141,13 +145,13 @@ impl Save {
         }
     }
 
-    /// How the save ended, if it has.
+    /// Returns how the save ended, or None if it has not.
     pub fn try_get(&self) -> Option<Result<Outcome>> {
         self.done.cell().get().map(|result| self.observe(result))
     }
 
-    /// A future of the moment when no tensor of this save will be read any more and its sources are dropped. After it the
-    /// tensors may be written: awaiting it counts as a fence.
+    /// Returns a future that resolves when no tensor of this save will be read any more and its sources are
+    /// dropped. Then the tensors may be written: awaiting it counts as a fence.
     pub fn staged(&self) -> Staged {
         Staged { ticket: self.ticket.clone(), staged: Waiter::new(self.ticket.staged.clone()) }
     }
@@ -157,38 +161,40 @@ impl Save {
         self.ticket.staged.is_complete()
     }
 
-    /// How far it is.
+    /// The progress of the save.
     pub fn progress(&self) -> Progress {
         self.ticket.progress()
     }
 
-    /// Cancels the save, which resolves to `Cancelled` at once; its attempt is deleted, and its tensors are free when
-    /// [`Save::staged`] resolves. False when it is too late: it has ended, or its publish has begun.
+    /// Cancels the save, which resolves to `Cancelled` at once. Its attempt is deleted, and its tensors are
+    /// free when [`Save::staged`] resolves. Returns false when it is too late: the save has ended, or its
+    /// publish has begun.
     pub fn cancel(&self) -> bool {
         let cancelled = Error::new(ErrorKind::Cancelled, "the save was cancelled");
         if self.ticket.alive().is_err() || !self.ticket.fail_as(cancelled.clone(), true) {
             return false;
         }
-        // False where its threads were faster: they have ended it as cancelled.
+        // `give_up` returns false if the save's threads have already ended it as cancelled.
         self.ticket.hand_over(self.ticket.give_up(cancelled));
         true
     }
 
-    /// Calls `f` with how the save has ended.
+    /// Calls `f` with the outcome of the save.
     ///
-    /// The thread that commits calls it. For a save that is given up or superseded the executor's call thread does,
-    /// because the one that commits may hang in the storage. This thread does, at once, if the save has ended already,
-    /// and a shutdown for the saves that it gives up itself. A shutdown returns after all of these calls have run,
-    /// unless one takes half a second longer than the deadline.
+    /// The committer calls it. If the save is given up or superseded, the executor's call thread does,
+    /// because the committer may hang in the storage. If the save has already ended, this thread calls it at
+    /// once. A shutdown calls it for the saves that it gives up itself. A shutdown returns after all of these
+    /// calls have run, unless one takes half a second longer than the deadline.
     ///
-    /// No lock is held then. Commits, or other calls, wait while it runs, so it should hand on what it is told. Its
-    /// panic is logged. An error that it is told counts as seen.
+    /// No lock is held during the call. Commits and other calls wait while `f` runs, so it should only pass
+    /// on its result. A panic in it is logged. An error that it receives counts as observed.
     ///
-    /// `f` may look at the save and the executor, begin a save, and drop the last owner of the executor, whose saves
-    /// go on. It cannot wait for what its own thread has to do: `wait` of a save that has not ended, a fence, a
-    /// scope, `Snapshot::AtSave` and `shutdown` are `Invalid` there, and a save that would wait for room is `Busy`,
-    /// each at once. The same holds for wakers. Other waits for this executor, such as `block_on` of a save, hang: a
-    /// poll there cannot be refused, because a waker may poll its task at once, which then awaits the next save.
+    /// `f` may read the state of the save and of the executor, begin a save, and drop the last owner of the
+    /// executor, whose saves go on. It cannot wait for work of its own thread: `wait` of a save that has not
+    /// ended, a fence, a scope, `Snapshot::AtSave` and `shutdown` return `Invalid` at once, and a save that
+    /// would wait for space returns `Busy` at once. The same holds for wakers. Other waits for this executor,
+    /// such as `block_on` of a save, hang: a poll cannot be refused there, because a waker may poll its task
+    /// at once, which then awaits the next save.
     ///
     /// ```
     /// # let dir = tempfile::tempdir().unwrap();
@@ -242,7 +248,7 @@ impl fmt::Debug for Save {
     }
 }
 
-/// A future of staging, from [`Save::staged`]. An error that it returns counts as seen.
+/// A future of staging, from [`Save::staged`]. An error that it returns counts as observed.
 #[must_use = "a future does nothing unless it is awaited or waited for"]
 pub struct Staged {
     ticket: Arc<Ticket>,
@@ -253,8 +259,9 @@ impl Staged {
     /// Blocks the thread until the save is staged.
     ///
     /// # Errors
-    /// How the save failed: its sources are dropped then, too. `Deadline` when it is not staged after `timeout`.
-    /// `Invalid`, at once, in a function given to [`Save::on_done`], or a waker, when it is not staged.
+    /// The save's failure: its sources are dropped then, too. `Deadline` when it is not staged after
+    /// `timeout`. `Invalid`, at once, in a function given to [`Save::on_done`] or in a waker, when it is not
+    /// staged.
     pub fn wait(&self, timeout: Duration) -> Result<()> {
         self.ticket.alive()?;
         if !self.ticket.staged.is_complete() {
@@ -291,8 +298,9 @@ impl fmt::Debug for Staged {
     }
 }
 
-/// A future of the moment when the tensors of all saves may be written, from
-/// [`CheckpointExecutor::fenced`](crate::CheckpointExecutor::fenced). How a save ends is for its own future to say.
+/// A future that resolves when the tensors of all saves may be written, from
+/// [`CheckpointExecutor::fenced`](crate::CheckpointExecutor::fenced). It does not report how saves end; their
+/// own futures do.
 #[must_use = "a future does nothing unless it is awaited"]
 pub struct Fenced {
     reading: Result<Vec<Staged>>,
@@ -313,7 +321,7 @@ impl Future for Fenced {
         let reading = self.reading.as_mut().map_err(|error| error.clone())?;
         while let Some(next) = reading.last_mut() {
             next.ticket.alive()?;
-            // Failed or not: nothing reads its tensors any more.
+            // Whether it failed or not, nothing reads its tensors any more.
             let _ = ready!(Pin::new(&mut next.staged).poll(cx));
             reading.pop();
         }
@@ -337,7 +345,8 @@ mod tests {
     use std::sync::atomic::AtomicBool;
     use std::time::Instant;
 
-    /// Dropped by the ticket in the middle of a failure, as a hold on streams is.
+    /// Records whether the ticket had failed and was observed when the ticket dropped this, like a wait
+    /// guard.
     struct Witness(Arc<AtomicBool>, std::sync::Weak<Ticket>);
 
     impl Drop for Witness {
@@ -348,8 +357,8 @@ mod tests {
         }
     }
 
-    /// The ticket of a cancelled save failed first and was marked as seen afterwards. A `save` of another thread in between was refused
-    /// with the `Cancelled` of a save that was not its own.
+    /// A cancelled save used to fail its ticket before it marked it as observed. A `save` of another thread
+    /// in between was refused with `Cancelled` of a save that was not its own.
     #[test]
     fn a_cancelled_save_is_never_a_failure_that_was_not_seen() {
         let (now, signal) = (Instant::now(), Arc::new(Signal::default()));

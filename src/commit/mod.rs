@@ -1,8 +1,9 @@
-//! Committing: receipts become a manifest, and an attempt becomes a step.
+//! Commit: the receipts of a save become a manifest, and its attempt becomes a step.
 //!
-//! **Consistency.** Nothing is published unless bytes written equal bytes planned and every file is durable. **Completion.**
-//! `Ok` after the publish is durable. **Cancellation.** Possible until the publish begins. **Failure.** The attempt is
-//! abandoned; what comes after the publish began is `Indeterminate`, and the attempt is left for a reader to judge.
+//! **Consistency.** The committer publishes only if the bytes written equal the bytes planned and every file
+//! is durable. **Completion.** It returns `Ok` after the publish is durable. **Cancellation.** Possible until
+//! the publish begins. **Failure.** The attempt is abandoned. An error after the publish began is
+//! `Indeterminate`, and the attempt stays for a reader to judge.
 
 mod single;
 

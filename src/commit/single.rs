@@ -1,4 +1,4 @@
-//! The commit of a save that one process made alone.
+//! The commit of a save made by one process.
 
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
@@ -17,22 +17,22 @@ use std::time::Duration;
 /// A save whose chunks are all done.
 pub(crate) struct Ending<'a> {
     pub request: &'a Request,
-    /// None when it failed before there was one.
+    /// None when the save failed before it had one.
     pub attempt: Option<Arc<dyn Writing>>,
     pub receipts: Result<Receipts>,
-    /// Where the step will be.
+    /// The path of the step.
     pub path: PathBuf,
-    /// Memory for its manifest, the same from save to save.
+    /// Memory for the manifest, reused from save to save.
     pub manifest: &'a mut AlignedBuffer,
 }
 
-/// How a save ended. Its future is still to be resolved: first whoever counts steps has to know.
+/// How a save ended. The future resolves later, after the step was counted.
 pub(crate) enum Concluded {
-    /// It is durable; the replaced copy, the hint and the rest can be tidied up.
+    /// It is durable. The replaced copy and the `latest` hint can be tidied.
     Durable(Committed, Arc<dyn Writing>),
-    /// It may or may not be durable: it must not be counted.
+    /// It may or may not be durable, so it must not be counted.
     Doubtful(Error),
-    /// It is not there.
+    /// It was not published.
     Failed {
         why: Error,
         /// The attempt, if it could not be deleted.
@@ -64,7 +64,7 @@ pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
                     tracing::warn!(
                         step = ticket.step,
                         error = format_args!("{error:#}"),
-                        "a failed attempt is to be deleted later"
+                        "a failed attempt will be deleted later"
                     );
                     true
                 }
@@ -126,8 +126,8 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
     })
 }
 
-/// The digest of a tensor, from those of its segments; and where in `blocks` those of its blocks were put, if it is long enough
-/// to have any. Segments are cut where blocks end.
+/// Returns the digest of a tensor, from those of its segments, and the range of `blocks` to which the digests
+/// of its blocks were added, if it is long enough to have any. Segments end where blocks end.
 fn digests(plan: &Plan, tensor: &Planned, all: &[Digest], blocks: &mut Vec<Digest>) -> (Digest, Range<usize>) {
     let begin = blocks.len();
     let mut whole = Digest::EMPTY;
@@ -144,7 +144,7 @@ fn digests(plan: &Plan, tensor: &Planned, all: &[Digest], blocks: &mut Vec<Diges
     (whole, begin..blocks.len())
 }
 
-/// The digests of a shard: of its header, and of all of it.
+/// Returns the digests of a shard's header and of the whole shard.
 fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (Digest, Digest) {
     let pieces = plan.segments[shard.segments.clone()].iter().zip(&segments[shard.segments.clone()]);
     let header = pieces.take_while(|(segment, _)| segment.from == From::Header);
@@ -153,13 +153,13 @@ fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (
     (header, Digest::concat(parts.map(|(chunk, digest)| (*digest, chunk.length as u64))))
 }
 
-/// Compares what was staged with what was there at `save`: a difference means that a fence was forgotten.
+/// Compares the staged tensors with their digests at `save`; a difference means that a fence was forgotten.
 fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<()> {
     let on_devices = (request.later.0)().unwrap_or_else(|error| {
         request.ticket.blind.store(true, Ordering::Relaxed);
         tracing::warn!(
             error = format_args!("{error:#}"),
-            "a device did not digest tensors; a forgotten fence goes unnoticed"
+            "digests of a device are missing; a forgotten fence is not detected"
         );
         Vec::new()
     });

@@ -1,17 +1,18 @@
-//! Reading into the memory of devices.
+//! Reading into device memory.
 //!
-//! **Protocol.** Threads read pieces of up to 8 MiB into slabs of an arena of their own, which the device has pinned, and digest
-//! every part. A part whose digest is right is handed over: its bytes are copied to the device by a stream of this thread, which
-//! waits for what the program had queued in its streams. While that goes on the thread reads into its second slab. **Completion.**
-//! A slab is read into again, and the call returns, when an event behind its copies is reached. **Failure.** Copies that were queued
-//! are waited for all the same; where that takes longer than the checkpoint's timeout, slabs are leaked rather than reused, but
-//! copies to memory that is borrowed are waited for until they end.
+//! **Protocol.** Threads read pieces of up to 8 MiB into pinned slabs of a separate arena, and digest every
+//! part. When a part's digest matches, the thread's own stream copies its bytes to the device, after the work
+//! that the program had queued in its streams. Meanwhile the thread reads into its second slab.
+//! **Completion.** A slab is reused, and the call returns, when the completion event after its copies is
+//! reached. **Failure.** Queued copies are waited for all the same. If that exceeds the checkpoint's timeout,
+//! slabs are leaked rather than reused, but copies to borrowed memory are waited for until they end.
 //!
 //! # Safety argument
-//! Copies read from a slab that is leased until they have ended: `Loader` keeps the lease, and gives it up only for a mark
-//! that was reached or a queue that is quiescent; otherwise the lease is forgotten, and with it the mapping stays for ever. A slab is
-//! not written while it is kept. They write to memory for which the caller of [`DeviceTarget::new`] vouched until `read_into`
-//! returns, which waits for the same marks, within the bounds that were checked against the tensor's length.
+//! Copies read from a slab whose lease `Loader` keeps until they have ended. `Loader` releases the lease only
+//! for a completion event that was reached or a queue that is quiescent; otherwise it forgets the lease, and
+//! the mapping stays forever. A slab is not written while its lease is kept. Copies write to memory that the
+//! caller of [`DeviceTarget::new`] guarantees until `read_into` returns, and `read_into` waits for the same
+//! events. They stay within bounds checked against the tensor's length.
 #![expect(unsafe_code, reason = "asynchronous copies into memory of a device; argument above")]
 
 use super::piece::{Piece, Space, coalesce, file_at, pass, share_out, worthwhile};
@@ -33,17 +34,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Threads that read for devices, at most: each reads 8 MiB at once.
+/// Maximum number of threads that read for devices; each reads 8 MiB at once.
 const LOADERS: usize = 8;
-/// Slabs of each: one is read into while the other is copied from.
+/// Slabs per thread: one is read into while the other is copied from.
 const SLABS: usize = 2;
-/// From this many bytes on a run of a slice is a copy of its own.
+/// A run of a slice of at least this many bytes is copied on its own.
 const RUN: u64 = 64 << 10;
-/// How often an event is looked at.
+/// Interval between queries of an event.
 const POLL: Duration = Duration::from_micros(50);
 
-/// Memory of a device that a tensor is read into: see [`Targets::device`](super::Targets::device). Slices of cudarc are targets
-/// without unsafe code: `adapters::cudarc::CudaTarget`.
+/// Device memory that a tensor is read into: see [`Targets::device`](super::Targets::device). Slices of
+/// cudarc are targets without unsafe code: `adapters::cudarc::CudaTarget`.
 ///
 /// ```no_run
 /// use ashore::{Checkpoint, DeviceChoice, DeviceStream, DeviceTarget, Targets};
@@ -61,38 +62,41 @@ pub struct DeviceTarget<'t> {
     pub(super) bytes: u64,
     pub(super) stream: DeviceStream<'static>,
     pub(super) dtype: Option<Dtype>,
-    /// The memory is borrowed for `'t` and no longer.
+    /// The memory is borrowed for `'t` only.
     pub(super) borrowed: bool,
     memory: PhantomData<&'t mut ()>,
 }
 
 impl DeviceTarget<'_> {
-    /// `bytes` bytes at the address `address` of the device of `stream`, in its primary context. They are written after everything
-    /// that is queued in `stream` when [`Checkpoint::read_into`] is called, and whatever is queued after it returned sees them.
+    /// A target of `bytes` bytes at `address` on the device of `stream`, in its primary context. The bytes
+    /// are written after all work queued in `stream` when [`Checkpoint::read_into`] is called. Work queued in
+    /// `stream` after `read_into` returns sees them.
     ///
     /// # Safety
-    /// From the call of `read_into` until it returns the memory is valid for writes of `bytes` bytes on that device, `stream` is
-    /// valid, and nothing else reads or writes the memory but what was queued in `stream` before. If the call returns `Deadline`,
-    /// copies may still be under way: the memory stays valid until the device has ended all of its work.
+    /// From the call of `read_into` until it returns the memory is valid for writes of `bytes` bytes on that
+    /// device, `stream` is valid, and only work queued in `stream` before the call reads or writes the
+    /// memory. If the call returns `Deadline`, copies may still be in progress: the memory stays valid until
+    /// the device has ended all of its work.
     pub unsafe fn new(address: u64, bytes: u64, stream: DeviceStream<'_>) -> Self {
-        // SAFETY: the caller promises that it is valid whenever the target is used.
+        // SAFETY: the caller guarantees that the stream is valid whenever the target is used.
         let stream = unsafe { stream.promised() };
         Self { address, bytes, stream, dtype: None, borrowed: false, memory: PhantomData }
     }
 
-    /// As [`DeviceTarget::new`], for memory that may be gone when `read_into` has returned, whatever it returned: it then waits for
-    /// copies as long as they take.
+    /// As [`DeviceTarget::new`], for memory that may be freed as soon as `read_into` returns, whatever it
+    /// returns. `read_into` then waits for copies as long as they take.
     ///
     /// # Safety
-    /// As there, but for what is said of `Deadline`; the caller binds the lifetime to that of the memory and of `stream`.
+    /// As for [`DeviceTarget::new`], except for what it says of `Deadline`. The caller binds the lifetime to
+    /// that of the memory and of `stream`.
     #[cfg(feature = "cudarc")]
     pub(crate) unsafe fn borrowed(address: u64, bytes: u64, stream: DeviceStream<'_>, dtype: Dtype) -> Self {
-        // SAFETY: passed on.
+        // SAFETY: the caller of this function gives the same guarantees.
         let target = unsafe { Self::new(address, bytes, stream) };
         Self { dtype: Some(dtype), borrowed: true, ..target }
     }
 
-    /// The same, refused for a tensor of another dtype.
+    /// Refuses a tensor of another dtype.
     #[must_use]
     pub fn with_dtype(mut self, dtype: Dtype) -> Self {
         self.dtype = Some(dtype);
@@ -101,7 +105,7 @@ impl DeviceTarget<'_> {
 }
 
 impl Checkpoint {
-    /// Fills targets of which some are in device memory, behind everything in `streams`.
+    /// Fills targets, of which some are in device memory, after all work in `streams`.
     pub(super) fn load(
         &self,
         parts: Vec<Wanted<'_, '_>>,
@@ -111,7 +115,7 @@ impl Checkpoint {
     ) -> Result<()> {
         let refused = |why: &str, kind| self.place(Error::new(kind, format!("{why} first={first:?}")));
         let Some(device) = &self.device else {
-            return Err(refused("a target is in device memory, and no device was given", ErrorKind::Invalid));
+            return Err(refused("a target is in device memory, but the checkpoint has no device", ErrorKind::Invalid));
         };
         let behind = device.behind(streams);
         let behind = behind.map_err(|e| refused("cannot read into the memory of a device", e.kind()).with_source(e))?;
@@ -121,7 +125,7 @@ impl Checkpoint {
         let threads = worthwhile(&pieces, self.threads.min(LOADERS));
         let unfinished = AtomicBool::new(false);
         let all = || {
-            // From now on this thread's calls are no business of a capture in another.
+            // From now on, calls of this thread do not interfere with a graph capture in another thread.
             let _relaxed = device.loads()?;
             let arena = pinned(slab, threads * SLABS, device.as_ref())?;
             share_out(pieces, threads, |pieces| {
@@ -135,7 +139,7 @@ impl Checkpoint {
                 loader.land_all()
             })
         };
-        // Not in the caller's thread: which context is current there is the program's affair.
+        // Use another thread: the current context of the caller's thread belongs to the program.
         let result = thread::scope(|scope| {
             let thread = thread::Builder::new().name("ashore-load".into()).spawn_scoped(scope, all);
             let thread = thread.map_err(|e| Error::io("no thread to read with", e).with_kind(ErrorKind::Busy))?;
@@ -145,43 +149,44 @@ impl Checkpoint {
         if !unfinished.into_inner() {
             return result;
         }
-        let why = format!("copies to a device have not ended and still write to its memory timeout={:?}", self.timeout);
+        let why =
+            format!("copies to a device have not ended and may still write to its memory timeout={:?}", self.timeout);
         let late = self.place(Error::new(ErrorKind::Deadline, why));
         Err(if let Err(error) = result { late.with_source(error) } else { late })
     }
 }
 
-/// An arena for one restore, of `slabs` slabs.
+/// Allocates an arena of `slabs` slabs for one restore.
 fn pinned(slab: u64, slabs: usize, device: &dyn Device) -> Result<Arena> {
     let bytes = slab.saturating_mul(slabs as u64);
     let arena = Arena::quietly(bytes, slab, device, Arc::default())?;
     if let Err(reason) = &arena.report().pinned {
-        tracing::warn!(%reason, bytes, "a restore found no pinned memory: its copies to the device hold up its threads");
+        tracing::warn!(%reason, bytes, "the memory of a restore is not pinned: its copies to the device block its threads");
     }
     Ok(arena)
 }
 
-/// One thread's slabs and copies.
+/// The slabs and copies of one thread.
 struct Loader<'l> {
     checkpoint: &'l Checkpoint,
     arena: &'l Arena,
     queue: Box<dyn LoadQueue>,
-    /// Slabs that are copied from, oldest first.
+    /// Slabs being copied from, oldest first.
     flights: VecDeque<Flight>,
     timeout: Duration,
-    /// Copies go to memory that is borrowed.
+    /// Copies write to borrowed memory.
     borrowed: bool,
-    /// Set where copies are left behind.
+    /// Set when copies are still running at return.
     unfinished: &'l AtomicBool,
 }
 
 struct Flight {
     slab: Lease,
-    /// Behind its copies; None until it is made.
+    /// The completion event after its copies; None until it is recorded.
     mark: Option<Point>,
 }
 
-/// A slab that is read into.
+/// A slab that is being read into.
 struct Slab(Lease);
 
 impl Space for Slab {
@@ -194,7 +199,8 @@ impl Space for Slab {
 }
 
 impl Slab {
-    /// Moves short runs of a part for a device together, to where the part begins. The slab begins with the byte `first`.
+    /// Packs short runs of a device part to where the part begins. The slab starts at offset `first` of the
+    /// file.
     fn pack(&mut self, part: &mut Wanted<'_, '_>, first: u64) -> Result<()> {
         let together = part.region.at(part.place).1;
         if matches!(part.to, Share::Host(_)) || together >= part.to.len() || together >= RUN {
@@ -203,7 +209,7 @@ impl Slab {
         let (bytes, mut to) = (self.0.bytes_mut(), (part.range.start - first) as usize);
         for run in runs(part, first) {
             let len = run.len();
-            // Towards the beginning: places in a tensor rise with those in its slice.
+            // Runs only move towards the start: offsets in a tensor rise with those in its slice.
             if run.end > bytes.len() || to > run.start {
                 return Err(outside());
             }
@@ -215,7 +221,7 @@ impl Slab {
     }
 }
 
-/// Where the bytes of a part for a device are in a slab that begins with the byte `first` of the file.
+/// Returns the byte ranges of a device part within a slab that starts at offset `first` of the file.
 fn runs(part: &Wanted<'_, '_>, first: u64) -> impl Iterator<Item = Range<usize>> {
     let mut done = 0;
     std::iter::from_fn(move || {
@@ -229,7 +235,7 @@ fn runs(part: &Wanted<'_, '_>, first: u64) -> impl Iterator<Item = Range<usize>>
 }
 
 fn outside() -> Error {
-    Error::internal("a tensor was looked for outside its slab")
+    Error::internal("a tensor is outside its slab")
 }
 
 impl<'l> Loader<'l> {
@@ -244,7 +250,7 @@ impl<'l> Loader<'l> {
         Ok(Self { checkpoint, arena, queue, flights, timeout, borrowed, unfinished })
     }
 
-    /// Reads a piece, checks it, and hands it over when all of it is right.
+    /// Reads a piece, checks it, and queues its copies if all of it is right.
     fn bring(&mut self, mut piece: Piece<Wanted<'_, '_>>) -> Result<()> {
         while self.flights.len() >= SLABS {
             if mutant::on(Mutant::LoadReuse) { _ = self.flights.pop_front() } else { self.land()? }
@@ -258,7 +264,7 @@ impl<'l> Loader<'l> {
         if let (Some(error), false) = (&wrong, mutant::on(Mutant::LoadEarly)) {
             return Err(error.clone());
         }
-        // Runs of a slice become one copy, where no other part is to have the same bytes.
+        // Pack the runs of a slice into one copy, unless another part needs the same bytes.
         if piece.parts.is_sorted_by(|one, next| one.range.end <= next.range.start) {
             piece.parts.iter_mut().try_for_each(|part| slab.pack(part, first))?;
         }
@@ -273,30 +279,31 @@ impl<'l> Loader<'l> {
         wrong.map_or(Ok(()), Err)
     }
 
-    /// Queues the copies of a part whose digest is right, from the youngest slab, which begins with the byte `first` of the file.
+    /// Queues the copies of a checked part from the newest slab, which starts at offset `first` of the file.
     fn hand_over(&mut self, part: &Wanted<'_, '_>, first: u64) -> Result<()> {
         let (&Share::Device { ordinal, mut address, .. }, Some(flight)) = (&part.to, self.flights.back()) else {
             return Ok(());
         };
         for run in runs(part, first) {
             let from = flight.slab.bytes().get(run).ok_or_else(outside)?;
-            // SAFETY: the slab is among the flights, and stays there until a mark behind this copy is reached; the target was vouched for.
+            // SAFETY: the slab stays in `flights` until an event after this copy is reached; the target's
+            // creator guarantees its memory.
             unsafe { self.queue.load(ordinal, from.as_ptr(), address, from.len())? };
             address += from.len() as u64;
         }
         Ok(())
     }
 
-    /// Waits until the oldest slab is not copied from any more.
+    /// Waits until the copies from the oldest slab have ended.
     fn land(&mut self) -> Result<()> {
         let Some(mark) = self.flights.front().and_then(|flight| flight.mark.clone()) else {
-            return Err(Error::internal("a slab without a mark is waited for"));
+            return Err(Error::internal("a slab has no completion event"));
         };
         let deadline = Instant::now() + self.timeout;
         while !self.queue.has_reached(&mark)? {
             if Instant::now() >= deadline {
-                let why = format!("copies to a device do not end timeout={:?}", self.timeout);
-                // Nor will they while this is waited for once more.
+                let why = format!("copies to a device have not ended timeout={:?}", self.timeout);
+                // Do not wait for them a second time.
                 self.timeout = Duration::ZERO;
                 return Err(Error::new(ErrorKind::Deadline, why));
             }
@@ -324,13 +331,13 @@ impl Drop for Loader<'_> {
         }
         if self.borrowed {
             tracing::error!(
-                "copies to borrowed memory of a device do not end, and are waited for: it may be freed after that"
+                "copies to borrowed device memory have not ended; waiting, because the memory may be freed on return"
             );
             if self.queue.quiesce(deadline_after(Duration::MAX)) {
                 return;
             }
         }
-        tracing::error!(slabs = self.flights.len(), "copies to a device do not end: their memory is given up");
+        tracing::error!(slabs = self.flights.len(), "copies to a device have not ended: their host memory is leaked");
         self.flights.drain(..).for_each(std::mem::forget);
         self.unfinished.store(true, Ordering::Relaxed);
     }

@@ -1,11 +1,13 @@
-//! Reading tensor data: whole tensors, slices, many at once; every byte is checked before it is handed out.
+//! Restore: reads tensor data (whole tensors, slices, many at once) and checks every byte before returning
+//! it.
 //!
-//! **Protocol.** What is wanted becomes *parts*, each checked by one digest (a tensor, or a block of a longer one);
-//! small neighbours become *pieces* of at most 2 MiB. A thread brings a piece by aligned reads into its own buffer, and
-//! copies and digests each run of bytes while it is in the cache. **Completion.** `Ok` when all targets are filled and
-//! every digest is right. **Errors.** The first error wins and the other threads stop; nobody knows then what the targets
-//! hold, and what a call would have returned is dropped. **Memory.** One buffer of 2 MiB per thread, and what is returned.
-//! Where targets are in device memory, `device` has the way there: two slabs of 8 MiB for each of at most 8 threads.
+//! **Protocol.** The requested bytes are split into *parts*, each checked by one digest (a tensor, or a block
+//! of a longer one). Small neighbours are merged into *pieces* of at most 2 MiB. A thread reads a piece with
+//! aligned reads into its own buffer, and copies and digests each run of bytes while it is in the CPU cache.
+//! **Completion.** `Ok` when all targets are filled and every digest matches. **Errors.** The first error
+//! wins and the other threads stop. The contents of the targets are then undefined, and memory allocated for
+//! the result is dropped. **Memory.** One buffer of 2 MiB per thread, and the result. For targets in device
+//! memory see `device`: two slabs of 8 MiB for each of at most 8 threads.
 
 mod device;
 mod piece;
@@ -26,7 +28,7 @@ use region::Region;
 use std::collections::HashSet;
 use std::ops::Range;
 
-/// Where tensors are to be read to: any number of them, read together.
+/// Where to read tensors to: any number of targets, read together.
 ///
 /// ```
 /// let (mut weights, mut bias) = (vec![0.0_f32; 6], [0_u8; 8]);
@@ -36,24 +38,24 @@ use std::ops::Range;
 #[derive(Default)]
 pub struct Targets<'t> {
     targets: Vec<Target<'t>>,
-    /// Every tensor of the checkpoint must be among them.
+    /// Fail if the checkpoint has a tensor without a target.
     strict: bool,
-    /// Those of targets in device memory.
+    /// The streams of targets in device memory.
     streams: Vec<DeviceStream<'static>>,
-    /// Some of that is borrowed.
+    /// At least one target's device memory is borrowed.
     borrowed: bool,
 }
 
 struct Target<'t> {
     name: String,
-    /// None: raw bytes, whatever the dtype.
+    /// None: raw bytes of any dtype.
     dtype: Option<Dtype>,
     /// None: the whole tensor.
     slice: Option<Vec<Range<usize>>>,
     to: Share<'t>,
 }
 
-/// Memory, or a share of it.
+/// Memory of a target, or a part of it.
 enum Share<'t> {
     Host(&'t mut [u8]),
     Device { ordinal: u32, address: u64, bytes: u64 },
@@ -67,7 +69,7 @@ impl Share<'_> {
         }
     }
 
-    /// Takes the first `len` bytes away.
+    /// Splits off the first `len` bytes.
     fn take(&mut self, len: u64) -> Self {
         match self {
             Self::Host(to) => {
@@ -85,7 +87,7 @@ impl Share<'_> {
 }
 
 impl<'t> Targets<'t> {
-    /// None yet.
+    /// Creates an empty set of targets.
     pub fn new() -> Self {
         Self::default()
     }
@@ -101,48 +103,51 @@ impl<'t> Targets<'t> {
         self
     }
 
-    /// The bytes of tensor `name`, into memory of exactly that length.
+    /// Adds a target: the bytes of tensor `name`, into memory of exactly that length.
     #[must_use]
     pub fn bytes(self, name: impl Into<String>, to: &'t mut [u8]) -> Self {
         self.add(name, None, None, Share::Host(to))
     }
 
-    /// The elements of tensor `name`, into memory of exactly that length; the dtype must be that of `T`.
+    /// Adds a target: the elements of tensor `name`, into memory of exactly that length. The dtype must be
+    /// that of `T`.
     #[must_use]
     pub fn elements<T: Element>(self, name: impl Into<String>, to: &'t mut [T]) -> Self {
         self.add(name, Some(T::DTYPE), None, Share::Host(bytemuck::cast_slice_mut(to)))
     }
 
-    /// The bytes of a slice of tensor `name`, row-major, into memory of exactly that length; see
-    /// [`Checkpoint::read_slice`].
+    /// Adds a target: the bytes of a slice of tensor `name`, row-major, into memory of exactly that length.
+    /// See [`Checkpoint::read_slice`].
     #[must_use]
     pub fn slice(self, name: impl Into<String>, slice: &[Range<usize>], to: &'t mut [u8]) -> Self {
         self.add(name, None, Some(slice), Share::Host(to))
     }
 
-    /// The elements of a slice of tensor `name`, row-major, into memory of exactly that length; the dtype must be that of `T`.
+    /// Adds a target: the elements of a slice of tensor `name`, row-major, into memory of exactly that
+    /// length. The dtype must be that of `T`.
     #[must_use]
     pub fn slice_elements<T: Element>(self, name: impl Into<String>, slice: &[Range<usize>], to: &'t mut [T]) -> Self {
         self.add(name, Some(T::DTYPE), Some(slice), Share::Host(bytemuck::cast_slice_mut(to)))
     }
 
-    /// Refuses a checkpoint in which there are tensors that none of the targets asks for, in whole or in part: one that was saved
-    /// by a larger or another program.
+    /// Refuses a checkpoint that has tensors without a target, for example one saved by a larger or another
+    /// program.
     #[must_use]
     pub fn strict(mut self) -> Self {
         self.strict = true;
         self
     }
 
-    /// The bytes of tensor `name`, into device memory of exactly that length. The checkpoint needs a device for that: those that an
-    /// executor opened have its, others are given one by [`Checkpoint::with_device`].
+    /// Adds a target: the bytes of tensor `name`, into device memory of exactly that length. The checkpoint
+    /// needs a device: one opened by an executor has the executor's, others get one from
+    /// [`Checkpoint::with_device`].
     #[must_use]
     pub fn device(self, name: impl Into<String>, to: impl Into<DeviceTarget<'t>>) -> Self {
         self.on_device(name, None, to.into())
     }
 
-    /// The bytes of a slice of tensor `name`, row-major and packed, into device memory of exactly that length; see
-    /// [`Targets::device`].
+    /// Adds a target: the bytes of a slice of tensor `name`, row-major and packed, into device memory of
+    /// exactly that length. See [`Targets::device`].
     #[must_use]
     pub fn device_slice(
         self,
@@ -164,20 +169,21 @@ impl<'t> Targets<'t> {
 }
 
 impl Checkpoint {
-    /// The bytes of tensor `name`: elements in row-major order, little-endian.
+    /// Reads the bytes of tensor `name`: elements in row-major order, little-endian.
     ///
     /// # Errors
-    /// `NotFound` when there is no such tensor; `Corrupt`, naming file, tensor and range of bytes, when they are not what
-    /// was written; `Busy` when there is no memory for them.
+    /// `NotFound` when there is no such tensor; `Corrupt`, naming file, tensor and byte range, when they are
+    /// not what was written; `Busy` when there is not enough memory for them.
     pub fn read(&self, name: &str) -> Result<Vec<u8>> {
         let len = self.tensor(name)?.bytes;
         self.fill(len, |bytes| Targets::new().bytes(name, bytes))
     }
 
-    /// The elements of tensor `name` in row-major order.
+    /// Reads the elements of tensor `name` in row-major order.
     ///
     /// # Errors
-    /// As [`Checkpoint::read`], and `Invalid`, naming the tensor and both dtypes, when its dtype is not that of `T`.
+    /// As [`Checkpoint::read`], and `Invalid`, naming the tensor and both dtypes, when its dtype is not that
+    /// of `T`.
     pub fn read_as<T: Element>(&self, name: &str) -> Result<Vec<T>> {
         let entry = self.entry(name)?;
         self.expect_dtype(entry, T::DTYPE)?;
@@ -185,18 +191,19 @@ impl Checkpoint {
         self.fill(len, |elements| Targets::new().elements(name, elements))
     }
 
-    /// The bytes of a slice of tensor `name`, row-major: one range of indices for each dimension. Only the blocks of
-    /// 8 MiB that the slice touches are read and checked.
+    /// Reads the bytes of a slice of tensor `name`, row-major. `slice` has one range of indices per
+    /// dimension. Only the 8 MiB blocks that overlap the slice are read and checked.
     ///
     /// # Errors
-    /// As [`Checkpoint::read`], and `Invalid` when the slice does not fit the tensor, or cuts a byte of elements that
-    /// are smaller than one.
+    /// As [`Checkpoint::read`], and `Invalid` when the slice does not fit the tensor, or splits a byte of
+    /// elements that are smaller than one byte.
     pub fn read_slice(&self, name: &str, slice: &[Range<usize>]) -> Result<Vec<u8>> {
         let len = self.region(self.entry(name)?, Some(slice))?.len();
         self.fill(len, |bytes| Targets::new().slice(name, slice, bytes))
     }
 
-    /// The elements of a slice of tensor `name`, row-major: one range of indices for each dimension.
+    /// Reads the elements of a slice of tensor `name`, row-major. `slice` has one range of indices per
+    /// dimension.
     ///
     /// # Errors
     /// As [`Checkpoint::read_slice`] and [`Checkpoint::read_as`].
@@ -207,7 +214,7 @@ impl Checkpoint {
         self.fill(len, |elements| Targets::new().slice_elements(name, slice, elements))
     }
 
-    /// Refuses what targets that are strict do not ask for.
+    /// Refuses tensors without a target, for strict targets.
     fn refuse_unasked(&self, targets: &[Target<'_>]) -> Result<()> {
         const NAMED: usize = 8;
         let asked: HashSet<&str> = targets.iter().map(|target| target.name.as_str()).collect();
@@ -221,18 +228,21 @@ impl Checkpoint {
         Err(self.place(Error::invalid(format!("{why} count={count} first={first:?}"))))
     }
 
-    /// Fills every target, in parallel; see [`Checkpoint::with_threads`]. Targets in device memory are filled by streams of our own,
-    /// with bytes that were checked already; see [`DeviceTarget`].
+    /// Fills every target, in parallel; see [`Checkpoint::with_threads`]. Targets in device memory are filled
+    /// by streams of this library, with bytes that are already checked; see [`DeviceTarget`].
     ///
-    /// Where a target is in device memory at most 8 threads read, and each has two buffers of 8 MiB which are pinned for the
-    /// call, fewer or smaller where little is read. What cannot be pinned is only slower, and `tracing` says so.
+    /// If a target is in device memory, at most 8 threads read. Each has two buffers of 8 MiB, pinned for the
+    /// call; fewer or smaller ones if little is read. If they cannot be pinned, the restore is only slower,
+    /// and `tracing` reports it.
     ///
     /// # Errors
-    /// As [`Checkpoint::read`], [`Checkpoint::read_as`] and [`Checkpoint::read_slice`], and `Invalid`, naming the tensor,
-    /// when [strict](Targets::strict) targets do not ask for it, or when a target has another length, or is in device memory and the checkpoint has no device for it; `Invalid` too for a
-    /// stream that is being captured into a graph. Nothing is read unless every target fits. `Device` when the device fails.
-    /// `Deadline` when copies to it make no progress for as long as [`Checkpoint::with_timeout`] says: they may still end, and
-    /// where they go to memory that is borrowed they are waited for.
+    /// As [`Checkpoint::read`], [`Checkpoint::read_as`] and [`Checkpoint::read_slice`]. `Invalid`, naming the
+    /// tensor, when it has no target and the targets are [strict](Targets::strict), when a target has another
+    /// length, or when a target is in device memory and the checkpoint has no device. `Invalid` for a stream
+    /// that is being captured into a graph. Nothing is read unless every target fits. `Device` when the
+    /// device fails. `Deadline` when copies to the device make no progress for as long as
+    /// [`Checkpoint::with_timeout`] allows: they may still end later. For borrowed memory the call waits
+    /// until they end.
     pub fn read_into(&self, targets: Targets<'_>) -> Result<()> {
         let Targets { targets, strict, streams, borrowed } = targets;
         if strict {
@@ -255,23 +265,23 @@ impl Checkpoint {
         visit_all(coalesce(parts, WINDOW), self.threads, visit)
     }
 
-    /// The error of a piece that could not be read.
+    /// Returns the error for a piece that cannot be read.
     fn unread(&self, error: Error, piece: &Piece<Wanted<'_, '_>>) -> Error {
         let first = piece.parts.first().map(|part| part.tensor.name.as_str());
         let wrong = format!("cannot read tensors first={first:?} range={:?}", piece.range);
         self.in_file(Error::new(error.kind(), wrong).with_source(error), piece.file)
     }
 
-    /// The error of a part that could not be copied to a device.
+    /// Returns the error for a part that cannot be copied to a device.
     fn unloaded(&self, error: Error, part: &Wanted<'_, '_>) -> Error {
         let wrong = format!("cannot copy a tensor to a device tensor={:?} range={:?}", part.tensor.name, part.range);
         self.in_file(Error::new(error.kind(), wrong).with_source(error), part.file)
     }
 
-    /// The error of a part with another digest.
+    /// Returns the error for a part with a wrong digest.
     fn wrong(&self, part: &Wanted<'_, '_>) -> Error {
         let (name, range) = (&part.tensor.name, &part.range);
-        let wrong = format!("a tensor is not what was written tensor={name:?} range={range:?}");
+        let wrong = format!("the bytes of a tensor are not those that were written tensor={name:?} range={range:?}");
         self.in_file(Error::corrupt(wrong), part.file)
     }
 
@@ -281,7 +291,7 @@ impl Checkpoint {
         Ok(out)
     }
 
-    /// Adds the parts that fill `target`, each with its own share of the target's memory.
+    /// Adds the parts that fill `target`, each with its part of the target's memory.
     fn plan<'c, 't>(&'c self, target: Target<'t>, parts: &mut Vec<Wanted<'c, 't>>) -> Result<()> {
         let tensor = self.entry(&target.name)?;
         if let Some(dtype) = target.dtype {
@@ -342,12 +352,12 @@ impl Checkpoint {
     }
 }
 
-/// The one place where stored bytes are compared with what was written.
+/// The only comparison of stored bytes with their digest.
 fn matches(found: Digest, written: Digest) -> bool {
     mutant::on(Mutant::DigestCheck) || found == written
 }
 
-/// The runs of a slice that have a digest of their own, as ranges of its file.
+/// Returns the byte ranges of the file, each with its digest, that make up a slice.
 fn blocks(slice: &SliceEntry) -> impl Iterator<Item = (Range<u64>, Digest)> {
     let whole = slice.blocks.is_empty().then_some(slice.digest);
     let end = slice.offset + slice.length;
@@ -357,20 +367,20 @@ fn blocks(slice: &SliceEntry) -> impl Iterator<Item = (Range<u64>, Digest)> {
     })
 }
 
-/// A part with the share of a target that it fills.
+/// A part, with the target memory that it fills.
 struct Wanted<'c, 't> {
     file: usize,
     range: Range<u64>,
     digest: Digest,
-    /// The digest of what was read so far.
+    /// The digest of the bytes read so far.
     found: Digest,
     tensor: &'c TensorEntry,
     region: Region,
-    /// Where `range` begins in the tensor.
+    /// The offset in the tensor where `range` begins.
     origin: u64,
-    /// Where `to` begins in the region.
+    /// The offset in the region where `to` begins.
     place: u64,
-    /// What is still to be filled. Memory of a device is filled when the digest is known to be right.
+    /// The memory that is still to be filled. Device memory is filled after the digest is checked.
     to: Share<'t>,
 }
 
@@ -396,7 +406,7 @@ impl Part for Wanted<'_, '_> {
             let from = source.checked_sub(start).and_then(|skip| bytes.get(skip as usize..)).unwrap_or_default();
             let len = to.len().min(from.len()).min(usize::try_from(together).unwrap_or(usize::MAX));
             if len == 0 {
-                return Err(Error::internal("a slice was looked for outside its block"));
+                return Err(Error::internal("a slice is outside its block"));
             }
             let (now, later) = std::mem::take(to).split_at_mut(len);
             now.copy_from_slice(&from[..len]);

@@ -1,4 +1,4 @@
-//! Pieces: what one thread brings at a time, and the threads that do it.
+//! Pieces: what one thread reads at a time, and the threads that read.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::ALIGNMENT;
@@ -8,29 +8,30 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-/// Bytes nobody asked for that are read all the same when they lie between bytes that are wanted: cheaper than a read.
+/// Unwanted bytes up to this length between wanted ones are read as well: cheaper than another read.
 const GAP: u64 = 64 << 10;
 
-/// Less than this is read before another thread has started.
+/// At least this many bytes per further thread.
 const WORTHWHILE: u64 = 4 << 20;
 
-/// Bytes of a file that are checked as one.
+/// Bytes of a file that one digest checks.
 pub(super) trait Part: Send {
-    /// Index of the file.
+    /// Returns the index of the file.
     fn file(&self) -> usize;
-    /// The bytes, at most `BLOCK` of them.
+    /// Returns the byte range in the file, at most `BLOCK` bytes.
     fn range(&self) -> Range<u64>;
-    /// The next of the bytes, and where they are in the file.
+    /// Receives the next of the bytes, and their offset in the file.
     fn take(&mut self, at: u64, bytes: &[u8]) -> Result<()>;
 }
 
-/// Bytes of one read; `docs/tuning.md` has the measurements. Small neighbours are merged up to this length.
+/// Bytes per read; `docs/tuning.md` has the measurements. Small neighbours are merged up to this length.
 pub(super) const WINDOW: u64 = 2 << 20;
 
-/// Bytes that are copied and digested in turn while they are in the second-level cache.
+/// Bytes that are copied and then digested while they are in the second-level cache.
 const HOT: usize = 128 << 10;
 
-/// Neighbours in a file, at most as many bytes as were asked for, or one part of at most `BLOCK`: brought by one thread.
+/// Neighbouring parts of a file, up to the requested length, or one part of at most `BLOCK`. One thread reads
+/// it.
 #[derive(Debug)]
 pub(super) struct Piece<P> {
     pub file: usize,
@@ -39,7 +40,7 @@ pub(super) struct Piece<P> {
 }
 
 impl<P> Piece<P> {
-    /// Its bytes in whole pages.
+    /// Returns its byte range, extended to whole pages.
     pub fn pages(&self) -> Range<u64> {
         let align = ALIGNMENT as u64;
         let end = self.range.end.checked_next_multiple_of(align).unwrap_or(self.range.end);
@@ -47,7 +48,7 @@ impl<P> Piece<P> {
     }
 }
 
-/// Puts neighbours together up to `most` bytes, so that 40,000 small tensors do not cost 40,000 reads.
+/// Merges neighbours up to `most` bytes, so that 40,000 small tensors do not cost 40,000 reads.
 pub(super) fn coalesce<P: Part>(mut parts: Vec<P>, most: u64) -> Vec<Piece<P>> {
     parts.sort_by_key(|part| (part.file(), part.range().start, part.range().end));
     let mut pieces: Vec<Piece<P>> = Vec::new();
@@ -68,16 +69,16 @@ pub(super) fn coalesce<P: Part>(mut parts: Vec<P>, most: u64) -> Vec<Piece<P>> {
     pieces
 }
 
-/// Memory that the bytes of a file pass through.
+/// The buffer that a file's bytes are read into.
 pub(super) trait Space {
-    /// How much is read at once, in whole pages.
+    /// The maximum length of one read, in whole pages.
     const STEP: u64;
 
-    /// Aligned room for `len` of the bytes to be read, from the one at `offset` on.
+    /// Returns aligned memory for the next `len` bytes, which begin `offset` bytes after the first.
     fn room(&mut self, offset: u64, len: usize) -> Result<&mut [u8]>;
 }
 
-/// An aligned buffer of one thread, for one step after the other.
+/// An aligned buffer of one thread, reused for each read.
 pub(super) struct Window {
     buffer: Vec<u8>,
 }
@@ -89,7 +90,8 @@ impl Window {
 }
 
 impl Space for Window {
-    /// A window that begins anywhere, in whole pages: no read is left over for its last bytes.
+    /// One page more than a window, so that a window with any start takes one read, without another for its
+    /// last bytes.
     const STEP: u64 = WINDOW + ALIGNMENT as u64;
 
     fn room(&mut self, _: u64, len: usize) -> Result<&mut [u8]> {
@@ -102,8 +104,8 @@ impl Space for Window {
     }
 }
 
-/// Reads `range` of `file` in aligned steps, and hands out exactly its bytes in order, with their place in the file, in
-/// runs that are still in the processor's cache when they are looked at for the second time.
+/// Reads `range` of `file` in aligned steps. Calls `each` with exactly its bytes in order and their offset in
+/// the file, in runs short enough to stay in the CPU cache for a second pass.
 pub(super) fn stream<S: Space>(
     space: &mut S,
     file: &dyn FileReading,
@@ -130,7 +132,7 @@ pub(super) fn stream<S: Space>(
     Ok(())
 }
 
-/// Passes the bytes of `piece` through `space`; each part takes its own, and is finished after its last.
+/// Passes the bytes of `piece` through `space`. Each part receives its own.
 pub(super) fn pass<P: Part>(space: &mut impl Space, file: &dyn FileReading, piece: &mut Piece<P>) -> Result<()> {
     let Piece { range, parts, .. } = piece;
     let mut first = 0;
@@ -145,7 +147,7 @@ pub(super) fn pass<P: Part>(space: &mut impl Space, file: &dyn FileReading, piec
                 break;
             }
         }
-        // Sorted by their start, parts may still end in any order.
+        // Parts are sorted by their start, but may end in any order.
         while parts.get(first).is_some_and(|part| part.range().end <= end) {
             first += 1;
         }
@@ -153,15 +155,15 @@ pub(super) fn pass<P: Part>(space: &mut impl Space, file: &dyn FileReading, piec
     })
 }
 
-/// Zeroed elements; `Busy` when there is no memory for them.
+/// Allocates zeroed elements; `Busy` when there is not enough memory.
 pub(super) fn zeroed<T: bytemuck::Zeroable>(len: usize) -> Result<Vec<T>> {
     bytemuck::allocation::try_zeroed_slice_box(len)
         .map(Vec::from)
         .map_err(|()| Error::new(ErrorKind::Busy, format!("no memory to read into elements={len}")))
 }
 
-/// Visits every piece once, on up to `threads` threads of which the caller's is one. The first error wins; the other
-/// threads stop at their next piece.
+/// Visits every piece once, on up to `threads` threads including the caller's. The first error wins; the
+/// other threads stop at their next piece.
 pub(super) fn visit_all<P: Part>(
     pieces: Vec<Piece<P>>,
     threads: usize,
@@ -177,15 +179,15 @@ pub(super) fn visit_all<P: Part>(
     })
 }
 
-/// How many threads are worth starting for `pieces`, at least 1 and at most `threads`.
+/// Returns how many threads to use for `pieces`: at least 1 and at most `threads`.
 pub(super) fn worthwhile<P>(pieces: &[Piece<P>], threads: usize) -> usize {
     let bytes: u64 = pieces.iter().map(|piece| piece.range.end - piece.range.start).sum();
     let enough = usize::try_from(bytes / WORTHWHILE).unwrap_or(usize::MAX).saturating_add(1);
     threads.min(pieces.len()).min(enough).max(1)
 }
 
-/// Has `work` called on up to `threads` threads of which the caller's is one, each time with a share of the pieces. The first
-/// error wins; the other threads then get no more pieces.
+/// Calls `work` on up to `threads` threads including the caller's, each with a share of the pieces. After the
+/// first error, which wins, the other threads get no more pieces.
 pub(super) fn share_out<P: Part>(
     pieces: Vec<Piece<P>>,
     threads: usize,
@@ -206,7 +208,7 @@ pub(super) fn share_out<P: Part>(
     };
     thread::scope(|scope| {
         for _ in 1..threads {
-            // Without a helper the caller does its work, only slower.
+            // If a thread cannot be started, the caller does its work, only slower.
             if thread::Builder::new().name("ashore-read".into()).spawn_scoped(scope, work).is_err() {
                 break;
             }
@@ -219,7 +221,7 @@ pub(super) fn share_out<P: Part>(
     }
 }
 
-/// The files of a step, as the manifest numbers them.
+/// Returns a file of a step by its index in the manifest.
 pub(super) fn file_at(files: &[Arc<dyn FileReading>], index: usize) -> Result<&dyn FileReading> {
     files.get(index).map(AsRef::as_ref).ok_or_else(|| Error::internal(format!("no such file index={index}")))
 }

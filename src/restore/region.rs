@@ -1,17 +1,17 @@
-//! An n-dimensional slice of a tensor as runs of bytes, never listed: any of them is computed from its place.
+//! An n-dimensional slice of a tensor as runs of bytes. The runs are computed, not stored.
 
 use crate::error::{Error, Result};
 use smallvec::SmallVec;
 use std::ops::Range;
 
-/// Which bytes of a row-major tensor a slice takes, in the order in which the result has them.
+/// Which bytes of a row-major tensor a slice selects, in the order of the result.
 ///
-/// Places in the tensor rise strictly with places in the result; all reading rests on that.
+/// Offsets in the tensor rise strictly with offsets in the result; all reading depends on that.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Region {
-    /// Where the first byte is in the tensor.
+    /// The offset of the first byte in the tensor.
     base: u64,
-    /// Extent and stride in bytes of the dimensions that cut it into runs, innermost first.
+    /// Extent and stride in bytes of the dimensions that split it into runs, innermost first.
     outer: SmallVec<[(u64, u64); 4]>,
     /// The length of a run, in bytes.
     run: u64,
@@ -20,12 +20,12 @@ pub(super) struct Region {
 }
 
 impl Region {
-    /// All `len` bytes.
+    /// Selects all `len` bytes.
     pub fn whole(len: u64) -> Self {
         Self { base: 0, outer: SmallVec::new(), run: len, len }
     }
 
-    /// The slice `ranges`, one range for each dimension of `shape`, of elements of `bits` bits.
+    /// Selects the slice `ranges`, one range per dimension of `shape`, of elements of `bits` bits.
     pub fn slice(bits: usize, shape: &[usize], ranges: &[Range<usize>]) -> Result<Self> {
         let refuse = |what: &str| Err(Error::invalid(format!("{what} shape={shape:?} slice={ranges:?}")));
         if shape.len() != ranges.len() {
@@ -41,7 +41,8 @@ impl Region {
         let mut outer = SmallVec::new();
         let mut contiguous = true;
         for (&dim, range) in shape.iter().zip(ranges).rev() {
-            // None of these overflows: the tensor is at least as large, and its size in bits was checked at open.
+            // None of these overflows: the tensor is at least as large, and its size in bits was checked at
+            // open.
             base += range.start as u64 * stride;
             if contiguous {
                 run = range.len() as u64 * stride;
@@ -67,7 +68,8 @@ impl Region {
         self.len
     }
 
-    /// Where byte `place < len` of the result is in the tensor, and how many bytes from there on are together.
+    /// Returns the offset in the tensor of byte `place < len` of the result, and how many bytes from there
+    /// are contiguous.
     pub fn at(&self, place: u64) -> (u64, u64) {
         let (mut index, within) = (place / self.run, place % self.run);
         let mut source = self.base + within;
@@ -78,7 +80,7 @@ impl Region {
         (source, self.run - within)
     }
 
-    /// How many bytes of the result come from before `source` in the tensor.
+    /// Returns how many bytes of the result come from before offset `source` in the tensor.
     pub fn before(&self, source: u64) -> u64 {
         if self.len == 0 {
             return 0;
@@ -100,7 +102,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The places of a slice's bytes, one by one.
+    /// Lists the tensor offsets of a slice's bytes, one by one.
     fn naive(size: usize, shape: &[usize], ranges: &[Range<usize>]) -> Vec<u64> {
         let mut places = vec![0];
         for (&dim, range) in shape.iter().zip(ranges) {

@@ -1,4 +1,4 @@
-//! Verification: every byte of a step read once, and all that is wrong with it said.
+//! Verification: reads every byte of a step once and reports all damage.
 
 use super::piece::{Part, Piece, WINDOW, Window, coalesce, file_at, pass, stream, visit_all, zeroed};
 use super::{blocks, matches};
@@ -13,66 +13,66 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// No shard has a longer header: what safetensors allows, and its prefix.
+/// Maximum length of a shard's header: the limit of safetensors plus its length prefix.
 const MAX_HEADER: u64 = 100_000_008;
 
-/// What a verification found.
+/// The result of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct Report {
-    /// How many files were read, the manifest not counted.
+    /// The number of files read, without the manifest.
     pub files: usize,
-    /// How many tensors they hold.
+    /// The number of tensors in them.
     pub tensors: usize,
-    /// How many bytes they have.
+    /// The length of the files in bytes.
     pub bytes: u64,
-    /// All that is not as it was written, sorted by file and place.
+    /// All damage, sorted by file and offset.
     pub damage: Vec<Damage>,
-    /// What stock loaders would take for the step although its manifest says otherwise: an index that sends
-    /// them to other files, weights or an index that the manifest does not name. This library reads the step
-    /// rightly all the same.
+    /// What stock loaders would read differently from the manifest: an index that names other files for
+    /// tensors, or weights or an index that the manifest does not name. This library still reads the step
+    /// correctly.
     pub misleading: Vec<Damage>,
 }
 
-/// A place that is not as it was written, or cannot be read.
+/// A range of bytes that is not as written, or cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct Damage {
     /// The file.
     pub file: String,
-    /// The tensor whose bytes these are, if they are a tensor's.
+    /// The tensor that the bytes belong to, if any.
     pub tensor: Option<String>,
-    /// The bytes, as a range of the file.
+    /// The byte range in the file.
     pub range: Range<u64>,
     /// What is wrong.
     pub what: String,
-    /// True when the bytes cannot be read at present; that says nothing of what they are.
+    /// True when the bytes cannot be read at present, which says nothing about their contents.
     pub unreadable: bool,
 }
 
 impl Report {
-    /// True when every byte is as it was written, and stock loaders read the same tensors as this library.
+    /// True when every byte is as written, and stock loaders read the same tensors as this library.
     pub fn is_sound(&self) -> bool {
         self.is_intact() && self.misleading.is_empty()
     }
 
-    /// True when every byte is as it was written.
+    /// True when every byte is as written.
     pub fn is_intact(&self) -> bool {
         self.damage.is_empty()
     }
 }
 
 impl Checkpoint {
-    /// Reads everything once and checks it against every digest: files, headers, tensors, blocks.
+    /// Reads everything once and checks it against every digest: of files, headers, tensors and blocks.
     ///
     /// # Errors
-    /// Damage is no error of this call, it is in the [`Report`]; so is a file that cannot be read. `Busy` when there is
-    /// no memory to read into.
+    /// Damage is not an error of this call: it is in the [`Report`], like a file that cannot be read. `Busy`
+    /// when there is not enough memory.
     pub fn verify(&self) -> Result<Report> {
         self.verify_with(|_, _| {})
     }
 
-    /// [`Checkpoint::verify`], calling `progress` with the bytes done and the bytes there are, from any thread.
+    /// [`Checkpoint::verify`] that calls `progress` with the bytes done and the total, from any thread.
     ///
     /// # Errors
     /// As [`Checkpoint::verify`].
@@ -103,8 +103,8 @@ impl Checkpoint {
         Ok(Report { files, tensors, bytes: total, damage: findings.damage, misleading })
     }
 
-    /// What stock loaders would read instead of what the manifest says: they go by names, and by the index
-    /// where there is one.
+    /// Returns what stock loaders would read differently from the manifest. They use names, and the index if
+    /// there is one.
     fn verify_for_stock_loaders(&self, damage: &[Damage]) -> Result<Vec<Damage>> {
         let manifest = &self.opened.manifest;
         let mut misleading = Vec::new();
@@ -133,7 +133,7 @@ impl Checkpoint {
         Ok(misleading)
     }
 
-    /// Checks the header of a shard, and says how many bytes that was.
+    /// Checks the header of a shard, and returns its length in bytes.
     fn verify_header(&self, index: usize, findings: &mut Findings) -> Result<u64> {
         let manifest = &self.opened.manifest;
         let (Some(entry), file) = (manifest.files.get(index), file_at(&self.opened.files, index)?) else {
@@ -167,7 +167,7 @@ impl Checkpoint {
         Ok(entry.data)
     }
 
-    /// All files behind their headers, cut where digests begin and end.
+    /// Returns all bytes of the files after their headers, split where digests begin and end.
     fn tiles(&self) -> Vec<Tile<'_>> {
         let manifest = &self.opened.manifest;
         let slices = manifest.tensors.iter().flat_map(|tensor| tensor.slices.iter().map(move |slice| (tensor, slice)));
@@ -183,7 +183,7 @@ impl Checkpoint {
             })
             .collect();
         for (file, entry) in manifest.files.iter().enumerate().filter(|(_, entry)| entry.data == 0) {
-            // What is not a shard has a digest for the whole file only.
+            // A file that is not a shard has only a digest of the whole file.
             let starts = (0..entry.length).step_by(BLOCK as usize);
             tiles.extend(starts.map(|start| Tile {
                 file,
@@ -199,7 +199,7 @@ impl Checkpoint {
         let file = file_at(&self.opened.files, piece.file)?;
         let found: Vec<Result<Digest>> = match pass(window, file, &mut piece) {
             Ok(()) => piece.parts.iter().map(|tile| Ok(tile.found)).collect(),
-            // Tile by tile, so that a bad sector is not blamed on its neighbours.
+            // Read tile by tile, so that a bad sector is reported only for its own tile.
             Err(_) => piece.parts.iter().map(|tile| digest(window, file, &tile.range)).collect(),
         };
         let mut findings = findings.lock().unwrap_or_else(PoisonError::into_inner);
@@ -221,7 +221,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Checks the digest of each file in which nothing else was wrong, from the digests of its tiles.
+    /// Checks the digest of each file without other damage, from the digests of its tiles.
     fn verify_files(&self, findings: &mut Findings) {
         findings.digests.sort_by_key(|(file, range, _)| (*file, range.start, range.end));
         let mut digests = findings.digests.as_slice();
@@ -242,14 +242,14 @@ impl Checkpoint {
         Damage { file, tensor, range: range.clone(), what, unreadable: false }
     }
 
-    /// The first damage of a report as an error: `Unavailable` when all of it is that bytes cannot be read at
-    /// present.
+    /// Returns the first damage of a report as an error: `Unavailable` when the only damage is that bytes
+    /// cannot be read at present.
     pub(crate) fn damaged(&self, report: &Report) -> Option<Error> {
         let first = report.damage.iter().find(|damage| !damage.unreadable).or(report.damage.first())?;
         let Damage { file, tensor, range, what, unreadable } = first;
         let (count, tensor) = (report.damage.len(), tensor.as_deref().unwrap_or_default());
         let (kind, how) = if *unreadable {
-            (ErrorKind::Unavailable, "a checkpoint cannot be read whole")
+            (ErrorKind::Unavailable, "a checkpoint cannot be read completely")
         } else {
             (ErrorKind::Corrupt, "a checkpoint is damaged")
         };
@@ -269,17 +269,17 @@ fn digest(window: &mut Window, file: &dyn FileReading, range: &Range<u64>) -> Re
 
 struct Findings {
     damage: Vec<Damage>,
-    /// What the tiles' bytes are: file, range, digest.
+    /// File, range and digest of each tile.
     digests: Vec<(usize, Range<u64>, Digest)>,
 }
 
-/// A run of a file that is digested as one.
+/// A range of a file that is digested as one.
 struct Tile<'c> {
     file: usize,
     range: Range<u64>,
-    /// Its digest and whose it is; None where only the whole file has one.
+    /// The tile's expected digest and its tensor; None if only the whole file has a digest.
     written: Option<(Digest, &'c TensorEntry)>,
-    /// The digest of what was read so far.
+    /// The digest of the bytes read so far.
     found: Digest,
 }
 

@@ -30,7 +30,7 @@ fn a_value_of_another_type_is_named_once_with_what_it_is_and_what_was_wanted() {
     rig.executor.save(1, state).unwrap().wait(LONG).unwrap();
     let error = rig.checkpoint(1).unwrap().value::<String>("epoch").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
-    assert_eq!(error.message(), "the value is of another type value=\"epoch\" wanted=alloc::string::String");
+    assert_eq!(error.message(), "the value has another type value=\"epoch\" wanted=alloc::string::String");
     assert!(format!("{error:#}").contains(": invalid type: integer `3`, expected a string"), "{error:#}");
 }
 
