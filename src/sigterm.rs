@@ -1,12 +1,12 @@
-//! SIGTERM: what becomes of saves when the machine is about to be taken away.
+//! SIGTERM: what happens to saves when the machine is about to be taken away.
 //!
-//! **Protocol.** The first signal stops the admission of saves, and finishes, promotes or abandons those under way, until a
-//! deadline. Then the report is given, and the program ends, or goes on; if it goes on, the next signal has
-//! the effect that it had before the hook was installed. A second signal before the report abandons what is
-//! left, at once. **Deadline.** A second after it the program ends, whatever hangs: a storage, a report.
-//! **Fork.** A child has no hook: the signal has the effect there that it had before, and dropping the
-//! child's copy of a hook does nothing. **Ownership.** A hook does not keep its executor alive: the last
-//! `Arc` of the program waits for saves in flight, before or after the hook is dropped.
+//! **Protocol.** The first signal stops the admission of saves, and finishes, promotes or abandons those in
+//! progress, until a deadline. Then the hook reports, and the program ends or goes on; if it goes on, the
+//! next signal has the effect that it had before the hook was installed. A second signal before the report
+//! abandons the remaining saves at once. **Deadline.** One second after it the program ends, even if a
+//! storage or a report hangs. **Fork.** A forked child has no hook: the signal has its earlier effect there,
+//! and dropping the child's copy of a hook does nothing. **Ownership.** A hook does not keep its executor
+//! alive: the program's last `Arc` waits for saves in progress, before or after the hook is dropped.
 
 mod handler;
 
@@ -31,33 +31,33 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-/// How long after the deadline the program ends, if it is to end, whatever hangs.
+/// How long after the deadline a program that is to end does so, even if something hangs.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// What becomes of saves under way.
+/// What happens to saves in progress.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OnTerm {
     /// All of them are finished.
     #[default]
     Finish,
-    /// The newest state that is staged is finished, or one that was [offered](Sigterm::offer) and is newer; the others are
-    /// cancelled, so that it has the storage to itself.
+    /// The newest staged state is finished, or a newer one that was [offered](Sigterm::offer). The others are
+    /// cancelled, so that it has the storage's full bandwidth.
     Promote,
     /// All of them are cancelled.
     Abandon,
 }
 
-/// What the program does then.
+/// What the program does after the report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Exit {
-    /// It goes on, and has [`Sigterm::requested`] and [`Sigterm::report`] to look at.
+    /// It goes on, and can read [`Sigterm::requested`] and [`Sigterm::report`].
     #[default]
     Return,
-    /// It ends at once, without destructors and exit handlers.
+    /// It ends at once, without running destructors and exit handlers.
     Code {
-        /// The code when nothing was lost that is newer than the newest durable step.
+        /// The code if no lost step is newer than the newest durable one.
         durable: i32,
         /// The code otherwise.
         lost: i32,
@@ -66,22 +66,22 @@ pub enum Exit {
     Signal,
 }
 
-/// What became of the saves.
+/// What happened to the saves.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct Report {
-    /// The newest step that is durable, and where it is.
+    /// The newest durable step, and its path.
     pub durable: Option<(u64, PathBuf)>,
-    /// Steps that were under way and became durable, oldest first.
+    /// Steps that were in progress and became durable, oldest first.
     pub finished: Vec<u64>,
-    /// Steps that were under way and did not, oldest first, and why.
+    /// Steps that were in progress and did not become durable, oldest first, and why.
     pub lost: Vec<(u64, Error)>,
-    /// A second signal, or the deadline, came first.
+    /// A second signal or the deadline ended the saves early.
     pub cut_short: bool,
 }
 
 impl Report {
-    /// True when nothing was lost that is newer than the newest durable step.
+    /// True when no lost step is newer than the newest durable one.
     pub fn newest_is_durable(&self) -> bool {
         let durable = self.durable.as_ref().map(|(step, _)| *step);
         self.lost.iter().all(|(step, _)| durable.is_some_and(|durable| *step < durable))
@@ -90,11 +90,11 @@ impl Report {
 
 type Tell = Box<dyn Fn(&Report) + Send + Sync>;
 
-/// Collects what a hook needs.
+/// Builds a hook.
 #[must_use = "nothing happens until `install`"]
 pub struct SigtermBuilder {
     executor: Weak<CheckpointExecutor>,
-    /// There while the executor waits for saves in its drop, when it cannot be had any more itself.
+    /// Upgradable while the executor's drop waits for saves, when the executor itself no longer is.
     threads: Weak<Threads>,
     catalog: Catalog,
     timeout: Duration,
@@ -104,34 +104,34 @@ pub struct SigtermBuilder {
 }
 
 impl SigtermBuilder {
-    /// How long saves are given: 20 seconds.
+    /// How long saves may take. Default: 20 seconds.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// What becomes of saves under way: they are finished.
+    /// What happens to saves in progress. Default: they are finished.
     pub fn on_term(mut self, on_term: OnTerm) -> Self {
         self.on_term = on_term;
         self
     }
 
-    /// What the program does then: it goes on.
+    /// What the program does after the report. Default: it goes on.
     pub fn exit(mut self, exit: Exit) -> Self {
         self.exit = exit;
         self
     }
 
-    /// Who is told, before the program ends: a line on stderr, unless set.
+    /// Sets what receives the report, before the program ends. Default: prints a line to stderr.
     pub fn report(mut self, tell: impl Fn(&Report) + Send + Sync + 'static) -> Self {
         self.tell = Box::new(tell);
         self
     }
 
-    /// Installs the hook, until what is returned is dropped. Others that handle the signal go on doing so.
+    /// Installs the hook until the returned value is dropped. Other handlers of the signal still run.
     ///
     /// # Errors
-    /// `Busy` when the system has no descriptor or no thread for it, or the program has too many hooks.
+    /// `Busy` when the system has no descriptor or thread for it, or the program has too many hooks.
     pub fn install(self) -> Result<Sigterm> {
         let busy = |e| Error::new(ErrorKind::Busy, "the hook for SIGTERM cannot be installed").with_source(e);
         let (signals, wake) = UnixStream::pair().map_err(busy)?;
@@ -161,9 +161,9 @@ struct Shared {
     report: CellArc<Completion<Report>>,
     offered: Mutex<Option<(u64, StateDict<'static>)>>,
     hook: Mutex<Option<Hook>>,
-    /// The thread that drains, once there is one.
+    /// The thread that drains, once it has started.
     drain: OnceLock<ThreadId>,
-    /// The thread that listens has ended.
+    /// Set when the listening thread has ended.
     ended: Completion<()>,
 }
 
@@ -175,7 +175,7 @@ impl Default for Shared {
     }
 }
 
-/// The hook, while it is installed.
+/// An installed hook.
 ///
 /// ```
 /// use ashore::sigterm::{Exit, OnTerm, Sigterm};
@@ -192,8 +192,8 @@ impl Default for Shared {
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// Dropping it takes the hook away. While saves are drained it waits for the end of that first, so that a
-/// program whose `main` returns meanwhile loses nothing and ends as [`Exit`] says.
+/// Dropping it removes the hook. If saves are being drained, the drop waits for that first, so that a program
+/// whose `main` returns meanwhile loses nothing and ends as [`Exit`] says.
 #[derive(Debug)]
 pub struct Sigterm {
     shared: Arc<Shared>,
@@ -220,11 +220,11 @@ impl Sigterm {
         }
     }
 
-    /// Keeps the newest state at hand, without saving it: [`OnTerm::Promote`] saves it when it is newer than every save under
-    /// way. It takes the place of the one that was offered before.
+    /// Keeps the newest state without saving it. [`OnTerm::Promote`] saves it if it is newer than every save
+    /// in progress. It replaces the state that was offered before.
     ///
     /// # Errors
-    /// `Invalid` for a state that the program can write while it is held.
+    /// `Invalid` for a state that the program can write while the hook keeps it.
     pub fn offer(&self, step: u64, state: StateDict<'static>) -> Result<()> {
         state.settled()?;
         let before = lock(&self.shared.offered).replace((step, state));
@@ -232,22 +232,23 @@ impl Sigterm {
         Ok(())
     }
 
-    /// Takes back the state that was offered last.
+    /// Returns the state that was offered last, and forgets it.
     pub fn withdraw(&self) -> Option<(u64, StateDict<'static>)> {
         lock(&self.shared.offered).take()
     }
 
-    /// Whether the signal has come. Saves are not begun any more then: their handles resolve to `Outcome::Skipped`.
+    /// True when the signal has arrived. No save begins after that: its handle resolves to
+    /// `Outcome::Skipped`.
     pub fn requested(&self) -> bool {
         self.shared.requested.load(Ordering::Acquire)
     }
 
-    /// What became of the saves, once that is known.
+    /// Returns what happened to the saves, once it is known.
     pub fn report(&self) -> Option<Report> {
         self.shared.report.get()
     }
 
-    /// A future of what became of the saves; it waits as long as no signal comes.
+    /// A future of what happened to the saves. It waits until a signal arrives and the saves have ended.
     pub fn reported(&self) -> impl Future<Output = Report> + Send + 'static + use<> {
         Waiter::new(self.shared.report.clone())
     }
@@ -256,13 +257,13 @@ impl Sigterm {
 impl Drop for Sigterm {
     fn drop(&mut self) {
         if lock(&self.shared.hook).as_ref().is_some_and(|hook| !hook.is_ours()) {
-            return; // in a forked child the socket, and the thread behind it, are the parent's
+            return; // in a forked child the socket and its thread belong to the parent
         }
-        // The report may be what drops it: the thread that drains cannot wait for itself.
+        // The report callback may drop the hook: the draining thread cannot wait for itself.
         let timeout =
             if self.shared.drain.get() == Some(&std::thread::current().id()) { Duration::ZERO } else { self.timeout };
         if self.requested() {
-            // A second signal still counts.
+            // A second signal still counts during this wait.
             self.shared.ended.wait(deadline_after(timeout));
         }
         drop(lock(&self.shared.hook).take());
@@ -276,7 +277,7 @@ struct Listener {
     shared: Arc<Shared>,
 }
 
-/// The thread that signals wake.
+/// The listening thread, which the signal wakes.
 fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     let (hook, shared, mut byte) = (&listener.hook, &listener.shared, [!SIGNAL]);
     while matches!(signals.read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::Interrupted) {}
@@ -302,7 +303,7 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     let _ = signals.set_read_timeout(Some(slice));
     while drain.as_ref().is_ok_and(|thread| !thread.is_finished()) && Instant::now() < end {
         match signals.read(&mut byte) {
-            Ok(0) => std::thread::sleep(slice), // the hook is gone: the thread that drains has dropped it
+            Ok(0) => std::thread::sleep(slice), // the draining thread has dropped the hook
             Ok(_) if byte == [SIGNAL] => again.store(true, Ordering::Release),
             Ok(_) | Err(_) => {}
         }
@@ -311,7 +312,7 @@ fn listen(listener: &Arc<Listener>, mut signals: UnixStream) {
     match hook.exit {
         Exit::Return => {
             drop(lock(&shared.hook).take());
-            // A drain that panicked or hangs has left none.
+            // Only if the drain panicked or hangs is there no report yet.
             shared.report.complete(Report { cut_short: true, ..Report::default() });
         }
         Exit::Code { durable, lost } => low_level::exit(if kept { durable } else { lost }),
@@ -336,7 +337,7 @@ impl Listener {
                 saves.iter().filter(|save| Some(save.step()) != kept).for_each(cancel);
             }
         }
-        // Before any wait: the last `Arc` of the program waits for saves, too, when it is dropped.
+        // Drop it before any wait: if it is the last `Arc`, its drop waits for saves, too.
         drop(executor);
         for save in &saves {
             let ended = loop {
@@ -346,7 +347,7 @@ impl Listener {
                     save.cancel();
                     break save.wait(Duration::from_millis(100));
                 }
-                // In slices, because the second signal has to be seen.
+                // Wait in slices, to notice the second signal.
                 if let Ok(done) = slice(save, (deadline - now).min(Duration::from_millis(5))) {
                     break done;
                 }
@@ -365,7 +366,8 @@ impl Listener {
         (hook.tell)(&report);
     }
 
-    /// Saves what was offered, if it is newer than `newest` and all else; returns the step to finish.
+    /// Saves the offered state if it is newer than `newest` and every durable step. Returns the step to
+    /// finish.
     fn promote(
         &self,
         executor: Option<&CheckpointExecutor>,
@@ -379,11 +381,11 @@ impl Listener {
             return newest;
         }
         let Some(executor) = executor else {
-            let gone = Error::invalid("a state was offered, and the executor was dropped before the signal");
+            let gone = Error::invalid("a state was offered, but the executor was dropped before the signal");
             report.lost.push((step, gone.with_step(step)));
             return newest;
         };
-        // Those under way go first: what is offered must not wait behind them.
+        // Cancel the saves in progress first, so that the offered state does not wait for them.
         saves.iter().for_each(|save| _ = save.cancel());
         match executor.save_at_the_end(step, state) {
             Ok(save) => saves.push(save),
@@ -393,10 +395,10 @@ impl Listener {
     }
 }
 
-/// How the save ended, if it does so within `timeout`.
+/// Returns how the save ended, if it ends within `timeout`.
 fn slice(save: &Save, timeout: Duration) -> Result<Result<Outcome>, ()> {
     match save.wait(timeout) {
-        // Its own deadline, or that of this wait: asked again, an end is still there.
+        // Either the save's deadline or that of this wait: `try_get` tells whether the save has ended.
         Err(error) if error.kind() == ErrorKind::Deadline => save.try_get().ok_or(()),
         ended => Ok(ended),
     }

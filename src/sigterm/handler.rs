@@ -1,17 +1,17 @@
-//! The handler of the signal: wakes the threads of the hooks, and has the effect that was there before
-//! otherwise.
+//! The signal handler: wakes the threads of the hooks. Without hooks, or in addition to them, the earlier
+//! handler runs.
 //!
-//! It is installed with the first hook and stays. While there is no hook the signal has the effect that it
-//! had before: it ends the program again, unless another handler has it. The handler of signal-hook would
-//! stay, too, and leave the signal without effect.
+//! It is installed with the first hook and stays. Without a hook the signal has its earlier effect: it ends
+//! the program again, unless another handler is installed. The handler of signal-hook would also stay, but
+//! leave the signal without effect.
 //!
 //! # Safety argument
-//! The handler may interrupt any code, so only async-signal-safe things are done in it: atomic operations on
-//! statics, getpid(2), sigaction(2), a send(2) that does not block, a call of the handler that was there
-//! before, and the default effect by a function made for handlers. It allocates nothing, takes no lock,
-//! cannot panic, and gives errno back. A descriptor that it sends to is open: a hook that goes takes its slot
-//! back and waits for the handlers that run, before it closes its socket: for a second at most, so that a
-//! thread that a debugger stops inside the handler for longer may send its byte to another socket.
+//! The handler may interrupt any code, so it does only async-signal-safe things: atomic operations on
+//! statics, getpid(2), sigaction(2), a non-blocking send(2), a call of the earlier handler, and the default
+//! effect by a function made for handlers. It allocates nothing, takes no lock, cannot panic, and restores
+//! errno. A descriptor that it sends to is open: a dropped hook frees its slot and waits for running handlers
+//! before it closes its socket. It waits at most one second, so a thread that a debugger stops inside the
+//! handler for longer may send its byte to another socket.
 #![expect(unsafe_code, reason = "sigaction, and a handler; argument above")]
 
 use signal_hook::consts::SIGTERM;
@@ -31,21 +31,20 @@ use std::time::{Duration, Instant};
 pub(super) const SIGNAL: u8 = 1;
 
 const FREE: u64 = 0;
-/// A process in the upper half, a descriptor to send to in the lower: a forked child has the table, and none
-/// of the hooks.
+/// Upper half: a process; lower half: a descriptor to send to. A forked child inherits the table, but none of
+/// the hooks.
 static HOOKS: [AtomicU64; 64] = [const { AtomicU64::new(FREE) }; 64];
-/// How many threads are in the handler, as far as they look at the table.
+/// How many threads are in the part of the handler that reads the table.
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
 
-/// Whether ours is installed, and what was there before.
+/// Whether our handler is installed. `PLAIN` and `DETAILED` hold the earlier one.
 static INSTALLED: Mutex<bool> = Mutex::new(false);
 static PLAIN: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
-/// The same, where it takes three arguments: 0 where it does not. Apart from `PLAIN`, so that no thread ever takes a handler of
-/// one kind for one of the other.
+/// The earlier handler if it takes three arguments, else 0. Separate from `PLAIN`, so that no thread ever
+/// calls a handler of one kind as one of the other.
 static DETAILED: AtomicUsize = AtomicUsize::new(0);
 
-/// Has bytes sent to a socket as long as it lives. In a forked child it does nothing, not even when it is
-/// dropped.
+/// While it lives, the handler sends bytes to a socket. In a forked child it does nothing, even when dropped.
 #[derive(Debug)]
 pub(super) struct Hook {
     slot: &'static AtomicU64,
@@ -53,7 +52,7 @@ pub(super) struct Hook {
 }
 
 impl Hook {
-    /// Has [`SIGNAL`] sent to `wake` whenever the signal comes to this process.
+    /// Makes the handler send [`SIGNAL`] to `wake` whenever the signal comes to this process.
     pub fn new(wake: &UnixStream) -> Result<Self> {
         let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
         let value = u64::from(std::process::id()) << 32 | u64::from(wake.as_raw_fd().cast_unsigned());
@@ -61,16 +60,17 @@ impl Hook {
         let slot = HOOKS.iter().find(free).ok_or_else(|| Error::other("there are too many hooks"))?;
         let there = current()?;
         let default = there.sa_sigaction == libc::SIG_DFL || there.sa_sigaction == libc::SIG_IGN;
-        // Another handler that was put over ours calls ours: with ours over it again, they would call each
-        // other for ever.
+        // A handler installed over ours calls ours. Installing ours over it again would make them call each
+        // other forever.
         if there.sa_sigaction != address() && (!*installed || default) {
             remember(&there);
             let (mut handler, mut replaced) = (there, there);
             handler.sa_sigaction = address();
             handler.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
-            // SAFETY: `handle` may be called for a signal at any time; its mask is that of the handler before.
+            // SAFETY: `handle` may be called for a signal at any time; its mask is that of the earlier
+            // handler.
             check(unsafe { libc::sigaction(SIGTERM, &handler, &mut replaced) })?;
-            // Another thread may have installed one since `current` looked.
+            // Another thread may have installed one after the call of `current`.
             remember(&replaced);
             *installed = true;
         }
@@ -78,7 +78,7 @@ impl Hook {
         Ok(Self { slot, value })
     }
 
-    /// Whether it was made by this process, and not by its parent before a fork.
+    /// True if this process made it, and not its parent before a fork.
     pub fn is_ours(&self) -> bool {
         ours(self.value)
     }
@@ -90,8 +90,8 @@ impl Drop for Hook {
             return;
         }
         self.slot.store(FREE, SeqCst);
-        // A handler takes microseconds; the count of one that another thread was in at a fork stays in the
-        // child.
+        // A handler takes microseconds. If another thread was in it at a fork, the count stays above zero in
+        // the child.
         let end = Instant::now() + Duration::from_secs(1);
         while RUNNING.load(SeqCst) > 0 && Instant::now() < end {
             std::thread::yield_now();
@@ -99,7 +99,7 @@ impl Drop for Hook {
     }
 }
 
-/// Has the handler call what was there before.
+/// Records the earlier handler for ours to call.
 fn remember(before: &libc::sigaction) {
     let detailed = before.sa_flags & libc::SA_SIGINFO != 0;
     DETAILED.store(if detailed { before.sa_sigaction } else { 0 }, SeqCst);
@@ -114,10 +114,10 @@ fn check(code: c_int) -> Result<()> {
     if code == 0 { Ok(()) } else { Err(Error::last_os_error()) }
 }
 
-/// What is installed now.
+/// Returns the installed handler.
 fn current() -> Result<libc::sigaction> {
     let mut there = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: the pointer is to memory for one; zeroes are valid, too.
+    // SAFETY: the pointer is to memory for one `sigaction`; all zeroes are a valid value.
     unsafe {
         check(libc::sigaction(SIGTERM, null(), there.as_mut_ptr()))?;
         Ok(there.assume_init())
@@ -147,16 +147,16 @@ extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_
         let detailed = DETAILED.load(SeqCst);
         match PLAIN.load(SeqCst) {
             _ if detailed != 0 => {
-                // SAFETY: sigaction(2) gave it as a handler of this kind.
+                // SAFETY: sigaction(2) returned it as a handler of this kind.
                 let before: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = std::mem::transmute(detailed);
                 before(signal, info, context);
             }
-            // Without a hook, as in a forked child, the signal has its effect, unless a handler above ours
-            // has it.
+            // Without a hook, as in a forked child, the signal has its default effect, unless a handler above
+            // ours handles it.
             libc::SIG_DFL => _ = (!heard && topmost()).then(|| emulate_default_handler(signal)),
             libc::SIG_IGN => {}
             before => {
-                // SAFETY: sigaction(2) gave it as a handler of this kind.
+                // SAFETY: sigaction(2) returned it as a handler of this kind.
                 let before: extern "C" fn(c_int) = std::mem::transmute(before);
                 before(signal);
             }
