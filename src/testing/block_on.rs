@@ -1,10 +1,10 @@
-//! The smallest executor of futures: one future, one thread.
+//! The smallest future executor: one future, one thread.
 
 use crate::completion::{self, deadline_after};
 use std::future::Future;
 use std::time::Duration;
 
-/// Runs `future` on this thread, parked while it waits.
+/// Runs `future` on this thread, which sleeps while it waits.
 ///
 /// # Panics
 /// After a hundred years.

@@ -1,4 +1,4 @@
-//! What every back end must do, one named behaviour after the other.
+//! Tests of what every storage back end must do, one named behaviour each.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -20,7 +20,7 @@ use std::fmt::Debug;
 use std::sync::{Arc, Barrier};
 use std::thread;
 
-/// A behaviour: its name, and what shows it on an empty storage, by a panic if it is missing.
+/// A behaviour: its name, and a function that panics on an empty storage without it.
 pub type Behaviour = (&'static str, fn(&Arc<dyn Storage>));
 
 /// Every behaviour.
@@ -45,10 +45,10 @@ pub const BEHAVIOURS: &[Behaviour] = &[
     ("a hint is no step", a_hint_is_no_step),
 ];
 
-/// Runs every behaviour, each on a new empty storage.
+/// Tests every behaviour, each on a new empty storage.
 ///
 /// # Panics
-/// When one is missing; its name is printed before.
+/// When a behaviour is missing; its name is printed first.
 pub fn run(mut storage: impl FnMut() -> Arc<dyn Storage>) {
     for (name, behaviour) in BEHAVIOURS {
         println!("behaviour: {name}");
@@ -60,7 +60,7 @@ const NAME: &str = "step-00000007";
 const SHARD: &str = "model.safetensors";
 const MANIFEST: &str = "manifest.json";
 
-/// Bytes that differ between seeds and between places.
+/// Returns bytes that differ between seeds and between offsets.
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let next = || {

@@ -1,8 +1,9 @@
-//! System calls that fail when told to.
+//! System calls that fail on request.
 //!
-//! **Fault model.** One call, or every call from one on, reports an error: without having done anything, or after it did all of
-//! its work (as when the answer of a server is lost). Transfers can be short. close(2) never fails: what it could report has
-//! been said by fsync before. What a failed fsync loses is not modelled here; the simulated file system does that.
+//! **Fault model.** One call, or every call from one on, reports an error: either before it does anything, or
+//! after it did all of its work (as when a server's answer is lost). Transfers can be short. close(2) never
+//! fails: fsync has already reported what it could report. The data lost by a failed fsync is not modelled
+//! here, but by the simulated file system.
 
 use crate::storage::local::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
 use std::collections::BTreeMap;
@@ -32,7 +33,7 @@ pub enum Call {
     Buffered,
 }
 
-/// What goes wrong.
+/// How a call fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// The call does nothing and reports this error code.
@@ -43,12 +44,12 @@ pub enum Effect {
     Short(usize),
 }
 
-/// A call that is going to fail.
+/// A fault: a future call that fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Which kind of call; any kind when `None`.
     pub call: Option<Call>,
-    /// How many calls of that kind are left alone before.
+    /// How many calls of that kind succeed first.
     pub after: u64,
     /// Every later call of that kind fails too.
     pub sticky: bool,
@@ -56,20 +57,20 @@ pub struct Fault {
     pub effect: Effect,
 }
 
-/// A call that was made.
+/// A call in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Logged {
-    /// Which.
+    /// The kind of call.
     pub call: Call,
-    /// On what: the path by which the descriptor was opened, with the name if the call takes one.
+    /// The path by which the descriptor was opened, with the name if the call takes one.
     pub path: PathBuf,
     /// The target of a rename.
     pub to: Option<PathBuf>,
-    /// True when it reported no error.
+    /// True if it reported no error.
     pub ok: bool,
 }
 
-/// What another does just before a call.
+/// Code that runs just before a call, as another process might.
 struct Before(Call, Box<dyn FnOnce() + Send>);
 
 impl std::fmt::Debug for Before {
@@ -88,7 +89,7 @@ struct State {
     held: Vec<Call>,
 }
 
-/// A [`Sys`] over another one, with faults, and a log of its calls.
+/// A [`Sys`] that adds faults and a log of its calls to another one.
 #[derive(Debug)]
 pub struct Faulty {
     inner: Arc<dyn Sys>,
@@ -97,7 +98,7 @@ pub struct Faulty {
     released: Condvar,
 }
 
-/// Calls of one kind wait until this is dropped.
+/// While this lives, calls of one kind wait.
 #[must_use = "calls wait until it is dropped"]
 #[derive(Debug)]
 pub struct HeldCalls<'a>(&'a Faulty, Call);
@@ -110,13 +111,13 @@ impl Drop for HeldCalls<'_> {
 }
 
 impl Faulty {
-    /// No faults yet.
+    /// Wraps `inner`, without faults.
     pub fn new(inner: Arc<dyn Sys>) -> Arc<Self> {
         Arc::new(Self { inner, syncing: true, state: Mutex::default(), released: Condvar::new() })
     }
 
-    /// No faults yet; an fsync is logged, can fail, and is otherwise answered with `Ok` at once. For tests that make thousands
-    /// of saves and no power cut.
+    /// Wraps `inner`, without faults and without real fsyncs: an fsync is logged and can fail, but otherwise
+    /// returns `Ok` at once. For tests that make thousands of saves and no power cut.
     pub fn unsynced(inner: Arc<dyn Sys>) -> Arc<Self> {
         Arc::new(Self { inner, syncing: false, state: Mutex::default(), released: Condvar::new() })
     }
@@ -126,33 +127,33 @@ impl Faulty {
         self.state().faults.push(fault);
     }
 
-    /// Has `other` run just before the next call of this kind: what another process does in between.
+    /// Runs `other` just before the next call of this kind, as another process might.
     pub fn interrupt(&self, call: Call, other: impl FnOnce() + Send + 'static) {
         self.state().before = Some(Before(call, Box::new(other)));
     }
 
-    /// Takes the faults back that have not been met.
+    /// Removes the faults that have not occurred yet.
     pub fn heal(&self) {
         self.state().faults.clear();
     }
 
-    /// Makes calls of one kind wait, as on a medium that is slow with them.
+    /// Makes calls of one kind wait, as on storage where they are slow.
     pub fn hold(&self, call: Call) -> HeldCalls<'_> {
         self.state().held.push(call);
         HeldCalls(self, call)
     }
 
-    /// How many calls met a fault.
+    /// Returns how many calls had a fault.
     pub fn hits(&self) -> u64 {
         self.state().hits
     }
 
-    /// The calls so far.
+    /// Returns the calls so far.
     pub fn log(&self) -> Vec<Logged> {
         self.state().log.clone()
     }
 
-    /// The paths of descriptors that are open.
+    /// Returns the paths of open descriptors.
     pub fn open_descriptors(&self) -> Vec<PathBuf> {
         self.state().descriptors.values().cloned().collect()
     }
@@ -188,7 +189,8 @@ impl Faulty {
         met
     }
 
-    /// Makes a call on `path`, or does not; `work` is told how many bytes it may transfer.
+    /// Makes a call on `path`, unless a fault prevents it. `work` receives the maximum number of bytes to
+    /// transfer.
     fn call<T>(
         &self,
         call: Call,

@@ -1,4 +1,4 @@
-//! What every graph [`Checkpointer`] must do, one named behaviour after the other.
+//! Tests of what every graph [`Checkpointer`] must do, one named behaviour each.
 //!
 //! ```
 //! use ashore::compat::graph::InMemory;
@@ -15,22 +15,22 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// A state with what is lost easily: non-finite floats, keys that are numbers, absence.
+/// A state with values that are easily lost: non-finite floats, numeric keys, absent values.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// Tells samples apart.
+    /// Distinguishes samples.
     pub seed: u64,
-    /// Compared bit for bit.
+    /// Floats, compared bit for bit.
     pub scores: Vec<Bits>,
-    /// Keys that json does not have.
+    /// Keys that JSON does not support.
     pub visits: BTreeMap<i64, String>,
     /// May be absent.
     pub next: Option<Box<Sample>>,
-    /// Beyond 64 bits it cannot be kept.
+    /// Values above 64 bits cannot be saved.
     pub wide: u128,
 }
 
-/// A float that equals another of the same bits.
+/// A float that equals another with the same bits.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Bits(pub f64);
@@ -42,7 +42,7 @@ impl PartialEq for Bits {
 }
 
 impl Sample {
-    /// The sample of a seed.
+    /// Makes the sample of a seed.
     pub fn new(seed: u64) -> Self {
         let next = (seed > 0).then(|| Box::new(Self { next: None, ..Self::new(0) }));
         let scores = [f64::NAN, f64::NEG_INFINITY, -0.0, 0.1 + seed as f64, f64::from_bits(0x7ff0_0000_0000_0001)];
@@ -51,7 +51,7 @@ impl Sample {
     }
 }
 
-/// A behaviour: its name, and what shows it on a checkpointer without runs, by a panic if it is missing.
+/// A behaviour: its name, and a function that panics on an empty checkpointer without it.
 pub type Behaviour = (&'static str, fn(&dyn Checkpointer<Sample>));
 
 /// Every behaviour of a checkpointer.
@@ -70,10 +70,10 @@ pub const BEHAVIOURS: &[Behaviour] = &[
     ("many tasks may save at once", many_tasks_save_at_once),
 ];
 
-/// Runs every behaviour, each on a new checkpointer without runs.
+/// Tests every behaviour, each on a new checkpointer without runs.
 ///
 /// # Panics
-/// When one is missing; its name is printed before.
+/// When a behaviour is missing; its name is printed first.
 pub fn run<C: Checkpointer<Sample> + 'static>(mut checkpointer: impl FnMut() -> Arc<C>) {
     for (name, behaviour) in BEHAVIOURS {
         println!("behaviour: {name}");
@@ -81,10 +81,10 @@ pub fn run<C: Checkpointer<Sample> + 'static>(mut checkpointer: impl FnMut() -> 
     }
 }
 
-/// The same for [`Prune`].
+/// Tests every behaviour of [`Prune`].
 ///
 /// # Panics
-/// When it does not keep what it must or keeps what it must not.
+/// When a prune deletes what it must keep, or keeps what it must delete.
 pub fn run_pruning<C: Checkpointer<Sample> + Prune + 'static>(mut checkpointer: impl FnMut() -> Arc<C>) {
     for (keep_last, kept) in
         [(0, &[][..]), (1, &[30][..]), (2, &[7, 30][..]), (3, &[2, 7, 30][..]), (9, &[2, 7, 30][..])]

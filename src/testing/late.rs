@@ -1,12 +1,14 @@
-//! A device whose copies happen later, on a thread of their own, as those of a GPU do.
+//! A device whose copies run later, on a thread of their own, like those of a GPU.
 //!
-//! **Fault model.** A copy takes place some time after it was queued, and reads its source then: memory that was written or
-//! freed in between shows in the bytes. Its destination holds poison from the moment of queuing. A copy or a mark can fail
-//! when queued, or later; the error is sticky. A held device does nothing until it is released.
+//! **Fault model.** A copy runs some time after it was queued, and reads its source then: memory that was
+//! written or freed meanwhile changes the bytes. Its destination contains poison from the moment of queuing.
+//! A copy or a completion event can fail when queued, or later; the error is sticky. A held device does
+//! nothing until it is released.
 //!
 //! # Safety argument
-//! Copies run under the contract of [`CopyQueue::copy`]: source and slab stay until a later mark is reached, or until
-//! `quiesce` has said that nothing is left. The worker only dereferences what is still queued, and a failure empties the queue.
+//! Copies run under the contract of [`CopyQueue::copy`]: source and slab stay valid until a later completion
+//! event is reached, or until `quiesce` has returned true. The worker dereferences only pointers that are
+//! still queued, and a failure empties the queue.
 #![expect(unsafe_code, reason = "late copies between memory that the contract keeps alive; argument above")]
 
 use crate::Builder;
@@ -21,10 +23,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What is written to a destination when a copy to it is queued.
+/// The byte written to a destination when a copy to it is queued.
 pub const POISON: u8 = 0xCD;
 
-/// The asynchronous host device; clones are the same device.
+/// The asynchronous host device. Clones are the same device.
 #[derive(Clone)]
 pub struct LateDevice(Arc<Shared>);
 
@@ -40,7 +42,7 @@ struct State {
     work: VecDeque<Work>,
     delay: Duration,
     held: bool,
-    /// Copies that may still run, when held or not: one-by-one release for tests of interleavings.
+    /// Copies that may still run while held, for tests of interleavings that release one copy at a time.
     tickets: u64,
     queued: u64,
     copied: u64,
@@ -48,7 +50,7 @@ struct State {
     fail_when_queued: Option<u64>,
     fail_when_run: Option<u64>,
     failed: bool,
-    /// There is a queue; one at a time.
+    /// True while a queue exists; there is at most one.
     queue: bool,
 }
 
@@ -58,7 +60,7 @@ enum Work {
     Mark(u64),
 }
 
-// SAFETY: the pointers are used by the worker alone, under the contract of `CopyQueue::copy`.
+// SAFETY: only the worker uses the pointers, under the contract of `CopyQueue::copy`.
 unsafe impl Send for Work {}
 
 impl Default for LateDevice {
@@ -68,24 +70,24 @@ impl Default for LateDevice {
 }
 
 impl LateDevice {
-    /// A device whose copies each take `delay` before they begin.
+    /// Makes a device that waits `delay` before each copy.
     pub fn new(delay: Duration) -> Self {
         let device = Self(Arc::default());
         device.state().delay = delay;
         device
     }
 
-    /// Has what `builder` builds copy with this device.
+    /// Makes the executor of `builder` copy with this device.
     pub fn under(&self, builder: Builder) -> Builder {
         builder.made_device(Arc::new(self.clone()))
     }
 
-    /// Stops: nothing is copied any more until [`LateDevice::release`].
+    /// Stops all copies until [`LateDevice::release`].
     pub fn hold(&self) {
         self.state().held = true;
     }
 
-    /// Goes on.
+    /// Resumes copies.
     pub fn release(&self) {
         self.state().held = false;
         self.0.changed.notify_all();
@@ -97,34 +99,34 @@ impl LateDevice {
         self.0.changed.notify_all();
     }
 
-    /// The `n`-th copy from now (1 is the next) fails when it is queued.
+    /// Makes the `n`-th copy from now (1 is the next) fail when it is queued.
     pub fn fail_when_queued(&self, n: u64) {
         let mut state = self.state();
         state.fail_when_queued = Some(state.queued + n);
     }
 
-    /// The `n`-th copy from now (1 is the next) fails when it runs.
+    /// Makes the `n`-th copy from now (1 is the next) fail when it runs.
     pub fn fail_when_run(&self, n: u64) {
         let mut state = self.state();
         state.fail_when_run = Some(state.copied + n);
     }
 
-    /// The error is gone, as after a new context.
+    /// Clears the error, like a new context.
     pub fn heal(&self) {
         self.state().failed = false;
     }
 
-    /// The watermark: how many copies have been made.
+    /// The watermark: the number of copies made.
     pub fn copied(&self) -> u64 {
         self.state().copied
     }
 
-    /// How many copies have been queued.
+    /// The number of copies queued.
     pub fn queued(&self) -> u64 {
         self.state().queued
     }
 
-    /// How many registrations of memory are alive.
+    /// The number of registrations of memory that are alive.
     pub fn registered(&self) -> usize {
         self.0.registered.load(Ordering::Acquire)
     }
@@ -167,7 +169,7 @@ impl Device for LateDevice {
     fn queue(&self) -> Result<Box<dyn CopyQueue>> {
         let mut state = self.state();
         if state.failed || state.queue {
-            return Err(broken("a queue is made, or it has one already"));
+            return Err(broken("it makes a queue, or it already has one"));
         }
         state.queue = true;
         drop(state);
@@ -193,10 +195,10 @@ struct Queue {
 }
 
 fn broken(what: &str) -> Error {
-    Error::new(ErrorKind::Device, format!("the late device has failed while {what}"))
+    Error::new(ErrorKind::Device, format!("the late device failed while {what}"))
 }
 
-/// The worker: one piece of work at a time, in order.
+/// The worker thread: does one piece of work at a time, in order.
 fn work(shared: &Shared, progress: &Mutex<Progress>) {
     let mut state = shared.state();
     loop {
@@ -226,7 +228,8 @@ fn work(shared: &Shared, progress: &Mutex<Progress>) {
                 if !delay.is_zero() {
                     std::thread::sleep(delay);
                 }
-                // SAFETY: the contract of `CopyQueue::copy`: no later mark was reached, and `quiesce` waits for `running`.
+                // SAFETY: by the contract of `CopyQueue::copy`, no later event was reached, and `quiesce`
+                // waits for `running`.
                 unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
                 state = shared.state();
                 state.running = false;
@@ -250,9 +253,9 @@ impl CopyQueue for Queue {
             state.work.clear();
         }
         if state.failed {
-            return Err(broken("a copy is queued"));
+            return Err(broken("it queued a copy"));
         }
-        // SAFETY: the caller leaves `to` to this copy until a later mark is reached.
+        // SAFETY: the caller leaves `to` to this copy until a later completion event is reached.
         unsafe { std::ptr::write_bytes(to, POISON, len) };
         state.work.push_back(Work::Copy { from, to, len });
         self.shared.changed.notify_all();
@@ -262,7 +265,7 @@ impl CopyQueue for Queue {
     fn mark(&mut self) -> Result<u64> {
         let mut state = self.shared.state();
         if state.failed {
-            return Err(broken("a mark is queued"));
+            return Err(broken("it queued a completion event"));
         }
         self.marks += 1;
         state.work.push_back(Work::Mark(self.marks));
@@ -272,7 +275,7 @@ impl CopyQueue for Queue {
 
     fn reached(&mut self) -> Result<u64> {
         if self.shared.state().failed {
-            return Err(broken("copies are under way"));
+            return Err(broken("copies were in progress"));
         }
         Ok(self.progress.lock().unwrap_or_else(PoisonError::into_inner).reached)
     }

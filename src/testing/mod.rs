@@ -1,8 +1,9 @@
-//! For tests of programs and back ends: what a careful test needs and production never runs.
+//! Test tools for programs and back ends. Production code never runs them.
 //!
-//! [`conformance`] is what every [`Storage`](crate::storage::Storage) must do, and [`graph`] every graph checkpointer. [`LateDevice`]
-//! copies later than it says: an executor has it by [`LateDevice::under`]. For this crate's own tests `Faulty` makes system calls
-//! fail below the local storage, and `simfs` is a whole file system there, which crashes.
+//! [`conformance`] tests what every [`Storage`](crate::storage::Storage) must do, and [`graph`] what every
+//! graph checkpointer must do. [`LateDevice`] copies later than it reports: [`LateDevice::under`] gives it to
+//! an executor. For this crate's own tests `Faulty` makes system calls fail below the local storage, and
+//! `simfs` is a simulated file system below it that can crash.
 
 mod block_on;
 pub mod conformance;

@@ -1,4 +1,4 @@
-//! The calls: each may meet a fault, then does its work on the [`State`].
+//! The system calls: each may have a fault, and otherwise does its work on the [`State`].
 
 use super::SimFs;
 use super::disk::SECTOR;
@@ -28,7 +28,7 @@ pub enum Call {
     Direct,
 }
 
-/// A call that is going to fail.
+/// A fault: a future call that fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Which kind of call; any kind when `None`.
@@ -39,7 +39,7 @@ pub struct Fault {
     pub errno: i32,
     /// Every later call of that kind fails too.
     pub sticky: bool,
-    /// The call does its work and fails all the same. Not for an fsync, which never does its work when it fails.
+    /// The call does its work and still fails. Not for an fsync, which never does its work when it fails.
     pub done: bool,
 }
 
@@ -119,7 +119,7 @@ impl Sys for SimFs {
     }
 
     fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>> {
-        // In reverse: no file system promises any order.
+        // Reversed, because no file system promises an order.
         self.call(Call::List, |state| Ok(state.entries(state.descriptor(dir)?.ino)?.keys().rev().cloned().collect()))
     }
 
@@ -139,7 +139,7 @@ impl Sys for SimFs {
     }
 }
 
-/// The calls within a directory are given names, not paths.
+/// Calls within a directory take names, not paths.
 fn component(path: &Path) -> io::Result<&OsStr> {
     let mut components = path.components();
     match (components.next(), components.next()) {

@@ -1,4 +1,4 @@
-//! Which images a crash can leave, and a deterministic choice among them.
+//! The disk images that a crash can leave, and a deterministic choice among them.
 
 use super::disk::{Disk, Op, SECTOR, Take, Unit, What};
 use super::image::Image;
@@ -6,10 +6,11 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Up to so many pending changes, every possible set of them is tried.
+/// Up to this many pending changes, every possible set of them is tried.
 const EXHAUSTIVE: usize = 6;
 
-/// What happened on a [`SimFs`](super::SimFs) up to a moment: the disk it booted from and the log of its operations.
+/// What happened on a [`SimFs`](super::SimFs) until now: the disk it booted from and the log of its
+/// operations.
 #[derive(Clone, Debug)]
 pub struct History {
     pub(super) base: Image,
@@ -19,7 +20,8 @@ pub struct History {
 /// A crash, and what the next boot finds.
 #[derive(Debug)]
 pub struct Crash {
-    /// How many operations had happened. What was acknowledged at a position up to this one must have survived.
+    /// The number of operations before the crash. What was acknowledged up to this position must have
+    /// survived.
     pub position: usize,
     /// The disk.
     pub image: Image,
@@ -36,12 +38,13 @@ impl History {
         self.log.is_empty()
     }
 
-    /// Images of crashes after `n` operations for each `n` in `positions`, at most `limit` for each `n`.
+    /// Makes images of crashes after `n` operations for each `n` in `positions`, at most `limit` for each
+    /// `n`.
     ///
-    /// The choice follows from `seed` alone. For few pending changes it is every set of them. Otherwise: nothing and
-    /// everything, each change alone and each one missing, each directory or file alone and missing, every prefix, and random
-    /// sets; writes whole and torn. Most sets that were possible one operation earlier are left out. Images can be equal; see
-    /// [`Image::hash`].
+    /// Only `seed` determines the choice. For few pending changes it is every set of them. Otherwise: none
+    /// and all of them, each change alone and each one missing, each directory or file alone and missing,
+    /// every prefix, and random sets; writes complete and torn. Most sets that were possible one operation
+    /// earlier are left out. Images can be equal; see [`Image::hash`].
     pub fn crashes(&self, positions: Range<usize>, seed: u64, limit: usize) -> Crashes {
         let mut disk = Disk::new(&self.base);
         let start = positions.start.min(self.log.len());
@@ -63,7 +66,7 @@ impl History {
         crashes
     }
 
-    /// What is on the disk when nothing was lost: the running system's own view, as after a killed process.
+    /// Returns the disk if nothing is lost: the running system's own view, as after a killed process.
     pub fn everything(&self) -> Image {
         let mut disk = Disk::new(&self.base);
         self.log.iter().for_each(|op| disk.apply(op));
@@ -72,7 +75,7 @@ impl History {
     }
 }
 
-/// The images of [`History::crashes`], made one at a time.
+/// An iterator over the images of [`History::crashes`].
 #[derive(Debug)]
 pub struct Crashes {
     log: Arc<Vec<Op>>,
@@ -111,7 +114,8 @@ impl Crashes {
     }
 }
 
-/// Sets of pending changes, each another image. Most of those that were possible before the last operation are left out.
+/// Returns sets of pending changes that give different images. Most sets that were possible before the last
+/// operation are left out.
 fn choices(units: &[Unit], limit: usize, first: bool, rng: &mut Rng) -> Vec<Vec<Take>> {
     let all = vec![Take::Everything; units.len()];
     let none = vec![Take::Nothing; units.len()];
@@ -136,7 +140,7 @@ fn choices(units: &[Unit], limit: usize, first: bool, rng: &mut Rng) -> Vec<Vec<
         if chosen.len() >= limit {
             break;
         }
-        // Data shows only under a name and within a length, so these are kept more often.
+        // Data is only visible under a name and within a length, so these are kept more often.
         let (names, data) = ([4, 7, 8, 8][rng.below(4)], [1, 4, 7, 8][rng.below(4)]);
         let keep = |unit: &Unit| if matches!(unit.what, What::Data { .. }) { data } else { names };
         let wanted: Vec<_> = units.iter().map(|unit| unit.newest || rng.below(8) < keep(unit)).collect();
@@ -149,7 +153,7 @@ fn choices(units: &[Unit], limit: usize, first: bool, rng: &mut Rng) -> Vec<Vec<
     chosen.into_iter().collect()
 }
 
-/// The same image with nothing taken that cannot be seen in it: what has no name, sectors beyond the length.
+/// Removes changes that are not visible in the image: objects without a name, sectors beyond the length.
 fn visible(units: &[Unit], mut takes: Vec<Take>) -> Vec<Take> {
     let mut file = (0, 0);
     for i in (0..units.len()).rev() {
@@ -179,7 +183,8 @@ fn visible(units: &[Unit], mut takes: Vec<Take>) -> Vec<Take> {
     takes
 }
 
-/// Every set of a few pending changes; of many, each alone and each missing, and the same for objects and for prefixes.
+/// Returns every set of a few pending changes. For many: each alone and each missing, and the same for
+/// objects and prefixes.
 fn systematic(units: &[Unit], all: &[Take], none: &[Take]) -> Vec<Vec<Take>> {
     let mut sets = Vec::new();
     if units.len() <= EXHAUSTIVE {
@@ -207,7 +212,7 @@ fn allowed(units: &[Unit], takes: &[Take]) -> bool {
     (0..units.len()).all(|i| !taken(i) || units[i].needs.iter().all(|&need| taken(need)))
 }
 
-/// Adds the units that `pick` names, and whatever they need.
+/// Adds the units that `pick` selects, and those that they need.
 fn with_needs(units: &[Unit], mut takes: Vec<Take>, pick: impl Fn(usize) -> bool) -> Vec<Take> {
     for i in (0..units.len()).rev() {
         if pick(i) || takes[i] != Take::Nothing {
@@ -218,7 +223,7 @@ fn with_needs(units: &[Unit], mut takes: Vec<Take>, pick: impl Fn(usize) -> bool
     takes
 }
 
-/// Takes away the units that `pick` names, and whatever needs them.
+/// Removes the units that `pick` selects, and those that need them.
 fn without(units: &[Unit], mut takes: Vec<Take>, pick: impl Fn(usize) -> bool) -> Vec<Take> {
     for i in 0..units.len() {
         if pick(i) || units[i].needs.iter().any(|&need| takes[need] == Take::Nothing) {
@@ -228,7 +233,7 @@ fn without(units: &[Unit], mut takes: Vec<Take>, pick: impl Fn(usize) -> bool) -
     takes
 }
 
-/// The same set with some of its writes torn.
+/// Returns the same set with some of its writes torn.
 fn tear(units: &[Unit], takes: &[Take], rng: &mut Rng) -> Vec<Take> {
     let torn = |(unit, take): (&Unit, &Take)| match (unit.what, take) {
         (What::Data { sectors, .. }, Take::Everything) if sectors > 1 && rng.below(2) == 0 => {
@@ -246,17 +251,17 @@ fn tear(units: &[Unit], takes: &[Take], rng: &mut Rng) -> Vec<Take> {
     units.iter().zip(takes).map(torn).collect()
 }
 
-/// A small generator of random numbers (splitmix64): the same seed, the same numbers, everywhere.
+/// A small random number generator (splitmix64): the same seed gives the same numbers everywhere.
 #[derive(Clone, Debug)]
 pub struct Rng(u64);
 
 impl Rng {
-    /// The numbers that follow from `seed`.
+    /// Starts the sequence of `seed`.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// The next number.
+    /// Returns the next number.
     #[expect(clippy::should_implement_trait, reason = "there is always a next number")]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -266,7 +271,7 @@ impl Rng {
         z ^ z >> 31
     }
 
-    /// A number below `n`.
+    /// Returns a number below `n`.
     ///
     /// # Panics
     /// When `n` is 0.
@@ -274,7 +279,7 @@ impl Rng {
         (self.next() % n as u64) as usize
     }
 
-    /// Brings `items` into random order.
+    /// Puts `items` into random order.
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i + 1));

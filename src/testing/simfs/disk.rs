@@ -1,32 +1,33 @@
-//! The disk below the running system: what is durable, and which changes are pending.
+//! The simulated disk: what is durable, and which changes are pending.
 //!
-//! It is rebuilt from the log of operations up to the point of the crash. Every pending change is a [`Change`] that the
-//! crash may keep or lose on its own, within the order that any file system keeps: see [`Disk::pending`].
+//! It is rebuilt from the log of operations up to the crash. The crash may keep or lose each pending
+//! [`Change`] independently, within the order that every file system keeps: see [`Disk::pending`].
 
 use super::image::{Content, Entries, Image, Ino, Node, ROOT};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::sync::Arc;
 
-/// The unit that a disk writes whole or not at all.
+/// The unit that a disk writes completely or not at all.
 pub(super) const SECTOR: usize = 512;
 
-/// What a call did to the file system, recorded in the order in which it happened.
+/// The effect of a call on the file system. The log has them in order.
 #[derive(Clone, Debug)]
 pub(super) enum Op {
-    /// A new, empty file or directory, and its name.
+    /// Creates an empty file or directory, and its name.
     Create { dir: Ino, name: OsString, ino: Ino, file: bool },
-    /// A name removed.
+    /// Removes a name.
     Unlink { dir: Ino, name: OsString },
-    /// A name moved, or two exchanged.
+    /// Moves a name, or exchanges two.
     Rename { dir: Ino, from: OsString, to: OsString, exchange: bool },
-    /// Whole sectors as the running system sees them after the write; the length, where the write made the file longer.
+    /// Writes whole sectors as the running system sees them after the write; `grown` is the length, if the
+    /// write made the file longer.
     Write { ino: Ino, at: usize, sectors: Arc<[u8]>, grown: Option<usize> },
-    /// A length set: longer reads as zeros, shorter frees what is beyond.
+    /// Sets a length: a longer file reads as zeros, a shorter one frees the rest.
     Resize { ino: Ino, len: usize },
-    /// A file or directory made durable.
+    /// Makes a file or directory durable.
     Fsync { ino: Ino },
-    /// A failed fsync: the kernel forgets the data that it could not write.
+    /// A failed fsync: the kernel drops the data that it could not write.
     Lose { ino: Ino },
 }
 
@@ -45,14 +46,14 @@ enum Object {
 /// A change that a crash may keep or lose.
 #[derive(Debug)]
 pub(super) struct Unit {
-    /// What it changes.
+    /// The inode that it changes.
     pub(super) ino: Ino,
-    /// The unit that gives this object its name, where that is pending too: lost with it, nobody can see this one.
+    /// The unit that names this object, if that is pending too. If it is lost, this unit is not visible.
     pub(super) under: Option<usize>,
-    /// The units without which it cannot be on the disk.
+    /// The units without which this one cannot be on the disk.
     pub(super) needs: Vec<usize>,
     pub(super) what: What,
-    /// The last operation made it: without it the image was possible before.
+    /// The last operation made it: without it the image was already possible.
     pub(super) newest: bool,
 }
 
@@ -62,7 +63,7 @@ pub(super) enum What {
     Name,
     /// A length of a file.
     Size { len: usize },
-    /// So many sectors of a file from an offset on, and the durable length of the file.
+    /// A number of sectors of a file from an offset, and the durable length of the file.
     Data { at: usize, sectors: usize, durable: usize },
 }
 
@@ -71,7 +72,7 @@ pub(super) enum What {
 pub(super) enum Take {
     Nothing,
     Everything,
-    /// Those sectors of a write whose bit is set; the bits serve again after 64 sectors.
+    /// The sectors of a write whose bit is set; after 64 sectors the bits repeat.
     Torn(u64),
 }
 
@@ -88,7 +89,7 @@ impl Take {
 #[derive(Clone, Debug)]
 pub(super) struct Disk {
     objects: BTreeMap<Ino, Object>,
-    /// What the last operation changed, and how many changes it made.
+    /// The inode that the last operation changed, and its number of changes.
     last: (Ino, usize),
 }
 
@@ -101,7 +102,7 @@ impl Disk {
         Self { objects: image.nodes.iter().map(|(ino, node)| (*ino, object(node))).collect(), last: (ROOT, 0) }
     }
 
-    /// Performs `op` on the running system: it becomes pending, or makes durable what was.
+    /// Performs `op` on the running system: it becomes pending, or makes pending changes durable.
     pub(super) fn apply(&mut self, op: &Op) {
         self.last = match op {
             Op::Create { dir, .. } | Op::Unlink { dir, .. } | Op::Rename { dir, .. } => (*dir, 1),
@@ -155,8 +156,9 @@ impl Disk {
         }
     }
 
-    /// Everything that a crash may keep or lose now. Order is kept only where any file system keeps it: operations on the
-    /// same name of a directory, and the lengths of one file. Objects that no entry can lead to are left out.
+    /// Returns everything that a crash may keep or lose now. Order is kept only where every file system keeps
+    /// it: operations on the same name of a directory, and the lengths of one file. Objects that no entry can
+    /// lead to are left out.
     pub(super) fn pending(&self) -> Vec<Unit> {
         let mut units = Vec::new();
         let mut found = vec![(ROOT, None)];
@@ -198,7 +200,7 @@ impl Disk {
         units
     }
 
-    /// The disk after a crash that keeps `takes` of `units`, which came from [`Disk::pending`].
+    /// Returns the disk after a crash that keeps `takes` of `units`, which came from [`Disk::pending`].
     pub(super) fn crash(&self, units: &[Unit], takes: &[Take]) -> Image {
         let mut nodes = BTreeMap::new();
         let mut found = vec![ROOT];
@@ -232,7 +234,7 @@ fn names(op: &Op) -> [Option<&OsString>; 2] {
     }
 }
 
-/// The content of a file once the changes that are taken have reached it.
+/// Returns the content of a file after the kept changes.
 fn settle(durable: &Arc<Content>, pending: &[Change], take: impl Fn(usize) -> Take) -> Arc<Content> {
     if (0..pending.len()).all(|i| take(i) == Take::Nothing) {
         return durable.clone();
@@ -265,7 +267,7 @@ fn settle(durable: &Arc<Content>, pending: &[Change], take: impl Fn(usize) -> Ta
     Content::new(blocks)
 }
 
-/// The entries of a directory once the operations that are taken have reached it.
+/// Returns the entries of a directory after the kept operations.
 fn enter(durable: &Arc<Entries>, pending: &[Op], take: impl Fn(usize) -> bool) -> Arc<Entries> {
     let mut entries = durable.clone();
     for op in pending.iter().enumerate().filter(|(i, _)| take(*i)).map(|(_, op)| op) {

@@ -1,4 +1,4 @@
-//! What is on the disk after a crash: a tree of directories and files, nothing pending.
+//! The disk after a crash: a tree of directories and files, with nothing pending.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -11,7 +11,7 @@ pub(super) type Entries = BTreeMap<OsString, Ino>;
 /// The root directory.
 pub(super) const ROOT: Ino = 1;
 
-/// The bytes of a file; hashed once, shared by every image that has them.
+/// The bytes of a file; hashed once, shared by all images that contain them.
 #[derive(Debug)]
 pub(super) struct Content {
     pub(super) bytes: Arc<Vec<u8>>,
@@ -43,8 +43,8 @@ impl Image {
         Self { nodes: BTreeMap::from([(ROOT, Node::Dir(Arc::default()))]) }
     }
 
-    /// A hash of every name and every byte; inode numbers have no part in it. Equal for equal trees, in every run. Of a name
-    /// that begins with `random`, only that beginning counts.
+    /// Hashes every name and every byte, but no inode numbers. Equal for equal trees, in every run. Of a name
+    /// that begins with `random`, only that prefix counts.
     pub fn hash(&self, random: Option<&str>) -> u64 {
         self.hash_of(ROOT, random.unwrap_or("/").as_bytes())
     }
@@ -66,7 +66,8 @@ impl Image {
         hasher.finish()
     }
 
-    /// Every file with its bytes and every directory with `None`, by path from the root, without the root itself.
+    /// Returns every file with its bytes and every directory with `None`, by path from the root, without the
+    /// root.
     pub fn paths(&self) -> BTreeMap<String, Option<Arc<Vec<u8>>>> {
         let mut paths = BTreeMap::new();
         self.collect(ROOT, "", &mut paths);

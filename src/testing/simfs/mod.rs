@@ -1,26 +1,27 @@
-//! A simulated file system, in memory, at the seam of system calls: what a machine may find after a crash.
+//! A simulated file system in memory, below the system calls: what a machine may find after a crash.
 //!
-//! A [`SimFs`] behaves like a file system to the code that runs on it, and keeps a log of everything that changed it. From
-//! the log, [`History::crashes`] makes the disks that a crash after any operation can leave. Everything follows from the
-//! calls and a seed.
+//! A [`SimFs`] behaves like a file system to the code that runs on it, and logs everything that changed it.
+//! From the log, [`History::crashes`] makes the disks that a crash after any operation can leave. The calls
+//! and a seed determine everything.
 //!
 //! What it models:
-//! - **Data.** Any subset of the writes since the last fsync of the file may have reached the disk, each torn at any sector
-//!   of 512 bytes. Writes are parallel: there is no order among them.
-//! - **Length.** Growing, allocation and truncation are changes of their own, apart from data; the lengths of one file keep
-//!   their order. What a length covers and no write reached reads as zeros.
-//! - **Names.** An fsync of a file makes its data and length durable, never its name. An fsync of a directory makes that
-//!   directory's entries durable, and nothing below or above. Creations, removals and renames not yet covered by one may each
-//!   be lost, in any combination that keeps the order of operations on the same name.
-//! - **Rename** (plain, no-replace, exchange) is atomic, and revocable until the directory is fsynced.
+//! - **Data.** Any subset of the writes since the last fsync of the file may have reached the disk, each torn
+//!   at any sector of 512 bytes. Writes are parallel: there is no order among them.
+//! - **Length.** Growth, allocation and truncation are changes separate from data; the lengths of one file
+//!   keep their order. Bytes within the length that no write reached read as zeros.
+//! - **Names.** An fsync of a file makes its data and length durable, never its name. An fsync of a directory
+//!   makes that directory's entries durable, and nothing below or above. Creations, removals and renames
+//!   since the last one may each be lost, in any combination that keeps the order of operations on the same
+//!   name.
+//! - **Rename** (plain, no-replace, exchange) is atomic, and may be lost until the directory is fsynced.
 //! - **Unlink** that is lost brings the file back with its durable content.
-//! - **A failed fsync** of a file forgets the data that was pending: the running system still reads it, the disk never gets
-//!   it. It is reported once per descriptor, and the next fsync succeeds. A failed fsync of a directory leaves its entries
-//!   pending (file systems stop altogether when they cannot write names).
+//! - **A failed fsync** of a file drops the pending data: the running system still reads it, the disk never
+//!   gets it. It is reported once per descriptor, and the next fsync succeeds. A failed fsync of a directory
+//!   leaves its entries pending (file systems stop altogether when they cannot write names).
 //! - **Locks** belong to descriptors and end with them; a crash ends all.
 //!
-//! What it leaves out: time (every age is zero), links, sparse files beyond memory, the order that a journal would add (fewer images, all of them
-//! among these), bytes damaged after they were durable.
+//! What it leaves out: time (every age is zero), links, sparse files larger than memory, the order that a
+//! journal would add (fewer images, all of them among these), bytes damaged after they were durable.
 
 mod calls;
 mod crash;
@@ -38,59 +39,61 @@ use state::State;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A simulated file system, used through [`Sys`](crate::storage::local::sys::Sys). Clones are the same file system.
+/// A simulated file system, used through [`Sys`](crate::storage::local::sys::Sys). Clones are the same file
+/// system.
 #[derive(Clone)]
 pub struct SimFs(Arc<Mutex<State>>);
 
 impl SimFs {
-    /// An empty file system.
+    /// Makes an empty file system.
     pub fn new() -> Self {
         Self::boot(&Image::empty())
     }
 
-    /// The file system that a machine finds on `image` after a crash: everything durable, no descriptor, no lock.
+    /// Boots from `image` after a crash: everything is durable, with no descriptors and no locks.
     pub fn boot(image: &Image) -> Self {
         Self(Arc::new(Mutex::new(State::new(image))))
     }
 
-    /// How many operations have changed the file system or made it durable. What is acknowledged now must survive every
-    /// crash from this position on.
+    /// Returns how many operations have changed the file system or made it durable. What is acknowledged now
+    /// must survive every crash from this position on.
     pub fn position(&self) -> usize {
         self.lock().log.len()
     }
 
-    /// Adds a fault to come.
+    /// Adds a future fault.
     pub fn fail(&self, fault: Fault) {
         self.lock().faults.push(fault);
     }
 
-    /// Kills the processes after so many more calls: later calls fail and do nothing, until [`SimFs::restart`].
+    /// Kills the processes after this many more calls: later calls fail and do nothing, until
+    /// [`SimFs::restart`].
     pub fn kill_after(&self, calls: u64) {
         self.lock().calls_left = Some(calls);
     }
 
-    /// True when the processes are dead: no call of theirs does anything any more.
+    /// True when the processes are dead: their calls do nothing.
     pub fn killed(&self) -> bool {
         self.lock().calls_left == Some(0)
     }
 
-    /// Processes are dead and others start: no descriptor, no lock, no fault to come; what was written is there to be seen,
-    /// durable or not.
+    /// Starts new processes after the old ones died: no descriptors, locks or future faults. Written data is
+    /// visible, durable or not.
     pub fn restart(&self) {
         self.lock().restart();
     }
 
-    /// How many calls of any kind there were.
+    /// The number of calls of any kind.
     pub fn calls(&self) -> u64 {
         self.lock().calls
     }
 
-    /// How many descriptors are open.
+    /// The number of open descriptors.
     pub fn open_descriptors(&self) -> usize {
         self.lock().descriptors.len()
     }
 
-    /// What has happened so far.
+    /// Returns what has happened so far.
     pub fn history(&self) -> History {
         let state = self.lock();
         History { base: state.base.clone(), log: Arc::new(state.log.clone()) }

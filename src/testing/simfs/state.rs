@@ -1,4 +1,4 @@
-//! The running system: what the calls see and do, and the log of what they did.
+//! The running system: its state, the effects of calls, and the log of them.
 
 use super::calls::{Call, Fault};
 use super::disk::{Op, SECTOR};
@@ -75,7 +75,7 @@ impl State {
         self.calls_left = None;
     }
 
-    /// Counts a call; dead processes make none.
+    /// Counts a call; dead processes make no calls.
     pub(super) fn enter(&mut self) -> io::Result<()> {
         match &mut self.calls_left {
             Some(0) => return Err(error(libc::EOWNERDEAD)),
@@ -86,7 +86,7 @@ impl State {
         Ok(())
     }
 
-    /// The error that a call of this kind meets, and whether it does its work first.
+    /// Returns the error of a call of this kind, if it has a fault, and whether the call does its work first.
     pub(super) fn fault(&mut self, call: Call) -> Option<(io::Error, bool)> {
         let mut hit = None;
         self.faults.retain_mut(|fault| {
@@ -145,7 +145,8 @@ impl State {
         dir.map_or(Ok(ROOT), |fd| self.descriptor(fd).map(|descriptor| descriptor.ino))
     }
 
-    /// The directory that holds the last component of `path`, and that component; `None` for the directory itself.
+    /// Returns the directory that contains the last component of `path`, and that component; `None` for the
+    /// directory itself.
     pub(super) fn walk<'p>(&self, dir: Option<RawFd>, path: &'p Path) -> io::Result<(Ino, Option<&'p OsStr>)> {
         let mut at = self.at(dir)?;
         let mut last = None;
@@ -325,7 +326,7 @@ impl State {
     pub(super) fn stat(&self, ino: Ino) -> io::Result<Stat> {
         let inode = self.inodes.get(&ino).ok_or_else(|| error(libc::EIO))?;
         let len = if let Body::File(bytes) = &inode.body { bytes.len() as u64 } else { 0 };
-        // Time stands still.
+        // Time does not pass.
         Ok(Stat { kind: self.kind(ino), len, identity: (1, ino), links: inode.links, modified: Duration::ZERO })
     }
 

@@ -1,4 +1,4 @@
-//! One test for each rule of the model, and programs that are wrong on purpose: a model that cannot condemn them proves nothing.
+//! One test for each rule of the model, and programs that are wrong on purpose, which the model must reject.
 
 use super::*;
 use crate::storage::local::sys::{Kind, Open, RawFd, Rename, Sys};
@@ -42,7 +42,7 @@ impl SimFs {
         self.close(root);
     }
 
-    /// The trees that a crash can leave now.
+    /// Returns the trees that a crash can leave now.
     fn outcomes(&self) -> BTreeSet<BTreeMap<String, Option<Vec<u8>>>> {
         let history = self.history();
         let now = history.len();
@@ -50,12 +50,12 @@ impl SimFs {
         history.crashes(now..now + 1, 7, 2000).map(tree).collect()
     }
 
-    /// What can be found under `path` after a crash now.
+    /// Returns the possible contents of `path` after a crash now.
     fn fates(&self, path: &str) -> BTreeSet<Option<Vec<u8>>> {
         self.outcomes().into_iter().map(|tree| tree.get(path).cloned().flatten()).collect()
     }
 
-    /// How many combinations of whole sectors of `a.bin` a crash can leave.
+    /// Returns how many combinations of whole sectors of `a.bin` a crash can leave.
     fn torn_patterns(&self) -> usize {
         let found = self.fates("a.bin");
         for sector in found.iter().flatten().flat_map(|bytes| bytes.chunks(512)) {
@@ -162,12 +162,12 @@ fn a_failed_fsync_forgets_the_data_and_is_reported_once_per_descriptor() {
     fs.fail(Fault { call: Some(Call::Fsync), after: 0, errno: libc::EIO, sticky: false, done: false });
     assert_eq!(fs.fsync(fd).unwrap_err().raw_os_error(), Some(libc::EIO));
     fs.fsync(fd).expect("reported once");
-    fs.fsync(other).expect_err("and once to the other descriptor");
+    fs.fsync(other).expect_err("once to the other descriptor as well");
     fs.fsync(other).unwrap();
     fs.sync("a.bin");
     let mut seen = [0; 3];
     fs.pread(fd, &mut seen, 0).unwrap();
-    assert_eq!(&seen, b"new", "the running system goes on reading what the disk never got");
+    assert_eq!(&seen, b"new", "the running system still reads what the disk never got");
     assert_eq!(fs.fates("a.bin"), fates([Some(b"old")]));
     fs.pwrite(fd, b"X", 0).unwrap();
     fs.fsync(fd).unwrap();
@@ -299,7 +299,7 @@ fn a_fault_hits_its_call_once_or_from_then_on_and_may_come_after_the_work() {
     fs.fail(Fault { call: Some(Call::Mkdir), after: 1, errno: libc::ENOSPC, sticky: false, done: true });
     fs.make_dir("a");
     fs.mkdir(None, Path::new("b")).unwrap_err();
-    assert_eq!(fs.names().last().unwrap(), "b", "it was done all the same");
+    assert_eq!(fs.names().last().unwrap(), "b", "the call did its work");
     fs.make_dir("c");
     fs.fail(Fault { call: None, after: 0, errno: libc::EIO, sticky: true, done: false });
     for _ in 0..3 {
@@ -354,8 +354,8 @@ fn the_same_seed_gives_the_same_crashes_and_the_running_view_is_one_of_them() {
     }
 }
 
-/// Writes a file under a temporary name and moves it to `final.bin`, leaving out what `skip` names; returns the position at
-/// which a program would say "saved".
+/// Writes a file under a temporary name and moves it to `final.bin`, leaving out what `skip` names. Returns
+/// the position at which a program would say "saved".
 fn save(fs: &SimFs, skip: &str) -> usize {
     let fd = fs.file("tmp.bin", &[9; 1500]);
     if skip != "file" {
@@ -368,7 +368,7 @@ fn save(fs: &SimFs, skip: &str) -> usize {
     fs.position()
 }
 
-/// How often the name was there without all the bytes, and how often it was missing after "saved".
+/// Returns how often the name existed without all the bytes, and how often it was missing after "saved".
 fn damage(fs: &SimFs, saved: usize) -> (usize, usize) {
     let history = fs.history();
     let (mut torn, mut lost) = (0, 0);
