@@ -1,4 +1,4 @@
-//! AdamW: gradient descent by first and second moments, with weight decay apart from the gradient.
+//! AdamW: gradient descent with first and second moments, and weight decay separate from the gradient.
 
 const RATE: f32 = 1e-3;
 const BETA_FIRST: f32 = 0.9;
@@ -9,22 +9,22 @@ const DECAY: f32 = 0.01;
 /// Fewer elements than this are not worth a thread.
 const SHARE_MIN: usize = 64 << 10;
 
-/// What a step multiplies by, the same on the host and on a GPU (`kernels/training.cu`).
+/// The factors of a step, the same on the host and on a GPU (`kernels/training.cu`).
 #[derive(Clone, Copy)]
 pub struct Rates {
-    /// Already divided by the bias of the first moment.
+    /// The learning rate divided by the bias of the first moment.
     pub rate: f32,
     /// One over the bias of the second moment.
     pub unbias: f32,
     pub beta_first: f32,
     pub beta_second: f32,
     pub epsilon: f32,
-    /// Already multiplied by the rate.
+    /// The weight decay multiplied by the rate.
     pub decay: f32,
 }
 
 impl Rates {
-    /// Those of `step`, which counts from 1.
+    /// Returns the factors of `step`, which counts from 1.
     pub fn at(step: u64) -> Self {
         let power = i32::try_from(step).unwrap_or(i32::MAX);
         Self {
@@ -38,7 +38,7 @@ impl Rates {
     }
 }
 
-/// Changes `parameter` and its moments by `gradient`; `step` counts from 1. Elements do not depend on each other, so the
+/// Changes `parameter` and its moments by `gradient`; `step` counts from 1. Elements are independent, so the
 /// result does not depend on `threads`.
 pub fn update(
     parameter: &mut [f32],

@@ -1,4 +1,4 @@
-//! Ages, as people write and read them.
+//! Ages, in the form that users write and read.
 
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ pub fn parse(text: &str) -> Result<Duration, String> {
     let seconds = unit.and_then(|(seconds, ..)| number.parse::<u64>().ok()?.checked_mul(*seconds));
     seconds
         .map(Duration::from_secs)
-        .ok_or_else(|| "an age is a whole number and s, m, h, d or w, such as 36h".to_owned())
+        .ok_or_else(|| "an age is a whole number followed by s, m, h, d or w, such as 36h".to_owned())
 }
 
-/// An age in the largest unit of which there are two: `36 h`.
+/// Shows an age in the largest unit with a value of at least two: `36 h`.
 pub fn shown(age: Duration) -> String {
     let seconds = age.as_secs();
     let unit = UNITS.iter().find(|(unit, ..)| seconds >= 2 * unit);

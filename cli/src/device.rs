@@ -1,4 +1,4 @@
-//! The `--device` flag: where the state lives that this program trains or measures.
+//! The `--device` flag: where the state of `demo` or `bench` is.
 
 use crate::gpu::Gpu;
 use ashore::internal::device::{Device, choose};
@@ -6,25 +6,27 @@ use ashore::{Builder, DeviceChoice, Error, ErrorKind, Result};
 use std::fmt;
 use std::sync::Arc;
 
-/// What the choice came to, and why.
+/// The device that the choice resolved to, and why.
 pub enum Home {
     Host {
         why: String,
     },
     Gpu {
-        /// For the library.
+        /// The library's device.
         device: Arc<dyn Device>,
-        /// For this program.
+        /// This program's GPU.
         gpu: Arc<Gpu>,
         why: String,
     },
 }
 
 impl Home {
-    /// The choice as the library means it: `auto` is the GPU of this process's rank, or the first, where there is one.
+    /// Resolves the choice like the library: `auto` is the GPU of this process's rank, or the first GPU, if
+    /// there is one.
     ///
     /// # Errors
-    /// `Unavailable` or `Device` for a GPU that was asked for and is not to be had, or that `ASHORE_REQUIRE_GPU` asks for.
+    /// `Unavailable` or `Device` for a GPU that was requested, or that `ASHORE_REQUIRE_GPU` requires, and
+    /// that is not available.
     pub fn of(choice: DeviceChoice) -> Result<Self> {
         let required = std::env::var_os("ASHORE_REQUIRE_GPU").is_some();
         let (device, report) = choose(choice).map_err(|e| asked(&e, choice))?;
@@ -33,7 +35,7 @@ impl Home {
             (_, Some(ordinal)) => ordinal,
             (DeviceChoice::Host, _) => return Ok(Self::Host { why: "host".into() }),
             _ if required => {
-                let why = format!("a GPU is required by ASHORE_REQUIRE_GPU: {} device={choice}", report.why);
+                let why = format!("ASHORE_REQUIRE_GPU requires a GPU: {} device={choice}", report.why);
                 return Err(Error::new(ErrorKind::Unavailable, why));
             }
             _ => return Ok(Self::Host { why: format!("host (auto: {})", report.why) }),
@@ -41,28 +43,28 @@ impl Home {
         let gpu = Gpu::open(ordinal).map_err(|e| asked(&e, choice))?;
         let simulated = if gpu.simulated() { ", the simulated driver" } else { "" };
         if required && gpu.simulated() {
-            let why = format!("a GPU is required by ASHORE_REQUIRE_GPU, this is the simulated driver device={choice}");
+            let why = format!("ASHORE_REQUIRE_GPU requires a GPU, but this is the simulated driver device={choice}");
             return Err(Error::new(ErrorKind::Unavailable, why));
         }
         Ok(Self::Gpu { device, gpu, why: format!("{report}{simulated}") })
     }
 
-    /// The host, for what has no other home.
+    /// Resolves the choice for state that is always in host memory.
     ///
     /// # Errors
-    /// `Invalid` when a GPU was asked for.
+    /// `Invalid` when a GPU was requested.
     pub fn only_host(choice: DeviceChoice, what: &str) -> Result<Self> {
         match choice {
             DeviceChoice::Auto => Ok(Self::Host { why: format!("host (auto: {what} keeps its state in host memory)") }),
             DeviceChoice::Host => Ok(Self::Host { why: "host".into() }),
             _ => {
-                let why = format!("{what} keeps its state in host memory, use --device host device={choice}");
+                let why = format!("{what} keeps its state in host memory: use --device host device={choice}");
                 Err(Error::new(ErrorKind::Invalid, why))
             }
         }
     }
 
-    /// The device, where there is one.
+    /// Returns the GPU, if there is one.
     pub fn gpu(&self) -> Option<&Arc<Gpu>> {
         match self {
             Self::Host { .. } => None,
@@ -70,12 +72,12 @@ impl Home {
         }
     }
 
-    /// True where no time means anything.
+    /// True for the simulated driver, on which times mean nothing.
     pub fn simulated(&self) -> bool {
         self.gpu().is_some_and(|gpu| gpu.simulated())
     }
 
-    /// An executor that copies from there.
+    /// Makes an executor copy from this device.
     pub fn builder(&self, builder: Builder) -> Builder {
         match self {
             Self::Host { .. } => builder.device(DeviceChoice::Host),
@@ -91,7 +93,7 @@ impl fmt::Display for Home {
     }
 }
 
-/// An error, with what was asked for when it does not say.
+/// Adds the requested device to an error that does not name it.
 fn asked(error: &Error, choice: DeviceChoice) -> Error {
     let (asked, message) = (format!("device={choice}"), error.message());
     let message = if message.contains(&asked) { message.to_owned() } else { format!("{message} {asked}") };

@@ -1,4 +1,4 @@
-//! `ashore inspect`: what a checkpoint holds, without reading tensor data.
+//! `ashore inspect`: shows the contents of a checkpoint, without reading tensor data.
 
 use crate::Common;
 use crate::ls::{shown as shown_table, table};
@@ -14,12 +14,12 @@ use std::process::ExitCode;
 /// The flags of `inspect`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A step of --dir, the path of a checkpoint, or a directory of checkpoints, of which the newest is meant
+    /// A step of --dir, the path of a checkpoint, or a directory of checkpoints (shows the newest)
     #[arg(value_name = "STEP|PATH")]
     what: Option<Which>,
 }
 
-/// Checkpoints: all digits mean a step of `--dir`, anything else a path.
+/// Names a checkpoint: all digits are a step of `--dir`, anything else is a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Which {
     Step(u64),
@@ -38,10 +38,10 @@ impl std::str::FromStr for Which {
     }
 }
 
-/// What a [`Which`] stands for.
+/// What a [`Which`] resolves to.
 pub enum Meant {
     One(Box<Checkpoint>),
-    /// All of a directory.
+    /// A directory of checkpoints.
     Directory(PathBuf),
 }
 
@@ -58,13 +58,13 @@ impl Which {
     }
 }
 
-/// A checkpoint has a manifest, or at least the name of a step.
+/// True for a directory with a manifest or the name of a step.
 fn is_checkpoint(path: &Path) -> bool {
     let named = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| parse_step_name(name).is_some());
     named || path.join(MANIFEST).symlink_metadata().is_ok()
 }
 
-/// The newest checkpoint of a directory, and no older one instead.
+/// Opens the newest checkpoint of a directory, and no older one instead.
 fn newest(root: &Path) -> Result<Checkpoint> {
     let catalog = Catalog::open(root)?;
     let (entries, problems) = catalog.survey()?;
@@ -159,7 +159,7 @@ fn shown(checkpoint: &Checkpoint) -> String {
     text
 }
 
-/// A value of a megabyte is not for a screen; `--json` has it whole.
+/// Cuts a long value for the screen; `--json` prints all of it.
 fn shortened(text: &str) -> String {
     const MOST: usize = 200;
     let text = out::printable(text);

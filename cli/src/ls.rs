@@ -1,4 +1,4 @@
-//! `ashore ls`: the checkpoints of a directory.
+//! `ashore ls`: lists the checkpoints of a directory.
 
 use crate::{Common, out, remnants, size};
 use ashore::storage::Sweep;
@@ -11,13 +11,13 @@ use std::process::ExitCode;
 /// The flags of `ls`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The directory of checkpoints; the same as --dir
+    /// The directory of checkpoints (same as --dir)
     #[arg(value_name = "DIR")]
     root: Option<PathBuf>,
 }
 
-/// A row. Complete is what can be said without reading tensor data: the manifest is whole, and every file is
-/// there, has its length, and is of this save. Whether its bytes are what was written is for `verify` to say.
+/// A row. `complete` is what can be known without reading tensor data: the manifest is valid, and every file
+/// exists, has its length, and belongs to this save. `verify` checks the bytes.
 #[derive(Serialize)]
 struct Row {
     step: u64,
@@ -29,7 +29,7 @@ struct Row {
     why: Option<String>,
 }
 
-/// Lists checkpoints, newest last; damaged ones too.
+/// Lists checkpoints, newest last, including damaged ones.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let root = common.root_at(args.root.as_deref())?;
     let catalog = Catalog::open(&root)?;
@@ -70,7 +70,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says what interrupted saves left, and take room.
+/// Reports what interrupted saves left behind, which uses disk space.
 fn complain_of_remnants(catalog: &Catalog) -> Result<()> {
     let swept = catalog.sweep(Sweep::default().dry_run())?;
     for dead in remnants::not_alive(swept.removed) {
@@ -84,14 +84,14 @@ fn complain_of_remnants(catalog: &Catalog) -> Result<()> {
     Ok(())
 }
 
-/// A plain table: no frame, no colours, no wrapping.
+/// Makes a plain table: no frame, no colours, no wrapping.
 pub fn table<const N: usize>(header: [&str; N]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
     table
 }
 
-/// The text of a table whose columns `right` hold numbers.
+/// Formats a table whose columns `right` contain numbers.
 pub fn shown(table: &mut Table, right: &[usize]) -> String {
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));

@@ -1,4 +1,4 @@
-//! The `ashore` program: trains a demo that checkpoints itself, and lists, inspects, verifies, prunes and measures
+//! The `ashore` program: trains a demo with checkpoints, and lists, inspects, verifies, prunes and measures
 //! checkpoints. Data goes to stdout, progress to stderr.
 
 mod adamw;
@@ -23,10 +23,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::LazyLock;
 
-/// Where `demo` writes, and the other verbs look, unless told otherwise.
+/// The default directory: `demo` writes there and the other commands read it.
 const DEMO_DIR: &str = "ashore-demo";
 
-/// The exit status that says: a checkpoint is damaged.
+/// The exit status for a damaged checkpoint.
 const DAMAGED: u8 = 3;
 
 /// Checkpoints of training programs: durable, never torn, readable by stock tools.
@@ -53,18 +53,18 @@ struct Cli {
 static VERSION: LazyLock<String> =
     LazyLock::new(|| format!("{} kernels {}", env!("CARGO_PKG_VERSION"), ashore::KERNELS));
 
-/// What the verbs take that save.
+/// Flags of the commands that save.
 #[derive(Args, Clone, Copy)]
 struct Saving {
-    /// Where the state lives: auto, host or cuda:N
+    /// Where the state is: auto, host or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceChoice,
-    /// Memory taken for staging, such as 256MiB [default: demo 8MiB, bench 256MiB]
+    /// Host memory for staging, such as 256MiB [default: demo 8MiB, bench 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     arena: Option<u64>,
 }
 
-/// What a verb needs to know beside its own flags.
+/// Settings shared by all commands.
 pub struct Common {
     dir: Option<PathBuf>,
     json: bool,
@@ -86,15 +86,15 @@ impl Common {
         self.dir.clone().unwrap_or_else(|| DEMO_DIR.into())
     }
 
-    /// The directory of checkpoints, which may be given behind the verb or by `--dir`.
+    /// Returns the directory of checkpoints, given after the command or with `--dir`.
     ///
     /// # Errors
-    /// `Invalid` when both are there.
+    /// `Invalid` when both are given.
     pub fn root_at(&self, given: Option<&Path>) -> Result<PathBuf> {
         match (given, &self.dir) {
             (Some(given), Some(dir)) => {
                 let (given, dir) = (given.display(), dir.display());
-                let what = format!("give the directory once, behind the verb or by --dir given={given} dir={dir}");
+                let what = format!("give the directory once, after the command or with --dir given={given} dir={dir}");
                 Err(Error::new(ErrorKind::Invalid, what))
             }
             (Some(given), None) => Ok(given.to_owned()),
@@ -105,7 +105,7 @@ impl Common {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Train a small model while checkpointing, then restore and prove the bytes
+    /// Train a small model with checkpoints, then restore it and verify the bytes
     Demo {
         #[command(flatten)]
         saving: Saving,
@@ -114,20 +114,20 @@ enum Verb {
     },
     /// List checkpoints, newest last
     Ls(ls::Args),
-    /// Show what a checkpoint holds
+    /// Show the contents of a checkpoint, without tensor data
     Inspect(inspect::Args),
-    /// Read every byte of a checkpoint and name all damage
+    /// Read every byte of a checkpoint and report all damage
     Verify(verify::Args),
-    /// Delete old checkpoints; says what it would delete unless --yes is given
+    /// Delete old checkpoints; without --yes, only show what would be deleted
     Prune(prune::Args),
-    /// Measure against the machine's own limits
+    /// Measure speed against the machine's own limits
     Bench {
         #[command(flatten)]
         saving: Saving,
         #[command(flatten)]
         args: bench::Args,
     },
-    /// Serve a training program that saves by a writer process; started by that program
+    /// Save for a training program, which starts this process
     #[command(hide = true)]
     Writer,
 }

@@ -1,4 +1,4 @@
-//! What the program says: data on stdout, progress on stderr.
+//! Output: data to stdout, progress to stderr.
 
 use ashore::{Error, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::time::Duration;
 
-/// Writes text to stdout. A reader that went away (`ashore ls | head -1`) has read what it wanted: no error.
+/// Writes text to stdout. A reader that closed the pipe (`ashore ls | head -1`) is not an error.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -16,40 +16,40 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
-/// Writes one JSON value to stdout, in one line.
+/// Writes one JSON value to stdout, on one line.
 pub fn json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string(value)
         .map_err(|e| Error::new(ashore::ErrorKind::Internal, "cannot write json").with_source(e))?;
     print(&(text + "\n"))
 }
 
-/// Writes one line to stderr; there is nobody to tell when that fails.
+/// Writes one line to stderr. A failure is ignored: it could not be reported either.
 pub fn complain(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "ashore: {}", printable(text));
 }
 
-/// Text that comes from a file, made safe for a terminal.
+/// Makes text from a file safe for a terminal.
 pub fn printable(text: &str) -> String {
     let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
     text.chars().map(escape).collect()
 }
 
-/// A path as text for JSON, which has nothing but UTF-8: other bytes are replaced.
+/// Serializes a path for JSON, which only has UTF-8: other bytes are replaced.
 pub fn path<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }
 
-/// A duration in milliseconds.
+/// Converts a duration to milliseconds.
 pub fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// The middle of some numbers, or 0 when there are none.
+/// Returns the median, or 0 of no numbers.
 pub fn median(numbers: impl IntoIterator<Item = f64>) -> f64 {
     quantile(numbers, 0.5)
 }
 
-/// The nearest-rank quantile of some numbers, the mean of the two in the middle for an even median; 0 when there are none.
+/// Returns the nearest-rank quantile, but the mean of the middle two for an even median; 0 of no numbers.
 pub fn quantile(numbers: impl IntoIterator<Item = f64>, q: f64) -> f64 {
     let mut sorted: Vec<f64> = numbers.into_iter().collect();
     sorted.sort_by(f64::total_cmp);
@@ -61,7 +61,7 @@ pub fn quantile(numbers: impl IntoIterator<Item = f64>, q: f64) -> f64 {
     }
 }
 
-/// A progress bar on stderr: only on a terminal, and without colours.
+/// Makes a progress bar on stderr: only on a terminal, and without colours.
 pub fn progress(length: u64) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr());
     let style =

@@ -1,4 +1,4 @@
-//! `ashore prune`: deletes checkpoints, and none before one that stays was read whole and found sound.
+//! `ashore prune`: deletes checkpoints, after reading one that stays in full and finding it sound.
 
 use crate::remnants::{self, Row};
 use crate::{Common, age, out, size};
@@ -17,43 +17,45 @@ use std::time::Duration;
 #[command(group(ArgGroup::new("what").required(true).multiple(true).args(["keep_last", "after", "damaged", "abandoned"])))]
 #[command(group(ArgGroup::new("metric").args(["lowest", "highest"])))]
 pub struct Args {
-    /// The directory of checkpoints; the same as --dir
+    /// The directory of checkpoints (same as --dir)
     #[arg(value_name = "DIR")]
     root: Option<PathBuf>,
-    /// Keep the newest N checkpoints, and as many of the branch that was written last
+    /// Keep the newest N checkpoints, and the newest N of the branch written last
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     keep_last: Option<u64>,
-    /// Keep every step that is a multiple of K, too, however old
+    /// Also keep every step that is a multiple of K, however old
     #[arg(long, value_name = "K", value_parser = at_least_one, requires = "keep_last")]
     keep_every: Option<u64>,
-    /// Delete unfinished saves of other hosts that have not changed for --older-than; alone, it deletes no checkpoint
+    /// Also delete unfinished saves of other hosts, unchanged for --older-than; alone, it deletes no
+    /// checkpoint
     #[arg(long)]
     abandoned: bool,
-    /// A live writer touches its save every few minutes: a shorter AGE says that no writer is alive on another host
+    /// Age for --abandoned. A live writer touches its save every few minutes: give a shorter AGE only if no
+    /// writer is alive on another host
     #[arg(long, value_name = "AGE", value_parser = age::parse, default_value = "1d", requires = "abandoned")]
     older_than: Duration,
-    /// Keep the N best checkpoints, too, by the metric that --lowest or --highest names
+    /// Also keep the N best checkpoints by the metric given with --lowest or --highest
     #[arg(long, value_name = "N", value_parser = at_least_one, requires = "keep_last", requires = "metric")]
     keep_best: Option<u64>,
-    /// The best have the lowest number under KEY in their metadata
+    /// The best checkpoints have the lowest number under KEY in their metadata
     #[arg(long, value_name = "KEY", requires = "keep_best")]
     lowest: Option<String>,
-    /// The best have the highest number under KEY in their metadata
+    /// The best checkpoints have the highest number under KEY in their metadata
     #[arg(long, value_name = "KEY", requires = "keep_best")]
     highest: Option<String>,
-    /// Delete every checkpoint after STEP: the run goes back to it and on from there
+    /// Delete every checkpoint after STEP, to continue the run from STEP
     #[arg(long, value_name = "STEP", conflicts_with_all = ["keep_last", "damaged"])]
     after: Option<u64>,
-    /// Read every checkpoint, and delete those that are damaged
+    /// Read every checkpoint, and delete the damaged ones
     #[arg(long, conflicts_with = "keep_last")]
     damaged: bool,
-    /// Delete although no checkpoint that stays was read and found sound
+    /// Delete even if no remaining checkpoint was read and found sound
     #[arg(long)]
     unverified: bool,
-    /// Really delete
+    /// Delete; without this, only show what would be deleted
     #[arg(long, conflicts_with = "dry_run")]
     yes: bool,
-    /// Only say what would be deleted; this is what happens without --yes
+    /// Only show what would be deleted (the default)
     #[arg(long)]
     dry_run: bool,
 }
@@ -65,13 +67,13 @@ struct Pruned {
     /// Damaged checkpoints that were deleted.
     damaged: Vec<Step>,
     kept: Vec<Step>,
-    /// Of the kept, those that do not count.
+    /// Kept checkpoints that do not count.
     doubtful: Vec<Step>,
-    /// What could not be deleted, or not whole.
+    /// What could not be deleted, or not completely.
     failed: Vec<Step>,
     /// Unfinished saves of dead processes.
     swept: Vec<Row>,
-    /// Unfinished saves that may be alive on another host, and what could not be deleted.
+    /// Unfinished saves that may be alive on another host, or that could not be deleted.
     left: Vec<Row>,
 }
 
@@ -86,7 +88,7 @@ struct Step {
     why: Option<String>,
 }
 
-/// Prunes, or says what pruning would do. What was deleted is said even where something else could not be.
+/// Prunes, or shows what pruning would do. Reports what was deleted even if something else could not be.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let catalog = Catalog::open(common.root_at(args.root.as_deref())?)?;
     let dry_run = !args.yes;
@@ -95,7 +97,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let how = if args.abandoned { Sweep::default().older_than(args.older_than) } else { Sweep::default() };
     let swept = catalog.sweep(if dry_run { how.dry_run() } else { how });
     for doubtful in &done.doubtful {
-        out::complain(&format!("not counted, and kept: {:#}", doubtful.error));
+        out::complain(&format!("kept, but does not count: {:#}", doubtful.error));
     }
     for failed in &done.failed {
         out::complain(&format!("could not delete step {}: {:#}", failed.step, failed.error));
@@ -103,7 +105,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let mut failed = !done.failed.is_empty();
     let swept = swept.unwrap_or_else(|error| {
         failed = true;
-        out::complain(&format!("could not look for what dead processes left behind: {error:#}"));
+        out::complain(&format!("could not search for unfinished saves of dead processes: {error:#}"));
         Default::default()
     });
     let pruned = Pruned {
@@ -166,7 +168,7 @@ impl Pruned {
             text += &format!("{verb}  unfinished {}\n", dead.shown());
         }
         for left in &self.left {
-            text += &format!("left  unfinished {}\n", left.shown());
+            text += &format!("kept  unfinished {}\n", left.shown());
         }
         if !self.left.is_empty() {
             text += &format!("{}\n", remnants::ADVICE);
@@ -175,7 +177,7 @@ impl Pruned {
         let (removed, kept) = (self.removed.len() + self.damaged.len(), self.kept.len());
         text += &format!("{verb} {removed} ({bytes}), kept {kept}\n");
         if self.dry_run && removed + self.swept.len() > 0 {
-            text += "nothing was deleted: add --yes to do it\n";
+            text += "nothing was deleted: add --yes to delete\n";
         }
         text
     }

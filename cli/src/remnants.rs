@@ -29,7 +29,7 @@ impl From<Remnant> for Row {
 }
 
 impl Row {
-    /// One line.
+    /// Formats it as one line.
     pub fn shown(&self) -> String {
         let age =
             self.age_seconds.map(|age| format!(", unchanged for {}", age::shown(std::time::Duration::from_secs(age))));
@@ -38,10 +38,10 @@ impl Row {
     }
 }
 
-/// Those whose owners are not known to be alive.
+/// Selects those whose owners are not known to be alive.
 pub fn not_alive(remnants: Vec<Remnant>) -> Vec<Row> {
     remnants.into_iter().filter(|remnant| remnant.state != State::Live).map(Row::from).collect()
 }
 
-/// What to do about attempts whose owners may or may not be alive.
-pub const ADVICE: &str = "may be of hosts that are gone: ashore prune --abandoned --older-than AGE --yes deletes them";
+/// Advice for attempts whose owners may or may not be alive.
+pub const ADVICE: &str = "if their hosts are gone, delete them with: ashore prune --abandoned --older-than AGE --yes";

@@ -1,8 +1,9 @@
-//! The demo's random numbers: SplitMix64, whose whole state is one word, so that a checkpoint can hold it as a value.
+//! The demo's random numbers: SplitMix64, whose whole state is one word, so that a checkpoint can store it as
+//! a value.
 
 use serde::{Deserialize, Serialize};
 
-/// A generator: the state walks by a fixed odd step, and each output is a mix of the state.
+/// A generator: each call adds a fixed odd number to the state and returns a mix of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rng {
     state: u64,
@@ -21,12 +22,12 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// A number below `end`; the bias of the multiplication is far below what training could notice.
+    /// Returns a number below `end`; the bias of the multiplication is too small to affect training.
     pub fn below(&mut self, end: usize) -> usize {
         ((u128::from(self.next()) * end as u128) >> 64) as usize
     }
 
-    /// A number in -1.0..1.0, one of 2^24 evenly spaced.
+    /// Returns one of 2^24 evenly spaced numbers in -1.0..1.0.
     pub fn signed_unit(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1_u32 << 23) as f32 - 1.0
     }

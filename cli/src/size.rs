@@ -1,6 +1,7 @@
-//! Sizes, as people write and read them.
+//! Sizes, in the form that users write and read.
 
-/// Parses `256MiB`, `1.5GiB`, `64K` (powers of 1024), `100MB` (powers of 1000), `4096` or `4096B`; case does not matter.
+/// Parses `256MiB`, `1.5GiB`, `64K` (powers of 1024), `100MB` (powers of 1000), `4096` or `4096B`; case does
+/// not matter.
 pub fn parse(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -15,18 +16,18 @@ pub fn parse(text: &str) -> Result<u64, String> {
         "mb" => 1e6,
         "gb" => 1e9,
         "tb" => 1e12,
-        _ => return Err("a size is a number and a unit, such as 256MiB".to_owned()),
+        _ => return Err("a size is a number followed by a unit, such as 256MiB".to_owned()),
     };
-    let number: f64 = number.parse().map_err(|_| "a size begins with a number, such as 256MiB".to_owned())?;
+    let number: f64 = number.parse().map_err(|_| "a size must begin with a number, such as 256MiB".to_owned())?;
     let bytes = number * unit;
     if bytes >= 1.0 && bytes < (1_u64 << 53) as f64 {
         Ok(bytes.round() as u64)
     } else {
-        Err("a size is at least one byte and below 8 PiB".to_owned())
+        Err("a size must be at least one byte and below 8 PiB".to_owned())
     }
 }
 
-/// A size in the unit that leaves one to three digits before the point: `35.0 MB`.
+/// Shows a size in the unit that leaves one to three digits before the point: `35.0 MB`.
 pub fn shown(bytes: u64) -> String {
     let units = ["kB", "MB", "GB", "TB", "PB", "EB"];
     let mut scaled = bytes as f64;
@@ -41,7 +42,7 @@ pub fn shown(bytes: u64) -> String {
     if unit == "B" { format!("{bytes} B") } else { format!("{scaled:.1} {unit}") }
 }
 
-/// A size that was set rather than measured, in its own unit when it is a whole number of them: `8 MiB`.
+/// Shows a size that was set, not measured, in binary units if it is a whole number of them: `8 MiB`.
 pub fn exact(bytes: u64) -> String {
     let units = [(1_u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
     match units.iter().find(|(unit, _)| bytes > 0 && bytes.is_multiple_of(*unit)) {

@@ -1,4 +1,4 @@
-//! `ashore verify`: reads every byte and names all damage.
+//! `ashore verify`: reads every byte and reports all damage.
 
 use crate::inspect::{Meant, Which};
 use crate::{Common, DAMAGED, out, size};
@@ -10,18 +10,18 @@ use std::process::ExitCode;
 /// The flags of `verify`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A step of --dir, the path of a checkpoint, or a directory of checkpoints, of which all are meant
+    /// A step of --dir, the path of a checkpoint, or a directory of checkpoints (verifies all)
     #[arg(value_name = "STEP|PATH")]
     what: Option<Which>,
 }
 
-/// What was found; `damage` is that of all checkpoints.
+/// The result; `damage` is that of all checkpoints.
 #[derive(Default, Serialize)]
 struct Findings {
     valid: bool,
     checkpoints: Vec<Verified>,
     damage: Vec<Place>,
-    /// Some checkpoint could not be looked at, for a reason that says nothing of its bytes.
+    /// A checkpoint could not be examined, for a reason that says nothing about its bytes.
     #[serde(skip)]
     failed: bool,
 }
@@ -42,13 +42,13 @@ struct Place {
     path: PathBuf,
     file: Option<String>,
     tensor: Option<String>,
-    /// First byte, and the one after the last.
+    /// The first byte, and the one after the last.
     range: Option<(u64, u64)>,
     what: String,
 }
 
-/// Verifies. A checkpoint that cannot even be opened because of what its files hold is damaged; one that is not there is an
-/// error, unless it went away after it was listed.
+/// Verifies. A checkpoint that cannot be opened because of its files' contents is damaged. A missing one is
+/// an error, unless it disappeared after it was listed.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let mut findings = Findings::default();
     match Which::find(args.what.as_ref(), common) {
@@ -75,7 +75,7 @@ impl Findings {
     fn look_at_all(&mut self, root: PathBuf) -> Result<()> {
         let (entries, problems) = Catalog::open(&root)?.survey()?;
         if entries.is_empty() && problems.is_empty() {
-            return Err(Error::new(ErrorKind::NotFound, "there is nothing to verify").with_path(root));
+            return Err(Error::new(ErrorKind::NotFound, "nothing to verify").with_path(root));
         }
         for problem in problems {
             let is_conflict = problem.error.kind() == ErrorKind::Conflict;
@@ -91,7 +91,8 @@ impl Findings {
         Ok(())
     }
 
-    /// Looks at a checkpoint that was listed. False when it went away meanwhile, as when old ones are pruned.
+    /// Examines a listed checkpoint. Returns false if it has disappeared since, for example because it was
+    /// pruned.
     fn look(&mut self, step: u64, path: &Path) -> Result<bool> {
         match Checkpoint::open(path) {
             Ok(checkpoint) => self.read(&checkpoint)?,
@@ -100,7 +101,7 @@ impl Findings {
                 self.unreadable(&error.with_step(step).with_path(at));
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                out::complain(&format!("step {step} went away while others were read"));
+                out::complain(&format!("step {step} was deleted while others were read"));
                 return Ok(false);
             }
             Err(error) => {
@@ -130,7 +131,8 @@ impl Findings {
         Ok(())
     }
 
-    /// Damage that hides everything behind it: a manifest that does not parse, a file that is missing or too short.
+    /// Records damage that hides all other damage: an invalid manifest, or a file that is missing or too
+    /// short.
     fn unreadable(&mut self, error: &Error) {
         let given = error.path().unwrap_or(Path::new(""));
         let is_file = !given.is_dir();
@@ -167,7 +169,7 @@ impl Findings {
 mod tests {
     use super::*;
 
-    /// A step that `prune` takes away while `verify` reads others once made it fail.
+    /// `verify` used to fail when `prune` removed a step while it read others.
     #[test]
     fn a_step_that_went_away_is_neither_damage_nor_a_failure() {
         let root = tempfile::tempdir().unwrap();

@@ -38,7 +38,7 @@ pub enum Call {
 pub enum Effect {
     /// The call does nothing and reports this error code.
     Refused(i32),
-    /// The call does its work and reports this error code all the same.
+    /// The call does its work, but still reports this error code.
     DoneAndRefused(i32),
     /// A transfer ends after at most this many bytes; other calls are not affected.
     Short(usize),

@@ -1,17 +1,18 @@
-//! Whether cudarc can be asked: it panics where it finds no driver, or where the driver lacks a function.
+//! Finds the CUDA driver and checks it, because cudarc panics if there is none, or if it lacks a function.
 //!
-//! The bindings are those of the newest CUDA that cudarc knows. A driver that returns a code that even they do not know would be
-//! undefined behaviour in them, which is why the library calls it through a table of its own.
+//! The bindings are those of the newest CUDA that cudarc knows. A driver that returns a code unknown even to
+//! them would cause undefined behaviour in them, which is why the library calls the driver through its own
+//! table.
 //!
 //! # Safety argument
-//! The library that is opened is the system's driver by its name, whose initialisers any program may run; symbols are only asked
-//! for.
+//! The opened library is the system's driver by name, whose initialisers any program may run. Symbols are
+//! only looked up, not called.
 #![expect(unsafe_code, reason = "opens a C library; argument above")]
 
 use ashore::{Error, ErrorKind, Result};
 use cudarc::driver::{DriverError, sys};
 
-/// What cudarc calls for this program.
+/// The driver functions that cudarc calls for this program.
 const FUNCTIONS: [&str; 40] = [
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
@@ -55,16 +56,16 @@ const FUNCTIONS: [&str; 40] = [
     "cuStreamWaitEvent",
 ];
 
-/// What the driver that cudarc has found can do.
+/// What the driver found by cudarc supports.
 pub struct Driver {
-    /// It stands in for one in tests: no time that is measured on it means anything.
+    /// The simulated driver of the tests, on which times mean nothing.
     pub simulated: bool,
-    /// It can say how long a stream took, as those from CUDA 12.8 on can in the way that cudarc asks.
+    /// It can measure a stream's time as cudarc does: CUDA 12.8 or newer.
     pub measures: bool,
 }
 
 impl Driver {
-    /// Asks for everything that cudarc will call.
+    /// Looks up everything that cudarc will call.
     ///
     /// # Errors
     /// `Unavailable`, naming what is missing.
@@ -85,7 +86,7 @@ impl Driver {
     }
 }
 
-/// The error of a `call` that the driver refused.
+/// Returns the error of a `call` that the driver refused.
 pub fn refused(call: &str) -> impl FnOnce(DriverError) -> Error {
     move |error| {
         let said = error.error_string().map_or("an unknown error".into(), |text| text.to_string_lossy());

@@ -1,8 +1,8 @@
 //! The kernels of a training step: `kernels/training.cu`, whose structures are mirrored here.
 //!
 //! # Safety argument
-//! Each function is launched with the structure that its source declares, by value, and touches device memory within spans whose
-//! lengths are checked here; `memory` says how long they stay.
+//! Each function is launched with the structure that its source declares, by value, and accesses device
+//! memory only within spans whose lengths are checked here. `memory` explains how long they stay valid.
 #![expect(unsafe_code, reason = "launches kernels; argument above")]
 
 use super::driver::refused;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 const PTX: &str = include_str!("../../kernels/training.ptx");
 const THREADS: u32 = 256;
 
-/// The entry points, each of which keeps the module.
+/// The entry points. Each keeps the module loaded.
 pub struct Kernels {
     adamw: CudaFunction,
     fill: CudaFunction,
@@ -66,14 +66,14 @@ impl Kernels {
 }
 
 impl Stream {
-    /// One step of AdamW in place: parameters, first and second moments, gradients, all of fp32.
+    /// Queues one step of AdamW in place: parameters, first and second moments, gradients, all fp32.
     ///
     /// # Errors
-    /// `Device`; `Internal` when they are not of one length.
+    /// `Device`; `Internal` when the lengths differ.
     pub fn adamw(&self, tensors: [&Span; 4], rates: Rates) -> Result<()> {
         let bytes = tensors[0].bytes;
         if tensors.iter().any(|tensor| tensor.bytes != bytes) {
-            return Err(Error::new(ErrorKind::Internal, "AdamW over tensors of different lengths"));
+            return Err(Error::new(ErrorKind::Internal, "AdamW needs tensors of equal length"));
         }
         let Rates { rate, unbias, beta_first, beta_second, epsilon, decay } = rates;
         let tensors = tensors.map(Span::address);
@@ -81,7 +81,7 @@ impl Stream {
         self.launch(&self.gpu().kernels.adamw, &argument)
     }
 
-    /// Numbers between -`scale` and `scale`, the same for the same seed.
+    /// Queues numbers between -`scale` and `scale`, the same for the same seed.
     ///
     /// # Errors
     /// `Device`.
@@ -90,7 +90,8 @@ impl Stream {
         self.launch(&self.gpu().kernels.fill, &argument)
     }
 
-    /// Keeps the device busy with so many rounds of arithmetic; it writes nothing to `out`, of one number.
+    /// Keeps the device busy for `rounds` rounds of arithmetic. Writes nothing to `out`, which has one
+    /// number.
     ///
     /// # Errors
     /// `Device`; `Internal` when `out` is shorter.
@@ -102,7 +103,8 @@ impl Stream {
     fn launch<T: DeviceRepr>(&self, function: &CudaFunction, argument: &T) -> Result<()> {
         let (grid_dim, block_dim) = ((self.gpu().blocks, 1, 1), (THREADS, 1, 1));
         let mut launch = self.inner.launch_builder(function);
-        // SAFETY: the argument is the function's structure, and is copied during the call; the rest is in the safety argument.
+        // SAFETY: the argument is the function's structure and is copied during the call; see the safety
+        // argument.
         let launched =
             unsafe { launch.arg(argument).launch(LaunchConfig { grid_dim, block_dim, shared_mem_bytes: 0 }) };
         launched.map(drop).map_err(refused("cuLaunchKernel"))

@@ -1,5 +1,5 @@
-//! What a program that trains on a GPU does there itself, beside the library: its own memory, streams, kernels and graphs, by
-//! cudarc. The two share nothing but the device's primary context, as with any framework.
+//! What a training program does on a GPU without the library: its own memory, streams, kernels and graphs,
+//! with cudarc. It shares only the device's primary context with the library, as any framework does.
 
 mod driver;
 mod kernels;
@@ -19,13 +19,13 @@ use std::sync::Arc;
 pub struct Gpu {
     driver: Driver,
     context: Arc<CudaContext>,
-    /// How many blocks of threads fill it.
+    /// The number of thread blocks that fill the GPU.
     blocks: u32,
     kernels: kernels::Kernels,
 }
 
 impl Gpu {
-    /// Device `ordinal`, after the library has found a driver.
+    /// Opens device `ordinal`, after the library has found a driver.
     ///
     /// # Errors
     /// `Unavailable` without a driver; `Device`.
@@ -38,7 +38,7 @@ impl Gpu {
         Ok(Arc::new(Self { driver, context, blocks: 4 * processors.max(1) as u32, kernels }))
     }
 
-    /// True of the driver of the tests.
+    /// True for the simulated driver of the tests.
     pub fn simulated(&self) -> bool {
         self.driver.simulated
     }

@@ -7,7 +7,7 @@ use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptu
 use cudarc::driver::{CudaEvent, CudaGraph, CudaStream};
 use std::sync::Arc;
 
-/// A stream that is ordered with no other. Clones are the same stream.
+/// A stream that is not ordered with any other. Clones are the same stream.
 #[derive(Clone)]
 pub struct Stream {
     gpu: Arc<Gpu>,
@@ -26,12 +26,12 @@ impl Stream {
         &self.gpu
     }
 
-    /// As the library knows it.
+    /// Returns the stream in the library's type.
     pub fn device_stream(&self) -> DeviceStream<'_> {
         (&self.inner).into()
     }
 
-    /// Waits for everything that was queued in it.
+    /// Waits for everything queued in it.
     ///
     /// # Errors
     /// `Device`.
@@ -39,7 +39,7 @@ impl Stream {
         self.inner.synchronize().map_err(refused("cuStreamSynchronize"))
     }
 
-    /// What `queue` puts into the stream, as a graph, which keeps `spans`: all that it touches.
+    /// Captures what `queue` queues in the stream as a graph, which keeps `spans`: everything it accesses.
     ///
     /// # Errors
     /// `Device`.
@@ -53,7 +53,7 @@ impl Stream {
     }
 }
 
-/// A point in a stream, and when it was passed.
+/// A CUDA event: a point in a stream, with the time when it is reached.
 pub struct Event {
     gpu: Arc<Gpu>,
     inner: CudaEvent,
@@ -67,7 +67,7 @@ impl Event {
         Ok(Self { gpu: gpu.clone(), inner })
     }
 
-    /// From now on it is the point behind everything in the stream.
+    /// Records the event after everything queued in the stream.
     ///
     /// # Errors
     /// `Device`.
@@ -75,7 +75,7 @@ impl Event {
         self.inner.record(&stream.inner).map_err(refused("cuEventRecord"))
     }
 
-    /// Waits until it is passed.
+    /// Waits until it is reached.
     ///
     /// # Errors
     /// `Device`.
@@ -83,10 +83,10 @@ impl Event {
         self.inner.synchronize().map_err(refused("cuEventSynchronize"))
     }
 
-    /// Seconds from `before` to this.
+    /// Returns the seconds from `before` to this event.
     ///
     /// # Errors
-    /// `Device`; `Unavailable` for a driver from before CUDA 12.8.
+    /// `Device`; `Unavailable` for a driver older than CUDA 12.8.
     pub fn since(&self, before: &Self) -> Result<f64> {
         const CALL: &str = "cuEventElapsedTime_v2";
         if !self.gpu.driver.measures {
@@ -97,16 +97,16 @@ impl Event {
     }
 }
 
-/// Work that is queued as one, in the stream in which it was captured.
+/// A captured graph, replayed in the stream in which it was captured.
 pub struct Graph {
     stream: Arc<CudaStream>,
-    // Before the memory that it touches.
+    // Declared first, to be dropped before the memory that it accesses.
     graph: CudaGraph,
     _spans: Vec<Span>,
 }
 
 impl Graph {
-    /// Queues it.
+    /// Queues the graph.
     ///
     /// # Errors
     /// `Device`.
@@ -117,12 +117,12 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // Spans may be of other streams, which free them.
+        // Wait: other streams may own the spans and free them.
         self.stream.context().record_err(self.stream.synchronize());
     }
 }
 
-/// Seconds that `work` takes in the stream, by events.
+/// Returns the seconds that `work` takes in the stream, measured by events.
 ///
 /// # Errors
 /// Those of `work`, and `Device`.

@@ -1,5 +1,5 @@
-//! What the machine itself can do, measured beside every figure of ours: bare loops without digests, plans or locks, which
-//! share no code with the library.
+//! The machine's own limits, measured beside every figure of the library: bare loops without digests, plans
+//! or locks, which share no code with the library.
 
 #[cfg(feature = "uring")]
 mod ring;
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 const ALIGNMENT: u64 = ashore::ALIGNMENT as u64;
 
-/// How a loop hands its bytes to the kernel.
+/// How a loop submits its transfers to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
@@ -27,7 +27,7 @@ pub enum Engine {
     Uring,
 }
 
-/// A loop in a few words.
+/// Describes a loop in a few words.
 pub fn shown(config: &Config) -> String {
     let engine = match config.engine {
         Engine::Pwrite => "threads",
@@ -37,7 +37,7 @@ pub fn shown(config: &Config) -> String {
     format!("{engine}, {} MiB, depth {}", config.chunk >> 20, config.depth)
 }
 
-/// Which way the bytes go.
+/// The direction of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     Write,
@@ -63,7 +63,7 @@ impl Config {
 pub struct Limit {
     pub bytes: u64,
     pub time: Duration,
-    /// What came after the last byte was transferred.
+    /// The time after the last byte was transferred.
     pub tail: Duration,
     pub mode: IoMode,
 }
@@ -74,7 +74,7 @@ impl Limit {
     }
 }
 
-/// The memory of the loops: taken and touched once, as a program under measurement would.
+/// The memory of the loops, allocated and touched once, as in a measured program.
 pub struct Memory {
     bytes: Vec<u8>,
     start: usize,
@@ -89,12 +89,12 @@ impl Memory {
         Self { bytes, start }
     }
 
-    /// Enough for any loop of `search`.
+    /// Allocates enough for any loop of `search`.
     pub fn ample() -> Self {
         Self::new(search::MEMORY)
     }
 
-    /// Copies everything, over and over the same memory.
+    /// Copies all of `sources` into the same memory again and again.
     pub fn copy_all<'a>(&mut self, sources: impl Iterator<Item = &'a [u8]>) {
         let to = &mut self.bytes[self.start..];
         let (mut at, end) = (0, to.len());
@@ -114,7 +114,7 @@ impl Memory {
     }
 }
 
-/// A file for measuring, in the directory that matters.
+/// A file for measuring, in the measured directory.
 pub struct Scratch {
     file: File,
     mode: IoMode,
@@ -122,8 +122,8 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// A file without a name, so that nothing stays behind however the program ends; and a fresh one: overwriting an old file
-    /// would be up to a third faster than any program can write new ones.
+    /// Opens a fresh file without a name, so that none remains however the program ends. Fresh, because
+    /// overwriting an old file would be up to a third faster than any program can write new ones.
     pub fn new(dir: &Path, bytes: u64) -> Result<Self> {
         Self::opened(dir, bytes, |how| nameless(dir, how))
     }
@@ -154,7 +154,7 @@ impl Scratch {
     }
 
     fn fill(&self, config: &Config, memory: &mut Memory) -> Result<()> {
-        // Not every file system can; the loop is only slower then.
+        // Not every file system supports this; without it the loop is only slower.
         let _ = fallocate(&self.file, FallocateFlags::empty(), 0, self.bytes);
         transfer(&self.file, self.bytes, Direction::Write, config, memory)
     }
@@ -164,7 +164,8 @@ impl Scratch {
     }
 }
 
-/// What a durable checkpoint takes at least: fresh files of these lengths, a manifest, a rename, and the same fsyncs.
+/// Measures the minimum of a durable checkpoint: fresh files of these lengths, a manifest, a rename, and the
+/// same fsyncs.
 pub fn checkpoint(dir: &Path, files: &[u64], manifest: u64, config: &Config, memory: &mut Memory) -> Result<Limit> {
     let failed = |what: &'static str| move |e| Error::io(what, e).with_path(dir);
     let (from, to) = (dir.join(".limit.tmp"), dir.join("limit"));
@@ -173,7 +174,7 @@ pub fn checkpoint(dir: &Path, files: &[u64], manifest: u64, config: &Config, mem
         let mode = Mode::RUSR | Mode::WUSR;
         Scratch::opened(dir, bytes, |how| {
             let opened = open(&path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | how, mode);
-            // A refused flag can leave the name behind.
+            // A refused flag can still create the name.
             opened.inspect_err(|_| drop(std::fs::remove_file(&path)))
         })
     };
@@ -205,18 +206,18 @@ pub fn checkpoint(dir: &Path, files: &[u64], manifest: u64, config: &Config, mem
     let time = began.elapsed();
     let (bytes, mode) = (files.iter().sum(), shards.first().map_or(IoMode::Direct, |shard| shard.mode));
     drop((shards, small, attempt));
-    std::fs::remove_dir_all(&to).map_err(failed("cannot remove what measured the disk"))?;
+    std::fs::remove_dir_all(&to).map_err(failed("cannot remove the directory that measured the disk"))?;
     Ok(Limit { bytes, time, tail: time - last_byte, mode })
 }
 
-/// A file that has no name, or, where the file system knows no such files, one that loses it at once.
+/// Opens a file without a name, or, if the file system does not support that, one that is unlinked at once.
 fn nameless(dir: &Path, how: OFlags) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC | how;
     let mode = Mode::RUSR | Mode::WUSR;
     open(dir, flags | OFlags::TMPFILE, mode).or_else(|_| {
         let path = dir.join(format!(".ashore-limit-{}", std::process::id()));
         let opened = open(&path, flags | OFlags::CREATE | OFlags::EXCL, mode);
-        // A refused flag can leave the name behind.
+        // A refused flag can still create the name.
         let _ = std::fs::remove_file(&path);
         opened
     })
@@ -225,7 +226,7 @@ fn nameless(dir: &Path, how: OFlags) -> rustix::io::Result<OwnedFd> {
 fn transfer(file: &File, total: u64, direction: Direction, config: &Config, memory: &mut Memory) -> Result<()> {
     let parts = memory.parts(config);
     if parts.is_empty() {
-        return Err(Error::new(ashore::ErrorKind::Internal, "a loop without memory"));
+        return Err(Error::new(ashore::ErrorKind::Internal, "a loop has no memory"));
     }
     let ended = match config.engine {
         Engine::Pwrite => threads(file, total, direction, config.chunk, parts),
@@ -253,7 +254,7 @@ fn threads(file: &File, total: u64, way: Direction, chunk: u64, parts: Vec<&mut 
     })
 }
 
-/// How fast this machine copies memory on one thread.
+/// Measures how fast this machine copies memory on one thread.
 pub fn copy(bytes: u64) -> f64 {
     const BLOCK: usize = 64 << 20;
     let from = vec![1_u8; BLOCK];

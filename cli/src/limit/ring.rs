@@ -1,9 +1,10 @@
-//! The loop over io_uring: one thread, `depth` transfers in flight, from registered memory where the kernel allows it.
+//! The io_uring loop: one thread, `depth` transfers in flight, from registered memory if the kernel allows
+//! it.
 //!
 //! # Safety argument
-//! The kernel uses a part of the memory from the submission of a transfer to its completion. [`transfer`] has the only
-//! reference to the parts, hands each out again only after its completion, and returns when nothing is in flight; where it
-//! cannot know that, it aborts the program.
+//! The kernel uses a part of the memory from the submission of a transfer to its completion. [`transfer`] has
+//! the only reference to the parts, reuses each only after its completion, and returns when nothing is in
+//! flight; if it cannot know that, it aborts the program.
 #![expect(unsafe_code, reason = "submissions to the kernel's queue; argument above")]
 
 use super::Direction;
@@ -13,7 +14,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Transfers all of the file. A short transfer is an error: it does not happen on the disks that are worth measuring.
+/// Transfers all of the file. A short transfer is an error: it does not occur on disks that are worth
+/// measuring.
 pub fn transfer(file: &File, total: u64, way: Direction, chunk: u64, parts: Vec<&mut [u8]>) -> io::Result<()> {
     let mut ring = IoUring::new(parts.len().next_power_of_two() as u32)?;
     let vectors: Vec<_> = parts
@@ -37,7 +39,7 @@ pub fn transfer(file: &File, total: u64, way: Direction, chunk: u64, parts: Vec<
                 (Direction::Read, true) => opcode::ReadFixed::new(fd, memory, len, index).offset(at).build(),
                 (Direction::Read, false) => opcode::Read::new(fd, memory, len).offset(at).build(),
             };
-            // SAFETY: the part is free, and not touched before its completion.
+            // SAFETY: the part is free, and not accessed before its completion.
             if unsafe { ring.submission().push(&entry.user_data(part as u64)) }.is_err() {
                 free.push(part);
                 break;

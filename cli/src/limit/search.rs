@@ -1,19 +1,20 @@
-//! The loop that is fastest on this disk: every engine, size and depth tried briefly, the best of them again.
+//! Finds the fastest loop on this disk: tries every engine, size and depth briefly, then the best of them
+//! again.
 
 use super::{Config, Direction, Engine, Memory, Scratch, checkpoint};
 use crate::out::{self, median};
 use ashore::Result;
 use std::path::Path;
 
-/// No loop has more in flight.
+/// The maximum bytes in flight of a loop.
 pub const MEMORY: u64 = 256 << 20;
-/// A brief try.
+/// Bytes of a brief try.
 const BRIEF: u64 = 256 << 20;
-/// How many are tried again, and how often.
+/// How many loops are tried again, and how often.
 const AGAIN: usize = 5;
 const TIMES: usize = 3;
 
-/// A loop and how fast it was.
+/// A loop and its speed.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct Found {
     #[serde(flatten)]
@@ -21,7 +22,7 @@ pub struct Found {
     pub bytes_per_second: f64,
 }
 
-/// All loops that were tried again, best first; there is at least one.
+/// Returns all loops that were tried again, best first; at least one.
 pub fn search(dir: &Path, bytes: u64, direction: Direction, memory: &mut Memory) -> Result<Vec<Found>> {
     let configs = candidates(bytes);
     let bar = out::progress(configs.len() as u64 + (AGAIN * TIMES) as u64);
@@ -71,7 +72,7 @@ fn candidates(bytes: u64) -> Vec<Config> {
     for engine in engines {
         for chunk in [1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20] {
             for depth in [1, 2, 4, 8, 16, 32] {
-                // A loop that never reaches its depth is the same as one of less.
+                // Skip a loop that cannot reach its depth: it equals one with a lower depth.
                 if chunk * depth <= MEMORY.min((bytes * 2).max(1 << 20)) {
                     configs.push(Config { engine, chunk, depth: depth as usize });
                 }
