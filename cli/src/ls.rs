@@ -63,8 +63,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     if let Some((last, newest)) = catalog.branched()? {
         let (last, newest) = (last.step, newest.step);
         out::complain(&format!(
-            "step {last} was written after step {newest}: the run went back, and {newest} is still what a restart finds; \
-             `prune --after STEP` deletes what comes after the step to go on from"
+            "step {last} was written after step {newest}: the run went back, but a restart still finds step {newest}; \
+             to continue from STEP, delete the later steps with `prune --after STEP`"
         ));
     }
     Ok(ExitCode::SUCCESS)

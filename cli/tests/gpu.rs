@@ -1,12 +1,13 @@
-//! The real program on the simulated driver, which says whether the calls are right, and nothing about time.
+//! The real program on the simulated driver, which checks the calls but says nothing about time.
 //!
-//! The program finds the driver as it finds a real one: a folder of its own on the loader's path has it under its usual name.
+//! The program finds this driver like a real one: a separate folder on the loader's path contains it under
+//! its usual name.
 
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-/// A folder to work in, and one that makes the loader find a driver.
+/// A work folder, and a folder in which the loader finds a driver.
 struct Place {
     dir: tempfile::TempDir,
     driver: tempfile::TempDir,
@@ -36,14 +37,14 @@ impl Place {
     }
 }
 
-/// The one JSON value on the stdout of a program that ended well and had nothing to complain about.
+/// Returns the only JSON value on the stdout of a program that succeeded without messages.
 fn json(output: &Output) -> Value {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!((output.status.code(), &*stderr), (Some(0), ""), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// The one line that says why a program failed.
+/// Returns the only line that says why a program failed.
 fn complaint(output: &Output) -> String {
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -51,7 +52,7 @@ fn complaint(output: &Output) -> String {
     stderr
 }
 
-/// Every figure that is made of times must be absent.
+/// Checks that every figure made of times is absent.
 fn no_times(report: &Value) {
     assert_eq!(report["simulated"], true, "{report}");
     let timed = [
@@ -74,7 +75,7 @@ fn no_times(report: &Value) {
     }
 }
 
-/// A demo small enough for a debug build.
+/// Arguments of a demo small enough for a debug build.
 fn demo(steps: &str) -> Vec<&str> {
     let small = ["--model", "tiny", "--chunk", "4KiB", "--arena", "16KiB", "--every", "5", "--json"];
     [&["demo", "--device", "cuda:0", "--steps", steps][..], &small].concat()
@@ -91,7 +92,7 @@ fn a_demo_on_cuda_proves_what_it_restored() {
     assert_eq!((&report["saves"], &report["restored_step"]), (&3.into(), &12.into()), "{report}");
     assert!(report["device"].as_str().unwrap().contains("simulated"), "{report}");
 
-    // It goes on from there, and a host that does has the same losses.
+    // The demo continues from there, and a demo on the host has the same losses.
     let resumed = json(&place.run(&demo("12")));
     assert_eq!((&resumed["resumed_from"], &resumed["verified"]), (&12.into(), &true.into()), "{resumed}");
     let host = Place::new();
@@ -110,7 +111,8 @@ fn a_demo_on_cuda_that_is_left_the_choice_takes_the_gpu_of_its_rank() {
     assert_eq!(report["verified"], true, "{report}");
 }
 
-/// A benchmark small enough for a debug build. With a lag copies are late, so that what is not waited for is seen.
+/// Runs a benchmark small enough for a debug build. With a lag copies are late, so that a missing wait is
+/// detected.
 fn bench(place: &Place, what: &str, lag: &str, more: &[&str]) -> Value {
     let small = ["--device", "cuda:0", "--rounds", "2", "--arena", "256KiB", "--chunk", "16KiB", "--json"];
     let mut command = place.ashore(&[&["bench", what][..], &small, more].concat());
@@ -132,7 +134,7 @@ fn bench_on_cuda_saves_what_was_there_and_gives_no_times() {
         let sizes = ["--workload", workload, "--scale", scale, "--step-ms", "1"];
         let report = bench(&place, "staging", lag, &[&sizes, more].concat());
         assert_eq!(report["saves"], report["saves_equal"], "{report}");
-        // A block to warm up, one of each pair, and one save per sample beside the bus.
+        // One block to warm up, one of each pair, and one save per sample beside the bus.
         let (every, pairs) = (report["every"].as_u64().unwrap(), report["pairs"].as_u64().unwrap());
         assert_eq!(report["saves"], 3 * (20 / every) + 2 * pairs, "{report}");
         assert_eq!(report["graph"], more.contains(&"--graph"));
@@ -148,7 +150,7 @@ fn bench_on_cuda_saves_in_every_way_and_names_no_winner_on_a_simulated_driver() 
     for (workload, scale) in [("w1", "0.01"), ("w3", "0.00002")] {
         let sizes = ["--workload", workload, "--scale", scale, "--step-ms", "1", "--ways"];
         let report = bench(&place, "staging", "0", &sizes);
-        // Six ways, alone and computing, in the two rounds that count and the three before.
+        // Six ways, alone and with computation, in the two rounds that count and the three before.
         assert_eq!((&report["saves"], &report["saves_equal"]), (&60.into(), &60.into()), "{report}");
         assert_eq!((&report["gather_refused"], &report["batch_refused"]), (&Value::Null, &Value::Null));
         assert!(report["computing_batched_speedup"].is_null() && report.get("both_fraction_of_limit").is_some());
@@ -159,7 +161,7 @@ fn bench_on_cuda_saves_in_every_way_and_names_no_winner_on_a_simulated_driver() 
 
 #[test]
 fn a_cuda_driver_that_is_not_there_is_named_and_auto_says_why_it_is_the_host() {
-    // What is found under the driver's name is none.
+    // The file with the driver's name is not a driver.
     let mut place = Place::new();
     place.driver = tempfile::tempdir().unwrap();
     for name in ["libcuda.so.1", "libcuda.so"] {
@@ -190,7 +192,7 @@ fn a_simulated_cuda_driver_is_no_gpu_where_one_is_required_and_its_errors_are_na
     {
         let mut faulty = place.ashore(&demo("50"));
         let output = faulty.env("FAKECUDA_FAULT", fault).output().unwrap();
-        // What went wrong first comes last: threads may have complained before.
+        // The first error is printed last: threads may have reported others before.
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(1) && stderr.contains("ashore: "), "{fault}: {output:?}");
         assert!(stderr.contains("cu") && !stderr.contains("panicked"), "{fault}: {stderr}");

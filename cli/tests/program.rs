@@ -1,4 +1,4 @@
-//! The real program, run as its user runs it.
+//! The real program, run as a user runs it.
 
 use serde_json::Value;
 use std::fs;
@@ -22,14 +22,14 @@ fn demo(dir: &Path, steps: u64, every: u64) -> Command {
     ashore(dir, &[&["demo", "--steps", &steps, "--every", &every][..], &small].concat())
 }
 
-/// The one JSON value on the stdout of a program that ended with `status` and had nothing to complain about.
+/// Returns the only JSON value on the stdout of a program that ended with `status` and without messages.
 fn json(output: &Output, status: i32) -> Value {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!((output.status.code(), &*stderr), (Some(status), ""), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// The one line that says why a program ended with `status`.
+/// Returns the only line that says why a program ended with `status`.
 fn complaint(output: &Output, status: i32) -> String {
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(status), "{output:?}");
@@ -77,7 +77,7 @@ fn a_demo_draws_one_save_beside_its_steps() {
     let text = std::fs::read_to_string(&picture).unwrap();
     let drawn = roxmltree::Document::parse(&text).unwrap();
     let texts: Vec<_> = drawn.descendants().filter_map(|node| node.text()).map(str::trim).collect();
-    for lane in ["training", "copy to the arena", "write to disk", "commit", "held up by save and fence"] {
+    for lane in ["training", "copy to the arena", "write to disk", "commit", "blocked by save and fence"] {
         assert!(texts.contains(&lane), "{lane}: {texts:?}");
     }
 }
@@ -117,7 +117,7 @@ fn people_get_a_report_in_words() {
     let output = run(dir.path(), &["demo", "--steps", "20", "--model", "tiny", "--arena", "16KiB"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success() && output.stderr.is_empty(), "{text}");
-    for said in ["overhead", "stall per save", "the disk's limit", "every bit as at the save     yes", "\nverified\n"] {
+    for said in ["overhead", "stall per save", "the disk's limit", "restored bytes identical     yes", "\nverified\n"] {
         assert!(text.contains(said), "{said}: {text}");
     }
     assert!(!text.contains('\u{1b}'), "{text}");
@@ -170,8 +170,8 @@ fn a_step_whose_manifest_or_shard_is_cut_is_listed_as_damaged() {
     assert_eq!(run(dir.path(), &["verify", one.to_str().unwrap()]).status.code(), Some(3));
 }
 
-/// A job that was requeued to another node left its unfinished save, whole in size, in the directory for ever: no verb named it, and
-/// none could delete it.
+/// A job that was requeued to another node used to leave its full-size unfinished save in the directory
+/// forever: no command showed it, and none could delete it.
 #[test]
 fn what_a_host_that_is_gone_left_is_shown_and_goes_when_asked_for() {
     let dir = tempfile::tempdir().unwrap();
@@ -199,7 +199,7 @@ fn what_a_host_that_is_gone_left_is_shown_and_goes_when_asked_for() {
     let gone = prune(&["--abandoned", "--older-than", "0s", "--yes"]);
     assert_eq!(gone["swept"][0]["name"], format!("{attempt}.tmp"));
     assert!(!temp.exists() && !owner.exists());
-    assert_eq!((steps(&gone["removed"]), steps(&gone["kept"])), (vec![], vec![5, 10]), "no checkpoint was asked for");
+    assert_eq!((steps(&gone["removed"]), steps(&gone["kept"])), (vec![], vec![5, 10]), "no checkpoint was requested");
 }
 
 #[test]
@@ -221,8 +221,8 @@ fn prune_deletes_only_when_told_to() {
     assert_eq!(listed(), [20]);
 }
 
-/// Changes one bit of the last byte of a step's weights: the step stays complete, and is not what was
-/// written.
+/// Changes one bit of the last byte of a step's weights. The step stays complete, but its bytes are not those
+/// that were written.
 fn flip(root: &Path, step: &str) {
     let file = root.join(step).join("model.safetensors");
     let mut bytes = fs::read(&file).unwrap();
@@ -230,7 +230,7 @@ fn flip(root: &Path, step: &str) {
     fs::write(&file, bytes).unwrap();
 }
 
-/// `prune` once deleted the sound step and kept the damaged one, because a step with a flipped byte is
+/// `prune` used to delete the sound step and keep the damaged one, because a step with a flipped byte is
 /// complete.
 #[test]
 fn prune_keeps_the_last_sound_step() {
@@ -241,14 +241,14 @@ fn prune_keeps_the_last_sound_step() {
     let pruned: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((steps(&pruned["removed"]), steps(&pruned["kept"])), (vec![], vec![5, 10]));
     assert_eq!(steps(&pruned["doubtful"]), [10]);
-    assert!(String::from_utf8_lossy(&output.stderr).contains("not counted, and kept: "), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("kept, but does not count: "), "{output:?}");
     let gone = json(&run(dir.path(), &["prune", "--damaged", "--yes", "--json"]), 0);
     assert_eq!((steps(&gone["damaged"]), steps(&gone["kept"])), (vec![10], vec![5]));
     let last = run(dir.path(), &["prune", "--after", "5", "--yes", "--json"]);
     assert_eq!(steps(&json(&last, 0)["kept"]), [5]);
 }
 
-/// The directory stands where a hand puts it, behind the verb.
+/// A directory may be given after the command.
 #[test]
 fn verbs_take_the_directory_behind_them() {
     let dir = tempfile::tempdir().unwrap();
@@ -270,7 +270,7 @@ fn verbs_take_the_directory_behind_them() {
     }
 }
 
-/// A root with a byte that is no UTF-8: `inspect --json` panicked, and `prune --yes --json` deleted and then
+/// With a root that is not UTF-8, `inspect --json` used to panic, and `prune --yes --json` deleted and then
 /// reported a failure.
 #[test]
 fn a_root_that_is_not_utf8_is_a_root() {
@@ -286,7 +286,7 @@ fn a_root_that_is_not_utf8_is_a_root() {
     assert!(!root.join("step-00000005").exists());
 }
 
-/// A prune that could not delete one step once ended without a word of those that it had deleted.
+/// A prune that could not delete one step used to end without reporting those that it had deleted.
 #[test]
 fn a_prune_that_fails_half_way_says_what_it_deleted() {
     let dir = tempfile::tempdir().unwrap();
@@ -310,7 +310,7 @@ fn a_prune_that_fails_half_way_says_what_it_deleted() {
     assert!(pruned["left"][0]["name"].as_str().unwrap().starts_with(".trash-"), "{pruned}");
 }
 
-/// `inspect` showed the step before the newest without a word when the newest was damaged.
+/// `inspect` used to show the step before the newest, without a message, when the newest was damaged.
 #[test]
 fn inspect_shows_no_older_step_instead() {
     let dir = tempfile::tempdir().unwrap();
@@ -321,8 +321,8 @@ fn inspect_shows_no_older_step_instead() {
     assert_eq!(json(&run(dir.path(), &["inspect", "5", "--json"]), 0)["step"], 5);
 }
 
-/// A damaged newest step once made a loop: the run resumed before it, reached it again and died because "the
-/// step exists".
+/// A damaged newest step used to cause a loop: the run resumed before it, reached it again and died because
+/// "the step exists".
 #[test]
 fn a_demo_gets_past_a_damaged_newest_step() {
     for damage in ["manifest.json", "model.safetensors"] {
@@ -331,7 +331,7 @@ fn a_demo_gets_past_a_damaged_newest_step() {
         fs::write(dir.path().join("step-00000020").join(damage), "").unwrap();
         let output = demo(dir.path(), 20, 10).output().unwrap();
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-        assert!(String::from_utf8_lossy(&output.stderr).contains("step 20 is passed over"), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("step 20 is skipped"), "{output:?}");
         assert_eq!((&report["resumed_from"], &report["verified"]), (&10.into(), &Value::Bool(true)));
         assert_eq!(json(&run(dir.path(), &["verify", "20", "--json"]), 0)["valid"], true);
     }

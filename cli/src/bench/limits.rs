@@ -1,4 +1,4 @@
-//! `ashore bench limits`: the disk and the memory, without this library.
+//! `ashore bench limits`: the limits of disk and memory, without this library.
 
 use super::{Bench, Figures};
 use crate::limit::{self, Direction, Memory};

@@ -1,4 +1,4 @@
-//! `ashore bench`: figures beside the machine's own limit, measured in turn in the same run.
+//! `ashore bench`: figures beside the machine's own limit, measured alternately in the same run.
 
 mod gpu;
 mod limits;
@@ -32,10 +32,10 @@ pub struct Args {
     /// What to save
     #[arg(long, value_enum, default_value = "large")]
     workload: Workload,
-    /// The part of the workload to take
+    /// The fraction of the workload to save
     #[arg(long, value_name = "F", default_value_t = 1.0, value_parser = scale)]
     scale: f64,
-    /// Compare at most this often; fewer where the answer is clear before
+    /// Compare at most N times; fewer if the result is clear earlier
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// Bytes per chunk [default: 8MiB]
@@ -50,7 +50,7 @@ pub struct Args {
     /// How to write: auto, pwrite or uring
     #[arg(long, value_name = "ENGINE")]
     engine: Option<Engine>,
-    /// How much writers give way: normal or low
+    /// The I/O priority of writers: normal or low
     #[arg(long, value_name = "PRIORITY")]
     priority: Option<Priority>,
     /// Do not measure the machine's limit
@@ -59,54 +59,54 @@ pub struct Args {
     /// On a GPU: milliseconds of a training step [default: 300]
     #[arg(long, value_name = "MS", value_parser = milliseconds)]
     step_ms: Option<f64>,
-    /// On a GPU: save every so many steps [default: 10]
+    /// On a GPU: save every N steps [default: 10]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
     every: Option<u64>,
-    /// On a GPU: replay the steps from graphs
+    /// On a GPU: replay the steps as graphs
     #[arg(long)]
     graph: bool,
-    /// On a GPU: memory of it in which fences set aside what has not left it [default: none]
+    /// On a GPU: scratch memory for late copies at fences [default: none]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     scratch: Option<u64>,
-    /// On a GPU: streams wait at fences for a number in memory, so that a save that fails lets them go
+    /// On a GPU: streams wait at fences for a value in memory, so that a failed save can release them
     #[arg(long)]
     memory_waits: bool,
-    /// On a GPU: measure only how state leaves it faster: gathered, in batches, both, or tensor by tensor
+    /// On a GPU: compare only ways to copy the state: gathered, batched, both, or tensor by tensor
     #[arg(long, conflicts_with_all = ["graph", "every", "no_limit"])]
     ways: bool,
-    /// Write a page that shows the phases of every save over time
+    /// Write an HTML page with the phases of every save over time
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum What {
-    /// The disk and the memory, without this library
+    /// The limits of disk and memory, without this library
     Limits,
-    /// Copying and digesting the state, beside one plain copy of it; nothing is written
+    /// Copying and digesting the state, beside one plain copy of it; writes nothing
     Staging,
-    /// Digesting, writing and committing what is in the arena already, as from a GPU
+    /// Digesting, writing and committing what is already in the arena, as from a GPU
     Write,
-    /// Restores, every byte checked
+    /// Restoring, with every byte checked
     Restore,
-    /// Saves, from the call until durable
+    /// Saving, from the call until durable
     Save,
 }
 
 fn scale(text: &str) -> Result<f64, String> {
     let scale = text.parse().ok().filter(|scale| (1e-6..=1e6).contains(scale));
-    scale.ok_or_else(|| "a scale is a number such as 0.25".to_owned())
+    scale.ok_or_else(|| "the scale must be a number, such as 0.25".to_owned())
 }
 
 fn milliseconds(text: &str) -> Result<f64, String> {
     let number = text.parse().ok().filter(|number| (0.01..=60_000.0).contains(number));
-    number.ok_or_else(|| "milliseconds are a number such as 300, at most a minute".to_owned())
+    number.ok_or_else(|| "milliseconds must be a number, such as 300, of at most one minute".to_owned())
 }
 
-/// Figures in order, for a table and as JSON: name, value, unit.
+/// Figures in order, for a table and for JSON: name and value.
 pub struct Figures(Vec<(&'static str, Value)>);
 
-/// Runs a benchmark in a directory of its own under `--dir`, which is deleted in the end.
+/// Runs a benchmark in its own directory under `--dir`, which is deleted afterwards.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let home = match args.what {
         What::Limits | What::Staging => Home::of(common.device)?,
@@ -137,13 +137,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Bytes of the arena and of a chunk.
+/// The sizes of the arena and of a chunk, in bytes.
 struct Sizes {
     arena: u64,
     chunk: u64,
 }
 
-/// What every benchmark is given.
+/// The parameters of a benchmark.
 struct Bench<'a> {
     dir: &'a Path,
     common: &'a Common,
@@ -161,7 +161,7 @@ impl Bench<'_> {
         Sizes { arena, chunk: self.args.chunk.unwrap_or((8 << 20).min(arena / 2 / 4096 * 4096)) }
     }
 
-    /// What is measured on the host has no steps.
+    /// Refuses flags that need a GPU. Benchmarks on the host have no training steps.
     fn refuse_what_needs_a_gpu(&self) -> Result<()> {
         let Args { step_ms, every, graph, scratch, memory_waits, ways, .. } = self.args;
         let given = [
@@ -175,13 +175,13 @@ impl Bench<'_> {
         match given.into_iter().find(|(_, given)| *given) {
             None => Ok(()),
             Some((flag, _)) => {
-                let why = format!("{flag} is for state on a GPU, and this one is on the host device={}", self.home);
+                let why = format!("{flag} needs state on a GPU, but it is on the host device={}", self.home);
                 Err(Error::new(ErrorKind::Invalid, why))
             }
         }
     }
 
-    /// An executor as the flags ask for.
+    /// Configures an executor by the flags.
     fn builder(&self) -> Builder {
         let Args { writers, files, engine, priority, .. } = self.args;
         let Sizes { arena, chunk } = self.sizes();
@@ -201,7 +201,7 @@ impl Bench<'_> {
         builder
     }
 
-    /// The order of measurements is random, and another one each time.
+    /// Returns a random seed for the order of measurements, different on each call.
     fn seed(&self) -> u64 {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         since.map_or(1, |time| time.as_nanos() as u64)
@@ -209,8 +209,8 @@ impl Bench<'_> {
 }
 
 impl Figures {
-    /// Takes back whatever is made of times, which mean nothing on the simulated driver: counts and sizes are whole numbers, and
-    /// every number that is not was measured.
+    /// Removes all figures made of times, which mean nothing on the simulated driver: counts and sizes are
+    /// whole numbers, and every other number was measured.
     fn forget_times(&mut self) {
         for (name, value) in &mut self.0 {
             let measured = value.is_f64() && !name.ends_with("_wanted");
@@ -252,7 +252,7 @@ impl Figures {
     }
 }
 
-/// A directory that is deleted in the end.
+/// A directory that is deleted on drop.
 struct Place(PathBuf);
 
 impl Place {

@@ -1,5 +1,5 @@
-//! Halves of a save that cost nothing, to measure the other half: a storage that drops what it gets, and a device whose copies
-//! are never made.
+//! Replacements for half of a save, to measure the other half: a storage that discards its data, and a device
+//! that makes no copies.
 
 use ashore::internal::device::{CopyQueue, Device};
 use ashore::internal::digest::Digest;
@@ -12,19 +12,19 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-/// Takes everything and keeps nothing, but for the manifests where they are asked for. Clones are the same.
+/// A storage that discards everything, except manifests if they are requested. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Sink {
     manifests: Option<Arc<Mutex<Vec<Vec<u8>>>>>,
 }
 
 impl Sink {
-    /// One that keeps manifests: they have the digests of what was dropped.
+    /// Makes one that keeps manifests: they contain the digests of the discarded data.
     pub fn with_manifests() -> Self {
         Self { manifests: Some(Arc::default()) }
     }
 
-    /// The manifests that have come since the last call.
+    /// Returns the manifests since the last call.
     pub fn taken(&self) -> Vec<Vec<u8>> {
         let kept = self.manifests.as_ref().map(|kept| kept.lock().unwrap_or_else(PoisonError::into_inner));
         kept.map(|mut kept| std::mem::take(&mut *kept)).unwrap_or_default()
@@ -104,7 +104,8 @@ impl FileWriting for Sink {
     }
 }
 
-/// Says that it has copied. What is written is what the arena held before; writers digest it, as they do for a GPU.
+/// A device that reports copies without making them. Writers digest and write the old contents of the arena,
+/// as they do for a GPU.
 #[derive(Debug)]
 pub struct Absent;
 

@@ -1,30 +1,30 @@
-//! Two things measured in turn, because disks of virtual machines drift by more than half within minutes: only what was
-//! measured side by side can be compared.
+//! Measures two things alternately. The disks of virtual machines drift by more than half within minutes, so
+//! only measurements made side by side can be compared.
 
 use crate::out::{self, median, quantile};
 use crate::rng::Rng;
 use ashore::Result;
 
-/// Which of the two is to be measured.
+/// Which of the two to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
     Limit,
     Ours,
 }
 
-/// Enough is known when the 95 % interval of the median is within this part of it on either side.
+/// The result is decided when the 95 % interval of the median is within this fraction of it on either side.
 const WITHIN: f64 = 0.03;
-/// An interval of fewer pairs says little.
+/// The minimum number of pairs for an interval.
 const AT_LEAST: usize = 8;
-/// After so many blocks of two pairs, one in which the limit is compared with itself.
+/// After this many blocks of two pairs, one block compares the limit with itself.
 const NOISE_EVERY: usize = 4;
 
-/// The ratios that were measured.
+/// The measured ratios.
 #[derive(Debug, Default)]
 pub struct Pairs {
-    /// The limit's time by ours: 1 is as fast as the machine.
+    /// The limit's time divided by ours: 1 is as fast as the machine.
     pub ratios: Vec<f64>,
-    /// The limit's time by the limit's.
+    /// The limit's time divided by the limit's.
     pub noise: Vec<f64>,
 }
 
@@ -37,8 +37,8 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// By order statistics, so whatever the distribution: the interval ends at the values that the true median is beyond with a
-    /// probability of 2.5 % each.
+    /// Estimates from order statistics, valid for any distribution: the true median is below the interval
+    /// with a probability of 2.5 %, and above it with 2.5 %.
     pub fn of(samples: &[f64]) -> Self {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -62,7 +62,7 @@ impl Pairs {
         self.ratios.len() >= AT_LEAST && self.estimate().is_decided()
     }
 
-    /// Where the middle half of the limit's ratios to itself lies.
+    /// Returns the middle half of the limit's ratios to itself.
     pub fn noise(&self) -> (f64, f64) {
         (quantile(self.noise.iter().copied(), 0.25), quantile(self.noise.iter().copied(), 0.75))
     }
@@ -75,8 +75,8 @@ impl Pairs {
     }
 }
 
-/// Measures until `decided`, but at most `rounds` pairs: blocks of Limit-Ours-Ours-Limit or the reverse, at random.
-/// `sample` returns seconds.
+/// Measures until `decided`, but at most `rounds` pairs: blocks of Limit-Ours-Ours-Limit or the reverse, at
+/// random. `sample` returns seconds.
 pub fn run(rounds: u32, seed: u64, mut sample: impl FnMut(Turn) -> Result<f64>) -> Result<Pairs> {
     let (mut pairs, mut rng) = (Pairs::default(), Rng::new(seed));
     let bar = out::progress(u64::from(rounds));

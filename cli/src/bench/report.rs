@@ -1,4 +1,4 @@
-//! A benchmark of saves as one page of HTML that needs nothing else: no script, no font, no network.
+//! The report of a save benchmark: a self-contained HTML page without scripts, fonts or network access.
 
 pub mod charts;
 pub mod ink;
@@ -12,46 +12,46 @@ use ink::Ink;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use std::path::Path;
 
-/// What training waits for.
+/// The phase during which training waits.
 const CALL: &str = "save call";
-/// A figure that is larger than this is none: a clock or a division went wrong.
+/// Larger figures are errors of a clock or a division.
 const SANE: f64 = 1e9;
-/// Between a number and its unit, which belong in one line.
+/// Between a number and its unit, which must stay on one line.
 const NBSP: char = '\u{a0}';
 
-/// What a report shows.
+/// The contents of a report.
 pub struct Report<'a> {
     /// What was measured.
     pub title: &'a str,
-    /// The command line that made it.
+    /// The command line of the benchmark.
     pub command: String,
-    /// Where it was measured.
+    /// The machine that ran it.
     pub machine: String,
-    /// What the figures say.
+    /// The conclusion.
     pub verdict: String,
     /// The rows of the table: a name, and a value with its unit.
     pub figures: Vec<(String, String)>,
-    /// One for each round.
+    /// One per round.
     pub saves: Vec<Timeline>,
-    /// Ours over the limit, one for each pair.
+    /// Ours over the limit, one per pair.
     pub ratios: Vec<f64>,
-    /// The limit over the limit: what the machine does to a ratio by itself.
+    /// The limit over the limit: how much a ratio varies by itself on this machine.
     pub noise: Vec<f64>,
 }
 
-/// One save over time, in seconds since it was called.
+/// One save over time, in seconds since its call.
 pub struct Timeline {
-    /// Which one it was, such as `round 3`.
+    /// Its name, such as `round 3`.
     pub label: String,
-    /// What it did. Staging and writing overlap.
+    /// Its phases. Staging and writing overlap.
     pub phases: Vec<Phase>,
-    /// How far it was.
+    /// Its progress.
     pub samples: Vec<Sample>,
-    /// How much it saved.
+    /// Its length in bytes.
     pub bytes: u64,
 }
 
-/// What a save did from one moment to another.
+/// A phase of a save.
 pub struct Phase {
     /// `save call`, `staging`, `writing` or `commit`.
     pub name: &'static str,
@@ -61,7 +61,7 @@ pub struct Phase {
     pub to: f64,
 }
 
-/// How far a save was at one moment.
+/// The progress of a save at one time.
 pub struct Sample {
     /// The moment.
     pub at: f64,
@@ -105,7 +105,7 @@ impl Report<'_> {
         page.into_string()
     }
 
-    /// What it costs, in one sentence, before anything else.
+    /// Writes the cost, in one sentence, at the top of the page.
     fn heading(&self) -> Markup {
         let (held, whole) = (median(self.spent(CALL)), median(self.lengths()));
         html! {
@@ -115,7 +115,7 @@ impl Report<'_> {
                 p.quiet { (self.machine) }
                 @if held > 0.0 && whole > held {
                     p.lead {
-                        "A save holds the training thread for " (time(held)) " of the " (time(whole)) " until it is durable: "
+                        "A save blocks training for " (time(held)) " of the " (time(whole)) " until it is durable: "
                         (percent(held / whole)) "."
                     }
                     p { "Against the machine\u{2019}s limit: " (self.verdict) }
@@ -156,7 +156,7 @@ impl Report<'_> {
                 @if names.is_empty() {
                     p.quiet { "No phases were measured." }
                 } @else {
-                    p.quiet { "Only the save call holds the training thread; the rest runs beside it. Phases overlap, so their shares do not add up to one." }
+                    p.quiet { "Only the save call blocks the training thread; the rest runs in parallel. Phases overlap, so their shares do not add up to one." }
                     table {
                         thead { tr { th { "Phase" } th.number { "Median" } th.number { "Longest" } th.share { "Share of the save" } } }
                         tbody {
@@ -175,7 +175,7 @@ impl Report<'_> {
                     }
                     (chart("The phases of each save over time", charts::phases(&self.saves)))
                     @if self.saves.len() > charts::ROWS {
-                        p.quiet { (charts::ROWS) " of " (self.saves.len()) " saves: the slowest, the middle and the fastest." }
+                        p.quiet { (charts::ROWS) " of " (self.saves.len()) " saves: the slowest, the median and the fastest." }
                     }
                 }
             }
@@ -191,7 +191,7 @@ impl Report<'_> {
                 } @else {
                     p.quiet.keys {
                         (key(ink::STAGING, "staged")) (key(ink::WRITING, "written"))
-                        "Bold: the middle save. Between its two lines lies what waits in the arena."
+                        "Bold: the median save. The distance between its two lines is the data in the arena."
                     }
                     (chart("Bytes staged and written over time", charts::bytes(&self.saves)))
                 }
@@ -209,13 +209,13 @@ impl Report<'_> {
                     p.quiet { "No pairs were measured." }
                 } @else {
                     p.quiet {
-                        "One dot for each pair of a save and the limit, measured in turn. At 1 the disk could do no more. "
-                        "Shaded: the middle half; upright: the median."
-                        @if !noise.is_empty() { " Below, the machine against itself: no difference smaller than this is one." }
+                        "One dot for each pair of a save and the limit, measured alternately. At 1 a save is as fast as the disk.  "
+                        "Shaded: the middle half; vertical line: the median."
+                        @if !noise.is_empty() { " Below, the machine against itself: smaller differences are noise." }
                     }
                     (chart("The ratio to the limit of every pair", charts::ratios(&ratios, &noise)))
                 }
-                @if lost > 0 { p.quiet { "Left out, because not a ratio: " (lost) "." } }
+                @if lost > 0 { p.quiet { "Omitted, not valid ratios: " (lost) "." } }
             }
         }
     }
@@ -238,17 +238,17 @@ impl Report<'_> {
         charts::phase_names(self.saves.iter())
     }
 
-    /// How long each save took.
+    /// Returns the length of each save.
     fn lengths(&self) -> Vec<f64> {
         self.saves.iter().map(Timeline::length).filter(|length| *length > 0.0).collect()
     }
 
-    /// How long a phase took in each save that has it.
+    /// Returns the length of a phase in each save that has it.
     fn spent(&self, name: &str) -> Vec<f64> {
         self.saves.iter().filter_map(|save| save.spent(name)).collect()
     }
 
-    /// The same, as a share of the save.
+    /// Returns a phase's share of each save.
     fn shares(&self, name: &str) -> Vec<f64> {
         let share = |save: &Timeline| Some(save.spent(name)? / save.length()).filter(|share| share.is_finite());
         self.saves.iter().filter_map(share).collect()
@@ -256,7 +256,7 @@ impl Report<'_> {
 }
 
 impl Timeline {
-    /// The phases that a clock can have measured.
+    /// Returns the phases with plausible times.
     fn phases(&self) -> impl Iterator<Item = &Phase> {
         self.phases.iter().filter(|p| (0.0..SANE).contains(&p.from) && (p.from..SANE).contains(&p.to))
     }
@@ -265,7 +265,7 @@ impl Timeline {
         self.samples.iter().filter(|s| (0.0..SANE).contains(&s.at))
     }
 
-    /// When it was over: the end of the last phase or sample.
+    /// Returns the end of the last phase or sample.
     fn length(&self) -> f64 {
         self.phases().map(|p| p.to).chain(self.samples().map(|s| s.at)).fold(0.0, f64::max)
     }
@@ -307,7 +307,7 @@ fn middle_half(ratios: &[f64]) -> String {
     format!("{from:.1} to {to:.1}{NBSP}%")
 }
 
-/// Three digits, in the unit that suits them.
+/// Formats a time with three digits, in a suitable unit.
 fn time(seconds: f64) -> String {
     let (scaled, unit) = match seconds {
         s if s < 999.5e-6 => (s * 1e6, "\u{b5}s"),
@@ -318,7 +318,7 @@ fn time(seconds: f64) -> String {
     format!("{scaled:.digits$}{NBSP}{unit}")
 }
 
-/// Down to a hundredth, because what a save costs is small.
+/// Formats a share in percent, with two decimals if small, as the cost of a save is.
 fn percent(share: f64) -> String {
     match share * 100.0 {
         p if p > 0.0 && p < 0.01 => format!("below 0.01{NBSP}%"),

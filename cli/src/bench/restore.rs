@@ -1,4 +1,5 @@
-//! `ashore bench restore`: whole restores, every byte checked, beside a bare loop over a file of the same age.
+//! `ashore bench restore`: complete restores with every byte checked, beside a bare loop over a file of the
+//! same age.
 
 use super::pairs::{self, Turn};
 use super::usage::{Cpu, Peak, per_gb};
@@ -46,7 +47,7 @@ pub fn run(bench: &Bench<'_>) -> Result<Figures> {
     let peak = peak.bytes();
     let same = state.tensors().zip(&targets).all(|((_, saved), (_, restored))| saved == restored);
     if !same {
-        return Err(Error::new(ErrorKind::Internal, "what was restored is not what was saved"));
+        return Err(Error::new(ErrorKind::Internal, "the restored bytes differ from the saved ones"));
     }
     let estimate = pairs.estimate();
     let (quiet, loud) = pairs.noise();

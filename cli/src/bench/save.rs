@@ -1,4 +1,5 @@
-//! `ashore bench save` and `write`: whole saves, or all of a save but the copying, from the call until durable.
+//! `ashore bench save` and `write`: complete saves, or all of a save but the copying, from the call until
+//! durable.
 
 use super::pairs::{self, Pairs, Turn};
 use super::report::{Phase, Report, Sample, Timeline};
@@ -11,12 +12,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// A save that was measured.
+/// A measured save.
 struct Saved {
     committed: Committed,
-    /// When it was called, for those who watch from outside.
+    /// The wall-clock time of the call, for external observers.
     at: SystemTime,
-    /// The call of `save` itself.
+    /// The duration of the `save` call.
     call: Duration,
     cpu: Cpu,
     timeline: Timeline,
@@ -50,7 +51,7 @@ pub fn run(bench: &Bench<'_>) -> Result<Figures> {
         let timeline = timeline(step, &committed, call, samples);
         Ok(Saved { committed, at, call, cpu: Cpu::now().since(before), timeline })
     };
-    // The first save plans, and touches what later ones find in place.
+    // The first save plans and touches memory that later ones reuse.
     let first = save()?;
     let (files, manifest) = lengths(&first.committed.path)?;
     remove(&first.committed.path)?;
@@ -133,7 +134,7 @@ fn since_1970(at: SystemTime) -> f64 {
     at.duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
 }
 
-/// Bytes staged and written, every millisecond until the save ends.
+/// Samples the bytes staged and written, every millisecond until the save ends.
 fn watch(save: &Save) -> Vec<Sample> {
     let (began, mut samples) = (Instant::now(), Vec::new());
     while save.try_get().is_none() {
@@ -171,10 +172,10 @@ fn report<'a>(bench: &Bench<'_>, figures: &Figures, saves: Vec<Saved>, pairs: Pa
     }
 }
 
-/// The lengths of the shards of a step, and of its manifest.
+/// Returns the lengths of the shards of a step, and of its manifest.
 fn lengths(path: &Path) -> Result<(Vec<u64>, u64)> {
     let (mut files, mut manifest) = (Vec::new(), 0);
-    let failed = |e| Error::io("cannot look at a step that was saved", e).with_path(path);
+    let failed = |e| Error::io("cannot examine a saved step", e).with_path(path);
     for entry in std::fs::read_dir(path).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let len = entry.metadata().map_err(failed)?.len();
@@ -183,7 +184,7 @@ fn lengths(path: &Path) -> Result<(Vec<u64>, u64)> {
     Ok((files, manifest))
 }
 
-/// Not part of any time: deleting a gibibyte takes a quarter of a second.
+/// Removes a step, outside of all timings: deleting a gibibyte takes a quarter of a second.
 fn remove(path: &Path) -> Result<()> {
-    std::fs::remove_dir_all(path).map_err(|e| Error::io("cannot remove a step that was measured", e).with_path(path))
+    std::fs::remove_dir_all(path).map_err(|e| Error::io("cannot remove a measured step", e).with_path(path))
 }

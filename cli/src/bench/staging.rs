@@ -1,4 +1,4 @@
-//! `ashore bench staging`: copying and digesting a state into the arena, beside one plain copy of it.
+//! `ashore bench staging`: copies and digests a state into the arena, beside one plain copy of it.
 
 use super::pairs::{self, Turn};
 use super::usage::{Cpu, per_gb};

@@ -1,4 +1,4 @@
-//! What this process uses: processor time, by thread, and memory.
+//! What this process uses: CPU time by thread, and memory.
 
 use std::fs;
 use std::time::Duration;
@@ -6,17 +6,18 @@ use std::time::Duration;
 /// The thread that copies tensors into the arena.
 const STAGER: &str = "ashore-stage";
 
-/// Processor time so far.
+/// CPU time so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Cpu {
-    /// Of the stager.
+    /// CPU time of the stager.
     pub stage: Duration,
-    /// Of all other threads, but the caller's of `now`.
+    /// CPU time of all other threads, except the caller of `now`.
     pub rest: Duration,
 }
 
 impl Cpu {
-    /// Of the threads that exist now and, for `rest`, of those that have ended. Zero where /proc does not say.
+    /// Reads the CPU time of the existing threads and, for `rest`, of those that have ended. Zero if /proc
+    /// has no data.
     pub fn now() -> Self {
         let mut stage = Duration::ZERO;
         for thread in fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
@@ -34,7 +35,7 @@ impl Cpu {
     }
 }
 
-/// Seconds per 10^9 bytes.
+/// Converts to seconds per 10^9 bytes.
 pub fn per_gb(time: Duration, bytes: u64) -> f64 {
     time.as_secs_f64() / (bytes as f64 / 1e9)
 }
@@ -44,20 +45,20 @@ fn ran(thread: &std::path::Path) -> Duration {
     Duration::from_nanos(stat.split(' ').next().and_then(|nanos| nanos.parse().ok()).unwrap_or(0))
 }
 
-/// The most memory that was resident since `watch`.
+/// The maximum of resident memory since `watch`.
 pub struct Peak {
     before: u64,
 }
 
 impl Peak {
-    /// From now on.
+    /// Starts to measure.
     pub fn watch() -> Self {
-        // Forgets the peak so far; where that is not allowed, the peak includes what came before.
+        // Resets the peak. If that is not permitted, the peak includes earlier memory.
         let _ = fs::write("/proc/self/clear_refs", "5");
         Self { before: status("VmRSS") }
     }
 
-    /// Bytes above what was resident at the beginning.
+    /// Returns the bytes above the resident memory at the start.
     pub fn bytes(&self) -> u64 {
         status("VmHWM").saturating_sub(self.before)
     }
@@ -70,7 +71,7 @@ fn status(field: &str) -> u64 {
     kib.unwrap_or(0) * 1024
 }
 
-/// This machine in a few words, for reports.
+/// Describes this machine in a few words, for reports.
 pub fn machine() -> String {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();

@@ -1,11 +1,11 @@
-//! What is saved: tensors that no compression or zero detection could make cheaper.
+//! The saved state: tensors that cannot be compressed and contain no zeros.
 
 use crate::rng::Rng;
 use ashore::{HostTensor, Result, StateDict};
 use half::bf16;
 use std::sync::Arc;
 
-/// The shapes that are measured.
+/// The measured workloads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Workload {
     /// 16 tensors of 64 MiB, fp32
@@ -19,22 +19,22 @@ pub enum Workload {
     /// Llama-3.2-1B under AdamW: bf16 weights, two fp32 moments
     #[value(name = "adam-1b", alias = "w3")]
     Adam1b,
-    /// The same of Llama-3-8B with 8 of its 32 layers
+    /// Llama-3-8B with 8 of its 32 layers, under AdamW: bf16 weights, two fp32 moments
     #[value(name = "adam-8b-part", alias = "w4")]
     Adam8bPart,
-    /// The same of Llama-3-8B
+    /// Llama-3-8B under AdamW: bf16 weights, two fp32 moments
     #[value(name = "adam-8b", alias = "w5")]
     Adam8b,
 }
 
-/// What a Llama consists of.
+/// The dimensions of a Llama.
 struct Llama {
     width: usize,
-    /// Of keys and values.
+    /// The width of keys and values.
     narrow: usize,
     hidden: usize,
     layers: usize,
-    /// The output has weights of its own.
+    /// The output layer has its own weights.
     head: bool,
 }
 
@@ -50,7 +50,7 @@ impl Workload {
         }
     }
 
-    /// How many bytes the tensors have.
+    /// Returns the total length of the tensors in bytes.
     pub fn bytes(self, scale: f64) -> u64 {
         let shapes = self.shapes(scale).into_iter();
         shapes.map(|(_, half, shape)| shape.iter().product::<usize>() as u64 * if half { 2 } else { 4 }).sum()
@@ -64,7 +64,7 @@ impl Workload {
         }
     }
 
-    /// Names, element sizes and shapes; `scale` shortens the first dimension of every tensor.
+    /// Returns names, element sizes and shapes; `scale` shortens the first dimension of every tensor.
     pub fn shapes(self, scale: f64) -> Vec<(String, bool, Vec<usize>)> {
         let scaled = |rows: usize| ((rows as f64 * scale).round() as usize).max(1);
         match self {
@@ -111,7 +111,7 @@ impl Workload {
     }
 }
 
-/// A state in memory, shared with the saves that are under way.
+/// A state in memory, shared with the saves in progress.
 pub struct State {
     tensors: Vec<(String, Vec<usize>, Data)>,
     pub bytes: u64,
@@ -126,7 +126,7 @@ enum Data {
 impl State {
     pub fn new(workload: Workload, scale: f64) -> Self {
         let (mut rng, mut bytes) = (Rng::new(1), 0);
-        // Random numbers are slow to come by: many tensors share a stretch of them, each with an offset of its own.
+        // Random numbers are slow to generate: many tensors share an array of them, each at its own offset.
         let stretch: Vec<f32> = (0..1 << 20).map(|_| rng.signed_unit() * 0.02).collect();
         let mut data = |half, len: usize| {
             let from = rng.below(stretch.len());
@@ -162,7 +162,7 @@ impl State {
         Ok(dict)
     }
 
-    /// The name of each tensor, its bytes, and how many of them there are.
+    /// Returns the name of each tensor and its bytes.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.tensors.iter().map(|(name, _, data)| {
             let bytes: &[u8] = match data {

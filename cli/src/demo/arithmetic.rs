@@ -1,7 +1,7 @@
 //! Dense arithmetic whose result does not depend on the number of threads.
 //!
-//! Every output element is computed by exactly one thread, and always in the same order; threads only divide the outputs
-//! among themselves. So a run repeats bit for bit on any number of threads, which is what lets the demo compare losses by
+//! Exactly one thread computes each output element, always in the same order; threads only divide the
+//! outputs. So a run repeats bit for bit on any number of threads, which lets the demo compare losses by
 //! their bits.
 
 const LANES: usize = 16;
@@ -28,7 +28,8 @@ pub fn fill_rows(threads: usize, out: &mut [f32], width: usize, fill: impl Fn(us
     });
 }
 
-/// The sum of products. Sixteen partial sums, so that the compiler may use vector registers without reordering anything.
+/// Returns the sum of products. Sixteen partial sums let the compiler use vector registers without reordering
+/// anything.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0_f32; LANES];
     let (a_lanes, a_rest) = a.as_chunks::<LANES>();
@@ -42,14 +43,14 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
-/// `out += scale * x`.
+/// Computes `out += scale * x`.
 pub fn add_scaled(out: &mut [f32], scale: f32, x: &[f32]) {
     for (o, x) in out.iter_mut().zip(x) {
         *o += scale * x;
     }
 }
 
-/// A `rows` x `columns` matrix with rows and columns exchanged.
+/// Transposes a matrix of `columns` columns.
 pub fn transposed(matrix: &[f32], columns: usize) -> Vec<f32> {
     let rows = matrix.len() / columns;
     let mut out = vec![0.0; matrix.len()];

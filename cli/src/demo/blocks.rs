@@ -1,24 +1,25 @@
-//! How a run is cut into blocks, each trained once with saves and once without.
+//! Splits a run into blocks, each trained once with saves and once without.
 
-/// Steps `from` to `to`, the latter not included.
+/// Steps `from` (included) to `to` (excluded).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Block {
     pub from: u64,
     pub to: u64,
 }
 
-/// Blocks as long as a save interval, or several of them when that is short: a block is to be long against its timing.
+/// Minimum steps of a block: a save interval, or several when it is short, so that a block is long compared
+/// to its timing errors.
 const STEPS_MIN: u64 = 10;
 
-/// No need to train for long after the goal.
+/// Maximum steps after the goal.
 const TAIL_MAX: u64 = 50;
 
-/// How a run is cut.
+/// How a run is split.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     pub start: u64,
     pub goal: u64,
-    /// Steps of a block that is as long as it should be: blocks cut short by start or goal are not compared.
+    /// Steps of a full block: blocks cut short by start or goal are not compared.
     pub full: u64,
 }
 
@@ -27,8 +28,8 @@ impl Plan {
         Self { start, goal, full: STEPS_MIN.div_ceil(every).saturating_mul(every) }
     }
 
-    /// The blocks, in order. The first warms up. The last begins at the goal: it trains on while the last save is being
-    /// written, and its losses are what a restored model must repeat.
+    /// Iterates over the blocks, in order. The first warms up. The last begins at the goal: it trains while
+    /// the last save is being written, and a restored model must repeat its losses.
     pub fn blocks(self) -> impl Iterator<Item = Block> {
         let mut from = self.start;
         std::iter::from_fn(move || {
@@ -41,7 +42,7 @@ impl Plan {
         })
     }
 
-    /// The step after the last of the last block.
+    /// Returns the step after the last block.
     pub fn end(self) -> u64 {
         self.goal + self.full.min(TAIL_MAX)
     }

@@ -1,9 +1,10 @@
-//! `ashore demo`: trains a small model with checkpointing on, then restores and proves the bytes.
+//! `ashore demo`: trains a small model with checkpoints, then restores it and verifies the bytes.
 //!
-//! Two models train: one saves, its *twin* does not. They take turns in blocks (save, plain, plain, save, ...), so that the
-//! two step times are measured side by side on a machine whose speed drifts; and because the arithmetic repeats bit for bit,
-//! the twin is also the uninterrupted run that everything else must agree with. On a GPU both have their state and optimizer there,
-//! and what was restored is also compared with the same steps taken again on the host alone.
+//! Two models train: one saves, its *twin* does not. They alternate in blocks (save, plain, plain, save,
+//! ...), so that both step times are measured side by side on a machine whose speed drifts. Because the
+//! arithmetic repeats bit for bit, the twin is also the uninterrupted run that all results must equal. On a
+//! GPU both have their state and optimizer there, and the restored state is also compared with the same steps
+//! computed on the host alone.
 
 mod arithmetic;
 mod blocks;
@@ -31,7 +32,7 @@ use std::time::{Duration, Instant};
 use text::Corpus;
 use training::Training;
 
-/// Raw loops that measure the disk in one run.
+/// Number of raw loops that measure the disk in one run.
 const LIMIT_ROUNDS: usize = 8;
 
 /// How long unfinished saves may take at the end.
@@ -40,27 +41,27 @@ const PATIENCE: Duration = Duration::from_secs(10 * 60);
 /// The flags of `demo`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Train up to this step; when the directory is there already, up to the next multiple of it
+    /// Train up to this step; if the directory exists, up to the next multiple of it
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
     steps: u64,
-    /// Save every so many steps, and after the last
+    /// Save every K steps, and after the last
     #[arg(long, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
     every: u64,
-    /// Draw one save beside the training steps, as an SVG
+    /// Draw one save and the training steps beside it, as an SVG
     #[arg(long, hide = true, value_name = "FILE")]
     picture: Option<PathBuf>,
-    /// How large the model is
+    /// The size of the model
     #[arg(long, hide = true, value_enum, default_value_t = Size::Standard)]
     model: Size,
     /// The unit of copying and writing
     #[arg(long, hide = true, value_name = "SIZE", value_parser = size::parse)]
     chunk: Option<u64>,
-    /// What the first weights and the order of examples come from
+    /// The seed of the initial weights and the order of examples
     #[arg(long, hide = true, default_value_t = 1)]
     seed: u64,
 }
 
-/// Runs the demo. The exit status is a failure when something that was to be proved turned out otherwise.
+/// Runs the demo. Returns a failure status if any check failed.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let home = Home::of(common.device)?;
     let root = common.root();
@@ -72,7 +73,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let corpus = Corpus::new();
     let found = executor.latest_valid()?.map(|Found { checkpoint, skipped, .. }| {
         for Problem { step, error, .. } in skipped {
-            out::complain(&format!("step {step} is passed over, and replaced when training gets there: {error}"));
+            out::complain(&format!("step {step} is skipped, and replaced when training reaches it: {error}"));
         }
         checkpoint
     });
@@ -120,7 +121,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     Ok(if report.verified() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// What came of the training.
+/// The results of the training.
 pub struct Trained {
     pub saves: Vec<Saved>,
     pub blocks: Vec<run::Block>,
@@ -129,13 +130,13 @@ pub struct Trained {
     pub curve: Vec<f32>,
     /// The losses of the last block, which begins at the goal.
     tail: Vec<f32>,
-    /// A copy of the state at the goal, which is the last that is saved.
+    /// A copy of the state at the goal, which is saved last.
     kept: Option<Training>,
-    /// Saving changed nothing: the twin has the same losses and the same state.
+    /// Saving had no effect on training: the twin has the same losses and the same state.
     pub undisturbed: bool,
 }
 
-/// Trains both models block by block. Each goes first in every other block.
+/// Trains both models block by block, and alternates which is first.
 fn take_turns(mut run: Run<'_>, twin: &mut Trainer<'_>, plan: Plan, opening: &Opening<'_>) -> Result<Trained> {
     let bar = out::progress(plan.goal);
     let mut measured = Measured::default();
@@ -168,7 +169,7 @@ fn take_turns(mut run: Run<'_>, twin: &mut Trainer<'_>, plan: Plan, opening: &Op
     Ok(Trained { saves: run.saved, blocks: run.blocks, measured, curve, tail, kept, undisturbed })
 }
 
-/// What the newest checkpoint turned out to be.
+/// The checks of the newest checkpoint.
 pub struct Proof {
     pub restored: u64,
     pub path: PathBuf,
@@ -177,11 +178,11 @@ pub struct Proof {
     /// Steps trained from the restored state.
     pub steps: u64,
     pub curve_continues: bool,
-    /// On a GPU: the host has come to the same state by itself.
+    /// On a GPU: the host computed the same state.
     pub recomputed: Option<bool>,
 }
 
-/// Restores the newest step, compares it with the copy of the state that it was made of, and trains on from it.
+/// Restores the newest step, compares it with the copy of the saved state, and trains on from it.
 fn prove(
     executor: &CheckpointExecutor,
     twin: &mut Trainer<'_>,
@@ -207,7 +208,7 @@ fn prove(
     Ok(Proof { restored, path, restored_in, bytes_equal, steps, curve_continues, recomputed })
 }
 
-/// Losses are equal when their bits are.
+/// Losses are equal if their bits are.
 fn same_bits(a: &[f32], b: &[f32]) -> bool {
     a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits()))
 }

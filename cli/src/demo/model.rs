@@ -1,4 +1,5 @@
-//! A character model: the letters before, as embeddings side by side, through hidden layers to the next letter.
+//! A character model: embeddings of the preceding letters, side by side, through hidden layers to the next
+//! letter.
 
 use super::arithmetic::{add_scaled, dot, fill_rows, transposed};
 use super::text::Batch;
@@ -9,9 +10,9 @@ use serde::{Deserialize, Serialize};
 /// The sizes of a model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
-    /// How many letters it sees.
+    /// How many preceding letters it sees.
     pub context: usize,
-    /// How many letters there are.
+    /// The number of different letters.
     pub vocabulary: usize,
     /// Numbers per letter.
     pub embedding: usize,
@@ -59,7 +60,8 @@ impl Shape {
         out
     }
 
-    /// First values: weights spread evenly with a width that keeps activations in the range where tanh bends.
+    /// Returns initial values: uniform weights, with a range that keeps activations where tanh is not
+    /// saturated.
     pub fn initial(&self, seed: u64) -> Vec<Vec<f32>> {
         let mut rng = Rng::new(seed);
         let mut draw = |(name, dims): &(String, Vec<usize>)| {
@@ -73,7 +75,8 @@ impl Shape {
         self.parameters().iter().map(&mut draw).collect()
     }
 
-    /// The mean cross-entropy of a batch in nats; its gradient goes into `gradients`, one for each of `parameters`.
+    /// Computes the mean cross-entropy of a batch in nats, and writes its gradient to `gradients`, one for
+    /// each of `parameters`.
     pub fn loss(&self, parameters: &[&[f32]], batch: &Batch, gradients: &mut [Vec<f32>], threads: usize) -> f32 {
         let (embedding, layers) = (parameters[0], parameters[1..].chunks_exact(2));
         let examples = batch.targets.len();
@@ -118,8 +121,8 @@ impl Shape {
     }
 }
 
-/// `tanh(weight * x + bias)` for every example, or without the tanh. Computed unit by unit, so that each row of the weights
-/// is fetched once for the whole batch.
+/// Computes `tanh(weight * x + bias)` for every example, or without the tanh. Unit by unit, so that each row
+/// of the weights is loaded once for the whole batch.
 fn forward(weight: &[f32], bias: &[f32], x: &[f32], examples: usize, threads: usize, bend: bool) -> Vec<f32> {
     let inputs = x.len() / examples;
     let mut by_unit = vec![0.0; bias.len() * examples];
@@ -133,8 +136,8 @@ fn forward(weight: &[f32], bias: &[f32], x: &[f32], examples: usize, threads: us
     transposed(&by_unit, examples)
 }
 
-/// What the layer below must change: `upstream * weight`, for every example. Each thread goes through the weights once for
-/// all of its examples.
+/// Computes the gradient for the layer below, `upstream * weight`, for every example. Each thread reads the
+/// weights once for all of its examples.
 fn backward(weight: &[f32], upstream: &[f32], inputs: usize, units: usize, threads: usize) -> Vec<f32> {
     let examples = upstream.len() / units;
     let share = examples.div_ceil(threads.max(1)).max(1);
@@ -152,7 +155,7 @@ fn backward(weight: &[f32], upstream: &[f32], inputs: usize, units: usize, threa
     out
 }
 
-/// The mean cross-entropy, and its gradient by the logits.
+/// Returns the mean cross-entropy, and its gradient with respect to the logits.
 fn cross_entropy(logits: &[f32], targets: &[usize], vocabulary: usize) -> (f32, Vec<f32>) {
     let scale = 1.0 / targets.len() as f32;
     let mut gradient = Vec::with_capacity(logits.len());

@@ -1,4 +1,4 @@
-//! The picture of one save beside the training steps of its block: what the README shows.
+//! The picture of one save and the training steps beside it, shown in the README.
 
 use super::run::{Activity, Block, Part};
 use crate::bench::report::charts::{Drawn, LEFT, RIGHT, canvas, letters, moment};
@@ -13,7 +13,7 @@ const LANE: u32 = 64;
 const AXIS: u32 = 60;
 const KEY: u32 = 70;
 
-/// Writes the picture of the block whose save took the median time until it was durable.
+/// Draws the block whose save took the median time to become durable.
 ///
 /// # Errors
 /// `NotFound` when no block has a save; `Io` of the file.
@@ -46,7 +46,7 @@ fn draw(block: &Block) -> Drawn<String> {
         bars.push((2, (begin, written), ink::WRITING));
         bars.push((3, (written, at(committed.durable)), ink::COMMIT));
     }
-    // The save and the step in which it becomes durable, whole; what comes after that is training alone.
+    // Show the save and all of the step in which it becomes durable, but not the training after it.
     let durable = bars.iter().filter(|(lane, ..)| *lane > 0).map(|(_, (_, to), _)| *to).fold(0.0, f64::max);
     let mut updates = bars.iter().filter(|(lane, _, ink)| *lane == 0 && *ink == ink::LIMIT).map(|(_, (_, to), _)| *to);
     let end = updates.find(|to| *to >= durable).unwrap_or(durable);
@@ -74,7 +74,7 @@ fn draw(block: &Block) -> Drawn<String> {
         let gap = end / 900.0;
         chart.draw_series(bars.iter().map(|(lane, (from, to), ink)| {
             let top = f64::from(LANE) * *lane as f64 + 10.0;
-            // What is too short to see is drawn as a sliver; neighbours are told apart by a gap.
+            // Bars too short to see become slivers; a gap separates neighbours.
             let to = (to - gap).max(from + gap);
             Rectangle::new([(*from, top), (to, top + f64::from(LANE) - 20.0)], ink.rgb().filled())
         }))?;
@@ -83,7 +83,7 @@ fn draw(block: &Block) -> Drawn<String> {
             EmptyElement::at((0.0, middle)) + Text::new(*name, (-20, 0), letters(ink::TEXT, HPos::Right, VPos::Center))
         }))?;
         let key =
-            [("forward and backward", ink::GRID), ("update", ink::LIMIT), ("held up by save and fence", ink::CALL)];
+            [("forward and backward", ink::GRID), ("update", ink::LIMIT), ("blocked by save and fence", ink::CALL)];
         let mut x = LEFT as i32;
         for (name, ink) in key {
             area.draw(&Rectangle::new([(x, 22), (x + 28, 50)], ink.rgb().filled()))?;

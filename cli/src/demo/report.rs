@@ -1,4 +1,4 @@
-//! What the demo says, to people and to programs.
+//! The demo's output, as text and as JSON.
 
 use super::blocks::Block;
 use super::{Proof, Trained};
@@ -26,12 +26,12 @@ pub struct Opening<'a> {
     pub resumed: bool,
 }
 
-/// What was timed while training.
+/// What was timed during training.
 #[derive(Default)]
 pub struct Measured {
-    /// Steps, and the time they took without and with saves: blocks of full length after the first.
+    /// Steps, and their time without and with saves: full blocks after the first.
     pairs: Vec<Pair>,
-    /// Other blocks with a save in them, which count when there are no better ones.
+    /// Other blocks with a save, used if there are no full ones.
     short: Vec<Pair>,
     warm: bool,
     pub limits: Vec<Limit>,
@@ -44,7 +44,7 @@ struct Pair {
     with: Duration,
 }
 
-/// Everything there is to say in the end.
+/// The final report.
 pub struct Report<'a> {
     pub opening: Opening<'a>,
     pub trained: Trained,
@@ -52,7 +52,7 @@ pub struct Report<'a> {
 }
 
 impl Measured {
-    /// Notes a block that was trained both ways.
+    /// Records a block that was trained both ways.
     pub fn pair(&mut self, block: &Block, without: Duration, with: Duration, full: u64) {
         let pair = Pair { steps: block.len(), without, with };
         if std::mem::replace(&mut self.warm, true) {
@@ -74,7 +74,7 @@ impl Measured {
 }
 
 impl Report<'_> {
-    /// True when everything that was to be proved was.
+    /// True if every check succeeded.
     pub fn verified(&self) -> bool {
         let Proof { bytes_equal, curve_continues, recomputed, .. } = self.proof;
         bytes_equal && curve_continues && recomputed != Some(false) && self.trained.undisturbed
@@ -100,7 +100,7 @@ impl Report<'_> {
         self.trained.saves.last().map(|save| save.committed.mode)
     }
 
-    /// What was measured.
+    /// Writes the measured figures.
     fn figures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (without, with) =
             (self.trained.measured.step_ms(|pair| pair.without), self.trained.measured.step_ms(|pair| pair.with));
@@ -108,7 +108,7 @@ impl Report<'_> {
         let n = self.trained.measured.pairs().len();
         let steps = self.trained.measured.pairs().first().map_or(0, |pair| pair.steps);
         writeln!(f, "step without checkpointing   {without:.2} ms")?;
-        writeln!(f, "step with checkpointing      {with:.2} ms, the wait until the last byte is durable included")?;
+        writeln!(f, "step with checkpointing      {with:.2} ms, including the wait until the last byte is durable")?;
         writeln!(
             f,
             "overhead                     {:+.1} % (quartiles {:+.1} % and {:+.1} %)",
@@ -116,9 +116,9 @@ impl Report<'_> {
             percent(0.25),
             percent(0.75)
         )?;
-        writeln!(f, "    medians of {n} pairs of blocks of {steps} steps, one with saves and one without, in turn")?;
+        writeln!(f, "    medians of {n} pairs of blocks of {steps} steps, alternating with saves and without")?;
         writeln!(f, "stall per save               p50 {:.2} ms, p99 {:.2} ms", self.blocked(0.5), self.blocked(0.99))?;
-        writeln!(f, "    everything that training waits for: building the state dict, `save` and the fences\n")?;
+        writeln!(f, "    all waiting time of training: building the state dict, `save` and the fences\n")?;
 
         let (rate, limit) = (self.durable_rate(), self.limit_rate());
         let (saves, bytes) = (self.trained.saves.len(), size::shown(self.opening.bytes));
@@ -144,12 +144,12 @@ impl Report<'_> {
         )
     }
 
-    /// A time, or what follows from times: nothing where they mean nothing.
+    /// Returns a time or a figure from times, or None if times mean nothing.
     fn timed(&self, figure: f64) -> Option<f64> {
         (!self.opening.home.simulated()).then_some(figure)
     }
 
-    /// The one object that `--json` prints.
+    /// Returns the JSON object that `--json` prints.
     pub fn json(&self) -> Value {
         let last_loss = self.trained.curve.last().copied();
         let step_ms = |time: fn(&Pair) -> Duration| self.timed(self.trained.measured.step_ms(time));
@@ -221,7 +221,7 @@ impl fmt::Display for Report<'_> {
         if self.opening.home.simulated() {
             writeln!(
                 f,
-                "saves                        {}; no times: they mean nothing here\n",
+                "saves                        {}; times are omitted: the driver is simulated\n",
                 self.trained.saves.len()
             )?;
         } else {
@@ -236,20 +236,20 @@ impl fmt::Display for Report<'_> {
             self.timed(ms(self.proof.restored_in)).map_or_else(String::new, |ms| format!(" in {ms:.1} ms")),
             self.proof.path.display()
         )?;
-        writeln!(f, "every bit as at the save     {}", says(self.proof.bytes_equal))?;
+        writeln!(f, "restored bytes identical     {}", says(self.proof.bytes_equal))?;
         if let Some(recomputed) = self.proof.recomputed {
-            let said = "every step so far, taken again without the GPU: the same state";
+            let said = "all steps repeated without the GPU give the same state";
             writeln!(f, "recomputed on the host       {} ({said})", says(recomputed))?;
         }
         writeln!(
             f,
-            "training goes on the same    {} ({} steps from the restored state, losses and state bit for bit)",
+            "training continues the same  {} ({} steps from the restored state, losses and state bit for bit)",
             says(self.proof.curve_continues),
             self.proof.steps
         )?;
         writeln!(
             f,
-            "saving disturbed nothing     {} (the twin that never saved has the same losses and state)",
+            "saving changed nothing       {} (the twin that never saved has the same losses and state)",
             says(self.trained.undisturbed)
         )?;
         writeln!(f, "\n{}", if self.verified() { "verified" } else { "NOT VERIFIED" })

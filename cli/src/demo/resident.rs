@@ -1,5 +1,5 @@
-//! Parameters and moments in the memory of a GPU. The model is still computed on the host, from a copy of the parameters; the
-//! optimizer runs on the device, over what is saved from there.
+//! Parameters and moments in GPU memory. The model is still computed on the host, from a copy of the
+//! parameters. The optimizer runs on the device, on the tensors that are saved from there.
 
 use super::training::{Gradients, Training};
 use crate::adamw::Rates;
@@ -10,20 +10,20 @@ use std::sync::Arc;
 /// One parameter: its values, first and second moments, and the gradient.
 struct Place {
     tensors: [Span; 4],
-    /// Where it lies in either half of the pinned memory.
+    /// Its offset in either half of the pinned memory.
     at: u64,
 }
 
-/// What is on the device of a training run.
+/// The part of a training run that is on the device.
 pub struct Resident {
     stream: Stream,
     places: Vec<Place>,
-    /// One half for what goes to the device, one for what comes from there: both may be under way.
+    /// One half for copies to the device and one for copies from it, which may overlap.
     pinned: Pinned,
 }
 
 impl Resident {
-    /// Takes memory on the device, and brings parameters and moments there.
+    /// Allocates memory on the device, and copies parameters and moments there.
     ///
     /// # Errors
     /// `Device`.
@@ -50,7 +50,8 @@ impl Resident {
         &self.stream
     }
 
-    /// The optimizer, on the device. The host then has the new parameters, for the next forward pass; its moments are old.
+    /// Runs the optimizer on the device. Afterwards the host has the new parameters, for the next forward
+    /// pass, and old moments.
     ///
     /// # Errors
     /// `Device`.
@@ -63,7 +64,7 @@ impl Resident {
         self.fetch(0, &mut training.parameters)
     }
 
-    /// Brings the moments to the host, where `training` is then all there is.
+    /// Copies the moments to the host, which makes `training` complete.
     ///
     /// # Errors
     /// `Device`.
@@ -73,7 +74,7 @@ impl Resident {
         self.fetch(2, &mut training.second)
     }
 
-    /// What a save takes: device memory, read until the fence.
+    /// Returns the state for a save: device memory, read until the fence.
     ///
     /// # Errors
     /// Those of the state dict.

@@ -1,4 +1,4 @@
-//! The training loop with checkpointing on, as a user would write it, and the same without.
+//! The training loop with checkpoints, as a user would write it, and the same loop without.
 
 use super::PATIENCE;
 use super::resident::Resident;
@@ -10,7 +10,7 @@ use indicatif::ProgressBar;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A model that trains: on the host, or with its state and the optimizer on a GPU.
+/// A model that trains: on the host, or with its state and optimizer on a GPU.
 pub struct Trainer<'a> {
     training: Training,
     gradients: Gradients,
@@ -27,13 +27,13 @@ impl<'a> Trainer<'a> {
         Ok(Self { gradients: training.gradients(), training, resident, corpus, threads })
     }
 
-    /// The same training on the host.
+    /// Returns a trainer of `training` on the host.
     pub fn on_host(&self, training: Training) -> Self {
         let gradients = training.gradients();
         Self { training, gradients, resident: None, corpus: self.corpus, threads: self.threads }
     }
 
-    /// Trains up to the step `to` without saves. Gives the losses.
+    /// Trains up to the step `to` without saves. Returns the losses.
     pub fn advance(&mut self, to: u64) -> Result<Vec<f32>> {
         let mut losses = Vec::new();
         while self.training.step < to {
@@ -43,7 +43,7 @@ impl<'a> Trainer<'a> {
         Ok(losses)
     }
 
-    /// A copy of all there is, on the host.
+    /// Returns a copy of the complete training, on the host.
     pub fn settled(&mut self) -> Result<Training> {
         if let Some(resident) = &mut self.resident {
             resident.settle(&mut self.training)?;
@@ -51,7 +51,7 @@ impl<'a> Trainer<'a> {
         Ok(self.training.copied())
     }
 
-    /// What it looks like; on a GPU, but for the moments.
+    /// Returns the training; on a GPU, its moments are old.
     pub fn training(&self) -> &Training {
         &self.training
     }
@@ -96,7 +96,8 @@ pub struct Run<'a> {
     goal: u64,
 }
 
-/// A save and how long it held up training: building the state dict, `save`, and the fences until the next save.
+/// A save, and how long it blocked training: building the state dict, `save`, and the fences until the next
+/// save.
 pub struct Saved {
     pub blocked: Duration,
     pub committed: Committed,
@@ -125,7 +126,7 @@ pub struct Block {
     pub save: Option<BlockSave>,
 }
 
-/// A save of a block, called at a time from the start of the block.
+/// A save of a block. Its call is timed from the start of the block.
 pub struct BlockSave {
     pub called: Duration,
     pub committed: Committed,
@@ -152,7 +153,7 @@ impl<'a> Run<'a> {
         self.executor.settings().writers
     }
 
-    /// Trains up to the step `to`. Gives the losses, and the time until the last save in it was durable.
+    /// Trains up to the step `to`. Returns the losses, and the time until the last save in it was durable.
     pub fn advance(&mut self, to: u64, bar: &ProgressBar) -> Result<(Vec<f32>, Duration)> {
         let mut block = Block { began: Instant::now(), parts: Vec::new(), save: None };
         let mut losses = Vec::new();

@@ -1,4 +1,4 @@
-//! What the demo learns: a text about a harbour, as numbers.
+//! The demo's training data: a text about a harbour, as numbers.
 
 use crate::rng::Rng;
 
@@ -12,7 +12,7 @@ pub struct Corpus {
     tokens: Vec<usize>,
 }
 
-/// Examples for one step: `contexts` holds `context` tokens for each of `targets`.
+/// Examples for one step: `contexts` has `context` tokens for each of `targets`.
 pub struct Batch {
     pub contexts: Vec<usize>,
     pub targets: Vec<usize>,
@@ -27,7 +27,7 @@ impl Corpus {
         Self { alphabet, tokens }
     }
 
-    /// Draws `batch` places in the text: the tokens before each, and the one to be guessed.
+    /// Draws `batch` positions in the text: the tokens before each, and the token to predict.
     pub fn draw(&self, rng: &mut Rng, batch: usize, context: usize) -> Batch {
         let mut drawn = Batch { contexts: Vec::with_capacity(batch * context), targets: Vec::with_capacity(batch) };
         for _ in 0..batch {

@@ -1,4 +1,4 @@
-//! A training run: parameters, AdamW moments, the random numbers that pick the examples, and the step.
+//! A training run: parameters, AdamW moments, the random numbers that select the examples, and the step.
 
 use super::model::{Shape, Size};
 use super::text::Corpus;
@@ -7,10 +7,10 @@ use crate::rng::Rng;
 use ashore::{Checkpoint, Error, ErrorKind, HostTensor, Result, StateDict, Targets};
 use std::sync::Arc;
 
-/// A parameter or a moment. Shared, so that a save can hold it; written in place once the save lets go.
+/// A parameter or a moment. Shared, so that a save can keep it; written in place after the save releases it.
 type Tensor = Arc<Vec<f32>>;
 
-/// Everything that decides how training goes on, and so everything that a checkpoint holds.
+/// Everything that determines how training continues, and so everything in a checkpoint.
 #[derive(Clone)]
 pub struct Training {
     pub shape: Shape,
@@ -23,7 +23,7 @@ pub struct Training {
     pub second: Vec<Tensor>,
 }
 
-/// The result of a forward and backward pass, which changes nothing in the training state but the random numbers.
+/// The result of a forward and backward pass, which changes only the random numbers of the training state.
 pub struct Gradients {
     pub loss: f32,
     pub by_tensor: Vec<Vec<f32>>,
@@ -46,7 +46,7 @@ impl Training {
         }
     }
 
-    /// A copy that shares no memory.
+    /// Returns a copy that shares no memory.
     pub fn copied(&self) -> Self {
         let copy = |tensors: &[Tensor]| tensors.iter().map(|t| Arc::new(t.to_vec())).collect();
         Self {
@@ -61,14 +61,15 @@ impl Training {
         Gradients { loss: f32::NAN, by_tensor: self.parameters.iter().map(|p| vec![0.0; p.len()]).collect() }
     }
 
-    /// Forward and backward over the next examples. Parameters and moments are only read: a save may still be reading them.
+    /// Computes forward and backward over the next examples. Only reads parameters and moments: a save may
+    /// still read them.
     pub fn compute(&mut self, corpus: &Corpus, gradients: &mut Gradients, threads: usize) {
         let batch = corpus.draw(&mut self.rng, self.batch, self.shape.context);
         let views: Vec<&[f32]> = self.parameters.iter().map(|p| &p[..]).collect();
         gradients.loss = self.shape.loss(&views, &batch, &mut gradients.by_tensor, threads);
     }
 
-    /// The optimizer: writes parameters and moments, which nobody may still be reading.
+    /// Runs the optimizer, which writes parameters and moments. No save may read them any more.
     pub fn update(&mut self, gradients: &Gradients, threads: usize) -> Result<()> {
         self.step += 1;
         let moments = self.first.iter_mut().zip(&mut self.second);
@@ -79,7 +80,7 @@ impl Training {
                 (Arc::get_mut(parameter), Arc::get_mut(first), Arc::get_mut(second))
             else {
                 return Err(
-                    Error::new(ErrorKind::Internal, "a save still holds a tensor after the fence").with_step(self.step)
+                    Error::new(ErrorKind::Internal, "a save still uses a tensor after the fence").with_step(self.step)
                 );
             };
             adamw::update(parameter, first, second, gradient, self.step, threads);
@@ -87,7 +88,7 @@ impl Training {
         Ok(())
     }
 
-    /// Every tensor with its name and dimensions.
+    /// Returns every tensor with its name and dimensions.
     pub fn tensors(&self) -> impl Iterator<Item = (String, &[usize], &Tensor)> {
         let groups = [("parameters", &self.parameters), ("adamw.first", &self.first), ("adamw.second", &self.second)];
         groups.into_iter().flat_map(|(group, tensors)| {
@@ -96,17 +97,17 @@ impl Training {
         })
     }
 
-    /// How many numbers the optimizer changes.
+    /// Returns how many numbers the optimizer changes.
     pub fn parameters(&self) -> u64 {
         self.parameters.iter().map(|p| p.len() as u64).sum()
     }
 
-    /// How many bytes of tensors there are.
+    /// Returns the total length of the tensors in bytes.
     pub fn bytes(&self) -> u64 {
         self.tensors().map(|(_, _, tensor)| size_of_val(&tensor[..]) as u64).sum()
     }
 
-    /// What a save takes: no bytes are copied here.
+    /// Returns the state for a save. Copies no bytes.
     pub fn state(&self) -> Result<StateDict<'static>> {
         let mut state = StateDict::with_capacity(3 * self.names.len());
         for (name, dims, tensor) in self.tensors() {
@@ -116,21 +117,22 @@ impl Training {
         Ok(state)
     }
 
-    /// Everything of a save but its tensors.
+    /// Adds everything but the tensors to `state`.
     pub fn describe(&self, state: &mut StateDict<'_>) -> Result<()> {
         state.value("step", &self.step)?.value("rng", &self.rng)?.value("batch", &self.batch)?;
         state.metadata("model", &self.shape)?;
         Ok(())
     }
 
-    /// The training that a checkpoint holds; `self` says what it must look like.
+    /// Loads the training from a checkpoint, which must have the same model as `self`.
     ///
     /// # Errors
-    /// `Invalid` when the checkpoint is of another model; `Corrupt` when its bytes are not what was written.
+    /// `Invalid` when the checkpoint is of another model; `Corrupt` when its bytes are not those that were
+    /// written.
     pub fn resumed(&self, checkpoint: &Checkpoint) -> Result<Self> {
         let shape: Option<Shape> = checkpoint.metadata("model").ok();
         if shape.as_ref() != Some(&self.shape) {
-            let why = "the directory holds checkpoints of something else, choose another --dir";
+            let why = "the directory has checkpoints of another program: choose another --dir";
             return Err(Error::new(ErrorKind::Invalid, why).with_path(checkpoint.path()));
         }
         let mut resumed = Self {
@@ -148,7 +150,8 @@ impl Training {
         Ok(resumed)
     }
 
-    /// True when both would go on in the same way: every bit of every tensor, the random numbers and the step.
+    /// True if both would continue in the same way: every bit of every tensor, the random numbers and the
+    /// step.
     pub fn same_bits(&self, other: &Self) -> bool {
         let bits = |t: &Tensor| t.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
         (self.step, &self.rng, self.batch, &self.shape) == (other.step, &other.rng, other.batch, &other.shape)

@@ -1,4 +1,4 @@
-//! What the bus can do without this library, and `ashore bench limits` on a GPU.
+//! Measures the bus without this library, for `ashore bench limits` on a GPU.
 
 use crate::bench::{Bench, Figures, limits};
 use crate::gpu::{Gpu, Pinned, Span, Stream, allocate, timed};
@@ -8,22 +8,23 @@ use ashore::Result;
 use serde_json::Value;
 use std::sync::Arc;
 
-/// Enough to see a rate, whatever the workload.
+/// Enough bytes to measure a rate, for any workload.
 const BYTES_MAX: u64 = 4 << 30;
-/// Each loop is measured at most so often.
+/// Maximum measurements of each loop.
 const ROUNDS_MAX: u32 = 12;
 
-/// Of pinned memory, where only the rate of copies matters: to pin more takes seconds.
+/// Pinned memory if only the copy rate matters: pinning more takes seconds.
 pub const RING: u64 = 1 << 30;
 
-/// Which way the bytes go.
+/// The direction of the copies.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Way {
     ToHost,
     ToDevice,
 }
 
-/// Seconds that all bytes of `device` take, in copies of `part`, over and over the same pinned memory.
+/// Returns the seconds to copy all bytes of `device` in copies of `part` bytes, reusing the same pinned
+/// memory.
 pub fn pass(way: Way, device: &Span, pinned: &mut Pinned, part: u64) -> Result<f64> {
     let part = part.min(pinned.len());
     let ring = pinned.len() / part * part;
@@ -39,7 +40,7 @@ pub fn pass(way: Way, device: &Span, pinned: &mut Pinned, part: u64) -> Result<f
     })
 }
 
-/// A loop, and what it is called.
+/// A loop and its name.
 struct Loop {
     name: &'static str,
     way: Option<Way>,
@@ -51,7 +52,7 @@ const fn to_and_fro(name: &'static str, way: Way, registered: bool, chunked: boo
     Loop { name, way: Some(way), registered, chunked }
 }
 
-/// The first is what the others are compared with.
+/// The others are compared with the first.
 const LOOPS: [Loop; 9] = [
     to_and_fro("d2h_bytes_per_second", Way::ToHost, false, false),
     to_and_fro("d2h_chunked_bytes_per_second", Way::ToHost, false, true),
@@ -64,7 +65,7 @@ const LOOPS: [Loop; 9] = [
     Loop { name: "d2d_bytes_per_second", way: None, registered: false, chunked: false },
 ];
 
-/// `ashore bench limits`: the disk's, and beside them the bus's.
+/// Runs `ashore bench limits`: the disk's limits and the bus's.
 pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     let mut figures = if bench.args.no_limit {
         Figures(vec![("workload", bench.args.workload.name().into())])
@@ -79,7 +80,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     stream.wait()?;
     let mut memory = [Pinned::allocated(&stream, settings.arena)?, Pinned::registered(&stream, settings.arena)?];
     let (mut rates, mut rng) = (vec![Vec::new(); LOOPS.len()], Rng::new(bench.seed()));
-    // The first round warms up, and is not counted.
+    // The first round warms up and is not counted.
     for round in 0..=rounds {
         let mut order: Vec<usize> = (0..LOOPS.len()).collect();
         (1..order.len()).rev().for_each(|i| order.swap(i, rng.below(i + 1)));
@@ -117,7 +118,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
         ("d2h_registered_chunked_fraction", of(3)),
     ]);
     if gpu.simulated() {
-        // Nothing that was timed beside it is worth more.
+        // Times of the disk measured beside it mean nothing either.
         figures.forget_times();
     }
     Ok(figures)

@@ -1,4 +1,4 @@
-//! Whether saved bytes are the state at their step: of every save, by the digests in its manifest.
+//! Checks that every save has the state of its step, by the digests in its manifest.
 
 use super::state::State;
 use super::training::Saved;
@@ -9,7 +9,7 @@ use ashore::internal::format::manifest::Manifest;
 use ashore::{Error, ErrorKind, Result};
 use std::collections::BTreeMap;
 
-/// What the digests must be after so many steps of a block, and how many saves had them.
+/// The expected digests after some steps of a block, and how many saves matched.
 pub struct Checking<'a> {
     state: &'a State,
     sink: &'a Sink,
@@ -18,8 +18,8 @@ pub struct Checking<'a> {
 }
 
 impl<'a> Checking<'a> {
-    /// Takes the steps of a block once, without the library, and digests the state where saves will be: after so many steps, in
-    /// rising order.
+    /// Runs the steps of a block once without the library, and digests the state where saves will be: after
+    /// `steps`, in rising order.
     pub fn new(
         state: &'a State,
         sink: &'a Sink,
@@ -41,10 +41,10 @@ impl<'a> Checking<'a> {
         Ok(Self { state, sink, expected, checked: 0 })
     }
 
-    /// Compares the manifests that have come with what is expected of these saves.
+    /// Compares the new manifests with the digests expected of these saves.
     ///
     /// # Errors
-    /// `Corrupt`, naming a tensor that is not what it was at the save.
+    /// `Corrupt`, naming a tensor that differs from its state at the save.
     pub fn check(&mut self, saves: &[Saved]) -> Result<()> {
         let manifests = self.sink.taken();
         let manifests = manifests.iter().map(|text| Manifest::parse(text)).collect::<Result<Vec<_>>>()?;
@@ -56,7 +56,7 @@ impl<'a> Checking<'a> {
             for (name, expected) in self.state.names().zip(expected) {
                 let slice = found.tensor(name).and_then(|tensor| tensor.slices.first());
                 if slice.is_none_or(|slice| slice.digest != *expected) {
-                    let why = format!("saved bytes are not the state at the save tensor={name} after={}", save.after);
+                    let why = format!("saved bytes differ from the saved state tensor={name} after={}", save.after);
                     return Err(Error::new(ErrorKind::Corrupt, why).with_step(save.number));
                 }
             }

@@ -1,4 +1,4 @@
-//! What a program reads back while a save is on its way: 4 bytes, as `loss.item()` does, on a stream of its own.
+//! Reads 4 bytes back during a save, as `loss.item()` does, on a separate stream.
 
 use crate::gpu::{Gpu, Pinned, Stream, allocate};
 use ashore::{Error, ErrorKind, Result};
@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 
 const PAUSE: Duration = Duration::from_micros(500);
 
-/// When one was asked for, and how many seconds it took.
+/// When a read was requested, and how many seconds it took.
 pub type Reading = (Instant, f64);
 
-/// Reads again and again while `during` runs.
+/// Reads repeatedly while `during` runs.
 ///
 /// # Errors
 /// Those of `during`, and `Device`.
 pub fn watch<R>(gpu: &Arc<Gpu>, during: impl FnOnce() -> Result<R>) -> Result<(R, Vec<Reading>)> {
-    /// Also when `during` panics: the thread has to end.
+    /// Ends the thread even if `during` panics.
     struct End<'a>(&'a AtomicBool);
     impl Drop for End<'_> {
         fn drop(&mut self) {

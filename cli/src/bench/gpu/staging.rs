@@ -1,6 +1,7 @@
-//! `ashore bench staging` on a GPU: how fast state leaves it beside the bus's own limit, and what a loop that trains there loses.
+//! `ashore bench staging` on a GPU: how fast state leaves it compared to the bus's limit, and what a training
+//! loop loses.
 //!
-//! Storage is a sink that drops what it gets, so that nothing here is the disk's. Writers digest as they always do, and every save is
+//! The storage discards its data, so that the disk has no effect. Writers digest as always, and every save is
 //! checked by the digests of its manifest.
 
 use super::bus::{self, RING, Way};
@@ -18,17 +19,17 @@ use serde_json::Value;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Blocks of the loop without saves, and with.
+/// Training blocks with and without saves.
 #[derive(Default)]
 struct Blocks {
     without: Vec<Block>,
     with: Vec<Block>,
     readings: Vec<Reading>,
-    /// Of the stager, in the blocks with saves.
+    /// CPU time of the stager, in the blocks with saves.
     stager: Duration,
 }
 
-/// Saves beside bare copies of as many bytes.
+/// Saves, and bare copies of as many bytes.
 #[derive(Default)]
 struct Rates {
     limit: Vec<f64>,
@@ -49,7 +50,7 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     let mut checking = Checking::new(&state, &sink, &stream, &mut pinned, points)?;
     let mut training = Training::new(&executor, &state, &stream, every, wanted / 1e3, args.graph)?;
 
-    // The first block plans, and touches what later ones find in place.
+    // The first block plans and touches memory that later ones reuse.
     let warm = training.block(true)?;
     checking.check(&warm.saves)?;
     let step_seconds = warm.seconds / warm.steps.len() as f64;
@@ -151,7 +152,7 @@ impl Blocks {
 
 type Rows = Vec<(&'static str, Value)>;
 
-/// How fast the state left the device, alone and while it computed.
+/// Figures: how fast the state left the device, without and with computation.
 fn rates(alone: &Rates, beside: &Rates, bytes: u64) -> Rows {
     let rate = |seconds: &[f64]| (!seconds.is_empty()).then(|| bytes as f64 / median(seconds.iter().copied()));
     let estimate = |rates: &Rates| (!rates.pairs.ratios.is_empty()).then(|| rates.pairs.estimate());
@@ -173,7 +174,7 @@ fn rates(alone: &Rates, beside: &Rates, bytes: u64) -> Rows {
     ]
 }
 
-/// What the loop lost. `bare` is the time of a bare copy of the state's `bytes`.
+/// Figures: what the loop lost. `bare` is the time of a bare copy of the state's `bytes`.
 fn overhead(blocks: &Blocks, loops: &Pairs, bytes: u64, bare: f64) -> Rows {
     let (estimate, (quiet, loud)) = (loops.estimate(), loops.noise());
     let lost = |ratio: f64| 1.0 / ratio - 1.0;
@@ -190,7 +191,7 @@ fn overhead(blocks: &Blocks, loops: &Pairs, bytes: u64, bare: f64) -> Rows {
         ("overhead_high", lost(estimate.low).into()),
         ("overhead_noise_low", lost(loud).into()),
         ("overhead_noise_high", lost(quiet).into()),
-        // About: a step is computing but for its last milliseconds.
+        // Approximate: a step computes until its last milliseconds.
         ("left_at_fence_bytes", (bytes as f64 * (1.0 - middle / bare).max(0.0)).into()),
         ("stall_ms_per_save", (1e3 * median(blocks.with.iter().flat_map(stalls))).into()),
         ("stall_ms_noise", (1e3 * median(blocks.without.iter().map(spread))).into()),
@@ -200,8 +201,8 @@ fn overhead(blocks: &Blocks, loops: &Pairs, bytes: u64, bare: f64) -> Rows {
     ]
 }
 
-/// Seconds by which each step with a save is longer than the median step of its own block. The sum of a block would not do: a
-/// clock that drifts by 0.1 % adds more to it than a save costs.
+/// Returns by how many seconds each step with a save is longer than the median step of its block. The total
+/// of a block is no substitute: a clock drift of 0.1 % adds more to it than a save costs.
 fn stalls(block: &Block) -> impl Iterator<Item = f64> {
     block.saves.iter().map(|save| excess(&block.steps, save.after as usize))
 }
@@ -210,13 +211,13 @@ fn excess(steps: &[f64], at: usize) -> f64 {
     steps[at] - median(steps.iter().copied())
 }
 
-/// Seconds between a typical step and the median step of its block: what `stalls` cannot tell from nothing.
+/// Returns the seconds between a typical step and the median step of its block: the resolution of `stalls`.
 fn spread(block: &Block) -> f64 {
     let middle = median(block.steps.iter().copied());
     median(block.steps.iter().map(|step| (step - middle).abs()))
 }
 
-/// What the calls cost the thread that trains.
+/// Figures: the time of the calls in the training thread.
 fn calls(blocks: &Blocks) -> Rows {
     let of = |call: fn(&Saved) -> f64, q| Value::from(quantile(blocks.saves().map(call), q) * 1e6);
     vec![
@@ -229,7 +230,7 @@ fn calls(blocks: &Blocks) -> Rows {
     ]
 }
 
-/// How long a program waits for 4 bytes, while a save is being staged and while none is.
+/// Figures: how long a program waits for 4 bytes, with and without a save being staged.
 fn readings_of(blocks: &Blocks, chunk: f64) -> Rows {
     let staging =
         |&&(at, _): &&Reading| blocks.saves().any(|save| at >= save.called && at < save.called + save.committed.staged);
@@ -252,7 +253,8 @@ fn readings_of(blocks: &Blocks, chunk: f64) -> Rows {
 mod tests {
     use super::*;
 
-    /// The sum of this block is 2.1 ms longer than that of the one before it, by drift alone; the save costs 2 ms.
+    /// The total of this block is 2.1 ms longer than that of the block before, by drift alone; the save costs
+    /// 2 ms.
     #[test]
     fn stall_of_a_save_does_not_contain_the_drift_of_the_clock() {
         let mut steps: Vec<f64> = (0..21).map(|i| 0.3001 + 1e-5 * f64::from(i - 10)).collect();

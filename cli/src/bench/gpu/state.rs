@@ -1,7 +1,9 @@
-//! What is saved from a GPU: the tensors of a workload, in one stretch of memory that an optimizer changes in place.
+//! The saved state on a GPU: the tensors of a workload, in one piece of memory that an optimizer changes in
+//! place.
 //!
-//! The stretch is a third parameters, a third first and a third second moments, whatever the tensors in it are called: so every byte
-//! of every tensor changes in every step, with the traffic of AdamW, and the state after so many steps is always the same.
+//! The memory is one third each of parameters, first moments and second moments, whatever the names of the
+//! tensors in it. So every byte of every tensor changes in every step, with the memory traffic of AdamW, and
+//! the state after a number of steps is always the same.
 
 use crate::adamw::Rates;
 use crate::bench::workload::Workload;
@@ -9,14 +11,14 @@ use crate::gpu::{Pinned, Span, Stream, allocate, source};
 use ashore::internal::digest::Digest;
 use ashore::{Dtype, Result, StateDict};
 
-/// Between tensors, so that no two are one copy: allocators of frameworks leave gaps, too.
+/// Bytes between tensors, so that no two are one copy: allocators of frameworks leave gaps, too.
 const GAP: u64 = 512;
-/// One gradient serves for pieces of this size, one after the other: a state may fill most of the device.
+/// One gradient is reused for pieces of this size, because a state may fill most of the device.
 const PIECE: u64 = 256 << 20;
-/// Digested at once.
+/// Bytes digested at once.
 const SEGMENT: u64 = 8 << 20;
 
-/// The state, and the gradient.
+/// The state and the gradient.
 pub struct State {
     tensors: Vec<(String, Dtype, Vec<usize>, Span)>,
     all: Span,
@@ -26,10 +28,10 @@ pub struct State {
 }
 
 impl State {
-    /// Takes the memory, which `stream` will change. What is in it is not said before the first `reset`.
+    /// Allocates the memory, which `stream` will change. It is uninitialised before the first `reset`.
     ///
     /// # Errors
-    /// `Device`, when there is not so much.
+    /// `Device`, when there is not enough memory.
     pub fn new(stream: &Stream, workload: Workload, scale: f64) -> Result<Self> {
         let (mut places, mut at, mut bytes) = (Vec::new(), 0, 0);
         for (name, half, shape) in workload.shapes(scale) {
@@ -53,29 +55,29 @@ impl State {
         self.tensors.len()
     }
 
-    /// As many bytes as the tensors have, in one piece.
+    /// Returns one piece of memory as long as all tensors.
     pub fn stretch(&self) -> Result<Span> {
         self.all.part(0, self.bytes)
     }
 
-    /// All that the kernels touch.
+    /// Returns all memory that the kernels access.
     pub fn spans(&self) -> Vec<Span> {
         vec![self.all.clone(), self.gradient.clone()]
     }
 
-    /// Queues: the state as it is before the first step.
+    /// Queues the state before the first step.
     pub fn reset(&self, stream: &Stream) -> Result<()> {
         stream.fill(&self.thirds[0], 1, 0.02)?;
         stream.zero(&self.thirds[1])?;
         stream.zero(&self.thirds[2])
     }
 
-    /// Queues: the gradient of a step.
+    /// Queues the gradient of a step.
     pub fn feed(&self, stream: &Stream, step: u64) -> Result<()> {
         stream.fill(&self.gradient, step + 2, 1.0)
     }
 
-    /// Queues: the optimizer, with rates that do not depend on the step, so that a graph can hold them.
+    /// Queues the optimizer, with rates that do not depend on the step, so that a graph can contain them.
     pub fn update(&self, stream: &Stream) -> Result<()> {
         let (whole, piece) = (self.thirds[0].bytes, self.gradient.bytes);
         for from in (0..whole).step_by(piece as usize) {
@@ -88,7 +90,7 @@ impl State {
         Ok(())
     }
 
-    /// What a save takes.
+    /// Returns the state for a save.
     pub fn dict(&self) -> Result<StateDict<'static>> {
         let mut dict = StateDict::with_capacity(self.len());
         for (name, dtype, shape, span) in &self.tensors {
@@ -97,12 +99,13 @@ impl State {
         Ok(dict)
     }
 
-    /// The names of the tensors, in the order of their digests.
+    /// Returns the names of the tensors, in the order of their digests.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.iter().map(|(name, ..)| name.as_str())
     }
 
-    /// The digest of every tensor, copied to the host by means that have nothing to do with a save. Nothing may be changing them.
+    /// Returns the digest of every tensor, copied to the host independently of any save. The tensors must not
+    /// change meanwhile.
     pub fn digests(&self, pinned: &mut Pinned) -> Result<Vec<Digest>> {
         let mut sums = vec![Digest::EMPTY; self.len()];
         let (mut batch, mut used) = (Vec::new(), 0);
@@ -124,7 +127,7 @@ impl State {
     }
 }
 
-/// Adds what has arrived to the digests of its tensors: which tensor, where it lies, how long it is.
+/// Adds arrived bytes to the digests of their tensors. `batch` has each piece's tensor, offset and length.
 fn digest(pinned: &mut Pinned, batch: &mut Vec<(usize, usize, usize)>, sums: &mut [Digest]) -> Result<()> {
     let bytes = &*pinned.bytes()?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);

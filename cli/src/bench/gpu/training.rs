@@ -1,4 +1,4 @@
-//! A loop that trains on the GPU, with saves or without, in blocks that all begin in the same state.
+//! A training loop on the GPU, with saves or without, in blocks that all begin in the same state.
 
 use super::state::State;
 use crate::bench::PATIENCE;
@@ -8,16 +8,16 @@ use std::time::Instant;
 
 /// How many steps the host may be ahead of the GPU.
 const AHEAD: usize = 2;
-/// A block is at least so long, in steps.
+/// Minimum steps of a block.
 const STEPS_MIN: u64 = 20;
 
-/// The loop.
+/// The training loop.
 pub struct Training<'a> {
     executor: &'a CheckpointExecutor,
     pub state: &'a State,
     pub stream: Stream,
     out: Span,
-    /// Of the compute kernel.
+    /// Rounds of the compute kernel.
     rounds: u64,
     graphs: Option<[Graph; 2]>,
     pub every: u64,
@@ -25,39 +25,40 @@ pub struct Training<'a> {
     saves: u64,
 }
 
-/// Some steps, and how long they took by events.
+/// A number of steps, and their times by events.
 pub struct Block {
     pub seconds: f64,
     pub steps: Vec<f64>,
     pub saves: Vec<Saved>,
 }
 
-/// A save, and what it cost the thread that trains.
+/// A save, and its cost for the training thread.
 pub struct Saved {
-    /// The step as the library knows it, which is another one every time.
+    /// The library's step, different for every save.
     pub number: u64,
-    /// The steps before it in its block.
+    /// The number of steps before it in its block.
     pub after: u64,
     pub called: Instant,
-    /// Seconds: making the state dict, `save`, the next `fence_on`.
+    /// Seconds spent making the state dict, in `save`, and in the next `fence_on`.
     pub dict: f64,
     pub save: f64,
     pub fence: f64,
     pub committed: Committed,
 }
 
-/// How many steps a block has: a multiple of the interval.
+/// Returns the number of steps of a block: a multiple of the interval.
 pub fn steps(every: u64) -> u64 {
     STEPS_MIN.div_ceil(every) * every
 }
 
-/// The saves of a block come before these steps: half an interval from its ends, so that what they cost is felt within it.
+/// Returns the steps of a block that saves precede: half an interval from its ends, so that their cost falls
+/// within it.
 pub fn save_points(every: u64) -> impl Iterator<Item = u64> {
     (0..steps(every)).filter(move |step| step % every == every / 2)
 }
 
 impl<'a> Training<'a> {
-    /// Calibrates the compute kernel, so that a step takes about `seconds`.
+    /// Calibrates the compute kernel so that a step takes about `seconds`.
     pub fn new(
         executor: &'a CheckpointExecutor,
         state: &'a State,
@@ -86,7 +87,7 @@ impl<'a> Training<'a> {
         self.state.update(&self.stream)
     }
 
-    /// How many rounds of the compute kernel take so many seconds.
+    /// Returns how many rounds of the compute kernel take `seconds`.
     fn rounds_in(&self, seconds: f64) -> Result<u64> {
         if self.stream.gpu().simulated() {
             return Ok(1);
@@ -103,19 +104,19 @@ impl<'a> Training<'a> {
         self.stream.busy(&self.out, self.rounds)
     }
 
-    /// Queues computing for `seconds`, as well as that can be told from the length of a step.
+    /// Queues computation for `seconds`, estimated from the length of a step.
     pub fn compute_for(&self, seconds: f64, step_seconds: f64) -> Result<()> {
         let times = (seconds / step_seconds).clamp(0.01, 1e4);
         self.stream.busy(&self.out, (self.rounds as f64 * times) as u64 + 1)
     }
 
-    /// Saves what is there now, `after` steps.
+    /// Saves the current state, `after` steps.
     pub fn save(&mut self, after: u64) -> Result<Pending> {
         self.saves += 1;
         save(self.executor, self.state, self.saves, after)
     }
 
-    /// Trains a block from the beginning.
+    /// Trains a block from the initial state.
     pub fn block(&mut self, saving: bool) -> Result<Block> {
         let events: Vec<Event> = (0..=self.steps).map(|_| Event::new(self.stream.gpu())).collect::<Result<_>>()?;
         self.state.reset(&self.stream)?;
@@ -154,7 +155,7 @@ impl<'a> Training<'a> {
     }
 }
 
-/// Saves what is made of the state by now, as `number`, `after` steps.
+/// Saves the current state as step `number`, `after` steps.
 pub fn save(executor: &CheckpointExecutor, state: &State, number: u64, after: u64) -> Result<Pending> {
     let began = Instant::now();
     let dict = state.dict()?;
@@ -164,7 +165,7 @@ pub fn save(executor: &CheckpointExecutor, state: &State, number: u64, after: u6
     Ok(Pending { save, number, after, called, dict: (called - began).as_secs_f64(), took, fence: 0.0 })
 }
 
-/// A save under way.
+/// A save in progress.
 pub struct Pending {
     save: ashore::Save,
     number: u64,
@@ -176,7 +177,7 @@ pub struct Pending {
 }
 
 impl Pending {
-    /// Waits for its end.
+    /// Waits until it ends.
     pub fn ended(self) -> Result<Saved> {
         let Self { save, number, after, called, dict, took, fence } = self;
         let skipped = || Error::new(ErrorKind::Internal, "a save was skipped").with_step(number);

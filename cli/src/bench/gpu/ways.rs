@@ -1,9 +1,9 @@
-//! `ashore bench staging --ways`: how state leaves a GPU faster: with small tensors gathered there, with the copies of a chunk queued
-//! in one call, with both, or one by one; also in one call that asks the driver to overlap copies with kernels, and gathered by a
-//! stager whose sleeps end when they are due.
+//! `ashore bench staging --ways`: compares ways to copy state from a GPU: gathering small tensors there,
+//! queuing the copies of a chunk in one call, both, or one by one. Two further ways: one call that asks the
+//! driver to overlap copies with kernels, and gathering with a stager that uses exact timers.
 //!
-//! Each way has an executor of its own, over the same state. A round is a bare copy of as many bytes and a save each way, in random
-//! order; figures are medians over rounds, and those that compare are of times in the same round.
+//! Each way has its own executor, over the same state. A round is a bare copy of as many bytes and one save
+//! per way, in random order. Figures are medians over rounds, and comparisons use times of the same round.
 
 use super::bus::{self, RING, Way as Direction};
 use super::checking::Checking;
@@ -20,10 +20,10 @@ use serde_json::Value;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Rounds that are not counted: the first saves plan, and look for forgotten fences.
+/// Rounds that are not counted: the first saves plan, and check for forgotten fences.
 const WARM: u32 = 3;
 
-/// What a save is made with, and what its figures are called.
+/// The settings of a way's saves, and the names of its figures.
 struct Way {
     name: &'static str,
     gather: bool,
@@ -64,7 +64,7 @@ macro_rules! way {
     };
 }
 
-/// Whether small tensors are gathered, copies batched, batches overlapped with kernels, and timers sharp.
+/// Whether small tensors are gathered, copies batched, batches overlapped with kernels, and timers exact.
 const WAYS: [Way; 6] = [
     way!("gathered", true, false, false, false),
     way!("batched", false, true, false, false),
@@ -73,18 +73,18 @@ const WAYS: [Way; 6] = [
     way!("overlapped", false, true, true, false),
     way!("sharp", true, false, false, true),
 ];
-/// What the others are compared with.
+/// The way that the others are compared with.
 const SINGLY: usize = 3;
-/// The place of the bare copy in a round.
+/// The index of the bare copy in a round.
 const LIMIT: usize = WAYS.len();
 
-/// What was measured one way, round by round.
+/// Measurements of one way, round by round.
 #[derive(Default)]
 struct Times {
     staged: Vec<f64>,
-    /// In `save`, by the thread that trains.
+    /// Time in `save`, on the training thread.
     call: Vec<f64>,
-    /// Processor time of the stager, in seconds per GB.
+    /// CPU time of the stager, in seconds per GB.
     stager: Vec<f64>,
 }
 
@@ -189,12 +189,12 @@ pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     Ok(figures)
 }
 
-/// How many times as fast one was as the other.
+/// Returns how many times as fast one was as the other.
 fn ratio(one: &Times, other: &Times) -> Estimate {
     Estimate::of(&one.staged.iter().zip(&other.staged).map(|(one, other)| other / one).collect::<Vec<_>>())
 }
 
-/// The figures of a way, in the order of their names; none for one that was refused.
+/// Returns the figures of a way, in the order of their names; none for one that was refused.
 fn each(of: &Times, all: &[Times], bytes: u64) -> Vec<Value> {
     if of.staged.is_empty() {
         return vec![Value::Null; WAYS[0].alone.len()];
@@ -206,14 +206,14 @@ fn each(of: &Times, all: &[Times], bytes: u64) -> Vec<Value> {
     [rate, median, low, high, singly.median, singly.low, singly.high, call, stager].map(Value::from).into()
 }
 
-/// Which way won, and by how much.
+/// Returns which way won, and by how much.
 fn fastest(all: &[Times]) -> String {
     let mut order: Vec<usize> = (0..WAYS.len()).filter(|&i| !all[i].staged.is_empty()).collect();
     order.sort_by(|&a, &b| {
         let of = |i: usize| ratio(&all[i], &all[LIMIT]).median;
         of(b).total_cmp(&of(a))
     });
-    let [first, second, ..] = order[..] else { return "undecided: there was one way only".into() };
+    let [first, second, ..] = order[..] else { return "undecided: there was only one way".into() };
     let Estimate { median, low, high } = ratio(&all[first], &all[second]);
     let (first, second) = (WAYS[first].name, WAYS[second].name);
     let rounds = all[LIMIT].staged.len();
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(figures[4].as_f64().map(|speedup| speedup.round()), Some(3.0));
         let mut all = [1.0, 1.0, 1.2, 3.0, 2.0, 2.0, 0.9].map(times);
         assert!(fastest(&all).starts_with("undecided: "), "{}", fastest(&all));
-        // What was refused takes no part.
+        // A refused way is not compared.
         all[1] = Times::default();
         assert!(fastest(&all).starts_with("gathered: "), "{}", fastest(&all));
         assert!(each(&all[1], &all, 1 << 30).iter().all(Value::is_null));

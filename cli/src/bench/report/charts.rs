@@ -1,4 +1,4 @@
-//! The charts of a report. They are drawn at twice their size, because their backend knows whole pixels only.
+//! The charts of a report, drawn at twice their size, because the drawing backend only supports whole pixels.
 
 use super::ink::{self, Ink};
 use super::{SANE, Timeline, time};
@@ -8,12 +8,12 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-/// How many saves are drawn one by one.
+/// Maximum number of saves drawn one by one.
 pub const ROWS: usize = 12;
-/// A line needs no more points than this.
+/// Maximum number of points of a line.
 const POINTS: usize = 240;
 const WIDTH: u32 = 1800;
-/// The same for all charts over time, so that they can be read from one down to the next.
+/// The left margin of all charts over time, equal so that they align vertically.
 pub const LEFT: u32 = 300;
 pub const RIGHT: u32 = 150;
 const AXIS: u32 = 60;
@@ -22,7 +22,7 @@ const LETTERS: i32 = 30;
 pub type Drawn<T> = Result<T, DrawingAreaErrorKind<std::io::Error>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Every save as a row, with a lane for each phase.
+/// Draws every save as a row, with a lane for each phase.
 pub fn phases(saves: &[Timeline]) -> Drawn<String> {
     const LANE: f64 = 18.0;
     let rows = picked(saves);
@@ -30,7 +30,7 @@ pub fn phases(saves: &[Timeline]) -> Drawn<String> {
     let row_height = LANE * names.len() as f64 + 24.0;
     let height = row_height * rows.len() as f64;
     let end = latest(&rows);
-    // What is too short to see is drawn as a sliver.
+    // Phases too short to see become slivers.
     let sliver = end * 5.0 / f64::from(WIDTH - LEFT - RIGHT);
     canvas(height as u32 + AXIS + 20, |area| {
         let mut chart = ChartBuilder::on(area)
@@ -74,14 +74,14 @@ pub fn phases(saves: &[Timeline]) -> Drawn<String> {
     })
 }
 
-/// Bytes staged and written over time: the middle save over the others.
+/// Draws the bytes staged and written over time: the median save on top of the others.
 pub fn bytes(saves: &[Timeline]) -> Drawn<String> {
     let mut rows = picked(saves);
     rows.retain(|row| row.save.samples().next().is_some());
     let end = latest(&rows);
     let most = rows.iter().flat_map(|row| row.save.samples().map(|s| s.staged.max(s.written))).max().unwrap_or(0);
     let most = most.max(1) as f64;
-    // The middle one last, so that it lies on top.
+    // Draw the median save last, on top of the others.
     let middle = median_of(&rows);
     rows.sort_by_key(|row| Some(row.index) == middle);
     canvas(620, |area| {
@@ -125,7 +125,7 @@ pub fn bytes(saves: &[Timeline]) -> Drawn<String> {
     })
 }
 
-/// Every ratio as a dot, ours over the machine's own noise.
+/// Draws every ratio as a dot, ours above the machine's own noise.
 pub fn ratios(ours: &[f64], noise: &[f64]) -> Drawn<String> {
     const BINS: f64 = 80.0;
     const CAPTION: u32 = 60;
@@ -140,7 +140,7 @@ pub fn ratios(ours: &[f64], noise: &[f64]) -> Drawn<String> {
         .filter(|(_, values, _)| !values.is_empty())
         .map(|(name, values, ink)| (name, values, ink, stacked(values, low, (high - low) / BINS)))
         .collect();
-    // Dots as wide as their bin, or as flat as the tallest stack demands.
+    // Dots are as wide as their bin, or as flat as the tallest stack requires.
     let tallest = panels.iter().flat_map(|(.., dots)| dots).map(|(_, level)| level + 1).max().unwrap_or(1) as f64;
     let dot = (f64::from(WIDTH - LEFT / 2 - RIGHT) / BINS).min(240.0 / tallest);
     let top = (tallest * dot + 20.0).max(110.0).round();
@@ -183,7 +183,7 @@ pub fn ratios(ours: &[f64], noise: &[f64]) -> Drawn<String> {
     })
 }
 
-/// The names of all phases, in the order in which they come up.
+/// Returns the names of all phases, in the order of first use.
 pub fn phase_names<'a>(saves: impl Iterator<Item = &'a Timeline>) -> Vec<&'static str> {
     let mut names = Vec::new();
     for phase in saves.flat_map(Timeline::phases) {
@@ -208,7 +208,7 @@ impl Row<'_> {
     }
 }
 
-/// All saves, or when they are many the slowest, those in the middle and the fastest.
+/// Selects all saves or, if there are many, the slowest, those around the median and the fastest.
 fn picked(saves: &[Timeline]) -> Vec<Row<'_>> {
     let mut rows: Vec<Row<'_>> = saves.iter().enumerate().map(|(index, save)| Row { index, save, rank: "" }).collect();
     if rows.len() <= ROWS {
@@ -225,7 +225,7 @@ fn picked(saves: &[Timeline]) -> Vec<Row<'_>> {
     rows
 }
 
-/// The save of median length.
+/// Returns the save of median length.
 fn median_of(rows: &[Row<'_>]) -> Option<usize> {
     let mut sorted: Vec<_> = rows.iter().map(|row| (row.save.length(), row.index)).collect();
     sorted.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -237,7 +237,7 @@ fn latest(rows: &[Row<'_>]) -> f64 {
     if end > 0.0 { end.min(SANE) } else { 1.0 }
 }
 
-/// Where each value is, and how many lie under it.
+/// Returns each value's position, and the number of values below it in its bin.
 fn stacked(values: &[f64], low: f64, bin: f64) -> Vec<(f64, usize)> {
     let mut heights = std::collections::BTreeMap::new();
     let mut sorted = values.to_vec();
@@ -255,7 +255,7 @@ fn pairs(n: usize) -> String {
     if n == 1 { "1 pair".to_owned() } else { format!("{n} pairs") }
 }
 
-/// A moment on an axis that ends at `end`, in one unit for the whole axis.
+/// Formats a time on an axis that ends at `end`, in one unit for the whole axis.
 pub fn moment(at: f64, end: f64) -> String {
     let (scale, unit) = if end < 1e-3 {
         (1e6, "\u{b5}s")

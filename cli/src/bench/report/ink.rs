@@ -1,8 +1,8 @@
-//! The colours of a report: charts are drawn in those for paper, and the style sheet turns them over on a dark screen.
+//! The colours of a report. Charts use the light ones, and the style sheet replaces them on a dark screen.
 
 use plotters::style::RGBColor;
 
-/// One colour, on light and on dark ground.
+/// One colour, for light and dark backgrounds.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Ink {
     name: &'static str,
@@ -23,7 +23,7 @@ pub const OTHER: Ink = Ink { name: "other", light: (0x7b, 0x58, 0xa8), dark: "#b
 const ALL: [Ink; 9] = [TEXT, MUTED, GRID, LIMIT, CALL, STAGING, WRITING, COMMIT, OTHER];
 
 impl Ink {
-    /// The colour of a phase, the same wherever the phase appears.
+    /// Returns the colour of a phase, the same everywhere.
     pub fn of_phase(name: &str) -> Self {
         [("save call", CALL), ("staging", STAGING), ("writing", WRITING), ("commit", COMMIT)]
             .into_iter()
@@ -31,25 +31,25 @@ impl Ink {
             .unwrap_or(OTHER)
     }
 
-    /// What charts are drawn with.
+    /// Returns the colour for charts.
     pub fn rgb(self) -> RGBColor {
         let (r, g, b) = self.light;
         RGBColor(r, g, b)
     }
 
-    /// The colour in a style attribute.
+    /// Returns the colour for a style attribute.
     pub fn var(self) -> String {
         format!("var(--{})", self.name)
     }
 
-    /// As the backend of the charts writes it.
+    /// Returns the colour as the drawing backend writes it.
     fn hex(self) -> String {
         let (r, g, b) = self.light;
         format!("#{r:02X}{g:02X}{b:02X}")
     }
 }
 
-/// The rules that give every colour its name, and its other self on a dark screen. Paper stays light.
+/// Returns the style rules that name every colour and replace it on a dark screen. Printed pages stay light.
 pub fn rules() -> String {
     let light: String = ALL.iter().map(|ink| format!("--{}:{};", ink.name, ink.hex())).collect();
     let dark: String = ALL.iter().map(|ink| format!("--{}:{};", ink.name, ink.dark)).collect();

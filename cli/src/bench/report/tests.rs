@@ -16,7 +16,7 @@ fn empty() -> Report<'static> {
     }
 }
 
-/// A save whose phases overlap as those of a real one do; `slow` stretches it.
+/// Makes a save whose phases overlap like those of a real one; `slow` stretches it.
 fn save(label: String, slow: f64) -> Timeline {
     let (staged, durable, bytes) = (0.61 * slow, 1.18 * slow, 536_870_912_u64);
     let phase = |name, from, to| Phase { name, from, to };
@@ -37,7 +37,7 @@ fn save(label: String, slow: f64) -> Timeline {
     }
 }
 
-/// Rounds that scatter without being random.
+/// Makes rounds that vary, but not randomly.
 fn many(rounds: u32) -> Report<'static> {
     let scatter = |i: u32| f64::from(i.wrapping_mul(0x9e37_79b1) >> 16) / 65536.0;
     let around = |middle: f64, i: u32| middle + 0.09 * (scatter(i) + scatter(i + 991) + scatter(i + 7777) - 1.5);
@@ -72,7 +72,7 @@ fn tags<'a, 'd>(chart: &'a Document<'d>, name: &'static str) -> impl Iterator<It
     chart.descendants().filter(move |node| node.has_tag_name(name))
 }
 
-/// No chart has a number that is none, nor anything that lies outside of it.
+/// Checks that all numbers of every chart are valid, and all shapes are inside it.
 fn check(page: &str) {
     for chart in charts(page) {
         let size = |name| chart.root_element().attribute(name).unwrap().parse::<f64>().unwrap();
@@ -135,7 +135,7 @@ fn the_cost_comes_first() {
     let page = many(1).html().replace(NBSP, " ");
     let lead = page.split("<p class=\"lead\">").nth(1).unwrap();
     assert!(
-        lead.starts_with("A save holds the training thread for 410 \u{b5}s of the 944 ms until it is durable: 0.04 %."),
+        lead.starts_with("A save blocks training for 410 \u{b5}s of the 944 ms until it is durable: 0.04 %."),
         "{lead}"
     );
 }
@@ -170,7 +170,7 @@ fn what_no_clock_measures_is_left_out() {
     report.saves[1].samples.extend(wrong.map(|at| Sample { at, staged: u64::MAX, written: 0 }));
     let page = report.html();
     check(&page);
-    assert!(page.contains("Left out, because not a ratio: 10.") && !page.contains("NaN") && !page.contains("inf "));
+    assert!(page.contains("Omitted, not valid ratios: 10.") && !page.contains("NaN") && !page.contains("inf "));
 }
 
 #[test]
