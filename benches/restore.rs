@@ -1,4 +1,5 @@
-//! Opening a step and reading it whole, every byte checked, from storage in memory: what is left when the disk costs nothing.
+//! Opens a step and reads it whole, every byte checked, from storage in memory: the cost of a restore without
+//! the disk.
 
 mod made;
 

@@ -1,7 +1,7 @@
-//! What a save costs the thread that trains: making the state dict, `save` itself, and letting go of the sources.
+//! What a save costs the training thread: making the state dict, `save` itself, and releasing the sources.
 //!
-//! Storage is in memory and states are small, so that the figures are those of the calling thread. `save` is measured with the
-//! structure cached, as in every save but the first; the pipeline behind it is idle when it is called.
+//! Storage is in memory and states are small, so that the figures are those of the calling thread. `save`
+//! runs with the structure cached, as in every save but the first, and with an idle pipeline.
 
 mod made;
 

@@ -1,4 +1,5 @@
-//! Copying and digesting 64 MiB of host memory into the arena, until the sources are free again; what is staged is dropped.
+//! Copies and digests 64 MiB of host memory into the arena, until the sources are free again; the staged
+//! chunks are dropped.
 
 mod made;
 

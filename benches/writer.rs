@@ -1,5 +1,6 @@
-//! Digesting, writing and committing 64 MiB that are in the arena already, until they are durable in a directory under `target`.
-//! `ashore bench write` compares the same with the disk's own limit; here the engines can be compared from change to change.
+//! Digests, writes and commits 64 MiB that are in the arena already, until they are durable in a directory
+//! under `target`. `ashore bench write` compares the same work with the disk's own limit; this bench compares
+//! the engines from change to change.
 
 mod made;
 

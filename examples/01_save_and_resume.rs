@@ -1,6 +1,6 @@
-//! A training loop that can be killed at any moment and goes on from its newest durable step.
+//! A training loop that can be killed at any moment and resumes from its newest durable step.
 //!
-//! `cargo run --example 01_save_and_resume -- runs/example` twice: the second run goes on where the first one ended.
+//! Run `cargo run --example 01_save_and_resume -- runs/example` twice: the second run resumes the first one.
 
 use ashore::{Checkpoint, CheckpointExecutor, HostTensor, StateDict};
 use std::{path::Path, sync::Arc, time::Duration};
@@ -37,7 +37,7 @@ impl Training {
     }
 }
 
-/// Trains `more` updates on from the newest durable step, and saves after every fifth and after the last.
+/// Trains `more` updates from the newest durable step, and saves after every fifth and after the last.
 pub(crate) fn train(root: &Path, more: u64) -> ashore::Result<Training> {
     let executor = CheckpointExecutor::builder(root).arena(32 << 20).chunk(4 << 20).keep_last(2).build()?;
     let new = || Training { step: 0, weights: vec![0.0; 1_000_000].into(), momentum: vec![0.0; 1_000_000].into() };

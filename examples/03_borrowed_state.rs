@@ -1,4 +1,4 @@
-//! State that is only borrowed is saved in a scope, which ends when nothing reads it any more.
+//! A scope saves borrowed state; it ends when nothing reads that state any more.
 
 use ashore::{CheckpointExecutor, Fence, HostTensor, StateDict};
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Reading a checkpoint needs no executor: metadata alone, some tensors, a slice, into memory that is there already.
+//! Reading a checkpoint needs no executor: metadata alone, some tensors, a slice, into existing memory.
 
 use ashore::{Catalog, CheckpointExecutor, HostTensor, StateDict, Targets};
 use std::{sync::Arc, time::Duration};

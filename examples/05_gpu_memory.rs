@@ -1,6 +1,6 @@
-//! Tensors in a GPU's memory, allocated with cudarc: saved while the GPU goes on, and restored.
-//!
-//! `--simulated` runs it where there is no GPU, on the simulated driver of this project's tests; leave that line out of yours.
+//! Saves tensors in GPU memory, allocated with cudarc, while the GPU continues, and restores them.
+//! `--simulated` runs it without a GPU, on the simulated driver of this project's tests; leave that line out
+//! of your program.
 
 use ashore::adapters::cudarc::CudaTensor;
 use ashore::{CheckpointExecutor, DeviceChoice, Fence, StateDict};
@@ -12,14 +12,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return simulated();
     }
     let root = std::env::temp_dir().join(format!("ashore-example-{}", std::process::id()));
-    // A GPU that is missing is an error here; `DeviceChoice::Auto` would go on without one.
+    // A missing GPU is an error here; `DeviceChoice::Auto` would continue without one.
     let executor =
         CheckpointExecutor::builder(&root).device(DeviceChoice::Cuda(0)).arena(16 << 20).chunk(1 << 20).build()?;
     println!("copies with {}", executor.device());
     let stream = CudaContext::new(0)?.new_stream()?;
     let mut weights = stream.clone_htod(&vec![0.5_f32; 3 << 20])?;
 
-    // Borrowed: nothing can write them in the scope. At its end the stream waits for the copies on the GPU, this thread does not.
+    // Nothing can write borrowed tensors in the scope. At its end the stream, not this thread, waits for the
+    // copies on the GPU.
     let save = executor.scope(Fence::on(&[(&stream).into()]), |scope| {
         let mut state = StateDict::new();
         state.tensor("weights", CudaTensor::new(&weights, [3 << 10, 1 << 10])?)?;
@@ -39,7 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Again, in a process whose loader finds the simulated driver under the driver's name.
+/// Runs this program again in a process whose loader finds the simulated driver under the driver's name.
 fn simulated() -> Result<(), Box<dyn std::error::Error>> {
     let folder = tempfile::tempdir()?;
     for name in ["libcuda.so", "libcuda.so.1"] {

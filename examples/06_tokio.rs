@@ -1,7 +1,8 @@
-//! Saving from an asynchronous program: wait for the save or for Ctrl-C, whichever comes first, and lose nothing in either case.
+//! Saving from an asynchronous program: wait for the save or for Ctrl-C, whichever comes first, and lose
+//! nothing in either case.
 //!
-//! Interrupt it while it runs, or start it with `--interrupt`, which sends the signal after the third step. The second start goes on
-//! where the first one ended.
+//! Interrupt it while it runs, or start it with `--interrupt`, which sends the signal after the third step.
+//! The second start resumes where the first one ended.
 
 use ashore::{CheckpointExecutor, HostTensor, StateDict};
 use std::{sync::Arc, time::Duration};
@@ -31,7 +32,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         if interrupt && step == 3 {
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::INT)?;
         }
-        // A program that trains would only look here: nothing needs to wait for the save before the next fence.
+        // A training program would only poll here: nothing needs to wait for the save before the next fence.
         tokio::select! {
             outcome = save => println!("step {step} is durable after {:?}", outcome?.committed().map(|c| c.durable)),
             signal = &mut stop => {

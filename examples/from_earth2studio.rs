@@ -1,4 +1,4 @@
-//! earth2studio's session: a forecast that stops after some steps, and goes on from its last flush as if it had not.
+//! earth2studio's session: a forecast that stops after some steps and resumes from its last flush, unchanged.
 
 use ashore::compat::earth2studio::{Checkpoint, Metadata, Mode, Tensor, checkpoint_state};
 use std::path::Path;
@@ -24,7 +24,7 @@ impl Forecast {
     }
 }
 
-/// Goes on until `stop` hours; every second boundary is flushed while the next step computes.
+/// Forecasts until `stop` hours; every second boundary is flushed while the next step computes.
 fn forecast(path: &Path, stop: u32) -> ashore::Result<Forecast> {
     let checkpoint =
         Checkpoint::builder("demo").path(path).mode(Mode::Append).history_size(3).flush_interval(2).build()?;

@@ -1,4 +1,4 @@
-//! A graph runner that is killed in the middle and resumes from its active set: the program runs itself and kills that.
+//! A graph runner that is killed and resumes from its active set: the program runs itself and kills that run.
 
 use ashore::compat::graph::{ActiveSnapshot, Checkpointer, Directory};
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ pub(crate) struct State {
     trace: Vec<String>,
 }
 
-/// Runs a node and says which come next.
+/// Runs a node and returns the nodes that come next.
 fn node(name: &str, state: &mut State) -> &'static [&'static str] {
     state.trace.push(format!("{name} {}", state.trace.len()));
     match name {
@@ -35,7 +35,7 @@ pub(crate) async fn run(store: &dyn Checkpointer<State>, supersteps: u64) -> ash
     }
     for step in first..supersteps {
         active = active.iter().flat_map(|it| node(&it.node_name, &mut state)).map(|name| task(name)).collect();
-        // The set first: killed between the two, the run repeats this superstep.
+        // Save the set first: if killed between the two, the run repeats this superstep.
         store.save_active(RUN, step + 1, &active).await?;
         store.save(RUN, step, &state).await?;
         println!("{step}");

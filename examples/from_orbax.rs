@@ -1,5 +1,5 @@
-//! Coming from Orbax: a `CheckpointManager` with policies, composite items, metrics, and a handler with a path that is not known
-//! yet.
+//! Coming from Orbax: a `CheckpointManager` with policies, composite items, metrics, and a handler that does
+//! not know its path yet.
 
 use ashore::compat::orbax::{
     AnyPreservationPolicy, BestN, CheckpointManager, CheckpointManagerOptions, CompositeArgs, DeferredPath,
@@ -42,7 +42,7 @@ pub(crate) fn main() -> Result<(), Box<dyn std::error::Error>> {
     assert_eq!(Item::of(&newest, "model")?.read_as::<f32>("weights")?[0], 40.0);
     assert_eq!(Item::of(&newest, "dataloader")?.value::<u64>("position")?, 40);
 
-    // A handler may begin before anybody knows where the step goes.
+    // A handler may begin before the path of the step is known.
     let (handler, deferred, signals) = (StandardCheckpointHandler::new(engine), DeferredPath::new(), Signals::new());
     let id = signals.next_operation_id(&[HandlerAwaitableSignal::StepDirectoryCreation]);
     let mut state = StateDict::new();

@@ -1,5 +1,5 @@
-//! Coming from torch's distributed checkpointing: `execute_save`, once with a state that is staged, once with one that is still
-//! being staged and larger than the arena.
+//! Coming from torch's distributed checkpointing: `execute_save`, once with a staged state, once with a state
+//! that is still being staged and larger than the arena.
 
 use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, Staging, ThreadExecutor};
 use ashore::{Checkpoint, CheckpointExecutor, Dtype, Layout, StateDict};
@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let saved = Checkpoint::open(&place)?;
     assert_eq!((saved.read_as::<f32>("weights")?, saved.value::<u32>("epoch")?), (vec![0.5; 1000], 3));
 
-    // The same executor again, with a staging future: each tensor is written as it comes.
+    // The same executor again, with a staging future: the executor writes each tensor as it arrives.
     let names = ["embedding", "head"];
     let tensors = names.map(|name| (name.to_owned(), Layout::new(Dtype::U8, [LEN])));
     let (mut stage, staging) = Staging::channel(StateDict::new(), tensors)?;
@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     future.result(MINUTE)?.ok_or("no other save was under way")?;
     assert_eq!(executor.executor().checkpoint(200)?.read("head")?, vec![2; LEN]);
 
-    // What contradicts itself is refused before anything is touched.
+    // `execute_save` refuses contradictory arguments before it touches anything.
     let wrong = ExecuteOptions::new().checkpoint_id("step-300").no_dist(true).use_collectives(false);
     assert!(executor.execute_save(StateDict::new().into(), wrong).is_err());
     executor.close(MINUTE)?;

@@ -25,7 +25,7 @@ pub fn state(names: &[String], data: &Arc<Vec<f32>>) -> StateDict<'static> {
     state
 }
 
-/// Saves one after the other, through an arena that is larger than most states here.
+/// An executor that saves one step after the other, through an arena that is larger than most states here.
 pub fn builder(storage: Arc<dyn Storage>) -> Builder {
     CheckpointExecutor::builder("elsewhere").storage(storage).arena(128 << 20).overlap(Overlap::Block)
 }

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What the disk can do: the seconds in which BYTES reach it durably when nothing stands in between.
+"""Measures the disk's limit: the seconds in which BYTES become durable when no library is involved.
 
     limit.py DIR BYTES
 
-A fresh file, its room reserved, random bytes in direct writes of 8 MiB by four threads, fsync; then a small file beside it,
-written, fsynced, renamed, and the directory fsynced, as every checkpoint needs. All that twice; the second time counts.
+A fresh file, its space reserved, random bytes in direct writes of 8 MiB by four threads, fsync; then a small file beside it,
+written, fsynced, renamed, and the directory fsynced, as every checkpoint needs. It runs twice; the second run counts.
 """
 import concurrent.futures
 import mmap
@@ -18,7 +18,8 @@ own = threading.local()
 
 
 def prepare(noise):
-    # Aligned, as direct writes need it; in large pages, because a write from many small ones falls apart into many requests.
+    # Aligned, as direct writes require; in huge pages, because a write from many small ones becomes many
+    # requests.
     own.buffer = mmap.mmap(-1, CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     own.buffer.madvise(mmap.MADV_HUGEPAGE)
     own.buffer.write(noise)
@@ -36,14 +37,14 @@ def main(folder, size):
         # Starts every thread, and so fills every buffer, before the clock runs.
         barrier = threading.Barrier(THREADS)
         list(pool.map(lambda _: barrier.wait(), range(THREADS)))
-        # Once for nothing: a save that is timed comes after one that warms up, too.
+        # The first run warms up, as the save before a timed save does.
         for _ in range(2):
             seconds = run(pool, folder, -(-size // PAGE) * PAGE)
         print(seconds)
 
 
 def run(pool, folder, end):
-    """Leaves nothing; deleting is not in the time."""
+    """One run's seconds, without the deletion of its files."""
     began = time.monotonic()
     descriptor = os.open(f"{folder}/data", os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_DIRECT, 0o644)
     os.posix_fallocate(descriptor, 0, end)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stands for a training program: multiplies matrices on one thread until its stdin ends, then prints when each was done.
+"""Stands for a training program: multiplies matrices on one thread until its stdin ends, then prints when each ended.
 
     loop.py
 """

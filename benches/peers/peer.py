@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""One save by one peer. Says `ready` on stdout, waits for a line on stdin, saves, and says as JSON what it took.
+"""One save by one peer. Prints `ready` on stdout, waits for a line on stdin, saves, and prints what it cost as JSON.
 
     peer.py SYSTEM WORKLOAD SCALE whole|tiny DIR
 
-What is saved to warm up is the whole state, or one tensor.
+The warm-up save is of the whole state, or of one tensor.
 """
 import concurrent.futures
 import gc
@@ -23,7 +23,7 @@ FSYNCS = 16
 
 
 def arrays(tensors):
-    """Random bits, the same for every system: what compresses well would flatter those who compress."""
+    """Random bits, the same for every system: compressible bits would favour systems that compress."""
     for index, (name, dtype, shape) in enumerate(tensors):
         kind = {"F32": numpy.uint32, "BF16": numpy.uint16}[dtype]
         yield name, numpy.random.default_rng(index).integers(0, 1 << (8 * workload.SIZE[dtype]), shape, dtype=kind)
@@ -36,7 +36,7 @@ def fsync(path):
 
 
 def fsync_tree(root):
-    """Every file, every directory, and the root's entry above it; many at a time, so that they share the journal's commits."""
+    """Fsyncs every file, every directory, and the root's entry above it; many at a time, to share the journal's commits."""
     paths = [root.parent]
     for folder, _, files in os.walk(root):
         paths += [folder, *(os.path.join(folder, name) for name in files)]
@@ -45,7 +45,7 @@ def fsync_tree(root):
 
 
 def main(name, kind, scale, warm, folder):
-    # Libraries may print; what we say is for who started us.
+    # Libraries may print to stdout; our lines are for the parent process.
     say = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -90,10 +90,10 @@ def main(name, kind, scale, warm, folder):
         "versions": system.versions,
     }
     print(json.dumps(report), file=say)
-    # Some keep threads or processes that would outlive an ordinary end.
+    # Some systems keep threads or processes that would outlive an ordinary exit.
     os._exit(0)
 
 
-# A system that starts processes imports this file again in them.
+# The processes that a system starts import this file again.
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4], pathlib.Path(sys.argv[5]).resolve())

@@ -74,7 +74,7 @@ def take(bench, system, interference):
 
 
 def measure(bench, args):
-    """Rounds, each a map from system to sample, in the order taken."""
+    """Takes all samples: rounds, each a map from system to sample, in the order taken."""
     order, rounds = random.Random(args.seed), []
     systems = args.systems + ([NOTHING] if args.interference else [])
     for number in range(args.rounds):
@@ -88,7 +88,7 @@ def measure(bench, args):
 
 
 def heading(bench, args, load, rounds):
-    """What the figures are of."""
+    """The machine and versions of the figures."""
     every = [sample for taken in rounds for sample in taken.values()]
     limits = [bench.bytes / seconds for sample in every for seconds in sample.get("limit_seconds", [])]
     versions = {}
@@ -131,7 +131,7 @@ def main():
     bench = samples.Bench(args)
     if shutil.disk_usage(bench.scratch).free < 3 * bench.bytes:
         sys.exit(f"{bench.scratch} has no room for 3 times {bench.bytes} bytes")
-    # An end asked for is an ordinary one: processes end, files go.
+    # SIGTERM ends the program in order: processes end, files are deleted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load = os.getloadavg()[0]
     systems, rounds = measure(bench, args)

@@ -17,16 +17,16 @@ HERE = pathlib.Path(__file__).resolve().parent
 LIMIT_S = 300
 OURS = "ashore"
 NAMES = (OURS, *systems.STOCK, *systems.JAX)
-# What the loop is timed over before a save, and beside nothing at all.
+# The seconds over which the loop is timed before a save, and beside nothing.
 LEAD_S, IDLE_S = 3.0, 1.0
 
 
 class Failed(Exception):
-    """A sample that came to nothing."""
+    """A sample failed."""
 
 
 class Bench:
-    """Where to take samples, and of what."""
+    """The directory, programs and workload of the samples."""
 
     def __init__(self, args):
         self.envs, self.scratch, self.ashore = args.envs.resolve(), args.dir.resolve(), args.ashore
@@ -38,7 +38,7 @@ class Bench:
         return str(self.envs / environment / "bin/python")
 
     def sample(self, system):
-        """What a save by this system took, and the seconds that the bare disk needed for as much."""
+        """The cost of a save by this system, and the seconds that the bare disk needed for as many bytes."""
         around = []
         took = self.save(system, before=lambda: around.append(self.limit()), after=lambda: around.append(self.limit()))
         limit = sum(around) / len(around)
@@ -71,7 +71,7 @@ class Bench:
             return process.answer()
 
     def save_ours(self, _, folder, before):
-        """The same from the program, which measures itself. Its arena is bought when it starts, so it counts as peak."""
+        """The same for `ashore`, which measures itself. It allocates its arena at start, so the arena counts in its peak."""
         command = [self.ashore, "bench", "save", "--workload", self.workload, "--scale", str(self.scale)]
         before()
         with Process([*command, "--rounds", "1", "--no-limit", "--json", "--dir", str(folder)]) as process:
@@ -106,7 +106,7 @@ class Bench:
             loop.stdin.close()
             times = loop.answer()
         began, seconds = took["began"], took["durable_seconds"]
-        # The loop stands still for no moment between our call and the save, so this is the time right before it.
+        # The loop never pauses between our call and the save, so this is the time right before it.
         before = rate(times, began - 0.8 * LEAD_S, began)
         during = rate(times, began, began + seconds)
         loss = 1 - during / before
@@ -117,7 +117,7 @@ class Bench:
 
 
 class Folder:
-    """A fresh directory, deleted in the end; and the deletion brought to disk, so that it weighs on nobody's sample."""
+    """A fresh directory, deleted at the end; the deletion is synced, so that it does not affect another sample."""
 
     def __init__(self, parent):
         self.parent = parent
@@ -134,14 +134,14 @@ class Folder:
 
 
 class Process:
-    """A program that answers with JSON, ended with all that it started when it is left or takes too long."""
+    """A program that prints JSON; leaving it, or its time limit, ends it and every process that it started."""
 
     def __init__(self, command):
         self.command = command
 
     def __enter__(self):
         self.errors = tempfile.TemporaryFile("w+")
-        # What a killed program leaves behind in its place for such things goes with it.
+        # A killed program's temporary files are deleted with this folder.
         self.temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         own = {"start_new_session": True, "env": os.environ | {"TMPDIR": self.temporary.name}}
@@ -152,7 +152,7 @@ class Process:
         return self
 
     def wind(self):
-        """Grants the time limit anew."""
+        """Restarts the time limit."""
         if self.timer:
             self.timer.cancel()
         self.timer = threading.Timer(LIMIT_S, self.give_up)
@@ -167,7 +167,7 @@ class Process:
         self.temporary.cleanup()
 
     def answer(self):
-        """What the program said last, when it has ended well."""
+        """The program's last line, once it has ended without an error."""
         said = self.stdout.read().strip()
         if self.process.wait() != 0 or not said:
             raise Failed(self.why())
@@ -193,12 +193,12 @@ class Process:
 
 
 def since_boot(unix_seconds):
-    """The same moment on the clock that the other processes tell."""
+    """This moment on the clock that the other processes use."""
     return time.monotonic() - (time.time() - unix_seconds)
 
 
 def rate(times, begin, end):
-    """Rounds per second between two moments; a round that lies partly within counts as that part."""
+    """Rounds per second between two moments; a round that is partly within counts as that part."""
     counted = 0.0
     for earlier, later in zip(times, times[1:]):
         counted += max(0.0, min(later, end) - max(earlier, begin)) / (later - earlier)

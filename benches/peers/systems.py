@@ -1,7 +1,7 @@
-"""The peers, each used as its documentation tells a user to.
+"""The peers, each used as its documentation says.
 
 A system turns arrays into its own state, and saves it: `save` returns when the caller may train on and change the tensors, with
-a function that returns when the system says that the save is done. Nobody is asked to fsync here.
+a function that returns when the system says that the save is done. This file never asks a system to fsync.
 """
 import importlib.metadata
 import os
@@ -62,8 +62,8 @@ class Dcp(Torch):
 
     def state(self, arrays):
         state = super().state(arrays)
-        # Each tensor is handed to the other process by a descriptor, two while it is sent. Where these do not suffice, torch's
-        # documentation says to do this instead.
+        # torch passes each tensor to the other process by a descriptor, two while it is sent. Where the
+        # descriptors do not suffice, its documentation says to do this instead.
         if 2 * len(state) > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
             self.torch.multiprocessing.set_sharing_strategy("file_system")
         return state
@@ -110,7 +110,7 @@ class TensorStore:
         return {name: array.view(self.types[str(array.dtype)]) for name, array in arrays}
 
     def save(self, path, state):
-        # A transaction of a database is held in memory until it is committed; files are written as they come.
+        # A transaction of a database stays in memory until it is committed; files are written as they come.
         transaction = self.ts.Transaction() if self.database else None
         context = self.ts.Context()
         opening = [self.open(path, name, array, context, transaction) for name, array in state.items()]

@@ -1,4 +1,4 @@
-"""What a process and its descendants used, from /proc."""
+"""The CPU time and memory of a process and its descendants, from /proc."""
 import os
 import pathlib
 import resource
@@ -22,7 +22,7 @@ def descendants(pid):
 
 
 def seconds(pid):
-    """Processor time of a process of ours that lives, its dead and reaped children included; in ticks of mostly 10 ms."""
+    """CPU time of a live process of ours, including its dead and reaped children; in ticks of mostly 10 ms."""
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / TICK
 
@@ -35,20 +35,20 @@ def memory(pid, *names):
 
 
 class Use:
-    """Processor time and peak memory of this process and its descendants."""
+    """CPU time and peak memory of this process and its descendants."""
 
     def __init__(self):
-        """Memory counts from here on, so that what a system keeps from one save to the next is not forgotten."""
+        """Counts memory from here on, so that what a system keeps from one save to the next is included."""
         self.resident = memory(os.getpid(), "VmRSS")[0]
 
     def begin(self):
-        """From here on processor time counts, and a new peak."""
+        """Counts CPU time, and a new peak, from here on."""
         self.peaks = True
         for pid in [os.getpid(), *descendants(os.getpid())]:
             try:
                 pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")
             except OSError:
-                self.peaks = False  # a kernel that keeps no peaks to forget
+                self.peaks = False  # this kernel cannot reset peaks
         self.cpu = self.total()
 
     def total(self):
@@ -61,8 +61,8 @@ class Use:
         return self.total() - self.cpu
 
     def peak(self):
-        """The sum of every process's own peak, so at most too high. What is shared counts where it was shared from. None where
-        the kernel does not tell."""
+        """The sum of every process's own peak, so at most too high. Shared memory counts in the process that shared it. None
+        where the kernel does not report peaks."""
         if not self.peaks:
             return None
         grown = memory(os.getpid(), "VmHWM")[0] - self.resident

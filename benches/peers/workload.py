@@ -1,4 +1,4 @@
-"""What is saved: names, dtypes and shapes. Nothing but the standard library, because every environment reads it."""
+"""The saved state: names, dtypes and shapes. Uses only the standard library, because every environment reads it."""
 import math
 
 NAMES = ("large", "small", "adam-1b")

@@ -1,6 +1,7 @@
-//! A block, coded by a scheme: a transform, a coder, and which planes are worth coding.
+//! Codes a block by a scheme: a transform, a coder, and the planes that are worth coding.
 //!
-//! A coded block is the lengths of its planes, four bytes each, and the planes. A plane as long as it was is stored as it is.
+//! A coded block is the lengths of its planes, four bytes each, and the planes. A plane of unchanged length
+//! is stored raw.
 
 use crate::coder::{Code, Coder};
 use crate::memory::Aligned;
@@ -10,7 +11,7 @@ use std::fmt;
 /// The unit of coding: with its planes and the coder's tables it fits the second-level cache.
 pub const BLOCK: usize = 256 << 10;
 
-/// What a coded block is longer than its raw bytes at most.
+/// By how much a coded block is longer than its raw bytes at most.
 pub const OVERHEAD_MAX: usize = 4 * LENGTH;
 
 const LENGTH: usize = 4;
@@ -18,7 +19,7 @@ const LENGTH: usize = 4;
 /// A plane must shrink at least to this to be worth its time.
 const WORTH: f64 = 0.98;
 
-/// Blocks that are coded to find out which planes are worth it.
+/// How many blocks are coded to find the planes that are worth coding.
 const PROBES: usize = 8;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -31,7 +32,8 @@ pub struct Scheme {
 }
 
 impl Scheme {
-    /// Decides by some blocks of the data which planes to code: storing what does not shrink saves most of the time.
+    /// Decides from some blocks of the data which planes to code: storing planes that do not shrink saves
+    /// most of the time.
     pub fn probed(transform: Transform, code: Code, width: usize, raw: &[u8], last: Option<&[u8]>) -> Self {
         let all = Self { transform, code, width, coded: u8::MAX };
         let mut codec = Codec::new(all);
@@ -89,7 +91,7 @@ impl Codec {
         };
         let each = raw.len() / count;
         let planes = &mut self.planes[..raw.len()];
-        // One plane needs no splitting: it is coded, or stored, from where it lies.
+        // One plane needs no splitting: it is coded, or stored, from the raw block.
         if count > 1 {
             let mut planes: Vec<&mut [u8]> = planes.chunks_mut(each).collect();
             transform.split(raw, width, &mut planes);
@@ -160,7 +162,8 @@ fn xor<'a>(a: &[u8], b: &[u8], out: &'a mut [u8]) -> &'a [u8] {
 mod tests {
     use super::*;
 
-    /// Elements whose highest byte says little and whose others say everything, with special values between them.
+    /// Elements whose highest byte is predictable and whose other bytes are random, with special values
+    /// between them.
     fn elements(width: usize, seed: u32) -> Aligned {
         let mut all = Aligned::zeroed(BLOCK);
         let mut state = seed;

@@ -1,4 +1,5 @@
-//! The coders under study, each at one setting, behind one shape: from a slice into a slice, no state from block to block.
+//! The coders under study, each at one setting, behind one shape: from a slice into a slice, no state from
+//! block to block.
 
 use pco::standalone::{simple_compress_into, simple_decompress_into};
 use pco::{ChunkConfig, DeltaSpec, ModeSpec};
@@ -11,14 +12,14 @@ use zstd::zstd_safe::{CParameter, ParamSwitch};
 pub enum Code {
     Lz4,
     Zstd(i32),
-    /// zstd that looks for next to no matches and Huffman-codes every literal.
+    /// zstd that looks for almost no matches and Huffman-codes every literal.
     Huffman,
     /// Bins with tANS, level 0 to 12. Takes elements, not planes.
     Pco(usize),
 }
 
 impl Code {
-    /// Those that take bytes.
+    /// The coders that take bytes.
     pub const OF_BYTES: [Self; 6] =
         [Self::Lz4, Self::Zstd(-5), Self::Zstd(-1), Self::Zstd(1), Self::Zstd(3), Self::Huffman];
 }
@@ -61,7 +62,7 @@ impl Coder {
         Self::Zstd(Box::new((compressor, Decompressor::new().expect("memory"))))
     }
 
-    /// The length in `out`; `None` when it does not fit there.
+    /// Codes into `out` and returns the length; `None` when it does not fit.
     pub fn encode(&mut self, raw: &[u8], out: &mut [u8]) -> Option<usize> {
         match self {
             Self::Lz4 => lz4_flex::block::compress_into(raw, out).ok(),

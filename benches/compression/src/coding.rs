@@ -1,4 +1,4 @@
-//! How fast blocks are coded: passes over a window of memory, by one thread or several.
+//! Measures how fast blocks are coded: passes over a window of memory, by one thread or several.
 
 use crate::block::{BLOCK, Codec, Scheme};
 use crate::data::Kind;
@@ -8,7 +8,7 @@ use crate::memory::Aligned;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Memory that is coded, larger than the caches.
+/// The memory to code, larger than the caches.
 pub struct Window {
     pub name: &'static str,
     pub width: usize,
@@ -49,7 +49,7 @@ pub struct Trial<'a> {
 
 struct Worker {
     codec: Codec,
-    /// As large as what is written at once, and used from one end to the other, as a program would.
+    /// As large as one write, and used from start to end, as a program would.
     out: Aligned,
     at: usize,
 }
@@ -67,7 +67,7 @@ impl Worker {
 }
 
 impl<'a> Trial<'a> {
-    /// Codes the window once and checks every bit of what comes back.
+    /// Codes the window once and checks every decoded bit.
     pub fn new(window: &'a Window, scheme: Scheme, threads: usize) -> Self {
         let workers = (0..threads).map(|_| Worker::new(scheme)).collect();
         let (encoded, decoded, starts) = (Vec::new(), Vec::new(), vec![0]);
@@ -103,7 +103,7 @@ impl<'a> Trial<'a> {
         self.decoded.push(pass(&mut self.workers, window.blocks(), decode));
     }
 
-    /// Medians.
+    /// Medians of the laps so far.
     pub fn speed(&self) -> Speed {
         let len = self.window.raw.len();
         let rate = |laps: &[Lap]| median(laps.iter().map(|lap| rate(len, lap.cpu)));
@@ -112,7 +112,7 @@ impl<'a> Trial<'a> {
     }
 }
 
-/// Copies the window as `Trial::lap` codes it.
+/// Copies the window block by block, as `Trial::lap` codes it.
 pub fn copy(window: &Window, threads: usize) -> Lap {
     let mut outs: Vec<_> = (0..threads).map(|_| (Aligned::zeroed(WRITE), 0)).collect();
     pass(&mut outs, window.blocks(), |(out, at), i| {
@@ -130,7 +130,7 @@ pub fn digest(window: &Window, threads: usize) -> Lap {
     })
 }
 
-/// Lets a thread for each worker take blocks until there are none.
+/// Runs a thread for each worker, which takes blocks until none is left.
 fn pass<W: Send>(workers: &mut [W], blocks: usize, work: impl Fn(&mut W, usize) + Sync) -> Lap {
     let next = AtomicUsize::new(0);
     let take = |worker: &mut W| {

@@ -1,5 +1,5 @@
-//! What is compressed: the state of a trained model from two checkpoints of the demo, and noise that has no structure but its
-//! distribution.
+//! The data to compress: the state of a trained model from two checkpoints of the demo, and noise whose only
+//! structure is its distribution.
 
 use half::bf16;
 use safetensors::SafeTensors;

@@ -9,25 +9,25 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// How much is written at once.
+/// The length of one write.
 pub const WRITE: usize = 8 << 20;
 
-/// Writes in flight. Enough that the disk has one to do when a writer waits for a core.
+/// Writes in flight. Enough that the disk always has one while a writer waits for a core.
 pub const WRITERS: usize = 4;
 
-/// A fresh file without a name, so that nothing stays behind however the program ends.
+/// Creates a file without a name, so that nothing stays behind however the program ends.
 pub fn fresh(dir: &Path) -> Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
     Ok(open(dir, flags, Mode::RUSR | Mode::WUSR)?.into())
 }
 
-/// Takes the room for a file, as the library does.
+/// Reserves the space of a file, as the library does.
 pub fn reserve(file: &File, len: usize) {
-    // Not every file system can.
+    // Not every file system can reserve space.
     let _ = fallocate(file, FallocateFlags::empty(), 0, len as u64);
 }
 
-/// Writes `bytes` as they lie, which copies nothing: no program that copies or digests can be faster.
+/// Writes `bytes` in place without a copy: no program that copies or digests can be faster.
 pub fn write_raw(dir: &Path, bytes: &Aligned) -> Result<Duration> {
     write(dir, bytes, &mut [(); WRITERS], |(), piece, file, at| file.write_all_at(piece, at))
 }

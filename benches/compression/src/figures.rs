@@ -1,4 +1,4 @@
-//! Times, what they mean, and how they are printed.
+//! Computes and prints times, ratios and speeds.
 
 use rustix::time::{ClockId, clock_gettime};
 use std::time::Duration;
@@ -7,45 +7,47 @@ use std::time::Duration;
 #[derive(Clone, Copy)]
 pub struct Lap {
     pub wall: Duration,
-    /// Of all threads together: what counts on a machine that others use too.
+    /// CPU time of all threads together, which is what counts on a shared machine.
     pub cpu: Duration,
 }
 
 /// A scheme's ratio and its speeds, in GB/s of raw bytes.
 #[derive(Clone, Copy)]
 pub struct Speed {
-    /// Coded by raw.
+    /// Coded bytes by raw bytes.
     pub ratio: f64,
-    /// By processor time of one core.
+    /// By CPU time of one core.
     pub encode: f64,
     pub decode: f64,
 }
 
 impl Speed {
-    /// Time to durable without compression by that with it, when coding on `cores` and writing at `disk` GB/s overlap fully.
+    /// Time to durable without compression by that with it, when coding on `cores` and writing at `disk` GB/s
+    /// overlap fully.
     pub fn gain(&self, cores: f64, disk: f64) -> f64 {
         (1.0 / self.ratio).min(cores * self.encode / disk)
     }
 
-    /// Processor seconds that coding costs for a gigabyte of raw bytes.
+    /// CPU seconds that coding costs for a gigabyte of raw bytes.
     pub fn cost(&self) -> f64 {
         1.0 / self.encode
     }
 }
 
-/// Processor time of this thread.
+/// CPU time of this thread.
 pub fn thread_time() -> Duration {
     since_epoch(ClockId::ThreadCPUTime)
 }
 
-/// Processor time of the whole program.
+/// CPU time of the whole program.
 pub fn program_time() -> Duration {
     since_epoch(ClockId::ProcessCPUTime)
 }
 
-/// Processor time of every program on the machine, and what its host took away.
+/// CPU time of every program on the machine, and what its host took away.
 pub fn machine_time() -> Duration {
-    // User, nice, system, idle, waiting for storage, interrupts, soft interrupts, stolen; hundredths of a second.
+    // User, nice, system, idle, waiting for storage, interrupts, soft interrupts, stolen; hundredths of a
+    // second.
     let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
     let fields = stat.lines().next().unwrap_or_default().split_whitespace().skip(1).take(8).enumerate();
     let busy = fields.filter(|&(i, _)| i != 3 && i != 4).filter_map(|(_, field)| field.parse::<u64>().ok());

@@ -19,8 +19,8 @@ impl Aligned {
         Self { memory, start, len }
     }
 
-    /// `period` over and over. Blocks are compressed one by one and know nothing of each other, so no coder sees a repetition
-    /// as long as a block is shorter than the period.
+    /// Repeats `period`. Blocks are compressed independently, so no coder sees a repetition as long as a
+    /// block is shorter than the period.
     pub fn tiled(period: &[u8], len: usize) -> Self {
         let mut all = Self::zeroed(len);
         for piece in all.chunks_mut(period.len()) {

@@ -18,7 +18,7 @@ const SECOND_WINDOW: usize = 256 << 20;
 const SECOND_ROUNDS: usize = 3;
 const DISK_BYTES: usize = 512 << 20;
 
-/// What is best for a kind of data, by the model.
+/// The best scheme for a kind of data, by the model.
 pub struct Choice {
     /// Without the last checkpoint.
     pub alone: Scheme,
@@ -55,7 +55,7 @@ fn trials(window: &Window) -> Vec<Trial<'_>> {
         let codes = Code::OF_BYTES.iter().chain(&of_elements[..if transform == Transform::Plain { 2 } else { 0 }]);
         schemes.extend(codes.map(|&code| Scheme::probed(transform, code, window.width, &window.raw, window.last())));
     }
-    // What shrinks nothing is a copy.
+    // A scheme that shrinks nothing is a copy.
     schemes.retain(|scheme| scheme.coded != 0);
     schemes.into_iter().map(|scheme| Trial::new(window, scheme, 1)).collect()
 }

@@ -1,7 +1,9 @@
-//! The whole way: blocks coded into aligned buffers while other buffers are written, against writing the same bytes raw.
+//! The whole way: blocks coded into aligned buffers while other buffers are written, against writing the same
+//! bytes raw.
 //!
-//! A file is a row of buffers, each from a multiple of a write's size, because writes that begin elsewhere are slower: the
-//! length used, then blocks, each with number and length. What a buffer does not use is never written.
+//! A file is a row of buffers, each from a multiple of a write's size, because writes that begin elsewhere
+//! are slower: the length used, then blocks, each with number and length. What a buffer does not use is never
+//! written.
 
 use crate::block::{BLOCK, Codec, OVERHEAD_MAX, Scheme};
 use crate::disk::{WRITE, WRITERS, fresh, reserve};
@@ -34,10 +36,10 @@ impl Job<'_> {
     }
 }
 
-/// The memory of a pipeline, taken once.
+/// The memory of a pipeline, allocated once.
 pub struct Pipeline {
     codecs: Vec<Vec<Codec>>,
-    /// All buffers, in one piece as in the library: on huge pages a write has fewer parts.
+    /// All buffers in one allocation, as in the library: on huge pages a write has fewer parts.
     arena: Aligned,
 }
 
@@ -92,7 +94,7 @@ fn take(next: &AtomicUsize, job: &Job<'_>) -> Option<usize> {
     Some(next.fetch_add(1, Ordering::Relaxed)).filter(|block| block * BLOCK < job.raw.len())
 }
 
-/// Fills a buffer with blocks and returns how much of it is to be written.
+/// Fills a buffer with blocks and returns how many bytes of it to write.
 fn fill(
     buffer: &mut [u8],
     taken: &mut Option<usize>,
@@ -113,7 +115,7 @@ fn fill(
     at.next_multiple_of(ALIGNMENT)
 }
 
-/// Reads a file back and says whether every bit is there.
+/// Reads a file back and returns whether every bit is right.
 pub fn came_back(file: &File, job: &Job<'_>) -> Result<bool> {
     let mut all = Aligned::zeroed(file.metadata()?.len() as usize);
     file.read_exact_at(&mut all, 0)?;

@@ -1,13 +1,14 @@
-//! Transforms that bring what is predictable together, and their inverses.
+//! Transforms that put predictable bits together, and their inverses.
 
 /// How the bytes of a block are arranged before they are coded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transform {
-    /// As they are.
+    /// Unchanged.
     Plain,
     /// The highest bytes of all elements, then the next ones.
     Planes,
-    /// The same after a rotation by one bit, so that the highest byte is the exponent and the sign joins the mantissa.
+    /// Planes as above after a rotation by one bit, so that the highest byte is the exponent and the sign
+    /// joins the mantissa.
     Exponent,
     /// `Exponent` of the difference (exclusive or) to the last checkpoint.
     Delta,

@@ -1,4 +1,4 @@
-//! The best schemes on the whole way, from memory to durable, against the same bytes raw and copied.
+//! Measures the best schemes from memory to durable, against the same bytes raw and copied.
 
 use crate::block::{BLOCK, Scheme};
 use crate::data::Kind;
@@ -16,13 +16,13 @@ use std::time::{Duration, Instant};
 const BYTES: usize = 1 << 30;
 const ROUNDS: usize = 12;
 
-/// Between files, so that a disk with a burst to spend has it again, whichever was before.
+/// The pause between files, so that a disk with a burst allowance has it again before each.
 const REST: Duration = Duration::from_millis(200);
 
 /// A round counts as quiet when others used less than this much of a core.
 const QUIET: f64 = 0.25;
 
-/// What the time to durable is measured of.
+/// The ways that are compared; this one writes the bytes in place.
 const RAW: usize = 0;
 /// Copied into a slab and written, as the library does.
 const COPIED: usize = 1;
@@ -125,7 +125,7 @@ fn case(
     Ok(())
 }
 
-/// Every way once a round: forth, back, forth ...
+/// Runs every way once a round, in forward and reverse order by turns.
 fn rounds(done: &AtomicU64, mut write: impl FnMut(usize) -> std::io::Result<Duration>) -> std::io::Result<[Cost; 3]> {
     let mut costs: [Cost; 3] = Default::default();
     for round in 0..ROUNDS {
@@ -147,7 +147,7 @@ fn rounds(done: &AtomicU64, mut write: impl FnMut(usize) -> std::io::Result<Dura
     Ok(costs)
 }
 
-/// Stands for a program that trains on the host: arithmetic on what fits the cache, for as long as it may.
+/// Stands for a program that trains on the host: arithmetic on data that fits the cache, until `stop`.
 fn train(stop: &AtomicBool, done: &AtomicU64) {
     let (a, mut sums) = ([1.000_001_f32; 4096], [0.0_f32; 16]);
     while !stop.load(Ordering::Relaxed) {
@@ -159,7 +159,7 @@ fn train(stop: &AtomicBool, done: &AtomicU64) {
     }
 }
 
-/// A gibibyte of these kinds by their shares, and how each part is coded.
+/// Makes a gibibyte of these kinds by their shares, and says how each part is coded.
 fn gibibyte(kinds: &[Kind], chosen: &[Choice], parts: &[(usize, usize)]) -> (Aligned, Vec<(usize, Scheme)>) {
     let shares: usize = parts.iter().map(|(_, share)| share).sum();
     let mut raw = Aligned::zeroed(BYTES);
