@@ -1,4 +1,4 @@
-//! The header of a shard, read back: for `verify`, and for whoever does not trust what wrote the file.
+//! Parses the header of a shard, for `verify` and for readers that do not trust the file's writer.
 
 use super::shard::{PREFIX, header_len, identity};
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ pub struct Header {
     pub step: u64,
     /// The attempt that it belongs to.
     pub attempt: Attempt,
-    /// The tensors in the order of their bytes.
+    /// The tensors in order of their bytes.
     pub tensors: Vec<HeaderTensor>,
 }
 
@@ -31,16 +31,17 @@ pub struct HeaderTensor {
     pub dtype: Dtype,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// Where its bytes are, counted from the end of the header.
+    /// The range of its bytes, counted from the end of the header.
     pub offsets: Range<u64>,
 }
 
 impl Header {
-    /// Reads `bytes`, a whole header with its prefix, of a file of `file_len` bytes.
+    /// Parses `bytes`, a whole header with its prefix, of a file of `file_len` bytes.
     ///
     /// # Errors
-    /// `Corrupt` for what the safetensors format forbids (offsets that overlap, leave holes, or do not end where the
-    /// file does; sizes that do not fit dtype and shape; a key that comes twice), and for what this library never writes.
+    /// `Corrupt` for a header that the safetensors format forbids (offsets that overlap, leave holes, or do
+    /// not end where the file does; sizes that do not fit dtype and shape; a duplicate key), or that this
+    /// library never writes.
     pub fn parse(bytes: &[u8], file_len: u64) -> Result<Self> {
         let len = header_len(bytes)?;
         if len != bytes.len() as u64 {
@@ -76,7 +77,7 @@ impl HeaderTensor {
     }
 }
 
-/// What a header says of a tensor.
+/// A tensor entry of a header.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Entry {
@@ -86,13 +87,13 @@ struct Entry {
 }
 
 impl Entry {
-    /// The same, for the crate that checks it.
+    /// The entry for the safetensors crate, which checks it.
     fn stock(self) -> TensorInfo {
         TensorInfo { dtype: self.dtype.stock(), shape: self.shape, data_offsets: self.data_offsets }
     }
 }
 
-/// The tensors of a header. Of keys that come twice the safetensors crate takes the last; here they are refused.
+/// The tensors of a header. Duplicate keys are refused here; the safetensors crate takes the last of them.
 struct Entries(BTreeMap<String, Entry>);
 
 impl<'de> Deserialize<'de> for Entries {
@@ -111,14 +112,14 @@ impl<'de> Visitor<'de> for EntriesVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
-        // The first key is `__metadata__`, for the stamp was compared byte by byte.
+        // The first key is `__metadata__`, because the stamp was compared byte by byte.
         let _: Option<(IgnoredAny, IgnoredAny)> = map.next_entry()?;
         let mut tensors = BTreeMap::new();
         while let Some((name, entry)) = map.next_entry::<String, Entry>()? {
             match tensors.entry(name) {
                 btree_map::Entry::Vacant(free) if free.key() != "__metadata__" => free.insert(entry),
                 free_or_taken => {
-                    return Err(A::Error::custom(format!("a key comes twice key={:?}", free_or_taken.key())));
+                    return Err(A::Error::custom(format!("duplicate key key={:?}", free_or_taken.key())));
                 }
             };
         }

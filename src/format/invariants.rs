@@ -1,8 +1,9 @@
-//! What holds of every checkpoint, whoever wrote its manifest: checked before a publish, and whenever one is opened.
+//! Invariants of every checkpoint, checked before a publish and whenever a checkpoint is opened.
 //!
-//! A manifest that passes names only plain files of its own directory; every tensor is covered exactly once by slices of
-//! the right size; and the slices in a file lie side by side from the end of its header to its last byte, as safetensors
-//! has it. So whatever a reader does with offsets and lengths of such a manifest stays inside the files and the tensors.
+//! A manifest that passes names only plain files of its own directory; slices of the right size cover every
+//! tensor exactly once; and the slices in a file are contiguous from the end of its header to its last byte,
+//! as safetensors requires. So offsets and lengths of a checked manifest never lead a reader outside the
+//! files and tensors, whatever program wrote it.
 
 use super::header::Header;
 use super::manifest::{FileEntry, MANIFEST, Manifest, SliceEntry, TensorEntry, block_count};
@@ -10,19 +11,19 @@ use crate::error::{Error, Result};
 use crate::state::Layout;
 use std::collections::{HashMap, HashSet};
 
-/// No more dimensions than this may be split among the slices of one tensor.
+/// Maximum number of dimensions that the slices of one tensor may split.
 const MAX_SPLIT: usize = 4;
 
-/// The longest header of a shard with its prefix.
+/// Maximum length of a shard's header with its prefix.
 const MAX_DATA: u64 = 100_000_008;
 
-/// The longest file that is not a shard.
+/// Maximum length of a file that is not a shard.
 const MAX_PLAIN: u64 = 1 << 32;
 
 /// Checks a manifest.
 ///
 /// # Errors
-/// `Corrupt`, naming file, tensor and range of what does not hold.
+/// `Corrupt`, with file, tensor and range of the violation.
 pub fn check(manifest: &Manifest) -> Result<()> {
     if manifest.format != "ashore" || manifest.world == 0 {
         let (format, world) = (&manifest.format, manifest.world);
@@ -31,7 +32,7 @@ pub fn check(manifest: &Manifest) -> Result<()> {
     check_layout(&manifest.files, &manifest.tensors)
 }
 
-/// Checks what does not change from save to save while the structure stays the same.
+/// Checks the part that is the same for all saves of one structure.
 pub(super) fn check_layout(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<()> {
     check_files(files)?;
     for pair in tensors.windows(2) {
@@ -56,7 +57,7 @@ pub(super) fn check_layout(files: &[FileEntry], tensors: &[TensorEntry]) -> Resu
     check_ranges(files, tensors)
 }
 
-/// Checks that the header of the file numbered `file` says of its tensors what the manifest says, and belongs to it.
+/// Checks that the header of file number `file` belongs to the manifest and agrees with it on every tensor.
 ///
 /// # Errors
 /// `Corrupt`, naming file and tensor.
@@ -87,8 +88,8 @@ pub fn check_header(manifest: &Manifest, file: usize, header: &Header) -> Result
     Ok(())
 }
 
-/// Checks the bytes of the index of a step against its manifest: each tensor in the file that holds it, and
-/// no other tensor.
+/// Checks a step's index against its manifest: it maps each tensor to the file that holds it, and names no
+/// other tensor.
 ///
 /// # Errors
 /// `Corrupt`, naming the tensor.
@@ -123,11 +124,12 @@ fn check_files(files: &[FileEntry]) -> Result<()> {
         if !is_plain(&file.name) || file.name == MANIFEST {
             return refuse("a file cannot have this name");
         }
-        // Media that ignore case would take two spellings for one file.
+        // File systems that ignore case take two spellings for one file.
         if !names.insert(file.name.to_ascii_lowercase()) {
             return refuse("two files have the same name");
         }
-        // Lengths add up without overflow; what is read whole, or has no digests of its parts, is not huge.
+        // Lengths add up without overflow. Files that are read whole, or have no digests of parts, are
+        // bounded.
         let (data, length) = (file.data, file.length);
         total = total.saturating_add(length);
         let sound = if data == 0 { length <= MAX_PLAIN } else { data <= length && data <= MAX_DATA };
@@ -138,7 +140,7 @@ fn check_files(files: &[FileEntry]) -> Result<()> {
     Ok(())
 }
 
-/// True for names that are one path component on every medium, and not hidden.
+/// Returns true for names that are one path component on every medium and are not hidden.
 fn is_plain(name: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
     name.len() <= 255 && name.bytes().all(plain) && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
@@ -177,22 +179,22 @@ fn check_slice(files: &[FileEntry], tensor: &TensorEntry, slice: &SliceEntry) ->
     Ok(())
 }
 
-/// True when the slices, each of which lies inside the tensor, cover it exactly once.
+/// Returns true when the slices, each inside the tensor, cover it exactly once.
 fn covers(tensor: &TensorEntry) -> bool {
     match &tensor.slices[..] {
         [] => false,
         [whole] => whole.at.iter().all(|&at| at == 0) && whole.shape == tensor.shape,
         several => {
-            // A header has one place for a tensor of a name.
+            // A header has one entry for each tensor name.
             let files: HashSet<usize> = several.iter().map(|s| s.file).collect();
             files.len() == several.len() && tiles(&tensor.shape, several)
         }
     }
 }
 
-/// Boxes cover a box exactly once when their corners, counted with alternating signs, are those of the box: the counts
-/// are the mixed differences of how often each point is covered, and determine it. This is linear in the slices, where
-/// comparing them in pairs is not.
+/// Returns true when boxes cover a box exactly once: when their corners, counted with alternating signs, are
+/// those of the box. The counts are the mixed differences of the coverage of each point, and determine it.
+/// This is linear in the slices; comparing pairs is quadratic.
 fn tiles(shape: &[usize], slices: &[SliceEntry]) -> bool {
     let whole = |s: &SliceEntry, d: usize| s.at.get(d) == Some(&0) && s.shape.get(d) == shape.get(d);
     let split: Vec<usize> = (0..shape.len()).filter(|&d| !slices.iter().all(|s| whole(s, d))).collect();
@@ -215,7 +217,7 @@ fn tiles(shape: &[usize], slices: &[SliceEntry]) -> bool {
     corners.values().all(|&n| n == 0)
 }
 
-/// The slices of each shard lie side by side, from the end of its header to its own end.
+/// Checks that the slices of each shard are contiguous, from the end of its header to its own end.
 fn check_ranges(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<()> {
     let mut ranges = Vec::with_capacity(tensors.len());
     for (i, tensor) in tensors.iter().enumerate() {

@@ -1,7 +1,7 @@
 //! `manifest.json`: every file, tensor, value and digest of a step.
 //!
-//! It is JSON that begins with its version and ends with its own digest, so that a flipped bit anywhere in it is noticed,
-//! and so that a later version can be told from damage.
+//! The manifest is JSON that begins with its version and ends with its own digest. So every flipped bit is
+//! detected, and a reader can tell a later version from damage.
 
 use super::{invariants, unique};
 use crate::digest::Digest;
@@ -16,36 +16,36 @@ pub use super::template::{Head, ManifestTemplate};
 /// The name of the manifest in a step directory.
 pub const MANIFEST: &str = "manifest.json";
 
-/// Tensors longer than this have a digest for each piece of this many bytes, so that a slice can be checked without the rest.
+/// Tensors longer than this have a digest for each block of this many bytes, so that a reader can check a
+/// part without the rest.
 pub const BLOCK: u64 = 8 << 20;
 
 /// The version of the format that this library writes and reads.
 pub const VERSION: u32 = 1;
 
-/// How every manifest begins, whatever its version.
+/// The first bytes of every manifest, of any version.
 const BEGIN: &[u8] = br#"{"format":"ashore","version":"#;
 
-/// What stands before the manifest's own digest; the digest covers everything up to its end.
+/// The text before the manifest's own digest. The digest covers everything up to the end of this text.
 const BEFORE_DIGEST: &[u8] = br#","digest":""#;
 
-/// What stands after it, at the end of the file.
+/// The text after the digest, which ends the file.
 const END: &[u8] = b"\"}\n";
 
-/// How many bytes [`seal`] adds.
+/// The number of bytes that [`seal`] adds.
 pub(super) const SEAL: usize = BEFORE_DIGEST.len() + 16 + END.len();
 
-/// True for bytes that begin as manifests of this library do, damaged or not.
+/// Returns true for bytes that begin as a manifest of this library, damaged or not.
 pub fn is_ours(bytes: &[u8]) -> bool {
     bytes.starts_with(BEGIN)
 }
 
-/// True for the beginning of a manifest of which nothing was written but a part of [`BEGIN`]: empty, cut, or
-/// zeros.
+/// Returns true if at most a part of [`BEGIN`] was written: empty, cut, or zeros.
 pub(crate) fn is_blank(head: &[u8]) -> bool {
     BEGIN.starts_with(head) || head.iter().all(|byte| *byte == 0)
 }
 
-/// How many block digests a slice of `length` bytes has.
+/// The number of block digests of a slice of `length` bytes.
 pub fn block_count(length: u64) -> usize {
     // No file has more than 2^63 bytes, so the count fits.
     if length > BLOCK { length.div_ceil(BLOCK) as usize } else { 0 }
@@ -58,7 +58,7 @@ pub fn seal(mut text: Vec<u8>) -> Vec<u8> {
     text
 }
 
-/// The same where the last [`SEAL`] bytes are room for it.
+/// Seals in place: the last [`SEAL`] bytes are free for the seal.
 pub(super) fn seal_in_place(bytes: &mut [u8]) {
     let (text, seal) = bytes.split_at_mut(bytes.len() - SEAL);
     let mut digest = Digest::of(text);
@@ -68,7 +68,7 @@ pub(super) fn seal_in_place(bytes: &mut [u8]) {
     }
 }
 
-/// The text that was given to [`seal`], if its digest is right.
+/// Returns the text that was given to [`seal`], if its digest matches.
 fn unseal(bytes: &[u8]) -> Option<&[u8]> {
     let (text, digest) = bytes.strip_suffix(END)?.split_last_chunk::<16>()?;
     let digest = Digest::from_hex(digest)?;
@@ -76,7 +76,7 @@ fn unseal(bytes: &[u8]) -> Option<&[u8]> {
     if intact { text.strip_suffix(BEFORE_DIGEST) } else { None }
 }
 
-/// A checkpoint as the manifest describes it. Only [`Manifest::parse`] reads one with all the checks.
+/// The manifest of a step. Only [`Manifest::parse`] checks it in full.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -96,18 +96,18 @@ pub struct Manifest {
     /// Values, encoded by [`crate::state::encode_value`].
     #[serde(deserialize_with = "unique::values")]
     pub values: BTreeMap<String, serde_json::Value>,
-    /// Every file of the step but the manifest.
+    /// Every file of the step except the manifest.
     pub files: Vec<FileEntry>,
     /// Every tensor, sorted by name.
     pub tensors: Vec<TensorEntry>,
 }
 
 impl Manifest {
-    /// Reads a manifest, and checks its digest and everything in [`invariants`]. Memory is at most a constant times the
-    /// length of `bytes`.
+    /// Parses a manifest, and checks its digest and all [`invariants`]. It uses at most a constant times the
+    /// length of `bytes` in memory.
     ///
     /// # Errors
-    /// `Corrupt` for anything but the bytes of a manifest; `Invalid` for an intact one of another version.
+    /// `Corrupt` for bytes that are no manifest; `Invalid` for an intact manifest of another version.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let Some(text) = unseal(bytes) else {
             return Err(Error::corrupt(format!(
@@ -132,7 +132,7 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The bytes of `manifest.json`. Nothing is checked. For many saves of one structure, see [`ManifestTemplate`].
+    /// The bytes of `manifest.json`, unchecked. For many saves of one structure, see [`ManifestTemplate`].
     ///
     /// # Errors
     /// `Internal` when a value is not JSON.
@@ -149,7 +149,7 @@ impl Manifest {
     }
 }
 
-/// The version, from the beginning of a manifest.
+/// Parses the version from the beginning of a manifest.
 fn version(text: &[u8]) -> Option<u64> {
     let rest = text.strip_prefix(BEGIN)?;
     let digits = rest.get(..rest.iter().position(|b| !b.is_ascii_digit())?)?;
@@ -164,7 +164,8 @@ pub struct FileEntry {
     pub name: String,
     /// Its length in bytes.
     pub length: u64,
-    /// Where tensor data begins: the length of the safetensors header with its prefix. 0: not a shard.
+    /// The offset of tensor data, which is the length of the safetensors header with its prefix; 0 if the
+    /// file is not a shard.
     pub data: u64,
     /// The digest of the bytes before `data`.
     pub header: Digest,
@@ -182,7 +183,7 @@ pub struct TensorEntry {
     pub dtype: crate::state::Dtype,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// Where its bytes are. Today one slice that covers the tensor.
+    /// The slices that hold its bytes. Today one slice that covers the tensor.
     pub slices: Vec<SliceEntry>,
 }
 
@@ -192,16 +193,16 @@ pub struct TensorEntry {
 pub struct SliceEntry {
     /// Index into `files`.
     pub file: usize,
-    /// Where the bytes begin in the file.
+    /// The offset of the bytes in the file.
     pub offset: u64,
-    /// How many there are.
+    /// The number of bytes.
     pub length: u64,
-    /// Where the slice begins in the tensor, per dimension.
+    /// The slice's first index in the tensor, per dimension.
     pub at: Vec<usize>,
     /// The shape of the slice.
     pub shape: Vec<usize>,
     /// The digest of the bytes.
     pub digest: Digest,
-    /// The digest of each [`BLOCK`] of them; empty when there is only one.
+    /// The digest of each [`BLOCK`] of the bytes; empty when there is only one.
     pub blocks: Vec<Digest>,
 }

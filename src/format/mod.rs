@@ -1,4 +1,5 @@
-//! What is on disk: safetensors shards, and the manifest that makes them a checkpoint. `docs/format.md` is the specification.
+//! The format on disk: safetensors shards, and the manifest that makes them a checkpoint. `docs/format.md`
+//! specifies it.
 
 mod header;
 pub mod invariants;

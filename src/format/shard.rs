@@ -1,7 +1,8 @@
-//! Shards: safetensors files whose header says which attempt they belong to.
+//! Shards: safetensors files whose header names their step and attempt.
 //!
-//! The header of a shard begins with `__metadata__`, in which step and attempt have a fixed place. So a header is made
-//! once for a structure and stamped per save, and a reader knows whose shard it holds from the first 4096 bytes.
+//! The header of a shard begins with `__metadata__`, in which step and attempt have fixed offsets. So a
+//! header is made once per structure and stamped per save, and a reader identifies a shard by its first 4096
+//! bytes.
 
 use crate::error::{Error, Result};
 use crate::id::Attempt;
@@ -14,25 +15,26 @@ use std::ops::Range;
 
 pub use super::header::{Header, HeaderTensor};
 
-/// The name of the map from tensors to files, beside several shards.
+/// The file that maps tensors to files, written when there are several shards.
 pub const INDEX: &str = "model.safetensors.index.json";
 
-/// What the safetensors format allows for the header of one file, in bytes.
+/// The limit of the safetensors format for the header of one file, in bytes.
 pub const MAX_HEADER: usize = 100_000_000;
 
-/// The length of the prefix that says how long the JSON text is.
+/// The length of the prefix, which is the length of the JSON text.
 pub(super) const PREFIX: usize = 8;
 
 /// The JSON text before the step.
 const BEFORE_STEP: &str = r#"{"__metadata__":{"format":"pt","ashore_step":""#;
 
-/// The JSON text between step and attempt, after the room for the step.
+/// The JSON text between step and attempt, after the padding of the step.
 const BEFORE_ATTEMPT: &str = r#""ashore_attempt":""#;
 
 /// The JSON text after the attempt.
 const AFTER_ATTEMPT: &str = r#""}"#;
 
-/// Room for the longest step, its closing quote and the comma; padded with spaces, which JSON allows there.
+/// Bytes of the longest step, its closing quote and the comma; shorter steps are padded with spaces, which
+/// JSON allows there.
 const STEP_ROOM: usize = 22;
 
 /// The length of an attempt's text.
@@ -41,36 +43,37 @@ const ATTEMPT_ROOM: usize = 36;
 /// The length of the text that [`stamp`] makes.
 const STAMP: usize = BEFORE_STEP.len() + STEP_ROOM + BEFORE_ATTEMPT.len() + ATTEMPT_ROOM + AFTER_ATTEMPT.len();
 
-/// The JSON text with which a header of this step and attempt begins; always [`STAMP`] bytes.
+/// The first JSON text of a header of this step and attempt; always [`STAMP`] bytes.
 pub(super) fn stamp(step: u64, attempt: Attempt) -> String {
     let step = format!("{step}\",");
     format!("{BEFORE_STEP}{step:STEP_ROOM$}{BEFORE_ATTEMPT}{attempt}{AFTER_ATTEMPT}")
 }
 
-/// The part of a header that tells one save from another.
+/// The part of a header that differs between saves.
 #[derive(Clone, Debug)]
 pub struct Stamp(String);
 
 impl Stamp {
-    /// Of this step and attempt.
+    /// The stamp of this step and attempt.
     pub fn new(step: u64, attempt: Attempt) -> Self {
         Self(stamp(step, attempt))
     }
 }
 
-/// The header of a shard with everything but step and attempt.
+/// The header of a shard without step and attempt.
 #[derive(Clone, Debug)]
 pub struct HeaderTemplate {
     bytes: Vec<u8>,
 }
 
 impl HeaderTemplate {
-    /// The header for `tensors`: name, dtype, shape, and the range of bytes in the data section. They come in the order
-    /// of their bytes, without holes. The header's length is a multiple of [`ALIGNMENT`], so that data starts aligned.
+    /// Creates the header for `tensors`: name, dtype, shape, and the range of bytes in the data section, in
+    /// order of their bytes and without holes. The header's length is a multiple of [`ALIGNMENT`], so that
+    /// data starts aligned.
     ///
     /// # Errors
-    /// `Invalid` when the header is longer than the safetensors format allows; `Internal`, naming the tensor, when a
-    /// range is not that of the dtype and shape, or does not begin where the one before it ends.
+    /// `Invalid` when the header is longer than the safetensors format allows; `Internal`, naming the tensor,
+    /// when a range is not that of the dtype and shape, or does not begin where the one before it ends.
     pub fn new<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], Range<u64>)>) -> Result<Self> {
         let mut bytes = vec![0; PREFIX];
         bytes.extend_from_slice(stamp(0, Attempt::default()).as_bytes());
@@ -103,13 +106,13 @@ impl HeaderTemplate {
         Ok(Self { bytes })
     }
 
-    /// The length of the header with its prefix: where data begins.
+    /// The length of the header with its prefix, which is the offset of the data.
     #[expect(clippy::len_without_is_empty, reason = "a header is never empty")]
     pub fn len(&self) -> u64 {
         self.bytes.len() as u64
     }
 
-    /// Fills `to` with the bytes from `begin` on of the header of this step and attempt. False when it has fewer.
+    /// Fills `to` with the stamped header's bytes from `begin` on. Returns false if the header is shorter.
     pub fn copy(&self, stamp: &Stamp, begin: usize, to: &mut [u8]) -> bool {
         let Some(from) = self.bytes.get(begin..begin + to.len()) else { return false };
         to.copy_from_slice(from);
@@ -122,7 +125,7 @@ impl HeaderTemplate {
     }
 }
 
-/// What a header says of a tensor, in the order in which other writers of the format put it.
+/// A tensor entry of a header, in the field order of other writers of the format.
 #[derive(Serialize)]
 struct Info<'a> {
     dtype: Dtype,
@@ -136,7 +139,7 @@ pub(super) fn write_json(bytes: &mut Vec<u8>, value: &(impl Serialize + ?Sized))
         .map_err(|e| Error::internal("cannot write json").with_source(e))
 }
 
-/// The names of `n` shards: what stock tools look for.
+/// The names of `n` shards, as stock tools expect them.
 pub fn shard_names(n: usize) -> Vec<String> {
     match n {
         1 => vec!["model.safetensors".into()],
@@ -144,7 +147,8 @@ pub fn shard_names(n: usize) -> Vec<String> {
     }
 }
 
-/// The bytes of [`INDEX`]: `total_size` is the sum of the tensors' bytes, `weight_map` names each tensor's file.
+/// The bytes of [`INDEX`]: `total_size` is the sum of the tensors' bytes, `weight_map` names each tensor's
+/// file.
 pub fn index_json<'a>(total_size: u64, weight_map: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Vec<u8>> {
     #[derive(Serialize)]
     struct Index<'a> {
@@ -162,10 +166,10 @@ pub fn index_json<'a>(total_size: u64, weight_map: impl IntoIterator<Item = (&'a
     Ok(bytes)
 }
 
-/// The step and attempt of a shard, from its first [`ALIGNMENT`] bytes; nothing after them is looked at.
+/// Reads the step and attempt of a shard from its first [`ALIGNMENT`] bytes, and reads nothing after them.
 ///
 /// # Errors
-/// `Corrupt` for anything but the beginning of a shard that this library wrote.
+/// `Corrupt` unless the bytes begin a shard that this library wrote.
 pub fn identity(prefix: &[u8]) -> Result<(u64, Attempt)> {
     header_len(prefix)?;
     read_stamp(&prefix[PREFIX..]).ok_or_else(|| Error::corrupt("a shard does not begin with its step and attempt"))
@@ -177,7 +181,7 @@ fn read_stamp(text: &[u8]) -> Option<(u64, Attempt)> {
     let (step, _) = rest.split_once('"')?;
     let attempt = rest.get(STEP_ROOM + BEFORE_ATTEMPT.len()..)?.get(..ATTEMPT_ROOM)?;
     let (step, attempt) = (step.parse().ok()?, Attempt::parse(attempt)?);
-    // One step and attempt have one spelling, so whatever else is in the text is refused here.
+    // A step and attempt have one spelling, so this comparison refuses any other text.
     (stamp(step, attempt) == text).then_some((step, attempt))
 }
 
@@ -201,7 +205,7 @@ mod tests {
     use proptest::prelude::*;
     use safetensors::SafeTensors;
 
-    /// In pieces of all lengths, as chunks may cut it.
+    /// Copies in pieces of many lengths, as chunks may split the header.
     fn stamped(template: &HeaderTemplate, step: u64, attempt: Attempt) -> Vec<u8> {
         let (mut bytes, mut at) = (vec![0; template.len() as usize], 0);
         let stamp = Stamp::new(step, attempt);
@@ -307,7 +311,7 @@ mod tests {
             prop_assert_eq!(bytes.len() as u64, template.len());
             prop_assert_eq!(identity(&bytes[..ALIGNMENT]).unwrap(), (step, attempt));
             let mut read = Header::parse(&bytes, template.len() + end).unwrap();
-            // Tensors without bytes may stand anywhere among those at the same place.
+            // Tensors without bytes may come in any order at the same offset.
             read.tensors.sort_by(|a, b| (a.offsets.end, &a.name).cmp(&(b.offsets.end, &b.name)));
             prop_assert_eq!(read, Header { step, attempt, tensors });
         }

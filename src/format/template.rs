@@ -1,4 +1,5 @@
-//! A manifest made once for a structure and filled per save: writing 100,000 tensors afresh would cost 25 ms each time.
+//! A manifest template, made once per structure and filled per save: serializing 100,000 tensors anew costs
+//! 25 ms each time.
 
 use super::invariants;
 use super::manifest::{FileEntry, SEAL, TensorEntry, VERSION, seal_in_place};
@@ -11,7 +12,7 @@ use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// What differs from save to save besides the digests.
+/// The fields that differ from save to save besides the digests.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Head<'a> {
     /// The step.
@@ -26,21 +27,21 @@ pub struct Head<'a> {
     pub values: &'a BTreeMap<String, Value>,
 }
 
-/// The part of a manifest that stays the same while the structure does, with room for the digests.
+/// The part of a manifest that is the same for all saves of one structure, with slots for the digests.
 #[derive(Clone, Debug)]
 pub struct ManifestTemplate {
     files: usize,
-    /// How many block digests each slice has, over all tensors.
+    /// The number of block digests of each slice, over all tensors.
     blocks: Vec<usize>,
     /// The text from the files on.
     text: Vec<u8>,
-    /// Where in `text` the digests stand.
+    /// Offsets of the digests in `text`.
     slots: Vec<usize>,
 }
 
 impl ManifestTemplate {
-    /// A template for these files and tensors, checked against [`invariants`]. The digests in them only stand for the
-    /// place of those that [`ManifestTemplate::fill`] puts in.
+    /// Creates a template for these files and tensors, checked against [`invariants`]. Their digests are
+    /// placeholders for those that [`ManifestTemplate::fill`] inserts.
     ///
     /// # Errors
     /// `Internal` when an invariant does not hold.
@@ -113,11 +114,12 @@ impl ManifestTemplate {
         Ok(())
     }
 
-    /// Makes `out` the bytes of `manifest.json`, in the memory that it has if that is enough. `files` are the digests of each file's header and of the whole file; `slices` those
-    /// of each slice and of its blocks, tensor by tensor; both in the order given to [`ManifestTemplate::new`].
+    /// Writes the bytes of `manifest.json` to `out`, and reuses its memory if it is large enough. `files` has
+    /// the digests of each file's header and of the whole file; `slices` those of each slice and of its
+    /// blocks, tensor by tensor; both in the order given to [`ManifestTemplate::new`].
     ///
     /// # Errors
-    /// `Internal` when there are more or fewer digests than the structure has places for.
+    /// `Internal` when there are more or fewer digests than the structure has slots.
     pub fn fill<'d>(
         &self,
         head: &Head<'_>,
@@ -128,7 +130,7 @@ impl ManifestTemplate {
         let mut begin = format!(r#"{{"format":"ashore","version":{VERSION},"#).into_bytes();
         let brace = begin.len();
         write_json(&mut begin, head)?;
-        // Its braces go: the fields continue those before, and are continued.
+        // Removes the braces: the fields join those before and after.
         begin.remove(brace);
         begin.pop();
         out.reset(begin.len() + self.text.len() + SEAL);
@@ -165,5 +167,5 @@ impl ManifestTemplate {
 }
 
 fn wrong(what: &str) -> Error {
-    Error::internal(format!("there are {what} digests than the manifest has places for"))
+    Error::internal(format!("there are {what} digests than the manifest has slots for"))
 }

@@ -1,5 +1,5 @@
-//! JSON in which no object has a key twice. The usual readers take the last of two, so two readers of one file could
-//! disagree on what it says.
+//! Parses JSON and refuses objects with a duplicate key. Usual readers differ on which duplicate they take,
+//! so two readers of one file could disagree.
 
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor};
@@ -7,11 +7,11 @@ use serde_json::{Map, Number, Value};
 use std::collections::{BTreeMap, btree_map};
 use std::fmt;
 
-/// The key under which `serde_json` hands out numbers when some crate of the program switched on `arbitrary_precision`.
-/// Keys of encoded values begin with `$` only as [`crate::state::encode_value`] has it, so it means nothing else.
+/// The key under which `serde_json` passes numbers if some crate of the program enabled
+/// `arbitrary_precision`. [`crate::state::encode_value`] never writes this key, so it is unambiguous.
 const NUMBER: &str = "$serde_json::private::Number";
 
-/// For `#[serde(deserialize_with)]`: a map of values.
+/// Deserializes a map of values, for `#[serde(deserialize_with)]`.
 pub(super) fn values<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, Value>, D::Error> {
     struct Values;
     impl<'de> Visitor<'de> for Values {
@@ -36,10 +36,10 @@ pub(super) fn values<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTree
 }
 
 fn twice<E: Error>(key: &str) -> E {
-    E::custom(format!("a key comes twice key={key:?}"))
+    E::custom(format!("duplicate key key={key:?}"))
 }
 
-/// Reads any value. Nesting is bounded by `serde_json`, at 127.
+/// Reads any value. `serde_json` bounds the nesting at 127.
 struct Unique;
 
 impl<'de> DeserializeSeed<'de> for Unique {

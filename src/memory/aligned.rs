@@ -1,4 +1,4 @@
-//! Memory at an address that direct I/O takes.
+//! Buffers aligned for direct I/O.
 
 use super::ALIGNMENT;
 use std::ops::{Deref, DerefMut};
@@ -17,7 +17,7 @@ impl AlignedBuffer {
         Self::over(vec![0; len + ALIGNMENT], len)
     }
 
-    /// The same, unless there is no memory for it.
+    /// `len` zero bytes, or None if the allocation fails.
     pub fn try_new(len: usize) -> Option<Self> {
         let memory: Vec<u8> = bytemuck::allocation::try_zeroed_slice_box(len.checked_add(ALIGNMENT)?).ok()?.into();
         Some(Self::over(memory, len))
@@ -28,7 +28,7 @@ impl AlignedBuffer {
         Self { memory, start, len }
     }
 
-    /// Makes it `len` bytes, in the memory that it has where that is enough. What they are is not said.
+    /// Sets the length to `len`, and reuses the memory if it is large enough. The content is unspecified.
     pub fn reset(&mut self, len: usize) {
         if self.start + len > self.memory.len() {
             *self = Self::new(len);

@@ -1,9 +1,9 @@
-//! The mapping under the slabs: anonymous, huge pages when given, prefaulted in parallel where the device is, locked as far as
-//! allowed.
+//! The mapping under the slabs: anonymous, with huge pages if available, prefaulted in parallel on the
+//! device's NUMA node, locked if allowed.
 //!
 //! # Safety argument
-//! A mapping is private, anonymous, and only ever handed out in disjoint slabs; it is unmapped in `Drop`, which runs when
-//! neither the arena nor a lease is left. Prefaulting writes zeros over zeros before anything is lent out. Under Miri, which
+//! A mapping is private, anonymous, and leased only in disjoint slabs; `Drop` unmaps it when neither the
+//! arena nor a lease is left. Prefaulting writes zeros over zeros before the first lease. Under Miri, which
 //! has no such mappings, an aligned allocation stands in.
 #![expect(unsafe_code, reason = "mapping, locking and prefaulting memory; argument above")]
 
@@ -18,24 +18,25 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// Makes memory known to a device, so that it copies there asynchronously.
+/// Registers memory with a device, so that the device copies to it asynchronously.
 pub trait Register {
-    /// Registers the memory of an arena, until the returned value is dropped; that happens before the memory is unmapped.
+    /// Registers the memory of an arena until the returned value is dropped, which happens before the memory
+    /// is unmapped.
     ///
     /// # Errors
     /// `Device` when the memory cannot be pinned.
     fn register(&self, pages: Pages<'_>) -> Result<Box<dyn Any + Send + Sync>>;
 
-    /// The NUMA node on which memory is best for the device.
+    /// The NUMA node closest to the device.
     ///
     /// # Errors
-    /// Why any is as good.
+    /// The reason why any node is as good.
     fn node(&self) -> Result<Node, String> {
-        Err("the device is on no node of its own".into())
+        Err("the device has no NUMA node of its own".into())
     }
 }
 
-/// The memory of an arena. Devices and the kernel are told of it by its address, so that nothing but an arena can make one:
+/// The memory of an arena. Devices and the kernel get its address, so only an arena can create one:
 /// ```compile_fail,E0451
 /// let pages = ashore::memory::Pages { base: 0x1000 as *mut u8, len: 4096, mapping: Default::default() };
 /// ```
@@ -50,23 +51,23 @@ impl Pages<'_> {
     /// `len` bytes at `base`.
     ///
     /// # Safety
-    /// They stay mapped until what a registration of them returned is dropped.
+    /// The bytes stay mapped until the value that a registration returned is dropped.
     pub(crate) unsafe fn new(base: *mut u8, len: usize) -> Self {
         Self { base, len, mapping: PhantomData }
     }
 
-    /// Where they begin.
+    /// The address of the first byte.
     pub fn base(&self) -> *mut u8 {
         self.base
     }
 
-    /// How many bytes there are.
+    /// The number of bytes.
     pub fn size(&self) -> usize {
         self.len
     }
 }
 
-/// What the arena got, as it really is.
+/// The actual properties of the arena.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct ArenaReport {
@@ -74,13 +75,14 @@ pub struct ArenaReport {
     pub bytes: u64,
     /// Slabs, each of one chunk.
     pub slabs: usize,
-    /// Huge pages were asked for and the kernel took the request.
+    /// The kernel accepted the request for huge pages.
     pub huge_pages: bool,
-    /// The NUMA node of the device, whose processors touched the memory first; otherwise the reason why those of any did.
+    /// The device's NUMA node, whose CPUs touched the memory first; or the reason why CPUs of any node did.
     pub node: Result<u32, String>,
-    /// The memory is locked; otherwise the reason why not. Not fatal: the kernel could page it out.
+    /// Ok if the memory is locked; the error is the reason why not. Not fatal: the kernel may page it out.
     pub locked: Result<(), String>,
-    /// The device and the storage know the memory; otherwise the reason why not. Not fatal: copies are slower then.
+    /// Ok if the memory is registered with the device and the storage; the error is the reason why not. Not
+    /// fatal: copies are slower then.
     pub pinned: Result<(), String>,
 }
 
@@ -91,12 +93,12 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// Maps `bytes` (rounded down to whole slabs), faults them in with all cores, locks them, registers them where that works. Where
-    /// it does not, half of it or a quarter may: less memory only means waiting for writers, and copies to what is not pinned are
-    /// slow and hold up the thread that queues them.
+    /// Maps `bytes` (rounded down to whole slabs), faults them in with all cores, locks and registers them.
+    /// If registration fails, it tries a half and a quarter: a smaller arena only waits more for writers, but
+    /// copies to unpinned memory are slow and block the thread that queues them.
     ///
     /// # Errors
-    /// `Invalid` when the memory is not to be had.
+    /// `Invalid` when the memory is not available.
     pub(crate) fn new(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
         if !cfg!(miri) {
             limit::check(bytes)?;
@@ -105,12 +107,12 @@ impl Arena {
         let mut arena = take(bytes)?;
         if let Err(reason) = arena.report.pinned.clone() {
             for part in [2, 4].into_iter().filter(|part| bytes / part >= 2 * slab) {
-                // First this one goes: both together may be more than there is.
+                // Dropped first: the machine may not have memory for both.
                 drop(arena);
                 arena = take(bytes / part)?;
                 if arena.report.pinned.is_ok() {
                     let pinned = arena.report.bytes;
-                    tracing::warn!(%reason, bytes, pinned, "the arena is smaller than asked for, because more could not be pinned");
+                    tracing::warn!(%reason, bytes, pinned, "the arena is smaller than requested, because more could not be pinned");
                     return Ok(arena);
                 }
             }
@@ -128,10 +130,10 @@ impl Arena {
         Ok(arena)
     }
 
-    /// [`Arena::new`], whose report says what it did not get.
+    /// [`Arena::new`] without limit check and fallback: the report says what is missing.
     ///
     /// # Errors
-    /// As there.
+    /// Those of [`Arena::new`].
     pub(crate) fn quietly(bytes: u64, slab: u64, register: &dyn Register, home: Arc<Signal>) -> Result<Self> {
         let too_big = || Error::invalid(format!("the arena does not fit the address space arena={bytes}"));
         let slab = usize::try_from(slab).map_err(|_| too_big())?;
@@ -148,17 +150,17 @@ impl Arena {
         Ok(Self { pool: Arc::new(Pool::new(mapping, slab, home)), report })
     }
 
-    /// A slab, if one is free.
+    /// Leases a slab, if one is free.
     pub(crate) fn try_lease(&self) -> Option<Lease> {
         self.pool.try_lease()
     }
 
-    /// How many slabs are at home.
+    /// The number of free slabs.
     pub fn free(&self) -> usize {
         self.pool.free()
     }
 
-    /// What it got.
+    /// The actual properties of the arena.
     pub fn report(&self) -> &ArenaReport {
         &self.report
     }
@@ -191,8 +193,9 @@ impl Mapping {
         self.len
     }
 
-    /// Touches every page from all cores, so that no save ever waits for one; from those of `node` if there is one, because
-    /// a page lies where it is touched first. Threads are short-lived: this is start-up.
+    /// Touches every page from all cores, so that no save waits for a page fault. The cores are those of
+    /// `node` if there is one, because a page is allocated on the node that touches it first. The threads end
+    /// with start-up.
     fn prefault(&mut self, node: Result<Node, String>) -> Result<u32, String> {
         if cfg!(miri) {
             return Err("not under miri".into());
@@ -201,7 +204,8 @@ impl Mapping {
         let threads = node.as_ref().map_or(cores, Node::processors).min(16);
         let elsewhere = Mutex::new(None);
         let part = self.len.div_ceil(threads).next_multiple_of(super::ALIGNMENT).max(super::ALIGNMENT);
-        // SAFETY: the mapping is exclusively ours, nothing has been lent out yet, and it is initialised (zeros).
+        // SAFETY: the mapping is exclusively ours, no slab has been leased yet, and it is initialised
+        // (zeros).
         let all = unsafe { std::slice::from_raw_parts_mut(self.base, self.len) };
         std::thread::scope(|scope| {
             for part in all.chunks_mut(part) {
@@ -211,11 +215,12 @@ impl Mapping {
                         *lock(elsewhere) = Some(format!("threads cannot be moved to the node of the device: {error}"));
                     }
                     for page in part.chunks_mut(super::ALIGNMENT) {
-                        // SAFETY: a valid exclusive reference; volatile, so that the store of a zero is not left out.
+                        // SAFETY: a valid exclusive reference; volatile, so that the store of a zero is not
+                        // left out.
                         unsafe { std::ptr::write_volatile(&mut page[0], 0) };
                     }
                 };
-                // Where there are no threads to be had, the first save faults in what is missing.
+                // If no thread can start, the first save faults in the missing pages.
                 if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, touch) {
                     tracing::warn!(error = format_args!("{error:#}"), "part of the arena is not faulted in");
                 }
@@ -247,7 +252,8 @@ impl Mapping {
         Ok(Self { base: base.cast(), len, registration: None })
     }
 
-    /// Keeps the mapping out of forked children, where device transfers would corrupt it, and asks for huge pages.
+    /// Keeps the mapping out of forked children, where device transfers would corrupt it, and asks for huge
+    /// pages.
     fn prepare(&self) -> bool {
         // SAFETY: advice on our own mapping.
         unsafe {
@@ -257,7 +263,7 @@ impl Mapping {
     }
 
     fn lock(&self) -> Result<(), String> {
-        // SAFETY: locking our own mapping changes nothing that it holds.
+        // SAFETY: locking our own mapping does not change its content.
         if unsafe { libc::mlock(self.base.cast(), self.len) } == 0 {
             return Ok(());
         }
@@ -265,7 +271,7 @@ impl Mapping {
     }
 
     fn unmap(&mut self) {
-        // SAFETY: our own mapping, and nobody has a lease any more.
+        // SAFETY: our own mapping, and no lease exists any more.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }
 }

@@ -1,22 +1,23 @@
-//! How much memory this process may have at most: that of the machine, or what a control group allows.
+//! The memory limit of this process: that of the machine, or of a control group.
 //!
-//! Without a look at these, an arena that is too large ends the process while it is faulted in, without a word.
+//! Without this check, the kernel kills the process without a message while it faults in an arena that is too
+//! large.
 
 use crate::error::{Error, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A bound, and where it is set.
+/// A limit, and the file that sets it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Limit {
     bytes: u64,
     set_in: PathBuf,
 }
 
-/// Refuses an arena that no process here can have.
+/// Refuses an arena above the memory limit.
 ///
 /// # Errors
-/// `Invalid`, naming what bounds it.
+/// `Invalid`, with the limit and the file that sets it.
 pub(super) fn check(arena: u64) -> Result<()> {
     let machine = rustix::system::sysinfo();
     #[allow(clippy::useless_conversion, reason = "the type is that of the architecture")]
@@ -35,8 +36,9 @@ fn fits(arena: u64, limits: impl IntoIterator<Item = Limit>) -> Result<()> {
     Err(Error::invalid(format!("{why} arena={arena} limit={bytes}")).with_path(set_in))
 }
 
-/// The limits of the control groups in `groups`, which has the lines of `/proc/self/cgroup`, and of those above them. In a
-/// container the path is often that of the host, and what is mounted begins further down: then the topmost counts.
+/// The limits of the control groups in `groups` (lines of `/proc/self/cgroup`) and of their ancestors. In a
+/// container the path is often that of the host, while the mount begins further down: then the topmost group
+/// counts.
 fn of_groups(groups: &str, mounted: &Path) -> Vec<Limit> {
     let mut found = Vec::new();
     for line in groups.lines() {

@@ -1,7 +1,8 @@
-//! The arena: aligned, prefaulted memory bought once at start and lent out in slabs.
+//! The arena: aligned, prefaulted memory, allocated once at start and leased in slabs.
 //!
-//! **Consistency.** A [`Lease`] is the only way to a slab, and there is one lease per slab. **Completion.** Dropping the
-//! lease sends the slab home; that is the only back-pressure there is. **Fork.** The mapping is not inherited.
+//! **Consistency.** Only a [`Lease`] gives access to a slab, and each slab has at most one lease.
+//! **Completion.** Dropping the lease returns the slab; that is the only back-pressure. **Fork.** A child
+//! does not inherit the mapping.
 
 mod aligned;
 mod arena;

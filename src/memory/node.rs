@@ -1,10 +1,10 @@
-//! NUMA nodes: which one a device is on, as sysfs has it, and threads that run there.
+//! NUMA nodes: finds the node of a device in sysfs, and moves threads there.
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::fs;
 use std::path::Path;
 
-/// A NUMA node, and those of its processors on which this process may run.
+/// A NUMA node, and its CPUs on which this process may run.
 #[derive(Clone, Debug)]
 pub struct Node {
     /// Its number.
@@ -13,10 +13,10 @@ pub struct Node {
 }
 
 impl Node {
-    /// The node of the PCI device `id` (`0000:0f:00.0`), in the sysfs that is mounted at `sysfs`.
+    /// Finds the node of the PCI device `id` (`0000:0f:00.0`) in the sysfs mounted at `sysfs`.
     ///
     /// # Errors
-    /// Why it makes no difference here, or cannot be known.
+    /// The reason why the node makes no difference, or is not known.
     pub fn of(sysfs: &Path, id: &str) -> Result<Self, String> {
         let nodes = sysfs.join("devices/system/node");
         if list(&read(&nodes.join("online"))?)?.count() < 2 {
@@ -37,15 +37,15 @@ impl Node {
         Ok(Self { number, cpus })
     }
 
-    /// How many processors it has for us.
+    /// The number of its CPUs on which this process may run.
     pub fn processors(&self) -> usize {
         self.cpus.count() as usize
     }
 
-    /// Moves the calling thread there, for good.
+    /// Moves the calling thread to the node, permanently.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn enter(&self) -> std::io::Result<()> {
         Ok(sched_setaffinity(None, &self.cpus)?)
     }
@@ -72,7 +72,7 @@ fn list(text: &str) -> Result<impl Iterator<Item = usize> + use<>, String> {
 mod tests {
     use super::*;
 
-    /// A sysfs of two nodes, of which ours has the processors `cpus`.
+    /// A sysfs of two nodes; the device's node has the CPUs `cpus`.
     fn sysfs(online: &str, node: &str, cpus: &str) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         let write = |path: &str, text: &str| {

@@ -1,10 +1,10 @@
-//! Slabs: equal pieces of the arena, each lent to one owner at a time.
+//! Slabs: equal pieces of the arena, each leased by one owner at a time.
 //!
 //! # Safety argument
-//! The mapping lives as long as any `Arc<Pool>`, and every lease holds one. The free list gives out each index once until it
-//! comes back, so two leases never cover the same bytes; a lease is therefore the exclusive owner of its slab and may move
-//! between threads. Copies that a device makes into a slab are begun through [`Lease::as_mut_ptr`], and whoever begins them
-//! keeps the lease until they have ended.
+//! The mapping lives as long as any `Arc<Pool>`, and every lease has one. The free list hands out an index
+//! again only after it was returned, so two leases never cover the same bytes; a lease therefore owns its
+//! slab exclusively and may move between threads. A device copies into a slab through [`Lease::as_mut_ptr`],
+//! and the caller that begins a copy keeps the lease until the copy has ended.
 #![expect(unsafe_code, reason = "exclusive slices of one mapping; argument above")]
 
 use super::arena::Mapping;
@@ -22,7 +22,7 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// Slabs of `slab` bytes over `mapping`; `home` is notified when one comes home.
+    /// Divides `mapping` into slabs of `slab` bytes. The pool notifies `home` when a slab is returned.
     pub fn new(mapping: Mapping, slab: usize, home: Arc<Signal>) -> Self {
         let count = u32::try_from(mapping.len() / slab).unwrap_or(u32::MAX);
         Self { mapping, slab, free: Mutex::new((0..count).rev().collect()), home }
@@ -47,7 +47,7 @@ impl Pool {
     }
 }
 
-/// A slab on loan. It goes home when it is dropped.
+/// The right to use a slab. Dropping it returns the slab.
 pub struct Lease {
     pool: Arc<Pool>,
     index: u32,
@@ -56,7 +56,8 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// The slab's address, a multiple of [`ALIGNMENT`](super::ALIGNMENT), for copies that end while the lease is held.
+    /// The slab's address, a multiple of [`ALIGNMENT`](super::ALIGNMENT), for copies that end before the
+    /// lease is dropped.
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
         self.pool.pointer(self.index)
     }
@@ -66,7 +67,7 @@ impl Lease {
         self.pool.slab
     }
 
-    /// Never: a slab has bytes.
+    /// Always false: a slab has bytes.
     pub fn is_empty(&self) -> bool {
         false
     }
@@ -77,14 +78,14 @@ impl Lease {
         unsafe { std::slice::from_raw_parts(self.pool.pointer(self.index), self.pool.slab) }
     }
 
-    /// The slab's bytes, to be written.
+    /// The slab's bytes, writable.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and the lease is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.pool.pointer(self.index), self.pool.slab) }
     }
 }
 
-/// Breaks the one promise of a slab, to show that the suite notices.
+/// Breaks the promise of a slab, to show that the test suite detects it.
 #[cfg(mutants)]
 impl Lease {
     pub(crate) fn go_home_early(&mut self) {
@@ -121,11 +122,11 @@ mod models {
         loom::model(|| {
             let home = Arc::new(Signal::default());
             let pool = Arc::new(Pool::new(Mapping::new(4096).unwrap(), 4096, home.clone()));
-            // The lock of the free list is what orders the owners; loom sees to it that nothing else has to.
+            // Only the lock of the free list orders the owners; loom checks that it is enough.
             let owner = Arc::new(loom::cell::UnsafeCell::new(0));
             let stager = |pool: Arc<Pool>, home: Arc<Signal>, owner: Arc<loom::cell::UnsafeCell<i32>>| {
                 let lease = home.wait_until(Instant::now(), || pool.try_lease()).unwrap();
-                // SAFETY: the lease of the only slab is held.
+                // SAFETY: this thread has the only slab's lease.
                 owner.with_mut(|n| unsafe { *n += 1 });
                 drop(lease);
             };

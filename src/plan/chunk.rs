@@ -1,5 +1,5 @@
-//! What the stages of a save exchange: chunks from stager to writers, receipts from writers to commit, and the request that
-//! all of them look at.
+//! Data that the stages of a save exchange: chunks from stager to writers, receipts from writers to
+//! committer, and the request that all of them read.
 
 use super::save::Plan;
 use crate::digest::Digest;
@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// One save as it was asked for.
+/// A save as the program requested it.
 #[derive(Debug)]
 pub(crate) struct Request {
     pub ticket: Arc<Ticket>,
@@ -21,16 +21,17 @@ pub(crate) struct Request {
     pub overwrite: bool,
     pub values: BTreeMap<String, serde_json::Value>,
     pub metadata: BTreeMap<String, serde_json::Value>,
-    /// Digests at `save` of tensors by index in the state dict, to be compared with what was staged.
+    /// Digests of tensors taken at `save`, by index in the state dict, to compare with the staged bytes.
     pub expected: Vec<(usize, Digest)>,
-    /// The same of tensors of devices, which digest them themselves: known once they are staged.
+    /// Expected digests of device tensors. The device computes them, so they are known once the save is
+    /// staged.
     pub later: Later,
 }
 
 /// Digests of tensors, by their index in the state dict.
 type Known = Vec<(usize, Digest)>;
 
-/// What a device will have found out when a save is staged.
+/// Digests that a device has computed by the time a save is staged.
 pub(crate) struct Later(pub Box<dyn Fn() -> Result<Known> + Send + Sync>);
 
 impl std::fmt::Debug for Later {
@@ -39,27 +40,27 @@ impl std::fmt::Debug for Later {
     }
 }
 
-/// What the writers acknowledge when everything that was planned is written and sealed.
+/// The writers' result, once every planned byte is written and every shard is sealed.
 #[derive(Debug)]
 pub(crate) struct Receipts {
     /// The digest of every segment, in the order of the plan.
     pub digests: Vec<Digest>,
     /// The digest of every chunk, in the order of the plan.
     pub chunks: Vec<Digest>,
-    /// How bytes reached the medium: buffered if any file was.
+    /// How bytes reached the medium: buffered if any file was buffered.
     pub mode: IoMode,
-    /// When the last byte was written, since the save began.
+    /// When the last byte was written, from the start of the save.
     pub last_byte: Duration,
 }
 
 /// A staged chunk on its way to a writer.
 #[derive(Debug)]
 pub(crate) struct Chunk {
-    /// Its index in the plan, which knows shard, offset and length.
+    /// Its index in the plan, which has shard, offset and length.
     pub index: usize,
-    /// The slab that holds it. It goes home when the chunk is written.
+    /// The slab that holds it, returned to the arena when the chunk is written.
     pub lease: Lease,
-    /// The digest of each segment; None where the bytes arrived without passing through a processor.
+    /// The digest of each segment; None if a device copied the bytes, so that no CPU read them.
     pub digests: Option<Vec<Digest>>,
 }
 
@@ -71,11 +72,11 @@ impl Chunk {
     }
 }
 
-/// Where a save's chunks go.
+/// Receives a save's chunks.
 pub(crate) trait Sink: Send + Sync {
-    /// Takes a staged chunk. Never blocks: there are no more chunks than slabs.
+    /// Accepts a staged chunk. Never blocks: there are no more chunks than slabs.
     fn accept(self: Arc<Self>, chunk: Chunk);
 
-    /// No more chunks will come, because all have or because the save failed. Called once.
+    /// Ends the chunks, because all were staged or because the save failed. Called once.
     fn end(self: Arc<Self>);
 }

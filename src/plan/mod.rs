@@ -1,7 +1,8 @@
-//! The plan: where every byte of a save will lie in its files, known before anything is copied.
+//! The plan: the file and offset of every byte of a save, computed before anything is copied.
 //!
-//! A plan depends on the structure of a state dict alone (names, dtypes, shapes, in order), so it is kept as long as the
-//! structure stays the same. What changes from save to save (step, attempt, digests) has fixed places in it.
+//! A plan depends on the structure of a state dict alone (names, dtypes, shapes, in order), so it is kept as
+//! long as the structure stays the same. Values that change from save to save (step, attempt, digests) have
+//! fixed offsets in it.
 
 mod chunk;
 mod save;

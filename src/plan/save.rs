@@ -8,12 +8,12 @@ use crate::format::shard::{HeaderTemplate, INDEX, MAX_HEADER, index_json, shard_
 use crate::state::{Layout, StateDict};
 use std::ops::Range;
 
-/// What, besides the structure, a plan depends on.
+/// Parameters of a plan besides the structure of the state dict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
     /// Bytes per chunk, a multiple of [`ALIGNMENT`].
     pub chunk: u64,
-    /// Shard files at most.
+    /// Maximum number of shard files.
     pub files: usize,
 }
 
@@ -23,9 +23,9 @@ pub(crate) struct Plan {
     pub chunks: Vec<ChunkPlan>,
     /// In file order, shard after shard.
     pub segments: Vec<Segment>,
-    /// The tensors in the order of the manifest, by name: the segments of each, and where its digests go.
+    /// The tensors in the order of the manifest, sorted by name, with the segments of each.
     pub tensors: Vec<Planned>,
-    /// Where in `tensors` each tensor of the state dict is.
+    /// The index in `tensors` of each tensor of the state dict.
     pub places: Vec<usize>,
     pub manifest: ManifestTemplate,
     /// `model.safetensors.index.json`, when there are several shards.
@@ -37,7 +37,7 @@ pub(crate) struct Plan {
     shape: Shape,
 }
 
-/// A file.
+/// A shard file.
 pub(crate) struct Shard {
     pub name: String,
     pub header: HeaderTemplate,
@@ -46,7 +46,7 @@ pub(crate) struct Shard {
     pub segments: Range<usize>,
 }
 
-/// A range of a file, staged and written as one.
+/// A range of a file, staged and written as a unit.
 pub(crate) struct ChunkPlan {
     pub shard: usize,
     pub offset: u64,
@@ -54,15 +54,15 @@ pub(crate) struct ChunkPlan {
     pub segments: Range<usize>,
 }
 
-/// Part of a header or of a tensor within a chunk; segments follow each other without gaps.
+/// Part of a header or of a tensor within a chunk. Segments follow each other without gaps.
 pub(crate) struct Segment {
     pub from: From,
-    /// Where the segment begins in the header or tensor.
+    /// The segment's offset in the header or tensor.
     pub at: u64,
     pub length: usize,
 }
 
-/// What a segment is part of.
+/// The header or tensor that a segment is part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum From {
     /// The header of the chunk's shard.
@@ -94,7 +94,8 @@ impl Plan {
         let total =
             total.filter(|&sum| sum <= i64::MAX as u64 / 2).ok_or_else(|| Error::invalid("the state is too large"))?;
 
-        // By falling element size, so that every tensor is aligned to its elements; then by name, for a stable order.
+        // By descending element size, so that every tensor is aligned to its elements; then by name, for a
+        // stable order.
         let mut order: Vec<usize> = (0..sizes.len()).collect();
         let key = |i: usize| {
             let (name, tensor) = state.tensors.get_index(i).expect("an index of this dict");
@@ -113,7 +114,7 @@ impl Plan {
                 if error.kind() != ErrorKind::Invalid {
                     return error;
                 }
-                // About what an entry takes beside the name.
+                // About the bytes of an entry without its name.
                 let entry = |i: usize| 96 + state.tensors.get_index(i).map_or(0, |(name, _)| name.len());
                 let advice = advice(&order, &sizes, total, shape.files, MAX_HEADER, entry);
                 let tensors = order.len();
@@ -147,15 +148,15 @@ impl Plan {
         self.names.get(tensor).map_or("", |(name, _)| name)
     }
 
-    /// Whether it is a plan of `state`. Of tensors in host memory only the fingerprint is compared, which
-    /// takes no time, and [`Plan::check`] makes sure before anything is read; tensors of devices are read by
-    /// this plan as soon as it is chosen.
+    /// Returns true if this is a plan of `state`. For host tensors it compares only the fingerprint, which is
+    /// fast, and [`Plan::check`] compares the rest before anything is read. It checks device tensors in full,
+    /// because devices read them by this plan as soon as it is chosen.
     pub fn fits(&self, state: &StateDict<'_>, shape: Shape) -> bool {
         let alike = self.fingerprint == state.fingerprint() && self.names.len() == state.len() && self.shape == shape;
         alike && (state.streams.is_empty() || self.check(state).is_ok())
     }
 
-    /// Makes sure that it is a plan of `state`.
+    /// Compares every name and layout with `state`.
     ///
     /// # Errors
     /// `Internal` when two structures share a fingerprint.
@@ -165,7 +166,8 @@ impl Plan {
     }
 }
 
-/// Cuts `order` into at most `files` runs of about equal bytes, each with at least one tensor; one run if there are none.
+/// Splits `order` into at most `files` runs of about equal bytes, each with at least one tensor; one run if
+/// there are no tensors.
 fn split(order: &[usize], sizes: &[u64], total: u64, files: usize) -> Vec<Range<usize>> {
     let files = files.clamp(1, order.len().max(1));
     let mut runs = Vec::with_capacity(files);
@@ -185,8 +187,8 @@ fn split(order: &[usize], sizes: &[u64], total: u64, files: usize) -> Vec<Range<
     runs
 }
 
-/// What to do about a header that is longer than `limit`, when tensors take as much of one as `entry` says. Files are cut by bytes, so
-/// that more of them do not always have fewer tensors each.
+/// Advises what to do about a header longer than `limit`; `entry` returns the header bytes of a tensor. Files
+/// are split by bytes, so more files do not always mean fewer tensors in each.
 fn advice(
     order: &[usize],
     sizes: &[u64],
@@ -203,7 +205,7 @@ fn advice(
     }
 }
 
-/// The entry of a file whose digests are not known yet.
+/// A file entry with digests still empty.
 fn file(name: &str, length: u64, data: u64) -> FileEntry {
     FileEntry { name: name.into(), length, data, header: Digest::EMPTY, digest: Digest::EMPTY }
 }
@@ -261,7 +263,8 @@ impl Draft {
         Ok(Shard { name, header, length: at, chunks, segments })
     }
 
-    /// Appends `length` bytes of `from` at `at` of the shard: cut where a chunk ends, and where a block of a tensor ends.
+    /// Appends `length` bytes of `from` at offset `at` of the shard, split at the ends of chunks and of
+    /// tensor blocks.
     fn run(&mut self, shard: usize, at: &mut u64, from: From, length: u64) {
         let mut done = 0;
         while done < length {
@@ -295,8 +298,8 @@ mod tests {
         state
     }
 
-    /// Kernels read tensors of a device by offsets of the plan before the stager compared more of it than 64
-    /// bits: a structure that happened to have the fingerprint of the last one was read beyond its end.
+    /// Regression: kernels read device tensors by offsets of the plan when only its 64-bit fingerprint was
+    /// compared, so a structure with the same fingerprint as the last was read beyond its end.
     #[test]
     fn a_plan_is_taken_for_tensors_of_a_device_only_if_it_is_theirs() {
         let shape = Shape { chunk: 4096, files: 1 };
@@ -310,8 +313,8 @@ mod tests {
         assert!(Plan::new(&short, shape).unwrap().fits(&short, shape));
     }
 
-    /// 1.3 million small tensors beside a large one were told to use more files, which are cut by bytes: all of the small ones
-    /// stayed in one of them.
+    /// Regression: the advice for 1.3 million small tensors beside a large one was more files, but files are
+    /// split by bytes, so all small tensors stayed in one file.
     #[test]
     fn more_files_are_advised_only_where_they_help() {
         let order: Vec<usize> = (0..10_000).collect();

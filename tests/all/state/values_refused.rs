@@ -56,7 +56,7 @@ fn a_key_that_comes_twice_is_refused() {
             serializer.collect_map([("a", 0), ("a", 1)])
         }
     }
-    refused(&Twice, "a key comes twice");
+    refused(&Twice, "duplicate key");
 }
 
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
