@@ -1,8 +1,8 @@
 //! Storage in host memory, for tests and for programs that keep checkpoints in RAM.
 //!
-//! It promises what the local storage promises, short of surviving the process, and it is stricter: what a disk might let
-//! pass (a misaligned or repeated write, a hole, a file that was never sealed) is refused here, so that a program which
-//! works on it breaks no rule of the seam.
+//! [`Memory`] promises what the local storage promises, except to survive the process. It is stricter: it
+//! refuses faults that a disk might accept (a misaligned or repeated write, a hole, a file that was never
+//! sealed), so a program that works on it breaks no rule of [`Storage`].
 
 use super::name::{check_file, check_step};
 use super::{FileReading, FileWriting, IoMode, Reading, Remnant, State, Storage, Sweep, Swept, Writing};
@@ -28,7 +28,7 @@ struct Root {
 }
 
 impl Root {
-    /// An attempt that came to its end is none of a sweep's business.
+    /// Removes an attempt that has ended from the list that sweeps look at.
     fn forget(&mut self, attempt: Attempt) {
         self.attempts.retain(|(_, known, _)| *known != attempt);
     }
@@ -40,7 +40,7 @@ impl Memory {
         Self::default()
     }
 
-    /// What [`Storage::hint`] last wrote.
+    /// The step that [`Storage::hint`] last wrote.
     pub fn latest(&self) -> Option<String> {
         lock(&self.0).latest.clone()
     }
@@ -327,7 +327,7 @@ impl Reading for MemoryReading {
     }
 }
 
-/// No two steps that are there, or held open, have the same address.
+/// The address of the files: unique among steps that exist or are open.
 fn identity(files: &Arc<Files>) -> (u64, u64) {
     (0, Arc::as_ptr(files).addr() as u64)
 }
@@ -362,7 +362,7 @@ impl FileReading for Bytes {
     }
 }
 
-/// A panic elsewhere cannot leave these maps half changed, so poison says nothing.
+/// Locks and ignores poison: a panic elsewhere cannot leave these maps half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

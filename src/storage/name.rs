@@ -1,16 +1,16 @@
-//! Which names a step and its files may have, in every back end.
+//! Rules for the names of steps and their files, in every back end.
 
 use crate::error::{Error, Result};
 
 /// The hint; never a step.
 pub(super) const LATEST: &str = "latest";
 
-/// True for a name that stays in its directory.
+/// Returns true for a name that stays in its directory.
 pub(super) fn is_component(name: &str) -> bool {
     !matches!(name, "" | "." | "..") && !name.contains(['/', '\\', '\0'])
 }
 
-/// Refuses names that leave the root, are hidden, or mean something else here.
+/// Refuses step names that leave the root, are hidden, or are reserved.
 pub(super) fn check_step(name: &str) -> Result<()> {
     if is_component(name) && !name.starts_with('.') && name != LATEST {
         return Ok(());
@@ -18,7 +18,7 @@ pub(super) fn check_step(name: &str) -> Result<()> {
     Err(Error::invalid(format!("a step's name is one path component, not hidden and not `{LATEST}` name={name:?}")))
 }
 
-/// Refuses, as damage, a file name that would leave its step.
+/// Refuses, as corrupt, a file name that would leave its step.
 pub(super) fn check_file(name: &str) -> Result<()> {
     if is_component(name) { Ok(()) } else { Err(Error::corrupt(format!("not a plain file name name={name:?}"))) }
 }

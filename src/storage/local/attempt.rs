@@ -1,4 +1,4 @@
-//! An attempt: a hidden directory, filled, and made the step by one rename.
+//! An attempt: a hidden directory that one rename makes the step.
 
 use super::dir::Dir;
 use super::direct::Bypass;
@@ -15,11 +15,11 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Files that come whole and have at least so many bytes are written like shards, past the page cache: the manifest of many
-/// tensors has several MiB.
+/// Minimum size of whole files that are written like shards, with direct I/O: the manifest of many tensors
+/// has several MiB.
 const WORTHWHILE: usize = 128 << 10;
 
-/// What was begun and not finished in an attempt.
+/// The files of an attempt that were begun and not finished.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
     files: AtomicUsize,
@@ -37,12 +37,13 @@ impl Progress {
         self.unfinished.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// After a failure to write or to fsync nobody knows what is in a file: the attempt can only be abandoned.
+    /// Marks the attempt as lost: after a failed write or fsync the content of a file is unknown, and the
+    /// attempt can only be abandoned.
     pub(super) fn lose(&self) {
         self.lost.store(true, Ordering::Release);
     }
 
-    /// Why the attempt cannot be published, if it cannot.
+    /// The reason why the attempt cannot be published; None if it can.
     fn obstacle(&self) -> Option<&'static str> {
         if self.lost.load(Ordering::Acquire) {
             Some("the attempt is lost: an earlier call on it failed")
@@ -60,7 +61,7 @@ impl Progress {
 enum Phase {
     Open(Owner),
     Published(Owner),
-    /// Published, perhaps.
+    /// The publish may have happened.
     Unclear,
     Over,
 }
@@ -68,7 +69,7 @@ enum Phase {
 /// An attempt in a directory of its own.
 #[derive(Debug)]
 pub(super) struct LocalAttempt {
-    /// A descriptor of its own: a failed fsync spoils this attempt and no other.
+    /// Its own descriptor of the root: a failed fsync spoils this attempt and no other.
     root: Dir,
     dir: Dir,
     step: String,
@@ -104,7 +105,7 @@ impl LocalAttempt {
             Ok((dir, identity))
         });
         let (dir, identity) = opened.inspect_err(|_| {
-            // Best effort; a sweep does it otherwise. The record goes last.
+            // Best effort: a sweep does it otherwise. The record is deleted last.
             if root.unlink(&temp, Kind::Dir).is_ok() && durable::deleted(&root).is_ok() {
                 let _ = owner.erase(&root);
             }
@@ -136,7 +137,7 @@ impl LocalAttempt {
         durable::file(&fd).map_err(self.dir.error("cannot make file durable", file))
     }
 
-    /// Everything of a publish but its bookkeeping.
+    /// Publishes: fsyncs, rename, fsync of the root, without bookkeeping.
     fn rename_and_sync(&self, overwrite: bool) -> Result<()> {
         let files = || durable::attempt(&self.dir).map_err(self.dir.own_error("cannot make the attempt durable"));
         let rename = || publish::rename(&self.root, &self.temp, &self.step, self.identity, overwrite);

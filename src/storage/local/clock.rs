@@ -1,4 +1,4 @@
-//! The clock of the file system: the only one that times of files can be compared with.
+//! The clock of the file system, the only one that file times can be compared with.
 
 use super::dir::Dir;
 use super::sys::uninterrupted;
@@ -6,7 +6,7 @@ use std::cell::OnceCell;
 use std::io;
 use std::time::Duration;
 
-/// Read when it is first asked, by touching the root: a server answers with its own time.
+/// The time of the file system, read on first use by touching the root: a server returns its own time.
 pub(super) struct Clock<'a> {
     root: &'a Dir,
     now: OnceCell<Option<Duration>>,
@@ -17,7 +17,8 @@ impl<'a> Clock<'a> {
         Self { root, now: OnceCell::new() }
     }
 
-    /// How long ago a file was `modified`; None where the time cannot be told, as without permission to write.
+    /// The time since a file was `modified`; None if the clock cannot be read, such as without write
+    /// permission.
     pub(super) fn age(&self, modified: Duration) -> Option<Duration> {
         let now = self.now.get_or_init(|| {
             let now = self.read().inspect_err(|error| {

@@ -1,4 +1,4 @@
-//! An open directory, and the names in it.
+//! An open directory, and operations on the names in it.
 
 use super::sys::{Fd, Kind, Open, Rename, Stat, Sys, uninterrupted};
 use crate::error::Error;
@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// An open directory and its path; the path is for messages, the descriptor for everything else.
+/// An open directory and its path. The path is for messages, the descriptor for everything else.
 #[derive(Debug)]
 pub(super) struct Dir {
     fd: Fd,
@@ -15,13 +15,13 @@ pub(super) struct Dir {
 }
 
 impl Dir {
-    /// Opens a path that the user gave; links are followed.
+    /// Opens a path of the user. Links are followed.
     pub(super) fn at(sys: &Arc<dyn Sys>, path: &Path) -> io::Result<Self> {
         let named = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         Ok(Self { fd: Fd::open(sys, None, named, Open::Dir, true)?, path: path.to_owned() })
     }
 
-    /// The same directory under a descriptor of its own: a failed fsync spoils that one and no other.
+    /// Opens the same directory again: a failed fsync spoils the new descriptor and no other.
     pub(super) fn afresh(&self) -> Result<Self, Error> {
         let fd = Fd::open(self.fd.sys(), Some(&self.fd), Path::new("."), Open::Dir, false)
             .map_err(|error| Error::io("cannot open directory", error).with_path(&self.path))?;
@@ -33,7 +33,7 @@ impl Dir {
         Ok(Self { fd: self.open(name, Open::Dir)?, path: self.path.join(name) })
     }
 
-    /// Opens what is called `name`. Links are not followed.
+    /// Opens the entry `name`. Links are not followed.
     pub(super) fn open(&self, name: &str, how: Open) -> io::Result<Fd> {
         Fd::open(self.fd.sys(), Some(&self.fd), Path::new(name), how, false)
     }
@@ -42,12 +42,12 @@ impl Dir {
         uninterrupted(|| self.fd.sys().mkdir(Some(self.fd.raw()), name.as_ref()))
     }
 
-    /// Renames within the directory. Not repeated when interrupted: it may have happened.
+    /// Renames within the directory. An interrupted rename is not repeated, because it may have happened.
     pub(super) fn rename(&self, from: &str, to: &str, how: Rename) -> io::Result<()> {
         self.fd.sys().rename(self.fd.raw(), Path::new(from), Path::new(to), how)
     }
 
-    /// Removes a name; that it is gone already is fine.
+    /// Removes a name. Ok if it does not exist.
     pub(super) fn unlink(&self, name: impl AsRef<Path>, kind: Kind) -> io::Result<()> {
         match uninterrupted(|| self.fd.sys().unlink(self.fd.raw(), name.as_ref(), kind)) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
@@ -55,7 +55,7 @@ impl Dir {
         }
     }
 
-    /// What `name` stands for, if anything.
+    /// Stats `name`; None if it does not exist.
     pub(super) fn look(&self, name: impl AsRef<Path>) -> io::Result<Option<Stat>> {
         match uninterrupted(|| self.fd.sys().stat_at(self.fd.raw(), name.as_ref())) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
@@ -80,8 +80,8 @@ impl Dir {
         &self.path
     }
 
-    /// The path by which it was opened while that leads here, and otherwise where it is now: it may have been renamed, or the
-    /// program have changed its own directory.
+    /// The path that opened the directory if it still leads here, otherwise the present path: the directory
+    /// may have been renamed, or the program may have changed its working directory.
     pub(super) fn present_path(&self) -> PathBuf {
         let identity = |dir: &Self| dir.stat().map(|stat| stat.identity);
         let leads_here =
@@ -93,13 +93,13 @@ impl Dir {
         if leads_here(&self.path) { None } else { moved() }.unwrap_or_else(|| self.path.clone())
     }
 
-    /// Turns what a call on `name` reported into an error that says what was attempted and where.
+    /// Wraps the error of a call on `name` with what was attempted and the path.
     pub(super) fn error(&self, attempted: &str, name: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
         let path = self.path.join(name);
         move |source| Error::io(attempted, source).with_path(path)
     }
 
-    /// The same for a call on the directory itself.
+    /// Wraps the error of a call on the directory itself.
     pub(super) fn own_error(&self, attempted: &str) -> impl FnOnce(io::Error) -> Error {
         let path = self.path.clone();
         move |source| Error::io(attempted, source).with_path(path)

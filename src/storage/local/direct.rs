@@ -1,4 +1,5 @@
-//! Direct I/O: asked for, possible, honoured. Three things, and only the last is reported.
+//! Direct I/O: a file system may refuse a request, or accept it without honouring it. The reported mode is
+//! what it honours.
 
 use super::dir::Dir;
 use super::sys::{Fd, Kind, Open, uninterrupted};
@@ -7,12 +8,14 @@ use crate::storage::IoMode;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Whether a file's bytes pass by the page cache. Goes off for good when the medium refuses a transfer.
+/// Whether a file's transfers bypass the page cache. Turns off permanently when the medium refuses a
+/// transfer.
 #[derive(Debug)]
 pub(super) struct Bypass(AtomicBool);
 
 impl Bypass {
-    /// Settles it for a file that was opened with O_DIRECT: kept where it is honoured and our alignment is enough.
+    /// Decides for a file that was opened with O_DIRECT: keeps it if it is honoured and our alignment is
+    /// enough.
     fn settle(fd: &Fd) -> io::Result<Self> {
         let enough = |alignment: u32| alignment as usize <= ALIGNMENT;
         let usable = uninterrupted(|| fd.sys().direct(fd.raw()))
@@ -28,7 +31,8 @@ impl Bypass {
         self.0.load(Ordering::Acquire)
     }
 
-    /// From now on the page cache is used. Transfers of other threads may still be direct; the kernel keeps both coherent.
+    /// Switches the file to the page cache. Transfers of other threads may still be direct; the kernel keeps
+    /// both coherent.
     pub(super) fn turn_off(&self, fd: &Fd) -> io::Result<()> {
         fd.sys().buffered(fd.raw())?;
         self.0.store(false, Ordering::Release);
@@ -45,8 +49,8 @@ pub(super) fn open(dir: &Dir, file: &str, wanted: bool) -> io::Result<(Fd, Bypas
     settled(wanted, |direct| dir.open(file, Open::Read { direct }), || Ok(()))
 }
 
-/// Opens a file to read and write, through the page cache. Where writing is not allowed, to read: its lock is then refused by file
-/// systems that lock ranges of bytes in place of files, as NFS does.
+/// Opens a file to read and write, through the page cache; to read only, if writing is not allowed. File
+/// systems that lock byte ranges instead of files, such as NFS, then refuse its lock.
 pub(super) fn update(dir: &Dir, file: &str) -> io::Result<(Fd, Bypass)> {
     let fd = match dir.open(file, Open::Update) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {
@@ -59,7 +63,7 @@ pub(super) fn update(dir: &Dir, file: &str) -> io::Result<(Fd, Bypass)> {
 
 /// Creates a file, direct when `wanted` and possible.
 pub(super) fn create(dir: &Dir, file: &str, wanted: bool) -> io::Result<(Fd, Bypass)> {
-    // A refusal of O_DIRECT can come after the file was created.
+    // The file system can refuse O_DIRECT after it created the file.
     settled(wanted, |direct| dir.open(file, Open::Create { direct }), || dir.unlink(file, Kind::File))
 }
 

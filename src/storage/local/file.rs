@@ -1,4 +1,4 @@
-//! A file of an attempt.
+//! Writing a file of an attempt.
 
 use super::attempt::Progress;
 use super::dir::Dir;
@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A file being written through one descriptor.
+/// A file of an attempt, written through one descriptor.
 #[derive(Debug)]
 pub(super) struct LocalFile {
     fd: Fd,
@@ -25,12 +25,12 @@ pub(super) struct LocalFile {
 }
 
 impl LocalFile {
-    /// Creates the file and takes its space.
+    /// Creates the file and allocates its space.
     pub(super) fn create(dir: &Dir, file: &str, len: u64, direct: bool, progress: &Arc<Progress>) -> Result<Self> {
         let (fd, bypass) = direct::create(dir, file, direct).map_err(dir.error("cannot create file", file))?;
         if len > 0 {
             match uninterrupted(|| fd.sys().fallocate(fd.raw(), padded(len))) {
-                // No preallocation here: then space is taken as it is written.
+                // The file system has no preallocation: writes allocate the space.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)) => {}
                 done => done.map_err(dir.error(&format!("cannot take space for a file len={len}"), file))?,
             }
@@ -63,7 +63,7 @@ impl LocalFile {
         if tail.is_empty() {
             return Ok(());
         }
-        // The file's last bytes, handed over without padding.
+        // The file's last bytes, which came without padding.
         let mut block = AlignedBuffer::new(ALIGNMENT);
         block[..tail.len()].copy_from_slice(tail);
         transfer::write_all(&self.fd, &self.bypass, &block, offset + whole.len() as u64)

@@ -1,7 +1,8 @@
-//! Whether the owner of an attempt is dead.
+//! Judges whether the owner of an attempt is dead.
 //!
-//! Under the boot that wrote the record, its lock decides. Everywhere else, and where there are no locks, age does: an attempt is
-//! dead when neither its record nor its files have changed for long enough, for a live owner touches its record.
+//! On the boot that wrote the record, its lock decides. Elsewhere, and without locks, age decides: an attempt
+//! is dead when neither its record nor its files have changed for long enough, because a live owner touches
+//! its record.
 
 use super::clock::Clock;
 use super::dir::Dir;
@@ -13,44 +14,44 @@ use crate::storage::{Remnant, State};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Longer than any record.
+/// Maximum length of a record.
 const LIMIT: usize = 4096;
 
-/// A record that is so old and says nothing is not just being written.
+/// An unreadable record of this age is not being written any more.
 const WRITTEN_BY_THEN: Duration = Duration::from_secs(60);
 
-/// What a sweep finds out about the owner of an attempt.
+/// The judgement on the owner of an attempt.
 pub(super) enum Finding {
     Dead(Dead),
     Left(Remnant),
-    /// Another sweep, or the owner itself, has removed it.
+    /// Another sweep, or the owner itself, removed the attempt.
     Gone,
 }
 
-/// An attempt to be removed. Its record is locked by us, where that is possible.
+/// An attempt to remove. The sweep has the lock of its record, where locks work.
 pub(super) struct Dead {
     pub(super) owner: Owner,
     pub(super) remnant: Remnant,
-    /// Only its age says so.
+    /// True when only its age decided.
     pub(super) by_age: bool,
-    /// That of its directory when it was judged; None when it was not there.
+    /// The identity of its directory at the judgement; None when the directory did not exist.
     pub(super) identity: Option<(u64, u64)>,
 }
 
-/// The bytes of an attempt, and when it was last modified.
+/// The size of an attempt, and its last modification.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Extent {
-    /// None when it is not there.
+    /// None when the directory does not exist.
     pub(super) identity: Option<(u64, u64)>,
     pub(super) bytes: u64,
     pub(super) modified: Duration,
 }
 
 impl Extent {
-    /// That of the directory `name`; nothing when it is not there.
+    /// The extent of the directory `name`; the default when it does not exist.
     ///
     /// # Errors
-    /// Those of the file system: what cannot be looked at may be there, and be alive.
+    /// Those of the file system: an attempt that cannot be read may exist and be alive.
     pub(super) fn of(root: &Dir, name: &str) -> Result<Self> {
         let failed = "cannot look at what is to be swept";
         let Some(stat) = root.look(name).map_err(root.error(failed, name))? else { return Ok(Self::default()) };
@@ -72,7 +73,8 @@ impl Extent {
     }
 }
 
-/// Judges the owner of the attempt `temp` by its record `name`; by age, it is dead when unchanged for `older_than`.
+/// Judges the owner of the attempt `temp` by its record `name`. By age, it is dead when unchanged for
+/// `older_than`.
 pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older_than: Duration) -> Result<Finding> {
     let failed = "cannot read the owner record";
     let (fd, bypass) = match direct::update(root, name) {
@@ -103,7 +105,8 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
             Err(error) => why = format!("its owner record cannot be locked: {error:#}{who}"),
         }
     }
-    // An owner that holds its lock is alive whatever can be seen of its attempt; any other decision needs to see it.
+    // An owner with its lock is alive even if the attempt cannot be read; every other decision needs the
+    // attempt.
     let extent = extent?;
     let mut age = None;
     if by_age {
@@ -116,7 +119,7 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
         if age.is_none_or(|age| age < enough) {
             return Ok(Finding::Left(remnant(State::Undecided, why, age)));
         }
-        // Only now: its owner would find a new record locked, and fail.
+        // Locked only now: the owner of a record that is being written would find it locked, and fail.
         if record.is_none() {
             match may_be_dead(&fd) {
                 Ok(true) => {}
@@ -129,7 +132,8 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
             }
         }
     }
-    // Between open and lock the record can have been swept, and even written anew.
+    // Another sweep may have removed the record between open and lock, and an owner may have written a new
+    // one.
     let named = root.look(name).map_err(root.error(failed, name))?;
     if named.is_none_or(|named| named.identity != held.identity) {
         return Ok(Finding::Gone);
@@ -138,7 +142,7 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
     Ok(Finding::Dead(Dead { owner, remnant: remnant(State::Dead, why, age), by_age, identity: extent.identity }))
 }
 
-/// Takes the lock of a record; false when its owner has it.
+/// Locks a record; false when its owner has the lock.
 fn may_be_dead(fd: &Fd) -> std::io::Result<bool> {
     if crate::mutant::on(crate::mutant::Mutant::SweepLock) {
         return Ok(true);

@@ -1,8 +1,9 @@
 //! The system calls of Linux.
 //!
 //! # Safety argument
-//! A [`RawFd`] that reaches this file comes from [`Sys::open`] of this file and is owned by one [`Fd`](super::sys::Fd), which
-//! calls [`Sys::close`] once, when nothing can use it any more. So borrowing it for the length of a call is sound.
+//! Every [`RawFd`] passed to this file comes from its [`Sys::open`] and is owned by one
+//! [`Fd`](super::sys::Fd), which calls [`Sys::close`] once, when nothing can use it any more. So borrowing it
+//! for the length of a call is sound.
 #![expect(unsafe_code, reason = "raw descriptors are borrowed for one call each")]
 
 use super::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
@@ -20,16 +21,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// File systems that take O_DIRECT and use the page cache all the same.
+/// Magic numbers of file systems that accept O_DIRECT and still use the page cache.
 const BTRFS: u64 = 0x9123_683e;
 const TMPFS: u64 = 0x0102_1994;
 
-/// The kernel we run on.
+/// The system calls of the running kernel.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Linux;
 
 fn borrow<'fd>(fd: RawFd) -> BorrowedFd<'fd> {
-    // SAFETY: the descriptor is open, and stays so during the call that it is borrowed for (see the safety argument).
+    // SAFETY: the descriptor stays open during the call that borrows it (see the safety argument).
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
@@ -49,7 +50,7 @@ fn stat_of(stat: &rustix::fs::Stat) -> Stat {
         len: u64::try_from(stat.st_size).unwrap_or(0),
         identity: (stat.st_dev.into(), stat.st_ino.into()),
         links: stat.st_nlink.into(),
-        // Before 1970 is as long ago as can be.
+        // A time before 1970 counts as 1970.
         modified: u64::try_from(stat.st_mtime)
             .map_or(Duration::ZERO, |seconds| Duration::new(seconds, u32::try_from(stat.st_mtime_nsec).unwrap_or(0))),
     }
@@ -61,7 +62,7 @@ impl Sys for Linux {
         let mut flags = OFlags::CLOEXEC
             | match how {
                 Open::Dir => OFlags::RDONLY | OFlags::DIRECTORY,
-                // A pipe in the place of a file must not make us wait for its writer.
+                // NONBLOCK: opening a pipe in the place of a file must not wait for its writer.
                 Open::Read { direct: on } => OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | direct(on),
                 Open::Update => OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY,
                 Open::Create { direct: on } => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | direct(on),
@@ -73,11 +74,12 @@ impl Sys for Linux {
 
     fn close(&self, fd: RawFd) {
         if fork::is_registered(fd) {
-            // A child that was forked in between holds a copy; unlocking, unlike closing, takes the lock from all copies.
+            // A child forked in between has a copy; unlocking, unlike closing, releases the lock of all
+            // copies.
             let _ = rustix::fs::flock(borrow(fd), FlockOperation::Unlock);
             fork::unregister(fd);
         }
-        // SAFETY: its owner gives the descriptor up with this call.
+        // SAFETY: the owner gives up the descriptor with this call.
         unsafe { rustix::io::close(fd) };
     }
 
@@ -151,7 +153,7 @@ impl Sys for Linux {
     }
 
     fn try_lock(&self, fd: RawFd) -> io::Result<bool> {
-        // First, so that no fork falls between lock and registration.
+        // Registered first, so that no fork happens between lock and registration.
         if !fork::register(fd) {
             return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }
@@ -171,12 +173,12 @@ impl Sys for Linux {
         let magic = rustix::fs::fstatfs(fd)?.f_type as u64 & 0xffff_ffff;
         let unhonoured = match magic {
             TMPFS => true,
-            // Data checksums need a copy that cannot change; without them (chattr +C) btrfs is direct.
+            // Data checksums need a stable copy; without them (chattr +C) btrfs is direct.
             BTRFS => !rustix::fs::ioctl_getflags(fd).is_ok_and(|flags| flags.contains(IFlags::NOCOW)),
             _ => false,
         };
         let usual = Direct { memory: ALIGNMENT as u32, offset: ALIGNMENT as u32, honoured: !unhonoured };
-        // Unknown to kernels before 6.1 and to many file systems: then the usual alignment suits.
+        // Kernels before 6.1 and many file systems do not report it: the usual alignment works there.
         let Ok(stat) = rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) else { return Ok(usual) };
         if stat.stx_mask & StatxFlags::DIOALIGN.bits() == 0 {
             return Ok(usual);

@@ -1,19 +1,21 @@
 //! Storage in a directory of a local or mounted file system.
 //!
-//! **Names.** `names` lists what can be in a root. A step is a plain directory that holds the checkpoint and nothing else; an
-//! attempt is a hidden one, with the record of its owner beside it.
-//! **Consistency.** A step appears by one rename and is never changed. A reader opens its directory once and every file through
-//! that descriptor, so it sees one attempt, replaced or removed as it may be.
-//! **Completion.** Files, then the attempt's directory, then the rename, then the root: each is fsynced before the next step, in
-//! `durable` and nowhere else. A failed fsync loses the attempt; one that fails after the rename is `Indeterminate`.
-//! **Crash.** An attempt whose owner is dead is deleted, once it is durable that nothing there has the name of a step. What is
-//! removed first gets a hidden name, durably, so a crash never brings back a step with some of its files missing. What no lock
-//! tells of, as attempts of other hosts, is deleted when it has not changed for long enough, and reported until then.
-//! **Cancellation.** [`Writing::abandon`]; or drop the attempt, and a sweep finds it.
-//! **Fork.** A child never closes, unlocks, touches or deletes what its parent has open: it begins and sweeps in a storage of its own.
+//! **Names.** `names` lists the entries of a root. A step is a plain directory that holds the checkpoint and
+//! nothing else; an attempt is a hidden directory, with the record of its owner beside it. **Consistency.** A
+//! step appears by one rename and never changes. A reader opens its directory once and every file through
+//! that descriptor, so it sees one attempt, even if the step is replaced or removed. **Completion.** Files,
+//! then the attempt's directory, then the rename, then the root: each is fsynced before the next step, in
+//! `durable` and nowhere else. A failed fsync loses the attempt; one that fails after the rename is
+//! `Indeterminate`. **Crash.** A sweep deletes an attempt whose owner is dead, once it is durable that the
+//! attempt does not have the name of a step. A removed step first gets a hidden name, durably, so a crash
+//! never brings back a step with missing files. An attempt that no lock decides, such as one of another host,
+//! is deleted when it has not changed for long enough, and reported until then. **Cancellation.**
+//! [`Writing::abandon`]; or drop the attempt, and a sweep finds it. **Fork.** A child never closes, unlocks,
+//! touches or deletes what its parent has open: it opens its own storage to begin and sweep.
 //!
-//! From the system calls up: `sys` (the seam), `linux`, `dir`, `transfer`, `direct`, `durable`; then `owner`, `clock`, `judge`, `file`,
-//! `trash`, `publish`; then `attempt`, `reading`, `sweep`, `root`; then [`Local`].
+//! Modules from the system calls up: `sys` (the system call interface), `linux`, `dir`, `transfer`, `direct`,
+//! `durable`; then `owner`, `clock`, `judge`, `file`, `trash`, `publish`; then `attempt`, `reading`, `sweep`,
+//! `root`; then [`Local`].
 
 mod attempt;
 mod clock;
@@ -58,30 +60,31 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use sys::{Kind, Open, Rename, Sys};
 
-/// Steps in a directory.
+/// Storage of steps in a directory.
 #[derive(Debug)]
 pub struct Local {
-    /// For looking only. Whoever fsyncs opens it afresh: a failed fsync is final for a descriptor.
+    /// Read only. A caller that fsyncs opens it afresh: a failed fsync is final for a descriptor.
     root: Dir,
     direct: bool,
     owners: Arc<Owners>,
 }
 
 impl Local {
-    /// The root at `path`, created when it is missing.
+    /// Opens the root at `path`, and creates it if it is missing.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::with_sys(Arc::new(Linux), path)
     }
 
-    /// The root at `path`, created when it is missing, written by `engine` or, where that is not to be had, by pwrite(2).
+    /// Opens the root at `path`, and creates it if it is missing. `engine` writes files, or pwrite(2) if it
+    /// is not available.
     pub fn open_with(path: impl AsRef<Path>, engine: Engine) -> Result<Self> {
         Self::with_sys(system(engine), path)
     }
 
-    /// The root at `path`, to read; nothing is created.
+    /// Opens the root at `path` to read, and creates nothing.
     ///
     /// # Errors
-    /// `NotFound` when there is none.
+    /// `NotFound` when the root does not exist.
     pub fn at(path: impl AsRef<Path>) -> Result<Self> {
         Self::at_with_sys(Arc::new(Linux), path)
     }
@@ -102,21 +105,21 @@ impl Local {
         Self { root, direct: true, owners: Arc::new(Owners::new(Locks::Flock)) }
     }
 
-    /// Whether files are opened with O_DIRECT where that is possible: yes, unless told otherwise.
+    /// Sets whether files are opened with O_DIRECT where possible: true by default.
     #[must_use]
     pub fn direct(mut self, direct: bool) -> Self {
         self.direct = direct;
         self
     }
 
-    /// How owner records are locked: by flock(2), unless told otherwise.
+    /// Sets how owner records are locked: flock(2) by default.
     #[must_use]
     pub fn locks(mut self, locks: Locks) -> Self {
         self.owners = Arc::new(Owners::new(locks));
         self
     }
 
-    /// After a fork the attempts are the parent's, and their descriptors are closed.
+    /// Refuses to act after a fork: the attempts are the parent's, and their descriptors are closed.
     fn alive(&self) -> Result<()> {
         if self.root.fd().is_ours() {
             return Ok(());
@@ -125,7 +128,7 @@ impl Local {
             .with_path(self.root.path()))
     }
 
-    /// Where the root is.
+    /// The present path of the root.
     pub(crate) fn path(&self) -> PathBuf {
         self.root.present_path()
     }
@@ -136,7 +139,7 @@ impl Local {
 }
 
 impl Local {
-    /// Removes the step `name`, if that is the one `wanted`.
+    /// Removes the step `name`, if its identity is `wanted` or `wanted` is None.
     fn discard(&self, name: &str, wanted: Option<(u64, u64)>) -> Result<()> {
         self.alive()?;
         rules::check_step(name)?;
@@ -156,7 +159,7 @@ impl Local {
     }
 }
 
-/// The system calls that write as `engine` says.
+/// The system calls of `engine`.
 fn system(engine: Engine) -> Arc<dyn Sys> {
     match engine {
         #[cfg(feature = "uring")]
@@ -164,11 +167,11 @@ fn system(engine: Engine) -> Arc<dyn Sys> {
             Ok(uring) => return Arc::new(uring),
             Err(error) => tracing::warn!(
                 error = format_args!("{error:#}"),
-                "io_uring is not to be had, files are written by pwrite"
+                "io_uring is not available: files are written by pwrite"
             ),
         },
         #[cfg(not(feature = "uring"))]
-        Engine::Uring => tracing::warn!("built without the feature `uring`, files are written by pwrite"),
+        Engine::Uring => tracing::warn!("built without the feature `uring`: files are written by pwrite"),
         Engine::Auto | Engine::Pwrite => {}
     }
     Arc::new(Linux)
@@ -243,7 +246,7 @@ impl Storage for Local {
         self.alive()?;
         rules::check_step(name)?;
         let failed = |error| self.root.error("cannot write the hint", rules::LATEST)(error);
-        // Left by a process that died, or being written by another: which one wins does not matter.
+        // A dead process may have left it, or another may be writing it: which hint wins does not matter.
         self.root.unlink(names::LATEST_NEW, Kind::File).map_err(failed)?;
         let lost = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EEXIST | libc::ENOENT));
         let (fd, bypass): (_, Bypass) = match direct::create(&self.root, names::LATEST_NEW, false) {

@@ -1,17 +1,17 @@
-//! The names in a root: which are steps, which are ours to clean up, and which nobody may use.
+//! The names in a root: steps, names that this library cleans up, and reserved names.
 //!
 //! ```text
 //! step-00000100                    a step
 //! .step-00000100.<attempt>.tmp     an attempt, or what an overwrite displaced
-//! .step-00000100.<attempt>.owner   who writes it; locked while that process lives
-//! .trash-<attempt>                 on its way out; anybody may finish the job
+//! .step-00000100.<attempt>.owner   its owner record; locked while the owner lives
+//! .trash-<attempt>                 being deleted; any process may finish
 //! latest                           the hint
 //! ```
 
 use crate::id::Attempt;
 use crate::storage::name::is_component;
 
-/// The hint before its rename.
+/// The name of the hint before its rename.
 pub(super) const LATEST_NEW: &str = ".latest.new";
 const TEMP: &str = ".tmp";
 const OWNER: &str = ".owner";
@@ -33,12 +33,12 @@ pub(super) fn is_trash(name: &str) -> bool {
     name.starts_with(TRASH)
 }
 
-/// Step and attempt, when `name` is that of an attempt's directory.
+/// Parses step and attempt from the name of an attempt's directory.
 pub(super) fn parse_temp(name: &str) -> Option<(&str, Attempt)> {
     parse(name.strip_suffix(TEMP)?)
 }
 
-/// Step and attempt, when `name` is that of an owner record.
+/// Parses step and attempt from the name of an owner record.
 pub(super) fn parse_owner(name: &str) -> Option<(&str, Attempt)> {
     parse(name.strip_suffix(OWNER)?)
 }

@@ -1,8 +1,8 @@
-//! Who writes an attempt: a record beside it, locked for as long as the writer lives.
+//! The owner record: a file beside an attempt that names its writer, locked while the writer lives.
 //!
-//! The lock tells a live writer from a dead one, but only as far as it reaches: between two machines, or two boots of one, it may
-//! not. The record names the boot, so that `judge` knows. A live writer also touches its record, for those whom the lock does not
-//! reach. Host, process id and start time are for people.
+//! The lock tells a live writer from a dead one, but may not work between two machines, or two boots of one.
+//! So the record names the boot, for `judge`. A live writer also touches its record, for sweeps on machines
+//! where the lock does not work. Host, process id and start time are for people.
 
 use super::dir::Dir;
 use super::direct::{self, Bypass};
@@ -16,10 +16,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::{fs, io};
 
-/// ENOTSUPP, which the kernel should keep to itself; some parallel file systems return it.
+/// ENOTSUPP, a kernel-internal code that some parallel file systems return to programs.
 const ENOTSUPP: i32 = 524;
 
-/// The record of an attempt. The lock goes with it.
+/// The record of an attempt, with its lock.
 #[derive(Debug)]
 pub(super) struct Owner {
     name: String,
@@ -30,10 +30,11 @@ pub(super) struct Owner {
 #[derive(Debug)]
 pub(super) struct Owners {
     locks: Locks,
-    /// Their locks are kept until the storage is dropped, so that no sweep of ours acts on an unclear publish.
+    /// Records of unclear publishes. Their locks are kept until the storage is dropped, so that no sweep of
+    /// ours removes them.
     kept: Mutex<Vec<Owner>>,
     live: Mutex<Vec<Weak<Fd>>>,
-    /// It was said that there are no locks.
+    /// True once the missing locks were logged.
     warned: AtomicBool,
 }
 
@@ -63,7 +64,7 @@ impl Owners {
         durable::owner(fd, root).map_err(root.error("cannot make the owner record durable", name))
     }
 
-    /// Locks a new record; false where there are no locks, which the record then says.
+    /// Locks a new record; false if there are no locks, which the record then states.
     fn lock(&self, root: &Dir, name: &str, fd: &Fd) -> Result<bool> {
         if self.locks == Locks::None {
             return Ok(false);
@@ -107,7 +108,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether the error of a lock says that there are none on this file system, for any process.
+/// Returns true if a lock's error means that the file system has no locks, for any process.
 pub(super) fn has_no_locks(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | ENOTSUPP))
 }
@@ -123,14 +124,14 @@ impl Owner {
     }
 }
 
-/// The content of a record. Later versions may add fields.
+/// The content of an owner record. Later versions may add fields.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Record {
     pub(super) host: String,
     boot_id: String,
     pub(super) pid: u32,
     start_time: u64,
-    /// Absent means yes.
+    /// True when absent.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub(super) locked: bool,
 }
@@ -145,7 +146,8 @@ fn is_yes(locked: &bool) -> bool {
 }
 
 impl Record {
-    /// None for what is not a record: empty, zeros after a power failure, or of another program.
+    /// Parses a record. None for bytes that are no record: empty, zeros after a power failure, or of another
+    /// program.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         serde_json::from_slice(bytes).ok()
     }
@@ -156,8 +158,8 @@ impl Record {
         Self { host, boot_id: this_boot(), pid, start_time, locked }
     }
 
-    /// Written under the kernel that runs here, which then knows whether the writer still holds its lock. Names of hosts, and what
-    /// is in their images, can be equal on several machines.
+    /// Returns true if the running kernel's boot wrote the record; that kernel knows whether the writer still
+    /// has its lock. Host names, and the content of images, can be equal on several machines.
     pub(super) fn is_of_this_boot(&self) -> bool {
         !self.boot_id.is_empty() && self.boot_id == this_boot()
     }
@@ -167,9 +169,9 @@ fn this_boot() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
-/// When this process started, in clock ticks since boot: with the process id, it names a process.
+/// The start of this process in clock ticks since boot; with the process id, it identifies a process.
 fn start_time() -> Option<u64> {
     let stat = fs::read_to_string("/proc/self/stat").ok()?;
-    // The second field is the program's name in brackets, which can hold anything.
+    // The second field is the program's name in brackets, which can contain any character.
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }

@@ -1,4 +1,4 @@
-//! The publish: one rename that happens wholly or not at all, on file systems with and without renameat2(2).
+//! The publish: one atomic rename, on file systems with and without renameat2(2).
 
 use super::attempt::conflict;
 use super::dir::Dir;
@@ -6,22 +6,22 @@ use super::sys::Rename;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 
-/// Gives the attempt `temp`, known by its `identity`, the name `step`. With `overwrite` a step of that name is swapped out, and
-/// has the name `temp` then.
+/// Renames the attempt `temp`, known by its `identity`, to `step`. With `overwrite` an existing step is
+/// exchanged, and then has the name `temp`.
 ///
 /// # Errors
-/// `Conflict` when another step is there; `Indeterminate` when it cannot be found out what happened; for any other kind
+/// `Conflict` when another step has the name; `Indeterminate` when the result is unknown; with any other kind
 /// nothing changed.
 pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), overwrite: bool) -> Result<()> {
     let replace = overwrite || mutant::on(Mutant::NoReplace);
     let mut how = if replace { Rename::Exchange } else { Rename::NoReplace };
     loop {
         let Err(error) = root.rename(temp, step, how) else { return Ok(()) };
-        // What the call reports is not always what it did: a network file system can repeat a rename that had succeeded.
+        // The call's result is not reliable: a network file system can repeat a rename that had succeeded.
         match look(root, temp, step, identity) {
             Seen::Published => return Ok(()),
             Seen::Unclear => {
-                return Err(Error::io("the publish failed, and nobody knows how far it came", error)
+                return Err(Error::io("the publish failed, and whether the step has its name is unknown", error)
                     .with_kind(ErrorKind::Indeterminate)
                     .with_path(root.path().join(step)));
             }

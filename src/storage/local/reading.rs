@@ -1,5 +1,5 @@
-//! A published step, held open: its directory by one descriptor, each file by one more, so that whatever happens to the name
-//! the bytes stay those of one attempt.
+//! A published step, kept open: one descriptor for its directory, one for each file. So the bytes are those
+//! of one attempt, even if the name changes.
 
 use super::dir::Dir;
 use super::direct::{self, Bypass};
@@ -13,10 +13,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// Unaligned requests pass through a buffer of at most this many bytes.
+/// Maximum size of the bounce buffer for unaligned requests.
 const BOUNCE: usize = 1 << 20;
 
-/// A step.
+/// A published step.
 #[derive(Debug)]
 pub(super) struct LocalReading {
     dir: Dir,
@@ -52,7 +52,7 @@ impl Reading for LocalReading {
     }
 
     fn identity(&self) -> Option<(u64, u64)> {
-        // The number of a directory is not used again while a descriptor holds it.
+        // The inode number of a directory is not reused while a descriptor is open.
         self.dir.stat().ok().map(|stat| stat.identity)
     }
 }
@@ -61,7 +61,7 @@ fn not_a_file(dir: &Dir, file: &str) -> Error {
     Error::corrupt("a link or a device where a file should be").with_path(dir.path().join(file))
 }
 
-/// A file.
+/// A file of a published step.
 #[derive(Debug)]
 struct LocalFileReading {
     fd: Fd,

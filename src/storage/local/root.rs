@@ -1,4 +1,4 @@
-//! The root directory: found, or made so that it stays.
+//! Opens the root directory, or creates it durably.
 
 use super::dir::Dir;
 use super::durable;
@@ -8,15 +8,16 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Opens a root that exists.
+/// Opens an existing root.
 pub(super) fn find(sys: &Arc<dyn Sys>, path: &Path) -> Result<Dir> {
     Dir::at(sys, path).map_err(|error| Error::io("cannot open the root directory", error).with_path(path))
 }
 
-/// Opens the root; creates it, and what leads to it, where missing.
+/// Opens the root, and creates it and its missing ancestors.
 ///
-/// Every directory on the way is made durable by an fsync of its parent, also one that was there: a process that died before
-/// its own fsync may have made it. Where that is not ours to do (no permission, a read-only mount), it was not our process.
+/// It makes every directory on the path durable by an fsync of its parent, also an existing one: a process
+/// that died before its own fsync may have created it. If this process may not (no permission, a read-only
+/// mount), no process of ours created it.
 pub(super) fn make(sys: &Arc<dyn Sys>, path: &Path) -> Result<Dir> {
     let failed = |attempted: &'static str| move |error: io::Error| Error::io(attempted, error).with_path(path);
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {

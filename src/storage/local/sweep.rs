@@ -1,4 +1,4 @@
-//! Cleaning up after dead owners, and after no other.
+//! Removes what dead owners left, and nothing of live ones.
 
 use super::clock::Clock;
 use super::dir::Dir;
@@ -9,10 +9,10 @@ use crate::id::Attempt;
 use crate::storage::{Remnant, State, Sweep, Swept};
 use std::collections::HashSet;
 
-/// So many dead attempts share the fsyncs of their removal; each holds a descriptor until then.
+/// Number of dead attempts that share the fsyncs of their removal. Each keeps a descriptor open until then.
 const BATCH: usize = 64;
 
-/// Removes what dead owners left, and whatever lies in the trash. One that cannot be removed does not keep the others.
+/// Removes attempts of dead owners, and all trash. A failure to remove one does not stop the others.
 pub(super) fn sweep(root: &Dir, how: Sweep) -> Result<Swept> {
     let listed = root.list().map_err(root.own_error("cannot list"))?;
     let listed: Vec<&str> = listed.iter().filter_map(|name| name.to_str()).collect();
@@ -42,7 +42,8 @@ fn stuck(name: &str, error: &Error) -> Remnant {
     Remnant { name: name.to_owned(), state: State::Stuck, why: format!("{error:#}"), age: None, bytes: 0 }
 }
 
-/// Removes attempts, then their records: a record goes only once it is durable that its attempt is gone.
+/// Removes attempts, then their records: a record is deleted only after the removal of its attempt is
+/// durable.
 fn bury(root: &Dir, dead: Vec<Dead>, swept: &mut Swept) {
     if dead.is_empty() {
         return;
@@ -70,14 +71,14 @@ fn bury(root: &Dir, dead: Vec<Dead>, swept: &mut Swept) {
     }
 }
 
-/// Deletes a dead attempt; false when it is not there.
+/// Deletes a dead attempt; returns false when it does not exist.
 fn clear(root: &Dir, found: &Dead) -> Result<bool> {
     let temp = &found.remnant.name;
     if root.look(temp).map_err(root.error("cannot look for the attempt", temp))?.is_none() {
         return Ok(false);
     }
     match found.identity {
-        // One that came after the judgement is no dead attempt: its owner lives.
+        // An attempt that appeared after the judgement has a live owner.
         None if found.by_age => {
             return Err(Error::new(ErrorKind::Conflict, "the attempt appeared while it was swept")
                 .with_path(root.path().join(temp)));
@@ -88,13 +89,14 @@ fn clear(root: &Dir, found: &Dead) -> Result<bool> {
     Ok(true)
 }
 
-/// Deletes an attempt whose owner may, against all odds, be about to publish it: it loses its name first, durably, so that the
-/// publish fails instead of showing a step that is being deleted, even when the power fails in between.
+/// Deletes an attempt whose owner might still be about to publish it. The attempt loses its name first,
+/// durably, so that the publish fails instead of showing a step that is being deleted, even if the power
+/// fails in between.
 fn set_aside(root: &Dir, temp: &str, identity: (u64, u64)) -> Result<()> {
     trash::discard(root, temp, &names::trash(Attempt::new()), identity)
 }
 
-/// Attempts without a record are judged by their age alone.
+/// Sweeps attempts without a record, judged by their age alone.
 fn orphans(root: &Dir, clock: &Clock<'_>, listed: &[&str], how: Sweep, swept: &mut Swept) -> Result<()> {
     let owned: HashSet<_> = listed.iter().filter_map(|name| names::parse_owner(name)).collect();
     for name in listed {
@@ -108,7 +110,7 @@ fn orphans(root: &Dir, clock: &Clock<'_>, listed: &[&str], how: Sweep, swept: &m
                 continue;
             }
         };
-        // The list is not of one moment: the record may have been made, or both be gone, since.
+        // The listing is not atomic: the record may have been made since, or both may be gone.
         let owner = names::owner(step, attempt);
         let Some(identity) = extent.identity else { continue };
         if root.look(&owner).map_err(root.error("cannot look for the record", &owner))?.is_some() {

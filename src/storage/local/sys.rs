@@ -1,7 +1,7 @@
-//! The seam of system calls: everything the local storage asks of the kernel, and nothing else.
+//! The system call interface: every kernel call of the local storage, and nothing else.
 //!
-//! Production runs on [`Linux`](super::linux::Linux). Tests put a simulated file system here, *below* the code that decides
-//! what to fsync, so that the code under test is the code that ships.
+//! Production runs on [`Linux`](super::linux::Linux). Tests put a simulated file system here, *below* the
+//! code that decides what to fsync, so that the code under test is the code that ships.
 
 use crate::fork::ForkGuard;
 use crate::memory::Pages;
@@ -17,12 +17,13 @@ use std::time::Duration;
 /// A descriptor, owned by the [`Fd`] that wraps it.
 pub type RawFd = i32;
 
-/// How to open.
+/// Mode of an open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Open {
     /// An existing directory. Symbolic links in the last component are not followed.
     Dir,
-    /// An existing file, to read; direct when the flag is set. Symbolic links in the last component are not followed.
+    /// An existing file, to read; direct when the flag is set. Symbolic links in the last component are not
+    /// followed.
     Read {
         /// With O_DIRECT.
         direct: bool,
@@ -36,27 +37,27 @@ pub enum Open {
     },
 }
 
-/// What a name stands for.
+/// The file type of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// A regular file.
     File,
     /// A directory.
     Dir,
-    /// A link, a device, or anything else that we never follow.
+    /// A link, a device, or another type that is never followed.
     Other,
 }
 
-/// What is known of an open file.
+/// Metadata of an open file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Stat {
-    /// What it is.
+    /// Its file type.
     pub kind: Kind,
     /// Its length in bytes.
     pub len: u64,
     /// Device and inode: two descriptors of the same file have the same.
     pub identity: (u64, u64),
-    /// The number of names; zero after the last was removed.
+    /// The number of names; zero after the last is removed.
     pub links: u64,
     /// When it was last modified, since 1970, by the clock of the file system.
     pub modified: Duration,
@@ -73,29 +74,29 @@ pub enum Rename {
     Exchange,
 }
 
-/// What direct I/O asks for on a file, and whether it is honoured.
+/// The alignment that direct I/O requires on a file, and whether it is honoured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Direct {
     /// Alignment of memory addresses.
     pub memory: u32,
     /// Alignment of offsets and lengths.
     pub offset: u32,
-    /// False where O_DIRECT is accepted but the page cache is used all the same.
+    /// False where the file system accepts O_DIRECT but still uses the page cache.
     pub honoured: bool,
 }
 
 /// The system calls. Relative paths start at the descriptor `dir`; None stands for the current directory.
 pub trait Sys: Send + Sync + Debug {
-    /// openat(2), always with O_CLOEXEC and, for the last component, O_NOFOLLOW (a root directory given by the user is
-    /// opened with `follow`).
+    /// openat(2), always with O_CLOEXEC and, for the last component, O_NOFOLLOW (a root directory given by
+    /// the user is opened with `follow`).
     fn open(&self, dir: Option<RawFd>, path: &Path, how: Open, follow: bool) -> io::Result<RawFd>;
     /// close(2).
     fn close(&self, fd: RawFd);
     /// mkdirat(2).
     fn mkdir(&self, dir: Option<RawFd>, path: &Path) -> io::Result<()>;
-    /// pwrite(2): may write less than asked.
+    /// pwrite(2): may write less than requested.
     fn pwrite(&self, fd: RawFd, bytes: &[u8], offset: u64) -> io::Result<usize>;
-    /// pread(2): may read less than asked; 0 at the end.
+    /// pread(2): may read less than requested; 0 at the end.
     fn pread(&self, fd: RawFd, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
     /// fsync(2), of a file or of a directory.
     fn fsync(&self, fd: RawFd) -> io::Result<()>;
@@ -111,34 +112,35 @@ pub trait Sys: Send + Sync + Debug {
     fn stat(&self, fd: RawFd) -> io::Result<Stat>;
     /// fstatat(2) without following links.
     fn stat_at(&self, dir: RawFd, name: &Path) -> io::Result<Stat>;
-    /// utimensat(2) with UTIME_NOW: the time is that of the file system, not one that this process read.
+    /// utimensat(2) with UTIME_NOW: the time is the file system's, not one that this process read.
     fn touch(&self, fd: RawFd) -> io::Result<()>;
-    /// Where the directory is now, which may not be where it was opened; None where that cannot be told.
+    /// The present path of the directory, which may differ from the path that opened it; None if unknown.
     fn path_of(&self, _dir: RawFd) -> Option<PathBuf> {
         None
     }
     /// getdents(2), without `.` and `..`.
     fn list(&self, dir: RawFd) -> io::Result<Vec<OsString>>;
-    /// flock(2), exclusive and without waiting; false when another descriptor holds it.
+    /// flock(2), exclusive and non-blocking; false when another descriptor has the lock.
     fn try_lock(&self, fd: RawFd) -> io::Result<bool>;
     /// statx(2) DIOALIGN and statfs(2).
     fn direct(&self, fd: RawFd) -> io::Result<Direct>;
-    /// fcntl(2): takes O_DIRECT off an open file. A system that never refuses a direct transfer has nothing to do.
+    /// fcntl(2): removes O_DIRECT from an open file. The default, for systems that never refuse a direct
+    /// transfer, does nothing.
     fn buffered(&self, _fd: RawFd) -> io::Result<()> {
         Ok(())
     }
-    /// Makes memory known from which files will be written, until the returned value is dropped: before the memory is
-    /// unmapped, and when nothing is written from it. A system that gains nothing by it has nothing to do.
+    /// Registers memory that files will be written from, until the returned value is dropped: before the
+    /// memory is unmapped, and while nothing is written from it. The default does nothing.
     fn register(&self, _pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {
         Box::new(())
     }
-    /// How it writes, for reports.
+    /// The way it writes, for reports.
     fn engine(&self) -> &'static str {
         "pwrite"
     }
 }
 
-/// A descriptor that closes itself, but not in a forked child: there it belongs to the parent.
+/// A descriptor that closes on drop, except in a forked child, where it belongs to the parent.
 #[derive(Debug)]
 pub struct Fd {
     sys: Arc<dyn Sys>,
@@ -148,7 +150,7 @@ pub struct Fd {
 }
 
 impl Fd {
-    /// Opens.
+    /// Opens `path` relative to `dir`.
     pub fn open(sys: &Arc<dyn Sys>, dir: Option<&Fd>, path: &Path, how: Open, follow: bool) -> io::Result<Self> {
         let raw = uninterrupted(|| sys.open(dir.map(Fd::raw), path, how, follow))?;
         Ok(Self { sys: sys.clone(), raw, origin: ForkGuard::new(), spent: AtomicBool::new(false) })
@@ -164,13 +166,13 @@ impl Fd {
         &self.sys
     }
 
-    /// Whether this process opened it: in a forked child the number may stand for another file, or none.
+    /// Returns true if this process opened it: in a forked child the number may name another file, or none.
     pub(super) fn is_ours(&self) -> bool {
         self.origin.is_ours()
     }
 
-    /// fsync(2), at most until it fails: the kernel reports an error once and then forgets the data, so a second `Ok` would
-    /// mean nothing. Called by `durable` only.
+    /// fsync(2), which fails forever after its first failure: the kernel reports an error once and drops the
+    /// data, so a later `Ok` would mean nothing. Only `durable` calls it.
     pub(super) fn fsync(&self) -> io::Result<()> {
         if self.spent.load(Ordering::Acquire) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
@@ -187,7 +189,7 @@ impl Drop for Fd {
     }
 }
 
-/// Repeats a call that a signal interrupted. Not for fsync, nor for a rename that must happen once.
+/// Repeats a call that a signal interrupted. Not for fsync, nor for a rename, which must happen once.
 pub(super) fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {

@@ -1,6 +1,7 @@
-//! Taking things away so that no crash brings them back half deleted: out of sight first, durably, and only then the bytes.
+//! Removes steps and attempts so that no crash brings them back half deleted: first they are hidden, durably,
+//! then deleted.
 //!
-//! An attempt is out of sight by its name: it is deleted where it is. On a disk that is full, a new name can be refused.
+//! An attempt's name is hidden already, so it is deleted without a rename: a full disk can refuse a new name.
 
 use super::attempt::conflict;
 use super::dir::Dir;
@@ -10,13 +11,13 @@ use crate::error::{Error, Result};
 
 /// Moves the step or attempt `name`, known by its `identity`, to the trash and deletes it.
 ///
-/// A rename moves whatever has the name by then, and another process may just have exchanged it: what was
-/// moved is looked at before it is deleted, and goes back if it is another.
+/// Another process may exchange the directory under the name just before the rename. So `discard` checks the
+/// moved directory before it deletes it, and renames another one back.
 pub(super) fn discard(root: &Dir, name: &str, trash: &str, identity: (u64, u64)) -> Result<()> {
     root.rename(name, trash, Rename::Plain).map_err(root.error("cannot move to the trash", name))?;
     let moved = root.look(trash).map_err(root.error("cannot look at what was moved to the trash", trash));
     match moved {
-        // Where it is gone already, a sweep was faster.
+        // None: a sweep removed it first.
         Ok(moved) if moved.as_ref().is_none_or(|stat| stat.identity == identity) => {}
         moved => {
             put_back(root, name, trash)?;
@@ -28,29 +29,29 @@ pub(super) fn discard(root: &Dir, name: &str, trash: &str, identity: (u64, u64))
     delete(root, trash)
 }
 
-/// Gives a step or attempt its name back, durably: it may have been acknowledged.
+/// Renames a step or attempt back, durably: it may have been acknowledged.
 fn put_back(root: &Dir, name: &str, trash: &str) -> Result<()> {
     let back = match root.rename(trash, name, Rename::NoReplace) {
-        // rename(2) replaces nothing but an empty directory, and no step is one.
+        // rename(2) replaces only an empty directory, and no step is empty.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => {
             root.rename(trash, name, Rename::Plain)
         }
         back => back,
     };
-    back.map_err(root.error("what was not to be removed is in the trash, and does not get its name back", trash))?;
+    back.map_err(root.error("cannot rename back from the trash what must not be removed", trash))?;
     durable::published(root).map_err(root.error("cannot make durable that this has its name back", name))
 }
 
-/// Deletes the attempt `temp`, durably: its owner record may go then.
+/// Deletes the attempt `temp` durably; afterwards its owner record may be deleted.
 pub(super) fn delete_attempt(root: &Dir, temp: &str) -> Result<()> {
     delete(root, temp)?;
     durable::deleted(root).map_err(root.error("cannot make it durable that the attempt is gone", temp))
 }
 
-/// Deletes the hidden directory `name`, if it is there. That it is hidden must be durable.
+/// Deletes the hidden directory `name`, if it exists. The hidden name must be durable already.
 ///
-/// Only what we write is deleted: files in one directory. A link is removed, never followed. A directory inside is an error
-/// and stays.
+/// Deletes only what this library writes: files in one directory. A link is removed, never followed. A
+/// directory inside is an error and stays.
 pub(super) fn delete(root: &Dir, name: &str) -> Result<()> {
     match root.look(name).map_err(root.error("cannot look at", name))? {
         None => return Ok(()),
@@ -60,7 +61,7 @@ pub(super) fn delete(root: &Dir, name: &str) -> Result<()> {
         Some(_) => {}
     }
     let dir = match root.enter(name) {
-        // Somebody else finished the job.
+        // Another process deleted it.
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
         opened => opened.map_err(root.error("cannot open what is to be deleted", name))?,
     };

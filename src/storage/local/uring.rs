@@ -1,18 +1,19 @@
-//! io_uring in the place of pwrite(2): one call hands the kernel a whole chunk, in pieces that are in flight together, from
-//! memory that it pinned at start. Everything else is left to [`Linux`].
+//! Writes with io_uring instead of pwrite(2): one call submits a whole chunk in pieces that are in flight
+//! together, from memory that the kernel pinned at start. [`Linux`] does everything else.
 //!
-//! **Protocol.** A ring serves one write at a time; idle rings wait in a pool, so there are as many as there are writers. Where
-//! a ring is not to be had (an old kernel, a container that forbids it, no memory) the write is a pwrite(2).
-//! **Fork.** A child shares the queues of its parent's rings, so it leaves them alone and uses pwrite(2).
+//! **Protocol.** A ring serves one write at a time; idle rings wait in a pool, so there are as many rings as
+//! writers. If no ring is available (an old kernel, a container that forbids it, no memory), the write is a
+//! pwrite(2).
+//! **Fork.** A child shares the queues of its parent's rings, so it does not use them and calls pwrite(2).
 //!
 //! # Safety argument
 //! The kernel reads from a caller's bytes between the submission of a piece and its completion.
-//! [`Ring::write`] returns only when every piece that was submitted has completed, and nothing in between can
-//! panic. A piece that is queued when the kernel refuses a submission is not submitted by any later call, and
-//! the ring that it is in is closed. Pieces in registered memory name it by an index, and the kernel then
-//! reads the pages that were there at registration: when the registration ends, which is before the memory is
-//! unmapped, idle rings are closed and busy ones are closed instead of reused; none can be writing from that
-//! memory then, for whoever writes from it holds a lease of it.
+//! [`Ring::write`] returns only when every submitted piece has completed, and nothing in between can panic.
+//! When the kernel refuses a submission, no later call submits the queued pieces, and their ring is closed.
+//! Pieces in registered memory name it by an index, and the kernel then reads the pages that were mapped at
+//! registration. The registration ends before the memory is unmapped; then idle rings are closed, and busy
+//! ones are closed instead of reused. No ring can be writing from that memory then, because its writer has a
+//! lease of it.
 #![expect(unsafe_code, reason = "submissions to the kernel's queue; argument above")]
 
 use super::linux::Linux;
@@ -30,9 +31,9 @@ use std::time::Duration;
 
 /// Bytes of one submission. `docs/tuning.md` has the measurements.
 const PIECE: usize = 1 << 20;
-/// Pieces of one write in flight at once.
+/// Maximum pieces of one write in flight.
 const DEPTH: u32 = 16;
-/// The kernel registers at most this much memory under one index.
+/// Maximum bytes that the kernel registers under one index.
 const PER_INDEX: usize = 1 << 30;
 
 /// The system calls of Linux, with writes through io_uring.
@@ -45,7 +46,7 @@ pub struct Uring {
 #[derive(Default)]
 struct Rings {
     idle: Vec<Ring>,
-    /// Addresses of the memory to register, and how often that changed.
+    /// Addresses of the memory to register. `epoch` counts its changes.
     memory: Range<usize>,
     epoch: u64,
 }
@@ -57,10 +58,11 @@ impl std::fmt::Debug for Rings {
 }
 
 impl Uring {
-    /// io_uring, if this kernel lets us.
+    /// Creates a first ring, if the kernel allows it.
     ///
     /// # Errors
-    /// Why not: `ENOSYS` on kernels without it, `EPERM` where it is forbidden, `ENOMEM` beyond the limit of locked memory.
+    /// The kernel's: `ENOSYS` on kernels without it, `EPERM` where it is forbidden, `ENOMEM` beyond the limit
+    /// of locked memory.
     pub fn probe() -> io::Result<Self> {
         let rings = Self { pool: Arc::default(), origin: ForkGuard::new() };
         let ring = rings.ring(&rings.lock())?;
@@ -110,7 +112,7 @@ fn lock(rings: &Mutex<Rings>) -> MutexGuard<'_, Rings> {
     rings.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Memory that rings know until this is dropped.
+/// A registration of memory with the rings, ended by drop.
 struct Registered(Arc<Mutex<Rings>>);
 
 impl Drop for Registered {
@@ -130,14 +132,14 @@ struct Ring {
     queue: IoUring,
     memory: Range<usize>,
     epoch: u64,
-    /// The kernel refused to take submissions: not to be used again. What it has not taken stays in the ring,
-    /// and goes with it.
+    /// The kernel refused submissions: the ring is not used again. Pieces that the kernel has not taken stay
+    /// in the ring, and are discarded with it.
     broken: bool,
     #[cfg(test)]
     instead: Option<Instead>,
 }
 
-/// What a test does instead of a submission, where that gives something.
+/// Replaces a submission in tests when it returns Some.
 #[cfg(test)]
 type Instead = Box<dyn FnMut(&IoUring) -> Option<io::Result<usize>> + Send>;
 
@@ -152,7 +154,7 @@ impl Ring {
             iov_len: PER_INDEX.min(memory.end - base),
         };
         let parts: Vec<_> = memory.clone().step_by(PER_INDEX).map(part).collect();
-        // SAFETY: the memory is mapped while it is registered, and used as the module says.
+        // SAFETY: the memory is mapped while it is registered, and used as the module's safety argument says.
         unsafe { self.queue.submitter().register_buffers(&parts)? };
         self.memory = memory;
         Ok(())
@@ -169,7 +171,7 @@ impl Ring {
         opcode::Write::new(types::Fd(fd), bytes.as_ptr(), len).offset(offset).build()
     }
 
-    /// Hands the kernel what is queued, and waits for a completion. A broken ring only waits.
+    /// Submits the queued pieces and waits for a completion. A broken ring only waits.
     fn submit(&mut self) -> io::Result<usize> {
         const GET_EVENTS: u32 = 1;
         #[cfg(test)]
@@ -177,23 +179,24 @@ impl Ring {
             return submitted;
         }
         if self.broken {
-            // SAFETY: submits nothing, and has no argument.
+            // SAFETY: the call submits nothing, and has no pointer argument.
             return unsafe { self.queue.submitter().enter::<libc::sigset_t>(0, 1, GET_EVENTS, None) };
         }
         self.queue.submit_and_wait(1)
     }
 
-    /// Writes `bytes` at `offset`; how many from the first on were written, or why none.
+    /// Writes `bytes` at `offset`. Returns how many bytes from the first on were written, or the error if
+    /// none.
     fn write(&mut self, fd: RawFd, bytes: &[u8], offset: u64) -> io::Result<usize> {
         let pieces = bytes.len().div_ceil(PIECE);
         let slice = |index: usize| &bytes[index * PIECE..bytes.len().min((index + 1) * PIECE)];
-        // The first piece that was not written whole, and what became of it.
+        // The first piece that was not written in full, and its result.
         let mut cut = (pieces, Ok(0));
         let (mut next, mut flying) = (0, 0);
         while flying > 0 || (next < pieces && cut.0 == pieces) {
             while next < pieces && flying < DEPTH as usize && cut.0 == pieces {
                 let entry = self.piece(fd, slice(next), offset + (next * PIECE) as u64).user_data(next as u64);
-                // SAFETY: descriptor and bytes outlive this call, which waits for the completion.
+                // SAFETY: descriptor and bytes outlive this call, and this call waits for the completion.
                 if unsafe { self.queue.submission().push(&entry) }.is_err() {
                     break;
                 }
@@ -202,8 +205,8 @@ impl Ring {
             if let Err(error) = self.submit() {
                 let passing = matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY));
                 if !passing && !self.broken {
-                    // What the kernel has not taken yet it never will: nothing is submitted any more. The
-                    // rest has to be waited for.
+                    // Nothing is submitted any more, so the kernel never takes the pieces left in the queue.
+                    // The loop waits for the others.
                     self.broken = true;
                     let left = self.queue.submission().len();
                     flying -= left;
@@ -330,11 +333,11 @@ mod tests {
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
-    /// None, and a word about it, where this machine has no rings to give.
+    /// None, with a message, if this machine allows no rings.
     fn uring() -> Option<Uring> {
         let probed = Uring::probe();
         if let Err(error) = &probed {
-            writeln!(io::stderr().lock(), "left out: io_uring is not to be had: {error}").unwrap();
+            writeln!(io::stderr().lock(), "left out: io_uring is not available: {error}").unwrap();
         }
         probed.ok()
     }
@@ -389,7 +392,8 @@ mod tests {
         let direct = || OpenOptions::new().write(true).create(true).custom_flags(libc::O_DIRECT).open(&path);
         let Ok(file) = direct() else { return };
         let bytes = pattern(20 * PIECE + 100);
-        // Direct I/O refuses the last piece, for its length. Where it takes it, everything was written.
+        // Direct I/O refuses the last piece because of its length. A file system that accepts it wrote
+        // everything.
         let written = uring.pwrite(file.as_raw_fd(), &bytes, 4096).unwrap();
         assert!(written == 20 * PIECE || written == bytes.len(), "{written}");
         assert!(content(&File::open(&path).unwrap(), written) == bytes[..written]);
@@ -406,24 +410,24 @@ mod tests {
         assert_eq!(error.raw_os_error(), Some(libc::EBADF));
     }
 
-    /// After an error of the submission, pieces that the kernel had not taken were no longer counted, and
-    /// submitted all the same by the call that waited for the others: the write returned while the kernel
-    /// still read from its bytes.
+    /// Regression: after a failed submission, pieces that the kernel had not taken were no longer counted,
+    /// but the call that waited for the others still submitted them: the write returned while the kernel
+    /// still read its bytes.
     #[test]
     fn pieces_that_were_not_taken_when_a_submission_failed_are_never_submitted() {
         let Some(uring) = uring() else { return };
         let mut ring = uring.take().unwrap();
         let bytes = pattern(8 * PIECE);
-        // Full, so that the first piece is under way until the pipe is read.
+        // The pipe is full, so that the first piece is in flight until the test reads the pipe.
         let (mut from, mut to) = std::io::pipe().unwrap();
-        // SAFETY: asks for a number.
+        // SAFETY: the call only returns a number.
         let room = unsafe { libc::fcntl(to.as_raw_fd(), libc::F_GETPIPE_SZ) } as usize;
         to.write_all(&vec![0; room]).unwrap();
         let (mut calls, mut drained) = (0, vec![0; room]);
         ring.instead = Some(Box::new(move |queue| {
             calls += 1;
             match calls {
-                // SAFETY: submits the first piece alone, whose bytes outlive the write.
+                // SAFETY: the call submits only the first piece, whose bytes outlive the write.
                 1 => Some(unsafe { queue.submitter().enter::<libc::sigset_t>(1, 0, 0, None) }),
                 2 => Some(Err(io::Error::from_raw_os_error(libc::EIO))),
                 3 => {
