@@ -93,6 +93,12 @@ impl FromStr for Locks {
 }
 
 /// Which device copies tensors into the arena. Written `auto`, `host` or `cuda:N`.
+///
+/// ```
+/// let choice: ashore::DeviceChoice = "cuda:1".parse()?;
+/// assert_eq!(choice, ashore::DeviceChoice::Cuda(1));
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 #[non_exhaustive]
@@ -376,14 +382,14 @@ impl Settings {
             return refuse(format!("a chunk is a multiple of {alignment} bytes, at most 1 GiB chunk={}", self.chunk));
         }
         if self.arena < 2 * self.chunk {
-            return refuse(format!("the arena holds at least two chunks arena={} chunk={}", self.arena, self.chunk));
+            return refuse(format!("the arena is smaller than two chunks arena={} chunk={}", self.arena, self.chunk));
         }
         if self.scratch > 0 && self.scratch < self.chunk {
-            return refuse(format!("the scratch holds no chunk scratch={} chunk={}", self.scratch, self.chunk));
+            return refuse(format!("the scratch fits no chunk scratch={} chunk={}", self.scratch, self.chunk));
         }
         for (name, count, most) in [("writers", self.writers, 256), ("files", self.files, 99_999)] {
             if count == 0 || count > most {
-                return refuse(format!("a number is out of range 1..={most} {name}={count}"));
+                return refuse(format!("a setting is out of range 1..={most} {name}={count}"));
             }
         }
         if self.abandoned_after < Duration::from_secs(3600) {

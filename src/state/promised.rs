@@ -105,7 +105,7 @@ impl Promise {
 impl Drop for Promise {
     fn drop(&mut self) {
         if let Some(inner) = self.0.take() {
-            inner.come(Err(Error::new(ErrorKind::Cancelled, "staging ended before a tensor that it had promised")));
+            inner.come(Err(Error::new(ErrorKind::Cancelled, "a promised tensor was dropped before its delivery")));
         }
     }
 }

@@ -190,6 +190,15 @@ unsafe impl Source for Shared<'_> {
 
 /// A tensor in host memory that cannot change while the source exists: `Arc<Vec<T>>`, `Arc<[T]>`, `Vec<T>`,
 /// `Box<[T]>` or `&[T]`.
+///
+/// ```
+/// use ashore::{Dtype, HostTensor, StateDict};
+/// let mut state = StateDict::new();
+/// state.tensor("weights", HostTensor::new(vec![0.0_f32; 6], [2, 3]))?;
+/// state.tensor("scales", HostTensor::with_dtype(vec![0_u8; 4], Dtype::F8_E4M3, [4]))?;
+/// assert_eq!(state.bytes(), 28);
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct HostTensor<O> {
     owner: O,
@@ -273,6 +282,16 @@ unsafe impl<O: HostOwner> Source for HostTensor<O> {
 
 /// Host memory that the program writes between a fence and the next save: torch and candle tensors, C
 /// buffers.
+///
+/// ```
+/// use ashore::{Dtype, RawHost, StateDict};
+/// let memory = std::sync::Arc::new([0_u8; 24]);
+/// // SAFETY: `memory` keeps the 24 bytes allocated, and nothing writes them.
+/// let weights = unsafe { RawHost::new(memory.as_ptr(), 24, Dtype::F32, [2, 3], memory.clone()) };
+/// let mut state = StateDict::new();
+/// state.tensor("weights", weights)?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
 pub struct RawHost {
     pointer: *const u8,
     bytes: u64,

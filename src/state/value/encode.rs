@@ -215,7 +215,7 @@ struct Object {
 impl Object {
     fn put(&mut self, key: String, item: &(impl Serialize + ?Sized)) -> Result<()> {
         if self.entries.contains_key(&key) {
-            return Err(Error::custom(format!("a key comes twice key={key:?}")));
+            return Err(Error::custom(format!("duplicate key key={key:?}")));
         }
         self.entries.insert(key, value(item, self.depth)?);
         Ok(())
