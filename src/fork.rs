@@ -41,7 +41,7 @@ impl ForkGuard {
     /// Refuses to act in a forked child.
     ///
     /// # Errors
-    /// `Invalid` there, with `why`.
+    /// `Invalid` in a forked child, with `why`.
     pub fn check(self, why: &str) -> Result<()> {
         if self.is_ours() { Ok(()) } else { Err(Error::invalid(why)) }
     }
@@ -61,7 +61,7 @@ fn generation() -> u64 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Registers a descriptor that is about to hold a lock; false when the table is full.
+/// Registers a descriptor before it gets a lock; false when the table is full.
 pub(crate) fn register(fd: i32) -> bool {
     generation();
     LOCKS.iter().any(|slot| slot.compare_exchange(FREE, fd, Ordering::AcqRel, Ordering::Relaxed).is_ok())

@@ -385,7 +385,7 @@ impl Settings {
             return refuse(format!("the arena is smaller than two chunks arena={} chunk={}", self.arena, self.chunk));
         }
         if self.scratch > 0 && self.scratch < self.chunk {
-            return refuse(format!("the scratch fits no chunk scratch={} chunk={}", self.scratch, self.chunk));
+            return refuse(format!("scratch is smaller than a chunk scratch={} chunk={}", self.scratch, self.chunk));
         }
         for (name, count, most) in [("writers", self.writers, 256), ("files", self.files, 99_999)] {
             if count == 0 || count > most {

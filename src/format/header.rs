@@ -22,7 +22,7 @@ pub struct Header {
     pub tensors: Vec<HeaderTensor>,
 }
 
-/// A tensor as a header describes it.
+/// A tensor in a header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeaderTensor {
     /// Its name.

@@ -33,7 +33,7 @@ pub struct ManifestTemplate {
     files: usize,
     /// The number of block digests of each slice, over all tensors.
     blocks: Vec<usize>,
-    /// The text from the files on.
+    /// The JSON text from `files` on.
     text: Vec<u8>,
     /// Offsets of the digests in `text`.
     slots: Vec<usize>,

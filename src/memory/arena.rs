@@ -181,7 +181,7 @@ pub(super) struct Mapping {
 
 // SAFETY: the mapping is plain memory, reached only through leases, which own disjoint parts of it.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; the mapping itself has no method that writes through a shared reference.
+// SAFETY: the mapping has no method that writes through a shared reference.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {

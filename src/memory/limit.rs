@@ -54,7 +54,7 @@ fn of_groups(groups: &str, mounted: &Path) -> Vec<Limit> {
         let group = Path::new(path.trim_start_matches('/'));
         found.extend(group.ancestors().filter_map(|group| {
             let set_in = top.join(group).join(file);
-            // `max`, or no such file: no limit here.
+            // `max`, or no such file: this group has no limit.
             let bytes = fs::read_to_string(&set_in).ok()?.trim().parse().ok()?;
             Some(Limit { bytes, set_in })
         }));
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
     use crate::ErrorKind;
 
-    /// An arena beyond the limit of its control group ended the process while it was faulted in.
+    /// Regression: the kernel killed a process that faulted in an arena above the limit of its control group.
     #[test]
     fn an_arena_beyond_what_a_group_or_the_machine_allows_is_refused_before_it_is_mapped() {
         let error = check(1 << 60).unwrap_err();

@@ -80,7 +80,7 @@ impl Lease {
 
     /// The slab's bytes, writable.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and the lease is borrowed exclusively.
+        // SAFETY: the slab lies in the mapping, and this lease owns it and is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.pool.pointer(self.index), self.pool.slab) }
     }
 }

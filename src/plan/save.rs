@@ -21,7 +21,7 @@ pub(crate) struct Shape {
 pub(crate) struct Plan {
     pub shards: Vec<Shard>,
     pub chunks: Vec<ChunkPlan>,
-    /// In file order, shard after shard.
+    /// The segments in file order, shard after shard.
     pub segments: Vec<Segment>,
     /// The tensors in the order of the manifest, sorted by name, with the segments of each.
     pub tensors: Vec<Planned>,

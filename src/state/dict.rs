@@ -108,7 +108,7 @@ impl<'a> StateDict<'a> {
     /// Adds a tensor that is captured at the time that `capture` says.
     ///
     /// # Errors
-    /// As [`StateDict::tensor`]. Whether [`Capture::AtSave`] is possible is known at `save`.
+    /// Those of [`StateDict::tensor`]. `save` checks whether [`Capture::AtSave`] is possible.
     pub fn tensor_captured(
         &mut self,
         name: impl Into<String>,
@@ -152,7 +152,7 @@ impl<'a> StateDict<'a> {
                     Entry::Occupied(there) => return refuse(there.key(), "two tensors have the same name".into()),
                     Entry::Vacant(free) => {
                         match place.stream() {
-                            // Few streams: the last is nearly always the same.
+                            // Searched from the end: streams are few, and the last one nearly always matches.
                             Some(stream) if !self.streams.iter().rev().any(|s| *s == stream) => {
                                 self.streams.push(stream);
                                 self.stream_owners.extend(source.stream_owner());
@@ -182,7 +182,7 @@ impl<'a> StateDict<'a> {
     /// Adds user metadata, which describes the checkpoint and is not part of the state.
     ///
     /// # Errors
-    /// As [`StateDict::value`].
+    /// Those of [`StateDict::value`].
     pub fn metadata(&mut self, key: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
         put("metadata", &mut self.metadata, key.into(), value)?;
         Ok(self)

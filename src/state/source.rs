@@ -302,7 +302,7 @@ pub struct RawHost {
 // SAFETY: the pointer is only read, in `read`, under the promises made to `RawHost::new`, which hold on any
 // thread.
 unsafe impl Send for RawHost {}
-// SAFETY: as above; `read` takes no exclusive access.
+// SAFETY: `read` only reads, so threads may share the source.
 unsafe impl Sync for RawHost {}
 
 impl RawHost {
@@ -343,7 +343,7 @@ pub struct RawDevice {
     address: u64,
     bytes: u64,
     layout: Layout,
-    /// None: the elements lie together.
+    /// None: the elements are packed.
     strides: Option<SmallVec<[i64; 4]>>,
     stream: DeviceStream<'static>,
     _keep_alive: Box<dyn Any + Send + Sync>,
@@ -389,7 +389,7 @@ impl RawDevice {
         stream: DeviceStream<'_>,
         keep_alive: impl Any + Send + Sync,
     ) -> Self {
-        // SAFETY: as in `new`.
+        // SAFETY: the caller promises that the stream is valid as long as the source.
         let (layout, stream) = (Layout::new(dtype, shape), unsafe { stream.promised() });
         let bytes = layout.bytes().unwrap_or(0);
         let strides = Some(SmallVec::from_slice(strides.as_ref())).filter(|strides| !layout.is_packed(strides));

@@ -6,7 +6,7 @@
 //! **Completion.** `Ok` from `seal`, `put`, `publish` means durable, not merely accepted.
 //! **Crash.** A step that was begun and not published is an attempt; [`Storage::sweep`] removes attempts
 //! whose owner is dead.
-//! **Cancellation.** [`Writing::abandon`], or dropping the process.
+//! **Cancellation.** [`Writing::abandon`] deletes an attempt; a sweep deletes those of a dead process.
 
 pub mod local;
 mod memory;

@@ -27,7 +27,7 @@ struct Encoder {
 }
 
 impl Encoder {
-    /// One level further in.
+    /// The depth of the next level.
     fn enter(self) -> Result<usize> {
         if self.depth < MAX_DEPTH {
             Ok(self.depth + 1)

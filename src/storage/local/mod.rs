@@ -10,8 +10,8 @@
 //! attempt does not have the name of a step. A removed step first gets a hidden name, durably, so a crash
 //! never brings back a step with missing files. An attempt that no lock decides, such as one of another host,
 //! is deleted when it has not changed for long enough, and reported until then. **Cancellation.**
-//! [`Writing::abandon`]; or drop the attempt, and a sweep finds it. **Fork.** A child never closes, unlocks,
-//! touches or deletes what its parent has open: it opens its own storage to begin and sweep.
+//! [`Writing::abandon`] deletes the attempt; a sweep deletes one that was dropped. **Fork.** A child never
+//! closes, unlocks, touches or deletes what its parent has open: it opens its own storage to begin and sweep.
 //!
 //! Modules from the system calls up: `sys` (the system call interface), `linux`, `dir`, `transfer`, `direct`,
 //! `durable`; then `owner`, `clock`, `judge`, `file`, `trash`, `publish`; then `attempt`, `reading`, `sweep`,

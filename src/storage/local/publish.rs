@@ -36,7 +36,7 @@ pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), o
                 .with_source(error)
                 .with_path(root.path().join(step)));
             }
-            // rename(2) replaces nothing but an empty directory, and no step is one.
+            // rename(2) replaces only an empty directory, and no step is empty.
             (Rename::NoReplace, Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => Rename::Plain,
             (_, Some(libc::EEXIST | libc::ENOTEMPTY | libc::ENOTDIR)) => {
                 return Err(conflict("another attempt at the step won", root, step));
