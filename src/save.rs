@@ -174,7 +174,7 @@ impl Save {
         if self.ticket.alive().is_err() || !self.ticket.fail_as(cancelled.clone(), true) {
             return false;
         }
-        // `give_up` returns false if the save's threads have already ended it as cancelled.
+        // `give_up` returns None if the save's threads have already ended it as cancelled.
         self.ticket.hand_over(self.ticket.give_up(cancelled));
         true
     }

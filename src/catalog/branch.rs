@@ -159,7 +159,7 @@ fn warn(last: u64, newest: u64) {
     tracing::warn!(
         last,
         newest,
-        "the newest step by number is not the one written last: the run went back; `latest` finds the higher number until \
-         `Catalog::discard_after` deletes what comes after the step to go on from"
+        "the newest step by number is not the one written last: the run went back; `latest` returns the higher number \
+         until `Catalog::discard_after` deletes the later steps"
     );
 }

@@ -11,7 +11,7 @@ use std::thread;
 /// Unwanted bytes up to this length between wanted ones are read as well: cheaper than another read.
 const GAP: u64 = 64 << 10;
 
-/// At least this many bytes per further thread.
+/// Minimum bytes per further thread: fewer are read before the thread has started.
 const WORTHWHILE: u64 = 4 << 20;
 
 /// Bytes of a file that one digest checks.
@@ -30,8 +30,8 @@ pub(super) const WINDOW: u64 = 2 << 20;
 /// Bytes that are copied and then digested while they are in the second-level cache.
 const HOT: usize = 128 << 10;
 
-/// Neighbouring parts of a file, up to the requested length, or one part of at most `BLOCK`. One thread reads
-/// it.
+/// Neighbouring parts of a file, up to the `most` bytes of [`coalesce`], or one part of at most `BLOCK`. One
+/// thread reads it.
 #[derive(Debug)]
 pub(super) struct Piece<P> {
     pub file: usize,

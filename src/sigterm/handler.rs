@@ -1,5 +1,5 @@
-//! The signal handler: wakes the threads of the hooks. Without hooks, or in addition to them, the earlier
-//! handler runs.
+//! The signal handler: wakes the threads of the hooks, then calls the earlier handler. The default effect
+//! applies only if there is no hook.
 //!
 //! It is installed with the first hook and stays. Without a hook the signal has its earlier effect: it ends
 //! the program again, unless another handler is installed. The handler of signal-hook would also stay, but

@@ -42,7 +42,7 @@ struct State {
     work: VecDeque<Work>,
     delay: Duration,
     held: bool,
-    /// Copies that may still run while held, for tests of interleavings that release one copy at a time.
+    /// Copies that may still run while the device is held; every copy uses one. For tests of interleavings.
     tickets: u64,
     queued: u64,
     copied: u64,

@@ -209,7 +209,7 @@ impl Report<'_> {
                     p.quiet { "No pairs were measured." }
                 } @else {
                     p.quiet {
-                        "One dot for each pair of a save and the limit, measured alternately. At 1 a save is as fast as the disk.  "
+                        "One dot for each pair of a save and the limit, measured alternately. At 1 a save is as fast as the disk. "
                         "Shaded: the middle half; vertical line: the median."
                         @if !noise.is_empty() { " Below, the machine against itself: smaller differences are noise." }
                     }

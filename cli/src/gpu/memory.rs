@@ -76,8 +76,8 @@ impl Stream {
     /// `Device`.
     pub fn zero(&self, to: &Span) -> Result<()> {
         self.gpu().enter()?;
-        // SAFETY: the memory is within the span, which keeps it; without ordering by stream or host only
-        // values can be wrong.
+        // SAFETY: the memory is within the span, which keeps it; unordered accesses can only make
+        // values wrong.
         unsafe { result::memset_d8_async(to.address(), 0, to.bytes as usize, self.inner.cu_stream()) }
             .map_err(refused("cuMemsetD8Async"))
     }

@@ -19,7 +19,7 @@ pub struct Checking<'a> {
 
 impl<'a> Checking<'a> {
     /// Runs the steps of a block once without the library, and digests the state where saves will be: after
-    /// `steps`, in rising order.
+    /// each number of steps in `points`, in rising order.
     pub fn new(
         state: &'a State,
         sink: &'a Sink,

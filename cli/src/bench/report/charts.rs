@@ -237,7 +237,7 @@ fn latest(rows: &[Row<'_>]) -> f64 {
     if end > 0.0 { end.min(SANE) } else { 1.0 }
 }
 
-/// Returns each value's position, and the number of values below it in its bin.
+/// Returns the centre of each value's bin, and how many smaller values are in that bin.
 fn stacked(values: &[f64], low: f64, bin: f64) -> Vec<(f64, usize)> {
     let mut heights = std::collections::BTreeMap::new();
     let mut sorted = values.to_vec();
