@@ -5,6 +5,7 @@
 //! **Locks.** Wakers and calls are code of the program: they are cloned, run and dropped while no lock of the
 //! cell is held, so they may look at it at once, and their panics end no thread.
 
+use crate::error::Result;
 use crate::guard::logged;
 use crate::sync::{Arc, Mutex, lock};
 use event_listener::{Event, EventListener, Listener};
@@ -13,6 +14,9 @@ use std::future::Future;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
+
+/// A result that comes once, and that many may wait for.
+pub(crate) type Cell<T> = Arc<Completion<Result<T>>>;
 
 /// The moment `timeout` from now; a timeout beyond all reason is a hundred years.
 pub(crate) fn deadline_after(timeout: Duration) -> Instant {

@@ -6,6 +6,7 @@
 mod admission;
 mod again;
 mod builder;
+mod deferred_save;
 mod ending;
 mod equipment;
 mod place;
@@ -16,6 +17,7 @@ mod tidy;
 mod touch;
 
 pub use builder::Builder;
+pub(crate) use deferred_save::DeferredSave;
 pub use scope::{Fence, Scope};
 pub(crate) use threads::Threads;
 

@@ -214,6 +214,16 @@ impl Save {
         self.ticket.done.on_value(Box::new(f));
     }
 
+    /// Whether it has failed, and no handle or call has seen how.
+    pub(crate) fn is_unseen(&self) -> bool {
+        !self.ticket.observed.load(Ordering::Acquire) && matches!(self.done.cell().get(), Some(Err(_)))
+    }
+
+    /// Whether it has ended, without a look at how.
+    pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        Pin::new(&mut self.done).poll(cx).map(drop)
+    }
+
     fn observe(&self, result: Result<Outcome>) -> Result<Outcome> {
         self.ticket.observed.store(true, Ordering::Release);
         result
@@ -364,17 +374,7 @@ mod tests {
         let (now, signal) = (Instant::now(), Arc::new(Signal::default()));
         let calls = Arc::new(CallThread::new(signal.clone()));
         let (attempt, deadline) = (Attempt::new(), now + Duration::from_secs(60));
-        let issue = Issue {
-            step: 1,
-            attempt,
-            deadline,
-            chunks: 1,
-            streams: vec![],
-            bytes: 1,
-            writable: false,
-            over_budget: 0,
-            kept: false,
-        };
+        let issue = Issue { step: 1, attempt, deadline };
         let (ticket, seen) = (Arc::new(Ticket::new(issue, now, signal, calls)), Arc::new(AtomicBool::new(false)));
         ticket.hold(Arc::new(Witness(seen.clone(), Arc::downgrade(&ticket))));
         assert!(Save::new(ticket).cancel());

@@ -114,14 +114,14 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
         step: ticket.step,
         attempt: ticket.attempt(),
         path,
-        bytes: ticket.bytes,
+        bytes: ticket.extent().bytes,
         blocked: nanos(&ticket.blocked_nanos),
         // Kernels of a fence may still run, and keep sources alive, after all bytes have left the GPU.
         staged: Some(nanos(&ticket.staged_nanos)).filter(|staged| !staged.is_zero()).unwrap_or(durable),
         durable,
         tail: durable.saturating_sub(last_byte),
         mode,
-        over_budget: ticket.over_budget,
+        over_budget: ticket.extent().over_budget,
         late_chunks: ticket.late_chunks.load(Ordering::Relaxed),
     })
 }

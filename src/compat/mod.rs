@@ -23,7 +23,6 @@ pub mod graph;
 pub mod orbax;
 pub mod torch;
 
-mod overdue;
 mod place;
 mod unseen;
 mod wire;

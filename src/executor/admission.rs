@@ -1,35 +1,47 @@
 //! Whether a save may begin while others are unfinished.
 
-use super::CheckpointExecutor;
+use super::{Admission, CheckpointExecutor};
+use crate::completion::{Calls, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
+use crate::id::Attempt;
 use crate::outcome::Outcome;
 use crate::own_threads;
-use crate::settings::Overlap;
+use crate::save::Save;
+use crate::settings::{OnUnseenError, Overlap};
 use crate::staging::{Job, Stager};
-use crate::ticket::Ticket;
+use crate::sync::{MutexGuard, lock};
+use crate::ticket::{Issue, Ticket};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What becomes of a save that is asked for.
-pub(super) enum Verdict {
+enum Verdict {
     /// It may begin.
     Begin,
     /// It does not begin, and that is how it ended.
     Ended(Outcome),
     /// To be asked again when this save, which waits, was taken back: see [`supersede`].
-    InsteadOf(Box<Job>),
+    InsteadOf(Waiting),
     /// To be asked again when one of these saves, which have not ended, has.
     After(Vec<Arc<Ticket>>),
 }
 
-/// Whether a save of `step` may begin now. Waits for nothing: whoever looks holds up all others.
+/// A save that has not begun to stage.
+enum Waiting {
+    Staging(Box<Job>),
+    Deferred(Arc<Ticket>),
+}
+
+/// Whether a save of `step` may begin now. Waits for nothing: whoever looks holds up all others. One that is deferred has its step
+/// looked at when it begins.
 ///
 /// # Errors
 /// `Conflict` when the step is being saved.
-pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64) -> Result<Verdict> {
+fn admit(stager: &Stager, overlap: Overlap, step: u64, deferred: bool) -> Result<Verdict> {
     let unfinished = stager.saves.unfinished();
-    if unfinished.iter().any(|t| t.step == step) {
-        return Err(Error::new(ErrorKind::Conflict, "a save of this step is under way").with_step(step));
+    if !deferred {
+        refuse_conflict(&unfinished, step)?;
     }
     let room = match overlap {
         Overlap::Skip => {
@@ -38,9 +50,11 @@ pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64) -> Result<Verd
         }
         Overlap::Latest => {
             if let Some(job) = stager.take_waiting() {
-                return Ok(Verdict::InsteadOf(Box::new(job)));
+                return Ok(Verdict::InsteadOf(Waiting::Staging(Box::new(job))));
             }
-            return Ok(Verdict::Begin);
+            let mut newest_first = unfinished.into_iter().rev();
+            let waiting = newest_first.find(|t| t.is_deferred() && !t.awaited.swap(true, Ordering::AcqRel));
+            return Ok(waiting.map_or(Verdict::Begin, |ticket| Verdict::InsteadOf(Waiting::Deferred(ticket))));
         }
         Overlap::Queue(room) => room,
         Overlap::Block => 0,
@@ -48,11 +62,29 @@ pub(super) fn admit(stager: &Stager, overlap: Overlap, step: u64) -> Result<Verd
     Ok(if unfinished.len() <= room { Verdict::Begin } else { Verdict::After(unfinished) })
 }
 
+/// Refuses a save of a step that another save is about, which has begun.
+fn refuse_conflict(unfinished: &[Arc<Ticket>], step: u64) -> Result<()> {
+    if unfinished.iter().any(|t| t.step == step && !t.is_deferred()) {
+        return Err(Error::new(ErrorKind::Conflict, "a save of this step is under way").with_step(step));
+    }
+    Ok(())
+}
+
 /// Ends a save that waited, because `step` takes its place. Wakers run here: no lock is held.
-pub(super) fn supersede(stager: &Stager, job: Job, step: u64) {
-    let ticket = job.ticket.clone();
-    stager.discard(job);
+fn supersede(stager: &Stager, waiting: Waiting, step: u64) {
+    let ticket = match waiting {
+        Waiting::Staging(job) => {
+            let ticket = job.ticket.clone();
+            stager.discard(*job);
+            ticket
+        }
+        Waiting::Deferred(ticket) => ticket,
+    };
     ticket.hand_over(ticket.finish(ticket.failure().map_or(Ok(Outcome::Superseded { by: step }), Err)));
+}
+
+pub(super) fn shut_down() -> Error {
+    Error::invalid("the executor is shut down")
 }
 
 /// Waits until one of `unfinished` has ended: not always the oldest, for each has a deadline of its own and
@@ -60,7 +92,7 @@ pub(super) fn supersede(stager: &Stager, job: Job, step: u64) {
 ///
 /// # Errors
 /// `Busy` at the deadline; at once in a thread of the executor, for which they may be waiting.
-pub(super) fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadline: Instant) -> Result<()> {
+fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadline: Instant) -> Result<()> {
     let ended = || unfinished.iter().any(|ticket| ticket.done.is_complete()).then_some(());
     let own = own_threads::is_one_of(&stager.signal);
     let deadline = if own { Instant::now() } else { deadline };
@@ -76,7 +108,125 @@ pub(super) fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadl
     Err(Error::new(ErrorKind::Busy, busy).with_step(step))
 }
 
+/// A save that may begin, with the lock under which it does; or one that has ended.
+pub(super) enum Admitted<'a> {
+    Begins(MutexGuard<'a, Admission>, Attempt),
+    Ended(Save),
+}
+
 impl CheckpointExecutor {
+    /// When a save fails that may take so long.
+    pub(crate) fn deadline(&self, timeout: Option<Duration>) -> Instant {
+        let longest = self.settings.save_timeout;
+        deadline_after(timeout.map_or(longest, |timeout| timeout.min(longest)))
+    }
+
+    /// Returns, or logs, the error of an earlier save that no call has returned.
+    ///
+    /// # Errors
+    /// That one.
+    fn report_unseen(&self) -> Result<()> {
+        let Some(error) = self.stager.saves.unobserved() else { return Ok(()) };
+        match self.settings.on_unseen_error {
+            OnUnseenError::NextCall => return Err(error),
+            OnUnseenError::Warn => {
+                tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error")
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until a save of `step` may begin, as the overlap policy says.
+    ///
+    /// # Errors
+    /// The error of an earlier save that no call has returned. `Invalid` after a shutdown, or a forgotten fence; `Conflict` when the
+    /// step is being saved; `Busy` when there was no room by `deadline`.
+    pub(super) fn admit(
+        &self,
+        step: u64,
+        attempt: Option<Attempt>,
+        deadline: Instant,
+        last: bool,
+        deferred: bool,
+    ) -> Result<Admitted<'_>> {
+        let began = Instant::now();
+        if !last {
+            self.report_unseen()?;
+        }
+        // One that another save has made room for is begun, even if admission is closed meanwhile.
+        let mut superseded = false;
+        loop {
+            let mut admission = lock(&self.admission);
+            if self.threads.lines().is_none() {
+                return Err(shut_down());
+            }
+            if !deferred {
+                self.refuse_unfenced(step)?;
+            }
+            let attempt = attempt.unwrap_or_else(|| admission.attempts.next());
+            if self.threads.admission_is_closed() && !last && !superseded {
+                return Ok(Admitted::Ended(self.resolved(step, attempt, began, self.last_word(step))));
+            }
+            match admit(&self.stager, self.settings.overlap, step, deferred)? {
+                Verdict::Begin => return Ok(Admitted::Begins(admission, attempt)),
+                Verdict::Ended(outcome) => {
+                    return Ok(Admitted::Ended(self.resolved(step, attempt, began, outcome)));
+                }
+                Verdict::InsteadOf(waiting) => {
+                    drop(admission);
+                    supersede(&self.stager, waiting, step);
+                    superseded = true;
+                }
+                Verdict::After(unfinished) => {
+                    drop(admission);
+                    wait(&self.stager, &unfinished, step, deadline)?;
+                }
+            }
+        }
+    }
+
+    /// Makes sure that a save that has its place already may begin.
+    ///
+    /// # Errors
+    /// As [`CheckpointExecutor::admit`]; `Cancelled` for one that has ended.
+    pub(super) fn admit_deferred(&self, ticket: &Ticket) -> Result<Admitted<'_>> {
+        let admission = lock(&self.admission);
+        if self.threads.lines().is_none() {
+            return Err(shut_down());
+        }
+        if ticket.done.is_complete() {
+            return Err(Error::new(ErrorKind::Cancelled, "the save ended before its state had come"));
+        }
+        self.refuse_unfenced(ticket.step)?;
+        refuse_conflict(&self.stager.saves.unfinished(), ticket.step)?;
+        Ok(Admitted::Begins(admission, ticket.attempt()))
+    }
+
+    /// A save of writable tensors was not fenced: a program that goes on would write under a copy.
+    fn refuse_unfenced(&self, step: u64) -> Result<()> {
+        let Some(ticket) = self.stager.saves.unfenced() else { return Ok(()) };
+        let why = "writable tensors are still being read: call `fence` before the next save";
+        Err(Error::invalid(format!("{why} unfenced={}", ticket.step)).with_step(step))
+    }
+
+    /// What becomes of a save that comes when admission is closed.
+    fn last_word(&self, step: u64) -> Outcome {
+        Outcome::Skipped { by: self.stager.saves.unfinished().last().map_or(step, |ticket| ticket.step) }
+    }
+
+    /// The handle of a save that was not begun.
+    fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
+        let ticket = self.issue(step, attempt, began, deadline_after(self.settings.save_timeout));
+        ticket.release();
+        ticket.finish(Ok(outcome)).into_iter().for_each(Calls::here);
+        Save::new(ticket)
+    }
+
+    pub(super) fn issue(&self, step: u64, attempt: Attempt, began: Instant, deadline: Instant) -> Arc<Ticket> {
+        let issue = Issue { step, attempt, deadline };
+        Arc::new(Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone()))
+    }
+
     /// The executor, when it has room for a save, for threads that outlive their callers. Nothing here keeps
     /// it alive meanwhile: the program's last `Arc` waits for saves when it is dropped.
     ///

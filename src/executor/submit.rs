@@ -1,20 +1,17 @@
 //! One call of `save`: it is admitted, takes what must not wait for the fence, and is queued for the stager.
 
-use super::admission::{self, Verdict};
+use super::admission::{Admitted, shut_down};
 use super::{Admission, CheckpointExecutor, again};
-use crate::completion::{Calls, deadline_after};
 use crate::device::Point;
 use crate::error::{Error, Result};
 use crate::guard::{dropped, guarded};
 use crate::id::{Attempt, parse_step_name, step_name};
-use crate::outcome::Outcome;
 use crate::plan::{Later, Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
-use crate::settings::{Detect, OnUnseenError, Settings};
+use crate::settings::{Detect, Settings};
 use crate::staging::{Captured, Job, LateCopy, OnDevice, without_kernels};
 use crate::state::StateDict;
-use crate::sync::{MutexGuard, lock};
-use crate::ticket::{Issue, Ticket};
+use crate::ticket::{Extent, Ticket};
 use crate::writer::{Kept, Task};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,16 +23,10 @@ struct Asked {
     name: String,
     options: SaveOptions,
     borrowed: bool,
+    /// The ticket that a deferred save has already.
+    deferred: Option<Arc<Ticket>>,
     began: Instant,
     deadline: Instant,
-}
-
-/// Whether it begins.
-enum Admitted<'a> {
-    /// As this attempt; no other save is admitted while the guard lives.
-    Begins(MutexGuard<'a, Admission>, Attempt),
-    /// It does not, and has ended like this.
-    Ended(Save),
 }
 
 /// What was taken of the state in the call of `save`.
@@ -58,23 +49,33 @@ impl CheckpointExecutor {
         borrowed: bool,
         register: impl FnOnce(&Arc<Ticket>),
     ) -> Result<Save> {
-        let saved = self.begin(step, &mut state, options, borrowed, register);
+        let asked = self.asked(step, options, borrowed, None);
+        let saved = asked.and_then(|asked| self.begin(asked, &mut state, register));
         // What was refused: a source that panics when it is dropped must not unwind through `save`.
         dropped(state);
         saved
     }
 
-    /// Takes what is saved out of `state`, or leaves there what is refused.
-    fn begin(
+    /// Begins the deferred save that has `ticket`.
+    pub(super) fn submit_deferred(
         &self,
-        step: u64,
-        state: &mut StateDict<'static>,
+        ticket: &Arc<Ticket>,
+        mut state: StateDict<'static>,
         options: SaveOptions,
-        borrowed: bool,
-        register: impl FnOnce(&Arc<Ticket>),
     ) -> Result<Save> {
-        let asked = self.asked(step, options, borrowed)?;
-        let (mut admission, attempt) = match self.admit(&asked)? {
+        let asked = self.asked(ticket.step, options, false, Some(ticket.clone()));
+        let saved = asked.and_then(|asked| self.begin(asked, &mut state, |_| ()));
+        dropped(state);
+        saved
+    }
+
+    /// Takes what is saved out of `state`, or leaves there what is refused.
+    fn begin(&self, asked: Asked, state: &mut StateDict<'static>, register: impl FnOnce(&Arc<Ticket>)) -> Result<Save> {
+        let admitted = match &asked.deferred {
+            Some(ticket) => self.admit_deferred(ticket)?,
+            None => self.admit(asked.step, asked.options.attempt, asked.deadline, asked.options.last, false)?,
+        };
+        let (mut admission, attempt) = match admitted {
             Admitted::Begins(admission, attempt) => (admission, attempt),
             Admitted::Ended(save) => return Ok(save),
         };
@@ -85,14 +86,20 @@ impl CheckpointExecutor {
         register(&ticket);
         self.enqueue(asked, &ticket, plan, state, taken)?;
         drop(admission);
-        if snapshot == Snapshot::AtSave && !ticket.kept {
+        if snapshot == Snapshot::AtSave && !ticket.extent().kept {
             self.stager.fence_one(&ticket, self.settings.fence_timeout)?;
         }
         Ok(Save::new(ticket))
     }
 
     /// What is asked for, if that is possible at all.
-    fn asked(&self, step: u64, mut options: SaveOptions, borrowed: bool) -> Result<Asked> {
+    fn asked(
+        &self,
+        step: u64,
+        mut options: SaveOptions,
+        borrowed: bool,
+        deferred: Option<Arc<Ticket>>,
+    ) -> Result<Asked> {
         self.alive()?;
         let began = Instant::now();
         let name = options.name.take().unwrap_or_else(|| step_name(step));
@@ -103,52 +110,8 @@ impl CheckpointExecutor {
             let why = "a thread of the executor cannot wait for staging: save without `Snapshot::AtSave`";
             return Err(Error::invalid(why).with_step(step));
         }
-        let timeout = options.timeout.map_or(self.settings.save_timeout, |d| d.min(self.settings.save_timeout));
-        Ok(Asked { step, name, options, borrowed, began, deadline: deadline_after(timeout) })
-    }
-
-    /// Waits until the save may begin, or finds that it does not.
-    fn admit(&self, asked: &Asked) -> Result<Admitted<'_>> {
-        let &Asked { step, began, deadline, ref options, .. } = asked;
-        if !options.last
-            && let Some(error) = self.stager.saves.unobserved()
-        {
-            match self.settings.on_unseen_error {
-                OnUnseenError::NextCall => return Err(error),
-                OnUnseenError::Warn => tracing::error!(
-                    error = format_args!("{error:#}"),
-                    "a save failed, and no call has returned its error"
-                ),
-            }
-        }
-        // One that another save has made room for is begun, even if admission is closed meanwhile.
-        let mut superseded = false;
-        loop {
-            let mut admission = lock(&self.admission);
-            if self.threads.lines().is_none() {
-                return Err(shut_down());
-            }
-            self.refuse_unfenced(step)?;
-            let attempt = options.attempt.unwrap_or_else(|| admission.attempts.next());
-            if self.threads.admission_is_closed() && !options.last && !superseded {
-                return Ok(Admitted::Ended(self.resolved(step, attempt, began, self.last_word(step))));
-            }
-            match admission::admit(&self.stager, self.settings.overlap, step)? {
-                Verdict::Begin => return Ok(Admitted::Begins(admission, attempt)),
-                Verdict::Ended(outcome) => {
-                    return Ok(Admitted::Ended(self.resolved(step, attempt, began, outcome)));
-                }
-                Verdict::InsteadOf(waiting) => {
-                    drop(admission);
-                    admission::supersede(&self.stager, *waiting, step);
-                    superseded = true;
-                }
-                Verdict::After(unfinished) => {
-                    drop(admission);
-                    admission::wait(&self.stager, &unfinished, step, deadline)?;
-                }
-            }
-        }
+        let deadline = self.deadline(options.timeout);
+        Ok(Asked { step, name, options, borrowed, deferred, began, deadline })
     }
 
     /// Takes what must not wait for the fence: small tensors, and digests of the others for the first saves.
@@ -178,18 +141,16 @@ impl CheckpointExecutor {
         taken: &Taken,
     ) -> Arc<Ticket> {
         let Taken { captured, kept, on_device, .. } = taken;
-        let issue = Issue {
-            step: asked.step,
-            attempt,
-            deadline: asked.deadline,
+        let issue = || self.issue(asked.step, attempt, asked.began, asked.deadline);
+        let ticket = asked.deferred.clone().unwrap_or_else(issue);
+        ticket.begin(Extent {
             chunks: plan.chunks.len(),
             streams: state.streams.clone(),
             bytes: state.bytes(),
             writable: captured.writable || on_device.left,
             over_budget: captured.over_budget + on_device.over_budget,
             kept: kept.is_some(),
-        };
-        let ticket = Arc::new(Ticket::new(issue, asked.began, self.stager.signal.clone(), self.stager.calls.clone()));
+        });
         ticket.blind.store(on_device.blind, Ordering::Relaxed);
         ticket
     }
@@ -274,30 +235,6 @@ impl CheckpointExecutor {
         };
         Ok((Some(point), late_copy))
     }
-
-    /// A save of writable tensors was not fenced: a program that goes on would write under a copy.
-    fn refuse_unfenced(&self, step: u64) -> Result<()> {
-        let Some(ticket) = self.stager.saves.unfenced() else { return Ok(()) };
-        let why = "writable tensors are still being read: call `fence` before the next save";
-        Err(Error::invalid(format!("{why} unfenced={}", ticket.step)).with_step(step))
-    }
-
-    /// What becomes of a save that comes when admission is closed.
-    fn last_word(&self, step: u64) -> Outcome {
-        Outcome::Skipped { by: self.stager.saves.unfinished().last().map_or(step, |ticket| ticket.step) }
-    }
-
-    /// The handle of a save that was not begun.
-    fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
-        let deadline = deadline_after(self.settings.save_timeout);
-        let streams = Vec::new();
-        let (writable, kept) = (false, false);
-        let issue = Issue { step, attempt, deadline, chunks: 0, streams, bytes: 0, writable, over_budget: 0, kept };
-        let ticket = Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone());
-        ticket.release();
-        ticket.finish(Ok(outcome)).into_iter().for_each(Calls::here);
-        Save::new(Arc::new(ticket))
-    }
 }
 
 impl Admission {
@@ -309,8 +246,4 @@ impl Admission {
             _ => Ok(self.plan.insert(Arc::new(Plan::new(state, shape)?)).clone()),
         }
     }
-}
-
-fn shut_down() -> Error {
-    Error::invalid("the executor is shut down")
 }

@@ -68,7 +68,7 @@ impl Stager {
             match self.fence_by_late_copy(ticket, streams, deadline) {
                 Ok(true) => {}
                 // Of the host alone: there is no stream for writers to wait in, and a device may copy behind our back.
-                Ok(false) if ticket.streams.is_empty() => {
+                Ok(false) if ticket.extent().streams.is_empty() => {
                     result = result.and(wait_until_staged(ticket, patience, deadline));
                 }
                 Ok(false) => {
@@ -151,9 +151,9 @@ impl Stager {
             }
             left.push(ticket.clone());
         }
-        let queued = left.iter().all(|t| !t.streams.is_empty() && t.wait_queued(deadline) && !t.failed());
+        let queued = left.iter().all(|t| !t.extent().streams.is_empty() && t.wait_queued(deadline) && !t.failed());
         if !left.is_empty() && queued {
-            let owners: Vec<_> = tickets.iter().flat_map(|t| &t.streams).copied().collect();
+            let owners: Vec<_> = tickets.iter().flat_map(|t| &t.extent().streams).copied().collect();
             if self.device.order(&together(streams, &owners)).is_ok() {
                 left.drain(..).for_each(|ticket| self.release_sources(&ticket, began));
             }
@@ -164,7 +164,7 @@ impl Stager {
     fn freeze_by_late_copy(&self, ticket: &Arc<Ticket>, streams: &[DeviceStream], deadline: Instant) -> Result<bool> {
         match (self.scratch.get(), self.late_copy(ticket)) {
             (Some(scratch), Some((late_copy, _))) => {
-                scratch.freeze(ticket, &late_copy, &together(streams, &ticket.streams), deadline)
+                scratch.freeze(ticket, &late_copy, &together(streams, &ticket.extent().streams), deadline)
             }
             _ => Ok(false),
         }

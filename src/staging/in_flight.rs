@@ -30,6 +30,9 @@ pub(crate) struct InFlightSaves {
 impl InFlightSaves {
     /// Adds a save, whose sources may be read from now on.
     pub fn add(&self, ticket: Arc<Ticket>) {
+        if ticket.listed.swap(true, Ordering::AcqRel) {
+            return; // before its state had come
+        }
         self.reading.fetch_add(1, Ordering::AcqRel);
         lock(&self.tickets).push(ticket);
         self.added.fetch_add(1, Ordering::AcqRel);
@@ -79,7 +82,7 @@ impl InFlightSaves {
             .iter()
             .find(|t| {
                 let unread = t.failed() || t.staged.is_complete() || t.fenced.load(Ordering::Acquire);
-                t.writable && !unread
+                t.extent().writable && !unread
             })
             .cloned()
     }
@@ -114,6 +117,6 @@ impl InFlightSaves {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
             return Vec::new();
         }
-        lock(&self.tickets).iter().filter(|t| !t.kept && !t.staged.is_complete()).cloned().collect()
+        lock(&self.tickets).iter().filter(|t| !t.extent().kept && !t.staged.is_complete()).cloned().collect()
     }
 }

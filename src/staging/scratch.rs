@@ -141,7 +141,7 @@ impl Scratch {
             return kernels.follow(streams).map(|()| true);
         }
         let Some(first) = self.reserve(ticket, late_copy, deadline) else { return Ok(false) };
-        if first == ticket.chunks {
+        if first == ticket.extent().chunks {
             self.give_up(late_copy);
             return Ok(false);
         }
@@ -170,7 +170,7 @@ impl Scratch {
         }
         late_copy.freeze();
         let queued = ticket.queued.load(Ordering::Acquire);
-        if queued == ticket.chunks {
+        if queued == ticket.extent().chunks {
             self.give_up(late_copy);
             return Ok(false);
         }
@@ -213,10 +213,10 @@ impl Scratch {
             }
             let handed = late_copy.handed();
             let mut free = lock(&self.free);
-            let most = free.len().min(ticket.chunks - handed);
-            let first = (ticket.chunks - most).max(late_copy.save.host);
+            let most = free.len().min(ticket.extent().chunks - handed);
+            let first = (ticket.extent().chunks - most).max(late_copy.save.host);
             if ticket.queued.load(Ordering::Acquire) >= first {
-                let rest = free.len() - (ticket.chunks - first);
+                let rest = free.len() - (ticket.extent().chunks - first);
                 let taken = free.split_off(rest);
                 drop(free);
                 let held = taken.into_iter().map(|slot| Some((slot, self.slots[slot]))).collect();

@@ -180,7 +180,8 @@ impl Stager {
         self.defer(Kept { state, allocation, queued, late_copy }, ticket);
     }
 
-    /// Ends a save that did not become a job, and drops its sources when no device reads them any more.
+    /// Ends a save that did not become a job, but for the future that a deferred one has, and drops its sources when no device
+    /// reads them any more.
     pub fn refuse(
         &self,
         ticket: Arc<Ticket>,
@@ -189,11 +190,13 @@ impl Stager {
         allocation: Option<Allocation>,
         queued: Vec<Arc<dyn Queued>>,
     ) {
-        ticket.observed.store(true, Ordering::Release);
-        ticket.fail(why.clone());
+        // There is no handle yet that could tell of it, unless there was one before the state.
+        let seen = !ticket.listed.load(Ordering::Acquire);
+        ticket.fail_as(why.clone(), seen);
         self.saves.add(ticket.clone());
-        // There is no handle yet that anything could wait for.
-        drop(ticket.finish(Err(why)));
+        if seen {
+            drop(ticket.finish(Err(why)));
+        }
         self.defer(Kept { state, allocation, queued, late_copy: None }, ticket);
     }
 

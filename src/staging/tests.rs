@@ -9,7 +9,7 @@ use crate::plan::{Chunk, Plan, Shape, Sink};
 use crate::state::{DeviceStream, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::testing::LateDevice;
-use crate::ticket::{Issue, Ticket};
+use crate::ticket::{Extent, Issue, Ticket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -52,18 +52,9 @@ fn push_of(
     let mut state = StateDict::new();
     state.tensor("t", tensor.clone()).unwrap();
     let plan = Arc::new(Plan::new(&state, Shape { chunk: 4096, files: 1 }).unwrap());
-    let issue = Issue {
-        step: 1,
-        attempt: Default::default(),
-        deadline: Instant::now() + patience,
-        chunks: plan.chunks.len(),
-        streams,
-        bytes: 0,
-        writable: false,
-        over_budget: 0,
-        kept: false,
-    };
+    let issue = Issue { step: 1, attempt: Default::default(), deadline: Instant::now() + patience };
     let ticket = Arc::new(Ticket::new(issue, Instant::now(), stager.signal.clone(), stager.calls.clone()));
+    ticket.begin(Extent { chunks: plan.chunks.len(), streams, ..Extent::default() });
     let sink = Arc::new(Kept::default());
     let captured = Captured::default();
     stager.push(Job {
@@ -183,7 +174,7 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
         let tensor = Arc::new(vec![1; 100]);
         let save = || push_of(&stager, &tensor, vec![DeviceStream::legacy(0)], LONG).0;
         let (one, two) = (save(), save());
-        [&one, &two].iter().for_each(|ticket| (0..ticket.chunks).for_each(|_| ticket.advance()));
+        [&one, &two].iter().for_each(|ticket| (0..ticket.extent().chunks).for_each(|_| ticket.advance()));
         // One is here, one is what the device gives out.
         let held = || Arc::strong_count(&hold) - 2;
         let fence = || stager.fence_on(&[DeviceStream::legacy(0)], LONG);

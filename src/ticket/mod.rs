@@ -17,8 +17,8 @@ use crate::state::DeviceStream;
 use crate::sync::{self, Mutex, lock};
 use source_gate::SourceGate;
 use std::any::Any;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// See the module.
@@ -27,12 +27,15 @@ pub(crate) struct Ticket {
     pub step: u64,
     /// Of a save that is tried again, the latest.
     attempt: Mutex<Attempt>,
-    /// The sources are kept until the save has ended, for another attempt; nothing can write them.
-    pub kept: bool,
     pub began: Instant,
     pub deadline: Instant,
-    /// How many chunks there are, and how many of them have been queued: nothing more is read on the host once all are.
-    pub chunks: usize,
+    /// What is saved, once that is known.
+    extent: OnceLock<Extent>,
+    /// Something waits for the state of this save, so that no other takes its place.
+    pub awaited: AtomicBool,
+    /// It is in the list of saves.
+    pub listed: AtomicBool,
+    /// How many chunks have been queued: nothing more is read on the host once all are.
     pub queued: AtomicUsize,
     /// Notified when one more is queued.
     pub moved: Signal,
@@ -40,13 +43,7 @@ pub(crate) struct Ticket {
     pub needed: AtomicUsize,
     /// A fence has ordered whoever writes after the copies.
     pub fenced: AtomicBool,
-    /// The streams that wrote the tensors of devices.
-    pub streams: Vec<DeviceStream<'static>>,
     pub sources: SourceGate,
-    pub bytes: u64,
-    /// Some source can be written while it is read: a later save without a fence between is refused.
-    pub writable: bool,
-    pub over_budget: usize,
     pub staged: sync::Arc<Completion<Result<()>>>,
     pub done: sync::Arc<Completion<Result<Outcome>>>,
     pub bytes_staged: AtomicU64,
@@ -93,35 +90,44 @@ pub(crate) struct Issue {
     pub step: u64,
     pub attempt: Attempt,
     pub deadline: Instant,
+}
+
+/// What a save saves.
+#[derive(Debug, Default)]
+pub(crate) struct Extent {
     pub chunks: usize,
+    /// The streams that wrote the tensors of devices.
     pub streams: Vec<DeviceStream<'static>>,
     pub bytes: u64,
+    /// Some source can be written while it is read: a later save without a fence between is refused.
     pub writable: bool,
     pub over_budget: usize,
+    /// Nothing can write the sources, which are kept until the save has ended, for another attempt; or there are none yet.
     pub kept: bool,
 }
+
+/// Of a save whose state has not come: there is nothing that a fence could wait for.
+static NOTHING_YET: Extent =
+    Extent { chunks: 0, streams: Vec::new(), bytes: 0, writable: false, over_budget: 0, kept: true };
 
 impl Ticket {
     /// `signal` wakes the stager; `calls` is where functions are called that no other thread may call.
     pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>, calls: Arc<CallThread>) -> Self {
-        let Issue { step, attempt, deadline, chunks, streams, bytes, writable, over_budget, kept } = issue;
+        let Issue { step, attempt, deadline } = issue;
         let zero = || AtomicU64::new(0);
         Self {
             step,
             attempt: Mutex::new(attempt),
-            kept,
             began,
             deadline,
-            chunks,
+            extent: OnceLock::new(),
+            awaited: AtomicBool::new(false),
+            listed: AtomicBool::new(false),
             queued: AtomicUsize::new(0),
             moved: Signal::default(),
             needed: AtomicUsize::new(0),
             fenced: AtomicBool::new(false),
-            streams,
             sources: SourceGate::new(),
-            bytes,
-            writable,
-            over_budget,
             staged: sync::Arc::new(Completion::new()),
             done: sync::Arc::new(Completion::new()),
             bytes_staged: zero(),
@@ -139,6 +145,22 @@ impl Ticket {
         }
     }
 
+    /// What is saved: nothing, as long as that is not known.
+    pub fn extent(&self) -> &Extent {
+        self.extent.get().unwrap_or(&NOTHING_YET)
+    }
+
+    /// Its state is yet to come.
+    pub fn is_deferred(&self) -> bool {
+        self.extent.get().is_none()
+    }
+
+    /// Says what is saved. Once.
+    pub fn begin(&self, extent: Extent) {
+        let known = self.extent.set(extent);
+        debug_assert!(known.is_ok(), "a save began twice");
+    }
+
     pub fn attempt(&self) -> Attempt {
         *lock(&self.attempt)
     }
@@ -151,7 +173,7 @@ impl Ticket {
         Progress {
             // Whoever was waiting is told first, and may ask at once.
             phase: if self.done.is_complete() { Phase::Ended } else { self.phase() },
-            bytes: self.bytes,
+            bytes: self.extent().bytes,
             staged: self.bytes_staged.load(Ordering::Relaxed),
             written: self.bytes_written.load(Ordering::Relaxed),
         }
@@ -197,7 +219,7 @@ impl Ticket {
             State::Running(phase) => (*phase, true),
             // One that may pass does not stand in the way of a cancellation, or the deadline: the save would be tried again.
             State::Failed { phase, error: there } => {
-                (*phase, self.kept && there.is_transient() && !error.is_transient())
+                (*phase, self.extent().kept && there.is_transient() && !error.is_transient())
             }
             State::Ended => return false,
         };
@@ -266,10 +288,12 @@ impl Ticket {
 
     /// Ends the save. None when it had been given up.
     pub fn finish(&self, result: Result<Outcome>) -> Option<Calls<Result<Outcome>>> {
-        let result = result.map_err(|e| e.with_step(self.step));
+        // One that might have been tried again was cancelled, or its deadline passed, meanwhile.
+        let last = |e: Error| if e.is_transient() { self.failure().unwrap_or(e) } else { e };
+        let result = result.map_err(|e| last(e).with_step(self.step));
         let staged = result.as_ref().map(|_| ()).map_err(Clone::clone);
         let calls = self.done.put(result);
-        if self.kept && self.sources.is_dropped() {
+        if self.extent().kept && self.sources.is_dropped() {
             self.staged.complete(staged);
         }
         let mut state = lock(&self.state);
@@ -308,7 +332,7 @@ impl Ticket {
         self.staged_nanos.store(nanos, Ordering::Relaxed);
         self.sources.set_dropped();
         // The sources of one that has failed may be read for another attempt, until it has ended.
-        if !self.kept || !self.failed() || self.done.is_complete() {
+        if !self.extent().kept || !self.failed() || self.done.is_complete() {
             self.staged.complete(self.failure().map_or(Ok(()), Err));
         }
         self.drop_holds();
@@ -338,7 +362,7 @@ impl Ticket {
 
     /// Waits until all chunks are queued, or none of them will be any more. False at the deadline.
     pub fn wait_queued(&self, deadline: Instant) -> bool {
-        self.wait_until_queued(self.chunks, deadline)
+        self.wait_until_queued(self.extent().chunks, deadline)
     }
 
     /// The same, for the first `count` chunks.

@@ -1,8 +1,7 @@
 //! Commit futures.
 
 use super::signals::{HandlerAwaitableSignal, OperationId, Signals};
-use crate::compat::overdue::Cell;
-use crate::completion::{Completion, Waiter, deadline_after};
+use crate::completion::{Cell, Completion, Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkGuard;
 use crate::guard::guarded;

@@ -1,7 +1,6 @@
 //! Paths that are not known yet.
 
-use crate::compat::overdue::Cell;
-use crate::completion::{Completion, Waiter, deadline_after};
+use crate::completion::{Cell, Completion, Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Arc;
 use std::future::Future;

@@ -1,13 +1,13 @@
 //! The engine as a storage writer.
 
-use super::future::HandedOver;
+use super::future::results;
 use super::plan::{Metadata, SavePlan, StorageMeta, StorageMetadata, WriteResult, metadata};
 use super::writer::{StorageWriter, WriteFuture};
 use crate::compat::place::place;
 use crate::error::{Error, ErrorKind, Result};
-use crate::executor::CheckpointExecutor;
+use crate::executor::{CheckpointExecutor, DeferredSave};
 use crate::id::Attempt;
-use crate::outcome::{Committed, Outcome};
+use crate::outcome::Outcome;
 use crate::save::{Save, SaveOptions};
 use crate::state::StateDict;
 use std::collections::BTreeMap;
@@ -26,20 +26,12 @@ pub struct EngineWriter {
     place: Option<(u64, StorageMeta)>,
     /// What `write_data` has written.
     written: BTreeMap<String, StorageMetadata>,
-    /// Where it is known what a writer process has been handed.
-    pub(super) handed: Option<Arc<HandedOver>>,
 }
 
 impl EngineWriter {
     /// Writes below the root of `executor`, and replaces what is there as torch does.
     pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
-        Self {
-            executor,
-            options: SaveOptions::default().overwrite(),
-            place: None,
-            written: BTreeMap::new(),
-            handed: None,
-        }
+        Self { executor, options: SaveOptions::default().overwrite(), place: None, written: BTreeMap::new() }
     }
 
     /// Whether a checkpoint that is there is replaced. With false it is a `Conflict`.
@@ -58,30 +50,38 @@ impl EngineWriter {
 
     /// When saves fail that have not ended; never later than the engine's settings say.
     #[must_use]
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.options.timeout = Some(timeout);
+    pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.options.timeout = timeout.into();
+        self
+    }
+
+    /// How often the engine tries a save again.
+    pub(super) fn retry(mut self, times: u32) -> Self {
+        self.options.retries = times;
         self
     }
 
     /// Begins the save, of a state that fits the plan.
     pub(super) fn submit(&mut self, state: StateDict<'static>) -> Result<Save> {
-        let (step, meta) = self.place.clone().ok_or_else(|| Error::invalid("a storage writer was not set up"))?;
+        let (step, options) = self.options()?;
+        self.executor.save_with(step, state, options)
+    }
+
+    /// The same, for a save that was deferred.
+    pub(super) fn begin(&mut self, deferred: DeferredSave, state: StateDict<'static>) {
+        match self.options() {
+            Ok((_, options)) => deferred.begin(&self.executor, state, options),
+            Err(error) => deferred.end(Err(error)),
+        }
+    }
+
+    fn options(&mut self) -> Result<(u64, SaveOptions)> {
+        let (step, meta) = self.place.as_ref().ok_or_else(|| Error::invalid("a storage writer was not set up"))?;
         let name = meta.checkpoint_id.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
         let options = self.options.clone().name(name);
         self.options.attempt = None; // no two saves share an attempt
-        self.executor.save_with(step, state, options)
+        Ok((*step, options))
     }
-}
-
-/// What the engine has to say of the items that were committed.
-pub(super) fn results(plan: &SavePlan, committed: &Committed) -> Vec<WriteResult> {
-    let data = serde_json::json!({ "path": committed.path.to_string_lossy(), "attempt": committed.attempt });
-    let result = |item: &super::WriteItem| WriteResult {
-        fqn: item.fqn.clone(),
-        size_in_bytes: item.bytes(),
-        storage_data: data.clone(),
-    };
-    plan.items.iter().map(result).collect()
 }
 
 impl StorageWriter for EngineWriter {

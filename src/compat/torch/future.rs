@@ -1,11 +1,8 @@
 //! The future that `execute_save` returns.
 
-use super::engine::results;
-use super::plan::{self, Metadata, SavePlan, StorageMeta};
-use super::queue::Record;
-use crate::compat::overdue::Cell;
-use crate::completion::{Completion, Waiter, deadline_after};
-use crate::error::{Error, ErrorKind, Result};
+use super::plan::{self, Metadata, SavePlan, StorageMeta, WriteItem, WriteResult};
+use crate::completion::{Cell, Completion, Waiter};
+use crate::error::Result;
 use crate::id::Attempt;
 use crate::outcome::{Committed, Outcome};
 use crate::save::Save;
@@ -14,7 +11,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -23,47 +20,61 @@ use std::time::Duration;
 ///
 /// Dropping it detaches: the save goes on, and an error that nobody saw comes out of the next call.
 #[must_use = "dropping the future detaches the save; keep it to learn when the checkpoint is durable"]
-pub struct CheckpointFuture(Inner);
-
-enum Inner {
-    /// The engine has it.
-    Engine { save: Save, planned: Box<Planned>, handed: Option<Arc<HandedOver>> },
-    /// A thread of the executor carries it out.
-    Queued { record: Arc<Record>, done: Waiter<Result<Option<Metadata>>> },
+pub struct CheckpointFuture {
+    save: Save,
+    told: Told,
+    handed: Option<Arc<HandedOver>>,
 }
 
-/// What was planned, for the metadata.
-#[derive(Clone)]
-pub(super) struct Planned {
-    pub plan: SavePlan,
-    pub metadata: Metadata,
+/// What the metadata will be made of: known before the save ends well.
+pub(super) type Told = Arc<OnceLock<Written>>;
+
+/// What is written, or was.
+pub(super) enum Written {
+    /// By the engine, as planned.
+    Planned(SavePlan, Metadata),
+    /// By a writer of the user's, which has said so itself.
+    Users(Metadata),
 }
 
-impl Planned {
-    pub fn finish(&self, committed: &Committed) -> Metadata {
+impl Written {
+    fn metadata(&self, committed: &Committed) -> Metadata {
+        let (plan, planned) = match self {
+            Self::Users(metadata) => return metadata.clone(),
+            Self::Planned(plan, metadata) => (plan, metadata),
+        };
         // What was written, whatever the planner said of it before its last word.
-        let written = plan::metadata(std::slice::from_ref(&self.plan));
+        let written = plan::metadata(std::slice::from_ref(plan));
         let state_dict_metadata = written.map(|written| written.state_dict_metadata).unwrap_or_default();
-        let mut metadata = Metadata { state_dict_metadata, ..self.metadata.clone() };
-        metadata.storage_data = results(&self.plan, committed);
         let (checkpoint_id, save_id) = (committed.path.clone(), Some(committed.attempt.to_string()));
-        metadata.storage_meta = Some(StorageMeta { checkpoint_id, save_id });
-        metadata
+        Metadata {
+            state_dict_metadata,
+            storage_data: results(plan, committed),
+            storage_meta: Some(StorageMeta { checkpoint_id, save_id }),
+            ..planned.clone()
+        }
     }
+}
 
-    fn outcome(&self, outcome: Result<Outcome>) -> Result<Option<Metadata>> {
-        Ok(outcome?.committed().map(|committed| self.finish(&committed)))
-    }
+/// What the engine has to say of the items that were committed.
+pub(super) fn results(plan: &SavePlan, committed: &Committed) -> Vec<WriteResult> {
+    let data = serde_json::json!({ "path": committed.path.to_string_lossy(), "attempt": committed.attempt });
+    let result = |item: &WriteItem| WriteResult {
+        fqn: item.fqn.clone(),
+        size_in_bytes: item.bytes(),
+        storage_data: data.clone(),
+    };
+    plan.items.iter().map(result).collect()
 }
 
 impl CheckpointFuture {
-    pub(super) fn engine(save: Save, planned: Planned, handed: Option<Arc<HandedOver>>) -> Self {
-        Self(Inner::Engine { save, planned: Box::new(planned), handed })
+    pub(super) fn new(save: Save, told: Told, handed: Option<Arc<HandedOver>>) -> Self {
+        Self { save, told, handed }
     }
 
-    pub(super) fn queued(record: Arc<Record>) -> Self {
-        let done = Waiter::new(record.done.clone());
-        Self(Inner::Queued { record, done })
+    fn metadata(&self, outcome: Result<Outcome>) -> Result<Option<Metadata>> {
+        let committed = outcome?.committed();
+        Ok(committed.and_then(|committed| Some(self.told.get()?.metadata(&committed))))
     }
 
     /// Blocks the thread until the save has ended: torch's `result()`.
@@ -71,54 +82,23 @@ impl CheckpointFuture {
     /// # Errors
     /// How the save failed; `Deadline` when it has not ended after `timeout`: it goes on then, and can be waited for again.
     pub fn result(&self, timeout: Duration) -> Result<Option<Metadata>> {
-        match &self.0 {
-            Inner::Engine { save, planned, .. } => planned.outcome(save.wait(timeout)),
-            Inner::Queued { record, done } => {
-                record.alive()?;
-                let late = || Error::new(ErrorKind::Deadline, format!("the save has not ended waited={timeout:?}"));
-                let result = done.cell().wait(deadline_after(timeout)).ok_or_else(late)?;
-                record.observe();
-                result
-            }
-        }
+        self.metadata(self.save.wait(timeout))
     }
 
     /// How the save ended, if it has: torch's `done()`, and the result with it.
     pub fn try_result(&self) -> Option<Result<Option<Metadata>>> {
-        match &self.0 {
-            Inner::Engine { save, planned, .. } => Some(planned.outcome(save.try_get()?)),
-            Inner::Queued { record, done } => {
-                let result = done.cell().get()?;
-                record.observe();
-                Some(result)
-            }
-        }
+        Some(self.metadata(self.save.try_get()?))
     }
 
     /// A future of the moment when nothing more is read from the state: torch's `AsyncSaveResponse.staging_completion`. It fails
     /// when staging fails.
     pub fn staging_completion(&self) -> impl Future<Output = Result<()>> + Send + 'static + use<> {
-        let staged = match &self.0 {
-            Inner::Engine { save, handed, .. } => Ok((save.clone(), handed.clone())),
-            Inner::Queued { record, .. } => Err((record.clone(), Waiter::new(record.staged.clone()))),
-        };
-        async move {
-            match staged {
-                Ok((save, handed)) => staging(save, handed).await,
-                Err((record, staged)) => {
-                    record.alive()?;
-                    staged.await
-                }
-            }
-        }
+        staging(self.save.clone(), self.handed.clone())
     }
 
     /// Cancels the save, which resolves to `Cancelled` at once. False when it is too late: it has ended or is being published.
     pub fn cancel(&self) -> bool {
-        match &self.0 {
-            Inner::Engine { save, .. } => save.cancel(),
-            Inner::Queued { record, .. } => record.cancel(),
-        }
+        self.save.cancel()
     }
 }
 
@@ -141,7 +121,7 @@ impl HandedOver {
 }
 
 /// Staged, and handed over where there is a writer process.
-pub(super) async fn staging(mut save: Save, handed: Option<Arc<HandedOver>>) -> Result<()> {
+async fn staging(mut save: Save, handed: Option<Arc<HandedOver>>) -> Result<()> {
     save.staged().await?;
     let Some(handed) = handed else { return Ok(()) };
     let mut handed = Waiter::new(handed.cell(save.attempt()));
@@ -157,26 +137,13 @@ impl Future for CheckpointFuture {
     type Output = Result<Option<Metadata>>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match &mut self.0 {
-            Inner::Engine { save, planned, .. } => {
-                let outcome = ready!(Pin::new(save).poll(cx));
-                Poll::Ready(planned.outcome(outcome))
-            }
-            Inner::Queued { record, done } => {
-                record.alive()?;
-                let result = ready!(Pin::new(done).poll(cx));
-                record.observe();
-                Poll::Ready(result)
-            }
-        }
+        let outcome = ready!(Pin::new(&mut self.save).poll(cx));
+        Poll::Ready(self.metadata(outcome))
     }
 }
 
 impl fmt::Debug for CheckpointFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
-            Inner::Engine { save, .. } => write!(f, "CheckpointFuture({save:?})"),
-            Inner::Queued { record, .. } => write!(f, "CheckpointFuture(ended={})", record.done.is_complete()),
-        }
+        write!(f, "CheckpointFuture({:?})", self.save)
     }
 }

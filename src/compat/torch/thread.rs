@@ -3,25 +3,23 @@
 use super::AsyncCheckpointExecutor;
 use super::drive::{self, Ranks, complete};
 use super::engine::EngineWriter;
-use super::future::{CheckpointFuture, HandedOver, Planned, staging};
+use super::future::{CheckpointFuture, HandedOver, Told, Written};
 use super::options::ExecuteOptions;
-use super::plan::Metadata;
 use super::planner::{DefaultSavePlanner, SavePlanner};
-use super::queue::{Queue, Record};
+use super::queue::Queue;
 use super::staging::{Coming, Inner, StagedState};
 use super::writer::StorageWriter;
+use crate::compat::place::place;
 use crate::compat::unseen::first;
-use crate::completion::{Waiter, deadline_after};
+use crate::completion::deadline_after;
 use crate::error::{Error, ErrorKind, Result};
-use crate::executor::CheckpointExecutor;
+use crate::executor::{CheckpointExecutor, DeferredSave};
+use crate::guard::guarded;
 use crate::outcome::Outcome;
 use crate::save::Save;
-use crate::settings::OnUnseenError;
 use crate::state::StateDict;
-use crate::sync::{Arc as CellArc, Mutex, lock};
-use std::future::Future;
+use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -72,8 +70,8 @@ impl ThreadExecutor {
         })
     }
 
-    /// Tries a save that failed for a reason that may pass (`Busy`, `NoSpace`, `Unavailable`) up to `times` times more, until its
-    /// deadline. Its state is kept until it has ended, beyond fences, so one that the program can write is `Invalid`.
+    /// Has the engine try a save that failed for a reason that may pass up to `times` times more: see
+    /// [`SaveOptions::retries`](crate::SaveOptions::retries). A storage writer of the user's is called once.
     #[must_use]
     pub fn retry(mut self, times: u32) -> Self {
         self.retries = times;
@@ -107,6 +105,11 @@ impl ThreadExecutor {
         first(closed.err().into_iter().chain(shut.err()))
     }
 
+    fn future(&self, save: Save, told: &Told) -> CheckpointFuture {
+        self.queue.remember(&save);
+        CheckpointFuture::new(save, told.clone(), self.handed.clone())
+    }
+
     /// Plans and submits at once, in the calling thread: nothing has to be waited for.
     fn submit(
         &self,
@@ -114,75 +117,61 @@ impl ThreadExecutor {
         mut writer: EngineWriter,
         options: ExecuteOptions,
     ) -> Result<CheckpointFuture> {
-        let id = options.checkpoint_id.as_deref();
-        let deadline = deadline_after(self.executor.settings().save_timeout);
-        let plan = |planner: &mut dyn SavePlanner| {
-            let (plan, metadata) = drive::plan(&state, planner, &mut writer, id, &Ranks::Alone, deadline)?;
-            let state = drive::resolve(planner, &plan, state)?;
-            plan.fits(&state)?;
-            Ok((plan, metadata, state))
-        };
+        let (id, told) = (options.checkpoint_id.as_deref(), Told::default());
         let planned = match options.planner {
-            Some(mut planner) => plan(planner.as_mut()),
-            None => plan(&mut *lock(&self.planner)),
+            Some(mut planner) => planned(state, planner.as_mut(), &mut writer, id, &told),
+            None => planned(state, &mut *lock(&self.planner), &mut writer, id, &told),
         };
-        match planned {
-            Ok((plan, metadata, state)) => {
-                let save = writer.submit(state)?;
-                self.queue.remember(&save);
-                Ok(CheckpointFuture::engine(save, Planned { plan, metadata }, self.handed.clone()))
-            }
-            Err(error) => Ok(CheckpointFuture::queued(self.queue.failed(error))),
-        }
+        let save = match planned {
+            Ok(state) => writer.submit(state)?,
+            Err(error) => self.executor.failed(self.step(id), error),
+        };
+        Ok(self.future(save, &told))
+    }
+
+    /// The step that a save to `id` is about, as far as one can tell.
+    fn step(&self, id: Option<&Path>) -> u64 {
+        id.and_then(|id| place(&self.executor, id).ok()).map_or(0, |(step, _)| step)
     }
 }
 
 impl AsyncCheckpointExecutor for ThreadExecutor {
     fn execute_save(&self, state: StagedState, mut options: ExecuteOptions) -> Result<CheckpointFuture> {
-        let settings = self.executor.settings();
         let ranks = options.ranks()?;
-        let timeout = options.timeout.map_or(settings.save_timeout, |d| d.min(settings.save_timeout));
-        let deadline = deadline_after(timeout);
-        if let Some(error) = self.queue.unobserved() {
-            match settings.on_unseen_error {
-                OnUnseenError::NextCall => return Err(error),
-                OnUnseenError::Warn => tracing::error!(
-                    error = format_args!("{error:#}"),
-                    "a save failed, and no call has returned its error"
-                ),
-            }
-        }
         let writer = match options.storage_writer.take() {
-            Some(writer) => Writer::Users(writer),
+            Some(writer) => Writer::Users(writer, ranks),
             None if !matches!(ranks, Ranks::Alone) => {
                 let what = "the engine commits for one rank so far: several need a storage_writer of their own";
                 return Err(Error::invalid(what));
             }
             None => {
                 let writer = EngineWriter::new(self.executor.clone()).overwrite(!options.keep_existing);
-                let mut writer = writer.attempt(options.attempt).timeout(timeout);
-                writer.handed = self.handed.clone();
-                Writer::Engine(writer)
+                Writer::Engine(writer.retry(self.retries).attempt(options.attempt).timeout(options.timeout))
             }
         };
         let state = match state {
             StagedState::Ready(state) => Inner::Stream(state),
             StagedState::Pending(staging) => staging.0,
         };
-        // Read after this call has returned, where no fence of the engine knows of it.
-        let unfenced = self.retries > 0 || matches!(writer, Writer::Users(_));
-        if let (Inner::Stream(state), true) = (&state, unfenced) {
+        let (state, writer) = match (state, writer) {
+            (Inner::Stream(state), Writer::Engine(writer)) => return self.submit(state, writer, options),
+            later => later,
+        };
+        if let Inner::Stream(state) = &state {
+            // Read after this call has returned, where no fence of the engine knows of it.
             state.settled()?;
         }
-        match (state, writer, self.retries) {
-            (Inner::Stream(state), Writer::Engine(writer), 0) => self.submit(state, writer, options),
-            (state, writer, retries) => {
-                let planner = options.planner.map_or_else(|| Planner::Kept(self.queued.clone()), Planner::Users);
-                let job = Job { state, planner, writer, ranks, retries, deadline, id: options.checkpoint_id };
-                let record = self.queue.push(settings.overlap, deadline, Box::new(move |record| job.run(record)))?;
-                Ok(CheckpointFuture::queued(record))
-            }
+        let step = self.step(options.checkpoint_id.as_deref());
+        let (save, deferred) = self.executor.defer(step, options.attempt, options.timeout)?;
+        let told = Told::default();
+        let future = self.future(save, &told);
+        if let Some(deferred) = deferred {
+            let planner = options.planner.map_or_else(|| Planner::Kept(self.queued.clone()), Planner::Users);
+            let deadline = self.executor.deadline(options.timeout);
+            let job = Job { state, planner, writer, deadline, id: options.checkpoint_id, told };
+            self.queue.push(deferred, move |deferred| job.run(deferred));
         }
+        Ok(future)
     }
 }
 
@@ -202,7 +191,7 @@ impl std::fmt::Debug for ThreadExecutor {
 
 enum Writer {
     Engine(EngineWriter),
-    Users(Box<dyn StorageWriter>),
+    Users(Box<dyn StorageWriter>, Ranks),
 }
 
 enum Planner {
@@ -215,93 +204,72 @@ struct Job {
     state: Inner,
     planner: Planner,
     writer: Writer,
-    ranks: Ranks,
-    retries: u32,
     deadline: Instant,
     id: Option<PathBuf>,
+    told: Told,
 }
 
 impl Job {
-    fn run(self, record: &Record) -> Result<Option<Metadata>> {
-        let Self { state, mut planner, mut writer, ranks, mut retries, deadline, id } = self;
-        let mut next = match state {
-            Inner::Stream(state) => state,
-            Inner::Whole(coming) => wait_for(coming, record, deadline)?,
+    fn run(self, deferred: DeferredSave) {
+        let Self { state, mut planner, writer, deadline, id, told } = self;
+        let state = match state {
+            Inner::Stream(state) => Ok(state),
+            Inner::Whole(coming) => guarded("a staging future panicked", || wait_for(coming, &deferred, deadline)),
         };
-        loop {
-            let (now, kept) = if retries > 0 {
-                let (now, kept) = next.split()?;
-                (now, Some(kept))
-            } else {
-                (next, None)
-            };
-            let saved = match &mut planner {
-                Planner::Kept(kept) => {
-                    once(now, &mut *lock(kept), &mut writer, id.as_deref(), &ranks, deadline, record)
+        let (mut kept, planner): (_, &mut dyn SavePlanner) = match &mut planner {
+            Planner::Kept(kept) => (Some(lock(kept)), &mut DefaultSavePlanner::new()),
+            Planner::Users(users) => (None, users.as_mut()),
+        };
+        let planner = kept.as_deref_mut().map_or(planner, |kept| kept);
+        match writer {
+            Writer::Engine(mut writer) => {
+                let state = state.and_then(|state| planned(state, planner, &mut writer, id.as_deref(), &told));
+                match state {
+                    Ok(state) => writer.begin(deferred, state),
+                    Err(error) => deferred.end(Err(error)),
                 }
-                Planner::Users(users) => {
-                    once(now, users.as_mut(), &mut writer, id.as_deref(), &ranks, deadline, record)
-                }
-            };
-            match (saved, kept) {
-                (Err(error), Some(kept)) if error.is_transient() && Instant::now() < deadline => {
-                    tracing::warn!(error = format_args!("{error:#}"), retries, "a save failed and is tried again");
-                    retries -= 1;
-                    next = kept;
-                }
-                (saved, _) => return saved,
+            }
+            Writer::Users(mut writer, ranks) => {
+                let written = state.and_then(|state| {
+                    let writer = writer.as_mut();
+                    let (plan, metadata) = drive::plan(&state, planner, writer, id.as_deref(), &ranks, deadline)?;
+                    let state = drive::resolve(planner, &plan, state);
+                    drive::write(state, &plan, metadata, writer, &ranks, deadline)
+                });
+                let committed = deferred.elsewhere(id.unwrap_or_default());
+                deferred.end(written.map(|metadata| {
+                    let _ = told.set(Written::Users(metadata));
+                    Outcome::Durable(committed)
+                }));
             }
         }
     }
 }
 
+/// Plans a save by the engine, and returns the state that is saved.
+fn planned(
+    state: StateDict<'static>,
+    planner: &mut dyn SavePlanner,
+    writer: &mut EngineWriter,
+    id: Option<&Path>,
+    told: &Told,
+) -> Result<StateDict<'static>> {
+    let never = Instant::now(); // alone, no rank is waited for
+    let (plan, metadata) = drive::plan(&state, planner, writer, id, &Ranks::Alone, never)?;
+    let state = drive::resolve(planner, &plan, state)?;
+    plan.fits(&state)?;
+    let _ = told.set(Written::Planned(plan, metadata));
+    Ok(state)
+}
+
 /// The staged state, when it comes; an error when the save ends before.
-fn wait_for(mut coming: Coming, record: &Record, deadline: Instant) -> Result<StateDict<'static>> {
-    let mut ended = Waiter::new(CellArc::clone(&record.done));
+fn wait_for(mut coming: Coming, deferred: &DeferredSave, deadline: Instant) -> Result<StateDict<'static>> {
+    let mut save = deferred.save();
     let first = std::future::poll_fn(move |cx| {
-        if Pin::new(&mut ended).poll(cx).is_ready() {
+        if save.poll_ended(cx).is_ready() {
             return Poll::Ready(Err(Error::new(ErrorKind::Cancelled, "the save ended before its state was staged")));
         }
         coming.as_mut().poll(cx)
     });
     complete(first, deadline)
 }
-
-/// One try.
-fn once(
-    state: StateDict<'static>,
-    planner: &mut dyn SavePlanner,
-    writer: &mut Writer,
-    id: Option<&Path>,
-    ranks: &Ranks,
-    deadline: Instant,
-    record: &Record,
-) -> Result<Option<Metadata>> {
-    let engine = match writer {
-        Writer::Engine(engine) => engine,
-        Writer::Users(writer) => {
-            let (plan, metadata) = drive::plan(&state, planner, writer.as_mut(), id, ranks, deadline)?;
-            let state = drive::resolve(planner, &plan, state);
-            return drive::write(state, &plan, metadata, writer.as_mut(), ranks, deadline).map(Some);
-        }
-    };
-    let (plan, metadata) = drive::plan(&state, planner, engine, id, ranks, deadline)?;
-    let state = drive::resolve(planner, &plan, state)?;
-    plan.fits(&state)?;
-    let save = Arc::new(engine.submit(state)?);
-    if !record.hand_over(&save) {
-        return Err(Error::new(ErrorKind::Cancelled, "the save was cancelled"));
-    }
-    let left = || deadline.saturating_duration_since(Instant::now()) + GRACE;
-    let staged = staging(Save::clone(&save), engine.handed.clone());
-    if complete(staged, deadline + GRACE).is_ok() {
-        record.staged.complete(Ok(()));
-    }
-    match save.wait(left())? {
-        Outcome::Durable(committed) => Ok(Some(Planned { plan, metadata }.finish(&committed))),
-        Outcome::Skipped { .. } | Outcome::Superseded { .. } => Ok(None),
-    }
-}
-
-/// The engine ends a save at its deadline; this is how much later that may be seen.
-const GRACE: Duration = Duration::from_secs(1);

@@ -6,7 +6,7 @@ pub mod fixtures {
     use crate::call_thread::CallThread;
     use crate::completion::Signal;
     use crate::error::Error;
-    use crate::ticket::Issue;
+    use crate::ticket::{Extent, Issue};
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::{Duration, Instant};
 
@@ -50,21 +50,13 @@ pub mod fixtures {
     }
 
     pub fn ticket(chunks: usize) -> Arc<Ticket> {
-        let (now, attempt, streams) = (Instant::now(), Default::default(), Vec::new());
+        let (now, attempt) = (Instant::now(), Default::default());
         let deadline = now + Duration::from_secs(600);
-        let issue = Issue {
-            step: 1,
-            attempt,
-            deadline,
-            chunks,
-            streams,
-            bytes: 0,
-            writable: false,
-            over_budget: 0,
-            kept: false,
-        };
+        let issue = Issue { step: 1, attempt, deadline };
         let signal = Arc::new(Signal::default());
-        Arc::new(Ticket::new(issue, now, signal.clone(), Arc::new(CallThread::new(signal))))
+        let ticket = Ticket::new(issue, now, signal.clone(), Arc::new(CallThread::new(signal)));
+        ticket.begin(Extent { chunks, ..Extent::default() });
+        Arc::new(ticket)
     }
 }
 

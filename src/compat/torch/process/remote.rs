@@ -3,9 +3,8 @@
 
 use super::super::future::HandedOver;
 use super::frame::{Hello, Reply, Request, SharedFile, VERSION, receive, send};
-use crate::compat::overdue::Cell;
 use crate::compat::wire::WireError;
-use crate::completion::{Completion, deadline_after};
+use crate::completion::{Cell, Completion, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkGuard;
 use crate::id::Attempt;

@@ -237,3 +237,48 @@ fn an_executor_that_ends_waits_for_its_saves_though_the_engine_goes_on() {
     });
     assert_eq!(engine.catalog().list().unwrap().len(), 1, "the save that was late has failed");
 }
+
+/// Saves that wait for their state were admitted by a queue of the executor's own, which knew nothing of those that the engine had.
+#[test]
+fn saves_whose_state_is_yet_to_come_have_their_place_among_all_saves_of_the_engine() {
+    let root = tempfile::tempdir().unwrap();
+    let pending = || StagedState::Pending(Staging::future(std::future::pending()));
+    let build = |overlap| Arc::new(engine(root.path()).overlap(overlap).build().unwrap());
+
+    let engine = build(Overlap::Skip);
+    let executor = ThreadExecutor::new(engine.clone()).unwrap();
+    let waits = executor.execute_save(pending(), to("1")).unwrap();
+    assert!(executor.execute_save(state(2).into(), to("2")).unwrap().result(LONG).unwrap().is_none());
+    assert!(engine.save(3, state(3)).unwrap().wait(LONG).unwrap().committed().is_none());
+    engine.fence().unwrap(); // of which nothing is read yet
+    assert_eq!(engine.shutdown(Duration::from_millis(5)).unwrap_err().kind(), ErrorKind::Deadline);
+    assert_eq!(waits.result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+    executor.close(LONG).unwrap();
+
+    // The newest takes the place of one whose turn has not come, not of one whose state is waited for.
+    let executor = ThreadExecutor::new(build(Overlap::Latest)).unwrap();
+    let (polled, was_polled) = std::sync::mpsc::channel();
+    let first = std::future::poll_fn(move |_| {
+        let _ = polled.send(());
+        std::task::Poll::Pending
+    });
+    let first = executor.execute_save(Staging::future(first).into(), to("4")).unwrap();
+    was_polled.recv_timeout(LONG).unwrap();
+    let second = executor.execute_save(pending(), to("5")).unwrap();
+    let third = executor.execute_save(Staging::future(async { Ok(state(6)) }).into(), to("6")).unwrap();
+    assert!(second.result(LONG).unwrap().is_none() && first.try_result().is_none());
+    assert!(first.cancel());
+    third.result(LONG).unwrap().unwrap();
+
+    // Of two of one step that overlap, the one that begins later is refused.
+    let executor = ThreadExecutor::new(build(Overlap::Queue(4))).unwrap();
+    let (stage, staging) =
+        Staging::channel(ashore::StateDict::new(), [("t".into(), ashore::Layout::new(ashore::Dtype::U8, [3]))])
+            .unwrap();
+    let direct = executor.execute_save(staging.into(), to("7")).unwrap();
+    let late = executor.execute_save(Staging::future(async { Ok(state(7)) }).into(), to("7")).unwrap();
+    assert_eq!(late.result(LONG).unwrap_err().kind(), ErrorKind::Conflict);
+    drop(stage);
+    assert_eq!(direct.result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+    executor.close(LONG).unwrap();
+}

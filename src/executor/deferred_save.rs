@@ -1,0 +1,124 @@
+//! Saves whose state is yet to come: they have their place among others, a handle and a deadline before.
+
+use super::CheckpointExecutor;
+use super::admission::Admitted;
+use crate::completion::Calls;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::Attempt;
+use crate::outcome::{Committed, Outcome};
+use crate::save::{Save, SaveOptions};
+use crate::settings::IoMode;
+use crate::staging::Stager;
+use crate::state::StateDict;
+use crate::ticket::{Extent, Ticket};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// The right to begin a deferred save, or to end it. Dropping it without ends the save. It keeps no executor alive.
+pub(crate) struct DeferredSave {
+    stager: Arc<Stager>,
+    ticket: Arc<Ticket>,
+    /// It was handed to the stager, which sees to the rest.
+    begun: bool,
+}
+
+impl CheckpointExecutor {
+    /// Gives a save of `step`, whose state is yet to come, its place among others, as the overlap policy says. None: that ended it.
+    ///
+    /// # Errors
+    /// As [`CheckpointExecutor::save`], but for the step, which is looked at when the save begins.
+    pub(crate) fn defer(
+        &self,
+        step: u64,
+        attempt: Option<Attempt>,
+        timeout: Option<Duration>,
+    ) -> Result<(Save, Option<DeferredSave>)> {
+        self.alive()?;
+        let (began, deadline) = (Instant::now(), self.deadline(timeout));
+        let (admission, attempt) = match self.admit(step, attempt, deadline, false, true)? {
+            Admitted::Begins(admission, attempt) => (admission, attempt),
+            Admitted::Ended(save) => return Ok((save, None)),
+        };
+        let ticket = self.issue(step, attempt, began, deadline);
+        self.stager.saves.add(ticket.clone());
+        drop(admission);
+        // Its deadline may be the next.
+        self.stager.signal.notify();
+        let deferred = DeferredSave { stager: self.stager.clone(), ticket: ticket.clone(), begun: false };
+        Ok((Save::new(ticket), Some(deferred)))
+    }
+
+    /// A save that failed before it could begin. If nobody looks at it, the next call returns its error.
+    pub(crate) fn failed(&self, step: u64, error: Error) -> Save {
+        let (began, attempt) = (Instant::now(), Attempt::new());
+        let ticket = self.issue(step, attempt, began, began);
+        ticket.begin(Extent::default());
+        ticket.fail(error.clone());
+        ticket.finish(Err(error)).into_iter().for_each(Calls::here);
+        self.stager.saves.add(ticket.clone());
+        self.stager.saves.release(&ticket);
+        Save::new(ticket)
+    }
+}
+
+impl DeferredSave {
+    /// Says that the state is waited for from now on, so that no other save takes the place of this one. False when one has, or the
+    /// save has ended otherwise.
+    pub fn claim(&self) -> bool {
+        !self.ticket.awaited.swap(true, Ordering::AcqRel) && !self.ticket.done.is_complete()
+    }
+
+    /// The save.
+    pub fn save(&self) -> Save {
+        Save::new(self.ticket.clone())
+    }
+
+    /// Saves `state`. Whatever fails, fails the save.
+    pub fn begin(mut self, executor: &CheckpointExecutor, state: StateDict<'static>, options: SaveOptions) {
+        let begun = executor.submit_deferred(&self.ticket, state, options);
+        self.begun = !self.ticket.is_deferred();
+        if let Err(error) = begun {
+            self.finish(Err(error));
+        }
+    }
+
+    /// What there is to say of a checkpoint at `path` that something else than the engine has written.
+    pub fn elsewhere(&self, path: PathBuf) -> Committed {
+        Committed {
+            step: self.ticket.step,
+            attempt: self.ticket.attempt(),
+            path,
+            bytes: 0,
+            blocked: Duration::ZERO,
+            staged: self.ticket.began.elapsed(),
+            durable: self.ticket.began.elapsed(),
+            tail: Duration::ZERO,
+            mode: IoMode::Buffered,
+            over_budget: 0,
+            late_chunks: 0,
+        }
+    }
+
+    /// Ends the save.
+    pub fn end(self, result: Result<Outcome>) {
+        self.finish(result);
+    }
+
+    fn finish(&self, result: Result<Outcome>) {
+        if let Err(error) = &result {
+            self.ticket.fail(error.clone());
+        }
+        self.ticket.finish(result).into_iter().for_each(Calls::here);
+    }
+}
+
+impl Drop for DeferredSave {
+    fn drop(&mut self) {
+        if !self.begun {
+            self.finish(Err(Error::new(ErrorKind::Cancelled, "the save was given up before its state had come")));
+            self.stager.saves.release(&self.ticket);
+        }
+    }
+}
