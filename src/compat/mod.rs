@@ -23,6 +23,7 @@ pub mod graph;
 pub mod orbax;
 pub mod torch;
 
+mod open;
 mod place;
 mod unseen;
 mod wire;

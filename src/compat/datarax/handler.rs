@@ -3,9 +3,9 @@
 use super::state::{Checkpointable, State};
 use crate::catalog::{Catalog, PruneOptions, Pruned, Retention};
 use crate::checkpoint::Checkpoint;
+use crate::compat::open::Open;
 use crate::compat::unseen::first;
 use crate::error::{Error, ErrorKind, Result};
-use crate::executor::CheckpointExecutor;
 use crate::save::{Save, SaveOptions};
 use crate::settings::Settings;
 use crate::state::encode_value;
@@ -113,21 +113,20 @@ impl Metadata {
 /// Dropping it waits for a save in flight, for the settings' `shutdown_timeout` at most; its error is then only logged.
 #[derive(Debug)]
 pub struct OrbaxCheckpointHandler {
-    settings: Settings,
+    shutdown_timeout: Duration,
     asynchronous: bool,
     inner: Mutex<Inner>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inner {
-    /// The one used last is first.
-    open: Vec<(PathBuf, CheckpointExecutor)>,
-    flying: Option<Flying>,
+    open: Open<PathBuf>,
+    in_flight: Option<InFlight>,
 }
 
-/// A save that was not waited for; its executor is the first of the open ones.
+/// A save that was not waited for, by the executor that was used last.
 #[derive(Debug)]
-struct Flying {
+struct InFlight {
     save: Save,
     keep: Option<usize>,
 }
@@ -146,7 +145,9 @@ impl OrbaxCheckpointHandler {
 
     /// A handler whose executors have these settings; what is kept is said by each save.
     pub fn with_settings(settings: Settings) -> Self {
-        Self { settings, asynchronous: false, inner: Mutex::default() }
+        let shutdown_timeout = settings.shutdown_timeout;
+        let inner = Inner { open: Open::new(OPEN, settings), in_flight: None };
+        Self { shutdown_timeout, asynchronous: false, inner: Mutex::new(inner) }
     }
 
     /// The same handler, whose saves return at once. The next call that touches checkpoints waits for the one before, and
@@ -185,7 +186,7 @@ impl OrbaxCheckpointHandler {
             return Err(Error::invalid("metadata needs a key"));
         }
         state.metadata = args.metadata;
-        let executor = inner.executor(directory, &self.settings)?;
+        let executor = inner.open.executor(directory.into(), directory)?;
         let name = match args.step {
             None => UNVERSIONED.into(),
             Some(step) => match executor.checkpoint(step) {
@@ -200,7 +201,7 @@ impl OrbaxCheckpointHandler {
         let mut options = SaveOptions::default().name(&*name);
         options.overwrite = args.overwrite;
         let save = executor.save_with(args.step.unwrap_or(0), state, options)?;
-        inner.flying = Some(Flying { save, keep: args.keep.filter(|keep| *keep > 0 && args.step.is_some()) });
+        inner.in_flight = Some(InFlight { save, keep: args.keep.filter(|keep| *keep > 0 && args.step.is_some()) });
         if !self.asynchronous {
             inner.finish(Duration::MAX)?;
         }
@@ -299,8 +300,7 @@ impl OrbaxCheckpointHandler {
     pub fn close(self) -> Result<()> {
         let mut inner = lock(&self.inner);
         let finished = inner.finish(Duration::MAX).err();
-        let shut = |(_, executor): (_, CheckpointExecutor)| executor.shutdown(self.settings.shutdown_timeout).err();
-        first(finished.into_iter().chain(inner.open.drain(..).filter_map(shut)))
+        first(finished.into_iter().chain(inner.open.shut_down()))
     }
 }
 
@@ -308,7 +308,7 @@ impl Drop for OrbaxCheckpointHandler {
     fn drop(&mut self) {
         // In a forked child the save is the parent's, and cannot be waited for.
         let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = inner.finish(self.settings.shutdown_timeout) {
+        if let Err(error) = inner.finish(self.shutdown_timeout) {
             tracing::error!(
                 error = format_args!("{error:#}"),
                 "a handler was dropped before its save had ended, or that failed"
@@ -322,24 +322,12 @@ fn prune(catalog: &Catalog, keep_last: Option<usize>) -> Result<Pruned> {
 }
 
 impl Inner {
-    fn executor(&mut self, directory: &Path, settings: &Settings) -> Result<&CheckpointExecutor> {
-        let executor = match self.open.iter().position(|(open, _)| open == directory) {
-            Some(at) => self.open.remove(at).1,
-            None => {
-                self.open.truncate(OPEN - 1);
-                CheckpointExecutor::builder(directory).settings(settings.clone()).build()?
-            }
-        };
-        self.open.insert(0, (directory.into(), executor));
-        self.open.first().map(|(_, executor)| executor).ok_or_else(|| Error::internal("an executor is gone"))
-    }
-
     /// Waits for the last save, then deletes what it need not keep.
     fn finish(&mut self, timeout: Duration) -> Result<()> {
-        let Some(Flying { save, keep }) = self.flying.take() else { return Ok(()) };
+        let Some(InFlight { save, keep }) = self.in_flight.take() else { return Ok(()) };
         // The save has a deadline of its own.
         save.wait(timeout)?;
-        if let (Some((directory, executor)), Some(_)) = (self.open.first(), keep)
+        if let (Some((directory, executor)), Some(_)) = (self.open.last(), keep)
             && let Err(error) = prune(executor.catalog(), keep)
         {
             tracing::warn!(?directory, error = format_args!("{error:#}"), "could not delete old steps");

@@ -9,6 +9,7 @@ use super::records::{Kind, Records, checkpointer};
 use super::worker::Worker;
 use crate::catalog::{Catalog, PruneOptions, Retention};
 use crate::checkpoint::Checkpoint;
+use crate::compat::open::Open;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
 use crate::save::SaveOptions;
@@ -50,7 +51,7 @@ impl Directory {
     pub fn open_with(root: impl AsRef<Path>, settings: Settings) -> Result<Self> {
         settings.check()?;
         Local::open(&root)?;
-        let runs = Runs { root: root.as_ref().into(), settings, open: Vec::new() };
+        let runs = Runs { root: root.as_ref().into(), open: Open::new(OPEN, settings) };
         Ok(Self(Worker::start(runs)?))
     }
 }
@@ -59,9 +60,7 @@ checkpointer!(Directory);
 
 struct Runs {
     root: PathBuf,
-    settings: Settings,
-    /// The one used last is last.
-    open: Vec<((Uuid, Kind), CheckpointExecutor)>,
+    open: Open<(Uuid, Kind)>,
 }
 
 impl Runs {
@@ -71,16 +70,8 @@ impl Runs {
     }
 
     fn executor(&mut self, run: Uuid, kind: Kind) -> Result<&CheckpointExecutor> {
-        let key = (run, kind);
-        let executor = match self.open.iter().position(|(open, _)| *open == key) {
-            Some(at) => self.open.remove(at).1,
-            None => {
-                self.open.truncate(OPEN - 1);
-                CheckpointExecutor::builder(self.path(run, kind)).settings(self.settings.clone()).build()?
-            }
-        };
-        self.open.insert(0, (key, executor));
-        self.open.first().map(|(_, executor)| executor).ok_or_else(|| Error::internal("an executor is gone"))
+        let path = self.path(run, kind);
+        self.open.executor((run, kind), path)
     }
 
     /// None when nothing was ever saved there. Reading creates nothing.
@@ -142,7 +133,7 @@ impl Records for Runs {
 
     fn prune(&mut self, run: Uuid, keep_last: usize) -> Result<()> {
         // The next save opens them again, and knows nothing of what was removed here.
-        self.open.retain(|((open, _), _)| *open != run);
+        self.open.retain(|(open, _)| *open != run);
         if keep_last == 0 {
             // The active sets first: after a crash between, the run begins at its start node.
             self.remove(run, Kind::Active, None)?;
