@@ -1,22 +1,21 @@
 //! The catalog of a run: its settings, its rows, and the executor that commits them.
 
-use super::flush::durable;
 use super::metadata::Metadata;
-use super::pending;
-use super::session::{self, CheckpointSession, Scope};
 use crate::catalog::Catalog;
 use crate::checkpoint;
 use crate::device::{Device, DeviceChoice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
+use crate::outcome::Outcome;
 use crate::save::Save;
 use crate::settings::Settings;
 use crate::sync::{Mutex, lock};
 use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 /// What a commit does with the rows before it.
@@ -153,9 +152,19 @@ impl Builder {
             None => cache()?.join("checkpoints").join(&self.name),
         };
         let checkpoint = Checkpoint(Arc::new(Shared { path, rank, world_size, given: self, line: Mutex::default() }));
-        pending::set_current(&checkpoint);
+        CURRENT.set(Arc::downgrade(&checkpoint.0));
         Ok(checkpoint)
     }
+}
+
+thread_local! {
+    /// The catalog that was built last on this thread.
+    static CURRENT: RefCell<Weak<Shared>> = const { RefCell::new(Weak::new()) };
+}
+
+/// The catalog that was built last on this thread, if it is still there.
+pub(super) fn current() -> Option<Checkpoint> {
+    CURRENT.with_borrow(Weak::upgrade).map(Checkpoint)
 }
 
 /// The rank and the number of ranks that a launcher put into the environment; 0 of 1 without one.
@@ -213,7 +222,7 @@ struct Line {
     /// The number of the next row, unless it must be looked for.
     next: Option<u64>,
     /// The last flush, until its end is known: a session that begins meanwhile would restore the row before.
-    flying: Option<Save>,
+    in_flight: Option<Save>,
 }
 
 /// A committed row.
@@ -321,47 +330,6 @@ impl Checkpoint {
         let kept = self.0.given.settings.keep_last.map_or(0, |kept| rows.len().saturating_sub(kept));
         Ok(rows.split_off(kept))
     }
-
-    /// A session that restores row `row` of the catalog; -1 is the latest. Waits for a flush under way.
-    ///
-    /// # Errors
-    /// `NotFound` when there is no such row; as [`Checkpoint::session`].
-    pub fn select(&self, row: isize) -> Result<CheckpointSession> {
-        self.0.land()?;
-        let mut rows = self.catalog()?;
-        let index = if row < 0 { rows.len().checked_sub(row.unsigned_abs()) } else { Some(row.unsigned_abs()) };
-        match index.filter(|index| *index < rows.len()) {
-            Some(index) => CheckpointSession::of(self, Some(rows.swap_remove(index))),
-            None => {
-                let missing = format!("no checkpoint entries match this selection row={row} rows={}", rows.len());
-                Err(Error::new(ErrorKind::NotFound, missing).with_path(self.rank_path()))
-            }
-        }
-    }
-
-    /// A session that restores the latest row, or begins the first. Waits for a flush under way.
-    ///
-    /// # Errors
-    /// How that flush failed, once; as [`Checkpoint::catalog`].
-    pub fn session(&self) -> Result<CheckpointSession> {
-        self.0.land()?;
-        CheckpointSession::of(self, self.catalog()?.pop())
-    }
-
-    /// Enters the session of this catalog that is active on this thread, or a new one as
-    /// [`Checkpoint::session`] makes it. That takes over the states of the one that was left last.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::session`] and [`CheckpointSession::enter`].
-    pub fn enter(&self) -> Result<Scope> {
-        let session = self.active().map_or_else(|| self.session(), Ok)?;
-        session.enter()
-    }
-
-    /// The session that is active on this thread, if it is one of this catalog.
-    pub fn active(&self) -> Option<CheckpointSession> {
-        session::active().filter(|session| session.is_of(self))
-    }
 }
 
 impl Shared {
@@ -414,17 +382,17 @@ impl Shared {
 
     /// A flush was begun.
     pub fn fly(&self, save: &Save) {
-        lock(&self.line).flying = Some(save.clone());
+        lock(&self.line).in_flight = Some(save.clone());
     }
 
     /// The end of a flush is known.
     pub fn landed(&self, save: &Save) {
-        lock(&self.line).flying.take_if(|flying| flying.attempt() == save.attempt());
+        lock(&self.line).in_flight.take_if(|there| there.attempt() == save.attempt());
     }
 
     /// Waits for a flush that may not have ended.
-    fn land(&self) -> Result<()> {
-        let Some(save) = lock(&self.line).flying.clone() else { return Ok(()) };
+    pub fn land(&self) -> Result<()> {
+        let Some(save) = lock(&self.line).in_flight.clone() else { return Ok(()) };
         // The save has a deadline of its own.
         let result = durable(save.wait(Duration::MAX));
         self.landed(&save);
@@ -434,6 +402,14 @@ impl Shared {
     /// After a commit that failed: the next row's number is looked for again.
     pub fn look_again(&self) {
         lock(&self.line).next = None;
+    }
+}
+
+/// Whether there is a row: a save that was skipped left none.
+pub(super) fn durable(outcome: Result<Outcome>) -> Result<()> {
+    match outcome? {
+        Outcome::Durable(_) => Ok(()),
+        other => Err(Error::new(ErrorKind::Busy, format!("the flush was not begun outcome={other:?}"))),
     }
 }
 

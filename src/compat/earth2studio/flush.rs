@@ -1,8 +1,7 @@
 //! A flush under way.
 
-use super::catalog::CheckpointEntry;
-use super::session::CheckpointSession;
-use crate::error::{Error, ErrorKind, Result};
+use super::catalog::{CheckpointEntry, durable};
+use crate::error::Result;
 use crate::outcome::Outcome;
 use crate::save::Save;
 use std::fmt;
@@ -11,17 +10,28 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-/// A future of a row, from [`CheckpointSession::flush_async`]. Awaitable from any async runtime, waitable from a thread.
+/// Tells the session how a flush has ended.
+type Tell = Box<dyn Fn(&CheckpointEntry, &Result<()>) + Send + Sync>;
+
+/// A future of a row, from [`CheckpointSession::flush_async`](super::CheckpointSession::flush_async). Awaitable from any async runtime, waitable from a thread.
 ///
 /// Dropping it detaches: the commit goes on, and its error comes back from the session's next `write` or `flush`.
 #[must_use = "dropping it detaches the flush; keep it to learn when the row is durable"]
 pub struct Flush {
-    pub(super) session: CheckpointSession,
-    pub(super) save: Save,
-    pub(super) row: CheckpointEntry,
+    save: Save,
+    row: CheckpointEntry,
+    tell: Tell,
 }
 
 impl Flush {
+    pub(super) fn new(
+        save: Save,
+        row: CheckpointEntry,
+        tell: impl Fn(&CheckpointEntry, &Result<()>) + Send + Sync + 'static,
+    ) -> Self {
+        Self { save, row, tell: Box::new(tell) }
+    }
+
     /// Blocks the thread until the row is durable.
     ///
     /// # Errors
@@ -42,16 +52,8 @@ impl Flush {
 
     fn settle(&self, result: Result<Outcome>) -> Result<CheckpointEntry> {
         let result = durable(result);
-        self.session.settle(&self.row, &result);
+        (self.tell)(&self.row, &result);
         result.map(|()| self.row.clone())
-    }
-}
-
-/// Whether there is a row: a save that was skipped left none.
-pub(super) fn durable(outcome: Result<Outcome>) -> Result<()> {
-    match outcome? {
-        Outcome::Durable(_) => Ok(()),
-        other => Err(Error::new(ErrorKind::Busy, format!("the flush was not begun outcome={other:?}"))),
     }
 }
 

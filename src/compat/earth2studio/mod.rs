@@ -71,8 +71,7 @@ pub use errors::{CheckpointSerializationError, CheckpointStateCollision, Checkpo
 pub use flush::Flush;
 pub use metadata::Metadata;
 pub use null::NullCheckpoint;
-pub use pending::bind_checkpoint_state;
-pub use session::{CheckpointSession, Scope, active};
+pub use session::{CheckpointSession, Scope, active, bind_checkpoint_state};
 pub use state::{Bound, CheckpointState, Field, Fields, Saved, Tensor};
 
 #[doc(inline)]

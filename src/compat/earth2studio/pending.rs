@@ -2,9 +2,7 @@
 //! the one that was left.
 
 use super::catalog::{Checkpoint, Shared};
-use super::session::active;
-use super::state::{Bound, CheckpointState, Erased, Link};
-use crate::error::Result;
+use super::state::Erased;
 use std::cell::RefCell;
 use std::sync::{Arc, Weak};
 
@@ -23,33 +21,7 @@ struct Waiting {
 }
 
 thread_local! {
-    /// The catalog that was built last on this thread.
-    static CURRENT: RefCell<Weak<Shared>> = const { RefCell::new(Weak::new()) };
     static WAITING: RefCell<Vec<Waiting>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Binds a state to the session that is active on this thread. Without one the state waits for the next
-/// session that is entered of the catalog that was built last on this thread; without that, too, it is bound
-/// to nothing.
-///
-/// # Errors
-/// As [`CheckpointSession::bind`](super::CheckpointSession::bind).
-pub fn bind_checkpoint_state<T: CheckpointState>(state: impl Into<Bound<T>>) -> Result<Bound<T>> {
-    let state = state.into();
-    if let Some(session) = active() {
-        return session.bind(state);
-    }
-    if let Some(catalog) = CURRENT.with_borrow(Weak::upgrade).map(Checkpoint) {
-        let erased = state.erased();
-        erased.link(Link { catalog: Some(catalog.clone()), ..Link::default() });
-        put(&catalog, &erased, false);
-    }
-    Ok(state)
-}
-
-/// The catalog was just built.
-pub(super) fn set_current(catalog: &Checkpoint) {
-    CURRENT.set(Arc::downgrade(&catalog.0));
 }
 
 /// The state waits, in place of another of its type.

@@ -1,14 +1,14 @@
 //! A session: a row that is restored, or the first that is to be; what is bound to it, and what was written since.
 
-use super::catalog::{Checkpoint, CheckpointEntry, RECORD, Record, Schema};
+use super::catalog::{Checkpoint, CheckpointEntry, RECORD, Record, Schema, current, durable};
 use super::errors::{CheckpointStateCollision, CheckpointStateSchemaError};
-use super::flush::{Flush, durable};
+use super::flush::Flush;
 use super::metadata::Metadata;
 use super::pending::{self, Pending};
 use super::state::{Bound, CheckpointState, Erased, Link, Saved, schema_hash, spelled};
 use crate::checkpoint;
 use crate::device::DeviceChoice;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::step_name;
 use crate::mutant::{self, Mutant};
 use crate::save::{Save, SaveOptions};
@@ -71,6 +71,25 @@ pub fn active() -> Option<CheckpointSession> {
     ACTIVE.with_borrow(|sessions| sessions.last().cloned())
 }
 
+/// Binds a state to the session that is active on this thread. Without one the state waits for the next
+/// session that is entered of the catalog that was built last on this thread; without that, too, it is bound
+/// to nothing.
+///
+/// # Errors
+/// As [`CheckpointSession::bind`].
+pub fn bind_checkpoint_state<T: CheckpointState>(state: impl Into<Bound<T>>) -> Result<Bound<T>> {
+    let state = state.into();
+    if let Some(session) = active() {
+        return session.bind(state);
+    }
+    if let Some(catalog) = current() {
+        let erased = state.erased();
+        erased.link(Link { catalog: Some(catalog.clone()), ..Link::default() });
+        pending::put(&catalog, &erased, false);
+    }
+    Ok(state)
+}
+
 /// A session that is active on this thread until this is dropped. Leaving does not flush.
 pub struct Scope {
     session: CheckpointSession,
@@ -109,6 +128,49 @@ impl Drop for Scope {
 impl fmt::Debug for Scope {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Scope({:?})", self.session)
+    }
+}
+
+impl Checkpoint {
+    /// A session that restores row `row` of the catalog; -1 is the latest. Waits for a flush under way.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such row; as [`Checkpoint::session`].
+    pub fn select(&self, row: isize) -> Result<CheckpointSession> {
+        self.0.land()?;
+        let mut rows = self.catalog()?;
+        let index = if row < 0 { rows.len().checked_sub(row.unsigned_abs()) } else { Some(row.unsigned_abs()) };
+        match index.filter(|index| *index < rows.len()) {
+            Some(index) => CheckpointSession::of(self, Some(rows.swap_remove(index))),
+            None => {
+                let missing = format!("no checkpoint entries match this selection row={row} rows={}", rows.len());
+                Err(Error::new(ErrorKind::NotFound, missing).with_path(self.rank_path()))
+            }
+        }
+    }
+
+    /// A session that restores the latest row, or begins the first. Waits for a flush under way.
+    ///
+    /// # Errors
+    /// How that flush failed, once; as [`Checkpoint::catalog`].
+    pub fn session(&self) -> Result<CheckpointSession> {
+        self.0.land()?;
+        CheckpointSession::of(self, self.catalog()?.pop())
+    }
+
+    /// Enters the session of this catalog that is active on this thread, or a new one as
+    /// [`Checkpoint::session`] makes it. That takes over the states of the one that was left last.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::session`] and [`CheckpointSession::enter`].
+    pub fn enter(&self) -> Result<Scope> {
+        let session = self.active().map_or_else(|| self.session(), Ok)?;
+        session.enter()
+    }
+
+    /// The session that is active on this thread, if it is one of this catalog.
+    pub fn active(&self) -> Option<CheckpointSession> {
+        active().filter(|session| session.is_of(self))
     }
 }
 
@@ -346,7 +408,8 @@ impl CheckpointSession {
         work.counters.dirty = false;
         self.0.catalog.0.fly(&save);
         work.flying = Some(Flying { save: save.clone(), row: row.clone(), before, write_count });
-        Ok(Flush { session: self.clone(), save, row })
+        let session = self.clone();
+        Ok(Flush::new(save, row, move |row, result| session.settle(row, result)))
     }
 
     fn begin(&self, work: &Work) -> Result<(Save, CheckpointEntry)> {
@@ -371,7 +434,7 @@ impl CheckpointSession {
     }
 
     /// How a flush ended. Only the first to know tells the session.
-    pub(super) fn settle(&self, row: &CheckpointEntry, result: &Result<()>) {
+    fn settle(&self, row: &CheckpointEntry, result: &Result<()>) {
         let mut work = lock(&self.0.work);
         if let Some(flying) = work.flying.take_if(|flying| flying.row.commit_id == row.commit_id) {
             self.landed(&mut work, flying, result.is_ok());
