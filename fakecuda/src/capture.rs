@@ -5,23 +5,10 @@
 use crate::abi::{CAPTURE_INVALIDATED, CAPTURE_UNMATCHED, CAPTURE_WRONG_THREAD, INVALID_VALUE, Kind, Status};
 use crate::call::CAPTURE_MODE;
 use crate::device::State;
-use crate::stream::{Role, Work};
-use std::thread::ThreadId;
+use crate::work::{Capture, Graph, Role};
 
 const GLOBAL: i32 = 0;
 const RELAXED: i32 = 2;
-
-/// A capture in progress.
-pub struct Capture {
-    mode: i32,
-    thread: ThreadId,
-    origin: u64,
-    pub work: Vec<Work>,
-    pub invalid: bool,
-}
-
-/// The captured work in one of the orders that the graph allows.
-pub type Graph = Vec<Work>;
 
 impl State {
     pub fn begin_capture(&mut self, ordinal: usize, stream: u64, mode: i32) -> Status {

@@ -3,7 +3,7 @@
 
 use crate::abi::{Status, text};
 use crate::settings::Fault;
-use crate::stream::Spot;
+use crate::work::Spot;
 use std::collections::BTreeSet;
 use std::ffi::{CString, c_char, c_void};
 use std::path::PathBuf;

@@ -1,12 +1,11 @@
 //! The devices, and the state of each: its context, memory, streams, events, settings and counts.
 
 use crate::abi::{INVALID_DEVICE, Kind, OUT_OF_MEMORY, Status, handle};
-use crate::capture::{Capture, Graph};
 use crate::event::Event;
 use crate::memory::{Heap, Window};
 use crate::module::Module;
 use crate::settings::{Fault, Settings, faults_from_env, number};
-use crate::stream::{Role, Stream};
+use crate::work::{Capture, Graph, PATIENCE, Role, Stream};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -100,7 +99,7 @@ impl Device {
     pub fn stopped(&self) {
         let mut state = self.state();
         while state.sticky.is_some() && state.running > 0 {
-            state = self.wait(state, crate::stream::PATIENCE);
+            state = self.wait(state, PATIENCE);
         }
     }
 

@@ -4,8 +4,8 @@
 //! allocated or pinned when it began to run.
 
 use crate::abi::{ILLEGAL_ADDRESS, Status};
-use crate::device::Device;
 use crate::host::{self, InUse};
+use crate::memory::{Block, Window};
 use std::cell::{Cell, RefCell};
 
 /// # Safety
@@ -70,9 +70,9 @@ thread_local! {
 }
 
 impl Launch {
-    pub fn run(&self, device: &Device) -> Status {
-        let window = device.window()?;
-        let blocks: Vec<_> = device.state().heap.blocks().collect();
+    /// Runs it on this thread, over these blocks of a device and all pinned memory; threads in rising order,
+    /// or `backwards`.
+    pub fn run(&self, window: &Window, blocks: &[Block], backwards: bool) -> Status {
         let on_device = blocks.iter().map(|b| {
             let offset = (window.shadow_of(b.start) as u64).wrapping_sub(b.start);
             Reach { start: b.start, bytes: b.bytes, offset }
@@ -93,10 +93,11 @@ impl Launch {
             whole[..bytes.len()].copy_from_slice(bytes);
             *word = u64::from_le_bytes(whole);
         }
-        let backwards = device.state().settings.random(2) as u32;
-        // SAFETY: the argument is as long as the kernel's structure, checked when the function was found; all
-        // else that the kernel touches comes from `fakecuda_at`.
-        unsafe { (self.kernel.run)(argument.as_ptr().cast(), self.grid.as_ptr(), self.block.as_ptr(), backwards) };
+        // SAFETY: the argument is as long as the kernel's structure, checked when the function was found;
+        // what the kernel touches beyond it comes from `fakecuda_at`.
+        unsafe {
+            (self.kernel.run)(argument.as_ptr().cast(), self.grid.as_ptr(), self.block.as_ptr(), backwards.into())
+        };
         let failed = !NOWHERE.take().is_empty();
         if failed { Err(ILLEGAL_ADDRESS) } else { Ok(()) }
     }

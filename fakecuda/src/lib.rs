@@ -25,7 +25,9 @@ mod kernel;
 mod memory;
 mod module;
 mod settings;
+mod spot;
 mod stream;
+mod work;
 mod worker;
 
 pub use control::{Device, Live, library};

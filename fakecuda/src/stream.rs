@@ -2,120 +2,13 @@
 //! stream requires.
 
 use crate::abi::{
-    CAPTURE_IMPLICIT, CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, INVALID_HANDLE, INVALID_VALUE, Kind, OUT_OF_MEMORY,
-    Status, ordinal_of,
+    CAPTURE_IMPLICIT, CAPTURE_INVALIDATED, CAPTURE_UNSUPPORTED, INVALID_HANDLE, Kind, OUT_OF_MEMORY, Status, ordinal_of,
 };
 use crate::call::{current, late_fault};
 use crate::device::{self, Device, State};
-use crate::event::Event;
-use crate::host::{self, InUse, Range};
-use crate::kernel::Launch;
-use crate::memory::Block;
+use crate::work::{Item, PATIENCE, Role, Stream, Work};
 use std::cell::RefCell;
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
-use std::time::Duration;
-
-/// The timeout of waits: long enough to cost nothing, short enough that a missed wake-up does not matter.
-pub const PATIENCE: Duration = Duration::from_millis(20);
-
-/// One end of a copy, as it was when the copy was enqueued.
-#[derive(Clone, Copy)]
-pub enum Spot {
-    Device(&'static Device, u64, Block),
-    Pinned(u64, Range),
-    Pageable(u64),
-}
-
-/// One piece of work.
-#[derive(Clone)]
-pub enum Work {
-    Copy { to: Spot, from: Spot, bytes: u64 },
-    Fill { to: Spot, value: u8, bytes: u64 },
-    Launch(Arc<Launch>),
-    Write { to: Spot, value: u64, bytes: u64 },
-    Await { at: Spot, value: u32, test: u32 },
-    Record(Arc<Event>, u64),
-    Wait(Arc<Event>, u64),
-    Call(extern "C" fn(u64), u64),
-    Free(Block),
-    Nothing,
-}
-
-/// Work in a queue.
-pub struct Item {
-    pub work: Work,
-    pub seq: u64,
-    /// Dependencies: other streams of this device, and the number up to which they must be done.
-    pub after: Vec<(u64, u64)>,
-    /// Fails with this code instead of being done.
-    pub fault: Option<i32>,
-}
-
-/// How a stream is ordered with others.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-pub enum Role {
-    /// Made by the program, ordered with the legacy stream.
-    #[default]
-    Blocking,
-    /// Made by the program, ordered with nothing.
-    NonBlocking,
-    /// The legacy default stream of a device.
-    Legacy,
-    /// The default stream of a thread, ordered like a blocking one.
-    OfThread,
-}
-
-#[derive(Default)]
-pub struct Stream {
-    pub queue: VecDeque<Item>,
-    /// Numbers of items ever enqueued, and done.
-    pub enqueued: u64,
-    pub done: u64,
-    pub role: Role,
-    pub destroyed: bool,
-    pub priority: i32,
-    pub capture: Option<u64>,
-}
-
-impl Stream {
-    /// Ends the stream at once: enqueued work counts as done.
-    pub fn close(&mut self) {
-        self.destroyed = true;
-        self.queue.clear();
-        self.done = self.enqueued;
-    }
-}
-
-impl Spot {
-    pub fn of(address: u64, bytes: u64) -> Status<Self> {
-        if let Some(device) = device::holding(address) {
-            let block = device.state().heap.find(address, bytes)?;
-            return Ok(Spot::Device(device, address, block));
-        }
-        if address == 0 {
-            return Err(INVALID_VALUE);
-        }
-        Ok(host::find(address, bytes).map_or(Spot::Pageable(address), |range| Spot::Pinned(address, range)))
-    }
-
-    /// Returns the host address to use now, and a guard that keeps it valid; an error if the memory was freed
-    /// since the work was enqueued.
-    pub fn pointer(self) -> Status<(*mut u8, Option<InUse>)> {
-        match self {
-            Spot::Device(device, address, block) => {
-                device.state().heap.check(block)?;
-                Ok((device.window()?.shadow_of(address), None))
-            }
-            Spot::Pinned(address, range) => Ok((address as *mut u8, Some(InUse::new(range)?))),
-            Spot::Pageable(address) => Ok((address as *mut u8, None)),
-        }
-    }
-
-    pub fn on_device(self) -> bool {
-        matches!(self, Spot::Device(..))
-    }
-}
+use std::collections::BTreeMap;
 
 thread_local! {
     /// This thread's default stream on each device.

@@ -2,7 +2,7 @@
 
 use crate::abi::{Status, is_sticky};
 use crate::device::{Device, State};
-use crate::stream::{PATIENCE, Spot, Work};
+use crate::work::{PATIENCE, Spot, Work};
 use std::sync::MutexGuard;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
@@ -180,7 +180,12 @@ fn run(device: &Device, work: &Work) -> Status {
             unsafe { std::ptr::write_bytes(to, *value, *bytes as usize) };
         }
         Work::Write { to, value, bytes } => write(*to, *value, *bytes)?,
-        Work::Launch(launch) => launch.run(device)?,
+        Work::Launch(launch) => {
+            let mut state = device.state();
+            let (blocks, backwards): (Vec<_>, _) = (state.heap.blocks().collect(), state.settings.random(2) == 1);
+            drop(state);
+            launch.run(device.window()?, &blocks, backwards)?;
+        }
         Work::Await { at, .. } => drop(at.pointer()?),
         Work::Record(event, generation) => event.reach(*generation),
         Work::Call(function, data) => function(*data),

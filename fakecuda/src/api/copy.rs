@@ -4,7 +4,8 @@ use crate::abi::{CAPTURE_UNSUPPORTED, INVALID_VALUE, Status, take};
 use crate::call::current;
 use crate::exported::export;
 use crate::settings::POISON;
-use crate::stream::{Spot, Work, enqueue, find};
+use crate::stream::{enqueue, find};
+use crate::work::{Spot, Work};
 
 /// Minimum size of a poisoned destination: shorter ones may be flags that a thread polls.
 const POISONED_MIN: u64 = 64;

@@ -5,7 +5,8 @@ use crate::call::current;
 use crate::device::get;
 use crate::event::Event;
 use crate::exported::export;
-use crate::stream::{PATIENCE, Work, enqueue, find as find_stream};
+use crate::stream::{enqueue, find as find_stream};
+use crate::work::{PATIENCE, Work};
 use std::sync::Arc;
 
 const DISABLE_TIMING: u32 = 2;

@@ -5,7 +5,8 @@ use crate::call::current;
 use crate::device::holding;
 use crate::exported::export;
 use crate::host;
-use crate::stream::{Work, enqueue};
+use crate::stream::enqueue;
+use crate::work::Work;
 
 export! {
     quiet fn cuMemAlloc_v2(address: *mut u64, bytes: usize) {

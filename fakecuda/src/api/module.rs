@@ -6,7 +6,8 @@ use crate::device::get;
 use crate::exported::export;
 use crate::kernel::{self, Launch};
 use crate::module::parse;
-use crate::stream::{Work, enqueue};
+use crate::stream::enqueue;
+use crate::work::Work;
 use std::ffi::{c_char, c_void};
 use std::sync::Arc;
 

@@ -3,7 +3,8 @@
 use crate::abi::{INVALID_HANDLE, INVALID_VALUE, Kind, NOT_READY, handle, put};
 use crate::call::current;
 use crate::exported::export;
-use crate::stream::{Role, Work, create, enqueue, find, wait_for};
+use crate::stream::{create, enqueue, find, wait_for};
+use crate::work::{Role, Work};
 
 export! {
     context fn cuStreamCreate(stream: *mut u64, flags: u32) {
