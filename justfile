@@ -1,4 +1,4 @@
-# What this project can check about itself. `.ci/install` installs what the recipes need beyond a Rust toolchain.
+# The checks of this project. `.ci/install` installs what the recipes need beyond a Rust toolchain.
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
@@ -10,7 +10,7 @@ export PATH := tools / "bin:" + env("PATH") + ":/usr/sbin:/sbin"
 default:
     @just --list --unsorted
 
-# The command of the README: needs nothing but a Rust toolchain.
+# Runs the README's test command: needs only a Rust toolchain.
 test:
     cargo test --workspace
 
@@ -25,7 +25,8 @@ lint:
     RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --all-features --no-deps
     cargo deny --log-level error --workspace --all-features check licenses bans sources
     cargo deny --log-level error --manifest-path checks/stock/candle/Cargo.toml --config "$PWD/deny.toml" check licenses sources
-    # What burn brings is built beside ours and never linked into anything, so that its licences are not ours to choose.
+    # burn's dependencies are built beside ours and never linked into anything, so their licences are not
+    # checked.
     cargo deny --log-level error --manifest-path checks/stock/cudarc/Cargo.toml --config "$PWD/deny.toml" check sources
     cargo deny --log-level error --manifest-path checks/stock/cognis/Cargo.toml --config "$PWD/deny.toml" check licenses sources
     cargo deny --log-level error --manifest-path benches/compression/Cargo.toml --config "$PWD/deny.toml" check licenses sources
@@ -40,7 +41,7 @@ candle: (stock_reader "cargo run --quiet --locked --manifest-path checks/stock/c
 cognis:
     cargo run --quiet --locked --manifest-path checks/stock/cognis/Cargo.toml --target-dir "{{ tools }}/cognis"
 
-# Whether a program builds that has cudarc as candle links it, or cubecl-cuda (burn) beside ours, and our sources over its types.
+# Builds a program with cudarc as candle links it, or with cubecl-cuda (burn) beside ours, and with our sources over its types.
 cudarc-check:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -57,7 +58,7 @@ stock_reader command:
     cargo run --quiet --example stock_writer -- "$root"
     {{ command }} "$root"
 
-# Every interface that comes from another system, shown: each example checks what it shows and fails when it does not hold.
+# Runs the example of every interface that comes from another system; each fails when what it shows is not true.
 examples:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -70,10 +71,10 @@ examples:
     cargo run --quiet --features tokio --example 06_tokio -- --interrupt
     cargo run --quiet --features tokio --example 06_tokio
 
-# The committed PTX of `kernels/`, made anew by a compiler of a fixed version. Installs 60 MB; no GPU needed.
+# Rebuilds the committed PTX of `kernels/` with a compiler of a fixed version. Installs 60 MB; needs no GPU.
 ptx: (kernels "")
 
-# Whether the committed PTX is what the kernels compile to, byte for byte, and what ptxas makes of it: no spills, at most 64 registers.
+# Checks that the kernels compile to the committed PTX, byte for byte, and what ptxas makes of it: no spills, at most 64 registers.
 ptx-check: (kernels "--check") (ptxas "python3 kernels/build.py --assemble")
 
 # Runs COMMAND with the path of ptxas as its last argument.
@@ -103,8 +104,7 @@ kernels arguments:
 gpu-kit:
     checks/gpu/kit.sh
 
-# The brief list of the kit on the simulated driver, with the programs of `cargo test` and little state: it runs to its end, and
-# a stage that hangs is killed. No figure comes of it.
+# Runs the kit's brief list on the simulated driver with the programs of `cargo test` and little state. A stage that hangs is killed; no figures.
 gpu-brief:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -117,7 +117,7 @@ gpu-brief:
     gpu-kit/run.sh brief "$root/out"
     checks/gpu/check_stages.py
 
-# The scenarios of `checks/gpu/drive.py` on the simulated driver: bytes that come back wrong fail it.
+# Runs the scenarios of `checks/gpu/drive.py` on the simulated driver: wrong restored bytes fail it.
 gpu-drive *arguments="--saves 8 --seconds 25":
     #!/usr/bin/env bash
     set -euo pipefail
@@ -126,14 +126,14 @@ gpu-drive *arguments="--saves 8 --seconds 25":
     trap 'rm -rf "$root"' EXIT
     checks/gpu/drive.py --backend driver --library target/debug/libfakecuda.so --face target/debug/libashore_face.so --dir "$root" {{ arguments }}
 
-# Every interleaving of the fence on a GPU, for small sizes, and what breaks without each of its rules. Minutes; `--deep` an hour.
+# Explores every interleaving of the fence on a GPU, for small sizes, and what breaks without each rule. Minutes; `--deep` an hour.
 model *arguments:
     checks/model/fence.py {{ arguments }}
 
-# The public API, one item a line, as `docs/api.txt` has it: a change of it shows in the diff.
+# Writes the public API, one item a line, to `docs/api.txt`: a change of it shows in the diff.
 api: (listing "docs/api.txt")
 
-# Whether that file is what the source says.
+# Checks that `docs/api.txt` matches the source.
 api-check:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -142,41 +142,41 @@ api-check:
     just listing "$now"
     diff -u docs/api.txt "$now" || { echo "api-check: the public API has changed: \`just api\` writes it down" >&2; exit 1; }
 
-# Read from what rustdoc writes as JSON, in a format that the nightly compiler and the tool must agree on.
+# Lists the API from rustdoc's JSON, in a format that the nightly compiler and the tool must agree on.
 [private]
 listing file:
     RUSTDOCFLAGS="--cap-lints allow" cargo +{{ nightly }} public-api --package ashore --all-features --target-dir target/api \
         --color=never -sss >"{{ file }}"
 
-# Undefined behaviour in what holds or hands out memory.
+# Looks for undefined behaviour in the code that owns or hands out memory.
 miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
         .ci/strict cargo +{{ nightly }} miri test --lib -- {{ filters }}
 
-# Every interleaving of completions and slabs, up to three preemptions. Nearly all of the time is the build, of crates that are
-# hardly run.
+# Explores every interleaving of completions and slabs, up to three preemptions. Nearly all of the time is the build.
 loom:
     RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=3 CARGO_PROFILE_TEST_OPT_LEVEL=0 .ci/strict \
         cargo test --config 'profile.dev.package."*".opt-level=0' --lib --target-dir target/loom -- models
 
-# Data races, in what hands memory from thread to thread. 9 minutes of one core, nearly all of them for the build.
+# Looks for data races in code that passes memory between threads. 9 minutes of one core, nearly all of them for the build.
 tsan:
     #!/usr/bin/env bash
     set -euo pipefail
-    # The standard library and the simulated driver are instrumented, its kernels, which a C compiler makes, are not. The driver finds
-    # the sanitizer in the program, which shows no other symbols: it must find its own.
+    # The standard library and the simulated driver are instrumented; the driver's kernels, which a C compiler
+    # builds, are not. The driver finds the sanitizer in the program, which exports no other symbols: the
+    # driver must find its own.
     export RUSTFLAGS="-Zsanitizer=thread -Clink-arg=-Wl,--export-dynamic-symbol=__tsan_*"
     export TSAN_OPTIONS="exitcode=66" FAKECUDA_SPAN_GB=1 CARGO_INCREMENTAL=0
     test=(cargo +{{ nightly }} test --config 'profile.dev.package."*".opt-level=1' -Zbuild-std --target x86_64-unknown-linux-gnu)
     test+=(--target-dir target/tsan)
-    # In these the program's streams race on purpose: with each other, or with copies that no fence made them wait for. So do those of
-    # `cuda::torn`, which is left out for that: its only report is of two fills.
+    # In these tests the program's streams race on purpose: with each other, or with copies that no fence made
+    # them wait for. So do those of `cuda::torn`, which is left out for that: its only report is of two fills.
     skip=(cuda_streams_that_write_after_a_fence_wait_on_the_gpu cuda_streams_go_on_before_anything_has_left_the_gpu
         cuda_tensors_written_before_the_fence_are_found_out_by_the_first_saves)
     .ci/strict "${test[@]}" --lib -- memory:: staging:: completion::
     .ci/strict "${test[@]}" --test all -- fence:: cuda::{staging,gather,aside,batch,waits,lent,handed_in,restoring,cudarc} "${skip[@]/#/--skip=}"
 
-# Every fuzz target, for SECONDS together.
+# Runs every fuzz target, for SECONDS together.
 fuzz seconds="60":
     #!/usr/bin/env bash
     set -euo pipefail
@@ -192,22 +192,22 @@ fuzz seconds="60":
 mutants *arguments:
     checks/mutants.py {{ arguments }}
 
-# The program killed at every call by which it changes files, and started again. Needs Linux 5.5.
+# Kills the program at every call by which it changes files, and starts it again. Needs Linux 5.5.
 kill:
     checks/kill/kill.py
 
-# Full and read-only file systems: ext4, xfs, btrfs. Needs root and loop devices.
+# Tests full and read-only file systems: ext4, xfs, btrfs. Needs root and loop devices.
 mounts:
     .ci/strict unshare --mount --propagation private cargo test --test mounts -- --nocapture --test-threads 1
 
-# A tensor of more than 4 GiB through a small arena, with the peak of memory. Writes 4.5 GiB.
+# Saves a tensor of more than 4 GiB through a small arena, and prints the peak of memory. Writes 4.5 GiB.
 large:
     .ci/strict cargo test --release --test large -- --ignored --nocapture
 
-# Whether what `cargo package` packs builds, and what the build says of kernels that do not fit their sums.
+# Checks that what `cargo package` packs builds, and what the build reports for kernels that do not match their sums.
 package: (ptxas "checks/package.py")
 
-# The oldest toolchain that Cargo.toml names. Clippy's `incompatible_msrv` looks for newer functions in every `just lint`.
+# Checks with the oldest toolchain of Cargo.toml. Clippy's `incompatible_msrv` looks for newer functions in every `just lint`.
 msrv:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -215,13 +215,13 @@ msrv:
     rustup -q toolchain install "$version" --profile minimal
     cargo "+$version" check --workspace --all-features --target-dir target/msrv
 
-# Each feature alone, none, and the default ones. Minutes.
+# Checks each feature alone, none, and the default ones. Minutes.
 features:
     [ "$("{{ tools }}/bin/cargo-hack" --version 2>/dev/null)" = "cargo-hack 0.6.46" ] || \
         CARGO_PROFILE_DEV_DEBUG=false cargo install --quiet --locked --debug --root "{{ tools }}" cargo-hack@0.6.46
     cargo hack check --package ashore --package ashore-cli --each-feature --no-dev-deps --target-dir target/features
 
-# The picture in the README: one save beside the training steps of a real run of the demo. Wants a quiet machine.
+# Draws the picture in the README: one save beside the training steps of a real run of the demo. Needs a quiet machine.
 picture:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -230,14 +230,14 @@ picture:
     trap 'rm -rf "$root"' EXIT
     target/release/ashore demo --dir "$root/run" --picture docs/overlap.svg
 
-# The benchmarks.
+# Runs the benchmarks.
 bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
-# What `.ci/run` runs after the tests: nothing may be left out.
+# Runs what `.ci/run` runs after the tests: no check may be left out.
 ci: (timed "lint api-check ptx-check gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill mounts package")
 
-# What takes too long for every change.
+# Runs the checks that take too long for every change.
 nightly: (timed "ci tsan model msrv features")
     just fuzz 3600
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
@@ -258,7 +258,7 @@ timed recipes:
     done
     printf 'just: %s\n' "${times[@]}"
 
-# Saves by torch, safetensors, Orbax and tensorstore beside ours. Wants a quiet machine, and 4 GiB of room under target.
+# Measures saves by torch, safetensors, Orbax and tensorstore beside ours. Needs a quiet machine, and 4 GiB of space under target.
 peers *arguments="--rounds 3":
     #!/usr/bin/env bash
     set -euo pipefail
@@ -270,7 +270,7 @@ peers *arguments="--rounds 3":
             --workload "$workload" {{ arguments }}
     done
 
-# What lossless compression would do to the time to durable: `docs/decisions/0001-compression.md`. Five minutes, disk and all cores.
+# Measures the effect of lossless compression on the time to durable: `docs/decisions/0001-compression.md`. Five minutes, disk and all cores.
 compression:
     #!/usr/bin/env bash
     set -euo pipefail

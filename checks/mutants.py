@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Breaks each promise of src/mutant.rs once and demands that the test suite notices.
+"""Breaks each promise of src/mutant.rs once and requires that the test suite fails.
 
     checks/mutants.py [--by FILTER] [NAME...]
 
 The tests are built once, with the switches in; ASHORE_MUTANT then names the promise to break. A mutant may say which tests see it,
-in a comment above it: `// seen by: FILTER`. They are run first, the whole suite only where they do not notice. With `--by`, only
-the tests that it names count. A test that fails counts when it passes without the mutant and fails with it once more, so that a
-test of uncertain outcome catches nothing. Exits 1 when a mutant goes unnoticed, or is not built into the library at all.
+in a comment above it: `// seen by: FILTER`. They run first, and the whole suite only if they pass. With `--by`, only
+the tests that it names count. A failed test counts when it passes without the mutant and fails with it once more, so that a
+flaky test catches nothing. Exits 1 when a mutant is not caught, or is not built into the library at all.
 """
 import json
 import os
@@ -42,7 +42,7 @@ def wired():
 
 def build():
     """The test programs, each with the folder that it runs in."""
-    # Beside the other builds, which other flags would have it replace.
+    # A folder beside the other builds, which these flags would replace.
     command = ["cargo", "test", "--workspace", "--target-dir", "target/mutants", "--no-run", "--message-format", "json"]
     flags = {"RUSTFLAGS": f"{os.environ.get('RUSTFLAGS', '')} --cfg mutants"}
     built = subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True, stdout=subprocess.PIPE, text=True)
@@ -84,7 +84,7 @@ def examine(programs, mutant, filters):
         if chosen and not ran:
             return False, f"{chosen[0]}: no such test"
         for test in failed:
-            # With a space it is no test's name: the program died, or did not end.
+            # A name with a space is not a test's: the program died, or did not end.
             exact = chosen if " " in test else ["--exact", test]
             if not run(programs, None, *exact)[1] and run(programs, mutant, *exact)[1]:
                 return True, test

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds what `cargo package` packs, and shows what build.rs says of kernels that do not fit their sums.
+"""Builds what `cargo package` packs, and shows what build.rs reports for kernels that do not match their sums.
 
   package.py [PTXAS]    with PTXAS, the packed crate is also built with machine code for two architectures
 """

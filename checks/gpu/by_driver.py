@@ -1,4 +1,4 @@
-"""Programs that train with the driver alone: they copy random bytes into tensors, and know what each one must hold."""
+"""Programs that train with the driver alone: they copy random bytes into tensors, and know the bytes of each."""
 import ctypes
 import itertools
 import os
@@ -20,7 +20,7 @@ class Backend:
         self.cuda, self.driver, self.device = Cuda(options.library), options.library, options.device
         self.name = self.cuda.device
         assert not (self.cuda.simulated and os.environ.get("ASHORE_REQUIRE_GPU")), "this is the simulated driver"
-        # Copies of a real one are fast: more bytes, so that some are under way when the fence comes.
+        # A real driver copies fast: more bytes, so that some copies are in flight at the fence.
         self.scale = 1 if self.cuda.simulated else 64
         self.chunk = 32 * KIB * self.scale
         self.ink = os.urandom(512 * KIB * self.scale)
@@ -36,7 +36,7 @@ class Backend:
             self.cuda("fakecuda_set", c_uint64(0), name.encode(), c_uint64(value))
 
     def crowd(self, on):
-        """Fills the bus towards the host for some 40 ms; those of the simulated driver do not begin as long as this is on."""
+        """Fills the bus to the host for some 40 ms; on the simulated driver, copies do not begin while this is on."""
         self.set("hold", 1 if on else 0)
         if self.cuda.simulated or not on:
             return
@@ -48,7 +48,7 @@ class Backend:
             self.cuda("cuMemcpyDtoHAsync_v2", c_void_p(to), c_void_p(source), c_size_t(size), c_void_p(stream))
 
     def settle(self, handles, seconds=2):
-        """Waits until these streams have done all, for so long at most: a fence may wait for copies that are held."""
+        """Waits until these streams are idle, for `seconds` at most: a fence may wait for copies that are held."""
         end = time.monotonic() + seconds
         while any(self.cuda.lib.cuStreamQuery(c_void_p(h)) for h in handles) and time.monotonic() < end:
             time.sleep(0.001)
@@ -76,7 +76,7 @@ class Backend:
 
 
 class Block:
-    """Device memory in the order of a stream: freed there with the last reference, in whichever thread that goes."""
+    """Device memory in the order of a stream: freed there with the last reference, in the thread that drops it."""
 
     def __init__(self, cuda, size, stream):
         self.cuda, self.size, self.stream = cuda, size, stream
@@ -92,7 +92,8 @@ class Block:
 class Program:
     """Tensors of a device, one in each of `streams` in turn, and tensors of the host, all of which `update` writes in place."""
 
-    # Those of more than 128 KiB are left to the fence; smaller ones are captured at the save, where there is room.
+    # Tensors of more than 128 KiB are left to the fence; smaller ones are captured at the save if the capture
+    # pool has space.
     SIZES = [1, 100, 4 * KIB, 5000, 40 * KIB + 3, 96 * KIB, 300 * KIB + 1, 7, 150 * KIB]
 
     def __init__(self, backend, streams, host=()):
@@ -108,7 +109,7 @@ class Program:
         self.update()
 
     def tensors(self, capture_small=False):
-        """What ashore is told. Memory stays until it is released."""
+        """The tensors as ashore gets them. Memory stays until it is released."""
         told = []
         for name, b in self.blocks.items():
             capture = face.AT_SAVE if capture_small and b.size <= 4 * KIB else face.USUAL
@@ -126,7 +127,7 @@ class Program:
         self.cuda("cuMemcpyDtoDAsync_v2", c_void_p(to), c_void_p(source), c_size_t(size), c_void_p(stream))
 
     def update(self, only=lambda size: True):
-        """Writes every tensor: what it holds is at a new place in the ink."""
+        """Writes every tensor: its bytes come from a new offset of the ink."""
         for name, block in self.blocks.items():
             if only(block.size):
                 offset = self.offsets[name] = int.from_bytes(os.urandom(4), "little") % (len(self.backend.ink) - block.size)
@@ -139,13 +140,13 @@ class Program:
         self.update(lambda size: size <= 4 * KIB)
 
     def image(self):
-        """What all tensors hold once the streams have come to here."""
+        """The bytes of all tensors at this position of the streams."""
         sizes = {name: block.size for name, block in self.blocks.items()} | {n: len(b) for n, b in self.buffers.items()}
         offsets = dict(self.offsets)
         return lambda: {name: self.backend.ink[at : at + sizes[name]] for name, at in offsets.items()}
 
     def slow(self, on):
-        """While on, copies take their time, so that a save cannot have been staged."""
+        """While on, copies are slow, so that a save cannot be staged yet."""
         self.backend.set("lag_us", 3_000 if on else 150)
 
 
@@ -188,21 +189,21 @@ class Loose(Program):
         (stream,), scale = self.handles, self.backend.scale
         sizes = [random.choice(self.SIZES) * scale for _ in range(random.randint(2, 10))]
         self.offsets, self.fresh = {}, []
-        self.cuda("cuStreamSynchronize", c_void_p(self.other))  # so that only what this trial frees is given out again
+        self.cuda("cuStreamSynchronize", c_void_p(self.other))  # so that the driver reuses only what this trial frees
         self.blocks = {f"device.{i}": Block(self.cuda, size, stream) for i, size in enumerate(sizes)}
 
     def free(self):
-        """Lets go of all tensors, and says where they were."""
+        """Frees all tensors, and returns their addresses."""
         self.sizes, old = [b.size for b in self.blocks.values()], {b.at for b in self.blocks.values()}
         self.blocks = {}
         return old
 
     def finish(self):
-        """What was freed is free."""
+        """Waits until the freed memory is free."""
         self.cuda("cuStreamSynchronize", c_void_p(self.handles[0]))
 
     def reuse(self):
-        """Takes as much memory in the other stream, writes it there, and says where it is."""
+        """Allocates as much memory in the other stream, writes it there, and returns its addresses."""
         self.fresh = [Block(self.cuda, size, self.other) for size in self.sizes]
         for block in self.fresh:
             self.copy(block.at, self.backend.palette, block.size, self.other)

@@ -15,7 +15,7 @@ DTYPES = {
 
 
 def told(name, tensor, stream=None, capture=face.USUAL):
-    """What ashore is told of a tensor that `stream` wrote. The tensor stays until it is released."""
+    """Describes a tensor that `stream` wrote to ashore. The tensor stays until it is released."""
     assert tensor.is_contiguous(), name
     on = {"ordinal": tensor.device.index, "stream": stream.cuda_stream} if tensor.is_cuda else {}
     size, dtype, shape = tensor.nbytes, DTYPES[tensor.dtype], tuple(tensor.shape)
@@ -31,7 +31,7 @@ def within(stream):
 
 
 class Backend:
-    """A GPU as torch has it; or the processor, to see on any machine that these programs are right."""
+    """A GPU through torch; or the CPU, to check these programs on any machine."""
 
     def __init__(self, options):
         self.cuda, self.on, self.driver = options.device != "cpu", torch.device(options.device), None
@@ -43,7 +43,7 @@ class Backend:
         self.bulk = None
 
     def crowd(self, on):
-        """Fills the bus towards the host for some 40 ms, so that copies queued next have not ended when a fence comes."""
+        """Fills the bus to the host for some 40 ms, so that copies queued next have not ended at a fence."""
         if not self.cuda or not on:
             return
         if not self.bulk:
@@ -55,7 +55,7 @@ class Backend:
                 to.copy_(from_, non_blocking=True)
 
     def settle(self, handles, seconds=2):
-        """Waits until these streams have done all, for so long at most."""
+        """Waits until these streams are idle, for `seconds` at most."""
         end = time.monotonic() + seconds
         while not all(stream.query() for stream in handles) and time.monotonic() < end:
             time.sleep(0.001)
@@ -101,7 +101,7 @@ class Base:
         return [told(name, t, stream, capture(t)) for name, (t, stream) in self.held().items()]
 
     def image(self):
-        """What all tensors hold once the streams have come to here, to be had as bytes later."""
+        """Copies all tensors at this position of the streams; the result fetches their bytes later."""
         copies = {}
         for name, (tensor, stream) in self.held().items():
             with within(stream):
@@ -115,12 +115,12 @@ class Base:
         return fetch
 
     def slow(self, on):
-        """While on, what was queued takes its time, so that a save cannot have been staged."""
+        """While on, queued work is slow, so that a save cannot be staged yet."""
         if on:
             self.sleep(50_000_000)
 
     def sleep(self, cycles):
-        """The host runs ahead of the streams by so much."""
+        """Delays the streams by `cycles`, so that the host runs ahead."""
         for stream in filter(None, self.handles):
             with within(stream):
                 torch.cuda._sleep(cycles)
@@ -166,7 +166,7 @@ class Program(Base):
 
 
 class AdamW(Base):
-    """A model that is trained: forward and backward only read the parameters, `update` is the optimizer's step.
+    """A model in training: forward and backward only read the parameters, `update` is the optimizer's step.
 
     Without `capturable`, foreach counts its steps in tensors of the host, which it writes in place."""
 
@@ -180,7 +180,7 @@ class AdamW(Base):
             self.input = torch.zeros(64, 256, device=backend.on)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, **options)
         self.forward()
-        self.update()  # makes the moments
+        self.update()  # creates the optimizer's moments
 
     def held(self):
         held = {}
@@ -205,7 +205,7 @@ class AdamW(Base):
 
 
 class Graph(AdamW):
-    """The same as one captured graph, once there is one; its replay is the update."""
+    """The same as one captured graph, once it is captured; its replay is the update."""
 
     graph = None
     soon_staged = True  # torch waits for the device before it captures
@@ -263,19 +263,19 @@ class Loose(Base):
                 tensor.record_stream(self.other)
 
     def free(self):
-        """Lets go of all tensors, and says where they were."""
+        """Frees all tensors, and returns their addresses."""
         self.sizes, old = [t.nbytes for t, _ in self.made.values()], {t.data_ptr() for t, _ in self.made.values()}
         self.made = {}
         return old
 
     def finish(self):
-        """What was freed can be had by any stream."""
+        """Waits until any stream can reuse the freed memory."""
         if self.stream:
             self.stream.synchronize()
             torch.cuda.empty_cache()
 
     def reuse(self):
-        """Takes as much memory, writes it, and says where it is."""
+        """Allocates as much memory, writes it, and returns its addresses."""
         stream = self.other if self.kind else self.stream
         fresh = [self.memory(size, stream) for size in self.sizes]
         for tensor in fresh:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the runner of the kit promises, shown on stages that hang, fail and leave processes behind. Needs `gpu-kit`; takes seconds."""
+"""Checks the kit's runner on stages that hang, fail and leave processes behind. Needs `gpu-kit`; takes seconds."""
 import json
 import os
 import subprocess
@@ -21,7 +21,7 @@ child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
 print(child.pid, flush=True)
 time.sleep(1000)
 """
-# One whose child goes on when it has ended.
+# A process whose child continues when it has ended.
 LEAVES = "import subprocess; print(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid)"
 
 
@@ -56,7 +56,7 @@ def main():
     assert stages.run(work, stages.Stage("zero", 480, [python("zero", "print('running 0 tests')")]), 20) == 3
     assert stages.run(work, stages.Stage("absent", 480, [stages.Run("absent", ["/absent"])]), 20) == 127
 
-    # The archive holds results and no scratch, and a new folder goes on from it.
+    # The archive holds results and no scratch, and a new folder resumes from it.
     (work.scratch / "large").write_bytes(bytes(1 << 20))
     work.keep()
     with tarfile.open(out / "kit.tgz") as tar:

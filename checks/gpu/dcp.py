@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a save costs a training loop: ashore beside torch's own, on the same tensors of the same GPU, in the same folder.
+"""Measures what a save costs a training loop, by ashore and by torch, on the same tensors of the same GPU, in the same folder.
 
   dcp.py --face LIBRARY --dir DIR [--device cuda:0|cpu] [--workloads W2,W1,W3] [--systems a,b] [--scale W3=0.25,...]
          [--rounds N] [--seconds S] [--out FILE]
@@ -7,7 +7,7 @@
 Systems run in the order in which they are named, each in a process of its own, which saves a few times while it trains. A folder
 below /dev/shm is the nearest to a sink that all of them can write to. One JSON line for each save:
 
-  stall_ms                      how long the GPU stood still for the save, by events, from the save until it was durable: the
+  stall_ms                      how long the GPU was idle for the save, by events, from the save until it was durable: the
                                 gaps before compute and before the update, less those of steps without a save before and after
   slowdown                      what steps took beside the save by what they took before and after it, gaps left out, less one
   drift                         steps after the save by steps before it, less one: a slowdown below it is no finding
@@ -16,13 +16,13 @@ below /dev/shm is the nearest to a sink that all of them can write to. One JSON 
   call_ms, fence_ms, blocked_ms how long the save, the wait before the next update, and both held up the program
   staged_s, staged_by_bare      when the tensors had been copied, and that by the time of one bare copy to pinned memory
   done_s, durable_s             when the system said that it was done; when its files were synced as well, as ashore's are
-  late_chunks                   of ashore: chunks that the fence copied aside on the GPU
+  late_chunks                   of ashore: chunks that the fence copied late on the GPU
   peak_bytes, available_bytes   how much processes grew at most, and by how much less memory the machine had
-  right                         whether three of the tensors came back as they were at the save
+  right                         whether three of the tensors were restored as they were at the save
 
-The first save of a process (`save` 0) is a line too: memory is taken and processes are started then. A table of medians of
-the later ones ends it. The exit status is 1 when ashore failed, or a tensor of its came back wrong; what others did is in
-their lines.
+The first save of a process (`save` 0) has a line too: it allocates memory and starts processes. A table of medians of the
+later ones ends the output. The exit status is 1 when ashore failed or restored a wrong tensor; failures of other systems
+are in their lines.
 """
 import argparse
 import ctypes
@@ -42,7 +42,7 @@ import warnings
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path += [str(HERE), str(HERE.parent.parent / "benches/peers")]  # in the kit all lie beside this file
+sys.path += [str(HERE), str(HERE.parent.parent / "benches/peers")]  # in the kit all files are beside this one
 import face
 import tree
 import workload
@@ -95,10 +95,10 @@ class Loop:
             self.torch.matmul(self.a, self.b, out=self.c)
 
     def update(self):
-        self.torch._foreach_neg_(self.all)  # every bit pattern changes, and reads and writes are what an optimizer makes
+        self.torch._foreach_neg_(self.all)  # every bit pattern changes, with the reads and writes of an optimizer
 
     def moment(self):
-        """Now, as the GPU has it: in the order of the stream."""
+        """The current time on the GPU, in the order of the stream."""
         if not self.cuda:
             return time.perf_counter()
         event = self.torch.cuda.Event(enable_timing=True, blocking=True)
@@ -106,7 +106,7 @@ class Loop:
         return event
 
     def step(self, before_update=lambda: None):
-        """A step; the host is two steps ahead of the GPU at most, as a loop that looks at its loss."""
+        """A step; the host is two steps ahead of the GPU at most, as in a loop that reads its loss."""
         moments = [self.moment()]
         self.compute()
         moments.append(self.moment())
@@ -135,7 +135,7 @@ class Loop:
         return a.elapsed_time(b) if self.cuda else 1e3 * (b - a)
 
     def bare(self):
-        """Seconds in which a bare loop brings all tensors to pinned memory: the limit of any staging."""
+        """Seconds in which a bare loop copies all tensors to pinned memory: the limit of any staging."""
         if not self.cuda:
             into = self.torch.empty(max(t.nbytes for t in self.all), dtype=self.torch.uint8)
         else:
@@ -155,7 +155,7 @@ class Loop:
 
 @dataclasses.dataclass
 class Step:
-    """Milliseconds by the GPU: it stands still before it computes, and before the update."""
+    """Milliseconds by the GPU: the gaps before it computes and before the update."""
 
     before: float
     compute: float
@@ -172,7 +172,7 @@ class Step:
 
 
 class Ashore:
-    """Through the C face. The array of tensors is made once."""
+    """ashore, through the C interface. The array of tensors is made once."""
 
     peer = False
 
@@ -186,7 +186,8 @@ class Ashore:
         ]
         device = options.device if loop.cuda else "host"
         self.streams, self.tensors, self.root, self.library = [(on, 0)] * loop.cuda, library.packed(told), root, library
-        # By default the first two saves of an executor look for forgotten fences as well; what counts here is the later ones.
+        # By default the first two saves of an executor also look for forgotten fences; only the later ones
+        # count here.
         chunk = 16 * MIB if loop.cuda else 64 << 10
         size = sum(t.nbytes for t in loop.all)
         arena = options.arena * MIB if ring else -(-size // chunk + 4) * chunk  # each file has a header, too
@@ -240,8 +241,8 @@ class Torch:
 
 
 class Dcp(Torch):
-    """torch's distributed checkpoint in a world of one. `staged` is its best: copies to pinned memory by a stream of their own,
-    and a wait for them before the update."""
+    """torch's distributed checkpoint in a world of one. `staged` is its fastest way: copies to pinned memory by a stream of
+    their own, and a wait for them before the update."""
 
     def __init__(self, options, loop, root, kind=None, staged=False, cached=False):
         super().__init__(options, loop, root)
@@ -260,11 +261,12 @@ class Dcp(Torch):
             return DefaultStager(StagingOptions(pinned, shared, use_async_staging=True, use_non_blocking_copy=pinned))
 
         self.stager = stager
-        if cached and not loop.cuda:  # torch pins these copies where there is nothing to pin them for, too
+        if cached and not loop.cuda:  # torch pins these copies even without a GPU
             self.torch.Tensor.pin_memory = lambda tensor: tensor
-        # Copies are kept in pinned memory from save to save, and files are synced.
+        # torch keeps the copies in pinned memory from save to save, and syncs files.
         self.writer = dcp.FileSystemWriter(root, thread_count=4, cache_staged_state_dict=True) if cached else None
-        # Each tensor is handed to the other process by descriptors. Where they do not suffice, torch's documentation has this.
+        # torch passes each tensor to the other process by descriptors. Where they do not suffice, its
+        # documentation says this.
         if kind == "PROCESS" and 2 * len(loop.all) > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
             self.torch.multiprocessing.set_sharing_strategy("file_system")
 
@@ -290,7 +292,7 @@ class Dcp(Torch):
 
             return lambda: None, saved
         stager = self.stager()  # torch 2.11 closes it at its first save
-        if self.loop.cuda:  # it does not wait by itself for what wrote the tensors
+        if self.loop.cuda:  # torch does not wait by itself for the stream that wrote the tensors
             stager._staging_stream.wait_stream(self.torch.cuda.current_stream())
         answer = self.dcp.async_save(
             self.loop.state, checkpoint_id=path, async_checkpointer_type=self.kind, async_stager=stager
@@ -338,7 +340,7 @@ def sync(path):
 
 
 class Watch(threading.Thread):
-    """Waits for a save beside the loop, and stamps when it was done and durable; watches memory meanwhile."""
+    """Waits for a save beside the loop, records when it was done and durable, and watches memory meanwhile."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -372,7 +374,7 @@ class Watch(threading.Thread):
 
 
 def sample(loop, system, path, use, steps):
-    """One save in a training loop, which goes on until it is durable."""
+    """One save in a training loop, which continues until the save is durable."""
 
     def baseline():
         for _ in range(steps + 1):
@@ -388,7 +390,7 @@ def sample(loop, system, path, use, steps):
     loop.taken()
     for name, tensor in image.items():
         tensor.copy_(loop.state[name])
-    loop.events = [loop.moment()]  # so that these copies are in no gap
+    loop.events = [loop.moment()]  # so that no gap includes these copies
     watch = Watch()
     fence, done = system.save(path)
     call = time.perf_counter() - watch.begun
@@ -422,7 +424,7 @@ def sample(loop, system, path, use, steps):
 
 
 def cost(before, during, after):
-    """What a save cost the steps beside it, by those before and after it."""
+    """The cost of a save to the steps beside it, by those before and after it."""
     around = before + after
     idle, busy = (statistics.median(getattr(step, what) for step in around) for what in ("idle", "busy"))
     stall = sum(step.idle - idle for step in during)
@@ -453,7 +455,7 @@ def child(a):
     system.close()
     shutil.rmtree(root, ignore_errors=True)
     sys.stdout.flush()
-    os._exit(0)  # other processes of torch's do not always end
+    os._exit(0)  # torch's other processes do not always end
 
 
 def main():
@@ -487,7 +489,7 @@ def main():
     until, lines, failed = time.monotonic() + a.seconds, [], False
     turns = [(number, chosen, system) for number in range(a.rounds) for chosen in a.workloads.split(",") for system in systems]
     for at, (number, chosen, system) in enumerate(turns):
-        # One that hangs leaves time for those after it.
+        # A process that hangs leaves time for those after it.
         left = until - time.monotonic()
         share = min(left, max(30, 1.5 * left / (len(turns) - at)))
         if left < 10:
@@ -513,7 +515,7 @@ def main():
 
 
 def samples(command, seconds):
-    """The lines of a process as they come, and one that says so if it failed. What it started ends with it."""
+    """The lines of a process as they arrive, and an error line if it failed. The processes that it started end with it."""
     complaints = tempfile.TemporaryFile("w+")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, start_new_session=True)
     timer = threading.Timer(seconds, lambda: os.killpg(process.pid, 9))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""State in a GPU's memory, written again as soon as a fence allows it: what was saved must come back bit for bit.
+"""Saves state in GPU memory and writes it again as soon as a fence allows it: restores must be bit for bit.
 
   drive.py --face LIBRARY --dir DIR [--backend driver|torch] [--device cuda:0|cpu] [--library DRIVER]
            [--saves N] [--seconds S] [--out FILE] [SCENARIO...]
@@ -29,7 +29,7 @@ import stock
 
 
 class Run:
-    """What a scenario works with: the program that trains, executors for it, and the count of what came back."""
+    """The parts of a scenario: the training program, its executors, and the count of checked saves."""
 
     def __init__(self, options, backend, library):
         self.options, self.backend, self.library = options, backend, library
@@ -41,8 +41,8 @@ class Run:
         self.end = self.until = time.monotonic() + seconds
 
     def executors(self, **settings):
-        """An executor whose fences on streams wait until copies are queued, one whose fences set chunks aside on the GPU, and
-        one that looks for forgotten fences at each save, of which there must be none, and queues the copies of a chunk in one call."""
+        """Three executors: one whose fences on streams wait until copies are queued, one whose fences copy chunks late on the
+        GPU, and one that looks for forgotten fences at each save (there must be none) and queues a chunk's copies in one call."""
         chunk = self.backend.chunk
         kinds = [{"scratch": 0, "detect": "never"}, {"scratch": 32 * chunk, "detect": "never"}]
         kinds = kinds[: 1 if self.backend.device == "host" else 2]
@@ -59,7 +59,7 @@ class Run:
             self.library.wait_released()
 
     def trials(self):
-        """As many as were asked for, while there is time."""
+        """As many trials as requested, while there is time."""
         for trial in range(self.options.saves):
             if trial > 2 and time.monotonic() > self.until:
                 self.notes["stopped"] = f"after {trial} of {self.options.saves}: out of time"
@@ -67,7 +67,7 @@ class Run:
             yield trial
 
     def fence(self, executor, save, streams):
-        """One of the ways to know that tensors may be written."""
+        """Waits in one of the ways until tensors may be written."""
         kind = self.random.choice(["on streams"] * 2 * bool(streams) + ["on the host", "staged"])
         if kind == "on streams":
             executor.fence_on(streams)
@@ -77,7 +77,7 @@ class Run:
             save.staged()
 
     def check_later(self, *saved):
-        """Checks the save before the last two, so that several are under way."""
+        """Checks the save before the last two, so that several are in flight."""
         self.unchecked.append(saved)
         self.check_rest(2)
 
@@ -86,7 +86,7 @@ class Run:
             self.check(*self.unchecked.pop(0))
 
     def check(self, step, save, image):
-        """Waits for the save, and compares what is on disk with what was there when it was called."""
+        """Waits for the save, and compares the bytes on disk with those at its call."""
         committed = save.wait(120)
         self.late += committed.late_chunks if committed else 0
         ours, expected = face.Step(self.library, self.root, step), image()
@@ -101,7 +101,7 @@ class Run:
 
 
 def differ(one, other):
-    """In how many bytes."""
+    """How many bytes differ."""
     return 0 if one == other else sum(map(operator.ne, one, other)) + abs(len(one) - len(other))
 
 
@@ -115,11 +115,11 @@ def train(run, make):
                 program.update()
             step, image = next(run.steps), program.image()
             if crowded := trial % 2 == 0 and bool(program.streams) and executor.scratch > 0:
-                run.check_rest()  # slots that earlier saves hold would have this fence wait
+                run.check_rest()  # slots of earlier saves would make this fence wait
                 run.backend.crowd(True)
             save = executor.save(step, program.tensors())
             if crowded:
-                # The fence comes before much can have left: what it copies late must be right.
+                # The fence comes before much has left the GPU: its late copies must be right.
                 executor.fence_on(program.streams)
             else:
                 for _ in range(run.random.randint(0, 2)):
@@ -127,7 +127,8 @@ def train(run, make):
                 run.fence(executor, save, program.streams)
             program.update()
             if crowded:
-                # The kernels of the fence come behind all that the program has queued: they run before anything leaves the GPU.
+                # The kernels of the fence come after all work that the program has queued, and run before
+                # anything leaves the GPU.
                 run.backend.settle(program.handles)
                 run.backend.crowd(False)
             run.check_later(step, save, image)
@@ -135,7 +136,7 @@ def train(run, make):
 
 
 def graph(run, make):
-    """The whole step is a captured graph; save and fence come between its launches. During the capture both are refused."""
+    """The whole step is a captured graph; save and fence come between its launches. ashore refuses both during the capture."""
 
     def refused(call, *arguments):
         try:
@@ -169,7 +170,7 @@ def graph(run, make):
 
 
 def reuse(run, make):
-    """The program lets go of its tensors right after the fence; their memory is given out again and written by another stream."""
+    """The program frees its tensors right after the fence; another stream allocates their memory and writes it."""
     again = 0
     for executor in run.executors():
         program = make()
@@ -192,7 +193,7 @@ def reuse(run, make):
 
 
 def second_save(run, make):
-    """A second save without a fence is refused, while the first may still be read; the first comes out right."""
+    """ashore refuses a second save without a fence while it may still read the first; the first is saved right."""
     refused = 0
     for executor in run.executors():
         program = make()
@@ -216,7 +217,7 @@ def second_save(run, make):
 
 
 def forgotten(run, make):
-    """Tensors are written without a fence: the save must fail, or hold what was there."""
+    """Tensors are written without a fence: the save must fail, or have the bytes from before the write."""
     counts = {"failed": 0, "right": 0, "published wrong": 0}
     for executor in run.executors(detect="all"):
         program = make()
@@ -253,7 +254,7 @@ def small_buffers(run, make):
             run.check(step, save, image)
 
 
-# How each is run, and with what: the driver alone, torch on a GPU, torch on the processor.
+# How each scenario runs, and with what: the driver alone, torch on a GPU, torch on the CPU.
 SCENARIOS = {
     "legacy": (train, "driver", "torch"),
     "side": (train, "driver", "torch"),
@@ -271,7 +272,7 @@ SCENARIOS = {
 }
 
 
-# In these the fence comes before everything has left the GPU: some chunks must be copied late.
+# In these scenarios the fence comes before everything has left the GPU: some chunks must be copied late.
 LATE = {"legacy", "side", "adamw-fused", "graph"}
 
 
@@ -304,12 +305,12 @@ def one(options, name):
     line |= {"saves": run.saves, "wrong_bytes": run.wrong, "late chunks": run.late, "seconds": round(time.monotonic() - start, 2), **run.notes}
     shutil.rmtree(run.root, ignore_errors=True)
     print(json.dumps(line), flush=True)
-    # Programs leave memory and streams to the end of the process, where nothing need be in order any more.
+    # Programs leave memory and streams to the end of the process, where no order is needed any more.
     os._exit(0)
 
 
 def one_apart(name, seconds):
-    """Runs a scenario in a process of its own, because after an error of the device nothing works in that; returns its line."""
+    """Runs a scenario in a process of its own, because a device error makes its process useless; returns its line."""
     command = [sys.executable, *sys.argv, "--only", name, "--seconds", str(seconds)]
     try:
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=2 * seconds + 60)

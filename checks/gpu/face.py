@@ -1,6 +1,6 @@
-"""ashore from Python, through the C face in `face/`: an executor, its saves, and steps read back.
+"""ashore from Python, through the C interface in `face/`: an executor, its saves, and steps read back.
 
-Tensors are what `Tensor` says, of torch or of the driver alone; what keeps one alive is held until ashore has released it.
+A `Tensor` describes memory of torch or of the driver alone; this file keeps its owner alive until ashore has released it.
 """
 import ctypes
 import itertools
@@ -42,7 +42,7 @@ class Failed(Exception):
 
 
 class Tensor:
-    """What ashore is told of a tensor. `keep` is held until it is released; an ordinal below 0 is memory of the host."""
+    """Describes a tensor to ashore. `keep` stays alive until ashore releases it; an ordinal below 0 is host memory."""
 
     def __init__(self, name, address, size, dtype="U8", shape=None, ordinal=HOST, stream=0, capture=USUAL, keep=None):
         self.name, self.address, self.size, self.dtype = name, address, size, dtype
@@ -71,7 +71,7 @@ class Face:
         del keep  # outside the lock: dropping it may free memory
 
     def wait_released(self, seconds=60):
-        """Waits until no source holds anything any more. Each was released once."""
+        """Waits until every source was released. Each is released once."""
         with self.released:
             assert self.released.wait_for(lambda: not self.kept, seconds), f"{len(self.kept)} sources were never released"
         assert not self.strange, f"released twice: {self.strange}"
@@ -83,7 +83,7 @@ class Face:
         return result
 
     def packed(self, tensors):
-        """An array for `save`. Tensors that keep something are released once for each save that was given it."""
+        """An array for `save`. Tensors with a `keep` are released once for each save of the array."""
         array = (CTensor * len(tensors))()
         for to, t in zip(array, tensors):
             to.name, to.dtype = t.name.encode(), t.dtype.encode()
@@ -109,7 +109,7 @@ class Executor:
         self.report = face("report", self.handle).decode()
 
     def save(self, step, tensors):
-        """A list of tensors, or an array that was packed from tensors which keep nothing."""
+        """Saves a list of tensors, or an array packed from tensors without a `keep`."""
         array = tensors if isinstance(tensors, ctypes.Array) else self.face.packed(tensors)
         return Save(self.face, self.face("save", self.handle, c_uint64(step), array, c_uint64(len(array))))
 
@@ -143,7 +143,7 @@ class Save:
         self.face("staged", self.handle, c_double(seconds))
 
     def wait(self, seconds=60):
-        """What it cost, once it is durable; None where it was not begun."""
+        """The cost of the save, once it is durable; None if it was not begun."""
         committed = Committed()
         return committed if self.face("wait", self.handle, c_double(seconds), byref(committed)) == 0 else None
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How fast the kernels are beside the device's own copies, by events, through the driver alone.
+"""Measures how fast the kernels are beside the device's own copies, by events, through the driver alone.
 
   kernels.py FOLDER [--library PATH]     FOLDER holds the PTX; one JSON object on stdout
 
 With the simulated driver as the library it does the same on little memory and prints no figures: it then only shows that the
-calls are right.
+calls succeed.
 """
 import argparse, ctypes, json, statistics, struct, sys
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_void_p
@@ -46,7 +46,7 @@ class Cuda:
         at = self.made("cuMemAlloc_v2", c_size_t(max(size, 1)))
         if data is not None:
             self("cuMemcpyHtoD_v2", at, data, c_size_t(size))
-            self("cuCtxSynchronize")  # the bytes may still be on their way, and our stream does not wait for them
+            self("cuCtxSynchronize")  # the bytes may still be in flight, and our stream does not wait for them
         return at.value
 
     def functions(self, ptx, *names):
@@ -115,7 +115,7 @@ def ways_of_chunks(cuda, source, to, size, watermark):
 
 
 def rooms(cuda, gather, extents, table, room, to):
-    """Small tensors to the host by chunks of 8 MiB, gathered in one room of the GPU, or in two so that kernel and copy overlap."""
+    """Small tensors to the host by chunks of 8 MiB, gathered in one GPU buffer, or in two so that kernel and copy overlap."""
     chunk, second = 8 * MIB, cuda.made("cuStreamCreate", 1)
     # Where each chunk begins and ends in the table, of which each row is one tensor here: all are shorter than a piece.
     chunks, begin = [], 0
@@ -131,7 +131,8 @@ def rooms(cuda, gather, extents, table, room, to):
     def work(count):
         for number, (first, tensors, offset, length) in enumerate(chunks):
             which = number % count
-            # Offsets in the table are those in the whole, so that each room begins so far before its chunk.
+            # Offsets in the table are those in the whole, so each buffer's base lies that far before its
+            # chunk.
             base = (room + which * 2 * chunk - offset) % (1 << 64)
             kernel_in = cuda.stream if count == 1 else second
             if count == 2 and number >= 2:
@@ -185,7 +186,7 @@ def main():
     rate("copy to the host, by 16 MiB", on_host, lambda: copy("cuMemcpyDtoHAsync_v2", pinned, live, on_host, 16 * MIB))
     rate("copy within the device", size, lambda: copy("cuMemcpyDtoDAsync_v2", scratch, live, size, size))
 
-    # Small tensors: 20,000 of 16 KiB and 20,000 of 1 KiB, apart by more than they are long.
+    # Small tensors: 20,000 of 16 KiB and 20,000 of 1 KiB, spaced wider than they are long.
     extents, at, to = [], live, 0
     for length in (16 << 10, 1 << 10):
         for _ in range(20_000 // scale):

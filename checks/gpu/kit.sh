@@ -10,7 +10,8 @@ fi
 rm -rf "$kit"
 mkdir -p "$kit"
 
-# The test program made of a file. Features are those of the whole workspace, so that nothing is built twice.
+# Prints the test program built from a file. Features are those of the whole workspace, so that nothing is
+# built twice.
 test_program() {
     cargo test $release --quiet --no-run --message-format=json --workspace |
         sed -n "s|.*\"src_path\":\"$PWD/$1\".*\"executable\":\"\([^\"]*\)\".*|\1|p" | tail -1

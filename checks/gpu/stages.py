@@ -1,17 +1,17 @@
 """Runs the stages of the kit, and keeps what they printed and measured in one archive.
 
-  run.sh brief OUT     the evidence that is worth most, in 480 s
-  run.sh more OUT      200 s more, for a machine that is still there after that
+  run.sh brief OUT     the most valuable evidence, in 480 s
+  run.sh more OUT      200 s more, for a machine that is still available after that
   run.sh long OUT      what takes longer: about 40 minutes
   run.sh STAGE OUT     one stage
   run.sh table OUT     the table of what is in OUT
 
-A stage that passes its time is killed with every process that it started, and the next one begins. After each stage OUT/kit.tgz is
-replaced at once, and the table so far is printed. A stage that has passed is not run again: to go on after a loss, call the same
-again with that OUT, or on the same machine with another. Files of the work lie in a temporary folder; none is in the archive but
-results and logs.
+The runner kills a stage that exceeds its time, with every process that the stage started, and begins the next one. After each
+stage it replaces OUT/kit.tgz atomically and prints the table so far. It does not run a passed stage again: to resume after a loss,
+repeat the command with that OUT, or on the same machine with another. Working files are in a temporary folder; the archive has
+only results and logs.
 
-KIT_SIMULATED=1 tries the kit on a simulated driver, to which LD_LIBRARY_PATH must lead: little state, no figures. KIT_PYTHON names
+KIT_SIMULATED=1 tries the kit on a simulated driver, which LD_LIBRARY_PATH must find: little state, no figures. KIT_PYTHON names
 the Python that has torch. KIT_SECONDS sets another time for the whole list.
 """
 import ctypes
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KIT = Path(__file__).resolve().parent
-sys.path += [str(KIT), str(KIT.parent.parent / "benches/peers")]  # in the kit all files lie in one folder
+sys.path += [str(KIT), str(KIT.parent.parent / "benches/peers")]  # in the kit all files are in one folder
 import table
 import tree
 
@@ -62,7 +62,7 @@ class Stage:
 
 
 class Work:
-    """Where a list of stages keeps its results, and what they may fill."""
+    """The folders where a list of stages keeps its results."""
 
     def __init__(self, out):
         self.out, self.commit = Path(out).resolve(), (KIT / "commit").read_text().strip()
@@ -74,7 +74,7 @@ class Work:
             with tarfile.open(archive) as tar:
                 tar.extractall(self.root, filter="data")
         self.results.mkdir(parents=True, exist_ok=True)
-        # Memory that looks like a file system takes a save at the speed of memory: what is left is the cost of the saving itself.
+        # A file system in memory takes a save at memory speed: what remains is the cost of the saving itself.
         room = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
         self.fast = Path(tempfile.mkdtemp(prefix="ashore-kit-", dir="/dev/shm")) if room > 24 << 30 else self.scratch
 
@@ -123,7 +123,7 @@ def drive(work, name, backend, seconds, *scenarios, saves=100):
 
 
 def peers(work, name, seconds, systems, *arguments, fast=True):
-    """`dcp.py`, on the processor where the driver is simulated, because torch does not run on that."""
+    """`dcp.py`, on the CPU where the driver is simulated, because torch does not run on that driver."""
     into = work.fast if fast else work.scratch
     common = ["--face", KIT / "libashore_face.so", "--dir", into, "--out", work.results / f"{name}.jsonl"]
     small = ["--device", "cpu", "--scale", "W2=0.0005,W3=0.0005", "--step-ms", "1", "--saves", "1", "--steps", "3", "--rounds", "1"] * SIMULATED
@@ -132,7 +132,7 @@ def peers(work, name, seconds, systems, *arguments, fast=True):
 
 
 def suite(*filters):
-    """The tests of CUDA staging, one by one: while a test captures a graph, no other thread may do what a capture does not bear."""
+    """The tests of CUDA staging, one by one: while a test captures a graph, no other thread may make calls that break the capture."""
     few = ["cuda::staging", "cuda::aside"] * SIMULATED
     return Run("suite", [KIT / "suite", *(few or filters), "--test-threads", "1"])
 
@@ -142,7 +142,7 @@ def kernels():
 
 
 def brief(work):
-    """In this order: if the machine goes away, what is missing is worth least."""
+    """The stages by falling value, so that if the machine is lost, the least valuable are missing."""
     state = ["--workload", "w2", "--writers", "8"]
     adam = ["--workload", "w3", "--writers", "8", "--no-limit"]
     return [
@@ -170,7 +170,7 @@ def brief(work):
 
 
 def more(work):
-    """What is next, on the same machine."""
+    """The next stages, on the same machine."""
     state = ["--workload", "w2", "--writers", "8", "--step-ms", "120", "--every", "10"]
     return [
         Stage("scratch", 40, [
@@ -183,7 +183,7 @@ def more(work):
 
 
 def long(work):
-    """Every way and every size; the last need 100 GB of the GPU's memory."""
+    """Every way and every size; the last need 100 GB of GPU memory."""
     staging = ["--arena", "1GiB", "--writers", "8"]
     loop = [*staging, "--workload", "w3", "--every", "10", "--rounds", "4", "--no-limit"]
 
@@ -219,7 +219,7 @@ def long(work):
 
 
 def facts():
-    """What the machine is."""
+    """The facts of the machine."""
 
     def told(*command):
         try:
@@ -259,7 +259,7 @@ def facts():
 
 
 def kill_all():
-    """Kills every process below this one, also those that have left the group of their parent."""
+    """Kills every process below this one, including those that have left the group of their parent."""
     me = os.getpid()
     while below := list(tree.descendants(me)):
         for pid in below:
@@ -272,7 +272,7 @@ def kill_all():
 
 
 def reap():
-    """Takes leave of processes that were handed to this one when their parent ended."""
+    """Reaps processes that became children of this one when their parent ended."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -329,7 +329,7 @@ def tidy(work, each, rcs):
     if log.exists():
         text = log.read_bytes()
         log.write_bytes(text[-LOG_BYTES:])
-        # A test program in which no test ran has shown nothing.
+        # A test program in which no test ran has checked nothing.
         if b"\nrunning 0 tests" in b"\n" + text:
             rcs[each.name] = rcs[each.name] or 3
     if not (out.exists() and each.json and rcs[each.name] == 0):

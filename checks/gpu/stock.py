@@ -1,4 +1,4 @@
-"""Files of a step as a stranger reads them: by the safetensors package where it is, by its format otherwise."""
+"""Reads files of a step without ashore: by the safetensors package where it is installed, by its format otherwise."""
 import json
 
 try:

@@ -1,4 +1,4 @@
-"""The table of what a kit has shown so far, from its results; figures of a simulated driver are left out."""
+"""The table of a kit's results so far; it leaves out figures of a simulated driver."""
 import json
 import re
 import statistics
@@ -136,7 +136,7 @@ def peers(results, simulated):
                 values = [line[key] * scale for line in group if line.get(key) is not None]
                 return number(statistics.median(values) if values else None, form)
 
-            if simulated:  # nothing that was timed beside it is a figure
+            if simulated:  # no time measured beside it is a figure
                 rows.append(f"{workload} {system:17} saves {len(group)}, right {all(line['right'] for line in group)}")
                 continue
             told = [

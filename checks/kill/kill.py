@@ -36,9 +36,9 @@ class Watch:
 
     def __call__(self, call):
         if not call.path.startswith(self.base) or re.search(r"/#\d+$", call.path):
-            return False  # elsewhere, or the file without a name by which the demo measures the disk
+            return False  # elsewhere, or the unnamed file by which the demo measures the disk
         self.seen.append(call)
-        # The record of an attempt's owner goes when the step was reported durable, not before.
+        # An attempt's owner record is deleted after the step was reported durable, not before.
         if call.name == "unlinkat" and (owner := re.search(r"/\.step-(\d+)\.[-0-9a-f]+\.owner$", call.path)):
             self.reported.append(int(owner[1]))
         if len(self.seen) == self.kill_at:
@@ -46,13 +46,13 @@ class Watch:
         return self.killed is not None
 
     def what(self):
-        """The killed call, without what differs from run to run."""
+        """The killed call, without the parts that differ from run to run."""
         path = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", self.killed.path.removeprefix(self.base))
         return f"{self.killed.name} {path}"
 
 
 class Program:
-    """The program, and what is known of its runs that nobody kills."""
+    """The program, and what is known of its unharmed runs."""
 
     def __init__(self, path, base):
         self.path, self.base, self.losses = path, base, {}
@@ -62,11 +62,11 @@ class Program:
 
     def run(self, command):
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
-        # What is printed beside a result, such as what an attempt has left, is no part of it.
+        # Other printed lines, such as what an attempt has left, are not part of the result.
         return done.returncode, done.stdout if done.stdout.strip() else done.stderr
 
     def finished(self, status, output):
-        """The report of a demo that went well."""
+        """The report of a demo that succeeded."""
         expect(status == 0, f"the demo ended with {status}: {output}")
         report = json.loads(output)
         expect(report["verified"], f"not verified: {output}")
@@ -107,12 +107,12 @@ def expect(held, otherwise):
 
 
 def hidden(root):
-    """What lies about in a root and is no step. An owner record that is still empty may be another host's: it stays."""
+    """The entries of a root that are not steps. An owner record that is still empty may be another host's: it stays."""
     return [e for e in root.iterdir() if e.name.startswith(".") and not (e.suffix == ".owner" and e.stat().st_size == 0)]
 
 
 def examine(program, root, steps, watch, before):
-    """Looks at what a killed run left, and lets the next one finish. `before`: the steps that were there at its start."""
+    """Checks what a killed run left, and runs the next one to its end. `before`: the steps at the killed run's start."""
     listed = program.listed(root)
     for step in {*before, *watch.reported}:
         newer = sum(other > step for other in listed)
@@ -201,7 +201,7 @@ def build():
 
 
 def main(path):
-    # A kill loses nothing that the kernel has: memory does as well as a disk, and faster.
+    # A kill loses nothing that the kernel has: memory serves as well as a disk, and is faster.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="ashore-kill-", dir=memory) as base:
         program = Program(path, base)

@@ -1,7 +1,7 @@
-"""Runs a program, stops it before each call that changes files, and says to go on or kills it.
+"""Runs a program, stops it before each call that changes files, and continues or kills it.
 
-A seccomp filter makes such calls wait for an answer of ours. So calls are counted over all threads together, in the one order in
-which they happen; `strace --inject` counts them thread by thread and can never reach the second thread's third call.
+A seccomp filter makes such calls wait for our answer. So calls are counted over all threads together, in the one order in which
+they happen; `strace --inject` counts them thread by thread and can never reach the second thread's third call.
 """
 import ctypes
 import errno
@@ -37,7 +37,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Call:
-    """A call that waits: its name, the path it is about, and the new name if it gives one."""
+    """A waiting call: its name, its path, and the new name if it gives one."""
 
     def __init__(self, notification):
         self.id, self.thread, _, number, *_ = struct.unpack_from("=QIIiIQ", notification)
@@ -62,7 +62,7 @@ class Call:
                 self.path = self.descriptor(a[0])
 
     def changes(self):
-        """False for an open that only looks."""
+        """False for an open that only reads."""
         flags = {"open": 1, "openat": 2}.get(self.name)
         return flags is None or bool(self.arguments[flags] & CREATES)
 
@@ -85,7 +85,7 @@ class Call:
 
 
 def listen():
-    """Installs the filter in this process and gives the descriptor on which its calls are announced."""
+    """Installs the filter in this process and returns the descriptor that announces its calls."""
     instructions = [(0x20, 0, 0, 4), (0x15, 1, 0, ARCHITECTURE), (0x06, 0, 0, ALLOW), (0x20, 0, 0, 0)]
     numbers = sorted(NAMES)
     instructions += [(0x15, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
@@ -102,7 +102,7 @@ def listen():
 
 
 def start(command, output):
-    """Starts the program with the filter on; gives its process id and the listener."""
+    """Starts the program with the filter on; returns its process id and the listener."""
     ours, its = socket.socketpair()
     child = os.fork()
     if child == 0:
@@ -162,6 +162,6 @@ def serve(child, listener, decide):
                 return
             fcntl.ioctl(listener, SEND, struct.pack("=QqiI", call.id, 0, 0, CONTINUE))
         except OSError as error:
-            # The thread that called is gone.
+            # The calling thread has ended.
             if error.errno not in (errno.ENOENT, errno.ESRCH):
                 raise

@@ -4,13 +4,13 @@
 Modelled: every interleaving of five actors, breadth first, so that a counterexample is a shortest one.
   trainer  save k; fence_on(k) with its capacity rule, host wait and deadline; optimizer; drop of the sources. It runs ahead:
            fence_on may return before the GPU has done anything. For borrowed sources the fence is room, freeze, close, free.
-           With `latest` a save that waits, and has its fence behind it, is superseded by the next one.
-  stager   leases a slab; decides live or scratch; enqueues the copy (a separate step: the world moves in between); polls events
+           With `latest` the next save supersedes a waiting one that has already been fenced.
+  stager   leases a slab; decides live or scratch; enqueues the copy (a separate step: other actors act in between); polls events
            in order; reads the published F after the event; hands over, or discards and copies again from scratch.
   writers  read a slab that was handed over and return it, at any later time.
   training stream  producer event; waits; fence kernel (latch F from the watermark, late copies one chunk at a time, publish F
            to pinned memory); optimizer, one chunk at a time; free.
-  copy stream  first-in first-out; waits for the producer event; a copy to the host is two reads, so tearing shows; then the
+  copy stream  first-in first-out; waits for the producer event; a copy to the host is two reads, so tearing is visible; then the
            watermark, then the event. A wait on an event that is not recorded when the wait is enqueued is a no-op, as in CUDA.
 Checked
   safety   a writer finds exactly version k in every chunk of save k; no copy touches freed memory; a copy writes only the slab
@@ -19,11 +19,11 @@ Checked
            slabs and slots are back, both streams are empty, dropped sources are freed.
   promise  with the GPU stalled, fence_on returns exactly when scratch + slabs hold the state: the wait is then on the GPU.
 Abstracted away: bytes (a chunk is a version number, in a slab two halves); AtSave, gather, forgotten fences; further streams; the
-  kernel's block structure; weak memory. Each step is atomic and seen at once, so the code owes acquire and release on the host,
-  a system-scope fence before F is published, and a single latch of F. Saves are staged strictly in order.
+  kernel's block structure; weak memory. Each step is atomic and visible at once, so the code itself must use acquire and release
+  on the host, a system-scope fence before F is published, and a single latch of F. Saves are staged strictly in order.
 
-The code is in src/staging: late_copy.rs (the states), scratch.rs (reserve, hand over), fence.rs (freeze), next_action.rs (judge). Its
-names are those here.
+The code is in src/staging: late_copy.rs (the states), scratch.rs (reserve, hand over), fence.rs (freeze), next_action.rs (judge). It
+uses the same names.
 
 Run:      checks/model/fence.py [--deep]                 the protocol with all parameters, the promise, then the mutants
           checks/model/fence.py --mutant NAME            one mutant and its trace
@@ -35,18 +35,19 @@ from collections import deque, namedtuple
 from graphlib import CycleError, TopologicalSorter
 from types import SimpleNamespace
 
-LIVE, JUNK = -1, -9                      # a copy's source: live memory, or else a scratch slot number; a value nobody wrote
+LIVE, JUNK = -1, -9                      # a copy's source: live memory, or else a scratch slot number; a value that no actor wrote
 CONFIG = "chunks saves window slabs scratch kind drop deadline latest mutant"
 Config = namedtuple("Config", CONFIG, defaults=(False, False, False, ""))
 FIELDS = ("t tq ts cq cs live W F pub prod done sent issued sk nxt base fly sp slabs slots hand frozen failed gone freed dropped").split()
-#  t trainer's place in its program   tq, ts; cq, cs  training and copy stream: queue, step within its head   live  version per chunk
-#  W watermark: k * chunks + chunks of save k copied      F, pub  per save: as latched on the GPU, as seen in pinned memory
-#  prod, done  producer and copy events completed (counts: streams are FIFO)     sent  copies enqueued, their events recorded
-#  issued  saves given to the stager      sk, nxt, base  stager: save, next chunk, `sent` at its start      fly  copies in flight
-#  sp stager: 0 idle, 1 event seen, 2 decided for live, (3, F) F read too early (mutant)   hand  set of chunks handed over, per save
-#  slabs (free 0 | leased L | handed over H, half 0, half 1)      slots  None | (save, chunk, value)      failed  at the deadline
-#  gone  superseded by the next save before they were begun
-#  frozen  saves < frozen take nothing more from live memory      freed  saves < freed have lost their memory      dropped  by all
+#  t trainer's position in its program   tq, ts; cq, cs  training and copy stream: queue, step within its head
+#  live  version per chunk W watermark: k * chunks + chunks of save k copied      F, pub  per save: as latched
+#  on the GPU, as seen in pinned memory prod, done  producer and copy events completed (counts: streams are
+#  FIFO)     sent  copies enqueued, their events recorded issued  saves given to the stager      sk, nxt, base
+#  stager: save, next chunk, `sent` at its start      fly  copies in flight sp stager: 0 idle, 1 event seen, 2
+#  decided for live, (3, F) F read too early (mutant)   hand  set of chunks handed over, per save slabs (free
+#  0 | leased L | handed over H, half 0, half 1)      slots  None | (save, chunk, value)      failed  at the
+#  deadline gone  superseded by the next save before they were begun frozen  saves < frozen take nothing more
+#  from live memory      freed  saves < freed have lost their memory      dropped  by all
 
 
 class Bad(Exception):
@@ -80,7 +81,7 @@ class Model:
         return mine[0]
 
     def actions(self, s, gpu=True):
-        """All that can happen next: pairs of a label and a function that changes a fresh copy of the state."""
+        """The possible next actions: pairs of a label and a function that changes a fresh copy of the state."""
         out = self.trainer(s, *self.prog[s.t]) + self.stager(s, s.sk)
         out += [(f"writer: slab {j}", lambda s, j=j: self.write(s, j)) for j, x in enumerate(s.slabs) if x[0] and x[0][0] == "H"]
         if gpu and s.tq and (s.tq[0][0] != "W" or s.done > s.tq[0][1]):
@@ -98,12 +99,12 @@ class Model:
         if op in ("save", "opt", "free"):
             kernel = (("K", k), ("O", k)) if op == "opt" and self.m == "second-kernel" else ()      # and the next optimizer
             more = (({"save": "P", "opt": "O", "free": "X"}[op], k),) + kernel
-            # With `latest` a save takes the place of one that waits: the count that never falls has a gap then.
+            # With `latest` a save replaces a waiting one: the monotonic count then has a gap.
             new = {k - 1} if c.latest and op == "save" and s.sk < k - 1 else set()
             slots = tuple(None if x and x[0] in new and self.m == "superseded-early" else x for x in s.slots)
             gone = s.gone | new
             return [(label, let(t=s.t + 1, issued=s.issued + (op == "save"), tq=s.tq + more, gone=gone, slots=slots))]
-        if op in ("fence", "room"):                              # room is the first half of a fence for borrowed sources
+        if op in ("fence", "room"):                              # `room` is the first half of a fence for borrowed sources
             if s.sk > k:                                         # already staged: idle, one atomic load
                 return [(label + " idle", let(t=s.t + 1))]
             sent = s.nxt if s.sk == k else 0                     # enqueued from live memory, events recorded
@@ -134,7 +135,7 @@ class Model:
 
     def close(self, s, k):
         s.t += 1
-        if s.sk > k and self.m != "slots-leak":                  # staged in the meantime: the slots go back, no kernel runs
+        if s.sk > k and self.m != "slots-leak":                  # staged in the meantime: the slots are returned, no kernel runs
             s.slots = tuple(None if x and x[0] == k else x for x in s.slots)
         elif s.sk <= k:
             self.order(s, k, s.nxt if s.sk == k else 0)

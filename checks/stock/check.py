@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Reads the step directories under ROOT with stock Python readers, and compares every byte with what it should be.
+"""Reads the step directories under ROOT with stock Python readers, and compares every byte with the expected one.
 
     check.py ROOT
 
-What it should be is in expected.json beside this file; nothing here comes from ashore. Each reader reads the directory as it
+The expected bytes are in expected.json beside this file; nothing here comes from ashore. Each reader reads the directory as it
 is, and reads all of it: safetensors' own parser, its numpy and torch front ends, and torch's distributed checkpoint.
 """
 import json
@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "BOOL": 8}
 BITS |= {f"{kind}{bits}": bits for kind in "UIF" for bits in (8, 16, 32, 64)} | {"BF16": 16}
-# Ours, not the reader's, so that a reader that takes one for another is noticed.
+# Our table, not the reader's, so that a reader that confuses two dtypes is noticed.
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
@@ -49,7 +49,7 @@ def raw(tensor):
 
 
 def one_file(files, name):
-    """The file that must hold a tensor, if the index is to be believed."""
+    """The file that must hold a tensor by the index."""
     folder = files[0].parent
     index = folder / "model.safetensors.index.json"
     if len(files) == 1:
@@ -75,7 +75,7 @@ def read_numpy(files):
 
 
 def read_torch(files):
-    """Whole files, and tensor by tensor where the index says that it is; both must agree."""
+    """Whole files, and tensor by tensor from the file that the index names; both must agree."""
     names = {str(dtype): name for name, dtype in TORCH.items()}
     for path in files:
         for name, tensor in safetensors.torch.load_file(path).items():
@@ -102,7 +102,7 @@ READERS = {"safetensors": read_safetensors, "numpy": read_numpy, "torch": read_t
 
 
 def compare(read, files, expected):
-    """What a reader got wrong."""
+    """The tensors that a reader got wrong."""
     left = dict(expected)
     for name, dtype, shape, content in read(files):
         if name not in left:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Lets a CUDA build of torch be imported where no CUDA library is installed, for use on the CPU.
 
-The wheel's own libraries name some two gigabytes of CUDA libraries as needed. The dynamic linker only asks that each exists
+The wheel's own libraries name some two gigabytes of CUDA libraries as needed. The dynamic linker only requires that each exists
 and offers the symbols, under their versions, that are bound at load time. So for each missing library this script builds one
 that offers them all and traps when one is really called; computing on the CPU never does.
 
@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 
-# The driver is opened at run time where it is wanted, so a stub of it would only deceive those who look for it.
+# The driver is opened at run time where it is needed, so a stub of it would only mislead programs that look
+# for it.
 DRIVER = "libcuda.so.1"
 SYSTEM = re.compile(r"^(ld-linux.*|lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s)\.so\.\d+)$")
 # Libraries without symbol versions: a symbol belongs to the one whose prefix is the longest that it has.
@@ -31,7 +32,7 @@ def readelf(path, *flags):
 
 
 def examine(libraries):
-    """What the libraries need: names of libraries, versions per library, symbols without a home among them."""
+    """The needs of the libraries: names of libraries, versions per library, symbols that none of them defines."""
     needed, versions, undefined, defined = set(), {}, set(), set()
     for path in libraries:
         needed |= set(re.findall(r"\(NEEDED\).*\[(.*)\]", readelf(path, "-d")))

@@ -12,7 +12,8 @@ want=$(cat "$0" "$here/cuda_stubs.py" | sha256sum)
 rm -rf "$dir"
 python3 -m venv "$dir"
 pip=("$dir/bin/pip" --quiet --disable-pip-version-check --no-input)
-# The usual torch wheel asks for 2 GB of CUDA libraries. Only one of them is really used on the CPU; the others are stubs.
+# The usual torch wheel needs 2 GB of CUDA libraries. Only one of them is really used on the CPU; the others
+# are stubs.
 "${pip[@]}" install "${packages[@]}"
 "${pip[@]}" install --no-deps torch==2.11.0 nvidia-cuda-runtime==13.0.96
 python3 "$here/cuda_stubs.py" "$(echo "$dir"/lib/python3.*/site-packages)" >/dev/null

@@ -1,6 +1,6 @@
-//! Saves the steps that `expected.json` describes, for the stock readers to read: `cargo run --example stock_writer -- ROOT`.
-//!
-//! The arena is smaller than the first step, so that its bytes come through the ring as those of a real state do.
+//! Saves the steps that `expected.json` describes, for the stock readers to read:
+//! `cargo run --example stock_writer -- ROOT`. The arena is smaller than the first step, so that the step's
+//! bytes go through reused slabs as those of a real state do.
 
 use ashore::{CheckpointExecutor, Dtype, HostTensor, Layout, StateDict};
 use serde::Deserialize;

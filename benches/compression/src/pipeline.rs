@@ -1,8 +1,8 @@
-//! The whole way: blocks coded into aligned buffers while other buffers are written, against writing the same
-//! bytes raw.
+//! The whole pipeline: codes blocks into aligned buffers while other buffers are written, against writing the
+//! same bytes raw.
 //!
-//! A file is a row of buffers, each from a multiple of a write's size, because writes that begin elsewhere
-//! are slower: the length used, then blocks, each with number and length. What a buffer does not use is never
+//! A file is a row of buffers, each at a multiple of a write's size, because writes at other offsets are
+//! slower. A buffer has the length used, then blocks, each with number and length. Its unused rest is never
 //! written.
 
 use crate::block::{BLOCK, Codec, OVERHEAD_MAX, Scheme};

@@ -1,13 +1,15 @@
-//! The library as C sees it, for the Python programs in `checks/gpu`, which drive it with pointers of torch and of the driver.
-//! For tests only: it promises nothing, and is not the library's C interface.
+//! A C interface to the library for the Python programs in `checks/gpu`, which call it with pointers of torch
+//! and of the driver. It is for tests only: it promises nothing, and is not the library's C interface.
 //!
-//! A function that makes something returns null when it fails, any other a code: 0 is well, 1 a save that was not begun, -1 a
-//! failure, of which `face_error` tells the calling thread the kind and the text. No panic crosses: it becomes such an error.
+//! A function that makes something returns null when it fails. Any other function returns a code: 0 is
+//! success, 1 a save that was not begun, -1 a failure, whose kind and text `face_error` gives to the calling
+//! thread. No panic crosses the interface: it becomes such an error.
 //!
 //! # Safety argument
-//! Pointers come from the program: strings end with a zero byte, arrays hold as many elements as are said, handles come from
-//! here and are given back once, not while another call uses them. What tensors point at is promised as to `RawHost::new` and
-//! `RawDevice::new`. Nothing else is dereferenced, and a null handle or text is refused.
+//! Pointers come from the program: strings end with a zero byte, arrays hold the stated number of elements,
+//! handles come from this library and are given back once, not while another call uses them. The program
+//! promises for the memory of tensors what `RawHost::new` and `RawDevice::new` require. Nothing else is
+//! dereferenced, and a null handle or text is refused.
 
 mod steps;
 mod tensors;
@@ -23,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tensors::Tensor;
 
-/// What became of a save, in bytes and in seconds since its call.
+/// The result of a save, in bytes and in seconds since its call.
 #[repr(C)]
 #[derive(Default)]
 pub struct Committed {
@@ -56,7 +58,7 @@ fn tell(text: &str) -> *const c_char {
     })
 }
 
-/// Runs what a function does; `failed` is its answer to an error.
+/// Runs the body of a function; `failed` is its result after an error.
 fn guarded<T>(failed: T, run: impl FnOnce() -> Result<T>) -> T {
     let ended = catch_unwind(AssertUnwindSafe(run));
     let error = match ended {
@@ -72,7 +74,7 @@ fn invalid(what: &str) -> Error {
     Error::new(ErrorKind::Invalid, what)
 }
 
-/// A text of the program.
+/// Reads a text of the program.
 ///
 /// # Safety
 /// Null, or ends with a zero byte and stays for `'a`.
@@ -84,7 +86,7 @@ unsafe fn text<'a>(at: *const c_char) -> Result<&'a str> {
     unsafe { CStr::from_ptr(at) }.to_str().map_err(|_| invalid("a text is not utf-8"))
 }
 
-/// What a handle stands for.
+/// The object behind a handle.
 ///
 /// # Safety
 /// Null, or from this library and not given back while `'a` lasts.
@@ -93,7 +95,7 @@ unsafe fn held<'a, T>(handle: *const T) -> Result<&'a T> {
     unsafe { handle.as_ref() }.ok_or_else(|| invalid("a handle is null"))
 }
 
-/// An array of the program.
+/// Reads an array of the program.
 ///
 /// # Safety
 /// Holds `count` elements for `'a`, if there are any.
@@ -106,7 +108,7 @@ unsafe fn array<'a, T>(at: *const T, count: u64) -> Result<&'a [T]> {
     }
 }
 
-/// What a handle owned, given back.
+/// Takes back the object that a handle owned.
 ///
 /// # Safety
 /// As [`held`], and not used any more.
@@ -138,8 +140,8 @@ macro_rules! face {
 pub(crate) use face;
 
 face! {
-    /// Opens an executor over the directory `root`. `settings` is a JSON object of `ashore::Settings`, device included;
-    /// `driver` is the library to take for the driver, null for the machine's own.
+    /// Opens an executor over the directory `root`. `settings` is a JSON object of `ashore::Settings`, device
+    /// included; `driver` is the library to take for the driver, null for the machine's own.
     fn face_open(root: *const c_char, settings: *const c_char, driver: *const c_char) -> *mut CheckpointExecutor =
         std::ptr::null_mut(); {
         // SAFETY: the argument at the top.
@@ -149,7 +151,7 @@ face! {
         let builder = CheckpointExecutor::builder(root).settings(settings.clone());
         let builder = match settings.device {
             DeviceChoice::Cuda(ordinal) if !driver.is_null() => {
-                // SAFETY: the program says that it is a driver.
+                // SAFETY: the program promises that it is a driver.
                 let device = unsafe { Cuda::with_driver(Path::new(text(driver)?), ordinal)? };
                 builder.made_device(Arc::new(device))
             }
@@ -158,7 +160,7 @@ face! {
         Ok(Box::into_raw(Box::new(builder.build()?)))
     }
 
-    /// What the executor works with: device, slots of the scratch, engine.
+    /// Reports the executor's device, scratch slots and engine.
     fn face_report(executor: *const CheckpointExecutor) -> *const c_char = std::ptr::null(); {
         // SAFETY: the argument at the top.
         let executor = unsafe { held(executor)? };
@@ -167,7 +169,8 @@ face! {
         Ok(tell(&format!("{device}, scratch: {scratch}, {}, {:?}", executor.engine(), executor.arena())))
     }
 
-    /// Begins to save `count` tensors as `step`. Whatever comes of it, each tensor is released once.
+    /// Begins to save `count` tensors as `step`. Each tensor is released once, whether or not the save
+    /// succeeds.
     fn face_save(executor: *const CheckpointExecutor, step: u64, all: *const Tensor, count: u64) -> *mut Save =
         std::ptr::null_mut(); {
         // SAFETY: the argument at the top.
@@ -219,14 +222,14 @@ face! {
         Ok(0)
     }
 
-    /// Gives back the handle of a save, which goes on.
+    /// Gives back the handle of a save; the save continues.
     fn face_drop_save(save: *mut Save) -> i32 = -1; {
         // SAFETY: the argument at the top.
         drop(unsafe { given_back(save)? });
         Ok(0)
     }
 
-    /// Takes no more saves, waits for those under way, and gives back the executor, also when it fails.
+    /// Accepts no more saves, waits for those under way, and gives back the executor, even if it fails.
     fn face_shutdown(executor: *mut CheckpointExecutor, seconds: f64) -> i32 = -1; {
         // SAFETY: the argument at the top.
         let executor = unsafe { given_back(executor)? };

@@ -1,4 +1,4 @@
-//! Steps, read back.
+//! Reads steps back.
 //!
 //! # Safety argument
 //! That of the crate.

@@ -1,17 +1,17 @@
 //! Tensors of the program as sources of a state dict.
 //!
 //! # Safety argument
-//! That of the crate: what is said of a tensor is true, and its memory stays until it is released.
+//! That of the crate: a tensor's description is true, and its memory stays until it is released.
 
 use crate::{array, text};
 use ashore::{Capture, DeviceStream, Dtype, Error, ErrorKind, RawDevice, RawHost, Result, Source, StateDict};
 use std::ffi::c_char;
 
-/// A tensor: what it is, where it is, and who is told when it is not needed any more.
+/// A tensor: its dtype and shape, its memory location, and the callback for its release.
 #[repr(C)]
 pub struct Tensor {
     name: *const c_char,
-    /// As in safetensors: `F32`, `BF16`.
+    /// The dtype's name in safetensors: `F32`, `BF16`.
     dtype: *const c_char,
     shape: *const u64,
     rank: u64,
@@ -19,16 +19,16 @@ pub struct Tensor {
     bytes: u64,
     /// The stream that wrote it, where a device has it; 0 is the legacy default stream.
     stream: u64,
-    /// The device, or -1 for memory of the host.
+    /// The device, or -1 for host memory.
     ordinal: i32,
-    /// 0 is as usual, 1 at the save, 2 at the fence.
+    /// When it is captured: 0 is the default, 1 at the save, 2 at the fence.
     capture: i32,
     /// Called once, in any thread, when the source is dropped. May be null.
     release: Option<extern "C" fn(u64)>,
     token: u64,
 }
 
-/// Tells the program.
+/// Calls the program's callback.
 struct Keep(Option<extern "C" fn(u64)>, u64);
 
 impl Drop for Keep {
@@ -44,7 +44,7 @@ impl Drop for Keep {
 /// # Safety
 /// As the crate says.
 pub unsafe fn state(tensors: &[Tensor]) -> Result<StateDict<'static>> {
-    // All of them first, so that each is released whatever comes.
+    // Wraps all tensors first, so that each is released even if a later call fails.
     let keeps: Vec<Keep> = tensors.iter().map(|t| Keep(t.release, t.token)).collect();
     let mut state = StateDict::with_capacity(tensors.len());
     for (tensor, keep) in tensors.iter().zip(keeps) {

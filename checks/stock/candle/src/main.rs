@@ -1,4 +1,5 @@
-//! Reads the step directories under ROOT with candle, and compares every byte with what `../expected.json` says.
+//! Reads the step directories under ROOT with candle, and compares every byte with what `../expected.json`
+//! says.
 
 use candle_core::safetensors::{MmapedSafetensors, load};
 use candle_core::{DType, Device, Result, Tensor, bail};

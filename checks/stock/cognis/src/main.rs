@@ -1,4 +1,4 @@
-//! A graph of cognis that is interrupted, and resumed by a program that has only the store; a subgraph in a
+//! Interrupts a graph of cognis, and resumes it in a program that has only the store; runs a subgraph in a
 //! namespace of its own.
 
 use ashore::compat::graph::{Checkpointer, Directory, InMemory, Namespaced, Sqlite, checkpointer_for};
@@ -34,7 +34,7 @@ fn graph(store: impl Checkpointer<State> + 'static) -> Result<CompiledGraph<Stat
     Ok(compiled.with_checkpointer(Arc::new(Store(store))))
 }
 
-/// Interrupts a run in one store, and goes on with it in the next, which finds what the first has kept.
+/// Interrupts a run in one store, and resumes it in the next, which finds what the first has kept.
 async fn interrupted<C: Checkpointer<State> + 'static>(run: Uuid, open: impl Fn() -> C) -> Result<(), CognisError> {
     let config = || RunnableConfig { run_id: run, ..RunnableConfig::default() };
     let first = graph(open())?.with_interrupt_before(["review"]);
@@ -59,7 +59,7 @@ async fn main() -> Result<(), CognisError> {
     interrupted(run, || memory.clone()).await?;
     interrupted(run, || Directory::open(root.path().join("runs")).expect("a directory")).await?;
     interrupted(run, || Sqlite::open(root.path().join("runs.db")).expect("a database")).await?;
-    // The same run, and nothing of what the graph itself has kept.
+    // The same run, without the graph's own state.
     interrupted(run, || Namespaced::new(memory.clone(), "subgraph")).await?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A program that has both, and is only ever checked, not run.
+//! A program that has both cudarc and its peer; it is only checked, never run.
 
 use ashore::adapters::cudarc::CudaTensor;
 use ashore::{CheckpointExecutor, Fence, StateDict};
