@@ -104,7 +104,7 @@ kernels arguments:
 gpu-kit:
     checks/gpu/kit.sh
 
-# Runs the kit's brief list on the simulated driver with the programs of `cargo test` and little state. A stage that hangs is killed; no figures.
+# Runs the kit's brief list on the simulated driver, with little state and no figures. A stage that hangs is killed.
 gpu-brief:
     #!/usr/bin/env bash
     set -euo pipefail

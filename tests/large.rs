@@ -1,6 +1,8 @@
-//! A tensor of more than 4 GiB through an arena of 256 MiB: bytes right beyond every 32-bit boundary, memory flat.
+//! A tensor of more than 4 GiB through an arena of 256 MiB: bytes right beyond every 32-bit boundary, memory
+//! flat.
 //!
-//! Ignored by default because it writes 4.5 GiB; `just large` runs it. A process of its own, so that its peak is its own.
+//! Ignored by default because it writes 4.5 GiB; `just large` runs it. A process of its own, so that its peak
+//! is its own.
 //!
 //! # Safety argument
 //! The tensor is an anonymous mapping that lives to the end of the process; it is written before `save` only.

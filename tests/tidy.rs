@@ -1,4 +1,5 @@
-//! What the compiler does not check about the source: floors, lengths, notes on `unsafe`, paths in the documentation.
+//! What the compiler does not check about the source: floors, lengths, notes on `unsafe`, paths in the
+//! documentation.
 //!
 //! Each rule is a function from text to complaints, so that the tests at the end can show that it complains.
 
@@ -9,8 +10,8 @@ use reading::{code, is_word, without_tests, words};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Imports go down only, or sideways where the floor allows it. `lib.rs`, `testing` and tests may import anything; nothing
-/// else imports `testing`.
+/// Imports go down only, or sideways where the floor allows it. `lib.rs`, `testing` and tests may import
+/// anything; nothing else imports `testing`.
 const FLOORS: [&[&str]; 6] = [
     &[
         "call_thread",
@@ -80,7 +81,8 @@ const ISLANDS: &[&str] = &[
     "src/writer/signals.rs",
 ];
 
-/// The only files that may make things durable: the one that decides to, and below it the seam of system calls.
+/// The only files that may make things durable: the one that decides to, and below it the seam of system
+/// calls.
 const DURABLE: [&str; 4] = [
     "src/storage/local/durable.rs",
     "src/storage/local/linux.rs",
@@ -246,8 +248,9 @@ fn exports(lib: &str) -> BTreeMap<String, String> {
     exported
 }
 
-/// What is named directly below the crate's root: line, name, and whether it is sure that the path starts at the root
-/// (`super` may start in a module inside the file). `depth` is the number of modules that the file is below the root.
+/// What is named directly below the crate's root: line, name, and whether it is sure that the path starts at
+/// the root (`super` may start in a module inside the file). `depth` is the number of modules that the file
+/// is below the root.
 fn imports(code: &str, depth: usize) -> Vec<(usize, String, bool)> {
     let mut found = Vec::new();
     for (at, start) in words(code, "crate").map(|at| (at, at)).chain(words(code, "super").map(|at| (at, at))) {

@@ -1,10 +1,11 @@
-//! Tests that change the process that they run in.
+//! Runs tests that change their process in a process of their own.
 
 use std::process::Command;
 
 const ALONE: &str = "ASHORE_TEST_ALONE";
 
-/// True in a process in which the test `path` runs alone; elsewhere it runs it in one, and it must pass.
+/// True in a process in which the test `path` runs alone; elsewhere runs the test in such a process, where it
+/// must pass.
 pub fn alone(path: &str) -> bool {
     if std::env::var_os(ALONE).is_some() {
         return true;

@@ -1,4 +1,4 @@
-//! What the library says in its log.
+//! Captures the library's log.
 
 use std::sync::{Arc, Mutex};
 use tracing::span;

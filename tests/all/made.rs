@@ -136,7 +136,7 @@ pub fn open(files: &[(String, Vec<u8>)]) -> Result<Checkpoint> {
     Checkpoint::from_storage(Arc::new(storage), "step-00000007")
 }
 
-/// `len` bytes that look like nothing else.
+/// `len` bytes that differ from all others.
 pub fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut next = || {
@@ -150,7 +150,7 @@ pub fn noise(len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// A storage that watches and disturbs its users.
+/// A storage that records and disturbs its users' calls.
 #[derive(Clone, Debug, Default)]
 pub struct Watched {
     pub memory: Memory,
@@ -159,16 +159,16 @@ pub struct Watched {
 
 #[derive(Debug, Default)]
 pub struct Seen {
-    /// What was read: file, offset, length.
+    /// The reads: file, offset, length.
     pub reads: Vec<(String, Range<u64>)>,
-    /// What was confirmed and removed, in order.
+    /// The confirmations and removals, in order.
     pub confirmed: Vec<String>,
     pub removed: Vec<String>,
     /// Names whose confirmation or removal fails.
     pub broken: HashSet<String>,
     /// Done once, before a file is opened that is not the manifest.
     pub before_shard: Option<BeforeShard>,
-    /// Removed, as by another process, when its confirmation is asked for.
+    /// The step that is removed, as by another process, when its confirmation is requested.
     pub vanishing: Option<String>,
     /// Done once, after an attempt was begun that may replace a step.
     pub after_begin: Option<BeforeShard>,

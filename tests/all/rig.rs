@@ -1,4 +1,5 @@
-//! What most tests of saves stand on: an executor over storage in memory, with small chunks, on the host or a late device.
+//! The basis of most tests of saves: an executor over storage in memory, with small chunks, on the host or a
+//! late device.
 
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
@@ -33,7 +34,7 @@ impl Rig {
         Checkpoint::from_storage(self.storage.clone(), &step_name(step))
     }
 
-    /// Waits until every slab is home.
+    /// Waits until every slab is returned.
     pub fn slabs_home(&self) {
         let arena = self.executor.arena();
         eventually("all slabs are home", || arena.free() == arena.report().slabs);
@@ -55,7 +56,7 @@ pub fn hidden(root: &std::path::Path) -> Vec<String> {
     for entry in std::fs::read_dir(root).unwrap() {
         let entry = entry.unwrap();
         let name = entry.file_name().into_string().unwrap();
-        // What an executor deletes while this looks is gone.
+        // An executor may delete entries while this lists them.
         let empty_record = name.ends_with(".owner") && entry.metadata().is_ok_and(|metadata| metadata.len() == 0);
         if name.starts_with('.') && !empty_record && entry.path().symlink_metadata().is_ok() {
             left.push(name);
@@ -71,7 +72,7 @@ pub fn one(name: &str, source: impl ashore::Source + 'static) -> StateDict<'stat
     state
 }
 
-/// Bytes that differ in every place from those of other seeds.
+/// Bytes that differ at every offset from those of other seeds.
 pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     (0..len as u64).map(|i| ((i * 7 + seed * 13 + (i >> 8)) % 251) as u8).collect()
 }
@@ -92,7 +93,8 @@ mod raw {
         }
 
         pub fn fill(&self, bytes: &[u8]) {
-            // SAFETY: late copies may read meanwhile, on another thread, only in tests that forget a fence on a held device.
+            // SAFETY: late copies may read meanwhile, on another thread, only in tests that forget a fence on
+            // a held device.
             unsafe { (*self.0.get()).copy_from_slice(bytes) };
         }
 

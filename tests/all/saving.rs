@@ -1,4 +1,4 @@
-//! A state dict that is saved comes back bit for bit.
+//! A saved state dict is restored bit for bit.
 
 use ashore::storage::Memory;
 use ashore::storage::Storage;

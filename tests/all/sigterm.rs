@@ -1,4 +1,5 @@
-//! SIGTERM, in a program of its own: what is finished, promoted, abandoned, reported, and how the program ends.
+//! SIGTERM, in a program of its own: which saves are finished, promoted or abandoned, what the hook reports,
+//! and how the program ends.
 
 use crate::rig::{eventually, one, pattern};
 use ashore::sigterm::{Exit, OnTerm, Sigterm};
@@ -16,7 +17,7 @@ const SCENARIO: &str = "ASHORE_TEST_SIGTERM";
 const DURABLE: i32 = 10;
 const LOST: i32 = 20;
 
-/// A root whose attempts begin when there is a file of the name `open` beside it.
+/// A root whose attempts begin once a file named `open` exists beside it.
 #[derive(Debug)]
 struct Gated(Local, PathBuf);
 
@@ -55,7 +56,7 @@ fn say(what: &str) {
     std::io::stdout().flush().unwrap();
 }
 
-/// What the tests below start: a program with saves of steps 1 and 2 under way, both staged.
+/// The program that the tests below start: saves of steps 1 and 2 are under way, both staged.
 #[test]
 #[ignore = "the other process of the tests below"]
 fn the_program() {
@@ -145,7 +146,7 @@ fn park() -> ! {
     }
 }
 
-/// What `main` does that returns while saves are under way: its variables go, then the process.
+/// Returns from `main` while saves are under way: its variables are dropped, then the process ends.
 fn leave(hook: Sigterm, executor: Arc<CheckpointExecutor>) {
     say("ready");
     drop(hook);
@@ -154,7 +155,7 @@ fn leave(hook: Sigterm, executor: Arc<CheckpointExecutor>) {
     std::process::exit(33);
 }
 
-/// Drops the executor while saves are under way, and says that it is ready when there is no owner any more.
+/// Drops the executor while saves are under way, and prints that it is ready once there is no owner.
 fn go(executor: Arc<CheckpointExecutor>, hook: &Sigterm) -> ! {
     let weak = Arc::downgrade(&executor);
     std::thread::scope(|scope| {
@@ -186,7 +187,7 @@ fn drop_in_a_child(hook: &Sigterm) {
     assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{status:#x}");
 }
 
-/// A forked child dies of the signal, and the parent does not hear of it.
+/// A forked child dies of the signal, and the parent gets no notice.
 #[expect(unsafe_code, reason = "fork")]
 fn die_in_a_child() {
     // SAFETY: the child does nothing but sleep and leave.
@@ -226,7 +227,7 @@ impl Program {
         program
     }
 
-    /// The next thing that it says.
+    /// The next line that the program prints.
     fn hear(&mut self) -> String {
         let mut line = String::new();
         loop {
@@ -248,14 +249,14 @@ impl Program {
         std::fs::write(self.root.path().join("open"), "").unwrap();
     }
 
-    /// Sends the signal, and waits until it was seen.
+    /// Sends the signal, and waits until the program has seen it.
     fn terminate(mut self) -> Self {
         self.term();
         while self.hear() != "requested" {}
         self
     }
 
-    /// How it ends, what it reports, and the steps that are there then.
+    /// How the program ends, what it reports, and the steps that it leaves.
     fn ends(mut self) -> (ExitStatus, String, Vec<u64>) {
         let mut rest = String::new();
         std::io::Read::read_to_string(&mut self.said, &mut rest).unwrap();
@@ -342,8 +343,9 @@ fn a_program_may_go_on_or_die_of_the_signal() {
     assert_eq!(program.ends().0.signal(), Some(libc::SIGTERM));
 }
 
-/// A forked child that dropped its copy wrote to the socket that it shares with its parent, whose listener
-/// took that for the signal: it drained, the signal itself was the second one, and the saves were lost.
+/// A forked child that dropped its copy wrote to the socket that it shares with its parent. The parent's
+/// listener took that for the signal and drained; the signal itself was then the second one, and the saves
+/// were lost.
 #[test]
 fn a_hook_that_a_forked_child_drops_stays_with_the_parent() {
     let program = Program::start("child").terminate();
@@ -352,8 +354,9 @@ fn a_hook_that_a_forked_child_drops_stays_with_the_parent() {
     assert_eq!((status.code(), &report[..], &steps[..]), (Some(DURABLE), "Some(2) [1, 2] [] false", &[1, 2][..]));
 }
 
-/// The listener of a hook held an `Arc` of the executor. Where the hook went first it was often the last one:
-/// the executor was dropped on a thread that `main` did not wait for, and saves were lost with exit status 0.
+/// The listener of a hook held an `Arc` of the executor, which was often the last one when the hook was
+/// dropped first: the executor was dropped on a thread that `main` did not wait for, and saves were lost with
+/// exit status 0.
 #[test]
 fn saves_are_waited_for_whichever_goes_first_hook_or_executor() {
     let program = Program::start("order");
@@ -362,23 +365,23 @@ fn saves_are_waited_for_whichever_goes_first_hook_or_executor() {
     assert_eq!((status.code(), &steps[..]), (Some(33), &[1, 2][..]));
 }
 
-/// The hook asked the executor for its saves, and found none while the last owner of the executor waited for them
-/// in its drop: the program ended at once, with the code that says that nothing was lost.
+/// The hook found no saves in the executor while its last owner waited for them in its drop: the program
+/// ended at once, with the exit code for "nothing lost".
 #[test]
 fn saves_that_the_drop_of_an_executor_waits_for_are_drained() {
     let program = Program::start("going").terminate();
     program.open();
     let (status, report, steps) = program.ends();
     assert_eq!((status.code(), &report[..], &steps[..]), (Some(DURABLE), "Some(2) [1, 2] [] false", &[1, 2][..]));
-    // What was offered can be saved no more, and counts as lost.
+    // The offered state can no longer be saved, and counts as lost.
     let program = Program::start("offer and go").terminate();
     program.open();
     let (status, report, steps) = program.ends();
     assert_eq!((status.code(), &report[..], &steps[..]), (Some(LOST), "Some(2) [2] [1, 9] false", &[2][..]));
 }
 
-/// A hook that was dropped while its thread drained closed the socket that the thread read: it went round at
-/// full speed, and the program ended before the saves had.
+/// A hook that was dropped while its thread drained closed the socket that the thread read: the thread spun,
+/// and the program ended before the saves had.
 #[test]
 fn a_program_whose_main_returns_while_saves_are_drained_loses_none() {
     let mut program = Program::start("leaves").terminate();
@@ -388,8 +391,8 @@ fn a_program_whose_main_returns_while_saves_are_drained_loses_none() {
     assert_eq!((status.code(), &report[..], &steps[..]), (Some(33), "Some(2) [1, 2] [] false", &[1, 2][..]));
 }
 
-/// The handler stayed when the hook went, and after the report of a program that went on: the signal ended it
-/// no more.
+/// The handler stayed after the hook was dropped, and after the report of a program that continued: the
+/// signal no longer ended it.
 #[test]
 fn the_signal_ends_the_program_again_when_the_hook_is_gone_or_has_reported() {
     let mut program = Program::start("taken away");

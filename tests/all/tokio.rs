@@ -1,4 +1,4 @@
-//! The feature `tokio`: calls that block run on the blocking pool, and the thread of the runtime goes on.
+//! The feature `tokio` runs blocking calls on the blocking pool, and the runtime's thread continues.
 
 use crate::rig::{LONG, one, pattern, rig};
 use ashore::{Catalog, Checkpoint, CheckpointExecutor, ErrorKind};
@@ -41,7 +41,7 @@ fn every_form_gives_what_the_call_of_its_name_gives() {
     assert_eq!(Catalog::open(dir.path()).unwrap().latest().unwrap().unwrap().step(), 7);
 }
 
-/// With a shutdown that blocked the runtime's one thread, the task that lets the device go on would never run.
+/// If the shutdown blocked the runtime's one thread, the task that releases the device would never run.
 #[test]
 fn a_shutdown_that_waits_lets_the_other_tasks_of_its_thread_run() {
     let rig = rig(|b| b);

@@ -1,5 +1,5 @@
-//! Real file systems that are full or read-only: ext4, xfs and btrfs in images, mounted for the test. Run by `just mounts`, as root,
-//! in a mount namespace of its own, so that nothing stays mounted however it ends.
+//! Real file systems that are full or read-only: ext4, xfs and btrfs in images, mounted for the test. Run by
+//! `just mounts`, as root, in a mount namespace of its own, so that nothing stays mounted however it ends.
 
 mod image;
 

@@ -522,7 +522,8 @@ fn a_state_that_is_bound_before_a_session_waits_for_one() {
 }
 
 /// A session that began while a flush of its catalog was under way looked for the latest row before that
-/// flush had made one: it put the states back to the row before, and the next flush committed those as the newest row.
+/// flush had made one: it put the states back to the row before, and the next flush committed those as the
+/// newest row.
 #[test]
 fn a_session_entered_during_a_flush_goes_on_from_its_row() {
     let (root, device) = (tempdir().unwrap(), LateDevice::default());

@@ -22,8 +22,8 @@ pub fn files(path: &Path) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
-/// Saves with an executor what the checkpoint at `path` holds, under the same attempt, and compares the directories byte by
-/// byte.
+/// Saves with an executor what the checkpoint at `path` holds, under the same attempt, and compares the
+/// directories byte by byte.
 #[track_caller]
 pub fn assert_saved_by_the_executor(path: &Path) {
     let checkpoint = Checkpoint::open(path).unwrap();

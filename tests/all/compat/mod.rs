@@ -94,7 +94,8 @@ impl Gate {
     }
 }
 
-/// A storage that refuses the first few attempts, or their publishes, or publishes nothing before a gate is open.
+/// A storage that refuses the first few attempts, or their publishes, or publishes nothing before a gate is
+/// open.
 #[derive(Debug)]
 pub struct Flaky {
     memory: Memory,

@@ -1,5 +1,5 @@
-//! The whole executor on the simulated file system: staging, writers, commit, retention and sweep, with their threads, read by
-//! the production reader.
+//! The whole executor on the simulated file system: staging, writers, commit, retention and sweep, with their
+//! threads, read by the production reader.
 
 use super::expected::{Event, Expected, Try};
 use super::explore::{Findings, Run, Verdict, each, rounds};

@@ -21,7 +21,8 @@ impl Try {
         Some(Self { step, number: u32::try_from(number.checked_sub(1)?).ok()? })
     }
 
-    /// The bytes of tensor or file `index`: they follow from the try alone, and no two bytes runs of different tries agree.
+    /// The bytes of tensor or file `index`: they follow from the try alone, and no two bytes runs of
+    /// different tries agree.
     pub fn bytes(self, index: usize, len: usize) -> Vec<u8> {
         let mut rng = Rng::new(self.step << 32 | u64::from(self.number) << 8 | index as u64);
         let mut bytes: Vec<u8> =

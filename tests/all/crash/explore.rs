@@ -1,5 +1,5 @@
-//! Goes through the images of a run, has each distinct one judged once by the production reader, and holds the verdict
-//! against what was promised.
+//! Goes through the images of a run, has each distinct one judged once by the production reader, and holds
+//! the verdict against what was promised.
 
 use super::expected::{Allowed, Expected, Try};
 use ashore::testing::simfs::{Crash, History, Image};
@@ -8,7 +8,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// What a reader makes of an image: for each step that it lists, the try whose bytes it found, or what is wrong with them.
+/// What a reader makes of an image: for each step that it lists, the try whose bytes it found, or what is
+/// wrong with them.
 pub type Verdict = BTreeMap<u64, Result<Try, String>>;
 
 /// A run on a simulated file system, and what it promised.
@@ -17,8 +18,8 @@ pub struct Run {
     pub expected: Expected,
 }
 
-/// What all runs of a test found. Distinct means distinct by names and bytes, over all runs; the random names of trash do
-/// not count.
+/// What all runs of a test found. Distinct means distinct by names and bytes, over all runs; the random names
+/// of trash do not count.
 pub struct Findings {
     judge: fn(&Image) -> Verdict,
     verdicts: Mutex<HashMap<u64, Arc<Verdict>>>,
@@ -32,8 +33,8 @@ pub struct Tally {
     pub crashes: usize,
     /// Distinct images among them.
     pub images: usize,
-    /// Distinct images in which a step that was being saved for the first time, replaced or removed was not there, was the
-    /// old one, was the new one.
+    /// Distinct images in which a step that was being saved for the first time, replaced or removed was not
+    /// there, was the old one, was the new one.
     pub absent: usize,
     pub old: usize,
     pub new: usize,
@@ -54,8 +55,8 @@ impl Findings {
         self.tally.lock().unwrap().clone()
     }
 
-    /// Tries crashes of `run` at `positions`, at most `limit` after each operation. Calls `again` with distinct images,
-    /// their verdicts and hashes, about one in `every`.
+    /// Tries crashes of `run` at `positions`, at most `limit` after each operation. Calls `again` with
+    /// distinct images, their verdicts and hashes, about one in `every`.
     pub fn explore(
         &self,
         run: &Run,
@@ -86,7 +87,8 @@ impl Findings {
         self.tally.lock().unwrap().add(tally);
     }
 
-    /// The figures must be these: nothing torn, nothing lost, every outcome seen, at least so many distinct images.
+    /// The figures must be these: nothing torn, nothing lost, every outcome seen, at least so many distinct
+    /// images.
     pub fn conclude(&self, images: usize) {
         let tally = self.tally();
         println!("{tally:#?}");

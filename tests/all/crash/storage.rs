@@ -1,5 +1,5 @@
-//! The storage protocol alone, under a reader that knows no digests: a step counts when its manifest parses and every file
-//! has its length. So nothing but the order of writes, syncs and renames keeps torn steps out.
+//! The storage protocol alone, under a reader that knows no digests: a step counts when its manifest parses
+//! and every file has its length. So nothing but the order of writes, syncs and renames keeps torn steps out.
 
 use super::expected::{Event, Expected, Try};
 use super::explore::{Findings, Run, Verdict, each, rounds};
@@ -93,7 +93,8 @@ impl<'a> Program<'a> {
         }
     }
 
-    /// Two attempts at a step that neither of them sees when it begins: the first to publish wins, the other does no harm.
+    /// Two attempts at a step that neither of them sees when it begins: the first to publish wins, the other
+    /// does no harm.
     fn race(&mut self, step: u64, lengths: &[usize]) {
         let tries = [0, 1].map(|number| Try { step, number });
         let attempts = tries.map(|one| self.storage.begin(&step_name(step), one.attempt(), false).unwrap());
@@ -153,8 +154,8 @@ fn read(storage: &Local) -> Verdict {
     verdict
 }
 
-/// After a crash: what an image was judged to hold is durable and must stay; sweep, save the next step, replace the newest,
-/// remove the oldest.
+/// After a crash: what an image was judged to hold is durable and must stay; sweep, save the next step,
+/// replace the newest, remove the oldest.
 fn recover(image: &Image, verdict: &Verdict, lengths: &[usize]) -> Run {
     let fs = SimFs::boot(image);
     let found: Vec<Try> = verdict.values().filter_map(|found| found.clone().ok()).collect();
@@ -221,8 +222,8 @@ fn power_lost_at_any_moment_loses_nothing_that_was_saved_and_shows_nothing_torn(
     findings.conclude(20_000);
 }
 
-/// Saves two steps, lets `harm` befall the next saves, and hands over to a second process, which makes durable what it finds;
-/// then the power fails.
+/// Saves two steps, lets `harm` befall the next saves, and hands over to a second process, which makes
+/// durable what it finds; then the power fails.
 fn second_process(story: usize, harm: impl Fn(&SimFs), findings: &Findings) -> bool {
     let lengths = LENGTHS[story % LENGTHS.len()];
     let (fs, mut expected) = (SimFs::new(), Expected::default());
@@ -279,8 +280,9 @@ fn any_call_that_fails_once_or_from_then_on_and_a_machine_that_fails_later_lose_
     findings.conclude(10_000);
 }
 
-/// A sweep moved an attempt that was too old to the trash and deleted its files before the move was durable. When the power of the
-/// server failed then, the attempt had its name back and lacked files, and an owner on a host that stayed up could publish it.
+/// A sweep moved an attempt that was too old to the trash and deleted its files before the move was durable.
+/// When the power of the server failed then, the attempt had its name back and lacked files, and an owner on
+/// a host that stayed up could publish it.
 #[test]
 fn an_attempt_that_a_sweep_judged_by_its_age_never_has_its_name_without_its_files() {
     let fs = SimFs::new();

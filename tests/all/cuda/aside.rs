@@ -1,4 +1,4 @@
-//! What has not left the GPU when it comes to the fence is set aside on it, and nobody waits for the bus.
+//! The GPU copies late, within its memory, what has not left it at the fence; no stream waits for the bus.
 
 use super::program::{COPIES, Gpu, at_fence, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
@@ -6,7 +6,7 @@ use ashore::{Detect, ErrorKind, Outcome, Overlap, Phase, StateDict};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The setting of the simulated device by which kernels do not begin.
+/// The setting of the simulated device that keeps kernels from beginning.
 const KERNELS: u64 = 8;
 
 #[test]
@@ -28,7 +28,7 @@ fn cuda_streams_go_on_before_anything_has_left_the_gpu() {
         assert_ne!(save.progress().phase, ashore::Phase::Ended);
         rig.gpu.set("hold", 0);
         let committed = save.wait(LONG).unwrap().committed().unwrap();
-        // The first chunk is the header, which no copy holds up: the fence may find that it has left.
+        // The first chunk is the header, which needs no device copy: the fence may find that it has left.
         assert!((8..=9).contains(&committed.late_chunks), "{}", committed.late_chunks);
         assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), bytes, "step {step}");
         assert_eq!(Arc::strong_count(&tensor.0), 1);
@@ -37,7 +37,8 @@ fn cuda_streams_go_on_before_anything_has_left_the_gpu() {
 
 #[test]
 fn cuda_host_waits_at_a_fence_exactly_for_what_neither_scratch_nor_slabs_hold() {
-    // Of 8 chunks: slots of the scratch, slabs of the arena, and whether the fence returns while nothing leaves the GPU.
+    // Of 8 chunks: slots of the scratch, slabs of the arena, and whether the fence returns while nothing
+    // leaves the GPU.
     for (slots, slabs, returns) in
         [(8, 2, true), (6, 2, true), (5, 2, false), (0, 8, true), (0, 7, false), (4, 4, true)]
     {
@@ -65,7 +66,8 @@ fn cuda_slots_come_back_however_a_save_ends() {
     let rig = rig(|b| b.scratch(9 * 4096));
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
     for step in 1..=30_u64 {
-        // With a slot for each of the nine chunks the stream goes on while no copy ends; with one fewer it would wait for one in vain.
+        // With a slot for each of the nine chunks the stream continues while no copy ends; with one fewer it
+        // would wait for ever.
         rig.gpu.set("hold", COPIES);
         let save = rig.executor.save(step, at_fence(tensor.source(stream))).unwrap();
         rig.executor.fence_on(&[stream.0]).unwrap();
@@ -107,7 +109,7 @@ fn cuda_kernels_that_a_driver_refuses_are_reported_and_the_fence_waits() {
         let rig = rig_on(gpu, |b| b.scratch(16 * 4096));
         let why = rig.executor.device().scratch.clone().unwrap_err();
         assert!(why.contains(fault.split(':').next().unwrap()), "{why}");
-        // Small tensors are gathered all the same.
+        // Small tensors are gathered nevertheless.
         assert_eq!(rig.executor.device().gather, Ok(64 << 10));
         rig.gpu.set("lag_us", 300);
         let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
@@ -128,11 +130,11 @@ fn cuda_slots_are_not_given_to_another_save_before_they_are_read() {
         rig.gpu.set("hold", COPIES);
         let save = rig.executor.save(step, at_fence(first.source(stream))).unwrap();
         rig.executor.fence_on(&[stream.0]).unwrap();
-        // All of the first lies in the slots now, and nothing has been read from there.
+        // The slots hold all of the first save now, and nothing has read them.
         stream.wait();
         let next = rig.executor.save(step + 1, at_fence(second.source(stream))).unwrap();
         std::thread::scope(|scope| {
-            // Waits for slots, which come home when the first is read.
+            // Waits for slots, which are returned when the first save has been read.
             let fence = scope.spawn(|| rig.executor.fence_on(&[stream.0]));
             std::thread::sleep(Duration::from_millis(3));
             rig.gpu.set("hold", 0);
@@ -140,7 +142,7 @@ fn cuda_slots_are_not_given_to_another_save_before_they_are_read() {
         });
         save.wait(LONG).unwrap();
         next.wait(LONG).unwrap();
-        // Its slots are free when the stream has been to the fence.
+        // Its slots are free when the stream has passed the fence.
         stream.wait();
         assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), one, "step {step}");
         assert_eq!(rig.checkpoint(step + 1).unwrap().read("t").unwrap(), two, "step {step}");
@@ -149,7 +151,7 @@ fn cuda_slots_are_not_given_to_another_save_before_they_are_read() {
 
 #[test]
 fn cuda_fence_does_not_wait_for_a_save_that_may_be_superseded() {
-    // Slots for three saves of nine chunks: those of saves that are superseded have to come back.
+    // Slots for three saves of nine chunks: superseded saves must return theirs.
     let rig = rig(|b| b.scratch(27 * 4096).overlap(Overlap::Latest).detect(Detect::Never));
     let Some(fake) = rig.gpu.fake() else { return };
     let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
@@ -168,7 +170,8 @@ fn cuda_fence_does_not_wait_for_a_save_that_may_be_superseded() {
         eventually("the first is being staged", || begun.progress().phase == Phase::Staging);
         let mut last = save(first + 1);
         for step in first + 2..first + 8 {
-            // Its kernels have not run when the next save takes its place: they must find its memory.
+            // Its kernels have not run when the next save supersedes it: its memory must still be there for
+            // them.
             fake.set("hold", COPIES | KERNELS);
             let (waiting, tensor) = save(step);
             assert!(matches!(last.0.wait(LONG).unwrap(), Outcome::Superseded { by } if by == step));
@@ -214,7 +217,8 @@ fn cuda_sources_of_a_superseded_save_are_kept_until_its_fence_has_read_them() {
     assert_eq!(fake.sticky(), 0);
 }
 
-/// Every chunk leaves the GPU before the kernels of the fence run: the commit comes first, and said that staging took no time.
+/// Every chunk leaves the GPU before the kernels of the fence run: the commit came first, and reported that
+/// staging took no time.
 #[test]
 fn cuda_save_that_is_durable_before_its_fence_has_run_says_when_it_was_staged() {
     let rig = rig(|b| b.scratch(16 * 4096).detect(ashore::Detect::Never));
@@ -231,8 +235,8 @@ fn cuda_save_that_is_durable_before_its_fence_has_run_says_when_it_was_staged() 
     save.staged().wait(LONG).unwrap();
 }
 
-/// An error of the driver before anything of a fence was queued, or between its kernels, cost the slots of
-/// that save for good.
+/// A driver error before a fence queued anything, or between its kernels, lost the slots of that save for
+/// good.
 #[test]
 fn cuda_slots_come_back_after_a_fence_that_the_driver_refused() {
     let rig = rig(|b| b.scratch(9 * 4096).detect(Detect::Never).fence_timeout(LONG / 10));
@@ -255,7 +259,7 @@ fn cuda_slots_come_back_after_a_fence_that_the_driver_refused() {
         assert_eq!(failed.wait(LONG).unwrap_err().kind(), ErrorKind::Device, "{fault}");
         _ = failed.staged().wait(LONG);
         eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
-        // With one slot fewer than its nine chunks the fence would wait in vain.
+        // With one slot fewer than its nine chunks the fence would wait for ever.
         let next = save(2 * round as u64 + 2);
         rig.executor.fence_on(&[stream.0]).unwrap_or_else(|error| panic!("{fault}: {error}"));
         fake.set("hold", 0);
@@ -263,8 +267,8 @@ fn cuda_slots_come_back_after_a_fence_that_the_driver_refused() {
     }
 }
 
-/// An event that could not be recorded counts as reached: sources were freed while kernels that read them had
-/// not run.
+/// An event that could not be recorded counted as reached: sources were freed before the kernels that read
+/// them had run.
 #[test]
 fn cuda_sources_are_kept_while_kernels_are_queued_behind_which_no_event_could_be_recorded() {
     let rig = rig(|b| b.arena(2 * 4096).scratch(16 * 4096).detect(Detect::Never));
@@ -285,7 +289,7 @@ fn cuda_sources_are_kept_while_kernels_are_queued_behind_which_no_event_could_be
         fake.set("hold", KERNELS);
         let slabs = rig.executor.arena();
         eventually("nothing is copied any more", || slabs.free() == slabs.report().slabs);
-        // Time enough for what must not happen yet.
+        // Long enough for a wrong early release to show.
         let staged = save.staged().wait(Duration::from_millis(50));
         assert_eq!((staged.unwrap_err().kind(), Arc::strong_count(&tensor.0)), (ErrorKind::Deadline, 2));
         fake.set("hold", 0);

@@ -1,4 +1,5 @@
-//! The copies of a chunk in one call: the same bytes, fewer calls, and nothing that comes too late.
+//! The stager queues the copies of a chunk in one call: the same bytes, fewer calls, and no copy comes too
+//! late.
 
 use super::loader::{Found, pass, path_of};
 use super::program::{COPIES, Gpu, Rig, Stream, Tensor, at_fence, left_out, real, rig, rig_on};
@@ -29,7 +30,8 @@ fn ungathered(b: Builder) -> Builder {
     b.chunk(16 << 10).arena(64 << 10).gather(0).detect(Detect::Never)
 }
 
-/// Saves twice, and compares what was saved. How often the driver was called for the second save, to copy by itself and in batches.
+/// Saves twice, and checks the saved bytes. Returns the second save's driver calls: single copies and
+/// batches.
 fn save(rig: &Rig, stream: Stream, tensors: &[(Tensor, Vec<u8>)]) -> Option<[u64; 2]> {
     let calls = || rig.gpu.fake().map(|fake| ["cuMemcpyDtoHAsync_v2", BATCH].map(|name| fake.calls(name)));
     let mut before = None;
@@ -91,7 +93,7 @@ fn cuda_batches_of_several_devices_go_into_one_save() {
     assert!(counted.iter().all(|&n| n > 1), "{counted:?}");
 }
 
-/// The watermark comes behind the copies that it speaks of, so that a fence sets aside what has not been copied.
+/// The watermark comes after the copies that it counts, so that a fence copies late what has not been copied.
 #[test]
 fn cuda_batches_that_have_not_left_the_gpu_are_set_aside_at_the_fence() {
     let rig = rig(|b| b.scratch(16 * 4096).gather(0).batch(true).detect(Detect::Never));
@@ -120,7 +122,7 @@ fn cuda_batches_that_have_not_left_the_gpu_are_set_aside_at_the_fence() {
     }
 }
 
-/// Says that it has bytes, and hands out none.
+/// A source that claims to have bytes, and gives none.
 struct Empty;
 
 #[expect(unsafe_code, reason = "a source that breaks its promise")]
@@ -152,7 +154,7 @@ fn cuda_copies_that_were_held_back_when_a_save_failed_are_never_made() {
         rig.executor.fence().unwrap();
         assert_eq!(rig.gpu.fake().map(|fake| fake.calls(BATCH)), before);
         assert!(tensors.iter().all(|tensor| Arc::strong_count(&tensor.0) == 1));
-        // Their memory is gone, and whoever reads it from now on meets an error that stays.
+        // Their memory is freed: a read of it from now on is a sticky error.
         drop(tensors);
         let tensor = rig.gpu.tensor(&pattern(9, 9000));
         rig.executor.save(2 * step + 1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();

@@ -1,5 +1,5 @@
-//! A device that is left to the machine: that of the tensors, of the current context, of the rank; and none where none is needed. Each
-//! test runs in a process whose loader finds the driver.
+//! `DeviceChoice::Auto` takes the device of the tensors, of the current context or of the rank, and none
+//! where none is needed. Each test runs in a process whose loader finds the driver.
 
 use super::loader::{Found, pass, path_of, with_driver};
 use super::program::{Gpu, left_out, real};
@@ -12,7 +12,7 @@ use ashore::{
 };
 use std::sync::Arc;
 
-/// An executor whose device is left to the machine.
+/// An executor with `DeviceChoice::Auto`.
 struct Left {
     executor: CheckpointExecutor,
     storage: Arc<dyn Storage>,
@@ -55,13 +55,13 @@ fn one(source: RawDevice, capture: Capture) -> StateDict<'static> {
     state
 }
 
-/// How often a context of the device was asked for, memory pinned for it, or taken from it.
+/// How often a context of the device was requested, memory pinned for it, or memory allocated on it.
 fn touched(gpu: &Gpu) -> u64 {
     let fake = gpu.fake().unwrap();
     ["cuDevicePrimaryCtxRetain", "cuMemHostRegister_v2", "cuMemAlloc_v2"].iter().map(|call| fake.calls(call)).sum()
 }
 
-/// Two devices, of which neither has a context that is current; None on a real one.
+/// Two devices, neither with a current context; None on a real one.
 fn two() -> Option<(Gpu, Gpu)> {
     if real() {
         left_out();
@@ -92,7 +92,7 @@ fn cuda_device_that_is_left_open_is_that_of_the_first_tensor_and_none_before() {
     let (small, large) = (second.tensor(&pattern(4, 500)), second.tensor(&pattern(5, 30_000)));
     Gpu::leave();
     let before = touched(&first);
-    // What only kernels of the right device can do.
+    // Only kernels of the right device can do this.
     assert_eq!(left.saved(4, one(small.source(stream), Capture::AtSave)), pattern(4, 500));
     let transposed = small.strided(stream, 0, Dtype::U8, &[25, 20], &[1, 25]);
     let expected: Vec<_> = (0..500).map(|i| pattern(4, 500)[i / 20 + i % 20 * 25]).collect();
@@ -159,7 +159,7 @@ fn cuda_device_that_is_left_open_among_several_is_that_of_the_rank() {
         state.tensor_captured(name, tensor.source(*stream), Capture::AtFence).unwrap();
     }
     assert_eq!((left.saved(1, state), left.name()), (pattern(1, 500), "cuda:1"));
-    // Where it cannot be left open, the rank decides at once.
+    // Where the choice cannot wait for a tensor, the rank decides at once.
     let (_, chosen) = choose(DeviceChoice::Auto).unwrap();
     assert!(chosen.name == "cuda:1" && chosen.why.contains("LOCAL_RANK=9"), "{chosen}");
 }
@@ -176,7 +176,7 @@ fn cuda_device_that_cannot_be_used_when_it_is_chosen_fails_that_save_alone() {
     let refused = left.executor.save(1, state()).and_then(|save| save.wait(LONG).map(drop)).unwrap_err();
     assert!(refused.kind() == ErrorKind::Device && refused.to_string().contains("out of memory"), "{refused}");
     assert_eq!(left.name(), "auto");
-    // An arena that cannot be pinned is used as it is.
+    // An arena that cannot be pinned is used unpinned.
     second.fake().unwrap().fault("cuMemHostRegister_v2:1:2");
     assert_eq!(left.saved(2, state()), pattern(1, 9000));
     let report = left.executor.device();

@@ -1,4 +1,5 @@
-//! Tensors of cudarc: each test runs in a process whose loader finds the driver, as cudarc looks for it.
+//! Tensors of cudarc are sources and targets. Each test runs in a process whose loader finds the driver, as
+//! cudarc looks for it.
 
 use super::loader::with_driver;
 use super::program::{Gpu, Rig, rig};
@@ -20,12 +21,12 @@ fn both() -> (Rig, Arc<CudaContext>, Arc<CudaStream>) {
     (rig, context, stream)
 }
 
-/// Lags that are long beside everything that the host does in between.
+/// Lags that are long compared to the host's work in between.
 fn slow(gpu: &Gpu) {
     gpu.set("lag_us", 300);
 }
 
-/// A state of one tensor, `t`, which is read when the fence comes and not before.
+/// A state of one tensor, `t`, which the save reads at the fence and not before.
 fn one<'a>(source: impl Source + 'a) -> StateDict<'a> {
     let mut state = StateDict::new();
     state.tensor_captured("t", source, Capture::AtFence).unwrap();
@@ -104,7 +105,7 @@ fn cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended(
     fake.set("hold", 0);
     rig.executor.fence().unwrap();
     assert!(Arc::get_mut(&mut slice).is_some());
-    // The program's own reference goes first: the last one is dropped by the stager.
+    // The program drops its own reference first: the stager drops the last one.
     fake.set("hold", to_host);
     let second = rig.executor.save(2, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
     drop(slice);
@@ -135,7 +136,7 @@ fn cuda_streams_of_cudarc_that_write_after_a_scope_wait_though_the_fence_did_not
         if step % 2 == 0 {
             writer.memset_zeros(&mut slice).unwrap();
         } else {
-            // Whoever gets the memory next writes it at once.
+            // The next owner of the memory writes it at once.
             drop(slice);
             let mut next: CudaSlice<u8> = stream.alloc_zeros(13_000).unwrap();
             writer.memset_zeros(&mut next).unwrap();
@@ -145,8 +146,8 @@ fn cuda_streams_of_cudarc_that_write_after_a_scope_wait_though_the_fence_did_not
     }
 }
 
-/// A scope makes the streams of its tensors wait at its end. It once did so with the stream of a slice that it owned and had
-/// dropped: a handle that the driver takes for an address.
+/// A scope made the stream of a slice wait that it owned and had already dropped: the driver takes such a
+/// handle for an address. The scope makes the streams of its tensors wait at its end.
 #[test]
 fn cuda_streams_of_cudarc_live_until_the_scope_ends_that_makes_them_wait() {
     with_driver!(cuda_streams_of_cudarc_live_until_the_scope_ends_that_makes_them_wait);
@@ -175,7 +176,7 @@ fn cuda_slices_of_cudarc_are_restored_into() {
     rig.executor.save(1, state).unwrap().wait(LONG).unwrap();
     let checkpoint = rig.executor.checkpoint(1).unwrap();
     let (mut one, mut other) = (stream.alloc_zeros::<f32>(6000).unwrap(), stream.alloc_zeros::<f32>(300).unwrap());
-    // Work of another stream on it comes before.
+    // Another stream's work on it comes first.
     context.new_stream().unwrap().memset_zeros(&mut one).unwrap();
     let mut view = other.slice_mut(100..200);
     let targets = Targets::new().device("whole", CudaTarget::new(&mut one).unwrap());
@@ -240,7 +241,7 @@ fn cuda_slices_that_cannot_be_read_are_refused() {
     assert!(error.to_string().contains("expected_bytes=11 found_bytes=10"), "{error}");
 
     #[expect(unsafe_code, reason = "a context that cudarc believes to be none of the primary ones")]
-    // SAFETY: the context is alive, and forgotten below, so that nobody destroys it.
+    // SAFETY: the context is alive, and forgotten below, so that no drop destroys it.
     let own = unsafe { CudaContext::from_raw_context(context.ordinal(), context.cu_device(), context.cu_ctx()) };
     let own = own.unwrap();
     refused(CudaTensor::new(own.default_stream().alloc_zeros::<u8>(10).unwrap(), [10]), "not of a primary context");

@@ -1,4 +1,4 @@
-//! A driver that fails: each call once in turn, at once and later; contexts that are lost; work that never ends.
+//! The driver fails: each call once in turn, at once and later; contexts are lost; work never ends.
 
 use super::program::{COPIES, Gpu, Stream, Tensor, at_fence, rig};
 use crate::rig::{LONG, eventually, one, pattern};
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-/// What ashore calls while it lives; the last of them give things back.
+/// The driver calls that ashore makes while it lives; the last of them release resources.
 const CALLS: [&str; 35] = [
     "cuInit",
     "cuDriverGetVersion",
@@ -50,10 +50,10 @@ const CALLS: [&str; 35] = [
     "cuMemFreeHost",
 ];
 
-/// Calls that only say which context is meant, or ask how far work is.
+/// Calls that only select a context, or query progress.
 const OFTEN: [&str; 4] = ["cuCtxGetCurrent", "cuCtxSetCurrent", "cuThreadExchangeStreamCaptureMode", "cuEventQuery"];
 
-/// Of these, those that have to do with memory-waits, and their own.
+/// The calls of memory waits: some of the above, and their own.
 const OF_WAITS: [&str; 12] = [
     "cuCtxGetCurrent",
     "cuStreamCreateWithPriority",
@@ -71,7 +71,8 @@ const OF_WAITS: [&str; 12] = [
 
 type Change = fn(Builder) -> Builder;
 
-/// Two saves and fences, and a save of lent memory, by an executor of its own; the first error, with its kind.
+/// Makes two saves and fences, and a save of borrowed memory, by an executor of its own; returns the first
+/// error, with its kind.
 fn train(gpu: &Gpu, stream: Stream, [tensor, lent]: [&Tensor; 2], change: Change) -> ashore::Result<()> {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
     let builder =
@@ -84,12 +85,12 @@ fn train(gpu: &Gpu, stream: Stream, [tensor, lent]: [&Tensor; 2], change: Change
         if executor.settings().gather > 0 {
             state.tensor_captured("captured", tensor.source(stream), Capture::AtSave).unwrap();
         }
-        // Its deadline is far: an error of the driver must not make it wait for that.
+        // The deadline is far: a driver error must not make the call wait for it.
         let (saved, fenced) = if step < 3 {
             (executor.save(step, state), executor.fence_on(&[stream.0]))
         } else {
             let saved = executor.scope(Fence::on(&[stream.0]), |scope| scope.save(step, state));
-            // Whatever became of the save, its sources are gone.
+            // However the save ended, its sources are released.
             assert_eq!(Arc::strong_count(&lent.0), 1);
             saved.map_or_else(|error| (Err(error.clone()), Err(error)), |saved| (saved, Ok(())))
         };
@@ -132,7 +133,7 @@ fn each_fails_once(calls: &[&str], change: Change) -> usize {
                 if nth > 40 && nth % 17 != 0 && OFTEN.contains(&name) {
                     continue;
                 }
-                // A sticky error is gone only with all that the device has.
+                // A sticky error ends only when everything of the device is released.
                 fake.reset();
                 let (stream, tensor, lent) =
                     (gpu.stream(), gpu.tensor(&pattern(1, 9000)), gpu.tensor(&pattern(1, 9000)));
@@ -140,7 +141,7 @@ fn each_fails_once(calls: &[&str], change: Change) -> usize {
                 fake.fault(&format!("{name}:{nth}:{code}{late}"));
                 let result = train(&gpu, stream, [&tensor, &lent], change);
                 if fake.sticky() == 0 {
-                    // However it was let go.
+                    // However it was released.
                     stream.wait();
                 }
                 let at = || format!("{name}:{nth}:{code}{late}");
@@ -157,12 +158,12 @@ fn each_fails_once(calls: &[&str], change: Change) -> usize {
                 tried += 1;
                 if let Err(error) = result {
                     let named = error.to_string();
-                    // Without kernels nothing is captured at save, and the reason is said.
+                    // Without kernels nothing is captured at save, and the report gives the reason.
                     let refused = error.kind() == ErrorKind::Invalid && named.contains("reason=");
                     let failed = matches!(error.kind(), ErrorKind::Device | ErrorKind::Unavailable);
                     assert!(failed || refused, "{}: {error}", at());
                     assert!(named.contains(&format!("code={code}")), "{}: {named}", at());
-                    // What stays is named by whichever thread meets it first.
+                    // The first thread that meets a sticky error names it.
                     assert!(code != 1 || named.contains(name), "{}: {named}", at());
                 }
             }
@@ -173,7 +174,7 @@ fn each_fails_once(calls: &[&str], change: Change) -> usize {
 
 #[test]
 fn cuda_driver_is_not_called_after_an_error_that_stays() {
-    // Digests would be the first to come to the host, and the error would be there before `save` has returned.
+    // Digests would reach the host first, and the error with them before `save` has returned.
     let rig = rig(|b| b.detect(Detect::Never));
     let Some(fake) = rig.gpu.fake() else { return };
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
@@ -229,7 +230,7 @@ fn ends(scope: impl FnOnce() -> ashore::Error + Send + 'static) -> ashore::Error
     ended.recv_timeout(LONG).expect("the scope ends")
 }
 
-/// The stager took an error that it did not know to stay for "still running": after a reset of the device, or
+/// The stager took a sticky error that it did not know for "still running": after a reset of the device, or
 /// of its connection to MPS, a scope never ended.
 #[test]
 fn cuda_scope_ends_when_the_driver_refuses_for_good_to_say_how_far_copies_are() {
@@ -261,7 +262,7 @@ fn cuda_scope_ends_when_the_driver_refuses_for_good_to_say_how_far_copies_are() 
     }
 }
 
-/// Hands its bytes out once; the second time it leaves the thread without a context, and panics.
+/// A source that gives its bytes once; the second time it leaves the thread without a context, and panics.
 struct Leaves(RawDevice, Arc<AtomicUsize>);
 
 #[expect(unsafe_code, reason = "hands on the promises of the source inside")]
@@ -286,7 +287,7 @@ unsafe impl Source for Leaves {
 /// not make one current again.
 #[test]
 fn cuda_copies_are_waited_for_in_a_thread_that_a_source_left_without_a_context() {
-    // Without kernels, for which `save` itself would ask the source where it lies.
+    // Without kernels, because for those `save` itself would ask the source for its address.
     let rig = Arc::new(rig(|b| b.gather(0)));
     let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 60_000)));
     let theirs = rig.clone();

@@ -1,5 +1,5 @@
-//! Finding CUDA: what is missing is named, nothing panics, and a choice that was left to us says why it fell
-//! as it did.
+//! Finding CUDA: errors name what is missing, nothing panics, and `DeviceChoice::Auto` reports the reason for
+//! its choice.
 
 use super::loader::{Found, pass, path_of, run, text, with_driver};
 use super::program::{Gpu, at_fence, left_out, library, open_device, real, rig_on};
@@ -84,8 +84,8 @@ fn the_host_copies(expected: &str) {
     assert_eq!(executor.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 100_000));
 }
 
-/// A driver that lacks what only fences on the device need was refused altogether, and with it the gathering
-/// of small tensors.
+/// A driver without the functions that only fences on the device need was refused entirely, and with it the
+/// gathering of small tensors.
 #[test]
 fn cuda_driver_that_writes_no_numbers_in_streams_gathers_and_its_fences_wait() {
     let here = path_of!(cuda_driver_that_writes_no_numbers_in_streams_gathers_and_its_fences_wait);

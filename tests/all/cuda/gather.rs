@@ -76,7 +76,7 @@ fn cuda_captured_tensors_need_no_fence_before_the_next_save() {
         let mut state = StateDict::new();
         state.tensor("t", tensor.source(stream)).unwrap();
         saves.push(rig.executor.save(step, state).unwrap());
-        // It is captured now, and has not left the GPU.
+        // The tensor is captured now, and has not left the GPU.
         stream.wait();
     }
     stream.fill(&tensor, 0xEE);
@@ -99,7 +99,7 @@ fn cuda_room_of_a_save_that_was_cancelled_is_not_written_late() {
         state.tensor_captured("t", tensor.source(stream), capture).unwrap();
         state
     };
-    // Work of the program that keeps its stream busy for longer than anything here.
+    // The program's work keeps its stream busy for longer than anything here.
     fake.set("hold", 4);
     let cancelled = rig.executor.save(1, state(&old, slow, Capture::AtSave)).unwrap();
     assert!(cancelled.cancel());
@@ -115,7 +115,7 @@ fn cuda_room_of_a_save_that_was_cancelled_is_not_written_late() {
 
 #[test]
 fn cuda_strided_tensors_are_saved_packed() {
-    // Four chunks of scratch, or none: set aside, too, and cut where chunks end.
+    // Four chunks of scratch, or none: captured tensors are copied late, too, and cut where chunks end.
     for slots in [0, 4] {
         let rig = rig(|b| b.scratch(slots * 4096));
         rig.gpu.set("lag_us", 100);
@@ -247,7 +247,7 @@ fn cuda_tensors_written_before_the_fence_are_found_out_by_the_first_saves() {
     assert!(rig.checkpoint(1).is_err());
     stream.wait();
     rig.gpu.set("lag_us", 0);
-    // Two saves that were compared, and nothing is digested any more.
+    // After two compared saves nothing is digested any more.
     for step in 2..=4 {
         let before = rig.gpu.fake().map_or(0, |fake| fake.calls("cuMemsetD8Async"));
         rig.executor.save(step, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
@@ -272,7 +272,7 @@ fn cuda_strided_tensors_of_another_device_are_refused_by_name() {
     assert!(named.iter().all(|name| error.to_string().contains(name)), "{error}");
 }
 
-/// A save that is superseded while it waits has kernels that still read its tensors: they are kept until those have run.
+/// A superseded save keeps its tensors until the kernels that read them have run.
 #[test]
 fn cuda_tensors_of_a_save_that_never_begins_are_kept_until_the_gpu_has_read_them() {
     const KERNELS: u64 = 8;
@@ -287,7 +287,7 @@ fn cuda_tensors_of_a_save_that_never_begins_are_kept_until_the_gpu_has_read_them
         state.tensor("t", tensor.source(stream)).unwrap();
         let save = rig.executor.save(step, state).unwrap();
         if step == 1 {
-            // From then on each save that comes takes the place of the one before.
+            // From then on each save supersedes the one before.
             eventually("the first is being staged", || save.progress().phase == Phase::Staging);
         }
         saves.push(save);
@@ -302,7 +302,7 @@ fn cuda_tensors_of_a_save_that_never_begins_are_kept_until_the_gpu_has_read_them
     }
 }
 
-/// What may still be written somewhere in the room is given up; the rest of the room goes on being used.
+/// The capture pool gives up an allocation that may still be written, and reuses the rest.
 #[test]
 fn cuda_capture_that_fails_does_not_take_the_room_from_later_saves() {
     let rig = rig(|b| b.gather(16 << 10).detect(Detect::Never));
@@ -321,7 +321,8 @@ fn cuda_capture_that_fails_does_not_take_the_room_from_later_saves() {
     }
 }
 
-/// The save of borrowed tensors was refused after the first kernel that reads them was queued, and the scope ended while it ran.
+/// The save of borrowed tensors was refused after the first kernel that reads them was queued, and the scope
+/// ended while it ran.
 #[test]
 fn cuda_scope_waits_for_kernels_of_a_save_that_was_refused() {
     const KERNELS: u64 = 8;
@@ -352,7 +353,7 @@ fn cuda_scope_waits_for_kernels_of_a_save_that_was_refused() {
     rig.executor.save(1, at_fence(one.source(first))).unwrap().wait(LONG).unwrap();
 }
 
-/// Each fits the room, both do not: waiting for room would be in vain.
+/// Each of the two fits the capture pool, both do not: waiting for memory would never end.
 #[test]
 fn cuda_captures_that_never_fit_together_are_refused_for_good() {
     let rig = rig(|b| b.gather(16 << 10).detect(Detect::Never));
@@ -365,7 +366,7 @@ fn cuda_captures_that_never_fit_together_are_refused_for_good() {
     assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
 }
 
-/// A tensor whose source panics when it is asked where that is.
+/// A tensor whose source panics when it is asked for its address.
 struct Broken(DeviceStream<'static>);
 
 #[expect(unsafe_code, reason = "a source that breaks its promise")]
@@ -384,7 +385,7 @@ unsafe impl Source for Broken {
     }
 }
 
-/// The panic went through `save`, and on its way dropped what the kernels of other streams still read.
+/// The panic unwound through `save`, and dropped memory that the kernels of other streams still read.
 #[test]
 fn cuda_source_that_panics_at_save_frees_nothing_that_a_kernel_still_reads() {
     const KERNELS: u64 = 8;
@@ -403,7 +404,7 @@ fn cuda_source_that_panics_at_save_frees_nothing_that_a_kernel_still_reads() {
     rig.executor.save(1, at_fence(tensor.source(first))).unwrap().wait(LONG).unwrap();
 }
 
-/// An error of the driver while tensors were captured cost their part of the room for good.
+/// A driver error while tensors were captured lost their allocation of the capture pool for good.
 #[test]
 fn cuda_room_comes_back_after_a_capture_that_the_driver_refused() {
     let rig = rig(|b| b.gather(64 << 10).detect(Detect::Never));

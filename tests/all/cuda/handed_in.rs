@@ -1,4 +1,4 @@
-//! Memory that the program hands in for what fences set aside.
+//! The program provides the memory for late copies.
 
 use super::program::{COPIES, Gpu, at_fence, rig_on};
 use crate::rig::{LONG, eventually, pattern};
@@ -32,7 +32,7 @@ fn cuda_memory_that_was_handed_in_takes_what_is_set_aside_and_is_let_go_at_the_e
     save.wait(LONG).unwrap();
     assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), bytes);
     if rig.gpu.fake().is_some() {
-        // The last chunk lies in some slot, byte for byte.
+        // Some slot holds the last chunk, byte for byte.
         let last = &bytes[bytes.len() - 1000..];
         assert!(scratch.read().windows(last.len()).any(|found| found == last));
     }
@@ -41,7 +41,7 @@ fn cuda_memory_that_was_handed_in_takes_what_is_set_aside_and_is_let_go_at_the_e
     drop(executor);
     eventually("the memory is let go", || Arc::strong_count(&scratch.0) == 1);
     drop((scratch, tensor));
-    // What else the kernels had goes right after it, in whichever thread lets go last.
+    // The kernels' other memory is freed right after it, in the thread that drops the last reference.
     eventually("all is given back", || gpu.fake().map(|fake| (fake.live().bytes, fake.live().blocks)) == before);
 }
 

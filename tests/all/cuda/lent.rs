@@ -1,5 +1,5 @@
-//! Memory that is only lent to a save may be written and freed after its scope, which does not wait for the bus where what is left
-//! can be set aside.
+//! Borrowed memory may be written and freed after its scope, which does not wait for the bus where scratch
+//! takes late copies of the rest.
 
 use super::program::{COPIES, Gpu, Rig, Stream, Tensor, at_fence, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
@@ -27,7 +27,8 @@ fn scoped(rig: &Rig, step: u64, tensors: &[(&Tensor, Stream)], writers: &[Stream
 
 #[test]
 fn cuda_scope_waits_on_the_host_exactly_for_what_neither_scratch_nor_slabs_hold() {
-    // Of 8 chunks: slots of the scratch, slabs of the arena, and whether the scope ends while nothing leaves the GPU.
+    // Of 8 chunks: slots of the scratch, slabs of the arena, and whether the scope ends while nothing leaves
+    // the GPU.
     for (slots, slabs, ends) in [(8, 2, true), (6, 2, true), (5, 2, false), (0, 8, true), (0, 7, false), (4, 4, true)] {
         let rig = rig_on(Gpu::take(), |b| b.arena(slabs * 4096).scratch(slots * 4096));
         let Some(fake) = rig.gpu.fake() else { return };
@@ -37,7 +38,7 @@ fn cuda_scope_waits_on_the_host_exactly_for_what_neither_scratch_nor_slabs_hold(
             let thread = threads.spawn(|| {
                 let saved =
                     rig.executor.scope(Fence::on(&[stream.0]), |scope| scope.save(1, at_fence(tensor.source(stream))));
-                // The state dict is gone, however much of it is still to be copied.
+                // The state dict is dropped, however much of it is still to be copied.
                 assert_eq!(Arc::strong_count(&tensor.0), 1);
                 rig.gpu.enter();
                 stream.fill(&tensor, 0xEE);
@@ -45,7 +46,7 @@ fn cuda_scope_waits_on_the_host_exactly_for_what_neither_scratch_nor_slabs_hold(
             });
             if ends {
                 eventually("the scope ends", || thread.is_finished());
-                // Time enough for what must not run yet.
+                // Long enough for a stream that wrongly runs to show.
                 std::thread::sleep(SOON);
             } else {
                 std::thread::sleep(Duration::from_millis(10));
@@ -68,7 +69,7 @@ fn cuda_lent_memory_is_written_and_freed_only_behind_what_still_reads_it() {
         let (value, len) = (step as u8, 30_000);
         let tensors = [(first.tensor(len), first), (second.tensor(len), second)];
         tensors.iter().for_each(|(tensor, stream)| stream.fill(tensor, value));
-        // Two chunks are on their way when the scope ends, and cannot be taken back.
+        // Two chunks are in flight when the scope ends, and cannot be cancelled.
         fake.set("hold", COPIES);
         fake.set("allow", step % 4);
         let lent: Vec<_> = tensors.iter().map(|(tensor, stream)| (tensor, *stream)).collect();
@@ -79,7 +80,8 @@ fn cuda_lent_memory_is_written_and_freed_only_behind_what_still_reads_it() {
             tensors.iter().for_each(|(tensor, _)| writer.fill(tensor, 0xEE));
             Some(tensors)
         } else {
-            // Each is written and freed in the stream that made it, and another stream may get it.
+            // Each tensor is written and freed in the stream that made it, and another stream may allocate
+            // its memory.
             tensors.iter().for_each(|(tensor, stream)| stream.fill(tensor, 0xEE));
             drop(tensors);
             None
@@ -90,13 +92,13 @@ fn cuda_lent_memory_is_written_and_freed_only_behind_what_still_reads_it() {
         fake.set("hold", 0);
         fake.set("allow", 0);
         save.wait(LONG).unwrap();
-        // Not freed by another stream than wrote it, before that has.
+        // No other stream frees it before its writer has written it.
         writer.wait();
         drop(written);
         let checkpoint = rig.checkpoint(step).unwrap();
         ["0", "1"].iter().for_each(|name| assert_eq!(checkpoint.read(name).unwrap(), vec![value; len], "step {step}"));
     }
-    // A copy from memory that was freed would be an error that stays.
+    // A copy from freed memory would be a sticky error.
     assert_eq!(fake.sticky(), 0);
 }
 
@@ -112,7 +114,7 @@ fn cuda_lent_saves_that_have_not_begun_are_set_aside_too() {
         });
         rig.gpu.set("hold", COPIES);
         let of = |i: usize| at_fence(tensors[i].lent(stream));
-        // Slabs take all of the first; nothing of the others has been looked at when their scopes end.
+        // Slabs take all of the first save; the stager has not begun the others when their scopes end.
         let both = rig.executor.scope(Fence::on(&[stream.0]), |scope| {
             let first = scope.save(step, of(0)).unwrap();
             rig.executor.fence_on(&[stream.0]).unwrap();
@@ -128,7 +130,7 @@ fn cuda_lent_saves_that_have_not_begun_are_set_aside_too() {
             let bytes = rig.checkpoint(step + i).unwrap().read("t").unwrap();
             assert_eq!(bytes, vec![(step + i) as u8; 30_000], "step {step}, save {i}");
         }
-        // Its slots are free when the stream has been to the fence.
+        // Its slots are free when the stream has passed the fence.
         stream.wait();
     }
     assert!(rig.gpu.is_well());
@@ -141,7 +143,7 @@ fn cuda_slots_come_back_and_lent_memory_is_let_go_however_a_save_ends() {
     let stream = rig.gpu.stream();
     for step in 1..=30_u64 {
         let tensor = rig.gpu.tensor(&pattern(step, 30_000));
-        // With as many slots the scope ends while no copy does; those that are lost add up until it cannot.
+        // With as many slots the scope ends while no copy does; lost slots would add up until it cannot.
         fake.set("hold", COPIES);
         let saved = rig.executor.scope(Fence::on(&[stream.0]), |scope| {
             let save = scope.save(step, at_fence(tensor.source(stream))).unwrap();
@@ -196,7 +198,7 @@ fn cuda_scope_whose_kernels_are_lost_fails_its_save_alone() {
                     save
                 })
             });
-            // Where the host has to wait, it is for the copies that are on their way.
+            // If the host must wait, it waits for the copies in flight.
             std::thread::sleep(Duration::from_millis(3));
             fake.set("hold", 0);
             thread.join().unwrap()

@@ -1,4 +1,5 @@
-//! Processes whose loader finds a driver by its own name: the simulated one, as it is, or made to be of less use.
+//! Starts processes whose loader finds a driver by its own name: the simulated driver, unchanged or without
+//! some functions.
 
 use super::program::real;
 use std::os::unix::fs::symlink;
@@ -7,7 +8,7 @@ use std::process::{Command, Output};
 /// Set in such a process.
 const HERE: &str = "ASHORE_DRIVER_FOUND";
 
-/// What the loader finds.
+/// The driver that the loader finds.
 #[derive(Default)]
 pub struct Found {
     /// Functions that the driver does not have.
@@ -15,12 +16,12 @@ pub struct Found {
     pub variables: &'static [(&'static str, &'static str)],
 }
 
-/// Whether this process is one of those, or a real driver is to be found anyway.
+/// Whether this is such a process, or the loader finds a real driver anyway.
 pub fn here() -> bool {
     std::env::var_os(HERE).is_some() || real()
 }
 
-/// Runs the test `path` again, in such a process, and that alone.
+/// Runs only the test `path` again, in such a process.
 pub fn run(path: &str, driver: &Found) -> Output {
     let folder = tempfile::tempdir().unwrap();
     let mut library = fakecuda::library();
@@ -50,12 +51,12 @@ fn take_away(library: &mut [u8], symbol: &str) {
     found.into_iter().for_each(|at| library[at + 1] = b'_');
 }
 
-/// Everything that it wrote.
+/// The process's whole output.
 pub fn text(output: &Output) -> String {
     [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat()
 }
 
-/// Runs it, and it must pass.
+/// Runs the process, which must succeed.
 pub fn pass(path: &str, driver: &Found) {
     let output = run(path, driver);
     let text = text(&output);
@@ -70,7 +71,7 @@ macro_rules! path_of {
 }
 pub(super) use path_of;
 
-/// Goes on only in a process whose loader finds the driver: runs the test, whose name it is given, again in one.
+/// Continues only in a process whose loader finds the driver; elsewhere runs the named test again in one.
 macro_rules! with_driver {
     ($test:ident) => {
         if !$crate::cuda::loader::here() {

@@ -1,6 +1,6 @@
-//! Tensors in the memory of GPUs. Every test here runs on the simulated driver, and proves order, lifetime and errors, never
-//! speed. With `ASHORE_REQUIRE_GPU=1` they run on a real one, where copies of another stream stand in for lags and holds; those that
-//! need faults or held kernels leave that part out.
+//! Tensors in GPU memory. Every test here runs on the simulated driver, and proves order, lifetime and
+//! errors, never speed. With `ASHORE_REQUIRE_GPU=1` the tests run on a real driver, where copies of another
+//! stream stand in for lags and holds; tests that need faults or held kernels leave that part out.
 
 mod aside;
 mod batch;

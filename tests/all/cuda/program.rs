@@ -1,4 +1,5 @@
-//! A program that trains on a GPU: its own use of the driver, which ashore shares a context with and knows nothing of.
+//! A program that trains on a GPU: it uses the driver itself and shares a context with ashore, which knows
+//! nothing of it.
 #![expect(unsafe_code, reason = "calls of a C library, and sources over its memory")]
 
 use crate::rig::LONG;
@@ -16,11 +17,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
-/// Opens the driver, once; cudarc then finds the same one. Its functions are those of `cuda.h`, and none of them is absent there.
+/// Opens the driver, once; cudarc then finds the same one. Its functions are those of `cuda.h`, and none of
+/// them is absent there.
 fn open() {
     static OPENED: OnceLock<()> = OnceLock::new();
     OPENED.get_or_init(|| {
-        // SAFETY: the driver, or what is built to stand in for it; it stays open.
+        // SAFETY: the driver, or its simulation; it stays open.
         let library = unsafe { std::mem::ManuallyDrop::new(libloading::Library::new(library()).unwrap()) };
         // SAFETY: only looked for.
         let live = |library: &libloading::Library| {
@@ -51,12 +53,12 @@ pub fn open_device(library: &Path, ordinal: u32) -> ashore::Result<Cuda> {
     unsafe { Cuda::with_driver(library, ordinal) }
 }
 
-/// Whether a real device was asked for.
+/// Whether a real device was requested.
 pub fn real() -> bool {
     std::env::var_os("ASHORE_REQUIRE_GPU").is_some()
 }
 
-/// Says that part of a test cannot be had on a real device.
+/// Reports that part of a test is not available on a real device.
 pub fn left_out() {
     let _ = writeln!(std::io::stderr(), "left out: what needs a simulated device");
 }
@@ -88,7 +90,8 @@ unsafe impl Sync for Context {}
 
 impl Gpu {
     pub fn take() -> Self {
-        // Before the whole simulated driver is opened, of which the library may be a copy without some functions.
+        // The library comes before the whole simulated driver, because it may be a copy without some
+        // functions.
         open();
         let fake = (!real()).then(fakecuda::Device::claim);
         let ordinal = fake.as_ref().map_or(0, fakecuda::Device::ordinal) as u32;
@@ -108,8 +111,9 @@ impl Gpu {
         self.fake.as_ref()
     }
 
-    /// Changes how the simulated device behaves. On a real one, copies of another stream stand in for two settings: "hold" of copies
-    /// to the host occupies the bus for some 80 ms, and "lag_us" for as long as it is above 0.
+    /// Changes how the simulated device behaves. On a real one, copies of another stream stand in for two
+    /// settings: "hold" of copies to the host occupies the bus for some 80 ms, and "lag_us" for as long as it
+    /// is above 0.
     pub fn set(&self, name: &str, value: u64) {
         match (&self.fake, name) {
             (Some(fake), _) => fake.set(name, value),
@@ -165,7 +169,8 @@ impl Gpu {
         let mut at = 0;
         cuda!(cuMemAlloc_v2(&mut at, bytes.len().max(1)));
         cuda!(cuMemcpyHtoD_v2(at, bytes.as_ptr().cast(), bytes.len()));
-        // From memory that is not pinned it returns once the bytes are taken, not once they have come; streams do not wait for it.
+        // From unpinned memory the call returns once the bytes are taken, not once they have arrived; streams
+        // do not wait for it.
         cuda!(cuCtxSynchronize());
         Tensor(Arc::new(Block { at, len: bytes.len(), owner: None }))
     }
@@ -179,7 +184,8 @@ impl Drop for Gpu {
     }
 }
 
-/// Copies to the host in a stream of their own, which hold up those of other streams: a copy engine takes them in turn.
+/// Copies to the host in a stream of their own that delay those of other streams: a copy engine takes them in
+/// turn.
 struct Traffic {
     context: Context,
     stream: DeviceStream<'static>,
@@ -192,7 +198,7 @@ impl Traffic {
     /// 5 ms of a bus of 55 GB/s.
     const BYTES: usize = 256 << 20;
 
-    /// The one of the process. Its memory stays until the end.
+    /// The process's instance. Its memory stays until the end.
     fn of(context: Context) -> &'static Self {
         static TRAFFIC: OnceLock<Traffic> = OnceLock::new();
         TRAFFIC.get_or_init(|| {
@@ -214,7 +220,7 @@ impl Traffic {
         }
     }
 
-    /// Has a thread queue copies without an end, or ends it.
+    /// Starts a thread that queues copies endlessly, or ends it.
     fn keep_up(&'static self, on: bool) {
         let mut thread = self.thread.lock().unwrap();
         if let Some((stop, thread)) = thread.take() {
@@ -240,7 +246,7 @@ impl Traffic {
 
 const NON_BLOCKING: u32 = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
 
-/// As the driver takes it.
+/// The handle that the driver takes.
 fn raw(stream: DeviceStream<'_>) -> sys::CUstream {
     stream.handle() as sys::CUstream
 }
@@ -262,7 +268,7 @@ impl Stream {
         }
     }
 
-    /// Memory in stream order: freed in this stream when the last reference goes.
+    /// Memory in stream order: freed in this stream with the last reference.
     pub fn tensor(&self, len: usize) -> Tensor {
         let mut at = 0;
         cuda!(cuMemAllocAsync(&mut at, len, raw(self.0)));
@@ -324,7 +330,7 @@ impl Tensor {
         self.kept_by(stream, self.clone())
     }
 
-    /// The same, which `keep`, who has the tensor, keeps.
+    /// A source whose tensor `keep` owns.
     pub fn kept_by(&self, stream: Stream, keep: impl Send + Sync + 'static) -> RawDevice {
         let len = self.0.len;
         // SAFETY: the block is kept alive; what else is asked of the program is what these tests are about.
@@ -356,10 +362,10 @@ impl Tensor {
         bytes
     }
 
-    /// Has an executor set aside in this memory, or in as much of it as `bytes`.
+    /// Makes an executor use this memory, or `bytes` of it, as scratch.
     pub fn scratch_of(&self, builder: Builder, ordinal: u32, bytes: u64) -> Builder {
         assert!(bytes <= self.0.len as u64);
-        // SAFETY: the block is kept alive, and nobody else writes it until the executor has let go of it.
+        // SAFETY: the block is kept alive, and nothing else writes it until the executor has released it.
         unsafe { builder.scratch_in(ordinal, self.0.at, bytes, self.clone()) }
     }
 

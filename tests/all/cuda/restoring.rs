@@ -1,4 +1,4 @@
-//! Restores into device memory: what arrives, behind what, and what never gets there.
+//! Restores into device memory: which bytes arrive, after which work, and which never get there.
 
 use super::program::{Gpu, Stream, Tensor, rig};
 use crate::made::{Made, noise, open};
@@ -14,12 +14,12 @@ pub fn step(tensors: &[(&str, &[u8])]) -> Made {
     tensors.iter().fold(Made::new(7), add)
 }
 
-/// The same, opened for a device.
+/// A checkpoint of these tensors, opened for a device.
 pub fn opened(gpu: &Gpu, tensors: &[(&str, &[u8])]) -> Checkpoint {
     step(tensors).open().unwrap().with_made_device(gpu.device())
 }
 
-/// Memory with something else in it.
+/// Memory with other bytes in it.
 pub fn blank(gpu: &Gpu, len: usize) -> Tensor {
     gpu.tensor(&vec![0xEE; len])
 }
@@ -33,7 +33,7 @@ fn cuda_tensors_of_any_length_are_restored_to_any_address_bit_for_bit() {
     let made = sizes
         .iter()
         .fold(Made::new(7).shards(2), |made, &n| made.tensor(&format!("t{n}"), Dtype::U8, &[n], noise(n, n as u64)));
-    // Real files, so that reads pass by the page cache where they can.
+    // Real files, so that reads bypass the page cache where they can.
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("step-00000007");
     std::fs::create_dir(&path).unwrap();
@@ -168,7 +168,7 @@ fn cuda_work_that_was_queued_before_a_restore_does_not_overwrite_it() {
         }
         let targets = Targets::new().device("t", memory[0].target(streams[0]));
         checkpoint.read_into(targets.device("u", memory[1].target(streams[1]))).unwrap();
-        // What came before has ended, and so have the copies.
+        // The earlier work has ended, and so have the copies.
         assert!(memory[0].read() == bytes && memory[1].read() == bytes);
         streams[0].fill(&memory[0], 0xBB);
         streams[0].wait();
@@ -182,7 +182,7 @@ fn cuda_slabs_are_not_read_into_while_they_are_copied_from() {
     gpu.set("lag_us", 3000);
     let stream = gpu.stream();
     let tensors: Vec<_> = (0..12).map(|i| (format!("t{i}"), noise(100_000, i))).collect();
-    // Each in a file of its own, so that one thread brings them one after the other.
+    // Each in a file of its own, so that one thread copies them one after the other.
     let add = |made: Made, (name, bytes): &(String, Vec<u8>)| made.tensor(name, Dtype::U8, &[100_000], bytes.clone());
     let made = tensors.iter().fold(Made::new(7).shards(12), add);
     let checkpoint = made.open().unwrap().with_made_device(gpu.device()).with_threads(1);
@@ -215,7 +215,7 @@ fn cuda_bytes_that_are_not_what_was_written_never_get_to_the_device() {
             let wrong = &memory[usize::from(name == "small")].read();
             let block = place / BLOCK as usize * BLOCK as usize;
             assert!(wrong[block..].iter().take(BLOCK as usize).all(|&byte| byte == 0xEE), "{name} {place}");
-            // Nothing of ours writes there any more: memory that is freed under a copy would be an error that stays.
+            // The library writes there no more: memory freed under a copy would be a sticky error.
             drop(memory);
             stream.wait();
         }
@@ -233,7 +233,7 @@ fn cuda_state_goes_from_the_gpu_to_disk_and_back() {
         let expected = tensor.read();
         rig.executor.save(step, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
         stream.fill(&tensor, step as u8);
-        // The next is saved while the last is read.
+        // The next step is saved while the last is read.
         let other = rig.gpu.tensor(&pattern(step, 60_000));
         let save = rig.executor.save(100 + step, one("o", other.source(stream))).unwrap();
         let checkpoint = rig.executor.checkpoint(step).unwrap();

@@ -1,4 +1,5 @@
-//! Restores into device memory while the driver fails: each call once in turn, contexts that are lost, copies that never end.
+//! Restores into device memory while the driver fails: each call once in turn, lost contexts, copies that
+//! never end.
 
 use super::program::{Gpu, Stream, Tensor};
 use super::restoring::{blank, opened, step};
@@ -9,7 +10,7 @@ use ashore::{Checkpoint, ErrorKind, Targets};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What a restore calls, finding the driver included; the last of them give things back.
+/// The driver calls of a restore, including those that find the driver; the last of them release resources.
 const CALLS: [&str; 22] = [
     "cuInit",
     "cuDriverGetVersion",
@@ -54,7 +55,7 @@ fn cuda_call_that_fails_once_is_one_clean_error_of_a_restore() {
     for name in CALLS {
         for (code, late) in [(1, ""), (719, ""), (719, ":async")] {
             for nth in 1.. {
-                // A sticky error is gone only with all that the device has.
+                // A sticky error ends only when everything of the device is released.
                 fake.reset();
                 let (stream, memory) = (gpu.stream(), [blank(&gpu, 300_000), blank(&gpu, 5000)]);
                 let (live, before) = (fake.live(), fake.calls(name));
@@ -100,7 +101,7 @@ fn cuda_driver_is_not_called_after_a_restore_has_met_an_error_that_stays() {
     let calls = fake.calls("*");
     let error = read().unwrap_err();
     assert!(error.kind() == ErrorKind::Device && format!("{error:#}").contains("code=700"), "{error}");
-    // The host's tensors are no business of the device.
+    // Host tensors do not involve the device.
     assert!(checkpoint.read("t").unwrap() == bytes);
     drop(checkpoint);
     assert_eq!(fake.calls("*"), calls);
@@ -121,7 +122,7 @@ fn cuda_copies_that_never_end_fail_a_restore_when_its_patience_is_over() {
     assert_eq!(error.kind(), ErrorKind::Deadline);
     assert!(error.to_string().contains("still write") && error.to_string().contains("timeout=50ms"), "{error}");
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
-    // What they read from was neither reused nor unpinned: they end well.
+    // Their source memory was neither reused nor unpinned: they succeed.
     assert_eq!(fake.live().registered, 1);
     fake.set("hold", 0);
     eventually("the copies end", || fake.live().streams == 2);

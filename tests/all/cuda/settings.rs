@@ -1,4 +1,4 @@
-//! What a device makes of the settings of an executor.
+//! A device applies the settings of an executor.
 
 use super::program::{Gpu, rig_on};
 use crate::heard::Heard;
@@ -10,7 +10,7 @@ fn cuda_chunks_that_hold_up_what_the_program_reads_are_warned_of() {
         let gpu = Gpu::take();
         let rig = tracing::subscriber::with_default(heard.clone(), || {
             let rig = rig_on(gpu, |b| b.chunk(chunk).arena(2 * chunk));
-            // The host has nothing that it could hold up.
+            // On the host there is no stream to hold up.
             crate::rig::rig(|b| b.chunk(chunk).arena(2 * chunk).device(ashore::DeviceChoice::Host));
             rig
         });

@@ -1,4 +1,4 @@
-//! Copies from GPUs: what arrives, in which order, and when memory may be written again.
+//! Copies from GPUs: which bytes arrive, in which order, and when memory may be written again.
 
 use super::program::{COPIES, Gpu, Rig, Stream, Tensor, at_fence, real, rig, rig_on};
 use crate::rig::{Buffer, LONG, one, pattern};
@@ -7,7 +7,7 @@ use ashore::{Capture, DeviceStream, ErrorKind, Fence, Save, StateDict};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Lags that are long beside everything that the host does in between.
+/// Lags that are long compared to the host's work in between.
 fn slow(gpu: &Gpu) {
     gpu.set("lag_us", 300);
 }
@@ -61,7 +61,8 @@ fn cuda_copies_wait_for_what_every_producer_had_queued() {
     }
 }
 
-/// Saves tensors that two streams write again as soon as `fence` has returned; what is saved must be what was there before.
+/// Saves tensors that two streams write again as soon as `fence` has returned; the save must have the bytes
+/// from before.
 pub fn write_right_after(rig: &Rig, fence: impl Fn(&[DeviceStream])) {
     let (producer, writer) = (rig.gpu.stream(), rig.gpu.stream());
     let tensors = [5000, 9000, 100].map(|n| rig.gpu.tensor(&vec![0; n]));
@@ -129,7 +130,7 @@ fn cuda_memory_is_given_back_when_its_copies_have_ended_and_not_before() {
         let save = rig.executor.save(step, at_fence(tensor.source(stream))).unwrap();
         rig.executor.fence_on(&[stream.0]).unwrap();
         drop(tensor);
-        // Whoever gets the memory next writes it at once.
+        // The next owner of the memory writes it at once.
         let next = other.tensor(9000);
         other.fill(&next, 0xEE);
         save.wait(LONG).unwrap();
@@ -183,7 +184,8 @@ fn cuda_tensors_of_several_devices_go_into_one_save() {
     assert_eq!(rig.checkpoint(1).unwrap().read("far").unwrap(), [2; 9000]);
 }
 
-/// A fence on a stream that is being captured is refused, unless a real GPU has staged the save by now: then no stream has to wait.
+/// A fence on a stream that is being captured is refused, unless a real GPU has staged the save by now: then
+/// no stream has to wait.
 pub fn refused_or_staged(save: &Save, fenced: ashore::Result<()>) {
     match fenced {
         Err(error) => {
@@ -299,7 +301,7 @@ fn cuda_tensors_are_not_quietly_captured_at_the_fence_when_they_were_to_be_at_sa
     rig.executor.save(1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
 }
 
-/// What is kept for a second try must be the same state then; a stream writes memory of a device without asking.
+/// A retry must find the same state, but a stream may write device memory without asking.
 #[test]
 fn cuda_tensors_are_not_kept_for_a_second_try() {
     let Rig { executor, gpu, .. } = rig(|b| b);
@@ -311,7 +313,7 @@ fn cuda_tensors_are_not_kept_for_a_second_try() {
     assert!(error.to_string().contains("tensor=\"t\""), "{error}");
 }
 
-/// Whatever keeps tensors is dropped by the thread that copies, and may leave it without a context.
+/// The stager drops the owners of tensors, which may leave it without a current context.
 #[test]
 fn cuda_saves_go_on_after_a_source_has_taken_the_context_away() {
     struct Rude;

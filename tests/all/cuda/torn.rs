@@ -1,5 +1,5 @@
-//! Torn snapshots: thousands of saves whose tensors are written, freed and used anew as early as a program may. Every byte
-//! must be that of its step.
+//! No snapshot is torn: in thousands of saves the tensors are written, freed and reused as early as a program
+//! may. Every byte must be that of its step.
 
 use super::program::{Gpu, Rig, Stream, Tensor, rig_on};
 use crate::rig::LONG;
@@ -9,7 +9,7 @@ use proptest::test_runner::{RngAlgorithm, TestRng};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// How a trial makes sure that it may write.
+/// How a trial waits until it may write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Case {
     /// The host waits.
@@ -24,11 +24,11 @@ enum Case {
     Staged,
     /// `save` itself waits.
     AtSave,
-    /// The program lets go of the memory after the fence; another stream gets it and writes it.
+    /// The program frees the memory after the fence; another stream allocates it and writes it.
     Freed,
     /// Borrowed memory, written and freed after the end of a scope that waits on the host.
     ScopeOnHost,
-    /// The same, of a scope whose streams wait on the GPU.
+    /// Borrowed memory of a scope whose streams wait on the GPU.
     ScopeOnStream,
 }
 
@@ -105,7 +105,7 @@ impl Program {
                 let capture = if at_save(i) { Capture::AtSave } else { Capture::AtFence };
                 state.tensor_captured(i.to_string(), source, capture).unwrap();
             }
-            // In the last chunk a tensor of the host leaves nothing to set aside.
+            // In the last chunk a host tensor leaves nothing to copy late.
             let host = if step % 4 == 0 { "host" } else { "+host" };
             state.tensor(host, Arc::new(vec![value; 3000])).unwrap();
             state
@@ -149,7 +149,7 @@ impl Program {
             _ => write(producer, 0xEE),
         }
         if matches!(case, Case::Other | Case::Twice) {
-            // Freed in the producer's stream, which must not overtake the writer: as programs do it.
+            // Freed in the producer's stream, which must not overtake the writer, as in real programs.
             other.wait();
         }
         drop(tensors);
@@ -163,7 +163,7 @@ impl Program {
         }
     }
 
-    /// Compares what was saved with what must have been.
+    /// Compares the saved bytes with the expected ones.
     fn check(&mut self) {
         for (save, case, expected) in self.open.drain(..) {
             let step = save.step();
@@ -198,7 +198,7 @@ fn cuda_snapshots_are_never_torn() {
                     program.trial();
                 }
                 program.check();
-                // A copy from memory that was freed would be an error that stays.
+                // A copy from freed memory would be a sticky error.
                 assert_eq!(program.rig.gpu.fake().map_or(0, |fake| fake.sticky()), 0);
                 let kernels = program.rig.gpu.fake().map(|fake| fake.calls("cuLaunchKernel"));
                 assert!(kernels.is_none_or(|n| if slots == 0 { n > 800 } else { n > 2400 }), "{kernels:?}");

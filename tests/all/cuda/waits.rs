@@ -1,4 +1,4 @@
-//! Streams that wait at a fence for a number in memory: until the copies have ended, or the save has failed.
+//! Streams wait at a fence for a number in memory, until the copies have ended or the save has failed.
 
 use super::loader::{Found, here, pass, path_of};
 use super::program::{COPIES, Gpu, Rig, Stream, Tensor, at_fence, left_out, open_device, real, rig, rig_on};
@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// In which a stream that nothing holds up has long gone on.
+/// Long enough for a stream that nothing holds up to continue.
 const A_WHILE: Duration = Duration::from_millis(5);
 const WAIT: &str = "cuStreamWaitValue32_v2";
 const WRITE: &str = "cuStreamWriteValue32_v2";
@@ -25,7 +25,7 @@ impl Rig {
         self.gpu.fake().is_some_and(|fake| fake.peek(tensor.0.at, 1) == [0xEE])
     }
 
-    /// A save none of whose copies begins, and a stream that has come to its fence and then writes the tensor.
+    /// A save none of whose copies begins, and a stream that waits at its fence and then writes the tensor.
     fn held(&self, step: u64, tensor: &Tensor, stream: Stream) -> Option<Save> {
         self.gpu.fake()?.set("hold", COPIES);
         let save = self.executor.save(step, at_fence(tensor.source(stream))).unwrap();
@@ -70,7 +70,7 @@ fn cuda_streams_are_let_go_when_the_save_fails_although_its_copies_hang() {
         assert!(rig.written(&tensor));
         let kind = save.wait(LONG).unwrap_err().kind();
         assert_eq!(kind, if cancel { ErrorKind::Cancelled } else { ErrorKind::Deadline });
-        // The copies may still begin: what they read is there.
+        // The copies may still begin: their source memory is kept.
         std::thread::sleep(A_WHILE);
         assert!(Arc::strong_count(&tensor.0) > 1);
         rig.gpu.set("hold", 0);
@@ -141,7 +141,7 @@ fn cuda_streams_wait_for_an_event_when_too_many_memory_waits_are_pending() {
     rig.gpu.set("hold", 0);
     late.wait();
     eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
-    // All of them are there again, more than once.
+    // All of them were returned and reused more than once.
     let fake = rig.gpu.fake().unwrap();
     let before = fake.calls(WAIT);
     (0..2 * at_once as u64 + 2).for_each(|i| rig.saves_right(2 + i));
@@ -150,7 +150,7 @@ fn cuda_streams_wait_for_an_event_when_too_many_memory_waits_are_pending() {
 
 #[test]
 fn cuda_streams_of_several_devices_are_let_go() {
-    // The executor goes first.
+    // The executor is dropped first.
     let second = Gpu::take();
     let rig = rig(waiting);
     let (Some(fake), Some(other)) = (rig.gpu.fake(), second.fake()) else { return };

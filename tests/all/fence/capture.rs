@@ -1,4 +1,4 @@
-//! Small writable tensors are taken at `save`, within a budget.
+//! `save` captures small writable tensors, within a budget.
 
 use crate::rig::{Buffer, LONG, pattern, rig};
 use ashore::{Capture, ErrorKind, StateDict};

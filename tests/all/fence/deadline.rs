@@ -1,4 +1,4 @@
-//! No wait without a deadline: a device that stands still fails the save, not the program.
+//! Every wait has a deadline: a device that hangs fails the save, not the program.
 
 use crate::rig::{Buffer, LONG, eventually, one, pattern, rig};
 use ashore::promise;
@@ -61,9 +61,8 @@ fn waiting_for_a_handle_ends_at_its_own_deadline_and_the_save_goes_on() {
     save.wait(LONG).unwrap();
 }
 
-/// A ticket's deadline was looked at when the stager began to wait for the save before it, and then not
-/// again: behind a save that was stuck, one with a deadline of 50 ms failed when that of the first had
-/// passed.
+/// The stager checked a ticket's deadline when it began to wait for the save before it, and then not again:
+/// behind a stuck save, one with a deadline of 50 ms failed only when the deadline of the first had passed.
 #[test]
 fn a_save_behind_one_that_is_stuck_fails_at_its_own_deadline_and_lets_its_sources_go() {
     for promised in [true, false] {

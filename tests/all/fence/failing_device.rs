@@ -1,4 +1,4 @@
-//! A device that fails fails the saves that it was copying, and nothing else.
+//! A failing device fails the saves that it was copying, and nothing else.
 
 use crate::rig::{LONG, eventually, one, pattern, rig};
 use ashore::{ErrorKind, Phase, Source};

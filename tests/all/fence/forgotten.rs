@@ -1,4 +1,4 @@
-//! A fence that was forgotten is found out, not published.
+//! A save detects a forgotten fence, and does not publish.
 
 use crate::rig::{Buffer, LONG, one, pattern, rig};
 use ashore::{Detect, ErrorKind};

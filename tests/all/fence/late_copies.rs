@@ -142,7 +142,7 @@ fn an_idle_fence_does_not_wait() {
     rig.executor.fence().unwrap();
 }
 
-/// There is no stream in which whoever writes or frees memory of the host could wait.
+/// Host memory has no stream in which its writer could wait before it writes or frees it.
 #[test]
 fn fences_on_streams_wait_on_the_host_for_what_is_copied_from_it_behind_our_back() {
     let rig = rig(|b| b);

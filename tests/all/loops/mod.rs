@@ -1,7 +1,8 @@
 //! The training loops that the documents show, each run: a run that is restarted ends as one that was not.
 //!
-//! The loop of the README once saved as a step the weights from before that step's update, and went on with the update after
-//! it: each restart lost one update. The loops in the crate's documentation are compared in the same way where they stand.
+//! The loop of the README once saved as a step the weights from before that step's update, and went on with
+//! the update after it: each restart lost one update. The loops in the crate's documentation are compared in
+//! the same way where they stand.
 
 mod readme;
 #[expect(dead_code, reason = "its `main` is for a terminal")]

@@ -66,7 +66,8 @@ fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
         rig.device.release();
         send.send((refused.map(|refused| refused.err().map(|error| error.kind())), second, third)).unwrap();
     });
-    // The copies of the first save, and no more: those of the others wait until the function has asked for all it may not have.
+    // The copies of the first save, and no more: those of the others wait until the function has asked for
+    // all it may not have.
     rig.device.allow(COPIES);
     let (mut kinds, second, third) = told.recv_timeout(LONG).map(|(kinds, a, b)| (kinds.to_vec(), a, b)).unwrap();
     assert_eq!(kinds.pop(), Some(Some(ErrorKind::Busy)));
@@ -77,8 +78,8 @@ fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
     rig.executor.shutdown(LONG).unwrap();
 }
 
-/// A failed save of which a device still held copies was passed over, and `shutdown` returned `Ok` although its
-/// handle had been dropped.
+/// A failed save of which a device still held copies was passed over, and `shutdown` returned `Ok` although
+/// its handle had been dropped.
 #[test]
 fn shutdown_returns_the_error_of_a_failed_save_whose_copies_hang() {
     let rig = rig(|b| b);
@@ -137,8 +138,8 @@ fn a_source_that_hangs_in_save_does_not_hang_a_shutdown() {
     rig.executor.fence().unwrap();
 }
 
-/// Only the first call had the handles of threads to join: one after it returned at once, while the thread that
-/// tidies up was deleting.
+/// Only the first call had the handles of threads to join: one after it returned at once, while the thread
+/// that tidies up was deleting.
 #[test]
 fn a_shutdown_after_one_that_was_too_short_waits_for_what_is_left() {
     let directory = tempfile::tempdir().unwrap();

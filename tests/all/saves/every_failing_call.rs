@@ -1,6 +1,6 @@
-//! Every system call of a save, and of the tidying after it, fails in turn under a whole executor: once and from then on, before
-//! and after it did its work. The future is never `Ok` for what is not there, nothing hangs, older steps stay as they are, slabs
-//! come home, and the next save works when the fault is gone.
+//! Every system call of a save, and of the tidying after it, fails in turn under a whole executor: once and
+//! from then on, before and after it did its work. The future is never `Ok` for what is not there, nothing
+//! hangs, older steps stay as they are, slabs come home, and the next save works when the fault is gone.
 
 use crate::rig::{LONG, eventually, hidden, one, pattern};
 use ashore::id::step_name;
@@ -118,7 +118,8 @@ fn check(clean: &Arc<dyn Storage>, case: Case, saved: &Result<Committed>, what: 
     assert!(oldest == Some(1) || (oldest.is_none() && case == Case::Pruning && saved.is_ok()), "{what}");
 }
 
-/// A file of an attempt, or its directory, whose fsync failed is never fsynced again, and the attempt is not published.
+/// A file of an attempt, or its directory, whose fsync failed is never fsynced again, and the attempt is not
+/// published.
 fn fsyncs_are_final(sys: &Faulty, since: usize, saved: bool, what: &str) {
     let log = sys.log();
     for (i, failed) in log.iter().enumerate().skip(since) {

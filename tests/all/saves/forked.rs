@@ -21,7 +21,8 @@ fn the_child_can_do_nothing_and_the_parent_goes_on() {
     eventually("copies are queued", || device.queued() > 0);
     device.allow(1);
 
-    // SAFETY: the child calls what it is here to call, touches no lock of another thread's, and ends with _exit.
+    // SAFETY: the child calls what it is here to call, touches no lock of another thread's, and ends with
+    // _exit.
     let child = unsafe { libc::fork() };
     if child == 0 {
         let invalid = |r: ashore::Result<()>| r.is_err_and(|e| e.kind() == ErrorKind::Invalid);
@@ -51,8 +52,9 @@ fn the_child_can_do_nothing_and_the_parent_goes_on() {
     executor.shutdown(LONG).unwrap();
 }
 
-/// The descriptors that hold locks are closed in a child, and their numbers stand for whatever the child opens next. A storage
-/// that the child had inherited touched those files, and began attempts beside those of its parent.
+/// The descriptors that hold locks are closed in a child, and their numbers stand for whatever the child
+/// opens next. A storage that the child had inherited touched those files, and began attempts beside those of
+/// its parent.
 #[test]
 #[cfg_attr(miri, ignore = "forks")]
 #[expect(unsafe_code, reason = "fork, and _exit in the child")]
@@ -65,7 +67,8 @@ fn the_child_touches_no_file_of_its_own_through_the_storage_of_its_parent() {
     let old = std::time::UNIX_EPOCH + LONG;
     std::fs::File::options().write(true).open(&own).unwrap().set_modified(old).unwrap();
 
-    // SAFETY: the child calls what it is here to call, touches no lock of another thread's, and ends with _exit.
+    // SAFETY: the child calls what it is here to call, touches no lock of another thread's, and ends with
+    // _exit.
     let child = unsafe { libc::fork() };
     if child == 0 {
         let files: Vec<_> = (0..64).filter_map(|_| std::fs::File::options().write(true).open(&own).ok()).collect();

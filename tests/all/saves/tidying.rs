@@ -9,12 +9,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 const SAVES: u64 = 100;
-/// As many as wait to be tidied up, as many in hand, one that the committer holds, and one that it is publishing.
+/// As many as wait to be tidied up, as many in hand, one that the committer holds, and one that it is
+/// publishing.
 const LAG: usize = 16 + 16 + 2;
 
 fn executor(sys: &Arc<Faulty>, root: &Path) -> CheckpointExecutor {
     let storage = Arc::new(Local::with_sys(sys.clone(), root).unwrap());
-    // One writer, so that saves are committed in their order: the steps that were committed last are kept, whatever their numbers.
+    // One writer, so that saves are committed in their order: the steps that were committed last are kept,
+    // whatever their numbers.
     let builder = CheckpointExecutor::builder("unused").storage(storage).arena(4 * 4096).chunk(4096).writers(1);
     builder.keep_last(3).overlap(Overlap::Queue(SAVES as usize)).build().unwrap()
 }
@@ -31,8 +33,9 @@ fn steps(root: &Path) -> BTreeSet<u64> {
     names.filter_map(|name| ashore::id::parse_step_name(&name)).collect()
 }
 
-/// A fast loop got ahead of the thread that tidies up, whose queue of 64 overflowed; what did not fit was dropped and nothing
-/// looked at it again: 7,188 owner records and 131 steps were left by a program that kept the last 3 and shut down in order.
+/// A fast loop got ahead of the thread that tidies up, whose queue of 64 overflowed; what did not fit was
+/// dropped and nothing looked at it again: 7,188 owner records and 131 steps were left by a program that kept
+/// the last 3 and shut down in order.
 #[test]
 fn a_loop_that_is_faster_than_tidying_waits_for_it_and_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
@@ -55,8 +58,8 @@ fn a_loop_that_is_faster_than_tidying_waits_for_it_and_leaves_nothing() {
     assert_eq!(hidden(directory.path()), [""; 0]);
 }
 
-/// What cannot be deleted at once is deleted by a later round. A sweep that met the same error reported the attempt as left
-/// alone, which counted as success, and nothing looked at it again.
+/// What cannot be deleted at once is deleted by a later round. A sweep that met the same error reported the
+/// attempt as left alone, which counted as success, and nothing looked at it again.
 #[test]
 fn what_could_not_be_deleted_at_first_is_gone_after_a_shutdown() {
     for (failing, refusals) in [(false, 3), (true, 2)] {

@@ -1,4 +1,5 @@
-//! The pool of writers and the arena: how much is written at once, how much waits, and the files that come of it.
+//! The pool of writers and the arena: how much is written at once, how much waits, and the files that come of
+//! it.
 
 use crate::rig::{LONG, eventually, one, pattern};
 use ashore::storage::local::Local;
@@ -101,7 +102,8 @@ impl FileWriting for PacedFile {
             now.open = true;
             changed.notify_all();
         }
-        // Bounded, so that a pool that never has so many writes under way fails the test and does not hang it.
+        // Bounded, so that a pool that never has so many writes under way fails the test and does not hang
+        // it.
         now = changed.wait_timeout_while(now, LONG, |now| !now.open).unwrap().0;
         now.under_way -= 1;
         drop(now);
@@ -115,7 +117,8 @@ impl FileWriting for PacedFile {
     }
 }
 
-/// A pool of two would leave the third write waiting for ever, and a pool of four would have a fourth under way.
+/// A pool of two would leave the third write waiting for ever, and a pool of four would have a fourth under
+/// way.
 #[test]
 fn as_many_chunks_are_written_at_once_as_there_are_writers() {
     for writers in [1, 3] {
@@ -132,7 +135,8 @@ fn as_many_chunks_are_written_at_once_as_there_are_writers() {
     }
 }
 
-/// The arena is all the memory there is: where storage takes nothing, no more is staged than fits it, and staging goes on with the writes.
+/// The arena is all the memory there is: where storage takes nothing, no more is staged than fits it, and
+/// staging goes on with the writes.
 #[test]
 fn staging_stops_when_the_arena_is_full_and_goes_on_as_writes_end() {
     const SLABS: u64 = 3;

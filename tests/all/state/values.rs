@@ -230,8 +230,8 @@ proptest! {
 
 #[test]
 fn floats_of_all_kinds_come_back_bit_for_bit() {
-    // Every exponent and sign, with mantissas at the edges: zeros, subnormals, integers, infinities, quiet and signalling
-    // NaN with payloads.
+    // Every exponent and sign, with mantissas at the edges: zeros, subnormals, integers, infinities, quiet
+    // and signalling NaN with payloads.
     let mut singles = Vec::new();
     for high in 0..512_u32 {
         for mantissa in [0, 1, 2, 0x2a_aaaa, 0x3f_ffff, 0x40_0000, 0x40_0001, 0x7f_ffff] {

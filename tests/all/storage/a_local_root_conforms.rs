@@ -68,7 +68,8 @@ fn a_root_is_made_with_all_that_leads_to_it_and_readers_make_nothing() {
     Local::at(&root).unwrap();
 }
 
-/// Two executors that write the hint at once exchanged each other's file, and each warned several times a minute.
+/// Two executors that write the hint at once exchanged each other's file, and each warned several times a
+/// minute.
 #[test]
 fn a_hint_that_another_process_writes_at_once_is_no_error() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,5 +1,6 @@
-//! Every system call of a save fails in turn, once and from then on, before and after it did its work. Whatever happens: no
-//! call says `Ok` for what is not so, each step reads as one whole attempt, and nothing leaks.
+//! Every system call of a save fails in turn, once and from then on, before and after it did its work.
+//! Whatever happens: no call says `Ok` for what is not so, each step reads as one whole attempt, and nothing
+//! leaks.
 
 use crate::rig::hidden;
 use ashore::storage::local::{Linux, Local};

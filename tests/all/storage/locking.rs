@@ -28,7 +28,8 @@ fn where_there_are_no_locks_saves_work_and_sweeps_do_not_take_the_living_for_dea
     }
 }
 
-/// A lock that fails for another reason fails the save, for others may be able to lock; the error says what to set.
+/// A lock that fails for another reason fails the save, for others may be able to lock; the error says what
+/// to set.
 #[test]
 fn a_lock_that_fails_says_which_setting_does_without() {
     for errno in [libc::ENOLCK, libc::EIO] {
@@ -45,8 +46,8 @@ fn a_lock_that_fails_says_which_setting_does_without() {
     }
 }
 
-/// NFS gives an exclusive lock only to a descriptor that can write, as does the simulated file system. The record was opened to
-/// read, so no dead attempt was ever swept there.
+/// NFS gives an exclusive lock only to a descriptor that can write, as does the simulated file system. The
+/// record was opened to read, so no dead attempt was ever swept there.
 #[test]
 fn a_sweep_locks_where_a_lock_needs_a_descriptor_that_writes() {
     let fs = SimFs::new();

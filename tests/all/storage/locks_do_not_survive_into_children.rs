@@ -1,8 +1,9 @@
-//! A program forks (a data loader, say) while it writes an attempt, and dies; the child lives on. Its copies of the descriptors
-//! must not make the attempt look alive for ever.
+//! A program forks (a data loader, say) while it writes an attempt, and dies; the child lives on. Its copies
+//! of the descriptors must not make the attempt look alive for ever.
 //!
 //! # Safety argument
-//! Between fork and its end the child calls write, alarm, pause and _exit, which are async-signal-safe, and nothing else.
+//! Between fork and its end the child calls write, alarm, pause and _exit, which are async-signal-safe, and
+//! nothing else.
 #![expect(unsafe_code, reason = "fork")]
 
 use ashore::Attempt;

@@ -1,4 +1,5 @@
-//! Storage: what every back end does, and what the local one does when calls fail, owners die and names are hostile.
+//! Storage: what every back end does, and what the local one does when calls fail, owners die and names are
+//! hostile.
 
 mod a_local_root_conforms;
 mod a_memory_storage_conforms;

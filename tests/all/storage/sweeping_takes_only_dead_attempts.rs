@@ -1,4 +1,5 @@
-//! A sweep removes what dead owners left, and leaves the living alone: the lock tells under one boot, age everywhere else.
+//! A sweep removes what dead owners left, and leaves the living alone: the lock tells under one boot, age
+//! everywhere else.
 
 use ashore::storage::local::{Linux, Local};
 use ashore::storage::{Remnant, State, Storage, Sweep};
@@ -75,8 +76,9 @@ fn a_live_owner_in_another_process_or_storage_is_left_alone() {
     attempt.settle().unwrap();
 }
 
-/// The attempt of a live process was deleted when its host had the name of another (pods of a stateful set, cloned images) and
-/// their boots differed: a lock may not reach from one to the other. And attempts of dead hosts stayed for ever.
+/// The attempt of a live process was deleted when its host had the name of another (pods of a stateful set,
+/// cloned images) and their boots differed: a lock may not reach from one to the other. And attempts of dead
+/// hosts stayed for ever.
 #[test]
 fn an_attempt_of_another_boot_is_judged_by_its_age_whatever_its_host_is_called() {
     let directory = tempfile::tempdir().unwrap();
@@ -118,8 +120,8 @@ fn a_lock_that_is_held_is_believed_under_any_boot_and_age() {
     attempt.abandon().unwrap();
 }
 
-/// Where there are no locks, an owner shows that it is alive by touching its record. Its own boot must not take the lock that
-/// nobody holds for a sign of death.
+/// Where there are no locks, an owner shows that it is alive by touching its record. Its own boot must not
+/// take the lock that nobody holds for a sign of death.
 #[test]
 fn without_locks_an_owner_lives_as_long_as_it_touches_its_record() {
     let directory = tempfile::tempdir().unwrap();
@@ -141,7 +143,8 @@ fn without_locks_an_owner_lives_as_long_as_it_touches_its_record() {
     assert_eq!((storage.list().unwrap().len(), names(directory.path()).len()), (0, 0));
 }
 
-/// A host whose clock is wrong deletes nothing by it: where the file system does not tell its time, no age is known.
+/// A host whose clock is wrong deletes nothing by it: where the file system does not tell its time, no age is
+/// known.
 #[test]
 fn without_the_clock_of_the_file_system_nothing_is_old() {
     let directory = tempfile::tempdir().unwrap();
@@ -245,8 +248,8 @@ fn what_an_overwrite_displaced_goes_when_its_owner_died_before_it_could() {
     assert_eq!(fs::read(directory.path().join("step-1/manifest.json")).unwrap(), b"new");
 }
 
-/// An attempt that could not be looked at counted as one that is not there: with a record that says nothing it went after a minute.
-/// And a lock that could not be asked for counted as one that is free.
+/// An attempt that could not be looked at counted as one that is not there: with a record that says nothing
+/// it went after a minute. And a lock that could not be asked for counted as one that is free.
 #[test]
 fn what_cannot_be_looked_at_or_locked_is_not_dead() {
     let directory = tempfile::tempdir().unwrap();
@@ -276,8 +279,8 @@ fn what_cannot_be_looked_at_or_locked_is_not_dead() {
     assert_eq!(names(directory.path()), [""; 0]);
 }
 
-/// A record with a field that this version does not know could not be read: the attempts of a newer version were judged by their
-/// age, whether their owners were alive or dead.
+/// A record with a field that this version does not know could not be read: the attempts of a newer version
+/// were judged by their age, whether their owners were alive or dead.
 #[test]
 fn a_record_of_a_later_version_is_read() {
     let directory = tempfile::tempdir().unwrap();

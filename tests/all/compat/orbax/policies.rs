@@ -103,12 +103,14 @@ fn steps_are_kept_as_the_policy_says_and_the_newest_always() {
     assert_eq!(kept(AnyPreservationPolicy(vec![Box::new(strict), Box::new(LatestN(1))])), [3, 6]);
 }
 
-/// The manager once listed a step for good that its policy had deleted while the step's own turn to be followed was still to come.
+/// The manager once listed a step for good that its policy had deleted while the step's own turn to be
+/// followed was still to come.
 #[test]
 fn a_step_that_is_deleted_before_its_turn_is_not_listed_afterwards() {
     let root = tempfile::tempdir().unwrap();
     let steps = root.path().to_owned();
-    // At the turn of step 1 all four become durable, so that at the turn of step 2 the policy drops 3 as well.
+    // At the turn of step 1 all four become durable, so that at the turn of step 2 the policy drops 3 as
+    // well.
     let policy = move |seen: &[CheckpointInfo]| {
         if seen.iter().all(|checkpoint| checkpoint.step == 1) {
             eventually("four steps", || (1..=4).all(|step: u64| steps.join(step.to_string()).exists()));

@@ -1,4 +1,5 @@
-//! Failures of planners, writers and storage: always in the future, never silent, and tried again where that is asked for.
+//! Failures of planners, writers and storage: always in the future, never silent, and tried again where that
+//! is asked for.
 
 use crate::compat::{Flaky, Gate, engine, files, state};
 use crate::rig::{LONG, one};

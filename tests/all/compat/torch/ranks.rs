@@ -1,4 +1,5 @@
-//! Several ranks, as threads of one process, with a storage writer of their own: plans, and failures, of all of them.
+//! Several ranks, as threads of one process, with a storage writer of their own: plans, and failures, of all
+//! of them.
 
 use crate::compat::engine;
 use crate::rig::LONG;
