@@ -1,4 +1,4 @@
-//! What the compiler does not check about the source: floors, lengths, notes on `unsafe`, paths in the
+//! Checks the source where the compiler does not: floors, lengths, notes on `unsafe`, paths in the
 //! documentation.
 //!
 //! Each rule is a function from text to complaints, so that the tests at the end can show that it complains.
@@ -37,7 +37,7 @@ const FLOORS: [&[&str]; 6] = [
     &["adapters", "compat", "sigterm"],
 ];
 
-/// On these floors neighbours do not know each other.
+/// On these floors modules do not import their neighbours.
 const APART: [usize; 2] = [2, 3];
 
 /// The only files of the library with unsafe code. Each opens with its safety argument.
@@ -248,9 +248,9 @@ fn exports(lib: &str) -> BTreeMap<String, String> {
     exported
 }
 
-/// What is named directly below the crate's root: line, name, and whether it is sure that the path starts at
-/// the root (`super` may start in a module inside the file). `depth` is the number of modules that the file
-/// is below the root.
+/// The names directly below the crate's root: line, name, and whether the path surely starts at the root
+/// (`super` may start in a module inside the file). `depth` is the number of modules that the file is below
+/// the root.
 fn imports(code: &str, depth: usize) -> Vec<(usize, String, bool)> {
     let mut found = Vec::new();
     for (at, start) in words(code, "crate").map(|at| (at, at)).chain(words(code, "super").map(|at| (at, at))) {
@@ -313,7 +313,7 @@ fn safety_notes(_: &str, text: &str) -> Vec<String> {
         if line[at + "unsafe".len()..].trim_start().starts_with("fn(") {
             continue;
         }
-        // What it asks of its caller stands at the trait.
+        // The trait states the requirements on the caller.
         if line.trim_start().starts_with("unsafe fn") && implements_a_trait(&code, i) {
             continue;
         }
@@ -443,11 +443,11 @@ fn paths(path: &str, text: &str, exists: impl Fn(&Path) -> bool) -> Vec<String> 
 fn test_names(text: &str) -> Vec<String> {
     let code = code(text);
     let marks = code.match_indices("#[test]").map(|(at, mark)| &code[at + mark.len()..]);
-    // A property's test stands in a macro: its mark and its name are there all the same.
+    // A property's test is in a macro, but has its mark and its name.
     marks.filter_map(|rest| Some(rest.split_once("fn ")?.1.chars().take_while(|&c| is_word(c)).collect())).collect()
 }
 
-/// Whether every feature that a table says we have names tests, and every test that is named exists.
+/// Whether every feature that a table claims names tests, and every named test exists.
 fn shown(text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
     let mut complaints = Vec::new();
     for (i, line) in text.lines().enumerate() {
@@ -473,7 +473,7 @@ fn is_path(span: &str) -> bool {
     plain && (source || below || span.ends_with(".md"))
 }
 
-/// Each rule complains about what it is there for, and about nothing near it.
+/// Each rule complains about its target, and about nothing near it.
 mod rules_can_fail {
     use super::*;
 

@@ -1,10 +1,11 @@
-//! A file system of its own in an image file.
+//! Mounts a new file system in an image file.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Mounted until it is dropped. The image has no name, and the loop device goes with the mount.
+/// A mounted file system, until it is dropped. The image has no name, and the loop device ends with the
+/// mount.
 pub struct Mounted {
     kind: &'static str,
     point: PathBuf,
@@ -38,7 +39,7 @@ impl Mounted {
         &self.point
     }
 
-    /// Mounts it anew, `ro` or `rw`.
+    /// Remounts it, `ro` or `rw`.
     pub fn remount(&self, how: &str) {
         run(Command::new("mount").args(["-o", &format!("remount,{how}")]).arg(&self.point));
     }
@@ -46,7 +47,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // Lazily: after a failed test something may still be open.
+        // Lazily, because after a failed test something may still be open.
         let unmounted = Command::new("umount").arg("--lazy").arg(&self.point).status();
         if !std::thread::panicking() {
             assert!(unmounted.unwrap().success(), "cannot unmount {}", self.point.display());

@@ -35,7 +35,7 @@ fn save(executor: &CheckpointExecutor, step: u64) -> Result<Committed> {
     Ok(save.wait(LONG)?.committed().expect("saves are neither skipped nor superseded"))
 }
 
-/// All steps are there, and whole.
+/// Checks that all steps are there, and whole.
 fn steps_are(root: &Path, expected: &[u64]) {
     let (entries, problems) = Catalog::open(root).unwrap().survey().unwrap();
     assert!(problems.is_empty(), "{problems:?}");
@@ -47,7 +47,7 @@ fn steps_are(root: &Path, expected: &[u64]) {
     }
 }
 
-/// What is neither a step nor the hint.
+/// The entries that are neither a step nor the hint.
 fn lies_about(root: &Path) -> Vec<String> {
     let names = fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| parse_step_name(name).is_none() && name != "latest").collect()
@@ -57,14 +57,14 @@ fn full(error: &Error, step: u64) {
     assert_eq!((error.kind(), error.step()), (ErrorKind::NoSpace, Some(step)), "{error:?}");
 }
 
-/// Takes room until so many bytes are left, as far as the file system can say and will give.
+/// Fills the file system until so many bytes are left, as far as it can tell and allocate.
 fn leave(at: &Path, free: u64) {
     let ballast = File::options().create(true).truncate(true).write(true).open(at).unwrap();
     let too_much = || {
         let stat = statvfs(at).unwrap();
         (stat.f_bavail * stat.f_frsize).saturating_sub(free)
     };
-    // The last blocks go in pieces: what describes them takes room too.
+    // The last blocks go in pieces: their metadata takes space, too.
     let (mut length, mut piece) = (0, too_much());
     while piece >= 4 * KIB {
         match fallocate(&ballast, FallocateFlags::empty(), length, piece) {
@@ -98,7 +98,7 @@ fn saves_until_it_is_full(mounted: &Mounted, mode: IoMode) {
     steps_are(&root, &done);
     assert!(lies_about(&root).is_empty(), "{:?}", lies_about(&root));
 
-    // Without any room left, deleting must work.
+    // Without any space left, deleting must work.
     leave(&mounted.path().join("more"), 0);
     full(&save(&executor, next).unwrap_err(), next);
     steps_are(&root, &done);
@@ -115,7 +115,7 @@ fn saves_until_it_is_full(mounted: &Mounted, mode: IoMode) {
     fs::remove_dir_all(&root).unwrap();
 }
 
-/// Where the room ends differs: at the owner record, the attempt's directory, the shard, the manifest.
+/// The space ends at different files: the owner record, the attempt's directory, the shard, the manifest.
 fn saves_with_little_room(mounted: &Mounted) {
     let root = mounted.path().join("tight");
     let first = executor(&root).unwrap();
@@ -203,7 +203,7 @@ fn xfs_is_written_past_the_page_cache_until_it_is_full() {
     behaves(&Mounted::new("xfs", 300, &["-q"]), IoMode::Direct);
 }
 
-/// Takes O_DIRECT, and copies into the page cache all the same, for its checksums.
+/// btrfs accepts O_DIRECT, but copies into the page cache for its checksums.
 #[test]
 fn btrfs() {
     behaves(&Mounted::new("btrfs", 256, &["-q"]), IoMode::Buffered);

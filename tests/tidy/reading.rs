@@ -1,10 +1,10 @@
-//! Enough of Rust to tell code from what only looks like it.
+//! Parses enough of Rust to tell code from comments and literals.
 
 pub fn is_word(c: char) -> bool {
     c == '_' || c.is_ascii_alphanumeric()
 }
 
-/// Where a word stands in the text, as a word.
+/// The offsets of a word in the text, as a word.
 pub fn words<'t>(text: &'t str, word: &'t str) -> impl Iterator<Item = usize> + use<'t> {
     text.match_indices(word)
         .map(|(at, _)| at)

@@ -1,5 +1,5 @@
-//! A prune once deleted the only sound step: the newest was complete and a byte of it was flipped, and
-//! "complete" was enough.
+//! A prune deleted the only sound step: the newest was complete with one flipped byte, and "complete" was
+//! enough. A prune keeps a sound step.
 
 use crate::made::{Made, noise, publish};
 use ashore::catalog::{Entry, Problem, Verify};
@@ -14,8 +14,8 @@ fn made(step: u64) -> Made {
     Made::new(step).tensor("x", Dtype::U8, &[64], noise(64, step))
 }
 
-/// Sound steps, and those of `flipped` with one byte of their tensor changed: complete, and not what was
-/// written.
+/// Saves sound steps, and changes one byte of the tensor in those of `flipped`: they are complete but not
+/// sound.
 fn steps(sound: &[u64], flipped: &[u64]) -> (Memory, Catalog) {
     let storage = Memory::new();
     sound.iter().for_each(|&step| made(step).publish(&storage, &ashore::id::step_name(step)));

@@ -62,7 +62,7 @@ fn a_step_that_cannot_be_made_durable_replaces_none() {
     assert_eq!(left(&storage), [2, 3, 4], "none of them counts");
 }
 
-/// Two prunes at once: one named a step as doubtful, and as kept, that the other had just deleted.
+/// Two prunes ran at once: one reported a step as doubtful, and as kept, that the other had just deleted.
 #[test]
 fn a_step_that_another_prune_deletes_meanwhile_is_neither_doubtful_nor_kept() {
     let (storage, catalog, _) = steps([1, 2, 3, 4]);

@@ -1,5 +1,5 @@
-//! A run that goes back to an early step: its saves are what counts, though steps of the run before have
-//! higher numbers. Once each save by a new process deleted the step that the branch had saved before it.
+//! A run that goes back to an early step keeps its saves, though steps of the run before have higher numbers.
+//! Each save by a new process once deleted the step that the branch had saved before it.
 
 use crate::made::{Made, noise, publish};
 use crate::rig::{LONG, one};

@@ -1,6 +1,6 @@
-//! A step is ours, and damaged, by one judgement, whatever is left of it: the catalog, an overwrite, a save
-//! and a prune agree. Once a manifest of 0 bytes made a step of ours somebody else's to an overwrite, and a
-//! damaged step to the catalog.
+//! The catalog, an overwrite, a save and a prune agree on which steps are ours and damaged, whatever is left
+//! of them. A step of ours with a manifest of 0 bytes was foreign to an overwrite, and damaged to the
+//! catalog.
 
 use crate::made::{BeforeShard, Made, Watched, noise, publish};
 use crate::rig::{LONG, one};
@@ -18,7 +18,7 @@ fn made(step: u64) -> Made {
         .shards(2)
 }
 
-/// A name, and what it does to the files of a step.
+/// The name of a damage, and how it changes the files of a step.
 type Damaging = (&'static str, fn(&mut Files));
 
 /// Every damage. The manifest is the last of the files, the shards are the first two.

@@ -1,4 +1,4 @@
-//! Which steps there are, and which may go.
+//! Which steps the catalog lists, and which it may delete.
 
 mod a_prune_keeps_a_sound_step;
 mod a_prune_keeps_what_is_durable;

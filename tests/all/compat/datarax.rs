@@ -152,7 +152,7 @@ fn metadata_is_read_without_the_tensors() {
     assert_eq!(kind(handler.restore(root.path(), None)), ErrorKind::Corrupt);
 }
 
-/// Restores its own fields and nothing by halves.
+/// Restores its own fields, all or none.
 #[derive(Debug, PartialEq)]
 struct Pipeline {
     position: u64,
@@ -283,7 +283,7 @@ fn a_part_of_a_state_is_a_state() {
     assert_eq!(kind(whole.nested("model", state(1)).map(drop)), ErrorKind::Invalid);
 }
 
-/// What was restored was handed to the target whatever it was: a target with other arrays found out later, or
+/// The handler gave the restored state to the target unchecked: a target with other arrays failed later, or
 /// never.
 #[test]
 fn a_target_of_another_structure_is_refused_and_left_as_it_was() {
@@ -382,7 +382,8 @@ fn an_iterator_is_restored_into_one_over_the_same_data_only() {
     checkpoints.close().unwrap();
 }
 
-/// What an asynchronous save need not keep was deleted by the next call only: after the last one it stayed.
+/// Only the next call deleted the steps that an asynchronous save need not keep: after the last call they
+/// stayed.
 #[test]
 fn a_handler_that_is_dropped_deletes_what_its_last_save_need_not_keep() {
     let root = tempdir().unwrap();

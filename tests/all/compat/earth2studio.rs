@@ -280,7 +280,7 @@ fn every_few_writes_make_a_flush_and_metadata_adds_up() {
     assert_eq!(session.flush(Metadata::new()).unwrap().expect("a row").write_count, 4);
     assert_eq!(session.flush(lead(5)).unwrap().expect("more metadata is a reason").write_count, 4);
     assert_eq!(checkpoint.catalog().unwrap().len(), 3);
-    // What a row says is true of that row: a session that resumes from it begins with none.
+    // A row's states belong to that row: a session that resumes from it begins with none.
     let resumed = checkpoint.session().unwrap();
     assert!(resumed.metadata_value::<u8>("a").is_ok());
     let row = resumed.flush(lead(6)).unwrap().expect("a row");
@@ -309,7 +309,7 @@ fn a_flush_is_a_future_and_states_may_change_meanwhile() {
     assert_eq!(session.commit_id().as_ref(), Some(&flush.row().commit_id));
 }
 
-/// Takes the name of the next row away, so that a commit fails.
+/// Occupies the name of the next row, so that a commit fails.
 fn obstruct(root: &Path, step: u64) -> impl FnOnce() {
     let path = root.join(format!("step-{step:08}"));
     std::fs::create_dir_all(path.join("theirs")).unwrap();
@@ -479,7 +479,7 @@ fn the_states_of_a_session_that_is_left_are_bound_again_by_the_next_that_is_ente
     assert!(bound.is_loaded(), "restored from the row");
     bound.update(|rollout| assert_eq!(*rollout, Rollout::new(6)));
     assert_eq!(row(&scope, &bound, 12).state_ids, [Rollout::ID], "and committed with the next");
-    // Another of its type may take its place, once.
+    // Another of its type may replace it, once.
     let other = scope.bind(Rollout::new(0)).unwrap();
     other.update(|rollout| assert_eq!(*rollout, Rollout::new(6)));
     assert_eq!(kind(scope.bind(Rollout::new(1))), ErrorKind::Invalid);
@@ -507,7 +507,7 @@ fn a_state_that_is_bound_before_a_session_waits_for_one() {
     assert!(waits.checkpoint_is_flush_due() && scope.is_flush_due());
     assert_eq!(scope.write(lead(6)).unwrap().expect("it was due").state_ids.len(), 2);
     drop(scope);
-    // A state that the program has dropped waits no longer.
+    // A state that the program has dropped no longer waits.
     drop((waits, clock));
     let again = checkpoint.enter().unwrap();
     again.bind(Rollout::new(0)).unwrap().update(|rollout| assert_eq!(*rollout, Rollout::new(6)));
@@ -521,9 +521,8 @@ fn a_state_that_is_bound_before_a_session_waits_for_one() {
     );
 }
 
-/// A session that began while a flush of its catalog was under way looked for the latest row before that
-/// flush had made one: it put the states back to the row before, and the next flush committed those as the
-/// newest row.
+/// A session that began during a flush of its catalog looked for the latest row before that flush had made
+/// it: it restored the states of the row before, and the next flush committed those as the newest row.
 #[test]
 fn a_session_entered_during_a_flush_goes_on_from_its_row() {
     let (root, device) = (tempdir().unwrap(), LateDevice::default());
@@ -551,7 +550,7 @@ fn a_session_entered_during_a_flush_goes_on_from_its_row() {
     bound.update(|rollout| assert_eq!(*rollout, Rollout::new(12)));
     assert_eq!(checkpoint.select(-1).unwrap().lead_time::<u32>().unwrap(), Some(12));
 
-    // One that failed is told of once, before the states are put back.
+    // A failed flush is reported once, before the states are restored.
     let session = checkpoint.enter().unwrap();
     let clear = obstruct(root.path(), 3);
     drop(session.write_async(lead(18)).unwrap().expect("a flush"));
@@ -561,7 +560,8 @@ fn a_session_entered_during_a_flush_goes_on_from_its_row() {
     assert_eq!(row(&checkpoint.enter().unwrap(), &bound, 18).write_count, 3);
 }
 
-/// A state that could not be restored kept the states behind it from the session, and from every later one.
+/// A state that could not be restored kept the states after it out of the session, and out of every later
+/// one.
 #[test]
 fn a_session_that_cannot_be_entered_leaves_every_state_waiting() {
     let root = tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! The graph checkpointer: the suite on every implementation, and what only some of them can get wrong.
+//! The graph checkpointer: the suite on every implementation, and the errors that only some of them can make.
 
 use crate::compat::identical::{assert_saved_by_the_executor, files};
 use ashore::compat::graph::{
@@ -45,7 +45,8 @@ fn every_implementation_prunes_alike() {
     run_pruning(|| Arc::new(Sqlite::open(path(".db")).unwrap()));
 }
 
-/// As somebody wrote it for the original: only what it imports and what it asks of the state has changed.
+/// A checkpointer as written for the original trait: only its imports and the bounds of its state have
+/// changed.
 mod written_for_the_original {
     use super::*;
     use async_trait::async_trait;
@@ -247,8 +248,8 @@ fn namespaces_of_one_store_know_nothing_of_each_other() {
     assert_eq!(load(&again), Some(Sample::new(2)), "a namespace has the same place in every process");
 }
 
-/// An engine that owns the trait, in small: what it asks of a state is not serde, and its errors and
-/// snapshots are its own.
+/// A small engine that owns the trait: its bounds on a state are not serde's, and its errors and snapshots
+/// are its own.
 mod engine {
     use super::Uuid;
     use async_trait::async_trait;
@@ -290,7 +291,7 @@ checkpointer_for! {
     struct Store for engine, |error| engine::Failed::Store(error.to_string()) => engine::Failed
 }
 
-/// A store of ours could not be handed to an engine that owns the trait.
+/// An engine that owns the trait could not use a store of ours.
 #[test]
 fn a_store_can_be_handed_to_an_engine_that_owns_the_trait() {
     let root = tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! One write path: what a face saved is what the executor saves of the same state.
+//! Every compatibility interface has one write path: it saves the bytes that the executor saves of the same
+//! state.
 
 use ashore::{Checkpoint, CheckpointExecutor, HostTensor, SaveOptions, StateDict};
 use std::collections::BTreeMap;
@@ -22,7 +23,7 @@ pub fn files(path: &Path) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
-/// Saves with an executor what the checkpoint at `path` holds, under the same attempt, and compares the
+/// Saves the state of the checkpoint at `path` with an executor, under the same attempt, and compares the
 /// directories byte by byte.
 #[track_caller]
 pub fn assert_saved_by_the_executor(path: &Path) {

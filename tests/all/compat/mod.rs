@@ -1,4 +1,4 @@
-//! Each face against the contract of its system, method by method.
+//! Tests each compatibility interface against the contract of its system, method by method.
 
 mod datarax;
 mod earth2studio;
@@ -47,10 +47,10 @@ fn files(root: &Path) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
-/// Drops a copy of `value` in a forked child, as data loaders do that fork; the child has ten seconds for it.
+/// Drops a copy of `value` in a forked child, as forking data loaders do; the child has ten seconds for it.
 #[expect(unsafe_code, reason = "fork, and a second owner in the child")]
 fn drop_in_a_child<T>(value: &T) {
-    // SAFETY: the child drops what it has a copy of, and leaves; the parent keeps its own.
+    // SAFETY: the child drops its copy and exits; the parent keeps its own.
     let status = unsafe {
         let child = libc::fork();
         if child == 0 {
@@ -65,10 +65,10 @@ fn drop_in_a_child<T>(value: &T) {
     assert_eq!(status, 0, "the child hung, or failed");
 }
 
-/// Where a thread waits until a test lets it pass.
+/// A gate at which a thread waits until a test opens it.
 #[derive(Debug, Default)]
 pub struct Gate {
-    /// Whether a thread has come, and whether threads may pass.
+    /// Whether a thread has arrived, and whether threads may pass.
     state: Mutex<(bool, bool)>,
     changed: Condvar,
 }
@@ -81,7 +81,7 @@ impl Gate {
         drop(self.changed.wait_timeout_while(state, LONG, |state| !state.1).unwrap());
     }
 
-    /// Waits until a thread has come.
+    /// Waits until a thread has arrived.
     pub fn reached(&self) {
         let state = self.state.lock().unwrap();
         let (_state, late) = self.changed.wait_timeout_while(state, LONG, |state| !state.0).unwrap();

@@ -17,7 +17,7 @@ const ROOT: &str = "/data/run";
 const LONG: Duration = Duration::from_secs(60);
 const CHUNK: usize = 4096;
 
-/// Tries made after a crash count from here: no attempt is ever made twice.
+/// Attempts made after a crash count from here: no number is used twice.
 const AFTER: u32 = 100;
 
 /// How a program is set up.
@@ -151,7 +151,7 @@ fn live(shape: Shape) -> Run {
     program.run()
 }
 
-/// What the next process does on an image: everything found is durable and must stay.
+/// The next process on an image: everything that it finds is durable and must stay.
 fn recover(image: &Image, verdict: &Verdict, shape: Shape) -> Run {
     let fs = SimFs::boot(image);
     let found: Vec<Try> = verdict.values().filter_map(|found| found.clone().ok()).collect();
@@ -178,7 +178,7 @@ fn an_executor_on_a_machine_that_loses_power_at_any_moment_twice() {
     findings.conclude(100_000);
 }
 
-/// Saves two steps, lets `harm` befall the next, and hands over to a second process; then the power fails.
+/// Saves two steps, applies `harm` to the next, and starts a second process; then the power fails.
 fn second_process(story: usize, harm: impl Fn(&SimFs), findings: &Findings) -> bool {
     let shape = SHAPES[story % SHAPES.len()];
     let (fs, mut expected) = (SimFs::new(), Expected::default());

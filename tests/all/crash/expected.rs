@@ -1,10 +1,10 @@
-//! What must be there: bytes that follow from numbers, and a log of what was promised at which position.
+//! The expectations: bytes that follow from numbers, and a log of the promises with their positions.
 
 use ashore::Attempt;
 use ashore::testing::simfs::Rng;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// One try at a step. The same step is tried again under the next number.
+/// One attempt at a step. Another attempt at the same step has the next number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Try {
     pub step: u64,
@@ -21,8 +21,8 @@ impl Try {
         Some(Self { step, number: u32::try_from(number.checked_sub(1)?).ok()? })
     }
 
-    /// The bytes of tensor or file `index`: they follow from the try alone, and no two bytes runs of
-    /// different tries agree.
+    /// The bytes of tensor or file `index`: they follow from the try alone, and no byte runs of two tries
+    /// agree.
     pub fn bytes(self, index: usize, len: usize) -> Vec<u8> {
         let mut rng = Rng::new(self.step << 32 | u64::from(self.number) << 8 | index as u64);
         let mut bytes: Vec<u8> =
@@ -32,7 +32,7 @@ impl Try {
     }
 }
 
-/// What a program under test did, as it saw it itself.
+/// What a program under test did, as it observed it itself.
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
     /// The save may become visible from here on.
@@ -51,7 +51,7 @@ pub enum Event {
 #[derive(Clone, Debug, Default)]
 pub struct Expected {
     events: Vec<(usize, Event)>,
-    /// The program may remove steps that so many newer ones outlive.
+    /// The program may remove a step once so many newer ones exist.
     pub keep_last: Option<usize>,
 }
 
@@ -60,9 +60,9 @@ pub struct Expected {
 pub struct Allowed {
     /// Nothing at all.
     pub absent: bool,
-    /// The tries of which any one may be there, oldest first.
+    /// Any one of these tries may be there, oldest first.
     pub tries: BTreeSet<Try>,
-    /// What is there is on its way out.
+    /// A removal of what is there has begun.
     pub removing: bool,
 }
 

@@ -1,5 +1,5 @@
-//! Goes through the images of a run, has each distinct one judged once by the production reader, and holds
-//! the verdict against what was promised.
+//! Goes through the images of a run. The production reader judges each distinct image once, and the verdict
+//! is compared with the promises.
 
 use super::expected::{Allowed, Expected, Try};
 use ashore::testing::simfs::{Crash, History, Image};
@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// What a reader makes of an image: for each step that it lists, the try whose bytes it found, or what is
+/// A reader's verdict on an image: for each step that it lists, the try whose bytes it found, or what is
 /// wrong with them.
 pub type Verdict = BTreeMap<u64, Result<Try, String>>;
 
@@ -18,8 +18,8 @@ pub struct Run {
     pub expected: Expected,
 }
 
-/// What all runs of a test found. Distinct means distinct by names and bytes, over all runs; the random names
-/// of trash do not count.
+/// The findings of all runs of a test. Distinct means distinct by names and bytes, over all runs, without the
+/// random names of trash.
 pub struct Findings {
     judge: fn(&Image) -> Verdict,
     verdicts: Mutex<HashMap<u64, Arc<Verdict>>>,
@@ -33,8 +33,8 @@ pub struct Tally {
     pub crashes: usize,
     /// Distinct images among them.
     pub images: usize,
-    /// Distinct images in which a step that was being saved for the first time, replaced or removed was not
-    /// there, was the old one, was the new one.
+    /// Distinct images in which a step that was being saved for the first time, replaced or removed was
+    /// absent, old or new.
     pub absent: usize,
     pub old: usize,
     pub new: usize,
@@ -87,8 +87,7 @@ impl Findings {
         self.tally.lock().unwrap().add(tally);
     }
 
-    /// The figures must be these: nothing torn, nothing lost, every outcome seen, at least so many distinct
-    /// images.
+    /// Asserts the figures: nothing torn, nothing lost, every outcome seen, at least so many distinct images.
     pub fn conclude(&self, images: usize) {
         let tally = self.tally();
         println!("{tally:#?}");
@@ -117,7 +116,7 @@ impl Tally {
         }
         for (step, allowed) in allowed {
             let found = verdict.get(step).and_then(|found| found.as_ref().ok());
-            // A step may go once enough newer ones have come to stay, which the same image must prove.
+            // A step may be removed once enough newer ones are durable, which the same image must prove.
             let pruned = keep_last.is_some_and(|keep| verdict.range(step + 1..).count() >= keep);
             if found.is_none() && !allowed.absent && !pruned {
                 self.blame(false, || format!("step {step} is lost; found {verdict:?}; {}", place()));
@@ -157,7 +156,7 @@ pub fn rounds() -> usize {
     std::env::var("ASHORE_CRASH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(1)
 }
 
-/// Does `work` for every number below `count`, on as many threads as there are processors.
+/// Does `work` for every number below `count`, on as many threads as there are CPUs.
 pub fn each(count: usize, work: impl Fn(usize) + Sync) {
     let next = AtomicUsize::new(0);
     let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).min(8);

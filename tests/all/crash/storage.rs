@@ -1,5 +1,5 @@
 //! The storage protocol alone, under a reader that knows no digests: a step counts when its manifest parses
-//! and every file has its length. So nothing but the order of writes, syncs and renames keeps torn steps out.
+//! and every file has its length. So only the order of writes, syncs and renames keeps torn steps out.
 
 use super::expected::{Event, Expected, Try};
 use super::explore::{Findings, Run, Verdict, each, rounds};
@@ -14,11 +14,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 const ROOT: &str = "/data/run";
-/// Tries made after a crash count from here: no attempt is ever made twice.
+/// Attempts made after a crash count from here: no number is used twice.
 const AFTER: u32 = 100;
 const MANIFEST: &str = "manifest.json";
 
-/// What the manifest of these tests says.
+/// The content of these tests' manifest.
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Listing {
     step: u64,
@@ -68,7 +68,7 @@ impl<'a> Program<'a> {
                 let at = buffer.as_ptr().align_offset(ALIGNMENT);
                 buffer[at..at + len].copy_from_slice(&bytes);
                 let whole = len.next_multiple_of(ALIGNMENT);
-                // Backwards: direct writes come in any order.
+                // Backwards, because direct writes come in any order.
                 for chunk in (0..whole).step_by(ALIGNMENT).rev() {
                     file.write_at(chunk as u64, &buffer[at + chunk..at + chunk + ALIGNMENT])?;
                 }
@@ -93,8 +93,8 @@ impl<'a> Program<'a> {
         }
     }
 
-    /// Two attempts at a step that neither of them sees when it begins: the first to publish wins, the other
-    /// does no harm.
+    /// Two attempts at a step begin before either is visible: the first to publish wins, the other does no
+    /// harm.
     fn race(&mut self, step: u64, lengths: &[usize]) {
         let tries = [0, 1].map(|number| Try { step, number });
         let attempts = tries.map(|one| self.storage.begin(&step_name(step), one.attempt(), false).unwrap());
@@ -154,8 +154,8 @@ fn read(storage: &Local) -> Verdict {
     verdict
 }
 
-/// After a crash: what an image was judged to hold is durable and must stay; sweep, save the next step,
-/// replace the newest, remove the oldest.
+/// The process after a crash: the judged content of the image is durable and must stay; it sweeps, saves the
+/// next step, replaces the newest and removes the oldest.
 fn recover(image: &Image, verdict: &Verdict, lengths: &[usize]) -> Run {
     let fs = SimFs::boot(image);
     let found: Vec<Try> = verdict.values().filter_map(|found| found.clone().ok()).collect();
@@ -182,7 +182,7 @@ impl Program<'_> {
         }
     }
 
-    /// Goes on whatever fails.
+    /// Continues after every failure.
     fn stumble(&mut self, lengths: &[usize]) {
         let _ = self.save(first(3), lengths, false);
         let _ = self.save(Try { step: 2, number: 1 }, lengths, true);
@@ -222,8 +222,8 @@ fn power_lost_at_any_moment_loses_nothing_that_was_saved_and_shows_nothing_torn(
     findings.conclude(20_000);
 }
 
-/// Saves two steps, lets `harm` befall the next saves, and hands over to a second process, which makes
-/// durable what it finds; then the power fails.
+/// Saves two steps, applies `harm` to the next saves, and starts a second process, which makes durable what
+/// it finds; then the power fails.
 fn second_process(story: usize, harm: impl Fn(&SimFs), findings: &Findings) -> bool {
     let lengths = LENGTHS[story % LENGTHS.len()];
     let (fs, mut expected) = (SimFs::new(), Expected::default());
@@ -281,8 +281,8 @@ fn any_call_that_fails_once_or_from_then_on_and_a_machine_that_fails_later_lose_
 }
 
 /// A sweep moved an attempt that was too old to the trash and deleted its files before the move was durable.
-/// When the power of the server failed then, the attempt had its name back and lacked files, and an owner on
-/// a host that stayed up could publish it.
+/// If the server lost power then, the attempt had its name back but lacked files, and an owner on a host that
+/// stayed up could publish it.
 #[test]
 fn an_attempt_that_a_sweep_judged_by_its_age_never_has_its_name_without_its_files() {
     let fs = SimFs::new();

@@ -1,11 +1,12 @@
-//! A manifest with the right digest can still be wrong or hostile. Each is refused, and says where.
+//! A manifest with the right digest can still be wrong or hostile. The reader refuses each such manifest, and
+//! says where.
 
 use super::{DATA, manifest, sample};
 use ashore::internal::digest::Digest;
 use ashore::internal::format::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry, seal};
 use ashore::{Dtype, Error, ErrorKind};
 
-/// Changes the sample and gives back why it is refused.
+/// Changes the sample and returns why the reader refuses it.
 fn refused(change: impl FnOnce(&mut Manifest)) -> Error {
     let mut manifest = sample();
     change(&mut manifest);
@@ -179,7 +180,7 @@ fn slices_cover_a_tensor_exactly_once() {
         let refused = split(wrong).expect_err("not a tiling");
         assert!(refused.message().starts_with("slices do not cover a tensor exactly once"), "{wrong:?} {refused}");
     }
-    // Two places in one file have one name in its header.
+    // Two ranges of one file have one name in its header.
     let mut manifest = manifest(&[("w", Dtype::U8, &[4, 6], 24)]);
     let mut half = manifest.tensors[0].slices[0].clone();
     (half.shape, half.length) = (vec![2, 6], 12);

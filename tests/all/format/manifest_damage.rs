@@ -1,4 +1,4 @@
-//! No damage to a manifest goes unseen.
+//! The reader detects every damage to a manifest.
 
 use super::sample;
 use ashore::ErrorKind;

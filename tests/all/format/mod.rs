@@ -1,4 +1,4 @@
-//! What is on disk, and what is refused there.
+//! The format on disk, and what the reader refuses.
 
 mod hostile_manifest;
 mod manifest_damage;

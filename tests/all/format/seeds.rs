@@ -1,4 +1,4 @@
-//! The seeds of the fuzz targets are what they should be: good input, from which fuzzing departs.
+//! The seeds of the fuzz targets are valid input, from which fuzzing starts.
 
 use ashore::internal::format::manifest::Manifest;
 use ashore::internal::format::shard::Header;

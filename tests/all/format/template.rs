@@ -1,4 +1,4 @@
-//! A template, filled, is the manifest that was meant.
+//! A filled template is the intended manifest.
 
 use super::{manifest, sample};
 use ashore::internal::digest::Digest;
@@ -12,7 +12,7 @@ fn head(manifest: &Manifest) -> Head<'_> {
     Head { step: *step, attempt: *attempt, world: *world, metadata, values }
 }
 
-/// A template of the structure, all of whose digests are other ones, filled with those of the manifest.
+/// A template of the structure with other digests, filled with those of the manifest.
 fn filled(manifest: &Manifest) -> Vec<u8> {
     let mut blank = manifest.clone();
     for file in &mut blank.files {

@@ -1,8 +1,9 @@
-//! The training loops that the documents show, each run: a run that is restarted ends as one that was not.
+//! Runs the training loops that the documents show: a restarted run ends as an uninterrupted one.
 //!
-//! The loop of the README once saved as a step the weights from before that step's update, and went on with
-//! the update after it: each restart lost one update. The loops in the crate's documentation are compared in
-//! the same way where they stand.
+//!
+//! The loop of the README once saved as a step the weights from before that step's update, and resumed with
+//! the update after it: each restart lost one update. Doc tests compare the loops in the crate's
+//! documentation in the same way.
 
 mod readme;
 #[expect(dead_code, reason = "its `main` is for a terminal")]
@@ -51,7 +52,7 @@ fn the_first_example_goes_on_where_it_ended() {
     assert!(ends == save_and_resume::train(whole.path(), 13).unwrap(), "a restarted run ends elsewhere");
 }
 
-/// Each compares a run that was stopped with one that was not, and fails when they differ.
+/// Each example compares a stopped run with an uninterrupted one, and fails when they differ.
 #[test]
 fn the_loops_of_other_systems_go_on_where_they_ended() {
     from_datarax::main().unwrap();

@@ -104,7 +104,7 @@ fn slices_have_elements() {
     }
 }
 
-/// A restore read what was asked for, and nobody learned of what else was there.
+/// A restore read the requested tensors, and gave no sign of further ones in the checkpoint.
 #[test]
 #[expect(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 fn strict_targets_refuse_what_they_do_not_ask_for() {

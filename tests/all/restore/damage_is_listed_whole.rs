@@ -53,7 +53,7 @@ fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
     liar.tensors.get_mut("a").unwrap().1 = vec![4, 2];
     files[0] = liar.files().swap_remove(0);
     let manifest = String::from_utf8(liar.files().swap_remove(1).1).unwrap();
-    // The manifest of the liar, with the shape that the honest one gives.
+    // The false manifest, with the shape of the true one.
     let lied = manifest.replace("\"shape\":[4,2]", "\"shape\":[8]").replace("\"at\":[0,0]", "\"at\":[0]");
     let text = lied.rsplit_once(",\"digest\":").unwrap().0;
     files[1].1 = ashore::internal::format::manifest::seal(text.into());
@@ -62,7 +62,7 @@ fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
     assert!(report.damage[0].what.contains("contradicts the manifest"), "{report:?}");
 }
 
-/// Stock loaders go by the index and by the names of files, and would read other tensors than this library
+/// Stock loaders follow the index and the names of files, and would read other tensors than this library
 /// does.
 #[test]
 fn what_stock_loaders_would_read_instead_is_not_sound() {

@@ -1,4 +1,4 @@
-//! Reading steps back: all that was written or an error, never anything else.
+//! A reader returns all that was written or an error, never anything else.
 
 mod a_flipped_bit_is_refused;
 mod a_slice_reads_only_its_blocks;

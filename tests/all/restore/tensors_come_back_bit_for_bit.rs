@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 const BLOCK: usize = 8 << 20;
 
-/// Something of everything: odd lengths, no dimensions, no elements, more than a block, elements smaller than
-/// a byte.
+/// Tensors of every kind: odd lengths, no dimensions, no elements, more than a block, elements smaller than a
+/// byte.
 fn everything(shards: usize) -> Made {
     use Dtype::*;
     Made::new(7)

@@ -8,10 +8,10 @@ use ashore::{SaveOptions, Snapshot, Source};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-/// Longer than a call takes that answers at once, and short enough for a test that fails.
+/// Longer than a call that returns at once, and short enough for a failing test.
 const SHORT: Duration = Duration::from_millis(200);
 
-/// The function dropped the executor on the thread that commits, which then waited for saves that only itself
+/// The `on_done` function dropped the executor on the committer, which then waited for saves that only it
 /// could commit: they failed at the shutdown deadline, with all their bytes written.
 #[test]
 fn a_function_may_drop_the_last_owner_of_an_executor() {
@@ -35,8 +35,7 @@ fn a_function_may_drop_the_last_owner_of_an_executor() {
     eventually("all threads have ended", || Arc::strong_count(&storage) == 1);
 }
 
-/// Each of these calls slept on the thread that commits, until a deadline, for saves that this thread had to
-/// commit.
+/// Each of these calls slept on the committer, until a deadline, for saves that the committer had to commit.
 #[test]
 fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
     // Of 9,000 bytes in chunks of 4 KiB.
@@ -66,8 +65,8 @@ fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
         rig.device.release();
         send.send((refused.map(|refused| refused.err().map(|error| error.kind())), second, third)).unwrap();
     });
-    // The copies of the first save, and no more: those of the others wait until the function has asked for
-    // all it may not have.
+    // Only the copies of the first save may run: those of the others wait until the function has made every
+    // forbidden call.
     rig.device.allow(COPIES);
     let (mut kinds, second, third) = told.recv_timeout(LONG).map(|(kinds, a, b)| (kinds.to_vec(), a, b)).unwrap();
     assert_eq!(kinds.pop(), Some(Some(ErrorKind::Busy)));
@@ -78,8 +77,8 @@ fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
     rig.executor.shutdown(LONG).unwrap();
 }
 
-/// A failed save of which a device still held copies was passed over, and `shutdown` returned `Ok` although
-/// its handle had been dropped.
+/// `shutdown` skipped a failed save while a device still held its copies, and returned `Ok` although its
+/// handle had been dropped.
 #[test]
 fn shutdown_returns_the_error_of_a_failed_save_whose_copies_hang() {
     let rig = rig(|b| b);
@@ -93,7 +92,7 @@ fn shutdown_returns_the_error_of_a_failed_save_whose_copies_hang() {
     assert_eq!((error.kind(), error.step()), (ErrorKind::Deadline, Some(1)));
     assert!(error.message().contains("the save deadline passed"), "{error}");
     rig.device.release();
-    // It is returned once.
+    // The error is returned once.
     rig.executor.shutdown(LONG).unwrap();
     staged.wait(Duration::ZERO).unwrap_err();
 }
@@ -138,8 +137,8 @@ fn a_source_that_hangs_in_save_does_not_hang_a_shutdown() {
     rig.executor.fence().unwrap();
 }
 
-/// Only the first call had the handles of threads to join: one after it returned at once, while the thread
-/// that tidies up was deleting.
+/// Only the first `shutdown` had the handles of threads to join: a second one returned at once, while the
+/// tidying thread was deleting.
 #[test]
 fn a_shutdown_after_one_that_was_too_short_waits_for_what_is_left() {
     let directory = tempfile::tempdir().unwrap();

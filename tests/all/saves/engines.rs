@@ -1,4 +1,4 @@
-//! Whatever writes the files, and however meekly: the same checkpoint.
+//! Every engine and priority writes the same checkpoint.
 
 use ashore::{Checkpoint, CheckpointExecutor, Engine, HostTensor, Priority, StateDict};
 use std::sync::Arc;

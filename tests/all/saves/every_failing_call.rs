@@ -1,6 +1,7 @@
 //! Every system call of a save, and of the tidying after it, fails in turn under a whole executor: once and
-//! from then on, before and after it did its work. The future is never `Ok` for what is not there, nothing
-//! hangs, older steps stay as they are, slabs come home, and the next save works when the fault is gone.
+//! from then on, before and after it did its work. The future is never `Ok` for a step that is not there,
+//! nothing hangs, older steps stay unchanged, slabs are returned, and the next save works when the fault is
+//! gone.
 
 use crate::rig::{LONG, eventually, hidden, one, pattern};
 use ashore::id::step_name;
@@ -28,12 +29,12 @@ impl Case {
     }
 }
 
-/// When the fault is gone, and with it which calls it can meet.
+/// When the fault ends, which decides the calls that it can meet.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Until {
-    /// The same executor goes on, as soon as the save has ended.
+    /// The same executor continues, as soon as the save has ended.
     Save,
-    /// Another executor goes on.
+    /// Another executor continues.
     Shutdown,
 }
 
@@ -50,7 +51,7 @@ fn save(executor: &CheckpointExecutor, step: u64, seed: u64, overwrite: bool) ->
     Ok(save.wait(LONG)?.committed().unwrap())
 }
 
-/// Which seed's bytes a step has; None when it is not there. There is nothing between.
+/// The seed whose bytes a step has; None when it is absent. Anything else fails the test.
 fn seed_of(storage: &Arc<dyn Storage>, step: u64, what: &str) -> Option<u64> {
     let checkpoint = match Checkpoint::from_storage(storage.clone(), &step_name(step)) {
         Err(error) if error.kind() == ErrorKind::NotFound => return None,

@@ -1,4 +1,4 @@
-//! A limit for the size of files (`ulimit -f`) fails a save. It once ended the process by SIGXFSZ.
+//! A file size limit (`ulimit -f`) fails a save. It once ended the process by SIGXFSZ.
 
 use crate::alone::alone;
 use crate::rig::{LONG, one, pattern};

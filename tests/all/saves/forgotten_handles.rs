@@ -1,4 +1,4 @@
-//! Forgetting a handle or the executor leaks memory at worst: saves go on, and nothing is read that has gone.
+//! Forgetting a handle or the executor leaks memory at worst: saves continue, and no freed memory is read.
 
 use crate::rig::{LONG, eventually, one, pattern, rig};
 use std::sync::Arc;

@@ -52,9 +52,8 @@ fn the_child_can_do_nothing_and_the_parent_goes_on() {
     executor.shutdown(LONG).unwrap();
 }
 
-/// The descriptors that hold locks are closed in a child, and their numbers stand for whatever the child
-/// opens next. A storage that the child had inherited touched those files, and began attempts beside those of
-/// its parent.
+/// A child closes the descriptors that hold locks, and their numbers then name whatever the child opens next.
+/// A storage that the child had inherited touched those files, and began attempts beside those of its parent.
 #[test]
 #[cfg_attr(miri, ignore = "forks")]
 #[expect(unsafe_code, reason = "fork, and _exit in the child")]

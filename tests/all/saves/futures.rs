@@ -84,7 +84,7 @@ fn progress_counts_up_to_everything() {
     assert!(end.written >= 9000);
 }
 
-/// Polls the save that it was given, in `wake` itself, as a bridge to another language may.
+/// A waker that polls its save in `wake` itself, as a bridge to another language may.
 #[derive(Default)]
 struct Inline(Mutex<Option<Save>>, Mutex<Option<ashore::Result<Outcome>>>);
 
@@ -97,8 +97,7 @@ impl Wake for Inline {
     }
 }
 
-/// Tasks were woken under the lock of the list of waiters, which a poll takes: the thread that commits hung
-/// for ever.
+/// The committer woke tasks under the lock of the list of waiters, which a poll takes: it hung for ever.
 #[test]
 fn a_waker_that_polls_the_save_while_it_wakes_hangs_no_thread() {
     let rig = rig(|b| b);
@@ -133,7 +132,7 @@ fn a_function_is_called_by_the_thread_that_commits_and_may_use_the_executor() {
     save.on_done(move |ended| {
         let rig = weak.upgrade().unwrap();
         assert!(is_durable(ended) && rig.executor.latest().unwrap().unwrap().step() == 1);
-        // There is room again: the save that ended does not count any more.
+        // The queue has space again: an ended save does not count any more.
         send.send(rig.executor.save(2, one("t", Arc::new(pattern(2, 9000)))).unwrap()).unwrap();
     });
     save.on_done(|_| panic!("a function that fails"));
@@ -202,7 +201,7 @@ fn a_shutdown_returns_after_the_calls_of_saves_that_were_given_up() {
     assert!(matches!(threads[..], [(_, true)]), "in one thread: {threads:?}");
 }
 
-/// `fence` blocks its thread, which an asynchronous program cannot have: there was no other.
+/// Only `fence` existed, which blocks its thread, and an asynchronous program cannot block.
 #[test]
 fn a_task_can_await_the_fence() {
     let rig = rig(|b| b.overlap(Overlap::Queue(100)));

@@ -1,5 +1,4 @@
-//! What callers do at their worst: endless patience, sources that panic when they are dropped, storage that
-//! panics.
+//! Callers at their worst: endless timeouts, sources that panic when they are dropped, storage that panics.
 
 use crate::rig::{LONG, eventually, one, pattern, rig};
 use ashore::id::parse_step_name;
@@ -88,8 +87,8 @@ unsafe impl Source for Mine {
     }
 }
 
-/// What `save` captures it reads in the caller's thread. A panic there, or in the destructor of what was
-/// refused, unwound through `save` with its locks held.
+/// A panic in a source that `save` captures, or in the destructor of a refused one, unwound through `save`
+/// with its locks held, because `save` captures in the caller's thread.
 #[test]
 fn a_source_that_panics_in_the_call_of_save_is_an_error_of_that_call() {
     let rig = rig(|b| b);
@@ -174,7 +173,7 @@ impl CopyQueue for Broken {
 }
 
 /// The stager asked a queue outside of any guard whether the copies of a failed save had ended. A queue that
-/// panicked there, too, ended the thread, and no later save was ever staged.
+/// panicked there ended the thread, and no later save was ever staged.
 #[test]
 fn a_queue_that_panics_whenever_it_is_asked_fails_its_save_and_no_other() {
     let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(Memory::new()));
@@ -250,8 +249,8 @@ fn a_storage_that_panics_fails_the_save_and_ends_no_thread() {
     executor.shutdown(LONG).unwrap();
 }
 
-/// After one attempt of which only a sweep could know, every later save swept the whole root for as long as
-/// any other process was writing to it.
+/// After one attempt that only a sweep could find, every later save swept the whole root for as long as any
+/// other process was writing to it.
 #[test]
 fn what_another_process_is_writing_is_not_swept_after_every_save() {
     let directory = tempfile::tempdir().unwrap();
@@ -355,9 +354,8 @@ impl Storage for Dropping {
     }
 }
 
-/// The thread that had the last of a save dropped the attempt and its files without a guard: a destructor
-/// that panics ended the committer, a writer or the thread that tidies up, and two of them in one save the
-/// process.
+/// The last thread of a save dropped the attempt and its files without a guard: a panicking destructor ended
+/// the committer, a writer or the tidying thread, and two such panics in one save ended the process.
 #[test]
 fn attempts_and_files_that_panic_when_they_are_dropped_end_no_thread() {
     let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(Dropping::default()));

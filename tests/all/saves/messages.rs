@@ -1,4 +1,4 @@
-//! What errors and the log say, where it once said something else than what had happened.
+//! Errors and the log say what happened; each of these messages once said something else.
 
 use crate::alone::alone;
 use crate::heard::Heard;
@@ -8,7 +8,8 @@ use ashore::{CheckpointExecutor, DeviceChoice, Dtype, ErrorKind, HostTensor, Sta
 use std::error::Error as _;
 use std::sync::Arc;
 
-/// `anyhow` and its like print an error, then its sources: the text of an error once had those in it, too.
+/// An error's text contained its sources, so `anyhow` and similar crates, which print an error and then its
+/// sources, printed them twice.
 #[test]
 fn the_text_of_an_error_leaves_its_cause_to_the_cause() {
     let root = tempfile::tempdir().unwrap();
@@ -21,7 +22,7 @@ fn the_text_of_an_error_leaves_its_cause_to_the_cause() {
     assert_eq!(format!("{error:?}"), format!("{:?}: {error}: {cause}", error.kind()));
 }
 
-/// It said "value a value is not of this type type=... value=...: " and the cause twice.
+/// The message was "value a value is not of this type type=... value=...: " with the cause twice.
 #[test]
 fn a_value_of_another_type_is_named_once_with_what_it_is_and_what_was_wanted() {
     let rig = rig(|b| b);
@@ -48,7 +49,7 @@ fn lengths_have_a_unit() {
     assert!(error.message().contains("expected_bytes=6 found_bytes=5"), "{error}");
 }
 
-/// Such a tensor was saved, and torch then refused the whole file, with every other tensor in it.
+/// The library saved such a tensor, and torch then refused the whole file, with every other tensor in it.
 #[test]
 fn half_bytes_with_an_odd_last_dimension_are_refused() {
     for (shape, bytes) in [(&[2, 3][..], 3), (&[3], 2), (&[], 1), (&[4, 1], 2)] {

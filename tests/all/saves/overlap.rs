@@ -1,4 +1,4 @@
-//! What `save` does while earlier saves are unfinished is a stated policy.
+//! A policy says what `save` does while earlier saves are unfinished.
 
 use crate::rig::{LONG, Rig, eventually, one, pattern, rig};
 use ashore::{ErrorKind, Outcome, Overlap, Phase, Save, SaveOptions};
@@ -40,7 +40,7 @@ fn latest_replaces_a_save_that_waits_by_a_newer_one() {
     assert!(rig.checkpoint(2).is_err());
 }
 
-/// A save that found the queue full watched the oldest save alone, and was `Busy` although a younger one had
+/// A save that found the queue full watched only the oldest save, and was `Busy` although a younger one had
 /// ended.
 #[test]
 fn room_in_a_full_queue_comes_from_whichever_save_ends_first() {
@@ -103,7 +103,8 @@ fn the_same_step_twice_is_a_conflict_under_way_and_afterwards() {
     assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(77, 5000));
 }
 
-/// The lock of whoever admits saves was held while one waited for room, and nobody else's deadline counted.
+/// `save` held the admission lock while it waited for queue space, and other callers' deadlines did not
+/// count.
 #[test]
 fn a_save_that_waits_for_room_does_not_hold_up_the_deadline_of_another() {
     let rig = rig(|b| b.overlap(Overlap::Block));

@@ -4,8 +4,8 @@ use crate::rig::{LONG, one, pattern};
 use ashore::CheckpointExecutor;
 use std::sync::Arc;
 
-/// The executor writes by descriptor, so steps went where the directory is; `Committed::path` named where it
-/// had been.
+/// The executor writes by descriptor, so steps went to the renamed directory; `Committed::path` had its old
+/// name.
 #[test]
 fn paths_name_what_is_there() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! No error is lost: what nobody has seen is reported by the next `save` or by `shutdown`, once.
+//! No error is lost: the next `save` or `shutdown` reports an unseen one, once.
 
 use crate::rig::{LONG, Rig, eventually, one, pattern, rig};
 use ashore::ErrorKind;

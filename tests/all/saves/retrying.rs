@@ -1,4 +1,4 @@
-//! Saves that are tried again: by the engine, under one handle, with one deadline.
+//! The engine retries saves under one handle, with one deadline.
 
 use crate::compat::Flaky;
 use crate::rig::{Buffer, LONG, Rig, eventually, one, pattern, rig};
@@ -55,7 +55,7 @@ fn a_save_fails_with_its_last_error_when_its_retries_are_used_up() {
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
     assert_eq!(Arc::strong_count(&bytes), 1);
     assert_eq!(save.staged().wait(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
-    // One that nobody looked at comes out of the next call, once.
+    // The next call returns an unseen failure, once.
     let rig = flaky(Flaky::new(2), Overlap::Queue(1));
     drop(rig.executor.save_with(1, state(&bytes), retry(1)).unwrap());
     eventually("it has ended", || Arc::strong_count(&bytes) == 1);
@@ -125,7 +125,7 @@ fn all_attempts_share_one_deadline() {
     let bytes = Arc::new(pattern(1, LEN));
     let rig = flaky(Flaky::new(usize::MAX), Overlap::Queue(1));
     let began = Instant::now();
-    // A wait beyond it is not begun: the failure is the last one, not that the deadline passed.
+    // A wait beyond the deadline is not begun: the error is the last failure, not the passed deadline.
     let options = SaveOptions::default().retry(u32::MAX, Duration::from_millis(1)).timeout(Duration::from_millis(100));
     let save = rig.executor.save_with(1, state(&bytes), options).unwrap();
     let kind = save.wait(LONG).unwrap_err().kind();

@@ -9,8 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 const SAVES: u64 = 100;
-/// As many as wait to be tidied up, as many in hand, one that the committer holds, and one that it is
-/// publishing.
+/// The saves that wait for the tidying thread, as many in its hands, one that the committer holds, and one
+/// that it publishes.
 const LAG: usize = 16 + 16 + 2;
 
 fn executor(sys: &Arc<Faulty>, root: &Path) -> CheckpointExecutor {
@@ -33,9 +33,8 @@ fn steps(root: &Path) -> BTreeSet<u64> {
     names.filter_map(|name| ashore::id::parse_step_name(&name)).collect()
 }
 
-/// A fast loop got ahead of the thread that tidies up, whose queue of 64 overflowed; what did not fit was
-/// dropped and nothing looked at it again: 7,188 owner records and 131 steps were left by a program that kept
-/// the last 3 and shut down in order.
+/// A fast loop got ahead of the tidying thread, whose queue of 64 overflowed and dropped the rest for good: a
+/// program that kept the last 3 and shut down in order left 7,188 owner records and 131 steps.
 #[test]
 fn a_loop_that_is_faster_than_tidying_waits_for_it_and_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
@@ -58,8 +57,8 @@ fn a_loop_that_is_faster_than_tidying_waits_for_it_and_leaves_nothing() {
     assert_eq!(hidden(directory.path()), [""; 0]);
 }
 
-/// What cannot be deleted at once is deleted by a later round. A sweep that met the same error reported the
-/// attempt as left alone, which counted as success, and nothing looked at it again.
+/// A later round deletes what could not be deleted at once. A sweep that met the same error reported the
+/// attempt as left alone, which counted as success, and nothing retried it.
 #[test]
 fn what_could_not_be_deleted_at_first_is_gone_after_a_shutdown() {
     for (failing, refusals) in [(false, 3), (true, 2)] {

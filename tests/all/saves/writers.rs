@@ -1,5 +1,4 @@
-//! The pool of writers and the arena: how much is written at once, how much waits, and the files that come of
-//! it.
+//! The writer pool and the arena: how much is written at once, how much waits, and the resulting files.
 
 use crate::rig::{LONG, eventually, one, pattern};
 use ashore::storage::local::Local;
@@ -102,7 +101,7 @@ impl FileWriting for PacedFile {
             now.open = true;
             changed.notify_all();
         }
-        // Bounded, so that a pool that never has so many writes under way fails the test and does not hang
+        // Bounded, so that a pool that never has so many writes in flight fails the test and does not hang
         // it.
         now = changed.wait_timeout_while(now, LONG, |now| !now.open).unwrap().0;
         now.under_way -= 1;
@@ -135,8 +134,8 @@ fn as_many_chunks_are_written_at_once_as_there_are_writers() {
     }
 }
 
-/// The arena is all the memory there is: where storage takes nothing, no more is staged than fits it, and
-/// staging goes on with the writes.
+/// The arena bounds the memory: while storage accepts nothing, the stager stages only what fits, and it
+/// continues with the writes.
 #[test]
 fn staging_stops_when_the_arena_is_full_and_goes_on_as_writes_end() {
     const SLABS: u64 = 3;

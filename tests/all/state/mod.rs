@@ -1,4 +1,4 @@
-//! What is saved.
+//! The state dict: tensors and values.
 
 mod values;
 mod values_refused;
@@ -9,7 +9,7 @@ use ashore::internal::state::{decode_value, encode_value};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// What comes back of a value that went through a manifest.
+/// Puts a value through a manifest and returns what is read back.
 fn saved_and_restored<T: Serialize + DeserializeOwned>(value: &T) -> Result<T> {
     let manifest = Manifest {
         format: "ashore".into(),

@@ -1,4 +1,4 @@
-//! Values come back as they were, floats bit for bit.
+//! A manifest returns values unchanged, floats bit for bit.
 
 use super::saved_and_restored;
 use proptest::prelude::*;

@@ -1,4 +1,4 @@
-//! What would not come back is refused when it is put in, and names the value.
+//! A state dict refuses a value that could not be restored, and the error names it.
 
 use super::saved_and_restored;
 use ashore::internal::state::{decode_value, encode_value};

@@ -105,8 +105,8 @@ fn a_step_holds_the_checkpoint_and_nothing_else() {
     assert_eq!(fs::read_to_string(directory.path().join("latest")).unwrap(), "step-1\n");
 }
 
-/// A removal compared the attempt and then renamed by name: a step that another process had put there in
-/// between was deleted.
+/// A removal compared the attempt and then renamed by name: it deleted a step that another process had
+/// published in between.
 #[test]
 fn a_step_that_takes_the_name_just_before_the_rename_of_a_removal_stays() {
     let directory = tempfile::tempdir().unwrap();

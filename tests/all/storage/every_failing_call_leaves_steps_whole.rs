@@ -24,11 +24,11 @@ fn write(storage: &dyn Storage, step: &str, overwrite: bool, fill: u8) -> Result
         attempt.publish(overwrite)
     })();
     if let Err(error) = written {
-        // As the executor does; whether it works is not the question here.
+        // The executor does this too; its result does not matter here.
         let _ = attempt.abandon();
         return Err(error);
     }
-    // What it replaced, if it cannot be deleted now, is left to a sweep.
+    // A sweep deletes the replaced step if it cannot be deleted now.
     let _ = attempt.settle();
     Ok(())
 }
@@ -41,7 +41,7 @@ fn is_whole(step: &dyn Reading, fill: u8) -> bool {
     })
 }
 
-/// In memory where there is any: direct I/O needs a disk, and the rest is thousands of saves.
+/// A root in memory if possible: direct I/O needs a disk, and the rest is thousands of saves.
 fn place(direct: bool) -> tempfile::TempDir {
     let in_memory = if direct { None } else { tempfile::tempdir_in("/dev/shm").ok() };
     in_memory.unwrap_or_else(|| tempfile::tempdir().unwrap())
@@ -63,7 +63,7 @@ fn save_with(fault: Fault, overwrite: bool, direct: bool) -> bool {
     let what = format!("{fault:?} overwrite={overwrite} direct={direct} saved={saved:?}");
     assert!(faulty.open_descriptors().is_empty(), "leaked {:?}: {what}", faulty.open_descriptors());
     check(&clean, overwrite, &saved, &what);
-    // A sweep by somebody to whom nothing happens changes no step and leaves nothing behind.
+    // A sweep without faults changes no step and leaves nothing behind.
     let swept = clean.sweep(Sweep::default()).unwrap();
     check(&clean, overwrite, &saved, &what);
     assert!(hidden(directory.path()).is_empty(), "{what} {swept:?} {:?}", hidden(directory.path()));
@@ -94,7 +94,7 @@ fn every_failing_call_leaves_steps_whole() {
     let mut cases = 0;
     for effect in effects {
         for sticky in [false, true] {
-            // An interruption or a short transfer for ever is no file system.
+            // No file system interrupts or shortens transfers for ever.
             if sticky && matches!(effect, Effect::Refused(libc::EINTR) | Effect::DoneAndRefused(libc::EINTR)) {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! A root that somebody else can write to does not lead us out of it, nor make us wait.
+//! A root that other users can write to cannot lead the storage out of it, nor make it wait.
 
 use ashore::storage::local::Local;
 use ashore::storage::{Storage, Sweep};
@@ -32,7 +32,7 @@ fn links_and_pipes_in_a_step_are_corrupt() {
             assert_eq!(error.path(), Some(&*step.join(file)));
         }
     }
-    // Foreign directories in a step are nobody's to delete.
+    // The storage never deletes foreign directories in a step.
     assert_eq!(storage.remove("step-1").unwrap_err().kind(), ErrorKind::Invalid);
     assert!(step.join("directory").is_dir());
 }

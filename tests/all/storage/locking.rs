@@ -17,7 +17,7 @@ fn where_there_are_no_locks_saves_work_and_sweeps_do_not_take_the_living_for_dea
         faulty.fail(Fault { call: Some(Call::Lock), after: 0, sticky: true, effect: Effect::Refused(errno) });
         let attempt = storage.begin("step-1", Attempt::new(), false).unwrap();
         attempt.put("manifest.json", b"{}").unwrap();
-        // With locks and without: another mount of the same file system may have some.
+        // With locks and without: another mount of the same file system may have locks.
         for other in [&storage, &Local::open(directory.path()).unwrap()] {
             let swept = other.sweep(Sweep::default()).unwrap();
             assert_eq!((swept.removed.len(), swept.left[0].state), (0, State::Undecided), "errno={errno} {swept:?}");
@@ -28,8 +28,8 @@ fn where_there_are_no_locks_saves_work_and_sweeps_do_not_take_the_living_for_dea
     }
 }
 
-/// A lock that fails for another reason fails the save, for others may be able to lock; the error says what
-/// to set.
+/// A lock that fails for another reason fails the save, because other processes may be able to lock; the
+/// error names the setting.
 #[test]
 fn a_lock_that_fails_says_which_setting_does_without() {
     for errno in [libc::ENOLCK, libc::EIO] {
@@ -46,8 +46,8 @@ fn a_lock_that_fails_says_which_setting_does_without() {
     }
 }
 
-/// NFS gives an exclusive lock only to a descriptor that can write, as does the simulated file system. The
-/// record was opened to read, so no dead attempt was ever swept there.
+/// A sweep opened the record only to read, and NFS, like the simulated file system, gives an exclusive lock
+/// only to a writable descriptor: no dead attempt was ever swept there.
 #[test]
 fn a_sweep_locks_where_a_lock_needs_a_descriptor_that_writes() {
     let fs = SimFs::new();

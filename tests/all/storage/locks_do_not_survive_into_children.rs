@@ -48,7 +48,7 @@ fn the_parent() {
     // SAFETY: see the safety argument.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        // SAFETY: as above. Whatever becomes of the test, the child ends.
+        // SAFETY: as above. The child ends whether or not the test passes.
         unsafe {
             libc::write(birth.as_raw_fd(), b"x".as_ptr().cast(), 1);
             libc::alarm(60);
@@ -56,7 +56,7 @@ fn the_parent() {
             libc::_exit(0);
         }
     }
-    // Only a child that has run can have let go of what it inherited.
+    // Only a child that has run can have released what it inherited.
     born.read_exact(&mut [0]).unwrap();
     println!("\nchild={child}");
     std::io::stdout().flush().unwrap();

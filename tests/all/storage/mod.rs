@@ -1,5 +1,4 @@
-//! Storage: what every back end does, and what the local one does when calls fail, owners die and names are
-//! hostile.
+//! The storage back ends, and the local one when calls fail, owners die and names are hostile.
 
 mod a_local_root_conforms;
 mod a_memory_storage_conforms;

@@ -1,5 +1,4 @@
-//! A sweep removes what dead owners left, and leaves the living alone: the lock tells under one boot, age
-//! everywhere else.
+//! A sweep removes the attempts of dead owners only: the lock decides under one boot, age everywhere else.
 
 use ashore::storage::local::{Linux, Local};
 use ashore::storage::{Remnant, State, Storage, Sweep};
@@ -19,7 +18,7 @@ fn names(root: &Path) -> Vec<String> {
     names
 }
 
-/// An attempt that nobody holds any more; returns its names without the suffix.
+/// Makes an attempt without an owner; returns its names without the suffix.
 fn dead_attempt(storage: &Local) -> String {
     let name = Attempt::new();
     let attempt = storage.begin("step-1", name, false).unwrap();
@@ -32,7 +31,7 @@ fn named(remnants: &[Remnant]) -> Vec<&str> {
     remnants.iter().map(|remnant| &*remnant.name).collect()
 }
 
-/// Lets the record and all files of an attempt look as if they were last modified so long ago.
+/// Makes the record and all files of an attempt look as if they were last modified so long ago.
 fn age(root: &Path, attempt: &str, by: Duration) {
     let aged = |path: &Path| File::open(path).unwrap().set_modified(SystemTime::now() - by).unwrap();
     let temp = root.join(format!("{attempt}.tmp"));
@@ -76,9 +75,9 @@ fn a_live_owner_in_another_process_or_storage_is_left_alone() {
     attempt.settle().unwrap();
 }
 
-/// The attempt of a live process was deleted when its host had the name of another (pods of a stateful set,
-/// cloned images) and their boots differed: a lock may not reach from one to the other. And attempts of dead
-/// hosts stayed for ever.
+/// A sweep deleted the attempt of a live process whose host had the same name as its own (pods of a stateful
+/// set, cloned images) and another boot: a lock may not work between the two. And attempts of dead hosts
+/// stayed for ever.
 #[test]
 fn an_attempt_of_another_boot_is_judged_by_its_age_whatever_its_host_is_called() {
     let directory = tempfile::tempdir().unwrap();
@@ -103,7 +102,7 @@ fn an_attempt_of_another_boot_is_judged_by_its_age_whatever_its_host_is_called()
     assert_eq!(names(directory.path()), [""; 0]);
 }
 
-/// However old: locks that reach are believed when they say that an owner is alive.
+/// However old an attempt is, a sweep believes a working lock that says that the owner is alive.
 #[test]
 fn a_lock_that_is_held_is_believed_under_any_boot_and_age() {
     let directory = tempfile::tempdir().unwrap();
@@ -121,7 +120,7 @@ fn a_lock_that_is_held_is_believed_under_any_boot_and_age() {
 }
 
 /// Where there are no locks, an owner shows that it is alive by touching its record. Its own boot must not
-/// take the lock that nobody holds for a sign of death.
+/// take the free lock for a sign of death.
 #[test]
 fn without_locks_an_owner_lives_as_long_as_it_touches_its_record() {
     let directory = tempfile::tempdir().unwrap();
@@ -138,13 +137,13 @@ fn without_locks_an_owner_lives_as_long_as_it_touches_its_record() {
     assert_eq!(left(other.sweep(Sweep::default()).unwrap()), (0, State::Undecided));
     age(directory.path(), &prefix, 25 * HOUR);
     assert_eq!(other.sweep(Sweep::default()).unwrap().removed.len(), 1);
-    // It was alive after all: what is being deleted must not become a step.
+    // The owner was alive after all: an attempt that is being deleted must not become a step.
     assert_eq!(attempt.publish(false).unwrap_err().kind(), ErrorKind::Indeterminate);
     assert_eq!((storage.list().unwrap().len(), names(directory.path()).len()), (0, 0));
 }
 
-/// A host whose clock is wrong deletes nothing by it: where the file system does not tell its time, no age is
-/// known.
+/// A host with a wrong clock deletes nothing because of it: if the file system does not give its time, no age
+/// is known.
 #[test]
 fn without_the_clock_of_the_file_system_nothing_is_old() {
     let directory = tempfile::tempdir().unwrap();
@@ -160,7 +159,7 @@ fn without_the_clock_of_the_file_system_nothing_is_old() {
     assert_eq!(storage.sweep(Sweep::default()).unwrap().removed.len(), 1);
 }
 
-/// ext4 can leave zeros of a record after a power failure; such records were never swept.
+/// ext4 can leave a record of zeros after a power failure; no sweep removed such records.
 #[test]
 fn records_that_say_nothing_go_when_their_attempt_is_gone_or_old() {
     let directory = tempfile::tempdir().unwrap();
@@ -205,7 +204,7 @@ fn attempts_without_a_record_go_when_they_are_old_and_foreign_files_stay() {
     assert_eq!(names(directory.path()).len(), before.len() - 1);
 }
 
-/// Thousands of dead attempts took an fsync of the root each.
+/// A sweep fsynced the root once for each of thousands of dead attempts.
 #[test]
 fn many_dead_attempts_share_the_fsyncs_of_their_removal() {
     let directory = tempfile::tempdir().unwrap();
@@ -248,8 +247,8 @@ fn what_an_overwrite_displaced_goes_when_its_owner_died_before_it_could() {
     assert_eq!(fs::read(directory.path().join("step-1/manifest.json")).unwrap(), b"new");
 }
 
-/// An attempt that could not be looked at counted as one that is not there: with a record that says nothing
-/// it went after a minute. And a lock that could not be asked for counted as one that is free.
+/// A sweep took an attempt that it could not look at for a missing one: with an unreadable record it removed
+/// it after a minute. And it took a lock that it could not try for a free one.
 #[test]
 fn what_cannot_be_looked_at_or_locked_is_not_dead() {
     let directory = tempfile::tempdir().unwrap();
@@ -260,7 +259,7 @@ fn what_cannot_be_looked_at_or_locked_is_not_dead() {
     age(directory.path(), &dead, 2 * HOUR);
     let refused =
         |call, after, sticky, errno| Fault { call: Some(call), after, sticky, effect: Effect::Refused(errno) };
-    // The record is looked at first, then the attempt, then its files.
+    // A sweep looks at the record first, then at the attempt, then at its files.
     for (call, after, errno) in
         [(Call::Stat, 1, libc::EACCES), (Call::List, 1, libc::EIO), (Call::Stat, 2, libc::ESTALE)]
     {
@@ -279,8 +278,8 @@ fn what_cannot_be_looked_at_or_locked_is_not_dead() {
     assert_eq!(names(directory.path()), [""; 0]);
 }
 
-/// A record with a field that this version does not know could not be read: the attempts of a newer version
-/// were judged by their age, whether their owners were alive or dead.
+/// A sweep could not read a record with a field unknown to this version: it judged the attempts of a newer
+/// version by their age, whether their owners were alive or dead.
 #[test]
 fn a_record_of_a_later_version_is_read() {
     let directory = tempfile::tempdir().unwrap();

@@ -114,7 +114,7 @@ fn a_medium_without_preallocation_still_gives_the_right_length() {
 #[test]
 fn a_file_that_was_not_written_to_its_end_is_not_sealed() {
     let (_directory, faulty, storage) = fixture();
-    // Where space is not taken beforehand, a missing end shows in the length.
+    // Where space is not reserved beforehand, a missing end shows in the length.
     faulty.fail(Fault {
         call: Some(Call::Fallocate),
         after: 0,

@@ -1,4 +1,4 @@
-//! Paths that are not known yet, and the signals that say when they are, or why they never will be.
+//! Deferred saves wait for a path, and for the signal that says that it is known, or why it never will be.
 
 use crate::compat::{Flaky, Gate, engine, files, state};
 use crate::rig::{Buffer, LONG, eventually, one};
@@ -63,7 +63,7 @@ fn a_deferred_save_touches_nothing_before_its_signal_and_is_durable_after_it() {
     let path = SavePath::Deferred(deferred.awaiting().join("step-3").unwrap());
     let futures = handler.async_save_deferred(path, state(1), args).unwrap();
     deferred.set_path(root.path());
-    // The path is known, and the signal has not come: still nothing.
+    // The path is known, but the signal has not come: nothing is saved yet.
     assert_eq!(futures[0].result(Duration::from_millis(10)).unwrap_err().kind(), ErrorKind::Deadline);
     assert!(files(root.path()).is_empty() && crate::rig::hidden(root.path()).is_empty());
     signals.send(id, STEP);
@@ -74,7 +74,7 @@ fn a_deferred_save_touches_nothing_before_its_signal_and_is_durable_after_it() {
     assert!(signals.contract(id).is_empty());
     assert_eq!(signals.wait(id, STEP, LONG).unwrap_err().kind(), ErrorKind::NotFound);
 
-    // A path that is known is saved to at once.
+    // A save to a known path begins at once.
     let known = SavePath::Known(root.path().join("step-4"));
     handler.async_save_deferred(known, state(2), SaveArgs::default()).unwrap()[0].result(LONG).unwrap();
 }
@@ -179,8 +179,8 @@ fn a_commit_sends_its_own_signals_when_it_is_durable() {
     future.result(LONG).unwrap();
 }
 
-/// What waits for a path held the executor: a program that dropped its own last `Arc` waited for no save at
-/// all.
+/// A deferred save that waited for a path held the executor: a program that dropped its own last `Arc` waited
+/// for no save at all.
 #[test]
 fn a_save_that_waits_for_its_path_does_not_keep_the_executor_alive() {
     let root = tempfile::tempdir().unwrap();
@@ -194,7 +194,7 @@ fn a_save_that_waits_for_its_path_does_not_keep_the_executor_alive() {
     assert_eq!(futures[0].result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
 }
 
-/// It was told of as failed by its deadline, though it became durable a moment later.
+/// A deferred save was reported as failed by its deadline, though it became durable a moment later.
 #[test]
 fn a_commit_that_is_being_published_at_its_deadline_is_indeterminate() {
     let gate = Arc::new(Gate::default());
@@ -218,8 +218,8 @@ fn a_commit_that_is_being_published_at_its_deadline_is_indeterminate() {
     assert!(engine.checkpoint(1).is_ok());
 }
 
-/// A deferred save that waited for room held the executor: the program's own last `Arc` waited for no save
-/// when it was dropped.
+/// A deferred save that waited for queue space held the executor: dropping the program's own last `Arc`
+/// waited for no save.
 #[test]
 fn a_save_that_waits_for_room_does_not_keep_the_executor_alive() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
@@ -232,7 +232,7 @@ fn a_save_that_waits_for_room_does_not_keep_the_executor_alive() {
     let futures = StandardCheckpointHandler::new(engine.clone()).async_save_deferred(path, state(1), args).unwrap();
     deferred.set_path(root.path());
     signals.send(id, STEP);
-    // For long enough that it waits for room by now; were it slower, the test would find nothing.
+    // Long enough that it waits for queue space by now; if it were slower, the test would find nothing.
     assert_eq!(futures[0].result(Duration::from_millis(100)).unwrap_err().kind(), ErrorKind::Deadline);
     eventually("the program has the only one", || Arc::strong_count(&engine) == 1);
     device.release();

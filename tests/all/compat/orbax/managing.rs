@@ -143,8 +143,8 @@ fn a_failure_that_may_pass_is_tried_again() {
     assert!(retries.save(2, written).unwrap_err().to_string().contains("counter"));
 }
 
-/// The thread of a manager that follows saves held the last `Arc` of the executor, and `main` did not wait
-/// for that thread: the last save of a program was lost, and so was what was to be tried again or deleted.
+/// The manager's thread that follows saves held the last `Arc` of the executor, and `main` did not wait for
+/// that thread: the last save of a program was lost, and so were pending retries and deletions.
 #[test]
 fn a_manager_that_is_dropped_waits_for_its_saves_their_retries_and_what_is_deleted() {
     let root = tempfile::tempdir().unwrap();
@@ -179,7 +179,7 @@ fn a_manager_that_a_forked_child_drops_goes_on_in_the_parent() {
     assert_eq!(manager.all_steps().unwrap(), [1]);
 }
 
-/// The options of a save were dropped when it was tried again: it went elsewhere, and did not overwrite.
+/// A retry dropped the options of its save: it went to another path, and did not overwrite.
 #[test]
 fn a_retry_has_the_options_of_the_save() {
     let retries = flaky(1, OnUnseenError::NextCall, Options::new().retry(1));
@@ -210,7 +210,7 @@ fn steps_are_named_as_orbax_names_them_and_found_under_any_known_name() {
         let engine = Arc::new(engine(root.path()).build().unwrap());
         assert_eq!(CheckpointManager::new(engine, lost).unwrap_err().kind(), ErrorKind::Invalid);
     }
-    // A step that is there under another name is there.
+    // A step exists even under another name.
     let engine = Arc::new(engine(root.path()).build().unwrap());
     engine.save(5, state(1)).unwrap().wait(LONG).unwrap();
     let manager = CheckpointManager::new(engine, Options::new()).unwrap();
@@ -274,7 +274,8 @@ fn two_saves_of_one_step_are_two_saves_under_way() {
     assert_eq!(manager.restore(Some(1)).unwrap().value::<u64>("epoch").unwrap(), 2);
 }
 
-/// After its own time a manager that had the last executor waited for that one's `shutdown_timeout`, too.
+/// After its own timeout, a manager with the last `Arc` of an executor also waited for the executor's
+/// `shutdown_timeout`.
 #[test]
 fn a_manager_closes_within_its_deadline() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
@@ -290,7 +291,7 @@ fn a_manager_closes_within_its_deadline() {
     assert!(Catalog::open(root.path()).unwrap().list().unwrap().is_empty());
 }
 
-/// Of several saves that had failed, `close` told of one, and nothing told of the others.
+/// Of several failed saves, `close` reported one, and nothing reported the others.
 #[test]
 fn errors_that_close_does_not_return_are_logged() {
     let device = LateDevice::default();

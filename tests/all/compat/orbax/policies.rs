@@ -63,7 +63,7 @@ fn continuous_saving_never_overlaps_and_a_preemption_is_saved() {
     assert!(!manager.is_saving_in_progress());
 }
 
-/// The steps of 1 to 6 that are left; the metric of step n is (n - 3)^2, of 6 there is none.
+/// The steps of 1 to 6 that are left; the metric of step n is (n - 3)^2, and step 6 has none.
 fn kept(policy: impl PreservationPolicy + 'static) -> Vec<u64> {
     let root = tempfile::tempdir().unwrap();
     let options = Options::new().preservation_policy(policy);
@@ -103,8 +103,8 @@ fn steps_are_kept_as_the_policy_says_and_the_newest_always() {
     assert_eq!(kept(AnyPreservationPolicy(vec![Box::new(strict), Box::new(LatestN(1))])), [3, 6]);
 }
 
-/// The manager once listed a step for good that its policy had deleted while the step's own turn to be
-/// followed was still to come.
+/// The manager kept listing a step that its policy had deleted before the manager came to follow that step's
+/// save.
 #[test]
 fn a_step_that_is_deleted_before_its_turn_is_not_listed_afterwards() {
     let root = tempfile::tempdir().unwrap();
@@ -126,8 +126,8 @@ fn a_step_that_is_deleted_before_its_turn_is_not_listed_afterwards() {
     assert_eq!(manager.all_steps().unwrap(), [1, 4]);
 }
 
-/// With `keep_checkpoints_without_metrics(false)` and fewer steps than are to be kept, everything without a
-/// metric was deleted. Orbax deletes nothing before there are more than `n`.
+/// With `keep_checkpoints_without_metrics(false)` and fewer steps than to keep, the policy deleted every step
+/// without a metric. Orbax deletes nothing before there are more than `n`.
 #[test]
 fn the_best_so_many_are_kept_as_orbax_keeps_them() {
     let strict = |n| BestN::new(Some(n), loss).keep_checkpoints_without_metrics(false);
@@ -136,7 +136,7 @@ fn the_best_so_many_are_kept_as_orbax_keeps_them() {
     assert_eq!(kept(strict(2)), [1, 5, 6]);
     assert_eq!(kept(BestN::new(Some(0), loss)), [6], "none is kept, whether it has a metric or not");
     assert_eq!(kept(BestN::new(Some(6), loss)), [1, 2, 3, 4, 5, 6]);
-    // Most of them without a metric: nothing goes before there are five.
+    // Most steps have no metric: the policy deletes nothing before there are five.
     let root = tempfile::tempdir().unwrap();
     let options = Options::new().preservation_policy(strict(4));
     let manager = CheckpointManager::new(Arc::new(engine(root.path()).build().unwrap()), options).unwrap();
@@ -148,7 +148,7 @@ fn the_best_so_many_are_kept_as_orbax_keeps_them() {
     }
 }
 
-/// Times came from the file system, where a copy of the directory, or a touch of it, changes them.
+/// The policy took times from the file system, where a copy or a touch of the directory changes them.
 #[test]
 fn the_time_of_a_step_is_the_one_in_its_manifest() {
     let root = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! `execute_save` and its future: results, options, places, overlap.
+//! `execute_save` and its future: results, options, paths, overlap.
 
 use crate::compat::{engine, files, state};
 use crate::rig::{LONG, one, pattern};
@@ -87,7 +87,7 @@ fn options_that_contradict_each_other_and_places_that_are_none_are_invalid_and_c
         assert_eq!(error.kind(), ErrorKind::Invalid, "{shown}");
         assert!(error.to_string().contains(named), "{shown}: {error}");
     }
-    // Where a save goes is found out in its order, and comes out of the future as torch's does.
+    // Each save finds its path in its turn, and the future returns errors of it as torch's does.
     let places = [
         (ExecuteOptions::new(), "checkpoint_id"),
         (to("/"), "name"),
@@ -102,7 +102,7 @@ fn options_that_contradict_each_other_and_places_that_are_none_are_invalid_and_c
         assert!(error.to_string().contains(named), "{shown}: {error}");
     }
     assert!(files(root.path()).is_empty());
-    // A group of one is the same as none, with either choice; so is saying that there is none.
+    // A group of one is the same as no group, with either choice; so is an explicit "no group".
     for (step, options) in [
         to("1").process_group(alone()),
         to("2").process_group(alone()).use_collectives(false),
@@ -131,7 +131,7 @@ fn overlapping_saves_follow_the_policy_of_the_engine() {
     device.release();
     first.result(LONG).unwrap().unwrap();
 
-    // Those that wait for a staging future, too.
+    // Saves that wait for a staging future count, too.
     let pending = || StagedState::Pending(Staging::future(std::future::pending()));
     let waits = executor.execute_save(pending(), to("3")).unwrap();
     assert!(executor.execute_save(pending(), to("4")).unwrap().result(LONG).unwrap().is_none());
@@ -168,7 +168,7 @@ fn a_checkpoint_id_may_be_any_name_and_one_of_no_step_is_beside_the_steps() {
     assert!(!writer.validate_checkpoint_id("/elsewhere/step-1".as_ref()));
 }
 
-/// Whether there was room was looked for and taken under two locks: two callers at once both found it.
+/// The executor checked for space and reserved it under two locks: two callers at once both got it.
 #[test]
 fn of_callers_at_once_one_takes_the_last_place() {
     let root = tempfile::tempdir().unwrap();
@@ -191,7 +191,7 @@ fn of_callers_at_once_one_takes_the_last_place() {
     }
 }
 
-/// A forked child that dropped an executor waited for saves whose threads are the parent's, for as long as a
+/// A forked child that dropped an executor waited for saves of the parent's threads, for as long as a
 /// shutdown may take.
 #[test]
 #[cfg_attr(miri, ignore = "forks")]
@@ -207,8 +207,8 @@ fn an_executor_that_a_forked_child_drops_goes_on_in_the_parent() {
     future.result(LONG).unwrap().unwrap();
 }
 
-/// `close`, and a drop, waited for the saves of their own thread alone: where the program had the engine,
-/// too, those that the engine was given at once were still under way when they returned.
+/// `close`, and a drop, waited only for the saves of their own thread: where the program also had the engine,
+/// the saves that the engine got directly were still under way when they returned.
 #[test]
 fn an_executor_that_ends_waits_for_its_saves_though_the_engine_goes_on() {
     let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());

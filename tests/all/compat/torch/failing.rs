@@ -1,5 +1,4 @@
-//! Failures of planners, writers and storage: always in the future, never silent, and tried again where that
-//! is asked for.
+//! Failures of planners, writers and storage are always in the future, never silent, and retried on request.
 
 use crate::compat::{Flaky, Gate, engine, files, state};
 use crate::rig::{LONG, one};
@@ -72,7 +71,7 @@ fn a_failure_of_any_step_of_a_planner_is_in_the_future_and_changes_nothing() {
         assert_eq!(future.result(LONG).unwrap_err().kind(), kind);
         assert!(files(root.path()).is_empty());
     }
-    // One that nobody sees comes out of the next call.
+    // The next call returns an unseen failure.
     drop(executor.execute_save(state(1).into(), to("step-1").planner(Odd::new(1, None))).unwrap());
     assert_eq!(executor.execute_save(state(1).into(), to("step-1")).unwrap_err().kind(), ErrorKind::Unavailable);
     executor.execute_save(state(1).into(), to("step-1")).unwrap().result(LONG).unwrap().unwrap();
@@ -89,7 +88,7 @@ fn a_planner_decides_what_is_saved() {
     assert_eq!((saved.value::<u64>("epoch").unwrap(), saved.metadata::<String>("run").unwrap()), (1, "a test".into()));
 }
 
-/// Says that a tensor has another name, or another type, and makes that so, or not.
+/// A planner that gives a tensor another name or type, and converts it, or does not.
 struct Converts {
     planner: DefaultSavePlanner,
     renames: bool,
@@ -131,8 +130,8 @@ impl SavePlanner for Converts {
     }
 }
 
-/// Only the counts of a plan and a state were compared: with a planner that renamed or converted an item the
-/// original bytes were saved, and the metadata told of the plan.
+/// The executor compared only the counts of a plan and a state: when a planner renamed or converted an item,
+/// it saved the original bytes with the plan's metadata.
 #[test]
 fn what_is_saved_is_what_the_plan_says_or_nothing() {
     let root = tempfile::tempdir().unwrap();
@@ -204,7 +203,7 @@ fn a_failure_that_nobody_saw_stops_the_next_call_or_is_logged() {
         let executor = flaky(1, failed);
         drop(executor.execute_save(state(1).into(), to("step-1")).unwrap());
         crate::rig::eventually("it has failed", || executor.executor().arena().free() == 4);
-        // The engine ends the save a moment after its slabs are home; its step is free again then.
+        // The engine ends the save a moment after its slabs are returned; its step is free again then.
         let second = loop {
             match executor.execute_save(state(2).into(), to("step-1")) {
                 Err(error) if error.kind() == ErrorKind::Conflict => std::thread::yield_now(),
@@ -218,7 +217,7 @@ fn a_failure_that_nobody_saw_stops_the_next_call_or_is_logged() {
     }
 }
 
-/// `close` said that all was well of a save that was still being published when its time was up.
+/// `close` reported success for a save that was still being published at its deadline.
 #[test]
 fn a_save_that_is_being_published_when_the_executor_closes_is_indeterminate() {
     for retries in [0, 1] {

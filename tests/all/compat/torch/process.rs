@@ -1,4 +1,5 @@
-//! The process executor: a writer of its own that outlives the program, and what happens when it does not.
+//! The process executor has a writer process that outlives the program; these tests also end the writer
+//! first.
 
 use crate::compat::{files, state};
 use crate::rig::{LONG, eventually, pattern};
@@ -13,7 +14,7 @@ use std::time::Duration;
 const ROOT: &str = "ASHORE_TEST_PROCESS";
 const MODULE: &str = "compat::torch::process";
 
-/// This program again, as what `test` is.
+/// Starts this program again to run `test`.
 fn arguments(test: &str) -> Vec<String> {
     let test = format!("{MODULE}::{test}");
     [test.as_str(), "--ignored", "--exact", "--nocapture", "--test-threads", "1"].map(str::to_owned).into()
@@ -59,7 +60,7 @@ fn a_writer_process_leaves_the_bytes_that_the_engine_leaves() {
     assert_eq!(files(ours.path()), files(theirs.path()));
     assert!(executor.executor().checkpoint(5).unwrap().verify().unwrap().is_sound());
 
-    // The same process takes the next ones, a stream and a refusal among them.
+    // The same process takes the next saves, including a stream and a refusal.
     let writer = executor.writer().unwrap();
     let conflict = executor.execute_save(state(2).into(), to("step-00000005").overwrite(false)).unwrap();
     assert_eq!(conflict.result(LONG).unwrap_err().kind(), ErrorKind::Conflict);
@@ -110,8 +111,8 @@ fn a_writer_that_hangs_fails_its_save_at_the_deadline() {
     signal(writer, libc::SIGCONT);
 }
 
-/// A forked child shares the socket to the writer process. One that dropped its copy of the executor shut
-/// that down: the writer took its program for gone, and ended.
+/// A forked child that dropped its copy of the executor shut down the socket that it shares to the writer
+/// process: the writer took its program for ended, and ended.
 #[test]
 #[cfg_attr(miri, ignore = "forks")]
 fn a_writer_process_stays_with_the_parent_when_a_forked_child_drops_the_executor() {
@@ -163,7 +164,7 @@ fn a_state_that_was_handed_over_is_durable_although_the_program_was_killed() {
     eventually("it has ended", || !Path::new(&format!("/proc/{writer}/root")).exists() || ended(writer));
 }
 
-/// Nobody may be there to wait for it.
+/// The parent that would wait for it may be dead.
 fn ended(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }

@@ -1,5 +1,5 @@
-//! Several ranks, as threads of one process, with a storage writer of their own: plans, and failures, of all
-//! of them.
+//! Several ranks, as threads of one process, with a storage writer of their own: plans and failures of all of
+//! them.
 
 use crate::compat::engine;
 use crate::rig::LONG;
@@ -18,11 +18,11 @@ struct Log {
     calls: Vec<String>,
     written: Vec<Vec<String>>,
     finished: usize,
-    /// How many were told that they are the coordinator.
+    /// How many ranks were told that they are the coordinator.
     coordinators: usize,
 }
 
-/// Notes what it is asked to do, and fails where it is told to.
+/// Records its calls, and fails where the test tells it to.
 struct Noting {
     log: Arc<Mutex<Log>>,
     fails_in: Option<&'static str>,
@@ -59,7 +59,7 @@ impl StorageWriter for Noting {
             names.iter().all(|name| state.layouts().any(|(n, _)| n == name) || state.value_names().any(|n| n == name))
         );
         self.log.lock().unwrap().written.push(names.clone());
-        // A thread of the writer that dies loses its items: the results are short of one.
+        // A writer thread that dies loses its items: one result is missing.
         let lost = usize::from(self.fails_in == Some("lost"));
         let result = |fqn| WriteResult { fqn, size_in_bytes: 0, storage_data: serde_json::Value::Null };
         Ok(Box::pin(async move { Ok(names.into_iter().skip(lost).map(result).collect()) }))

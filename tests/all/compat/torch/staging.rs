@@ -1,4 +1,5 @@
-//! Staging that is still under way: consumed as it comes, and never waited for without an end.
+//! The executor consumes staging that is still under way as tensors arrive, and never waits for it without a
+//! deadline.
 
 use crate::compat::{engine, files, state};
 use crate::rig::{LONG, eventually, pattern};
@@ -35,7 +36,7 @@ fn a_state_larger_than_the_arena_is_written_as_it_comes() {
     for i in 0..8 {
         assert!(future.try_result().is_none());
         stage.deliver(&format!("t{i}"), Arc::new(pattern(i, LEN))).unwrap();
-        // What has come is written while the rest is on its way: all slabs are home again.
+        // The executor writes arrived tensors while the rest is still to come: all slabs are returned.
         eventually("written as it comes", || arena.free() >= arena.report().slabs - 2);
     }
     assert_eq!(stage.missing().count(), 0);
