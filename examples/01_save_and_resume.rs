@@ -46,7 +46,7 @@ pub(crate) fn train(root: &Path, more: u64) -> ashore::Result<Training> {
         executor.fence()?; // forward and backward have run, while the stager copied
         training.optimize();
         if training.step.is_multiple_of(5) || left == 0 {
-            drop(executor.save(training.step, training.state()?)?); // an error would come back from the next call
+            drop(executor.save(training.step, training.state()?)?); // the next call would return an error
         }
     }
     executor.shutdown(Duration::from_secs(60))?;

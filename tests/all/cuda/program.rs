@@ -205,7 +205,7 @@ impl Traffic {
             cuda!(cuCtxSetCurrent(context.0));
             let (mut stream, mut from, mut to) = (null_mut(), 0, null_mut());
             cuda!(cuStreamCreate(&mut stream, NON_BLOCKING));
-            // SAFETY: just made, and never destroyed; no device is asked for.
+            // SAFETY: just made, and never destroyed; no device is requested.
             let stream = unsafe { DeviceStream::new(0, stream as usize) };
             cuda!(cuMemAlloc_v2(&mut from, Self::BYTES));
             cuda!(cuMemHostAlloc(&mut to, Self::BYTES, 0));

@@ -1,4 +1,5 @@
-//! Deferred saves wait for a path, and for the signal that says that it is known, or why it never will be.
+//! Deferred saves wait for a path, and for the signal that the path is known, or the reason why it never will
+//! be.
 
 use crate::compat::{Flaky, Gate, engine, files, state};
 use crate::rig::{Buffer, LONG, eventually, one};
