@@ -39,15 +39,14 @@ LIVE, JUNK = -1, -9                      # a copy's source: live memory, or else
 CONFIG = "chunks saves window slabs scratch kind drop deadline latest mutant"
 Config = namedtuple("Config", CONFIG, defaults=(False, False, False, ""))
 FIELDS = ("t tq ts cq cs live W F pub prod done sent issued sk nxt base fly sp slabs slots hand frozen failed gone freed dropped").split()
-#  t trainer's position in its program   tq, ts; cq, cs  training and copy stream: queue, step within its head
-#  live  version per chunk W watermark: k * chunks + chunks of save k copied      F, pub  per save: as latched
-#  on the GPU, as seen in pinned memory prod, done  producer and copy events completed (counts: streams are
-#  FIFO)     sent  copies enqueued, their events recorded issued  saves given to the stager      sk, nxt, base
-#  stager: save, next chunk, `sent` at its start      fly  copies in flight sp stager: 0 idle, 1 event seen, 2
-#  decided for live, (3, F) F read too early (mutant)   hand  set of chunks handed over, per save slabs (free
-#  0 | leased L | handed over H, half 0, half 1)      slots  None | (save, chunk, value)      failed  at the
-#  deadline gone  superseded by the next save before they were begun frozen  saves < frozen take nothing more
-#  from live memory      freed  saves < freed have lost their memory      dropped  by all
+#  t trainer's position in its program   tq, ts; cq, cs  training and copy stream: queue, step within its head   live  version per chunk
+#  W watermark: k * chunks + chunks of save k copied      F, pub  per save: as latched on the GPU, as seen in pinned memory
+#  prod, done  producer and copy events completed (counts: streams are FIFO)     sent  copies enqueued, their events recorded
+#  issued  saves given to the stager      sk, nxt, base  stager: save, next chunk, `sent` at its start      fly  copies in flight
+#  sp stager: 0 idle, 1 event seen, 2 decided for live, (3, F) F read too early (mutant)   hand  set of chunks handed over, per save
+#  slabs (free 0 | leased L | handed over H, half 0, half 1)      slots  None | (save, chunk, value)      failed  at the deadline
+#  gone  superseded by the next save before they were begun
+#  frozen  saves < frozen take nothing more from live memory      freed  saves < freed have lost their memory      dropped  by all
 
 
 class Bad(Exception):
