@@ -194,9 +194,11 @@ pub mod storage;
 mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod thread;
 mod ticket;
 #[doc(hidden)]
 pub mod tries;
+mod wire;
 mod writer;
 
 pub use catalog::{Catalog, PruneOptions, Retention};

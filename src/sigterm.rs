@@ -19,7 +19,7 @@ use crate::outcome::Outcome;
 use crate::save::Save;
 use crate::state::StateDict;
 use crate::sync::{Arc as CellArc, Mutex, lock};
-use crate::writer::spawn;
+use crate::thread::spawn;
 use handler::{Hook, SIGNAL};
 use signal_hook::consts::SIGTERM;
 use signal_hook::low_level;

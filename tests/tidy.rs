@@ -27,8 +27,10 @@ const FLOORS: [&[&str]; 6] = [
         "settings",
         "state",
         "sync",
+        "thread",
         "ticket",
         "tries",
+        "wire",
     ],
     &["format", "memory", "plan"],
     &["device", "storage"],
@@ -77,8 +79,8 @@ const ISLANDS: &[&str] = &[
     "src/storage/local/linux.rs",
     "src/storage/local/uring.rs",
     "src/testing/late.rs",
-    "src/writer/priority.rs",
-    "src/writer/signals.rs",
+    "src/thread/priority.rs",
+    "src/thread/signals.rs",
 ];
 
 /// The only files that may make things durable: the one that decides to, and below it the seam of system

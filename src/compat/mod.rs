@@ -26,4 +26,3 @@ pub mod torch;
 mod open;
 mod place;
 mod unseen;
-mod wire;

@@ -11,8 +11,10 @@
 pub mod local;
 mod memory;
 mod name;
+pub mod process;
 
 pub use memory::Memory;
+pub use process::Process;
 
 use crate::error::Result;
 use crate::id::Attempt;

@@ -5,10 +5,7 @@
 //! Chunks of a failed save go home unwritten. **Failure.** The first error fails the save, a panic too; the threads live on.
 
 mod pool;
-mod priority;
-mod signals;
 mod task;
 
-pub(crate) use pool::{Pool, spawn};
-pub(crate) use priority::adopt;
+pub(crate) use pool::Pool;
 pub(crate) use task::{Begin, Kept, Task};

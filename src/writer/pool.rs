@@ -1,14 +1,13 @@
 //! The writer threads and the bounded channel that feeds them.
 
-use super::priority::adopt;
-use super::signals::outlive_file_limits;
 use super::task::Task;
 use crate::completion::Signal;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::guard::guarded;
 use crate::own_threads;
 use crate::plan::Chunk;
 use crate::settings::Priority;
+use crate::thread::{adopt, spawn};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -61,15 +60,4 @@ fn carry_out(task: &Arc<Task>, chunk: Chunk) {
         task.request.ticket.fail(error);
     }
     task.leave();
-}
-
-/// Starts a named thread, in which a limit for the size of files is an error as any other.
-pub(crate) fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name(name.clone())
-        .spawn(move || {
-            outlive_file_limits();
-            run();
-        })
-        .map_err(|e| Error::new(ErrorKind::Busy, format!("a thread cannot be started thread={name}")).with_source(e))
 }

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::fork::ForkGuard;
 use crate::guard::guarded;
 use crate::sync::{self, Mutex, lock};
-use crate::writer::spawn;
+use crate::thread::spawn;
 use crossbeam_channel::{Sender, unbounded};
 use std::sync::Arc;
 use std::thread::JoinHandle;

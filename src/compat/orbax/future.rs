@@ -8,7 +8,7 @@ use crate::guard::guarded;
 use crate::outcome::Outcome;
 use crate::save::Save;
 use crate::sync::{Arc as CellArc, Mutex, lock};
-use crate::writer::spawn;
+use crate::thread::spawn;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;

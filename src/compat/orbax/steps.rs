@@ -17,7 +17,7 @@ use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::OnUnseenError;
 use crate::state::{Layout, StateDict};
 use crate::sync::{Mutex, lock};
-use crate::writer::spawn;
+use crate::thread::spawn;
 use crossbeam_channel::{Sender, unbounded};
 use serde::Serialize;
 use serde::de::DeserializeOwned;

@@ -1,13 +1,11 @@
 //! The future that `execute_save` returns.
 
 use super::plan::{self, Metadata, SavePlan, StorageMeta, WriteItem, WriteResult};
-use crate::completion::{Cell, Completion, Waiter};
+use crate::completion::Waiter;
 use crate::error::Result;
-use crate::id::Attempt;
 use crate::outcome::{Committed, Outcome};
 use crate::save::Save;
-use crate::sync::{Arc as CellArc, Mutex, lock};
-use std::collections::HashMap;
+use crate::storage::process::HandedOver;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -99,24 +97,6 @@ impl CheckpointFuture {
     /// Cancels the save, which resolves to `Cancelled` at once. False when it is too late: it has ended or is being published.
     pub fn cancel(&self) -> bool {
         self.save.cancel()
-    }
-}
-
-/// Which saves a writer process has been handed.
-#[derive(Debug, Default)]
-pub(super) struct HandedOver(Mutex<HashMap<Attempt, Cell<()>>>);
-
-impl HandedOver {
-    fn cell(&self, attempt: Attempt) -> Cell<()> {
-        lock(&self.0).entry(attempt).or_insert_with(|| CellArc::new(Completion::new())).clone()
-    }
-
-    pub fn done(&self, attempt: Attempt) {
-        self.cell(attempt).complete(Ok(()));
-    }
-
-    pub fn forget(&self, attempt: Attempt) {
-        lock(&self.0).remove(&attempt);
     }
 }
 

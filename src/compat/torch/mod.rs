@@ -35,6 +35,7 @@ mod staging;
 mod thread;
 mod writer;
 
+pub use crate::storage::process::serve;
 pub use engine::EngineWriter;
 pub use future::CheckpointFuture;
 pub use group::{ProcessGroup, ThreadGroup};
@@ -44,7 +45,7 @@ pub use plan::{
     WriteKind, WriteResult,
 };
 pub use planner::{DefaultSavePlanner, SavePlanner};
-pub use process::{ProcessBuilder, ProcessExecutor, serve};
+pub use process::{ProcessBuilder, ProcessExecutor};
 pub use staging::{Stage, StagedState, Staging};
 pub use thread::ThreadExecutor;
 pub use writer::{StorageWriter, WriteFuture};

@@ -10,7 +10,7 @@ use crate::guard::logged;
 use crate::outcome::Phase;
 use crate::save::Save;
 use crate::sync::{Mutex, lock};
-use crate::writer::spawn;
+use crate::thread::spawn;
 use crossbeam_channel::{Sender, unbounded};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};

@@ -3,7 +3,7 @@
 use super::AsyncCheckpointExecutor;
 use super::drive::{self, Ranks, complete};
 use super::engine::EngineWriter;
-use super::future::{CheckpointFuture, HandedOver, Told, Written};
+use super::future::{CheckpointFuture, Told, Written};
 use super::options::ExecuteOptions;
 use super::planner::{DefaultSavePlanner, SavePlanner};
 use super::queue::Queue;
@@ -18,6 +18,7 @@ use crate::guard::guarded;
 use crate::outcome::Outcome;
 use crate::save::Save;
 use crate::state::StateDict;
+use crate::storage::process::HandedOver;
 use crate::sync::{Mutex, lock};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -2,6 +2,7 @@
 
 mod a_local_root_conforms;
 mod a_memory_storage_conforms;
+mod a_writer_process_conforms;
 mod every_failing_call_leaves_steps_whole;
 mod links_and_devices_are_not_followed;
 mod locking;

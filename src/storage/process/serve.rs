@@ -1,12 +1,12 @@
 //! The writer process: takes attempts whose bytes are in shared memory, and makes steps of them.
 
-use super::frame::{Hello, Reply, Request, VERSION, receive, send};
-use crate::compat::wire::WireError;
+use super::frame::{Hello, Reply, Request, Stage, VERSION, receive, send};
 use crate::error::{Error, Result};
 use crate::memory::AlignedBuffer;
 use crate::storage::local::Local;
 use crate::storage::{Storage, Writing};
-use crate::writer::adopt;
+use crate::thread::adopt;
+use crate::wire::WireError;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fs::File;
 use std::io::stdin;
@@ -30,7 +30,7 @@ pub fn serve() -> Result<()> {
     let Some((hello, _)) = receive::<Hello>(&mut socket)? else { return Ok(()) };
     let opened = open(&hello);
     let result = opened.as_ref().map(|_| ()).map_err(WireError::from);
-    send(&mut socket, &Reply { id: 0, result }, None)?;
+    send(&mut socket, &Reply { id: 0, of: Stage::Published, result }, None)?;
     let storage = opened?;
     adopt(hello.priority);
     let mut buffer = AlignedBuffer::new(PIECE);
@@ -38,18 +38,21 @@ pub fn serve() -> Result<()> {
         let shared = shared.map(File::from).ok_or_else(|| Error::invalid("a request without shared memory"));
         let written = shared.and_then(|shared| write(&storage, &request, &shared, &mut buffer));
         let result = written.as_ref().map(|_| ()).map_err(WireError::from);
-        if let Err(error) = send(&mut socket, &Reply { id: request.id, result }, None) {
+        if let Err(error) = send(&mut socket, &Reply { id: request.id, of: Stage::Published, result }, None) {
             tracing::warn!(
                 error = format_args!("{error:#}"),
                 name = request.name,
-                "nobody is there to hear how a save ended"
+                "the program is gone that would hear how a save ended"
             );
         }
         if let Ok(attempt) = written {
             let tidied = attempt.settle().and_then(|()| storage.hint(&request.name));
-            if let Err(error) = tidied {
+            if let Err(error) = &tidied {
                 tracing::warn!(error = format_args!("{error:#}"), name = request.name, "could not tidy up");
             }
+            let result = tidied.as_ref().map(|_| ()).map_err(WireError::from);
+            // Without the program, this was for those that come later.
+            let _ = send(&mut socket, &Reply { id: request.id, of: Stage::Settled, result }, None);
         }
     }
     Ok(())

@@ -1,9 +1,9 @@
 //! What goes between a training program and its writer process: frames of JSON over a socket, one descriptor with some.
 
-use crate::compat::wire::WireError;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::settings::{Engine, Locks, Priority};
+use crate::wire::WireError;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
@@ -17,7 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 /// Both sides must speak the same.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 /// No message is longer.
 const LONGEST: u32 = 64 << 20;
 
@@ -43,6 +43,15 @@ pub(super) struct Request {
     pub files: Vec<SharedFile>,
 }
 
+/// What a reply is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(super) enum Stage {
+    /// The publish; all that there is, if that failed.
+    Published,
+    /// What follows it: nothing of the attempt is left beside its step.
+    Settled,
+}
+
 /// A file in shared memory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct SharedFile {
@@ -57,6 +66,7 @@ pub(super) struct SharedFile {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Reply {
     pub id: u64,
+    pub of: Stage,
     pub result: Result<(), WireError>,
 }
 
