@@ -2,7 +2,7 @@
 
 use super::dtype::{Dtype, Layout};
 use super::source::{DeviceStream, Place, Shared, Source};
-use super::value;
+use super::value::encode_named;
 use crate::error::{Error, Result};
 use foldhash::fast::FixedState;
 use indexmap::IndexMap;
@@ -301,8 +301,7 @@ fn put(
     if name.is_empty() || map.contains_key(&name) {
         return Err(Error::invalid(format!("the name is empty or taken {what}={name:?}")));
     }
-    let encoded = value::encode(value)
-        .map_err(|e| Error::invalid(format!("cannot be kept exactly {what}={name:?}")).with_source(e))?;
+    let encoded = encode_named(what, &name, value)?;
     map.insert(name, encoded);
     Ok(())
 }

@@ -14,4 +14,5 @@ pub use dict::{Capture, StateDict};
 pub use dtype::{Dtype, Element, Layout, Shape};
 pub use promised::{Promise, Promised, promise};
 pub use source::{DeviceStream, HostTensor, Place, RawDevice, RawHost, Source};
+pub(crate) use value::encode_named;
 pub use value::{decode as decode_value, encode as encode_value};

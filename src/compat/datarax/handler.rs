@@ -8,7 +8,7 @@ use crate::compat::unseen::first;
 use crate::error::{Error, ErrorKind, Result};
 use crate::save::{Save, SaveOptions};
 use crate::settings::Settings;
-use crate::state::encode_value;
+use crate::state::encode_named;
 use crate::sync::{Mutex, lock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -68,8 +68,7 @@ impl SaveArgs {
     /// `Invalid`, naming the key: what cannot be kept exactly.
     pub fn metadata(mut self, key: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<Self> {
         let key = key.into();
-        let encoded = encode_value(value)
-            .map_err(|e| Error::invalid(format!("cannot be kept exactly metadata={key:?}")).with_source(e))?;
+        let encoded = encode_named("metadata", &key, value)?;
         self.metadata.insert(key, encoded);
         Ok(self)
     }

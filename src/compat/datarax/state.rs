@@ -6,7 +6,7 @@
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::restore::Targets;
-use crate::state::{Dtype, Element, HostTensor, StateDict, decode_value, encode_value};
+use crate::state::{Dtype, Element, HostTensor, StateDict, decode_value, encode_named};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -162,8 +162,7 @@ impl State {
     /// `Invalid`: the name is taken, or the value cannot be kept exactly.
     pub fn value(&mut self, name: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
         let name = name.into();
-        let encoded = encode_value(value)
-            .map_err(|e| Error::invalid(format!("cannot be kept exactly value={name:?}")).with_source(e))?;
+        let encoded = encode_named("value", &name, value)?;
         self.put(name, Leaf::Value(encoded))
     }
 

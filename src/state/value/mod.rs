@@ -47,6 +47,14 @@ pub fn encode(value: &(impl Serialize + ?Sized)) -> Result<Value> {
     encode::value(value, 0).map_err(|e| Error::invalid("a value cannot be written as json").with_source(e))
 }
 
+/// Encodes a value that has a name.
+///
+/// # Errors
+/// As [`encode`], with `what` it is, and its name.
+pub(crate) fn encode_named(what: &str, name: &str, value: &(impl Serialize + ?Sized)) -> Result<Value> {
+    encode(value).map_err(|e| Error::invalid(format!("cannot be kept exactly {what}={name:?}")).with_source(e))
+}
+
 /// Decodes a value that `encode` wrote.
 ///
 /// # Errors
