@@ -188,6 +188,13 @@ impl<T: Clone> Waiter<T> {
     }
 }
 
+/// Waits for the same value.
+impl<T: Clone> Clone for Waiter<T> {
+    fn clone(&self) -> Self {
+        Self::new(self.cell.clone())
+    }
+}
+
 impl<T: Clone> Future for Waiter<T> {
     type Output = T;
 

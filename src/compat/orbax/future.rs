@@ -25,22 +25,7 @@ pub struct CommitFuture(Inner);
 #[derive(Clone)]
 enum Inner {
     Save(Save),
-    Waiting { shared: Arc<Waiting>, done: WaiterOf },
-}
-
-/// A waiter that can be cloned.
-struct WaiterOf(Waiter<Result<Outcome>>, Cell<Outcome>);
-
-impl Clone for WaiterOf {
-    fn clone(&self) -> Self {
-        Self::new(&self.1)
-    }
-}
-
-impl WaiterOf {
-    fn new(cell: &Cell<Outcome>) -> Self {
-        Self(Waiter::new(cell.clone()), cell.clone())
-    }
+    Waiting { shared: Arc<Waiting>, done: Waiter<Result<Outcome>> },
 }
 
 /// A commit that waits for signals.
@@ -93,7 +78,7 @@ impl CommitFuture {
             }
             waiting.done.complete(ended);
         })?;
-        Ok(Self(Inner::Waiting { shared, done: WaiterOf::new(&done) }))
+        Ok(Self(Inner::Waiting { shared, done: Waiter::new(done) }))
     }
 
     /// Waits for the commit on this thread.
@@ -106,7 +91,7 @@ impl CommitFuture {
             Inner::Waiting { shared, done } => {
                 shared.alive()?;
                 let late = || Error::new(ErrorKind::Deadline, format!("the commit has not ended waited={timeout:?}"));
-                done.1.wait(deadline_after(timeout)).ok_or_else(late)?
+                done.cell().wait(deadline_after(timeout)).ok_or_else(late)?
             }
         }
     }
@@ -195,7 +180,7 @@ impl Future for CommitFuture {
             Inner::Save(save) => Pin::new(save).poll(cx),
             Inner::Waiting { shared, done } => {
                 shared.alive()?;
-                Poll::Ready(ready!(Pin::new(&mut done.0).poll(cx)))
+                Poll::Ready(ready!(Pin::new(done).poll(cx)))
             }
         }
     }
