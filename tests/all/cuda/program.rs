@@ -24,8 +24,8 @@ fn open() {
     OPENED.get_or_init(|| {
         // SAFETY: the driver, or its simulation; it stays open.
         let library = unsafe { std::mem::ManuallyDrop::new(libloading::Library::new(library()).unwrap()) };
-        // SAFETY: only looked for.
         let live = |library: &libloading::Library| {
+            // SAFETY: the symbol is only looked for.
             unsafe { library.get::<fn()>(b"fakecuda_live\0") }.map(|f| *f as usize).ok()
         };
         let simulated = live(&library);
