@@ -1,7 +1,8 @@
-//! The executor: takes state dicts, gives futures of durable checkpoints.
+//! The executor: takes state dicts and returns futures of durable checkpoints.
 //!
-//! Threads: one stages, a pool writes, one commits, one tidies up, one touches attempts, one calls functions of the program. They talk downwards through channels; what comes back are
-//! leases and the completions of futures. The thread that calls `save` does not touch storage.
+//! The threads are the stager, the pool of writers, the committer, one that tidies up, one that touches
+//! attempts, and the call thread, which calls functions of the program. Channels carry work downstream;
+//! leases and completions of futures return. The thread that calls `save` does not touch storage.
 
 mod admission;
 mod again;
@@ -74,9 +75,9 @@ use std::time::Duration;
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// Dropping it waits for saves in flight, for `shutdown_timeout` at most; errors are then only logged. Where a
-/// function given to [`Save::on_done`], or a waker, drops the last owner, a thread of its own does so, which `main`
-/// does not wait for.
+/// Dropping it waits for saves in flight, for `shutdown_timeout` at most; errors are then only logged. If a
+/// function given to [`Save::on_done`], or a waker, drops the last owner, a separate thread waits instead,
+/// and `main` does not wait for that thread.
 #[derive(Debug)]
 pub struct CheckpointExecutor {
     settings: Settings,
@@ -86,33 +87,37 @@ pub struct CheckpointExecutor {
     stager: Arc<Stager>,
     threads: Arc<Threads>,
     equipment: Equipment,
-    /// The last plan; held by callers of `save` only, one at a time.
+    /// The last plan. Callers of `save` lock it, one at a time.
     admission: Mutex<Admission>,
     origin: ForkGuard,
-    /// Saves that became durable: what was staged was compared with what was there at `save`.
+    /// Number of durable saves whose staged bytes were compared with the digests taken at `save`.
     compared: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
 struct Admission {
     plan: Option<Arc<Plan>>,
-    /// Attempts are drawn ahead, because randomness is a system call.
+    /// Identities of attempts, drawn ahead because randomness is a system call.
     attempts: Attempts,
 }
 
 impl CheckpointExecutor {
-    /// Begins to build an executor for checkpoints under `root`, a directory that is created when it is missing.
+    /// Returns a builder of an executor for checkpoints under `root`, a directory that is created if it is
+    /// missing.
     pub fn builder(root: impl Into<PathBuf>) -> Builder {
         Builder::new(root.into())
     }
 
-    /// Saves `state` as `step`. Returns at once: nothing but small tensors that the program may write has been copied then, and
-    /// sources are read until the next [`fence`](Self::fence), or until [`Save::staged`] resolves.
+    /// Saves `state` as `step` and returns at once. Only small tensors that the program may write have been
+    /// copied by then. The executor reads the other sources until the next [`fence`](Self::fence), or until
+    /// [`Save::staged`] resolves.
     ///
     /// # Errors
-    /// The error of an earlier save that nobody has seen. `Invalid`: a tensor cannot be captured as asked, or an earlier save
-    /// of writable sources was not fenced. `Conflict`: a save of this step is under way. `Busy`: the overlap policy found no
-    /// room within the save deadline, or the GPU none for what is to be captured or gathered there. Everything that happens later comes out of the future.
+    /// The error of an earlier save that no handle and no call has returned. `Invalid`: a tensor cannot be
+    /// captured as requested, or an earlier save of writable sources was not fenced. `Conflict`: a save of
+    /// this step is under way. `Busy`: earlier saves had not ended by the save deadline, as the overlap
+    /// policy requires, or the capture pool of the GPU has no space for what is to be captured or gathered.
+    /// The future returns all later errors.
     pub fn save(&self, step: u64, state: StateDict<'static>) -> Result<Save> {
         self.save_with(step, state, SaveOptions::default())
     }
@@ -125,36 +130,41 @@ impl CheckpointExecutor {
         self.submit(step, state, options, false, |_| ())
     }
 
-    /// Waits until nothing will be read any more from tensors of saves so far; they may be written then. One atomic load when
-    /// no save is reading.
+    /// Waits until no save so far will read its tensors any more. After that they may be written. Costs one
+    /// atomic load if no save is reading.
     ///
     /// # Errors
-    /// `Deadline`: the saves that were still reading have been failed, and nothing more is read on the host. Copies that an
-    /// asynchronous device was making cannot be taken back: the tensors may be written when `staged()` of those saves resolves.
+    /// `Deadline`: the saves that were still reading have failed, and the host reads nothing more. Copies
+    /// that an asynchronous device has begun cannot be taken back: the tensors may be written when `staged()`
+    /// of those saves resolves.
     pub fn fence(&self) -> Result<()> {
         self.alive()?;
         self.stager.fence(self.settings.fence_timeout)
     }
 
-    /// A future of [`fence`](Self::fence), for tasks that must not block their thread: nothing will be read any more from tensors of
-    /// saves so far. A save that hangs ends it by its own deadline; nothing fails earlier, as at the deadline of `fence`.
+    /// Returns a future of [`fence`](Self::fence), for tasks that must not block their thread. It resolves
+    /// when no save so far will read its tensors any more. Unlike `fence` it has no deadline and fails no
+    /// save: a save that hangs ends the future by its own deadline.
     pub fn fenced(&self) -> Fenced {
         Fenced::new(self.alive().map(|()| self.stager.saves.reading()))
     }
 
-    /// Makes `streams`, which will write tensors of saves so far, wait on the GPU for what still has to be read of them; the
-    /// calling thread waits only until the copies of those saves are queued, which needs slabs. What other streams write must be
-    /// ordered after one of these. Tensors in host memory may be written when it returns. One atomic load when no save is reading.
+    /// Makes `streams`, which will write tensors of saves so far, wait on the GPU for the reads that are
+    /// left. The calling thread waits only until the copies of those saves are queued, which needs slabs.
+    /// Writes in other streams must be ordered after one of `streams`. Tensors in host memory may be written
+    /// when it returns. Costs one atomic load if no save is reading.
     ///
     /// # Errors
-    /// As [`fence`](Self::fence); `Invalid` for a stream that is being captured into a graph, or of a device that this executor
-    /// knows nothing of: nothing is ordered then. `Device`: the saves that were still reading have been failed.
+    /// As [`fence`](Self::fence). `Invalid`: a stream is being captured into a graph, or is of a device
+    /// unknown to this executor; nothing is ordered then. `Device`: the saves that were still reading have
+    /// failed.
     pub fn fence_on(&self, streams: &[DeviceStream]) -> Result<()> {
         self.alive()?;
         self.stager.fence_on(streams, self.settings.fence_timeout)
     }
 
-    /// The newest durable step under the root, if there is one. Its tensors can be read into memory of the executor's device.
+    /// Returns the newest durable step under the root, if there is one. Its tensors can be read into memory
+    /// of the executor's device.
     ///
     /// # Errors
     /// Errors of the storage.
@@ -163,18 +173,18 @@ impl CheckpointExecutor {
         Ok(self.catalog.latest()?.map(|checkpoint| self.lend_device(checkpoint)))
     }
 
-    /// The checkpoint of `step`; as [`latest`](Self::latest).
+    /// Returns the checkpoint of `step`. Its tensors can be read as those of [`latest`](Self::latest).
     ///
     /// # Errors
-    /// `NotFound` when there is none: never another step.
+    /// `NotFound` if the step does not exist: another step is never returned.
     pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
         self.alive()?;
         self.catalog.checkpoint(step).map(|checkpoint| self.lend_device(checkpoint))
     }
 
-    /// The newest step all of whose bytes are what was written, and what was passed over; None when there is
-    /// no step at all. Reads that step whole. A newer step that it finds damaged is replaced when its number
-    /// is saved again: see [`OnDamaged`](crate::OnDamaged).
+    /// Returns the newest step whose bytes are all as written, and the steps that it skipped; None if there
+    /// is no step. Reads that step whole. A newer step that it finds damaged is replaced when its number is
+    /// saved again: see [`OnDamaged`](crate::OnDamaged).
     ///
     /// # Errors
     /// As [`Catalog::latest_valid`].
@@ -193,7 +203,7 @@ impl CheckpointExecutor {
         &self.catalog
     }
 
-    /// Where steps are kept.
+    /// The storage of the steps.
     pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
         &self.storage
     }
@@ -203,31 +213,31 @@ impl CheckpointExecutor {
         &self.settings
     }
 
-    /// The device that copies, and why it is this one. With [`DeviceChoice::Auto`](crate::DeviceChoice) it may be `auto` until the first
-    /// tensor of a GPU is saved.
+    /// The device that copies, and why it was chosen. With [`DeviceChoice::Auto`](crate::DeviceChoice) it may
+    /// be `auto` until the first tensor in GPU memory is saved.
     pub fn device(&self) -> &DeviceReport {
         self.equipment.report()
     }
 
-    /// How files are written, as it really is: `pwrite`, `io_uring`, or what the storage says.
+    /// The engine in use: `pwrite`, `io_uring`, or the storage's own name for it.
     pub fn engine(&self) -> &'static str {
         self.storage.engine()
     }
 
-    /// The arena: what it got of the system, and how many slabs are free.
+    /// The arena; its report says what the system gave it and how many slabs are free.
     pub fn arena(&self) -> &Arena {
         &self.stager.arena
     }
 
-    /// Takes no more saves, waits for those in flight, ends the threads. What is there can still be read. Any
-    /// owner of an `Arc` may call it, several at once too; called again it waits for what is left. The arena, and what it has of a
-    /// device, are given back when the last owner drops it.
+    /// Stops taking saves, waits for those in flight, and ends the threads. Checkpoints can still be read.
+    /// Any owner of an `Arc` may call it, also several at once; another call waits for what is left. The
+    /// arena and resources of a device are released when the last owner drops the executor.
     ///
     /// # Errors
-    /// The first error of a save that nobody has seen. `Deadline` when saves were unfinished at the deadline: they have
-    /// failed then, and threads that hang in the storage are left behind: a later call waits for them, and the
-    /// drop for as long as the last call did.
-    /// `Invalid` in a function given to [`Save::on_done`], or a waker: their thread is one that has to end.
+    /// The first error of a save that no handle and no call has returned. `Deadline`: saves had not ended by
+    /// the deadline; they have failed. Threads that hang in the storage are left behind: a later call waits
+    /// for them, and the drop waits as long as the last call did. `Invalid` in a function given to
+    /// [`Save::on_done`], or in a waker: the call would wait for its own thread.
     pub fn shutdown(&self, timeout: Duration) -> Result<()> {
         self.alive()?;
         self.threads.shut_down(timeout)
@@ -238,12 +248,12 @@ impl CheckpointExecutor {
         &self.threads
     }
 
-    /// A save although admission is closed: the last of the program.
+    /// Saves `state` even if admission is closed: the last save of the program.
     pub(crate) fn save_at_the_end(&self, step: u64, state: StateDict<'static>) -> Result<Save> {
         self.submit(step, state, SaveOptions::default().last(), false, |_| ())
     }
 
-    /// After a fork the threads are in the parent; the child can do nothing with this executor.
+    /// Refuses use in a forked child: the threads exist only in the parent.
     pub(crate) fn alive(&self) -> Result<()> {
         self.origin.check("an executor cannot be used in a forked child; make a new one there")
     }
@@ -252,7 +262,8 @@ impl CheckpointExecutor {
 impl Drop for CheckpointExecutor {
     fn drop(&mut self) {
         if self.alive().is_err() {
-            // Everything behind it belongs to the parent: descriptors, locks, threads that do not exist here.
+            // The parent owns everything here: descriptors, locks, and threads that this process does not
+            // have.
             std::mem::forget(self.threads.clone());
             return;
         }

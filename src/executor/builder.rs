@@ -1,7 +1,8 @@
-//! Building an executor: settings, which are plain data, and components, which are not.
+//! The builder of an executor: takes settings, which are plain data, and components, which are not.
 //!
 //! # Safety argument
-//! The one unsafe function calls nothing: it takes memory of a device, and its caller promises what the kernels that use it rely on.
+//! The one unsafe function makes no unsafe call: it takes an address in GPU memory, and its caller promises
+//! what the kernels that use that memory rely on.
 #![expect(unsafe_code, reason = "takes memory for kernels; argument above")]
 
 use super::equipment::{Equipment, Offer, Wish};
@@ -30,24 +31,25 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Collects what an executor needs; [`Builder::build`] takes memory and starts threads.
+/// Collects the settings and components of an executor; [`Builder::build`] allocates memory and starts
+/// threads.
 #[derive(Debug)]
 #[must_use = "nothing happens until `build`"]
 pub struct Builder {
     root: PathBuf,
     settings: Settings,
     storage: Option<Arc<dyn Storage>>,
-    /// Instead of the one that the settings choose.
+    /// Replaces the device that the settings choose.
     device: Option<Arc<dyn Device>>,
-    /// For the scratch, and how much it is.
+    /// The program's memory for the scratch, and its size in bytes.
     lent: Option<(LentMemory, u64)>,
-    /// What is kept beyond the retention of the settings.
+    /// Keeps steps beyond the retention of the settings.
     policy: Policy,
     /// How often live attempts are touched.
     pub(super) touch: Duration,
 }
 
-/// A policy, if there is one.
+/// An optional policy.
 #[derive(Clone, Default)]
 struct Policy(Option<Arc<dyn PreservationPolicy>>);
 
@@ -82,90 +84,97 @@ impl Builder {
     setters! {
         /// Size of the pinned arena in bytes: 256 MiB.
         arena: u64,
-        /// Size of a chunk in bytes, a multiple of 4096: 8 MiB. Above 16 MiB on a GPU, what the program reads from it waits long.
+        /// Size of a chunk in bytes, a multiple of 4096: 8 MiB. Chunks above 16 MiB delay the program's own
+        /// reads from a GPU.
         chunk: u64,
         /// Number of writer threads: 4.
         writers: usize,
-        /// Number of shard files per save: 1.
+        /// Maximum number of shard files per save: 1.
         files: usize,
-        /// Whether to ask for direct I/O: yes.
+        /// Request direct I/O: true.
         direct: bool,
-        /// How files are written: `Auto`.
+        /// Which system calls write files: `Auto`.
         engine: Engine,
-        /// How owner records are locked: by flock(2).
+        /// How owner records are locked: `Flock`, by flock(2).
         locks: Locks,
-        /// When an attempt of which no lock tells whether its owner is alive counts as abandoned: unchanged for a day.
+        /// Age at which a sweep deletes an attempt whose lock cannot tell whether its owner is alive: a day
+        /// without a change.
         abandoned_after: Duration,
-        /// How much writers give way to other threads: `Normal`.
+        /// Priority of the threads behind the stager: `Normal`.
         priority: Priority,
         /// What `save` does while earlier saves are unfinished: `Queue(1)`.
         overlap: Overlap,
-        /// What becomes of errors of saves that no handle and no call has returned: the next `save` returns them.
+        /// What happens to errors of saves that no handle and no call has returned: `NextCall`, the next
+        /// `save` returns them.
         on_unseen_error: OnUnseenError,
-        /// When to look for forgotten fences: for the first two saves.
+        /// Which saves detect forgotten fences: `First`, the first two.
         detect: Detect,
-        /// Memory of the GPU, in bytes, in which small tensors are captured at `save`: 16 MiB. With 0 nothing is gathered.
+        /// Size of the capture pool in bytes, GPU memory for small tensors that are captured at `save`: 16
+        /// MiB. With 0 the GPU gathers nothing.
         gather: u64,
-        /// Memory of the GPU, in bytes, in which fences, and the ends of scopes, set aside what has not left it: 0, none. Of states
-        /// that span devices nothing is set aside. Experimental.
+        /// Size of the scratch in bytes, GPU memory for late copies at fences and ends of scopes: 0, none.
+        /// States that span devices get no late copies. Experimental.
         scratch: u64,
-        /// Whether streams wait at fences for a number in memory, so that a save that fails lets them go: no. See
-        /// [`Settings::memory_waits`].
+        /// Streams at a fence wait for a number in memory instead of an event, so that a save that fails
+        /// releases them: false. See [`Settings::memory_waits`].
         memory_waits: bool,
-        /// Whether to queue the copies of a chunk from a GPU in one call, where its driver has that: no. Not measured yet.
+        /// Queue the copies of a chunk from a GPU in one call, if its driver supports that: false. Not
+        /// measured yet.
         batch: bool,
-        /// How much a save may copy on the calling thread, in bytes: 1 MiB.
+        /// Bytes that one save may copy on the calling thread: 1 MiB.
         capture_budget: u64,
-        /// Keep this many newest steps, and delete older ones after a commit. All are kept by default.
+        /// Number of newest steps to keep; older ones are deleted after a commit. The default keeps all.
         keep_last: usize,
-        /// Keep every step that is a multiple of this, beyond `keep_last`, without which it is refused.
+        /// Keep every step that is a multiple of this, beyond `keep_last`. Refused without `keep_last`.
         keep_every: u64,
-        /// Whether a step that an earlier process wrote is read whole before it counts for `keep_last`: no.
+        /// Verify a step of an earlier process, by reading it whole, before it counts for `keep_last`: false.
         verify_kept: bool,
-        /// What a save does about a damaged step of the same number: `Replace`.
+        /// What a save does with a damaged step of the same number: `Replace`.
         damaged: OnDamaged,
-        /// A save that is not durable after so long fails: 30 minutes.
+        /// A save that is not durable after this time fails: 30 minutes.
         save_timeout: Duration,
-        /// A save that is still read when a fence has waited this long fails: 10 minutes.
+        /// A save whose tensors are still read when a fence has waited this long fails: 10 minutes.
         fence_timeout: Duration,
         /// How long dropping the executor waits for saves in flight: 5 minutes.
         shutdown_timeout: Duration,
     }
 
     /// Keeps steps that `policy` chooses, such as the [best](crate::catalog::Best), beyond those of
-    /// `keep_last` and `keep_every`; without these, beyond the newest durable one.
+    /// `keep_last` and `keep_every`. If neither is set, keeps them beyond the newest durable step.
     pub fn preserve(mut self, policy: impl PreservationPolicy + 'static) -> Self {
         self.policy = Policy(Some(Arc::new(policy)));
         self
     }
 
-    /// Keeps checkpoints in `storage` instead of the root directory.
+    /// Stores checkpoints in `storage` instead of the root directory.
     pub fn storage(mut self, storage: Arc<dyn Storage>) -> Self {
         self.storage = Some(storage);
         self
     }
 
-    /// Copies with this device: by default that of the tensors.
+    /// Sets the device that copies: by default that of the tensors.
     pub fn device(mut self, choice: DeviceChoice) -> Self {
         (self.settings.device, self.device) = (choice, None);
         self
     }
 
-    /// Copies with a device that exists already.
+    /// Sets an existing device that copies.
     #[doc(hidden)]
     pub fn made_device(mut self, device: Arc<dyn Device>) -> Self {
         self.device = Some(device);
         self
     }
 
-    /// Sets aside in memory of the program's own, so that its own allocator accounts for it: `bytes` bytes at `address` on the device
-    /// `ordinal`, which must be that of the executor, instead of as many as [`Builder::scratch`] says.
+    /// Uses the program's own memory as scratch, so that the program's allocator accounts for it: `bytes`
+    /// bytes at `address` on the device `ordinal`, which must be the executor's. `bytes` replaces the size
+    /// given to [`Builder::scratch`].
     ///
     /// # Safety
-    /// Until `keep_alive` is dropped, the memory stays allocated in the primary context of that device, any stream may read and write
-    /// it, and nobody else does; work of the program's that uses it has ended when [`Builder::build`] is called. `keep_alive` is dropped,
-    /// by any thread, when the executor has ended, or could not be built, and nothing on the device will use the memory any more; where
-    /// that is not known in time, never.
+    /// Until `keep_alive` is dropped, the memory stays allocated in the primary context of that device, any
+    /// stream may read and write it, and nothing but the executor does. Work of the program that uses the
+    /// memory has ended when [`Builder::build`] is called. Any thread may drop `keep_alive`. It is dropped
+    /// when the executor has ended, or could not be built, and nothing on the device will use the memory any
+    /// more; if that is not known in time, it is never dropped.
     pub unsafe fn scratch_in(
         mut self,
         ordinal: u32,
@@ -177,10 +186,12 @@ impl Builder {
         self
     }
 
-    /// Creates the root if it is missing, takes the arena, starts the threads, and sweeps what dead processes left behind.
+    /// Builds the executor: creates the root if it is missing, allocates the arena, starts the threads, and
+    /// sweeps what dead processes left.
     ///
     /// # Errors
-    /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` when there are no threads to be had.
+    /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` if the system has no
+    /// more threads.
     pub fn build(self) -> Result<CheckpointExecutor> {
         let Self { root, mut settings, storage, device, lent, policy, touch } = self;
         settings.scratch = lent.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
@@ -217,7 +228,7 @@ impl Builder {
         let place = Arc::new(Place { storage: storage.clone(), catalog: catalog.clone(), damaged: settings.damaged });
 
         let (ended, endings) = unbounded::<Arc<Task>>();
-        // Bounded, because what waits holds descriptors and room on the medium.
+        // Bounded, because each entry keeps file descriptors open and space on the medium in use.
         let (leftovers, leavings) = bounded(tidy::LAG);
         let executor = CheckpointExecutor {
             catalog: catalog.clone(),
@@ -242,12 +253,13 @@ impl Builder {
                 let left = ending::conclude(&task, &stages, place.as_ref(), &steps, &compared, &mut manifest);
                 dropped(task);
                 if let Some(left) = left {
-                    // Waits while tidying is behind. Refused by a thread that is gone: then the next process sweeps.
+                    // Waits while tidying is behind. If the tidying thread has ended, the send fails and the
+                    // next process sweeps.
                     dropped(leftovers.send(left));
                 }
             }
         };
-        // Attempts are touched until the last is tidied up.
+        // The touch thread runs until the last attempt is tidied up.
         let (alive, ended_tidying) = bounded(0);
         let touched = storage.clone();
         let tidy = move || {
@@ -271,7 +283,7 @@ impl Builder {
     }
 }
 
-/// Makes sure that memory that was handed in can be the scratch of this device.
+/// Refuses the program's memory if it cannot be the scratch of this device.
 fn fits(lent: LentMemory, bytes: u64, device: &dyn Device) -> Result<LentMemory> {
     let (ordinal, address, name) = (lent.ordinal, lent.address, device.name());
     let why = if name != format!("cuda:{ordinal}") {
@@ -285,7 +297,7 @@ fn fits(lent: LentMemory, bytes: u64, device: &dyn Device) -> Result<LentMemory>
     Err(Error::invalid(format!("{why} {memory}")))
 }
 
-/// One buffer that the device copies to and the storage writes from.
+/// Registers one buffer with both: the device copies to it and the storage writes from it.
 struct Both<'a>(&'a dyn Device, &'a dyn Storage);
 
 impl Register for Both<'_> {
