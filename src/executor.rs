@@ -224,7 +224,7 @@ impl CheckpointExecutor {
         self.storage.engine()
     }
 
-    /// The arena; its report says what the system gave it and how many slabs are free.
+    /// The arena: what the system gave it, and how many slabs are free.
     pub fn arena(&self) -> &Arena {
         &self.stager.arena
     }

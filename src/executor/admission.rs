@@ -1,4 +1,4 @@
-//! Whether a save may begin while others are unfinished.
+//! Admission: decides whether a save may begin while others are unfinished.
 
 use super::{Admission, CheckpointExecutor};
 use crate::completion::{Calls, deadline_after};
@@ -15,15 +15,15 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// What becomes of a save that is asked for.
+/// The decision on a requested save.
 enum Verdict {
     /// It may begin.
     Begin,
-    /// It does not begin, and that is how it ended.
+    /// It does not begin and ends with this outcome.
     Ended(Outcome),
-    /// To be asked again when this save, which waits, was taken back: see [`supersede`].
+    /// Ask again after this waiting save has been superseded: see [`supersede`].
     InsteadOf(Waiting),
-    /// To be asked again when one of these saves, which have not ended, has.
+    /// Ask again when one of these unfinished saves has ended.
     After(Vec<Arc<Ticket>>),
 }
 
@@ -33,8 +33,8 @@ enum Waiting {
     Deferred(Arc<Ticket>),
 }
 
-/// Whether a save of `step` may begin now. Waits for nothing: whoever looks holds up all others. One that is deferred has its step
-/// looked at when it begins.
+/// Decides whether a save of `step` may begin now. Does not wait: the caller holds the lock that every other
+/// save needs. The step of a deferred save is checked when the save begins.
 ///
 /// # Errors
 /// `Conflict` when the step is being saved.
@@ -62,7 +62,7 @@ fn admit(stager: &Stager, overlap: Overlap, step: u64, deferred: bool) -> Result
     Ok(if unfinished.len() <= room { Verdict::Begin } else { Verdict::After(unfinished) })
 }
 
-/// Refuses a save of a step that another save is about, which has begun.
+/// Refuses a save of `step` if another save of that step has begun and not ended.
 fn refuse_conflict(unfinished: &[Arc<Ticket>], step: u64) -> Result<()> {
     if unfinished.iter().any(|t| t.step == step && !t.is_deferred()) {
         return Err(Error::new(ErrorKind::Conflict, "a save of this step is under way").with_step(step));
@@ -70,7 +70,7 @@ fn refuse_conflict(unfinished: &[Arc<Ticket>], step: u64) -> Result<()> {
     Ok(())
 }
 
-/// Ends a save that waited, because `step` takes its place. Wakers run here: no lock is held.
+/// Ends a waiting save that `step` supersedes. Holds no lock, because wakers run here.
 fn supersede(stager: &Stager, waiting: Waiting, step: u64) {
     let ticket = match waiting {
         Waiting::Staging(job) => {
@@ -87,11 +87,12 @@ pub(super) fn shut_down() -> Error {
     Error::invalid("the executor is shut down")
 }
 
-/// Waits until one of `unfinished` has ended: not always the oldest, for each has a deadline of its own and
+/// Waits until one of `unfinished` has ended. That is not always the oldest: each has its own deadline and
 /// can be cancelled.
 ///
 /// # Errors
-/// `Busy` at the deadline; at once in a thread of the executor, for which they may be waiting.
+/// `Busy` at the deadline; at once in a thread of the executor, because the saves may be waiting for that
+/// thread.
 fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadline: Instant) -> Result<()> {
     let ended = || unfinished.iter().any(|ticket| ticket.done.is_complete()).then_some(());
     let own = own_threads::is_one_of(&stager.signal);
@@ -108,14 +109,14 @@ fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadline: Instan
     Err(Error::new(ErrorKind::Busy, busy).with_step(step))
 }
 
-/// A save that may begin, with the lock under which it does; or one that has ended.
+/// A save that may begin, with the lock under which it begins; or the handle of one that has ended.
 pub(super) enum Admitted<'a> {
     Begins(MutexGuard<'a, Admission>, Attempt),
     Ended(Save),
 }
 
 impl CheckpointExecutor {
-    /// When a save fails that may take so long.
+    /// Returns the deadline of a save with `timeout`, which the settings limit.
     pub(crate) fn deadline(&self, timeout: Option<Duration>) -> Instant {
         let longest = self.settings.save_timeout;
         deadline_after(timeout.map_or(longest, |timeout| timeout.min(longest)))
@@ -124,7 +125,7 @@ impl CheckpointExecutor {
     /// Returns, or logs, the error of an earlier save that no call has returned.
     ///
     /// # Errors
-    /// That one.
+    /// The error of that save.
     fn report_unseen(&self) -> Result<()> {
         let Some(error) = self.stager.saves.unobserved() else { return Ok(()) };
         match self.settings.on_unseen_error {
@@ -139,8 +140,9 @@ impl CheckpointExecutor {
     /// Waits until a save of `step` may begin, as the overlap policy says.
     ///
     /// # Errors
-    /// The error of an earlier save that no call has returned. `Invalid` after a shutdown, or a forgotten fence; `Conflict` when the
-    /// step is being saved; `Busy` when there was no room by `deadline`.
+    /// The error of an earlier save that no call has returned. `Invalid` after a shutdown, or a forgotten
+    /// fence; `Conflict` if a save of the step is under way; `Busy` if too many saves were still unfinished
+    /// at `deadline`.
     pub(super) fn admit(
         &self,
         step: u64,
@@ -153,7 +155,7 @@ impl CheckpointExecutor {
         if !last {
             self.report_unseen()?;
         }
-        // One that another save has made room for is begun, even if admission is closed meanwhile.
+        // A save that superseded another one begins, even if admission closes meanwhile.
         let mut superseded = false;
         loop {
             let mut admission = lock(&self.admission);
@@ -185,10 +187,10 @@ impl CheckpointExecutor {
         }
     }
 
-    /// Makes sure that a save that has its place already may begin.
+    /// Checks that a deferred save may begin.
     ///
     /// # Errors
-    /// As [`CheckpointExecutor::admit`]; `Cancelled` for one that has ended.
+    /// As [`CheckpointExecutor::admit`]; `Cancelled` if the save has ended.
     pub(super) fn admit_deferred(&self, ticket: &Ticket) -> Result<Admitted<'_>> {
         let admission = lock(&self.admission);
         if self.threads.lines().is_none() {
@@ -202,19 +204,20 @@ impl CheckpointExecutor {
         Ok(Admitted::Begins(admission, ticket.attempt()))
     }
 
-    /// A save of writable tensors was not fenced: a program that goes on would write under a copy.
+    /// Refuses a save if an earlier one of writable tensors was not fenced: the program would write while
+    /// copies read.
     fn refuse_unfenced(&self, step: u64) -> Result<()> {
         let Some(ticket) = self.stager.saves.unfenced() else { return Ok(()) };
         let why = "writable tensors are still being read: call `fence` before the next save";
         Err(Error::invalid(format!("{why} unfenced={}", ticket.step)).with_step(step))
     }
 
-    /// What becomes of a save that comes when admission is closed.
+    /// The outcome of a save that is requested after admission has closed.
     fn last_word(&self, step: u64) -> Outcome {
         Outcome::Skipped { by: self.stager.saves.unfinished().last().map_or(step, |ticket| ticket.step) }
     }
 
-    /// The handle of a save that was not begun.
+    /// Returns the handle of a save that did not begin and ended with `outcome`.
     fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
         let ticket = self.issue(step, attempt, began, deadline_after(self.settings.save_timeout));
         ticket.release();
@@ -227,11 +230,13 @@ impl CheckpointExecutor {
         Arc::new(Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone()))
     }
 
-    /// The executor, when it has room for a save, for threads that outlive their callers. Nothing here keeps
-    /// it alive meanwhile: the program's last `Arc` waits for saves when it is dropped.
+    /// Returns the executor once the overlap policy admits another save, for threads that outlive their
+    /// callers. The wait does not keep the executor alive: the program's last `Arc` waits for saves when it
+    /// is dropped.
     ///
     /// # Errors
-    /// `Cancelled` when the executor has gone; `Busy` when there was no room by `deadline`.
+    /// `Cancelled` if the executor has been dropped; `Busy` if too many saves were still unfinished at
+    /// `deadline`.
     pub(crate) fn with_room(executor: &Weak<Self>, deadline: Instant) -> Result<Arc<Self>> {
         loop {
             let gone = || Error::new(ErrorKind::Cancelled, "the executor went before a deferred save could begin");

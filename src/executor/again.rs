@@ -1,8 +1,10 @@
-//! Another attempt at a save that failed for a reason that may pass.
+//! Retries: another attempt at a save that failed for a transient reason.
 //!
-//! **Protocol.** The committer begins it when nothing is left of the attempt before: every chunk has come back, and the attempt
-//! is abandoned. It is a new attempt under the same ticket, so the handle, the deadline and the place among other saves stay.
-//! **Cancellation.** A save that was cancelled, or given up, is not tried again: the ticket decides that under one lock.
+//! **Protocol.** The committer begins the new attempt when nothing is left of the one before: every chunk has
+//! been returned, and that attempt is abandoned. The new attempt has the same ticket, so the handle, the
+//! deadline and the position among other saves stay. **Cancellation.** A save that was cancelled or given up
+//! is not retried: the ticket decides that under one lock. tried again: the ticket decides that under one
+//! lock.
 
 use crate::completion::deadline_after;
 use crate::error::{Error, Result};
@@ -15,10 +17,10 @@ use crate::writer::{Kept, Task};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Keeps `state` beside itself, where the options of a save say that it may be tried again.
+/// Keeps a second copy of the sources of `state`, if the options allow a retry.
 ///
 /// # Errors
-/// `Invalid` for a state that would be another one later.
+/// `Invalid` if the state could have changed by the next attempt.
 pub(super) fn keep(
     state: &mut StateDict<'static>,
     left: u32,
@@ -41,7 +43,7 @@ fn split(state: StateDict<'static>) -> Result<(StateDict<'static>, StateDict<'st
     guarded("a source panicked while it was read", || state.split())
 }
 
-/// Tries the save of `task`, which failed with `why`, again. False when that is how it ends.
+/// Retries the save of `task`, which failed with `why`. False if the save ends with that error.
 pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
     let Request { ticket, plan, name, overwrite, .. } = &task.request;
     let Some(mut kept) = task.take_kept() else { return false };
@@ -63,7 +65,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
         overwrite: *overwrite,
         values: std::mem::take(&mut state.values),
         metadata: std::mem::take(&mut state.metadata),
-        // Nothing can write what is kept.
+        // Nothing can write the kept state, so nothing is compared.
         expected: Vec::new(),
         later: Later(Box::new(|| Ok(Vec::new()))),
     };
@@ -82,7 +84,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
     });
     let Some(job) = left_over else { return true };
     dropped(job.state);
-    // As it was: it has failed, and nothing reads its sources.
+    // The ticket becomes failed again, and nothing reads its sources.
     ticket.fail(why.clone());
     ticket.release();
     false

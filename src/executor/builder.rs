@@ -171,10 +171,10 @@ impl Builder {
     ///
     /// # Safety
     /// Until `keep_alive` is dropped, the memory stays allocated in the primary context of that device, any
-    /// stream may read and write it, and nothing but the executor does. Work of the program that uses the
-    /// memory has ended when [`Builder::build`] is called. Any thread may drop `keep_alive`. It is dropped
-    /// when the executor has ended, or could not be built, and nothing on the device will use the memory any
-    /// more; if that is not known in time, it is never dropped.
+    /// stream may read and write it, and only this executor reads or writes it. Work of the program that uses
+    /// the memory has ended when [`Builder::build`] is called. Any thread may drop `keep_alive`. It is
+    /// dropped when the executor has ended, or could not be built, and nothing on the device will use the
+    /// memory any more; if that is not known in time, it is never dropped.
     pub unsafe fn scratch_in(
         mut self,
         ordinal: u32,

@@ -1,4 +1,5 @@
-//! Saves whose state is yet to come: they have their place among others, a handle and a deadline before.
+//! Deferred saves: their state arrives later, but they have a position among other saves, a handle and a
+//! deadline before it.
 
 use super::CheckpointExecutor;
 use super::admission::Admitted;
@@ -16,19 +17,21 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// The right to begin a deferred save, or to end it. Dropping it without ends the save. It keeps no executor alive.
+/// The right to begin or end a deferred save. Dropping it unused ends the save. It does not keep the executor
+/// alive. alive.
 pub(crate) struct DeferredSave {
     stager: Arc<Stager>,
     ticket: Arc<Ticket>,
-    /// It was handed to the stager, which sees to the rest.
+    /// The stager has the save and will end it.
     begun: bool,
 }
 
 impl CheckpointExecutor {
-    /// Gives a save of `step`, whose state is yet to come, its place among others, as the overlap policy says. None: that ended it.
+    /// Reserves a position for a save of `step`, whose state arrives later, as the overlap policy says. None
+    /// if the policy ended the save. says. None: that ended it.
     ///
     /// # Errors
-    /// As [`CheckpointExecutor::save`], but for the step, which is looked at when the save begins.
+    /// As [`CheckpointExecutor::save`], except that the step is checked when the save begins.
     pub(crate) fn defer(
         &self,
         step: u64,
@@ -44,13 +47,14 @@ impl CheckpointExecutor {
         let ticket = self.issue(step, attempt, began, deadline);
         self.stager.saves.add(ticket.clone());
         drop(admission);
-        // Its deadline may be the next.
+        // The stager waits for the next deadline, which may be that of this save.
         self.stager.signal.notify();
         let deferred = DeferredSave { stager: self.stager.clone(), ticket: ticket.clone(), begun: false };
         Ok((Save::new(ticket), Some(deferred)))
     }
 
-    /// A save that failed before it could begin. If nobody looks at it, the next call returns its error.
+    /// Returns the handle of a save that failed before it could begin. The next call returns its error if
+    /// nothing has observed it.
     pub(crate) fn failed(&self, step: u64, error: Error) -> Save {
         let (began, attempt) = (Instant::now(), Attempt::new());
         let ticket = self.issue(step, attempt, began, began);
@@ -64,8 +68,8 @@ impl CheckpointExecutor {
 }
 
 impl DeferredSave {
-    /// Says that the state is waited for from now on, so that no other save takes the place of this one. False when one has, or the
-    /// save has ended otherwise.
+    /// Claims the save for its state, so that no other save supersedes it. False if another save already has,
+    /// or the save has ended otherwise.
     pub fn claim(&self) -> bool {
         !self.ticket.awaited.swap(true, Ordering::AcqRel) && !self.ticket.done.is_complete()
     }
@@ -75,7 +79,7 @@ impl DeferredSave {
         Save::new(self.ticket.clone())
     }
 
-    /// Saves `state`. Whatever fails, fails the save.
+    /// Saves `state`. Any error fails the save.
     pub fn begin(mut self, executor: &CheckpointExecutor, state: StateDict<'static>, options: SaveOptions) {
         let begun = executor.submit_deferred(&self.ticket, state, options);
         self.begun = !self.ticket.is_deferred();
@@ -84,7 +88,7 @@ impl DeferredSave {
         }
     }
 
-    /// What there is to say of a checkpoint at `path` that something else than the engine has written.
+    /// Describes the checkpoint at `path`, which something other than the engine has written.
     pub fn elsewhere(&self, path: PathBuf) -> Committed {
         Committed {
             step: self.ticket.step,

@@ -1,8 +1,8 @@
-//! The end of a save: its commit, and what the catalog learns of it, in an order that retention can rely on.
+//! The end of a save: its commit, and what the catalog is told of it, in an order that retention relies on.
 //!
-//! An attempt is announced before its publish can make it visible, so that no prune in this process counts it or deletes it
-//! before its outcome is known; and the catalog, and the count of saves that were compared, know the outcome before the
-//! future tells the caller.
+//! An attempt is announced before its publish can make it visible, so that no prune in this process counts or
+//! deletes it before its outcome is known. The catalog, and the count of compared saves, get the outcome
+//! before the future tells the caller.
 
 use super::again::try_again;
 use crate::catalog::Catalog;
@@ -19,9 +19,9 @@ use crate::writer::Task;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What a save left to be tidied up.
+/// What a save leaves to be tidied up.
 pub(super) enum Left {
-    /// A durable step: what it replaced, and the owner record.
+    /// A durable step: the replaced copy and the owner record are left.
     Published { name: String, attempt: Arc<dyn Writing> },
     /// A failed attempt that could not be deleted.
     Failed { attempt: Arc<dyn Writing> },
@@ -30,7 +30,7 @@ pub(super) enum Left {
 }
 
 impl Left {
-    /// The name of the step, if there is one.
+    /// The name of the step that was published, if one was.
     pub fn published(&self) -> Option<&str> {
         match self {
             Self::Published { name, .. } => Some(name),
@@ -88,7 +88,7 @@ pub(super) fn conclude(
             (Err(why), left)
         }
     };
-    // Before the future says that the save has ended: its state is free then.
+    // The kept state is dropped before the future says that the save has ended.
     drop(task.take_kept());
     ticket.finish(outcome).into_iter().for_each(Calls::here);
     left

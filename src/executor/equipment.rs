@@ -1,5 +1,5 @@
-//! What the device of an executor offers beyond copies: found out at start, or by the first save of a tensor of a GPU where it is not
-//! known before which GPU that is.
+//! What the device of an executor offers beyond copies. Found out at start, or, if the GPU is not known then,
+//! by the first save of a tensor in GPU memory.
 
 use crate::device::{Device, DeviceReport, KernelMemory, LentMemory, Waits};
 use crate::error::{Error, Result};
@@ -9,21 +9,22 @@ use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
 use std::sync::{Arc, OnceLock};
 
-/// A larger chunk holds up what the program itself reads from a device: copies are made in order, and two chunks are on their way.
+/// The largest chunk that does not delay the program's own reads from a device: copies are made in order, two
+/// chunks at a time in flight. chunks are on their way.
 const FOREGROUND: u64 = 16 << 20;
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Equipment {
-    /// At start.
+    /// The report made at start.
     first: DeviceReport,
-    /// Of the device that was chosen later.
+    /// The report of the device that was chosen later.
     later: OnceLock<DeviceReport>,
-    /// What is to be asked of it then.
+    /// What to request of that device.
     open: Mutex<Option<Wish>>,
 }
 
-/// What an executor asks of its device.
+/// What an executor requests of its device.
 #[derive(Debug)]
 pub(super) struct Wish {
     chunk: u64,
@@ -42,7 +43,7 @@ impl Wish {
         Self { chunk, gather, scratch, memory_waits, batch, lent, unpinned: pinned.clone().err() }
     }
 
-    /// Takes what there is, and says in `report` what there is not.
+    /// Takes what the device offers, and writes into `report` what it refuses.
     fn fulfil(self, device: &dyn Device, report: &mut DeviceReport) -> Offer {
         let (is_gpu, at_most) = (device.name() != "host", FOREGROUND);
         if is_gpu && self.chunk > at_most {
@@ -81,7 +82,7 @@ pub(super) struct Offer {
 }
 
 impl Equipment {
-    /// Asks for everything at once where it is known which device it is, and otherwise later.
+    /// Requests everything now if the device is known, otherwise later.
     pub fn of(device: &dyn Device, mut report: DeviceReport, wish: Wish) -> (Self, Offer) {
         let (offer, open) = if device.is_settled() {
             (wish.fulfil(device, &mut report), None)
@@ -93,7 +94,7 @@ impl Equipment {
         (Self { first: report, later: OnceLock::new(), open: Mutex::new(open) }, offer)
     }
 
-    /// Once tensors of these streams are to be saved.
+    /// Requests what is open, once tensors of these streams are saved.
     ///
     /// # Errors
     /// `Unavailable`, `Device`: their device cannot be used.

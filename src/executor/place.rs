@@ -1,5 +1,5 @@
-//! Where saves go: the storage, with the names of steps looked after. A step has one name, and a damaged one
-//! does not stand in the way of a new one.
+//! The beginning of attempts in storage. A step has one name, and a damaged step does not block a new one of
+//! its number.
 
 use crate::catalog::Catalog;
 use crate::error::{ErrorKind, Result};
@@ -38,9 +38,9 @@ impl Begin for Place {
     }
 }
 
-/// An attempt at a step that is there and damaged. The damaged one is removed right before the publish, which
-/// replaces nothing: so it works where directories cannot be exchanged, and a sound step that came meanwhile
-/// wins.
+/// An attempt that replaces a damaged step. `publish` removes the damaged step first and then replaces
+/// nothing. So it works where directories cannot be exchanged, and an intact step that was published
+/// meanwhile wins.
 #[derive(Debug)]
 struct Replacing {
     attempt: Arc<dyn Writing>,
@@ -62,7 +62,7 @@ impl Writing for Replacing {
         if let Err(error) = self.catalog.remove_damaged(&self.name, false)
             && error.kind() != ErrorKind::NotFound
         {
-            // A part of its bytes can be left in the trash; the name decides.
+            // Some of its bytes may be left in the trash; it is removed if its name is gone.
             if self.storage.open(&self.name).is_ok() {
                 return Err(error);
             }

@@ -1,20 +1,24 @@
-//! Saving borrowed state: a scope that does not end before nothing borrowed will be read any more.
+//! Scopes, which save borrowed state: a scope ends only when nothing borrowed will be read any more.
 //!
 //! # Safety argument
-//! The lifetime of a state dict is lengthened to `'static` to send it to the stager. That is sound because the memory that
-//! its sources borrow lives for `'env`, which outlives the call of `scope`, and `scope` does not return or unwind before the
-//! stager has dropped every state dict of the scope: the guard `Ending` waits for that in its `Drop`, a panic included. The
-//! guard is a local of `scope`, so no safe code can forget it; forgetting a `Save` changes nothing, because the guard keeps
-//! tickets of its own. In a forked child there is no stager, and the parent's memory is not ours: nothing is waited for.
+//! `Scope::save_with` lengthens the lifetime of a state dict to `'static` to send it to the stager. That is
+//! sound because the memory that its sources borrow lives for `'env`, which outlives the call of `scope`, and
+//! `scope` does not return or unwind before the stager has dropped every state dict of the scope: the guard
+//! `Ending` waits for that in its `Drop`, also during a panic. The guard is a local of `scope`, so no safe
+//! code can forget it. Forgetting a `Save` changes nothing, because the guard keeps its own tickets. A forked
+//! child has no stager, and the parent's memory is not ours, so the guard does not wait there.
 //!
-//! With a fence on streams, what was queued may still read borrowed memory of a device when `scope` returns: copies to the host, and
-//! kernels that set aside what is not copied yet. Nothing more is queued from it then. Sources are let go only when all copies of a
-//! save are queued, or when it is frozen, by a lock that the stager holds while it queues a chunk, and its kernels are launched; and
-//! only when every stream that was given, and every stream that made a tensor of the save, has been made to wait for both. Whoever
-//! writes or frees that memory does so in one of these streams, or after one of them, by the contract of such sources. Where any step
-//! of this is refused, fails or comes too late, the host waits instead, until the stager has let go of the save: by then nothing
-//! reads its memory any more, on the host or on a device. The streams that are made to wait live: those that were given are borrowed
-//! until the scope has ended, and what owns those of the tensors is kept by the scope, or promised by the unsafe code that named them.
+//! With a fence on streams, queued work may still read borrowed GPU memory when `scope` returns: copies to
+//! the host, and kernels that make late copies. Nothing more is queued that reads it. Sources are released
+//! only when two conditions are met. First, all copies of the save are queued; or the save is frozen, under a
+//! lock that the stager holds while it queues a chunk, and the kernels of its late copies are launched.
+//! Second, every stream that was given, and every stream that made a tensor of the save, has been made to
+//! wait for these copies and kernels. By the contract of such sources, the program writes or frees that
+//! memory in one of these streams, or after one of them. Where any step of this is refused, fails or comes
+//! too late, the host waits instead, until the stager has released the save: by then nothing reads its memory
+//! any more, on the host or on a device. The streams that wait are alive: those that were given are borrowed
+//! until the scope has ended, and the scope keeps the owners of the tensors' streams, or the unsafe code that
+//! named these streams promised that they live.
 #![expect(unsafe_code, reason = "lifetime of scoped state; argument above")]
 
 use super::CheckpointExecutor;
@@ -29,19 +33,20 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// How a scope makes sure at its end that borrowed tensors may be written.
+/// What waits at the end of a scope, so that borrowed tensors may be written after it.
 #[derive(Clone, Copy, Debug)]
 pub struct Fence<'a>(Option<&'a [DeviceStream<'a>]>);
 
 impl<'a> Fence<'a> {
-    /// These streams, and those that made the tensors, wait on the GPU for what still reads them; the calling thread waits until all
-    /// copies are queued, or until what is left of them fits the memory of [`Builder::scratch`](crate::Builder::scratch), where it is set
-    /// aside then. See [`CheckpointExecutor::fence_on`].
+    /// `streams`, and the streams that made the tensors, wait on the GPU for the reads that are left. The
+    /// calling thread waits until all copies are queued, or until the chunks that are left fit in the scratch
+    /// ([`Builder::scratch`](crate::Builder::scratch)), which then takes late copies of them. See
+    /// [`CheckpointExecutor::fence_on`].
     pub fn on(streams: &'a [DeviceStream<'a>]) -> Self {
         Self(Some(streams))
     }
 
-    /// The calling thread waits: for tensors in host memory.
+    /// The calling thread waits. For tensors in host memory.
     pub fn host() -> Self {
         Self(None)
     }
@@ -51,7 +56,8 @@ impl<'a> Fence<'a> {
 pub struct Scope<'scope, 'env: 'scope> {
     executor: &'scope CheckpointExecutor,
     tickets: Mutex<Vec<Arc<Ticket>>>,
-    /// The streams of the saves, which wait at the end: sources, and what they own, may be gone by then.
+    /// Owners of the streams of the saves. These streams wait at the end, when the sources and what they own
+    /// may be dropped.
     stream_owners: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     env: PhantomData<&'env mut &'env ()>,
 }
@@ -77,7 +83,8 @@ impl<'env> Scope<'_, 'env> {
     /// As there.
     pub fn save_with(&self, step: u64, state: StateDict<'env>, options: SaveOptions) -> Result<Save> {
         lock(&self.stream_owners).extend(state.stream_owners.iter().cloned());
-        // SAFETY: only the lifetime changes; the guard of the scope keeps `'env` alive until the dict is dropped.
+        // SAFETY: only the lifetime changes; the guard of the scope keeps `'env` alive until the dict is
+        // dropped.
         let state = unsafe { std::mem::transmute::<StateDict<'env>, StateDict<'static>>(state) };
         self.executor.submit(step, state, options, true, |ticket| lock(&self.tickets).push(ticket.clone()))
     }
@@ -91,7 +98,7 @@ impl<'env> Scope<'_, 'env> {
     }
 }
 
-/// Waits, when dropped, for the sources of the scope's saves.
+/// Waits in its `Drop` until the sources of the scope's saves are released.
 struct Ending<'a> {
     executor: &'a CheckpointExecutor,
     fence: Fence<'a>,
@@ -103,7 +110,7 @@ impl Ending<'_> {
         if self.executor.alive().is_err() {
             return Ok(());
         }
-        // Not taken out: should this unwind, the next call must find them again.
+        // Cloned, not taken: if this unwinds, the next call must find them again.
         let tickets = lock(self.tickets).clone();
         let timeout = self.executor.settings.fence_timeout;
         match self.fence.0 {
@@ -122,8 +129,8 @@ impl Drop for Ending<'_> {
 }
 
 impl CheckpointExecutor {
-    /// Runs `f` with a scope in which state can be saved that is only borrowed, and fences at its end, a panic included:
-    /// after it, borrowed tensors may be written.
+    /// Runs `f` with a scope that can save borrowed state, and fences at its end, also during a panic. After
+    /// that, borrowed tensors may be written.
     ///
     /// ```
     /// # use ashore::{CheckpointExecutor, Fence, HostTensor, StateDict};
@@ -155,7 +162,7 @@ impl CheckpointExecutor {
     /// })??;
     /// # Ok(()) }
     /// ```
-    /// nor can what the scope's own closure owns be saved:
+    /// State that the scope's own closure owns cannot be saved:
     /// ```compile_fail,E0597
     /// # use ashore::{CheckpointExecutor, Fence, StateDict};
     /// # fn demo(executor: &CheckpointExecutor) -> ashore::Result<()> {
@@ -167,7 +174,7 @@ impl CheckpointExecutor {
     /// })??;
     /// # Ok(()) }
     /// ```
-    /// and outside a scope borrowed state is refused:
+    /// Outside a scope borrowed state is refused:
     /// ```compile_fail,E0597
     /// # use ashore::{CheckpointExecutor, StateDict};
     /// # fn demo(executor: &CheckpointExecutor) -> ashore::Result<()> {
@@ -179,9 +186,10 @@ impl CheckpointExecutor {
     /// ```
     ///
     /// # Errors
-    /// `Deadline` when staging took longer than the fence deadline: the saves that were still reading have been failed, and
-    /// the tensors may be written all the same. `Invalid`, and `f` is not called, in a function given to
-    /// [`Save::on_done`], or a waker. What a device refuses fails the save that it is about, whose handle says so.
+    /// `Deadline` when staging took longer than the fence deadline: the saves that were still reading have
+    /// failed, and the tensors may be written all the same. `Invalid`, without a call of `f`, in a function
+    /// given to [`Save::on_done`], or in a waker. An error of a device fails only the save that it concerns,
+    /// and that save's handle returns it.
     pub fn scope<'env, R>(
         &self,
         fence: Fence<'_>,

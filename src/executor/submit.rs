@@ -1,4 +1,5 @@
-//! One call of `save`: it is admitted, takes what must not wait for the fence, and is queued for the stager.
+//! One call of `save`: admits the save, captures what must not wait for the fence, and queues the save for
+//! the stager.
 
 use super::admission::{Admitted, shut_down};
 use super::{Admission, CheckpointExecutor, again};
@@ -17,30 +18,32 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-/// A save that is asked for.
+/// A requested save.
 struct Asked {
     step: u64,
     name: String,
     options: SaveOptions,
     borrowed: bool,
-    /// The ticket that a deferred save has already.
+    /// The ticket of a deferred save, which it has before its state.
     deferred: Option<Arc<Ticket>>,
     began: Instant,
     deadline: Instant,
 }
 
-/// What was taken of the state in the call of `save`.
+/// What the call of `save` took from the state.
 struct Taken {
     captured: Captured,
-    /// For another attempt, where the options allow one.
+    /// The state for another attempt, if the options allow one.
     kept: Option<Kept>,
     on_device: OnDevice,
-    /// What copies come behind, and how the device makes late copies; or why the save is refused.
+    /// The dependency of the copies, and how the device makes late copies; the error is the reason why the
+    /// save is refused.
     queued: Result<(Option<Point>, Option<Arc<LateCopy>>)>,
 }
 
 impl CheckpointExecutor {
-    /// Begins a save of `state`. `register` is told of its ticket before anything reads the sources later.
+    /// Begins a save of `state`. `register` gets its ticket before anything can read the sources after this
+    /// call.
     pub(super) fn submit(
         &self,
         step: u64,
@@ -51,7 +54,7 @@ impl CheckpointExecutor {
     ) -> Result<Save> {
         let asked = self.asked(step, options, borrowed, None);
         let saved = asked.and_then(|asked| self.begin(asked, &mut state, register));
-        // What was refused: a source that panics when it is dropped must not unwind through `save`.
+        // Drops refused state under a guard: a source that panics in its drop must not unwind through `save`.
         dropped(state);
         saved
     }
@@ -69,7 +72,7 @@ impl CheckpointExecutor {
         saved
     }
 
-    /// Takes what is saved out of `state`, or leaves there what is refused.
+    /// Moves the tensors and values out of `state`; a refused state stays there.
     fn begin(&self, asked: Asked, state: &mut StateDict<'static>, register: impl FnOnce(&Arc<Ticket>)) -> Result<Save> {
         let admitted = match &asked.deferred {
             Some(ticket) => self.admit_deferred(ticket)?,
@@ -82,7 +85,8 @@ impl CheckpointExecutor {
         let plan = admission.plan_for(state, &self.settings)?;
         let taken = self.capture(&asked, state, &plan)?;
         let (snapshot, ticket) = (asked.options.snapshot, self.ticket(&asked, attempt, &plan, state, &taken));
-        // Before anything can fail that leaves kernels behind which read borrowed sources: the scope waits for those.
+        // `register` comes before any failure that leaves kernels reading borrowed sources: the scope waits
+        // for those.
         register(&ticket);
         self.enqueue(asked, &ticket, plan, state, taken)?;
         drop(admission);
@@ -92,7 +96,7 @@ impl CheckpointExecutor {
         Ok(Save::new(ticket))
     }
 
-    /// What is asked for, if that is possible at all.
+    /// Checks the request.
     fn asked(
         &self,
         step: u64,
@@ -114,7 +118,8 @@ impl CheckpointExecutor {
         Ok(Asked { step, name, options, borrowed, deferred, began, deadline })
     }
 
-    /// Takes what must not wait for the fence: small tensors, and digests of the others for the first saves.
+    /// Captures what must not wait for the fence: small tensors, and digests of the others for the first
+    /// saves.
     fn capture(&self, asked: &Asked, state: &mut StateDict<'static>, plan: &Plan) -> Result<Taken> {
         let (step, options) = (asked.step, &asked.options);
         let kept = again::keep(state, options.retries, options.backoff, asked.borrowed);
@@ -155,10 +160,10 @@ impl CheckpointExecutor {
         ticket
     }
 
-    /// Gives the save to the stager, and its task to the writers.
+    /// Hands the save to the stager, and its task to the writers.
     ///
     /// # Errors
-    /// Why it is refused. What was queued on a device is waited for before its sources are dropped.
+    /// Why the save is refused. Its sources are dropped only when the work queued on a device has ended.
     fn enqueue(
         &self,
         asked: Asked,
@@ -170,7 +175,7 @@ impl CheckpointExecutor {
         let Taken { mut captured, kept, mut on_device, queued: behind } = taken;
         let (allocation, queued) = (on_device.allocation.take(), std::mem::take(&mut on_device.queued));
         let lines = self.threads.lines();
-        // Shut down while the sources were read here.
+        // The executor may have been shut down while this thread read the sources.
         let open = || lines.as_ref().ok_or_else(shut_down);
         let ((behind, late_copy), open) = match behind.and_then(|behind| Ok((behind, open()?))) {
             Ok(begun) => begun,
@@ -209,7 +214,8 @@ impl CheckpointExecutor {
         Ok(())
     }
 
-    /// What devices do at `save`, in the thread that queued the work which wrote the tensors.
+    /// Queues the captures and digests of devices. Runs in the thread that queued the work which wrote the
+    /// tensors.
     fn queue_on_device(
         &self,
         state: &mut StateDict<'static>,
@@ -227,7 +233,7 @@ impl CheckpointExecutor {
             Some(scratch) => scratch.at_save(state, detect, on_device)?,
             None => without_kernels(state, self.device().gather.as_ref().err().map_or("", String::as_str), on_device)?,
         }
-        // Behind what was queued just now, too.
+        // The dependency includes the captures queued above.
         let point = self.stager.device.behind(&state.streams)?;
         let late_copy = match scratch {
             Some(scratch) => scratch.late_copy(plan, state, &point, |tensor| captured.get(tensor).is_some())?,
@@ -238,7 +244,7 @@ impl CheckpointExecutor {
 }
 
 impl Admission {
-    /// The plan of the last save, if the structure is the same; a new one otherwise.
+    /// Returns the plan of the last save if the structure is the same, a new plan otherwise.
     fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings) -> Result<Arc<Plan>> {
         let shape = Shape { chunk: settings.chunk, files: settings.files };
         match &self.plan {

@@ -1,8 +1,8 @@
 //! The threads of an executor, and how they end.
 //!
-//! **Ownership.** They are in an `Arc` of their own, which lives as long as saves do: while the executor is being
-//! dropped, and after that where one of the threads was its last owner. **Locks.** None of those here is held
-//! while code of the program runs, so a source that hangs in `save` does not hang a shutdown.
+//! **Ownership.** The threads are in their own `Arc`, which lives as long as saves do: while the executor is
+//! dropped, and after that if one of the threads was its last owner. **Locks.** No lock of this module is
+//! held while code of the program runs, so a source that hangs in `save` does not hang a shutdown.
 
 use crate::completion::{Calls, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
@@ -18,22 +18,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// What is left to threads to end after the deadline: saves that failed at it end as soon as theirs see it.
+/// Time that threads have to end after the deadline: saves that failed at it end as soon as their threads see
+/// it.
 const GRACE: Duration = Duration::from_millis(500);
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Threads {
     stager: Arc<Stager>,
-    /// None before the start, and once shut down.
+    /// The sending ends; None before the start and after a shutdown.
     lines: Mutex<Option<Lines>>,
-    /// Of threads that were not seen to end.
+    /// Handles of threads that have not been seen to end.
     handles: Mutex<Vec<JoinHandle<()>>>,
-    /// The call thread, which ends after them: any of them may hand calls over.
+    /// The call thread. It ends after the others, because each of them may hand calls to it.
     calling: Mutex<Vec<JoinHandle<()>>>,
-    /// No save is begun any more.
+    /// No save begins any more.
     closed: AtomicBool,
-    /// How long the program was ready to wait when it last shut the executor down itself.
+    /// The timeout of the last shutdown that the program requested.
     timeout: Mutex<Option<Duration>>,
 }
 
@@ -56,19 +57,20 @@ impl Threads {
         }
     }
 
-    /// Takes charge of threads that have been started.
+    /// Takes ownership of the started threads.
     pub(super) fn keep(&self, lines: Lines, handles: Vec<JoinHandle<()>>, calling: JoinHandle<()>) {
         *lock(&self.lines) = Some(lines);
         *lock(&self.handles) = handles;
         *lock(&self.calling) = vec![calling];
     }
 
-    /// The sending ends, which stay while the guard is held: only for the moment in which a save is handed over.
+    /// The sending ends, which stay while the guard is held. Hold it only to hand over a save.
+    /// over.
     pub(super) fn lines(&self) -> MutexGuard<'_, Option<Lines>> {
         lock(&self.lines)
     }
 
-    /// Begins no save any more; those that are asked for are skipped.
+    /// Closes admission: later saves are skipped.
     pub fn close_admission(&self) {
         self.closed.store(true, Ordering::Release);
     }
@@ -87,10 +89,11 @@ impl Threads {
         own_threads::is_one_of(&self.stager.signal)
     }
 
-    /// As [`close`](Self::close), when the program asks for it. The drop waits no longer than the program did.
+    /// [`close`](Self::close) at the program's request. The drop waits no longer than this timeout.
+    /// did.
     ///
     /// # Errors
-    /// As there.
+    /// As [`close`](Self::close); `Invalid` in a thread of the executor.
     pub(crate) fn shut_down(&self, timeout: Duration) -> Result<()> {
         if self.are_here() {
             let why = "a thread of the executor cannot shut it down: call `shutdown` from another thread";
@@ -100,11 +103,12 @@ impl Threads {
         self.close(timeout)
     }
 
-    /// Takes no more saves, waits for those in flight, ends the threads. Any number of threads may call it; each
-    /// waits for what is left.
+    /// Stops taking saves, waits for those in flight, and ends the threads. Any number of threads may call
+    /// it; each waits for what is left.
     ///
     /// # Errors
-    /// The first error of a save that nobody has seen. `Deadline` when saves were unfinished at the deadline.
+    /// The first error of a save that no handle and no call has returned. `Deadline` if saves had not ended
+    /// by the deadline.
     pub(super) fn close(&self, timeout: Duration) -> Result<()> {
         let lines = lock(&self.lines).take();
         let deadline = deadline_after(timeout);
@@ -122,8 +126,8 @@ impl Threads {
         first.map_or(Ok(()), Err)
     }
 
-    /// As [`close`](Self::close), for the drop of the executor. One of these threads would wait for itself: another
-    /// closes then, and this returns at once.
+    /// [`close`](Self::close) for the drop of the executor. One of these threads would wait for itself: then
+    /// another thread closes, and this returns at once.
     pub(super) fn close_dropped(self: &Arc<Self>, timeout: Duration) {
         let timeout = lock(&self.timeout).map_or(timeout, |asked| asked.min(timeout));
         if !self.are_here() {
@@ -132,13 +136,13 @@ impl Threads {
         let threads = self.clone();
         if let Err(error) = spawn("ashore-close".into(), move || log(threads.close(timeout))) {
             tracing::error!(error = format_args!("{error:#}"), "no thread waits for the saves of a dropped executor");
-            // Saves in flight go on, and the threads end after the last of them.
+            // Saves in flight continue, and the threads end after the last of them.
             self.stager.stop();
             drop(lock(&self.lines).take());
         }
     }
 
-    /// Waits for saves in flight, and gives up those that are unfinished at the deadline. Returns what is to be said
+    /// Waits for saves in flight, and gives up those that have not ended by the deadline. Returns the error
     /// of the first of these.
     fn wait_for_saves(&self, timeout: Duration, deadline: Instant) -> Option<Error> {
         let mut late = None;
@@ -146,7 +150,7 @@ impl Threads {
             if ticket.done.wait(deadline).is_none() {
                 let what = format!("the executor was shut down before a save ended timeout={timeout:?}");
                 let cancelled = Error::new(ErrorKind::Cancelled, what.clone());
-                // This call says so itself, of the first one; no other may.
+                // This call returns the first such error itself; no other call may.
                 let failed = ticket.fail_as(cancelled.clone(), true);
                 let calls = ticket.give_up(cancelled);
                 if failed || calls.is_some() {
@@ -161,8 +165,8 @@ impl Threads {
     }
 }
 
-/// Joins the threads that end until `deadline`; a later call may join the others. A thread that hangs in the storage, or in a
-/// function of the program, never ends.
+/// Joins the threads that end by `deadline`; a later call may join the others. A thread that hangs in the
+/// storage, or in a function of the program, may never end.
 fn join(handles: &Mutex<Vec<JoinHandle<()>>>, deadline: Instant) {
     loop {
         let mut handles = lock(handles);
@@ -183,7 +187,7 @@ fn join(handles: &Mutex<Vec<JoinHandle<()>>>, deadline: Instant) {
     }
 }
 
-/// Says what nobody asked for.
+/// Logs the error of a shutdown that has no caller to return it to.
 fn log(closed: Result<()>) {
     if let Err(error) = closed {
         tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error");

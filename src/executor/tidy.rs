@@ -1,7 +1,9 @@
-//! What is done after a commit is durable and reported, and off its path: the replaced copy, the hint, retention, the sweep.
+//! Tidying, after a commit is durable and reported: the replaced copy, the hint, retention, the sweep.
+//! retention, the sweep.
 //!
-//! Nothing here can fail a save. The committer waits when [`LAG`] saves wait to be tidied up, so what has not been deleted yet is
-//! bounded. What fails is tried again after later saves, and once more when the executor ends.
+//! Nothing here can fail a save. The committer waits when [`LAG`] saves wait to be tidied up, which bounds
+//! what is not deleted yet. What fails is retried after later saves, and once more when the executor ends.
+//! ends.
 
 use super::ending::Left;
 use crate::catalog::{Catalog, Keeping};
@@ -14,17 +16,19 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::iter::once;
 use std::time::{Duration, Instant};
 
-/// So many saves may wait to be tidied up while as many are in hand; an attempt holds three descriptors until then.
+/// Number of saves that may wait while as many are being tidied up; an attempt keeps three descriptors open
+/// until then. then.
 pub(super) const LAG: usize = 16;
 
-/// So often a sweep tries after saves to find what this process left; then only the hourly one, and one at the end, looks.
+/// Number of sweeps after saves that look for what this process left; then only the hourly sweep, and one at
+/// the end, looks. the end, looks.
 const TRIES: u8 = 3;
-/// How often to sweep what other processes may have left, and how often to look whether that is due.
+/// How often to sweep what other processes may have left.
 const SWEEP: Duration = Duration::from_secs(3600);
 const LOOK: Duration = Duration::from_secs(5 * 60);
 
-/// The thread: sweeps, then tidies up after saves until the committer is gone. Saves that came meanwhile share one hint, one prune
-/// and one sweep.
+/// The body of the tidying thread: sweeps, then tidies up after saves until the committer has ended. Saves
+/// that arrived meanwhile share one hint, one prune and one sweep.
 pub(super) fn run(
     leavings: &Receiver<Left>,
     storage: &dyn Storage,
@@ -60,15 +64,15 @@ struct Tidy<'a> {
     catalog: &'a Catalog,
     keeping: &'a Keeping,
     sweep: Sweep,
-    /// Attempts that are over and still on the medium, at most [`LAG`] after each round of work.
+    /// Attempts that have ended and still have files on the medium, at most [`LAG`] after each round of work.
     owed: Vec<Left>,
-    /// Steps have come since the last prune that succeeded.
+    /// Steps were published since the last successful prune.
     unpruned: bool,
-    /// Something of this process is left that only a sweep can remove.
+    /// This process left something that only a sweep can remove.
     unswept: bool,
-    /// How many rounds may still sweep for that.
+    /// How many more rounds may sweep for that.
     tries: u8,
-    /// The names that the last sweep left alone and did not know to be alive.
+    /// The names of what the last sweep neither removed nor knew to be alive.
     reported: Vec<String>,
     /// The step that was published last.
     last: Option<u64>,
@@ -83,7 +87,7 @@ impl Tidy<'_> {
         if let Some(newest) = names.rfind(|name| parse_step_name(name).is_some()) {
             attempt("write the hint", || self.storage.hint(newest));
             let step = parse_step_name(newest);
-            // Where a run begins, or goes back.
+            // A run begins, or goes back to an earlier step.
             if let Some(step) = step.filter(|step| self.last.is_none_or(|last| *step < last)) {
                 attempt("look for newer steps", || self.catalog.warn_if_below(step));
             }
@@ -113,13 +117,13 @@ impl Tidy<'_> {
         }
         if self.unswept && self.tries > 0 {
             self.tries -= 1;
-            // An attempt that looks alive may be one whose last thread is just letting go of it.
+            // An attempt that looks alive may be one that its last thread is still releasing.
             let done = |swept: Swept| swept.left.iter().all(|left| left.state == State::Undecided);
             self.unswept = !self.sweep().is_some_and(done);
         }
     }
 
-    /// Sweeps what other processes may have left; one that fails is tried again after later saves.
+    /// Sweeps what other processes may have left. A sweep that fails is retried after later saves.
     fn sweep_all(&mut self) {
         if self.sweep().is_none() {
             (self.unswept, self.tries) = (true, TRIES);
@@ -138,7 +142,7 @@ impl Tidy<'_> {
         done
     }
 
-    /// Says what takes room and is not known to be alive, each time that it is something else.
+    /// Warns of what takes space and is not known to be alive, whenever the names have changed.
     fn report(&mut self, left: &[Remnant]) {
         let left: Vec<&Remnant> = left.iter().filter(|remnant| remnant.state != State::Live).collect();
         let names: Vec<String> = left.iter().map(|remnant| remnant.name.clone()).collect();
@@ -154,7 +158,7 @@ impl Tidy<'_> {
     }
 }
 
-/// Does it; false, and a warning, when it fails.
+/// Runs `run`. On failure, logs a warning and returns false.
 pub(super) fn attempt(what: &str, run: impl FnOnce() -> Result<()>) -> bool {
     let done = guarded("the storage panicked", run);
     if let Err(error) = &done {

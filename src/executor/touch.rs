@@ -1,6 +1,6 @@
 //! Shows other hosts that the attempts of this executor are alive.
 //!
-//! A thread of its own: nothing that the other threads wait for, such as a sweep of many files, may hold it up.
+//! It has its own thread, so that no work of another thread, such as a sweep of many files, delays it.
 
 use super::tidy::attempt;
 use crate::storage::Storage;
@@ -10,7 +10,7 @@ use std::time::Duration;
 /// How often live attempts are touched.
 pub(super) const TOUCH: Duration = Duration::from_secs(5 * 60);
 
-/// The thread: touches once in `every`, until the sending end of `ended` is gone.
+/// The body of the touch thread: touches once per `every`, until the sender of `ended` is dropped.
 pub(super) fn run(ended: &Receiver<()>, storage: &dyn Storage, every: Duration) {
     while ended.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
         attempt("show that attempts are alive", || storage.touch());
@@ -30,7 +30,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// Storage whose sweeps take until they are allowed to end, and which tells of each touch.
+    /// Storage that blocks each sweep until the test allows it, and reports each touch.
     #[derive(Debug)]
     struct Slow {
         memory: Memory,
@@ -72,8 +72,9 @@ mod tests {
         }
     }
 
-    /// The thread that tidies up touched the records of live attempts between two rounds of its work. A first sweep that deleted
-    /// terabytes took longer than the age at which another host takes an attempt for abandoned.
+    /// Regression: the tidying thread touched the records of live attempts between two rounds of its work. A
+    /// first sweep that deleted terabytes took longer than the age at which another host considers an attempt
+    /// abandoned. abandoned.
     #[test]
     fn a_sweep_that_takes_long_does_not_keep_attempts_from_being_touched() {
         let (sweeps, swept) = unbounded();
