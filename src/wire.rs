@@ -1,4 +1,4 @@
-//! Errors on their way to another rank or another process.
+//! Errors in a form that can be sent to another rank or process.
 
 use crate::error::{Error, ErrorKind};
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ const KINDS: [ErrorKind; 12] = [
     ErrorKind::Internal,
 ];
 
-/// An [`Error`] as data. Its sources are part of the message.
+/// An [`Error`] as data. Its message includes those of its sources.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct WireError {
     kind: String,
@@ -43,9 +43,10 @@ impl From<&Error> for WireError {
     }
 }
 
-// No `From` for `Error`: it would take away from every user what the compiler infers where there is only one.
+// No `From` for `Error`: a second `From` implementation would break type inference where users rely on the
+// only one.
 impl WireError {
-    /// The error.
+    /// Converts back to an [`Error`].
     pub fn into_error(self) -> Error {
         let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(ErrorKind::Internal);
         let mut error = Error::new(kind, self.message);

@@ -1,13 +1,13 @@
-//! The interfaces of other systems, each a thin face on the one executor: their names and their meaning, one write path, one
-//! format. A save through a face leaves the bytes that
-//! [`CheckpointExecutor::save`](crate::CheckpointExecutor::save) leaves; but for [`graph::InMemory`], the
-//! database of the feature `sqlite`, and storage writers of a program's own.
+//! The interfaces of other systems as thin adapters over one executor. Each keeps the names and the meaning
+//! of its system and shares one write path and one format. A save through an adapter leaves the bytes that
+//! [`CheckpointExecutor::save`](crate::CheckpointExecutor::save) leaves, except for [`graph::InMemory`], the
+//! database of the feature `sqlite`, and storage writers that a program supplies.
 //!
-//! **Ends.** A handler, manager or executor of a face waits for its saves when it is dropped, and returns their errors from `close`;
-//! its threads keep no executor alive. In a forked child, dropping it waits for nothing, and the parent does
-//! not hear of it.
+//! **Shutdown.** A handler, manager or executor of an adapter waits for its saves when it is dropped, and
+//! returns their errors from `close`. Its threads keep no executor alive. In a forked child, dropping it
+//! waits for nothing and does not affect the parent.
 //!
-//! **Floor 5**: above everything, and nothing below imports it. The faces know nothing of each other.
+//! **Floor 5**: above everything; nothing below imports it. The adapters do not depend on each other.
 //!
 //! | module | system | its contract |
 //! |---|---|---|

@@ -1,27 +1,28 @@
-//! Executors that stay open, for faces that are told a directory with each call.
+//! A bounded cache of open executors, for adapters whose calls name a directory.
 
 use crate::error::{Error, Result};
 use crate::executor::CheckpointExecutor;
 use crate::settings::Settings;
 use std::path::Path;
 
-/// The executors used last, each under a key. Each has an arena and threads of its own, so there are few.
+/// The most recently used executors, each under a key. Each has its own arena and threads, so the cache is
+/// small.
 #[derive(Debug)]
 pub(crate) struct Open<K> {
     most: usize,
     settings: Settings,
-    /// The one used last is first.
+    /// Most recently used first.
     executors: Vec<(K, CheckpointExecutor)>,
 }
 
 impl<K: PartialEq> Open<K> {
-    /// At most `most` executors with these settings.
+    /// Creates a cache of at most `most` executors with these settings.
     pub fn new(most: usize, settings: Settings) -> Self {
         Self { most, settings, executors: Vec::new() }
     }
 
-    /// The executor of `key`, over `root`. Where there are too many, the one that was not used for longest is dropped, and waits for
-    /// its saves.
+    /// Returns the executor of `key`, over `root`. A full cache drops the least recently used executor, which
+    /// waits for its saves.
     ///
     /// # Errors
     /// As [`Builder::build`](crate::Builder::build).
@@ -37,17 +38,17 @@ impl<K: PartialEq> Open<K> {
         self.last().map(|(_, executor)| executor).ok_or_else(|| Error::internal("an executor is gone"))
     }
 
-    /// The one used last.
+    /// The most recently used executor.
     pub fn last(&self) -> Option<&(K, CheckpointExecutor)> {
         self.executors.first()
     }
 
-    /// Closes those whose key does not fit.
+    /// Closes the executors whose key does not fit.
     pub fn retain(&mut self, fits: impl Fn(&K) -> bool) {
         self.executors.retain(|(key, _)| fits(key));
     }
 
-    /// Shuts all of them down, and returns the errors.
+    /// Shuts down all executors, and returns their errors.
     pub fn shut_down(&mut self) -> impl Iterator<Item = Error> {
         let timeout = self.settings.shutdown_timeout;
         self.executors.drain(..).filter_map(move |(_, executor)| executor.shutdown(timeout).err())

@@ -1,15 +1,15 @@
-//! Where a path of another system leads on this engine.
+//! Maps a path of another system to a step and a directory of this engine.
 
 use crate::error::{Error, Result};
 use crate::executor::CheckpointExecutor;
 use crate::id::parse_step_name;
 use std::path::{Path, PathBuf, absolute};
 
-/// The step that a path in the root of `executor` stands for, and where it is. A name that says no step is
-/// that of a checkpoint beside the steps, which has the number at its end, or 0, as its step.
+/// Returns the step that a path in the root of `executor` names, and its directory. A name that is not a
+/// step's belongs to a checkpoint beside the steps; its step is the number at its end, or 0.
 ///
 /// # Errors
-/// `Invalid`: it has no name, or it is elsewhere.
+/// `Invalid`: the path has no name, or is not in the root.
 pub(crate) fn place(executor: &CheckpointExecutor, path: &Path) -> Result<(u64, PathBuf)> {
     let refuse = |why: &str| Error::invalid(why).with_path(path);
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else {

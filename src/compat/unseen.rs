@@ -1,8 +1,8 @@
-//! Errors that the end of a face has to tell.
+//! Errors that no call has returned when an adapter is closed.
 
 use crate::error::{Error, Result};
 
-/// Returns the first of `errors`, and logs the others, because no later call tells them.
+/// Returns the first of `errors`, and logs the others, because no later call returns them.
 pub(crate) fn first(errors: impl IntoIterator<Item = Error>) -> Result<()> {
     let mut errors = errors.into_iter();
     let first = errors.next();

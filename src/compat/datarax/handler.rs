@@ -21,18 +21,19 @@ use std::time::Duration;
 /// The name of a checkpoint without a step.
 const UNVERSIONED: &str = "checkpoint";
 
-/// How many directories stay open for saving; each has an arena and threads of its own.
+/// How many directories stay open for saving; each has its own arena and threads.
 const OPEN: usize = 2;
 
-/// What a save may want different.
+/// The options of one save.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SaveArgs {
-    /// The step; None: the one checkpoint without a step.
+    /// The step; None saves the one checkpoint without a step.
     pub step: Option<u64>,
-    /// After a save with a step, how many steps are kept: 1, as in Datarax. None or 0: all.
+    /// How many steps are kept after a save with a step. The default is 1, as in Datarax; None or 0 keeps
+    /// all.
     pub keep: Option<usize>,
-    /// Replace what exists. The old checkpoint stays whole until the new one is durable.
+    /// Replaces an existing checkpoint. The old one stays whole until the new one is durable.
     pub overwrite: bool,
     /// Encoded.
     metadata: BTreeMap<String, Value>,
@@ -45,27 +46,27 @@ impl Default for SaveArgs {
 }
 
 impl SaveArgs {
-    /// A save of this step.
+    /// Options for a save of this step.
     pub fn step(step: u64) -> Self {
         Self { step: Some(step), ..Self::default() }
     }
 
-    /// Sets how many steps are kept; None or 0: all.
+    /// Sets how many steps are kept; None or 0 keeps all.
     pub fn keep(mut self, keep: impl Into<Option<usize>>) -> Self {
         self.keep = keep.into();
         self
     }
 
-    /// Replaces what exists.
+    /// Replaces an existing checkpoint.
     pub fn overwrite(mut self) -> Self {
         self.overwrite = true;
         self
     }
 
-    /// Adds metadata; a later one of the same key replaces it.
+    /// Adds metadata; a later value for a key replaces the earlier one.
     ///
     /// # Errors
-    /// `Invalid`, naming the key: what cannot be kept exactly.
+    /// `Invalid`, naming the key: the value cannot be kept exactly.
     pub fn metadata(mut self, key: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<Self> {
         let key = key.into();
         let encoded = encode_named("metadata", &key, value)?;
@@ -79,10 +80,10 @@ impl SaveArgs {
 pub struct Metadata(Checkpoint);
 
 impl Metadata {
-    /// What was saved under `key`.
+    /// The value that was saved under `key`.
     ///
     /// # Errors
-    /// `NotFound` when there is nothing, `Invalid` when it is not a `T`.
+    /// `NotFound` when there is no such key, `Invalid` when the value is not a `T`.
     pub fn get<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
         self.0.metadata(key)
     }
@@ -93,7 +94,7 @@ impl Metadata {
     }
 }
 
-/// Saves and restores whatever is [`Checkpointable`].
+/// Saves and restores any [`Checkpointable`].
 ///
 /// ```
 /// use ashore::compat::datarax::{OrbaxCheckpointHandler, PrngKey, SaveArgs, State};
@@ -109,7 +110,8 @@ impl Metadata {
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// Dropping it waits for a save in flight, for the settings' `shutdown_timeout` at most; its error is then only logged.
+/// Dropping the handler waits for a save in flight, at most for the settings' `shutdown_timeout`; its error
+/// is then only logged.
 #[derive(Debug)]
 pub struct OrbaxCheckpointHandler {
     shutdown_timeout: Duration,
@@ -123,7 +125,7 @@ struct Inner {
     in_flight: Option<InFlight>,
 }
 
-/// A save that was not waited for, by the executor that was used last.
+/// An unfinished save of the executor that was used last.
 #[derive(Debug)]
 struct InFlight {
     save: Save,
@@ -137,19 +139,20 @@ impl Default for OrbaxCheckpointHandler {
 }
 
 impl OrbaxCheckpointHandler {
-    /// A handler whose saves return when they are durable. Its arena of 64 MiB per directory is taken at the first save there.
+    /// A handler whose saves return when they are durable. Each directory's arena of 64 MiB is allocated at
+    /// the first save there.
     pub fn new() -> Self {
         Self::with_settings(Settings { arena: 64 << 20, ..Settings::default() })
     }
 
-    /// A handler whose executors have these settings; what is kept is said by each save.
+    /// A handler whose executors have these settings. Each save says how many steps are kept.
     pub fn with_settings(settings: Settings) -> Self {
         let shutdown_timeout = settings.shutdown_timeout;
         let inner = Inner { open: Open::new(OPEN, settings), in_flight: None };
         Self { shutdown_timeout, asynchronous: false, inner: Mutex::new(inner) }
     }
 
-    /// The same handler, whose saves return at once. The next call that touches checkpoints waits for the one before, and
+    /// Makes saves return at once. The next call that touches checkpoints waits for the previous save, and
     /// returns its error.
     #[must_use]
     pub fn asynchronous(mut self) -> Self {
@@ -157,10 +160,10 @@ impl OrbaxCheckpointHandler {
         self
     }
 
-    /// [`save`](Self::save), by the name that it has in newer versions of Datarax.
+    /// [`save`](Self::save) under the name that newer versions of Datarax use.
     ///
     /// # Errors
-    /// As there.
+    /// As [`save`](Self::save).
     pub fn save_to_directory(
         &self,
         directory: impl AsRef<Path>,
@@ -170,12 +173,13 @@ impl OrbaxCheckpointHandler {
         self.save(directory, target, args)
     }
 
-    /// Saves the state of `target` below `directory`, which is created when it is missing. Returns where.
+    /// Saves the state of `target` below `directory`, which is created when it is missing. Returns the path
+    /// of the checkpoint.
     ///
     /// # Errors
-    /// `Conflict` when the checkpoint exists and is not to be overwritten, or is none of this library; `Invalid` for a state
-    /// that cannot be saved; the error of the last asynchronous save; errors of the storage. What was there before is then
-    /// there still.
+    /// `Conflict` when the checkpoint exists and `overwrite` is not set, or is not a checkpoint of this
+    /// library; `Invalid` for a state that cannot be saved; the error of the last asynchronous save; errors
+    /// of the storage. An existing checkpoint is left unchanged.
     pub fn save(&self, directory: impl AsRef<Path>, target: &impl Checkpointable, args: SaveArgs) -> Result<PathBuf> {
         let directory = directory.as_ref();
         let mut inner = lock(&self.inner);
@@ -207,21 +211,22 @@ impl OrbaxCheckpointHandler {
         Ok(directory.join(name))
     }
 
-    /// The state saved as `step`; if that is None, of the highest step, or without a step if there are none.
+    /// Returns the state saved as `step`. None means the highest step, or the checkpoint without a step if
+    /// there are no steps.
     ///
     /// # Errors
-    /// `NotFound`: no such directory, or no such checkpoint in it. `Corrupt` when its bytes are not what was saved.
+    /// `NotFound`: no such directory, or no such checkpoint in it. `Corrupt` when the bytes are not those
+    /// that were saved.
     pub fn restore(&self, directory: impl AsRef<Path>, step: Option<u64>) -> Result<State> {
         State::read(&self.find(directory.as_ref(), step)?)
     }
 
-    /// Restores into `target`, which is left as it was when the checkpoint cannot be read, or has not its
-    /// structure: the same names, each of the same kind, dtype and shape. A [`State`] with nothing in it
-    /// takes whatever there is.
+    /// Restores into `target`. `target` is left unchanged when the checkpoint cannot be read or differs in
+    /// structure: the names, or the kind, dtype or shape of one. An empty [`State`] accepts any structure.
     ///
     /// # Errors
     /// As [`OrbaxCheckpointHandler::restore`]; `Invalid` for another structure, and for the checkpoint of an
-    /// iterator over something else; those of `target`.
+    /// iterator over other data; errors of `target`.
     pub fn restore_into(
         &self,
         directory: impl AsRef<Path>,
@@ -236,10 +241,10 @@ impl OrbaxCheckpointHandler {
         target.set_state(saved)
     }
 
-    /// The metadata alone: no tensor is read.
+    /// Returns the metadata; reads no tensor.
     ///
     /// # Errors
-    /// As [`OrbaxCheckpointHandler::restore`], but for what is wrong with tensors.
+    /// As [`OrbaxCheckpointHandler::restore`], without the errors of tensors.
     pub fn restore_metadata(&self, directory: impl AsRef<Path>, step: Option<u64>) -> Result<Metadata> {
         self.find(directory.as_ref(), step).map(Metadata)
     }
@@ -253,8 +258,8 @@ impl OrbaxCheckpointHandler {
         }
     }
 
-    /// Every step below `directory`, ascending; none when there is no such directory. Directories that hold no checkpoint of
-    /// this library, or a damaged one, are not steps.
+    /// Every step below `directory`, ascending; empty when there is no such directory. Directories without a
+    /// checkpoint of this library, or with a damaged one, are not steps.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -270,7 +275,7 @@ impl OrbaxCheckpointHandler {
         Ok(self.list_checkpoints(directory)?.into_keys().next_back())
     }
 
-    /// Every step and where it is.
+    /// Every step, with its path.
     ///
     /// # Errors
     /// As [`OrbaxCheckpointHandler::get_checkpoint_steps`].
@@ -280,19 +285,19 @@ impl OrbaxCheckpointHandler {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeMap::new()),
             catalog => catalog?.list()?,
         };
-        // Under several names, the first is the one that is restored.
+        // If a step exists under several names, the first in the catalog is the one that is restored.
         Ok(entries.into_iter().rev().map(|entry| (entry.step, entry.path)).collect())
     }
 
     /// Waits until the last save is durable.
     ///
     /// # Errors
-    /// Its error, once.
+    /// The error of that save, once.
     pub fn wait_until_finished(&self) -> Result<()> {
         lock(&self.inner).finish(Duration::MAX)
     }
 
-    /// Waits until everything is durable, and gives arenas and threads back.
+    /// Waits until all saves are durable, and releases arenas and threads.
     ///
     /// # Errors
     /// The error of the last save, if no call has returned it; others are logged.
@@ -305,7 +310,7 @@ impl OrbaxCheckpointHandler {
 
 impl Drop for OrbaxCheckpointHandler {
     fn drop(&mut self) {
-        // In a forked child the save is the parent's, and cannot be waited for.
+        // In a forked child the save belongs to the parent, and cannot be waited for.
         let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = inner.finish(self.shutdown_timeout) {
             tracing::error!(
@@ -321,10 +326,10 @@ fn prune(catalog: &Catalog, keep_last: Option<usize>) -> Result<Pruned> {
 }
 
 impl Inner {
-    /// Waits for the last save, then deletes what it need not keep.
+    /// Waits for the last save, then deletes the steps that it does not keep.
     fn finish(&mut self, timeout: Duration) -> Result<()> {
         let Some(InFlight { save, keep }) = self.in_flight.take() else { return Ok(()) };
-        // The save has a deadline of its own.
+        // The save has its own deadline.
         save.wait(timeout)?;
         if let (Some((directory, executor)), Some(_)) = (self.open.last(), keep)
             && let Err(error) = prune(executor.catalog(), keep)

@@ -1,4 +1,4 @@
-//! Iterators: checkpoints of one in a directory, by step, every so many steps.
+//! Checkpoints of one iterator in a directory, by step, at an interval.
 
 use super::handler::{OrbaxCheckpointHandler, SaveArgs};
 use super::state::Checkpointable;
@@ -6,7 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Saves and restores an iterator, or a pipeline: Datarax's `IteratorCheckpoint` and `PipelineCheckpoint`.
+/// Saves and restores an iterator or a pipeline: Datarax's `IteratorCheckpoint` and `PipelineCheckpoint`.
 #[derive(Debug)]
 pub struct IteratorCheckpoint {
     directory: PathBuf,
@@ -14,7 +14,7 @@ pub struct IteratorCheckpoint {
 }
 
 impl IteratorCheckpoint {
-    /// Checkpoints below `directory`, by `handler`.
+    /// Keeps checkpoints below `directory`, using `handler`.
     pub fn new(directory: impl AsRef<Path>, handler: OrbaxCheckpointHandler) -> Self {
         Self { directory: directory.as_ref().into(), handler }
     }
@@ -27,8 +27,8 @@ impl IteratorCheckpoint {
         self.handler.save(&self.directory, iterator, args)
     }
 
-    /// Saves the state of `iterator` if `interval` divides `step`, and keeps the last `keep` steps: 5 in
-    /// Datarax unless said otherwise; None or 0: all. Returns None for other steps.
+    /// Saves the state of `iterator` if `interval` divides `step`, and keeps the last `keep` steps; None or 0
+    /// keeps all. Datarax's default is 5. Returns None for other steps.
     ///
     /// # Errors
     /// As [`OrbaxCheckpointHandler::save`]; `Invalid` for an interval of 0.
@@ -48,13 +48,13 @@ impl IteratorCheckpoint {
         self.save_to_directory(iterator, SaveArgs::step(step).keep(keep)).map(Some)
     }
 
-    /// Restores `iterator`; from the highest step, or the checkpoint without one, for None. What the state
-    /// says of the sampler (`sampler_repr`), the data source (`data_source_repr`) and the number of shards
-    /// and workers (`shard_count`, `worker_count`) must be as it was.
+    /// Restores `iterator`. For None, restores the highest step, or the checkpoint without a step. The fields
+    /// of the state that identify the sampler (`sampler_repr`), the data source (`data_source_repr`) and the
+    /// number of shards and workers (`shard_count`, `worker_count`) must match those that were saved.
     ///
     /// # Errors
-    /// As [`OrbaxCheckpointHandler::restore`]; `Invalid` for the checkpoint of an iterator over something
-    /// else; those of `iterator`.
+    /// As [`OrbaxCheckpointHandler::restore`]; `Invalid` for the checkpoint of an iterator over other data;
+    /// errors of `iterator`.
     pub fn restore(&self, iterator: &mut impl Checkpointable, step: Option<u64>) -> Result<()> {
         let saved = self.handler.restore(&self.directory, step)?;
         saved.same_iterator(&iterator.get_state()?)?;
@@ -79,7 +79,7 @@ impl IteratorCheckpoint {
         self.handler.latest_step(&self.directory)
     }
 
-    /// Every step and where it is.
+    /// Every step, with its path.
     ///
     /// # Errors
     /// As [`OrbaxCheckpointHandler::list_checkpoints`].
@@ -87,7 +87,7 @@ impl IteratorCheckpoint {
         self.handler.list_checkpoints(&self.directory)
     }
 
-    /// Waits until everything is durable.
+    /// Waits until all saves are durable.
     ///
     /// # Errors
     /// As [`OrbaxCheckpointHandler::close`].

@@ -10,12 +10,13 @@
 //! | `restore(directory, metadata_only=True)` | [`restore_metadata`](OrbaxCheckpointHandler::restore_metadata): no tensor is read |
 //! | `get_state`, `set_state` | [`Checkpointable`], with a [`State`] of arrays, PRNG keys and values |
 //! | `get_checkpoint_steps`, `latest_step`, `list_checkpoints` | the same |
-//! | `with OrbaxCheckpointHandler() as handler` | a handler that is dropped waits; [`close`](OrbaxCheckpointHandler::close) waits and reports |
+//! | `with OrbaxCheckpointHandler() as handler` | dropping the handler waits; [`close`](OrbaxCheckpointHandler::close) waits and returns errors |
 //! | `async_checkpointing=True` | [`OrbaxCheckpointHandler::asynchronous`] |
 //!
-//! What differs: a step that was asked for and is missing is `NotFound`, never another checkpoint; a step that exists under
-//! another name (`7` beside `ckpt-7`) exists; an overwrite keeps the old checkpoint whole until the new one is durable, and so
-//! does `keep`; a PRNG key keeps the name of its implementation; strings are strings in the file, too.
+//! Differences: a requested step that is missing is `NotFound`, never another checkpoint; a step counts as
+//! existing under another name (`7` for `ckpt-7`), too; `overwrite` and `keep` leave the old checkpoint whole
+//! until the new one is durable; a PRNG key keeps the name of its implementation; strings are saved as
+//! strings.
 
 mod handler;
 mod iterator;

@@ -1,7 +1,8 @@
 //! The state of an object: named arrays, PRNG keys, and values of any serde type, strings among them.
 //!
-//! In a checkpoint an array is a tensor and a value is a value. A PRNG key is both under one name: its data a tensor, the name
-//! of its implementation a value. Nothing else is both, so a key comes back as the key that it was.
+//! In a checkpoint an array is a tensor and a value is a value. A PRNG key is both under one name: its data
+//! is a tensor, the name of its implementation a value. Only keys are both, so `read` can tell a key from an
+//! array.
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
@@ -14,18 +15,18 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-/// Whatever can give its state and take one back. A [`State`] is one itself.
+/// An object that can return its state and restore it. A [`State`] is one itself.
 pub trait Checkpointable {
-    /// What is to be saved.
+    /// The state to save.
     ///
     /// # Errors
-    /// Its own; nothing is saved then.
+    /// Its own errors; nothing is saved then.
     fn get_state(&self) -> Result<State>;
 
-    /// Takes back what was saved.
+    /// Restores a saved state.
     ///
     /// # Errors
-    /// Its own: something is missing, or of another kind than it is now.
+    /// Its own errors: something is missing, or of another kind than now.
     fn set_state(&mut self, state: State) -> Result<()>;
 }
 
@@ -60,26 +61,26 @@ pub struct Array {
     held: Arc<dyn Held>,
 }
 
-/// A PRNG key: words, and the name of the implementation that knows what to do with them.
+/// A PRNG key: words, and the name of the implementation that uses them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PrngKey {
     /// The name, such as `threefry2x32`, `rbg` or `unsafe_rbg`.
     pub implementation: String,
-    /// The shape of the data; that of a batch of keys has more than one dimension.
+    /// The shape of the data; a batch of keys has more than one dimension.
     pub shape: Vec<usize>,
     /// The data, row-major.
     pub data: Vec<u32>,
 }
 
 impl PrngKey {
-    /// The key that `jax.random.key(seed)` makes: one of `threefry2x32`.
+    /// The key that `jax.random.key(seed)` makes, for `threefry2x32`.
     pub fn threefry2x32(seed: u64) -> Self {
         let data = vec![(seed >> 32) as u32, seed as u32];
         Self { implementation: "threefry2x32".into(), shape: vec![2], data }
     }
 }
 
-/// Elements of some type.
+/// The elements of an array, without their type.
 trait Held: Send + Sync {
     fn bytes(&self) -> &[u8];
     fn tensor(self: Arc<Self>, dtype: Dtype, shape: &[usize], name: &str, to: &mut StateDict<'static>) -> Result<()>;
@@ -96,7 +97,7 @@ impl<T: Element> Held for Vec<T> {
 }
 
 impl Array {
-    /// An array of `shape`. Its length is checked when it is saved.
+    /// An array of `shape`. A save checks its length.
     pub fn new<T: Element>(elements: impl Into<Arc<Vec<T>>>, shape: impl Into<Vec<usize>>) -> Self {
         Self { dtype: T::DTYPE, shape: shape.into(), held: elements.into() }
     }
@@ -130,12 +131,12 @@ impl fmt::Debug for Array {
 }
 
 impl State {
-    /// Nothing yet.
+    /// An empty state.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds an array, which is not copied.
+    /// Adds an array without copying it.
     ///
     /// # Errors
     /// `Invalid`: the name is taken.
@@ -156,7 +157,7 @@ impl State {
         self.put(name.into(), Leaf::Key(key))
     }
 
-    /// Adds a value: a number, a string, or anything else that serde can write.
+    /// Adds a value: a number, a string, or anything else that serde can serialize.
     ///
     /// # Errors
     /// `Invalid`: the name is taken, or the value cannot be kept exactly.
@@ -166,7 +167,7 @@ impl State {
         self.put(name, Leaf::Value(encoded))
     }
 
-    /// Adds a state as a part of this one: each of its names after `name` and a dot.
+    /// Adds `state` as a part of this one. Each of its names is prefixed with `name` and a dot.
     ///
     /// # Errors
     /// `Invalid`: a name is taken.
@@ -177,7 +178,7 @@ impl State {
         Ok(self)
     }
 
-    /// The part `name` of this state, by the names that it had as a state of its own.
+    /// The part `name` of this state, under the names that it had before [`nested`](Self::nested).
     ///
     /// # Errors
     /// `NotFound` when there is no such part.
@@ -192,9 +193,9 @@ impl State {
         Ok(nested)
     }
 
-    /// Makes sure that this, which was saved, is of the iterator that has the state `current`: what both say
-    /// of the sampler, the data source and the number of shards and workers is the same. Others would go on
-    /// with other data.
+    /// Checks that this saved state and `current` belong to the same iterator: the fields that both have for
+    /// the sampler, the data source and the number of shards and workers must be equal. Otherwise the run
+    /// would continue with other data.
     ///
     /// # Errors
     /// `Invalid`, naming the field.
@@ -211,11 +212,11 @@ impl State {
         Ok(())
     }
 
-    /// Makes sure that this has the structure of `current`: the same names, each of the same kind, dtype and
-    /// shape.
+    /// Checks that this state has the structure of `current`: the same names, each of the same kind, dtype
+    /// and shape.
     ///
     /// # Errors
-    /// `Invalid`, naming the first that differs.
+    /// `Invalid`, naming the first difference.
     pub(super) fn same_structure(&self, current: &State) -> Result<()> {
         let refuse = |why: &str, name: &str| Err(Error::invalid(format!("{why} name={name:?}")));
         for (name, leaf) in &self.0 {
@@ -256,7 +257,7 @@ impl State {
     /// The array `name`.
     ///
     /// # Errors
-    /// `NotFound` when there is nothing of this name, `Invalid` when it is no array.
+    /// `NotFound` when the name is missing, `Invalid` when it is not an array.
     pub fn get_array(&self, name: &str) -> Result<&Array> {
         match self.leaf(name)? {
             Leaf::Array(array) => Ok(array),
@@ -307,7 +308,7 @@ impl State {
         self.0.get(name).ok_or_else(missing)
     }
 
-    /// As the engine saves it.
+    /// Converts to the state dict that the engine saves.
     pub(super) fn into_dict(self) -> Result<StateDict<'static>> {
         let mut state = StateDict::with_capacity(self.0.len());
         for (name, leaf) in self.0 {
@@ -324,7 +325,7 @@ impl State {
         Ok(state)
     }
 
-    /// As it was saved.
+    /// Reads the state from a checkpoint.
     pub(super) fn read(checkpoint: &Checkpoint) -> Result<Self> {
         let values = &checkpoint.manifest().values;
         let mut tensors = Vec::new();
