@@ -18,13 +18,13 @@ use std::str::FromStr;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
-/// What a commit does with the rows before it.
+/// What a commit does with earlier rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Replaces them: one row is kept.
     Overwrite,
-    /// Adds to them: the last `history_size` are kept.
+    /// Adds to them: the last `history_size` rows are kept.
     Append,
 }
 
@@ -40,7 +40,7 @@ impl FromStr for Mode {
     }
 }
 
-/// Collects what a catalog needs.
+/// Collects the settings of a catalog.
 #[derive(Clone, Debug)]
 #[must_use = "nothing happens until `build`"]
 pub struct Builder {
@@ -52,77 +52,77 @@ pub struct Builder {
     level: u8,
     rank: Option<(u32, u32)>,
     device: DeviceChoice,
-    /// Instead of the one that is chosen.
+    /// Used instead of the device that `device` selects.
     made: Option<Arc<dyn Device>>,
     settings: Settings,
 }
 
 impl Builder {
-    /// Where it is: `$EARTH2STUDIO_CACHE/checkpoints/<name>` unless set, with `~/.cache/earth2studio` for a variable that is
-    /// not set.
+    /// Sets the directory of the catalog. The default is `$EARTH2STUDIO_CACHE/checkpoints/<name>`; if the
+    /// variable is not set, `~/.cache/earth2studio` replaces it.
     pub fn path(mut self, path: impl Into<PathBuf>) -> Self {
         self.path = Some(path.into());
         self
     }
 
-    /// What a commit does with the rows before it: `Overwrite`.
+    /// Sets what a commit does with earlier rows. The default is `Overwrite`.
     pub fn mode(mut self, mode: Mode) -> Self {
         self.mode = mode;
         self
     }
 
-    /// How many writes make a flush: 1. None: only `flush` does.
+    /// Sets how many writes make a flush. The default is 1; None means that only `flush` flushes.
     pub fn flush_interval(mut self, writes: impl Into<Option<u64>>) -> Self {
         self.flush_interval = writes.into();
         self
     }
 
-    /// How many rows `Append` keeps; all unless set.
+    /// Sets how many rows `Append` keeps. The default is all.
     pub fn history_size(mut self, rows: impl Into<Option<usize>>) -> Self {
         self.history_size = rows.into();
         self
     }
 
-    /// How much components are to keep, from 0 to 2: 2. At 0 states are neither saved nor restored: a row is
-    /// of the progress and the metadata alone. What else a level means components decide.
+    /// Sets how much components keep, from 0 to 2. The default is 2. At 0 states are neither saved nor
+    /// restored: a row has only the progress and the metadata. Components define what the other levels mean.
     pub fn level(mut self, level: u8) -> Self {
         self.level = level;
         self
     }
 
-    /// Which rank this process is, and of how many. With more than one, each has a directory of its own.
-    /// Unless set, what the launcher says in the environment (`RANK` and `WORLD_SIZE`, Slurm's, Open MPI's),
-    /// and 0 of 1 where there is none.
+    /// Sets the rank of this process and the number of ranks. With more than one rank, each has its own
+    /// directory. The default is what the launcher sets in the environment (`RANK` and `WORLD_SIZE`, or the
+    /// variables of Slurm or Open MPI), or rank 0 of 1 without a launcher.
     pub fn rank(mut self, rank: u32, world_size: u32) -> Self {
         self.rank = Some((rank, world_size));
         self
     }
 
-    /// Copies tensors with `device`, not the host's processor.
+    /// Copies tensors with `device` instead of the host's CPU.
     pub fn device(mut self, device: DeviceChoice) -> Self {
         (self.device, self.made) = (device, None);
         self
     }
 
-    /// Copies tensors with a device that exists already.
+    /// Copies tensors with an existing device.
     #[doc(hidden)]
     pub fn made_device(mut self, device: Arc<dyn Device>) -> Self {
         self.made = Some(device);
         self
     }
 
-    /// The settings of the executor that commits, which is built at the first flush: the defaults with an arena of 64 MiB.
-    /// Retention in them is replaced by mode and `history_size`.
+    /// Sets the settings of the executor that commits, which is built at the first flush. The default has an
+    /// arena of 64 MiB. `mode` and `history_size` replace the retention in them.
     pub fn settings(mut self, settings: Settings) -> Self {
         self.settings = settings;
         self
     }
 
-    /// The catalog. Touches no files.
+    /// Builds the catalog. Touches no files.
     ///
     /// # Errors
-    /// `Invalid`, naming the setting: a `flush_interval`, `history_size`, `level`, rank or setting that cannot be, a name that
-    /// is no directory's, or no place for a catalog without a path.
+    /// `Invalid`, naming the setting: a `flush_interval`, `history_size`, `level`, rank or setting that is
+    /// out of range, a name that cannot be a directory's, or a missing path where no default is available.
     pub fn build(mut self) -> Result<Checkpoint> {
         let refuse = |why: &str, setting: String| Err(Error::invalid(format!("{why} {setting}")));
         if self.flush_interval == Some(0) {
@@ -162,12 +162,12 @@ thread_local! {
     static CURRENT: RefCell<Weak<Shared>> = const { RefCell::new(Weak::new()) };
 }
 
-/// The catalog that was built last on this thread, if it is still there.
+/// The catalog that was built last on this thread, if it still exists.
 pub(super) fn current() -> Option<Checkpoint> {
     CURRENT.with_borrow(Weak::upgrade).map(Checkpoint)
 }
 
-/// The rank and the number of ranks that a launcher put into the environment; 0 of 1 without one.
+/// The rank and the number of ranks that a launcher set in the environment; 0 of 1 without a launcher.
 fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<(u32, u32)> {
     let launchers = [
         ("RANK", "WORLD_SIZE"),
@@ -181,7 +181,7 @@ fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<(u32, u32)> {
     for (rank, world_size) in launchers {
         match (number(rank)?, number(world_size)?) {
             (Some(rank), Some(world_size)) => return Ok((rank, world_size)),
-            // Ranks that take each other for the only one would write to one directory.
+            // Ranks that each believe they are the only one would write to the same directory.
             (None, Some(2..)) => {
                 let what = "a launcher says that there are several ranks and not which this is: set `rank`";
                 return Err(Error::invalid(format!("{what} {world_size} without={rank}")));
@@ -202,7 +202,7 @@ fn cache() -> Result<PathBuf> {
     found.ok_or_else(|| Error::invalid("no place for a catalog: neither EARTH2STUDIO_CACHE nor HOME is set"))
 }
 
-/// The catalog of a named run; see the [module](super). Clones are of the same catalog.
+/// The catalog of a named run; see the [module](super). Clones refer to the same catalog.
 #[derive(Clone, Debug)]
 pub struct Checkpoint(pub(super) Arc<Shared>);
 
@@ -215,13 +215,13 @@ pub(super) struct Shared {
     line: Mutex<Line>,
 }
 
-/// What commits rows; None before the first.
+/// The executor, None before the first flush, and the number of the next row.
 #[derive(Debug, Default)]
 struct Line {
     executor: Option<Arc<CheckpointExecutor>>,
-    /// The number of the next row, unless it must be looked for.
+    /// The number of the next row; None means that `next` reads it from the directory.
     next: Option<u64>,
-    /// The last flush, until its end is known: a session that begins meanwhile would restore the row before.
+    /// The last flush, until its end is known. A session that starts earlier would restore the previous row.
     in_flight: Option<Save>,
 }
 
@@ -229,27 +229,27 @@ struct Line {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct CheckpointEntry {
-    /// Names the commit.
+    /// The name of the commit.
     pub commit_id: String,
-    /// Which write it was.
+    /// The write count at the commit.
     pub write_count: u64,
     /// When it was committed.
     pub saved_at: SystemTime,
     /// The rank that committed it.
     pub rank: u32,
-    /// Of how many.
+    /// The number of ranks.
     pub world_size: u32,
-    /// The types of the states in it, sorted.
+    /// The types of its states, sorted.
     pub state_ids: Vec<String>,
     /// Its metadata.
     pub metadata: Metadata,
-    /// Its place in the order of commits.
+    /// Its position in the order of commits.
     pub step: u64,
-    /// Where it is.
+    /// Its directory.
     pub path: PathBuf,
 }
 
-/// What a row says of itself: the value `session` of its checkpoint.
+/// What a row records about itself: the value `session` of its checkpoint.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Record {
     pub checkpoint: String,
@@ -261,18 +261,18 @@ pub(super) struct Record {
     pub states: BTreeMap<String, Schema>,
 }
 
-/// What a row says of a state.
+/// What a row records about a state.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Schema {
     pub hash: String,
     pub fields: Vec<String>,
 }
 
-/// The name of the value that holds the record.
+/// The name of the value that contains the record.
 pub(super) const RECORD: &str = "session";
 
 impl Checkpoint {
-    /// Begins to describe the catalog `name`.
+    /// Starts a builder for the catalog `name`.
     pub fn builder(name: impl Into<String>) -> Builder {
         Builder {
             name: name.into(),
@@ -293,22 +293,24 @@ impl Checkpoint {
         &self.0.given.name
     }
 
-    /// Where this rank's rows are: the path itself if it is alone, `rank_000000` and so on below it if not.
+    /// The directory of this rank's rows: the path itself for a single rank, otherwise `rank_000000` and so
+    /// on below it.
     pub fn rank_path(&self) -> PathBuf {
         self.0.rank_path()
     }
 
-    /// How much components are to keep, from 0 to 2.
+    /// How much components keep, from 0 to 2.
     pub fn level(&self) -> u8 {
         self.0.given.level
     }
 
-    /// What copies tensors.
+    /// The device that copies tensors.
     pub fn device(&self) -> DeviceChoice {
         self.0.given.device
     }
 
-    /// Every row of this rank as it is on disk now, oldest first. What is damaged or not of this kind is none.
+    /// Every row of this rank that is on disk now, oldest first. Damaged rows and other checkpoints are
+    /// omitted.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -326,7 +328,7 @@ impl Checkpoint {
                 }
             }
         }
-        // Rows beyond these are about to go.
+        // Older rows are about to be deleted.
         let kept = self.0.given.settings.keep_last.map_or(0, |kept| rows.len().saturating_sub(kept));
         Ok(rows.split_off(kept))
     }
@@ -353,7 +355,7 @@ impl Shared {
         Record { checkpoint: name.clone(), write_count, saved_at, mode, rank, world_size, states }
     }
 
-    /// The executor, and the number of the next row, which is taken.
+    /// Returns the executor and the number of the next row, which it reserves.
     pub fn next(&self) -> Result<(Arc<CheckpointExecutor>, u64)> {
         let mut line = lock(&self.line);
         let executor = match &line.executor {
@@ -380,12 +382,12 @@ impl Shared {
         Ok((executor, step))
     }
 
-    /// A flush was begun.
+    /// Records that a flush has begun.
     pub fn fly(&self, save: &Save) {
         lock(&self.line).in_flight = Some(save.clone());
     }
 
-    /// The end of a flush is known.
+    /// Records that the end of a flush is known.
     pub fn landed(&self, save: &Save) {
         lock(&self.line).in_flight.take_if(|there| there.attempt() == save.attempt());
     }
@@ -393,19 +395,19 @@ impl Shared {
     /// Waits for a flush that may not have ended.
     pub fn land(&self) -> Result<()> {
         let Some(save) = lock(&self.line).in_flight.clone() else { return Ok(()) };
-        // The save has a deadline of its own.
+        // The save has its own deadline.
         let result = durable(save.wait(Duration::MAX));
         self.landed(&save);
         result.inspect_err(|_| self.look_again())
     }
 
-    /// After a commit that failed: the next row's number is looked for again.
+    /// Makes `next` read the next row's number from the directory again, after a failed commit.
     pub fn look_again(&self) {
         lock(&self.line).next = None;
     }
 }
 
-/// Whether there is a row: a save that was skipped left none.
+/// Ok if the save left a row; a skipped save leaves none.
 pub(super) fn durable(outcome: Result<Outcome>) -> Result<()> {
     match outcome? {
         Outcome::Durable(_) => Ok(()),

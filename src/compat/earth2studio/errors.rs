@@ -1,4 +1,4 @@
-//! The errors that have names of their own; each is the source of an `Invalid`.
+//! The errors that have their own names; each is the source of an `Invalid`.
 
 use crate::error::Error;
 use std::fmt;
@@ -10,23 +10,23 @@ pub struct CheckpointStateCollision {
     pub state_id: String,
 }
 
-/// What was saved of a state does not fit the type as it is now.
+/// The saved fields of a state do not fit the type as it is now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckpointStateSchemaError {
     /// The type.
     pub state_id: String,
     /// The fields that were saved.
     pub saved: Vec<String>,
-    /// The fields that there are.
+    /// The fields of the type now.
     pub current: Vec<String>,
 }
 
-/// Something cannot be written so that it comes back as it was.
+/// A value cannot be written exactly.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckpointSerializationError {
-    /// The metadata or the field.
+    /// The name of the metadata or of the field.
     pub name: String,
-    /// Why.
+    /// The reason.
     pub why: String,
 }
 
@@ -53,7 +53,8 @@ macro_rules! sources {
     ($($type:ident: $message:literal),*) => { $(
         impl std::error::Error for $type {}
         impl $type {
-            /// Not a `From`: a second one would leave `?` without a type in programs that infer theirs.
+            /// Not a `From`: a second implementation would break inference of `?` in programs that rely on
+            /// it.
             pub(super) fn error(self) -> Error {
                 Error::invalid($message).with_source(self)
             }

@@ -10,12 +10,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-/// Tells the session how a flush has ended.
+/// Reports the end of a flush to the session.
 type Tell = Box<dyn Fn(&CheckpointEntry, &Result<()>) + Send + Sync>;
 
-/// A future of a row, from [`CheckpointSession::flush_async`](super::CheckpointSession::flush_async). Awaitable from any async runtime, waitable from a thread.
+/// A future of a row, from [`CheckpointSession::flush_async`](super::CheckpointSession::flush_async). Tasks
+/// of any async runtime can await it, and threads can wait for it.
 ///
-/// Dropping it detaches: the commit goes on, and its error comes back from the session's next `write` or `flush`.
+/// Dropping it detaches: the commit continues, and the session's next `write` or `flush` returns its error.
 #[must_use = "dropping it detaches the flush; keep it to learn when the row is durable"]
 pub struct Flush {
     save: Save,
@@ -35,8 +36,8 @@ impl Flush {
     /// Blocks the thread until the row is durable.
     ///
     /// # Errors
-    /// How the commit failed: the session is then as it was before the call. `Deadline` when it has not ended after
-    /// `timeout`: it goes on.
+    /// The failure of the commit; the session is then in its state before the call. `Deadline` when the
+    /// commit has not ended after `timeout`; it continues.
     pub fn wait(&self, timeout: Duration) -> Result<CheckpointEntry> {
         let result = self.save.wait(timeout);
         if result.is_err() && self.save.try_get().is_none() {

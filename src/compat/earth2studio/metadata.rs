@@ -1,4 +1,4 @@
-//! Metadata of a row: names and values of any serde type, kept exactly.
+//! Metadata of a row: named values of any serde type, kept exactly.
 
 use super::errors::CheckpointSerializationError;
 use crate::error::{Error, ErrorKind, Result};
@@ -13,15 +13,16 @@ use std::collections::BTreeMap;
 pub struct Metadata(pub(super) BTreeMap<String, Value>);
 
 impl Metadata {
-    /// None.
+    /// Empty metadata.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Sets a value, in place of an earlier one of this name.
+    /// Sets a value, replacing an earlier one of this name.
     ///
     /// # Errors
-    /// `Invalid` from a [`CheckpointSerializationError`]: the name is empty, or the value cannot be kept exactly.
+    /// `Invalid` from a [`CheckpointSerializationError`]: the name is empty, or the value cannot be kept
+    /// exactly.
     pub fn set(mut self, name: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<Self> {
         let name = name.into();
         let refuse = |why: String| CheckpointSerializationError { name: name.clone(), why }.error();
@@ -47,7 +48,7 @@ impl Metadata {
         self.0.keys().map(String::as_str)
     }
 
-    /// True when there is none.
+    /// True when there are no values.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

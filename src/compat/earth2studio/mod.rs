@@ -1,8 +1,8 @@
 //! earth2studio's `Checkpoint` and `CheckpointSession`: restartable inference runs, as rows of a catalog.
 //!
-//! A [`Checkpoint`] is the catalog of a named run. A [`CheckpointSession`] restores one of its rows, or begins the first: typed
-//! state is [bound](CheckpointSession::bind) to it, restart boundaries are [written](CheckpointSession::write), and every
-//! `flush_interval` writes a new row is committed.
+//! A [`Checkpoint`] is the catalog of a named run. A [`CheckpointSession`] restores one of its rows, or
+//! starts the first. A program [binds](CheckpointSession::bind) typed state to the session and
+//! [writes](CheckpointSession::write) restart boundaries; every `flush_interval` writes commit a new row.
 //!
 //! ```
 //! use ashore::compat::earth2studio::{Checkpoint, Metadata, Tensor, checkpoint_state};
@@ -31,25 +31,26 @@
 //! # Ok::<(), ashore::Error>(())
 //! ```
 //!
-//! # What it promises
+//! # Guarantees
 //!
-//! **Consistency.** A row is a step of the engine in [`Checkpoint::rank_path`], so the catalog *is* the commits: there is no
-//! second file that can be damaged or lag behind, and a damaged commit is passed over. Rows are numbered in the order of their
-//! commits. Ranks commit each on its own. **Completion.** A flush that is `Ok` is durable. **Crash.** The rows are those of
-//! the flushes that were; with [`Mode::Overwrite`] the old row goes after the new one is durable. **Failure.** A flush that
-//! fails puts the session's counters, metadata and unsaved mark back to where they were before the call. When more was written
-//! while it ran, what was written stays, and is still to be flushed. A failure that nobody waited for comes back from the next
-//! `write` or `flush`. **Retention.** `Overwrite` keeps one row, `Append` the last `history_size`.
-//! **Metadata** of the writes of one session adds up, and a session begins with none: what a row says is in
-//! [`CheckpointSession::metadata`]. **Re-entering.** The states of a session that is left wait for the next
-//! session of its catalog that is entered on the thread, which restores them from its row.
+//! **Consistency.** A row is a step of the engine in [`Checkpoint::rank_path`], so the catalog *is* the
+//! commits: no second file can be damaged or lag behind, and a damaged commit is skipped. Rows are numbered
+//! in the order of their commits. Each rank commits on its own. **Completion.** A flush that is `Ok` is
+//! durable. **Crash.** The rows of completed flushes survive; with [`Mode::Overwrite`] the old row is deleted
+//! after the new one is durable. **Failure.** A failed flush restores the session's counters, metadata and
+//! dirty flag to their state before the call. Writes made while it ran stay, and are still to be flushed. The
+//! next `write` or `flush` returns a failure that no call has waited for. **Retention.** `Overwrite` keeps
+//! one row, `Append` the last `history_size`. **Metadata** of the writes of one session accumulates, and a
+//! session starts with none; [`CheckpointSession::metadata`] returns that of the row. **Re-entering.** The
+//! states of a session that was left wait for the next session of its catalog that is entered on the thread,
+//! which restores them from its row.
 //!
 //! | in earth2studio | here |
 //! |---|---|
-//! | `bind_checkpoint_state` | [`bind_checkpoint_state`]; the state waits as long as the program holds it |
+//! | `bind_checkpoint_state` | [`bind_checkpoint_state`]; the state waits as long as the program keeps it |
 //! | `checkpoint_is_flush_due`, `checkpoint_level`, `checkpoint_state_loaded` | [`Bound::checkpoint_is_flush_due`], [`Bound::checkpoint_level`], [`Bound::is_loaded`] |
 //! | `NullCheckpoint` | [`NullCheckpoint`] |
-//! | rank and world size of PhysicsNeMo or the environment | of the environment, by [`Builder::rank`] |
+//! | rank and world size of PhysicsNeMo or the environment | from the environment, or [`Builder::rank`] |
 //!
 //! | error in earth2studio | here |
 //! |---|---|

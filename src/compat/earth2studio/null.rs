@@ -1,11 +1,11 @@
-//! No checkpoint, where a program takes one.
+//! A session that saves nothing.
 
 use super::catalog::CheckpointEntry;
 use super::metadata::Metadata;
 use super::state::{Bound, CheckpointState};
 use crate::error::Result;
 
-/// A session that keeps nothing: for programs that run without checkpoints and are written for them.
+/// A session that keeps nothing, for running a program that expects a session without checkpoints.
 ///
 /// ```
 /// use ashore::compat::earth2studio::{Metadata, NullCheckpoint};
@@ -17,27 +17,27 @@ use crate::error::Result;
 pub struct NullCheckpoint;
 
 impl NullCheckpoint {
-    /// There is no row.
+    /// False: there is no row.
     pub fn exists(&self) -> bool {
         false
     }
 
-    /// It is never the active session.
+    /// False: it is never the active session.
     pub fn is_active(&self) -> bool {
         false
     }
 
-    /// No write is counted.
+    /// 0: writes are not counted.
     pub fn write_count(&self) -> u64 {
         0
     }
 
-    /// There is no metadata.
+    /// Empty: there is no metadata.
     pub fn metadata(&self) -> Metadata {
         Metadata::new()
     }
 
-    /// The state, bound to nothing.
+    /// Returns the state, bound to nothing.
     ///
     /// # Errors
     /// None.
@@ -45,7 +45,7 @@ impl NullCheckpoint {
         Ok(state.into())
     }
 
-    /// Takes a boundary, and commits nothing.
+    /// Accepts a boundary, and commits nothing.
     ///
     /// # Errors
     /// None.

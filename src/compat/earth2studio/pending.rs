@@ -1,19 +1,20 @@
-//! States that wait for a session: on each thread, those that were bound before one was entered, and those of
-//! the one that was left.
+//! The states that wait for a session on each thread: those bound before a session was entered, and those of
+//! the session that was left.
 
 use super::catalog::{Checkpoint, Shared};
 use super::state::Erased;
 use std::cell::RefCell;
 use std::sync::{Arc, Weak};
 
-/// A state that waits.
+/// A state that waits for a session.
 pub(super) struct Pending {
     pub state: Arc<dyn Erased>,
-    /// The session that was left had it.
+    /// Whether it comes from the session that was left.
     pub of_session: bool,
 }
 
-/// A catalog that is gone has no more sessions, and a state that the program has dropped needs none.
+/// A waiting state. Both references are weak: a dropped catalog has no more sessions, and a dropped state
+/// needs none.
 struct Waiting {
     catalog: Weak<Shared>,
     state: Weak<dyn Erased>,
@@ -24,7 +25,7 @@ thread_local! {
     static WAITING: RefCell<Vec<Waiting>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The state waits, in place of another of its type.
+/// Makes a state wait, replacing another of its type.
 pub(super) fn put(catalog: &Checkpoint, state: &Arc<dyn Erased>, of_session: bool) {
     WAITING.with_borrow_mut(|waiting| {
         let id = state.id();
@@ -36,7 +37,7 @@ pub(super) fn put(catalog: &Checkpoint, state: &Arc<dyn Erased>, of_session: boo
     });
 }
 
-/// Those that wait for a session of `catalog`; they wait no longer.
+/// Removes and returns the states that wait for a session of `catalog`.
 pub(super) fn take(catalog: &Checkpoint) -> Vec<Pending> {
     let ours = |there: &Waiting| there.catalog.as_ptr() == Arc::as_ptr(&catalog.0);
     let (ours, others) = WAITING.take().into_iter().partition::<Vec<_>, _>(ours);

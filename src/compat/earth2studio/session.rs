@@ -1,4 +1,4 @@
-//! A session: a row that is restored, or the first that is to be; what is bound to it, and what was written since.
+//! A session: the row that it restores, or none yet; the states bound to it; and what was written since.
 
 use super::catalog::{Checkpoint, CheckpointEntry, RECORD, Record, Schema, current, durable};
 use super::errors::{CheckpointStateCollision, CheckpointStateSchemaError};
@@ -23,7 +23,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// A row of a catalog, or a run that has none yet. Clones are of the same session.
+/// A row of a catalog, or a run that has none yet. Clones refer to the same session.
 #[derive(Clone)]
 pub struct CheckpointSession(pub(super) Arc<Inner>);
 
@@ -34,18 +34,19 @@ pub(super) struct Inner {
 
 struct Work {
     entry: Option<CheckpointEntry>,
-    /// The row that was selected, held open: states are restored from it whatever is committed later.
+    /// The selected row, kept open: states are restored from it regardless of later commits.
     selected: Option<(checkpoint::Checkpoint, Record)>,
     counters: Counters,
     bound: Vec<Arc<dyn Erased>>,
-    /// The types of states that the session before had: another of the type may take the place of one.
+    /// The types of states taken over from the previous session; a new state of the type may replace one of
+    /// them.
     replaceable: Vec<&'static str>,
-    /// It was entered, and has taken over what waited for it.
+    /// Whether the session was entered and has taken over the waiting states.
     adopted: bool,
     flying: Option<Flying>,
 }
 
-/// What a flush that fails puts back.
+/// What a failed flush restores.
 #[derive(Clone)]
 struct Counters {
     write_count: u64,
@@ -58,7 +59,7 @@ struct Flying {
     save: Save,
     row: CheckpointEntry,
     before: Counters,
-    /// The count when it began: whether more was written since.
+    /// The write count when it began; a higher count means that more was written since.
     write_count: u64,
 }
 
@@ -66,14 +67,14 @@ thread_local! {
     static ACTIVE: RefCell<Vec<CheckpointSession>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The session that was entered last on this thread and not left.
+/// The most recently entered session of this thread that was not left.
 pub fn active() -> Option<CheckpointSession> {
     ACTIVE.with_borrow(|sessions| sessions.last().cloned())
 }
 
-/// Binds a state to the session that is active on this thread. Without one the state waits for the next
-/// session that is entered of the catalog that was built last on this thread; without that, too, it is bound
-/// to nothing.
+/// Binds a state to the session that is active on this thread. Without an active session the state waits for
+/// the next session of the catalog that was built last on this thread. If there is no such catalog, it is
+/// bound to nothing.
 ///
 /// # Errors
 /// As [`CheckpointSession::bind`].
@@ -90,10 +91,10 @@ pub fn bind_checkpoint_state<T: CheckpointState>(state: impl Into<Bound<T>>) -> 
     Ok(state)
 }
 
-/// A session that is active on this thread until this is dropped. Leaving does not flush.
+/// Keeps a session active on this thread until it is dropped. Leaving does not flush.
 pub struct Scope {
     session: CheckpointSession,
-    /// It belongs to its thread.
+    /// Makes the scope `!Send`: it belongs to its thread.
     here: PhantomData<*const ()>,
 }
 
@@ -108,14 +109,14 @@ impl Deref for Scope {
 impl Drop for Scope {
     fn drop(&mut self) {
         let left = ACTIVE.with_borrow_mut(|sessions| {
-            // The one entered last that is this session: scopes may be dropped in any order.
+            // Finds the last entry of this session: scopes may be dropped in any order.
             if let Some(at) = sessions.iter().rposition(|session| Arc::ptr_eq(&session.0, &self.session.0)) {
                 sessions.remove(at);
             }
             !sessions.iter().any(|session| Arc::ptr_eq(&session.0, &self.session.0))
         });
         if left {
-            // The next session of the catalog goes on with them.
+            // The next session of the catalog takes these states over.
             let (catalog, work) = (&self.session.0.catalog, lock(&self.session.0.work));
             for state in &work.bound {
                 state.link(Link { catalog: Some(catalog.clone()), ..Link::default() });
@@ -132,7 +133,8 @@ impl fmt::Debug for Scope {
 }
 
 impl Checkpoint {
-    /// A session that restores row `row` of the catalog; -1 is the latest. Waits for a flush under way.
+    /// Returns a session that restores row `row` of the catalog; -1 is the latest. Waits for a flush under
+    /// way.
     ///
     /// # Errors
     /// `NotFound` when there is no such row; as [`Checkpoint::session`].
@@ -149,17 +151,17 @@ impl Checkpoint {
         }
     }
 
-    /// A session that restores the latest row, or begins the first. Waits for a flush under way.
+    /// Returns a session that restores the latest row, or starts the first. Waits for a flush under way.
     ///
     /// # Errors
-    /// How that flush failed, once; as [`Checkpoint::catalog`].
+    /// The failure of that flush, once; as [`Checkpoint::catalog`].
     pub fn session(&self) -> Result<CheckpointSession> {
         self.0.land()?;
         CheckpointSession::of(self, self.catalog()?.pop())
     }
 
-    /// Enters the session of this catalog that is active on this thread, or a new one as
-    /// [`Checkpoint::session`] makes it. That takes over the states of the one that was left last.
+    /// Enters the session of this catalog that is active on this thread, or a new one from
+    /// [`Checkpoint::session`]. A new session takes over the states of the one that was left last.
     ///
     /// # Errors
     /// As [`Checkpoint::session`] and [`CheckpointSession::enter`].
@@ -168,7 +170,7 @@ impl Checkpoint {
         session.enter()
     }
 
-    /// The session that is active on this thread, if it is one of this catalog.
+    /// The session that is active on this thread, if it belongs to this catalog.
     pub fn active(&self) -> Option<CheckpointSession> {
         active().filter(|session| session.is_of(self))
     }
@@ -177,7 +179,7 @@ impl Checkpoint {
 impl CheckpointSession {
     pub(super) fn of(catalog: &Checkpoint, entry: Option<CheckpointEntry>) -> Result<Self> {
         let selected = match &entry {
-            // At this level components keep nothing, and get nothing back.
+            // At level 0 components keep nothing and restore nothing.
             Some(_) if catalog.level() == 0 => None,
             Some(entry) => {
                 let row = checkpoint::Checkpoint::open(&entry.path)?;
@@ -202,17 +204,17 @@ impl CheckpointSession {
         Arc::ptr_eq(&self.0.catalog.0, &catalog.0)
     }
 
-    /// Makes it the active session of this thread, and binds the states to it that wait for a session of its
+    /// Makes this the active session of the thread, and binds the states that wait for a session of its
     /// catalog: those of the session that was left last, and those of
     /// [`bind_checkpoint_state`](super::bind_checkpoint_state).
     ///
     /// # Errors
-    /// As [`bind`](Self::bind); it is not entered then, and the states go on waiting for a session.
+    /// As [`bind`](Self::bind); the session is then not entered, and the states continue to wait.
     pub fn enter(&self) -> Result<Scope> {
         let adopted = std::mem::replace(&mut lock(&self.0.work).adopted, true);
         let waiting = if adopted { Vec::new() } else { pending::take(&self.0.catalog) };
         if let Err(error) = waiting.iter().try_for_each(|pending| self.take_over(pending)) {
-            // All of them go on waiting: another session may be entered instead of this one.
+            // All of them continue to wait: another session may be entered instead of this one.
             waiting.iter().for_each(|it| pending::put(&self.0.catalog, &it.state, it.of_session));
             lock(&self.0.work).adopted = false;
             return Err(error);
@@ -239,12 +241,12 @@ impl CheckpointSession {
         interval.is_some_and(|interval| (self.write_count() + 1).is_multiple_of(interval))
     }
 
-    /// Whether it is the active session of this thread.
+    /// Whether this is the active session of the thread.
     pub fn is_active(&self) -> bool {
         ACTIVE.with_borrow(|sessions| sessions.last().is_some_and(|last| Arc::ptr_eq(&last.0, &self.0)))
     }
 
-    /// Whether there is a row: the one that was selected, or the last that this session committed.
+    /// Whether there is a row: the selected one, or the last that this session committed.
     pub fn exists(&self) -> bool {
         lock(&self.0.work).entry.is_some()
     }
@@ -254,7 +256,7 @@ impl CheckpointSession {
         lock(&self.0.work).entry.as_ref().map(|entry| entry.commit_id.clone())
     }
 
-    /// The metadata of that row; none when there is no row.
+    /// The metadata of that row; empty when there is no row.
     pub fn metadata(&self) -> Metadata {
         lock(&self.0.work).entry.as_ref().map_or_else(Metadata::new, |entry| entry.metadata.clone())
     }
@@ -262,7 +264,7 @@ impl CheckpointSession {
     /// One value of [`CheckpointSession::metadata`].
     ///
     /// # Errors
-    /// `NotFound` when there is none of this name, `Invalid` when it is not a `T`.
+    /// `NotFound` when the name is missing, `Invalid` when the value is not a `T`.
     pub fn metadata_value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         self.metadata().get(name)
     }
@@ -275,7 +277,7 @@ impl CheckpointSession {
     /// Another name of [`CheckpointSession::metadata_value`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`CheckpointSession::metadata_value`].
     pub fn artifact<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         self.metadata_value(name)
     }
@@ -289,23 +291,24 @@ impl CheckpointSession {
         if metadata.0.contains_key("lead_time") { metadata.get("lead_time").map(Some) } else { Ok(None) }
     }
 
-    /// What copies tensors of the states that are bound.
+    /// The device that copies tensors of bound states.
     pub fn device(&self) -> DeviceChoice {
         self.0.catalog.device()
     }
 
-    /// How many writes there were, those of the row that was selected included.
+    /// The number of writes, including those of the selected row.
     pub fn write_count(&self) -> u64 {
         lock(&self.0.work).counters.write_count
     }
 
-    /// Binds a state: restores it from the row that was selected, if that has one of its type, and commits it with every flush
-    /// from now on; neither at level 0. Binding the same one again changes nothing.
+    /// Binds a state: restores it from the selected row, if that row has a state of its type, and commits it
+    /// with every flush from now on. At level 0 it does neither. Binding the same state again changes
+    /// nothing.
     ///
     /// # Errors
     /// `Invalid` from a [`CheckpointStateCollision`] when another state of this type is bound, and from a
-    /// [`CheckpointStateSchemaError`] when its fields are not those that were saved; those of [`Saved`]. The state is then as
-    /// it was, and not bound.
+    /// [`CheckpointStateSchemaError`] when its fields differ from those that were saved; those of [`Saved`].
+    /// The state is then unchanged and not bound.
     pub fn bind<T: CheckpointState>(&self, state: impl Into<Bound<T>>) -> Result<Bound<T>> {
         let state = state.into();
         self.adopt(state.erased())?;
@@ -343,23 +346,23 @@ impl CheckpointSession {
         Ok(())
     }
 
-    /// Records a boundary from which a run can restart, and flushes when it is the turn of one.
+    /// Records a boundary from which a run can restart, and flushes when one is due.
     ///
     /// # Errors
-    /// Those of a flush, or of an earlier one that nobody waited for.
+    /// Errors of the flush, or of an earlier flush that no call has waited for.
     pub fn write(&self, metadata: Metadata) -> Result<Option<CheckpointEntry>> {
         self.write_async(metadata)?.map(|flush| flush.wait(Duration::MAX)).transpose()
     }
 
-    /// [`write`](Self::write), which returns while a flush is under way.
+    /// [`write`](Self::write), but returns while a flush is under way.
     ///
     /// # Errors
-    /// As there; what happens later comes out of the future.
+    /// As [`write`](Self::write); the future returns later errors.
     pub fn write_async(&self, metadata: Metadata) -> Result<Option<Flush>> {
         let mut work = lock(&self.0.work);
         let interval = self.0.catalog.0.flush_interval();
         let due = interval.is_some_and(|interval| (work.counters.write_count + 1).is_multiple_of(interval));
-        // A flush waits for the one before it; a write that makes none only looks how that ended.
+        // A flush waits for the previous one; a write without a flush only checks whether that has ended.
         if due || work.flying.as_ref().is_some_and(|flying| flying.save.try_get().is_some()) {
             self.land(&mut work)?;
         }
@@ -370,19 +373,21 @@ impl CheckpointSession {
         if due { self.commit(&mut work, before).map(Some) } else { Ok(None) }
     }
 
-    /// Commits what was written since the last flush, with more metadata, as a new row; None when there is neither.
+    /// Commits what was written since the last flush, with more metadata, as a new row; None when there is
+    /// nothing to commit.
     ///
     /// # Errors
-    /// `Busy` when a bound state is being changed; what its fields refuse; errors of the storage; the error of an earlier
-    /// flush that nobody waited for. The session is then as it was before the call, and so is the catalog.
+    /// `Busy` when a bound state is being changed; errors of its fields; errors of the storage; the error of
+    /// an earlier flush that no call has waited for. The session and the catalog are then in their state
+    /// before the call.
     pub fn flush(&self, metadata: Metadata) -> Result<Option<CheckpointEntry>> {
         self.flush_async(metadata)?.map(|flush| flush.wait(Duration::MAX)).transpose()
     }
 
-    /// [`flush`](Self::flush), which returns while it is under way. Bound states may be changed at once.
+    /// [`flush`](Self::flush), but returns while the flush is under way. Bound states may be changed at once.
     ///
     /// # Errors
-    /// As there; what happens later comes out of the future.
+    /// As [`flush`](Self::flush); the future returns later errors.
     pub fn flush_async(&self, metadata: Metadata) -> Result<Option<Flush>> {
         let mut work = lock(&self.0.work);
         self.land(&mut work)?;
@@ -416,7 +421,7 @@ impl CheckpointSession {
         let given = &self.0.catalog.0;
         let mut state = StateDict::new();
         let mut states = BTreeMap::new();
-        // At level 0 a row is of the progress and the metadata alone.
+        // At level 0 a row has only the progress and the metadata.
         for bound in work.bound.iter().filter(|_| given.level() > 0) {
             bound.save(&mut state)?;
             let schema = Schema { hash: schema_hash(bound.fields()), fields: spelled(bound.fields()) };
@@ -433,7 +438,7 @@ impl CheckpointSession {
         Ok((save, row))
     }
 
-    /// How a flush ended. Only the first to know tells the session.
+    /// Applies the end of a flush to the session, once: later reports of the same flush do nothing.
     fn settle(&self, row: &CheckpointEntry, result: &Result<()>) {
         let mut work = lock(&self.0.work);
         if let Some(flying) = work.flying.take_if(|flying| flying.row.commit_id == row.commit_id) {
@@ -441,10 +446,10 @@ impl CheckpointSession {
         }
     }
 
-    /// Waits for a flush that nobody waited for.
+    /// Waits for a flush whose end the session has not seen.
     fn land(&self, work: &mut Work) -> Result<()> {
         let Some(flying) = work.flying.take() else { return Ok(()) };
-        // The save has a deadline of its own.
+        // The save has its own deadline.
         let result = durable(flying.save.wait(Duration::MAX));
         self.landed(work, flying, result.is_ok());
         result

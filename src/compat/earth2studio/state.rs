@@ -1,4 +1,4 @@
-//! Typed state: what a session restores into, and takes from when it commits.
+//! Typed state that a session restores and commits.
 //!
 //! In a checkpoint the field `f` of the type `a::B` is the value or the tensor `a::B.f`.
 
@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use std::ops::Deref;
 use std::sync::{Arc, Weak};
 
-/// A field of a state: its name, and its type as the source code has it.
+/// A field of a state: its name, and its type as written in the source code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
     /// The name.
@@ -24,12 +24,13 @@ pub struct Field {
     pub of: &'static str,
 }
 
-/// A type that can be bound to a session. [`checkpoint_state!`](super::checkpoint_state) implements it for a struct.
+/// A type that can be bound to a session. [`checkpoint_state!`](super::checkpoint_state) implements it for a
+/// struct.
 pub trait CheckpointState: Send + 'static {
-    /// Names the type; the same in every build that is to restore it.
+    /// The name of the type; every build that restores a state must use the same name.
     const ID: &'static str;
 
-    /// The fields that are saved. A row restores only into a type with the same ones.
+    /// The fields that are saved. A row restores only into a type with the same fields.
     const FIELDS: &'static [Field];
 
     /// Puts every field into `fields`.
@@ -38,15 +39,15 @@ pub trait CheckpointState: Send + 'static {
     /// Those of [`Fields`].
     fn save(&self, fields: &mut Fields<'_>) -> Result<()>;
 
-    /// Takes every field from `saved`; changes nothing unless all of them are there.
+    /// Reads every field from `saved`; changes nothing unless all of them are there.
     ///
     /// # Errors
     /// Those of [`Saved`].
     fn load(&mut self, saved: &Saved<'_>) -> Result<()>;
 }
 
-/// Implements [`CheckpointState`] for a struct by naming its fields and their types: those that are values, which serde writes,
-/// and those that are [`Tensor`]s, by their element.
+/// Implements [`CheckpointState`] for a struct. It lists the fields that are values, which serde writes, with
+/// their types, and those that are [`Tensor`]s, with their element types.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __checkpoint_state {
@@ -93,7 +94,7 @@ pub struct Tensor<T> {
 }
 
 impl<T: Element> Tensor<T> {
-    /// A tensor of `shape`. Its length is checked when it is saved.
+    /// A tensor of `shape`. A save checks its length.
     pub fn new(elements: impl Into<Arc<Vec<T>>>, shape: impl Into<Vec<usize>>) -> Self {
         Self { elements: elements.into(), shape: shape.into() }
     }
@@ -103,7 +104,7 @@ impl<T: Element> Tensor<T> {
         &self.shape
     }
 
-    /// The elements, to be written. They are copied first while a commit still reads them.
+    /// Mutable access to the elements. They are copied first if a commit still reads them.
     pub fn make_mut(&mut self) -> &mut [T] {
         Arc::make_mut(&mut self.elements).as_mut_slice()
     }
@@ -117,7 +118,7 @@ impl<T> Deref for Tensor<T> {
     }
 }
 
-/// Where a state puts its fields.
+/// Collects the fields of a state for a commit.
 #[derive(Debug)]
 pub struct Fields<'a> {
     pub(super) id: &'a str,
@@ -125,10 +126,10 @@ pub struct Fields<'a> {
 }
 
 impl Fields<'_> {
-    /// Puts a value.
+    /// Saves a value.
     ///
     /// # Errors
-    /// `Invalid` from a [`CheckpointSerializationError`]: it cannot be kept exactly.
+    /// `Invalid` from a [`CheckpointSerializationError`]: the value cannot be kept exactly.
     pub fn value<T: Serialize>(&mut self, name: &str, value: &T) -> Result<()> {
         let name = key(self.id, name);
         let refuse = |e: Error| CheckpointSerializationError { name: name.clone(), why: format!("{e:#}") }.error();
@@ -137,7 +138,7 @@ impl Fields<'_> {
         Ok(())
     }
 
-    /// Puts a tensor.
+    /// Saves a tensor.
     ///
     /// # Errors
     /// `Invalid` from a [`CheckpointSerializationError`]: its length is not that of its shape.
@@ -149,7 +150,7 @@ impl Fields<'_> {
     }
 }
 
-/// Where a state finds what was saved of it.
+/// Reads the saved fields of a state.
 #[derive(Debug)]
 pub struct Saved<'a> {
     pub(super) id: &'a str,
@@ -157,30 +158,31 @@ pub struct Saved<'a> {
 }
 
 impl Saved<'_> {
-    /// A value.
+    /// Reads a value.
     ///
     /// # Errors
-    /// `NotFound` when there is none, `Invalid` when it is not a `T`.
+    /// `NotFound` when the value is missing, `Invalid` when it is not a `T`.
     pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         self.checkpoint.value(&key(self.id, name))
     }
 
-    /// A tensor.
+    /// Reads a tensor.
     ///
     /// # Errors
-    /// `NotFound` when there is none, `Invalid` when its elements are no `T`, `Corrupt` when they are not what was saved.
+    /// `NotFound` when the tensor is missing, `Invalid` when its elements are not of type `T`, `Corrupt` when
+    /// they are not what was saved.
     pub fn tensor<T: Element>(&self, name: &str) -> Result<Tensor<T>> {
         let name = key(self.id, name);
         Ok(Tensor::new(self.checkpoint.read_as(&name)?, self.checkpoint.tensor(&name)?.shape))
     }
 }
 
-/// What a field is called in a checkpoint.
+/// The name of a field in a checkpoint.
 fn key(id: &str, field: &str) -> String {
     format!("{id}.{field}")
 }
 
-/// A state that is bound to a session. Clones are of the same state; it outlives the session, and the next
+/// A state that is bound to a session. Clones refer to the same state. It outlives the session: the next
 /// session of its catalog that is entered on the thread takes it over.
 #[derive(Debug)]
 pub struct Bound<T>(Arc<Shared<T>>);
@@ -191,7 +193,7 @@ pub(super) struct Shared<T> {
     link: Mutex<Link>,
 }
 
-/// What a state belongs to.
+/// The catalog and session that a state belongs to.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Link {
     pub catalog: Option<Checkpoint>,
@@ -212,28 +214,28 @@ impl<T: CheckpointState> From<T> for Bound<T> {
 }
 
 impl<T: CheckpointState> Bound<T> {
-    /// Looks at the state, or changes it. A session that commits meanwhile, on this thread too, is told that it is `Busy`.
+    /// Reads or changes the state. A session that commits meanwhile, on this thread too, gets `Busy`.
     pub fn update<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
         change(&mut lock(&self.0.state))
     }
 
-    /// Whether it was restored from the row that was selected: `checkpoint_state_loaded`.
+    /// Whether the state was restored from the selected row: `checkpoint_state_loaded`.
     pub fn is_loaded(&self) -> bool {
         lock(&self.0.link).loaded
     }
 
-    /// The catalog that it belongs to: None where there is none, or a
+    /// The catalog that the state belongs to; None without a catalog, or with a
     /// [`NullCheckpoint`](super::NullCheckpoint).
     pub fn checkpoint(&self) -> Option<Checkpoint> {
         lock(&self.0.link).catalog.clone()
     }
 
-    /// The session that it is bound to; None after that was left, and before the next is entered.
+    /// The session that the state is bound to; None after the session was left, until the next is entered.
     pub fn session(&self) -> Option<CheckpointSession> {
         lock(&self.0.link).session.upgrade().map(CheckpointSession)
     }
 
-    /// How much components are to keep, from 0 to 2; 0 where there is no catalog.
+    /// How much components keep, from 0 to 2; 0 without a catalog.
     pub fn checkpoint_level(&self) -> u8 {
         self.checkpoint().map_or(0, |catalog| catalog.level())
     }
@@ -273,7 +275,7 @@ impl<T: CheckpointState> Erased for Shared<T> {
     fn save(&self, to: &mut StateDict<'static>) -> Result<()> {
         let busy = |_| Error::new(ErrorKind::Busy, format!("a state is being changed state={}", T::ID));
         let state = match self.state.try_lock() {
-            // What a panicking change left is what there is.
+            // A change that panicked may have left the state partly changed; it is saved as it is.
             Err(std::sync::TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             guard => guard.map_err(busy)?,
         };
