@@ -1,4 +1,4 @@
-//! A store of ours in the hands of an engine that owns the trait.
+//! Adapts a store of this crate to an engine that defines its own `Checkpointer` trait.
 
 use super::{ActiveSnapshot, Checkpointer, GraphState};
 use crate::error::Result;
@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// A store that several share.
+/// A shared store.
 #[async_trait]
 impl<S: GraphState, C: Checkpointer<S> + ?Sized> Checkpointer<S> for Arc<C> {
     async fn save(&self, run_id: Uuid, step: u64, state: &S) -> Result<()> {
@@ -30,9 +30,9 @@ impl<S: GraphState, C: Checkpointer<S> + ?Sized> Checkpointer<S> for Arc<C> {
     }
 }
 
-/// Makes a type that implements the `Checkpointer` of an engine, such as `cognis_graph`, by a store of ours.
-/// Named are the type, the engine's crate or module with its `Checkpointer`, `GraphState` and
-/// `ActiveSnapshot`, what an error becomes, and that error's type.
+/// Makes a type that implements the `Checkpointer` of an engine, such as `cognis_graph`, with a store of this
+/// crate. The arguments are the type; the engine's crate or module that has its `Checkpointer`, `GraphState`
+/// and `ActiveSnapshot`; the conversion of an error; and the type of the converted error.
 ///
 /// ```
 /// # mod engine {

@@ -1,4 +1,4 @@
-//! Runs in a directory: each is a root of the engine, each state and each active set a checkpoint.
+//! Runs in a directory: each run is a root of the engine, each state and each active set a checkpoint.
 //!
 //! ```text
 //! <root>/<run id>/step-00000007/           a state: one value, `state`
@@ -23,28 +23,30 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use uuid::Uuid;
 
-/// How many executors stay open. Each has threads of its own; one for states and one for active sets are in use per run.
+/// How many executors stay open. Each has its own threads; a run uses one for states and one for active sets.
 const OPEN: usize = 8;
 
-/// Keeps runs in a directory. Every record is a checkpoint of the engine, with all of its promises; `ashore ls`, `inspect` and
-/// `verify` show them. A save costs a few fsyncs. Calls are carried out by one thread, in order.
+/// Keeps runs in a directory. Every record is a checkpoint of the engine, with all of its guarantees; `ashore
+/// ls`, `inspect` and `verify` show them. A save costs a few fsyncs. One thread performs the calls, in order.
 ///
-/// A step whose files are damaged is not listed and never loaded as the newest; asked for by its number it is `Corrupt`.
+/// A step whose files are damaged is not listed and never loaded as the newest. Loading it by its number
+/// returns `Corrupt`.
 #[derive(Debug)]
 pub struct Directory(Worker);
 
 impl Directory {
-    /// Runs below `root`, which is created when it is missing.
+    /// Opens the runs below `root`, which is created when it is missing.
     ///
     /// # Errors
-    /// Errors of the storage, when there can be no such directory.
+    /// Errors of the storage, when the directory cannot be created.
     pub fn open(root: impl AsRef<Path>) -> Result<Self> {
         // States are values, which do not go through the arena.
         let settings = Settings { arena: 64 << 10, chunk: 32 << 10, writers: 1, ..Settings::default() };
         Self::open_with(root, settings)
     }
 
-    /// The same, saved with these settings. Retention in them would act on states and active sets apart.
+    /// Opens the runs below `root`, and saves them with these settings. Retention in them would apply to
+    /// states and active sets separately.
     ///
     /// # Errors
     /// As [`Directory::open`]; `Invalid`, naming the setting that does not work.
@@ -79,7 +81,7 @@ impl Runs {
         found(Catalog::open(self.path(run, kind)))
     }
 
-    /// Removes the steps below `oldest`, or all of them.
+    /// Removes the steps below `oldest`; None removes all steps.
     fn remove(&self, run: Uuid, kind: Kind, oldest: Option<u64>) -> Result<()> {
         let Some(catalog) = self.catalog(run, kind)? else { return Ok(()) };
         let storage = Local::at(self.path(run, kind))?;
@@ -111,7 +113,7 @@ impl Records for Runs {
         let mut state = StateDict::new();
         state.values.insert(name(kind).into(), value);
         let save = self.executor(run, kind)?.save_with(step, state, SaveOptions::default().overwrite())?;
-        // The save has a deadline of its own.
+        // The save has its own deadline.
         save.wait(Duration::MAX).map(drop)
     }
 
@@ -132,15 +134,16 @@ impl Records for Runs {
     }
 
     fn prune(&mut self, run: Uuid, keep_last: usize) -> Result<()> {
-        // The next save opens them again, and knows nothing of what was removed here.
+        // The next save reopens them: an open executor would not know what was removed here.
         self.open.retain(|(open, _)| *open != run);
         if keep_last == 0 {
-            // The active sets first: after a crash between, the run begins at its start node.
+            // The active sets first: after a crash in between, the run starts at its start node.
             self.remove(run, Kind::Active, None)?;
             self.remove(run, Kind::State, None)?;
             for kind in [Kind::Active, Kind::State] {
                 let path = self.path(run, kind);
-                // A hint, and a directory that is empty unless somebody else put something there.
+                // Removes the `latest` hint and the directory, which is empty unless another program wrote
+                // there.
                 let _ = (fs::remove_file(path.join("latest")), fs::remove_dir(path));
             }
             return Ok(());
@@ -154,7 +157,7 @@ impl Records for Runs {
     }
 }
 
-/// A value as it was encoded.
+/// The encoded value of a checkpoint.
 fn encoded(checkpoint: &Checkpoint, name: &str) -> Result<Value> {
     let value = checkpoint.manifest().values.get(name).cloned();
     value.ok_or_else(|| {

@@ -7,12 +7,12 @@ use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use uuid::Uuid;
 
-/// Keeps runs in memory, encoded as the other implementations encode them: what they would refuse is refused here, too.
+/// Keeps runs in memory, in the encoding of the other implementations: it refuses the same states.
 #[derive(Debug, Default)]
 pub struct InMemory(Here);
 
 impl InMemory {
-    /// No runs yet.
+    /// A store without runs.
     pub fn new() -> Self {
         Self::default()
     }
@@ -20,7 +20,7 @@ impl InMemory {
 
 checkpointer!(InMemory);
 
-/// Nothing here blocks, so there is no thread.
+/// Runs jobs in the calling task: nothing here blocks, so it needs no thread.
 #[derive(Debug, Default)]
 struct Here(Mutex<Runs>);
 

@@ -1,12 +1,12 @@
-//! Runs within runs: the states of a subgraph, kept apart from those of its graph under the same run id.
+//! Runs within runs: separates the states of a subgraph from those of its graph under the same run id.
 
 use super::{ActiveSnapshot, Checkpointer, GraphState, Prune};
 use crate::error::Result;
 use async_trait::async_trait;
 use uuid::Uuid;
 
-/// The runs of one namespace in a store. The empty namespace is the store itself; every other one has a run
-/// id of its own for each run, derived from both (a UUID of version 5).
+/// The runs of one namespace in a store. The empty namespace is the store itself. Every other namespace
+/// derives its own run id for each run from both (a UUID of version 5).
 #[derive(Clone, Debug)]
 pub struct Namespaced<C> {
     store: C,

@@ -1,23 +1,23 @@
-//! What the implementations have in common: records of encoded values, and the trait over them.
+//! Code that the implementations share: records of encoded values, and the trait over them.
 
 use serde_json::Value;
 use uuid::Uuid;
 
 use crate::error::Result;
 
-/// Which of a step's two records.
+/// Names one of the two records of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
     State,
     Active,
 }
 
-/// Records by run, kind and step. What `put` and `prune` did is durable when they return.
+/// Records by run, kind and step. Changes by `put` and `prune` are durable when they return.
 pub(super) trait Records: Send {
-    /// Replaces a record, at once or not at all.
+    /// Replaces a record atomically.
     fn put(&mut self, run: Uuid, kind: Kind, step: u64, value: Value) -> Result<()>;
 
-    /// The record of a step, or that of the highest step.
+    /// The record of a step; None means the highest step.
     fn get(&mut self, run: Uuid, kind: Kind, step: Option<u64>) -> Result<Option<Value>>;
 
     /// The steps that have a state, ascending.
@@ -27,7 +27,7 @@ pub(super) trait Records: Send {
     fn prune(&mut self, run: Uuid, keep_last: usize) -> Result<()>;
 }
 
-/// The traits for a type whose field 0 has `run`, which does something with records and awaits it.
+/// Implements the traits for a type whose field 0 has `run`, which runs a job on the records and awaits it.
 macro_rules! checkpointer {
     ($type:ty) => {
         #[async_trait::async_trait]

@@ -1,4 +1,4 @@
-//! Runs in one SQLite database: for many small states, where a directory each would be too much.
+//! Runs in one SQLite database: for many small states, for which a directory each would cost too much.
 
 use super::records::{Kind, Records, checkpointer};
 use super::worker::Worker;
@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 use uuid::Uuid;
 
-/// Marks a database as ours: `asho`.
+/// Identifies a database of this library: `asho`.
 const APPLICATION: i32 = 0x6173_686f;
 
 /// The version of the table below.
@@ -24,16 +24,18 @@ const TABLE: &str = "CREATE TABLE record (
     run BLOB NOT NULL, kind INTEGER NOT NULL, step BLOB NOT NULL, value TEXT NOT NULL, digest TEXT NOT NULL,
     PRIMARY KEY (run, kind, step)) WITHOUT ROWID";
 
-/// Keeps runs in an SQLite database: write-ahead log, fsynced at each commit, with a digest for each record. Several processes
-/// may use one database; a call that waits for another for 10 seconds is `Busy`. Calls are carried out by one thread, in order.
+/// Keeps runs in an SQLite database: write-ahead log, fsynced at each commit, with a digest for each record.
+/// Several processes may use one database; a call that waits for another for 10 seconds is `Busy`. One thread
+/// performs the calls, in order.
 #[derive(Debug)]
 pub struct Sqlite(Worker);
 
 impl Sqlite {
-    /// Runs in the database `path`, which is created when it is missing.
+    /// Opens the runs in the database `path`, which is created when it is missing.
     ///
     /// # Errors
-    /// `Invalid` when there can be no such file, or it is not a database of this library: it is left as it was then.
+    /// `Invalid` when the file cannot be created or is not a database of this library, which is then left
+    /// unchanged.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let database = connect(path).map_err(|e| e.with_path(path))?;
@@ -50,7 +52,7 @@ fn connect(path: &Path) -> Result<Connection> {
     let mut database = Connection::open(path).map_err(opened)?;
     database.busy_timeout(PATIENCE).map_err(opened)?;
     let pragma = |of: &Connection, name: &str| of.pragma_query_value(None, name, |row| row.get::<_, i32>(0));
-    // Nothing is changed before it is known whose database this is.
+    // Changes nothing before the database is known to belong to this library.
     let transaction = database.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate).map_err(opened)?;
     let whose = (pragma(&transaction, "application_id"), pragma(&transaction, "user_version"));
     match (whose.0.map_err(opened)?, whose.1.map_err(opened)?) {
@@ -84,7 +86,7 @@ fn failed(what: &str, error: rusqlite::Error) -> Error {
     Error::new(kind, what).with_source(error)
 }
 
-/// Sorts as the number does.
+/// Encodes a step in bytes that sort like the number.
 fn key(step: u64) -> [u8; 8] {
     step.to_be_bytes()
 }

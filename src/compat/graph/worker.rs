@@ -1,8 +1,9 @@
-//! A thread that does what blocks, so that the tasks of an async runtime never do.
+//! A thread for blocking work, so that tasks of an async runtime never block.
 //!
-//! **Protocol.** Jobs are done one after the other, in the order in which their futures were first polled; a job whose future
-//! was dropped is done all the same. **Completion.** A job's future resolves when it has run. **Cancellation.** None: records
-//! change whole or not at all. **Fork.** In a child there is no thread: every call is `Invalid`.
+//! **Protocol.** The thread runs jobs one at a time, in the order in which their futures were first polled.
+//! It runs a job even if its future was dropped. **Completion.** A job's future resolves when the job has
+//! run. **Cancellation.** None: records change whole or not at all. **Fork.** A child has no such thread:
+//! every call is `Invalid`.
 
 use super::records::Records;
 use crate::completion::{Completion, Waiter};
@@ -17,7 +18,7 @@ use std::thread::JoinHandle;
 
 type Job = Box<dyn FnOnce(&mut dyn Records) + Send>;
 
-/// The thread, and the way to it. Dropping it waits until every job is done.
+/// The thread and its job channel. Dropping it waits until every job has run.
 #[derive(Debug)]
 pub(super) struct Worker {
     jobs: Option<Sender<Job>>,
@@ -32,7 +33,7 @@ impl Worker {
         Ok(Self { jobs: Some(jobs), thread: Some(thread), origin: ForkGuard::new() })
     }
 
-    /// Does `job` on the thread.
+    /// Runs `job` on the thread.
     pub async fn run<T: Send + 'static>(
         &self,
         job: impl FnOnce(&mut dyn Records) -> Result<T> + Send + 'static,
