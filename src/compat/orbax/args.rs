@@ -31,7 +31,8 @@ impl CompositeArgs {
     /// Adds an item. Its tensors and values are saved as `name.tensor`.
     ///
     /// # Errors
-    /// `Invalid`: a name that is empty, taken, or has a dot in it; an item with nothing in it, which nobody could find again.
+    /// `Invalid`: a name that is empty, taken, or contains a dot; an empty item, which no reader could find
+    /// again.
     pub fn item(mut self, name: impl Into<String>, state: StateDict<'static>) -> Result<Self> {
         let name = name.into();
         let refuse = |why: &str| Err(Error::invalid(format!("{why} item={name:?}")));
@@ -51,7 +52,7 @@ impl CompositeArgs {
         &self.names
     }
 
-    /// All of them, as the one state that is saved.
+    /// Returns the items as the one state dict that is saved.
     pub fn into_state(self) -> StateDict<'static> {
         self.state
     }

@@ -3,21 +3,22 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-/// What a policy knows.
+/// The facts that a policy decides on.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct DecisionContext {
-    /// The newest step that is there or being saved.
+    /// The newest step that exists or is being saved.
     pub latest_step: Option<u64>,
     /// When the last save of this manager began.
     pub last_save: Option<Instant>,
-    /// A save is under way.
+    /// Whether a save is under way.
     pub is_saving: bool,
-    /// The machine will be taken away: [`CheckpointManager::reached_preemption`](super::CheckpointManager::reached_preemption).
+    /// Whether the machine will be preempted:
+    /// [`CheckpointManager::reached_preemption`](super::CheckpointManager::reached_preemption).
     pub reached_preemption: bool,
 }
 
-/// Whether a step is saved. Any `Fn(u64, &DecisionContext) -> bool` is one: Orbax's `should_save_fn`.
+/// Decides whether a step is saved. Any `Fn(u64, &DecisionContext) -> bool` is one: Orbax's `should_save_fn`.
 pub trait SaveDecisionPolicy: Send + Sync {
     /// True when `step` is to be saved.
     fn should_save(&self, step: u64, context: &DecisionContext) -> bool;
@@ -29,7 +30,7 @@ impl<F: Fn(u64, &DecisionContext) -> bool + Send + Sync> SaveDecisionPolicy for 
     }
 }
 
-/// Steps that this divides; none for an interval of 0.
+/// Saves the steps that are multiples of this; none for an interval of 0.
 #[derive(Clone, Copy, Debug)]
 pub struct FixedIntervalPolicy(pub u64);
 
@@ -39,7 +40,7 @@ impl SaveDecisionPolicy for FixedIntervalPolicy {
     }
 }
 
-/// These steps.
+/// Saves these steps.
 #[derive(Clone, Debug, Default)]
 pub struct SpecificStepsPolicy(pub BTreeSet<u64>);
 
@@ -49,10 +50,10 @@ impl SaveDecisionPolicy for SpecificStepsPolicy {
     }
 }
 
-/// As often as it goes: whenever no save is under way, and not sooner after the last one than this.
+/// Saves as often as possible: whenever no save is under way and the minimum interval has passed.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ContinuousCheckpointingPolicy {
-    /// From the beginning of one save to that of the next, at least.
+    /// The minimum time from the start of one save to the start of the next.
     pub minimum_interval: Duration,
 }
 
@@ -62,7 +63,7 @@ impl SaveDecisionPolicy for ContinuousCheckpointingPolicy {
     }
 }
 
-/// When the machine will be taken away.
+/// Saves when the machine will be preempted.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PreemptionCheckpointingPolicy;
 
@@ -72,7 +73,7 @@ impl SaveDecisionPolicy for PreemptionCheckpointingPolicy {
     }
 }
 
-/// When there is no checkpoint yet.
+/// Saves when there is no checkpoint yet.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct InitialSavePolicy;
 
@@ -82,7 +83,7 @@ impl SaveDecisionPolicy for InitialSavePolicy {
     }
 }
 
-/// When any of these says so.
+/// Saves when any of these policies does.
 pub struct AnySavePolicy(pub Vec<Box<dyn SaveDecisionPolicy>>);
 
 impl SaveDecisionPolicy for AnySavePolicy {

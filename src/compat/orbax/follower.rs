@@ -1,4 +1,4 @@
-//! The thread of a manager that follows saves to their end, and deletes what is not kept.
+//! The thread of a manager that waits for saves to end, and deletes steps that are not kept.
 
 use super::preservation::{CheckpointInfo, PreservationPolicy};
 use super::steps::{Progress, Shared};
@@ -15,14 +15,14 @@ use std::collections::btree_map::Entry;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// The metadata under which metrics are kept.
+/// The metadata key of the metrics.
 pub(super) const METRICS: &str = "metrics";
-/// The metadata that says when a step was saved, in nanoseconds since the beginning of 1970: Orbax's name.
+/// The metadata key of the time of a save, in nanoseconds since the beginning of 1970: Orbax's name.
 pub(super) const TIME: &str = "init_timestamp_nsecs";
 
-/// The thread that follows saves to their end.
+/// The thread that waits for saves to end.
 ///
-/// It keeps no executor alive: the last `Arc` of the program is the one whose drop waits for saves.
+/// It keeps no executor alive, so that dropping the program's last `Arc` waits for saves.
 pub(super) struct Follower {
     pub catalog: Catalog,
     pub failed: OnUnseenError,
@@ -32,11 +32,11 @@ pub(super) struct Follower {
 
 impl Follower {
     pub fn run(&self, coming: &Receiver<Save>) {
-        // Saves run ahead of this thread, so that a policy may delete a step before its turn comes here.
+        // Saves end ahead of this loop, so a policy may delete a step before the loop reaches its save.
         let mut deleted = BTreeSet::new();
         for save in coming {
             let step = save.step();
-            // It has a deadline of its own.
+            // The save has its own deadline.
             let ended = save.wait(Duration::MAX);
             let durable = matches!(ended, Ok(Outcome::Durable(_)));
             if durable && !deleted.remove(&step) {
@@ -67,7 +67,8 @@ impl Follower {
         }
     }
 
-    /// Deletes what the policy does not keep, and returns what of it is still to be followed.
+    /// Deletes the steps that the policy does not keep. Returns those whose save the loop has not reached
+    /// yet.
     fn preserve(&self) -> Vec<u64> {
         let catalog = &self.catalog;
         let chosen = |entries: &[catalog::Entry]| {
@@ -96,7 +97,7 @@ pub(super) fn metrics(checkpoint: &Checkpoint) -> Option<serde_json::Value> {
     checkpoint.metadata(METRICS).ok()
 }
 
-/// When a step was saved; where no manager saved it, the time of its directory.
+/// The time at which a step was saved; for a step that no manager saved, the time of its directory.
 pub(super) fn time(checkpoint: &Checkpoint) -> SystemTime {
     if let Ok(nanoseconds) = checkpoint.metadata::<u64>(TIME) {
         return SystemTime::UNIX_EPOCH + Duration::from_nanos(nanoseconds);

@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 
 /// A future of a commit: Orbax's `Future` protocol, and a future for any runtime.
 ///
-/// Waiting starts nothing: what it stands for is under way. Clones are of the same commit; dropping them detaches.
+/// Waiting starts nothing: the commit is already under way. Clones refer to the same commit; dropping them
+/// detaches.
 #[derive(Clone)]
 pub struct CommitFuture(Inner);
 
@@ -36,10 +37,10 @@ struct Waiting {
     origin: ForkGuard,
 }
 
-/// Whether the engine has a save.
+/// Whether the engine has received the save.
 enum Begun {
     NotYet,
-    /// And never will.
+    /// The save was cancelled before it began, and never begins.
     Cancelled,
     Save(Save),
 }
@@ -49,11 +50,12 @@ impl CommitFuture {
         Self(Inner::Save(save))
     }
 
-    /// A commit that waits, on a thread of its own, for the signals of the contract of `id`, then begins a save by `begin`, and
-    /// sends `sends` when that is durable. An error reaches whoever waits for a signal of the save.
+    /// Makes a commit that waits, on its own thread, for the signals in the contract of `id`, then starts a
+    /// save with `begin`, and sends `sends` when that save is durable. An error reaches every waiter for a
+    /// signal of the save.
     ///
     /// # Errors
-    /// `Invalid` for a timeout of nothing; `Busy` when there is no thread to be had.
+    /// `Invalid` for a zero timeout; `Busy` when no thread is available.
     pub fn contracted(
         signals: &Signals,
         id: OperationId,
@@ -84,7 +86,8 @@ impl CommitFuture {
     /// Waits for the commit on this thread.
     ///
     /// # Errors
-    /// How it failed; `Deadline` when it has not ended after `timeout`: it goes on then, and can be waited for again.
+    /// The failure of the commit; `Deadline` when it has not ended after `timeout`: it continues, and can be
+    /// waited for again.
     pub fn result(&self, timeout: Duration) -> Result<Outcome> {
         match &self.0 {
             Inner::Save(save) => save.wait(timeout),
@@ -96,7 +99,7 @@ impl CommitFuture {
         }
     }
 
-    /// Cancels it. False when it is too late.
+    /// Cancels the commit. False when it is too late.
     pub fn cancel(&self) -> bool {
         match &self.0 {
             Inner::Save(save) => save.cancel(),
@@ -140,7 +143,7 @@ impl Waiting {
         deadline: Instant,
         begin: impl FnOnce() -> Result<Save>,
     ) -> Result<Outcome> {
-        // Never nothing, which is refused; a deadline that has passed is found out by the wait.
+        // Never zero, which is refused; the wait itself detects a deadline that has passed.
         let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
         for signal in contract {
             self.signals.wait_or(id, *signal, left(), || self.cancelled())?;
@@ -149,7 +152,7 @@ impl Waiting {
         if self.cancelled() {
             return Err(cancelled());
         }
-        // With no lock held: it may wait for room, and `cancel` must not.
+        // Takes no lock: `begin` may wait for memory, and `cancel` must not wait for it.
         let save = begin()?;
         {
             let mut begun = lock(&self.begun);

@@ -1,4 +1,4 @@
-//! Handlers: what saves one kind of thing.
+//! Handlers: each saves one kind of item.
 
 use super::args::CompositeArgs;
 use super::future::CommitFuture;
@@ -17,36 +17,37 @@ use std::time::Duration;
 
 /// Saves in the background: Orbax's interface of that name.
 pub trait AsyncCheckpointHandler: Send + Sync {
-    /// What it saves.
+    /// The type of item that it saves.
     type Item: Send;
 
     /// Begins to save `item` as the checkpoint `directory`, and returns the futures of its commit.
     ///
     /// # Errors
-    /// What can be known at once; everything else comes out of the futures.
+    /// Errors that can be detected at once; the futures return all others.
     fn async_save(&self, directory: &Path, item: Self::Item, args: SaveArgs) -> Result<Vec<CommitFuture>>;
 }
 
-/// A handler that can begin before it is known where the checkpoint goes.
+/// A handler that can begin before the path of the checkpoint is known.
 pub trait DeferredPathAsyncCheckpointHandler: AsyncCheckpointHandler {
-    /// [`AsyncCheckpointHandler::async_save`], to a path that may not be known yet: it is not touched before the futures have
-    /// seen the signals of their operation.
+    /// [`AsyncCheckpointHandler::async_save`] to a path that may not be known yet. The handler does not touch
+    /// the path before the futures have received the signals of their operation.
     ///
     /// # Errors
-    /// As there; `Invalid` for an item that the program can write while it waits.
+    /// As [`AsyncCheckpointHandler::async_save`]; `Invalid` for an item that the program can write while it
+    /// waits.
     fn async_save_deferred(&self, directory: SavePath, item: Self::Item, args: SaveArgs) -> Result<Vec<CommitFuture>>;
 }
 
-/// Where a checkpoint goes: Orbax's `epath.Path | PathAwaitingCreation`.
+/// The path of a checkpoint: Orbax's `epath.Path | PathAwaitingCreation`.
 #[derive(Clone, Debug)]
 pub enum SavePath {
-    /// Here.
+    /// This path.
     Known(PathBuf),
-    /// Nobody knows yet.
+    /// A path that is not known yet.
     Deferred(PathAwaitingCreation),
 }
 
-/// What else one save wants.
+/// The options of one save.
 #[derive(Clone, Debug)]
 pub struct SaveArgs {
     force: bool,
@@ -64,7 +65,8 @@ impl Default for SaveArgs {
 }
 
 impl SaveArgs {
-    /// Replaces a checkpoint that is there, which stays whole until the new one is durable. Without it that is a `Conflict`.
+    /// Replaces an existing checkpoint, which stays whole until the new one is durable. Without `force` that
+    /// is a `Conflict`.
     #[must_use]
     pub fn force(mut self, force: bool) -> Self {
         self.force = force;
@@ -78,21 +80,22 @@ impl SaveArgs {
         self
     }
 
-    /// The operation whose signals the futures wait for, and which their errors reach.
+    /// Sets the operation whose signals the futures wait for, and which their errors reach.
     #[must_use]
     pub fn operation(mut self, signals: &Signals, id: OperationId) -> Self {
         self.operation = Some((signals.clone(), id));
         self
     }
 
-    /// When a deferred save has failed that is not durable: after 20 minutes, unless set.
+    /// Sets after how long a deferred save fails if it is not durable. The default is 20 minutes.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// When the tensors are read: until the next fence, unless set. [`Snapshot::AtSave`] is what Orbax does.
+    /// Sets when the tensors are read. The default is until the next fence; [`Snapshot::AtSave`] is what
+    /// Orbax does.
     #[must_use]
     pub fn snapshot(mut self, snapshot: Snapshot) -> Self {
         self.snapshot = snapshot;
@@ -113,7 +116,7 @@ pub struct StandardCheckpointHandler {
 }
 
 impl StandardCheckpointHandler {
-    /// Saves by `executor`, below its root.
+    /// Saves with `executor`, below its root.
     pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
         Self { executor }
     }
@@ -130,7 +133,7 @@ impl StandardCheckpointHandler {
         mut args: SaveArgs,
     ) -> Result<CommitFuture> {
         state.settled()?;
-        args.snapshot = Snapshot::AtFence; // the program cannot write it, so that nothing waits for copies
+        args.snapshot = Snapshot::AtFence; // the program cannot write the state: nothing has to wait for copies
         let Some((signals, id)) = args.operation.clone() else {
             return Err(Error::invalid("a deferred save needs an operation, whose signals say when the path is known"));
         };
@@ -141,8 +144,8 @@ impl StandardCheckpointHandler {
                 HandlerAwaitableSignal::StepDirectoryCreation
             )));
         }
-        // What waits for a path does not keep the executor alive: the program's last `Arc` waits for saves
-        // when it is dropped.
+        // A thread that waits for a path does not keep the executor alive: dropping the program's last `Arc`
+        // waits for saves.
         let (executor, timeout) = (Arc::downgrade(&self.executor), args.timeout);
         let deadline = deadline_after(timeout);
         CommitFuture::contracted(&signals, id, &[], timeout, move || {
@@ -170,14 +173,15 @@ impl DeferredPathAsyncCheckpointHandler for StandardCheckpointHandler {
     }
 }
 
-/// Saves several items as one step: Orbax's handler of that name. One future for each item, all of the one commit.
+/// Saves several items as one step: Orbax's handler of that name. Each item gets a future; all are of the
+/// same commit.
 #[derive(Clone, Debug)]
 pub struct CompositeCheckpointHandler {
     standard: StandardCheckpointHandler,
 }
 
 impl CompositeCheckpointHandler {
-    /// Saves by `executor`, below its root.
+    /// Saves with `executor`, below its root.
     pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
         Self { standard: StandardCheckpointHandler::new(executor) }
     }

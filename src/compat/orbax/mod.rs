@@ -10,25 +10,26 @@
 //! | `StandardCheckpointHandler` | [`StandardCheckpointHandler`] |
 //! | `CompositeCheckpointHandler`, `args.Composite` | [`CompositeCheckpointHandler`], [`CompositeArgs`], [`Item`] |
 //! | `CheckpointManager` and its options | [`CheckpointManager`], [`CheckpointManagerOptions`] |
-//! | save decision policies | [`SaveDecisionPolicy`] and those that come with it |
-//! | preservation policies | [`PreservationPolicy`] and those that come with it |
+//! | save decision policies | [`SaveDecisionPolicy`] and its implementations |
+//! | preservation policies | [`PreservationPolicy`] and its implementations |
 //!
-//! **One step, one commit.** The items of a composite are the tensors and values of one state dict, under names that begin with
-//! that of the item and a dot; all of them are committed, or none. **Paths.** A path is where the checkpoint will be, in the root
-//! of the executor. The engine makes the directory, whole and at once; nobody makes it before. **Errors** reach whoever waits for
-//! a signal, at once. **Overwriting.** With `force` the old step stays whole until the new one is durable.
+//! **One step, one commit.** The items of a composite are the tensors and values of one state dict. Their
+//! names begin with the name of the item and a dot. All of them are committed, or none. **Paths.** A path
+//! names the future directory of the checkpoint, in the root of the executor. Only the engine makes that
+//! directory, atomically. **Errors** reach every waiter for a signal at once. **Overwriting.** With `force`
+//! the old step stays whole until the new one is durable.
 //!
-//! What differs, and what to do about it:
+//! Differences, and what to do about them:
 //!
 //! | in Orbax | here |
 //! |---|---|
-//! | `async_save` and `save` return when the tensors have been copied to the host | they return at once and read the tensors until the *fence*: call [`fence`](crate::CheckpointExecutor::fence) before the program writes them, or ask for [`Snapshot::AtSave`](crate::Snapshot::AtSave) by [`SaveArgs::snapshot`] or [`CheckpointManagerOptions::snapshot`] |
-//! | a step is a directory of directories, one for each item | a step is one directory; the items are names in it, [`Item`] reads them. A handler is given the directory of the step, not that of an item |
+//! | `async_save` and `save` return when the tensors have been copied to the host | they return at once and read the tensors until the *fence*: call [`fence`](crate::CheckpointExecutor::fence) before the program writes them, or select [`Snapshot::AtSave`](crate::Snapshot::AtSave) with [`SaveArgs::snapshot`] or [`CheckpointManagerOptions::snapshot`] |
+//! | a step is a directory of directories, one for each item | a step is one directory; the items are prefixes of names in it, and [`Item`] reads them. A handler gets the directory of the step, not that of an item |
 //! | steps are named `5`, or as `step_prefix`, `step_format_fixed_length` and `step_name_format` say | the same: [`CheckpointManagerOptions::step_format`], [`CheckpointManagerOptions::step_name`]; names that no catalog would find again are `Invalid` |
-//! | `all_steps` and `latest_step` tell of a step that is still being saved | they tell of durable steps |
+//! | `all_steps` and `latest_step` include a step that is still being saved | they include only durable steps |
 //! | `max_to_keep`, `keep_period`, `keep_time_interval` | preservation policies, as Orbax itself recommends |
-//! | a save that is cancelled sends its signals | it fails its operation: what waits for a signal gets `Cancelled` at once, and never takes the save for done |
-//! | `close` | [`CheckpointManager::close`]; dropping the manager waits, too, and logs errors |
+//! | a save that is cancelled sends its signals | it fails its operation: waiters for a signal get `Cancelled` at once, and never treat the save as done |
+//! | `close` | [`CheckpointManager::close`]; dropping the manager also waits, and logs errors |
 
 mod args;
 mod decision;

@@ -1,4 +1,4 @@
-//! What a manager is told once.
+//! The options of a manager.
 
 use super::decision::{FixedIntervalPolicy, SaveDecisionPolicy};
 use super::preservation::{BestN, PreservationPolicy, PreserveAll};
@@ -7,7 +7,7 @@ use crate::id::parse_step_name;
 use crate::save::Snapshot;
 use std::sync::Arc;
 
-/// How a [`CheckpointManager`](super::CheckpointManager) goes about it.
+/// The policies and options of a [`CheckpointManager`](super::CheckpointManager).
 #[must_use]
 pub struct CheckpointManagerOptions {
     pub(super) decision: Box<dyn SaveDecisionPolicy>,
@@ -37,48 +37,49 @@ impl CheckpointManagerOptions {
         Self::default()
     }
 
-    /// Which steps are saved.
+    /// Sets which steps are saved.
     pub fn save_decision_policy(mut self, policy: impl SaveDecisionPolicy + 'static) -> Self {
         self.decision = Box::new(policy);
         self
     }
 
-    /// Which steps are kept. The executor's own retention should be left unset then.
+    /// Sets which steps are kept. Leave the executor's own retention unset then.
     pub fn preservation_policy(mut self, policy: impl PreservationPolicy + 'static) -> Self {
         self.preservation = Arc::new(policy);
         self
     }
 
-    /// What [`CheckpointManager::best_step`](super::CheckpointManager::best_step) goes by: Orbax's `best_fn` and `best_mode`.
+    /// Sets how [`CheckpointManager::best_step`](super::CheckpointManager::best_step) ranks steps: Orbax's
+    /// `best_fn` and `best_mode`.
     pub fn best(mut self, best: BestN) -> Self {
         self.best = Some(best);
         self
     }
 
-    /// Tries a save that failed for a reason that may pass up to `times` times more: see
+    /// Retries a save up to `times` times after a failure that may be temporary: see
     /// [`SaveOptions::retries`](crate::SaveOptions::retries).
     pub fn retry(mut self, times: u32) -> Self {
         self.retries = times;
         self
     }
 
-    /// When the tensors are read. Orbax copies them before `save` returns: [`Snapshot::AtSave`]. Unless that
-    /// is asked for they are read until the next [`fence`](crate::CheckpointExecutor::fence) of the executor,
-    /// and the program must call that before it writes them.
+    /// Sets when the tensors are read. Orbax copies them before `save` returns: [`Snapshot::AtSave`]. By
+    /// default they are read until the next [`fence`](crate::CheckpointExecutor::fence) of the executor,
+    /// which the program must call before it writes them.
     pub fn snapshot(mut self, snapshot: Snapshot) -> Self {
         self.snapshot = snapshot;
         self
     }
 
-    /// Names steps as Orbax does for `step_prefix` and `step_format_fixed_length`: `5` unless set, `step_5`
-    /// with a prefix, `step_00005` with a length, too.
+    /// Names steps as Orbax does for `step_prefix` and `step_format_fixed_length`: `5` by default, `step_5`
+    /// with a prefix, `step_00005` with a prefix and a length.
     pub fn step_format(self, prefix: Option<&str>, fixed_length: Option<usize>) -> Self {
         let prefix = prefix.map(|prefix| format!("{prefix}_")).unwrap_or_default();
         self.step_name(move |step| format!("{prefix}{step:0width$}", width = fixed_length.unwrap_or(0)))
     }
 
-    /// Names steps by `name`: Orbax's `step_name_format`. Steps that are there already are found under any
-    /// name that [`parse_step_name`] takes.
+    /// Names steps with `name`: Orbax's `step_name_format`. Existing steps are found under any name that
+    /// [`parse_step_name`] accepts.
     pub fn step_name(mut self, name: impl Fn(u64) -> String + Send + Sync + 'static) -> Self {
         self.name = Box::new(name);
         self
@@ -87,7 +88,7 @@ impl CheckpointManagerOptions {
     /// The name of a step.
     ///
     /// # Errors
-    /// `Invalid` for one under which the step would not be found again.
+    /// `Invalid` for a name under which the step would not be found again.
     pub(super) fn name_of(&self, step: u64) -> Result<String> {
         let name = (self.name)(step);
         if parse_step_name(&name) == Some(step) {

@@ -8,27 +8,27 @@ use std::ops::Div;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-/// The end where the path is made known. Dropping it without fails whoever waits.
+/// The sending end of a deferred path. Dropping it before the path is set fails every waiter.
 #[derive(Debug)]
 pub struct DeferredPath(Cell<PathBuf>);
 
 impl DeferredPath {
-    /// A path that nobody knows yet.
+    /// A path that is not known yet.
     pub fn new() -> Self {
         Self(Arc::new(Completion::new()))
     }
 
-    /// Makes the path known. False when it was already.
+    /// Sets the path. False when it was set or failed before.
     pub fn set_path(&self, path: impl Into<PathBuf>) -> bool {
         self.0.complete(Ok(path.into()))
     }
 
-    /// Says that there will be none, and why.
+    /// Fails every waiter with `why`: there will be no path. False when it was set or failed before.
     pub fn fail(&self, why: Error) -> bool {
         self.0.complete(Err(why))
     }
 
-    /// What a handler gets.
+    /// Returns the waiting end, for a handler.
     pub fn awaiting(&self) -> PathAwaitingCreation {
         PathAwaitingCreation { root: self.0.clone(), below: PathBuf::new() }
     }
@@ -46,7 +46,7 @@ impl Drop for DeferredPath {
     }
 }
 
-/// A path that can be joined and waited for before it exists. Nothing here touches it.
+/// A path that can be joined and waited for before it exists. Its methods never touch the file system.
 #[derive(Clone, Debug)]
 pub struct PathAwaitingCreation {
     root: Cell<PathBuf>,
@@ -54,10 +54,10 @@ pub struct PathAwaitingCreation {
 }
 
 impl PathAwaitingCreation {
-    /// A path below it.
+    /// Returns a path below this one.
     ///
     /// # Errors
-    /// `Invalid` for a name that leads elsewhere: an absolute one, or one with `..` in it.
+    /// `Invalid` for a name that leads elsewhere: an absolute path, or one that contains `..`.
     pub fn join(&self, name: impl AsRef<Path>) -> Result<Self> {
         let name = name.as_ref();
         if !name.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir)) {
@@ -66,16 +66,16 @@ impl PathAwaitingCreation {
         Ok(Self { root: self.root.clone(), below: self.below.join(name) })
     }
 
-    /// The path.
+    /// Returns the path.
     ///
     /// # Errors
-    /// `Busy` while it is not known yet; why it never will be.
+    /// `Busy` while the path is not known; the reason when it never will be.
     pub fn path(&self) -> Result<PathBuf> {
         let unknown = || Error::new(ErrorKind::Busy, "the path has not been created yet");
         self.root.get().ok_or_else(unknown)?.map(|root| self.under(root))
     }
 
-    /// A future of the path.
+    /// Returns a future of the path.
     pub fn await_creation(&self) -> impl Future<Output = Result<PathBuf>> + Send + 'static + use<> {
         let (waiter, this) = (Waiter::new(self.root.clone()), self.clone());
         async move { waiter.await.map(|root| this.under(root)) }
@@ -84,7 +84,7 @@ impl PathAwaitingCreation {
     /// Waits for the path on this thread.
     ///
     /// # Errors
-    /// Why there will be none; `Deadline` after `timeout`.
+    /// The reason why there will be no path; `Deadline` after `timeout`.
     pub fn wait(&self, timeout: Duration) -> Result<PathBuf> {
         let late = || Error::new(ErrorKind::Deadline, format!("the path was not created in time waited={timeout:?}"));
         self.root.wait(deadline_after(timeout)).ok_or_else(late)?.map(|root| self.under(root))

@@ -11,18 +11,19 @@ use std::time::{Duration, SystemTime};
 pub struct CheckpointInfo {
     /// The step.
     pub step: u64,
-    /// When it was saved, as its manifest says. Of steps that no manager saved: when the directory was
-    /// written, as the file system says, or the beginning of 1970 where none can say.
+    /// The time of the save in the manifest. For a step that no manager saved: the modification time of the
+    /// directory, or the beginning of 1970 if there is none.
     pub time: SystemTime,
-    /// The metrics that it was saved with.
+    /// The metrics that the step was saved with.
     pub metrics: Option<serde_json::Value>,
 }
 
-/// Which steps are kept. Any `Fn(&[CheckpointInfo]) -> Vec<bool>` is one.
+/// Decides which steps are kept. Any `Fn(&[CheckpointInfo]) -> Vec<bool>` is one.
 ///
-/// Whatever it says, the newest durable step stays, and nothing goes before a newer step is durable.
+/// The newest durable step always stays, and no step is deleted before a newer step is durable.
 pub trait PreservationPolicy: Send + Sync {
-    /// For each checkpoint, oldest first, whether it is kept. What is missing at the end is kept.
+    /// Returns for each checkpoint, oldest first, whether it is kept. Checkpoints beyond the end of the
+    /// result are kept.
     fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool>;
 }
 
@@ -32,7 +33,7 @@ impl<F: Fn(&[CheckpointInfo]) -> Vec<bool> + Send + Sync> PreservationPolicy for
     }
 }
 
-/// All of them.
+/// Keeps all steps.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PreserveAll;
 
@@ -42,7 +43,7 @@ impl PreservationPolicy for PreserveAll {
     }
 }
 
-/// The newest so many.
+/// Keeps this many of the newest steps.
 #[derive(Clone, Copy, Debug)]
 pub struct LatestN(pub usize);
 
@@ -52,7 +53,7 @@ impl PreservationPolicy for LatestN {
     }
 }
 
-/// Those that this divides; none for 0.
+/// Keeps the steps that are multiples of this; none for 0.
 #[derive(Clone, Copy, Debug)]
 pub struct EveryNSteps(pub u64);
 
@@ -62,7 +63,7 @@ impl PreservationPolicy for EveryNSteps {
     }
 }
 
-/// For each multiple of this the step that is closest to it, of two as close the newer one; none for 0.
+/// Keeps the step closest to each multiple of this, of two equally close steps the newer one; none for 0.
 #[derive(Clone, Copy, Debug)]
 pub struct EveryNStepsClosest(pub u64);
 
@@ -75,8 +76,8 @@ impl PreservationPolicy for EveryNStepsClosest {
                 return true;
             };
             let (below, above) = (this - this % n, this.checked_next_multiple_of(n));
-            // The multiple below belongs to this one or to the one before, the multiple above to this one or
-            // to the one after.
+            // The multiple below is closest to this step or to the previous one, the multiple above to this
+            // step or to the next one.
             let before = before.is_none_or(|before| below == this || below > before && this - below <= below - before);
             let after = after.zip(above).is_some_and(|(after, above)| above < after && above - this < after - above);
             before || after
@@ -85,18 +86,18 @@ impl PreservationPolicy for EveryNStepsClosest {
     }
 }
 
-/// Those that were saved no longer ago than this.
+/// Keeps the steps that were saved within this duration.
 #[derive(Clone, Copy, Debug)]
 pub struct LatestDuration(pub Duration);
 
 impl PreservationPolicy for LatestDuration {
     fn should_preserve(&self, checkpoints: &[CheckpointInfo]) -> Vec<bool> {
-        // One from the future is as new as can be.
+        // A time in the future counts as new.
         checkpoints.iter().map(|c| c.time.elapsed().map_or(true, |age| age <= self.0)).collect()
     }
 }
 
-/// The first, and each that was saved so many seconds after the one that was kept before.
+/// Keeps the first step, and each step saved at least this many seconds after the previously kept one.
 #[derive(Clone, Copy, Debug)]
 pub struct EveryNSeconds(pub u64);
 
@@ -115,7 +116,7 @@ impl PreservationPolicy for EveryNSeconds {
     }
 }
 
-/// These steps.
+/// Keeps these steps.
 #[derive(Clone, Debug, Default)]
 pub struct CustomSteps(pub BTreeSet<u64>);
 
@@ -127,7 +128,7 @@ impl PreservationPolicy for CustomSteps {
 
 type Metric = Box<dyn Fn(&serde_json::Value) -> Option<f64> + Send + Sync>;
 
-/// The best so many by a metric.
+/// Keeps the best steps by a metric.
 pub struct BestN {
     get_metric: Metric,
     reverse: bool,
@@ -136,8 +137,8 @@ pub struct BestN {
 }
 
 impl BestN {
-    /// The `n` with the greatest metric; all for None, or when there are no more than `n` checkpoints; none
-    /// for 0. Of equal ones the newest. What has no metric is kept.
+    /// Keeps the `n` steps with the greatest metric, of equal ones the newest. None keeps all, and so does an
+    /// `n` that is not below the number of checkpoints; 0 keeps none. Steps without a metric are kept.
     pub fn new(
         n: Option<usize>,
         get_metric: impl Fn(&serde_json::Value) -> Option<f64> + Send + Sync + 'static,
@@ -145,21 +146,21 @@ impl BestN {
         Self { get_metric: Box::new(get_metric), reverse: false, n, keep_checkpoints_without_metrics: true }
     }
 
-    /// The ones with the least metric instead.
+    /// Keeps the steps with the least metric instead.
     #[must_use]
     pub fn reverse(mut self, reverse: bool) -> Self {
         self.reverse = reverse;
         self
     }
 
-    /// Whether what has no metric, or none that is a number, is kept.
+    /// Sets whether steps without a metric, or with one that is not a number, are kept.
     #[must_use]
     pub fn keep_checkpoints_without_metrics(mut self, keep: bool) -> Self {
         self.keep_checkpoints_without_metrics = keep;
         self
     }
 
-    /// Those with a metric by their place in `checkpoints`, best first.
+    /// The indices in `checkpoints` of those with a metric, best first.
     pub(super) fn ranking(&self, checkpoints: &[CheckpointInfo]) -> Vec<usize> {
         let metric = |c: &CheckpointInfo| (self.get_metric)(c.metrics.as_ref()?).filter(|metric| !metric.is_nan());
         let mut ranked: Vec<(usize, f64)> =
@@ -188,7 +189,7 @@ impl std::fmt::Debug for BestN {
     }
 }
 
-/// What any of these keeps.
+/// Keeps the steps that any of these policies keeps.
 pub struct AnyPreservationPolicy(pub Vec<Box<dyn PreservationPolicy>>);
 
 impl PreservationPolicy for AnyPreservationPolicy {

@@ -13,9 +13,9 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum HandlerAwaitableSignal {
-    /// It is known where the step goes.
+    /// The directory of the step is known.
     StepDirectoryCreation,
-    /// It is known where the items go.
+    /// The directories of the items are known.
     ItemDirectoryCreation,
 }
 
@@ -28,11 +28,11 @@ impl fmt::Display for HandlerAwaitableSignal {
     }
 }
 
-/// One save, to whom signals belong.
+/// Identifies one save and its signals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OperationId(u64);
 
-/// The signals of all saves of a program. Clones are of the same.
+/// The signals of all saves of a program. Clones share the same signals.
 #[derive(Clone, Debug, Default)]
 pub struct Signals(Arc<Shared>);
 
@@ -51,48 +51,50 @@ struct Operation {
 }
 
 impl Signals {
-    /// None yet.
+    /// Creates an empty set of signals.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Begins a save, whose futures wait for the signals of `contract`: Orbax's `AWAITABLE_SIGNALS_CONTRACT`.
+    /// Starts an operation whose futures wait for the signals of `contract`: Orbax's
+    /// `AWAITABLE_SIGNALS_CONTRACT`.
     pub fn next_operation_id(&self, contract: &[HandlerAwaitableSignal]) -> OperationId {
         let id = OperationId(self.0.next.fetch_add(1, Ordering::Relaxed));
         lock(&self.0.operations).insert(id, Operation { contract: contract.into(), ..Operation::default() });
         id
     }
 
-    /// What the futures of a save wait for; nothing once it has ended.
+    /// The signals that the futures of a save wait for; empty once the save has been removed.
     pub fn contract(&self, id: OperationId) -> Vec<HandlerAwaitableSignal> {
         lock(&self.0.operations).get(&id).map(|operation| operation.contract.clone()).unwrap_or_default()
     }
 
-    /// Says that it has happened.
+    /// Sends `signal` to every waiter.
     pub fn send(&self, id: OperationId, signal: HandlerAwaitableSignal) {
         self.change(id, |operation| _ = operation.sent.insert(signal));
     }
 
-    /// Says that what has not happened in this save never will, and why: whoever waits gets the error at once.
+    /// Fails a save: waiters for signals that it has not sent get `why` at once.
     pub fn fail(&self, id: OperationId, why: &Error) {
         self.change(id, |operation| _ = operation.failed.get_or_insert_with(|| why.clone()));
     }
 
-    /// Forgets a save that has ended, with its contract.
+    /// Removes a save that has ended, with its contract.
     pub fn remove(&self, id: OperationId) {
         lock(&self.0.operations).remove(&id);
         self.0.changed.notify();
     }
 
-    /// Waits until it has happened.
+    /// Waits until `signal` is sent.
     ///
     /// # Errors
-    /// Why it never will; `NotFound` when the save has ended; `Deadline` after `timeout`; `Invalid` for a timeout of nothing.
+    /// The failure of the save; `NotFound` when the save has ended; `Deadline` after `timeout`; `Invalid` for
+    /// a zero timeout.
     pub fn wait(&self, id: OperationId, signal: HandlerAwaitableSignal, timeout: Duration) -> Result<()> {
         self.wait_or(id, signal, timeout, || false)
     }
 
-    /// [`Self::wait`], unless `stop` says so.
+    /// [`Self::wait`], but also ends when `stop` returns true.
     pub(super) fn wait_or(
         &self,
         id: OperationId,
@@ -120,7 +122,7 @@ impl Signals {
         self.0.changed.wait_until(deadline_after(timeout), look).unwrap_or_else(late)
     }
 
-    /// Wakes whoever waits, to look again.
+    /// Wakes every waiter to check again.
     pub(super) fn wake(&self) {
         self.0.changed.notify();
     }

@@ -1,4 +1,4 @@
-//! `CheckpointManager`: when to save, what to keep, and what there is.
+//! `CheckpointManager`: decides when to save and what to keep, and lists the steps.
 
 use super::args::CompositeArgs;
 use super::decision::DecisionContext;
@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Saves steps of a run by its policies, and knows which there are: Orbax's class of that name.
+/// Saves steps of a run by its policies, and lists the existing ones: Orbax's class of that name.
 ///
 /// ```
 /// use ashore::compat::orbax::{CheckpointManager, CheckpointManagerOptions, FixedIntervalPolicy, LatestN};
@@ -65,13 +65,14 @@ use std::time::{Duration, Instant, SystemTime};
 /// # Ok::<(), ashore::Error>(())
 /// ```
 ///
-/// Whether saves overlap, and what becomes of failures, is as the executor's settings say; an error that nobody saw comes out of
-/// the next `save`, `check_for_errors`, `wait_until_finished` or `close`. Dropping it waits for saves under
-/// way, for the executor's `shutdown_timeout` at most; errors are then only logged.
+/// The executor's settings decide whether saves overlap and how failures are reported. The next `save`,
+/// `check_for_errors`, `wait_until_finished` or `close` returns an error that no call has returned. Dropping
+/// the manager waits for saves under way, at most for the executor's `shutdown_timeout`; errors are then only
+/// logged.
 #[derive(Debug)]
 pub struct CheckpointManager {
     catalog: Catalog,
-    /// None: read only.
+    /// None: the manager is read-only.
     writer: Option<Writer>,
     options: CheckpointManagerOptions,
     shared: Arc<Shared>,
@@ -89,16 +90,16 @@ pub(super) struct Shared {
     pub progress: Mutex<Progress>,
     pub changed: Signal,
     preempted: AtomicBool,
-    /// The thread that follows saves has ended.
+    /// Set when the thread that follows saves has ended.
     ended: Completion<()>,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Progress {
-    /// Steps that are there, as far as this manager knows.
+    /// The existing steps, as far as this manager knows.
     pub steps: BTreeSet<u64>,
-    /// How many saves of each step are under way: one that overwrites may begin before the manager's thread
-    /// has seen the end of the one before.
+    /// The number of saves under way for each step: an overwriting save may begin before the manager's thread
+    /// has seen the end of the previous one.
     pub saving: BTreeMap<u64, usize>,
     last_save: Option<Instant>,
     pub errors: VecDeque<Error>,
@@ -112,19 +113,19 @@ impl Shared {
     }
 }
 
-/// What is known of a step without its tensors: Orbax's `StepMetadata`.
+/// The facts about a step that need no tensors: Orbax's `StepMetadata`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct StepMetadata {
-    /// When it was saved.
+    /// The time at which the step was saved.
     pub time: SystemTime,
-    /// The metrics that it was saved with.
+    /// The metrics that the step was saved with.
     pub metrics: Option<serde_json::Value>,
     checkpoint: Checkpoint,
 }
 
 impl StepMetadata {
-    /// The metadata `key` of the state that was saved: Orbax's `custom_metadata`.
+    /// The metadata `key` of the saved state: Orbax's `custom_metadata`.
     ///
     /// # Errors
     /// As [`Checkpoint::metadata`].
@@ -134,11 +135,11 @@ impl StepMetadata {
 }
 
 impl CheckpointManager {
-    /// Saves by `executor`, below its root.
+    /// Saves with `executor`, below its root.
     ///
     /// # Errors
     /// When the root cannot be read; `Invalid` for names under which steps are not found again; `Busy` when
-    /// there is no thread to be had.
+    /// no thread is available.
     pub fn new(executor: Arc<CheckpointExecutor>, options: CheckpointManagerOptions) -> Result<Self> {
         options.name_of(0)?;
         let catalog = executor.catalog().clone();
@@ -158,7 +159,7 @@ impl CheckpointManager {
         Ok(Self { catalog, writer, options, shared })
     }
 
-    /// Reads the steps below `root`, and writes nothing: `should_save` is false, `save` saves nothing.
+    /// Reads the steps below `root`, and writes nothing: `should_save` is false, and `save` saves nothing.
     ///
     /// # Errors
     /// `NotFound` when there is no such directory.
@@ -166,12 +167,13 @@ impl CheckpointManager {
         Ok(Self { catalog: Catalog::open(root)?, writer: None, options, shared: Shared::of(BTreeSet::new()) })
     }
 
-    /// Whether it only reads.
+    /// Whether the manager is read-only.
     pub fn is_read_only(&self) -> bool {
         self.writer.is_none()
     }
 
-    /// Whether `step` is to be saved: it is newer than every step that is there or being saved, and the policy wants it.
+    /// Whether `step` is to be saved: it is newer than every step that exists or is being saved, and the
+    /// policy selects it.
     pub fn should_save(&self, step: u64) -> bool {
         let context = {
             let progress = lock(&self.shared.progress);
@@ -187,10 +189,11 @@ impl CheckpointManager {
             && self.options.decision.should_save(step, &context)
     }
 
-    /// Saves `state` as `step`, if [`should_save`](Self::should_save) says so. Returns at once, and whether it is being saved.
+    /// Saves `state` as `step`, if [`should_save`](Self::should_save) is true. Returns at once whether it is
+    /// being saved.
     ///
     /// # Errors
-    /// The error of an earlier save that nobody has seen; as [`CheckpointExecutor::save`].
+    /// The error of an earlier save that no call has returned; as [`CheckpointExecutor::save`].
     pub fn save(&self, step: u64, state: StateDict<'static>) -> Result<bool> {
         self.save_with(step, state, None::<&()>, false)
     }
@@ -198,17 +201,18 @@ impl CheckpointManager {
     /// Saves items as one step: [`save`](Self::save) of a composite.
     ///
     /// # Errors
-    /// As there.
+    /// As [`save`](Self::save).
     pub fn save_items(&self, step: u64, items: CompositeArgs) -> Result<bool> {
         self.save(step, items.into_state())
     }
 
-    /// [`save`](Self::save), with metrics, which policies and [`best_step`](Self::best_step) look at. With `force` the policy is
-    /// not asked.
+    /// [`save`](Self::save) with metrics, for policies and [`best_step`](Self::best_step). With `force` the
+    /// policy is not asked.
     ///
     /// # Errors
-    /// As there; `Conflict` when the step is there, with `force`, too; `Invalid` for metrics that cannot be kept exactly, for a
-    /// state with metadata of that name, and for `force` when it only reads.
+    /// As [`save`](Self::save); `Conflict` when the step exists, even with `force`; `Invalid` for metrics
+    /// that cannot be kept exactly, for a state with metadata of that name, and for `force` on a read-only
+    /// manager.
     pub fn save_with(
         &self,
         step: u64,
@@ -219,10 +223,10 @@ impl CheckpointManager {
         self.save_as(step, state, metrics, force, SaveOptions::default())
     }
 
-    /// [`save_with`](Self::save_with), with the engine's options.
+    /// [`save_with`](Self::save_with) with the engine's options.
     ///
     /// # Errors
-    /// As there.
+    /// As [`save_with`](Self::save_with).
     pub fn save_as(
         &self,
         step: u64,
@@ -275,19 +279,19 @@ impl CheckpointManager {
         Ok(true)
     }
 
-    /// Says that the machine will be taken away, for policies that ask.
+    /// Reports that the machine will be preempted, for policies that ask.
     pub fn preempt(&self) {
         self.shared.preempted.store(true, Ordering::Release);
     }
 
-    /// Whether the machine will be taken away.
+    /// Whether the machine will be preempted.
     pub fn reached_preemption(&self) -> bool {
         self.shared.preempted.load(Ordering::Acquire)
     }
 
-    /// The steps that are there, oldest first: those that this manager knows; from the medium when it only
-    /// reads. In Orbax a step that is being saved is among them; here it is when it is durable, and
-    /// [`should_save`](Self::should_save) knows of it before.
+    /// The existing durable steps, oldest first. A read-only manager reads them from the medium; others
+    /// return the steps that they know. Orbax includes a step that is being saved; here only
+    /// [`should_save`](Self::should_save) counts it before it is durable.
     ///
     /// # Errors
     /// When the root cannot be read.
@@ -298,7 +302,7 @@ impl CheckpointManager {
         Ok(lock(&self.shared.progress).steps.iter().copied().collect())
     }
 
-    /// Looks at the medium again, where somebody else may have written.
+    /// Reads the steps from the medium again, for roots that other programs write to.
     ///
     /// # Errors
     /// When the root cannot be read.
@@ -308,7 +312,7 @@ impl CheckpointManager {
         Ok(())
     }
 
-    /// The newest step that is there, and durable: one that is being saved is not yet, other than in Orbax.
+    /// The newest durable step. Unlike Orbax, it ignores a step that is being saved.
     ///
     /// # Errors
     /// As [`all_steps`](Self::all_steps).
@@ -316,7 +320,8 @@ impl CheckpointManager {
         Ok(self.all_steps()?.last().copied())
     }
 
-    /// The step that is best, by what the options say; the newest when they say nothing, None when no step has a metric.
+    /// The best step by the option `best`; the newest step without that option, None when no step has a
+    /// metric.
     ///
     /// # Errors
     /// When the root cannot be read.
@@ -334,7 +339,7 @@ impl CheckpointManager {
         Ok(metrics(&self.catalog.checkpoint(step)?))
     }
 
-    /// What is known of a step without its tensors.
+    /// The facts about a step that need no tensors.
     ///
     /// # Errors
     /// As [`Catalog::checkpoint`].
@@ -343,8 +348,8 @@ impl CheckpointManager {
         Ok(StepMetadata { time: time(&checkpoint), metrics: metrics(&checkpoint), checkpoint })
     }
 
-    /// The tensors of a step, by name, with dtype and shape. Those of a composite begin with the name of
-    /// their item and a dot.
+    /// The tensors of a step, by name, with dtype and shape. Names of a composite begin with the name of the
+    /// item and a dot.
     ///
     /// # Errors
     /// As [`Catalog::checkpoint`].
@@ -353,7 +358,7 @@ impl CheckpointManager {
         Ok(checkpoint.tensors().map(|it| (it.name.to_owned(), Layout::new(it.dtype, it.shape))).collect())
     }
 
-    /// The checkpoint of `step`, or the newest for None.
+    /// The checkpoint of `step`; None means the newest.
     ///
     /// # Errors
     /// `NotFound` when there is none: never another step.
@@ -367,7 +372,8 @@ impl CheckpointManager {
     /// Deletes a step.
     ///
     /// # Errors
-    /// `Invalid` when it only reads, and for the newest durable step; `NotFound` when it is not there.
+    /// `Invalid` on a read-only manager, and for the newest durable step; `NotFound` when the step does not
+    /// exist.
     pub fn delete(&self, step: u64) -> Result<()> {
         if self.is_read_only() {
             return Err(Error::invalid("a manager that only reads cannot delete").with_step(step));
@@ -386,10 +392,10 @@ impl CheckpointManager {
         !lock(&self.shared.progress).saving.is_empty()
     }
 
-    /// Waits until no save is under way and what is not kept has gone.
+    /// Waits until no save is under way and unkept steps have been deleted.
     ///
     /// # Errors
-    /// The error of a save that nobody has seen; `Deadline` after `timeout`.
+    /// The error of a save that no call has returned; `Deadline` after `timeout`.
     pub fn wait_until_finished(&self, timeout: Duration) -> Result<()> {
         let look = || lock(&self.shared.progress).saving.is_empty().then_some(());
         if self.shared.changed.wait_until(deadline_after(timeout), look).is_none() {
@@ -398,18 +404,18 @@ impl CheckpointManager {
         self.check_for_errors()
     }
 
-    /// Returns the error of a save that nobody has seen, once.
+    /// Returns the error of a save that no call has returned, once.
     ///
     /// # Errors
-    /// That one.
+    /// That error.
     pub fn check_for_errors(&self) -> Result<()> {
         lock(&self.shared.progress).errors.pop_front().map_or(Ok(()), Err)
     }
 }
 
 impl CheckpointManager {
-    /// Waits for saves under way, their retries and what is to be deleted, and ends the manager. The executor
-    /// goes on, unless this manager was its last owner: it is shut down then, by the same deadline.
+    /// Waits for saves under way, their retries and pending deletions, and ends the manager. The executor
+    /// continues, unless this manager was its last owner: it is then shut down by the same deadline.
     ///
     /// # Errors
     /// The first error that no call has returned; others are logged. `Deadline` after `timeout`.
@@ -422,7 +428,7 @@ impl CheckpointManager {
     fn end(&mut self, timeout: Duration) -> Result<()> {
         let Some(Writer { saves, origin, executor }) = self.writer.take() else { return Ok(()) };
         if !origin.is_ours() {
-            // The thread behind the channel is the parent's.
+            // The thread behind the channel belongs to the parent.
             std::mem::forget(saves);
             return Ok(());
         }
@@ -430,7 +436,7 @@ impl CheckpointManager {
         let late = || Error::new(ErrorKind::Deadline, format!("saves have not ended waited={timeout:?}"));
         let deadline = deadline_after(timeout);
         let ended = self.shared.ended.wait(deadline).ok_or_else(late);
-        // Dropped here, it would wait anew.
+        // Shuts the executor down explicitly: dropping it would wait again, past the deadline.
         let shutdown =
             |executor: CheckpointExecutor| executor.shutdown(deadline.saturating_duration_since(Instant::now()));
         let shut = Arc::into_inner(executor).map_or(Ok(()), shutdown);
