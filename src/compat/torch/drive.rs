@@ -1,4 +1,4 @@
-//! The order of a save, over any number of ranks: an error of one is an error of all.
+//! Runs the phases of a save over any number of ranks: an error of one rank is an error of all.
 
 use super::group::ProcessGroup;
 use super::plan::{Metadata, SavePlan, WriteResult};
@@ -16,13 +16,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Who saves together.
+/// The ranks that save together.
 pub(super) enum Ranks {
-    /// This rank by itself.
+    /// Only this rank.
     Alone,
     /// The coordinator plans and commits for all.
     Gather(Arc<dyn ProcessGroup>),
-    /// Every rank plans and commits by itself; all end when the last has.
+    /// Every rank plans and commits on its own; all end when the last one has.
     PerRank(Arc<dyn ProcessGroup>),
 }
 
@@ -31,7 +31,7 @@ impl Ranks {
         !matches!(self, Self::Gather(group) if group.rank() != 0) || mutant::on(Mutant::Coordinator)
     }
 
-    /// Everybody's `part`, by rank; the first error of any rank, on all of them.
+    /// Gathers the `part` of every rank, by rank. Every rank returns the first error of any rank.
     fn gather<T: Serialize + DeserializeOwned>(&self, part: Result<T>, deadline: Instant) -> Result<Vec<T>> {
         match self {
             Self::Alone => Ok(vec![part?]),
@@ -57,7 +57,7 @@ fn all<T: Serialize + DeserializeOwned>(
     Ok(parts)
 }
 
-/// Plans a save: what this rank writes, and on the coordinator the metadata of all of it.
+/// Plans a save: returns what this rank writes and, on the coordinator, the metadata of the whole save.
 pub(super) fn plan(
     state: &StateDict<'static>,
     planner: &mut dyn SavePlanner,
@@ -114,7 +114,7 @@ pub(super) fn plan(
     Ok((finished, metadata))
 }
 
-/// What is written for `plan`.
+/// Returns the data that is written for `plan`.
 pub(super) fn resolve(
     planner: &mut dyn SavePlanner,
     plan: &SavePlan,
@@ -127,7 +127,7 @@ fn uneven(world: usize, plans: usize) -> Error {
     Error::invalid(format!("a global plan needs one plan for each rank world_size={world} plans={plans}"))
 }
 
-/// Writes and finishes, and returns when both are done on every rank.
+/// Writes and finishes; returns when every rank has done both.
 pub(super) fn write(
     state: Result<StateDict<'static>>,
     plan: &SavePlan,
@@ -161,7 +161,8 @@ pub(super) fn write(
     }
 }
 
-/// Every item that was planned, once: a writer whose threads died cannot pass for one that has written.
+/// Checks that every planned item was written once, so that a writer whose threads died cannot report
+/// success.
 fn checked(plan: &SavePlan, results: Vec<WriteResult>) -> Result<Vec<WriteResult>> {
     let mut planned: Vec<&str> = plan.items.iter().map(|item| item.fqn.as_str()).collect();
     let mut written: Vec<&str> = results.iter().map(|result| result.fqn.as_str()).collect();
@@ -174,7 +175,7 @@ fn checked(plan: &SavePlan, results: Vec<WriteResult>) -> Result<Vec<WriteResult
     Err(Error::internal(format!("a storage writer did not write what was planned planned={planned} written={written}")))
 }
 
-/// Drives a future on this thread, until it is ready or the deadline has passed.
+/// Polls a future on this thread until it is ready or the deadline has passed.
 pub(super) fn complete<T>(future: impl Future<Output = Result<T>>, deadline: Instant) -> Result<T> {
     let late = || Error::new(ErrorKind::Deadline, "staging or writing had not ended at the deadline of a save");
     block_on(future, deadline).ok_or_else(late)?

@@ -15,26 +15,26 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Writes and commits by a [`CheckpointExecutor`].
+/// Writes and commits with a [`CheckpointExecutor`].
 ///
-/// Its commit follows its last byte without coming back to the caller, so `write_data` resolves when the checkpoint is durable,
-/// and `finish` has only to say where.
+/// The engine commits after the last byte without returning to the caller. `write_data` therefore resolves
+/// when the checkpoint is durable, and `finish` only reports its directory.
 #[derive(Debug)]
 pub struct EngineWriter {
     executor: Arc<CheckpointExecutor>,
     options: SaveOptions,
     place: Option<(u64, StorageMeta)>,
-    /// What `write_data` has written.
+    /// The metadata of what `write_data` has written.
     written: BTreeMap<String, StorageMetadata>,
 }
 
 impl EngineWriter {
-    /// Writes below the root of `executor`, and replaces what is there as torch does.
+    /// Writes below the root of `executor`, and replaces existing checkpoints as torch does.
     pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
         Self { executor, options: SaveOptions::default().overwrite(), place: None, written: BTreeMap::new() }
     }
 
-    /// Whether a checkpoint that is there is replaced. With false it is a `Conflict`.
+    /// Sets whether an existing checkpoint is replaced. With false it is a `Conflict`.
     #[must_use]
     pub fn overwrite(mut self, overwrite: bool) -> Self {
         self.options.overwrite = overwrite;
@@ -48,26 +48,26 @@ impl EngineWriter {
         self
     }
 
-    /// When saves fail that have not ended; never later than the engine's settings say.
+    /// Sets after how long an unfinished save fails; the engine's settings are an upper limit.
     #[must_use]
     pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.timeout = timeout.into();
         self
     }
 
-    /// How often the engine tries a save again.
+    /// Sets how often the engine retries a save.
     pub(super) fn retry(mut self, times: u32) -> Self {
         self.options.retries = times;
         self
     }
 
-    /// Begins the save, of a state that fits the plan.
+    /// Begins a save of a state that fits the plan.
     pub(super) fn submit(&mut self, state: StateDict<'static>) -> Result<Save> {
         let (step, options) = self.options()?;
         self.executor.save_with(step, state, options)
     }
 
-    /// The same, for a save that was deferred.
+    /// Begins a deferred save of a state that fits the plan.
     pub(super) fn begin(&mut self, deferred: DeferredSave, state: StateDict<'static>) {
         match self.options() {
             Ok((_, options)) => deferred.begin(&self.executor, state, options),

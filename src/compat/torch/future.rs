@@ -13,10 +13,10 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-/// A future of the checkpoint's metadata; None when the overlap policy did not begin the save. For tasks of any runtime and for
-/// threads.
+/// A future of the checkpoint's metadata; None when the overlap policy did not begin the save. Tasks of any
+/// runtime and threads can wait for it.
 ///
-/// Dropping it detaches: the save goes on, and an error that nobody saw comes out of the next call.
+/// Dropping it detaches: the save continues, and the next call returns an error that no call has returned.
 #[must_use = "dropping the future detaches the save; keep it to learn when the checkpoint is durable"]
 pub struct CheckpointFuture {
     save: Save,
@@ -24,14 +24,14 @@ pub struct CheckpointFuture {
     handed: Option<Arc<HandedOver>>,
 }
 
-/// What the metadata will be made of: known before the save ends well.
+/// The source of the metadata, set before the save ends successfully.
 pub(super) type Told = Arc<OnceLock<Written>>;
 
 /// What is written, or was.
 pub(super) enum Written {
-    /// By the engine, as planned.
+    /// The engine writes it, as planned.
     Planned(SavePlan, Metadata),
-    /// By a writer of the user's, which has said so itself.
+    /// A storage writer of the program has written it, and returned this metadata.
     Users(Metadata),
 }
 
@@ -41,7 +41,7 @@ impl Written {
             Self::Users(metadata) => return metadata.clone(),
             Self::Planned(plan, metadata) => (plan, metadata),
         };
-        // What was written, whatever the planner said of it before its last word.
+        // Describes the final plan: `finish_plan` may change what the planner said before.
         let written = plan::metadata(std::slice::from_ref(plan));
         let state_dict_metadata = written.map(|written| written.state_dict_metadata).unwrap_or_default();
         let (checkpoint_id, save_id) = (committed.path.clone(), Some(committed.attempt.to_string()));
@@ -54,7 +54,7 @@ impl Written {
     }
 }
 
-/// What the engine has to say of the items that were committed.
+/// The write results of the committed items.
 pub(super) fn results(plan: &SavePlan, committed: &Committed) -> Vec<WriteResult> {
     let data = serde_json::json!({ "path": committed.path.to_string_lossy(), "attempt": committed.attempt });
     let result = |item: &WriteItem| WriteResult {
@@ -78,35 +78,37 @@ impl CheckpointFuture {
     /// Blocks the thread until the save has ended: torch's `result()`.
     ///
     /// # Errors
-    /// How the save failed; `Deadline` when it has not ended after `timeout`: it goes on then, and can be waited for again.
+    /// The failure of the save; `Deadline` when it has not ended after `timeout`: it continues, and can be
+    /// waited for again.
     pub fn result(&self, timeout: Duration) -> Result<Option<Metadata>> {
         self.metadata(self.save.wait(timeout))
     }
 
-    /// How the save ended, if it has: torch's `done()`, and the result with it.
+    /// The result of the save, if it has ended: torch's `done()` and `result()`.
     pub fn try_result(&self) -> Option<Result<Option<Metadata>>> {
         Some(self.metadata(self.save.try_get()?))
     }
 
-    /// A future of the moment when nothing more is read from the state: torch's `AsyncSaveResponse.staging_completion`. It fails
-    /// when staging fails.
+    /// A future that resolves when nothing more is read from the state: torch's
+    /// `AsyncSaveResponse.staging_completion`. It fails when staging fails.
     pub fn staging_completion(&self) -> impl Future<Output = Result<()>> + Send + 'static + use<> {
         staging(self.save.clone(), self.handed.clone())
     }
 
-    /// Cancels the save, which resolves to `Cancelled` at once. False when it is too late: it has ended or is being published.
+    /// Cancels the save, which then resolves to `Cancelled` at once. False when it has ended or is being
+    /// published.
     pub fn cancel(&self) -> bool {
         self.save.cancel()
     }
 }
 
-/// Staged, and handed over where there is a writer process.
+/// Resolves when the state is staged and, if there is a writer process, handed over to it.
 async fn staging(mut save: Save, handed: Option<Arc<HandedOver>>) -> Result<()> {
     save.staged().await?;
     let Some(handed) = handed else { return Ok(()) };
     let mut handed = Waiter::new(handed.cell(save.attempt()));
     std::future::poll_fn(|cx| match Pin::new(&mut handed).poll(cx) {
-        // It may have ended without: forgotten by now, or failed.
+        // The save may have ended without being handed over: it failed, or `forget` removed its entry.
         Poll::Pending => Pin::new(&mut save).poll(cx).map(|ended| ended.map(drop)),
         handed => handed,
     })

@@ -1,4 +1,4 @@
-//! Process groups: how the ranks of a save talk to each other.
+//! Process groups: the exchange of messages between the ranks of a save.
 
 use crate::completion::Signal;
 use crate::error::{Error, ErrorKind, Result};
@@ -6,18 +6,19 @@ use crate::sync::{Mutex, lock};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The ranks that save together. One collective is enough: everything else is made of it.
+/// The ranks that save together. One collective is enough: it implements all other exchanges.
 pub trait ProcessGroup: Send + Sync {
     /// This rank, below `world_size`.
     fn rank(&self) -> u32;
 
-    /// How many ranks there are.
+    /// The number of ranks.
     fn world_size(&self) -> u32;
 
-    /// Hands in `message`, and returns those of all ranks, by rank. Every rank calls it as often.
+    /// Sends `message` to all ranks, and returns the messages of all ranks, by rank. Every rank must call it
+    /// equally often.
     ///
     /// # Errors
-    /// `Deadline` when not every rank has called it by then.
+    /// `Deadline` when some rank has not called it by `deadline`.
     fn all_gather(&self, message: Vec<u8>, deadline: Instant) -> Result<Vec<Vec<u8>>>;
 }
 
@@ -35,7 +36,7 @@ struct Shared {
     signal: Signal,
 }
 
-/// The messages of the round under way, and of the one that was completed last.
+/// The messages of the current round, and those of the last complete one.
 #[derive(Debug, Default)]
 struct Rounds {
     coming: Vec<Option<Vec<u8>>>,
@@ -44,7 +45,7 @@ struct Rounds {
 }
 
 impl ThreadGroup {
-    /// A group of `world_size` ranks, by rank.
+    /// Creates a group of `world_size` ranks; returns its members by rank.
     pub fn new(world_size: u32) -> Vec<Arc<ThreadGroup>> {
         let world = world_size as usize;
         let rounds = Mutex::new(Rounds { coming: vec![None; world], ..Rounds::default() });
@@ -69,7 +70,7 @@ impl ProcessGroup for ThreadGroup {
             rounds.coming[self.rank as usize] = Some(message);
             let number = rounds.number;
             if rounds.coming.iter().all(Option::is_some) {
-                // Nobody waits for the round before any more: all of its ranks are in this one.
+                // No rank waits for the previous round any more: all of its ranks are in this one.
                 rounds.complete = rounds.coming.iter_mut().filter_map(Option::take).collect();
                 rounds.number += 1;
                 signal.notify();
@@ -85,7 +86,7 @@ impl ProcessGroup for ThreadGroup {
         }
         let mut rounds = lock(rounds);
         if rounds.number > number {
-            // Just now: the others go on with the message of this rank.
+            // The round was completed just now: the other ranks use the message of this rank.
             return Ok(rounds.complete.clone());
         }
         rounds.coming[self.rank as usize] = None;

@@ -1,4 +1,5 @@
-//! torch's distributed checkpointing: `_AsyncCheckpointExecutor.execute_save`, with its planners and storage writers.
+//! torch's distributed checkpointing: `_AsyncCheckpointExecutor.execute_save`, with its planners and storage
+//! writers.
 //!
 //! | in torch | here |
 //! |---|---|
@@ -11,16 +12,18 @@
 //! | `_ThreadBasedAsyncCheckpointExecutor` | [`ThreadExecutor`] |
 //! | `_ProcessBasedAsyncCheckpointExecutor` | [`ProcessExecutor`], and `ashore writer`, which [serves](serve) it |
 //!
-//! **The order of a save** is torch's: `reset`, `storage_meta`, `set_up_planner`, `set_up_storage_writer`, `create_local_plan`,
-//! `prepare_local_plan` on every rank; `create_global_plan`, `prepare_global_plan` on the coordinator; `finish_plan`,
-//! `write_data` on every rank; `finish` on the coordinator. **Failure.** Whatever fails, staging, planner, writer, any rank,
-//! fails the future of every rank. **Completion.** The future resolves when the checkpoint is durable. **Deadlines.** Every
-//! future ends by its deadline, that of the engine's settings unless another is given. **Overlap** is as the engine's settings
-//! say, and executors are used as often as one likes; a save that the policy did not begin resolves to None.
+//! **The order of a save** is torch's: `reset`, `storage_meta`, `set_up_planner`, `set_up_storage_writer`,
+//! `create_local_plan`, `prepare_local_plan` on every rank; `create_global_plan`, `prepare_global_plan` on
+//! the coordinator; `finish_plan`, `write_data` on every rank; `finish` on the coordinator. **Failure.** A
+//! failure in staging, in the planner, in the writer or on any rank fails the future of every rank.
+//! **Completion.** The future resolves when the checkpoint is durable. **Deadlines.** Every future ends by
+//! its deadline; the default is that of the engine's settings. **Overlap** follows the engine's settings. An
+//! executor can be used for any number of saves. A save that the policy did not begin resolves to None.
 //!
-//! **Several ranks.** The engine commits for one rank so far. A process group of one is the same as none. A larger one needs a
-//! [`StorageWriter`] of the user's own, which then writes and commits; planning, the exchange of plans, and the failure of all
-//! ranks when one fails work for any number. With the engine as the writer it is `Invalid`.
+//! **Several ranks.** The engine commits for one rank so far. A process group of one rank is the same as no
+//! group. A larger group needs a [`StorageWriter`] of the program, which then writes and commits; planning,
+//! the exchange of plans, and the failure of all ranks when one fails work for any number of ranks. A larger
+//! group with the engine as the writer is `Invalid`.
 
 mod drive;
 mod engine;
@@ -52,13 +55,14 @@ pub use writer::{StorageWriter, WriteFuture};
 
 use crate::error::Result;
 
-/// Takes staged states and saves them in the background: torch's `_AsyncCheckpointExecutor`.
+/// Saves staged states in the background: torch's `_AsyncCheckpointExecutor`.
 pub trait AsyncCheckpointExecutor: Send + Sync {
     /// Saves `state`; the future resolves when the checkpoint is durable.
     ///
     /// # Errors
-    /// `Invalid` for options that contradict each other, that the executor cannot carry out, or that name no place; whatever the
-    /// overlap policy says; and for tensors that the program may write, with retries or a storage writer of the user's own: those
-    /// are read after the call has returned, where no fence knows of it. Everything that happens later comes out of the future.
+    /// `Invalid` for options that contradict each other, that the executor cannot carry out, or that do not
+    /// say where the checkpoint goes. Errors of the overlap policy. `Invalid` for tensors that the program
+    /// may write, if the save has retries or a storage writer of the program: those are read after the call
+    /// has returned, and no fence covers them. The future returns all later errors.
     fn execute_save(&self, state: StagedState, options: ExecuteOptions) -> Result<CheckpointFuture>;
 }

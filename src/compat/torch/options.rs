@@ -1,4 +1,4 @@
-//! What one `execute_save` may ask for.
+//! The options of one `execute_save`.
 
 use super::drive::Ranks;
 use super::group::ProcessGroup;
@@ -26,20 +26,20 @@ pub struct ExecuteOptions {
 }
 
 impl ExecuteOptions {
-    /// Nothing asked for: as torch's defaults, every rank by itself.
+    /// torch's defaults: every rank saves alone.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Where the checkpoint goes: a directory in the executor's root, such as `root/step-100`, or its name
-    /// alone. One whose name says no step is a checkpoint beside the steps: it is opened by its path, and
+    /// Sets the directory of the checkpoint: one in the executor's root, such as `root/step-100`, or its name
+    /// alone. A name that is not a step's makes a checkpoint beside the steps: it is opened by its path, and
     /// neither listed nor deleted by retention.
     pub fn checkpoint_id(mut self, path: impl Into<PathBuf>) -> Self {
         self.checkpoint_id = Some(path.into());
         self
     }
 
-    /// Writes and commits with `writer` instead of the engine. It is called from a thread of the executor.
+    /// Writes and commits with `writer` instead of the engine. A thread of the executor calls it.
     pub fn storage_writer(mut self, writer: impl StorageWriter + 'static) -> Self {
         self.storage_writer = Some(Box::new(writer));
         self
@@ -51,33 +51,33 @@ impl ExecuteOptions {
         self
     }
 
-    /// The ranks that save together.
+    /// Sets the ranks that save together.
     pub fn process_group(mut self, group: Arc<dyn ProcessGroup>) -> Self {
         self.process_group = Some(group);
         self
     }
 
-    /// Says that this rank saves alone. Contradicts a process group, and `use_collectives(false)`.
+    /// Makes this rank save alone. Contradicts a process group, and `use_collectives(false)`.
     pub fn no_dist(mut self, no_dist: bool) -> Self {
         self.no_dist = no_dist;
         self
     }
 
-    /// With a process group: true, plans and results are gathered on the coordinator, which commits for all; false, every rank
-    /// plans and commits by itself, and they only wait for each other.
+    /// Sets how a process group saves. With true, the coordinator gathers plans and results and commits for
+    /// all. With false, every rank plans and commits on its own, and the ranks only wait for each other.
     pub fn use_collectives(mut self, use_collectives: bool) -> Self {
         self.use_collectives = Some(use_collectives);
         self
     }
 
-    /// Whether a checkpoint that is there is replaced, as torch does by default: the old one stays whole until the new one is
-    /// durable. With false it is a `Conflict`.
+    /// Sets whether an existing checkpoint is replaced, as torch does by default: the old one stays whole
+    /// until the new one is durable. With false it is a `Conflict`.
     pub fn overwrite(mut self, overwrite: bool) -> Self {
         self.keep_existing = !overwrite;
         self
     }
 
-    /// After how long the save fails, if it has not ended; never later than the engine's `save_timeout` says.
+    /// Sets after how long an unfinished save fails; the engine's `save_timeout` is an upper limit.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
@@ -89,10 +89,10 @@ impl ExecuteOptions {
         self
     }
 
-    /// Who saves together.
+    /// The ranks that save together.
     ///
     /// # Errors
-    /// `Invalid` for choices that contradict each other.
+    /// `Invalid` for options that contradict each other.
     pub(super) fn ranks(&self) -> Result<Ranks> {
         let refuse = |why: &str| Err(Error::invalid(format!("options of a save contradict each other: {why}")));
         match (&self.process_group, self.no_dist, self.use_collectives) {

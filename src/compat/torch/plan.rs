@@ -1,4 +1,4 @@
-//! What planners make and writers carry out, as data that can go to another rank.
+//! Plans, items and metadata, as data that can be sent to another rank.
 
 use crate::error::{Error, Result};
 use crate::state::{Dtype, Layout, StateDict};
@@ -10,11 +10,11 @@ use std::sync::Arc;
 /// What one rank writes: torch's `SavePlan`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavePlan {
-    /// The items; shared, so that a plan that is kept costs nothing to hand out.
+    /// The items; shared, so that copying a cached plan is cheap.
     pub items: Arc<Vec<WriteItem>>,
-    /// Whatever a planner wants to tell the metadata.
+    /// Data of the planner, for the metadata.
     pub planner_data: Option<serde_json::Value>,
-    /// Whatever a storage writer wants to find again in the plan that it is to carry out.
+    /// Data of the storage writer, for the plan that it carries out.
     pub storage_data: Option<serde_json::Value>,
 }
 
@@ -93,7 +93,7 @@ impl WriteItem {
         Self { fqn: fqn.into(), kind: WriteKind::Value }
     }
 
-    /// The bytes of the part; 0 for a value, whose length nobody knows before it is written.
+    /// The bytes of the part; 0 for a value, whose length is unknown before it is written.
     pub fn bytes(&self) -> u64 {
         match &self.kind {
             WriteKind::Tensor { dtype, chunk, .. } => Layout::new(*dtype, &chunk.sizes).bytes().unwrap_or(u64::MAX),
@@ -101,7 +101,7 @@ impl WriteItem {
         }
     }
 
-    /// What makes two items the same item on different ranks: torch's `MetadataIndex`.
+    /// The identity of an item across ranks: torch's `MetadataIndex`.
     pub(super) fn index(&self) -> (&str, Option<&[usize]>) {
         match &self.kind {
             WriteKind::Tensor { chunk, .. } => (&self.fqn, Some(&chunk.offsets)),
@@ -122,10 +122,10 @@ impl SavePlan {
         Self::new(tensors.chain(state.value_names().map(WriteItem::value)).collect())
     }
 
-    /// Makes sure that `state` is what this plans, all of it whole.
+    /// Checks that `state` has exactly the planned items, each whole.
     ///
     /// # Errors
-    /// `Invalid`, naming the first item that is not there, or is another there.
+    /// `Invalid`, naming the first item that is missing or differs.
     pub(super) fn fits(&self, state: &StateDict<'_>) -> Result<()> {
         for item in self.items.iter() {
             let fits = match &item.kind {
@@ -150,20 +150,20 @@ impl SavePlan {
     }
 }
 
-/// What `finish` makes of a checkpoint, and the future resolves to: torch's `Metadata`.
+/// The metadata that `finish` completes and the future resolves to: torch's `Metadata`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metadata {
     /// Every tensor and value that was saved.
     pub state_dict_metadata: BTreeMap<String, StorageMetadata>,
-    /// What the planner of the coordinator had to say.
+    /// Data of the coordinator's planner.
     pub planner_data: Option<serde_json::Value>,
-    /// What the writers of all ranks had to say.
+    /// The results of the writers of all ranks.
     pub storage_data: Vec<WriteResult>,
-    /// Where it is, and which attempt it was.
+    /// Where the checkpoint is, and which attempt was published.
     pub storage_meta: Option<StorageMeta>,
 }
 
-/// What a name stands for in a checkpoint.
+/// What a name refers to in a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StorageMetadata {
     /// A tensor.
@@ -188,25 +188,26 @@ pub struct TensorStorageMetadata {
 pub struct StorageMeta {
     /// The directory.
     pub checkpoint_id: PathBuf,
-    /// The attempt; None where a writer has no such thing, or not yet.
+    /// The attempt; None if the writer has no attempts, or none yet.
     pub save_id: Option<String>,
 }
 
-/// What a writer says of one item: torch's `WriteResult`.
+/// What a writer reports about one item: torch's `WriteResult`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WriteResult {
     /// The item.
     pub fqn: String,
-    /// How many bytes it has.
+    /// Its length in bytes.
     pub size_in_bytes: u64,
-    /// Whatever the writer needs to find it again.
+    /// Data that the writer needs to find the item again.
     pub storage_data: serde_json::Value,
 }
 
-/// The metadata of what these plans write together.
+/// The combined metadata of these plans.
 ///
 /// # Errors
-/// `Invalid`, naming the tensor: ranks that disagree on it, parts beyond its bounds, parts that overlap or leave a hole.
+/// `Invalid`, naming the tensor: ranks that disagree on it, parts beyond its bounds, parts that overlap or
+/// leave a hole.
 pub(super) fn metadata(plans: &[SavePlan]) -> Result<Metadata> {
     let mut found: BTreeMap<String, StorageMetadata> = BTreeMap::new();
     let refuse = |why: &str, fqn: &str| Err(Error::invalid(format!("a plan of a save is wrong: {why} tensor={fqn:?}")));

@@ -6,10 +6,10 @@ use crate::state::StateDict;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-/// Decides which rank writes what: torch's `SavePlanner`. The methods are called in this order, once per save; those that say so
-/// on the coordinator only.
+/// Decides which rank writes what: torch's `SavePlanner`. The methods are called in this order, once per
+/// save; some are called on the coordinator only, as their documentation says.
 pub trait SavePlanner: Send {
-    /// Looks at the state that this rank has.
+    /// Inspects the state of this rank.
     ///
     /// # Errors
     /// Any error fails the save on every rank.
@@ -20,27 +20,27 @@ pub trait SavePlanner: Send {
         is_coordinator: bool,
     ) -> Result<()>;
 
-    /// What this rank could write.
+    /// Returns what this rank could write.
     ///
     /// # Errors
     /// As [`set_up_planner`](Self::set_up_planner).
     fn create_local_plan(&mut self) -> Result<SavePlan>;
 
-    /// On the coordinator: what each rank is to write, by rank, and the metadata of all of it.
+    /// On the coordinator: returns what each rank is to write, by rank, and the metadata of the whole save.
     ///
     /// # Errors
     /// As [`set_up_planner`](Self::set_up_planner).
     fn create_global_plan(&mut self, plans: Vec<SavePlan>) -> Result<(Vec<SavePlan>, Metadata)>;
 
-    /// The last word of this rank on its plan. Items that are left out are not written.
+    /// Returns the final plan of this rank. Items that are left out are not written.
     ///
     /// # Errors
     /// As [`set_up_planner`](Self::set_up_planner).
     fn finish_plan(&mut self, plan: SavePlan) -> Result<SavePlan>;
 
-    /// What is written: the tensors and values that `plan` names, each as the plan says. A planner that
-    /// renames or converts makes them here, of what it was given in `state` or has itself; a plan that its
-    /// state does not fit is `Invalid`. torch's `resolve_data`, for all items at once.
+    /// Returns the data to write: the tensors and values that `plan` names, each as planned. A planner that
+    /// renames or converts makes them here, from `state` or from its own data. A plan that does not fit the
+    /// returned state is `Invalid`. This is torch's `resolve_data` for all items at once.
     ///
     /// # Errors
     /// As [`set_up_planner`](Self::set_up_planner).
@@ -53,10 +53,10 @@ pub trait SavePlanner: Send {
     }
 }
 
-/// Writes everything once: what several ranks have is written by the one with the fewest bytes so far.
+/// Writes every item once: of the ranks that have an item, the one with the fewest bytes so far writes it.
 ///
-/// State dicts are flat already. Plans are kept, by this planner and not by its class as in torch, as long as the structure of
-/// the state stays the same on every rank.
+/// State dicts are already flat. This planner, not its class as in torch, caches plans as long as the
+/// structure of the state stays the same on every rank.
 #[derive(Debug, Default)]
 pub struct DefaultSavePlanner {
     dedup_save_to_lowest_rank: bool,
@@ -73,12 +73,12 @@ struct Local {
 }
 
 impl DefaultSavePlanner {
-    /// The planner.
+    /// Creates the planner.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Has what several ranks have written by the lowest of them.
+    /// Makes the lowest rank that has an item write it.
     #[must_use]
     pub fn dedup_save_to_lowest_rank(mut self, lowest: bool) -> Self {
         self.dedup_save_to_lowest_rank = lowest;
@@ -86,7 +86,7 @@ impl DefaultSavePlanner {
         self
     }
 
-    /// How often the plans of the save before were used again.
+    /// How often the plans of the previous save were reused.
     pub fn reused(&self) -> u64 {
         self.reused
     }
@@ -132,8 +132,8 @@ impl SavePlanner for DefaultSavePlanner {
     }
 }
 
-/// Gives each item that several ranks have to one of them: to the lowest, or to the one with the fewest bytes, largest items
-/// first.
+/// Assigns each item that several ranks have to one of them: to the lowest, or, largest items first, to the
+/// one with the fewest bytes.
 fn dedup(plans: &[SavePlan], to_lowest: bool) -> Vec<SavePlan> {
     let mut ranks: HashMap<_, Vec<usize>> = HashMap::new();
     for (rank, item) in plans.iter().enumerate().flat_map(|(rank, plan)| plan.items.iter().map(move |i| (rank, i))) {

@@ -1,5 +1,5 @@
-//! One thread for saves that somebody has to wait for: a staging future, or a writer of the user's. In the order of calls; the engine
-//! has admitted them.
+//! One thread for saves that wait for a staging future or for a storage writer of the program. It runs them
+//! in the order of calls; the engine has admitted them before.
 
 use crate::compat::unseen::first;
 use crate::completion::deadline_after;
@@ -21,7 +21,7 @@ type Job = Box<dyn FnOnce(DeferredSave) + Send>;
 pub(super) struct Queue {
     jobs: Option<Sender<(DeferredSave, Job)>>,
     thread: Option<JoinHandle<()>>,
-    /// Those that may not have ended, or whose error no call has returned.
+    /// The saves that may not have ended, or whose error no call has returned.
     saves: Mutex<Vec<Save>>,
     origin: ForkGuard,
 }
@@ -32,7 +32,7 @@ impl Queue {
         let run = move || {
             for (deferred, job) in todo {
                 if deferred.claim() {
-                    // Dropped by the panic, which ends its save.
+                    // A panic drops `deferred`, which ends its save.
                     logged("a save panicked", || job(deferred));
                 }
             }
@@ -42,29 +42,29 @@ impl Queue {
         Ok(Self { jobs: Some(jobs), thread: Some(thread), saves, origin })
     }
 
-    /// Remembers a save, so that `close` waits for it and tells of its error.
+    /// Records a save, so that `close` waits for it and returns its error.
     pub fn remember(&self, save: &Save) {
         let mut saves = lock(&self.saves);
         saves.retain(|save| under_way(save) || save.is_unseen());
         saves.push(save.clone());
     }
 
-    /// Has a save carried out when its turn comes.
+    /// Queues a save for the thread.
     pub fn push(&self, deferred: DeferredSave, job: impl FnOnce(DeferredSave) + Send + 'static) {
         if let Some(jobs) = &self.jobs {
             let _ = jobs.send((deferred, Box::new(job))); // without the thread it is dropped, which ends the save
         }
     }
 
-    /// Waits for what is under way, then ends the thread.
+    /// Waits for the saves under way, then ends the thread.
     ///
     /// # Errors
-    /// The first error that no call has returned; others are logged. `Deadline` when saves were unfinished, which
-    /// have failed then; `Indeterminate` when one was being published, which may become durable.
+    /// The first error that no call has returned; others are logged. `Deadline` when saves were unfinished,
+    /// which then fail; `Indeterminate` when one was being published, which may still become durable.
     pub fn close(&mut self, timeout: Duration) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         if !self.origin.is_ours() {
-            // The saves, and the thread that carries them out, are the parent's.
+            // The saves and the thread belong to the parent.
             std::mem::forget(self.jobs.take());
             return Ok(());
         }

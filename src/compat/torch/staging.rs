@@ -1,4 +1,4 @@
-//! State on its way: what `execute_save` takes.
+//! States that are staged or still being staged, as `execute_save` takes them.
 
 use crate::error::{Error, Result};
 use crate::state::{Layout, Promise, Source, StateDict, promise};
@@ -10,9 +10,9 @@ use std::pin::Pin;
 /// torch's `staging_future_or_state_dict`.
 #[derive(Debug)]
 pub enum StagedState {
-    /// It is there. Tensors that are not copies are read until the next fence, as with any save.
+    /// The state is complete. Tensors that are not copies are read until the next fence, as in any save.
     Ready(StateDict<'static>),
-    /// It is coming.
+    /// The state is still being staged.
     Pending(Staging),
 }
 
@@ -34,15 +34,16 @@ pub(super) type Coming = Pin<Box<dyn Future<Output = Result<StateDict<'static>>>
 pub struct Staging(pub(super) Inner);
 
 pub(super) enum Inner {
-    /// Its structure is known, its tensors are promised.
+    /// Its structure is known; its tensors are promised.
     Stream(StateDict<'static>),
-    /// Nothing is known of it yet.
+    /// Nothing about it is known yet.
     Whole(Coming),
 }
 
 impl Staging {
-    /// A state whose structure is known: `state` holds what is there already, values above all, and `tensors` are yet to come,
-    /// in any order, through the [`Stage`]. Each is written as it comes, so that a state larger than the arena flows through.
+    /// Creates a state whose structure is known. `state` has the parts that exist already, mainly values;
+    /// `tensors` are delivered later through the [`Stage`], in any order. Each tensor is written as it is
+    /// delivered, so a state may be larger than the arena.
     ///
     /// # Errors
     /// `Invalid`, as [`StateDict::tensor`].
@@ -59,7 +60,8 @@ impl Staging {
         Ok((Stage(promises), Self(Inner::Stream(state))))
     }
 
-    /// A state that comes whole, as torch's staging future does. A thread of the executor waits for it.
+    /// Creates a state that arrives whole, as with torch's staging future. A thread of the executor waits for
+    /// it.
     pub fn future(state: impl Future<Output = Result<StateDict<'static>>> + Send + 'static) -> Self {
         Self(Inner::Whole(Box::pin(state)))
     }
@@ -74,17 +76,18 @@ impl fmt::Debug for Staging {
     }
 }
 
-/// The end of a [`Staging::channel`] where tensors are handed in. Dropping it before all are fails the save.
+/// The sending end of a [`Staging::channel`]. Dropping it before all tensors are delivered fails the save.
 #[derive(Debug)]
 #[must_use = "a stage that is dropped fails the save"]
 pub struct Stage(BTreeMap<String, Promise>);
 
 impl Stage {
-    /// Hands in a tensor.
+    /// Delivers a tensor.
     ///
     /// # Errors
-    /// `NotFound` for a tensor that was not promised, or that was handed in before; `Invalid`, and the save fails with it, for one
-    /// of another dtype or shape, or that can be written while it is held.
+    /// `NotFound` for a tensor that was not promised or was delivered before. `Invalid` for a tensor of
+    /// another dtype or shape, or one that can be written while the save keeps it; the save then fails with
+    /// that error.
     pub fn deliver(&mut self, name: &str, source: impl Source + 'static) -> Result<()> {
         let promise = self.0.remove(name).ok_or_else(|| {
             let what = format!("no such tensor is waited for tensor={name:?}");
@@ -93,12 +96,12 @@ impl Stage {
         promise.fulfil(source)
     }
 
-    /// The tensors that are yet to come, by name.
+    /// The names of the tensors that are not delivered yet.
     pub fn missing(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
     }
 
-    /// Says that staging failed: the save fails with `why`.
+    /// Reports that staging failed: the save fails with `why`.
     pub fn fail(self, why: Error) {
         for promise in self.0.into_values() {
             promise.fail(why.clone());

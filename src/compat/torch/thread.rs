@@ -1,4 +1,4 @@
-//! The executor of the same process: the engine's threads, and one for what has to be waited for.
+//! The executor of the same process: the engine's threads, and one thread for saves that must wait.
 
 use super::AsyncCheckpointExecutor;
 use super::drive::{self, Ranks, complete};
@@ -25,8 +25,8 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-/// Saves on the threads of a [`CheckpointExecutor`]: torch's `_ThreadBasedAsyncCheckpointExecutor`, for as many saves as one
-/// likes.
+/// Saves on the threads of a [`CheckpointExecutor`]: torch's `_ThreadBasedAsyncCheckpointExecutor`, for any
+/// number of saves.
 ///
 /// ```
 /// use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, ThreadExecutor};
@@ -48,7 +48,7 @@ use std::time::{Duration, Instant};
 pub struct ThreadExecutor {
     executor: Arc<CheckpointExecutor>,
     planner: Mutex<DefaultSavePlanner>,
-    /// That of the queue's thread, which may hold it for as long as a save takes.
+    /// The planner of the queue's thread, which may lock it for as long as a save takes.
     queued: Arc<Mutex<DefaultSavePlanner>>,
     queue: Queue,
     retries: u32,
@@ -56,10 +56,11 @@ pub struct ThreadExecutor {
 }
 
 impl ThreadExecutor {
-    /// Saves by `executor`, whose settings say how saves overlap, when they are overdue and what becomes of failures.
+    /// Saves with `executor`. Its settings decide how saves overlap, when they are overdue and how failures
+    /// are reported.
     ///
     /// # Errors
-    /// `Busy` when there are no threads to be had.
+    /// `Busy` when no thread is available.
     pub fn new(executor: Arc<CheckpointExecutor>) -> Result<Self> {
         Ok(Self {
             executor,
@@ -71,15 +72,15 @@ impl ThreadExecutor {
         })
     }
 
-    /// Has the engine try a save that failed for a reason that may pass up to `times` times more: see
-    /// [`SaveOptions::retries`](crate::SaveOptions::retries). A storage writer of the user's is called once.
+    /// Makes the engine retry a save up to `times` times after a failure that may be temporary: see
+    /// [`SaveOptions::retries`](crate::SaveOptions::retries). A storage writer of the program is called once.
     #[must_use]
     pub fn retry(mut self, times: u32) -> Self {
         self.retries = times;
         self
     }
 
-    /// A future's staging is complete when the state was handed over.
+    /// Makes the staging of a future complete only when the state was handed over.
     pub(super) fn handing_over(mut self, handed: Arc<HandedOver>) -> Self {
         self.handed = Some(handed);
         self
@@ -90,12 +91,11 @@ impl ThreadExecutor {
         &self.executor
     }
 
-    /// Waits for the saves under way; shuts the engine down, too, when nobody else has it.
+    /// Waits for the saves under way, and shuts the engine down if it has no other owner.
     ///
     /// # Errors
-    /// The first error that no call has returned; others are logged. `Deadline` when saves were
-    /// unfinished, which have failed then; `Indeterminate` when one was being published, which may become
-    /// durable.
+    /// The first error that no call has returned; others are logged. `Deadline` when saves were unfinished,
+    /// which then fail; `Indeterminate` when one was being published, which may still become durable.
     pub fn close(mut self, timeout: Duration) -> Result<()> {
         let until = deadline_after(timeout);
         let closed = self.queue.close(timeout);
@@ -111,7 +111,7 @@ impl ThreadExecutor {
         CheckpointFuture::new(save, told.clone(), self.handed.clone())
     }
 
-    /// Plans and submits at once, in the calling thread: nothing has to be waited for.
+    /// Plans and submits in the calling thread: such a save does not have to wait.
     fn submit(
         &self,
         state: StateDict<'static>,
@@ -130,7 +130,7 @@ impl ThreadExecutor {
         Ok(self.future(save, &told))
     }
 
-    /// The step that a save to `id` is about, as far as one can tell.
+    /// The step of a save to `id`, or 0 if it is unknown.
     fn step(&self, id: Option<&Path>) -> u64 {
         id.and_then(|id| place(&self.executor, id).ok()).map_or(0, |(step, _)| step)
     }
@@ -159,7 +159,7 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
             later => later,
         };
         if let Inner::Stream(state) = &state {
-            // Read after this call has returned, where no fence of the engine knows of it.
+            // The state is read after this call has returned, and no fence of the engine covers it.
             state.settled()?;
         }
         let step = self.step(options.checkpoint_id.as_deref());
@@ -200,7 +200,7 @@ enum Planner {
     Users(Box<dyn SavePlanner>),
 }
 
-/// A save that the queue's thread carries out.
+/// A save for the queue's thread.
 struct Job {
     state: Inner,
     planner: Planner,
@@ -247,7 +247,7 @@ impl Job {
     }
 }
 
-/// Plans a save by the engine, and returns the state that is saved.
+/// Plans a save by the engine, and returns the state to save.
 fn planned(
     state: StateDict<'static>,
     planner: &mut dyn SavePlanner,
@@ -255,7 +255,7 @@ fn planned(
     id: Option<&Path>,
     told: &Told,
 ) -> Result<StateDict<'static>> {
-    let never = Instant::now(); // alone, no rank is waited for
+    let never = Instant::now(); // a single rank waits for no other
     let (plan, metadata) = drive::plan(&state, planner, writer, id, &Ranks::Alone, never)?;
     let state = drive::resolve(planner, &plan, state)?;
     plan.fits(&state)?;
@@ -263,7 +263,7 @@ fn planned(
     Ok(state)
 }
 
-/// The staged state, when it comes; an error when the save ends before.
+/// Waits for the staged state; fails when the save ends first.
 fn wait_for(mut coming: Coming, deferred: &DeferredSave, deadline: Instant) -> Result<StateDict<'static>> {
     let mut save = deferred.save();
     let first = std::future::poll_fn(move |cx| {

@@ -10,12 +10,14 @@ use std::pin::Pin;
 /// A future of what was written.
 pub type WriteFuture = Pin<Box<dyn Future<Output = Result<Vec<WriteResult>>> + Send>>;
 
-/// Writes and commits: torch's `StorageWriter`. The engine is one, [`EngineWriter`](super::EngineWriter); one of your own replaces
-/// both of its parts. For a place where bytes are kept, below the engine's own commit, see [`Storage`](crate::storage::Storage).
+/// Writes and commits: torch's `StorageWriter`. The engine is one, [`EngineWriter`](super::EngineWriter); a
+/// writer of your own replaces both of its parts. To store bytes elsewhere below the engine's own commit, see
+/// [`Storage`](crate::storage::Storage).
 ///
-/// The methods are called in this order, once per save; those that say so on the coordinator only.
+/// The methods are called in this order, once per save; some are called on the coordinator only, as their
+/// documentation says.
 pub trait StorageWriter: Send {
-    /// A save to `checkpoint_id` begins; None: to wherever the writer writes.
+    /// Begins a save to `checkpoint_id`; None means wherever the writer writes.
     ///
     /// # Errors
     /// Any error fails the save on every rank.
@@ -32,31 +34,32 @@ pub trait StorageWriter: Send {
         None
     }
 
-    /// Gets ready.
+    /// Prepares the writer.
     ///
     /// # Errors
     /// As [`reset`](Self::reset).
     fn set_up_storage_writer(&mut self, is_coordinator: bool) -> Result<()>;
 
-    /// Looks at what this rank could write.
+    /// Receives the plan of what this rank could write; may change it.
     ///
     /// # Errors
     /// As [`reset`](Self::reset).
     fn prepare_local_plan(&mut self, plan: SavePlan) -> Result<SavePlan>;
 
-    /// On the coordinator: looks at what each rank is to write. As many plans come back.
+    /// On the coordinator: receives the plan of each rank; returns one plan for each.
     ///
     /// # Errors
     /// As [`reset`](Self::reset).
     fn prepare_global_plan(&mut self, plans: Vec<SavePlan>) -> Result<Vec<SavePlan>>;
 
-    /// Writes what `plan` says of `state`. One result for each item.
+    /// Writes what `plan` selects of `state`. Resolves to one result for each item.
     ///
     /// # Errors
-    /// As [`reset`](Self::reset); those of the future, too.
+    /// As [`reset`](Self::reset), also from the future.
     fn write_data(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<WriteFuture>;
 
-    /// On the coordinator, when every rank has written: makes it a checkpoint. Until it returns there is none.
+    /// On the coordinator, when every rank has written: publishes the checkpoint. Until it returns there is
+    /// none.
     ///
     /// # Errors
     /// As [`reset`](Self::reset).
