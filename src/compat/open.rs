@@ -35,7 +35,9 @@ impl<K: PartialEq> Open<K> {
             }
         };
         self.executors.insert(0, (key, executor));
-        self.last().map(|(_, executor)| executor).ok_or_else(|| Error::internal("an executor is gone"))
+        self.last()
+            .map(|(_, executor)| executor)
+            .ok_or_else(|| Error::internal("an open executor is missing from the cache"))
     }
 
     /// The most recently used executor.

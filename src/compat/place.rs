@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf, absolute};
 pub(crate) fn place(executor: &CheckpointExecutor, path: &Path) -> Result<(u64, PathBuf)> {
     let refuse = |why: &str| Error::invalid(why).with_path(path);
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
-        return Err(refuse("the path of a checkpoint ends in a name in UTF-8, such as step-100"));
+        return Err(refuse("the path of a checkpoint must end in a UTF-8 name, such as step-100"));
     };
     let number = || name.rsplit(|c: char| !c.is_ascii_digit()).next().and_then(|digits| digits.parse().ok());
     let step = parse_step_name(name).or_else(number).unwrap_or(0);
@@ -22,7 +22,7 @@ pub(crate) fn place(executor: &CheckpointExecutor, path: &Path) -> Result<(u64, 
     let canonical = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
     match (path.parent().filter(|parent| !parent.as_os_str().is_empty()), place.parent()) {
         (Some(parent), Some(root)) if !same(parent, root) && !canonical(parent, root) => {
-            Err(refuse(&format!("a checkpoint is a directory in the root of its executor root={root:?}")))
+            Err(refuse(&format!("a checkpoint must be in the root of its executor root={root:?}")))
         }
         _ => Ok((step, place)),
     }

@@ -315,7 +315,7 @@ impl Drop for OrbaxCheckpointHandler {
         if let Err(error) = inner.finish(self.shutdown_timeout) {
             tracing::error!(
                 error = format_args!("{error:#}"),
-                "a handler was dropped before its save had ended, or that failed"
+                "a handler was dropped before its save ended, or the save failed"
             );
         }
     }

@@ -40,7 +40,7 @@ impl IteratorCheckpoint {
         keep: impl Into<Option<usize>>,
     ) -> Result<Option<PathBuf>> {
         if interval == 0 {
-            return Err(Error::invalid("an interval is at least 1 interval=0"));
+            return Err(Error::invalid("an interval must be at least 1 interval=0"));
         }
         if !step.is_multiple_of(interval) {
             return Ok(None);

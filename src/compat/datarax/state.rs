@@ -204,8 +204,7 @@ impl State {
             if let (Some(saved), Some(current)) = (self.0.get(field), current.0.get(field))
                 && saved != current
             {
-                let what =
-                    "the checkpoint is of an iterator over something else; make the iterator as it was, or begin anew";
+                let what = "the checkpoint belongs to an iterator over other data; restore the iterator's settings, or start a new run";
                 return Err(Error::invalid(format!("{what} field={field} saved={saved:?} current={current:?}")));
             }
         }
@@ -221,7 +220,7 @@ impl State {
         let refuse = |why: &str, name: &str| Err(Error::invalid(format!("{why} name={name:?}")));
         for (name, leaf) in &self.0 {
             let same = match (leaf, current.0.get(name)) {
-                (_, None) => return refuse("the target has nothing for a part of the checkpoint", name),
+                (_, None) => return refuse("the target lacks a part of the checkpoint", name),
                 (Leaf::Array(saved), Some(Leaf::Array(there))) => {
                     (saved.dtype, &saved.shape) == (there.dtype, &there.shape)
                 }
@@ -232,11 +231,11 @@ impl State {
                 _ => false,
             };
             if !same {
-                return refuse("a part of the checkpoint is of another kind, dtype or shape than in the target", name);
+                return refuse("the kind, dtype or shape of a part differs between checkpoint and target", name);
             }
         }
         match current.0.keys().find(|name| !self.0.contains_key(*name)) {
-            Some(name) => refuse("the checkpoint has nothing for a part of the target", name),
+            Some(name) => refuse("the checkpoint lacks a part of the target", name),
             None => Ok(()),
         }
     }
@@ -274,7 +273,7 @@ impl State {
         if array.dtype != T::DTYPE {
             let (expected, found) = (T::DTYPE, array.dtype);
             return Err(Error::invalid(format!(
-                "elements of another type expected={expected} found={found} name={name:?}"
+                "the elements have another type expected={expected} found={found} name={name:?}"
             )));
         }
         Ok(bytemuck::pod_collect_to_vec(array.bytes()))
@@ -303,8 +302,7 @@ impl State {
     }
 
     fn leaf(&self, name: &str) -> Result<&Leaf> {
-        let missing =
-            || Error::new(ErrorKind::NotFound, format!("there is nothing of this name in the state name={name:?}"));
+        let missing = || Error::new(ErrorKind::NotFound, format!("the state has no entry of this name name={name:?}"));
         self.0.get(name).ok_or_else(missing)
     }
 
@@ -331,7 +329,8 @@ impl State {
         let mut tensors = Vec::new();
         for tensor in checkpoint.tensors() {
             let bytes = usize::try_from(tensor.bytes).ok().and_then(zeroed);
-            let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a tensor tensor={:?}", tensor.name));
+            let no_memory =
+                || Error::new(ErrorKind::Busy, format!("not enough memory to read a tensor tensor={:?}", tensor.name));
             tensors.push((tensor, bytes.ok_or_else(no_memory)?));
         }
         let targets = tensors.iter_mut().fold(Targets::new(), |all, (tensor, to)| all.bytes(tensor.name, to));
@@ -356,7 +355,7 @@ impl State {
 }
 
 fn wrong(name: &str, what: &str) -> Error {
-    Error::invalid(format!("what the state has under this name is not {what} name={name:?}"))
+    Error::invalid(format!("the state has something else than {what} under this name name={name:?}"))
 }
 
 fn zeroed(len: usize) -> Option<Vec<u8>> {

@@ -35,7 +35,7 @@ impl FromStr for Mode {
         match text {
             "overwrite" => Ok(Self::Overwrite),
             "append" => Ok(Self::Append),
-            _ => Err(Error::invalid(format!("a mode is overwrite or append mode={text:?}"))),
+            _ => Err(Error::invalid(format!("a mode must be overwrite or append mode={text:?}"))),
         }
     }
 }
@@ -126,23 +126,23 @@ impl Builder {
     pub fn build(mut self) -> Result<Checkpoint> {
         let refuse = |why: &str, setting: String| Err(Error::invalid(format!("{why} {setting}")));
         if self.flush_interval == Some(0) {
-            return refuse("an interval is at least 1", "flush_interval=0".into());
+            return refuse("an interval must be at least 1", "flush_interval=0".into());
         }
         if self.history_size == Some(0) {
-            return refuse("a history has at least 1 row", "history_size=0".into());
+            return refuse("a history must have at least 1 row", "history_size=0".into());
         }
         if self.level > 2 {
-            return refuse("a level is 0, 1 or 2", format!("level={}", self.level));
+            return refuse("a level must be 0, 1 or 2", format!("level={}", self.level));
         }
         let (rank, world_size) = match self.rank {
             Some(given) => given,
             None => launched(|name| std::env::var(name).ok())?,
         };
         if rank >= world_size {
-            return refuse("a rank is below the size of its world", format!("rank={rank} of={world_size}"));
+            return refuse("a rank must be below the number of ranks", format!("rank={rank} of={world_size}"));
         }
         if matches!(&*self.name, "" | "." | "..") || self.name.contains(['/', '\0']) {
-            return refuse("a catalog is named as a directory can be", format!("name={:?}", self.name));
+            return refuse("the name of a catalog must be valid for a directory", format!("name={:?}", self.name));
         }
         self.settings.keep_last = if self.mode == Mode::Overwrite { Some(1) } else { self.history_size };
         self.settings.keep_every = None;
@@ -175,7 +175,7 @@ fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<(u32, u32)> {
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ];
     let number = |name: &str| {
-        let wrong = |text: &str| Error::invalid(format!("a launcher's variable is no number {name}={text:?}"));
+        let wrong = |text: &str| Error::invalid(format!("a launcher's variable is not a number {name}={text:?}"));
         variable(name).map(|text| text.trim().parse::<u32>().map_err(|_| wrong(&text))).transpose()
     };
     for (rank, world_size) in launchers {
@@ -183,11 +183,11 @@ fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<(u32, u32)> {
             (Some(rank), Some(world_size)) => return Ok((rank, world_size)),
             // Ranks that each believe they are the only one would write to the same directory.
             (None, Some(2..)) => {
-                let what = "a launcher says that there are several ranks and not which this is: set `rank`";
+                let what = "the launcher sets the number of ranks but not this rank: set `rank`";
                 return Err(Error::invalid(format!("{what} {world_size} without={rank}")));
             }
             (Some(1..), None) => {
-                let what = "a launcher says that this is not the only rank and not how many there are: set `rank`";
+                let what = "the launcher sets this rank but not the number of ranks: set `rank`";
                 return Err(Error::invalid(format!("{what} {rank} without={world_size}")));
             }
             _ => {}
@@ -199,7 +199,7 @@ fn launched(variable: impl Fn(&str) -> Option<String>) -> Result<(u32, u32)> {
 fn cache() -> Result<PathBuf> {
     let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/earth2studio"));
     let found = std::env::var_os("EARTH2STUDIO_CACHE").map(PathBuf::from).or_else(home);
-    found.ok_or_else(|| Error::invalid("no place for a catalog: neither EARTH2STUDIO_CACHE nor HOME is set"))
+    found.ok_or_else(|| Error::invalid("a catalog needs a path: set `path`, EARTH2STUDIO_CACHE or HOME"))
 }
 
 /// The catalog of a named run; see the [module](super). Clones refer to the same catalog.
@@ -374,7 +374,7 @@ impl Shared {
             None => {
                 let (rows, problems) = executor.catalog().survey()?;
                 let steps = rows.iter().map(|row| row.step).chain(problems.iter().map(|problem| problem.step));
-                let full = || Error::invalid("there is no number for another row").with_path(self.rank_path());
+                let full = || Error::invalid("no step number is left for another row").with_path(self.rank_path());
                 steps.max().unwrap_or(0).checked_add(1).ok_or_else(full)?
             }
         };
@@ -411,7 +411,7 @@ impl Shared {
 pub(super) fn durable(outcome: Result<Outcome>) -> Result<()> {
     match outcome? {
         Outcome::Durable(_) => Ok(()),
-        other => Err(Error::new(ErrorKind::Busy, format!("the flush was not begun outcome={other:?}"))),
+        other => Err(Error::new(ErrorKind::Busy, format!("the overlap policy left no row outcome={other:?}"))),
     }
 }
 

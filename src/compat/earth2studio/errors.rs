@@ -39,7 +39,7 @@ impl fmt::Display for CheckpointStateCollision {
 impl fmt::Display for CheckpointStateSchemaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { state_id, saved, current } = self;
-        write!(f, "the fields are not those that were saved saved={saved:?} current={current:?} state={state_id}")
+        write!(f, "the fields differ from those that were saved saved={saved:?} current={current:?} state={state_id}")
     }
 }
 
@@ -64,5 +64,5 @@ macro_rules! sources {
 sources! {
     CheckpointStateCollision: "a state cannot be bound",
     CheckpointStateSchemaError: "a state cannot be restored",
-    CheckpointSerializationError: "something cannot be kept exactly"
+    CheckpointSerializationError: "a value cannot be kept exactly"
 }

@@ -161,7 +161,7 @@ impl Records for Runs {
 fn encoded(checkpoint: &Checkpoint, name: &str) -> Result<Value> {
     let value = checkpoint.manifest().values.get(name).cloned();
     value.ok_or_else(|| {
-        let foreign = Error::invalid(format!("a checkpoint of something else value={name:?}"));
+        let foreign = Error::invalid(format!("the checkpoint was not written by this store value={name:?}"));
         foreign.with_step(checkpoint.step()).with_path(checkpoint.path())
     })
 }

@@ -63,7 +63,8 @@ fn connect(path: &Path) -> Result<Connection> {
             transaction.pragma_update(None, "user_version", VERSION).map_err(opened)?;
         }
         (application, version) => {
-            let foreign = format!("a database of something else application={application} version={version}");
+            let foreign =
+                format!("not a database of this library; use another path application={application} version={version}");
             return Err(Error::invalid(foreign));
         }
     }

@@ -46,7 +46,7 @@ impl Worker {
             *lock(&put) = Some(guarded("a checkpointer panicked", || job(records)));
             complete.complete(());
         });
-        let gone = || Error::internal("the thread of a checkpointer is gone");
+        let gone = || Error::internal("the thread of a checkpointer has ended");
         self.jobs.as_ref().ok_or_else(gone)?.send(job).map_err(|_| gone())?;
         Waiter::new(done).await;
         let result = lock(&result).take();

@@ -37,7 +37,7 @@ impl CompositeArgs {
         let name = name.into();
         let refuse = |why: &str| Err(Error::invalid(format!("{why} item={name:?}")));
         if name.is_empty() || name.contains('.') || self.names.contains(&name) {
-            return refuse("the name of an item is empty, taken or has a dot in it");
+            return refuse("the name of an item must be new, not empty, and without a dot");
         }
         if state.is_empty() && state.value_names().len() == 0 {
             return refuse("an item has no tensors and no values");

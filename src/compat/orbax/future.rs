@@ -64,7 +64,7 @@ impl CommitFuture {
         begin: impl FnOnce() -> Result<Save> + Send + 'static,
     ) -> Result<Self> {
         if timeout.is_zero() {
-            return Err(Error::invalid(format!("a commit is waited for with a timeout timeout={timeout:?}")));
+            return Err(Error::invalid(format!("the timeout of a commit must not be zero timeout={timeout:?}")));
         }
         let origin = ForkGuard::new();
         let done: Cell<Outcome> = CellArc::new(Completion::new());
@@ -164,7 +164,7 @@ impl Waiting {
         }
         let outcome = save.wait(left());
         let published = || {
-            let what = "the commit was being published at its deadline: it may become durable";
+            let what = "the commit was being published at its deadline: it may still become durable";
             Err(Error::new(ErrorKind::Indeterminate, what))
         };
         match save.try_get() {

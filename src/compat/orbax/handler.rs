@@ -135,12 +135,12 @@ impl StandardCheckpointHandler {
         state.settled()?;
         args.snapshot = Snapshot::AtFence; // the program cannot write the state: nothing has to wait for copies
         let Some((signals, id)) = args.operation.clone() else {
-            return Err(Error::invalid("a deferred save needs an operation, whose signals say when the path is known"));
+            return Err(Error::invalid("a deferred save needs an operation: set `operation`"));
         };
         let waits = signals.contract(id);
         if !waits.contains(&HandlerAwaitableSignal::StepDirectoryCreation) {
             return Err(Error::invalid(format!(
-                "a deferred save waits for a signal that is not in its contract signal={}",
+                "the contract of a deferred save must contain this signal signal={}",
                 HandlerAwaitableSignal::StepDirectoryCreation
             )));
         }

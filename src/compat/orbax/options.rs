@@ -95,7 +95,7 @@ impl CheckpointManagerOptions {
             return Ok(name);
         }
         let known = "a number, alone or after step_, step-, checkpoint-, ckpt- or iter_";
-        Err(Error::invalid(format!("a step is not found again under this name: use {known} name={name:?}"))
+        Err(Error::invalid(format!("the step would not be found again under this name: use {known} name={name:?}"))
             .with_step(step))
     }
 }

@@ -42,7 +42,7 @@ impl Default for DeferredPath {
 
 impl Drop for DeferredPath {
     fn drop(&mut self) {
-        self.0.complete(Err(Error::new(ErrorKind::Cancelled, "a deferred path was given up before it was known")));
+        self.0.complete(Err(Error::new(ErrorKind::Cancelled, "a deferred path was dropped before it was set")));
     }
 }
 
@@ -61,7 +61,7 @@ impl PathAwaitingCreation {
     pub fn join(&self, name: impl AsRef<Path>) -> Result<Self> {
         let name = name.as_ref();
         if !name.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir)) {
-            return Err(Error::invalid("a deferred path is joined with names below it").with_path(name));
+            return Err(Error::invalid("a deferred path can only be joined with names below it").with_path(name));
         }
         Ok(Self { root: self.root.clone(), below: self.below.join(name) })
     }

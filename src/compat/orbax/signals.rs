@@ -103,7 +103,9 @@ impl Signals {
         stop: impl Fn() -> bool,
     ) -> Result<()> {
         if timeout.is_zero() {
-            return Err(Error::invalid(format!("a signal is waited for with a timeout timeout={timeout:?}")));
+            return Err(Error::invalid(format!(
+                "the timeout of a wait for a signal must not be zero timeout={timeout:?}"
+            )));
         }
         let look = || {
             if stop() {

@@ -251,7 +251,7 @@ impl CheckpointManager {
             progress.steps.contains(&step) || progress.saving.contains_key(&step)
         };
         if there && !options.overwrite {
-            return Err(Error::new(ErrorKind::Conflict, "the step is there already").with_step(step));
+            return Err(Error::new(ErrorKind::Conflict, "the step exists already").with_step(step));
         }
         if let Some(metrics) = metrics {
             state.metadata(METRICS, metrics)?;

@@ -172,7 +172,9 @@ fn checked(plan: &SavePlan, results: Vec<WriteResult>) -> Result<Vec<WriteResult
         return Ok(results);
     }
     let (planned, written) = (planned.len(), written.len());
-    Err(Error::internal(format!("a storage writer did not write what was planned planned={planned} written={written}")))
+    Err(Error::internal(format!(
+        "a storage writer did not write every planned item once planned={planned} written={written}"
+    )))
 }
 
 /// Polls a future on this thread until it is ready or the deadline has passed.

@@ -87,7 +87,7 @@ impl EngineWriter {
 impl StorageWriter for EngineWriter {
     fn reset(&mut self, checkpoint_id: Option<&Path>) -> Result<()> {
         let id = checkpoint_id.ok_or_else(|| {
-            Error::invalid("neither a checkpoint_id nor a storage_writer of its own says where a save goes")
+            Error::invalid("nothing says where the checkpoint goes: set a checkpoint_id or a storage_writer")
         })?;
         let (step, place) = place(&self.executor, id)?;
         self.place = Some((step, StorageMeta { checkpoint_id: place, save_id: None }));
@@ -129,7 +129,7 @@ impl StorageWriter for EngineWriter {
             match save.await? {
                 Outcome::Durable(committed) => Ok(results(&plan, &committed)),
                 Outcome::Skipped { by } | Outcome::Superseded { by } => {
-                    let what = format!("the overlap policy left the save out for another by={by}");
+                    let what = format!("the overlap policy skipped or superseded the save by={by}");
                     Err(Error::new(ErrorKind::Cancelled, what))
                 }
             }

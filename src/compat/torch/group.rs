@@ -90,6 +90,7 @@ impl ProcessGroup for ThreadGroup {
             return Ok(rounds.complete.clone());
         }
         rounds.coming[self.rank as usize] = None;
-        Err(Error::new(ErrorKind::Deadline, "not every rank took part in a save in time").with_rank(self.rank))
+        Err(Error::new(ErrorKind::Deadline, "some rank did not take part in a save before its deadline")
+            .with_rank(self.rank))
     }
 }

@@ -98,7 +98,7 @@ impl ExecuteOptions {
         match (&self.process_group, self.no_dist, self.use_collectives) {
             (Some(_), true, _) => refuse("no_dist saves alone, and a process group is given"),
             (None, _, Some(false)) => {
-                refuse("use_collectives=false is about the ranks of a process group; none is given")
+                refuse("use_collectives=false needs the ranks of a process group, and none is given")
             }
             (None, ..) => Ok(Ranks::Alone),
             (Some(group), ..) if group.rank() >= group.world_size() => {

@@ -136,7 +136,7 @@ impl SavePlan {
                 }),
             };
             if !fits {
-                let what = "a plan says something else than the state: `resolve_data` has to make what is planned";
+                let what = "the plan does not fit the state: `resolve_data` must return what is planned";
                 return Err(Error::invalid(format!("{what} item={:?} planned={:?}", item.fqn, item.kind)));
             }
         }
@@ -145,7 +145,7 @@ impl SavePlan {
             return Ok(());
         }
         Err(Error::invalid(format!(
-            "a plan names an item twice, or not all of the state items={planned} state={found}"
+            "the plan names an item twice, or does not name all of the state items={planned} state={found}"
         )))
     }
 }
@@ -219,7 +219,7 @@ pub(super) fn metadata(plans: &[SavePlan]) -> Result<Metadata> {
             }
         };
         if !chunk.inside(size) {
-            return refuse("a part is out of the bounds", &item.fqn);
+            return refuse("a part is out of bounds", &item.fqn);
         }
         let new = || TensorStorageMetadata { dtype: *dtype, size: size.clone(), chunks: Vec::new() };
         match found.entry(item.fqn.clone()).or_insert_with(|| StorageMetadata::Tensor(new())) {

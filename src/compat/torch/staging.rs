@@ -90,7 +90,7 @@ impl Stage {
     /// that error.
     pub fn deliver(&mut self, name: &str, source: impl Source + 'static) -> Result<()> {
         let promise = self.0.remove(name).ok_or_else(|| {
-            let what = format!("no such tensor is waited for tensor={name:?}");
+            let what = format!("no such tensor is expected tensor={name:?}");
             Error::new(crate::error::ErrorKind::NotFound, what)
         })?;
         promise.fulfil(source)

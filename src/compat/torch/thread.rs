@@ -142,7 +142,7 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
         let writer = match options.storage_writer.take() {
             Some(writer) => Writer::Users(writer, ranks),
             None if !matches!(ranks, Ranks::Alone) => {
-                let what = "the engine commits for one rank so far: several need a storage_writer of their own";
+                let what = "the engine commits for one rank so far: set a storage_writer for several";
                 return Err(Error::invalid(what));
             }
             None => {
