@@ -1,9 +1,9 @@
-//! What `save` itself takes from writable host memory: small tensors that may change before the fence, and digests by
-//! which a forgotten fence is found out.
+//! What `save` itself reads from writable host memory: small tensors, which may then change before the fence,
+//! and digests of the others, to detect a forgotten fence.
 //!
 //! # Safety argument
-//! Bytes are read inside [`Source::read`](crate::state::Source::read), in the thread that calls `save`; the promise of a
-//! source is that nothing writes them then.
+//! The thread that calls `save` reads bytes inside [`Source::read`](crate::state::Source::read); a source
+//! promises that nothing writes them then.
 #![expect(unsafe_code, reason = "reads from raw sources; argument above")]
 
 use crate::digest::Digest;
@@ -14,11 +14,11 @@ use std::ops::Range;
 /// Tensors of at most this many bytes are captured at `save`.
 const SMALL: u64 = 4 << 10;
 
-/// What was taken at `save`.
+/// The tensors captured and the digests computed at `save`.
 #[derive(Default)]
 pub(crate) struct Captured {
     bytes: Vec<u8>,
-    /// By tensor, ascending.
+    /// Ranges of `bytes` by tensor, ascending.
     tensors: Vec<(usize, Range<usize>)>,
     /// Digests at `save` of tensors that are left to the fence.
     pub expected: Vec<(usize, Digest)>,
@@ -29,13 +29,13 @@ pub(crate) struct Captured {
 }
 
 impl Captured {
-    /// Takes what is to be taken of `state`, at most `budget` bytes; with `detect`, digests the rest of what is writable.
+    /// Captures at most `budget` bytes of `state`; with `detect`, digests the other writable tensors.
     ///
     /// # Errors
-    /// `Invalid`, naming the tensor, when a capture that was asked for is not possible.
+    /// `Invalid`, naming the tensor, when a requested capture is not possible.
     pub fn take(state: &StateDict<'_>, budget: u64, detect: bool) -> Result<Self> {
         let mut captured = Self::default();
-        // What was asked for comes first: defaults must not use up its budget.
+        // Requested captures come first: defaults must not use up their budget.
         let asked = |index: &&usize| state.tensors[**index].capture == Some(Capture::AtSave);
         let (asked, usual): (Vec<_>, Vec<_>) = state.writable.iter().partition(asked);
         for index in asked.into_iter().chain(usual).copied() {

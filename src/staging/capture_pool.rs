@@ -1,7 +1,8 @@
-//! Memory of a device for captured tensors, in allocations of saves.
+//! The capture pool: device memory for captured tensors, of which each save has one allocation.
 //!
-//! An allocation is kept by its save until no copy from it is queued, no kernel of a fence will read it and what is to be written there
-//! has been; allocations that are kept do not overlap, and the program knows no address in the pool.
+//! A save keeps its allocation until no copy from it is queued, no kernel of a fence will read it, and all
+//! queued writes to it are done. Kept allocations do not overlap, and the program knows no address in the
+//! pool.
 
 use crate::device::Queued;
 use crate::mutant::{self, Mutant};
@@ -19,9 +20,9 @@ pub(crate) struct CapturePool {
 struct Taken {
     begin: u64,
     end: u64,
-    /// Nobody will read it any more.
+    /// No copy or kernel will read it any more.
     over: bool,
-    /// What writes it.
+    /// Queued work that writes it.
     writing: Vec<Arc<dyn Queued>>,
 }
 
@@ -36,8 +37,8 @@ impl CapturePool {
         Arc::new(Self { start: memory.start, len: memory.end - memory.start, allocations: Mutex::default() })
     }
 
-    /// The longest part that is free: its begin and length. The whole pool when no save needs any: the same addresses again and
-    /// again keep the lists of the device the same.
+    /// The longest free part: its begin and length. It is the whole pool when no save has an allocation, so
+    /// that saves get the same addresses again and the device's lists stay the same.
     pub(super) fn span(&self) -> (u64, u64) {
         let mut allocations = lock(&self.allocations);
         allocations.retain_mut(|taken| !taken.free());
@@ -50,28 +51,29 @@ impl CapturePool {
 }
 
 impl Taken {
-    /// Nobody reads it, and what was to be written there is: a save may fail before its tensors are captured.
+    /// Whether nothing reads it and all queued writes are done: a save may fail before its tensors are
+    /// captured.
     fn free(&mut self) -> bool {
         self.writing.retain(|queued| !queued.over());
         self.over && self.writing.is_empty()
     }
 }
 
-/// Part of the pool, until it is dropped.
+/// The part of the pool that one save has; dropping this frees it.
 pub(crate) struct Allocation {
     pool: Arc<CapturePool>,
     begin: u64,
 }
 
 impl Allocation {
-    /// From the begin of a part that is free up to `end`. Allocations are taken by one save at a time.
+    /// Allocates from the begin of a free part up to `end`. One save at a time allocates.
     pub(super) fn take(pool: &Arc<CapturePool>, begin: u64, end: u64) -> Self {
         let over = mutant::on(Mutant::RoomEarly);
         lock(&pool.allocations).push(Taken { begin, end, over, writing: Vec::new() });
         Self { pool: pool.clone(), begin }
     }
 
-    /// Stays until this has run.
+    /// Keeps the allocation until this has run.
     pub(super) fn wait_for(&self, queued: Arc<dyn Queued>) {
         self.change(|taken| taken.writing.push(queued));
     }

@@ -1,4 +1,5 @@
-//! What is kept of a save that has ended, or will not be staged, while a device may still use it.
+//! Deferred releases: what is kept of a save that has ended, or will not be staged, while a device may still
+//! use it.
 
 use super::capture_pool::Allocation;
 use super::enqueue::InFlightChunk;
@@ -12,22 +13,24 @@ use std::collections::VecDeque;
 use std::mem::forget;
 use std::sync::Arc;
 
-/// A save whose release waits, and for what.
+/// A release that waits, and what it waits for.
 pub(super) enum DeferredRelease {
-    /// Kernels in streams of the program, which may read the sources: the save is released behind them. Its copies have ended.
+    /// Waits for kernels in streams of the program, which may read the sources; then the save is released.
+    /// Its copies have ended.
     BehindKernels { kept: Kept, ticket: Arc<Ticket> },
-    /// Copies that a device does not end in time, from the sources and into slabs. The save was released without waiting for them.
+    /// Waits for copies, from the sources into slabs, that a device did not end in time. The save is released
+    /// already.
     BehindCopies { kept: Kept, chunks: VecDeque<InFlightChunk> },
 }
 
-/// What a device may still use.
+/// Sources, memory and queued work that a device may still use.
 pub(super) struct Kept {
     pub state: StateDict<'static>,
-    /// What was captured on the device.
+    /// Device memory of the captured tensors.
     pub allocation: Option<Allocation>,
-    /// What may still read sources in streams of the program.
+    /// Work in streams of the program that may still read sources.
     pub queued: Vec<Arc<dyn Queued>>,
-    /// Kernels of its fence may be to come.
+    /// Set while kernels of its fence may still run.
     pub late_copy: Option<Arc<LateCopy>>,
 }
 
@@ -38,12 +41,13 @@ impl Kept {
         !self.queued.is_empty() || self.late_copy.as_ref().is_some_and(|late_copy| late_copy.pending())
     }
 
-    /// Whether nothing was queued for it that would have to be asked, or all of that is over; its fence is not asked.
+    /// Whether it can be released now: it has no late copy, and all queued work is over. It does not ask the
+    /// fence.
     pub fn is_free(&self) -> bool {
         self.late_copy.is_none() && self.queued.iter().all(is_over)
     }
 
-    /// Drops what users made, whose panics end no thread.
+    /// Drops objects of the program; their panics end no thread.
     pub fn release(self) {
         let Self { state, allocation, .. } = self;
         dropped((state, allocation));
@@ -61,7 +65,7 @@ impl DeferredRelease {
         }
     }
 
-    /// Nothing uses it any more.
+    /// Releases what is kept: nothing uses it any more.
     pub fn release(self, saves: &InFlightSaves) {
         match self {
             Self::BehindKernels { kept, ticket } => {
@@ -75,7 +79,7 @@ impl DeferredRelease {
         }
     }
 
-    /// Something may use it for ever: it is never freed.
+    /// Leaks what is kept, which a device may use for ever, and releases a save that is not released yet.
     pub fn leak(self, saves: &InFlightSaves) {
         if let Self::BehindKernels { ticket, .. } = &self {
             saves.release(ticket);
@@ -84,7 +88,7 @@ impl DeferredRelease {
     }
 }
 
-/// Whether a device does nothing any more that it queued at a `save`; a panic is no yes.
+/// Whether work that a device queued at a `save` is over; false if the device panics.
 fn is_over(queued: &Arc<dyn Queued>) -> bool {
     guarded("a device panicked", || Ok(queued.over())).unwrap_or(false)
 }

@@ -1,4 +1,4 @@
-//! The stager's end of a device: its queue of copies, and the releases that wait for what the device still does.
+//! The stager's state of a device: its copy queue, and the deferred releases.
 
 use super::deferred::DeferredRelease;
 use super::in_flight::InFlightSaves;
@@ -12,7 +12,7 @@ use std::time::Instant;
 pub(super) struct DeviceState {
     pub queue: Option<Box<dyn CopyQueue>>,
     pub deferred: Vec<DeferredRelease>,
-    /// The queue panicked while nothing but [`DeviceState::recover`] used it: it tells nothing any more.
+    /// The queue panicked inside [`DeviceState::recover`], and is not asked any more.
     pub broken: bool,
 }
 
@@ -32,13 +32,13 @@ impl DeviceState {
         }
     }
 
-    /// Leaks what is deferred, of this kind, and may still be in use.
+    /// Releases what is no longer in use, and leaks the other releases that `which` selects.
     pub fn give_up(&mut self, saves: &InFlightSaves, which: impl Fn(&DeferredRelease) -> bool) {
         self.recover(saves);
         self.leak(saves, which);
     }
 
-    /// Gives up the queue, and what only it could have told of; the next save gets another.
+    /// Drops the queue, and leaks the releases that wait for its copies; the next save gets another queue.
     pub fn lose(&mut self, saves: &InFlightSaves) {
         self.give_up(saves, DeferredRelease::waits_for_copies);
         dropped(self.queue.take());

@@ -1,14 +1,18 @@
-//! The queueing of one chunk: its header, what was captured of it, and copies of the rest.
+//! The queueing of one chunk: its header, its captured bytes, and copies of the rest.
 //!
 //! # Safety argument
-//! A copy is queued inside [`Source::read`](crate::state::Source::read), or held back there and queued with the rest of its chunk, under
-//! the lock of its gate either way, from bytes that the source keeps allocated until it is dropped, to a slab whose lease sits among
-//! the chunks in flight. Both stay until the mark behind the copy is reached, or the copy that is held back is dropped (`quiesce`): a
-//! chunk is in flight before the first copy of it is queued, chunks leave by marks only, and the state dict is dropped when none is in
-//! flight or the device says that no copy is running (`quiesce`); so is the allocation in which the device has captured tensors.
-//! Borrowed sources may be dropped earlier, when a scope asks for it: nothing is queued from them any more, and what writes or frees
-//! their memory comes after what is (see `executor/scope.rs`). Where the device does not say so in time, the release of both is deferred
-//! until it does, or they are forgotten with the queue; borrowed sources are waited for.
+//! The stager queues a copy inside [`Source::read`](crate::state::Source::read), or holds it back there and
+//! queues it with the rest of its chunk; either way it has locked the source gate for reading. The copy reads
+//! bytes that the source keeps allocated until it is dropped, and writes a slab whose lease is among the
+//! chunks in flight. Both stay until the completion event behind the copy is reached, or until `quiesce`
+//! drops a copy that is held back. A chunk is in flight before its first copy is queued, and leaves by its
+//! completion event only. The state dict is dropped when no chunk is in flight, or when the device says that
+//! no copy runs (`quiesce`); so is the allocation of the tensors that the device captured.
+//!
+//! A scope may drop borrowed sources earlier: nothing is queued from them any more, and whatever writes or
+//! frees their memory comes after the queued copies (see `executor/scope.rs`). If the device does not end its
+//! copies in time, the release of sources and slabs is deferred until it does, or they are forgotten with the
+//! queue. For borrowed sources the stager waits instead.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
 use super::late_copy::LateCopy;
@@ -25,7 +29,7 @@ use std::ops::Range;
 /// A chunk whose copies may not have ended.
 pub(super) struct InFlightChunk {
     pub chunk: Chunk,
-    /// Behind the last copy; beyond all marks while copies are being queued.
+    /// The completion event behind the last copy; `u64::MAX` while copies are being queued.
     pub mark: u64,
     /// Copied from live memory, not from its late copy.
     pub live: bool,
@@ -33,7 +37,7 @@ pub(super) struct InFlightChunk {
     pub latched: Option<usize>,
 }
 
-/// Queues the copies of one chunk, and the mark behind them.
+/// Queues the copies of one chunk, and the completion event behind them.
 pub(super) fn enqueue(
     job: &Job,
     stamp: &Stamp,
@@ -58,7 +62,8 @@ pub(super) fn enqueue(
         let captured = |tensor| job.captured.get(tensor).and_then(|b| b.get(begin..begin + length));
         let digest = match segment.from {
             From::Header => {
-                // SAFETY: inside the leased slab, initialised when the arena was made, and no queued copy writes this part.
+                // SAFETY: inside the leased slab, initialised when the arena was made, and no queued copy
+                // writes this part.
                 let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
                 if !job.plan.shards[chunk.shard].header.copy(stamp, begin, place) {
                     return Err(Error::internal("a header is shorter than planned"));
@@ -92,10 +97,11 @@ pub(super) fn enqueue(
         fetch(queue, ordinal, address, &run, base)?;
     }
     let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
-    // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes beyond `at`.
+    // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes
+    // beyond `at`.
     unsafe { std::ptr::write_bytes(base.wrapping_add(at), 0, tail) };
     if !mutant::on(Mutant::BatchLate) {
-        // Before the watermark, which is to say that they have been made.
+        // Flush before the watermark is published, which says that these copies have been made.
         flush(job, queue)?;
     }
     if let Some(late_copy) = job.late_copy.as_ref().filter(|_| in_flight.live) {
@@ -106,18 +112,18 @@ pub(super) fn enqueue(
     Ok(())
 }
 
-/// Queues the copy of `run`, part of a chunk that lies on the device as it will lie in the slab at `to`.
+/// Queues the copy of `run`, part of a chunk that has on the device the layout of the slab at `to`.
 fn fetch(queue: &mut dyn CopyQueue, ordinal: u32, address: u64, run: &Range<usize>, to: *mut u8) -> Result<()> {
     if run.is_empty() {
         return Ok(());
     }
     let from = std::ptr::without_provenance(address as usize + run.start);
-    // SAFETY: a slot is kept until its chunk is handed over, and a chunk that was put together until the queue has come here; `to`
-    // as in `read`. No tensor of the host is in a chunk that has a slot.
+    // SAFETY: a slot is kept until its chunk is handed over, and a gathered chunk until the queue has reached
+    // this copy; `to` as in `read`. A chunk that has a slot contains no host tensor.
     unsafe { queue.fetch(ordinal, from, to.wrapping_add(run.start), run.len()) }
 }
 
-/// Has the device put a chunk together from live memory, if that is what is done with it.
+/// Makes the device gather a chunk from live memory, if it is one to be gathered.
 fn gather(job: &Job, late_copy: &LateCopy, chunk: usize) -> Result<Option<(u32, u64)>> {
     let _reading = job.ticket.sources.read();
     match job.ticket.failure() {
@@ -126,7 +132,8 @@ fn gather(job: &Job, late_copy: &LateCopy, chunk: usize) -> Result<Option<(u32, 
     }
 }
 
-/// Queues the copies that are held back, but none once the save has failed: whoever writes tensors then waits for no more.
+/// Queues the copies that are held back, but none once the save has failed: writers of the tensors then wait
+/// for no more copies.
 fn flush(job: &Job, queue: &mut dyn CopyQueue) -> Result<()> {
     let _reading = job.ticket.sources.read();
     match job.ticket.failure() {
@@ -155,8 +162,9 @@ fn read(
     let mut digest = None;
     tensor.read(&mut |from| {
         let from = from.wrapping_add(begin);
-        // SAFETY: the source hands out all its bytes and keeps them until it is dropped, the slab is leased and its part at
-        // `to` has `length` bytes; both stay until the mark behind this copy is reached.
+        // SAFETY: the source hands out all its bytes and keeps them until it is dropped, the slab is leased
+        // and its part at `to` has `length` bytes; both stay until the completion event behind this copy is
+        // reached.
         digest = Some(match tensor.place {
             // SAFETY: as above.
             Place::Host { .. } => unsafe { queue.copy(from, to, length) },

@@ -1,8 +1,9 @@
-//! The fence: waits until no live source will be read, for every save that still reads; or has streams wait for what still is.
+//! The fence: waits until no save reads live sources, or makes streams wait for the copies that still read
+//! them.
 //!
-//! With no save reading it costs one atomic load. At the deadline the saves that still read are failed *before* the fence
-//! returns, and one copy that had been decided is waited for: whoever writes after a fence, however it ended, is never
-//! raced by a read of the host's.
+//! With no save reading it costs one atomic load. At the deadline the fence fails the saves that still read
+//! *before* it returns, and waits for one copy that had been decided: no read by the host races a write after
+//! a fence, however the fence ended.
 
 use super::stager::Stager;
 use crate::completion::deadline_after;
@@ -20,8 +21,8 @@ impl Stager {
     /// Waits until no save reads live sources.
     ///
     /// # Errors
-    /// `Deadline`: the saves that still read have been failed, and no copy is begun for them any more. Copies that an
-    /// asynchronous device was already making end when their `staged` resolves.
+    /// `Deadline`: the saves that still read have been failed, and no copy is begun for them any more. Copies
+    /// that an asynchronous device already makes end when their `staged` resolves.
     pub fn fence(&self, patience: Duration) -> Result<()> {
         let reading = self.saves.reading();
         if reading.is_empty() {
@@ -36,10 +37,10 @@ impl Stager {
         result
     }
 
-    /// The same, of one save.
+    /// Waits until this save reads no live sources.
     ///
     /// # Errors
-    /// As there.
+    /// `Deadline`, as for `fence`.
     pub fn fence_one(&self, ticket: &Ticket, patience: Duration) -> Result<()> {
         if mutant::on(Mutant::Fence) {
             return Ok(());
@@ -50,12 +51,14 @@ impl Stager {
         result
     }
 
-    /// Has the device make late copies for each save, or waits until all copies of live sources are queued, and then makes `streams`
-    /// wait for them: if that gives a guard, until the saves that keep it have failed at the latest. See
+    /// Fences `streams` for each save that still reads. The device makes late copies of the save; or the
+    /// calling thread waits until all copies of live sources are queued, and makes `streams` wait for them.
+    /// With a wait guard, `streams` go on at the latest when the saves that keep it have failed. See
     /// [`CheckpointExecutor::fence_on`](crate::CheckpointExecutor::fence_on).
     ///
     /// # Errors
-    /// `Deadline`, as for `fence`. What the device says; other than `Invalid`, the saves that still read have been failed.
+    /// `Deadline`, as for `fence`. Errors of the device: unless the error is `Invalid`, the saves that still
+    /// read have been failed.
     pub fn fence_on(&self, streams: &[DeviceStream], patience: Duration) -> Result<()> {
         let reading = self.saves.reading();
         if reading.is_empty() {
@@ -67,7 +70,8 @@ impl Stager {
         for ticket in &reading {
             match self.fence_by_late_copy(ticket, streams, deadline) {
                 Ok(true) => {}
-                // Of the host alone: there is no stream for writers to wait in, and a device may copy behind our back.
+                // A save of host tensors alone: its writers have no stream to wait in, and a device may still
+                // copy them.
                 Ok(false) if ticket.extent().streams.is_empty() => {
                     result = result.and(wait_until_staged(ticket, patience, deadline));
                 }
@@ -103,10 +107,12 @@ impl Stager {
         result
     }
 
-    /// Whether `streams` need not wait for the rest of a save's copies, because the device makes late copies of it.
+    /// Whether `streams` need not wait for the rest of a save's copies, because the device makes late copies
+    /// of it.
     fn fence_by_late_copy(&self, ticket: &Arc<Ticket>, streams: &[DeviceStream], deadline: Instant) -> Result<bool> {
         match (self.scratch.get(), self.late_copy(ticket)) {
-            // What is borrowed is fenced once, at the end of its scope; until then streams wait for it as if there were no scratch.
+            // Borrowed saves use scratch only when their scope ends; until then streams wait for their
+            // copies.
             (Some(scratch), Some((late_copy, borrowed))) if !borrowed || late_copy.launched() => {
                 scratch.fence(ticket, &late_copy, streams, deadline)
             }
@@ -114,8 +120,9 @@ impl Stager {
         }
     }
 
-    /// Makes `streams` wait for all copies queued so far; by memory-waits where that can be had, else by events. Not at the end of
-    /// a scope: what was borrowed may be freed then, and not before its copies have ended, however the save did.
+    /// Makes `streams` wait for all copies queued so far, by memory-waits where available, else by events.
+    /// Not used at the end of a scope: borrowed memory may be freed then, and only after its copies have
+    /// ended, even if the save has failed.
     fn order(&self, streams: &[DeviceStream]) -> Result<Option<Hold>> {
         match self.waits.get().map(|waits| waits.order(streams)) {
             Some(Ok(Some(guard))) => return Ok(Some(guard)),
@@ -129,9 +136,10 @@ impl Stager {
         self.device.order(streams).map(|()| None)
     }
 
-    /// Releases the borrowed sources of these saves. What was queued may still read them when it returns; `streams`, and those that made
-    /// the tensors, come after that. A save of which something is still to be queued is frozen, where there are slots for it; for one
-    /// of which nothing is, streams wait for its copies; else the calling thread waits.
+    /// Releases the borrowed sources of these saves. Queued copies may still read them when it returns;
+    /// `streams`, and the streams that wrote the tensors, wait for those. A save with chunks still to be
+    /// queued is frozen, if slots are available. If all its chunks are queued, streams wait for its copies.
+    /// Otherwise the calling thread waits.
     ///
     /// # Errors
     /// `Deadline`, as for [`freeze`].
@@ -145,7 +153,7 @@ impl Stager {
                     continue;
                 }
                 Ok(false) => {}
-                // Nothing was queued, and the host can wait instead.
+                // Nothing was queued, so the host can wait instead.
                 Err(error) if error.kind() == ErrorKind::Invalid => {}
                 Err(error) => _ = ticket.fail(error),
             }
@@ -170,25 +178,26 @@ impl Stager {
         }
     }
 
-    /// Drops the sources of a save, of which nothing is queued from live memory any more.
+    /// Drops the sources of a save that queues nothing more from live memory.
     fn release_sources(&self, ticket: &Arc<Ticket>, began: Instant) {
         ticket.fenced.store(true, Ordering::Release);
-        // First: the stager may take the save out of the queue meanwhile.
+        // Request first: the stager may take the save out of the queue meanwhile.
         ticket.request_release();
         match self.take_sources(ticket) {
             Some(state) => {
                 dropped(state);
                 ticket.sources.set_dropped();
             }
-            // The stager sees to that next, or ends the save.
+            // The stager drops them next, or ends the save.
             None => ticket.sources.wait_until_dropped(),
         }
         ticket.add_blocked(began.elapsed());
     }
 }
 
-/// Waits until the sources of these saves are dropped, and returns only then: their memory is borrowed. At the deadline
-/// a save is failed, which bounds the wait by the copies already queued; those cannot be taken back.
+/// Waits until the sources of these saves are dropped, and returns only then: their memory is borrowed. At
+/// the deadline it fails the save, which limits the wait to the copies already queued; those cannot be
+/// cancelled.
 ///
 /// # Errors
 /// `Deadline`.

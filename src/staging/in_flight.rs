@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// How long the stager sleeps when no save has a deadline.
 const IDLE: Duration = Duration::from_secs(3600);
 
-/// The next deadline of the saves that there were when it was found.
+/// The next deadline, and how many saves had been added when it was found.
 pub(crate) struct Due {
     pub next: Instant,
     added: u64,
@@ -23,7 +23,7 @@ pub(crate) struct InFlightSaves {
     tickets: Mutex<Vec<Arc<Ticket>>>,
     /// Saves whose sources may still be read.
     reading: AtomicUsize,
-    /// Saves that were ever added.
+    /// How many saves were ever added.
     added: AtomicU64,
 }
 
@@ -31,19 +31,19 @@ impl InFlightSaves {
     /// Adds a save, whose sources may be read from now on.
     pub fn add(&self, ticket: Arc<Ticket>) {
         if ticket.listed.swap(true, Ordering::AcqRel) {
-            return; // before its state had come
+            return; // already listed as a deferred save
         }
         self.reading.fetch_add(1, Ordering::AcqRel);
         lock(&self.tickets).push(ticket);
         self.added.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The sources of a save that was added before are read once more.
+    /// Counts another read of the sources of a save that was added before.
     pub fn add_again(&self) {
         self.reading.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The sources of `ticket` are dropped. Once for each time that it was added.
+    /// Records that the sources of `ticket` are dropped. Called once for each time that it was added.
     pub fn release(&self, ticket: &Ticket) {
         ticket.release();
         self.reading.fetch_sub(1, Ordering::AcqRel);
@@ -54,7 +54,7 @@ impl InFlightSaves {
         lock(&self.tickets).iter().filter(|t| !t.done.is_complete()).cloned().collect()
     }
 
-    /// Forgets saves that have ended in every respect, and returns the first error that nobody has seen.
+    /// Removes saves that have ended and are staged, and returns the first unobserved error.
     pub fn unobserved(&self) -> Option<Error> {
         let mut tickets = lock(&self.tickets);
         let mut error = None;
@@ -70,13 +70,14 @@ impl InFlightSaves {
                     error = Some(e);
                 }
             }
-            // A fence still has to know of one that is read.
+            // A fence still needs a save whose sources are read.
             !seen || !t.staged.is_complete()
         });
         error
     }
 
-    /// A save of writable sources that no fence has covered yet. One that has failed is not published, whatever it reads.
+    /// A save of writable sources that no fence has covered yet. A failed save does not count: it is never
+    /// published, whatever it reads.
     pub fn unfenced(&self) -> Option<Arc<Ticket>> {
         lock(&self.tickets)
             .iter()
@@ -89,7 +90,7 @@ impl InFlightSaves {
 
     /// Resolves saves whose deadline has passed, and returns the next deadline.
     pub fn expire(&self, now: Instant) -> Due {
-        // Before the list: a save that comes in between is one that was not looked at.
+        // Read before the list: a save that is added in between then counts as not looked at.
         let added = self.added.load(Ordering::Acquire);
         let unfinished = self.unfinished();
         for ticket in unfinished.iter().filter(|t| t.deadline <= now) {
@@ -101,8 +102,8 @@ impl InFlightSaves {
         Due { next: next.unwrap_or(now + IDLE), added }
     }
 
-    /// Whether it is time to [`expire`](Self::expire) again: `due` has passed, or a save has come that may be
-    /// due earlier.
+    /// Whether it is time to [`expire`](Self::expire) again: `due` has passed, or a save was added that may
+    /// be due earlier.
     pub fn is_due(&self, due: &Due, now: Instant) -> bool {
         due.next <= now || self.has_grown(due)
     }
@@ -112,7 +113,8 @@ impl InFlightSaves {
         self.added.load(Ordering::Acquire) != due.added
     }
 
-    /// Saves that a fence waits for: their sources may still be read, and written by the program after it. With none, one atomic load.
+    /// Saves that a fence waits for: their sources may still be read, and the program may write them after
+    /// it. With no such save it costs one atomic load.
     pub fn reading(&self) -> Vec<Arc<Ticket>> {
         if self.reading.load(Ordering::Acquire) == 0 || mutant::on(Mutant::Fence) {
             return Vec::new();

@@ -1,37 +1,39 @@
-//! The late copy of one save: what has not left the device when its stream comes to the fence is copied in the device's own memory,
-//! and read from there.
+//! The late copy of one save: the device copies chunks that have not left it at the fence within its own
+//! memory, and the save reads them from there.
 //!
-//! The protocol is checked as a model, over all interleavings of small sizes, by `checks/model/fence.py`; the names are the model's.
-//! *F* is how many chunks had left the device when its stream came to the fence. Slots for the last chunks are *reserved* in the
-//! caller, who waits until all chunks without a slot are queued; the device latches F, makes late copies of the chunks from F on,
-//! and tells F. The stager reads F after a chunk's mark, and only then *judges*: a copy from live memory of a chunk from F on is
-//! made again from its slot. A slot is free when F is known and its chunk is before F or handed over, and not before. Where the
-//! driver refuses some of the kernels F is never told: the save has failed, and its slots are free when it is staged and what was
-//! queued has run.
+//! `checks/model/fence.py` checks the protocol as a model, over all interleavings of small sizes; the names
+//! are the model's. *F* is how many chunks had left the device when its stream came to the fence. The thread
+//! that fences *reserves* slots for the last chunks, and waits until all chunks without a slot are queued.
+//! The device latches F, makes late copies of the chunks from F on, and tells F. The stager reads F after a
+//! chunk's completion event, and only then *judges*: it repeats, from the slot, a copy of a chunk from F on
+//! that was made from live memory. A slot is free once F is known and its chunk is before F or handed over,
+//! never earlier. If the driver refuses some of the kernels, F is never told: the save has failed, and its
+//! slots are free when it is staged and the queued kernels have run.
 //!
 //! # States
-//! Every event is a method of [`LateCopy`], and every change of state is made under its one lock. What is not in the table changes
-//! nothing, and the method says so to its caller.
+//! Every event is a method of [`LateCopy`], and changes the state under its one lock. An event that is not in
+//! the table changes nothing, and the method tells its caller so.
 //!
 //! | event | by | from | to |
 //! |---|---|---|---|
 //! | `reserve`: the last chunks have slots | a fence | open | reserved |
 //! | `freeze`: nothing more is queued from live memory | the end of a scope | reserved | reserved, frozen |
-//! | `give_up`: no kernels after all | a fence | reserved, launched before `set_kernels` | open |
+//! | `give_up`: no kernels are launched | a fence | reserved, launched before `set_kernels` | open |
 //! | `launch`: kernels are about to be queued, F may be told | a fence | reserved | launched |
-//! | `set_kernels`: they are queued, or some of them | a fence | launched | launched, with kernels |
+//! | `set_kernels`: all or some kernels are queued | a fence | launched | launched, with kernels |
 //! | `latched`: the device has told F | any thread that looks | launched, with kernels | latched |
 //! | `withdraw`: the save will not be staged | the thread that took it out of the queue | open, reserved | withdrawn |
-//! | `end`: the stager queues no more of it | the stager | open, reserved | done |
-//! | `reap`: it is staged, and no kernel is to come | a fence, later | latched, or launched and refused in part | done |
+//! | `end`: the stager queues nothing more of the save | the stager | open, reserved | done |
+//! | `reap`: the save is staged, and no kernel is pending | a fence, later | latched, or launched and refused in part | done |
 //!
-//! `hand_over` counts in every state. `decide` lets the stager queue a chunk from live memory while the late copy is open, or reserved
-//! or launched and not frozen; `freeze` waits for a chunk that was decided. A launch of which nothing could be queued goes back to
-//! open, so that the host can wait instead.
+//! `hand_over` counts in every state. `decide` lets the stager queue a chunk from live memory while the late
+//! copy is open, or reserved or launched and not frozen; `freeze` waits for a chunk that was decided. A
+//! launch that could queue nothing goes back to open, so that the host can wait instead.
 //!
-//! **Locks.** The lock of the state is held for a few instructions, and under it only those of a ticket's state and completions are
-//! taken. The *turn* is a lock of its own, taken before all others: the thread that has it waits, for chunks to be queued, for slots, for the driver, and the next one
-//! must not fence the same save meanwhile, while the stager has to go on looking at the state.
+//! **Locks.** The state lock is held for a few instructions; under it only the locks of a ticket's state and
+//! completions are taken. The *turn* is a lock of its own, taken before all others. Its owner waits for
+//! chunks to be queued, for slots and for the driver. Meanwhile no other thread may fence the same save, but
+//! the stager must still read the state.
 
 use crate::device::{DeviceLateCopy, FenceKernels, Launch, Point};
 use crate::error::Result;
@@ -44,7 +46,7 @@ use std::sync::Arc;
 
 /// See the module.
 pub(crate) struct LateCopy {
-    /// What is the same for the whole save.
+    /// What stays the same for the whole save.
     pub(super) save: Planned,
     locked: Mutex<Locked>,
     /// Notified when a chunk that was decided for live memory is queued.
@@ -52,25 +54,26 @@ pub(crate) struct LateCopy {
     turn: Mutex<()>,
 }
 
-/// One save as it was when it was asked for.
+/// One save as planned in the call of `save`.
 pub(super) struct Planned {
     pub device: Box<dyn DeviceLateCopy>,
-    /// Behind the work that wrote the tensors.
+    /// The work that wrote the tensors: late copies come after it.
     pub point: Point,
     pub ordinal: u32,
-    /// Chunks that are put together before they are copied.
+    /// Whether a chunk is gathered before it is copied.
     pub gathered: Vec<bool>,
-    /// Some tensors are of another device: there is no late copy.
+    /// Some tensors are on another device: no fence makes late copies.
     pub spans: bool,
-    /// There are slots: the watermark is looked at.
+    /// The device has slots, so the watermark is used.
     pub slotted: bool,
-    /// The watermark before its first chunk.
+    /// The watermark before the first chunk of this save.
     pub base: u64,
-    /// Chunks before this one hold tensors of the host, which a fence must see queued.
+    /// No host tensor that is copied is in this chunk or later: a fence waits until all chunks before it are
+    /// queued.
     pub host: usize,
 }
 
-/// What changes.
+/// What changes during the save.
 #[derive(Default)]
 struct Locked {
     state: State,
@@ -81,7 +84,7 @@ struct Locked {
     decided: bool,
 }
 
-/// See the table.
+/// The states of the module's table.
 #[derive(Default)]
 enum State {
     #[default]
@@ -110,7 +113,7 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    /// The numbers of those of such chunks, which are not held any more then.
+    /// Removes the slots of the chunks that `which` selects, and returns their numbers.
     pub fn take(&mut self, which: impl Fn(usize) -> bool) -> Vec<usize> {
         let held = self.held.iter_mut().zip(self.first..).filter(|(_, chunk)| which(*chunk));
         held.filter_map(|(held, _)| held.take().map(|(slot, _)| slot)).collect()
@@ -156,12 +159,12 @@ impl LateCopy {
         here && self.save.slotted && !self.save.spans
     }
 
-    /// The turn of one thread at a time: kernels are launched once.
+    /// Takes the turn, which one thread has at a time, so that kernels are launched once.
     pub(super) fn turn(&self) -> MutexGuard<'_, ()> {
         lock(&self.turn)
     }
 
-    /// Open to reserved; gives the slots back where it is not open any more.
+    /// Open to reserved; returns the slots if the state is not open any more.
     pub(super) fn reserve(&self, slots: Slots) -> Result<(), Slots> {
         let mut locked = lock(&self.locked);
         if !matches!(locked.state, State::Open) {
@@ -171,7 +174,7 @@ impl LateCopy {
         Ok(())
     }
 
-    /// From here on nothing is queued from live memory; one chunk that was decided is waited for.
+    /// Ends queueing from live memory, and waits for one chunk that was decided.
     pub(super) fn freeze(&self) {
         let mut locked = lock(&self.locked);
         if let State::Reserved { frozen } = &mut locked.state {
@@ -182,8 +185,9 @@ impl LateCopy {
         }
     }
 
-    /// Reserved to launched: the addresses of the slots. None, and no kernels are to be queued, when the save has ended or was taken
-    /// back. A save that fails from here on finds, by `end` or `withdraw`, that kernels may read its sources.
+    /// Reserved to launched; returns the addresses of the slots. None when the save has ended or was taken
+    /// back: no kernels may be queued then. A save that fails later learns from `end` or `withdraw` that
+    /// kernels may read its sources.
     pub(super) fn launch(&self, ticket: &Ticket) -> Option<Vec<u64>> {
         let mut locked = lock(&self.locked);
         let State::Reserved { frozen } = locked.state else { return None };
@@ -194,7 +198,7 @@ impl LateCopy {
         Some(locked.slots.held.iter().flatten().map(|(_, address)| *address).collect())
     }
 
-    /// Has the device queue the kernels.
+    /// Makes the device queue the kernels.
     ///
     /// # Errors
     /// Nothing was queued.
@@ -202,20 +206,20 @@ impl LateCopy {
         self.save.device.launch(streams, &self.save.point, behind_copies, slots)
     }
 
-    /// The kernels that were queued: F can be looked for.
+    /// Sets the queued kernels, which tell F.
     pub(super) fn set_kernels(&self, queued: Arc<dyn FenceKernels>) {
         if let State::Launched { kernels, .. } = &mut lock(&self.locked).state {
             *kernels = Some(queued);
         }
     }
 
-    /// Back to open, where no kernels are queued: the slots.
+    /// Back to open if no kernels are queued; returns the slots.
     pub(super) fn give_up(&self) -> Vec<usize> {
         let mut locked = lock(&self.locked);
         match locked.state {
             State::Reserved { .. } | State::Launched { kernels: None, .. } => locked.state = State::Open,
             State::Launched { .. } | State::Latched { .. } => return Vec::new(),
-            // What a fence had reserved before.
+            // Slots that a fence reserved earlier.
             State::Open | State::Withdrawn | State::Done => {}
         }
         locked.slots.take(|_| true)
@@ -240,19 +244,19 @@ impl LateCopy {
         }
     }
 
-    /// Kernels that read live memory may still be to come.
+    /// Whether kernels that read live memory are being queued or may still run.
     pub fn pending(&self) -> bool {
         let kernels = match &lock(&self.locked).state {
             State::Launched { kernels, .. } => kernels.clone(),
             _ => return false,
         };
-        // Asked with no lock held: that is a call of the driver.
+        // Asked with no lock held, because `over` calls the driver.
         kernels.is_none_or(|kernels| !kernels.over())
     }
 
     /// Fails when the device is lost, and F will never be told.
     pub fn check(&self) -> Result<()> {
-        // Asking is how one learns that the device is lost.
+        // Asking the kernels detects a lost device.
         _ = self.pending();
         self.save.device.check()
     }
@@ -262,7 +266,8 @@ impl LateCopy {
         matches!(lock(&self.locked).state, State::Reserved { frozen: true } | State::Launched { frozen: true, .. })
     }
 
-    /// Decides that one chunk is queued from live memory, which a freeze waits for. None where nothing is any more.
+    /// Decides to queue one chunk from live memory; `freeze` waits for it. None when nothing more is queued
+    /// from there.
     pub fn decide(&self) -> Option<Decided<'_>> {
         let mut locked = lock(&self.locked);
         let free = match locked.state {
@@ -274,7 +279,7 @@ impl LateCopy {
         free.then(|| Decided(self))
     }
 
-    /// From here on no kernels are launched for a save that will not be staged. Whether there are some that may be to come.
+    /// Forbids further kernels for a save that will not be staged. True if launched kernels may still run.
     pub fn withdraw(&self) -> bool {
         let mut locked = lock(&self.locked);
         if let State::Open | State::Reserved { .. } = locked.state {
@@ -283,7 +288,8 @@ impl LateCopy {
         locked.latched().is_none() && matches!(locked.state, State::Launched { .. })
     }
 
-    /// The stager queues nothing more of the save, and no kernels are launched for it. Kernels that were launched go on.
+    /// Records that the stager queues nothing more of the save, and forbids further kernels. Launched kernels
+    /// go on.
     pub fn end(&self) {
         let mut locked = lock(&self.locked);
         if let State::Open | State::Reserved { .. } = locked.state {
@@ -291,7 +297,7 @@ impl LateCopy {
         }
     }
 
-    /// Counts a chunk that is handed over: its slot, if that is free by now.
+    /// Counts a chunk that is handed over; returns its slot if that is free by now.
     pub(super) fn hand_over(&self, chunk: usize) -> Vec<usize> {
         let mut locked = lock(&self.locked);
         locked.handed += 1;
@@ -303,13 +309,14 @@ impl LateCopy {
         lock(&self.locked).handed
     }
 
-    /// The slots that are free by now, and whether nothing is left to be watched. `staged`: the save is.
+    /// Returns the slots that are free by now, and whether nothing is left to watch. `staged`: the save is
+    /// staged.
     pub(super) fn reap(&self, staged: bool) -> (Vec<usize>, bool) {
         let pending = self.latched().is_none() && staged && self.pending();
         let mut locked = lock(&self.locked);
         let first = match (locked.latched(), &locked.state) {
             (Some(first), _) => first,
-            // Not all kernels could be queued, and F is never told: those that were have ended.
+            // Some kernels could not be queued, so F is never told; the queued ones have ended.
             (None, State::Launched { .. }) if staged && !pending => 0,
             (None, State::Launched { .. }) => return (Vec::new(), false),
             (None, _) => return (Vec::new(), true),
@@ -318,12 +325,13 @@ impl LateCopy {
         let slots = locked.slots.take(|chunk| chunk < first || last);
         let before = staged.then(|| std::mem::replace(&mut locked.state, State::Done));
         drop(locked);
-        // With no lock held: the last owner of kernels gives memory back.
+        // Dropped with no lock held: the last owner of kernels frees memory.
         drop(before);
         (slots, last)
     }
 
-    /// Puts a chunk together, if that is what is done with it: the device, and an address for the first byte of its slab.
+    /// Gathers a chunk, if it is one to be gathered. Returns the device and the address of the slab's first
+    /// byte there.
     pub fn gather(&self, chunk: usize) -> Result<Option<(u32, u64)>> {
         if self.save.gathered.get(chunk) != Some(&true) {
             return Ok(None);
@@ -331,12 +339,12 @@ impl LateCopy {
         self.save.device.gather(chunk).map(|address| Some((self.save.ordinal, address)))
     }
 
-    /// Tells the device, behind the copies so far, that this chunk has left it.
+    /// Advances the watermark past this chunk, behind the copies so far.
     pub fn publish(&self, chunk: usize) -> Result<()> {
         if self.save.slotted { self.save.device.publish(self.save.base + chunk as u64 + 1) } else { Ok(()) }
     }
 
-    /// Where a chunk from F on lies: the device and an address.
+    /// Where the late copy of a chunk from F on is: the device and an address.
     pub fn place(&self, chunk: usize) -> Option<(u32, u64)> {
         let locked = lock(&self.locked);
         let held = locked.slots.held.get(chunk.checked_sub(locked.slots.first)?)?;

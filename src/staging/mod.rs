@@ -1,10 +1,12 @@
-//! Staging: one thread brings each save's chunks from where the tensors live into slabs, and hands them on.
+//! Staging: one thread copies each save's chunks from the memory of the tensors into slabs, and passes them
+//! to a sink.
 //!
-//! **Consistency.** Saves are staged strictly in order; bytes are those at the fence, or at `save` for what was captured.
-//! **Back-pressure.** A slab, or waiting for one; never the disk. **Completion.** A save is staged when its last copy from
-//! live memory has arrived and its sources are dropped. **Cancellation.** A failed save is not read any further; copies in
-//! flight are waited for, then slabs and sources go home. **Time.** The thread never touches storage, so it is also the one
-//! that expires saves at their deadlines.
+//! **Consistency.** The stager stages saves strictly in order. Staged bytes are those at the fence; those of
+//! captured tensors are from the call of `save`. **Back-pressure.** The stager waits for a free slab, never
+//! for the disk. **Completion.** A save is staged when its last copy from live memory has arrived and its
+//! sources are dropped. **Cancellation.** The stager reads no more of a failed save. It waits for the copies
+//! in flight, then returns slabs and releases sources. **Time.** The stager never touches storage, so it also
+//! expires saves at their deadlines.
 
 mod capture;
 mod capture_pool;

@@ -1,8 +1,9 @@
-//! What the stager does next with the save that it stages: decided from what it sees of it, and from nothing else.
+//! Decides what the stager does next with a save, from a `View` of the save and nothing else.
 
 use crate::mutant::{self, Mutant};
 
-/// Copies in flight at once: copy engines are first-in first-out, and whatever else wants to cross the bus waits behind them.
+/// How many chunks are in flight at once. Few, because copy engines are first in, first out: other transfers
+/// wait behind them.
 const WINDOW: usize = 2;
 
 /// What the stager sees of a save.
@@ -11,7 +12,7 @@ pub(super) struct View {
     pub failed: bool,
     /// The oldest chunk in flight, if its copies have ended.
     pub arrived: Option<Arrived>,
-    /// F, if the device has told it.
+    /// F, once the device has told it.
     pub latched: Option<usize>,
     /// Nothing is queued from live memory any more.
     pub frozen: bool,
@@ -19,9 +20,9 @@ pub(super) struct View {
     pub next: usize,
     pub chunks: usize,
     pub in_flight: usize,
-    /// One of those is copied from live memory.
+    /// Some chunk in flight is copied from live memory.
     pub live_in_flight: bool,
-    /// A fence waits until this many are queued.
+    /// A fence waits until this many chunks are queued.
     pub needed: usize,
     /// A slab is free.
     pub slab: bool,
@@ -29,9 +30,9 @@ pub(super) struct View {
     pub ready: bool,
     /// The sources are not dropped yet.
     pub sources: bool,
-    /// The end of a scope asks for them to be dropped, and waits for that.
+    /// The end of a scope has requested the drop of the sources, and waits for it.
     pub release_requested: bool,
-    /// Releases of other saves are deferred, and have to be looked at.
+    /// Releases of other saves are deferred, and have to be polled.
     pub deferred: bool,
 }
 
@@ -41,34 +42,34 @@ pub(super) struct Arrived {
     pub chunk: usize,
     /// It was copied from live memory.
     pub live: bool,
-    /// F, as it was told after the copies had ended.
+    /// F, read after the copies had ended.
     pub latched: Option<usize>,
 }
 
-/// What to do, one thing at a time.
+/// The stager's next action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     /// Hand the oldest chunk over.
     HandOver,
-    /// Its tensors may have been written while it was copied: copy it again, from its slot.
+    /// Copy the oldest chunk again, from its slot: its tensors may have been written during the copy.
     CopyAgain,
-    /// The same, but the save has failed: give its slab back.
+    /// Return the oldest chunk's slab: it would be copied again, but the save has failed.
     Discard,
     /// Drop the sources: nothing more is queued from them.
     ReleaseSources,
     /// Queue the next chunk, from live memory or from its slot.
     Queue { live: bool },
-    /// Nothing more is done: all is handed over, or the save has failed.
+    /// Stop: all chunks are handed over, or the save has failed.
     End,
-    /// What is left is in slots, or nowhere: wait until F is told, while the device is alive.
+    /// Wait until F is told, while the device is alive: the remaining chunks can come from slots only.
     AwaitF,
-    /// Wait for copies in flight, or for deferred releases, which are looked at again and again.
+    /// Wait for copies in flight or deferred releases, which are polled.
     AwaitCopies,
-    /// Wait for a slab, for bytes, for a failure: all of these notify.
+    /// Wait for a slab, bytes or a failure: all of these notify.
     AwaitNews,
 }
 
-/// See the module.
+/// The next action for `view`.
 pub(super) fn next_action(view: &View) -> Action {
     if let Some(Arrived { chunk, live, latched }) = view.arrived {
         let written = live && latched.is_some_and(|first| first <= chunk) && !mutant::on(Mutant::Discard);
@@ -132,7 +133,7 @@ mod tests {
     fn every_view_has_one_action() {
         use Action::*;
         let table = [
-            // One after the other, two at a time, as slabs and bytes come.
+            // Chunks are queued in order, two in flight, as slabs and bytes become available.
             (BEGUN, Queue { live: true }),
             (View { next: 1, in_flight: 1, live_in_flight: true, ..BEGUN }, Queue { live: true }),
             (FULL, AwaitCopies),
@@ -144,16 +145,17 @@ mod tests {
             (View { needed: 3, ..FULL }, Queue { live: true }),
             (View { needed: 2, ..FULL }, AwaitCopies),
             (View { needed: 3, slab: false, ..FULL }, AwaitCopies),
-            // What has arrived goes first, whatever else there is to do.
+            // A chunk that has arrived goes first.
             (View { arrived: arrived(0, true, None), ..FULL }, HandOver),
             (View { arrived: arrived(0, true, None), failed: true, release_requested: true, ..FULL }, HandOver),
-            // It was copied before F was latched, or from a slot; or it is judged and copied again.
+            // A chunk before F or from a slot is handed over; a live copy from F on is made again.
             (View { arrived: arrived(1, true, Some(2)), latched: Some(2), ..FULL }, HandOver),
             (View { arrived: arrived(2, false, Some(2)), ..LATCHED }, HandOver),
             (View { arrived: arrived(2, true, Some(2)), latched: Some(2), ..FULL }, CopyAgain),
             (View { arrived: arrived(3, true, Some(2)), latched: Some(2), ..FULL }, CopyAgain),
             (View { arrived: arrived(3, true, Some(2)), latched: Some(2), failed: true, ..FULL }, Discard),
-            // From F on chunks are read from slots, and the sources are dropped when no copy from them is in flight.
+            // From F on chunks are read from slots, and the sources are dropped when no copy from them is in
+            // flight.
             (View { latched: Some(2), ..FULL }, AwaitCopies),
             (View { latched: Some(2), in_flight: 1, ..FULL }, Queue { live: false }),
             (View { latched: Some(2), live_in_flight: false, ..FULL }, ReleaseSources),
@@ -163,7 +165,7 @@ mod tests {
             (View { frozen: true, ..BEGUN }, AwaitF),
             (View { frozen: true, ..FULL }, AwaitF),
             (View { frozen: true, release_requested: true, ..FULL }, ReleaseSources),
-            // The end, and requests of a scope before it.
+            // A request of a scope comes before the end.
             (View { next: 4, in_flight: 1, live_in_flight: true, ..BEGUN }, AwaitCopies),
             (View { next: 4, in_flight: 1, release_requested: true, ..BEGUN }, ReleaseSources),
             (View { next: 4, ..BEGUN }, End),

@@ -1,8 +1,9 @@
-//! What a device does when a save is asked for, in the order of the streams that wrote the tensors: it captures small tensors, so
-//! that they may change before the fence, and for the first saves digests the others, so that a forgotten fence is found out.
+//! What a device does in a call of `save`, in the order of the streams that wrote the tensors. It captures
+//! small tensors, which may then change before the fence. For the first saves it digests the others, to
+//! detect a forgotten fence.
 //!
-//! A captured tensor is from then on read where it was put, in the *capture pool*; all later code sees a tensor of the device as any
-//! other.
+//! A captured tensor is from then on read from the *capture pool*; later code treats it like any other device
+//! tensor.
 
 use super::capture_pool::{Allocation, CapturePool};
 use super::pieces::Part;
@@ -14,10 +15,10 @@ use std::sync::Arc;
 
 /// Tensors of at most this many bytes are captured at `save` while the pool has space.
 const SMALL: u64 = 128 << 10;
-/// Where tensors begin in the pool.
+/// The alignment of tensors in the pool.
 const ALIGN: u64 = 16;
 
-/// Tensors, and the digests of them that a device was asked for.
+/// Tensors, and the digests of them that were requested from a device.
 type Asked = Vec<(Vec<usize>, Arc<dyn Digests>)>;
 
 /// What a device did at `save`.
@@ -28,19 +29,21 @@ pub(crate) struct OnDevice {
     /// Small tensors left to the fence because the pool had no space.
     pub over_budget: usize,
     expected: Asked,
-    /// Where captured tensors are. Kept until nothing reads them any more, which may be later than their sources are dropped.
+    /// Memory of the captured tensors, kept until nothing reads it any more; that may be after the sources
+    /// are dropped.
     pub allocation: Option<Allocation>,
-    /// Some tensor is not digested that was to be.
+    /// Some tensor that needs a digest has none.
     pub blind: bool,
-    /// What was queued in streams of the program, and reads sources until it has run.
+    /// Work queued in streams of the program, which reads sources until it has run.
     pub queued: Vec<Arc<dyn Queued>>,
 }
 
 impl OnDevice {
-    /// The digests at `save` of tensors that are left to the fence, by their index in the state dict, once it is staged.
+    /// The digests at `save` of tensors that are left to the fence, by their index in the state dict, once it
+    /// is staged.
     ///
     /// # Errors
-    /// `Device`: it told none, or is lost by now.
+    /// `Device`: the device returned no digests, or is lost by now.
     pub fn expected(&self) -> Result<Vec<(usize, Digest)>> {
         let mut all = Vec::new();
         for (tensors, digests) in &self.expected {
@@ -50,7 +53,7 @@ impl OnDevice {
     }
 }
 
-/// Refuses what only kernels could do, where there are none.
+/// Refuses tensors that need kernels, on a device that has none.
 ///
 /// # Errors
 /// `Invalid`, naming the tensor and `why`.
@@ -70,12 +73,12 @@ pub(crate) fn without_kernels(state: &StateDict<'_>, why: &str, done: &mut OnDev
     Ok(())
 }
 
-/// Has the device capture what is to be captured of `state`, and with `detect` digest the rest. What was queued is in `done` also
-/// where this fails.
+/// Makes the device capture small and requested tensors of `state`, and with `detect` digest the rest. `done`
+/// has the queued work even after an error.
 ///
 /// # Errors
-/// `Invalid`, naming the tensor, when it cannot be packed, or a capture that was asked for is not possible; `Busy` when there will be
-/// room for it later; `Device`.
+/// `Invalid`, naming the tensor, when it cannot be packed, or a requested capture is not possible; `Busy`
+/// when the capture pool will have space later; `Device`.
 pub(crate) fn at_save(
     kernels: &dyn Kernels,
     pool: &Arc<CapturePool>,
@@ -90,7 +93,7 @@ pub(crate) fn at_save(
         let allocation = Allocation::take(pool, span.0, end);
         let before = done.queued.len();
         let queued = capture(kernels, pool, state, &captured, &mut done.queued);
-        // Also where that failed: what was queued is still to be written there.
+        // Also after an error: queued work still writes to the allocation.
         done.queued[before..].iter().for_each(|queued| allocation.wait_for(queued.clone()));
         queued?;
         for (index, end) in captured {
@@ -112,7 +115,7 @@ pub(crate) fn at_save(
     Ok(())
 }
 
-/// Refuses tensors that lie apart where nothing can put them together.
+/// Refuses strided tensors that the device cannot gather.
 fn refuse_apart(ordinal: u32, room: u64, state: &StateDict<'_>) -> Result<()> {
     for (name, tensor) in &state.tensors {
         let Place::Device { bytes, stream } = tensor.place else { continue };
@@ -148,7 +151,7 @@ fn capture(
     Ok(())
 }
 
-/// Which tensors are captured, and where the place of each in the pool ends; those that were asked for come first.
+/// Chooses the tensors to capture, and where each ends in the pool; requested captures come first.
 fn choose(
     ordinal: u32,
     room: u64,
@@ -180,7 +183,7 @@ fn choose(
                 None if asked && home => {
                     let free = last - end;
                     let wrong = format!("cannot be captured at save: no room on the device bytes={bytes} free={free}");
-                    // What earlier saves hold comes back.
+                    // Earlier saves will free their allocations.
                     let kind = if wanted <= room && free < room { ErrorKind::Busy } else { ErrorKind::Invalid };
                     return Err(Error::new(kind, format!("{wrong} asked={wanted} gather={room} tensor={name:?}")));
                 }
@@ -201,7 +204,7 @@ fn choose(
     Ok(chosen)
 }
 
-/// Asks for digests of all tensors that are left to the fence, in the order of their streams.
+/// Requests digests of all tensors that are left to the fence, in the order of their streams.
 fn digest(kernels: &dyn Kernels, state: &StateDict<'_>, done: &mut OnDevice) -> Result<()> {
     for stream in state.streams.iter().filter(|stream| stream.ordinal == kernels.ordinal()) {
         let (mut pieces, mut tensors) = (Pieces::default(), Vec::new());

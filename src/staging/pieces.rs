@@ -1,11 +1,11 @@
-//! Tensors as the kernels of a device take them: parts, and how strided ones lie.
+//! Tensors in the form that device kernels take: parts, and the layout of strided tensors.
 
 use crate::device::{Piece, Pieces, View};
 use crate::error::{Error, Result};
 use crate::state::{Layout, Tensor};
 use smallvec::SmallVec;
 
-/// Part of a tensor: where it begins and how long it is, and where it goes.
+/// Part of a tensor: its offset, length and destination.
 pub(super) struct Part {
     pub at: u64,
     pub bytes: u64,
@@ -17,7 +17,7 @@ impl Pieces {
     /// Adds part of a tensor of a device.
     ///
     /// # Errors
-    /// `Invalid`, naming the tensor, when no kernel knows how it lies.
+    /// `Invalid`, naming the tensor, when no kernel supports its layout.
     pub(super) fn add(&mut self, name: &str, tensor: &Tensor<'_>, part: Part) -> Result<()> {
         let Part { at, bytes, to, chunk } = part;
         let view = match tensor.strides() {
@@ -47,13 +47,13 @@ impl Pieces {
     }
 }
 
-/// How a strided tensor lies, in as few dimensions as it takes.
+/// The layout of a strided tensor, in as few dimensions as possible.
 fn view(layout: &Layout, strides: &[i64]) -> Option<View> {
     let mut dims: SmallVec<[(u64, i64); 4]> = SmallVec::new();
     for (&size, &stride) in layout.shape.iter().zip(strides).filter(|(size, _)| **size != 1) {
         let size = size as u64;
         match dims.last_mut() {
-            // Rows that follow each other as their elements do are longer rows.
+            // Rows that continue at the stride of their elements are merged into longer rows.
             Some((outer, step)) if i64::try_from(size).is_ok_and(|n| stride.checked_mul(n) == Some(*step)) => {
                 (*outer, *step) = (*outer * size, stride);
             }

@@ -1,7 +1,8 @@
-//! The memory of a device, and the fences that make late copies in it.
+//! Scratch: the device memory for captured tensors and late copies, and the fences that make late copies.
 //!
-//! **Locks.** The turn of a save comes before all others. The list of watched saves is held while the states of their late copies are
-//! looked at; the list of free slots alone.
+//! **Locks.** A thread takes the turn of a save before all other locks. It holds the lock of the watched
+//! saves while it reads the states of their late copies. It takes the lock of the free slots without any lock
+//! but the turn.
 
 use super::capture_pool::CapturePool;
 use super::late_copy::{LateCopy, Planned, Slots};
@@ -18,12 +19,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// A chunk with more parts of tensors than this is put together on the device, and copied as one.
+/// A chunk with more parts of tensors than this is gathered on the device, and copied as one.
 const MANY: usize = 8;
-/// How often a fence that waits for slots looks for F of earlier saves.
+/// How often a fence that waits for slots checks for F of earlier saves.
 const LOOK: Duration = Duration::from_micros(200);
 
-/// The memory of a device: a pool for what is captured, slots for late copies, and the saves that may have some.
+/// The memory of a device: a capture pool, slots for late copies, and the saves that may have slots.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     kernels: Arc<dyn Kernels>,
@@ -33,7 +34,7 @@ pub(crate) struct Scratch {
     free: Mutex<Vec<usize>>,
     /// Fences that were launched and still have slots, or kernels that may run.
     watched: Mutex<Vec<(Arc<Ticket>, Arc<LateCopy>)>>,
-    /// Saves so far, and chunks of them.
+    /// How many saves, and chunks of them, there were so far.
     counted: Mutex<(u64, u64)>,
 }
 
@@ -44,12 +45,13 @@ impl Scratch {
         Self { kernels, pool, slots, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
     }
 
-    /// Captures what is to be captured of a save, and with `detect` has the rest digested: see [`at_save`].
+    /// Captures tensors of a save, and with `detect` makes the device digest the rest: see [`at_save`].
     pub fn at_save(&self, state: &mut StateDict<'_>, detect: bool, done: &mut OnDevice) -> Result<()> {
         at_save(self.kernels.as_ref(), &self.pool, state, detect, done)
     }
 
-    /// The late copy of a save, if there are tensors of this device in it. `captured` are tensors of the host taken at `save`.
+    /// Makes the late copy of a save, if it has tensors on this device. `captured`: whether a host tensor was
+    /// captured at `save`.
     pub fn late_copy(
         &self,
         plan: &Plan,
@@ -85,7 +87,7 @@ impl Scratch {
             let parts = &pieces.list[begin..];
             gathered[chunk] = can_gather && (parts.len() > MANY || parts.iter().any(|piece| piece.view.is_some()));
             if !gathered[chunk] && !slotted {
-                // No kernel will look at them.
+                // No kernel will read these pieces.
                 pieces.list.truncate(begin);
             }
         }
@@ -124,8 +126,9 @@ impl Scratch {
         }))))
     }
 
-    /// Fences a save on `streams`: true when they need not wait for the rest of its copies. False at the deadline, when it is
-    /// staged or has failed, and where there are no slots: whoever writes must then wait as if there were no scratch.
+    /// Fences a save on `streams`: true when they need not wait for the rest of its copies. False at the
+    /// deadline, when the save is staged or has failed, and without slots: writers must then wait for its
+    /// copies.
     pub fn fence(
         &self,
         ticket: &Arc<Ticket>,
@@ -148,8 +151,9 @@ impl Scratch {
         self.launch(ticket, late_copy, streams, first > late_copy.handed())
     }
 
-    /// As [`Scratch::fence`], at the end of a scope whose `streams` will write or free the tensors: when it returns true, nothing is
-    /// queued from live memory any more, and they come after all that was.
+    /// As [`Scratch::fence`], at the end of a scope whose `streams` will write or free the tensors. When it
+    /// returns true, nothing is queued from live memory any more, and `streams` come after everything that
+    /// was.
     pub fn freeze(
         &self,
         ticket: &Arc<Ticket>,
@@ -164,7 +168,7 @@ impl Scratch {
         if let Some(kernels) = late_copy.kernels() {
             return kernels.follow(streams).map(|()| true);
         }
-        // Slots first: what has none could not be queued any more once it is frozen.
+        // Reserve slots first: after the freeze, a chunk without a slot could not be queued any more.
         if self.reserve(ticket, late_copy, deadline).is_none() {
             return Ok(false);
         }
@@ -178,7 +182,8 @@ impl Scratch {
         self.launch(ticket, late_copy, streams, behind_copies)
     }
 
-    /// Launches the kernels of a fence, with the slots that are reserved. False when the save is staged, has failed or was taken back.
+    /// Launches the kernels of a fence, with the slots that are reserved. False when the save is staged, has
+    /// failed or was taken back.
     fn launch(
         &self,
         ticket: &Arc<Ticket>,
@@ -204,7 +209,7 @@ impl Scratch {
         }
     }
 
-    /// Waits until every chunk is queued or has a slot: the first one that has.
+    /// Waits until every chunk is queued or has a slot; returns the first chunk with a slot.
     fn reserve(&self, ticket: &Ticket, late_copy: &LateCopy, deadline: Instant) -> Option<usize> {
         loop {
             self.reap();
@@ -232,13 +237,13 @@ impl Scratch {
         }
     }
 
-    /// A chunk was handed over: its slot is free, if F is known.
+    /// Frees the slot of a chunk that was handed over, if F is known.
     pub fn hand_over(&self, late_copy: &LateCopy, chunk: usize) {
         let free = late_copy.hand_over(chunk);
         lock(&self.free).extend(free);
     }
 
-    /// Gives back what is known to be free, also of saves that are staged or have failed.
+    /// Returns slots that are known to be free, also of saves that are staged or have failed.
     pub fn reap(&self) {
         let mut free = Vec::new();
         let mut watched = lock(&self.watched);
@@ -256,7 +261,7 @@ impl Scratch {
         }
     }
 
-    /// Gives back all slots of a save of which no kernels are queued.
+    /// Returns all slots of a save that has no kernels queued.
     fn give_up(&self, late_copy: &LateCopy) {
         let free = late_copy.give_up();
         lock(&self.free).extend(free);
@@ -271,7 +276,7 @@ mod tests {
     use std::ops::Range;
     use std::sync::OnceLock;
 
-    /// A device with three slots, whose kernels look at the locks of the scratch whenever they are asked something.
+    /// A device with three slots, whose kernels check the locks of the scratch in every call.
     #[derive(Debug)]
     struct Watching;
 
@@ -337,8 +342,8 @@ mod tests {
         }
     }
 
-    /// A fence took the slots of a save under the lock of those that are free; giving them back took the two the other way around. Two
-    /// threads could wait for each other.
+    /// Two threads must not deadlock: a fence once locked the free slots before a save's slots, and returning
+    /// slots locked them in the opposite order.
     #[test]
     fn slots_are_given_back_with_one_lock_at_a_time() {
         let (scratch, ticket, late_copy) = (scratch(), ticket(3), Arc::new(late_copy(Box::new(Watching))));

@@ -1,4 +1,4 @@
-//! The staging of one save. How long sources and slabs are kept is in the safety argument of `enqueue`.
+//! The staging of one save. The safety argument of `enqueue` says how long sources and slabs are kept.
 
 use super::deferred::{DeferredRelease, Kept};
 use super::device_state::DeviceState;
@@ -19,11 +19,11 @@ use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
-/// How long a device is waited for at a time, while saves may fall due.
+/// How long the stager waits for a device before it expires due saves again.
 const SLICE: Duration = Duration::from_millis(5);
 
 impl Stager {
-    /// Stages one save, and gives everything back however it ends.
+    /// Stages one save, and releases its slabs and sources however it ends.
     pub(super) fn stage(&self, mut job: Job, device_state: &mut DeviceState) {
         let mut chunks = VecDeque::new();
         let copied = guarded("a source panicked while it was read", || {
@@ -42,16 +42,18 @@ impl Stager {
         }
         let mut ended = (chunks.is_empty() && failed.is_none()) || self.quiesce(device_state);
         while job.borrowed && !ended {
-            // The memory may be freed once this save is released: there is no giving up here.
+            // The program may free borrowed memory once this save is released, so this wait has no limit.
             ended = self.quiesce(device_state);
         }
         let Job { ticket, state, captured, sink, late_copy, allocation, queued, .. } = job;
         drop(captured);
         ticket.enter(Phase::Writing);
-        // Kernels of a fence may still read what has left the device by now, and others the list of what was to be gathered.
+        // Kernels of a fence may still read tensors that have left the device, and gather kernels their list
+        // of pieces.
         let late_copy = late_copy.inspect(|late_copy| late_copy.end()).filter(|l| !ended || l.pending());
         if late_copy.is_none() {
-            // Otherwise a fence must still find it: what follows its kernels need not wait for copies of later saves.
+            // A fence must still find a late copy that is pending: streams that follow its kernels need not
+            // wait for copies of later saves.
             self.forget(&ticket);
         }
         let kept = Kept { state, allocation, queued, late_copy };
@@ -61,7 +63,7 @@ impl Stager {
             self.saves.release(&ticket);
             device_state.deferred.push(DeferredRelease::BehindCopies { kept, chunks });
         } else {
-            // Nothing is copied into slabs any more: they need not wait for kernels.
+            // No copy writes the slabs any more, and kernels do not use them.
             dropped(chunks);
             if kept.is_free() {
                 kept.release();
@@ -71,13 +73,13 @@ impl Stager {
             }
         }
         if failed == Some(ErrorKind::Device) || device_state.broken {
-            // What is deferred is lost with the queue that could have told when its copies end.
+            // Only this queue could tell when deferred copies end: `lose` drops it and leaks what they use.
             device_state.lose(&self.saves);
         }
         sink.end();
     }
 
-    /// Sees to it that there is a queue, behind the work that wrote the tensors.
+    /// Opens a copy queue if there is none, and makes it wait for the work that wrote the tensors.
     fn prepare(&self, job: &Job, device_state: &mut DeviceState) -> Result<()> {
         device_state.recover(&self.saves);
         if device_state.broken {
@@ -97,7 +99,8 @@ impl Stager {
         Ok(())
     }
 
-    /// Waits until no copy is running any more, while saves that are due expire. False when that takes too long.
+    /// Waits until no copy runs any more; expires due saves meanwhile. False after [`QUIESCE`], or when the
+    /// device panics.
     fn quiesce(&self, device_state: &mut DeviceState) -> bool {
         let Some(queue) = &mut device_state.queue else { return true };
         let deadline = Instant::now() + QUIESCE;
@@ -113,7 +116,7 @@ impl Stager {
         }
     }
 
-    /// Copies all chunks, in order, and hands over each when its mark is reached.
+    /// Copies all chunks in order, and hands over each when its completion event is reached.
     fn copy(&self, job: &mut Job, device_state: &mut DeviceState, chunks: &mut VecDeque<InFlightChunk>) -> Result<()> {
         let stamp = Stamp::new(job.ticket.step, job.ticket.attempt());
         let (due, waker) = (self.saves.expire(Instant::now()), Waker::from(self.signal.clone()));
@@ -122,7 +125,7 @@ impl Stager {
             let mut view = copying.look()?;
             let mut action = next_action(&view);
             if matches!(action, Action::Queue { .. }) {
-                // Sources are asked only where that decides: they may have a long way to the answer.
+                // Sources are asked only where the answer decides, because they may answer slowly.
                 view.ready = ready(copying.job, copying.next, &copying.waker)?;
                 action = next_action(&view);
             }
@@ -134,7 +137,7 @@ impl Stager {
                 Action::Queue { live } => copying.queue(live, view.latched)?,
                 Action::End => return Ok(()),
                 Action::AwaitF => {
-                    // A device that is lost never tells F.
+                    // A lost device never tells F.
                     copying.job.late_copy.iter().try_for_each(|late_copy| late_copy.check())?;
                     copying.await_copies();
                 }
@@ -153,17 +156,18 @@ struct Copying<'a> {
     /// In flight, oldest first.
     chunks: &'a mut VecDeque<InFlightChunk>,
     stamp: Stamp,
-    /// Wakes the stager when bytes of a source are there.
+    /// Wakes the stager when bytes of a source are ready.
     waker: Waker,
     due: Due,
     /// The first chunk that was never queued.
     next: usize,
-    /// The last mark that is known to be reached.
+    /// The last completion event that is known to be reached.
     reached: u64,
 }
 
 impl Copying<'_> {
-    /// What is to be seen of the save now, while those that are due expire. Whether bytes are there is not asked.
+    /// Collects the state of the save, and expires due saves. It does not ask sources whether bytes are
+    /// ready.
     fn look(&mut self) -> Result<View> {
         let now = Instant::now();
         if self.stager.saves.is_due(&self.due, now) {
@@ -176,7 +180,7 @@ impl Copying<'_> {
         if self.chunks.front().is_none_or(|chunk| chunk.mark > self.reached) {
             self.reached = queue.reached()?;
         }
-        // Read after the marks: whatever the device tells later, these copies were made before it.
+        // Read F after the completion events: if the device tells F later, these copies were made before it.
         let late_copy = self.job.late_copy.as_ref();
         let latched = late_copy.and_then(|late_copy| late_copy.latched());
         let oldest = self.chunks.front().filter(|chunk| chunk.mark <= self.reached);
@@ -204,10 +208,11 @@ impl Copying<'_> {
         })
     }
 
-    /// Queues the next chunk, unless there is no slab any more, or live memory was frozen meanwhile: the next look tells.
+    /// Queues the next chunk. Does nothing if no slab is free, or live memory was frozen meanwhile; the next
+    /// `look` sees that.
     fn queue(&mut self, live: bool, latched: Option<usize>) -> Result<()> {
         let late_copy = self.job.late_copy.clone();
-        // Kept until the chunk is queued: a freeze waits for one that was decided.
+        // Kept until the chunk is queued: `freeze` waits for a decided chunk.
         let decided = late_copy.as_ref().filter(|_| live).map(|late_copy| late_copy.decide());
         if matches!(decided, Some(None)) {
             return Ok(());
@@ -236,7 +241,8 @@ impl Copying<'_> {
 
     fn enqueue(&mut self, chunk: InFlightChunk) -> Result<()> {
         let queue = self.device_state.queue.as_mut().ok_or_else(|| Error::internal("a stager without a queue"))?;
-        // In flight before the first copy: whatever happens from here on, the slab is not returned too early.
+        // The chunk is in flight before its first copy is queued, so that no failure returns the slab too
+        // early.
         self.chunks.push_back(chunk);
         let chunk = self.chunks.back_mut().ok_or_else(|| Error::internal("no chunk although one was pushed"))?;
         enqueue(self.job, &self.stamp, queue.as_mut(), chunk)
@@ -260,14 +266,14 @@ impl Copying<'_> {
         self.job.ticket.sources.set_dropped();
     }
 
-    /// Sleeps until copies are looked at again.
+    /// Sleeps for [`POLL`], or until the save has news.
     fn await_copies(&mut self) {
         let news = || has_news(&self.job.ticket).then_some(());
         self.stager.signal.wait_until(Instant::now() + POLL, news);
         self.stager.recover(self.device_state);
     }
 
-    /// Sleeps until there is something to be done.
+    /// Sleeps until the save has news, or a slab and the next chunk's bytes are available.
     fn await_news(&mut self) {
         let Self { stager, job, device_state, next, waker, .. } = self;
         let bytes = || !matches!(ready(job, *next, waker), Ok(false));
@@ -276,12 +282,12 @@ impl Copying<'_> {
     }
 }
 
-/// Whether all bytes of the chunk `index` are there to be read.
+/// Whether all bytes of the chunk `index` can be read.
 fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
     let Some(chunk) = job.plan.chunks.get(index) else { return Ok(true) };
     for segment in &job.plan.segments[chunk.segments.clone()] {
         let From::Tensor(tensor) = segment.from else { continue };
-        // Once sources are dropped, what is left of them is in slots.
+        // After the sources are dropped, the remaining chunks are read from slots.
         let Some((_, tensor)) = job.state.tensors.get_index(tensor) else { continue };
         match tensor.source.poll_ready(segment.at..segment.at + segment.length as u64, waker) {
             Poll::Ready(there) => there?,

@@ -1,4 +1,4 @@
-//! The stager: a thread, and a queue of saves, which it stages one after the other.
+//! The stager: one thread that stages the saves of a queue, one after the other.
 
 use super::capture::Captured;
 use super::capture_pool::Allocation;
@@ -23,11 +23,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// How often the watermark is looked at while copies are in flight.
+/// How often the stager polls copies in flight.
 pub(super) const POLL: Duration = Duration::from_micros(40);
-/// How often deferred releases are looked at while there is nothing else to do.
+/// How often an idle stager polls deferred releases.
 const LOOK: Duration = Duration::from_micros(500);
-/// How long a failed device is given to end its copies.
+/// How long the stager waits for a failed device to end its copies.
 pub(super) const QUIESCE: Duration = Duration::from_secs(10);
 
 /// A save to be staged.
@@ -36,16 +36,16 @@ pub(crate) struct Job {
     pub plan: Arc<Plan>,
     pub state: StateDict<'static>,
     pub captured: Captured,
-    /// Behind the work that wrote tensors of devices.
+    /// The work that wrote device tensors: copies wait for it.
     pub behind: Option<Point>,
-    /// How its chunks can be put together and copied late on the device.
+    /// How the device gathers its chunks and copies them late.
     pub late_copy: Option<Arc<LateCopy>>,
-    /// What the device did at `save`.
+    /// Memory of the captured tensors; `queued` is the work that the device queued at `save`.
     pub allocation: Option<Allocation>,
     pub queued: Vec<Arc<dyn Queued>>,
-    /// The sources may be freed as soon as the save is released.
+    /// The program may free the sources as soon as the save is released.
     pub borrowed: bool,
-    /// It is not staged before then: after a failure the save waits before it is tried again.
+    /// The stager does not stage it before this time: a failed save waits before its next attempt.
     pub not_before: Option<Instant>,
     pub sink: Arc<dyn Sink>,
 }
@@ -64,23 +64,23 @@ impl std::fmt::Debug for Stager {
     }
 }
 
-/// The late copy of a save, until that is staged, and whether its sources are borrowed.
+/// A save that is not staged yet, its late copy, and whether its sources are borrowed.
 type Fenceable = (Arc<Ticket>, Arc<LateCopy>, bool);
 
-/// The stager's queue and what it works with.
+/// The stager's queue, and the memory and device that it uses.
 pub(crate) struct Stager {
     pub signal: Arc<Signal>,
     pub calls: Arc<CallThread>,
     pub arena: Arena,
     pub saves: InFlightSaves,
     pub device: Arc<dyn Device>,
-    /// Where late copies are made, if the device can do that.
+    /// Memory for late copies; unset if the device cannot make them.
     pub scratch: OnceLock<Scratch>,
-    /// How streams wait at a fence, if not for events.
+    /// Makes streams wait by memory-waits at a fence; unset where they wait for events.
     pub waits: OnceLock<Arc<dyn Waits>>,
     late_copies: Mutex<Vec<Fenceable>>,
     jobs: Mutex<VecDeque<Job>>,
-    /// Of saves that will not be staged, until the thread takes them over.
+    /// Releases of saves that will not be staged, until the thread takes them over.
     deferred: Mutex<Vec<DeferredRelease>>,
     /// How many saves may be under way at once; the others wait and can be taken back.
     at_most: Option<usize>,
@@ -121,7 +121,7 @@ impl Stager {
         }
     }
 
-    /// What the device offers, once, at start or when it has been chosen.
+    /// Sets what the device offers. Called once, at start or when the device has been chosen.
     pub fn offer(&self, scratch: Option<Scratch>, waits: Option<Arc<dyn Waits>>) {
         if let Some(scratch) = scratch {
             _ = self.scratch.set(scratch);
@@ -131,7 +131,7 @@ impl Stager {
         }
     }
 
-    /// Takes a save, to be staged after those before it.
+    /// Adds a save at the end of the queue.
     pub fn push(&self, job: Job) {
         if let Some(late_copy) = &job.late_copy {
             let mut late_copies = lock(&self.late_copies);
@@ -143,8 +143,8 @@ impl Stager {
         self.signal.notify();
     }
 
-    /// Takes a save for another attempt, to be staged before those that came after it. Hands the job back when the thread has
-    /// been told to end.
+    /// Adds a save at the front of the queue, for another attempt. Returns the job when the thread has been
+    /// told to end.
     pub fn push_again(&self, job: Job) -> Option<Job> {
         let mut jobs = lock(&self.jobs);
         if self.stopped.load(Ordering::Acquire) {
@@ -157,22 +157,22 @@ impl Stager {
         None
     }
 
-    /// Takes back the newest save that has not begun to stage.
+    /// Removes and returns the newest save whose staging has not begun.
     pub fn take_waiting(&self) -> Option<Job> {
         lock(&self.jobs).pop_back()
     }
 
-    /// Takes the sources out of a save that has not begun to stage.
+    /// Takes the sources out of a save whose staging has not begun.
     pub(super) fn take_sources(&self, ticket: &Arc<Ticket>) -> Option<StateDict<'static>> {
         let mut jobs = lock(&self.jobs);
         let waiting = jobs.iter_mut().find(|job| Arc::ptr_eq(&job.ticket, ticket));
         waiting.map(|job| std::mem::take(&mut job.state))
     }
 
-    /// Drops the sources of a save that will not be staged, when no device reads them any more.
+    /// Releases a save that will not be staged, and drops its sources when no device reads them any more.
     pub fn discard(&self, job: Job) {
         let Job { ticket, state, allocation, queued, late_copy, .. } = job;
-        // Kernels of a fence may be to come. Where there are none, there will be none.
+        // Keep the late copy while kernels of a fence may still run. After `withdraw` no fence launches any.
         let late_copy = late_copy.filter(|late_copy| late_copy.withdraw());
         if late_copy.is_none() {
             self.forget(&ticket);
@@ -180,8 +180,8 @@ impl Stager {
         self.defer(Kept { state, allocation, queued, late_copy }, ticket);
     }
 
-    /// Ends a save that did not become a job, but for the future that a deferred one has, and drops its sources when no device
-    /// reads them any more.
+    /// Ends a save that did not become a job, and drops its sources when no device reads them any more. It
+    /// does not resolve the future of a deferred save.
     pub fn refuse(
         &self,
         ticket: Arc<Ticket>,
@@ -190,7 +190,8 @@ impl Stager {
         allocation: Option<Allocation>,
         queued: Vec<Arc<dyn Queued>>,
     ) {
-        // There is no handle yet that could tell of it, unless there was one before the state.
+        // Only a deferred save has a handle already that reports the failure; otherwise the caller reports
+        // it.
         let seen = !ticket.listed.load(Ordering::Acquire);
         ticket.fail_as(why.clone(), seen);
         self.saves.add(ticket.clone());
@@ -200,7 +201,7 @@ impl Stager {
         self.defer(Kept { state, allocation, queued, late_copy: None }, ticket);
     }
 
-    /// Releases a save, now or when no kernel uses what is kept of it.
+    /// Releases a save now, or once no kernel uses what is kept of it.
     fn defer(&self, kept: Kept, ticket: Arc<Ticket>) {
         if kept.is_free() {
             kept.release();
@@ -227,7 +228,7 @@ impl Stager {
         found.map(|(_, late_copy, borrowed)| (late_copy.clone(), *borrowed))
     }
 
-    /// No fence has to know of the late copy of this save any more.
+    /// Removes the late copy of this save from the list: no fence needs it any more.
     pub(super) fn forget(&self, ticket: &Arc<Ticket>) {
         lock(&self.late_copies).retain(|(known, ..)| !Arc::ptr_eq(known, ticket));
     }
@@ -238,7 +239,7 @@ impl Stager {
         self.signal.notify();
     }
 
-    /// The thread.
+    /// The body of the thread: stages saves until the stager is stopped and its queue is empty.
     pub fn run(&self) {
         let (mut device_state, mut sharp) = (DeviceState::default(), false);
         while let Some(job) = self.wait(&mut device_state, || self.next_job()) {
@@ -252,13 +253,13 @@ impl Stager {
         self.clear(device_state);
     }
 
-    /// The next save, or that there will be none; None while neither can be said.
+    /// The next save, or `Some(None)` when no more will come; `None` while neither is known.
     fn next_job(&self) -> Option<Option<Job>> {
         let under_way = || self.saves.unfinished().iter().filter(|t| t.phase() > Phase::Waiting).count();
         if self.at_most.is_some_and(|most| under_way() >= most) {
             return None;
         }
-        // Before the queue: what is not in it then will not come into it any more.
+        // Read before the queue: once the stager is stopped, a queue found empty stays empty.
         let stopped = self.stopped.load(Ordering::Acquire);
         let mut jobs = lock(&self.jobs);
         let now = Instant::now();
@@ -268,7 +269,7 @@ impl Stager {
         }
     }
 
-    /// Releases what no device uses any more; leaks what a device does not let go of.
+    /// Releases what no device uses any more; leaks what a device still uses after [`QUIESCE`].
     fn clear(&self, mut device_state: DeviceState) {
         let patience = Instant::now() + QUIESCE;
         while !device_state.deferred.is_empty() && Instant::now() < patience {
@@ -278,7 +279,7 @@ impl Stager {
         device_state.give_up(&self.saves, |_| true);
     }
 
-    /// Releases what is left of saves that have ended or were taken back, and is no longer in use.
+    /// Releases what saves that have ended or were taken back still keep, if it is no longer in use.
     pub(super) fn recover(&self, device_state: &mut DeviceState) {
         while let Some(job) = self.take_failed() {
             self.stage(job, device_state);
@@ -287,20 +288,20 @@ impl Stager {
         device_state.recover(&self.saves);
     }
 
-    /// Takes a save out of the queue that has failed there: what it holds need not wait for the saves before
-    /// it.
+    /// Takes a save out of the queue that failed there, so that its sources and memory need not wait for
+    /// earlier saves.
     fn take_failed(&self) -> Option<Job> {
         let mut jobs = lock(&self.jobs);
         let at = jobs.iter().position(|job| job.ticket.failed())?;
         jobs.remove(at)
     }
 
-    /// Until when the first of the saves waits that are tried again.
+    /// When the first of the saves that wait for another attempt may begin.
     fn delayed_until(&self) -> Option<Instant> {
         lock(&self.jobs).iter().filter_map(|job| job.not_before).min()
     }
 
-    /// Waits for `look`, while saves that are due expire.
+    /// Waits until `look` returns a value; expires due saves meanwhile.
     pub(super) fn wait<T>(&self, device_state: &mut DeviceState, mut look: impl FnMut() -> Option<T>) -> T {
         loop {
             self.recover(device_state);

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 const LONG: Duration = Duration::from_secs(600);
 
-/// Keeps what it is handed, and lets go of the slab at once.
+/// A sink that copies each chunk and returns the slab at once.
 #[derive(Default)]
 struct Kept {
     chunks: Mutex<Vec<(usize, Vec<u8>)>>,
@@ -42,7 +42,7 @@ fn push(stager: &Stager, tensor: &Arc<Vec<u8>>) -> (Arc<Ticket>, Arc<Plan>, Arc<
     push_of(stager, tensor, Vec::new(), LONG)
 }
 
-/// As if streams had written the tensor, with a deadline of its own.
+/// Pushes a save as if `streams` had written the tensor, with its own deadline.
 fn push_of(
     stager: &Stager,
     tensor: &Arc<Vec<u8>>,
@@ -73,7 +73,7 @@ fn push_of(
     (ticket, plan, sink)
 }
 
-/// The tensor's bytes as they were handed over, which follow the header.
+/// The tensor's bytes as handed over, without the header before them.
 fn staged(plan: &Plan, sink: &Kept) -> Vec<u8> {
     let chunks = lock(&sink.chunks);
     let mut file = Vec::new();
@@ -175,7 +175,7 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
         let save = || push_of(&stager, &tensor, vec![DeviceStream::legacy(0)], LONG).0;
         let (one, two) = (save(), save());
         [&one, &two].iter().for_each(|ticket| (0..ticket.extent().chunks).for_each(|_| ticket.advance()));
-        // One is here, one is what the device gives out.
+        // Two references belong to the test and to the device, not to saves.
         let held = || Arc::strong_count(&hold) - 2;
         let fence = || stager.fence_on(&[DeviceStream::legacy(0)], LONG);
         fence().unwrap();
@@ -183,7 +183,7 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
         assert_eq!(held(), 4);
         first(&stager, &one);
         assert_eq!(held(), 2);
-        // Whoever comes now does not wait for the first.
+        // A new fence does not wait for the first save.
         fence().unwrap();
         assert_eq!(held(), 3);
         second(&stager, &two);

@@ -1,6 +1,6 @@
-//! The table of states, and every interleaving of what two threads do to a late copy.
+//! Tests of the state table, and of every interleaving of two threads that use a late copy.
 
-/// Kernels of which a test says what they do, and a save on their device.
+/// Kernels that a test controls, and a save on their device.
 pub mod fixtures {
     use super::super::*;
     use crate::call_thread::CallThread;
@@ -10,7 +10,7 @@ pub mod fixtures {
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::{Duration, Instant};
 
-    /// F, if it is told, and whether they have run.
+    /// F, if the kernels tell it, and whether they have run.
     #[derive(Default)]
     pub struct Told {
         pub first: Option<usize>,
@@ -86,7 +86,7 @@ mod cases {
         ("reap", |late_copy, _, _| _ = late_copy.reap(true)),
     ];
 
-    /// The events that lead to a state, and the events that lead out of it. What is not named here leaves it as it is.
+    /// A state, the events that lead to it, and the events that lead out of it. Other events change nothing.
     type Row = (&'static str, &'static [&'static str], &'static [(&'static str, &'static str)]);
 
     const TABLE: [Row; 9] = [
