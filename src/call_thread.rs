@@ -1,8 +1,10 @@
-//! The thread that calls functions given to `Save::on_done` where no other may: those of saves that are given up or superseded.
+//! The call thread: calls functions given to `Save::on_done` where no other thread may, those of saves that
+//! are given up or superseded.
 //!
-//! One per executor, fed by a queue with at most one entry per save that is under way. [`CallThread::close`] comes after the
-//! other threads of the executor have ended; then the thread runs what is there, and ends. Who ended a save before and hands its
-//! calls over only afterwards starts a thread for them alone. **Locks.** None is held while a call runs.
+//! Each executor has one, with a queue of at most one entry per save that is under way. [`CallThread::close`]
+//! comes after the other threads of the executor have ended; then the thread runs the queued calls, and ends.
+//! A thread that ended a save before and hands its calls over only afterwards starts a thread for them alone.
+//! **Locks.** No lock is held while a call runs.
 
 use crate::completion::{Calls, Signal};
 use crate::error::Result;
@@ -15,10 +17,10 @@ use std::sync::Arc;
 /// The name of the thread.
 pub(crate) const NAME: &str = "ashore-call";
 
-/// Who is to be told of the end of a save, and of which.
+/// The tasks to wake and functions to call at the end of one save.
 type Told = Calls<Result<Outcome>>;
 
-/// The queue of the thread, which ends when this is closed or dropped.
+/// The queue of the call thread; the thread ends when this is closed or dropped.
 #[derive(Debug)]
 pub(crate) struct CallThread {
     handed: Mutex<Option<Sender<Told>>>,
@@ -27,13 +29,13 @@ pub(crate) struct CallThread {
 }
 
 impl CallThread {
-    /// The queue; `signal` is that of the executor.
+    /// Makes the queue; `signal` is that of the executor.
     pub fn new(signal: Arc<Signal>) -> Self {
         let (handed, queue) = unbounded();
         Self { handed: Mutex::new(Some(handed)), queue, signal }
     }
 
-    /// What the thread runs. It keeps nothing that would keep the queue open.
+    /// The body of the thread. It keeps nothing that would keep the queue open.
     pub fn body(&self) -> impl FnOnce() + Send + use<> {
         let (queue, signal) = (self.queue.clone(), self.signal.clone());
         move || {
@@ -42,7 +44,7 @@ impl CallThread {
         }
     }
 
-    /// Wakes tasks in this thread, which holds no lock, and has the thread call functions.
+    /// Wakes tasks in the calling thread, which holds no lock, and makes the call thread call functions.
     pub fn hand(&self, mut calls: Told) {
         calls.wake();
         if calls.are_none() {
@@ -55,13 +57,13 @@ impl CallThread {
         refused.into_iter().for_each(|calls| self.alone(calls));
     }
 
-    /// Takes no more calls: the thread ends after those that are there.
+    /// Closes the queue: the thread ends after the queued calls.
     pub fn close(&self) {
         drop(lock(&self.handed).take());
     }
 
-    /// Runs `calls` in a thread of their own: the one that hands them over may be one that others wait for. Where the system has
-    /// no more threads they run in this one.
+    /// Runs `calls` in a thread of their own, because other threads may wait for the calling one. If the
+    /// system has no more threads, they run in the calling one.
     fn alone(&self, calls: Told) {
         let of_one = Self::new(self.signal.clone());
         of_one.hand(calls);
@@ -80,7 +82,7 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
-    /// Hands over a call that tells of its thread.
+    /// Hands over a call that reports its thread.
     fn hand(calls: &CallThread) -> mpsc::Receiver<(std::thread::ThreadId, bool)> {
         let (cell, (send, told)) = (Completion::new(), mpsc::channel());
         let signal = calls.signal.clone();

@@ -1,8 +1,10 @@
-//! What all stages of one save share: who it is, how far it is, whether it failed, and the futures that it resolves.
+//! The ticket: the state of one save that all stages share, which is its identity, phase, progress, first
+//! failure and completions.
 //!
-//! **Completion.** `staged` resolves when no live source will be read any more and the sources are dropped, however the
-//! save ended; `done` resolves once. **Failure.** The first error wins. Once the publish has begun, a failure can no longer
-//! undo it: `fail` is refused, and a deadline that passes then is `Indeterminate`.
+//! **Completion.** `staged` resolves when no live source will be read any more and the sources are dropped,
+//! however the save ended; `done` resolves once. **Failure.** The first error wins. Once the publish has
+//! begun, a failure can no longer undo it: `fail` is refused, and a deadline that passes then is
+//! `Indeterminate`.
 
 mod source_gate;
 
@@ -25,23 +27,23 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub(crate) struct Ticket {
     pub step: u64,
-    /// Of a save that is tried again, the latest.
+    /// The latest attempt of a save that is tried again.
     attempt: Mutex<Attempt>,
     pub began: Instant,
     pub deadline: Instant,
-    /// What is saved, once that is known.
+    /// What the save contains, once that is known.
     extent: OnceLock<Extent>,
-    /// Something waits for the state of this save, so that no other takes its place.
+    /// The state of a deferred save is claimed, so that no other save supersedes it; or another save has.
     pub awaited: AtomicBool,
-    /// It is in the list of saves.
+    /// The list of saves in flight has it.
     pub listed: AtomicBool,
     /// How many chunks have been queued: nothing more is read on the host once all are.
     pub queued: AtomicUsize,
-    /// Notified when one more is queued.
+    /// Notified when one more chunk is queued, or none will be.
     pub moved: Signal,
-    /// Somebody waits until this many are queued: more copies than usual may be in flight until then.
+    /// A thread waits until this many chunks are queued; until then more copies than usual may be in flight.
     pub needed: AtomicUsize,
-    /// A fence has ordered whoever writes after the copies.
+    /// Later writers wait for this save's copies.
     pub fenced: AtomicBool,
     pub sources: SourceGate,
     pub staged: sync::Arc<Completion<Result<()>>>,
@@ -51,16 +53,16 @@ pub(crate) struct Ticket {
     pub bytes_written: AtomicU64,
     pub staged_nanos: AtomicU64,
     pub blocked_nanos: AtomicU64,
-    /// A forgotten fence would not be noticed: a device did not digest what it was asked to.
+    /// A device did not make the requested digests, so a forgotten fence would not be detected.
     pub blind: AtomicBool,
     /// Some handle or call has seen how it ended.
     pub observed: AtomicBool,
     state: Mutex<State>,
-    /// While it keeps them, streams wait for its copies.
+    /// Wait guards: streams wait for its copies while it keeps them.
     holds: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     signal: Arc<Signal>,
     calls: Arc<CallThread>,
-    /// The process that made it: in a forked child nothing will ever happen to it.
+    /// The process that made it: in a forked child the save never makes progress.
     origin: ForkGuard,
 }
 
@@ -68,7 +70,7 @@ pub(crate) struct Ticket {
 #[derive(Debug)]
 enum State {
     Running(Phase),
-    /// In this phase; `Ended` once its threads are done with it.
+    /// Failed in this phase; `Ended` once its threads are done with it.
     Failed {
         phase: Phase,
         error: Error,
@@ -85,33 +87,34 @@ impl State {
     }
 }
 
-/// What a new ticket is for.
+/// The identity and deadline of a new ticket.
 pub(crate) struct Issue {
     pub step: u64,
     pub attempt: Attempt,
     pub deadline: Instant,
 }
 
-/// What a save saves.
+/// What a save contains.
 #[derive(Debug, Default)]
 pub(crate) struct Extent {
     pub chunks: usize,
     /// The streams that wrote the tensors of devices.
     pub streams: Vec<DeviceStream<'static>>,
     pub bytes: u64,
-    /// Some source can be written while it is read: a later save without a fence between is refused.
+    /// Some source can be written while it is read: a later save without a fence in between is refused.
     pub writable: bool,
     pub over_budget: usize,
-    /// Nothing can write the sources, which are kept until the save has ended, for another attempt; or there are none yet.
+    /// Nothing can write the sources, which are kept until the save has ended, for another attempt; or there
+    /// are none yet.
     pub kept: bool,
 }
 
-/// Of a save whose state has not come: there is nothing that a fence could wait for.
+/// The extent of a save whose state has not arrived: a fence has nothing to wait for.
 static NOTHING_YET: Extent =
     Extent { chunks: 0, streams: Vec::new(), bytes: 0, writable: false, over_budget: 0, kept: true };
 
 impl Ticket {
-    /// `signal` wakes the stager; `calls` is where functions are called that no other thread may call.
+    /// `signal` wakes the stager; `calls` runs functions that no other thread may call.
     pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>, calls: Arc<CallThread>) -> Self {
         let Issue { step, attempt, deadline } = issue;
         let zero = || AtomicU64::new(0);
@@ -145,17 +148,17 @@ impl Ticket {
         }
     }
 
-    /// What is saved: nothing, as long as that is not known.
+    /// What the save contains: nothing while that is not known.
     pub fn extent(&self) -> &Extent {
         self.extent.get().unwrap_or(&NOTHING_YET)
     }
 
-    /// Its state is yet to come.
+    /// Whether its state has not arrived yet.
     pub fn is_deferred(&self) -> bool {
         self.extent.get().is_none()
     }
 
-    /// Says what is saved. Once.
+    /// Sets what the save contains. Called once.
     pub fn begin(&self, extent: Extent) {
         let known = self.extent.set(extent);
         debug_assert!(known.is_ok(), "a save began twice");
@@ -171,7 +174,7 @@ impl Ticket {
 
     pub fn progress(&self) -> Progress {
         Progress {
-            // Whoever was waiting is told first, and may ask at once.
+            // A waiter is woken before the phase changes and may ask at once.
             phase: if self.done.is_complete() { Phase::Ended } else { self.phase() },
             bytes: self.extent().bytes,
             staged: self.bytes_staged.load(Ordering::Relaxed),
@@ -179,7 +182,7 @@ impl Ticket {
         }
     }
 
-    /// Moves from one phase to the next; false when the save has failed or is elsewhere.
+    /// Moves forward to `phase`; false when the save has failed or is not before that phase.
     pub fn enter(&self, phase: Phase) -> bool {
         let mut state = lock(&self.state);
         let forward = matches!(*state, State::Running(before) if before < phase);
@@ -205,7 +208,8 @@ impl Ticket {
         self.fail_as(error, false)
     }
 
-    /// The same. `seen`: the caller of this function knows of the failure, and no other thread may find it unseen in between.
+    /// Fails the save as [`Ticket::fail`] does. `seen`: the caller knows of the failure, and no other thread
+    /// may find it unobserved in between.
     pub fn fail_as(&self, error: Error, seen: bool) -> bool {
         let failed = self.fail_with(&mut lock(&self.state), error, seen);
         if failed {
@@ -217,7 +221,8 @@ impl Ticket {
     fn fail_with(&self, state: &mut State, error: Error, seen: bool) -> bool {
         let (phase, first) = match state {
             State::Running(phase) => (*phase, true),
-            // One that may pass does not stand in the way of a cancellation, or the deadline: the save would be tried again.
+            // A transient error gives way to a cancellation or the deadline: otherwise the save would be
+            // tried again.
             State::Failed { phase, error: there } => {
                 (*phase, self.extent().kept && there.is_transient() && !error.is_transient())
             }
@@ -239,8 +244,8 @@ impl Ticket {
         self.moved.notify();
     }
 
-    /// Begins `attempt`, after one that failed for a reason that may pass and of which nothing is left. False for a save that has
-    /// been given up.
+    /// Begins `attempt`, after one that failed with a transient error and left nothing behind. False for a
+    /// save that has been given up.
     pub fn try_again(&self, attempt: Attempt) -> bool {
         let mut state = lock(&self.state);
         let lasts = matches!(&*state, State::Failed { error, .. } if !error.is_transient());
@@ -259,15 +264,15 @@ impl Ticket {
         true
     }
 
-    /// Fails the save with `why` and resolves it at once, whatever its threads hang in. None when it had
+    /// Fails the save with `why` and resolves it at once, whatever blocks its threads. None when it had
     /// ended.
     pub fn give_up(&self, why: Error) -> Option<Calls<Result<Outcome>>> {
         loop {
-            // First: streams that wait for its copies go on before its end is told.
+            // Fail first: streams that wait for its copies go on before `done` resolves.
             if self.fail_with(&mut lock(&self.state), why.clone(), false) {
                 self.tell_failed();
             }
-            // Under one lock with the end, after which the save is not tried again.
+            // The end is set under this lock too, after which the save is not tried again.
             let state = lock(&self.state);
             let error = match &*state {
                 // Another attempt was begun meanwhile.
@@ -288,7 +293,7 @@ impl Ticket {
 
     /// Ends the save. None when it had been given up.
     pub fn finish(&self, result: Result<Outcome>) -> Option<Calls<Result<Outcome>>> {
-        // One that might have been tried again was cancelled, or its deadline passed, meanwhile.
+        // A save that might have been tried again may have been cancelled, or its deadline passed, meanwhile.
         let last = |e: Error| if e.is_transient() { self.failure().unwrap_or(e) } else { e };
         let result = result.map_err(|e| last(e).with_step(self.step));
         let staged = result.as_ref().map(|_| ()).map_err(Clone::clone);
@@ -306,18 +311,19 @@ impl Ticket {
         calls
     }
 
-    /// Wakes tasks in this thread and has the call thread call functions: the stager, a `save` and a `cancel` have other work.
+    /// Wakes tasks in this thread and makes the call thread call functions, which would delay the stager, a
+    /// `save` or a `cancel`.
     pub fn hand_over(&self, calls: Option<Calls<Result<Outcome>>>) {
         calls.into_iter().for_each(|calls| self.calls.hand(calls));
     }
 
-    /// Refuses to say anything about the save in a forked child.
+    /// Refuses any use of the save in a forked child.
     pub fn alive(&self) -> Result<()> {
         let alive = self.origin.check("a save of the parent cannot be waited for in a forked child");
         alive.map_err(|forked| forked.with_step(self.step))
     }
 
-    /// Refuses a wait to a thread of the executor, which may be the one that has to end it.
+    /// Refuses a wait in a thread of the executor, which may be the one that has to end the save.
     pub fn may_wait(&self) -> Result<()> {
         if !own_threads::is_one_of(&self.signal) {
             return Ok(());
@@ -326,12 +332,12 @@ impl Ticket {
         Err(Error::invalid(why).with_step(self.step))
     }
 
-    /// Says that no live source will be read any more and that the sources are dropped.
+    /// Records that no live source will be read any more and that the sources are dropped.
     pub fn release(&self) {
         let nanos = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.staged_nanos.store(nanos, Ordering::Relaxed);
         self.sources.set_dropped();
-        // The sources of one that has failed may be read for another attempt, until it has ended.
+        // Another attempt may read the sources of a failed save, until the save has ended.
         if !self.extent().kept || !self.failed() || self.done.is_complete() {
             self.staged.complete(self.failure().map_or(Ok(()), Err));
         }
@@ -340,10 +346,11 @@ impl Ticket {
         self.moved.notify();
     }
 
-    /// Keeps `hold` until the save has failed or is staged.
+    /// Keeps a wait guard until the save has failed or is staged.
     pub fn hold(&self, hold: Arc<dyn Any + Send + Sync>) {
         lock(&self.holds).push(hold);
-        // Whoever says so first comes for what is there only after he has said it.
+        // The thread that fails or releases the save sets that state before it drops the guards, and may have
+        // missed this one.
         if self.failed() || self.staged.is_complete() {
             self.drop_holds();
         }
@@ -354,18 +361,18 @@ impl Ticket {
         drop(holds);
     }
 
-    /// One more chunk is queued.
+    /// Counts one more queued chunk.
     pub fn advance(&self) {
         self.queued.fetch_add(1, Ordering::Release);
         self.moved.notify();
     }
 
-    /// Waits until all chunks are queued, or none of them will be any more. False at the deadline.
+    /// Waits until all chunks are queued, or no more will be. False at the deadline.
     pub fn wait_queued(&self, deadline: Instant) -> bool {
         self.wait_until_queued(self.extent().chunks, deadline)
     }
 
-    /// The same, for the first `count` chunks.
+    /// Waits until the first `count` chunks are queued, or no more will be. False at the deadline.
     pub fn wait_until_queued(&self, count: usize, deadline: Instant) -> bool {
         if self.needed.fetch_max(count, Ordering::AcqRel) < count {
             self.signal.notify();
@@ -377,7 +384,7 @@ impl Ticket {
         self.moved.wait_until(deadline, queued).is_some()
     }
 
-    /// Asks the stager to drop the sources, from which nothing more is queued.
+    /// Asks the stager to drop the sources: nothing more is queued from them.
     pub fn request_release(&self) {
         self.sources.request_release();
         self.signal.notify();

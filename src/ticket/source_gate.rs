@@ -1,17 +1,18 @@
 //! The gate of a save's sources: they are live, then their release is requested, then they are dropped.
 //!
-//! A source is read, and a copy from it queued, under the lock of reading. A thread that has seen to it that no further read is
-//! decided takes that lock once, and knows then that none is running.
+//! A thread reads a source, or queues a copy from it, under the lock of reading. A thread that has made sure
+//! that no further read is decided takes that lock once, and then knows that no read runs.
 
 use crate::completion::{Signal, deadline_after};
 use crate::sync::{Mutex, MutexGuard, lock};
 use std::time::Duration;
 
-/// See the module. It goes one way only, but for another attempt.
+/// The state of the sources. It goes one way only, except for another attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum State {
     Live,
-    /// Nothing more is queued from borrowed sources, and streams wait for what is: they are to be dropped at once.
+    /// The stager must drop the borrowed sources at once: nothing more is queued from them, and streams wait
+    /// for queued copies.
     ReleaseRequested,
     /// Dropped, which may be before the save is staged.
     Dropped,
@@ -41,7 +42,7 @@ impl SourceGate {
         self.changed.notify();
     }
 
-    /// Held while a source is read or a copy from it is queued.
+    /// Takes the lock under which a source is read or a copy from it is queued.
     pub fn read(&self) -> MutexGuard<'_, ()> {
         lock(&self.reading)
     }
@@ -59,17 +60,17 @@ impl SourceGate {
         self.state() == State::Live
     }
 
-    /// The sources are to be dropped, and are not yet.
+    /// Whether the sources must be dropped, and are not yet.
     pub fn release_is_requested(&self) -> bool {
         self.state() == State::ReleaseRequested
     }
 
-    /// The sources are dropped.
+    /// Records that the sources are dropped.
     pub fn set_dropped(&self) {
         self.advance(State::Dropped);
     }
 
-    /// Another attempt reads sources that were kept for it: they are live again.
+    /// Makes the sources live again, for another attempt for which they were kept.
     pub(super) fn renew(&self) {
         *lock(&self.state) = State::Live;
     }
