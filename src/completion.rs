@@ -1,9 +1,9 @@
-//! A value that comes once, awaitable from any async runtime and waitable from a thread with a deadline.
+//! A value that is set once. Any async runtime can await it; a thread can wait for it until a deadline.
 //!
-//! No thread and no polling per future: the cell keeps the wakers of tasks and what is to be called,
-//! `event-listener` the threads that sleep. The first value wins; a waiter that comes late finds it there.
-//! **Locks.** Wakers and calls are code of the program: they are cloned, run and dropped while no lock of the
-//! cell is held, so they may look at it at once, and their panics end no thread.
+//! No thread and no polling per future: the cell keeps the wakers of tasks and the calls to make, and
+//! `event-listener` keeps the sleeping threads. The first value wins; a later waiter finds it. **Locks.**
+//! Wakers and calls are code of the program. They are cloned, run and dropped while no lock of the cell is
+//! held, so they may read it at once, and their panics end no thread.
 
 use crate::error::Result;
 use crate::guard::logged;
@@ -15,16 +15,16 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-/// A result that comes once, and that many may wait for.
+/// A result that is set once and may have many waiters.
 pub(crate) type Cell<T> = Arc<Completion<Result<T>>>;
 
-/// The moment `timeout` from now; a timeout beyond all reason is a hundred years.
+/// Returns the instant `timeout` from now, or a hundred years from now if that overflows.
 pub(crate) fn deadline_after(timeout: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(timeout).unwrap_or_else(|| now + Duration::from_secs(100 * 365 * 24 * 3600))
 }
 
-/// What is to be done with a value when it comes.
+/// A call to make with the value when it is set.
 type Call<T> = Box<dyn FnOnce(T) + Send>;
 
 /// The cell that both sides share.
@@ -35,7 +35,7 @@ pub(crate) struct Completion<T> {
 
 struct State<T> {
     value: Option<T>,
-    /// Of tasks, each under the number of its waiter.
+    /// Wakers of tasks, each under the number of its waiter.
     wakers: Vec<(u64, Waker)>,
     numbers: u64,
     calls: Vec<Call<T>>,
@@ -53,14 +53,14 @@ impl<T: Clone> Completion<T> {
         Self { state: Mutex::new(state), event: Event::new() }
     }
 
-    /// Completes with `value`, and runs what was to be called; false, and without effect, when there is a
-    /// value already.
+    /// Sets `value`, and wakes and calls all waiters. Returns false, without effect, if a value is set
+    /// already.
     pub fn complete(&self, value: T) -> bool {
         self.put(value).map(Calls::here).is_some()
     }
 
-    /// Completes with `value`: who is to be told now. None, and without effect, when there is a value
-    /// already.
+    /// Sets `value`, wakes sleeping threads, and returns the tasks to wake and the calls to make. None,
+    /// without effect, if a value is set already.
     pub fn put(&self, value: T) -> Option<Calls<T>> {
         let mut state = lock(&self.state);
         if state.value.is_some() {
@@ -73,7 +73,7 @@ impl<T: Clone> Completion<T> {
         Some(Calls { wakers, calls, value })
     }
 
-    /// Has `call` called with the value when it comes, or now, if it is there.
+    /// Runs `call` with the value when it is set, or now if it is set already.
     pub fn on_value(&self, call: Box<dyn FnOnce(T) + Send>) {
         let mut state = lock(&self.state);
         match state.value.clone() {
@@ -93,12 +93,12 @@ impl<T: Clone> Completion<T> {
         lock(&self.state).value.is_some()
     }
 
-    /// Blocks the thread until there is a value or `deadline` has passed.
+    /// Blocks the thread until the value is set or `deadline` has passed.
     pub fn wait(&self, deadline: Instant) -> Option<T> {
         self.wait_while(|listener| park(listener, deadline))
     }
 
-    /// Blocks the thread until there is a value: only for waits that soundness forbids to cut short.
+    /// Blocks the thread until the value is set. Only for waits that cannot be cut short without unsoundness.
     pub fn wait_forever(&self) -> Option<T> {
         self.wait_while(|listener| {
             listener.wait();
@@ -125,14 +125,14 @@ impl<T: Clone> Completion<T> {
 /// Sleeps until notified; false at the deadline.
 fn park(listener: EventListener, deadline: Instant) -> bool {
     if cfg!(loom) {
-        // Loom has no time: whoever sleeps there must be woken.
+        // Loom has no time: a sleeper must be woken.
         listener.wait();
         return true;
     }
     listener.wait_deadline(deadline).is_some()
 }
 
-/// Who is to be told of a value that has come, besides threads that sleep.
+/// The tasks to wake and the calls to make after a value has been set. Sleeping threads are woken already.
 #[must_use = "tasks that wait for the value are woken by `here`, or by the call thread that this is handed to"]
 pub(crate) struct Calls<T> {
     wakers: Vec<(u64, Waker)>,
@@ -147,34 +147,34 @@ impl<T> fmt::Debug for Calls<T> {
 }
 
 impl<T: Clone> Calls<T> {
-    /// Wakes and calls in this thread, which holds no lock.
+    /// Wakes the tasks and makes the calls in this thread, which holds no lock.
     pub fn here(mut self) {
         self.wake();
         let Self { calls, value, .. } = self;
         calls.into_iter().for_each(|call| tell(|| call(value.clone())));
     }
 
-    /// Wakes tasks in this thread, which holds no lock. What is to be called stays.
+    /// Wakes the tasks in this thread, which holds no lock. The calls stay.
     pub fn wake(&mut self) {
         std::mem::take(&mut self.wakers).into_iter().for_each(|(_, waker)| tell(|| waker.wake()));
     }
 
-    /// Whether nothing is to be called.
+    /// Whether there are no calls to make.
     pub fn are_none(&self) -> bool {
         self.calls.is_empty()
     }
 }
 
-/// Runs code of the program.
+/// Runs code of the program; logs a panic.
 fn tell(code: impl FnOnce()) {
     logged("code that was to be told of the end of a save panicked", code);
 }
 
-/// The future of a [`Completion`]. Any number of them may wait for the same one.
+/// The future of a [`Completion`]. A completion may have any number of them.
 #[derive(Debug)]
 pub(crate) struct Waiter<T: Clone> {
     cell: Arc<Completion<T>>,
-    /// Under which the cell keeps a waker, or has kept it.
+    /// The number under which the cell keeps a waker, or has kept it.
     number: Option<u64>,
 }
 
@@ -234,8 +234,8 @@ impl<T: Clone> Drop for Waiter<T> {
     }
 }
 
-/// Wakes one thread that watches several things at once. A notification that comes between the watcher's look and its
-/// sleep is not lost: it listens first, then looks.
+/// Wakes threads that wait for one of several conditions. A notification between the check and the sleep is
+/// not lost: a waiter listens first, then checks.
 #[derive(Debug, Default)]
 pub(crate) struct Signal(Event);
 
@@ -250,7 +250,7 @@ impl Signal {
         self.0.notify(usize::MAX);
     }
 
-    /// Returns the first `Some` of `look`; None at the deadline.
+    /// Calls `look` after each notification and returns its first `Some`; None at the deadline.
     pub fn wait_until<T>(&self, deadline: Instant, mut look: impl FnMut() -> Option<T>) -> Option<T> {
         loop {
             let listener = self.0.listen();
@@ -312,8 +312,8 @@ mod tests {
         cell.complete(1);
     }
 
-    /// Polls the future that it wakes, in `wake` itself, as bridges to other languages do; looks from the
-    /// clone and the drop, too.
+    /// Polls the future in `wake` itself, as bridges to other languages do. Also reads the cell when it is
+    /// dropped.
     struct Inline(Mutex<Option<Waiter<i32>>>, Arc<Completion<i32>>, std::sync::atomic::AtomicUsize);
 
     impl std::task::Wake for Inline {
@@ -331,8 +331,8 @@ mod tests {
         }
     }
 
-    /// The list of waiters was locked while they were woken: a waker that polled inline hung the thread that
-    /// ended the save.
+    /// Regression: the list of waiters was locked during wakes, so a waker that polled inline hung the thread
+    /// that ended the save.
     #[test]
     fn a_waker_that_polls_while_it_wakes_finds_the_value() {
         let cell = Arc::new(Completion::new());

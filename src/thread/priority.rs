@@ -1,7 +1,8 @@
-//! How much a thread gives way to others.
+//! CPU and I/O priority of a thread.
 //!
 //! # Safety argument
-//! Both calls concern the calling thread only and touch no memory of ours but a local value that outlives them.
+//! Both calls affect only the calling thread. The only memory of ours that they touch is a local value that
+//! outlives them.
 #![expect(unsafe_code, reason = "two system calls without safe bindings")]
 
 use crate::settings::Priority;
@@ -11,7 +12,7 @@ const NICE: i32 = 10;
 const THIS_THREAD: i32 = 1;
 const BEST_EFFORT: i32 = 2 << 13 | 7;
 
-/// Gives the calling thread `priority`. Best effort: what is refused is logged.
+/// Gives the calling thread `priority`. Best effort: a refusal is logged.
 pub(crate) fn adopt(priority: Priority) {
     if priority == Priority::Normal {
         return;
@@ -21,9 +22,9 @@ pub(crate) fn adopt(priority: Priority) {
             tracing::warn!(error = %std::io::Error::last_os_error(), "a thread keeps its {what}");
         }
     };
-    // On Linux the calling thread, not the process.
+    // On Linux this sets the calling thread, not the process.
     report("nice value", rustix::process::setpriority_process(None, NICE).is_ok());
-    // SAFETY: all of the struct's fields are integers, for which zero is the value that batch scheduling asks for.
+    // SAFETY: all fields of the struct are integers, and zero is the value that batch scheduling requires.
     let parameters = unsafe { std::mem::zeroed::<libc::sched_param>() };
     // SAFETY: see the module.
     report("scheduling", unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &parameters) } == 0);
@@ -43,7 +44,7 @@ mod tests {
             adopt(Priority::Normal);
             let normal = nice();
             adopt(Priority::Low);
-            // SAFETY: asks about the calling thread.
+            // SAFETY: reads the policy of the calling thread and touches no memory.
             let batch = unsafe { libc::sched_getscheduler(0) } == libc::SCHED_BATCH;
             // SAFETY: as above.
             let io = unsafe { libc::syscall(libc::SYS_ioprio_get, THIS_THREAD, 0) };

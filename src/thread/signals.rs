@@ -1,11 +1,11 @@
-//! Signals that are not for the threads of this library.
+//! Blocks signals in the threads of this library.
 //!
 //! # Safety argument
-//! The set is a local value that is written by the call which makes it empty before anything reads it, and the mask that is
-//! changed is that of the calling thread alone.
+//! The set is a local value, and the call that makes it empty writes it before anything reads it. Only the
+//! mask of the calling thread changes.
 #![expect(unsafe_code, reason = "system calls without safe bindings; argument above")]
 
-/// A write beyond `RLIMIT_FSIZE` made by the calling thread is an error from now on, and does not end the process.
+/// Makes a write of the calling thread beyond `RLIMIT_FSIZE` an error instead of the end of the process.
 pub(crate) fn outlive_file_limits() {
     let mut set = std::mem::MaybeUninit::uninit();
     // SAFETY: see the module.

@@ -1,8 +1,9 @@
-//! Writing: a pool of threads brings staged chunks to storage.
+//! Writing: a pool of threads writes staged chunks to storage.
 //!
-//! **Consistency.** A chunk is digested once and written at its place; a shard is sealed by whoever wrote its last chunk.
-//! **Completion.** A save leaves the pool when its last chunk is done, one way or the other, for `commit`. **Cancellation.**
-//! Chunks of a failed save go home unwritten. **Failure.** The first error fails the save, a panic too; the threads live on.
+//! **Consistency.** A chunk is digested once and written at its offset; the writer of the last chunk of a
+//! shard seals the shard. **Completion.** When the last chunk of a save is written or dropped, the pool hands
+//! the save to the committer. **Cancellation.** Writers return the slabs of a failed save unwritten.
+//! **Failure.** The first error or panic fails the save; the threads go on.
 
 mod pool;
 mod task;

@@ -12,10 +12,10 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-/// What goes down the channel: a chunk and the save that it is part of.
+/// What the channel carries: a chunk and the save that it is part of.
 pub(super) type Work = (Arc<Task>, Chunk);
 
-/// The pool.
+/// The writer threads.
 #[derive(Debug)]
 pub(crate) struct Pool {
     work: Sender<Work>,
@@ -23,10 +23,11 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// Starts `writers` threads over a channel of `slabs` places: there are never more chunks, so sending never blocks.
+    /// Starts `writers` threads over a channel of capacity `slabs`: there are never more chunks, so sending
+    /// never blocks.
     ///
     /// # Errors
-    /// `Busy` when the system has no more threads.
+    /// `Busy` if the system has no more threads.
     pub fn start(writers: usize, slabs: usize, priority: Priority, signal: &Arc<Signal>) -> Result<Self> {
         let (work, chunks): (Sender<Work>, Receiver<Work>) = bounded(slabs);
         let threads = (0..writers)
@@ -50,7 +51,7 @@ impl Pool {
     }
 }
 
-/// Writes a chunk and sends its slab home; nothing that goes wrong ends the thread.
+/// Writes a chunk and returns its slab. No error and no panic ends the thread.
 fn carry_out(task: &Arc<Task>, chunk: Chunk) {
     let index = chunk.index;
     let panicked = "a writer thread panicked";

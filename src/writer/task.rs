@@ -1,4 +1,4 @@
-//! One save on its way to storage: its attempt, its files, its receipts.
+//! The task of one save: its attempt, its files, its receipts.
 
 use super::pool::{Pool, Work};
 use crate::digest::Digest;
@@ -14,18 +14,18 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// Begins the attempt of a save, at the place where it goes.
+/// Begins the attempt of a save in storage.
 pub(crate) trait Begin: Send + Sync + std::fmt::Debug {
     fn begin(&self, request: &Request) -> Result<Arc<dyn Writing>>;
 }
 
-/// What is kept of a save, to try it again.
+/// What is kept of a save for a retry.
 #[derive(Debug)]
 pub(crate) struct Kept {
     pub state: StateDict<'static>,
-    /// How often it may be tried again.
+    /// How many retries are left.
     pub left: u32,
-    /// How long it waits before.
+    /// How long the next retry waits.
     pub backoff: Duration,
 }
 
@@ -43,9 +43,9 @@ pub(crate) struct Task {
     place: Arc<dyn Begin>,
     attempt: OnceLock<Result<Arc<dyn Writing>>>,
     shards: Vec<Shard>,
-    /// Of each chunk that was written.
+    /// The receipt of each chunk that was written.
     receipts: Vec<OnceLock<Receipt>>,
-    /// Chunks under way, and one for the stager until it ends.
+    /// Number of chunks that the writers have not finished, plus one until the stager ends the save.
     present: AtomicUsize,
     /// When the last byte was written, in nanoseconds since the save began.
     last_byte: AtomicU64,
@@ -67,7 +67,7 @@ struct Shard {
 }
 
 impl Task {
-    /// A task over `pool`; `ended` gets it when its last chunk is done.
+    /// A task over `pool`. `ended` receives it when its last chunk is done.
     pub fn new(
         request: Request,
         kept: Option<Kept>,
@@ -78,7 +78,7 @@ impl Task {
         Self::over(request, kept, place, pool.sender(), ended)
     }
 
-    /// The task of another attempt at the save of this one.
+    /// The task of another attempt at the same save.
     pub fn again(&self, request: Request, kept: Kept) -> Self {
         Self::over(request, Some(kept), self.place.clone(), self.work.clone(), self.ended.clone())
     }
@@ -106,24 +106,24 @@ impl Task {
         }
     }
 
-    /// The attempt, begun by the first who asks.
+    /// The attempt; the first call begins it.
     fn attempt(&self) -> Result<Arc<dyn Writing>> {
-        // A panic is kept, as any error is: files may have been made before it.
+        // A panic is kept like any error: files may have been made before it.
         let begin = || guarded("the storage panicked when an attempt was begun", || self.place.begin(&self.request));
         self.attempt.get_or_init(begin).clone()
     }
 
-    /// The attempt, if it was begun.
+    /// The attempt, if it has begun.
     pub fn begun(&self) -> Option<Arc<dyn Writing>> {
         self.attempt.get()?.as_ref().ok().cloned()
     }
 
-    /// What is kept to try the save again, if it may be.
+    /// Takes what is kept for a retry, if the save may be retried.
     pub fn take_kept(&self) -> Option<Kept> {
         lock(&self.kept).take()
     }
 
-    /// Whether it was tried to begin the attempt and something of it may be left.
+    /// Whether beginning the attempt failed in a way that may have left something of it.
     pub fn begin_failed(&self) -> bool {
         matches!(self.attempt.get(), Some(Err(error)) if error.kind() != ErrorKind::Conflict)
     }
@@ -134,7 +134,7 @@ impl Task {
         file.get_or_init(|| self.attempt()?.create(&plan.name, plan.length)).clone()
     }
 
-    /// Writes a chunk, digested once, and sends its slab home.
+    /// Writes a chunk, digested once, and returns its slab.
     pub(super) fn write(&self, chunk: Chunk) -> Result<()> {
         if self.request.ticket.failed() {
             return Ok(());
@@ -162,7 +162,7 @@ impl Task {
         Ok(())
     }
 
-    /// Seals the shard of chunk `index` when it was the last.
+    /// Seals the shard of chunk `index` if this was its last chunk.
     pub(super) fn seal_if_last(&self, index: usize) -> Result<()> {
         let number = self.request.plan.chunks[index].shard;
         let shard = &self.shards[number];
@@ -175,15 +175,15 @@ impl Task {
         shard.sealed.set(()).map_err(|()| Error::internal("a shard was sealed twice"))
     }
 
-    /// One chunk, or the stager, is done with this save.
+    /// Records that one chunk, or the stager, is done with this save; the last one hands it to the committer.
     pub(super) fn leave(self: &Arc<Self>) {
         if self.present.fetch_sub(1, Ordering::AcqRel) == 1 {
-            // Received by the committer, which lives until every task is ended; without it there is nobody left to tell.
+            // The committer lives until every task has ended; if it is gone, there is no receiver to tell.
             let _ = self.ended.send(self.clone());
         }
     }
 
-    /// What was written.
+    /// Returns the receipts of what was written.
     ///
     /// # Errors
     /// `Internal` unless exactly what was planned was written and every shard sealed.
@@ -207,8 +207,8 @@ impl Task {
     }
 }
 
-/// Files and attempts are the storage's, and the last owner can be any thread: each is dropped by itself, because a second
-/// panic while the first unwinds ends the process.
+/// Drops files and attempts, which are code of the storage, one by one: a second panic while the first
+/// unwinds would end the process. The last owner can be any thread.
 impl Drop for Task {
     fn drop(&mut self) {
         self.shards.iter_mut().for_each(|shard| dropped(shard.file.take()));
