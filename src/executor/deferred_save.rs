@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// The right to begin or end a deferred save. Dropping it unused ends the save. It does not keep the executor
-/// alive. alive.
+/// alive.
 pub(crate) struct DeferredSave {
     stager: Arc<Stager>,
     ticket: Arc<Ticket>,
@@ -28,7 +28,7 @@ pub(crate) struct DeferredSave {
 
 impl CheckpointExecutor {
     /// Reserves a position for a save of `step`, whose state arrives later, as the overlap policy says. None
-    /// if the policy ended the save. says. None: that ended it.
+    /// if that ended the save.
     ///
     /// # Errors
     /// As [`CheckpointExecutor::save`], except that the step is checked when the save begins.

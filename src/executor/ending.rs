@@ -88,7 +88,7 @@ pub(super) fn conclude(
             (Err(why), left)
         }
     };
-    // The kept state is dropped before the future says that the save has ended.
+    // Before the future says that the save has ended: the program may count its state as free then.
     drop(task.take_kept());
     ticket.finish(outcome).into_iter().for_each(Calls::here);
     left

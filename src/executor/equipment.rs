@@ -10,7 +10,7 @@ use crate::sync::{Mutex, lock};
 use std::sync::{Arc, OnceLock};
 
 /// The largest chunk that does not delay the program's own reads from a device: copies are made in order, two
-/// chunks at a time in flight. chunks are on their way.
+/// chunks at a time in flight.
 const FOREGROUND: u64 = 16 << 20;
 
 /// See the module.

@@ -1,5 +1,5 @@
-//! The beginning of attempts in storage. A step has one name, and a damaged step does not block a new one of
-//! its number.
+//! Begins attempts in storage and guards the names of steps: a step has one name, and a damaged step does not
+//! block a new one of its number.
 
 use crate::catalog::Catalog;
 use crate::error::{ErrorKind, Result};

@@ -72,7 +72,7 @@ impl<'env> Scope<'_, 'env> {
     /// [`CheckpointExecutor::save`] for state that is borrowed for the scope.
     ///
     /// # Errors
-    /// As there.
+    /// As [`CheckpointExecutor::save`].
     pub fn save(&self, step: u64, state: StateDict<'env>) -> Result<Save> {
         self.save_with(step, state, SaveOptions::default())
     }
@@ -80,7 +80,7 @@ impl<'env> Scope<'_, 'env> {
     /// [`CheckpointExecutor::save_with`] for state that is borrowed for the scope.
     ///
     /// # Errors
-    /// As there.
+    /// As [`CheckpointExecutor::save_with`].
     pub fn save_with(&self, step: u64, state: StateDict<'env>, options: SaveOptions) -> Result<Save> {
         lock(&self.stream_owners).extend(state.stream_owners.iter().cloned());
         // SAFETY: only the lifetime changes; the guard of the scope keeps `'env` alive until the dict is
@@ -92,7 +92,7 @@ impl<'env> Scope<'_, 'env> {
     /// [`CheckpointExecutor::fence`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`CheckpointExecutor::fence`].
     pub fn fence(&self) -> Result<()> {
         self.executor.fence()
     }

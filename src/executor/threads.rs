@@ -65,7 +65,6 @@ impl Threads {
     }
 
     /// The sending ends, which stay while the guard is held. Hold it only to hand over a save.
-    /// over.
     pub(super) fn lines(&self) -> MutexGuard<'_, Option<Lines>> {
         lock(&self.lines)
     }
@@ -90,7 +89,6 @@ impl Threads {
     }
 
     /// [`close`](Self::close) at the program's request. The drop waits no longer than this timeout.
-    /// did.
     ///
     /// # Errors
     /// As [`close`](Self::close); `Invalid` in a thread of the executor.

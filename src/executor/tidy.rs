@@ -1,9 +1,8 @@
-//! Tidying, after a commit is durable and reported: the replaced copy, the hint, retention, the sweep.
+//! Tidying, off the path of saves, after a commit is durable and reported: the replaced copy, the hint,
 //! retention, the sweep.
 //!
 //! Nothing here can fail a save. The committer waits when [`LAG`] saves wait to be tidied up, which bounds
 //! what is not deleted yet. What fails is retried after later saves, and once more when the executor ends.
-//! ends.
 
 use super::ending::Left;
 use crate::catalog::{Catalog, Keeping};
@@ -17,13 +16,13 @@ use std::iter::once;
 use std::time::{Duration, Instant};
 
 /// Number of saves that may wait while as many are being tidied up; an attempt keeps three descriptors open
-/// until then. then.
+/// until then.
 pub(super) const LAG: usize = 16;
 
 /// Number of sweeps after saves that look for what this process left; then only the hourly sweep, and one at
-/// the end, looks. the end, looks.
+/// the end, looks.
 const TRIES: u8 = 3;
-/// How often to sweep what other processes may have left.
+/// How often to sweep what other processes may have left; `LOOK` is how often to check whether that is due.
 const SWEEP: Duration = Duration::from_secs(3600);
 const LOOK: Duration = Duration::from_secs(5 * 60);
 

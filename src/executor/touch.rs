@@ -74,7 +74,7 @@ mod tests {
 
     /// Regression: the tidying thread touched the records of live attempts between two rounds of its work. A
     /// first sweep that deleted terabytes took longer than the age at which another host considers an attempt
-    /// abandoned. abandoned.
+    /// abandoned.
     #[test]
     fn a_sweep_that_takes_long_does_not_keep_attempts_from_being_touched() {
         let (sweeps, swept) = unbounded();
