@@ -8,9 +8,9 @@ mod admission;
 mod again;
 mod builder;
 mod deferred_save;
+mod destination;
 mod ending;
 mod equipment;
-mod place;
 mod scope;
 mod submit;
 mod threads;
@@ -37,8 +37,8 @@ use crate::staging::Stager;
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::Mutex;
+use destination::Destination;
 use equipment::Equipment;
-use place::Place;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -82,7 +82,7 @@ use std::time::Duration;
 pub struct CheckpointExecutor {
     settings: Settings,
     storage: Arc<dyn Storage>,
-    place: Arc<Place>,
+    destination: Arc<Destination>,
     catalog: Arc<Catalog>,
     stager: Arc<Stager>,
     threads: Arc<Threads>,

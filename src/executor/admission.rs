@@ -159,7 +159,7 @@ impl CheckpointExecutor {
         let mut superseded = false;
         loop {
             let mut admission = lock(&self.admission);
-            if self.threads.lines().is_none() {
+            if self.threads.channels().is_none() {
                 return Err(shut_down());
             }
             if !deferred {
@@ -193,7 +193,7 @@ impl CheckpointExecutor {
     /// As [`CheckpointExecutor::admit`]; `Cancelled` if the save has ended.
     pub(super) fn admit_deferred(&self, ticket: &Ticket) -> Result<Admitted<'_>> {
         let admission = lock(&self.admission);
-        if self.threads.lines().is_none() {
+        if self.threads.channels().is_none() {
             return Err(shut_down());
         }
         if ticket.done.is_complete() {

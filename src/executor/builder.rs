@@ -5,9 +5,9 @@
 //! what the kernels that use that memory rely on.
 #![expect(unsafe_code, reason = "takes memory for kernels; argument above")]
 
+use super::destination::Destination;
 use super::equipment::{Equipment, Offer, Wish};
-use super::place::Place;
-use super::threads::{Lines, Threads};
+use super::threads::{Channels, Threads};
 use super::{Admission, CheckpointExecutor, ending, tidy, touch};
 use crate::catalog::{Keeping, PreservationPolicy, Verify};
 use crate::completion::Signal;
@@ -225,7 +225,8 @@ impl Builder {
             policy: policy.0,
             verify: if settings.verify_kept { Verify::All } else { Verify::No },
         };
-        let place = Arc::new(Place { storage: storage.clone(), catalog: catalog.clone(), damaged: settings.damaged });
+        let destination =
+            Arc::new(Destination { storage: storage.clone(), catalog: catalog.clone(), damaged: settings.damaged });
 
         let (ended, endings) = unbounded::<Arc<Task>>();
         // Bounded, because each entry keeps file descriptors open and space on the medium in use.
@@ -238,11 +239,11 @@ impl Builder {
             origin: ForkGuard::new(),
             compared: Arc::default(),
             storage: storage.clone(),
-            place,
+            destination,
             equipment,
             settings,
         };
-        let (place, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());
+        let (destination, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());
         let (staging, committing, tidying) = (signal.clone(), signal.clone(), signal);
         let stages = stager.clone();
         let commit = move || {
@@ -250,7 +251,7 @@ impl Builder {
             adopt(priority);
             let mut manifest = AlignedBuffer::new(0);
             for task in endings {
-                let left = ending::conclude(&task, &stages, place.as_ref(), &steps, &compared, &mut manifest);
+                let left = ending::conclude(&task, &stages, destination.as_ref(), &steps, &compared, &mut manifest);
                 dropped(task);
                 if let Some(left) = left {
                     // Waits while tidying is behind. If the tidying thread has ended, the send fails and the
@@ -278,7 +279,7 @@ impl Builder {
         handles.push(spawn("ashore-commit".into(), commit)?);
         handles.push(spawn("ashore-tidy".into(), tidy)?);
         handles.push(spawn("ashore-touch".into(), move || touch::run(&ended_tidying, touched.as_ref(), touch))?);
-        executor.threads.keep(Lines { pool, ended }, handles, calling);
+        executor.threads.keep(Channels { pool, ended }, handles, calling);
         Ok(executor)
     }
 }

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What a save leaves to be tidied up.
-pub(super) enum Left {
+pub(super) enum Leftover {
     /// A durable step: the replaced copy and the owner record are left.
     Published { name: String, attempt: Arc<dyn Writing> },
     /// A failed attempt that could not be deleted.
@@ -29,7 +29,7 @@ pub(super) enum Left {
     Unknown,
 }
 
-impl Left {
+impl Leftover {
     /// The name of the step that was published, if one was.
     pub fn published(&self) -> Option<&str> {
         match self {
@@ -47,7 +47,7 @@ pub(super) fn conclude(
     catalog: &Catalog,
     compared: &AtomicU64,
     manifest: &mut AlignedBuffer,
-) -> Option<Left> {
+) -> Option<Leftover> {
     let (request, ticket) = (&task.request, &task.request.ticket);
     let attempt = ticket.attempt();
     let concluded = guarded("the storage panicked during a commit", || {
@@ -72,16 +72,16 @@ pub(super) fn conclude(
             if !ticket.blind.load(Ordering::Relaxed) {
                 compared.fetch_add(1, Ordering::Relaxed);
             }
-            (Ok(Outcome::Durable(committed)), Some(Left::Published { name, attempt: published }))
+            (Ok(Outcome::Durable(committed)), Some(Leftover::Published { name, attempt: published }))
         }
         Concluded::Doubtful(why) => {
             catalog.doubt(attempt);
-            (Err(why), panicked.then_some(Left::Unknown))
+            (Err(why), panicked.then_some(Leftover::Unknown))
         }
         Concluded::Failed { why, left } => {
             catalog.withdraw(attempt);
-            let unknown = || task.begin_failed().then_some(Left::Unknown);
-            let left = left.map(|attempt| Left::Failed { attempt }).or_else(unknown);
+            let unknown = || task.begin_failed().then_some(Leftover::Unknown);
+            let left = left.map(|attempt| Leftover::Failed { attempt }).or_else(unknown);
             if try_again(task, stager, &why) {
                 return left;
             }

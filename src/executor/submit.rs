@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// A requested save.
-struct Asked {
+struct SaveRequest {
     step: u64,
     name: String,
     options: SaveOptions,
@@ -52,8 +52,8 @@ impl CheckpointExecutor {
         borrowed: bool,
         register: impl FnOnce(&Arc<Ticket>),
     ) -> Result<Save> {
-        let asked = self.asked(step, options, borrowed, None);
-        let saved = asked.and_then(|asked| self.begin(asked, &mut state, register));
+        let wanted = self.wanted(step, options, borrowed, None);
+        let saved = wanted.and_then(|wanted| self.begin(wanted, &mut state, register));
         // Drops refused state under a guard: a source that panics in its drop must not unwind through `save`.
         dropped(state);
         saved
@@ -66,29 +66,34 @@ impl CheckpointExecutor {
         mut state: StateDict<'static>,
         options: SaveOptions,
     ) -> Result<Save> {
-        let asked = self.asked(ticket.step, options, false, Some(ticket.clone()));
-        let saved = asked.and_then(|asked| self.begin(asked, &mut state, |_| ()));
+        let wanted = self.wanted(ticket.step, options, false, Some(ticket.clone()));
+        let saved = wanted.and_then(|wanted| self.begin(wanted, &mut state, |_| ()));
         dropped(state);
         saved
     }
 
     /// Moves the tensors and values out of `state`; a refused state stays there.
-    fn begin(&self, asked: Asked, state: &mut StateDict<'static>, register: impl FnOnce(&Arc<Ticket>)) -> Result<Save> {
-        let admitted = match &asked.deferred {
+    fn begin(
+        &self,
+        wanted: SaveRequest,
+        state: &mut StateDict<'static>,
+        register: impl FnOnce(&Arc<Ticket>),
+    ) -> Result<Save> {
+        let admitted = match &wanted.deferred {
             Some(ticket) => self.admit_deferred(ticket)?,
-            None => self.admit(asked.step, asked.options.attempt, asked.deadline, asked.options.last, false)?,
+            None => self.admit(wanted.step, wanted.options.attempt, wanted.deadline, wanted.options.last, false)?,
         };
         let (mut admission, attempt) = match admitted {
             Admitted::Begins(admission, attempt) => (admission, attempt),
             Admitted::Ended(save) => return Ok(save),
         };
         let plan = admission.plan_for(state, &self.settings)?;
-        let taken = self.capture(&asked, state, &plan)?;
-        let (snapshot, ticket) = (asked.options.snapshot, self.ticket(&asked, attempt, &plan, state, &taken));
+        let taken = self.capture(&wanted, state, &plan)?;
+        let (snapshot, ticket) = (wanted.options.snapshot, self.ticket(&wanted, attempt, &plan, state, &taken));
         // `register` comes before any failure that leaves kernels reading borrowed sources: the scope waits
         // for those.
         register(&ticket);
-        self.enqueue(asked, &ticket, plan, state, taken)?;
+        self.enqueue(wanted, &ticket, plan, state, taken)?;
         drop(admission);
         if snapshot == Snapshot::AtSave && !ticket.extent().kept {
             self.stager.fence_one(&ticket, self.settings.fence_timeout)?;
@@ -97,13 +102,13 @@ impl CheckpointExecutor {
     }
 
     /// Checks the request.
-    fn asked(
+    fn wanted(
         &self,
         step: u64,
         mut options: SaveOptions,
         borrowed: bool,
         deferred: Option<Arc<Ticket>>,
-    ) -> Result<Asked> {
+    ) -> Result<SaveRequest> {
         self.alive()?;
         let began = Instant::now();
         let name = options.name.take().unwrap_or_else(|| step_name(step));
@@ -115,14 +120,14 @@ impl CheckpointExecutor {
             return Err(Error::invalid(why).with_step(step));
         }
         let deadline = self.deadline(options.timeout);
-        Ok(Asked { step, name, options, borrowed, deferred, began, deadline })
+        Ok(SaveRequest { step, name, options, borrowed, deferred, began, deadline })
     }
 
     /// Captures what must not wait for the fence: small tensors, and digests of the others for the first
     /// saves.
-    fn capture(&self, asked: &Asked, state: &mut StateDict<'static>, plan: &Plan) -> Result<Taken> {
-        let (step, options) = (asked.step, &asked.options);
-        let kept = again::keep(state, options.retries, options.backoff, asked.borrowed);
+    fn capture(&self, wanted: &SaveRequest, state: &mut StateDict<'static>, plan: &Plan) -> Result<Taken> {
+        let (step, options) = (wanted.step, &wanted.options);
+        let kept = again::keep(state, options.retries, options.backoff, wanted.borrowed);
         let kept = kept.map_err(|error| error.with_step(step))?;
         let detect = match self.settings.detect {
             Detect::Never => false,
@@ -139,15 +144,15 @@ impl CheckpointExecutor {
 
     fn ticket(
         &self,
-        asked: &Asked,
+        wanted: &SaveRequest,
         attempt: Attempt,
         plan: &Plan,
         state: &StateDict<'_>,
         taken: &Taken,
     ) -> Arc<Ticket> {
         let Taken { captured, kept, on_device, .. } = taken;
-        let issue = || self.issue(asked.step, attempt, asked.began, asked.deadline);
-        let ticket = asked.deferred.clone().unwrap_or_else(issue);
+        let issue = || self.issue(wanted.step, attempt, wanted.began, wanted.deadline);
+        let ticket = wanted.deferred.clone().unwrap_or_else(issue);
         ticket.begin(Extent {
             chunks: plan.chunks.len(),
             streams: state.streams.clone(),
@@ -166,7 +171,7 @@ impl CheckpointExecutor {
     /// Why the save is refused. Its sources are dropped only when the work queued on a device has ended.
     fn enqueue(
         &self,
-        asked: Asked,
+        wanted: SaveRequest,
         ticket: &Arc<Ticket>,
         plan: Arc<Plan>,
         state: &mut StateDict<'static>,
@@ -174,14 +179,14 @@ impl CheckpointExecutor {
     ) -> Result<()> {
         let Taken { mut captured, kept, mut on_device, queued: behind } = taken;
         let (allocation, queued) = (on_device.allocation.take(), std::mem::take(&mut on_device.queued));
-        let lines = self.threads.lines();
+        let channels = self.threads.channels();
         // The executor may have been shut down while this thread read the sources.
-        let open = || lines.as_ref().ok_or_else(shut_down);
+        let open = || channels.as_ref().ok_or_else(shut_down);
         let ((behind, late_copy), open) = match behind.and_then(|behind| Ok((behind, open()?))) {
             Ok(begun) => begun,
             Err(error) => {
-                let error = error.with_step(asked.step);
-                drop(lines);
+                let error = error.with_step(wanted.step);
+                drop(channels);
                 self.stager.refuse(ticket.clone(), error.clone(), std::mem::take(state), allocation, queued);
                 return Err(error);
             }
@@ -189,15 +194,15 @@ impl CheckpointExecutor {
         let request = Request {
             ticket: ticket.clone(),
             plan: plan.clone(),
-            name: asked.name,
-            overwrite: asked.options.overwrite,
+            name: wanted.name,
+            overwrite: wanted.options.overwrite,
             values: std::mem::take(&mut state.values),
             metadata: std::mem::take(&mut state.metadata),
             expected: std::mem::take(&mut captured.expected),
             later: Later(Box::new(move || on_device.expected())),
         };
-        let sink = Arc::new(Task::new(request, kept, self.place.clone(), &open.pool, open.ended.clone()));
-        ticket.add_blocked(asked.began.elapsed());
+        let sink = Arc::new(Task::new(request, kept, self.destination.clone(), &open.pool, open.ended.clone()));
+        ticket.add_blocked(wanted.began.elapsed());
         self.stager.push(Job {
             ticket: ticket.clone(),
             plan,
@@ -207,7 +212,7 @@ impl CheckpointExecutor {
             late_copy,
             allocation,
             queued,
-            borrowed: asked.borrowed,
+            borrowed: wanted.borrowed,
             not_before: None,
             sink,
         });

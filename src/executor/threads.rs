@@ -27,7 +27,7 @@ const GRACE: Duration = Duration::from_millis(500);
 pub(crate) struct Threads {
     stager: Arc<Stager>,
     /// The sending ends; None before the start and after a shutdown.
-    lines: Mutex<Option<Lines>>,
+    channels: Mutex<Option<Channels>>,
     /// Handles of threads that have not been seen to end.
     handles: Mutex<Vec<JoinHandle<()>>>,
     /// The call thread. It ends after the others, because each of them may hand calls to it.
@@ -40,7 +40,7 @@ pub(crate) struct Threads {
 
 /// The sending ends that keep the threads alive.
 #[derive(Debug)]
-pub(super) struct Lines {
+pub(super) struct Channels {
     pub pool: Pool,
     pub ended: Sender<Arc<Task>>,
 }
@@ -49,7 +49,7 @@ impl Threads {
     pub(super) fn new(stager: Arc<Stager>) -> Self {
         Self {
             stager,
-            lines: Mutex::default(),
+            channels: Mutex::default(),
             handles: Mutex::default(),
             calling: Mutex::default(),
             closed: AtomicBool::new(false),
@@ -58,15 +58,15 @@ impl Threads {
     }
 
     /// Takes ownership of the started threads.
-    pub(super) fn keep(&self, lines: Lines, handles: Vec<JoinHandle<()>>, calling: JoinHandle<()>) {
-        *lock(&self.lines) = Some(lines);
+    pub(super) fn keep(&self, channels: Channels, handles: Vec<JoinHandle<()>>, calling: JoinHandle<()>) {
+        *lock(&self.channels) = Some(channels);
         *lock(&self.handles) = handles;
         *lock(&self.calling) = vec![calling];
     }
 
     /// The sending ends, which stay while the guard is held. Hold it only to hand over a save.
-    pub(super) fn lines(&self) -> MutexGuard<'_, Option<Lines>> {
-        lock(&self.lines)
+    pub(super) fn channels(&self) -> MutexGuard<'_, Option<Channels>> {
+        lock(&self.channels)
     }
 
     /// Closes admission: later saves are skipped.
@@ -108,11 +108,11 @@ impl Threads {
     /// The first error of a save that no handle and no call has returned. `Deadline` if saves had not ended
     /// by the deadline.
     pub(super) fn close(&self, timeout: Duration) -> Result<()> {
-        let lines = lock(&self.lines).take();
+        let channels = lock(&self.channels).take();
         let deadline = deadline_after(timeout);
         let late = self.wait_for_saves(timeout, deadline);
         self.stager.stop();
-        drop(lines);
+        drop(channels);
         join(&self.handles, deadline.max(Instant::now() + GRACE));
         self.stager.calls.close();
         join(&self.calling, deadline.max(Instant::now() + GRACE));
@@ -136,7 +136,7 @@ impl Threads {
             tracing::error!(error = format_args!("{error:#}"), "no thread waits for the saves of a dropped executor");
             // Saves in flight continue, and the threads end after the last of them.
             self.stager.stop();
-            drop(lock(&self.lines).take());
+            drop(lock(&self.channels).take());
         }
     }
 

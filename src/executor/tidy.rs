@@ -4,7 +4,7 @@
 //! Nothing here can fail a save. The committer waits when [`LAG`] saves wait to be tidied up, which bounds
 //! what is not deleted yet. What fails is retried after later saves, and once more when the executor ends.
 
-use super::ending::Left;
+use super::ending::Leftover;
 use crate::catalog::{Catalog, Keeping};
 use crate::error::Result;
 use crate::guard::dropped;
@@ -29,7 +29,7 @@ const LOOK: Duration = Duration::from_secs(5 * 60);
 /// The body of the tidying thread: sweeps, then tidies up after saves until the committer has ended. Saves
 /// that arrived meanwhile share one hint, one prune and one sweep.
 pub(super) fn run(
-    leavings: &Receiver<Left>,
+    leavings: &Receiver<Leftover>,
     storage: &dyn Storage,
     catalog: &Catalog,
     keeping: &Keeping,
@@ -64,7 +64,7 @@ struct Tidy<'a> {
     keeping: &'a Keeping,
     sweep: Sweep,
     /// Attempts that have ended and still have files on the medium, at most [`LAG`] after each round of work.
-    owed: Vec<Left>,
+    owed: Vec<Leftover>,
     /// Steps were published since the last successful prune.
     unpruned: bool,
     /// This process left something that only a sweep can remove.
@@ -78,10 +78,10 @@ struct Tidy<'a> {
 }
 
 impl Tidy<'_> {
-    fn take(&mut self, batch: impl Iterator<Item = Left>) {
+    fn take(&mut self, batch: impl Iterator<Item = Leftover>) {
         let before = self.owed.len();
         self.owed.extend(batch);
-        let mut names = self.owed.iter().skip(before).filter_map(Left::published);
+        let mut names = self.owed.iter().skip(before).filter_map(Leftover::published);
         // A checkpoint under a name of its own is not the latest step.
         if let Some(newest) = names.rfind(|name| parse_step_name(name).is_some()) {
             attempt("write the hint", || self.storage.hint(newest));
@@ -97,10 +97,10 @@ impl Tidy<'_> {
 
     fn work(&mut self) {
         let mut unknown = false;
-        let over = |left: &mut Left| match left {
-            Left::Published { attempt: step, .. } => attempt("delete the replaced copy", || step.settle()),
-            Left::Failed { attempt: failed } => attempt("delete a failed attempt", || failed.abandon()),
-            Left::Unknown => {
+        let over = |left: &mut Leftover| match left {
+            Leftover::Published { attempt: step, .. } => attempt("delete the replaced copy", || step.settle()),
+            Leftover::Failed { attempt: failed } => attempt("delete a failed attempt", || failed.abandon()),
+            Leftover::Unknown => {
                 unknown = true;
                 true
             }

@@ -40,7 +40,7 @@ impl Drop for Kept {
 pub(crate) struct Task {
     pub request: Request,
     kept: Mutex<Option<Kept>>,
-    place: Arc<dyn Begin>,
+    destination: Arc<dyn Begin>,
     attempt: OnceLock<Result<Arc<dyn Writing>>>,
     shards: Vec<Shard>,
     /// The receipt of each chunk that was written.
@@ -71,22 +71,22 @@ impl Task {
     pub fn new(
         request: Request,
         kept: Option<Kept>,
-        place: Arc<dyn Begin>,
+        destination: Arc<dyn Begin>,
         pool: &Pool,
         ended: Sender<Arc<Task>>,
     ) -> Self {
-        Self::over(request, kept, place, pool.sender(), ended)
+        Self::over(request, kept, destination, pool.sender(), ended)
     }
 
     /// The task of another attempt at the same save.
     pub fn again(&self, request: Request, kept: Kept) -> Self {
-        Self::over(request, Some(kept), self.place.clone(), self.work.clone(), self.ended.clone())
+        Self::over(request, Some(kept), self.destination.clone(), self.work.clone(), self.ended.clone())
     }
 
     fn over(
         request: Request,
         kept: Option<Kept>,
-        place: Arc<dyn Begin>,
+        destination: Arc<dyn Begin>,
         work: Sender<Work>,
         ended: Sender<Arc<Task>>,
     ) -> Self {
@@ -94,7 +94,7 @@ impl Task {
             |chunks| Shard { file: OnceLock::new(), chunks_left: AtomicUsize::new(chunks), sealed: OnceLock::new() };
         Self {
             kept: Mutex::new(kept),
-            place,
+            destination,
             attempt: OnceLock::new(),
             shards: request.plan.shards.iter().map(|s| shard(s.chunks.len())).collect(),
             receipts: request.plan.chunks.iter().map(|_| OnceLock::new()).collect(),
@@ -109,7 +109,8 @@ impl Task {
     /// The attempt; the first call begins it.
     fn attempt(&self) -> Result<Arc<dyn Writing>> {
         // A panic is kept like any error: files may have been made before it.
-        let begin = || guarded("the storage panicked when an attempt was begun", || self.place.begin(&self.request));
+        let begin =
+            || guarded("the storage panicked when an attempt was begun", || self.destination.begin(&self.request));
         self.attempt.get_or_init(begin).clone()
     }
 

@@ -12,13 +12,13 @@ use std::sync::Arc;
 
 /// Begins attempts.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Destination {
     pub storage: Arc<dyn Storage>,
     pub catalog: Arc<Catalog>,
     pub damaged: OnDamaged,
 }
 
-impl Begin for Place {
+impl Begin for Destination {
     fn begin(&self, request: &Request) -> Result<Arc<dyn Writing>> {
         let Request { ticket, name, overwrite, .. } = request;
         if parse_step_name(name).is_some() {
