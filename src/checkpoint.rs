@@ -254,16 +254,16 @@ impl Checkpoint {
         decode_value(value).map_err(|e| {
             let wanted = std::any::type_name::<T>();
             let wrong = Error::invalid(format!("the {what} has another type {what}={name:?} wanted={wanted}"));
-            self.place(wrong.with_source_of(&e))
+            self.located(wrong.with_source_of(&e))
         })
     }
 
     fn missing(&self, what: &str, name: &str) -> Error {
-        self.place(Error::new(ErrorKind::NotFound, format!("no such {what} in the checkpoint {what}={name:?}")))
+        self.located(Error::new(ErrorKind::NotFound, format!("no such {what} in the checkpoint {what}={name:?}")))
     }
 
     /// Adds step and path to an error.
-    pub(crate) fn place(&self, error: Error) -> Error {
+    pub(crate) fn located(&self, error: Error) -> Error {
         error.with_step(self.step()).with_path(self.path())
     }
 }

@@ -53,7 +53,7 @@ pub use ::cudarc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::restore::DeviceTarget;
-use crate::state::{DeviceStream, Dtype, Element, Layout, Place, Source};
+use crate::state::{DeviceStream, Dtype, Element, Layout, MemoryLocation, Source};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 use std::any::Any;
 use std::ops::Range;
@@ -180,8 +180,8 @@ unsafe impl<O: CudaOwner> Source for CudaTensor<O> {
         self.layout.clone()
     }
 
-    fn place(&self) -> Place {
-        Place::Device { bytes: self.bytes, stream: self.stream }
+    fn location(&self) -> MemoryLocation {
+        MemoryLocation::Device { bytes: self.bytes, stream: self.stream }
     }
 
     fn stream_owner(&self) -> Option<Arc<dyn Any + Send + Sync>> {

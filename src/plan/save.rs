@@ -89,7 +89,7 @@ impl Plan {
     /// # Errors
     /// `Invalid` when the sizes overflow, or a header would be longer than readers accept.
     pub fn new(state: &StateDict<'_>, shape: Shape) -> Result<Self> {
-        let sizes: Vec<u64> = state.tensors.values().map(|t| t.place.bytes()).collect();
+        let sizes: Vec<u64> = state.tensors.values().map(|t| t.location.bytes()).collect();
         let total = sizes.iter().try_fold(0_u64, |sum, n| sum.checked_add(*n));
         let total =
             total.filter(|&sum| sum <= i64::MAX as u64 / 2).ok_or_else(|| Error::invalid("the state is too large"))?;
@@ -127,15 +127,15 @@ impl Plan {
         by_name.sort_by_key(|&i| state.tensors.get_index(i).expect("an index of this dict").0);
         let entries: Vec<TensorEntry> = by_name.iter().map(|&i| entry(state, i, slices[i], sizes[i])).collect();
         let mut files: Vec<FileEntry> = shards.iter().map(|s| file(&s.name, s.length, s.header.len())).collect();
-        let place = |t: &TensorEntry| shards[t.slices[0].file].name.as_str();
-        let map = || entries.iter().map(|t| (t.name.as_str(), place(t)));
+        let location = |t: &TensorEntry| shards[t.slices[0].file].name.as_str();
+        let map = || entries.iter().map(|t| (t.name.as_str(), location(t)));
         let index = (shards.len() > 1).then(|| index_json(total, map())).transpose()?;
         if let Some(index) = &index {
             files.push(file(INDEX, index.len() as u64, 0));
         }
         let manifest = ManifestTemplate::new(&files, &entries)?;
         let mut places = vec![0; sizes.len()];
-        by_name.iter().enumerate().for_each(|(place, &tensor)| places[tensor] = place);
+        by_name.iter().enumerate().for_each(|(location, &tensor)| places[tensor] = location);
         let tensors = by_name.into_iter().map(|i| Planned { bytes: sizes[i], segments: ranges[i].clone() }).collect();
         let length = shards.iter().map(|s| s.length).sum();
         let names = state.tensors.iter().map(|(name, t)| (name.clone(), t.layout.clone())).collect();

@@ -113,7 +113,7 @@ impl Checkpoint {
         borrowed: bool,
         first: &str,
     ) -> Result<()> {
-        let refused = |why: &str, kind| self.place(Error::new(kind, format!("{why} first={first:?}")));
+        let refused = |why: &str, kind| self.located(Error::new(kind, format!("{why} first={first:?}")));
         let Some(device) = &self.device else {
             return Err(refused("a target is in device memory, but the checkpoint has no device", ErrorKind::Invalid));
         };
@@ -145,13 +145,13 @@ impl Checkpoint {
             let thread = thread.map_err(|e| Error::io("no thread to read with", e).with_kind(ErrorKind::Busy))?;
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
-        let result = result.map_err(|error| self.place(error));
+        let result = result.map_err(|error| self.located(error));
         if !unfinished.into_inner() {
             return result;
         }
         let why =
             format!("copies to a device have not ended and may still write to its memory timeout={:?}", self.timeout);
-        let late = self.place(Error::new(ErrorKind::Deadline, why));
+        let late = self.located(Error::new(ErrorKind::Deadline, why));
         Err(if let Err(error) = result { late.with_source(error) } else { late })
     }
 }

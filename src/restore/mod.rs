@@ -225,7 +225,7 @@ impl Checkpoint {
         }
         let count = first.len() + unasked.count();
         let why = "the checkpoint has tensors that no target asks for";
-        Err(self.place(Error::invalid(format!("{why} count={count} first={first:?}"))))
+        Err(self.located(Error::invalid(format!("{why} count={count} first={first:?}"))))
     }
 
     /// Fills every target, in parallel; see [`Checkpoint::with_threads`]. Targets in device memory are filled
@@ -286,7 +286,7 @@ impl Checkpoint {
     }
 
     fn fill<T: bytemuck::Zeroable>(&self, len: u64, targets: impl FnOnce(&mut [T]) -> Targets<'_>) -> Result<Vec<T>> {
-        let mut out = zeroed(usize::try_from(len).unwrap_or(usize::MAX)).map_err(|e| self.place(e))?;
+        let mut out = zeroed(usize::try_from(len).unwrap_or(usize::MAX)).map_err(|e| self.located(e))?;
         self.read_into(targets(&mut out))?;
         Ok(out)
     }
@@ -302,7 +302,7 @@ impl Checkpoint {
         if to.len() != region.len() {
             let (expected, found) = (region.len(), to.len());
             let wrong = format!("a target has the wrong length tensor={:?} expected_bytes={expected}", tensor.name);
-            return Err(self.place(Error::invalid(format!("{wrong} found_bytes={found}"))));
+            return Err(self.located(Error::invalid(format!("{wrong} found_bytes={found}"))));
         }
         let slice = self.only_slice(tensor)?;
         let mut done = 0;
@@ -324,7 +324,7 @@ impl Checkpoint {
             None => return Ok(Region::whole(self.only_slice(tensor)?.length)),
             Some(ranges) => Region::slice(tensor.dtype.bitsize(), &tensor.shape, ranges),
         };
-        region.map_err(|e| self.place(Error::invalid(format!("{} tensor={:?}", e.message(), tensor.name))))
+        region.map_err(|e| self.located(Error::invalid(format!("{} tensor={:?}", e.message(), tensor.name))))
     }
 
     fn only_slice<'c>(&self, tensor: &'c TensorEntry) -> Result<&'c SliceEntry> {
@@ -332,7 +332,7 @@ impl Checkpoint {
             [slice] => Ok(slice),
             slices => {
                 let wrong = format!("a tensor in several slices cannot be read yet tensor={:?}", tensor.name);
-                Err(self.place(Error::invalid(format!("{wrong} slices={}", slices.len()))))
+                Err(self.located(Error::invalid(format!("{wrong} slices={}", slices.len()))))
             }
         }
     }
@@ -343,7 +343,7 @@ impl Checkpoint {
         }
         let (name, stored) = (&tensor.name, tensor.dtype);
         let wrong = format!("a tensor has another dtype tensor={name:?} stored={stored} asked={asked}");
-        Err(self.place(Error::invalid(wrong)))
+        Err(self.located(Error::invalid(wrong)))
     }
 
     fn in_file(&self, error: Error, file: usize) -> Error {

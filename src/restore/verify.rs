@@ -116,13 +116,13 @@ impl Checkpoint {
             && !damage.iter().any(|damage| damage.file == INDEX)
         {
             let file = file_at(&self.opened.files, at)?;
-            let mut bytes = zeroed::<u8>(file.len() as usize).map_err(|e| self.place(e))?;
-            file.read_at(0, &mut bytes).map_err(|e| self.place(e))?;
+            let mut bytes = zeroed::<u8>(file.len() as usize).map_err(|e| self.located(e))?;
+            file.read_at(0, &mut bytes).map_err(|e| self.located(e))?;
             if let Err(error) = invariants::check_index(manifest, &bytes) {
                 wrong(INDEX, 0..file.len(), error.message().to_owned());
             }
         }
-        let mut names = self.opened.reading.list().map_err(|e| self.place(e))?;
+        let mut names = self.opened.reading.list().map_err(|e| self.located(e))?;
         names.sort_unstable();
         for name in names {
             let known = manifest.files.iter().any(|entry| entry.name == name);
@@ -147,7 +147,7 @@ impl Checkpoint {
             wrong("the header is longer than the safetensors format allows".into());
             return Ok(entry.data);
         }
-        let mut bytes = zeroed::<u8>(entry.data as usize).map_err(|e| self.place(e))?;
+        let mut bytes = zeroed::<u8>(entry.data as usize).map_err(|e| self.located(e))?;
         if let Err(error) = file.read_at(0, &mut bytes) {
             let what = format!("the header cannot be read: {error:#}");
             let unreadable = error.kind() != ErrorKind::Corrupt;

@@ -40,7 +40,7 @@ impl Captured {
         let (asked, usual): (Vec<_>, Vec<_>) = state.writable.iter().partition(asked);
         for index in asked.into_iter().chain(usual).copied() {
             let (name, tensor) = state.tensors.get_index(index).expect("an index of this dict");
-            let (size, room) = (tensor.place.bytes(), budget - captured.bytes.len() as u64);
+            let (size, room) = (tensor.location.bytes(), budget - captured.bytes.len() as u64);
             let fits = size <= SMALL && size <= room;
             match tensor.capture {
                 Some(Capture::AtFence) => captured.leave(index, tensor, detect),
@@ -83,7 +83,7 @@ impl Captured {
 }
 
 fn read(tensor: &Tensor<'_>, mut take: impl FnMut(&[u8])) {
-    let len = tensor.place.bytes() as usize;
+    let len = tensor.location.bytes() as usize;
     if len == 0 {
         return take(&[]);
     }

@@ -23,7 +23,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
 use crate::mutant::{self, Mutant};
 use crate::plan::{Chunk, From};
-use crate::state::Place;
+use crate::state::MemoryLocation;
 use std::ops::Range;
 
 /// A chunk whose copies may not have ended.
@@ -48,7 +48,7 @@ pub(super) fn enqueue(
     let whole = match &job.late_copy {
         Some(late_copy) if in_flight.live => gather(job, late_copy, index)?,
         Some(late_copy) => {
-            Some(late_copy.place(index).ok_or_else(|| Error::internal("a chunk from F on has no slot"))?)
+            Some(late_copy.location(index).ok_or_else(|| Error::internal("a chunk from F on has no slot"))?)
         }
         None => None,
     };
@@ -64,18 +64,18 @@ pub(super) fn enqueue(
             From::Header => {
                 // SAFETY: inside the leased slab, initialised when the arena was made, and no queued copy
                 // writes this part.
-                let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
-                if !job.plan.shards[chunk.shard].header.copy(stamp, begin, place) {
+                let location = unsafe { std::slice::from_raw_parts_mut(to, length) };
+                if !job.plan.shards[chunk.shard].header.copy(stamp, begin, location) {
                     return Err(Error::internal("a header is shorter than planned"));
                 }
-                Some(Digest::of(place))
+                Some(Digest::of(location))
             }
             From::Tensor(tensor) => match (captured(tensor), whole) {
                 (Some(bytes), _) => {
                     // SAFETY: as above.
-                    let place = unsafe { std::slice::from_raw_parts_mut(to, length) };
-                    place.copy_from_slice(bytes);
-                    Some(Digest::of(place))
+                    let location = unsafe { std::slice::from_raw_parts_mut(to, length) };
+                    location.copy_from_slice(bytes);
+                    Some(Digest::of(location))
                 }
                 (None, Some((ordinal, address))) if !in_flight.live || job.lies_on(tensor, ordinal) => {
                     if run.end != offset {
@@ -165,11 +165,13 @@ fn read(
         // SAFETY: the source hands out all its bytes and keeps them until it is dropped, the slab is leased
         // and its part at `to` has `length` bytes; both stay until the completion event behind this copy is
         // reached.
-        digest = Some(match tensor.place {
+        digest = Some(match tensor.location {
             // SAFETY: as above.
-            Place::Host { .. } => unsafe { queue.copy(from, to, length) },
+            MemoryLocation::Host { .. } => unsafe { queue.copy(from, to, length) },
             // SAFETY: as above.
-            Place::Device { stream, .. } => unsafe { queue.fetch(stream.ordinal, from, to, length) }.map(|()| None),
+            MemoryLocation::Device { stream, .. } => {
+                unsafe { queue.fetch(stream.ordinal, from, to, length) }.map(|()| None)
+            }
         });
     });
     let nothing = || Error::new(ErrorKind::Invalid, format!("a source did not hand out its bytes tensor={name:?}"));

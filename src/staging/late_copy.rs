@@ -345,7 +345,7 @@ impl LateCopy {
     }
 
     /// Where the late copy of a chunk from F on is: the device and an address.
-    pub fn place(&self, chunk: usize) -> Option<(u32, u64)> {
+    pub fn location(&self, chunk: usize) -> Option<(u32, u64)> {
         let locked = lock(&self.locked);
         let held = locked.slots.held.get(chunk.checked_sub(locked.slots.first)?)?;
         held.map(|(_, address)| (self.save.ordinal, address))

@@ -10,7 +10,7 @@ use super::pieces::Part;
 use crate::device::{Digests, Kernels, Pieces, Queued};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::state::{Capture, Place, StateDict, Tensor};
+use crate::state::{Capture, MemoryLocation, StateDict, Tensor};
 use std::sync::Arc;
 
 /// Tensors of at most this many bytes are captured at `save` while the pool has space.
@@ -58,7 +58,7 @@ impl OnDevice {
 /// # Errors
 /// `Invalid`, naming the tensor and `why`.
 pub(crate) fn without_kernels(state: &StateDict<'_>, why: &str, done: &mut OnDevice) -> Result<()> {
-    let on_device = |tensor: &Tensor<'_>| tensor.place.stream().is_some();
+    let on_device = |tensor: &Tensor<'_>| tensor.location.stream().is_some();
     for (name, tensor) in state.tensors.iter().filter(|(_, tensor)| on_device(tensor)) {
         if tensor.capture == Some(Capture::AtSave) {
             return Err(Error::invalid(format!("cannot be captured at save tensor={name:?} reason={why:?}")));
@@ -98,7 +98,7 @@ pub(crate) fn at_save(
         queued?;
         for (index, end) in captured {
             let tensor = &mut state.tensors[index];
-            tensor.captured_at = Some(pool.start + end - tensor.place.bytes());
+            tensor.captured_at = Some(pool.start + end - tensor.location.bytes());
         }
         done.allocation = Some(allocation);
     }
@@ -118,7 +118,7 @@ pub(crate) fn at_save(
 /// Refuses strided tensors that the device cannot gather.
 fn refuse_apart(ordinal: u32, room: u64, state: &StateDict<'_>) -> Result<()> {
     for (name, tensor) in &state.tensors {
-        let Place::Device { bytes, stream } = tensor.place else { continue };
+        let MemoryLocation::Device { bytes, stream } = tensor.location else { continue };
         if bytes > 0 && tensor.strides().is_some() && (stream.ordinal != ordinal || room == 0) {
             let (why, device) = ("cannot be gathered on its device, make it contiguous", stream.ordinal);
             return Err(Error::invalid(format!("{why} device=cuda:{device} gather={room} tensor={name:?}")));
@@ -139,9 +139,9 @@ fn capture(
         let mut pieces = Pieces { chunks: 1, ..Pieces::default() };
         for (index, end) in captured {
             let (name, tensor) = state.tensors.get_index(*index).expect("chosen from this dict");
-            if tensor.place.stream() == Some(*stream) {
-                let to = pool.start + end - tensor.place.bytes();
-                pieces.add(name, tensor, Part { at: 0, bytes: tensor.place.bytes(), to, chunk: 0 })?;
+            if tensor.location.stream() == Some(*stream) {
+                let to = pool.start + end - tensor.location.bytes();
+                pieces.add(name, tensor, Part { at: 0, bytes: tensor.location.bytes(), to, chunk: 0 })?;
             }
         }
         if !pieces.list.is_empty() {
@@ -161,15 +161,15 @@ fn choose(
 ) -> Result<Vec<(usize, u64)>> {
     let (mut end, last) = (span.0, span.0 + span.1);
     let asks = |tensor: &&Tensor<'_>| {
-        let home = tensor.place.stream().is_some_and(|stream| stream.ordinal == ordinal);
+        let home = tensor.location.stream().is_some_and(|stream| stream.ordinal == ordinal);
         home && tensor.capture == Some(Capture::AtSave)
     };
-    let bytes = |tensor: &Tensor<'_>| tensor.place.bytes().next_multiple_of(ALIGN);
+    let bytes = |tensor: &Tensor<'_>| tensor.location.bytes().next_multiple_of(ALIGN);
     let wanted = state.tensors.values().filter(asks).fold(0_u64, |sum, tensor| sum.saturating_add(bytes(tensor)));
     let (mut chosen, mut left) = (Vec::new(), 0);
     for asked in [true, false] {
         for (index, (name, tensor)) in state.tensors.iter().enumerate() {
-            let Place::Device { bytes, stream } = tensor.place else { continue };
+            let MemoryLocation::Device { bytes, stream } = tensor.location else { continue };
             if asked != (tensor.capture == Some(Capture::AtSave)) || bytes == 0 {
                 continue;
             }
@@ -209,8 +209,9 @@ fn digest(kernels: &dyn Kernels, state: &StateDict<'_>, done: &mut OnDevice) -> 
     for stream in state.streams.iter().filter(|stream| stream.ordinal == kernels.ordinal()) {
         let (mut pieces, mut tensors) = (Pieces::default(), Vec::new());
         for (index, (name, tensor)) in state.tensors.iter().enumerate() {
-            if tensor.place.stream() == Some(*stream) && tensor.captured_at.is_none() && tensor.place.bytes() > 0 {
-                let (bytes, chunk) = (tensor.place.bytes(), tensors.len());
+            if tensor.location.stream() == Some(*stream) && tensor.captured_at.is_none() && tensor.location.bytes() > 0
+            {
+                let (bytes, chunk) = (tensor.location.bytes(), tensors.len());
                 pieces.add(name, tensor, Part { at: 0, bytes, to: 0, chunk })?;
                 tensors.push(index);
             }

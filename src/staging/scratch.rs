@@ -12,7 +12,7 @@ use crate::device::{Kernels, Pieces, Point};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::plan::{From, Plan};
-use crate::state::{DeviceStream, Place, StateDict};
+use crate::state::{DeviceStream, MemoryLocation, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
 use std::sync::Arc;
@@ -74,12 +74,12 @@ impl Scratch {
                 let bytes = segment.length as u64;
                 if let From::Tensor(index) = segment.from {
                     let (name, tensor) = state.tensors.get_index(index).expect("checked by the plan");
-                    match tensor.place {
-                        Place::Device { stream, .. } if stream.ordinal == ordinal => {
+                    match tensor.location {
+                        MemoryLocation::Device { stream, .. } if stream.ordinal == ordinal => {
                             pieces.add(name, tensor, Part { at: segment.at, bytes, to, chunk })?;
                         }
-                        Place::Host { .. } if !captured(index) && bytes > 0 => host = chunk + 1,
-                        Place::Device { .. } | Place::Host { .. } => {}
+                        MemoryLocation::Host { .. } if !captured(index) && bytes > 0 => host = chunk + 1,
+                        MemoryLocation::Device { .. } | MemoryLocation::Host { .. } => {}
                     }
                 }
                 to += bytes;
@@ -352,14 +352,14 @@ mod tests {
         ticket.queued.store(1, Ordering::Relaxed);
         let fenced = scratch.fence(&ticket, &late_copy, &[DeviceStream::legacy(0)], Instant::now()).unwrap();
         assert!(fenced);
-        assert_eq!((&lock(&scratch.free)[..], late_copy.place(2)), (&[0][..], Some((0, 4096))));
+        assert_eq!((&lock(&scratch.free)[..], late_copy.location(2)), (&[0][..], Some((0, 4096))));
         scratch.hand_over(&late_copy, 2);
         assert_eq!(
-            (&lock(&scratch.free)[..], late_copy.place(1), late_copy.place(2)),
+            (&lock(&scratch.free)[..], late_copy.location(1), late_copy.location(2)),
             (&[0, 1][..], Some((0, 8192)), None)
         );
         ticket.release();
         scratch.reap();
-        assert_eq!((&lock(&scratch.free)[..], late_copy.place(1)), (&[0, 1, 2][..], None));
+        assert_eq!((&lock(&scratch.free)[..], late_copy.location(1)), (&[0, 1, 2][..], None));
     }
 }

@@ -1,7 +1,7 @@
 //! The state dict: the tensors, values and metadata of one save.
 
 use super::dtype::{Dtype, Layout};
-use super::source::{DeviceStream, Place, Shared, Source};
+use super::source::{DeviceStream, MemoryLocation, Shared, Source};
 use super::value::encode_named;
 use crate::error::{Error, Result};
 use foldhash::fast::FixedState;
@@ -27,7 +27,7 @@ pub enum Capture {
 /// One tensor of a state dict.
 pub(crate) struct Tensor<'a> {
     pub layout: Layout,
-    pub place: Place,
+    pub location: MemoryLocation,
     /// None: the default for its memory location and size.
     pub capture: Option<Capture>,
     pub source: Box<dyn Source + 'a>,
@@ -123,9 +123,9 @@ impl<'a> StateDict<'a> {
         if name.is_empty() || name == "__metadata__" {
             return refuse(&name, "a tensor cannot have this name".into());
         }
-        let (layout, place) = (source.layout(), source.place());
+        let (layout, location) = (source.layout(), source.location());
         if let Some(strides) = source.strides()
-            && (strides.len() != layout.shape.len() || place.stream().is_none() || layout.item().is_none())
+            && (strides.len() != layout.shape.len() || location.stream().is_none() || layout.item().is_none())
         {
             let (dtype, shape) = (layout.dtype, &layout.shape[..]);
             let wrong = "only whole-byte elements of a device have strides, one for each dimension";
@@ -137,8 +137,8 @@ impl<'a> StateDict<'a> {
         }
         match layout.bytes() {
             Err(e) => return refuse(&name, e.message().into()),
-            Ok(expected) if expected != place.bytes() => {
-                let (got, dtype, shape) = (place.bytes(), layout.dtype, &layout.shape[..]);
+            Ok(expected) if expected != location.bytes() => {
+                let (got, dtype, shape) = (location.bytes(), layout.dtype, &layout.shape[..]);
                 return refuse(
                     &name,
                     format!(
@@ -151,16 +151,16 @@ impl<'a> StateDict<'a> {
                 match self.tensors.entry(name) {
                     Entry::Occupied(there) => return refuse(there.key(), "two tensors have the same name".into()),
                     Entry::Vacant(free) => {
-                        match place.stream() {
+                        match location.stream() {
                             // Searched from the end: streams are few, and the last one nearly always matches.
                             Some(stream) if !self.streams.iter().rev().any(|s| *s == stream) => {
                                 self.streams.push(stream);
                                 self.stream_owners.extend(source.stream_owner());
                             }
-                            None if place.writable() => self.writable.push(free.index()),
+                            None if location.writable() => self.writable.push(free.index()),
                             _ => {}
                         }
-                        free.insert(Tensor { layout, place, capture, source, captured_at: None });
+                        free.insert(Tensor { layout, location, capture, source, captured_at: None });
                     }
                 }
                 self.bytes = self.bytes.saturating_add(bytes);
@@ -263,7 +263,7 @@ impl<'a> StateDict<'a> {
     /// # Errors
     /// `Invalid`, naming the first tensor that can be written.
     pub(crate) fn settled(&self) -> Result<()> {
-        let on_device = || self.tensors.iter().find(|(_, tensor)| tensor.place.stream().is_some());
+        let on_device = || self.tensors.iter().find(|(_, tensor)| tensor.location.stream().is_some());
         let of_device = if self.streams.is_empty() { None } else { on_device() };
         let of_host = || self.writable.first().and_then(|&index| self.tensors.get_index(index));
         let Some((name, _)) = of_device.or_else(of_host) else { return Ok(()) };

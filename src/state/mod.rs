@@ -13,6 +13,6 @@ pub(crate) use dict::Tensor;
 pub use dict::{Capture, StateDict};
 pub use dtype::{Dtype, Element, Layout, Shape};
 pub use promised::{Promise, Promised, promise};
-pub use source::{DeviceStream, HostTensor, Place, RawDevice, RawHost, Source};
+pub use source::{DeviceStream, HostTensor, MemoryLocation, RawDevice, RawHost, Source};
 pub(crate) use value::encode_named;
 pub use value::{decode as decode_value, encode as encode_value};

@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "a source that forwards to another; argument above")]
 
 use super::dtype::Layout;
-use super::source::{Place, Source};
+use super::source::{MemoryLocation, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, lock};
 use std::ops::Range;
@@ -74,10 +74,10 @@ impl Promise {
     /// the program may write while the source exists.
     pub fn fulfil(mut self, source: impl Source + 'static) -> Result<()> {
         let Some(inner) = self.0.take() else { return Ok(()) };
-        let (layout, place) = (source.layout(), source.place());
-        let sound = layout == inner.layout && layout.bytes().is_ok_and(|bytes| bytes == place.bytes());
-        let what = match place {
-            Place::Host { writable: false, .. } if sound => {
+        let (layout, location) = (source.layout(), source.location());
+        let sound = layout == inner.layout && layout.bytes().is_ok_and(|bytes| bytes == location.bytes());
+        let what = match location {
+            MemoryLocation::Host { writable: false, .. } if sound => {
                 inner.come(Ok(Box::new(source)));
                 return Ok(());
             }
@@ -86,7 +86,7 @@ impl Promise {
                 "a staged tensor is not what was promised promised={inner:?} dtype={} shape={:?} bytes={}",
                 layout.dtype,
                 &layout.shape[..],
-                place.bytes()
+                location.bytes()
             ),
         };
         let error = Error::invalid(what);
@@ -116,8 +116,8 @@ unsafe impl Source for Promised {
         self.0.layout.clone()
     }
 
-    fn place(&self) -> Place {
-        Place::Host { bytes: self.0.layout.bytes().unwrap_or(u64::MAX), writable: false }
+    fn location(&self) -> MemoryLocation {
+        MemoryLocation::Host { bytes: self.0.layout.bytes().unwrap_or(u64::MAX), writable: false }
     }
 
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {

@@ -68,7 +68,7 @@ impl DeviceStream<'_> {
 /// The memory location of a source's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Place {
+pub enum MemoryLocation {
     /// Host memory.
     Host {
         /// Number of bytes.
@@ -86,27 +86,27 @@ pub enum Place {
     },
 }
 
-impl Place {
+impl MemoryLocation {
     /// Number of bytes.
     pub fn bytes(&self) -> u64 {
         match *self {
-            Place::Host { bytes, .. } | Place::Device { bytes, .. } => bytes,
+            MemoryLocation::Host { bytes, .. } | MemoryLocation::Device { bytes, .. } => bytes,
         }
     }
 
     /// True when the program can write the memory while the source is alive.
     pub fn writable(&self) -> bool {
         match *self {
-            Place::Host { writable, .. } => writable,
-            Place::Device { .. } => true,
+            MemoryLocation::Host { writable, .. } => writable,
+            MemoryLocation::Device { .. } => true,
         }
     }
 
     /// The stream that wrote the bytes, for device memory.
     pub fn stream(&self) -> Option<DeviceStream<'static>> {
         match *self {
-            Place::Host { .. } => None,
-            Place::Device { stream, .. } => Some(stream),
+            MemoryLocation::Host { .. } => None,
+            MemoryLocation::Device { stream, .. } => Some(stream),
         }
     }
 }
@@ -118,26 +118,26 @@ impl Place {
 /// [`Source::read`] calls `copy` exactly once, with a pointer to all bytes of the tensor in row-major order,
 /// and nothing writes those bytes while `read` runs. Copies that began inside `read` may still read the
 /// memory until the source is dropped; a write in that time must not be undefined behaviour beyond the value
-/// of the bytes read. The pointer of a source with [`Place::Device`] is an address of that device, never read
+/// of the bytes read. The pointer of a source with [`MemoryLocation::Device`] is an address of that device, never read
 /// on the host; a save reads the bytes as the stream has written them when the source is passed to `save`.
 pub unsafe trait Source: Send + Sync {
     /// Dtype and shape. Must not change.
     fn layout(&self) -> Layout;
 
     /// The location and number of bytes. Must not change.
-    fn place(&self) -> Place;
+    fn location(&self) -> MemoryLocation;
 
     /// Calls `copy` once with a pointer to the bytes.
     fn read(&self, copy: &mut dyn FnMut(*const u8));
 
     /// The stride of each dimension in bytes, for device memory that is not packed. [`Source::read`] then
-    /// passes the address of the element with all indices 0, and [`Place::Device`] has the size of the packed
+    /// passes the address of the element with all indices 0, and [`MemoryLocation::Device`] has the size of the packed
     /// tensor. Must not change.
     fn strides(&self) -> Option<&[i64]> {
         None
     }
 
-    /// An owner that keeps the stream of [`Place::Device`] alive after the source is dropped. A scope keeps
+    /// An owner that keeps the stream of [`MemoryLocation::Device`] alive after the source is dropped. A scope keeps
     /// it, because the end of the scope makes that stream wait.
     fn stream_owner(&self) -> Option<Arc<dyn Any + Send + Sync>> {
         None
@@ -167,8 +167,8 @@ unsafe impl Source for Shared<'_> {
         self.0.layout()
     }
 
-    fn place(&self) -> Place {
-        self.0.place()
+    fn location(&self) -> MemoryLocation {
+        self.0.location()
     }
 
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {
@@ -247,8 +247,8 @@ macro_rules! owners {
             fn layout(&self) -> Layout {
                 Layout { dtype: T::DTYPE, shape: Shape::from(&[self.len()][..]) }
             }
-            fn place(&self) -> Place {
-                Place::Host { bytes: HostOwner::bytes(self).len() as u64, writable: false }
+            fn location(&self) -> MemoryLocation {
+                MemoryLocation::Host { bytes: HostOwner::bytes(self).len() as u64, writable: false }
             }
             fn read(&self, copy: &mut dyn FnMut(*const u8)) {
                 copy(HostOwner::bytes(self).as_ptr());
@@ -271,8 +271,8 @@ unsafe impl<O: HostOwner> Source for HostTensor<O> {
         self.layout.clone()
     }
 
-    fn place(&self) -> Place {
-        Place::Host { bytes: self.owner.bytes().len() as u64, writable: false }
+    fn location(&self) -> MemoryLocation {
+        MemoryLocation::Host { bytes: self.owner.bytes().len() as u64, writable: false }
     }
 
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {
@@ -329,8 +329,8 @@ unsafe impl Source for RawHost {
         self.layout.clone()
     }
 
-    fn place(&self) -> Place {
-        Place::Host { bytes: self.bytes, writable: true }
+    fn location(&self) -> MemoryLocation {
+        MemoryLocation::Host { bytes: self.bytes, writable: true }
     }
 
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {
@@ -403,8 +403,8 @@ unsafe impl Source for RawDevice {
         self.layout.clone()
     }
 
-    fn place(&self) -> Place {
-        Place::Device { bytes: self.bytes, stream: self.stream }
+    fn location(&self) -> MemoryLocation {
+        MemoryLocation::Device { bytes: self.bytes, stream: self.stream }
     }
 
     fn strides(&self) -> Option<&[i64]> {

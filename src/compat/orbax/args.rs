@@ -77,7 +77,7 @@ impl<'a> Item<'a> {
             return Ok(Self { checkpoint, prefix });
         }
         let missing = Error::new(ErrorKind::NotFound, format!("no such item in the checkpoint item={name:?}"));
-        Err(checkpoint.place(missing))
+        Err(checkpoint.located(missing))
     }
 
     /// Its tensors, by their full names.

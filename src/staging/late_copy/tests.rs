@@ -165,7 +165,7 @@ mod cases {
         assert_eq!((late_copy.hand_over(0), late_copy.reap(false)), (vec![], (vec![], false)));
         told.over.store(true, Ordering::Relaxed);
         assert_eq!(late_copy.reap(false), (vec![7], false));
-        assert_eq!((late_copy.place(1), late_copy.place(2)), (None, Some((0, 8192))));
+        assert_eq!((late_copy.location(1), late_copy.location(2)), (None, Some((0, 8192))));
         assert_eq!((late_copy.hand_over(2), late_copy.reap(true)), (vec![5], (vec![], true)));
     }
 

@@ -4,7 +4,7 @@
 use super::loader::{Found, pass, path_of};
 use super::program::{COPIES, Gpu, Rig, Stream, Tensor, at_fence, left_out, real, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
-use ashore::{Builder, Capture, Detect, Dtype, ErrorKind, Layout, Place, Source, StateDict};
+use ashore::{Builder, Capture, Detect, Dtype, ErrorKind, Layout, MemoryLocation, Source, StateDict};
 use std::sync::Arc;
 
 const BATCH: &str = "cuMemcpyBatchAsync_v2";
@@ -132,8 +132,8 @@ unsafe impl Source for Empty {
         Layout::new(Dtype::U8, [100])
     }
 
-    fn place(&self) -> Place {
-        Place::Host { bytes: 100, writable: false }
+    fn location(&self) -> MemoryLocation {
+        MemoryLocation::Host { bytes: 100, writable: false }
     }
 
     fn read(&self, _: &mut dyn FnMut(*const u8)) {}

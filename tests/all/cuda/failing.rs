@@ -271,8 +271,8 @@ unsafe impl Source for Leaves {
     fn layout(&self) -> ashore::Layout {
         self.0.layout()
     }
-    fn place(&self) -> ashore::Place {
-        self.0.place()
+    fn location(&self) -> ashore::MemoryLocation {
+        self.0.location()
     }
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {
         if self.1.fetch_add(1, Ordering::Relaxed) > 0 {

@@ -3,7 +3,7 @@
 use super::program::{COPIES, Gpu, at_fence, rig, rig_on};
 use crate::rig::{LONG, eventually, pattern};
 use ashore::{
-    Capture, Detect, DeviceStream, Dtype, ErrorKind, Fence, Layout, Overlap, Phase, Place, Source, StateDict,
+    Capture, Detect, DeviceStream, Dtype, ErrorKind, Fence, Layout, MemoryLocation, Overlap, Phase, Source, StateDict,
 };
 use std::sync::Arc;
 
@@ -376,8 +376,8 @@ unsafe impl Source for Broken {
         Layout::new(Dtype::U8, [3000])
     }
 
-    fn place(&self) -> Place {
-        Place::Device { bytes: 3000, stream: self.0 }
+    fn location(&self) -> MemoryLocation {
+        MemoryLocation::Device { bytes: 3000, stream: self.0 }
     }
 
     fn read(&self, _: &mut dyn FnMut(*const u8)) {

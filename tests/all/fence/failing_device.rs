@@ -73,8 +73,8 @@ fn a_source_that_panics_or_keeps_its_bytes_fails_the_save_by_name() {
         fn layout(&self) -> ashore::Layout {
             ashore::Layout::new(ashore::Dtype::U8, [10])
         }
-        fn place(&self) -> ashore::Place {
-            ashore::Place::Host { bytes: 10, writable: false }
+        fn location(&self) -> ashore::MemoryLocation {
+            ashore::MemoryLocation::Host { bytes: 10, writable: false }
         }
         fn read(&self, _: &mut dyn FnMut(*const u8)) {
             assert!(!self.0, "a source that panics");

@@ -3,7 +3,7 @@
 use crate::rig::{LONG, Rig, eventually, hidden, one, pattern, rig};
 use ashore::storage::local::{Linux, Local};
 use ashore::testing::{Call, Faulty};
-use ashore::{CheckpointExecutor, Detect, ErrorKind, Fence, Layout, Outcome, Overlap, Phase, Place};
+use ashore::{CheckpointExecutor, Detect, ErrorKind, Fence, Layout, MemoryLocation, Outcome, Overlap, Phase};
 use ashore::{SaveOptions, Snapshot, Source};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -106,8 +106,8 @@ unsafe impl Source for Hanging {
     fn layout(&self) -> Layout {
         self.0.layout()
     }
-    fn place(&self) -> Place {
-        Place::Host { bytes: self.0.place().bytes(), writable: true }
+    fn location(&self) -> MemoryLocation {
+        MemoryLocation::Host { bytes: self.0.location().bytes(), writable: true }
     }
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {
         self.1.send(()).unwrap();

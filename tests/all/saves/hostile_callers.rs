@@ -43,8 +43,8 @@ unsafe impl Source for Bomb {
     fn layout(&self) -> ashore::Layout {
         self.0.layout()
     }
-    fn place(&self) -> ashore::Place {
-        self.0.place()
+    fn location(&self) -> ashore::MemoryLocation {
+        self.0.location()
     }
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {
         self.0.read(copy);
@@ -79,8 +79,8 @@ unsafe impl Source for Mine {
     fn layout(&self) -> ashore::Layout {
         self.0.layout()
     }
-    fn place(&self) -> ashore::Place {
-        ashore::Place::Host { bytes: self.0.place().bytes(), writable: true }
+    fn location(&self) -> ashore::MemoryLocation {
+        ashore::MemoryLocation::Host { bytes: self.0.location().bytes(), writable: true }
     }
     fn read(&self, _: &mut dyn FnMut(*const u8)) {
         panic!("a source that fails");
