@@ -23,6 +23,6 @@ pub mod graph;
 pub mod orbax;
 pub mod torch;
 
+mod checkpoint_path;
 mod open;
-mod place;
 mod unseen;

@@ -4,7 +4,7 @@ use super::args::CompositeArgs;
 use super::future::CommitFuture;
 use super::path::PathAwaitingCreation;
 use super::signals::{HandlerAwaitableSignal, OperationId, Signals};
-use crate::compat::place::place;
+use crate::compat::checkpoint_path::checkpoint_path;
 use crate::completion::deadline_after;
 use crate::error::{Error, Result};
 use crate::executor::CheckpointExecutor;
@@ -122,8 +122,8 @@ impl StandardCheckpointHandler {
     }
 
     fn begin(&self, directory: &Path, state: StateDict<'static>, args: &SaveArgs) -> Result<Save> {
-        let (step, place) = place(&self.executor, directory)?;
-        self.executor.save_with(step, state, args.options(&place))
+        let (step, checkpoint_path) = checkpoint_path(&self.executor, directory)?;
+        self.executor.save_with(step, state, args.options(&checkpoint_path))
     }
 
     fn deferred(

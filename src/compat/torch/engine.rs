@@ -3,7 +3,7 @@
 use super::future::results;
 use super::plan::{Metadata, SavePlan, StorageMeta, StorageMetadata, WriteResult, metadata};
 use super::writer::{StorageWriter, WriteFuture};
-use crate::compat::place::place;
+use crate::compat::checkpoint_path::checkpoint_path;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::{CheckpointExecutor, DeferredSave};
 use crate::id::Attempt;
@@ -23,7 +23,7 @@ use std::time::Duration;
 pub struct EngineWriter {
     executor: Arc<CheckpointExecutor>,
     options: SaveOptions,
-    place: Option<(u64, StorageMeta)>,
+    checkpoint_path: Option<(u64, StorageMeta)>,
     /// The metadata of what `write_data` has written.
     written: BTreeMap<String, StorageMetadata>,
 }
@@ -31,7 +31,7 @@ pub struct EngineWriter {
 impl EngineWriter {
     /// Writes below the root of `executor`, and replaces existing checkpoints as torch does.
     pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
-        Self { executor, options: SaveOptions::default().overwrite(), place: None, written: BTreeMap::new() }
+        Self { executor, options: SaveOptions::default().overwrite(), checkpoint_path: None, written: BTreeMap::new() }
     }
 
     /// Sets whether an existing checkpoint is replaced. With false it is a `Conflict`.
@@ -76,7 +76,8 @@ impl EngineWriter {
     }
 
     fn options(&mut self) -> Result<(u64, SaveOptions)> {
-        let (step, meta) = self.place.as_ref().ok_or_else(|| Error::invalid("a storage writer was not set up"))?;
+        let (step, meta) =
+            self.checkpoint_path.as_ref().ok_or_else(|| Error::invalid("a storage writer was not set up"))?;
         let name = meta.checkpoint_id.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
         let options = self.options.clone().name(name);
         self.options.attempt = None; // no two saves share an attempt
@@ -89,17 +90,17 @@ impl StorageWriter for EngineWriter {
         let id = checkpoint_id.ok_or_else(|| {
             Error::invalid("nothing says where the checkpoint goes: set a checkpoint_id or a storage_writer")
         })?;
-        let (step, place) = place(&self.executor, id)?;
-        self.place = Some((step, StorageMeta { checkpoint_id: place, save_id: None }));
+        let (step, checkpoint_path) = checkpoint_path(&self.executor, id)?;
+        self.checkpoint_path = Some((step, StorageMeta { checkpoint_id: checkpoint_path, save_id: None }));
         Ok(())
     }
 
     fn storage_meta(&self) -> Option<StorageMeta> {
-        self.place.as_ref().map(|(_, meta)| meta.clone())
+        self.checkpoint_path.as_ref().map(|(_, meta)| meta.clone())
     }
 
     fn validate_checkpoint_id(&self, checkpoint_id: &Path) -> bool {
-        place(&self.executor, checkpoint_id).is_ok()
+        checkpoint_path(&self.executor, checkpoint_id).is_ok()
     }
 
     fn set_up_storage_writer(&mut self, _: bool) -> Result<()> {
@@ -122,7 +123,7 @@ impl StorageWriter for EngineWriter {
         plan.fits(&state)?;
         let (save, plan) = (self.submit(state)?, plan.clone());
         self.written = metadata(std::slice::from_ref(&plan))?.state_dict_metadata;
-        if let Some((_, meta)) = &mut self.place {
+        if let Some((_, meta)) = &mut self.checkpoint_path {
             meta.save_id = Some(save.attempt().to_string());
         }
         Ok(Box::pin(async move {

@@ -9,7 +9,7 @@ use super::planner::{DefaultSavePlanner, SavePlanner};
 use super::queue::Queue;
 use super::staging::{Coming, Inner, StagedState};
 use super::writer::StorageWriter;
-use crate::compat::place::place;
+use crate::compat::checkpoint_path::checkpoint_path;
 use crate::compat::unseen::first;
 use crate::completion::deadline_after;
 use crate::error::{Error, ErrorKind, Result};
@@ -132,7 +132,7 @@ impl ThreadExecutor {
 
     /// The step of a save to `id`, or 0 if it is unknown.
     fn step(&self, id: Option<&Path>) -> u64 {
-        id.and_then(|id| place(&self.executor, id).ok()).map_or(0, |(step, _)| step)
+        id.and_then(|id| checkpoint_path(&self.executor, id).ok()).map_or(0, |(step, _)| step)
     }
 }
 
