@@ -6,7 +6,7 @@ use crate::format::manifest::{BLOCK, Head, MANIFEST};
 use crate::format::shard::INDEX;
 use crate::memory::AlignedBuffer;
 use crate::outcome::{Committed, Phase};
-use crate::plan::{From, Plan, Planned, Receipts, Request, Shard};
+use crate::plan::{Plan, Planned, Receipts, Request, SegmentSource, Shard};
 use crate::storage::Writing;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -147,7 +147,7 @@ fn digests(plan: &Plan, tensor: &Planned, all: &[Digest], blocks: &mut Vec<Diges
 /// Returns the digests of a shard's header and of the whole shard.
 fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (Digest, Digest) {
     let pieces = plan.segments[shard.segments.clone()].iter().zip(&segments[shard.segments.clone()]);
-    let header = pieces.take_while(|(segment, _)| segment.from == From::Header);
+    let header = pieces.take_while(|(segment, _)| segment.source == SegmentSource::Header);
     let header = Digest::concat(header.map(|(segment, digest)| (*digest, segment.length as u64)));
     let parts = plan.chunks[shard.chunks.clone()].iter().zip(&chunks[shard.chunks.clone()]);
     (header, Digest::concat(parts.map(|(chunk, digest)| (*digest, chunk.length as u64))))
@@ -155,7 +155,7 @@ fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (
 
 /// Compares the staged tensors with their digests at `save`; a difference means that a fence was forgotten.
 fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<()> {
-    let on_devices = (request.later.0)().unwrap_or_else(|error| {
+    let on_devices = (request.device_digests.0)().unwrap_or_else(|error| {
         request.ticket.blind.store(true, Ordering::Relaxed);
         tracing::warn!(
             error = format_args!("{error:#}"),

@@ -9,7 +9,7 @@ use crate::completion::deadline_after;
 use crate::error::{Error, Result};
 use crate::guard::{dropped, guarded};
 use crate::id::Attempt;
-use crate::plan::{Later, Request};
+use crate::plan::{DeferredDigests, Request};
 use crate::staging::{Captured, Job, Stager};
 use crate::state::StateDict;
 use crate::writer::{Kept, Task};
@@ -66,7 +66,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
         metadata: std::mem::take(&mut state.metadata),
         // Nothing can write the kept state, so nothing is compared.
         expected: Vec::new(),
-        later: Later(Box::new(|| Ok(Vec::new()))),
+        device_digests: DeferredDigests(Box::new(|| Ok(Vec::new()))),
     };
     let left_over = stager.push_again(Job {
         ticket: ticket.clone(),

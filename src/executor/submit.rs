@@ -7,7 +7,7 @@ use crate::device::Point;
 use crate::error::{Error, Result};
 use crate::guard::{dropped, guarded};
 use crate::id::{Attempt, parse_step_name, step_name};
-use crate::plan::{Later, Plan, Request, Shape};
+use crate::plan::{DeferredDigests, Plan, Request, Shape};
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Settings};
 use crate::staging::{Captured, Job, LateCopy, OnDevice, without_kernels};
@@ -199,7 +199,7 @@ impl CheckpointExecutor {
             values: std::mem::take(&mut state.values),
             metadata: std::mem::take(&mut state.metadata),
             expected: std::mem::take(&mut captured.expected),
-            later: Later(Box::new(move || on_device.expected())),
+            device_digests: DeferredDigests(Box::new(move || on_device.expected())),
         };
         let sink = Arc::new(Task::new(request, kept, self.destination.clone(), &open.pool, open.ended.clone()));
         ticket.add_blocked(wanted.began.elapsed());

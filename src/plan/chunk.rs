@@ -25,16 +25,16 @@ pub(crate) struct Request {
     pub expected: Vec<(usize, Digest)>,
     /// Expected digests of device tensors. The device computes them, so they are known once the save is
     /// staged.
-    pub later: Later,
+    pub device_digests: DeferredDigests,
 }
 
 /// Digests of tensors, by their index in the state dict.
 type Known = Vec<(usize, Digest)>;
 
 /// Digests that a device has computed by the time a save is staged.
-pub(crate) struct Later(pub Box<dyn Fn() -> Result<Known> + Send + Sync>);
+pub(crate) struct DeferredDigests(pub Box<dyn Fn() -> Result<Known> + Send + Sync>);
 
-impl std::fmt::Debug for Later {
+impl std::fmt::Debug for DeferredDigests {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Later")
     }

@@ -7,5 +7,5 @@
 mod chunk;
 mod save;
 
-pub(crate) use chunk::{Chunk, Later, Receipts, Request, Sink};
-pub(crate) use save::{From, Plan, Planned, Segment, Shape, Shard};
+pub(crate) use chunk::{Chunk, DeferredDigests, Receipts, Request, Sink};
+pub(crate) use save::{Plan, Planned, Segment, SegmentSource, Shape, Shard};

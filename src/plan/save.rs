@@ -56,7 +56,7 @@ pub(crate) struct ChunkPlan {
 
 /// Part of a header or of a tensor within a chunk. Segments follow each other without gaps.
 pub(crate) struct Segment {
-    pub from: From,
+    pub source: SegmentSource,
     /// The segment's offset in the header or tensor.
     pub at: u64,
     pub length: usize,
@@ -64,7 +64,7 @@ pub(crate) struct Segment {
 
 /// The header or tensor that a segment is part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum From {
+pub(crate) enum SegmentSource {
     /// The header of the chunk's shard.
     Header,
     /// The tensor with this index in the state dict.
@@ -252,11 +252,11 @@ impl Draft {
         }))?;
         let (first_chunk, first_segment) = (self.chunks.len(), self.segments.len());
         let mut at = 0;
-        self.run(number, &mut at, From::Header, header.len());
+        self.run(number, &mut at, SegmentSource::Header, header.len());
         for &i in order {
             slices[i] = (number, at);
             let begin = self.segments.len();
-            self.run(number, &mut at, From::Tensor(i), sizes[i]);
+            self.run(number, &mut at, SegmentSource::Tensor(i), sizes[i]);
             self.ranges[i] = begin..self.segments.len();
         }
         let (chunks, segments) = (first_chunk..self.chunks.len(), first_segment..self.segments.len());
@@ -265,7 +265,7 @@ impl Draft {
 
     /// Appends `length` bytes of `from` at offset `at` of the shard, split at the ends of chunks and of
     /// tensor blocks.
-    fn run(&mut self, shard: usize, at: &mut u64, from: From, length: u64) {
+    fn run(&mut self, shard: usize, at: &mut u64, source: SegmentSource, length: u64) {
         let mut done = 0;
         while done < length {
             if at.is_multiple_of(self.shape.chunk) {
@@ -274,7 +274,7 @@ impl Draft {
             }
             let room = self.shape.chunk - *at % self.shape.chunk;
             let piece = room.min(length - done).min(BLOCK - done % BLOCK);
-            self.segments.push(Segment { from, at: done, length: piece as usize });
+            self.segments.push(Segment { source, at: done, length: piece as usize });
             let chunk = self.chunks.last_mut().expect("pushed at the file's begin");
             chunk.length += piece as usize;
             chunk.segments.end += 1;

@@ -22,7 +22,7 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
 use crate::mutant::{self, Mutant};
-use crate::plan::{Chunk, From};
+use crate::plan::{Chunk, SegmentSource};
 use crate::state::MemoryLocation;
 use std::ops::Range;
 
@@ -60,8 +60,8 @@ pub(super) fn enqueue(
         let to = base.wrapping_add(offset);
         at += length;
         let captured = |tensor| job.captured.get(tensor).and_then(|b| b.get(begin..begin + length));
-        let digest = match segment.from {
-            From::Header => {
+        let digest = match segment.source {
+            SegmentSource::Header => {
                 // SAFETY: inside the leased slab, initialised when the arena was made, and no queued copy
                 // writes this part.
                 let location = unsafe { std::slice::from_raw_parts_mut(to, length) };
@@ -70,7 +70,7 @@ pub(super) fn enqueue(
                 }
                 Some(Digest::of(location))
             }
-            From::Tensor(tensor) => match (captured(tensor), whole) {
+            SegmentSource::Tensor(tensor) => match (captured(tensor), whole) {
                 (Some(bytes), _) => {
                     // SAFETY: as above.
                     let location = unsafe { std::slice::from_raw_parts_mut(to, length) };

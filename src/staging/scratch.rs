@@ -11,7 +11,7 @@ use super::pieces::Part;
 use crate::device::{Kernels, Pieces, Point};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
-use crate::plan::{From, Plan};
+use crate::plan::{Plan, SegmentSource};
 use crate::state::{DeviceStream, MemoryLocation, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
@@ -72,7 +72,7 @@ impl Scratch {
             let (mut to, begin) = (0, pieces.list.len());
             for segment in &plan.segments[planned.segments.clone()] {
                 let bytes = segment.length as u64;
-                if let From::Tensor(index) = segment.from {
+                if let SegmentSource::Tensor(index) = segment.source {
                     let (name, tensor) = state.tensors.get_index(index).expect("checked by the plan");
                     match tensor.location {
                         MemoryLocation::Device { stream, .. } if stream.ordinal == ordinal => {

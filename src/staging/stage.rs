@@ -11,7 +11,7 @@ use crate::format::shard::Stamp;
 use crate::guard::{dropped, guarded};
 use crate::mutant::{self, Mutant};
 use crate::outcome::Phase;
-use crate::plan::{Chunk, From};
+use crate::plan::{Chunk, SegmentSource};
 use crate::state::StateDict;
 use crate::ticket::Ticket;
 use std::collections::VecDeque;
@@ -286,7 +286,7 @@ impl Copying<'_> {
 fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
     let Some(chunk) = job.plan.chunks.get(index) else { return Ok(true) };
     for segment in &job.plan.segments[chunk.segments.clone()] {
-        let From::Tensor(tensor) = segment.from else { continue };
+        let SegmentSource::Tensor(tensor) = segment.source else { continue };
         // After the sources are dropped, the remaining chunks are read from slots.
         let Some((_, tensor)) = job.state.tensors.get_index(tensor) else { continue };
         match tensor.source.poll_ready(segment.at..segment.at + segment.length as u64, waker) {
