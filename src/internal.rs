@@ -4,7 +4,7 @@
 pub mod device {
     #[cfg(all(feature = "cuda", not(any(loom, miri))))]
     pub use crate::device::Cuda;
-    pub use crate::device::{CopyQueue, Device, Host, Point, choose};
+    pub use crate::device::{CopyQueue, Dependency, Device, Host, choose};
 }
 pub mod digest {
     pub use crate::digest::Digest;

@@ -3,7 +3,7 @@
 //! # Safety argument
 //! This file has contracts of asynchronous copies. Its one unsafe body copies nothing and returns an error.
 
-use super::Point;
+use super::Dependency;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use std::time::Instant;
@@ -21,11 +21,11 @@ pub trait CopyQueue {
     #[expect(unsafe_code, reason = "the contract of an asynchronous copy; the stager, its one caller, keeps it")]
     unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) -> Result<Option<Digest>>;
 
-    /// Makes everything queued from now on wait for the dependency `point`.
+    /// Makes everything queued from now on wait for the dependency `dependency`.
     ///
     /// # Errors
     /// `Device`, sticky.
-    fn wait(&mut self, _point: &Point) -> Result<()> {
+    fn wait(&mut self, _point: &Dependency) -> Result<()> {
         Ok(())
     }
 
@@ -58,7 +58,7 @@ pub trait CopyQueue {
     ///
     /// # Errors
     /// `Device`, sticky.
-    fn mark(&mut self) -> Result<u64>;
+    fn event(&mut self) -> Result<u64>;
 
     /// The number of the last completion event reached; never falls.
     ///

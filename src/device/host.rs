@@ -54,7 +54,7 @@ impl CopyQueue for HostQueue {
         Ok(Some(digest))
     }
 
-    fn mark(&mut self) -> Result<u64> {
+    fn event(&mut self) -> Result<u64> {
         self.0 += 1;
         Ok(self.0)
     }

@@ -4,7 +4,7 @@
 //! has run; the stager keeps its sources until then. `staging/late_copy.rs` has the states of a late copy;
 //! the device keeps none.
 
-use super::{Pieces, Point};
+use super::{Dependency, Pieces};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::state::DeviceStream;
@@ -23,11 +23,11 @@ pub(crate) struct KernelMemory {
     /// Size of the scratch for late copies.
     pub scratch: u64,
     /// The scratch, if the program hands in its own memory for it.
-    pub lent: Option<LentMemory>,
+    pub given: Option<ProgramMemory>,
 }
 
 /// Device memory that the program hands in. Dropped when nothing on the device can use it any more.
-pub(crate) struct LentMemory {
+pub(crate) struct ProgramMemory {
     /// Ordinal of the device.
     pub ordinal: u32,
     /// Its start address.
@@ -36,7 +36,7 @@ pub(crate) struct LentMemory {
     pub keep_alive: Box<dyn Any + Send + Sync>,
 }
 
-impl Debug for LentMemory {
+impl Debug for ProgramMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "LentMemory(cuda:{}, {:#x})", self.ordinal, self.address)
     }
@@ -50,7 +50,7 @@ pub(crate) trait Kernels: Send + Sync + Debug {
     fn ordinal(&self) -> u32;
 
     /// Address range of the capture pool.
-    fn room(&self) -> Range<u64>;
+    fn capture_memory(&self) -> Range<u64>;
 
     /// The addresses of the slots of the scratch.
     ///
@@ -115,13 +115,19 @@ pub(crate) trait DeviceLateCopy: Send + Sync {
     /// `Device`.
     fn publish(&self, watermark: u64) -> Result<()>;
 
-    /// Queues in the first of `streams`, behind `point` and, if `behind_copies`, behind all copies queued so
+    /// Queues in the first of `streams`, behind `dependency` and, if `behind_copies`, behind all copies queued so
     /// far: latch F from the watermark, make late copies of the chunks from F on, report F. The other streams
     /// wait for that. `slots` are the slots of the last chunks. Called once per save, unless it fails.
     ///
     /// # Errors
     /// `Device`, `Invalid`: nothing was queued.
-    fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<Launch>;
+    fn launch(
+        &self,
+        streams: &[DeviceStream],
+        dependency: &Dependency,
+        behind_copies: bool,
+        slots: &[u64],
+    ) -> Result<Launch>;
 
     /// Checks that the device can still report F.
     ///

@@ -3,18 +3,18 @@
 //! # Safety argument
 //! This file has the contract of an asynchronous copy, without a body.
 
-use super::Point;
+use super::Dependency;
 use crate::error::Result;
 use std::time::Instant;
 
 /// A queue of copies from host memory to devices, separate from those of saves. Copies to one device run in
 /// order.
 pub(crate) trait LoadQueue {
-    /// Makes everything queued from now on wait for `point`, which [`Device::behind`] made.
+    /// Makes everything queued from now on wait for `dependency`, which [`Device::behind`] made.
     ///
     /// # Errors
     /// `Device`, sticky.
-    fn wait(&mut self, point: &Point) -> Result<()>;
+    fn wait(&mut self, dependency: &Dependency) -> Result<()>;
 
     /// Queues a copy of `len` bytes to the address `to` of device `ordinal`.
     ///
@@ -31,13 +31,13 @@ pub(crate) trait LoadQueue {
     ///
     /// # Errors
     /// `Device`.
-    fn mark(&mut self) -> Result<Point>;
+    fn event(&mut self) -> Result<Dependency>;
 
     /// True when all copies before this mark have ended.
     ///
     /// # Errors
     /// `Device`: the copies failed, or their state is unknown now.
-    fn has_reached(&mut self, mark: &Point) -> Result<bool>;
+    fn has_reached(&mut self, event: &Dependency) -> Result<bool>;
 
     /// Waits, after a failure, until no copy queued so far can touch memory any more. False when that cannot
     /// be known by `deadline`.

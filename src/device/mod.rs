@@ -28,11 +28,11 @@ pub use copy_queue::CopyQueue;
 #[cfg(all(feature = "cuda", not(any(loom, miri))))]
 pub use cuda::Cuda;
 pub use host::Host;
-pub(crate) use kernels::{DeviceLateCopy, Digests, FenceKernels, KernelMemory, Kernels, Launch, LentMemory, Queued};
+pub(crate) use kernels::{DeviceLateCopy, Digests, FenceKernels, KernelMemory, Kernels, Launch, ProgramMemory, Queued};
 pub(crate) use load_queue::LoadQueue;
 pub(crate) use pieces::{Piece, Pieces, View};
 pub use selection::DeviceReport;
-pub(crate) use waits::{Hold, Waits};
+pub(crate) use waits::{WaitGuard, Waits};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Register;
@@ -74,7 +74,7 @@ pub trait Device: Register + Send + Sync + Debug {
     ///
     /// # Errors
     /// `Invalid` for streams of an unknown device, and for one that is being captured into a graph; `Device`.
-    fn behind(&self, streams: &[DeviceStream]) -> Result<Point> {
+    fn behind(&self, streams: &[DeviceStream]) -> Result<Dependency> {
         Err(self.unknown(streams))
     }
 
@@ -139,4 +139,4 @@ pub trait Device: Register + Send + Sync + Debug {
 }
 
 /// A dependency on work in streams, in the form of the device that made it.
-pub type Point = Arc<dyn Any + Send + Sync>;
+pub type Dependency = Arc<dyn Any + Send + Sync>;

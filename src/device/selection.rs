@@ -46,8 +46,12 @@ impl DeviceReport {
     pub(crate) fn found(&mut self, kernels: &Result<Arc<dyn Kernels>>) {
         match kernels {
             Ok(kernels) => {
-                let (room, none) = (kernels.room(), "no memory was requested setting=gather");
-                self.gather = if room.is_empty() { Err(none.into()) } else { Ok(room.end - room.start) };
+                let (capture_memory, none) = (kernels.capture_memory(), "no memory was requested setting=gather");
+                self.gather = if capture_memory.is_empty() {
+                    Err(none.into())
+                } else {
+                    Ok(capture_memory.end - capture_memory.start)
+                };
                 self.scratch = kernels.slots().map(<[u64]>::len).map_err(|why| format!("{why:#}"));
             }
             Err(why) => {

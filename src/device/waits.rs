@@ -16,8 +16,8 @@ pub(crate) trait Waits: Send + Sync + Debug {
     ///
     /// # Errors
     /// As [`Device::order`]; nothing waits then.
-    fn order(&self, streams: &[DeviceStream]) -> Result<Option<Hold>>;
+    fn order(&self, streams: &[DeviceStream]) -> Result<Option<WaitGuard>>;
 }
 
 /// A wait guard: streams wait while it lives.
-pub(crate) type Hold = Arc<dyn Any + Send + Sync>;
+pub(crate) type WaitGuard = Arc<dyn Any + Send + Sync>;

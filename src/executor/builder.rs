@@ -11,7 +11,7 @@ use super::threads::{Channels, Threads};
 use super::{Admission, CheckpointExecutor, ending, tidy, touch};
 use crate::catalog::{Keeping, PreservationPolicy, Verify};
 use crate::completion::Signal;
-use crate::device::{Device, DeviceReport, LentMemory, choose_later};
+use crate::device::{Device, DeviceReport, ProgramMemory, choose_later};
 use crate::error::{Error, Result};
 use crate::fork::ForkGuard;
 use crate::guard::dropped;
@@ -42,7 +42,7 @@ pub struct Builder {
     /// Replaces the device that the settings choose.
     device: Option<Arc<dyn Device>>,
     /// The program's memory for the scratch, and its size in bytes.
-    lent: Option<(LentMemory, u64)>,
+    given: Option<(ProgramMemory, u64)>,
     /// Keeps steps beyond the retention of the settings.
     policy: Policy,
     /// How often live attempts are touched.
@@ -72,7 +72,7 @@ macro_rules! setters {
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
         let (settings, policy) = (Settings::default(), Policy::default());
-        Self { root, settings, storage: None, device: None, lent: None, policy, touch: touch::TOUCH }
+        Self { root, settings, storage: None, device: None, given: None, policy, touch: touch::TOUCH }
     }
 
     /// Replaces all settings.
@@ -182,7 +182,7 @@ impl Builder {
         bytes: u64,
         keep_alive: impl Any + Send + Sync,
     ) -> Self {
-        self.lent = Some((LentMemory { ordinal, address, keep_alive: Box::new(keep_alive) }, bytes));
+        self.given = Some((ProgramMemory { ordinal, address, keep_alive: Box::new(keep_alive) }, bytes));
         self
     }
 
@@ -193,8 +193,8 @@ impl Builder {
     /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` if the system has no
     /// more threads.
     pub fn build(self) -> Result<CheckpointExecutor> {
-        let Self { root, mut settings, storage, device, lent, policy, touch } = self;
-        settings.scratch = lent.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
+        let Self { root, mut settings, storage, device, given, policy, touch } = self;
+        settings.scratch = given.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
         settings.check()?;
         let storage = match storage {
             Some(storage) => storage,
@@ -205,14 +205,14 @@ impl Builder {
                 let report = DeviceReport::new(device.as_ref(), "as it was given".into());
                 (device, report)
             }
-            None => choose_later(settings.device, lent.as_ref().map(|(lent, _)| lent.ordinal))?,
+            None => choose_later(settings.device, given.as_ref().map(|(given, _)| given.ordinal))?,
         };
-        let lent = lent.map(|(lent, bytes)| fits(lent, bytes, device.as_ref())).transpose()?;
+        let given = given.map(|(given, bytes)| fits(given, bytes, device.as_ref())).transpose()?;
         let signal = Arc::new(Signal::default());
         let arena =
             Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
         let mut pool = Pool::start(settings.writers, arena.report().slabs, settings.priority, &signal)?;
-        let wish = Wish::new(&settings, lent, &arena.report().pinned);
+        let wish = Wish::new(&settings, given, &arena.report().pinned);
         let (equipment, Offer { scratch, waits, batch }) = Equipment::of(device.as_ref(), report, wish);
         let at_most = (settings.overlap == Overlap::Latest).then_some(2);
         let stager = Arc::new(Stager::new(signal.clone(), arena, device, at_most, batch));
@@ -285,14 +285,14 @@ impl Builder {
 }
 
 /// Refuses the program's memory if it cannot be the scratch of this device.
-fn fits(lent: LentMemory, bytes: u64, device: &dyn Device) -> Result<LentMemory> {
-    let (ordinal, address, name) = (lent.ordinal, lent.address, device.name());
+fn fits(given: ProgramMemory, bytes: u64, device: &dyn Device) -> Result<ProgramMemory> {
+    let (ordinal, address, name) = (given.ordinal, given.address, device.name());
     let why = if name != format!("cuda:{ordinal}") {
         "the memory for the scratch is not of the device of the executor"
     } else if address == 0 || bytes == 0 || address.checked_add(bytes).is_none() {
         "the memory for the scratch is no memory"
     } else {
-        return Ok(lent);
+        return Ok(given);
     };
     let memory = format!("scratch={bytes} address={address:#x} memory=cuda:{ordinal} device={name}");
     Err(Error::invalid(format!("{why} {memory}")))

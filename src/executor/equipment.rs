@@ -1,7 +1,7 @@
 //! What the device of an executor offers beyond copies. Found out at start, or, if the GPU is not known then,
 //! by the first save of a tensor in GPU memory.
 
-use crate::device::{Device, DeviceReport, KernelMemory, LentMemory, Waits};
+use crate::device::{Device, DeviceReport, KernelMemory, ProgramMemory, Waits};
 use crate::error::{Error, Result};
 use crate::settings::Settings;
 use crate::staging::{Scratch, Stager};
@@ -32,15 +32,15 @@ pub(super) struct Wish {
     scratch: u64,
     memory_waits: bool,
     batch: bool,
-    lent: Option<LentMemory>,
+    given: Option<ProgramMemory>,
     /// Why the arena is not pinned.
     unpinned: Option<String>,
 }
 
 impl Wish {
-    pub fn new(settings: &Settings, lent: Option<LentMemory>, pinned: &Result<(), String>) -> Self {
+    pub fn new(settings: &Settings, given: Option<ProgramMemory>, pinned: &Result<(), String>) -> Self {
         let Settings { chunk, gather, scratch, memory_waits, batch, .. } = *settings;
-        Self { chunk, gather, scratch, memory_waits, batch, lent, unpinned: pinned.clone().err() }
+        Self { chunk, gather, scratch, memory_waits, batch, given, unpinned: pinned.clone().err() }
     }
 
     /// Takes what the device offers, and writes into `report` what it refuses.
@@ -49,8 +49,8 @@ impl Wish {
         if is_gpu && self.chunk > at_most {
             tracing::warn!(chunk = self.chunk, at_most, device = %report, "chunks are large: what the program reads from the device waits for two of them");
         }
-        let Self { chunk, gather, scratch, lent, .. } = self;
-        let kernels = device.kernels(KernelMemory { chunk: chunk as usize, gather, scratch, lent });
+        let Self { chunk, gather, scratch, given, .. } = self;
+        let kernels = device.kernels(KernelMemory { chunk: chunk as usize, gather, scratch, given });
         report.found(&kernels);
         if let (Err(reason), true) = (&report.gather, is_gpu) {
             tracing::warn!(%reason, device = %report, "no kernels: small tensors are not gathered, and fences wait");

@@ -3,7 +3,7 @@
 
 use super::admission::{Admitted, shut_down};
 use super::{Admission, CheckpointExecutor, again};
-use crate::device::Point;
+use crate::device::Dependency;
 use crate::error::{Error, Result};
 use crate::guard::{dropped, guarded};
 use crate::id::{Attempt, parse_step_name, step_name};
@@ -38,7 +38,7 @@ struct Taken {
     on_device: OnDevice,
     /// The dependency of the copies, and how the device makes late copies; the error is the reason why the
     /// save is refused.
-    queued: Result<(Option<Point>, Option<Arc<LateCopy>>)>,
+    queued: Result<(Option<Dependency>, Option<Arc<LateCopy>>)>,
 }
 
 impl CheckpointExecutor {
@@ -228,7 +228,7 @@ impl CheckpointExecutor {
         captured: &Captured,
         detect: bool,
         on_device: &mut OnDevice,
-    ) -> Result<(Option<Point>, Option<Arc<LateCopy>>)> {
+    ) -> Result<(Option<Dependency>, Option<Arc<LateCopy>>)> {
         if state.streams.is_empty() {
             return Ok((None, None));
         }
@@ -239,12 +239,12 @@ impl CheckpointExecutor {
             None => without_kernels(state, self.device().gather.as_ref().err().map_or("", String::as_str), on_device)?,
         }
         // The dependency includes the captures queued above.
-        let point = self.stager.device.behind(&state.streams)?;
+        let dependency = self.stager.device.behind(&state.streams)?;
         let late_copy = match scratch {
-            Some(scratch) => scratch.late_copy(plan, state, &point, |tensor| captured.get(tensor).is_some())?,
+            Some(scratch) => scratch.late_copy(plan, state, &dependency, |tensor| captured.get(tensor).is_some())?,
             None => None,
         };
-        Ok((Some(point), late_copy))
+        Ok((Some(dependency), late_copy))
     }
 }
 

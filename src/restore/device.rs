@@ -20,7 +20,7 @@ use super::region::Region;
 use super::{Share, Wanted, matches};
 use crate::checkpoint::Checkpoint;
 use crate::completion::deadline_after;
-use crate::device::{Device, LoadQueue, Point};
+use crate::device::{Dependency, Device, LoadQueue};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::manifest::BLOCK;
 use crate::memory::{ALIGNMENT, Arena, Lease};
@@ -183,7 +183,7 @@ struct Loader<'l> {
 struct Flight {
     slab: Lease,
     /// The completion event after its copies; None until it is recorded.
-    mark: Option<Point>,
+    event: Option<Dependency>,
 }
 
 /// A slab that is being read into.
@@ -268,13 +268,13 @@ impl<'l> Loader<'l> {
         if piece.parts.is_sorted_by(|one, next| one.range.end <= next.range.start) {
             piece.parts.iter_mut().try_for_each(|part| slab.pack(part, first))?;
         }
-        self.flights.push_back(Flight { slab: slab.0, mark: None });
+        self.flights.push_back(Flight { slab: slab.0, event: None });
         for part in &piece.parts {
             self.hand_over(part, first).map_err(|e| checkpoint.unloaded(e, part))?;
         }
-        let mark = self.queue.mark()?;
+        let event = self.queue.event()?;
         if let Some(flight) = self.flights.back_mut() {
-            flight.mark = Some(mark);
+            flight.event = Some(event);
         }
         wrong.map_or(Ok(()), Err)
     }
@@ -296,11 +296,11 @@ impl<'l> Loader<'l> {
 
     /// Waits until the copies from the oldest slab have ended.
     fn land(&mut self) -> Result<()> {
-        let Some(mark) = self.flights.front().and_then(|flight| flight.mark.clone()) else {
+        let Some(event) = self.flights.front().and_then(|flight| flight.event.clone()) else {
             return Err(Error::internal("a slab has no completion event"));
         };
         let deadline = Instant::now() + self.timeout;
-        while !self.queue.has_reached(&mark)? {
+        while !self.queue.has_reached(&event)? {
             if Instant::now() >= deadline {
                 let why = format!("copies to a device have not ended timeout={:?}", self.timeout);
                 // Do not wait for them a second time.

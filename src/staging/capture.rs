@@ -40,13 +40,13 @@ impl Captured {
         let (asked, usual): (Vec<_>, Vec<_>) = state.writable.iter().partition(asked);
         for index in asked.into_iter().chain(usual).copied() {
             let (name, tensor) = state.tensors.get_index(index).expect("an index of this dict");
-            let (size, room) = (tensor.location.bytes(), budget - captured.bytes.len() as u64);
-            let fits = size <= SMALL && size <= room;
+            let (size, capture_memory) = (tensor.location.bytes(), budget - captured.bytes.len() as u64);
+            let fits = size <= SMALL && size <= capture_memory;
             match tensor.capture {
                 Some(Capture::AtFence) => captured.leave(index, tensor, detect),
                 Some(Capture::AtSave) if !fits => {
                     return Err(Error::invalid(format!(
-                        "cannot be captured at save bytes={size} limit={SMALL} budget_left={room} tensor={name:?}"
+                        "cannot be captured at save bytes={size} limit={SMALL} budget_left={capture_memory} tensor={name:?}"
                     )));
                 }
                 None if !fits => {

@@ -30,7 +30,7 @@ use std::ops::Range;
 pub(super) struct InFlightChunk {
     pub chunk: Chunk,
     /// The completion event behind the last copy; `u64::MAX` while copies are being queued.
-    pub mark: u64,
+    pub event: u64,
     /// Copied from live memory, not from its late copy.
     pub live: bool,
     /// F when it was queued.
@@ -107,7 +107,7 @@ pub(super) fn enqueue(
     if let Some(late_copy) = job.late_copy.as_ref().filter(|_| in_flight.live) {
         late_copy.publish(index)?;
     }
-    in_flight.mark = queue.mark()?;
+    in_flight.event = queue.event()?;
     in_flight.chunk.digests = digests;
     Ok(())
 }

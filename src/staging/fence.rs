@@ -7,7 +7,7 @@
 
 use super::stager::Stager;
 use crate::completion::deadline_after;
-use crate::device::Hold;
+use crate::device::WaitGuard;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::dropped;
 use crate::mutant::{self, Mutant};
@@ -123,7 +123,7 @@ impl Stager {
     /// Makes `streams` wait for all copies queued so far, by memory-waits where available, else by events.
     /// Not used at the end of a scope: borrowed memory may be freed then, and only after its copies have
     /// ended, even if the save has failed.
-    fn order(&self, streams: &[DeviceStream]) -> Result<Option<Hold>> {
+    fn order(&self, streams: &[DeviceStream]) -> Result<Option<WaitGuard>> {
         match self.waits.get().map(|waits| waits.order(streams)) {
             Some(Ok(Some(guard))) => return Ok(Some(guard)),
             Some(Err(error)) if error.kind() == ErrorKind::Invalid => return Err(error),

@@ -35,7 +35,7 @@
 //! chunks to be queued, for slots and for the driver. Meanwhile no other thread may fence the same save, but
 //! the stager must still read the state.
 
-use crate::device::{DeviceLateCopy, FenceKernels, Launch, Point};
+use crate::device::{Dependency, DeviceLateCopy, FenceKernels, Launch};
 use crate::error::Result;
 use crate::mutant::{self, Mutant};
 use crate::state::DeviceStream;
@@ -58,7 +58,7 @@ pub(crate) struct LateCopy {
 pub(super) struct Planned {
     pub device: Box<dyn DeviceLateCopy>,
     /// The work that wrote the tensors: late copies come after it.
-    pub point: Point,
+    pub dependency: Dependency,
     pub ordinal: u32,
     /// Whether a chunk is gathered before it is copied.
     pub gathered: Vec<bool>,
@@ -203,7 +203,7 @@ impl LateCopy {
     /// # Errors
     /// Nothing was queued.
     pub(super) fn queue(&self, streams: &[DeviceStream], behind_copies: bool, slots: &[u64]) -> Result<Launch> {
-        self.save.device.launch(streams, &self.save.point, behind_copies, slots)
+        self.save.device.launch(streams, &self.save.dependency, behind_copies, slots)
     }
 
     /// Sets the queued kernels, which tell F.

@@ -19,7 +19,7 @@ const SMALL: u64 = 128 << 10;
 const ALIGN: u64 = 16;
 
 /// Tensors, and the digests of them that were requested from a device.
-type Asked = Vec<(Vec<usize>, Arc<dyn Digests>)>;
+type DeviceDigests = Vec<(Vec<usize>, Arc<dyn Digests>)>;
 
 /// What a device did at `save`.
 #[derive(Default)]
@@ -28,7 +28,7 @@ pub(crate) struct OnDevice {
     pub left: bool,
     /// Small tensors left to the fence because the pool had no space.
     pub over_budget: usize,
-    expected: Asked,
+    expected: DeviceDigests,
     /// Memory of the captured tensors, kept until nothing reads it any more; that may be after the sources
     /// are dropped.
     pub allocation: Option<Allocation>,
@@ -116,12 +116,12 @@ pub(crate) fn at_save(
 }
 
 /// Refuses strided tensors that the device cannot gather.
-fn refuse_apart(ordinal: u32, room: u64, state: &StateDict<'_>) -> Result<()> {
+fn refuse_apart(ordinal: u32, capture_memory: u64, state: &StateDict<'_>) -> Result<()> {
     for (name, tensor) in &state.tensors {
         let MemoryLocation::Device { bytes, stream } = tensor.location else { continue };
-        if bytes > 0 && tensor.strides().is_some() && (stream.ordinal != ordinal || room == 0) {
+        if bytes > 0 && tensor.strides().is_some() && (stream.ordinal != ordinal || capture_memory == 0) {
             let (why, device) = ("cannot be gathered on its device, make it contiguous", stream.ordinal);
-            return Err(Error::invalid(format!("{why} device=cuda:{device} gather={room} tensor={name:?}")));
+            return Err(Error::invalid(format!("{why} device=cuda:{device} gather={capture_memory} tensor={name:?}")));
         }
     }
     Ok(())
@@ -154,7 +154,7 @@ fn capture(
 /// Chooses the tensors to capture, and where each ends in the pool; requested captures come first.
 fn choose(
     ordinal: u32,
-    room: u64,
+    capture_memory: u64,
     span: (u64, u64),
     state: &StateDict<'_>,
     done: &mut OnDevice,
@@ -184,8 +184,15 @@ fn choose(
                     let free = last - end;
                     let wrong = format!("cannot be captured at save: no room on the device bytes={bytes} free={free}");
                     // Earlier saves will free their allocations.
-                    let kind = if wanted <= room && free < room { ErrorKind::Busy } else { ErrorKind::Invalid };
-                    return Err(Error::new(kind, format!("{wrong} asked={wanted} gather={room} tensor={name:?}")));
+                    let kind = if wanted <= capture_memory && free < capture_memory {
+                        ErrorKind::Busy
+                    } else {
+                        ErrorKind::Invalid
+                    };
+                    return Err(Error::new(
+                        kind,
+                        format!("{wrong} asked={wanted} gather={capture_memory} tensor={name:?}"),
+                    ));
                 }
                 None if asked => {
                     let device = stream.ordinal;
@@ -195,7 +202,7 @@ fn choose(
                 fits => {
                     left += 1;
                     let small = bytes <= SMALL && tensor.capture.is_none();
-                    done.over_budget += usize::from(home && small && room > 0 && fits.is_none());
+                    done.over_budget += usize::from(home && small && capture_memory > 0 && fits.is_none());
                 }
             }
         }

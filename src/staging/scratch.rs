@@ -8,7 +8,7 @@ use super::capture_pool::CapturePool;
 use super::late_copy::{LateCopy, Planned, Slots};
 use super::on_device::{OnDevice, at_save};
 use super::pieces::Part;
-use crate::device::{Kernels, Pieces, Point};
+use crate::device::{Dependency, Kernels, Pieces};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::plan::{Plan, SegmentSource};
@@ -41,7 +41,7 @@ pub(crate) struct Scratch {
 impl Scratch {
     pub fn new(kernels: Arc<dyn Kernels>) -> Self {
         let slots = kernels.slots().unwrap_or_default().to_vec();
-        let (free, pool) = ((0..slots.len()).rev().collect(), CapturePool::new(kernels.room()));
+        let (free, pool) = ((0..slots.len()).rev().collect(), CapturePool::new(kernels.capture_memory()));
         Self { kernels, pool, slots, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
     }
 
@@ -56,7 +56,7 @@ impl Scratch {
         &self,
         plan: &Plan,
         state: &StateDict<'_>,
-        point: &Point,
+        dependency: &Dependency,
         captured: impl Fn(usize) -> bool,
     ) -> Result<Option<Arc<LateCopy>>> {
         let ordinal = self.kernels.ordinal();
@@ -67,7 +67,7 @@ impl Scratch {
         let mut pieces = Pieces { chunks: plan.chunks.len(), ..Pieces::default() };
         pieces.list.reserve(plan.segments.len());
         let (mut gathered, mut host) = (vec![false; plan.chunks.len()], 0);
-        let (can_gather, slotted) = (!self.kernels.room().is_empty(), !self.slots.is_empty());
+        let (can_gather, slotted) = (!self.kernels.capture_memory().is_empty(), !self.slots.is_empty());
         for (chunk, planned) in plan.chunks.iter().enumerate() {
             let (mut to, begin) = (0, pieces.list.len());
             for segment in &plan.segments[planned.segments.clone()] {
@@ -116,7 +116,7 @@ impl Scratch {
         *counted = (number, base + plan.chunks.len() as u64);
         Ok(Some(Arc::new(LateCopy::new(Planned {
             device,
-            point: point.clone(),
+            dependency: dependency.clone(),
             ordinal,
             gathered,
             spans,
@@ -295,7 +295,7 @@ mod tests {
         fn ordinal(&self) -> u32 {
             0
         }
-        fn room(&self) -> Range<u64> {
+        fn capture_memory(&self) -> Range<u64> {
             0..0
         }
         fn slots(&self) -> Result<&[u64]> {
@@ -319,7 +319,7 @@ mod tests {
         fn publish(&self, _: u64) -> Result<()> {
             Ok(())
         }
-        fn launch(&self, _: &[DeviceStream], _: &Point, _: bool, slots: &[u64]) -> Result<Launch> {
+        fn launch(&self, _: &[DeviceStream], _: &Dependency, _: bool, slots: &[u64]) -> Result<Launch> {
             no_list_is_locked();
             assert_eq!(slots, [8192, 4096]);
             Ok(Launch { kernels: Arc::new(Self), queued: Ok(()) })

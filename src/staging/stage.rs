@@ -91,10 +91,10 @@ impl Stager {
                 queue.batch();
             }
         }
-        if let (Some(point), Some(queue)) = (&job.behind, &mut device_state.queue)
+        if let (Some(dependency), Some(queue)) = (&job.behind, &mut device_state.queue)
             && !mutant::on(Mutant::ProducerWait)
         {
-            queue.wait(point)?;
+            queue.wait(dependency)?;
         }
         Ok(())
     }
@@ -177,13 +177,13 @@ impl Copying<'_> {
             return Err(Error::new(ErrorKind::Device, "the queue of copies panicked"));
         }
         let queue = self.device_state.queue.as_mut().ok_or_else(|| Error::internal("a stager without a queue"))?;
-        if self.chunks.front().is_none_or(|chunk| chunk.mark > self.reached) {
+        if self.chunks.front().is_none_or(|chunk| chunk.event > self.reached) {
             self.reached = queue.reached()?;
         }
         // Read F after the completion events: if the device tells F later, these copies were made before it.
         let late_copy = self.job.late_copy.as_ref();
         let latched = late_copy.and_then(|late_copy| late_copy.latched());
-        let oldest = self.chunks.front().filter(|chunk| chunk.mark <= self.reached);
+        let oldest = self.chunks.front().filter(|chunk| chunk.event <= self.reached);
         let arrived = oldest.map(|oldest| Arrived {
             chunk: oldest.chunk.index,
             live: oldest.live,
@@ -220,7 +220,7 @@ impl Copying<'_> {
         let Some(lease) = self.stager.arena.try_lease() else { return Ok(()) };
         self.enqueue(InFlightChunk {
             chunk: Chunk { index: self.next, lease, digests: None },
-            mark: u64::MAX,
+            event: u64::MAX,
             live,
             latched,
         })?;
@@ -236,7 +236,7 @@ impl Copying<'_> {
     /// Copies the oldest chunk again, from its slot and into the same slab.
     fn copy_again(&mut self, latched: Option<usize>) -> Result<()> {
         let Some(InFlightChunk { chunk, .. }) = self.chunks.pop_front() else { return Ok(()) };
-        self.enqueue(InFlightChunk { chunk, mark: u64::MAX, live: false, latched })
+        self.enqueue(InFlightChunk { chunk, event: u64::MAX, live: false, latched })
     }
 
     fn enqueue(&mut self, chunk: InFlightChunk) -> Result<()> {

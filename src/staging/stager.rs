@@ -9,7 +9,7 @@ use super::late_copy::LateCopy;
 use super::scratch::Scratch;
 use crate::call_thread::CallThread;
 use crate::completion::Signal;
-use crate::device::{Device, Point, Queued, Waits};
+use crate::device::{Dependency, Device, Queued, Waits};
 use crate::error::Error;
 use crate::memory::Arena;
 use crate::outcome::Phase;
@@ -37,7 +37,7 @@ pub(crate) struct Job {
     pub state: StateDict<'static>,
     pub captured: Captured,
     /// The work that wrote device tensors: copies wait for it.
-    pub behind: Option<Point>,
+    pub behind: Option<Dependency>,
     /// How the device gathers its chunks and copies them late.
     pub late_copy: Option<Arc<LateCopy>>,
     /// Memory of the captured tensors; `queued` is the work that the device queued at `save`.

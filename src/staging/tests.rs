@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::completion::Signal;
-use crate::device::{Device, Hold, Host, Waits};
+use crate::device::{Device, Host, WaitGuard, Waits};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Arena;
 use crate::plan::{Chunk, Plan, Shape, Sink};
@@ -150,14 +150,14 @@ fn a_fence_at_its_deadline_leaves_no_read_behind() {
 
 /// Streams wait until the last clone of this is dropped.
 #[derive(Debug)]
-struct Holding(Hold);
+struct Holding(WaitGuard);
 
 impl Waits for Holding {
     fn at_once(&self) -> usize {
         1
     }
 
-    fn order(&self, _: &[DeviceStream]) -> Result<Option<Hold>> {
+    fn order(&self, _: &[DeviceStream]) -> Result<Option<WaitGuard>> {
         Ok(Some(self.0.clone()))
     }
 }
@@ -168,7 +168,7 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
     let fail: Ending = |_, ticket| assert!(ticket.fail(Error::new(ErrorKind::Cancelled, "enough")));
     let staged: Ending = |stager, ticket| stager.saves.release(ticket);
     for [first, second] in [[fail, fail], [fail, staged], [staged, fail], [staged, staged]] {
-        let hold: Hold = Arc::new(());
+        let hold: WaitGuard = Arc::new(());
         let stager = stager(Host);
         stager.offer(None, Some(Arc::new(Holding(hold.clone()))));
         let tensor = Arc::new(vec![1; 100]);
@@ -199,7 +199,7 @@ fn streams_are_let_go_when_a_save_falls_due_behind_one_that_is_stuck() {
     device.hold();
     let stager = stager(device.clone());
     with(&stager, || {
-        let (hold, tensor): (Hold, _) = (Arc::new(()), Arc::new(vec![1; 100]));
+        let (hold, tensor): (WaitGuard, _) = (Arc::new(()), Arc::new(vec![1; 100]));
         let (first, ..) = push(&stager, &tensor);
         while device.queued() == 0 {
             std::thread::yield_now();

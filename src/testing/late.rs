@@ -177,7 +177,7 @@ impl Device for LateDevice {
         let (shared, progress) = (self.0.clone(), reached.clone());
         let worker = std::thread::Builder::new().name("late-device".into()).spawn(move || work(&shared, &progress));
         let worker = worker.map_err(|e| Error::new(ErrorKind::Device, "no thread for a late device").with_source(e))?;
-        Ok(Box::new(Queue { shared: self.0.clone(), progress: reached, marks: 0, worker: Some(worker) }))
+        Ok(Box::new(Queue { shared: self.0.clone(), progress: reached, recorded: 0, worker: Some(worker) }))
     }
 }
 
@@ -190,7 +190,7 @@ struct Progress {
 struct Queue {
     shared: Arc<Shared>,
     progress: Arc<Mutex<Progress>>,
-    marks: u64,
+    recorded: u64,
     worker: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -206,9 +206,9 @@ fn work(shared: &Shared, progress: &Mutex<Progress>) {
         let may = state.tickets > 0 || !state.held;
         match state.work.front().copied() {
             None if closed => return,
-            Some(Work::Mark(mark)) => {
+            Some(Work::Mark(event)) => {
                 state.work.pop_front();
-                progress.lock().unwrap_or_else(PoisonError::into_inner).reached = mark;
+                progress.lock().unwrap_or_else(PoisonError::into_inner).reached = event;
                 shared.changed.notify_all();
             }
             Some(Work::Copy { .. }) if !may && closed => state.work.clear(),
@@ -262,15 +262,15 @@ impl CopyQueue for Queue {
         Ok(None)
     }
 
-    fn mark(&mut self) -> Result<u64> {
+    fn event(&mut self) -> Result<u64> {
         let mut state = self.shared.state();
         if state.failed {
             return Err(broken("it queued a completion event"));
         }
-        self.marks += 1;
-        state.work.push_back(Work::Mark(self.marks));
+        self.recorded += 1;
+        state.work.push_back(Work::Mark(self.recorded));
         self.shared.changed.notify_all();
-        Ok(self.marks)
+        Ok(self.recorded)
     }
 
     fn reached(&mut self) -> Result<u64> {

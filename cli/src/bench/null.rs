@@ -121,19 +121,19 @@ impl Device for Absent {
     }
 
     fn queue(&self) -> Result<Box<dyn CopyQueue>> {
-        Ok(Box::new(Marks(0)))
+        Ok(Box::new(Events(0)))
     }
 }
 
-struct Marks(u64);
+struct Events(u64);
 
-impl CopyQueue for Marks {
+impl CopyQueue for Events {
     #[expect(unsafe_code, reason = "the contract of a copy that is never made asks for nothing")]
     unsafe fn copy(&mut self, _: *const u8, _: *mut u8, _: usize) -> Result<Option<Digest>> {
         Ok(None)
     }
 
-    fn mark(&mut self) -> Result<u64> {
+    fn event(&mut self) -> Result<u64> {
         self.0 += 1;
         Ok(self.0)
     }

@@ -12,7 +12,7 @@ use super::Cuda;
 use super::driver::{Driver, Registered};
 use crate::device::auto::Hint;
 use crate::device::host::HostQueue;
-use crate::device::{CopyQueue, Device, KernelMemory, Kernels, LoadQueue, Point, Waits};
+use crate::device::{CopyQueue, Dependency, Device, KernelMemory, Kernels, LoadQueue, Waits};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::memory::{Node, Pages, Register};
@@ -163,7 +163,7 @@ impl Device for Auto {
         Ok(Box::new(Queue { choice: self.0.clone(), host: HostQueue(0), gpu: None, batch: false }))
     }
 
-    fn behind(&self, streams: &[DeviceStream]) -> Result<Point> {
+    fn behind(&self, streams: &[DeviceStream]) -> Result<Dependency> {
         self.0.choose(streams)?.behind(streams)
     }
 
@@ -216,8 +216,8 @@ impl CopyQueue for Queue {
         unsafe { self.host.copy(from, to, len) }
     }
 
-    fn wait(&mut self, point: &Point) -> Result<()> {
-        self.gpu()?.wait(point)
+    fn wait(&mut self, dependency: &Dependency) -> Result<()> {
+        self.gpu()?.wait(dependency)
     }
 
     unsafe fn fetch(&mut self, ordinal: u32, from: *const u8, to: *mut u8, len: usize) -> Result<()> {
@@ -233,10 +233,10 @@ impl CopyQueue for Queue {
         self.gpu.as_mut().map_or(Ok(()), |gpu| gpu.flush())
     }
 
-    fn mark(&mut self) -> Result<u64> {
+    fn event(&mut self) -> Result<u64> {
         match &mut self.gpu {
-            None => self.host.mark(),
-            Some(gpu) => Ok(self.host.0 + gpu.mark()?),
+            None => self.host.event(),
+            Some(gpu) => Ok(self.host.0 + gpu.event()?),
         }
     }
 

@@ -10,7 +10,7 @@ use super::Shared;
 use super::driver::{Copies, Stream};
 use super::gpu::{Gpu, POLL};
 use super::pooled_event::{PooledEvent, events_of};
-use crate::device::Point;
+use crate::device::Dependency;
 use crate::error::Result;
 use crate::mutant::{self, Mutant};
 use std::sync::Arc;
@@ -62,9 +62,9 @@ impl CopyStreams {
         Ok(copy_stream)
     }
 
-    /// Makes everything queued from now on wait for `point`.
-    pub fn wait(&mut self, point: &Point) -> Result<()> {
-        for event in events_of(point)? {
+    /// Makes everything queued from now on wait for `dependency`.
+    pub fn wait(&mut self, dependency: &Dependency) -> Result<()> {
+        for event in events_of(dependency)? {
             self.of(event.gpu.context.ordinal)?.stream.wait(event)?;
         }
         Ok(())
@@ -76,7 +76,7 @@ impl CopyStreams {
     }
 
     /// Records one event per GPU that had something queued since the last mark, behind that.
-    pub fn mark(&mut self, events: &mut impl Extend<PooledEvent>) -> Result<()> {
+    pub fn event(&mut self, events: &mut impl Extend<PooledEvent>) -> Result<()> {
         self.each_moved(|copy_stream| {
             copy_stream.flush()?;
             let event = copy_stream.gpu.event()?;

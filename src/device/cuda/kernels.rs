@@ -18,7 +18,7 @@ use super::late_copy::{Fences, Save};
 use super::pooled_event::PooledEvent;
 use super::self_test;
 use super::table::{Table, Tables};
-use crate::device::{self, DeviceLateCopy, Digests, LentMemory, Pieces, Queued};
+use crate::device::{self, DeviceLateCopy, Digests, Pieces, ProgramMemory, Queued};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::DeviceStream;
@@ -65,7 +65,7 @@ pub(super) struct Loaded {
     pub late_copies: Result<Slots>,
     gather: FunctionHandle,
     digest: FunctionHandle,
-    /// Size of the capture pool, the first part of `room`; the rest is for one gathered chunk.
+    /// Size of the capture pool, the first part of `capture_memory`; the rest is for one gathered chunk.
     captured: u64,
     running: Mutex<Vec<Running>>,
     spare: Spare,
@@ -73,7 +73,7 @@ pub(super) struct Loaded {
     results: Stream,
     // Declared in drop order: kernels before the memory that they use.
     modules: [Module; 2],
-    room: Option<Memory>,
+    capture_memory: Option<Memory>,
     digest_tables: Memory,
 }
 
@@ -88,13 +88,13 @@ pub(super) struct Slots {
 impl Slots {
     /// Allocates scratch for `count` chunks, unless the program handed it in, and tests the kernels of
     /// fences.
-    fn new(gpu: &Arc<Gpu>, chunk: usize, count: usize, lent: Option<LentMemory>) -> Result<Self> {
+    fn new(gpu: &Arc<Gpu>, chunk: usize, count: usize, given: Option<ProgramMemory>) -> Result<Self> {
         if count == 0 {
             return Err(Error::invalid("no memory was requested setting=scratch"));
         }
         let fences = Arc::new(Fences::new(gpu, gpu.context.module(&embedded::LATE_COPY)?)?);
-        let (begin, memory): (_, Box<dyn Any + Send + Sync>) = match lent {
-            Some(lent) => (lent.address, lent.keep_alive),
+        let (begin, memory): (_, Box<dyn Any + Send + Sync>) = match given {
+            Some(given) => (given.address, given.keep_alive),
             None => {
                 let memory = gpu.context.memory(count * chunk)?;
                 (memory.address(), Box::new(memory))
@@ -114,21 +114,21 @@ struct Running {
 impl Loaded {
     /// Allocates device memory, loads the kernels and tests each of them.
     fn new(shared: &Arc<Shared>, memory: device::KernelMemory) -> Result<Arc<Self>> {
-        let device::KernelMemory { chunk, gather, scratch, lent } = memory;
+        let device::KernelMemory { chunk, gather, scratch, given } = memory;
         let count = usize::try_from(scratch / chunk as u64).unwrap_or(0);
         if gather == 0 && scratch == 0 {
             return Err(Error::invalid("no device memory was requested for kernels"));
         }
         let gpu = shared.gpu(shared.home)?;
-        let late_copies = Slots::new(&gpu, chunk, count, lent);
+        let late_copies = Slots::new(&gpu, chunk, count, given);
         match &late_copies {
             Err(why) if gather == 0 => return Err(why.clone()),
             Err(why) if scratch > 0 => tracing::warn!(error = %why, "no scratch: fences wait for copies to the host"),
             _ => {}
         }
         let modules = [gpu.context.module(&embedded::GATHER)?, gpu.context.module(&embedded::DIGEST)?];
-        let room = usize::try_from(gather).unwrap_or(usize::MAX).saturating_add(chunk);
-        let room = (gather > 0).then(|| gpu.context.memory(room)).transpose()?;
+        let capture_memory = usize::try_from(gather).unwrap_or(usize::MAX).saturating_add(chunk);
+        let capture_memory = (gather > 0).then(|| gpu.context.memory(capture_memory)).transpose()?;
         let loaded = Arc::new(Self {
             shared: shared.clone(),
             tables: Tables::new(gpu.clone())?,
@@ -139,7 +139,7 @@ impl Loaded {
             running: Mutex::default(),
             spare: Spare::default(),
             results: gpu.context.stream()?,
-            room,
+            capture_memory,
             digest_tables: gpu.context.memory(DIGEST_TABLES)?,
             gpu: gpu.clone(),
             modules,
@@ -235,7 +235,7 @@ impl Loaded {
         let mut spare = lock(&self.spare);
         let fits = spare.iter().position(|(device, _)| device.len() >= bytes).map(|at| spare.swap_remove(at));
         drop(spare);
-        // Nothing is freed here, for the reason given in `Tables::room`.
+        // Nothing is freed here, for the reason given in `Tables::capture_memory`.
         let len = bytes.next_power_of_two();
         let make = || Ok((self.gpu.context.memory(len)?, self.gpu.context.pinned(len)?));
         Ok(Results { both: Some(fits.map_or_else(make, Ok)?), spare: self.spare.clone() })
@@ -261,8 +261,9 @@ impl Loaded {
     /// # Safety
     /// The table, and what it points to, stays until the copy stream has reached this gather.
     pub unsafe fn gather(&self, table: &Table, chunk: usize) -> Result<Address> {
-        let room = self.room.as_ref().ok_or_else(|| Error::internal("nothing is gathered on this device"))?;
-        let base = room.address() + self.captured;
+        let capture_memory =
+            self.capture_memory.as_ref().ok_or_else(|| Error::internal("nothing is gathered on this device"))?;
+        let base = capture_memory.address() + self.captured;
         let _entered = self.gpu.context.enter()?;
         let (Some(&first), Some(&end)) = (table.starts.get(chunk), table.starts.get(chunk + 1)) else {
             return Err(Error::internal("no such chunk"));
@@ -308,14 +309,14 @@ impl Queued for Behind {
 }
 
 /// Digests that were queued.
-struct Asked {
+struct PendingDigests {
     loaded: Arc<Loaded>,
     table: Arc<Table>,
     results: Arc<Results>,
     after: Arc<PooledEvent>,
 }
 
-impl Digests for Asked {
+impl Digests for PendingDigests {
     fn take(&self) -> Result<Vec<Digest>> {
         let _entered = self.loaded.gpu.context.enter()?;
         let deadline = Instant::now() + PATIENCE;
@@ -370,8 +371,8 @@ impl device::Kernels for Kernels {
         self.0.gpu.context.ordinal
     }
 
-    fn room(&self) -> Range<u64> {
-        let start = self.0.room.as_ref().map_or(0, Memory::address);
+    fn capture_memory(&self) -> Range<u64> {
+        let start = self.0.capture_memory.as_ref().map_or(0, Memory::address);
         start..start + self.0.captured
     }
 
@@ -418,7 +419,7 @@ impl device::Kernels for Kernels {
             unsafe { loaded.results.copy_to_host(from, to, table.lengths.len() * size_of::<u64>()) }
         })?;
         copied?;
-        Ok(Arc::new(Asked { loaded: loaded.clone(), table, results, after }))
+        Ok(Arc::new(PendingDigests { loaded: loaded.clone(), table, results, after }))
     }
 
     fn late_copy(&self, number: u64, base: u64, pieces: &Pieces) -> Result<Option<Box<dyn DeviceLateCopy>>> {

@@ -17,7 +17,7 @@ use super::gpu::{Gpu, PATIENCE, POLL};
 use super::kernels::Loaded;
 use super::pooled_event::{PooledEvent, events_of};
 use super::table::Table;
-use crate::device::{DeviceLateCopy, FenceKernels, Launch, Point};
+use crate::device::{Dependency, DeviceLateCopy, FenceKernels, Launch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::state::DeviceStream;
@@ -270,7 +270,13 @@ impl DeviceLateCopy for Save {
         unsafe { gpu.copies.write(fences.watermark(), watermark) }
     }
 
-    fn launch(&self, streams: &[DeviceStream], point: &Point, behind_copies: bool, slots: &[u64]) -> Result<Launch> {
+    fn launch(
+        &self,
+        streams: &[DeviceStream],
+        dependency: &Dependency,
+        behind_copies: bool,
+        slots: &[u64],
+    ) -> Result<Launch> {
         let (Fence { cell, latch }, gpu, table) = (self.fence()?, &self.loaded.gpu, &self.table);
         let (stream, others) = streams.split_first().ok_or_else(|| Error::internal("a fence without a stream"))?;
         self.loaded.shared.refuse_captures(streams)?;
@@ -280,7 +286,7 @@ impl DeviceLateCopy for Save {
         unsafe { memory.pointer().cast::<u64>().copy_from_nonoverlapping(slots.as_ptr(), slots.len()) };
         let at = memory.address();
         let list = List { fences: cell.fences.clone(), memory: Some(memory) };
-        for event in events_of(point)? {
+        for event in events_of(dependency)? {
             event.make_wait(stream.into())?;
         }
         table.arrive(stream.into())?;

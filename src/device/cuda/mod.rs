@@ -27,7 +27,7 @@ mod upload;
 mod waits;
 
 use super::auto::Hint;
-use super::{CopyQueue, Device, KernelMemory, Kernels, LoadQueue, Point, Waits};
+use super::{CopyQueue, Dependency, Device, KernelMemory, Kernels, LoadQueue, Waits};
 use crate::error::{ErrorKind, Result};
 use crate::memory::{Node, Pages, Register};
 use crate::state::DeviceStream;
@@ -163,7 +163,7 @@ impl Device for Cuda {
         Ok(Box::new(queue::Queue::new(self.0.clone())?))
     }
 
-    fn behind(&self, streams: &[DeviceStream]) -> Result<Point> {
+    fn behind(&self, streams: &[DeviceStream]) -> Result<Dependency> {
         self.0.refuse_captures(streams)?;
         let behind = streams.iter().map(|stream| {
             let gpu = self.0.gpu(stream.ordinal)?;

@@ -3,14 +3,14 @@
 
 use super::driver::Event;
 use super::gpu::Gpu;
-use crate::device::Point;
+use crate::device::Dependency;
 use crate::error::{Error, Result};
 use std::ops::Deref;
 use std::sync::Arc;
 
 /// The events of a dependency that this device made.
-pub(super) fn events_of(point: &Point) -> Result<&Vec<PooledEvent>> {
-    point.downcast_ref::<Vec<PooledEvent>>().ok_or_else(|| Error::internal("a dependency of another device"))
+pub(super) fn events_of(dependency: &Dependency) -> Result<&Vec<PooledEvent>> {
+    dependency.downcast_ref::<Vec<PooledEvent>>().ok_or_else(|| Error::internal("a dependency of another device"))
 }
 
 /// An event that returns to its pool when it is dropped.

@@ -9,7 +9,7 @@ use super::Shared;
 use super::copy_streams::CopyStreams;
 use super::pooled_event::PooledEvent;
 use crate::device::host::HostQueue;
-use crate::device::{CopyQueue, Point};
+use crate::device::{CopyQueue, Dependency};
 use crate::digest::Digest;
 use crate::error::Result;
 use smallvec::SmallVec;
@@ -23,13 +23,13 @@ pub(super) struct Queue {
     streams: CopyStreams,
     /// True if copies are held back, to be batched.
     batch: bool,
-    marks: VecDeque<Mark>,
-    marked: u64,
+    pending: VecDeque<ChunkEvents>,
+    recorded: u64,
     reached: u64,
 }
 
 /// A mark not yet known to be reached: one event for each GPU with copies before it.
-struct Mark(SmallVec<[PooledEvent; 1]>);
+struct ChunkEvents(SmallVec<[PooledEvent; 1]>);
 
 impl Queue {
     pub fn new(shared: Arc<Shared>) -> Result<Self> {
@@ -37,7 +37,14 @@ impl Queue {
         let mut streams = CopyStreams::new(shared, |gpu| Ok(gpu.copies.clone()))?;
         // The stream exists from the start: kernels are queued there too, and `quiesce` waits for them.
         streams.of(home)?;
-        Ok(Self { host: HostQueue(0), streams, batch: false, marks: VecDeque::with_capacity(8), marked: 0, reached: 0 })
+        Ok(Self {
+            host: HostQueue(0),
+            streams,
+            batch: false,
+            pending: VecDeque::with_capacity(8),
+            recorded: 0,
+            reached: 0,
+        })
     }
 }
 
@@ -47,8 +54,8 @@ impl CopyQueue for Queue {
         unsafe { self.host.copy(from, to, len) }
     }
 
-    fn wait(&mut self, point: &Point) -> Result<()> {
-        self.streams.wait(point)
+    fn wait(&mut self, dependency: &Dependency) -> Result<()> {
+        self.streams.wait(dependency)
     }
 
     fn batch(&mut self) {
@@ -72,16 +79,16 @@ impl CopyQueue for Queue {
         self.streams.flush()
     }
 
-    fn mark(&mut self) -> Result<u64> {
+    fn event(&mut self) -> Result<u64> {
         let mut events = SmallVec::new();
-        self.streams.mark(&mut events)?;
-        self.marks.push_back(Mark(events));
-        self.marked += 1;
-        Ok(self.marked)
+        self.streams.event(&mut events)?;
+        self.pending.push_back(ChunkEvents(events));
+        self.recorded += 1;
+        Ok(self.recorded)
     }
 
     fn reached(&mut self) -> Result<u64> {
-        while let Some(Mark(events)) = self.marks.front() {
+        while let Some(ChunkEvents(events)) = self.pending.front() {
             for event in events {
                 // As in `CopyStreams::of`, users' code may have changed this thread's context.
                 event.gpu.context.make_current()?;
@@ -89,7 +96,7 @@ impl CopyQueue for Queue {
                     return Ok(self.reached);
                 }
             }
-            self.marks.pop_front();
+            self.pending.pop_front();
             self.reached += 1;
         }
         Ok(self.reached)

@@ -116,7 +116,7 @@ impl Tables {
         let views = count * size_of::<Entry>();
         let begins = views + pieces.views.len() * size_of::<Strides>();
         let ready = self.gpu.event()?;
-        let both = self.room(begins + (pieces.chunks + 1) * size_of::<u32>())?;
+        let both = self.capture_memory(begins + (pieces.chunks + 1) * size_of::<u32>())?;
         let (starts, lengths) = fill(&both.pinned, pieces, part, views, begins)?;
         let bytes = begins + starts.len() * size_of::<u32>();
         // SAFETY: neither memory is reused or freed before the copy has ended.
@@ -133,7 +133,7 @@ impl Tables {
     }
 
     /// Takes buffers of at least `len` bytes from the pool, or allocates them.
-    fn room(&self, len: usize) -> Result<BufferPair> {
+    fn capture_memory(&self, len: usize) -> Result<BufferPair> {
         let mut pool = lock(&self.pool.0);
         let free = |ready: &PooledEvent| ready.is_reached().unwrap_or(false);
         if let Some(at) = pool.iter().position(|(both, ready)| both.device.len() >= len && free(ready)) {

@@ -10,7 +10,7 @@
 use super::Shared;
 use super::copy_streams::CopyStreams;
 use super::pooled_event::{PooledEvent, events_of};
-use crate::device::{LoadQueue, Point};
+use crate::device::{Dependency, LoadQueue};
 use crate::error::Result;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,8 +25,8 @@ impl Uploads {
 }
 
 impl LoadQueue for Uploads {
-    fn wait(&mut self, point: &Point) -> Result<()> {
-        self.0.wait(point)
+    fn wait(&mut self, dependency: &Dependency) -> Result<()> {
+        self.0.wait(dependency)
     }
 
     unsafe fn load(&mut self, ordinal: u32, from: *const u8, to: u64, len: usize) -> Result<()> {
@@ -37,14 +37,14 @@ impl LoadQueue for Uploads {
         unsafe { copy_stream.stream.copy_to_device(from, to, len) }
     }
 
-    fn mark(&mut self) -> Result<Point> {
+    fn event(&mut self) -> Result<Dependency> {
         let mut events: Vec<PooledEvent> = Vec::new();
-        self.0.mark(&mut events)?;
+        self.0.event(&mut events)?;
         Ok(Arc::new(events))
     }
 
-    fn has_reached(&mut self, mark: &Point) -> Result<bool> {
-        for event in events_of(mark)? {
+    fn has_reached(&mut self, event: &Dependency) -> Result<bool> {
+        for event in events_of(event)? {
             if !event.is_reached()? {
                 return Ok(false);
             }

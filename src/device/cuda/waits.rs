@@ -17,7 +17,7 @@ use super::Shared;
 use super::driver::{Address, Context, Memory, Stream, StreamHandle};
 use super::gpu::{Gpu, PATIENCE, POLL};
 use super::pooled_event::PooledEvent;
-use crate::device::{self, Hold};
+use crate::device::{self, WaitGuard};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkGuard;
 use crate::state::DeviceStream;
@@ -158,7 +158,7 @@ impl Rows {
 
     /// Queues the writes in the copy streams, and the waits for them in `streams`. None when too many fences
     /// are pending.
-    fn order(self: &Arc<Self>, streams: &[DeviceStream]) -> Result<Option<Hold>> {
+    fn order(self: &Arc<Self>, streams: &[DeviceStream]) -> Result<Option<WaitGuard>> {
         self.shared.refuse_captures(streams)?;
         let mut rows = lock(&self.rows);
         let Some(index) = self.free(&rows)? else { return Ok(None) };
@@ -269,7 +269,7 @@ impl device::Waits for Waits {
         FENCES
     }
 
-    fn order(&self, streams: &[DeviceStream]) -> Result<Option<Hold>> {
+    fn order(&self, streams: &[DeviceStream]) -> Result<Option<WaitGuard>> {
         self.0.order(streams)
     }
 }

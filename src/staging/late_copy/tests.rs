@@ -36,7 +36,7 @@ pub mod fixtures {
         fn publish(&self, _: u64) -> Result<()> {
             Ok(())
         }
-        fn launch(&self, _: &[DeviceStream], _: &Point, _: bool, _: &[u64]) -> Result<Launch> {
+        fn launch(&self, _: &[DeviceStream], _: &Dependency, _: bool, _: &[u64]) -> Result<Launch> {
             Ok(Launch { kernels: self.clone(), queued: Ok(()) })
         }
         fn check(&self) -> Result<()> {
@@ -45,8 +45,17 @@ pub mod fixtures {
     }
 
     pub fn late_copy(device: Box<dyn DeviceLateCopy>) -> LateCopy {
-        let (point, gathered): (Point, _) = (Arc::new(()), Vec::new());
-        LateCopy::new(Planned { device, point, ordinal: 0, gathered, spans: false, slotted: true, base: 0, host: 0 })
+        let (dependency, gathered): (Dependency, _) = (Arc::new(()), Vec::new());
+        LateCopy::new(Planned {
+            device,
+            dependency,
+            ordinal: 0,
+            gathered,
+            spans: false,
+            slotted: true,
+            base: 0,
+            host: 0,
+        })
     }
 
     pub fn ticket(chunks: usize) -> Arc<Ticket> {

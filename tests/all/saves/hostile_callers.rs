@@ -161,7 +161,7 @@ impl CopyQueue for Broken {
     unsafe fn copy(&mut self, _: *const u8, _: *mut u8, _: usize) -> Result<Option<Digest>> {
         panic!("a device that panics");
     }
-    fn mark(&mut self) -> Result<u64> {
+    fn event(&mut self) -> Result<u64> {
         panic!("a device that panics");
     }
     fn reached(&mut self) -> Result<u64> {
