@@ -376,7 +376,7 @@ mod tests {
         let (attempt, deadline) = (Attempt::new(), now + Duration::from_secs(60));
         let issue = Issue { step: 1, attempt, deadline };
         let (ticket, seen) = (Arc::new(Ticket::new(issue, now, signal, calls)), Arc::new(AtomicBool::new(false)));
-        ticket.hold(Arc::new(Witness(seen.clone(), Arc::downgrade(&ticket))));
+        ticket.keep_wait_guard(Arc::new(Witness(seen.clone(), Arc::downgrade(&ticket))));
         assert!(Save::new(ticket).cancel());
         assert!(seen.load(Ordering::Acquire));
     }

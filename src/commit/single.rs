@@ -156,7 +156,7 @@ fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (
 /// Compares the staged tensors with their digests at `save`; a difference means that a fence was forgotten.
 fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<()> {
     let on_devices = (request.device_digests.0)().unwrap_or_else(|error| {
-        request.ticket.blind.store(true, Ordering::Relaxed);
+        request.ticket.digests_missing.store(true, Ordering::Relaxed);
         tracing::warn!(
             error = format_args!("{error:#}"),
             "digests of a device are missing; a forgotten fence is not detected"

@@ -69,7 +69,7 @@ pub(super) fn conclude(
     let (outcome, left) = match concluded {
         Concluded::Durable(committed, published) => {
             catalog.acknowledge(attempt);
-            if !ticket.blind.load(Ordering::Relaxed) {
+            if !ticket.digests_missing.load(Ordering::Relaxed) {
                 compared.fetch_add(1, Ordering::Relaxed);
             }
             (Ok(Outcome::Durable(committed)), Some(Leftover::Published { name, attempt: published }))

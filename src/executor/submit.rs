@@ -161,7 +161,7 @@ impl CheckpointExecutor {
             over_budget: captured.over_budget + on_device.over_budget,
             kept: kept.is_some(),
         });
-        ticket.blind.store(on_device.blind, Ordering::Relaxed);
+        ticket.digests_missing.store(on_device.digests_missing, Ordering::Relaxed);
         ticket
     }
 

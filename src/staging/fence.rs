@@ -95,7 +95,7 @@ impl Stager {
         if let Ok(Some(guard)) = &ordered
             && !mutant::on(Mutant::HoldEarly)
         {
-            waiting.iter().for_each(|ticket| ticket.hold(guard.clone()));
+            waiting.iter().for_each(|ticket| ticket.keep_wait_guard(guard.clone()));
         }
         if let Err(error) = ordered {
             if error.kind() != ErrorKind::Invalid {

@@ -33,7 +33,7 @@ pub(crate) struct OnDevice {
     /// are dropped.
     pub allocation: Option<Allocation>,
     /// Some tensor that needs a digest has none.
-    pub blind: bool,
+    pub digests_missing: bool,
     /// Work queued in streams of the program, which reads sources until it has run.
     pub queued: Vec<Arc<dyn Queued>>,
 }
@@ -106,7 +106,7 @@ pub(crate) fn at_save(
         if error.kind() != ErrorKind::Device {
             return Err(error);
         }
-        done.blind = true;
+        done.digests_missing = true;
         tracing::warn!(
             error = format_args!("{error:#}"),
             "tensors of a device are not digested; a forgotten fence would not be noticed"

@@ -188,7 +188,7 @@ fn streams_are_held_until_every_save_of_their_fence_is_staged_or_has_failed() {
         assert_eq!(held(), 3);
         second(&stager, &two);
         assert_eq!(held(), 0);
-        two.hold(hold.clone());
+        two.keep_wait_guard(hold.clone());
         assert_eq!(held(), 0);
     }
 }
@@ -205,7 +205,7 @@ fn streams_are_let_go_when_a_save_falls_due_behind_one_that_is_stuck() {
             std::thread::yield_now();
         }
         let (second, ..) = push_of(&stager, &tensor, vec![DeviceStream::legacy(0)], Duration::from_millis(20));
-        second.hold(hold.clone());
+        second.keep_wait_guard(hold.clone());
         let late = second.done.wait(Instant::now() + LONG).expect("long before the first").unwrap_err();
         assert_eq!((late.kind(), Arc::strong_count(&hold)), (ErrorKind::Deadline, 1));
         assert!(!first.done.is_complete());

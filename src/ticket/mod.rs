@@ -54,12 +54,12 @@ pub(crate) struct Ticket {
     pub staged_nanos: AtomicU64,
     pub blocked_nanos: AtomicU64,
     /// A device did not make the requested digests, so a forgotten fence would not be detected.
-    pub blind: AtomicBool,
+    pub digests_missing: AtomicBool,
     /// Some handle or call has seen how it ended.
     pub observed: AtomicBool,
     state: Mutex<State>,
     /// Wait guards: streams wait for its copies while it keeps them.
-    holds: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
+    wait_guards: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     signal: Arc<Signal>,
     calls: Arc<CallThread>,
     /// The process that made it: in a forked child the save never makes progress.
@@ -138,10 +138,10 @@ impl Ticket {
             bytes_written: zero(),
             staged_nanos: zero(),
             blocked_nanos: zero(),
-            blind: AtomicBool::new(false),
+            digests_missing: AtomicBool::new(false),
             observed: AtomicBool::new(false),
             state: Mutex::new(State::Running(Phase::Waiting)),
-            holds: Mutex::new(Vec::new()),
+            wait_guards: Mutex::new(Vec::new()),
             signal,
             calls,
             origin: ForkGuard::new(),
@@ -239,7 +239,7 @@ impl Ticket {
     }
 
     fn tell_failed(&self) {
-        self.drop_holds();
+        self.drop_wait_guards();
         self.signal.notify();
         self.moved.notify();
     }
@@ -341,24 +341,24 @@ impl Ticket {
         if !self.extent().kept || !self.failed() || self.done.is_complete() {
             self.staged.complete(self.failure().map_or(Ok(()), Err));
         }
-        self.drop_holds();
+        self.drop_wait_guards();
         self.signal.notify();
         self.moved.notify();
     }
 
     /// Keeps a wait guard until the save has failed or is staged.
-    pub fn hold(&self, hold: Arc<dyn Any + Send + Sync>) {
-        lock(&self.holds).push(hold);
+    pub fn keep_wait_guard(&self, guard: Arc<dyn Any + Send + Sync>) {
+        lock(&self.wait_guards).push(guard);
         // The thread that fails or releases the save sets that state before it drops the guards, and may have
         // missed this one.
         if self.failed() || self.staged.is_complete() {
-            self.drop_holds();
+            self.drop_wait_guards();
         }
     }
 
-    fn drop_holds(&self) {
-        let holds = std::mem::take(&mut *lock(&self.holds));
-        drop(holds);
+    fn drop_wait_guards(&self) {
+        let wait_guards = std::mem::take(&mut *lock(&self.wait_guards));
+        drop(wait_guards);
     }
 
     /// Counts one more queued chunk.
