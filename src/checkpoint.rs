@@ -114,7 +114,7 @@ impl Checkpoint {
             match Opened::new(storage.as_ref(), name, &path) {
                 Ok(opened) => {
                     let (opened, device) = (Arc::new(opened), None);
-                    return Ok(Self { opened, threads: THREADS, device, timeout: PATIENCE });
+                    return Ok(Self { opened, threads: THREADS, device, timeout: RESTORE_TIMEOUT });
                 }
                 // The step was replaced or pruned while its files were opened, and they are being deleted:
                 // open the name again.
@@ -446,4 +446,4 @@ fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> R
 const THREADS: usize = 32;
 
 /// Like a fence's timeout: a stream may have a lot of work queued before a restore's copies.
-const PATIENCE: Duration = Duration::from_secs(600);
+const RESTORE_TIMEOUT: Duration = Duration::from_secs(600);

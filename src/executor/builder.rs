@@ -72,7 +72,7 @@ macro_rules! setters {
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
         let (settings, policy) = (Settings::default(), Policy::default());
-        Self { root, settings, storage: None, device: None, given: None, policy, touch: touch::TOUCH }
+        Self { root, settings, storage: None, device: None, given: None, policy, touch: touch::TOUCH_INTERVAL }
     }
 
     /// Replaces all settings.
@@ -230,7 +230,7 @@ impl Builder {
 
         let (ended, endings) = unbounded::<Arc<Task>>();
         // Bounded, because each entry keeps file descriptors open and space on the medium in use.
-        let (leftovers, leavings) = bounded(tidy::LAG);
+        let (leftovers, leavings) = bounded(tidy::MOST_UNTIDIED);
         let executor = CheckpointExecutor {
             catalog: catalog.clone(),
             stager: stager.clone(),

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 /// Time that threads have to end after the deadline: saves that failed at it end as soon as their threads see
 /// it.
-const GRACE: Duration = Duration::from_millis(500);
+const JOIN_GRACE: Duration = Duration::from_millis(500);
 
 /// See the module.
 #[derive(Debug)]
@@ -113,9 +113,9 @@ impl Threads {
         let late = self.wait_for_saves(timeout, deadline);
         self.stager.stop();
         drop(channels);
-        join(&self.handles, deadline.max(Instant::now() + GRACE));
+        join(&self.handles, deadline.max(Instant::now() + JOIN_GRACE));
         self.stager.calls.close();
-        join(&self.calling, deadline.max(Instant::now() + GRACE));
+        join(&self.calling, deadline.max(Instant::now() + JOIN_GRACE));
         let mut unseen = std::iter::from_fn(|| self.stager.saves.unobserved());
         let first = unseen.next().or(late);
         unseen.for_each(|error| {

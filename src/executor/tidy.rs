@@ -1,7 +1,7 @@
 //! Tidying, off the path of saves, after a commit is durable and reported: the replaced copy, the hint,
 //! retention, the sweep.
 //!
-//! Nothing here can fail a save. The committer waits when [`LAG`] saves wait to be tidied up, which bounds
+//! Nothing here can fail a save. The committer waits when [`MOST_UNTIDIED`] saves wait to be tidied up, which bounds
 //! what is not deleted yet. What fails is retried after later saves, and once more when the executor ends.
 
 use super::ending::Leftover;
@@ -17,14 +17,14 @@ use std::time::{Duration, Instant};
 
 /// Number of saves that may wait while as many are being tidied up; an attempt keeps three descriptors open
 /// until then.
-pub(super) const LAG: usize = 16;
+pub(super) const MOST_UNTIDIED: usize = 16;
 
 /// Number of sweeps after saves that look for what this process left; then only the hourly sweep, and one at
 /// the end, looks.
-const TRIES: u8 = 3;
-/// How often to sweep what other processes may have left; `LOOK` is how often to check whether that is due.
-const SWEEP: Duration = Duration::from_secs(3600);
-const LOOK: Duration = Duration::from_secs(5 * 60);
+const SWEEP_TRIES: u8 = 3;
+/// How often to sweep what other processes may have left; `BRANCH_CHECK_INTERVAL` is how often to check whether that is due.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(3600);
+const BRANCH_CHECK_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
 /// The body of the tidying thread: sweeps, then tidies up after saves until the committer has ended. Saves
 /// that arrived meanwhile share one hint, one prune and one sweep.
@@ -37,17 +37,17 @@ pub(super) fn run(
 ) {
     attempt("look at the steps", || catalog.warn_of_oddities());
     let (owed, reported) = (Vec::new(), Vec::new());
-    let (unpruned, unswept, tries, last) = (false, false, TRIES, None);
+    let (unpruned, unswept, tries, last) = (false, false, SWEEP_TRIES, None);
     let mut tidy = Tidy { storage, catalog, keeping, sweep, owed, unpruned, unswept, tries, reported, last };
     tidy.sweep_all();
     let mut swept = Instant::now();
     loop {
-        match leavings.recv_timeout(LOOK) {
-            Ok(first) => tidy.take(once(first).chain(leavings.try_iter()).take(LAG)),
+        match leavings.recv_timeout(BRANCH_CHECK_INTERVAL) {
+            Ok(first) => tidy.take(once(first).chain(leavings.try_iter()).take(MOST_UNTIDIED)),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }
-        if swept.elapsed() >= SWEEP {
+        if swept.elapsed() >= SWEEP_INTERVAL {
             swept = Instant::now();
             tidy.sweep_all();
         }
@@ -63,7 +63,7 @@ struct Tidy<'a> {
     catalog: &'a Catalog,
     keeping: &'a Keeping,
     sweep: Sweep,
-    /// Attempts that have ended and still have files on the medium, at most [`LAG`] after each round of work.
+    /// Attempts that have ended and still have files on the medium, at most [`MOST_UNTIDIED`] after each round of work.
     owed: Vec<Leftover>,
     /// Steps were published since the last successful prune.
     unpruned: bool,
@@ -106,10 +106,10 @@ impl Tidy<'_> {
             }
         };
         self.owed.extract_if(.., over).for_each(dropped);
-        let most = self.owed.len().saturating_sub(LAG);
+        let most = self.owed.len().saturating_sub(MOST_UNTIDIED);
         self.owed.drain(..most).for_each(dropped);
         if unknown || most > 0 {
-            (self.unswept, self.tries) = (true, TRIES);
+            (self.unswept, self.tries) = (true, SWEEP_TRIES);
         }
         if self.unpruned {
             self.unpruned = !attempt("prune", || self.keeping.prune(self.catalog));
@@ -125,7 +125,7 @@ impl Tidy<'_> {
     /// Sweeps what other processes may have left. A sweep that fails is retried after later saves.
     fn sweep_all(&mut self) {
         if self.sweep().is_none() {
-            (self.unswept, self.tries) = (true, TRIES);
+            (self.unswept, self.tries) = (true, SWEEP_TRIES);
         }
     }
 

@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 /// How often live attempts are touched.
-pub(super) const TOUCH: Duration = Duration::from_secs(5 * 60);
+pub(super) const TOUCH_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
 /// The body of the touch thread: touches once per `every`, until the sender of `ended` is dropped.
 pub(super) fn run(ended: &Receiver<()>, storage: &dyn Storage, every: Duration) {

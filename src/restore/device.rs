@@ -41,7 +41,7 @@ const SLABS: usize = 2;
 /// A run of a slice of at least this many bytes is copied on its own.
 const RUN: u64 = 64 << 10;
 /// Interval between queries of an event.
-const POLL: Duration = Duration::from_micros(50);
+const POLL_INTERVAL: Duration = Duration::from_micros(50);
 
 /// Device memory that a tensor is read into: see [`Targets::device`](super::Targets::device). Slices of
 /// cudarc are targets without unsafe code: `adapters::cudarc::CudaTarget`.
@@ -307,7 +307,7 @@ impl<'l> Loader<'l> {
                 self.timeout = Duration::ZERO;
                 return Err(Error::new(ErrorKind::Deadline, why));
             }
-            thread::sleep(POLL);
+            thread::sleep(POLL_INTERVAL);
         }
         self.flights.pop_front();
         Ok(())

@@ -12,7 +12,7 @@ use crate::state::{Capture, StateDict, Tensor};
 use std::ops::Range;
 
 /// Tensors of at most this many bytes are captured at `save`.
-const SMALL: u64 = 4 << 10;
+const SMALL_TENSOR_BYTES: u64 = 4 << 10;
 
 /// The tensors captured and the digests computed at `save`.
 #[derive(Default)]
@@ -41,16 +41,16 @@ impl Captured {
         for index in asked.into_iter().chain(usual).copied() {
             let (name, tensor) = state.tensors.get_index(index).expect("an index of this dict");
             let (size, capture_memory) = (tensor.location.bytes(), budget - captured.bytes.len() as u64);
-            let fits = size <= SMALL && size <= capture_memory;
+            let fits = size <= SMALL_TENSOR_BYTES && size <= capture_memory;
             match tensor.capture {
                 Some(Capture::AtFence) => captured.leave(index, tensor, detect),
                 Some(Capture::AtSave) if !fits => {
                     return Err(Error::invalid(format!(
-                        "cannot be captured at save bytes={size} limit={SMALL} budget_left={capture_memory} tensor={name:?}"
+                        "cannot be captured at save bytes={size} limit={SMALL_TENSOR_BYTES} budget_left={capture_memory} tensor={name:?}"
                     )));
                 }
                 None if !fits => {
-                    captured.over_budget += usize::from(size <= SMALL);
+                    captured.over_budget += usize::from(size <= SMALL_TENSOR_BYTES);
                     captured.leave(index, tensor, detect);
                 }
                 _ => {

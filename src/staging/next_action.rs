@@ -4,7 +4,7 @@ use crate::mutant::{self, Mutant};
 
 /// How many chunks are in flight at once. Few, because copy engines are first in, first out: other transfers
 /// wait behind them.
-const WINDOW: usize = 2;
+const CHUNKS_IN_FLIGHT: usize = 2;
 
 /// What the stager sees of a save.
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +92,7 @@ pub(super) fn next_action(view: &View) -> Action {
     if live && view.frozen {
         return Action::AwaitF;
     }
-    let window = view.in_flight < WINDOW || view.next < view.needed;
+    let window = view.in_flight < CHUNKS_IN_FLIGHT || view.next < view.needed;
     if view.next < view.chunks && window && view.slab && view.ready {
         return Action::Queue { live };
     }

@@ -14,7 +14,7 @@ use crate::state::{Capture, MemoryLocation, StateDict, Tensor};
 use std::sync::Arc;
 
 /// Tensors of at most this many bytes are captured at `save` while the pool has space.
-const SMALL: u64 = 128 << 10;
+const SMALL_TENSOR_BYTES: u64 = 128 << 10;
 /// The alignment of tensors in the pool.
 const ALIGN: u64 = 16;
 
@@ -176,7 +176,7 @@ fn choose(
             let home = stream.ordinal == ordinal;
             let after = Some(end.next_multiple_of(ALIGN)).and_then(|at| at.checked_add(bytes)).filter(|&at| at <= last);
             match after.filter(|_| home) {
-                Some(after) if asked || (bytes <= SMALL && tensor.capture.is_none()) => {
+                Some(after) if asked || (bytes <= SMALL_TENSOR_BYTES && tensor.capture.is_none()) => {
                     chosen.push((index, after));
                     end = after;
                 }
@@ -201,7 +201,7 @@ fn choose(
                 }
                 fits => {
                     left += 1;
-                    let small = bytes <= SMALL && tensor.capture.is_none();
+                    let small = bytes <= SMALL_TENSOR_BYTES && tensor.capture.is_none();
                     done.over_budget += usize::from(home && small && capture_memory > 0 && fits.is_none());
                 }
             }

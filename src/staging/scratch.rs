@@ -20,9 +20,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// A chunk with more parts of tensors than this is gathered on the device, and copied as one.
-const MANY: usize = 8;
+const GATHERED_FROM_PIECES: usize = 8;
 /// How often a fence that waits for slots checks for F of earlier saves.
-const LOOK: Duration = Duration::from_micros(200);
+const SLOT_POLL_INTERVAL: Duration = Duration::from_micros(200);
 
 /// The memory of a device: a capture pool, slots for late copies, and the saves that may have slots.
 #[derive(Debug)]
@@ -85,7 +85,8 @@ impl Scratch {
                 to += bytes;
             }
             let parts = &pieces.list[begin..];
-            gathered[chunk] = can_gather && (parts.len() > MANY || parts.iter().any(|piece| piece.view.is_some()));
+            gathered[chunk] =
+                can_gather && (parts.len() > GATHERED_FROM_PIECES || parts.iter().any(|piece| piece.view.is_some()));
             if !gathered[chunk] && !slotted {
                 // No kernel will read these pieces.
                 pieces.list.truncate(begin);
@@ -233,7 +234,7 @@ impl Scratch {
             if Instant::now() >= deadline {
                 return None;
             }
-            ticket.wait_until_queued(first, deadline.min(Instant::now() + LOOK));
+            ticket.wait_until_queued(first, deadline.min(Instant::now() + SLOT_POLL_INTERVAL));
         }
     }
 

@@ -5,7 +5,7 @@ use super::device_state::DeviceState;
 use super::enqueue::{InFlightChunk, enqueue};
 use super::in_flight::Due;
 use super::next_action::{Action, Arrived, View, next_action};
-use super::stager::{Job, POLL, QUIESCE, Stager};
+use super::stager::{Job, POLL_INTERVAL, QUIESCE_TIMEOUT, Stager};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
 use crate::guard::{dropped, guarded};
@@ -20,7 +20,7 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// How long the stager waits for a device before it expires due saves again.
-const SLICE: Duration = Duration::from_millis(5);
+const WAIT_SLICE: Duration = Duration::from_millis(5);
 
 impl Stager {
     /// Stages one save, and releases its slabs and sources however it ends.
@@ -99,15 +99,15 @@ impl Stager {
         Ok(())
     }
 
-    /// Waits until no copy runs any more; expires due saves meanwhile. False after [`QUIESCE`], or when the
+    /// Waits until no copy runs any more; expires due saves meanwhile. False after [`QUIESCE_TIMEOUT`], or when the
     /// device panics.
     fn quiesce(&self, device_state: &mut DeviceState) -> bool {
         let Some(queue) = &mut device_state.queue else { return true };
-        let deadline = Instant::now() + QUIESCE;
+        let deadline = Instant::now() + QUIESCE_TIMEOUT;
         loop {
             let now = Instant::now();
             self.saves.expire(now);
-            let slice = deadline.min(now + SLICE);
+            let slice = deadline.min(now + WAIT_SLICE);
             match guarded("a device panicked", || Ok(queue.quiesce(slice))) {
                 Ok(true) => return true,
                 Ok(false) if now < deadline => {}
@@ -266,10 +266,10 @@ impl Copying<'_> {
         self.job.ticket.sources.set_dropped();
     }
 
-    /// Sleeps for [`POLL`], or until the save has news.
+    /// Sleeps for [`POLL_INTERVAL`], or until the save has news.
     fn await_copies(&mut self) {
         let news = || has_news(&self.job.ticket).then_some(());
-        self.stager.signal.wait_until(Instant::now() + POLL, news);
+        self.stager.signal.wait_until(Instant::now() + POLL_INTERVAL, news);
         self.stager.recover(self.device_state);
     }
 

@@ -24,11 +24,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// How often the stager polls copies in flight.
-pub(super) const POLL: Duration = Duration::from_micros(40);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_micros(40);
 /// How often an idle stager polls deferred releases.
-const LOOK: Duration = Duration::from_micros(500);
+const DEFERRED_POLL_INTERVAL: Duration = Duration::from_micros(500);
 /// How long the stager waits for a failed device to end its copies.
-pub(super) const QUIESCE: Duration = Duration::from_secs(10);
+pub(super) const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A save to be staged.
 pub(crate) struct Job {
@@ -269,12 +269,12 @@ impl Stager {
         }
     }
 
-    /// Releases what no device uses any more; leaks what a device still uses after [`QUIESCE`].
+    /// Releases what no device uses any more; leaks what a device still uses after [`QUIESCE_TIMEOUT`].
     fn clear(&self, mut device_state: DeviceState) {
-        let patience = Instant::now() + QUIESCE;
+        let patience = Instant::now() + QUIESCE_TIMEOUT;
         while !device_state.deferred.is_empty() && Instant::now() < patience {
             device_state.recover(&self.saves);
-            std::thread::sleep(POLL);
+            std::thread::sleep(POLL_INTERVAL);
         }
         device_state.give_up(&self.saves, |_| true);
     }
@@ -309,7 +309,7 @@ impl Stager {
             let due = self.saves.expire(now);
             let delayed = self.delayed_until();
             let next = delayed.filter(|begins| *begins > now).map_or(due.next, |begins| begins.min(due.next));
-            let until = if device_state.deferred.is_empty() { next } else { next.min(now + LOOK) };
+            let until = if device_state.deferred.is_empty() { next } else { next.min(now + DEFERRED_POLL_INTERVAL) };
             let again = || {
                 let failed = || lock(&self.jobs).iter().any(|job| job.ticket.failed());
                 let grown = self.saves.has_grown(&due) || self.delayed_until() != delayed;

@@ -8,7 +8,7 @@
 
 use super::Shared;
 use super::driver::{Copies, Stream};
-use super::gpu::{Gpu, POLL};
+use super::gpu::{Gpu, POLL_INTERVAL};
 use super::pooled_event::{PooledEvent, events_of};
 use crate::device::Dependency;
 use crate::error::Result;
@@ -114,7 +114,7 @@ impl CopyStreams {
             if Instant::now() >= deadline {
                 return false;
             }
-            std::thread::sleep(POLL);
+            std::thread::sleep(POLL_INTERVAL);
         }
         true
     }

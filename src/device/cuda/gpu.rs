@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 /// Number of events made at start: for two chunks in flight, and the producers and fences of a few saves.
 const EVENTS: usize = 16;
 /// Timeout of a wait for queued work whose memory would otherwise be leaked.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
-pub(super) const POLL: Duration = Duration::from_micros(50);
+pub(super) const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_micros(50);
 
 /// One GPU, shared by all threads.
 pub(super) struct Gpu {
@@ -50,7 +50,7 @@ impl Gpu {
 
     /// Waits until what is in `stream` now has ended. False after a timeout.
     pub fn settle(self: &Arc<Self>, stream: &Stream) -> bool {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
         let recorded = |event: PooledEvent| event.record(stream.handle()).map(|()| event);
         let here = self.event().and_then(recorded);
         // Without an event, wait until the stream is idle.
@@ -59,7 +59,7 @@ impl Gpu {
             if Instant::now() >= deadline {
                 return false;
             }
-            std::thread::sleep(POLL);
+            std::thread::sleep(POLL_INTERVAL);
         }
         true
     }

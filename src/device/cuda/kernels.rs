@@ -13,7 +13,7 @@
 use super::Shared;
 use super::driver::{Address, FunctionHandle, Memory, Module, Stream, StreamHandle};
 use super::embedded;
-use super::gpu::{Gpu, PATIENCE, POLL};
+use super::gpu::{Gpu, POLL_INTERVAL, SETTLE_TIMEOUT};
 use super::late_copy::{Fences, Save};
 use super::pooled_event::PooledEvent;
 use super::self_test;
@@ -163,7 +163,7 @@ impl Loaded {
     /// Waits until nothing runs any more. False after a timeout.
     fn settle(&self) -> bool {
         let _entered = self.gpu.context.enter();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
         if !self.gpu.settle(&self.gpu.copies) {
             return false;
         }
@@ -176,7 +176,7 @@ impl Loaded {
                 tracing::error!("kernels did not end; their memory is leaked");
                 return false;
             }
-            std::thread::sleep(POLL);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -319,12 +319,12 @@ struct PendingDigests {
 impl Digests for PendingDigests {
     fn take(&self) -> Result<Vec<Digest>> {
         let _entered = self.loaded.gpu.context.enter()?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
         while !self.after.is_reached()? {
             if Instant::now() >= deadline {
                 return Err(Error::new(ErrorKind::Device, "a device did not digest tensors in time"));
             }
-            std::thread::sleep(POLL);
+            std::thread::sleep(POLL_INTERVAL);
         }
         let lengths = &self.table.lengths;
         // SAFETY: as many numbers as there are entries, written before the event was reached and not after.

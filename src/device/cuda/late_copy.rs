@@ -13,7 +13,7 @@
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
 use super::driver::{Address, FunctionHandle, Memory, Module, StreamHandle};
-use super::gpu::{Gpu, PATIENCE, POLL};
+use super::gpu::{Gpu, POLL_INTERVAL, SETTLE_TIMEOUT};
 use super::kernels::Loaded;
 use super::pooled_event::{PooledEvent, events_of};
 use super::table::Table;
@@ -352,14 +352,14 @@ impl Drop for Launched {
         if self.latched().is_some() || context.alive().is_err() {
             return;
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
         while !self.after.is_over() && !context.lost() {
             if Instant::now() >= deadline {
                 tracing::error!("kernels of a fence did not end; their memory is leaked");
                 forget((self.loaded.clone(), self.table.clone(), self.cell.clone(), self.list.take()));
                 return;
             }
-            std::thread::sleep(POLL);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 }

@@ -15,7 +15,7 @@
 
 use super::Shared;
 use super::driver::{Address, Context, Memory, Stream, StreamHandle};
-use super::gpu::{Gpu, PATIENCE, POLL};
+use super::gpu::{Gpu, POLL_INTERVAL, SETTLE_TIMEOUT};
 use super::pooled_event::PooledEvent;
 use crate::device::{self, WaitGuard};
 use crate::error::{Error, ErrorKind, Result};
@@ -242,13 +242,13 @@ impl Drop for Rows {
         let _entered = context.enter();
         let mut rows = std::mem::take(&mut *lock(&self.rows));
         let over = |event: &PooledEvent| event.gpu.context.lost() || event.is_reached().unwrap_or(false);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
         let mut pending = true;
         while pending && Instant::now() < deadline {
             rows.iter_mut().for_each(|row| row.behind.retain(|event| !over(event)));
             pending = rows.iter().any(|row| !row.behind.is_empty());
             if pending {
-                std::thread::sleep(POLL);
+                std::thread::sleep(POLL_INTERVAL);
             }
         }
         if pending || rows.iter().any(|row| row.lost) {

@@ -200,7 +200,7 @@ impl Event {
     /// `REFUSALS`: an event that was not recorded counts as reached, and sources would be freed under kernels
     /// that read them. After an error either none of that work runs any more, or the context is lost.
     pub fn insist(&self, stream: StreamHandle) -> Result<()> {
-        const POLL: Duration = Duration::from_micros(50);
+        const POLL_INTERVAL: Duration = Duration::from_micros(50);
         let (table, began) = (&self.context.driver.table, Instant::now());
         loop {
             let mut code = codes::SUCCESS;
@@ -221,7 +221,7 @@ impl Event {
             if let (Err(error), true) = (&refused, began.elapsed() >= REFUSALS) {
                 self.context.lose(error);
             }
-            std::thread::sleep(POLL);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
