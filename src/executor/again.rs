@@ -12,7 +12,7 @@ use crate::id::Attempt;
 use crate::plan::{DeferredDigests, Request};
 use crate::staging::{Captured, Job, Stager};
 use crate::state::StateDict;
-use crate::writer::{Kept, Task};
+use crate::writer::{RetryState, Task};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub(super) fn keep(
     left: u32,
     backoff: Duration,
     borrowed: bool,
-) -> Result<Option<Kept>> {
+) -> Result<Option<RetryState>> {
     if left == 0 {
         return Ok(None);
     }
@@ -35,7 +35,7 @@ pub(super) fn keep(
     state.settled()?;
     let (now, later) = split(std::mem::take(state))?;
     *state = now;
-    Ok(Some(Kept { state: later, left, backoff }))
+    Ok(Some(RetryState { state: later, left, backoff }))
 }
 
 fn split(state: StateDict<'static>) -> Result<(StateDict<'static>, StateDict<'static>)> {
@@ -51,7 +51,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
         return false;
     }
     let Ok((mut state, later)) = split(std::mem::take(&mut kept.state)) else { return false };
-    let kept = Kept { state: later, left: left - 1, backoff: backoff.saturating_mul(2) };
+    let kept = RetryState { state: later, left: left - 1, backoff: backoff.saturating_mul(2) };
     if !ticket.try_again(Attempt::new()) {
         dropped(state);
         return false;

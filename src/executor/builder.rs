@@ -210,7 +210,7 @@ impl Builder {
         let given = given.map(|(given, bytes)| fits(given, bytes, device.as_ref())).transpose()?;
         let signal = Arc::new(Signal::default());
         let arena =
-            Arena::new(settings.arena, settings.chunk, &Both(device.as_ref(), storage.as_ref()), signal.clone())?;
+            Arena::new(settings.arena, settings.chunk, &Registrars(device.as_ref(), storage.as_ref()), signal.clone())?;
         let mut pool = Pool::start(settings.writers, arena.report().slabs, settings.priority, &signal)?;
         let wish = Wish::new(&settings, given, &arena.report().pinned);
         let (equipment, Offer { scratch, waits, batch }) = Equipment::of(device.as_ref(), report, wish);
@@ -299,9 +299,9 @@ fn fits(given: ProgramMemory, bytes: u64, device: &dyn Device) -> Result<Program
 }
 
 /// Registers one buffer with both: the device copies to it and the storage writes from it.
-struct Both<'a>(&'a dyn Device, &'a dyn Storage);
+struct Registrars<'a>(&'a dyn Device, &'a dyn Storage);
 
-impl Register for Both<'_> {
+impl Register for Registrars<'_> {
     fn register(&self, pages: Pages<'_>) -> Result<Box<dyn Any + Send + Sync>> {
         Ok(Box::new((self.0.register(pages)?, self.1.register(pages))))
     }

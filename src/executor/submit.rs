@@ -13,7 +13,7 @@ use crate::settings::{Detect, Settings};
 use crate::staging::{Captured, Job, LateCopy, OnDevice, without_kernels};
 use crate::state::StateDict;
 use crate::ticket::{Extent, Ticket};
-use crate::writer::{Kept, Task};
+use crate::writer::{RetryState, Task};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -34,7 +34,7 @@ struct SaveRequest {
 struct Taken {
     captured: Captured,
     /// The state for another attempt, if the options allow one.
-    kept: Option<Kept>,
+    kept: Option<RetryState>,
     on_device: OnDevice,
     /// The dependency of the copies, and how the device makes late copies; the error is the reason why the
     /// save is refused.

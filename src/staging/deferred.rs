@@ -17,14 +17,14 @@ use std::sync::Arc;
 pub(super) enum DeferredRelease {
     /// Waits for kernels in streams of the program, which may read the sources; then the save is released.
     /// Its copies have ended.
-    BehindKernels { kept: Kept, ticket: Arc<Ticket> },
+    BehindKernels { kept: KeptForRelease, ticket: Arc<Ticket> },
     /// Waits for copies, from the sources into slabs, that a device did not end in time. The save is released
     /// already.
-    BehindCopies { kept: Kept, chunks: VecDeque<InFlightChunk> },
+    BehindCopies { kept: KeptForRelease, chunks: VecDeque<InFlightChunk> },
 }
 
 /// Sources, memory and queued work that a device may still use.
-pub(super) struct Kept {
+pub(super) struct KeptForRelease {
     pub state: StateDict<'static>,
     /// Device memory of the captured tensors.
     pub allocation: Option<Allocation>,
@@ -34,7 +34,7 @@ pub(super) struct Kept {
     pub late_copy: Option<Arc<LateCopy>>,
 }
 
-impl Kept {
+impl KeptForRelease {
     /// Whether kernels may still use it.
     pub fn in_use(&mut self) -> bool {
         self.queued.extract_if(.., |queued| is_over(queued)).for_each(dropped);
@@ -59,7 +59,7 @@ impl DeferredRelease {
         matches!(self, Self::BehindCopies { .. })
     }
 
-    pub fn kept(&mut self) -> &mut Kept {
+    pub fn kept(&mut self) -> &mut KeptForRelease {
         match self {
             Self::BehindKernels { kept, .. } | Self::BehindCopies { kept, .. } => kept,
         }

@@ -1,6 +1,6 @@
 //! The staging of one save. The safety argument of `enqueue` says how long sources and slabs are kept.
 
-use super::deferred::{DeferredRelease, Kept};
+use super::deferred::{DeferredRelease, KeptForRelease};
 use super::device_state::DeviceState;
 use super::enqueue::{InFlightChunk, enqueue};
 use super::in_flight::Due;
@@ -56,7 +56,7 @@ impl Stager {
             // wait for copies of later saves.
             self.forget(&ticket);
         }
-        let kept = Kept { state, allocation, queued, late_copy };
+        let kept = KeptForRelease { state, allocation, queued, late_copy };
         if !ended {
             let (step, slabs) = (ticket.step, chunks.len());
             tracing::error!(step, slabs, "a device is late; slabs wait for their copies");

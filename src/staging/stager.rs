@@ -2,7 +2,7 @@
 
 use super::capture::Captured;
 use super::capture_pool::Allocation;
-use super::deferred::{DeferredRelease, Kept};
+use super::deferred::{DeferredRelease, KeptForRelease};
 use super::device_state::DeviceState;
 use super::in_flight::InFlightSaves;
 use super::late_copy::LateCopy;
@@ -177,7 +177,7 @@ impl Stager {
         if late_copy.is_none() {
             self.forget(&ticket);
         }
-        self.defer(Kept { state, allocation, queued, late_copy }, ticket);
+        self.defer(KeptForRelease { state, allocation, queued, late_copy }, ticket);
     }
 
     /// Ends a save that did not become a job, and drops its sources when no device reads them any more. It
@@ -198,11 +198,11 @@ impl Stager {
         if seen {
             drop(ticket.finish(Err(why)));
         }
-        self.defer(Kept { state, allocation, queued, late_copy: None }, ticket);
+        self.defer(KeptForRelease { state, allocation, queued, late_copy: None }, ticket);
     }
 
     /// Releases a save now, or once no kernel uses what is kept of it.
-    fn defer(&self, kept: Kept, ticket: Arc<Ticket>) {
+    fn defer(&self, kept: KeptForRelease, ticket: Arc<Ticket>) {
         if kept.is_free() {
             kept.release();
             self.saves.release(&ticket);

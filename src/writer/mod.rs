@@ -9,4 +9,4 @@ mod pool;
 mod task;
 
 pub(crate) use pool::Pool;
-pub(crate) use task::{Begin, Kept, Task};
+pub(crate) use task::{Begin, RetryState, Task};

@@ -21,7 +21,7 @@ pub(crate) trait Begin: Send + Sync + std::fmt::Debug {
 
 /// What is kept of a save for a retry.
 #[derive(Debug)]
-pub(crate) struct Kept {
+pub(crate) struct RetryState {
     pub state: StateDict<'static>,
     /// How many retries are left.
     pub left: u32,
@@ -29,7 +29,7 @@ pub(crate) struct Kept {
     pub backoff: Duration,
 }
 
-impl Drop for Kept {
+impl Drop for RetryState {
     fn drop(&mut self) {
         dropped(std::mem::take(&mut self.state));
     }
@@ -39,7 +39,7 @@ impl Drop for Kept {
 #[derive(Debug)]
 pub(crate) struct Task {
     pub request: Request,
-    kept: Mutex<Option<Kept>>,
+    kept: Mutex<Option<RetryState>>,
     destination: Arc<dyn Begin>,
     attempt: OnceLock<Result<Arc<dyn Writing>>>,
     shards: Vec<Shard>,
@@ -70,7 +70,7 @@ impl Task {
     /// A task over `pool`. `ended` receives it when its last chunk is done.
     pub fn new(
         request: Request,
-        kept: Option<Kept>,
+        kept: Option<RetryState>,
         destination: Arc<dyn Begin>,
         pool: &Pool,
         ended: Sender<Arc<Task>>,
@@ -79,13 +79,13 @@ impl Task {
     }
 
     /// The task of another attempt at the same save.
-    pub fn again(&self, request: Request, kept: Kept) -> Self {
+    pub fn again(&self, request: Request, kept: RetryState) -> Self {
         Self::over(request, Some(kept), self.destination.clone(), self.work.clone(), self.ended.clone())
     }
 
     fn over(
         request: Request,
-        kept: Option<Kept>,
+        kept: Option<RetryState>,
         destination: Arc<dyn Begin>,
         work: Sender<Work>,
         ended: Sender<Arc<Task>>,
@@ -120,7 +120,7 @@ impl Task {
     }
 
     /// Takes what is kept for a retry, if the save may be retried.
-    pub fn take_kept(&self) -> Option<Kept> {
+    pub fn take_kept(&self) -> Option<RetryState> {
         lock(&self.kept).take()
     }
 
