@@ -174,7 +174,7 @@ tsan:
     skip=(cuda_streams_that_write_after_a_fence_wait_on_the_gpu cuda_streams_go_on_before_anything_has_left_the_gpu
         cuda_tensors_written_before_the_fence_are_found_out_by_the_first_saves)
     .ci/strict "${test[@]}" --lib -- memory:: staging:: completion::
-    .ci/strict "${test[@]}" --test all -- fence:: cuda::{staging,gather,aside,batch,waits,lent,handed_in,restoring,cudarc} "${skip[@]/#/--skip=}"
+    .ci/strict "${test[@]}" --test all -- fence:: cuda::{staging,gather,late_copies,batch,waits,borrowed,handed_in,restoring,cudarc} "${skip[@]/#/--skip=}"
 
 # Runs every fuzz target, for SECONDS together.
 fuzz seconds="60":

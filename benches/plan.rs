@@ -1,10 +1,10 @@
 //! The first save of a structure: `save` plans every file offset, header and manifest. Its cost must be
 //! linear.
 
-mod made;
+mod fixtures;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use made::{LONG, builder, names, null, state};
+use fixtures::{LONG, builder, names, null, state};
 use std::sync::Arc;
 use std::time::Instant;
 

@@ -1,12 +1,12 @@
 //! Opens a step and reads it whole, every byte checked, from storage in memory: the cost of a restore without
 //! the disk.
 
-mod made;
+mod fixtures;
 
 use ashore::storage::{Memory, Storage};
 use ashore::{Checkpoint, Targets};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use made::{LONG, builder, names, state};
+use fixtures::{LONG, builder, names, state};
 use std::sync::Arc;
 
 const BYTES: usize = 64 << 20;

@@ -3,11 +3,11 @@
 //! Storage is in memory and states are small, so that the figures are those of the calling thread. `save`
 //! runs with the structure cached, as in every save but the first, and with an idle pipeline.
 
-mod made;
+mod fixtures;
 
 use ashore::storage::{Memory, Storage};
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
-use made::{LONG, builder, names, state};
+use fixtures::{LONG, builder, names, state};
 use std::sync::Arc;
 use std::time::Instant;
 

@@ -1,10 +1,10 @@
 //! Copies and digests 64 MiB of host memory into the arena, until the sources are free again; the staged
 //! chunks are dropped.
 
-mod made;
+mod fixtures;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use made::{LONG, builder, names, null, state};
+use fixtures::{LONG, builder, names, null, state};
 use std::sync::Arc;
 
 const BYTES: usize = 64 << 20;

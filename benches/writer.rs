@@ -2,11 +2,11 @@
 //! under `target`. `ashore bench write` compares the same work with the disk's own limit; this bench compares
 //! the engines from change to change.
 
-mod made;
+mod fixtures;
 
 use ashore::{CheckpointExecutor, Engine, Overlap};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use made::{LONG, names, null, state};
+use fixtures::{LONG, names, null, state};
 use std::sync::Arc;
 
 const BYTES: usize = 64 << 20;

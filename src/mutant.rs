@@ -7,60 +7,60 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutant {
     /// Shards are not fsynced.
-    // seen by: storage::promises_are_kept_in_order
+    // seen by: storage::ordering
     ShardFsync,
     /// Small files (manifest, index) are not fsynced.
-    // seen by: storage::promises_are_kept_in_order
+    // seen by: storage::ordering
     FileFsync,
     /// The attempt's directory is not fsynced.
-    // seen by: storage::promises_are_kept_in_order
+    // seen by: storage::ordering
     AttemptFsync,
     /// The parent is not fsynced after the publish.
-    // seen by: storage::promises_are_kept_in_order
+    // seen by: storage::ordering
     ParentFsync,
     /// The owner record is not fsynced.
-    // seen by: storage::promises_are_kept_in_order
+    // seen by: storage::ordering
     OwnerFsync,
     /// The root is not fsynced before trash is unlinked.
-    // seen by: storage::promises_are_kept_in_order
+    // seen by: storage::ordering
     TrashFsync,
     /// A step of another process is counted without being made durable.
-    // seen by: catalog::a_prune
+    // seen by: catalog::prune_
     ConfirmFsync,
     /// The publish replaces an existing step.
-    // seen by: storage::a_local_root_conforms
+    // seen by: storage::local_conformance
     NoReplace,
     /// The publish comes before the fsync of the files.
-    // seen by: storage::a_local_root_conforms
+    // seen by: storage::local_conformance
     PublishFirst,
     /// The tail is cut after the fsync.
-    // seen by: storage::promises_are_kept_in_order
+    // seen by: storage::ordering
     TruncateLate,
     /// Digests are not compared on restore.
-    // seen by: restore::a_flipped_bit_is_refused
+    // seen by: restore::flipped_bits
     DigestCheck,
     /// The fence does not wait.
     // seen by: fence::late_copies
     Fence,
     /// Copies from live memory are handed to writers although their chunk was copied late.
-    // seen by: cuda::aside
+    // seen by: cuda::late_copies
     Discard,
     /// F is read before the completion event of a chunk, not after.
-    // seen by: cuda::aside
+    // seen by: cuda::late_copies
     LatchEarly,
     /// A fence's kernel takes the watermark of earlier saves for this one's.
     #[cfg(feature = "cuda")]
-    // seen by: cuda::aside
+    // seen by: cuda::late_copies
     Watermark,
     /// Streams do not wait for queued copies at the end of a scope.
-    // seen by: cuda::lent
+    // seen by: cuda::borrowed
     ScopeOrder,
     /// Streams that wait for a number in memory are released before the copies have ended, although no save
     /// has failed.
     // seen by: cuda::waits::cuda_streams_write_after
     HoldEarly,
     /// Copies do not wait for the streams that wrote the tensors.
-    // seen by: cuda::aside
+    // seen by: cuda::late_copies
     ProducerWait,
     /// Copies that are held back are queued after the watermark that counts them.
     // seen by: cuda::batch
@@ -70,7 +70,7 @@ pub(crate) enum Mutant {
     // seen by: cuda::batch
     BatchKept,
     /// A scratch slot is reused by another save before its chunk is handed to a writer.
-    // seen by: cuda::aside
+    // seen by: cuda::late_copies
     SlotEarly,
     /// The next save overwrites the capture pool before its copies have left the device.
     // seen by: cuda::gather
@@ -95,13 +95,13 @@ pub(crate) enum Mutant {
     // seen by: fence::
     SourceEarly,
     /// Retention counts steps that are not durable.
-    // seen by: catalog::a_prune
+    // seen by: catalog::prune_
     RetentionCount,
     /// A prune verifies none of the steps that it keeps.
-    // seen by: catalog::a_prune_keeps_a_sound
+    // seen by: catalog::prune_soundness
     PruneBlind,
     /// A sweep ignores locks.
-    // seen by: storage::sweeping_takes_only_dead_attempts
+    // seen by: storage::sweeping
     SweepLock,
     /// A manager that is dropped does not wait for its saves.
     // seen by: compat::orbax::managing

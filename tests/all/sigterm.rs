@@ -1,7 +1,7 @@
 //! SIGTERM, in a program of its own: which saves are finished, promoted or abandoned, what the hook reports,
 //! and how the program ends.
 
-use crate::rig::{eventually, one, pattern};
+use crate::fixtures::executor::{eventually, one, pattern};
 use ashore::sigterm::{Exit, OnTerm, Sigterm};
 use ashore::storage::local::Local;
 use ashore::storage::{Reading, Storage, Sweep, Swept, Writing};

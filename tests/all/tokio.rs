@@ -1,6 +1,6 @@
 //! The feature `tokio` runs blocking calls on the blocking pool, and the runtime's thread continues.
 
-use crate::rig::{LONG, one, pattern, rig};
+use crate::fixtures::executor::{LONG, fixture, one, pattern};
 use ashore::{Catalog, Checkpoint, CheckpointExecutor, ErrorKind};
 use std::future::Future;
 use std::sync::Arc;
@@ -44,13 +44,13 @@ fn every_form_gives_what_the_call_of_its_name_gives() {
 /// If the shutdown blocked the runtime's one thread, the task that releases the device would never run.
 #[test]
 fn a_shutdown_that_waits_lets_the_other_tasks_of_its_thread_run() {
-    let rig = rig(|b| b);
-    rig.device.hold();
-    let save = rig.executor.save(1, one("t", Arc::new(pattern(1, 9000)))).unwrap();
+    let fixture = fixture(|b| b);
+    fixture.device.hold();
+    let save = fixture.executor.save(1, one("t", Arc::new(pattern(1, 9000)))).unwrap();
     run(async {
-        let (ended, ()) = tokio::join!(rig.executor.shutdown_async(LONG), async {
+        let (ended, ()) = tokio::join!(fixture.executor.shutdown_async(LONG), async {
             tokio::task::yield_now().await;
-            rig.device.release();
+            fixture.device.release();
         });
         ended.unwrap();
         assert!(save.await.unwrap().committed().is_some());

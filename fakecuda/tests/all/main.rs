@@ -1,6 +1,6 @@
 //! The tests of the simulated driver and of the kernels on it: one binary.
 
 mod driver;
+mod fixture;
 mod kernels;
-mod rig;
 mod symbols;

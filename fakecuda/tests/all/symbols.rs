@@ -1,6 +1,6 @@
 //! Calls functions of the library by name.
 
-use crate::rig::is_real;
+use crate::fixture::is_real;
 use std::ffi::{CString, c_void};
 use std::sync::OnceLock;
 

@@ -1,16 +1,16 @@
 //! A run that goes back to an early step keeps its saves, though steps of the run before have higher numbers.
 //! Each save by a new process once deleted the step that the branch had saved before it.
 
-use crate::made::{Made, noise, publish};
-use crate::rig::{LONG, one};
+use crate::fixtures::checkpoint::{MadeCheckpoint, noise, publish};
+use crate::fixtures::executor::{LONG, one};
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
 use ashore::{Catalog, CheckpointExecutor, Dtype, ErrorKind, PruneOptions, Retention, SaveOptions};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-fn made(step: u64) -> Made {
-    Made::new(step).tensor("x", Dtype::U8, &[64], noise(64, step))
+fn made(step: u64) -> MadeCheckpoint {
+    MadeCheckpoint::new(step).tensor("x", Dtype::U8, &[64], noise(64, step))
 }
 
 fn left(storage: &dyn Storage) -> Vec<u64> {

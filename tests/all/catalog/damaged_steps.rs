@@ -2,8 +2,8 @@
 //! of them. A step of ours with a manifest of 0 bytes was foreign to an overwrite, and damaged to the
 //! catalog.
 
-use crate::made::{BeforeShard, Made, Watched, noise, publish};
-use crate::rig::{LONG, one};
+use crate::fixtures::checkpoint::{BeforeShard, MadeCheckpoint, Watched, noise, publish};
+use crate::fixtures::executor::{LONG, one};
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
 use ashore::{Catalog, CheckpointExecutor, Dtype, ErrorKind, OnDamaged, Outcome, PruneOptions, SaveOptions};
@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 type Files = Vec<(String, Vec<u8>)>;
 
-fn made(step: u64) -> Made {
-    Made::new(step)
+fn made(step: u64) -> MadeCheckpoint {
+    MadeCheckpoint::new(step)
         .tensor("x", Dtype::U8, &[5000], noise(5000, step))
         .tensor("y", Dtype::U8, &[64], noise(64, step))
         .shards(2)

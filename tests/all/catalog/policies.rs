@@ -1,4 +1,4 @@
-use crate::rig::{LONG, one};
+use crate::fixtures::executor::{LONG, one};
 use ashore::catalog::{Best, Candidate};
 use ashore::storage::{Memory, Storage};
 use ashore::{Builder, Catalog, CheckpointExecutor, PruneOptions, Retention};

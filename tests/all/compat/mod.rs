@@ -7,7 +7,7 @@ mod identical;
 mod orbax;
 mod torch;
 
-use crate::rig::LONG;
+use crate::fixtures::executor::LONG;
 use ashore::storage::{FileWriting, Memory, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, CheckpointExecutor, Error, ErrorKind, Result, StateDict};
 use std::collections::BTreeMap;
@@ -24,7 +24,7 @@ fn engine(root: &Path) -> ashore::Builder {
 /// A state with tensors of several chunks, a value and metadata.
 fn state(seed: u64) -> StateDict<'static> {
     let mut state = StateDict::new();
-    state.tensor("model.weights", Arc::new(crate::rig::pattern(seed, 20_000))).unwrap();
+    state.tensor("model.weights", Arc::new(crate::fixtures::executor::pattern(seed, 20_000))).unwrap();
     state.tensor("model.bias", Arc::new(vec![seed as f32; 7])).unwrap();
     state.value("epoch", &seed).unwrap().metadata("run", "a test").unwrap();
     state

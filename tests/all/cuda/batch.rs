@@ -2,8 +2,8 @@
 //! late.
 
 use super::loader::{Found, pass, path_of};
-use super::program::{COPIES, Gpu, Rig, Stream, Tensor, at_fence, left_out, real, rig, rig_on};
-use crate::rig::{LONG, eventually, pattern};
+use super::program::{COPIES, Fixture, Gpu, Stream, Tensor, at_fence, fixture, left_out, real, rig_on};
+use crate::fixtures::executor::{LONG, eventually, pattern};
 use ashore::{Builder, Capture, Detect, Dtype, ErrorKind, Layout, MemoryLocation, Source, StateDict};
 use std::sync::Arc;
 
@@ -32,15 +32,15 @@ fn ungathered(b: Builder) -> Builder {
 
 /// Saves twice, and checks the saved bytes. Returns the second save's driver calls: single copies and
 /// batches.
-fn save(rig: &Rig, stream: Stream, tensors: &[(Tensor, Vec<u8>)]) -> Option<[u64; 2]> {
-    let calls = || rig.gpu.fake().map(|fake| ["cuMemcpyDtoHAsync_v2", BATCH].map(|name| fake.calls(name)));
+fn save(fixture: &Fixture, stream: Stream, tensors: &[(Tensor, Vec<u8>)]) -> Option<[u64; 2]> {
+    let calls = || fixture.gpu.fake().map(|fake| ["cuMemcpyDtoHAsync_v2", BATCH].map(|name| fake.calls(name)));
     let mut before = None;
     for step in 1..=2 {
         before = calls();
-        let save = rig.executor.save(step, state_of(tensors, stream)).unwrap();
-        rig.executor.fence().unwrap();
+        let save = fixture.executor.save(step, state_of(tensors, stream)).unwrap();
+        fixture.executor.fence().unwrap();
         save.wait(LONG).unwrap();
-        let checkpoint = rig.checkpoint(step).unwrap();
+        let checkpoint = fixture.checkpoint(step).unwrap();
         checkpoint.verify().unwrap();
         for (i, (_, bytes)) in tensors.iter().enumerate() {
             assert_eq!(&checkpoint.read(&format!("{i:03}")).unwrap(), bytes, "step {step} tensor {i}");
@@ -55,12 +55,12 @@ fn save(rig: &Rig, stream: Stream, tensors: &[(Tensor, Vec<u8>)]) -> Option<[u64
 fn cuda_copies_in_batches_bring_the_same_bytes_by_fewer_calls() {
     let mut counted = Vec::new();
     for batch in [false, true] {
-        let rig = rig(|b| ungathered(b).batch(batch));
-        let found = rig.executor.device().batch.clone();
+        let fixture = fixture(|b| ungathered(b).batch(batch));
+        let found = fixture.executor.device().batch.clone();
         // A real driver may be too old.
         assert!(found.is_ok() == batch || (batch && real()), "{found:?}");
-        let (stream, tensors) = (rig.gpu.stream(), small(&rig.gpu));
-        counted.extend(save(&rig, stream, &tensors));
+        let (stream, tensors) = (fixture.gpu.stream(), small(&fixture.gpu));
+        counted.extend(save(&fixture, stream, &tensors));
     }
     let [[copies, none], [single, batches]] = counted[..] else { return };
     assert!(none == 0 && copies > 280, "{counted:?}");
@@ -70,53 +70,53 @@ fn cuda_copies_in_batches_bring_the_same_bytes_by_fewer_calls() {
 
 #[test]
 fn cuda_batches_of_several_devices_go_into_one_save() {
-    let (rig, second) = (rig(|b| ungathered(b).batch(true)), Gpu::take());
-    if second.ordinal == rig.gpu.ordinal {
+    let (fixture, second) = (fixture(|b| ungathered(b).batch(true)), Gpu::take());
+    if second.ordinal == fixture.gpu.ordinal {
         return;
     }
-    let (mine, theirs) = (rig.gpu.stream(), second.stream());
-    let (near, far) = (small(&rig.gpu), small(&second));
+    let (mine, theirs) = (fixture.gpu.stream(), second.stream());
+    let (near, far) = (small(&fixture.gpu), small(&second));
     let mut state = StateDict::new();
     for i in 0..near.len() {
         let (tensor, stream) = if i % 2 == 0 { (&near[i].0, mine) } else { (&far[i].0, theirs) };
         state.tensor(format!("{i:03}"), tensor.source(stream)).unwrap();
     }
-    let save = rig.executor.save(1, state).unwrap();
-    rig.executor.fence_on(&[mine.0, theirs.0]).unwrap();
+    let save = fixture.executor.save(1, state).unwrap();
+    fixture.executor.fence_on(&[mine.0, theirs.0]).unwrap();
     theirs.fill(&far[1].0, 0xEE);
     save.wait(LONG).unwrap();
-    let checkpoint = rig.checkpoint(1).unwrap();
+    let checkpoint = fixture.checkpoint(1).unwrap();
     for (i, (_, bytes)) in near.iter().enumerate() {
         assert_eq!(&checkpoint.read(&format!("{i:03}")).unwrap(), bytes, "tensor {i}");
     }
-    let counted = [&rig.gpu, &second].map(|gpu| gpu.fake().map_or(2, |fake| fake.calls(BATCH)));
+    let counted = [&fixture.gpu, &second].map(|gpu| gpu.fake().map_or(2, |fake| fake.calls(BATCH)));
     assert!(counted.iter().all(|&n| n > 1), "{counted:?}");
 }
 
 /// The watermark comes after the copies that it counts, so that a fence copies late what has not been copied.
 #[test]
 fn cuda_batches_that_have_not_left_the_gpu_are_set_aside_at_the_fence() {
-    let rig = rig(|b| b.scratch(16 * 4096).gather(0).batch(true).detect(Detect::Never));
-    let Some(fake) = rig.gpu.fake() else { return };
-    let stream = rig.gpu.stream();
+    let fixture = fixture(|b| b.scratch(16 * 4096).gather(0).batch(true).detect(Detect::Never));
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let stream = fixture.gpu.stream();
     for step in 1..=20_u64 {
-        let tensors: Vec<_> = (0..20).map(|i| rig.gpu.tensor(&pattern(step + i, 700))).collect();
+        let tensors: Vec<_> = (0..20).map(|i| fixture.gpu.tensor(&pattern(step + i, 700))).collect();
         fake.set("hold", COPIES);
         let (batches, told) = (fake.calls(BATCH), fake.calls("cuStreamWriteValue64_v2"));
         let mut state = StateDict::new();
         for (i, tensor) in tensors.iter().enumerate() {
             state.tensor_captured(format!("{i:02}"), tensor.source(stream), Capture::AtFence).unwrap();
         }
-        let save = rig.executor.save(step, state).unwrap();
+        let save = fixture.executor.save(step, state).unwrap();
         eventually("two chunks are queued", || fake.calls("cuStreamWriteValue64_v2") >= told + 2);
         assert!(fake.calls(BATCH) > batches);
-        rig.executor.fence_on(&[stream.0]).unwrap();
+        fixture.executor.fence_on(&[stream.0]).unwrap();
         tensors.iter().for_each(|tensor| stream.fill(tensor, 0xEE));
         stream.wait();
         fake.set("hold", 0);
         save.wait(LONG).unwrap();
         for i in 0..20 {
-            let read = rig.checkpoint(step).unwrap().read(&format!("{i:02}")).unwrap();
+            let read = fixture.checkpoint(step).unwrap().read(&format!("{i:02}")).unwrap();
             assert!(read == pattern(step + i, 700), "step {step} tensor {i}");
         }
     }
@@ -141,26 +141,26 @@ unsafe impl Source for Empty {
 
 #[test]
 fn cuda_copies_that_were_held_back_when_a_save_failed_are_never_made() {
-    let rig = rig(|b| b.gather(0).batch(true).detect(Detect::Never));
-    let stream = rig.gpu.stream();
+    let fixture = fixture(|b| b.gather(0).batch(true).detect(Detect::Never));
+    let stream = fixture.gpu.stream();
     for step in 1..=20 {
-        let tensors: Vec<_> = (0..3).map(|i| rig.gpu.tensor(&pattern(i, 500))).collect();
+        let tensors: Vec<_> = (0..3).map(|i| fixture.gpu.tensor(&pattern(i, 500))).collect();
         let mut state = StateDict::new();
         tensors.iter().enumerate().for_each(|(i, t)| _ = state.tensor(format!("{i}"), t.source(stream)).unwrap());
         state.tensor("3", Empty).unwrap();
-        let before = rig.gpu.fake().map(|fake| fake.calls(BATCH));
-        let error = rig.executor.save(2 * step, state).unwrap().wait(LONG).unwrap_err();
+        let before = fixture.gpu.fake().map(|fake| fake.calls(BATCH));
+        let error = fixture.executor.save(2 * step, state).unwrap().wait(LONG).unwrap_err();
         assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("tensor=\"3\""), "{error}");
-        rig.executor.fence().unwrap();
-        assert_eq!(rig.gpu.fake().map(|fake| fake.calls(BATCH)), before);
+        fixture.executor.fence().unwrap();
+        assert_eq!(fixture.gpu.fake().map(|fake| fake.calls(BATCH)), before);
         assert!(tensors.iter().all(|tensor| Arc::strong_count(&tensor.0) == 1));
         // Their memory is freed: a read of it from now on is a sticky error.
         drop(tensors);
-        let tensor = rig.gpu.tensor(&pattern(9, 9000));
-        rig.executor.save(2 * step + 1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
-        assert_eq!(rig.checkpoint(2 * step + 1).unwrap().read("t").unwrap(), pattern(9, 9000));
+        let tensor = fixture.gpu.tensor(&pattern(9, 9000));
+        fixture.executor.save(2 * step + 1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
+        assert_eq!(fixture.checkpoint(2 * step + 1).unwrap().read("t").unwrap(), pattern(9, 9000));
     }
-    assert!(rig.gpu.is_well());
+    assert!(fixture.gpu.is_well());
 }
 
 #[test]
@@ -174,16 +174,16 @@ fn cuda_batches_that_a_driver_refuses_or_gets_wrong_are_reported_and_not_used() 
         let gpu = Gpu::take();
         let Some(fake) = gpu.fake() else { return };
         fake.fault(fault);
-        let rig = rig_on(gpu, |b| ungathered(b).batch(true));
-        let why = rig.executor.device().batch.clone().unwrap_err();
+        let fixture = rig_on(gpu, |b| ungathered(b).batch(true));
+        let why = fixture.executor.device().batch.clone().unwrap_err();
         assert!(why.contains(named), "{why}");
-        let (stream, tensors) = (rig.gpu.stream(), small(&rig.gpu));
-        let [copies, batches] = save(&rig, stream, &tensors).unwrap();
+        let (stream, tensors) = (fixture.gpu.stream(), small(&fixture.gpu));
+        let [copies, batches] = save(&fixture, stream, &tensors).unwrap();
         assert!(copies > 280 && batches == 0, "{copies} {batches}");
     }
-    let rig = rig(|b| b);
-    assert!(rig.executor.device().batch.clone().unwrap_err().contains("setting=batch"));
-    let host = crate::rig::rig(|b| b.batch(true));
+    let fixture = fixture(|b| b);
+    assert!(fixture.executor.device().batch.clone().unwrap_err().contains("setting=batch"));
+    let host = crate::fixtures::executor::fixture(|b| b.batch(true));
     assert!(host.executor.device().batch.clone().unwrap_err().contains("by itself"));
 }
 
@@ -199,10 +199,10 @@ fn cuda_batches_are_made_by_drivers_of_12_8_too_and_older_ones_copy_one_by_one()
         pass(here, &Found { without: &[BATCH, "cuMemcpyBatchAsync"], variables: &[(EXPECTED, "none")] });
         return;
     };
-    let rig = rig(|b| ungathered(b).batch(true));
-    match rig.executor.device().batch.clone() {
+    let fixture = fixture(|b| ungathered(b).batch(true));
+    match fixture.executor.device().batch.clone() {
         Ok(()) => assert_eq!(expected, "first"),
         Err(why) => assert!(expected == "none" && why.contains("too old symbol=cuMemcpyBatchAsync"), "{why}"),
     }
-    save(&rig, rig.gpu.stream(), &small(&rig.gpu));
+    save(&fixture, fixture.gpu.stream(), &small(&fixture.gpu));
 }

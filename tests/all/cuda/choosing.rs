@@ -3,7 +3,7 @@
 
 use super::loader::{Found, pass, path_of, with_driver};
 use super::program::{Gpu, left_out, real};
-use crate::rig::{LONG, pattern};
+use crate::fixtures::executor::{LONG, pattern};
 use ashore::id::step_name;
 use ashore::internal::device::choose;
 use ashore::storage::{Memory, Storage};

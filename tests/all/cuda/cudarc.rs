@@ -2,9 +2,9 @@
 //! cudarc looks for it.
 
 use super::loader::with_driver;
-use super::program::{Gpu, Rig, rig};
-use crate::heard::Heard;
-use crate::rig::{LONG, eventually};
+use super::program::{Fixture, Gpu, fixture};
+use crate::fixtures::executor::{LONG, eventually};
+use crate::fixtures::log::LogLines;
 use ashore::adapters::cudarc::{CudaTarget, CudaTensor};
 use ashore::{Capture, Dtype, ErrorKind, Fence, Source, StateDict, Targets};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
@@ -13,12 +13,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// An executor, and cudarc on the same device, with a stream of its own.
-fn both() -> (Rig, Arc<CudaContext>, Arc<CudaStream>) {
+fn both() -> (Fixture, Arc<CudaContext>, Arc<CudaStream>) {
     // Nothing is captured at save: these tests are about memory that is read until the fence.
-    let rig = rig(|b| b.gather(0));
-    let context = CudaContext::new(rig.gpu.ordinal as usize).unwrap();
+    let fixture = fixture(|b| b.gather(0));
+    let context = CudaContext::new(fixture.gpu.ordinal as usize).unwrap();
     let stream = context.new_stream().unwrap();
-    (rig, context, stream)
+    (fixture, context, stream)
 }
 
 /// Lags that are long compared to the host's work in between.
@@ -40,14 +40,14 @@ fn numbers(n: usize) -> Vec<f32> {
 #[test]
 fn cuda_slices_of_cudarc_come_back_bit_for_bit() {
     with_driver!(cuda_slices_of_cudarc_come_back_bit_for_bit);
-    let (rig, context, stream) = both();
+    let (fixture, context, stream) = both();
     let halves: Vec<_> = (0..5000).map(|i| bf16::from_f32(i as f32)).collect();
     let shared = Arc::new(stream.clone_htod(&numbers(6000)).unwrap());
     let (pairs, bytes) = (stream.clone_htod(&[1_i64, -2]).unwrap(), stream.clone_htod(&[7_u8; 4]).unwrap());
     let (tail, default) = (stream.clone_htod(&halves).unwrap(), context.default_stream());
     let pool = Arc::new(stream.clone_htod(bytemuck::cast_slice::<f32, u8>(&numbers(100))).unwrap());
     let empty = default.clone_htod(&[0.5_f64; 100]).unwrap();
-    let save = rig.executor.scope(Fence::on(&[(&stream).into()]), |scope| {
+    let save = fixture.executor.scope(Fence::on(&[(&stream).into()]), |scope| {
         let mut state = StateDict::new();
         state.tensor("shared", CudaTensor::new(shared.clone(), [20, 300]).unwrap()).unwrap();
         state.tensor("part", CudaTensor::part(shared.clone(), 1000..1006, [2, 3]).unwrap()).unwrap();
@@ -61,7 +61,7 @@ fn cuda_slices_of_cudarc_come_back_bit_for_bit() {
         scope.save(1, state)
     });
     save.unwrap().unwrap().wait(LONG).unwrap();
-    let checkpoint = rig.checkpoint(1).unwrap();
+    let checkpoint = fixture.checkpoint(1).unwrap();
     assert_eq!(checkpoint.read_as::<f32>("shared").unwrap(), numbers(6000));
     assert_eq!(checkpoint.read_as::<f32>("part").unwrap(), numbers(6000)[1000..1006]);
     assert_eq!(checkpoint.read_as::<f32>("pooled").unwrap(), numbers(100)[10..20]);
@@ -76,45 +76,45 @@ fn cuda_slices_of_cudarc_come_back_bit_for_bit() {
 #[test]
 fn cuda_slices_that_another_stream_of_cudarc_wrote_are_read_after_that() {
     with_driver!(cuda_slices_that_another_stream_of_cudarc_wrote_are_read_after_that);
-    let (rig, context, stream) = both();
-    slow(&rig.gpu);
+    let (fixture, context, stream) = both();
+    slow(&fixture.gpu);
     let writer = context.new_stream().unwrap();
     let mut slice = Arc::new(stream.alloc_zeros::<u8>(9000).unwrap());
     for step in 1..=20_u64 {
         let next = writer.clone_htod(&[step as u8; 9000]).unwrap();
         writer.memcpy_dtod(&next, Arc::get_mut(&mut slice).unwrap()).unwrap();
         let tensor = CudaTensor::new(slice.clone(), [9000]).unwrap();
-        let save = rig.executor.save(step, one(tensor)).unwrap();
-        rig.executor.fence().unwrap();
+        let save = fixture.executor.save(step, one(tensor)).unwrap();
+        fixture.executor.fence().unwrap();
         save.wait(LONG).unwrap();
-        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 9000]);
+        assert_eq!(fixture.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 9000]);
     }
 }
 
 #[test]
 fn cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended() {
     with_driver!(cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended);
-    let (rig, _context, stream) = both();
-    let Some(fake) = rig.gpu.fake() else { return };
+    let (fixture, _context, stream) = both();
+    let Some(fake) = fixture.gpu.fake() else { return };
     let to_host = 1;
     let mut slice = Arc::new(stream.clone_htod(&[5_u8; 9000]).unwrap());
     fake.set("hold", to_host);
-    let save = rig.executor.save(1, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
-    rig.executor.fence_on(&[stream.as_ref().into()]).unwrap();
+    let save = fixture.executor.save(1, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
+    fixture.executor.fence_on(&[stream.as_ref().into()]).unwrap();
     assert!(Arc::get_mut(&mut slice).is_none());
     fake.set("hold", 0);
-    rig.executor.fence().unwrap();
+    fixture.executor.fence().unwrap();
     assert!(Arc::get_mut(&mut slice).is_some());
     // The program drops its own reference first: the stager drops the last one.
     fake.set("hold", to_host);
-    let second = rig.executor.save(2, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
+    let second = fixture.executor.save(2, one(CudaTensor::new(slice.clone(), [9000]).unwrap())).unwrap();
     drop(slice);
     let held = fake.live();
     fake.set("hold", 0);
-    rig.executor.fence().unwrap();
+    fixture.executor.fence().unwrap();
     for (step, save) in [(1, save), (2, second)] {
         save.wait(LONG).unwrap();
-        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [5; 9000]);
+        assert_eq!(fixture.checkpoint(step).unwrap().read("t").unwrap(), [5; 9000]);
     }
     stream.synchronize().unwrap();
     assert!(held.bytes >= fake.live().bytes + 9000, "{held:?} {:?}", fake.live());
@@ -123,14 +123,14 @@ fn cuda_slices_that_are_shared_cannot_be_written_before_their_copies_have_ended(
 #[test]
 fn cuda_streams_of_cudarc_that_write_after_a_scope_wait_though_the_fence_did_not_name_them() {
     with_driver!(cuda_streams_of_cudarc_that_write_after_a_scope_wait_though_the_fence_did_not_name_them);
-    let (rig, context, stream) = both();
-    slow(&rig.gpu);
-    rig.gpu.set("reuse", 1);
+    let (fixture, context, stream) = both();
+    slow(&fixture.gpu);
+    fixture.gpu.set("reuse", 1);
     let writer = context.new_stream().unwrap();
     for step in 1..=20_u64 {
         let mut slice: CudaSlice<u8> = stream.alloc_zeros(13_000).unwrap();
         stream.memcpy_htod(&[step as u8; 13_000], &mut slice).unwrap();
-        let save = rig
+        let save = fixture
             .executor
             .scope(Fence::on(&[]), |scope| scope.save(step, one(CudaTensor::new(&slice, [13_000]).unwrap())));
         if step % 2 == 0 {
@@ -142,7 +142,7 @@ fn cuda_streams_of_cudarc_that_write_after_a_scope_wait_though_the_fence_did_not
             writer.memset_zeros(&mut next).unwrap();
         }
         save.unwrap().unwrap().wait(LONG).unwrap();
-        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 13_000]);
+        assert_eq!(fixture.checkpoint(step).unwrap().read("t").unwrap(), [step as u8; 13_000]);
     }
 }
 
@@ -151,11 +151,11 @@ fn cuda_streams_of_cudarc_that_write_after_a_scope_wait_though_the_fence_did_not
 #[test]
 fn cuda_streams_of_cudarc_live_until_the_scope_ends_that_makes_them_wait() {
     with_driver!(cuda_streams_of_cudarc_live_until_the_scope_ends_that_makes_them_wait);
-    let (rig, context, _) = both();
+    let (fixture, context, _) = both();
     let stream = context.new_stream().unwrap();
     let (slice, lives) = (stream.clone_htod(&[1_u8; 9000]).unwrap(), Arc::downgrade(&stream));
     drop(stream);
-    let ended = rig.executor.scope(Fence::on(&[]), |scope| {
+    let ended = fixture.executor.scope(Fence::on(&[]), |scope| {
         let save = scope.save(1, one(CudaTensor::new(slice, [9000]).unwrap())).unwrap();
         save.wait(LONG).unwrap();
         assert!(lives.upgrade().is_some(), "the stream went with the slice");
@@ -168,13 +168,13 @@ fn cuda_streams_of_cudarc_live_until_the_scope_ends_that_makes_them_wait() {
 #[test]
 fn cuda_slices_of_cudarc_are_restored_into() {
     with_driver!(cuda_slices_of_cudarc_are_restored_into);
-    let (rig, context, stream) = both();
-    slow(&rig.gpu);
+    let (fixture, context, stream) = both();
+    slow(&fixture.gpu);
     let (whole, part) = (numbers(6000), numbers(100));
     let mut state = StateDict::new();
     state.tensor("whole", Arc::new(whole.clone())).unwrap().tensor("part", Arc::new(part.clone())).unwrap();
-    rig.executor.save(1, state).unwrap().wait(LONG).unwrap();
-    let checkpoint = rig.executor.checkpoint(1).unwrap();
+    fixture.executor.save(1, state).unwrap().wait(LONG).unwrap();
+    let checkpoint = fixture.executor.checkpoint(1).unwrap();
     let (mut one, mut other) = (stream.alloc_zeros::<f32>(6000).unwrap(), stream.alloc_zeros::<f32>(300).unwrap());
     // Another stream's work on it comes first.
     context.new_stream().unwrap().memset_zeros(&mut one).unwrap();
@@ -197,12 +197,12 @@ fn cuda_slices_of_cudarc_are_restored_into() {
 fn cuda_restore_into_a_borrowed_slice_returns_when_nothing_writes_there_any_more() {
     const TO_DEVICE: u64 = 2;
     with_driver!(cuda_restore_into_a_borrowed_slice_returns_when_nothing_writes_there_any_more);
-    let (rig, _context, stream) = both();
-    let Some(fake) = rig.gpu.fake() else { return };
-    let heard = Heard::default();
+    let (fixture, _context, stream) = both();
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let heard = LogLines::default();
     tracing::subscriber::set_global_default(heard.clone()).unwrap();
-    rig.executor.save(1, one(Arc::new(numbers(6000)))).unwrap().wait(LONG).unwrap();
-    let checkpoint = rig.executor.checkpoint(1).unwrap().with_timeout(Duration::from_millis(10));
+    fixture.executor.save(1, one(Arc::new(numbers(6000)))).unwrap().wait(LONG).unwrap();
+    let checkpoint = fixture.executor.checkpoint(1).unwrap().with_timeout(Duration::from_millis(10));
     let mut slice = stream.alloc_zeros::<f32>(6000).unwrap();
     stream.synchronize().unwrap();
     fake.set("hold", TO_DEVICE);
@@ -225,7 +225,7 @@ fn cuda_restore_into_a_borrowed_slice_returns_when_nothing_writes_there_any_more
 #[test]
 fn cuda_slices_that_cannot_be_read_are_refused() {
     with_driver!(cuda_slices_that_cannot_be_read_are_refused);
-    let (rig, context, stream) = both();
+    let (fixture, context, stream) = both();
     let refused = |result: Result<CudaTensor<CudaSlice<u8>>, ashore::Error>, what: &str| {
         let error = result.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
@@ -247,7 +247,7 @@ fn cuda_slices_that_cannot_be_read_are_refused() {
     refused(CudaTensor::new(own.default_stream().alloc_zeros::<u8>(10).unwrap(), [10]), "not of a primary context");
     std::mem::forget(own);
 
-    let Some(fake) = rig.gpu.fake() else { return };
+    let Some(fake) = fixture.gpu.fake() else { return };
     fake.fault("cuStreamWaitEvent:1:2");
     let error = CudaTensor::new(slice(), [10]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Device);

@@ -1,7 +1,7 @@
 //! The driver fails: each call once in turn, at once and later; contexts are lost; work never ends.
 
-use super::program::{COPIES, Gpu, Stream, Tensor, at_fence, rig};
-use crate::rig::{LONG, eventually, one, pattern};
+use super::program::{COPIES, Gpu, Stream, Tensor, at_fence, fixture};
+use crate::fixtures::executor::{LONG, eventually, one, pattern};
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
 use ashore::{
@@ -175,52 +175,52 @@ fn each_fails_once(calls: &[&str], change: Change) -> usize {
 #[test]
 fn cuda_driver_is_not_called_after_an_error_that_stays() {
     // Digests would reach the host first, and the error with them before `save` has returned.
-    let rig = rig(|b| b.detect(Detect::Never));
-    let Some(fake) = rig.gpu.fake() else { return };
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
-    let staged = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    let fixture = fixture(|b| b.detect(Detect::Never));
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 9000)));
+    let staged = fixture.executor.save(1, at_fence(tensor.source(stream))).unwrap();
     staged.staged().wait(LONG).unwrap();
     fake.fault("cuMemcpyDtoHAsync_v2:1:700:async");
-    let lost = rig.executor.save(2, at_fence(tensor.source(stream))).unwrap();
+    let lost = fixture.executor.save(2, at_fence(tensor.source(stream))).unwrap();
     let error = lost.wait(LONG).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Device, Some(2)));
     assert!(error.to_string().contains("code=700") && error.to_string().contains("call=cu"), "{error}");
     staged.wait(LONG).unwrap();
     let calls = fake.calls("*");
-    let error = rig.executor.save(3, at_fence(tensor.source(stream))).unwrap_err();
+    let error = fixture.executor.save(3, at_fence(tensor.source(stream))).unwrap_err();
     assert!(error.kind() == ErrorKind::Device && error.to_string().contains("code=700"), "{error}");
-    rig.executor.fence_on(&[stream.0]).unwrap();
-    rig.executor.save(4, one("host", Arc::new(pattern(4, 5000)))).unwrap().wait(LONG).unwrap_err();
-    rig.executor.shutdown(LONG).unwrap();
-    drop(rig.executor);
+    fixture.executor.fence_on(&[stream.0]).unwrap();
+    fixture.executor.save(4, one("host", Arc::new(pattern(4, 5000)))).unwrap().wait(LONG).unwrap_err();
+    fixture.executor.shutdown(LONG).unwrap();
+    drop(fixture.executor);
     assert_eq!(fake.calls("*"), calls);
     assert_eq!(Arc::strong_count(&tensor.0), 1);
 }
 
 #[test]
 fn cuda_work_that_never_ends_fails_the_save_at_its_deadline() {
-    let rig = rig(|b| b.save_timeout(Duration::from_millis(50)).fence_timeout(Duration::from_millis(50)));
-    let Some(fake) = rig.gpu.fake() else { return };
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 60_000)));
+    let fixture = fixture(|b| b.save_timeout(Duration::from_millis(50)).fence_timeout(Duration::from_millis(50)));
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 60_000)));
     fake.set("lag_us", 200_000);
-    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    let save = fixture.executor.save(1, at_fence(tensor.source(stream))).unwrap();
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Deadline);
     fake.set("lag_us", 0);
-    eventually("slabs come home", || rig.executor.arena().free() == rig.executor.arena().report().slabs);
+    eventually("slabs come home", || fixture.executor.arena().free() == fixture.executor.arena().report().slabs);
     eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
-    rig.executor.save(2, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
-    assert!(rig.checkpoint(1).is_err());
+    fixture.executor.save(2, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
+    assert!(fixture.checkpoint(1).is_err());
 }
 
 #[test]
 fn cuda_driver_that_is_taken_down_first_is_no_error() {
-    let rig = rig(|b| b);
-    let Some(fake) = rig.gpu.fake() else { return };
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
-    rig.executor.save(1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
+    let fixture = fixture(|b| b);
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 9000)));
+    fixture.executor.save(1, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
     fake.fault("*:0:4");
-    rig.executor.shutdown(LONG).unwrap();
-    drop(rig.executor);
+    fixture.executor.shutdown(LONG).unwrap();
+    drop(fixture.executor);
 }
 
 /// Runs `scope` in a thread, because it may never end.
@@ -235,12 +235,12 @@ fn ends(scope: impl FnOnce() -> ashore::Error + Send + 'static) -> ashore::Error
 #[test]
 fn cuda_scope_ends_when_the_driver_refuses_for_good_to_say_how_far_copies_are() {
     for code in [201, 400, 709, 809, 810] {
-        let rig = Arc::new(rig(|b| b.detect(Detect::Never)));
-        if rig.gpu.fake().is_none() {
+        let fixture = Arc::new(fixture(|b| b.detect(Detect::Never)));
+        if fixture.gpu.fake().is_none() {
             return;
         }
-        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 60_000)));
-        let theirs = rig.clone();
+        let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 60_000)));
+        let theirs = fixture.clone();
         let error = ends(move || {
             let fake = theirs.gpu.fake().unwrap();
             fake.set("hold", COPIES);
@@ -257,7 +257,7 @@ fn cuda_scope_ends_when_the_driver_refuses_for_good_to_say_how_far_copies_are() 
         assert_eq!((error.kind(), error.step()), (ErrorKind::Device, Some(1)), "{error}");
         assert!(error.to_string().contains(&format!("code={code}")), "{error}");
         // The context counts as lost: nothing is copied into slabs that a driver may still write.
-        let error = rig.executor.save(2, one("host", Arc::new(pattern(2, 5000)))).unwrap().wait(LONG).unwrap_err();
+        let error = fixture.executor.save(2, one("host", Arc::new(pattern(2, 5000)))).unwrap().wait(LONG).unwrap_err();
         assert!(error.kind() == ErrorKind::Device && error.to_string().contains(&format!("code={code}")), "{error}");
     }
 }
@@ -288,9 +288,9 @@ unsafe impl Source for Leaves {
 #[test]
 fn cuda_copies_are_waited_for_in_a_thread_that_a_source_left_without_a_context() {
     // Without kernels, because for those `save` itself would ask the source for its address.
-    let rig = Arc::new(rig(|b| b.gather(0)));
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 60_000)));
-    let theirs = rig.clone();
+    let fixture = Arc::new(fixture(|b| b.gather(0)));
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 60_000)));
+    let theirs = fixture.clone();
     let error = ends(move || {
         theirs.gpu.enter();
         theirs.gpu.set("hold", COPIES);
@@ -306,6 +306,6 @@ fn cuda_copies_are_waited_for_in_a_thread_that_a_source_left_without_a_context()
         save.unwrap().wait(LONG).unwrap_err()
     });
     assert_eq!(error.kind(), ErrorKind::Internal, "{error}");
-    let tensor = rig.gpu.tensor(&pattern(2, 9000));
-    rig.executor.save(2, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
+    let tensor = fixture.gpu.tensor(&pattern(2, 9000));
+    fixture.executor.save(2, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
 }

@@ -3,7 +3,7 @@
 
 use super::loader::{Found, pass, path_of, run, text, with_driver};
 use super::program::{Gpu, at_fence, left_out, library, open_device, real, rig_on};
-use crate::rig::{LONG, one, pattern};
+use crate::fixtures::executor::{LONG, one, pattern};
 use ashore::internal::device::choose;
 use ashore::{CheckpointExecutor, DeviceChoice, Dtype, ErrorKind};
 use std::path::Path;
@@ -96,18 +96,18 @@ fn cuda_driver_that_writes_no_numbers_in_streams_gathers_and_its_fences_wait() {
         return pass(here, &Found { without: &["cuStreamWriteValue64_v2"], variables: &[] });
     }
     for (scratch, why) in [(0, "setting=scratch"), (16 * 4096, "symbol=cuStreamWriteValue64_v2")] {
-        let rig = rig_on(Gpu::take(), |b| b.scratch(scratch));
-        let device = rig.executor.device();
+        let fixture = rig_on(Gpu::take(), |b| b.scratch(scratch));
+        let device = fixture.executor.device();
         assert_eq!(device.gather, Ok(64 << 10));
         assert!(device.scratch.as_ref().unwrap_err().contains(why), "{device:?}");
-        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+        let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 30_000)));
         let mut state = at_fence(tensor.source(stream));
         state.tensor("strided", tensor.strided(stream, 1, Dtype::U8, &[100, 2], &[5, 2])).unwrap();
-        let save = rig.executor.save(1, state).unwrap();
-        rig.executor.fence_on(&[stream.0]).unwrap();
+        let save = fixture.executor.save(1, state).unwrap();
+        fixture.executor.fence_on(&[stream.0]).unwrap();
         stream.fill(&tensor, 0xEE);
         save.wait(LONG).unwrap();
-        let saved = rig.checkpoint(1).unwrap();
+        let saved = fixture.checkpoint(1).unwrap();
         let strided: Vec<u8> = (0..200).map(|i| pattern(1, 30_000)[1 + i / 2 * 5 + i % 2 * 2]).collect();
         assert_eq!((saved.read("t").unwrap(), saved.read("strided").unwrap()), (pattern(1, 30_000), strided));
     }

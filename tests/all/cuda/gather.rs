@@ -1,7 +1,7 @@
 //! What the device does at `save`: small tensors are captured, strided ones packed, and the rest digested.
 
-use super::program::{COPIES, Gpu, at_fence, rig, rig_on};
-use crate::rig::{LONG, eventually, pattern};
+use super::program::{COPIES, Gpu, at_fence, fixture, rig_on};
+use crate::fixtures::executor::{LONG, eventually, pattern};
 use ashore::{
     Capture, Detect, DeviceStream, Dtype, ErrorKind, Fence, Layout, MemoryLocation, Overlap, Phase, Source, StateDict,
 };
@@ -9,24 +9,24 @@ use std::sync::Arc;
 
 #[test]
 fn cuda_tensors_captured_at_save_may_be_written_at_once() {
-    let rig = rig(|b| b);
-    rig.gpu.set("lag_us", 200);
-    let streams = [rig.gpu.stream(), rig.gpu.stream()];
+    let fixture = fixture(|b| b);
+    fixture.gpu.set("lag_us", 200);
+    let streams = [fixture.gpu.stream(), fixture.gpu.stream()];
     let sizes = [1, 2, 15, 16, 17, 1000, 4095, 4097, 20_000];
     for step in 1..=8_u64 {
         let bytes = |i: usize| pattern(step + i as u64, sizes[i]);
-        let tensors: Vec<_> = (0..sizes.len()).map(|i| rig.gpu.tensor(&bytes(i))).collect();
+        let tensors: Vec<_> = (0..sizes.len()).map(|i| fixture.gpu.tensor(&bytes(i))).collect();
         let mut state = StateDict::new();
         for (i, tensor) in tensors.iter().enumerate() {
             let capture = [Capture::AtSave, Capture::AtFence][usize::from(step % 2 == 0 && i == 8)];
             state.tensor_captured(i.to_string(), tensor.source(streams[i % 2]), capture).unwrap();
         }
-        let save = rig.executor.save(step, state).unwrap();
+        let save = fixture.executor.save(step, state).unwrap();
         tensors[..8].iter().enumerate().for_each(|(i, t)| streams[i % 2].fill(t, 0xEE));
-        rig.executor.fence_on(&[streams[0].0]).unwrap();
+        fixture.executor.fence_on(&[streams[0].0]).unwrap();
         streams[0].fill(&tensors[8], 0xEE);
         save.wait(LONG).unwrap();
-        let checkpoint = rig.checkpoint(step).unwrap();
+        let checkpoint = fixture.checkpoint(step).unwrap();
         for i in 0..sizes.len() {
             assert_eq!(checkpoint.read(&i.to_string()).unwrap(), bytes(i), "step {step} tensor {i}");
         }
@@ -37,28 +37,28 @@ fn cuda_tensors_captured_at_save_may_be_written_at_once() {
 
 #[test]
 fn cuda_small_tensors_are_captured_while_there_is_room_and_then_left_to_the_fence() {
-    let rig = rig(|b| b.gather(10_000));
-    let stream = rig.gpu.stream();
-    let tensors: Vec<_> = (0..4).map(|i| rig.gpu.tensor(&pattern(i, 4000))).collect();
+    let fixture = fixture(|b| b.gather(10_000));
+    let stream = fixture.gpu.stream();
+    let tensors: Vec<_> = (0..4).map(|i| fixture.gpu.tensor(&pattern(i, 4000))).collect();
     let state = || {
         let mut state = StateDict::new();
         tensors.iter().enumerate().for_each(|(i, t)| _ = state.tensor(i.to_string(), t.source(stream)).unwrap());
         state
     };
-    let save = rig.executor.save(1, state()).unwrap();
-    rig.executor.fence().unwrap();
+    let save = fixture.executor.save(1, state()).unwrap();
+    fixture.executor.fence().unwrap();
     let ashore::Outcome::Durable(committed) = save.wait(LONG).unwrap() else { panic!("not durable") };
     assert_eq!(committed.over_budget, 2);
     let mut asked = state();
     asked.tensor_captured("asked", tensors[3].source(stream), Capture::AtSave).unwrap();
-    let ashore::Outcome::Durable(committed) = rig.executor.save(2, asked).unwrap().wait(LONG).unwrap() else {
+    let ashore::Outcome::Durable(committed) = fixture.executor.save(2, asked).unwrap().wait(LONG).unwrap() else {
         panic!("not durable")
     };
     assert_eq!(committed.over_budget, 3, "what was asked for comes first");
-    let large = rig.gpu.tensor(&pattern(9, 10_001));
+    let large = fixture.gpu.tensor(&pattern(9, 10_001));
     let mut state = StateDict::new();
     state.tensor_captured("large", large.source(stream), Capture::AtSave).unwrap();
-    let error = rig.executor.save(3, state).unwrap_err();
+    let error = fixture.executor.save(3, state).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
     let named = ["tensor=\"large\"", "gather=10000", "bytes=10001", "free=10000"];
     assert!(named.iter().all(|name| error.to_string().contains(name)), "{error}");
@@ -67,33 +67,33 @@ fn cuda_small_tensors_are_captured_while_there_is_room_and_then_left_to_the_fenc
 
 #[test]
 fn cuda_captured_tensors_need_no_fence_before_the_next_save() {
-    let rig = rig(|b| b.overlap(Overlap::Queue(3)));
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&[0; 9000]));
-    rig.gpu.set("hold", COPIES);
+    let fixture = fixture(|b| b.overlap(Overlap::Queue(3)));
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&[0; 9000]));
+    fixture.gpu.set("hold", COPIES);
     let mut saves = Vec::new();
     for step in 1..=4 {
         stream.fill(&tensor, step as u8);
         let mut state = StateDict::new();
         state.tensor("t", tensor.source(stream)).unwrap();
-        saves.push(rig.executor.save(step, state).unwrap());
+        saves.push(fixture.executor.save(step, state).unwrap());
         // The tensor is captured now, and has not left the GPU.
         stream.wait();
     }
     stream.fill(&tensor, 0xEE);
     stream.wait();
-    rig.gpu.set("hold", 0);
+    fixture.gpu.set("hold", 0);
     for (save, step) in saves.into_iter().zip(1..) {
         save.wait(LONG).unwrap();
-        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), vec![step as u8; 9000]);
+        assert_eq!(fixture.checkpoint(step).unwrap().read("t").unwrap(), vec![step as u8; 9000]);
     }
 }
 
 #[test]
 fn cuda_room_of_a_save_that_was_cancelled_is_not_written_late() {
-    let rig = rig(|b| b.gather(8192).detect(Detect::Never));
-    let Some(fake) = rig.gpu.fake() else { return };
-    let (slow, quick) = (rig.gpu.stream(), rig.gpu.stream());
-    let (old, new) = (rig.gpu.tensor(&[1; 8000]), rig.gpu.tensor(&[2; 8000]));
+    let fixture = fixture(|b| b.gather(8192).detect(Detect::Never));
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let (slow, quick) = (fixture.gpu.stream(), fixture.gpu.stream());
+    let (old, new) = (fixture.gpu.tensor(&[1; 8000]), fixture.gpu.tensor(&[2; 8000]));
     let state = |tensor: &super::program::Tensor, stream, capture| {
         let mut state = StateDict::new();
         state.tensor_captured("t", tensor.source(stream), capture).unwrap();
@@ -101,25 +101,25 @@ fn cuda_room_of_a_save_that_was_cancelled_is_not_written_late() {
     };
     // The program's work keeps its stream busy for longer than anything here.
     fake.set("hold", 4);
-    let cancelled = rig.executor.save(1, state(&old, slow, Capture::AtSave)).unwrap();
+    let cancelled = fixture.executor.save(1, state(&old, slow, Capture::AtSave)).unwrap();
     assert!(cancelled.cancel());
     _ = cancelled.wait(LONG);
-    let error = rig.executor.save(2, state(&new, quick, Capture::AtSave)).unwrap_err();
+    let error = fixture.executor.save(2, state(&new, quick, Capture::AtSave)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.to_string().contains("free=192"), "{error}");
     fake.set("hold", 0);
     slow.wait();
-    eventually("the room is free", || rig.executor.save(3, state(&new, quick, Capture::AtSave)).is_ok());
-    rig.executor.fence().unwrap();
+    eventually("the room is free", || fixture.executor.save(3, state(&new, quick, Capture::AtSave)).is_ok());
+    fixture.executor.fence().unwrap();
 }
 
 #[test]
 fn cuda_strided_tensors_are_saved_packed() {
     // Four chunks of scratch, or none: captured tensors are copied late, too, and cut where chunks end.
     for slots in [0, 4] {
-        let rig = rig(|b| b.scratch(slots * 4096));
-        rig.gpu.set("lag_us", 100);
-        let (stream, bytes) = (rig.gpu.stream(), pattern(5, 40_000));
+        let fixture = fixture(|b| b.scratch(slots * 4096));
+        fixture.gpu.set("lag_us", 100);
+        let (stream, bytes) = (fixture.gpu.stream(), pattern(5, 40_000));
         let cases: [(u64, Dtype, &[usize], &[i64]); 7] = [
             (0, Dtype::F32, &[50, 60], &[4, 200]),
             (0, Dtype::U16, &[100], &[6]),
@@ -143,18 +143,18 @@ fn cuda_strided_tensors_are_saved_packed() {
             out
         };
         for (step, capture) in [(1, Capture::AtSave), (2, Capture::AtFence), (3, Capture::AtFence)] {
-            let tensor = rig.gpu.tensor(&bytes);
+            let tensor = fixture.gpu.tensor(&bytes);
             let mut state = StateDict::new();
             for (i, (at, dtype, shape, strides)) in cases.iter().enumerate() {
                 let source = tensor.strided(stream, *at, *dtype, shape, strides);
                 state.tensor_captured(i.to_string(), source, capture).unwrap();
             }
             state.tensor("host", Arc::new(pattern(3, 5000))).unwrap();
-            let save = rig.executor.save(step, state).unwrap();
-            rig.executor.fence_on(&[stream.0]).unwrap();
+            let save = fixture.executor.save(step, state).unwrap();
+            fixture.executor.fence_on(&[stream.0]).unwrap();
             stream.fill(&tensor, 0xEE);
             save.wait(LONG).unwrap();
-            let checkpoint = rig.checkpoint(step).unwrap();
+            let checkpoint = fixture.checkpoint(step).unwrap();
             for (i, case) in cases.iter().enumerate() {
                 assert_eq!(
                     checkpoint.read(&i.to_string()).unwrap(),
@@ -170,14 +170,14 @@ fn cuda_strided_tensors_are_saved_packed() {
 
 #[test]
 fn cuda_tensors_that_no_kernel_can_pack_are_refused_by_name() {
-    let rig = rig(|b| b);
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&[0; 1000]));
+    let fixture = fixture(|b| b);
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&[0; 1000]));
     let mut state = StateDict::new();
     let few = state.tensor("few", tensor.strided(stream, 0, Dtype::F32, &[2, 3], &[4])).map(drop).unwrap_err();
     assert!(few.to_string().contains("tensor=\"few\"") && few.to_string().contains("strides=[4]"), "{few}");
     let (shape, strides) = ([2; 9], [3, 7, 11, 1, 5, 13, 2, 17, 19]);
     state.tensor("many", tensor.strided(stream, 0, Dtype::U8, &shape, &strides)).unwrap();
-    let many = rig.executor.save(1, state).unwrap_err();
+    let many = fixture.executor.save(1, state).unwrap_err();
     assert_eq!(many.kind(), ErrorKind::Invalid);
     assert!(many.to_string().contains("tensor=\"many\""), "{many}");
     assert_eq!(Arc::strong_count(&tensor.0), 1);
@@ -189,44 +189,44 @@ fn cuda_kernels_that_get_bytes_wrong_or_are_refused_gather_nothing() {
         let gpu = Gpu::take();
         let Some(fake) = gpu.fake() else { return };
         fake.fault(fault);
-        let rig = rig_on(gpu, |b| b);
-        let why = rig.executor.device().gather.clone().unwrap_err();
+        let fixture = rig_on(gpu, |b| b);
+        let why = fixture.executor.device().gather.clone().unwrap_err();
         assert!(why.contains(fault.split(':').next().unwrap()), "{why}");
-        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 3000)));
+        let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 3000)));
         let mut state = StateDict::new();
         state.tensor("t", tensor.strided(stream, 0, Dtype::U8, &[1000], &[3])).unwrap();
-        let error = rig.executor.save(1, state).unwrap_err();
+        let error = fixture.executor.save(1, state).unwrap_err();
         assert!(error.to_string().contains("tensor=\"t\"") && error.to_string().contains(&why), "{error}");
         let mut state = StateDict::new();
         state.tensor("t", tensor.source(stream)).unwrap();
-        let save = rig.executor.save(1, state).unwrap();
-        rig.executor.fence_on(&[stream.0]).unwrap();
+        let save = fixture.executor.save(1, state).unwrap();
+        fixture.executor.fence_on(&[stream.0]).unwrap();
         stream.fill(&tensor, 0xEE);
         save.wait(LONG).unwrap();
-        assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 3000));
+        assert_eq!(fixture.checkpoint(1).unwrap().read("t").unwrap(), pattern(1, 3000));
         stream.wait();
     }
 }
 
 #[test]
 fn cuda_small_tensors_cross_the_bus_together_and_their_list_only_once() {
-    let rig = rig(|b| b.chunk(64 << 10).arena(256 << 10).detect(Detect::Never));
-    let Some(fake) = rig.gpu.fake() else { return };
-    let stream = rig.gpu.stream();
-    let tensors: Vec<_> = (0..300).map(|i| rig.gpu.tensor(&pattern(i, 1000))).collect();
+    let fixture = fixture(|b| b.chunk(64 << 10).arena(256 << 10).detect(Detect::Never));
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let stream = fixture.gpu.stream();
+    let tensors: Vec<_> = (0..300).map(|i| fixture.gpu.tensor(&pattern(i, 1000))).collect();
     let (mut copies, mut lists) = (Vec::new(), Vec::new());
     for step in 1..=3 {
         let mut state = StateDict::new();
         for (i, tensor) in tensors.iter().enumerate() {
             state.tensor_captured(format!("{i:03}"), tensor.source(stream), Capture::AtFence).unwrap();
         }
-        let save = rig.executor.save(step, state).unwrap();
-        rig.executor.fence().unwrap();
+        let save = fixture.executor.save(step, state).unwrap();
+        fixture.executor.fence().unwrap();
         save.wait(LONG).unwrap();
         copies.push(fake.calls("cuMemcpyDtoHAsync_v2"));
         lists.push(fake.calls("cuMemcpyHtoDAsync_v2"));
         for i in 0..300 {
-            assert_eq!(rig.checkpoint(step).unwrap().read(&format!("{i:03}")).unwrap(), pattern(i, 1000));
+            assert_eq!(fixture.checkpoint(step).unwrap().read(&format!("{i:03}")).unwrap(), pattern(i, 1000));
         }
     }
     assert!(copies[2] - copies[1] <= 6, "{copies:?}");
@@ -235,38 +235,38 @@ fn cuda_small_tensors_cross_the_bus_together_and_their_list_only_once() {
 
 #[test]
 fn cuda_tensors_written_before_the_fence_are_found_out_by_the_first_saves() {
-    let rig = rig(|b| b.gather(4096));
-    rig.gpu.set("lag_us", 2000);
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 200_000)));
-    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    let fixture = fixture(|b| b.gather(4096));
+    fixture.gpu.set("lag_us", 2000);
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 200_000)));
+    let save = fixture.executor.save(1, at_fence(tensor.source(stream))).unwrap();
     stream.fill(&tensor, 0xEE);
-    rig.executor.fence_on(&[stream.0]).unwrap();
+    fixture.executor.fence_on(&[stream.0]).unwrap();
     let error = save.wait(LONG).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, Some(1)));
     assert!(error.to_string().contains("tensor=\"t\""), "{error}");
-    assert!(rig.checkpoint(1).is_err());
+    assert!(fixture.checkpoint(1).is_err());
     stream.wait();
-    rig.gpu.set("lag_us", 0);
+    fixture.gpu.set("lag_us", 0);
     // After two compared saves nothing is digested any more.
     for step in 2..=4 {
-        let before = rig.gpu.fake().map_or(0, |fake| fake.calls("cuMemsetD8Async"));
-        rig.executor.save(step, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
-        let digested = rig.gpu.fake().map_or(step < 4, |fake| fake.calls("cuMemsetD8Async") > before);
+        let before = fixture.gpu.fake().map_or(0, |fake| fake.calls("cuMemsetD8Async"));
+        fixture.executor.save(step, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
+        let digested = fixture.gpu.fake().map_or(step < 4, |fake| fake.calls("cuMemsetD8Async") > before);
         assert_eq!(digested, step < 4, "step {step}");
     }
 }
 
 #[test]
 fn cuda_strided_tensors_of_another_device_are_refused_by_name() {
-    let rig = rig(|b| b);
+    let fixture = fixture(|b| b);
     let other = Gpu::take();
     let (stream, tensor) = (other.stream(), other.tensor(&pattern(1, 6000)));
-    if stream.0.ordinal() == rig.gpu.ordinal {
+    if stream.0.ordinal() == fixture.gpu.ordinal {
         return;
     }
     let mut state = StateDict::new();
     state.tensor("far", tensor.strided(stream, 0, Dtype::U8, &[3000], &[2])).unwrap();
-    let error = rig.executor.save(1, state).unwrap_err();
+    let error = fixture.executor.save(1, state).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
     let named = [format!("device=cuda:{}", other.ordinal), "tensor=\"far\"".to_owned()];
     assert!(named.iter().all(|name| error.to_string().contains(name)), "{error}");
@@ -276,16 +276,16 @@ fn cuda_strided_tensors_of_another_device_are_refused_by_name() {
 #[test]
 fn cuda_tensors_of_a_save_that_never_begins_are_kept_until_the_gpu_has_read_them() {
     const KERNELS: u64 = 8;
-    let rig = rig(|b| b.overlap(Overlap::Latest));
-    let Some(fake) = rig.gpu.fake() else { return };
-    let stream = rig.gpu.stream();
-    let tensors: Vec<_> = (0..5).map(|i| rig.gpu.tensor(&[i as u8; 3000])).collect();
+    let fixture = fixture(|b| b.overlap(Overlap::Latest));
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let stream = fixture.gpu.stream();
+    let tensors: Vec<_> = (0..5).map(|i| fixture.gpu.tensor(&[i as u8; 3000])).collect();
     fake.set("hold", KERNELS);
     let mut saves = Vec::new();
     for (tensor, step) in tensors.iter().zip(1..) {
         let mut state = StateDict::new();
         state.tensor("t", tensor.source(stream)).unwrap();
-        let save = rig.executor.save(step, state).unwrap();
+        let save = fixture.executor.save(step, state).unwrap();
         if step == 1 {
             // From then on each save supersedes the one before.
             eventually("the first is being staged", || save.progress().phase == Phase::Staging);
@@ -305,19 +305,19 @@ fn cuda_tensors_of_a_save_that_never_begins_are_kept_until_the_gpu_has_read_them
 /// The capture pool gives up an allocation that may still be written, and reuses the rest.
 #[test]
 fn cuda_capture_that_fails_does_not_take_the_room_from_later_saves() {
-    let rig = rig(|b| b.gather(16 << 10).detect(Detect::Never));
-    let Some(fake) = rig.gpu.fake() else { return };
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 4000)));
+    let fixture = fixture(|b| b.gather(16 << 10).detect(Detect::Never));
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 4000)));
     let state = || {
         let mut state = StateDict::new();
         state.tensor_captured("t", tensor.source(stream), Capture::AtSave).unwrap();
         state
     };
     fake.fault("cuLaunchKernel:1:1");
-    assert_eq!(rig.executor.save(1, state()).unwrap_err().kind(), ErrorKind::Device);
+    assert_eq!(fixture.executor.save(1, state()).unwrap_err().kind(), ErrorKind::Device);
     for step in 2..20 {
-        rig.executor.save(step, state()).unwrap().wait(LONG).unwrap();
-        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), pattern(1, 4000));
+        fixture.executor.save(step, state()).unwrap().wait(LONG).unwrap();
+        assert_eq!(fixture.checkpoint(step).unwrap().read("t").unwrap(), pattern(1, 4000));
     }
 }
 
@@ -326,10 +326,10 @@ fn cuda_capture_that_fails_does_not_take_the_room_from_later_saves() {
 #[test]
 fn cuda_scope_waits_for_kernels_of_a_save_that_was_refused() {
     const KERNELS: u64 = 8;
-    let rig = rig(|b| b);
-    let Some(fake) = rig.gpu.fake() else { return };
-    let (first, second) = (rig.gpu.stream(), rig.gpu.stream());
-    let (one, two) = (rig.gpu.tensor(&pattern(1, 3000)), rig.gpu.tensor(&pattern(2, 3000)));
+    let fixture = fixture(|b| b);
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let (first, second) = (fixture.gpu.stream(), fixture.gpu.stream());
+    let (one, two) = (fixture.gpu.tensor(&pattern(1, 3000)), fixture.gpu.tensor(&pattern(2, 3000)));
     fake.set("hold", KERNELS);
     let ended = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|threads| {
@@ -337,10 +337,10 @@ fn cuda_scope_waits_for_kernels_of_a_save_that_was_refused() {
             let mut state = StateDict::new();
             state.tensor("one", one.source(first)).unwrap();
             state.tensor("two", two.source(second)).unwrap();
-            let (rig, one, ended) = (&rig, &one, &ended);
+            let (fixture, one, ended) = (&fixture, &one, &ended);
             threads.spawn(move || {
-                rig.gpu.enter();
-                let error = rig.executor.scope(Fence::host(), |scope| scope.save(1, state)).unwrap().unwrap_err();
+                fixture.gpu.enter();
+                let error = fixture.executor.scope(Fence::host(), |scope| scope.save(1, state)).unwrap().unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::Invalid);
                 assert_eq!(Arc::strong_count(&one.0), 1, "still to be read");
                 ended.store(true, std::sync::atomic::Ordering::Release);
@@ -350,19 +350,19 @@ fn cuda_scope_waits_for_kernels_of_a_save_that_was_refused() {
         assert!(!ended.load(std::sync::atomic::Ordering::Acquire));
         fake.set("hold", 0);
     });
-    rig.executor.save(1, at_fence(one.source(first))).unwrap().wait(LONG).unwrap();
+    fixture.executor.save(1, at_fence(one.source(first))).unwrap().wait(LONG).unwrap();
 }
 
 /// Each of the two fits the capture pool, both do not: waiting for memory would never end.
 #[test]
 fn cuda_captures_that_never_fit_together_are_refused_for_good() {
-    let rig = rig(|b| b.gather(16 << 10).detect(Detect::Never));
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 10_000)));
+    let fixture = fixture(|b| b.gather(16 << 10).detect(Detect::Never));
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 10_000)));
     let mut state = StateDict::new();
     for name in ["a", "b"] {
         state.tensor_captured(name, tensor.source(stream), Capture::AtSave).unwrap();
     }
-    let error = rig.executor.save(1, state).unwrap_err();
+    let error = fixture.executor.save(1, state).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
 }
 
@@ -389,27 +389,27 @@ unsafe impl Source for Broken {
 #[test]
 fn cuda_source_that_panics_at_save_frees_nothing_that_a_kernel_still_reads() {
     const KERNELS: u64 = 8;
-    let rig = rig(|b| b);
-    let Some(fake) = rig.gpu.fake() else { return };
-    let (first, second) = (rig.gpu.stream(), rig.gpu.stream());
-    let tensor = rig.gpu.tensor(&pattern(1, 3000));
+    let fixture = fixture(|b| b);
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let (first, second) = (fixture.gpu.stream(), fixture.gpu.stream());
+    let tensor = fixture.gpu.tensor(&pattern(1, 3000));
     fake.set("hold", KERNELS);
     let mut state = StateDict::new();
     state.tensor("one", tensor.source(first)).unwrap();
     state.tensor("two", Broken(second.0)).unwrap();
-    assert_eq!(rig.executor.save(1, state).unwrap_err().kind(), ErrorKind::Internal);
+    assert_eq!(fixture.executor.save(1, state).unwrap_err().kind(), ErrorKind::Internal);
     assert_eq!(Arc::strong_count(&tensor.0), 2, "the GPU has not read it yet");
     fake.set("hold", 0);
     eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
-    rig.executor.save(1, at_fence(tensor.source(first))).unwrap().wait(LONG).unwrap();
+    fixture.executor.save(1, at_fence(tensor.source(first))).unwrap().wait(LONG).unwrap();
 }
 
 /// A driver error while tensors were captured lost their allocation of the capture pool for good.
 #[test]
 fn cuda_room_comes_back_after_a_capture_that_the_driver_refused() {
-    let rig = rig(|b| b.gather(64 << 10).detect(Detect::Never));
-    let Some(fake) = rig.gpu.fake() else { return };
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
+    let fixture = fixture(|b| b.gather(64 << 10).detect(Detect::Never));
+    let Some(fake) = fixture.gpu.fake() else { return };
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 30_000)));
     let state = || {
         let mut state = StateDict::new();
         state.tensor_captured("t", tensor.source(stream), Capture::AtSave).unwrap();
@@ -417,10 +417,10 @@ fn cuda_room_comes_back_after_a_capture_that_the_driver_refused() {
     };
     for step in 1..=5 {
         fake.fault("cuLaunchKernel:1:1");
-        let error = rig.executor.save(step, state()).unwrap_err();
+        let error = fixture.executor.save(step, state()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Device, "{error}");
         eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
     }
-    rig.executor.save(6, state()).unwrap().wait(LONG).unwrap();
-    assert_eq!(rig.checkpoint(6).unwrap().read("t").unwrap(), pattern(1, 30_000));
+    fixture.executor.save(6, state()).unwrap().wait(LONG).unwrap();
+    assert_eq!(fixture.checkpoint(6).unwrap().read("t").unwrap(), pattern(1, 30_000));
 }

@@ -1,7 +1,7 @@
 //! The program provides the memory for late copies.
 
 use super::program::{COPIES, Gpu, at_fence, rig_on};
-use crate::rig::{LONG, eventually, pattern};
+use crate::fixtures::executor::{LONG, eventually, pattern};
 use ashore::{CheckpointExecutor, DeviceChoice, ErrorKind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,26 +17,26 @@ fn cuda_memory_that_was_handed_in_takes_what_is_set_aside_and_is_let_go_at_the_e
     let before = gpu.fake().map(|fake| (fake.live().bytes, fake.live().blocks));
     let scratch = gpu.tensor(&[0; BYTES]);
     let ordinal = gpu.ordinal;
-    let rig = rig_on(gpu, |b| scratch.scratch_of(b, ordinal, BYTES as u64));
-    assert_eq!((rig.executor.device().scratch.clone(), rig.executor.settings().scratch), (Ok(9), BYTES as u64));
+    let fixture = rig_on(gpu, |b| scratch.scratch_of(b, ordinal, BYTES as u64));
+    assert_eq!((fixture.executor.device().scratch.clone(), fixture.executor.settings().scratch), (Ok(9), BYTES as u64));
     assert_eq!(Arc::strong_count(&scratch.0), 2);
-    let (stream, bytes) = (rig.gpu.stream(), pattern(1, 30_000));
-    let tensor = rig.gpu.tensor(&bytes);
-    rig.gpu.set("hold", COPIES);
-    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
-    rig.executor.fence_on(&[stream.0]).unwrap();
+    let (stream, bytes) = (fixture.gpu.stream(), pattern(1, 30_000));
+    let tensor = fixture.gpu.tensor(&bytes);
+    fixture.gpu.set("hold", COPIES);
+    let save = fixture.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    fixture.executor.fence_on(&[stream.0]).unwrap();
     stream.fill(&tensor, 0xEE);
     // Nothing had left the GPU when its kernels ran.
     stream.wait();
-    rig.gpu.set("hold", 0);
+    fixture.gpu.set("hold", 0);
     save.wait(LONG).unwrap();
-    assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), bytes);
-    if rig.gpu.fake().is_some() {
+    assert_eq!(fixture.checkpoint(1).unwrap().read("t").unwrap(), bytes);
+    if fixture.gpu.fake().is_some() {
         // Some slot holds the last chunk, byte for byte.
         let last = &bytes[bytes.len() - 1000..];
         assert!(scratch.read().windows(last.len()).any(|found| found == last));
     }
-    let (executor, gpu) = (rig.executor, rig.gpu);
+    let (executor, gpu) = (fixture.executor, fixture.gpu);
     executor.shutdown(LONG).unwrap();
     drop(executor);
     eventually("the memory is let go", || Arc::strong_count(&scratch.0) == 1);
@@ -53,12 +53,12 @@ fn cuda_memory_that_was_handed_in_is_kept_until_no_kernel_will_write_it() {
     }
     let (scratch, ordinal) = (gpu.tensor(&[0; BYTES]), gpu.ordinal);
     let patience = Duration::from_millis(20);
-    let rig = rig_on(gpu, |b| scratch.scratch_of(b, ordinal, BYTES as u64).shutdown_timeout(patience));
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 30_000)));
-    rig.gpu.set("hold", COPIES | KERNELS);
-    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
-    rig.executor.fence_on(&[stream.0]).unwrap();
-    let (executor, gpu) = (rig.executor, rig.gpu);
+    let fixture = rig_on(gpu, |b| scratch.scratch_of(b, ordinal, BYTES as u64).shutdown_timeout(patience));
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 30_000)));
+    fixture.gpu.set("hold", COPIES | KERNELS);
+    let save = fixture.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    fixture.executor.fence_on(&[stream.0]).unwrap();
+    let (executor, gpu) = (fixture.executor, fixture.gpu);
     std::thread::scope(|threads| {
         let end = threads.spawn(|| drop(executor));
         save.wait(LONG).unwrap_err();

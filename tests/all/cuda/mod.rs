@@ -2,15 +2,15 @@
 //! errors, never speed. With `ASHORE_REQUIRE_GPU=1` the tests run on a real driver, where copies of another
 //! stream stand in for lags and holds; tests that need faults or held kernels leave that part out.
 
-mod aside;
 mod batch;
+mod borrowed;
 mod choosing;
 mod cudarc;
 mod failing;
 mod finding;
 mod gather;
 mod handed_in;
-mod lent;
+mod late_copies;
 mod loader;
 mod program;
 mod restoring;

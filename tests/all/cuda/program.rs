@@ -2,7 +2,7 @@
 //! nothing of it.
 #![expect(unsafe_code, reason = "calls of a C library, and sources over its memory")]
 
-use crate::rig::LONG;
+use crate::fixtures::executor::LONG;
 use ashore::id::step_name;
 use ashore::internal::device::Cuda;
 use ashore::storage::{Memory, Storage};
@@ -377,21 +377,21 @@ impl Tensor {
 }
 
 /// An executor on a GPU, over storage in memory, with chunks of 4 KiB in four slabs.
-pub struct Rig {
+pub struct Fixture {
     pub executor: CheckpointExecutor,
     pub storage: Arc<dyn Storage>,
     pub gpu: Gpu,
 }
 
-pub fn rig(change: impl FnOnce(Builder) -> Builder) -> Rig {
+pub fn fixture(change: impl FnOnce(Builder) -> Builder) -> Fixture {
     rig_on(Gpu::take(), change)
 }
 
-pub fn rig_on(gpu: Gpu, change: impl FnOnce(Builder) -> Builder) -> Rig {
+pub fn rig_on(gpu: Gpu, change: impl FnOnce(Builder) -> Builder) -> Fixture {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
     let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).made_device(gpu.device());
     let executor = change(builder.arena(4 * 4096).chunk(4096).gather(64 << 10).shutdown_timeout(LONG)).build().unwrap();
-    Rig { executor, storage, gpu }
+    Fixture { executor, storage, gpu }
 }
 
 /// A state of one tensor, "t", that is left to the fence, however small it is.
@@ -401,7 +401,7 @@ pub fn at_fence(source: RawDevice) -> StateDict<'static> {
     state
 }
 
-impl Rig {
+impl Fixture {
     pub fn checkpoint(&self, step: u64) -> ashore::Result<Checkpoint> {
         Checkpoint::from_storage(self.storage.clone(), &step_name(step))
     }

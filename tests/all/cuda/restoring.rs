@@ -1,17 +1,19 @@
 //! Restores into device memory: which bytes arrive, after which work, and which never get there.
 
-use super::program::{Gpu, Stream, Tensor, rig};
-use crate::made::{Made, noise, open};
-use crate::rig::{LONG, one, pattern};
+use super::program::{Gpu, Stream, Tensor, fixture};
+use crate::fixtures::checkpoint::{MadeCheckpoint, noise, open};
+use crate::fixtures::executor::{LONG, one, pattern};
 use ashore::internal::format::manifest::BLOCK;
 use ashore::{Checkpoint, DeviceChoice, Dtype, ErrorKind, Targets};
 
 const MIB: usize = 1 << 20;
 
 /// Tensors of bytes, by name.
-pub fn step(tensors: &[(&str, &[u8])]) -> Made {
-    let add = |made: Made, &(name, bytes): &(&str, &[u8])| made.tensor(name, Dtype::U8, &[bytes.len()], bytes.into());
-    tensors.iter().fold(Made::new(7), add)
+pub fn step(tensors: &[(&str, &[u8])]) -> MadeCheckpoint {
+    let add = |made: MadeCheckpoint, &(name, bytes): &(&str, &[u8])| {
+        made.tensor(name, Dtype::U8, &[bytes.len()], bytes.into())
+    };
+    tensors.iter().fold(MadeCheckpoint::new(7), add)
 }
 
 /// A checkpoint of these tensors, opened for a device.
@@ -30,9 +32,9 @@ fn cuda_tensors_of_any_length_are_restored_to_any_address_bit_for_bit() {
     gpu.set("lag_us", 300);
     let streams = [gpu.stream(), gpu.stream(), Stream::legacy(gpu.ordinal)];
     let sizes = [0, 1, 3, 100, 4095, 4096, 4097, 70_001, 8 * MIB, 8 * MIB + 1, 19 * MIB + 5];
-    let made = sizes
-        .iter()
-        .fold(Made::new(7).shards(2), |made, &n| made.tensor(&format!("t{n}"), Dtype::U8, &[n], noise(n, n as u64)));
+    let made = sizes.iter().fold(MadeCheckpoint::new(7).shards(2), |made, &n| {
+        made.tensor(&format!("t{n}"), Dtype::U8, &[n], noise(n, n as u64))
+    });
     // Real files, so that reads bypass the page cache where they can.
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("step-00000007");
@@ -62,8 +64,9 @@ fn cuda_restores_many_small_tensors_and_those_of_the_host_in_one_call() {
     let gpu = Gpu::take();
     let stream = gpu.stream();
     let bytes = |i: usize| pattern(i as u64, i * 7 % 1000);
-    let made = (0..2000)
-        .fold(Made::new(7).shards(3), |made, i| made.tensor(&format!("t{i}"), Dtype::U8, &[bytes(i).len()], bytes(i)));
+    let made = (0..2000).fold(MadeCheckpoint::new(7).shards(3), |made, i| {
+        made.tensor(&format!("t{i}"), Dtype::U8, &[bytes(i).len()], bytes(i))
+    });
     let checkpoint = made.open().unwrap().with_made_device(gpu.device());
     let device: Vec<_> = (0..2000).step_by(2).map(|i| (i, blank(&gpu, bytes(i).len()))).collect();
     let mut host: Vec<_> = (0..2000).skip(1).step_by(2).map(|i| (i, vec![0xEE; bytes(i).len()])).collect();
@@ -85,7 +88,7 @@ fn cuda_slices_are_restored_packed_also_when_they_overlap() {
     let stream = gpu.stream();
     // Rows of 3000 bytes, and of 120,000: blocks of 8 MiB end in the middle of one.
     let bytes = [noise(6000 * 3000, 5), noise(150 * 120_000, 6)];
-    let made = Made::new(7).tensor("t", Dtype::F32, &[6000, 750], bytes[0].clone());
+    let made = MadeCheckpoint::new(7).tensor("t", Dtype::F32, &[6000, 750], bytes[0].clone());
     let made = made.tensor("u", Dtype::U8, &[150, 120_000], bytes[1].clone());
     let checkpoint = made.open().unwrap().with_made_device(gpu.device());
     let slices = [
@@ -183,8 +186,10 @@ fn cuda_slabs_are_not_read_into_while_they_are_copied_from() {
     let stream = gpu.stream();
     let tensors: Vec<_> = (0..12).map(|i| (format!("t{i}"), noise(100_000, i))).collect();
     // Each in a file of its own, so that one thread copies them one after the other.
-    let add = |made: Made, (name, bytes): &(String, Vec<u8>)| made.tensor(name, Dtype::U8, &[100_000], bytes.clone());
-    let made = tensors.iter().fold(Made::new(7).shards(12), add);
+    let add = |made: MadeCheckpoint, (name, bytes): &(String, Vec<u8>)| {
+        made.tensor(name, Dtype::U8, &[100_000], bytes.clone())
+    };
+    let made = tensors.iter().fold(MadeCheckpoint::new(7).shards(12), add);
     let checkpoint = made.open().unwrap().with_made_device(gpu.device()).with_threads(1);
     let memory: Vec<_> = tensors.iter().map(|_| blank(&gpu, 100_000)).collect();
     let targets = tensors.iter().zip(&memory);
@@ -225,23 +230,23 @@ fn cuda_bytes_that_are_not_what_was_written_never_get_to_the_device() {
 
 #[test]
 fn cuda_state_goes_from_the_gpu_to_disk_and_back() {
-    let rig = rig(|b| b);
-    rig.gpu.set("lag_us", 200);
-    let stream = rig.gpu.stream();
-    let tensor = rig.gpu.tensor(&pattern(1, 100_000));
+    let fixture = fixture(|b| b);
+    fixture.gpu.set("lag_us", 200);
+    let stream = fixture.gpu.stream();
+    let tensor = fixture.gpu.tensor(&pattern(1, 100_000));
     for step in 1..=5 {
         let expected = tensor.read();
-        rig.executor.save(step, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
+        fixture.executor.save(step, one("t", tensor.source(stream))).unwrap().wait(LONG).unwrap();
         stream.fill(&tensor, step as u8);
         // The next step is saved while the last is read.
-        let other = rig.gpu.tensor(&pattern(step, 60_000));
-        let save = rig.executor.save(100 + step, one("o", other.source(stream))).unwrap();
-        let checkpoint = rig.executor.checkpoint(step).unwrap();
+        let other = fixture.gpu.tensor(&pattern(step, 60_000));
+        let save = fixture.executor.save(100 + step, one("o", other.source(stream))).unwrap();
+        let checkpoint = fixture.executor.checkpoint(step).unwrap();
         checkpoint.read_into(Targets::new().device("t", tensor.target(stream))).unwrap();
         assert!(tensor.read() == expected);
-        rig.executor.fence().unwrap();
+        fixture.executor.fence().unwrap();
         save.wait(LONG).unwrap();
-        let newest = rig.executor.latest().unwrap().unwrap();
+        let newest = fixture.executor.latest().unwrap().unwrap();
         stream.fill(&other, 0xEE);
         newest.read_into(Targets::new().device("o", other.target(stream))).unwrap();
         assert!(other.read() == pattern(step, 60_000));

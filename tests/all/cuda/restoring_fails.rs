@@ -3,8 +3,8 @@
 
 use super::program::{Gpu, Stream, Tensor};
 use super::restoring::{blank, opened, step};
-use crate::made::noise;
-use crate::rig::eventually;
+use crate::fixtures::checkpoint::noise;
+use crate::fixtures::executor::eventually;
 use ashore::storage::{Memory, Storage};
 use ashore::{Checkpoint, ErrorKind, Targets};
 use std::sync::Arc;

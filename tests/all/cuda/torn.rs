@@ -1,8 +1,8 @@
 //! No snapshot is torn: in thousands of saves the tensors are written, freed and reused as early as a program
 //! may. Every byte must be that of its step.
 
-use super::program::{Gpu, Rig, Stream, Tensor, rig_on};
-use crate::rig::LONG;
+use super::program::{Fixture, Gpu, Stream, Tensor, rig_on};
+use crate::fixtures::executor::LONG;
 use ashore::{Capture, Detect, Dtype, Fence, SaveOptions, Snapshot, StateDict};
 use proptest::prelude::Rng as _;
 use proptest::test_runner::{RngAlgorithm, TestRng};
@@ -49,7 +49,7 @@ type Open = (ashore::Save, Case, Vec<(usize, u8)>);
 
 /// One program: many saves on one executor.
 struct Program {
-    rig: Rig,
+    fixture: Fixture,
     streams: [Stream; 3],
     random: TestRng,
     step: u64,
@@ -63,12 +63,12 @@ impl Program {
         gpu.set("seed", u64::from(seed) + 1);
         gpu.set("reuse", 1);
         let streams = [gpu.stream(), gpu.stream(), gpu.stream()];
-        let rig = rig_on(gpu, |b| {
+        let fixture = rig_on(gpu, |b| {
             let b = b.arena(slabs * 4096).scratch(slots * 4096).detect(Detect::Never);
             b.overlap(ashore::Overlap::Queue(3)).batch(batch).memory_waits(waits)
         });
         let random = TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]);
-        Self { rig, streams, random, step: 0, open: Vec::new(), counts: BTreeMap::new() }
+        Self { fixture, streams, random, step: 0, open: Vec::new(), counts: BTreeMap::new() }
     }
 
     fn below(&mut self, bound: usize) -> usize {
@@ -80,8 +80,8 @@ impl Program {
         let (step, case) = (self.step, CASES[self.below(CASES.len())]);
         *self.counts.entry(case).or_default() += 1;
         let lag = [0, 0, 20, 100, 300][self.below(5)];
-        self.rig.gpu.set("lag_us", lag);
-        self.rig.gpu.set("jitter_us", lag / 2);
+        self.fixture.gpu.set("lag_us", lag);
+        self.fixture.gpu.set("jitter_us", lag / 2);
         let producer = self.streams[self.below(2)];
         let other = self.streams[2];
         let value = (step % 200) as u8 + 1;
@@ -110,7 +110,7 @@ impl Program {
             state.tensor(host, Arc::new(vec![value; 3000])).unwrap();
             state
         };
-        let executor = &self.rig.executor;
+        let executor = &self.fixture.executor;
         let scoped = |fence: Fence<'_>| executor.scope(fence, |s| s.save(step, state(&tensors))).unwrap().unwrap();
         let write = |stream: Stream, value: u8| tensors.iter().for_each(|t| stream.fill(t, value));
         let half = |i: usize| matches!(kinds[i], 2 | 3) && !matches!(case, Case::ScopeOnHost | Case::ScopeOnStream);
@@ -168,7 +168,7 @@ impl Program {
         for (save, case, expected) in self.open.drain(..) {
             let step = save.step();
             save.wait(LONG).unwrap();
-            let checkpoint = self.rig.checkpoint(step).unwrap();
+            let checkpoint = self.fixture.checkpoint(step).unwrap();
             for (i, (len, value)) in expected.iter().enumerate() {
                 let bytes = checkpoint.read(&i.to_string()).unwrap();
                 let wrong = bytes.iter().filter(|b| *b != value).count();
@@ -178,7 +178,7 @@ impl Program {
             }
             let host = if step % 4 == 0 { "host" } else { "+host" };
             assert!(checkpoint.read(host).unwrap().iter().all(|b| *b == expected[0].1));
-            self.rig.storage.remove(&ashore::id::step_name(step)).unwrap();
+            self.fixture.storage.remove(&ashore::id::step_name(step)).unwrap();
         }
     }
 }
@@ -199,11 +199,11 @@ fn cuda_snapshots_are_never_torn() {
                 }
                 program.check();
                 // A copy from freed memory would be a sticky error.
-                assert_eq!(program.rig.gpu.fake().map_or(0, |fake| fake.sticky()), 0);
-                let kernels = program.rig.gpu.fake().map(|fake| fake.calls("cuLaunchKernel"));
+                assert_eq!(program.fixture.gpu.fake().map_or(0, |fake| fake.sticky()), 0);
+                let kernels = program.fixture.gpu.fake().map(|fake| fake.calls("cuLaunchKernel"));
                 assert!(kernels.is_none_or(|n| if slots == 0 { n > 800 } else { n > 2400 }), "{kernels:?}");
                 for (call, made) in [("cuMemcpyBatchAsync_v2", batch), ("cuStreamWaitValue32_v2", waits)] {
-                    let calls = program.rig.gpu.fake().map(|fake| fake.calls(call));
+                    let calls = program.fixture.gpu.fake().map(|fake| fake.calls(call));
                     assert!(calls.is_none_or(|n| if made { n > 100 } else { n == 0 }), "{call} {calls:?}");
                 }
                 program.counts

@@ -1,9 +1,9 @@
 //! Streams wait at a fence for a number in memory, until the copies have ended or the save has failed.
 
 use super::loader::{Found, here, pass, path_of};
-use super::program::{COPIES, Gpu, Rig, Stream, Tensor, at_fence, left_out, open_device, real, rig, rig_on};
+use super::program::{COPIES, Fixture, Gpu, Stream, Tensor, at_fence, fixture, left_out, open_device, real, rig_on};
 use super::staging::{refused_or_staged, write_right_after};
-use crate::rig::{LONG, eventually, one, pattern};
+use crate::fixtures::executor::{LONG, eventually, one, pattern};
 use ashore::{Builder, Capture, CheckpointExecutor, ErrorKind, Save, StateDict};
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ fn waiting(builder: Builder) -> Builder {
     builder.memory_waits(true).shutdown_timeout(Duration::from_secs(5))
 }
 
-impl Rig {
+impl Fixture {
     /// Whether the first byte of the tensor has been written by `Stream::fill` with 0xEE.
     fn written(&self, tensor: &Tensor) -> bool {
         self.gpu.fake().is_some_and(|fake| fake.peek(tensor.0.at, 1) == [0xEE])
@@ -49,11 +49,11 @@ impl Rig {
 
 #[test]
 fn cuda_streams_write_after_a_memory_wait_only_what_has_left_the_gpu() {
-    let rig = rig(waiting);
-    assert!(rig.executor.device().memory_waits.as_ref().is_ok_and(|&n| n > 1));
-    rig.gpu.set("lag_us", 300);
-    write_right_after(&rig, |streams| rig.executor.fence_on(streams).unwrap());
-    if let Some(fake) = rig.gpu.fake() {
+    let fixture = fixture(waiting);
+    assert!(fixture.executor.device().memory_waits.as_ref().is_ok_and(|&n| n > 1));
+    fixture.gpu.set("lag_us", 300);
+    write_right_after(&fixture, |streams| fixture.executor.fence_on(streams).unwrap());
+    if let Some(fake) = fixture.gpu.fake() {
         assert!(fake.calls(WAIT) > 20 && fake.calls(WRITE) > 20);
     }
 }
@@ -62,89 +62,89 @@ fn cuda_streams_write_after_a_memory_wait_only_what_has_left_the_gpu() {
 fn cuda_streams_are_let_go_when_the_save_fails_although_its_copies_hang() {
     for cancel in [true, false] {
         let deadline = if cancel { LONG } else { Duration::from_millis(40) };
-        let rig = rig(|b| waiting(b).save_timeout(deadline).fence_timeout(LONG));
-        let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
-        let Some(save) = rig.held(1, &tensor, stream) else { return };
+        let fixture = fixture(|b| waiting(b).save_timeout(deadline).fence_timeout(LONG));
+        let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 9000)));
+        let Some(save) = fixture.held(1, &tensor, stream) else { return };
         assert!(!cancel || save.cancel());
         stream.wait();
-        assert!(rig.written(&tensor));
+        assert!(fixture.written(&tensor));
         let kind = save.wait(LONG).unwrap_err().kind();
         assert_eq!(kind, if cancel { ErrorKind::Cancelled } else { ErrorKind::Deadline });
         // The copies may still begin: their source memory is kept.
         std::thread::sleep(A_WHILE);
         assert!(Arc::strong_count(&tensor.0) > 1);
-        rig.gpu.set("hold", 0);
+        fixture.gpu.set("hold", 0);
         eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
-        eventually("slabs come home", || rig.executor.arena().free() == rig.executor.arena().report().slabs);
-        assert!(rig.checkpoint(1).is_err());
+        eventually("slabs come home", || fixture.executor.arena().free() == fixture.executor.arena().report().slabs);
+        assert!(fixture.checkpoint(1).is_err());
         if cancel {
-            rig.saves_right(2);
+            fixture.saves_right(2);
         }
     }
 }
 
 #[test]
 fn cuda_streams_that_wait_for_an_event_are_not_let_go() {
-    let rig = rig(|b| b);
-    assert!(rig.executor.device().memory_waits.as_ref().is_err_and(|why| why.contains("setting=memory_waits")));
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
-    let Some(save) = rig.held(1, &tensor, stream) else { return };
+    let fixture = fixture(|b| b);
+    assert!(fixture.executor.device().memory_waits.as_ref().is_err_and(|why| why.contains("setting=memory_waits")));
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 9000)));
+    let Some(save) = fixture.held(1, &tensor, stream) else { return };
     assert!(save.cancel());
     std::thread::sleep(A_WHILE);
-    assert!(!rig.written(&tensor));
-    rig.gpu.set("hold", 0);
+    assert!(!fixture.written(&tensor));
+    fixture.gpu.set("hold", 0);
     stream.wait();
-    assert!(rig.written(&tensor));
-    assert_eq!(rig.gpu.fake().map_or(0, |fake| fake.calls(WAIT) + fake.calls(WRITE)), 0);
+    assert!(fixture.written(&tensor));
+    assert_eq!(fixture.gpu.fake().map_or(0, |fake| fake.calls(WAIT) + fake.calls(WRITE)), 0);
 }
 
 #[test]
 fn cuda_every_fence_of_a_save_lets_its_streams_go_and_later_ones_do_not_wait() {
-    let rig = rig(waiting);
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
-    let others: Vec<_> = (0..3).map(|i| (rig.gpu.stream(), rig.gpu.tensor(&pattern(i, 100)))).collect();
-    let Some(save) = rig.held(1, &tensor, stream) else { return };
+    let fixture = fixture(waiting);
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 9000)));
+    let others: Vec<_> = (0..3).map(|i| (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(i, 100)))).collect();
+    let Some(save) = fixture.held(1, &tensor, stream) else { return };
     for (other, mark) in &others[..2] {
-        rig.executor.fence_on(&[other.0, stream.0]).unwrap();
+        fixture.executor.fence_on(&[other.0, stream.0]).unwrap();
         other.fill(mark, 0xEE);
     }
     std::thread::sleep(A_WHILE);
-    assert!(!others.iter().any(|(_, mark)| rig.written(mark)));
+    assert!(!others.iter().any(|(_, mark)| fixture.written(mark)));
     assert!(save.cancel());
     // The save still reads, in vain.
     let (late, mark) = &others[2];
-    rig.executor.fence_on(&[late.0]).unwrap();
+    fixture.executor.fence_on(&[late.0]).unwrap();
     late.fill(mark, 0xEE);
     for (other, mark) in &others {
         other.wait();
-        assert!(rig.written(mark));
+        assert!(fixture.written(mark));
     }
     stream.wait();
     assert!(Arc::strong_count(&tensor.0) > 1);
-    rig.gpu.set("hold", 0);
-    rig.saves_right(2);
+    fixture.gpu.set("hold", 0);
+    fixture.saves_right(2);
 }
 
 #[test]
 fn cuda_streams_wait_for_an_event_when_too_many_memory_waits_are_pending() {
-    let rig = rig(waiting);
-    let at_once = rig.executor.device().memory_waits.clone().unwrap();
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
-    let (late, mark) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(2, 100)));
-    let Some(save) = rig.held(1, &tensor, stream) else { return };
-    (1..at_once).for_each(|_| rig.executor.fence_on(&[stream.0]).unwrap());
-    rig.executor.fence_on(&[late.0]).unwrap();
+    let fixture = fixture(waiting);
+    let at_once = fixture.executor.device().memory_waits.clone().unwrap();
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 9000)));
+    let (late, mark) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(2, 100)));
+    let Some(save) = fixture.held(1, &tensor, stream) else { return };
+    (1..at_once).for_each(|_| fixture.executor.fence_on(&[stream.0]).unwrap());
+    fixture.executor.fence_on(&[late.0]).unwrap();
     late.fill(&mark, 0xEE);
     assert!(save.cancel());
     stream.wait();
-    assert!(rig.written(&tensor) && !rig.written(&mark));
-    rig.gpu.set("hold", 0);
+    assert!(fixture.written(&tensor) && !fixture.written(&mark));
+    fixture.gpu.set("hold", 0);
     late.wait();
     eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
     // All of them were returned and reused more than once.
-    let fake = rig.gpu.fake().unwrap();
+    let fake = fixture.gpu.fake().unwrap();
     let before = fake.calls(WAIT);
-    (0..2 * at_once as u64 + 2).for_each(|i| rig.saves_right(2 + i));
+    (0..2 * at_once as u64 + 2).for_each(|i| fixture.saves_right(2 + i));
     assert!(fake.calls(WAIT) > before + at_once as u64);
 }
 
@@ -152,21 +152,21 @@ fn cuda_streams_wait_for_an_event_when_too_many_memory_waits_are_pending() {
 fn cuda_streams_of_several_devices_are_let_go() {
     // The executor is dropped first.
     let second = Gpu::take();
-    let rig = rig(waiting);
-    let (Some(fake), Some(other)) = (rig.gpu.fake(), second.fake()) else { return };
-    let (mine, theirs) = (rig.gpu.stream(), second.stream());
-    let (near, far) = (rig.gpu.tensor(&[0; 5000]), second.tensor(&[0; 5000]));
+    let fixture = fixture(waiting);
+    let (Some(fake), Some(other)) = (fixture.gpu.fake(), second.fake()) else { return };
+    let (mine, theirs) = (fixture.gpu.stream(), second.stream());
+    let (near, far) = (fixture.gpu.tensor(&[0; 5000]), second.tensor(&[0; 5000]));
     for step in 1..=8 {
         let mut state = StateDict::new();
         state.tensor_captured("near", near.source(mine), Capture::AtFence).unwrap();
         state.tensor_captured("far", far.source(theirs), Capture::AtFence).unwrap();
         // Held on one of them only.
         [fake, other][step as usize % 2].set("hold", COPIES);
-        let save = rig.executor.save(step, state).unwrap();
-        rig.executor.fence_on(&[mine.0, theirs.0]).unwrap();
+        let save = fixture.executor.save(step, state).unwrap();
+        fixture.executor.fence_on(&[mine.0, theirs.0]).unwrap();
         second.enter();
         theirs.fill(&far, step as u8);
-        rig.gpu.enter();
+        fixture.gpu.enter();
         mine.fill(&near, step as u8);
         std::thread::sleep(A_WHILE / 5);
         assert_ne!((fake.peek(near.0.at, 1)[0], other.peek(far.0.at, 1)[0]), (step as u8, step as u8));
@@ -179,13 +179,13 @@ fn cuda_streams_of_several_devices_are_let_go() {
         mine.wait();
         second.enter();
         theirs.wait();
-        rig.gpu.enter();
+        fixture.gpu.enter();
         [fake, other].iter().for_each(|device| device.set("hold", 0));
         assert_eq!(save.wait(LONG).is_ok(), good);
         if good {
             let before = step as u8 - 1;
-            assert_eq!(rig.checkpoint(step).unwrap().read("near").unwrap(), [before; 5000]);
-            assert_eq!(rig.checkpoint(step).unwrap().read("far").unwrap(), [before; 5000]);
+            assert_eq!(fixture.checkpoint(step).unwrap().read("near").unwrap(), [before; 5000]);
+            assert_eq!(fixture.checkpoint(step).unwrap().read("far").unwrap(), [before; 5000]);
         }
         _ = save.staged().wait(LONG);
     }
@@ -193,30 +193,30 @@ fn cuda_streams_of_several_devices_are_let_go() {
 
 #[test]
 fn cuda_capture_of_a_graph_is_refused_by_a_memory_wait_and_not_broken() {
-    let rig = rig(waiting);
-    rig.gpu.set("lag_us", 300);
-    let (stream, captured) = (rig.gpu.stream(), rig.gpu.stream());
-    let tensor = rig.gpu.tensor(&[5; 40_000]);
-    let save = rig.executor.save(1, at_fence(tensor.source(stream))).unwrap();
-    let waits = rig.gpu.fake().map_or(0, |fake| fake.calls(WAIT));
+    let fixture = fixture(waiting);
+    fixture.gpu.set("lag_us", 300);
+    let (stream, captured) = (fixture.gpu.stream(), fixture.gpu.stream());
+    let tensor = fixture.gpu.tensor(&[5; 40_000]);
+    let save = fixture.executor.save(1, at_fence(tensor.source(stream))).unwrap();
+    let waits = fixture.gpu.fake().map_or(0, |fake| fake.calls(WAIT));
     captured.capture(|| {
-        refused_or_staged(&save, rig.executor.fence_on(&[stream.0, captured.0]));
-        assert_eq!(rig.gpu.fake().map_or(0, |fake| fake.calls(WAIT)), waits);
-        rig.executor.fence_on(&[stream.0]).unwrap();
+        refused_or_staged(&save, fixture.executor.fence_on(&[stream.0, captured.0]));
+        assert_eq!(fixture.gpu.fake().map_or(0, |fake| fake.calls(WAIT)), waits);
+        fixture.executor.fence_on(&[stream.0]).unwrap();
         save.wait(LONG).unwrap();
     });
-    assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), [5; 40_000]);
+    assert_eq!(fixture.checkpoint(1).unwrap().read("t").unwrap(), [5; 40_000]);
 }
 
 #[test]
 fn cuda_streams_are_let_go_although_the_driver_refuses_every_call() {
-    let rig = rig(waiting);
-    let (stream, tensor) = (rig.gpu.stream(), rig.gpu.tensor(&pattern(1, 9000)));
-    let Some(save) = rig.held(1, &tensor, stream) else { return };
+    let fixture = fixture(waiting);
+    let (stream, tensor) = (fixture.gpu.stream(), fixture.gpu.tensor(&pattern(1, 9000)));
+    let Some(save) = fixture.held(1, &tensor, stream) else { return };
     // Copies stay held: nothing that is queued behind them runs any more.
-    rig.gpu.fake().unwrap().fault("*:0:4");
+    fixture.gpu.fake().unwrap().fault("*:0:4");
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Device);
-    eventually("the stream goes on", || rig.written(&tensor));
+    eventually("the stream goes on", || fixture.written(&tensor));
 }
 
 #[test]
@@ -226,16 +226,16 @@ fn cuda_memory_waits_that_a_driver_refuses_are_reported_and_streams_wait_for_eve
         let Some(fake) = gpu.fake() else { return };
         let before = fake.live();
         fake.fault(&fault);
-        let rig = rig_on(gpu, |b| waiting(b).gather(0));
-        let why = rig.executor.device().memory_waits.clone().unwrap_err();
+        let fixture = rig_on(gpu, |b| waiting(b).gather(0));
+        let why = fixture.executor.device().memory_waits.clone().unwrap_err();
         assert!(why.contains(fault.split(':').next().unwrap()), "{why}");
-        rig.gpu.set("lag_us", 300);
-        let waits = rig.gpu.fake().unwrap().calls(WAIT);
-        (1..5).for_each(|step| rig.saves_right(step));
-        assert_eq!(rig.gpu.fake().unwrap().calls(WAIT), waits);
-        rig.executor.shutdown(LONG).unwrap();
-        drop(rig.executor);
-        assert_eq!(rig.gpu.fake().unwrap().live().host, before.host);
+        fixture.gpu.set("lag_us", 300);
+        let waits = fixture.gpu.fake().unwrap().calls(WAIT);
+        (1..5).for_each(|step| fixture.saves_right(step));
+        assert_eq!(fixture.gpu.fake().unwrap().calls(WAIT), waits);
+        fixture.executor.shutdown(LONG).unwrap();
+        drop(fixture.executor);
+        assert_eq!(fixture.gpu.fake().unwrap().live().host, before.host);
     }
 }
 
@@ -269,11 +269,11 @@ fn cuda_executor_with_memory_waits_gives_back_all_that_it_took() {
     let Some(fake) = gpu.fake() else { return };
     let (stream, tensor) = (gpu.stream(), gpu.tensor(&pattern(1, 9000)));
     let before = fake.live();
-    let rig = rig_on(gpu, waiting);
-    let Some(save) = rig.held(1, &tensor, stream) else { return };
+    let fixture = rig_on(gpu, waiting);
+    let Some(save) = fixture.held(1, &tensor, stream) else { return };
     assert!(save.cancel());
-    rig.gpu.set("hold", 0);
-    let Rig { executor, gpu, .. } = rig;
+    fixture.gpu.set("hold", 0);
+    let Fixture { executor, gpu, .. } = fixture;
     executor.shutdown(LONG).unwrap();
     drop(executor);
     assert_eq!(gpu.fake().unwrap().live(), before);

@@ -1,6 +1,6 @@
 //! A failing device fails the saves that it was copying, and nothing else.
 
-use crate::rig::{LONG, eventually, one, pattern, rig};
+use crate::fixtures::executor::{LONG, eventually, fixture, one, pattern};
 use ashore::{ErrorKind, Phase, Source};
 use std::sync::Arc;
 
@@ -8,29 +8,29 @@ use std::sync::Arc;
 fn a_copy_that_fails_now_or_later_fails_the_save_and_gives_everything_back() {
     for n in 1..=8 {
         for later in [false, true] {
-            let rig = rig(|b| b);
+            let fixture = fixture(|b| b);
             let tensor = Arc::new(pattern(n, 30_000));
             if later {
-                rig.device.fail_when_run(n);
+                fixture.device.fail_when_run(n);
             } else {
-                rig.device.fail_when_queued(n);
+                fixture.device.fail_when_queued(n);
             }
-            let save = rig.executor.save(1, one("t", tensor.clone())).unwrap();
-            rig.executor.fence().unwrap();
+            let save = fixture.executor.save(1, one("t", tensor.clone())).unwrap();
+            fixture.executor.fence().unwrap();
             assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Device, "copy {n} later {later}");
             assert_eq!(Arc::strong_count(&tensor), 1);
-            rig.slabs_home();
+            fixture.slabs_home();
             assert_eq!(
-                rig.executor.save(2, one("t", tensor.clone())).unwrap().wait(LONG).unwrap_err().kind(),
+                fixture.executor.save(2, one("t", tensor.clone())).unwrap().wait(LONG).unwrap_err().kind(),
                 ErrorKind::Device
             );
-            rig.device.heal();
-            rig.executor.save(3, one("t", tensor.clone())).unwrap().wait(LONG).unwrap();
-            assert!(rig.checkpoint(1).is_err());
-            assert_eq!(rig.checkpoint(3).unwrap().read("t").unwrap(), *tensor);
-            let device = rig.device.clone();
-            rig.executor.shutdown(LONG).unwrap();
-            drop(rig.executor);
+            fixture.device.heal();
+            fixture.executor.save(3, one("t", tensor.clone())).unwrap().wait(LONG).unwrap();
+            assert!(fixture.checkpoint(1).is_err());
+            assert_eq!(fixture.checkpoint(3).unwrap().read("t").unwrap(), *tensor);
+            let device = fixture.device.clone();
+            fixture.executor.shutdown(LONG).unwrap();
+            drop(fixture.executor);
             eventually("the arena is unregistered", || device.registered() == 0);
         }
     }
@@ -38,30 +38,30 @@ fn a_copy_that_fails_now_or_later_fails_the_save_and_gives_everything_back() {
 
 #[test]
 fn a_save_that_was_staged_commits_after_the_device_has_failed() {
-    let rig = rig(|b| b);
+    let fixture = fixture(|b| b);
     let tensor = Arc::new(pattern(1, 12_000));
-    let save = rig.executor.save(1, one("t", tensor.clone())).unwrap();
+    let save = fixture.executor.save(1, one("t", tensor.clone())).unwrap();
     save.staged().wait(LONG).unwrap();
-    rig.device.fail_when_queued(1);
-    let failing = rig.executor.save(2, one("t", tensor.clone())).unwrap();
+    fixture.device.fail_when_queued(1);
+    let failing = fixture.executor.save(2, one("t", tensor.clone())).unwrap();
     save.wait(LONG).unwrap();
     failing.wait(LONG).unwrap_err();
-    assert_eq!(rig.checkpoint(1).unwrap().read("t").unwrap(), *tensor);
+    assert_eq!(fixture.checkpoint(1).unwrap().read("t").unwrap(), *tensor);
 }
 
 #[test]
 fn a_cancelled_save_ends_without_a_trace() {
-    let rig = rig(|b| b);
-    rig.device.hold();
-    let save = rig.executor.save(1, one("t", Arc::new(pattern(1, 30_000)))).unwrap();
-    eventually("staging", || save.progress().phase == Phase::Staging && rig.device.queued() == 2);
+    let fixture = fixture(|b| b);
+    fixture.device.hold();
+    let save = fixture.executor.save(1, one("t", Arc::new(pattern(1, 30_000)))).unwrap();
+    eventually("staging", || save.progress().phase == Phase::Staging && fixture.device.queued() == 2);
     assert!(save.cancel());
     assert!(!save.cancel());
-    rig.device.release();
+    fixture.device.release();
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
-    rig.slabs_home();
-    assert!(rig.storage.list().unwrap().is_empty());
-    rig.executor.save(2, one("t", Arc::new(pattern(2, 30_000)))).unwrap().wait(LONG).unwrap();
+    fixture.slabs_home();
+    assert!(fixture.storage.list().unwrap().is_empty());
+    fixture.executor.save(2, one("t", Arc::new(pattern(2, 30_000)))).unwrap().wait(LONG).unwrap();
 }
 
 #[test]
@@ -80,12 +80,12 @@ fn a_source_that_panics_or_keeps_its_bytes_fails_the_save_by_name() {
             assert!(!self.0, "a source that panics");
         }
     }
-    let rig = rig(|b| b);
-    let error = rig.executor.save(1, one("kept", Odd(false))).unwrap().wait(LONG).unwrap_err();
+    let fixture = fixture(|b| b);
+    let error = fixture.executor.save(1, one("kept", Odd(false))).unwrap().wait(LONG).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert!(error.to_string().contains("kept"), "{error}");
-    let error = rig.executor.save(2, one("odd", Odd(true))).unwrap().wait(LONG).unwrap_err();
+    let error = fixture.executor.save(2, one("odd", Odd(true))).unwrap().wait(LONG).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Internal);
-    rig.slabs_home();
-    rig.executor.save(3, one("t", Arc::new(pattern(2, 30_000)))).unwrap().wait(LONG).unwrap();
+    fixture.slabs_home();
+    fixture.executor.save(3, one("t", Arc::new(pattern(2, 30_000)))).unwrap().wait(LONG).unwrap();
 }

@@ -1,37 +1,37 @@
 //! A save detects a forgotten fence, and does not publish.
 
-use crate::rig::{Buffer, LONG, one, pattern, rig};
+use crate::fixtures::executor::{Buffer, LONG, fixture, one, pattern};
 use ashore::{Detect, ErrorKind};
 use std::sync::Arc;
 
 #[test]
 fn a_tensor_written_without_a_fence_fails_the_save_and_is_named() {
-    let rig = rig(|b| b);
+    let fixture = fixture(|b| b);
     let buffer = Buffer::new(pattern(1, 9000));
-    rig.device.hold();
-    let save = rig.executor.save(1, one("layer.weight", buffer.source())).unwrap();
+    fixture.device.hold();
+    let save = fixture.executor.save(1, one("layer.weight", buffer.source())).unwrap();
     buffer.fill(&pattern(2, 9000));
-    rig.device.release();
+    fixture.device.release();
     let error = save.wait(LONG).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert!(error.to_string().contains("layer.weight"), "{error}");
-    assert!(rig.checkpoint(1).is_err());
+    assert!(fixture.checkpoint(1).is_err());
 }
 
 #[test]
 fn only_the_first_two_saves_are_watched_unless_all_are_wanted() {
     for (detect, found) in [(Detect::First, false), (Detect::All, true), (Detect::Never, false)] {
-        let rig = rig(|b| b.detect(detect));
+        let fixture = fixture(|b| b.detect(detect));
         let buffer = Buffer::new(pattern(1, 9000));
         for step in 1..=2 {
-            let save = rig.executor.save(step, one("t", buffer.source())).unwrap();
-            rig.executor.fence().unwrap();
+            let save = fixture.executor.save(step, one("t", buffer.source())).unwrap();
+            fixture.executor.fence().unwrap();
             save.wait(LONG).unwrap();
         }
-        rig.device.hold();
-        let save = rig.executor.save(3, one("t", buffer.source())).unwrap();
+        fixture.device.hold();
+        let save = fixture.executor.save(3, one("t", buffer.source())).unwrap();
         buffer.fill(&pattern(2, 9000));
-        rig.device.release();
+        fixture.device.release();
         let ended = save.wait(LONG);
         assert_eq!(ended.is_err(), found, "{detect:?}: {ended:?}");
     }
@@ -39,27 +39,28 @@ fn only_the_first_two_saves_are_watched_unless_all_are_wanted() {
 
 #[test]
 fn a_second_save_of_writable_tensors_without_a_fence_is_refused() {
-    let rig = rig(|b| b);
+    let fixture = fixture(|b| b);
     let buffer = Buffer::new(pattern(1, 9000));
-    rig.device.hold();
-    let first = rig.executor.save(1, one("t", buffer.source())).unwrap();
-    let error = rig.executor.save(2, one("t", buffer.source())).unwrap_err();
+    fixture.device.hold();
+    let first = fixture.executor.save(1, one("t", buffer.source())).unwrap();
+    let error = fixture.executor.save(2, one("t", buffer.source())).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, Some(2)));
     assert!(error.message().contains("fence"), "{error}");
-    rig.device.release();
-    rig.executor.fence().unwrap();
+    fixture.device.release();
+    fixture.executor.fence().unwrap();
     first.wait(LONG).unwrap();
-    rig.executor.save(2, one("t", buffer.source())).unwrap().wait(LONG).unwrap();
+    fixture.executor.save(2, one("t", buffer.source())).unwrap().wait(LONG).unwrap();
 }
 
 #[test]
 fn safe_sources_need_no_fence_between_saves() {
-    let rig = rig(|b| b);
-    rig.device.hold();
-    let saves: Vec<_> = (1..=2).map(|i| rig.executor.save(i, one("t", Arc::new(pattern(i, 9000)))).unwrap()).collect();
-    rig.device.release();
+    let fixture = fixture(|b| b);
+    fixture.device.hold();
+    let saves: Vec<_> =
+        (1..=2).map(|i| fixture.executor.save(i, one("t", Arc::new(pattern(i, 9000)))).unwrap()).collect();
+    fixture.device.release();
     for (save, step) in saves.into_iter().zip(1..) {
         save.wait(LONG).unwrap();
-        assert_eq!(rig.checkpoint(step).unwrap().read("t").unwrap(), pattern(step, 9000));
+        assert_eq!(fixture.checkpoint(step).unwrap().read("t").unwrap(), pattern(step, 9000));
     }
 }

@@ -1,6 +1,6 @@
 //! Executors that end: on a thread of their own, twice, while a save hangs.
 
-use crate::rig::{LONG, Rig, eventually, hidden, one, pattern, rig};
+use crate::fixtures::executor::{Fixture, LONG, eventually, fixture, hidden, one, pattern};
 use ashore::storage::local::{Linux, Local};
 use ashore::testing::{Call, Faulty};
 use ashore::{CheckpointExecutor, Detect, ErrorKind, Fence, Layout, MemoryLocation, Outcome, Overlap, Phase};
@@ -15,7 +15,7 @@ const SHORT: Duration = Duration::from_millis(200);
 /// could commit: they failed at the shutdown deadline, with all their bytes written.
 #[test]
 fn a_function_may_drop_the_last_owner_of_an_executor() {
-    let Rig { executor, storage, device } = rig(|b| b.overlap(Overlap::Queue(3)));
+    let Fixture { executor, storage, device } = fixture(|b| b.overlap(Overlap::Queue(3)));
     let executor = Arc::new(executor);
     device.hold();
     let save = |step| executor.save(step, one("t", Arc::new(pattern(step, 9000)))).unwrap();
@@ -40,15 +40,15 @@ fn a_function_may_drop_the_last_owner_of_an_executor() {
 fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
     // Of 9,000 bytes in chunks of 4 KiB.
     const COPIES: u64 = 3;
-    let rig = Arc::new(rig(|b| b.overlap(Overlap::Queue(1)).fence_timeout(SHORT).save_timeout(LONG)));
+    let fixture = Arc::new(fixture(|b| b.overlap(Overlap::Queue(1)).fence_timeout(SHORT).save_timeout(LONG)));
     let state = |step| one("t", Arc::new(pattern(step, 9000)));
-    rig.device.hold();
-    let first = rig.executor.save(1, state(1)).unwrap();
-    let second = rig.executor.save(2, state(2)).unwrap();
-    let ((send, told), weak) = (mpsc::channel(), Arc::downgrade(&rig));
+    fixture.device.hold();
+    let first = fixture.executor.save(1, state(1)).unwrap();
+    let second = fixture.executor.save(2, state(2)).unwrap();
+    let ((send, told), weak) = (mpsc::channel(), Arc::downgrade(&fixture));
     first.on_done(move |_| {
-        let rig = weak.upgrade().unwrap();
-        let executor = &rig.executor;
+        let fixture = weak.upgrade().unwrap();
+        let executor = &fixture.executor;
         let at_save = SaveOptions::default().snapshot(Snapshot::AtSave);
         let at_save = executor.save_with(3, state(3), at_save).map(drop);
         let third = executor.save(3, state(3)).unwrap();
@@ -62,38 +62,38 @@ fn a_function_that_would_wait_for_its_own_thread_is_refused_at_once() {
             executor.shutdown(SHORT),
             executor.save_with(4, state(4), SaveOptions::default().timeout(SHORT)).map(drop),
         ];
-        rig.device.release();
+        fixture.device.release();
         send.send((refused.map(|refused| refused.err().map(|error| error.kind())), second, third)).unwrap();
     });
     // Only the copies of the first save may run: those of the others wait until the function has made every
     // forbidden call.
-    rig.device.allow(COPIES);
+    fixture.device.allow(COPIES);
     let (mut kinds, second, third) = told.recv_timeout(LONG).map(|(kinds, a, b)| (kinds.to_vec(), a, b)).unwrap();
     assert_eq!(kinds.pop(), Some(Some(ErrorKind::Busy)));
     assert_eq!(kinds, [Some(ErrorKind::Invalid); 7]);
     for save in [second, third] {
         assert!(matches!(save.wait(LONG), Ok(Outcome::Durable(_))), "{save:?}");
     }
-    rig.executor.shutdown(LONG).unwrap();
+    fixture.executor.shutdown(LONG).unwrap();
 }
 
 /// `shutdown` skipped a failed save while a device still held its copies, and returned `Ok` although its
 /// handle had been dropped.
 #[test]
 fn shutdown_returns_the_error_of_a_failed_save_whose_copies_hang() {
-    let rig = rig(|b| b);
-    rig.device.hold();
+    let fixture = fixture(|b| b);
+    fixture.device.hold();
     let soon = SaveOptions::default().timeout(Duration::from_millis(20));
-    let save = rig.executor.save_with(1, one("t", Arc::new(pattern(1, 9000))), soon).unwrap();
+    let save = fixture.executor.save_with(1, one("t", Arc::new(pattern(1, 9000))), soon).unwrap();
     let staged = save.staged();
     eventually("it has failed", || save.progress().phase == Phase::Ended);
     drop(save);
-    let error = rig.executor.shutdown(Duration::ZERO).unwrap_err();
+    let error = fixture.executor.shutdown(Duration::ZERO).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Deadline, Some(1)));
     assert!(error.message().contains("the save deadline passed"), "{error}");
-    rig.device.release();
+    fixture.device.release();
     // The error is returned once.
-    rig.executor.shutdown(LONG).unwrap();
+    fixture.executor.shutdown(LONG).unwrap();
     staged.wait(Duration::ZERO).unwrap_err();
 }
 
@@ -119,14 +119,14 @@ unsafe impl Source for Hanging {
 /// `save` held a lock while it read sources, and `shutdown` waited for that lock without a deadline.
 #[test]
 fn a_source_that_hangs_in_save_does_not_hang_a_shutdown() {
-    let rig = rig(|b| b.detect(Detect::Never));
+    let fixture = fixture(|b| b.detect(Detect::Never));
     let ((reads, reading), (hold, held)) = (mpsc::channel(), mpsc::channel());
     let source = Hanging(Arc::new(pattern(1, 100)), reads, held.into());
     std::thread::scope(|scope| {
-        let saving = scope.spawn(|| rig.executor.save(1, one("t", source)));
+        let saving = scope.spawn(|| fixture.executor.save(1, one("t", source)));
         reading.recv_timeout(LONG).unwrap();
         let (send, closed) = mpsc::channel();
-        let executor = &rig.executor;
+        let executor = &fixture.executor;
         scope.spawn(move || send.send(executor.shutdown(Duration::ZERO)).unwrap());
         let ended = closed.recv_timeout(LONG / 6);
         drop(hold);
@@ -134,7 +134,7 @@ fn a_source_that_hangs_in_save_does_not_hang_a_shutdown() {
         let error = saving.join().unwrap().unwrap_err();
         assert_eq!((error.kind(), error.message()), (ErrorKind::Invalid, "the executor is shut down"));
     });
-    rig.executor.fence().unwrap();
+    fixture.executor.fence().unwrap();
 }
 
 /// Only the first `shutdown` had the handles of threads to join: a second one returned at once, while the

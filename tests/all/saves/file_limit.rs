@@ -1,7 +1,7 @@
 //! A file size limit (`ulimit -f`) fails a save. It once ended the process by SIGXFSZ.
 
-use crate::alone::alone;
-use crate::rig::{LONG, one, pattern};
+use crate::fixtures::executor::{LONG, one, pattern};
+use crate::fixtures::process::alone;
 use ashore::{CheckpointExecutor, Engine, ErrorKind};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! A process that forks in the middle of a save, as data loaders do, loses nothing and endangers nothing.
 
-use crate::rig::{LONG, eventually, one, pattern};
+use crate::fixtures::executor::{LONG, eventually, one, pattern};
 use ashore::storage::local::Local;
 use ashore::storage::{Storage, Sweep};
 use ashore::testing::LateDevice;

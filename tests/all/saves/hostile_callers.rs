@@ -1,6 +1,6 @@
 //! Callers at their worst: endless timeouts, sources that panic when they are dropped, storage that panics.
 
-use crate::rig::{LONG, eventually, one, pattern, rig};
+use crate::fixtures::executor::{LONG, eventually, fixture, one, pattern};
 use ashore::id::parse_step_name;
 use ashore::internal::device::{CopyQueue, Device};
 use ashore::internal::digest::Digest;
@@ -17,20 +17,20 @@ use std::time::{Duration, Instant};
 
 #[test]
 fn patience_without_end_is_not_an_overflow() {
-    let rig = rig(|b| b.fence_timeout(Duration::MAX).save_timeout(Duration::MAX));
+    let fixture = fixture(|b| b.fence_timeout(Duration::MAX).save_timeout(Duration::MAX));
     let tensor = pattern(1, 20_000);
-    let save = rig.executor.scope(Fence::host(), |scope| {
+    let save = fixture.executor.scope(Fence::host(), |scope| {
         let mut state = StateDict::new();
         state.tensor("t", &tensor[..]).unwrap();
         scope.save(1, state).unwrap()
     });
     let save = save.unwrap();
-    assert_eq!(rig.device.copied(), rig.device.queued());
+    assert_eq!(fixture.device.copied(), fixture.device.queued());
     save.staged().wait(Duration::MAX).unwrap();
     save.wait(Duration::MAX).unwrap();
-    let next = rig.executor.save(2, one("t", Arc::new(tensor))).unwrap();
-    rig.executor.fence().unwrap();
-    rig.executor.shutdown(Duration::MAX).unwrap();
+    let next = fixture.executor.save(2, one("t", Arc::new(tensor))).unwrap();
+    fixture.executor.fence().unwrap();
+    fixture.executor.shutdown(Duration::MAX).unwrap();
     assert!(next.wait(Duration::ZERO).is_ok());
 }
 
@@ -61,13 +61,13 @@ impl Drop for Bomb {
 
 #[test]
 fn a_source_that_panics_when_it_is_dropped_ends_no_thread() {
-    let rig = rig(|b| b);
+    let fixture = fixture(|b| b);
     for step in 1..5 {
-        let save = rig.executor.save(step, one("t", Bomb(Arc::new(pattern(step, 9000))))).unwrap();
-        rig.executor.fence().unwrap();
+        let save = fixture.executor.save(step, one("t", Bomb(Arc::new(pattern(step, 9000))))).unwrap();
+        fixture.executor.fence().unwrap();
         save.wait(LONG).unwrap();
     }
-    rig.slabs_home();
+    fixture.slabs_home();
 }
 
 /// Writable memory that panics when it is read, in `save` itself, and again when it is dropped.
@@ -91,26 +91,26 @@ unsafe impl Source for Mine {
 /// with its locks held, because `save` captures in the caller's thread.
 #[test]
 fn a_source_that_panics_in_the_call_of_save_is_an_error_of_that_call() {
-    let rig = rig(|b| b);
+    let fixture = fixture(|b| b);
     let mine = |len| Mine(Bomb(Arc::new(pattern(1, len))));
     // Small: captured. Large: digested, so that a forgotten fence is found out.
     for len in [100, 9000] {
-        let error = rig.executor.save(1, one("t", mine(len))).unwrap_err();
+        let error = fixture.executor.save(1, one("t", mine(len))).unwrap_err();
         assert_eq!((error.kind(), error.step()), (ErrorKind::Internal, Some(1)), "{error}");
         assert!(error.message().contains("a source panicked"), "{error}");
     }
     let refused =
-        rig.executor.save_with(1, one("t", Bomb(Arc::new(pattern(1, 9)))), SaveOptions::default().name("step-2"));
+        fixture.executor.save_with(1, one("t", Bomb(Arc::new(pattern(1, 9)))), SaveOptions::default().name("step-2"));
     assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid);
-    rig.executor.save(1, one("t", Arc::new(pattern(1, 9000)))).unwrap().wait(LONG).unwrap();
-    rig.slabs_home();
+    fixture.executor.save(1, one("t", Arc::new(pattern(1, 9000)))).unwrap().wait(LONG).unwrap();
+    fixture.slabs_home();
 }
 
 #[test]
 fn a_waiting_save_that_was_cancelled_was_not_superseded() {
-    let rig = rig(|b| b.overlap(Overlap::Latest));
-    rig.device.hold();
-    let save = |step| rig.executor.save(step, one("t", Arc::new(pattern(step, 9000)))).unwrap();
+    let fixture = fixture(|b| b.overlap(Overlap::Latest));
+    fixture.device.hold();
+    let save = |step| fixture.executor.save(step, one("t", Arc::new(pattern(step, 9000)))).unwrap();
     let first = save(1);
     eventually("the first is staged", || first.progress().phase == ashore::Phase::Staging);
     let second = save(2);
@@ -118,21 +118,21 @@ fn a_waiting_save_that_was_cancelled_was_not_superseded() {
     assert_eq!(second.wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
     let third = save(3);
     assert_eq!(second.staged().wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
-    rig.device.release();
+    fixture.device.release();
     first.wait(LONG).unwrap();
     third.wait(LONG).unwrap();
 }
 
 #[test]
 fn an_error_that_a_fence_returned_is_not_returned_again() {
-    let rig = rig(|b| b.fence_timeout(Duration::from_millis(10)));
-    rig.device.hold();
+    let fixture = fixture(|b| b.fence_timeout(Duration::from_millis(10)));
+    fixture.device.hold();
     let tensor = Arc::new(pattern(1, 30_000));
-    drop(rig.executor.save(1, one("t", tensor.clone())).unwrap());
-    rig.executor.fence().unwrap_err();
-    rig.device.release();
-    rig.executor.save(2, one("t", tensor)).unwrap().wait(LONG).unwrap();
-    rig.executor.shutdown(LONG).unwrap();
+    drop(fixture.executor.save(1, one("t", tensor.clone())).unwrap());
+    fixture.executor.fence().unwrap_err();
+    fixture.device.release();
+    fixture.executor.save(2, one("t", tensor)).unwrap().wait(LONG).unwrap();
+    fixture.executor.shutdown(LONG).unwrap();
 }
 
 /// A device whose first queue panics in every call.

@@ -1,8 +1,8 @@
 //! Errors and the log say what happened; each of these messages once said something else.
 
-use crate::alone::alone;
-use crate::heard::Heard;
-use crate::rig::{LONG, eventually, one, pattern, rig};
+use crate::fixtures::executor::{LONG, eventually, fixture, one, pattern};
+use crate::fixtures::log::LogLines;
+use crate::fixtures::process::alone;
 use ashore::internal::device::choose;
 use ashore::{CheckpointExecutor, DeviceChoice, Dtype, ErrorKind, HostTensor, StateDict, Targets};
 use std::error::Error as _;
@@ -25,11 +25,11 @@ fn the_text_of_an_error_leaves_its_cause_to_the_cause() {
 /// The message was "value a value is not of this type type=... value=...: " with the cause twice.
 #[test]
 fn a_value_of_another_type_is_named_once_with_what_it_is_and_what_was_wanted() {
-    let rig = rig(|b| b);
+    let fixture = fixture(|b| b);
     let mut state = StateDict::new();
     state.value("epoch", &3).unwrap();
-    rig.executor.save(1, state).unwrap().wait(LONG).unwrap();
-    let error = rig.checkpoint(1).unwrap().value::<String>("epoch").unwrap_err();
+    fixture.executor.save(1, state).unwrap().wait(LONG).unwrap();
+    let error = fixture.checkpoint(1).unwrap().value::<String>("epoch").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert_eq!(error.message(), "the value has another type value=\"epoch\" wanted=alloc::string::String");
     assert!(format!("{error:#}").contains(": invalid type: integer `3`, expected a string"), "{error:#}");
@@ -37,13 +37,13 @@ fn a_value_of_another_type_is_named_once_with_what_it_is_and_what_was_wanted() {
 
 #[test]
 fn lengths_have_a_unit() {
-    let rig = rig(|b| b);
-    rig.executor.save(1, one("t", Arc::new(pattern(1, 4096)))).unwrap().wait(LONG).unwrap();
+    let fixture = fixture(|b| b);
+    fixture.executor.save(1, one("t", Arc::new(pattern(1, 4096)))).unwrap().wait(LONG).unwrap();
     let mut short = [0_f32; 7];
     let targets = Targets::new().elements("t", &mut short);
-    assert!(rig.checkpoint(1).unwrap().read_into(targets).is_err(), "another dtype");
+    assert!(fixture.checkpoint(1).unwrap().read_into(targets).is_err(), "another dtype");
     let mut short = [0_u8; 28];
-    let error = rig.checkpoint(1).unwrap().read_into(Targets::new().bytes("t", &mut short)).unwrap_err();
+    let error = fixture.checkpoint(1).unwrap().read_into(Targets::new().bytes("t", &mut short)).unwrap_err();
     assert!(error.message().ends_with("expected_bytes=4096 found_bytes=28"), "{error}");
     let error = StateDict::new().tensor("t", HostTensor::new(vec![1_u8; 5], [2, 3])).err().unwrap();
     assert!(error.message().contains("expected_bytes=6 found_bytes=5"), "{error}");
@@ -64,7 +64,7 @@ fn half_bytes_with_an_odd_last_dimension_are_refused() {
 /// A machine without a GPU logged a field `error` at INFO.
 #[test]
 fn a_machine_without_a_gpu_is_no_error() {
-    let heard = Heard::default();
+    let heard = LogLines::default();
     let chosen = tracing::subscriber::with_default(heard.clone(), || choose(DeviceChoice::Auto).unwrap());
     let lines = heard.0.lock().unwrap();
     assert_eq!(lines.len(), 1, "{lines:?}");
@@ -81,16 +81,16 @@ fn a_save_that_was_cancelled_is_not_logged_as_a_failure() {
     if !alone("saves::messages::a_save_that_was_cancelled_is_not_logged_as_a_failure") {
         return;
     }
-    let heard = Heard::default();
+    let heard = LogLines::default();
     tracing::subscriber::set_global_default(heard.clone()).unwrap();
-    let rig = rig(|b| b);
-    rig.device.hold();
-    let save = rig.executor.save(1, one("t", Arc::new(pattern(1, 50_000)))).unwrap();
+    let fixture = fixture(|b| b);
+    fixture.device.hold();
+    let save = fixture.executor.save(1, one("t", Arc::new(pattern(1, 50_000)))).unwrap();
     assert!(save.cancel());
-    rig.device.release();
+    fixture.device.release();
     let said = || heard.0.lock().unwrap().iter().any(|line| line.contains("the save was cancelled"));
     eventually("the cancelled save is logged", said);
-    rig.executor.shutdown(LONG).unwrap();
+    fixture.executor.shutdown(LONG).unwrap();
     let lines = heard.0.lock().unwrap();
     assert!(!lines.iter().any(|line| line.starts_with("WARN") && line.contains("save")), "{lines:?}");
 }

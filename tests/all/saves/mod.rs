@@ -1,6 +1,6 @@
 mod closing;
 mod engines;
-mod every_failing_call;
+mod failing_calls;
 mod file_limit;
 mod forgotten_handles;
 mod forked;
@@ -11,5 +11,6 @@ mod overlap;
 mod renamed_root;
 mod reporting;
 mod retrying;
+mod round_trip;
 mod tidying;
 mod writers;

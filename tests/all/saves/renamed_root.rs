@@ -1,6 +1,6 @@
 //! A root that is renamed while an executor writes to it.
 
-use crate::rig::{LONG, one, pattern};
+use crate::fixtures::executor::{LONG, one, pattern};
 use ashore::CheckpointExecutor;
 use std::sync::Arc;
 

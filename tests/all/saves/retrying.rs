@@ -1,17 +1,17 @@
 //! The engine retries saves under one handle, with one deadline.
 
 use crate::compat::Flaky;
-use crate::rig::{Buffer, LONG, Rig, eventually, one, pattern, rig};
+use crate::fixtures::executor::{Buffer, Fixture, LONG, eventually, fixture, one, pattern};
 use ashore::{Attempt, ErrorKind, Fence, Overlap, Phase, SaveOptions, StateDict};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const LEN: usize = 30_000;
 
-fn flaky(storage: Flaky, overlap: Overlap) -> Rig {
+fn flaky(storage: Flaky, overlap: Overlap) -> Fixture {
     let storage = Arc::new(storage);
-    let rig = rig(|b| b.storage(storage.clone()).overlap(overlap));
-    Rig { storage, ..rig }
+    let fixture = fixture(|b| b.storage(storage.clone()).overlap(overlap));
+    Fixture { storage, ..fixture }
 }
 
 fn state(bytes: &Arc<Vec<u8>>) -> StateDict<'static> {
@@ -31,11 +31,11 @@ const BACKOFF: Duration = Duration::from_secs(600);
 fn a_save_is_tried_again_as_a_new_attempt_and_its_handle_tells_of_the_last() {
     let (bytes, first) = (Arc::new(pattern(1, LEN)), Attempt::new());
     for storage in [Flaky::new(2), Flaky::at_publish(2)] {
-        let rig = flaky(storage, Overlap::Queue(1));
-        let save = rig.executor.save_with(1, state(&bytes), retry(2).attempt(first)).unwrap();
+        let fixture = flaky(storage, Overlap::Queue(1));
+        let save = fixture.executor.save_with(1, state(&bytes), retry(2).attempt(first)).unwrap();
         let committed = save.wait(LONG).unwrap().committed().unwrap();
         assert_eq!(Arc::strong_count(&bytes), 1, "what was kept is free when the save has ended");
-        let checkpoint = rig.checkpoint(1).unwrap();
+        let checkpoint = fixture.checkpoint(1).unwrap();
         assert!(committed.attempt != first);
         assert_eq!((save.attempt(), checkpoint.attempt()), (committed.attempt, committed.attempt));
         assert_eq!(checkpoint.read("t").unwrap(), *bytes);
@@ -43,44 +43,44 @@ fn a_save_is_tried_again_as_a_new_attempt_and_its_handle_tells_of_the_last() {
         assert_eq!(checkpoint.metadata::<String>("run").unwrap(), "a test");
         assert!(checkpoint.verify().unwrap().is_sound());
         save.staged().wait(LONG).unwrap();
-        rig.executor.shutdown(LONG).unwrap();
+        fixture.executor.shutdown(LONG).unwrap();
     }
 }
 
 #[test]
 fn a_save_fails_with_its_last_error_when_its_retries_are_used_up() {
     let bytes = Arc::new(pattern(1, LEN));
-    let rig = flaky(Flaky::new(3), Overlap::Queue(1));
-    let save = rig.executor.save_with(1, state(&bytes), retry(2)).unwrap();
+    let fixture = flaky(Flaky::new(3), Overlap::Queue(1));
+    let save = fixture.executor.save_with(1, state(&bytes), retry(2)).unwrap();
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
     assert_eq!(Arc::strong_count(&bytes), 1);
     assert_eq!(save.staged().wait(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
     // The next call returns an unseen failure, once.
-    let rig = flaky(Flaky::new(2), Overlap::Queue(1));
-    drop(rig.executor.save_with(1, state(&bytes), retry(1)).unwrap());
+    let fixture = flaky(Flaky::new(2), Overlap::Queue(1));
+    drop(fixture.executor.save_with(1, state(&bytes), retry(1)).unwrap());
     eventually("it has ended", || Arc::strong_count(&bytes) == 1);
-    assert_eq!(rig.executor.shutdown(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
+    assert_eq!(fixture.executor.shutdown(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
 }
 
 #[test]
 fn a_failure_that_will_not_pass_is_not_tried_again() {
-    let (bytes, rig) = (Arc::new(pattern(1, LEN)), flaky(Flaky::new(0), Overlap::Queue(1)));
-    rig.executor.save(1, state(&bytes)).unwrap().wait(LONG).unwrap();
+    let (bytes, fixture) = (Arc::new(pattern(1, LEN)), flaky(Flaky::new(0), Overlap::Queue(1)));
+    fixture.executor.save(1, state(&bytes)).unwrap().wait(LONG).unwrap();
     let first = Attempt::new();
-    let save = rig.executor.save_with(1, state(&bytes), retry(5).attempt(first)).unwrap();
+    let save = fixture.executor.save_with(1, state(&bytes), retry(5).attempt(first)).unwrap();
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Conflict);
     assert_eq!(save.attempt(), first);
 }
 
 #[test]
 fn what_could_be_another_state_later_is_not_kept_for_a_retry() {
-    let rig = flaky(Flaky::new(0), Overlap::Queue(1));
+    let fixture = flaky(Flaky::new(0), Overlap::Queue(1));
     let written = one("counter", Buffer::new(vec![0; 100]).source());
-    let error = rig.executor.save_with(1, written, retry(1)).unwrap_err();
+    let error = fixture.executor.save_with(1, written, retry(1)).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, Some(1)));
     assert!(error.to_string().contains("counter"), "{error}");
     let bytes = pattern(1, LEN);
-    let borrowed = rig.executor.scope(Fence::host(), |scope| {
+    let borrowed = fixture.executor.scope(Fence::host(), |scope| {
         let mut state = StateDict::new();
         state.tensor("t", &bytes[..])?;
         scope.save_with(1, state, retry(1))
@@ -91,65 +91,65 @@ fn what_could_be_another_state_later_is_not_kept_for_a_retry() {
 #[test]
 fn a_save_waits_before_it_is_tried_again_and_holds_up_neither_others_nor_a_fence() {
     let bytes = Arc::new(pattern(1, LEN));
-    let rig = flaky(Flaky::new(1), Overlap::Queue(1));
+    let fixture = flaky(Flaky::new(1), Overlap::Queue(1));
     let options = SaveOptions::default().retry(1, BACKOFF);
-    let save = rig.executor.save_with(1, state(&bytes), options).unwrap();
-    eventually("it waits", || rig.executor.arena().free() == 4 && save.progress().phase == Phase::Waiting);
-    rig.executor.save(2, state(&bytes)).unwrap().wait(LONG).unwrap();
+    let save = fixture.executor.save_with(1, state(&bytes), options).unwrap();
+    eventually("it waits", || fixture.executor.arena().free() == 4 && save.progress().phase == Phase::Waiting);
+    fixture.executor.save(2, state(&bytes)).unwrap().wait(LONG).unwrap();
     let began = Instant::now();
-    rig.executor.fence().unwrap();
+    fixture.executor.fence().unwrap();
     assert!(began.elapsed() < BACKOFF / 2 && save.try_get().is_none());
     // It is unfinished: its step is taken.
-    assert_eq!(rig.executor.save(1, state(&bytes)).unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(fixture.executor.save(1, state(&bytes)).unwrap_err().kind(), ErrorKind::Conflict);
     assert!(save.cancel() && !save.cancel());
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
     assert_eq!(save.staged().wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
     eventually("what was kept is free", || Arc::strong_count(&bytes) == 1);
-    rig.executor.shutdown(LONG).unwrap();
-    assert!(rig.checkpoint(1).is_err() && rig.checkpoint(2).is_ok());
+    fixture.executor.shutdown(LONG).unwrap();
+    assert!(fixture.checkpoint(1).is_err() && fixture.checkpoint(2).is_ok());
 }
 
 #[test]
 fn a_save_that_is_tried_again_keeps_its_place_and_later_ones_wait_for_it() {
     let bytes = Arc::new(pattern(1, LEN));
-    let rig = flaky(Flaky::new(1), Overlap::Block);
+    let fixture = flaky(Flaky::new(1), Overlap::Block);
     let options = SaveOptions::default().retry(1, BACKOFF);
-    let save = rig.executor.save_with(1, state(&bytes), options).unwrap();
+    let save = fixture.executor.save_with(1, state(&bytes), options).unwrap();
     let soon = SaveOptions::default().timeout(Duration::from_millis(20));
-    assert_eq!(rig.executor.save_with(2, state(&bytes), soon).unwrap_err().kind(), ErrorKind::Busy);
+    assert_eq!(fixture.executor.save_with(2, state(&bytes), soon).unwrap_err().kind(), ErrorKind::Busy);
     assert!(save.cancel());
 }
 
 #[test]
 fn all_attempts_share_one_deadline() {
     let bytes = Arc::new(pattern(1, LEN));
-    let rig = flaky(Flaky::new(usize::MAX), Overlap::Queue(1));
+    let fixture = flaky(Flaky::new(usize::MAX), Overlap::Queue(1));
     let began = Instant::now();
     // A wait beyond the deadline is not begun: the error is the last failure, not the passed deadline.
     let options = SaveOptions::default().retry(u32::MAX, Duration::from_millis(1)).timeout(Duration::from_millis(100));
-    let save = rig.executor.save_with(1, state(&bytes), options).unwrap();
+    let save = fixture.executor.save_with(1, state(&bytes), options).unwrap();
     let kind = save.wait(LONG).unwrap_err().kind();
     assert!(matches!(kind, ErrorKind::Unavailable | ErrorKind::Deadline), "{kind:?}");
     assert!(began.elapsed() < LONG / 2);
     let long = SaveOptions::default().retry(1, BACKOFF).timeout(Duration::from_secs(500));
-    let save = rig.executor.save_with(1, state(&bytes), long).unwrap();
+    let save = fixture.executor.save_with(1, state(&bytes), long).unwrap();
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
 }
 
 #[test]
 fn a_shutdown_waits_for_retries_and_gives_up_those_that_are_late() {
     let bytes = Arc::new(pattern(1, LEN));
-    let rig = flaky(Flaky::new(1), Overlap::Queue(1));
+    let fixture = flaky(Flaky::new(1), Overlap::Queue(1));
     let options = SaveOptions::default().retry(1, Duration::from_millis(20));
-    drop(rig.executor.save_with(1, state(&bytes), options).unwrap());
-    rig.executor.shutdown(LONG).unwrap();
-    assert!(rig.checkpoint(1).is_ok());
+    drop(fixture.executor.save_with(1, state(&bytes), options).unwrap());
+    fixture.executor.shutdown(LONG).unwrap();
+    assert!(fixture.checkpoint(1).is_ok());
 
-    let rig = flaky(Flaky::new(1), Overlap::Queue(1));
-    drop(rig.executor.save_with(1, state(&bytes), SaveOptions::default().retry(1, BACKOFF)).unwrap());
+    let fixture = flaky(Flaky::new(1), Overlap::Queue(1));
+    drop(fixture.executor.save_with(1, state(&bytes), SaveOptions::default().retry(1, BACKOFF)).unwrap());
     let began = Instant::now();
-    assert_eq!(rig.executor.shutdown(Duration::from_millis(20)).unwrap_err().kind(), ErrorKind::Deadline);
-    drop(rig.executor);
+    assert_eq!(fixture.executor.shutdown(Duration::from_millis(20)).unwrap_err().kind(), ErrorKind::Deadline);
+    drop(fixture.executor);
     assert!(began.elapsed() < LONG / 2);
     eventually("what was kept is free", || Arc::strong_count(&bytes) == 1);
 }
@@ -158,15 +158,15 @@ fn a_shutdown_waits_for_retries_and_gives_up_those_that_are_late() {
 #[test]
 fn a_save_that_is_cancelled_between_attempts_is_cancelled() {
     let bytes = Arc::new(pattern(1, LEN));
-    let rig = flaky(Flaky::new(usize::MAX), Overlap::Queue(1));
+    let fixture = flaky(Flaky::new(usize::MAX), Overlap::Queue(1));
     for round in 0..300_u32 {
-        let save = rig.executor.save_with(1, state(&bytes), retry(u32::MAX)).unwrap();
+        let save = fixture.executor.save_with(1, state(&bytes), retry(u32::MAX)).unwrap();
         std::thread::sleep(Duration::from_micros(u64::from(round % 20) * 10));
         assert!(save.cancel());
         assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
         assert_eq!(save.staged().wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
     }
-    rig.slabs_home();
-    rig.executor.shutdown(LONG).unwrap();
+    fixture.slabs_home();
+    fixture.executor.shutdown(LONG).unwrap();
     assert_eq!(Arc::strong_count(&bytes), 1);
 }

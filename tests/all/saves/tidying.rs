@@ -1,6 +1,6 @@
 //! Tidying up keeps pace with saves, and is complete when the executor has been shut down.
 
-use crate::rig::{LONG, eventually, hidden, one, pattern};
+use crate::fixtures::executor::{LONG, eventually, hidden, one, pattern};
 use ashore::storage::local::{Linux, Local};
 use ashore::testing::{Call, Effect, Fault, Faulty};
 use ashore::{CheckpointExecutor, Overlap, Save, SaveOptions};

@@ -1,6 +1,6 @@
 //! The writer pool and the arena: how much is written at once, how much waits, and the resulting files.
 
-use crate::rig::{LONG, eventually, one, pattern};
+use crate::fixtures::executor::{LONG, eventually, one, pattern};
 use ashore::storage::local::Local;
 use ashore::storage::{FileWriting, IoMode, Memory, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, Checkpoint, CheckpointExecutor, Result};

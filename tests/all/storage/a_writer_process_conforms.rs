@@ -1,6 +1,6 @@
 //! A root that a process of its own writes keeps the promises of a storage, and serves an executor as any other does.
 
-use crate::rig::{LONG, one, pattern};
+use crate::fixtures::executor::{LONG, one, pattern};
 use ashore::storage::process::{Process, Program, serve};
 use ashore::testing::conformance::BEHAVIOURS;
 use ashore::{CheckpointExecutor, ErrorKind, Settings};
@@ -52,5 +52,5 @@ fn an_executor_keeps_its_steps_by_a_writer_process() {
     assert_eq!(executor.catalog().list().unwrap().iter().map(|entry| entry.step).collect::<Vec<_>>(), [3, 4]);
     let newest = executor.latest().unwrap().unwrap();
     assert!(newest.verify().unwrap().is_sound() && newest.read("t").unwrap() == pattern(4, 30_000));
-    assert!(crate::rig::hidden(root.path()).is_empty() && process.pid().is_some());
+    assert!(crate::fixtures::executor::hidden(root.path()).is_empty() && process.pid().is_some());
 }

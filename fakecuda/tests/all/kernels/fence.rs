@@ -2,7 +2,7 @@
 //! report F to the host.
 
 use super::{Piece, View, noise};
-use crate::rig::{Kernel, Rig, synchronize};
+use crate::fixture::{Fixture, Kernel, synchronize};
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -39,7 +39,7 @@ const CHUNK: usize = 1000;
 
 /// A save of five chunks of three pieces each, one of them strided, in memory of 5,000 bytes.
 struct Fence {
-    rig: Rig,
+    fixture: Fixture,
     stream: u64,
     kernels: [Kernel; 3],
     block: u32,
@@ -60,9 +60,9 @@ impl Fence {
 
     /// Like `new`, with the copying kernel `copy` on blocks of `block` threads.
     fn with(aside: usize, copy: &str, block: u32) -> Self {
-        let rig = Rig::new();
+        let fixture = Fixture::new();
         let bytes = noise(CHUNKS * CHUNK, 8);
-        let (memory, stream) = (rig.upload(&bytes), rig.stream(1));
+        let (memory, stream) = (fixture.upload(&bytes), fixture.stream(1));
         let view = View::new(&[10, 20], &[2, 20], 2);
         let (mut pieces, mut expected) = (Vec::new(), Vec::new());
         for chunk in 0..CHUNKS {
@@ -79,43 +79,43 @@ impl Fence {
             let packed = view.packed(&bytes, base + 600);
             expected.push([&bytes[base..base + 600], &packed].concat());
         }
-        let slots: Vec<u64> = (0..aside).map(|_| rig.memory(CHUNK)).collect();
+        let slots: Vec<u64> = (0..aside).map(|_| fixture.memory(CHUNK)).collect();
         let starts: Vec<u32> = (0..=CHUNKS as u32).map(|c| 3 * c).collect();
-        let fence = rig.upload(&[0_u64; 3]);
+        let fence = fixture.upload(&[0_u64; 3]);
         let table = LateCopy {
             fence,
-            pieces: rig.upload(&pieces),
-            views: rig.upload(&[view]),
-            starts: rig.upload(&starts),
-            slots: rig.upload(&slots),
+            pieces: fixture.upload(&pieces),
+            views: fixture.upload(&[view]),
+            starts: fixture.upload(&starts),
+            slots: fixture.upload(&slots),
             chunks: CHUNKS as u32,
             first: (CHUNKS - aside) as u32,
         };
-        let kernels = ["fence_latch", copy, "fence_publish"].map(|name| rig.kernel("late_copy", name));
-        let published = rig.pinned(8).as_ptr() as u64;
-        rig.poke(published, &[0xFF; 8]);
-        let watermark = rig.upload(&[0_u64]);
-        Self { rig, stream, kernels, block, fence, watermark, published, slots, table, expected, memory }
+        let kernels = ["fence_latch", copy, "fence_publish"].map(|name| fixture.kernel("late_copy", name));
+        let published = fixture.pinned(8).as_ptr() as u64;
+        fixture.poke(published, &[0xFF; 8]);
+        let watermark = fixture.upload(&[0_u64]);
+        Self { fixture, stream, kernels, block, fence, watermark, published, slots, table, expected, memory }
     }
 
     /// Runs the three kernels in their order, on this grid.
     fn run(&self, watermark: u64, base: u64, save: u64, grid: u32) {
         let fence = self.fence;
-        self.rig.poke(self.watermark, &watermark.to_le_bytes());
+        self.fixture.poke(self.watermark, &watermark.to_le_bytes());
         let latch = Latch { fence, watermark: self.watermark, base, save, chunks: CHUNKS as u32, unused: 0 };
-        assert_eq!(self.rig.launch(self.kernels[0], 1, 1, self.stream, latch), 0);
-        assert_eq!(self.rig.launch(self.kernels[1], grid, self.block, self.stream, self.table), 0);
-        assert_eq!(self.rig.launch(self.kernels[2], 1, 1, self.stream, Publish { fence, to: self.published }), 0);
+        assert_eq!(self.fixture.launch(self.kernels[0], 1, 1, self.stream, latch), 0);
+        assert_eq!(self.fixture.launch(self.kernels[1], grid, self.block, self.stream, self.table), 0);
+        assert_eq!(self.fixture.launch(self.kernels[2], 1, 1, self.stream, Publish { fence, to: self.published }), 0);
         assert_eq!(synchronize(self.stream), 0);
     }
 
     fn published(&self) -> u64 {
-        u64::from_le_bytes(self.rig.peek(self.published, 8).try_into().unwrap())
+        u64::from_le_bytes(self.fixture.peek(self.published, 8).try_into().unwrap())
     }
 
     /// True if the slot has the chunk's bytes; None if it was not written.
     fn copied(&self, chunk: usize) -> Option<bool> {
-        let slot = self.rig.peek(self.slots[chunk + self.slots.len() - CHUNKS], CHUNK);
+        let slot = self.fixture.peek(self.slots[chunk + self.slots.len() - CHUNKS], CHUNK);
         slot.iter().any(|&b| b != 0xCD).then(|| slot == self.expected[chunk])
     }
 }
@@ -175,7 +175,7 @@ fn a_second_run_for_the_same_save_changes_nothing() {
     fence.run(2, 0, 1, 4);
     assert_eq!((fence.published(), fence.copied(4)), (2, Some(true)));
     // The optimizer has written since, and more chunks have left.
-    fence.rig.poke(fence.memory, &[0; CHUNKS * CHUNK]);
+    fence.fixture.poke(fence.memory, &[0; CHUNKS * CHUNK]);
     fence.run(4, 0, 1, 4);
     assert_eq!((fence.published(), fence.copied(2), fence.copied(4)), (2, Some(true), Some(true)));
     // The next save latches again.

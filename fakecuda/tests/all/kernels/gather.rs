@@ -1,7 +1,7 @@
 //! `gather` writes pieces of any alignment, contiguous or strided, to their destinations and nowhere else.
 
 use super::{Piece, View, noise};
-use crate::rig::{Rig, synchronize};
+use crate::fixture::{Fixture, synchronize};
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -15,8 +15,8 @@ struct Gather {
 
 /// Gathers, and compares the whole destination, which has poison where no piece goes.
 fn check(memory: &[u8], places: &[(usize, usize, usize)], room: usize, grid: u32, block: u32) {
-    let rig = Rig::new();
-    let (from, to, stream) = (rig.upload(memory), rig.memory(room), rig.stream(1));
+    let fixture = Fixture::new();
+    let (from, to, stream) = (fixture.upload(memory), fixture.memory(room), fixture.stream(1));
     let pieces: Vec<_> = places
         .iter()
         .map(|&(source, target, bytes)| Piece {
@@ -28,15 +28,15 @@ fn check(memory: &[u8], places: &[(usize, usize, usize)], room: usize, grid: u32
         .collect();
     // A first piece outside the range, which must not be gathered.
     let outside = Piece { from: 1, bytes: 1, ..Piece::default() };
-    let table = rig.upload(&[&[outside][..], &pieces].concat());
+    let table = fixture.upload(&[&[outside][..], &pieces].concat());
     let argument = Gather { pieces: table, views: 0, base: to, first: 1, count: pieces.len() as u32 };
-    let kernel = rig.kernel("gather", "gather");
-    assert_eq!((rig.launch(kernel, grid, block, stream, argument), synchronize(stream)), (0, 0));
+    let kernel = fixture.kernel("gather", "gather");
+    assert_eq!((fixture.launch(kernel, grid, block, stream, argument), synchronize(stream)), (0, 0));
     let mut expected = vec![0xCD; room];
     for &(source, target, bytes) in places {
         expected[target..target + bytes].copy_from_slice(&memory[source..source + bytes]);
     }
-    let got = rig.peek(to, room);
+    let got = fixture.peek(to, room);
     let wrong = (0..room).find(|&i| got[i] != expected[i]);
     assert_eq!(wrong, None, "grid={grid} block={block}");
 }
@@ -64,17 +64,17 @@ fn large_pieces_at_every_alignment_and_any_grid() {
 #[test]
 fn the_whole_of_an_allocation_is_read_and_nothing_beside_it() {
     // Each source and each target is its own allocation, so that an access past an end is detected.
-    let rig = Rig::new();
-    let (kernel, stream) = (rig.kernel("gather", "gather"), rig.stream(1));
+    let fixture = Fixture::new();
+    let (kernel, stream) = (fixture.kernel("gather", "gather"), fixture.stream(1));
     for bytes in [1_usize, 7, 8, 15, 16, 17, 24, 31, 33, 250, 4097] {
         for shift in 0..16_usize.min(bytes) {
             let memory = noise(bytes, bytes as u64);
-            let (from, to) = (rig.upload(&memory), rig.memory(bytes));
+            let (from, to) = (fixture.upload(&memory), fixture.memory(bytes));
             let piece = Piece { from: from + shift as u64, bytes: (bytes - shift) as u32, ..Piece::default() };
-            let pieces = rig.upload(&[piece]);
+            let pieces = fixture.upload(&[piece]);
             let argument = Gather { pieces, views: 0, base: to, first: 0, count: 1 };
-            assert_eq!((rig.launch(kernel, 2, 64, stream, argument), synchronize(stream)), (0, 0));
-            assert_eq!(rig.peek(to, bytes - shift), memory[shift..]);
+            assert_eq!((fixture.launch(kernel, 2, 64, stream, argument), synchronize(stream)), (0, 0));
+            assert_eq!(fixture.peek(to, bytes - shift), memory[shift..]);
         }
     }
 }
@@ -82,8 +82,8 @@ fn the_whole_of_an_allocation_is_read_and_nothing_beside_it() {
 #[test]
 fn strided_tensors_are_packed_piece_by_piece() {
     let memory = noise(64 << 10, 3);
-    let rig = Rig::new();
-    let (from, kernel, stream) = (rig.upload(&memory), rig.kernel("gather", "gather"), rig.stream(1));
+    let fixture = Fixture::new();
+    let (from, kernel, stream) = (fixture.upload(&memory), fixture.kernel("gather", "gather"), fixture.stream(1));
     let cases = [
         (View::new(&[33, 17], &[4, 33 * 4], 4), 0),
         (View::new(&[5, 7, 3], &[2, 10, 700], 2), 6),
@@ -109,10 +109,10 @@ fn strided_tensors_are_packed_piece_by_piece() {
                 ..Piece::default()
             })
             .collect();
-        let to = rig.memory(expected.len() + 8);
-        let (pieces, views) = (rig.upload(&pieces), rig.upload(&[view]));
+        let to = fixture.memory(expected.len() + 8);
+        let (pieces, views) = (fixture.upload(&pieces), fixture.upload(&[view]));
         let argument = Gather { pieces, views, base: to, first: 0, count: 3 };
-        assert_eq!((rig.launch(kernel, 2, 48, stream, argument), synchronize(stream)), (0, 0), "case {i}");
-        assert!(rig.peek(to + (i % 4) as u64, expected.len()) == expected, "case {i}");
+        assert_eq!((fixture.launch(kernel, 2, 48, stream, argument), synchronize(stream)), (0, 0), "case {i}");
+        assert!(fixture.peek(to + (i % 4) as u64, expected.len()) == expected, "case {i}");
     }
 }

@@ -1,7 +1,7 @@
 //! The committed PTX has the kernels that are compiled here, and old drivers accept it. The build checks its
 //! checksums.
 
-use crate::rig::Rig;
+use crate::fixture::Fixture;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -18,14 +18,14 @@ fn files() -> BTreeMap<String, Vec<u8>> {
 
 #[test]
 fn every_kernel_is_in_its_module_with_the_argument_that_was_compiled_here() {
-    let rig = Rig::new();
+    let fixture = Fixture::new();
     let files = files();
     let mut kernels = 0;
     for (name, source) in files.iter().filter_map(|(n, s)| Some((n.strip_suffix(".cu")?, s))) {
         let source = std::str::from_utf8(source).unwrap();
         for kernel in source.lines().filter_map(|l| l.strip_prefix("KERNEL(")?.split(',').next()) {
             // This fails when the sizes of the argument differ.
-            rig.kernel(name, kernel);
+            fixture.kernel(name, kernel);
             kernels += 1;
         }
     }

@@ -2,7 +2,7 @@
 //! be.
 
 use crate::compat::{Flaky, Gate, engine, files, state};
-use crate::rig::{Buffer, LONG, eventually, one};
+use crate::fixtures::executor::{Buffer, LONG, eventually, one};
 use ashore::compat::orbax::{
     AsyncCheckpointHandler, CommitFuture, CompositeArgs, CompositeCheckpointHandler, DeferredPath,
     DeferredPathAsyncCheckpointHandler, HandlerAwaitableSignal, OperationId, SaveArgs, SavePath, Signals,
@@ -66,7 +66,7 @@ fn a_deferred_save_touches_nothing_before_its_signal_and_is_durable_after_it() {
     deferred.set_path(root.path());
     // The path is known, but the signal has not come: nothing is saved yet.
     assert_eq!(futures[0].result(Duration::from_millis(10)).unwrap_err().kind(), ErrorKind::Deadline);
-    assert!(files(root.path()).is_empty() && crate::rig::hidden(root.path()).is_empty());
+    assert!(files(root.path()).is_empty() && crate::fixtures::executor::hidden(root.path()).is_empty());
     signals.send(id, STEP);
     futures[0].result(LONG).unwrap().committed().unwrap();
     block_on(futures[0].clone()).unwrap();

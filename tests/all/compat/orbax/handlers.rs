@@ -1,7 +1,7 @@
 //! Handlers and their commit futures; composites as one step.
 
 use crate::compat::{engine, files, state};
-use crate::rig::{LONG, pattern};
+use crate::fixtures::executor::{LONG, pattern};
 use ashore::compat::orbax::{
     AsyncCheckpointHandler, CompositeArgs, CompositeCheckpointHandler, Item, SaveArgs, StandardCheckpointHandler,
 };

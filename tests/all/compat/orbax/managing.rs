@@ -1,8 +1,8 @@
 //! `CheckpointManager`: saving, steps, metrics, errors, reading only.
 
 use crate::compat::{Flaky, Gate, drop_in_a_child, engine, files, state};
-use crate::heard::Heard;
-use crate::rig::{Buffer, LONG, eventually, one};
+use crate::fixtures::executor::{Buffer, LONG, eventually, one};
+use crate::fixtures::log::LogLines;
 use ashore::compat::orbax::{
     BestN, CheckpointInfo, CheckpointManager, CheckpointManagerOptions, CompositeArgs, Item, LatestN,
 };
@@ -303,7 +303,7 @@ fn errors_that_close_does_not_return_are_logged() {
         assert!(manager.save(step, state(step)).unwrap());
     }
     device.release();
-    let heard = Heard::default();
+    let heard = LogLines::default();
     let error = tracing::subscriber::with_default(heard.clone(), || manager.close(LONG)).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Unavailable, Some(1)));
     let lines = heard.0.lock().unwrap();

@@ -1,7 +1,7 @@
 //! Save decision and preservation policies, each by itself and through the manager.
 
 use crate::compat::engine;
-use crate::rig::{LONG, eventually, one};
+use crate::fixtures::executor::{LONG, eventually, one};
 use ashore::compat::orbax::{
     AnyPreservationPolicy, AnySavePolicy, BestN, CheckpointInfo, CheckpointManager, CheckpointManagerOptions,
     ContinuousCheckpointingPolicy, CustomSteps, DecisionContext, EveryNSeconds, EveryNSteps, EveryNStepsClosest,

@@ -1,7 +1,7 @@
 //! `execute_save` and its future: results, options, paths, overlap.
 
 use crate::compat::{engine, files, state};
-use crate::rig::{LONG, one, pattern};
+use crate::fixtures::executor::{LONG, one, pattern};
 use ashore::compat::torch::{
     AsyncCheckpointExecutor, EngineWriter, ExecuteOptions, StagedState, Staging, StorageMetadata, StorageWriter,
     ThreadExecutor, ThreadGroup,

@@ -1,7 +1,7 @@
 //! Failures of planners, writers and storage are always in the future, never silent, and retried on request.
 
 use crate::compat::{Flaky, Gate, engine, files, state};
-use crate::rig::{LONG, one};
+use crate::fixtures::executor::{LONG, one};
 use ashore::compat::torch::{
     AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, SavePlanner, StorageMeta,
     ThreadExecutor, WriteItem,
@@ -188,7 +188,7 @@ fn a_failure_that_may_pass_is_tried_again_as_often_as_was_asked_for() {
     executor.execute_save(state(1).into(), to("step-1")).unwrap().result(LONG).unwrap().unwrap();
     assert_eq!(
         executor.executor().checkpoint(1).unwrap().read("model.weights").unwrap(),
-        crate::rig::pattern(1, 20_000)
+        crate::fixtures::executor::pattern(1, 20_000)
     );
     executor.close(LONG).unwrap();
 
@@ -202,7 +202,7 @@ fn a_failure_that_nobody_saw_stops_the_next_call_or_is_logged() {
     for (failed, stops) in [(OnUnseenError::NextCall, true), (OnUnseenError::Warn, false)] {
         let executor = flaky(1, failed);
         drop(executor.execute_save(state(1).into(), to("step-1")).unwrap());
-        crate::rig::eventually("it has failed", || executor.executor().arena().free() == 4);
+        crate::fixtures::executor::eventually("it has failed", || executor.executor().arena().free() == 4);
         // The engine ends the save a moment after its slabs are returned; its step is free again then.
         let second = loop {
             match executor.execute_save(state(2).into(), to("step-1")) {

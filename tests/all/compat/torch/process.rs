@@ -2,7 +2,7 @@
 //! first.
 
 use crate::compat::{files, state};
-use crate::rig::{LONG, eventually, pattern};
+use crate::fixtures::executor::{LONG, eventually, pattern};
 use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, ProcessBuilder, ProcessExecutor, Staging, serve};
 use ashore::testing::block_on;
 use ashore::{Attempt, Catalog, Checkpoint, ErrorKind, SaveOptions, Settings};
@@ -160,7 +160,7 @@ fn a_state_that_was_handed_over_is_durable_although_the_program_was_killed() {
     assert_eq!(step.read("model.weights").unwrap(), pattern(9, 20_000));
     assert!(step.verify().unwrap().is_sound());
     // Then it ends, and leaves nothing behind.
-    eventually("it has tidied up", || crate::rig::hidden(root.path()).is_empty());
+    eventually("it has tidied up", || crate::fixtures::executor::hidden(root.path()).is_empty());
     eventually("it has ended", || !Path::new(&format!("/proc/{writer}/root")).exists() || ended(writer));
 }
 

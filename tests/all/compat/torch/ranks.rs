@@ -2,7 +2,7 @@
 //! them.
 
 use crate::compat::engine;
-use crate::rig::LONG;
+use crate::fixtures::executor::LONG;
 use ashore::compat::torch::{
     AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, StorageMetadata, StorageWriter,
     ThreadExecutor, ThreadGroup, WriteFuture, WriteResult,

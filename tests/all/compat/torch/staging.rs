@@ -2,7 +2,7 @@
 //! deadline.
 
 use crate::compat::{engine, files, state};
-use crate::rig::{LONG, eventually, pattern};
+use crate::fixtures::executor::{LONG, eventually, pattern};
 use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, Stage, Staging, ThreadExecutor};
 use ashore::{Checkpoint, Dtype, Error, ErrorKind, Layout, RawHost, StateDict};
 use std::sync::Arc;

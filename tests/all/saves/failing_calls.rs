@@ -3,7 +3,7 @@
 //! nothing hangs, older steps stay unchanged, slabs are returned, and the next save works when the fault is
 //! gone.
 
-use crate::rig::{LONG, eventually, hidden, one, pattern};
+use crate::fixtures::executor::{LONG, eventually, hidden, one, pattern};
 use ashore::id::step_name;
 use ashore::storage::local::{Linux, Local};
 use ashore::storage::{Storage, Sweep};

@@ -2,7 +2,7 @@
 //! Whatever happens: no call says `Ok` for what is not so, each step reads as one whole attempt, and nothing
 //! leaks.
 
-use crate::rig::hidden;
+use crate::fixtures::executor::hidden;
 use ashore::storage::local::{Linux, Local};
 use ashore::storage::{Reading, Storage, Sweep};
 use ashore::testing::{AlignedBuffer, Effect, Fault, Faulty};

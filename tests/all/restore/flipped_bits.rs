@@ -1,8 +1,8 @@
-use crate::made::{Made, noise, open};
+use crate::fixtures::checkpoint::{MadeCheckpoint, noise, open};
 use ashore::{Dtype, ErrorKind};
 
-fn small(step: u64, shards: usize) -> Made {
-    let mut made = Made::new(step)
+fn small(step: u64, shards: usize) -> MadeCheckpoint {
+    let mut made = MadeCheckpoint::new(step)
         .tensor("a", Dtype::F32, &[2, 2], noise(16, 1))
         .tensor("b", Dtype::U8, &[], noise(1, 2))
         .tensor("c", Dtype::I16, &[3], noise(6, 3))
@@ -21,7 +21,7 @@ fn every_bit_of_an_index_and_its_manifest() {
     every_bit(&small(7, 2), &["model.safetensors.index.json", "manifest.json"]);
 }
 
-fn every_bit(made: &Made, which: &[&str]) {
+fn every_bit(made: &MadeCheckpoint, which: &[&str]) {
     let mut files = made.files();
     let (mut flips, mut by_open) = (0, 0);
     for name in which {
@@ -102,8 +102,10 @@ fn shards_of_another_step_or_attempt_or_place() {
         }
     }
     // Two shards of one save that changed places, of the same length.
-    let twins =
-        Made::new(7).tensor("a", Dtype::U8, &[4], noise(4, 1)).tensor("b", Dtype::U8, &[4], noise(4, 2)).shards(2);
+    let twins = MadeCheckpoint::new(7)
+        .tensor("a", Dtype::U8, &[4], noise(4, 1))
+        .tensor("b", Dtype::U8, &[4], noise(4, 2))
+        .shards(2);
     let mut files = twins.files();
     let (first, second) = files.split_at_mut(1);
     std::mem::swap(&mut first[0].1, &mut second[0].1);

@@ -1,7 +1,7 @@
 //! A prune deleted the only sound step: the newest was complete with one flipped byte, and "complete" was
 //! enough. A prune keeps a sound step.
 
-use crate::made::{Made, noise, publish};
+use crate::fixtures::checkpoint::{MadeCheckpoint, noise, publish};
 use ashore::catalog::{Entry, Problem, Verify};
 use ashore::storage::{Memory, Storage};
 use ashore::{Catalog, Dtype, ErrorKind, PruneOptions, Retention};
@@ -10,8 +10,8 @@ use std::sync::Arc;
 const ONE: Retention = Retention::last(1);
 const NOW: fn() -> PruneOptions = PruneOptions::new;
 
-fn made(step: u64) -> Made {
-    Made::new(step).tensor("x", Dtype::U8, &[64], noise(64, step))
+fn made(step: u64) -> MadeCheckpoint {
+    MadeCheckpoint::new(step).tensor("x", Dtype::U8, &[64], noise(64, step))
 }
 
 /// Saves sound steps, and changes one byte of the tensor in those of `flipped`: they are complete but not

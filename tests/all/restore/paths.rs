@@ -1,16 +1,16 @@
-use crate::made::{Made, noise};
+use crate::fixtures::checkpoint::{MadeCheckpoint, noise};
 use ashore::{Catalog, Checkpoint, Dtype, ErrorKind};
 use std::fs;
 use std::path::Path;
 
-fn made() -> Made {
-    Made::new(7)
+fn made() -> MadeCheckpoint {
+    MadeCheckpoint::new(7)
         .tensor("big", Dtype::U8, &[20_000_003], noise(20_000_003, 1))
         .tensor("small", Dtype::F32, &[5], noise(20, 2))
         .shards(2)
 }
 
-fn write(dir: &Path, made: &Made) {
+fn write(dir: &Path, made: &MadeCheckpoint) {
     fs::create_dir(dir).unwrap();
     for (name, bytes) in made.files() {
         fs::write(dir.join(name), bytes).unwrap();

@@ -1,4 +1,4 @@
-use crate::made::{Made, Watched, noise};
+use crate::fixtures::checkpoint::{MadeCheckpoint, Watched, noise};
 use ashore::{Checkpoint, Dtype, ErrorKind, Targets};
 use std::sync::Arc;
 
@@ -6,9 +6,9 @@ const BLOCK: usize = 8 << 20;
 
 /// Tensors of every kind: odd lengths, no dimensions, no elements, more than a block, elements smaller than a
 /// byte.
-fn everything(shards: usize) -> Made {
+fn everything(shards: usize) -> MadeCheckpoint {
     use Dtype::*;
-    Made::new(7)
+    MadeCheckpoint::new(7)
         .tensor("big", U16, &[3, BLOCK / 3], noise(2 * 3 * (BLOCK / 3), 1))
         .tensor("big.exactly", U8, &[2 * BLOCK], noise(2 * BLOCK, 2))
         .tensor("empty", F32, &[3, 0, 2], Vec::new())
@@ -114,7 +114,7 @@ fn values_and_names_cost_no_read_of_tensor_data() {
 
 #[test]
 fn one_tensor_of_many_costs_its_own_bytes_rounded_to_the_alignment() {
-    let mut made = Made::new(7);
+    let mut made = MadeCheckpoint::new(7);
     for i in 0..4000 {
         made = made.tensor(&format!("layer.{i}"), Dtype::U8, &[1000], noise(1000, i));
     }
@@ -130,7 +130,7 @@ fn one_tensor_of_many_costs_its_own_bytes_rounded_to_the_alignment() {
 
 #[test]
 fn many_small_tensors_are_few_reads() {
-    let mut made = Made::new(7);
+    let mut made = MadeCheckpoint::new(7);
     for i in 0..4000 {
         made = made.tensor(&format!("layer.{i}"), Dtype::U8, &[1000], noise(1000, i));
     }
@@ -154,7 +154,7 @@ fn a_checkpoint_stays_readable_after_it_was_replaced_and_removed() {
     let made = everything(1);
     made.publish(&storage, "step-7");
     let checkpoint = Checkpoint::from_storage(Arc::new(storage.clone()), "step-7").unwrap();
-    Made::new(7).publish(&storage, "step-7");
+    MadeCheckpoint::new(7).publish(&storage, "step-7");
     ashore::storage::Storage::remove(&storage, "step-7").unwrap();
     assert!(checkpoint.read("odd").unwrap() == made.tensors["odd"].2);
 }

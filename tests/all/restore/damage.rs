@@ -1,4 +1,4 @@
-use crate::made::{Made, noise, open};
+use crate::fixtures::checkpoint::{MadeCheckpoint, noise, open};
 use ashore::Dtype;
 use ashore::internal::digest::Digest;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,7 +7,7 @@ const BLOCK: usize = 8 << 20;
 
 #[test]
 fn every_damaged_place_is_named_in_order() {
-    let made = Made::new(7)
+    let made = MadeCheckpoint::new(7)
         .tensor("a", Dtype::U8, &[100], noise(100, 1))
         .tensor("b", Dtype::U8, &[3 * BLOCK], noise(3 * BLOCK, 2))
         .tensor("c", Dtype::U8, &[100], noise(100, 3))
@@ -47,7 +47,7 @@ fn every_damaged_place_is_named_in_order() {
 
 #[test]
 fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
-    let honest = Made::new(7).tensor("a", Dtype::U8, &[8], noise(8, 1));
+    let honest = MadeCheckpoint::new(7).tensor("a", Dtype::U8, &[8], noise(8, 1));
     let mut files = honest.files();
     let mut liar = honest.clone();
     liar.tensors.get_mut("a").unwrap().1 = vec![4, 2];
@@ -66,8 +66,10 @@ fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
 /// does.
 #[test]
 fn what_stock_loaders_would_read_instead_is_not_sound() {
-    let made =
-        Made::new(7).tensor("a", Dtype::U8, &[8], noise(8, 1)).tensor("b", Dtype::U8, &[8], noise(8, 2)).shards(2);
+    let made = MadeCheckpoint::new(7)
+        .tensor("a", Dtype::U8, &[8], noise(8, 1))
+        .tensor("b", Dtype::U8, &[8], noise(8, 2))
+        .shards(2);
     let misleading = |files: &[(String, Vec<u8>)]| {
         let report = open(files).unwrap().verify().unwrap();
         assert!(report.is_intact(), "every byte is as it was written: {report:?}");

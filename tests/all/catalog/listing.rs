@@ -1,10 +1,10 @@
-use crate::made::{Made, noise, publish};
+use crate::fixtures::checkpoint::{MadeCheckpoint, noise, publish};
 use ashore::storage::Memory;
 use ashore::{Catalog, Dtype, ErrorKind};
 use std::sync::Arc;
 
-fn made(step: u64) -> Made {
-    Made::new(step).tensor("x", Dtype::U8, &[64], noise(64, step))
+fn made(step: u64) -> MadeCheckpoint {
+    MadeCheckpoint::new(step).tensor("x", Dtype::U8, &[64], noise(64, step))
 }
 
 fn catalog(storage: &Memory) -> Catalog {

@@ -1,9 +1,9 @@
-use crate::made::{BeforeShard, Made, Watched, noise};
+use crate::fixtures::checkpoint::{BeforeShard, MadeCheckpoint, Watched, noise};
 use ashore::{Catalog, Checkpoint, Dtype, ErrorKind};
 use std::sync::Arc;
 
-fn made(seed: u64) -> Made {
-    Made::new(7).tensor("x", Dtype::U8, &[9], noise(9, seed))
+fn made(seed: u64) -> MadeCheckpoint {
+    MadeCheckpoint::new(7).tensor("x", Dtype::U8, &[9], noise(9, seed))
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use crate::made::{Made, Watched, noise, publish};
+use crate::fixtures::checkpoint::{MadeCheckpoint, Watched, noise, publish};
 use ashore::storage::Storage;
 use ashore::{Attempt, Catalog, Dtype, ErrorKind, PruneOptions, Retention};
 use std::sync::Arc;
@@ -7,7 +7,7 @@ fn steps(steps: impl IntoIterator<Item = u64>) -> (Watched, Catalog, Vec<Attempt
     let storage = Watched::default();
     let mut attempts = Vec::new();
     for step in steps {
-        let made = Made::new(step).tensor("x", Dtype::U8, &[64], noise(64, step));
+        let made = MadeCheckpoint::new(step).tensor("x", Dtype::U8, &[64], noise(64, step));
         made.publish(&storage.memory, &ashore::id::step_name(step));
         attempts.push(made.attempt);
     }
@@ -102,7 +102,7 @@ fn foreign_and_broken_directories_stay() {
     let (storage, catalog, _) = steps([10, 20, 30]);
     publish(&storage.memory, "1", &[("weights.bin".into(), vec![0])]);
     publish(&storage.memory, "step-00000002", &[("manifest.json".into(), vec![0])]);
-    let mut broken = Made::new(3).tensor("x", Dtype::U8, &[64], noise(64, 1)).files();
+    let mut broken = MadeCheckpoint::new(3).tensor("x", Dtype::U8, &[64], noise(64, 1)).files();
     broken[0].1.pop();
     publish(&storage.memory, "step-00000003", &broken);
     publish(&storage.memory, "step-00000040", &broken);
@@ -113,8 +113,8 @@ fn foreign_and_broken_directories_stay() {
 #[test]
 fn every_name_of_a_step_goes_with_it() {
     let (storage, catalog, _) = steps([1, 2, 3]);
-    Made::new(1).publish(&storage.memory, "ckpt-1");
-    Made::new(3).publish(&storage.memory, "ckpt-3");
+    MadeCheckpoint::new(1).publish(&storage.memory, "ckpt-1");
+    MadeCheckpoint::new(3).publish(&storage.memory, "ckpt-3");
     catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [2, 3, 3]);
 }

@@ -12,13 +12,13 @@ pub fn is_real() -> bool {
 }
 
 /// A device with its context current: a simulated one for this test alone, or the first real one.
-pub struct Rig {
+pub struct Fixture {
     simulated: Option<Device>,
 }
 
-impl Rig {
+impl Fixture {
     pub fn new() -> Self {
-        let rig = Self { simulated: (!is_real()).then(Device::claim) };
+        let fixture = Self { simulated: (!is_real()).then(Device::claim) };
         let mut context = 0_u64;
         assert_eq!(cuda!(cuInit(0 => u32)), 0);
         if is_real() {
@@ -27,12 +27,12 @@ impl Rig {
             static HELD: Once = Once::new();
             HELD.call_once(|| {
                 let mut held = 0_u64;
-                assert_eq!(cuda!(cuDevicePrimaryCtxRetain(&mut held => &mut u64, rig.ordinal() => i32)), 0);
+                assert_eq!(cuda!(cuDevicePrimaryCtxRetain(&mut held => &mut u64, fixture.ordinal() => i32)), 0);
             });
         }
-        assert_eq!(cuda!(cuDevicePrimaryCtxRetain(&mut context => &mut u64, rig.ordinal() => i32)), 0);
+        assert_eq!(cuda!(cuDevicePrimaryCtxRetain(&mut context => &mut u64, fixture.ordinal() => i32)), 0);
         assert_eq!(cuda!(cuCtxSetCurrent(context => u64)), 0);
-        rig
+        fixture
     }
 
     /// The simulated device.
@@ -98,7 +98,7 @@ const PTX: [(&str, &str); 4] = [
 #[derive(Clone, Copy)]
 pub struct Kernel(u64);
 
-impl Rig {
+impl Fixture {
     /// Loads one of the project's kernels from its committed PTX.
     pub fn kernel(&self, module: &str, name: &str) -> Kernel {
         let ptx = PTX.iter().find(|(name, _)| *name == module).expect("one of the modules").1;
@@ -132,7 +132,7 @@ impl Rig {
     }
 }
 
-impl Drop for Rig {
+impl Drop for Fixture {
     fn drop(&mut self) {
         if std::thread::panicking() {
             return;

@@ -1,4 +1,4 @@
-use crate::made::{Made, Watched, noise};
+use crate::fixtures::checkpoint::{MadeCheckpoint, Watched, noise};
 use ashore::{Checkpoint, Dtype, ErrorKind, Targets};
 use proptest::prelude::*;
 use std::ops::Range;
@@ -27,7 +27,7 @@ proptest! {
     fn a_slice_is_what_a_naive_walk_finds((shape, ranges) in slices(), size in prop::sample::select(vec![1_usize, 2, 4, 8])) {
         let dtype = [Dtype::U8, Dtype::BF16, Dtype::F32, Dtype::I64][size.ilog2() as usize];
         let bytes = noise(size * shape.iter().product::<usize>(), 1);
-        let checkpoint = Made::new(7).tensor("x", Dtype::U8, &[5], noise(5, 2)).tensor("y", dtype, &shape, bytes.clone());
+        let checkpoint = MadeCheckpoint::new(7).tensor("x", Dtype::U8, &[5], noise(5, 2)).tensor("y", dtype, &shape, bytes.clone());
         let checkpoint = checkpoint.open().unwrap();
         prop_assert_eq!(checkpoint.read_slice("y", &ranges).unwrap(), naive(size, &shape, &ranges, &bytes));
     }
@@ -37,7 +37,12 @@ proptest! {
 fn slices_across_the_borders_of_blocks() {
     let shape = [5, 1 << 20, 5];
     let bytes = noise(shape.iter().product(), 3);
-    let made = Made::new(7).tensor("a", Dtype::U8, &[3], vec![1, 2, 3]).tensor("x", Dtype::U8, &shape, bytes.clone());
+    let made = MadeCheckpoint::new(7).tensor("a", Dtype::U8, &[3], vec![1, 2, 3]).tensor(
+        "x",
+        Dtype::U8,
+        &shape,
+        bytes.clone(),
+    );
     let checkpoint = made.open().unwrap();
     let slices: [[Range<usize>; 3]; 4] = [
         [0..5, 0..3, 0..5],
@@ -52,12 +57,12 @@ fn slices_across_the_borders_of_blocks() {
 
 #[test]
 fn only_blocks_that_the_slice_touches_are_read_and_checked() {
-    let made = Made::new(7).tensor("x", Dtype::U8, &[4, BLOCK], noise(4 * BLOCK, 3));
+    let made = MadeCheckpoint::new(7).tensor("x", Dtype::U8, &[4, BLOCK], noise(4 * BLOCK, 3));
     let mut files = made.files();
     let data = files[0].1.len() - 4 * BLOCK;
     files[0].1[data + 2 * BLOCK + 5] ^= 1;
     let storage = Watched::default();
-    crate::made::publish(&storage.memory, "step-7", &files);
+    crate::fixtures::checkpoint::publish(&storage.memory, "step-7", &files);
     let checkpoint = Checkpoint::from_storage(Arc::new(storage.clone()), "step-7").unwrap();
     storage.seen.lock().unwrap().reads.clear();
     let read = checkpoint.read_slice("x", &[1..2, 7..9]).unwrap();
@@ -76,7 +81,7 @@ fn only_blocks_that_the_slice_touches_are_read_and_checked() {
 #[test]
 #[expect(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 fn slices_that_do_not_fit_name_the_tensor() {
-    let made = Made::new(7).tensor("x", Dtype::F4, &[2, 4], vec![1, 2, 3, 4]);
+    let made = MadeCheckpoint::new(7).tensor("x", Dtype::F4, &[2, 4], vec![1, 2, 3, 4]);
     let checkpoint = made.open().unwrap();
     assert_eq!(checkpoint.read_slice("x", &[1..2, 2..4]).unwrap(), [4]);
     for slice in [&[0..1, 1..2][..], &[0..1], &[0..3, 0..4], &[]] {
@@ -89,7 +94,7 @@ fn slices_that_do_not_fit_name_the_tensor() {
 #[test]
 fn slices_have_elements() {
     let bytes: Vec<u8> = (0_u16..12).flat_map(u16::to_le_bytes).collect();
-    let checkpoint = Made::new(7).tensor("x", Dtype::U16, &[3, 4], bytes).open().unwrap();
+    let checkpoint = MadeCheckpoint::new(7).tensor("x", Dtype::U16, &[3, 4], bytes).open().unwrap();
     let slice = [1..3, 2..4];
     assert_eq!(checkpoint.read_slice_as::<u16>("x", &slice).unwrap(), [6, 7, 10, 11]);
     let mut elements = [0_u16; 4];
@@ -108,7 +113,7 @@ fn slices_have_elements() {
 #[test]
 #[expect(clippy::single_range_in_vec_init, reason = "a slice of one dimension")]
 fn strict_targets_refuse_what_they_do_not_ask_for() {
-    let mut made = Made::new(7).tensor("a", Dtype::U8, &[4], vec![1, 2, 3, 4]);
+    let mut made = MadeCheckpoint::new(7).tensor("a", Dtype::U8, &[4], vec![1, 2, 3, 4]);
     for extra in 0..10 {
         made = made.tensor(&format!("x{extra}"), Dtype::U8, &[1], vec![9]);
     }
@@ -119,7 +124,7 @@ fn strict_targets_refuse_what_they_do_not_ask_for() {
     let refused = checkpoint.read_into(Targets::new().bytes("a", &mut a).strict()).unwrap_err();
     assert_eq!((refused.kind(), a), (ErrorKind::Invalid, [0; 4]), "nothing is read");
     assert!(refused.message().contains("count=10 first=[\"x0\", ") && !refused.message().contains("x9"), "{refused}");
-    let only = Made::new(8).tensor("a", Dtype::U8, &[4], vec![1, 2, 3, 4]).open().unwrap();
+    let only = MadeCheckpoint::new(8).tensor("a", Dtype::U8, &[4], vec![1, 2, 3, 4]).open().unwrap();
     only.read_into(Targets::new().strict().slice("a", &[1..3], &mut part)).unwrap();
     assert_eq!(part, [2, 3], "a part is asked for, too");
 }
