@@ -135,7 +135,7 @@ impl SigtermBuilder {
     pub fn install(self) -> Result<Sigterm> {
         let busy = |e| Error::new(ErrorKind::Busy, "the hook for SIGTERM cannot be installed").with_source(e);
         let (signals, wake) = UnixStream::pair().map_err(busy)?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(HookState::default());
         let hook = Sigterm { shared: shared.clone(), wake, timeout: self.timeout.saturating_add(2 * GRACE) };
         *lock(&shared.hook) = Some(Hook::new(&hook.wake).map_err(busy)?);
         let listener = Arc::new(Listener { hook: self, shared: shared.clone() });
@@ -156,7 +156,7 @@ impl std::fmt::Debug for SigtermBuilder {
 }
 
 #[derive(Debug)]
-struct Shared {
+struct HookState {
     requested: AtomicBool,
     report: CellArc<Completion<Report>>,
     offered: Mutex<Option<(u64, StateDict<'static>)>>,
@@ -167,7 +167,7 @@ struct Shared {
     ended: Completion<()>,
 }
 
-impl Default for Shared {
+impl Default for HookState {
     fn default() -> Self {
         let (requested, report) = (AtomicBool::new(false), CellArc::new(Completion::new()));
         let (offered, hook) = (Mutex::new(None), Mutex::new(None));
@@ -196,7 +196,7 @@ impl Default for Shared {
 /// whose `main` returns meanwhile loses nothing and ends as [`Exit`] says.
 #[derive(Debug)]
 pub struct Sigterm {
-    shared: Arc<Shared>,
+    shared: Arc<HookState>,
     wake: UnixStream,
     timeout: Duration,
 }
@@ -274,7 +274,7 @@ impl Drop for Sigterm {
 
 struct Listener {
     hook: SigtermBuilder,
-    shared: Arc<Shared>,
+    shared: Arc<HookState>,
 }
 
 /// The listening thread, which the signal wakes.

@@ -88,7 +88,7 @@ impl Lease {
 /// Breaks the promise of a slab, to show that the test suite detects it.
 #[cfg(mutants)]
 impl Lease {
-    pub(crate) fn go_home_early(&mut self) {
+    pub(crate) fn return_early(&mut self) {
         lock(&self.pool.free).insert(0, self.index);
         self.early = true;
     }

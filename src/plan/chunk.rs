@@ -67,7 +67,7 @@ pub(crate) struct Chunk {
 #[cfg(mutants)]
 impl Chunk {
     pub fn early(mut self) -> Self {
-        self.lease.go_home_early();
+        self.lease.return_early();
         self
     }
 }

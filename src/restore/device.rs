@@ -172,7 +172,7 @@ struct Loader<'l> {
     arena: &'l Arena,
     queue: Box<dyn LoadQueue>,
     /// Slabs being copied from, oldest first.
-    flights: VecDeque<Flight>,
+    in_flight: VecDeque<Upload>,
     timeout: Duration,
     /// Copies write to borrowed memory.
     borrowed: bool,
@@ -180,7 +180,7 @@ struct Loader<'l> {
     unfinished: &'l AtomicBool,
 }
 
-struct Flight {
+struct Upload {
     slab: Lease,
     /// The completion event after its copies; None until it is recorded.
     event: Option<Dependency>,
@@ -246,14 +246,14 @@ impl<'l> Loader<'l> {
         borrowed: bool,
         unfinished: &'l AtomicBool,
     ) -> Result<Self> {
-        let (queue, flights, timeout) = (device.loads()?, VecDeque::with_capacity(SLABS), checkpoint.timeout);
-        Ok(Self { checkpoint, arena, queue, flights, timeout, borrowed, unfinished })
+        let (queue, in_flight, timeout) = (device.loads()?, VecDeque::with_capacity(SLABS), checkpoint.timeout);
+        Ok(Self { checkpoint, arena, queue, in_flight, timeout, borrowed, unfinished })
     }
 
     /// Reads a piece, checks it, and queues its copies if all of it is right.
     fn bring(&mut self, mut piece: Piece<Wanted<'_, '_>>) -> Result<()> {
-        while self.flights.len() >= SLABS {
-            if mutant::on(Mutant::LoadReuse) { _ = self.flights.pop_front() } else { self.land()? }
+        while self.in_flight.len() >= SLABS {
+            if mutant::on(Mutant::LoadReuse) { _ = self.in_flight.pop_front() } else { self.land()? }
         }
         let slab = self.arena.try_lease().ok_or_else(|| Error::internal("a thread has lost a slab"))?;
         let (checkpoint, mut slab, first) = (self.checkpoint, Slab(slab), piece.pages().start);
@@ -268,25 +268,25 @@ impl<'l> Loader<'l> {
         if piece.parts.is_sorted_by(|one, next| one.range.end <= next.range.start) {
             piece.parts.iter_mut().try_for_each(|part| slab.pack(part, first))?;
         }
-        self.flights.push_back(Flight { slab: slab.0, event: None });
+        self.in_flight.push_back(Upload { slab: slab.0, event: None });
         for part in &piece.parts {
             self.hand_over(part, first).map_err(|e| checkpoint.unloaded(e, part))?;
         }
         let event = self.queue.event()?;
-        if let Some(flight) = self.flights.back_mut() {
-            flight.event = Some(event);
+        if let Some(upload) = self.in_flight.back_mut() {
+            upload.event = Some(event);
         }
         wrong.map_or(Ok(()), Err)
     }
 
     /// Queues the copies of a checked part from the newest slab, which starts at offset `first` of the file.
     fn hand_over(&mut self, part: &Wanted<'_, '_>, first: u64) -> Result<()> {
-        let (&Share::Device { ordinal, mut address, .. }, Some(flight)) = (&part.to, self.flights.back()) else {
+        let (&Share::Device { ordinal, mut address, .. }, Some(upload)) = (&part.to, self.in_flight.back()) else {
             return Ok(());
         };
         for run in runs(part, first) {
-            let from = flight.slab.bytes().get(run).ok_or_else(outside)?;
-            // SAFETY: the slab stays in `flights` until an event after this copy is reached; the target's
+            let from = upload.slab.bytes().get(run).ok_or_else(outside)?;
+            // SAFETY: the slab stays in `in_flight` until an event after this copy is reached; the target's
             // creator guarantees its memory.
             unsafe { self.queue.load(ordinal, from.as_ptr(), address, from.len())? };
             address += from.len() as u64;
@@ -296,7 +296,7 @@ impl<'l> Loader<'l> {
 
     /// Waits until the copies from the oldest slab have ended.
     fn land(&mut self) -> Result<()> {
-        let Some(event) = self.flights.front().and_then(|flight| flight.event.clone()) else {
+        let Some(event) = self.in_flight.front().and_then(|upload| upload.event.clone()) else {
             return Err(Error::internal("a slab has no completion event"));
         };
         let deadline = Instant::now() + self.timeout;
@@ -309,15 +309,15 @@ impl<'l> Loader<'l> {
             }
             thread::sleep(POLL_INTERVAL);
         }
-        self.flights.pop_front();
+        self.in_flight.pop_front();
         Ok(())
     }
 
     fn land_all(mut self) -> Result<()> {
         if mutant::on(Mutant::LoadWait) {
-            self.flights.clear();
+            self.in_flight.clear();
         }
-        while !self.flights.is_empty() {
+        while !self.in_flight.is_empty() {
             self.land()?;
         }
         Ok(())
@@ -326,7 +326,7 @@ impl<'l> Loader<'l> {
 
 impl Drop for Loader<'_> {
     fn drop(&mut self) {
-        if self.flights.is_empty() || self.queue.quiesce(deadline_after(self.timeout)) {
+        if self.in_flight.is_empty() || self.queue.quiesce(deadline_after(self.timeout)) {
             return;
         }
         if self.borrowed {
@@ -337,8 +337,8 @@ impl Drop for Loader<'_> {
                 return;
             }
         }
-        tracing::error!(slabs = self.flights.len(), "copies to a device have not ended: their host memory is leaked");
-        self.flights.drain(..).for_each(std::mem::forget);
+        tracing::error!(slabs = self.in_flight.len(), "copies to a device have not ended: their host memory is leaked");
+        self.in_flight.drain(..).for_each(std::mem::forget);
         self.unfinished.store(true, Ordering::Relaxed);
     }
 }

@@ -1,7 +1,7 @@
 //! The state dict: the tensors, values and metadata of one save.
 
 use super::dtype::{Dtype, Layout};
-use super::source::{DeviceStream, MemoryLocation, Shared, Source};
+use super::source::{DeviceStream, MemoryLocation, SharedSource, Source};
 use super::value::encode_named;
 use crate::error::{Error, Result};
 use foldhash::fast::FixedState;
@@ -249,7 +249,7 @@ impl<'a> StateDict<'a> {
         self.settled()?;
         let mut both = (Self::with_capacity(self.len()), Self::with_capacity(self.len()));
         for (name, Tensor { capture, source, .. }) in self.tensors {
-            let source = Shared::new(source);
+            let source = SharedSource::new(source);
             both.0.insert(name.clone(), Box::new(source.clone()), capture)?;
             both.1.insert(name, Box::new(source), capture)?;
         }

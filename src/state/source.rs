@@ -153,16 +153,16 @@ pub unsafe trait Source: Send + Sync {
 
 /// A source shared by several state dicts.
 #[derive(Clone)]
-pub(crate) struct Shared<'a>(Arc<dyn Source + 'a>);
+pub(crate) struct SharedSource<'a>(Arc<dyn Source + 'a>);
 
-impl<'a> Shared<'a> {
+impl<'a> SharedSource<'a> {
     pub fn new(source: Box<dyn Source + 'a>) -> Self {
         Self(source.into())
     }
 }
 
 // SAFETY: forwards to the inner source, which is dropped after its last sharer.
-unsafe impl Source for Shared<'_> {
+unsafe impl Source for SharedSource<'_> {
     fn layout(&self) -> Layout {
         self.0.layout()
     }

@@ -28,10 +28,10 @@ pub const POISON: u8 = 0xCD;
 
 /// The asynchronous host device. Clones are the same device.
 #[derive(Clone)]
-pub struct LateDevice(Arc<Shared>);
+pub struct LateDevice(Arc<LateState>);
 
 #[derive(Default)]
-struct Shared {
+struct LateState {
     state: Mutex<State>,
     changed: Condvar,
     registered: AtomicUsize,
@@ -136,7 +136,7 @@ impl LateDevice {
     }
 }
 
-impl Shared {
+impl LateState {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -150,7 +150,7 @@ impl fmt::Debug for LateDevice {
 
 impl Register for LateDevice {
     fn register(&self, _: Pages<'_>) -> Result<Box<dyn Any + Send + Sync>> {
-        struct Registered(Arc<Shared>);
+        struct Registered(Arc<LateState>);
         impl Drop for Registered {
             fn drop(&mut self) {
                 self.0.registered.fetch_sub(1, Ordering::AcqRel);
@@ -188,7 +188,7 @@ struct Progress {
 }
 
 struct Queue {
-    shared: Arc<Shared>,
+    shared: Arc<LateState>,
     progress: Arc<Mutex<Progress>>,
     recorded: u64,
     worker: Option<std::thread::JoinHandle<()>>,
@@ -199,7 +199,7 @@ fn broken(what: &str) -> Error {
 }
 
 /// The worker thread: does one piece of work at a time, in order.
-fn work(shared: &Shared, progress: &Mutex<Progress>) {
+fn work(shared: &LateState, progress: &Mutex<Progress>) {
     let mut state = shared.state();
     loop {
         let closed = progress.lock().unwrap_or_else(PoisonError::into_inner).closed;

@@ -151,7 +151,8 @@ impl Builder {
             Some(path) => path,
             None => cache()?.join("checkpoints").join(&self.name),
         };
-        let checkpoint = Checkpoint(Arc::new(Shared { path, rank, world_size, given: self, line: Mutex::default() }));
+        let checkpoint =
+            Checkpoint(Arc::new(CatalogState { path, rank, world_size, given: self, line: Mutex::default() }));
         CURRENT.set(Arc::downgrade(&checkpoint.0));
         Ok(checkpoint)
     }
@@ -159,7 +160,7 @@ impl Builder {
 
 thread_local! {
     /// The catalog that was built last on this thread.
-    static CURRENT: RefCell<Weak<Shared>> = const { RefCell::new(Weak::new()) };
+    static CURRENT: RefCell<Weak<CatalogState>> = const { RefCell::new(Weak::new()) };
 }
 
 /// The catalog that was built last on this thread, if it still exists.
@@ -204,10 +205,10 @@ fn cache() -> Result<PathBuf> {
 
 /// The catalog of a named run; see the [module](super). Clones refer to the same catalog.
 #[derive(Clone, Debug)]
-pub struct Checkpoint(pub(super) Arc<Shared>);
+pub struct Checkpoint(pub(super) Arc<CatalogState>);
 
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct CatalogState {
     path: PathBuf,
     rank: u32,
     world_size: u32,
@@ -334,7 +335,7 @@ impl Checkpoint {
     }
 }
 
-impl Shared {
+impl CatalogState {
     pub fn rank_path(&self) -> PathBuf {
         match self.world_size {
             1 => self.path.clone(),

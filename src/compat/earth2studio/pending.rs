@@ -1,7 +1,7 @@
 //! The states that wait for a session on each thread: those bound before a session was entered, and those of
 //! the session that was left.
 
-use super::catalog::{Checkpoint, Shared};
+use super::catalog::{CatalogState, Checkpoint};
 use super::state::Erased;
 use std::cell::RefCell;
 use std::sync::{Arc, Weak};
@@ -16,7 +16,7 @@ pub(super) struct Pending {
 /// A waiting state. Both references are weak: a dropped catalog has no more sessions, and a dropped state
 /// needs none.
 struct Waiting {
-    catalog: Weak<Shared>,
+    catalog: Weak<CatalogState>,
     state: Weak<dyn Erased>,
     of_session: bool,
 }

@@ -43,7 +43,7 @@ struct Work {
     replaceable: Vec<&'static str>,
     /// Whether the session was entered and has taken over the waiting states.
     adopted: bool,
-    flying: Option<Flying>,
+    in_flight: Option<InFlightSave>,
 }
 
 /// What a failed flush restores.
@@ -55,7 +55,7 @@ struct Counters {
 }
 
 /// A flush whose end the session has not seen.
-struct Flying {
+struct InFlightSave {
     save: Save,
     row: CheckpointEntry,
     before: Counters,
@@ -196,7 +196,7 @@ impl CheckpointSession {
         };
         let counters = Counters { write_count, metadata, dirty: false };
         let (bound, replaceable) = (Vec::new(), Vec::new());
-        let work = Work { entry, selected, counters, bound, replaceable, adopted: false, flying: None };
+        let work = Work { entry, selected, counters, bound, replaceable, adopted: false, in_flight: None };
         Ok(Self(Arc::new(Inner { catalog: catalog.clone(), work: Mutex::new(work) })))
     }
 
@@ -363,7 +363,7 @@ impl CheckpointSession {
         let interval = self.0.catalog.0.flush_interval();
         let due = interval.is_some_and(|interval| (work.counters.write_count + 1).is_multiple_of(interval));
         // A flush waits for the previous one; a write without a flush only checks whether that has ended.
-        if due || work.flying.as_ref().is_some_and(|flying| flying.save.try_get().is_some()) {
+        if due || work.in_flight.as_ref().is_some_and(|in_flight| in_flight.save.try_get().is_some()) {
             self.land(&mut work)?;
         }
         let before = work.counters.clone();
@@ -412,7 +412,7 @@ impl CheckpointSession {
         let write_count = work.counters.write_count;
         work.counters.dirty = false;
         self.0.catalog.0.fly(&save);
-        work.flying = Some(Flying { save: save.clone(), row: row.clone(), before, write_count });
+        work.in_flight = Some(InFlightSave { save: save.clone(), row: row.clone(), before, write_count });
         let session = self.clone();
         Ok(Flush::new(save, row, move |row, result| session.settle(row, result)))
     }
@@ -441,29 +441,29 @@ impl CheckpointSession {
     /// Applies the end of a flush to the session, once: later reports of the same flush do nothing.
     fn settle(&self, row: &CheckpointEntry, result: &Result<()>) {
         let mut work = lock(&self.0.work);
-        if let Some(flying) = work.flying.take_if(|flying| flying.row.commit_id == row.commit_id) {
-            self.landed(&mut work, flying, result.is_ok());
+        if let Some(in_flight) = work.in_flight.take_if(|in_flight| in_flight.row.commit_id == row.commit_id) {
+            self.landed(&mut work, in_flight, result.is_ok());
         }
     }
 
     /// Waits for a flush whose end the session has not seen.
     fn land(&self, work: &mut Work) -> Result<()> {
-        let Some(flying) = work.flying.take() else { return Ok(()) };
+        let Some(in_flight) = work.in_flight.take() else { return Ok(()) };
         // The save has its own deadline.
-        let result = durable(flying.save.wait(Duration::MAX));
-        self.landed(work, flying, result.is_ok());
+        let result = durable(in_flight.save.wait(Duration::MAX));
+        self.landed(work, in_flight, result.is_ok());
         result
     }
 
-    fn landed(&self, work: &mut Work, flying: Flying, durable: bool) {
-        self.0.catalog.0.landed(&flying.save);
+    fn landed(&self, work: &mut Work, in_flight: InFlightSave, durable: bool) {
+        self.0.catalog.0.landed(&in_flight.save);
         if durable {
-            work.entry = Some(flying.row);
+            work.entry = Some(in_flight.row);
             return;
         }
         self.0.catalog.0.look_again();
-        if work.counters.write_count == flying.write_count {
-            work.counters = flying.before;
+        if work.counters.write_count == in_flight.write_count {
+            work.counters = in_flight.before;
         } else {
             work.counters.dirty = true;
         }

@@ -1,7 +1,7 @@
 //! The thread of a manager that waits for saves to end, and deletes steps that are not kept.
 
 use super::preservation::{CheckpointInfo, PreservationPolicy};
-use super::steps::{Progress, Shared};
+use super::steps::{ManagerState, Progress};
 use crate::catalog::{self, Catalog};
 use crate::checkpoint::Checkpoint;
 use crate::guard::guarded;
@@ -26,7 +26,7 @@ pub(super) const TIME: &str = "init_timestamp_nsecs";
 pub(super) struct Follower {
     pub catalog: Catalog,
     pub failed: OnUnseenError,
-    pub shared: Arc<Shared>,
+    pub shared: Arc<ManagerState>,
     pub preservation: Arc<dyn PreservationPolicy>,
 }
 

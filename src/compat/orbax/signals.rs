@@ -34,10 +34,10 @@ pub struct OperationId(u64);
 
 /// The signals of all saves of a program. Clones share the same signals.
 #[derive(Clone, Debug, Default)]
-pub struct Signals(Arc<Shared>);
+pub struct Signals(Arc<SignalState>);
 
 #[derive(Debug, Default)]
-struct Shared {
+struct SignalState {
     next: AtomicU64,
     operations: Mutex<BTreeMap<OperationId, Operation>>,
     changed: Signal,

@@ -75,7 +75,7 @@ pub struct CheckpointManager {
     /// None: the manager is read-only.
     writer: Option<Writer>,
     options: CheckpointManagerOptions,
-    shared: Arc<Shared>,
+    shared: Arc<ManagerState>,
 }
 
 #[derive(Debug)]
@@ -86,7 +86,7 @@ struct Writer {
 }
 
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct ManagerState {
     pub progress: Mutex<Progress>,
     pub changed: Signal,
     preempted: AtomicBool,
@@ -105,7 +105,7 @@ pub(super) struct Progress {
     pub errors: VecDeque<Error>,
 }
 
-impl Shared {
+impl ManagerState {
     fn of(steps: BTreeSet<u64>) -> Arc<Self> {
         let progress = Mutex::new(Progress { steps, ..Progress::default() });
         let (changed, preempted) = (Signal::default(), AtomicBool::new(false));
@@ -143,7 +143,7 @@ impl CheckpointManager {
     pub fn new(executor: Arc<CheckpointExecutor>, options: CheckpointManagerOptions) -> Result<Self> {
         options.name_of(0)?;
         let catalog = executor.catalog().clone();
-        let shared = Shared::of(steps(&catalog)?);
+        let shared = ManagerState::of(steps(&catalog)?);
         let (saves, coming) = unbounded();
         let follower = Follower {
             catalog: catalog.clone(),
@@ -164,7 +164,7 @@ impl CheckpointManager {
     /// # Errors
     /// `NotFound` when there is no such directory.
     pub fn read_only(root: impl AsRef<Path>, options: CheckpointManagerOptions) -> Result<Self> {
-        Ok(Self { catalog: Catalog::open(root)?, writer: None, options, shared: Shared::of(BTreeSet::new()) })
+        Ok(Self { catalog: Catalog::open(root)?, writer: None, options, shared: ManagerState::of(BTreeSet::new()) })
     }
 
     /// Whether the manager is read-only.

@@ -26,11 +26,11 @@ pub trait ProcessGroup: Send + Sync {
 #[derive(Debug)]
 pub struct ThreadGroup {
     rank: u32,
-    shared: Arc<Shared>,
+    shared: Arc<GroupState>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct GroupState {
     world: usize,
     rounds: Mutex<Rounds>,
     signal: Signal,
@@ -49,7 +49,7 @@ impl ThreadGroup {
     pub fn new(world_size: u32) -> Vec<Arc<ThreadGroup>> {
         let world = world_size as usize;
         let rounds = Mutex::new(Rounds { coming: vec![None; world], ..Rounds::default() });
-        let shared = Arc::new(Shared { world, rounds, signal: Signal::default() });
+        let shared = Arc::new(GroupState { world, rounds, signal: Signal::default() });
         (0..world_size).map(|rank| Arc::new(Self { rank, shared: shared.clone() })).collect()
     }
 }
@@ -64,7 +64,7 @@ impl ProcessGroup for ThreadGroup {
     }
 
     fn all_gather(&self, message: Vec<u8>, deadline: Instant) -> Result<Vec<Vec<u8>>> {
-        let Shared { rounds, signal, .. } = &*self.shared;
+        let GroupState { rounds, signal, .. } = &*self.shared;
         let number = {
             let mut rounds = lock(rounds);
             rounds.coming[self.rank as usize] = Some(message);

@@ -6,7 +6,7 @@
 //! copy that is held back is queued before that mark, or dropped before `quiesce` returns.
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
-use super::Shared;
+use super::CudaState;
 use super::driver::{Copies, Stream};
 use super::gpu::{Gpu, POLL_INTERVAL};
 use super::pooled_event::{PooledEvent, events_of};
@@ -18,7 +18,7 @@ use std::time::Instant;
 
 /// The copy streams of one thread.
 pub(super) struct CopyStreams {
-    shared: Arc<Shared>,
+    shared: Arc<CudaState>,
     /// Makes the stream of a GPU at its first use.
     stream: fn(&Gpu) -> Result<Arc<Stream>>,
     streams: Vec<CopyStream>,
@@ -36,7 +36,7 @@ pub(super) struct CopyStream {
 
 impl CopyStreams {
     /// Makes the copy streams of this thread, and lets it query events while other threads capture graphs.
-    pub fn new(shared: Arc<Shared>, stream: fn(&Gpu) -> Result<Arc<Stream>>) -> Result<Self> {
+    pub fn new(shared: Arc<CudaState>, stream: fn(&Gpu) -> Result<Arc<Stream>>) -> Result<Self> {
         let home = shared.gpu(shared.home)?;
         home.context.make_current()?;
         home.context.relax_capture()?;

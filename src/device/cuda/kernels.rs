@@ -10,7 +10,7 @@
 //! the program handed in.
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
-use super::Shared;
+use super::CudaState;
 use super::driver::{Address, FunctionHandle, Memory, Module, Stream, StreamHandle};
 use super::embedded;
 use super::gpu::{Gpu, POLL_INTERVAL, SETTLE_TIMEOUT};
@@ -58,7 +58,7 @@ struct DigestPieces {
 
 /// The loaded kernels. The last owner drops them when nothing runs any more.
 pub(super) struct Loaded {
-    pub shared: Arc<Shared>,
+    pub shared: Arc<CudaState>,
     pub gpu: Arc<Gpu>,
     pub tables: Tables,
     /// Slots for late copies, or the reason there are none. Tensors are gathered in either case.
@@ -113,7 +113,7 @@ struct Running {
 
 impl Loaded {
     /// Allocates device memory, loads the kernels and tests each of them.
-    fn new(shared: &Arc<Shared>, memory: device::KernelMemory) -> Result<Arc<Self>> {
+    fn new(shared: &Arc<CudaState>, memory: device::KernelMemory) -> Result<Arc<Self>> {
         let device::KernelMemory { chunk, gather, scratch, given } = memory;
         let count = usize::try_from(scratch / chunk as u64).unwrap_or(0);
         if gather == 0 && scratch == 0 {
@@ -342,7 +342,7 @@ impl Digests for PendingDigests {
 pub(super) struct Kernels(pub Arc<Loaded>);
 
 impl Kernels {
-    pub fn new(shared: &Arc<Shared>, memory: device::KernelMemory) -> Result<Self> {
+    pub fn new(shared: &Arc<CudaState>, memory: device::KernelMemory) -> Result<Self> {
         let kernels = Self(Loaded::new(shared, memory)?);
         let _entered = kernels.0.gpu.context.enter()?;
         self_test::run(&kernels)?;

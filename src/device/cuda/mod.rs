@@ -41,9 +41,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// The GPUs of this machine as a device. One of them pins the arena; tensors may be on any.
-pub struct Cuda(Arc<Shared>);
+pub struct Cuda(Arc<CudaState>);
 
-struct Shared {
+struct CudaState {
     driver: Arc<Driver>,
     home: u32,
     describe: String,
@@ -102,7 +102,7 @@ impl Cuda {
         let mut gpus = Vec::new();
         gpus.resize(ordinal as usize + 1, None);
         gpus[ordinal as usize] = Some(home);
-        Ok(Self(Arc::new(Shared { driver, home: ordinal, describe, gpus: Mutex::new(gpus) })))
+        Ok(Self(Arc::new(CudaState { driver, home: ordinal, describe, gpus: Mutex::new(gpus) })))
     }
 
     /// The names of the device and the driver's version.
@@ -115,7 +115,7 @@ fn unavailable(error: crate::Error) -> crate::Error {
     if error.kind() == ErrorKind::NotFound { error.with_kind(ErrorKind::Unavailable) } else { error }
 }
 
-impl Shared {
+impl CudaState {
     /// Returns the GPU `ordinal`, created on first use.
     fn gpu(&self, ordinal: u32) -> Result<Arc<Gpu>> {
         let mut gpus = lock(&self.gpus);
@@ -207,7 +207,7 @@ impl Device for Cuda {
     }
 }
 
-impl Shared {
+impl CudaState {
     /// Makes every stream wait for what `event` was recorded behind.
     fn make_wait(&self, streams: &[DeviceStream], event: &PooledEvent) -> Result<()> {
         for stream in streams {

@@ -5,7 +5,7 @@
 //! events of all GPUs with a copy before it are reached, and marks are checked in order.
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
-use super::Shared;
+use super::CudaState;
 use super::copy_streams::CopyStreams;
 use super::pooled_event::PooledEvent;
 use crate::device::host::HostQueue;
@@ -32,7 +32,7 @@ pub(super) struct Queue {
 struct ChunkEvents(SmallVec<[PooledEvent; 1]>);
 
 impl Queue {
-    pub fn new(shared: Arc<Shared>) -> Result<Self> {
+    pub fn new(shared: Arc<CudaState>) -> Result<Self> {
         let home = shared.home;
         let mut streams = CopyStreams::new(shared, |gpu| Ok(gpu.copies.clone()))?;
         // The stream exists from the start: kernels are queued there too, and `quiesce` waits for them.

@@ -7,7 +7,7 @@
 //! then too.
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
-use super::Shared;
+use super::CudaState;
 use super::copy_streams::CopyStreams;
 use super::pooled_event::{PooledEvent, events_of};
 use crate::device::{Dependency, LoadQueue};
@@ -19,7 +19,7 @@ use std::time::Instant;
 pub(super) struct Uploads(CopyStreams);
 
 impl Uploads {
-    pub fn new(shared: Arc<Shared>) -> Result<Self> {
+    pub fn new(shared: Arc<CudaState>) -> Result<Self> {
         Ok(Self(CopyStreams::new(shared, |gpu| gpu.context.stream().map(Arc::new))?))
     }
 }

@@ -13,7 +13,7 @@
 //! is leaked.
 #![expect(unsafe_code, reason = "numbers that a device and the host share; argument above")]
 
-use super::Shared;
+use super::CudaState;
 use super::driver::{Address, Context, Memory, Stream, StreamHandle};
 use super::gpu::{Gpu, POLL_INTERVAL, SETTLE_TIMEOUT};
 use super::pooled_event::PooledEvent;
@@ -39,7 +39,7 @@ const TRIAL: Duration = Duration::from_millis(1);
 pub(super) struct Waits(Arc<Rows>);
 
 struct Rows {
-    shared: Arc<Shared>,
+    shared: Arc<CudaState>,
     home: Arc<Gpu>,
     devices: usize,
     /// One row per fence, with one number per device.
@@ -60,7 +60,7 @@ struct Row {
 
 impl Waits {
     /// Allocates the numbers and tests that the host and the device can end a wait.
-    pub fn new(shared: &Arc<Shared>) -> Result<Self> {
+    pub fn new(shared: &Arc<CudaState>) -> Result<Self> {
         enough_connections(std::env::var_os("CUDA_DEVICE_MAX_CONNECTIONS").map(|n| n.to_string_lossy().into_owned()))?;
         let (home, devices) = (shared.gpu(shared.home)?, shared.driver.devices()? as usize);
         let numbers = Some(home.context.pinned(FENCES * devices * size_of::<u32>())?);

@@ -192,15 +192,15 @@ impl Ring {
         let slice = |index: usize| &bytes[index * PIECE..bytes.len().min((index + 1) * PIECE)];
         // The first piece that was not written in full, and its result.
         let mut cut = (pieces, Ok(0));
-        let (mut next, mut flying) = (0, 0);
-        while flying > 0 || (next < pieces && cut.0 == pieces) {
-            while next < pieces && flying < DEPTH as usize && cut.0 == pieces {
+        let (mut next, mut in_flight) = (0, 0);
+        while in_flight > 0 || (next < pieces && cut.0 == pieces) {
+            while next < pieces && in_flight < DEPTH as usize && cut.0 == pieces {
                 let entry = self.piece(fd, slice(next), offset + (next * PIECE) as u64).user_data(next as u64);
                 // SAFETY: descriptor and bytes outlive this call, and this call waits for the completion.
                 if unsafe { self.queue.submission().push(&entry) }.is_err() {
                     break;
                 }
-                (next, flying) = (next + 1, flying + 1);
+                (next, in_flight) = (next + 1, in_flight + 1);
             }
             if let Err(error) = self.submit() {
                 let passing = matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY));
@@ -209,7 +209,7 @@ impl Ring {
                     // The loop waits for the others.
                     self.broken = true;
                     let left = self.queue.submission().len();
-                    flying -= left;
+                    in_flight -= left;
                     if next - left < cut.0 {
                         cut = (next - left, Err(error));
                     }
@@ -217,7 +217,7 @@ impl Ring {
                 std::thread::sleep(Duration::from_micros(50));
             }
             for done in self.queue.completion() {
-                flying -= 1;
+                in_flight -= 1;
                 let index = done.user_data() as usize;
                 let written = usize::try_from(done.result()).map_err(|_| io::Error::from_raw_os_error(-done.result()));
                 let whole = written.as_ref().is_ok_and(|&written| written == slice(index).len());
