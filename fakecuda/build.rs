@@ -25,7 +25,8 @@ fn main() -> std::io::Result<()> {
     }
     std::fs::write(Path::new(&out).join("kernels.rs"), format!("[{}]", list.replace(';', ",")))?;
     build.compile("ashore_kernels");
-    // cudarc looks for this name first and takes a library of it that the process has opened before, wherever that lies.
+    // cudarc looks for this name first and takes a library of it that the process has opened before, wherever
+    // that lies.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libcuda.so");
     println!("cargo:rustc-link-lib=m");
     println!("cargo:rerun-if-changed=../kernels");

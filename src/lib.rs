@@ -27,7 +27,7 @@
 //!     let save = executor.save(step, state)?; // returns at once
 //!     drop(save); // or keep it, and `.await` or `.wait` for the moment when it is durable
 //! }
-//! executor.shutdown(Duration::from_secs(60))?; // reports an error that nobody has seen
+//! executor.shutdown(Duration::from_secs(60))?; // returns an error that no call has returned
 //! # Ok(weights.to_vec())
 //! # }
 //! # let (whole, restarted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

@@ -3,6 +3,8 @@
 //!
 //! Each rule is a function from text to complaints, so that the tests at the end can show that it complains.
 
+#[path = "tidy/words.rs"]
+mod plain_words;
 #[path = "tidy/reading.rs"]
 mod reading;
 
@@ -136,6 +138,18 @@ fn what_tests_leave_out_is_seen() {
 #[test]
 fn modules_are_named_for_what_they_hold() {
     no_complaints("", "rs", names);
+}
+
+#[test]
+fn comments_and_documents_use_plain_words() {
+    for kind in ["rs", "md", "py", "sh", "toml", "cu", "h", "html", "css"] {
+        no_complaints("", kind, plain_words::plain);
+    }
+}
+
+#[test]
+fn comments_fit_a_screen() {
+    no_complaints("", "rs", |_, text| plain_words::columns(text));
 }
 
 #[test]
@@ -385,7 +399,7 @@ fn left_out(_: &str, text: &str) -> Vec<String> {
         line.contains("\"left out: ")
             && ["println", "eprintln", "print"].iter().any(|p| words(code, p).next().is_some())
     });
-    swallowed.map(|(i, _)| format!("nobody sees this: write it to stderr line={}", i + 1)).collect()
+    swallowed.map(|(i, _)| format!("cargo hides this: write it to stderr line={}", i + 1)).collect()
 }
 
 fn names(path: &str, text: &str) -> Vec<String> {

@@ -79,7 +79,7 @@ class Program:
         if steps not in self.losses:
             with tempfile.TemporaryDirectory(dir=self.base) as root:
                 status, output = self.run(self.demo(root, steps))
-                expect(status == 0, f"a run that nobody killed ended with {status}: {output}")
+                expect(status == 0, f"a run that was not killed ended with {status}: {output}")
                 self.losses[steps] = json.loads(output)["final_loss_bits"]
         return self.losses[steps]
 

@@ -309,7 +309,7 @@ MUTANTS = {  # name: (smallest configuration that shows it, what is wrong with i
     "no-capacity": (SMALL._replace(scratch=1), "what scratch cannot hold is not waited for"),
     "unrecorded-wait": (SMALL._replace(scratch=1), "the stream waits on events that are not recorded yet"),
     "live-after-fence": (SMALL._replace(drop=True), "copies from live memory are enqueued although F is known"),
-    "release-at-fence": (SMALL._replace(drop=True), "shared sources are let go when F is seen, copies in flight or not"),
+    "release-at-fence": (SMALL._replace(drop=True), "shared sources are released when F is seen, copies in flight or not"),
     "handed-count": (SMALL._replace(drop=True), "chunks handed over are a count, not a set: copies made again come out of order"),
     "forgets-staged": (SMALL, "F is not watched any more once a save is staged: its slots never come back"),
     "freeze-race": (LENT, "the scope ends while the stager is between its check and its enqueue"),

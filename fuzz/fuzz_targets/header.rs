@@ -1,4 +1,5 @@
-//! Any bytes as the header of a shard: no panic, bounded memory, and what is accepted is written back as it was read.
+//! Any bytes as the header of a shard: no panic, bounded memory, and what is accepted is written back as it
+//! was read.
 #![no_main]
 
 use ashore::internal::format::shard::{Header, HeaderTemplate, Stamp, identity};

@@ -1,5 +1,5 @@
-//! Any bytes as a manifest, as they are and with the right digest: no panic, bounded memory, and what is accepted is
-//! written back as it was read.
+//! Any bytes as a manifest, as they are and with the right digest: no panic, bounded memory, and what is
+//! accepted is written back as it was read.
 #![no_main]
 
 use ashore::internal::format::manifest::{Manifest, seal};

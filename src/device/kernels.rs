@@ -115,9 +115,10 @@ pub(crate) trait DeviceLateCopy: Send + Sync {
     /// `Device`.
     fn publish(&self, watermark: u64) -> Result<()>;
 
-    /// Queues in the first of `streams`, behind `dependency` and, if `behind_copies`, behind all copies queued so
-    /// far: latch F from the watermark, make late copies of the chunks from F on, report F. The other streams
-    /// wait for that. `slots` are the slots of the last chunks. Called once per save, unless it fails.
+    /// Queues in the first of `streams`, behind `dependency` and, if `behind_copies`, behind all copies
+    /// queued so far: latch F from the watermark, make late copies of the chunks from F on, report F. The
+    /// other streams wait for that. `slots` are the slots of the last chunks. Called once per save, unless it
+    /// fails.
     ///
     /// # Errors
     /// `Device`, `Invalid`: nothing was queued.

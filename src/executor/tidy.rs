@@ -1,8 +1,9 @@
 //! Tidying, off the path of saves, after a commit is durable and reported: the replaced copy, the hint,
 //! retention, the sweep.
 //!
-//! Nothing here can fail a save. The committer waits when [`MOST_UNTIDIED`] saves wait to be tidied up, which bounds
-//! what is not deleted yet. What fails is retried after later saves, and once more when the executor ends.
+//! Nothing here can fail a save. The committer waits when [`MOST_UNTIDIED`] saves wait to be tidied up, which
+//! bounds what is not deleted yet. What fails is retried after later saves, and once more when the executor
+//! ends.
 
 use super::ending::Leftover;
 use crate::catalog::{Catalog, Keeping};
@@ -22,7 +23,8 @@ pub(super) const MOST_UNTIDIED: usize = 16;
 /// Number of sweeps after saves that look for what this process left; then only the hourly sweep, and one at
 /// the end, looks.
 const SWEEP_TRIES: u8 = 3;
-/// How often to sweep what other processes may have left; `BRANCH_CHECK_INTERVAL` is how often to check whether that is due.
+/// How often to sweep what other processes may have left; `BRANCH_CHECK_INTERVAL` is how often to check
+/// whether that is due.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(3600);
 const BRANCH_CHECK_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
@@ -63,7 +65,8 @@ struct Tidy<'a> {
     catalog: &'a Catalog,
     keeping: &'a Keeping,
     sweep: Sweep,
-    /// Attempts that have ended and still have files on the medium, at most [`MOST_UNTIDIED`] after each round of work.
+    /// Attempts that have ended and still have files on the medium, at most [`MOST_UNTIDIED`] after each
+    /// round of work.
     owed: Vec<Leftover>,
     /// Steps were published since the last successful prune.
     unpruned: bool,

@@ -168,8 +168,8 @@ fn read(
         digest = Some(match tensor.location {
             // SAFETY: as above.
             MemoryLocation::Host { .. } => unsafe { queue.copy(from, to, length) },
-            // SAFETY: as above.
             MemoryLocation::Device { stream, .. } => {
+                // SAFETY: as above.
                 unsafe { queue.fetch(stream.ordinal, from, to, length) }.map(|()| None)
             }
         });

@@ -99,8 +99,8 @@ impl Stager {
         Ok(())
     }
 
-    /// Waits until no copy runs any more; expires due saves meanwhile. False after [`QUIESCE_TIMEOUT`], or when the
-    /// device panics.
+    /// Waits until no copy runs any more; expires due saves meanwhile. False after [`QUIESCE_TIMEOUT`], or
+    /// when the device panics.
     fn quiesce(&self, device_state: &mut DeviceState) -> bool {
         let Some(queue) = &mut device_state.queue else { return true };
         let deadline = Instant::now() + QUIESCE_TIMEOUT;

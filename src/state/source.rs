@@ -118,8 +118,9 @@ impl MemoryLocation {
 /// [`Source::read`] calls `copy` exactly once, with a pointer to all bytes of the tensor in row-major order,
 /// and nothing writes those bytes while `read` runs. Copies that began inside `read` may still read the
 /// memory until the source is dropped; a write in that time must not be undefined behaviour beyond the value
-/// of the bytes read. The pointer of a source with [`MemoryLocation::Device`] is an address of that device, never read
-/// on the host; a save reads the bytes as the stream has written them when the source is passed to `save`.
+/// of the bytes read. The pointer of a source with [`MemoryLocation::Device`] is an address of that device,
+/// never read on the host; a save reads the bytes as the stream has written them when the source is passed to
+/// `save`.
 pub unsafe trait Source: Send + Sync {
     /// Dtype and shape. Must not change.
     fn layout(&self) -> Layout;
@@ -131,14 +132,14 @@ pub unsafe trait Source: Send + Sync {
     fn read(&self, copy: &mut dyn FnMut(*const u8));
 
     /// The stride of each dimension in bytes, for device memory that is not packed. [`Source::read`] then
-    /// passes the address of the element with all indices 0, and [`MemoryLocation::Device`] has the size of the packed
-    /// tensor. Must not change.
+    /// passes the address of the element with all indices 0, and [`MemoryLocation::Device`] has the size of
+    /// the packed tensor. Must not change.
     fn strides(&self) -> Option<&[i64]> {
         None
     }
 
-    /// An owner that keeps the stream of [`MemoryLocation::Device`] alive after the source is dropped. A scope keeps
-    /// it, because the end of the scope makes that stream wait.
+    /// An owner that keeps the stream of [`MemoryLocation::Device`] alive after the source is dropped. A
+    /// scope keeps it, because the end of the scope makes that stream wait.
     fn stream_owner(&self) -> Option<Arc<dyn Any + Send + Sync>> {
         None
     }

@@ -1,4 +1,5 @@
-//! Threads of this library: named, deaf to a signal that is not for them, and as polite as they are told to be.
+//! Threads of this library: named, deaf to a signal that is not for them, and as polite as they are told to
+//! be.
 
 mod priority;
 mod signals;

@@ -25,7 +25,7 @@ pub fn transfer(file: &File, total: u64, way: Direction, chunk: u64, parts: Vec<
     // SAFETY: the parts outlive the ring, which is dropped at the end of this function.
     let known = unsafe { ring.submitter().register_buffers(&vectors) }.is_ok();
     let fd = types::Fd(file.as_raw_fd());
-    let (mut at, mut flying, mut failed) = (0, 0, None);
+    let (mut at, mut in_flight, mut failed) = (0, 0, None);
     let mut free: Vec<usize> = (0..parts.len()).collect();
     let mut expected = vec![0; parts.len()];
     loop {
@@ -46,9 +46,9 @@ pub fn transfer(file: &File, total: u64, way: Direction, chunk: u64, parts: Vec<
             }
             expected[part] = len as i32;
             at += u64::from(len);
-            flying += 1;
+            in_flight += 1;
         }
-        if flying == 0 {
+        if in_flight == 0 {
             return failed.map_or(Ok(()), Err);
         }
         match ring.submit_and_wait(1) {
@@ -66,7 +66,7 @@ pub fn transfer(file: &File, total: u64, way: Direction, chunk: u64, parts: Vec<
                 failed.get_or_insert(error);
             }
             free.push(part);
-            flying -= 1;
+            in_flight -= 1;
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The executor whose writer is a process of its own: torch's `_ProcessBasedAsyncCheckpointExecutor`. It is a [`ThreadExecutor`]
-//! whose engine keeps its steps in a [`Process`].
+//! The executor whose writer is a process of its own: torch's `_ProcessBasedAsyncCheckpointExecutor`. It is a
+//! [`ThreadExecutor`] whose engine keeps its steps in a [`Process`].
 
 use super::thread::ThreadExecutor;
 use super::{AsyncCheckpointExecutor, CheckpointFuture, ExecuteOptions, StagedState};
@@ -27,7 +27,8 @@ impl ProcessBuilder {
         self
     }
 
-    /// The program of the writer process. Unless set, `ashore` beside the executable of this process, then in `PATH`.
+    /// The program of the writer process. Unless set, `ashore` beside the executable of this process, then in
+    /// `PATH`.
     pub fn program(mut self, program: impl Into<PathBuf>) -> Self {
         self.program = self.program.path(program);
         self
@@ -55,8 +56,8 @@ impl ProcessBuilder {
     }
 }
 
-/// Saves by a writer process. Everything else is as with a [`ThreadExecutor`]; a future's staging is complete when the state has
-/// been handed over.
+/// Saves by a writer process. Everything else is as with a [`ThreadExecutor`]; a future's staging is complete
+/// when the state has been handed over.
 #[derive(Debug)]
 pub struct ProcessExecutor {
     executor: ThreadExecutor,

@@ -1,4 +1,5 @@
-//! What goes between a training program and its writer process: frames of JSON over a socket, one descriptor with some.
+//! What goes between a training program and its writer process: frames of JSON over a socket, one descriptor
+//! with some.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;

@@ -38,7 +38,8 @@ impl Link {
         let (mut ours, theirs) = UnixStream::pair().map_err(busy)?;
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         let child = command.spawn().map_err(busy)?;
-        // The command has the other end of the socket: as long as it is open here, no thread hears that the child is gone.
+        // The command has the other end of the socket: as long as it is open here, no thread hears that the
+        // child is gone.
         drop(command);
         let answers = ours.try_clone().map_err(busy)?;
         ours.set_write_timeout(Some(PATIENCE)).map_err(busy)?;
@@ -124,7 +125,8 @@ impl Link {
         lock(&self.waiting).retain(|(there, _), _| *there != id);
     }
 
-    /// Has the process end once it has done what it was asked. It is not waited for beyond reason, and never killed.
+    /// Has the process end once it has done what it was asked. It is not waited for beyond reason, and never
+    /// killed.
     pub fn close(&self) {
         let _ = lock(&self.socket).shutdown(Shutdown::Write);
         let deadline = Instant::now() + PATIENCE;

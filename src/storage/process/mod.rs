@@ -1,13 +1,14 @@
 //! A root that a process of its own writes: it outlives a program that is killed.
 //!
-//! The program stages an attempt into shared memory and hands that over, with the manifest, to a writer process, which brings it to
-//! the root, publishes it, and says so. The program reads the root itself.
+//! The program stages an attempt into shared memory and hands that over, with the manifest, to a writer
+//! process, which brings it to the root, publishes it, and says so. The program reads the root itself.
 //!
-//! **Crash.** From the hand-over on a save does not need the program: if that is killed, the writer finishes what it has and ends. If
-//! the writer dies, saves that it had are `Indeterminate`, and the next one starts a new writer. **Requests** carry numbers, and so do
-//! answers. **Deadlines.** Every wait for the writer has one. **Memory.** Beside the arena, one copy of the state for each save under
-//! way, until it is durable. **Sweeps.** An attempt is memory of this process: nothing of it is left when it is dropped, so a sweep finds
-//! those of writers alone. **Fork.** A child shares the socket, and does nothing with it.
+//! **Crash.** From the hand-over on a save does not need the program: if that is killed, the writer finishes
+//! what it has and ends. If the writer dies, saves that it had are `Indeterminate`, and the next one starts a
+//! new writer. **Requests** carry numbers, and so do answers. **Deadlines.** Every wait for the writer has
+//! one. **Memory.** Beside the arena, one copy of the state for each save under way, until it is durable.
+//! **Sweeps.** An attempt is memory of this process: nothing of it is left when it is dropped, so a sweep
+//! finds those of writers alone. **Fork.** A child shares the socket, and does nothing with it.
 
 mod attempt;
 mod frame;
@@ -81,8 +82,8 @@ impl Program {
     }
 }
 
-/// A root, read here and written by a writer process; see the [module](self). Clones are of the same process, which ends with the
-/// last.
+/// A root, read here and written by a writer process; see the [module](self). Clones are of the same process,
+/// which ends with the last.
 ///
 /// ```no_run
 /// use ashore::storage::process::{Process, Program};
@@ -107,11 +108,12 @@ struct Inner {
 }
 
 impl Process {
-    /// Starts the writer process of `root`, which is created when it is missing, and waits until it is ready. The settings say how it
-    /// writes, and for how long a publish is waited for.
+    /// Starts the writer process of `root`, which is created when it is missing, and waits until it is ready.
+    /// The settings say how it writes, and for how long a publish is waited for.
     ///
     /// # Errors
-    /// `Invalid` when there is no such program, or it is no writer process of this version; errors of the root.
+    /// `Invalid` when there is no such program, or it is no writer process of this version; errors of the
+    /// root.
     pub fn start(root: impl AsRef<Path>, settings: &Settings, program: Program) -> Result<Self> {
         let (program, arguments) = program.find()?;
         let local = Local::open_with(root, settings.engine)?.direct(settings.direct).locks(settings.locks);

@@ -18,11 +18,12 @@ use std::sync::Arc;
 /// How much is copied at once, from shared memory to the medium.
 const PIECE: usize = 8 << 20;
 
-/// Serves the program that started this process, over the socket that is its standard input, until that program is gone and all
-/// that it handed over is done. `ashore writer` does nothing else.
+/// Serves the program that started this process, over the socket that is its standard input, until that
+/// program is gone and all that it handed over is done. `ashore writer` does nothing else.
 ///
 /// # Errors
-/// When the socket is none, or the program does not speak as this one does. How saves end goes to the program.
+/// When the socket is none, or the program does not speak as this one does. How saves end goes to the
+/// program.
 pub fn serve() -> Result<()> {
     stand_apart();
     let socket = stdin().as_fd().try_clone_to_owned();
@@ -58,13 +59,14 @@ pub fn serve() -> Result<()> {
     Ok(())
 }
 
-/// Nothing but the end of the program ends this process: neither its terminal, nor a signal that is meant for all.
+/// Nothing but the end of the program ends this process: neither its terminal, nor a signal that is meant for
+/// all.
 fn stand_apart() {
     if let Err(error) = rustix::process::setsid() {
         tracing::warn!(error = format_args!("{error:#}"), "the writer process stays in the session of its program");
     }
     for signal in [SIGTERM, SIGINT] {
-        // The flag is nobody's: the program that is served decides what becomes of saves.
+        // The flag has no reader: the program that is served decides what becomes of saves.
         if let Err(error) = signal_hook::flag::register(signal, Arc::default()) {
             tracing::warn!(error = format_args!("{error:#}"), signal, "the writer process would end at a signal");
         }

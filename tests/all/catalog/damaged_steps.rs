@@ -87,7 +87,7 @@ fn a_run_gets_past_a_step_that_is_complete_and_damaged() {
     damaged(&storage, 20, |files| *files[0].1.last_mut().unwrap() ^= 1);
     let executor = executor(&storage, OnDamaged::default());
     let conflict = executor.save(20, one("x", vec![1_u8; 64])).unwrap().wait(LONG).unwrap_err();
-    assert_eq!(conflict.kind(), ErrorKind::Conflict, "nobody has read it yet");
+    assert_eq!(conflict.kind(), ErrorKind::Conflict, "no call has read it yet");
     let found = executor.latest_valid().unwrap().unwrap();
     assert_eq!((found.checkpoint.step(), found.skipped.len()), (10, 1));
     executor.save(20, one("x", vec![1_u8; 64])).unwrap().wait(LONG).unwrap();

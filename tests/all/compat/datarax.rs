@@ -65,7 +65,7 @@ fn keys_come_back_with_their_implementation_and_strings_as_strings() {
         assert_eq!(wrong, ErrorKind::Invalid);
     }
     assert_eq!(kind(restored.get_elements::<u8>("params.w")), ErrorKind::Invalid);
-    assert_eq!(kind(restored.get_key("nobody")), ErrorKind::NotFound);
+    assert_eq!(kind(restored.get_key("absent")), ErrorKind::NotFound);
 }
 
 #[test]

@@ -164,7 +164,7 @@ fn recover(image: &Image, verdict: &Verdict, lengths: &[usize]) -> Run {
     program.storage.sweep(Sweep::default()).unwrap();
     assert_eq!(read(&program.storage), *verdict, "a sweep changed what is listed");
     let attempts: Vec<String> = fs.history().everything().paths().into_keys().filter(|p| p.ends_with(".tmp")).collect();
-    assert!(attempts.is_empty(), "attempts that nobody may sweep: {attempts:?}");
+    assert!(attempts.is_empty(), "attempts that no sweep may delete: {attempts:?}");
     program.go_on(&found, lengths);
     program.run()
 }

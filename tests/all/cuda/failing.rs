@@ -105,7 +105,7 @@ fn train(gpu: &Gpu, stream: Stream, [tensor, lent]: [&Tensor; 2], change: Change
         }
         executor.fence()?;
     }
-    eventually("slabs come home", || executor.arena().free() == executor.arena().report().slabs);
+    eventually("slabs are returned", || executor.arena().free() == executor.arena().report().slabs);
     let _ = executor.shutdown(LONG);
     drop(executor);
     result
@@ -206,7 +206,7 @@ fn cuda_work_that_never_ends_fails_the_save_at_its_deadline() {
     let save = fixture.executor.save(1, at_fence(tensor.source(stream))).unwrap();
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Deadline);
     fake.set("lag_us", 0);
-    eventually("slabs come home", || fixture.executor.arena().free() == fixture.executor.arena().report().slabs);
+    eventually("slabs are returned", || fixture.executor.arena().free() == fixture.executor.arena().report().slabs);
     eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
     fixture.executor.save(2, at_fence(tensor.source(stream))).unwrap().wait(LONG).unwrap();
     assert!(fixture.checkpoint(1).is_err());

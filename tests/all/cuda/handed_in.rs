@@ -39,7 +39,7 @@ fn cuda_memory_that_was_handed_in_takes_what_is_set_aside_and_is_let_go_at_the_e
     let (executor, gpu) = (fixture.executor, fixture.gpu);
     executor.shutdown(LONG).unwrap();
     drop(executor);
-    eventually("the memory is let go", || Arc::strong_count(&scratch.0) == 1);
+    eventually("the memory is released", || Arc::strong_count(&scratch.0) == 1);
     drop((scratch, tensor));
     // The kernels' other memory is freed right after it, in the thread that drops the last reference.
     eventually("all is given back", || gpu.fake().map(|fake| (fake.live().bytes, fake.live().blocks)) == before);
@@ -67,7 +67,7 @@ fn cuda_memory_that_was_handed_in_is_kept_until_no_kernel_will_write_it() {
         gpu.set("hold", 0);
         end.join().unwrap();
     });
-    eventually("the memory is let go", || Arc::strong_count(&scratch.0) == 1);
+    eventually("the memory is released", || Arc::strong_count(&scratch.0) == 1);
     assert_eq!(gpu.fake().map(|fake| fake.sticky()), Some(0));
 }
 

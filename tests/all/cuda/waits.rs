@@ -75,7 +75,7 @@ fn cuda_streams_are_let_go_when_the_save_fails_although_its_copies_hang() {
         assert!(Arc::strong_count(&tensor.0) > 1);
         fixture.gpu.set("hold", 0);
         eventually("the source is dropped", || Arc::strong_count(&tensor.0) == 1);
-        eventually("slabs come home", || fixture.executor.arena().free() == fixture.executor.arena().report().slabs);
+        eventually("slabs are returned", || fixture.executor.arena().free() == fixture.executor.arena().report().slabs);
         assert!(fixture.checkpoint(1).is_err());
         if cancel {
             fixture.saves_right(2);

@@ -1,4 +1,5 @@
-//! A root that a process of its own writes keeps the promises of a storage, and serves an executor as any other does.
+//! A root that a process of its own writes keeps the promises of a storage, and serves an executor as any
+//! other does.
 
 use crate::fixtures::executor::{LONG, one, pattern};
 use ashore::storage::process::{Process, Program, serve};

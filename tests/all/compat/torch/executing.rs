@@ -238,7 +238,8 @@ fn an_executor_that_ends_waits_for_its_saves_though_the_engine_goes_on() {
     assert_eq!(engine.catalog().list().unwrap().len(), 1, "the save that was late has failed");
 }
 
-/// Saves that wait for their state were admitted by a queue of the executor's own, which knew nothing of those that the engine had.
+/// Saves that wait for their state were admitted by a queue of the executor's own, which knew nothing of
+/// those that the engine had.
 #[test]
 fn saves_whose_state_is_yet_to_come_have_their_place_among_all_saves_of_the_engine() {
     let root = tempfile::tempdir().unwrap();
