@@ -292,10 +292,8 @@ impl Catalog {
         match Checkpoint::try_open(&self.storage, name) {
             Ok(checkpoint) if checkpoint.step() == step => Ok(Some(checkpoint)),
             Ok(checkpoint) => {
-                let what = format!(
-                    "the directory is named after another step than its manifest manifest={}",
-                    checkpoint.step()
-                );
+                let what =
+                    format!("the directory name and the manifest name different steps manifest={}", checkpoint.step());
                 Err(Error::new(ErrorKind::Conflict, what).with_step(step).with_path(checkpoint.path()))
             }
             Err(Failure::Absent(_) | Failure::Foreign(_)) => Ok(None),

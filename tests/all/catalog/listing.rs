@@ -106,8 +106,12 @@ fn what_is_ours_and_broken_is_a_problem_with_a_reason() {
     let found: Vec<_> = problems.iter().map(|problem| (problem.step, &problem.name[..])).collect();
     assert_eq!(found, [(3, "step-00000003"), (4, "ckpt-4"), (5, "ckpt-5"), (6, "step-00000006")]);
     let (conflict, corrupt) = (ErrorKind::Conflict, ErrorKind::Corrupt);
-    let why =
-        [("another step manifest=2", conflict), ("wrong length", corrupt), ("damaged", corrupt), ("damaged", corrupt)];
+    let why = [
+        ("different steps manifest=2", conflict),
+        ("wrong length", corrupt),
+        ("damaged", corrupt),
+        ("damaged", corrupt),
+    ];
     for (problem, (reason, kind)) in problems.iter().zip(why) {
         assert_eq!(problem.error.kind(), kind);
         assert!(problem.error.message().contains(reason), "{}", problem.error);

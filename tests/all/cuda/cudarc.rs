@@ -211,7 +211,7 @@ fn cuda_restore_into_a_borrowed_slice_returns_when_nothing_writes_there_any_more
             let target = CudaTarget::new(&mut slice).unwrap();
             checkpoint.read_into(Targets::new().device("t", target))
         });
-        let said = || heard.0.lock().unwrap().iter().any(|line| line.contains("copies to borrowed memory"));
+        let said = || heard.0.lock().unwrap().iter().any(|line| line.contains("copies to borrowed device memory"));
         eventually("its patience is over", said);
         assert!(!restore.is_finished(), "it has returned while copies write to what it had borrowed");
         fake.set("hold", 0);
