@@ -20,7 +20,7 @@ fn of_a_process_that_dies() {
     let directory = tempfile::tempdir().unwrap();
     let storage = Local::open(directory.path()).unwrap();
     let mut parent = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "storage::locks_do_not_survive_into_children::the_parent", "--ignored", "--nocapture"])
+        .args(["--exact", "storage::inherited_locks::the_parent", "--ignored", "--nocapture"])
         .env(ROOT, directory.path())
         .stdout(Stdio::piped())
         .spawn()

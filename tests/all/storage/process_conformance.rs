@@ -15,7 +15,7 @@ fn the_writer() {
 }
 
 fn process(root: &Path) -> Process {
-    let test = "storage::a_writer_process_conforms::the_writer";
+    let test = "storage::process_conformance::the_writer";
     let arguments = [test, "--ignored", "--exact", "--nocapture", "--test-threads", "1"];
     let program = Program::default().path(std::env::current_exe().unwrap()).arguments(arguments);
     Process::start(root, &Settings::default(), program).unwrap()
@@ -26,7 +26,7 @@ const NOT_SO: &str = "a sweep removes the dead and leaves the living";
 
 #[test]
 #[cfg_attr(miri, ignore = "processes")]
-fn a_writer_process_conforms() {
+fn process_conformance() {
     let directory = tempfile::tempdir().unwrap();
     let behaviours: Vec<_> = BEHAVIOURS.iter().filter(|(name, _)| *name != NOT_SO).collect();
     assert_eq!(behaviours.len() + 1, BEHAVIOURS.len());
