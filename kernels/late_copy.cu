@@ -1,4 +1,4 @@
-/* The fence: what has not left the device when the stream comes here is copied aside before the stream goes on.
+/* The fence: what has not left the device when the stream comes here gets a late copy before the stream goes on.
  *
  * Three kernels in this order in one stream, which is all the order that they need: `fence_latch` decides once how many chunks
  * have left, `late_copy` copies the others into their slots, `fence_publish` tells the host. */

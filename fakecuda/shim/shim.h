@@ -11,7 +11,7 @@ struct index {
 static __thread struct index threadIdx, blockIdx, blockDim, gridDim;
 
 /* Finds the bytes at an address of the device, or of pinned memory, if all of them are there. Otherwise the launch fails, and
- * this is memory that nobody looks at. */
+ * this is memory that no code looks at. */
 void *fakecuda_at(u64 address, u64 bytes);
 #define AT(type, address, count) ((type *)fakecuda_at((u64)(address), (u64)(count) * sizeof(type)))
 
