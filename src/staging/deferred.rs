@@ -2,8 +2,8 @@
 //! use it.
 
 use super::capture_pool::Allocation;
-use super::enqueue::InFlightChunk;
 use super::in_flight::InFlightSaves;
+use super::in_flight_chunk::InFlightChunk;
 use super::late_copy::LateCopy;
 use crate::device::Queued;
 use crate::guard::{dropped, guarded};

@@ -15,27 +15,17 @@
 //! queue. For borrowed sources the stager waits instead.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
+use super::in_flight_chunk::InFlightChunk;
+use super::job::Job;
 use super::late_copy::LateCopy;
-use super::stager::Job;
 use crate::device::CopyQueue;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
 use crate::mutant::{self, Mutant};
-use crate::plan::{Chunk, SegmentSource};
+use crate::plan::SegmentSource;
 use crate::state::MemoryLocation;
 use std::ops::Range;
-
-/// A chunk whose copies may not have ended.
-pub(super) struct InFlightChunk {
-    pub chunk: Chunk,
-    /// The completion event behind the last copy; `u64::MAX` while copies are being queued.
-    pub event: u64,
-    /// Copied from live memory, not from its late copy.
-    pub live: bool,
-    /// F when it was queued.
-    pub latched: Option<usize>,
-}
 
 /// Queues the copies of one chunk, and the completion event behind them.
 pub(super) fn enqueue(

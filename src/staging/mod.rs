@@ -15,6 +15,8 @@ mod device_state;
 mod enqueue;
 mod fence;
 mod in_flight;
+mod in_flight_chunk;
+mod job;
 mod late_copy;
 mod next_action;
 mod on_device;
@@ -27,7 +29,8 @@ mod tests;
 
 pub(crate) use capture::Captured;
 pub(crate) use fence::freeze;
+pub(crate) use job::Job;
 pub(crate) use late_copy::LateCopy;
 pub(crate) use on_device::{OnDevice, without_kernels};
 pub(crate) use scratch::Scratch;
-pub(crate) use stager::{Job, Stager};
+pub(crate) use stager::Stager;

@@ -2,10 +2,12 @@
 
 use super::deferred::{DeferredRelease, KeptForRelease};
 use super::device_state::DeviceState;
-use super::enqueue::{InFlightChunk, enqueue};
+use super::enqueue::enqueue;
 use super::in_flight::Due;
+use super::in_flight_chunk::InFlightChunk;
+use super::job::Job;
 use super::next_action::{Action, Arrived, View, next_action};
-use super::stager::{Job, POLL_INTERVAL, QUIESCE_TIMEOUT, Stager};
+use super::stager::{POLL_INTERVAL, QUIESCE_TIMEOUT, Stager};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
 use crate::guard::{dropped, guarded};

@@ -1,19 +1,18 @@
 //! The stager: one thread that stages the saves of a queue, one after the other.
 
-use super::capture::Captured;
 use super::capture_pool::Allocation;
 use super::deferred::{DeferredRelease, KeptForRelease};
 use super::device_state::DeviceState;
 use super::in_flight::InFlightSaves;
+use super::job::Job;
 use super::late_copy::LateCopy;
 use super::scratch::Scratch;
 use crate::call_thread::CallThread;
 use crate::completion::Signal;
-use crate::device::{Dependency, Device, Queued, Waits};
+use crate::device::{Device, Queued, Waits};
 use crate::error::Error;
 use crate::memory::Arena;
 use crate::outcome::Phase;
-use crate::plan::{Plan, Sink};
 use crate::state::StateDict;
 use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
@@ -29,34 +28,6 @@ pub(super) const POLL_INTERVAL: Duration = Duration::from_micros(40);
 const DEFERRED_POLL_INTERVAL: Duration = Duration::from_micros(500);
 /// How long the stager waits for a failed device to end its copies.
 pub(super) const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A save to be staged.
-pub(crate) struct Job {
-    pub ticket: Arc<Ticket>,
-    pub plan: Arc<Plan>,
-    pub state: StateDict<'static>,
-    pub captured: Captured,
-    /// The work that wrote device tensors: copies wait for it.
-    pub behind: Option<Dependency>,
-    /// How the device gathers its chunks and copies them late.
-    pub late_copy: Option<Arc<LateCopy>>,
-    /// Memory of the captured tensors; `queued` is the work that the device queued at `save`.
-    pub allocation: Option<Allocation>,
-    pub queued: Vec<Arc<dyn Queued>>,
-    /// The program may free the sources as soon as the save is released.
-    pub borrowed: bool,
-    /// The stager does not stage it before this time: a failed save waits before its next attempt.
-    pub not_before: Option<Instant>,
-    pub sink: Arc<dyn Sink>,
-}
-
-impl Job {
-    /// Whether a tensor is in the memory of this device.
-    pub fn lies_on(&self, tensor: usize, ordinal: u32) -> bool {
-        let tensor = self.state.tensors.get_index(tensor);
-        tensor.and_then(|(_, tensor)| tensor.location.stream()).is_some_and(|stream| stream.ordinal == ordinal)
-    }
-}
 
 impl std::fmt::Debug for Stager {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

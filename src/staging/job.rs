@@ -1,0 +1,39 @@
+//! A job: one save as the stager receives it.
+
+use super::capture::Captured;
+use super::capture_pool::Allocation;
+use super::late_copy::LateCopy;
+use crate::device::{Dependency, Queued};
+use crate::plan::{Plan, Sink};
+use crate::state::StateDict;
+use crate::ticket::Ticket;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A save to be staged.
+pub(crate) struct Job {
+    pub ticket: Arc<Ticket>,
+    pub plan: Arc<Plan>,
+    pub state: StateDict<'static>,
+    pub captured: Captured,
+    /// The work that wrote device tensors: copies wait for it.
+    pub behind: Option<Dependency>,
+    /// How the device gathers its chunks and copies them late.
+    pub late_copy: Option<Arc<LateCopy>>,
+    /// Memory of the captured tensors; `queued` is the work that the device queued at `save`.
+    pub allocation: Option<Allocation>,
+    pub queued: Vec<Arc<dyn Queued>>,
+    /// The program may free the sources as soon as the save is released.
+    pub borrowed: bool,
+    /// The stager does not stage it before this time: a failed save waits before its next attempt.
+    pub not_before: Option<Instant>,
+    pub sink: Arc<dyn Sink>,
+}
+
+impl Job {
+    /// Whether a tensor is in the memory of this device.
+    pub fn lies_on(&self, tensor: usize, ordinal: u32) -> bool {
+        let tensor = self.state.tensors.get_index(tensor);
+        tensor.and_then(|(_, tensor)| tensor.location.stream()).is_some_and(|stream| stream.ordinal == ordinal)
+    }
+}
