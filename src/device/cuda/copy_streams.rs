@@ -65,7 +65,7 @@ impl CopyStreams {
     /// Makes everything queued from now on wait for `dependency`.
     pub fn wait(&mut self, dependency: &Dependency) -> Result<()> {
         for event in events_of(dependency)? {
-            self.of(event.gpu.context.ordinal)?.stream.wait(event)?;
+            self.of(event.context().ordinal)?.stream.wait(event)?;
         }
         Ok(())
     }

@@ -5,16 +5,13 @@
 //! memory, as [`Register`](crate::memory::Register) requires.
 #![expect(unsafe_code, reason = "registers the arena; argument above")]
 
-use super::driver::{Context, Driver, Event, Registered, Stream};
-use super::pooled_event::PooledEvent;
+use super::driver::{Context, Driver, Registered, Stream};
+use super::pooled_event::{EventPool, PooledEvent};
 use crate::error::Result;
 use crate::memory::Pages;
-use crate::sync::{Mutex, lock};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Number of events made at start: for two chunks in flight, and the producers and fences of a few saves.
-const EVENTS: usize = 16;
 /// Timeout of a wait for queued work whose memory would otherwise be leaked.
 pub(super) const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const POLL_INTERVAL: Duration = Duration::from_micros(50);
@@ -24,7 +21,7 @@ pub(super) struct Gpu {
     pub context: Arc<Context>,
     /// The copy stream, first in, first out: all copies to the host.
     pub copies: Arc<Stream>,
-    events: Mutex<Vec<Event>>,
+    events: Arc<EventPool>,
 }
 
 impl Gpu {
@@ -32,24 +29,17 @@ impl Gpu {
     pub fn new(driver: Arc<Driver>, ordinal: u32) -> Result<Arc<Self>> {
         let context = Context::retain(driver, ordinal)?;
         let copies = Arc::new(context.stream()?);
-        let events = (0..EVENTS).map(|_| context.event()).collect::<Result<_>>()?;
-        Ok(Arc::new(Self { context, copies, events: Mutex::new(events) }))
+        let events = Arc::new(EventPool::new(&context)?);
+        Ok(Arc::new(Self { context, copies, events }))
     }
 
     /// Takes an event from the pool, to which it returns when it is dropped.
-    pub fn event(self: &Arc<Self>) -> Result<PooledEvent> {
-        let pooled = lock(&self.events).pop();
-        let event = pooled.map_or_else(|| self.context.event(), Ok)?;
-        Ok(PooledEvent::new(self.clone(), event))
-    }
-
-    /// Returns an unused event to the pool.
-    pub fn put_back(&self, event: Event) {
-        lock(&self.events).push(event);
+    pub fn event(&self) -> Result<PooledEvent> {
+        self.events.event()
     }
 
     /// Waits until what is in `stream` now has ended. False after a timeout.
-    pub fn settle(self: &Arc<Self>, stream: &Stream) -> bool {
+    pub fn settle(&self, stream: &Stream) -> bool {
         let deadline = Instant::now() + SETTLE_TIMEOUT;
         let recorded = |event: PooledEvent| event.record(stream.handle()).map(|()| event);
         let here = self.event().and_then(recorded);

@@ -1,12 +1,35 @@
-//! An event that returns to the pool of its GPU when it is dropped. Recording it again replaces what it is
-//! behind, but earlier waits for it stay as they are.
+//! The pool of events of a GPU, and an event that returns to it when it is dropped. Recording such an event
+//! again replaces what it is behind, but earlier waits for it stay as they are.
 
-use super::driver::Event;
-use super::gpu::Gpu;
+use super::driver::{Context, Event};
 use crate::device::Dependency;
 use crate::error::{Error, Result};
+use crate::sync::{Mutex, lock};
 use std::ops::Deref;
 use std::sync::Arc;
+
+/// Number of events made at start: for two chunks in flight, and the producers and fences of a few saves.
+const EVENTS: usize = 16;
+
+/// The unused events of a GPU.
+pub(super) struct EventPool {
+    context: Arc<Context>,
+    events: Mutex<Vec<Event>>,
+}
+
+impl EventPool {
+    pub fn new(context: &Arc<Context>) -> Result<Self> {
+        let events = (0..EVENTS).map(|_| context.event()).collect::<Result<_>>()?;
+        Ok(Self { context: context.clone(), events: Mutex::new(events) })
+    }
+
+    /// Takes an event from the pool, to which it returns when it is dropped.
+    pub fn event(self: &Arc<Self>) -> Result<PooledEvent> {
+        let pooled = lock(&self.events).pop();
+        let event = pooled.map_or_else(|| self.context.event(), Ok)?;
+        Ok(PooledEvent { pool: self.clone(), event: Some(event) })
+    }
+}
 
 /// The events of a dependency that this device made.
 pub(super) fn events_of(dependency: &Dependency) -> Result<&Vec<PooledEvent>> {
@@ -15,18 +38,19 @@ pub(super) fn events_of(dependency: &Dependency) -> Result<&Vec<PooledEvent>> {
 
 /// An event that returns to its pool when it is dropped.
 pub(super) struct PooledEvent {
-    pub gpu: Arc<Gpu>,
+    pool: Arc<EventPool>,
     event: Option<Event>,
 }
 
 impl PooledEvent {
-    pub fn new(gpu: Arc<Gpu>, event: Event) -> Self {
-        Self { gpu, event: Some(event) }
+    /// The context of the GPU whose pool it is from.
+    pub fn context(&self) -> &Context {
+        &self.pool.context
     }
 
     /// True when the event is reached, or never will be because the device is lost.
     pub fn is_over(&self) -> bool {
-        let context = &self.gpu.context;
+        let context = self.context();
         // Query in any case: a query is what detects a lost context.
         let _entered = context.enter();
         self.is_reached().unwrap_or(false) || context.lost()
@@ -43,6 +67,6 @@ impl Deref for PooledEvent {
 
 impl Drop for PooledEvent {
     fn drop(&mut self) {
-        self.event.take().into_iter().for_each(|event| self.gpu.put_back(event));
+        lock(&self.pool.events).extend(self.event.take());
     }
 }

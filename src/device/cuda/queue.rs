@@ -91,7 +91,7 @@ impl CopyQueue for Queue {
         while let Some(ChunkEvents(events)) = self.pending.front() {
             for event in events {
                 // As in `CopyStreams::of`, users' code may have changed this thread's context.
-                event.gpu.context.make_current()?;
+                event.context().make_current()?;
                 if !event.is_reached()? {
                     return Ok(self.reached);
                 }

@@ -206,8 +206,8 @@ fn queue(
     lost: &mut bool,
     work: impl FnOnce(&Context) -> Result<()>,
 ) -> Result<()> {
-    let _entered = event.gpu.context.enter()?;
-    let queued = work(&event.gpu.context);
+    let _entered = event.context().enter()?;
+    let queued = work(event.context());
     // Record even if the work failed, because it may be queued nevertheless. Try twice: only the event tells
     // when it ends.
     let recorded = event.record(stream).or_else(|_| event.record(stream));
@@ -241,7 +241,7 @@ impl Drop for Rows {
         }
         let _entered = context.enter();
         let mut rows = std::mem::take(&mut *lock(&self.rows));
-        let over = |event: &PooledEvent| event.gpu.context.lost() || event.is_reached().unwrap_or(false);
+        let over = |event: &PooledEvent| event.context().lost() || event.is_reached().unwrap_or(false);
         let deadline = Instant::now() + SETTLE_TIMEOUT;
         let mut pending = true;
         while pending && Instant::now() < deadline {
