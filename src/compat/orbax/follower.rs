@@ -1,7 +1,7 @@
 //! The thread of a manager that waits for saves to end, and deletes steps that are not kept.
 
 use super::preservation::{CheckpointInfo, PreservationPolicy};
-use super::steps::{ManagerState, Progress};
+use super::state::{ManagerState, Progress};
 use crate::catalog::{self, Catalog};
 use crate::checkpoint::Checkpoint;
 use crate::guard::guarded;

@@ -40,6 +40,7 @@ mod options;
 mod path;
 mod preservation;
 mod signals;
+mod state;
 mod steps;
 
 pub use args::{CompositeArgs, Item};

@@ -4,10 +4,11 @@ use super::args::CompositeArgs;
 use super::decision::DecisionContext;
 use super::follower::{Follower, METRICS, TIME, infos, metrics, time};
 use super::options::CheckpointManagerOptions;
+use super::state::ManagerState;
 use crate::catalog::Catalog;
 use crate::checkpoint::Checkpoint;
 use crate::compat::unseen::first;
-use crate::completion::{Completion, Signal, deadline_after};
+use crate::completion::deadline_after;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
 use crate::fork::ForkGuard;
@@ -16,15 +17,15 @@ use crate::outcome::Outcome;
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::OnUnseenError;
 use crate::state::{Layout, StateDict};
-use crate::sync::{Mutex, lock};
+use crate::sync::lock;
 use crate::thread::spawn;
 use crossbeam_channel::{Sender, unbounded};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 /// Saves steps of a run by its policies, and lists the existing ones: Orbax's class of that name.
@@ -83,34 +84,6 @@ struct Writer {
     executor: Arc<CheckpointExecutor>,
     saves: Sender<Save>,
     origin: ForkGuard,
-}
-
-#[derive(Debug)]
-pub(super) struct ManagerState {
-    pub progress: Mutex<Progress>,
-    pub changed: Signal,
-    preempted: AtomicBool,
-    /// Set when the thread that follows saves has ended.
-    ended: Completion<()>,
-}
-
-#[derive(Debug, Default)]
-pub(super) struct Progress {
-    /// The existing steps, as far as this manager knows.
-    pub steps: BTreeSet<u64>,
-    /// The number of saves under way for each step: an overwriting save may begin before the manager's thread
-    /// has seen the end of the previous one.
-    pub saving: BTreeMap<u64, usize>,
-    last_save: Option<Instant>,
-    pub errors: VecDeque<Error>,
-}
-
-impl ManagerState {
-    fn of(steps: BTreeSet<u64>) -> Arc<Self> {
-        let progress = Mutex::new(Progress { steps, ..Progress::default() });
-        let (changed, preempted) = (Signal::default(), AtomicBool::new(false));
-        Arc::new(Self { progress, changed, preempted, ended: Completion::new() })
-    }
 }
 
 /// The facts about a step that need no tensors: Orbax's `StepMetadata`.
