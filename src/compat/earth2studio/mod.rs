@@ -58,6 +58,7 @@
 //! | `IndexError`, `KeyError` | `NotFound` |
 //! | `CheckpointStateCollision`, `CheckpointStateSchemaError`, `CheckpointSerializationError` | `Invalid`, with the error of that name as its source |
 
+mod bound;
 mod catalog;
 mod errors;
 mod flush;
@@ -67,13 +68,14 @@ mod pending;
 mod session;
 mod state;
 
+pub use bound::{Bound, CheckpointSession};
 pub use catalog::{Builder, Checkpoint, CheckpointEntry, Mode};
 pub use errors::{CheckpointSerializationError, CheckpointStateCollision, CheckpointStateSchemaError};
 pub use flush::Flush;
 pub use metadata::Metadata;
 pub use null::NullCheckpoint;
-pub use session::{CheckpointSession, Scope, active, bind_checkpoint_state};
-pub use state::{Bound, CheckpointState, Field, Fields, Saved, Tensor};
+pub use session::{Scope, active, bind_checkpoint_state};
+pub use state::{CheckpointState, Field, Fields, Saved, Tensor};
 
 #[doc(inline)]
 pub use crate::__checkpoint_state as checkpoint_state;

@@ -1,8 +1,9 @@
 //! A session that saves nothing.
 
+use super::bound::Bound;
 use super::catalog::CheckpointEntry;
 use super::metadata::Metadata;
-use super::state::{Bound, CheckpointState};
+use super::state::CheckpointState;
 use crate::error::Result;
 
 /// A session that keeps nothing, for running a program that expects a session without checkpoints.

@@ -1,8 +1,8 @@
 //! The states that wait for a session on each thread: those bound before a session was entered, and those of
 //! the session that was left.
 
+use super::bound::Erased;
 use super::catalog::{CatalogState, Checkpoint};
-use super::state::Erased;
 use std::cell::RefCell;
 use std::sync::{Arc, Weak};
 

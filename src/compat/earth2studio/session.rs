@@ -1,11 +1,12 @@
 //! A session: the row that it restores, or none yet; the states bound to it; and what was written since.
 
-use super::catalog::{Checkpoint, CheckpointEntry, RECORD, Record, Schema, current, durable};
+use super::bound::{Bound, CheckpointSession, Counters, Erased, InFlightSave, Inner, Link, Work};
+use super::catalog::{Checkpoint, CheckpointEntry, RECORD, Schema, current, durable};
 use super::errors::{CheckpointStateCollision, CheckpointStateSchemaError};
 use super::flush::Flush;
 use super::metadata::Metadata;
 use super::pending::{self, Pending};
-use super::state::{Bound, CheckpointState, Erased, Link, Saved, schema_hash, spelled};
+use super::state::{CheckpointState, Saved, schema_hash, spelled};
 use crate::checkpoint;
 use crate::device::DeviceChoice;
 use crate::error::{Error, ErrorKind, Result};
@@ -22,46 +23,6 @@ use std::marker::PhantomData;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-
-/// A row of a catalog, or a run that has none yet. Clones refer to the same session.
-#[derive(Clone)]
-pub struct CheckpointSession(pub(super) Arc<Inner>);
-
-pub(super) struct Inner {
-    catalog: Checkpoint,
-    work: Mutex<Work>,
-}
-
-struct Work {
-    entry: Option<CheckpointEntry>,
-    /// The selected row, kept open: states are restored from it regardless of later commits.
-    selected: Option<(checkpoint::Checkpoint, Record)>,
-    counters: Counters,
-    bound: Vec<Arc<dyn Erased>>,
-    /// The types of states taken over from the previous session; a new state of the type may replace one of
-    /// them.
-    replaceable: Vec<&'static str>,
-    /// Whether the session was entered and has taken over the waiting states.
-    adopted: bool,
-    in_flight: Option<InFlightSave>,
-}
-
-/// What a failed flush restores.
-#[derive(Clone)]
-struct Counters {
-    write_count: u64,
-    metadata: BTreeMap<String, serde_json::Value>,
-    dirty: bool,
-}
-
-/// A flush whose end the session has not seen.
-struct InFlightSave {
-    save: Save,
-    row: CheckpointEntry,
-    before: Counters,
-    /// The write count when it began; a higher count means that more was written since.
-    write_count: u64,
-}
 
 thread_local! {
     static ACTIVE: RefCell<Vec<CheckpointSession>> = const { RefCell::new(Vec::new()) };

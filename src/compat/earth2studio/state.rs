@@ -2,18 +2,15 @@
 //!
 //! In a checkpoint the field `f` of the type `a::B` is the value or the tensor `a::B.f`.
 
-use super::catalog::Checkpoint;
 use super::errors::CheckpointSerializationError;
-use super::session::{CheckpointSession, Inner};
 use crate::checkpoint;
 use crate::digest::Digest;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::state::{Element, HostTensor, StateDict, encode_value};
-use crate::sync::{Mutex, lock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::ops::Deref;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// A field of a state: its name, and its type as written in the source code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,109 +177,4 @@ impl Saved<'_> {
 /// The name of a field in a checkpoint.
 fn key(id: &str, field: &str) -> String {
     format!("{id}.{field}")
-}
-
-/// A state that is bound to a session. Clones refer to the same state. It outlives the session: the next
-/// session of its catalog that is entered on the thread takes it over.
-#[derive(Debug)]
-pub struct Bound<T>(Arc<Shared<T>>);
-
-#[derive(Debug)]
-pub(super) struct Shared<T> {
-    state: Mutex<T>,
-    link: Mutex<Link>,
-}
-
-/// The catalog and session that a state belongs to.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Link {
-    pub catalog: Option<Checkpoint>,
-    pub session: Weak<Inner>,
-    pub loaded: bool,
-}
-
-impl<T> Clone for Bound<T> {
-    fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
-}
-
-impl<T: CheckpointState> From<T> for Bound<T> {
-    fn from(state: T) -> Self {
-        Self(Arc::new(Shared { state: Mutex::new(state), link: Mutex::default() }))
-    }
-}
-
-impl<T: CheckpointState> Bound<T> {
-    /// Reads or changes the state. A session that commits meanwhile, on this thread too, gets `Busy`.
-    pub fn update<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
-        change(&mut lock(&self.0.state))
-    }
-
-    /// Whether the state was restored from the selected row: `checkpoint_state_loaded`.
-    pub fn is_loaded(&self) -> bool {
-        lock(&self.0.link).loaded
-    }
-
-    /// The catalog that the state belongs to; None without a catalog, or with a
-    /// [`NullCheckpoint`](super::NullCheckpoint).
-    pub fn checkpoint(&self) -> Option<Checkpoint> {
-        lock(&self.0.link).catalog.clone()
-    }
-
-    /// The session that the state is bound to; None after the session was left, until the next is entered.
-    pub fn session(&self) -> Option<CheckpointSession> {
-        lock(&self.0.link).session.upgrade().map(CheckpointSession)
-    }
-
-    /// How much components keep, from 0 to 2; 0 without a catalog.
-    pub fn checkpoint_level(&self) -> u8 {
-        self.checkpoint().map_or(0, |catalog| catalog.level())
-    }
-
-    /// Whether the next write of its session is expected to flush.
-    pub fn checkpoint_is_flush_due(&self) -> bool {
-        self.session().is_some_and(|session| session.is_flush_due())
-    }
-
-    pub(super) fn erased(&self) -> Arc<dyn Erased> {
-        self.0.clone()
-    }
-}
-
-/// A state of any type.
-pub(super) trait Erased: Send + Sync {
-    fn id(&self) -> &'static str;
-    fn fields(&self) -> &'static [Field];
-    fn link(&self, link: Link);
-    fn save(&self, to: &mut StateDict<'static>) -> Result<()>;
-    fn restore(&self, from: &Saved<'_>) -> Result<()>;
-}
-
-impl<T: CheckpointState> Erased for Shared<T> {
-    fn id(&self) -> &'static str {
-        T::ID
-    }
-
-    fn fields(&self) -> &'static [Field] {
-        T::FIELDS
-    }
-
-    fn link(&self, link: Link) {
-        *lock(&self.link) = link;
-    }
-
-    fn save(&self, to: &mut StateDict<'static>) -> Result<()> {
-        let busy = |_| Error::new(ErrorKind::Busy, format!("a state is being changed state={}", T::ID));
-        let state = match self.state.try_lock() {
-            // A change that panicked may have left the state partly changed; it is saved as it is.
-            Err(std::sync::TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            guard => guard.map_err(busy)?,
-        };
-        state.save(&mut Fields { id: T::ID, state: to })
-    }
-
-    fn restore(&self, from: &Saved<'_>) -> Result<()> {
-        lock(&self.state).load(from)
-    }
 }
