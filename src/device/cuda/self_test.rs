@@ -8,8 +8,7 @@
 
 use super::driver::Copies;
 use super::gpu::Gpu;
-use super::kernels::Kernels;
-use crate::device::{Kernels as _, Piece, Pieces, View};
+use crate::device::{Kernels, Piece, Pieces, View};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use smallvec::smallvec;
@@ -20,8 +19,7 @@ use std::sync::Arc;
 const BYTES: usize = 48 << 10;
 
 /// Tests gather and digest in the copy stream. The context must be current.
-pub(super) fn run(kernels: &Kernels) -> Result<()> {
-    let gpu = &kernels.0.gpu;
+pub(super) fn run(kernels: &impl Kernels, gpu: &Gpu) -> Result<()> {
     let (host, from, to) = (gpu.context.pinned(2 * BYTES)?, gpu.context.memory(BYTES)?, gpu.context.memory(BYTES)?);
     // SAFETY: just allocated, and not shared yet.
     let sent = unsafe { std::slice::from_raw_parts_mut(host.pointer(), BYTES) };
