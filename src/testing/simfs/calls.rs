@@ -2,46 +2,12 @@
 
 use super::SimFs;
 use super::disk::SECTOR;
+use super::fault::Call;
 use super::state::{State, error};
 use crate::storage::local::sys::{Direct, Kind, Open, RawFd, Rename, Stat, Sys};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Component, Path};
-
-/// A system call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "named after the calls")]
-pub enum Call {
-    Open,
-    Mkdir,
-    Pwrite,
-    Pread,
-    Fsync,
-    Fallocate,
-    Ftruncate,
-    Rename,
-    Unlink,
-    Stat,
-    Touch,
-    List,
-    Lock,
-    Direct,
-}
-
-/// A fault: a future call that fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
-    /// Which kind of call; any kind when `None`.
-    pub call: Option<Call>,
-    /// How many calls of that kind succeed before.
-    pub after: u64,
-    /// The error code.
-    pub errno: i32,
-    /// Every later call of that kind fails too.
-    pub sticky: bool,
-    /// The call does its work and still fails. Not for an fsync, which never does its work when it fails.
-    pub done: bool,
-}
 
 impl SimFs {
     fn call<T>(&self, call: Call, run: impl FnOnce(&mut State) -> io::Result<T>) -> io::Result<T> {

@@ -26,13 +26,14 @@
 mod calls;
 mod crash;
 mod disk;
+mod fault;
 mod image;
 mod state;
 #[cfg(test)]
 mod tests;
 
-pub use calls::{Call, Fault};
 pub use crash::{Crash, Crashes, History, Rng};
+pub use fault::{Call, Fault};
 pub use image::Image;
 
 use state::State;

@@ -1,7 +1,7 @@
 //! The running system: its state, the effects of calls, and the log of them.
 
-use super::calls::{Call, Fault};
 use super::disk::{Op, SECTOR};
+use super::fault::{Call, Fault};
 use super::image::{Entries, Image, Ino, Node, ROOT};
 use crate::storage::local::sys::{Kind, Open, RawFd, Rename, Stat};
 use std::collections::BTreeMap;
