@@ -4,6 +4,7 @@ use super::dir::Dir;
 use super::direct::Bypass;
 use super::file::LocalFile;
 use super::owner::{Owner, Owners};
+use super::progress::Progress;
 use super::sys::Kind;
 use super::{direct, durable, names, publish, transfer, trash};
 use crate::error::{Error, ErrorKind, Result};
@@ -12,50 +13,11 @@ use crate::memory::ALIGNMENT;
 use crate::mutant::{self, Mutant};
 use crate::storage::{FileWriting, Writing, name};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Minimum size of whole files that are written like shards, with direct I/O: the manifest of many tensors
 /// has several MiB.
 const WORTHWHILE: usize = 128 << 10;
-
-/// The files of an attempt that were begun and not finished.
-#[derive(Debug, Default)]
-pub(super) struct Progress {
-    files: AtomicUsize,
-    unfinished: AtomicUsize,
-    lost: AtomicBool,
-}
-
-impl Progress {
-    pub(super) fn begin_file(&self) {
-        self.files.fetch_add(1, Ordering::AcqRel);
-        self.unfinished.fetch_add(1, Ordering::AcqRel);
-    }
-
-    pub(super) fn end_file(&self) {
-        self.unfinished.fetch_sub(1, Ordering::AcqRel);
-    }
-
-    /// Marks the attempt as lost: after a failed write or fsync the content of a file is unknown, and the
-    /// attempt can only be abandoned.
-    pub(super) fn lose(&self) {
-        self.lost.store(true, Ordering::Release);
-    }
-
-    /// The reason why the attempt cannot be published; None if it can.
-    fn obstacle(&self) -> Option<&'static str> {
-        if self.lost.load(Ordering::Acquire) {
-            Some("the attempt is lost: an earlier call on it failed")
-        } else if self.files.load(Ordering::Acquire) == 0 {
-            Some("the attempt has no files")
-        } else if self.unfinished.load(Ordering::Acquire) > 0 && !mutant::on(Mutant::PublishFirst) {
-            Some("the attempt has files that were not sealed")
-        } else {
-            None
-        }
-    }
-}
 
 #[derive(Debug)]
 enum Phase {
@@ -94,7 +56,7 @@ impl LocalAttempt {
         match root.look(step).map_err(root.error("cannot look for the step", step))? {
             None => {}
             Some(stat) if overwrite && stat.kind == Kind::Dir => {}
-            Some(_) => return Err(conflict("the step exists", &root, step)),
+            Some(_) => return Err(root.conflict("the step exists", step)),
         }
         let owner = owners.record(&root, step, attempt)?;
         let temp = names::temp(step, attempt);
@@ -153,10 +115,6 @@ impl LocalAttempt {
             Error::io("cannot make the publish durable", error).with_kind(ErrorKind::Indeterminate).with_path(path)
         })
     }
-}
-
-pub(super) fn conflict(message: &str, root: &Dir, step: &str) -> Error {
-    Error::new(ErrorKind::Conflict, message).with_path(root.path().join(step))
 }
 
 impl Writing for LocalAttempt {

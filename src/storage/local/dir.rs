@@ -1,7 +1,7 @@
 //! An open directory, and operations on the names in it.
 
 use super::sys::{Fd, Kind, Open, Rename, Stat, Sys, uninterrupted};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -103,5 +103,10 @@ impl Dir {
     pub(super) fn own_error(&self, attempted: &str) -> impl FnOnce(io::Error) -> Error {
         let path = self.path.clone();
         move |source| Error::io(attempted, source).with_path(path)
+    }
+
+    /// The error of an operation that `name` stands in the way of.
+    pub(super) fn conflict(&self, message: &str, name: &str) -> Error {
+        Error::new(ErrorKind::Conflict, message).with_path(self.path.join(name))
     }
 }

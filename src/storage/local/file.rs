@@ -1,8 +1,8 @@
 //! Writing a file of an attempt.
 
-use super::attempt::Progress;
 use super::dir::Dir;
 use super::direct::{self, Bypass};
+use super::progress::Progress;
 use super::sys::{Fd, uninterrupted};
 use super::{durable, transfer};
 use crate::error::{Error, Result};

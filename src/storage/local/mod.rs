@@ -27,6 +27,7 @@ mod judge;
 mod linux;
 mod names;
 mod owner;
+mod progress;
 mod publish;
 mod reading;
 mod root;
@@ -153,7 +154,7 @@ impl Local {
         }
         let there = dir.stat().map_err(dir.own_error("cannot stat"))?.identity;
         if wanted.is_some_and(|wanted| wanted != there) {
-            return Err(attempt::conflict("the step was replaced meanwhile; it was not removed", &root, name));
+            return Err(root.conflict("the step was replaced meanwhile; it was not removed", name));
         }
         trash::discard(&root, name, &names::trash(Attempt::new()), there)
     }
@@ -218,7 +219,7 @@ impl Storage for Local {
         let confirmed = dir.stat().map_err(dir.own_error(failed))?.identity;
         match root.look(name).map_err(root.error(failed, name))? {
             Some(stat) if stat.identity == confirmed => Ok(()),
-            Some(_) => Err(attempt::conflict("the step was replaced meanwhile", &root, name)),
+            Some(_) => Err(root.conflict("the step was replaced meanwhile", name)),
             None => Err(self.not_found(name)),
         }
     }

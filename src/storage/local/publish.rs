@@ -1,6 +1,5 @@
 //! The publish: one atomic rename, on file systems with and without renameat2(2).
 
-use super::attempt::conflict;
 use super::dir::Dir;
 use super::sys::Rename;
 use crate::error::{Error, ErrorKind, Result};
@@ -39,7 +38,7 @@ pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), o
             // rename(2) replaces only an empty directory, and no step is empty.
             (Rename::NoReplace, Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => Rename::Plain,
             (_, Some(libc::EEXIST | libc::ENOTEMPTY | libc::ENOTDIR)) => {
-                return Err(conflict("another attempt at the step won", root, step));
+                return Err(root.conflict("another attempt at the step won", step));
             }
             _ => return Err(root.error("cannot publish", step)(error)),
         };

@@ -3,7 +3,6 @@
 //!
 //! An attempt's name is hidden already, so it is deleted without a rename: a full disk can refuse a new name.
 
-use super::attempt::conflict;
 use super::dir::Dir;
 use super::durable;
 use super::sys::{Kind, Rename};
@@ -22,7 +21,7 @@ pub(super) fn discard(root: &Dir, name: &str, trash: &str, identity: (u64, u64))
         moved => {
             put_back(root, name, trash)?;
             moved?;
-            return Err(conflict("another directory has this name meanwhile; it was not removed", root, name));
+            return Err(root.conflict("another directory has this name meanwhile; it was not removed", name));
         }
     }
     durable::trash(root).map_err(root.error("cannot make the removal durable", name))?;
