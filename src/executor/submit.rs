@@ -201,7 +201,7 @@ impl CheckpointExecutor {
             expected: std::mem::take(&mut captured.expected),
             device_digests: DeferredDigests(Box::new(move || on_device.expected())),
         };
-        let sink = Arc::new(Task::new(request, kept, self.destination.clone(), &open.pool, open.ended.clone()));
+        let sink = Arc::new(Task::new(request, kept, self.destination.clone(), open.pool.sender(), open.ended.clone()));
         ticket.add_blocked(wanted.began.elapsed());
         self.stager.push(Job {
             ticket: ticket.clone(),

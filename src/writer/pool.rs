@@ -1,6 +1,6 @@
 //! The writer threads and the bounded channel that feeds them.
 
-use super::task::Task;
+use super::task::{Task, Work};
 use crate::completion::Signal;
 use crate::error::Result;
 use crate::guard::guarded;
@@ -11,9 +11,6 @@ use crate::thread::{adopt, spawn};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-
-/// What the channel carries: a chunk and the save that it is part of.
-pub(super) type Work = (Arc<Task>, Chunk);
 
 /// The writer threads.
 #[derive(Debug)]
@@ -46,7 +43,7 @@ impl Pool {
     }
 
     /// The sending end, for tasks.
-    pub(super) fn sender(&self) -> Sender<Work> {
+    pub fn sender(&self) -> Sender<Work> {
         self.work.clone()
     }
 }

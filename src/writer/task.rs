@@ -1,6 +1,5 @@
 //! The task of one save: its attempt, its files, its receipts.
 
-use super::pool::{Pool, Work};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{dropped, guarded};
@@ -13,6 +12,9 @@ use crossbeam_channel::Sender;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+
+/// What the channel to the writers carries: a chunk and the save that it is part of.
+pub(crate) type Work = (Arc<Task>, Chunk);
 
 /// Begins the attempt of a save in storage.
 pub(crate) trait Begin: Send + Sync + std::fmt::Debug {
@@ -67,23 +69,8 @@ struct Shard {
 }
 
 impl Task {
-    /// A task over `pool`. `ended` receives it when its last chunk is done.
+    /// A task whose chunks go to the writers through `work`. `ended` receives it when its last chunk is done.
     pub fn new(
-        request: Request,
-        kept: Option<RetryState>,
-        destination: Arc<dyn Begin>,
-        pool: &Pool,
-        ended: Sender<Arc<Task>>,
-    ) -> Self {
-        Self::over(request, kept, destination, pool.sender(), ended)
-    }
-
-    /// The task of another attempt at the same save.
-    pub fn again(&self, request: Request, kept: RetryState) -> Self {
-        Self::over(request, Some(kept), self.destination.clone(), self.work.clone(), self.ended.clone())
-    }
-
-    fn over(
         request: Request,
         kept: Option<RetryState>,
         destination: Arc<dyn Begin>,
@@ -104,6 +91,11 @@ impl Task {
             ended,
             request,
         }
+    }
+
+    /// The task of another attempt at the same save.
+    pub fn again(&self, request: Request, kept: RetryState) -> Self {
+        Self::new(request, Some(kept), self.destination.clone(), self.work.clone(), self.ended.clone())
     }
 
     /// The attempt; the first call begins it.
