@@ -73,6 +73,7 @@ const ISLANDS: &[&str] = &[
     "src/executor/scope.rs",
     "src/fork.rs",
     "src/memory/arena.rs",
+    "src/memory/mapping.rs",
     "src/memory/slab.rs",
     "src/restore/device.rs",
     "src/sigterm/handler.rs",

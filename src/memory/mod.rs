@@ -7,6 +7,7 @@
 mod aligned;
 mod arena;
 mod limit;
+mod mapping;
 mod node;
 mod slab;
 

@@ -7,7 +7,7 @@
 //! and the caller that begins a copy keeps the lease until the copy has ended.
 #![expect(unsafe_code, reason = "exclusive slices of one mapping; argument above")]
 
-use super::arena::Mapping;
+use super::mapping::Mapping;
 use crate::completion::Signal;
 use crate::sync::{Mutex, lock};
 use std::fmt;
