@@ -2,7 +2,8 @@
 //! was read.
 #![no_main]
 
-use ashore::internal::format::shard::{Header, HeaderTemplate, Stamp, identity};
+use ashore::internal::format::header::Header;
+use ashore::internal::format::shard::{HeaderTemplate, Stamp, identity};
 use ashore_fuzz::bounded;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {

@@ -1,7 +1,7 @@
 //! The format on disk: safetensors shards, and the manifest that makes them a checkpoint. `docs/format.md`
 //! specifies it.
 
-mod header;
+pub mod header;
 pub mod invariants;
 pub mod manifest;
 pub mod shard;

@@ -13,8 +13,6 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::ops::Range;
 
-pub use super::header::{Header, HeaderTensor};
-
 /// The file that maps tensors to files, written when there are several shards.
 pub const INDEX: &str = "model.safetensors.index.json";
 
@@ -201,6 +199,7 @@ pub fn header_len(prefix: &[u8]) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::header::{Header, HeaderTensor};
     use super::*;
     use proptest::prelude::*;
     use safetensors::SafeTensors;
