@@ -2,7 +2,9 @@
 
 use crate::device::{Device, DeviceChoice, choose};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::manifest::{FileEntry, MANIFEST, Manifest, TensorEntry, is_blank, is_ours};
+use crate::format::entries::{FileEntry, MANIFEST, TensorEntry};
+use crate::format::manifest::Manifest;
+use crate::format::seal::{is_blank, is_ours};
 use crate::format::shard;
 use crate::id::{Attempt, parse_step_name, step_name};
 use crate::memory::{ALIGNMENT, AlignedBuffer};

@@ -10,7 +10,7 @@ pub mod digest {
     pub use crate::digest::Digest;
 }
 pub mod format {
-    pub use crate::format::{header, invariants, manifest, shard};
+    pub use crate::format::{agreement, entries, header, invariants, manifest, seal, shard, template};
 }
 pub mod state {
     pub use crate::state::{decode_value, encode_value};

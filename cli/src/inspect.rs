@@ -4,7 +4,7 @@ use crate::Common;
 use crate::ls::{shown as shown_table, table};
 use crate::{out, size};
 use ashore::id::parse_step_name;
-use ashore::internal::format::manifest::MANIFEST;
+use ashore::internal::format::entries::MANIFEST;
 use ashore::{Catalog, Checkpoint, Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use std::fmt::Write;

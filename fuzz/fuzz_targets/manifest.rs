@@ -2,7 +2,8 @@
 //! accepted is written back as it was read.
 #![no_main]
 
-use ashore::internal::format::manifest::{Manifest, seal};
+use ashore::internal::format::manifest::Manifest;
+use ashore::internal::format::seal::seal;
 use ashore_fuzz::bounded;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {

@@ -2,8 +2,9 @@
 
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::manifest::{BLOCK, Head, MANIFEST};
+use crate::format::entries::{BLOCK, MANIFEST};
 use crate::format::shard::INDEX;
+use crate::format::template::Head;
 use crate::memory::AlignedBuffer;
 use crate::outcome::{Committed, Phase};
 use crate::plan::{Plan, Planned, Receipts, Request, SegmentSource, Shard};

@@ -5,8 +5,7 @@
 //! as safetensors requires. So offsets and lengths of a checked manifest never lead a reader outside the
 //! files and tensors, whatever program wrote it.
 
-use super::header::Header;
-use super::manifest::{FileEntry, MANIFEST, Manifest, SliceEntry, TensorEntry, block_count};
+use super::entries::{FileEntry, MANIFEST, SliceEntry, TensorEntry, block_count};
 use crate::error::{Error, Result};
 use crate::state::Layout;
 use std::collections::{HashMap, HashSet};
@@ -20,19 +19,10 @@ const MAX_DATA: u64 = 100_000_008;
 /// Maximum length of a file that is not a shard.
 const MAX_PLAIN: u64 = 1 << 32;
 
-/// Checks a manifest.
+/// Checks files and tensors, which are the same for all saves of one structure.
 ///
 /// # Errors
 /// `Corrupt`, with file, tensor and range of the violation.
-pub fn check(manifest: &Manifest) -> Result<()> {
-    if manifest.format != "ashore" || manifest.world == 0 {
-        let (format, world) = (&manifest.format, manifest.world);
-        return Err(Error::corrupt(format!("not a manifest of this library format={format:?} world={world}")));
-    }
-    check_layout(&manifest.files, &manifest.tensors)
-}
-
-/// Checks the part that is the same for all saves of one structure.
 pub(super) fn check_layout(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<()> {
     check_files(files)?;
     for pair in tensors.windows(2) {
@@ -55,65 +45,6 @@ pub(super) fn check_layout(files: &[FileEntry], tensors: &[TensorEntry]) -> Resu
         }
     }
     check_ranges(files, tensors)
-}
-
-/// Checks that the header of file number `file` belongs to the manifest and agrees with it on every tensor.
-///
-/// # Errors
-/// `Corrupt`, naming file and tensor.
-pub fn check_header(manifest: &Manifest, file: usize, header: &Header) -> Result<()> {
-    let Some(entry) = manifest.files.get(file) else {
-        return Err(Error::corrupt(format!("there is no such file file={file}")));
-    };
-    let refuse = |why: &str| Err(Error::corrupt(format!("{why} file={:?}", entry.name)));
-    if (header.step, header.attempt) != (manifest.step, manifest.attempt) {
-        return refuse("a shard belongs to another step or attempt");
-    }
-    let slices = |tensor: &'_ TensorEntry| tensor.slices.iter().filter(|s| s.file == file).count();
-    if manifest.tensors.iter().map(slices).sum::<usize>() != header.tensors.len() {
-        return refuse("a shard has other tensors than the manifest says");
-    }
-    for tensor in &header.tensors {
-        let agrees = manifest.tensor(&tensor.name).is_some_and(|entry_tensor| {
-            entry_tensor.dtype == tensor.dtype
-                && entry_tensor.slices.iter().any(|s| {
-                    let offset = entry.data.checked_add(tensor.offsets.start);
-                    s.file == file && Some(s.offset) == offset && s.shape == tensor.shape
-                })
-        });
-        if !agrees {
-            return refuse(&format!("a shard describes a tensor otherwise than the manifest tensor={:?}", tensor.name));
-        }
-    }
-    Ok(())
-}
-
-/// Checks a step's index against its manifest: it maps each tensor to the file that holds it, and names no
-/// other tensor.
-///
-/// # Errors
-/// `Corrupt`, naming the tensor.
-pub fn check_index(manifest: &Manifest, bytes: &[u8]) -> Result<()> {
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: HashMap<String, String>,
-    }
-    let index: Index = serde_json::from_slice(bytes)
-        .map_err(|e| Error::corrupt(format!("the index cannot be read: {e}")).with_source(e))?;
-    for tensor in &manifest.tensors {
-        let said = index.weight_map.get(&tensor.name).map(String::as_str);
-        let holds = |slice: &SliceEntry| manifest.files.get(slice.file).map(|file| file.name.as_str()) == said;
-        if said.is_none() || !tensor.slices.iter().any(holds) {
-            let said = said.unwrap_or("none");
-            let what = format!("the index contradicts the manifest tensor={:?} index={said:?}", tensor.name);
-            return Err(Error::corrupt(what));
-        }
-    }
-    if index.weight_map.len() != manifest.tensors.len() {
-        let (there, known) = (index.weight_map.len(), manifest.tensors.len());
-        return Err(Error::corrupt(format!("the index names other tensors index={there} manifest={known}")));
-    }
-    Ok(())
 }
 
 fn check_files(files: &[FileEntry]) -> Result<()> {

@@ -1,8 +1,9 @@
 //! A manifest template, made once per structure and filled per save: serializing 100,000 tensors anew costs
 //! 25 ms each time.
 
+use super::entries::{FileEntry, TensorEntry};
 use super::invariants;
-use super::manifest::{FileEntry, SEAL, TensorEntry, VERSION, seal_in_place};
+use super::seal::{SEAL, VERSION, seal_in_place};
 use super::shard::write_json;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};

@@ -3,8 +3,9 @@
 use crate::ALIGNMENT;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::manifest::{BLOCK, FileEntry, ManifestTemplate, SliceEntry, TensorEntry};
+use crate::format::entries::{BLOCK, FileEntry, SliceEntry, TensorEntry};
 use crate::format::shard::{HeaderTemplate, INDEX, MAX_HEADER, index_json, shard_names};
+use crate::format::template::ManifestTemplate;
 use crate::state::{Layout, StateDict};
 use std::ops::Range;
 

@@ -22,7 +22,7 @@ use crate::checkpoint::Checkpoint;
 use crate::completion::deadline_after;
 use crate::device::{Dependency, Device, LoadQueue};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::manifest::BLOCK;
+use crate::format::entries::BLOCK;
 use crate::memory::{ALIGNMENT, Arena, Lease};
 use crate::mutant::{self, Mutant};
 use crate::state::{DeviceStream, Dtype};

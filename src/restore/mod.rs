@@ -20,7 +20,7 @@ pub use verify::{Damage, Report};
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::format::manifest::{BLOCK, SliceEntry, TensorEntry};
+use crate::format::entries::{BLOCK, SliceEntry, TensorEntry};
 use crate::mutant::{self, Mutant};
 use crate::state::{DeviceStream, Dtype, Element};
 use piece::{Part, Piece, WINDOW, Window, coalesce, file_at, pass, visit_all, zeroed};

@@ -229,7 +229,7 @@ pub(super) fn file_at(files: &[Arc<dyn FileReading>], index: usize) -> Result<&d
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::manifest::BLOCK;
+    use crate::format::entries::BLOCK;
     use proptest::prelude::*;
 
     impl Part for (usize, Range<u64>) {

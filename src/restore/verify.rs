@@ -5,9 +5,9 @@ use super::{blocks, matches};
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::agreement;
+use crate::format::entries::{BLOCK, TensorEntry};
 use crate::format::header::Header;
-use crate::format::invariants;
-use crate::format::manifest::{BLOCK, TensorEntry};
 use crate::format::shard::INDEX;
 use crate::storage::FileReading;
 use std::ops::Range;
@@ -119,7 +119,7 @@ impl Checkpoint {
             let file = file_at(&self.opened.files, at)?;
             let mut bytes = zeroed::<u8>(file.len() as usize).map_err(|e| self.located(e))?;
             file.read_at(0, &mut bytes).map_err(|e| self.located(e))?;
-            if let Err(error) = invariants::check_index(manifest, &bytes) {
+            if let Err(error) = agreement::check_index(manifest, &bytes) {
                 wrong(INDEX, 0..file.len(), error.message().to_owned());
             }
         }
@@ -160,7 +160,7 @@ impl Checkpoint {
         if !matches(digest, entry.header) {
             wrong(format!("the header is not what was written expected={} found={digest}", entry.header));
         } else if let Err(error) =
-            Header::parse(&bytes, entry.length).and_then(|header| invariants::check_header(manifest, index, &header))
+            Header::parse(&bytes, entry.length).and_then(|header| agreement::check_header(manifest, index, &header))
         {
             wrong(format!("the header contradicts the manifest: {error:#}"));
         }

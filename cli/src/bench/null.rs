@@ -3,7 +3,7 @@
 
 use ashore::internal::device::{CopyQueue, Device};
 use ashore::internal::digest::Digest;
-use ashore::internal::format::manifest::MANIFEST;
+use ashore::internal::format::entries::MANIFEST;
 use ashore::memory::{Pages, Register};
 use ashore::storage::{FileWriting, IoMode, Reading, Storage, Sweep, Swept, Writing};
 use ashore::{Attempt, Error, ErrorKind, Result};

@@ -3,7 +3,7 @@
 use super::program::{Gpu, Stream, Tensor, fixture};
 use crate::fixtures::checkpoint::{MadeCheckpoint, noise, open};
 use crate::fixtures::executor::{LONG, one, pattern};
-use ashore::internal::format::manifest::BLOCK;
+use ashore::internal::format::entries::BLOCK;
 use ashore::{Checkpoint, DeviceChoice, Dtype, ErrorKind, Targets};
 
 const MIB: usize = 1 << 20;

@@ -3,7 +3,9 @@
 
 use super::{DATA, manifest, sample};
 use ashore::internal::digest::Digest;
-use ashore::internal::format::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry, seal};
+use ashore::internal::format::entries::{FileEntry, SliceEntry, TensorEntry};
+use ashore::internal::format::manifest::Manifest;
+use ashore::internal::format::seal::seal;
 use ashore::{Dtype, Error, ErrorKind};
 
 /// Changes the sample and returns why the reader refuses it.

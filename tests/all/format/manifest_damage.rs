@@ -2,7 +2,8 @@
 
 use super::sample;
 use ashore::ErrorKind;
-use ashore::internal::format::manifest::{Manifest, seal};
+use ashore::internal::format::manifest::Manifest;
+use ashore::internal::format::seal::seal;
 
 #[test]
 fn a_manifest_is_read_as_it_was_written() {

@@ -6,7 +6,8 @@ mod seeds;
 mod template;
 
 use ashore::internal::digest::Digest;
-use ashore::internal::format::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry, block_count};
+use ashore::internal::format::entries::{FileEntry, SliceEntry, TensorEntry, block_count};
+use ashore::internal::format::manifest::Manifest;
 use ashore::{Attempt, Dtype};
 
 /// Where the data of sample files begins.

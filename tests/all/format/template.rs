@@ -2,7 +2,9 @@
 
 use super::{manifest, sample};
 use ashore::internal::digest::Digest;
-use ashore::internal::format::manifest::{BLOCK, Head, Manifest, ManifestTemplate};
+use ashore::internal::format::entries::BLOCK;
+use ashore::internal::format::manifest::Manifest;
+use ashore::internal::format::template::{Head, ManifestTemplate};
 use ashore::testing::AlignedBuffer;
 use ashore::{Dtype, ErrorKind};
 use proptest::prelude::*;

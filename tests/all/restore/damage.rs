@@ -56,7 +56,7 @@ fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
     // The false manifest, with the shape of the true one.
     let lied = manifest.replace("\"shape\":[4,2]", "\"shape\":[8]").replace("\"at\":[0,0]", "\"at\":[0]");
     let text = lied.rsplit_once(",\"digest\":").unwrap().0;
-    files[1].1 = ashore::internal::format::manifest::seal(text.into());
+    files[1].1 = ashore::internal::format::seal::seal(text.into());
     let report = open(&files).unwrap().verify().unwrap();
     assert_eq!(report.damage.len(), 1, "{report:?}");
     assert!(report.damage[0].what.contains("contradicts the manifest"), "{report:?}");
@@ -91,7 +91,7 @@ fn what_stock_loaders_would_read_instead_is_not_sound() {
     let manifest = String::from_utf8(files.pop().unwrap().1).unwrap();
     let text = manifest.replace(&before.to_string(), &Digest::of(&files[2].1).to_string());
     let text = text.rsplit_once(",\"digest\":").unwrap().0.as_bytes().to_vec();
-    files.push(("manifest.json".into(), ashore::internal::format::manifest::seal(text)));
+    files.push(("manifest.json".into(), ashore::internal::format::seal::seal(text)));
     let found = misleading(&files);
     assert_eq!(found.len(), 1);
     assert!(found[0].0.ends_with("index.json") && found[0].1.contains("tensor=\"a\""), "{found:?}");
