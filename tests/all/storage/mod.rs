@@ -1,6 +1,5 @@
 //! The storage back ends, and the local one when calls fail, owners die and names are hostile.
 
-mod process_conformance;
 mod failing_calls;
 mod inherited_locks;
 mod links_and_devices;
@@ -8,5 +7,6 @@ mod local_conformance;
 mod locking;
 mod memory_conformance;
 mod ordering;
+mod process_conformance;
 mod sweeping;
 mod transfers;
