@@ -14,8 +14,9 @@ default:
 test:
     cargo test --workspace
 
-# Formatting, clippy, documentation, licences.
+# Formatting, circles of imports, clippy, documentation, licences.
 lint:
+    checks/circles.py src fakecuda/src cli/src
     cargo fmt --all --check
     cargo fmt --check --manifest-path checks/stock/candle/Cargo.toml
     cargo fmt --check --manifest-path checks/stock/cudarc/Cargo.toml
