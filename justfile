@@ -143,10 +143,17 @@ api-check:
     just listing "$now"
     diff -u docs/api.txt "$now" || { echo "api-check: the public API has changed: \`just api\` writes it down" >&2; exit 1; }
 
-# Lists the API from rustdoc's JSON, in a format that the nightly compiler and the tool must agree on.
+# Lists the API from rustdoc's JSON, in a format that the compiler and cargo-public-api 0.52.0 agree on: that of this nightly.
 [private]
 listing file:
-    RUSTDOCFLAGS="--cap-lints allow" cargo +{{ nightly }} public-api --package ashore --all-features --target-dir target/api \
+    #!/usr/bin/env bash
+    set -euo pipefail
+    toolchain={{ nightly }}
+    if [[ "$(rustc "+$toolchain" --version)" != *2026-05-19* ]]; then
+        toolchain=nightly-2026-05-20
+        rustup toolchain list | grep -q "^$toolchain" || rustup -q toolchain install "$toolchain" --profile minimal
+    fi
+    RUSTDOCFLAGS="--cap-lints allow" cargo "+$toolchain" public-api --package ashore --all-features --target-dir target/api \
         --color=never -sss >"{{ file }}"
 
 # Looks for undefined behaviour in the code that owns or hands out memory.
