@@ -37,9 +37,10 @@ def pack(package, folder):
     version = re.search(r'^version = "(.+)"', (ROOT / "Cargo.toml").read_text(), re.M)[1]
     with tarfile.open(ROOT / f"target/package/{package}-{version}.crate") as archive:
         archive.extractall(folder, filter="data")
-    # The dependencies are then those that the lint has checked already.
-    with open(folder / f"{package}-{version}/Cargo.toml", "a") as manifest:
-        manifest.write('\n[profile.dev.package."*"]\nopt-level = 2\n')
+    # The program is packed without the profile of the workspace, with which its dependencies are built already.
+    manifest = folder / f"{package}-{version}/Cargo.toml"
+    if "[profile.dev.package" not in manifest.read_text():
+        manifest.write_text(manifest.read_text() + '\n[profile.dev.package."*"]\nopt-level = 2\n')
     return folder / f"{package}-{version}"
 
 
@@ -64,7 +65,7 @@ def main():
         expect("a kernel without a sum", check(library), False, "kernels/new.cu changed: run just ptx")
         (library / "kernels/new.cu").unlink()
 
-        expect("a wrong setting", check(library, ASHORE_KERNELS="yes"), False, "ASHORE_KERNELS=yes is none of")
+        expect("a wrong setting", check(library, ASHORE_KERNELS="yes"), False, "ASHORE_KERNELS=yes is unknown")
         expect("no architecture", check(library, ASHORE_KERNELS="build"), False, "needs ASHORE_CUDA_ARCHS")
         build = {"ASHORE_KERNELS": "build", "ASHORE_CUDA_ARCHS": ",".join(ARCHITECTURES)}
         expect("no ptxas", check(library, **build, PTXAS="/nowhere/ptxas"), False, "PTXAS=/nowhere/ptxas")
