@@ -148,7 +148,8 @@ fn each_fails_once(calls: &[&str], change: Change) -> usize {
                 assert_eq!(Arc::strong_count(&tensor.0), 1, "{}", at());
                 if fake.sticky() == 0 {
                     let given_back = CALLS[CALLS.len() - 6..].contains(&name);
-                    assert!(given_back || fake.live() == live, "{}: {:?}, not {live:?}", at(), fake.live());
+                    let left = fake.live();
+                    assert!(given_back || left == live, "{}: {left:?}, not {live:?}", at());
                 }
                 if fake.calls(name) - before < nth {
                     // The last call came before the fault.
