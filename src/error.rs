@@ -59,7 +59,7 @@ struct Inner {
     kind: ErrorKind,
     message: String,
     step: Option<u64>,
-    rank: Option<u32>,
+    ranks: Vec<u32>,
     path: Option<PathBuf>,
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
@@ -67,7 +67,7 @@ struct Inner {
 impl Error {
     /// Creates an error. `message` says in lower case what was attempted and what was wrong.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Arc::new(Inner { kind, message: message.into(), step: None, rank: None, path: None, source: None }))
+        Self(Arc::new(Inner { kind, message: message.into(), step: None, ranks: Vec::new(), path: None, source: None }))
     }
 
     /// Creates an error from a system call's; the kind follows from the error code.
@@ -122,9 +122,15 @@ impl Error {
         self.0.step
     }
 
-    /// The rank on which the error occurred.
+    /// The rank on which the error occurred; None if no rank or several are known.
     pub fn rank(&self) -> Option<u32> {
-        self.0.rank
+        if let [rank] = self.ranks() { Some(*rank) } else { None }
+    }
+
+    /// The ranks concerned, in ascending order: those that failed, or that are missing at a deadline. Empty
+    /// if they are not known.
+    pub fn ranks(&self) -> &[u32] {
+        &self.0.ranks
     }
 
     /// The file or directory concerned.
@@ -145,8 +151,18 @@ impl Error {
     }
 
     /// Adds the rank, unless one is known.
-    pub fn with_rank(mut self, rank: u32) -> Self {
-        Arc::make_mut(&mut self.0).rank.get_or_insert(rank);
+    pub fn with_rank(self, rank: u32) -> Self {
+        self.with_ranks([rank])
+    }
+
+    /// Adds the ranks concerned, unless some are known.
+    pub fn with_ranks(mut self, ranks: impl IntoIterator<Item = u32>) -> Self {
+        if self.0.ranks.is_empty() {
+            let mut ranks: Vec<u32> = ranks.into_iter().collect();
+            ranks.sort_unstable();
+            ranks.dedup();
+            Arc::make_mut(&mut self.0).ranks = ranks;
+        }
         self
     }
 
@@ -175,9 +191,7 @@ impl fmt::Display for Error {
         if let Some(step) = self.0.step {
             write!(f, " step={step}")?;
         }
-        if let Some(rank) = self.0.rank {
-            write!(f, " rank={rank}")?;
-        }
+        write_ranks(f, &self.0.ranks)?;
         if let Some(path) = &self.0.path {
             write!(f, " path={}", path.display())?;
         }
@@ -193,6 +207,24 @@ impl fmt::Display for Error {
     }
 }
 
+/// Writes ` rank=3`, or runs as in ` ranks=1,4..7`, where both ends are included.
+fn write_ranks(f: &mut fmt::Formatter<'_>, ranks: &[u32]) -> fmt::Result {
+    if ranks.is_empty() {
+        return Ok(());
+    }
+    f.write_str(if ranks.len() == 1 { " rank=" } else { " ranks=" })?;
+    let runs = ranks.chunk_by(|a, b| a.checked_add(1) == Some(*b));
+    for (i, run) in runs.enumerate() {
+        let comma = if i > 0 { "," } else { "" };
+        match run {
+            [first, .., last] => write!(f, "{comma}{first}..{last}")?,
+            [only] => write!(f, "{comma}{only}")?,
+            [] => {}
+        }
+    }
+    Ok(())
+}
+
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}: {self:#}", self.0.kind)
@@ -202,5 +234,21 @@ impl fmt::Debug for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.0.source.as_deref().map(|e| e as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_are_printed_as_runs() {
+        let error = |ranks: &[u32]| Error::invalid("late").with_ranks(ranks.iter().copied()).to_string();
+        assert_eq!(error(&[]), "late");
+        assert_eq!(error(&[3]), "late rank=3");
+        assert_eq!(error(&[7, 5, 1, 6, 4, 4]), "late ranks=1,4..7");
+        assert_eq!(error(&[u32::MAX, 0]), "late ranks=0,4294967295");
+        let named = Error::invalid("late").with_ranks([1, 2]).with_rank(9);
+        assert_eq!((named.rank(), named.ranks()), (None, &[1, 2][..]), "the first one to name ranks knows best");
     }
 }
