@@ -184,6 +184,7 @@ mod mutant;
 mod outcome;
 mod own_threads;
 mod plan;
+pub mod ranks;
 mod restore;
 mod save;
 mod settings;

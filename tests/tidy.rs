@@ -35,7 +35,7 @@ const FLOORS: [&[&str]; 6] = [
         "wire",
     ],
     &["format", "memory", "plan"],
-    &["device", "storage"],
+    &["device", "ranks", "storage"],
     &["commit", "staging", "writer"],
     &["catalog", "checkpoint", "executor", "internal", "restore", "save", "scope"],
     &["adapters", "compat", "sigterm"],

@@ -1,0 +1,131 @@
+//! Coordination of the ranks that save one checkpoint together.
+//!
+//! A [`Coordinator`] carries small messages between rank 0 and the other ranks. It decides nothing: whether a
+//! step exists is decided on the storage, by a rename that rank 0 alone carries out. So a coordinator may
+//! lose, delay or repeat messages, and no step is torn by it.
+//!
+//! **Consistency.** Every message belongs to a [`Round`]: session, save and phase. A coordinator returns no
+//! message of another round. **Completion.** Every wait ends at its deadline, with an error of kind
+//! `Deadline` that names the ranks which are missing, as far as they are known. **Crash.** A rank that is
+//! started again has a new nonce, so it is in no session until the ranks meet again. **Failure.** A rank that
+//! is known to be dead ends a wait early, with `Unavailable`.
+
+use crate::error::Result;
+use serde::{Deserialize, Serialize};
+use std::fmt::Debug;
+use std::ops::ControlFlow;
+use std::time::Instant;
+use uuid::Uuid;
+
+/// The longest message, in bytes. Plans and tables travel through the storage.
+pub const MAX_MESSAGE: usize = 4096;
+
+/// The position of a process among the ranks of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Member {
+    /// Its number, from 0. Rank 0 publishes.
+    pub rank: u32,
+    /// The number of ranks, at least 1.
+    pub world: u32,
+    /// Its number among the ranks of its host.
+    pub local_rank: u32,
+}
+
+/// What a rank tells the others about itself when they meet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Its position.
+    pub member: Member,
+    /// Drawn at random by this process: a process that is started again has another one.
+    pub nonce: Uuid,
+    /// The identity of the run that the launcher gives to all its processes.
+    pub token: String,
+    /// The name of its host, for messages.
+    pub host: String,
+    /// Its process id, for messages.
+    pub pid: u32,
+}
+
+/// One set of living processes that save together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Session {
+    /// Its identity.
+    pub id: Uuid,
+    /// Its number in the root. The session with the highest number owns the root.
+    pub generation: u64,
+}
+
+/// What a message is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Round {
+    /// The session.
+    pub session: Uuid,
+    /// The number of the save in the session, from 0. Never the step: a step can be saved twice.
+    pub save: u64,
+    /// The part of the save.
+    pub phase: Phase,
+}
+
+/// The parts of a save in which ranks exchange messages, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Phase {
+    /// All ranks save the same step, by the same plan.
+    Agree,
+    /// The ranks exchange plans, because the structure is new.
+    Plan,
+    /// Each rank has made its files durable.
+    Receipt,
+    /// Rank 0 tells how the save ended.
+    Outcome,
+}
+
+/// Carries messages between rank 0 and the other ranks of a job.
+///
+/// The methods of one coordinator are called by one thread at a time, in the same order on all ranks.
+pub trait Coordinator: Send + Sync + Debug {
+    /// The position of this process.
+    fn member(&self) -> Member;
+
+    /// Brings all ranks together, once per session. Rank 0 calls `open` with the greeting of every rank, in
+    /// the order of ranks; it returns the session, or refuses. Every rank returns the session that was opened
+    /// with its own greeting, or the error of `open`.
+    ///
+    /// # Errors
+    /// `Deadline`, with the ranks that are missing; `Invalid` if two processes have the same rank, or a rank
+    /// is not below the number of ranks; the error of `open`.
+    fn meet(
+        &self,
+        hello: &Hello,
+        open: &mut dyn FnMut(&[Hello]) -> Result<Session>,
+        deadline: Instant,
+    ) -> Result<Session>;
+
+    /// Hands `message` to rank 0. There `each` is called with the rank and message of every rank, its own
+    /// included, once each, as they arrive; the call returns when all have arrived or `each` returns `Break`.
+    /// On other ranks it returns when the message is under way.
+    ///
+    /// # Errors
+    /// `Deadline` or `Unavailable`, with the ranks that are missing. `Invalid` if the message is longer than
+    /// [`MAX_MESSAGE`].
+    fn gather(
+        &self,
+        round: Round,
+        message: &[u8],
+        each: &mut dyn FnMut(u32, &[u8]) -> ControlFlow<()>,
+        deadline: Instant,
+    ) -> Result<()>;
+
+    /// Tells all ranks the message of rank 0. `message` is `Some` on rank 0 and `None` on the others; all
+    /// return it.
+    ///
+    /// # Errors
+    /// `Deadline` or `Unavailable` if rank 0 did not tell it in time. `Invalid` if it is longer than
+    /// [`MAX_MESSAGE`].
+    fn tell(&self, round: Round, message: Option<&[u8]>, deadline: Instant) -> Result<Vec<u8>>;
+
+    /// The ranks whose message of `round` has not arrived, as far as this rank can know; empty if it cannot.
+    fn missing(&self, round: Round) -> Vec<u32>;
+
+    /// Ends the participation of this rank. Waits of others may end early.
+    fn leave(&self);
+}
