@@ -24,6 +24,12 @@ pub(crate) enum Mutant {
     /// The root is not fsynced before trash is unlinked.
     // seen by: storage::ordering
     TrashFsync,
+    /// A veto is reported before it is durable.
+    // seen by: storage::shared
+    VetoFsync,
+    /// The record of a session, or its take-over, is not fsynced.
+    // seen by: storage::shared
+    SessionFsync,
     /// A step of another process is counted without being made durable.
     // seen by: catalog::prune_
     ConfirmFsync,

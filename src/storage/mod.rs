@@ -12,6 +12,7 @@ pub mod local;
 mod memory;
 mod name;
 pub mod process;
+pub mod shared;
 
 pub use memory::Memory;
 pub use process::Process;
@@ -71,6 +72,11 @@ pub trait Storage: Send + Sync + Debug {
     /// memory is unmapped, and while nothing is written from it. The default does nothing.
     fn register(&self, _pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {
         Box::new(())
+    }
+
+    /// What it offers to several processes that write one step together; None if it offers nothing to them.
+    fn shared(&self) -> Option<Arc<dyn shared::Shared>> {
+        None
     }
 
     /// The way bytes are written, for reports.

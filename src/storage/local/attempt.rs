@@ -11,8 +11,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::memory::ALIGNMENT;
 use crate::mutant::{self, Mutant};
+use crate::storage::shared::{SharedWriting, Vetoed};
 use crate::storage::{FileWriting, Writing, name};
-use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Minimum size of whole files that are written like shards, with direct I/O: the manifest of many tensors
@@ -28,68 +29,43 @@ enum Phase {
     Over,
 }
 
-/// An attempt in a directory of its own.
+/// The directory of an attempt, and the files that this process creates in it.
 #[derive(Debug)]
-pub(super) struct LocalAttempt {
-    /// Its own descriptor of the root: a failed fsync spoils this attempt and no other.
-    root: Dir,
-    dir: Dir,
-    step: String,
-    temp: String,
-    identity: (u64, u64),
+pub(super) struct AttemptFiles {
+    pub(super) dir: Dir,
+    pub(super) identity: (u64, u64),
     direct: bool,
     progress: Arc<Progress>,
-    phase: Mutex<Phase>,
-    owners: Arc<Owners>,
 }
 
-impl LocalAttempt {
-    pub(super) fn begin(
-        root: Dir,
-        step: &str,
-        attempt: Attempt,
-        overwrite: bool,
-        direct: bool,
-        owners: Arc<Owners>,
-    ) -> Result<Self> {
-        name::check_step(step)?;
-        match root.look(step).map_err(root.error("cannot look for the step", step))? {
-            None => {}
-            Some(stat) if overwrite && stat.kind == Kind::Dir => {}
-            Some(_) => return Err(root.conflict("the step exists", step)),
+impl AttemptFiles {
+    /// Opens the attempt `temp` in `root`.
+    pub(super) fn open(root: &Dir, temp: &str, direct: bool) -> Result<Self> {
+        let dir = root.enter(temp).map_err(root.error("cannot open the attempt", temp))?;
+        let identity = dir.stat().map_err(root.error("cannot stat the attempt", temp))?.identity;
+        Ok(Self { dir, identity, direct, progress: Arc::default() })
+    }
+
+    fn check(&self, file: &str) -> Result<()> {
+        name::check_file(file).map_err(|error| error.with_kind(ErrorKind::Invalid).with_path(self.dir.path()))
+    }
+
+    pub(super) fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
+        self.check(file)?;
+        let made = LocalFile::create(&self.dir, file, len, self.direct, &self.progress);
+        Ok(Arc::new(made.inspect_err(|_| self.progress.lose())?))
+    }
+
+    pub(super) fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
+        self.check(file)?;
+        if bytes.len() >= WORTHWHILE && bytes.as_ptr().addr().is_multiple_of(ALIGNMENT) {
+            let long = self.create(file, bytes.len() as u64)?;
+            return long.write_at(0, bytes).and_then(|()| long.seal());
         }
-        let owner = owners.record(&root, step, attempt)?;
-        let temp = names::temp(step, attempt);
-        let made = root.mkdir(&temp).map_err(root.error("cannot create the attempt", &temp));
-        let opened = made.and_then(|()| {
-            let dir = root.enter(&temp).map_err(root.error("cannot open the attempt", &temp))?;
-            let identity = dir.stat().map_err(root.error("cannot stat the attempt", &temp))?.identity;
-            Ok((dir, identity))
-        });
-        let (dir, identity) = opened.inspect_err(|_| {
-            // Best effort: a sweep does it otherwise. The record is deleted last.
-            if root.unlink(&temp, Kind::Dir).is_ok() && durable::deleted(&root).is_ok() {
-                let _ = owner.erase(&root);
-            }
-        })?;
-        let (step, phase) = (step.to_owned(), Mutex::new(Phase::Open(owner)));
-        Ok(Self { root, dir, step, temp, identity, direct, progress: Arc::default(), phase, owners })
-    }
-
-    fn phase(&self) -> MutexGuard<'_, Phase> {
-        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn path_of(&self, file: &str) -> PathBuf {
-        self.dir.path().join(file)
-    }
-
-    fn check_file(&self, file: &str) -> Result<()> {
-        name::check_file(file).map_err(|error| error.with_kind(ErrorKind::Invalid).with_path(self.dir.path()))?;
-        match *self.phase() {
-            Phase::Open(_) => Ok(()),
-            _ => Err(Error::invalid("the attempt is over").with_path(self.path_of(file))),
-        }
+        self.progress.begin_file();
+        self.write_small(file, bytes).inspect_err(|_| self.progress.lose())?;
+        self.progress.end_file();
+        Ok(())
     }
 
     fn write_small(&self, file: &str, bytes: &[u8]) -> Result<()> {
@@ -99,10 +75,85 @@ impl LocalAttempt {
         durable::file(&fd).map_err(self.dir.error("cannot make file durable", file))
     }
 
+    /// Makes the names of its files durable.
+    pub(super) fn sync_names(&self) -> Result<()> {
+        durable::attempt(&self.dir).map_err(self.dir.own_error("cannot make the attempt durable"))
+    }
+
+    /// Refuses to go on unless every file of this process is sealed.
+    pub(super) fn check_whole(&self) -> Result<()> {
+        let obstacle = self.progress.obstacle();
+        obstacle.map_or(Ok(()), |why| Err(Error::invalid(why).with_path(self.dir.path())))
+    }
+}
+
+/// An attempt in a directory of its own.
+#[derive(Debug)]
+pub(super) struct LocalAttempt {
+    /// Its own descriptor of the root: a failed fsync spoils this attempt and no other.
+    root: Dir,
+    files: AttemptFiles,
+    step: String,
+    attempt: Attempt,
+    phase: Mutex<Phase>,
+    /// Rank 0 has claimed it: it has another hidden name.
+    claimed: AtomicBool,
+    owners: Arc<Owners>,
+}
+
+impl LocalAttempt {
+    /// Begins an attempt; `generation` is that of the session, if several ranks write it.
+    pub(super) fn begin(
+        root: Dir,
+        step: &str,
+        attempt: Attempt,
+        overwrite: bool,
+        direct: bool,
+        owners: Arc<Owners>,
+        generation: Option<u64>,
+    ) -> Result<Self> {
+        name::check_step(step)?;
+        match root.look(step).map_err(root.error("cannot look for the step", step))? {
+            None => {}
+            Some(stat) if overwrite && stat.kind == Kind::Dir => {}
+            Some(_) => return Err(root.conflict("the step exists", step)),
+        }
+        let owner = owners.record(&root, step, attempt, generation)?;
+        let temp = names::temp(step, attempt);
+        let made = root.mkdir(&temp).map_err(root.error("cannot create the attempt", &temp));
+        let files = made.and_then(|()| AttemptFiles::open(&root, &temp, direct)).inspect_err(|_| {
+            // Best effort: a sweep does it otherwise. The record is deleted last.
+            if root.unlink(&temp, Kind::Dir).is_ok() && durable::deleted(&root).is_ok() {
+                let _ = owner.erase(&root);
+            }
+        })?;
+        let (step, phase, claimed) = (step.to_owned(), Mutex::new(Phase::Open(owner)), AtomicBool::new(false));
+        Ok(Self { root, files, step, attempt, phase, claimed, owners })
+    }
+
+    /// Its hidden name; after an overwrite, that of the replaced step.
+    fn hidden(&self) -> String {
+        let name = if self.claimed.load(Ordering::Acquire) { names::claimed } else { names::temp };
+        name(&self.step, self.attempt)
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_open(&self, file: &str) -> Result<()> {
+        match *self.phase() {
+            Phase::Open(_) => Ok(()),
+            _ => Err(Error::invalid("the attempt is over").with_path(self.files.dir.path().join(file))),
+        }
+    }
+
     /// Publishes: fsyncs, rename, fsync of the root, without bookkeeping.
     fn rename_and_sync(&self, overwrite: bool) -> Result<()> {
-        let files = || durable::attempt(&self.dir).map_err(self.dir.own_error("cannot make the attempt durable"));
-        let rename = || publish::rename(&self.root, &self.temp, &self.step, self.identity, overwrite);
+        // A claim has made the names durable.
+        let claimed = self.claimed.load(Ordering::Acquire);
+        let files = || if claimed { Ok(()) } else { self.files.sync_names() };
+        let rename = || publish::rename(&self.root, &self.hidden(), &self.step, self.files.identity, overwrite);
         if mutant::on(Mutant::PublishFirst) {
             rename()?;
             files()?;
@@ -119,31 +170,21 @@ impl LocalAttempt {
 
 impl Writing for LocalAttempt {
     fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
-        self.check_file(file)?;
-        let made = LocalFile::create(&self.dir, file, len, self.direct, &self.progress);
-        Ok(Arc::new(made.inspect_err(|_| self.progress.lose())?))
+        self.check_open(file)?;
+        self.files.create(file, len)
     }
 
     fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
-        self.check_file(file)?;
-        if bytes.len() >= WORTHWHILE && bytes.as_ptr().addr().is_multiple_of(ALIGNMENT) {
-            let long = self.create(file, bytes.len() as u64)?;
-            return long.write_at(0, bytes).and_then(|()| long.seal());
-        }
-        self.progress.begin_file();
-        self.write_small(file, bytes).inspect_err(|_| self.progress.lose())?;
-        self.progress.end_file();
-        Ok(())
+        self.check_open(file)?;
+        self.files.put(file, bytes)
     }
 
     fn publish(&self, overwrite: bool) -> Result<()> {
         let mut phase = self.phase();
         if !matches!(*phase, Phase::Open(_)) {
-            return Err(Error::invalid("an attempt is published once").with_path(self.dir.path()));
+            return Err(Error::invalid("an attempt is published once").with_path(self.files.dir.path()));
         }
-        if let Some(obstacle) = self.progress.obstacle() {
-            return Err(Error::invalid(obstacle).with_path(self.dir.path()));
-        }
+        self.files.check_whole()?;
         let done = self.rename_and_sync(overwrite);
         if let Phase::Open(owner) = std::mem::replace(&mut *phase, Phase::Over) {
             *phase = match &done {
@@ -153,7 +194,7 @@ impl Writing for LocalAttempt {
                     Phase::Unclear
                 }
                 Err(_) => {
-                    self.progress.lose();
+                    self.files.progress.lose();
                     Phase::Open(owner)
                 }
             };
@@ -164,12 +205,13 @@ impl Writing for LocalAttempt {
     fn settle(&self) -> Result<()> {
         let mut phase = self.phase();
         let Phase::Published(owner) = &*phase else {
-            return Err(Error::invalid("only a published attempt is settled").with_path(self.dir.path()));
+            return Err(Error::invalid("only a published attempt is settled").with_path(self.files.dir.path()));
         };
+        let hidden = self.hidden();
         let displaced =
-            self.root.look(&self.temp).map_err(self.root.error("cannot look for the displaced step", &self.temp))?;
-        if displaced.is_some_and(|stat| stat.identity != self.identity) {
-            trash::delete_attempt(&self.root, &self.temp)?;
+            self.root.look(&hidden).map_err(self.root.error("cannot look for the displaced step", &hidden))?;
+        if displaced.is_some_and(|stat| stat.identity != self.files.identity) {
+            trash::delete_attempt(&self.root, &hidden)?;
         }
         owner.erase(&self.root)?;
         *phase = Phase::Over;
@@ -181,18 +223,40 @@ impl Writing for LocalAttempt {
         match &*phase {
             Phase::Over => Ok(()),
             Phase::Published(_) => {
-                Err(Error::invalid("a published attempt cannot be abandoned").with_path(self.dir.path()))
+                Err(Error::invalid("a published attempt cannot be abandoned").with_path(self.files.dir.path()))
             }
             Phase::Unclear => {
                 Err(Error::new(ErrorKind::Indeterminate, "an attempt that may be published is left alone")
                     .with_path(self.root.path().join(&self.step)))
             }
             Phase::Open(owner) => {
-                trash::delete_attempt(&self.root, &self.temp)?;
+                trash::delete_attempt(&self.root, &self.hidden())?;
                 owner.erase(&self.root)?;
                 *phase = Phase::Over;
                 Ok(())
             }
         }
+    }
+}
+
+impl SharedWriting for LocalAttempt {
+    fn sync_names(&self) -> Result<()> {
+        self.files.check_whole()?;
+        self.files.sync_names()
+    }
+
+    fn claim(&self) -> Result<()> {
+        let phase = self.phase();
+        if !matches!(*phase, Phase::Open(_)) || self.claimed.load(Ordering::Acquire) {
+            return Err(Error::invalid("an attempt is claimed once").with_path(self.files.dir.path()));
+        }
+        self.sync_names()?;
+        publish::claim(&self.root, &self.step, self.attempt, self.files.identity)?;
+        self.claimed.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn veto(&self) -> Result<Vetoed> {
+        publish::veto(&self.root, &self.step, self.attempt)
     }
 }

@@ -59,6 +59,24 @@ pub(super) fn deleted(root: &Dir) -> io::Result<()> {
     promise(Mutant::OwnerFsync, root.fd())
 }
 
+/// Makes a veto durable: without it a crash brings the attempt back, and a reported failure can still become
+/// a step.
+pub(super) fn vetoed(root: &Dir) -> io::Result<()> {
+    promise(Mutant::VetoFsync, root.fd())
+}
+
+/// Makes the record of a session durable, and the names that lead to it: without it a crash lets an older
+/// session publish after this one has listed the steps.
+pub(super) fn session(dir: &Dir) -> io::Result<()> {
+    promise(Mutant::SessionFsync, dir.fd())
+}
+
+/// Makes it durable that the attempts of older sessions are gone: without it a crash brings one back, and it
+/// is published after this session has listed the steps.
+pub(super) fn taken_over(root: &Dir) -> io::Result<()> {
+    promise(Mutant::SessionFsync, root.fd())
+}
+
 /// Makes a dead process's changes to names in the root durable: its publish may be visible and not durable.
 pub(super) fn inherited(root: &Dir) -> io::Result<()> {
     root.fd().fsync()

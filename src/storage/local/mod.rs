@@ -15,7 +15,7 @@
 //!
 //! Modules from the system calls up: `sys` (the system call interface), `linux`, `dir`, `transfer`, `direct`,
 //! `durable`; then `owner`, `clock`, `judge`, `file`, `trash`, `publish`; then `attempt`, `reading`, `sweep`,
-//! `root`; then [`Local`].
+//! `root`, `shared`; then [`Local`].
 
 mod attempt;
 mod clock;
@@ -31,6 +31,7 @@ mod progress;
 mod publish;
 mod reading;
 mod root;
+mod shared;
 mod sweep;
 #[doc(hidden)]
 pub mod sys;
@@ -49,12 +50,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, parse_step_name};
 use crate::memory::Pages;
 use crate::settings::{Engine, Locks};
+use crate::storage::shared::Shared;
 use crate::storage::{Reading, Storage, Sweep, Swept, Writing, name as rules};
 use attempt::LocalAttempt;
 use dir::Dir;
 use direct::Bypass;
 use owner::Owners;
 use reading::LocalReading;
+use shared::LocalShared;
 use std::any::Any;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -182,7 +185,12 @@ impl Storage for Local {
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
         self.alive()?;
         let root = self.root.afresh()?;
-        Ok(Arc::new(LocalAttempt::begin(root, name, attempt, overwrite, self.direct, self.owners.clone())?))
+        Ok(Arc::new(LocalAttempt::begin(root, name, attempt, overwrite, self.direct, self.owners.clone(), None)?))
+    }
+
+    fn shared(&self) -> Option<Arc<dyn Shared>> {
+        let root = self.root.afresh().ok()?;
+        Some(Arc::new(LocalShared::new(root, self.direct, self.owners.clone())))
     }
 
     fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {

@@ -3,8 +3,10 @@
 //! ```text
 //! step-00000100                    a step
 //! .step-00000100.<attempt>.tmp     an attempt, or what an overwrite displaced
+//! .step-00000100.<attempt>.claimed an attempt of several ranks, which no veto reaches any more
 //! .step-00000100.<attempt>.owner   its owner record; locked while the owner lives
 //! .trash-<attempt>                 being deleted; any process may finish
+//! .ranks/session-00000003/         a session of several ranks: its record, and notes of its ranks
 //! latest                           the hint
 //! ```
 
@@ -14,11 +16,31 @@ use crate::storage::name::is_component;
 /// The name of the hint before its rename.
 pub(super) const LATEST_NEW: &str = ".latest.new";
 const TEMP: &str = ".tmp";
+const CLAIMED: &str = ".claimed";
 const OWNER: &str = ".owner";
 const TRASH: &str = ".trash-";
+/// The directory of sessions.
+pub(super) const RANKS: &str = ".ranks";
+const SESSION: &str = "session-";
 
 pub(super) fn temp(step: &str, attempt: Attempt) -> String {
     format!(".{step}.{attempt}{TEMP}")
+}
+
+/// The name of an attempt of several ranks once rank 0 has claimed it.
+pub(super) fn claimed(step: &str, attempt: Attempt) -> String {
+    format!(".{step}.{attempt}{CLAIMED}")
+}
+
+/// The directory of a session in [`RANKS`].
+pub(super) fn session(generation: u64) -> String {
+    format!("{SESSION}{generation:08}")
+}
+
+/// Parses the generation from the name of a session's directory.
+pub(super) fn parse_session(name: &str) -> Option<u64> {
+    let generation = name.strip_prefix(SESSION)?.parse().ok()?;
+    (session(generation) == name).then_some(generation)
 }
 
 pub(super) fn owner(step: &str, attempt: Attempt) -> String {
@@ -33,9 +55,9 @@ pub(super) fn is_trash(name: &str) -> bool {
     name.starts_with(TRASH)
 }
 
-/// Parses step and attempt from the name of an attempt's directory.
+/// Parses step and attempt from the name of an attempt's directory, claimed or not.
 pub(super) fn parse_temp(name: &str) -> Option<(&str, Attempt)> {
-    parse(name.strip_suffix(TEMP)?)
+    parse(name.strip_suffix(TEMP).or_else(|| name.strip_suffix(CLAIMED))?)
 }
 
 /// Parses step and attempt from the name of an owner record.
@@ -57,10 +79,15 @@ mod tests {
         let attempt = Attempt::new();
         for step in ["step-00000100", "a.b", "7"] {
             assert_eq!(parse_temp(&temp(step, attempt)), Some((step, attempt)));
+            assert_eq!(parse_temp(&claimed(step, attempt)), Some((step, attempt)));
             assert_eq!(parse_owner(&owner(step, attempt)), Some((step, attempt)));
             assert_eq!(parse_owner(&temp(step, attempt)), None);
         }
         assert!(is_trash(&trash(attempt)));
+        assert_eq!(parse_session(&session(7)), Some(7));
+        for name in ["session-7", "session-", "session-+0000007", "session-00000007.tmp"] {
+            assert_eq!(parse_session(name), None, "{name}");
+        }
         for name in [".tmp", ".a.tmp", "..tmp", ".step-1.123.tmp", ".vimrc", "x.owner", ".owner"] {
             assert_eq!(parse_temp(name).or(parse_owner(name)), None, "{name}");
         }

@@ -44,11 +44,13 @@ impl Owners {
     }
 
     /// Creates, locks and fills a record, and makes it durable.
-    pub(super) fn record(&self, root: &Dir, step: &str, attempt: Attempt) -> Result<Owner> {
+    ///
+    /// `generation` is that of the session, for an attempt of several ranks.
+    pub(super) fn record(&self, root: &Dir, step: &str, attempt: Attempt, generation: Option<u64>) -> Result<Owner> {
         let name = names::owner(step, attempt);
         let (fd, bypass) =
             direct::create(root, &name, false).map_err(root.error("cannot create the owner record", &name))?;
-        self.fill(root, &name, &fd, &bypass).inspect_err(|_| drop(root.unlink(&name, Kind::File)))?;
+        self.fill(root, &name, &fd, &bypass, generation).inspect_err(|_| drop(root.unlink(&name, Kind::File)))?;
         let record = Arc::new(fd);
         let mut live = lock(&self.live);
         live.retain(|record| record.strong_count() > 0);
@@ -56,9 +58,10 @@ impl Owners {
         Ok(Owner::new(name, record))
     }
 
-    fn fill(&self, root: &Dir, name: &str, fd: &Fd, bypass: &Bypass) -> Result<()> {
+    fn fill(&self, root: &Dir, name: &str, fd: &Fd, bypass: &Bypass, generation: Option<u64>) -> Result<()> {
         let locked = self.lock(root, name, fd)?;
-        let record = serde_json::to_vec(&Record::of_this_process(locked))
+        let record = Record { generation, ..Record::of_this_process(locked) };
+        let record = serde_json::to_vec(&record)
             .map_err(|error| Error::internal("cannot write the owner record").with_source(error))?;
         transfer::write_all(fd, bypass, &record, 0).map_err(root.error("cannot write the owner record", name))?;
         durable::owner(fd, root).map_err(root.error("cannot make the owner record durable", name))
@@ -134,6 +137,9 @@ pub(super) struct Record {
     /// True when absent.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub(super) locked: bool,
+    /// The generation of the session that writes the attempt, if several ranks do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) generation: Option<u64>,
 }
 
 fn yes() -> bool {
@@ -155,7 +161,7 @@ impl Record {
     fn of_this_process(locked: bool) -> Self {
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let (pid, start_time) = (std::process::id(), start_time().unwrap_or(0));
-        Self { host, boot_id: this_boot(), pid, start_time, locked }
+        Self { host, boot_id: this_boot(), pid, start_time, locked, generation: None }
     }
 
     /// Returns true if the running kernel's boot wrote the record; that kernel knows whether the writer still

@@ -1,9 +1,13 @@
-//! The publish: one atomic rename, on file systems with and without renameat2(2).
+//! The publish: one atomic rename, on file systems with and without renameat2(2). For an attempt of several
+//! ranks: the claim before it, and the veto that a claim forestalls.
 
 use super::dir::Dir;
 use super::sys::Rename;
+use super::{durable, names};
 use crate::error::{Error, ErrorKind, Result};
+use crate::id::Attempt;
 use crate::mutant::{self, Mutant};
+use crate::storage::shared::Vetoed;
 
 /// Renames the attempt `temp`, known by its `identity`, to `step`. With `overwrite` an existing step is
 /// exchanged, and then has the name `temp`.
@@ -43,6 +47,42 @@ pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), o
             _ => return Err(root.error("cannot publish", step)(error)),
         };
     }
+}
+
+/// Renames an attempt from the name that a veto takes away to the one that its publish starts from.
+///
+/// # Errors
+/// `Cancelled` when the attempt is gone.
+pub(super) fn claim(root: &Dir, step: &str, attempt: Attempt, identity: (u64, u64)) -> Result<()> {
+    let (temp, claimed) = (names::temp(step, attempt), names::claimed(step, attempt));
+    let renamed = match root.rename(&temp, &claimed, Rename::NoReplace) {
+        // The name is this attempt's own, so nothing is there that a plain rename could replace.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => {
+            root.rename(&temp, &claimed, Rename::Plain)
+        }
+        renamed => renamed,
+    };
+    let Err(error) = renamed else { return Ok(()) };
+    // A network file system can repeat a rename that had succeeded.
+    match root.look(&claimed) {
+        Ok(Some(stat)) if stat.identity == identity => Ok(()),
+        Ok(None) if error.raw_os_error() == Some(libc::ENOENT) => {
+            let why = "the attempt is gone: a rank has withdrawn it, or another session has taken the root over";
+            Err(Error::new(ErrorKind::Cancelled, why).with_path(root.path().join(step)))
+        }
+        _ => Err(root.error("cannot claim the attempt", &temp)(error)),
+    }
+}
+
+/// Takes the attempt's first name away, durably: see [`SharedWriting::veto`](crate::storage::shared::SharedWriting::veto).
+pub(super) fn veto(root: &Dir, step: &str, attempt: Attempt) -> Result<Vetoed> {
+    let temp = names::temp(step, attempt);
+    match root.rename(&temp, &names::trash(Attempt::new()), Rename::Plain) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Vetoed::TooLate),
+        renamed => renamed.map_err(root.error("cannot veto the attempt", &temp))?,
+    }
+    durable::vetoed(root).map_err(root.error("cannot make a veto durable", &temp))?;
+    Ok(Vetoed::Done)
 }
 
 enum Seen {

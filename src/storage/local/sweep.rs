@@ -16,11 +16,13 @@ const BATCH: usize = 64;
 pub(super) fn sweep(root: &Dir, how: Sweep) -> Result<Swept> {
     let listed = root.list().map_err(root.own_error("cannot list"))?;
     let listed: Vec<&str> = listed.iter().filter_map(|name| name.to_str()).collect();
+    let known: HashSet<&str> = listed.iter().copied().collect();
     let clock = Clock::of(root);
     let (mut swept, mut dead) = (Swept::default(), Vec::new());
     for name in &listed {
         let Some((step, attempt)) = names::parse_owner(name) else { continue };
-        let temp = names::temp(step, attempt);
+        let claimed = names::claimed(step, attempt);
+        let temp = if known.contains(claimed.as_str()) { claimed } else { names::temp(step, attempt) };
         match judge(root, &clock, name, &temp, how.older_than) {
             Ok(Finding::Dead(found)) if how.dry_run => swept.removed.push(found.remnant),
             Ok(Finding::Dead(found)) => dead.push(found),
@@ -140,7 +142,7 @@ fn empty_trash(root: &Dir, listed: &[&str], how: Sweep, swept: &mut Swept) -> Re
     }
     for name in trash {
         let name = (*name).to_string();
-        let delete = |extent| if how.dry_run { Ok(extent) } else { trash::delete(root, &name).map(|()| extent) };
+        let delete = |extent| if how.dry_run { Ok(extent) } else { trash::delete_found(root, &name).map(|()| extent) };
         match Extent::of(root, &name).and_then(delete) {
             Ok(Extent { bytes, .. }) => {
                 let why = "was being deleted".to_owned();

@@ -4,9 +4,10 @@
 //! An attempt's name is hidden already, so it is deleted without a rename: a full disk can refuse a new name.
 
 use super::dir::Dir;
-use super::durable;
 use super::sys::{Kind, Rename};
+use super::{durable, names};
 use crate::error::{Error, Result};
+use crate::id::Attempt;
 
 /// Moves the step or attempt `name`, known by its `identity`, to the trash and deletes it.
 ///
@@ -45,6 +46,23 @@ fn put_back(root: &Dir, name: &str, trash: &str) -> Result<()> {
 pub(super) fn delete_attempt(root: &Dir, temp: &str) -> Result<()> {
     delete(root, temp)?;
     durable::deleted(root).map_err(root.error("cannot make it durable that the attempt is gone", temp))
+}
+
+/// Deletes trash that another process left. Where several machines share the storage, that process's rename
+/// may be durable on its machine alone, or not at all; this process's own rename is durable before anything
+/// is deleted.
+pub(super) fn delete_found(root: &Dir, name: &str) -> Result<()> {
+    let own = names::trash(Attempt::new());
+    match root.rename(name, &own, Rename::Plain) {
+        // Another sweep took it.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
+        renamed => renamed.map_err(root.error("cannot move trash", name))?,
+    }
+    durable::trash(root).map_err(root.error("cannot make a removal durable", name))?;
+    delete(root, &own).inspect_err(|_| {
+        // What stays keeps its name from sweep to sweep.
+        let _ = root.rename(&own, name, Rename::NoReplace);
+    })
 }
 
 /// Deletes the hidden directory `name`, if it exists. The hidden name must be durable already.

@@ -8,5 +8,6 @@ mod locking;
 mod memory_conformance;
 mod ordering;
 mod process_conformance;
+mod shared;
 mod sweeping;
 mod transfers;
