@@ -128,8 +128,12 @@ gpu-drive *arguments="--saves 8 --seconds 25":
     checks/gpu/drive.py --backend driver --library target/debug/libfakecuda.so --face target/debug/libashore_face.so --dir "$root" {{ arguments }}
 
 # Explores every interleaving of the fence on a GPU, for small sizes, and what breaks without each rule. Minutes; `--deep` an hour.
-model *arguments:
+model *arguments: (commit-model arguments)
     checks/model/fence.py {{ arguments }}
+
+# Explores every interleaving of a commit by several ranks, for small sizes, and what breaks without each rule. `--deep` a minute.
+commit-model *arguments:
+    checks/model/commit.py {{ arguments }}
 
 # Writes the public API, one item a line, to `docs/api.txt`: a change of it shows in the diff.
 api: (listing "docs/api.txt")
@@ -243,7 +247,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill mounts package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill mounts package")
 
 # Runs the checks that take too long for every change.
 nightly: (timed "ci tsan model msrv features")
