@@ -11,6 +11,7 @@ mod deferred_save;
 mod destination;
 mod ending;
 mod equipment;
+mod ranks;
 mod scope;
 mod submit;
 mod threads;
@@ -39,6 +40,7 @@ use crate::storage::Storage;
 use crate::sync::Mutex;
 use destination::Destination;
 use equipment::Equipment;
+use ranks::Turns;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -87,6 +89,8 @@ pub struct CheckpointExecutor {
     stager: Arc<Stager>,
     threads: Arc<Threads>,
     equipment: Equipment,
+    /// The ranks that save together; None: this process saves alone.
+    turns: Option<Turns>,
     /// The last plan. Callers of `save` lock it, one at a time.
     admission: Mutex<Admission>,
     origin: ForkGuard,

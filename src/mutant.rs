@@ -30,6 +30,21 @@ pub(crate) enum Mutant {
     /// The record of a session, or its take-over, is not fsynced.
     // seen by: storage::shared
     SessionFsync,
+    /// Rank 0 publishes before it has the receipts of all ranks.
+    // seen by: ranks::
+    Receipts,
+    /// Rank 0 takes a receipt of another attempt, or of another plan.
+    // seen by: ranks::
+    ReceiptCheck,
+    /// Rank 0 tells that the step is durable before it is.
+    // seen by: ranks::
+    ToldFirst,
+    /// Rank 0 does not look whether its session is the newest.
+    // seen by: ranks::
+    Zombie,
+    /// A rank whose deadline passes after its receipt reports a failure without a veto.
+    // seen by: ranks::
+    NoVeto,
     /// A step of another process is counted without being made durable.
     // seen by: catalog::prune_
     ConfirmFsync,

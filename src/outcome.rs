@@ -89,6 +89,8 @@ pub enum Phase {
     /// Every chunk is copied, and writers write them. Sources are free when
     /// [`Save::staged`](crate::Save::staged) resolves.
     Writing,
+    /// One of several ranks: its files are durable, and rank 0 decides how the save ends.
+    Promised,
     /// Every byte is written; the committer publishes the step.
     Publishing,
     /// The save has ended, with or without an error.

@@ -118,6 +118,11 @@ impl Save {
         Self { ticket, done }
     }
 
+    /// How it has ended, if it has ended well.
+    pub(crate) fn ended(&self) -> Option<Outcome> {
+        self.ticket.done.get().and_then(Result::ok)
+    }
+
     /// The step being saved.
     pub fn step(&self) -> u64 {
         self.ticket.step
@@ -374,7 +379,7 @@ mod tests {
         let (now, signal) = (Instant::now(), Arc::new(Signal::default()));
         let calls = Arc::new(CallThread::new(signal.clone()));
         let (attempt, deadline) = (Attempt::new(), now + Duration::from_secs(60));
-        let issue = Issue { step: 1, attempt, deadline };
+        let issue = Issue { step: 1, attempt, deadline, grace: Duration::ZERO };
         let (ticket, seen) = (Arc::new(Ticket::new(issue, now, signal, calls)), Arc::new(AtomicBool::new(false)));
         ticket.keep_wait_guard(Arc::new(Witness(seen.clone(), Arc::downgrade(&ticket))));
         assert!(Save::new(ticket).cancel());

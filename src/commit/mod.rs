@@ -5,6 +5,9 @@
 //! the publish begins. **Failure.** The attempt is abandoned. An error after the publish began is
 //! `Indeterminate`, and the attempt stays for a reader to judge.
 
+mod concluded;
+pub(crate) mod several;
 mod single;
 
-pub(crate) use single::{Concluded, Ending, conclude};
+pub(crate) use concluded::{Concluded, Ending};
+pub(crate) use single::conclude;

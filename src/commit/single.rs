@@ -1,5 +1,6 @@
 //! The commit of a save made by one process.
 
+use super::concluded::{Concluded, Ending, concluded};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::entries::{BLOCK, MANIFEST};
@@ -8,92 +9,54 @@ use crate::format::template::Head;
 use crate::memory::AlignedBuffer;
 use crate::outcome::{Committed, Phase};
 use crate::plan::{Plan, Planned, Receipts, Request, SegmentSource, Shard};
-use crate::storage::Writing;
+use crate::ticket::Ticket;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-
-/// A save whose chunks are all done.
-pub(crate) struct Ending<'a> {
-    pub request: &'a Request,
-    /// None when the save failed before it had one.
-    pub attempt: Option<Arc<dyn Writing>>,
-    pub receipts: Result<Receipts>,
-    /// The path of the step.
-    pub path: PathBuf,
-    /// Memory for the manifest, reused from save to save.
-    pub manifest: &'a mut AlignedBuffer,
-}
-
-/// How a save ended. The future resolves later, after the step was counted.
-pub(crate) enum Concluded {
-    /// It is durable. The replaced copy and the `latest` hint can be tidied.
-    Durable(Committed, Arc<dyn Writing>),
-    /// It may or may not be durable, so it must not be counted.
-    Doubtful(Error),
-    /// It was not published.
-    Failed {
-        why: Error,
-        /// The attempt, if it could not be deleted.
-        left: Option<Arc<dyn Writing>>,
-    },
-}
 
 /// Ends a save: commits it, or abandons it.
 pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
     let (ticket, attempt) = (&ending.request.ticket, ending.attempt.clone());
     let committed = ticket.failure().map_or_else(|| commit(ending), Err);
-    match (committed, attempt) {
-        (Ok(committed), Some(attempt)) => {
-            tracing::info!(step = ticket.step, bytes = committed.bytes, durable = ?committed.durable, "durable");
-            Concluded::Durable(committed, attempt)
-        }
-        (Err(error), _) if error.kind() == ErrorKind::Indeterminate => {
-            tracing::error!(
-                step = ticket.step,
-                error = format_args!("{error:#}"),
-                "it is unknown whether the step is durable"
-            );
-            Concluded::Doubtful(error)
-        }
-        (committed, attempt) => {
-            let left = attempt.filter(|attempt| match attempt.abandon() {
-                Ok(()) => false,
-                Err(error) => {
-                    tracing::warn!(
-                        step = ticket.step,
-                        error = format_args!("{error:#}"),
-                        "a failed attempt will be deleted later"
-                    );
-                    true
-                }
-            });
-            let why = committed.err().unwrap_or_else(|| Error::internal("a commit without an attempt"));
-            if why.kind() == ErrorKind::Cancelled {
-                tracing::info!(step = ticket.step, reason = format_args!("{why:#}"), "the save was cancelled");
-            } else {
-                tracing::warn!(step = ticket.step, error = format_args!("{why:#}"), "the save failed");
-            }
-            Concluded::Failed { why, left }
-        }
-    }
+    concluded(ticket, attempt, committed)
 }
 
 fn commit(ending: Ending<'_>) -> Result<Committed> {
     let Ending { request, attempt, receipts, path, manifest } = ending;
-    let (ticket, plan) = (&request.ticket, &request.plan);
-    let Receipts { digests: segments, chunks, mode, last_byte } = receipts?;
+    let receipts = receipts?;
     let attempt = attempt.ok_or_else(|| Error::internal("a save without an attempt was written"))?;
-    let mut blocks = Vec::new();
-    let tensors: Vec<_> = plan.tensors.iter().map(|t| digests(plan, t, &segments, &mut blocks)).collect();
-    unchanged(request, &tensors)?;
-    let mut files: Vec<(Digest, Digest)> = plan.shards.iter().map(|s| file(plan, s, &segments, &chunks)).collect();
-    if let Some(index) = &plan.index {
+    if let Some(index) = &request.plan.index {
         attempt.put(INDEX, index)?;
-        files.push((Digest::EMPTY, Digest::of(index)));
     }
+    fill_manifest(request, &receipts, manifest)?;
+    attempt.put(MANIFEST, manifest)?;
+    enter(&request.ticket, Phase::Publishing)?;
+    attempt.publish(request.overwrite)?;
+    Ok(committed(request, &receipts, path))
+}
+
+/// Moves the save to `phase`, after which it cannot be failed any more.
+///
+/// # Errors
+/// Why it has failed before.
+pub(super) fn enter(ticket: &Ticket, phase: Phase) -> Result<()> {
+    if ticket.enter(phase) {
+        return Ok(());
+    }
+    let gone = || Error::new(ErrorKind::Cancelled, "the save ended before its publish");
+    Err(ticket.failure().unwrap_or_else(gone))
+}
+
+/// Fills in the manifest of what this process has written.
+pub(super) fn fill_manifest(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -> Result<()> {
+    let (ticket, plan) = (&request.ticket, &request.plan);
+    let (segments, chunks) = (&receipts.digests, &receipts.chunks);
+    let mut blocks = Vec::new();
+    let tensors: Vec<_> = plan.tensors.iter().map(|t| digests(plan, t, segments, &mut blocks)).collect();
+    unchanged(request, &tensors)?;
+    let mut files: Vec<(Digest, Digest)> = plan.shards.iter().map(|s| file(plan, s, segments, chunks)).collect();
+    files.extend(plan.index.iter().map(|index| (Digest::EMPTY, Digest::of(index))));
     let head = Head {
         step: ticket.step,
         attempt: ticket.attempt(),
@@ -102,16 +65,15 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
         metadata: &request.metadata,
     };
     let slices = tensors.iter().map(|(digest, range)| (*digest, blocks.get(range.clone()).unwrap_or_default()));
-    plan.manifest.fill(&head, files, slices, manifest)?;
-    attempt.put(MANIFEST, manifest)?;
-    if !ticket.enter(Phase::Publishing) {
-        let gone = || Error::new(ErrorKind::Cancelled, "the save ended before its publish");
-        return Err(ticket.failure().unwrap_or_else(gone));
-    }
-    attempt.publish(request.overwrite)?;
+    plan.manifest.fill(&head, files, slices, out)
+}
+
+/// Measures a save that has just become durable.
+pub(super) fn committed(request: &Request, receipts: &Receipts, path: PathBuf) -> Committed {
+    let ticket = &request.ticket;
     let durable = ticket.began.elapsed();
     let nanos = |n: &AtomicU64| Duration::from_nanos(n.load(Ordering::Relaxed));
-    Ok(Committed {
+    Committed {
         step: ticket.step,
         attempt: ticket.attempt(),
         path,
@@ -120,11 +82,11 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
         // Kernels of a fence may still run, and keep sources alive, after all bytes have left the GPU.
         staged: Some(nanos(&ticket.staged_nanos)).filter(|staged| !staged.is_zero()).unwrap_or(durable),
         durable,
-        tail: durable.saturating_sub(last_byte),
-        mode,
+        tail: durable.saturating_sub(receipts.last_byte),
+        mode: receipts.mode,
         over_budget: ticket.extent().over_budget,
         late_chunks: ticket.late_chunks.load(Ordering::Relaxed),
-    })
+    }
 }
 
 /// Returns the digest of a tensor, from those of its segments, and the range of `blocks` to which the digests

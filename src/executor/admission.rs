@@ -15,6 +15,9 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+/// How long after the deadline the rounds of several ranks may take to end: a veto and its fsync.
+const ROUNDS_GRACE: Duration = Duration::from_secs(10);
+
 /// The decision on a requested save.
 enum Verdict {
     /// It may begin.
@@ -150,6 +153,7 @@ impl CheckpointExecutor {
         deadline: Instant,
         last: bool,
         deferred: bool,
+        overlap: Overlap,
     ) -> Result<Admitted<'_>> {
         let began = Instant::now();
         if !last {
@@ -169,7 +173,7 @@ impl CheckpointExecutor {
             if self.threads.admission_is_closed() && !last && !superseded {
                 return Ok(Admitted::Ended(self.resolved(step, attempt, began, self.last_word(step))));
             }
-            match admit(&self.stager, self.settings.overlap, step, deferred)? {
+            match admit(&self.stager, overlap, step, deferred)? {
                 Verdict::Begin => return Ok(Admitted::Begins(admission, attempt)),
                 Verdict::Ended(outcome) => {
                     return Ok(Admitted::Ended(self.resolved(step, attempt, began, outcome)));
@@ -226,7 +230,9 @@ impl CheckpointExecutor {
     }
 
     pub(super) fn issue(&self, step: u64, attempt: Attempt, began: Instant, deadline: Instant) -> Arc<Ticket> {
-        let issue = Issue { step, attempt, deadline };
+        // The thread that carries out the rounds knows which ranks are missing at the deadline.
+        let grace = if self.turns.is_some() { ROUNDS_GRACE } else { Duration::ZERO };
+        let issue = Issue { step, attempt, deadline, grace };
         Arc::new(Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone()))
     }
 

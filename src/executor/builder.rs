@@ -6,17 +6,22 @@
 #![expect(unsafe_code, reason = "takes memory for kernels; argument above")]
 
 use super::destination::Destination;
+use super::ending::{Committing, Leftover};
 use super::equipment::{Equipment, Offer, Wish};
-use super::threads::{Channels, Threads};
+use super::ranks::{Called, Rounds, Turns};
+use super::threads::{Channels, Commits, Threads};
 use super::{Admission, CheckpointExecutor, ending, tidy, touch};
 use crate::catalog::{Keeping, PreservationPolicy, Verify};
-use crate::completion::Signal;
+use crate::commit::several::Group;
+use crate::commit::{self, several};
+use crate::completion::{Signal, deadline_after};
 use crate::device::{Device, DeviceReport, ProgramMemory, choose_later};
 use crate::error::{Error, Result};
 use crate::fork::ForkGuard;
 use crate::guard::dropped;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
+use crate::ranks::Coordinator;
 use crate::settings::{Detect, DeviceChoice, Engine, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings};
 use crate::staging::Stager;
 use crate::storage::local::Local;
@@ -25,10 +30,11 @@ use crate::sync::Mutex;
 use crate::thread::{adopt, spawn};
 use crate::writer::{Pool, Task};
 use crate::{Catalog, Retention, call_thread, own_threads};
-use crossbeam_channel::{bounded, unbounded};
+use crossbeam_channel::{Receiver, bounded, unbounded};
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 /// Collects the settings and components of an executor; [`Builder::build`] allocates memory and starts
@@ -47,6 +53,17 @@ pub struct Builder {
     policy: Policy,
     /// How often live attempts are touched.
     pub(super) touch: Duration,
+    ranks: Ranks,
+    run: String,
+}
+
+/// Whether other ranks save with this process.
+#[derive(Debug)]
+enum Ranks {
+    /// The program has not said.
+    Unsaid,
+    Alone,
+    Several(Arc<dyn Coordinator>),
 }
 
 /// An optional policy.
@@ -72,7 +89,8 @@ macro_rules! setters {
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
         let (settings, policy) = (Settings::default(), Policy::default());
-        Self { root, settings, storage: None, device: None, given: None, policy, touch: touch::TOUCH_INTERVAL }
+        let (touch, ranks, run) = (touch::TOUCH_INTERVAL, Ranks::Unsaid, String::new());
+        Self { root, settings, storage: None, device: None, given: None, policy, touch, ranks, run }
     }
 
     /// Replaces all settings.
@@ -186,6 +204,30 @@ impl Builder {
         self
     }
 
+    /// Saves together with other ranks, which `coordinator` reaches: each rank saves its part, and the step
+    /// becomes visible as a whole or not at all. Every rank builds its executor and calls `save` for the same
+    /// steps in the same order; rank 0 alone applies the overlap policy and the retention, and its values and
+    /// metadata are saved.
+    ///
+    /// [`Builder::build`] then waits until all ranks have come, at most for `save_timeout`, and takes the
+    /// root over from earlier runs of the job. List steps after that.
+    pub fn ranks(mut self, coordinator: Arc<dyn Coordinator>) -> Self {
+        self.ranks = Ranks::Several(coordinator);
+        self
+    }
+
+    /// Saves alone, although a launcher has started this process as one of several ranks.
+    pub fn alone(mut self) -> Self {
+        self.ranks = Ranks::Alone;
+        self
+    }
+
+    /// The identity of the run, the same on all its ranks: it keeps the ranks of two jobs apart.
+    pub fn run(mut self, run: impl Into<String>) -> Self {
+        self.run = run.into();
+        self
+    }
+
     /// Builds the executor: creates the root if it is missing, allocates the arena, starts the threads, and
     /// sweeps what dead processes left.
     ///
@@ -193,12 +235,19 @@ impl Builder {
     /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` if the system has no
     /// more threads.
     pub fn build(self) -> Result<CheckpointExecutor> {
-        let Self { root, mut settings, storage, device, given, policy, touch } = self;
+        let Self { root, mut settings, storage, device, given, policy, touch, ranks, run } = self;
         settings.scratch = given.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
         settings.check()?;
         let storage = match storage {
             Some(storage) => storage,
             None => Arc::new(Local::open_with(&root, settings.engine)?.direct(settings.direct).locks(settings.locks)),
+        };
+        let group = match ranks {
+            Ranks::Several(coordinator) => {
+                let deadline = deadline_after(settings.save_timeout);
+                Some(Arc::new(Group::meet(coordinator, storage.as_ref(), &run, deadline)?))
+            }
+            Ranks::Unsaid | Ranks::Alone => None,
         };
         let (device, report) = match device {
             Some(device) => {
@@ -214,7 +263,8 @@ impl Builder {
         let mut pool = Pool::start(settings.writers, arena.report().slabs, settings.priority, &signal)?;
         let wish = Wish::new(&settings, given, &arena.report().pinned);
         let (equipment, Offer { scratch, waits, batch }) = Equipment::of(device.as_ref(), report, wish);
-        let at_most = (settings.overlap == Overlap::Latest).then_some(2);
+        let leads = group.as_ref().is_none_or(|group| group.member.rank == 0);
+        let at_most = (settings.overlap == Overlap::Latest && leads).then_some(2);
         let stager = Arc::new(Stager::new(signal.clone(), arena, device, at_most, batch));
         stager.offer(scratch, waits);
         let catalog = Arc::new(Catalog::over(storage.clone()));
@@ -228,37 +278,52 @@ impl Builder {
         let destination =
             Arc::new(Destination { storage: storage.clone(), catalog: catalog.clone(), damaged: settings.damaged });
 
-        let (ended, endings) = unbounded::<Arc<Task>>();
         // Bounded, because each entry keeps file descriptors open and space on the medium in use.
         let (leftovers, leavings) = bounded(tidy::MOST_UNTIDIED);
+        let compared = Arc::<AtomicU64>::default();
+        let committing = Committing {
+            stager: stager.clone(),
+            storage: storage.clone(),
+            catalog: catalog.clone(),
+            compared: compared.clone(),
+            manifest: AlignedBuffer::new(0),
+        };
         let executor = CheckpointExecutor {
             catalog: catalog.clone(),
             stager: stager.clone(),
             threads: Arc::new(Threads::new(stager.clone())),
+            turns: group.clone().map(Turns::new),
             admission: Mutex::new(Admission { plan: None, attempts: Attempts::new() }),
             origin: ForkGuard::new(),
-            compared: Arc::default(),
+            compared,
             storage: storage.clone(),
-            destination,
+            destination: destination.clone(),
             equipment,
             settings,
         };
-        let (destination, steps, compared) = (storage.clone(), catalog.clone(), executor.compared.clone());
-        let (staging, committing, tidying) = (signal.clone(), signal.clone(), signal);
-        let stages = stager.clone();
-        let commit = move || {
-            own_threads::mark(&committing);
-            adopt(priority);
-            let mut manifest = AlignedBuffer::new(0);
-            for task in endings {
-                let left = ending::conclude(&task, &stages, destination.as_ref(), &steps, &compared, &mut manifest);
-                dropped(task);
-                if let Some(left) = left {
-                    // Waits while tidying is behind. If the tidying thread has ended, the send fails and the
-                    // next process sweeps.
-                    dropped(leftovers.send(left));
-                }
+        let (staging, committer, tidying) = (signal.clone(), signal.clone(), signal);
+
+        // Waits while tidying is behind. If the tidying thread has ended, the send fails and the next process
+        // sweeps.
+        let leave = move |left: Option<Leftover>| left.into_iter().for_each(|left| dropped(leftovers.send(left)));
+        let (commits, commit): (_, Box<dyn FnOnce() + Send>) = match group {
+            None => {
+                let (ended, endings) = unbounded::<Arc<Task>>();
+                (Commits::Alone(ended), Box::new(move || commit_alone(&endings, committing, leave)))
             }
+            Some(group) => {
+                let (call, calls) = unbounded();
+                let rounds = Rounds::new(group);
+                (
+                    Commits::Several(call),
+                    Box::new(move || commit_several(calls, rounds, committing, &destination, leave)),
+                )
+            }
+        };
+        let commit = move || {
+            own_threads::mark(&committer);
+            adopt(priority);
+            commit();
         };
         // The touch thread runs until the last attempt is tidied up.
         let (alive, ended_tidying) = bounded(0);
@@ -277,11 +342,37 @@ impl Builder {
         let mut handles = std::mem::take(&mut pool.threads);
         handles.push(spawn("ashore-stage".into(), stage)?);
         handles.push(spawn("ashore-commit".into(), commit)?);
-        handles.push(spawn("ashore-tidy".into(), tidy)?);
-        handles.push(spawn("ashore-touch".into(), move || touch::run(&ended_tidying, touched.as_ref(), touch))?);
-        executor.threads.keep(Channels { pool, ended }, handles, calling);
+        // Rank 0 alone prunes and sweeps, and owns the attempts.
+        if leads {
+            handles.push(spawn("ashore-tidy".into(), tidy)?);
+            handles.push(spawn("ashore-touch".into(), move || touch::run(&ended_tidying, touched.as_ref(), touch))?);
+        }
+        executor.threads.keep(Channels { pool, commits }, handles, calling);
         Ok(executor)
     }
+}
+
+/// The body of the thread that commits the saves of one process, as they end.
+fn commit_alone(endings: &Receiver<Arc<Task>>, mut committing: Committing, leave: impl Fn(Option<Leftover>)) {
+    for task in endings {
+        leave(ending::conclude(&mut committing, &task, commit::conclude));
+        dropped(task);
+    }
+}
+
+/// The body of the thread that commits the saves of several ranks, in the order of calls.
+fn commit_several(
+    calls: Receiver<Called>,
+    rounds: Rounds,
+    mut committing: Committing,
+    destination: &Destination,
+    leave: impl Fn(Option<Leftover>),
+) {
+    let allow = |called: &Called| destination.allow(called.step, &called.name);
+    rounds.run(calls, &allow, |task, group, attempted| {
+        let left = ending::conclude(&mut committing, task, |ending| several::conclude(group, attempted, ending));
+        leave(left.filter(|_| group.member.rank == 0));
+    });
 }
 
 /// Refuses the program's memory if it cannot be the scratch of this device.

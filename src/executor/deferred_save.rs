@@ -39,8 +39,13 @@ impl CheckpointExecutor {
         timeout: Option<Duration>,
     ) -> Result<(Save, Option<DeferredSave>)> {
         self.alive()?;
+        if self.turns.is_some() {
+            let why = "a save of several ranks cannot be deferred: call `save` when the state is there";
+            return Err(Error::invalid(why).with_step(step));
+        }
         let (began, deadline) = (Instant::now(), self.deadline(timeout));
-        let (admission, attempt) = match self.admit(step, attempt, deadline, false, true)? {
+        let overlap = self.settings.overlap;
+        let (admission, attempt) = match self.admit(step, attempt, deadline, false, true, overlap)? {
             Admitted::Begins(admission, attempt) => (admission, attempt),
             Admitted::Ended(save) => return Ok((save, None)),
         };

@@ -38,6 +38,23 @@ impl Begin for Destination {
     }
 }
 
+impl Destination {
+    /// Checks that the step `name` may be written by several ranks, and makes way for it: a damaged step is
+    /// removed.
+    pub fn allow(&self, step: u64, name: &str) -> Result<()> {
+        if parse_step_name(name).is_some() {
+            self.catalog.refuse_second_name(step, name)?;
+        }
+        if self.damaged == OnDamaged::Replace
+            && let Some(damage) = self.catalog.damage(name)
+        {
+            tracing::warn!(step, error = %damage, "the step that is there is damaged, and is removed");
+            self.catalog.remove_damaged(name, false)?;
+        }
+        Ok(())
+    }
+}
+
 /// An attempt that replaces a damaged step. `publish` removes the damaged step first and then replaces
 /// nothing. So it works where directories cannot be exchanged, and an intact step that was published
 /// meanwhile wins.

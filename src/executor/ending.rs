@@ -7,7 +7,7 @@
 use super::again::try_again;
 use crate::catalog::Catalog;
 use crate::checkpoint::replaceable;
-use crate::commit::{self, Concluded, Ending};
+use crate::commit::{Concluded, Ending};
 use crate::completion::Calls;
 use crate::error::ErrorKind;
 use crate::guard::guarded;
@@ -39,15 +39,24 @@ impl Leftover {
     }
 }
 
-/// Ends the save of `task`; a panic of the storage fails the save, not the thread.
+/// What the thread that commits needs to end saves.
+pub(super) struct Committing {
+    pub stager: Arc<Stager>,
+    pub storage: Arc<dyn Storage>,
+    pub catalog: Arc<Catalog>,
+    /// Number of durable saves whose staged bytes were compared with the digests taken at `save`.
+    pub compared: Arc<AtomicU64>,
+    /// Memory for manifests, reused from save to save.
+    pub manifest: AlignedBuffer,
+}
+
+/// Ends the save of `task` by `commit`; a panic of the storage fails the save, not the thread.
 pub(super) fn conclude(
+    committing: &mut Committing,
     task: &Task,
-    stager: &Stager,
-    storage: &dyn Storage,
-    catalog: &Catalog,
-    compared: &AtomicU64,
-    manifest: &mut AlignedBuffer,
+    commit: impl FnOnce(Ending<'_>) -> Concluded,
 ) -> Option<Leftover> {
+    let Committing { stager, storage, catalog, compared, manifest } = committing;
     let (request, ticket) = (&task.request, &task.request.ticket);
     let attempt = ticket.attempt();
     let concluded = guarded("the storage panicked during a commit", || {
@@ -55,10 +64,10 @@ pub(super) fn conclude(
             ticket.fail(busy);
         }
         let path = storage.describe(&request.name);
-        if let (true, Err(foreign)) = (request.overwrite, replaceable(storage, &request.name)) {
+        if let (true, Err(foreign)) = (request.overwrite, replaceable(storage.as_ref(), &request.name)) {
             ticket.fail(foreign);
         }
-        Ok(commit::conclude(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, manifest }))
+        Ok(commit(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, manifest }))
     });
     let panicked = concluded.is_err();
     let concluded = concluded.unwrap_or_else(|panic| {

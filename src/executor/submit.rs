@@ -2,6 +2,8 @@
 //! the stager.
 
 use super::admission::{Admitted, shut_down};
+use super::ranks::{Gate, Turn, Turns, Wanted, What};
+use super::threads::{Channels, Commits};
 use super::{Admission, CheckpointExecutor, again};
 use crate::device::Dependency;
 use crate::error::{Error, Result};
@@ -14,6 +16,7 @@ use crate::staging::{Captured, Job, LateCopy, OnDevice, without_kernels};
 use crate::state::StateDict;
 use crate::ticket::{Extent, Ticket};
 use crate::writer::{RetryState, Task};
+use crossbeam_channel::bounded;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -52,10 +55,51 @@ impl CheckpointExecutor {
         borrowed: bool,
         register: impl FnOnce(&Arc<Ticket>),
     ) -> Result<Save> {
-        let wanted = self.wanted(step, options, borrowed, None);
-        let saved = wanted.and_then(|wanted| self.begin(wanted, &mut state, register));
+        let saved = match &self.turns {
+            None => self
+                .wanted(step, options, borrowed, None)
+                .and_then(|wanted| self.begin(wanted, &mut state, register, None)),
+            Some(turns) => self.submit_shared(turns, step, &mut state, options, borrowed, register),
+        };
         // Drops refused state under a guard: a source that panics in its drop must not unwind through `save`.
         dropped(state);
+        saved
+    }
+
+    /// Begins a save of several ranks. A call that is refused on this rank counts, too: the other ranks have
+    /// to learn of it.
+    fn submit_shared(
+        &self,
+        turns: &Turns,
+        step: u64,
+        state: &mut StateDict<'static>,
+        options: SaveOptions,
+        borrowed: bool,
+        register: impl FnOnce(&Arc<Ticket>),
+    ) -> Result<Save> {
+        self.alive()?;
+        let turn = turns.take();
+        let call = Wanted {
+            step,
+            name: options.name.clone().unwrap_or_else(|| step_name(step)),
+            overwrite: options.overwrite,
+            deadline: self.deadline(options.timeout),
+        };
+        let saved = if options.attempt.is_some() || options.retries > 0 {
+            let why = "with several ranks, a save has neither an attempt of the caller nor retries";
+            Err(Error::invalid(why).with_step(step))
+        } else {
+            let wanted = self.wanted(step, options, borrowed, None);
+            wanted.and_then(|wanted| self.begin(wanted, state, register, Some((&turn, &call))))
+        };
+        let what = match &saved {
+            Ok(save) => save.ended().map(What::Ended),
+            Err(error) => Some(What::Refused(error.clone())),
+        };
+        if let (Some(what), Some(Channels { commits: Commits::Several(calls), .. })) = (what, &*self.threads.channels())
+        {
+            turn.call(calls, &call, what);
+        }
         saved
     }
 
@@ -67,7 +111,7 @@ impl CheckpointExecutor {
         options: SaveOptions,
     ) -> Result<Save> {
         let wanted = self.wanted(ticket.step, options, false, Some(ticket.clone()));
-        let saved = wanted.and_then(|wanted| self.begin(wanted, &mut state, |_| ()));
+        let saved = wanted.and_then(|wanted| self.begin(wanted, &mut state, |_| (), None));
         dropped(state);
         saved
     }
@@ -78,22 +122,28 @@ impl CheckpointExecutor {
         wanted: SaveRequest,
         state: &mut StateDict<'static>,
         register: impl FnOnce(&Arc<Ticket>),
+        shared: Option<(&Turn<'_>, &Wanted)>,
     ) -> Result<Save> {
+        let (mut overlap, mut attempt) = (self.settings.overlap, wanted.options.attempt);
+        if let Some((turn, _)) = shared {
+            (overlap, attempt) = (turn.overlap(overlap), Some(turn.attempt()));
+        }
         let admitted = match &wanted.deferred {
             Some(ticket) => self.admit_deferred(ticket)?,
-            None => self.admit(wanted.step, wanted.options.attempt, wanted.deadline, wanted.options.last, false)?,
+            None => self.admit(wanted.step, attempt, wanted.deadline, wanted.options.last, false, overlap)?,
         };
         let (mut admission, attempt) = match admitted {
             Admitted::Begins(admission, attempt) => (admission, attempt),
             Admitted::Ended(save) => return Ok(save),
         };
-        let plan = admission.plan_for(state, &self.settings)?;
+        let rank = shared.map(|(turn, _)| turn.group.member.rank);
+        let plan = admission.plan_for(state, &self.settings, rank)?;
         let taken = self.capture(&wanted, state, &plan)?;
         let (snapshot, ticket) = (wanted.options.snapshot, self.ticket(&wanted, attempt, &plan, state, &taken));
         // `register` comes before any failure that leaves kernels reading borrowed sources: the scope waits
         // for those.
         register(&ticket);
-        self.enqueue(wanted, &ticket, plan, state, taken)?;
+        self.enqueue(wanted, &ticket, plan, state, taken, shared)?;
         drop(admission);
         if snapshot == Snapshot::AtSave && !ticket.extent().kept {
             self.stager.fence_one(&ticket, self.settings.fence_timeout)?;
@@ -176,6 +226,7 @@ impl CheckpointExecutor {
         plan: Arc<Plan>,
         state: &mut StateDict<'static>,
         taken: Taken,
+        shared: Option<(&Turn<'_>, &Wanted)>,
     ) -> Result<()> {
         let Taken { mut captured, kept, mut on_device, queued: behind } = taken;
         let (allocation, queued) = (on_device.allocation.take(), std::mem::take(&mut on_device.queued));
@@ -201,7 +252,19 @@ impl CheckpointExecutor {
             expected: std::mem::take(&mut captured.expected),
             device_digests: DeferredDigests(Box::new(move || on_device.expected())),
         };
-        let sink = Arc::new(Task::new(request, kept, self.destination.clone(), open.pool.sender(), open.ended.clone()));
+        let sink = match (&open.commits, shared) {
+            (Commits::Alone(ended), _) => {
+                Arc::new(Task::new(request, kept, self.destination.clone(), open.pool.sender(), ended.clone()))
+            }
+            (Commits::Several(calls), shared) => {
+                let ((ended, ending), gate) = (bounded(1), Gate::new());
+                let task = Arc::new(Task::new(request, kept, gate.clone(), open.pool.sender(), ended));
+                if let Some((turn, call)) = shared {
+                    turn.call(calls, call, What::Begun { task: task.clone(), ended: ending, gate });
+                }
+                task
+            }
+        };
         ticket.add_blocked(wanted.began.elapsed());
         self.stager.push(Job {
             ticket: ticket.clone(),
@@ -250,8 +313,8 @@ impl CheckpointExecutor {
 
 impl Admission {
     /// Returns the plan of the last save if the structure is the same, a new plan otherwise.
-    fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings) -> Result<Arc<Plan>> {
-        let shape = Shape { chunk: settings.chunk, files: settings.files };
+    fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings, rank: Option<u32>) -> Result<Arc<Plan>> {
+        let shape = Shape { chunk: settings.chunk, files: settings.files, rank };
         match &self.plan {
             Some(plan) if plan.fits(state, shape) => Ok(plan.clone()),
             _ => Ok(self.plan.insert(Arc::new(Plan::new(state, shape)?)).clone()),

@@ -4,6 +4,7 @@
 //! dropped, and after that if one of the threads was its last owner. **Locks.** No lock of this module is
 //! held while code of the program runs, so a source that hangs in `save` does not hang a shutdown.
 
+use super::ranks::Called;
 use crate::completion::{Calls, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::own_threads;
@@ -42,7 +43,16 @@ pub(crate) struct Threads {
 #[derive(Debug)]
 pub(super) struct Channels {
     pub pool: Pool,
-    pub ended: Sender<Arc<Task>>,
+    pub commits: Commits,
+}
+
+/// The channel to the thread that commits.
+#[derive(Debug)]
+pub(super) enum Commits {
+    /// It receives saves that have ended.
+    Alone(Sender<Arc<Task>>),
+    /// It receives every call of `save`.
+    Several(Sender<Called>),
 }
 
 impl Threads {

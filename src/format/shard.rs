@@ -137,8 +137,12 @@ pub(super) fn write_json(bytes: &mut Vec<u8>, value: &(impl Serialize + ?Sized))
         .map_err(|e| Error::internal("cannot write json").with_source(e))
 }
 
-/// The names of `n` shards, as stock tools expect them.
-pub fn shard_names(n: usize) -> Vec<String> {
+/// The names of `n` shards, as stock tools expect them; `rank` is that of their writer, if several ranks
+/// write the step.
+pub fn shard_names(n: usize, rank: Option<u32>) -> Vec<String> {
+    if let Some(rank) = rank {
+        return (1..=n).map(|i| format!("shard-{rank:05}-model-{i:05}-of-{n:05}.safetensors")).collect();
+    }
     match n {
         1 => vec!["model.safetensors".into()],
         n => (1..=n).map(|i| format!("model-{i:05}-of-{n:05}.safetensors")).collect(),
@@ -286,8 +290,8 @@ mod tests {
 
     #[test]
     fn shards_have_the_names_that_stock_tools_look_for() {
-        assert_eq!(shard_names(1), ["model.safetensors"]);
-        assert_eq!(shard_names(2), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]);
+        assert_eq!(shard_names(1, None), ["model.safetensors"]);
+        assert_eq!(shard_names(2, None), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]);
         let index = index_json(12, [("b", "y"), ("a", "x")]).unwrap();
         assert_eq!(index, b"{\"metadata\":{\"total_size\":12},\"weight_map\":{\"a\":\"x\",\"b\":\"y\"}}\n");
     }

@@ -16,6 +16,8 @@ pub(crate) struct Shape {
     pub chunk: u64,
     /// Maximum number of shard files.
     pub files: usize,
+    /// The rank of this process, if several ranks write the step.
+    pub rank: Option<u32>,
 }
 
 /// The plan of a save.
@@ -105,7 +107,7 @@ impl Plan {
         order.sort_by(|&a, &b| key(a).cmp(&key(b)));
 
         let parts = split(&order, &sizes, total, shape.files);
-        let names = shard_names(parts.len());
+        let names = shard_names(parts.len(), shape.rank);
         let mut draft = Draft { shape, chunks: Vec::new(), segments: Vec::new(), ranges: vec![0..0; sizes.len()] };
         let mut shards = Vec::with_capacity(parts.len());
         let mut slices = vec![(0, 0); sizes.len()];
@@ -130,7 +132,7 @@ impl Plan {
         let mut files: Vec<FileEntry> = shards.iter().map(|s| file(&s.name, s.length, s.header.len())).collect();
         let location = |t: &TensorEntry| shards[t.slices[0].file].name.as_str();
         let map = || entries.iter().map(|t| (t.name.as_str(), location(t)));
-        let index = (shards.len() > 1).then(|| index_json(total, map())).transpose()?;
+        let index = (shards.len() > 1 && shape.rank.is_none()).then(|| index_json(total, map())).transpose()?;
         if let Some(index) = &index {
             files.push(file(INDEX, index.len() as u64, 0));
         }
@@ -142,6 +144,11 @@ impl Plan {
         let names = state.tensors.iter().map(|(name, t)| (name.clone(), t.layout.clone())).collect();
         let fingerprint = state.fingerprint();
         Ok(Self { shards, chunks, segments, tensors, places, manifest, index, length, names, fingerprint, shape })
+    }
+
+    /// Describes the structure to the other ranks.
+    pub fn description(&self) -> Vec<u8> {
+        self.fingerprint.to_le_bytes().to_vec()
     }
 
     /// The name of a tensor by its index in the state dict.
@@ -303,7 +310,7 @@ mod tests {
     /// compared, so a structure with the same fingerprint as the last was read beyond its end.
     #[test]
     fn a_plan_is_taken_for_tensors_of_a_device_only_if_it_is_theirs() {
-        let shape = Shape { chunk: 4096, files: 1 };
+        let shape = Shape { chunk: 4096, files: 1, rank: None };
         let (long, mut short) = (state_of(9000), state_of(10));
         let mut plan = Plan::new(&long, shape).unwrap();
         plan.fingerprint = short.fingerprint();
@@ -337,9 +344,9 @@ mod tests {
         for i in 0..100 {
             state.tensor(format!("{i}{}", "n".repeat(1 << 20)), vec![0_u8; 4]).unwrap();
         }
-        let error = Plan::new(&state, Shape { chunk: 1 << 20, files: 1 }).unwrap_err();
+        let error = Plan::new(&state, Shape { chunk: 1 << 20, files: 1, rank: None }).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid);
         assert!(error.message().ends_with("2 are enough files=1 tensors=100"), "{error}");
-        Plan::new(&state, Shape { chunk: 1 << 20, files: 2 }).unwrap();
+        Plan::new(&state, Shape { chunk: 1 << 20, files: 2, rank: None }).unwrap();
     }
 }

@@ -93,12 +93,13 @@ impl InFlightSaves {
         // Read before the list: a save that is added in between then counts as not looked at.
         let added = self.added.load(Ordering::Acquire);
         let unfinished = self.unfinished();
-        for ticket in unfinished.iter().filter(|t| t.deadline <= now) {
+        let due = |t: &Ticket| t.deadline + t.grace;
+        for ticket in unfinished.iter().filter(|t| due(t) <= now) {
             let phase = ticket.phase();
             let late = Error::new(ErrorKind::Deadline, format!("the save deadline passed phase={phase:?}"));
             ticket.hand_over(ticket.give_up(late));
         }
-        let next = unfinished.iter().map(|t| t.deadline).filter(|d| *d > now).min();
+        let next = unfinished.iter().map(|t| due(t)).filter(|d| *d > now).min();
         Due { next: next.unwrap_or(now + IDLE), added }
     }
 

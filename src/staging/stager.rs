@@ -130,7 +130,9 @@ impl Stager {
 
     /// Removes and returns the newest save whose staging has not begun.
     pub fn take_waiting(&self) -> Option<Job> {
-        lock(&self.jobs).pop_back()
+        let mut jobs = lock(&self.jobs);
+        let newest = jobs.back()?;
+        if newest.ticket.agreed.swap(true, Ordering::AcqRel) { None } else { jobs.pop_back() }
     }
 
     /// Takes the sources out of a save whose staging has not begun.

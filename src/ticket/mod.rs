@@ -31,10 +31,14 @@ pub(crate) struct Ticket {
     attempt: Mutex<Attempt>,
     pub began: Instant,
     pub deadline: Instant,
+    /// How long after the deadline the stager waits for another thread to end the save.
+    pub grace: Duration,
     /// What the save contains, once that is known.
     extent: OnceLock<Extent>,
     /// The state of a deferred save is claimed, so that no other save supersedes it; or another save has.
     pub awaited: AtomicBool,
+    /// All ranks save it, so that no other save supersedes it; or another save has.
+    pub agreed: AtomicBool,
     /// The list of saves in flight has it.
     pub listed: AtomicBool,
     /// How many chunks have been queued: nothing more is read on the host once all are.
@@ -92,6 +96,7 @@ pub(crate) struct Issue {
     pub step: u64,
     pub attempt: Attempt,
     pub deadline: Instant,
+    pub grace: Duration,
 }
 
 /// What a save contains.
@@ -116,15 +121,17 @@ static NOTHING_YET: Extent =
 impl Ticket {
     /// `signal` wakes the stager; `calls` runs functions that no other thread may call.
     pub fn new(issue: Issue, began: Instant, signal: Arc<Signal>, calls: Arc<CallThread>) -> Self {
-        let Issue { step, attempt, deadline } = issue;
+        let Issue { step, attempt, deadline, grace } = issue;
         let zero = || AtomicU64::new(0);
         Self {
             step,
             attempt: Mutex::new(attempt),
             began,
             deadline,
+            grace,
             extent: OnceLock::new(),
             awaited: AtomicBool::new(false),
+            agreed: AtomicBool::new(false),
             listed: AtomicBool::new(false),
             queued: AtomicUsize::new(0),
             moved: Signal::default(),
@@ -228,7 +235,7 @@ impl Ticket {
             }
             State::Ended => return false,
         };
-        if !first || phase >= Phase::Publishing {
+        if !first || phase >= Phase::Promised {
             return false;
         }
         if seen {
@@ -276,11 +283,11 @@ impl Ticket {
             let state = lock(&self.state);
             let error = match &*state {
                 // Another attempt was begun meanwhile.
-                State::Running(phase) if *phase < Phase::Publishing => continue,
+                State::Running(phase) if *phase < Phase::Promised => continue,
                 State::Failed { error, .. } => error.clone(),
                 // How the publish ends is not known yet.
                 State::Running(_) | State::Ended => {
-                    let why = "the save was given up while it was being published";
+                    let why = "the save was given up when its publish could no longer be stopped";
                     Error::new(ErrorKind::Indeterminate, why).with_step(self.step)
                 }
             };

@@ -12,6 +12,7 @@ mod format;
 // The runtimes that they use are built for neither.
 #[cfg(not(any(loom, miri)))]
 mod loops;
+mod ranks;
 mod restore;
 mod saves;
 mod sigterm;

@@ -61,7 +61,7 @@ pub mod fixtures {
     pub fn ticket(chunks: usize) -> Arc<Ticket> {
         let (now, attempt) = (Instant::now(), Default::default());
         let deadline = now + Duration::from_secs(600);
-        let issue = Issue { step: 1, attempt, deadline };
+        let issue = Issue { step: 1, attempt, deadline, grace: Duration::ZERO };
         let signal = Arc::new(Signal::default());
         let ticket = Ticket::new(issue, now, signal.clone(), Arc::new(CallThread::new(signal)));
         ticket.begin(Extent { chunks, ..Extent::default() });

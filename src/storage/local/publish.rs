@@ -74,7 +74,8 @@ pub(super) fn claim(root: &Dir, step: &str, attempt: Attempt, identity: (u64, u6
     }
 }
 
-/// Takes the attempt's first name away, durably: see [`SharedWriting::veto`](crate::storage::shared::SharedWriting::veto).
+/// Takes the attempt's first name away, durably: see
+/// [`SharedWriting::veto`](crate::storage::shared::SharedWriting::veto).
 pub(super) fn veto(root: &Dir, step: &str, attempt: Attempt) -> Result<Vetoed> {
     let temp = names::temp(step, attempt);
     match root.rename(&temp, &names::trash(Attempt::new()), Rename::Plain) {

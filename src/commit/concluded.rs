@@ -1,0 +1,74 @@
+//! How the committer ends a save, by one rank or by several.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::AlignedBuffer;
+use crate::outcome::Committed;
+use crate::plan::{Receipts, Request};
+use crate::storage::Writing;
+use crate::ticket::Ticket;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A save whose chunks are all done.
+pub(crate) struct Ending<'a> {
+    pub request: &'a Request,
+    /// None when the save failed before it had one.
+    pub attempt: Option<Arc<dyn Writing>>,
+    pub receipts: Result<Receipts>,
+    /// The path of the step.
+    pub path: PathBuf,
+    /// Memory for the manifest, reused from save to save.
+    pub manifest: &'a mut AlignedBuffer,
+}
+
+/// How a save ended. The future resolves later, after the step was counted.
+pub(crate) enum Concluded {
+    /// It is durable. The replaced copy and the `latest` hint can be tidied.
+    Durable(Committed, Arc<dyn Writing>),
+    /// It may or may not be durable, so it must not be counted.
+    Doubtful(Error),
+    /// It was not published.
+    Failed {
+        why: Error,
+        /// The attempt, if it could not be deleted.
+        left: Option<Arc<dyn Writing>>,
+    },
+}
+
+/// Abandons the attempt of a save that failed, and says how the save ended.
+pub(super) fn concluded(ticket: &Ticket, attempt: Option<Arc<dyn Writing>>, committed: Result<Committed>) -> Concluded {
+    match (committed, attempt) {
+        (Ok(committed), Some(attempt)) => {
+            tracing::info!(step = ticket.step, bytes = committed.bytes, durable = ?committed.durable, "durable");
+            Concluded::Durable(committed, attempt)
+        }
+        (Err(error), _) if error.kind() == ErrorKind::Indeterminate => {
+            tracing::error!(
+                step = ticket.step,
+                error = format_args!("{error:#}"),
+                "it is unknown whether the step is durable"
+            );
+            Concluded::Doubtful(error)
+        }
+        (committed, attempt) => {
+            let left = attempt.filter(|attempt| match attempt.abandon() {
+                Ok(()) => false,
+                Err(error) => {
+                    tracing::warn!(
+                        step = ticket.step,
+                        error = format_args!("{error:#}"),
+                        "a failed attempt will be deleted later"
+                    );
+                    true
+                }
+            });
+            let why = committed.err().unwrap_or_else(|| Error::internal("a commit without an attempt"));
+            if why.kind() == ErrorKind::Cancelled {
+                tracing::info!(step = ticket.step, reason = format_args!("{why:#}"), "the save was cancelled");
+            } else {
+                tracing::warn!(step = ticket.step, error = format_args!("{why:#}"), "the save failed");
+            }
+            Concluded::Failed { why, left }
+        }
+    }
+}
