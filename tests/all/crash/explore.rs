@@ -158,8 +158,12 @@ pub fn rounds() -> usize {
 
 /// Does `work` for every number below `count`, on as many threads as there are CPUs.
 pub fn each(count: usize, work: impl Fn(usize) + Sync) {
+    each_on(std::thread::available_parallelism().map_or(2, |n| n.get()).min(8), count, work);
+}
+
+/// Does `work` for every number below `count` on so many threads, for work that mostly waits.
+pub fn each_on(threads: usize, count: usize, work: impl Fn(usize) + Sync) {
     let next = AtomicUsize::new(0);
-    let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).min(8);
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {

@@ -8,4 +8,5 @@
 mod executor;
 mod expected;
 mod explore;
+mod ranks;
 mod storage;

@@ -1,7 +1,7 @@
 //! Several ranks save one checkpoint: threads with an executor each, over one directory.
 
 mod agreeing;
-mod board;
+pub mod board;
 mod committing;
 mod sessions;
 
