@@ -245,7 +245,9 @@ impl Builder {
         let group = match ranks {
             Ranks::Several(coordinator) => {
                 let deadline = deadline_after(settings.save_timeout);
-                Some(Arc::new(Group::meet(coordinator, storage.as_ref(), &run, deadline)?))
+                let why = "this storage cannot be shared by several ranks: use a directory that all of them see";
+                let shared = storage.shared().ok_or_else(|| Error::invalid(why))?;
+                Some(Arc::new(Group::meet(coordinator, shared, &run, deadline)?))
             }
             Ranks::Unsaid | Ranks::Alone => None,
         };

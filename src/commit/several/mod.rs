@@ -12,10 +12,13 @@
 mod agree;
 mod end;
 mod message;
+mod part;
 mod rows;
 mod session;
+#[cfg(test)]
+mod simulation;
 
 pub(crate) use agree::{Agreed, Structures};
-pub(crate) use end::{Attempted, conclude};
 pub(crate) use message::Vote;
+pub(crate) use part::{Attempted, conclude};
 pub(crate) use session::Group;

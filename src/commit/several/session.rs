@@ -3,7 +3,6 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::ranks::{Coordinator, Hello, Member, Phase, Round, Session};
-use crate::storage::Storage;
 use crate::storage::shared::{SessionRecord, Shared, SharedAttempt, SharedWriting};
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,18 +22,15 @@ impl Group {
     /// after that.
     ///
     /// # Errors
-    /// Those of [`Coordinator::meet`]. `Invalid` if the storage cannot be shared, if the ranks are not of one
-    /// run, or if this rank sees another root than rank 0; `Conflict` if a newer session has taken the root.
+    /// Those of [`Coordinator::meet`]. `Invalid` if the ranks are not of one run, or if this rank sees another
+    /// root than rank 0; `Conflict` if a newer session has taken the root.
     pub fn meet(
         coordinator: Arc<dyn Coordinator>,
-        storage: &dyn Storage,
+        shared: Arc<dyn Shared>,
         token: &str,
         deadline: Instant,
     ) -> Result<Self> {
         let member = coordinator.member();
-        let unshared =
-            || Error::invalid("this storage cannot be shared by several ranks: use a directory that all see");
-        let shared = storage.shared().ok_or_else(unshared)?;
         let hello = Hello {
             member,
             nonce: Uuid::new_v4(),
