@@ -1,5 +1,6 @@
 //! The format on disk, and what the reader refuses.
 
+mod golden;
 mod hostile_manifest;
 mod manifest_damage;
 mod seeds;
