@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let catalog = Catalog::open(&root)?;
     let checkpoint = catalog.latest()?.expect("saved above");
     println!("step {} of epoch {}", checkpoint.step(), checkpoint.value::<u64>("epoch")?);
-    for tensor in checkpoint.tensors() {
+    for tensor in checkpoint.tensors()? {
         println!("{} {} {:?}", tensor.name, tensor.dtype, tensor.shape);
     }
     let rows = checkpoint.read_slice("model.table", &[10..12, 0..3])?;

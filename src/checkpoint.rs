@@ -1,19 +1,20 @@
 //! A published step, open for reading.
 
+mod opened;
+
 use crate::device::{Device, DeviceChoice, choose};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::entries::{FileEntry, MANIFEST, TensorEntry};
+use crate::format::entries::{FileEntry, TensorEntry};
 use crate::format::manifest::Manifest;
-use crate::format::seal::{is_blank, is_ours};
-use crate::format::shard;
-use crate::id::{Attempt, parse_step_name, step_name};
-use crate::memory::{ALIGNMENT, AlignedBuffer};
+use crate::id::Attempt;
 use crate::state::{Dtype, Layout, decode_value};
+use crate::storage::Storage;
 use crate::storage::local::Local;
-use crate::storage::{FileReading, Reading, Storage};
+pub(crate) use opened::{Failure, Files, Opened, replaceable};
 use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -22,10 +23,12 @@ const ATTEMPTS: usize = 8;
 
 /// An open step. Its contents stay readable even if the step is replaced or pruned meanwhile.
 ///
-/// Opening reads the manifest and the first 4096 bytes of each shard, but no tensor data: it checks what the
-/// step contains, that every file has its length, and that no file belongs to another step or attempt. Tensor
-/// bytes are checked against their digests when they are read; [`Checkpoint::verify`] checks all of them.
-/// Clones are cheap and share the open files.
+/// Opening reads the manifest, the beginning of its tables and the first 4096 bytes of each shard, but no
+/// tensor data: it checks that every file has its length, and that no file belongs to another step or
+/// attempt. Of a step of more than 1000 files each is opened and checked when something in it is read. What
+/// the step contains is looked up in tables that are checked as they are read, and tensor bytes are checked
+/// against their digests when they are read; [`Checkpoint::verify`] checks everything. What was looked up
+/// stays in memory. Clones are cheap and share the open files.
 ///
 /// ```
 /// use ashore::{Checkpoint, CheckpointExecutor, HostTensor, StateDict, Targets};
@@ -58,19 +61,6 @@ pub struct Checkpoint {
     pub(crate) timeout: Duration,
 }
 
-pub(crate) struct Opened {
-    name: String,
-    path: PathBuf,
-    bytes: u64,
-    pub manifest: Manifest,
-    /// In the order of `manifest.files`.
-    pub files: Vec<Arc<dyn FileReading>>,
-    /// The directory.
-    pub reading: Arc<dyn Reading>,
-    /// When the manifest was written, if the storage knows.
-    modified: Option<SystemTime>,
-}
-
 /// A tensor's description, without its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
@@ -83,6 +73,16 @@ pub struct TensorInfo<'a> {
     pub shape: &'a [usize],
     /// Its length in bytes.
     pub bytes: u64,
+}
+
+/// Every file and tensor of a step.
+#[doc(hidden)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contents<'a> {
+    /// The files, without the manifest and tables.
+    pub files: Vec<&'a FileEntry>,
+    /// The tensors, sorted by name.
+    pub tensors: Vec<&'a TensorEntry>,
 }
 
 impl Checkpoint {
@@ -157,17 +157,17 @@ impl Checkpoint {
 
     /// The step.
     pub fn step(&self) -> u64 {
-        self.opened.manifest.step
+        self.manifest().step
     }
 
     /// The attempt that was published.
     pub fn attempt(&self) -> Attempt {
-        self.opened.manifest.attempt
+        self.manifest().attempt
     }
 
     /// The number of ranks that wrote it.
     pub fn world(&self) -> u32 {
-        self.opened.manifest.world
+        self.manifest().world
     }
 
     /// The path under which it was opened.
@@ -191,38 +191,67 @@ impl Checkpoint {
         self.opened.modified
     }
 
-    /// The manifest: every file, tensor, value and digest.
+    /// The manifest: which save it is, and its values.
     #[doc(hidden)]
     pub fn manifest(&self) -> &Manifest {
-        &self.opened.manifest
+        self.opened.index.manifest()
     }
 
-    /// Every tensor, sorted by name.
-    pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorInfo<'_>> {
-        self.opened.manifest.tensors.iter().map(TensorInfo::of)
+    /// Every file and every tensor, with all digests.
+    #[doc(hidden)]
+    pub fn contents(&self) -> Result<Contents<'_>> {
+        let index = &self.opened.index;
+        let files = index.all_files().map_err(|e| self.unlisted(e))?.into_iter().map(|file| &file.entry).collect();
+        let tensors = index.some(0..index.tensors()).map_err(|e| self.unlisted(e))?;
+        Ok(Contents { files, tensors })
+    }
+
+    /// The values in the table beside file number `file`: those of the rank that wrote it.
+    #[doc(hidden)]
+    pub fn values_beside(&self, file: usize) -> Result<BTreeMap<String, serde_json::Value>> {
+        self.opened.index.values_beside(file).map_err(|e| self.unlisted(e))
+    }
+
+    /// Checks all tables, name by name and row by row, and no tensor's bytes.
+    #[doc(hidden)]
+    pub fn check_tables(&self) -> Result<()> {
+        self.opened.index.check().map_err(|e| self.unlisted(e))
+    }
+
+    /// Every tensor, sorted by name. Their descriptions stay in memory.
+    ///
+    /// # Errors
+    /// `Corrupt`, naming the file, when what the step says of a tensor is not what was written.
+    pub fn tensors(&self) -> Result<impl ExactSizeIterator<Item = TensorInfo<'_>> + use<'_>> {
+        self.with_prefix("")
     }
 
     /// The tensors whose names begin with `prefix`, sorted by name.
-    pub fn with_prefix<'a>(&'a self, prefix: &str) -> impl ExactSizeIterator<Item = TensorInfo<'a>> + use<'a> {
-        let tensors = &self.opened.manifest.tensors;
-        let start = tensors.partition_point(|tensor| tensor.name.as_str() < prefix);
-        let tail = tensors.get(start..).unwrap_or_default();
-        let len = tail.partition_point(|tensor| tensor.name.starts_with(prefix));
-        tail.get(..len).unwrap_or_default().iter().map(TensorInfo::of)
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensors`].
+    pub fn with_prefix<'a>(&'a self, prefix: &str) -> Result<impl ExactSizeIterator<Item = TensorInfo<'a>> + use<'a>> {
+        let index = &self.opened.index;
+        let found = index.prefix(prefix).and_then(|range| index.some(range));
+        Ok(found.map_err(|e| self.unlisted(e))?.into_iter().map(TensorInfo::of))
     }
 
     /// The tensor `name`.
     ///
     /// # Errors
-    /// `NotFound`, naming the tensor and the path.
+    /// `NotFound`, naming the tensor and the path; otherwise as [`Checkpoint::tensors`].
     pub fn tensor(&self, name: &str) -> Result<TensorInfo<'_>> {
         self.entry(name).map(TensorInfo::of)
     }
 
     pub(crate) fn entry(&self, name: &str) -> Result<&TensorEntry> {
-        let tensors = &self.opened.manifest.tensors;
-        let found = tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).ok();
-        found.and_then(|index| tensors.get(index)).ok_or_else(|| self.missing("tensor", name))
+        let found = self.opened.index.find(name).map_err(|e| self.unlisted(e))?;
+        found.ok_or_else(|| self.missing("tensor", name))
+    }
+
+    /// Adds the step to an error of a table, which names its own path.
+    pub(crate) fn unlisted(&self, error: Error) -> Error {
+        if error.path().is_some() { error.with_step(self.step()) } else { self.located(error) }
     }
 
     /// Decodes the value `name`, without reading tensor data.
@@ -230,7 +259,7 @@ impl Checkpoint {
     /// # Errors
     /// `NotFound` when there is none, `Invalid` when it is not a `T`; both name the value and the path.
     pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
-        self.decode("value", name, self.opened.manifest.values.get(name))
+        self.decode("value", name, self.manifest().values.get(name))
     }
 
     /// Decodes the user metadata under `key`.
@@ -238,17 +267,17 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::value`].
     pub fn metadata<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
-        self.decode("metadata", key, self.opened.manifest.metadata.get(key))
+        self.decode("metadata", key, self.manifest().metadata.get(key))
     }
 
     /// The names of all values, sorted.
     pub fn value_names(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.opened.manifest.values.keys().map(String::as_str)
+        self.manifest().values.keys().map(String::as_str)
     }
 
     /// The keys of all user metadata, sorted.
     pub fn metadata_keys(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.opened.manifest.metadata.keys().map(String::as_str)
+        self.manifest().metadata.keys().map(String::as_str)
     }
 
     fn decode<T: DeserializeOwned>(&self, what: &str, name: &str, value: Option<&serde_json::Value>) -> Result<T> {
@@ -282,165 +311,6 @@ impl<'a> TensorInfo<'a> {
         let bytes = Layout::new(entry.dtype, &entry.shape).bytes().unwrap_or_default();
         Self { name: &entry.name, dtype: entry.dtype, shape: &entry.shape, bytes }
     }
-}
-
-/// Why an open failed. Listing, overwriting and pruning all use this.
-pub(crate) enum Failure {
-    /// Nothing exists under the name.
-    Absent(Error),
-    /// Another program made what is under the name.
-    Foreign(Error),
-    /// The storage does not answer, so the contents are unknown.
-    Unknown(Error),
-    /// This library made the step, and one of its files is missing.
-    Gone(Error),
-    /// This library made the step, and it cannot be opened: `Corrupt` when its bytes are not those written.
-    Broken(Error),
-}
-
-impl Failure {
-    /// True for a step of this library whose bytes are not those written.
-    pub fn is_damage(&self) -> bool {
-        match self {
-            Self::Gone(_) => true,
-            Self::Broken(error) => error.kind() == ErrorKind::Corrupt,
-            Self::Absent(_) | Self::Foreign(_) | Self::Unknown(_) => false,
-        }
-    }
-
-    pub fn into_error(self) -> Error {
-        match self {
-            Self::Absent(error) | Self::Foreign(error) | Self::Unknown(error) | Self::Broken(error) => error,
-            Self::Gone(error) => {
-                let (step, path) = (error.step(), error.path().map(Path::to_path_buf));
-                let mut missing = Error::corrupt("a file of the checkpoint is missing").with_source(error);
-                if let Some(step) = step {
-                    missing = missing.with_step(step);
-                }
-                if let Some(path) = path { missing.with_path(path) } else { missing }
-            }
-        }
-    }
-}
-
-impl Opened {
-    fn new(storage: &dyn Storage, name: &str, path: &Path) -> Result<Self, Failure> {
-        let missing = |error: &Error| error.kind() == ErrorKind::NotFound;
-        let reading = storage.open(name).map_err(|error| {
-            let failure = if missing(&error) { Failure::Absent } else { Failure::Unknown };
-            failure(error.with_path(path))
-        })?;
-        let owned = || ours(reading.as_ref(), name).map_err(|error| Failure::Unknown(error.with_path(path)));
-        let manifest_path = path.join(MANIFEST);
-        let file = match reading.open(MANIFEST) {
-            Err(error) if missing(&error) && owned()? => return Err(Failure::Gone(error.with_path(manifest_path))),
-            Err(error) if missing(&error) => return Err(Failure::Foreign(error.with_path(path))),
-            // The manifest's name is a link, or the storage does not answer.
-            Err(error) => return Err(Failure::Unknown(error.with_path(path))),
-            Ok(file) => file,
-        };
-        let bytes = read_whole(file.as_ref()).map_err(|error| Failure::Unknown(error.with_path(&manifest_path)))?;
-        let manifest = match Manifest::parse(&bytes) {
-            Ok(manifest) => manifest,
-            Err(error) if owned()? => return Err(Failure::Broken(error.with_path(manifest_path))),
-            Err(error) => return Err(Failure::Foreign(error.with_path(manifest_path))),
-        };
-        let modified = file.modified();
-        let mut bytes = file.len();
-        let mut files = Vec::new();
-        for entry in &manifest.files {
-            let file = open_file(reading.as_ref(), &manifest, entry).map_err(|error| {
-                let gone = missing(&error);
-                let error = error.with_step(manifest.step).with_path(path.join(&entry.name));
-                if gone { Failure::Gone(error) } else { Failure::Broken(error) }
-            })?;
-            bytes = bytes.saturating_add(file.len());
-            files.push(file);
-        }
-        Ok(Self { name: name.into(), path: path.into(), bytes, manifest, files, reading, modified })
-    }
-}
-
-/// How many shards are searched for the metadata of this library.
-const MARKED: usize = 8;
-
-/// True when this library made the step `name`, however damaged it is. Either its manifest begins as ours do;
-/// or the manifest is empty, zeroed or cut and `name` is one that this library gives; or a shard's header has
-/// the metadata of a save.
-fn ours(reading: &dyn Reading, name: &str) -> Result<bool> {
-    let missing = |error: &Error| error.kind() == ErrorKind::NotFound;
-    match reading.open(MANIFEST) {
-        Err(error) if missing(&error) => {}
-        manifest => {
-            let (manifest, mut head) = (manifest?, [0; 64]);
-            let head = &mut head[..manifest.len().min(64) as usize];
-            manifest.read_at(0, head)?;
-            let canonical = || parse_step_name(name).is_some_and(|step| step_name(step) == name);
-            if is_ours(head) || is_blank(head) && canonical() {
-                return Ok(true);
-            }
-        }
-    }
-    let mut shards: Vec<_> = reading.list()?.into_iter().filter(|file| file.ends_with(".safetensors")).collect();
-    shards.sort_unstable();
-    for shard in shards.iter().take(MARKED) {
-        match reading.open(shard).and_then(|file| mark(file.as_ref())) {
-            Ok(_) => return Ok(true),
-            Err(error) if missing(&error) || error.kind() == ErrorKind::Corrupt => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(false)
-}
-
-/// Refuses to replace what is under `name` when this library did not make it. An unused name is accepted.
-pub(crate) fn replaceable(storage: &dyn Storage, name: &str) -> Result<()> {
-    let reading = match storage.open(name) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        reading => reading?,
-    };
-    if ours(reading.as_ref(), name)? {
-        return Ok(());
-    }
-    let foreign =
-        Error::new(ErrorKind::Conflict, "the directory is not a checkpoint of this library; it is not replaced");
-    Err(foreign.with_path(storage.describe(name)))
-}
-
-fn read_whole(file: &dyn FileReading) -> Result<AlignedBuffer> {
-    let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a manifest bytes={}", file.len()));
-    let len = usize::try_from(file.len()).map_err(|_| no_memory())?;
-    // An aligned buffer: with direct I/O it is read in one request instead of many through another buffer.
-    let mut bytes = AlignedBuffer::try_new(len).ok_or_else(no_memory)?;
-    file.read_at(0, &mut bytes)?;
-    Ok(bytes)
-}
-
-/// Reads the step and attempt in a shard's metadata.
-fn mark(file: &dyn FileReading) -> Result<(u64, Attempt)> {
-    let mut prefix = [0; ALIGNMENT];
-    let prefix = &mut prefix[..file.len().min(ALIGNMENT as u64) as usize];
-    file.read_at(0, prefix)?;
-    shard::identity(prefix)
-}
-
-/// Opens a file that the manifest names, and checks that it belongs to this attempt.
-fn open_file(reading: &dyn Reading, manifest: &Manifest, entry: &FileEntry) -> Result<Arc<dyn FileReading>> {
-    let file = reading.open(&entry.name)?;
-    if file.len() != entry.length {
-        let (expected, found) = (entry.length, file.len());
-        return Err(Error::corrupt(format!(
-            "a file has the wrong length expected_bytes={expected} found_bytes={found}"
-        )));
-    }
-    if entry.data > 0 {
-        let (step, attempt) = mark(file.as_ref())?;
-        if (step, attempt) != (manifest.step, manifest.attempt) {
-            let expected = format!("expected={}:{}", manifest.step, manifest.attempt);
-            return Err(Error::corrupt(format!("a shard belongs to another save {expected} found={step}:{attempt}")));
-        }
-    }
-    Ok(file)
 }
 
 /// Threads spend most of their time waiting for the storage, and fast storage needs many requests at once: 64

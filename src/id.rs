@@ -23,6 +23,16 @@ impl Attempt {
         Self(uuid)
     }
 
+    /// The bits of its UUID, of which the first hex digit is the highest.
+    pub(crate) fn to_u128(self) -> u128 {
+        self.0.as_u128()
+    }
+
+    /// The attempt of these bits.
+    pub(crate) fn from_u128(bits: u128) -> Self {
+        Self(Uuid::from_u128(bits))
+    }
+
     /// Parses the hyphenated lower-case form that [`fmt::Display`] writes, and no other.
     pub fn parse(text: &str) -> Option<Self> {
         let attempt = Self(Uuid::try_parse(text).ok()?);

@@ -10,7 +10,9 @@ pub mod digest {
     pub use crate::digest::Digest;
 }
 pub mod format {
-    pub use crate::format::{agreement, entries, header, invariants, manifest, seal, shard, template};
+    pub use crate::format::{
+        agreement, columns, entries, header, index, invariants, manifest, seal, shard, split, table, template, v1,
+    };
 }
 pub mod state {
     pub use crate::state::{decode_value, encode_value};

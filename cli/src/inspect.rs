@@ -86,52 +86,54 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         Meant::Directory(root) => newest(&root)?,
     };
     if common.json {
-        out::json(&described(&checkpoint))?
+        out::json(&described(&checkpoint)?)?
     } else {
-        out::print(&shown(&checkpoint))?
+        out::print(&shown(&checkpoint)?)?
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn described(checkpoint: &Checkpoint) -> Value {
-    let manifest = checkpoint.manifest();
+fn described(checkpoint: &Checkpoint) -> Result<Value> {
+    let (manifest, contents) = (checkpoint.manifest(), checkpoint.contents()?);
     let tensors: Vec<Value> = checkpoint
-        .tensors()
-        .zip(&manifest.tensors)
+        .tensors()?
+        .zip(&contents.tensors)
         .map(|(info, entry)| {
             let slices: Vec<Value> = entry
                 .slices
                 .iter()
                 .map(|slice| {
-                    let file = manifest.files.get(slice.file).map(|file| &file.name);
+                    let file = contents.files.get(slice.file).map(|file| &file.name);
                     json!({"file": file, "offset": slice.offset, "length": slice.length, "digest": slice.digest})
                 })
                 .collect();
             json!({"name": info.name, "dtype": info.dtype, "shape": info.shape, "bytes": info.bytes, "slices": slices})
         })
         .collect();
-    json!({
+    Ok(json!({
+        "version": manifest.version,
         "step": checkpoint.step(),
         "attempt": checkpoint.attempt(),
         "path": checkpoint.path().display().to_string(),
         "bytes": checkpoint.bytes(),
         "world": checkpoint.world(),
-        "files": manifest.files,
+        "files": contents.files,
+        "tables": manifest.tables,
         "tensors": tensors,
         "values": manifest.values,
         "metadata": manifest.metadata,
-    })
+    }))
 }
 
-fn shown(checkpoint: &Checkpoint) -> String {
-    let manifest = checkpoint.manifest();
+fn shown(checkpoint: &Checkpoint) -> Result<String> {
+    let (manifest, contents) = (checkpoint.manifest(), checkpoint.contents()?);
     let mut files = table(["file", "size", "digest"]);
-    for file in &manifest.files {
+    for file in &contents.files {
         files.add_row([out::printable(&file.name), size::shown(file.length), file.digest.to_string()]);
     }
     let files = shown_table(&mut files, &[1]);
     let mut tensors = table(["tensor", "dtype", "shape", "size", "digest"]);
-    for (info, entry) in checkpoint.tensors().zip(&manifest.tensors) {
+    for (info, entry) in checkpoint.tensors()?.zip(&contents.tensors) {
         let digests: Vec<String> = entry.slices.iter().map(|slice| slice.digest.to_string()).collect();
         tensors.add_row([
             out::printable(info.name),
@@ -156,7 +158,7 @@ fn shown(checkpoint: &Checkpoint) -> String {
             let _ = writeln!(text, "{} = {}", out::printable(name), shortened(&value.to_string()));
         }
     }
-    text
+    Ok(text)
 }
 
 /// Cuts a long value for the screen; `--json` prints all of it.

@@ -1,6 +1,7 @@
 //! The steps of a directory: which exist, which is the newest, which may be deleted.
 //!
-//! **Consistency.** A step is listed only when its manifest parses, every file has its length, and every
+//! **Consistency.** A step is listed only when its manifest parses, its tables have their length and digest,
+//! every file its own (checked for steps of up to 1000 files), and every
 //! shard belongs to this step and attempt, so nothing incomplete is ever listed. Directories that this
 //! library did not make are foreign: never listed, never touched. **Names.** Steps are compared as numbers
 //! and listed once. If a step has several names (`step-00000100` and `ckpt-100`), the name that this library

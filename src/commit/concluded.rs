@@ -17,8 +17,8 @@ pub(crate) struct Ending<'a> {
     pub receipts: Result<Receipts>,
     /// The path of the step.
     pub path: PathBuf,
-    /// Memory for the manifest, reused from save to save.
-    pub manifest: &'a mut AlignedBuffer,
+    /// Memory for the table, reused from save to save.
+    pub table: &'a mut AlignedBuffer,
 }
 
 /// How a save ended. The future resolves later, after the step was counted.

@@ -3,9 +3,10 @@
 use super::concluded::{Concluded, Ending, concluded};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::columns::TENSORS_TABLE;
 use crate::format::entries::{BLOCK, MANIFEST};
+use crate::format::manifest::{Manifest, TableEntry};
 use crate::format::shard::INDEX;
-use crate::format::template::Head;
 use crate::memory::AlignedBuffer;
 use crate::outcome::{Committed, Phase};
 use crate::plan::{Plan, Planned, Receipts, Request, SegmentSource, Shard};
@@ -23,14 +24,17 @@ pub(crate) fn conclude(ending: Ending<'_>) -> Concluded {
 }
 
 fn commit(ending: Ending<'_>) -> Result<Committed> {
-    let Ending { request, attempt, receipts, path, manifest } = ending;
+    let Ending { request, attempt, receipts, path, table } = ending;
     let receipts = receipts?;
     let attempt = attempt.ok_or_else(|| Error::internal("a save without an attempt was written"))?;
     if let Some(index) = &request.plan.index {
         attempt.put(INDEX, index)?;
     }
-    fill_manifest(request, &receipts, manifest)?;
-    attempt.put(MANIFEST, manifest)?;
+    let entry = fill_table(request, &receipts, table)?;
+    attempt.put(TENSORS_TABLE, table)?;
+    let plan = &request.plan;
+    let files = plan.length + plan.index.as_ref().map_or(0, |index| index.len() as u64);
+    attempt.put(MANIFEST, &manifest(request, 1, files, entry).to_bytes()?)?;
     enter(&request.ticket, Phase::Publishing)?;
     attempt.publish(request.overwrite)?;
     Ok(committed(request, &receipts, path))
@@ -48,8 +52,8 @@ pub(super) fn enter(ticket: &Ticket, phase: Phase) -> Result<()> {
     Err(ticket.failure().unwrap_or_else(gone))
 }
 
-/// Fills in the manifest of what this process has written.
-pub(super) fn fill_manifest(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -> Result<()> {
+/// Fills in the table of what this process has written.
+pub(super) fn fill_table(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -> Result<TableEntry> {
     let (ticket, plan) = (&request.ticket, &request.plan);
     let (segments, chunks) = (&receipts.digests, &receipts.chunks);
     let mut blocks = Vec::new();
@@ -57,15 +61,20 @@ pub(super) fn fill_manifest(request: &Request, receipts: &Receipts, out: &mut Al
     unchanged(request, &tensors)?;
     let mut files: Vec<(Digest, Digest)> = plan.shards.iter().map(|s| file(plan, s, segments, chunks)).collect();
     files.extend(plan.index.iter().map(|index| (Digest::EMPTY, Digest::of(index))));
-    let head = Head {
-        step: ticket.step,
-        attempt: ticket.attempt(),
-        world: 1,
-        values: &request.values,
-        metadata: &request.metadata,
-    };
     let slices = tensors.iter().map(|(digest, range)| (*digest, blocks.get(range.clone()).unwrap_or_default()));
-    plan.manifest.fill(&head, files, slices, out)
+    plan.table.fill((ticket.step, ticket.attempt()), files, slices, out)
+}
+
+/// The manifest of a step whose table is `entry`; `files` is the length of all files that the table names.
+pub(super) fn manifest(request: &Request, world: u32, files: u64, entry: TableEntry) -> Manifest {
+    Manifest {
+        world,
+        metadata: request.metadata.clone(),
+        values: request.values.clone(),
+        bytes: files + entry.length,
+        tables: vec![entry],
+        ..Manifest::new(request.ticket.step, request.ticket.attempt())
+    }
 }
 
 /// Measures a save that has just become durable.

@@ -288,7 +288,7 @@ impl Builder {
             storage: storage.clone(),
             catalog: catalog.clone(),
             compared: compared.clone(),
-            manifest: AlignedBuffer::new(0),
+            table: AlignedBuffer::new(0),
         };
         let executor = CheckpointExecutor {
             catalog: catalog.clone(),

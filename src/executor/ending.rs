@@ -46,8 +46,8 @@ pub(super) struct Committing {
     pub catalog: Arc<Catalog>,
     /// Number of durable saves whose staged bytes were compared with the digests taken at `save`.
     pub compared: Arc<AtomicU64>,
-    /// Memory for manifests, reused from save to save.
-    pub manifest: AlignedBuffer,
+    /// Memory for tables, reused from save to save.
+    pub table: AlignedBuffer,
 }
 
 /// Ends the save of `task` by `commit`; a panic of the storage fails the save, not the thread.
@@ -56,7 +56,7 @@ pub(super) fn conclude(
     task: &Task,
     commit: impl FnOnce(Ending<'_>) -> Concluded,
 ) -> Option<Leftover> {
-    let Committing { stager, storage, catalog, compared, manifest } = committing;
+    let Committing { stager, storage, catalog, compared, table } = committing;
     let (request, ticket) = (&task.request, &task.request.ticket);
     let attempt = ticket.attempt();
     let concluded = guarded("the storage panicked during a commit", || {
@@ -67,7 +67,7 @@ pub(super) fn conclude(
         if let (true, Err(foreign)) = (request.overwrite, replaceable(storage.as_ref(), &request.name)) {
             ticket.fail(foreign);
         }
-        Ok(commit(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, manifest }))
+        Ok(commit(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, table }))
     });
     let panicked = concluded.is_err();
     let concluded = concluded.unwrap_or_else(|panic| {

@@ -8,6 +8,7 @@
 use super::entries::{FileEntry, MANIFEST, SliceEntry, TensorEntry, block_count};
 use crate::error::{Error, Result};
 use crate::state::Layout;
+use std::borrow::Borrow;
 use std::collections::{HashMap, HashSet};
 
 /// Maximum number of dimensions that the slices of one tensor may split.
@@ -23,31 +24,43 @@ const MAX_PLAIN: u64 = 1 << 32;
 ///
 /// # Errors
 /// `Corrupt`, with file, tensor and range of the violation.
-pub(super) fn check_layout(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<()> {
-    check_files(files)?;
+pub(crate) fn check_layout(files: &[impl Borrow<FileEntry>], tensors: &[impl Borrow<TensorEntry>]) -> Result<()> {
+    check_files(files.iter().map(Borrow::borrow))?;
     for pair in tensors.windows(2) {
         if let [a, b] = pair
-            && a.name >= b.name
+            && a.borrow().name >= b.borrow().name
         {
-            let (a, b) = (&a.name, &b.name);
+            let (a, b) = (&a.borrow().name, &b.borrow().name);
             return Err(Error::corrupt(format!("tensors are not in order tensor={b:?} after={a:?}")));
         }
     }
     for tensor in tensors {
-        if tensor.name.is_empty() || tensor.name == "__metadata__" {
-            return Err(broken(tensor, "a tensor cannot have this name"));
-        }
-        for slice in &tensor.slices {
-            check_slice(files, tensor, slice)?;
-        }
-        if !covers(tensor) {
-            return Err(broken(tensor, "slices do not cover a tensor exactly once"));
-        }
+        check_tensor(tensor.borrow(), |file| files.get(file).map(Borrow::borrow))?;
     }
     check_ranges(files, tensors)
 }
 
-fn check_files(files: &[FileEntry]) -> Result<()> {
+/// Checks a tensor alone: its name, that its slices are inside the files and their digests complete, and that
+/// they cover it exactly once.
+///
+/// # Errors
+/// `Corrupt`, with tensor, file and range of the violation.
+pub(super) fn check_tensor<'f>(tensor: &TensorEntry, file: impl Fn(usize) -> Option<&'f FileEntry>) -> Result<()> {
+    if tensor.name.is_empty() || tensor.name == "__metadata__" {
+        return Err(broken(tensor, "a tensor cannot have this name"));
+    }
+    for slice in &tensor.slices {
+        let missing = || broken(tensor, &format!("a slice is in a file that is not there number={}", slice.file));
+        check_slice(file(slice.file).ok_or_else(missing)?, tensor, slice)?;
+    }
+    if covers(tensor) { Ok(()) } else { Err(broken(tensor, "slices do not cover a tensor exactly once")) }
+}
+
+/// Checks the names and lengths of the files of a step.
+///
+/// # Errors
+/// `Corrupt`, naming the file.
+pub(super) fn check_files<'f>(files: impl IntoIterator<Item = &'f FileEntry>) -> Result<()> {
     let mut names = HashSet::new();
     let mut total = 0_u64;
     for file in files {
@@ -81,10 +94,7 @@ fn broken(tensor: &TensorEntry, why: &str) -> Error {
     Error::corrupt(format!("{why} tensor={:?} shape={:?}", tensor.name, tensor.shape))
 }
 
-fn check_slice(files: &[FileEntry], tensor: &TensorEntry, slice: &SliceEntry) -> Result<()> {
-    let Some(file) = files.get(slice.file) else {
-        return Err(broken(tensor, &format!("a slice is in a file that is not there number={}", slice.file)));
-    };
+fn check_slice(file: &FileEntry, tensor: &TensorEntry, slice: &SliceEntry) -> Result<()> {
     let refuse = |why: &str| {
         let SliceEntry { offset, length, at, shape, .. } = slice;
         let place = format!("file={:?} offset={offset} length={length} at={at:?} extent={shape:?}", file.name);
@@ -111,7 +121,7 @@ fn check_slice(files: &[FileEntry], tensor: &TensorEntry, slice: &SliceEntry) ->
 }
 
 /// Returns true when the slices, each inside the tensor, cover it exactly once.
-fn covers(tensor: &TensorEntry) -> bool {
+pub(super) fn covers(tensor: &TensorEntry) -> bool {
     match &tensor.slices[..] {
         [] => false,
         [whole] => whole.at.iter().all(|&at| at == 0) && whole.shape == tensor.shape,
@@ -149,17 +159,18 @@ fn tiles(shape: &[usize], slices: &[SliceEntry]) -> bool {
 }
 
 /// Checks that the slices of each shard are contiguous, from the end of its header to its own end.
-fn check_ranges(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<()> {
+fn check_ranges(files: &[impl Borrow<FileEntry>], tensors: &[impl Borrow<TensorEntry>]) -> Result<()> {
     let mut ranges = Vec::with_capacity(tensors.len());
     for (i, tensor) in tensors.iter().enumerate() {
-        ranges.extend(tensor.slices.iter().map(|s| (s.file, s.offset, s.length, i)));
+        ranges.extend(tensor.borrow().slices.iter().map(|s| (s.file, s.offset, s.length, i)));
     }
     ranges.sort_unstable();
-    let mut ends: Vec<u64> = files.iter().map(|f| f.data).collect();
+    let mut ends: Vec<u64> = files.iter().map(|f| f.borrow().data).collect();
     for (file, offset, length, i) in ranges {
         let (Some(end), Some(entry), Some(tensor)) = (ends.get_mut(file), files.get(file), tensors.get(i)) else {
             continue;
         };
+        let (entry, tensor) = (entry.borrow(), tensor.borrow());
         if offset != *end {
             let what = if offset < *end { "slices overlap" } else { "there is a hole before a slice" };
             let place = format!("file={:?} offset={offset} length={length} expected={end}", entry.name);
@@ -167,7 +178,7 @@ fn check_ranges(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<()> {
         }
         *end += length;
     }
-    match files.iter().zip(ends).find(|(file, end)| file.data > 0 && *end != file.length) {
+    match files.iter().map(Borrow::borrow).zip(ends).find(|(file, end)| file.data > 0 && *end != file.length) {
         Some((file, end)) => {
             let (name, length) = (&file.name, file.length);
             Err(Error::corrupt(format!("a file has bytes of no tensor file={name:?} range={end}..{length}")))

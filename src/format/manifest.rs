@@ -1,98 +1,151 @@
-//! `manifest.json`: every file, tensor, value and digest of a step.
+//! `manifest.json`: which save a step is, its values, and the tables that say the rest.
 //!
 //! The manifest is JSON that begins with its version and ends with its own digest. So every flipped bit is
 //! detected, and a reader can tell a later version from damage.
 
-use super::entries::{FileEntry, TensorEntry};
-use super::seal::{VERSION, seal, unseal, version};
-use super::{invariants, unique};
+use super::columns::{FILES_TABLE, TENSORS_TABLE};
+use super::seal::{self, VERSION};
+use super::table::MAX_TABLE;
+use super::{unique, v1};
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::id::Attempt;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use uuid::Uuid;
 
-/// The manifest of a step. Only [`Manifest::parse`] checks it in full.
+/// The manifest of a step. One of version 1 becomes this, without tables, beside its entries.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Always "ashore".
     pub format: String,
-    /// The version of the format: 1.
+    /// The version of the format.
     pub version: u32,
     /// The step.
     pub step: u64,
     /// The attempt that was published.
     pub attempt: Attempt,
+    /// The session of the ranks that wrote it; None for a step of one rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<Uuid>,
+    /// The number of that session in its root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<u64>,
     /// How many ranks wrote it.
     pub world: u32,
     /// User metadata, encoded by [`crate::state::encode_value`].
     #[serde(deserialize_with = "unique::values")]
     pub metadata: BTreeMap<String, serde_json::Value>,
-    /// Values, encoded by [`crate::state::encode_value`].
+    /// Values that all ranks share, encoded likewise.
     #[serde(deserialize_with = "unique::values")]
     pub values: BTreeMap<String, serde_json::Value>,
-    /// Every file of the step except the manifest.
-    pub files: Vec<FileEntry>,
-    /// Every tensor, sorted by name.
-    pub tensors: Vec<TensorEntry>,
+    /// The length of all files of the step but this one, tables included.
+    pub bytes: u64,
+    /// `tensors.table`, and `files.table` of a step that several ranks wrote.
+    pub tables: Vec<TableEntry>,
 }
 
-impl Manifest {
-    /// Parses a manifest, and checks its digest and all [`invariants`]. It uses at most a constant times the
-    /// length of `bytes` in memory.
+/// A table that the manifest names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TableEntry {
+    /// The name of its file.
+    pub name: String,
+    /// The length of its file.
+    pub length: u64,
+    /// The digest of its header and of its column `pages`.
+    pub digest: Digest,
+}
+
+/// A manifest of a known version.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Sealed {
+    /// Version 1.
+    One(v1::Manifest),
+    /// Version 2.
+    Two(Manifest),
+}
+
+impl Sealed {
+    /// Parses a manifest, and checks its digest and all that it says itself. It uses at most a constant times
+    /// the length of `bytes` in memory.
     ///
     /// # Errors
     /// `Corrupt` for bytes that are no manifest; `Invalid` for an intact manifest of another version.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
-        let Some(text) = unseal(bytes) else {
-            return Err(Error::corrupt(format!(
-                "a manifest is damaged or incomplete: its digest does not fit bytes={}",
-                bytes.len()
-            )));
-        };
-        let Some(version) = version(text) else {
-            return Err(Error::corrupt("a manifest does not begin with its format and version"));
-        };
-        if version != u64::from(VERSION) {
-            return Err(Error::invalid(format!(
-                "the checkpoint has a version that this library does not read version={version} supported={VERSION}"
-            )));
+        match seal::open(bytes)? {
+            (1, json) => v1::Manifest::read(&json).map(Self::One),
+            (2, json) => {
+                let manifest: Manifest = serde_json::from_slice(&json)
+                    .map_err(|e| Error::corrupt("a manifest cannot be read").with_source(e))?;
+                manifest.check()?;
+                Ok(Self::Two(manifest))
+            }
+            (version, _) => Err(seal::unknown(version)),
         }
-        let mut json = Vec::with_capacity(text.len() + 1);
-        json.extend_from_slice(text);
-        json.push(b'}');
-        let manifest: Self =
-            serde_json::from_slice(&json).map_err(|e| Error::corrupt("a manifest cannot be read").with_source(e))?;
-        manifest.check()?;
-        Ok(manifest)
     }
 
-    /// Checks the manifest's own fields, and all [`invariants`] of its files and tensors.
-    ///
-    /// # Errors
-    /// `Corrupt`, with file, tensor and range of the violation.
+    /// The step.
+    pub fn step(&self) -> u64 {
+        match self {
+            Self::One(old) => old.step,
+            Self::Two(manifest) => manifest.step,
+        }
+    }
+}
+
+impl Manifest {
+    /// A manifest of a step of one rank, as yet without tables.
+    pub fn new(step: u64, attempt: Attempt) -> Self {
+        Self {
+            format: "ashore".into(),
+            version: VERSION,
+            step,
+            attempt,
+            session: None,
+            generation: None,
+            world: 1,
+            metadata: BTreeMap::new(),
+            values: BTreeMap::new(),
+            bytes: 0,
+            tables: Vec::new(),
+        }
+    }
+
     fn check(&self) -> Result<()> {
-        if self.format != "ashore" || self.world == 0 {
-            let (format, world) = (&self.format, self.world);
+        let Self { format, version, world, .. } = self;
+        if format != "ashore" || *version != VERSION || *world == 0 {
             return Err(Error::corrupt(format!("not a manifest of this library format={format:?} world={world}")));
         }
-        invariants::check_layout(&self.files, &self.tensors)
+        if self.session.is_some() != self.generation.is_some() {
+            return Err(Error::corrupt("a manifest has a session without a generation, or the reverse"));
+        }
+        let names: Vec<&str> = self.tables.iter().map(|table| table.name.as_str()).collect();
+        if names != [TENSORS_TABLE] && names != [TENSORS_TABLE, FILES_TABLE] {
+            return Err(Error::corrupt(format!("a manifest names other tables than it should tables={names:?}")));
+        }
+        if let Some(long) = self.tables.iter().find(|table| table.length > MAX_TABLE) {
+            return Err(Error::corrupt(format!("a table cannot have this length bytes={}", long.length)));
+        }
+        Ok(())
     }
 
-    /// The bytes of `manifest.json`, unchecked. For many saves of one structure, see
-    /// [`ManifestTemplate`](super::template::ManifestTemplate).
+    /// The bytes of `manifest.json`.
     ///
     /// # Errors
     /// `Internal` when a value is not JSON.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut text = serde_json::to_vec(self).map_err(|e| Error::internal("cannot write json").with_source(e))?;
         text.pop();
-        Ok(seal(text))
+        Ok(seal::seal(text))
     }
+}
 
-    /// The tensor of this name.
-    pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
-        let at = self.tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok()?;
-        self.tensors.get(at)
+impl From<&v1::Manifest> for Manifest {
+    fn from(old: &v1::Manifest) -> Self {
+        let (metadata, values) = (old.metadata.clone(), old.values.clone());
+        let bytes = old.files.iter().map(|file| file.length).sum();
+        Self { version: old.version, world: old.world, metadata, values, bytes, ..Self::new(old.step, old.attempt) }
     }
 }

@@ -1,12 +1,20 @@
-//! The format on disk: safetensors shards, and the manifest that makes them a checkpoint. `docs/format.md`
-//! specifies it.
+//! The format on disk: safetensors shards, the manifest that makes them a checkpoint, and the tables that say
+//! what is where. `docs/format.md` specifies it.
 
 pub mod agreement;
+mod cells;
+pub mod columns;
 pub mod entries;
 pub mod header;
+pub mod index;
 pub mod invariants;
 pub mod manifest;
+mod page;
+mod part;
 pub mod seal;
 pub mod shard;
+pub mod split;
+pub mod table;
 pub mod template;
 mod unique;
+pub mod v1;

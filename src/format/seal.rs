@@ -1,10 +1,11 @@
 //! The first and the last bytes of a manifest: its version, and its own digest.
 
 use crate::digest::Digest;
+use crate::error::{Error, Result};
 use crate::mutant::{self, Mutant};
 
-/// The version of the format that this library writes and reads.
-pub const VERSION: u32 = 1;
+/// The version of the format that this library writes.
+pub const VERSION: u32 = 2;
 
 /// The first bytes of every manifest, of any version.
 const BEGIN: &[u8] = br#"{"format":"ashore","version":"#;
@@ -14,9 +15,6 @@ const BEFORE_DIGEST: &[u8] = br#","digest":""#;
 
 /// The text after the digest, which ends the file.
 const END: &[u8] = b"\"}\n";
-
-/// The number of bytes that [`seal`] adds.
-pub(super) const SEAL: usize = BEFORE_DIGEST.len() + 16 + END.len();
 
 /// Returns true for bytes that begin as a manifest of this library, damaged or not.
 pub fn is_ours(bytes: &[u8]) -> bool {
@@ -30,31 +28,44 @@ pub(crate) fn is_blank(head: &[u8]) -> bool {
 
 /// Ends a manifest with its digest. `text` is the JSON text without the closing brace.
 pub fn seal(mut text: Vec<u8>) -> Vec<u8> {
-    text.resize(text.len() + SEAL, 0);
-    seal_in_place(&mut text);
+    text.extend_from_slice(BEFORE_DIGEST);
+    let digest = Digest::of(&text);
+    text.extend_from_slice(&digest.to_hex());
+    text.extend_from_slice(END);
     text
 }
 
-/// Seals in place: the last [`SEAL`] bytes are free for the seal.
-pub(super) fn seal_in_place(bytes: &mut [u8]) {
-    let (text, seal) = bytes.split_at_mut(bytes.len() - SEAL);
-    let mut digest = Digest::of(text);
-    digest = digest.then(Digest::of(BEFORE_DIGEST), BEFORE_DIGEST.len() as u64);
-    for (to, from) in seal.iter_mut().zip([BEFORE_DIGEST, &digest.to_hex(), END].into_iter().flatten()) {
-        *to = *from;
-    }
-}
-
 /// Returns the text that was given to [`seal`], if its digest matches.
-pub(super) fn unseal(bytes: &[u8]) -> Option<&[u8]> {
+fn unseal(bytes: &[u8]) -> Option<&[u8]> {
     let (text, digest) = bytes.strip_suffix(END)?.split_last_chunk::<16>()?;
     let digest = Digest::from_hex(digest)?;
     let intact = digest == Digest::of(text) || mutant::on(Mutant::DigestCheck);
     if intact { text.strip_suffix(BEFORE_DIGEST) } else { None }
 }
 
+/// Checks the digest of a manifest of any version, and returns its version and its JSON text.
+pub(super) fn open(bytes: &[u8]) -> Result<(u64, Vec<u8>)> {
+    let Some(text) = unseal(bytes) else {
+        let why = "a manifest is damaged or incomplete: its digest does not fit";
+        return Err(Error::corrupt(format!("{why} bytes={}", bytes.len())));
+    };
+    let Some(version) = version(text) else {
+        return Err(Error::corrupt("a manifest does not begin with its format and version"));
+    };
+    let mut json = Vec::with_capacity(text.len() + 1);
+    json.extend_from_slice(text);
+    json.push(b'}');
+    Ok((version, json))
+}
+
+/// The error for an intact manifest of a version that this library does not read.
+pub(super) fn unknown(version: u64) -> Error {
+    let why = "the checkpoint has a version that this library does not read";
+    Error::invalid(format!("{why} version={version} supported=1,{VERSION}"))
+}
+
 /// Parses the version from the beginning of a manifest.
-pub(super) fn version(text: &[u8]) -> Option<u64> {
+fn version(text: &[u8]) -> Option<u64> {
     let rest = text.strip_prefix(BEGIN)?;
     let digits = rest.get(..rest.iter().position(|b| !b.is_ascii_digit())?)?;
     std::str::from_utf8(digits).ok()?.parse().ok()

@@ -35,6 +35,14 @@ pub(super) fn values<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTree
     deserializer.deserialize_map(Values)
 }
 
+/// Parses an object of values.
+pub(super) fn from_slice(json: &[u8]) -> serde_json::Result<BTreeMap<String, Value>> {
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let values = values(&mut deserializer)?;
+    deserializer.end()?;
+    Ok(values)
+}
+
 fn twice<E: Error>(key: &str) -> E {
     E::custom(format!("duplicate key key={key:?}"))
 }

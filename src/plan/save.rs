@@ -5,7 +5,7 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::entries::{BLOCK, FileEntry, SliceEntry, TensorEntry};
 use crate::format::shard::{HeaderTemplate, INDEX, MAX_HEADER, index_json, shard_names};
-use crate::format::template::ManifestTemplate;
+use crate::format::template::TableTemplate;
 use crate::state::{Layout, StateDict};
 use std::ops::Range;
 
@@ -26,11 +26,11 @@ pub(crate) struct Plan {
     pub chunks: Vec<ChunkPlan>,
     /// The segments in file order, shard after shard.
     pub segments: Vec<Segment>,
-    /// The tensors in the order of the manifest, sorted by name, with the segments of each.
+    /// The tensors in the order of the table, sorted by name, with the segments of each.
     pub tensors: Vec<Planned>,
     /// The index in `tensors` of each tensor of the state dict.
     pub places: Vec<usize>,
-    pub manifest: ManifestTemplate,
+    pub table: TableTemplate,
     /// `model.safetensors.index.json`, when there are several shards.
     pub index: Option<Vec<u8>>,
     /// Bytes in all shards, headers included.
@@ -74,7 +74,7 @@ pub(crate) enum SegmentSource {
     Tensor(usize),
 }
 
-/// A tensor in the order of the manifest.
+/// A tensor in the order of the table.
 pub(crate) struct Planned {
     pub bytes: u64,
     pub segments: Range<usize>,
@@ -136,14 +136,14 @@ impl Plan {
         if let Some(index) = &index {
             files.push(file(INDEX, index.len() as u64, 0));
         }
-        let manifest = ManifestTemplate::new(&files, &entries)?;
+        let table = TableTemplate::new(&files, &entries)?;
         let mut places = vec![0; sizes.len()];
         by_name.iter().enumerate().for_each(|(location, &tensor)| places[tensor] = location);
         let tensors = by_name.into_iter().map(|i| Planned { bytes: sizes[i], segments: ranges[i].clone() }).collect();
         let length = shards.iter().map(|s| s.length).sum();
         let names = state.tensors.iter().map(|(name, t)| (name.clone(), t.layout.clone())).collect();
         let fingerprint = state.fingerprint();
-        Ok(Self { shards, chunks, segments, tensors, places, manifest, index, length, names, fingerprint, shape })
+        Ok(Self { shards, chunks, segments, tensors, places, table, index, length, names, fingerprint, shape })
     }
 
     /// Describes the structure to the other ranks.

@@ -218,7 +218,7 @@ impl Checkpoint {
     fn refuse_unasked(&self, targets: &[Target<'_>]) -> Result<()> {
         const NAMED: usize = 8;
         let asked: HashSet<&str> = targets.iter().map(|target| target.name.as_str()).collect();
-        let mut unasked = self.tensors().map(|tensor| tensor.name).filter(|name| !asked.contains(name));
+        let mut unasked = self.tensors()?.map(|tensor| tensor.name).filter(|name| !asked.contains(name));
         let first: Vec<&str> = unasked.by_ref().take(NAMED).collect();
         if first.is_empty() {
             return Ok(());
@@ -347,7 +347,7 @@ impl Checkpoint {
     }
 
     fn in_file(&self, error: Error, file: usize) -> Error {
-        let name = self.opened.manifest.files.get(file).map_or("", |entry| &entry.name);
+        let name = self.opened.index.file(file).map_or("", |file| &file.entry.name);
         error.with_step(self.step()).with_path(self.path().join(name))
     }
 }

@@ -1,11 +1,12 @@
 //! Pieces: what one thread reads at a time, and the threads that read.
 
+use crate::checkpoint::Files;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::ALIGNMENT;
 use crate::storage::FileReading;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 /// Unwanted bytes up to this length between wanted ones are read as well: cheaper than another read.
@@ -221,9 +222,9 @@ pub(super) fn share_out<P: Part>(
     }
 }
 
-/// Returns a file of a step by its index in the manifest.
-pub(super) fn file_at(files: &[Arc<dyn FileReading>], index: usize) -> Result<&dyn FileReading> {
-    files.get(index).map(AsRef::as_ref).ok_or_else(|| Error::internal(format!("no such file index={index}")))
+/// Returns a file of a step by its number.
+pub(super) fn file_at(files: &Files, index: usize) -> Result<&dyn FileReading> {
+    files.get(index)
 }
 
 #[cfg(test)]

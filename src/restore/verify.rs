@@ -5,9 +5,11 @@ use super::{blocks, matches};
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::agreement;
-use crate::format::entries::{BLOCK, TensorEntry};
+use crate::format::agreement::{self, Listing};
+use crate::format::columns::FileRow;
+use crate::format::entries::{BLOCK, MANIFEST, TensorEntry};
 use crate::format::header::Header;
+use crate::format::invariants::check_layout;
 use crate::format::shard::INDEX;
 use crate::storage::FileReading;
 use std::ops::Range;
@@ -21,13 +23,13 @@ const MAX_HEADER: u64 = 100_000_008;
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct Report {
-    /// The number of files read, without the manifest.
+    /// The number of files read, without the manifest and tables.
     pub files: usize,
     /// The number of tensors in them.
     pub tensors: usize,
     /// The length of the files in bytes.
     pub bytes: u64,
-    /// All damage, sorted by file and offset.
+    /// All damage, sorted by file and offset; only that of tables, if a table is damaged.
     pub damage: Vec<Damage>,
     /// What stock loaders would read differently from the manifest: an index that names other files for
     /// tensors, or weights or an index that the manifest does not name. This library still reads the step
@@ -64,7 +66,8 @@ impl Report {
 }
 
 impl Checkpoint {
-    /// Reads everything once and checks it against every digest: of files, headers, tensors and blocks.
+    /// Reads everything once and checks it against every digest: of tables, files, headers, tensors and blocks.
+    /// Of a step whose tables are damaged nothing else can be checked.
     ///
     /// # Errors
     /// Damage is not an error of this call: it is in the [`Report`], like a file that cannot be read. `Busy`
@@ -78,12 +81,19 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::verify`].
     pub fn verify_with(&self, progress: impl Fn(u64, u64) + Sync) -> Result<Report> {
-        let manifest = &self.opened.manifest;
-        let total = manifest.files.iter().map(|file| file.length).sum();
+        let damage = self.verify_tables()?;
+        if !damage.is_empty() {
+            return Ok(Report { damage, ..Report::default() });
+        }
+        let listing = match self.listing() {
+            Ok(listing) => listing,
+            Err(error) => return Ok(Report { damage: vec![self.contradiction(&error)], ..Report::default() }),
+        };
+        let total = listing.files.iter().map(|file| file.entry.length).sum();
         let mut findings = Findings { damage: Vec::new(), digests: Vec::new() };
         let mut done = 0;
-        for index in 0..manifest.files.len() {
-            done += self.verify_header(index, &mut findings)?;
+        for index in 0..listing.files.len() {
+            done += self.verify_header(&listing, index, &mut findings)?;
             progress(done, total);
         }
         let done = AtomicU64::new(done);
@@ -94,39 +104,72 @@ impl Checkpoint {
             progress(done.fetch_add(len, Ordering::Relaxed) + len, total);
             Ok(())
         };
-        visit_all(coalesce(self.tiles(), WINDOW), self.threads, visit)?;
+        visit_all(coalesce(tiles(&listing), WINDOW), self.threads, visit)?;
         let mut findings = findings.into_inner().unwrap_or_else(PoisonError::into_inner);
-        self.verify_files(&mut findings);
-        let order = |file: &str| manifest.files.iter().position(|entry| entry.name == file);
+        self.verify_files(&listing, &mut findings);
+        let order = |file: &str| listing.files.iter().position(|row| row.entry.name == file);
         findings.damage.sort_by_cached_key(|d| (order(&d.file), d.range.start, d.range.end, d.tensor.clone()));
-        let misleading = self.verify_for_stock_loaders(&findings.damage)?;
-        let (files, tensors) = (manifest.files.len(), manifest.tensors.len());
+        let misleading = self.verify_for_stock_loaders(&listing, &findings.damage)?;
+        let (files, tensors) = (listing.files.len(), self.opened.index.tensors());
         Ok(Report { files, tensors, bytes: total, damage: findings.damage, misleading })
+    }
+
+    /// Checks every page of the tables. Nothing else is known of a step whose tables are damaged.
+    fn verify_tables(&self) -> Result<Vec<Damage>> {
+        let what = "a page of a table is not what was written";
+        match self.opened.index.damaged() {
+            Ok(damaged) => Ok(damaged
+                .into_iter()
+                .map(|(file, range)| Damage { file, tensor: None, range, what: what.into(), unreadable: false })
+                .collect()),
+            Err(error) => Ok(vec![self.contradiction(&error)]),
+        }
+    }
+
+    /// Returns an error of a table as damage.
+    fn contradiction(&self, error: &Error) -> Damage {
+        let file = error.path().and_then(|path| path.file_name()).map(|name| name.to_string_lossy().into_owned());
+        let (file, what) = (file.unwrap_or_else(|| MANIFEST.into()), format!("{error:#}"));
+        Damage { file, tensor: None, range: 0..0, what, unreadable: error.kind() != ErrorKind::Corrupt }
+    }
+
+    /// Returns every file, and every tensor that holds bytes, checked together.
+    fn listing(&self) -> Result<Listing<'_>> {
+        let index = &self.opened.index;
+        let files = index.all_files()?;
+        let mut tensors = Vec::with_capacity(index.tensors());
+        for (number, tensor) in index.some(0..index.tensors())?.into_iter().enumerate() {
+            if !index.is_alias(number)? {
+                tensors.push(tensor);
+            }
+        }
+        let entries: Vec<_> = files.iter().map(|file| &file.entry).collect();
+        check_layout(&entries, &tensors)?;
+        Ok(Listing { files, tensors })
     }
 
     /// Returns what stock loaders would read differently from the manifest. They use names, and the index if
     /// there is one.
-    fn verify_for_stock_loaders(&self, damage: &[Damage]) -> Result<Vec<Damage>> {
-        let manifest = &self.opened.manifest;
+    fn verify_for_stock_loaders(&self, listing: &Listing<'_>, damage: &[Damage]) -> Result<Vec<Damage>> {
         let mut misleading = Vec::new();
         let mut wrong = |file: &str, range: Range<u64>, what: String| {
             misleading.push(Damage { file: file.to_owned(), tensor: None, range, what, unreadable: false });
         };
-        let index = manifest.files.iter().position(|entry| entry.name == INDEX);
+        let index = listing.files.iter().position(|file| file.entry.name == INDEX);
         if let Some(at) = index
             && !damage.iter().any(|damage| damage.file == INDEX)
         {
             let file = file_at(&self.opened.files, at)?;
             let mut bytes = zeroed::<u8>(file.len() as usize).map_err(|e| self.located(e))?;
             file.read_at(0, &mut bytes).map_err(|e| self.located(e))?;
-            if let Err(error) = agreement::check_index(manifest, &bytes) {
+            if let Err(error) = agreement::check_index(listing, &bytes) {
                 wrong(INDEX, 0..file.len(), error.message().to_owned());
             }
         }
         let mut names = self.opened.reading.list().map_err(|e| self.located(e))?;
         names.sort_unstable();
         for name in names {
-            let known = manifest.files.iter().any(|entry| entry.name == name);
+            let known = listing.files.iter().any(|file| file.entry.name == name);
             if !known && (name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")) {
                 wrong(&name, 0..0, "a file that the manifest does not name, and stock loaders would read".into());
             }
@@ -135,9 +178,9 @@ impl Checkpoint {
     }
 
     /// Checks the header of a shard, and returns its length in bytes.
-    fn verify_header(&self, index: usize, findings: &mut Findings) -> Result<u64> {
-        let manifest = &self.opened.manifest;
-        let (Some(entry), file) = (manifest.files.get(index), file_at(&self.opened.files, index)?) else {
+    fn verify_header(&self, listing: &Listing<'_>, index: usize, findings: &mut Findings) -> Result<u64> {
+        let (Some(FileRow { entry, .. }), file) = (listing.files.get(index), file_at(&self.opened.files, index)?)
+        else {
             return Ok(0);
         };
         if entry.data == 0 {
@@ -160,40 +203,12 @@ impl Checkpoint {
         if !matches(digest, entry.header) {
             wrong(format!("the header is not what was written expected={} found={digest}", entry.header));
         } else if let Err(error) =
-            Header::parse(&bytes, entry.length).and_then(|header| agreement::check_header(manifest, index, &header))
+            Header::parse(&bytes, entry.length).and_then(|header| agreement::check_header(listing, index, &header))
         {
             wrong(format!("the header contradicts the manifest: {error:#}"));
         }
         findings.digests.push((index, 0..entry.data, digest));
         Ok(entry.data)
-    }
-
-    /// Returns all bytes of the files after their headers, split where digests begin and end.
-    fn tiles(&self) -> Vec<Tile<'_>> {
-        let manifest = &self.opened.manifest;
-        let slices = manifest.tensors.iter().flat_map(|tensor| tensor.slices.iter().map(move |slice| (tensor, slice)));
-        let mut tiles: Vec<_> = slices
-            .flat_map(|(tensor, slice)| {
-                let tile = |(range, digest)| Tile {
-                    file: slice.file,
-                    range,
-                    written: Some((digest, tensor)),
-                    found: Digest::EMPTY,
-                };
-                blocks(slice).map(tile)
-            })
-            .collect();
-        for (file, entry) in manifest.files.iter().enumerate().filter(|(_, entry)| entry.data == 0) {
-            // A file that is not a shard has only a digest of the whole file.
-            let starts = (0..entry.length).step_by(BLOCK as usize);
-            tiles.extend(starts.map(|start| Tile {
-                file,
-                range: start..entry.length.min(start + BLOCK),
-                written: None,
-                found: Digest::EMPTY,
-            }));
-        }
-        tiles
     }
 
     fn verify_piece(&self, window: &mut Window, mut piece: Piece<Tile<'_>>, findings: &Mutex<Findings>) -> Result<()> {
@@ -223,10 +238,10 @@ impl Checkpoint {
     }
 
     /// Checks the digest of each file without other damage, from the digests of its tiles.
-    fn verify_files(&self, findings: &mut Findings) {
+    fn verify_files(&self, listing: &Listing<'_>, findings: &mut Findings) {
         findings.digests.sort_by_key(|(file, range, _)| (*file, range.start, range.end));
         let mut digests = findings.digests.as_slice();
-        for (index, entry) in self.opened.manifest.files.iter().enumerate() {
+        for (index, FileRow { entry, .. }) in listing.files.iter().enumerate() {
             let (mine, rest) = digests.split_at(digests.partition_point(|(file, ..)| *file <= index));
             digests = rest;
             let digest = Digest::concat(mine.iter().map(|(_, range, digest)| (*digest, range.end - range.start)));
@@ -238,7 +253,7 @@ impl Checkpoint {
     }
 
     fn damage(&self, file: usize, tensor: Option<&TensorEntry>, range: &Range<u64>, what: String) -> Damage {
-        let file = self.opened.manifest.files.get(file).map_or_else(String::new, |entry| entry.name.clone());
+        let file = self.opened.index.file(file).map_or_else(|_| String::new(), |file| file.entry.name.clone());
         let tensor = tensor.map(|tensor| tensor.name.clone());
         Damage { file, tensor, range: range.clone(), what, unreadable: false }
     }
@@ -257,6 +272,33 @@ impl Checkpoint {
         let what = format!("{how}: {what} tensor={tensor:?} range={range:?} places={count}");
         Some(Error::new(kind, what).with_step(self.step()).with_path(self.path().join(file)))
     }
+}
+
+/// Returns all bytes of the files after their headers, split where digests begin and end.
+fn tiles<'c>(listing: &Listing<'c>) -> Vec<Tile<'c>> {
+    let slices = listing.tensors.iter().flat_map(|&tensor| tensor.slices.iter().map(move |slice| (tensor, slice)));
+    let mut tiles: Vec<_> = slices
+        .flat_map(|(tensor, slice)| {
+            let tile = |(range, digest)| Tile {
+                file: slice.file,
+                range,
+                written: Some((digest, tensor)),
+                found: Digest::EMPTY,
+            };
+            blocks(slice).map(tile)
+        })
+        .collect();
+    for (file, FileRow { entry, .. }) in listing.files.iter().enumerate().filter(|(_, file)| file.entry.data == 0) {
+        // A file that is not a shard has only a digest of the whole file.
+        let starts = (0..entry.length).step_by(BLOCK as usize);
+        tiles.extend(starts.map(|start| Tile {
+            file,
+            range: start..entry.length.min(start + BLOCK),
+            written: None,
+            found: Digest::EMPTY,
+        }));
+    }
+    tiles
 }
 
 fn digest(window: &mut Window, file: &dyn FileReading, range: &Range<u64>) -> Result<Digest> {

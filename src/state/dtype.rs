@@ -34,7 +34,7 @@ macro_rules! dtypes {
         }
 
         #[cfg(test)]
-        const DTYPES: &[Dtype] = &[$(Dtype::$name),*];
+        pub(crate) const DTYPES: &[Dtype] = &[$(Dtype::$name),*];
     };
 }
 dtypes! {

@@ -11,6 +11,8 @@ mod value;
 
 pub(crate) use dict::Tensor;
 pub use dict::{Capture, StateDict};
+#[cfg(test)]
+pub(crate) use dtype::DTYPES;
 pub use dtype::{Dtype, Element, Layout, Shape};
 pub use promised::{Promise, Promised, promise};
 pub use source::{DeviceStream, HostTensor, MemoryLocation, RawDevice, RawHost, Source};

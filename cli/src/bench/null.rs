@@ -3,6 +3,7 @@
 
 use ashore::internal::device::{CopyQueue, Device};
 use ashore::internal::digest::Digest;
+use ashore::internal::format::columns::TENSORS_TABLE;
 use ashore::internal::format::entries::MANIFEST;
 use ashore::memory::{Pages, Register};
 use ashore::storage::{FileWriting, IoMode, Reading, Storage, Sweep, Swept, Writing};
@@ -12,21 +13,21 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-/// A storage that discards everything, except manifests if they are requested. Clones share them.
+/// A storage that discards everything, except manifests and tables if they are requested. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Sink {
-    manifests: Option<Arc<Mutex<Vec<Vec<u8>>>>>,
+    kept: Option<Arc<Mutex<Vec<Vec<u8>>>>>,
 }
 
 impl Sink {
-    /// Makes one that keeps manifests: they contain the digests of the discarded data.
-    pub fn with_manifests() -> Self {
-        Self { manifests: Some(Arc::default()) }
+    /// Makes one that keeps tables and manifests: they contain the digests of the discarded data.
+    pub fn with_tables() -> Self {
+        Self { kept: Some(Arc::default()) }
     }
 
-    /// Returns the manifests since the last call.
+    /// Returns the table and the manifest of each save since the last call, in turn.
     pub fn taken(&self) -> Vec<Vec<u8>> {
-        let kept = self.manifests.as_ref().map(|kept| kept.lock().unwrap_or_else(PoisonError::into_inner));
+        let kept = self.kept.as_ref().map(|kept| kept.lock().unwrap_or_else(PoisonError::into_inner));
         kept.map(|mut kept| std::mem::take(&mut *kept)).unwrap_or_default()
     }
 }
@@ -71,7 +72,7 @@ impl Writing for Sink {
     }
 
     fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
-        if let (MANIFEST, Some(kept)) = (file, &self.manifests) {
+        if let (TENSORS_TABLE | MANIFEST, Some(kept)) = (file, &self.kept) {
             kept.lock().unwrap_or_else(PoisonError::into_inner).push(bytes.to_vec());
         }
         Ok(())

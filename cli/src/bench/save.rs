@@ -172,14 +172,16 @@ fn report<'a>(bench: &Bench<'_>, figures: &Figures, saves: Vec<Saved>, pairs: Pa
     }
 }
 
-/// Returns the lengths of the shards of a step, and of its manifest.
+/// Returns the lengths of the shards of a step, and of its manifest and tables together.
 fn lengths(path: &Path) -> Result<(Vec<u64>, u64)> {
     let (mut files, mut manifest) = (Vec::new(), 0);
     let failed = |e| Error::io("cannot examine a saved step", e).with_path(path);
     for entry in std::fs::read_dir(path).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let len = entry.metadata().map_err(failed)?.len();
-        if entry.file_name() == "manifest.json" { manifest = len } else { files.push(len) }
+        let name = entry.file_name();
+        let described = name == "manifest.json" || Path::new(&name).extension().is_some_and(|it| it == "table");
+        if described { manifest += len } else { files.push(len) }
     }
     Ok((files, manifest))
 }

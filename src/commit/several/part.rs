@@ -9,6 +9,7 @@ use crate::commit::concluded::{Concluded, Ending, concluded};
 use crate::commit::single::{committed, enter};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::format::columns::TENSORS_TABLE;
 use crate::format::entries::MANIFEST;
 use crate::memory::AlignedBuffer;
 use crate::outcome::Phase;
@@ -33,7 +34,7 @@ pub(crate) struct Attempted {
 
 /// Ends a save on this rank.
 pub(crate) fn conclude(group: &Group, attempted: &Attempted, ending: Ending<'_>) -> Concluded {
-    let Ending { request, receipts, path, manifest, .. } = ending;
+    let Ending { request, receipts, path, table, .. } = ending;
     let ticket = &request.ticket;
     let attempt = match &attempted.attempt {
         Ok(attempt) => attempt.clone(),
@@ -45,7 +46,7 @@ pub(crate) fn conclude(group: &Group, attempted: &Attempted, ending: Ending<'_>)
     let failed = ticket.failure().or_else(|| receipts.as_ref().err().cloned());
     let plan = attempted.plan;
     let mut part =
-        Written { group, attempt: attempt.as_ref(), plan, request, receipts: receipts.as_ref().ok(), manifest };
+        Written { group, attempt: attempt.as_ref(), plan, request, receipts: receipts.as_ref().ok(), table };
     let ended = group.end(attempted.save, attempt.as_ref(), &mut part, failed, ticket.deadline);
     concluded(ticket, Some(attempt), ended.and_then(|()| Ok(committed(request, &receipts?, path))))
 }
@@ -59,7 +60,7 @@ struct Written<'a> {
     /// None if something was not written.
     receipts: Option<&'a Receipts>,
     /// Memory for the rows.
-    manifest: &'a mut AlignedBuffer,
+    table: &'a mut AlignedBuffer,
 }
 
 impl Part for Written<'_> {
@@ -69,9 +70,9 @@ impl Part for Written<'_> {
 
     fn seal(&mut self) -> Result<Receipt> {
         let receipts = self.receipts.ok_or_else(|| Error::internal("a save that was not written is sealed"))?;
-        rows::fill(self.request, receipts, self.manifest)?;
+        rows::fill(self.request, receipts, self.table)?;
         let rank = self.group.member.rank;
-        self.group.shared.put_note(self.group.session.generation, &rows_of(rank), self.manifest)?;
+        self.group.shared.put_note(self.group.session.generation, &rows_of(rank), self.table)?;
         self.attempt.sync_names()?;
         let ticket = &self.request.ticket;
         Ok(Receipt {
@@ -79,8 +80,8 @@ impl Part for Written<'_> {
             attempt: ticket.attempt(),
             plan: self.plan,
             bytes: self.request.plan.length,
-            rows: self.manifest.len() as u64,
-            digest: Digest::of(self.manifest),
+            rows: self.table.len() as u64,
+            digest: Digest::of(self.table),
         })
     }
 
@@ -92,7 +93,9 @@ impl Part for Written<'_> {
             let why = || Error::corrupt("the rows of a rank's files are not what it wrote").with_ranks([*rank]);
             parts.push(note.ok_or_else(why)?);
         }
-        self.attempt.put(MANIFEST, &rows::manifest(self.request, self.group.member.world, &parts)?)
+        let (table, manifest) = rows::step(self.request, self.group.member.world, &parts)?;
+        self.attempt.put(TENSORS_TABLE, &table)?;
+        self.attempt.put(MANIFEST, &manifest)
     }
 
     fn promise(&self) -> Result<()> {

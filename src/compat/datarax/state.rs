@@ -327,7 +327,7 @@ impl State {
     pub(super) fn read(checkpoint: &Checkpoint) -> Result<Self> {
         let values = &checkpoint.manifest().values;
         let mut tensors = Vec::new();
-        for tensor in checkpoint.tensors() {
+        for tensor in checkpoint.tensors()? {
             let bytes = usize::try_from(tensor.bytes).ok().and_then(zeroed);
             let no_memory =
                 || Error::new(ErrorKind::Busy, format!("not enough memory to read a tensor tensor={:?}", tensor.name));

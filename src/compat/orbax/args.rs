@@ -73,7 +73,7 @@ impl<'a> Item<'a> {
     pub fn of(checkpoint: &'a Checkpoint, name: &str) -> Result<Self> {
         let prefix = format!("{name}.");
         let values = checkpoint.value_names().any(|value| value.starts_with(&prefix));
-        if values || checkpoint.with_prefix(&prefix).len() > 0 {
+        if values || checkpoint.with_prefix(&prefix)?.len() > 0 {
             return Ok(Self { checkpoint, prefix });
         }
         let missing = Error::new(ErrorKind::NotFound, format!("no such item in the checkpoint item={name:?}"));
@@ -81,7 +81,10 @@ impl<'a> Item<'a> {
     }
 
     /// Its tensors, by their full names.
-    pub fn tensors(&self) -> impl Iterator<Item = TensorInfo<'a>> + use<'a> {
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensors`].
+    pub fn tensors(&self) -> Result<impl Iterator<Item = TensorInfo<'a>> + use<'a>> {
         self.checkpoint.with_prefix(&self.prefix)
     }
 

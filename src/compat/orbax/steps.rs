@@ -328,7 +328,7 @@ impl CheckpointManager {
     /// As [`Catalog::checkpoint`].
     pub fn item_metadata(&self, step: u64) -> Result<BTreeMap<String, Layout>> {
         let checkpoint = self.catalog.checkpoint(step)?;
-        Ok(checkpoint.tensors().map(|it| (it.name.to_owned(), Layout::new(it.dtype, it.shape))).collect())
+        Ok(checkpoint.tensors()?.map(|it| (it.name.to_owned(), Layout::new(it.dtype, it.shape))).collect())
     }
 
     /// The checkpoint of `step`; None means the newest.

@@ -96,7 +96,7 @@ fn what_is_ours_and_broken_is_a_problem_with_a_reason() {
     files[0].1.pop();
     publish(&storage, "ckpt-4", &files);
     let mut files = made(5).files();
-    files[1].1.truncate(100);
+    files.last_mut().unwrap().1.truncate(100);
     publish(&storage, "ckpt-5", &files);
     publish(&storage, "step-00000006", &[("manifest.json".into(), vec![0; 50])]);
     let catalog = catalog(&storage);

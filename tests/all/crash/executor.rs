@@ -126,7 +126,7 @@ fn load(storage: &Arc<dyn Storage>, step: u64) -> Result<Try, String> {
     if checkpoint.value::<u32>("number").ok() != Some(one.number) {
         return Err("a value is wrong".into());
     }
-    let names: Vec<String> = checkpoint.tensors().map(|tensor| tensor.name.to_owned()).collect();
+    let names: Vec<String> = checkpoint.tensors().unwrap().map(|tensor| tensor.name.to_owned()).collect();
     for (index, name) in names.iter().enumerate() {
         let bytes = checkpoint.read(name).map_err(|error| error.to_string())?;
         if *name != format!("tensor {index}") || bytes != one.bytes(index, bytes.len()) {

@@ -70,7 +70,7 @@ fn cuda_slices_of_cudarc_come_back_bit_for_bit() {
     assert_eq!(checkpoint.read_as::<bf16>("view").unwrap(), halves[4000..]);
     assert_eq!(checkpoint.read_as::<bf16>("view.part").unwrap(), halves[13..15]);
     assert_eq!(checkpoint.read_as::<f64>("default stream").unwrap(), [0.5; 100]);
-    assert_eq!(checkpoint.tensors().find(|t| t.name == "shared").unwrap().shape, [20, 300]);
+    assert_eq!(checkpoint.tensors().unwrap().find(|t| t.name == "shared").unwrap().shape, [20, 300]);
 }
 
 #[test]

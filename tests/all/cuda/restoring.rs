@@ -207,7 +207,8 @@ fn cuda_bytes_that_are_not_what_was_written_never_get_to_the_device() {
     for (name, place) in [("big", 9 * MIB), ("big", 20 * MIB - 1), ("small", 1234)] {
         let mut files = made.files();
         let checkpoint = made.open().unwrap();
-        let offset = checkpoint.manifest().tensors.iter().find(|t| t.name == name).unwrap().slices[0].offset as usize;
+        let offset =
+            checkpoint.contents().unwrap().tensors.iter().find(|t| t.name == name).unwrap().slices[0].offset as usize;
         files[0].1[offset + place] ^= 4;
         let checkpoint = open(&files).unwrap().with_made_device(gpu.device());
         for lag in [0, 2000] {

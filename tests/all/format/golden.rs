@@ -28,10 +28,14 @@ fn check(checkpoint: &Checkpoint) {
 }
 
 #[test]
-fn steps_of_version_1_are_read_in_full() {
-    for step in [101, 102] {
-        check(&Checkpoint::open(samples("v1").join(format!("step-{step:08}"))).unwrap());
+fn steps_of_every_version_are_read_in_full() {
+    for version in ["v1", "v2"] {
+        for step in [101, 102] {
+            let checkpoint = Checkpoint::open(samples(version).join(format!("step-{step:08}"))).unwrap();
+            assert_eq!(format!("v{}", checkpoint.manifest().version), version);
+            check(&checkpoint);
+        }
+        let steps = Catalog::open(samples(version)).unwrap().list().unwrap();
+        assert_eq!(steps.iter().map(|entry| entry.step).collect::<Vec<_>>(), [101, 102]);
     }
-    let steps = Catalog::open(samples("v1")).unwrap().list().unwrap();
-    assert_eq!(steps.iter().map(|entry| entry.step).collect::<Vec<_>>(), [101, 102]);
 }

@@ -4,8 +4,8 @@
 use super::{DATA, manifest, sample};
 use ashore::internal::digest::Digest;
 use ashore::internal::format::entries::{FileEntry, SliceEntry, TensorEntry};
-use ashore::internal::format::manifest::Manifest;
 use ashore::internal::format::seal::seal;
+use ashore::internal::format::v1::Manifest;
 use ashore::{Dtype, Error, ErrorKind};
 
 /// Changes the sample and returns why the reader refuses it.

@@ -2,8 +2,8 @@
 
 use super::sample;
 use ashore::ErrorKind;
-use ashore::internal::format::manifest::Manifest;
 use ashore::internal::format::seal::seal;
+use ashore::internal::format::v1::Manifest;
 
 #[test]
 fn a_manifest_is_read_as_it_was_written() {
@@ -36,7 +36,7 @@ fn a_manifest_cut_short_or_continued_is_refused() {
 
 #[test]
 fn an_intact_manifest_of_another_version_is_told_from_damage() {
-    let refused = Manifest::parse(&seal(br#"{"format":"ashore","version":2,"new":{}"#.to_vec())).unwrap_err();
+    let refused = Manifest::parse(&seal(br#"{"format":"ashore","version":3,"new":{}"#.to_vec())).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Invalid);
-    assert!(refused.message().ends_with("version=2 supported=1"), "{refused}");
+    assert!(refused.message().ends_with("version=3 supported=1,2"), "{refused}");
 }

@@ -4,11 +4,13 @@ mod golden;
 mod hostile_manifest;
 mod manifest_damage;
 mod seeds;
+mod several;
+pub mod tables;
 mod template;
 
 use ashore::internal::digest::Digest;
 use ashore::internal::format::entries::{FileEntry, SliceEntry, TensorEntry, block_count};
-use ashore::internal::format::manifest::Manifest;
+use ashore::internal::format::v1::Manifest;
 use ashore::{Attempt, Dtype};
 
 /// Where the data of sample files begins.

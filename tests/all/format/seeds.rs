@@ -1,7 +1,7 @@
 //! The seeds of the fuzz targets are valid input, from which fuzzing starts.
 
 use ashore::internal::format::header::Header;
-use ashore::internal::format::manifest::Manifest;
+use ashore::internal::format::v1::Manifest;
 use ashore::internal::state::decode_value;
 use std::path::{Path, PathBuf};
 

@@ -47,7 +47,7 @@ fn every_damaged_place_is_named_in_order() {
 
 #[test]
 fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
-    let honest = MadeCheckpoint::new(7).tensor("a", Dtype::U8, &[8], noise(8, 1));
+    let honest = MadeCheckpoint::new(7).version(1).tensor("a", Dtype::U8, &[8], noise(8, 1));
     let mut files = honest.files();
     let mut liar = honest.clone();
     liar.tensors.get_mut("a").unwrap().1 = vec![4, 2];
@@ -67,6 +67,7 @@ fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
 #[test]
 fn what_stock_loaders_would_read_instead_is_not_sound() {
     let made = MadeCheckpoint::new(7)
+        .version(1)
         .tensor("a", Dtype::U8, &[8], noise(8, 1))
         .tensor("b", Dtype::U8, &[8], noise(8, 2))
         .shards(2);

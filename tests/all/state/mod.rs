@@ -4,7 +4,7 @@ mod values;
 mod values_refused;
 
 use ashore::Result;
-use ashore::internal::format::manifest::Manifest;
+use ashore::internal::format::v1::Manifest;
 use ashore::internal::state::{decode_value, encode_value};
 use serde::Serialize;
 use serde::de::DeserializeOwned;

@@ -39,7 +39,7 @@ struct Rates {
 
 pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     let (args, sizes) = (bench.args, bench.sizes());
-    let sink = null::Sink::with_manifests();
+    let sink = null::Sink::with_tables();
     let builder = bench.builder().storage(Arc::new(sink.clone()));
     let executor = builder.scratch(args.scratch.unwrap_or(0)).memory_waits(args.memory_waits).build()?;
     let (stream, copies) = (Stream::new(gpu)?, Stream::new(gpu)?);

@@ -90,7 +90,7 @@ struct Times {
 
 pub fn run(bench: &Bench<'_>, gpu: &Arc<Gpu>) -> Result<Figures> {
     let (args, sizes) = (bench.args, bench.sizes());
-    let sink = null::Sink::with_manifests();
+    let sink = null::Sink::with_tables();
     let build = |way: &Way| {
         let builder =
             bench.builder().storage(Arc::new(sink.clone())).scratch(args.scratch.unwrap_or(0)).batch(way.batch);

@@ -93,7 +93,7 @@ fn a_deferred_composite_is_one_commit() {
     for future in futures {
         future.result(LONG).unwrap().committed().unwrap();
     }
-    assert_eq!(Checkpoint::open(root.path().join("8")).unwrap().tensors().len(), 4);
+    assert_eq!(Checkpoint::open(root.path().join("8")).unwrap().tensors().unwrap().len(), 4);
 }
 
 #[test]

@@ -69,7 +69,7 @@ fn items_of_a_composite_are_one_commit_and_found_again_by_name() {
     assert_eq!(model.read("model.weights").unwrap(), pattern(1, 20_000));
     assert_eq!(optimizer.read_as::<f32>("model.bias").unwrap(), [2.0; 7]);
     assert_eq!((model.value::<u64>("epoch").unwrap(), optimizer.value::<u64>("epoch").unwrap()), (1, 2));
-    assert_eq!(model.tensors().count(), 2);
+    assert_eq!(model.tensors().unwrap().count(), 2);
     assert_eq!(Item::of(&checkpoint, "dataloader").unwrap().value::<u64>("position").unwrap(), 17);
     assert_eq!(Item::of(&checkpoint, "mod").unwrap_err().kind(), ErrorKind::NotFound);
 }

@@ -44,7 +44,7 @@ fn a_save_through_the_face_leaves_the_bytes_that_the_engine_leaves() {
     let executor = ThreadExecutor::new(Arc::new(engine(theirs.path()).build().unwrap())).unwrap();
     executor.execute_save(state(1).into(), to("step-5").attempt(attempt)).unwrap().result(LONG).unwrap().unwrap();
     assert_eq!(files(ours.path()), files(theirs.path()));
-    assert_eq!(files(ours.path()).len(), 2);
+    assert_eq!(files(ours.path()).len(), 3);
 
     // Through the engine as a storage writer, on the executor's own thread, it is the same path.
     let third = tempfile::tempdir().unwrap();

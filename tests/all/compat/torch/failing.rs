@@ -84,7 +84,7 @@ fn a_planner_decides_what_is_saved() {
     let planner = Odd::new(99, Some("model.weights"));
     executor.execute_save(state(1).into(), to("step-1").planner(planner)).unwrap().result(LONG).unwrap().unwrap();
     let saved = executor.executor().checkpoint(1).unwrap();
-    assert_eq!(saved.tensors().map(|t| t.name).collect::<Vec<_>>(), ["model.bias"]);
+    assert_eq!(saved.tensors().unwrap().map(|t| t.name).collect::<Vec<_>>(), ["model.bias"]);
     assert_eq!((saved.value::<u64>("epoch").unwrap(), saved.metadata::<String>("run").unwrap()), (1, "a test".into()));
 }
 
@@ -146,7 +146,7 @@ fn what_is_saved_is_what_the_plan_says_or_nothing() {
             let saved = executor.execute_save(state(1).into(), to("step-1").planner(planner(true))).unwrap();
             let metadata = saved.result(LONG).unwrap().unwrap();
             let checkpoint = executor.executor().checkpoint(1).unwrap();
-            let names: Vec<_> = checkpoint.tensors().map(|t| t.name).chain(checkpoint.value_names()).collect();
+            let names: Vec<_> = checkpoint.tensors().unwrap().map(|t| t.name).chain(checkpoint.value_names()).collect();
             let mut told: Vec<_> = metadata.state_dict_metadata.keys().map(String::as_str).collect();
             told.sort_unstable_by_key(|name| names.iter().position(|there| there == name));
             assert_eq!(told, names);

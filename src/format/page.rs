@@ -1,0 +1,170 @@
+//! The pages of a table: read when they are used, checked, and kept in a cache of bounded size.
+
+use crate::digest::Digest;
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::AlignedBuffer;
+use crate::mutant::{self, Mutant};
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// One digest in the column `pages` covers this many bytes.
+pub const PAGE: u64 = 16 << 10;
+
+/// A file in memory.
+#[derive(Debug)]
+pub struct InMemory {
+    name: String,
+    bytes: Vec<u8>,
+}
+
+impl InMemory {
+    /// A file of this name and these bytes.
+    pub fn new(name: impl Into<String>, bytes: Vec<u8>) -> Self {
+        Self { name: name.into(), bytes }
+    }
+}
+
+impl Source for InMemory {
+    fn length(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn fill(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let rest = usize::try_from(offset).ok().and_then(|offset| self.bytes.get(offset..));
+        let from = rest.and_then(|rest| rest.get(..buffer.len()));
+        buffer.copy_from_slice(from.ok_or_else(|| Error::corrupt("a file ends too early"))?);
+        Ok(())
+    }
+
+    fn path(&self) -> PathBuf {
+        self.name.clone().into()
+    }
+}
+
+/// The usual number of pages in the cache of a table: 2 MiB.
+const KEPT: usize = 128;
+
+/// The bytes of a file from which a table is read.
+pub trait Source: Send + Sync + Debug {
+    /// Its length in bytes.
+    fn length(&self) -> u64;
+
+    /// Fills `buffer` from `offset`.
+    ///
+    /// # Errors
+    /// When the bytes cannot be read.
+    fn fill(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
+
+    /// Its path, for errors.
+    fn path(&self) -> PathBuf;
+}
+
+/// The data of a table before its column `pages`.
+#[derive(Debug)]
+pub(super) struct Pages {
+    source: Arc<dyn Source>,
+    /// The offset of the data in the file.
+    data: u64,
+    /// Its length.
+    length: u64,
+    digests: Vec<Digest>,
+    kept: Mutex<Kept>,
+    /// Maximum number of pages in the cache.
+    most: usize,
+}
+
+/// Pages that were read and checked.
+#[derive(Debug, Default)]
+struct Kept {
+    pages: HashMap<u64, Page, foldhash::fast::FixedState>,
+    /// Counts uses.
+    clock: u64,
+}
+
+#[derive(Debug)]
+struct Page {
+    bytes: AlignedBuffer,
+    /// When it was last used.
+    used: u64,
+}
+
+impl Pages {
+    pub fn new(source: Arc<dyn Source>, data: u64, length: u64, digests: Vec<Digest>) -> Self {
+        Self { source, data, length, digests, kept: Mutex::default(), most: KEPT }
+    }
+
+    /// Keeps fewer pages.
+    pub fn keep(&mut self, most: usize) {
+        self.most = most;
+    }
+
+    /// Calls `visit` with the bytes of `range`, counted from the start of the data, page by page.
+    pub fn visit(&self, range: Range<u64>, mut visit: impl FnMut(&[u8])) -> Result<()> {
+        if range.start > range.end || range.end > self.length {
+            return Err(Error::internal(format!("rows are outside their table range={range:?}")));
+        }
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut at = range.start;
+        while at < range.end {
+            let number = at / PAGE;
+            let page = self.page(&mut kept, number)?;
+            let from = (at % PAGE) as usize;
+            let to = (range.end - number * PAGE).min(PAGE) as usize;
+            visit(page.get(from..to).unwrap_or_default());
+            at = (number + 1) * PAGE;
+        }
+        Ok(())
+    }
+
+    fn page<'k>(&self, kept: &'k mut Kept, number: u64) -> Result<&'k [u8]> {
+        kept.clock += 1;
+        let used = kept.clock;
+        if !kept.pages.contains_key(&number) {
+            let oldest = || kept.pages.iter().min_by_key(|(_, page)| page.used).map(|(number, _)| *number);
+            let free = if kept.pages.len() < self.most { None } else { oldest() };
+            let free = free.and_then(|number| kept.pages.remove(&number));
+            let mut bytes = free.map_or_else(|| AlignedBuffer::new(0), |page| page.bytes);
+            self.read(number, &mut bytes)?;
+            kept.pages.insert(number, Page { bytes, used });
+        }
+        match kept.pages.get_mut(&number) {
+            Some(page) => {
+                page.used = used;
+                Ok(&page.bytes)
+            }
+            None => Err(Error::internal("a page was lost")),
+        }
+    }
+
+    fn read(&self, number: u64, bytes: &mut AlignedBuffer) -> Result<()> {
+        let range = self.range(number);
+        bytes.reset((range.end - range.start) as usize);
+        self.source.fill(range.start, bytes)?;
+        let (expected, found) = (self.digests.get(number as usize), Digest::of(bytes));
+        if expected != Some(&found) && !mutant::on(Mutant::DigestCheck) {
+            return Err(Error::corrupt(format!("a page of a table is not what was written range={range:?}")));
+        }
+        Ok(())
+    }
+
+    /// The range of a page in the file.
+    fn range(&self, number: u64) -> Range<u64> {
+        let begin = (number * PAGE).min(self.length);
+        self.data + begin..self.data + (begin + PAGE).min(self.length)
+    }
+
+    /// Reads every page and returns the ranges of those that are not what was written.
+    pub fn damaged(&self) -> Result<Vec<Range<u64>>> {
+        let (mut bytes, mut damaged) = (AlignedBuffer::new(0), Vec::new());
+        for number in 0..self.digests.len() as u64 {
+            match self.read(number, &mut bytes) {
+                Err(error) if error.kind() == ErrorKind::Corrupt => damaged.push(self.range(number)),
+                read => read?,
+            }
+        }
+        Ok(damaged)
+    }
+}
