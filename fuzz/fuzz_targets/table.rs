@@ -1,0 +1,36 @@
+//! Any bytes as the table of a step, with the right digests: no panic, bounded memory, and what is accepted is
+//! found again.
+#![no_main]
+
+use ashore::internal::format::index::{Index, Medium};
+use ashore::internal::format::manifest::{Manifest, Sealed, TableEntry};
+use ashore::internal::format::table::{InMemory, Source, resealed};
+use ashore::{Attempt, Result};
+use ashore_fuzz::bounded;
+use std::sync::Arc;
+
+#[derive(Debug)]
+struct One(Arc<InMemory>);
+
+impl Medium for One {
+    fn table(&self, _: &str) -> Result<Arc<dyn Source>> {
+        Ok(self.0.clone())
+    }
+}
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    let (bytes, digest) = resealed(input.to_vec());
+    let entry = TableEntry { name: "tensors.table".into(), length: bytes.len() as u64, digest };
+    let manifest = Manifest { tables: vec![entry], ..Manifest::new(7, Attempt::default()) };
+    let medium = Box::new(One(Arc::new(InMemory::new("tensors.table", bytes))));
+    // The cache of pages has a size of its own.
+    bounded(input.len() + (4 << 10), || {
+        let Ok(index) = Index::new(Sealed::Two(manifest), medium) else { return };
+        let sound = index.check().is_ok();
+        if let (true, Ok(tensors)) = (sound, index.some(0..index.tensors())) {
+            for tensor in tensors {
+                assert_eq!(index.find(&tensor.name).unwrap(), Some(tensor));
+            }
+        }
+    });
+});
