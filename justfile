@@ -32,8 +32,10 @@ lint:
     cargo deny --log-level error --manifest-path checks/stock/cognis/Cargo.toml --config "$PWD/deny.toml" check licenses sources
     cargo deny --log-level error --manifest-path benches/compression/Cargo.toml --config "$PWD/deny.toml" check licenses sources
 
-# A saved step directory, read by Python's safetensors, numpy, and torch's HuggingFaceStorageReader.
+# A saved step directory, read by Python's safetensors, numpy, torch's HuggingFaceStorageReader, and the reader of docs/format.md;
+# the last one reads the samples of every version, too.
 stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning checks/stock/check.py")
+    "{{ tools }}/stock/bin/python" checks/stock/reader.py tests/all/format/golden/v*/step-*
 
 # The same, read by candle.
 candle: (stock_reader "cargo run --quiet --locked --manifest-path checks/stock/candle/Cargo.toml --target-dir " + tools / "candle --")

@@ -4,13 +4,14 @@
     check.py ROOT
 
 The expected bytes are in expected.json beside this file; nothing here comes from ashore. Each reader reads the directory as it
-is, and reads all of it: safetensors' own parser, its numpy and torch front ends, and torch's distributed checkpoint.
+is, and reads all of it: safetensors' own parser, its numpy and torch front ends, torch's distributed checkpoint, and reader.py.
 """
 import json
 import pathlib
 import sys
 
 import numpy
+import reader
 import safetensors
 import safetensors.numpy
 import safetensors.torch
@@ -98,7 +99,14 @@ def read_dcp(files):
         yield name, names[str(tensor.dtype)], list(tensor.shape), raw(tensor)
 
 
-READERS = {"safetensors": read_safetensors, "numpy": read_numpy, "torch": read_torch, "dcp": read_dcp}
+def read_tables(files):
+    """The reader that was written from docs/format.md: it checks every digest that it passes."""
+    step = reader.Step(str(files[0].parent))
+    for name in step.names():
+        yield name, *step.read(name)
+
+
+READERS = {"reader": read_tables, "safetensors": read_safetensors, "numpy": read_numpy, "torch": read_torch, "dcp": read_dcp}
 
 
 def compare(read, files, expected):
