@@ -20,6 +20,60 @@ struct Attributes {
     flags: u32,
 }
 
+/// `CUDA_MEMCPY2D`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct RowCopy {
+    from: Side,
+    to: Side,
+    width: usize,
+    height: usize,
+}
+
+/// One side of a copy of rows.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Side {
+    x: usize,
+    y: usize,
+    kind: u32,
+    host: u64,
+    device: u64,
+    array: u64,
+    pitch: usize,
+}
+
+impl Side {
+    /// The longest distance between rows that the device takes.
+    const PITCH_MAX: usize = i32::MAX as usize;
+
+    /// The address of the first row, and whether it is on a device.
+    fn begin(self, width: usize) -> Status<(u64, bool)> {
+        let (base, on_device) = match self.kind {
+            1 => (self.host, false),
+            2 => (self.device, true),
+            _ => return Err(INVALID_VALUE),
+        };
+        if self.pitch > Self::PITCH_MAX || self.x + width > self.pitch {
+            return Err(INVALID_VALUE);
+        }
+        Ok((base + (self.y * self.pitch + self.x) as u64, on_device))
+    }
+}
+
+/// Enqueues the rows one by one, when all of them are within memory.
+fn rows(copy: RowCopy, stream: u64) -> Status {
+    let RowCopy { from, to, width, height } = copy;
+    let ((from_base, from_kind), (to_base, to_kind)) = (from.begin(width)?, to.begin(width)?);
+    let row = |base: u64, pitch: usize, row: usize| base + (row * pitch) as u64;
+    if let (Some(last), true) = (height.checked_sub(1), width > 0) {
+        Spot::of(row(from_base, from.pitch, last), width as u64)?;
+        Spot::of(row(to_base, to.pitch, last), width as u64)?;
+    }
+    let each = |i| ((row(to_base, to.pitch, i), to_kind), (row(from_base, from.pitch, i), from_kind));
+    (0..height).map(each).try_for_each(|(to, from)| between(to, from, width, stream, false))
+}
+
 /// Enqueues a copy. If either end is pageable memory, the host waits for it.
 fn copy(to: u64, from: u64, bytes: usize, stream: u64, block: bool) -> Status {
     if bytes == 0 {
@@ -132,6 +186,10 @@ export! {
 
     context fn cuMemcpyAsync(to: u64, from: u64, bytes: usize, stream: u64) {
         copy(to, from, bytes, stream, false)
+    }
+
+    context fn cuMemcpy2DAsync_v2(copy: *const RowCopy, stream: u64) {
+        take(copy, 1)?.into_iter().try_for_each(|copy| rows(copy, stream))
     }
 
     quiet fn cuMemcpyDtoH_v2(to: u64, from: u64, bytes: usize) {

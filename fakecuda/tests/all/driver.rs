@@ -240,6 +240,25 @@ fn a_batch_copies_all_of_it() {
 }
 
 #[test]
+fn rows_are_copied_with_their_distances() {
+    let fixture = Fixture::new();
+    let (from, to, stream) = (fixture.pinned(40), fixture.memory(100), fixture.stream(1));
+    from.iter_mut().zip(0..).for_each(|(byte, i)| *byte = i);
+    fixture.device().poke(to, &[0xEE; 100]);
+    let copy = |from_pitch: u64, height: u64| {
+        let arguments = [0, 0, 1, from.as_ptr() as u64, 0, 0, from_pitch, 2, 1, 2, 0, to, 0, 30, 4, height];
+        cuda!(cuMemcpy2DAsync_v2(arguments.as_ptr() => *const u64, stream => u64))
+    };
+    assert_eq!((copy(10, 3), synchronize(stream)), (0, 0));
+    let mut expected = [0xEE; 100];
+    (0..3_u8)
+        .for_each(|row| (0..4_u8).for_each(|i| expected[32 + 30 * usize::from(row)..][usize::from(i)] = 10 * row + i));
+    assert_eq!(fixture.device().peek(to, 96), expected[..96]);
+    // Rows that overlap, and rows outside the memory.
+    assert_eq!([copy(3, 3), copy(10, 4), copy(1 << 31, 1)], [1, 1, 1]);
+}
+
+#[test]
 fn what_is_not_given_back_is_counted() {
     let fixture = Fixture::new();
     assert_eq!(fixture.device().live(), Live::default());
