@@ -7,6 +7,21 @@ use super::Dependency;
 use crate::error::Result;
 use std::time::Instant;
 
+/// Rows of `width` bytes that one copy moves. They begin at distances of `from_pitch` in host memory and of
+/// `to_pitch` on the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowLayout {
+    pub width: usize,
+    pub height: usize,
+    pub from_pitch: usize,
+    pub to_pitch: u64,
+}
+
+impl RowLayout {
+    /// The longest distance between rows that every GPU takes.
+    pub const PITCH_MAX: usize = i32::MAX as usize;
+}
+
 /// A queue of copies from host memory to devices, separate from those of saves. Copies to one device run in
 /// order.
 pub(crate) trait LoadQueue {
@@ -16,16 +31,15 @@ pub(crate) trait LoadQueue {
     /// `Device`, sticky.
     fn wait(&mut self, dependency: &Dependency) -> Result<()>;
 
-    /// Queues a copy of `len` bytes to the address `to` of device `ordinal`.
+    /// Queues a copy of `rows` to the address `to` of device `ordinal`.
     ///
-    /// # Safety
-    /// `from` stays readable and unchanged, and `to` writable on that device, until a later mark is reached
-    /// or the queue is quiescent.
+    /// # Safety Every row from `from` on stays readable and unchanged, and every row from `to` on writable on
+    /// that device, until a later mark is reached or the queue is quiescent.
     ///
     /// # Errors
     /// `Device`; the copy may be queued nevertheless.
     #[expect(unsafe_code, reason = "the contract of an asynchronous copy; the restore, its one caller, keeps it")]
-    unsafe fn load(&mut self, ordinal: u32, from: *const u8, to: u64, len: usize) -> Result<()>;
+    unsafe fn load(&mut self, ordinal: u32, from: *const u8, to: u64, rows: RowLayout) -> Result<()>;
 
     /// Makes a completion event behind the copies so far.
     ///

@@ -29,7 +29,7 @@ pub use copy_queue::CopyQueue;
 pub use cuda::Cuda;
 pub use host::Host;
 pub(crate) use kernels::{DeviceLateCopy, Digests, FenceKernels, KernelMemory, Kernels, Launch, ProgramMemory, Queued};
-pub(crate) use load_queue::LoadQueue;
+pub(crate) use load_queue::{LoadQueue, RowLayout};
 pub(crate) use pieces::{Piece, Pieces, View};
 pub use selection::DeviceReport;
 pub(crate) use waits::{WaitGuard, Waits};

@@ -12,15 +12,18 @@
 //! for a completion event that was reached or a queue that is quiescent; otherwise it forgets the lease, and
 //! the mapping stays forever. A slab is not written while its lease is kept. Copies write to memory that the
 //! caller of [`DeviceTarget::new`] guarantees until `read_into` returns, and `read_into` waits for the same
-//! events. They stay within bounds checked against the tensor's length.
+//! events. They stay within bounds checked against the tensor's length: the places of a box in a target are
+//! those of a region within the target.
 #![expect(unsafe_code, reason = "asynchronous copies into memory of a device; argument above")]
 
+use super::matches;
 use super::piece::{Piece, Space, coalesce, file_at, pass, share_out, worthwhile};
 use super::region::Region;
-use super::{Share, Wanted, matches};
+use super::share::Share;
+use super::wanted::Wanted;
 use crate::checkpoint::Checkpoint;
 use crate::completion::deadline_after;
-use crate::device::{Dependency, Device, LoadQueue};
+use crate::device::{Dependency, Device, LoadQueue, RowLayout};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::entries::BLOCK;
 use crate::memory::{ALIGNMENT, Arena, Lease};
@@ -199,15 +202,15 @@ impl Space for Slab {
 }
 
 impl Slab {
-    /// Packs short runs of a device part to where the part begins. The slab starts at offset `first` of the
-    /// file.
+    /// Packs short runs of a device part to where the part begins, so that they are side by side. The slab
+    /// starts at offset `first` of the file.
     fn pack(&mut self, part: &mut Wanted<'_, '_>, first: u64) -> Result<()> {
         let together = part.region.at(part.place).1;
         if matches!(part.to, Share::Host(_)) || together >= part.to.len() || together >= RUN {
             return Ok(());
         }
         let (bytes, mut to) = (self.0.bytes_mut(), (part.range.start - first) as usize);
-        for run in runs(part, first) {
+        for (run, _) in runs(part, first) {
             let len = run.len();
             // Runs only move towards the start: offsets in a tensor rise with those in its slice.
             if run.end > bytes.len() || to > run.start {
@@ -216,22 +219,59 @@ impl Slab {
             bytes.copy_within(run, to);
             to += len;
         }
-        (part.region, part.place, part.origin) = (Region::whole(part.to.len()), 0, 0);
+        // The part's first byte stays that of its place, which also says where it goes in the target.
+        (part.region, part.origin) = (Region::whole(part.place + part.to.len()), part.place);
         Ok(())
     }
 }
 
-/// Returns the byte ranges of a device part within a slab that starts at offset `first` of the file.
-fn runs(part: &Wanted<'_, '_>, first: u64) -> impl Iterator<Item = Range<usize>> {
+/// Returns the byte ranges of a device part within a slab that starts at offset `first` of the file, and
+/// where each goes, from the share's address on.
+fn runs(part: &Wanted<'_, '_>, first: u64) -> impl Iterator<Item = (Range<usize>, u64)> {
+    let into = if let Share::Device { into, .. } = &part.to { into.as_deref() } else { None };
     let mut done = 0;
     std::iter::from_fn(move || {
         let left = part.to.len().checked_sub(done).filter(|left| *left > 0)?;
         let (source, together) = part.region.at(part.place + done);
-        let len = together.min(left);
+        let (to, room) = into.map_or((done, left), |into| into.at(part.place + done));
+        let len = together.min(room).min(left);
         done += len;
         let from = (source + part.range.start).wrapping_sub(part.origin + first) as usize;
-        Some(from..from.saturating_add(len as usize))
+        Some((from..from.saturating_add(len as usize), to))
     })
+}
+
+/// Runs that one copy moves: where the first is in the slab and goes to, and how the others follow.
+struct Rows {
+    from: usize,
+    to: u64,
+    layout: RowLayout,
+}
+
+impl Rows {
+    fn new(from: &Range<usize>, to: u64) -> Self {
+        let layout = RowLayout { width: from.len(), height: 1, from_pitch: from.len(), to_pitch: from.len() as u64 };
+        Self { from: from.start, to, layout }
+    }
+
+    /// Adds a run as the next row. Returns false if it does not follow as the others do.
+    fn add(&mut self, from: &Range<usize>, to: u64) -> bool {
+        let RowLayout { width, height, from_pitch, to_pitch } = self.layout;
+        let ahead = (from.start.checked_sub(self.from), to.checked_sub(self.to));
+        let (Some(from_ahead), Some(to_ahead)) = ahead else { return false };
+        let follows = if height == 1 {
+            self.layout.from_pitch = from_ahead;
+            self.layout.to_pitch = to_ahead;
+            from_ahead >= width && to_ahead >= width as u64 && from_ahead.max(to_ahead as usize) <= RowLayout::PITCH_MAX
+        } else {
+            from_ahead == height * from_pitch && to_ahead == height as u64 * to_pitch
+        };
+        let follows = follows && from.len() == width;
+        if follows {
+            self.layout.height += 1;
+        }
+        follows
+    }
 }
 
 fn outside() -> Error {
@@ -281,17 +321,24 @@ impl<'l> Loader<'l> {
 
     /// Queues the copies of a checked part from the newest slab, which starts at offset `first` of the file.
     fn hand_over(&mut self, part: &Wanted<'_, '_>, first: u64) -> Result<()> {
-        let (&Share::Device { ordinal, mut address, .. }, Some(upload)) = (&part.to, self.in_flight.back()) else {
+        let (&Share::Device { ordinal, address, .. }, Some(upload)) = (&part.to, self.in_flight.back()) else {
             return Ok(());
         };
-        for run in runs(part, first) {
-            let from = upload.slab.bytes().get(run).ok_or_else(outside)?;
+        let mut rows: Option<Rows> = None;
+        let mut queue = |rows: Rows| {
+            let RowLayout { width, height, from_pitch, .. } = rows.layout;
+            let end = (rows.from + width).saturating_add((height - 1).saturating_mul(from_pitch));
+            let from = upload.slab.bytes().get(rows.from..end).ok_or_else(outside)?.as_ptr();
             // SAFETY: the slab stays in `in_flight` until an event after this copy is reached; the target's
             // creator guarantees its memory.
-            unsafe { self.queue.load(ordinal, from.as_ptr(), address, from.len())? };
-            address += from.len() as u64;
+            unsafe { self.queue.load(ordinal, from, address + rows.to, rows.layout) }
+        };
+        for (from, to) in runs(part, first) {
+            if !rows.as_mut().is_some_and(|rows| rows.add(&from, to)) {
+                rows.replace(Rows::new(&from, to)).map_or(Ok(()), &mut queue)?;
+            }
         }
-        Ok(())
+        rows.map_or(Ok(()), queue)
     }
 
     /// Waits until the copies from the oldest slab have ended.

@@ -2,8 +2,9 @@
 //! it.
 //!
 //! **Protocol.** The requested bytes are split into *parts*, each checked by one digest (a tensor, or a block
-//! of a longer one). Small neighbours are merged into *pieces* of at most 2 MiB. A thread reads a piece with
-//! aligned reads into its own buffer, and copies and digests each run of bytes while it is in the CPU cache.
+//! of a longer one). A tensor that lies in several boxes contributes the parts of each box that the request
+//! overlaps. Small neighbours are merged into *pieces* of at most 2 MiB. A thread reads a piece with aligned
+//! reads into its own buffer, and copies and digests each run of bytes while it is in the CPU cache.
 //! **Completion.** `Ok` when all targets are filled and every digest matches. **Errors.** The first error
 //! wins and the other threads stop. The contents of the targets are then undefined, and memory allocated for
 //! the result is dropped. **Memory.** One buffer of 2 MiB per thread, and the result. For targets in device
@@ -12,7 +13,9 @@
 mod device;
 mod piece;
 mod region;
+mod share;
 mod verify;
+mod wanted;
 
 pub use device::DeviceTarget;
 pub use verify::{Damage, Report};
@@ -20,13 +23,14 @@ pub use verify::{Damage, Report};
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::format::entries::{BLOCK, SliceEntry, TensorEntry};
+use crate::format::entries::{SliceEntry, TensorEntry};
 use crate::mutant::{self, Mutant};
 use crate::state::{DeviceStream, Dtype, Element};
-use piece::{Part, Piece, WINDOW, Window, coalesce, file_at, pass, visit_all, zeroed};
-use region::Region;
+use piece::{Piece, WINDOW, Window, coalesce, file_at, pass, visit_all, zeroed};
+use share::Share;
 use std::collections::HashSet;
 use std::ops::Range;
+use wanted::Wanted;
 
 /// Where to read tensors to: any number of targets, read together.
 ///
@@ -53,37 +57,6 @@ struct Target<'t> {
     /// None: the whole tensor.
     slice: Option<Vec<Range<usize>>>,
     to: Share<'t>,
-}
-
-/// Memory of a target, or a part of it.
-enum Share<'t> {
-    Host(&'t mut [u8]),
-    Device { ordinal: u32, address: u64, bytes: u64 },
-}
-
-impl Share<'_> {
-    fn len(&self) -> u64 {
-        match self {
-            Self::Host(to) => to.len() as u64,
-            Self::Device { bytes, .. } => *bytes,
-        }
-    }
-
-    /// Splits off the first `len` bytes.
-    fn take(&mut self, len: u64) -> Self {
-        match self {
-            Self::Host(to) => {
-                let (share, rest) = std::mem::take(to).split_at_mut(len as usize);
-                *to = rest;
-                Self::Host(share)
-            }
-            Self::Device { ordinal, address, bytes } => {
-                let share = Self::Device { ordinal: *ordinal, address: *address, bytes: len };
-                (*address, *bytes) = (*address + len, *bytes - len);
-                share
-            }
-        }
-    }
 }
 
 impl<'t> Targets<'t> {
@@ -163,7 +136,8 @@ impl<'t> Targets<'t> {
         if !self.streams.contains(&to.stream) {
             self.streams.push(to.stream);
         }
-        let share = Share::Device { ordinal: to.stream.ordinal, address: to.address, bytes: to.bytes };
+        let (address, bytes, into) = (to.address, to.bytes, None);
+        let share = Share::Device { ordinal: to.stream.ordinal, address, into, bytes };
         self.add(name, to.dtype, slice, share)
     }
 }
@@ -212,6 +186,18 @@ impl Checkpoint {
         self.expect_dtype(entry, T::DTYPE)?;
         let len = self.region(entry, Some(slice))?.len() / size_of::<T>() as u64;
         self.fill(len, |elements| Targets::new().slice_elements(name, slice, elements))
+    }
+
+    /// Returns the boxes in which tensor `name` is stored, each as a slice for [`Checkpoint::read_slice`]:
+    /// what each rank wrote of it. A tensor that was written whole has one box. Together the boxes cover the
+    /// tensor exactly once.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such tensor.
+    pub fn boxes(&self, name: &str) -> Result<Vec<Vec<Range<usize>>>> {
+        let ends =
+            |slice: &SliceEntry| slice.at.iter().zip(&slice.shape).map(|(&at, &extent)| at..at + extent).collect();
+        Ok(self.entry(name)?.slices.iter().map(ends).collect())
     }
 
     /// Refuses tensors without a target, for strict targets.
@@ -291,52 +277,6 @@ impl Checkpoint {
         Ok(out)
     }
 
-    /// Adds the parts that fill `target`, each with its part of the target's memory.
-    fn plan<'c, 't>(&'c self, target: Target<'t>, parts: &mut Vec<Wanted<'c, 't>>) -> Result<()> {
-        let tensor = self.entry(&target.name)?;
-        if let Some(dtype) = target.dtype {
-            self.expect_dtype(tensor, dtype)?;
-        }
-        let region = self.region(tensor, target.slice.as_deref())?;
-        let mut to = target.to;
-        if to.len() != region.len() {
-            let (expected, found) = (region.len(), to.len());
-            let wrong = format!("a target has the wrong length tensor={:?} expected_bytes={expected}", tensor.name);
-            return Err(self.located(Error::invalid(format!("{wrong} found_bytes={found}"))));
-        }
-        let slice = self.only_slice(tensor)?;
-        let mut done = 0;
-        for (index, (range, digest)) in blocks(slice).enumerate() {
-            let origin = index as u64 * BLOCK;
-            let end = region.before(origin + (range.end - range.start));
-            if end > done {
-                let (share, region) = (to.take(end - done), region.clone());
-                let (file, found) = (slice.file, Digest::EMPTY);
-                parts.push(Wanted { file, range, digest, found, tensor, region, origin, place: done, to: share });
-                done = end;
-            }
-        }
-        Ok(())
-    }
-
-    fn region(&self, tensor: &TensorEntry, slice: Option<&[Range<usize>]>) -> Result<Region> {
-        let region = match slice {
-            None => return Ok(Region::whole(self.only_slice(tensor)?.length)),
-            Some(ranges) => Region::slice(tensor.dtype.bitsize(), &tensor.shape, ranges),
-        };
-        region.map_err(|e| self.located(Error::invalid(format!("{} tensor={:?}", e.message(), tensor.name))))
-    }
-
-    fn only_slice<'c>(&self, tensor: &'c TensorEntry) -> Result<&'c SliceEntry> {
-        match &tensor.slices[..] {
-            [slice] => Ok(slice),
-            slices => {
-                let wrong = format!("a tensor in several slices cannot be read yet tensor={:?}", tensor.name);
-                Err(self.located(Error::invalid(format!("{wrong} slices={}", slices.len()))))
-            }
-        }
-    }
-
     fn expect_dtype(&self, tensor: &TensorEntry, asked: Dtype) -> Result<()> {
         if tensor.dtype == asked {
             return Ok(());
@@ -355,64 +295,4 @@ impl Checkpoint {
 /// The only comparison of stored bytes with their digest.
 fn matches(found: Digest, written: Digest) -> bool {
     mutant::on(Mutant::DigestCheck) || found == written
-}
-
-/// Returns the byte ranges of the file, each with its digest, that make up a slice.
-fn blocks(slice: &SliceEntry) -> impl Iterator<Item = (Range<u64>, Digest)> {
-    let whole = slice.blocks.is_empty().then_some(slice.digest);
-    let end = slice.offset + slice.length;
-    slice.blocks.iter().copied().chain(whole).enumerate().map(move |(index, digest)| {
-        let start = slice.offset + index as u64 * BLOCK;
-        (start..end.min(start + BLOCK), digest)
-    })
-}
-
-/// A part, with the target memory that it fills.
-struct Wanted<'c, 't> {
-    file: usize,
-    range: Range<u64>,
-    digest: Digest,
-    /// The digest of the bytes read so far.
-    found: Digest,
-    tensor: &'c TensorEntry,
-    region: Region,
-    /// The offset in the tensor where `range` begins.
-    origin: u64,
-    /// The offset in the region where `to` begins.
-    place: u64,
-    /// The memory that is still to be filled. Device memory is filled after the digest is checked.
-    to: Share<'t>,
-}
-
-impl Part for Wanted<'_, '_> {
-    fn file(&self) -> usize {
-        self.file
-    }
-
-    fn range(&self) -> Range<u64> {
-        self.range.clone()
-    }
-
-    fn take(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        let start = self.origin + (at - self.range.start);
-        let end = start + bytes.len() as u64;
-        while let Share::Host(to) = &mut self.to
-            && !to.is_empty()
-        {
-            let (source, together) = self.region.at(self.place);
-            if source >= end {
-                break;
-            }
-            let from = source.checked_sub(start).and_then(|skip| bytes.get(skip as usize..)).unwrap_or_default();
-            let len = to.len().min(from.len()).min(usize::try_from(together).unwrap_or(usize::MAX));
-            if len == 0 {
-                return Err(Error::internal("a slice is outside its block"));
-            }
-            let (now, later) = std::mem::take(to).split_at_mut(len);
-            now.copy_from_slice(&from[..len]);
-            (self.place, *to) = (self.place + len as u64, later);
-        }
-        self.found = self.found.then(Digest::of(bytes), bytes.len() as u64);
-        Ok(())
-    }
 }

@@ -11,7 +11,8 @@ use std::ops::Range;
 pub(super) struct Region {
     /// The offset of the first byte in the tensor.
     base: u64,
-    /// Extent and stride in bytes of the dimensions that split it into runs, innermost first.
+    /// Extent and stride in bytes of the dimensions that split it into runs, innermost first. Dimensions that
+    /// one stride walks through are merged.
     outer: SmallVec<[(u64, u64); 4]>,
     /// The length of a run, in bytes.
     run: u64,
@@ -38,7 +39,7 @@ impl Region {
             return Ok(Self::whole(0));
         }
         let (mut base, mut run, mut stride) = (0_u64, bits as u64, bits as u64);
-        let mut outer = SmallVec::new();
+        let mut outer = SmallVec::<[(u64, u64); 4]>::new();
         let mut contiguous = true;
         for (&dim, range) in shape.iter().zip(ranges).rev() {
             // None of these overflows: the tensor is at least as large, and its size in bits was checked at
@@ -48,7 +49,11 @@ impl Region {
                 run = range.len() as u64 * stride;
                 contiguous = range.len() == dim;
             } else if range.len() > 1 {
-                outer.push((range.len() as u64, stride));
+                match outer.last_mut() {
+                    // One run after another all the way through both dimensions: they count as one.
+                    Some((extent, step)) if *extent * *step == stride => *extent *= range.len() as u64,
+                    _ => outer.push((range.len() as u64, stride)),
+                }
             }
             stride *= dim as u64;
         }
@@ -66,6 +71,11 @@ impl Region {
     /// The length of the result in bytes.
     pub fn len(&self) -> u64 {
         self.len
+    }
+
+    /// True when the bytes lie side by side in the tensor.
+    pub fn is_contiguous(&self) -> bool {
+        self.run == self.len
     }
 
     /// Returns the offset in the tensor of byte `place < len` of the result, and how many bytes from there

@@ -1,7 +1,8 @@
 //! Verification: reads every byte of a step once and reports all damage.
 
+use super::matches;
 use super::piece::{Part, Piece, WINDOW, Window, coalesce, file_at, pass, stream, visit_all, zeroed};
-use super::{blocks, matches};
+use super::wanted::blocks;
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};

@@ -1,7 +1,7 @@
 //! The CUDA driver, found at run time. No file outside this folder calls it. From the bottom up: `handles`
-//! has the types of its objects, `functions` the table of its functions, `codes` their result codes, `batch`
-//! a function that a driver may lack, `library` finds the driver, `context` has the calls on a device,
-//! `owned` the objects that the driver creates and destroys.
+//! has the types of its objects, `rows` the arguments of a copy of rows, `functions` the table of its
+//! functions, `codes` their result codes, `batch` a function that a driver may lack, `library` finds the
+//! driver, `context` has the calls on a device, `owned` the objects that the driver creates and destroys.
 //!
 //! A missing library, a missing symbol, a driver without a device: each is an error that names it, never a
 //! panic. A result code is a plain number, because a newer driver may return codes that are unknown here.
@@ -26,6 +26,7 @@ mod library;
 mod owned;
 #[cfg(all(test, not(any(loom, miri))))]
 mod proof;
+mod rows;
 
 pub(super) use batch::Copies;
 pub(super) use context::Context;

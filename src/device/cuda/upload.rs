@@ -10,7 +10,7 @@
 use super::CudaState;
 use super::copy_streams::CopyStreams;
 use super::pooled_event::{PooledEvent, events_of};
-use crate::device::{Dependency, LoadQueue};
+use crate::device::{Dependency, LoadQueue, RowLayout};
 use crate::error::Result;
 use std::sync::Arc;
 use std::time::Instant;
@@ -29,12 +29,17 @@ impl LoadQueue for Uploads {
         self.0.wait(dependency)
     }
 
-    unsafe fn load(&mut self, ordinal: u32, from: *const u8, to: u64, len: usize) -> Result<()> {
+    unsafe fn load(&mut self, ordinal: u32, from: *const u8, to: u64, rows: RowLayout) -> Result<()> {
         let copy_stream = self.0.of(ordinal)?;
         // Set before the call, because a call that fails may have queued the copy nevertheless.
         copy_stream.moved = true;
         // SAFETY: the caller's contract, passed on.
-        unsafe { copy_stream.stream.copy_to_device(from, to, len) }
+        unsafe {
+            match rows {
+                RowLayout { width, height: 1, .. } => copy_stream.stream.copy_to_device(from, to, width),
+                rows => copy_stream.stream.copy_rows_to_device(from, to, rows),
+            }
+        }
     }
 
     fn event(&mut self) -> Result<Dependency> {

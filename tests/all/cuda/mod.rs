@@ -14,6 +14,7 @@ mod late_copies;
 mod loader;
 mod program;
 mod restoring;
+mod restoring_boxes;
 mod restoring_fails;
 mod settings;
 mod staging;

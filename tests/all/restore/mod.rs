@@ -1,5 +1,6 @@
 //! A reader returns all that was written or an error, never anything else.
 
+mod boxes;
 mod damage;
 mod exchanged_steps;
 mod flipped_bits;

@@ -107,6 +107,8 @@ pub mod flag {
     pub const WAIT_AT_LEAST: c_uint = 0;
     /// Each copy of a batch reads its source in stream order.
     pub const COPY_IN_STREAM_ORDER: c_uint = 1;
+    pub const MEMORY_HOST: c_uint = 1;
+    pub const MEMORY_DEVICE: c_uint = 2;
     pub const COPY_DEFAULT: c_uint = 0;
     pub const COPY_PREFER_OVERLAP_WITH_COMPUTE: c_uint = 1;
 }

@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "symbols of a C library; argument above")]
 
 use super::handles::{Address, ContextHandle, EventHandle, FunctionHandle, ModuleHandle, StreamHandle};
+use super::rows::RowCopy;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
 /// Passes the functions, with their names in `cuda.h`, to the macro `$with`; an older driver may lack those
@@ -39,6 +40,7 @@ macro_rules! functions {
                 unregister = cuMemHostUnregister(*mut c_void);
                 to_host = cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, StreamHandle);
                 to_device = cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, StreamHandle);
+                rows_to_device = cuMemcpy2DAsync_v2(*const RowCopy, StreamHandle);
                 allocate = cuMemAlloc_v2(*mut Address, usize);
                 free = cuMemFree_v2(Address);
                 allocate_host = cuMemHostAlloc(*mut *mut c_void, usize, c_uint);

@@ -10,6 +10,8 @@ use super::codes::{self, flag};
 use super::context::{Context, REFUSALS};
 use super::functions::Table;
 use super::handles::{Address, EventHandle, FunctionHandle, ModuleHandle, StreamHandle};
+use super::rows::RowCopy;
+use crate::device::RowLayout;
 use crate::error::Result;
 use crate::state::DeviceStream;
 use crate::sync::Mutex;
@@ -155,6 +157,17 @@ impl Stream {
     pub unsafe fn copy_to_device(&self, from: *const u8, to: Address, len: usize) -> Result<()> {
         // SAFETY: the caller's contract.
         self.context.call("cuMemcpyHtoDAsync_v2", |t| unsafe { (t.to_device)(to, from.cast(), len, self.handle) })
+    }
+
+    /// Queues a copy of rows to the device. If the host memory is not pinned, the call may wait for all
+    /// earlier work.
+    ///
+    /// # Safety
+    /// As for [`Stream::copy_to_device`], for every row.
+    pub unsafe fn copy_rows_to_device(&self, from: *const u8, to: Address, rows: RowLayout) -> Result<()> {
+        let copy = RowCopy::to_device(from, to, rows);
+        // SAFETY: the caller's contract; the driver reads the arguments during the call only.
+        self.context.call("cuMemcpy2DAsync_v2", |t| unsafe { (t.rows_to_device)(&copy, self.handle) })
     }
 
     /// Queues a store of `value`, visible after everything that was queued before it.

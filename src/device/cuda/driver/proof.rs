@@ -14,6 +14,7 @@ use super::batch::{Attributes, Plain, WithIndex};
 use super::codes::{self, errors, flag};
 use super::functions::functions;
 use super::handles::{Address, ContextHandle, EventHandle, FunctionHandle, ModuleHandle, StreamHandle};
+use super::rows::RowCopy;
 use cudarc::driver::sys;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::mem::offset_of;
@@ -93,7 +94,7 @@ macro_rules! arguments {
     };
 }
 arguments! {
-    c_int, c_uint, c_char, c_void, u8, u64, usize, Attributes, sys::CUmemcpyAttributes, sys::CUstreamCaptureMode,
+    c_int, c_uint, c_char, c_void, u8, u64, usize, Attributes, RowCopy, sys::CUmemcpyAttributes, sys::CUDA_MEMCPY2D, sys::CUstreamCaptureMode,
     sys::CUstreamCaptureStatus;
     ContextHandle = sys::CUctx_st: Context, StreamHandle = sys::CUstream_st: Stream, EventHandle = sys::CUevent_st: Event,
     ModuleHandle = sys::CUmod_st: Module, FunctionHandle = sys::CUfunc_st: Function
@@ -193,6 +194,21 @@ const _: () = {
     assert!(offset_of!(Attributes, flags) == offset_of!(Theirs, flags));
 };
 
+macro_rules! same_fields {
+    ($($ours:ident$(.$field:ident)? = $theirs:ident,)*) => {
+        const _: () = {
+            assert!(size_of::<RowCopy>() == size_of::<sys::CUDA_MEMCPY2D>());
+            $(assert!(offset_of!(RowCopy, $ours$(.$field)?) == offset_of!(sys::CUDA_MEMCPY2D, $theirs), stringify!($theirs));)*
+        };
+    };
+}
+same_fields! {
+    from.x = srcXInBytes, from.y = srcY, from.kind = srcMemoryType, from.host = srcHost, from.device = srcDevice,
+    from.array = srcArray, from.pitch = srcPitch, to.x = dstXInBytes, to.y = dstY, to.kind = dstMemoryType,
+    to.host = dstHost, to.device = dstDevice, to.array = dstArray, to.pitch = dstPitch, width = WidthInBytes,
+    height = Height,
+}
+
 macro_rules! equal {
     ($($ours:expr, $theirs:expr;)*) => { $(
         const _: () = assert!($ours as i64 == $theirs as i64, concat!(stringify!($theirs), " is another number"));
@@ -219,6 +235,8 @@ equal! {
     flag::REGISTER_PORTABLE, sys::CU_MEMHOSTREGISTER_PORTABLE;
     flag::WRITE_DEFAULT, sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT;
     flag::WAIT_AT_LEAST, sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ;
+    flag::MEMORY_HOST, sys::CUmemorytype::CU_MEMORYTYPE_HOST;
+    flag::MEMORY_DEVICE, sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
     flag::COPY_IN_STREAM_ORDER, sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
     flag::COPY_DEFAULT, sys::CUmemcpyFlags::CU_MEMCPY_FLAG_DEFAULT;
     flag::COPY_PREFER_OVERLAP_WITH_COMPUTE, sys::CUmemcpyFlags::CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE;

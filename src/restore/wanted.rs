@@ -1,0 +1,204 @@
+//! What to read for a target: the blocks of each box of its tensor that overlap the asked region.
+//!
+//! A manifest describes a tensor as one or several *boxes*, its slices, each contiguous in a file. Two
+//! regions say what one box contributes: which of its bytes are wanted, and where in the target they go. Both
+//! list the same bytes in the same order.
+
+use super::Target;
+use super::piece::Part;
+use super::region::Region;
+use super::share::Share;
+use crate::checkpoint::Checkpoint;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::format::entries::{BLOCK, SliceEntry, TensorEntry};
+use std::ops::Range;
+
+impl Checkpoint {
+    /// Adds the parts that fill `target`, each with its part of the target's memory.
+    pub(super) fn plan<'c, 't>(&'c self, target: Target<'t>, parts: &mut Vec<Wanted<'c, 't>>) -> Result<()> {
+        let tensor = self.entry(&target.name)?;
+        if let Some(dtype) = target.dtype {
+            self.expect_dtype(tensor, dtype)?;
+        }
+        let region = self.region(tensor, target.slice.as_deref())?;
+        if target.to.len() != region.len() {
+            let (expected, found) = (region.len(), target.to.len());
+            let wrong = format!("a target has the wrong length tensor={:?} expected_bytes={expected}", tensor.name);
+            return Err(self.located(Error::invalid(format!("{wrong} found_bytes={found}"))));
+        }
+        if let [slice] = &tensor.slices[..] {
+            cut(tensor, slice, region, target.to, parts);
+            return Ok(());
+        }
+        let mut overlaps = self.overlaps(tensor, target.slice.as_deref())?;
+        if overlaps.iter().map(|overlap| overlap.into.len()).sum::<u64>() != region.len() {
+            return Err(self.located(Error::internal(format!("boxes do not fill a target tensor={:?}", tensor.name))));
+        }
+        overlaps.sort_by_key(|overlap| overlap.into.at(0).0);
+        let (from, into): (Vec<_>, Vec<_>) = overlaps.into_iter().map(|o| ((o.slice, o.from), o.into)).unzip();
+        for ((slice, from), to) in from.into_iter().zip(target.to.divide(into)) {
+            cut(tensor, slice, from, to, parts);
+        }
+        Ok(())
+    }
+
+    /// Returns which bytes of `tensor` a slice of it selects.
+    pub(super) fn region(&self, tensor: &TensorEntry, slice: Option<&[Range<usize>]>) -> Result<Region> {
+        let region = match slice {
+            None => return Ok(Region::whole(tensor.slices.iter().map(|slice| slice.length).sum())),
+            Some(ranges) => Region::slice(tensor.dtype.bitsize(), &tensor.shape, ranges),
+        };
+        region.map_err(|e| self.located(Error::invalid(format!("{} tensor={:?}", e.message(), tensor.name))))
+    }
+
+    /// Returns what the boxes of `tensor` contribute to a slice of it, for boxes that contribute at all.
+    fn overlaps<'c>(&self, tensor: &'c TensorEntry, asked: Option<&[Range<usize>]>) -> Result<Vec<Overlap<'c>>> {
+        let whole: Vec<_>;
+        let asked = match asked {
+            Some(asked) => asked,
+            None => {
+                whole = tensor.shape.iter().map(|&dim| 0..dim).collect();
+                &whole
+            }
+        };
+        let extents: Vec<_> = asked.iter().map(Range::len).collect();
+        let bits = tensor.dtype.bitsize();
+        let mut overlaps = Vec::new();
+        for slice in &tensor.slices {
+            let shared = || {
+                let stored = slice.at.iter().zip(&slice.shape);
+                stored.zip(asked).map(|((&at, &extent), asked)| asked.start.max(at)..asked.end.min(at + extent))
+            };
+            if shared().any(|range| range.is_empty()) {
+                continue;
+            }
+            let less = |range: Range<usize>, origin: usize| range.start - origin..range.end - origin;
+            let in_box: Vec<_> = shared().zip(&slice.at).map(|(range, &at)| less(range, at)).collect();
+            let in_target: Vec<_> = shared().zip(asked).map(|(range, asked)| less(range, asked.start)).collect();
+            let from = Region::slice(bits, &slice.shape, &in_box);
+            let both = from.and_then(|from| Ok((from, Region::slice(bits, &extents, &in_target)?)));
+            let (from, into) = both.map_err(|e| {
+                let (name, SliceEntry { at, shape, .. }) = (&tensor.name, slice);
+                let wrong =
+                    format!("a box of a tensor does not fit whole bytes tensor={name:?} at={at:?} extent={shape:?}");
+                self.in_file(Error::invalid(wrong).with_source(e), slice.file)
+            })?;
+            overlaps.push(Overlap { slice, from, into });
+        }
+        Ok(overlaps)
+    }
+}
+
+/// What one box contributes to a target.
+struct Overlap<'c> {
+    slice: &'c SliceEntry,
+    /// Its wanted bytes in the box.
+    from: Region,
+    /// Where they go in the target.
+    into: Region,
+}
+
+/// Adds the blocks of `slice` that `region` touches, each with its share of `to`.
+fn cut<'c, 't>(
+    tensor: &'c TensorEntry,
+    slice: &SliceEntry,
+    region: Region,
+    mut to: Share<'t>,
+    parts: &mut Vec<Wanted<'c, 't>>,
+) {
+    let mut done = 0;
+    for (index, (range, digest)) in blocks(slice).enumerate() {
+        let origin = index as u64 * BLOCK;
+        let end = region.before(origin + (range.end - range.start));
+        if end > done {
+            let (share, region) = (to.take(end - done), region.clone());
+            let (file, found) = (slice.file, Digest::EMPTY);
+            parts.push(Wanted { file, range, digest, found, tensor, region, origin, place: done, to: share });
+            done = end;
+        }
+    }
+}
+
+/// Returns the byte ranges of the file, each with its digest, that make up a slice.
+pub(super) fn blocks(slice: &SliceEntry) -> impl Iterator<Item = (Range<u64>, Digest)> {
+    let whole = slice.blocks.is_empty().then_some(slice.digest);
+    let end = slice.offset + slice.length;
+    slice.blocks.iter().copied().chain(whole).enumerate().map(move |(index, digest)| {
+        let start = slice.offset + index as u64 * BLOCK;
+        (start..end.min(start + BLOCK), digest)
+    })
+}
+
+/// A part, with the target memory that it fills.
+pub(super) struct Wanted<'c, 't> {
+    pub file: usize,
+    pub range: Range<u64>,
+    pub digest: Digest,
+    /// The digest of the bytes read so far.
+    pub found: Digest,
+    pub tensor: &'c TensorEntry,
+    /// The wanted bytes of the box.
+    pub region: Region,
+    /// The offset in the box where `range` begins.
+    pub origin: u64,
+    /// The offset in the region where `to` begins.
+    pub place: u64,
+    /// The memory that is still to be filled. Device memory is filled after the digest is checked.
+    pub to: Share<'t>,
+}
+
+impl Part for Wanted<'_, '_> {
+    fn file(&self) -> usize {
+        self.file
+    }
+
+    fn range(&self) -> Range<u64> {
+        self.range.clone()
+    }
+
+    fn take(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        let start = self.origin + (at - self.range.start);
+        let (region, place) = (&self.region, &mut self.place);
+        match &mut self.to {
+            Share::Host(to) => {
+                while let Some(from) = run(region, *place, to.len() as u64, start, bytes)? {
+                    let (now, later) = std::mem::take(to).split_at_mut(from.len());
+                    now.copy_from_slice(from);
+                    (*place, *to) = (*place + from.len() as u64, later);
+                }
+            }
+            Share::Bands { target, into, bytes: left } => {
+                let mut held = None;
+                while let Some(from) = run(region, *place, *left, start, bytes)? {
+                    let (to, together) = into.at(*place);
+                    let from = from.get(..usize::try_from(together).unwrap_or(usize::MAX)).unwrap_or(from);
+                    let copied = target.copy(&mut held, to, from) as u64;
+                    if copied == 0 {
+                        return Err(Error::internal("a box is outside its target"));
+                    }
+                    (*place, *left) = (*place + copied, *left - copied);
+                }
+            }
+            Share::Device { .. } => {}
+        }
+        self.found = self.found.then(Digest::of(bytes), bytes.len() as u64);
+        Ok(())
+    }
+}
+
+/// Returns the run of the region's byte `place` within `bytes`, which begin at offset `start` of the box: at
+/// most
+/// `left` bytes. None when no more bytes are left, or `bytes` end before the run.
+fn run<'b>(region: &Region, place: u64, left: u64, start: u64, bytes: &'b [u8]) -> Result<Option<&'b [u8]>> {
+    if left == 0 {
+        return Ok(None);
+    }
+    let (source, together) = region.at(place);
+    if source >= start + bytes.len() as u64 {
+        return Ok(None);
+    }
+    let from = source.checked_sub(start).and_then(|skip| bytes.get(skip as usize..)).unwrap_or_default();
+    let len = from.len().min(usize::try_from(together.min(left)).unwrap_or(usize::MAX));
+    if len == 0 { Err(Error::internal("a slice is outside its block")) } else { Ok(from.get(..len)) }
+}
