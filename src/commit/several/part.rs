@@ -45,8 +45,7 @@ pub(crate) fn conclude(group: &Group, attempted: &Attempted, ending: Ending<'_>)
     };
     let failed = ticket.failure().or_else(|| receipts.as_ref().err().cloned());
     let plan = attempted.plan;
-    let mut part =
-        Written { group, attempt: attempt.as_ref(), plan, request, receipts: receipts.as_ref().ok(), table };
+    let mut part = Written { group, attempt: attempt.as_ref(), plan, request, receipts: receipts.as_ref().ok(), table };
     let ended = group.end(attempted.save, attempt.as_ref(), &mut part, failed, ticket.deadline);
     concluded(ticket, Some(attempt), ended.and_then(|()| Ok(committed(request, &receipts?, path))))
 }

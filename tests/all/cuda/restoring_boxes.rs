@@ -80,7 +80,7 @@ fn cuda_a_damaged_box_never_gets_to_the_device() {
     let gpu = Gpu::take();
     let (shape, stream) = ([500, 300], gpu.stream());
     let made = made(shape, &[], &[100]);
-    let slice = made.open().unwrap().manifest().tensors[0].slices[1].clone();
+    let slice = made.open().unwrap().contents().unwrap().tensors[0].slices[1].clone();
     let mut files = made.files();
     files[slice.file].1[slice.offset as usize + 5] ^= 1;
     let checkpoint = open(&files).unwrap().with_made_device(gpu.device());
