@@ -43,7 +43,10 @@ pub fn check_header(listing: &Listing<'_>, file: usize, header: &Header) -> Resu
             entry_tensor.dtype == tensor.dtype
                 && entry_tensor.slices.iter().any(|s| {
                     let offset = entry.data.checked_add(tensor.offsets.start);
-                    s.file == file && Some(s.offset) == offset && s.shape == tensor.shape
+                    s.file == file
+                        && Some(s.offset) == offset
+                        && s.shape == tensor.shape
+                        && tensor.at.as_ref().is_none_or(|at| *at == s.at)
                 })
         });
         if !agrees {

@@ -28,8 +28,12 @@ const BEFORE_STEP: &str = r#"{"__metadata__":{"format":"pt","ashore_step":""#;
 /// The JSON text between step and attempt, after the padding of the step.
 const BEFORE_ATTEMPT: &str = r#""ashore_attempt":""#;
 
-/// The JSON text after the attempt.
-const AFTER_ATTEMPT: &str = r#""}"#;
+/// The JSON text after the attempt in a shard of whole tensors.
+const WHOLE: &str = r#""}"#;
+
+/// The JSON text after the attempt in a shard of a sharded step, up to the text that has the offsets. These
+/// are the keys of `torch.distributed.checkpoint`.
+const SHARDED: &str = r#"","DCP_VERSION":"1.0","DCP_SHARDING_INFO":"#;
 
 /// Bytes of the longest step, its closing quote and the comma; shorter steps are padded with spaces, which
 /// JSON allows there.
@@ -39,12 +43,12 @@ const STEP_ROOM: usize = 22;
 const ATTEMPT_ROOM: usize = 36;
 
 /// The length of the text that [`stamp`] makes.
-const STAMP: usize = BEFORE_STEP.len() + STEP_ROOM + BEFORE_ATTEMPT.len() + ATTEMPT_ROOM + AFTER_ATTEMPT.len();
+const STAMP: usize = BEFORE_STEP.len() + STEP_ROOM + BEFORE_ATTEMPT.len() + ATTEMPT_ROOM;
 
 /// The first JSON text of a header of this step and attempt; always [`STAMP`] bytes.
 pub(super) fn stamp(step: u64, attempt: Attempt) -> String {
     let step = format!("{step}\",");
-    format!("{BEFORE_STEP}{step:STEP_ROOM$}{BEFORE_ATTEMPT}{attempt}{AFTER_ATTEMPT}")
+    format!("{BEFORE_STEP}{step:STEP_ROOM$}{BEFORE_ATTEMPT}{attempt}")
 }
 
 /// The part of a header that differs between saves.
@@ -73,8 +77,50 @@ impl HeaderTemplate {
     /// `Invalid` when the header is longer than the safetensors format allows; `Internal`, naming the tensor,
     /// when a range is not that of the dtype and shape, or does not begin where the one before it ends.
     pub fn new<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], Range<u64>)>) -> Result<Self> {
+        Self::with(WHOLE.as_bytes(), tensors)
+    }
+
+    /// Creates the header of a shard of a sharded step: for each box of a tensor the name, dtype and shape of
+    /// the box, its range of bytes, and the index in the tensor at which it begins. `__metadata__` then has
+    /// the keys by which `torch.distributed.checkpoint` puts boxes of several files together.
+    ///
+    /// # Errors
+    /// Those of [`HeaderTemplate::new`].
+    pub fn sharded<'a>(
+        boxes: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], Range<u64>, &'a [usize])> + Clone,
+    ) -> Result<Self> {
+        #[derive(Serialize)]
+        struct Saved<'a> {
+            saved_offsets: &'a [usize],
+        }
+        let mut offsets = String::from("{").into_bytes();
+        for (name, .., at) in boxes.clone() {
+            if offsets.len() > 1 {
+                offsets.push(b',');
+            }
+            write_json(&mut offsets, name)?;
+            offsets.push(b':');
+            write_json(&mut offsets, &Saved { saved_offsets: at })?;
+            if offsets.len() >= MAX_HEADER {
+                return Err(too_long());
+            }
+        }
+        offsets.push(b'}');
+        let offsets = String::from_utf8(offsets).map_err(|e| Error::internal("json is not text").with_source(e))?;
+        let mut metadata = SHARDED.as_bytes().to_vec();
+        write_json(&mut metadata, &offsets)?;
+        metadata.push(b'}');
+        Self::with(&metadata, boxes.into_iter().map(|(name, dtype, shape, range, _)| (name, dtype, shape, range)))
+    }
+
+    /// Creates a header with the text `metadata` after the stamp.
+    fn with<'a>(
+        metadata: &[u8],
+        tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize], Range<u64>)>,
+    ) -> Result<Self> {
         let mut bytes = vec![0; PREFIX];
         bytes.extend_from_slice(stamp(0, Attempt::default()).as_bytes());
+        bytes.extend_from_slice(metadata);
         let mut end = 0;
         for (name, dtype, shape, range) in tensors {
             let fits =
@@ -95,9 +141,7 @@ impl HeaderTemplate {
         bytes.push(b'}');
         let len = bytes.len().next_multiple_of(ALIGNMENT);
         if len > MAX_HEADER {
-            return Err(Error::invalid(format!(
-                "the header of a file would be longer than readers accept limit_bytes={MAX_HEADER}"
-            )));
+            return Err(too_long());
         }
         bytes.resize(len, b' ');
         bytes[..PREFIX].copy_from_slice(&((len - PREFIX) as u64).to_le_bytes());
@@ -123,6 +167,10 @@ impl HeaderTemplate {
     }
 }
 
+fn too_long() -> Error {
+    Error::invalid(format!("the header of a file would be longer than readers accept limit_bytes={MAX_HEADER}"))
+}
+
 /// A tensor entry of a header, in the field order of other writers of the format.
 #[derive(Serialize)]
 struct Info<'a> {
@@ -135,6 +183,26 @@ struct Info<'a> {
 pub(super) fn write_json(bytes: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) -> Result<()> {
     serde_json::to_writer(bytes as &mut dyn Write, value)
         .map_err(|e| Error::internal("cannot write json").with_source(e))
+}
+
+/// The bytes that a box adds to the header of its file, where no offset is beyond `end`: at most 8 more than
+/// it does.
+pub(crate) fn entry_len(name: &str, dtype: Dtype, shape: &[usize], at: Option<&[usize]>, end: u64) -> u64 {
+    let digits = |n: u64| u64::from(n.checked_ilog10().unwrap_or(0)) + 1;
+    let list = |list: &[usize]| list.iter().map(|&n| digits(n as u64) + 1).sum::<u64>();
+    let json = |plain: u64, short: u64, long: u64, quote: u64| {
+        let escaped = name.bytes().map(|byte| match byte {
+            b'"' | b'\\' => quote,
+            b'\n' | b'\r' | b'\t' | 8 | 12 => short,
+            0..0x20 => long,
+            _ => plain,
+        });
+        escaped.sum::<u64>()
+    };
+    let info = r#","":{"dtype":"","shape":[],"data_offsets":[,]}"#.len() + dtype.name().len();
+    let entry = json(1, 2, 6, 2) + info as u64 + list(shape) + 2 * digits(end);
+    let saved = r#",\"\":{\"saved_offsets\":[]}"#.len() as u64;
+    entry + at.map_or(0, |at| json(1, 3, 7, 4) + saved + list(at))
 }
 
 /// The names of `n` shards, as stock tools expect them; `rank` is that of their writer, if several ranks
@@ -178,7 +246,11 @@ pub fn identity(prefix: &[u8]) -> Result<(u64, Attempt)> {
 }
 
 fn read_stamp(text: &[u8]) -> Option<(u64, Attempt)> {
-    let text = std::str::from_utf8(text.get(..STAMP)?).ok()?;
+    let (text, after) = text.split_at_checked(STAMP)?;
+    if !after.starts_with(WHOLE.as_bytes()) && !after.starts_with(SHARDED.as_bytes()) {
+        return None;
+    }
+    let text = std::str::from_utf8(text).ok()?;
     let rest = text.strip_prefix(BEFORE_STEP)?;
     let (step, _) = rest.split_once('"')?;
     let attempt = rest.get(STEP_ROOM + BEFORE_ATTEMPT.len()..)?.get(..ATTEMPT_ROOM)?;
@@ -207,6 +279,19 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use safetensors::SafeTensors;
+
+    #[test]
+    fn a_header_of_boxes_says_where_each_begins() {
+        let (two, six): (&[usize], &[usize]) = (&[2], &[6]);
+        let template =
+            HeaderTemplate::sharded([("w\"", Dtype::F32, two, 0..8, six), ("scalar", Dtype::I64, &[], 8..16, &[])]);
+        let bytes = stamped(&template.unwrap(), 7, Attempt::default());
+        let (_, metadata) = SafeTensors::read_metadata(&[&bytes[..], &[0; 16]].concat()).unwrap();
+        let strings = metadata.metadata().as_ref().unwrap();
+        assert_eq!(strings["DCP_VERSION"], "1.0");
+        let info: serde_json::Value = serde_json::from_str(&strings["DCP_SHARDING_INFO"]).unwrap();
+        assert_eq!(info, serde_json::json!({"w\"": {"saved_offsets": [6]}, "scalar": {"saved_offsets": []}}));
+    }
 
     /// Copies in pieces of many lengths, as chunks may split the header.
     fn stamped(template: &HeaderTemplate, step: u64, attempt: Attempt) -> Vec<u8> {
@@ -267,15 +352,21 @@ mod tests {
     #[test]
     fn a_flipped_bit_in_the_stamp_is_another_identity_or_none() {
         let bytes = header(&[("w", Dtype::F32, &[1], 0..4)]);
-        let whose = identity(&bytes).unwrap();
-        for bit in 0..8 * (PREFIX + STAMP) {
-            let mut flipped = bytes.clone();
-            flipped[bit / 8] ^= 1 << (bit % 8);
-            let refused = Header::parse(&flipped, flipped.len() as u64 + 4).is_err();
-            assert!(refused || identity(&flipped).unwrap() != whose, "{bit}");
-        }
-        for cut in 0..PREFIX + STAMP {
-            assert!(identity(&bytes[..cut]).is_err(), "{cut}");
+        let (whose, one): (_, &[usize]) = (identity(&bytes).unwrap(), &[1]);
+        let boxes = HeaderTemplate::sharded([("w", Dtype::F32, one, 0..4, one)]).unwrap();
+        let boxes = stamped(&boxes, 7, whose.1);
+        for (bytes, text) in [(&bytes, WHOLE), (&boxes, SHARDED)] {
+            let end = PREFIX + STAMP + text.len();
+            for bit in 0..8 * end {
+                let mut flipped = bytes.clone();
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                let refused = Header::parse(&flipped, flipped.len() as u64 + 4).is_err();
+                assert!(refused || identity(&flipped).unwrap() != whose, "{bit}");
+            }
+            for cut in 0..end {
+                assert!(identity(&bytes[..cut]).is_err(), "{cut}");
+            }
+            assert_eq!(identity(&bytes[..end]).unwrap(), whose);
         }
     }
 
@@ -285,31 +376,60 @@ mod tests {
         let bytes = stamped(&HeaderTemplate::new([]).unwrap(), u64::MAX, attempt);
         assert_eq!(&bytes[54..76], format!("{}\",", u64::MAX).as_bytes());
         assert_eq!(&bytes[94..130], attempt.to_string().as_bytes());
-        assert_eq!((PREFIX, PREFIX + STAMP), (8, 132));
+        assert_eq!((PREFIX, PREFIX + STAMP), (8, 130));
+        assert_eq!(&bytes[130..132], b"\"}");
+        let bytes = stamped(&HeaderTemplate::sharded([]).unwrap(), 7, attempt);
+        assert_eq!(&bytes[130..176], br#"","DCP_VERSION":"1.0","DCP_SHARDING_INFO":"{}""#);
     }
 
     #[test]
     fn shards_have_the_names_that_stock_tools_look_for() {
         assert_eq!(shard_names(1, None), ["model.safetensors"]);
         assert_eq!(shard_names(2, None), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]);
+        assert_eq!(shard_names(1, Some(0)), ["shard-00000-model-00001-of-00001.safetensors"]);
         let index = index_json(12, [("b", "y"), ("a", "x")]).unwrap();
         assert_eq!(index, b"{\"metadata\":{\"total_size\":12},\"weight_map\":{\"a\":\"x\",\"b\":\"y\"}}\n");
     }
 
     proptest! {
         #[test]
+        fn the_length_of_an_entry_is_known_before(
+            names in prop::collection::btree_set("[\"a-z\\\\\u{0}-\u{20}\u{e9}]{1,9}", 1..9), dims in prop::collection::vec(1_usize..2000, 0..4),
+            sharded in any::<bool>(),
+        ) {
+            let bytes = Layout::new(Dtype::BF16, &dims).bytes().unwrap_or(1 << 40);
+            let names: Vec<_> = names.iter().enumerate().map(|(i, name)| (&name[..], i as u64 * bytes..(i as u64 + 1) * bytes)).collect();
+            let boxes = names.iter().map(|(name, range)| (*name, Dtype::BF16, &dims[..], range.clone(), &dims[..]));
+            let template = if sharded { HeaderTemplate::sharded(boxes) } else { HeaderTemplate::new(boxes.map(|(n, d, s, r, _)| (n, d, s, r))) };
+            let bytes = template.unwrap().bytes;
+            let used = bytes.iter().rposition(|b| *b != b' ').unwrap() as u64 + 1;
+            let empty = (PREFIX + STAMP + if sharded { SHARDED.len() + 5 } else { WHOLE.len() } + 1) as u64;
+            let end = names.last().unwrap().1.end;
+            let told: u64 = names.iter().map(|(name, _)| entry_len(name, Dtype::BF16, &dims, sharded.then_some(&dims[..]), end)).sum();
+            let slack = (names.len() * 48) as u64;
+            prop_assert!((used - empty..=used - empty + slack).contains(&told), "{used} {empty} {told}");
+        }
+
+        #[test]
         fn a_stamped_header_is_read_back(
-            step in any::<u64>(), uuid in any::<u128>(), tensors in prop::collection::btree_map(".{1,20}", 0_usize..9, 0..40),
+            (step, uuid, sharded) in any::<(u64, u128, bool)>(),
+            tensors in prop::collection::btree_map(".{1,20}", 0_usize..9, 0..40),
         ) {
             let attempt = Attempt::from_uuid(uuid::Uuid::from_u128(uuid));
             let mut end = 0;
             let tensors: Vec<_> = tensors.into_iter().map(|(name, n)| {
                 let start = end;
                 end += 8 * n as u64;
-                HeaderTensor { name, dtype: Dtype::I32, shape: vec![n, 2], offsets: start..end }
+                HeaderTensor { name, dtype: Dtype::I32, shape: vec![n, 2], offsets: start..end, at: sharded.then(|| vec![3, 4]) }
             }).collect();
-            let described = tensors.iter().map(|t| (&t.name[..], t.dtype, &t.shape[..], t.offsets.clone()));
-            let template = HeaderTemplate::new(described).unwrap();
+            let template = if sharded {
+                let boxes = tensors.iter().map(|t| (&t.name[..], t.dtype, &t.shape[..], t.offsets.clone(), &[3, 4][..]));
+                HeaderTemplate::sharded(boxes)
+            } else {
+                let whole = tensors.iter().map(|t| (&t.name[..], t.dtype, &t.shape[..], t.offsets.clone()));
+                HeaderTemplate::new(whole)
+            };
+            let template = template.unwrap();
             let bytes = stamped(&template, step, attempt);
             prop_assert_eq!(bytes.len() as u64, template.len());
             prop_assert_eq!(identity(&bytes[..ALIGNMENT]).unwrap(), (step, attempt));

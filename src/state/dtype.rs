@@ -21,6 +21,11 @@ macro_rules! dtypes {
                 match self { $(Self::$name => $bits),* }
             }
 
+            /// Its name in the safetensors format.
+            pub(crate) const fn name(self) -> &'static str {
+                match self { $(Self::$name => stringify!($name)),* }
+            }
+
             /// The dtype of the safetensors crate.
             pub(crate) fn stock(self) -> safetensors::Dtype {
                 match self { $(Self::$name => safetensors::Dtype::$name),* }
@@ -29,7 +34,7 @@ macro_rules! dtypes {
 
         impl fmt::Display for Dtype {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(match self { $(Self::$name => stringify!($name)),* })
+                f.write_str(self.name())
             }
         }
 
