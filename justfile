@@ -34,8 +34,17 @@ lint:
 
 # A saved step directory, read by Python's safetensors, numpy, torch's HuggingFaceStorageReader, and the reader of docs/format.md;
 # the last one reads the samples of every version, too.
-stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning checks/stock/check.py")
+stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning checks/stock/check.py") stock_ranks
     "{{ tools }}/stock/bin/python" checks/stock/reader.py tests/all/format/golden/v*/step-*
+
+# The shards of three ranks, read by Python's safetensors and numpy, and put together by torch.
+stock_ranks:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    root=$(mktemp -d)
+    trap 'rm -rf "$root"' EXIT
+    cargo run --quiet --example stock_ranks -- "$root/step"
+    "{{ tools }}/stock/bin/python" -W ignore::UserWarning checks/stock/check_ranks.py "$root/step"
 
 # The same, read by candle.
 candle: (stock_reader "cargo run --quiet --locked --manifest-path checks/stock/candle/Cargo.toml --target-dir " + tools / "candle --")

@@ -62,7 +62,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
         plan: plan.clone(),
         name: name.clone(),
         overwrite: *overwrite,
-        values: std::mem::take(&mut state.values),
+        values: state.take_values(),
         metadata: std::mem::take(&mut state.metadata),
         // Nothing can write the kept state, so nothing is compared.
         expected: Vec::new(),

@@ -247,7 +247,7 @@ impl CheckpointExecutor {
             plan: plan.clone(),
             name: wanted.name,
             overwrite: wanted.options.overwrite,
-            values: std::mem::take(&mut state.values),
+            values: state.take_values(),
             metadata: std::mem::take(&mut state.metadata),
             expected: std::mem::take(&mut captured.expected),
             device_digests: DeferredDigests(Box::new(move || on_device.expected())),

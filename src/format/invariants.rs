@@ -6,13 +6,11 @@
 //! files and tensors, whatever program wrote it.
 
 use super::entries::{FileEntry, MANIFEST, SliceEntry, TensorEntry, block_count};
+use super::tiling;
 use crate::error::{Error, Result};
 use crate::state::Layout;
 use std::borrow::Borrow;
-use std::collections::{HashMap, HashSet};
-
-/// Maximum number of dimensions that the slices of one tensor may split.
-const MAX_SPLIT: usize = 4;
+use std::collections::HashSet;
 
 /// Maximum length of a shard's header with its prefix.
 const MAX_DATA: u64 = 100_000_008;
@@ -25,6 +23,18 @@ const MAX_PLAIN: u64 = 1 << 32;
 /// # Errors
 /// `Corrupt`, with file, tensor and range of the violation.
 pub(crate) fn check_layout(files: &[impl Borrow<FileEntry>], tensors: &[impl Borrow<TensorEntry>]) -> Result<()> {
+    check_part(files, tensors)?;
+    match tensors.iter().find(|tensor| !covers((*tensor).borrow())) {
+        Some(tensor) => Err(broken(tensor.borrow(), "slices do not cover a tensor exactly once")),
+        None => Ok(()),
+    }
+}
+
+/// Checks the files and tensors of one of several ranks, which need not have all of a tensor.
+///
+/// # Errors
+/// As [`check_layout`].
+pub(super) fn check_part(files: &[impl Borrow<FileEntry>], tensors: &[impl Borrow<TensorEntry>]) -> Result<()> {
     check_files(files.iter().map(Borrow::borrow))?;
     for pair in tensors.windows(2) {
         if let [a, b] = pair
@@ -35,7 +45,7 @@ pub(crate) fn check_layout(files: &[impl Borrow<FileEntry>], tensors: &[impl Bor
         }
     }
     for tensor in tensors {
-        check_tensor(tensor.borrow(), |file| files.get(file).map(Borrow::borrow))?;
+        check_slices(tensor.borrow(), |file| files.get(file).map(Borrow::borrow))?;
     }
     check_ranges(files, tensors)
 }
@@ -46,6 +56,12 @@ pub(crate) fn check_layout(files: &[impl Borrow<FileEntry>], tensors: &[impl Bor
 /// # Errors
 /// `Corrupt`, with tensor, file and range of the violation.
 pub(super) fn check_tensor<'f>(tensor: &TensorEntry, file: impl Fn(usize) -> Option<&'f FileEntry>) -> Result<()> {
+    check_slices(tensor, file)?;
+    if covers(tensor) { Ok(()) } else { Err(broken(tensor, "slices do not cover a tensor exactly once")) }
+}
+
+/// Checks a tensor's name, and that its slices are in their files and in the tensor.
+fn check_slices<'f>(tensor: &TensorEntry, file: impl Fn(usize) -> Option<&'f FileEntry>) -> Result<()> {
     if tensor.name.is_empty() || tensor.name == "__metadata__" {
         return Err(broken(tensor, "a tensor cannot have this name"));
     }
@@ -53,7 +69,7 @@ pub(super) fn check_tensor<'f>(tensor: &TensorEntry, file: impl Fn(usize) -> Opt
         let missing = || broken(tensor, &format!("a slice is in a file that is not there number={}", slice.file));
         check_slice(file(slice.file).ok_or_else(missing)?, tensor, slice)?;
     }
-    if covers(tensor) { Ok(()) } else { Err(broken(tensor, "slices do not cover a tensor exactly once")) }
+    Ok(())
 }
 
 /// Checks the names and lengths of the files of a step.
@@ -128,34 +144,10 @@ pub(super) fn covers(tensor: &TensorEntry) -> bool {
         several => {
             // A header has one entry for each tensor name.
             let files: HashSet<usize> = several.iter().map(|s| s.file).collect();
-            files.len() == several.len() && tiles(&tensor.shape, several)
+            let boxes = several.iter().map(|s| (&s.at[..], &s.shape[..]));
+            files.len() == several.len() && tiling::check(&tensor.shape, boxes).is_ok()
         }
     }
-}
-
-/// Returns true when boxes cover a box exactly once: when their corners, counted with alternating signs, are
-/// those of the box. The counts are the mixed differences of the coverage of each point, and determine it.
-/// This is linear in the slices; comparing pairs is quadratic.
-fn tiles(shape: &[usize], slices: &[SliceEntry]) -> bool {
-    let whole = |s: &SliceEntry, d: usize| s.at.get(d) == Some(&0) && s.shape.get(d) == shape.get(d);
-    let split: Vec<usize> = (0..shape.len()).filter(|&d| !slices.iter().all(|s| whole(s, d))).collect();
-    if split.len() > MAX_SPLIT {
-        return false;
-    }
-    let mut corners = HashMap::<[usize; MAX_SPLIT], i64>::new();
-    let mut count = |at: &[usize], extent: &[usize], sign: i64| {
-        for far in 0_u32..1 << split.len() {
-            let mut corner = [0; MAX_SPLIT];
-            for (i, (place, d)) in corner.iter_mut().zip(&split).enumerate() {
-                let extent = if far >> i & 1 == 1 { extent.get(*d) } else { None };
-                *place = at.get(*d).copied().unwrap_or(0) + extent.copied().unwrap_or(0);
-            }
-            *corners.entry(corner).or_default() += if far.count_ones() % 2 == 0 { sign } else { -sign };
-        }
-    };
-    slices.iter().for_each(|s| count(&s.at, &s.shape, 1));
-    count(&[], shape, -1);
-    corners.values().all(|&n| n == 0)
 }
 
 /// Checks that the slices of each shard are contiguous, from the end of its header to its own end.

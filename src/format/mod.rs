@@ -16,5 +16,6 @@ pub mod shard;
 pub mod split;
 pub mod table;
 pub mod template;
+pub(crate) mod tiling;
 mod unique;
 pub mod v1;

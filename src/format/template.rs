@@ -30,6 +30,19 @@ impl TableTemplate {
     /// `Internal` when an invariant does not hold, `Invalid` when there are more tensors than a table takes.
     pub fn new(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<Self> {
         invariants::check_layout(files, tensors).map_err(|e| e.with_kind(ErrorKind::Internal))?;
+        Self::unchecked(files, tensors)
+    }
+
+    /// A template for what one of several ranks writes: its slices need not cover a tensor.
+    ///
+    /// # Errors
+    /// As [`TableTemplate::new`].
+    pub fn of_part(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<Self> {
+        invariants::check_part(files, tensors).map_err(|e| e.with_kind(ErrorKind::Internal))?;
+        Self::unchecked(files, tensors)
+    }
+
+    fn unchecked(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<Self> {
         let nobody =
             |entry: &FileEntry| FileRow { entry: entry.clone(), origin: (0, Attempt::from_u128(0)), rows: None };
         let owned: Vec<_> = files.iter().map(nobody).collect();

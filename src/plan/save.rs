@@ -1,12 +1,17 @@
 //! Planning a save: shards, chunks and segments, from the structure of a state dict.
 
+use super::boxes::Description;
+use super::cut::{Weight, check_name, cut};
+use super::dedup::Merge;
+use super::whole::Share;
 use crate::ALIGNMENT;
 use crate::digest::Digest;
-use crate::error::{Error, ErrorKind, Result};
-use crate::format::entries::{BLOCK, FileEntry, SliceEntry, TensorEntry};
-use crate::format::shard::{HeaderTemplate, INDEX, MAX_HEADER, index_json, shard_names};
+use crate::error::{Error, Result};
+use crate::format::entries::{BLOCK, FileEntry, SliceEntry, TensorEntry, block_count};
+use crate::format::shard::{HeaderTemplate, INDEX, entry_len, index_json, shard_names};
 use crate::format::template::TableTemplate;
-use crate::state::{Layout, StateDict};
+use crate::state::{self, Key, Layout, Place, StateDict, Tensor};
+use std::cmp::Reverse;
 use std::ops::Range;
 
 /// Parameters of a plan besides the structure of the state dict.
@@ -14,7 +19,7 @@ use std::ops::Range;
 pub(crate) struct Shape {
     /// Bytes per chunk, a multiple of [`ALIGNMENT`].
     pub chunk: u64,
-    /// Maximum number of shard files.
+    /// The number of shard files; more where headers would be too long.
     pub files: usize,
     /// The rank of this process, if several ranks write the step.
     pub rank: Option<u32>,
@@ -26,16 +31,18 @@ pub(crate) struct Plan {
     pub chunks: Vec<ChunkPlan>,
     /// The segments in file order, shard after shard.
     pub segments: Vec<Segment>,
-    /// The tensors in the order of the table, sorted by name, with the segments of each.
+    /// The tensors and boxes to write, in the order of the table: sorted by name and by where they begin.
     pub tensors: Vec<Planned>,
-    /// The index in `tensors` of each tensor of the state dict.
-    pub places: Vec<usize>,
+    /// The index in `tensors` of each tensor of the state dict; None if another rank writes it.
+    pub places: Vec<Option<usize>>,
+    /// What other ranks hold, too: the index in the state dict, and the number of the replica.
+    pub replicas: Vec<(usize, u32)>,
     pub table: TableTemplate,
     /// `model.safetensors.index.json`, when there are several shards.
     pub index: Option<Vec<u8>>,
     /// Bytes in all shards, headers included.
     pub length: u64,
-    names: Vec<(String, Layout)>,
+    names: Vec<(String, Layout, Option<Place>)>,
     fingerprint: u64,
     shape: Shape,
 }
@@ -74,8 +81,13 @@ pub(crate) enum SegmentSource {
     Tensor(usize),
 }
 
-/// A tensor in the order of the table.
+/// A tensor or box in the order of the table.
 pub(crate) struct Planned {
+    /// The number of its tensor among those of all ranks, sorted by name.
+    pub number: u32,
+    /// Its shard, and its offset there.
+    pub shard: usize,
+    pub offset: u64,
     pub bytes: u64,
     pub segments: Range<usize>,
 }
@@ -87,63 +99,122 @@ impl std::fmt::Debug for Plan {
 }
 
 impl Plan {
-    /// Plans a save of `state`.
+    /// Plans a save of `state` by one rank.
     ///
     /// # Errors
-    /// `Invalid` when the sizes overflow, or a header would be longer than readers accept.
+    /// `Invalid` when the sizes overflow, boxes do not cover their tensor, or the header of a file would be
+    /// longer than readers accept.
     pub fn new(state: &StateDict<'_>, shape: Shape) -> Result<Self> {
-        let sizes: Vec<u64> = state.tensors.values().map(|t| t.location.bytes()).collect();
-        let total = sizes.iter().try_fold(0_u64, |sum, n| sum.checked_add(*n));
-        let total =
-            total.filter(|&sum| sum <= i64::MAX as u64 / 2).ok_or_else(|| Error::invalid("the state is too large"))?;
+        if state.tensors.values().any(|tensor| tensor.place.is_some()) {
+            if shape.rank.is_some() {
+                return Err(Error::invalid("boxes of several ranks are planned from what all of them describe"));
+            }
+            let (description, order) = Description::of(state, shape.files)?;
+            let mut merge = Merge::new(1);
+            merge.add(0, &description)?;
+            let whole = merge.finish()?;
+            return Self::of_share(state, shape, &order, &whole.shares[0]);
+        }
+        let items = (0..state.len()).map(|tensor| Item { tensor, number: 0, layer: 0 }).collect();
+        Self::build(state, shape, items, None)
+    }
+
+    /// Plans what one of several ranks writes of `state`: its `share`, as [`Merge`] found it. `order` is that
+    /// of [`Description::of`]. The manifest of such a plan has the boxes of this rank.
+    ///
+    /// # Errors
+    /// Those of [`Plan::new`]; `Internal` for the share of another state.
+    pub fn of_share(state: &StateDict<'_>, shape: Shape, order: &[usize], share: &Share) -> Result<Self> {
+        if order.len() != share.boxes.len() {
+            return Err(Error::internal("the share of a rank is that of another state"));
+        }
+        let mut items: Vec<Item> = Vec::new();
+        for (&tensor, part) in order.iter().zip(&share.boxes).filter(|(_, part)| part.writes) {
+            let number = part.tensor;
+            let layer = items.last().filter(|last| last.number == number).map_or(0, |last| last.layer + 1);
+            items.push(Item { tensor, number, layer });
+        }
+        let mut plan = Self::build(state, shape, items, Some(share))?;
+        let replicas = order.iter().zip(&share.boxes).filter_map(|(&tensor, part)| Some((tensor, part.replica?)));
+        plan.replicas = replicas.collect();
+        Ok(plan)
+    }
+
+    fn build(state: &StateDict<'_>, shape: Shape, mut items: Vec<Item>, share: Option<&Share>) -> Result<Self> {
+        let source = State { state, sharded: shape.rank.is_some() || share.is_some_and(|share| share.sharded) };
+        let sum = |sum: u64, item: &Item| sum.checked_add(source.bytes(item));
+        let total = items.iter().try_fold(0, sum).filter(|&sum| sum <= i64::MAX as u64 / 2);
+        let total = total.ok_or_else(|| Error::invalid("the state is too large"))?;
 
         // By descending element size, so that every tensor is aligned to its elements; then by name, for a
         // stable order.
-        let mut order: Vec<usize> = (0..sizes.len()).collect();
-        let key = |i: usize| {
-            let (name, tensor) = state.tensors.get_index(i).expect("an index of this dict");
-            (std::cmp::Reverse(tensor.layout.dtype.bitsize()), name)
-        };
-        order.sort_by(|&a, &b| key(a).cmp(&key(b)));
-
-        let parts = split(&order, &sizes, total, shape.files);
-        let names = shard_names(parts.len(), shape.rank);
-        let mut draft = Draft { shape, chunks: Vec::new(), segments: Vec::new(), ranges: vec![0..0; sizes.len()] };
+        let key = |item: &Item| (item.layer, Reverse(source.tensor(item).layout.dtype.bitsize()));
+        items.sort_by(|a, b| key(a).cmp(&key(b)).then_with(|| source.name_and_at(a).cmp(&source.name_and_at(b))));
+        let weights = items.iter().map(|item| source.weight(item, total)).collect::<Result<Vec<_>>>()?;
+        let mut parts = cut(&weights, shape.files);
+        if parts.len() > shape.files {
+            tracing::info!(files = parts.len(), wanted = shape.files, "more files are written than asked for");
+        }
+        // A step of no tensors has a file, too; in a sharded one, a file without tensors is one that torch's
+        // own tools refuse.
+        if parts.is_empty() && !source.sharded {
+            parts.push(0..0);
+        }
+        let rank = if source.sharded { share.map(|share| share.rank).or(shape.rank) } else { None };
+        let names = shard_names(parts.len(), rank);
+        let mut draft = Draft { shape, chunks: Vec::new(), segments: Vec::new(), ranges: Vec::new() };
         let mut shards = Vec::with_capacity(parts.len());
-        let mut slices = vec![(0, 0); sizes.len()];
         for (part, name) in parts.into_iter().zip(names) {
-            let shard = draft.shard(state, &order[part], &sizes, name, shards.len(), &mut slices);
-            shards.push(shard.map_err(|error| {
-                if error.kind() != ErrorKind::Invalid {
-                    return error;
-                }
-                // About the bytes of an entry without its name.
-                let entry = |i: usize| 96 + state.tensors.get_index(i).map_or(0, |(name, _)| name.len());
-                let advice = advice(&order, &sizes, total, shape.files, MAX_HEADER, entry);
-                let tensors = order.len();
-                Error::invalid(format!("{advice} files={} tensors={tensors}", shape.files)).with_source(error)
-            })?);
+            shards.push(draft.shard(&source, &items[part], name, shards.len())?);
         }
         let Draft { chunks, segments, ranges, .. } = draft;
 
-        let mut by_name: Vec<usize> = (0..sizes.len()).collect();
-        by_name.sort_by_key(|&i| state.tensors.get_index(i).expect("an index of this dict").0);
-        let entries: Vec<TensorEntry> = by_name.iter().map(|&i| entry(state, i, slices[i], sizes[i])).collect();
+        let mut by_name: Vec<usize> = (0..items.len()).collect();
+        by_name.sort_by_key(|&i| source.name_and_at(&items[i]));
+        let mut places = vec![None; state.len()];
+        by_name.iter().enumerate().for_each(|(place, &i)| places[items[i].tensor] = Some(place));
+        let planned = |(place, &i): (usize, &usize)| {
+            let Ranges { shard, offset, ref segments } = ranges[i];
+            let number = if share.is_some() { items[i].number } else { place as u32 };
+            Planned { number, shard, offset, bytes: source.bytes(&items[i]), segments: segments.clone() }
+        };
+        let tensors: Vec<Planned> = by_name.iter().enumerate().map(planned).collect();
         let mut files: Vec<FileEntry> = shards.iter().map(|s| file(&s.name, s.length, s.header.len())).collect();
-        let location = |t: &TensorEntry| shards[t.slices[0].file].name.as_str();
-        let map = || entries.iter().map(|t| (t.name.as_str(), location(t)));
-        let index = (shards.len() > 1 && shape.rank.is_none()).then(|| index_json(total, map())).transpose()?;
-        if let Some(index) = &index {
-            files.push(file(INDEX, index.len() as u64, 0));
+        let mut entries: Vec<TensorEntry> = Vec::new();
+        for (&i, planned) in by_name.iter().zip(&tensors) {
+            source.enter(&items[i], planned, &mut entries);
         }
-        let table = TableTemplate::new(&files, &entries)?;
-        let mut places = vec![0; sizes.len()];
-        by_name.iter().enumerate().for_each(|(location, &tensor)| places[tensor] = location);
-        let tensors = by_name.into_iter().map(|i| Planned { bytes: sizes[i], segments: ranges[i].clone() }).collect();
+        let mut index = None;
+        if shards.len() > 1 && !source.sharded {
+            let location = |t: &TensorEntry| shards[t.slices[0].file].name.as_str();
+            let bytes = index_json(total, entries.iter().map(|t| (t.name.as_str(), location(t))))?;
+            files.push(file(INDEX, bytes.len() as u64, 0));
+            index = Some(bytes);
+        }
+        let table = match share {
+            Some(share) if share.world > 1 => TableTemplate::of_part(&files, &entries)?,
+            _ => TableTemplate::new(&files, &entries)?,
+        };
         let length = shards.iter().map(|s| s.length).sum();
-        let names = state.tensors.iter().map(|(name, t)| (name.clone(), t.layout.clone())).collect();
+        let names =
+            state.tensors.iter().map(|(key, t)| (key.name.clone(), t.layout.clone(), t.place.clone())).collect();
         let fingerprint = state.fingerprint();
-        Ok(Self { shards, chunks, segments, tensors, places, table, index, length, names, fingerprint, shape })
+        let replicas = Vec::new();
+        let plan = Self {
+            shards,
+            chunks,
+            segments,
+            tensors,
+            places,
+            replicas,
+            table,
+            index,
+            length,
+            names,
+            fingerprint,
+            shape,
+        };
+        Ok(plan)
     }
 
     /// Describes the structure to the other ranks.
@@ -153,7 +224,7 @@ impl Plan {
 
     /// The name of a tensor by its index in the state dict.
     pub fn name(&self, tensor: usize) -> &str {
-        self.names.get(tensor).map_or("", |(name, _)| name)
+        self.names.get(tensor).map_or("", |(name, ..)| name)
     }
 
     /// Returns true if this is a plan of `state`. For host tensors it compares only the fingerprint, which is
@@ -169,47 +240,11 @@ impl Plan {
     /// # Errors
     /// `Internal` when two structures share a fingerprint.
     pub fn check(&self, state: &StateDict<'_>) -> Result<()> {
-        let same = self.names.iter().zip(&state.tensors).all(|((a, layout), (b, t))| a == b && *layout == t.layout);
+        let same = |((name, layout, place), (key, t)): (&(String, Layout, Option<Place>), (&Key, &Tensor<'_>))| {
+            *name == key.name && *layout == t.layout && *place == t.place
+        };
+        let same = self.names.iter().zip(&state.tensors).all(same);
         if same { Ok(()) } else { Err(Error::internal("two structures of state dicts have the same fingerprint")) }
-    }
-}
-
-/// Splits `order` into at most `files` runs of about equal bytes, each with at least one tensor; one run if
-/// there are no tensors.
-fn split(order: &[usize], sizes: &[u64], total: u64, files: usize) -> Vec<Range<usize>> {
-    let files = files.clamp(1, order.len().max(1));
-    let mut runs = Vec::with_capacity(files);
-    let (mut begin, mut sum) = (0, 0_u64);
-    for (i, &tensor) in order.iter().enumerate() {
-        sum += sizes[tensor];
-        let (left, full) =
-            (files - runs.len() - 1, u128::from(sum) * files as u128 >= u128::from(total) * (runs.len() as u128 + 1));
-        if left > 0 && (full || order.len() - i - 1 == left) {
-            runs.push(begin..i + 1);
-            begin = i + 1;
-        }
-    }
-    if begin < order.len() || runs.is_empty() {
-        runs.push(begin..order.len());
-    }
-    runs
-}
-
-/// Advises what to do about a header longer than `limit`; `entry` returns the header bytes of a tensor. Files
-/// are split by bytes, so more files do not always mean fewer tensors in each.
-fn advice(
-    order: &[usize],
-    sizes: &[u64],
-    total: u64,
-    files: usize,
-    limit: usize,
-    entry: impl Fn(usize) -> usize,
-) -> String {
-    let fits = |run: Range<usize>| order[run].iter().map(|&i| entry(i)).sum::<usize>() <= limit;
-    let more = std::iter::successors(Some(files * 2), |files| Some(files * 2)).take_while(|files| *files <= 1024);
-    match more.into_iter().find(|&files| split(order, sizes, total, files).into_iter().all(fits)) {
-        Some(enough) => format!("there are too many tensors for so few files: {enough} are enough"),
-        None => "there are too many small tensors, and more files do not help: join them".into(),
     }
 }
 
@@ -218,54 +253,131 @@ fn file(name: &str, length: u64, data: u64) -> FileEntry {
     FileEntry { name: name.into(), length, data, header: Digest::EMPTY, digest: Digest::EMPTY }
 }
 
-fn entry(state: &StateDict<'_>, index: usize, (file, offset): (usize, u64), length: u64) -> TensorEntry {
-    let (name, tensor) = state.tensors.get_index(index).expect("an index of this dict");
-    let shape = tensor.layout.shape.to_vec();
-    let blocks = if length > BLOCK { length.div_ceil(BLOCK) as usize } else { 0 };
-    let slice = SliceEntry {
-        file,
-        offset,
-        length,
-        at: vec![0; shape.len()],
-        shape: shape.clone(),
-        digest: Digest::EMPTY,
-        blocks: vec![Digest::EMPTY; blocks],
-    };
-    TensorEntry { name: name.clone(), dtype: tensor.layout.dtype, shape, slices: vec![slice] }
+/// A tensor or box that this rank writes.
+struct Item {
+    /// Its index in the state dict.
+    tensor: usize,
+    /// The number of its tensor among those of all ranks.
+    number: u32,
+    /// How many boxes of the same tensor come before it.
+    layer: u32,
+}
+
+/// The state, and whether it is written in the dialect of a sharded step.
+struct State<'s, 'a> {
+    state: &'s StateDict<'a>,
+    sharded: bool,
+}
+
+impl<'s, 'a> State<'s, 'a> {
+    fn entry(&self, item: &Item) -> (&'s Key, &'s Tensor<'a>) {
+        self.state.tensors.get_index(item.tensor).expect("an index of this dict")
+    }
+
+    fn tensor(&self, item: &Item) -> &'s Tensor<'a> {
+        self.entry(item).1
+    }
+
+    fn bytes(&self, item: &Item) -> u64 {
+        self.tensor(item).location.bytes()
+    }
+
+    /// The shape of the whole tensor.
+    fn global(&self, item: &Item) -> &'s [usize] {
+        let tensor = self.tensor(item);
+        tensor.place.as_ref().map_or(&tensor.layout.shape[..], |place| &place.global[..])
+    }
+
+    /// The shape that is written. A tensor without elements is written once, as a whole.
+    fn extent(&self, item: &Item) -> &'s [usize] {
+        let (tensor, global) = (self.tensor(item), self.global(item));
+        if global.contains(&0) { global } else { &tensor.layout.shape[..] }
+    }
+
+    /// Where that begins in the tensor.
+    fn at(&self, item: &Item) -> state::Shape {
+        let global = self.global(item);
+        match &self.tensor(item).place {
+            Some(place) if !global.contains(&0) => place.at.clone(),
+            _ => state::Shape::from(&vec![0; global.len()][..]),
+        }
+    }
+
+    fn name_and_at(&self, item: &Item) -> (&'s str, &'s [usize]) {
+        let (key, tensor) = self.entry(item);
+        (key, tensor.place.as_ref().map_or(&[], |place| &place.at[..]))
+    }
+
+    fn weight(&self, item: &Item, total: u64) -> Result<Weight> {
+        let ((key, tensor), extent) = (self.entry(item), self.extent(item));
+        let at = self.sharded.then(|| self.at(item));
+        let header = entry_len(key, tensor.layout.dtype, extent, at.as_deref(), total);
+        check_name(key, header)?;
+        Ok(Weight { layer: item.layer, bytes: self.bytes(item), header })
+    }
+
+    /// Adds a slice to the entries of the manifest.
+    fn enter(&self, item: &Item, planned: &Planned, entries: &mut Vec<TensorEntry>) {
+        let (key, tensor) = self.entry(item);
+        let length = planned.bytes;
+        let slice = SliceEntry {
+            file: planned.shard,
+            offset: planned.offset,
+            length,
+            at: self.at(item).to_vec(),
+            shape: self.extent(item).to_vec(),
+            digest: Digest::EMPTY,
+            blocks: vec![Digest::EMPTY; block_count(length)],
+        };
+        match entries.last_mut() {
+            Some(last) if last.name == key.name => last.slices.push(slice),
+            _ => {
+                let shape = self.global(item).to_vec();
+                let (name, dtype) = (key.name.clone(), tensor.layout.dtype);
+                entries.push(TensorEntry { name, dtype, shape, slices: vec![slice] });
+            }
+        }
+    }
+}
+
+/// Where the bytes of an item are.
+struct Ranges {
+    shard: usize,
+    offset: u64,
+    segments: Range<usize>,
 }
 
 struct Draft {
     shape: Shape,
     chunks: Vec<ChunkPlan>,
     segments: Vec<Segment>,
-    ranges: Vec<Range<usize>>,
+    /// Of the items so far.
+    ranges: Vec<Ranges>,
 }
 
 impl Draft {
-    fn shard(
-        &mut self,
-        state: &StateDict<'_>,
-        order: &[usize],
-        sizes: &[u64],
-        name: String,
-        number: usize,
-        slices: &mut [(usize, u64)],
-    ) -> Result<Shard> {
+    fn shard(&mut self, source: &State<'_, '_>, items: &[Item], name: String, number: usize) -> Result<Shard> {
         let mut end = 0;
-        let header = HeaderTemplate::new(order.iter().map(|&i| {
-            let (name, tensor) = state.tensors.get_index(i).expect("an index of this dict");
+        let described = items.iter().map(|item| {
+            let (key, tensor) = source.entry(item);
             let begin = end;
-            end += sizes[i];
-            (name.as_str(), tensor.layout.dtype, &tensor.layout.shape[..], begin..end)
-        }))?;
+            end += source.bytes(item);
+            (&**key, tensor.layout.dtype, source.extent(item), begin..end)
+        });
+        let header = if source.sharded {
+            let at: Vec<state::Shape> = items.iter().map(|item| source.at(item)).collect();
+            let boxes: Vec<_> = described.zip(&at).map(|((n, d, s, r), at)| (n, d, s, r, &at[..])).collect();
+            HeaderTemplate::sharded(boxes)?
+        } else {
+            HeaderTemplate::new(described)?
+        };
         let (first_chunk, first_segment) = (self.chunks.len(), self.segments.len());
         let mut at = 0;
         self.run(number, &mut at, SegmentSource::Header, header.len());
-        for &i in order {
-            slices[i] = (number, at);
-            let begin = self.segments.len();
-            self.run(number, &mut at, SegmentSource::Tensor(i), sizes[i]);
-            self.ranges[i] = begin..self.segments.len();
+        for item in items {
+            let (offset, begin) = (at, self.segments.len());
+            self.run(number, &mut at, SegmentSource::Tensor(item.tensor), source.bytes(item));
+            self.ranges.push(Ranges { shard: number, offset, segments: begin..self.segments.len() });
         }
         let (chunks, segments) = (first_chunk..self.chunks.len(), first_segment..self.segments.len());
         Ok(Shard { name, header, length: at, chunks, segments })
@@ -321,32 +433,14 @@ mod tests {
         assert!(Plan::new(&short, shape).unwrap().fits(&short, shape));
     }
 
-    /// Regression: the advice for 1.3 million small tensors beside a large one was more files, but files are
-    /// split by bytes, so all small tensors stayed in one file.
     #[test]
-    fn more_files_are_advised_only_where_they_help() {
-        let order: Vec<usize> = (0..10_000).collect();
-        let advice = |sizes: &[u64], files| {
-            let total = sizes.iter().sum();
-            advice(&order, sizes, total, files, 100 * 3000, |_| 100)
-        };
-        let alike = vec![4; 10_000];
-        assert_eq!(advice(&alike, 1), "there are too many tensors for so few files: 4 are enough");
-        assert_eq!(advice(&alike, 3), "there are too many tensors for so few files: 6 are enough");
-        let mut beside_a_large_one = vec![4; 10_000];
-        beside_a_large_one[9_999] = 1 << 40;
-        assert!(advice(&beside_a_large_one, 1).contains("more files do not help"));
-    }
-
-    #[test]
-    fn a_header_that_is_too_long_comes_with_the_advice() {
+    fn long_names_get_more_files_than_asked_for() {
         let mut state = StateDict::new();
         for i in 0..100 {
             state.tensor(format!("{i}{}", "n".repeat(1 << 20)), vec![0_u8; 4]).unwrap();
         }
-        let error = Plan::new(&state, Shape { chunk: 1 << 20, files: 1, rank: None }).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Invalid);
-        assert!(error.message().ends_with("2 are enough files=1 tensors=100"), "{error}");
-        Plan::new(&state, Shape { chunk: 1 << 20, files: 2, rank: None }).unwrap();
+        let plan = Plan::new(&state, Shape { chunk: 1 << 20, files: 1, rank: None }).unwrap();
+        assert_eq!(plan.shards.len(), 3);
+        assert!(plan.shards.iter().all(|shard| shard.header.len() <= (48 << 20) + 4096));
     }
 }

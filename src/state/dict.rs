@@ -1,5 +1,6 @@
 //! The state dict: the tensors, values and metadata of one save.
 
+use super::boxes::{Key, Place};
 use super::dtype::{Dtype, Layout};
 use super::source::{DeviceStream, MemoryLocation, SharedSource, Source};
 use super::value::encode_named;
@@ -9,7 +10,7 @@ use indexmap::IndexMap;
 use indexmap::map::Entry;
 use serde::Serialize;
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::hash::BuildHasher;
 use std::sync::Arc;
@@ -26,7 +27,10 @@ pub enum Capture {
 
 /// One tensor of a state dict.
 pub(crate) struct Tensor<'a> {
+    /// Dtype and shape of the source's bytes.
     pub layout: Layout,
+    /// None: the source is the whole tensor.
+    pub place: Option<Place>,
     pub location: MemoryLocation,
     /// None: the default for its memory location and size.
     pub capture: Option<Capture>,
@@ -71,8 +75,10 @@ impl Tensor<'_> {
 /// ```
 #[derive(Default)]
 pub struct StateDict<'a> {
-    pub(crate) tensors: IndexMap<String, Tensor<'a>, FixedState>,
+    pub(crate) tensors: IndexMap<Key, Tensor<'a>, FixedState>,
     pub(crate) values: BTreeMap<String, serde_json::Value>,
+    /// Values of this rank alone.
+    pub(crate) rank_values: BTreeMap<String, serde_json::Value>,
     pub(crate) metadata: BTreeMap<String, serde_json::Value>,
     /// Indices of tensors in host memory that the program can write while the save holds them.
     pub(crate) writable: Vec<usize>,
@@ -80,6 +86,8 @@ pub struct StateDict<'a> {
     pub(crate) streams: Vec<DeviceStream<'static>>,
     /// Owners that keep those streams alive beyond their tensors.
     pub(crate) stream_owners: Vec<Arc<dyn Any + Send + Sync>>,
+    /// The number of boxes of each tensor that was added in boxes.
+    boxes: HashMap<String, u32, FixedState>,
     bytes: u64,
     fingerprint: u64,
 }
@@ -102,7 +110,39 @@ impl<'a> StateDict<'a> {
     /// byte length is not that of its dtype and shape, strides that do not fit its shape, or F4 with an odd
     /// last dimension, for which torch refuses the whole file.
     pub fn tensor(&mut self, name: impl Into<String>, source: impl Source + 'a) -> Result<&mut Self> {
-        self.insert(name.into(), Box::new(source), None)
+        self.insert(name.into(), Box::new(source), None, None)
+    }
+
+    /// Adds a box of a tensor that several ranks save together: `source` holds the elements from index `at`
+    /// on, in a tensor of `shape`. A tensor without a box is added by [`StateDict::tensor`]; where several
+    /// ranks add the same box, or the same whole tensor, one of them writes it.
+    ///
+    /// A rank can add several boxes of one tensor, which then go to different files. A box may be empty, as
+    /// those of the last ranks are when a tensor is split unevenly; it is not written. The boxes of all ranks
+    /// must cover the tensor, each element once: the save checks that before it writes a byte.
+    ///
+    /// ```
+    /// use ashore::{HostTensor, StateDict};
+    /// // Rows 2 and 3 of a tensor of 8 rows.
+    /// let rows = HostTensor::new(vec![0.0_f32; 8], [2, 4]);
+    /// let mut state = StateDict::new();
+    /// state.tensor_box("weights", [8, 4], [2, 0], rows)?;
+    /// # Ok::<(), ashore::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`StateDict::tensor`]; and `Invalid`, naming the tensor, for a box that reaches beyond
+    /// `shape`, has another number of dimensions, or cuts a byte in two, and for a second box of another
+    /// dtype or `shape`.
+    pub fn tensor_box(
+        &mut self,
+        name: impl Into<String>,
+        shape: impl AsRef<[usize]>,
+        at: impl AsRef<[usize]>,
+        source: impl Source + 'a,
+    ) -> Result<&mut Self> {
+        let place = Place { global: shape.as_ref().into(), at: at.as_ref().into() };
+        self.insert(name.into(), Box::new(source), None, Some(place))
     }
 
     /// Adds a tensor that is captured at the time that `capture` says.
@@ -115,10 +155,16 @@ impl<'a> StateDict<'a> {
         source: impl Source + 'a,
         capture: Capture,
     ) -> Result<&mut Self> {
-        self.insert(name.into(), Box::new(source), Some(capture))
+        self.insert(name.into(), Box::new(source), Some(capture), None)
     }
 
-    fn insert(&mut self, name: String, source: Box<dyn Source + 'a>, capture: Option<Capture>) -> Result<&mut Self> {
+    fn insert(
+        &mut self,
+        name: String,
+        source: Box<dyn Source + 'a>,
+        capture: Option<Capture>,
+        place: Option<Place>,
+    ) -> Result<&mut Self> {
         let refuse = |name: &str, why: String| Err(Error::invalid(format!("{why} tensor={name:?}")));
         if name.is_empty() || name == "__metadata__" {
             return refuse(&name, "a tensor cannot have this name".into());
@@ -147,8 +193,19 @@ impl<'a> StateDict<'a> {
                 );
             }
             Ok(bytes) => {
-                let fingerprint = FixedState::with_seed(self.fingerprint).hash_one((&name, &layout));
-                match self.tensors.entry(name) {
+                let number = match &place {
+                    None => 0,
+                    Some(place) => match self.next_box(&name, &layout, place) {
+                        Ok(number) => number,
+                        Err(e) => return refuse(&name, e.message().into()),
+                    },
+                };
+                let seed = FixedState::with_seed(self.fingerprint);
+                let fingerprint = match &place {
+                    None => seed.hash_one((&name, &layout)),
+                    Some(place) => seed.hash_one((&name, &layout, place)),
+                };
+                match self.tensors.entry(Key { name, number }) {
                     Entry::Occupied(there) => return refuse(there.key(), "two tensors have the same name".into()),
                     Entry::Vacant(free) => {
                         match location.stream() {
@@ -160,7 +217,10 @@ impl<'a> StateDict<'a> {
                             None if location.writable() => self.writable.push(free.index()),
                             _ => {}
                         }
-                        free.insert(Tensor { layout, location, capture, source, captured_at: None });
+                        if place.is_some() {
+                            self.boxes.insert(free.key().name.clone(), number + 1);
+                        }
+                        free.insert(Tensor { layout, place, location, capture, source, captured_at: None });
                     }
                 }
                 self.bytes = self.bytes.saturating_add(bytes);
@@ -170,13 +230,63 @@ impl<'a> StateDict<'a> {
         Ok(self)
     }
 
+    /// Returns the number of the next box of a tensor.
+    fn next_box(&self, name: &str, layout: &Layout, place: &Place) -> Result<u32> {
+        place.check(layout)?;
+        let Some(first) = self.tensor_named(name) else { return Ok(0) };
+        let Some(known) = &first.place else {
+            return Err(Error::invalid("a tensor is given both whole and in boxes"));
+        };
+        if (first.layout.dtype, &known.global) != (layout.dtype, &place.global) {
+            let (dtype, shape, other) = (first.layout.dtype, &known.global[..], &place.global[..]);
+            return Err(Error::invalid(format!(
+                "boxes of one tensor disagree about it dtype={dtype} shape={shape:?} other_dtype={} other_shape={other:?}",
+                layout.dtype
+            )));
+        }
+        Ok(self.boxes.get(name).copied().unwrap_or(0))
+    }
+
+    /// The tensor of this name, or its first box.
+    pub(crate) fn tensor_named(&self, name: &str) -> Option<&Tensor<'a>> {
+        self.tensors.get(&(name, 0))
+    }
+
     /// Adds a value of any serde type, kept exactly, non-finite floats included.
     ///
     /// # Errors
     /// `Invalid`, naming the value: an empty or duplicate name, or a value that cannot be kept exactly.
     pub fn value(&mut self, name: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
-        put("value", &mut self.values, name.into(), value)?;
+        let name = name.into();
+        self.not_a_value(&name, self.rank_values.contains_key(&name))?;
+        put("value", &mut self.values, name, value)?;
         Ok(self)
+    }
+
+    /// Adds a value of this rank alone: the state of its random numbers, its place in the data. Where several
+    /// ranks save together, each keeps its own, while those added by [`StateDict::value`] are taken from
+    /// rank 0.
+    ///
+    /// ```
+    /// let mut state = ashore::StateDict::new();
+    /// state.value("epoch", &3)?.rank_value("next_sample", &4096_u64)?;
+    /// # Ok::<(), ashore::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`StateDict::value`]. The two kinds of values share their names.
+    pub fn rank_value(&mut self, name: impl Into<String>, value: &(impl Serialize + ?Sized)) -> Result<&mut Self> {
+        let name = name.into();
+        self.not_a_value(&name, self.values.contains_key(&name))?;
+        put("value", &mut self.rank_values, name, value)?;
+        Ok(self)
+    }
+
+    fn not_a_value(&self, name: &str, taken: bool) -> Result<()> {
+        if !taken {
+            return Ok(());
+        }
+        Err(Error::invalid(format!("a value is given both for all ranks and for one value={name:?}")))
     }
 
     /// Adds user metadata, which describes the checkpoint and is not part of the state.
@@ -188,12 +298,12 @@ impl<'a> StateDict<'a> {
         Ok(self)
     }
 
-    /// The tensors, in order: name, dtype and shape.
+    /// The tensors, in order: name, dtype and shape; for a box, its own shape.
     pub fn layouts(&self) -> impl ExactSizeIterator<Item = (&str, &Layout)> {
-        self.tensors.iter().map(|(name, tensor)| (name.as_str(), &tensor.layout))
+        self.tensors.iter().map(|(name, tensor)| (&**name, &tensor.layout))
     }
 
-    /// The names of the values, sorted.
+    /// The names of the values for all ranks, sorted.
     pub fn value_names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.values.keys().map(String::as_str)
     }
@@ -203,14 +313,25 @@ impl<'a> StateDict<'a> {
     /// # Errors
     /// `Invalid`, with the name, when a name is taken.
     pub(crate) fn absorb(&mut self, prefix: &str, other: Self) -> Result<()> {
-        for (name, Tensor { capture, source, .. }) in other.tensors {
-            self.insert(format!("{prefix}{name}"), source, capture)?;
+        for (name, Tensor { capture, source, place, .. }) in other.tensors {
+            self.insert(format!("{prefix}{}", &*name), source, capture, place)?;
         }
-        for (what, mine, theirs) in
-            [("value", &mut self.values, other.values), ("metadata", &mut self.metadata, other.metadata)]
-        {
+        let values = |values: BTreeMap<String, serde_json::Value>| {
+            values.into_iter().map(|(name, value)| (format!("{prefix}{name}"), value)).collect::<Vec<_>>()
+        };
+        let (shared, of_rank) = (values(other.values), values(other.rank_values));
+        for (name, _) in &shared {
+            self.not_a_value(name, self.rank_values.contains_key(name))?;
+        }
+        for (name, _) in &of_rank {
+            self.not_a_value(name, self.values.contains_key(name))?;
+        }
+        for (what, mine, theirs) in [
+            ("value", &mut self.values, shared),
+            ("value", &mut self.rank_values, of_rank),
+            ("metadata", &mut self.metadata, values(other.metadata)),
+        ] {
             for (name, value) in theirs {
-                let name = format!("{prefix}{name}");
                 if mine.insert(name.clone(), value).is_some() {
                     return Err(Error::invalid(format!("the name is empty or taken {what}={name:?}")));
                 }
@@ -225,16 +346,18 @@ impl<'a> StateDict<'a> {
     /// `Invalid` when two tensors or values get the same name.
     pub fn renamed(self, name: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let mut renamed = Self { metadata: self.metadata, ..Self::default() };
-        for (old, value) in self.values {
+        let values = self.values.into_iter().map(|(old, value)| (old, value, false));
+        for (old, value, of_rank) in values.chain(self.rank_values.into_iter().map(|(old, value)| (old, value, true))) {
             let Some(name) = name(&old) else { continue };
-            if renamed.values.contains_key(&name) {
+            if renamed.values.contains_key(&name) || renamed.rank_values.contains_key(&name) {
                 return Err(Error::invalid(format!("two values have the same name value={name:?}")));
             }
-            renamed.values.insert(name, value);
+            let to = if of_rank { &mut renamed.rank_values } else { &mut renamed.values };
+            to.insert(name, value);
         }
-        for (old, Tensor { capture, source, .. }) in self.tensors {
+        for (old, Tensor { capture, source, place, .. }) in self.tensors {
             if let Some(name) = name(&old) {
-                renamed.insert(name, source, capture)?;
+                renamed.insert(name, source, capture, place)?;
             }
         }
         Ok(renamed)
@@ -248,13 +371,15 @@ impl<'a> StateDict<'a> {
     pub(crate) fn split(self) -> Result<(Self, Self)> {
         self.settled()?;
         let mut both = (Self::with_capacity(self.len()), Self::with_capacity(self.len()));
-        for (name, Tensor { capture, source, .. }) in self.tensors {
+        for (Key { name, .. }, Tensor { capture, source, place, .. }) in self.tensors {
             let source = SharedSource::new(source);
-            both.0.insert(name.clone(), Box::new(source.clone()), capture)?;
-            both.1.insert(name, Box::new(source), capture)?;
+            both.0.insert(name.clone(), Box::new(source.clone()), capture, place.clone())?;
+            both.1.insert(name, Box::new(source), capture, place)?;
         }
         (both.0.values, both.0.metadata) = (self.values.clone(), self.metadata.clone());
         (both.1.values, both.1.metadata) = (self.values, self.metadata);
+        both.0.rank_values.clone_from(&self.rank_values);
+        both.1.rank_values = self.rank_values;
         Ok(both)
     }
 
@@ -269,6 +394,13 @@ impl<'a> StateDict<'a> {
         let Some((name, _)) = of_device.or_else(of_host) else { return Ok(()) };
         let what = "a tensor that the program may write cannot be kept for later; give an owned or shared copy";
         Err(Error::invalid(format!("{what} tensor={name:?}")))
+    }
+
+    /// Takes all values, as a step of one rank keeps them: the names of the two kinds differ.
+    pub(crate) fn take_values(&mut self) -> BTreeMap<String, serde_json::Value> {
+        let mut values = std::mem::take(&mut self.values);
+        values.append(&mut self.rank_values);
+        values
     }
 
     /// The number of tensors.

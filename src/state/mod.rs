@@ -3,12 +3,14 @@
 //! A [`StateDict`] owns or borrows *sources* and never copies their bytes; the stager copies them. Names are
 //! data: they become keys in files, never paths.
 
+mod boxes;
 mod dict;
 mod dtype;
 mod promised;
 mod source;
 mod value;
 
+pub(crate) use boxes::{Key, Place};
 pub(crate) use dict::Tensor;
 pub use dict::{Capture, StateDict};
 #[cfg(test)]

@@ -130,7 +130,7 @@ impl SavePlan {
         for item in self.items.iter() {
             let fits = match &item.kind {
                 WriteKind::Value => state.values.contains_key(&item.fqn),
-                WriteKind::Tensor { dtype, size, chunk } => state.tensors.get(&item.fqn).is_some_and(|tensor| {
+                WriteKind::Tensor { dtype, size, chunk } => state.tensor_named(&item.fqn).is_some_and(|tensor| {
                     (tensor.layout.dtype, &tensor.layout.shape[..]) == (*dtype, &size[..])
                         && *chunk == ChunkStorageMetadata::whole(size)
                 }),

@@ -1,3 +1,4 @@
+mod boxes;
 mod closing;
 mod engines;
 mod failing_calls;

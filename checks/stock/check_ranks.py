@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Reads the shards of several ranks in FOLDER with stock Python readers, and compares every byte with the expected one.
+
+    check_ranks.py FOLDER
+
+What was written is in ranks.json beside this file. torch's distributed checkpoint puts the boxes together in one process;
+safetensors' own parser and its numpy front end read each file, and its boxes are compared with those of the whole tensors.
+"""
+import json
+import pathlib
+import sys
+
+import numpy
+import safetensors
+
+import check
+
+
+def boxes(path):
+    """Where the box of each tensor in a file begins, by the keys of torch."""
+    with safetensors.safe_open(path, framework="np") as opened:
+        strings = opened.metadata()
+        assert strings["format"] == "pt" and strings["DCP_VERSION"] == "1.0" and strings["ashore_step"] == "7", strings
+        info = json.loads(strings["DCP_SHARDING_INFO"])
+        assert sorted(info) == sorted(opened.keys()), path
+    assert info, f"torch's consolidation refuses a file without tensors: {path}"
+    return {name: entry["saved_offsets"] for name, entry in info.items()}
+
+
+def cut(expected, name, at, extent):
+    """The bytes of a box of an expected tensor."""
+    dtype, shape, content = expected[name]
+    item = check.BITS.get(dtype) or check.BITS[dtype.partition("_")[0]]
+    whole = numpy.frombuffer(content, numpy.uint8).reshape(*shape, item // 8)
+    return whole[tuple(slice(begin, begin + size) for begin, size in zip(at, extent))].tobytes()
+
+
+def files_alone(files, expected):
+    """What is wrong with single files, as the reference parser and numpy read them."""
+    seen = {name: 0 for name in expected}
+    for path in files:
+        begins = boxes(path)
+        for name, entry in safetensors.deserialize(path.read_bytes()):
+            extent, content = entry["shape"], bytes(entry["data"])
+            if entry["dtype"] != expected[name][0] or content != cut(expected, name, begins[name], extent):
+                yield f"{name!r} differs in {path.name}"
+            if not content and expected[name][2]:
+                yield f"an empty box of {name!r} was written in {path.name}"
+            seen[name] += len(content)
+        with safetensors.safe_open(path, framework="np") as opened:
+            for name in opened.keys():
+                if expected[name][0] in check.NUMPY and opened.get_tensor(name).tobytes() != cut(
+                    expected, name, begins[name], opened.get_slice(name).get_shape()
+                ):
+                    yield f"numpy reads {name!r} otherwise in {path.name}"
+    for name, written in seen.items():
+        if written != len(expected[name][2]):
+            yield f"{name!r} was written with {written} bytes of {len(expected[name][2])}"
+
+
+def main(folder):
+    table = json.loads(pathlib.Path(__file__).with_name("ranks.json").read_text())
+    expected = check.expectation([(t["name"], t["dtype"], t["shape"]) for t in table["tensors"]])
+    files = sorted(folder.glob("*.safetensors"))
+    results = {
+        "safetensors and numpy, file by file": list(files_alone(files, expected)),
+        "dcp, one process": list(check.compare(check.read_dcp, files, expected)),
+    }
+    for reader, wrong in results.items():
+        print(f"{reader}: {len(expected)} tensors in {len(files)} files:", *wrong or ["equal"])
+    sys.exit(any(results.values()))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,124 @@
+//! Tensors in boxes, and what one rank saves of them.
+
+use ashore::storage::{Memory, Storage};
+use ashore::{Checkpoint, CheckpointExecutor, Dtype, ErrorKind, HostTensor, StateDict, id::step_name};
+use std::sync::Arc;
+use std::time::Duration;
+
+const LONG: Duration = Duration::from_secs(60);
+
+fn executor(storage: &Arc<dyn Storage>) -> CheckpointExecutor {
+    CheckpointExecutor::builder("unused").storage(storage.clone()).arena(4 * 4096).chunk(4096).build().unwrap()
+}
+
+/// Rows `from..to` of a tensor of 3 columns in which every element is its own index.
+fn rows(from: u32, to: u32) -> HostTensor<Vec<u32>> {
+    HostTensor::new((3 * from..3 * to).collect(), [(to - from) as usize, 3])
+}
+
+/// The bytes of `w`, whose boxes are whole rows in ascending order.
+fn rows_of(storage: &Arc<dyn Storage>, checkpoint: &Checkpoint) -> Vec<u8> {
+    let (reading, manifest) = (storage.open(checkpoint.name()).unwrap(), checkpoint.manifest());
+    let mut bytes = Vec::new();
+    for slice in &manifest.tensor("w").unwrap().slices {
+        let mut part = vec![0; slice.length as usize];
+        reading.open(&manifest.files[slice.file].name).unwrap().read_at(slice.offset, &mut part).unwrap();
+        assert_eq!(bytes.len(), 12 * slice.at[0]);
+        bytes.extend_from_slice(&part);
+    }
+    bytes
+}
+
+#[test]
+fn one_rank_saves_boxes_that_cover_their_tensor() {
+    let storage: Arc<dyn Storage> = Arc::new(Memory::new());
+    let executor = executor(&storage);
+    for (step, cuts) in [(7, vec![0, 2, 2, 5, 3000]), (8, vec![0, 3000])] {
+        let mut state = StateDict::new();
+        // The last boxes first: the order does not matter.
+        for pair in cuts.windows(2).rev() {
+            state.tensor_box("w", [3000, 3], [pair[0] as usize, 0], rows(pair[0], pair[1])).unwrap();
+        }
+        state.tensor("whole", vec![1_u8; 5]).unwrap();
+        state.tensor_box("nothing", [0, 4], [0, 2], HostTensor::new(vec![0_f32; 0], [0, 2])).unwrap();
+        state.value("epoch", &3).unwrap().rank_value("next_sample", &4096).unwrap();
+        executor.save(step, state).unwrap().wait(LONG).unwrap();
+        let checkpoint = Checkpoint::from_storage(storage.clone(), &step_name(step)).unwrap();
+        assert_eq!(rows_of(&storage, &checkpoint), (0..9000).flat_map(u32::to_le_bytes).collect::<Vec<u8>>());
+        assert_eq!(checkpoint.read("whole").unwrap(), [1; 5]);
+        assert_eq!(checkpoint.tensor("nothing").unwrap().shape, [0, 4]);
+        assert_eq!(checkpoint.value::<u64>("next_sample").unwrap(), 4096);
+        let report = checkpoint.verify().unwrap();
+        assert!(report.is_sound(), "{report:?}");
+    }
+    executor.shutdown(LONG).unwrap();
+}
+
+#[test]
+fn one_rank_refuses_boxes_that_do_not_cover_their_tensor() {
+    let storage: Arc<dyn Storage> = Arc::new(Memory::new());
+    let executor = executor(&storage);
+    for (boxes, why) in [
+        (vec![(0, 4)], "this executor saves for one rank, and its boxes do not cover a tensor"),
+        (vec![(0, 4), (3, 10)], "boxes of a tensor overlap and are not the same"),
+    ] {
+        let mut state = StateDict::new();
+        for (from, to) in boxes {
+            state.tensor_box("w", [10, 3], [from as usize, 0], rows(from, to)).unwrap();
+        }
+        let refused = executor.save(7, state).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Invalid);
+        assert!(refused.message().starts_with(why) && refused.message().contains("tensor=\"w\""), "{refused}");
+    }
+    assert!(storage.list().unwrap().is_empty());
+    executor.shutdown(LONG).unwrap();
+}
+
+#[test]
+fn boxes_outside_their_tensor_are_refused() {
+    let mut state = StateDict::new();
+    let four = || HostTensor::new(vec![0_f32; 4], [2, 2]);
+    let f4 = |shape: [usize; 2]| HostTensor::with_dtype(vec![0_u8; shape[0] * shape[1] / 2], Dtype::F4, shape);
+    let f6 = |shape: [usize; 2]| HostTensor::with_dtype(vec![0_u8; shape[0] * shape[1] * 6 / 8], Dtype::F6_E2M3, shape);
+    state.tensor_box("w", [4, 2], [2, 0], four()).unwrap();
+    state.tensor("whole", vec![0_u8]).unwrap();
+    let wrong = [
+        ("beyond", state.tensor_box("v", [4, 2], [3, 0], four()).err()),
+        ("overflow", state.tensor_box("v", [4, 2], [usize::MAX, 0], four()).err()),
+        ("dimensions of the begin", state.tensor_box("v", [4, 2], [2], four()).err()),
+        ("dimensions of the tensor", state.tensor_box("v", [4, 2, 1], [2, 0, 0], four()).err()),
+        ("too large", state.tensor_box("v", [usize::MAX, 2], [2, 0], four()).err()),
+        ("no name", state.tensor_box("", [4, 2], [2, 0], four()).err()),
+        ("another shape", state.tensor_box("w", [5, 2], [0, 0], four()).err()),
+        ("another dtype", state.tensor_box("w", [4, 2], [0, 0], HostTensor::new(vec![0_i32; 4], [2, 2])).err()),
+        ("whole and in boxes", state.tensor_box("whole", [1], [0], vec![0_u8]).err()),
+        ("in boxes and whole", state.tensor("w", four()).err()),
+        ("half a byte", state.tensor_box("f4", [2, 8], [0, 3], f4([2, 2])).err()),
+        ("half a byte of the whole", state.tensor_box("f4", [2, 7], [0, 2], f4([2, 2])).err()),
+        ("rows of 6 bits", state.tensor_box("f6", [4, 6], [0, 0], f6([2, 2])).err()),
+    ];
+    for (why, error) in wrong {
+        let error = error.expect(why);
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{why}");
+        assert!(error.message().contains(" tensor="), "{why}: {error}");
+    }
+    state.tensor_box("f4", [2, 8], [0, 2], f4([2, 2])).unwrap();
+    state.tensor_box("f6", [4, 6], [0, 0], f6([2, 6])).unwrap();
+    state.tensor_box("g6", [4, 8], [2, 0], f6([2, 4])).unwrap();
+    assert_eq!(state.len(), 5);
+}
+
+#[test]
+fn values_of_one_rank_and_of_all_share_their_names() {
+    let mut state = StateDict::new();
+    state.value("a", &1).unwrap().rank_value("b", &2).unwrap();
+    for error in [
+        state.value("b", &1).unwrap_err(),
+        state.rank_value("a", &1).unwrap_err(),
+        state.rank_value("b", &1).unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    }
+    let renamed = state.renamed(|name| Some(format!("m.{name}"))).unwrap();
+    assert_eq!(renamed.value_names().collect::<Vec<_>>(), ["m.a"]);
+}
