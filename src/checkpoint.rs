@@ -262,6 +262,27 @@ impl Checkpoint {
         self.decode("value", name, self.manifest().values.get(name))
     }
 
+    /// Decodes the value `name` that rank `rank` kept for itself: see
+    /// [`StateDict::rank_value`](crate::StateDict::rank_value). A step that one process saved alone has them
+    /// among its [values](Checkpoint::value).
+    ///
+    /// # Errors
+    /// `NotFound` when that rank kept none; `Invalid` when it is not a `T`, or there is no such rank; `Corrupt`.
+    pub fn rank_value<T: DeserializeOwned>(&self, rank: u32, name: &str) -> Result<T> {
+        let world = self.world();
+        if rank >= world {
+            let wrong = format!("the checkpoint has no such rank rank={rank} ranks={world}");
+            return Err(self.located(Error::invalid(wrong)));
+        }
+        if world == 1 && self.opened.index.values_beside(0).map_err(|e| self.unlisted(e))?.is_empty() {
+            return self.value(name);
+        }
+        let files = self.opened.index.all_files().map_err(|e| self.unlisted(e))?;
+        let first = files.iter().position(|file| crate::format::shard::rank_of(&file.entry.name) == Some(rank));
+        let values = first.map_or_else(|| Ok(BTreeMap::new()), |file| self.values_beside(file))?;
+        self.decode("value", name, values.get(name))
+    }
+
     /// Decodes the user metadata under `key`.
     ///
     /// # Errors

@@ -40,7 +40,7 @@ use crate::storage::Storage;
 use crate::sync::Mutex;
 use destination::Destination;
 use equipment::Equipment;
-use ranks::Turns;
+use ranks::{Described, Turns};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -101,6 +101,8 @@ pub struct CheckpointExecutor {
 #[derive(Debug)]
 struct Admission {
     plan: Option<Arc<Plan>>,
+    /// What the plan was made from, if several ranks made it.
+    described: Option<Described>,
     /// Identities of attempts, drawn ahead because randomness is a system call.
     attempts: Attempts,
 }

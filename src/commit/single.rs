@@ -34,7 +34,7 @@ fn commit(ending: Ending<'_>) -> Result<Committed> {
     attempt.put(TENSORS_TABLE, table)?;
     let plan = &request.plan;
     let files = plan.length + plan.index.as_ref().map_or(0, |index| index.len() as u64);
-    attempt.put(MANIFEST, &manifest(request, 1, files, entry).to_bytes()?)?;
+    attempt.put(MANIFEST, &manifest(request, files, entry).to_bytes()?)?;
     enter(&request.ticket, Phase::Publishing)?;
     attempt.publish(request.overwrite)?;
     Ok(committed(request, &receipts, path))
@@ -52,23 +52,38 @@ pub(super) fn enter(ticket: &Ticket, phase: Phase) -> Result<()> {
     Err(ticket.failure().unwrap_or_else(gone))
 }
 
-/// Fills in the table of what this process has written.
-pub(super) fn fill_table(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -> Result<TableEntry> {
-    let (ticket, plan) = (&request.ticket, &request.plan);
+/// The digests of what this process has written.
+pub(super) struct Summary {
+    /// Of each tensor of the plan, with the range of `blocks` that has those of its blocks.
+    pub tensors: Vec<(Digest, Range<usize>)>,
+    pub blocks: Vec<Digest>,
+    /// Of each shard: of its header, and of all of it.
+    pub shards: Vec<(Digest, Digest)>,
+}
+
+/// Combines the digests of segments and chunks, and looks for tensors that changed since `save`.
+pub(super) fn summarize(request: &Request, receipts: &Receipts) -> Result<Summary> {
+    let plan = &request.plan;
     let (segments, chunks) = (&receipts.digests, &receipts.chunks);
     let mut blocks = Vec::new();
     let tensors: Vec<_> = plan.tensors.iter().map(|t| digests(plan, t, segments, &mut blocks)).collect();
     unchanged(request, &tensors)?;
-    let mut files: Vec<(Digest, Digest)> = plan.shards.iter().map(|s| file(plan, s, segments, chunks)).collect();
+    let shards = plan.shards.iter().map(|s| file(plan, s, segments, chunks)).collect();
+    Ok(Summary { tensors, blocks, shards })
+}
+
+/// Fills in the table of what this process has written.
+fn fill_table(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -> Result<TableEntry> {
+    let (ticket, plan) = (&request.ticket, &request.plan);
+    let Summary { tensors, blocks, shards: mut files } = summarize(request, receipts)?;
     files.extend(plan.index.iter().map(|index| (Digest::EMPTY, Digest::of(index))));
     let slices = tensors.iter().map(|(digest, range)| (*digest, blocks.get(range.clone()).unwrap_or_default()));
     plan.table.fill((ticket.step, ticket.attempt()), files, slices, out)
 }
 
 /// The manifest of a step whose table is `entry`; `files` is the length of all files that the table names.
-pub(super) fn manifest(request: &Request, world: u32, files: u64, entry: TableEntry) -> Manifest {
+fn manifest(request: &Request, files: u64, entry: TableEntry) -> Manifest {
     Manifest {
-        world,
         metadata: request.metadata.clone(),
         values: request.values.clone(),
         bytes: files + entry.length,

@@ -222,7 +222,7 @@ impl CheckpointExecutor {
     }
 
     /// Returns the handle of a save that did not begin and ended with `outcome`.
-    fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
+    pub(super) fn resolved(&self, step: u64, attempt: Attempt, began: Instant, outcome: Outcome) -> Save {
         let ticket = self.issue(step, attempt, began, deadline_after(self.settings.save_timeout));
         ticket.release();
         ticket.finish(Ok(outcome)).into_iter().for_each(Calls::here);

@@ -13,6 +13,7 @@ use crate::plan::{DeferredDigests, Request};
 use crate::staging::{Captured, Job, Stager};
 use crate::state::StateDict;
 use crate::writer::{RetryState, Task};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,6 +64,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
         name: name.clone(),
         overwrite: *overwrite,
         values: state.take_values(),
+        rank_values: BTreeMap::new(),
         metadata: std::mem::take(&mut state.metadata),
         // Nothing can write the kept state, so nothing is compared.
         expected: Vec::new(),

@@ -8,7 +8,7 @@
 use super::destination::Destination;
 use super::ending::{Committing, Leftover};
 use super::equipment::{Equipment, Offer, Wish};
-use super::ranks::{Called, Rounds, Turns};
+use super::ranks::{self, Called, Rounds, Wanted};
 use super::threads::{Channels, Commits, Threads};
 use super::{Admission, CheckpointExecutor, ending, tidy, touch};
 use crate::catalog::{Keeping, PreservationPolicy, Verify};
@@ -290,12 +290,13 @@ impl Builder {
             compared: compared.clone(),
             table: AlignedBuffer::new(0),
         };
+        let (turns, rounds) = group.map(ranks::turns_and_rounds).unzip();
         let executor = CheckpointExecutor {
             catalog: catalog.clone(),
             stager: stager.clone(),
             threads: Arc::new(Threads::new(stager.clone())),
-            turns: group.clone().map(Turns::new),
-            admission: Mutex::new(Admission { plan: None, attempts: Attempts::new() }),
+            turns,
+            admission: Mutex::new(Admission { plan: None, described: None, attempts: Attempts::new() }),
             origin: ForkGuard::new(),
             compared,
             storage: storage.clone(),
@@ -308,14 +309,13 @@ impl Builder {
         // Waits while tidying is behind. If the tidying thread has ended, the send fails and the next process
         // sweeps.
         let leave = move |left: Option<Leftover>| left.into_iter().for_each(|left| dropped(leftovers.send(left)));
-        let (commits, commit): (_, Box<dyn FnOnce() + Send>) = match group {
+        let (commits, commit): (_, Box<dyn FnOnce() + Send>) = match rounds {
             None => {
                 let (ended, endings) = unbounded::<Arc<Task>>();
                 (Commits::Alone(ended), Box::new(move || commit_alone(&endings, committing, leave)))
             }
-            Some(group) => {
+            Some(rounds) => {
                 let (call, calls) = unbounded();
-                let rounds = Rounds::new(group);
                 (
                     Commits::Several(call),
                     Box::new(move || commit_several(calls, rounds, committing, &destination, leave)),
@@ -370,7 +370,7 @@ fn commit_several(
     destination: &Destination,
     leave: impl Fn(Option<Leftover>),
 ) {
-    let allow = |called: &Called| destination.allow(called.step, &called.name);
+    let allow = |wanted: &Wanted| destination.allow(wanted.step, &wanted.name);
     rounds.run(calls, &allow, |task, group, attempted| {
         let left = ending::conclude(&mut committing, task, |ending| several::conclude(group, attempted, ending));
         leave(left.filter(|_| group.member.rank == 0));

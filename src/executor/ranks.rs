@@ -4,61 +4,87 @@
 //! rank that skipped one by itself would save another step than the others from then on. [`Turns`] hands
 //! out the numbers; the thread that commits carries out the rounds of one save after another. **Overlap.**
 //! Rank 0 applies the overlap policy, and the others follow it. **Completion.** A writer that needs the
-//! attempt waits in its [`Gate`] until the ranks have agreed.
+//! attempt waits in its [`Gate`] until the ranks have agreed; a call with a new structure waits until it has
+//! its share of the plan.
 
-use crate::commit::several::{Agreed, Attempted, Group, Structures, Vote};
+use crate::commit::several::{Agreed, Attempted, Describe, Group, Structure, Structures, Vote};
 use crate::completion::{Calls, Completion};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{dropped, guarded};
 use crate::id::Attempt;
 use crate::outcome::Outcome;
-use crate::plan::Request;
+use crate::plan::{Description, Merge, Request};
 use crate::settings::Overlap;
 use crate::storage::Writing;
 use crate::sync::{Mutex, MutexGuard, lock};
+use crate::ticket::Ticket;
 use crate::writer::{Begin, Task};
-use crossbeam_channel::{Receiver, Sender};
-use std::cell::Cell;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+/// What this rank holds, and its share of the plan that the ranks made of it.
+#[derive(Clone, Debug)]
+pub(super) struct Described {
+    /// The description, encoded.
+    pub bytes: Arc<[u8]>,
+    pub digest: Digest,
+    /// The order of its boxes.
+    pub order: Arc<[usize]>,
+    /// The share, encoded; empty while there is none.
+    pub share: Arc<[u8]>,
+}
+
+/// The newest share of this rank, with the digest of the description that it belongs to.
+type Newest = Arc<Mutex<Option<(Digest, Arc<[u8]>)>>>;
+
 /// The ranks of an executor, and the numbers of their saves.
 #[derive(Debug)]
 pub(super) struct Turns {
-    pub group: Arc<Group>,
+    group: Arc<Group>,
     next: Mutex<u64>,
+    newest: Newest,
 }
 
 /// The number of one call of `save`, held while the call decides what becomes of it.
 pub(super) struct Turn<'a> {
-    pub group: &'a Group,
+    group: &'a Group,
     next: MutexGuard<'a, u64>,
-    /// The thread that carries out the rounds knows of the call.
-    known: Cell<bool>,
+    newest: &'a Newest,
+    state: RefCell<Handed>,
+}
+
+/// How much of a call the thread that carries out the rounds knows.
+enum Handed {
+    /// Nothing; the description of the plan in use, if there is one.
+    Nothing(Option<Described>),
+    /// The description: it waits for what becomes of the call.
+    Description(Sender<What>),
+    All,
+}
+
+/// Makes the two ends of the saves of a group.
+pub(super) fn turns_and_rounds(group: Arc<Group>) -> (Turns, Rounds) {
+    let newest = Newest::default();
+    let turns = Turns { group: group.clone(), next: Mutex::new(0), newest: newest.clone() };
+    (turns, Rounds { group, known: Structures::none(), newest })
 }
 
 impl Turns {
-    pub fn new(group: Arc<Group>) -> Self {
-        Self { group, next: Mutex::new(0) }
-    }
-
     /// Waits for the turn of this call.
     pub fn take(&self) -> Turn<'_> {
-        Turn { group: &self.group, next: lock(&self.next), known: Cell::new(false) }
+        let state = RefCell::new(Handed::Nothing(None));
+        Turn { group: &self.group, next: lock(&self.next), newest: &self.newest, state }
     }
 }
 
 impl Turn<'_> {
-    /// The number of the save.
-    pub fn save(&self) -> u64 {
-        *self.next
-    }
-
     /// The attempt of the save.
     pub fn attempt(&self) -> Attempt {
-        self.group.attempt(self.save())
+        self.group.attempt(*self.next)
     }
 
     /// The overlap policy of this rank: what skips saves is rank 0's to decide.
@@ -69,13 +95,59 @@ impl Turn<'_> {
         }
     }
 
-    /// Hands the call over, unless it was before.
+    /// The share of this rank, if the ranks have made a new plan since, because another rank's tensors
+    /// changed.
+    pub fn newer_share(&self, described: &Described) -> Option<Arc<[u8]>> {
+        let newest = lock(self.newest);
+        let (_, share) = newest.as_ref().filter(|(of, share)| *of == described.digest && *share != described.share)?;
+        Some(share.clone())
+    }
+
+    /// The call saves by a plan that was made before.
+    pub fn uses(&self, described: Option<Described>) {
+        *self.state.borrow_mut() = Handed::Nothing(described);
+    }
+
+    /// Hands over the description of a new structure; the receiver gets the share of this rank.
+    pub fn describe(&self, calls: &Sender<Called>, wanted: &Wanted, described: Described) -> Receiver<Answer> {
+        let ((reply, answer), (then, what)) = (bounded(1), bounded(1));
+        *self.state.borrow_mut() = Handed::Description(then);
+        let described = Some(described);
+        self.send(
+            calls,
+            Called { save: *self.next, wanted: wanted.clone(), described, early: Early::New(reply), what },
+        );
+        answer
+    }
+
+    /// Hands over what has become of the call, unless that is known.
     pub fn call(&self, calls: &Sender<Called>, wanted: &Wanted, what: What) {
-        if !self.known.replace(true) {
-            let Wanted { step, name, overwrite, deadline } = wanted.clone();
-            // The thread has ended only after a shutdown, which takes no saves.
-            let _ = calls.send(Called { save: self.save(), step, name, overwrite, deadline, what });
+        match self.state.replace(Handed::All) {
+            Handed::All => {}
+            Handed::Description(then) => drop(then.send(what)),
+            Handed::Nothing(described) => {
+                let early = match &what {
+                    What::Begun { task, .. } => Early::Begun(task.request.ticket.clone()),
+                    What::Ended(outcome) => Early::Ended(outcome.clone()),
+                    What::Refused(error) => Early::Refused(error.clone()),
+                };
+                let (then, known) = bounded(1);
+                let _ = then.send(what);
+                let (save, wanted) = (*self.next, wanted.clone());
+                self.send(calls, Called { save, wanted, described, early, what: known });
+            }
         }
+    }
+
+    fn send(&self, calls: &Sender<Called>, called: Called) {
+        // The thread has ended only after a shutdown, which takes no saves.
+        let _ = calls.send(called);
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.next += 1;
     }
 }
 
@@ -88,21 +160,34 @@ pub(super) struct Wanted {
     pub deadline: Instant,
 }
 
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        *self.next += 1;
-    }
-}
-
 /// A call of `save`, for the thread that carries out the rounds.
 #[derive(Debug)]
 pub(super) struct Called {
-    pub save: u64,
-    pub step: u64,
-    pub name: String,
-    pub overwrite: bool,
-    pub deadline: Instant,
-    pub what: What,
+    save: u64,
+    pub wanted: Wanted,
+    described: Option<Described>,
+    early: Early,
+    /// Receives what becomes of the call.
+    what: Receiver<What>,
+}
+
+/// What is known of a call before the ranks agree.
+#[derive(Debug)]
+enum Early {
+    /// It is being staged by a plan that was made before.
+    Begun(Arc<Ticket>),
+    /// It has a new structure, and waits for its share of the plan.
+    New(Sender<Answer>),
+    Ended(Outcome),
+    Refused(Error),
+}
+
+/// What the ranks have decided about a call that waits for its share.
+#[derive(Debug)]
+pub(super) enum Answer {
+    Share(Arc<[u8]>),
+    Ended(Outcome),
+    Refused(Error),
 }
 
 /// What became of a call of `save` on this rank.
@@ -143,12 +228,13 @@ impl Begin for Gate {
 pub(super) struct Rounds {
     group: Arc<Group>,
     known: Structures,
+    newest: Newest,
 }
 
-/// A save of which every chunk is done, and how it ends.
-pub(super) enum Next {
-    /// All ranks have written; it is to be committed.
-    Commit(Attempted),
+/// What the ranks have decided about a call.
+enum Next {
+    /// All ranks write. `share` is this rank's part of the plan, if the plan is new.
+    Commit(Attempted, Option<Arc<[u8]>>),
     /// It ends without a commit.
     End(Result<Outcome>),
     /// It ends on this rank, and the others may go on with it until they learn that.
@@ -156,93 +242,40 @@ pub(super) enum Next {
 }
 
 impl Rounds {
-    pub fn new(group: Arc<Group>) -> Self {
-        Self { group, known: Structures::none() }
-    }
-
-    /// Agrees with the other ranks on a call, and lets its writers go on. `allow` checks on rank 0 whether
-    /// the step may be written.
-    pub fn agree(&mut self, called: &Called, allow: &dyn Fn(&Called) -> Result<()>) -> Next {
-        let (group, save) = (self.group.clone(), called.save);
-        let (mut error, mut ended) = (None, None);
-        let mut description = Vec::new();
-        match &called.what {
-            What::Begun { task, .. } => {
-                let ticket = &task.request.ticket;
-                description = task.request.plan.description();
-                if ticket.agreed.swap(true, Ordering::AcqRel) {
-                    // The call that supersedes it is about to end it.
-                    ended = ticket.done.wait(called.deadline).and_then(Result::ok);
-                }
-                error = ticket.failure();
-            }
-            What::Ended(outcome) if group.member.rank == 0 => ended = Some(outcome.clone()),
-            What::Ended(_) => error = Some(Error::new(ErrorKind::Cancelled, "a rank takes no more saves")),
-            What::Refused(why) => error = Some(why.clone()),
-        }
-        let vote = Vote {
-            step: called.step,
-            name: called.name.clone(),
-            overwrite: called.overwrite,
-            structure: Digest::of(&description),
-            error: error.as_ref().map(|error| group.wire(error)),
-        };
-        let mut begun = None;
-        let agreed = guarded("the storage panicked while ranks agreed", || {
-            if group.member.rank > 0 {
-                return group.follow(save, &vote, &description, called.deadline);
-            }
-            let mut begin = || {
-                allow(called)?;
-                begun = Some(group.begin(save, &called.name, called.overwrite)?);
-                Ok(())
-            };
-            let mut assign = |states: Vec<Vec<u8>>| Ok(vec![Vec::new(); states.len()]);
-            let (known, ended) = (&mut self.known, ended.as_ref());
-            group.decide(save, &vote, &description, ended, known, &mut assign, &mut begin, called.deadline)
-        });
-        let next = match agreed {
-            Ok(Agreed::Go { plan, .. }) => {
-                let attempt = begun.map_or_else(|| group.join(save, &called.name), Ok);
-                Next::Commit(Attempted { save, attempt, plan })
-            }
-            Ok(Agreed::Ended(outcome)) => Next::End(Ok(outcome)),
-            Ok(Agreed::Refused(error)) => Next::End(Err(error)),
-            // Rank 0 has told the others, as far as it could.
-            Err(error) if group.member.rank == 0 => Next::End(Err(error)),
-            Err(error) => Next::Withdraw(error),
-        };
-        if let What::Begun { gate, .. } = &called.what {
-            gate.0.complete(match &next {
-                Next::Commit(attempted) => attempted.attempt.clone().map(|attempt| attempt as Arc<dyn Writing>),
-                Next::End(Ok(_)) => Err(ended_by_rank_0()),
-                Next::End(Err(error)) | Next::Withdraw(error) => Err(error.clone()),
-            });
-        }
-        next
-    }
-}
-
-fn ended_by_rank_0() -> Error {
-    Error::new(ErrorKind::Cancelled, "rank 0 ended the save by its overlap policy")
-}
-
-impl Rounds {
-    /// The body of the thread: carries out the rounds of each call. `commit` ends a save that all ranks have
-    /// agreed on, once its last chunk is done.
+    /// The body of the thread: carries out the rounds of each call. `allow` checks on rank 0 whether a step
+    /// may be written; `commit` ends a save that all ranks have agreed on, once its last chunk is done.
     pub fn run(
         mut self,
         calls: Receiver<Called>,
-        allow: &dyn Fn(&Called) -> Result<()>,
+        allow: &dyn Fn(&Wanted) -> Result<()>,
         mut commit: impl FnMut(&Task, &Group, &Attempted),
     ) {
         for called in calls {
             let next = self.agree(&called, allow);
-            let (save, deadline) = (called.save, called.deadline);
-            match (called.what, next) {
-                (What::Begun { task, ended, .. }, Next::Commit(attempted)) => {
-                    let rank = self.group.member.rank;
-                    wait_for_chunks(&task, &ended, rank);
+            let Called { save, wanted: Wanted { deadline, .. }, early, what, .. } = called;
+            if let Early::New(reply) = early {
+                let answer = match &next {
+                    Next::Commit(_, Some(share)) => Answer::Share(share.clone()),
+                    Next::Commit(_, None) => Answer::Refused(Error::internal("rank 0 knows a structure that is new")),
+                    Next::End(Ok(outcome)) => Answer::Ended(outcome.clone()),
+                    Next::End(Err(error)) | Next::Withdraw(error) => Answer::Refused(error.clone()),
+                };
+                let _ = reply.send(answer);
+            }
+            // The call sends it, or drops the sender, after a bounded time.
+            let what = what
+                .recv()
+                .unwrap_or_else(|_| What::Refused(Error::new(ErrorKind::Cancelled, "a call of `save` has ended")));
+            if let What::Begun { gate, .. } = &what {
+                gate.0.complete(match &next {
+                    Next::Commit(attempted, _) => attempted.attempt.clone().map(|attempt| attempt as Arc<dyn Writing>),
+                    Next::End(Ok(_)) => Err(ended_by_rank_0()),
+                    Next::End(Err(error)) | Next::Withdraw(error) => Err(error.clone()),
+                });
+            }
+            match (what, next) {
+                (What::Begun { task, ended, .. }, Next::Commit(attempted, _)) => {
+                    wait_for_chunks(&task, &ended, self.group.member.rank);
                     commit(&task, &self.group, &attempted);
                     dropped(task);
                 }
@@ -259,14 +292,105 @@ impl Rounds {
                 (What::Ended(_) | What::Refused(_), Next::Withdraw(error)) => {
                     self.group.withdraw(save, &error, deadline);
                 }
-                (What::Ended(_) | What::Refused(_), Next::Commit(_)) => {
-                    let error = Error::internal("the ranks agreed on a save that this one has refused");
-                    self.group.withdraw(save, &error, deadline);
+                (What::Refused(error), Next::Commit(attempted, _)) => self.refuse(&attempted, &error, deadline),
+                (What::Ended(_), Next::Commit(attempted, _)) => {
+                    self.refuse(&attempted, &Error::internal("the ranks agreed on a save that has ended"), deadline);
                 }
                 (What::Ended(_) | What::Refused(_), Next::End(_)) => {}
             }
         }
     }
+
+    /// Fails a save on all ranks that this one has refused after they agreed.
+    fn refuse(&self, attempted: &Attempted, error: &Error, deadline: Instant) {
+        self.group.refuse(attempted.save, error, deadline);
+        if let (0, Ok(attempt)) = (self.group.member.rank, &attempted.attempt)
+            && let Err(error) = attempt.abandon()
+        {
+            tracing::warn!(error = format_args!("{error:#}"), "a failed attempt is left to a sweep");
+        }
+    }
+
+    /// Agrees with the other ranks on a call.
+    fn agree(&mut self, called: &Called, allow: &dyn Fn(&Wanted) -> Result<()>) -> Next {
+        let Called { save, wanted, described, early, .. } = called;
+        let (group, save, deadline) = (self.group.clone(), *save, wanted.deadline);
+        let (mut error, mut ended) = (None, None);
+        match early {
+            Early::Begun(ticket) => {
+                if ticket.agreed.swap(true, Ordering::AcqRel) {
+                    // The call that supersedes it is about to end it.
+                    ended = ticket.done.wait(deadline).and_then(Result::ok);
+                }
+                error = ticket.failure();
+            }
+            Early::New(_) => {}
+            Early::Ended(outcome) if group.member.rank == 0 => ended = Some(outcome.clone()),
+            Early::Ended(_) => error = Some(Error::new(ErrorKind::Cancelled, "a rank takes no more saves")),
+            Early::Refused(why) => error = Some(why.clone()),
+        }
+        let description: &[u8] = described.as_ref().map_or(&[], |described| &described.bytes);
+        let structure = described.as_ref().map_or(Digest::EMPTY, |described| described.digest);
+        let vote = Vote {
+            step: wanted.step,
+            name: wanted.name.clone(),
+            overwrite: wanted.overwrite,
+            structure,
+            error: error.as_ref().map(|error| group.wire(error)),
+        };
+        let mut begun = None;
+        let agreed = guarded("the storage panicked while ranks agreed", || {
+            if group.member.rank > 0 {
+                return group.follow(save, &vote, description, deadline);
+            }
+            let mut begin = || {
+                allow(wanted)?;
+                begun = Some(group.begin(save, &wanted.name, wanted.overwrite)?);
+                Ok(())
+            };
+            let world = group.member.world;
+            let mut assign = |describe: Describe<'_>| assign(world, describe);
+            let (known, ended) = (&mut self.known, ended.as_ref());
+            group.decide(save, &vote, description, ended, known, &mut assign, &mut begin, deadline)
+        });
+        match agreed {
+            Ok(Agreed::Go { plan, part }) => {
+                let mut attempt = begun.map_or_else(|| group.join(save, &wanted.name), Ok);
+                let share = part.map(Arc::<[u8]>::from);
+                if let Some(share) = &share {
+                    *lock(&self.newest) = Some((structure, share.clone()));
+                }
+                let other = |described: &Described| share.as_ref().is_some_and(|share| *share != described.share);
+                if matches!(early, Early::Begun(_)) && described.as_ref().is_some_and(other) {
+                    let why =
+                        "the tensors of another rank have changed, and with them what this one writes: save again";
+                    attempt = Err(Error::new(ErrorKind::Busy, why));
+                }
+                Next::Commit(Attempted { save, attempt, plan, structure: self.known.structure() }, share)
+            }
+            Ok(Agreed::Ended(outcome)) => Next::End(Ok(outcome)),
+            Ok(Agreed::Refused(error)) => Next::End(Err(error)),
+            // Rank 0 has told the others, as far as it could.
+            Err(error) if group.member.rank == 0 => Next::End(Err(error)),
+            Err(error) => Next::Withdraw(error),
+        }
+    }
+}
+
+/// Puts the descriptions of all ranks together; returns the share of each rank, and the structure.
+fn assign(world: u32, describe: Describe<'_>) -> Result<(Vec<Vec<u8>>, Option<Arc<Structure>>)> {
+    let mut merge = Merge::new(world);
+    for rank in 0..world {
+        let description = Description::decode(&describe(rank)?).map_err(|error| error.with_rank(rank))?;
+        merge.add(rank, &description)?;
+    }
+    let whole = merge.finish()?;
+    let shares = whole.shares.iter().map(|share| share.encode()).collect::<Result<_>>()?;
+    Ok((shares, Some(Arc::new(Structure::of(&whole)?))))
+}
+
+fn ended_by_rank_0() -> Error {
+    Error::new(ErrorKind::Cancelled, "rank 0 ended the save by its overlap policy")
 }
 
 /// Waits until every chunk is done: written, or returned because the save has failed.

@@ -2,14 +2,15 @@
 //! the stager.
 
 use super::admission::{Admitted, shut_down};
-use super::ranks::{Gate, Turn, Turns, Wanted, What};
+use super::ranks::{Answer, Described, Gate, Turn, Turns, Wanted, What};
 use super::threads::{Channels, Commits};
 use super::{Admission, CheckpointExecutor, again};
 use crate::device::Dependency;
 use crate::error::{Error, Result};
 use crate::guard::{dropped, guarded};
 use crate::id::{Attempt, parse_step_name, step_name};
-use crate::plan::{DeferredDigests, Plan, Request, Shape};
+use crate::outcome::Outcome;
+use crate::plan::{DeferredDigests, Description, Plan, Request, Shape, Share};
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Settings};
 use crate::staging::{Captured, Job, LateCopy, OnDevice, without_kernels};
@@ -17,6 +18,7 @@ use crate::state::StateDict;
 use crate::ticket::{Extent, Ticket};
 use crate::writer::{RetryState, Task};
 use crossbeam_channel::bounded;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -136,8 +138,15 @@ impl CheckpointExecutor {
             Admitted::Begins(admission, attempt) => (admission, attempt),
             Admitted::Ended(save) => return Ok(save),
         };
-        let rank = shared.map(|(turn, _)| turn.group.member.rank);
-        let plan = admission.plan_for(state, &self.settings, rank)?;
+        let plan = match shared {
+            None => admission.plan_for(state, &self.settings)?,
+            Some((turn, call)) => match self.plan_with_ranks(&mut admission, state, turn, call)? {
+                Planned::Plan(plan) => plan,
+                Planned::Ended(outcome) => {
+                    return Ok(self.resolved(wanted.step, attempt, wanted.began, outcome));
+                }
+            },
+        };
         let taken = self.capture(&wanted, state, &plan)?;
         let (snapshot, ticket) = (wanted.options.snapshot, self.ticket(&wanted, attempt, &plan, state, &taken));
         // `register` comes before any failure that leaves kernels reading borrowed sources: the scope waits
@@ -242,12 +251,18 @@ impl CheckpointExecutor {
                 return Err(error);
             }
         };
+        let (values, rank_values) = match shared {
+            // One process keeps both kinds.
+            None => (state.take_values(), BTreeMap::new()),
+            Some(_) => (std::mem::take(&mut state.values), std::mem::take(&mut state.rank_values)),
+        };
         let request = Request {
             ticket: ticket.clone(),
             plan: plan.clone(),
             name: wanted.name,
             overwrite: wanted.options.overwrite,
-            values: state.take_values(),
+            values,
+            rank_values,
             metadata: std::mem::take(&mut state.metadata),
             expected: std::mem::take(&mut captured.expected),
             device_digests: DeferredDigests(Box::new(move || on_device.expected())),
@@ -311,10 +326,70 @@ impl CheckpointExecutor {
     }
 }
 
+/// What became of a plan that the ranks make together.
+enum Planned {
+    Plan(Arc<Plan>),
+    /// Rank 0 ended the save by its overlap policy.
+    Ended(Outcome),
+}
+
+impl CheckpointExecutor {
+    /// Returns the plan of this rank's part. For a new structure it waits until all ranks have described
+    /// theirs, and so until earlier saves have ended.
+    fn plan_with_ranks(
+        &self,
+        admission: &mut Admission,
+        state: &StateDict<'_>,
+        turn: &Turn<'_>,
+        call: &Wanted,
+    ) -> Result<Planned> {
+        let shape = Shape { chunk: self.settings.chunk, files: self.settings.files, rank: None };
+        if let (Some(plan), Some(described)) = (&admission.plan, &admission.described)
+            && plan.fits(state, shape)
+        {
+            let newer = turn.newer_share(described);
+            let plan = match newer {
+                None => plan.clone(),
+                Some(share) => {
+                    let part = Share::decode(&share)?;
+                    let plan = Arc::new(Plan::of_share(state, shape, &described.order, &part)?);
+                    let described = Described { share, ..described.clone() };
+                    (admission.plan, admission.described) = (Some(plan.clone()), Some(described));
+                    plan
+                }
+            };
+            turn.uses(admission.described.clone());
+            return Ok(Planned::Plan(plan));
+        }
+        if self.threads.are_here() {
+            let why = "a thread of the executor cannot wait until all ranks have described a new structure";
+            return Err(Error::invalid(why).with_step(call.step));
+        }
+        let (description, order) = Description::of(state, shape.files)?;
+        let (bytes, digest) = description.encode()?;
+        let described = Described { bytes: bytes.into(), digest, order: order.into(), share: Arc::from([]) };
+        let answer = match &*self.threads.channels() {
+            Some(Channels { commits: Commits::Several(calls), .. }) => turn.describe(calls, call, described.clone()),
+            _ => return Err(shut_down()),
+        };
+        match answer.recv() {
+            Ok(Answer::Share(share)) => {
+                let part = Share::decode(&share)?;
+                let plan = Arc::new(Plan::of_share(state, shape, &described.order, &part)?);
+                (admission.plan, admission.described) = (Some(plan.clone()), Some(Described { share, ..described }));
+                Ok(Planned::Plan(plan))
+            }
+            Ok(Answer::Ended(outcome)) => Ok(Planned::Ended(outcome)),
+            Ok(Answer::Refused(error)) => Err(error),
+            Err(_) => Err(shut_down()),
+        }
+    }
+}
+
 impl Admission {
     /// Returns the plan of the last save if the structure is the same, a new plan otherwise.
-    fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings, rank: Option<u32>) -> Result<Arc<Plan>> {
-        let shape = Shape { chunk: settings.chunk, files: settings.files, rank };
+    fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings) -> Result<Arc<Plan>> {
+        let shape = Shape { chunk: settings.chunk, files: settings.files, rank: None };
         match &self.plan {
             Some(plan) if plan.fits(state, shape) => Ok(plan.clone()),
             _ => Ok(self.plan.insert(Arc::new(Plan::new(state, shape)?)).clone()),

@@ -217,6 +217,11 @@ pub fn shard_names(n: usize, rank: Option<u32>) -> Vec<String> {
     }
 }
 
+/// The rank that wrote a shard, by its name; None for a shard of a process that saved alone.
+pub fn rank_of(name: &str) -> Option<u32> {
+    name.strip_prefix("shard-")?.split_once("-model-")?.0.parse().ok()
+}
+
 /// The bytes of [`INDEX`]: `total_size` is the sum of the tensors' bytes, `weight_map` names each tensor's
 /// file.
 pub fn index_json<'a>(total_size: u64, weight_map: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Vec<u8>> {

@@ -21,6 +21,8 @@ pub(crate) struct Request {
     pub overwrite: bool,
     pub values: BTreeMap<String, serde_json::Value>,
     pub metadata: BTreeMap<String, serde_json::Value>,
+    /// The values of this rank alone.
+    pub rank_values: BTreeMap<String, serde_json::Value>,
     /// Digests of tensors taken at `save`, by index in the state dict, to compare with the staged bytes.
     pub expected: Vec<(usize, Digest)>,
     /// Expected digests of device tensors. The device computes them, so they are known once the save is

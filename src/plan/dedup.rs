@@ -199,7 +199,8 @@ impl Merge {
             let weights: Vec<Weight> = mine.iter().map(weigh).collect();
             let runs = cut(&weights, wanted.map_or(1, |(files, _)| files as usize));
             share.first_file = files.len() as u32;
-            let named = if sharded { shard_names(runs.len(), Some(share.rank)) } else { shard_names(runs.len().max(1), None) };
+            let named =
+                if sharded { shard_names(runs.len(), Some(share.rank)) } else { shard_names(runs.len().max(1), None) };
             files.extend(named);
             for (run, file) in runs.into_iter().zip(share.first_file..) {
                 mine[run].iter().for_each(|&(_, i)| file_of[i] = file);

@@ -217,11 +217,6 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Describes the structure to the other ranks.
-    pub fn description(&self) -> Vec<u8> {
-        self.fingerprint.to_le_bytes().to_vec()
-    }
-
     /// The name of a tensor by its index in the state dict.
     pub fn name(&self, tensor: usize) -> &str {
         self.names.get(tensor).map_or("", |(name, ..)| name)

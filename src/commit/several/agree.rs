@@ -1,6 +1,7 @@
 //! The rounds before anything is written: all ranks save the same step, by plans that fit together.
 
 use super::message::{Decision, Vote, WireError, decode, encode};
+use super::part::Structure;
 use super::session::Group;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
@@ -9,13 +10,18 @@ use crate::ranks::Phase;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Maximum length of a note with a description or a part of a plan.
 const MAX_NOTE: u64 = 1 << 32;
 
-/// Computes, from the descriptions of all ranks, the part of the plan that each rank carries out.
-pub(crate) type Assign<'a> = &'a mut dyn FnMut(Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>>;
+/// Reads the description of a rank.
+pub(crate) type Describe<'a> = &'a mut dyn FnMut(u32) -> Result<Vec<u8>>;
+
+/// Computes, from the descriptions of all ranks, the part of the plan that each rank carries out, and what
+/// rank 0 writes of the structure.
+pub(crate) type Assign<'a> = &'a mut dyn FnMut(Describe<'_>) -> Result<(Vec<Vec<u8>>, Option<Arc<Structure>>)>;
 
 /// The descriptions that rank 0 has a plan for.
 #[derive(Debug)]
@@ -23,12 +29,18 @@ pub(crate) struct Structures {
     /// The digest of each rank's description.
     digests: Vec<Digest>,
     plan: Digest,
+    structure: Option<Arc<Structure>>,
 }
 
 impl Structures {
+    /// The structure of the last plan.
+    pub fn structure(&self) -> Option<Arc<Structure>> {
+        self.structure.clone()
+    }
+
     /// No plan yet.
     pub fn none() -> Self {
-        Self { digests: Vec::new(), plan: Digest::EMPTY }
+        Self { digests: Vec::new(), plan: Digest::EMPTY, structure: None }
     }
 }
 
@@ -184,11 +196,12 @@ impl Group {
         }
         gathered?;
         self.complete(noted.len())?;
-        let descriptions = noted.iter().map(|(rank, note)| match rank {
-            0 => Ok(description.to_vec()),
-            _ => self.read(&state_of(*rank), note, *rank),
-        });
-        let parts = assign(descriptions.collect::<Result<_>>()?)?;
+        let mut describe = |rank: u32| match (rank, noted.get(&rank)) {
+            (0, _) => Ok(description.to_vec()),
+            (_, Some(note)) => self.read(&state_of(rank), note, rank),
+            (_, None) => Err(Error::internal("a rank that has left no description").with_rank(rank)),
+        };
+        let (parts, structure) = assign(&mut describe)?;
         let mut plan = Digest::EMPTY;
         for (rank, part) in (0..).zip(&parts) {
             self.shared.put_note(self.session.generation, &part_of(rank), part)?;
@@ -197,7 +210,7 @@ impl Group {
         // Two plans with the same bytes in other parts differ.
         let lengths: Vec<u8> = parts.iter().flat_map(|part| (part.len() as u64).to_le_bytes()).collect();
         plan = plan.then(Digest::of(&lengths), lengths.len() as u64);
-        *known = Structures { digests: noted.values().map(|note| note.digest).collect(), plan };
+        *known = Structures { digests: noted.values().map(|note| note.digest).collect(), plan, structure };
         parts.into_iter().next().map(|mine| (plan, mine)).ok_or_else(|| Error::internal("a plan without parts"))
     }
 

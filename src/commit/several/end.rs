@@ -58,6 +58,23 @@ impl Group {
         }
     }
 
+    /// Fails a save that this rank has refused after the ranks agreed on it.
+    pub fn refuse(&self, save: u64, why: &Error, deadline: Instant) {
+        if self.member.rank > 0 {
+            return self.withdraw(save, why, deadline);
+        }
+        let failed = Verdict::Failed(self.wire(why));
+        let mut enough = |_: u32, _: &[u8]| ControlFlow::Break(());
+        let told = encode(&Report::Failed(self.wire(why))).and_then(|report| {
+            self.coordinator.gather(self.round(save, Phase::Receipt), &report, &mut enough, deadline + TELL_GRACE)?;
+            let message = encode(&failed)?;
+            self.coordinator.tell(self.round(save, Phase::Outcome), Some(&message), deadline + TELL_GRACE)
+        });
+        if let Err(error) = told {
+            tracing::warn!(error = format_args!("{error:#}"), "the other ranks may not know that rank 0 failed");
+        }
+    }
+
     /// Ends a save on this rank. `failed` is why this rank has failed already.
     ///
     /// # Errors

@@ -13,12 +13,11 @@ mod agree;
 mod end;
 mod message;
 mod part;
-mod rows;
 mod session;
 #[cfg(test)]
 mod simulation;
 
-pub(crate) use agree::{Agreed, Structures};
+pub(crate) use agree::{Agreed, Describe, Structures};
 pub(crate) use message::Vote;
-pub(crate) use part::{Attempted, conclude};
+pub(crate) use part::{Attempted, Structure, conclude};
 pub(crate) use session::Group;

@@ -3,23 +3,26 @@
 
 use super::end::Part;
 use super::message::Receipt;
-use super::rows;
 use super::session::Group;
 use crate::commit::concluded::{Concluded, Ending, concluded};
-use crate::commit::single::{committed, enter};
+use crate::commit::single::{Summary, committed, enter, summarize};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::format::columns::TENSORS_TABLE;
-use crate::format::entries::MANIFEST;
-use crate::memory::AlignedBuffer;
+use crate::format::columns::{FILES_TABLE, FileRow, TENSORS_TABLE};
+use crate::format::entries::{FileEntry, MANIFEST, SliceEntry, TensorEntry};
+use crate::format::manifest::TableEntry;
+use crate::format::split::{Head, files_table, manifest, rows_table, tensors_table};
+use crate::mutant::{self, Mutant};
 use crate::outcome::Phase;
-use crate::plan::{Receipts, Request};
+use crate::plan::{Receipts, Request, Whole, Written};
+use crate::ranks::Session;
 use crate::storage::shared::SharedWriting;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Maximum length of the rows of a rank.
-const MAX_ROWS: u64 = 1 << 32;
+/// Maximum length of what a rank says of its files.
+const MAX_NOTE: u64 = 1 << 30;
 
 /// A save that the ranks have agreed on.
 #[derive(Debug)]
@@ -30,70 +33,177 @@ pub(crate) struct Attempted {
     pub attempt: Result<Arc<dyn SharedWriting>>,
     /// The digest of the plan that all ranks write by.
     pub plan: Digest,
+    /// On rank 0: what it writes of the structure.
+    pub structure: Option<Arc<Structure>>,
+}
+
+/// What rank 0 writes of a structure, the same for all saves of it.
+#[derive(Debug)]
+pub(crate) struct Structure {
+    /// The bytes of the table of the structure.
+    table: Vec<u8>,
+    entry: TableEntry,
+    /// The names of the shards of all ranks, in the order of their numbers.
+    files: Vec<String>,
+}
+
+impl Structure {
+    /// The structure of a step.
+    ///
+    /// # Errors
+    /// `Invalid` when there are more tensors than a table can number.
+    pub fn of(whole: &Whole) -> Result<Self> {
+        let mut aliases = BTreeMap::new();
+        let mut tensors = Vec::with_capacity(whole.tensors.len());
+        for (number, tensor) in whole.tensors.iter().enumerate() {
+            aliases.extend(tensor.alias_of.map(|holder| (number, holder as usize)));
+            let slice = |written: &Written| SliceEntry {
+                file: written.file as usize,
+                at: written.place.at.clone(),
+                shape: written.place.extent.clone(),
+                offset: 0,
+                length: 0,
+                digest: Digest::EMPTY,
+                blocks: Vec::new(),
+            };
+            let (name, dtype, shape) = (tensor.name.clone(), tensor.dtype, tensor.shape.clone());
+            tensors.push(TensorEntry { name, dtype, shape, slices: tensor.boxes.iter().map(slice).collect() });
+        }
+        let (table, entry) = tensors_table(&tensors, &aliases)?;
+        Ok(Self { table, entry, files: whole.files.clone() })
+    }
+}
+
+/// What the note of a rank says of one of its files.
+#[derive(Serialize, Deserialize)]
+struct FileNote {
+    entry: FileEntry,
+    /// Length and digest of the table of its rows.
+    rows: (u64, Digest),
 }
 
 /// Ends a save on this rank.
 pub(crate) fn conclude(group: &Group, attempted: &Attempted, ending: Ending<'_>) -> Concluded {
-    let Ending { request, receipts, path, table, .. } = ending;
+    let Ending { request, receipts, path, .. } = ending;
     let ticket = &request.ticket;
     let attempt = match &attempted.attempt {
         Ok(attempt) => attempt.clone(),
         Err(error) => {
-            group.withdraw(attempted.save, error, ticket.deadline);
+            group.refuse(attempted.save, error, ticket.deadline);
             return concluded(ticket, None, Err(ticket.failure().unwrap_or_else(|| error.clone())));
         }
     };
     let failed = ticket.failure().or_else(|| receipts.as_ref().err().cloned());
-    let plan = attempted.plan;
-    let mut part = Written { group, attempt: attempt.as_ref(), plan, request, receipts: receipts.as_ref().ok(), table };
+    let mut part = Mine { group, attempt: attempt.as_ref(), attempted, request, receipts: receipts.as_ref().ok() };
     let ended = group.end(attempted.save, attempt.as_ref(), &mut part, failed, ticket.deadline);
     concluded(ticket, Some(attempt), ended.and_then(|()| Ok(committed(request, &receipts?, path))))
 }
 
-/// What the writers of this rank have written.
-struct Written<'a> {
+/// What this rank has written.
+struct Mine<'a> {
     group: &'a Group,
     attempt: &'a dyn SharedWriting,
-    plan: Digest,
+    attempted: &'a Attempted,
     request: &'a Request,
     /// None if something was not written.
     receipts: Option<&'a Receipts>,
-    /// Memory for the rows.
-    table: &'a mut AlignedBuffer,
 }
 
-impl Part for Written<'_> {
+impl Mine<'_> {
+    /// Writes the table of rows of each shard, and returns what rank 0 needs to know of the shards.
+    fn write_rows(&self, receipts: &Receipts) -> Result<Vec<FileNote>> {
+        let plan = &self.request.plan;
+        let Summary { tensors, blocks, shards } = summarize(self.request, receipts)?;
+        let mut notes = Vec::with_capacity(plan.shards.len());
+        for (number, (shard, (header, digest))) in plan.shards.iter().zip(shards).enumerate() {
+            let mine = plan.tensors.iter().zip(&tensors).filter(|(planned, _)| planned.shard == number);
+            let slices = mine.map(|(planned, (digest, range))| {
+                let blocks = blocks.get(range.clone()).unwrap_or_default().to_vec();
+                let (at, shape) = (Vec::new(), Vec::new());
+                let slice = SliceEntry {
+                    file: 0,
+                    offset: planned.offset,
+                    length: planned.bytes,
+                    at,
+                    shape,
+                    digest: *digest,
+                    blocks,
+                };
+                (planned.number, slice)
+            });
+            let slices: Vec<(u32, SliceEntry)> = slices.collect();
+            let none = BTreeMap::new();
+            let values = if number == 0 { &self.request.rank_values } else { &none };
+            let rows = slices.iter().map(|(number, slice)| (*number, slice));
+            let (bytes, TableEntry { name, length, digest: of_rows }) = rows_table(&shard.name, rows, values)?;
+            self.attempt.put(&name, &bytes)?;
+            let (name, data) = (shard.name.clone(), shard.header.len());
+            let entry = FileEntry { name, length: shard.length, data, header, digest };
+            notes.push(FileNote { entry, rows: (length, of_rows) });
+        }
+        Ok(notes)
+    }
+
+    /// Reads the note of a rank, which its receipt has the digest of.
+    fn read(&self, rank: u32, receipt: &Receipt) -> Result<Vec<FileNote>> {
+        let note = self.group.shared.note(self.group.session.generation, &files_of(rank), MAX_NOTE)?;
+        let note = note.filter(|note| Digest::of(note) == receipt.digest);
+        let why = || Error::corrupt("what a rank says of its files is not what it wrote").with_ranks([rank]);
+        serde_json::from_slice(&note.ok_or_else(why)?).map_err(|error| why().with_source(error))
+    }
+}
+
+impl Part for Mine<'_> {
     fn overwrite(&self) -> bool {
         self.request.overwrite
     }
 
     fn seal(&mut self) -> Result<Receipt> {
         let receipts = self.receipts.ok_or_else(|| Error::internal("a save that was not written is sealed"))?;
-        rows::fill(self.request, receipts, self.table)?;
+        let notes = self.write_rows(receipts)?;
+        let note = serde_json::to_vec(&notes).map_err(|e| Error::internal("cannot write a note").with_source(e))?;
         let rank = self.group.member.rank;
-        self.group.shared.put_note(self.group.session.generation, &rows_of(rank), self.table)?;
+        self.group.shared.put_note(self.group.session.generation, &files_of(rank), &note)?;
         self.attempt.sync_names()?;
         let ticket = &self.request.ticket;
         Ok(Receipt {
             step: ticket.step,
             attempt: ticket.attempt(),
-            plan: self.plan,
+            plan: self.attempted.plan,
             bytes: self.request.plan.length,
-            rows: self.table.len() as u64,
-            digest: Digest::of(self.table),
+            rows: note.len() as u64,
+            digest: Digest::of(&note),
         })
     }
 
     fn assemble(&mut self, receipts: &BTreeMap<u32, Receipt>) -> Result<()> {
-        let mut parts = Vec::with_capacity(receipts.len());
+        let missing = || Error::internal("rank 0 has no structure to write");
+        let structure = self.attempted.structure.as_ref().ok_or_else(missing)?;
+        let ticket = &self.request.ticket;
+        let origin = (ticket.step, ticket.attempt());
+        let mut files = Vec::with_capacity(structure.files.len());
+        let mut names = structure.files.iter();
         for (rank, receipt) in receipts {
-            let note = self.group.shared.note(self.group.session.generation, &rows_of(*rank), MAX_ROWS)?;
-            let note = note.filter(|note| Digest::of(note) == receipt.digest);
-            let why = || Error::corrupt("the rows of a rank's files are not what it wrote").with_ranks([*rank]);
-            parts.push(note.ok_or_else(why)?);
+            for FileNote { entry, rows } in self.read(*rank, receipt)? {
+                let planned = names.next();
+                if planned != Some(&entry.name) && !mutant::on(Mutant::ReceiptCheck) {
+                    let why = format!("a rank has written another file file={:?} expected={planned:?}", entry.name);
+                    return Err(Error::internal(why).with_ranks([*rank]));
+                }
+                files.push(FileRow { entry, origin, rows: Some(rows) });
+            }
         }
-        let (table, manifest) = rows::step(self.request, self.group.member.world, &parts)?;
-        self.attempt.put(TENSORS_TABLE, &table)?;
+        if let (Some(missing), false) = (names.next(), mutant::on(Mutant::Receipts)) {
+            return Err(Error::internal(format!("no rank has written a file of the plan file={missing:?}")));
+        }
+        let (of_files, listed) = files_table(&files)?;
+        let Session { id, generation } = self.group.session;
+        let (world, request) = (self.group.member.world, self.request);
+        let head = Head { step: origin.0, attempt: origin.1, session: id, generation, world };
+        let tables = [structure.entry.clone(), listed];
+        let manifest = manifest(&head, &files, tables, &request.metadata, &request.values)?;
+        self.attempt.put(TENSORS_TABLE, &structure.table)?;
+        self.attempt.put(FILES_TABLE, &of_files)?;
         self.attempt.put(MANIFEST, &manifest)
     }
 
@@ -106,6 +216,6 @@ impl Part for Written<'_> {
     }
 }
 
-fn rows_of(rank: u32) -> String {
-    format!("rows-{rank:05}")
+fn files_of(rank: u32) -> String {
+    format!("files-{rank:05}")
 }

@@ -75,6 +75,12 @@ impl AttemptFiles {
         durable::file(&fd).map_err(self.dir.error("cannot make file durable", file))
     }
 
+    /// Refuses to go on unless every file of this process is sealed; it may have none.
+    pub(super) fn check_sealed(&self) -> Result<()> {
+        let fault = self.progress.fault();
+        fault.map_or(Ok(()), |why| Err(Error::invalid(why).with_path(self.dir.path())))
+    }
+
     /// Makes the names of its files durable.
     pub(super) fn sync_names(&self) -> Result<()> {
         durable::attempt(&self.dir).map_err(self.dir.own_error("cannot make the attempt durable"))
@@ -241,7 +247,7 @@ impl Writing for LocalAttempt {
 
 impl SharedWriting for LocalAttempt {
     fn sync_names(&self) -> Result<()> {
-        self.files.check_whole()?;
+        self.files.check_sealed()?;
         self.files.sync_names()
     }
 
@@ -250,7 +256,8 @@ impl SharedWriting for LocalAttempt {
         if !matches!(*phase, Phase::Open(_)) || self.claimed.load(Ordering::Acquire) {
             return Err(Error::invalid("an attempt is claimed once").with_path(self.files.dir.path()));
         }
-        self.sync_names()?;
+        self.files.check_whole()?;
+        self.files.sync_names()?;
         publish::claim(&self.root, &self.step, self.attempt, self.files.identity)?;
         self.claimed.store(true, Ordering::Release);
         Ok(())

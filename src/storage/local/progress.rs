@@ -29,10 +29,16 @@ impl Progress {
 
     /// The reason why the attempt cannot be published; None if it can.
     pub(super) fn obstacle(&self) -> Option<&'static str> {
+        if self.files.load(Ordering::Acquire) == 0 && !self.lost.load(Ordering::Acquire) {
+            return Some("the attempt has no files");
+        }
+        self.fault()
+    }
+
+    /// The reason why what this process has written is not whole; None if it is, or if it has written nothing.
+    pub(super) fn fault(&self) -> Option<&'static str> {
         if self.lost.load(Ordering::Acquire) {
             Some("the attempt is lost: an earlier call on it failed")
-        } else if self.files.load(Ordering::Acquire) == 0 {
-            Some("the attempt has no files")
         } else if self.unfinished.load(Ordering::Acquire) > 0 && !mutant::on(Mutant::PublishFirst) {
             Some("the attempt has files that were not sealed")
         } else {

@@ -228,7 +228,7 @@ impl Writing for Joined {
 
 impl SharedWriting for Joined {
     fn sync_names(&self) -> Result<()> {
-        self.files.check_whole()?;
+        self.files.check_sealed()?;
         self.files.sync_names()
     }
 

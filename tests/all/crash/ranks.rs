@@ -56,15 +56,20 @@ impl<'a> Job<'a> {
     /// Saves on all ranks. What any rank is told must be true.
     fn save(&mut self, one: Try, overwrite: bool) -> Result<()> {
         self.expected.note(self.fs.position(), Event::Begun(one));
-        let saves = self.ranks.iter().enumerate().map(|(rank, executor)| {
+        let save = |rank: usize, executor: &CheckpointExecutor| {
             let mut state = StateDict::new();
             state.tensor(format!("rank {rank}"), Arc::new(one.bytes(rank, LENGTHS[rank])))?;
             state.value("number", &one.number)?;
             let mut options = SaveOptions::default();
             options.overwrite = overwrite;
-            executor.save_with(one.step, state, options)
+            executor.save_with(one.step, state, options)?.wait(LONG)
+        };
+        let save = &save;
+        let ended: Vec<Result<ashore::Outcome>> = std::thread::scope(|scope| {
+            let threads =
+                self.ranks.iter().enumerate().map(|(rank, executor)| scope.spawn(move || save(rank, executor)));
+            threads.collect::<Vec<_>>().into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        let ended: Vec<_> = saves.collect::<Vec<Result<_>>>().into_iter().map(|save| save?.wait(LONG)).collect();
         let position = self.fs.position();
         let mut failed = None::<Error>;
         for ended in &ended {

@@ -3,9 +3,10 @@
 mod agreeing;
 pub mod board;
 mod committing;
+mod restoring;
 mod sessions;
 
-use ashore::{CheckpointExecutor, Result, Save, StateDict};
+use ashore::{CheckpointExecutor, Outcome, Result, StateDict};
 use board::Board;
 use std::path::Path;
 use std::sync::Arc;
@@ -26,15 +27,24 @@ impl Job {
         Self { board, ranks: ranks.into_iter().map(Result::unwrap).collect() }
     }
 
-    /// Calls `save` on all ranks at once. Each saves the tensor `rank.<its number>`, with bytes of the step.
-    fn save(&self, step: u64) -> Vec<Result<Save>> {
-        let saves = (0..).zip(&self.ranks).map(|(rank, executor)| executor.save(step, state(rank, step)));
-        saves.collect()
+    /// Calls `work` for each rank, all at once: the first save of a structure waits for the other ranks.
+    fn each<T: Send>(&self, work: impl Fn(usize, &CheckpointExecutor) -> T + Sync) -> Vec<T> {
+        let work = &work;
+        std::thread::scope(|scope| {
+            let threads =
+                self.ranks.iter().enumerate().map(|(rank, executor)| scope.spawn(move || work(rank, executor)));
+            threads.collect::<Vec<_>>().into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
     }
 
-    /// How the save of every rank ended.
-    fn saved(&self, step: u64) -> Vec<Result<ashore::Outcome>> {
-        self.save(step).into_iter().map(|save| save?.wait(LONG)).collect()
+    /// How the save of every rank ended. Each saves the tensor `rank.<its number>`, with bytes of the step.
+    fn saved(&self, step: u64) -> Vec<Result<Outcome>> {
+        self.each(|rank, executor| executor.save(step, state(rank, step))?.wait(LONG))
+    }
+
+    /// Saves a step on all ranks, so that they have a plan for later ones.
+    fn warm(&self, step: u64) {
+        self.saved(step).into_iter().for_each(|ended| drop(ended.unwrap()));
     }
 }
 

@@ -10,13 +10,13 @@ use std::time::Duration;
 fn a_job_that_was_replaced_publishes_nothing() {
     let root = tempfile::tempdir().unwrap();
     let old = Job::start(root.path(), 2, LONG);
-    old.saved(1).into_iter().for_each(|ended| drop(ended.unwrap()));
+    old.warm(1);
     let new = Job::start(root.path(), 2, LONG);
     for ended in old.saved(2) {
         let error = ended.unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Cancelled | ErrorKind::NotFound), "{error}");
     }
-    new.saved(2).into_iter().for_each(|ended| drop(ended.unwrap()));
+    new.warm(2);
     assert_eq!(steps(root.path()), [1, 2]);
     assert_holds(root.path(), 2, 2);
 }
@@ -26,7 +26,7 @@ fn a_job_that_was_replaced_publishes_nothing() {
 fn a_save_under_way_does_not_outlive_its_session() {
     let root = tempfile::tempdir().unwrap();
     let old = Job::start(root.path(), 2, LONG);
-    old.saved(1).into_iter().for_each(|ended| drop(ended.unwrap()));
+    old.warm(1);
     let first = old.ranks[0].save(2, state(0, 2)).unwrap();
     let new = Job::start(root.path(), 2, LONG);
     let second = old.ranks[1].save(2, state(1, 2)).unwrap();
@@ -34,7 +34,7 @@ fn a_save_under_way_does_not_outlive_its_session() {
         save.wait(LONG).unwrap_err();
     }
     assert_eq!(steps(root.path()), [1]);
-    new.saved(2).into_iter().for_each(|ended| drop(ended.unwrap()));
+    new.warm(2);
 }
 
 #[test]

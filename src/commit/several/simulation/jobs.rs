@@ -5,7 +5,7 @@ use super::messages::{At, Travel, Wire};
 use super::scheduler::{Killed, Rng, Scheduler};
 use crate::commit::several::end::Part;
 use crate::commit::several::message::Receipt;
-use crate::commit::several::{Agreed, Group, Structures, Vote};
+use crate::commit::several::{Agreed, Describe, Group, Structures, Vote};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ranks::Member;
@@ -158,7 +158,10 @@ impl Rank<'_> {
                 begun = Some(group.begin(save, &name, overwrite)?);
                 Ok(())
             };
-            let mut assign = |states: Vec<Vec<u8>>| Ok(vec![Vec::new(); states.len()]);
+            let mut assign = |describe: Describe<'_>| {
+                (0..self.plan.world).try_for_each(|rank| describe(rank).map(drop))?;
+                Ok((vec![Vec::new(); self.plan.world as usize], None))
+            };
             group.decide(save, &vote, &description, None, known, &mut assign, &mut begin, deadline)
         } else {
             group.follow(save, &vote, &description, deadline)
