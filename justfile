@@ -35,7 +35,7 @@ lint:
 # A saved step directory, read by Python's safetensors, numpy, torch's HuggingFaceStorageReader, and the reader of docs/format.md;
 # the last one reads the samples of every version, too.
 stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning checks/stock/check.py") stock_ranks
-    "{{ tools }}/stock/bin/python" checks/stock/reader.py tests/all/format/golden/v*/step-*
+    "{{ tools }}/stock/bin/python" checks/stock/reader.py tests/all/format/golden/*/step-*
 
 # The shards of three ranks, read by Python's safetensors and numpy, and put together by torch.
 stock_ranks:

@@ -87,13 +87,13 @@ def read_torch(files):
 
 def read_dcp(files):
     """torch's distributed checkpoint, into tensors that hold something else."""
-    reader = dcp.HuggingFaceStorageReader(str(files[0].parent), thread_count=2)
-    found = reader.read_metadata().state_dict_metadata
+    storage = dcp.HuggingFaceStorageReader(str(files[0].parent), thread_count=2)
+    found = storage.read_metadata().state_dict_metadata
     state = {}
     for name, entry in found.items():
         state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         state[name].reshape(-1).view(torch.uint8).fill_(1 if entry.properties.dtype == torch.bool else 0xAA)
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    dcp.load(state, storage_reader=storage, no_dist=True)
     names = {str(dtype): name for name, dtype in TORCH.items()}
     for name, tensor in state.items():
         yield name, names[str(tensor.dtype)], list(tensor.shape), raw(tensor)
@@ -134,10 +134,10 @@ def main(root):
         if not files:
             sys.exit(f"no shards path={folder}")
         expected = expectation(entry["tensors"])
-        for reader in filter(READERS.__contains__, entry["readers"]):
-            known = {name: of for name, of in expected.items() if reader != "numpy" or of[0] in NUMPY}
-            wrong = list(compare(READERS[reader], files, known))
-            print(f"step {entry['step']}: {reader}: {len(known)} tensors in {len(files)} files:", *wrong or ["equal"])
+        for which in filter(READERS.__contains__, ["reader", *entry["readers"]]):
+            known = {name: of for name, of in expected.items() if which != "numpy" or of[0] in NUMPY}
+            wrong = list(compare(READERS[which], files, known))
+            print(f"step {entry['step']}: {which}: {len(known)} tensors in {len(files)} files:", *wrong or ["equal"])
             failed, passed = failed + bool(wrong), passed + (not wrong)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)

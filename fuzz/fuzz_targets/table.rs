@@ -2,27 +2,18 @@
 //! found again.
 #![no_main]
 
-use ashore::internal::format::index::{Index, Medium};
+use ashore::Attempt;
+use ashore::internal::format::index::Index;
 use ashore::internal::format::manifest::{Manifest, Sealed, TableEntry};
-use ashore::internal::format::table::{InMemory, Source, resealed};
-use ashore::{Attempt, Result};
+use ashore::internal::format::table::{InMemory, resealed};
 use ashore_fuzz::bounded;
 use std::sync::Arc;
-
-#[derive(Debug)]
-struct One(Arc<InMemory>);
-
-impl Medium for One {
-    fn table(&self, _: &str) -> Result<Arc<dyn Source>> {
-        Ok(self.0.clone())
-    }
-}
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let (bytes, digest) = resealed(input.to_vec());
     let entry = TableEntry { name: "tensors.table".into(), length: bytes.len() as u64, digest };
     let manifest = Manifest { tables: vec![entry], ..Manifest::new(7, Attempt::default()) };
-    let medium = Box::new(One(Arc::new(InMemory::new("tensors.table", bytes))));
+    let medium = Box::new(Arc::new(InMemory::new("tensors.table", bytes)));
     // The cache of pages has a size of its own.
     bounded(input.len() + (4 << 10), || {
         let Ok(index) = Index::new(Sealed::Two(manifest), medium) else { return };

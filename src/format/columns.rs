@@ -2,7 +2,7 @@
 //!
 //! Three groups: the structure (tensors and the boxes that hold their bytes), the files, and the rows (where
 //! each box is in its file, and its digests). One table has all of them in a step of one rank. In a step of
-//! several ranks each group has its own: `tensors.table`, `files.table`, and the rows beside each shard.
+//! several ranks each group may have its own: `tensors.table`, `files.table`, and the rows beside each shard.
 
 use super::entries::{FileEntry, SliceEntry, TensorEntry};
 use super::table::Spec;

@@ -42,7 +42,7 @@ pub struct Manifest {
     pub values: BTreeMap<String, serde_json::Value>,
     /// The length of all files of the step but this one, tables included.
     pub bytes: u64,
-    /// `tensors.table`, and `files.table` of a step that several ranks wrote.
+    /// `tensors.table`, and `files.table` where the tables are split.
     pub tables: Vec<TableEntry>,
 }
 

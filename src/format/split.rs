@@ -1,4 +1,5 @@
-//! The tables of a step that several ranks write.
+//! The split tables of a step that several ranks write. Ranks that leave their rows to rank 0 do without: a
+//! [`TableTemplate`](super::template::TableTemplate) of all of them makes one table.
 //!
 //! 1. Each rank writes its shards, and beside each shard the bytes of [`rows_table`], under the name
 //!    [`FileRow::rows_name`]. It sends a [`FileRow`] of every file to rank 0 with its receipt.

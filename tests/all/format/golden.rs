@@ -39,3 +39,12 @@ fn steps_of_every_version_are_read_in_full() {
         assert_eq!(steps.iter().map(|entry| entry.step).collect::<Vec<_>>(), [101, 102]);
     }
 }
+
+/// A program that knew only `docs/format.md` made this one from the step of the same number of version 2.
+#[test]
+fn a_step_with_split_tables_is_read_in_full() {
+    let checkpoint = Checkpoint::open(samples("split/step-00000102")).unwrap();
+    check(&checkpoint);
+    assert_eq!(checkpoint.manifest().tables.len(), 2);
+    assert_eq!(checkpoint.values_beside(1).unwrap(), [("rng".into(), 1.into())].into());
+}

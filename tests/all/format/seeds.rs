@@ -1,7 +1,8 @@
 //! The seeds of the fuzz targets are valid input, from which fuzzing starts.
 
 use ashore::internal::format::header::Header;
-use ashore::internal::format::v1::Manifest;
+use ashore::internal::format::index::Index;
+use ashore::internal::format::manifest::Sealed;
 use ashore::internal::state::decode_value;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +15,10 @@ fn seeds(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
 #[test]
 fn seeds_are_accepted() {
     for (path, bytes) in seeds("manifest") {
-        assert!(Manifest::parse(&bytes).is_ok(), "{}", path.display());
+        assert!(Sealed::parse(&bytes).is_ok(), "{}", path.display());
+    }
+    for (path, bytes) in seeds("table") {
+        assert!(Index::of_table(bytes).and_then(|index| index.check()).is_ok(), "{}", path.display());
     }
     for (path, bytes) in seeds("header") {
         let accepted = [0, 24].map(|data| Header::parse(&bytes, bytes.len() as u64 + data).is_ok());
