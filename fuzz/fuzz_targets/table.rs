@@ -1,5 +1,5 @@
-//! Any bytes as the table of a step, with the right digests: no panic, bounded memory, and what is accepted is
-//! found again.
+//! Any bytes as the table of a step, with the right digests: no panic, bounded memory, and what is accepted
+//! is found again.
 #![no_main]
 
 use ashore::Attempt;

@@ -1,5 +1,5 @@
-//! The entries of a step: files, tensors, slices, and the digests of each. Version 1 has them in its manifest,
-//! version 2 in tables, where a slice is called a box.
+//! The entries of a step: files, tensors, slices, and the digests of each. Version 1 has them in its
+//! manifest, version 2 in tables, where a slice is called a box.
 
 use crate::digest::Digest;
 use serde::{Deserialize, Serialize};

@@ -67,8 +67,8 @@ impl Report {
 }
 
 impl Checkpoint {
-    /// Reads everything once and checks it against every digest: of tables, files, headers, tensors and blocks.
-    /// Of a step whose tables are damaged nothing else can be checked.
+    /// Reads everything once and checks it against every digest: of tables, files, headers, tensors and
+    /// blocks. Of a step whose tables are damaged nothing else can be checked.
     ///
     /// # Errors
     /// Damage is not an error of this call: it is in the [`Report`], like a file that cannot be read. `Busy`
