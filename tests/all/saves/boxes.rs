@@ -18,11 +18,11 @@ fn rows(from: u32, to: u32) -> HostTensor<Vec<u32>> {
 
 /// The bytes of `w`, whose boxes are whole rows in ascending order.
 fn rows_of(storage: &Arc<dyn Storage>, checkpoint: &Checkpoint) -> Vec<u8> {
-    let (reading, manifest) = (storage.open(checkpoint.name()).unwrap(), checkpoint.manifest());
+    let (reading, contents) = (storage.open(checkpoint.name()).unwrap(), checkpoint.contents().unwrap());
     let mut bytes = Vec::new();
-    for slice in &manifest.tensor("w").unwrap().slices {
+    for slice in &contents.tensors.iter().find(|tensor| tensor.name == "w").unwrap().slices {
         let mut part = vec![0; slice.length as usize];
-        reading.open(&manifest.files[slice.file].name).unwrap().read_at(slice.offset, &mut part).unwrap();
+        reading.open(&contents.files[slice.file].name).unwrap().read_at(slice.offset, &mut part).unwrap();
         assert_eq!(bytes.len(), 12 * slice.at[0]);
         bytes.extend_from_slice(&part);
     }
