@@ -43,9 +43,9 @@ impl TableTemplate {
     }
 
     fn unchecked(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<Self> {
-        let nobody =
+        let unwritten =
             |entry: &FileEntry| FileRow { entry: entry.clone(), origin: (0, Attempt::from_u128(0)), rows: None };
-        let owned: Vec<_> = files.iter().map(nobody).collect();
+        let owned: Vec<_> = files.iter().map(unwritten).collect();
         let [rows, digests] = columns::rows(tensors.iter().flat_map(|t| &t.slices));
         let [dims, spans, table, box_files, names] = columns::structure(tensors, &BTreeMap::new())?;
         let [file_rows, file_names] = columns::files(&owned);
