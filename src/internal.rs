@@ -15,7 +15,9 @@ pub mod format {
     };
 }
 pub mod plan {
-    pub use crate::plan::{BoxOf, Described, Description, Merge, Part, Replica, Share, Whole, WholeTensor, Written};
+    pub use crate::plan::{
+        BoxOf, Described, Description, Merge, Part, Replica, Share, Whole, WholeTensor, Written, share_out,
+    };
 
     use crate::format::shard::HeaderTemplate;
     use crate::plan::{Plan, SegmentSource, Shape};

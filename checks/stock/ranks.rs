@@ -2,7 +2,7 @@
 //! `cargo run --example stock_ranks -- FOLDER`. The safetensors crate reads each shard here.
 
 use ashore::internal::format::shard::Stamp;
-use ashore::internal::plan::{Description, Merge, Share, files_of_share};
+use ashore::internal::plan::{Description, Share, files_of_share, share_out};
 use ashore::{Attempt, Dtype, HostTensor, Layout, StateDict};
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -68,15 +68,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         let (description, order) = Description::of(&state, 1)?;
         states.push((state, contents, description.encode()?.0, order));
     }
-    let mut merge = Merge::new(table.ranks);
-    for (rank, (_, _, described, _)) in states.iter().enumerate() {
-        merge.add(rank as u32, &Description::decode(described)?)?;
-    }
-    let whole = merge.finish()?;
+    let (whole, shares) = share_out(states.iter().map(|(_, _, described, _)| described.clone()))?;
     let stamp = Stamp::new(7, Attempt::new());
     std::fs::create_dir_all(folder)?;
-    for ((state, contents, _, order), share) in states.iter().zip(&whole.shares) {
-        let share = Share::decode(&share.encode()?)?;
+    for ((state, contents, _, order), share) in states.iter().zip(&shares) {
+        let share = Share::decode(share)?;
         for file in files_of_share(state, 1, order, &share)? {
             let mut bytes = vec![0; file.header.len() as usize];
             assert!(file.header.copy(&stamp, 0, &mut bytes));

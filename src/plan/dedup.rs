@@ -319,6 +319,22 @@ fn contains((at, extent): (&[usize], &[usize]), point: &[usize]) -> bool {
     point.iter().zip(at.iter().zip(extent)).all(|(p, (at, extent))| (*at..at + extent).contains(p))
 }
 
+/// Puts the encoded descriptions of all ranks together, in the order of ranks; returns the step, and the
+/// encoded share of each rank. Only one description is decoded at a time.
+///
+/// # Errors
+/// Those of [`Description::decode`], with the rank, of [`Merge::add`] and of [`Merge::finish`].
+pub fn share_out(descriptions: impl ExactSizeIterator<Item = Vec<u8>>) -> Result<(Whole, Vec<Vec<u8>>)> {
+    let mut merge = Merge::new(descriptions.len() as u32);
+    for (bytes, rank) in descriptions.zip(0..) {
+        let description = Description::decode(&bytes).map_err(|error| error.with_rank(rank))?;
+        merge.add(rank, &description)?;
+    }
+    let whole = merge.finish()?;
+    let shares = whole.shares.iter().map(Share::encode).collect::<Result<_>>()?;
+    Ok((whole, shares))
+}
+
 /// Chooses who writes each box, an index into its holders: boxes that several ranks hold go, the largest
 /// first, to the holder that has the fewest bytes so far.
 fn assign(groups: &[Group], world: u32) -> Vec<usize> {

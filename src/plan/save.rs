@@ -155,9 +155,9 @@ impl Plan {
         if parts.len() > shape.files {
             tracing::info!(files = parts.len(), wanted = shape.files, "more files are written than asked for");
         }
-        // A step of no tensors has a file, too; in a sharded one, a file without tensors is one that torch's
-        // own tools refuse.
-        if parts.is_empty() && !source.sharded {
+        // A step of no tensors has a file, too. A share of nothing has none: torch's own tools refuse a
+        // sharded step in which a file has no tensors.
+        if parts.is_empty() && share.is_none_or(|share| !share.sharded) {
             parts.push(0..0);
         }
         let rank = if source.sharded { share.map(|share| share.rank).or(shape.rank) } else { None };
