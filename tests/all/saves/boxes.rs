@@ -16,19 +16,6 @@ fn rows(from: u32, to: u32) -> HostTensor<Vec<u32>> {
     HostTensor::new((3 * from..3 * to).collect(), [(to - from) as usize, 3])
 }
 
-/// The bytes of `w`, whose boxes are whole rows in ascending order.
-fn rows_of(storage: &Arc<dyn Storage>, checkpoint: &Checkpoint) -> Vec<u8> {
-    let (reading, contents) = (storage.open(checkpoint.name()).unwrap(), checkpoint.contents().unwrap());
-    let mut bytes = Vec::new();
-    for slice in &contents.tensors.iter().find(|tensor| tensor.name == "w").unwrap().slices {
-        let mut part = vec![0; slice.length as usize];
-        reading.open(&contents.files[slice.file].name).unwrap().read_at(slice.offset, &mut part).unwrap();
-        assert_eq!(bytes.len(), 12 * slice.at[0]);
-        bytes.extend_from_slice(&part);
-    }
-    bytes
-}
-
 #[test]
 fn one_rank_saves_boxes_that_cover_their_tensor() {
     let storage: Arc<dyn Storage> = Arc::new(Memory::new());
@@ -44,7 +31,8 @@ fn one_rank_saves_boxes_that_cover_their_tensor() {
         state.value("epoch", &3).unwrap().rank_value("next_sample", &4096).unwrap();
         executor.save(step, state).unwrap().wait(LONG).unwrap();
         let checkpoint = Checkpoint::from_storage(storage.clone(), &step_name(step)).unwrap();
-        assert_eq!(rows_of(&storage, &checkpoint), (0..9000).flat_map(u32::to_le_bytes).collect::<Vec<u8>>());
+        assert_eq!(checkpoint.read_as::<u32>("w").unwrap(), (0..9000).collect::<Vec<u32>>());
+        assert_eq!(checkpoint.read_slice_as::<u32>("w", &[1..3, 1..2]).unwrap(), [4, 7]);
         assert_eq!(checkpoint.read("whole").unwrap(), [1; 5]);
         assert_eq!(checkpoint.tensor("nothing").unwrap().shape, [0, 4]);
         assert_eq!(checkpoint.value::<u64>("next_sample").unwrap(), 4096);
