@@ -25,7 +25,7 @@ pub(crate) struct WireError {
     kind: String,
     message: String,
     step: Option<u64>,
-    rank: Option<u32>,
+    ranks: Vec<u32>,
     path: Option<PathBuf>,
 }
 
@@ -37,7 +37,7 @@ impl From<&Error> for WireError {
             kind: format!("{:?}", error.kind()),
             message,
             step: error.step(),
-            rank: error.rank(),
+            ranks: error.ranks().to_vec(),
             path: error.path().map(Into::into),
         }
     }
@@ -49,12 +49,9 @@ impl WireError {
     /// Converts back to an [`Error`].
     pub fn into_error(self) -> Error {
         let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(ErrorKind::Internal);
-        let mut error = Error::new(kind, self.message);
+        let mut error = Error::new(kind, self.message).with_ranks(self.ranks);
         if let Some(step) = self.step {
             error = error.with_step(step);
-        }
-        if let Some(rank) = self.rank {
-            error = error.with_rank(rank);
         }
         if let Some(path) = self.path { error.with_path(path) } else { error }
     }
@@ -67,7 +64,7 @@ mod tests {
     #[test]
     fn an_error_is_the_same_on_the_other_side() {
         for kind in KINDS {
-            let error = Error::new(kind, "it failed file=7").with_step(3).with_rank(2).with_path("/a/b");
+            let error = Error::new(kind, "it failed file=7").with_step(3).with_ranks([2, 5]).with_path("/a/b");
             let text = serde_json::to_string(&WireError::from(&error)).unwrap();
             let back = serde_json::from_str::<WireError>(&text).unwrap().into_error();
             assert_eq!((back.kind(), back.to_string()), (kind, error.to_string()));
