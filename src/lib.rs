@@ -154,8 +154,9 @@
 //!
 //! `cuda` and `uring` are on by default, and used where the machine has them. `cudarc` adds sources over its
 //! types. `testing` adds the module of that name: a device that copies late, and the conformance suites for
-//! storage and for graph checkpointers. `sqlite` adds a store for many small graph states. `tokio` adds async
-//! forms of the calls that block: [`adapters`].
+//! storage, for coordinators of ranks and for graph checkpointers. `sqlite` adds a store for many small graph
+//! states. `tokio` adds async forms of the calls that block: [`adapters`]. `etcd` and `mpi` add coordinators
+//! ([`ranks`]); `mpi` needs an installed MPI and libclang to build.
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!(

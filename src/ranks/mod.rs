@@ -9,8 +9,36 @@
 //! `Deadline` that names the ranks which are missing, as far as they are known. **Crash.** A rank that is
 //! started again has a new nonce, so it is in no session until the ranks meet again. **Failure.** A rank that
 //! is known to be dead ends a wait early, with `Unavailable`.
+//!
+//! | coordinator | needs | notices a dead rank | a message costs |
+//! |---|---|---|---|
+//! | [`Alone`] | nothing: one rank | | nothing |
+//! | [`SharedDirectory`] | a directory that all ranks see, and a run token | at once on the same host, else at the deadline | a small file |
+//! | `Etcd` (feature `etcd`) | an etcd server | 10 to 15 s later | a put, a watch |
+//! | `Mpi` (feature `mpi`) | an installed MPI | at the deadline; mpirun ends the job | a message |
+//! | [`Callback`] | an all-gather of the program | as the all-gather does | a part of an all-gather |
 
-use crate::error::Result;
+mod alone;
+mod board;
+mod callback;
+mod directory;
+mod envelope;
+#[cfg(feature = "etcd")]
+mod etcd;
+pub mod launcher;
+#[cfg(feature = "mpi")]
+mod mpi;
+mod refusal;
+
+pub use alone::Alone;
+pub use callback::Callback;
+pub use directory::SharedDirectory;
+#[cfg(feature = "etcd")]
+pub use etcd::Etcd;
+#[cfg(feature = "mpi")]
+pub use mpi::Mpi;
+
+use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::ops::ControlFlow;
@@ -128,4 +156,39 @@ pub trait Coordinator: Send + Sync + Debug {
 
     /// Ends the participation of this rank. Waits of others may end early.
     fn leave(&self);
+}
+
+/// The largest number of ranks: it bounds what a wrong variable of a launcher can make this library allocate.
+const MAX_WORLD: u32 = 1 << 20;
+
+impl Member {
+    /// Refuses a position that cannot be.
+    fn checked(self) -> Result<Self> {
+        let Self { rank, world, .. } = self;
+        if rank < world && world <= MAX_WORLD {
+            return Ok(self);
+        }
+        let rule = format!("the rank must be below the number of ranks, which is at most {MAX_WORLD} world={world}");
+        Err(Error::invalid(rule).with_rank(rank))
+    }
+}
+
+/// Refuses a message that no coordinator carries.
+fn checked_length(message: &[u8]) -> Result<()> {
+    if message.len() <= MAX_MESSAGE {
+        return Ok(());
+    }
+    let bytes = message.len();
+    Err(Error::invalid(format!(
+        "a message between ranks has at most {MAX_MESSAGE} bytes: write it to the storage bytes={bytes}"
+    )))
+}
+
+/// Refuses a call without the part that rank 0 alone has.
+fn told<'a>(member: Member, message: Option<&'a [u8]>) -> Result<Option<&'a [u8]>> {
+    match (member.rank, message) {
+        (0, Some(message)) => checked_length(message).map(|()| Some(message)),
+        (1.., None) => Ok(None),
+        (rank, _) => Err(Error::invalid("rank 0 tells, and the other ranks are told").with_rank(rank)),
+    }
 }

@@ -1,15 +1,17 @@
 //! Test tools for programs and back ends. Production code never runs them.
 //!
-//! [`conformance`] tests what every [`Storage`](crate::storage::Storage) must do, and [`graph`] what every
-//! graph checkpointer must do. [`LateDevice`] copies later than it reports: [`LateDevice::under`] gives it to
-//! an executor. For this crate's own tests `Faulty` makes system calls fail below the local storage, and
-//! `simfs` is a simulated file system below it that can crash.
+//! [`conformance`] tests what every [`Storage`](crate::storage::Storage) must do, [`ranks`] what every
+//! [`Coordinator`](crate::ranks::Coordinator) and [`graph`] what every graph checkpointer must do.
+//! [`LateDevice`] copies later than it reports: [`LateDevice::under`] gives it to an executor. For this
+//! crate's own tests `Faulty` makes system calls fail below the local storage, and `simfs` is a simulated
+//! file system below it that can crash.
 
 mod block_on;
 pub mod conformance;
 mod faulty;
 pub mod graph;
 mod late;
+pub mod ranks;
 #[doc(hidden)]
 pub mod simfs;
 

@@ -2,6 +2,7 @@
 
 mod catalog;
 mod compat;
+mod coordinators;
 mod crash;
 // Neither loads a library.
 #[cfg(not(any(loom, miri)))]
