@@ -219,6 +219,11 @@ mutants *arguments:
 kill:
     checks/kill/kill.py
 
+# Runs coordinators between processes: in a directory, through an etcd server, under mpirun. Some are killed.
+ranks:
+    cargo build --quiet --example rank --features etcd,mpi
+    checks/ranks/ranks.py target/debug/examples/rank directory etcd mpi
+
 # Tests full and read-only file systems: ext4, xfs, btrfs. Needs root and loop devices.
 mounts:
     .ci/strict unshare --mount --propagation private cargo test --test mounts -- --nocapture --test-threads 1
@@ -258,7 +263,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill mounts package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill ranks mounts package")
 
 # Runs the checks that take too long for every change.
 nightly: (timed "ci tsan model msrv features")

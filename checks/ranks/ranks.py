@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Runs coordinators between real processes: `ranks.py PROGRAM MEANS...`.
+
+PROGRAM is the example `rank`. MEANS are `directory`, `etcd` (starts an etcd-server) and `mpi` (by mpirun). Each
+runs the conformance suite with several processes. By `directory` and `etcd` a rank is also killed amid its rounds:
+the others must name it, and the next job under the same token must work.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+
+WORLD = 4
+
+
+def check(holds, what):
+    if not holds:
+        sys.exit(f"ranks: {what}")
+
+
+def start(program, arguments, rank, token):
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "LOCAL_RANK": str(rank),
+        "TORCHELASTIC_RUN_ID": token,
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    return subprocess.Popen(
+        [program, *arguments], env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def outputs(processes, patience=300):
+    """Waits for all processes, and returns the exit code and output of each."""
+    until = time.monotonic() + patience
+    results = []
+    for process in processes:
+        try:
+            output, _ = process.communicate(timeout=max(until - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            for other in processes:
+                other.kill()
+            output, _ = process.communicate()
+            check(False, f"a rank did not end in {patience} s:\n{output}")
+        results.append((process.returncode, output))
+    return results
+
+
+def suite(program, arguments):
+    token = f"suite-{uuid.uuid4()}"
+    processes = [start(program, ["suite", *arguments], rank, token) for rank in range(WORLD)]
+    for rank, (code, output) in enumerate(outputs(processes)):
+        check(code == 0 and f"all behaviours rank={rank}" in output, f"rank {rank} failed:\n{output}")
+
+
+def kill(program, arguments, victim, noticed_ms):
+    """Kills one rank twice under one token; each time the others end with an error that names it."""
+    token = f"kill-{uuid.uuid4()}"
+    for _ in range(2):
+        processes = [start(program, ["rounds", *arguments], rank, token) for rank in range(WORLD)]
+        for process in processes:
+            line = process.stdout.readline()
+            check(line.startswith("met "), f"a rank did not meet the others: {line}{process.stdout.read()}")
+        time.sleep(0.5)
+        processes[victim].send_signal(signal.SIGKILL)
+        results = outputs(processes, 60)
+        for rank, (code, output) in enumerate(results):
+            if rank == victim:
+                continue
+            ended = re.search(r"ended kind=(\w+) ranks=\[([\d, ]*)\] after_ms=(\d+)", output)
+            check(code == 0 and ended, f"rank {rank} did not end in order: {output}")
+            # Rank 0 knows of all ranks; the others wait for rank 0, which has ended when it saw the dead one.
+            if rank == 0 or victim == 0:
+                check(ended[1] == "Unavailable" and ended[2] == str(victim), f"rank {rank} names another: {output}")
+                check(int(ended[3]) < noticed_ms, f"rank {rank} noticed it late: {output}")
+            else:
+                check(ended[2] == "0", f"rank {rank} names another: {output}")
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def etcd(directory):
+    """Starts a server of one node, and returns it with its address."""
+    client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+    server = subprocess.Popen(
+        ["etcd", "--data-dir", directory, "--listen-client-urls", client, "--advertise-client-urls", client]
+        + ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+        + ["--initial-cluster", f"default={peer}", "--log-level", "error"],
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 30
+    while True:
+        try:
+            with urllib.request.urlopen(f"{client}/health", timeout=1) as response:
+                if b"true" in response.read():
+                    return server, client
+        except OSError:
+            pass
+        check(server.poll() is None and time.monotonic() < until, "etcd did not start")
+        time.sleep(0.1)
+
+
+def by_directory(program):
+    with tempfile.TemporaryDirectory() as root:
+        suite(program, ["directory", root])
+        for victim in (2, 0):
+            kill(program, ["directory", root], victim, 5000)
+
+
+def by_etcd(program):
+    with tempfile.TemporaryDirectory() as directory:
+        server, address = etcd(directory)
+        try:
+            suite(program, ["etcd", address])
+            for victim in (2, 0):
+                kill(program, ["etcd", address], victim, 15000)
+        finally:
+            server.kill()
+            server.wait()
+
+
+def by_mpi(program):
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(WORLD), program, "suite", "mpi"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    for rank in range(WORLD):
+        check(f"all behaviours rank={rank}" in done.stdout, f"rank {rank} failed:\n{done.stdout}")
+    check(done.returncode == 0, f"mpirun failed:\n{done.stdout}")
+
+
+def main():
+    program, *means = sys.argv[1:]
+    check(means, "give the program and at least one of directory, etcd, mpi")
+    for name in means:
+        began = time.monotonic()
+        {"directory": by_directory, "etcd": by_etcd, "mpi": by_mpi}[name](program)
+        print(f"ranks: {name}: {time.monotonic() - began:.0f} s")
+
+
+main()
