@@ -68,7 +68,7 @@ def kill(program, arguments, victim, noticed_ms):
         processes = [start(program, ["rounds", *arguments], rank, token) for rank in range(WORLD)]
         for process in processes:
             line = process.stdout.readline()
-            check(line.startswith("met "), f"a rank did not meet the others: {line}{process.stdout.read()}")
+            check(line.startswith("met "), f"a rank did not meet the others: {line}")
         time.sleep(0.5)
         processes[victim].send_signal(signal.SIGKILL)
         results = outputs(processes, 60)
