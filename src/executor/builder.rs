@@ -235,6 +235,11 @@ impl Builder {
     /// `Invalid`, naming the setting; errors of the storage and of the device; `Busy` if the system has no
     /// more threads.
     pub fn build(self) -> Result<CheckpointExecutor> {
+        self.probe()?.start()
+    }
+
+    /// Checks the settings, opens the storage, meets the other ranks and chooses the device.
+    fn probe(self) -> Result<Probed> {
         let Self { root, mut settings, storage, device, given, policy, touch, ranks, run } = self;
         settings.scratch = given.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
         settings.check()?;
@@ -259,6 +264,28 @@ impl Builder {
             None => choose_later(settings.device, given.as_ref().map(|(given, _)| given.ordinal))?,
         };
         let given = given.map(|(given, bytes)| fits(given, bytes, device.as_ref())).transpose()?;
+        Ok(Probed { settings, storage, group, device, report, given, policy, touch })
+    }
+}
+
+/// What the settings name and this process has found: where an executor writes, with whom and from which
+/// device. No memory is allocated and no thread runs yet.
+struct Probed {
+    settings: Settings,
+    storage: Arc<dyn Storage>,
+    group: Option<Arc<Group>>,
+    device: Arc<dyn Device>,
+    report: DeviceReport,
+    /// The program's memory for the scratch.
+    given: Option<ProgramMemory>,
+    policy: Policy,
+    touch: Duration,
+}
+
+impl Probed {
+    /// Allocates the arena, equips the device and starts the threads.
+    fn start(self) -> Result<CheckpointExecutor> {
+        let Self { settings, storage, group, device, report, given, policy, touch } = self;
         let signal = Arc::new(Signal::default());
         let arena =
             Arena::new(settings.arena, settings.chunk, &Registrars(device.as_ref(), storage.as_ref()), signal.clone())?;
