@@ -52,7 +52,7 @@ pub struct Builder {
     /// Keeps steps beyond the retention of the settings.
     policy: Policy,
     /// How often live attempts are touched.
-    pub(super) touch: Duration,
+    touch: Duration,
     ranks: Ranks,
     run: String,
 }
@@ -180,6 +180,13 @@ impl Builder {
     #[doc(hidden)]
     pub fn made_device(mut self, device: Arc<dyn Device>) -> Self {
         self.device = Some(device);
+        self
+    }
+
+    /// Sets how often live attempts are touched.
+    #[doc(hidden)]
+    pub fn touch_every(mut self, interval: Duration) -> Self {
+        self.touch = interval;
         self
     }
 

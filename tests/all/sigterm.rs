@@ -2,10 +2,10 @@
 //! and how the program ends.
 
 use crate::fixtures::executor::{eventually, one, pattern};
+use crate::fixtures::hooked::{Call, Hooked};
 use ashore::sigterm::{Exit, OnTerm, Sigterm};
 use ashore::storage::local::Local;
-use ashore::storage::{Reading, Storage, Sweep, Swept, Writing};
-use ashore::{Attempt, Catalog, CheckpointExecutor, Outcome, Overlap, Result};
+use ashore::{Catalog, CheckpointExecutor, Outcome, Overlap};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -17,38 +17,14 @@ const SCENARIO: &str = "ASHORE_TEST_SIGTERM";
 const DURABLE: i32 = 10;
 const LOST: i32 = 20;
 
-/// A root whose attempts begin once a file named `open` exists beside it.
-#[derive(Debug)]
-struct Gated(Local, PathBuf);
-
-impl Storage for Gated {
-    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
-        while !self.1.exists() {
+/// A root whose attempts begin once the file `open` exists.
+fn gated(root: &Path, open: PathBuf) -> Hooked {
+    Hooked::new(Local::open(root).unwrap(), move |call| {
+        while matches!(call, Call::Begin) && !open.exists() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.0.begin(name, attempt, overwrite)
-    }
-    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
-        self.0.open(name)
-    }
-    fn list(&self) -> Result<Vec<String>> {
-        self.0.list()
-    }
-    fn confirm(&self, name: &str) -> Result<()> {
-        self.0.confirm(name)
-    }
-    fn remove(&self, name: &str) -> Result<()> {
-        self.0.remove(name)
-    }
-    fn sweep(&self, how: Sweep) -> Result<Swept> {
-        self.0.sweep(how)
-    }
-    fn hint(&self, name: &str) -> Result<()> {
-        self.0.hint(name)
-    }
-    fn describe(&self, name: &str) -> PathBuf {
-        self.0.describe(name)
-    }
+        Ok(())
+    })
 }
 
 fn say(what: &str) {
@@ -63,7 +39,7 @@ fn the_program() {
     let Ok(scenario) = std::env::var(SCENARIO) else { return };
     let (scenario, root) = scenario.split_once(':').unwrap();
     let root = Path::new(root);
-    let storage = Gated(Local::open(root.join("steps")).unwrap(), root.join("open"));
+    let storage = gated(&root.join("steps"), root.join("open"));
     let builder = CheckpointExecutor::builder(root).storage(Arc::new(storage)).overlap(Overlap::Queue(3));
     let executor = Arc::new(builder.arena(8 * 4096).chunk(4096).build().unwrap());
     let code = Exit::Code { durable: DURABLE, lost: LOST };

@@ -2,7 +2,7 @@
 //! of them. A step of ours with a manifest of 0 bytes was foreign to an overwrite, and damaged to the
 //! catalog.
 
-use crate::fixtures::checkpoint::{BeforeShard, MadeCheckpoint, Watched, noise, publish};
+use crate::fixtures::checkpoint::{Disturbance, MadeCheckpoint, Watched, noise, publish};
 use crate::fixtures::executor::{LONG, one};
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
@@ -126,9 +126,9 @@ fn a_sound_step_that_comes_in_place_of_a_damaged_one_wins() {
     damaged(&storage.memory, 20, |files| files.last_mut().unwrap().1.clear());
     let (memory, other) = (storage.memory.clone(), made(20));
     // Another process replaces the damaged step while this one is about to.
-    let replace = BeforeShard(Box::new(move || other.publish(&memory, &step_name(20))));
+    let replace = Disturbance(Box::new(move || other.publish(&memory, &step_name(20))));
     storage.seen.lock().unwrap().after_begin = Some(replace);
-    let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(storage.clone()));
+    let builder = CheckpointExecutor::builder("in memory").storage(storage.storage.clone());
     let executor = builder.arena(4 * 4096).chunk(4096).build().unwrap();
     let refused = executor.save(20, one("x", vec![1_u8; 64])).unwrap().wait(LONG).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Conflict);

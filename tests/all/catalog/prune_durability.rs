@@ -1,7 +1,6 @@
 use crate::fixtures::checkpoint::{MadeCheckpoint, Watched, noise, publish};
 use ashore::storage::Storage;
 use ashore::{Attempt, Catalog, Dtype, ErrorKind, PruneOptions, Retention};
-use std::sync::Arc;
 
 fn steps(steps: impl IntoIterator<Item = u64>) -> (Watched, Catalog, Vec<Attempt>) {
     let storage = Watched::default();
@@ -11,12 +10,12 @@ fn steps(steps: impl IntoIterator<Item = u64>) -> (Watched, Catalog, Vec<Attempt
         made.publish(&storage.memory, &ashore::id::step_name(step));
         attempts.push(made.attempt);
     }
-    (storage.clone(), Catalog::over(Arc::new(storage)), attempts)
+    (storage.clone(), Catalog::over(storage.storage), attempts)
 }
 
 fn left(storage: &Watched) -> Vec<u64> {
     let mut steps: Vec<_> =
-        storage.list().unwrap().iter().filter_map(|name| ashore::id::parse_step_name(name)).collect();
+        storage.memory.list().unwrap().iter().filter_map(|name| ashore::id::parse_step_name(name)).collect();
     steps.sort_unstable();
     steps
 }
@@ -57,7 +56,7 @@ fn a_step_that_cannot_be_made_durable_replaces_none() {
     assert_eq!(left(&storage), [2, 3, 4]);
     assert_eq!(pruned.doubtful.iter().map(|problem| problem.step).collect::<Vec<_>>(), [4]);
     storage.seen.lock().unwrap().broken.extend(["step-00000002".into(), "step-00000003".into()]);
-    let fresh = Catalog::over(Arc::new(storage.clone()));
+    let fresh = Catalog::over(storage.storage.clone());
     fresh.prune(&Retention::last(1), PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [2, 3, 4], "none of them counts");
 }
@@ -93,7 +92,7 @@ fn a_run_that_went_back_keeps_what_it_saves() {
     }
     catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [110, 120, 900, 1000], "higher steps of the run before replace none of this one's");
-    Catalog::over(Arc::new(storage.clone())).prune(&LAST_TWO, PruneOptions::new()).unwrap();
+    Catalog::over(storage.storage.clone()).prune(&LAST_TWO, PruneOptions::new()).unwrap();
     assert_eq!(left(&storage), [900, 1000]);
 }
 

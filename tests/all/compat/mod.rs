@@ -8,10 +8,11 @@ mod orbax;
 mod torch;
 
 use crate::fixtures::executor::LONG;
-use ashore::storage::{FileWriting, Memory, Reading, Storage, Sweep, Swept, Writing};
-use ashore::{Attempt, CheckpointExecutor, Error, ErrorKind, Result, StateDict};
+use crate::fixtures::hooked::{Call, Hooked};
+use ashore::storage::Memory;
+use ashore::{CheckpointExecutor, Error, ErrorKind, Result, StateDict};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -94,89 +95,32 @@ impl Gate {
     }
 }
 
-/// A storage that refuses the first few attempts, or their publishes, or publishes nothing before a gate is
-/// open.
-#[derive(Debug)]
-pub struct Flaky {
-    memory: Memory,
-    refusals: AtomicUsize,
-    publishes: Arc<AtomicUsize>,
-    gate: Option<Arc<Gate>>,
+/// A storage that refuses the first few attempts.
+pub fn refusing_attempts(refusals: usize) -> Hooked {
+    let refusals = AtomicUsize::new(refusals);
+    Hooked::new(Memory::new(), move |call| if let Call::Begin = call { refused(&refusals) } else { Ok(()) })
+}
+
+/// A storage that refuses the first few publishes.
+pub fn refusing_publishes(refusals: usize) -> Hooked {
+    let refusals = AtomicUsize::new(refusals);
+    Hooked::new(Memory::new(), move |call| if let Call::Publish = call { refused(&refusals) } else { Ok(()) })
+}
+
+/// A storage that publishes nothing before the gate is open.
+pub fn publishing_after(gate: &Arc<Gate>) -> Hooked {
+    let gate = gate.clone();
+    Hooked::new(Memory::new(), move |call| {
+        if let Call::Publish = call {
+            gate.pass();
+        }
+        Ok(())
+    })
 }
 
 fn refused(refusals: &AtomicUsize) -> Result<()> {
     match refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)) {
         Ok(_) => Err(Error::new(ErrorKind::Unavailable, "not now")),
         Err(_) => Ok(()),
-    }
-}
-
-impl Flaky {
-    pub fn new(refusals: usize) -> Self {
-        Self { memory: Memory::new(), refusals: refusals.into(), publishes: Arc::default(), gate: None }
-    }
-
-    pub fn at_publish(refusals: usize) -> Self {
-        Self { publishes: Arc::new(refusals.into()), ..Self::new(0) }
-    }
-
-    pub fn gated(gate: &Arc<Gate>) -> Self {
-        Self { gate: Some(gate.clone()), ..Self::new(0) }
-    }
-}
-
-impl Storage for Flaky {
-    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
-        refused(&self.refusals)?;
-        let attempt = self.memory.begin(name, attempt, overwrite)?;
-        Ok(Arc::new(FlakyAttempt { attempt, publishes: self.publishes.clone(), gate: self.gate.clone() }))
-    }
-    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
-        self.memory.open(name)
-    }
-    fn list(&self) -> Result<Vec<String>> {
-        self.memory.list()
-    }
-    fn confirm(&self, name: &str) -> Result<()> {
-        self.memory.confirm(name)
-    }
-    fn remove(&self, name: &str) -> Result<()> {
-        self.memory.remove(name)
-    }
-    fn sweep(&self, how: Sweep) -> Result<Swept> {
-        self.memory.sweep(how)
-    }
-    fn hint(&self, name: &str) -> Result<()> {
-        self.memory.hint(name)
-    }
-    fn describe(&self, name: &str) -> PathBuf {
-        self.memory.describe(name)
-    }
-}
-
-#[derive(Debug)]
-struct FlakyAttempt {
-    attempt: Arc<dyn Writing>,
-    publishes: Arc<AtomicUsize>,
-    gate: Option<Arc<Gate>>,
-}
-
-impl Writing for FlakyAttempt {
-    fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
-        self.attempt.create(file, len)
-    }
-    fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
-        self.attempt.put(file, bytes)
-    }
-    fn publish(&self, overwrite: bool) -> Result<()> {
-        refused(&self.publishes)?;
-        self.gate.iter().for_each(|gate| gate.pass());
-        self.attempt.publish(overwrite)
-    }
-    fn settle(&self) -> Result<()> {
-        self.attempt.settle()
-    }
-    fn abandon(&self) -> Result<()> {
-        self.attempt.abandon()
     }
 }

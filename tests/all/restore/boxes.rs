@@ -4,7 +4,6 @@ use crate::fixtures::checkpoint::{Boxes, MadeCheckpoint, Watched, cut_out, noise
 use ashore::{Checkpoint, Dtype, ErrorKind, Targets};
 use proptest::prelude::*;
 use std::ops::Range;
-use std::sync::Arc;
 
 const BLOCK: usize = 8 << 20;
 
@@ -160,7 +159,7 @@ fn only_blocks_of_boxes_that_the_slice_touches_are_read() {
     let made = made("w", Dtype::U8, &shape, mesh(&shape, &[&[], &[BLOCK / 2, BLOCK]]));
     let storage = Watched::default();
     publish(&storage.memory, "step-7", &made.files());
-    let checkpoint = Checkpoint::from_storage(Arc::new(storage.clone()), "step-7").unwrap();
+    let checkpoint = Checkpoint::from_storage(storage.storage.clone(), "step-7").unwrap();
     let reads = |slice: [Range<usize>; 2]| {
         storage.seen.lock().unwrap().reads.clear();
         let read = checkpoint.read_slice("w", &slice).unwrap();

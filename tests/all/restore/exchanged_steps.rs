@@ -1,6 +1,5 @@
-use crate::fixtures::checkpoint::{BeforeShard, MadeCheckpoint, Watched, noise};
+use crate::fixtures::checkpoint::{Disturbance, MadeCheckpoint, Watched, noise};
 use ashore::{Catalog, Checkpoint, Dtype, ErrorKind};
-use std::sync::Arc;
 
 fn made(seed: u64) -> MadeCheckpoint {
     MadeCheckpoint::new(7).tensor("x", Dtype::U8, &[9], noise(9, seed))
@@ -15,8 +14,8 @@ fn the_new_step_is_opened_whole() {
         let new = new.clone();
         move || new.publish(&memory, "step-7")
     };
-    storage.seen.lock().unwrap().before_shard = Some(BeforeShard(Box::new(exchange)));
-    let checkpoint = Checkpoint::from_storage(Arc::new(storage), "step-7").unwrap();
+    storage.seen.lock().unwrap().before_shard = Some(Disturbance(Box::new(exchange)));
+    let checkpoint = Checkpoint::from_storage(storage.storage, "step-7").unwrap();
     assert_eq!(checkpoint.attempt(), new.attempt);
     assert_eq!(checkpoint.read("x").unwrap(), new.tensors["x"].2);
 }
@@ -27,8 +26,8 @@ fn a_step_pruned_meanwhile_is_not_found_and_not_a_problem() {
     made(1).publish(&storage.memory, "step-7");
     let memory = storage.memory.clone();
     let prune = move || ashore::storage::Storage::remove(&memory, "step-7").unwrap();
-    storage.seen.lock().unwrap().before_shard = Some(BeforeShard(Box::new(prune)));
-    let catalog = Catalog::over(Arc::new(storage));
+    storage.seen.lock().unwrap().before_shard = Some(Disturbance(Box::new(prune)));
+    let catalog = Catalog::over(storage.storage);
     let (entries, problems) = catalog.survey().unwrap();
     assert!(entries.is_empty() && problems.is_empty(), "{entries:?} {problems:?}");
     assert!(catalog.latest().unwrap().is_none());

@@ -98,7 +98,7 @@ fn values_and_names_cost_no_read_of_tensor_data() {
     made.values.insert("epoch".into(), 3.into());
     let storage = Watched::default();
     made.publish(&storage.memory, "step-7");
-    let checkpoint = Checkpoint::from_storage(Arc::new(storage.clone()), "step-7").unwrap();
+    let checkpoint = Checkpoint::from_storage(storage.storage.clone(), "step-7").unwrap();
     assert_eq!(checkpoint.value::<u32>("epoch").unwrap(), 3);
     assert_eq!(checkpoint.metadata::<String>("run").unwrap(), "first");
     assert_eq!(checkpoint.value::<String>("epoch").unwrap_err().kind(), ErrorKind::Invalid);
@@ -123,7 +123,7 @@ fn one_tensor_of_many_costs_its_own_bytes_rounded_to_the_alignment() {
     }
     let storage = Watched::default();
     made.publish(&storage.memory, "step-7");
-    let checkpoint = Checkpoint::from_storage(Arc::new(storage.clone()), "step-7").unwrap();
+    let checkpoint = Checkpoint::from_storage(storage.storage.clone(), "step-7").unwrap();
     storage.seen.lock().unwrap().reads.clear();
     assert_eq!(checkpoint.read("layer.77").unwrap(), made.tensors["layer.77"].2);
     let seen = storage.seen.lock().unwrap();
@@ -141,7 +141,7 @@ fn many_small_tensors_are_few_reads() {
     }
     let storage = Watched::default();
     made.publish(&storage.memory, "step-7");
-    let checkpoint = Checkpoint::from_storage(Arc::new(storage.clone()), "step-7").unwrap();
+    let checkpoint = Checkpoint::from_storage(storage.storage.clone(), "step-7").unwrap();
     storage.seen.lock().unwrap().reads.clear();
     let mut memory = vec![0; 4000 * 1000];
     let names: Vec<_> = made.tensors.keys().collect();

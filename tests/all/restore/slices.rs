@@ -2,7 +2,6 @@ use crate::fixtures::checkpoint::{MadeCheckpoint, Watched, noise};
 use ashore::{Checkpoint, Dtype, ErrorKind, Targets};
 use proptest::prelude::*;
 use std::ops::Range;
-use std::sync::Arc;
 
 const BLOCK: usize = 8 << 20;
 
@@ -63,7 +62,7 @@ fn only_blocks_that_the_slice_touches_are_read_and_checked() {
     files[0].1[data + 2 * BLOCK + 5] ^= 1;
     let storage = Watched::default();
     crate::fixtures::checkpoint::publish(&storage.memory, "step-7", &files);
-    let checkpoint = Checkpoint::from_storage(Arc::new(storage.clone()), "step-7").unwrap();
+    let checkpoint = Checkpoint::from_storage(storage.storage.clone(), "step-7").unwrap();
     storage.seen.lock().unwrap().reads.clear();
     let read = checkpoint.read_slice("x", &[1..2, 7..9]).unwrap();
     assert_eq!(read, made.tensors["x"].2[BLOCK + 7..BLOCK + 9]);

@@ -1,18 +1,18 @@
 //! Callers at their worst: endless timeouts, sources that panic when they are dropped, storage that panics.
 
 use crate::fixtures::executor::{LONG, eventually, fixture, one, pattern};
+use crate::fixtures::hooked::{Call, Hooked};
 use ashore::id::parse_step_name;
 use ashore::internal::device::{CopyQueue, Device};
 use ashore::internal::digest::Digest;
 use ashore::memory::{Pages, Register};
 use ashore::storage::local::Local;
-use ashore::storage::{FileWriting, Memory, Reading, State, Storage, Sweep, Swept, Writing};
+use ashore::storage::{Memory, State, Storage, Sweep};
 use ashore::testing::LateDevice;
-use ashore::{Attempt, CheckpointExecutor, ErrorKind, Fence, IoMode, Overlap, Result, SaveOptions, Source, StateDict};
+use ashore::{Attempt, CheckpointExecutor, ErrorKind, Fence, Overlap, Result, SaveOptions, Source, StateDict};
 use std::any::Any;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -185,65 +185,46 @@ fn a_queue_that_panics_whenever_it_is_asked_fails_its_save_and_no_other() {
     executor.shutdown(LONG).unwrap();
 }
 
-/// Storage that panics where it is told to.
-#[derive(Debug, Default)]
+/// Makes a storage panic, and counts its calls.
+#[derive(Default)]
 struct Panicking {
-    memory: Memory,
     when_begun: AtomicBool,
     when_described: AtomicBool,
     /// Sweeps so far.
     sweeps: AtomicUsize,
-    /// Swept instead, where it is set.
-    beside: OnceLock<Local>,
     /// The step that was hinted at last.
-    hinted: AtomicUsize,
+    hinted: AtomicU64,
 }
 
-impl Storage for Panicking {
-    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
-        assert!(!self.when_begun.load(Ordering::Relaxed), "a storage that panics");
-        self.memory.begin(name, attempt, overwrite)
-    }
-    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
-        self.memory.open(name)
-    }
-    fn list(&self) -> Result<Vec<String>> {
-        self.memory.list()
-    }
-    fn confirm(&self, name: &str) -> Result<()> {
-        self.memory.confirm(name)
-    }
-    fn remove(&self, name: &str) -> Result<()> {
-        self.memory.remove(name)
-    }
-    fn sweep(&self, how: Sweep) -> Result<Swept> {
-        self.sweeps.fetch_add(1, Ordering::Relaxed);
-        self.beside.get().map_or_else(|| self.memory.sweep(how), |beside| beside.sweep(how))
-    }
-    fn hint(&self, name: &str) -> Result<()> {
-        self.memory.hint(name)?;
-        self.hinted.store(parse_step_name(name).unwrap() as usize, Ordering::Relaxed);
+fn panicking(inner: impl Storage + 'static) -> (Arc<Panicking>, Arc<Hooked>) {
+    let switches = Arc::<Panicking>::default();
+    let told = switches.clone();
+    let storage = Hooked::new(inner, move |call| {
+        match call {
+            Call::Begin => assert!(!told.when_begun.load(Ordering::Relaxed), "a storage that panics"),
+            Call::Describe => assert!(!told.when_described.load(Ordering::Relaxed), "a storage that panics"),
+            Call::Sweep => _ = told.sweeps.fetch_add(1, Ordering::Relaxed),
+            Call::Hinted { step } => told.hinted.store(parse_step_name(step).unwrap(), Ordering::Relaxed),
+            _ => {}
+        }
         Ok(())
-    }
-    fn describe(&self, name: &str) -> PathBuf {
-        assert!(!self.when_described.load(Ordering::Relaxed), "a storage that panics");
-        self.memory.describe(name)
-    }
+    });
+    (switches, Arc::new(storage))
 }
 
 #[test]
 fn a_storage_that_panics_fails_the_save_and_ends_no_thread() {
-    let storage = Arc::new(Panicking::default());
-    let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).arena(4 * 4096).chunk(4096);
+    let (switches, storage) = panicking(Memory::new());
+    let builder = CheckpointExecutor::builder("in memory").storage(storage).arena(4 * 4096).chunk(4096);
     let executor = builder.build().unwrap();
     let save = |step| executor.save(step, one("t", Arc::new(pattern(step, 30_000)))).unwrap().wait(LONG);
-    for (step, switch) in [(1, &storage.when_begun), (3, &storage.when_described)] {
-        let swept = storage.sweeps.load(Ordering::Relaxed).max(1);
+    for (step, switch) in [(1, &switches.when_begun), (3, &switches.when_described)] {
+        let swept = switches.sweeps.load(Ordering::Relaxed).max(1);
         switch.store(true, Ordering::Relaxed);
         assert_eq!(save(step).unwrap_err().kind(), ErrorKind::Internal);
         switch.store(false, Ordering::Relaxed);
         // At once, not in an hour: files may be left of the attempt.
-        eventually("what is left is swept", || storage.sweeps.load(Ordering::Relaxed) > swept);
+        eventually("what is left is swept", || switches.sweeps.load(Ordering::Relaxed) > swept);
         save(step + 1).unwrap();
     }
     executor.shutdown(LONG).unwrap();
@@ -257,108 +238,33 @@ fn what_another_process_is_writing_is_not_swept_after_every_save() {
     let local = Local::open(directory.path()).unwrap();
     let other = local.begin("step-100", Attempt::new(), false).unwrap();
     assert_eq!(local.sweep(Sweep::default()).unwrap().left[0].state, State::Live);
-    let storage = Arc::new(Panicking { beside: local.into(), ..Panicking::default() });
-    let builder = CheckpointExecutor::builder("in memory").storage(storage.clone()).arena(4 * 4096).chunk(4096);
+    let (switches, storage) = panicking(local);
+    let builder = CheckpointExecutor::builder(directory.path()).storage(storage).arena(4 * 4096).chunk(4096);
     let executor = builder.build().unwrap();
     let save = |step| executor.save(step, one("t", Arc::new(pattern(step, 900)))).unwrap().wait(LONG);
-    storage.when_described.store(true, Ordering::Relaxed);
+    switches.when_described.store(true, Ordering::Relaxed);
     save(1).unwrap_err();
-    storage.when_described.store(false, Ordering::Relaxed);
+    switches.when_described.store(false, Ordering::Relaxed);
     for step in 2..20 {
         save(step).unwrap();
-        eventually("the save is being tidied up", || storage.hinted.load(Ordering::Relaxed) == step as usize);
+        eventually("the save is being tidied up", || switches.hinted.load(Ordering::Relaxed) == step);
     }
     executor.shutdown(LONG).unwrap();
     other.abandon().unwrap();
     // The first, three tries, the last.
-    let sweeps = storage.sweeps.load(Ordering::Relaxed);
+    let sweeps = switches.sweeps.load(Ordering::Relaxed);
     assert!((2..=5).contains(&sweeps), "sweeps={sweeps}");
-}
-
-/// Storage whose attempts and files panic when they are dropped.
-#[derive(Debug, Default)]
-struct Dropping(Memory);
-
-#[derive(Debug)]
-struct BombAttempt(Arc<dyn Writing>);
-
-#[derive(Debug)]
-struct BombFile(Arc<dyn FileWriting>);
-
-impl Drop for BombAttempt {
-    fn drop(&mut self) {
-        panic!("an attempt that panics");
-    }
-}
-
-impl Drop for BombFile {
-    fn drop(&mut self) {
-        panic!("a file that panics");
-    }
-}
-
-impl Writing for BombAttempt {
-    fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
-        Ok(Arc::new(BombFile(self.0.create(file, len)?)))
-    }
-    fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
-        self.0.put(file, bytes)
-    }
-    fn publish(&self, overwrite: bool) -> Result<()> {
-        self.0.publish(overwrite)
-    }
-    fn settle(&self) -> Result<()> {
-        self.0.settle()
-    }
-    fn abandon(&self) -> Result<()> {
-        self.0.abandon()
-    }
-}
-
-impl FileWriting for BombFile {
-    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.0.write_at(offset, bytes)
-    }
-    fn seal(&self) -> Result<()> {
-        self.0.seal()
-    }
-    fn mode(&self) -> IoMode {
-        self.0.mode()
-    }
-}
-
-impl Storage for Dropping {
-    fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
-        Ok(Arc::new(BombAttempt(self.0.begin(name, attempt, overwrite)?)))
-    }
-    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
-        self.0.open(name)
-    }
-    fn list(&self) -> Result<Vec<String>> {
-        self.0.list()
-    }
-    fn confirm(&self, name: &str) -> Result<()> {
-        self.0.confirm(name)
-    }
-    fn remove(&self, name: &str) -> Result<()> {
-        self.0.remove(name)
-    }
-    fn sweep(&self, how: Sweep) -> Result<Swept> {
-        self.0.sweep(how)
-    }
-    fn hint(&self, name: &str) -> Result<()> {
-        self.0.hint(name)
-    }
-    fn describe(&self, name: &str) -> PathBuf {
-        self.0.describe(name)
-    }
 }
 
 /// The last thread of a save dropped the attempt and its files without a guard: a panicking destructor ended
 /// the committer, a writer or the tidying thread, and two such panics in one save ended the process.
 #[test]
 fn attempts_and_files_that_panic_when_they_are_dropped_end_no_thread() {
-    let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(Dropping::default()));
+    let storage = Hooked::new(Memory::new(), |call| match call {
+        Call::DropAttempt | Call::DropFile => panic!("a destructor that fails"),
+        _ => Ok(()),
+    });
+    let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(storage));
     let builder = builder.arena(4 * 4096).chunk(4096).files(2).writers(2).keep_last(2);
     let executor = builder.shutdown_timeout(Duration::from_secs(5)).build().unwrap();
     let state = |step| {

@@ -14,4 +14,5 @@ mod reporting;
 mod retrying;
 mod round_trip;
 mod tidying;
+mod touching;
 mod writers;

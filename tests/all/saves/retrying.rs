@@ -1,14 +1,15 @@
 //! The engine retries saves under one handle, with one deadline.
 
-use crate::compat::Flaky;
+use crate::compat::{refusing_attempts, refusing_publishes};
 use crate::fixtures::executor::{Buffer, Fixture, LONG, eventually, fixture, one, pattern};
+use crate::fixtures::hooked::Hooked;
 use ashore::{Attempt, ErrorKind, Fence, Overlap, Phase, SaveOptions, StateDict};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const LEN: usize = 30_000;
 
-fn flaky(storage: Flaky, overlap: Overlap) -> Fixture {
+fn flaky(storage: Hooked, overlap: Overlap) -> Fixture {
     let storage = Arc::new(storage);
     let fixture = fixture(|b| b.storage(storage.clone()).overlap(overlap));
     Fixture { storage, ..fixture }
@@ -30,7 +31,7 @@ const BACKOFF: Duration = Duration::from_secs(600);
 #[test]
 fn a_save_is_tried_again_as_a_new_attempt_and_its_handle_tells_of_the_last() {
     let (bytes, first) = (Arc::new(pattern(1, LEN)), Attempt::new());
-    for storage in [Flaky::new(2), Flaky::at_publish(2)] {
+    for storage in [refusing_attempts(2), refusing_publishes(2)] {
         let fixture = flaky(storage, Overlap::Queue(1));
         let save = fixture.executor.save_with(1, state(&bytes), retry(2).attempt(first)).unwrap();
         let committed = save.wait(LONG).unwrap().committed().unwrap();
@@ -50,13 +51,13 @@ fn a_save_is_tried_again_as_a_new_attempt_and_its_handle_tells_of_the_last() {
 #[test]
 fn a_save_fails_with_its_last_error_when_its_retries_are_used_up() {
     let bytes = Arc::new(pattern(1, LEN));
-    let fixture = flaky(Flaky::new(3), Overlap::Queue(1));
+    let fixture = flaky(refusing_attempts(3), Overlap::Queue(1));
     let save = fixture.executor.save_with(1, state(&bytes), retry(2)).unwrap();
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
     assert_eq!(Arc::strong_count(&bytes), 1);
     assert_eq!(save.staged().wait(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
     // The next call returns an unseen failure, once.
-    let fixture = flaky(Flaky::new(2), Overlap::Queue(1));
+    let fixture = flaky(refusing_attempts(2), Overlap::Queue(1));
     drop(fixture.executor.save_with(1, state(&bytes), retry(1)).unwrap());
     eventually("it has ended", || Arc::strong_count(&bytes) == 1);
     assert_eq!(fixture.executor.shutdown(LONG).unwrap_err().kind(), ErrorKind::Unavailable);
@@ -64,7 +65,7 @@ fn a_save_fails_with_its_last_error_when_its_retries_are_used_up() {
 
 #[test]
 fn a_failure_that_will_not_pass_is_not_tried_again() {
-    let (bytes, fixture) = (Arc::new(pattern(1, LEN)), flaky(Flaky::new(0), Overlap::Queue(1)));
+    let (bytes, fixture) = (Arc::new(pattern(1, LEN)), flaky(refusing_attempts(0), Overlap::Queue(1)));
     fixture.executor.save(1, state(&bytes)).unwrap().wait(LONG).unwrap();
     let first = Attempt::new();
     let save = fixture.executor.save_with(1, state(&bytes), retry(5).attempt(first)).unwrap();
@@ -74,7 +75,7 @@ fn a_failure_that_will_not_pass_is_not_tried_again() {
 
 #[test]
 fn what_could_be_another_state_later_is_not_kept_for_a_retry() {
-    let fixture = flaky(Flaky::new(0), Overlap::Queue(1));
+    let fixture = flaky(refusing_attempts(0), Overlap::Queue(1));
     let written = one("counter", Buffer::new(vec![0; 100]).source());
     let error = fixture.executor.save_with(1, written, retry(1)).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, Some(1)));
@@ -91,7 +92,7 @@ fn what_could_be_another_state_later_is_not_kept_for_a_retry() {
 #[test]
 fn a_save_waits_before_it_is_tried_again_and_holds_up_neither_others_nor_a_fence() {
     let bytes = Arc::new(pattern(1, LEN));
-    let fixture = flaky(Flaky::new(1), Overlap::Queue(1));
+    let fixture = flaky(refusing_attempts(1), Overlap::Queue(1));
     let options = SaveOptions::default().retry(1, BACKOFF);
     let save = fixture.executor.save_with(1, state(&bytes), options).unwrap();
     eventually("it waits", || fixture.executor.arena().free() == 4 && save.progress().phase == Phase::Waiting);
@@ -112,7 +113,7 @@ fn a_save_waits_before_it_is_tried_again_and_holds_up_neither_others_nor_a_fence
 #[test]
 fn a_save_that_is_tried_again_keeps_its_place_and_later_ones_wait_for_it() {
     let bytes = Arc::new(pattern(1, LEN));
-    let fixture = flaky(Flaky::new(1), Overlap::Block);
+    let fixture = flaky(refusing_attempts(1), Overlap::Block);
     let options = SaveOptions::default().retry(1, BACKOFF);
     let save = fixture.executor.save_with(1, state(&bytes), options).unwrap();
     let soon = SaveOptions::default().timeout(Duration::from_millis(20));
@@ -123,7 +124,7 @@ fn a_save_that_is_tried_again_keeps_its_place_and_later_ones_wait_for_it() {
 #[test]
 fn all_attempts_share_one_deadline() {
     let bytes = Arc::new(pattern(1, LEN));
-    let fixture = flaky(Flaky::new(usize::MAX), Overlap::Queue(1));
+    let fixture = flaky(refusing_attempts(usize::MAX), Overlap::Queue(1));
     let began = Instant::now();
     // A wait beyond the deadline is not begun: the error is the last failure, not the passed deadline.
     let options = SaveOptions::default().retry(u32::MAX, Duration::from_millis(1)).timeout(Duration::from_millis(100));
@@ -139,13 +140,13 @@ fn all_attempts_share_one_deadline() {
 #[test]
 fn a_shutdown_waits_for_retries_and_gives_up_those_that_are_late() {
     let bytes = Arc::new(pattern(1, LEN));
-    let fixture = flaky(Flaky::new(1), Overlap::Queue(1));
+    let fixture = flaky(refusing_attempts(1), Overlap::Queue(1));
     let options = SaveOptions::default().retry(1, Duration::from_millis(20));
     drop(fixture.executor.save_with(1, state(&bytes), options).unwrap());
     fixture.executor.shutdown(LONG).unwrap();
     assert!(fixture.checkpoint(1).is_ok());
 
-    let fixture = flaky(Flaky::new(1), Overlap::Queue(1));
+    let fixture = flaky(refusing_attempts(1), Overlap::Queue(1));
     drop(fixture.executor.save_with(1, state(&bytes), SaveOptions::default().retry(1, BACKOFF)).unwrap());
     let began = Instant::now();
     assert_eq!(fixture.executor.shutdown(Duration::from_millis(20)).unwrap_err().kind(), ErrorKind::Deadline);
@@ -158,7 +159,7 @@ fn a_shutdown_waits_for_retries_and_gives_up_those_that_are_late() {
 #[test]
 fn a_save_that_is_cancelled_between_attempts_is_cancelled() {
     let bytes = Arc::new(pattern(1, LEN));
-    let fixture = flaky(Flaky::new(usize::MAX), Overlap::Queue(1));
+    let fixture = flaky(refusing_attempts(usize::MAX), Overlap::Queue(1));
     for round in 0..300_u32 {
         let save = fixture.executor.save_with(1, state(&bytes), retry(u32::MAX)).unwrap();
         std::thread::sleep(Duration::from_micros(u64::from(round % 20) * 10));

@@ -1,7 +1,7 @@
 //! Deferred saves wait for a path, and for the signal that the path is known, or the reason why it never will
 //! be.
 
-use crate::compat::{Flaky, Gate, engine, files, state};
+use crate::compat::{Gate, engine, files, publishing_after, state};
 use crate::fixtures::executor::{Buffer, LONG, eventually, one};
 use ashore::compat::orbax::{
     AsyncCheckpointHandler, CommitFuture, CompositeArgs, CompositeCheckpointHandler, DeferredPath,
@@ -199,7 +199,7 @@ fn a_save_that_waits_for_its_path_does_not_keep_the_executor_alive() {
 #[test]
 fn a_commit_that_is_being_published_at_its_deadline_is_indeterminate() {
     let gate = Arc::new(Gate::default());
-    let engine = engine("in memory".as_ref()).storage(Arc::new(Flaky::gated(&gate))).build().unwrap();
+    let engine = engine("in memory".as_ref()).storage(Arc::new(publishing_after(&gate))).build().unwrap();
     let engine = Arc::new(engine);
     let signals = Signals::new();
     let id = signals.next_operation_id(&[]);

@@ -1,6 +1,6 @@
 //! `CheckpointManager`: saving, steps, metrics, errors, reading only.
 
-use crate::compat::{Flaky, Gate, drop_in_a_child, engine, files, state};
+use crate::compat::{Gate, drop_in_a_child, engine, files, refusing_attempts, state};
 use crate::fixtures::executor::{Buffer, LONG, eventually, one};
 use crate::fixtures::log::LogLines;
 use ashore::compat::orbax::{
@@ -103,8 +103,11 @@ fn a_save_through_the_manager_leaves_the_bytes_that_the_engine_leaves() {
 
 /// A manager over a storage that refuses the first few attempts.
 fn flaky(refusals: usize, failed: OnUnseenError, options: Options) -> CheckpointManager {
-    let engine =
-        engine("in memory".as_ref()).storage(Arc::new(Flaky::new(refusals))).on_unseen_error(failed).build().unwrap();
+    let engine = engine("in memory".as_ref())
+        .storage(Arc::new(refusing_attempts(refusals)))
+        .on_unseen_error(failed)
+        .build()
+        .unwrap();
     CheckpointManager::new(Arc::new(engine), options).unwrap()
 }
 
@@ -295,7 +298,8 @@ fn a_manager_closes_within_its_deadline() {
 #[test]
 fn errors_that_close_does_not_return_are_logged() {
     let device = LateDevice::default();
-    let builder = engine("in memory".as_ref()).storage(Arc::new(Flaky::new(2))).made_device(Arc::new(device.clone()));
+    let builder =
+        engine("in memory".as_ref()).storage(Arc::new(refusing_attempts(2))).made_device(Arc::new(device.clone()));
     let engine = builder.overlap(Overlap::Queue(2)).build().unwrap();
     let manager = CheckpointManager::new(Arc::new(engine), Options::new()).unwrap();
     device.hold();

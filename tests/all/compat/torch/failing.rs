@@ -1,6 +1,6 @@
 //! Failures of planners, writers and storage are always in the future, never silent, and retried on request.
 
-use crate::compat::{Flaky, Gate, engine, files, state};
+use crate::compat::{Gate, engine, files, publishing_after, refusing_attempts, state};
 use crate::fixtures::executor::{LONG, one};
 use ashore::compat::torch::{
     AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, SavePlanner, StorageMeta,
@@ -177,8 +177,11 @@ fn the_default_planner_keeps_its_plans_while_the_structure_stays() {
 }
 
 fn flaky(refusals: usize, failed: OnUnseenError) -> ThreadExecutor {
-    let engine =
-        engine("in memory".as_ref()).storage(Arc::new(Flaky::new(refusals))).on_unseen_error(failed).build().unwrap();
+    let engine = engine("in memory".as_ref())
+        .storage(Arc::new(refusing_attempts(refusals)))
+        .on_unseen_error(failed)
+        .build()
+        .unwrap();
     ThreadExecutor::new(Arc::new(engine)).unwrap()
 }
 
@@ -222,7 +225,7 @@ fn a_failure_that_nobody_saw_stops_the_next_call_or_is_logged() {
 fn a_save_that_is_being_published_when_the_executor_closes_is_indeterminate() {
     for retries in [0, 1] {
         let gate = Arc::new(Gate::default());
-        let engine = engine("in memory".as_ref()).storage(Arc::new(Flaky::gated(&gate))).build().unwrap();
+        let engine = engine("in memory".as_ref()).storage(Arc::new(publishing_after(&gate))).build().unwrap();
         let engine = Arc::new(engine);
         let executor = ThreadExecutor::new(engine.clone()).unwrap().retry(retries);
         let future = executor.execute_save(state(1).into(), to("step-1")).unwrap();
