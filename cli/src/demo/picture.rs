@@ -1,7 +1,7 @@
 //! The picture of one save and the training steps beside it, shown in the README.
 
 use super::run::{Activity, Block, Part};
-use crate::bench::report::charts::{Drawn, LEFT, RIGHT, canvas, letters, moment};
+use crate::bench::report::charts::{AXIS, Drawn, LEFT, Margins, RIGHT, canvas, lanes, letters};
 use crate::bench::report::ink::{self, Ink};
 use ashore::{Error, ErrorKind, Result};
 use plotters::prelude::*;
@@ -10,7 +10,6 @@ use std::path::Path;
 
 const LANES: [&str; 4] = ["training", "copy to the arena", "write to disk", "commit"];
 const LANE: u32 = 64;
-const AXIS: u32 = 60;
 const KEY: u32 = 70;
 
 /// Draws the block whose save took the median time to become durable.
@@ -54,23 +53,7 @@ fn draw(block: &Block) -> Drawn<String> {
     let height = LANE * LANES.len() as u32;
     canvas(height + AXIS + KEY, |area| {
         area.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(area)
-            .margin_top(KEY)
-            .margin_right(RIGHT / 2)
-            .x_label_area_size(AXIS)
-            .y_label_area_size(LEFT)
-            .build_cartesian_2d(0.0..end, f64::from(height)..0.0)?;
-        chart
-            .configure_mesh()
-            .disable_y_mesh()
-            .disable_y_axis()
-            .x_labels(8)
-            .x_label_formatter(&|at| moment(*at, end))
-            .axis_style(ink::LIMIT.rgb())
-            .bold_line_style(ink::GRID.rgb())
-            .light_line_style(TRANSPARENT)
-            .label_style(letters(ink::MUTED, HPos::Center, VPos::Top))
-            .draw()?;
+        let mut chart = lanes(area, Margins { top: KEY, right: RIGHT / 2 }, end, f64::from(height))?;
         let gap = end / 900.0;
         chart.draw_series(bars.iter().map(|(lane, (from, to), ink)| {
             let top = f64::from(LANE) * *lane as f64 + 10.0;

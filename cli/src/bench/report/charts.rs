@@ -5,6 +5,7 @@ use super::{SANE, Timeline, time};
 use crate::out::{median, quantile};
 use crate::size;
 use plotters::coord::Shift;
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -16,11 +17,12 @@ const WIDTH: u32 = 1800;
 /// The left margin of all charts over time, equal so that they align vertically.
 pub const LEFT: u32 = 300;
 pub const RIGHT: u32 = 150;
-const AXIS: u32 = 60;
+pub const AXIS: u32 = 60;
 const LETTERS: i32 = 30;
 
 pub type Drawn<T> = Result<T, DrawingAreaErrorKind<std::io::Error>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
 /// Draws every save as a row, with a lane for each phase.
 pub fn phases(saves: &[Timeline]) -> Drawn<String> {
@@ -33,23 +35,7 @@ pub fn phases(saves: &[Timeline]) -> Drawn<String> {
     // Phases too short to see become slivers.
     let sliver = end * 5.0 / f64::from(WIDTH - LEFT - RIGHT);
     canvas(height as u32 + AXIS + 20, |area| {
-        let mut chart = ChartBuilder::on(area)
-            .margin_top(10)
-            .margin_right(RIGHT)
-            .x_label_area_size(AXIS)
-            .y_label_area_size(LEFT)
-            .build_cartesian_2d(0.0..end, height..0.0)?;
-        chart
-            .configure_mesh()
-            .disable_y_mesh()
-            .disable_y_axis()
-            .x_labels(8)
-            .x_label_formatter(&|at| moment(*at, end))
-            .axis_style(ink::LIMIT.rgb())
-            .bold_line_style(ink::GRID.rgb())
-            .light_line_style(TRANSPARENT)
-            .label_style(letters(ink::MUTED, HPos::Center, VPos::Top))
-            .draw()?;
+        let mut chart = lanes(area, Margins { top: 10, right: RIGHT }, end, height)?;
         for (i, row) in rows.iter().enumerate() {
             let top = row_height * i as f64 + 12.0;
             let middle = top + LANE * names.len() as f64 / 2.0;
@@ -159,17 +145,7 @@ pub fn ratios(ours: &[f64], noise: &[f64]) -> Drawn<String> {
             let middle = median(values.iter().copied());
             let [from, to] = [0.25, 0.75].map(|q| quantile(values.iter().copied(), q));
             chart.draw_series([Rectangle::new([(from, 0.0), (to, top)], ink.rgb().mix(0.14).filled())])?;
-            chart
-                .configure_mesh()
-                .disable_y_mesh()
-                .disable_y_axis()
-                .x_labels(9)
-                .x_label_formatter(&|ratio| format!("{ratio:.digits$}"))
-                .axis_style(ink::LIMIT.rgb())
-                .bold_line_style(ink::GRID.rgb())
-                .light_line_style(TRANSPARENT)
-                .label_style(letters(ink::MUTED, HPos::Center, VPos::Top))
-                .draw()?;
+            draw_x_axis(&mut chart, 9, &|ratio| format!("{ratio:.digits$}"))?;
             let upright = |x, ink: Ink, width| PathElement::new([(x, 0.0), (x, top)], ink.rgb().stroke_width(width));
             chart.draw_series([upright(1.0, ink::LIMIT, 3), upright(middle, *ink, 4)])?;
             chart.draw_series(dots.iter().map(|(x, level)| {
@@ -271,6 +247,39 @@ pub fn moment(at: f64, end: f64) -> String {
 pub fn letters(ink: Ink, side: HPos, height: VPos) -> TextStyle<'static> {
     let font = ("sans-serif", LETTERS).into_font();
     TextStyle { font, color: ink.rgb().to_backend_color(), pos: Pos::new(side, height) }
+}
+
+/// The space between a chart and the edge of its area, in pixels.
+pub struct Margins {
+    pub top: u32,
+    pub right: u32,
+}
+
+/// Returns a chart of horizontal lanes over a time axis of `end` seconds; its y grows downwards to `height`.
+pub fn lanes<'a, 'b>(area: &'a Area<'b>, margins: Margins, end: f64, height: f64) -> Drawn<Chart<'a, 'b>> {
+    let mut chart = ChartBuilder::on(area)
+        .margin_top(margins.top)
+        .margin_right(margins.right)
+        .x_label_area_size(AXIS)
+        .y_label_area_size(LEFT)
+        .build_cartesian_2d(0.0..end, height..0.0)?;
+    draw_x_axis(&mut chart, 8, &|at| moment(*at, end))?;
+    Ok(chart)
+}
+
+/// Draws the x axis with its labels and vertical lines.
+fn draw_x_axis(chart: &mut Chart<'_, '_>, labels: usize, format: &dyn Fn(&f64) -> String) -> Drawn<()> {
+    chart
+        .configure_mesh()
+        .disable_y_mesh()
+        .disable_y_axis()
+        .x_labels(labels)
+        .x_label_formatter(&format)
+        .axis_style(ink::LIMIT.rgb())
+        .bold_line_style(ink::GRID.rgb())
+        .light_line_style(TRANSPARENT)
+        .label_style(letters(ink::MUTED, HPos::Center, VPos::Top))
+        .draw()
 }
 
 pub fn canvas(height: u32, draw: impl FnOnce(&Area<'_>) -> Drawn<()>) -> Drawn<String> {
