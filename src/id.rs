@@ -8,6 +8,13 @@ use uuid::Uuid;
 
 /// Identity of one try to write a step. Two tries never share it, in any process, so bytes of different tries
 /// never mix.
+///
+/// ```
+/// use ashore::Attempt;
+/// let attempt = Attempt::new();
+/// assert_eq!(Attempt::parse(&attempt.to_string()), Some(attempt));
+/// assert_eq!(Attempt::parse("step-1"), None);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(transparent)]
 pub struct Attempt(Uuid);

@@ -91,6 +91,21 @@ impl Report {
 type Tell = Box<dyn Fn(&Report) + Send + Sync>;
 
 /// Builds a hook.
+///
+/// ```
+/// use ashore::CheckpointExecutor;
+/// use ashore::sigterm::{OnTerm, Sigterm};
+/// use std::{sync::Arc, time::Duration};
+/// # let root = tempfile::tempdir().unwrap();
+/// # let executor = Arc::new(CheckpointExecutor::builder(root.path()).arena(16 << 20).chunk(1 << 20).build()?);
+/// let hook = Sigterm::on(&executor)
+///     .timeout(Duration::from_secs(10))
+///     .on_term(OnTerm::Promote)
+///     .report(|report| println!("newest durable step: {:?}", report.durable))
+///     .install()?;
+/// assert!(!hook.requested());
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[must_use = "nothing happens until `install`"]
 pub struct SigtermBuilder {
     executor: Weak<CheckpointExecutor>,

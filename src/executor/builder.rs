@@ -39,6 +39,19 @@ use std::time::Duration;
 
 /// Collects the settings and components of an executor; [`Builder::build`] allocates memory and starts
 /// threads.
+///
+/// ```
+/// use ashore::{CheckpointExecutor, Overlap};
+/// # let root = tempfile::tempdir().unwrap();
+/// let executor = CheckpointExecutor::builder(root.path())
+///     .arena(64 << 20)
+///     .chunk(4 << 20)
+///     .overlap(Overlap::Latest)
+///     .keep_last(3)
+///     .build()?;
+/// assert_eq!(executor.arena().report().slabs, 16);
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Debug)]
 #[must_use = "nothing happens until `build`"]
 pub struct Builder {

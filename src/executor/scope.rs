@@ -34,6 +34,21 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 /// What waits at the end of a scope, so that borrowed tensors may be written after it.
+///
+/// ```
+/// use ashore::{CheckpointExecutor, Fence, StateDict};
+/// # let root = tempfile::tempdir().unwrap();
+/// # let executor = CheckpointExecutor::builder(root.path()).arena(16 << 20).chunk(1 << 20).build()?;
+/// let mut weights = vec![0.0_f32; 6];
+/// let save = executor.scope(Fence::host(), |scope| {
+///     let mut state = StateDict::new();
+///     state.tensor("weights", &weights[..])?;
+///     scope.save(1, state)
+/// })??;
+/// weights[0] = 1.0; // the thread has waited until the save does not read them any more
+/// # save.wait(std::time::Duration::from_secs(60))?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Fence<'a>(Option<&'a [DeviceStream<'a>]>);
 

@@ -340,6 +340,19 @@ unsafe impl Source for RawHost {
 }
 
 /// Device memory: tensors of torch and candle, C buffers.
+///
+/// ```
+/// use ashore::{DeviceStream, Dtype, RawDevice, StateDict};
+/// # fn example(address: u64, handle: usize, memory: std::sync::Arc<()>) -> ashore::Result<()> {
+/// // SAFETY: `handle` is a `CUstream` of device 0 that outlives the save.
+/// let stream = unsafe { DeviceStream::new(0, handle) };
+/// let mut state = StateDict::new();
+/// // SAFETY: `memory` keeps 24 bytes allocated at `address`; they are written in `stream` alone.
+/// state.tensor("weights", unsafe { RawDevice::new(address, 24, Dtype::F32, [2, 3], stream, memory) })?;
+/// # Ok(())
+/// # }
+/// # example(1 << 20, 0, Default::default()).unwrap();
+/// ```
 pub struct RawDevice {
     address: u64,
     bytes: u64,

@@ -17,6 +17,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 type Files = BTreeMap<String, Arc<Vec<u8>>>;
 
 /// Steps in host memory. Clones share them.
+///
+/// ```
+/// use ashore::storage::Memory;
+/// use ashore::{Catalog, CheckpointExecutor, StateDict};
+/// use std::{sync::Arc, time::Duration};
+/// let storage = Memory::new();
+/// let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(storage.clone()));
+/// let executor = builder.arena(16 << 20).chunk(1 << 20).build()?;
+/// let mut state = StateDict::new();
+/// state.value("epoch", &3)?;
+/// executor.save(1, state)?.wait(Duration::from_secs(60))?;
+/// let newest = Catalog::over(Arc::new(storage)).latest()?.expect("step 1");
+/// assert_eq!(newest.value::<u32>("epoch")?, 3);
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Default)]
 pub struct Memory(Arc<Mutex<Root>>);
 

@@ -27,6 +27,23 @@ use std::time::{Duration, Instant};
 pub const POISON: u8 = 0xCD;
 
 /// The asynchronous host device. Clones are the same device.
+///
+/// ```
+/// use ashore::testing::LateDevice;
+/// use ashore::{CheckpointExecutor, StateDict, storage::Memory};
+/// use std::{sync::Arc, time::Duration};
+/// let device = LateDevice::default();
+/// let builder = CheckpointExecutor::builder("in memory").storage(Arc::new(Memory::new()));
+/// let executor = device.under(builder).arena(16 << 20).chunk(1 << 20).build()?;
+/// device.hold(); // no byte is copied
+/// let mut state = StateDict::new();
+/// state.tensor("weights", Arc::new(vec![0.5_f32; 4]))?;
+/// let save = executor.save(1, state)?;
+/// assert!(save.try_get().is_none());
+/// device.release();
+/// save.wait(Duration::from_secs(60))?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct LateDevice(Arc<LateState>);
 

@@ -7,6 +7,21 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Saves and restores an iterator or a pipeline: Datarax's `IteratorCheckpoint` and `PipelineCheckpoint`.
+///
+/// ```
+/// use ashore::compat::datarax::{IteratorCheckpoint, OrbaxCheckpointHandler, State};
+/// # let directory = tempfile::tempdir().unwrap();
+/// let checkpoints = IteratorCheckpoint::new(directory.path(), OrbaxCheckpointHandler::new());
+/// let mut iterator = State::new(); // any `Checkpointable`
+/// iterator.value("position", &640)?;
+/// assert_eq!(checkpoints.save_to_step(&iterator, 150, 100, 5)?, None); // 100 does not divide 150
+/// checkpoints.save_to_step(&iterator, 200, 100, 5)?;
+/// let mut restarted = State::new();
+/// checkpoints.restore_latest(&mut restarted)?;
+/// assert_eq!(restarted, iterator);
+/// checkpoints.close()?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct IteratorCheckpoint {
     directory: PathBuf,

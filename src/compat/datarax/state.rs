@@ -42,6 +42,16 @@ impl Checkpointable for State {
 }
 
 /// Named arrays, keys and values. Clones share the arrays.
+///
+/// ```
+/// use ashore::compat::datarax::{PrngKey, State};
+/// let (mut model, mut state) = (State::new(), State::new());
+/// model.array("weights", vec![0.5_f32; 6], [2, 3])?;
+/// state.nested("model", model)?.key("rng", PrngKey::threefry2x32(42))?.value("epoch", &3)?;
+/// assert_eq!(state.get_array("model.weights")?.shape(), [2, 3]);
+/// assert_eq!(state.get_value::<u32>("epoch")?, 3);
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct State(BTreeMap<String, Leaf>);
 

@@ -41,6 +41,20 @@ impl FromStr for Mode {
 }
 
 /// Collects the settings of a catalog.
+///
+/// ```
+/// use ashore::compat::earth2studio::{Checkpoint, Mode};
+/// # let directory = tempfile::tempdir().unwrap();
+/// let catalog = Checkpoint::builder("forecast")
+///     .path(directory.path())
+///     .mode(Mode::Append)
+///     .history_size(4)
+///     .flush_interval(10)
+///     .build()?;
+/// assert_eq!(catalog.name(), "forecast");
+/// assert!(catalog.catalog()?.is_empty()); // no row yet
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 #[must_use = "nothing happens until `build`"]
 pub struct Builder {

@@ -9,6 +9,13 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Named values.
+///
+/// ```
+/// use ashore::compat::earth2studio::Metadata;
+/// let metadata = Metadata::new().set("lead_time", &6)?.set("model", "fcn")?;
+/// assert_eq!(metadata.get::<u32>("lead_time")?, 6);
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Metadata(pub(super) BTreeMap<String, Value>);
 

@@ -7,6 +7,20 @@ use uuid::Uuid;
 
 /// The runs of one namespace in a store. The empty namespace is the store itself. Every other namespace
 /// derives its own run id for each run from both (a UUID of version 5).
+///
+/// ```
+/// use ashore::compat::graph::{Checkpointer, InMemory, Namespaced, Uuid};
+/// use std::sync::Arc;
+/// # futures_executor::block_on(async {
+/// let (store, run) = (Arc::new(InMemory::new()), Uuid::new_v4());
+/// let subgraph = Namespaced::new(store.clone(), "planner");
+/// store.save(run, 1, &"of the graph".to_owned()).await?;
+/// subgraph.save(run, 1, &"of the subgraph".to_owned()).await?;
+/// let kept: Option<String> = store.load(run, None).await?;
+/// assert_eq!(kept.as_deref(), Some("of the graph"));
+/// # Ok::<(), ashore::Error>(())
+/// # }).unwrap();
+/// ```
 #[derive(Clone, Debug)]
 pub struct Namespaced<C> {
     store: C,

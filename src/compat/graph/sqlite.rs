@@ -27,6 +27,20 @@ const TABLE: &str = "CREATE TABLE record (
 /// Keeps runs in an SQLite database: write-ahead log, fsynced at each commit, with a digest for each record.
 /// Several processes may use one database; a call that waits for another for 10 seconds is `Busy`. One thread
 /// performs the calls, in order.
+///
+/// ```
+/// use ashore::compat::graph::{Checkpointer, Prune, Sqlite, Uuid};
+/// # let directory = tempfile::tempdir().unwrap();
+/// # futures_executor::block_on(async {
+/// let (store, run) = (Sqlite::open(directory.path().join("runs.db"))?, Uuid::new_v4());
+/// for step in 0..5 {
+///     store.save(run, step, &format!("state {step}")).await?;
+/// }
+/// store.prune(run, 2).await?;
+/// assert_eq!(Checkpointer::<String>::list(&store, run).await?, [3, 4]);
+/// # Ok::<(), ashore::Error>(())
+/// # }).unwrap();
+/// ```
 #[derive(Debug)]
 pub struct Sqlite(Worker);
 

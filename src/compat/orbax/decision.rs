@@ -84,6 +84,12 @@ impl SaveDecisionPolicy for InitialSavePolicy {
 }
 
 /// Saves when any of these policies does.
+///
+/// ```
+/// use ashore::compat::orbax::{AnySavePolicy, CheckpointManagerOptions, FixedIntervalPolicy, InitialSavePolicy};
+/// let policy = AnySavePolicy(vec![Box::new(FixedIntervalPolicy(100)), Box::new(InitialSavePolicy)]);
+/// let options = CheckpointManagerOptions::new().save_decision_policy(policy);
+/// ```
 pub struct AnySavePolicy(pub Vec<Box<dyn SaveDecisionPolicy>>);
 
 impl SaveDecisionPolicy for AnySavePolicy {

@@ -110,6 +110,23 @@ impl SaveArgs {
 }
 
 /// Saves a state dict: Orbax's handler of that name.
+///
+/// ```
+/// use ashore::compat::orbax::{AsyncCheckpointHandler, SaveArgs, StandardCheckpointHandler};
+/// use ashore::{Checkpoint, CheckpointExecutor, StateDict};
+/// use std::{sync::Arc, time::Duration};
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let root = dir.path();
+/// let executor = CheckpointExecutor::builder(root).arena(16 << 20).chunk(1 << 20).build()?;
+/// let handler = StandardCheckpointHandler::new(Arc::new(executor));
+/// let mut state = StateDict::new();
+/// state.tensor("weights", Arc::new(vec![0.5_f32; 4]))?;
+/// for future in handler.async_save(&root.join("100"), state, SaveArgs::default())? {
+///     future.result(Duration::from_secs(60))?;
+/// }
+/// assert_eq!(Checkpoint::open(root.join("100"))?.read_as::<f32>("weights")?, [0.5; 4]);
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct StandardCheckpointHandler {
     executor: Arc<CheckpointExecutor>,

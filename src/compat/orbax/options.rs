@@ -8,6 +8,22 @@ use crate::save::Snapshot;
 use std::sync::Arc;
 
 /// The policies and options of a [`CheckpointManager`](super::CheckpointManager).
+///
+/// ```
+/// use ashore::CheckpointExecutor;
+/// use ashore::compat::orbax::{CheckpointManager, CheckpointManagerOptions, FixedIntervalPolicy, LatestN};
+/// use std::sync::Arc;
+/// # let root = tempfile::tempdir().unwrap();
+/// # let builder = CheckpointExecutor::builder(root.path()).arena(16 << 20).chunk(1 << 20);
+/// # let executor = Arc::new(builder.build()?);
+/// let options = CheckpointManagerOptions::new()
+///     .save_decision_policy(FixedIntervalPolicy(100))
+///     .preservation_policy(LatestN(3))
+///     .step_format(Some("step"), Some(5));
+/// let manager = CheckpointManager::new(executor, options)?;
+/// assert!(manager.should_save(200) && !manager.should_save(250));
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[must_use]
 pub struct CheckpointManagerOptions {
     pub(super) decision: Box<dyn SaveDecisionPolicy>,

@@ -9,6 +9,18 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 /// The sending end of a deferred path. Dropping it before the path is set fails every waiter.
+///
+/// ```
+/// use ashore::compat::orbax::DeferredPath;
+/// use ashore::ErrorKind;
+/// use std::{path::Path, time::Duration};
+/// let deferred = DeferredPath::new();
+/// let item = deferred.awaiting().join("model")?;
+/// assert_eq!(item.path().unwrap_err().kind(), ErrorKind::Busy);
+/// assert!(deferred.set_path("runs/a/100"));
+/// assert_eq!(item.wait(Duration::from_secs(60))?, Path::new("runs/a/100/model"));
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct DeferredPath(Cell<PathBuf>);
 

@@ -129,6 +129,12 @@ impl PreservationPolicy for CustomSteps {
 type Metric = Box<dyn Fn(&serde_json::Value) -> Option<f64> + Send + Sync>;
 
 /// Keeps the best steps by a metric.
+///
+/// ```
+/// use ashore::compat::orbax::{BestN, CheckpointManagerOptions};
+/// let by_loss = BestN::new(Some(2), |metrics| metrics["loss"].as_f64()).reverse(true); // the least loss
+/// let options = CheckpointManagerOptions::new().preservation_policy(by_loss);
+/// ```
 pub struct BestN {
     get_metric: Metric,
     reverse: bool,
@@ -190,6 +196,12 @@ impl std::fmt::Debug for BestN {
 }
 
 /// Keeps the steps that any of these policies keeps.
+///
+/// ```
+/// use ashore::compat::orbax::{AnyPreservationPolicy, CheckpointManagerOptions, EveryNSteps, LatestN};
+/// let policy = AnyPreservationPolicy(vec![Box::new(LatestN(2)), Box::new(EveryNSteps(1000))]);
+/// let options = CheckpointManagerOptions::new().preservation_policy(policy);
+/// ```
 pub struct AnyPreservationPolicy(pub Vec<Box<dyn PreservationPolicy>>);
 
 impl PreservationPolicy for AnyPreservationPolicy {

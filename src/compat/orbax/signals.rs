@@ -33,6 +33,17 @@ impl fmt::Display for HandlerAwaitableSignal {
 pub struct OperationId(u64);
 
 /// The signals of all saves of a program. Clones share the same signals.
+///
+/// ```
+/// use ashore::compat::orbax::{HandlerAwaitableSignal, Signals};
+/// use std::time::Duration;
+/// let (signals, created) = (Signals::new(), HandlerAwaitableSignal::StepDirectoryCreation);
+/// let save = signals.next_operation_id(&[created]);
+/// signals.send(save, created);
+/// signals.wait(save, created, Duration::from_secs(60))?;
+/// signals.remove(save);
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Signals(Arc<SignalState>);
 

@@ -19,6 +19,24 @@ use std::time::Duration;
 ///
 /// The engine commits after the last byte without returning to the caller. `write_data` therefore resolves
 /// when the checkpoint is durable, and `finish` only reports its directory.
+///
+/// ```
+/// use ashore::compat::torch::{AsyncCheckpointExecutor, EngineWriter, ExecuteOptions, ThreadExecutor};
+/// use ashore::{CheckpointExecutor, StateDict};
+/// use std::{sync::Arc, time::Duration};
+/// # let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+/// # let build = |root| CheckpointExecutor::builder(root).arena(16 << 20).chunk(1 << 20).build().map(Arc::new);
+/// # let (engine, elsewhere) = (build(dir.path())?, build(other.path())?);
+/// let executor = ThreadExecutor::new(engine)?;
+/// let writer = EngineWriter::new(elsewhere.clone()).overwrite(false);
+/// let mut state = StateDict::new();
+/// state.tensor("weights", Arc::new(vec![0.5_f32; 4]))?;
+/// let options = ExecuteOptions::new().checkpoint_id("step-100").storage_writer(writer);
+/// executor.execute_save(state.into(), options)?.result(Duration::from_secs(60))?;
+/// assert_eq!(elsewhere.checkpoint(100)?.read_as::<f32>("weights")?, [0.5; 4]);
+/// # executor.close(Duration::from_secs(60))?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct EngineWriter {
     executor: Arc<CheckpointExecutor>,

@@ -11,6 +11,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// The keyword arguments of `execute_save`.
+///
+/// ```
+/// use ashore::compat::torch::{ExecuteOptions, ThreadGroup};
+/// use std::time::Duration;
+/// let options = ExecuteOptions::new().checkpoint_id("step-100").timeout(Duration::from_secs(600));
+/// // Of two ranks that are threads of this process:
+/// let options = options.process_group(ThreadGroup::new(2).remove(0));
+/// ```
 #[derive(Default)]
 #[must_use]
 pub struct ExecuteOptions {

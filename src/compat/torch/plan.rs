@@ -8,6 +8,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 /// What one rank writes: torch's `SavePlan`.
+///
+/// ```
+/// use ashore::compat::torch::{SavePlan, WriteItem};
+/// use ashore::{Dtype, Layout, StateDict};
+/// let mut state = StateDict::new();
+/// state.tensor("weights", vec![0.5_f32; 4])?.value("epoch", &3)?;
+/// let tensor = WriteItem::tensor("weights", &Layout::new(Dtype::F32, [4]));
+/// assert_eq!(SavePlan::of(&state), SavePlan::new(vec![tensor, WriteItem::value("epoch")]));
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavePlan {
     /// The items; shared, so that copying a cached plan is cheap.

@@ -58,6 +58,15 @@ impl ProcessBuilder {
 
 /// Saves by a writer process. Everything else is as with a [`ThreadExecutor`]; a future's staging is complete
 /// when the state has been handed over.
+///
+/// ```
+/// use ashore::compat::torch::ProcessExecutor;
+/// use ashore::ErrorKind;
+/// # let root = tempfile::tempdir().unwrap();
+/// // Finds the program `ashore` beside this executable or in `PATH`, unless it is given:
+/// let refused = ProcessExecutor::builder(root.path()).program("/opt/trainer/absent").build().unwrap_err();
+/// assert_eq!(refused.kind(), ErrorKind::Invalid);
+/// ```
 #[derive(Debug)]
 pub struct ProcessExecutor {
     executor: ThreadExecutor,

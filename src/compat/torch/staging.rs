@@ -31,6 +31,18 @@ impl From<Staging> for StagedState {
 pub(super) type Coming = Pin<Box<dyn Future<Output = Result<StateDict<'static>>> + Send>>;
 
 /// A state that is still being staged.
+///
+/// ```
+/// use ashore::compat::torch::Staging;
+/// use ashore::{Dtype, Layout, StateDict};
+/// let mut values = StateDict::new();
+/// values.value("epoch", &3)?;
+/// let (mut stage, staging) = Staging::channel(values, [("weights".into(), Layout::new(Dtype::F32, [4]))])?;
+/// // ... pass `staging.into()` to `execute_save`, then deliver each tensor when it has been copied ...
+/// stage.deliver("weights", vec![0.5_f32; 4])?;
+/// assert_eq!(stage.missing().count(), 0);
+/// # Ok::<(), ashore::Error>(())
+/// ```
 pub struct Staging(pub(super) Inner);
 
 pub(super) enum Inner {

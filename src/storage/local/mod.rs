@@ -65,6 +65,19 @@ use std::sync::Arc;
 use sys::{Kind, Open, Rename, Sys};
 
 /// Storage of steps in a directory.
+///
+/// ```
+/// use ashore::storage::{Storage, Sweep, local::Local};
+/// use ashore::{CheckpointExecutor, Locks};
+/// use std::sync::Arc;
+/// # let root = tempfile::tempdir().unwrap();
+/// let storage = Arc::new(Local::open(root.path())?.locks(Locks::Flock));
+/// let left = storage.sweep(Sweep::default().dry_run())?; // what dead processes have left
+/// assert!(left.removed.is_empty());
+/// let builder = CheckpointExecutor::builder(root.path()).storage(storage);
+/// let executor = builder.arena(16 << 20).chunk(1 << 20).build()?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Local {
     /// Read only. A caller that fsyncs opens it afresh: a failed fsync is final for a descriptor.

@@ -38,6 +38,15 @@ use std::sync::Arc;
 const NAME: &str = "ashore";
 
 /// The program that becomes a writer process: [`serve`] is what it has to call.
+///
+/// ```
+/// use ashore::storage::process::{Process, Program};
+/// use ashore::{ErrorKind, Settings};
+/// # let root = tempfile::tempdir().unwrap();
+/// let program = Program::default().path("/opt/trainer/absent").arguments(["serve-checkpoints"]);
+/// let refused = Process::start(root.path(), &Settings::default(), program).unwrap_err();
+/// assert_eq!(refused.kind(), ErrorKind::Invalid); // there is no such program
+/// ```
 #[derive(Clone, Debug)]
 #[must_use = "nothing happens until a process is started"]
 pub struct Program {
