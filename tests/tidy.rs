@@ -134,7 +134,7 @@ fn one_file_catches_panics() {
 }
 
 #[test]
-fn what_tests_leave_out_is_seen() {
+fn tests_say_on_stderr_what_they_leave_out() {
     no_complaints("", "rs", left_out);
 }
 

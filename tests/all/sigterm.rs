@@ -254,7 +254,7 @@ fn saves_under_way_are_finished_and_the_durable_step_is_reported() {
 }
 
 #[test]
-fn what_is_not_finished_at_the_deadline_is_lost() {
+fn a_save_that_is_unfinished_at_the_deadline_is_lost() {
     let began = Instant::now();
     let program = Program::start("late");
     program.term();

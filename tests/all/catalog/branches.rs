@@ -33,7 +33,7 @@ fn a_branch_that_is_saved_by_one_process_after_the_other_keeps_its_steps() {
 }
 
 #[test]
-fn what_comes_after_a_step_is_discarded_when_that_step_is_sound() {
+fn steps_after_one_are_discarded_when_that_one_is_sound() {
     let storage = Memory::new();
     [10, 14, 90, 100].iter().for_each(|&step| made(step).publish(&storage, &step_name(step)));
     publish(&storage, &step_name(95), &[("manifest.json".into(), Vec::new())]);

@@ -96,7 +96,7 @@ fn a_run_gets_past_a_step_that_is_complete_and_damaged() {
 }
 
 #[test]
-fn what_is_not_ours_or_not_damaged_is_never_replaced() {
+fn a_foreign_or_sound_step_is_never_replaced() {
     let file = |name: &str, bytes: &[u8]| (name.to_string(), bytes.to_vec());
     let later = String::from_utf8(made(20).files().pop().unwrap().1).unwrap().replace("\"version\":2", "\"version\":3");
     let later = ashore::internal::format::seal::seal(later.rsplit_once(",\"digest\":").unwrap().0.into());

@@ -33,7 +33,7 @@ fn steps_come_in_the_order_of_numbers_under_any_accepted_name() {
 }
 
 #[test]
-fn nothing_is_there_to_begin_with() {
+fn an_empty_root_has_no_steps() {
     let catalog = catalog(&Memory::new());
     assert!(catalog.list().unwrap().is_empty() && catalog.latest().unwrap().is_none());
     assert!(catalog.latest_valid().unwrap().is_none());
@@ -49,7 +49,7 @@ fn a_missing_step_is_never_another_step() {
 }
 
 #[test]
-fn of_two_names_for_a_step_the_one_that_we_give_comes_first() {
+fn the_name_that_an_executor_gives_comes_before_other_names_of_a_step() {
     let storage = Memory::new();
     let (ours, a, b) = (made(7), made(7), made(7));
     a.publish(&storage, "checkpoint-7");
@@ -74,7 +74,7 @@ fn of_two_names_for_a_step_the_one_that_we_give_comes_first() {
 }
 
 #[test]
-fn what_is_foreign_is_not_listed_and_not_a_problem() {
+fn a_foreign_directory_is_not_listed_and_not_a_problem() {
     let storage = Memory::new();
     let file = |name: &str, bytes: &[u8]| vec![(name.to_string(), bytes.to_vec())];
     publish(&storage, "100", &file("weights.bin", b"x"));
@@ -88,7 +88,7 @@ fn what_is_foreign_is_not_listed_and_not_a_problem() {
 }
 
 #[test]
-fn what_is_ours_and_broken_is_a_problem_with_a_reason() {
+fn a_broken_step_of_ours_is_a_problem_with_a_reason() {
     let storage = Memory::new();
     made(1).publish(&storage, "step-00000001");
     made(2).publish(&storage, "step-00000003");
@@ -120,7 +120,7 @@ fn what_is_ours_and_broken_is_a_problem_with_a_reason() {
 }
 
 #[test]
-fn only_latest_valid_falls_back_and_it_says_so() {
+fn only_latest_valid_falls_back_and_it_reports_that() {
     let storage = Memory::new();
     for step in [1, 2] {
         made(step).publish(&storage, &format!("step-{step}"));

@@ -119,7 +119,7 @@ fn every_name_of_a_step_goes_with_it() {
 }
 
 #[test]
-fn one_that_cannot_be_removed_is_reported_and_the_others_go() {
+fn a_step_that_cannot_be_removed_is_reported_and_the_others_are_removed() {
     let (storage, catalog, _) = steps([1, 2, 3, 4]);
     storage.seen.lock().unwrap().broken.insert("step-00000001".into());
     let pruned = catalog.prune(&LAST_TWO, PruneOptions::new()).unwrap();

@@ -52,7 +52,7 @@ fn a_step_with_a_flipped_byte_replaces_no_sound_one() {
 }
 
 #[test]
-fn nothing_goes_where_nothing_is_sound_unless_it_is_asked_for() {
+fn without_a_sound_step_only_an_unverified_prune_deletes() {
     let (storage, catalog) = steps(&[], &[10, 20]);
     assert_eq!(numbers(&catalog.prune(&ONE, NOW()).unwrap().removed), [0; 0]);
     assert_eq!(catalog.delete(10, NOW()).unwrap_err().kind(), ErrorKind::Invalid);
@@ -64,7 +64,7 @@ fn nothing_goes_where_nothing_is_sound_unless_it_is_asked_for() {
 }
 
 #[test]
-fn one_step_is_read_or_each_that_counts() {
+fn a_prune_reads_one_step_or_with_verify_each_that_counts() {
     let two = Retention::last(2);
     let (storage, catalog) = steps(&[10, 30], &[20]);
     catalog.prune(&two, NOW()).unwrap();
@@ -75,7 +75,7 @@ fn one_step_is_read_or_each_that_counts() {
 }
 
 #[test]
-fn what_this_process_read_before_counts_as_read() {
+fn a_step_that_this_process_found_damaged_never_counts() {
     let (storage, catalog) = steps(&[5, 10], &[20]);
     let found = catalog.latest_valid().unwrap().unwrap();
     assert_eq!((found.checkpoint.step(), problems(&found.skipped)), (10, vec![(20, ErrorKind::Corrupt)]));

@@ -121,7 +121,7 @@ fn steps_are_found_under_their_names_and_listed_where_they_are() {
 }
 
 #[test]
-fn what_exists_is_replaced_only_when_told_to() {
+fn an_existing_checkpoint_is_replaced_only_with_overwrite() {
     let root = tempdir().unwrap();
     let handler = handler();
     for args in [SaveArgs::default(), SaveArgs::step(3)] {
@@ -244,7 +244,7 @@ fn bad_input_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn a_directory_of_somebody_else_is_never_replaced() {
+fn a_foreign_directory_is_never_replaced() {
     let root = tempdir().unwrap();
     let foreign = |name: &str| {
         std::fs::create_dir(root.path().join(name)).unwrap();

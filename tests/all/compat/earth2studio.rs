@@ -317,7 +317,7 @@ fn obstruct(root: &Path, step: u64) -> impl FnOnce() {
 }
 
 #[test]
-fn a_flush_that_fails_puts_everything_back() {
+fn a_flush_that_fails_restores_the_session() {
     let root = tempdir().unwrap();
     let checkpoint = appending(root.path());
     let session = checkpoint.session().unwrap();
@@ -335,7 +335,7 @@ fn a_flush_that_fails_puts_everything_back() {
 }
 
 #[test]
-fn a_failure_that_nobody_waited_for_comes_back() {
+fn the_next_flush_returns_the_failure_of_one_without_a_waiter() {
     let root = tempdir().unwrap();
     let checkpoint = builder(root.path()).flush_interval(2).build().unwrap();
     let session = checkpoint.session().unwrap();
@@ -419,7 +419,7 @@ fn ranks_have_directories_of_their_own() {
 }
 
 #[test]
-fn the_catalog_is_its_commits_whatever_lies_beside_them() {
+fn the_catalog_lists_its_commits_and_ignores_other_files() {
     let root = tempdir().unwrap();
     let checkpoint = appending(root.path());
     let session = checkpoint.session().unwrap();

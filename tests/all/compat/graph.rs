@@ -90,7 +90,7 @@ fn an_implementation_written_for_the_original_compiles_and_has_its_defaults() {
 }
 
 #[test]
-fn what_is_saved_is_there_after_reopening() {
+fn a_saved_state_is_there_after_reopening() {
     let root = tempdir().unwrap();
     let check = |open: &dyn Fn() -> Box<dyn Checkpointer<Sample>>| {
         let task = [ActiveSnapshot { node_name: "a".into(), payload: Some(1.into()) }];
@@ -136,7 +136,7 @@ fn records_are_saved_by_the_one_executor() {
 }
 
 #[test]
-fn what_is_not_a_run_is_left_alone() {
+fn a_directory_that_is_not_a_run_stays() {
     let root = tempdir().unwrap();
     let run = root.path().join(RUN.to_string());
     std::fs::create_dir_all(run.join("step-00000009")).unwrap();

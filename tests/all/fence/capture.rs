@@ -18,7 +18,7 @@ fn a_small_writable_tensor_may_change_right_after_save() {
 }
 
 #[test]
-fn what_the_budget_does_not_hold_is_left_to_the_fence_and_reported() {
+fn tensors_beyond_the_capture_budget_are_left_to_the_fence_and_reported() {
     let fixture = fixture(|b| b.capture_budget(3000));
     let buffers: Vec<_> = (0..3).map(|i| Buffer::new(pattern(i, 1500))).collect();
     let mut state = StateDict::new();
@@ -43,6 +43,6 @@ fn a_capture_that_was_asked_for_and_is_not_possible_is_refused_by_name() {
         let error = fixture.executor.save(1, state).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid);
         assert!(error.to_string().contains("scale"), "{error}");
-        fixture.slabs_home();
+        fixture.slabs_returned();
     }
 }

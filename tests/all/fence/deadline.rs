@@ -9,7 +9,7 @@ use std::time::Duration;
 const SHORT: Duration = Duration::from_millis(30);
 
 #[test]
-fn at_the_deadline_of_the_fence_the_save_fails_and_everything_comes_back() {
+fn a_fence_at_its_deadline_fails_the_save_and_returns_all_slabs() {
     let fixture = fixture(|b| b.fence_timeout(SHORT));
     fixture.device.hold();
     let tensor = Arc::new(pattern(1, 30_000));
@@ -18,7 +18,7 @@ fn at_the_deadline_of_the_fence_the_save_fails_and_everything_comes_back() {
     assert_eq!((late.kind(), late.step()), (ErrorKind::Deadline, Some(1)));
     fixture.device.release();
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Deadline);
-    fixture.slabs_home();
+    fixture.slabs_returned();
     fixture.executor.fence().unwrap();
     assert_eq!(Arc::strong_count(&tensor), 1);
     assert!(fixture.checkpoint(1).is_err());
@@ -46,7 +46,7 @@ fn a_save_that_is_not_durable_at_its_deadline_fails() {
     let error = save.wait(LONG).unwrap_err();
     assert_eq!((error.kind(), error.step()), (ErrorKind::Deadline, Some(1)));
     fixture.device.release();
-    fixture.slabs_home();
+    fixture.slabs_returned();
     assert!(fixture.checkpoint(1).is_err());
 }
 

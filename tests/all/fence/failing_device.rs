@@ -5,7 +5,7 @@ use ashore::{ErrorKind, Phase, Source};
 use std::sync::Arc;
 
 #[test]
-fn a_copy_that_fails_now_or_later_fails_the_save_and_gives_everything_back() {
+fn a_copy_that_fails_now_or_later_fails_the_save_and_returns_all_slabs() {
     for n in 1..=8 {
         for later in [false, true] {
             let fixture = fixture(|b| b);
@@ -19,7 +19,7 @@ fn a_copy_that_fails_now_or_later_fails_the_save_and_gives_everything_back() {
             fixture.executor.fence().unwrap();
             assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Device, "copy {n} later {later}");
             assert_eq!(Arc::strong_count(&tensor), 1);
-            fixture.slabs_home();
+            fixture.slabs_returned();
             assert_eq!(
                 fixture.executor.save(2, one("t", tensor.clone())).unwrap().wait(LONG).unwrap_err().kind(),
                 ErrorKind::Device
@@ -59,7 +59,7 @@ fn a_cancelled_save_ends_without_a_trace() {
     assert!(!save.cancel());
     fixture.device.release();
     assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
-    fixture.slabs_home();
+    fixture.slabs_returned();
     assert!(fixture.storage.list().unwrap().is_empty());
     fixture.executor.save(2, one("t", Arc::new(pattern(2, 30_000)))).unwrap().wait(LONG).unwrap();
 }
@@ -86,6 +86,6 @@ fn a_source_that_panics_or_keeps_its_bytes_fails_the_save_by_name() {
     assert!(error.to_string().contains("kept"), "{error}");
     let error = fixture.executor.save(2, one("odd", Odd(true))).unwrap().wait(LONG).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Internal);
-    fixture.slabs_home();
+    fixture.slabs_returned();
     fixture.executor.save(3, one("t", Arc::new(pattern(2, 30_000)))).unwrap().wait(LONG).unwrap();
 }

@@ -32,7 +32,7 @@ fn tensors_written_right_after_the_fence_are_saved_as_they_were() {
         }
         fixture.storage.remove(&ashore::id::step_name(step)).unwrap();
     }
-    fixture.slabs_home();
+    fixture.slabs_returned();
 }
 
 #[test]
@@ -144,7 +144,7 @@ fn an_idle_fence_does_not_wait() {
 
 /// Host memory has no stream in which its writer could wait before it writes or frees it.
 #[test]
-fn fences_on_streams_wait_on_the_host_for_what_is_copied_from_it_behind_our_back() {
+fn fences_on_streams_wait_on_the_host_for_copies_from_host_memory() {
     let fixture = fixture(|b| b);
     for scoped in [true, false] {
         fixture.device.hold();
@@ -168,5 +168,5 @@ fn fences_on_streams_wait_on_the_host_for_what_is_copied_from_it_behind_our_back
             assert_eq!(fence.join().unwrap(), 3);
         });
     }
-    fixture.slabs_home();
+    fixture.slabs_returned();
 }

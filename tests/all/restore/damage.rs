@@ -65,7 +65,7 @@ fn a_header_that_describes_other_tensors_with_the_right_digest_is_damage() {
 /// Stock loaders follow the index and the names of files, and would read other tensors than this library
 /// does.
 #[test]
-fn what_stock_loaders_would_read_instead_is_not_sound() {
+fn a_step_that_stock_loaders_read_differently_is_not_sound() {
     let made = MadeCheckpoint::new(7)
         .version(1)
         .tensor("a", Dtype::U8, &[8], noise(8, 1))

@@ -18,7 +18,7 @@ fn write(dir: &Path, made: &MadeCheckpoint) {
 }
 
 #[test]
-fn without_an_executor_and_without_writing_anything() {
+fn a_step_is_read_without_an_executor_and_without_a_write() {
     let root = tempfile::tempdir().unwrap();
     let (made, dir) = (made(), root.path().join("step-00000007"));
     write(&dir, &made);
@@ -36,7 +36,7 @@ fn without_an_executor_and_without_writing_anything() {
 }
 
 #[test]
-fn under_any_name_and_through_a_link_that_the_user_made() {
+fn a_step_is_opened_under_any_name_and_through_a_link() {
     let root = tempfile::tempdir().unwrap();
     let (made, dir) = (made(), root.path().join("best model"));
     write(&dir, &made);
@@ -48,7 +48,7 @@ fn under_any_name_and_through_a_link_that_the_user_made() {
 }
 
 #[test]
-fn a_path_without_a_step_is_named() {
+fn an_error_names_the_path_that_has_no_step() {
     let root = tempfile::tempdir().unwrap();
     let (absent, empty, file) = (root.path().join("absent"), root.path().join("empty"), root.path().join("file"));
     fs::create_dir(&empty).unwrap();

@@ -77,7 +77,7 @@ fn elements_of_the_wrong_type_or_number_are_refused_before_anything_is_read() {
 }
 
 #[test]
-fn what_is_not_there_is_named_with_the_path() {
+fn absent_names_are_not_found_and_the_error_has_the_path() {
     let checkpoint = everything(1).open().unwrap();
     let errors = [
         checkpoint.tensor("absent").unwrap_err(),

@@ -77,7 +77,7 @@ fn survives(fault: Fault, case: Case, until: Until) -> bool {
     let saved = save(&first, case.step(), 3, case == Case::Overwriting);
     let what = format!("{fault:?} {case:?} {until:?} saved={saved:?}");
     let arena = first.arena();
-    eventually("slabs are home", || arena.free() == arena.report().slabs);
+    eventually("all slabs are returned", || arena.free() == arena.report().slabs);
     let executor = if until == Until::Save {
         sys.heal();
         first

@@ -18,7 +18,7 @@ fn is_durable(outcome: ashore::Result<Outcome>) -> bool {
 }
 
 #[test]
-fn under_tokio_in_tasks_of_their_own() {
+fn saves_are_awaited_by_tasks_of_tokio() {
     let fixture = fixture(|b| b.overlap(Overlap::Queue(100)));
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async {
@@ -41,7 +41,7 @@ fn under_tokio_in_tasks_of_their_own() {
 }
 
 #[test]
-fn under_another_executor_on_another_thread_and_on_none() {
+fn a_save_is_awaited_by_another_runtime_on_another_thread_and_by_none() {
     let fixture = fixture(|b| b.overlap(Overlap::Queue(100)));
     fixture.device.hold();
     let mut saves = saves(&fixture, 3).into_iter();

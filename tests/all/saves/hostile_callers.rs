@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 #[test]
-fn patience_without_end_is_not_an_overflow() {
+fn an_endless_timeout_is_not_an_overflow() {
     let fixture = fixture(|b| b.fence_timeout(Duration::MAX).save_timeout(Duration::MAX));
     let tensor = pattern(1, 20_000);
     let save = fixture.executor.scope(Fence::host(), |scope| {
@@ -67,7 +67,7 @@ fn a_source_that_panics_when_it_is_dropped_ends_no_thread() {
         fixture.executor.fence().unwrap();
         save.wait(LONG).unwrap();
     }
-    fixture.slabs_home();
+    fixture.slabs_returned();
 }
 
 /// Writable memory that panics when it is read, in `save` itself, and again when it is dropped.
@@ -103,7 +103,7 @@ fn a_source_that_panics_in_the_call_of_save_is_an_error_of_that_call() {
         fixture.executor.save_with(1, one("t", Bomb(Arc::new(pattern(1, 9)))), SaveOptions::default().name("step-2"));
     assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid);
     fixture.executor.save(1, one("t", Arc::new(pattern(1, 9000)))).unwrap().wait(LONG).unwrap();
-    fixture.slabs_home();
+    fixture.slabs_returned();
 }
 
 #[test]
@@ -233,7 +233,7 @@ fn a_storage_that_panics_fails_the_save_and_ends_no_thread() {
 /// After one attempt that only a sweep could find, every later save swept the whole root for as long as any
 /// other process was writing to it.
 #[test]
-fn what_another_process_is_writing_is_not_swept_after_every_save() {
+fn a_live_attempt_of_another_owner_causes_no_sweep_after_every_save() {
     let directory = tempfile::tempdir().unwrap();
     let local = Local::open(directory.path()).unwrap();
     let other = local.begin("step-100", Attempt::new(), false).unwrap();

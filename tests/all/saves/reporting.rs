@@ -14,7 +14,7 @@ fn fail_and_forget(fixture: &Fixture) {
 }
 
 #[test]
-fn the_next_save_reports_an_error_that_nobody_saw_once() {
+fn the_next_save_returns_an_unseen_error_once() {
     let fixture = fixture(|b| b);
     fail_and_forget(&fixture);
     let state = || one("t", Arc::new(pattern(2, 5000)));
@@ -25,7 +25,7 @@ fn the_next_save_reports_an_error_that_nobody_saw_once() {
 }
 
 #[test]
-fn shutdown_reports_an_error_that_nobody_saw() {
+fn shutdown_returns_an_unseen_error() {
     let fixture = fixture(|b| b);
     fail_and_forget(&fixture);
     assert_eq!(fixture.executor.shutdown(LONG).unwrap_err().kind(), ErrorKind::Device);

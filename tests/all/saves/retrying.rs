@@ -74,7 +74,7 @@ fn a_failure_that_will_not_pass_is_not_tried_again() {
 }
 
 #[test]
-fn what_could_be_another_state_later_is_not_kept_for_a_retry() {
+fn writable_and_borrowed_sources_are_not_kept_for_a_retry() {
     let fixture = flaky(refusing_attempts(0), Overlap::Queue(1));
     let written = one("counter", Buffer::new(vec![0; 100]).source());
     let error = fixture.executor.save_with(1, written, retry(1)).unwrap_err();
@@ -167,7 +167,7 @@ fn a_save_that_is_cancelled_between_attempts_is_cancelled() {
         assert_eq!(save.wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
         assert_eq!(save.staged().wait(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
     }
-    fixture.slabs_home();
+    fixture.slabs_returned();
     fixture.executor.shutdown(LONG).unwrap();
     assert_eq!(Arc::strong_count(&bytes), 1);
 }

@@ -60,7 +60,7 @@ fn a_loop_that_is_faster_than_tidying_waits_for_it_and_leaves_nothing() {
 /// A later round deletes what could not be deleted at once. A sweep that met the same error reported the
 /// attempt as left alone, which counted as success, and nothing retried it.
 #[test]
-fn what_could_not_be_deleted_at_first_is_gone_after_a_shutdown() {
+fn a_step_that_could_not_be_deleted_at_first_is_gone_after_a_shutdown() {
     for (failing, refusals) in [(false, 3), (true, 2)] {
         let directory = tempfile::tempdir().unwrap();
         let sys = Faulty::unsynced(Arc::new(Linux));

@@ -63,7 +63,7 @@ fn a_key_that_comes_twice_is_refused() {
 struct Nested(Vec<Nested>);
 
 #[test]
-fn what_nests_deeper_than_can_be_read_is_refused() {
+fn values_that_nest_too_deep_to_be_read_are_refused() {
     let nested = |depth: usize| (1..depth).fold(Nested(vec![]), |inner, _| Nested(vec![inner]));
     assert_eq!(saved_and_restored(&nested(125)).unwrap(), nested(125));
     for depth in [126, 5000] {

@@ -44,7 +44,7 @@ fn with_buffered_io() {
 }
 
 #[test]
-fn where_direct_io_is_accepted_and_not_honoured() {
+fn a_file_system_that_accepts_direct_io_and_does_not_honour_it_conforms() {
     let Ok(directory) = tempfile::tempdir_in("/dev/shm") else {
         writeln!(std::io::stderr(), "left out: direct I/O that is not honoured, for want of a writable /dev/shm")
             .unwrap();

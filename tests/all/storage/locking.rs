@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 /// Some parallel file systems answer flock(2) with 524 (ENOTSUPP), and every save failed there.
 #[test]
-fn where_there_are_no_locks_saves_work_and_sweeps_do_not_take_the_living_for_dead() {
+fn without_locks_saves_work_and_sweeps_keep_attempts_of_live_owners() {
     for errno in [libc::ENOSYS, libc::EOPNOTSUPP, 524] {
         let directory = tempfile::tempdir().unwrap();
         let faulty = Faulty::unsynced(Arc::new(Linux));

@@ -107,7 +107,7 @@ fn of_new_directories() {
 }
 
 #[test]
-fn of_a_sweep_after_a_publish_that_nobody_made_durable() {
+fn a_sweep_fsyncs_the_root_before_it_deletes_the_record_of_a_published_attempt() {
     let directory = tempfile::tempdir().unwrap();
     let faulty = Faulty::new(Arc::new(Linux));
     let storage = Local::with_sys(faulty.clone(), directory.path()).unwrap();

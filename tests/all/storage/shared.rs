@@ -196,7 +196,7 @@ fn the_record_of_a_session_is_durable_before_it_counts() {
 
 /// A process of the old session that goes on later publishes nothing, whether it had claimed or not.
 #[test]
-fn a_new_session_buries_the_attempts_of_older_ones() {
+fn a_new_session_renames_the_attempts_of_older_ones_away() {
     let root = Root::new();
     let (open, _) = root.written(false);
     let (claimed, _) = root.written(false);

@@ -51,7 +51,7 @@ fn rewrite(root: &Path, attempt: &str, field: &str, value: &str) {
 }
 
 #[test]
-fn of_a_dead_owner_attempt_and_record_go() {
+fn a_sweep_removes_the_attempt_and_the_record_of_a_dead_owner() {
     let directory = tempfile::tempdir().unwrap();
     let storage = Local::open(directory.path()).unwrap();
     let dead = dead_attempt(&storage);
@@ -79,7 +79,7 @@ fn a_live_owner_in_another_process_or_storage_is_left_alone() {
 /// set, cloned images) and another boot: a lock may not work between the two. And attempts of dead hosts
 /// stayed for ever.
 #[test]
-fn an_attempt_of_another_boot_is_judged_by_its_age_whatever_its_host_is_called() {
+fn an_attempt_of_another_boot_is_judged_by_its_age_under_any_host_name() {
     let directory = tempfile::tempdir().unwrap();
     let storage = Local::open(directory.path()).unwrap();
     let dead = dead_attempt(&storage);
@@ -104,7 +104,7 @@ fn an_attempt_of_another_boot_is_judged_by_its_age_whatever_its_host_is_called()
 
 /// However old an attempt is, a sweep believes a working lock that says that the owner is alive.
 #[test]
-fn a_lock_that_is_held_is_believed_under_any_boot_and_age() {
+fn a_held_lock_means_a_live_owner_under_any_boot_and_age() {
     let directory = tempfile::tempdir().unwrap();
     let storage = Local::open(directory.path()).unwrap();
     let name = Attempt::new();
@@ -145,7 +145,7 @@ fn without_locks_an_owner_lives_as_long_as_it_touches_its_record() {
 /// A host with a wrong clock deletes nothing because of it: if the file system does not give its time, no age
 /// is known.
 #[test]
-fn without_the_clock_of_the_file_system_nothing_is_old() {
+fn without_the_clock_of_the_file_system_no_attempt_is_old() {
     let directory = tempfile::tempdir().unwrap();
     let faulty = Faulty::unsynced(Arc::new(Linux));
     let storage = Local::with_sys(faulty.clone(), directory.path()).unwrap();
@@ -161,7 +161,7 @@ fn without_the_clock_of_the_file_system_nothing_is_old() {
 
 /// ext4 can leave a record of zeros after a power failure; no sweep removed such records.
 #[test]
-fn records_that_say_nothing_go_when_their_attempt_is_gone_or_old() {
+fn unreadable_records_are_deleted_when_their_attempt_is_gone_or_old() {
     let directory = tempfile::tempdir().unwrap();
     let storage = Local::open(directory.path()).unwrap();
     let zeros = "\0".repeat(90);
@@ -218,7 +218,7 @@ fn many_dead_attempts_share_the_fsyncs_of_their_removal() {
 }
 
 #[test]
-fn trash_is_emptied_and_what_nobody_expects_in_it_stays() {
+fn trash_is_emptied_and_unexpected_files_in_it_stay() {
     let directory = tempfile::tempdir().unwrap();
     let storage = Local::open(directory.path()).unwrap();
     for name in [".trash-1", ".trash-2/deep"] {
@@ -233,7 +233,7 @@ fn trash_is_emptied_and_what_nobody_expects_in_it_stays() {
 }
 
 #[test]
-fn what_an_overwrite_displaced_goes_when_its_owner_died_before_it_could() {
+fn a_sweep_deletes_the_step_that_a_dead_owner_had_replaced() {
     let directory = tempfile::tempdir().unwrap();
     let storage = Local::open(directory.path()).unwrap();
     for bytes in ["old", "new"] {
@@ -250,7 +250,7 @@ fn what_an_overwrite_displaced_goes_when_its_owner_died_before_it_could() {
 /// A sweep took an attempt that it could not look at for a missing one: with an unreadable record it removed
 /// it after a minute. And it took a lock that it could not try for a free one.
 #[test]
-fn what_cannot_be_looked_at_or_locked_is_not_dead() {
+fn an_attempt_that_cannot_be_read_or_locked_is_not_dead() {
     let directory = tempfile::tempdir().unwrap();
     let faulty = Faulty::unsynced(Arc::new(Linux));
     let storage = Local::with_sys(faulty.clone(), directory.path()).unwrap();

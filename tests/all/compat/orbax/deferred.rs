@@ -141,7 +141,7 @@ fn a_signal_that_never_comes_ends_at_the_deadline_and_a_cancelled_save_never_beg
 }
 
 #[test]
-fn what_cannot_wait_is_refused() {
+fn saves_that_cannot_be_deferred_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let (handler, deferred, (_, _, args)) = (handler(root.path()), DeferredPath::new(), operation());
     let path = || SavePath::Deferred(deferred.awaiting());

@@ -170,7 +170,7 @@ fn a_checkpoint_id_may_be_any_name_and_one_of_no_step_is_beside_the_steps() {
 
 /// The executor checked for space and reserved it under two locks: two callers at once both got it.
 #[test]
-fn of_callers_at_once_one_takes_the_last_place() {
+fn of_concurrent_callers_one_takes_the_last_place() {
     let root = tempfile::tempdir().unwrap();
     let build = engine(root.path()).overlap(Overlap::Skip).build().unwrap();
     let executor = ThreadExecutor::new(Arc::new(build)).unwrap();

@@ -133,7 +133,7 @@ impl SavePlanner for Converts {
 /// The executor compared only the counts of a plan and a state: when a planner renamed or converted an item,
 /// it saved the original bytes with the plan's metadata.
 #[test]
-fn what_is_saved_is_what_the_plan_says_or_nothing() {
+fn a_save_writes_what_its_plan_says_or_fails() {
     let root = tempfile::tempdir().unwrap();
     for retries in [0, 1] {
         let executor = ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap().retry(retries);
@@ -201,7 +201,7 @@ fn a_failure_that_may_pass_is_tried_again_as_often_as_was_asked_for() {
 }
 
 #[test]
-fn a_failure_that_nobody_saw_stops_the_next_call_or_is_logged() {
+fn an_unseen_failure_stops_the_next_call_or_is_logged() {
     for (failed, stops) in [(OnUnseenError::NextCall, true), (OnUnseenError::Warn, false)] {
         let executor = flaky(1, failed);
         drop(executor.execute_save(state(1).into(), to("step-1")).unwrap());

@@ -110,7 +110,7 @@ fn save(
 }
 
 #[test]
-fn what_several_ranks_have_is_written_once_and_the_work_is_shared_by_bytes() {
+fn items_of_several_ranks_are_written_once_and_the_bytes_are_shared_out() {
     let (ended, log) = save(2, |_, options| options, |_| None);
     let metadata = ended[0].as_ref().unwrap().as_ref().unwrap();
     assert_eq!(ended[1].as_ref().unwrap().as_ref().unwrap(), metadata, "the same on every rank");
