@@ -1,5 +1,5 @@
-//! Copies and digests 64 MiB of host memory into the arena, until the sources are free again; the staged
-//! chunks are dropped.
+//! Copies and digests 64 MiB of host memory into the arena, until the stager has dropped the sources; the
+//! staged chunks are dropped.
 
 mod fixtures;
 

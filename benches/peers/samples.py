@@ -17,7 +17,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 LIMIT_S = 300
 OURS = "ashore"
 NAMES = (OURS, *systems.STOCK, *systems.JAX)
-# The seconds over which the loop is timed before a save, and beside nothing.
+# The seconds over which the loop is timed: before a save, and with nothing beside it.
 LEAD_S, IDLE_S = 3.0, 1.0
 
 

@@ -1,5 +1,5 @@
-//! Any bytes as the header of a shard: no panic, bounded memory, and what is accepted is written back as it
-//! was read.
+//! Any bytes as the header of a shard: no panic, bounded memory; an accepted header that is written again is
+//! read as the same.
 #![no_main]
 
 use ashore::internal::format::header::Header;
@@ -8,7 +8,7 @@ use ashore_fuzz::bounded;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let whose = bounded(input.len(), || identity(input));
-    // The data section is not looked at, so it may have any length; the last tensor says which.
+    // The parser does not read the data section, so that may have any length; the last tensor says which.
     let mut header = input.to_vec();
     if let Some(prefix) = header.first_chunk_mut::<8>() {
         *prefix = (input.len() as u64 - 8).to_le_bytes();

@@ -1,5 +1,5 @@
-//! Any bytes as a manifest, as they are and with the right digest: no panic, bounded memory, and what is
-//! accepted is written back as it was read.
+//! Any bytes as a manifest, as they are and with the right digest: no panic, bounded memory; an accepted
+//! manifest that is written again is read as the same.
 #![no_main]
 
 use ashore::internal::format::manifest::Sealed;
@@ -8,7 +8,7 @@ use ashore_fuzz::bounded;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let _ = bounded(input.len(), || Sealed::parse(input));
-    // A whole manifest among the seeds stands for its text.
+    // A seed that is a whole manifest is sealed again without its digest.
     let text = input.strip_suffix(b"\"}\n").and_then(|rest| rest.len().checked_sub(27)).map(|len| &input[..len]);
     let sealed = seal(text.unwrap_or(input).to_vec());
     if let Ok(manifest) = bounded(sealed.len(), || Sealed::parse(&sealed)) {

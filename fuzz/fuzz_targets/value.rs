@@ -1,4 +1,4 @@
-//! Any JSON: decoding never panics; any JSON as a user's value comes back as it was.
+//! Any JSON: decoding never panics; a user's value that is encoded is decoded to the same value.
 #![no_main]
 
 use ashore::internal::state::{decode_value, encode_value};

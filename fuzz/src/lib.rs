@@ -1,4 +1,4 @@
-//! What the fuzz targets share: memory is counted, so that a small input that takes much of it is a failure.
+//! What the fuzz targets share: an allocator that counts, so that a small input that takes much memory fails.
 //!
 //! # Safety argument
 //! The allocator below passes every call on to the system's, unchanged; it only adds up sizes.
@@ -30,7 +30,8 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Runs `f` on an input of `len` bytes, and panics when it takes more memory at once than is right for that.
+/// Runs `f` on an input of `len` bytes, and panics when it takes more memory at once than such an input
+/// may.
 pub fn bounded<T>(len: usize, f: impl FnOnce() -> T) -> T {
     let before = NOW.load(Relaxed);
     PEAK.store(before, Relaxed);

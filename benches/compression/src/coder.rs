@@ -1,5 +1,5 @@
-//! The coders under study, each at one setting, behind one shape: from a slice into a slice, no state from
-//! block to block.
+//! The coders under study, each at one setting, behind one interface: from a slice into a slice, with no
+//! state that outlives a block.
 
 use pco::standalone::{simple_compress_into, simple_decompress_into};
 use pco::{ChunkConfig, DeltaSpec, ModeSpec};

@@ -44,7 +44,7 @@ pub fn program_time() -> Duration {
     since_epoch(ClockId::ProcessCPUTime)
 }
 
-/// CPU time of every program on the machine, and what its host took away.
+/// CPU time of every program on the machine, and the time that its hypervisor gave to other machines.
 pub fn machine_time() -> Duration {
     // User, nice, system, idle, waiting for storage, interrupts, soft interrupts, stolen; hundredths of a
     // second.

@@ -19,12 +19,12 @@ const ROUNDS: usize = 12;
 /// The pause between files, so that a disk with a burst allowance has it again before each.
 const REST: Duration = Duration::from_millis(200);
 
-/// A round counts as quiet when others used less than this much of a core.
+/// A round counts as quiet when other programs used less than this many cores.
 const QUIET: f64 = 0.25;
 
-/// The ways that are compared; this one writes the bytes in place.
+/// The first of the ways that are compared: writes the bytes in place.
 const RAW: usize = 0;
-/// Copied into a slab and written, as the library does.
+/// Copies the bytes into a slab and writes that, as the library does.
 const COPIED: usize = 1;
 const CODED: usize = 2;
 
@@ -35,7 +35,7 @@ struct Cost {
     processor: Vec<f64>,
     /// Cores that other programs kept busy.
     others: Vec<f64>,
-    /// How much of its speed a program on every core kept.
+    /// The speed of a program on every core, as a share of its speed alone.
     kept: Vec<f64>,
 }
 
