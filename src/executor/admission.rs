@@ -11,8 +11,8 @@ use crate::settings::{OnUnseenError, Overlap};
 use crate::staging::{Job, Stager};
 use crate::sync::{MutexGuard, lock};
 use crate::ticket::{Issue, Ticket};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// How long after the deadline the rounds of several ranks may take to end: a veto and its fsync.
@@ -96,7 +96,7 @@ pub(super) fn shut_down() -> Error {
 /// # Errors
 /// `Busy` at the deadline; at once in a thread of the executor, because the saves may be waiting for that
 /// thread.
-fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadline: Instant) -> Result<()> {
+pub(super) fn wait(stager: &Stager, unfinished: &[Arc<Ticket>], step: u64, deadline: Instant) -> Result<()> {
     let ended = || unfinished.iter().any(|ticket| ticket.done.is_complete()).then_some(());
     let own = own_threads::is_one_of(&stager.signal);
     let deadline = if own { Instant::now() } else { deadline };
@@ -129,7 +129,7 @@ impl CheckpointExecutor {
     ///
     /// # Errors
     /// The error of that save.
-    fn report_unseen(&self) -> Result<()> {
+    pub(super) fn report_unseen(&self) -> Result<()> {
         let Some(error) = self.stager.saves.unobserved() else { return Ok(()) };
         match self.settings.on_unseen_error {
             OnUnseenError::NextCall => return Err(error),
@@ -159,6 +159,25 @@ impl CheckpointExecutor {
         if !last {
             self.report_unseen()?;
         }
+        loop {
+            match self.admit_now(step, attempt, began, last, deferred, overlap)? {
+                Ok(admitted) => return Ok(admitted),
+                Err(unfinished) => wait(&self.stager, &unfinished, step, deadline)?,
+            }
+        }
+    }
+
+    /// [`CheckpointExecutor::admit`] without its wait. The inner error is the unfinished saves that leave no
+    /// room: ask again when one of them has ended.
+    pub(super) fn admit_now(
+        &self,
+        step: u64,
+        attempt: Option<Attempt>,
+        began: Instant,
+        last: bool,
+        deferred: bool,
+        overlap: Overlap,
+    ) -> Result<Result<Admitted<'_>, Vec<Arc<Ticket>>>> {
         // A save that superseded another one begins, even if admission closes meanwhile.
         let mut superseded = false;
         loop {
@@ -171,22 +190,19 @@ impl CheckpointExecutor {
             }
             let attempt = attempt.unwrap_or_else(|| admission.attempts.next());
             if self.threads.admission_is_closed() && !last && !superseded {
-                return Ok(Admitted::Ended(self.resolved(step, attempt, began, self.last_word(step))));
+                return Ok(Ok(Admitted::Ended(self.resolved(step, attempt, began, self.last_word(step)))));
             }
             match admit(&self.stager, overlap, step, deferred)? {
-                Verdict::Begin => return Ok(Admitted::Begins(admission, attempt)),
+                Verdict::Begin => return Ok(Ok(Admitted::Begins(admission, attempt))),
                 Verdict::Ended(outcome) => {
-                    return Ok(Admitted::Ended(self.resolved(step, attempt, began, outcome)));
+                    return Ok(Ok(Admitted::Ended(self.resolved(step, attempt, began, outcome))));
                 }
                 Verdict::InsteadOf(waiting) => {
                     drop(admission);
                     supersede(&self.stager, waiting, step);
                     superseded = true;
                 }
-                Verdict::After(unfinished) => {
-                    drop(admission);
-                    wait(&self.stager, &unfinished, step, deadline)?;
-                }
+                Verdict::After(unfinished) => return Ok(Err(unfinished)),
             }
         }
     }
@@ -234,32 +250,5 @@ impl CheckpointExecutor {
         let grace = if self.turns.is_some() { ROUNDS_GRACE } else { Duration::ZERO };
         let issue = Issue { step, attempt, deadline, grace };
         Arc::new(Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone()))
-    }
-
-    /// Returns the executor once the overlap policy admits another save, for threads that outlive their
-    /// callers. The wait does not keep the executor alive: the program's last `Arc` waits for saves when it
-    /// is dropped.
-    ///
-    /// # Errors
-    /// `Cancelled` if the executor has been dropped; `Busy` if too many saves were still unfinished at
-    /// `deadline`.
-    pub(crate) fn with_room(executor: &Weak<Self>, deadline: Instant) -> Result<Arc<Self>> {
-        loop {
-            let gone = || Error::new(ErrorKind::Cancelled, "the executor went before a deferred save could begin");
-            let executor = executor.upgrade().ok_or_else(gone)?;
-            let room = match executor.settings.overlap {
-                Overlap::Queue(room) => room,
-                Overlap::Block => 0,
-                Overlap::Skip | Overlap::Latest => return Ok(executor),
-            };
-            let (unfinished, signal) = (executor.stager.saves.unfinished(), executor.stager.signal.clone());
-            if unfinished.len() <= room {
-                return Ok(executor);
-            }
-            drop(executor);
-            let ended = || unfinished.iter().any(|ticket| ticket.done.is_complete()).then_some(());
-            let busy = || format!("earlier saves have not ended unfinished={}", unfinished.len());
-            signal.wait_until(deadline, ended).ok_or_else(|| Error::new(ErrorKind::Busy, busy()))?;
-        }
     }
 }

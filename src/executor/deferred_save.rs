@@ -2,7 +2,7 @@
 //! deadline before it.
 
 use super::CheckpointExecutor;
-use super::admission::Admitted;
+use super::admission::{Admitted, wait};
 use crate::completion::Calls;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
@@ -13,8 +13,8 @@ use crate::staging::Stager;
 use crate::state::StateDict;
 use crate::ticket::{Extent, Ticket};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// The right to begin or end a deferred save. Dropping it unused ends the save. It does not keep the executor
@@ -38,16 +38,71 @@ impl CheckpointExecutor {
         attempt: Option<Attempt>,
         timeout: Option<Duration>,
     ) -> Result<(Save, Option<DeferredSave>)> {
+        self.may_defer(step)?;
+        let (began, deadline) = (Instant::now(), self.deadline(timeout));
+        let admitted = self.admit(step, attempt, deadline, false, true, self.settings.overlap)?;
+        Ok(self.position(step, admitted, began, deadline))
+    }
+
+    /// Saves `state` as `to` says, for threads that outlive their callers: the wait for room does not keep
+    /// the executor alive, so that the program's last `Arc` waits for saves when it is dropped. The save has
+    /// its position from the moment in which there is room.
+    ///
+    /// # Errors
+    /// Those of `to`; `Cancelled` if the executor has been dropped; `Busy` if too many saves were still
+    /// unfinished at `deadline`; as [`CheckpointExecutor::defer`]. The save returns all others.
+    pub(crate) fn save_when_room(
+        executor: &Weak<Self>,
+        deadline: Instant,
+        state: StateDict<'static>,
+        to: impl FnOnce(&Self) -> Result<(u64, SaveOptions)>,
+    ) -> Result<Save> {
+        let gone = || Error::new(ErrorKind::Cancelled, "the executor went before a deferred save could begin");
+        let upgraded = || executor.upgrade().ok_or_else(gone);
+        let (step, options) = to(&*upgraded()?)?;
+        upgraded()?.report_unseen()?;
+        loop {
+            let this = upgraded()?;
+            this.may_defer(step)?;
+            let (began, until) = (Instant::now(), this.deadline(options.timeout));
+            let overlap = this.settings.overlap;
+            let unfinished = match this.admit_now(step, options.attempt, began, false, true, overlap)? {
+                Ok(admitted) => {
+                    let (save, deferred) = this.position(step, admitted, began, until);
+                    if let Some(deferred) = deferred {
+                        deferred.begin(&this, state, options);
+                    }
+                    return Ok(save);
+                }
+                Err(unfinished) => unfinished,
+            };
+            let stager = this.stager.clone();
+            drop(this);
+            wait(&stager, &unfinished, step, deadline)?;
+        }
+    }
+
+    /// Refuses to defer a save in a forked child, and with several ranks.
+    fn may_defer(&self, step: u64) -> Result<()> {
         self.alive()?;
         if self.turns.is_some() {
             let why = "a save of several ranks cannot be deferred: call `save` when the state is there";
             return Err(Error::invalid(why).with_step(step));
         }
-        let (began, deadline) = (Instant::now(), self.deadline(timeout));
-        let overlap = self.settings.overlap;
-        let (admission, attempt) = match self.admit(step, attempt, deadline, false, true, overlap)? {
+        Ok(())
+    }
+
+    /// Takes the position of an admitted save whose state is not here yet.
+    fn position(
+        &self,
+        step: u64,
+        admitted: Admitted<'_>,
+        began: Instant,
+        deadline: Instant,
+    ) -> (Save, Option<DeferredSave>) {
+        let (admission, attempt) = match admitted {
             Admitted::Begins(admission, attempt) => (admission, attempt),
-            Admitted::Ended(save) => return Ok((save, None)),
+            Admitted::Ended(save) => return (save, None),
         };
         let ticket = self.issue(step, attempt, began, deadline);
         self.stager.saves.add(ticket.clone());
@@ -55,7 +110,7 @@ impl CheckpointExecutor {
         // The stager waits for the next deadline, which may be that of this save.
         self.stager.signal.notify();
         let deferred = DeferredSave { stager: self.stager.clone(), ticket: ticket.clone(), begun: false };
-        Ok((Save::new(ticket), Some(deferred)))
+        (Save::new(ticket), Some(deferred))
     }
 
     /// Returns the handle of a save that failed before it could begin. The next call returns its error if

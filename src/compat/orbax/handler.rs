@@ -9,7 +9,7 @@ use crate::completion::deadline_after;
 use crate::error::{Error, Result};
 use crate::executor::CheckpointExecutor;
 use crate::id::Attempt;
-use crate::save::{Save, SaveOptions, Snapshot};
+use crate::save::{SaveOptions, Snapshot};
 use crate::state::StateDict;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -102,10 +102,12 @@ impl SaveArgs {
         self
     }
 
-    fn options(&self, name: &Path) -> SaveOptions {
-        let name = name.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+    /// The step that `directory` names, and how it is saved.
+    fn target(&self, executor: &CheckpointExecutor, directory: &Path) -> Result<(u64, SaveOptions)> {
+        let (step, checkpoint_path) = checkpoint_path(executor, directory)?;
+        let name = checkpoint_path.file_name().and_then(|name| name.to_str()).map(str::to_owned);
         let Self { force: overwrite, attempt, snapshot, .. } = *self;
-        SaveOptions { overwrite, attempt, snapshot, name, ..SaveOptions::default() }
+        Ok((step, SaveOptions { overwrite, attempt, snapshot, name, ..SaveOptions::default() }))
     }
 }
 
@@ -138,11 +140,6 @@ impl StandardCheckpointHandler {
         Self { executor }
     }
 
-    fn begin(&self, directory: &Path, state: StateDict<'static>, args: &SaveArgs) -> Result<Save> {
-        let (step, checkpoint_path) = checkpoint_path(&self.executor, directory)?;
-        self.executor.save_with(step, state, args.options(&checkpoint_path))
-    }
-
     fn deferred(
         &self,
         path: PathAwaitingCreation,
@@ -167,8 +164,7 @@ impl StandardCheckpointHandler {
         let deadline = deadline_after(timeout);
         CommitFuture::contracted(&signals, id, &[], timeout, move || {
             let path = path.path()?;
-            let this = Self { executor: CheckpointExecutor::with_room(&executor, deadline)? };
-            this.begin(&path, state, &args)
+            CheckpointExecutor::save_when_room(&executor, deadline, state, |executor| args.target(executor, &path))
         })
     }
 }
@@ -177,7 +173,8 @@ impl AsyncCheckpointHandler for StandardCheckpointHandler {
     type Item = StateDict<'static>;
 
     fn async_save(&self, directory: &Path, item: Self::Item, args: SaveArgs) -> Result<Vec<CommitFuture>> {
-        Ok(vec![CommitFuture::of(self.begin(directory, item, &args)?)])
+        let (step, options) = args.target(&self.executor, directory)?;
+        Ok(vec![CommitFuture::of(self.executor.save_with(step, item, options)?)])
     }
 }
 

@@ -118,6 +118,17 @@ pub fn publishing_after(gate: &Arc<Gate>) -> Hooked {
     })
 }
 
+/// A storage that holds threads of deferred saves at the gate before they know their step.
+pub fn describing_after(gate: &Arc<Gate>) -> Hooked {
+    let gate = gate.clone();
+    Hooked::new(Memory::new(), move |call| {
+        if matches!(call, Call::Describe) && std::thread::current().name() == Some("ashore-deferred") {
+            gate.pass();
+        }
+        Ok(())
+    })
+}
+
 fn refused(refusals: &AtomicUsize) -> Result<()> {
     match refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)) {
         Ok(_) => Err(Error::new(ErrorKind::Unavailable, "not now")),

@@ -1,7 +1,7 @@
 //! Deferred saves wait for a path, and for the signal that the path is known, or the reason why it never will
 //! be.
 
-use crate::compat::{Gate, engine, files, publishing_after, state};
+use crate::compat::{Gate, describing_after, engine, files, publishing_after, state};
 use crate::fixtures::executor::{Buffer, LONG, eventually, one};
 use ashore::compat::orbax::{
     AsyncCheckpointHandler, CommitFuture, CompositeArgs, CompositeCheckpointHandler, DeferredPath,
@@ -239,6 +239,30 @@ fn a_save_that_waits_for_room_does_not_keep_the_executor_alive() {
     device.release();
     drop(engine);
     assert!(Checkpoint::open(root.path().join("step-00000001")).is_ok());
+}
+
+/// Another save could take the room between the look for room and the save itself. The deferred save then
+/// waited for room with a hold on the executor: dropping the program's own last `Arc` waited for no save.
+#[test]
+fn a_save_whose_room_is_taken_before_it_begins_does_not_keep_the_executor_alive() {
+    let (gate, device) = (Arc::new(Gate::default()), LateDevice::default());
+    let engine = engine("in memory".as_ref()).storage(Arc::new(describing_after(&gate)));
+    let engine = engine.made_device(Arc::new(device.clone())).overlap(Overlap::Block).build().unwrap();
+    let engine = Arc::new(engine);
+    let (deferred, (signals, id, args)) = (DeferredPath::new(), operation());
+    let path = SavePath::Deferred(deferred.awaiting());
+    let futures = StandardCheckpointHandler::new(engine.clone()).async_save_deferred(path, state(5), args).unwrap();
+    deferred.set_path("5");
+    signals.send(id, STEP);
+    gate.reached();
+    device.hold();
+    let first = engine.save(1, state(1)).unwrap();
+    gate.open();
+    eventually("the program has the only one", || Arc::strong_count(&engine) == 1);
+    device.release();
+    first.wait(LONG).unwrap();
+    futures[0].result(LONG).unwrap().committed().unwrap();
+    assert_eq!(engine.checkpoint(5).unwrap().value::<u64>("epoch").unwrap(), 5);
 }
 
 /// `cancel` waited for as long as a save waited to begin.
