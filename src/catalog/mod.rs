@@ -19,6 +19,7 @@ mod retention;
 mod sweep;
 
 pub(crate) use branch::Keeping;
+pub(crate) use policy::ranking;
 pub use policy::{Best, Candidate, PreservationPolicy};
 pub use prune::{PruneOptions, Pruned, Verify};
 pub use retention::Retention;

@@ -80,14 +80,20 @@ impl Best {
 
 impl PreservationPolicy for Best {
     fn preserves(&self, steps: &[Candidate]) -> Vec<bool> {
-        let metric = |step: &Candidate| step.metadata::<f64>(&self.metric).filter(|metric| !metric.is_nan());
-        let mut ranked: Vec<(usize, f64)> =
-            steps.iter().enumerate().filter_map(|(i, step)| Some((i, metric(step)?))).collect();
-        let order = |a: f64, b: f64| if self.lowest { a.total_cmp(&b) } else { b.total_cmp(&a) };
-        ranked.sort_by(|(i, a), (j, b)| order(*a, *b).then(j.cmp(i)));
-        let best: BTreeSet<usize> = ranked.into_iter().take(self.count).map(|(i, _)| i).collect();
+        let ranked = ranking(steps.iter().map(|step| step.metadata(&self.metric)), self.lowest);
+        let best: BTreeSet<usize> = ranked.into_iter().take(self.count).collect();
         (0..steps.len()).map(|i| best.contains(&i)).collect()
     }
+}
+
+/// Returns the positions of the metrics that are numbers, the best first; of equal ones the last, which is
+/// that of the newest step.
+pub(crate) fn ranking(metrics: impl Iterator<Item = Option<f64>>, lowest: bool) -> Vec<usize> {
+    let number = |(i, metric): (usize, Option<f64>)| Some((i, metric.filter(|metric| !metric.is_nan())?));
+    let mut ranked: Vec<(usize, f64)> = metrics.enumerate().filter_map(number).collect();
+    let order = |a: f64, b: f64| if lowest { a.total_cmp(&b) } else { b.total_cmp(&a) };
+    ranked.sort_by(|(i, a), (j, b)| order(*a, *b).then(j.cmp(i)));
+    ranked.into_iter().map(|(i, _)| i).collect()
 }
 
 impl Catalog {

@@ -1,7 +1,7 @@
 //! Preservation policies: which steps are kept.
 
+use crate::catalog::ranking;
 use crate::mutant::{self, Mutant};
-use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
@@ -168,12 +168,7 @@ impl BestN {
 
     /// The indices in `checkpoints` of those with a metric, best first.
     pub(super) fn ranking(&self, checkpoints: &[CheckpointInfo]) -> Vec<usize> {
-        let metric = |c: &CheckpointInfo| (self.get_metric)(c.metrics.as_ref()?).filter(|metric| !metric.is_nan());
-        let mut ranked: Vec<(usize, f64)> =
-            checkpoints.iter().enumerate().filter_map(|(i, c)| Some((i, metric(c)?))).collect();
-        let order = |a: &f64, b: &f64| if self.reverse { a.total_cmp(b) } else { b.total_cmp(a) };
-        ranked.sort_by(|(i, a), (j, b)| order(a, b).then_with(|| j.cmp(i)).then(Ordering::Equal));
-        ranked.into_iter().map(|(i, _)| i).collect()
+        ranking(checkpoints.iter().map(|c| (self.get_metric)(c.metrics.as_ref()?)), self.reverse)
     }
 }
 
