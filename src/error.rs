@@ -173,6 +173,11 @@ impl Error {
     }
 
     /// Adds the cause of `error`, for callers whose message replaces that of `error`.
+    /// Logs that a save failed with this error, which no call has returned.
+    pub(crate) fn log_unseen(&self) {
+        tracing::error!(error = format_args!("{self:#}"), "a save failed, and no call has returned its error");
+    }
+
     pub(crate) fn with_source_of(mut self, error: &Self) -> Self {
         Arc::make_mut(&mut self.0).source = error.0.source.clone();
         self
@@ -182,6 +187,14 @@ impl Error {
     pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         Arc::make_mut(&mut self.0).source = Some(Arc::new(source));
         self
+    }
+}
+
+/// Returns None instead of the error that something does not exist.
+pub(crate) fn found<T>(result: Result<T>) -> Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        result => result.map(Some),
     }
 }
 

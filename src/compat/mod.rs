@@ -24,5 +24,5 @@ pub mod orbax;
 pub mod torch;
 
 mod checkpoint_path;
+mod ending;
 mod open;
-mod unseen;

@@ -133,9 +133,7 @@ impl CheckpointExecutor {
         let Some(error) = self.stager.saves.unobserved() else { return Ok(()) };
         match self.settings.on_unseen_error {
             OnUnseenError::NextCall => return Err(error),
-            OnUnseenError::Warn => {
-                tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error")
-            }
+            OnUnseenError::Warn => error.log_unseen(),
         }
         Ok(())
     }

@@ -128,9 +128,7 @@ impl Threads {
         join(&self.calling, deadline.max(Instant::now() + JOIN_GRACE));
         let mut unseen = std::iter::from_fn(|| self.stager.saves.unobserved());
         let first = unseen.next().or(late);
-        unseen.for_each(|error| {
-            tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error")
-        });
+        unseen.for_each(|error| error.log_unseen());
         first.map_or(Ok(()), Err)
     }
 
@@ -198,6 +196,6 @@ fn join(handles: &Mutex<Vec<JoinHandle<()>>>, deadline: Instant) {
 /// Logs the error of a shutdown that has no caller to return it to.
 fn log(closed: Result<()>) {
     if let Err(error) = closed {
-        tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error");
+        error.log_unseen();
     }
 }

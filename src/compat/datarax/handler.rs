@@ -3,9 +3,9 @@
 use super::state::{Checkpointable, State};
 use crate::catalog::{Catalog, PruneOptions, Pruned, Retention};
 use crate::checkpoint::Checkpoint;
+use crate::compat::ending::first;
 use crate::compat::open::Open;
-use crate::compat::unseen::first;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, found};
 use crate::save::{Save, SaveOptions};
 use crate::settings::Settings;
 use crate::state::encode_named;
@@ -281,12 +281,9 @@ impl OrbaxCheckpointHandler {
     /// As [`OrbaxCheckpointHandler::get_checkpoint_steps`].
     pub fn list_checkpoints(&self, directory: impl AsRef<Path>) -> Result<BTreeMap<u64, PathBuf>> {
         self.wait_until_finished()?;
-        let entries = match Catalog::open(directory) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeMap::new()),
-            catalog => catalog?.list()?,
-        };
+        let Some(catalog) = found(Catalog::open(directory))? else { return Ok(BTreeMap::new()) };
         // If a step exists under several names, the first in the catalog is the one that is restored.
-        Ok(entries.into_iter().rev().map(|entry| (entry.step, entry.path)).collect())
+        Ok(catalog.list()?.into_iter().rev().map(|entry| (entry.step, entry.path)).collect())
     }
 
     /// Waits until the last save is durable.

@@ -4,7 +4,7 @@ use super::metadata::Metadata;
 use crate::catalog::Catalog;
 use crate::checkpoint;
 use crate::device::{Device, DeviceChoice};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, found};
 use crate::executor::CheckpointExecutor;
 use crate::outcome::Outcome;
 use crate::save::Save;
@@ -330,10 +330,7 @@ impl Checkpoint {
     /// # Errors
     /// When the directory cannot be read.
     pub fn catalog(&self) -> Result<Vec<CheckpointEntry>> {
-        let catalog = match Catalog::open(self.rank_path()) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            catalog => catalog?,
-        };
+        let Some(catalog) = found(Catalog::open(self.rank_path()))? else { return Ok(Vec::new()) };
         let mut rows = Vec::new();
         for entry in catalog.list()? {
             match checkpoint::Checkpoint::open(&entry.path).and_then(|row| CheckpointEntry::of(&row)) {

@@ -10,7 +10,7 @@ use super::worker::Worker;
 use crate::catalog::{Catalog, PruneOptions, Retention};
 use crate::checkpoint::Checkpoint;
 use crate::compat::open::Open;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result, found};
 use crate::executor::CheckpointExecutor;
 use crate::save::SaveOptions;
 use crate::settings::Settings;
@@ -98,13 +98,6 @@ fn name(kind: Kind) -> &'static str {
     match kind {
         Kind::State => "state",
         Kind::Active => "active",
-    }
-}
-
-fn found<T>(result: Result<T>) -> Result<Option<T>> {
-    match result {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        result => result.map(Some),
     }
 }
 

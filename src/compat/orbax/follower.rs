@@ -53,12 +53,7 @@ impl Follower {
                 }
             }
             match ended {
-                Err(error) if self.failed == OnUnseenError::Warn => {
-                    tracing::error!(
-                        error = format_args!("{error:#}"),
-                        "a save failed, and no call has returned its error"
-                    );
-                }
+                Err(error) if self.failed == OnUnseenError::Warn => error.log_unseen(),
                 Err(error) => progress.errors.push_back(error),
                 Ok(_) => {}
             }

@@ -7,7 +7,7 @@ use super::options::CheckpointManagerOptions;
 use super::state::ManagerState;
 use crate::catalog::Catalog;
 use crate::checkpoint::Checkpoint;
-use crate::compat::unseen::first;
+use crate::compat::ending::{first, shut_down_last};
 use crate::completion::deadline_after;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
@@ -409,11 +409,7 @@ impl CheckpointManager {
         let late = || Error::new(ErrorKind::Deadline, format!("saves have not ended waited={timeout:?}"));
         let deadline = deadline_after(timeout);
         let ended = self.shared.ended.wait(deadline).ok_or_else(late);
-        // Shuts the executor down explicitly: dropping it would wait again, past the deadline.
-        let shutdown =
-            |executor: CheckpointExecutor| executor.shutdown(deadline.saturating_duration_since(Instant::now()));
-        let shut = Arc::into_inner(executor).map_or(Ok(()), shutdown);
-        first(ended.err().into_iter().chain(shut.err()))
+        shut_down_last(executor, ended, deadline)
     }
 }
 
@@ -429,7 +425,7 @@ impl Drop for CheckpointManager {
             return;
         }
         for error in lock(&self.shared.progress).errors.drain(..) {
-            tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error");
+            error.log_unseen();
         }
     }
 }

@@ -1,9 +1,9 @@
 //! One thread for saves that wait for a staging future or for a storage writer of the program. It runs them
 //! in the order of calls; the engine has admitted them before.
 
-use crate::compat::unseen::first;
+use crate::compat::ending::{end_by, first};
 use crate::completion::deadline_after;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{ErrorKind, Result};
 use crate::executor::DeferredSave;
 use crate::fork::ForkGuard;
 use crate::guard::logged;
@@ -70,22 +70,9 @@ impl Queue {
         }
         let deadline = deadline_after(timeout);
         let grace = deadline.max(Instant::now() + Duration::from_millis(500));
-        let late = || Error::new(ErrorKind::Deadline, "the executor was closed before a save ended");
-        let published = || {
-            let what = "the executor was closed while a save was being published: it may become durable";
-            Error::new(ErrorKind::Indeterminate, what)
-        };
-        let ended = |save: &Save, until: Instant| {
-            let _ = save.wait(until.saturating_duration_since(Instant::now()));
-            save.try_get()
-        };
         let mut errors = Vec::new();
         for save in std::mem::take(&mut *lock(&self.saves)).iter().filter(|save| under_way(save) || save.is_unseen()) {
-            let ended = match ended(save, deadline) {
-                Some(ended) => ended,
-                None if save.cancel() => Err(late()),
-                None => ended(save, grace).unwrap_or_else(|| Err(published())),
-            };
+            let ended = end_by(save, deadline, grace, "the close of its executor");
             errors.extend(ended.err().filter(|error| error.kind() != ErrorKind::Cancelled));
         }
         drop(self.jobs.take());

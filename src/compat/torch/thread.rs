@@ -10,7 +10,7 @@ use super::queue::Queue;
 use super::staging::{Coming, Inner, StagedState};
 use super::writer::StorageWriter;
 use crate::compat::checkpoint_path::checkpoint_path;
-use crate::compat::unseen::first;
+use crate::compat::ending::shut_down_last;
 use crate::completion::deadline_after;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::{CheckpointExecutor, DeferredSave};
@@ -101,9 +101,7 @@ impl ThreadExecutor {
         let closed = self.queue.close(timeout);
         let executor = self.executor.clone();
         drop(self);
-        let shutdown = |engine: CheckpointExecutor| engine.shutdown(until.saturating_duration_since(Instant::now()));
-        let shut = Arc::into_inner(executor).map_or(Ok(()), shutdown);
-        first(closed.err().into_iter().chain(shut.err()))
+        shut_down_last(executor, closed, until)
     }
 
     fn future(&self, save: Save, told: &Told) -> CheckpointFuture {
@@ -179,7 +177,7 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
 impl Drop for ThreadExecutor {
     fn drop(&mut self) {
         if let Err(error) = self.queue.close(self.executor.settings().shutdown_timeout) {
-            tracing::error!(error = format_args!("{error:#}"), "a save failed, and no call has returned its error");
+            error.log_unseen();
         }
     }
 }
