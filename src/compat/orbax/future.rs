@@ -1,7 +1,8 @@
 //! Commit futures.
 
 use super::signals::{HandlerAwaitableSignal, OperationId, Signals};
-use crate::completion::{Cell, Completion, Waiter, deadline_after};
+use crate::compat::ending::end_by;
+use crate::completion::{Calls, Cell, Completion, Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkGuard;
 use crate::guard::guarded;
@@ -26,23 +27,20 @@ pub struct CommitFuture(Inner);
 #[derive(Clone)]
 enum Inner {
     Save(Save),
-    Waiting { shared: Arc<Waiting>, done: Waiter<Result<Outcome>> },
+    Contracted { shared: Arc<Contracted>, done: Waiter<Result<Outcome>> },
 }
 
-/// A commit that waits for signals.
-struct Waiting {
+/// A commit that waits for the signals in its contract.
+///
+/// It is no deferred save of the engine, which has a step and a position among other saves from the call on:
+/// a commit learns its step, and the executor that `begin` saves with, only from its signals, and takes no
+/// room before.
+struct Contracted {
     done: Cell<Outcome>,
-    begun: Mutex<Begun>,
+    /// The save once it has begun. `done` is set under this lock if the commit is cancelled before that.
+    begun: Mutex<Option<Save>>,
     signals: Signals,
     origin: ForkGuard,
-}
-
-/// Whether the engine has received the save.
-enum Begun {
-    NotYet,
-    /// The save was cancelled before it began, and never begins.
-    Cancelled,
-    Save(Save),
 }
 
 impl CommitFuture {
@@ -68,19 +66,19 @@ impl CommitFuture {
         }
         let origin = ForkGuard::new();
         let done: Cell<Outcome> = CellArc::new(Completion::new());
-        let shared = Waiting { done: done.clone(), begun: Mutex::new(Begun::NotYet), signals: signals.clone(), origin };
-        let shared = Arc::new(shared);
-        let (waiting, contract, sends) = (shared.clone(), signals.contract(id), sends.to_vec());
+        let shared =
+            Arc::new(Contracted { done: done.clone(), begun: Mutex::default(), signals: signals.clone(), origin });
+        let (commit, contract, sends) = (shared.clone(), signals.contract(id), sends.to_vec());
         spawn("ashore-deferred".into(), move || {
-            let run = || waiting.run(id, &contract, deadline_after(timeout), begin);
+            let run = || commit.run(id, &contract, deadline_after(timeout), begin);
             let ended = guarded("a save panicked", run);
             match &ended {
-                Ok(_) => sends.into_iter().for_each(|signal| waiting.signals.send(id, signal)),
-                Err(error) => waiting.signals.fail(id, error),
+                Ok(_) => sends.into_iter().for_each(|signal| commit.signals.send(id, signal)),
+                Err(error) => commit.signals.fail(id, error),
             }
-            waiting.done.complete(ended);
+            commit.done.complete(ended);
         })?;
-        Ok(Self(Inner::Waiting { shared, done: Waiter::new(done) }))
+        Ok(Self(Inner::Contracted { shared, done: Waiter::new(done) }))
     }
 
     /// Waits for the commit on this thread.
@@ -91,7 +89,7 @@ impl CommitFuture {
     pub fn result(&self, timeout: Duration) -> Result<Outcome> {
         match &self.0 {
             Inner::Save(save) => save.wait(timeout),
-            Inner::Waiting { shared, done } => {
+            Inner::Contracted { shared, done } => {
                 shared.alive()?;
                 let late = || Error::new(ErrorKind::Deadline, format!("the commit has not ended waited={timeout:?}"));
                 done.cell().wait(deadline_after(timeout)).ok_or_else(late)?
@@ -103,35 +101,29 @@ impl CommitFuture {
     pub fn cancel(&self) -> bool {
         match &self.0 {
             Inner::Save(save) => save.cancel(),
-            Inner::Waiting { shared, .. } => shared.cancel(),
+            Inner::Contracted { shared, .. } => shared.cancel(),
         }
     }
 }
 
-impl Waiting {
+impl Contracted {
     fn alive(&self) -> Result<()> {
         self.origin.check("a commit of the parent cannot be waited for in a forked child")
-    }
-
-    fn cancelled(&self) -> bool {
-        matches!(*lock(&self.begun), Begun::Cancelled)
     }
 
     fn cancel(&self) -> bool {
         if self.alive().is_err() {
             return false;
         }
-        let save = match &mut *lock(&self.begun) {
-            Begun::Save(save) => Some(save.clone()),
-            begun => {
-                *begun = Begun::Cancelled;
-                None
-            }
-        };
-        if save.is_some_and(|save| !save.cancel()) {
-            return false;
+        let begun = lock(&self.begun);
+        if let Some(save) = begun.clone() {
+            drop(begun);
+            // The thread of the commit sees how the save ends.
+            return save.cancel();
         }
-        let first = self.done.complete(Err(Error::new(ErrorKind::Cancelled, "the save was cancelled")));
+        let calls = self.done.put(Err(cancelled()));
+        drop(begun);
+        let first = calls.map(Calls::here).is_some();
         self.signals.wake();
         first
     }
@@ -146,33 +138,27 @@ impl Waiting {
         // Never zero, which is refused; the wait itself detects a deadline that has passed.
         let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
         for signal in contract {
-            self.signals.wait_or(id, *signal, left(), || self.cancelled())?;
+            self.signals.wait_or(id, *signal, left(), || self.done.is_complete())?;
         }
-        let cancelled = || Error::new(ErrorKind::Cancelled, "the save was cancelled");
-        if self.cancelled() {
+        if self.done.is_complete() {
             return Err(cancelled());
         }
         // Takes no lock: `begin` may wait for memory, and `cancel` must not wait for it.
         let save = begin()?;
-        {
-            let mut begun = lock(&self.begun);
-            if matches!(*begun, Begun::Cancelled) {
-                save.cancel();
-                return Err(cancelled());
-            }
-            *begun = Begun::Save(save.clone());
+        let mut begun = lock(&self.begun);
+        if self.done.is_complete() {
+            drop(begun);
+            save.cancel();
+            return Err(cancelled());
         }
-        let outcome = save.wait(left());
-        let published = || {
-            let what = "the commit was being published at its deadline: it may still become durable";
-            Err(Error::new(ErrorKind::Indeterminate, what))
-        };
-        match save.try_get() {
-            Some(ended) => ended,
-            None if save.cancel() => outcome,
-            None => save.try_get().unwrap_or_else(published),
-        }
+        *begun = Some(save.clone());
+        drop(begun);
+        end_by(&save, deadline, deadline, "the deadline of its commit")
     }
+}
+
+fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, "the save was cancelled")
 }
 
 impl Future for CommitFuture {
@@ -181,7 +167,7 @@ impl Future for CommitFuture {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut self.0 {
             Inner::Save(save) => Pin::new(save).poll(cx),
-            Inner::Waiting { shared, done } => {
+            Inner::Contracted { shared, done } => {
                 shared.alive()?;
                 Poll::Ready(ready!(Pin::new(done).poll(cx)))
             }
@@ -193,7 +179,7 @@ impl fmt::Debug for CommitFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Inner::Save(save) => write!(f, "CommitFuture({save:?})"),
-            Inner::Waiting { shared, .. } => write!(f, "CommitFuture(ended={})", shared.done.is_complete()),
+            Inner::Contracted { shared, .. } => write!(f, "CommitFuture(ended={})", shared.done.is_complete()),
         }
     }
 }

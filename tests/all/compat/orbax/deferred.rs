@@ -283,3 +283,37 @@ fn a_commit_that_begins_can_be_cancelled() {
     assert_eq!(future.result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
     gate.open();
 }
+
+/// A commit is cancelled through its save once that has begun, and a save that begins after the commit was
+/// cancelled is cancelled, too.
+#[test]
+fn the_save_of_a_cancelled_commit_is_cancelled_whichever_comes_first() {
+    for cancelled_first in [false, true] {
+        let (root, device) = (tempfile::tempdir().unwrap(), LateDevice::default());
+        let engine = Arc::new(engine(root.path()).made_device(Arc::new(device.clone())).build().unwrap());
+        device.hold();
+        let (signals, gate) = (Signals::new(), Arc::new(Gate::default()));
+        let id = signals.next_operation_id(&[]);
+        let begin = {
+            let (engine, gate) = (engine.clone(), gate.clone());
+            move || {
+                gate.pass();
+                engine.save(1, state(1))
+            }
+        };
+        let future = CommitFuture::contracted(&signals, id, &[ITEM], LONG, begin).unwrap();
+        gate.reached();
+        if cancelled_first {
+            assert!(future.cancel());
+        }
+        gate.open();
+        eventually("the save has begun", || Arc::strong_count(&engine) == 1);
+        assert_eq!(future.cancel(), !cancelled_first);
+        assert_eq!(future.result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+        assert_eq!(signals.wait(id, ITEM, LONG).unwrap_err().kind(), ErrorKind::Cancelled);
+        assert!(!future.cancel());
+        device.release();
+        Arc::into_inner(engine).unwrap().shutdown(LONG).unwrap();
+        assert!(files(root.path()).is_empty());
+    }
+}
