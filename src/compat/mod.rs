@@ -23,6 +23,7 @@ pub mod graph;
 pub mod orbax;
 pub mod torch;
 
+mod background;
 mod checkpoint_path;
 mod ending;
 mod open;

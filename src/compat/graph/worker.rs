@@ -6,31 +6,25 @@
 //! every call is `Invalid`.
 
 use super::records::Records;
-use crate::completion::{Completion, Waiter};
+use crate::compat::background::Background;
+use crate::completion::{Completion, Waiter, deadline_after};
 use crate::error::{Error, Result};
-use crate::fork::ForkGuard;
 use crate::guard::guarded;
 use crate::sync::{self, Mutex, lock};
-use crate::thread::spawn;
-use crossbeam_channel::{Sender, unbounded};
+use crossbeam_channel::Receiver;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::time::Duration;
 
 type Job = Box<dyn FnOnce(&mut dyn Records) + Send>;
 
-/// The thread and its job channel. Dropping it waits until every job has run.
+/// The thread and its job channel. Dropping it waits until every job has run, except in the thread itself.
 #[derive(Debug)]
-pub(super) struct Worker {
-    jobs: Option<Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
-    origin: ForkGuard,
-}
+pub(super) struct Worker(Background<Job>);
 
 impl Worker {
     pub fn start(mut records: impl Records + 'static) -> Result<Self> {
-        let (jobs, todo) = unbounded::<Job>();
-        let thread = spawn("ashore-graph".into(), move || todo.iter().for_each(|job| job(&mut records)))?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread), origin: ForkGuard::new() })
+        let run = move |jobs: Receiver<Job>| jobs.iter().for_each(|job| job(&mut records));
+        Ok(Self(Background::start("ashore-graph", run)?))
     }
 
     /// Runs `job` on the thread.
@@ -38,7 +32,7 @@ impl Worker {
         &self,
         job: impl FnOnce(&mut dyn Records) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        self.origin.check("a checkpointer cannot be used in a forked child; make a new one there")?;
+        self.0.origin().check("a checkpointer cannot be used in a forked child; make a new one there")?;
         let result = Arc::new(Mutex::new(None));
         let done = sync::Arc::new(Completion::new());
         let (put, complete) = (result.clone(), done.clone());
@@ -46,22 +40,16 @@ impl Worker {
             *lock(&put) = Some(guarded("a checkpointer panicked", || job(records)));
             complete.complete(());
         });
-        let gone = || Error::internal("the thread of a checkpointer has ended");
-        self.jobs.as_ref().ok_or_else(gone)?.send(job).map_err(|_| gone())?;
+        self.0.send(job)?;
         Waiter::new(done).await;
         let result = lock(&result).take();
-        result.unwrap_or_else(|| Err(gone()))
+        result.unwrap_or_else(|| Err(Error::internal("a job of a checkpointer has left no result")))
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.thread.take()
-            && self.origin.is_ours()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread of a checkpointer panicked");
-        }
+        // The saves of the jobs have their own deadlines.
+        self.0.close(deadline_after(Duration::MAX));
     }
 }

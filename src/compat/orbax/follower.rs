@@ -31,7 +31,7 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    pub fn run(&self, coming: &Receiver<Save>) {
+    pub fn run(self, coming: Receiver<Save>) {
         // Saves end ahead of this loop, so a policy may delete a step before the loop reaches its save.
         let mut deleted = BTreeSet::new();
         for save in coming {

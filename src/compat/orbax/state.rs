@@ -1,6 +1,6 @@
 //! The state of a manager, which it shares with the thread that waits for its saves to end.
 
-use crate::completion::{Completion, Signal};
+use crate::completion::Signal;
 use crate::error::Error;
 use crate::sync::Mutex;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -14,8 +14,6 @@ pub(super) struct ManagerState {
     pub progress: Mutex<Progress>,
     pub changed: Signal,
     pub preempted: AtomicBool,
-    /// Set when the thread that follows saves has ended.
-    pub ended: Completion<()>,
 }
 
 /// What a manager knows of its steps and saves.
@@ -34,6 +32,6 @@ impl ManagerState {
     pub fn of(steps: BTreeSet<u64>) -> Arc<Self> {
         let progress = Mutex::new(Progress { steps, ..Progress::default() });
         let (changed, preempted) = (Signal::default(), AtomicBool::new(false));
-        Arc::new(Self { progress, changed, preempted, ended: Completion::new() })
+        Arc::new(Self { progress, changed, preempted })
     }
 }

@@ -7,19 +7,17 @@ use super::options::CheckpointManagerOptions;
 use super::state::ManagerState;
 use crate::catalog::Catalog;
 use crate::checkpoint::Checkpoint;
+use crate::compat::background::Background;
 use crate::compat::ending::{first, shut_down_last};
 use crate::completion::deadline_after;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
-use crate::fork::ForkGuard;
 use crate::mutant::{self, Mutant};
 use crate::outcome::Outcome;
 use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::OnUnseenError;
 use crate::state::{Layout, StateDict};
 use crate::sync::lock;
-use crate::thread::spawn;
-use crossbeam_channel::{Sender, unbounded};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, BTreeSet};
@@ -82,8 +80,8 @@ pub struct CheckpointManager {
 #[derive(Debug)]
 struct Writer {
     executor: Arc<CheckpointExecutor>,
-    saves: Sender<Save>,
-    origin: ForkGuard,
+    /// Follows the saves.
+    thread: Background<Save>,
 }
 
 /// The facts about a step that need no tensors: Orbax's `StepMetadata`.
@@ -117,18 +115,14 @@ impl CheckpointManager {
         options.name_of(0)?;
         let catalog = executor.catalog().clone();
         let shared = ManagerState::of(steps(&catalog)?);
-        let (saves, coming) = unbounded();
         let follower = Follower {
             catalog: catalog.clone(),
             failed: executor.settings().on_unseen_error,
             shared: shared.clone(),
             preservation: options.preservation.clone(),
         };
-        spawn("ashore-manager".into(), move || {
-            follower.run(&coming);
-            follower.shared.ended.complete(());
-        })?;
-        let writer = Some(Writer { executor, saves, origin: ForkGuard::new() });
+        let thread = Background::start("ashore-manager", move |saves| follower.run(saves))?;
+        let writer = Some(Writer { executor, thread });
         Ok(Self { catalog, writer, options, shared })
     }
 
@@ -208,7 +202,7 @@ impl CheckpointManager {
         force: bool,
         mut options: SaveOptions,
     ) -> Result<bool> {
-        let Some(Writer { executor, saves, .. }) = &self.writer else {
+        let Some(Writer { executor, thread }) = &self.writer else {
             let refused = Error::invalid("a manager that only reads cannot save").with_step(step);
             return if force { Err(refused) } else { Ok(false) };
         };
@@ -247,8 +241,7 @@ impl CheckpointManager {
             *progress.saving.entry(step).or_default() += 1;
             progress.last_save = Some(Instant::now());
         }
-        let gone = |_| Error::internal("the thread of a manager has ended");
-        saves.send(save).map_err(gone)?;
+        thread.send(save)?;
         Ok(true)
     }
 
@@ -399,16 +392,13 @@ impl CheckpointManager {
     }
 
     fn end(&mut self, timeout: Duration) -> Result<()> {
-        let Some(Writer { saves, origin, executor }) = self.writer.take() else { return Ok(()) };
-        if !origin.is_ours() {
-            // The thread behind the channel belongs to the parent.
-            std::mem::forget(saves);
+        let Some(Writer { executor, mut thread }) = self.writer.take() else { return Ok(()) };
+        if !thread.origin().is_ours() {
             return Ok(());
         }
-        drop(saves);
         let late = || Error::new(ErrorKind::Deadline, format!("saves have not ended waited={timeout:?}"));
         let deadline = deadline_after(timeout);
-        let ended = self.shared.ended.wait(deadline).ok_or_else(late);
+        let ended = thread.close(deadline).then_some(()).ok_or_else(late);
         shut_down_last(executor, ended, deadline)
     }
 }
@@ -416,7 +406,7 @@ impl CheckpointManager {
 impl Drop for CheckpointManager {
     fn drop(&mut self) {
         let Some(writer) = &self.writer else { return };
-        let (parents, timeout) = (!writer.origin.is_ours(), writer.executor.settings().shutdown_timeout);
+        let (parents, timeout) = (!writer.thread.origin().is_ours(), writer.executor.settings().shutdown_timeout);
         let timeout = if mutant::on(Mutant::ManagerDrop) { Duration::ZERO } else { timeout };
         if let Err(error) = self.end(timeout) {
             tracing::error!(error = format_args!("{error:#}"), "a manager was dropped before its saves had ended");

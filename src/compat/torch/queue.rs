@@ -1,45 +1,38 @@
 //! One thread for saves that wait for a staging future or for a storage writer of the program. It runs them
 //! in the order of calls; the engine has admitted them before.
 
+use crate::compat::background::Background;
 use crate::compat::ending::{end_by, first};
 use crate::completion::deadline_after;
 use crate::error::{ErrorKind, Result};
 use crate::executor::DeferredSave;
-use crate::fork::ForkGuard;
 use crate::guard::logged;
 use crate::outcome::Phase;
 use crate::save::Save;
 use crate::sync::{Mutex, lock};
-use crate::thread::spawn;
-use crossbeam_channel::{Sender, unbounded};
-use std::thread::JoinHandle;
+use crossbeam_channel::Receiver;
 use std::time::{Duration, Instant};
 
 type Job = Box<dyn FnOnce(DeferredSave) + Send>;
 
 /// The thread, and the saves of an executor.
 pub(super) struct Queue {
-    jobs: Option<Sender<(DeferredSave, Job)>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Background<(DeferredSave, Job)>,
     /// The saves that may not have ended, or whose error no call has returned.
     saves: Mutex<Vec<Save>>,
-    origin: ForkGuard,
 }
 
 impl Queue {
     pub fn start() -> Result<Self> {
-        let (jobs, todo) = unbounded::<(DeferredSave, Job)>();
-        let run = move || {
-            for (deferred, job) in todo {
+        let run = |jobs: Receiver<(DeferredSave, Job)>| {
+            for (deferred, job) in jobs {
                 if deferred.claim() {
                     // A panic drops `deferred`, which ends its save.
                     logged("a save panicked", || job(deferred));
                 }
             }
         };
-        let thread = spawn("ashore-torch".into(), run)?;
-        let (saves, origin) = (Mutex::default(), ForkGuard::new());
-        Ok(Self { jobs: Some(jobs), thread: Some(thread), saves, origin })
+        Ok(Self { thread: Background::start("ashore-torch", run)?, saves: Mutex::default() })
     }
 
     /// Records a save, so that `close` waits for it and returns its error.
@@ -51,9 +44,8 @@ impl Queue {
 
     /// Queues a save for the thread.
     pub fn push(&self, deferred: DeferredSave, job: impl FnOnce(DeferredSave) + Send + 'static) {
-        if let Some(jobs) = &self.jobs {
-            let _ = jobs.send((deferred, Box::new(job))); // without the thread it is dropped, which ends the save
-        }
+        // Without the thread it is dropped, which ends the save.
+        let _ = self.thread.send((deferred, Box::new(job)));
     }
 
     /// Waits for the saves under way, then ends the thread.
@@ -62,11 +54,8 @@ impl Queue {
     /// The first error that no call has returned; others are logged. `Deadline` when saves were unfinished,
     /// which then fail; `Indeterminate` when one was being published, which may still become durable.
     pub fn close(&mut self, timeout: Duration) -> Result<()> {
-        let Some(thread) = self.thread.take() else { return Ok(()) };
-        if !self.origin.is_ours() {
-            // The saves and the thread belong to the parent.
-            std::mem::forget(self.jobs.take());
-            return Ok(());
+        if !self.thread.origin().is_ours() {
+            return Ok(()); // the saves and the thread belong to the parent
         }
         let deadline = deadline_after(timeout);
         let grace = deadline.max(Instant::now() + Duration::from_millis(500));
@@ -75,10 +64,7 @@ impl Queue {
             let ended = end_by(save, deadline, grace, "the close of its executor");
             errors.extend(ended.err().filter(|error| error.kind() != ErrorKind::Cancelled));
         }
-        drop(self.jobs.take());
-        while !thread.is_finished() && Instant::now() < grace {
-            std::thread::sleep(Duration::from_micros(200));
-        }
+        self.thread.close(grace);
         first(errors)
     }
 }

@@ -1,6 +1,7 @@
 //! The graph checkpointer: the suite on every implementation, and the errors that only some of them can make.
 
 use crate::compat::identical::{assert_saved_by_the_executor, files};
+use crate::fixtures::executor::LONG;
 use ashore::compat::graph::{
     ActiveSnapshot, Checkpointer, Directory, GraphState, InMemory, Namespaced, Prune, Sqlite, checkpointer_for,
 };
@@ -8,8 +9,11 @@ use ashore::testing::block_on;
 use ashore::testing::graph::{Sample, run, run_pruning};
 use ashore::{ErrorKind, Result, Settings};
 use std::collections::HashMap;
+use std::future::Future;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, mpsc};
+use std::task::{Context, Wake, Waker};
 use tempfile::tempdir;
 use uuid::Uuid;
 
@@ -308,4 +312,38 @@ fn a_store_can_be_handed_to_an_engine_that_owns_the_trait() {
     std::fs::write(root.path().join(RUN.to_string()).join("step-00000003/manifest.json"), "{").unwrap();
     let engine::Failed::Store(why) = block_on(store.load(RUN, Some(3))).unwrap_err();
     assert!(why.contains("step-00000003"), "{why}");
+}
+
+/// Polls its task in `wake`, as bridges to other languages do.
+struct Inline(Mutex<Option<Pin<Box<dyn Future<Output = ()> + Send>>>>);
+
+impl Wake for Inline {
+    fn wake(self: Arc<Self>) {
+        let mut task = self.0.lock().unwrap().take().unwrap();
+        assert!(task.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());
+    }
+}
+
+/// A task that a waker polls in the thread of a checkpointer may drop its last owner there. The drop joined
+/// that thread, which panicked.
+#[test]
+fn a_checkpointer_that_its_own_thread_drops_does_not_wait_for_itself() {
+    let root = tempdir().unwrap();
+    let (checkpointer, (ended, end)) = (Directory::open(root.path()).unwrap(), mpsc::channel());
+    let mut task: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(async move {
+        checkpointer.save(RUN, 1, &Sample::new(1)).await.unwrap();
+        drop(checkpointer);
+        ended.send(()).unwrap();
+    });
+    let inline = Arc::new(Inline(Mutex::new(None)));
+    let mut slot = inline.0.lock().unwrap();
+    if task.as_mut().poll(&mut Context::from_waker(&Waker::from(inline.clone()))).is_pending() {
+        *slot = Some(task);
+    }
+    drop(slot);
+    end.recv_timeout(LONG).unwrap();
+    let again = Directory::open(root.path()).unwrap();
+    assert_eq!(block_on(Checkpointer::<Sample>::list(&again, RUN)).unwrap(), [1]);
+    crate::compat::drop_in_a_child(&again);
+    save(&again, RUN, 2);
 }
