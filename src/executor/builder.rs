@@ -21,7 +21,7 @@ use crate::fork::ForkGuard;
 use crate::guard::dropped;
 use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
-use crate::ranks::Coordinator;
+use crate::ranks::{Coordinator, launcher};
 use crate::settings::{Detect, DeviceChoice, Engine, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings};
 use crate::staging::Stager;
 use crate::storage::local::Local;
@@ -67,7 +67,7 @@ pub struct Builder {
     /// How often live attempts are touched.
     touch: Duration,
     ranks: Ranks,
-    run: String,
+    run: Option<String>,
 }
 
 /// Whether other ranks save with this process.
@@ -77,6 +77,31 @@ enum Ranks {
     Unsaid,
     Alone,
     Several(Arc<dyn Coordinator>),
+}
+
+impl Ranks {
+    /// Meets the other ranks, if there are any.
+    ///
+    /// # Errors
+    /// `Invalid` if a launcher started several ranks and the program has not said whether they save together;
+    /// those of [`Group::meet`].
+    fn meet(self, storage: &dyn Storage, run: Option<String>, timeout: Duration) -> Result<Option<Arc<Group>>> {
+        let coordinator = match self {
+            Self::Alone => return Ok(None),
+            Self::Unsaid => {
+                let several = launcher::launched()?.filter(|launched| launched.member.world > 1);
+                return several.map_or(Ok(None), |launched| Err(launched.undecided()));
+            }
+            Self::Several(coordinator) => coordinator,
+        };
+        let run = match run {
+            Some(run) => run,
+            None => launcher::launched()?.and_then(|launched| launched.token).unwrap_or_default(),
+        };
+        let why = "this storage cannot be shared by several ranks: use a directory that all of them see";
+        let shared = storage.shared().ok_or_else(|| Error::invalid(why))?;
+        Group::meet(coordinator, shared, &run, deadline_after(timeout)).map(|group| Some(Arc::new(group)))
+    }
 }
 
 /// An optional policy.
@@ -102,7 +127,7 @@ macro_rules! setters {
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
         let (settings, policy) = (Settings::default(), Policy::default());
-        let (touch, ranks, run) = (touch::TOUCH_INTERVAL, Ranks::Unsaid, String::new());
+        let (touch, ranks, run) = (touch::TOUCH_INTERVAL, Ranks::Unsaid, None);
         Self { root, settings, storage: None, device: None, given: None, policy, touch, ranks, run }
     }
 
@@ -230,7 +255,34 @@ impl Builder {
     /// metadata are saved.
     ///
     /// [`Builder::build`] then waits until all ranks have come, at most for `save_timeout`, and takes the
-    /// root over from earlier runs of the job. List steps after that.
+    /// root over from earlier runs of the job. List steps after that. The first save of a structure waits in
+    /// the call of `save` until all ranks have described their tensors, and so for earlier saves.
+    ///
+    /// ```
+    /// use ashore::ranks::{Member, SharedDirectory};
+    /// use ashore::{CheckpointExecutor, HostTensor, StateDict};
+    /// use std::{sync::Arc, time::Duration};
+    /// # let root = tempfile::tempdir().unwrap();
+    /// # let root = root.path();
+    /// // A launcher starts a process for each rank; `ranks::launcher::detect` says which one this is.
+    /// let train = |member: Member| -> ashore::Result<()> {
+    ///     let coordinator = Arc::new(SharedDirectory::new(root, member)?);
+    ///     let builder = CheckpointExecutor::builder(root).arena(4 << 20).chunk(1 << 20);
+    ///     let executor = builder.ranks(coordinator).run("run-7").build()?;
+    ///     let rows = Arc::new(vec![member.rank as f32; 3]); // this rank's row of a matrix
+    ///     let mut state = StateDict::new();
+    ///     state.tensor_box("weights", [2, 3], [member.rank as usize, 0], HostTensor::new(rows, [1, 3]))?;
+    ///     executor.save(1, state)?.wait(Duration::from_secs(60))?; // durable on all ranks, or failed on all
+    ///     executor.shutdown(Duration::from_secs(60))
+    /// };
+    /// std::thread::scope(|scope| {
+    ///     let ranks = [0, 1].map(|rank| scope.spawn(move || train(Member { rank, world: 2, local_rank: rank })));
+    ///     ranks.into_iter().try_for_each(|rank| rank.join().unwrap())
+    /// })?;
+    /// let step = ashore::Catalog::open(root)?.latest()?.unwrap();
+    /// assert_eq!(step.read_as::<f32>("weights")?, [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
+    /// # Ok::<(), ashore::Error>(())
+    /// ```
     pub fn ranks(mut self, coordinator: Arc<dyn Coordinator>) -> Self {
         self.ranks = Ranks::Several(coordinator);
         self
@@ -242,9 +294,10 @@ impl Builder {
         self
     }
 
-    /// The identity of the run, the same on all its ranks: it keeps the ranks of two jobs apart.
+    /// The identity of the run, the same on all its ranks: it keeps the ranks of two jobs apart. The default
+    /// is what the [launcher](crate::ranks::launcher) gives, if it does.
     pub fn run(mut self, run: impl Into<String>) -> Self {
-        self.run = run.into();
+        self.run = Some(run.into());
         self
     }
 
@@ -267,15 +320,7 @@ impl Builder {
             Some(storage) => storage,
             None => Arc::new(Local::open_with(&root, settings.engine)?.direct(settings.direct).locks(settings.locks)),
         };
-        let group = match ranks {
-            Ranks::Several(coordinator) => {
-                let deadline = deadline_after(settings.save_timeout);
-                let why = "this storage cannot be shared by several ranks: use a directory that all of them see";
-                let shared = storage.shared().ok_or_else(|| Error::invalid(why))?;
-                Some(Arc::new(Group::meet(coordinator, shared, &run, deadline)?))
-            }
-            Ranks::Unsaid | Ranks::Alone => None,
-        };
+        let group = ranks.meet(storage.as_ref(), run, settings.save_timeout)?;
         let (device, report) = match device {
             Some(device) => {
                 let report = DeviceReport::new(device.as_ref(), "as it was given".into());

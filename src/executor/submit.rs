@@ -6,6 +6,7 @@ use super::ranks::{Answer, Described, Gate, Turn, Turns, Wanted, What};
 use super::threads::{Channels, Commits};
 use super::{Admission, CheckpointExecutor, again};
 use crate::device::Dependency;
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::guard::{dropped, guarded};
 use crate::id::{Attempt, parse_step_name, step_name};
@@ -366,7 +367,8 @@ impl CheckpointExecutor {
             return Err(Error::invalid(why).with_step(call.step));
         }
         let (description, order) = Description::of(state, shape.files)?;
-        let (bytes, digest) = description.encode()?;
+        let (bytes, _) = description.encode()?;
+        let digest = Digest::of(&bytes);
         let described = Described { bytes: bytes.into(), digest, order: order.into(), share: Arc::from([]) };
         let answer = match &*self.threads.channels() {
             Some(Channels { commits: Commits::Several(calls), .. }) => turn.describe(calls, call, described.clone()),

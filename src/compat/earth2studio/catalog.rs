@@ -373,7 +373,8 @@ impl CatalogState {
         let executor = match &line.executor {
             Some(executor) => executor.clone(),
             None => {
-                let builder = CheckpointExecutor::builder(self.rank_path()).settings(self.given.settings.clone());
+                let builder =
+                    CheckpointExecutor::builder(self.rank_path()).settings(self.given.settings.clone()).alone();
                 let builder = match &self.given.made {
                     Some(made) => builder.made_device(made.clone()),
                     None => builder.device(self.given.device),

@@ -26,6 +26,8 @@ const AFTER: u32 = 100;
 struct Job<'a> {
     fs: &'a SimFs,
     ranks: Vec<CheckpointExecutor>,
+    /// How long a save may take.
+    timeout: Duration,
     expected: &'a mut Expected,
 }
 
@@ -41,7 +43,6 @@ impl<'a> Job<'a> {
                 .chunk(CHUNK as u64)
                 .writers(1)
                 .keep_last(2)
-                .save_timeout(timeout)
                 .ranks(coordinator)
                 .build()
         };
@@ -50,7 +51,7 @@ impl<'a> Job<'a> {
             threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Result<_>>()
         });
         expected.keep_last = Some(2);
-        Ok(Self { fs, ranks: ranks?, expected })
+        Ok(Self { fs, ranks: ranks?, timeout, expected })
     }
 
     /// Saves on all ranks. What any rank is told must be true.
@@ -60,7 +61,7 @@ impl<'a> Job<'a> {
             let mut state = StateDict::new();
             state.tensor(format!("rank {rank}"), Arc::new(one.bytes(rank, LENGTHS[rank])))?;
             state.value("number", &one.number)?;
-            let mut options = SaveOptions::default();
+            let mut options = SaveOptions::default().timeout(self.timeout);
             options.overwrite = overwrite;
             executor.save_with(one.step, state, options)?.wait(LONG)
         };

@@ -55,3 +55,25 @@ fn ranks_that_do_not_come_are_named() {
     let error = builder.ranks(coordinator).build().unwrap_err();
     assert_eq!((error.kind(), error.ranks()), (ErrorKind::Deadline, &[1, 2][..]), "{error}");
 }
+
+/// A program that a launcher started as one of several ranks must say whether they save together: each of
+/// them would otherwise publish a step of its own under the same name.
+#[test]
+fn a_launcher_of_several_ranks_needs_a_word_of_the_program() {
+    const CHILD: &str = "ASHORE_TEST_LAUNCHED";
+    if std::env::var_os(CHILD).is_none() {
+        let test = "ranks::sessions::a_launcher_of_several_ranks_needs_a_word_of_the_program";
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args([test, "--exact"]).env(CHILD, "1");
+        child.envs([("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1"), ("TORCHELASTIC_RUN_ID", "7")]);
+        let output = child.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let builder = || ashore::CheckpointExecutor::builder(root.path()).arena(4 << 20).chunk(1 << 20);
+    let error = builder().build().unwrap_err();
+    assert_eq!((error.kind(), error.ranks()), (ErrorKind::Invalid, &[1][..]), "{error}");
+    assert!(error.message().contains(".ranks(") && error.message().contains(".alone()"), "{error}");
+    builder().alone().build().unwrap().save(1, state(0, 1)).unwrap().wait(LONG).unwrap();
+}
