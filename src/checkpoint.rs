@@ -267,7 +267,8 @@ impl Checkpoint {
     /// among its [values](Checkpoint::value).
     ///
     /// # Errors
-    /// `NotFound` when that rank kept none; `Invalid` when it is not a `T`, or there is no such rank; `Corrupt`.
+    /// `NotFound` when that rank kept none; `Invalid` when it is not a `T`, or there is no such rank;
+    /// `Corrupt` when what the step says of it is not what was written.
     pub fn rank_value<T: DeserializeOwned>(&self, rank: u32, name: &str) -> Result<T> {
         let world = self.world();
         if rank >= world {

@@ -5,8 +5,8 @@ use super::admission::{Admitted, shut_down};
 use super::ranks::{Answer, Described, Gate, Turn, Turns, Wanted, What};
 use super::threads::{Channels, Commits};
 use super::{Admission, CheckpointExecutor, again};
+use crate::commit::several::identity;
 use crate::device::Dependency;
-use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::guard::{dropped, guarded};
 use crate::id::{Attempt, parse_step_name, step_name};
@@ -368,7 +368,7 @@ impl CheckpointExecutor {
         }
         let (description, order) = Description::of(state, shape.files)?;
         let (bytes, _) = description.encode()?;
-        let digest = Digest::of(&bytes);
+        let digest = identity(&bytes);
         let described = Described { bytes: bytes.into(), digest, order: order.into(), share: Arc::from([]) };
         let answer = match &*self.threads.channels() {
             Some(Channels { commits: Commits::Several(calls), .. }) => turn.describe(calls, call, described.clone()),

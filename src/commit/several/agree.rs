@@ -44,6 +44,12 @@ impl Structures {
     }
 }
 
+/// The digest by which ranks compare descriptions and parts of plans. Each of these ends with its own CRC-64,
+/// which is left out: the CRC of any text with its CRC behind it is the same number.
+pub(crate) fn identity(encoded: &[u8]) -> Digest {
+    Digest::of(encoded.split_last_chunk::<8>().map_or(encoded, |(text, _)| text))
+}
+
 /// What the ranks have agreed on.
 #[derive(Debug)]
 pub(crate) enum Agreed {
@@ -205,7 +211,7 @@ impl Group {
         let mut plan = Digest::EMPTY;
         for (rank, part) in (0..).zip(&parts) {
             self.shared.put_note(self.session.generation, &part_of(rank), part)?;
-            plan = plan.then(Digest::of(part), part.len() as u64);
+            plan = plan.then(identity(part), part.len() as u64);
         }
         // Two plans with the same bytes in other parts differ.
         let lengths: Vec<u8> = parts.iter().flat_map(|part| (part.len() as u64).to_le_bytes()).collect();
@@ -216,7 +222,7 @@ impl Group {
 
     fn read(&self, name: &str, note: &Noted, rank: u32) -> Result<Vec<u8>> {
         let bytes = self.shared.note(self.session.generation, name, MAX_NOTE)?.unwrap_or_default();
-        if Digest::of(&bytes) == note.digest {
+        if identity(&bytes) == note.digest {
             return Ok(bytes);
         }
         let why = "a rank's description of its state is not what it wrote: does it see the root of rank 0?";
@@ -284,4 +290,32 @@ fn state_of(rank: u32) -> String {
 
 fn part_of(rank: u32) -> String {
     format!("plan-{rank:05}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::{Description, Merge};
+    use crate::state::StateDict;
+
+    /// Regression: the digest of a whole description, with its own CRC at the end, was the same for all
+    /// descriptions, so ranks went on with a plan that was not theirs.
+    #[test]
+    fn other_descriptions_and_shares_have_other_identities() {
+        let encoded = |bytes: usize| {
+            let mut state = StateDict::new();
+            state.tensor("t", vec![0_u8; bytes]).unwrap();
+            let (description, _) = Description::of(&state, 1).unwrap();
+            let mut merge = Merge::new(1);
+            merge.add(0, &description).unwrap();
+            (description.encode().unwrap().0, merge.finish().unwrap().shares[0].encode().unwrap())
+        };
+        let ((a, share), (b, _)) = (encoded(8), encoded(9));
+        assert_eq!((a.len(), Digest::of(&a)), (b.len(), Digest::of(&b)), "what a CRC does");
+        assert_ne!(identity(&a), identity(&b));
+        assert_eq!(identity(&a), identity(&a.clone()));
+        let mut other = share.clone();
+        other[10] ^= 1;
+        assert_ne!(identity(&share), identity(&other));
+    }
 }

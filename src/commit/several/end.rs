@@ -196,8 +196,13 @@ impl Rounds<'_> {
         let heard = sent
             .and_then(|()| coordinator.tell(round(Phase::Outcome), None, self.deadline))
             .and_then(|bytes| decode::<Verdict>(&bytes, 0));
-        sealed?;
-        heard.map_or_else(|lost| self.decide(lost), Verdict::into_result)
+        match (sealed, heard) {
+            (Ok(_), Ok(verdict)) => verdict.into_result(),
+            (Ok(_), Err(lost)) => self.decide(lost),
+            // Rank 0 has deleted the attempt because of another rank, and that is why this one failed.
+            (Err(_), Ok(Verdict::Failed(first))) if !first.names(self.group.member.rank) => Err(first.into_error()),
+            (Err(own), _) => Err(own),
+        }
     }
 
     /// Learns or decides the outcome on the storage, because it was not told.

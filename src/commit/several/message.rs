@@ -114,6 +114,11 @@ impl WireError {
         Self { kind: name(error.kind()).into(), message, ranks: ranks.into_iter().take(RANKS).collect() }
     }
 
+    /// Whether `rank` is one of the ranks concerned.
+    pub fn names(&self, rank: u32) -> bool {
+        self.ranks.contains(&rank)
+    }
+
     /// The error, on the rank that received it.
     pub fn into_error(self) -> Error {
         let kind = KINDS.iter().find(|kind| name(**kind) == self.kind).copied().unwrap_or(ErrorKind::Unavailable);

@@ -22,8 +22,8 @@ impl Group {
     /// after that.
     ///
     /// # Errors
-    /// Those of [`Coordinator::meet`]. `Invalid` if the ranks are not of one run, or if this rank sees another
-    /// root than rank 0; `Conflict` if a newer session has taken the root.
+    /// Those of [`Coordinator::meet`]. `Invalid` if the ranks are not of one run, or if this rank sees
+    /// another root than rank 0; `Conflict` if a newer session has taken the root.
     pub fn meet(
         coordinator: Arc<dyn Coordinator>,
         shared: Arc<dyn Shared>,

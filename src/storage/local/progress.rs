@@ -35,7 +35,7 @@ impl Progress {
         self.fault()
     }
 
-    /// The reason why what this process has written is not whole; None if it is, or if it has written nothing.
+    /// The reason why what this process has written is not whole; None if it is, or if there is nothing.
     pub(super) fn fault(&self) -> Option<&'static str> {
         if self.lost.load(Ordering::Acquire) {
             Some("the attempt is lost: an earlier call on it failed")

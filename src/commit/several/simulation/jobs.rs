@@ -5,13 +5,13 @@ use super::messages::{At, Travel, Wire};
 use super::scheduler::{Killed, Rng, Scheduler};
 use crate::commit::several::end::Part;
 use crate::commit::several::message::Receipt;
-use crate::commit::several::{Agreed, Describe, Group, Structures, Vote};
+use crate::commit::several::{Agreed, Describe, Group, Structures, Vote, identity};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ranks::Member;
 use crate::storage::shared::SharedWriting;
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What a seed simulates. Times are in microseconds.
@@ -82,26 +82,38 @@ pub(super) fn run(seed: u64, plan: &Plan) -> BTreeMap<String, u64> {
             let (plan, outcomes, scheduler) = (plan.clone(), outcomes.clone(), scheduler.clone());
             let body = move || {
                 scheduler.enter(thread);
-                let lived = catch_unwind(AssertUnwindSafe(|| {
-                    scheduler.sleep(thread, start);
-                    Rank { plan: &plan, medium, at, outcomes: &outcomes }.live();
-                }));
-                scheduler.leave(thread);
-                match lived {
-                    Err(payload) if payload.is::<Killed>() => note(&outcomes, "died"),
-                    Err(payload) => resume_unwind(payload),
-                    Ok(()) => {}
-                }
+                let _left = Leaving { scheduler: &scheduler, thread };
+                scheduler.sleep(thread, start);
+                Rank { plan: &plan, medium, at, outcomes: &outcomes }.live();
             };
             let built = std::thread::Builder::new().stack_size(256 << 10).spawn(body);
             handles.push(built.expect("a thread for each rank"));
         }
     }
-    let broken = handles.into_iter().filter_map(|handle| handle.join().err()).next();
+    let mut broken = None;
+    for payload in handles.into_iter().filter_map(|handle| handle.join().err()) {
+        if payload.is::<Killed>() {
+            note(&outcomes, "died");
+        } else {
+            broken = Some(payload);
+        }
+    }
     if let Some(payload) = broken {
         resume_unwind(payload);
     }
     std::mem::take(&mut *outcomes.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Tells the scheduler when a thread has ended, or died.
+struct Leaving<'a> {
+    scheduler: &'a Scheduler,
+    thread: usize,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.scheduler.leave(self.thread);
+    }
 }
 
 fn note(outcomes: &Mutex<BTreeMap<String, u64>>, outcome: &str) {
@@ -121,7 +133,7 @@ impl Rank<'_> {
         let scheduler = &self.medium.root.scheduler;
         let deadline = scheduler.instant(scheduler.now() + 10 * self.plan.patience);
         let Ok(group) = Group::meet(self.at.clone(), Arc::new(self.medium.clone()), "run", deadline) else {
-            return note(self.outcomes, "met nobody in time");
+            return note(self.outcomes, "unmet");
         };
         let mut known = Structures::none();
         for save in 0..self.plan.saves {
@@ -150,8 +162,8 @@ impl Rank<'_> {
         let (other, fails) = scheduler.with_rng(|rng| (rng.one_in(self.plan.wrong), rng.one_in(self.plan.wrong)));
         let step = save + 100 * u64::from(other);
         let (name, overwrite) = (format!("step-{step}"), self.plan.overwrite);
-        let description = format!("rank {}", group.member.rank).into_bytes();
-        let vote = Vote { step, name: name.clone(), overwrite, structure: Digest::of(&description), error: None };
+        let description = format!("rank {} 12345678", group.member.rank).into_bytes();
+        let vote = Vote { step, name: name.clone(), overwrite, structure: identity(&description), error: None };
         let mut begun = None;
         let agreed = if first {
             let mut begin = || {
