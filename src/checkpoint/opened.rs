@@ -93,7 +93,7 @@ impl Opened {
             Err(error) => return Err(Failure::Foreign(error.with_path(manifest_path))),
         };
         let (modified, length) = (file.modified(), file.len());
-        let reading: Arc<dyn Reading> = reading.into();
+        let reading: Arc<dyn Reading> = reading;
         let medium = Directory { reading: reading.clone(), path: path.into() };
         let step = manifest.step();
         let index = Index::new(manifest, Box::new(medium)).map_err(|error| {

@@ -7,7 +7,7 @@
 //! attempt waits in its [`Gate`] until the ranks have agreed; a call with a new structure waits until it has
 //! its share of the plan.
 
-use crate::commit::several::{Agreed, Attempted, Describe, Group, Structure, Structures, Vote};
+use crate::commit::several::{Agreed, Assigned, Attempted, Describe, Group, Structure, Structures, Vote};
 use crate::completion::{Calls, Completion};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
@@ -378,7 +378,7 @@ impl Rounds {
 }
 
 /// Puts the descriptions of all ranks together; returns the share of each rank, and the structure.
-fn assign(world: u32, describe: Describe<'_>) -> Result<(Vec<Vec<u8>>, Option<Arc<Structure>>)> {
+fn assign(world: u32, describe: Describe<'_>) -> Result<Assigned> {
     let mut merge = Merge::new(world);
     for rank in 0..world {
         let description = Description::decode(&describe(rank)?).map_err(|error| error.with_rank(rank))?;

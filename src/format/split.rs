@@ -64,7 +64,7 @@ pub fn rows_table<'s>(
 /// `Internal` when tensors are not in order or do not cover their shape, `Invalid` when there are more than a
 /// table takes.
 pub fn tensors_table(tensors: &[TensorEntry], aliases: &BTreeMap<usize, usize>) -> Result<(Vec<u8>, TableEntry)> {
-    if let Some([a, b]) = tensors.array_windows().find(|[a, b]| a.name >= b.name) {
+    if let Some([a, b]) = tensors.windows(2).find(|pair| matches!(pair, [a, b] if a.name >= b.name)) {
         return Err(Error::internal(format!("tensors are not in order tensor={:?} after={:?}", b.name, a.name)));
     }
     for (number, tensor) in tensors.iter().enumerate() {

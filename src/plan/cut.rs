@@ -89,7 +89,7 @@ mod tests {
     fn files_have_about_equal_bytes() {
         assert_eq!(cut(&alike(6, 10, 1), 3), [0..2, 2..4, 4..6]);
         assert_eq!(cut(&alike(2, 10, 1), 3), [0..1, 1..2]);
-        assert_eq!(cut(&alike(6, 10, 1), 1), [0..6]);
+        assert_eq!(cut(&alike(6, 10, 1), 1), vec![0..6; 1]);
         let mut one_is_large = alike(3, 1, 1);
         one_is_large[0].bytes = 1000;
         assert_eq!(cut(&one_is_large, 2), [0..1, 1..3]);

@@ -187,7 +187,8 @@ fn damaged_and_hostile_descriptions_are_refused() {
         change(&mut tensors);
         Description::decode(&Description { files: 3, tensors }.encode().unwrap().0)
     };
-    let wrong: [(&str, fn(&mut Vec<Described>)); 8] = [
+    type Harm = fn(&mut Vec<Described>);
+    let wrong: [(&str, Harm); 8] = [
         ("beyond", |t| t[0].boxes[1].at[0] = 3),
         ("overflow", |t| t[0].boxes[1].at[0] = usize::MAX),
         ("dimensions", |t| t[0].boxes[0].extent.push(1)),

@@ -107,7 +107,7 @@ impl Client {
                     Err(_) => Error::new(ErrorKind::Unavailable, format!("etcd answered with no JSON path={path}")),
                 },
                 Err(ureq::Error::BodyExceedsLimit(_)) => return Ok(None),
-                Err(ureq::Error::StatusCode(status @ (400..=404 | 405..=499))) => {
+                Err(ureq::Error::StatusCode(status @ 400..=499)) => {
                     let what = "etcd refused a request: is this its client address, with the JSON gateway and without authentication";
                     return Err(Error::invalid(format!("{what}? status={status} path={path}")));
                 }

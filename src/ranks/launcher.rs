@@ -143,7 +143,10 @@ pub(super) fn checked_token(token: &str) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn reading(variables: &[(&str, &str)]) -> Result<Option<(u32, u32, u32, Option<String>)>> {
+    /// Rank, world, local rank and token.
+    type Read = Option<(u32, u32, u32, Option<String>)>;
+
+    fn reading(variables: &[(&str, &str)]) -> Result<Read> {
         let find = |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
         let tuple = |Launched { member: m, token, .. }| (m.rank, m.world, m.local_rank, token);
         Ok(read(find)?.map(tuple))

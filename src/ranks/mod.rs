@@ -185,7 +185,7 @@ fn checked_length(message: &[u8]) -> Result<()> {
 }
 
 /// Refuses a call without the part that rank 0 alone has.
-fn told<'a>(member: Member, message: Option<&'a [u8]>) -> Result<Option<&'a [u8]>> {
+fn told(member: Member, message: Option<&[u8]>) -> Result<Option<&[u8]>> {
     match (member.rank, message) {
         (0, Some(message)) => checked_length(message).map(|()| Some(message)),
         (1.., None) => Ok(None),

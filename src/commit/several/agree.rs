@@ -21,7 +21,10 @@ pub(crate) type Describe<'a> = &'a mut dyn FnMut(u32) -> Result<Vec<u8>>;
 
 /// Computes, from the descriptions of all ranks, the part of the plan that each rank carries out, and what
 /// rank 0 writes of the structure.
-pub(crate) type Assign<'a> = &'a mut dyn FnMut(Describe<'_>) -> Result<(Vec<Vec<u8>>, Option<Arc<Structure>>)>;
+pub(crate) type Assign<'a> = &'a mut dyn FnMut(Describe<'_>) -> Result<Assigned>;
+
+/// The part of each rank, and what rank 0 writes of the structure.
+pub(crate) type Assigned = (Vec<Vec<u8>>, Option<Arc<Structure>>);
 
 /// The descriptions that rank 0 has a plan for.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ mod session;
 #[cfg(test)]
 mod simulation;
 
-pub(crate) use agree::{Agreed, Describe, Structures, identity};
+pub(crate) use agree::{Agreed, Assigned, Describe, Structures, identity};
 pub(crate) use message::Vote;
 pub(crate) use part::{Attempted, Structure, conclude};
 pub(crate) use session::Group;

@@ -45,6 +45,7 @@ pub(super) type Coming = Pin<Box<dyn Future<Output = Result<StateDict<'static>>>
 /// ```
 pub struct Staging(pub(super) Inner);
 
+#[expect(clippy::large_enum_variant, reason = "one for each save")]
 pub(super) enum Inner {
     /// Its structure is known; its tensors are promised.
     Stream(StateDict<'static>),

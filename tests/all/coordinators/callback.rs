@@ -96,7 +96,9 @@ fn hostile_answers_are_errors() {
     breaks_with(|_, _| panic!("a bug of the program"), ErrorKind::Internal);
 }
 
-fn breaks_with(later: fn(&[u8], Instant) -> Result<Vec<Vec<u8>>>, kind: ErrorKind) {
+type AllGather = fn(&[u8], Instant) -> Result<Vec<Vec<u8>>>;
+
+fn breaks_with(later: AllGather, kind: ErrorKind) {
     let (ranks, round) = met(later);
     breaks(&ranks, round, kind, 20_000);
 }

@@ -14,9 +14,12 @@ use uuid::Uuid;
 /// The rows of `w` that each rank has.
 const SHARES: [usize; 3] = [3, 1, 4];
 
+/// Names and bytes.
+type Files = Vec<(String, Vec<u8>)>;
+
 /// Makes a step of three ranks: `w` is split by rows among them, `bias` is whole on rank 1, `tied` is an
 /// alias of `bias`. Returns all files, the manifest last, and the bytes of `w` and `bias`.
-fn made() -> (Vec<(String, Vec<u8>)>, Vec<u8>, Vec<u8>) {
+fn made() -> (Files, Vec<u8>, Vec<u8>) {
     let head = Head { step: 7, attempt: Attempt::default(), session: Uuid::from_u128(9), generation: 4, world: 3 };
     let (w, bias) = (noise(8 * 5 * 4, 1), noise(6, 2));
     let names = |rank: usize| format!("shard-{rank:05}-model-00001-of-00001.safetensors");
