@@ -219,10 +219,13 @@ mutants *arguments:
 kill:
     checks/kill/kill.py
 
-# Runs coordinators between processes: in a directory, through an etcd server, under mpirun. Some are killed.
+# Runs coordinators between processes: in a directory, through an etcd server, under mpirun; and a sharded training under torchrun and
+# mpirun that goes on with other numbers of ranks. Some are killed.
 ranks:
     cargo build --quiet --example rank --features etcd,mpi
     checks/ranks/ranks.py target/debug/examples/rank directory etcd mpi
+    cargo build --quiet --example 07_ranks
+    checks/ranks/train.py target/debug/examples/07_ranks --mpirun --torchrun "{{ tools }}/stock/bin/torchrun"
 
 # Tests full and read-only file systems: ext4, xfs, btrfs. Needs root and loop devices.
 mounts:
