@@ -31,19 +31,19 @@ pub(crate) enum Mutant {
     // seen by: storage::shared
     SessionFsync,
     /// Rank 0 publishes before it has the receipts of all ranks.
-    // seen by: ranks::
+    // seen by: several::
     Receipts,
     /// Rank 0 takes a receipt of another attempt, or of another plan.
-    // seen by: ranks::
+    // seen by: several::
     ReceiptCheck,
     /// Rank 0 tells that the step is durable before it is.
-    // seen by: ranks::
+    // seen by: several::
     ToldFirst,
     /// Rank 0 does not look whether its session is the newest.
-    // seen by: ranks::
+    // seen by: several::
     Zombie,
     /// A rank whose deadline passes after its receipt reports a failure without a veto.
-    // seen by: ranks::
+    // seen by: several::
     NoVeto,
     /// A step of another process is counted without being made durable.
     // seen by: catalog::prune_

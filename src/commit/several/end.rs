@@ -244,3 +244,26 @@ fn check(theirs: &Receipt, own: &Receipt, rank: u32) -> Result<()> {
     let why = format!("a rank has written something else ({}) than rank 0 ({})", show(theirs), show(own));
     Err(Error::invalid(why).with_ranks([rank]))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::Digest;
+    use crate::id::Attempt;
+
+    #[test]
+    fn a_receipt_of_another_save_is_refused_with_its_rank() {
+        let (attempt, plan) = (Attempt::new(), Digest::of(b"plan"));
+        let own = Receipt { step: 1, attempt, plan, bytes: 0, rows: 0, digest: Digest::EMPTY };
+        check(&Receipt { bytes: 9, ..own.clone() }, &own, 3).unwrap();
+        let others = [
+            Receipt { step: 2, ..own.clone() },
+            Receipt { attempt: Attempt::new(), ..own.clone() },
+            Receipt { plan: Digest::of(b"another plan"), ..own.clone() },
+        ];
+        for other in others {
+            let error = check(&other, &own, 3).unwrap_err();
+            assert_eq!((error.kind(), error.ranks()), (ErrorKind::Invalid, &[3][..]), "{error}");
+        }
+    }
+}
