@@ -87,7 +87,7 @@ impl Group {
         failed: Option<Error>,
         deadline: Instant,
     ) -> Result<()> {
-        let sealed = failed.map_or_else(|| part.seal(), Err);
+        let sealed = failed.map_or_else(|| part.seal(), Err).map_err(|error| error.with_rank(self.member.rank));
         let rounds = Rounds { group: self, save, attempt, deadline };
         if self.member.rank == 0 { rounds.lead(part, &sealed) } else { rounds.report(part, sealed) }
     }

@@ -112,7 +112,12 @@ struct Mine<'a> {
 impl Mine<'_> {
     /// Writes the table of rows of each shard, and returns what rank 0 needs to know of the shards.
     fn write_rows(&self, receipts: &Receipts) -> Result<Vec<FileNote>> {
-        let plan = &self.request.plan;
+        let (plan, values) = (&self.request.plan, &self.request.rank_values);
+        if let (true, Some(name)) = (plan.shards.is_empty(), values.keys().next()) {
+            let why =
+                "a rank that writes no tensor has no file for values of its own: give it a tensor, or use `value`";
+            return Err(Error::invalid(format!("{why} value={name:?}")));
+        }
         let Summary { tensors, blocks, shards } = summarize(self.request, receipts)?;
         let mut notes = Vec::with_capacity(plan.shards.len());
         for (number, (shard, (header, digest))) in plan.shards.iter().zip(shards).enumerate() {
@@ -133,7 +138,7 @@ impl Mine<'_> {
             });
             let slices: Vec<(u32, SliceEntry)> = slices.collect();
             let none = BTreeMap::new();
-            let values = if number == 0 { &self.request.rank_values } else { &none };
+            let values = if number == 0 { values } else { &none };
             let rows = slices.iter().map(|(number, slice)| (*number, slice));
             let (bytes, TableEntry { name, length, digest: of_rows }) = rows_table(&shard.name, rows, values)?;
             self.attempt.put(&name, &bytes)?;

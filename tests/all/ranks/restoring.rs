@@ -80,3 +80,30 @@ fn boxes_that_overlap_or_leave_a_hole_are_refused_with_the_ranks() {
         }
     }
 }
+
+/// The only tensor is written by rank 0, so there is no file beside which rank 1 could keep a value: it must not
+/// get lost.
+#[test]
+fn values_of_a_rank_that_writes_nothing_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let job = Job::start(root.path(), 2, LONG);
+    for (step, kept) in [(1, true), (2, false)] {
+        let ended = job.each(|rank, executor| {
+            let mut state = StateDict::new();
+            state.tensor("scale", Arc::new(vec![1.0_f32; 2]))?;
+            if kept {
+                state.rank_value("seed", &rank)?;
+            }
+            executor.save(step, state)?.wait(LONG)
+        });
+        for ended in ended {
+            assert_eq!(ended.is_err(), kept, "{ended:?}");
+            if let Err(error) = ended {
+                assert_eq!((error.kind(), error.ranks()), (ashore::ErrorKind::Invalid, &[1][..]), "{error}");
+                assert!(error.message().contains("\"seed\""), "{error}");
+            }
+        }
+    }
+    let checkpoint = Catalog::open(root.path()).unwrap().latest().unwrap().unwrap();
+    assert_eq!(checkpoint.read_as::<f32>("scale").unwrap(), [1.0; 2]);
+}
