@@ -285,12 +285,12 @@ impl Rounds {
                 }
                 (What::Begun { task, ended, .. }, Next::Withdraw(error)) => {
                     task.request.ticket.fail(error.clone());
-                    self.group.withdraw(save, &error, deadline);
-                    end(&task, &ended, Err(error));
+                    let first = self.group.withdraw(save, &error, deadline);
+                    end(&task, &ended, Err(first.unwrap_or(error)));
                     dropped(task);
                 }
                 (What::Ended(_) | What::Refused(_), Next::Withdraw(error)) => {
-                    self.group.withdraw(save, &error, deadline);
+                    let _ = self.group.withdraw(save, &error, deadline);
                 }
                 (What::Refused(error), Next::Commit(attempted, _)) => self.refuse(&attempted, &error, deadline),
                 (What::Ended(_), Next::Commit(attempted, _)) => {
@@ -303,7 +303,7 @@ impl Rounds {
 
     /// Fails a save on all ranks that this one has refused after they agreed.
     fn refuse(&self, attempted: &Attempted, error: &Error, deadline: Instant) {
-        self.group.refuse(attempted.save, error, deadline);
+        let _ = self.group.refuse(attempted.save, error, deadline);
         if let (0, Ok(attempt)) = (self.group.member.rank, &attempted.attempt)
             && let Err(error) = attempt.abandon()
         {

@@ -301,7 +301,10 @@ impl Ticket {
     /// Ends the save. None when it had been given up.
     pub fn finish(&self, result: Result<Outcome>) -> Option<Calls<Result<Outcome>>> {
         // A save that might have been tried again may have been cancelled, or its deadline passed, meanwhile.
-        let last = |e: Error| if e.is_transient() { self.failure().unwrap_or(e) } else { e };
+        let last = |e: Error| match self.failure() {
+            Some(last) if self.extent().kept && e.is_transient() => last,
+            _ => e,
+        };
         let result = result.map_err(|e| last(e).with_step(self.step));
         let staged = result.as_ref().map(|_| ()).map_err(Clone::clone);
         let calls = self.done.put(result);

@@ -11,10 +11,14 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Maximum length of a note with a description or a part of a plan.
 const MAX_NOTE: u64 = 1 << 32;
+
+/// How long after its deadline a rank listens to rank 0, whose deadline passes at about the same time, and
+/// which then tells who is missing.
+pub(super) const HEAR_GRACE: Duration = Duration::from_secs(1);
 
 /// Reads the description of a rank.
 pub(crate) type Describe<'a> = &'a mut dyn FnMut(u32) -> Result<Vec<u8>>;
@@ -264,7 +268,7 @@ impl Group {
     }
 
     fn hear(&self, save: u64, phase: Phase, deadline: Instant) -> Result<Decision> {
-        decode(&self.coordinator.tell(self.round(save, phase), None, deadline)?, 0)
+        decode(&self.coordinator.tell(self.round(save, phase), None, deadline + HEAR_GRACE)?, 0)
     }
 
     /// Checks that a gather that ended well had all ranks.

@@ -1,5 +1,6 @@
 //! The rounds after everything is written: receipts, the publish by rank 0, and the outcome.
 
+use super::agree::HEAR_GRACE;
 use super::message::{Receipt, Report, Verdict, decode, encode};
 use super::session::Group;
 use crate::error::{Error, ErrorKind, Result};
@@ -45,21 +46,27 @@ pub(crate) trait Part {
 
 impl Group {
     /// Takes part in the last rounds of a save that this rank cannot write, so that it fails on all ranks at
-    /// once.
-    pub fn withdraw(&self, save: u64, why: &Error, deadline: Instant) {
+    /// once. Returns the failure of another rank, if rank 0 tells one.
+    pub fn withdraw(&self, save: u64, why: &Error, deadline: Instant) -> Option<Error> {
         let deadline = deadline + TELL_GRACE;
         let mut none = |_: u32, _: &[u8]| ControlFlow::Continue(());
         let sent = encode(&Report::Failed(self.wire(why))).and_then(|report| {
             self.coordinator.gather(self.round(save, Phase::Receipt), &report, &mut none, deadline)?;
-            self.coordinator.tell(self.round(save, Phase::Outcome), None, deadline)
+            decode(&self.coordinator.tell(self.round(save, Phase::Outcome), None, deadline)?, 0)
         });
-        if let Err(error) = sent {
-            tracing::warn!(error = format_args!("{error:#}"), "the other ranks may not know that this one failed");
+        match sent {
+            Ok(Verdict::Failed(first)) if !first.names(self.member.rank) => return Some(first.into_error()),
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(error = format_args!("{error:#}"), "the other ranks may not know that this one failed");
+            }
         }
+        None
     }
 
-    /// Fails a save that this rank has refused after the ranks agreed on it.
-    pub fn refuse(&self, save: u64, why: &Error, deadline: Instant) {
+    /// Fails a save that this rank has refused after the ranks agreed on it. Returns the failure of another
+    /// rank, if rank 0 tells one.
+    pub fn refuse(&self, save: u64, why: &Error, deadline: Instant) -> Option<Error> {
         if self.member.rank > 0 {
             return self.withdraw(save, why, deadline);
         }
@@ -73,6 +80,7 @@ impl Group {
         if let Err(error) = told {
             tracing::warn!(error = format_args!("{error:#}"), "the other ranks may not know that rank 0 failed");
         }
+        None
     }
 
     /// Ends a save on this rank. `failed` is why this rank has failed already.
@@ -194,7 +202,7 @@ impl Rounds<'_> {
         let sent = encode(&report)
             .and_then(|report| coordinator.gather(round(Phase::Receipt), &report, &mut none, self.deadline));
         let heard = sent
-            .and_then(|()| coordinator.tell(round(Phase::Outcome), None, self.deadline))
+            .and_then(|()| coordinator.tell(round(Phase::Outcome), None, self.deadline + HEAR_GRACE))
             .and_then(|bytes| decode::<Verdict>(&bytes, 0));
         match (sealed, heard) {
             (Ok(_), Ok(verdict)) => verdict.into_result(),

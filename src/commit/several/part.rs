@@ -89,8 +89,10 @@ pub(crate) fn conclude(group: &Group, attempted: &Attempted, ending: Ending<'_>)
     let attempt = match &attempted.attempt {
         Ok(attempt) => attempt.clone(),
         Err(error) => {
-            group.refuse(attempted.save, error, ticket.deadline);
-            return concluded(ticket, None, Err(ticket.failure().unwrap_or_else(|| error.clone())));
+            // Where rank 0 has deleted the attempt because of another rank, this one cannot open it.
+            let first = group.refuse(attempted.save, error, ticket.deadline);
+            let why = first.or_else(|| ticket.failure()).unwrap_or_else(|| error.clone());
+            return concluded(ticket, None, Err(why));
         }
     };
     let failed = ticket.failure().or_else(|| receipts.as_ref().err().cloned());

@@ -169,7 +169,7 @@ fn second_job(story: usize, harm: impl Fn(&SimFs), findings: &Findings) -> bool 
 fn ranks_killed_at_any_call_on_a_medium_that_loses_power_later() {
     let findings = Findings::new(judge);
     let kills = AtomicUsize::new(0);
-    each_on(8, CALLS, |calls| {
+    each_on(32, CALLS, |calls| {
         let killed = second_job(calls, |fs| fs.kill_after(calls as u64), &findings);
         kills.fetch_add(usize::from(killed), Ordering::Relaxed);
     });
@@ -180,7 +180,7 @@ fn ranks_killed_at_any_call_on_a_medium_that_loses_power_later() {
 #[test]
 fn ranks_any_call_of_which_fails_on_a_medium_that_loses_power_later() {
     let findings = Findings::new(judge);
-    each_on(8, CALLS, |calls| {
+    each_on(32, CALLS, |calls| {
         let fault = Fault { call: None, after: calls as u64, errno: libc::EIO, sticky: false, done: calls % 2 == 1 };
         second_job(calls, |fs| fs.fail(fault), &findings);
     });

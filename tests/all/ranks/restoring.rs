@@ -81,8 +81,8 @@ fn boxes_that_overlap_or_leave_a_hole_are_refused_with_the_ranks() {
     }
 }
 
-/// The only tensor is written by rank 0, so there is no file beside which rank 1 could keep a value: it must not
-/// get lost.
+/// The only tensor is written by rank 0, so there is no file beside which rank 1 could keep a value: it must
+/// not get lost.
 #[test]
 fn values_of_a_rank_that_writes_nothing_are_refused() {
     let root = tempfile::tempdir().unwrap();
