@@ -20,7 +20,7 @@ const KINDS: [ErrorKind; 12] = [
 ];
 
 /// An [`Error`] as data. Its message includes those of its sources.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct WireError {
     kind: String,
     message: String,
@@ -43,9 +43,29 @@ impl From<&Error> for WireError {
     }
 }
 
+/// Bounds of an error that fits a message between ranks, however its text is escaped.
+const MAX_TEXT: usize = 400;
+const MAX_PATH: usize = 100;
+const MAX_RANKS: usize = 64;
+
 // No `From` for `Error`: a second `From` implementation would break type inference where users rely on the
 // only one.
 impl WireError {
+    /// An error of `rank`, unless it names other ranks, short enough for a message between ranks.
+    pub fn of_rank(error: &Error, rank: u32) -> Self {
+        let mut this = Self::from(&error.clone().with_rank(rank));
+        let end = (0..=MAX_TEXT.min(this.message.len())).rev().find(|end| this.message.is_char_boundary(*end));
+        this.message.truncate(end.unwrap_or(0));
+        this.ranks.truncate(MAX_RANKS);
+        this.path = this.path.filter(|path| path.as_os_str().len() <= MAX_PATH);
+        this
+    }
+
+    /// Whether `rank` is one of the ranks concerned.
+    pub fn names(&self, rank: u32) -> bool {
+        self.ranks.contains(&rank)
+    }
+
     /// Converts back to an [`Error`].
     pub fn into_error(self) -> Error {
         let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(ErrorKind::Internal);

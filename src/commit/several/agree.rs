@@ -1,24 +1,21 @@
 //! The rounds before anything is written: all ranks save the same step, by plans that fit together.
 
-use super::message::{Decision, Vote, WireError, decode, encode};
+use super::message::{Decision, Vote, decode, encode};
 use super::part::Structure;
-use super::session::Group;
+use super::session::{Group, HEAR_GRACE};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::outcome::Outcome;
 use crate::ranks::Phase;
+use crate::wire::WireError;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Maximum length of a note with a description or a part of a plan.
 const MAX_NOTE: u64 = 1 << 32;
-
-/// How long after its deadline a rank listens to rank 0, whose deadline passes at about the same time, and
-/// which then tells who is missing.
-pub(super) const HEAR_GRACE: Duration = Duration::from_secs(1);
 
 /// Reads the description of a rank.
 pub(crate) type Describe<'a> = &'a mut dyn FnMut(u32) -> Result<Vec<u8>>;
@@ -259,7 +256,7 @@ impl Group {
     }
 
     pub fn wire(&self, error: &Error) -> WireError {
-        WireError::of(error, self.member.rank)
+        WireError::of_rank(error, self.member.rank)
     }
 
     fn tell(&self, save: u64, phase: Phase, decision: &Decision, deadline: Instant) -> Result<()> {

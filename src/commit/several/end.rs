@@ -1,8 +1,7 @@
 //! The rounds after everything is written: receipts, the publish by rank 0, and the outcome.
 
-use super::agree::HEAR_GRACE;
 use super::message::{Receipt, Report, Verdict, decode, encode};
-use super::session::Group;
+use super::session::{Group, HEAR_GRACE};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use crate::ranks::Phase;

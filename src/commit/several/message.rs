@@ -5,12 +5,9 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::ranks::MAX_MESSAGE;
+use crate::wire::WireError;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-
-/// Maximum length of an error's message on the wire, so that a message with one fits [`MAX_MESSAGE`] however
-/// its text is escaped.
-const MAX_TEXT: usize = 512;
 
 /// What a rank wants to save: the message of [`Phase::Agree`](crate::ranks::Phase::Agree).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -88,76 +85,6 @@ impl Verdict {
     }
 }
 
-/// An error on its way between ranks.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct WireError {
-    kind: String,
-    message: String,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    ranks: Vec<u32>,
-}
-
-impl WireError {
-    /// An error of `rank`, unless the error names others.
-    pub fn of(error: &Error, rank: u32) -> Self {
-        /// Named at most; the others are as many as the ranks of a job.
-        const RANKS: usize = 64;
-        let mut message = error.message().to_owned();
-        let mut cause = std::error::Error::source(error);
-        while let Some(error) = cause {
-            message = format!("{message}: {error}");
-            cause = error.source();
-        }
-        let end = (0..=MAX_TEXT.min(message.len())).rev().find(|end| message.is_char_boundary(*end)).unwrap_or(0);
-        message.truncate(end);
-        let ranks = if error.ranks().is_empty() { vec![rank] } else { error.ranks().to_vec() };
-        Self { kind: name(error.kind()).into(), message, ranks: ranks.into_iter().take(RANKS).collect() }
-    }
-
-    /// Whether `rank` is one of the ranks concerned.
-    pub fn names(&self, rank: u32) -> bool {
-        self.ranks.contains(&rank)
-    }
-
-    /// The error, on the rank that received it.
-    pub fn into_error(self) -> Error {
-        let kind = KINDS.iter().find(|kind| name(**kind) == self.kind).copied().unwrap_or(ErrorKind::Unavailable);
-        Error::new(kind, self.message).with_ranks(self.ranks)
-    }
-}
-
-const KINDS: [ErrorKind; 12] = [
-    ErrorKind::Invalid,
-    ErrorKind::NotFound,
-    ErrorKind::Conflict,
-    ErrorKind::Busy,
-    ErrorKind::NoSpace,
-    ErrorKind::Unavailable,
-    ErrorKind::Corrupt,
-    ErrorKind::Device,
-    ErrorKind::Cancelled,
-    ErrorKind::Deadline,
-    ErrorKind::Indeterminate,
-    ErrorKind::Internal,
-];
-
-fn name(kind: ErrorKind) -> &'static str {
-    match kind {
-        ErrorKind::Invalid => "invalid",
-        ErrorKind::NotFound => "not_found",
-        ErrorKind::Conflict => "conflict",
-        ErrorKind::Busy => "busy",
-        ErrorKind::NoSpace => "no_space",
-        ErrorKind::Unavailable => "unavailable",
-        ErrorKind::Corrupt => "corrupt",
-        ErrorKind::Device => "device",
-        ErrorKind::Cancelled => "cancelled",
-        ErrorKind::Deadline => "deadline",
-        ErrorKind::Indeterminate => "indeterminate",
-        ErrorKind::Internal => "internal",
-    }
-}
-
 /// Encodes a message.
 ///
 /// # Errors
@@ -187,22 +114,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_keeps_kind_text_and_ranks() {
-        for kind in KINDS {
-            let error = Error::new(kind, "cannot write").with_step(3).with_ranks([4, 5]);
-            let wire: WireError = decode(&encode(&WireError::of(&error, 1)).unwrap(), 1).unwrap();
-            let read = wire.into_error().with_step(3);
-            assert_eq!((read.kind(), read.to_string()), (kind, error.to_string()));
-        }
-        let own = WireError::of(&Error::invalid("x"), 7).into_error();
-        assert_eq!(own.ranks(), [7]);
-    }
-
-    #[test]
     fn every_message_fits() {
-        let long = Error::invalid("\u{1}\u{e9}".repeat(4000)).with_ranks(0..100_000);
-        let wire = WireError::of(&long, 0);
-        assert!(encode(&Report::Failed(wire.clone())).unwrap().len() <= MAX_MESSAGE);
+        let long = Error::invalid("\u{1}\u{e9}".repeat(4000)).with_step(u64::MAX).with_path("\u{1}".repeat(100));
+        let long = long.with_ranks(u32::MAX - 100_000..u32::MAX);
+        assert!(encode(&Report::Failed(WireError::of_rank(&long, 0))).unwrap().len() <= MAX_MESSAGE);
+        assert!(WireError::of_rank(&Error::invalid("x"), 7).names(7));
         let vote = Vote {
             step: u64::MAX,
             name: "step-18446744073709551615".into(),

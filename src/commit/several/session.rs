@@ -5,8 +5,12 @@ use crate::id::Attempt;
 use crate::ranks::{Coordinator, Hello, Member, Phase, Round, Session};
 use crate::storage::shared::{SessionRecord, Shared, SharedAttempt, SharedWriting};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
+
+/// How long after its deadline a rank listens to rank 0, whose deadline passes at about the same time, and
+/// which then tells who is missing.
+pub(super) const HEAR_GRACE: Duration = Duration::from_secs(1);
 
 /// The ranks of a session, as one of them takes part.
 #[derive(Debug)]
