@@ -171,7 +171,7 @@ mod tests {
         ("ROLE_NAME", "default"),
         ("ROLE_RANK", "5"),
         ("ROLE_WORLD_SIZE", "8"),
-        ("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic/error.json"),
+        ("TORCHELASTIC_ERROR_FILE", "error.json"),
         ("TORCHELASTIC_MAX_RESTARTS", "3"),
         ("TORCHELASTIC_RESTART_COUNT", "2"),
         ("TORCHELASTIC_RUN_ID", "job-9"),
