@@ -194,18 +194,19 @@ fn cuda_streams_of_several_devices_are_let_go() {
 #[test]
 fn cuda_capture_of_a_graph_is_refused_by_a_memory_wait_and_not_broken() {
     let fixture = fixture(waiting);
-    fixture.gpu.set("lag_us", 300);
     let (stream, captured) = (fixture.gpu.stream(), fixture.gpu.stream());
-    let tensor = fixture.gpu.tensor(&[5; 40_000]);
+    let tensor = fixture.gpu.tensor(&[5; 4000]);
+    fixture.gpu.set("hold", COPIES);
     let save = fixture.executor.save(1, at_fence(tensor.source(stream))).unwrap();
     let waits = fixture.gpu.fake().map_or(0, |fake| fake.calls(WAIT));
     captured.capture(|| {
         refused_or_staged(&save, fixture.executor.fence_on(&[stream.0, captured.0]));
         assert_eq!(fixture.gpu.fake().map_or(0, |fake| fake.calls(WAIT)), waits);
         fixture.executor.fence_on(&[stream.0]).unwrap();
+        fixture.gpu.set("hold", 0);
         save.wait(LONG).unwrap();
     });
-    assert_eq!(fixture.checkpoint(1).unwrap().read("t").unwrap(), [5; 40_000]);
+    assert_eq!(fixture.checkpoint(1).unwrap().read("t").unwrap(), [5; 4000]);
 }
 
 #[test]
