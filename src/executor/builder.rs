@@ -475,7 +475,7 @@ fn fits(given: ProgramMemory, bytes: u64, device: &dyn Device) -> Result<Program
     let why = if name != format!("cuda:{ordinal}") {
         "the memory for the scratch is not of the device of the executor"
     } else if address == 0 || bytes == 0 || address.checked_add(bytes).is_none() {
-        "the memory for the scratch is no memory"
+        "scratch memory is invalid: null address, zero length or overflow"
     } else {
         return Ok(given);
     };
