@@ -10,6 +10,7 @@ use ashore::internal::format::table::Source;
 use ashore::internal::format::template::TableTemplate;
 use ashore::testing::AlignedBuffer;
 use ashore::{Attempt, Dtype, Result};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -76,7 +77,7 @@ fn write(root: &Path) {
         digest: Digest::EMPTY,
     };
     let began = Instant::now();
-    let template = TableTemplate::new(&[file], &tensors).expect("a template");
+    let template = TableTemplate::new(&[file], &tensors, &BTreeMap::new()).expect("a template");
     println!("template                 {:>10.2?}", began.elapsed());
     let mut bytes = AlignedBuffer::new(0);
     let fill = |bytes: &mut AlignedBuffer| {

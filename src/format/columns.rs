@@ -117,6 +117,27 @@ fn wide(number: usize) -> [u8; 8] {
     (number as u64).to_le_bytes()
 }
 
+/// Checks the order of tensors, and that each alias has no slices, and the dtype and shape of its holder.
+///
+/// # Errors
+/// `Internal`, naming the tensor.
+pub(super) fn check_aliases(tensors: &[TensorEntry], aliases: &BTreeMap<usize, usize>) -> Result<()> {
+    if let Some([a, b]) = tensors.windows(2).find(|pair| matches!(pair, [a, b] if a.name >= b.name)) {
+        return Err(Error::internal(format!("tensors are not in order tensor={:?} after={:?}", b.name, a.name)));
+    }
+    for (number, holder) in aliases {
+        let alias = tensors.get(*number);
+        let holder = tensors.get(*holder).filter(|_| !aliases.contains_key(holder));
+        let alike =
+            |a: &TensorEntry, b: &TensorEntry| a.slices.is_empty() && (a.dtype, &a.shape) == (b.dtype, &b.shape);
+        if !alias.zip(holder).is_some_and(|(a, b)| alike(a, b)) {
+            let name = alias.map(|alias| &alias.name);
+            return Err(Error::internal(format!("an alias differs from its holder tensor={name:?}")));
+        }
+    }
+    Ok(())
+}
+
 /// Makes the columns [`STRUCTURE`]. Tensors are sorted by name; those in `aliases` have no slices, and the
 /// number there is that of the tensor that holds their bytes.
 pub(super) fn structure(tensors: &[TensorEntry], aliases: &BTreeMap<usize, usize>) -> Result<[Vec<u8>; 5]> {

@@ -64,22 +64,10 @@ pub fn rows_table<'s>(
 /// `Internal` when tensors are not in order or do not cover their shape, `Invalid` when there are more than a
 /// table takes.
 pub fn tensors_table(tensors: &[TensorEntry], aliases: &BTreeMap<usize, usize>) -> Result<(Vec<u8>, TableEntry)> {
-    if let Some([a, b]) = tensors.windows(2).find(|pair| matches!(pair, [a, b] if a.name >= b.name)) {
-        return Err(Error::internal(format!("tensors are not in order tensor={:?} after={:?}", b.name, a.name)));
-    }
-    for (number, tensor) in tensors.iter().enumerate() {
-        let held = match aliases.get(&number) {
-            None => invariants::covers(tensor),
-            Some(holder) => {
-                let holder = tensors.get(*holder).filter(|_| !aliases.contains_key(holder));
-                let alike = |other: &TensorEntry| (other.dtype, &other.shape) == (tensor.dtype, &tensor.shape);
-                tensor.slices.is_empty() && holder.is_some_and(alike)
-            }
-        };
-        if !held {
-            let (name, shape) = (&tensor.name, &tensor.shape);
-            return Err(Error::internal(format!("boxes do not cover a tensor tensor={name:?} shape={shape:?}")));
-        }
+    columns::check_aliases(tensors, aliases)?;
+    let hole = tensors.iter().enumerate().find(|(i, tensor)| !aliases.contains_key(i) && !invariants::covers(tensor));
+    if let Some((_, TensorEntry { name, shape, .. })) = hole {
+        return Err(Error::internal(format!("boxes do not cover a tensor tensor={name:?} shape={shape:?}")));
     }
     made(TENSORS_TABLE.into(), &STRUCTURE, columns::structure(tensors, aliases)?)
 }

@@ -24,13 +24,16 @@ pub struct TableTemplate {
 
 impl TableTemplate {
     /// Creates a template for these files and tensors, checked against [`invariants`]. Their digests are
-    /// placeholders for those that [`TableTemplate::fill`] inserts.
+    /// placeholders for those that [`TableTemplate::fill`] inserts. `aliases` has the numbers of tensors
+    /// without slices, and of the tensor that holds the bytes of each.
     ///
     /// # Errors
     /// `Internal` when an invariant does not hold, `Invalid` when there are more tensors than a table takes.
-    pub fn new(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<Self> {
-        invariants::check_layout(files, tensors).map_err(|e| e.with_kind(ErrorKind::Internal))?;
-        Self::unchecked(files, tensors)
+    pub fn new(files: &[FileEntry], tensors: &[TensorEntry], aliases: &BTreeMap<usize, usize>) -> Result<Self> {
+        let held: Vec<_> = (0..).zip(tensors).filter(|(i, _)| !aliases.contains_key(i)).map(|(_, t)| t).collect();
+        invariants::check_layout(files, &held).map_err(|e| e.with_kind(ErrorKind::Internal))?;
+        columns::check_aliases(tensors, aliases)?;
+        Self::unchecked(files, tensors, aliases)
     }
 
     /// A template for what one of several ranks writes: its slices need not cover a tensor.
@@ -39,15 +42,15 @@ impl TableTemplate {
     /// As [`TableTemplate::new`].
     pub fn of_part(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<Self> {
         invariants::check_part(files, tensors).map_err(|e| e.with_kind(ErrorKind::Internal))?;
-        Self::unchecked(files, tensors)
+        Self::unchecked(files, tensors, &BTreeMap::new())
     }
 
-    fn unchecked(files: &[FileEntry], tensors: &[TensorEntry]) -> Result<Self> {
+    fn unchecked(files: &[FileEntry], tensors: &[TensorEntry], aliases: &BTreeMap<usize, usize>) -> Result<Self> {
         let unwritten =
             |entry: &FileEntry| FileRow { entry: entry.clone(), origin: (0, Attempt::from_u128(0)), rows: None };
         let owned: Vec<_> = files.iter().map(unwritten).collect();
         let [rows, digests] = columns::rows(tensors.iter().flat_map(|t| &t.slices));
-        let [dims, spans, table, box_files, names] = columns::structure(tensors, &BTreeMap::new())?;
+        let [dims, spans, table, box_files, names] = columns::structure(tensors, aliases)?;
         let [file_rows, file_names] = columns::files(&owned);
         let columns = [
             (ROWS, rows),

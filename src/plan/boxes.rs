@@ -62,7 +62,7 @@ impl Description {
             let begin = |place: &'_ Option<Place>| place.as_ref().map(|p| p.at.to_vec());
             a.cmp(b).then_with(|| begin(at).cmp(&begin(other))).then(number.cmp(&next))
         });
-        let mut tensors: Vec<Described> = Vec::new();
+        let (mut tensors, mut aliases): (Vec<Described>, Vec<Described>) = Default::default();
         for &index in &order {
             let (key, tensor) = state.tensors.get_index(index).expect("an index of this dict");
             let extent = tensor.layout.shape.to_vec();
@@ -80,6 +80,15 @@ impl Description {
                 }
             }
         }
+        for (alias, holder) in state.aliases() {
+            let held = tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(holder));
+            let lost = || Error::internal(format!("an alias has lost its holder tensor={alias:?}"));
+            let Described { dtype, shape, .. } = held.map(|i| tensors[i].clone()).map_err(|_| lost())?;
+            let (name, boxes, alias_of) = (alias.to_owned(), Vec::new(), Some(holder.to_owned()));
+            aliases.push(Described { name, dtype, shape, boxes, alias_of });
+        }
+        tensors.append(&mut aliases);
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
         Ok((Self { files: u32::try_from(files).unwrap_or(u32::MAX), tensors }, order))
     }
 

@@ -10,8 +10,9 @@ use crate::error::{Error, Result};
 use crate::format::entries::{BLOCK, FileEntry, SliceEntry, TensorEntry, block_count};
 use crate::format::shard::{HeaderTemplate, INDEX, entry_len, index_json, shard_names};
 use crate::format::template::TableTemplate;
-use crate::state::{self, Key, Layout, Place, StateDict, Tensor};
+use crate::state::{self, Aliases, Key, Layout, Place, StateDict, Tensor};
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Parameters of a plan besides the structure of the state dict.
@@ -43,6 +44,7 @@ pub(crate) struct Plan {
     /// Bytes in all shards, headers included.
     pub length: u64,
     names: Vec<(String, Layout, Option<Place>)>,
+    aliases: Aliases,
     fingerprint: u64,
     shape: Shape,
 }
@@ -193,7 +195,10 @@ impl Plan {
         }
         let table = match share {
             Some(share) if share.world > 1 => TableTemplate::of_part(&files, &entries)?,
-            _ => TableTemplate::new(&files, &entries)?,
+            _ => {
+                let aliases = add_aliases(&mut entries, &state.aliases)?;
+                TableTemplate::new(&files, &entries, &aliases)?
+            }
         };
         let length = shards.iter().map(|s| s.length).sum();
         let names =
@@ -211,6 +216,7 @@ impl Plan {
             index,
             length,
             names,
+            aliases: state.aliases.clone(),
             fingerprint,
             shape,
         };
@@ -238,7 +244,7 @@ impl Plan {
         let same = |((name, layout, place), (key, t)): (&(String, Layout, Option<Place>), (&Key, &Tensor<'_>))| {
             *name == key.name && *layout == t.layout && *place == t.place
         };
-        let same = self.names.iter().zip(&state.tensors).all(same);
+        let same = self.names.iter().zip(&state.tensors).all(same) && self.aliases == state.aliases;
         if same { Ok(()) } else { Err(Error::internal("two structures of state dicts have the same fingerprint")) }
     }
 }
@@ -246,6 +252,26 @@ impl Plan {
 /// A file entry with digests still empty.
 fn file(name: &str, length: u64, data: u64) -> FileEntry {
     FileEntry { name: name.into(), length, data, header: Digest::EMPTY, digest: Digest::EMPTY }
+}
+
+/// Adds aliases to the tensors of a table, which are sorted by name, and returns the number of each and of its
+/// holder.
+fn add_aliases(tensors: &mut Vec<TensorEntry>, aliases: &Aliases) -> Result<BTreeMap<usize, usize>> {
+    let find = |tensors: &[TensorEntry], name: &str| {
+        let found = tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name));
+        found.map_err(|_| Error::internal(format!("an alias has lost its holder tensor={name:?}")))
+    };
+    let mut added = Vec::with_capacity(aliases.len());
+    for (alias, holder) in aliases {
+        let TensorEntry { dtype, shape, .. } = tensors[find(tensors, holder)?].clone();
+        added.push(TensorEntry { name: alias.clone(), dtype, shape, slices: Vec::new() });
+    }
+    if added.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    tensors.append(&mut added);
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    aliases.iter().map(|(alias, holder)| Ok((find(tensors, alias)?, find(tensors, holder)?))).collect()
 }
 
 /// A tensor or box that this rank writes.

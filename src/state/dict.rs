@@ -1,5 +1,6 @@
 //! The state dict: the tensors, values and metadata of one save.
 
+use super::alias::Aliases;
 use super::boxes::{Key, Place};
 use super::dtype::{Dtype, Layout};
 use super::source::{DeviceStream, MemoryLocation, SharedSource, Source};
@@ -80,6 +81,7 @@ pub struct StateDict<'a> {
     /// Values of this rank alone.
     pub(crate) rank_values: BTreeMap<String, serde_json::Value>,
     pub(crate) metadata: BTreeMap<String, serde_json::Value>,
+    pub(crate) aliases: Aliases,
     /// Indices of tensors in host memory that the program can write while the save holds them.
     pub(crate) writable: Vec<usize>,
     /// The streams that wrote device tensors, each once.
@@ -87,9 +89,9 @@ pub struct StateDict<'a> {
     /// Owners that keep those streams alive beyond their tensors.
     pub(crate) stream_owners: Vec<Arc<dyn Any + Send + Sync>>,
     /// The number of boxes of each tensor that was added in boxes.
-    boxes: HashMap<String, u32, FixedState>,
-    bytes: u64,
-    fingerprint: u64,
+    pub(super) boxes: HashMap<String, u32, FixedState>,
+    pub(super) bytes: u64,
+    pub(super) fingerprint: u64,
 }
 
 impl<'a> StateDict<'a> {
@@ -158,7 +160,7 @@ impl<'a> StateDict<'a> {
         self.insert(name.into(), Box::new(source), Some(capture), None)
     }
 
-    fn insert(
+    pub(super) fn insert(
         &mut self,
         name: String,
         source: Box<dyn Source + 'a>,
@@ -168,6 +170,9 @@ impl<'a> StateDict<'a> {
         let refuse = |name: &str, why: String| Err(Error::invalid(format!("{why} tensor={name:?}")));
         if name.is_empty() || name == "__metadata__" {
             return refuse(&name, "a tensor cannot have this name".into());
+        }
+        if self.aliases.contains_key(&name) {
+            return refuse(&name, "two tensors have the same name".into());
         }
         let (layout, location) = (source.layout(), source.location());
         if let Some(strides) = source.strides()
@@ -316,6 +321,9 @@ impl<'a> StateDict<'a> {
         for (name, Tensor { capture, source, place, .. }) in other.tensors {
             self.insert(format!("{prefix}{}", &*name), source, capture, place)?;
         }
+        for (alias, holder) in other.aliases {
+            self.alias(format!("{prefix}{alias}"), &format!("{prefix}{holder}"))?;
+        }
         let values = |values: BTreeMap<String, serde_json::Value>| {
             values.into_iter().map(|(name, value)| (format!("{prefix}{name}"), value)).collect::<Vec<_>>()
         };
@@ -340,29 +348,6 @@ impl<'a> StateDict<'a> {
         Ok(())
     }
 
-    /// Renames each tensor and value by `name`, and removes those for which it returns None.
-    ///
-    /// # Errors
-    /// `Invalid` when two tensors or values get the same name.
-    pub fn renamed(self, name: impl Fn(&str) -> Option<String>) -> Result<Self> {
-        let mut renamed = Self { metadata: self.metadata, ..Self::default() };
-        let values = self.values.into_iter().map(|(old, value)| (old, value, false));
-        for (old, value, of_rank) in values.chain(self.rank_values.into_iter().map(|(old, value)| (old, value, true))) {
-            let Some(name) = name(&old) else { continue };
-            if renamed.values.contains_key(&name) || renamed.rank_values.contains_key(&name) {
-                return Err(Error::invalid(format!("two values have the same name value={name:?}")));
-            }
-            let to = if of_rank { &mut renamed.rank_values } else { &mut renamed.values };
-            to.insert(name, value);
-        }
-        for (old, Tensor { capture, source, place, .. }) in self.tensors {
-            if let Some(name) = name(&old) {
-                renamed.insert(name, source, capture, place)?;
-            }
-        }
-        Ok(renamed)
-    }
-
     /// Splits into two state dicts of the same sources, for a caller that may have to save them twice.
     ///
     /// # Errors
@@ -375,6 +360,10 @@ impl<'a> StateDict<'a> {
             let source = SharedSource::new(source);
             both.0.insert(name.clone(), Box::new(source.clone()), capture, place.clone())?;
             both.1.insert(name, Box::new(source), capture, place)?;
+        }
+        for (alias, holder) in &self.aliases {
+            both.0.alias(alias.as_str(), holder)?;
+            both.1.alias(alias.as_str(), holder)?;
         }
         (both.0.values, both.0.metadata) = (self.values.clone(), self.metadata.clone());
         (both.1.values, both.1.metadata) = (self.values, self.metadata);
@@ -403,7 +392,7 @@ impl<'a> StateDict<'a> {
         values
     }
 
-    /// The number of tensors.
+    /// The number of tensors, without aliases.
     pub fn len(&self) -> usize {
         self.tensors.len()
     }

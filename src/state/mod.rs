@@ -3,6 +3,7 @@
 //! A [`StateDict`] owns or borrows *sources* and never copies their bytes; the stager copies them. Names are
 //! data: they become keys in files, never paths.
 
+mod alias;
 mod boxes;
 mod dict;
 mod dtype;
@@ -10,6 +11,7 @@ mod promised;
 mod source;
 mod value;
 
+pub(crate) use alias::Aliases;
 pub(crate) use boxes::{Key, Place};
 pub(crate) use dict::Tensor;
 pub use dict::{Capture, StateDict};

@@ -9,11 +9,12 @@ use ashore::internal::format::template::TableTemplate;
 use ashore::testing::AlignedBuffer;
 use ashore::{Attempt, Dtype, ErrorKind};
 use proptest::prelude::*;
+use std::collections::BTreeMap;
 
 #[test]
 fn too_many_too_few_or_misplaced_digests_are_a_bug() {
     let manifest = sample();
-    let template = TableTemplate::new(&manifest.files, &manifest.tensors).unwrap();
+    let template = TableTemplate::new(&manifest.files, &manifest.tensors, &BTreeMap::new()).unwrap();
     let digest = Digest::of(b"x");
     let (one, two): (&[_], &[_]) = (&[digest; 1], &[digest; 2]);
     let fill = |files: usize, slices: &[&[Digest]]| {
@@ -34,7 +35,7 @@ fn too_many_too_few_or_misplaced_digests_are_a_bug() {
 fn a_structure_that_breaks_an_invariant_has_no_template() {
     let mut manifest = sample();
     manifest.tensors.swap(0, 1);
-    let refused = TableTemplate::new(&manifest.files, &manifest.tensors).unwrap_err();
+    let refused = TableTemplate::new(&manifest.files, &manifest.tensors, &BTreeMap::new()).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Internal);
 }
 

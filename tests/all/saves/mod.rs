@@ -1,3 +1,4 @@
+mod aliases;
 mod boxes;
 mod closing;
 mod engines;
