@@ -6,6 +6,7 @@ use crate::device::{Device, DeviceChoice, choose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::entries::{FileEntry, TensorEntry};
 use crate::format::manifest::Manifest;
+use crate::format::shard::rank_of;
 use crate::id::Attempt;
 use crate::state::{Dtype, Layout, decode_value};
 use crate::storage::Storage;
@@ -206,10 +207,15 @@ impl Checkpoint {
         Ok(Contents { files, tensors })
     }
 
-    /// The values in the table beside file number `file`: those of the rank that wrote it.
+    /// The values of the rank that wrote file number `file`: in the table beside the file, or, of a rank that
+    /// wrote no tensor, in the file.
     #[doc(hidden)]
     pub fn values_beside(&self, file: usize) -> Result<BTreeMap<String, serde_json::Value>> {
-        self.opened.index.values_beside(file).map_err(|e| self.unlisted(e))
+        let row = self.opened.index.file(file).map_err(|e| self.unlisted(e))?;
+        if row.rows.is_some() || rank_of(&row.entry.name).is_none() {
+            return self.opened.index.values_beside(file).map_err(|e| self.unlisted(e));
+        }
+        self.opened.values(file).map_err(|e| self.located(e))
     }
 
     /// Checks all tables, name by name and row by row, and no tensor's bytes.
@@ -279,9 +285,26 @@ impl Checkpoint {
             return self.value(name);
         }
         let files = self.opened.index.all_files().map_err(|e| self.unlisted(e))?;
-        let first = files.iter().position(|file| crate::format::shard::rank_of(&file.entry.name) == Some(rank));
+        let first = files.iter().position(|file| rank_of(&file.entry.name) == Some(rank));
         let values = first.map_or_else(|| Ok(BTreeMap::new()), |file| self.values_beside(file))?;
         self.decode("value", name, values.get(name))
+    }
+
+    /// Decodes the value `name` of every rank that kept one for itself, by the number of the rank: for a job
+    /// that goes on with another number of ranks, and has to share them out.
+    ///
+    /// # Errors
+    /// `NotFound` when no rank kept one; otherwise as [`Checkpoint::rank_value`].
+    pub fn rank_values<T: DeserializeOwned>(&self, name: &str) -> Result<BTreeMap<u32, T>> {
+        let mut values = BTreeMap::new();
+        for rank in 0..self.world() {
+            match self.rank_value(rank, name) {
+                Ok(value) => drop(values.insert(rank, value)),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if values.is_empty() { Err(self.missing("value", name)) } else { Ok(values) }
     }
 
     /// Decodes the user metadata under `key`.

@@ -27,11 +27,12 @@ use crate::Catalog;
 use crate::catalog::Found;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceReport;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fork::ForkGuard;
 use crate::id::Attempts;
 use crate::memory::Arena;
 use crate::plan::Plan;
+use crate::ranks::Member;
 use crate::save::{Fenced, Save, SaveOptions};
 use crate::settings::Settings;
 use crate::staging::Stager;
@@ -41,6 +42,7 @@ use crate::sync::Mutex;
 use destination::Destination;
 use equipment::Equipment;
 use ranks::{Described, Turns};
+use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -198,6 +200,38 @@ impl CheckpointExecutor {
         self.alive()?;
         let found = self.catalog.latest_valid()?;
         Ok(found.map(|found| Found { checkpoint: self.lend_device(found.checkpoint), skipped: found.skipped }))
+    }
+
+    /// Decodes the value `name` that this rank kept for itself in `checkpoint` by
+    /// [`StateDict::rank_value`], as a job does that goes on with as many ranks as it had.
+    ///
+    /// ```
+    /// # use ashore::{CheckpointExecutor, StateDict};
+    /// # use std::time::Duration;
+    /// # let root = tempfile::tempdir().unwrap();
+    /// # let executor = CheckpointExecutor::builder(root.path()).arena(4 << 20).chunk(1 << 20).build()?;
+    /// let mut state = StateDict::new();
+    /// state.rank_value("next_sample", &4096_u64)?;
+    /// executor.save(1, state)?.wait(Duration::from_secs(60))?;
+    /// let checkpoint = executor.latest()?.expect("a step");
+    /// assert_eq!(executor.rank_value::<u64>(&checkpoint, "next_sample")?, 4096);
+    /// # Ok::<(), ashore::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `Invalid`, with both numbers, when another number of ranks saved the step: values of ranks that are
+    /// gone would be lost silently. The program decides what becomes of them, with
+    /// [`Checkpoint::rank_values`]. Otherwise as [`Checkpoint::rank_value`].
+    pub fn rank_value<T: DeserializeOwned>(&self, checkpoint: &Checkpoint, name: &str) -> Result<T> {
+        let member = self.turns.as_ref().map_or(Member::ALONE, Turns::member);
+        if checkpoint.world() != member.world {
+            let what = "another number of ranks kept this value: read those of all ranks with \
+                        `Checkpoint::rank_values`, and share them out";
+            let (saved, ranks) = (checkpoint.world(), member.world);
+            let error = Error::invalid(format!("{what} value={name:?} ranks={ranks} saved_by_ranks={saved}"));
+            return Err(checkpoint.located(error));
+        }
+        checkpoint.rank_value(member.rank, name)
     }
 
     pub(crate) fn lend_device(&self, checkpoint: Checkpoint) -> Checkpoint {

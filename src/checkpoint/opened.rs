@@ -1,5 +1,6 @@
 //! Opening a step: its manifest, its tables and its files, and why that fails.
 
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::columns::FileRow;
 use crate::format::entries::MANIFEST;
@@ -8,9 +9,11 @@ use crate::format::manifest::Sealed;
 use crate::format::seal::{is_blank, is_ours};
 use crate::format::shard;
 use crate::format::table::Source;
+use crate::format::unique;
 use crate::id::{Attempt, parse_step_name, step_name};
 use crate::memory::{ALIGNMENT, AlignedBuffer};
 use crate::storage::{FileReading, Reading, Storage};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -108,6 +111,23 @@ impl Opened {
             files.check()?;
         }
         Ok(Self { name: name.into(), path: path.into(), bytes, index, files, reading, modified })
+    }
+}
+
+impl Opened {
+    /// The values in a file of a rank that wrote no tensor.
+    ///
+    /// # Errors
+    /// `Corrupt`, with the path, when the file is not what was written, or no JSON.
+    pub fn values(&self, number: usize) -> Result<BTreeMap<String, serde_json::Value>> {
+        let (file, entry) = (self.files.get(number)?, &self.index.file(number)?.entry);
+        let locate = |error: Error| error.with_path(self.path.join(&entry.name));
+        let bytes = read_whole(file).map_err(locate)?;
+        if Digest::of(&bytes) != entry.digest {
+            return Err(locate(Error::corrupt("the values of a rank are not what was written")));
+        }
+        let read = unique::from_slice(&bytes);
+        read.map_err(|e| locate(Error::corrupt("the values of a rank cannot be read").with_source(e)))
     }
 }
 

@@ -15,6 +15,7 @@ use crate::guard::{dropped, guarded};
 use crate::id::Attempt;
 use crate::outcome::Outcome;
 use crate::plan::{Description, Merge, Request};
+use crate::ranks::Member;
 use crate::settings::Overlap;
 use crate::storage::Writing;
 use crate::sync::{Mutex, MutexGuard, lock};
@@ -74,6 +75,11 @@ pub(super) fn turns_and_rounds(group: Arc<Group>) -> (Turns, Rounds) {
 }
 
 impl Turns {
+    /// The position of this process among the ranks.
+    pub fn member(&self) -> Member {
+        self.group.member
+    }
+
     /// Waits for the turn of this call.
     pub fn take(&self) -> Turn<'_> {
         let state = RefCell::new(Handed::Nothing(None));
@@ -386,7 +392,7 @@ fn assign(world: u32, describe: Describe<'_>) -> Result<Assigned> {
     }
     let whole = merge.finish()?;
     let shares = whole.shares.iter().map(|share| share.encode()).collect::<Result<_>>()?;
-    Ok((shares, Some(Arc::new(Structure::of(&whole)?))))
+    Ok((shares, Some(Arc::new(Structure::of(whole)?))))
 }
 
 fn ended_by_rank_0() -> Error {

@@ -17,5 +17,5 @@ pub mod split;
 pub mod table;
 pub mod template;
 pub(crate) mod tiling;
-mod unique;
+pub(crate) mod unique;
 pub mod v1;

@@ -217,9 +217,14 @@ pub fn shard_names(n: usize, rank: Option<u32>) -> Vec<String> {
     }
 }
 
-/// The rank that wrote a shard, by its name; None for a shard of a process that saved alone.
+/// The name of the file with the values of a rank that writes no shard.
+pub fn values_name(rank: u32) -> String {
+    format!("shard-{rank:05}-values.json")
+}
+
+/// The rank that wrote a file, by its name; None for a file of a process that saved alone.
 pub fn rank_of(name: &str) -> Option<u32> {
-    name.strip_prefix("shard-")?.split_once("-model-")?.0.parse().ok()
+    name.strip_prefix("shard-")?.split_once('-')?.0.parse().ok()
 }
 
 /// The bytes of [`INDEX`]: `total_size` is the sum of the tensors' bytes, `weight_map` names each tensor's

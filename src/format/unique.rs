@@ -36,7 +36,7 @@ pub(super) fn values<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTree
 }
 
 /// Parses an object of values.
-pub(super) fn from_slice(json: &[u8]) -> serde_json::Result<BTreeMap<String, Value>> {
+pub(crate) fn from_slice(json: &[u8]) -> serde_json::Result<BTreeMap<String, Value>> {
     let mut deserializer = serde_json::Deserializer::from_slice(json);
     let values = values(&mut deserializer)?;
     deserializer.end()?;

@@ -16,7 +16,7 @@ pub struct Alone;
 
 impl Coordinator for Alone {
     fn member(&self) -> Member {
-        Member { rank: 0, world: 1, local_rank: 0 }
+        Member::ALONE
     }
 
     fn meet(

@@ -59,6 +59,11 @@ pub struct Member {
     pub local_rank: u32,
 }
 
+impl Member {
+    /// A process that saves alone.
+    pub const ALONE: Self = Self { rank: 0, world: 1, local_rank: 0 };
+}
+
 /// What a rank tells the others about itself when they meet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
