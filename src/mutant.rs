@@ -36,6 +36,9 @@ pub(crate) enum Mutant {
     /// Rank 0 takes a receipt of another attempt, or of another plan.
     // seen by: several::
     ReceiptCheck,
+    /// Rank 0 does not compare the digests of replicas.
+    // seen by: ranks::
+    Replicas,
     /// Rank 0 tells that the step is durable before it is.
     // seen by: several::
     ToldFirst,

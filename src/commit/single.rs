@@ -59,6 +59,8 @@ pub(super) struct Summary {
     pub blocks: Vec<Digest>,
     /// Of each shard: of its header, and of all of it.
     pub shards: Vec<(Digest, Digest)>,
+    /// Of tensors on devices, as they were at `save`, by their index in the state dict.
+    pub on_devices: Vec<(usize, Digest)>,
 }
 
 /// Combines the digests of segments and chunks, and looks for tensors that changed since `save`.
@@ -67,15 +69,15 @@ pub(super) fn summarize(request: &Request, receipts: &Receipts) -> Result<Summar
     let (segments, chunks) = (&receipts.digests, &receipts.chunks);
     let mut blocks = Vec::new();
     let tensors: Vec<_> = plan.tensors.iter().map(|t| digests(plan, t, segments, &mut blocks)).collect();
-    unchanged(request, &tensors)?;
+    let on_devices = unchanged(request, &tensors)?;
     let shards = plan.shards.iter().map(|s| file(plan, s, segments, chunks)).collect();
-    Ok(Summary { tensors, blocks, shards })
+    Ok(Summary { tensors, blocks, shards, on_devices })
 }
 
 /// Fills in the table of what this process has written.
 fn fill_table(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -> Result<TableEntry> {
     let (ticket, plan) = (&request.ticket, &request.plan);
-    let Summary { tensors, blocks, shards: mut files } = summarize(request, receipts)?;
+    let Summary { tensors, blocks, shards: mut files, .. } = summarize(request, receipts)?;
     files.extend(plan.index.iter().map(|index| (Digest::EMPTY, Digest::of(index))));
     let slices = tensors.iter().map(|(digest, range)| (*digest, blocks.get(range.clone()).unwrap_or_default()));
     plan.table.fill((ticket.step, ticket.attempt()), files, slices, out)
@@ -141,7 +143,8 @@ fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (
 }
 
 /// Compares the staged tensors with their digests at `save`; a difference means that a fence was forgotten.
-fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<()> {
+/// Returns the digests of tensors on devices.
+fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<Vec<(usize, Digest)>> {
     let on_devices = (request.device_digests.0)().unwrap_or_else(|error| {
         request.ticket.digests_missing.store(true, Ordering::Relaxed);
         tracing::warn!(
@@ -163,5 +166,5 @@ fn unchanged(request: &Request, tensors: &[(Digest, Range<usize>)]) -> Result<()
             )));
         }
     }
-    Ok(())
+    Ok(on_devices)
 }

@@ -68,6 +68,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
         metadata: std::mem::take(&mut state.metadata),
         // Nothing can write the kept state, so nothing is compared.
         expected: Vec::new(),
+        replicas: None,
         device_digests: DeferredDigests(Box::new(|| Ok(Vec::new()))),
     };
     let left_over = stager.push_again(Job {

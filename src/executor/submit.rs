@@ -7,6 +7,7 @@ use super::threads::{Channels, Commits};
 use super::{Admission, CheckpointExecutor, again};
 use crate::commit::several::identity;
 use crate::device::Dependency;
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::guard::{dropped, guarded};
 use crate::id::{Attempt, parse_step_name, step_name};
@@ -39,6 +40,8 @@ struct SaveRequest {
 /// What the call of `save` took from the state.
 struct Taken {
     captured: Captured,
+    /// Digests of what other ranks write, in the saves that compare them.
+    replicas: Option<Vec<(u32, Digest)>>,
     /// The state for another attempt, if the options allow one.
     kept: Option<RetryState>,
     on_device: OnDevice,
@@ -195,11 +198,15 @@ impl CheckpointExecutor {
             Detect::All => true,
         };
         let panicked = "a source panicked while it was read";
-        let captured = guarded(panicked, || Captured::take(state, self.settings.capture_budget, detect));
-        let captured = captured.map_err(|error| error.with_step(step))?;
+        let captured = guarded(panicked, || {
+            let captured = Captured::take(state, self.settings.capture_budget, detect)?;
+            let replicas = detect.then(|| captured.replicas(state, plan));
+            Ok((captured, replicas))
+        });
+        let (captured, replicas) = captured.map_err(|error| error.with_step(step))?;
         let mut on_device = OnDevice::default();
         let queued = guarded(panicked, || self.queue_on_device(state, plan, &captured, detect, &mut on_device));
-        Ok(Taken { captured, kept, on_device, queued })
+        Ok(Taken { captured, replicas, kept, on_device, queued })
     }
 
     fn ticket(
@@ -238,7 +245,7 @@ impl CheckpointExecutor {
         taken: Taken,
         shared: Option<(&Turn<'_>, &Wanted)>,
     ) -> Result<()> {
-        let Taken { mut captured, kept, mut on_device, queued: behind } = taken;
+        let Taken { mut captured, replicas, kept, mut on_device, queued: behind } = taken;
         let (allocation, queued) = (on_device.allocation.take(), std::mem::take(&mut on_device.queued));
         let channels = self.threads.channels();
         // The executor may have been shut down while this thread read the sources.
@@ -266,6 +273,7 @@ impl CheckpointExecutor {
             rank_values,
             metadata: std::mem::take(&mut state.metadata),
             expected: std::mem::take(&mut captured.expected),
+            replicas,
             device_digests: DeferredDigests(Box::new(move || on_device.expected())),
         };
         let sink = match (&open.commits, shared) {

@@ -25,6 +25,9 @@ pub(crate) struct Request {
     pub rank_values: BTreeMap<String, serde_json::Value>,
     /// Digests of tensors taken at `save`, by index in the state dict, to compare with the staged bytes.
     pub expected: Vec<(usize, Digest)>,
+    /// Digests of tensors in host memory that other ranks write, by the number of the replica; None if this
+    /// save does not compare replicas.
+    pub replicas: Option<Vec<(u32, Digest)>>,
     /// Expected digests of device tensors. The device computes them, so they are known once the save is
     /// staged.
     pub device_digests: DeferredDigests,

@@ -14,7 +14,7 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 
 /// The number of ranks that an error names.
-const NAMED: usize = 64;
+pub(super) const NAMED: usize = 64;
 
 /// Puts descriptions together, rank by rank, so that only one of them is in memory at a time.
 #[derive(Debug)]

@@ -20,4 +20,4 @@ pub use boxes::{BoxOf, Described, Description};
 pub(crate) use chunk::{Chunk, DeferredDigests, Receipts, Request, Sink};
 pub use dedup::{Merge, share_out};
 pub(crate) use save::{Plan, Planned, Segment, SegmentSource, Shape, Shard};
-pub use whole::{Part, Replica, Share, Whole, WholeTensor, Written};
+pub use whole::{Comparison, Part, Replica, Share, Whole, WholeTensor, Written};

@@ -1,10 +1,13 @@
 //! What all ranks write together, and each of them.
 
 use super::boxes::{BoxOf, decode, encode, ranges};
+use super::dedup::NAMED;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::state::Dtype;
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
+use std::collections::BTreeMap;
 
 /// The begin of a share: what it is, and its version.
 const MAGIC: &[u8; 8] = b"ashpart\x01";
@@ -22,35 +25,63 @@ pub struct Whole {
     pub replicas: Vec<Replica>,
 }
 
-impl Whole {
-    /// Compares the digests that ranks took of their replicas: for each rank the number of the replica and
-    /// its digest. A replica of which no other rank took the digest is not compared.
+/// The digests that ranks took of their replicas, compared as they come: it keeps a digest that many ranks
+/// share once.
+#[derive(Debug, Default)]
+pub struct Comparison {
+    /// The digests of each replica, in the order of the lowest rank that has them.
+    seen: BTreeMap<u32, SmallVec<[Seen; 1]>>,
+}
+
+/// A digest of a replica.
+#[derive(Debug)]
+struct Seen {
+    digest: Digest,
+    count: usize,
+    /// The first ranks that have it.
+    ranks: SmallVec<[u32; 4]>,
+}
+
+impl Comparison {
+    /// Adds the digests that `rank` took: the number of each replica and its digest. Ranks come in ascending
+    /// order.
+    pub fn add(&mut self, rank: u32, digests: &[(u32, Digest)]) {
+        for &(replica, digest) in digests {
+            let seen = self.seen.entry(replica).or_default();
+            match seen.iter_mut().find(|seen| seen.digest == digest) {
+                Some(same) => {
+                    same.count += 1;
+                    if same.ranks.len() < NAMED {
+                        same.ranks.push(rank);
+                    }
+                }
+                None => seen.push(Seen { digest, count: 1, ranks: [rank].into_iter().collect() }),
+            }
+        }
+    }
+
+    /// Compares them. A replica of which one rank alone took the digest is not compared.
     ///
     /// # Errors
     /// `Invalid`, with the tensor, its box and the ranks that differ from most others, or from the lowest
     /// rank where no value is that of most.
-    pub fn compare(&self, digests: &[(u32, Vec<(u32, Digest)>)]) -> Result<()> {
-        let flat = digests.iter().flat_map(|(rank, of)| of.iter().map(|&(replica, digest)| (replica, *rank, digest)));
-        let mut flat: Vec<(u32, u32, Digest)> = flat.collect();
-        flat.sort_unstable_by_key(|&(replica, rank, _)| (replica, rank));
-        for same in flat.chunk_by(|a, b| a.0 == b.0) {
-            if same.iter().all(|s| s.2 == same[0].2) {
-                continue;
-            }
-            let votes = |digest: Digest| same.iter().filter(|s| s.2 == digest).count();
-            let usual = same.iter().rev().map(|s| s.2).max_by_key(|digest| votes(*digest));
-            let drifted = same.iter().filter(|s| Some(s.2) != usual).map(|s| s.1);
-            let replica = self.replicas.get(same[0].0 as usize);
-            let tensor = replica.and_then(|replica| self.tensors.get(replica.tensor as usize));
-            let written = tensor.zip(replica).and_then(|(tensor, replica)| tensor.boxes.get(replica.index as usize));
-            let (Some(tensor), Some(written)) = (tensor, written) else {
-                return Err(Error::internal("a rank took the digest of a replica that is none").with_ranks(drifted));
-            };
-            let place = ranges(&written.place.at, &written.place.extent);
-            let text = format!("ranks hold different values of one tensor tensor={:?} box={place}", tensor.name);
-            return Err(Error::invalid(text).with_ranks(drifted));
-        }
-        Ok(())
+    pub fn finish(&self, whole: &Whole) -> Result<()> {
+        let Some((replica, seen)) = self.seen.iter().find(|(_, seen)| seen.len() > 1) else { return Ok(()) };
+        let usual = seen.iter().rev().max_by_key(|seen| seen.count).map(|seen| seen.digest);
+        let mut drifted: Vec<u32> =
+            seen.iter().filter(|seen| Some(seen.digest) != usual).flat_map(|seen| seen.ranks.iter().copied()).collect();
+        drifted.sort_unstable();
+        drifted.truncate(NAMED);
+        let replica = whole.replicas.get(*replica as usize);
+        let tensor = replica.and_then(|replica| whole.tensors.get(replica.tensor as usize));
+        let written = tensor.zip(replica).and_then(|(tensor, replica)| tensor.boxes.get(replica.index as usize));
+        let (Some(tensor), Some(written)) = (tensor, written) else {
+            return Err(Error::internal("a rank took the digest of a replica that is none").with_ranks(drifted));
+        };
+        let place = ranges(&written.place.at, &written.place.extent);
+        let what = "ranks hold different values of one tensor, and only one would be kept: find out why they differ, \
+                    or add it on one rank only";
+        Err(Error::invalid(format!("{what} tensor={:?} box={place}", tensor.name)).with_ranks(drifted))
     }
 }
 

@@ -8,7 +8,9 @@
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::plan::Plan;
 use crate::state::{Capture, StateDict, Tensor};
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// Tensors of at most this many bytes are captured at `save`.
@@ -66,6 +68,24 @@ impl Captured {
             tracing::warn!(tensors, budget, "the capture budget is used up; tensors are taken at the fence instead");
         }
         Ok(captured)
+    }
+
+    /// Digests the tensors in host memory that other ranks write, to compare them with what those write.
+    pub fn replicas(&self, state: &StateDict<'_>, plan: &Plan) -> Vec<(u32, Digest)> {
+        let known: HashMap<usize, Digest> = self.expected.iter().copied().collect();
+        let mut digests = Vec::new();
+        for &(index, replica) in &plan.replicas {
+            let (_, tensor) = state.tensors.get_index(index).expect("an index of this dict");
+            if plan.places.get(index).is_none_or(Option::is_some) || tensor.location.stream().is_some() {
+                continue;
+            }
+            match (self.get(index), known.get(&index)) {
+                (Some(bytes), _) => digests.push((replica, Digest::of(bytes))),
+                (None, Some(digest)) => digests.push((replica, *digest)),
+                (None, None) => read(tensor, |bytes| digests.push((replica, Digest::of(bytes)))),
+            }
+        }
+        digests
     }
 
     fn leave(&mut self, index: usize, tensor: &Tensor<'_>, detect: bool) {

@@ -11,14 +11,16 @@ use crate::error::{Error, Result};
 use crate::format::columns::{FILES_TABLE, FileRow, TENSORS_TABLE};
 use crate::format::entries::{FileEntry, MANIFEST, SliceEntry, TensorEntry};
 use crate::format::manifest::TableEntry;
+use crate::format::shard::values_name;
 use crate::format::split::{Head, files_table, manifest, rows_table, tensors_table};
 use crate::mutant::{self, Mutant};
 use crate::outcome::Phase;
-use crate::plan::{Receipts, Request, Whole, Written};
+use crate::plan::{Comparison, Receipts, Request, Whole, Written};
 use crate::ranks::Session;
 use crate::storage::shared::SharedWriting;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Maximum length of what a rank says of its files.
@@ -43,8 +45,8 @@ pub(crate) struct Structure {
     /// The bytes of the table of the structure.
     table: Vec<u8>,
     entry: TableEntry,
-    /// The names of the shards of all ranks, in the order of their numbers.
-    files: Vec<String>,
+    /// The step of all ranks, without their shares.
+    whole: Whole,
 }
 
 impl Structure {
@@ -52,7 +54,7 @@ impl Structure {
     ///
     /// # Errors
     /// `Invalid` when there are more tensors than a table can number.
-    pub fn of(whole: &Whole) -> Result<Self> {
+    pub fn of(whole: Whole) -> Result<Self> {
         let mut aliases = BTreeMap::new();
         let mut tensors = Vec::with_capacity(whole.tensors.len());
         for (number, tensor) in whole.tensors.iter().enumerate() {
@@ -70,16 +72,24 @@ impl Structure {
             tensors.push(TensorEntry { name, dtype, shape, slices: tensor.boxes.iter().map(slice).collect() });
         }
         let (table, entry) = tensors_table(&tensors, &aliases)?;
-        Ok(Self { table, entry, files: whole.files.clone() })
+        Ok(Self { table, entry, whole: Whole { shares: Vec::new(), ..whole } })
     }
+}
+
+/// What a rank tells rank 0 of its part.
+#[derive(Serialize, Deserialize)]
+struct Note {
+    files: Vec<FileNote>,
+    /// The digests of what other ranks hold, too, by the number of the replica.
+    replicas: Vec<(u32, Digest)>,
 }
 
 /// What the note of a rank says of one of its files.
 #[derive(Serialize, Deserialize)]
 struct FileNote {
     entry: FileEntry,
-    /// Length and digest of the table of its rows.
-    rows: (u64, Digest),
+    /// Length and digest of the table of its rows; None if it is not a shard.
+    rows: Option<(u64, Digest)>,
 }
 
 /// Ends a save on this rank.
@@ -112,15 +122,11 @@ struct Mine<'a> {
 }
 
 impl Mine<'_> {
-    /// Writes the table of rows of each shard, and returns what rank 0 needs to know of the shards.
-    fn write_rows(&self, receipts: &Receipts) -> Result<Vec<FileNote>> {
+    /// Writes the table of rows of each shard, and returns what rank 0 needs to know.
+    fn write_rows(&self, receipts: &Receipts) -> Result<Note> {
         let (plan, values) = (&self.request.plan, &self.request.rank_values);
-        if let (true, Some(name)) = (plan.shards.is_empty(), values.keys().next()) {
-            let why =
-                "a rank that writes no tensor has no file for values of its own: give it a tensor, or use `value`";
-            return Err(Error::invalid(format!("{why} value={name:?}")));
-        }
-        let Summary { tensors, blocks, shards } = summarize(self.request, receipts)?;
+        let Summary { tensors, blocks, shards, on_devices } = summarize(self.request, receipts)?;
+        let replicas = replicas(self.request, &tensors, &on_devices);
         let mut notes = Vec::with_capacity(plan.shards.len());
         for (number, (shard, (header, digest))) in plan.shards.iter().zip(shards).enumerate() {
             let mine = plan.tensors.iter().zip(&tensors).filter(|(planned, _)| planned.shard == number);
@@ -146,13 +152,26 @@ impl Mine<'_> {
             self.attempt.put(&name, &bytes)?;
             let (name, data) = (shard.name.clone(), shard.header.len());
             let entry = FileEntry { name, length: shard.length, data, header, digest };
-            notes.push(FileNote { entry, rows: (length, of_rows) });
+            notes.push(FileNote { entry, rows: Some((length, of_rows)) });
         }
-        Ok(notes)
+        if plan.shards.is_empty() && !values.is_empty() {
+            notes.push(self.write_values()?);
+        }
+        Ok(Note { files: notes, replicas })
+    }
+
+    /// Writes the values of a rank that writes no shard, beside whose table they would lie.
+    fn write_values(&self) -> Result<FileNote> {
+        let values = serde_json::to_vec(&self.request.rank_values);
+        let bytes = values.map_err(|e| Error::internal("cannot write the values of a rank").with_source(e))?;
+        let (name, length) = (values_name(self.group.member.rank), bytes.len() as u64);
+        self.attempt.put(&name, &bytes)?;
+        let entry = FileEntry { name, length, data: 0, header: Digest::EMPTY, digest: Digest::of(&bytes) };
+        Ok(FileNote { entry, rows: None })
     }
 
     /// Reads the note of a rank, which its receipt has the digest of.
-    fn read(&self, rank: u32, receipt: &Receipt) -> Result<Vec<FileNote>> {
+    fn read(&self, rank: u32, receipt: &Receipt) -> Result<Note> {
         let note = self.group.shared.note(self.group.session.generation, &files_of(rank), MAX_NOTE)?;
         let note = note.filter(|note| Digest::of(note) == receipt.digest);
         let why = || Error::corrupt("what a rank says of its files is not what it wrote").with_ranks([rank]);
@@ -167,8 +186,8 @@ impl Part for Mine<'_> {
 
     fn seal(&mut self) -> Result<Receipt> {
         let receipts = self.receipts.ok_or_else(|| Error::internal("a save that was not written is sealed"))?;
-        let notes = self.write_rows(receipts)?;
-        let note = serde_json::to_vec(&notes).map_err(|e| Error::internal("cannot write a note").with_source(e))?;
+        let note = self.write_rows(receipts)?;
+        let note = serde_json::to_vec(&note).map_err(|e| Error::internal("cannot write a note").with_source(e))?;
         let rank = self.group.member.rank;
         self.group.shared.put_note(self.group.session.generation, &files_of(rank), &note)?;
         self.attempt.sync_names()?;
@@ -188,18 +207,28 @@ impl Part for Mine<'_> {
         let structure = self.attempted.structure.as_ref().ok_or_else(missing)?;
         let ticket = &self.request.ticket;
         let origin = (ticket.step, ticket.attempt());
-        let mut files = Vec::with_capacity(structure.files.len());
-        let mut names = structure.files.iter();
+        let mut files = Vec::with_capacity(structure.whole.files.len());
+        // Files of values come last: tensors name the shards by their numbers.
+        let (mut others, mut comparison) = (Vec::new(), Comparison::default());
+        let mut names = structure.whole.files.iter();
         for (rank, receipt) in receipts {
-            for FileNote { entry, rows } in self.read(*rank, receipt)? {
-                let planned = names.next();
+            let note = self.read(*rank, receipt)?;
+            comparison.add(*rank, &note.replicas);
+            for FileNote { entry, rows } in note.files {
+                let of_values = (rows.is_none() && entry.data == 0).then(|| values_name(*rank));
+                let planned = if of_values.is_some() { of_values.as_ref() } else { names.next() };
                 if planned != Some(&entry.name) && !mutant::on(Mutant::ReceiptCheck) {
                     let why = format!("a rank has written another file file={:?} expected={planned:?}", entry.name);
                     return Err(Error::internal(why).with_ranks([*rank]));
                 }
-                files.push(FileRow { entry, origin, rows: Some(rows) });
+                let to = if of_values.is_some() { &mut others } else { &mut files };
+                to.push(FileRow { entry, origin, rows });
             }
         }
+        if !mutant::on(Mutant::Replicas) {
+            comparison.finish(&structure.whole)?;
+        }
+        files.append(&mut others);
         if let (Some(missing), false) = (names.next(), mutant::on(Mutant::Receipts)) {
             return Err(Error::internal(format!("no rank has written a file of the plan file={missing:?}")));
         }
@@ -221,6 +250,22 @@ impl Part for Mine<'_> {
     fn begin_publish(&self) -> Result<()> {
         enter(&self.request.ticket, Phase::Publishing)
     }
+}
+
+/// The digests that this rank took of what other ranks hold, too; none in a save that does not compare them.
+fn replicas(
+    request: &Request,
+    tensors: &[(Digest, Range<usize>)],
+    on_devices: &[(usize, Digest)],
+) -> Vec<(u32, Digest)> {
+    let (plan, Some(elsewhere)) = (&request.plan, &request.replicas) else { return Vec::new() };
+    let on_devices: HashMap<usize, Digest> = on_devices.iter().copied().collect();
+    let digest = |index: usize| match plan.places.get(index).copied().flatten() {
+        Some(place) => tensors.get(place).map(|(digest, _)| *digest),
+        None => on_devices.get(&index).copied(),
+    };
+    let mine = plan.replicas.iter().filter_map(|&(index, replica)| Some((replica, digest(index)?)));
+    mine.chain(elsewhere.iter().copied()).collect()
 }
 
 fn files_of(rank: u32) -> String {

@@ -1,7 +1,8 @@
 //! Ranks agree on what they save before a byte is written, and rank 0 alone applies the overlap policy.
 
 use super::{Job, LONG, assert_holds, state, steps};
-use ashore::{ErrorKind, Outcome, SaveOptions};
+use crate::fixtures::executor::Buffer;
+use ashore::{Catalog, ErrorKind, HostTensor, Outcome, SaveOptions, StateDict};
 use std::sync::Arc;
 
 #[test]
@@ -145,4 +146,42 @@ fn the_outcome_of_skipped_saves_is_that_of_rank_0() {
     }
     assert_eq!(steps(root.path()), [1, 9]);
     ranks.iter().for_each(|rank| rank.shutdown(LONG).unwrap());
+}
+
+/// What several ranks hold is written by one of them, so a rank whose weights have drifted would go unnoticed.
+#[test]
+fn a_rank_that_holds_another_value_of_a_replica_is_named() {
+    for (small, raw) in [(true, false), (false, false), (false, true)] {
+        let root = tempfile::tempdir().unwrap();
+        let job = Job::start(root.path(), 3, LONG);
+        let bytes = if small { 8 } else { 20_000 };
+        let save = |step: u64, drifted: Option<usize>| {
+            job.each(|rank, executor| {
+                let value = if drifted == Some(rank) { 0xBB } else { 0xAA };
+                let buffer = Buffer::new(vec![value; bytes]);
+                let mut state = StateDict::new();
+                if raw {
+                    state.tensor("norm", buffer.source())?;
+                } else {
+                    state.tensor("norm", Arc::new(vec![value; bytes]))?;
+                }
+                // So that no rank is without a shard of its own.
+                state.tensor_box("rows", [3], [rank], HostTensor::new(Arc::new(vec![rank as u8]), [1]))?;
+                let save = executor.save(step, state)?;
+                executor.fence()?;
+                save.wait(LONG)
+            })
+        };
+        for (step, drifted) in [(1, 0), (2, 2)] {
+            for refused in save(step, Some(drifted)) {
+                let error = refused.unwrap_err();
+                assert_eq!((error.kind(), error.ranks()), (ErrorKind::Invalid, &[drifted as u32][..]), "{error}");
+                assert!(error.message().contains("different values of one tensor"), "{error}");
+                assert!(error.message().contains("tensor=\"norm\""), "{error}");
+            }
+        }
+        save(3, None).into_iter().for_each(|saved| drop(saved.unwrap()));
+        let checkpoint = Catalog::open(root.path()).unwrap().latest().unwrap().unwrap();
+        assert_eq!((checkpoint.step(), checkpoint.read("norm").unwrap()), (3, vec![0xAA; bytes]));
+    }
 }

@@ -1,7 +1,7 @@
 //! What several ranks saved is restored by any number of processes, in any boxes.
 
 use super::{Job, LONG};
-use ashore::{Catalog, HostTensor, StateDict, Targets};
+use ashore::{Catalog, ErrorKind, HostTensor, StateDict, Targets};
 use std::sync::Arc;
 
 /// A matrix whose rows are split unevenly over three ranks, one that is split over a mesh of two by two, a
@@ -81,29 +81,72 @@ fn boxes_that_overlap_or_leave_a_hole_are_refused_with_the_ranks() {
     }
 }
 
-/// The only tensor is written by rank 0, so there is no file beside which rank 1 could keep a value: it must
-/// not get lost.
+/// A tensor that only the first rank ties, and one whose rows two ranks hold and tie.
 #[test]
-fn values_of_a_rank_that_writes_nothing_are_refused() {
+fn tied_tensors_of_several_ranks_are_written_once() {
     let root = tempfile::tempdir().unwrap();
     let job = Job::start(root.path(), 2, LONG);
-    for (step, kept) in [(1, true), (2, false)] {
-        let ended = job.each(|rank, executor| {
-            let mut state = StateDict::new();
-            state.tensor("scale", Arc::new(vec![1.0_f32; 2]))?;
-            if kept {
-                state.rank_value("seed", &rank)?;
-            }
-            executor.save(step, state)?.wait(LONG)
-        });
-        for ended in ended {
-            assert_eq!(ended.is_err(), kept, "{ended:?}");
-            if let Err(error) = ended {
-                assert_eq!((error.kind(), error.ranks()), (ashore::ErrorKind::Invalid, &[1][..]), "{error}");
-                assert!(error.message().contains("\"seed\""), "{error}");
-            }
+    let ended = job.each(|rank, executor| {
+        let mut state = StateDict::new();
+        let rows = HostTensor::new(Arc::new(vec![rank as f32; 6]), [2, 3]);
+        state.tensor_box("body", [4, 3], [2 * rank, 0], rows)?.alias("head", "body")?;
+        if rank == 0 {
+            state.tensor("norm", Arc::new(vec![5_u8; 3]))?.alias("also", "norm")?;
         }
-    }
+        executor.save(1, state)?.wait(LONG)
+    });
+    ended.into_iter().for_each(|ended| drop(ended.unwrap()));
     let checkpoint = Catalog::open(root.path()).unwrap().latest().unwrap().unwrap();
-    assert_eq!(checkpoint.read_as::<f32>("scale").unwrap(), [1.0; 2]);
+    let names: Vec<_> = checkpoint.tensors().unwrap().map(|tensor| tensor.name).collect();
+    assert_eq!(names, ["also", "body", "head", "norm"]);
+    assert_eq!(checkpoint.read_as::<f32>("head").unwrap(), [[0.0; 6], [1.0; 6]].concat());
+    assert_eq!(checkpoint.read("also").unwrap(), [5; 3]);
+    assert!(checkpoint.verify().unwrap().is_sound());
+}
+
+/// Regression: a rank that writes no tensor, because others hold all of its boxes, could not keep values.
+#[test]
+fn a_rank_without_a_shard_keeps_values_of_its_own() {
+    let root = tempfile::tempdir().unwrap();
+    let job = Job::start(root.path(), 3, LONG);
+    let ended = job.each(|rank, executor| {
+        let mut state = StateDict::new();
+        if rank != 1 {
+            state.tensor_box("t", [2], [rank / 2], HostTensor::new(Arc::new(vec![rank as u8]), [1]))?;
+        }
+        state.rank_value("seed", &(100 + rank as u64))?;
+        if rank == 2 {
+            state.rank_value("extra", "only here")?;
+        }
+        executor.save(1, state)?.wait(LONG)
+    });
+    ended.into_iter().for_each(|ended| drop(ended.unwrap()));
+    let checkpoint = Catalog::open(root.path()).unwrap().latest().unwrap().unwrap();
+    assert!(checkpoint.verify().unwrap().is_sound());
+    assert_eq!(checkpoint.rank_value::<u64>(1, "seed").unwrap(), 101);
+    assert_eq!(checkpoint.rank_values::<u64>("seed").unwrap(), [(0, 100), (1, 101), (2, 102)].into());
+    assert_eq!(checkpoint.rank_values::<String>("extra").unwrap(), [(2, "only here".to_owned())].into());
+    assert_eq!(checkpoint.rank_values::<u64>("none").unwrap_err().kind(), ErrorKind::NotFound);
+    // The same ranks get theirs; fewer would lose some, so they have to say what becomes of the rest.
+    job.each(|rank, executor| {
+        assert_eq!(executor.rank_value::<u64>(&checkpoint, "seed")?, 100 + rank as u64);
+        Ok(())
+    })
+    .into_iter()
+    .for_each(|ended: ashore::Result<()>| ended.unwrap());
+    drop(job);
+    let fewer = Job::start(root.path(), 2, LONG);
+    for refused in fewer.each(|_, executor| executor.rank_value::<u64>(&checkpoint, "seed")) {
+        let error = refused.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.message().contains("\"seed\" ranks=2 saved_by_ranks=3"), "{error}");
+    }
+    // Its file is checked as it is read.
+    let file = checkpoint.path().join("shard-00001-values.json");
+    let damaged = std::fs::read_to_string(&file).unwrap().replace("101", "102");
+    std::fs::write(&file, damaged).unwrap();
+    let damaged = Catalog::open(root.path()).unwrap().checkpoint(1).unwrap();
+    let error = damaged.rank_value::<u64>(1, "seed").unwrap_err();
+    assert_eq!((error.kind(), error.path()), (ErrorKind::Corrupt, Some(file.as_path())));
+    assert!(!damaged.verify().unwrap().is_sound());
 }
