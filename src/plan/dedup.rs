@@ -4,7 +4,7 @@
 
 use super::boxes::{BoxOf, Described, Description, ranges};
 use super::cut::{Weight, cut};
-use super::whole::{Part, Replica, Share, Whole, WholeTensor, Written};
+use super::whole::{NAMED, Part, Replica, Share, Whole, WholeTensor, Written};
 use crate::error::{Error, Result};
 use crate::format::shard::{entry_len, shard_names};
 use crate::format::tiling::{self, Fault, MAX_SPLIT};
@@ -12,9 +12,6 @@ use crate::state::{Dtype, Layout};
 use foldhash::fast::FixedState;
 use std::cmp::Reverse;
 use std::collections::HashMap;
-
-/// The number of ranks that an error names.
-pub(super) const NAMED: usize = 64;
 
 /// Puts descriptions together, rank by rank, so that only one of them is in memory at a time.
 #[derive(Debug)]

@@ -1,13 +1,15 @@
 //! What all ranks write together, and each of them.
 
 use super::boxes::{BoxOf, decode, encode, ranges};
-use super::dedup::NAMED;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::state::Dtype;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
+
+/// The number of ranks that an error names.
+pub(super) const NAMED: usize = 64;
 
 /// The begin of a share: what it is, and its version.
 const MAGIC: &[u8; 8] = b"ashpart\x01";

@@ -146,6 +146,14 @@ impl Checkpoint {
         }
         let entries: Vec<_> = files.iter().map(|file| &file.entry).collect();
         check_layout(&entries, &tensors)?;
+        let manifest = index.manifest();
+        let of_files = files.iter().map(|file| file.entry.length + file.rows.map_or(0, |(length, _)| length));
+        let found: u64 = of_files.chain(manifest.tables.iter().map(|table| table.length)).sum();
+        if found != manifest.bytes {
+            let what = "the manifest says another length of all files than they have";
+            let wrong = Error::corrupt(format!("{what} expected_bytes={} found_bytes={found}", manifest.bytes));
+            return Err(wrong.with_path(self.path().join(MANIFEST)));
+        }
         Ok(Listing { files, tensors })
     }
 

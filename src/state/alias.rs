@@ -6,9 +6,6 @@ use foldhash::fast::FixedState;
 use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 
-/// The names of aliases, and of the tensor that holds the bytes of each.
-pub(crate) type Aliases = BTreeMap<String, String>;
-
 impl<'a> StateDict<'a> {
     /// Adds `name` as another name of the tensor `holder`, for weights that are tied: the bytes are written
     /// once, and a [`Checkpoint`](crate::Checkpoint) restores them under both names. The alias has the dtype

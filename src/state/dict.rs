@@ -1,6 +1,5 @@
 //! The state dict: the tensors, values and metadata of one save.
 
-use super::alias::Aliases;
 use super::boxes::{Key, Place};
 use super::dtype::{Dtype, Layout};
 use super::source::{DeviceStream, MemoryLocation, SharedSource, Source};
@@ -15,6 +14,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::hash::BuildHasher;
 use std::sync::Arc;
+
+/// The names of aliases, and of the tensor that holds the bytes of each.
+pub(crate) type Aliases = BTreeMap<String, String>;
 
 /// When a save takes a tensor's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -11,9 +11,8 @@ mod promised;
 mod source;
 mod value;
 
-pub(crate) use alias::Aliases;
 pub(crate) use boxes::{Key, Place};
-pub(crate) use dict::Tensor;
+pub(crate) use dict::{Aliases, Tensor};
 pub use dict::{Capture, StateDict};
 #[cfg(test)]
 pub(crate) use dtype::DTYPES;

@@ -1,6 +1,7 @@
 use crate::fixtures::checkpoint::{MadeCheckpoint, noise, open};
 use ashore::Dtype;
 use ashore::internal::digest::Digest;
+use ashore::internal::format::manifest::Manifest;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const BLOCK: usize = 8 << 20;
@@ -96,4 +97,15 @@ fn a_step_that_stock_loaders_read_differently_is_not_sound() {
     let found = misleading(&files);
     assert_eq!(found.len(), 1);
     assert!(found[0].0.ends_with("index.json") && found[0].1.contains("tensor=\"a\""), "{found:?}");
+}
+
+#[test]
+fn a_manifest_with_another_length_than_its_files_have_is_damage() {
+    let mut files = MadeCheckpoint::new(7).tensor("a", Dtype::U8, &[100], noise(100, 1)).files();
+    let honest = open(&files).unwrap().manifest().clone();
+    files.last_mut().unwrap().1 = Manifest { bytes: honest.bytes + 1, ..honest }.to_bytes().unwrap();
+    let report = open(&files).unwrap().verify().unwrap();
+    assert!(!report.is_intact());
+    assert_eq!(report.damage[0].file, "manifest.json");
+    assert!(report.damage[0].what.contains("another length"), "{}", report.damage[0].what);
 }
