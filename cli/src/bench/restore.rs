@@ -1,13 +1,18 @@
-//! `ashore bench restore`: complete restores with every byte checked, beside a bare loop over a file of the
-//! same age.
+//! `ashore bench restore`: complete restores with every byte checked, beside a bare loop over the same files.
+//!
+//! Where a file lies on a disk decides how fast it is read, by more than half. So restore and loop read the
+//! same files in turn, and several steps are saved, which take turns, too.
 
 use super::pairs::{self, Turn};
 use super::usage::{Cpu, Peak, per_gb};
 use super::{Bench, Figures, PATIENCE};
-use crate::limit::{self, Direction, Limit, Memory, Scratch};
+use crate::limit::{self, Direction, Existing, Limit, Memory};
 use crate::out::median;
 use ashore::{Checkpoint, Error, ErrorKind, Result, Targets};
 use std::time::Instant;
+
+/// The number of steps that take turns.
+const SETS: u64 = 3;
 
 pub fn run(bench: &Bench<'_>) -> Result<Figures> {
     let state = bench.state();
@@ -16,24 +21,31 @@ pub fn run(bench: &Bench<'_>) -> Result<Figures> {
     let config = found.first().map(|found| found.config).ok_or_else(|| Error::new(ErrorKind::Internal, "no loop"))?;
 
     let executor = bench.builder().build()?;
-    let committed = executor.save(1, state.dict()?)?.wait(PATIENCE)?.committed();
-    let path = committed.map(|c| c.path).ok_or_else(|| Error::new(ErrorKind::Internal, "a save was skipped"))?;
+    let (mut steps, mut files) = (Vec::new(), Vec::new());
+    for step in 1..=SETS {
+        let committed = executor.save(step, state.dict()?)?.wait(PATIENCE)?.committed();
+        let skipped = || Error::new(ErrorKind::Internal, "a save was skipped");
+        let path = committed.map(|c| c.path).ok_or_else(skipped)?;
+        files.push(Existing::shards(&path)?);
+        steps.push(path);
+    }
     executor.shutdown(PATIENCE)?;
-    let scratch = Scratch::new(bench.dir, state.bytes)?;
-    scratch.write(&config, &mut memory)?;
 
     let mut targets: Vec<(&str, Vec<u8>)> = state.tensors().map(|(name, bytes)| (name, vec![1; bytes.len()])).collect();
     let peak = Peak::watch();
     let (mut limits, mut seconds, mut opened, mut cpu) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut turns = 0..;
     let mut sample = |turn| {
+        // Both measurements of a pair are of the same step.
+        let set = turns.next().unwrap_or(0) / 2 % steps.len();
         if turn == Turn::Limit {
-            let limit = scratch.read(&config, &mut memory)?;
+            let limit = files[set].read(&config, &mut memory)?;
             limits.push(limit);
             return Ok(limit.time.as_secs_f64());
         }
         let before = Cpu::now();
         let began = Instant::now();
-        let checkpoint = Checkpoint::open(&path)?;
+        let checkpoint = Checkpoint::open(&steps[set])?;
         opened.push(began.elapsed().as_secs_f64());
         checkpoint.read_into(targets.iter_mut().fold(Targets::new(), |all, (name, to)| all.bytes(*name, to)))?;
         let took = began.elapsed().as_secs_f64();

@@ -164,6 +164,39 @@ impl Scratch {
     }
 }
 
+/// Files that exist, to be read by a bare loop.
+pub struct Existing(Vec<Scratch>);
+
+impl Existing {
+    /// Opens the shards of a step.
+    pub fn shards(step: &Path) -> Result<Self> {
+        let failed = |e| Error::io("cannot list a step to measure the disk", e).with_path(step);
+        let mut shards = Vec::new();
+        for entry in std::fs::read_dir(step).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if path.extension().is_none_or(|extension| extension != "safetensors") {
+                continue;
+            }
+            let bytes = path.metadata().map_err(failed)?.len();
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            let shard = Scratch::opened(&path, bytes, |how| open(&path, flags | how, Mode::empty()))?;
+            // Direct reads are of whole blocks: the last, partial one is left out.
+            shards.push(Scratch { bytes: bytes - bytes % ALIGNMENT, ..shard });
+        }
+        Ok(Self(shards))
+    }
+
+    /// Reads them, one after the other.
+    pub fn read(&self, config: &Config, memory: &mut Memory) -> Result<Limit> {
+        let (began, mut bytes, mut mode) = (Instant::now(), 0, IoMode::Direct);
+        for shard in &self.0 {
+            let read = shard.read(config, memory)?;
+            (bytes, mode) = (bytes + read.bytes, read.mode);
+        }
+        Ok(Limit { bytes, time: began.elapsed(), tail: Duration::ZERO, mode })
+    }
+}
+
 /// Measures the minimum of a durable checkpoint: fresh files of these lengths, a manifest, a rename, and the
 /// same fsyncs.
 pub fn checkpoint(dir: &Path, files: &[u64], manifest: u64, config: &Config, memory: &mut Memory) -> Result<Limit> {
