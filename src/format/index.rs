@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::id::Attempt;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,7 +27,7 @@ const WALK: u64 = 1024;
 const KEPT: usize = 256;
 
 /// Maximum number of pages of such a table in memory: 32 MiB for all of them.
-const PAGES_BESIDE: usize = 8;
+const PAGES_BESIDE: NonZeroUsize = NonZeroUsize::new(8).expect("not zero");
 
 /// The files of a step.
 pub trait Medium: Send + Sync + Debug {
@@ -460,7 +461,7 @@ impl Tables {
         let none = || Error::corrupt(format!("a file has no table of rows file={:?}", file.entry.name));
         let expected = file.rows.ok_or_else(none)?;
         let source = medium.table(&FileRow::rows_name(&file.entry.name))?;
-        let (mut table, columns) = Table::open(source, expected, &BESIDE)?;
+        let (table, columns) = Table::open(source, expected, &BESIDE)?;
         table.keep(PAGES_BESIDE);
         let [rows, _, tensors, _] = &columns;
         if rows.rows != tensors.rows.saturating_add(1) {

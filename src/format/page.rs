@@ -4,8 +4,10 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::AlignedBuffer;
 use crate::mutant::{self, Mutant};
-use std::collections::HashMap;
+use foldhash::fast::FixedState;
+use lru::LruCache;
 use std::fmt::Debug;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,8 +46,9 @@ impl Source for InMemory {
     }
 }
 
-/// The usual number of pages in the cache of a table: 2 MiB.
-const KEPT: usize = 128;
+/// The usual number of pages in the cache of a table: 32 MiB. A thousand names spread over a million tensors
+/// pass about as many pages, and those that many lookups pass must not be read again.
+const KEPT: NonZeroUsize = NonZeroUsize::new(2048).expect("not zero");
 
 /// The bytes of a file from which a table is read.
 pub trait Source: Send + Sync + Debug {
@@ -71,34 +74,21 @@ pub(super) struct Pages {
     /// Its length.
     length: u64,
     digests: Vec<Digest>,
-    kept: Mutex<Kept>,
-    /// Maximum number of pages in the cache.
-    most: usize,
-}
-
-/// Pages that were read and checked.
-#[derive(Debug, Default)]
-struct Kept {
-    pages: HashMap<u64, Page, foldhash::fast::FixedState>,
-    /// Counts uses.
-    clock: u64,
-}
-
-#[derive(Debug)]
-struct Page {
-    bytes: AlignedBuffer,
-    /// When it was last used.
-    used: u64,
+    /// Pages that were read and checked.
+    kept: Mutex<LruCache<u64, AlignedBuffer, FixedState>>,
 }
 
 impl Pages {
     pub fn new(source: Arc<dyn Source>, data: u64, length: u64, digests: Vec<Digest>) -> Self {
-        Self { source, data, length, digests, kept: Mutex::default(), most: KEPT }
+        let kept = Mutex::new(LruCache::unbounded_with_hasher(FixedState::default()));
+        let pages = Self { source, data, length, digests, kept };
+        pages.keep(KEPT);
+        pages
     }
 
-    /// Keeps fewer pages.
-    pub fn keep(&mut self, most: usize) {
-        self.most = most;
+    /// Keeps at most so many pages.
+    pub fn keep(&self, most: NonZeroUsize) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).resize(most);
     }
 
     /// Calls `visit` with the bytes of `range`, counted from the start of the data, page by page.
@@ -119,24 +109,15 @@ impl Pages {
         Ok(())
     }
 
-    fn page<'k>(&self, kept: &'k mut Kept, number: u64) -> Result<&'k [u8]> {
-        kept.clock += 1;
-        let used = kept.clock;
-        if !kept.pages.contains_key(&number) {
-            let oldest = || kept.pages.iter().min_by_key(|(_, page)| page.used).map(|(number, _)| *number);
-            let free = if kept.pages.len() < self.most { None } else { oldest() };
-            let free = free.and_then(|number| kept.pages.remove(&number));
-            let mut bytes = free.map_or_else(|| AlignedBuffer::new(0), |page| page.bytes);
+    fn page<'k>(&self, kept: &'k mut LruCache<u64, AlignedBuffer, FixedState>, number: u64) -> Result<&'k [u8]> {
+        if !kept.contains(&number) {
+            let full = kept.len() >= kept.cap().get();
+            let free = if full { kept.pop_lru().map(|(_, bytes)| bytes) } else { None };
+            let mut bytes = free.unwrap_or_else(|| AlignedBuffer::new(0));
             self.read(number, &mut bytes)?;
-            kept.pages.insert(number, Page { bytes, used });
+            kept.put(number, bytes);
         }
-        match kept.pages.get_mut(&number) {
-            Some(page) => {
-                page.used = used;
-                Ok(&page.bytes)
-            }
-            None => Err(Error::internal("a page was lost")),
-        }
+        kept.get(&number).map(|bytes| &**bytes).ok_or_else(|| Error::internal("a page was lost"))
     }
 
     fn read(&self, number: u64, bytes: &mut AlignedBuffer) -> Result<()> {

@@ -15,6 +15,7 @@ use crate::state::Dtype;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -269,8 +270,8 @@ impl Table {
         Ok((Self { pages: Pages::new(source, data, last.begin, digests), path }, columns))
     }
 
-    /// Keeps at most so many pages in memory, of 16 KiB each, instead of 128.
-    pub fn keep(&mut self, pages: usize) {
+    /// Keeps at most so many pages in memory, of 16 KiB each, instead of 2048.
+    pub fn keep(&self, pages: NonZeroUsize) {
         self.pages.keep(pages);
     }
 
