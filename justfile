@@ -250,7 +250,7 @@ msrv:
 features:
     [ "$("{{ tools }}/bin/cargo-hack" --version 2>/dev/null)" = "cargo-hack 0.6.46" ] || \
         CARGO_PROFILE_DEV_DEBUG=false cargo install --quiet --locked --debug --root "{{ tools }}" cargo-hack@0.6.46
-    cargo hack check --package ashore --package ashore-cli --each-feature --no-dev-deps --target-dir target/features
+    cargo hack check --package ashore --package ashore-cli --each-feature --target-dir target/features
 
 # Draws the picture in the README: one save beside the training steps of a real run of the demo. Needs a quiet machine.
 picture:
