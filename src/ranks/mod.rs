@@ -49,6 +49,13 @@ use uuid::Uuid;
 pub const MAX_MESSAGE: usize = 4096;
 
 /// The position of a process among the ranks of a job.
+///
+/// ```
+/// use ashore::ranks::Member;
+/// // The third of eight processes, four to a host.
+/// let member = Member { rank: 2, world: 8, local_rank: 2 };
+/// assert_eq!(Member::ALONE.world, 1);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Member {
     /// Its number, from 0. Rank 0 publishes.

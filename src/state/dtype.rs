@@ -90,6 +90,11 @@ dtypes! {
 }
 
 /// Dimensions of a tensor, outermost first; a scalar has none. Dereferences to a slice of sizes.
+///
+/// ```
+/// let shape = ashore::Shape::from(&[2, 3][..]);
+/// assert_eq!((shape.len(), shape.iter().product::<usize>()), (2, 6));
+/// ```
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct Shape(SmallVec<[usize; 4]>);
 

@@ -19,6 +19,18 @@ pub struct DecisionContext {
 }
 
 /// Decides whether a step is saved. Any `Fn(u64, &DecisionContext) -> bool` is one: Orbax's `should_save_fn`.
+///
+/// ```
+/// use ashore::compat::orbax::*;
+/// let now = DecisionContext::default(); // no step yet, no save under way
+/// assert!(FixedIntervalPolicy(100).should_save(200, &now));
+/// assert!(!SpecificStepsPolicy([1, 10].into()).should_save(200, &now));
+/// assert!(InitialSavePolicy.should_save(200, &now));
+/// assert!(ContinuousCheckpointingPolicy::default().should_save(200, &now));
+/// assert!(!PreemptionCheckpointingPolicy.should_save(200, &now));
+/// let late = |step: u64, _: &DecisionContext| step > 1000;
+/// assert!(!late.should_save(200, &now));
+/// ```
 pub trait SaveDecisionPolicy: Send + Sync {
     /// True when `step` is to be saved.
     fn should_save(&self, step: u64, context: &DecisionContext) -> bool;

@@ -21,6 +21,22 @@ pub struct CheckpointInfo {
 /// Decides which steps are kept. Any `Fn(&[CheckpointInfo]) -> Vec<bool>` is one.
 ///
 /// The newest durable step always stays, and no step is deleted before a newer step is durable.
+///
+/// ```
+/// use ashore::compat::orbax::*;
+/// use std::time::Duration;
+/// let day = Duration::from_secs(24 * 60 * 60);
+/// let kept = AnyPreservationPolicy(vec![
+///     Box::new(LatestN(3)),
+///     Box::new(LatestDuration(day)),
+///     Box::new(EveryNSteps(10_000)),
+///     Box::new(EveryNStepsClosest(2_500)),
+///     Box::new(EveryNSeconds(3600)),
+///     Box::new(CustomSteps([1, 500].into())),
+/// ]);
+/// let options = CheckpointManagerOptions::new().preservation_policy(kept);
+/// let everything = CheckpointManagerOptions::new().preservation_policy(PreserveAll);
+/// ```
 pub trait PreservationPolicy: Send + Sync {
     /// Returns for each checkpoint, oldest first, whether it is kept. Checkpoints beyond the end of the
     /// result are kept.
