@@ -62,8 +62,13 @@ impl AttemptFiles {
             let long = self.create(file, bytes.len() as u64)?;
             return long.write_at(0, bytes).and_then(|()| long.seal());
         }
+        self.count(|| self.write_small(file, bytes))
+    }
+
+    /// Counts a file that is made whole by `make`.
+    pub(super) fn count(&self, make: impl FnOnce() -> Result<()>) -> Result<()> {
         self.progress.begin_file();
-        self.write_small(file, bytes).inspect_err(|_| self.progress.lose())?;
+        make().inspect_err(|_| self.progress.lose())?;
         self.progress.end_file();
         Ok(())
     }
@@ -98,7 +103,7 @@ impl AttemptFiles {
 pub(super) struct LocalAttempt {
     /// Its own descriptor of the root: a failed fsync spoils this attempt and no other.
     root: Dir,
-    files: AttemptFiles,
+    pub(super) files: AttemptFiles,
     step: String,
     attempt: Attempt,
     phase: Mutex<Phase>,
@@ -135,6 +140,25 @@ impl LocalAttempt {
         })?;
         let (step, phase, claimed) = (step.to_owned(), Mutex::new(Phase::Open(owner)), AtomicBool::new(false));
         Ok(Self { root, files, step, attempt, phase, claimed, owners })
+    }
+
+    /// The attempt of a dead process, whose record this process has locked as `owner`.
+    pub(super) fn taken_over(
+        root: Dir,
+        step: &str,
+        attempt: Attempt,
+        direct: bool,
+        owners: Arc<Owners>,
+        owner: Owner,
+    ) -> Result<Self> {
+        let files = AttemptFiles::open(&root, &names::temp(step, attempt), direct)?;
+        let (step, phase, claimed) = (step.to_owned(), Mutex::new(Phase::Open(owner)), AtomicBool::new(false));
+        Ok(Self { root, files, step, attempt, phase, claimed, owners })
+    }
+
+    /// Whether files are opened with O_DIRECT where possible.
+    pub(super) fn direct(&self) -> bool {
+        self.files.direct
     }
 
     /// Its hidden name; after an overwrite, that of the replaced step.

@@ -27,6 +27,11 @@ impl Bypass {
         Ok(bypass)
     }
 
+    /// For a file that is open through the page cache.
+    pub(super) fn off() -> Self {
+        Self(AtomicBool::new(false))
+    }
+
     pub(super) fn is_on(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
@@ -58,7 +63,7 @@ pub(super) fn update(dir: &Dir, file: &str) -> io::Result<(Fd, Bypass)> {
         }
         opened => opened,
     };
-    Ok((fd?, Bypass(AtomicBool::new(false))))
+    Ok((fd?, Bypass::off()))
 }
 
 /// Creates a file, direct when `wanted` and possible.
@@ -79,5 +84,5 @@ fn settled(
             Err(error) => return Err(error),
         }
     }
-    Ok((open(false)?, Bypass(AtomicBool::new(false))))
+    Ok((open(false)?, Bypass::off()))
 }

@@ -6,16 +6,13 @@
 
 use super::clock::Clock;
 use super::dir::Dir;
-use super::owner::{Owner, Record, has_no_locks};
+use super::owner::{Owner, RECORD, Record, has_no_locks};
 use super::sys::{Fd, Kind, uninterrupted};
 use super::{direct, transfer};
 use crate::error::Result;
 use crate::storage::{Remnant, State};
 use std::sync::Arc;
 use std::time::Duration;
-
-/// Maximum length of a record.
-const LIMIT: usize = 4096;
 
 /// An unreadable record of this age is not being written any more.
 const WRITTEN_BY_THEN: Duration = Duration::from_secs(60);
@@ -81,7 +78,7 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Finding::Gone),
         opened => opened.map_err(root.error(failed, name))?,
     };
-    let mut bytes = [0; LIMIT];
+    let mut bytes = [0; RECORD];
     let len = transfer::read_full(&fd, &bypass, &mut bytes, 0).map_err(root.error(failed, name))?;
     let record = Record::parse(bytes.get(..len).unwrap_or_default());
     let held = uninterrupted(|| fd.sys().stat(fd.raw())).map_err(root.error(failed, name))?;

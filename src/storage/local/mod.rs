@@ -15,7 +15,7 @@
 //!
 //! Modules from the system calls up: `sys` (the system call interface), `linux`, `dir`, `transfer`, `direct`,
 //! `durable`; then `owner`, `clock`, `judge`, `file`, `trash`, `publish`; then `attempt`, `reading`, `sweep`,
-//! `root`, `shared`; then [`Local`].
+//! `root`, `shared`; then [`Local`] and `resume`.
 
 mod attempt;
 mod clock;
@@ -30,6 +30,7 @@ mod owner;
 mod progress;
 mod publish;
 mod reading;
+mod resume;
 mod root;
 mod shared;
 mod sweep;
@@ -42,6 +43,8 @@ mod uring;
 
 #[doc(hidden)]
 pub use linux::Linux;
+#[doc(hidden)]
+pub use resume::Resumable;
 #[cfg(feature = "uring")]
 #[doc(hidden)]
 pub use uring::Uring;

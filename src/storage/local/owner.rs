@@ -16,6 +16,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::{fs, io};
 
+/// Maximum length of a record.
+pub(super) const RECORD: usize = 4096;
+
 /// ENOTSUPP, a kernel-internal code that some parallel file systems return to programs.
 const ENOTSUPP: i32 = 524;
 
@@ -23,7 +26,7 @@ const ENOTSUPP: i32 = 524;
 #[derive(Debug)]
 pub(super) struct Owner {
     name: String,
-    _lock: Arc<Fd>,
+    record: Arc<Fd>,
 }
 
 /// The owner records of one storage.
@@ -52,10 +55,31 @@ impl Owners {
             direct::create(root, &name, false).map_err(root.error("cannot create the owner record", &name))?;
         self.fill(root, &name, &fd, &bypass, generation).inspect_err(|_| drop(root.unlink(&name, Kind::File)))?;
         let record = Arc::new(fd);
+        self.lives(&record);
+        Ok(Owner::new(name, record))
+    }
+
+    fn lives(&self, record: &Arc<Fd>) {
         let mut live = lock(&self.live);
         live.retain(|record| record.strong_count() > 0);
-        live.push(Arc::downgrade(&record));
-        Ok(Owner::new(name, record))
+        live.push(Arc::downgrade(record));
+    }
+
+    /// Writes this process into the record of a dead one, which it has judged and locked.
+    pub(super) fn adopt(&self, root: &Dir, owner: Owner) -> Result<Owner> {
+        let (name, fd) = (&owner.name, &owner.record);
+        let failed = "cannot write the owner record";
+        let locked = self.locks != Locks::None && uninterrupted(|| fd.sys().try_lock(fd.raw())).unwrap_or(false);
+        let mut record = serde_json::to_vec(&Record::of_this_process(locked))
+            .map_err(|error| Error::internal(failed).with_source(error))?;
+        // Spaces up to the old length: one write, after which the record is whole.
+        let old = uninterrupted(|| fd.sys().stat(fd.raw())).map_err(root.error(failed, name))?.len;
+        record.resize(record.len().max(usize::try_from(old).unwrap_or(0).min(RECORD)), b' ');
+        let bypass = Bypass::off();
+        transfer::write_all(fd, &bypass, &record, 0).map_err(root.error(failed, name))?;
+        durable::owner(fd, root).map_err(root.error("cannot make the owner record durable", name))?;
+        self.lives(&owner.record);
+        Ok(owner)
     }
 
     fn fill(&self, root: &Dir, name: &str, fd: &Fd, bypass: &Bypass, generation: Option<u64>) -> Result<()> {
@@ -118,7 +142,7 @@ pub(super) fn has_no_locks(error: &io::Error) -> bool {
 
 impl Owner {
     pub(super) fn new(name: String, record: Arc<Fd>) -> Self {
-        Self { name, _lock: record }
+        Self { name, record }
     }
 
     /// Deletes the record.

@@ -26,7 +26,11 @@ pub(super) struct LocalReading {
 impl LocalReading {
     pub(super) fn open(root: &Dir, step: &str, direct: bool) -> Result<Self> {
         name::check_step(step)?;
-        Ok(Self { dir: root.enter(step).map_err(root.error("cannot open the step", step))?, direct })
+        Ok(Self::of(root.enter(step).map_err(root.error("cannot open the step", step))?, direct))
+    }
+
+    pub(super) fn of(dir: Dir, direct: bool) -> Self {
+        Self { dir, direct }
     }
 }
 

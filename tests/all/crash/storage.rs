@@ -280,6 +280,92 @@ fn any_call_that_fails_once_or_from_then_on_and_a_machine_that_fails_later_lose_
     findings.conclude(10_000);
 }
 
+impl Program<'_> {
+    /// Goes on with the attempt of a dead process, as a conversion does: keeps the files whose bytes are
+    /// those that it would write. Does nothing but make the step durable when it is there.
+    fn convert(&mut self, one: Try, lengths: &[usize]) -> Result<()> {
+        let (name, attempt) = (step_name(one.step), one.attempt());
+        self.note(Event::Begun(one));
+        if self.storage.open(&name).is_ok() {
+            self.storage.confirm(&name)?;
+            self.note(Event::Saved(one));
+            return self.storage.resume(&name, attempt, Duration::ZERO).map(drop);
+        }
+        let files = lengths.iter().enumerate().map(|(index, len)| (format!("part-{index}"), one.bytes(index, *len)));
+        let files: BTreeMap<String, Vec<u8>> = files.collect();
+        let mut kept = Vec::new();
+        let resumable = match self.storage.resume(&name, attempt, Duration::ZERO)? {
+            None => self.storage.begin_resumable(&name, attempt)?,
+            Some(left) => {
+                for file in left.list()? {
+                    let reading = left.open(&file)?;
+                    let mut bytes = vec![0; reading.len() as usize];
+                    reading.read_at(0, &mut bytes)?;
+                    if files.get(&file) == Some(&bytes) {
+                        left.adopt(&file)?;
+                        kept.push(file);
+                    } else {
+                        left.discard(&file)?;
+                    }
+                }
+                left
+            }
+        };
+        for (file, bytes) in files.iter().filter(|(file, _)| !kept.contains(file)) {
+            resumable.writing().put(file, bytes)?;
+        }
+        let files = files.iter().map(|(file, bytes)| (file.clone(), bytes.len())).collect();
+        let listing = Listing { step: one.step, number: one.number, files };
+        resumable.writing().put(MANIFEST, &serde_json::to_vec(&listing).unwrap())?;
+        resumable.writing().publish(false)?;
+        self.note(Event::Saved(one));
+        resumable.writing().settle()
+    }
+}
+
+/// Goes on with a conversion. False when the owner record is empty: its owner was killed while it wrote it,
+/// and counts as alive for a minute, which never ends here.
+fn goes_on(program: &mut Program<'_>, lengths: &[usize]) -> bool {
+    match program.convert(first(1), lengths) {
+        Err(error) if error.message().contains("record cannot be read") => false,
+        ended => ended.map(|()| true).unwrap(),
+    }
+}
+
+/// Kept files are as durable as new ones, although another process wrote them and the power failed then.
+#[test]
+fn an_attempt_that_was_killed_at_any_call_is_gone_on_with_and_is_whole_whatever_fails_later() {
+    let findings = Findings::new(judge);
+    let (killed, undecided) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    each(CALLS / 2, |calls| {
+        let lengths = LENGTHS[calls % LENGTHS.len()];
+        let (fs, mut expected) = (SimFs::new(), Expected::default());
+        let mut program = Program::start(&fs, &mut expected).unwrap();
+        fs.kill_after(calls as u64);
+        let ended = program.convert(first(1), lengths);
+        killed.fetch_add(usize::from(fs.killed()), Ordering::Relaxed);
+        assert!(fs.killed() || ended.is_ok(), "{ended:?}");
+        drop(program);
+        fs.restart();
+        let mut program = Program::start(&fs, &mut expected).unwrap();
+        undecided.fetch_add(usize::from(!goes_on(&mut program, lengths)), Ordering::Relaxed);
+        findings.explore(&program.run(), 0..usize::MAX, calls as u64, 16, 4, |image, verdict, hash| {
+            let found = verdict.values().filter_map(|found| found.clone().ok());
+            let (fs, mut expected) = (SimFs::boot(image), Expected::durable(found));
+            let mut program = Program::start(&fs, &mut expected).unwrap();
+            if goes_on(&mut program, lengths) {
+                assert_eq!(read(&program.storage).len(), 1);
+            }
+            findings.explore(&program.run(), 0..usize::MAX, hash, 8, u64::MAX, |_, _, _| ());
+        });
+    });
+    assert!((10..CALLS / 2).contains(&killed.into_inner()), "there are calls after the last kill");
+    assert!(undecided.into_inner() <= 4, "calls between the creation of a record and its last byte");
+    let tally = findings.tally();
+    assert_eq!((tally.torn, tally.lost), (0, 0), "{:#?}", tally.examples);
+    assert!(tally.absent > 0 && tally.new + tally.old > 0 && tally.images >= 1_000, "{tally:?}");
+}
+
 /// A sweep moved an attempt that was too old to the trash and deleted its files before the move was durable.
 /// If the server lost power then, the attempt had its name back but lacked files, and an owner on a host that
 /// stayed up could publish it.

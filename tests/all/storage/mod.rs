@@ -8,6 +8,7 @@ mod locking;
 mod memory_conformance;
 mod ordering;
 mod process_conformance;
+mod resuming;
 mod shared;
 mod sweeping;
 mod transfers;

@@ -1,0 +1,125 @@
+//! An attempt that another process can go on with when its writer has died: for a program that writes the
+//! same bytes each time it is run, such as a conversion.
+//!
+//! **Consistency.** The attempt's identity follows from what is written, so its files can be compared with
+//! what they must be. The next process takes the lock of the owner record, and with it the attempt, before it
+//! looks at a file; two processes never write one attempt. **Crash.** A file that the dead process left
+//! counts only after the caller has checked its bytes and [`Resumable::adopt`] has made them durable.
+
+use super::attempt::LocalAttempt;
+use super::clock::Clock;
+use super::direct;
+use super::judge::{Finding, judge};
+use super::reading::LocalReading;
+use super::sys::Kind;
+use super::{Local, durable, names};
+use crate::error::{ErrorKind, Result};
+use crate::id::Attempt;
+use crate::storage::{FileReading, Reading, State, Writing, name as rules};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// An attempt, and the files that a dead process left in it.
+#[derive(Debug)]
+pub struct Resumable(Arc<LocalAttempt>);
+
+impl Local {
+    /// Takes over the attempt `attempt` at the step `name`, if a dead process left it. An attempt of another
+    /// host, or of another boot of this one, counts as dead when it has not changed for `older_than`.
+    ///
+    /// # Errors
+    /// `Conflict` when its owner is alive or may be.
+    #[doc(hidden)]
+    pub fn resume(&self, name: &str, attempt: Attempt, older_than: Duration) -> Result<Option<Resumable>> {
+        self.alive()?;
+        rules::check_step(name)?;
+        let root = self.root.afresh()?;
+        let (temp, record) = (names::temp(name, attempt), names::owner(name, attempt));
+        let dead = match judge(&root, &Clock::of(&root), &record, &temp, older_than)? {
+            Finding::Dead(dead) => dead,
+            Finding::Left(remnant) => {
+                let why = match remnant.state {
+                    State::Live => "another process writes it at present",
+                    _ => "another process may still write it",
+                };
+                return Err(root.conflict(&format!("{why}: {}", remnant.why), &temp));
+            }
+            Finding::Gone => {
+                return match root.look(&temp).map_err(root.error("cannot look for an attempt", &temp))? {
+                    None => Ok(None),
+                    Some(_) => Err(root.conflict("an attempt has no owner record; delete it to start again", &temp)),
+                };
+            }
+        };
+        durable::inherited(&root).map_err(root.own_error("cannot make durable what a dead process did"))?;
+        if dead.identity.is_none() {
+            // Its owner died before it made the attempt, or after the publish.
+            dead.owner.erase(&root)?;
+            return Ok(None);
+        }
+        let owner = self.owners.adopt(&root, dead.owner)?;
+        let taken = LocalAttempt::taken_over(root, name, attempt, self.direct, self.owners.clone(), owner)?;
+        Ok(Some(Resumable(Arc::new(taken))))
+    }
+
+    /// Begins an attempt that can be resumed.
+    ///
+    /// # Errors
+    /// `Conflict` when the step exists.
+    #[doc(hidden)]
+    pub fn begin_resumable(&self, name: &str, attempt: Attempt) -> Result<Resumable> {
+        self.alive()?;
+        let (root, owners) = (self.root.afresh()?, self.owners.clone());
+        Ok(Resumable(Arc::new(LocalAttempt::begin(root, name, attempt, false, self.direct, owners, None)?)))
+    }
+}
+
+impl Resumable {
+    /// The attempt, to write further files and to publish.
+    pub fn writing(&self) -> &dyn Writing {
+        self.0.as_ref()
+    }
+
+    /// The files that are in it.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn list(&self) -> Result<Vec<String>> {
+        self.reading()?.list()
+    }
+
+    /// Opens a file to check it.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none.
+    pub fn open(&self, file: &str) -> Result<Arc<dyn FileReading>> {
+        self.reading()?.open(file)
+    }
+
+    /// Makes a file that a dead process wrote durable, and counts it to the attempt. The caller has checked
+    /// every byte of it.
+    ///
+    /// # Errors
+    /// Those of the file system; the attempt cannot be published then.
+    pub fn adopt(&self, file: &str) -> Result<()> {
+        let dir = &self.0.files.dir;
+        self.0.files.count(|| {
+            let (fd, _) = direct::open(dir, file, false).map_err(dir.error("cannot open file", file))?;
+            durable::confirmed(&fd).map_err(dir.error("cannot make file durable", file))
+        })
+    }
+
+    /// Deletes a file of the attempt.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn discard(&self, file: &str) -> Result<()> {
+        rules::check_file(file).map_err(|error| error.with_kind(ErrorKind::Invalid))?;
+        let dir = &self.0.files.dir;
+        dir.unlink(file, Kind::File).map_err(dir.error("cannot delete file", file))
+    }
+
+    fn reading(&self) -> Result<LocalReading> {
+        Ok(LocalReading::of(self.0.files.dir.afresh()?, self.0.direct()))
+    }
+}
