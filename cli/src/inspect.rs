@@ -65,7 +65,7 @@ fn is_checkpoint(path: &Path) -> bool {
 }
 
 /// Opens the newest checkpoint of a directory, and no older one instead.
-fn newest(root: &Path) -> Result<Checkpoint> {
+pub fn newest(root: &Path) -> Result<Checkpoint> {
     let catalog = Catalog::open(root)?;
     let (entries, problems) = catalog.survey()?;
     let whole = entries.last().map(|entry| entry.step);

@@ -1,9 +1,10 @@
-//! The `ashore` program: trains a demo with checkpoints, and lists, inspects, verifies, prunes and measures
-//! checkpoints. Data goes to stdout, progress to stderr.
+//! The `ashore` program: trains a demo with checkpoints, and lists, inspects, verifies, converts, prunes
+//! and measures checkpoints. Data goes to stdout, progress to stderr.
 
 mod adamw;
 mod age;
 mod bench;
+mod convert;
 mod demo;
 mod device;
 mod gpu;
@@ -118,6 +119,8 @@ enum Verb {
     Inspect(inspect::Args),
     /// Read every byte of a checkpoint and report all damage
     Verify(verify::Args),
+    /// Write a checkpoint in another layout: for Hugging Face's tools, or for another number of ranks
+    Convert(convert::Args),
     /// Delete old checkpoints; without --yes, only show what would be deleted
     Prune(prune::Args),
     /// Measure speed against the machine's own limits
@@ -140,6 +143,7 @@ fn main() -> ExitCode {
         Verb::Ls(args) => ls::run(common, args),
         Verb::Inspect(args) => inspect::run(common, args),
         Verb::Verify(args) => verify::run(common, args),
+        Verb::Convert(args) => convert::run(common, args),
         Verb::Prune(args) => prune::run(common, args),
         Verb::Bench { args, .. } => bench::run(common, args),
         Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS),
