@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Reads the shards of several ranks in FOLDER with stock Python readers, and compares every byte with the expected one.
+"""Reads the shards of several ranks in each FOLDER with stock Python readers, and compares every byte with the expected one.
 
-    check_ranks.py FOLDER
+    check_ranks.py FOLDER...
+    check_ranks.py --whole FOLDER...
 
 What was written is in ranks.json beside this file. torch's distributed checkpoint puts the boxes together in one process;
-safetensors' own parser and its numpy front end read each file, and its boxes are compared with those of the whole tensors.
+safetensors' own parser and its numpy front end read each file, and its boxes are compared with those of the whole tensors; the
+reader of docs/format.md reads the tables. With --whole a FOLDER has whole tensors: `ashore convert` wrote it from the shards. All
+readers of check.py read it, and its index is compared with the files.
 """
 import json
 import pathlib
@@ -58,18 +61,53 @@ def files_alone(files, expected):
             yield f"{name!r} was written with {written} bytes of {len(expected[name][2])}"
 
 
-def main(folder):
+def index(folder, files):
+    """What is wrong with the index, as transformers reads it."""
+    found = json.loads((folder / "model.safetensors.index.json").read_text())
+    there, total = {}, 0
+    for path in files:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            if "DCP_SHARDING_INFO" in opened.metadata():
+                yield f"{path.name} says that it has boxes"
+            if opened.metadata()["format"] != "pt":
+                yield f"{path.name} has another format"
+            for name in opened.keys():
+                there[name] = path.name
+                tensor = opened.get_tensor(name)
+                total += tensor.numel() * tensor.element_size()
+    if found["weight_map"] != there:
+        yield "the index names other files"
+    if found["metadata"]["total_size"] != total:
+        yield f"total_size is {found['metadata']['total_size']}, not {total}"
+
+
+def results(folder, whole, expected):
+    files = sorted(folder.glob("*.safetensors"))
+    assert files, f"no shards path={folder}"
+    if not whole:
+        yield "safetensors and numpy, file by file", files, list(files_alone(files, expected))
+        yield "dcp, one process", files, list(check.compare(check.read_dcp, files, expected))
+        yield "reader", files, list(check.compare(check.read_tables, files, expected))
+        return
+    if len(files) > 1:
+        yield "index", files, list(index(folder, files))
+    for name in ("reader", "safetensors", "torch", "dcp"):
+        yield name, files, list(check.compare(check.READERS[name], files, expected))
+    for_numpy = {name: entry for name, entry in expected.items() if entry[0] in check.NUMPY}
+    yield "numpy", files, list(check.compare(check.read_numpy, files, for_numpy))
+
+
+def main(arguments):
     table = json.loads(pathlib.Path(__file__).with_name("ranks.json").read_text())
     expected = check.expectation([(t["name"], t["dtype"], t["shape"]) for t in table["tensors"]])
-    files = sorted(folder.glob("*.safetensors"))
-    results = {
-        "safetensors and numpy, file by file": list(files_alone(files, expected)),
-        "dcp, one process": list(check.compare(check.read_dcp, files, expected)),
-    }
-    for reader, wrong in results.items():
-        print(f"{reader}: {len(expected)} tensors in {len(files)} files:", *wrong or ["equal"])
-    sys.exit(any(results.values()))
+    whole = arguments[:1] == ["--whole"]
+    failed = False
+    for folder in map(pathlib.Path, arguments[whole:]):
+        for reader, files, wrong in results(folder, whole, expected):
+            print(f"{folder.name}, {reader}: {len(expected)} tensors in {len(files)} files:", *wrong or ["equal"])
+            failed |= bool(wrong)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(sys.argv[1:])

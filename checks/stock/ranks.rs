@@ -1,13 +1,17 @@
-//! Writes the shards of several ranks that `ranks.json` describes, for the stock readers to read:
-//! `cargo run --example stock_ranks -- FOLDER`. The safetensors crate reads each shard here.
+//! Saves the step of several ranks that `ranks.json` describes, for the stock readers to read:
+//! `cargo run --example stock_ranks -- ROOT`. The safetensors crate reads each shard here. Each rank is a
+//! thread with an executor.
 
-use ashore::internal::format::shard::Stamp;
-use ashore::internal::plan::{Description, Share, files_of_share, share_out};
-use ashore::{Attempt, Dtype, HostTensor, Layout, StateDict};
+use ashore::ranks::{Member, SharedDirectory};
+use ashore::{CheckpointExecutor, Dtype, HostTensor, Layout, Result, StateDict};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use std::error::Error;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+const MINUTE: Duration = Duration::from_secs(60);
 
 #[derive(Deserialize)]
 struct Table {
@@ -26,7 +30,7 @@ struct Tensor {
 
 impl Tensor {
     /// The bytes of a box, cut out of the whole tensor element by element.
-    fn bytes(&self, index: usize, at: &[usize], extent: &[usize]) -> Result<Vec<u8>, Box<dyn Error>> {
+    fn bytes(&self, index: usize, at: &[usize], extent: &[usize]) -> Result<Vec<u8>> {
         let modulus = if self.dtype == Dtype::BOOL { 2 } else { 256 };
         let item = self.dtype.bitsize() / 8;
         let mut bytes = vec![0; Layout::new(self.dtype, extent).bytes()? as usize];
@@ -45,49 +49,43 @@ impl Tensor {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let folder = std::env::args_os().nth(1).ok_or("usage: stock_ranks FOLDER")?;
-    let folder = Path::new(&folder);
+/// Saves what one rank holds.
+fn save(root: &Path, table: &Table, member: Member) -> Result<()> {
+    let ranks = Arc::new(SharedDirectory::new(root, member)?);
+    let builder = CheckpointExecutor::builder(root).arena(4 << 20).chunk(1 << 20);
+    let executor = builder.ranks(ranks).run("stock").build()?;
+    let mut state = StateDict::new();
+    for (index, tensor) in table.tensors.iter().enumerate() {
+        for (_, at, extent) in tensor.boxes.iter().filter(|(holder, ..)| *holder == member.rank) {
+            let source = HostTensor::with_dtype(tensor.bytes(index, at, extent)?, tensor.dtype, extent);
+            // As a program does: a replica is the whole tensor.
+            if *extent == tensor.shape {
+                state.tensor(&tensor.name, source)?;
+            } else {
+                state.tensor_box(&tensor.name, &tensor.shape, at, source)?;
+            }
+        }
+    }
+    executor.save(7, state)?.wait(MINUTE)?;
+    executor.shutdown(MINUTE)
+}
+
+fn main() -> std::result::Result<(), Box<dyn Error>> {
+    let root = std::env::args_os().nth(1).ok_or("usage: stock_ranks ROOT")?;
+    let root = Path::new(&root);
     let table: Table = serde_json::from_str(include_str!("ranks.json"))?;
-    let mut states = Vec::new();
-    for rank in 0..table.ranks {
-        let (mut state, mut contents) = (StateDict::new(), Vec::new());
-        for (index, tensor) in table.tensors.iter().enumerate() {
-            for (_, at, extent) in tensor.boxes.iter().filter(|(holder, ..)| *holder == rank) {
-                let bytes = tensor.bytes(index, at, extent)?;
-                let source = HostTensor::with_dtype(bytes.clone(), tensor.dtype, extent);
-                // As a program does: a replica is the whole tensor.
-                if *extent == tensor.shape {
-                    state.tensor(&tensor.name, source)?;
-                } else {
-                    state.tensor_box(&tensor.name, &tensor.shape, at, source)?;
-                }
-                contents.push(bytes);
-            }
+    std::thread::scope(|scope| {
+        let (table, world) = (&table, table.ranks);
+        let start = |rank| scope.spawn(move || save(root, table, Member { rank, world, local_rank: rank }));
+        let ranks: Vec<_> = (0..table.ranks).map(start).collect();
+        ranks.into_iter().try_for_each(|rank| rank.join().expect("a rank panicked"))
+    })?;
+    for entry in std::fs::read_dir(root.join("step-00000007"))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            let bytes = std::fs::read(&path)?;
+            println!("{}: {} tensors, {} bytes", path.display(), SafeTensors::deserialize(&bytes)?.len(), bytes.len());
         }
-        let (description, order) = Description::of(&state, 1)?;
-        states.push((state, contents, description.encode()?.0, order));
-    }
-    let (whole, shares) = share_out(states.iter().map(|(_, _, described, _)| described.clone()))?;
-    let stamp = Stamp::new(7, Attempt::new());
-    std::fs::create_dir_all(folder)?;
-    for ((state, contents, _, order), share) in states.iter().zip(&shares) {
-        let share = Share::decode(share)?;
-        for file in files_of_share(state, 1, order, &share)? {
-            let mut bytes = vec![0; file.header.len() as usize];
-            assert!(file.header.copy(&stamp, 0, &mut bytes));
-            for (tensor, _) in &file.tensors {
-                bytes.extend_from_slice(&contents[*tensor]);
-            }
-            let read = SafeTensors::deserialize(&bytes)?;
-            for (tensor, number) in &file.tensors {
-                assert_eq!(read.tensor(&whole.tensors[*number as usize].name)?.data(), contents[*tensor]);
-            }
-            std::fs::write(folder.join(&file.name), bytes)?;
-        }
-    }
-    for name in &whole.files {
-        println!("{name}: {} bytes", std::fs::metadata(folder.join(name))?.len());
     }
     Ok(())
 }
