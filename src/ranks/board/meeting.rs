@@ -14,15 +14,18 @@
 use super::{Board, Life, Met, OnBoard, PATIENCE, folder};
 use crate::error::{Error, Result};
 use crate::ranks::envelope::{About, Greeting, MAX_ENVELOPE, Verdict};
-use crate::ranks::refusal::{same_job, same_process, twice};
+use crate::ranks::refusal::{place, same_job, same_process, twice};
 use crate::ranks::{Hello, Session};
 use crate::wire::WireError;
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// So often a rank that waits puts its own message again: another job's clean-up may have removed it.
 const TURNS_BETWEEN_REPEATS: u32 = 64;
+
+/// Longer than a wait of any board.
+const LONGEST_WAIT: Duration = Duration::from_secs(3);
 
 pub(super) fn meet<B: Board>(
     on: &OnBoard<B>,
@@ -207,7 +210,12 @@ impl<B: Board> Table<'_, B> {
         // A call that had ended before this rank came, and why.
         let mut over = None;
         let mut reason = None;
+        // Who was there shortly before the deadline, at which others give up and leave.
+        let mut there = None;
         for turn in 0.. {
+            if there.is_none() && board.now() + LONGEST_WAIT >= self.deadline {
+                there = Some(self.there(self.deadline)?);
+            }
             if let Some((call, caller)) = self.called()?
                 && over != Some(call)
             {
@@ -238,7 +246,7 @@ impl<B: Board> Table<'_, B> {
                 }
             }
             if board.now() >= self.deadline {
-                return Err(self.nothing_came(answered.is_some(), reason));
+                return Err(self.nothing_came(answered.is_some(), reason, there.unwrap_or_default()));
             }
             board.wait(&self.folder, turn, self.deadline);
         }
@@ -271,7 +279,13 @@ impl<B: Board> Table<'_, B> {
         }
     }
 
-    fn nothing_came(&self, answered: bool, reason: Option<Error>) -> Error {
+    /// The ranks that have put a greeting.
+    fn there(&self, until: Instant) -> Result<Vec<u32>> {
+        let names = self.on.board.list(&self.folder, until)?;
+        Ok(names.iter().filter_map(|name| Some(parse_hello(name)?.0)).collect())
+    }
+
+    fn nothing_came(&self, answered: bool, reason: Option<Error>, mut there: Vec<u32>) -> Error {
         match (answered, reason) {
             (false, None) => return self.on.late("rank 0 has not come", vec![0]),
             (false, Some(reason)) => {
@@ -280,14 +294,20 @@ impl<B: Board> Table<'_, B> {
             }
             (true, _) => {}
         }
+        if let Ok(Some((_, caller))) = self.called()
+            && self.life(&caller) == Life::Dead
+        {
+            let text = format!("rank 0 has ended before it opened a session: {}", place(&caller.hello));
+            return self.on.late(&text, vec![0]);
+        }
         let text = "rank 0 has come, and has not opened a session in time";
         if !B::SHOWS_ALL {
             return self.on.late(text, Vec::new());
         }
-        let names = self.on.board.list(&self.folder, self.on.board.now() + PATIENCE).unwrap_or_default();
-        let there: Vec<u32> = names.iter().filter_map(|name| Some(parse_hello(name)?.0)).collect();
-        let missing = (1..self.me.hello.member.world).filter(|rank| !there.contains(rank)).collect();
-        self.on.late(text, missing)
+        there.extend(self.there(self.on.board.now() + PATIENCE).unwrap_or_default());
+        let missing: Vec<u32> = (1..self.me.hello.member.world).filter(|rank| !there.contains(rank)).collect();
+        // With all of them there, it is rank 0 that the others wait for.
+        self.on.late(text, if missing.is_empty() { vec![0] } else { missing })
     }
 }
 
