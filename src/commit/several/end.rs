@@ -45,7 +45,7 @@ pub(crate) trait Part {
 
 impl Group {
     /// Takes part in the last rounds of a save that this rank cannot write, so that it fails on all ranks at
-    /// once. Returns the failure of another rank, if rank 0 tells one.
+    /// once. Returns the failure of another rank, if rank 0 tells one or is itself the one.
     pub fn withdraw(&self, save: u64, why: &Error, deadline: Instant) -> Option<Error> {
         let deadline = deadline + TELL_GRACE;
         let mut none = |_: u32, _: &[u8]| ControlFlow::Continue(());
@@ -56,6 +56,8 @@ impl Group {
         match sent {
             Ok(Verdict::Failed(first)) if !first.names(self.member.rank) => return Some(first.into_error()),
             Ok(_) => {}
+            // Another rank has vetoed the attempt, because rank 0 is lost, before this one could open it.
+            Err(lost) if why.kind() == ErrorKind::NotFound && lost.ranks() == [0] => return Some(lost),
             Err(error) => {
                 tracing::warn!(error = format_args!("{error:#}"), "the other ranks may not know that this one failed");
             }
@@ -231,11 +233,11 @@ impl Rounds<'_> {
             Ok(Vetoed::Done) => Err(lost),
             Ok(Vetoed::TooLate) => {
                 let why = "the outcome did not come from rank 0, and its publish can no longer be stopped";
-                Err(Error::new(ErrorKind::Indeterminate, why).with_source(lost))
+                Err(Error::new(ErrorKind::Indeterminate, why).with_ranks(lost.ranks().to_vec()).with_source(lost))
             }
             Err(error) => {
                 let why = "the outcome did not come from rank 0, and whether it can still publish is unknown";
-                Err(Error::new(ErrorKind::Indeterminate, why).with_source(error))
+                Err(Error::new(ErrorKind::Indeterminate, why).with_ranks(lost.ranks().to_vec()).with_source(error))
             }
         }
     }
