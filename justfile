@@ -230,13 +230,21 @@ mutants *arguments:
 kill:
     checks/kill/kill.py
 
-# Runs coordinators between processes: in a directory, through an etcd server, under mpirun; and a sharded training under torchrun and
-# mpirun that goes on with other numbers of ranks. Some are killed.
-ranks:
-    cargo build --quiet --example rank --features etcd,mpi
+# Runs coordinators between processes: in a directory, through an etcd server, under mpirun; kills ranks at calls of a commit;
+# and continues a sharded training under torchrun and mpirun with other numbers of ranks. A sample of the kills.
+ranks: rank-programs
     checks/ranks/ranks.py target/debug/examples/rank directory etcd mpi
-    cargo build --quiet --example 07_ranks
+    checks/ranks/kills.py target/debug/examples/rank directory etcd --sample 50
     checks/ranks/train.py target/debug/examples/07_ranks --mpirun --torchrun "{{ tools }}/stock/bin/torchrun"
+
+# Kills ranks at every call of a commit.
+rank-kills: rank-programs
+    checks/ranks/kills.py target/debug/examples/rank directory etcd
+
+[private]
+rank-programs:
+    cargo build --quiet --example rank --features etcd,mpi
+    cargo build --quiet --example 07_ranks
 
 # Tests full and read-only file systems: ext4, xfs, btrfs. Needs root and loop devices.
 mounts:
@@ -282,6 +290,7 @@ ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples s
 # Runs the checks that take too long for every change.
 nightly: (timed "ci tsan model msrv features")
     just fuzz 3600
+    just rank-kills
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
     ASHORE_CRASH_ROUNDS=10 cargo test --release --test all crash -- --nocapture
     PROPTEST_CASES=20000 cargo test --workspace --release

@@ -101,7 +101,7 @@ def listen():
     return listener
 
 
-def start(command, output):
+def start(command, output, environment):
     """Starts the program with the filter on; returns its process id and the listener."""
     ours, its = socket.socketpair()
     child = os.fork()
@@ -112,7 +112,7 @@ def start(command, output):
             os.dup2(output, 1)
             os.dup2(output, 2)
             socket.send_fds(its, [b"x"], [listen()])
-            os.execv(command[0], command)
+            os.execve(command[0], command, environment)
         finally:
             os._exit(127)
     its.close()
@@ -124,13 +124,13 @@ def start(command, output):
     return child, listeners[0]
 
 
-def run(command, decide):
+def run(command, decide, environment=os.environ):
     """Runs the program; `decide(call)` is asked before each changing call, and True kills the program in place of it.
 
     Gives the exit status (negative: the signal) and what it printed.
     """
     with open(os.memfd_create("output"), "w+b") as output:
-        child, listener = start(command, output.fileno())
+        child, listener = start(command, output.fileno(), environment)
         try:
             serve(child, listener, decide)
         except BaseException:

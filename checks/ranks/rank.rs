@@ -3,9 +3,14 @@
 //! ```text
 //! rank suite directory ROOT   runs every behaviour of `ashore::testing::ranks`
 //! rank rounds directory ROOT  exchanges messages until it is killed, or another rank is
-//! rank ... etcd URL           the same through an etcd server
+//! rank ... etcd URL[#PREFIX]  the same through an etcd server
 //! rank ... mpi                the same by MPI
+//! rank saves MEANS PLACE ROOT STEPS TIMEOUT_MS
+//!                             goes on from the newest step in ROOT, and saves
+//! rank look ROOT              compares every step in ROOT with what it must hold; one process
 //! ```
+
+mod saves;
 
 use ashore::ranks::{Coordinator, Hello, Member, Phase, Round, Session, SharedDirectory, launcher};
 use ashore::testing::ranks::{Join, Kind, run_rank};
@@ -18,8 +23,11 @@ use uuid::Uuid;
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let [what, means, place @ ..] = &arguments[..] else { return Err(wrong("give what to run, and by which means")) };
-    let place = place.first().copied().unwrap_or_default().to_owned();
+    if let ["look", root] = arguments[..] {
+        return saves::look(root);
+    }
+    let [what, means, more @ ..] = &arguments[..] else { return Err(wrong("give what to run, and by which means")) };
+    let place = more.first().copied().unwrap_or_default().to_owned();
     let launched = launcher::launched()?.ok_or_else(|| wrong("start it as one of several ranks"))?;
     let token = launched.token.ok_or_else(|| wrong("the launcher gives no token"))?;
     let (kind, join) = coordinator(means, place)?;
@@ -30,7 +38,11 @@ fn main() -> Result<()> {
             Ok(())
         }
         "rounds" => rounds(&*join(launched.member.rank, launched.member)?, &token),
-        _ => Err(wrong("suite or rounds")),
+        "saves" => {
+            let [_, root, steps, timeout] = more else { return Err(wrong("give place, root, steps and timeout")) };
+            saves::saves(join(launched.member.rank, launched.member)?, root, steps, timeout)
+        }
+        _ => Err(wrong("suite, rounds, saves or look")),
     }
 }
 
@@ -48,7 +60,8 @@ fn coordinator(means: &str, place: String) -> Result<(Kind, Join)> {
         "etcd" => Ok((
             Kind::Board,
             Arc::new(move |_, member| {
-                Ok(Arc::new(ashore::ranks::Etcd::new([&*place], "/check", member)?) as Arc<dyn Coordinator>)
+                let (server, prefix) = place.split_once('#').unwrap_or((&place, "/check"));
+                Ok(Arc::new(ashore::ranks::Etcd::new([server], prefix, member)?) as Arc<dyn Coordinator>)
             }),
         )),
         #[cfg(feature = "mpi")]

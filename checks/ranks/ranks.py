@@ -6,16 +6,15 @@ runs the conformance suite with several processes. By `directory` and `etcd` a r
 the others must name it, and the next job under the same token must work.
 """
 
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import uuid
+
+import jobs
 
 WORLD = 4
 
@@ -26,16 +25,7 @@ def check(holds, what):
 
 
 def start(program, arguments, rank, token):
-    variables = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
-        "LOCAL_RANK": str(rank),
-        "TORCHELASTIC_RUN_ID": token,
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
-    return subprocess.Popen(
-        [program, *arguments], env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return jobs.start([program, *arguments], rank, WORLD, token)
 
 
 def outputs(processes, patience=300):
@@ -85,33 +75,6 @@ def kill(program, arguments, victim, noticed_ms):
                 check(ended[2] == "0", f"rank {rank} names another: {output}")
 
 
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
-def etcd(directory):
-    """Starts a server of one node, and returns it with its address."""
-    client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
-    server = subprocess.Popen(
-        ["etcd", "--data-dir", directory, "--listen-client-urls", client, "--advertise-client-urls", client]
-        + ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
-        + ["--initial-cluster", f"default={peer}", "--log-level", "error"],
-        stderr=subprocess.DEVNULL,
-    )
-    until = time.monotonic() + 30
-    while True:
-        try:
-            with urllib.request.urlopen(f"{client}/health", timeout=1) as response:
-                if b"true" in response.read():
-                    return server, client
-        except OSError:
-            pass
-        check(server.poll() is None and time.monotonic() < until, "etcd did not start")
-        time.sleep(0.1)
-
-
 def by_directory(program):
     with tempfile.TemporaryDirectory() as root:
         suite(program, ["directory", root])
@@ -120,15 +83,10 @@ def by_directory(program):
 
 
 def by_etcd(program):
-    with tempfile.TemporaryDirectory() as directory:
-        server, address = etcd(directory)
-        try:
-            suite(program, ["etcd", address])
-            for victim in (2, 0):
-                kill(program, ["etcd", address], victim, 15000)
-        finally:
-            server.kill()
-            server.wait()
+    with jobs.etcd() as address:
+        suite(program, ["etcd", address])
+        for victim in (2, 0):
+            kill(program, ["etcd", address], victim, 15000)
 
 
 def by_mpi(program):
