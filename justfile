@@ -230,11 +230,12 @@ mutants *arguments:
 kill:
     checks/kill/kill.py
 
-# Runs coordinators between processes: in a directory, through an etcd server, under mpirun; kills ranks at calls of a commit;
-# and continues a sharded training under torchrun and mpirun with other numbers of ranks. A sample of the kills.
+# Runs coordinators between processes: in a directory, through an etcd server, under mpirun; kills ranks at calls of a commit, and cuts
+# their links (as root); and continues a sharded training under torchrun and mpirun with other numbers of ranks. A sample of the kills.
 ranks: rank-programs
     checks/ranks/ranks.py target/debug/examples/rank directory etcd mpi
     checks/ranks/kills.py target/debug/examples/rank directory etcd --sample 50
+    checks/ranks/links.py target/debug/examples/rank
     checks/ranks/train.py target/debug/examples/07_ranks --mpirun --torchrun "{{ tools }}/stock/bin/torchrun"
 
 # Kills ranks at every call of a commit.
