@@ -236,11 +236,13 @@ ranks: rank-programs
     checks/ranks/ranks.py target/debug/examples/rank directory etcd mpi
     checks/ranks/kills.py target/debug/examples/rank directory etcd --sample 50
     checks/ranks/links.py target/debug/examples/rank
-    checks/ranks/train.py target/debug/examples/07_ranks --mpirun --torchrun "{{ tools }}/stock/bin/torchrun"
+    checks/ranks/train.py target/debug/examples/07_ranks
+    checks/ranks/stages.py target/debug/examples/07_ranks --mpirun --torchrun "{{ tools }}/stock/bin/torchrun" --sample 4
 
-# Kills ranks at every call of a commit.
+# Kills ranks at every call of a commit, and a training at every stage of a save.
 rank-kills: rank-programs
     checks/ranks/kills.py target/debug/examples/rank directory etcd
+    checks/ranks/stages.py target/debug/examples/07_ranks --mpirun --torchrun "{{ tools }}/stock/bin/torchrun"
 
 [private]
 rank-programs:

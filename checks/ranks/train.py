@@ -2,11 +2,10 @@
 """Kills ranks of a sharded training in the middle of saves and goes on with other numbers of ranks: the weights must be, bit for
 bit, those of a run that nothing interrupted.
 
-    checks/ranks/train.py PROGRAM [--torchrun TORCHRUN] [--mpirun]
+    checks/ranks/train.py PROGRAM
 
-PROGRAM is the example 07_ranks. Exits 1 when a run ends with other weights, or does not end.
+PROGRAM is the example 07_ranks; `stages.py` kills it under launchers. Exits 1 when a run ends with other weights, or does not end.
 """
-import argparse
 import os
 import pathlib
 import random
@@ -72,38 +71,15 @@ def killed(program, root, seed):
 
 
 def main():
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("program")
-    arguments.add_argument("--torchrun")
-    arguments.add_argument("--mpirun", action="store_true")
-    given = arguments.parse_args()
+    program = sys.argv[1]
     folder = tempfile.mkdtemp(prefix="ashore-train-")
     try:
-        expected = alone(given.program, f"{folder}/alone")
+        expected = alone(program, f"{folder}/alone")
         for seed in range(3):
             root = f"{folder}/{seed}"
-            story = killed(given.program, root, seed)
-            assert alone(given.program, root) == expected, story
+            story = killed(program, root, seed)
+            assert alone(program, root) == expected, story
             print(f"the same weights after {len(story)} starts: {'; '.join(story)}")
-        launchers = []
-        if given.mpirun:
-            mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n"]
-            launchers += [("mpirun", lambda world, turn: [*mpirun, str(world)])]
-        if given.torchrun:
-            torchrun = [given.torchrun, "--no-python", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-            launchers += [("torchrun", lambda world, turn: [*torchrun, "--rdzv-id", f"run{turn}", "--nproc-per-node", str(world)])]
-        for name, command in launchers:
-            root = f"{folder}/{name}"
-            for turn, world in enumerate([4, 2, 3]):
-                job = subprocess.Popen([*command(world, turn), given.program, root, str(STEPS)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                if turn < 2:  # the launcher ends the job when one of its ranks is killed
-                    until = time.monotonic() + 30
-                    while steps(root) < 20 * (turn + 1) and job.poll() is None and time.monotonic() < until:
-                        time.sleep(0.01)
-                    subprocess.run(["pkill", "-KILL", "-n", "-f", f"{given.program} {root}"], check=False)
-                job.wait(timeout=LIMIT_S)
-                print(f"{name} with {world} ranks ended with {job.returncode} at step {steps(root)}")
-            assert job.returncode == 0 and alone(given.program, root) == expected, name
     finally:
         shutil.rmtree(folder)
 
