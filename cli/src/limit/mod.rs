@@ -12,14 +12,14 @@ use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const ALIGNMENT: u64 = ashore::ALIGNMENT as u64;
 
 /// How a loop submits its transfers to the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
     Pwrite,
@@ -45,7 +45,7 @@ pub enum Direction {
 }
 
 /// A loop: transfers of `chunk` bytes, `depth` of them at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Config {
     pub engine: Engine,
     pub chunk: u64,
@@ -200,47 +200,87 @@ impl Existing {
 /// Measures the minimum of a durable checkpoint: fresh files of these lengths, a manifest, a rename, and the
 /// same fsyncs.
 pub fn checkpoint(dir: &Path, files: &[u64], manifest: u64, config: &Config, memory: &mut Memory) -> Result<Limit> {
-    let failed = |what: &'static str| move |e| Error::io(what, e).with_path(dir);
-    let (from, to) = (dir.join(".limit.tmp"), dir.join("limit"));
-    let fresh = |name: &str, bytes| {
-        let path = from.join(name);
-        let mode = Mode::RUSR | Mode::WUSR;
-        Scratch::opened(dir, bytes, |how| {
-            let opened = open(&path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | how, mode);
-            // A refused flag can still create the name.
-            opened.inspect_err(|_| drop(std::fs::remove_file(&path)))
-        })
-    };
-    let root = File::open(dir).map_err(failed("cannot open a directory to measure in"))?;
+    let from = attempt(dir);
     let began = Instant::now();
-    std::fs::create_dir(&from).map_err(failed("cannot create a directory to measure in"))?;
-    let attempt = File::open(&from).map_err(failed("cannot open a directory to measure in"))?;
+    std::fs::create_dir(&from).map_err(|e| failed("cannot create a directory to measure in", e, &from))?;
+    let (last_byte, mode) = write_files(&from, "shard", files, config, memory)?;
+    publish(dir, manifest, memory)?;
+    let time = began.elapsed();
+    remove(dir)?;
+    Ok(Limit { bytes: files.iter().sum(), time, tail: time - (last_byte - began), mode })
+}
+
+/// The directory of a measured checkpoint before its rename.
+pub fn attempt(dir: &Path) -> PathBuf {
+    dir.join(".limit.tmp")
+}
+
+/// Writes fresh files of these lengths and makes them durable; their names are made so by [`publish`], or by
+/// [`sync_names`]. Returns when the last byte was written.
+pub fn write_files(
+    attempt: &Path,
+    name: &str,
+    files: &[u64],
+    config: &Config,
+    memory: &mut Memory,
+) -> Result<(Instant, IoMode)> {
     let mut shards = Vec::with_capacity(files.len());
     for (i, &bytes) in files.iter().enumerate() {
-        let shard = fresh(&format!("shard-{i}"), bytes)?;
+        let shard = fresh(&attempt.join(format!("{name}-{i}")), bytes)?;
         shard.fill(config, memory)?;
         shards.push(shard);
     }
-    let last_byte = began.elapsed();
+    let last_byte = Instant::now();
     for (shard, &bytes) in shards.iter().zip(files) {
         if !bytes.is_multiple_of(ALIGNMENT) {
-            shard.file.set_len(bytes).map_err(failed("cannot cut a file to measure the disk"))?;
+            shard.file.set_len(bytes).map_err(|e| failed("cannot cut a file to measure the disk", e, attempt))?;
         }
         shard.sync()?;
     }
-    let small = fresh("manifest", manifest)?;
+    Ok((last_byte, shards.first().map_or(IoMode::Direct, |shard| shard.mode)))
+}
+
+/// Makes the names in a directory durable.
+pub fn sync_names(dir: &Path) -> Result<()> {
+    let synced = File::open(dir).and_then(|dir| dir.sync_all());
+    synced.map_err(|e| failed("cannot sync a directory to measure the disk", e, dir))
+}
+
+/// Writes the manifest of a measured checkpoint, and renames its directory.
+pub fn publish(dir: &Path, manifest: u64, memory: &mut Memory) -> Result<()> {
+    let from = attempt(dir);
+    let small = fresh(&from.join("manifest"), manifest)?;
     let whole = Config { chunk: small.bytes.clamp(ALIGNMENT, search::MEMORY), ..Config::threads(0, 1) };
     transfer(&small.file, small.bytes, Direction::Write, &whole, memory)?;
-    small.file.set_len(manifest).map_err(failed("cannot cut a file to measure the disk"))?;
+    small.file.set_len(manifest).map_err(|e| failed("cannot cut a file to measure the disk", e, &from))?;
     small.sync()?;
-    attempt.sync_all().map_err(failed("cannot sync a directory to measure the disk"))?;
-    std::fs::rename(&from, &to).map_err(failed("cannot rename a directory to measure the disk"))?;
-    root.sync_all().map_err(failed("cannot sync a directory to measure the disk"))?;
-    let time = began.elapsed();
-    let (bytes, mode) = (files.iter().sum(), shards.first().map_or(IoMode::Direct, |shard| shard.mode));
-    drop((shards, small, attempt));
-    std::fs::remove_dir_all(&to).map_err(failed("cannot remove the directory that measured the disk"))?;
-    Ok(Limit { bytes, time, tail: time - last_byte, mode })
+    sync_names(&from)?;
+    std::fs::rename(&from, published(dir))
+        .map_err(|e| failed("cannot rename a directory to measure the disk", e, &from))?;
+    sync_names(dir)
+}
+
+/// Removes a measured checkpoint, outside of all timings.
+pub fn remove(dir: &Path) -> Result<()> {
+    let path = published(dir);
+    std::fs::remove_dir_all(&path).map_err(|e| failed("cannot remove the directory that measured the disk", e, &path))
+}
+
+fn published(dir: &Path) -> PathBuf {
+    dir.join("limit")
+}
+
+fn failed(what: &'static str, error: std::io::Error, path: &Path) -> Error {
+    Error::io(what, error).with_path(path)
+}
+
+fn fresh(path: &Path, bytes: u64) -> Result<Scratch> {
+    let mode = Mode::RUSR | Mode::WUSR;
+    Scratch::opened(path, bytes, |how| {
+        let opened = open(path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | how, mode);
+        // A refused flag can still create the name.
+        opened.inspect_err(|_| drop(std::fs::remove_file(path)))
+    })
 }
 
 /// Opens a file without a name, or, if the file system does not support that, one that is unlinked at once.
