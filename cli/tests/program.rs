@@ -372,6 +372,28 @@ fn bench_compares_with_the_limit_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn bench_saves_by_several_processes_beside_as_many_plain_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    for (workload, tensors) in [("large", 16), ("adam-1b", 438)] {
+        let small = ["bench", "save", "--ranks", "3", "--workload", workload, "--scale", "0.004", "--rounds", "2"];
+        let report = json(&run(dir.path(), &[&small[..], &["--arena", "4MiB", "--json"]].concat()), 0);
+        let count = |name: &str| report[name].as_u64().unwrap_or_else(|| panic!("{name}: {report}"));
+        assert_eq!((count("ranks"), count("tensors"), count("rounds")), (3, tensors, 2));
+        assert_eq!(count("files"), 6, "a shard and its table by each: {report}");
+        assert!(count("bytes") >= 4 << 20 && count("arena_bytes") == 12 << 20, "{report}");
+        let measured = ["durable_seconds", "durable_bytes_per_second", "limit_bytes_per_second", "fraction_of_limit"];
+        for name in measured.into_iter().chain(["cpu_seconds_per_gb", "commit_tail_ms", "limit_tail_ms", "told_ms"]) {
+            assert!(report[name].as_f64().is_some_and(|figure| figure > 0.0), "{name}: {report}");
+        }
+        let whole = report["durable_seconds"].as_f64().unwrap() * 1e3;
+        assert!(report["commit_tail_ms"].as_f64().unwrap() < whole, "{report}");
+    }
+    let text = run(dir.path(), &["bench", "save", "--ranks", "1", "--scale", "0.0001", "--rounds", "1", "--no-limit"]);
+    assert!(text.status.success() && String::from_utf8_lossy(&text.stdout).contains("commit tail"), "{text:?}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn wrong_usage_ends_with_2() {
     let dir = tempfile::tempdir().unwrap();
     for args in [
@@ -390,6 +412,8 @@ fn wrong_usage_ends_with_2() {
         &["verify", "--device", "host"],
         &["prune", "--keep-last", "1", "--yes", "--dry-run"],
         &["inspect", "1", "2"],
+        &["bench", "save", "--ranks", "0"],
+        &["bench", "save", "--ranks", "2", "--report", "page.html"],
     ] {
         let output = run(dir.path(), args);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
@@ -410,6 +434,9 @@ fn failures_end_with_1_and_one_line() {
         (dir.path(), &["demo", "--device", "cuda:99"], "device=cuda:99"),
         (dir.path(), &["bench", "save", "--device", "cuda:0"], "device=cuda:0"),
         (dir.path(), &["bench", "staging", "--device", "host", "--graph"], "--graph"),
+        (dir.path(), &["bench", "restore", "--ranks", "2"], "--ranks"),
+        // Of ranks that fail, the error is told as one, with the rank.
+        (dir.path(), &["bench", "save", "--ranks", "2", "--arena", "5000"], "rank=0"),
         (dir.path(), &["demo", "--arena", "5000"], "arena=5000"),
     ] {
         let line = complaint(&run(at, args), 1);

@@ -4,6 +4,7 @@ mod gpu;
 mod limits;
 mod null;
 mod pairs;
+mod ranks;
 pub mod report;
 mod restore;
 mod save;
@@ -47,6 +48,12 @@ pub struct Args {
     /// Number of shard files
     #[arg(long, value_name = "N")]
     files: Option<usize>,
+    /// Save one checkpoint by N processes at once, each its share; --arena and --writers are of each
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256), conflicts_with = "report")]
+    ranks: Option<u32>,
+    /// What the first process tells a rank that it starts: its number and the run's token
+    #[arg(long, hide = true, num_args = 2, value_names = ["RANK", "TOKEN"])]
+    rank: Option<Vec<String>>,
     /// How to write: auto, pwrite or uring
     #[arg(long, value_name = "ENGINE")]
     engine: Option<Engine>,
@@ -113,10 +120,20 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         What::Write | What::Restore | What::Save => Home::only_host(common.device, "this benchmark")?,
     };
     let parent = common.dir.clone().unwrap_or_else(|| ".".into());
+    if let (Some(world), Some(rank)) = (args.ranks, &args.rank) {
+        ranks::serve(&Bench { dir: &parent, common, args, home: &home }, world, rank)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if args.ranks.is_some() && args.what != What::Save {
+        return Err(Error::new(ErrorKind::Invalid, "only saves have several ranks: bench save --ranks N"));
+    }
     let place = Place::new(&parent)?;
     let bench = Bench { dir: &place.0, common, args, home: &home };
     if home.gpu().is_none() {
         bench.refuse_what_needs_a_gpu()?;
+    }
+    if let Some(world) = args.ranks {
+        return ranks::run(&bench, world)?.print(common.json);
     }
     let figures = match (args.what, home.gpu()) {
         (What::Limits, None) => limits::run(&bench)?,
@@ -127,14 +144,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         (What::Write | What::Save, _) => save::run(&bench)?,
         (What::Restore, _) => restore::run(&bench)?,
     };
-    if common.json {
-        out::json(
-            &figures.0.into_iter().map(|(name, value)| (name.to_owned(), value)).collect::<serde_json::Map<_, _>>(),
-        )?;
-    } else {
-        out::print(&figures.table())?;
-    }
-    Ok(ExitCode::SUCCESS)
+    figures.print(common.json)
 }
 
 /// The sizes of the arena and of a chunk, in bytes.
@@ -209,6 +219,16 @@ impl Bench<'_> {
 }
 
 impl Figures {
+    fn print(self, as_json: bool) -> Result<ExitCode> {
+        if as_json {
+            let named = self.0.into_iter().map(|(name, value)| (name.to_owned(), value));
+            out::json(&named.collect::<serde_json::Map<_, _>>())?;
+        } else {
+            out::print(&self.table())?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
     /// Removes all figures made of times, which mean nothing on the simulated driver: counts and sizes are
     /// whole numbers, and every other number was measured.
     fn forget_times(&mut self) {

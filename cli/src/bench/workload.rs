@@ -1,7 +1,7 @@
 //! The saved state: tensors that cannot be compressed and contain no zeros.
 
 use crate::rng::Rng;
-use ashore::{HostTensor, Result, StateDict};
+use ashore::{HostTensor, Result, Source, StateDict};
 use half::bf16;
 use std::sync::Arc;
 
@@ -111,10 +111,35 @@ impl Workload {
     }
 }
 
-/// A state in memory, shared with the saves in progress.
+/// Tensors of at least this many bytes are split between ranks; each smaller one is one rank's.
+const SPLIT: u64 = 256 << 10;
+
+/// A state in memory, shared with the saves in progress: a whole one, or the share of a rank.
 pub struct State {
-    tensors: Vec<(String, Vec<usize>, Data)>,
+    tensors: Vec<Tensor>,
     pub bytes: u64,
+}
+
+struct Tensor {
+    name: String,
+    shape: Vec<usize>,
+    data: Data,
+    /// Of a rank's rows: the shape of the whole tensor, and the first row.
+    part_of: Option<(Vec<usize>, usize)>,
+}
+
+impl Tensor {
+    fn add(&self, dict: &mut StateDict<'static>, source: impl Source + 'static) -> Result<()> {
+        match &self.part_of {
+            None => dict.tensor(self.name.as_str(), source)?,
+            Some((whole, first)) => {
+                let mut at = vec![0; whole.len()];
+                at[0] = *first;
+                dict.tensor_box(self.name.as_str(), whole, at, source)?
+            }
+        };
+        Ok(())
+    }
 }
 
 #[derive(Clone)]
@@ -125,7 +150,12 @@ enum Data {
 
 impl State {
     pub fn new(workload: Workload, scale: f64) -> Self {
-        let (mut rng, mut bytes) = (Rng::new(1), 0);
+        Self::share(workload, scale, 0, 1)
+    }
+
+    /// The share of a rank: its rows of every tensor of at least 256 KiB, and every so manyth of the.
+    pub fn share(workload: Workload, scale: f64, rank: usize, world: usize) -> Self {
+        let (mut rng, mut bytes) = (Rng::new(1 + rank as u64), 0);
         // Random numbers are slow to generate: many tensors share an array of them, each at its own offset.
         let stretch: Vec<f32> = (0..1 << 20).map(|_| rng.signed_unit() * 0.02).collect();
         let mut data = |half, len: usize| {
@@ -138,12 +168,28 @@ impl State {
                 Data::Single(Arc::new(numbers.copied().collect()))
             }
         };
-        let shapes = workload.shapes(scale).into_iter();
-        let tensors = shapes.map(|(name, half, shape)| {
-            let len = shape.iter().product();
-            (name, shape, data(half, len))
-        });
-        let tensors = tensors.collect();
+        let (mut tensors, mut loads) = (Vec::new(), vec![0; world]);
+        for (name, half, mut shape) in workload.shapes(scale) {
+            let row = shape[1..].iter().product::<usize>() as u64 * if half { 2 } else { 4 };
+            let whole = row * shape[0] as u64;
+            let mut part_of = None;
+            if world > 1 && whole >= SPLIT && shape[0] >= world {
+                let rows = |rank| shape[0] * rank / world..shape[0] * (rank + 1) / world;
+                for (rank, load) in loads.iter_mut().enumerate() {
+                    *load += rows(rank).len() as u64 * row;
+                }
+                part_of = Some((shape.clone(), rows(rank).start));
+                shape[0] = rows(rank).len();
+            } else {
+                let least = (0..world).min_by_key(|rank| loads[*rank]).unwrap_or(0);
+                loads[least] += whole;
+                if least != rank {
+                    continue;
+                }
+            }
+            let data = data(half, shape.iter().product());
+            tensors.push(Tensor { name, shape, data, part_of });
+        }
         Self { tensors, bytes }
     }
 
@@ -153,18 +199,18 @@ impl State {
 
     pub fn dict(&self) -> Result<StateDict<'static>> {
         let mut dict = StateDict::with_capacity(self.len());
-        for (name, shape, data) in &self.tensors {
-            match data {
-                Data::Single(data) => dict.tensor(name.as_str(), HostTensor::new(data.clone(), shape))?,
-                Data::Half(data) => dict.tensor(name.as_str(), HostTensor::new(data.clone(), shape))?,
-            };
+        for tensor in &self.tensors {
+            match &tensor.data {
+                Data::Single(data) => tensor.add(&mut dict, HostTensor::new(data.clone(), &tensor.shape))?,
+                Data::Half(data) => tensor.add(&mut dict, HostTensor::new(data.clone(), &tensor.shape))?,
+            }
         }
         Ok(dict)
     }
 
     /// Returns the name of each tensor and its bytes.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.tensors.iter().map(|(name, _, data)| {
+        self.tensors.iter().map(|Tensor { name, data, .. }| {
             let bytes: &[u8] = match data {
                 Data::Single(data) => bytemuck::cast_slice(data),
                 Data::Half(data) => bytemuck::cast_slice(data),
@@ -187,6 +233,19 @@ mod tests {
         assert_eq!(sizes(Workload::Adam1b), (438, 1_235_814_400 * 10));
         assert_eq!(sizes(Workload::Adam8bPart), (225, 2_795_573_248 * 10));
         assert_eq!(sizes(Workload::Adam8b), (873, 8_030_261_248 * 10));
+    }
+
+    #[test]
+    fn the_shares_of_ranks_are_the_whole_state() {
+        for (workload, scale) in [(Workload::Large, 0.01), (Workload::Small, 0.001), (Workload::Adam1b, 0.001)] {
+            let shares: Vec<State> = (0..3).map(|rank| State::share(workload, scale, rank, 3)).collect();
+            let whole = workload.bytes(scale);
+            assert_eq!(shares.iter().map(|share| share.bytes).sum::<u64>(), whole);
+            for share in &shares {
+                assert_eq!(share.dict().unwrap().bytes(), share.bytes);
+                assert!(share.bytes * 4 > whole, "{} of {whole}", share.bytes);
+            }
+        }
     }
 
     #[test]
