@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 /// What a board knows about the process that announced something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Life {
+pub(crate) enum Life {
     Alive,
     Dead,
     Unknown,
@@ -31,7 +31,7 @@ pub(super) enum Life {
 ///
 /// A simulation has a board and a clock of its own below the same code. No call lasts beyond its deadline by
 /// more than one operation of the medium.
-pub(super) trait Board: Send + Sync + Debug {
+pub(crate) trait Board: Send + Sync + Debug {
     /// Lives as long as an announcement is true.
     type Held: Send + Sync + Debug;
 
@@ -67,9 +67,9 @@ pub(super) trait Board: Send + Sync + Debug {
 
     fn now(&self) -> Instant;
 
-    /// Waits until the folder may have changed; `turn` counts the waits since it last had. Returns at `until`
-    /// at the latest.
-    fn wait(&self, folder: &str, turn: u32, until: Instant);
+    /// Waits until a message whose name begins with `prefix` may have come or changed; `turn` counts the waits
+    /// since one last had. Returns at `until` at the latest.
+    fn wait(&self, prefix: &str, turn: u32, until: Instant);
 }
 
 /// A rank that has met the others.
@@ -87,7 +87,7 @@ struct Met<H> {
 
 /// The coordinator over a board.
 #[derive(Debug)]
-pub(super) struct OnBoard<B: Board> {
+pub(crate) struct OnBoard<B: Board> {
     pub board: B,
     pub member: Member,
     met: Mutex<Option<Arc<Met<B::Held>>>>,
@@ -97,7 +97,9 @@ pub(super) struct OnBoard<B: Board> {
 
 /// How long after a wait began the lives of missing ranks are looked at.
 const TURNS_BEFORE_LOOKING: u32 = 3;
-/// How long clean-up and questions without a deadline of their own may take.
+/// So many lives are looked at in one turn: each look is an operation of the board.
+const LIVES_IN_A_TURN: usize = 64;
+/// How long clean-up and questions without a deadline of their own may take, and the last look at a deadline.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 impl<B: Board> OnBoard<B> {
@@ -150,6 +152,9 @@ impl<B: Board> OnBoard<B> {
         for name in self.board.list(&folder, until)? {
             let Some(rank) = name.strip_prefix(&prefix).and_then(|rank| rank.parse::<u32>().ok()) else { continue };
             let Some(seen) = arrived.get_mut(rank as usize).filter(|seen| !**seen) else { continue };
+            if self.board.now() >= until + PATIENCE {
+                break;
+            }
             let Some(bytes) = self.board.read(&format!("{folder}/{name}"), MAX_ENVELOPE, until)? else { continue };
             match unpack(&bytes) {
                 Some((about, from, message)) if (about, from) == (About::Gather(round), rank) => {
@@ -171,7 +176,7 @@ impl<B: Board> OnBoard<B> {
             let Some((key, other)) = met.others.get(rank) else { return false };
             self.board.life(key, met.me.of_this_boot(other), until) == Life::Dead
         };
-        ranks.filter(is_dead).collect()
+        ranks.take_while(|_| self.board.now() < until + PATIENCE).filter(is_dead).collect()
     }
 
     fn ended(&self, met: &Met<B::Held>, dead: Vec<u32>) -> Error {
@@ -224,6 +229,7 @@ impl<B: Board> Coordinator for OnBoard<B> {
         }
         let mut arrived = vec![false; self.member.world as usize];
         arrived[0] = true;
+        let mut looked = 0;
         for turn in 0.. {
             let before: usize = arrived.iter().filter(|a| **a).count();
             if self.collect(round, &mut arrived, each, deadline)?.is_break() {
@@ -237,7 +243,10 @@ impl<B: Board> Coordinator for OnBoard<B> {
             }
             let late = self.board.now() >= deadline;
             if turn >= TURNS_BEFORE_LOOKING || late {
-                let mut dead = self.dead(&met, missing.iter().copied(), deadline);
+                let some = if late { missing.len() } else { missing.len().min(LIVES_IN_A_TURN) };
+                let these = missing.iter().cycle().skip(looked % missing.len()).take(some);
+                looked += some;
+                let mut dead = self.dead(&met, these.copied(), deadline);
                 if !dead.is_empty() {
                     // A rank can send its message and end between the two looks.
                     if self.collect(round, &mut arrived, each, deadline)?.is_break() {
@@ -254,7 +263,7 @@ impl<B: Board> Coordinator for OnBoard<B> {
                 return Err(self.late("not all ranks sent their message in time", missing));
             }
             let turn = if arrived.iter().filter(|a| **a).count() > before { 0 } else { turn };
-            self.board.wait(&folder(round.session), turn, deadline);
+            self.board.wait(&format!("{}/{}", folder(round.session), round_prefix(round)), turn, deadline);
         }
         Ok(())
     }
@@ -288,7 +297,7 @@ impl<B: Board> Coordinator for OnBoard<B> {
             if late {
                 return Err(self.late("rank 0 did not tell how it goes on in time", vec![0]));
             }
-            self.board.wait(&folder, turn, deadline);
+            self.board.wait(&format!("{folder}/{key}"), turn, deadline);
         }
         Err(Error::internal("a wait without an end"))
     }

@@ -238,7 +238,7 @@ impl Board for Directory {
         Instant::now()
     }
 
-    fn wait(&self, _folder: &str, turn: u32, until: Instant) {
+    fn wait(&self, _prefix: &str, turn: u32, until: Instant) {
         let pause = Duration::from_millis((1 << turn.min(6)).min(50));
         std::thread::sleep(pause.min(until.saturating_duration_since(Instant::now())));
     }

@@ -203,9 +203,10 @@ impl Keys {
         }
     }
 
-    /// Waits for a change in the folder after the revision.
-    fn watch(&self, folder: &str, since: u64, patience: Duration) -> Result<(), String> {
-        let (key, range_end) = self.range(folder);
+    /// Waits for a change of a name with this prefix after the revision.
+    fn watch(&self, prefix: &str, since: u64, patience: Duration) -> Result<(), String> {
+        // '~' is after every character of a name.
+        let (key, range_end) = (self.key(prefix), self.key(&format!("{prefix}~")));
         let start = (since + 1).to_string();
         let request = json!({ "create_request": { "key": key, "range_end": range_end, "start_revision": start } });
         let body = self.client.send("/v3/watch", &request, patience).map_err(|e| e.to_string())?;
@@ -322,7 +323,7 @@ impl Board for Keys {
         Instant::now()
     }
 
-    fn wait(&self, folder: &str, turn: u32, until: Instant) {
+    fn wait(&self, prefix: &str, turn: u32, until: Instant) {
         let since = self.since.lock().unwrap_or_else(PoisonError::into_inner).take();
         let left = || until.saturating_duration_since(Instant::now());
         // A rank that has ended is looked for now and then.
@@ -331,7 +332,7 @@ impl Board for Keys {
             return;
         }
         let started = Instant::now();
-        let watched = since.ok_or_else(String::new).and_then(|since| self.watch(folder, since, patience));
+        let watched = since.ok_or_else(String::new).and_then(|since| self.watch(prefix, since, patience));
         if let Err(error) = watched
             && started.elapsed() < patience / 2
         {

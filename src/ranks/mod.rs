@@ -19,7 +19,7 @@
 //! | [`Callback`] | an all-gather of the program | as the all-gather does | a part of an all-gather |
 
 mod alone;
-mod board;
+pub(crate) mod board;
 mod callback;
 mod directory;
 mod envelope;

@@ -94,7 +94,7 @@ impl<B: Board> Table<'_, B> {
         // A rank that answered the last call may not have read its verdict yet.
         let last = self.called()?.map(|(call, _)| verdict_name(call));
         for name in board.list(&self.folder, self.deadline)? {
-            if last.as_ref() != Some(&name) {
+            if last.as_ref() != Some(&name) && board.now() < self.deadline {
                 board.remove(&self.key(&name), self.deadline);
             }
         }
@@ -129,6 +129,7 @@ impl<B: Board> Table<'_, B> {
             let before = there.len();
             for name in board.list(&self.folder, self.deadline)? {
                 if let Some((rank, meeting)) = parse_hello(&name)
+                    && board.now() < self.deadline + PATIENCE
                     && there.get(&rank).is_none_or(|known| known.meeting != meeting)
                     && let Some((About::Greeting(answered), other)) = self.greeting(rank, meeting)?
                     && answered == call
@@ -138,7 +139,8 @@ impl<B: Board> Table<'_, B> {
             }
             // A process that has ended since is started again, or missing.
             if there.len() == world as usize {
-                there.retain(|rank, greeting| *rank == 0 || self.life(greeting) != Life::Dead);
+                let late = || board.now() >= self.deadline;
+                there.retain(|rank, greeting| *rank == 0 || late() || self.life(greeting) != Life::Dead);
             }
             if there.len() == world as usize {
                 return Ok(there);
@@ -147,7 +149,7 @@ impl<B: Board> Table<'_, B> {
                 let missing = (0..world).filter(|rank| !there.contains_key(rank)).collect();
                 return Err(self.on.late("not all ranks have come", missing));
             }
-            board.wait(&self.folder, if there.len() > before { 0 } else { turn }, self.deadline);
+            board.wait(&self.key(""), if there.len() > before { 0 } else { turn }, self.deadline);
         }
         Err(Error::internal("a wait without an end"))
     }
@@ -248,7 +250,9 @@ impl<B: Board> Table<'_, B> {
             if board.now() >= self.deadline {
                 return Err(self.nothing_came(answered.is_some(), reason, there.unwrap_or_default()));
             }
-            board.wait(&self.folder, turn, self.deadline);
+            // A server tells of the verdict at once, and of another call when the wait ends.
+            let awaited = answered.as_ref().map_or_else(|| "call".to_owned(), |(call, _)| verdict_name(*call));
+            board.wait(&self.key(&awaited), turn, self.deadline);
         }
         Err(Error::internal("a wait without an end"))
     }
