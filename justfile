@@ -157,6 +157,15 @@ model *arguments: (commit-model arguments)
 commit-model *arguments:
     checks/model/commit.py {{ arguments }}
 
+# Simulates commits by several ranks with faults of every kind: 100,000 seeds of up to 64 ranks, 1,000 of 1,000, 20 of 10,000. Minutes.
+simulate:
+    ASHORE_SIMULATION_SEEDS=100000 cargo test --release --lib -- several::simulation::ranks_that_die --nocapture
+    cargo test --release --lib -- several::simulation::a_thousand several::simulation::ten_thousand --ignored --nocapture --test-threads 1
+
+# Prints the tables of docs/scale.md: messages, bytes and memory of a save by the number of ranks.
+scale:
+    cargo test --release --lib -- several::simulation::scale --ignored --nocapture --test-threads 1
+
 # Writes the public API, one item a line, to `docs/api.txt`: a change of it shows in the diff.
 api: (listing "docs/api.txt")
 
@@ -291,7 +300,7 @@ bench *arguments:
 ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill ranks mounts package")
 
 # Runs the checks that take too long for every change.
-nightly: (timed "ci tsan model msrv features")
+nightly: (timed "ci tsan model msrv features simulate")
     just fuzz 3600
     just rank-kills
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate

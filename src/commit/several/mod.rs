@@ -14,7 +14,7 @@ mod end;
 mod message;
 mod part;
 mod session;
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, miri))))]
 mod simulation;
 
 pub(crate) use agree::{Agreed, Assigned, Describe, Structures, identity};

@@ -74,6 +74,12 @@ impl Structure {
         let (table, entry) = tensors_table(&tensors, &aliases)?;
         Ok(Self { table, entry, whole: Whole { shares: Vec::new(), ..whole } })
     }
+
+    /// The length of the table of the structure.
+    #[cfg(test)]
+    pub(super) fn table_len(&self) -> usize {
+        self.table.len()
+    }
 }
 
 /// What a rank tells rank 0 of its part.

@@ -34,18 +34,28 @@ impl Group {
         token: &str,
         deadline: Instant,
     ) -> Result<Self> {
-        let member = coordinator.member();
         let hello = Hello {
-            member,
+            member: coordinator.member(),
             nonce: Uuid::new_v4(),
             token: token.to_owned(),
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             pid: std::process::id(),
         };
+        Self::meet_as(&hello, coordinator, shared, deadline)
+    }
+
+    /// The same for a process that says itself who it is.
+    pub(super) fn meet_as(
+        hello: &Hello,
+        coordinator: Arc<dyn Coordinator>,
+        shared: Arc<dyn Shared>,
+        deadline: Instant,
+    ) -> Result<Self> {
+        let member = hello.member;
         let mut open = |hellos: &[Hello]| open(shared.as_ref(), hellos);
-        let session = coordinator.meet(&hello, &mut open, deadline)?;
+        let session = coordinator.meet(hello, &mut open, deadline)?;
         let group = Self { coordinator, shared, member, session };
-        group.check_root(&hello).map_err(|error| error.with_ranks([member.rank]))?;
+        group.check_root(hello).map_err(|error| error.with_ranks([member.rank]))?;
         Ok(group)
     }
 

@@ -2,17 +2,30 @@
 
 use super::medium::{Medium, Root};
 use super::messages::{At, Travel, Wire};
-use super::scheduler::{Killed, Rng, Scheduler};
+use super::place::{Asked, Desk, Manners, Place, slack};
+use super::scheduler::{Body, Clock, Killed, Rng, Scheduler};
 use crate::commit::several::end::Part;
 use crate::commit::several::message::Receipt;
 use crate::commit::several::{Agreed, Describe, Group, Structures, Vote, identity};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ranks::Member;
+use crate::ranks::board::OnBoard;
+use crate::ranks::{Coordinator, Hello, Member};
 use crate::storage::shared::SharedWriting;
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// How messages go between ranks.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum By {
+    /// By a coordinator that loses, delays and repeats them.
+    Wire(Travel),
+    /// By the production coordinator, over a board.
+    Board(Manners),
+}
 
 /// What a seed simulates. Times are in microseconds.
 #[derive(Clone, Debug)]
@@ -20,9 +33,15 @@ pub(super) struct Plan {
     pub world: u32,
     pub jobs: u32,
     pub saves: u64,
-    pub travel: Travel,
-    /// A thread dies at one in so many steps; 0: never.
+    pub by: By,
+    /// How much ahead clocks are, and how much they gain or lose in a second, at most.
+    pub clocks: (u64, u64),
+    /// Whether two jobs have one run token: the second is the first one started again.
+    pub one_token: bool,
+    /// A rank dies at one in so many steps; 0: never.
     pub deadly: u64,
+    /// Rank 0 of the first job dies at this step of its own; 0: never.
+    pub first_dies: u64,
     /// A rank saves another step, or fails, at one in so many saves; 0: never.
     pub wrong: u64,
     /// How long a save may take: between this and twice as much.
@@ -33,130 +52,205 @@ pub(super) struct Plan {
 impl Plan {
     /// From 1 to 64 ranks, log-uniform, with faults of every kind.
     pub fn any(seed: u64) -> Self {
-        let mut rng = Rng::new(seed ^ 0x5eed);
-        let exponent = rng.below(1 << 16) as f64 / f64::from(1 << 16);
-        let world = 64_f64.powf(exponent).round() as u32;
+        let exponent = Rng::new(seed ^ 0x5eed).below(1 << 16) as f64 / f64::from(1 << 16);
+        Self::of(seed, 64_f64.powf(exponent).round() as u32)
+    }
+
+    /// So many ranks, with faults of every kind.
+    pub fn of(seed: u64, world: u32) -> Self {
+        let mut rng = Rng::new(seed ^ 0xfa17);
         let each = u64::from(world) * 40;
+        let patience = [5_000, 100_000][rng.below(2) as usize];
+        let late = [10, 2_000, 30_000][rng.below(3) as usize];
+        let lost = [0, each, each / 4][rng.below(3) as usize];
+        let by = if rng.one_in(2) {
+            By::Wire(Travel { lost, late })
+        } else {
+            let from = rng.below(patience * 4);
+            By::Board(Manners {
+                server: rng.one_in(2),
+                per_host: [1, 2, 8][rng.below(3) as usize],
+                late,
+                lost,
+                takes: [0, 20, 500, 5_000][rng.below(4) as usize],
+                slander: [0, 1_000][rng.below(2) as usize],
+                outage: if rng.one_in(4) { (from, from + rng.below(patience * 4)) } else { (0, 0) },
+            })
+        };
         Self {
             world,
             jobs: 1 + rng.below(2) as u32,
             saves: 1 + rng.below(3),
-            travel: Travel {
-                lost: [0, each, each / 4][rng.below(3) as usize],
-                late: [10, 2_000, 30_000][rng.below(3) as usize],
-            },
+            by,
+            clocks: [(0, 0), (1_000_000_000, 200), (1_000_000, 100_000)][rng.below(3) as usize],
+            one_token: rng.one_in(2),
             deadly: [0, each * 4, each][rng.below(3) as usize],
+            first_dies: if rng.one_in(4) { 1 + rng.below(30 + 8 * u64::from(world)) } else { 0 },
             wrong: [0, u64::from(world) * 4][rng.below(2) as usize],
-            patience: [5_000, 100_000][rng.below(2) as usize],
+            patience,
             overwrite: rng.one_in(2),
         }
     }
 
-    /// The same without faults.
-    pub fn calm(seed: u64) -> Self {
-        let travel = Travel { lost: 0, late: 100 };
-        Self { jobs: 1, travel, deadly: 0, wrong: 0, patience: 60_000_000, ..Self::any(seed) }
+    /// The same without faults, by the production coordinator where it is asked for.
+    pub fn calm(seed: u64, board: bool) -> Self {
+        let manners = Manners { server: seed % 2 == 1, late: 100, takes: 20, ..Manners::PERFECT };
+        let by = if board { By::Board(manners) } else { By::Wire(Travel { lost: 0, late: 100 }) };
+        Self { jobs: 1, by, deadly: 0, first_dies: 0, wrong: 0, patience: 60_000_000, ..Self::any(seed) }
+    }
+
+    fn clock(&self, rng: &mut Rng) -> Clock {
+        let (ahead, gain) = self.clocks;
+        Clock { ahead: rng.below(ahead + 1), gain: rng.below(2 * gain + 1) as i64 - gain as i64 }
     }
 }
 
-/// Runs one seed; returns how saves ended, with the number of ranks that were told so.
+/// What a seed came to.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    /// How saves ended, with the number of ranks that were told so.
+    pub outcomes: BTreeMap<String, u64>,
+    /// What ran when: equal for two runs of a seed.
+    pub trace: u64,
+    /// What rank 0 and rank 1 of the first job asked of the board: when they met, and in each save.
+    pub asked: [Vec<Asked>; 2],
+}
+
+/// Runs one seed. `turn` is called before and after each turn of a rank.
 ///
 /// # Panics
 /// When a promise is broken, with the seed.
-pub(super) fn run(seed: u64, plan: &Plan) -> BTreeMap<String, u64> {
-    let threads = (plan.jobs * plan.world) as usize;
-    let scheduler = Arc::new(Scheduler::new(seed, threads, plan.deadly));
+pub(super) fn run(seed: u64, plan: &Plan, turn: &mut dyn FnMut(usize, bool)) -> Seen {
+    let mut rng = Rng::new(seed ^ 0xc10c);
+    let clocks = (0..plan.jobs * plan.world).map(|_| plan.clock(&mut rng)).collect();
+    let scheduler = Arc::new(Scheduler::new(seed, clocks, plan.deadly, plan.first_dies));
     let root = Arc::new(Root::new(seed, scheduler.clone()));
-    let outcomes = Arc::new(Mutex::new(BTreeMap::new()));
-    let mut handles = Vec::with_capacity(threads);
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let place = match plan.by {
+        By::Board(manners) => Some(Arc::new(Place::new(scheduler.clone(), seed, manners))),
+        By::Wire(_) => None,
+    };
+    let mut bodies = Vec::<Body>::new();
     for job in 0..plan.jobs {
         let first = (job * plan.world) as usize;
-        let wire = Arc::new(Wire::new(scheduler.clone(), first, plan.travel));
+        let travel = if let By::Wire(travel) = plan.by { travel } else { Travel { lost: 0, late: 0 } };
+        let wire = Arc::new(Wire::new(scheduler.clone(), first, travel));
         // The second job begins while the first one saves.
         let start = u64::from(job) * scheduler.with_rng(|rng| rng.below(plan.patience * plan.saves));
         for rank in 0..plan.world {
             let thread = first + rank as usize;
             let medium = Medium { root: root.clone(), thread, rank, world: plan.world };
             let member = Member { rank, world: plan.world, local_rank: 0 };
-            let at = Arc::new(At { wire: wire.clone(), member });
-            let (plan, outcomes, scheduler) = (plan.clone(), outcomes.clone(), scheduler.clone());
-            let body = move || {
-                scheduler.enter(thread);
-                let _left = Leaving { scheduler: &scheduler, thread };
-                scheduler.sleep(thread, start);
-                Rank { plan: &plan, medium, at, outcomes: &outcomes }.live();
-            };
-            let built = std::thread::Builder::new().stack_size(256 << 10).spawn(body);
-            handles.push(built.expect("a thread for each rank"));
+            let (plan, seen, wire) = (plan.clone(), seen.clone(), wire.clone());
+            let desk = place.clone().map(|place| Desk { place, thread });
+            bodies.push(Box::new(move || {
+                medium.root.scheduler.sleep(thread, start);
+                Rank { plan: &plan, medium, member, wire, desk, job, seen: &seen }.live();
+            }));
         }
     }
     let mut broken = None;
-    for payload in handles.into_iter().filter_map(|handle| handle.join().err()) {
+    for payload in scheduler.run(bodies, turn).into_iter().filter_map(Result::err) {
         if payload.is::<Killed>() {
-            note(&outcomes, "died");
+            note(&seen, "died");
         } else {
             broken = Some(payload);
         }
     }
     if let Some(payload) = broken {
+        eprintln!("seed={seed} {plan:?}");
         resume_unwind(payload);
     }
-    std::mem::take(&mut *outcomes.lock().unwrap_or_else(PoisonError::into_inner))
+    let mut seen = std::mem::take(&mut *lock(&seen));
+    seen.trace = scheduler.trace();
+    seen
 }
 
-/// Tells the scheduler when a thread has ended, or died.
-struct Leaving<'a> {
-    scheduler: &'a Scheduler,
-    thread: usize,
+fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Drop for Leaving<'_> {
-    fn drop(&mut self) {
-        self.scheduler.leave(self.thread);
-    }
-}
-
-fn note(outcomes: &Mutex<BTreeMap<String, u64>>, outcome: &str) {
-    *outcomes.lock().unwrap_or_else(PoisonError::into_inner).entry(outcome.to_owned()).or_default() += 1;
+fn note(seen: &Mutex<Seen>, outcome: &str) {
+    *lock(seen).outcomes.entry(outcome.to_owned()).or_default() += 1;
 }
 
 /// One rank of a job.
 struct Rank<'a> {
     plan: &'a Plan,
     medium: Medium,
-    at: Arc<At>,
-    outcomes: &'a Mutex<BTreeMap<String, u64>>,
+    member: Member,
+    wire: Arc<Wire>,
+    desk: Option<Desk>,
+    job: u32,
+    seen: &'a Mutex<Seen>,
 }
 
 impl Rank<'_> {
     fn live(&self) {
-        let scheduler = &self.medium.root.scheduler;
-        let deadline = scheduler.instant(scheduler.now() + 10 * self.plan.patience);
-        let Ok(group) = Group::meet(self.at.clone(), Arc::new(self.medium.clone()), "run", deadline) else {
-            return note(self.outcomes, "unmet");
+        let (scheduler, me) = (&self.medium.root.scheduler, self.medium.thread);
+        let mut asked = self.asked();
+        let deadline = scheduler.instant(me, scheduler.now()) + Duration::from_micros(10 * self.plan.patience);
+        let coordinator: Arc<dyn Coordinator> = match self.desk.clone() {
+            Some(desk) => Arc::new(OnBoard::new(desk, self.member).expect("a rank of its world")),
+            None => Arc::new(At { wire: self.wire.clone(), member: self.member }),
         };
+        let per_host = if let By::Board(manners) = self.plan.by { manners.per_host } else { 8 };
+        let hello = Hello {
+            member: self.member,
+            nonce: Uuid::new_v4(),
+            token: if self.plan.one_token { "run".to_owned() } else { format!("run-{}", self.job) },
+            host: format!("host-{}", me / per_host),
+            pid: me as u32,
+        };
+        let met = Group::meet_as(&hello, coordinator, Arc::new(self.medium.clone()), deadline);
+        self.check_deadline(deadline, false);
+        self.count(&mut asked);
+        let Ok(group) = met else { return note(self.seen, "unmet") };
         let mut known = Structures::none();
         for save in 0..self.plan.saves {
             let patience = self.plan.patience + scheduler.with_rng(|rng| rng.below(self.plan.patience));
-            let due = scheduler.now() + patience;
-            let told = self.save(&group, save, &mut known, due);
-            let (now, seed) = (scheduler.now(), self.medium.root.seed);
-            // Operations on the storage take a microsecond each, for every thread.
-            let slack = 20_000 + 200 * u64::from(self.plan.world * self.plan.jobs);
-            // A rank listens a second longer, and tells others of its failure for five.
-            let grace = 1_000_000 + 5_000_000 * u64::from(told.is_err());
-            assert!(now <= due + slack + grace, "seed={seed}: waited past the deadline: {now} {due}");
-            note(
-                self.outcomes,
-                &told.map_or_else(|error| format!("{:?}", error.kind()).to_lowercase(), |()| "durable".into()),
-            );
+            let deadline = scheduler.instant(me, scheduler.now()) + Duration::from_micros(patience);
+            let told = self.save(&group, save, &mut known, deadline);
+            self.check_deadline(deadline, told.is_err());
+            self.count(&mut asked);
+            let outcome = told.map_or_else(|error| format!("{:?}", error.kind()).to_lowercase(), |()| "durable".into());
+            note(self.seen, &outcome);
         }
     }
 
+    /// No call lasts longer than its deadline by more than what the rules allow.
+    fn check_deadline(&self, deadline: Instant, failed: bool) {
+        let scheduler = &self.medium.root.scheduler;
+        let now = scheduler.instant(self.medium.thread, scheduler.now());
+        let (slack, outage) = match &self.plan.by {
+            By::Board(manners) => (slack(manners), manners.outage.1 > 0),
+            By::Wire(_) => (Duration::ZERO, false),
+        };
+        // A few operations follow.
+        let slack = Duration::from_millis(30) + slack * 20;
+        // A rank listens, and rank 0 looks, for a second longer; a rank tells others of its failure for five.
+        let grace = Duration::from_secs(1 + 5 * u64::from(failed && (self.member.rank > 0 || outage)));
+        let seed = self.medium.root.seed;
+        let late = now.saturating_duration_since(deadline + grace + slack);
+        assert!(late.is_zero(), "seed={seed}: waited past the deadline: {late:?} rank={}", self.member.rank);
+    }
+
+    fn asked(&self) -> Asked {
+        self.desk.as_ref().map(|desk| desk.place.asked(desk.thread)).unwrap_or_default()
+    }
+
+    /// Notes what this rank has asked of the board since `before`.
+    fn count(&self, before: &mut Asked) {
+        let now = self.asked();
+        if let (0, Some(asked)) = (self.job, lock(self.seen).asked.get_mut(self.member.rank as usize)) {
+            asked.push(now.since(*before));
+        }
+        *before = now;
+    }
+
     /// One save, as the thread that commits carries it out.
-    fn save(&self, group: &Group, save: u64, known: &mut Structures, due: u64) -> Result<()> {
+    fn save(&self, group: &Group, save: u64, known: &mut Structures, deadline: Instant) -> Result<()> {
         let (medium, scheduler) = (&self.medium, &self.medium.root.scheduler);
-        let deadline = scheduler.instant(due);
         let first = group.member.rank == 0;
         let (other, fails) = scheduler.with_rng(|rng| (rng.one_in(self.plan.wrong), rng.one_in(self.plan.wrong)));
         let step = save + 100 * u64::from(other);

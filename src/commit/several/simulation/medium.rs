@@ -1,11 +1,13 @@
 //! A root whose names all ranks see alike, and which notices every broken promise.
 
+use super::memory::outside;
 use super::scheduler::Scheduler;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::storage::shared::{SessionRecord, Shared, SharedAttempt, SharedWriting, Vetoed};
 use crate::storage::{FileWriting, Writing};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use indexmap::IndexMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -35,7 +37,8 @@ struct Names {
     /// Generations whose take-over is complete.
     taken: u64,
     notes: HashMap<(u64, String), Vec<u8>>,
-    attempts: BTreeMap<String, Tried>,
+    /// In the order in which they began, which does not depend on their random identities.
+    attempts: IndexMap<String, Tried>,
 }
 
 /// The root.
@@ -91,7 +94,7 @@ impl Medium {
 impl Shared for Medium {
     fn open_session(&self, record: &SessionRecord) -> Result<u64> {
         let mut names = self.names();
-        names.sessions.push(record.clone());
+        outside(|| names.sessions.push(record.clone()));
         Ok(names.sessions.len() as u64)
     }
 
@@ -140,7 +143,8 @@ impl Shared for Medium {
     }
 
     fn put_note(&self, generation: u64, name: &str, bytes: &[u8]) -> Result<()> {
-        self.names().notes.insert((generation, name.to_owned()), bytes.to_vec());
+        let mut names = self.names();
+        outside(|| names.notes.insert((generation, name.to_owned()), bytes.to_vec()));
         Ok(())
     }
 
@@ -181,7 +185,7 @@ impl Writing for Open {
     /// Writes the files of this rank.
     fn put(&self, _: &str, _: &[u8]) -> Result<()> {
         let rank = self.medium.rank;
-        self.with(|tried| tried.files.insert(rank));
+        self.with(|tried| outside(|| tried.files.insert(rank)));
         Ok(())
     }
 

@@ -74,7 +74,7 @@ impl At {
     /// Waits until `look`, which gets the time, has found what it looks for; it may say when to look again.
     fn wait<T>(&self, deadline: Instant, mut look: impl FnMut(&mut Board, u64) -> Result<T, Option<u64>>) -> Option<T> {
         let scheduler = &self.wire.scheduler;
-        let deadline = scheduler.time(deadline);
+        let deadline = scheduler.time(self.thread(), deadline);
         loop {
             let now = scheduler.now();
             let again = match look(&mut self.wire.board(), now) {
