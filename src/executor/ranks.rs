@@ -21,11 +21,11 @@ use crate::storage::Writing;
 use crate::sync::{Mutex, MutexGuard, lock};
 use crate::ticket::Ticket;
 use crate::writer::{Begin, Task};
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What this rank holds, and its share of the plan that the ranks made of it.
 #[derive(Clone, Debug)]
@@ -399,13 +399,27 @@ fn ended_by_rank_0() -> Error {
     Error::new(ErrorKind::Cancelled, "rank 0 ended the save by its overlap policy")
 }
 
+/// How long the rounds of a failed save wait for its chunks. A writer that hangs has its slab and its file for
+/// as long as it hangs, and must not keep the rounds of later saves waiting.
+const CHUNKS_GRACE: Duration = Duration::from_secs(1);
+
 /// Waits until every chunk is done: written, or returned because the save has failed.
 fn wait_for_chunks(task: &Task, ended: &Receiver<Arc<Task>>, rank: u32) {
     let ticket = &task.request.ticket;
     if ended.recv_deadline(ticket.deadline).is_err() {
         let late = format!("this rank had not written its files by the deadline phase={:?}", ticket.phase());
         ticket.fail(Error::new(ErrorKind::Deadline, late).with_rank(rank));
-        let _ = ended.recv();
+        wait_for_failed_chunks(task, ended);
+    }
+}
+
+/// Waits until the chunks of a save that has failed have been returned, unless a thread hangs with one.
+fn wait_for_failed_chunks(task: &Task, ended: &Receiver<Arc<Task>>) {
+    if let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(CHUNKS_GRACE) {
+        tracing::error!(
+            step = task.request.ticket.step,
+            "a failed save is left while a thread hangs with a chunk of it"
+        );
     }
 }
 
@@ -417,7 +431,7 @@ fn end(task: &Arc<Task>, ended: &Receiver<Arc<Task>>, result: Result<Outcome>) {
         return;
     }
     ticket.fail(result.as_ref().err().cloned().unwrap_or_else(ended_by_rank_0));
-    let _ = ended.recv();
+    wait_for_failed_chunks(task, ended);
     drop(task.take_kept());
     ticket.finish(result).into_iter().for_each(Calls::here);
 }

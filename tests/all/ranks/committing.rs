@@ -2,8 +2,11 @@
 
 use super::{Job, LONG, assert_holds, state, steps};
 use ashore::ranks::Phase;
-use ashore::{ErrorKind, Outcome};
-use std::time::Duration;
+use ashore::storage::local::{Linux, Local};
+use ashore::testing::{Call, Faulty};
+use ashore::{ErrorKind, Outcome, SaveOptions};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 #[test]
 fn ranks_save_one_step_together() {
@@ -112,4 +115,34 @@ fn a_rank_that_is_cut_off_vetoes() {
     assert_eq!(steps(root.path()), Vec::<u64>::new());
     job.warm(2);
     assert_holds(root.path(), 2, 2);
+}
+
+/// A thread that hangs in a write on one rank keeps no save waiting beyond its deadline: neither its own, on
+/// no rank, nor the next one, whose rounds the ranks carry out all the same.
+#[test]
+fn a_writer_that_hangs_on_one_rank_delays_no_save_beyond_its_deadline() {
+    let root = tempfile::tempdir().unwrap();
+    let sys = Faulty::new(Arc::new(Linux));
+    let job = Job::with(root.path(), 2, LONG, |rank, builder| match rank {
+        1 => builder.storage(Arc::new(Local::with_sys(sys.clone(), root.path()).unwrap())),
+        _ => builder,
+    });
+    job.warm(1);
+    let hung = sys.hold(Call::Pwrite);
+    let patience = Duration::from_millis(500);
+    for step in [2, 3] {
+        let began = Instant::now();
+        let options = || SaveOptions::default().timeout(patience);
+        let ended = job.each(|rank, executor| executor.save_with(step, state(rank, step), options())?.wait(LONG));
+        for ended in ended {
+            let error = ended.unwrap_err();
+            assert_eq!((error.kind(), error.ranks()), (ErrorKind::Deadline, &[1][..]), "{error}");
+        }
+        // The rounds of a failed save may last some seconds longer.
+        assert!(began.elapsed() < patience + Duration::from_secs(8), "{:?}", began.elapsed());
+    }
+    drop(hung);
+    job.warm(4);
+    assert_eq!(steps(root.path()), [1, 4]);
+    assert_holds(root.path(), 2, 4);
 }

@@ -6,7 +6,7 @@ mod committing;
 mod restoring;
 mod sessions;
 
-use ashore::{CheckpointExecutor, Outcome, Result, StateDict};
+use ashore::{Builder, CheckpointExecutor, Outcome, Result, StateDict};
 use board::Board;
 use std::path::Path;
 use std::sync::Arc;
@@ -22,8 +22,13 @@ struct Job {
 
 impl Job {
     fn start(root: &Path, world: u32, timeout: Duration) -> Self {
+        Self::with(root, world, timeout, |_, builder| builder)
+    }
+
+    /// The same, with the builder of each rank as `with` makes it.
+    fn with(root: &Path, world: u32, timeout: Duration, with: impl Fn(u32, Builder) -> Builder) -> Self {
         let board = Board::new();
-        let ranks = meet(&board, world, |_| root.to_owned(), timeout);
+        let ranks = build(&board, world, |_| root.to_owned(), timeout, with);
         Self { board, ranks: ranks.into_iter().map(Result::unwrap).collect() }
     }
 
@@ -55,12 +60,21 @@ fn meet(
     root: impl Fn(u32) -> std::path::PathBuf,
     timeout: Duration,
 ) -> Vec<Result<CheckpointExecutor>> {
+    build(board, world, root, timeout, |_, builder| builder)
+}
+
+fn build(
+    board: &Arc<Board>,
+    world: u32,
+    root: impl Fn(u32) -> std::path::PathBuf,
+    timeout: Duration,
+    with: impl Fn(u32, Builder) -> Builder,
+) -> Vec<Result<CheckpointExecutor>> {
     let build = |rank: u32| {
         let (coordinator, root) = (board.rank(rank, world), root(rank));
-        std::thread::spawn(move || {
-            let builder = CheckpointExecutor::builder(root).arena(4 << 20).chunk(1 << 20).save_timeout(timeout);
-            builder.ranks(coordinator).run("test").build()
-        })
+        let builder = CheckpointExecutor::builder(root).arena(4 << 20).chunk(1 << 20).save_timeout(timeout);
+        let builder = with(rank, builder.ranks(coordinator).run("test"));
+        std::thread::spawn(move || builder.build())
     };
     let threads: Vec<_> = (0..world).map(build).collect();
     threads.into_iter().map(|thread| thread.join().unwrap()).collect()
