@@ -46,6 +46,8 @@ pub struct SaveOptions {
     /// Each retry is a new attempt at the step; all of them share the deadline. The save keeps its position
     /// in the queue. Its state is kept until it has ended, and no fence waits for that: a tensor that the
     /// program can write, or that is borrowed for a scope, is `Invalid`.
+    ///
+    /// `Invalid` with several ranks: `docs/scale.md` says why. The program saves again, on all ranks.
     pub retries: u32,
     /// How long a failed save waits before the first retry; doubled after each further failure. Default: 0.
     /// If the wait would pass the deadline, the save fails.

@@ -91,8 +91,12 @@ impl CheckpointExecutor {
             overwrite: options.overwrite,
             deadline: self.deadline(options.timeout),
         };
-        let saved = if options.attempt.is_some() || options.retries > 0 {
-            let why = "with several ranks, a save has neither an attempt of the caller nor retries";
+        let refused = if options.retries > 0 {
+            Some("with several ranks a save is not retried, because slabs of later saves wait for its end: save again")
+        } else {
+            options.attempt.is_some().then_some("with several ranks, rank 0 names the attempt of a save")
+        };
+        let saved = if let Some(why) = refused {
             Err(Error::invalid(why).with_step(step))
         } else {
             let wanted = self.wanted(step, options, borrowed, None);
