@@ -16,12 +16,14 @@ mod scope;
 mod submit;
 mod threads;
 mod tidy;
+mod together;
 mod touch;
 
 pub use builder::Builder;
 pub(crate) use deferred_save::DeferredSave;
 pub use scope::{Fence, Scope};
 pub(crate) use threads::Threads;
+pub(crate) use together::Together;
 
 use crate::Catalog;
 use crate::catalog::Found;

@@ -6,7 +6,7 @@ use super::admission::{Admitted, wait};
 use crate::completion::Calls;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
-use crate::outcome::{Committed, Outcome};
+use crate::outcome::{Committed, Outcome, Phase};
 use crate::save::{Save, SaveOptions};
 use crate::settings::IoMode;
 use crate::staging::Stager;
@@ -24,6 +24,8 @@ pub(crate) struct DeferredSave {
     ticket: Arc<Ticket>,
     /// The stager has the save and will end it.
     begun: bool,
+    /// The save has a position among those of the executor.
+    listed: bool,
 }
 
 impl CheckpointExecutor {
@@ -109,8 +111,18 @@ impl CheckpointExecutor {
         drop(admission);
         // The stager waits for the next deadline, which may be that of this save.
         self.stager.signal.notify();
-        let deferred = DeferredSave { stager: self.stager.clone(), ticket: ticket.clone(), begun: false };
+        let deferred = DeferredSave { stager: self.stager.clone(), ticket: ticket.clone(), begun: false, listed: true };
         (Save::new(ticket), Some(deferred))
+    }
+
+    /// Returns a handle for something that takes no position among the saves of this executor, because
+    /// another save does, or nothing of it is written here. The overlap policy does not count it.
+    pub(crate) fn stand_in(&self, step: u64, timeout: Option<Duration>) -> Result<(Save, DeferredSave)> {
+        self.alive()?;
+        self.report_unseen()?;
+        let ticket = self.issue(step, Attempt::new(), Instant::now(), self.deadline(timeout));
+        let (stager, save) = (self.stager.clone(), Save::new(ticket.clone()));
+        Ok((save, DeferredSave { stager, ticket, begun: false, listed: false }))
     }
 
     /// Returns the handle of a save that failed before it could begin. The next call returns its error if
@@ -132,6 +144,13 @@ impl DeferredSave {
     /// or the save has ended otherwise.
     pub fn claim(&self) -> bool {
         !self.ticket.awaited.swap(true, Ordering::AcqRel) && !self.ticket.done.is_complete()
+    }
+
+    /// Makes the save one that can be neither cancelled nor given up as failed any more: others decide on it
+    /// now. False if it has failed.
+    pub fn commit(&self) -> bool {
+        self.ticket.release();
+        self.ticket.enter(Phase::Promised)
     }
 
     /// The save.
@@ -180,9 +199,13 @@ impl DeferredSave {
 
 impl Drop for DeferredSave {
     fn drop(&mut self) {
-        if !self.begun {
-            self.finish(Err(Error::new(ErrorKind::Cancelled, "the save was given up before its state had come")));
-            self.stager.saves.release(&self.ticket);
+        if self.begun {
+            return;
         }
+        self.finish(Err(Error::new(ErrorKind::Cancelled, "the save was given up before its state had come")));
+        if !self.listed {
+            self.stager.saves.add(self.ticket.clone()); // so that the next call returns an unseen error
+        }
+        self.stager.saves.release(&self.ticket);
     }
 }

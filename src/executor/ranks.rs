@@ -52,7 +52,7 @@ pub(super) struct Turns {
 
 /// The number of one call of `save`, held while the call decides what becomes of it.
 pub(super) struct Turn<'a> {
-    group: &'a Group,
+    group: &'a Arc<Group>,
     next: MutexGuard<'a, u64>,
     newest: &'a Newest,
     state: RefCell<Handed>,
@@ -145,6 +145,16 @@ impl Turn<'_> {
         }
     }
 
+    /// Borrows the ranks, in the place of a save.
+    pub fn borrow(&self, calls: &Sender<Called>, wanted: &Wanted) -> Borrowed {
+        let ((begin, begins), (lent, what)) = (bounded(1), bounded(1));
+        *self.state.borrow_mut() = Handed::All;
+        let (save, wanted) = (*self.next, wanted.clone());
+        self.send(calls, Called { save, wanted, described: None, early: Early::Lent(begin), what });
+        let group = self.group.clone();
+        Borrowed { group, save, begins, lent }
+    }
+
     fn send(&self, calls: &Sender<Called>, called: Called) {
         // The thread has ended only after a shutdown, which takes no saves.
         let _ = calls.send(called);
@@ -155,6 +165,17 @@ impl Drop for Turn<'_> {
     fn drop(&mut self) {
         *self.next += 1;
     }
+}
+
+/// The ranks, lent to an adapter.
+pub(super) struct Borrowed {
+    pub group: Arc<Group>,
+    /// The number of the save in whose place the adapter exchanges something.
+    pub save: u64,
+    /// Receives the moment from which the adapter has the ranks.
+    pub begins: Receiver<()>,
+    /// Dropping it returns them.
+    pub lent: Sender<What>,
 }
 
 /// What a call of `save` wants.
@@ -186,6 +207,8 @@ enum Early {
     New(Sender<Answer>),
     Ended(Outcome),
     Refused(Error),
+    /// It is no save: an adapter exchanges something with the other ranks.
+    Lent(Sender<()>),
 }
 
 /// What the ranks have decided about a call that waits for its share.
@@ -257,6 +280,14 @@ impl Rounds {
         mut commit: impl FnMut(&Task, &Group, &Attempted),
     ) {
         for called in calls {
+            if let Early::Lent(begin) = &called.early {
+                if begin.send(()).is_err() {
+                    // The adapter has given up.
+                    self.group.decline(called.save, called.wanted.deadline);
+                }
+                let _ = called.what.recv();
+                continue;
+            }
             let next = self.agree(&called, allow);
             let Called { save, wanted: Wanted { deadline, .. }, early, what, .. } = called;
             if let Early::New(reply) = early {
@@ -334,6 +365,7 @@ impl Rounds {
             Early::Ended(outcome) if group.member.rank == 0 => ended = Some(outcome.clone()),
             Early::Ended(_) => error = Some(Error::new(ErrorKind::Cancelled, "a rank takes no more saves")),
             Early::Refused(why) => error = Some(why.clone()),
+            Early::Lent(_) => error = Some(Error::internal("the ranks are lent")),
         }
         let description: &[u8] = described.as_ref().map_or(&[], |described| &described.bytes);
         let structure = described.as_ref().map_or(Digest::EMPTY, |described| described.digest);

@@ -11,6 +11,7 @@
 
 mod agree;
 mod end;
+mod exchange;
 mod message;
 mod part;
 mod session;
@@ -18,6 +19,7 @@ mod session;
 mod simulation;
 
 pub(crate) use agree::{Agreed, Assigned, Describe, Structures, identity};
+pub(crate) use exchange::Reply;
 pub(crate) use message::Vote;
 pub(crate) use part::{Attempted, Structure, conclude};
 pub(crate) use session::Group;

@@ -1,0 +1,91 @@
+//! Exchanges of an adapter between the ranks of an executor. They take the place of a save, so that all ranks
+//! carry them out in the same order as their saves.
+
+use super::CheckpointExecutor;
+use super::ranks::{Borrowed, Wanted, What};
+use super::threads::{Channels, Commits};
+use crate::commit::several::{Group, Reply};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::step_name;
+use crate::ranks::{Member, Phase};
+use crossbeam_channel::Sender;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The ranks of an executor, lent to an adapter. Later saves of the executor wait until it is dropped.
+pub(crate) struct Together {
+    group: Arc<Group>,
+    save: u64,
+    deadline: Instant,
+    /// Dropping it returns the ranks.
+    _lent: Sender<What>,
+}
+
+impl CheckpointExecutor {
+    /// The position of this process among the ranks that save together; None: it saves alone.
+    pub(crate) fn member(&self) -> Option<Member> {
+        self.turns.as_ref().map(|turns| turns.member())
+    }
+
+    /// Waits until the ranks are not busy with earlier saves, and lends them. Every rank must call it in the
+    /// place of the same save.
+    ///
+    /// # Errors
+    /// `Invalid` for an executor that saves alone or is shut down, and in a thread of the executor;
+    /// `Deadline` when earlier saves had not ended by the deadline: the other ranks then learn that.
+    pub(crate) fn together(&self, step: u64, deadline: Instant) -> Result<Together> {
+        self.alive()?;
+        let turns = self.turns.as_ref().ok_or_else(|| Error::invalid("this executor saves alone"))?;
+        if self.threads.are_here() {
+            let why = "a thread of the executor cannot wait for the other ranks";
+            let error = Error::invalid(why).with_step(step);
+            self.refused(step, &error);
+            return Err(error);
+        }
+        let wanted = Wanted { step, name: step_name(step), overwrite: false, deadline };
+        let turn = turns.take();
+        let Borrowed { group, save, begins, lent } = match &*self.threads.channels() {
+            Some(Channels { commits: Commits::Several(calls), .. }) => turn.borrow(calls, &wanted),
+            _ => return Err(super::admission::shut_down()),
+        };
+        drop(turn);
+        begins.recv_deadline(deadline).map_err(|_| {
+            let why = "earlier saves had not ended, or the executor was shut down, before the ranks could plan";
+            Error::new(ErrorKind::Deadline, why).with_step(step)
+        })?;
+        Ok(Together { group, save, deadline, _lent: lent })
+    }
+
+    /// Counts a call of `save` that this rank refuses, so that the save fails on the other ranks, too, and
+    /// the calls after it are those of the same step on all.
+    pub(crate) fn refused(&self, step: u64, error: &Error) {
+        let (Some(turns), Ok(())) = (&self.turns, self.alive()) else { return };
+        let deadline = self.deadline(None);
+        let turn = turns.take();
+        if let Some(Channels { commits: Commits::Several(calls), .. }) = &*self.threads.channels() {
+            let wanted = Wanted { step, name: step_name(step), overwrite: false, deadline };
+            turn.call(calls, &wanted, What::Refused(error.clone()));
+        }
+    }
+}
+
+impl Together {
+    /// The position of this process.
+    pub fn member(&self) -> Member {
+        self.group.member
+    }
+
+    /// Hands `part` to rank 0, where `reduce` gets the parts of all ranks, and returns what that has for this
+    /// rank. Each phase has one exchange.
+    ///
+    /// # Errors
+    /// As [`Group::exchange`].
+    pub fn exchange(
+        &self,
+        phase: Phase,
+        part: Result<Vec<u8>>,
+        reduce: &mut dyn FnMut(Vec<Vec<u8>>) -> Result<Reply>,
+    ) -> Result<Vec<u8>> {
+        self.group.exchange(self.save, phase, part, reduce, self.deadline)
+    }
+}
