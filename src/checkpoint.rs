@@ -285,7 +285,9 @@ impl Checkpoint {
             return self.value(name);
         }
         let files = self.opened.index.all_files().map_err(|e| self.unlisted(e))?;
-        let first = files.iter().position(|file| rank_of(&file.entry.name) == Some(rank));
+        // Where a session has one rank, its shards are named as those of a process that saved alone.
+        let of = |name: &str| rank_of(name).or((world == 1).then_some(0));
+        let first = files.iter().position(|file| of(&file.entry.name) == Some(rank));
         let values = first.map_or_else(|| Ok(BTreeMap::new()), |file| self.values_beside(file))?;
         self.decode("value", name, values.get(name))
     }

@@ -52,6 +52,11 @@ impl<T> Background<T> {
         self.origin
     }
 
+    /// Whether the calling thread is this one.
+    pub fn is_here(&self) -> bool {
+        std::thread::current().id() == self.thread
+    }
+
     /// Ends the thread when it has done what it was sent. False when it had not ended at `deadline`; at once
     /// in the thread itself, which runs wakers and may drop the last owner.
     pub fn close(&mut self, deadline: Instant) -> bool {
@@ -61,7 +66,7 @@ impl<T> Background<T> {
             return true;
         }
         drop(work);
-        std::thread::current().id() != self.thread && self.ended.wait(deadline).is_some()
+        !self.is_here() && self.ended.wait(deadline).is_some()
     }
 }
 

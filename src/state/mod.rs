@@ -7,6 +7,7 @@ mod alias;
 mod boxes;
 mod dict;
 mod dtype;
+mod part;
 mod promised;
 mod source;
 mod value;
@@ -17,6 +18,7 @@ pub use dict::{Capture, StateDict};
 #[cfg(test)]
 pub(crate) use dtype::DTYPES;
 pub use dtype::{Dtype, Element, Layout, Shape};
+pub(crate) use part::BoxInfo;
 pub use promised::{Promise, Promised, promise};
 pub use source::{DeviceStream, HostTensor, MemoryLocation, RawDevice, RawHost, Source};
 pub(crate) use value::encode_named;

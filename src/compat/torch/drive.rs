@@ -1,72 +1,65 @@
-//! Runs the phases of a save over any number of ranks: an error of one rank is an error of all.
+//! Runs the phases of a save over any number of ranks, in torch's order: an error of one rank is an error of
+//! all.
+//!
+//! The ranks are those of the executor. As in torch there are two exchanges, one with the plans and one with
+//! what was written. Plans and metadata lie in notes on the storage; messages have at most a few hundred
+//! bytes.
 
-use super::group::ProcessGroup;
 use super::plan::{Metadata, SavePlan, WriteResult};
 use super::planner::SavePlanner;
+use super::travel::{decode_plan, decode_results, decode_values, encode_plan, encode_results, encode_values};
 use super::writer::StorageWriter;
+use crate::commit::several::Reply;
 use crate::completion::block_on;
 use crate::error::{Error, ErrorKind, Result};
+use crate::executor::Together;
 use crate::guard::guarded;
 use crate::mutant::{self, Mutant};
+use crate::ranks::Phase;
 use crate::state::StateDict;
-use crate::wire::WireError;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// The ranks that save together.
-pub(super) enum Ranks {
+pub(super) enum Ranks<'a> {
     /// Only this rank.
     Alone,
     /// The coordinator plans and commits for all.
-    Gather(Arc<dyn ProcessGroup>),
-    /// Every rank plans and commits on its own; all end when the last one has.
-    PerRank(Arc<dyn ProcessGroup>),
+    Gather(&'a Together),
+    /// This rank plans and commits on its own.
+    PerRank(u32),
 }
 
-impl Ranks {
+impl Ranks<'_> {
+    /// As in torch, rank 0 is the coordinator, with and without collectives, and so is a rank that saves
+    /// alone.
     fn is_coordinator(&self) -> bool {
-        !matches!(self, Self::Gather(group) if group.rank() != 0) || mutant::on(Mutant::Coordinator)
-    }
-
-    /// Gathers the `part` of every rank, by rank. Every rank returns the first error of any rank.
-    fn gather<T: Serialize + DeserializeOwned>(&self, part: Result<T>, deadline: Instant) -> Result<Vec<T>> {
-        match self {
-            Self::Alone => Ok(vec![part?]),
-            Self::PerRank(group) | Self::Gather(group) => all(group.as_ref(), part, deadline),
-        }
+        let rank = match self {
+            Self::Alone => 0,
+            Self::Gather(together) => together.member().rank,
+            Self::PerRank(rank) => *rank,
+        };
+        rank == 0 || mutant::on(Mutant::Coordinator)
     }
 }
 
-/// Exchanges parts with all ranks.
-fn all<T: Serialize + DeserializeOwned>(
-    group: &dyn ProcessGroup,
-    part: Result<T>,
-    deadline: Instant,
-) -> Result<Vec<T>> {
-    let spoilt = |e: serde_json::Error| Error::internal("a message between ranks cannot be read").with_source(e);
-    let mine = part.as_ref().map_err(|error| WireError::from(&error.clone().with_rank(group.rank())));
-    let gathered = group.all_gather(serde_json::to_vec(&mine).map_err(spoilt)?, deadline)?;
-    let mut parts = Vec::with_capacity(gathered.len());
-    for message in gathered {
-        let part = serde_json::from_slice::<Result<T, WireError>>(&message).map_err(spoilt)?;
-        parts.push(part.map_err(WireError::into_error)?);
-    }
-    Ok(parts)
+/// What this rank writes, and what is known of the whole save: on the coordinator, or on a rank that plans on
+/// its own, all of it.
+pub(super) struct Planned {
+    pub plan: SavePlan,
+    pub metadata: Metadata,
 }
 
-/// Plans a save: returns what this rank writes and, on the coordinator, the metadata of the whole save.
+/// Plans a save.
 pub(super) fn plan(
-    state: &StateDict<'static>,
+    state: Result<&StateDict<'static>>,
     planner: &mut dyn SavePlanner,
     writer: &mut dyn StorageWriter,
     checkpoint_id: Option<&Path>,
-    ranks: &Ranks,
-    deadline: Instant,
-) -> Result<(SavePlan, Metadata)> {
+    ranks: &Ranks<'_>,
+) -> Result<Planned> {
     let local = guarded("a planner or storage writer panicked", || {
+        let state = state?;
         writer.reset(checkpoint_id)?;
         let coordinator = ranks.is_coordinator();
         planner.set_up_planner(state, writer.storage_meta().as_ref(), coordinator)?;
@@ -82,62 +75,103 @@ pub(super) fn plan(
             if plans.len() == world { Ok((plans, metadata)) } else { Err(uneven(world, plans.len())) }
         })
     };
-    let (mine, metadata) = match ranks {
-        Ranks::Alone => global(vec![local?])?,
-        Ranks::PerRank(group) => {
-            let planned = local.and_then(|plan| global(vec![plan]));
-            all(group.as_ref(), planned.as_ref().map(|_| ()).map_err(Clone::clone), deadline)?;
-            planned?
-        }
-        Ranks::Gather(group) => {
-            let locals = all(group.as_ref(), local, deadline)?;
-            let planned = if group.rank() == 0 { global(locals).map(Some) } else { Ok(None) };
-            let world = group.world_size() as usize;
-            let shared = all(group.as_ref(), planned, deadline)?.into_iter().next().flatten();
-            let (mut plans, metadata) = shared.ok_or_else(|| Error::internal("the coordinator sent no plan"))?;
-            let rank = group.rank() as usize;
-            if rank >= plans.len() {
-                return Err(uneven(world, plans.len()));
-            }
-            (vec![plans.swap_remove(rank)], metadata)
-        }
+    let Ranks::Gather(together) = ranks else {
+        let (plans, metadata) = global(vec![local?])?;
+        let plan = plans.into_iter().next().ok_or_else(|| uneven(1, 0))?;
+        return Ok(Planned { plan, metadata });
     };
-    let mine = mine.into_iter().next().ok_or_else(|| uneven(1, 0))?;
-    let finished = guarded("a planner panicked", || planner.finish_plan(mine));
-    let finished = match ranks {
-        Ranks::Alone => finished?,
-        Ranks::Gather(_) | Ranks::PerRank(_) => {
-            ranks.gather(finished.as_ref().map(|_| ()).map_err(Clone::clone), deadline)?;
-            finished?
-        }
-    };
-    Ok((finished, metadata))
+    let mut whole = None;
+    let part = local.and_then(|plan| encode_plan(&plan, None));
+    let mine = together.exchange(Phase::Agree, part, &mut |plans| {
+        let plans = plans.iter().map(|plan| Ok(decode_plan(plan)?.0)).collect::<Result<_>>()?;
+        let (plans, metadata) = global(plans)?;
+        let shared = metadata.planner_data.as_ref();
+        let encoded = plans.iter().map(|plan| encode_plan(plan, shared)).collect::<Result<_>>()?;
+        whole = Some(metadata);
+        Ok(Reply::Each(encoded))
+    })?;
+    let (plan, planner_data) = decode_plan(&mine)?;
+    Ok(Planned { plan, metadata: whole.unwrap_or_else(|| Metadata { planner_data, ..Metadata::default() }) })
 }
 
-/// Returns the data that is written for `plan`.
-pub(super) fn resolve(
+/// Tells a storage writer where a save goes.
+pub(super) fn reset(writer: &mut dyn StorageWriter, checkpoint_id: Option<&Path>) -> Result<()> {
+    guarded("a storage writer panicked", || writer.reset(checkpoint_id))
+}
+
+/// Saves with a storage writer of the program.
+pub(super) fn save(
+    state: Result<StateDict<'static>>,
     planner: &mut dyn SavePlanner,
-    plan: &SavePlan,
-    state: StateDict<'static>,
-) -> Result<StateDict<'static>> {
-    guarded("a planner panicked", || planner.resolve_data(plan, state))
+    writer: &mut dyn StorageWriter,
+    checkpoint_id: Option<&Path>,
+    ranks: &Ranks<'_>,
+    deadline: Instant,
+) -> Result<Metadata> {
+    let known = state.as_ref().map_err(Clone::clone);
+    let planned = plan(known, planner, writer, checkpoint_id, ranks)?;
+    write(state?, planned, planner, writer, ranks, deadline)
 }
 
 fn uneven(world: usize, plans: usize) -> Error {
     Error::invalid(format!("a global plan needs one plan for each rank world_size={world} plans={plans}"))
 }
 
-/// Writes and finishes; returns when every rank has done both.
-pub(super) fn write(
-    state: Result<StateDict<'static>>,
-    plan: &SavePlan,
-    mut metadata: Metadata,
+/// Finishes the plan, and returns the data that is written for it.
+pub(super) fn resolve(
+    planner: &mut dyn SavePlanner,
+    plan: SavePlan,
+    state: StateDict<'static>,
+) -> Result<(SavePlan, StateDict<'static>)> {
+    guarded("a planner panicked", || {
+        let plan = planner.finish_plan(plan)?;
+        let state = planner.resolve_data(&plan, state)?;
+        Ok((plan, state))
+    })
+}
+
+/// [`resolve`] for the engine, which keeps the values of rank 0: it gets those that other ranks were to
+/// write. Returns when every rank has resolved.
+pub(super) fn resolve_together(
+    planner: &mut dyn SavePlanner,
+    plan: SavePlan,
+    state: StateDict<'static>,
+    together: &Together,
+) -> Result<StateDict<'static>> {
+    let resolved = resolve(planner, plan, state).and_then(|(plan, state)| plan.fits(&state).map(|()| state));
+    let (mut state, part) = match resolved {
+        Ok(state) => {
+            let values = encode_values(&state.values);
+            (Some(state), values)
+        }
+        Err(error) => (None, Err(error)),
+    };
+    together.exchange(Phase::Receipt, part, &mut |values| {
+        for values in values.iter().skip(1) {
+            for (name, value) in decode_values(values)? {
+                let Some(state) = &mut state else { continue };
+                state.values.entry(name).or_insert(value);
+            }
+        }
+        Ok(Reply::Same(Vec::new()))
+    })?;
+    state.ok_or_else(|| Error::internal("the ranks go on with a save that has failed on this one"))
+}
+
+/// Finishes the plan, writes and commits; with a coordinator it returns when every rank has done so.
+fn write(
+    state: StateDict<'static>,
+    planned: Planned,
+    planner: &mut dyn SavePlanner,
     writer: &mut dyn StorageWriter,
-    ranks: &Ranks,
+    ranks: &Ranks<'_>,
     deadline: Instant,
 ) -> Result<Metadata> {
-    let written = guarded("a storage writer panicked", || complete(writer.write_data(plan, state?)?, deadline));
-    let written = written.and_then(|results| checked(plan, results));
+    let Planned { plan, mut metadata } = planned;
+    let written = resolve(planner, plan, state).and_then(|(plan, state)| {
+        let results = guarded("a storage writer panicked", || complete(writer.write_data(&plan, state)?, deadline))?;
+        checked(&plan, results)
+    });
     let mut finish = |results: Vec<Vec<WriteResult>>| {
         guarded("a storage writer panicked", || {
             metadata.storage_meta = writer.storage_meta();
@@ -145,20 +179,24 @@ pub(super) fn write(
             writer.finish(&mut metadata, results).map(|()| metadata.clone())
         })
     };
-    match ranks {
-        Ranks::Alone => finish(vec![written?]),
-        Ranks::PerRank(group) => {
-            let finished = written.and_then(|results| finish(vec![results]));
-            all(group.as_ref(), finished.as_ref().map(|_| ()).map_err(Clone::clone), deadline)?;
-            finished
-        }
-        Ranks::Gather(group) => {
-            let results = all(group.as_ref(), written, deadline)?;
-            let finished = if group.rank() == 0 { finish(results).map(Some) } else { Ok(None) };
-            let shared = all(group.as_ref(), finished, deadline)?.into_iter().next().flatten();
-            shared.ok_or_else(|| Error::internal("the coordinator sent no metadata"))
-        }
-    }
+    let Ranks::Gather(together) = ranks else { return finish(vec![written?]) };
+    let shared = together.exchange(Phase::Receipt, written.and_then(encode_results), &mut |results| {
+        let results = results.iter().map(|results| decode_results(results)).collect::<Result<_>>()?;
+        serde_json::to_vec(&finish(results)?).map(Reply::Same).map_err(spoilt)
+    })?;
+    serde_json::from_slice(&shared).map_err(spoilt)
+}
+
+/// Ends a save that this rank has carried out on its own: torch's barrier. It fails when that of another rank
+/// has.
+pub(super) fn barrier<T>(together: &Together, ended: Result<T>) -> Result<T> {
+    let part = ended.as_ref().map(|_| Vec::new()).map_err(Clone::clone);
+    together.exchange(Phase::Agree, part, &mut |_| Ok(Reply::Same(Vec::new())))?;
+    ended
+}
+
+fn spoilt(error: serde_json::Error) -> Error {
+    Error::internal("the metadata of a save cannot be handed to the ranks").with_source(error)
 }
 
 /// Checks that every planned item was written once, so that a writer whose threads died cannot report

@@ -20,6 +20,10 @@ use std::time::Duration;
 /// The engine commits after the last byte without returning to the caller. `write_data` therefore resolves
 /// when the checkpoint is durable, and `finish` only reports its directory.
 ///
+/// As the storage writer of another executor it saves for this rank alone: `executor` is built with
+/// [`alone`](crate::Builder::alone). An engine of several ranks is used through a
+/// [`ThreadExecutor`](super::ThreadExecutor) over it.
+///
 /// ```
 /// use ashore::compat::torch::{AsyncCheckpointExecutor, EngineWriter, ExecuteOptions, ThreadExecutor};
 /// use ashore::{CheckpointExecutor, StateDict};
@@ -130,14 +134,15 @@ impl StorageWriter for EngineWriter {
     }
 
     fn prepare_global_plan(&mut self, plans: Vec<SavePlan>) -> Result<Vec<SavePlan>> {
-        if plans.len() != 1 {
-            let world = plans.len();
-            return Err(Error::invalid(format!("the engine commits for one rank so far world_size={world}")));
-        }
         Ok(plans)
     }
 
     fn write_data(&mut self, plan: &SavePlan, state: StateDict<'static>) -> Result<WriteFuture> {
+        if self.executor.member().is_some() {
+            let why = "an engine of several ranks commits for all of them: make a ThreadExecutor of it, and set no \
+                storage_writer";
+            return Err(Error::invalid(why));
+        }
         plan.fits(&state)?;
         let (save, plan) = (self.submit(state)?, plan.clone());
         self.written = metadata(std::slice::from_ref(&plan))?.state_dict_metadata;

@@ -1,11 +1,14 @@
 //! The future that `execute_save` returns.
 
 use super::plan::{self, Metadata, SavePlan, StorageMeta, WriteItem, WriteResult};
+use super::saved;
 use crate::completion::Waiter;
 use crate::error::Result;
 use crate::outcome::{Committed, Outcome};
 use crate::save::Save;
+use crate::storage::Storage;
 use crate::storage::process::HandedOver;
+use serde_json::Value;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -17,6 +20,9 @@ use std::time::Duration;
 /// runtime and threads can wait for it.
 ///
 /// Dropping it detaches: the save continues, and the next call returns an error that no call has returned.
+///
+/// The metadata of a step that the engine has saved with several ranks is read from the tables of that step.
+/// `NotFound` then means that it was durable, and has been deleted or replaced since.
 #[must_use = "dropping the future detaches the save; keep it to learn when the checkpoint is durable"]
 pub struct CheckpointFuture {
     save: Save,
@@ -33,24 +39,27 @@ pub(super) enum Written {
     Planned(SavePlan, Metadata),
     /// A storage writer of the program has written it, and returned this metadata.
     Users(Metadata),
+    /// The engine writes it with several ranks: its tables say what it has. The value is the planner's.
+    Together(Arc<dyn Storage>, Option<Value>),
 }
 
 impl Written {
-    fn metadata(&self, committed: &Committed) -> Metadata {
+    fn metadata(&self, committed: &Committed) -> Result<Metadata> {
         let (plan, planned) = match self {
-            Self::Users(metadata) => return metadata.clone(),
+            Self::Users(metadata) => return Ok(metadata.clone()),
+            Self::Together(storage, planner_data) => return saved::metadata(storage, committed, planner_data.clone()),
             Self::Planned(plan, metadata) => (plan, metadata),
         };
         // Describes the final plan: `finish_plan` may change what the planner said before.
         let written = plan::metadata(std::slice::from_ref(plan));
         let state_dict_metadata = written.map(|written| written.state_dict_metadata).unwrap_or_default();
         let (checkpoint_id, save_id) = (committed.path.clone(), Some(committed.attempt.to_string()));
-        Metadata {
+        Ok(Metadata {
             state_dict_metadata,
             storage_data: results(plan, committed),
             storage_meta: Some(StorageMeta { checkpoint_id, save_id }),
             ..planned.clone()
-        }
+        })
     }
 }
 
@@ -72,7 +81,7 @@ impl CheckpointFuture {
 
     fn metadata(&self, outcome: Result<Outcome>) -> Result<Option<Metadata>> {
         let committed = outcome?.committed();
-        Ok(committed.and_then(|committed| Some(self.told.get()?.metadata(&committed))))
+        committed.and_then(|committed| Some(self.told.get()?.metadata(&committed))).transpose()
     }
 
     /// Blocks the thread until the save has ended: torch's `result()`.

@@ -2,6 +2,7 @@
 
 use crate::completion::Signal;
 use crate::error::{Error, ErrorKind, Result};
+use crate::ranks::{Callback, Member};
 use crate::sync::{Mutex, lock};
 use std::sync::Arc;
 use std::time::Instant;
@@ -22,6 +23,43 @@ pub trait ProcessGroup: Send + Sync {
     fn all_gather(&self, message: Vec<u8>, deadline: Instant) -> Result<Vec<Vec<u8>>>;
 }
 
+/// The coordinator over a process group, for the engine of each of its ranks.
+///
+/// ```
+/// use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, ThreadExecutor, ThreadGroup, coordinator};
+/// use ashore::{CheckpointExecutor, HostTensor, StateDict};
+/// use std::{sync::Arc, time::Duration};
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let root = dir.path();
+/// let rank = |group: Arc<ThreadGroup>| -> ashore::Result<()> {
+///     let first = 2 * ashore::compat::torch::ProcessGroup::rank(&*group) as usize;
+///     let builder = CheckpointExecutor::builder(root).arena(4 << 20).chunk(1 << 20);
+///     let engine = builder.ranks(Arc::new(coordinator(group)?)).run("run-7").build()?;
+///     let executor = ThreadExecutor::new(Arc::new(engine))?;
+///     let mut state = StateDict::new();
+///     state.tensor_box("weights", [4], [first], HostTensor::new(vec![first as f32; 2], [2]))?;
+///     let future = executor.execute_save(state.into(), ExecuteOptions::new().checkpoint_id("step-1"))?;
+///     let metadata = future.result(Duration::from_secs(60))?.expect("no other save was under way");
+///     assert_eq!(metadata.storage_data.len(), 2, "the boxes of both ranks");
+///     executor.close(Duration::from_secs(60))
+/// };
+/// std::thread::scope(|scope| {
+///     let ranks: Vec<_> = ThreadGroup::new(2).into_iter().map(|group| scope.spawn(|| rank(group))).collect();
+///     ranks.into_iter().try_for_each(|rank| rank.join().unwrap())
+/// })?;
+/// let step = ashore::Catalog::open(root)?.checkpoint(1)?;
+/// assert_eq!(step.read_as::<f32>("weights")?, [0.0, 0.0, 2.0, 2.0]);
+/// # Ok::<(), ashore::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`Callback::new`].
+pub fn coordinator(group: Arc<dyn ProcessGroup>) -> Result<Callback> {
+    // The rank on its host is unknown, and no coordinator uses it.
+    let member = Member { rank: group.rank(), world: group.world_size(), local_rank: group.rank() };
+    Callback::new(member, move |message, deadline| group.all_gather(message.to_vec(), deadline))
+}
+
 /// A process group whose ranks are threads of one process.
 #[derive(Debug)]
 pub struct ThreadGroup {
@@ -40,6 +78,8 @@ struct GroupState {
 #[derive(Debug, Default)]
 struct Rounds {
     coming: Vec<Option<Vec<u8>>>,
+    /// Whether each rank has come to the current round; it may have gone at its deadline.
+    came: Vec<bool>,
     complete: Vec<Vec<u8>>,
     number: u64,
 }
@@ -48,7 +88,7 @@ impl ThreadGroup {
     /// Creates a group of `world_size` ranks; returns its members by rank.
     pub fn new(world_size: u32) -> Vec<Arc<ThreadGroup>> {
         let world = world_size as usize;
-        let rounds = Mutex::new(Rounds { coming: vec![None; world], ..Rounds::default() });
+        let rounds = Mutex::new(Rounds { coming: vec![None; world], came: vec![false; world], ..Rounds::default() });
         let shared = Arc::new(GroupState { world, rounds, signal: Signal::default() });
         (0..world_size).map(|rank| Arc::new(Self { rank, shared: shared.clone() })).collect()
     }
@@ -68,10 +108,12 @@ impl ProcessGroup for ThreadGroup {
         let number = {
             let mut rounds = lock(rounds);
             rounds.coming[self.rank as usize] = Some(message);
+            rounds.came[self.rank as usize] = true;
             let number = rounds.number;
             if rounds.coming.iter().all(Option::is_some) {
                 // No rank waits for the previous round any more: all of its ranks are in this one.
                 rounds.complete = rounds.coming.iter_mut().filter_map(Option::take).collect();
+                rounds.came.fill(false);
                 rounds.number += 1;
                 signal.notify();
             }
@@ -90,7 +132,8 @@ impl ProcessGroup for ThreadGroup {
             return Ok(rounds.complete.clone());
         }
         rounds.coming[self.rank as usize] = None;
+        let missing = (0..).zip(&rounds.came).filter(|(_, came)| !**came).map(|(rank, _)| rank);
         Err(Error::new(ErrorKind::Deadline, "some rank did not take part in a save before its deadline")
-            .with_rank(self.rank))
+            .with_ranks(missing))
     }
 }

@@ -20,28 +20,48 @@
 //! its deadline; the default is that of the engine's settings. **Overlap** follows the engine's settings. An
 //! executor can be used for any number of saves. A save that the policy did not begin resolves to None.
 //!
-//! **Several ranks.** The engine commits for one rank so far. A process group of one rank is the same as no
-//! group. A larger group needs a [`StorageWriter`] of the program, which then writes and commits; planning,
-//! the exchange of plans, and the failure of all ranks when one fails work for any number of ranks. A larger
-//! group with the engine as the writer is `Invalid`.
+//! **Several ranks.** The ranks are those of the engine, which is built with
+//! [`Builder::ranks`](crate::Builder::ranks), for example with [`coordinator`] of a [`ProcessGroup`]. They
+//! save one step, with the boxes of all of them, or none: an error of one rank is the error of all and names
+//! that rank. They make the same calls in the same order. What ranks must know of each other lies in notes on
+//! the storage; a message has at most a few hundred bytes, however large plans are. The four parameters mean
+//! what they mean in torch:
+//!
+//! | parameter | meaning |
+//! |---|---|
+//! | `process_group` | none: the ranks of the engine, torch's default group. A group: must be these ranks |
+//! | `no_dist` | this rank alone, as rank 0 and the coordinator; the group is ignored |
+//! | `use_collectives` | false: every rank plans by its own plan. The engine saves one step all the same |
+//! | `is_coordinator` | true on rank 0 of the group, whatever `use_collectives` is, and on a rank that saves alone |
+//!
+//! The engine itself plans for all ranks and shares replicas out, so that no plan is exchanged unless the
+//! program gives a planner. With one, rank 0 reads the plans of all. The values of a step are those of rank
+//! 0, and those that a planner lets other ranks write; a planner is needed to save a value that only another
+//! rank has. Such a call waits until all ranks have planned; so does one after a staging future that has not
+//! come. A storage writer of the program is called on each rank, and the overlap policy does not count its
+//! saves. [`ProcessExecutor`] saves alone.
 
 mod drive;
 mod engine;
 mod future;
 mod group;
+mod job;
 mod options;
 mod plan;
 mod planner;
 mod process;
 mod queue;
+mod saved;
 mod staging;
 mod thread;
+mod travel;
+mod turn;
 mod writer;
 
 pub use crate::storage::process::serve;
 pub use engine::EngineWriter;
 pub use future::CheckpointFuture;
-pub use group::{ProcessGroup, ThreadGroup};
+pub use group::{ProcessGroup, ThreadGroup, coordinator};
 pub use options::ExecuteOptions;
 pub use plan::{
     ChunkStorageMetadata, Metadata, SavePlan, StorageMeta, StorageMetadata, TensorStorageMetadata, WriteItem,

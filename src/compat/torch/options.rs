@@ -1,11 +1,11 @@
 //! The options of one `execute_save`.
 
-use super::drive::Ranks;
 use super::group::ProcessGroup;
 use super::planner::SavePlanner;
 use super::writer::StorageWriter;
 use crate::error::{Error, Result};
 use crate::id::Attempt;
+use crate::ranks::Member;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +13,11 @@ use std::time::Duration;
 /// The keyword arguments of `execute_save`.
 ///
 /// ```
-/// use ashore::compat::torch::{ExecuteOptions, ThreadGroup};
+/// use ashore::compat::torch::ExecuteOptions;
 /// use std::time::Duration;
 /// let options = ExecuteOptions::new().checkpoint_id("step-100").timeout(Duration::from_secs(600));
-/// // Of two ranks that are threads of this process:
-/// let options = options.process_group(ThreadGroup::new(2).remove(0));
+/// // Each rank plans by its own plan alone:
+/// let options = options.use_collectives(false);
 /// ```
 #[derive(Default)]
 #[must_use]
@@ -26,7 +26,7 @@ pub struct ExecuteOptions {
     pub(super) storage_writer: Option<Box<dyn StorageWriter>>,
     pub(super) planner: Option<Box<dyn SavePlanner>>,
     process_group: Option<Arc<dyn ProcessGroup>>,
-    no_dist: bool,
+    pub(super) no_dist: bool,
     use_collectives: Option<bool>,
     pub(super) keep_existing: bool,
     pub(super) timeout: Option<Duration>,
@@ -34,7 +34,7 @@ pub struct ExecuteOptions {
 }
 
 impl ExecuteOptions {
-    /// torch's defaults: every rank saves alone.
+    /// torch's defaults: the ranks of the engine save together.
     pub fn new() -> Self {
         Self::default()
     }
@@ -59,20 +59,24 @@ impl ExecuteOptions {
         self
     }
 
-    /// Sets the ranks that save together.
+    /// The ranks that save together: those of the executor's engine, which was built with
+    /// [`coordinator`](super::coordinator) of this group. Not needed then, as torch's default group is not.
     pub fn process_group(mut self, group: Arc<dyn ProcessGroup>) -> Self {
         self.process_group = Some(group);
         self
     }
 
-    /// Makes this rank save alone. Contradicts a process group, and `use_collectives(false)`.
+    /// Makes this rank save alone, as the only one and the coordinator; a process group is ignored. Where the
+    /// engine saves with other ranks, it takes a storage writer that does not.
     pub fn no_dist(mut self, no_dist: bool) -> Self {
         self.no_dist = no_dist;
         self
     }
 
-    /// Sets how a process group saves. With true, the coordinator gathers plans and results and commits for
-    /// all. With false, every rank plans and commits on its own, and the ranks only wait for each other.
+    /// Sets how several ranks save. With true, the coordinator gets the plans of all ranks, and the results.
+    /// With false, every rank plans by its own plan alone. A storage writer of the program then commits on
+    /// every rank, and the ranks wait for each other at the end; the engine saves one step of all ranks
+    /// either way. Alone it changes nothing.
     pub fn use_collectives(mut self, use_collectives: bool) -> Self {
         self.use_collectives = Some(use_collectives);
         self
@@ -97,27 +101,48 @@ impl ExecuteOptions {
         self
     }
 
-    /// The ranks that save together.
+    /// Who saves, where the executor's engine saves as `member` of several ranks, or alone.
     ///
     /// # Errors
-    /// `Invalid` for options that contradict each other.
-    pub(super) fn ranks(&self) -> Result<Ranks> {
-        let refuse = |why: &str| Err(Error::invalid(format!("options of a save contradict each other: {why}")));
-        match (&self.process_group, self.no_dist, self.use_collectives) {
-            (Some(_), true, _) => refuse("no_dist saves alone, and a process group is given"),
-            (None, _, Some(false)) => {
-                refuse("use_collectives=false needs the ranks of a process group, and none is given")
+    /// `Invalid` for a process group that is not the ranks of the engine, and for `no_dist` with such an
+    /// engine as the writer.
+    pub(super) fn who(&self, member: Option<Member>) -> Result<Who> {
+        if self.no_dist {
+            if member.is_some_and(|member| member.world > 1) && self.storage_writer.is_none() {
+                let what = "no_dist saves with this rank alone, and the executor's engine saves with all: set a \
+                    storage_writer over an engine that is built with `alone`";
+                return Err(Error::invalid(what));
+            };
+            return Ok(Who::Alone);
+        }
+        if let Some(group) = &self.process_group {
+            let (rank, world) = (group.rank(), group.world_size());
+            let engine = member.map_or((0, 1), |member| (member.rank, member.world));
+            if (rank, world) != engine {
+                let what = "a process group is not the ranks of the executor's engine: build the engine with \
+                    `ranks` and the coordinator of the group";
+                let (of, in_all) = engine;
+                let found = format!("{what} rank={rank} world_size={world} engine_rank={of} engine_ranks={in_all}");
+                return Err(Error::invalid(found));
             }
-            (None, ..) => Ok(Ranks::Alone),
-            (Some(group), ..) if group.rank() >= group.world_size() => {
-                let (rank, world) = (group.rank(), group.world_size());
-                Err(Error::invalid(format!("a rank is not in its process group rank={rank} world_size={world}")))
-            }
-            (Some(group), ..) if group.world_size() == 1 => Ok(Ranks::Alone),
-            (Some(group), _, Some(false)) => Ok(Ranks::PerRank(group.clone())),
-            (Some(group), ..) => Ok(Ranks::Gather(group.clone())),
+        }
+        match (member, self.use_collectives) {
+            (None, _) => Ok(Who::Alone),
+            (Some(_), None | Some(true)) => Ok(Who::Gather),
+            (Some(_), Some(false)) => Ok(Who::PerRank),
         }
     }
+}
+
+/// Who saves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Who {
+    /// Only this rank.
+    Alone,
+    /// The coordinator plans for all ranks.
+    Gather,
+    /// Every rank plans on its own.
+    PerRank,
 }
 
 impl std::fmt::Debug for ExecuteOptions {

@@ -1,9 +1,9 @@
 //! Plans, items and metadata, as data that can be sent to another rank.
 
 use crate::error::{Error, Result};
-use crate::state::{Dtype, Layout, StateDict};
+use crate::state::{BoxInfo, Dtype, Layout, StateDict};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ pub struct SavePlan {
 }
 
 /// One thing to write: torch's `WriteItem`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct WriteItem {
     /// The name in the state dict: torch's fully qualified name.
     pub fqn: String,
@@ -38,7 +38,7 @@ pub struct WriteItem {
 }
 
 /// What is written.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum WriteKind {
     /// A part of a tensor, or all of it.
     Tensor {
@@ -54,7 +54,7 @@ pub enum WriteKind {
 }
 
 /// A part of a tensor: where it begins and how long it is, in each dimension.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ChunkStorageMetadata {
     /// Where it begins.
     pub offsets: Vec<usize>,
@@ -98,6 +98,18 @@ impl WriteItem {
         Self { fqn: fqn.into(), kind: WriteKind::Tensor { dtype, size, chunk } }
     }
 
+    /// The item of a part of a tensor: where it begins in a tensor of shape `size`; `layout` is that of the
+    /// part.
+    pub fn part(
+        fqn: impl Into<String>,
+        layout: &Layout,
+        size: impl Into<Vec<usize>>,
+        offsets: impl Into<Vec<usize>>,
+    ) -> Self {
+        let chunk = ChunkStorageMetadata { offsets: offsets.into(), sizes: layout.shape.to_vec() };
+        Self { fqn: fqn.into(), kind: WriteKind::Tensor { dtype: layout.dtype, size: size.into(), chunk } }
+    }
+
     /// The item of a value.
     pub fn value(fqn: impl Into<String>) -> Self {
         Self { fqn: fqn.into(), kind: WriteKind::Value }
@@ -109,6 +121,19 @@ impl WriteItem {
             WriteKind::Tensor { dtype, chunk, .. } => Layout::new(*dtype, &chunk.sizes).bytes().unwrap_or(u64::MAX),
             WriteKind::Value => 0,
         }
+    }
+
+    /// The item of what a state dict has.
+    fn of(held: BoxInfo<'_>) -> Self {
+        let BoxInfo { name, dtype, shape, at, extent } = held;
+        let offsets = at.map_or_else(|| vec![0; extent.len()], <[usize]>::to_vec);
+        Self::part(name, &Layout::new(dtype, extent), shape, offsets)
+    }
+
+    /// False for an empty box of a tensor that has elements: the box that begins there has the same index.
+    fn is_written(&self) -> bool {
+        let WriteKind::Tensor { size, chunk, .. } = &self.kind else { return true };
+        !chunk.is_empty() || size.contains(&0)
     }
 
     /// The identity of an item across ranks: torch's `MetadataIndex`.
@@ -126,31 +151,29 @@ impl SavePlan {
         Self { items: Arc::new(items), ..Self::default() }
     }
 
-    /// Every tensor and value of `state`, whole.
+    /// Every tensor and value of `state`; of a tensor in boxes, those of its boxes that have elements.
     pub fn of(state: &StateDict<'_>) -> Self {
-        let tensors = state.layouts().map(|(name, layout)| WriteItem::tensor(name, layout));
+        let tensors = state.held().map(WriteItem::of).filter(WriteItem::is_written);
         Self::new(tensors.chain(state.value_names().map(WriteItem::value)).collect())
     }
 
-    /// Checks that `state` has exactly the planned items, each whole.
+    /// Checks that `state` has exactly the planned items.
     ///
     /// # Errors
     /// `Invalid`, naming the first item that is missing or differs.
     pub(super) fn fits(&self, state: &StateDict<'_>) -> Result<()> {
+        let held: HashSet<WriteItem> = state.held().map(WriteItem::of).filter(WriteItem::is_written).collect();
         for item in self.items.iter() {
             let fits = match &item.kind {
                 WriteKind::Value => state.values.contains_key(&item.fqn),
-                WriteKind::Tensor { dtype, size, chunk } => state.tensor_named(&item.fqn).is_some_and(|tensor| {
-                    (tensor.layout.dtype, &tensor.layout.shape[..]) == (*dtype, &size[..])
-                        && *chunk == ChunkStorageMetadata::whole(size)
-                }),
+                WriteKind::Tensor { .. } => held.contains(item),
             };
             if !fits {
                 let what = "the plan does not fit the state: `resolve_data` must return what is planned";
                 return Err(Error::invalid(format!("{what} item={:?} planned={:?}", item.fqn, item.kind)));
             }
         }
-        let (planned, found) = (self.items.len(), state.len() + state.value_names().len());
+        let (planned, found) = (self.items.len(), held.len() + state.value_names().len());
         if planned == found {
             return Ok(());
         }

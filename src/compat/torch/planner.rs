@@ -1,6 +1,6 @@
 //! Planners: which rank writes what.
 
-use super::plan::{Metadata, SavePlan, StorageMeta, metadata};
+use super::plan::{Metadata, SavePlan, StorageMeta, WriteItem, metadata};
 use crate::error::{Error, Result};
 use crate::state::StateDict;
 use std::collections::{HashMap, HashSet};
@@ -48,8 +48,8 @@ pub trait SavePlanner: Send {
         if plan.items.len() == state.len() + state.value_names().len() {
             return Ok(state);
         }
-        let wanted: HashSet<&str> = plan.items.iter().map(|item| item.fqn.as_str()).collect();
-        state.renamed(|name| wanted.contains(name).then(|| name.to_owned()))
+        let wanted: HashSet<_> = plan.items.iter().map(WriteItem::index).collect();
+        state.kept(|name, offsets| wanted.contains(&(name, offsets)))
     }
 }
 
@@ -68,6 +68,7 @@ pub struct DefaultSavePlanner {
 #[derive(Debug)]
 struct Local {
     fingerprint: u64,
+    tensors: usize,
     values: Vec<String>,
     plan: SavePlan,
 }
@@ -96,13 +97,12 @@ impl SavePlanner for DefaultSavePlanner {
     fn set_up_planner(&mut self, state: &StateDict<'_>, _: Option<&StorageMeta>, _: bool) -> Result<()> {
         let fits = |local: &Local| {
             let values = local.values.iter().map(String::as_str).eq(state.value_names());
-            local.fingerprint == state.fingerprint()
-                && local.plan.items.len() == state.len() + local.values.len()
-                && values
+            (local.fingerprint, local.tensors) == (state.fingerprint(), state.len()) && values
         };
         if !self.local.as_ref().is_some_and(fits) {
             let values = state.value_names().map(str::to_owned).collect();
-            self.local = Some(Local { fingerprint: state.fingerprint(), values, plan: SavePlan::of(state) });
+            let (fingerprint, tensors) = (state.fingerprint(), state.len());
+            self.local = Some(Local { fingerprint, tensors, values, plan: SavePlan::of(state) });
         }
         Ok(())
     }

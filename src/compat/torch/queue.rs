@@ -1,16 +1,18 @@
 //! One thread for saves that wait for a staging future or for a storage writer of the program. It runs them
-//! in the order of calls; the engine has admitted them before.
+//! in the order of calls.
 
 use crate::compat::background::Background;
 use crate::compat::ending::{end_by, first};
-use crate::completion::deadline_after;
-use crate::error::{ErrorKind, Result};
+use crate::completion::{Signal, deadline_after};
+use crate::error::{Error, ErrorKind, Result};
 use crate::executor::DeferredSave;
 use crate::guard::logged;
 use crate::outcome::Phase;
 use crate::save::Save;
 use crate::sync::{Mutex, lock};
 use crossbeam_channel::Receiver;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 type Job = Box<dyn FnOnce(DeferredSave) + Send>;
@@ -20,19 +22,29 @@ pub(super) struct Queue {
     thread: Background<(DeferredSave, Job)>,
     /// The saves that may not have ended, or whose error no call has returned.
     saves: Mutex<Vec<Save>>,
+    busy: Arc<Busy>,
+}
+
+/// How many jobs are queued or run.
+#[derive(Default)]
+struct Busy {
+    jobs: AtomicUsize,
+    changed: Signal,
 }
 
 impl Queue {
     pub fn start() -> Result<Self> {
-        let run = |jobs: Receiver<(DeferredSave, Job)>| {
+        let busy = Arc::new(Busy::default());
+        let counted = busy.clone();
+        let run = move |jobs: Receiver<(DeferredSave, Job)>| {
             for (deferred, job) in jobs {
-                if deferred.claim() {
-                    // A panic drops `deferred`, which ends its save.
-                    logged("a save panicked", || job(deferred));
-                }
+                // A panic drops `deferred`, which ends its save.
+                logged("a save panicked", || job(deferred));
+                counted.jobs.fetch_sub(1, Ordering::AcqRel);
+                counted.changed.notify();
             }
         };
-        Ok(Self { thread: Background::start("ashore-torch", run)?, saves: Mutex::default() })
+        Ok(Self { thread: Background::start("ashore-torch", run)?, saves: Mutex::default(), busy })
     }
 
     /// Records a save, so that `close` waits for it and returns its error.
@@ -44,8 +56,23 @@ impl Queue {
 
     /// Queues a save for the thread.
     pub fn push(&self, deferred: DeferredSave, job: impl FnOnce(DeferredSave) + Send + 'static) {
+        self.busy.jobs.fetch_add(1, Ordering::AcqRel);
         // Without the thread it is dropped, which ends the save.
         let _ = self.thread.send((deferred, Box::new(job)));
+    }
+
+    /// Waits until the jobs queued so far have ended. The thread itself, which runs wakers, does not wait for
+    /// its own job.
+    ///
+    /// # Errors
+    /// `Busy` when they had not ended at `deadline`.
+    pub fn idle(&self, deadline: Instant) -> Result<()> {
+        let idle = || (self.busy.jobs.load(Ordering::Acquire) == 0).then_some(());
+        if self.thread.is_here() || self.busy.changed.wait_until(deadline, idle).is_some() {
+            return Ok(());
+        }
+        let why = "earlier saves wait for their state or their storage writer, and ranks save in the order of calls";
+        Err(Error::new(ErrorKind::Busy, why))
     }
 
     /// Waits for the saves under way, then ends the thread.

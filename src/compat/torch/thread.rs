@@ -1,29 +1,26 @@
 //! The executor of the same process: the engine's threads, and one thread for saves that must wait.
 
 use super::AsyncCheckpointExecutor;
-use super::drive::{self, Ranks, complete};
 use super::engine::EngineWriter;
-use super::future::{CheckpointFuture, Told, Written};
-use super::options::ExecuteOptions;
-use super::planner::{DefaultSavePlanner, SavePlanner};
+use super::future::{CheckpointFuture, Told};
+use super::job::{Job, Planner, Writer};
+use super::options::{ExecuteOptions, Who};
+use super::planner::DefaultSavePlanner;
 use super::queue::Queue;
-use super::staging::{Coming, Inner, StagedState};
-use super::writer::StorageWriter;
+use super::staging::{Inner, StagedState};
+use super::turn::{Turn, planned};
 use crate::compat::checkpoint_path::checkpoint_path;
 use crate::compat::ending::shut_down_last;
 use crate::completion::deadline_after;
-use crate::error::{Error, ErrorKind, Result};
-use crate::executor::{CheckpointExecutor, DeferredSave};
-use crate::guard::guarded;
-use crate::outcome::Outcome;
+use crate::error::{Error, Result};
+use crate::executor::CheckpointExecutor;
 use crate::save::Save;
 use crate::state::StateDict;
 use crate::storage::process::HandedOver;
 use crate::sync::{Mutex, lock};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Saves on the threads of a [`CheckpointExecutor`]: torch's `_ThreadBasedAsyncCheckpointExecutor`, for any
 /// number of saves.
@@ -115,11 +112,17 @@ impl ThreadExecutor {
         state: StateDict<'static>,
         mut writer: EngineWriter,
         options: ExecuteOptions,
+        who: Who,
     ) -> Result<CheckpointFuture> {
         let (id, told) = (options.checkpoint_id.as_deref(), Told::default());
-        let planned = match options.planner {
-            Some(mut planner) => planned(state, planner.as_mut(), &mut writer, id, &told),
-            None => planned(state, &mut *lock(&self.planner), &mut writer, id, &told),
+        let planned = match (who, options.planner) {
+            (Who::Alone, Some(mut planner)) => planned(state, planner.as_mut(), &mut writer, id, &told),
+            (Who::Alone, None) => planned(state, &mut *lock(&self.planner), &mut writer, id, &told),
+            (Who::Gather | Who::PerRank, mut planner) => {
+                let turn = Turn::new(&self.executor, who, self.step(id), options.timeout);
+                self.queue.idle(turn.deadline).map_err(|error| self.refused(turn.step, error))?;
+                turn.planned(Ok(state), planner.as_deref_mut(), &mut writer, id, &told)
+            }
         };
         let save = match planned {
             Ok(state) => writer.submit(state)?,
@@ -132,17 +135,22 @@ impl ThreadExecutor {
     fn step(&self, id: Option<&Path>) -> u64 {
         id.and_then(|id| checkpoint_path(&self.executor, id).ok()).map_or(0, |(step, _)| step)
     }
+
+    /// Fails a call on the other ranks, too.
+    fn refused(&self, step: u64, error: Error) -> Error {
+        self.executor.refused(step, &error);
+        error
+    }
 }
 
 impl AsyncCheckpointExecutor for ThreadExecutor {
     fn execute_save(&self, state: StagedState, mut options: ExecuteOptions) -> Result<CheckpointFuture> {
-        let ranks = options.ranks()?;
+        let (step, no_dist) = (self.step(options.checkpoint_id.as_deref()), options.no_dist);
+        // A rank that saves alone is alone in the call, too.
+        let refused = |error| if no_dist { error } else { self.refused(step, error) };
+        let who = options.who(self.executor.member()).map_err(refused)?;
         let writer = match options.storage_writer.take() {
-            Some(writer) => Writer::Users(writer, ranks),
-            None if !matches!(ranks, Ranks::Alone) => {
-                let what = "the engine commits for one rank so far: set a storage_writer for several";
-                return Err(Error::invalid(what));
-            }
+            Some(writer) => Writer::Users(writer),
             None => {
                 let writer = EngineWriter::new(self.executor.clone()).overwrite(!options.keep_existing);
                 Writer::Engine(writer.retry(self.retries).attempt(options.attempt).timeout(options.timeout))
@@ -153,21 +161,25 @@ impl AsyncCheckpointExecutor for ThreadExecutor {
             StagedState::Pending(staging) => staging.0,
         };
         let (state, writer) = match (state, writer) {
-            (Inner::Stream(state), Writer::Engine(writer)) => return self.submit(state, writer, options),
+            (Inner::Stream(state), Writer::Engine(writer)) => return self.submit(state, writer, options, who),
             later => later,
         };
         if let Inner::Stream(state) = &state {
             // The state is read after this call has returned, and no fence of the engine covers it.
-            state.settled()?;
+            state.settled().map_err(refused)?;
         }
-        let step = self.step(options.checkpoint_id.as_deref());
-        let (save, deferred) = self.executor.defer(step, options.attempt, options.timeout)?;
+        let (save, deferred) = match self.executor.member() {
+            None => self.executor.defer(step, options.attempt, options.timeout)?,
+            // Each rank for itself would decide otherwise on what overlaps: such saves only queue.
+            Some(_) => self.executor.stand_in(step, options.timeout).map(|(s, d)| (s, Some(d))).map_err(refused)?,
+        };
         let told = Told::default();
         let future = self.future(save, &told);
         if let Some(deferred) = deferred {
             let planner = options.planner.map_or_else(|| Planner::Kept(self.queued.clone()), Planner::Users);
-            let deadline = self.executor.deadline(options.timeout);
-            let job = Job { state, planner, writer, deadline, id: options.checkpoint_id, told };
+            let (executor, timeout, id) = (self.executor.clone(), options.timeout, options.checkpoint_id);
+            let deadline = self.executor.deadline(timeout);
+            let job = Job { executor, state, planner, writer, who, step, deadline, id, told };
             self.queue.push(deferred, move |deferred| job.run(deferred));
         }
         Ok(future)
@@ -186,89 +198,4 @@ impl std::fmt::Debug for ThreadExecutor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "ThreadExecutor({:?})", self.executor)
     }
-}
-
-enum Writer {
-    Engine(EngineWriter),
-    Users(Box<dyn StorageWriter>, Ranks),
-}
-
-enum Planner {
-    Kept(Arc<Mutex<DefaultSavePlanner>>),
-    Users(Box<dyn SavePlanner>),
-}
-
-/// A save for the queue's thread.
-struct Job {
-    state: Inner,
-    planner: Planner,
-    writer: Writer,
-    deadline: Instant,
-    id: Option<PathBuf>,
-    told: Told,
-}
-
-impl Job {
-    fn run(self, deferred: DeferredSave) {
-        let Self { state, mut planner, writer, deadline, id, told } = self;
-        let state = match state {
-            Inner::Stream(state) => Ok(state),
-            Inner::Whole(coming) => guarded("a staging future panicked", || wait_for(coming, &deferred, deadline)),
-        };
-        let (mut kept, planner): (_, &mut dyn SavePlanner) = match &mut planner {
-            Planner::Kept(kept) => (Some(lock(kept)), &mut DefaultSavePlanner::new()),
-            Planner::Users(users) => (None, users.as_mut()),
-        };
-        let planner = kept.as_deref_mut().map_or(planner, |kept| kept);
-        match writer {
-            Writer::Engine(mut writer) => {
-                let state = state.and_then(|state| planned(state, planner, &mut writer, id.as_deref(), &told));
-                match state {
-                    Ok(state) => writer.begin(deferred, state),
-                    Err(error) => deferred.end(Err(error)),
-                }
-            }
-            Writer::Users(mut writer, ranks) => {
-                let written = state.and_then(|state| {
-                    let writer = writer.as_mut();
-                    let (plan, metadata) = drive::plan(&state, planner, writer, id.as_deref(), &ranks, deadline)?;
-                    let state = drive::resolve(planner, &plan, state);
-                    drive::write(state, &plan, metadata, writer, &ranks, deadline)
-                });
-                let committed = deferred.elsewhere(id.unwrap_or_default());
-                deferred.end(written.map(|metadata| {
-                    let _ = told.set(Written::Users(metadata));
-                    Outcome::Durable(committed)
-                }));
-            }
-        }
-    }
-}
-
-/// Plans a save by the engine, and returns the state to save.
-fn planned(
-    state: StateDict<'static>,
-    planner: &mut dyn SavePlanner,
-    writer: &mut EngineWriter,
-    id: Option<&Path>,
-    told: &Told,
-) -> Result<StateDict<'static>> {
-    let never = Instant::now(); // a single rank waits for no other
-    let (plan, metadata) = drive::plan(&state, planner, writer, id, &Ranks::Alone, never)?;
-    let state = drive::resolve(planner, &plan, state)?;
-    plan.fits(&state)?;
-    let _ = told.set(Written::Planned(plan, metadata));
-    Ok(state)
-}
-
-/// Waits for the staged state; fails when the save ends first.
-fn wait_for(mut coming: Coming, deferred: &DeferredSave, deadline: Instant) -> Result<StateDict<'static>> {
-    let mut save = deferred.save();
-    let first = std::future::poll_fn(move |cx| {
-        if save.poll_ended(cx).is_ready() {
-            return Poll::Ready(Err(Error::new(ErrorKind::Cancelled, "the save ended before its state was staged")));
-        }
-        coming.as_mut().poll(cx)
-    });
-    complete(first, deadline)
 }

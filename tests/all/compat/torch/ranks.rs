@@ -1,11 +1,11 @@
 //! Several ranks, as threads of one process, with a storage writer of their own: plans and failures of all of
 //! them.
 
-use crate::compat::engine;
+use super::job::Job;
 use crate::fixtures::executor::LONG;
 use ashore::compat::torch::{
     AsyncCheckpointExecutor, DefaultSavePlanner, ExecuteOptions, Metadata, SavePlan, StorageMetadata, StorageWriter,
-    ThreadExecutor, ThreadGroup, WriteFuture, WriteResult,
+    WriteFuture, WriteResult,
 };
 use ashore::{Error, ErrorKind, Result, StateDict};
 use std::path::Path;
@@ -86,26 +86,18 @@ type Ended = Vec<Result<Option<Metadata>>>;
 
 fn save(
     world: u32,
-    change: impl Fn(usize, ExecuteOptions) -> ExecuteOptions,
-    fails_in: impl Fn(usize) -> Option<&'static str>,
+    change: impl Fn(usize, ExecuteOptions) -> ExecuteOptions + Sync,
+    fails_in: impl Fn(usize) -> Option<&'static str> + Sync,
 ) -> (Ended, Log) {
     let root = tempfile::tempdir().unwrap();
     let log = Arc::new(Mutex::new(Log::default()));
-    let executors: Vec<_> =
-        (0..world).map(|_| ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap()).collect();
-    let groups = ThreadGroup::new(world);
-    let futures: Vec<_> = executors
-        .iter()
-        .zip(groups)
-        .enumerate()
-        .map(|(rank, (executor, group))| {
-            let writer = Noting { log: log.clone(), fails_in: fails_in(rank) };
-            let options = change(rank, ExecuteOptions::new().process_group(group).storage_writer(writer));
-            executor.execute_save(part(rank).into(), options).unwrap()
-        })
-        .collect();
-    let ended = futures.iter().map(|future| future.result(LONG)).collect();
-    drop((futures, executors));
+    let job = Job::start(root.path(), world);
+    let ended = job.each(|rank, executor, group| {
+        let writer = Noting { log: log.clone(), fails_in: fails_in(rank) };
+        let options = change(rank, ExecuteOptions::new().process_group(group).storage_writer(writer));
+        executor.execute_save(part(rank).into(), options)?.result(LONG)
+    });
+    drop(job);
     (ended, Arc::into_inner(log).unwrap().into_inner().unwrap())
 }
 
@@ -160,7 +152,11 @@ fn without_collectives_every_rank_commits_for_itself() {
         assert_eq!(metadata.state_dict_metadata.len(), 6);
         assert!(metadata.state_dict_metadata.contains_key(&format!("rank{rank}")));
     }
-    assert_eq!((log.finished, log.written.len(), log.coordinators), (3, 3, 3));
+    assert_eq!(
+        (log.finished, log.written.len(), log.coordinators),
+        (3, 3, 1),
+        "rank 0 is the coordinator, as in torch"
+    );
 }
 
 #[test]
@@ -212,10 +208,16 @@ fn ranks_that_disagree_and_ranks_that_never_come_fail_the_others() {
     (chunk.offsets[0], chunk.sizes[0]) = (0, 4);
     assert!(planner.create_global_plan(vec![other, shifted]).unwrap_err().to_string().contains("disagree"));
 
+    // A rank that makes no call is missing at the deadline.
     let root = tempfile::tempdir().unwrap();
-    let executor = ThreadExecutor::new(Arc::new(engine(root.path()).build().unwrap())).unwrap();
-    let writer = Noting { log: Arc::default(), fails_in: None };
-    let options = ExecuteOptions::new().process_group(ThreadGroup::new(2).remove(0)).storage_writer(writer);
-    let future = executor.execute_save(part(0).into(), options.timeout(Duration::from_millis(30))).unwrap();
-    assert_eq!(future.result(LONG).unwrap_err().kind(), ErrorKind::Deadline);
+    let job = Job::start(root.path(), 3);
+    let ended = job.each(|rank, executor, _| {
+        let writer = Noting { log: Arc::default(), fails_in: None };
+        let options = ExecuteOptions::new().storage_writer(writer).timeout(Duration::from_millis(300));
+        (rank != 1).then(|| executor.execute_save(part(rank).into(), options).unwrap().result(LONG))
+    });
+    for ended in ended.into_iter().flatten() {
+        let error = ended.unwrap_err();
+        assert_eq!((error.kind(), error.ranks()), (ErrorKind::Deadline, &[1][..]), "{error}");
+    }
 }
