@@ -37,24 +37,25 @@ lint:
 stock: (stock_reader tools / "stock/bin/python -W ignore::UserWarning checks/stock/check.py") stock_ranks
     "{{ tools }}/stock/bin/python" checks/stock/reader.py tests/all/format/golden/*/step-*
 
-# The shards of three ranks, read by Python's safetensors and numpy, and put together by torch; and what `ashore convert` makes of
-# them: whole tensors, read by all readers, and shards of other numbers of ranks.
+# A step that three processes save, read by Python's safetensors and numpy, and put together by torch, under torchrun, too; and what
+# `ashore convert` makes of it: whole tensors, read by all readers, and shards of other numbers of ranks.
 stock_ranks:
     #!/usr/bin/env bash
     set -euo pipefail
     root=$(mktemp -d)
     trap 'rm -rf "$root"' EXIT
-    cargo run --quiet --example stock_ranks -- "$root"
+    cargo build --quiet --example stock_ranks
     cargo build --quiet -p ashore-cli
-    step="$root/step-00000007"
+    check=("{{ tools }}/stock/bin/python" -W ignore::UserWarning checks/stock/check_ranks.py)
+    "${check[@]}" --save target/debug/examples/stock_ranks "$root"
+    step="$root/step-7"
     for ranks in 1 2 5; do
         target/debug/ashore convert "$step" --to ranks "$ranks" "$root/for-$ranks"
     done
     target/debug/ashore convert "$step" --to hf "$root/one-file"
     target/debug/ashore convert "$step" --to hf --shard-size 100 "$root/files"
     target/debug/ashore convert "$root/for-5" --to hf --shard-size 1kB "$root/and-back"
-    check=("{{ tools }}/stock/bin/python" -W ignore::UserWarning checks/stock/check_ranks.py)
-    "${check[@]}" "$step" "$root"/for-*
+    "${check[@]}" "$root"/for-*
     "${check[@]}" --whole "$root/one-file" "$root/files" "$root/and-back"
 
 # The same, read by candle.

@@ -1,22 +1,29 @@
 #!/usr/bin/env python3
-"""Reads the shards of several ranks in each FOLDER with stock Python readers, and compares every byte with the expected one.
+"""Reads the shards of several ranks with stock Python readers, and compares every byte with the expected one.
 
+    check_ranks.py --save PROGRAM ROOT
     check_ranks.py FOLDER...
     check_ranks.py --whole FOLDER...
 
-What was written is in ranks.json beside this file. torch's distributed checkpoint puts the boxes together in one process;
-safetensors' own parser and its numpy front end read each file, and its boxes are compared with those of the whole tensors; the
+What is written is in ranks.json beside this file. With --save, PROGRAM, the example stock_ranks, saves it by several processes, as
+step-7 in ROOT. torch's distributed checkpoint puts the boxes together in one process, and after --save under torchrun in 1, 2 and 3,
+too; safetensors' own parser and its numpy front end read each file, and its boxes are compared with those of the whole tensors; the
 reader of docs/format.md reads the tables. With --whole a FOLDER has whole tensors: `ashore convert` wrote it from the shards. All
 readers of check.py read it, and its index is compared with the files.
 """
 import json
+import os
 import pathlib
+import re
+import subprocess
 import sys
 
 import numpy
 import safetensors
 
 import check
+
+LIMIT_S = 180
 
 
 def boxes(path):
@@ -97,13 +104,58 @@ def results(folder, whole, expected):
     yield "numpy", files, list(check.compare(check.read_numpy, files, for_numpy))
 
 
+def save(program, root, world):
+    """Saves by as many processes as there are ranks."""
+    def start(rank):
+        told = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "stock", "TORCHELASTIC_RESTART_COUNT": 0}
+        return subprocess.Popen([program, root], env=os.environ | {name: str(value) for name, value in told.items()})
+    ranks = [start(rank) for rank in range(world)]
+    try:
+        codes = [rank.wait(timeout=LIMIT_S) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0] * world, codes
+
+
+def names(root, files):
+    """What is wrong with the names below the root: stock readers take every `.safetensors` file of a directory for a shard."""
+    for path in root.rglob("*"):
+        if path.name.endswith(".safetensors") and path not in files:
+            yield f"{path} looks like a shard"
+    for path in files:
+        if not re.fullmatch(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", path.name):
+            yield f"{path.name} is no shard of a rank"
+
+
+def torchrun(folder):
+    """What is wrong when torch's own `dcp.load` puts the boxes together, cut otherwise, in 1, 2 and 3 processes."""
+    command = [pathlib.Path(sys.executable).with_name("torchrun"), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    for world in (1, 2, 3):
+        load = [*command, "--nproc-per-node", str(world), pathlib.Path(__file__).with_name("load_ranks.py"), folder]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        run = subprocess.run(load, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S)
+        equal = [f"rank {rank} of {world}:" in run.stdout for rank in range(world)]
+        if run.returncode or not all(equal):
+            yield f"torchrun with {world} ranks failed:\n{run.stdout}"
+
+
 def main(arguments):
     table = json.loads(pathlib.Path(__file__).with_name("ranks.json").read_text())
     expected = check.expectation([(t["name"], t["dtype"], t["shape"]) for t in table["tensors"]])
-    whole = arguments[:1] == ["--whole"]
+    saved, whole = arguments[:1] == ["--save"], arguments[:1] == ["--whole"]
+    folders = [pathlib.Path(folder) for folder in arguments[whole:]]
+    if saved:
+        program, root = arguments[1], pathlib.Path(arguments[2])
+        save(program, root, table["ranks"])
+        folders = [root / "step-7"]
     failed = False
-    for folder in map(pathlib.Path, arguments[whole:]):
-        for reader, files, wrong in results(folder, whole, expected):
+    for folder in folders:
+        of_folder = list(results(folder, whole, expected))
+        if saved:
+            files = sorted(folder.glob("*.safetensors"))
+            of_folder += [("names", files, list(names(root, files))), ("dcp under torchrun", files, list(torchrun(folder)))]
+        for reader, files, wrong in of_folder:
             print(f"{folder.name}, {reader}: {len(expected)} tensors in {len(files)} files:", *wrong or ["equal"])
             failed |= bool(wrong)
     sys.exit(failed)

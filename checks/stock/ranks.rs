@@ -1,13 +1,12 @@
-//! Saves the step of several ranks that `ranks.json` describes, for the stock readers to read:
-//! `cargo run --example stock_ranks -- ROOT`. The safetensors crate reads each shard here. Each rank is a
-//! thread with an executor.
+//! One rank of a job that saves the tensors of `ranks.json` as step 7, for the stock readers to read:
+//! `stock_ranks ROOT`, started once for each rank with the variables of a launcher. It saves by the interface
+//! that torch's executor has.
 
-use ashore::ranks::{Member, SharedDirectory};
-use ashore::{CheckpointExecutor, Dtype, HostTensor, Layout, Result, StateDict};
-use safetensors::SafeTensors;
+use ashore::compat::torch::{AsyncCheckpointExecutor, ExecuteOptions, ThreadExecutor};
+use ashore::ranks::{SharedDirectory, launcher};
+use ashore::{CheckpointExecutor, Dtype, HostTensor, Layout, StateDict};
 use serde::Deserialize;
 use std::error::Error;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,7 +29,7 @@ struct Tensor {
 
 impl Tensor {
     /// The bytes of a box, cut out of the whole tensor element by element.
-    fn bytes(&self, index: usize, at: &[usize], extent: &[usize]) -> Result<Vec<u8>> {
+    fn bytes(&self, index: usize, at: &[usize], extent: &[usize]) -> Result<Vec<u8>, Box<dyn Error>> {
         let modulus = if self.dtype == Dtype::BOOL { 2 } else { 256 };
         let item = self.dtype.bitsize() / 8;
         let mut bytes = vec![0; Layout::new(self.dtype, extent).bytes()? as usize];
@@ -49,12 +48,16 @@ impl Tensor {
     }
 }
 
-/// Saves what one rank holds.
-fn save(root: &Path, table: &Table, member: Member) -> Result<()> {
-    let ranks = Arc::new(SharedDirectory::new(root, member)?);
-    let builder = CheckpointExecutor::builder(root).arena(4 << 20).chunk(1 << 20);
-    let executor = builder.ranks(ranks).run("stock").build()?;
+fn main() -> Result<(), Box<dyn Error>> {
+    let root = std::env::args_os().nth(1).ok_or("usage: stock_ranks ROOT")?;
+    let table: Table = serde_json::from_str(include_str!("ranks.json"))?;
+    let member = launcher::detect()?.ok_or("start it as one of several ranks")?;
+    assert_eq!(member.world, table.ranks);
+    let coordinator = Arc::new(SharedDirectory::new(&root, member)?);
+    let builder = CheckpointExecutor::builder(&root).arena(4 << 20).chunk(1 << 20).save_timeout(MINUTE);
+    let executor = ThreadExecutor::new(Arc::new(builder.ranks(coordinator).build()?))?;
     let mut state = StateDict::new();
+    state.value("epoch", &3)?.rank_value("seed", &member.rank)?;
     for (index, tensor) in table.tensors.iter().enumerate() {
         for (_, at, extent) in tensor.boxes.iter().filter(|(holder, ..)| *holder == member.rank) {
             let source = HostTensor::with_dtype(tensor.bytes(index, at, extent)?, tensor.dtype, extent);
@@ -66,26 +69,10 @@ fn save(root: &Path, table: &Table, member: Member) -> Result<()> {
             }
         }
     }
-    executor.save(7, state)?.wait(MINUTE)?;
-    executor.shutdown(MINUTE)
-}
-
-fn main() -> std::result::Result<(), Box<dyn Error>> {
-    let root = std::env::args_os().nth(1).ok_or("usage: stock_ranks ROOT")?;
-    let root = Path::new(&root);
-    let table: Table = serde_json::from_str(include_str!("ranks.json"))?;
-    std::thread::scope(|scope| {
-        let (table, world) = (&table, table.ranks);
-        let start = |rank| scope.spawn(move || save(root, table, Member { rank, world, local_rank: rank }));
-        let ranks: Vec<_> = (0..table.ranks).map(start).collect();
-        ranks.into_iter().try_for_each(|rank| rank.join().expect("a rank panicked"))
-    })?;
-    for entry in std::fs::read_dir(root.join("step-00000007"))? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
-            let bytes = std::fs::read(&path)?;
-            println!("{}: {} tensors, {} bytes", path.display(), SafeTensors::deserialize(&bytes)?.len(), bytes.len());
-        }
-    }
+    let future = executor.execute_save(state.into(), ExecuteOptions::new().checkpoint_id("step-7"))?;
+    let metadata = future.result(2 * MINUTE)?.ok_or("no other save was under way")?;
+    let tensors = metadata.state_dict_metadata.len();
+    println!("rank {}: saved {tensors} tensors and values in {} boxes", member.rank, metadata.storage_data.len());
+    executor.close(MINUTE)?;
     Ok(())
 }
