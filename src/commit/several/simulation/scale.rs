@@ -94,7 +94,7 @@ fn sizes(world: u32, tensors: usize) -> Sizes {
     }
     let whole = merge.finish().unwrap();
     let shares: Vec<_> = whole.shares.iter().map(|share| share.encode().unwrap()).collect();
-    let table = Structure::of(&whole).unwrap().table_len();
+    let table = Structure::of(whole).unwrap().table_len();
     let memory = most_taken() - before;
     Sizes { description, share: shares.last().map_or(0, Vec::len), table, memory }
 }
