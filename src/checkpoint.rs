@@ -255,6 +255,12 @@ impl Checkpoint {
         found.ok_or_else(|| self.missing("tensor", name))
     }
 
+    /// The entries of these tensors, in this order.
+    pub(crate) fn entries(&self, names: &[&str]) -> Result<Vec<&TensorEntry>> {
+        let found = self.opened.index.find_all(names).map_err(|e| self.unlisted(e))?;
+        found.into_iter().zip(names).map(|(entry, name)| entry.ok_or_else(|| self.missing("tensor", name))).collect()
+    }
+
     /// Adds the step to an error of a table, which names its own path.
     pub(crate) fn unlisted(&self, error: Error) -> Error {
         if error.path().is_some() { error.with_step(self.step()) } else { self.located(error) }

@@ -254,8 +254,8 @@ fn file(name: &str, length: u64, data: u64) -> FileEntry {
     FileEntry { name: name.into(), length, data, header: Digest::EMPTY, digest: Digest::EMPTY }
 }
 
-/// Adds aliases to the tensors of a table, which are sorted by name, and returns the number of each and of its
-/// holder.
+/// Adds aliases to the tensors of a table, which are sorted by name, and returns the numbers of each alias
+/// and of its holder.
 fn add_aliases(tensors: &mut Vec<TensorEntry>, aliases: &Aliases) -> Result<BTreeMap<usize, usize>> {
     let find = |tensors: &[TensorEntry], name: &str| {
         let found = tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name));

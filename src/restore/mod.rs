@@ -236,10 +236,7 @@ impl Checkpoint {
         }
         let on_device = targets.iter().find(|target| matches!(target.to, Share::Device { .. }));
         let first = on_device.map(|target| target.name.clone());
-        let mut parts = Vec::new();
-        for target in targets {
-            self.plan(target, &mut parts)?;
-        }
+        let parts = self.plan(targets)?;
         if let Some(first) = first {
             return self.load(parts, &streams, borrowed, &first);
         }

@@ -15,9 +15,23 @@ use crate::format::entries::{BLOCK, SliceEntry, TensorEntry};
 use std::ops::Range;
 
 impl Checkpoint {
-    /// Adds the parts that fill `target`, each with its part of the target's memory.
-    pub(super) fn plan<'c, 't>(&'c self, target: Target<'t>, parts: &mut Vec<Wanted<'c, 't>>) -> Result<()> {
-        let tensor = self.entry(&target.name)?;
+    /// Returns the parts that fill `targets`, each with its part of a target's memory.
+    pub(super) fn plan<'t>(&self, targets: Vec<Target<'t>>) -> Result<Vec<Wanted<'_, 't>>> {
+        let names: Vec<&str> = targets.iter().map(|target| target.name.as_str()).collect();
+        let tensors = self.entries(&names)?;
+        let mut parts = Vec::with_capacity(targets.len());
+        for (target, tensor) in targets.into_iter().zip(tensors) {
+            self.plan_one(target, tensor, &mut parts)?;
+        }
+        Ok(parts)
+    }
+
+    fn plan_one<'c, 't>(
+        &'c self,
+        target: Target<'t>,
+        tensor: &'c TensorEntry,
+        parts: &mut Vec<Wanted<'c, 't>>,
+    ) -> Result<()> {
         if let Some(dtype) = target.dtype {
             self.expect_dtype(tensor, dtype)?;
         }

@@ -125,3 +125,37 @@ proptest! {
         }
     }
 }
+
+/// Many names are found by one walk, few by searches.
+#[test]
+fn tensors_are_found_together_as_they_are_one_by_one() {
+    let attempt = Attempt::from_u128(7);
+    let mut sample = super::sample();
+    let file = FileEntry { length: 4096 + 3000, data: 4096, ..sample.files.swap_remove(0) };
+    let tensor = |i: u64| {
+        let digest = file.digest;
+        let slice =
+            SliceEntry { file: 0, offset: 4096 + i, length: 1, at: vec![], shape: vec![], digest, blocks: vec![] };
+        TensorEntry { name: format!("t.{:05}", 2 * i), dtype: Dtype::U8, shape: vec![], slices: vec![slice] }
+    };
+    let tensors: Vec<_> = (0..3000).map(tensor).collect();
+    let (bytes, entry) = table((100, attempt), std::slice::from_ref(&file), &tensors);
+    for (step, first) in [(1, 0), (1, 5000), (2, 0), (2, 1), (7, 3), (900, 1), (6001, 6000)] {
+        // Backwards, and the first one twice.
+        let mut names: Vec<String> = (first..6003).step_by(step).map(|i| format!("t.{i:05}")).rev().collect();
+        names.push(names[0].clone());
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let (together, alone) =
+            (single(bytes.clone(), entry.clone()).unwrap(), single(bytes.clone(), entry.clone()).unwrap());
+        let found = together.find_all(&names).unwrap();
+        assert_eq!(found.len(), names.len());
+        for (name, found) in names.iter().zip(found) {
+            assert_eq!(found, alone.find(name).unwrap(), "{name}");
+            assert_eq!(
+                found.map(|tensor| tensor.name.as_str()),
+                (name.ends_with(['0', '2', '4', '6', '8']) && *name < "t.06000").then_some(*name)
+            );
+        }
+    }
+    assert!(single(bytes, entry).unwrap().find_all(&[]).unwrap().is_empty());
+}

@@ -148,7 +148,7 @@ fn the_outcome_of_skipped_saves_is_that_of_rank_0() {
     ranks.iter().for_each(|rank| rank.shutdown(LONG).unwrap());
 }
 
-/// What several ranks hold is written by one of them, so a rank whose weights have drifted would go unnoticed.
+/// One rank writes what several ranks hold, so another rank whose weights have drifted would go unnoticed.
 #[test]
 fn a_rank_that_holds_another_value_of_a_replica_is_named() {
     for (small, raw) in [(true, false), (false, false), (false, true)] {
