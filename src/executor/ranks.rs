@@ -431,8 +431,8 @@ fn ended_by_rank_0() -> Error {
     Error::new(ErrorKind::Cancelled, "rank 0 ended the save by its overlap policy")
 }
 
-/// How long the rounds of a failed save wait for its chunks. A writer that hangs has its slab and its file for
-/// as long as it hangs, and must not keep the rounds of later saves waiting.
+/// How long the rounds of a failed save wait for its chunks. A writer that hangs keeps its slab and its file
+/// meanwhile, and must not keep the rounds of later saves waiting.
 const CHUNKS_GRACE: Duration = Duration::from_secs(1);
 
 /// Waits until every chunk is done: written, or returned because the save has failed.

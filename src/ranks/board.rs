@@ -67,8 +67,8 @@ pub(crate) trait Board: Send + Sync + Debug {
 
     fn now(&self) -> Instant;
 
-    /// Waits until a message whose name begins with `prefix` may have come or changed; `turn` counts the waits
-    /// since one last had. Returns at `until` at the latest.
+    /// Waits until a message whose name begins with `prefix` may have come or changed; `turn` counts the
+    /// waits since one last had. Returns at `until` at the latest.
     fn wait(&self, prefix: &str, turn: u32, until: Instant);
 }
 

@@ -159,7 +159,7 @@ impl Place {
         }
         let luck = mixed(self.seed ^ mixed(version.number ^ ((to as u64) << 32)));
         // A removal is seen at last.
-        if lost > 0 && luck % lost == 0 && version.bytes.is_some() {
+        if lost > 0 && luck.is_multiple_of(lost) && version.bytes.is_some() {
             return u64::MAX;
         }
         version.at + if server { 0 } else { (luck >> 20) % (late + 1) }
