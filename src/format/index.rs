@@ -200,8 +200,8 @@ impl Index {
         self.tensor(number).map(Some)
     }
 
-    /// The tensors of these names, in this order. Many names cost one walk over the tensors, so that a restore
-    /// of 40,000 tensors does not search 40,000 times.
+    /// The tensors of these names, in this order. Many names cost one walk over the tensors, so that a
+    /// restore of 40,000 tensors does not search 40,000 times.
     ///
     /// # Errors
     /// As [`Index::tensor`].
