@@ -370,6 +370,7 @@ impl Rounds {
         let description: &[u8] = described.as_ref().map_or(&[], |described| &described.bytes);
         let structure = described.as_ref().map_or(Digest::EMPTY, |described| described.digest);
         let vote = Vote {
+            fresh: matches!(early, Early::New(_)),
             step: wanted.step,
             name: wanted.name.clone(),
             overwrite: wanted.overwrite,

@@ -166,8 +166,11 @@ impl Group {
                 return differ("`overwrite`", vote.overwrite.to_string(), theirs.overwrite.to_string());
             }
         }
-        let same =
-            known.digests.len() == votes.len() && votes.values().map(|v| v.structure).eq(known.digests.iter().copied());
+        // A rank that did not get its part of the known plan, because the save for which it was made failed,
+        // needs another one.
+        let same = known.digests.len() == votes.len()
+            && votes.values().all(|vote| !vote.fresh)
+            && votes.values().map(|v| v.structure).eq(known.digests.iter().copied());
         Ok(if same { Decision::Go { plan: known.plan } } else { Decision::Plan })
     }
 

@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 /// What a rank wants to save: the message of [`Phase::Agree`](crate::ranks::Phase::Agree).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Vote {
+    /// The rank has no part of a plan for its structure: it waits for one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fresh: bool,
     pub step: u64,
     /// The name of the step.
     pub name: String,
@@ -120,6 +123,7 @@ mod tests {
         assert!(encode(&Report::Failed(WireError::of_rank(&long, 0))).unwrap().len() <= MAX_MESSAGE);
         assert!(WireError::of_rank(&Error::invalid("x"), 7).names(7));
         let vote = Vote {
+            fresh: true,
             step: u64::MAX,
             name: "step-18446744073709551615".into(),
             overwrite: false,

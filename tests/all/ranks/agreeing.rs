@@ -185,3 +185,20 @@ fn a_rank_that_holds_another_value_of_a_replica_is_named() {
         assert_eq!((checkpoint.step(), checkpoint.read("norm").unwrap()), (3, vec![0xAA; bytes]));
     }
 }
+
+/// Regression: the ranks had made a plan when their first save failed, and no rank had got its part of it; so
+/// every later save of the structure failed.
+#[test]
+fn a_structure_whose_first_save_failed_is_saved_later() {
+    let root = tempfile::tempdir().unwrap();
+    let job = Job::start(root.path(), 2, LONG);
+    job.warm(1);
+    drop(job);
+    let job = Job::start(root.path(), 2, LONG);
+    for ended in job.saved(1) {
+        assert_eq!(ended.unwrap_err().kind(), ErrorKind::Conflict);
+    }
+    job.warm(2);
+    job.warm(3);
+    assert_eq!(steps(root.path()), [1, 2, 3]);
+}

@@ -256,7 +256,8 @@ impl Rank<'_> {
         let step = save + 100 * u64::from(other);
         let (name, overwrite) = (format!("step-{step}"), self.plan.overwrite);
         let description = format!("rank {} 12345678", group.member.rank).into_bytes();
-        let vote = Vote { step, name: name.clone(), overwrite, structure: identity(&description), error: None };
+        let vote =
+            Vote { fresh: false, step, name: name.clone(), overwrite, structure: identity(&description), error: None };
         let mut begun = None;
         let agreed = if first {
             let mut begin = || {
