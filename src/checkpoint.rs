@@ -6,7 +6,7 @@ use crate::device::{Device, DeviceChoice, choose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::entries::{FileEntry, TensorEntry};
 use crate::format::manifest::Manifest;
-use crate::format::shard::rank_of;
+use crate::format::shard::{rank_of, values_name};
 use crate::id::Attempt;
 use crate::state::{Dtype, Layout, decode_value};
 use crate::storage::Storage;
@@ -212,10 +212,12 @@ impl Checkpoint {
     #[doc(hidden)]
     pub fn values_beside(&self, file: usize) -> Result<BTreeMap<String, serde_json::Value>> {
         let row = self.opened.index.file(file).map_err(|e| self.unlisted(e))?;
-        if row.rows.is_some() || rank_of(&row.entry.name).is_none() {
-            return self.opened.index.values_beside(file).map_err(|e| self.unlisted(e));
+        let entry = &row.entry;
+        let of_values = entry.data == 0 && rank_of(&entry.name).is_some_and(|rank| entry.name == values_name(rank));
+        if of_values {
+            return self.opened.values(file).map_err(|e| self.located(e));
         }
-        self.opened.values(file).map_err(|e| self.located(e))
+        self.opened.index.values_beside(file).map_err(|e| self.unlisted(e))
     }
 
     /// Checks all tables, name by name and row by row, and no tensor's bytes.
@@ -304,12 +306,20 @@ impl Checkpoint {
     /// # Errors
     /// `NotFound` when no rank kept one; otherwise as [`Checkpoint::rank_value`].
     pub fn rank_values<T: DeserializeOwned>(&self, name: &str) -> Result<BTreeMap<u32, T>> {
+        if self.world() == 1 {
+            return Ok([(0, self.rank_value(0, name)?)].into());
+        }
+        // A rank's values are with its first file.
+        let mut firsts = BTreeMap::new();
+        for (number, file) in self.opened.index.all_files().map_err(|e| self.unlisted(e))?.iter().enumerate() {
+            if let Some(rank) = rank_of(&file.entry.name).filter(|rank| *rank < self.world()) {
+                firsts.entry(rank).or_insert(number);
+            }
+        }
         let mut values = BTreeMap::new();
-        for rank in 0..self.world() {
-            match self.rank_value(rank, name) {
-                Ok(value) => drop(values.insert(rank, value)),
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
+        for (rank, file) in firsts {
+            if let Some(value) = self.values_beside(file)?.get(name) {
+                values.insert(rank, self.decode("value", name, Some(value))?);
             }
         }
         if values.is_empty() { Err(self.missing("value", name)) } else { Ok(values) }

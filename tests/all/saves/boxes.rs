@@ -110,3 +110,23 @@ fn values_of_one_rank_and_of_all_share_their_names() {
     let renamed = state.renamed(|name| Some(format!("m.{name}"))).unwrap();
     assert_eq!(renamed.value_names().collect::<Vec<_>>(), ["m.a"]);
 }
+
+/// Regression: a shard of a process that saved boxes alone was taken for a file of values.
+#[test]
+fn values_of_a_process_that_saves_boxes_alone_are_found() {
+    let storage: Arc<dyn Storage> = Arc::new(Memory::new());
+    let executor = executor(&storage);
+    let mut state = StateDict::new();
+    for row in 0..2_usize {
+        let part = HostTensor::new(Arc::new(vec![row as f32; 2]), [1, 2]);
+        state.tensor_box("t", [2, 2], [row, 0], part).unwrap();
+    }
+    state.rank_value("seed", &7).unwrap();
+    executor.save(1, state).unwrap().wait(LONG).unwrap();
+    let checkpoint = Checkpoint::from_storage(storage, &step_name(1)).unwrap();
+    assert_eq!(checkpoint.rank_value::<u64>(0, "seed").unwrap(), 7);
+    assert_eq!(checkpoint.rank_values::<u64>("seed").unwrap(), [(0, 7)].into());
+    for file in 0..checkpoint.contents().unwrap().files.len() {
+        assert!(checkpoint.values_beside(file).unwrap().is_empty());
+    }
+}
