@@ -14,6 +14,8 @@ use super::table::{Column, InMemory, Source, Table, resealed};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::id::Attempt;
+use foldhash::fast::FixedState;
+use smallvec::SmallVec;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 use std::num::NonZeroUsize;
@@ -208,25 +210,20 @@ impl Index {
     pub fn find_all(&self, names: &[&str]) -> Result<Vec<Option<&TensorEntry>>> {
         let tables = self.tables.as_ref().filter(|_| names.len().saturating_mul(DENSE) >= self.tensors());
         let Some(tables) = tables else { return names.iter().map(|name| self.find(name)).collect() };
-        let mut order: Vec<usize> = (0..names.len()).collect();
-        order.sort_unstable_by_key(|&asked| names[asked]);
+        let mut asked = HashMap::<&str, SmallVec<[usize; 1]>, FixedState>::default();
+        names.iter().enumerate().for_each(|(place, name)| asked.entry(name).or_default().push(place));
         let mut found = vec![None; names.len()];
-        let mut asked = order.into_iter().peekable();
-        let mut at = 0;
-        while at < self.tensors() && asked.peek().is_some() {
-            let part = tables.part(self, at as u64..self.tensors().min(at + WALK as usize) as u64)?;
+        self.parts(tables, 0..self.tensors(), |part| {
             for index in 0..part.len() {
                 let name = part.view(index).map_err(|error| error.with_path(tables.structure.path()))?.name;
-                while asked.next_if(|&asked| names[asked] < name).is_some() {}
-                if asked.peek().is_some_and(|&asked| names[asked] == name) {
-                    self.tensors.keep(at + index, self.made(tables, &part, index)?);
-                }
-                while let Some(same) = asked.next_if(|&asked| names[asked] == name) {
-                    found[same] = Some(at + index);
+                if let Some(places) = asked.get(name) {
+                    let number = part.first as usize + index;
+                    self.tensors.keep(number, self.made(tables, part, index)?);
+                    places.iter().for_each(|&place| found[place] = Some(number));
                 }
             }
-            at += part.len().max(1);
-        }
+            Ok(())
+        })?;
         found.into_iter().map(|number| number.map(|number| self.tensor(number)).transpose()).collect()
     }
 

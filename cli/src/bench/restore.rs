@@ -6,7 +6,7 @@
 use super::pairs::{self, Turn};
 use super::usage::{Cpu, Peak, per_gb};
 use super::{Bench, Figures, PATIENCE};
-use crate::limit::{self, Direction, Existing, Limit, Memory};
+use crate::limit::{self, Existing, Limit, Memory};
 use crate::out::median;
 use ashore::{Checkpoint, Error, ErrorKind, Result, Targets};
 use std::time::Instant;
@@ -17,9 +17,6 @@ const SETS: u64 = 3;
 pub fn run(bench: &Bench<'_>) -> Result<Figures> {
     let state = bench.state();
     let mut memory = Memory::ample();
-    let found = limit::search(bench.dir, state.bytes, Direction::Read, &mut memory)?;
-    let config = found.first().map(|found| found.config).ok_or_else(|| Error::new(ErrorKind::Internal, "no loop"))?;
-
     let executor = bench.builder().build()?;
     let (mut steps, mut files) = (Vec::new(), Vec::new());
     for step in 1..=SETS {
@@ -30,6 +27,8 @@ pub fn run(bench: &Bench<'_>) -> Result<Figures> {
         steps.push(path);
     }
     executor.shutdown(PATIENCE)?;
+    let found = limit::search_existing(&files, state.bytes, &mut memory)?;
+    let config = found.first().map(|found| found.config).ok_or_else(|| Error::new(ErrorKind::Internal, "no loop"))?;
 
     let mut targets: Vec<(&str, Vec<u8>)> = state.tensors().map(|(name, bytes)| (name, vec![1; bytes.len()])).collect();
     let peak = Peak::watch();

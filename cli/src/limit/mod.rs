@@ -5,7 +5,7 @@
 mod ring;
 mod search;
 
-pub use search::{Found, search};
+pub use search::{Found, search, search_existing};
 
 use ashore::{Error, IoMode, Result};
 use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
@@ -188,10 +188,19 @@ impl Existing {
 
     /// Reads them, one after the other.
     pub fn read(&self, config: &Config, memory: &mut Memory) -> Result<Limit> {
+        self.read_some(u64::MAX, config, memory)
+    }
+
+    /// Reads the first `most` bytes of them.
+    pub fn read_some(&self, most: u64, config: &Config, memory: &mut Memory) -> Result<Limit> {
         let (began, mut bytes, mut mode) = (Instant::now(), 0, IoMode::Direct);
         for shard in &self.0 {
-            let read = shard.read(config, memory)?;
-            (bytes, mode) = (bytes + read.bytes, read.mode);
+            let length = shard.bytes.min((most - bytes) / ALIGNMENT * ALIGNMENT);
+            transfer(&shard.file, length, Direction::Read, config, memory)?;
+            (bytes, mode) = (bytes + length, shard.mode);
+            if bytes >= most {
+                break;
+            }
         }
         Ok(Limit { bytes, time: began.elapsed(), tail: Duration::ZERO, mode })
     }

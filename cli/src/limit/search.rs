@@ -1,7 +1,7 @@
 //! Finds the fastest loop on this disk: tries every engine, size and depth briefly, then the best of them
 //! again.
 
-use super::{Config, Direction, Engine, Memory, Scratch, checkpoint};
+use super::{Config, Direction, Engine, Existing, Memory, Scratch, checkpoint};
 use crate::out::{self, median};
 use ashore::Result;
 use std::path::Path;
@@ -24,21 +24,38 @@ pub struct Found {
 
 /// Returns all loops that were tried again, best first; at least one.
 pub fn search(dir: &Path, bytes: u64, direction: Direction, memory: &mut Memory) -> Result<Vec<Found>> {
-    let configs = candidates(bytes);
-    let bar = out::progress(configs.len() as u64 + (AGAIN * TIMES) as u64);
-    bar.set_message("the disk's limit");
-    let brief = bytes.min(BRIEF);
     let file = Scratch::new(dir, bytes)?;
     if direction == Direction::Read {
         file.write(&Config::threads(1 << 20, 8), memory)?;
     }
-    let mut measure = |config: &Config, bytes: u64| {
-        bar.inc(1);
+    best(bytes, |config, bytes| {
         let limit = match direction {
             Direction::Write => checkpoint(dir, &[bytes], 4096, config, memory)?,
             Direction::Read => file.read(config, memory)?,
         };
         Ok(limit.bytes_per_second())
+    })
+}
+
+/// As [`search`], for reading these sets of files of `bytes` bytes each, which take turns: where a file lies
+/// decides which loop reads it fastest.
+pub fn search_existing(sets: &[Existing], bytes: u64, memory: &mut Memory) -> Result<Vec<Found>> {
+    let mut sets = sets.iter().cycle();
+    best(bytes, |config, bytes| {
+        let read = sets.next().map(|set| set.read_some(bytes, config, memory));
+        Ok(read.transpose()?.map_or(0.0, |limit| limit.bytes_per_second()))
+    })
+}
+
+/// Measures every loop on few bytes, then the best of them on all bytes, several times.
+fn best(bytes: u64, mut rate: impl FnMut(&Config, u64) -> Result<f64>) -> Result<Vec<Found>> {
+    let configs = candidates(bytes);
+    let bar = out::progress(configs.len() as u64 + (AGAIN * TIMES) as u64);
+    bar.set_message("the disk's limit");
+    let brief = bytes.min(BRIEF);
+    let mut measure = |config: &Config, bytes: u64| {
+        bar.inc(1);
+        rate(config, bytes)
     };
     let mut found = Vec::with_capacity(configs.len());
     for config in configs {
