@@ -215,10 +215,6 @@ impl<B: Board> Table<'_, B> {
         // Who was there shortly before the deadline, at which others give up and leave.
         let mut there = None;
         for turn in 0.. {
-            if there.is_none() && board.now() + LONGEST_WAIT >= self.deadline {
-                // Only names in a message depend on it.
-                there = Some(self.there(self.deadline).unwrap_or_default());
-            }
             if let Some((call, caller)) = self.called()?
                 && over != Some(call)
             {
@@ -247,6 +243,11 @@ impl<B: Board> Table<'_, B> {
                     (None, true) if turn % TURNS_BETWEEN_REPEATS != TURNS_BETWEEN_REPEATS - 1 => {}
                     (None, _) => answered = Some((call, self.announce(call)?)),
                 }
+            }
+            // Before the call that this rank has answered, rank 0 removed what earlier meetings had left. Only
+            // names in a message depend on it.
+            if there.is_none() && answered.is_some() && board.now() + LONGEST_WAIT >= self.deadline {
+                there = Some(self.there(self.deadline).unwrap_or_default());
             }
             if board.now() >= self.deadline {
                 return Err(self.nothing_came(answered.is_some(), reason, there.unwrap_or_default()));
