@@ -11,7 +11,7 @@ mod sums;
 
 use crate::inspect::{Meant, Which, newest};
 use crate::{Common, out, size};
-use ashore::internal::format::shard::rank_of;
+use ashore::internal::format::shard::{INDEX, rank_of};
 use ashore::storage::local::Local;
 use ashore::storage::{Storage, Sweep};
 use ashore::{Attempt, Checkpoint, Error, ErrorKind, Result};
@@ -20,6 +20,7 @@ use layout::{Choices, Form, Layout};
 use output::{Kept, Output, Values, attempt_of};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -281,9 +282,12 @@ fn has_room(parent: &Path, layout: &Layout, kept: &Kept) -> Result<()> {
 fn values(checkpoint: &Checkpoint, form: Form) -> Result<(Values, BTreeMap<u32, Values>, Vec<LeftOut>)> {
     let mut shared = checkpoint.manifest().values.clone();
     let mut of_ranks: BTreeMap<u32, Values> = BTreeMap::new();
+    // Where a session has one rank, its shards are named as those of a process that saved alone.
+    let of = |name: &str| rank_of(name).or((checkpoint.world() == 1 && name != INDEX).then_some(0));
     for (number, file) in checkpoint.contents()?.files.iter().enumerate() {
-        if let Some(rank) = rank_of(&file.name) {
-            of_ranks.entry(rank).or_default().extend(checkpoint.values_beside(number)?);
+        // The values of a rank are beside its first file.
+        if let Some(Entry::Vacant(values)) = of(&file.name).map(|rank| of_ranks.entry(rank)) {
+            values.insert(checkpoint.values_beside(number)?);
         }
     }
     if form == Form::Hf && checkpoint.world() == 1 {

@@ -69,15 +69,20 @@ pub fn expected() -> Expected {
     tensors().into_iter().enumerate().map(with).collect()
 }
 
+/// The executor of a rank of a session.
+pub fn of_session(root: &Path, rank: u32, world: u32) -> CheckpointExecutor {
+    let builder = CheckpointExecutor::builder(root).arena(4 << 20).chunk(1 << 20);
+    let member = Member { rank, world, local_rank: rank };
+    builder.ranks(Arc::new(SharedDirectory::new(root, member).unwrap())).run("test").build().unwrap()
+}
+
 /// Saves step 7 by `world` ranks: matrices by columns, others by rows, tensors of one row or less by all.
 pub fn save(root: &Path, world: u32) -> PathBuf {
     let rank = |rank: u32| {
-        let builder = CheckpointExecutor::builder(root).arena(4 << 20).chunk(1 << 20);
         let executor = if world == 1 {
-            builder.alone().build().unwrap()
+            CheckpointExecutor::builder(root).arena(4 << 20).chunk(1 << 20).alone().build().unwrap()
         } else {
-            let member = Member { rank, world, local_rank: rank };
-            builder.ranks(Arc::new(SharedDirectory::new(root, member).unwrap())).run("test").build().unwrap()
+            of_session(root, rank, world)
         };
         let mut state = StateDict::new();
         for (name, (dtype, shape, bytes)) in expected() {

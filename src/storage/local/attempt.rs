@@ -109,6 +109,8 @@ pub(super) struct LocalAttempt {
     phase: Mutex<Phase>,
     /// Rank 0 has claimed it: it has another hidden name.
     claimed: AtomicBool,
+    /// Another process may take it over, and go on with it, although this one lives.
+    resumable: bool,
     owners: Arc<Owners>,
 }
 
@@ -139,7 +141,7 @@ impl LocalAttempt {
             }
         })?;
         let (step, phase, claimed) = (step.to_owned(), Mutex::new(Phase::Open(owner)), AtomicBool::new(false));
-        Ok(Self { root, files, step, attempt, phase, claimed, owners })
+        Ok(Self { root, files, step, attempt, phase, claimed, resumable: false, owners })
     }
 
     /// The attempt of a dead process, whose record this process has locked as `owner`.
@@ -153,7 +155,25 @@ impl LocalAttempt {
     ) -> Result<Self> {
         let files = AttemptFiles::open(&root, &names::temp(step, attempt), direct)?;
         let (step, phase, claimed) = (step.to_owned(), Mutex::new(Phase::Open(owner)), AtomicBool::new(false));
-        Ok(Self { root, files, step, attempt, phase, claimed, owners })
+        Ok(Self { root, files, step, attempt, phase, claimed, resumable: true, owners })
+    }
+
+    /// The attempt, which checks from now on that no other process has taken it over.
+    pub(super) fn resumable(self) -> Self {
+        Self { resumable: true, ..self }
+    }
+
+    /// Refuses to go on where another process has taken the attempt over, or where the attempt is over.
+    pub(super) fn check_owned(&self) -> Result<()> {
+        self.owned(&self.phase(), "")
+    }
+
+    fn owned(&self, phase: &Phase, file: &str) -> Result<()> {
+        match phase {
+            Phase::Open(owner) if self.resumable => owner.check(&self.root),
+            Phase::Open(_) => Ok(()),
+            _ => Err(Error::invalid("the attempt is over").with_path(self.files.dir.path().join(file))),
+        }
     }
 
     /// Whether files are opened with O_DIRECT where possible.
@@ -172,10 +192,7 @@ impl LocalAttempt {
     }
 
     fn check_open(&self, file: &str) -> Result<()> {
-        match *self.phase() {
-            Phase::Open(_) => Ok(()),
-            _ => Err(Error::invalid("the attempt is over").with_path(self.files.dir.path().join(file))),
-        }
+        self.owned(&self.phase(), file)
     }
 
     /// Publishes: fsyncs, rename, fsync of the root, without bookkeeping.
@@ -215,6 +232,7 @@ impl Writing for LocalAttempt {
             return Err(Error::invalid("an attempt is published once").with_path(self.files.dir.path()));
         }
         self.files.check_whole()?;
+        self.owned(&phase, "")?;
         let done = self.rename_and_sync(overwrite);
         if let Phase::Open(owner) = std::mem::replace(&mut *phase, Phase::Over) {
             *phase = match &done {

@@ -135,7 +135,7 @@ pub(super) fn judge(root: &Dir, clock: &Clock<'_>, name: &str, temp: &str, older
     if named.is_none_or(|named| named.identity != held.identity) {
         return Ok(Finding::Gone);
     }
-    let owner = Owner::new(name.to_owned(), Arc::new(fd));
+    let owner = Owner::judged(name.to_owned(), Arc::new(fd));
     Ok(Finding::Dead(Dead { owner, remnant: remnant(State::Dead, why, age), by_age, identity: extent.identity }))
 }
 

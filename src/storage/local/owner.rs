@@ -27,6 +27,8 @@ const ENOTSUPP: i32 = 524;
 pub(super) struct Owner {
     name: String,
     record: Arc<Fd>,
+    /// What this process wrote into it.
+    content: Vec<u8>,
 }
 
 /// The owner records of one storage.
@@ -53,10 +55,11 @@ impl Owners {
         let name = names::owner(step, attempt);
         let (fd, bypass) =
             direct::create(root, &name, false).map_err(root.error("cannot create the owner record", &name))?;
-        self.fill(root, &name, &fd, &bypass, generation).inspect_err(|_| drop(root.unlink(&name, Kind::File)))?;
+        let filled = self.fill(root, &name, &fd, &bypass, generation);
+        let content = filled.inspect_err(|_| drop(root.unlink(&name, Kind::File)))?;
         let record = Arc::new(fd);
         self.lives(&record);
-        Ok(Owner::new(name, record))
+        Ok(Owner { name, record, content })
     }
 
     fn lives(&self, record: &Arc<Fd>) {
@@ -70,25 +73,27 @@ impl Owners {
         let (name, fd) = (&owner.name, &owner.record);
         let failed = "cannot write the owner record";
         let locked = self.locks != Locks::None && uninterrupted(|| fd.sys().try_lock(fd.raw())).unwrap_or(false);
-        let mut record = serde_json::to_vec(&Record::of_this_process(locked))
+        let (mut old, bypass) = ([0; RECORD], Bypass::off());
+        let length = transfer::read_full(fd, &bypass, &mut old, 0).map_err(root.error(failed, name))?;
+        let takeovers = Record::parse(&old[..length]).map_or(0, |old| old.takeovers).saturating_add(1);
+        let mut record = serde_json::to_vec(&Record { takeovers, ..Record::of_this_process(locked) })
             .map_err(|error| Error::internal(failed).with_source(error))?;
         // Spaces up to the old length: one write, after which the record is whole.
-        let old = uninterrupted(|| fd.sys().stat(fd.raw())).map_err(root.error(failed, name))?.len;
-        record.resize(record.len().max(usize::try_from(old).unwrap_or(0).min(RECORD)), b' ');
-        let bypass = Bypass::off();
+        record.resize(record.len().max(length), b' ');
         transfer::write_all(fd, &bypass, &record, 0).map_err(root.error(failed, name))?;
         durable::owner(fd, root).map_err(root.error("cannot make the owner record durable", name))?;
         self.lives(&owner.record);
-        Ok(owner)
+        Ok(Owner { content: record, ..owner })
     }
 
-    fn fill(&self, root: &Dir, name: &str, fd: &Fd, bypass: &Bypass, generation: Option<u64>) -> Result<()> {
+    fn fill(&self, root: &Dir, name: &str, fd: &Fd, bypass: &Bypass, generation: Option<u64>) -> Result<Vec<u8>> {
         let locked = self.lock(root, name, fd)?;
         let record = Record { generation, ..Record::of_this_process(locked) };
         let record = serde_json::to_vec(&record)
             .map_err(|error| Error::internal("cannot write the owner record").with_source(error))?;
         transfer::write_all(fd, bypass, &record, 0).map_err(root.error("cannot write the owner record", name))?;
-        durable::owner(fd, root).map_err(root.error("cannot make the owner record durable", name))
+        durable::owner(fd, root).map_err(root.error("cannot make the owner record durable", name))?;
+        Ok(record)
     }
 
     /// Locks a new record; false if there are no locks, which the record then states.
@@ -141,8 +146,26 @@ pub(super) fn has_no_locks(error: &io::Error) -> bool {
 }
 
 impl Owner {
-    pub(super) fn new(name: String, record: Arc<Fd>) -> Self {
-        Self { name, record }
+    /// The owner whose record this process has judged: it wrote none of it.
+    pub(super) fn judged(name: String, record: Arc<Fd>) -> Self {
+        Self { name, record, content: Vec::new() }
+    }
+
+    /// Refuses to go on unless the record is as this process wrote it. Opened afresh: another host may have
+    /// written it.
+    ///
+    /// # Errors
+    /// `Conflict` when another process has taken the attempt over, or has published or deleted it.
+    pub(super) fn check(&self, root: &Dir) -> Result<()> {
+        let failed = "cannot read the owner record";
+        let taken = || root.conflict("another process has taken the attempt over", &self.name);
+        let (fd, bypass) = match direct::open(root, &self.name, false) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Err(taken()),
+            opened => opened.map_err(root.error(failed, &self.name))?,
+        };
+        let mut found = [0; RECORD];
+        let length = transfer::read_full(&fd, &bypass, &mut found, 0).map_err(root.error(failed, &self.name))?;
+        if found[..length] == self.content[..] { Ok(()) } else { Err(taken()) }
     }
 
     /// Deletes the record.
@@ -164,6 +187,9 @@ pub(super) struct Record {
     /// The generation of the session that writes the attempt, if several ranks do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) generation: Option<u64>,
+    /// How many processes have taken the attempt over, one after the other.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    takeovers: u64,
 }
 
 fn yes() -> bool {
@@ -173,6 +199,11 @@ fn yes() -> bool {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
 fn is_yes(locked: &bool) -> bool {
     *locked
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_zero(takeovers: &u64) -> bool {
+    *takeovers == 0
 }
 
 impl Record {
@@ -185,7 +216,7 @@ impl Record {
     fn of_this_process(locked: bool) -> Self {
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let (pid, start_time) = (std::process::id(), start_time().unwrap_or(0));
-        Self { host, boot_id: this_boot(), pid, start_time, locked, generation: None }
+        Self { host, boot_id: this_boot(), pid, start_time, locked, generation: None, takeovers: 0 }
     }
 
     /// Returns true if the running kernel's boot wrote the record; that kernel knows whether the writer still
