@@ -1,5 +1,6 @@
 //! Opening a step: its manifest, its tables and its files, and why that fails.
 
+use super::Checkpoint;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::columns::FileRow;
@@ -32,6 +33,14 @@ pub(crate) struct Opened {
     pub reading: Arc<dyn Reading>,
     /// When the manifest was written, if the storage knows.
     pub modified: Option<SystemTime>,
+}
+
+impl Checkpoint {
+    /// True for a tensor, by its number among all, whose bytes another one holds.
+    #[doc(hidden)]
+    pub fn is_alias(&self, number: usize) -> Result<bool> {
+        self.opened.index.is_alias(number).map_err(|e| self.unlisted(e))
+    }
 }
 
 /// Why an open failed. Listing, overwriting and pruning all use this.

@@ -1,10 +1,8 @@
 //! What a conversion writes: which box of which tensor goes to which file, from names, dtypes and shapes.
 
-use ashore::internal::format::entries::TensorEntry;
 use ashore::internal::format::shard::{HeaderTemplate, index_json, shard_names};
 use ashore::{Checkpoint, Dtype, Error, ErrorKind, Result};
 use std::cmp::Reverse;
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
 /// A file ends before its header is longer than this, in bytes: readers read all of it first.
@@ -84,7 +82,7 @@ impl Layout {
     /// `NotFound` when no name begins with the prefix; `Invalid` for a name that cannot be stripped, and when
     /// the header of a file would be longer than readers accept.
     pub fn new(checkpoint: &Checkpoint, choices: &Choices) -> Result<Self> {
-        let (tensors, aliases) = chosen(&checkpoint.contents()?.tensors, choices)?;
+        let (tensors, aliases) = chosen(checkpoint, choices)?;
         if tensors.is_empty() {
             let what = format!("the checkpoint has no tensor to convert prefix={:?}", choices.prefix);
             return Err(Error::new(ErrorKind::NotFound, what)
@@ -120,11 +118,10 @@ impl Layout {
 }
 
 /// The tensors to write, and which of them have the bytes of another one.
-fn chosen(entries: &[&TensorEntry], choices: &Choices) -> Result<(Vec<Tensor>, BTreeMap<usize, usize>)> {
-    let (mut tensors, mut aliases) = (Vec::new(), BTreeMap::new());
-    // Boxes never share bytes, so tensors whose first boxes begin at one place are one tensor of two names.
-    let mut places = HashMap::new();
-    for entry in entries.iter().filter(|entry| entry.name.starts_with(&choices.prefix)) {
+fn chosen(checkpoint: &Checkpoint, choices: &Choices) -> Result<(Vec<Tensor>, BTreeMap<usize, usize>)> {
+    let (mut tensors, mut sharing) = (Vec::new(), Vec::new());
+    let entries = checkpoint.contents()?.tensors;
+    for (index, entry) in entries.iter().enumerate().filter(|(_, entry)| entry.name.starts_with(&choices.prefix)) {
         let name = if choices.strip { &entry.name[choices.prefix.len()..] } else { &entry.name };
         if matches!(name, "" | "__metadata__") {
             let what = format!("without the prefix a tensor would have a name that it cannot have tensor={name:?}");
@@ -132,17 +129,20 @@ fn chosen(entries: &[&TensorEntry], choices: &Choices) -> Result<(Vec<Tensor>, B
         }
         let number = tensors.len();
         if let Some(first) = entry.slices.first().filter(|slice| slice.length > 0 && !choices.copy_aliases) {
-            match places.entry((first.file, first.offset)) {
-                Entry::Occupied(holder) => {
-                    aliases.insert(number, *holder.get());
-                }
-                Entry::Vacant(place) => {
-                    place.insert(number);
-                }
-            }
+            sharing.push((checkpoint.is_alias(index)?, number, (first.file, first.offset)));
         }
         let (source, dtype, shape) = (entry.name.clone(), entry.dtype, entry.shape.clone());
         tensors.push(Tensor { name: name.to_owned(), source, dtype, shape });
+    }
+    // The holders of the step first: an alias has the bytes itself only where its holder is not chosen.
+    sharing.sort_unstable();
+    // Boxes never share bytes, so tensors whose first boxes begin at one place are one tensor of two names.
+    let (mut places, mut aliases) = (HashMap::new(), BTreeMap::new());
+    for (_, number, place) in sharing {
+        let holder = *places.entry(place).or_insert(number);
+        if holder != number {
+            aliases.insert(number, holder);
+        }
     }
     Ok((tensors, aliases))
 }

@@ -5,7 +5,7 @@ use ashore::{CheckpointExecutor, Dtype, HostTensor, StateDict};
 use std::path::{Path, PathBuf};
 
 /// Saves `state` as step 1 by an executor.
-fn saved(root: &Path, executor: &CheckpointExecutor, state: StateDict) -> PathBuf {
+fn saved(root: &Path, executor: &CheckpointExecutor, state: StateDict<'static>) -> PathBuf {
     executor.save(1, state).unwrap().wait(MINUTE).unwrap();
     executor.shutdown(MINUTE).unwrap();
     root.join("step-00000001")
@@ -65,4 +65,31 @@ fn boxes_of_one_process_become_whole_tensors_and_parts() {
             assert_plain(&output, &expected);
         }
     }
+}
+
+/// Of the names of a tied tensor, readers of the shards find the one that the model has the bytes under, also
+/// where another one comes before it in the alphabet.
+#[test]
+fn the_holder_of_the_step_holds_the_bytes() {
+    let root = tempfile::tempdir().unwrap();
+    let (holder, tied, tensor) = ("model.embed_tokens.weight", "lm_head.weight", f32s(&[4, 2]));
+    let mut state = StateDict::new();
+    state.tensor(holder, HostTensor::with_dtype(tensor.2.clone(), tensor.0, tensor.1.clone())).unwrap();
+    state.alias(tied, holder).unwrap().alias("output.weight", holder).unwrap();
+    let step = saved(root.path(), &alone(root.path()), state);
+    let of = |names: &[&str]| -> Expected { names.iter().map(|name| ((*name).into(), tensor.clone())).collect() };
+    for to in LAYOUTS {
+        let output = root.path().join(to.concat());
+        let report = json(&convert(&[to, &["--json"]].concat(), &step, &output).output().unwrap());
+        assert_eq!(report["aliases"], serde_json::json!([tied, "output.weight"]));
+        assert_equal(&output, &of(&[holder, tied, "output.weight"]));
+        if to == LAYOUTS[0] {
+            assert_plain(&output, &of(&[holder]));
+        }
+    }
+    // Without its holder, an alias has the bytes.
+    let head = root.path().join("head");
+    let report = json(&convert(&["--to", "hf", "--json", "--prefix", "lm_head."], &step, &head).output().unwrap());
+    assert_eq!(report["aliases"], serde_json::json!([]));
+    assert_plain(&head, &of(&[tied]));
 }
