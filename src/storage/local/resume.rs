@@ -2,9 +2,13 @@
 //! same bytes each time it is run, such as a conversion.
 //!
 //! **Consistency.** The attempt's identity follows from what is written, so its files can be compared with
-//! what they must be. The next process takes the lock of the owner record, and with it the attempt, before it
-//! looks at a file; two processes never write one attempt. **Crash.** A file that the dead process left
-//! counts only after the caller has checked its bytes and [`Resumable::adopt`] has made them durable.
+//! what they must be. The next process takes the lock of the owner record and writes itself into it before it
+//! looks at a file. Where the lock cannot tell (another host or boot, no locks), an owner that was judged dead
+//! may live. It reads its record before it creates or deletes a file and before it publishes, and
+//! gives up once another process is in it; a file that it was writing then is deleted by the other process as
+//! not complete. What remains is a take-over between that look and the rename right after it. **Crash.** A file that the dead process left
+//! counts only after the caller has checked its bytes and [`Resumable::adopt`] or [`Resumable::rewrite`] has
+//! made them durable.
 
 use super::attempt::LocalAttempt;
 use super::clock::Clock;
@@ -25,7 +29,8 @@ pub struct Resumable(Arc<LocalAttempt>);
 
 impl Local {
     /// Takes over the attempt `attempt` at the step `name`, if a dead process left it. An attempt of another
-    /// host, or of another boot of this one, counts as dead when it has not changed for `older_than`.
+    /// host, or of another boot of this one, counts as dead when it has not changed for `older_than`; if its
+    /// owner lives after all, what it does with the attempt from then on is refused.
     ///
     /// # Errors
     /// `Conflict` when its owner is alive or may be.
@@ -70,7 +75,8 @@ impl Local {
     pub fn begin_resumable(&self, name: &str, attempt: Attempt) -> Result<Resumable> {
         self.alive()?;
         let (root, owners) = (self.root.afresh()?, self.owners.clone());
-        Ok(Resumable(Arc::new(LocalAttempt::begin(root, name, attempt, false, self.direct, owners, None)?)))
+        let begun = LocalAttempt::begin(root, name, attempt, false, self.direct, owners, None)?;
+        Ok(Resumable(Arc::new(begun.resumable())))
     }
 }
 
@@ -96,8 +102,8 @@ impl Resumable {
         self.reading()?.open(file)
     }
 
-    /// Makes a file that a dead process wrote durable, and counts it to the attempt. The caller has checked
-    /// every byte of it.
+    /// Makes a file durable that a dead process wrote and whose fsync succeeded, and counts it to the
+    /// attempt. The caller has checked every byte of it; of other files see [`Resumable::rewrite`].
     ///
     /// # Errors
     /// Those of the file system; the attempt cannot be published then.
@@ -115,6 +121,7 @@ impl Resumable {
     /// Those of the file system.
     pub fn discard(&self, file: &str) -> Result<()> {
         rules::check_file(file).map_err(|error| error.with_kind(ErrorKind::Invalid))?;
+        self.0.check_owned()?;
         let dir = &self.0.files.dir;
         dir.unlink(file, Kind::File).map_err(dir.error("cannot delete file", file))
     }

@@ -3,7 +3,7 @@
 use ashore::storage::local::{Linux, Local};
 use ashore::storage::{Storage, Sweep};
 use ashore::testing::{Call, Effect, Fault, Faulty};
-use ashore::{Attempt, ErrorKind};
+use ashore::{Attempt, ErrorKind, Locks};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -120,4 +120,39 @@ fn a_file_that_cannot_be_made_durable_is_not_published() {
     let refused = resumed.writing().publish(false).unwrap_err();
     assert!(refused.message().contains("lost"), "{refused}");
     assert!(!root.path().join("out").exists());
+}
+
+/// Age and the user can be wrong: the first owner may live and have half of a file in the attempt.
+#[test]
+fn an_owner_that_was_taken_for_dead_neither_writes_nor_publishes() {
+    let root = tempfile::tempdir().unwrap();
+    let (attempt, storage) = (Attempt::new(), || Local::open(root.path()).unwrap().locks(Locks::None));
+    let mut owners = vec![storage().begin_resumable("out", attempt).unwrap()];
+    owners[0].writing().put("whole", b"all of it").unwrap();
+    for _ in 0..2 {
+        let next = storage().resume("out", attempt, Duration::ZERO).unwrap().unwrap();
+        next.adopt("whole").unwrap();
+        let earlier = owners.last().unwrap();
+        let refused = [
+            earlier.writing().put("late", b"").unwrap_err(),
+            earlier.writing().create("late", 10).map(drop).unwrap_err(),
+            earlier.discard("whole").unwrap_err(),
+            earlier.writing().publish(false).unwrap_err(),
+        ];
+        for error in refused {
+            assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+            assert!(error.message().contains("taken the attempt over"), "{error}");
+        }
+        owners.push(next);
+    }
+    assert_eq!(names(root.path()).len(), 2, "the attempt and its record, and no step");
+    let last = owners.pop().unwrap();
+    last.writing().publish(false).unwrap();
+    last.writing().settle().unwrap();
+    // The record is gone with the attempt.
+    for earlier in owners {
+        assert_eq!(earlier.writing().publish(false).unwrap_err().kind(), ErrorKind::Conflict);
+    }
+    assert_eq!(fs::read(root.path().join("out/whole")).unwrap(), b"all of it");
+    assert_eq!((names(root.path()), names(&root.path().join("out"))), (vec!["out".into()], vec!["whole".to_owned()]));
 }
