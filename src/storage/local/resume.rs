@@ -2,21 +2,22 @@
 //! same bytes each time it is run, such as a conversion.
 //!
 //! **Consistency.** The attempt's identity follows from what is written, so its files can be compared with
-//! what they must be. The next process takes the lock of the owner record and writes itself into it before it
-//! looks at a file. Where the lock cannot tell (another host or boot, no locks), an owner that was judged dead
-//! may live. It reads its record before it creates or deletes a file and before it publishes, and
-//! gives up once another process is in it; a file that it was writing then is deleted by the other process as
-//! not complete. What remains is a take-over between that look and the rename right after it. **Crash.** A file that the dead process left
-//! counts only after the caller has checked its bytes and [`Resumable::adopt`] or [`Resumable::rewrite`] has
-//! made them durable.
+//! what they must be. The next process takes the lock of the owner record and writes itself into it before
+//! it looks at a file. Where the lock cannot tell (another host or boot, no locks), an owner that was judged
+//! dead may live. It reads its record before it creates, rewrites or deletes a file and before it publishes,
+//! and gives up once another process is in it; the other process deletes a file that was being written,
+//! because it is not complete. What remains is a take-over between that look and the call right after it.
+//! **Crash.** A file that the dead process left counts only after the caller has checked its bytes and
+//! [`Resumable::adopt`] or [`Resumable::rewrite`] has made them durable.
 
 use super::attempt::LocalAttempt;
 use super::clock::Clock;
 use super::direct;
+use super::direct::Bypass;
 use super::judge::{Finding, judge};
 use super::reading::LocalReading;
-use super::sys::Kind;
-use super::{Local, durable, names};
+use super::sys::{Kind, Open, uninterrupted};
+use super::{Local, durable, names, transfer};
 use crate::error::{ErrorKind, Result};
 use crate::id::Attempt;
 use crate::storage::{FileReading, Reading, State, Writing, name as rules};
@@ -112,6 +113,31 @@ impl Resumable {
         self.0.files.count(|| {
             let (fd, _) = direct::open(dir, file, false).map_err(dir.error("cannot open file", file))?;
             durable::confirmed(&fd).map_err(dir.error("cannot make file durable", file))
+        })
+    }
+
+    /// Writes a file whose every byte the caller knows, over what a dead process left of it, makes it durable
+    /// and counts it to the attempt. Where the fsync of the dead process failed, the kernel counts the pages
+    /// as clean and reports the next fsync as done: only a new write brings the bytes to the medium.
+    ///
+    /// # Errors
+    /// Those of the file system; the attempt cannot be published then.
+    pub fn rewrite(&self, file: &str, bytes: &[u8]) -> Result<()> {
+        rules::check_file(file).map_err(|error| error.with_kind(ErrorKind::Invalid))?;
+        self.0.check_owned()?;
+        let dir = &self.0.files.dir;
+        self.0.files.count(|| {
+            let fd = match dir.open(file, Open::Update) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                    dir.open(file, Open::Create { direct: false })
+                }
+                opened => opened,
+            };
+            let fd = fd.map_err(dir.error("cannot open file", file))?;
+            let written = transfer::write_all(&fd, &Bypass::off(), bytes, 0);
+            let cut = || uninterrupted(|| fd.sys().ftruncate(fd.raw(), bytes.len() as u64));
+            written.and_then(|()| cut()).map_err(dir.error("cannot write file", file))?;
+            durable::file(&fd).map_err(dir.error("cannot make file durable", file))
         })
     }
 

@@ -302,7 +302,7 @@ impl Program<'_> {
                     let mut bytes = vec![0; reading.len() as usize];
                     reading.read_at(0, &mut bytes)?;
                     if files.get(&file) == Some(&bytes) {
-                        left.adopt(&file)?;
+                        left.rewrite(&file, &bytes)?;
                         kept.push(file);
                     } else {
                         left.discard(&file)?;
@@ -364,6 +364,29 @@ fn an_attempt_that_was_killed_at_any_call_is_gone_on_with_and_is_whole_whatever_
     let tally = findings.tally();
     assert_eq!((tally.torn, tally.lost), (0, 0), "{:#?}", tally.examples);
     assert!(tally.absent > 0 && tally.new + tally.old > 0 && tally.images >= 1_000, "{tally:?}");
+}
+
+/// The fsync of a file fails, its process ends, and the kernel counts the pages as clean: the next process
+/// reads the right bytes, which no fsync of its own brings to the medium.
+#[test]
+fn a_file_whose_fsync_failed_for_a_dead_process_is_durable_when_the_next_one_has_published_it() {
+    let findings = Findings::new(judge);
+    for calls in 0..12 {
+        let lengths = LENGTHS[calls % LENGTHS.len()];
+        let (fs, mut expected) = (SimFs::new(), Expected::default());
+        let mut program = Program::start(&fs, &mut expected).unwrap();
+        let fsync = Some(Call::Fsync);
+        fs.fail(Fault { call: fsync, after: calls as u64, errno: libc::EIO, sticky: false, done: false });
+        let _ = program.convert(first(1), lengths);
+        drop(program);
+        fs.restart();
+        let mut program = Program::start(&fs, &mut expected).unwrap();
+        assert!(goes_on(&mut program, lengths));
+        findings.explore(&program.run(), 0..usize::MAX, calls as u64, 16, 4, |_, _, _| ());
+    }
+    let tally = findings.tally();
+    assert_eq!((tally.torn, tally.lost), (0, 0), "{:#?}", tally.examples);
+    assert!(tally.images >= 100, "{tally:?}");
 }
 
 /// A sweep moved an attempt that was too old to the trash and deleted its files before the move was durable.

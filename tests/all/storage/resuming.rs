@@ -136,6 +136,7 @@ fn an_owner_that_was_taken_for_dead_neither_writes_nor_publishes() {
         let refused = [
             earlier.writing().put("late", b"").unwrap_err(),
             earlier.writing().create("late", 10).map(drop).unwrap_err(),
+            earlier.rewrite("whole", b"late").unwrap_err(),
             earlier.discard("whole").unwrap_err(),
             earlier.writing().publish(false).unwrap_err(),
         ];
@@ -155,4 +156,20 @@ fn an_owner_that_was_taken_for_dead_neither_writes_nor_publishes() {
     }
     assert_eq!(fs::read(root.path().join("out/whole")).unwrap(), b"all of it");
     assert_eq!((names(root.path()), names(&root.path().join("out"))), (vec!["out".into()], vec!["whole".to_owned()]));
+}
+
+/// Of any length, and whether it is there or not.
+#[test]
+fn a_file_of_known_bytes_is_written_again() {
+    let root = tempfile::tempdir().unwrap();
+    let attempt = left(root.path());
+    let storage = Local::open(root.path()).unwrap();
+    let resumed = storage.resume("out", attempt, DAY).unwrap().unwrap();
+    for (file, bytes) in [("whole", "all of it"), ("half", "shorter"), ("new", "")] {
+        resumed.rewrite(file, bytes.as_bytes()).unwrap();
+    }
+    resumed.writing().publish(false).unwrap();
+    resumed.writing().settle().unwrap();
+    let read = |file: &str| fs::read_to_string(root.path().join("out").join(file)).unwrap();
+    assert_eq!([read("whole"), read("half"), read("new")], ["all of it", "shorter", ""]);
 }
