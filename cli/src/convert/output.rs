@@ -20,7 +20,7 @@ use ashore::storage::Storage;
 use ashore::storage::local::{Local, Resumable};
 use ashore::{Attempt, Checkpoint, Error, ErrorKind, Result};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// How often the attempt shows other hosts that its owner lives.
@@ -110,41 +110,41 @@ impl Output<'_> {
         // An earlier run may have got as far as the publish, for which it deletes the tables of rows.
         let (mut kept, mut assembled) = (BTreeMap::new(), !self.split() && has(MANIFEST));
         for (number, file) in self.layout.files.iter().enumerate() {
-            let table = has(&FileRow::rows_name(&file.name));
-            if !has(&file.name) || !table && !assembled {
+            let name = FileRow::rows_name(&file.name);
+            if !has(&file.name) || !has(&name) && !assembled {
                 continue;
             }
-            if let Some(complete) = self.checked(attempt, number, table, arena)? {
-                kept.insert(number, (complete, table));
+            if let Some((complete, table)) = self.checked(attempt, number, arena)? {
+                let beside = has(&name) && same(attempt, &name, &table)?;
+                kept.insert(number, (complete, table, beside));
             }
         }
         assembled &= kept.len() == self.layout.files.len();
         if assembled {
-            let files: Vec<&Complete> = kept.values().map(|(complete, _)| complete).collect();
+            let files: Vec<&Complete> = kept.values().map(|(complete, ..)| complete).collect();
             for (table, entry) in self.tables(&files)?.tables {
                 assembled &= has(&entry.name) && same(attempt, &entry.name, &table)?;
             }
         }
-        kept.retain(|_, (_, table)| *table || assembled);
-        let mut good = Vec::new();
-        for (complete, table) in kept.values() {
-            good.push(complete.entry.name.clone());
-            good.extend(table.then(|| complete.table.name.clone()));
+        kept.retain(|_, (_, _, beside)| *beside || assembled);
+        let mut good = BTreeSet::new();
+        for (complete, table, _) in kept.values() {
+            attempt.adopt(&complete.entry.name)?;
+            // Also where it is gone: the next run finds no manifest, and keeps only files that have a table.
+            attempt.rewrite(&complete.table.name, table)?;
+            good.extend([&complete.entry.name, &complete.table.name]);
         }
-        good.iter().try_for_each(|name| attempt.adopt(name))?;
         left.iter().filter(|name| !good.contains(name)).try_for_each(|name| attempt.discard(name))?;
-        Ok(Kept(kept.into_iter().map(|(number, (complete, _))| (number, complete)).collect()))
+        Ok(Kept(kept.into_iter().map(|(number, (complete, ..))| (number, complete)).collect()))
     }
 
-    /// A file that an earlier run left, if it is complete; `table` says that the table of its rows is there.
-    fn checked(&self, attempt: &Resumable, number: usize, table: bool, arena: &mut Arena) -> Result<Option<Complete>> {
+    /// A file that an earlier run left, if its bytes are what they must be, and the table of its rows.
+    fn checked(&self, attempt: &Resumable, number: usize, arena: &mut Arena) -> Result<Option<(Complete, Vec<u8>)>> {
         let (file, stamp) = (&self.layout.files[number], self.stamp());
         let Some(sums) = check(attempt.open(&file.name)?.as_ref(), (file, &stamp), arena, self.done)? else {
             return Ok(None);
         };
-        let (complete, expected) = self.complete(number, sums)?;
-        let good = !table || same(attempt, &complete.table.name, &expected)?;
-        Ok(good.then_some(complete))
+        self.complete(number, sums).map(Some)
     }
 
     /// Writes the files that are not complete, then tables and manifest, and publishes.

@@ -111,6 +111,22 @@ fn complete_files_of_a_killed_run_are_kept_and_damaged_ones_are_not() {
     }
 }
 
+/// Leaves an attempt at `output` with the files of `clean`, as a run that is killed right before its publish
+/// does.
+fn left_before_publish(arguments: &[&str], step: &Path, output: &Path, clean: &Path) {
+    let parent = output.parent().unwrap();
+    while !killed(arguments, step, output, |names| complete(names) >= 1) || output.exists() {
+        fs::remove_dir_all(output).unwrap();
+    }
+    let attempt = parent.join(hidden(parent).into_iter().find(|name| name.ends_with(".tmp")).unwrap());
+    for name in files(&attempt).keys() {
+        fs::remove_file(attempt.join(name)).unwrap();
+    }
+    for (name, bytes) in files(clean) {
+        fs::write(attempt.join(name), bytes).unwrap();
+    }
+}
+
 /// Before the publish the tables beside the shards of a model are deleted. A kill then loses nothing either.
 #[test]
 fn a_run_that_was_killed_before_its_publish_keeps_every_file() {
@@ -119,21 +135,37 @@ fn a_run_that_was_killed_before_its_publish_keeps_every_file() {
     let (arguments, clean) = (["--to", "hf", "--json", "--shard-size", "1MB"], root.path().join("clean"));
     let all = json(&convert(&arguments, &step, &clean).output().unwrap())["files"].as_array().unwrap().len();
     let output = root.path().join("killed");
-    while !killed(&arguments, &step, &output, |names| complete(names) >= 1) {
-        fs::remove_dir_all(&output).unwrap();
-    }
-    // As the run would have left it: the attempt has the files of the step.
-    let attempt = hidden(root.path()).into_iter().find(|name| name.ends_with(".tmp")).unwrap();
-    let attempt = root.path().join(attempt);
-    for name in files(&attempt).keys() {
-        fs::remove_file(attempt.join(name)).unwrap();
-    }
-    for (name, bytes) in files(&clean) {
-        fs::write(attempt.join(name), bytes).unwrap();
-    }
+    left_before_publish(&arguments, &step, &output, &clean);
     let report = json(&convert(&arguments, &step, &output).output().unwrap());
     assert_eq!(report["kept"], all);
     assert!(files(&output) == files(&clean));
+}
+
+/// The second run deletes the manifest before it writes it again, and is killed in between.
+#[test]
+fn a_run_that_is_killed_after_one_that_was_killed_before_its_publish_keeps_every_file() {
+    let root = tempfile::tempdir().unwrap();
+    let step = save(root.path(), 1);
+    let (arguments, clean) = (["--to", "hf", "--json", "--shard-size", "1MB"], root.path().join("clean"));
+    let all = json(&convert(&arguments, &step, &clean).output().unwrap())["files"].as_array().unwrap().len();
+    let mut kills = 0;
+    for round in 0..20 {
+        let output = root.path().join(format!("killed-{round}"));
+        left_before_publish(&arguments, &step, &output, &clean);
+        let without = |names: &[String]| !names.is_empty() && !names.iter().any(|name| name == "manifest.json");
+        let was_killed = killed(&arguments, &step, &output, without);
+        if was_killed && !output.exists() {
+            kills += 1;
+            let report = json(&convert(&arguments, &step, &output).output().unwrap());
+            assert_eq!(report["kept"], all, "{report}");
+        }
+        assert!(files(&output) == files(&clean));
+        fs::remove_dir_all(output).unwrap();
+        if kills == 3 {
+            return;
+        }
+    }
+    assert!(kills > 0, "no run was seen without its manifest");
 }
 
 #[test]
