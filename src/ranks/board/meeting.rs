@@ -244,8 +244,8 @@ impl<B: Board> Table<'_, B> {
                     (None, _) => answered = Some((call, self.announce(call)?)),
                 }
             }
-            // Before the call that this rank has answered, rank 0 removed what earlier meetings had left. Only
-            // names in a message depend on it.
+            // Before the call that this rank has answered, rank 0 removed what earlier meetings had left.
+            // Only names in a message depend on it.
             if there.is_none() && answered.is_some() && board.now() + LONGEST_WAIT >= self.deadline {
                 there = Some(self.there(self.deadline).unwrap_or_default());
             }
