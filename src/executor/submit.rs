@@ -2,13 +2,13 @@
 //! the stager.
 
 use super::admission::{Admitted, shut_down};
-use super::ranks::{Answer, Described, Gate, Turn, Turns, Wanted, What};
+use super::ranks::{Answer, Described, Gate, LATE, Turn, Turns, Wanted, What};
 use super::threads::{Channels, Commits};
 use super::{Admission, CheckpointExecutor, again};
 use crate::commit::several::identity;
 use crate::device::Dependency;
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{dropped, guarded};
 use crate::id::{Attempt, parse_step_name, step_name};
 use crate::outcome::Outcome;
@@ -19,7 +19,7 @@ use crate::staging::{Captured, Job, LateCopy, OnDevice, without_kernels};
 use crate::state::StateDict;
 use crate::ticket::{Extent, Ticket};
 use crate::writer::{RetryState, Task};
-use crossbeam_channel::bounded;
+use crossbeam_channel::{RecvTimeoutError, bounded};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -386,7 +386,7 @@ impl CheckpointExecutor {
             Some(Channels { commits: Commits::Several(calls), .. }) => turn.describe(calls, call, described.clone()),
             _ => return Err(shut_down()),
         };
-        match answer.recv() {
+        match answer.recv_deadline(call.deadline + LATE) {
             Ok(Answer::Share(share)) => {
                 let part = Share::decode(&share)?;
                 let plan = Arc::new(Plan::of_share(state, shape, &described.order, &part)?);
@@ -395,7 +395,12 @@ impl CheckpointExecutor {
             }
             Ok(Answer::Ended(outcome)) => Ok(Planned::Ended(outcome)),
             Ok(Answer::Refused(error)) => Err(error),
-            Err(_) => Err(shut_down()),
+            Err(RecvTimeoutError::Timeout) => {
+                let why = "a save with a new structure waited for earlier saves, or for a planner or storage writer \
+                    that has the ranks, until its deadline";
+                Err(Error::new(ErrorKind::Deadline, why).with_step(call.step))
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(shut_down()),
         }
     }
 }

@@ -79,13 +79,14 @@ impl Together {
     /// rank. Each phase has one exchange.
     ///
     /// # Errors
-    /// As [`Group::exchange`].
+    /// As [`Group::exchange`]. `Deadline` when the exchange begins too late to end while the ranks are lent.
     pub fn exchange(
         &self,
         phase: Phase,
         part: Result<Vec<u8>>,
         reduce: &mut dyn FnMut(Vec<Vec<u8>>) -> Result<Reply>,
     ) -> Result<Vec<u8>> {
+        self.group.in_time(self.deadline)?;
         self.group.exchange(self.save, phase, part, reduce, self.deadline)
     }
 }

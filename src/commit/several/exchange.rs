@@ -69,6 +69,9 @@ impl Group {
     ) -> Result<Vec<u8>> {
         let round = self.round(save, phase);
         let rank = self.member.rank;
+        // What the program or the storage does in between may hang: nothing is sent once the other ranks have
+        // given up, because the messages of a later save may be under way.
+        let last = deadline.max(Instant::now());
         if rank == 0 {
             let collected = self.collect(save, phase, part, deadline);
             let mut mine = Vec::new();
@@ -79,12 +82,13 @@ impl Group {
             let answered = answered.map_err(|error| if error.ranks().is_empty() { error.with_rank(0) } else { error });
             let failed = |error: &Error| Answered::Failed(self.wire(error));
             let message = encode(&answered.as_ref().map_or_else(failed, Clone::clone))?;
-            let told = self.coordinator.tell(round, Some(&message), deadline);
+            let told = self.in_time(last).and_then(|()| self.coordinator.tell(round, Some(&message), deadline));
             answered?;
             return told.map(|_| mine);
         }
         let left = part.and_then(|part| self.leave(&note("to", phase, rank), &part));
         let message = encode(&left.map_or_else(|error| Handed::Failed(self.wire(&error)), Handed::Left))?;
+        self.in_time(last)?;
         self.coordinator.gather(round, &message, &mut |_, _| ControlFlow::Continue(()), deadline)?;
         let told = self.coordinator.tell(round, None, deadline + HEAR_GRACE)?;
         match decode::<Answered>(&told, 0)? {
@@ -92,6 +96,18 @@ impl Group {
             Answered::Each => self.take_mine(save, phase),
             Answered::Failed(error) => Err(error.into_error()),
         }
+    }
+
+    /// Checks that the ranks still listen to an exchange with this deadline.
+    ///
+    /// # Errors
+    /// `Deadline`.
+    pub fn in_time(&self, deadline: Instant) -> Result<()> {
+        if Instant::now() < deadline + HEAR_GRACE {
+            return Ok(());
+        }
+        let why = "the ranks did not wait for a planner or storage writer any longer, because its deadline has passed";
+        Err(Error::new(ErrorKind::Deadline, why).with_ranks([self.member.rank]))
     }
 
     /// Collects the parts of all ranks on rank 0. It waits for all of them, to name every rank that failed.

@@ -1,5 +1,6 @@
 mod executing;
 mod failing;
+mod hanging;
 mod job;
 mod process;
 mod ranks;
