@@ -101,6 +101,19 @@ impl ExecuteOptions {
         self
     }
 
+    /// How many places among the calls of `save` this call takes where several ranks save. It takes all of them
+    /// however it ends, so that the next call has the same place on all ranks.
+    pub(super) fn places(&self) -> usize {
+        let plans_together = self.planner.is_some() && self.use_collectives != Some(false);
+        match (self.no_dist, &self.storage_writer) {
+            (true, _) => 0,
+            // Its ranks exchange plans and results in one place.
+            (false, Some(_)) => 1,
+            // The planner's exchanges, and the save.
+            (false, None) => 1 + usize::from(plans_together),
+        }
+    }
+
     /// Who saves, where the executor's engine saves as `member` of several ranks, or alone.
     ///
     /// # Errors

@@ -114,13 +114,13 @@ impl ThreadExecutor {
         options: ExecuteOptions,
         who: Who,
     ) -> Result<CheckpointFuture> {
-        let (id, told) = (options.checkpoint_id.as_deref(), Told::default());
+        let (id, told, places) = (options.checkpoint_id.as_deref(), Told::default(), options.places());
         let planned = match (who, options.planner) {
             (Who::Alone, Some(mut planner)) => planned(state, planner.as_mut(), &mut writer, id, &told),
             (Who::Alone, None) => planned(state, &mut *lock(&self.planner), &mut writer, id, &told),
             (Who::Gather | Who::PerRank, mut planner) => {
                 let turn = Turn::new(&self.executor, who, self.step(id), options.timeout);
-                self.queue.idle(turn.deadline).map_err(|error| self.refused(turn.step, error))?;
+                self.queue.idle(turn.deadline).map_err(|error| self.refused(turn.step, places, error))?;
                 turn.planned(Ok(state), planner.as_deref_mut(), &mut writer, id, &told)
             }
         };
@@ -136,18 +136,17 @@ impl ThreadExecutor {
         id.and_then(|id| checkpoint_path(&self.executor, id).ok()).map_or(0, |(step, _)| step)
     }
 
-    /// Fails a call on the other ranks, too.
-    fn refused(&self, step: u64, error: Error) -> Error {
-        self.executor.refused(step, &error);
+    /// Fails a call on the other ranks, too, in all of its places.
+    fn refused(&self, step: u64, places: usize, error: Error) -> Error {
+        (0..places).for_each(|_| self.executor.refused(step, &error));
         error
     }
 }
 
 impl AsyncCheckpointExecutor for ThreadExecutor {
     fn execute_save(&self, state: StagedState, mut options: ExecuteOptions) -> Result<CheckpointFuture> {
-        let (step, no_dist) = (self.step(options.checkpoint_id.as_deref()), options.no_dist);
-        // A rank that saves alone is alone in the call, too.
-        let refused = |error| if no_dist { error } else { self.refused(step, error) };
+        let (step, places) = (self.step(options.checkpoint_id.as_deref()), options.places());
+        let refused = |error| self.refused(step, places, error);
         let who = options.who(self.executor.member()).map_err(refused)?;
         let writer = match options.storage_writer.take() {
             Some(writer) => Writer::Users(writer),

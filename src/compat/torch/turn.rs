@@ -56,25 +56,33 @@ impl<'a> Turn<'a> {
         id: Option<&Path>,
         told: &Told,
     ) -> Result<StateDict<'static>> {
+        let here = |error: Error| error.with_ranks(self.executor.member().map(|member| member.rank));
         let planned = match (planner, self.who) {
-            (Some(planner), Who::Gather) => {
-                let together = self.executor.together(self.step, self.deadline)?;
-                let known = state.as_ref().map_err(Clone::clone);
-                let Planned { plan, metadata } = drive::plan(known, planner, writer, id, &Ranks::Gather(&together))?;
-                let state = drive::resolve_together(planner, plan, state?, &together)?;
-                Ok((state, metadata.planner_data))
-            }
-            (Some(planner), _) => state.and_then(|state| self.planned_by(planner, state, writer, id)),
-            (None, _) => state.and_then(|state| drive::reset(writer, id).map(|()| (state, None))),
+            // Its errors name the ranks that failed.
+            (Some(planner), Who::Gather) => self.planned_together(planner, state, writer, id),
+            (Some(planner), _) => state.and_then(|state| self.planned_by(planner, state, writer, id)).map_err(here),
+            (None, _) => state.and_then(|state| drive::reset(writer, id).map(|()| (state, None))).map_err(here),
         };
-        // What fails before the ranks have exchanged anything fails on the others by a call that is refused.
-        let (state, planner_data) = planned.map_err(|error: Error| {
-            let error = error.with_ranks(self.executor.member().map(|member| member.rank));
-            self.executor.refused(self.step, &error);
-            error
-        })?;
+        // The place of the save is taken in any case. This rank may have failed alone, even in an exchange whose
+        // last answer only the others have received.
+        let (state, planner_data) = planned.inspect_err(|error| self.executor.refused(self.step, error))?;
         let _ = told.set(Written::Together(self.executor.storage().clone(), planner_data));
         Ok(state)
+    }
+
+    /// Plans with the other ranks, in the place before that of the save.
+    fn planned_together(
+        &self,
+        planner: &mut (dyn SavePlanner + 'static),
+        state: Result<StateDict<'static>>,
+        writer: &mut EngineWriter,
+        id: Option<&Path>,
+    ) -> Result<(StateDict<'static>, Option<serde_json::Value>)> {
+        let together = self.executor.together(self.step, self.deadline)?;
+        let known = state.as_ref().map_err(Clone::clone);
+        let Planned { plan, metadata } = drive::plan(known, planner, writer, id, &Ranks::Gather(&together))?;
+        let state = drive::resolve_together(planner, plan, state?, &together)?;
+        Ok((state, metadata.planner_data))
     }
 
     /// Plans without collectives.

@@ -17,7 +17,11 @@ pub struct Job {
 pub struct Counting {
     group: Arc<ThreadGroup>,
     pub sent: Mutex<Vec<Vec<u8>>>,
+    /// Runs after every all-gather of this rank until it returns true.
+    pub after: Mutex<Option<Hook>>,
 }
+
+pub type Hook = Box<dyn FnMut() -> bool + Send>;
 
 impl ProcessGroup for Counting {
     fn rank(&self) -> u32 {
@@ -30,7 +34,12 @@ impl ProcessGroup for Counting {
 
     fn all_gather(&self, message: Vec<u8>, deadline: Instant) -> Result<Vec<Vec<u8>>> {
         self.sent.lock().unwrap().push(message.clone());
-        self.group.all_gather(message, deadline)
+        let gathered = self.group.all_gather(message, deadline);
+        let mut after = self.after.lock().unwrap();
+        if after.as_mut().is_some_and(|hook| hook()) {
+            *after = None;
+        }
+        gathered
     }
 }
 
@@ -38,7 +47,7 @@ impl Job {
     pub fn start(root: &Path, world: u32) -> Self {
         let groups: Vec<_> = ThreadGroup::new(world)
             .into_iter()
-            .map(|group| Arc::new(Counting { group, sent: Mutex::default() }))
+            .map(|group| Arc::new(Counting { group, sent: Mutex::default(), after: Mutex::default() }))
             .collect();
         let build = |group: &Arc<Counting>| -> Result<CheckpointExecutor> {
             engine(root).ranks(Arc::new(coordinator(group.clone())?)).run("test").build()

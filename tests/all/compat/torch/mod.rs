@@ -2,6 +2,7 @@ mod executing;
 mod failing;
 mod hanging;
 mod job;
+mod places;
 mod process;
 mod ranks;
 mod sharded;
