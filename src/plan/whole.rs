@@ -62,6 +62,11 @@ impl Comparison {
         }
     }
 
+    /// True if no rank took a digest.
+    pub fn is_empty(&self) -> bool {
+        self.seen.is_empty()
+    }
+
     /// Compares them. A replica of which one rank alone took the digest is not compared.
     ///
     /// # Errors

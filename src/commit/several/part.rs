@@ -18,6 +18,7 @@ use crate::outcome::Phase;
 use crate::plan::{Comparison, Receipts, Request, Whole, Written};
 use crate::ranks::Session;
 use crate::storage::shared::SharedWriting;
+use crate::sync::{Mutex, lock};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -45,8 +46,11 @@ pub(crate) struct Structure {
     /// The bytes of the table of the structure.
     table: Vec<u8>,
     entry: TableEntry,
-    /// The step of all ranks, without their shares.
-    whole: Whole,
+    /// The names of the shards of all ranks, in the order of their numbers.
+    files: Vec<String>,
+    /// Names the tensors of replicas that differ. Dropped with the first save that compares none, because its
+    /// boxes need more memory than all the rest.
+    whole: Mutex<Option<Whole>>,
 }
 
 impl Structure {
@@ -72,7 +76,17 @@ impl Structure {
             tensors.push(TensorEntry { name, dtype, shape, slices: tensor.boxes.iter().map(slice).collect() });
         }
         let (table, entry) = tensors_table(&tensors, &aliases)?;
-        Ok(Self { table, entry, whole: Whole { shares: Vec::new(), ..whole } })
+        let files = whole.files.clone();
+        Ok(Self { table, entry, files, whole: Mutex::new(Some(Whole { shares: Vec::new(), ..whole })) })
+    }
+
+    /// Compares replicas, in the first saves of a structure.
+    fn compare(&self, comparison: &Comparison) -> Result<()> {
+        let mut whole = lock(&self.whole);
+        if comparison.is_empty() {
+            *whole = None;
+        }
+        whole.as_ref().map_or(Ok(()), |whole| comparison.finish(whole))
     }
 
     /// The length of the table of the structure.
@@ -213,10 +227,10 @@ impl Part for Mine<'_> {
         let structure = self.attempted.structure.as_ref().ok_or_else(missing)?;
         let ticket = &self.request.ticket;
         let origin = (ticket.step, ticket.attempt());
-        let mut files = Vec::with_capacity(structure.whole.files.len());
+        let mut files = Vec::with_capacity(structure.files.len());
         // Files of values come last: tensors name the shards by their numbers.
         let (mut others, mut comparison) = (Vec::new(), Comparison::default());
-        let mut names = structure.whole.files.iter();
+        let mut names = structure.files.iter();
         for (rank, receipt) in receipts {
             let note = self.read(*rank, receipt)?;
             comparison.add(*rank, &note.replicas);
@@ -232,7 +246,7 @@ impl Part for Mine<'_> {
             }
         }
         if !mutant::on(Mutant::Replicas) {
-            comparison.finish(&structure.whole)?;
+            structure.compare(&comparison)?;
         }
         files.append(&mut others);
         if let (Some(missing), false) = (names.next(), mutant::on(Mutant::Receipts)) {
