@@ -252,8 +252,9 @@ impl Begin for Gate {
     }
 }
 
-/// How long after the deadline of a call the thread that carries out the rounds may still be busy with it. The
-/// exchanges of an adapter end within two seconds of it, so none is under way when the ranks are taken back.
+/// How long after the deadline of a call the thread that carries out the rounds may still be busy with it.
+/// The exchanges of an adapter end within two seconds of it, so none is under way when the ranks are taken
+/// back.
 pub(super) const LATE: Duration = Duration::from_secs(3);
 
 /// Carries out the rounds of saves.
@@ -289,7 +290,7 @@ impl Rounds {
                     // The adapter has given up.
                     self.group.decline(called.save, called.wanted.deadline);
                 }
-                // An adapter that hangs, in a storage writer of the program for example, does not keep the ranks.
+                // An adapter that hangs, such as in a storage writer of the program, does not keep the ranks.
                 if let Err(RecvTimeoutError::Timeout) = called.what.recv_deadline(called.wanted.deadline + LATE) {
                     let step = called.wanted.step;
                     tracing::error!(step, "the ranks go on without a planner or storage writer that hangs");

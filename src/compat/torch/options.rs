@@ -101,8 +101,8 @@ impl ExecuteOptions {
         self
     }
 
-    /// How many places among the calls of `save` this call takes where several ranks save. It takes all of them
-    /// however it ends, so that the next call has the same place on all ranks.
+    /// How many places among the calls of `save` this call takes where several ranks save. It takes all of
+    /// them however it ends, so that the next call has the same place on all ranks.
     pub(super) fn places(&self) -> usize {
         let plans_together = self.planner.is_some() && self.use_collectives != Some(false);
         match (self.no_dist, &self.storage_writer) {

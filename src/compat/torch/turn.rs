@@ -63,8 +63,8 @@ impl<'a> Turn<'a> {
             (Some(planner), _) => state.and_then(|state| self.planned_by(planner, state, writer, id)).map_err(here),
             (None, _) => state.and_then(|state| drive::reset(writer, id).map(|()| (state, None))).map_err(here),
         };
-        // The place of the save is taken in any case. This rank may have failed alone, even in an exchange whose
-        // last answer only the others have received.
+        // The place of the save is taken in any case. This rank may have failed alone, even in an exchange
+        // whose last answer only the others have received.
         let (state, planner_data) = planned.inspect_err(|error| self.executor.refused(self.step, error))?;
         let _ = told.set(Written::Together(self.executor.storage().clone(), planner_data));
         Ok(state)
