@@ -19,7 +19,7 @@ use crate::staging::{Captured, Job, LateCopy, OnDevice, without_kernels};
 use crate::state::StateDict;
 use crate::ticket::{Extent, Ticket};
 use crate::writer::{RetryState, Task};
-use crossbeam_channel::{RecvTimeoutError, bounded};
+use crossbeam_channel::{RecvTimeoutError, unbounded};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -285,7 +285,9 @@ impl CheckpointExecutor {
                 Arc::new(Task::new(request, kept, self.destination.clone(), open.pool.sender(), ended.clone()))
             }
             (Commits::Several(calls), shared) => {
-                let ((ended, ending), gate) = (bounded(1), Gate::new());
+                // A bounded channel keeps messages without a receiver until its senders are dropped, and a
+                // task owns a sender: a task that ends after the rounds have left it would keep itself.
+                let ((ended, ending), gate) = (unbounded(), Gate::new());
                 let task = Arc::new(Task::new(request, kept, gate.clone(), open.pool.sender(), ended));
                 if let Some((turn, call)) = shared {
                     turn.call(calls, call, What::Begun { task: task.clone(), ended: ending, gate });
