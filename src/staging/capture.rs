@@ -72,6 +72,9 @@ impl Captured {
 
     /// Digests the tensors in host memory that other ranks write, to compare them with what those write.
     pub fn replicas(&self, state: &StateDict<'_>, plan: &Plan) -> Vec<(u32, Digest)> {
+        if plan.replicas.is_empty() {
+            return Vec::new();
+        }
         let known: HashMap<usize, Digest> = self.expected.iter().copied().collect();
         let mut digests = Vec::new();
         for &(index, replica) in &plan.replicas {
