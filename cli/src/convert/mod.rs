@@ -111,7 +111,7 @@ impl Args {
     fn parsed(&self, common: &Common) -> Result<(Checkpoint, Choices, PathBuf)> {
         let mut left = &self.arguments[..];
         let usage = || {
-            let what = "give [STEP|PATH] --to hf OUT, or [STEP|PATH] --to ranks N OUT";
+            let what = "give [STEP|PATH] --to hf OUT, or [STEP|PATH] --to ranks N OUT with N from 1 to 100000";
             invalid(format!("{what} arguments={:?}", self.arguments))
         };
         let mut last = || left.split_last().map(|(last, rest)| (std::mem::replace(&mut left, rest), last).1);
