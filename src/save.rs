@@ -7,6 +7,7 @@ use crate::outcome::{Outcome, Progress};
 use crate::ticket::Ticket;
 use std::fmt;
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -38,6 +39,9 @@ pub struct SaveOptions {
     /// The directory name; None: [`step_name`](crate::id::step_name) of the step. A name that is not a step's
     /// makes a checkpoint beside the steps, which is never listed and never pruned.
     pub name: Option<String>,
+    /// The directory that the checkpoint becomes, instead of a step of the root; None: a step. See
+    /// [`SaveOptions::directory`].
+    pub directory: Option<PathBuf>,
     /// How long after the call the save fails if it is not durable; None: the settings' `save_timeout`, which
     /// is also the maximum.
     pub timeout: Option<Duration>,
@@ -79,6 +83,36 @@ impl SaveOptions {
     /// or None.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
+        self
+    }
+
+    /// Makes the checkpoint the directory `path`, wherever that is: not a step of the root, never listed, never
+    /// pruned, and not the `latest` one. For programs whose framework chooses the paths of checkpoints.
+    ///
+    /// The directory must not exist, or be empty; with [`SaveOptions::overwrite`] it may be a checkpoint of this
+    /// library. Its parent is created if it is missing. Until the save ends, the attempt lies beside the directory
+    /// under a hidden name, and one rename makes it the directory. When the future resolves, the directory and
+    /// every name that leads to it are durable, and nothing hidden is left. What a killed process leaves in a parent
+    /// is deleted after the next save into the same parent.
+    ///
+    /// The save is `Invalid` with [`SaveOptions::name`], with several ranks, and in storage that is not a local
+    /// directory.
+    ///
+    /// ```
+    /// use ashore::{Checkpoint, CheckpointExecutor, SaveOptions, StateDict};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let executor = CheckpointExecutor::builder(dir.path().join("root")).arena(16 << 20).chunk(1 << 20).build()?;
+    /// let path = dir.path().join("epoch=3.ckpt");
+    /// let mut state = StateDict::new();
+    /// state.tensor("weights", vec![1.0_f32; 4])?;
+    /// let save = executor.save_with(3, state, SaveOptions::default().directory(&path))?;
+    /// save.wait(std::time::Duration::from_secs(60))?;
+    /// assert_eq!(Checkpoint::open(&path)?.read_as::<f32>("weights")?, [1.0; 4]);
+    /// assert!(executor.latest()?.is_none()); // the root has no step
+    /// # Ok::<(), ashore::Error>(())
+    /// ```
+    pub fn directory(mut self, path: impl Into<PathBuf>) -> Self {
+        self.directory = Some(path.into());
         self
     }
 

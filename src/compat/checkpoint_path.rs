@@ -1,29 +1,56 @@
-//! Maps a path of another system to a step and a directory of this engine.
+//! Maps a path of another system to what this engine saves there: a step of the root, a checkpoint beside the
+//! steps, or a directory outside of the root.
 
 use crate::error::{Error, Result};
 use crate::executor::CheckpointExecutor;
 use crate::id::parse_step_name;
+use crate::save::SaveOptions;
 use std::path::{Path, PathBuf, absolute};
 
-/// Returns the step that a path in the root of `executor` names, and its directory. A name that is not a
-/// step's belongs to a checkpoint beside the steps; its step is the number at its end, or 0.
-///
-/// # Errors
-/// `Invalid`: the path has no name, or is not in the root.
-pub(crate) fn checkpoint_path(executor: &CheckpointExecutor, path: &Path) -> Result<(u64, PathBuf)> {
-    let refuse = |why: &str| Error::invalid(why).with_path(path);
-    let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
-        return Err(refuse("the path of a checkpoint must end in a UTF-8 name, such as step-100"));
-    };
-    let number = || name.rsplit(|c: char| !c.is_ascii_digit()).next().and_then(|digits| digits.parse().ok());
-    let step = parse_step_name(name).or_else(number).unwrap_or(0);
-    let checkpoint_path = executor.storage().describe(name);
-    let same = |a: &Path, b: &Path| a == b || matches!((absolute(a), absolute(b)), (Ok(a), Ok(b)) if a == b);
-    let canonical = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
-    match (path.parent().filter(|parent| !parent.as_os_str().is_empty()), checkpoint_path.parent()) {
-        (Some(parent), Some(root)) if !same(parent, root) && !canonical(parent, root) => {
-            Err(refuse(&format!("a checkpoint must be in the root of its executor root={root:?}")))
+/// A path of another system.
+#[derive(Clone, Debug)]
+pub(crate) struct CheckpointPath {
+    /// The step: the number at the end of the name, or 0.
+    pub step: u64,
+    /// The directory of the checkpoint.
+    pub path: PathBuf,
+    /// Its name in the root of the executor; None outside of the root.
+    name: Option<String>,
+}
+
+impl CheckpointPath {
+    /// What a save by `executor` to `path` becomes.
+    ///
+    /// # Errors
+    /// `Invalid`: the path has no name, or several ranks save and it is outside of their root.
+    pub fn of(executor: &CheckpointExecutor, path: &Path) -> Result<Self> {
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+            let why = "the path of a checkpoint must end in a UTF-8 name, such as step-100";
+            return Err(Error::invalid(why).with_path(path));
+        };
+        let number = || name.rsplit(|c: char| !c.is_ascii_digit()).next().and_then(|digits| digits.parse().ok());
+        let step = parse_step_name(name).or_else(number).unwrap_or(0);
+        let in_root = executor.storage().describe(name);
+        let same = |a: &Path, b: &Path| a == b || matches!((absolute(a), absolute(b)), (Ok(a), Ok(b)) if a == b);
+        let canonical = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+        Ok(match (path.parent().filter(|parent| !parent.as_os_str().is_empty()), in_root.parent()) {
+            (Some(parent), Some(root)) if !same(parent, root) && !canonical(parent, root) => {
+                if executor.member().is_some() {
+                    let why =
+                        format!("a checkpoint of several ranks must be in the root of its executor root={root:?}");
+                    return Err(Error::invalid(why).with_path(path));
+                }
+                Self { step, path: path.to_owned(), name: None }
+            }
+            _ => Self { step, path: in_root, name: Some(name.to_owned()) },
+        })
+    }
+
+    /// `options`, of a save to this path.
+    pub fn options(&self, options: SaveOptions) -> SaveOptions {
+        match &self.name {
+            Some(name) => options.name(name),
+            None => options.directory(&self.path),
         }
-        _ => Ok((step, checkpoint_path)),
     }
 }

@@ -18,6 +18,17 @@ use std::time::{Duration, Instant};
 /// How long after the deadline the rounds of several ranks may take to end: a veto and its fsync.
 const ROUNDS_GRACE: Duration = Duration::from_secs(10);
 
+/// What is to be admitted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A save whose state comes later. Its fence and its step are checked when it begins.
+    Deferred,
+    /// A step of the root.
+    Step,
+    /// A directory of the program's: it is no step, so no save of a step conflicts with it.
+    Directory,
+}
+
 /// The decision on a requested save.
 enum Verdict {
     /// It may begin.
@@ -37,13 +48,13 @@ enum Waiting {
 }
 
 /// Decides whether a save of `step` may begin now. Does not wait: the caller holds the lock that every other
-/// save needs. The step of a deferred save is checked when the save begins.
+/// save needs.
 ///
 /// # Errors
 /// `Conflict` when the step is being saved.
-fn admit(stager: &Stager, overlap: Overlap, step: u64, deferred: bool) -> Result<Verdict> {
+fn admit(stager: &Stager, overlap: Overlap, step: u64, kind: Kind) -> Result<Verdict> {
     let unfinished = stager.saves.unfinished();
-    if !deferred {
+    if kind == Kind::Step {
         refuse_conflict(&unfinished, step)?;
     }
     let room = match overlap {
@@ -65,9 +76,9 @@ fn admit(stager: &Stager, overlap: Overlap, step: u64, deferred: bool) -> Result
     Ok(if unfinished.len() <= room { Verdict::Begin } else { Verdict::After(unfinished) })
 }
 
-/// Refuses a save of `step` if another save of that step has begun and not ended.
+/// Refuses a save of the step `step` of the root if another save of that step has begun and not ended.
 fn refuse_conflict(unfinished: &[Arc<Ticket>], step: u64) -> Result<()> {
-    if unfinished.iter().any(|t| t.step == step && !t.is_deferred()) {
+    if unfinished.iter().any(|t| t.step == step && !t.is_deferred() && !t.extent().elsewhere) {
         return Err(Error::new(ErrorKind::Conflict, "a save of this step is under way").with_step(step));
     }
     Ok(())
@@ -150,7 +161,7 @@ impl CheckpointExecutor {
         attempt: Option<Attempt>,
         deadline: Instant,
         last: bool,
-        deferred: bool,
+        kind: Kind,
         overlap: Overlap,
     ) -> Result<Admitted<'_>> {
         let began = Instant::now();
@@ -158,7 +169,7 @@ impl CheckpointExecutor {
             self.report_unseen()?;
         }
         loop {
-            match self.admit_now(step, attempt, began, last, deferred, overlap)? {
+            match self.admit_now(step, attempt, began, last, kind, overlap)? {
                 Ok(admitted) => return Ok(admitted),
                 Err(unfinished) => wait(&self.stager, &unfinished, step, deadline)?,
             }
@@ -173,7 +184,7 @@ impl CheckpointExecutor {
         attempt: Option<Attempt>,
         began: Instant,
         last: bool,
-        deferred: bool,
+        kind: Kind,
         overlap: Overlap,
     ) -> Result<Result<Admitted<'_>, Vec<Arc<Ticket>>>> {
         // A save that superseded another one begins, even if admission closes meanwhile.
@@ -183,14 +194,14 @@ impl CheckpointExecutor {
             if self.threads.channels().is_none() {
                 return Err(shut_down());
             }
-            if !deferred {
+            if kind != Kind::Deferred {
                 self.refuse_unfenced(step)?;
             }
             let attempt = attempt.unwrap_or_else(|| admission.attempts.next());
             if self.threads.admission_is_closed() && !last && !superseded {
                 return Ok(Ok(Admitted::Ended(self.resolved(step, attempt, began, self.last_word(step)))));
             }
-            match admit(&self.stager, overlap, step, deferred)? {
+            match admit(&self.stager, overlap, step, kind)? {
                 Verdict::Begin => return Ok(Ok(Admitted::Begins(admission, attempt))),
                 Verdict::Ended(outcome) => {
                     return Ok(Ok(Admitted::Ended(self.resolved(step, attempt, began, outcome))));
@@ -209,7 +220,7 @@ impl CheckpointExecutor {
     ///
     /// # Errors
     /// As [`CheckpointExecutor::admit`]; `Cancelled` if the save has ended.
-    pub(super) fn admit_deferred(&self, ticket: &Ticket) -> Result<Admitted<'_>> {
+    pub(super) fn admit_deferred(&self, ticket: &Ticket, kind: Kind) -> Result<Admitted<'_>> {
         let admission = lock(&self.admission);
         if self.threads.channels().is_none() {
             return Err(shut_down());
@@ -218,7 +229,9 @@ impl CheckpointExecutor {
             return Err(Error::new(ErrorKind::Cancelled, "the save ended before its state had come"));
         }
         self.refuse_unfenced(ticket.step)?;
-        refuse_conflict(&self.stager.saves.unfinished(), ticket.step)?;
+        if kind == Kind::Step {
+            refuse_conflict(&self.stager.saves.unfinished(), ticket.step)?;
+        }
         Ok(Admitted::Begins(admission, ticket.attempt()))
     }
 

@@ -2,7 +2,7 @@
 //! deadline before it.
 
 use super::CheckpointExecutor;
-use super::admission::{Admitted, wait};
+use super::admission::{Admitted, Kind, wait};
 use crate::completion::Calls;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
@@ -42,7 +42,7 @@ impl CheckpointExecutor {
     ) -> Result<(Save, Option<DeferredSave>)> {
         self.may_defer(step)?;
         let (began, deadline) = (Instant::now(), self.deadline(timeout));
-        let admitted = self.admit(step, attempt, deadline, false, true, self.settings.overlap)?;
+        let admitted = self.admit(step, attempt, deadline, false, Kind::Deferred, self.settings.overlap)?;
         Ok(self.position(step, admitted, began, deadline))
     }
 
@@ -68,7 +68,7 @@ impl CheckpointExecutor {
             this.may_defer(step)?;
             let (began, until) = (Instant::now(), this.deadline(options.timeout));
             let overlap = this.settings.overlap;
-            let unfinished = match this.admit_now(step, options.attempt, began, false, true, overlap)? {
+            let unfinished = match this.admit_now(step, options.attempt, began, false, Kind::Deferred, overlap)? {
                 Ok(admitted) => {
                     let (save, deferred) = this.position(step, admitted, began, until);
                     if let Some(deferred) = deferred {

@@ -21,6 +21,9 @@ pub(super) struct Destination {
 impl Begin for Destination {
     fn begin(&self, request: &Request) -> Result<Arc<dyn Writing>> {
         let Request { ticket, name, overwrite, .. } = request;
+        if let Some(parent) = &request.parent {
+            return self.storage.elsewhere(parent)?.begin(name, ticket.attempt(), *overwrite);
+        }
         if parse_step_name(name).is_some() {
             self.catalog.refuse_second_name(ticket.step, name)?;
         }

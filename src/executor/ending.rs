@@ -5,6 +5,7 @@
 //! before the future tells the caller.
 
 use super::again::try_again;
+use super::tidy;
 use crate::catalog::Catalog;
 use crate::checkpoint::replaceable;
 use crate::commit::{Concluded, Ending};
@@ -23,6 +24,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(super) enum Leftover {
     /// A durable step: the replaced copy and the owner record are left.
     Published { name: String, attempt: Arc<dyn Writing> },
+    /// A checkpoint that became durable in a directory beside the root, of `storage`: dead processes may have
+    /// left something there.
+    Elsewhere { storage: Arc<dyn Storage> },
     /// A failed attempt that could not be deleted.
     Failed { attempt: Arc<dyn Writing> },
     /// Something that only a sweep can find.
@@ -34,7 +38,7 @@ impl Leftover {
     pub fn published(&self) -> Option<&str> {
         match self {
             Self::Published { name, .. } => Some(name),
-            Self::Failed { .. } | Self::Unknown => None,
+            Self::Elsewhere { .. } | Self::Failed { .. } | Self::Unknown => None,
         }
     }
 }
@@ -59,8 +63,19 @@ pub(super) fn conclude(
     let Committing { stager, storage, catalog, compared, table } = committing;
     let (request, ticket) = (&task.request, &task.request.ticket);
     let attempt = ticket.attempt();
+    // The catalog has the steps of the root only.
+    let catalog = request.parent.is_none().then_some(&*catalog);
+    let mut storage = storage.clone();
     let concluded = guarded("the storage panicked during a commit", || {
-        if let Err(busy) = catalog.announce(&request.name, attempt) {
+        if let Some(parent) = &request.parent {
+            match storage.elsewhere(parent) {
+                Ok(elsewhere) => storage = elsewhere,
+                Err(error) => {
+                    ticket.fail(error);
+                }
+            }
+        }
+        if let Some(Err(busy)) = catalog.map(|catalog| catalog.announce(&request.name, attempt)) {
             ticket.fail(busy);
         }
         let path = storage.describe(&request.name);
@@ -77,18 +92,26 @@ pub(super) fn conclude(
     let name = request.name.clone();
     let (outcome, left) = match concluded {
         Concluded::Durable(committed, published) => {
-            catalog.acknowledge(attempt);
+            catalog.inspect(|catalog| catalog.acknowledge(attempt));
             if !ticket.digests_missing.load(Ordering::Relaxed) {
                 compared.fetch_add(1, Ordering::Relaxed);
             }
-            (Ok(Outcome::Durable(committed)), Some(Leftover::Published { name, attempt: published }))
+            let left = match catalog {
+                Some(_) => Leftover::Published { name, attempt: published },
+                None => {
+                    // Before the future says that the save has ended: the program may move the parent then.
+                    tidy::attempt("delete what a checkpoint has replaced", || published.settle());
+                    Leftover::Elsewhere { storage }
+                }
+            };
+            (Ok(Outcome::Durable(committed)), Some(left))
         }
         Concluded::Doubtful(why) => {
-            catalog.doubt(attempt);
+            catalog.inspect(|catalog| catalog.doubt(attempt));
             (Err(why), panicked.then_some(Leftover::Unknown))
         }
         Concluded::Failed { why, left } => {
-            catalog.withdraw(attempt);
+            catalog.inspect(|catalog| catalog.withdraw(attempt));
             let unknown = || task.begin_failed().then_some(Leftover::Unknown);
             let left = left.map(|attempt| Leftover::Failed { attempt }).or_else(unknown);
             if try_again(task, stager, &why) {

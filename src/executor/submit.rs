@@ -1,7 +1,7 @@
 //! One call of `save`: admits the save, captures what must not wait for the fence, and queues the save for
 //! the stager.
 
-use super::admission::{Admitted, shut_down};
+use super::admission::{Admitted, Kind, shut_down};
 use super::ranks::{Answer, Described, Gate, LATE, Turn, Turns, Wanted, What};
 use super::threads::{Channels, Commits};
 use super::{Admission, CheckpointExecutor, again};
@@ -21,6 +21,7 @@ use crate::ticket::{Extent, Ticket};
 use crate::writer::{RetryState, Task};
 use crossbeam_channel::{RecvTimeoutError, unbounded};
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf, absolute};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -29,6 +30,8 @@ use std::time::Instant;
 struct SaveRequest {
     step: u64,
     name: String,
+    /// The parent of the directory that the checkpoint becomes; None: the root.
+    parent: Option<PathBuf>,
     options: SaveOptions,
     borrowed: bool,
     /// The ticket of a deferred save, which it has before its state.
@@ -138,9 +141,10 @@ impl CheckpointExecutor {
         if let Some((turn, _)) = shared {
             (overlap, attempt) = (turn.overlap(overlap), Some(turn.attempt()));
         }
+        let kind = if wanted.parent.is_some() { Kind::Directory } else { Kind::Step };
         let admitted = match &wanted.deferred {
-            Some(ticket) => self.admit_deferred(ticket)?,
-            None => self.admit(wanted.step, attempt, wanted.deadline, wanted.options.last, false, overlap)?,
+            Some(ticket) => self.admit_deferred(ticket, kind)?,
+            None => self.admit(wanted.step, attempt, wanted.deadline, wanted.options.last, kind, overlap)?,
         };
         let (mut admission, attempt) = match admitted {
             Admitted::Begins(admission, attempt) => (admission, attempt),
@@ -178,8 +182,16 @@ impl CheckpointExecutor {
     ) -> Result<SaveRequest> {
         self.alive()?;
         let began = Instant::now();
-        let name = options.name.take().unwrap_or_else(|| step_name(step));
-        if parse_step_name(&name).is_some_and(|other| other != step) {
+        let (parent, name) = match options.directory.take() {
+            Some(directory) => {
+                let place = self.place(&directory, &options);
+                place
+                    .map_err(|error| error.with_step(step).with_path(directory))
+                    .map(|(parent, name)| (Some(parent), name))?
+            }
+            None => (None, options.name.take().unwrap_or_else(|| step_name(step))),
+        };
+        if parent.is_none() && parse_step_name(&name).is_some_and(|other| other != step) {
             return Err(Error::invalid(format!("this is not a name for the step name={name:?}")).with_step(step));
         }
         if options.snapshot == Snapshot::AtSave && self.threads.are_here() {
@@ -187,7 +199,24 @@ impl CheckpointExecutor {
             return Err(Error::invalid(why).with_step(step));
         }
         let deadline = self.deadline(options.timeout);
-        Ok(SaveRequest { step, name, options, borrowed, deferred, began, deadline })
+        Ok(SaveRequest { step, name, parent, options, borrowed, deferred, began, deadline })
+    }
+
+    /// Parent and name of the directory that a checkpoint becomes. A relative path is of the present working
+    /// directory.
+    fn place(&self, directory: &Path, options: &SaveOptions) -> Result<(PathBuf, String)> {
+        if options.name.is_some() {
+            return Err(Error::invalid("a save has a directory or a name in the root, not both"));
+        }
+        if self.turns.is_some() {
+            return Err(Error::invalid(
+                "with several ranks a checkpoint is a step of the root: save without a directory",
+            ));
+        }
+        let unnamed = || Error::invalid("the directory of a checkpoint must end in a UTF-8 name, such as epoch-3");
+        let path = absolute(directory).map_err(|error| Error::io("cannot tell where the directory is", error))?;
+        let name = path.file_name().and_then(|name| name.to_str()).ok_or_else(unnamed)?.to_owned();
+        Ok((path.parent().ok_or_else(unnamed)?.to_owned(), name))
     }
 
     /// Captures what must not wait for the fence: small tensors, and digests of the others for the first
@@ -231,6 +260,7 @@ impl CheckpointExecutor {
             writable: captured.writable || on_device.left,
             over_budget: captured.over_budget + on_device.over_budget,
             kept: kept.is_some(),
+            elsewhere: wanted.parent.is_some(),
         });
         ticket.digests_missing.store(on_device.digests_missing, Ordering::Relaxed);
         ticket
@@ -272,6 +302,7 @@ impl CheckpointExecutor {
             ticket: ticket.clone(),
             plan: plan.clone(),
             name: wanted.name,
+            parent: wanted.parent,
             overwrite: wanted.options.overwrite,
             values,
             rank_values,

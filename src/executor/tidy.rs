@@ -99,9 +99,13 @@ impl Tidy<'_> {
     }
 
     fn work(&mut self) {
-        let mut unknown = false;
+        let (mut unknown, sweep) = (false, self.sweep);
         let over = |left: &mut Leftover| match left {
             Leftover::Published { attempt: step, .. } => attempt("delete the replaced copy", || step.settle()),
+            Leftover::Elsewhere { storage } => {
+                attempt("sweep beside a checkpoint", || storage.sweep(sweep).map(drop));
+                true
+            }
             Leftover::Failed { attempt: failed } => attempt("delete a failed attempt", || failed.abandon()),
             Leftover::Unknown => {
                 unknown = true;

@@ -8,6 +8,7 @@ use crate::memory::Lease;
 use crate::settings::IoMode;
 use crate::ticket::Ticket;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ pub(crate) struct Request {
     pub plan: Arc<Plan>,
     /// The directory name of the step.
     pub name: String,
+    /// The directory in which the checkpoint gets its name; None: the root.
+    pub parent: Option<PathBuf>,
     pub overwrite: bool,
     pub values: BTreeMap<String, serde_json::Value>,
     pub metadata: BTreeMap<String, serde_json::Value>,

@@ -17,12 +17,13 @@ pub mod shared;
 pub use memory::Memory;
 pub use process::Process;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::id::Attempt;
 use crate::memory::Pages;
 pub use crate::settings::IoMode;
 use std::any::Any;
 use std::fmt::Debug;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -72,6 +73,13 @@ pub trait Storage: Send + Sync + Debug {
     /// memory is unmapped, and while nothing is written from it. The default does nothing.
     fn register(&self, _pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {
         Box::new(())
+    }
+
+    /// The storage of checkpoints in the directory `parent`, created if it is missing, with the settings of this
+    /// one: where a save with [`SaveOptions::directory`](crate::SaveOptions::directory) goes. The default refuses.
+    fn elsewhere(&self, parent: &Path) -> Result<Arc<dyn Storage>> {
+        let why = "this storage has no directories beside its root; save without `SaveOptions::directory`";
+        Err(Error::invalid(why).with_path(parent))
     }
 
     /// What it offers to several processes that write one step together; None if it offers nothing to them.

@@ -112,11 +112,13 @@ pub(crate) struct Extent {
     /// Nothing can write the sources, which are kept until the save has ended, for another attempt; or there
     /// are none yet.
     pub kept: bool,
+    /// Whether the checkpoint is a directory beside the root, and no step.
+    pub elsewhere: bool,
 }
 
 /// The extent of a save whose state has not arrived: a fence has nothing to wait for.
 static NOTHING_YET: Extent =
-    Extent { chunks: 0, streams: Vec::new(), bytes: 0, writable: false, over_budget: 0, kept: true };
+    Extent { chunks: 0, streams: Vec::new(), bytes: 0, writable: false, over_budget: 0, kept: true, elsewhere: false };
 
 impl Ticket {
     /// `signal` wakes the stager; `calls` runs functions that no other thread may call.

@@ -4,7 +4,7 @@ use super::args::CompositeArgs;
 use super::future::CommitFuture;
 use super::path::PathAwaitingCreation;
 use super::signals::{HandlerAwaitableSignal, OperationId, Signals};
-use crate::compat::checkpoint_path::checkpoint_path;
+use crate::compat::checkpoint_path::CheckpointPath;
 use crate::completion::deadline_after;
 use crate::error::{Error, Result};
 use crate::executor::CheckpointExecutor;
@@ -104,10 +104,10 @@ impl SaveArgs {
 
     /// The step that `directory` names, and how it is saved.
     fn target(&self, executor: &CheckpointExecutor, directory: &Path) -> Result<(u64, SaveOptions)> {
-        let (step, checkpoint_path) = checkpoint_path(executor, directory)?;
-        let name = checkpoint_path.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+        let target = CheckpointPath::of(executor, directory)?;
         let Self { force: overwrite, attempt, snapshot, .. } = *self;
-        Ok((step, SaveOptions { overwrite, attempt, snapshot, name, ..SaveOptions::default() }))
+        let options = SaveOptions { overwrite, attempt, snapshot, ..SaveOptions::default() };
+        Ok((target.step, target.options(options)))
     }
 }
 

@@ -3,7 +3,7 @@
 use super::future::results;
 use super::plan::{Metadata, SavePlan, StorageMeta, StorageMetadata, WriteResult, metadata};
 use super::writer::{StorageWriter, WriteFuture};
-use crate::compat::checkpoint_path::checkpoint_path;
+use crate::compat::checkpoint_path::CheckpointPath;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::{CheckpointExecutor, DeferredSave};
 use crate::id::Attempt;
@@ -45,7 +45,9 @@ use std::time::Duration;
 pub struct EngineWriter {
     executor: Arc<CheckpointExecutor>,
     options: SaveOptions,
-    checkpoint_path: Option<(u64, StorageMeta)>,
+    checkpoint_path: Option<CheckpointPath>,
+    /// The identity of the save that `write_data` has begun.
+    save_id: Option<String>,
     /// The metadata of what `write_data` has written.
     written: BTreeMap<String, StorageMetadata>,
 }
@@ -53,7 +55,13 @@ pub struct EngineWriter {
 impl EngineWriter {
     /// Writes below the root of `executor`, and replaces existing checkpoints as torch does.
     pub fn new(executor: Arc<CheckpointExecutor>) -> Self {
-        Self { executor, options: SaveOptions::default().overwrite(), checkpoint_path: None, written: BTreeMap::new() }
+        Self {
+            executor,
+            options: SaveOptions::default().overwrite(),
+            checkpoint_path: None,
+            save_id: None,
+            written: BTreeMap::new(),
+        }
     }
 
     /// Sets whether an existing checkpoint is replaced. With false it is a `Conflict`.
@@ -98,12 +106,10 @@ impl EngineWriter {
     }
 
     fn options(&mut self) -> Result<(u64, SaveOptions)> {
-        let (step, meta) =
-            self.checkpoint_path.as_ref().ok_or_else(|| Error::invalid("a storage writer was not set up"))?;
-        let name = meta.checkpoint_id.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-        let options = self.options.clone().name(name);
+        let path = self.checkpoint_path.as_ref().ok_or_else(|| Error::invalid("a storage writer was not set up"))?;
+        let options = path.options(self.options.clone());
         self.options.attempt = None; // no two saves share an attempt
-        Ok((*step, options))
+        Ok((path.step, options))
     }
 }
 
@@ -112,17 +118,17 @@ impl StorageWriter for EngineWriter {
         let id = checkpoint_id.ok_or_else(|| {
             Error::invalid("nothing says where the checkpoint goes: set a checkpoint_id or a storage_writer")
         })?;
-        let (step, checkpoint_path) = checkpoint_path(&self.executor, id)?;
-        self.checkpoint_path = Some((step, StorageMeta { checkpoint_id: checkpoint_path, save_id: None }));
+        (self.checkpoint_path, self.save_id) = (Some(CheckpointPath::of(&self.executor, id)?), None);
         Ok(())
     }
 
     fn storage_meta(&self) -> Option<StorageMeta> {
-        self.checkpoint_path.as_ref().map(|(_, meta)| meta.clone())
+        let path = self.checkpoint_path.as_ref()?;
+        Some(StorageMeta { checkpoint_id: path.path.clone(), save_id: self.save_id.clone() })
     }
 
     fn validate_checkpoint_id(&self, checkpoint_id: &Path) -> bool {
-        checkpoint_path(&self.executor, checkpoint_id).is_ok()
+        CheckpointPath::of(&self.executor, checkpoint_id).is_ok()
     }
 
     fn set_up_storage_writer(&mut self, _: bool) -> Result<()> {
@@ -146,9 +152,7 @@ impl StorageWriter for EngineWriter {
         plan.fits(&state)?;
         let (save, plan) = (self.submit(state)?, plan.clone());
         self.written = metadata(std::slice::from_ref(&plan))?.state_dict_metadata;
-        if let Some((_, meta)) = &mut self.checkpoint_path {
-            meta.save_id = Some(save.attempt().to_string());
-        }
+        self.save_id = Some(save.attempt().to_string());
         Ok(Box::pin(async move {
             match save.await? {
                 Outcome::Durable(committed) => Ok(results(&plan, &committed)),

@@ -9,7 +9,7 @@ use super::planner::DefaultSavePlanner;
 use super::queue::Queue;
 use super::staging::{Inner, StagedState};
 use super::turn::{Turn, planned};
-use crate::compat::checkpoint_path::checkpoint_path;
+use crate::compat::checkpoint_path::CheckpointPath;
 use crate::compat::ending::shut_down_last;
 use crate::completion::deadline_after;
 use crate::error::{Error, Result};
@@ -133,7 +133,7 @@ impl ThreadExecutor {
 
     /// The step of a save to `id`, or 0 if it is unknown.
     fn step(&self, id: Option<&Path>) -> u64 {
-        id.and_then(|id| checkpoint_path(&self.executor, id).ok()).map_or(0, |(step, _)| step)
+        id.and_then(|id| CheckpointPath::of(&self.executor, id).ok()).map_or(0, |path| path.step)
     }
 
     /// Fails a call on the other ranks, too, in all of its places.

@@ -98,6 +98,12 @@ impl AttemptFiles {
     }
 }
 
+/// Whether the directory `name` is empty, so that a publish replaces it without `overwrite`.
+fn is_empty(root: &Dir, name: &str) -> Result<bool> {
+    let names = root.enter(name).and_then(|dir| dir.list());
+    Ok(names.map_err(root.error("cannot list the directory that is there", name))?.is_empty())
+}
+
 /// An attempt in a directory of its own.
 #[derive(Debug)]
 pub(super) struct LocalAttempt {
@@ -128,7 +134,7 @@ impl LocalAttempt {
         name::check_step(step)?;
         match root.look(step).map_err(root.error("cannot look for the step", step))? {
             None => {}
-            Some(stat) if overwrite && stat.kind == Kind::Dir => {}
+            Some(stat) if stat.kind == Kind::Dir && (overwrite || is_empty(&root, step)?) => {}
             Some(_) => return Err(root.conflict("the step exists", step)),
         }
         let owner = owners.record(&root, step, attempt, generation)?;

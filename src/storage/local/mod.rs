@@ -204,6 +204,12 @@ impl Storage for Local {
         Ok(Arc::new(LocalAttempt::begin(root, name, attempt, overwrite, self.direct, self.owners.clone(), None)?))
     }
 
+    fn elsewhere(&self, parent: &Path) -> Result<Arc<dyn Storage>> {
+        self.alive()?;
+        let root = root::make(self.root.fd().sys(), parent)?;
+        Ok(Arc::new(Self { root, direct: self.direct, owners: self.owners.clone() }))
+    }
+
     fn shared(&self) -> Option<Arc<dyn Shared>> {
         let root = self.root.afresh().ok()?;
         Some(Arc::new(LocalShared::new(root, self.direct, self.owners.clone())))

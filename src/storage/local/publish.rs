@@ -9,8 +9,8 @@ use crate::id::Attempt;
 use crate::mutant::{self, Mutant};
 use crate::storage::shared::Vetoed;
 
-/// Renames the attempt `temp`, known by its `identity`, to `step`. With `overwrite` an existing step is
-/// exchanged, and then has the name `temp`.
+/// Renames the attempt `temp`, known by its `identity`, to `step`. An empty directory of that name is replaced.
+/// With `overwrite` an existing step is exchanged, and then has the name `temp`.
 ///
 /// # Errors
 /// `Conflict` when another step has the name; `Indeterminate` when the result is unknown; with any other kind
@@ -40,7 +40,7 @@ pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), o
                 .with_path(root.path().join(step)));
             }
             // rename(2) replaces only an empty directory, and no step is empty.
-            (Rename::NoReplace, Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => Rename::Plain,
+            (Rename::NoReplace, Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::EEXIST)) => Rename::Plain,
             (_, Some(libc::EEXIST | libc::ENOTEMPTY | libc::ENOTDIR)) => {
                 return Err(root.conflict("another attempt at the step won", step));
             }

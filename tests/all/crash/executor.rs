@@ -28,13 +28,16 @@ struct Shape {
     files: usize,
     writers: usize,
     keep_last: Option<usize>,
+    /// The checkpoints are directories of the program's, not steps of the executor's root.
+    directories: bool,
 }
 
-const SHAPES: [Shape; 4] = [
-    Shape { tensors: &[9000, 300], files: 1, writers: 1, keep_last: Some(2) },
-    Shape { tensors: &[5000, 0, 7000, 1], files: 2, writers: 2, keep_last: None },
-    Shape { tensors: &[600, 601, 602], files: 3, writers: 2, keep_last: Some(1) },
-    Shape { tensors: &[20_000], files: 1, writers: 2, keep_last: Some(3) },
+const SHAPES: [Shape; 5] = [
+    Shape { tensors: &[9000, 300], files: 1, writers: 1, keep_last: Some(2), directories: false },
+    Shape { tensors: &[5000, 0, 7000, 1], files: 2, writers: 2, keep_last: None, directories: false },
+    Shape { tensors: &[600, 601, 602], files: 3, writers: 2, keep_last: Some(1), directories: false },
+    Shape { tensors: &[20_000], files: 1, writers: 2, keep_last: Some(3), directories: false },
+    Shape { tensors: &[5000, 300], files: 1, writers: 2, keep_last: None, directories: true },
 ];
 
 /// A process that saves.
@@ -48,8 +51,9 @@ struct Program<'a> {
 impl<'a> Program<'a> {
     fn start(fs: &'a SimFs, shape: Shape, expected: &'a mut Expected) -> Result<Self> {
         expected.keep_last = shape.keep_last;
-        let storage = Arc::new(Local::with_sys(Arc::new(fs.clone()), ROOT)?);
-        let mut builder = CheckpointExecutor::builder(ROOT)
+        let root = if shape.directories { "/data/other" } else { ROOT };
+        let storage = Arc::new(Local::with_sys(Arc::new(fs.clone()), root)?);
+        let mut builder = CheckpointExecutor::builder(root)
             .storage(storage)
             .arena(4 * CHUNK as u64)
             .chunk(CHUNK as u64)
@@ -70,6 +74,9 @@ impl<'a> Program<'a> {
         state.value("number", &one.number)?;
         let mut options = SaveOptions::default().attempt(one.attempt());
         options.overwrite = overwrite;
+        if self.shape.directories {
+            options = options.directory(format!("{ROOT}/{}", step_name(one.step)));
+        }
         self.expected.note(self.fs.position(), Event::Begun(one));
         let save = self.executor.save_with(one.step, state, options)?;
         self.executor.fence()?;

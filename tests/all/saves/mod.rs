@@ -1,6 +1,7 @@
 mod aliases;
 mod boxes;
 mod closing;
+mod directory;
 mod engines;
 mod failing_calls;
 mod file_limit;

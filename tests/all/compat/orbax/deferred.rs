@@ -110,10 +110,10 @@ fn errors_reach_the_waiters_at_once() {
     assert_eq!(futures[0].result(LONG).unwrap_err().kind(), ErrorKind::NoSpace);
     assert_eq!(waits.join().unwrap().unwrap_err().kind(), ErrorKind::NoSpace);
 
-    // So does the error of the save itself: the path turns out to be elsewhere.
+    // So does the error of the save itself: the path turns out to be none.
     let (deferred, (signals, id, args)) = (DeferredPath::new(), operation());
     let futures = handler.async_save_deferred(SavePath::Deferred(deferred.awaiting()), state(1), args).unwrap();
-    deferred.set_path("/elsewhere/1");
+    deferred.set_path("/");
     signals.send(id, STEP);
     assert_eq!(signals.wait(id, ITEM, LONG).unwrap_err().kind(), ErrorKind::Invalid);
     assert_eq!(futures[0].result(LONG).unwrap_err().kind(), ErrorKind::Invalid);

@@ -42,10 +42,28 @@ fn a_handler_returns_futures_of_the_commit() {
     assert!(cancelled.cancel());
     assert_eq!(cancelled.result(LONG).unwrap_err().kind(), ErrorKind::Cancelled);
     device.release();
-    for elsewhere in ["/elsewhere/100", "/"] {
-        let refused = handler.async_save(elsewhere.as_ref(), state(1), SaveArgs::default());
-        assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid, "{elsewhere}");
+    let refused = handler.async_save("/".as_ref(), state(1), SaveArgs::default());
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+/// Orbax makes a temporary directory for each item of a step, hands those to the handlers, and renames them.
+#[test]
+fn a_handler_saves_into_the_directory_that_orbax_has_made() {
+    let (root, step) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let handler = StandardCheckpointHandler::new(Arc::new(engine(root.path()).build().unwrap()));
+    let item = |name: &str| step.path().join("7.orbax-checkpoint-tmp").join(name);
+    let items = [item("model.orbax-checkpoint-tmp"), item("optimizer.orbax-checkpoint-tmp")];
+    let saves = items.each_ref().map(|item| {
+        std::fs::create_dir_all(item).unwrap();
+        handler.async_save(item, state(7), SaveArgs::default()).unwrap()
+    });
+    saves.iter().for_each(|futures| drop(futures[0].result(LONG).unwrap()));
+    std::fs::rename(items[0].parent().unwrap(), step.path().join("7")).unwrap();
+    for name in ["model.orbax-checkpoint-tmp", "optimizer.orbax-checkpoint-tmp"] {
+        let item = Checkpoint::open(step.path().join("7").join(name)).unwrap();
+        assert_eq!(item.read("model.weights").unwrap(), pattern(7, 20_000));
     }
+    assert_eq!(std::fs::read_dir(step.path().join("7")).unwrap().count(), 2, "nothing else is left beside the items");
 }
 
 #[test]

@@ -80,13 +80,7 @@ fn groups_and_places_that_are_none_are_invalid_and_change_nothing() {
         .expect_err("a group that the engine does not save with");
     assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("engine_ranks=1"), "{error}");
     // Each save finds its path in its turn, and the future returns errors of it as torch's does.
-    let places = [
-        (ExecuteOptions::new(), "checkpoint_id"),
-        (to("/"), "name"),
-        (to(".hidden"), "hidden"),
-        (to("/elsewhere/step-1"), "root"),
-        (to(root.path().join("deeper/step-1")), "root"),
-    ];
+    let places = [(ExecuteOptions::new(), "checkpoint_id"), (to("/"), "name"), (to(".hidden"), "hidden")];
     for (options, named) in places {
         let shown = format!("{options:?}");
         let error = executor.execute_save(state(1).into(), options).unwrap().result(LONG).expect_err(&shown);
@@ -149,19 +143,21 @@ fn a_queue_that_is_full_is_busy_at_the_deadline() {
 }
 
 #[test]
-fn a_checkpoint_id_may_be_any_name_and_one_of_no_step_is_beside_the_steps() {
-    let root = tempfile::tempdir().unwrap();
+fn a_checkpoint_id_may_be_any_path_and_one_of_no_step_is_beside_the_steps() {
+    let (root, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let engine = Arc::new(engine(root.path()).build().unwrap());
     let executor = ThreadExecutor::new(engine.clone()).unwrap();
-    for id in ["weights", "epoch=3-step=100", "checkpoint_7"] {
-        let future = executor.execute_save(state(1).into(), to(root.path().join(id))).unwrap();
+    let outside = [root.path().join("deeper/step-1"), other.path().join("step-1"), other.path().join("last.ckpt")];
+    let in_root = ["weights", "epoch=3-step=100", "checkpoint_7"].map(|id| root.path().join(id));
+    for id in in_root.iter().chain(&outside) {
+        let future = executor.execute_save(state(1).into(), to(id)).unwrap();
         let place = future.result(LONG).unwrap().unwrap().storage_meta.unwrap().checkpoint_id;
         assert!(place.ends_with(id) && Checkpoint::open(&place).unwrap().verify().unwrap().is_sound());
     }
     assert!(engine.catalog().list().unwrap().is_empty());
     let writer = EngineWriter::new(engine);
     assert!(writer.validate_checkpoint_id("weights".as_ref()) && writer.validate_checkpoint_id("step-1".as_ref()));
-    assert!(!writer.validate_checkpoint_id("/elsewhere/step-1".as_ref()));
+    assert!(writer.validate_checkpoint_id(&outside[1]) && !writer.validate_checkpoint_id("/".as_ref()));
 }
 
 /// The executor checked for space and reserved it under two locks: two callers at once both got it.
