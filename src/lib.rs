@@ -216,8 +216,8 @@ pub use settings::{
     Detect, DeviceChoice, Engine, IoMode, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings,
 };
 pub use state::{
-    Capture, DeviceStream, Dtype, Element, HostTensor, Layout, MemoryLocation, Promise, Promised, RawDevice, RawHost,
-    Shape, Source, StateDict, promise,
+    Capture, DeviceStream, Dtype, Element, HostTensor, Layout, MemoryLocation, OwnedBytes, Promise, Promised,
+    RawDevice, RawHost, Shape, Source, StateDict, promise,
 };
 
 /// Compiles the examples of the README as doc tests.

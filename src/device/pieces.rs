@@ -1,6 +1,6 @@
 //! Lists of parts of tensors, the input of the kernels.
 
-use smallvec::SmallVec;
+use crate::state::Dims;
 
 /// The layout of a strided tensor: row-major order over dimensions with strides.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -8,7 +8,7 @@ pub(crate) struct View {
     /// Size of an element in bytes.
     pub item: u32,
     /// Size and stride, in bytes, of each dimension, outermost first; at most [`View::DIMS`].
-    pub dims: SmallVec<[(u64, i64); 4]>,
+    pub dims: Dims,
 }
 
 impl View {

@@ -13,6 +13,9 @@ use crate::state::{Capture, StateDict, Tensor};
 use std::collections::HashMap;
 use std::ops::Range;
 
+/// Length of the pieces in which a strided tensor is packed, to be digested.
+const PIECE: usize = 1 << 20;
+
 /// Tensors of at most this many bytes are captured at `save`.
 const SMALL_TENSOR_BYTES: u64 = 4 << 10;
 
@@ -36,7 +39,7 @@ impl Captured {
     /// # Errors
     /// `Invalid`, naming the tensor, when a requested capture is not possible.
     pub fn take(state: &StateDict<'_>, budget: u64, detect: bool) -> Result<Self> {
-        let mut captured = Self::default();
+        let (mut captured, mut packed) = (Self::default(), Vec::new());
         // Requested captures come first: defaults must not use up their budget.
         let asked = |index: &&usize| state.tensors[**index].capture == Some(Capture::AtSave);
         let (asked, usual): (Vec<_>, Vec<_>) = state.writable.iter().partition(asked);
@@ -45,7 +48,7 @@ impl Captured {
             let (size, capture_memory) = (tensor.location.bytes(), budget - captured.bytes.len() as u64);
             let fits = size <= SMALL_TENSOR_BYTES && size <= capture_memory;
             match tensor.capture {
-                Some(Capture::AtFence) => captured.leave(index, tensor, detect),
+                Some(Capture::AtFence) => captured.leave(index, tensor, detect, &mut packed),
                 Some(Capture::AtSave) if !fits => {
                     return Err(Error::invalid(format!(
                         "cannot be captured at save bytes={size} limit={SMALL_TENSOR_BYTES} budget_left={capture_memory} tensor={name:?}"
@@ -53,11 +56,11 @@ impl Captured {
                 }
                 None if !fits => {
                     captured.over_budget += usize::from(size <= SMALL_TENSOR_BYTES);
-                    captured.leave(index, tensor, detect);
+                    captured.leave(index, tensor, detect, &mut packed);
                 }
                 _ => {
                     let begin = captured.bytes.len();
-                    read(tensor, |bytes| captured.bytes.extend_from_slice(bytes));
+                    read(tensor, &mut packed, |bytes| captured.bytes.extend_from_slice(bytes));
                     captured.tensors.push((index, begin..captured.bytes.len()));
                 }
             }
@@ -76,7 +79,7 @@ impl Captured {
             return Vec::new();
         }
         let known: HashMap<usize, Digest> = self.expected.iter().copied().collect();
-        let mut digests = Vec::new();
+        let (mut digests, mut packed) = (Vec::new(), Vec::new());
         for &(index, replica) in &plan.replicas {
             let (_, tensor) = state.tensors.get_index(index).expect("an index of this dict");
             if plan.places.get(index).is_none_or(Option::is_some) || tensor.location.stream().is_some() {
@@ -85,16 +88,16 @@ impl Captured {
             match (self.get(index), known.get(&index)) {
                 (Some(bytes), _) => digests.push((replica, Digest::of(bytes))),
                 (None, Some(digest)) => digests.push((replica, *digest)),
-                (None, None) => read(tensor, |bytes| digests.push((replica, Digest::of(bytes)))),
+                (None, None) => digests.extend(digest(tensor, &mut packed).map(|digest| (replica, digest))),
             }
         }
         digests
     }
 
-    fn leave(&mut self, index: usize, tensor: &Tensor<'_>, detect: bool) {
+    fn leave(&mut self, index: usize, tensor: &Tensor<'_>, detect: bool, packed: &mut Vec<u8>) {
         self.writable = true;
         if detect {
-            read(tensor, |bytes| self.expected.push((index, Digest::of(bytes))));
+            self.expected.extend(digest(tensor, packed).map(|digest| (index, digest)));
         }
     }
 
@@ -105,13 +108,34 @@ impl Captured {
     }
 }
 
-fn read(tensor: &Tensor<'_>, mut take: impl FnMut(&[u8])) {
+/// Digests a tensor. None if its source hands out no bytes.
+fn digest(tensor: &Tensor<'_>, packed: &mut Vec<u8>) -> Option<Digest> {
+    let mut digest = None;
+    read(tensor, packed, |bytes| {
+        digest = Some(digest.unwrap_or(Digest::EMPTY).then(Digest::of(bytes), bytes.len() as u64));
+    });
+    digest
+}
+
+/// Passes the bytes of a tensor to `take`: at once, or in pieces where they first have to be packed, in the
+/// buffer `packed`.
+fn read(tensor: &Tensor<'_>, packed: &mut Vec<u8>, mut take: impl FnMut(&[u8])) {
     let len = tensor.location.bytes() as usize;
     if len == 0 {
         return take(&[]);
     }
+    let strided = tensor.strided_on_host();
     tensor.read(&mut |from| {
-        // SAFETY: the source hands out all its bytes, and nothing writes them while `read` runs.
-        take(unsafe { std::slice::from_raw_parts(from, len) });
+        let Some(strided) = &strided else {
+            // SAFETY: the source hands out all its bytes, and nothing writes them while `read` runs.
+            return take(unsafe { std::slice::from_raw_parts(from, len) });
+        };
+        packed.resize(packed.len().max(len.min(PIECE)), 0);
+        for at in (0..len).step_by(PIECE) {
+            let piece = &mut packed[..PIECE.min(len - at)];
+            // SAFETY: the source hands out all its elements, and nothing writes them while `read` runs.
+            unsafe { strided.gather(from, at..at + piece.len(), piece.as_mut_ptr()) };
+            take(piece);
+        }
     });
 }

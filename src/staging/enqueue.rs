@@ -1,7 +1,8 @@
 //! The queueing of one chunk: its header, its captured bytes, and copies of the rest.
 //!
 //! # Safety argument
-//! The stager queues a copy inside [`Source::read`](crate::state::Source::read), or holds it back there and
+//! The stager copies elements that lie at strides in host memory itself, inside
+//! [`Source::read`](crate::state::Source::read). It queues any other copy inside [`Source::read`](crate::state::Source::read), or holds it back there and
 //! queues it with the rest of its chunk; either way it has locked the source gate for reading. The copy reads
 //! bytes that the source keeps allocated until it is dropped, and writes a slab whose lease is among the
 //! chunks in flight. Both stay until the completion event behind the copy is reached, or until `quiesce`
@@ -146,11 +147,22 @@ fn read(
     if let Some(error) = job.ticket.failure() {
         return Err(error);
     }
-    if tensor.strides().is_some() {
+    let strided = tensor.strided_on_host();
+    if strided.is_none() && tensor.strides().is_some() {
         return Err(Error::internal(format!("a strided tensor was not gathered tensor={name:?}")));
     }
     let mut digest = None;
     tensor.read(&mut |from| {
+        if let Some(strided) = &strided {
+            // SAFETY: the source hands out all its elements, and the slab is leased and initialised; this
+            // thread makes the copy now, and no queued copy writes this part.
+            let location = unsafe {
+                strided.gather(from, begin..begin + length, to);
+                std::slice::from_raw_parts(to, length)
+            };
+            digest = Some(Ok(Some(Digest::of(location))));
+            return;
+        }
         let from = from.wrapping_add(begin);
         // SAFETY: the source hands out all its bytes and keeps them until it is dropped, the slab is leased
         // and its part at `to` has `length` bytes; both stay until the completion event behind this copy is

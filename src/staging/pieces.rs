@@ -2,8 +2,7 @@
 
 use crate::device::{Piece, Pieces, View};
 use crate::error::{Error, Result};
-use crate::state::{Layout, Tensor};
-use smallvec::SmallVec;
+use crate::state::{Layout, Tensor, merged};
 
 /// Part of a tensor: its offset, length and destination.
 pub(super) struct Part {
@@ -49,17 +48,6 @@ impl Pieces {
 
 /// The layout of a strided tensor, in as few dimensions as possible.
 fn view(layout: &Layout, strides: &[i64]) -> Option<View> {
-    let mut dims: SmallVec<[(u64, i64); 4]> = SmallVec::new();
-    for (&size, &stride) in layout.shape.iter().zip(strides).filter(|(size, _)| **size != 1) {
-        let size = size as u64;
-        match dims.last_mut() {
-            // Rows that continue at the stride of their elements are merged into longer rows.
-            Some((outer, step)) if i64::try_from(size).is_ok_and(|n| stride.checked_mul(n) == Some(*step)) => {
-                (*outer, *step) = (*outer * size, stride);
-            }
-            _ => dims.push((size, stride)),
-        }
-    }
-    let item = layout.item()? as u32;
+    let (item, dims) = (layout.item()? as u32, merged(&layout.shape, strides));
     (dims.len() <= View::DIMS && item > 0).then_some(View { item, dims })
 }

@@ -3,6 +3,7 @@
 use super::boxes::{Key, Place};
 use super::dtype::{Dtype, Layout};
 use super::source::{DeviceStream, MemoryLocation, SharedSource, Source};
+use super::strided::Strided;
 use super::value::encode_named;
 use crate::error::{Error, Result};
 use foldhash::fast::FixedState;
@@ -50,6 +51,12 @@ impl Tensor<'_> {
             Some(address) => copy(std::ptr::without_provenance(address as usize)),
             None => self.source.read(copy),
         }
+    }
+
+    /// The elements of a tensor in host memory that is not packed.
+    pub fn strided_on_host(&self) -> Option<Strided> {
+        let strides = self.source.strides().filter(|_| self.location.stream().is_none())?;
+        Some(Strided::new(self.layout.item()?, &self.layout.shape, strides))
     }
 
     /// The strides of a tensor that is not packed.
@@ -178,10 +185,10 @@ impl<'a> StateDict<'a> {
         }
         let (layout, location) = (source.layout(), source.location());
         if let Some(strides) = source.strides()
-            && (strides.len() != layout.shape.len() || location.stream().is_none() || layout.item().is_none())
+            && (strides.len() != layout.shape.len() || layout.item().is_none())
         {
             let (dtype, shape) = (layout.dtype, &layout.shape[..]);
-            let wrong = "only whole-byte elements of a device have strides, one for each dimension";
+            let wrong = "only elements of whole bytes have strides, one for each dimension";
             return refuse(&name, format!("{wrong} strides={strides:?} dtype={dtype} shape={shape:?}"));
         }
         if layout.dtype == Dtype::F4 && layout.shape.last().is_none_or(|&last| last % 2 == 1) {

@@ -182,8 +182,12 @@ impl Layout {
         bits.is_multiple_of(8).then_some(bits / 8)
     }
 
-    /// Returns true when elements with these strides, in bytes, are packed in row-major order.
-    pub(crate) fn is_packed(&self, strides: &[i64]) -> bool {
+    /// Returns these strides, in bytes, unless elements with them are packed in row-major order.
+    pub(super) fn unpacked(&self, strides: &[i64]) -> Option<SmallVec<[i64; 4]>> {
+        (!self.is_packed(strides)).then(|| SmallVec::from_slice(strides))
+    }
+
+    fn is_packed(&self, strides: &[i64]) -> bool {
         let Some(mut expected) = self.item().and_then(|item| i64::try_from(item).ok()) else { return false };
         let mut dims = self.shape.iter().zip(strides).rev();
         let packed = dims.all(|(&size, &stride)| {

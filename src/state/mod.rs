@@ -10,6 +10,7 @@ mod dtype;
 mod part;
 mod promised;
 mod source;
+mod strided;
 mod value;
 
 pub(crate) use boxes::{Key, Place};
@@ -20,6 +21,7 @@ pub(crate) use dtype::DTYPES;
 pub use dtype::{Dtype, Element, Layout, Shape};
 pub(crate) use part::BoxInfo;
 pub use promised::{Promise, Promised, promise};
-pub use source::{DeviceStream, HostTensor, MemoryLocation, RawDevice, RawHost, Source};
+pub use source::{DeviceStream, HostTensor, MemoryLocation, OwnedBytes, RawDevice, RawHost, Source};
+pub(crate) use strided::{Dims, Step, Strided, lie_apart, merged, rearrange};
 pub(crate) use value::encode_named;
 pub use value::{decode as decode_value, encode as encode_value};

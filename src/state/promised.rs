@@ -70,13 +70,14 @@ impl Promise {
     /// Delivers the tensor.
     ///
     /// # Errors
-    /// `Invalid`, and the save fails with it: another dtype, shape or length than promised, or memory that
-    /// the program may write while the source exists.
+    /// `Invalid`, and the save fails with it: another dtype, shape or length than promised, elements that are
+    /// not packed, or memory that the program may write while the source exists.
     pub fn fulfil(mut self, source: impl Source + 'static) -> Result<()> {
         let Some(inner) = self.0.take() else { return Ok(()) };
         let (layout, location) = (source.layout(), source.location());
         let sound = layout == inner.layout && layout.bytes().is_ok_and(|bytes| bytes == location.bytes());
         let what = match location {
+            _ if sound && source.strides().is_some() => "a staged tensor must be packed".to_owned(),
             MemoryLocation::Host { writable: false, .. } if sound => {
                 inner.come(Ok(Box::new(source)));
                 return Ok(());
