@@ -210,7 +210,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
 pub use outcome::{Committed, Outcome, Phase, Progress};
-pub use restore::{Damage, DeviceTarget, Report, Targets};
+pub use restore::{Damage, DeviceTarget, HostTarget, Report, Targets};
 pub use save::{Fenced, Save, SaveOptions, Snapshot, Staged};
 pub use settings::{
     Detect, DeviceChoice, Engine, IoMode, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings,

@@ -13,13 +13,14 @@
 //! the mapping stays forever. A slab is not written while its lease is kept. Copies write to memory that the
 //! caller of [`DeviceTarget::new`] guarantees until `read_into` returns, and `read_into` waits for the same
 //! events. They stay within bounds checked against the tensor's length: the places of a box in a target are
-//! those of a region within the target.
+//! those of a region within the target, or its elements are those of a box within it.
 #![expect(unsafe_code, reason = "asynchronous copies into memory of a device; argument above")]
 
 use super::matches;
 use super::piece::{Piece, Space, coalesce, file_at, pass, share_out, worthwhile};
 use super::region::Region;
 use super::share::Share;
+use super::strided::{RowCopy, Strides};
 use super::wanted::Wanted;
 use crate::checkpoint::Checkpoint;
 use crate::completion::deadline_after;
@@ -65,6 +66,8 @@ pub struct DeviceTarget<'t> {
     pub(super) bytes: u64,
     pub(super) stream: DeviceStream<'static>,
     pub(super) dtype: Option<Dtype>,
+    /// None: the elements are packed.
+    pub(super) strides: Option<Strides>,
     /// The memory is borrowed for `'t` only.
     pub(super) borrowed: bool,
     memory: PhantomData<&'t mut ()>,
@@ -83,7 +86,40 @@ impl DeviceTarget<'_> {
     pub unsafe fn new(address: u64, bytes: u64, stream: DeviceStream<'_>) -> Self {
         // SAFETY: the caller guarantees that the stream is valid whenever the target is used.
         let stream = unsafe { stream.promised() };
-        Self { address, bytes, stream, dtype: None, borrowed: false, memory: PhantomData }
+        Self { address, bytes, stream, dtype: None, strides: None, borrowed: false, memory: PhantomData }
+    }
+
+    /// A target whose elements are not packed: the one with all indices 0 is at `address`, and `strides` has the
+    /// byte distance of neighbours for each dimension, which may be negative. The tensor, or the slice of one,
+    /// must have this dtype and shape. [`Checkpoint::read_into`] checks that, and that elements are apart.
+    ///
+    /// A thread puts the bytes of 8 MiB in the order in which they lie in the target, so that copies of rows bring
+    /// them: one where the elements of a row are side by side and rows are evenly apart, else one more for each
+    /// index of each further dimension.
+    ///
+    /// ```no_run
+    /// # use ashore::{Checkpoint, DeviceStream, DeviceTarget, Dtype, Targets};
+    /// # fn restore(checkpoint: &Checkpoint, address: u64, stream: DeviceStream<'_>) -> ashore::Result<()> {
+    /// // SAFETY: a matrix of 64 rows and 16 columns of 4 bytes each is there, and is used in this stream alone.
+    /// let transposed = unsafe { DeviceTarget::strided(address, Dtype::F32, [16, 64], [4, 64], stream) };
+    /// checkpoint.read_into(Targets::new().device("weights", transposed))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Safety
+    /// The promises of [`DeviceTarget::new`], for the bytes of all elements. Bytes between elements are neither
+    /// read nor written.
+    pub unsafe fn strided(
+        address: u64,
+        dtype: Dtype,
+        shape: impl AsRef<[usize]>,
+        strides: impl AsRef<[i64]>,
+        stream: DeviceStream<'_>,
+    ) -> Self {
+        // SAFETY: the caller of this function gives the same guarantees.
+        let target = unsafe { Self::new(address, 0, stream) };
+        Self { dtype: Some(dtype), strides: Some(Strides::new(dtype, shape, strides)), ..target }
     }
 
     /// As [`DeviceTarget::new`], for memory that may be freed as soon as `read_into` returns, whatever it
@@ -177,6 +213,8 @@ struct Loader<'l> {
     /// Slabs being copied from, oldest first.
     in_flight: VecDeque<Upload>,
     timeout: Duration,
+    /// The bytes of a part that are not side by side in its slab.
+    packed: Vec<u8>,
     /// Copies write to borrowed memory.
     borrowed: bool,
     /// Set when copies are still running at return.
@@ -187,6 +225,14 @@ struct Upload {
     slab: Lease,
     /// The completion event after its copies; None until it is recorded.
     event: Option<Dependency>,
+}
+
+/// A slab with bytes in the order of their targets, and the copies that bring them there, each with the number
+/// of its part.
+struct Ordered {
+    slab: Lease,
+    filled: usize,
+    copies: Vec<(usize, RowCopy)>,
 }
 
 /// A slab that is being read into.
@@ -206,7 +252,7 @@ impl Slab {
     /// starts at offset `first` of the file.
     fn pack(&mut self, part: &mut Wanted<'_, '_>, first: u64) -> Result<()> {
         let together = part.region.at(part.place).1;
-        if matches!(part.to, Share::Host(_)) || together >= part.to.len() || together >= RUN {
+        if !matches!(part.to, Share::Device { .. }) || together >= part.to.len() || together >= RUN {
             return Ok(());
         }
         let (bytes, mut to) = (self.0.bytes_mut(), (part.range.start - first) as usize);
@@ -287,15 +333,21 @@ impl<'l> Loader<'l> {
         unfinished: &'l AtomicBool,
     ) -> Result<Self> {
         let (queue, in_flight, timeout) = (device.loads()?, VecDeque::with_capacity(SLABS), checkpoint.timeout);
-        Ok(Self { checkpoint, arena, queue, in_flight, timeout, borrowed, unfinished })
+        Ok(Self { checkpoint, arena, queue, in_flight, timeout, packed: Vec::new(), borrowed, unfinished })
+    }
+
+    /// Leases a slab. Waits first for copies from the oldest, if this thread already has all of its slabs: `held`,
+    /// and those in flight.
+    fn lease(&mut self, held: usize) -> Result<Lease> {
+        while self.in_flight.len() + held >= SLABS {
+            if mutant::on(Mutant::LoadReuse) { _ = self.in_flight.pop_front() } else { self.land()? }
+        }
+        self.arena.try_lease().ok_or_else(|| Error::internal("a thread has lost a slab"))
     }
 
     /// Reads a piece, checks it, and queues its copies if all of it is right.
     fn bring(&mut self, mut piece: Piece<Wanted<'_, '_>>) -> Result<()> {
-        while self.in_flight.len() >= SLABS {
-            if mutant::on(Mutant::LoadReuse) { _ = self.in_flight.pop_front() } else { self.land()? }
-        }
-        let slab = self.arena.try_lease().ok_or_else(|| Error::internal("a thread has lost a slab"))?;
+        let slab = self.lease(0)?;
         let (checkpoint, mut slab, first) = (self.checkpoint, Slab(slab), piece.pages().start);
         let file = file_at(&checkpoint.opened.files, piece.file)?;
         pass(&mut slab, file, &mut piece).map_err(|e| checkpoint.unread(e, &piece))?;
@@ -308,31 +360,81 @@ impl<'l> Loader<'l> {
         if piece.parts.is_sorted_by(|one, next| one.range.end <= next.range.start) {
             piece.parts.iter_mut().try_for_each(|part| slab.pack(part, first))?;
         }
-        self.in_flight.push_back(Upload { slab: slab.0, event: None });
-        for part in &piece.parts {
-            self.hand_over(part, first).map_err(|e| checkpoint.unloaded(e, part))?;
-        }
-        let event = self.queue.event()?;
-        if let Some(upload) = self.in_flight.back_mut() {
-            upload.event = Some(event);
+        self.hand_over_strided(&piece.parts, slab.0.bytes(), first)?;
+        if piece.parts.iter().any(|part| matches!(part.to, Share::Device { .. })) {
+            self.in_flight.push_back(Upload { slab: slab.0, event: None });
+            for part in &piece.parts {
+                self.hand_over(part, first).map_err(|e| checkpoint.unloaded(e, part))?;
+            }
+            self.mark()?;
         }
         wrong.map_or(Ok(()), Err)
     }
 
+    /// Puts the bytes of checked parts, which are in the slab `from`, in the order of their targets with strides,
+    /// in another slab, and queues the copies from that.
+    fn hand_over_strided(&mut self, parts: &[Wanted<'_, '_>], from: &[u8], first: u64) -> Result<()> {
+        let mut ordered: Option<Ordered> = None;
+        for (number, part) in parts.iter().enumerate() {
+            let Share::DeviceStrided { to, .. } = &part.to else { continue };
+            let len = part.to.len() as usize;
+            let mut into = match ordered.take() {
+                Some(into) if into.slab.bytes().len() - into.filled >= len => into,
+                full => {
+                    full.map_or(Ok(()), |full| self.send(full, parts))?;
+                    Ordered { slab: self.lease(1)?, filled: 0, copies: Vec::new() }
+                }
+            };
+            let mut runs = runs(part, first).map(|(run, _)| from.get(run).ok_or_else(outside)).peekable();
+            let packed = match runs.peek() {
+                Some(Ok(run)) if run.len() == len => run,
+                _ => {
+                    self.packed.clear();
+                    runs.try_for_each(|run| Ok(self.packed.extend_from_slice(run?)))?;
+                    &self.packed[..]
+                }
+            };
+            let (at, copies) = (into.filled, &mut into.copies);
+            let room = into.slab.bytes_mut().get_mut(at..at + len).ok_or_else(outside)?;
+            to.arrange(part.place, packed, room, at, |copy| copies.push((number, copy)))?;
+            into.filled += len;
+            ordered = Some(into);
+        }
+        ordered.map_or(Ok(()), |last| self.send(last, parts))
+    }
+
+    /// Queues the copies from a slab whose bytes are in the order of their targets.
+    fn send(&mut self, ordered: Ordered, parts: &[Wanted<'_, '_>]) -> Result<()> {
+        self.in_flight.push_back(Upload { slab: ordered.slab, event: None });
+        for (part, RowCopy { ordinal, from, to, layout }) in ordered.copies {
+            self.copy(ordinal, from, to, layout).map_err(|e| self.checkpoint.unloaded(e, &parts[part]))?;
+        }
+        self.mark()
+    }
+
+    /// Records the completion event of the newest slab.
+    fn mark(&mut self) -> Result<()> {
+        let event = self.queue.event()?;
+        self.in_flight.back_mut().ok_or_else(outside)?.event = Some(event);
+        Ok(())
+    }
+
+    /// Queues a copy of rows from the newest slab.
+    fn copy(&mut self, ordinal: u32, from: usize, to: u64, layout: RowLayout) -> Result<()> {
+        let upload = self.in_flight.back().ok_or_else(outside)?;
+        let RowLayout { width, height, from_pitch, .. } = layout;
+        let end = (from + width).saturating_add((height - 1).saturating_mul(from_pitch));
+        let from = upload.slab.bytes().get(from..end).ok_or_else(outside)?.as_ptr();
+        // SAFETY: the slab stays in `in_flight` until an event after this copy is reached; the target's creator
+        // guarantees its memory.
+        unsafe { self.queue.load(ordinal, from, to, layout) }
+    }
+
     /// Queues the copies of a checked part from the newest slab, which starts at offset `first` of the file.
     fn hand_over(&mut self, part: &Wanted<'_, '_>, first: u64) -> Result<()> {
-        let (&Share::Device { ordinal, address, .. }, Some(upload)) = (&part.to, self.in_flight.back()) else {
-            return Ok(());
-        };
+        let Share::Device { ordinal, address, .. } = part.to else { return Ok(()) };
         let mut rows: Option<Rows> = None;
-        let mut queue = |rows: Rows| {
-            let RowLayout { width, height, from_pitch, .. } = rows.layout;
-            let end = (rows.from + width).saturating_add((height - 1).saturating_mul(from_pitch));
-            let from = upload.slab.bytes().get(rows.from..end).ok_or_else(outside)?.as_ptr();
-            // SAFETY: the slab stays in `in_flight` until an event after this copy is reached; the target's
-            // creator guarantees its memory.
-            unsafe { self.queue.load(ordinal, from, address + rows.to, rows.layout) }
-        };
+        let mut queue = |rows: Rows| self.copy(ordinal, rows.from, address + rows.to, rows.layout);
         for (from, to) in runs(part, first) {
             if !rows.as_mut().is_some_and(|rows| rows.add(&from, to)) {
                 rows.replace(Rows::new(&from, to)).map_or(Ok(()), &mut queue)?;

@@ -8,16 +8,19 @@
 //! **Completion.** `Ok` when all targets are filled and every digest matches. **Errors.** The first error
 //! wins and the other threads stop. The contents of the targets are then undefined, and memory allocated for
 //! the result is dropped. **Memory.** One buffer of 2 MiB per thread, and the result. For targets in device
-//! memory see `device`: two slabs of 8 MiB for each of at most 8 threads.
+//! memory see `device`: two slabs of 8 MiB for each of at most 8 threads, and 8 MiB of pageable memory more where
+//! slices go to a device at strides.
 
 mod device;
 mod piece;
 mod region;
 mod share;
+mod strided;
 mod verify;
 mod wanted;
 
 pub use device::DeviceTarget;
+pub use strided::HostTarget;
 pub use verify::{Damage, Report};
 
 use crate::checkpoint::Checkpoint;
@@ -27,9 +30,10 @@ use crate::format::entries::{SliceEntry, TensorEntry};
 use crate::mutant::{self, Mutant};
 use crate::state::{DeviceStream, Dtype, Element};
 use piece::{Piece, WINDOW, Window, coalesce, file_at, pass, visit_all, zeroed};
-use share::Share;
+use share::Memory;
 use std::collections::HashSet;
 use std::ops::Range;
+use strided::Address;
 use wanted::Wanted;
 
 /// Where to read tensors to: any number of targets, read together.
@@ -56,7 +60,7 @@ struct Target<'t> {
     dtype: Option<Dtype>,
     /// None: the whole tensor.
     slice: Option<Vec<Range<usize>>>,
-    to: Share<'t>,
+    to: Memory<'t>,
 }
 
 impl<'t> Targets<'t> {
@@ -70,7 +74,7 @@ impl<'t> Targets<'t> {
         name: impl Into<String>,
         dtype: Option<Dtype>,
         slice: Option<&[Range<usize>]>,
-        to: Share<'t>,
+        to: Memory<'t>,
     ) -> Self {
         self.targets.push(Target { name: name.into(), dtype, slice: slice.map(<[_]>::to_vec), to });
         self
@@ -79,28 +83,46 @@ impl<'t> Targets<'t> {
     /// Adds a target: the bytes of tensor `name`, into memory of exactly that length.
     #[must_use]
     pub fn bytes(self, name: impl Into<String>, to: &'t mut [u8]) -> Self {
-        self.add(name, None, None, Share::Host(to))
+        self.add(name, None, None, Memory::Host(to))
     }
 
     /// Adds a target: the elements of tensor `name`, into memory of exactly that length. The dtype must be
     /// that of `T`.
     #[must_use]
     pub fn elements<T: Element>(self, name: impl Into<String>, to: &'t mut [T]) -> Self {
-        self.add(name, Some(T::DTYPE), None, Share::Host(bytemuck::cast_slice_mut(to)))
+        self.add(name, Some(T::DTYPE), None, Memory::Host(bytemuck::cast_slice_mut(to)))
     }
 
     /// Adds a target: the bytes of a slice of tensor `name`, row-major, into memory of exactly that length.
     /// See [`Checkpoint::read_slice`].
     #[must_use]
     pub fn slice(self, name: impl Into<String>, slice: &[Range<usize>], to: &'t mut [u8]) -> Self {
-        self.add(name, None, Some(slice), Share::Host(to))
+        self.add(name, None, Some(slice), Memory::Host(to))
     }
 
     /// Adds a target: the elements of a slice of tensor `name`, row-major, into memory of exactly that
     /// length. The dtype must be that of `T`.
     #[must_use]
     pub fn slice_elements<T: Element>(self, name: impl Into<String>, slice: &[Range<usize>], to: &'t mut [T]) -> Self {
-        self.add(name, Some(T::DTYPE), Some(slice), Share::Host(bytemuck::cast_slice_mut(to)))
+        self.add(name, Some(T::DTYPE), Some(slice), Memory::Host(bytemuck::cast_slice_mut(to)))
+    }
+
+    /// Adds a target: the elements of tensor `name`, into host memory at strides.
+    #[must_use]
+    pub fn host(self, name: impl Into<String>, to: HostTarget<'t>) -> Self {
+        self.on_host(name, None, to)
+    }
+
+    /// Adds a target: the elements of a slice of tensor `name`, into host memory at strides. See
+    /// [`Checkpoint::read_slice`].
+    #[must_use]
+    pub fn host_slice(self, name: impl Into<String>, slice: &[Range<usize>], to: HostTarget<'t>) -> Self {
+        self.on_host(name, Some(slice), to)
+    }
+
+    fn on_host(self, name: impl Into<String>, slice: Option<&[Range<usize>]>, to: HostTarget<'t>) -> Self {
+        let HostTarget { pointer, strides, .. } = to;
+        self.add(name, None, slice, Memory::Strided { first: Address::Host(pointer), strides })
     }
 
     /// Refuses a checkpoint that has tensors without a target, for example one saved by a larger or another
@@ -119,8 +141,8 @@ impl<'t> Targets<'t> {
         self.on_device(name, None, to.into())
     }
 
-    /// Adds a target: the bytes of a slice of tensor `name`, row-major and packed, into device memory of
-    /// exactly that length. See [`Targets::device`].
+    /// Adds a target: the bytes of a slice of tensor `name`, row-major, into device memory of exactly that
+    /// length, packed or [at strides](DeviceTarget::strided). See [`Targets::device`].
     #[must_use]
     pub fn device_slice(
         self,
@@ -136,9 +158,13 @@ impl<'t> Targets<'t> {
         if !self.streams.contains(&to.stream) {
             self.streams.push(to.stream);
         }
-        let (address, bytes, into) = (to.address, to.bytes, None);
-        let share = Share::Device { ordinal: to.stream.ordinal, address, into, bytes };
-        self.add(name, to.dtype, slice, share)
+        let DeviceTarget { address, bytes, stream, dtype, strides, .. } = to;
+        let ordinal = stream.ordinal;
+        let memory = match strides {
+            None => Memory::Device { ordinal, address, bytes },
+            Some(strides) => Memory::Strided { first: Address::Device { ordinal, address }, strides },
+        };
+        self.add(name, dtype, slice, memory)
     }
 }
 
@@ -224,7 +250,8 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::read`], [`Checkpoint::read_as`] and [`Checkpoint::read_slice`]. `Invalid`, naming the
     /// tensor, when it has no target and the targets are [strict](Targets::strict), when a target has another
-    /// length, or when a target is in device memory and the checkpoint has no device. `Invalid` for a stream
+    /// length or shape, when elements of a target with strides overlap, or when a target is in device memory
+    /// and the checkpoint has no device. `Invalid` for a stream
     /// that is being captured into a graph. Nothing is read unless every target fits. `Device` when the
     /// device fails. `Deadline` when copies to the device make no progress for as long as
     /// [`Checkpoint::with_timeout`] allows: they may still end later. For borrowed memory the call waits
@@ -234,7 +261,7 @@ impl Checkpoint {
         if strict {
             self.refuse_unasked(&targets)?;
         }
-        let on_device = targets.iter().find(|target| matches!(target.to, Share::Device { .. }));
+        let on_device = targets.iter().find(|target| target.to.is_on_device());
         let first = on_device.map(|target| target.name.clone());
         let parts = self.plan(targets)?;
         if let Some(first) = first {

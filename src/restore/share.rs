@@ -6,18 +6,79 @@
 //! copies.
 
 use super::region::Region;
+use super::strided::{Address, DeviceElements, HostElements, Strides};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The length of a band: so short that threads of neighbouring boxes seldom meet, and so long that locking
 /// costs nothing beside the copying.
 const BAND: u64 = 256 << 10;
 
-/// Memory of a target, or a part of it.
+/// The memory of a target.
+pub(super) enum Memory<'t> {
+    Host(&'t mut [u8]),
+    Device { ordinal: u32, address: u64, bytes: u64 },
+    Strided { first: Address, strides: Strides },
+}
+
+/// Where a box lies in a target.
+pub(super) struct BoxPlace {
+    /// The places of its bytes, if the target is packed.
+    pub bytes: Region,
+    /// Its indices in each dimension of the target.
+    pub indices: Vec<Range<usize>>,
+}
+
+impl<'t> Memory<'t> {
+    pub fn is_on_device(&self) -> bool {
+        matches!(self, Self::Device { .. } | Self::Strided { first: Address::Device { .. }, .. })
+    }
+
+    /// All of it, for one box.
+    pub fn whole(self) -> Share<'t> {
+        match self {
+            Self::Host(to) => Share::Host(to),
+            Self::Device { ordinal, address, bytes } => Share::Device { ordinal, address, into: None, bytes },
+            Self::Strided { first, strides } => first.share(&strides, None),
+        }
+    }
+
+    /// Divides it among boxes, which fill it, each byte once. They are in ascending order of their first bytes.
+    pub fn divide(self, boxes: Vec<BoxPlace>) -> Vec<Share<'t>> {
+        let side_by_side = boxes.iter().all(|place| place.bytes.is_contiguous());
+        match self {
+            Self::Strided { first, strides } => {
+                boxes.iter().map(|place| first.share(&strides, Some(&place.indices))).collect()
+            }
+            packed if side_by_side => {
+                let mut all = packed.whole();
+                boxes.iter().map(|place| all.take(place.bytes.len())).collect()
+            }
+            Self::Host(to) => {
+                let target = Arc::new(Bands(to.chunks_mut(BAND as usize).map(Mutex::new).collect()));
+                shares(boxes, |bytes, into| Share::Bands { target: target.clone(), into, bytes })
+            }
+            Self::Device { ordinal, address, .. } => {
+                shares(boxes, |bytes, into| Share::Device { ordinal, address, into: Some(into), bytes })
+            }
+        }
+    }
+}
+
+fn shares<'t>(boxes: Vec<BoxPlace>, share: impl Fn(u64, Arc<Region>) -> Share<'t>) -> Vec<Share<'t>> {
+    boxes.into_iter().map(|place| share(place.bytes.len(), Arc::new(place.bytes))).collect()
+}
+
+/// Memory of a target, or a part of it, for the bytes of one box.
 pub(super) enum Share<'t> {
     /// Host memory for this part alone, filled from its start.
     Host(&'t mut [u8]),
     /// `bytes` bytes of host memory that the parts of other boxes fill as well, at the places `into`.
     Bands { target: Arc<Bands<'t>>, into: Arc<Region>, bytes: u64 },
+    /// `bytes` bytes of elements in host memory.
+    Strided { to: HostElements, bytes: u64 },
+    /// `bytes` bytes of elements in device memory.
+    DeviceStrided { to: DeviceElements, bytes: u64 },
     /// `bytes` bytes of device memory, from `address` on; or the places `into` of the memory there.
     Device { ordinal: u32, address: u64, into: Option<Arc<Region>>, bytes: u64 },
 }
@@ -26,7 +87,10 @@ impl<'t> Share<'t> {
     pub fn len(&self) -> u64 {
         match self {
             Self::Host(to) => to.len() as u64,
-            Self::Bands { bytes, .. } | Self::Device { bytes, .. } => *bytes,
+            Self::Bands { bytes, .. }
+            | Self::Strided { bytes, .. }
+            | Self::DeviceStrided { bytes, .. }
+            | Self::Device { bytes, .. } => *bytes,
         }
     }
 
@@ -42,32 +106,19 @@ impl<'t> Share<'t> {
                 *bytes -= len;
                 Self::Bands { target: target.clone(), into: into.clone(), bytes: len }
             }
+            Self::Strided { to, bytes } => {
+                *bytes -= len;
+                Self::Strided { to: to.clone(), bytes: len }
+            }
+            Self::DeviceStrided { to, bytes } => {
+                *bytes -= len;
+                Self::DeviceStrided { to: to.clone(), bytes: len }
+            }
             Self::Device { ordinal, address, into, bytes } => {
                 let share = Self::Device { ordinal: *ordinal, address: *address, into: into.clone(), bytes: len };
                 *address += if into.is_none() { len } else { 0 };
                 *bytes -= len;
                 share
-            }
-        }
-    }
-
-    /// Divides the memory of a whole target among boxes, which fill the places `boxes`, each byte once. They
-    /// are in ascending order of their first bytes.
-    pub fn divide(mut self, boxes: Vec<Region>) -> Vec<Self> {
-        if boxes.iter().all(Region::is_contiguous) {
-            return boxes.iter().map(|place| self.take(place.len())).collect();
-        }
-        let shares = boxes.into_iter().map(|place| (place.len(), Arc::new(place)));
-        match self {
-            Self::Host(to) => {
-                let target = Arc::new(Bands(to.chunks_mut(BAND as usize).map(Mutex::new).collect()));
-                shares.map(|(bytes, into)| Self::Bands { target: target.clone(), into, bytes }).collect()
-            }
-            Self::Device { ordinal, address, .. } => {
-                shares.map(|(bytes, into)| Self::Device { ordinal, address, into: Some(into), bytes }).collect()
-            }
-            Self::Bands { target, .. } => {
-                shares.map(|(bytes, into)| Self::Bands { target: target.clone(), into, bytes }).collect()
             }
         }
     }

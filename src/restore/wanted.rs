@@ -7,7 +7,7 @@
 use super::Target;
 use super::piece::Part;
 use super::region::Region;
-use super::share::Share;
+use super::share::{BoxPlace, Memory, Share};
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -36,25 +36,41 @@ impl Checkpoint {
             self.expect_dtype(tensor, dtype)?;
         }
         let region = self.region(tensor, target.slice.as_deref())?;
-        if target.to.len() != region.len() {
-            let (expected, found) = (region.len(), target.to.len());
-            let wrong = format!("a target has the wrong length tensor={:?} expected_bytes={expected}", tensor.name);
-            return Err(self.located(Error::invalid(format!("{wrong} found_bytes={found}"))));
-        }
+        self.fits(tensor, &target, region.len())?;
         if let [slice] = &tensor.slices[..] {
-            cut(tensor, slice, region, target.to, parts);
+            cut(tensor, slice, region, target.to.whole(), parts);
             return Ok(());
         }
         let mut overlaps = self.overlaps(tensor, target.slice.as_deref())?;
-        if overlaps.iter().map(|overlap| overlap.into.len()).sum::<u64>() != region.len() {
+        if overlaps.iter().map(|overlap| overlap.from.len()).sum::<u64>() != region.len() {
             return Err(self.located(Error::internal(format!("boxes do not fill a target tensor={:?}", tensor.name))));
         }
-        overlaps.sort_by_key(|overlap| overlap.into.at(0).0);
+        overlaps.sort_by_key(|overlap| overlap.into.bytes.at(0).0);
         let (from, into): (Vec<_>, Vec<_>) = overlaps.into_iter().map(|o| ((o.slice, o.from), o.into)).unzip();
         for ((slice, from), to) in from.into_iter().zip(target.to.divide(into)) {
             cut(tensor, slice, from, to, parts);
         }
         Ok(())
+    }
+
+    /// Checks that what is asked of `tensor`, which is `bytes` long, fits a target.
+    fn fits(&self, tensor: &TensorEntry, target: &Target<'_>, bytes: u64) -> Result<()> {
+        let found = match &target.to {
+            Memory::Host(to) => to.len() as u64,
+            Memory::Device { bytes, .. } => *bytes,
+            Memory::Strided { strides, .. } => {
+                self.expect_dtype(tensor, strides.dtype)?;
+                let slice = target.slice.as_ref().map(|slice| slice.iter().map(Range::len).collect::<Vec<_>>());
+                return strides
+                    .check(slice.as_deref().unwrap_or(&tensor.shape))
+                    .map_err(|e| self.located(Error::invalid(format!("{} tensor={:?}", e.message(), tensor.name))));
+            }
+        };
+        if found == bytes {
+            return Ok(());
+        }
+        let wrong = format!("a target has the wrong length tensor={:?} expected_bytes={bytes}", tensor.name);
+        Err(self.located(Error::invalid(format!("{wrong} found_bytes={found}"))))
     }
 
     /// Returns which bytes of `tensor` a slice of it selects.
@@ -98,7 +114,7 @@ impl Checkpoint {
                     format!("a box of a tensor does not fit whole bytes tensor={name:?} at={at:?} extent={shape:?}");
                 self.in_file(Error::invalid(wrong).with_source(e), slice.file)
             })?;
-            overlaps.push(Overlap { slice, from, into });
+            overlaps.push(Overlap { slice, from, into: BoxPlace { bytes: into, indices: in_target } });
         }
         Ok(overlaps)
     }
@@ -110,7 +126,7 @@ struct Overlap<'c> {
     /// Its wanted bytes in the box.
     from: Region,
     /// Where they go in the target.
-    into: Region,
+    into: BoxPlace,
 }
 
 /// Adds the blocks of `slice` that `region` touches, each with its share of `to`.
@@ -194,7 +210,13 @@ impl Part for Wanted<'_, '_> {
                     (*place, *left) = (*place + copied, *left - copied);
                 }
             }
-            Share::Device { .. } => {}
+            Share::Strided { to, bytes: left } => {
+                while let Some(from) = run(region, *place, *left, start, bytes)? {
+                    to.fill(*place, from)?;
+                    (*place, *left) = (*place + from.len() as u64, *left - from.len() as u64);
+                }
+            }
+            Share::Device { .. } | Share::DeviceStrided { .. } => {}
         }
         self.found = self.found.then(Digest::of(bytes), bytes.len() as u64);
         Ok(())

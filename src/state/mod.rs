@@ -22,6 +22,6 @@ pub use dtype::{Dtype, Element, Layout, Shape};
 pub(crate) use part::BoxInfo;
 pub use promised::{Promise, Promised, promise};
 pub use source::{DeviceStream, HostTensor, MemoryLocation, OwnedBytes, RawDevice, RawHost, Source};
-pub(crate) use strided::{Dims, Step, Strided, lie_apart, merged, rearrange};
+pub(crate) use strided::{Axis, Block, Dims, Step, Strided, lie_apart, merged, rearrange};
 pub(crate) use value::encode_named;
 pub use value::{decode as decode_value, encode as encode_value};
