@@ -217,7 +217,7 @@ pub use settings::{
 };
 pub use state::{
     Capture, DeviceStream, Dtype, Element, HostTensor, Layout, MemoryLocation, OwnedBytes, Promise, Promised,
-    RawDevice, RawHost, Shape, Source, StateDict, promise,
+    RawDevice, RawHost, Shape, Source, StateDict, Value, promise,
 };
 
 /// Compiles the examples of the README as doc tests.

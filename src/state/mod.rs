@@ -24,4 +24,4 @@ pub use promised::{Promise, Promised, promise};
 pub use source::{DeviceStream, HostTensor, MemoryLocation, OwnedBytes, RawDevice, RawHost, Source};
 pub(crate) use strided::{Axis, Block, Dims, Step, Strided, lie_apart, merged, rearrange};
 pub(crate) use value::encode_named;
-pub use value::{decode as decode_value, encode as encode_value};
+pub use value::{Kinds as Value, decode as decode_value, encode as encode_value};

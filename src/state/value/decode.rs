@@ -1,6 +1,7 @@
 //! Decodes JSON to serde values.
 
-use super::{BOOL, F32, F64, INT};
+use super::tag::Tag;
+use super::{BOOL, INT, VALUE};
 use serde::de::value::{BorrowedStrDeserializer, MapDeserializer, SeqDeserializer};
 use serde::de::{
     DeserializeSeed, Deserializer, EnumAccess, Error as _, IntoDeserializer, Unexpected, VariantAccess, Visitor,
@@ -22,38 +23,6 @@ impl<'de> IntoDeserializer<'de, Error> for Decoder<'de> {
     }
 }
 
-/// A float that a tagged object encodes.
-enum Float {
-    F32(f32),
-    F64(f64),
-}
-
-impl Float {
-    /// None for an object that is not a tag.
-    fn from_object(object: &Map<String, Value>) -> Option<Result<Self>> {
-        let (key, bits) = object.iter().next().filter(|(key, _)| *key == F32 || *key == F64)?;
-        let text = bits.as_str().filter(|_| object.len() == 1);
-        let float = if key == F32 {
-            text.and_then(|t| Some(f32::from_bits(bits_of(t, 8)?.try_into().ok()?))).map(Self::F32)
-        } else {
-            text.and_then(|t| Some(f64::from_bits(bits_of(t, 16)?))).map(Self::F64)
-        };
-        Some(float.ok_or_else(|| Error::custom(format!("a float is not its bits in lower-case hex {key}={bits}"))))
-    }
-
-    fn visit<'de, V: Visitor<'de>>(self, visitor: V) -> Result<V::Value> {
-        match self {
-            Self::F32(value) => visitor.visit_f32(value),
-            Self::F64(value) => visitor.visit_f64(value),
-        }
-    }
-}
-
-fn bits_of(text: &str, digits: usize) -> Option<u64> {
-    let hex = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
-    if text.len() == digits && text.bytes().all(hex) { u64::from_str_radix(text, 16).ok() } else { None }
-}
-
 fn visit_list<'de, V: Visitor<'de>>(items: &'de [Value], visitor: V) -> Result<V::Value> {
     let mut items = SeqDeserializer::new(items.iter().map(Decoder));
     let value = visitor.visit_seq(&mut items)?;
@@ -68,6 +37,39 @@ fn visit_object<'de, V: Visitor<'de>>(object: &'de Map<String, Value>, visitor: 
     let value = visitor.visit_map(&mut entries)?;
     entries.end()?;
     Ok(value)
+}
+
+/// Pairs of a map whose keys are of any kind.
+fn visit_pairs<'de, V: Visitor<'de>>(pairs: &'de [Value], visitor: V) -> Result<V::Value> {
+    let pair = |pair: &'de Value| pair.as_array().map(|pair| (Decoder(&pair[0]), Decoder(&pair[1])));
+    let mut entries = MapDeserializer::new(pairs.iter().filter_map(pair));
+    let value = visitor.visit_map(&mut entries)?;
+    entries.end()?;
+    Ok(value)
+}
+
+/// An integer beyond 64 bits.
+fn visit_big<'de, V: Visitor<'de>>(digits: &str, visitor: V) -> Result<V::Value> {
+    match (u128::from_str_radix(digits, 16), i128::from_str_radix(digits, 16)) {
+        (Ok(value), _) => visitor.visit_u128(value),
+        (_, Ok(value)) => visitor.visit_i128(value),
+        _ => Err(Error::custom(format!("an integer is beyond 128 bits digits={}", digits.len()))),
+    }
+}
+
+impl<'de> Decoder<'de> {
+    /// The tag of an object that is one.
+    fn tag(self) -> Result<Option<Tag<'de>>> {
+        self.0.as_object().and_then(Tag::of).transpose()
+    }
+
+    /// Goes into a NumPy scalar, which decodes as its value.
+    fn plain(self) -> Result<Self> {
+        Ok(match self.tag()? {
+            Some(Tag::Numpy(value)) => Self(value),
+            _ => self,
+        })
+    }
 }
 
 impl<'de> Deserializer<'de> for Decoder<'de> {
@@ -85,8 +87,15 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
             },
             Value::String(text) => visitor.visit_borrowed_str(text),
             Value::Array(items) => visit_list(items, visitor),
-            Value::Object(object) => match Float::from_object(object) {
-                Some(float) => float?.visit(visitor),
+            Value::Object(object) => match self.tag()? {
+                Some(Tag::F32(value)) => visitor.visit_f32(value),
+                Some(Tag::F64(value)) => visitor.visit_f64(value),
+                Some(Tag::Big(digits)) => visit_big(digits, visitor),
+                // As numbers, because types that take anything, such as `serde_json::Value`, take no bytes.
+                Some(Tag::Bytes(bytes)) => visitor.visit_seq(SeqDeserializer::new(bytes.into_iter())),
+                Some(Tag::Complex(items) | Tag::List(items)) => visit_list(items, visitor),
+                Some(Tag::Pairs(pairs)) => visit_pairs(pairs, visitor),
+                Some(Tag::Numpy(value)) => Self(value).deserialize_any(visitor),
                 None => visit_object(object, visitor),
             },
         }
@@ -96,8 +105,27 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
         if self.0.is_null() { visitor.visit_none() } else { visitor.visit_some(self) }
     }
 
-    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value> {
-        visitor.visit_newtype_struct(self)
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, name: &'static str, visitor: V) -> Result<V::Value> {
+        if name != VALUE {
+            return visitor.visit_newtype_struct(self);
+        }
+        let tagged = |tag, content| Variant { name: Key::Text(tag), content: Some(content) };
+        match (self.tag()?, self.0.as_object().and_then(|object| object.iter().next())) {
+            (Some(Tag::Bytes(bytes)), _) => visitor.visit_byte_buf(bytes),
+            (
+                Some(Tag::Big(_) | Tag::Complex(_) | Tag::List(_) | Tag::Pairs(_) | Tag::Numpy(_)),
+                Some((tag, content)),
+            ) => visitor.visit_enum(tagged(tag, content)),
+            _ => self.deserialize_any(visitor),
+        }
+    }
+
+    /// Ignores an integer of any length, which `deserialize_any` would refuse.
+    fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value> {
+        match self.tag()? {
+            Some(Tag::Big(_)) => visitor.visit_unit(),
+            _ => self.deserialize_any(visitor),
+        }
     }
 
     fn deserialize_bytes<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value> {
@@ -105,8 +133,13 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
     }
 
     fn deserialize_byte_buf<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value> {
+        let plain = self.plain()?;
+        if let Some(Tag::Bytes(bytes)) = plain.tag()? {
+            return visitor.visit_byte_buf(bytes);
+        }
+        // Bytes of older steps, and those of a list of integers.
         let byte = |item: &Value| item.as_u64().and_then(|n| u8::try_from(n).ok());
-        match self.0.as_array().and_then(|items| items.iter().map(byte).collect::<Option<Vec<u8>>>()) {
+        match plain.0.as_array().and_then(|items| items.iter().map(byte).collect::<Option<Vec<u8>>>()) {
             Some(bytes) => visitor.visit_byte_buf(bytes),
             None => self.deserialize_any(visitor),
         }
@@ -119,10 +152,11 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
         visitor: V,
     ) -> Result<V::Value> {
         let single = |object: &'de Map<String, Value>| object.iter().next().filter(|_| object.len() == 1);
-        if let Value::String(variant) = self.0 {
+        let plain = self.plain()?;
+        if let Value::String(variant) = plain.0 {
             return visitor.visit_enum(Variant { name: Key::Text(variant), content: None });
         }
-        match self.0.as_object().and_then(single) {
+        match plain.0.as_object().and_then(single) {
             Some((key, content)) => visitor.visit_enum(Variant { name: Key::parse(key)?, content: Some(content) }),
             None => Err(Error::custom("a variant is text or an object with one key")),
         }
@@ -130,7 +164,7 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
 
     forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string unit unit_struct seq tuple tuple_struct
-        map struct identifier ignored_any
+        map struct identifier
     }
 }
 

@@ -1,6 +1,7 @@
 //! Encodes serde values as JSON.
 
-use super::{BOOL, F32, F64, INT, MAX_DEPTH};
+use super::tag::{Tag, hex};
+use super::{BIG, BOOL, BYTES, F32, F64, INT, MAX_DEPTH, tag_of};
 use serde::ser::{self, Error as _, Impossible, Serialize, Serializer};
 use serde_json::{Error, Map, Value};
 
@@ -36,6 +37,12 @@ impl Encoder {
         }
     }
 
+    /// A tag with text as its content.
+    fn tagged(self, tag: &str, text: String) -> Result<Value> {
+        self.enter()?;
+        Ok(single(tag, text))
+    }
+
     fn list(self, len: Option<usize>, variant: Option<&str>) -> Result<List> {
         let depth = if variant.is_some() { Self { depth: self.enter()? } } else { self }.enter()?;
         // The length is only a hint.
@@ -47,10 +54,6 @@ impl Encoder {
         let depth = if variant.is_some() { Self { depth: self.enter()? } } else { self }.enter()?;
         Ok(Object { entries: Map::new(), key: None, depth, variant: variant.map(escaped) })
     }
-}
-
-fn too_wide<T>(value: impl std::fmt::Display) -> Result<T> {
-    Err(Error::custom(format!("an integer is beyond 64 bits value={value}")))
 }
 
 macro_rules! plain {
@@ -79,30 +82,29 @@ impl Serializer for Encoder {
     }
 
     fn serialize_i128(self, value: i128) -> Result<Value> {
-        match u128::try_from(value) {
-            Ok(value) => self.serialize_u128(value),
-            Err(_) => i64::try_from(value).map(Value::from).or_else(|_| too_wide(value)),
+        match (u128::try_from(value), i64::try_from(value)) {
+            (Ok(value), _) => self.serialize_u128(value),
+            (_, Ok(value)) => Ok(value.into()),
+            _ => self.tagged(BIG, format!("-{:x}", value.unsigned_abs())),
         }
     }
 
     fn serialize_u128(self, value: u128) -> Result<Value> {
-        u64::try_from(value).map(Value::from).or_else(|_| too_wide(value))
+        u64::try_from(value).map(Value::from).or_else(|_| self.tagged(BIG, format!("{value:x}")))
     }
 
     fn serialize_f32(self, value: f32) -> Result<Value> {
         if value.is_finite() {
             return Ok(f64::from(value).into());
         }
-        self.enter()?;
-        Ok(single(F32, format!("{:08x}", value.to_bits())))
+        self.tagged(F32, format!("{:08x}", value.to_bits()))
     }
 
     fn serialize_f64(self, value: f64) -> Result<Value> {
         if value.is_finite() {
             return Ok(value.into());
         }
-        self.enter()?;
-        Ok(single(F64, format!("{:016x}", value.to_bits())))
+        self.tagged(F64, format!("{:016x}", value.to_bits()))
     }
 
     fn serialize_char(self, value: char) -> Result<Value> {
@@ -110,8 +112,7 @@ impl Serializer for Encoder {
     }
 
     fn serialize_bytes(self, value: &[u8]) -> Result<Value> {
-        self.enter()?;
-        Ok(value.into())
+        self.tagged(BYTES, hex(value))
     }
 
     fn serialize_none(self) -> Result<Value> {
@@ -137,8 +138,13 @@ impl Serializer for Encoder {
         Ok(variant.into())
     }
 
-    fn serialize_newtype_struct<T: Serialize + ?Sized>(self, _: &'static str, value: &T) -> Result<Value> {
-        value.serialize(self)
+    fn serialize_newtype_struct<T: Serialize + ?Sized>(self, name: &'static str, value: &T) -> Result<Value> {
+        let Some(tag) = tag_of(name) else { return value.serialize(self) };
+        let object = Map::from_iter([(tag.into(), self::value(value, self.enter()?)?)]);
+        match Tag::of(&object) {
+            Some(Err(wrong)) => Err(wrong),
+            _ => Ok(object.into()),
+        }
     }
 
     fn serialize_newtype_variant<T: Serialize + ?Sized>(
@@ -301,7 +307,10 @@ impl Key {
 macro_rules! integers {
     ($($method:ident: $type:ty),*) => { $(
         fn $method(self, value: $type) -> Result<String> {
-            Ok(format!("{INT}{}", Encoder { depth: 0 }.$method(value)?))
+            if i64::try_from(value).is_err() && u64::try_from(value).is_err() {
+                return Err(Error::custom(format!("an integer key is beyond 64 bits value={value}")));
+            }
+            Ok(format!("{INT}{value}"))
         }
     )* };
 }
