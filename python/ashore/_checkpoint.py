@@ -1,0 +1,246 @@
+"""Reading steps, and listing them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from . import _ashore, _numpy
+from ._errors import InvalidError
+
+if TYPE_CHECKING:
+    import numpy
+
+StrPath = Union[str, "os.PathLike[str]"]
+Region = Sequence[Union[slice, tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a step has under a name."""
+
+    name: str
+    dtype: str
+    """The name of the dtype in safetensors: ``F32``, ``BF16``."""
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :meth:`Checkpoint.verify` found."""
+
+    files: int
+    tensors: int
+    bytes: int
+    damage: tuple[str, ...]
+    """What is not as it was written."""
+    sound: bool
+    """Whether everything is as it was written."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A step in a catalog."""
+
+    step: int
+    name: str
+    path: Path
+    bytes: int
+
+
+class Checkpoint:
+    """An open step. What it has stays readable, even if the step is deleted meanwhile.
+
+    >>> import ashore, numpy, tempfile
+    >>> saved = ashore.save(tempfile.mkdtemp(), 1, {"model": {"w": numpy.ones((2, 2), "float32")}, "epoch": 3})
+    >>> checkpoint = ashore.Checkpoint(saved.path)
+    >>> checkpoint.names(), checkpoint.value("epoch")
+    (['model.w'], 3)
+    >>> weights = numpy.empty((2, 2), "float32")
+    >>> checkpoint.read_into({"model.w": weights})
+    >>> float(weights.sum())
+    4.0
+    """
+
+    __slots__ = ("_core",)
+
+    def __init__(self, path: StrPath) -> None:
+        self._core = _ashore.Checkpoint.open(os.fspath(path))
+
+    @classmethod
+    def _of(cls, core: _ashore.Checkpoint) -> Checkpoint:
+        checkpoint = cls.__new__(cls)
+        checkpoint._core = core
+        return checkpoint
+
+    @property
+    def step(self) -> int:
+        """The step."""
+        return self._core.step
+
+    @property
+    def path(self) -> Path:
+        """The directory under which it was opened."""
+        return Path(self._core.path)
+
+    @property
+    def bytes(self) -> int:
+        """The length of all files."""
+        return self._core.bytes
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes that wrote it."""
+        return self._core.ranks
+
+    def names(self, prefix: str = "") -> list[str]:
+        """The names of the tensors that begin with ``prefix``, sorted."""
+        return self._core.names(prefix)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and size of a tensor."""
+        name, dtype, _, shape, size = self._core.info(name)
+        return TensorInfo(name, dtype, tuple(shape), size)
+
+    def boxes(self, name: str) -> list[tuple[tuple[int, int], ...]]:
+        """The boxes in which a tensor is stored: begin and end in each dimension."""
+        return [tuple(box) for box in self._core.boxes(name)]
+
+    def value_names(self) -> list[str]:
+        """The names of the values, sorted."""
+        return self._core.value_names()
+
+    def value(self, name: str) -> Any:
+        """The value ``name``, of the type it was saved with."""
+        return self._core.value(name)
+
+    def metadata(self) -> dict[str, Any]:
+        """What describes the checkpoint."""
+        return {key: self._core.metadata(key) for key in self._core.metadata_keys()}
+
+    def read(self, name: str, region: Region | None = None) -> numpy.ndarray[Any, Any]:
+        """The tensor ``name``, or a region of it (a slice for each dimension), as an array of NumPy."""
+        _, stored, dtype, shape, _ = self._core.info(name)
+        box = None if region is None else _box(region, shape, name)
+        extent = tuple(shape) if box is None else tuple(end - begin for begin, end in box)
+        array = _numpy.empty(extent, dtype, stored, name)
+        self._core.read_into([(name, array, box)], False, None)
+        return array
+
+    def tree(self) -> Any:
+        """The state as it was saved: dicts, lists and tuples, with arrays of NumPy for the tensors. Tied tensors are
+        one array. Of a step that was not saved from a tree: a dict of all tensors and values by name."""
+        arrays = {}
+        for name in self.names():
+            _, stored, dtype, shape, _ = self._core.info(name)
+            arrays[name] = _numpy.empty(tuple(shape), dtype, stored, name)
+        self._core.read_into([(name, array, None) for name, array in arrays.items()], False, None)
+        if self._core.has_tree():
+            return self._core.tree(arrays)
+        return {**arrays, **{name: self.value(name) for name in self.value_names()}}
+
+    def read_into(self, targets: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Reads tensors into memory that exists: arrays and tensors by the names of what is read into them.
+
+        Each target has the dtype and shape of the stored tensor, is contiguous and can be written; nothing is
+        converted. With ``strict`` a tensor of the step without a target is an error. Every byte is checked against
+        its digest; after an error the contents of the targets are undefined.
+
+        Raises ``InvalidError`` and ``NotFoundError``, naming the tensor, before anything is read; ``DamagedError``.
+        """
+        self._core.read_into([(name, target, None) for name, target in targets.items()], strict, None)
+
+    def _read_prepared(
+        self,
+        names: Sequence[str],
+        targets: Sequence[Any],
+        *,
+        regions: Sequence[Sequence[tuple[int, int]] | None] | None = None,
+        strict: bool = False,
+        stream: int | None = None,
+    ) -> None:
+        """Reads tensors, or regions of them (begin and end in each dimension), for an adapter. ``stream`` is the CUDA
+        stream in which the targets are used, as a number; None: the current one. It may change."""
+        boxes = [None] * len(names) if regions is None else [None if box is None else list(box) for box in regions]
+        self._core.read_into(list(zip(names, targets, boxes, strict=True)), strict, stream)
+
+    def verify(self) -> Report:
+        """Reads every byte and compares it with what was written."""
+        files, tensors, size, damage, sound = self._core.verify()
+        return Report(files, tensors, size, tuple(damage), sound)
+
+    def __repr__(self) -> str:
+        return f"<ashore.Checkpoint step={self.step} path={str(self.path)!r}>"
+
+
+def _box(region: Region, shape: Sequence[int], name: str) -> list[tuple[int, int]]:
+    if len(region) != len(shape):
+        text = f"a region has a slice for each dimension tensor={name!r} shape={list(shape)} region={list(region)}"
+        raise InvalidError(text, "invalid", name)
+    box = []
+    for part, size in zip(region, shape, strict=True):
+        if isinstance(part, slice):
+            begin, end, step = part.indices(size)
+            if step != 1:
+                raise InvalidError(f"a region has no steps tensor={name!r} region={list(region)}", "invalid", name)
+            part = (begin, max(begin, end))
+        box.append((int(part[0]), int(part[1])))
+    return box
+
+
+class Catalog:
+    """The steps under a directory.
+
+    >>> import ashore, numpy, tempfile
+    >>> root = tempfile.mkdtemp()
+    >>> for step in (1, 2, 3):
+    ...     _ = ashore.save(root, step, {"w": numpy.zeros(2)})
+    >>> catalog = ashore.Catalog(root)
+    >>> catalog.steps(), catalog.latest().step, catalog.prune(keep_last=1)
+    ([1, 2, 3], 3, [1, 2])
+    """
+
+    __slots__ = ("_core",)
+
+    def __init__(self, root: StrPath) -> None:
+        self._core = _ashore.Catalog.open(os.fspath(root))
+
+    @classmethod
+    def open(cls, root: StrPath) -> Catalog:
+        """Opens the catalog of ``root``: the same as the constructor."""
+        return cls(root)
+
+    def steps(self) -> list[int]:
+        """The numbers of all durable steps, ascending."""
+        return sorted(step for step, *_ in self._core.list())
+
+    def entries(self) -> list[Entry]:
+        """All durable steps."""
+        return [Entry(step, name, Path(path), size) for step, name, path, size in self._core.list()]
+
+    def latest(self) -> Checkpoint | None:
+        """The newest durable step, or None."""
+        found = self._core.latest()
+        return None if found is None else Checkpoint._of(found)
+
+    def latest_valid(self) -> tuple[Checkpoint, list[int]] | None:
+        """The newest step whose bytes are all as written, and the steps that it skipped. Reads that step whole."""
+        found = self._core.latest_valid()
+        return None if found is None else (Checkpoint._of(found[0]), found[1])
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint of ``step``."""
+        return Checkpoint._of(self._core.checkpoint(step))
+
+    def prune(self, keep_last: int, keep_every: int | None = None, *, dry_run: bool = False) -> list[int]:
+        """Deletes all but the newest ``keep_last`` steps and the multiples of ``keep_every``; returns those that it
+        deleted, or would delete."""
+        return self._core.prune(keep_last, keep_every, dry_run)
+
+    def delete(self, step: int) -> None:
+        """Deletes a step."""
+        self._core.delete(step)

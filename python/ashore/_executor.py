@@ -1,0 +1,260 @@
+"""The executor: saves states while the program goes on computing."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Union
+
+from . import _ashore
+from ._checkpoint import Catalog, Checkpoint
+from ._errors import InvalidError
+from ._futures import notifier
+from ._save import Committed, Save
+
+StrPath = Union[str, "os.PathLike[str]"]
+When = Literal["save", "fence"]
+Box = tuple[Sequence[int], Sequence[int]]
+
+_MISSING: Mapping[str, Any] = {}
+_SECONDS = ("abandoned_after", "save_timeout", "fence_timeout", "shutdown_timeout")
+_OPEN: weakref.WeakSet[CheckpointExecutor] = weakref.WeakSet()
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    """The settings as the engine reads them."""
+    encoded: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in _SECONDS and isinstance(value, (int, float)):
+            whole = int(value)
+            value = {"secs": whole, "nanos": int((value - whole) * 1e9)}
+        elif name == "overlap" and isinstance(value, int):
+            value = {"queue": value}
+        elif name == "on_unseen_error" and isinstance(value, str):
+            value = value.replace("_", "")
+        encoded[name] = value
+    try:
+        return json.dumps(encoded)
+    except TypeError as error:
+        raise InvalidError(f"a setting is not plain: {error} settings={settings!r}", "invalid") from None
+
+
+class CheckpointExecutor:
+    """Saves states under the directory ``root`` while the program goes on computing.
+
+    ``arena`` is the size of the host memory that states pass through, and ``chunk`` that of one copy and write, in
+    bytes. ``keep_last`` deletes older steps. ``device`` is ``"auto"``, ``"host"`` or ``"cuda:N"``. ``detect`` says
+    which saves find out that a fence was forgotten. ``alone`` is for a process that a launcher started with others
+    and that saves by itself. Other settings have the names of the engine's: ``writers``, ``files``, ``direct``,
+    ``overlap`` (how many saves may wait, or ``"block"``, ``"skip"``, ``"latest"``), ``keep_every``,
+    ``capture_budget``, ``save_timeout`` and so on; times are in seconds.
+
+    >>> import ashore, numpy, tempfile
+    >>> weights = numpy.zeros(1000, "float32")
+    >>> with ashore.CheckpointExecutor(tempfile.mkdtemp(), arena=8 << 20, chunk=1 << 20) as executor:
+    ...     for step in range(1, 4):
+    ...         executor.fence()  # from here on no save reads the weights
+    ...         weights += 1.0
+    ...         save = executor.save(step, {"weights": weights, "lr": 0.1})  # returns at once
+    ...     save.wait().step
+    ...     executor.latest().value("lr")
+    3
+    0.1
+
+    Leaving the ``with`` block waits for saves in flight, and so does the end of the interpreter.
+    """
+
+    def __init__(
+        self,
+        root: StrPath,
+        *,
+        arena: int = 256 << 20,
+        chunk: int = 8 << 20,
+        keep_last: int | None = None,
+        device: str = "auto",
+        detect: Literal["never", "first", "all"] = "first",
+        alone: bool = False,
+        **settings: Any,
+    ) -> None:
+        given = {"arena": arena, "chunk": chunk, "keep_last": keep_last, "device": device, "detect": detect}
+        self._root = os.fspath(root)
+        self._core = _ashore.Executor(self._root, _settings({**given, **settings}), alone)
+        _OPEN.add(self)
+
+    @property
+    def root(self) -> Path:
+        """The directory of the steps."""
+        return Path(self._root)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        values: Mapping[str, Any] = _MISSING,
+        metadata: Mapping[str, Any] = _MISSING,
+        capture: Mapping[str, When] | When | None = None,
+        overwrite: bool = False,
+        name: str | None = None,
+        deadline: float | None = None,
+    ) -> Save:
+        """Saves ``state`` as ``step`` and returns at once.
+
+        ``state`` is a dict, list or tuple of others, of tensors (of torch, NumPy, or any library with DLPack) and of
+        plain values. The name of each leaf is the path to it, joined by dots. Nothing may write the tensors until the
+        next :meth:`fence` returns, or ``Save.staged`` is done; small ones in host memory are copied in the call.
+        Their storages must not be resized in that time, either.
+
+        ``values`` are values beside those of the state; ``metadata`` describes the checkpoint. ``capture`` says of
+        tensors, by their names or what they are in, whether they are copied in this call (``"save"``, within the
+        setting ``capture_budget``) or by the fence; ``capture="save"`` waits until all are. ``overwrite`` replaces a
+        step. ``name`` is the name of the directory. The save fails when it is not durable after ``deadline`` seconds.
+
+        Raises ``InvalidError``, naming the tensor, for what cannot be saved as it is; the error of an earlier save
+        that nothing has seen; ``ConflictError`` while this step is being saved; ``BusyError``; ``ClosedError``.
+        """
+        handle = self._core.save(
+            step, state, dict(values), dict(metadata), capture, overwrite, name, deadline
+        )
+        return Save(handle)
+
+    def _save_prepared(
+        self,
+        step: int,
+        names: Sequence[str],
+        tensors: Sequence[Any],
+        *,
+        boxes: Sequence[Box | None] | None = None,
+        aliases: Mapping[str, str] = _MISSING,
+        values: Mapping[str, Any] = _MISSING,
+        metadata: Mapping[str, Any] = _MISSING,
+        capture: Mapping[str, When] | When | None = None,
+        overwrite: bool = False,
+        name: str | None = None,
+        deadline: float | None = None,
+        keep: object = None,
+        stream: int | None = None,
+    ) -> Save:
+        """Saves tensors under names that an adapter chose, instead of a tree.
+
+        ``boxes`` has, for each tensor, None or the shape of the whole tensor and the index of the first element; a
+        name may come several times, with a box each. ``aliases`` are more names of tensors in ``names``; tensors
+        without a box that lie in the same memory become aliases by themselves. ``keep`` is kept alive until the save
+        is staged, as the owners of the memory are. ``stream`` is the CUDA stream that wrote the tensors, as a
+        number; None: the current stream of torch, and the legacy stream for other libraries. ``capture`` cannot be
+        given for boxes. What else may be given is as in :meth:`save`. Adapters of this package call it; it may
+        change.
+        """
+        handle = self._core.save_prepared(
+            step, names, tensors, boxes, dict(aliases), dict(values), dict(metadata), capture, overwrite, name,
+            deadline, keep, stream,
+        )  # fmt: skip
+        return Save(handle)
+
+    def fence(self, streams: Iterable[Any] | None = None) -> None:
+        """Returns when the tensors of all saves so far may be written. Call it before the optimizer's step. Costs
+        next to nothing when no save is reading.
+
+        Tensors on a GPU may be written in ``streams`` (streams of torch, or pairs of device and handle), which wait
+        on the GPU; by default in the current stream of each device that saves had tensors on. Other streams must be
+        ordered after one of these.
+        """
+        self._core.fence(None if streams is None else [_stream(stream) for stream in streams])
+
+    def latest(self) -> Checkpoint | None:
+        """The newest durable step, or None."""
+        found = self._core.latest()
+        return None if found is None else Checkpoint._of(found)
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint of ``step``; another one is never returned: ``NotFoundError``."""
+        return Checkpoint._of(self._core.checkpoint(step))
+
+    @property
+    def catalog(self) -> Catalog:
+        """All steps under the root."""
+        return Catalog(self._root)
+
+    def shutdown(self, deadline: float = 60.0) -> None:
+        """Stops taking saves, waits for those in flight, and gives memory and threads back. Raises the error of a
+        save that nothing has seen, or ``DeadlineError``: those that had not ended have failed. May be called
+        again."""
+        self._core.shutdown(deadline)
+        _OPEN.discard(self)
+
+    def __enter__(self) -> CheckpointExecutor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.shutdown()
+        except Exception as late:
+            if error is None:
+                raise
+            # The error of the block is what went wrong first.
+            _ashore.unraisable(late, self)
+
+    def __repr__(self) -> str:
+        state = "open" if self._core.is_open() else "closed"
+        return f"<ashore.CheckpointExecutor {self._root!r} {state}>"
+
+
+def _stream(stream: Any) -> tuple[int, int]:
+    if isinstance(stream, tuple):
+        return stream
+    handle = getattr(stream, "cuda_stream", None)
+    if handle is None:
+        raise InvalidError(f"a stream is one of torch.cuda, or a pair of device and handle stream={stream!r}", "invalid")
+    return stream.device_index, handle
+
+
+def save(root: StrPath, step: int, state: Any, **settings: Any) -> Committed:
+    """Saves ``state`` as ``step`` under ``root`` and waits until it is durable. ``settings`` are those of
+    :class:`CheckpointExecutor`, and the options of its ``save``.
+
+    >>> import ashore, numpy, tempfile
+    >>> root = tempfile.mkdtemp()
+    >>> ashore.save(root, 7, {"weights": numpy.arange(3.0)}).path.name
+    'step-00000007'
+    >>> ashore.latest(root).tree()
+    {'weights': array([0., 1., 2.])}
+    """
+    options = ("values", "metadata", "overwrite", "name", "deadline")
+    given = {key: settings.pop(key) for key in options if key in settings}
+    with CheckpointExecutor(root, detect="never", alone=True, **settings) as executor:
+        committed = executor.save(step, state, **given).wait()
+    if committed is None:
+        raise InvalidError("the overlap policy did not begin the save", "invalid", step=step)
+    return committed
+
+
+def latest(root: StrPath) -> Checkpoint | None:
+    """The newest durable step under ``root``, or None."""
+    if not os.path.isdir(root):
+        return None
+    return Catalog(root).latest()
+
+
+def _at_exit() -> None:
+    for executor in list(_OPEN):
+        try:
+            executor.shutdown(300.0)
+        except Exception as error:
+            _ashore.unraisable(error, executor)
+    notifier.stop()
+
+
+def _in_child() -> None:
+    # They belong to the parent.
+    _OPEN.clear()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_in_child)

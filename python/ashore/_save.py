@@ -1,0 +1,130 @@
+"""The handle of a save."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import _ashore
+from ._errors import make
+from ._futures import SaveFuture
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A durable step and its measurements. Times are seconds since the call of ``save``.
+
+    >>> import ashore, numpy, tempfile
+    >>> ashore.save(tempfile.mkdtemp(), 3, {"w": numpy.zeros(4, "float32")}, arena=8 << 20, chunk=1 << 20).bytes
+    16
+    """
+
+    step: int
+    """The step."""
+    attempt: str
+    """The identity of the attempt that was published."""
+    path: Path
+    """The directory of the step."""
+    bytes: int
+    """Bytes of tensors."""
+    blocked: float
+    """How long ``save`` and fences blocked their callers for this save."""
+    staged: float
+    """When the last read of a tensor ended."""
+    durable: float
+    """When the step became durable."""
+    tail: float
+    """From the last byte written until durable: fsyncs and the publish."""
+    direct: bool
+    """Whether bytes bypassed the page cache."""
+    over_budget: int
+    """Small tensors that were not captured in the call, because the budget was used up."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a save is."""
+
+    phase: str
+    """``waiting``, ``staging``, ``writing``, ``promised``, ``publishing`` or ``ended``."""
+    bytes: int
+    """Bytes of tensors to save."""
+    staged: int
+    """Bytes copied from the tensors so far, headers included."""
+    written: int
+    """Bytes written so far, headers included."""
+
+
+def _committed(outcome: dict[str, Any] | None) -> Committed | None:
+    if outcome is None:
+        return None
+    outcome["path"] = Path(outcome["path"])
+    return Committed(**outcome)
+
+
+def _nothing(_: object) -> None:
+    return None
+
+
+class Save:
+    """A save in progress. Dropping it detaches the save, which goes on; an error that was not seen is raised by the
+    next ``save`` or by ``shutdown``.
+
+    It can be awaited in asyncio, for ``durable.result()``:
+
+    >>> import asyncio, ashore, numpy, tempfile
+    >>> async def main():
+    ...     with ashore.CheckpointExecutor(tempfile.mkdtemp(), arena=8 << 20, chunk=1 << 20) as executor:
+    ...         return await executor.save(1, {"w": numpy.ones(3)})
+    >>> asyncio.run(main()).step
+    1
+    """
+
+    __slots__ = ("__dict__", "__weakref__", "_handle")
+
+    def __init__(self, handle: _ashore.Handle) -> None:
+        self._handle = handle
+
+    @property
+    def step(self) -> int:
+        """The step being saved."""
+        return self._handle.step
+
+    @cached_property
+    def staged(self) -> Future[None]:
+        """Done when no tensor of this save will be read any more: then they may be written, as after a fence."""
+        return SaveFuture(self._handle, True, _nothing)
+
+    @cached_property
+    def durable(self) -> Future[Committed | None]:
+        """Done when the step is durable; its result is None where the overlap policy did not begin the save."""
+        return SaveFuture(self._handle, False, _committed)
+
+    def wait(self, deadline: float | None = None) -> Committed | None:
+        """Waits until the save has ended, for ``deadline`` seconds at most, without the GIL. Ctrl-C interrupts it.
+
+        Raises the error of the save, or ``DeadlineError``: then the save goes on and can be waited for again.
+        """
+        ended, outcome = self._handle.wait(deadline)
+        if not ended:
+            raise make("deadline", f"the save has not ended waited={deadline} s", step=self.step)
+        return _committed(outcome)
+
+    def progress(self) -> Progress:
+        """How far the save is."""
+        return Progress(*self._handle.progress())
+
+    def cancel(self) -> bool:
+        """Cancels the save. False when it is too late: it has ended, or is being published."""
+        return self._handle.cancel()
+
+    def __await__(self) -> Generator[Any, None, Committed | None]:
+        return asyncio.wrap_future(self.durable).__await__()
+
+    def __repr__(self) -> str:
+        return f"<ashore.Save step={self.step} phase={self._handle.progress()[0]}>"

@@ -1,0 +1,349 @@
+//! The executor: `ashore._ashore.Executor`.
+
+use crate::collect::Memory;
+use crate::errors::{self, IntoPy, closed, entry};
+use crate::handle::Handle;
+use crate::sources::{self, Item, Place};
+use crate::tree::{Leaves, SHAPE};
+use crate::waiting::interruptible;
+use crate::{checkpoint, values};
+use ashore::{Capture, CheckpointExecutor, SaveOptions, Settings, Snapshot, StateDict};
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+use pyo3::types::{PyDict, PyString};
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+/// An executor of the engine, until it is shut down.
+#[pyclass(module = "ashore._ashore", frozen)]
+pub struct Executor {
+    inner: Mutex<Option<Arc<CheckpointExecutor>>>,
+    process: u32,
+    seen: Mutex<Seen>,
+}
+
+/// What the next save is compared with.
+#[derive(Default)]
+struct Seen {
+    memories: Vec<Memory>,
+    /// A tensor of each device that saves had tensors on.
+    devices: Vec<(i32, Py<PyAny>)>,
+}
+
+/// When the tensors of a save are captured.
+struct Captures {
+    snapshot: Snapshot,
+    /// Names of tensors or of what they are in, and whether one was found.
+    rules: Vec<(String, Capture, bool)>,
+}
+
+impl Captures {
+    fn parse(capture: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let mut captures = Self { snapshot: Snapshot::AtFence, rules: Vec::new() };
+        let Some(capture) = capture.filter(|capture| !capture.is_none()) else { return Ok(captures) };
+        let when = |text: &Bound<'_, PyAny>, name: &str| match text.extract::<String>().as_deref() {
+            Ok("save") => Ok(Capture::AtSave),
+            Ok("fence") => Ok(Capture::AtFence),
+            _ => Err(errors::invalid(text.py(), "a capture is \"save\" or \"fence\"", Some(name))),
+        };
+        if capture.is_instance_of::<PyString>() {
+            if when(capture, "")? == Capture::AtSave {
+                captures.snapshot = Snapshot::AtSave;
+            }
+            return Ok(captures);
+        }
+        for pair in capture.call_method0("items")?.try_iter()? {
+            let (name, text): (String, Bound<'_, PyAny>) = pair?.extract()?;
+            let rule = when(&text, &name)?;
+            captures.rules.push((name, rule, false));
+        }
+        Ok(captures)
+    }
+
+    /// The capture of a tensor: that of the longest name which is its own, or of what it is in.
+    fn of(&mut self, name: &str) -> Option<Capture> {
+        let within = |rule: &str| {
+            let rest = name.strip_prefix(rule)?;
+            (rule.is_empty() || rest.is_empty() || rest.starts_with('.')).then_some(rule.len())
+        };
+        let best = self.rules.iter_mut().filter_map(|rule| Some((within(&rule.0)?, rule))).max_by_key(|(len, _)| *len);
+        best.map(|(_, rule)| {
+            rule.2 = true;
+            rule.1
+        })
+    }
+
+    fn all_used(&self, py: Python<'_>) -> PyResult<()> {
+        match self.rules.iter().find(|(name, _, used)| !used && !name.is_empty()) {
+            Some((name, ..)) => Err(errors::invalid(py, "a capture is given for what the state does not have", Some(name))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Executor {
+    /// The executor of the engine.
+    fn engine(&self, py: Python<'_>) -> PyResult<Arc<CheckpointExecutor>> {
+        if std::process::id() != self.process {
+            return Err(closed(py, "an executor cannot be used in a forked child: make a new one there"));
+        }
+        let inner = self.inner.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).clone();
+        inner.ok_or_else(|| closed(py, "the executor was shut down"))
+    }
+}
+
+#[pymethods]
+impl Executor {
+    #[new]
+    fn new(py: Python<'_>, root: PathBuf, settings: &str, alone: bool) -> PyResult<Self> {
+        entry(py, || {
+            let settings: Settings = serde_json::from_str(settings).map_err(|e| {
+                errors::invalid(py, &format!("a setting of the executor is unknown or of a wrong type: {e}"), None)
+            })?;
+            let build = || {
+                let builder = CheckpointExecutor::builder(root).settings(settings);
+                if alone { builder.alone() } else { builder }.build()
+            };
+            let inner = Mutex::new(Some(Arc::new(py.detach(build).or_raise(py)?)));
+            Ok(Self { inner, process: std::process::id(), seen: Mutex::default() })
+        })
+    }
+
+    /// Saves a tree of tensors and values.
+    #[pyo3(signature = (step, state, values, metadata, capture, overwrite, name, deadline))]
+    #[expect(clippy::too_many_arguments, reason = "called by ashore/_executor.py alone")]
+    fn save(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        state: &Bound<'_, PyAny>,
+        values: &Bound<'_, PyDict>,
+        metadata: &Bound<'_, PyDict>,
+        capture: Option<&Bound<'_, PyAny>>,
+        overwrite: bool,
+        name: Option<String>,
+        deadline: Option<f64>,
+    ) -> PyResult<Handle> {
+        entry(py, || {
+            let engine = self.engine(py)?;
+            let mut captures = Captures::parse(capture)?;
+            let leaves = Leaves::of(state)?;
+            let mut dict = StateDict::with_capacity(leaves.tensors.len());
+            dict.metadata(SHAPE, &leaves.shape).or_raise(py)?;
+            for (name, value) in &leaves.values {
+                dict.value(name.as_str(), value).or_raise(py)?;
+            }
+            let item = |(name, object, way): (String, _, _)| {
+                let capture = captures.of(&name);
+                Item { name, object, way: Some(way), place: None, capture }
+            };
+            let items = leaves.tensors.into_iter().map(item).collect();
+            captures.all_used(py)?;
+            let options = options(py, captures.snapshot, overwrite, name, deadline)?;
+            self.submit(py, &engine, step, dict, items, (values, metadata), options, (None, None), |_| Ok(()))
+        })
+    }
+
+    /// Saves tensors that an adapter prepared: see `CheckpointExecutor._save_prepared`.
+    #[pyo3(signature = (step, names, tensors, places, aliases, values, metadata, capture, overwrite, name, deadline, keep, stream))]
+    #[expect(clippy::too_many_arguments, reason = "called by ashore/_executor.py alone")]
+    fn save_prepared(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        names: &Bound<'_, PyAny>,
+        tensors: &Bound<'_, PyAny>,
+        places: Option<&Bound<'_, PyAny>>,
+        aliases: &Bound<'_, PyDict>,
+        values: &Bound<'_, PyDict>,
+        metadata: &Bound<'_, PyDict>,
+        capture: Option<&Bound<'_, PyAny>>,
+        overwrite: bool,
+        name: Option<String>,
+        deadline: Option<f64>,
+        keep: Option<Py<PyAny>>,
+        stream: Option<usize>,
+    ) -> PyResult<Handle> {
+        entry(py, || {
+            let engine = self.engine(py)?;
+            let mut captures = Captures::parse(capture)?;
+            if names.len()? != tensors.len()? {
+                return Err(errors::invalid(py, "there are not as many names as tensors", None));
+            }
+            let mut items = Vec::with_capacity(names.len()?);
+            let mut places = places.map(|places| places.try_iter()).transpose()?;
+            for (name, object) in names.try_iter()?.zip(tensors.try_iter()?) {
+                let name: String = name?.extract()?;
+                let place: Option<Place> = match &mut places {
+                    Some(places) => places.next().transpose()?.map(|place| place.extract()).transpose()?.flatten(),
+                    None => None,
+                };
+                let capture = captures.of(&name);
+                items.push(Item { name, object: object?, way: None, place, capture });
+            }
+            captures.all_used(py)?;
+            let options = options(py, captures.snapshot, overwrite, name, deadline)?;
+            let dict = StateDict::with_capacity(items.len());
+            let aliases = aliases.iter().map(|(name, holder)| Ok((name.extract()?, holder.extract()?)));
+            let aliases = aliases.collect::<PyResult<Vec<(String, String)>>>()?;
+            self.submit(py, &engine, step, dict, items, (values, metadata), options, (keep, stream), |dict| {
+                for (name, holder) in &aliases {
+                    dict.alias(name.as_str(), holder).or_raise(py)?;
+                }
+                Ok(())
+            })
+        })
+    }
+
+    /// Waits until the tensors may be written; with `streams`, or with tensors on GPUs, on the GPUs.
+    fn fence(&self, py: Python<'_>, streams: Option<Vec<(u32, usize)>>) -> PyResult<()> {
+        entry(py, || {
+            let engine = self.engine(py)?;
+            let mut reading = engine.fenced();
+            let settled = std::pin::Pin::new(&mut reading).poll(&mut Context::from_waker(Waker::noop()));
+            if matches!(settled, Poll::Ready(Ok(()))) {
+                // Returns at once, and marks the saves as fenced.
+                return py.detach(|| engine.fence()).or_raise(py);
+            }
+            let streams = match streams {
+                Some(streams) => streams.into_iter().map(|(ordinal, handle)| sources::given(ordinal, handle)).collect(),
+                None => {
+                    let seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+                    let devices: Vec<_> = seen.devices.iter().map(|(id, object)| (*id, object.clone_ref(py))).collect();
+                    drop(seen);
+                    sources::current(&devices, py)?
+                }
+            };
+            let wait = move || if streams.is_empty() { engine.fence() } else { engine.fence_on(&streams) };
+            interruptible(py, wait)?.or_raise(py)
+        })
+    }
+
+    /// The newest durable step.
+    fn latest(&self, py: Python<'_>) -> PyResult<Option<checkpoint::Checkpoint>> {
+        entry(py, || {
+            let engine = self.engine(py)?;
+            let found = py.detach(|| engine.latest()).or_raise(py)?;
+            Ok(found.map(checkpoint::Checkpoint::with_executor))
+        })
+    }
+
+    /// The checkpoint of a step.
+    fn checkpoint(&self, py: Python<'_>, step: u64) -> PyResult<checkpoint::Checkpoint> {
+        entry(py, || {
+            let engine = self.engine(py)?;
+            let found = py.detach(|| engine.checkpoint(step)).or_raise(py)?;
+            Ok(checkpoint::Checkpoint::with_executor(found))
+        })
+    }
+
+    /// How the executor works: device, engine, arena.
+    fn report(&self, py: Python<'_>) -> PyResult<(String, String, u64)> {
+        entry(py, || {
+            let engine = self.engine(py)?;
+            Ok((engine.device().to_string(), engine.engine().to_owned(), engine.settings().arena))
+        })
+    }
+
+    /// Whether it takes saves.
+    fn is_open(&self, py: Python<'_>) -> bool {
+        self.engine(py).is_ok()
+    }
+
+    /// Waits for saves in flight, and ends the threads. Returns false when that was done before.
+    fn shutdown(&self, py: Python<'_>, deadline: f64) -> PyResult<bool> {
+        entry(py, || {
+            if std::process::id() != self.process {
+                return Err(closed(py, "an executor cannot be shut down in a forked child"));
+            }
+            let Ok(engine) = self.engine(py) else { return Ok(false) };
+            let timeout = seconds(py, deadline)?;
+            let shut_down = {
+                let engine = engine.clone();
+                interruptible(py, move || engine.shutdown(timeout))?
+            };
+            let inner = self.inner.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).take();
+            let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+            let seen = std::mem::take(&mut *seen);
+            py.detach(move || drop((engine, inner)));
+            drop(seen);
+            shut_down.or_raise(py)?;
+            Ok(true)
+        })
+    }
+}
+
+type Named<'a, 'py> = (&'a Bound<'py, PyDict>, &'a Bound<'py, PyDict>);
+
+impl Executor {
+    #[expect(clippy::too_many_arguments, reason = "the parts of one call")]
+    fn submit(
+        &self,
+        py: Python<'_>,
+        engine: &Arc<CheckpointExecutor>,
+        step: u64,
+        mut dict: StateDict<'static>,
+        items: Vec<Item<'_>>,
+        (values, metadata): Named<'_, '_>,
+        options: SaveOptions,
+        (keep, stream): (Option<Py<PyAny>>, Option<usize>),
+        finish: impl FnOnce(&mut StateDict<'static>) -> PyResult<()>,
+    ) -> PyResult<Handle> {
+        for (name, value) in values {
+            let name: String = name.extract()?;
+            dict.value(name.as_str(), &values::encode(&value, &name)?).or_raise(py)?;
+        }
+        for (name, value) in metadata {
+            let name: String = name.extract()?;
+            dict.metadata(name.as_str(), &values::encode(&value, &name)?).or_raise(py)?;
+        }
+        // Taken out, because collecting runs code of Python.
+        let mut memories = std::mem::take(&mut self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).memories);
+        let devices = sources::add(py, &mut dict, items, &mut memories, keep, stream)?;
+        let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
+        seen.memories = memories;
+        for (id, (_, object)) in devices {
+            if !seen.devices.iter().any(|(known, _)| *known == id) {
+                seen.devices.push((id, object.unbind()));
+            }
+        }
+        drop(seen);
+        finish(&mut dict)?;
+        let save = py.detach(|| engine.save_with(step, dict, options)).or_raise(py)?;
+        Ok(Handle::new(save))
+    }
+}
+
+fn options(
+    py: Python<'_>,
+    snapshot: Snapshot,
+    overwrite: bool,
+    name: Option<String>,
+    deadline: Option<f64>,
+) -> PyResult<SaveOptions> {
+    let mut options = SaveOptions::default().snapshot(snapshot);
+    options.overwrite = overwrite;
+    options.name = name;
+    options.timeout = deadline.map(|deadline| seconds(py, deadline)).transpose()?;
+    Ok(options)
+}
+
+/// A number of seconds.
+pub fn seconds(py: Python<'_>, seconds: f64) -> PyResult<Duration> {
+    let why = "a deadline is a number of seconds, 0 or more";
+    Duration::try_from_secs_f64(seconds).map_err(|_| errors::invalid(py, &format!("{why} seconds={seconds}"), None))
+}
+
+impl Drop for Executor {
+    fn drop(&mut self) {
+        let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        // Waits for saves in flight: not with the GIL. After the end of the interpreter there is none.
+        let mut inner = Some(inner);
+        if Python::try_attach(|py| py.detach(|| drop(inner.take()))).is_none() {
+            drop(inner);
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! The handle of a save: `ashore._ashore.Handle`.
+
+use crate::errors::{IntoPy, closed, entry};
+use crate::executor::seconds;
+use crate::waiting::SLICE;
+use crate::notify;
+use ashore::{Committed, ErrorKind, IoMode, Outcome, Phase, Save};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+/// A save in progress.
+#[pyclass(module = "ashore._ashore", frozen)]
+pub struct Handle {
+    save: Save,
+    process: u32,
+}
+
+impl Handle {
+    pub fn new(save: Save) -> Self {
+        Self { save, process: std::process::id() }
+    }
+
+    fn ours(&self, py: Python<'_>) -> PyResult<()> {
+        if std::process::id() == self.process {
+            return Ok(());
+        }
+        Err(closed(py, "a save cannot be used in a forked child: it belongs to the parent"))
+    }
+
+    /// How the save ended, if it has.
+    fn ended<'py>(&self, py: Python<'py>) -> Option<PyResult<Option<Bound<'py, PyDict>>>> {
+        self.save.try_get().map(|result| match result.or_raise(py)? {
+            Outcome::Durable(committed) => Ok(Some(of_committed(py, &committed)?)),
+            _ => Ok(None),
+        })
+    }
+
+    /// Whether it is staged, if it is or has failed.
+    fn staged_now(&self, py: Python<'_>) -> Option<PyResult<()>> {
+        let mut staged = self.save.staged();
+        match Pin::new(&mut staged).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(result) => Some(result.or_raise(py)),
+            Poll::Pending => None,
+        }
+    }
+
+    /// Waits in slices until `check` has a result, or `deadline` seconds have passed: then None.
+    fn sliced<T>(
+        &self,
+        py: Python<'_>,
+        deadline: Option<f64>,
+        wait: impl Fn(&Save, Duration) -> ashore::Result<()> + Sync,
+        check: impl Fn() -> Option<PyResult<T>>,
+    ) -> PyResult<Option<T>> {
+        self.ours(py)?;
+        let until = deadline.map(|deadline| seconds(py, deadline)).transpose()?.map(|wait| Instant::now().checked_add(wait));
+        loop {
+            if let Some(result) = check() {
+                return result.map(Some);
+            }
+            let left = match until.flatten() {
+                Some(until) => until.saturating_duration_since(Instant::now()),
+                None => SLICE,
+            };
+            if left.is_zero() {
+                return Ok(None);
+            }
+            let (save, wait) = (self.save.clone(), &wait);
+            let waited = py.detach(move || wait(&save, left.min(SLICE)));
+            if let Some(result) = check() {
+                return result.map(Some);
+            }
+            // Refused, as in a thread of the engine; a failure of the save would have been seen above.
+            if waited.as_ref().is_err_and(|e| e.kind() != ErrorKind::Deadline) {
+                waited.or_raise(py)?;
+            }
+            py.check_signals()?;
+        }
+    }
+}
+
+#[pymethods]
+impl Handle {
+    #[getter]
+    fn step(&self) -> u64 {
+        self.save.step()
+    }
+
+    /// Waits for the end: (True, outcome), or (False, None) at the deadline.
+    fn wait<'py>(&self, py: Python<'py>, deadline: Option<f64>) -> PyResult<(bool, Option<Bound<'py, PyDict>>)> {
+        entry(py, || {
+            let ended = self.sliced(py, deadline, |save, slice| save.wait(slice).map(drop), || self.ended(py))?;
+            Ok(ended.map_or((false, None), |ended| (true, ended)))
+        })
+    }
+
+    /// Waits until the state is staged; False at the deadline.
+    fn wait_staged(&self, py: Python<'_>, deadline: Option<f64>) -> PyResult<bool> {
+        entry(py, || {
+            let staged = self.sliced(py, deadline, |save, slice| save.staged().wait(slice), || self.staged_now(py))?;
+            Ok(staged.is_some())
+        })
+    }
+
+    /// Has the notifier told `token` when the save has ended, or is staged.
+    fn watch(&self, py: Python<'_>, token: u64, staged: bool) -> PyResult<()> {
+        entry(py, || {
+            self.ours(py)?;
+            if staged { notify::when_staged(&self.save, token) } else { notify::when_done(&self.save, token) }
+            Ok(())
+        })
+    }
+
+    /// Phase, bytes of tensors, bytes staged, bytes written.
+    fn progress(&self) -> (&'static str, u64, u64, u64) {
+        let progress = self.save.progress();
+        let phase = match progress.phase {
+            Phase::Waiting => "waiting",
+            Phase::Staging => "staging",
+            Phase::Writing => "writing",
+            Phase::Promised => "promised",
+            Phase::Publishing => "publishing",
+            _ => "ended",
+        };
+        (phase, progress.bytes, progress.staged, progress.written)
+    }
+
+    fn cancel(&self, py: Python<'_>) -> PyResult<bool> {
+        entry(py, || {
+            self.ours(py)?;
+            let save = self.save.clone();
+            Ok(py.detach(move || save.cancel()))
+        })
+    }
+}
+
+fn of_committed<'py>(py: Python<'py>, committed: &Committed) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("step", committed.step)?;
+    dict.set_item("attempt", committed.attempt.to_string())?;
+    dict.set_item("path", &committed.path)?;
+    dict.set_item("bytes", committed.bytes)?;
+    dict.set_item("blocked", committed.blocked.as_secs_f64())?;
+    dict.set_item("staged", committed.staged.as_secs_f64())?;
+    dict.set_item("durable", committed.durable.as_secs_f64())?;
+    dict.set_item("tail", committed.tail.as_secs_f64())?;
+    dict.set_item("direct", committed.mode == IoMode::Direct)?;
+    dict.set_item("over_budget", committed.over_budget)?;
+    Ok(dict)
+}

@@ -1,0 +1,56 @@
+//! The extension module of the Python package `ashore`: `ashore._ashore`. Its classes are thin; the package's own
+//! modules make the API of them.
+//!
+//! # Safety argument
+//! The one unsafe call asks the interpreter for its number, while a thread of that interpreter is in this module.
+#![expect(unsafe_code, reason = "the number of the interpreter; argument above")]
+
+mod checkpoint;
+mod collect;
+mod dlpack;
+mod dtypes;
+mod errors;
+mod executor;
+mod handle;
+mod notify;
+mod sources;
+mod targets;
+mod tree;
+mod types;
+mod values;
+mod waiting;
+
+use pyo3::exceptions::PyImportError;
+use pyo3::prelude::*;
+
+/// Passes an exception on to `sys.unraisablehook`.
+#[pyfunction]
+fn unraisable(py: Python<'_>, exception: Bound<'_, PyAny>, object: Option<Bound<'_, PyAny>>) {
+    PyErr::from_value(exception).write_unraisable(py, object.as_ref());
+}
+
+/// Panics, for the test that a panic becomes an `InternalError`.
+#[pyfunction]
+fn panic_for_test(py: Python<'_>) -> PyResult<()> {
+    errors::entry(py, || panic!("as the test asked"))
+}
+
+#[pymodule]
+fn _ashore(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    // SAFETY: this thread has a state of the interpreter that imports the module.
+    let interpreter = unsafe { pyo3::ffi::PyInterpreterState_GetID(pyo3::ffi::PyInterpreterState_Get()) };
+    if interpreter != 0 {
+        return Err(PyImportError::new_err("ashore cannot be imported in a subinterpreter: its threads serve one"));
+    }
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<executor::Executor>()?;
+    module.add_class::<handle::Handle>()?;
+    module.add_class::<checkpoint::Checkpoint>()?;
+    module.add_class::<checkpoint::Catalog>()?;
+    module.add_function(wrap_pyfunction!(notify::notify_next, module)?)?;
+    module.add_function(wrap_pyfunction!(notify::notify_stop, module)?)?;
+    module.add_function(wrap_pyfunction!(notify::notify_forget, module)?)?;
+    module.add_function(wrap_pyfunction!(unraisable, module)?)?;
+    module.add_function(wrap_pyfunction!(panic_for_test, module)?)?;
+    Ok(())
+}

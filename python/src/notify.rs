@@ -1,0 +1,107 @@
+//! Tells the notifier thread of Python which saves have come to an end or are staged.
+//!
+//! Threads of the engine push numbers into a queue and never take the GIL. One thread of Python waits for them
+//! here without the GIL, and completes the futures.
+
+use ashore::{Save, Staged};
+use pyo3::prelude::*;
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
+
+/// A forked child gets a queue of its own: the parent's may have been locked at the fork. Forks within forks come
+/// round to the first one again.
+static QUEUES: [Queue; 16] = [const { Queue { state: Mutex::new(None), more: Condvar::new() } }; 16];
+static CURRENT: AtomicUsize = AtomicUsize::new(0);
+
+fn queue() -> &'static Queue {
+    &QUEUES[CURRENT.load(Ordering::Relaxed) % QUEUES.len()]
+}
+
+struct Queue {
+    state: Mutex<Option<State>>,
+    more: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    ready: Vec<u64>,
+    /// Futures that wake the queue.
+    staged: HashMap<u64, Staged>,
+    stopped: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Option<State>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, token: u64) {
+        self.lock().get_or_insert_default().ready.push(token);
+        self.more.notify_one();
+    }
+}
+
+/// Wakes the queue for one future.
+struct Token(u64);
+
+impl Wake for Token {
+    fn wake(self: Arc<Self>) {
+        queue().push(self.0);
+    }
+}
+
+/// Pushes `token` when `save` has ended.
+pub fn when_done(save: &Save, token: u64) {
+    save.on_done(move |_| queue().push(token));
+}
+
+/// Pushes `token` when `save` is staged.
+pub fn when_staged(save: &Save, token: u64) {
+    let mut staged = save.staged();
+    let waker = Waker::from(Arc::new(Token(token)));
+    match Pin::new(&mut staged).poll(&mut Context::from_waker(&waker)) {
+        Poll::Ready(_) => queue().push(token),
+        Poll::Pending => drop(queue().lock().get_or_insert_default().staged.insert(token, staged)),
+    }
+}
+
+/// Waits for the next tokens; returns an empty list once, after `notify_stop`.
+#[pyfunction]
+pub fn notify_next(py: Python<'_>) -> Vec<u64> {
+    py.detach(|| {
+        let queue = queue();
+        let mut state = queue.lock();
+        loop {
+            let now = state.get_or_insert_default();
+            if std::mem::take(&mut now.stopped) {
+                return Vec::new();
+            }
+            if !now.ready.is_empty() {
+                let ready = std::mem::take(&mut now.ready);
+                let done: Vec<_> = ready.iter().filter_map(|token| now.staged.remove(token)).collect();
+                drop(state);
+                // Not under the lock: its drop may drop a waker.
+                drop(done);
+                return ready;
+            }
+            state = queue.more.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    })
+}
+
+/// Ends the wait of the notifier thread.
+#[pyfunction]
+pub fn notify_stop() {
+    queue().lock().get_or_insert_default().stopped = true;
+    queue().more.notify_all();
+}
+
+/// Forgets what the parent of a forked child waits for.
+#[pyfunction]
+pub fn notify_forget() {
+    CURRENT.fetch_add(1, Ordering::Relaxed);
+}

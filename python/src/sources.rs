@@ -1,0 +1,169 @@
+//! From collected tensors to a state dict of the engine.
+//!
+//! # Safety argument
+//! A source is read by threads of the engine until the save is staged. The objects that own the memory (the
+//! storages of torch's tensors, NumPy's arrays, capsules of DLPack) are in one Python list, to which each source
+//! has a reference, so the memory stays allocated as long. torch alone can free it under a reference, by
+//! `resize_` of a storage: the documentation forbids that between `save` and the fence. That nothing writes the
+//! memory between a save and the fence is what the caller of `CheckpointExecutor.save` promises; where that is
+//! broken, bytes are wrong and no memory is. The extents were checked against the storages. A stream is the one
+//! in which the library queues its work, which torch never destroys.
+#![expect(unsafe_code, reason = "sources over memory that Python objects own; argument above")]
+
+use crate::collect::{self, Found, Memory};
+use crate::errors::{self, IntoPy};
+use crate::types::Way;
+use ashore::{Capture, DeviceStream, RawDevice, RawHost, StateDict};
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Where a box lies: the shape of the whole tensor, and the index of the first element.
+pub type Place = (Vec<usize>, Vec<usize>);
+
+/// A tensor to be saved.
+pub struct Item<'py> {
+    pub name: String,
+    pub object: Bound<'py, PyAny>,
+    /// How the object describes itself, where that is known.
+    pub way: Option<Way>,
+    /// None: the object is the whole tensor.
+    pub place: Option<Place>,
+    pub capture: Option<Capture>,
+}
+
+/// What owns the memory of all tensors of a save. It is dropped by a thread of the engine without the GIL: the
+/// reference is then given back by the next call into this module.
+type Keep = Arc<Py<PyList>>;
+
+/// The streams of the devices that a save had tensors on, and how to ask for the current one.
+pub type Devices<'py> = HashMap<i32, (DeviceStream<'static>, Bound<'py, PyAny>)>;
+
+/// Finds the memory of `items` and adds them to `state`. `seen` has the memory of the tensors of the last save, in
+/// order, and gets that of this one. `extra` is kept alive, too.
+///
+/// # Errors
+/// `InvalidError`, naming the tensor.
+pub fn add<'py>(
+    py: Python<'py>,
+    state: &mut StateDict<'static>,
+    items: Vec<Item<'py>>,
+    seen: &mut Vec<Memory>,
+    extra: Option<Py<PyAny>>,
+    stream: Option<usize>,
+) -> PyResult<Devices<'py>> {
+    let mut devices: Devices<'py> = HashMap::new();
+    let mut owners: Vec<Py<PyAny>> = extra.into_iter().collect();
+    owners.reserve(items.len());
+    let mut memories = Vec::with_capacity(items.len());
+    for (number, item) in items.iter().enumerate() {
+        let known = seen.get(number);
+        let Found { memory, keep, .. } = match item.way {
+            Some(way) => collect::find_by(way, &item.object, &item.name, known)?,
+            None => collect::find(&item.object, &item.name, known)?,
+        };
+        if !memory.on_host() && !devices.contains_key(&memory.device.id) {
+            let handle = match stream {
+                Some(handle) => handle,
+                None => collect::current_stream(&item.object, memory.device)?,
+            };
+            let ordinal = u32::try_from(memory.device.id).unwrap_or(0);
+            // SAFETY: a stream that the library uses, of this device; see above.
+            let stream = unsafe { DeviceStream::new(ordinal, handle) };
+            devices.insert(memory.device.id, (promised(stream), item.object.clone()));
+        }
+        owners.push(keep);
+        memories.push(memory);
+    }
+    let keep: Keep = Arc::new(PyList::new(py, owners)?.unbind());
+    let mut holders: HashMap<&Memory, usize, foldhash::fast::FixedState> = HashMap::default();
+    holders.reserve(memories.len());
+    for (number, (item, memory)) in items.iter().zip(&memories).enumerate() {
+        if item.place.is_none() && memory.elements() > 0 {
+            let holder = *holders.entry(memory).or_insert(number);
+            if let Some(holder) = items.get(holder).filter(|_| holder != number) {
+                state.alias(item.name.clone(), &holder.name).or_raise(py)?;
+                continue;
+            }
+        }
+        let stream = devices.get(&memory.device.id).map(|(stream, _)| *stream);
+        put(py, state, item, memory, stream, keep.clone())?;
+    }
+    drop(holders);
+    *seen = memories;
+    Ok(devices)
+}
+
+/// torch's streams live as long as the process, and so does the legacy stream.
+fn promised(stream: DeviceStream<'_>) -> DeviceStream<'static> {
+    // SAFETY: see the safety argument.
+    unsafe { DeviceStream::new(stream.ordinal(), stream.handle()) }
+}
+
+fn put(
+    py: Python<'_>,
+    state: &mut StateDict<'static>,
+    item: &Item<'_>,
+    memory: &Memory,
+    stream: Option<DeviceStream<'static>>,
+    keep: Keep,
+) -> PyResult<()> {
+    let (dtype, shape) = (memory.dtype, &memory.shape[..]);
+    // A tensor without elements has no address.
+    let address = memory.address.max(std::mem::align_of::<u64>());
+    match (stream.filter(|_| !memory.on_host()), &memory.strides) {
+        (None, None) => {
+            let pointer = std::ptr::with_exposed_provenance::<u8>(address);
+            // SAFETY: `keep` owns the memory; see the safety argument.
+            insert(py, state, item, unsafe { RawHost::new(pointer, memory.bytes(), dtype, shape, keep) })
+        }
+        (None, Some(strides)) => {
+            let pointer = std::ptr::with_exposed_provenance::<u8>(address);
+            // SAFETY: as above, and the extent of the elements was checked.
+            insert(py, state, item, unsafe { RawHost::strided(pointer, dtype, shape, strides, keep) })
+        }
+        (Some(stream), None) => {
+            // SAFETY: as above, in memory of the stream's device.
+            insert(py, state, item, unsafe { RawDevice::new(address as u64, memory.bytes(), dtype, shape, stream, keep) })
+        }
+        (Some(stream), Some(strides)) => {
+            // SAFETY: as above.
+            insert(py, state, item, unsafe { RawDevice::strided(address as u64, dtype, shape, strides, stream, keep) })
+        }
+    }
+}
+
+fn insert(
+    py: Python<'_>,
+    state: &mut StateDict<'static>,
+    item: &Item<'_>,
+    source: impl ashore::Source + 'static,
+) -> PyResult<()> {
+    let name = item.name.clone();
+    let added = match (&item.place, item.capture) {
+        (None, None) => state.tensor(name, source),
+        (None, Some(capture)) => state.tensor_captured(name, source, capture),
+        (Some((shape, at)), None) => state.tensor_box(name, shape, at, source),
+        (Some(_), Some(_)) => {
+            return Err(errors::invalid(py, "a box is captured as the engine chooses: give no capture", Some(&name)));
+        }
+    };
+    added.or_raise(py).map(drop)
+}
+
+/// The current streams of the devices of a save.
+pub fn current(devices: &[(i32, Py<PyAny>)], py: Python<'_>) -> PyResult<Vec<DeviceStream<'static>>> {
+    let stream = |(id, object): &(i32, Py<PyAny>)| {
+        let device = crate::dlpack::Device { kind: crate::dlpack::CUDA, id: *id };
+        let handle = collect::current_stream(object.bind(py), device)?;
+        Ok(given(u32::try_from(*id).unwrap_or(0), handle))
+    };
+    devices.iter().map(stream).collect()
+}
+
+/// A stream that the program gives by its handle.
+pub fn given(ordinal: u32, handle: usize) -> DeviceStream<'static> {
+    // SAFETY: the documentation of `fence` requires a stream of that device that is alive.
+    unsafe { DeviceStream::new(ordinal, handle) }
+}

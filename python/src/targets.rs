@@ -1,0 +1,171 @@
+//! Reading into memory that Python objects own.
+//!
+//! # Safety argument
+//! A target is memory that an object describes, which this call holds. Before anything is read, each target is
+//! found writable and packed, its size is that of the region that is read, and no two targets share a byte: each
+//! slice is then the only one of its memory in this library. That no other thread of the program uses the memory
+//! meanwhile is what the caller of `read_into` promises; where that is broken, values are torn, as in any
+//! library that fills tensors without the GIL.
+#![expect(unsafe_code, reason = "slices of memory that Python objects own; argument above")]
+
+use crate::collect::{self, Found};
+use crate::dlpack;
+use crate::errors::{IntoPy, invalid};
+use crate::sources;
+use ashore::{Checkpoint, DeviceChoice, DeviceTarget, Targets};
+use pyo3::prelude::*;
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// What is read, and to where.
+pub struct Wanted<'py> {
+    pub name: String,
+    pub object: Bound<'py, PyAny>,
+    /// None: the whole tensor.
+    pub region: Option<Vec<(usize, usize)>>,
+}
+
+/// Fills all targets. With `needs_device` the checkpoint has no device for targets in its memory.
+///
+/// # Errors
+/// `InvalidError`, naming the tensor, for a target of another dtype or shape, one that cannot be written, is not
+/// packed, or shares memory with another. `NotFoundError` for a name that the checkpoint does not have.
+pub fn read(
+    py: Python<'_>,
+    checkpoint: &Checkpoint,
+    wanted: Vec<Wanted<'_>>,
+    strict: bool,
+    stream: Option<usize>,
+    needs_device: bool,
+) -> PyResult<()> {
+    let mut founds = Vec::with_capacity(wanted.len());
+    for want in &wanted {
+        founds.push(fitting(py, checkpoint, want)?);
+    }
+    let again = same_memory(py, checkpoint, &wanted, &founds)?;
+    let mut targets = if strict { Targets::new().strict() } else { Targets::new() };
+    let mut streams: HashMap<i32, usize> = HashMap::new();
+    for (number, (want, Found { memory, .. })) in wanted.iter().zip(&founds).enumerate() {
+        if again.contains(&number) {
+            // Its memory is filled under the other name. A target without bytes counts as asked for.
+            targets = targets.slice(want.name.as_str(), &nothing(memory.shape.len()), &mut []);
+            continue;
+        }
+        let region: Option<Vec<Range<usize>>> =
+            want.region.as_ref().map(|region| region.iter().map(|&(begin, end)| begin..end).collect());
+        let name = want.name.as_str();
+        if memory.on_host() {
+            let length = memory.bytes() as usize;
+            let bytes: &mut [u8] = if length == 0 {
+                &mut []
+            } else {
+                // SAFETY: writable memory of the object, of this length, and no other target's.
+                unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(memory.address), length) }
+            };
+            targets = match &region {
+                Some(region) => targets.slice(name, region, bytes),
+                None => targets.bytes(name, bytes),
+            };
+            continue;
+        }
+        let handle = match (stream, streams.get(&memory.device.id)) {
+            (Some(handle), _) | (None, Some(&handle)) => handle,
+            (None, None) => collect::current_stream(&want.object, memory.device)?,
+        };
+        streams.insert(memory.device.id, handle);
+        let on = sources::given(u32::try_from(memory.device.id).unwrap_or(0), handle);
+        // SAFETY: memory of the object on that device, used in the library's current stream.
+        let target = unsafe { DeviceTarget::new(memory.address as u64, memory.bytes(), on) };
+        let target = target.with_dtype(memory.dtype);
+        targets = match &region {
+            Some(region) => targets.device_slice(name, region, target),
+            None => targets.device(name, target),
+        };
+    }
+    let on_device = founds.iter().any(|found| !found.memory.on_host());
+    // The GIL is given up; `wanted` and `founds` hold the objects.
+    let read = || match needs_device && on_device {
+        true => checkpoint.clone().with_device(DeviceChoice::Auto)?.read_into(targets),
+        false => checkpoint.read_into(targets),
+    };
+    py.detach(read).or_raise(py)?;
+    py.check_signals()
+}
+
+fn nothing(dims: usize) -> Vec<Range<usize>> {
+    vec![0..0; dims]
+}
+
+/// Finds the memory of a target that fits what is read.
+fn fitting(py: Python<'_>, checkpoint: &Checkpoint, want: &Wanted<'_>) -> PyResult<Found> {
+    let stored = checkpoint.tensor(&want.name).or_raise(py)?;
+    let found = collect::find(&want.object, &want.name, None)?;
+    let memory = &found.memory;
+    let refuse = |why: String| Err(invalid(py, &why, Some(&want.name)));
+    let shape: Vec<usize> = match &want.region {
+        None => stored.shape.to_vec(),
+        Some(region) => region.iter().map(|(begin, end)| end.saturating_sub(*begin)).collect(),
+    };
+    if memory.dtype != stored.dtype || memory.shape[..] != shape[..] {
+        let (dtype, has) = (memory.dtype, &memory.shape[..]);
+        return refuse(format!(
+            "a target has another dtype or shape than what is read into it dtype={dtype} shape={has:?} stored_dtype={} stored_shape={shape:?}",
+            stored.dtype
+        ));
+    }
+    if found.read_only {
+        return refuse("a target is read-only".into());
+    }
+    if memory.strides.is_some() {
+        return refuse("a target is not contiguous: read into a contiguous one and copy".into());
+    }
+    Ok(found)
+}
+
+/// Finds targets in the same memory as another: those of tied tensors are read once.
+///
+/// # Errors
+/// `InvalidError` for targets that overlap otherwise, or whose tensors are stored apart.
+fn same_memory(
+    py: Python<'_>,
+    checkpoint: &Checkpoint,
+    wanted: &[Wanted<'_>],
+    founds: &[Found],
+) -> PyResult<std::collections::HashSet<usize>> {
+    let mut order: Vec<usize> = (0..founds.len()).filter(|&number| founds[number].memory.elements() > 0).collect();
+    let extent = |number: usize| {
+        let memory = &founds[number].memory;
+        let device = if memory.on_host() { (dlpack::CPU, 0) } else { (memory.device.kind, memory.device.id) };
+        (device, memory.extent())
+    };
+    order.sort_by_key(|&number| extent(number));
+    let mut again = std::collections::HashSet::new();
+    let mut last: Option<usize> = None;
+    for number in order {
+        if let Some(before) = last {
+            let ((device, (begin, end)), (other_device, (_, other_end))) = (extent(number), extent(before));
+            if device == other_device && begin < other_end {
+                let (one, two) = (&wanted[before], &wanted[number]);
+                let same = (begin, end) == extent(before).1 && one.region == two.region;
+                if !same || !tied(checkpoint, &one.name, &two.name) {
+                    let why = format!("two targets share memory, and their tensors are stored apart other={:?}", one.name);
+                    return Err(invalid(py, &why, Some(&two.name)));
+                }
+                again.insert(number);
+                continue;
+            }
+        }
+        last = Some(number);
+    }
+    Ok(again)
+}
+
+/// Whether two names have the same bytes, by their digests.
+fn tied(checkpoint: &Checkpoint, one: &str, other: &str) -> bool {
+    let Ok(contents) = checkpoint.contents() else { return false };
+    let digests = |name: &str| {
+        let tensor = contents.tensors.iter().find(|tensor| tensor.name == name)?;
+        Some(tensor.slices.iter().map(|slice| (slice.at.clone(), slice.length, slice.digest)).collect::<Vec<_>>())
+    };
+    one == other || digests(one).is_some() && digests(one) == digests(other)
+}

@@ -1,0 +1,32 @@
+//! Waits that give up the GIL, and notice signals.
+
+use pyo3::prelude::*;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::Mutex;
+use std::time::Duration;
+
+/// How long a wait sleeps until it looks for signals: Ctrl-C is answered within this time.
+pub const SLICE: Duration = Duration::from_millis(50);
+
+/// Runs `work` in a thread of its own and waits for it, for calls of the engine that cannot be cut in slices.
+/// When a signal raises an exception, the call goes on alone and its result is dropped.
+pub fn interruptible<T: Send + 'static>(py: Python<'_>, work: impl FnOnce() -> T + Send + 'static) -> PyResult<T> {
+    let (send, receive) = sync_channel(1);
+    // The thread may end after this call has left with an exception.
+    let run = move || drop(send.send(work()));
+    std::thread::Builder::new().name("ashore-wait".into()).spawn(run)?;
+    let receive = Mutex::new(receive);
+    loop {
+        let received = py.detach(|| match receive.lock() {
+            Ok(receive) => receive.recv_timeout(SLICE),
+            Err(poisoned) => poisoned.into_inner().recv_timeout(SLICE),
+        });
+        match received {
+            Ok(value) => return Ok(value),
+            Err(RecvTimeoutError::Timeout) => py.check_signals()?,
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(pyo3::exceptions::PyRuntimeError::new_err("a call of the engine panicked"));
+            }
+        }
+    }
+}
