@@ -70,21 +70,6 @@ impl Memory {
         }
         (low.max(0) as usize, high as usize)
     }
-
-    /// Whether two elements share memory, as in an expanded tensor.
-    pub fn overlaps_itself(&self) -> bool {
-        let Some(strides) = &self.strides else { return false };
-        let mut dims: Vec<(u64, usize)> = strides.iter().map(|s| s.unsigned_abs()).zip(self.shape.iter().copied()).collect();
-        dims.retain(|(_, dim)| *dim > 1);
-        dims.sort_unstable();
-        // Sorted by stride, each dimension must step over all that is below it.
-        let mut below = self.dtype.bitsize() as u64 / 8;
-        self.elements() > 0 && dims.into_iter().any(|(stride, dim)| {
-            let overlaps = stride < below;
-            below = below.max(stride.saturating_mul(dim as u64 - 1).saturating_add(below));
-            overlaps
-        })
-    }
 }
 
 /// Finds the memory of `object`. `known` is what this function returned for the same place of an earlier save:
@@ -109,9 +94,9 @@ pub fn find_by(way: Way, object: &Bound<'_, PyAny>, name: &str, known: Option<&M
         invalid_from(object.py(), "a tensor does not say where its memory is", Some(name), e)
     };
     let found = match way {
-        Way::Torch(exchange) => exchange
-            .describe(object, |description| torch(object, name, Some(&description), known))
-            .map_err(wrong)?,
+        Way::Torch(exchange) => {
+            exchange.describe(object, |description| torch(object, name, Some(&description), known)).map_err(wrong)?
+        }
         Way::TorchAttributes => torch(object, name, None, known).map_err(wrong)?,
         Way::Numpy => numpy(object, name).map_err(wrong)?,
         Way::Capsule => capsule(object, name).map_err(wrong)?,
@@ -155,7 +140,9 @@ fn torch(
         return refuse("a lazily conjugated view has the bytes of what it conjugates: call resolve_conj() first");
     }
     if tensor.getattr(intern!(py, "is_quantized"))?.is_truthy()? {
-        return refuse("a quantized tensor has a scale beside its bytes: save int_repr(), q_scale() and q_zero_point()");
+        return refuse(
+            "a quantized tensor has a scale beside its bytes: save int_repr(), q_scale() and q_zero_point()",
+        );
     }
     let layout = tensor.getattr(intern!(py, "layout"))?.str()?.to_string();
     if layout != "torch.strided" {
@@ -195,7 +182,9 @@ fn torch(
 /// Whether a tensor lies where a known one lay.
 fn is_same(known: &Memory, description: &Description<'_>) -> bool {
     let item = (known.dtype.bitsize() / 8) as i64;
-    let dims = |shape: &[i64]| shape.len() == known.shape.len() && shape.iter().zip(&known.shape).all(|(a, b)| *a == *b as i64);
+    let dims = |shape: &[i64]| {
+        shape.len() == known.shape.len() && shape.iter().zip(&known.shape).all(|(a, b)| *a == *b as i64)
+    };
     let strides = match (&known.strides, description.strides) {
         (Some(known), Some(now)) => known.len() == now.len() && known.iter().zip(now).all(|(a, b)| *a == b * item),
         (None, now) => now.is_none_or(|now| is_packed(description.shape, now)),

@@ -33,8 +33,24 @@ pub fn by_name(name: &str) -> Option<Dtype> {
 /// The name of a dtype in NumPy (with `ml_dtypes`); None: NumPy has no array of it.
 pub fn numpy_name(dtype: Dtype) -> Option<&'static str> {
     const NAMES: [&str; 19] = [
-        "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "bfloat16",
-        "float32", "float64", "complex64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
+        "bool",
+        "uint8",
+        "int8",
+        "uint16",
+        "int16",
+        "uint32",
+        "int32",
+        "uint64",
+        "int64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "complex64",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
         "float8_e8m0fnu",
     ];
     NAMES.into_iter().find(|name| by_name(name) == Some(dtype))

@@ -28,7 +28,14 @@ fn kind_name(kind: ErrorKind) -> &'static str {
 }
 
 /// Makes the exception of `kind`; `ashore._errors` chooses its class.
-fn make(py: Python<'_>, kind: &str, text: &str, tensor: Option<&str>, path: Option<String>, step: Option<u64>) -> PyErr {
+fn make(
+    py: Python<'_>,
+    kind: &str,
+    text: &str,
+    tensor: Option<&str>,
+    path: Option<String>,
+    step: Option<u64>,
+) -> PyErr {
     static MAKE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let make = MAKE.import(py, "ashore._errors", "make");
     match make.and_then(|make| make.call1((kind, text, tensor, path, step))) {

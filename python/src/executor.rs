@@ -78,7 +78,9 @@ impl Captures {
 
     fn all_used(&self, py: Python<'_>) -> PyResult<()> {
         match self.rules.iter().find(|(name, _, used)| !used && !name.is_empty()) {
-            Some((name, ..)) => Err(errors::invalid(py, "a capture is given for what the state does not have", Some(name))),
+            Some((name, ..)) => {
+                Err(errors::invalid(py, "a capture is given for what the state does not have", Some(name)))
+            }
             None => Ok(()),
         }
     }
@@ -301,7 +303,8 @@ impl Executor {
             dict.metadata(name.as_str(), &values::encode(&value, &name)?).or_raise(py)?;
         }
         // Taken out, because collecting runs code of Python.
-        let mut memories = std::mem::take(&mut self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).memories);
+        let mut memories =
+            std::mem::take(&mut self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).memories);
         let devices = sources::add(py, &mut dict, items, &mut memories, keep, stream)?;
         let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
         seen.memories = memories;

@@ -2,8 +2,8 @@
 
 use crate::errors::{IntoPy, closed, entry};
 use crate::executor::seconds;
-use crate::waiting::SLICE;
 use crate::notify;
+use crate::waiting::SLICE;
 use ashore::{Committed, ErrorKind, IoMode, Outcome, Phase, Save};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -57,7 +57,8 @@ impl Handle {
         check: impl Fn() -> Option<PyResult<T>>,
     ) -> PyResult<Option<T>> {
         self.ours(py)?;
-        let until = deadline.map(|deadline| seconds(py, deadline)).transpose()?.map(|wait| Instant::now().checked_add(wait));
+        let until =
+            deadline.map(|deadline| seconds(py, deadline)).transpose()?.map(|wait| Instant::now().checked_add(wait));
         loop {
             if let Some(result) = check() {
                 return result.map(Some);
@@ -110,7 +111,11 @@ impl Handle {
     fn watch(&self, py: Python<'_>, token: u64, staged: bool) -> PyResult<()> {
         entry(py, || {
             self.ours(py)?;
-            if staged { notify::when_staged(&self.save, token) } else { notify::when_done(&self.save, token) }
+            if staged {
+                notify::when_staged(&self.save, token)
+            } else {
+                notify::when_done(&self.save, token)
+            }
             Ok(())
         })
     }

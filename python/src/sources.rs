@@ -125,7 +125,9 @@ fn put(
         }
         (Some(stream), None) => {
             // SAFETY: as above, in memory of the stream's device.
-            insert(py, state, item, unsafe { RawDevice::new(address as u64, memory.bytes(), dtype, shape, stream, keep) })
+            insert(py, state, item, unsafe {
+                RawDevice::new(address as u64, memory.bytes(), dtype, shape, stream, keep)
+            })
         }
         (Some(stream), Some(strides)) => {
             // SAFETY: as above.

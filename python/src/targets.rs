@@ -148,7 +148,8 @@ fn same_memory(
                 let (one, two) = (&wanted[before], &wanted[number]);
                 let same = (begin, end) == extent(before).1 && one.region == two.region;
                 if !same || !tied(checkpoint, &one.name, &two.name) {
-                    let why = format!("two targets share memory, and their tensors are stored apart other={:?}", one.name);
+                    let why =
+                        format!("two targets share memory, and their tensors are stored apart other={:?}", one.name);
                     return Err(invalid(py, &why, Some(&two.name)));
                 }
                 again.insert(number);

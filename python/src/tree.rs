@@ -56,7 +56,8 @@ impl<'py> Leaves<'py> {
                 return Err(same_name(py, name));
             }
         }
-        if let Some((name, ..)) = leaves.tensors.iter().find(|(name, ..)| !names.is_empty() && names.contains(&**name)) {
+        if let Some((name, ..)) = leaves.tensors.iter().find(|(name, ..)| !names.is_empty() && names.contains(&**name))
+        {
             return Err(same_name(py, name));
         }
         Ok(leaves)
@@ -117,6 +118,7 @@ impl<'py> Walk<'py> {
         } else {
             for (key, item) in object.cast::<PyDict>()? {
                 self.key(&key)?;
+                self.leaves.shape.push(',');
                 self.visit(&item, depth + 1)?;
                 self.path.truncate(parent);
             }
@@ -218,7 +220,12 @@ fn unknown(py: Python<'_>, what: &str) -> PyErr {
     invalid(py, &format!("the shape of the tree is not one that this version knows: {what}"), None)
 }
 
-fn build<'py>(py: Python<'py>, shape: &Json, path: &mut String, parts: &impl Parts<'py>) -> PyResult<Bound<'py, PyAny>> {
+fn build<'py>(
+    py: Python<'py>,
+    shape: &Json,
+    path: &mut String,
+    parts: &impl Parts<'py>,
+) -> PyResult<Bound<'py, PyAny>> {
     let items = match shape {
         Json::Number(number) if number.as_u64() == Some(0) => return parts.tensor(path),
         Json::Number(number) if number.as_u64() == Some(1) => return parts.value(path),

@@ -1,8 +1,8 @@
 //! Waits that give up the GIL, and notice signals.
 
 use pyo3::prelude::*;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::Mutex;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 /// How long a wait sleeps until it looks for signals: Ctrl-C is answered within this time.

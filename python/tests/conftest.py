@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--nightly"):
         return
     left = [item for item in items if "nightly" in item.keywords]
-    config.hook.pytest_deselected(left)
+    config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if "nightly" not in item.keywords]
 
 
