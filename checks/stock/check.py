@@ -6,6 +6,7 @@
 The expected bytes are in expected.json beside this file; nothing here comes from ashore. Each reader reads the directory as it
 is, and reads all of it: safetensors' own parser, its numpy and torch front ends, torch's distributed checkpoint, and reader.py.
 """
+import collections
 import json
 import pathlib
 import sys
@@ -125,6 +126,24 @@ def compare(read, files, expected):
     yield from (f"{name!r} is missing" for name in left)
 
 
+# What write.rs saves as "kinds".
+KINDS = [
+    -0x1FFFFFFFFFFFFFFFF, b"\x00\xff", complex(0.5, float("inf")), ({1, 2}, frozenset([None])),
+    collections.OrderedDict([("b", 1), ("a", 2)]), collections.Counter({9: 2}), {(1, "x"): True},
+    {"$set": 1, 5: 2, False: 3}, numpy.float32(0.5), numpy.datetime64(7, "ns"),
+]  # fmt: skip
+
+
+def wrong_values(folder):
+    """The values that reader.py got wrong."""
+    values = reader.Step(str(folder)).values()
+    wrong = [] if values["nested"] == {"lr": 0.1, "milestones": [1, 2]} else [f"nested is {values['nested']!r}"]
+    for got, want in zip(values["kinds"], KINDS, strict=True):
+        if (type(got), got) != (type(want), want):
+            wrong.append(f"{want!r} was read as {got!r}")
+    return wrong
+
+
 def main(root):
     table = json.loads(pathlib.Path(__file__).with_name("expected.json").read_text())
     passed = failed = 0
@@ -139,6 +158,9 @@ def main(root):
             wrong = list(compare(READERS[which], files, known))
             print(f"step {entry['step']}: {which}: {len(known)} tensors in {len(files)} files:", *wrong or ["equal"])
             failed, passed = failed + bool(wrong), passed + (not wrong)
+        wrong = wrong_values(folder)
+        print(f"step {entry['step']}: reader: values:", *wrong or ["equal"])
+        failed, passed = failed + bool(wrong), passed + (not wrong)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)
 

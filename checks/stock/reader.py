@@ -5,8 +5,10 @@
 
 numpy and json, nothing of ashore. It finds tensors by bisection and reads only the pages of tables that it needs.
 """
+import collections
 import json
 import os
+import struct
 import sys
 
 import numpy
@@ -64,6 +66,45 @@ def bisect(count, before):
         middle = (low + high) // 2
         low, high = (middle + 1, high) if before(middle) else (low, middle)
     return low
+
+
+def value(encoded):
+    """A value of section 6 in Python's kinds."""
+    if isinstance(encoded, list):
+        return [value(item) for item in encoded]
+    if not isinstance(encoded, dict):
+        return encoded
+    key, content = next(iter(encoded.items()), ("", None))
+    if key in KINDS:
+        check(len(encoded) == 1, key)
+        return KINDS[key](content)
+    return {plain_key(key): value(content) for key, content in encoded.items()}
+
+
+def plain_key(key):
+    kind, _, text = key.partition(":")
+    check(key[:1] != "$" or key[:2] == "$$" or kind == "$int" or key in ("$bool:true", "$bool:false"), key)
+    return int(text) if kind == "$int" else text == "true" if kind == "$bool" else key[1:] if key[:1] == "$" else key
+
+
+def pairs(content):
+    return [(value(key), value(item)) for key, item in content]
+
+
+def scalar(content):
+    dtype, item = numpy.dtype(content[0]), value(content[1])
+    return numpy.array(item, numpy.int64).astype(dtype)[()] if dtype.kind in "mM" else dtype.type(item)
+
+
+KINDS = {
+    "$f64": lambda bits: struct.unpack(">d", bytes.fromhex(bits))[0],
+    "$f32": lambda bits: struct.unpack(">f", bytes.fromhex(bits))[0],
+    "$big": lambda digits: int(digits, 16), "$bytes": bytes.fromhex, "$complex": lambda parts: complex(*map(value, parts)),
+    "$tuple": lambda items: tuple(map(value, items)), "$set": lambda items: set(map(value, items)),
+    "$frozenset": lambda items: frozenset(map(value, items)), "$map": lambda content: dict(pairs(content)),
+    "$ordered": lambda content: collections.OrderedDict(pairs(content)), "$numpy": scalar,
+    "$counter": lambda content: collections.Counter(dict(pairs(content))),
+}  # fmt: skip
 
 
 class File:
@@ -170,6 +211,9 @@ class Step:
             found.append((file, *cut, *row, table.rows("blocks", block, blocks)))
         return list(BITS)[dtype], shape, found
 
+    def values(self):
+        return {name: value(encoded) for name, encoded in self.manifest["values"].items()}
+
     def read(self, name):
         """Dtype, shape and bytes of a tensor."""
         dtype, shape, boxes = self.find(name)
@@ -188,5 +232,5 @@ class Step:
 if __name__ == "__main__":
     for step in map(Step, sys.argv[1:]):
         lengths = [len(step.read(name)[2]) for name in step.names()]
-        version, values = step.manifest["version"], sorted(step.manifest["values"])
+        version, values = step.manifest["version"], sorted(step.values())
         print(f"{step.folder}: version {version}, {len(lengths)} tensors, {sum(lengths)} bytes, values {values}")

@@ -1,5 +1,6 @@
 //! The state dict: tensors and values.
 
+mod kinds;
 mod values;
 mod values_refused;
 

@@ -259,7 +259,9 @@ fn whole_floats_stay_floats_and_integers_stay_integers() {
 }
 
 #[test]
-fn wide_integers_within_64_bits_come_back() {
+fn wide_integers_come_back() {
     let wide = (i128::from(i64::MIN), i128::from(u64::MAX), u128::from(u64::MAX), BTreeMap::from([(5_i128, 1_u128)]));
     assert_eq!(saved_and_restored(&wide).unwrap(), wide);
+    let wider = (i128::MIN, i128::from(i64::MIN) - 1, i128::MAX, u128::from(u64::MAX) + 1, u128::MAX);
+    assert_eq!(saved_and_restored(&wider).unwrap(), wider);
 }

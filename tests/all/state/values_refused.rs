@@ -2,7 +2,7 @@
 
 use super::saved_and_restored;
 use ashore::internal::state::{decode_value, encode_value};
-use ashore::{ErrorKind, StateDict};
+use ashore::{ErrorKind, StateDict, Value};
 use serde::{Serialize, Serializer};
 use std::collections::{BTreeMap, HashMap};
 
@@ -26,10 +26,32 @@ fn options_that_hold_nothing_are_refused() {
 }
 
 #[test]
-fn integers_beyond_64_bits_are_refused() {
-    refused(&u128::MAX, "beyond 64 bits");
-    refused(&(i128::from(i64::MIN) - 1), "beyond 64 bits");
+fn integer_keys_beyond_64_bits_are_refused() {
     refused(&HashMap::from([(u128::from(u64::MAX) + 1, 0)]), "beyond 64 bits");
+    refused(&HashMap::from([(i128::from(i64::MIN) - 1, 0)]), "beyond 64 bits");
+}
+
+#[test]
+fn kinds_that_could_not_be_read_again_are_refused() {
+    for digits in ["", "-", "0", "-0", "00ff", "FF", "+1", "0x1", "1 "] {
+        refused(&Value::Big(digits.into()), "an integer in hex");
+    }
+    let scalar = |value| Value::Numpy("float32".into(), Box::new(value));
+    for value in [Value::None, Value::List(vec![]), Value::Dict(vec![]), scalar(Value::Int(1))] {
+        refused(&scalar(value), "a dtype and a value");
+    }
+    let twice = |key: &str| (Value::Text(key.into()), Value::None);
+    refused(&Value::Dict(vec![twice("$a"), twice("$a")]), "duplicate key");
+}
+
+#[test]
+fn integers_beyond_128_bits_are_read_as_such_or_not_at_all() {
+    let longer = Value::Big(format!("-1{}", "0".repeat(5000)));
+    assert_eq!(saved_and_restored(&longer).unwrap(), longer);
+    let encoded = encode_value(&(&longer, 5)).unwrap();
+    let refused = decode_value::<(i128, u8)>(&encoded).unwrap_err();
+    assert!(format!("{refused:#}").contains("an integer is beyond 128 bits digits=5002"), "{refused:#}");
+    assert_eq!(decode_value::<(serde::de::IgnoredAny, u8)>(&encoded).unwrap().1, 5);
 }
 
 #[test]
@@ -69,6 +91,10 @@ fn values_that_nest_too_deep_to_be_read_are_refused() {
     for depth in [126, 5000] {
         refused(&nested(depth), "it nests too deeply");
     }
+    // A tuple nests two levels: its tag, and its items.
+    let tuples = |depth| (1..depth).fold(Value::Tuple(vec![]), |inner, _| Value::Tuple(vec![inner]));
+    assert_eq!(saved_and_restored(&tuples(62)).unwrap(), tuples(62));
+    refused(&tuples(63), "it nests too deeply");
     // A float that needs a tag nests one level more.
     struct Deep(usize, f64);
     impl Serialize for Deep {
