@@ -80,6 +80,7 @@ const ISLANDS: &[&str] = &[
     "src/sigterm/handler.rs",
     "src/staging/capture.rs",
     "src/staging/enqueue.rs",
+    "src/state/host.rs",
     "src/state/promised.rs",
     "src/state/source.rs",
     "src/state/strided.rs",
