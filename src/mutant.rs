@@ -99,6 +99,9 @@ pub(crate) enum Mutant {
     /// The next save overwrites the capture pool before its copies have left the device.
     // seen by: cuda::gather
     RoomEarly,
+    /// A target is filled although its elements overlap.
+    // seen by: restore::strided
+    Overlap,
     /// Bytes are handed to a device before their digest was compared.
     // seen by: cuda::restoring
     LoadEarly,

@@ -89,13 +89,14 @@ impl DeviceTarget<'_> {
         Self { address, bytes, stream, dtype: None, strides: None, borrowed: false, memory: PhantomData }
     }
 
-    /// A target whose elements are not packed: the one with all indices 0 is at `address`, and `strides` has the
-    /// byte distance of neighbours for each dimension, which may be negative. The tensor, or the slice of one,
-    /// must have this dtype and shape. [`Checkpoint::read_into`] checks that, and that elements are apart.
+    /// A target whose elements are not packed: the one with all indices 0 is at `address`, and `strides` has
+    /// the byte distance of neighbours for each dimension, which may be negative. The tensor, or the slice of
+    /// one, must have this dtype and shape. [`Checkpoint::read_into`] refuses any other, and strides by which
+    /// elements overlap or dimensions interleave.
     ///
-    /// A thread puts the bytes of 8 MiB in the order in which they lie in the target, so that copies of rows bring
-    /// them: one where the elements of a row are side by side and rows are evenly apart, else one more for each
-    /// index of each further dimension.
+    /// A thread puts the bytes of 8 MiB in the order in which they lie in the target, so that copies of rows
+    /// bring them: one where the elements of a row are side by side and rows are evenly apart, else one more
+    /// for each index of each further dimension.
     ///
     /// ```no_run
     /// # use ashore::{Checkpoint, DeviceStream, DeviceTarget, Dtype, Targets};
@@ -108,8 +109,8 @@ impl DeviceTarget<'_> {
     /// ```
     ///
     /// # Safety
-    /// The promises of [`DeviceTarget::new`], for the bytes of all elements. Bytes between elements are neither
-    /// read nor written.
+    /// The promises of [`DeviceTarget::new`], for the bytes of all elements. Bytes between elements are
+    /// neither read nor written.
     pub unsafe fn strided(
         address: u64,
         dtype: Dtype,
@@ -227,8 +228,8 @@ struct Upload {
     event: Option<Dependency>,
 }
 
-/// A slab with bytes in the order of their targets, and the copies that bring them there, each with the number
-/// of its part.
+/// A slab with bytes in the order of their targets, and the copies that bring them there, each with the
+/// number of its part.
 struct Ordered {
     slab: Lease,
     filled: usize,
@@ -336,8 +337,8 @@ impl<'l> Loader<'l> {
         Ok(Self { checkpoint, arena, queue, in_flight, timeout, packed: Vec::new(), borrowed, unfinished })
     }
 
-    /// Leases a slab. Waits first for copies from the oldest, if this thread already has all of its slabs: `held`,
-    /// and those in flight.
+    /// Leases a slab. Waits first for copies from the oldest, if this thread already has all of its slabs:
+    /// `held`, and those in flight.
     fn lease(&mut self, held: usize) -> Result<Lease> {
         while self.in_flight.len() + held >= SLABS {
             if mutant::on(Mutant::LoadReuse) { _ = self.in_flight.pop_front() } else { self.land()? }
@@ -371,8 +372,8 @@ impl<'l> Loader<'l> {
         wrong.map_or(Ok(()), Err)
     }
 
-    /// Puts the bytes of checked parts, which are in the slab `from`, in the order of their targets with strides,
-    /// in another slab, and queues the copies from that.
+    /// Puts the bytes of checked parts, which are in the slab `from`, in the order of their targets with
+    /// strides, in another slab, and queues the copies from that.
     fn hand_over_strided(&mut self, parts: &[Wanted<'_, '_>], from: &[u8], first: u64) -> Result<()> {
         let mut ordered: Option<Ordered> = None;
         for (number, part) in parts.iter().enumerate() {
@@ -387,10 +388,12 @@ impl<'l> Loader<'l> {
             };
             let mut runs = runs(part, first).map(|(run, _)| from.get(run).ok_or_else(outside)).peekable();
             let packed = match runs.peek() {
-                Some(Ok(run)) if run.len() == len => run,
+                Some(Ok(run)) if run.len() == len => *run,
                 _ => {
                     self.packed.clear();
-                    runs.try_for_each(|run| Ok(self.packed.extend_from_slice(run?)))?;
+                    for run in runs {
+                        self.packed.extend_from_slice(run?);
+                    }
                     &self.packed[..]
                 }
             };
@@ -425,8 +428,8 @@ impl<'l> Loader<'l> {
         let RowLayout { width, height, from_pitch, .. } = layout;
         let end = (from + width).saturating_add((height - 1).saturating_mul(from_pitch));
         let from = upload.slab.bytes().get(from..end).ok_or_else(outside)?.as_ptr();
-        // SAFETY: the slab stays in `in_flight` until an event after this copy is reached; the target's creator
-        // guarantees its memory.
+        // SAFETY: the slab stays in `in_flight` until an event after this copy is reached; the target's
+        // creator guarantees its memory.
         unsafe { self.queue.load(ordinal, from, to, layout) }
     }
 

@@ -8,8 +8,8 @@
 //! **Completion.** `Ok` when all targets are filled and every digest matches. **Errors.** The first error
 //! wins and the other threads stop. The contents of the targets are then undefined, and memory allocated for
 //! the result is dropped. **Memory.** One buffer of 2 MiB per thread, and the result. For targets in device
-//! memory see `device`: two slabs of 8 MiB for each of at most 8 threads, and 8 MiB of pageable memory more where
-//! slices go to a device at strides.
+//! memory see `device`: two slabs of 8 MiB for each of at most 8 threads, and 8 MiB of pageable memory more
+//! where slices go to a device at strides.
 
 mod device;
 mod piece;

@@ -43,7 +43,8 @@ impl<'t> Memory<'t> {
         }
     }
 
-    /// Divides it among boxes, which fill it, each byte once. They are in ascending order of their first bytes.
+    /// Divides it among boxes, which fill it, each byte once. They are in ascending order of their first
+    /// bytes.
     pub fn divide(self, boxes: Vec<BoxPlace>) -> Vec<Share<'t>> {
         let side_by_side = boxes.iter().all(|place| place.bytes.is_contiguous());
         match self {

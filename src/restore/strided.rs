@@ -1,19 +1,20 @@
 //! Targets whose elements are not packed, in host memory and in that of a device.
 //!
-//! Bytes for host memory are copied to their elements as they arrive, as those of packed targets are. Bytes for a
-//! device are put in the order in which their elements lie there, once their digest is checked, so that few
-//! copies of rows bring them.
+//! Bytes for host memory are copied to their elements as they arrive, as those of packed targets are. Bytes
+//! for a device are put in the order in which their elements lie there, once their digest is checked, so that
+//! few copies of rows bring them.
 //!
 //! # Safety argument
 //! The creator of a [`HostTarget`] promises memory at every element for as long as the target lives, and
 //! `read_into` owns the target. [`Strides::check`] has found that elements lie apart, so threads that fill
-//! different elements never write the same byte; each byte of a tensor is in one part, and each part is filled by
-//! one thread. [`HostElements::fill`] refuses bytes beyond the last element.
+//! different elements never write the same byte; each byte of a tensor is in one part, and each part is
+//! filled by one thread. [`HostElements::fill`] refuses bytes beyond the last element.
 #![expect(unsafe_code, reason = "writes to raw host memory; argument above")]
 
 use super::share::Share;
 use crate::device::RowLayout;
 use crate::error::{Error, Result};
+use crate::mutant::{self, Mutant};
 use crate::state::{Axis, Block, Dtype, Layout, Shape, Step, Strided, lie_apart, rearrange};
 use smallvec::SmallVec;
 use std::marker::PhantomData;
@@ -48,16 +49,17 @@ pub struct HostTarget<'t> {
 }
 
 impl HostTarget<'_> {
-    /// A target of `shape`: the element with all indices 0 is at `pointer`, and `strides` has the byte distance
-    /// of neighbours for each dimension, which may be negative. The tensor, or the slice of one, must have this
-    /// dtype and shape. [`Checkpoint::read_into`](crate::Checkpoint::read_into) checks that, and that elements
-    /// are apart.
+    /// A target of `shape`: the element with all indices 0 is at `pointer`, and `strides` has the byte
+    /// distance of neighbours for each dimension, which may be negative. The tensor, or the slice of one,
+    /// must have this dtype and shape. [`Checkpoint::read_into`](crate::Checkpoint::read_into) refuses any
+    /// other, and strides by which elements overlap or dimensions interleave: each stride must step over all
+    /// elements of the dimensions with shorter strides, as it does in every view of packed memory.
     ///
     /// # Safety
     /// From the call of `read_into` until it returns, the bytes of every element are valid for writes, and
-    /// nothing else reads or writes them. [`RawHost::strided`](crate::RawHost::strided) says where elements lie.
-    /// Bytes between elements are neither read nor written: another target may have them. The caller binds the
-    /// lifetime to that of the memory.
+    /// nothing else reads or writes them. [`RawHost::strided`](crate::RawHost::strided) says where elements
+    /// lie. Bytes between elements are neither read nor written: another target may have them. The caller
+    /// binds the lifetime to that of the memory.
     pub unsafe fn strided(
         pointer: *mut u8,
         dtype: Dtype,
@@ -100,7 +102,7 @@ impl Strides {
         }
         match self.item() {
             Some(item) if strides.len() == shape.len() => {
-                if lie_apart(item, shape, strides) {
+                if lie_apart(item, shape, strides) || mutant::on(Mutant::Overlap) {
                     return Ok(());
                 }
                 refuse(format!("elements of a target overlap, or its dimensions interleave shape={shape:?}"))
@@ -185,8 +187,9 @@ pub(super) struct RowCopy {
 }
 
 impl DeviceElements {
-    /// Copies `packed`, the bytes from `place` on of the packed tensor, to `to`, in the order of their elements in
-    /// memory. Passes the copies that bring them there to `each`; `to` begins `at` bytes into a slab.
+    /// Copies `packed`, the bytes from `place` on of the packed tensor, to `to`, in the order of their
+    /// elements in memory. Passes the copies that bring them there to `each`; `to` begins `at` bytes into a
+    /// slab.
     pub fn arrange(
         &self,
         place: u64,
@@ -247,8 +250,8 @@ impl Arranged {
         self.axes.iter().map(step).collect()
     }
 
-    /// Passes copies from the slab to memory to `each`: two offsets, and the rows. The longest dimension is one
-    /// of rows, because each index of the others takes a copy.
+    /// Passes copies from the slab to memory to `each`: two offsets, and the rows. The longest dimension is
+    /// one of rows, because each index of the others takes a copy.
     fn copies(&self, mut each: impl FnMut(usize, u64, RowLayout)) {
         let (mut width, mut apart) = (self.run, self.steps());
         for (step, axis) in apart.iter_mut().zip(&self.axes) {

@@ -1,12 +1,13 @@
 //! Copies between packed bytes and elements that lie at strides.
 //!
-//! The dimensions of a tensor are merged into as few as possible around *runs*: bytes that are side by side in
-//! memory. A range of the packed tensor, wherever it begins and ends, is a few *blocks* that are whole in their
-//! inner dimensions. A block is copied by loops that begin with the dimension nearest in each memory.
+//! The dimensions of a tensor are merged into as few as possible around *runs*: bytes that are side by side
+//! in memory. A range of the packed tensor, wherever it begins and ends, is a few *blocks* that are whole in
+//! their inner dimensions. A block is copied by loops that begin with the dimension nearest in each memory.
 //!
 //! # Safety argument
-//! Addresses follow from sizes and strides. The callers of [`Strided::gather`] and [`Strided::scatter`] promise
-//! memory at every element, and [`rearrange`] checks its slices; a block has no index outside its tensor.
+//! Addresses follow from sizes and strides. The callers of [`Strided::gather`] and [`Strided::scatter`]
+//! promise memory at every element, and [`rearrange`] checks its slices; a block has no index outside its
+//! tensor.
 #![expect(unsafe_code, reason = "copies between raw memory and packed bytes; argument above")]
 
 use smallvec::{SmallVec, smallvec};
@@ -30,8 +31,8 @@ pub(crate) fn merged(shape: &[usize], strides: &[i64]) -> Dims {
     dims
 }
 
-/// Returns true if the elements of `item` bytes lie apart from one another. Dimensions that interleave count as
-/// lying on one another: a stride must step over all elements of the dimensions with shorter strides.
+/// Returns true if the elements of `item` bytes lie apart from one another. Dimensions that interleave count
+/// as lying on one another: a stride must step over all elements of the dimensions with shorter strides.
 pub(crate) fn lie_apart(item: usize, shape: &[usize], strides: &[i64]) -> bool {
     if shape.contains(&0) {
         return true;
@@ -81,8 +82,8 @@ impl Strided {
         self.len
     }
 
-    /// Copies the bytes `range` of the packed tensor from memory to `to`. `from` is the address of the element
-    /// with all indices 0.
+    /// Copies the bytes `range` of the packed tensor from memory to `to`. `from` is the address of the
+    /// element with all indices 0.
     ///
     /// # Safety
     /// Every element is readable, and as many bytes as `range` has are writable at `to`, which is apart from
@@ -97,12 +98,12 @@ impl Strided {
         });
     }
 
-    /// Copies bytes from `from` to the places of the bytes `range` of the packed tensor. `to` is the address of
-    /// the element with all indices 0.
+    /// Copies bytes from `from` to the places of the bytes `range` of the packed tensor. `to` is the address
+    /// of the element with all indices 0.
     ///
     /// # Safety
-    /// Every element is writable, and as many bytes as `range` has are readable at `from`, which is apart from
-    /// the elements.
+    /// Every element is writable, and as many bytes as `range` has are readable at `from`, which is apart
+    /// from the elements.
     pub unsafe fn scatter(&self, from: *const u8, range: Range<usize>, to: *mut u8) {
         let start = range.start;
         self.blocks(range, |block| {
@@ -113,7 +114,8 @@ impl Strided {
         });
     }
 
-    /// Passes the blocks of `range` to `each`, in order: at most two for each dimension, and two parts of runs.
+    /// Passes the blocks of `range` to `each`, in order: at most two for each dimension, and two parts of
+    /// runs.
     pub fn blocks(&self, range: Range<usize>, mut each: impl FnMut(Block)) {
         let (mut at, end) = (range.start, range.end.min(self.len));
         while at < end {
@@ -247,8 +249,8 @@ unsafe fn copy(from: *const u8, to: *mut u8, run: usize, mut steps: SmallVec<[St
     }
 }
 
-/// Copies runs in two dimensions, tile by tile, so that lines of the cache are used whole on both sides. `RUN`
-/// is the length of a run, or 0: it is then `run`.
+/// Copies runs in two dimensions, tile by tile, so that lines of the cache are used whole on both sides.
+/// `RUN` is the length of a run, or 0: it is then `run`.
 ///
 /// # Safety
 /// As `copy`.
