@@ -16,6 +16,7 @@ mod program;
 mod restoring;
 mod restoring_boxes;
 mod restoring_fails;
+mod restoring_strided;
 mod settings;
 mod staging;
 mod torn;

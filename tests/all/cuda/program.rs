@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "calls of a C library, and sources over its memory")]
 
 use crate::fixtures::executor::LONG;
+use crate::fixtures::strided::View;
 use ashore::id::step_name;
 use ashore::internal::device::Cuda;
 use ashore::storage::{Memory, Storage};
@@ -353,6 +354,14 @@ impl Tensor {
         assert!(offset + len <= self.0.len);
         // SAFETY: the tests keep the tensor until the restore is over.
         unsafe { DeviceTarget::new(self.0.at + offset as u64, len as u64, stream.0) }
+    }
+
+    /// Where a restore writes the elements of `view`, in a part that begins at `offset`.
+    pub fn target_of(&self, offset: usize, view: &View, stream: Stream) -> DeviceTarget<'static> {
+        assert!(offset + view.len <= self.0.len);
+        let at = self.0.at + (offset + view.first) as u64;
+        // SAFETY: as for `target_at`.
+        unsafe { DeviceTarget::strided(at, view.dtype, &view.shape, &view.strides, stream.0) }
     }
 
     /// The bytes, at this moment: in the order of the legacy stream, for which no other stream here waits.

@@ -2,7 +2,8 @@
 
 use super::{Job, LONG, assert_holds, state, steps};
 use crate::fixtures::executor::Buffer;
-use ashore::{Catalog, ErrorKind, HostTensor, Outcome, SaveOptions, StateDict};
+use crate::fixtures::strided::View;
+use ashore::{Catalog, Dtype, ErrorKind, HostTensor, Outcome, SaveOptions, StateDict};
 use std::sync::Arc;
 
 #[test]
@@ -151,7 +152,16 @@ fn the_outcome_of_skipped_saves_is_that_of_rank_0() {
 /// One rank writes what several ranks hold, so another rank whose weights have drifted would go unnoticed.
 #[test]
 fn a_rank_that_holds_another_value_of_a_replica_is_named() {
-    for (small, raw) in [(true, false), (false, false), (false, true)] {
+    #[derive(Clone, Copy, PartialEq)]
+    enum Kind {
+        Shared,
+        Raw,
+        /// Every third byte of a buffer, from the last to the first.
+        Strided,
+    }
+    for (small, kind) in
+        [(true, Kind::Shared), (false, Kind::Shared), (false, Kind::Raw), (true, Kind::Strided), (false, Kind::Strided)]
+    {
         let root = tempfile::tempdir().unwrap();
         let job = Job::start(root.path(), 3, LONG);
         let bytes = if small { 8 } else { 20_000 };
@@ -160,11 +170,17 @@ fn a_rank_that_holds_another_value_of_a_replica_is_named() {
                 let value = if drifted == Some(rank) { 0xBB } else { 0xAA };
                 let buffer = Buffer::new(vec![value; bytes]);
                 let mut state = StateDict::new();
-                if raw {
-                    state.tensor("norm", buffer.source())?;
-                } else {
-                    state.tensor("norm", Arc::new(vec![value; bytes]))?;
-                }
+                match kind {
+                    Kind::Raw => state.tensor("norm", buffer.source())?,
+                    Kind::Shared => state.tensor("norm", Arc::new(vec![value; bytes]))?,
+                    Kind::Strided => {
+                        let view = View::new(Dtype::U8, &[bytes], &[-3]);
+                        // What lies between elements is of no concern.
+                        let mut memory: Vec<_> = (0..view.len).map(|i| (i * (rank + 1)) as u8).collect();
+                        view.unpack(&vec![value; bytes], &mut memory);
+                        state.tensor("norm", view.source(&Buffer::new(memory)))?
+                    }
+                };
                 // So that no rank is without a shard of its own.
                 state.tensor_box("rows", [3], [rank], HostTensor::new(Arc::new(vec![rank as u8]), [1]))?;
                 let save = executor.save(step, state)?;

@@ -1,7 +1,9 @@
 //! What several ranks saved is restored by any number of processes, in any boxes.
 
 use super::{Job, LONG};
-use ashore::{Catalog, ErrorKind, HostTensor, StateDict, Targets};
+use crate::fixtures::executor::{Buffer, pattern};
+use crate::fixtures::strided::View;
+use ashore::{Catalog, Dtype, ErrorKind, HostTensor, StateDict, Targets};
 use std::sync::Arc;
 
 /// A matrix whose rows are split unevenly over three ranks, one that is split over a mesh of two by two, a
@@ -59,6 +61,36 @@ fn boxes_and_replicas_come_back_whole_and_in_parts() {
     let shards = names.filter(|name| name.ends_with(".safetensors"));
     let bytes: u64 = shards.map(|name| checkpoint.path().join(name).metadata().unwrap().len() % 4096).sum();
     assert_eq!(bytes, (50 + 30) * 4 + 3 * 8);
+}
+
+/// Ranks hold columns of a matrix as views of it, and two processes restore halves of its rows, transposed.
+#[test]
+fn boxes_that_lie_at_strides_are_saved_and_restored() {
+    let root = tempfile::tempdir().unwrap();
+    let job = Job::start(root.path(), 3, LONG);
+    let matrix = View::new(Dtype::U16, &[600, 90], &[180, 2]);
+    let memory = pattern(1, matrix.len);
+    for step in [1, 2] {
+        let ended = job.each(|rank, executor| {
+            let columns = View { shape: vec![600, 30], first: 60 * rank, ..matrix.clone() };
+            let mut state = StateDict::new();
+            state.tensor_box("matrix", [600, 90], [0, 30 * rank], columns.source(&Buffer::new(memory.clone())))?;
+            let save = executor.save(step, state)?;
+            executor.fence()?;
+            save.wait(LONG)
+        });
+        ended.into_iter().for_each(|ended| drop(ended.unwrap()));
+    }
+    let checkpoint = Catalog::open(root.path()).unwrap().latest().unwrap().unwrap();
+    assert_eq!((checkpoint.step(), checkpoint.boxes("matrix").unwrap().len()), (2, 3));
+    assert_eq!(checkpoint.read("matrix").unwrap(), memory);
+    for first in [0, 300] {
+        let transposed = View::new(Dtype::U16, &[300, 90], &[2, 600]);
+        let mut read = vec![0; transposed.len];
+        let target = transposed.target(&mut read);
+        checkpoint.read_into(Targets::new().host_slice("matrix", &[first..first + 300, 0..90], target)).unwrap();
+        assert_eq!(transposed.packed(&read), memory[first * 180..(first + 300) * 180]);
+    }
 }
 
 #[test]

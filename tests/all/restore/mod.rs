@@ -7,3 +7,4 @@ mod flipped_bits;
 mod paths;
 mod round_trip;
 mod slices;
+mod strided;

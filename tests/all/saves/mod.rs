@@ -15,6 +15,7 @@ mod renamed_root;
 mod reporting;
 mod retrying;
 mod round_trip;
+mod strided;
 mod tidying;
 mod touching;
 mod writers;

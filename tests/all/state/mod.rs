@@ -1,6 +1,7 @@
 //! The state dict: tensors and values.
 
 mod kinds;
+mod sources;
 mod values;
 mod values_refused;
 
