@@ -42,10 +42,11 @@
 //! | to | use |
 //! |---|---|
 //! | name what is saved | [`StateDict`]: tensors from a [`Source`], values of any serde type, metadata |
+//! | save views of memory | [`RawHost::strided`], [`RawDevice::strided`]; [`HostTensor::from_owner`] for bytes of any owner |
 //! | save while computing | [`CheckpointExecutor::save`], then [`fence`](CheckpointExecutor::fence) before writing tensors |
 //! | save borrowed tensors | [`CheckpointExecutor::scope`] |
 //! | learn how a save ended | [`Save`], a future of [`Outcome`]; [`Save::staged`] resolves when tensors may be written |
-//! | restore | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] host or GPU memory ([`DeviceTarget`]) |
+//! | restore | [`CheckpointExecutor::latest`], [`Checkpoint::open`], [`Checkpoint::read_into`] host or GPU memory, packed or strided ([`HostTarget`], [`DeviceTarget`]) |
 //! | restore past damage | [`CheckpointExecutor::latest_valid`], which reports the damaged steps it skipped; [`OnDamaged`] |
 //! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`], [`catalog::Best`] |
 //! | go back to an earlier step | [`Catalog::discard_after`] |
