@@ -76,6 +76,9 @@ pub(crate) enum Mutant {
     #[cfg(feature = "cuda")]
     // seen by: cuda::late_copies
     Watermark,
+    /// A stream waits at a fence for the kernels of its own device alone.
+    // seen by: cuda::late_copies_apart
+    OwnKernels,
     /// Streams do not wait for queued copies at the end of a scope.
     // seen by: cuda::borrowed
     ScopeOrder,

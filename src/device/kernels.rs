@@ -16,6 +16,8 @@ use std::sync::Arc;
 /// Requested amounts of device memory, in bytes.
 #[derive(Debug)]
 pub(crate) struct KernelMemory {
+    /// Ordinal of the device whose kernels are loaded; None for the device of the executor.
+    pub ordinal: Option<u32>,
     /// The size of a chunk.
     pub chunk: usize,
     /// Size of the capture pool; with 0 nothing is gathered.
@@ -99,7 +101,7 @@ pub(crate) trait Digests: Send + Sync {
     fn take(&self) -> Result<Vec<Digest>>;
 }
 
-/// The device's part of one save. Dropped only when no copy of the save is queued any more.
+/// A device's part of one save. Dropped only when no copy of the save is queued any more.
 pub(crate) trait DeviceLateCopy: Send + Sync {
     /// Queues, in the stream of copies, a gather of the pieces of `chunk` into their layout in its slab.
     /// Returns the device address that corresponds to the first byte of the slab, valid until the next call.
@@ -108,23 +110,29 @@ pub(crate) trait DeviceLateCopy: Send + Sync {
     /// `Device`.
     fn gather(&self, chunk: usize) -> Result<u64>;
 
-    /// Queues, in the stream of copies, a store of the watermark: `watermark` chunks of all saves have left
-    /// the device.
+    /// Queues, in the stream of copies, a store of the watermark: the parts of `watermark` chunks, counted
+    /// over all saves, have left the device.
     ///
     /// # Errors
     /// `Device`.
     fn publish(&self, watermark: u64) -> Result<()>;
 
-    /// Queues in the first of `streams`, behind `dependency` and, if `behind_copies`, behind all copies
-    /// queued so far: latch F from the watermark, make late copies of the chunks from F on, report F. The
-    /// other streams wait for that. `slots` are the slots of the last chunks. Called once per save, unless it
-    /// fails.
+    /// Refuses streams, of any device, that are being captured into a graph.
+    ///
+    /// # Errors
+    /// `Invalid`; `Device`.
+    fn refuse_captures(&self, streams: &[DeviceStream]) -> Result<()>;
+
+    /// Queues in `stream`, or in a stream of ours where the fence has none of this device, behind
+    /// `dependency` and, if `behind_copies`, behind all copies of this device queued so far: latch F from the
+    /// watermark, make late copies of this device's parts of the chunks from F on, report F. `slots` are the
+    /// slots of the last chunks, 0 for a chunk without a part here. Called once per save, unless it fails.
     ///
     /// # Errors
     /// `Device`, `Invalid`: nothing was queued.
     fn launch(
         &self,
-        streams: &[DeviceStream],
+        stream: Option<DeviceStream>,
         dependency: &Dependency,
         behind_copies: bool,
         slots: &[u64],
@@ -141,7 +149,7 @@ pub(crate) trait DeviceLateCopy: Send + Sync {
 pub(crate) struct Launch {
     /// The queued kernels, possibly not all.
     pub kernels: Arc<dyn FenceKernels>,
-    /// Ok if all kernels were queued and all streams wait for them.
+    /// Ok if all kernels were queued.
     pub queued: Result<()>,
 }
 
@@ -156,7 +164,7 @@ pub(crate) trait FenceKernels: Send + Sync {
     /// True when they have run, or never will because the device is lost.
     fn over(&self) -> bool;
 
-    /// F, once the device has reported it: chunks before F had left the device, those from F on are in their
-    /// slots. A load from memory, no driver call.
+    /// F, once the device has reported it: its parts of the chunks before F had left it, those of the chunks
+    /// from F on are in their slots. A load from memory, no driver call.
     fn latched(&self) -> Option<usize>;
 }

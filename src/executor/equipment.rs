@@ -50,7 +50,9 @@ impl Wish {
             tracing::warn!(chunk = self.chunk, at_most, device = %report, "chunks are large: what the program reads from the device waits for two of them");
         }
         let Self { chunk, gather, scratch, given, .. } = self;
-        let kernels = device.kernels(KernelMemory { chunk: chunk as usize, gather, scratch, given });
+        // A program that hands in memory of one device is not made to give more than that.
+        let elsewhere = if given.is_some() { 0 } else { scratch };
+        let kernels = device.kernels(KernelMemory { ordinal: None, chunk: chunk as usize, gather, scratch, given });
         report.found(&kernels);
         if let (Err(reason), true) = (&report.gather, is_gpu) {
             tracing::warn!(%reason, device = %report, "no kernels: small tensors are not gathered, and fences wait");
@@ -69,7 +71,11 @@ impl Wish {
         if let (Err(reason), true) = (&report.batch, self.batch && is_gpu) {
             tracing::warn!(%reason, device = %report, "copies from the device are calls of their own");
         }
-        Offer { scratch: kernels.ok().map(Scratch::new), waits: waits.ok(), batch: report.batch.is_ok() }
+        Offer {
+            scratch: kernels.ok().map(|kernels| Scratch::new(kernels, chunk as usize, elsewhere)),
+            waits: waits.ok(),
+            batch: report.batch.is_ok(),
+        }
     }
 }
 

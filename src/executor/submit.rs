@@ -365,7 +365,10 @@ impl CheckpointExecutor {
         // The dependency includes the captures queued above.
         let dependency = self.stager.device.behind(&state.streams)?;
         let late_copy = match scratch {
-            Some(scratch) => scratch.late_copy(plan, state, &dependency, |tensor| captured.get(tensor).is_some())?,
+            Some(scratch) => {
+                scratch.equip(self.stager.device.as_ref(), &state.streams);
+                scratch.late_copy(plan, state, &dependency, |tensor| captured.get(tensor).is_some())?
+            }
             None => None,
         };
         Ok((Some(dependency), late_copy))

@@ -16,7 +16,7 @@
 //! queue. For borrowed sources the stager waits instead.
 #![expect(unsafe_code, reason = "asynchronous copies from sources into slabs; argument above")]
 
-use super::in_flight_chunk::InFlightChunk;
+use super::in_flight_chunk::{InFlightChunk, Origin};
 use super::job::Job;
 use super::late_copy::LateCopy;
 use crate::device::CopyQueue;
@@ -26,6 +26,7 @@ use crate::format::shard::Stamp;
 use crate::mutant::{self, Mutant};
 use crate::plan::SegmentSource;
 use crate::state::MemoryLocation;
+use smallvec::SmallVec;
 use std::ops::Range;
 
 /// Queues the copies of one chunk, and the completion event behind them.
@@ -36,16 +37,10 @@ pub(super) fn enqueue(
     in_flight: &mut InFlightChunk,
 ) -> Result<()> {
     let index = in_flight.chunk.index;
-    let whole = match &job.late_copy {
-        Some(late_copy) if in_flight.live => gather(job, late_copy, index)?,
-        Some(late_copy) => {
-            Some(late_copy.location(index).ok_or_else(|| Error::internal("a chunk from F on has no slot"))?)
-        }
-        None => None,
-    };
+    let images = images(job, in_flight)?;
     let chunk = &job.plan.chunks[index];
     let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
-    let (base, mut at, mut run) = (in_flight.chunk.lease.as_mut_ptr(), 0, 0..0);
+    let (base, mut at, mut run) = (in_flight.chunk.lease.as_mut_ptr(), 0, Run::default());
     for segment in &job.plan.segments[chunk.segments.clone()] {
         let (begin, offset, length) = (segment.at as usize, at, segment.length);
         let to = base.wrapping_add(offset);
@@ -61,22 +56,23 @@ pub(super) fn enqueue(
                 }
                 Some(Digest::of(location))
             }
-            SegmentSource::Tensor(tensor) => match (captured(tensor), whole) {
+            SegmentSource::Tensor(tensor) => match (captured(tensor), image_of(job, &images, tensor)) {
                 (Some(bytes), _) => {
                     // SAFETY: as above.
                     let location = unsafe { std::slice::from_raw_parts_mut(to, length) };
                     location.copy_from_slice(bytes);
                     Some(Digest::of(location))
                 }
-                (None, Some((ordinal, address))) if !in_flight.live || job.lies_on(tensor, ordinal) => {
-                    if run.end != offset {
-                        fetch(queue, ordinal, address, &run, base)?;
-                        run.start = offset;
+                (None, Image::At(ordinal, address)) => {
+                    if (run.ordinal, run.address, run.range.end) != (ordinal, address, offset) {
+                        run.fetch(queue, base)?;
+                        run = Run { ordinal, address, range: offset..offset };
                     }
-                    run.end = at;
+                    run.range.end = at;
                     None
                 }
-                _ => read(job, tensor, begin, length, to, queue)?,
+                (None, Image::Arrived) => None,
+                (None, Image::None) => read(job, tensor, begin, length, to, queue)?,
             },
         };
         match digest {
@@ -84,9 +80,7 @@ pub(super) fn enqueue(
             None => digests = None,
         }
     }
-    if let Some((ordinal, address)) = whole {
-        fetch(queue, ordinal, address, &run, base)?;
-    }
+    run.fetch(queue, base)?;
     let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
     // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes
     // beyond `at`.
@@ -95,31 +89,76 @@ pub(super) fn enqueue(
         // Flush before the watermark is published, which says that these copies have been made.
         flush(job, queue)?;
     }
-    if let Some(late_copy) = job.late_copy.as_ref().filter(|_| in_flight.live) {
-        late_copy.publish(index)?;
+    if let Some(late_copy) = &job.late_copy {
+        late_copy.publish(index, &in_flight.origins)?;
     }
     in_flight.event = queue.event()?;
     in_flight.chunk.digests = digests;
     Ok(())
 }
 
-/// Queues the copy of `run`, part of a chunk that has on the device the layout of the slab at `to`.
-fn fetch(queue: &mut dyn CopyQueue, ordinal: u32, address: u64, run: &Range<usize>, to: *mut u8) -> Result<()> {
-    if run.is_empty() {
-        return Ok(());
-    }
-    let from = std::ptr::without_provenance(address as usize + run.start);
-    // SAFETY: a slot is kept until its chunk is handed over, and a gathered chunk until the queue has reached
-    // this copy; `to` as in `read`. A chunk that has a slot contains no host tensor.
-    unsafe { queue.fetch(ordinal, from, to.wrapping_add(run.start), run.len()) }
+/// What the part of a chunk that one device has is read from.
+#[derive(Clone, Copy)]
+enum Image {
+    /// Memory of the device with the layout of the slab, at this address: a slot, or gathered tensors.
+    At(u32, u64),
+    /// The tensors themselves, one by one.
+    None,
+    /// Nothing: it is in the slab already.
+    Arrived,
 }
 
-/// Makes the device gather a chunk from live memory, if it is one to be gathered.
-fn gather(job: &Job, late_copy: &LateCopy, chunk: usize) -> Result<Option<(u32, u64)>> {
+/// What the part of each device is read from; makes the devices gather it, if it is one to be gathered.
+fn images(job: &Job, in_flight: &InFlightChunk) -> Result<SmallVec<[Image; 2]>> {
+    let (Some(late_copy), index) = (&job.late_copy, in_flight.chunk.index) else { return Ok(SmallVec::new()) };
+    let image = |(device, origin): (usize, &Origin)| {
+        let address = match origin {
+            Origin::Nothing => return Ok(Image::Arrived),
+            Origin::Live => gather(job, late_copy, device, index)?,
+            Origin::Slot => {
+                let slot = late_copy.slot(device, index);
+                Some(slot.ok_or_else(|| Error::internal("a chunk from F on has no slot"))?)
+            }
+        };
+        Ok(address.map_or(Image::None, |address| Image::At(late_copy.ordinal(device), address)))
+    };
+    in_flight.origins.iter().enumerate().map(image).collect()
+}
+
+/// What a tensor is read from.
+fn image_of(job: &Job, images: &[Image], tensor: usize) -> Image {
+    let device = job.late_copy.as_ref().and_then(|late_copy| late_copy.device_of(tensor));
+    device.and_then(|device| images.get(device).copied()).unwrap_or(Image::None)
+}
+
+/// Adjacent segments of one image, which are copied as one.
+#[derive(Default)]
+struct Run {
+    ordinal: u32,
+    address: u64,
+    range: Range<usize>,
+}
+
+impl Run {
+    /// Queues the copy of the run into the slab at `to`.
+    fn fetch(&self, queue: &mut dyn CopyQueue, to: *mut u8) -> Result<()> {
+        let Self { ordinal, address, ref range } = *self;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let from = std::ptr::without_provenance(address as usize + range.start);
+        // SAFETY: a slot is kept until its chunk is handed over, and a gathered chunk until the queue has
+        // reached this copy; `to` as in `read`.
+        unsafe { queue.fetch(ordinal, from, to.wrapping_add(range.start), range.len()) }
+    }
+}
+
+/// Makes a device gather its part of a chunk from live memory, if it is one to be gathered.
+fn gather(job: &Job, late_copy: &LateCopy, device: usize, chunk: usize) -> Result<Option<u64>> {
     let _reading = job.ticket.sources.read();
     match job.ticket.failure() {
         Some(error) => Err(error),
-        None => late_copy.gather(chunk),
+        None => late_copy.gather(device, chunk),
     }
 }
 

@@ -1,14 +1,45 @@
 //! A chunk in flight: its copies are queued, or are being queued, and may not have ended.
 
+use super::kernel_set::Told;
+use crate::mutant::{self, Mutant};
 use crate::plan::Chunk;
+use smallvec::SmallVec;
 
 /// A chunk whose copies may not have ended.
 pub(super) struct InFlightChunk {
     pub chunk: Chunk,
     /// The completion event behind the last copy; `u64::MAX` while copies are being queued.
     pub event: u64,
-    /// Copied from live memory, not from its late copy.
-    pub live: bool,
-    /// F when it was queued.
-    pub latched: Option<usize>,
+    pub origins: Origins,
+}
+
+/// What the part of a chunk that one device has is copied from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// Live memory: the device had not told F.
+    Live,
+    /// Its late copy.
+    Slot,
+    /// Nothing: the device has no part of the chunk, or it has arrived and is kept.
+    Nothing,
+}
+
+/// By device of the save; empty where no device has kernels for it.
+pub(super) type Origins = SmallVec<[Origin; 2]>;
+
+impl InFlightChunk {
+    /// Whether some part that may be copied late is copied from live memory.
+    pub fn is_live(&self) -> bool {
+        self.origins.contains(&Origin::Live)
+    }
+
+    /// The least F told by the devices whose parts are copied from live memory.
+    pub fn first(&self, told: &Told) -> Option<usize> {
+        if mutant::on(Mutant::LatchEarly) {
+            // None of them had told F when the chunk was queued.
+            return None;
+        }
+        let live = self.origins.iter().zip(told).filter(|(origin, _)| **origin == Origin::Live);
+        live.filter_map(|(_, told)| *told).min()
+    }
 }

@@ -29,11 +29,3 @@ pub(crate) struct Job {
     pub not_before: Option<Instant>,
     pub sink: Arc<dyn Sink>,
 }
-
-impl Job {
-    /// Whether a tensor is in the memory of this device.
-    pub fn lies_on(&self, tensor: usize, ordinal: u32) -> bool {
-        let tensor = self.state.tensors.get_index(tensor);
-        tensor.and_then(|(_, tensor)| tensor.location.stream()).is_some_and(|stream| stream.ordinal == ordinal)
-    }
-}

@@ -1,14 +1,19 @@
-//! The late copy of one save: the device copies chunks that have not left it at the fence within its own
+//! The late copy of one save: its devices copy chunks that have not left them at the fence within their own
 //! memory, and the save reads them from there.
 //!
 //! `checks/model/fence.py` checks the protocol as a model, over all interleavings of small sizes; the names
-//! are the model's. *F* is how many chunks had left the device when its stream came to the fence. The thread
-//! that fences *reserves* slots for the last chunks, and waits until all chunks without a slot are queued.
-//! The device latches F, makes late copies of the chunks from F on, and tells F. The stager reads F after a
-//! chunk's completion event, and only then *judges*: it repeats, from the slot, a copy of a chunk from F on
-//! that was made from live memory. A slot is free once F is known and its chunk is before F or handed over,
-//! never earlier. If the driver refuses some of the kernels, F is never told: the save has failed, and its
-//! slots are free when it is staged and the queued kernels have run.
+//! are the model's. *F* of a device is how many chunks had left it when a stream came to the fence. A chunk
+//! may have tensors of several devices: watermark, F and slots are per device, and concern the part of a
+//! chunk that lies there.
+//!
+//! The thread that fences *reserves* slots for the last chunks of each device, and waits until all chunks
+//! without a slot are queued. Each device latches F, makes late copies of its parts of the chunks from F on,
+//! and tells F. The streams that are fenced wait for the kernels of all devices, because they may write the
+//! memory of all. The stager reads F after a chunk's completion event, and only then *judges*: it repeats,
+//! from the slot, the copy of each part that was made from live memory although its chunk is from F on. A
+//! slot is free once its device has told F, and its chunk is before F or handed over, never earlier. If a
+//! driver refuses some of the kernels, F is not told everywhere: the save has failed, and its slots are free
+//! when it is staged and the queued kernels have run.
 //!
 //! # States
 //! Every event is a method of [`LateCopy`], and changes the state under its one lock. An event that is not in
@@ -19,9 +24,9 @@
 //! | `reserve`: the last chunks have slots | a fence | open | reserved |
 //! | `freeze`: nothing more is queued from live memory | the end of a scope | reserved | reserved, frozen |
 //! | `give_up`: no kernels are launched | a fence | reserved, launched before `set_kernels` | open |
-//! | `launch`: kernels are about to be queued, F may be told | a fence | reserved | launched |
+//! | `launch`: kernels are about to be queued, devices may tell F | a fence | reserved | launched |
 //! | `set_kernels`: all or some kernels are queued | a fence | launched | launched, with kernels |
-//! | `latched`: the device has told F | any thread that looks | launched, with kernels | latched |
+//! | `latched`: all devices have told F | any thread that looks | launched, with kernels | latched |
 //! | `withdraw`: the save will not be staged | the thread that took it out of the queue | open, reserved | withdrawn |
 //! | `end`: the stager queues nothing more of the save | the stager | open, reserved | done |
 //! | `reap`: the save is staged, and no kernel is pending | a fence, later | latched, or launched and refused in part | done |
@@ -35,13 +40,17 @@
 //! chunks to be queued, for slots and for the driver. Meanwhile no other thread may fence the same save, but
 //! the stager must still read the state.
 
-use crate::device::{Dependency, DeviceLateCopy, FenceKernels, Launch};
+use super::in_flight_chunk::{Origin, Origins};
+use super::kernel_set::{KernelSet, Told};
+use crate::device::{Dependency, DeviceLateCopy};
 use crate::error::Result;
 use crate::mutant::{self, Mutant};
 use crate::state::DeviceStream;
 use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 use crate::ticket::Ticket;
+use smallvec::smallvec;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// See the module.
@@ -56,28 +65,62 @@ pub(crate) struct LateCopy {
 
 /// One save as planned in the call of `save`.
 pub(super) struct Planned {
-    pub device: Box<dyn DeviceLateCopy>,
+    /// How many chunks it has.
+    pub chunks: usize,
+    /// The devices with kernels that have tensors of the save.
+    pub devices: Vec<OnOneDevice>,
+    /// The device of each tensor, by index in the state dict; kept after the sources are dropped.
+    pub ordinals: Vec<Option<u32>>,
     /// The work that wrote the tensors: late copies come after it.
     pub dependency: Dependency,
-    pub ordinal: u32,
-    /// Whether a chunk is gathered before it is copied.
-    pub gathered: Vec<bool>,
-    /// Some tensors are on another device: no fence makes late copies.
-    pub spans: bool,
-    /// The device has slots, so the watermark is used.
+    /// All devices of the save have slots, so watermarks are used.
     pub slotted: bool,
-    /// The watermark before the first chunk of this save.
+    /// The watermark of each device before the first chunk of this save.
     pub base: u64,
     /// No host tensor that is copied is in this chunk or later: a fence waits until all chunks before it are
     /// queued.
     pub host: usize,
 }
 
+/// What one device has of a save.
+pub(super) struct OnOneDevice {
+    /// Index of the device in the scratch.
+    pub place: usize,
+    pub ordinal: u32,
+    pub device: Box<dyn DeviceLateCopy>,
+    /// Whether a chunk is gathered before it is copied.
+    pub gathered: Vec<bool>,
+    /// The chunks that have a part here, in order.
+    pub chunks: Vec<usize>,
+}
+
+impl OnOneDevice {
+    /// Whether one of these chunks has a part here.
+    pub fn has_any(&self, chunks: Range<usize>) -> bool {
+        let next = self.chunks.partition_point(|&chunk| chunk < chunks.start);
+        self.chunks.get(next).is_some_and(|&chunk| chunk < chunks.end)
+    }
+
+    /// The first chunk from which on each part here can have one of `free` slots. Chunks before `from` get
+    /// none.
+    pub fn first_with_slot(&self, from: usize, free: usize) -> usize {
+        let most = self.chunks.len().saturating_sub(free);
+        let without = &self.chunks[..self.chunks.partition_point(|&chunk| chunk < from).max(most)];
+        without.last().map_or(0, |chunk| chunk + 1)
+    }
+
+    /// The first of `streams` that is one of this device.
+    pub fn own<'a>(&self, streams: &[DeviceStream<'a>]) -> Option<DeviceStream<'a>> {
+        streams.iter().find(|stream| stream.ordinal == self.ordinal).copied()
+    }
+}
+
 /// What changes during the save.
 #[derive(Default)]
 struct Locked {
     state: State,
-    slots: Slots,
+    /// By device.
+    slots: Vec<Slots>,
     /// Chunks handed over.
     handed: usize,
     /// The stager is queueing a chunk from live memory.
@@ -95,40 +138,63 @@ enum State {
     Launched {
         frozen: bool,
         /// None while they are being queued.
-        kernels: Option<Arc<dyn FenceKernels>>,
+        kernels: Option<Arc<KernelSet>>,
     },
     Latched {
-        first: usize,
-        kernels: Arc<dyn FenceKernels>,
+        told: Told,
+        kernels: Arc<KernelSet>,
     },
     Withdrawn,
     Done,
 }
 
-/// Slots of the chunks from `first` on, by number and address; None once they are given back.
-#[derive(Default)]
+/// Memory of a device for one late copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    /// Index of its device in the scratch.
+    pub device: usize,
+    pub address: u64,
+}
+
+/// Slots on one device, of the chunks from `first` on; None for a chunk without a part there, and once they
+/// are given back.
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Slots {
     pub first: usize,
-    pub held: Vec<Option<(usize, u64)>>,
+    pub held: Vec<Option<Slot>>,
 }
 
 impl Slots {
-    /// Removes the slots of the chunks that `which` selects, and returns their numbers.
-    pub fn take(&mut self, which: impl Fn(usize) -> bool) -> Vec<usize> {
-        let held = self.held.iter_mut().zip(self.first..).filter(|(_, chunk)| which(*chunk));
-        held.filter_map(|(held, _)| held.take().map(|(slot, _)| slot)).collect()
+    /// Removes and returns the slots of the chunks that `which` selects.
+    pub fn take(&mut self, which: impl Fn(usize) -> bool) -> impl Iterator<Item = Slot> {
+        let held = self.held.iter_mut().zip(self.first..).filter(move |(_, chunk)| which(*chunk));
+        held.filter_map(|(held, _)| held.take())
     }
 }
 
 impl Locked {
-    /// F, once it is told.
-    fn latched(&mut self) -> Option<usize> {
-        if let State::Launched { kernels: Some(kernels), .. } = &self.state
-            && let Some(first) = kernels.latched()
-        {
-            self.state = State::Latched { first, kernels: kernels.clone() };
+    /// F of each device, as far as it is told; None when no kernels are launched.
+    fn told(&mut self) -> Option<Told> {
+        if let State::Launched { kernels: Some(kernels), .. } = &self.state {
+            let told = kernels.told();
+            if !told.iter().all(Option::is_some) {
+                return Some(told);
+            }
+            self.state = State::Latched { told, kernels: kernels.clone() };
         }
-        if let State::Latched { first, .. } = self.state { Some(first) } else { None }
+        if let State::Latched { told, .. } = &self.state { Some(told.clone()) } else { None }
+    }
+
+    /// Whether all devices have told F.
+    fn is_latched(&mut self) -> bool {
+        _ = self.told();
+        matches!(self.state, State::Latched { .. })
+    }
+
+    /// Removes and returns the slots that `which` selects by the index of the device and the chunk.
+    fn take(&mut self, which: impl Fn(usize, usize) -> bool) -> Vec<Slot> {
+        let devices = self.slots.iter_mut().enumerate();
+        devices.flat_map(|(device, slots)| slots.take(|chunk| which(device, chunk)).collect::<Vec<_>>()).collect()
     }
 }
 
@@ -155,8 +221,7 @@ impl LateCopy {
 
     /// Whether a fence on these streams can make late copies.
     pub(super) fn serves(&self, streams: &[DeviceStream]) -> bool {
-        let here = !streams.is_empty() && streams.iter().all(|stream| stream.ordinal == self.save.ordinal);
-        here && self.save.slotted && !self.save.spans
+        self.save.slotted && !streams.is_empty()
     }
 
     /// Takes the turn, which one thread has at a time, so that kernels are launched once.
@@ -165,7 +230,7 @@ impl LateCopy {
     }
 
     /// Open to reserved; returns the slots if the state is not open any more.
-    pub(super) fn reserve(&self, slots: Slots) -> Result<(), Slots> {
+    pub(super) fn reserve(&self, slots: Vec<Slots>) -> Result<(), Vec<Slots>> {
         let mut locked = lock(&self.locked);
         if !matches!(locked.state, State::Open) {
             return Err(slots);
@@ -185,36 +250,29 @@ impl LateCopy {
         }
     }
 
-    /// Reserved to launched; returns the addresses of the slots. None when the save has ended or was taken
+    /// Reserved to launched; returns the addresses of the slots by device, 0 for a chunk without one. None when the save has ended or was taken
     /// back: no kernels may be queued then. A save that fails later learns from `end` or `withdraw` that
     /// kernels may read its sources.
-    pub(super) fn launch(&self, ticket: &Ticket) -> Option<Vec<u64>> {
+    pub(super) fn launch(&self, ticket: &Ticket) -> Option<Vec<Vec<u64>>> {
         let mut locked = lock(&self.locked);
         let State::Reserved { frozen } = locked.state else { return None };
         if ticket.failed() || ticket.staged.is_complete() {
             return None;
         }
         locked.state = State::Launched { frozen, kernels: None };
-        Some(locked.slots.held.iter().flatten().map(|(_, address)| *address).collect())
-    }
-
-    /// Makes the device queue the kernels.
-    ///
-    /// # Errors
-    /// Nothing was queued.
-    pub(super) fn queue(&self, streams: &[DeviceStream], behind_copies: bool, slots: &[u64]) -> Result<Launch> {
-        self.save.device.launch(streams, &self.save.dependency, behind_copies, slots)
+        let addresses = |slots: &Slots| slots.held.iter().map(|slot| slot.map_or(0, |slot| slot.address)).collect();
+        Some(locked.slots.iter().map(addresses).collect())
     }
 
     /// Sets the queued kernels, which tell F.
-    pub(super) fn set_kernels(&self, queued: Arc<dyn FenceKernels>) {
+    pub(super) fn set_kernels(&self, queued: Arc<KernelSet>) {
         if let State::Launched { kernels, .. } = &mut lock(&self.locked).state {
             *kernels = Some(queued);
         }
     }
 
     /// Back to open if no kernels are queued; returns the slots.
-    pub(super) fn give_up(&self) -> Vec<usize> {
+    pub(super) fn give_up(&self) -> Vec<Slot> {
         let mut locked = lock(&self.locked);
         match locked.state {
             State::Reserved { .. } | State::Launched { kernels: None, .. } => locked.state = State::Open,
@@ -222,12 +280,23 @@ impl LateCopy {
             // Slots that a fence reserved earlier.
             State::Open | State::Withdrawn | State::Done => {}
         }
-        locked.slots.take(|_| true)
+        locked.take(|_, _| true)
     }
 
-    /// F, once it is told.
-    pub fn latched(&self) -> Option<usize> {
-        lock(&self.locked).latched()
+    /// F of each device, as far as it is told.
+    pub fn told(&self) -> Told {
+        let told = lock(&self.locked).told();
+        told.unwrap_or_else(|| smallvec![None; self.save.devices.len()])
+    }
+
+    /// What a chunk is to be copied from: the part of a device that has told F is in its slot.
+    pub(super) fn origins(&self, chunk: usize, told: &Told) -> Origins {
+        let origin = |(on, told): (&OnOneDevice, &Option<usize>)| match told {
+            _ if !on.has_any(chunk..chunk + 1) => Origin::Nothing,
+            Some(_) => Origin::Slot,
+            None => Origin::Live,
+        };
+        self.save.devices.iter().zip(told).map(origin).collect()
     }
 
     /// Whether kernels were launched, or are being queued, and the save is not done.
@@ -236,7 +305,7 @@ impl LateCopy {
     }
 
     /// The kernels that were launched.
-    pub(super) fn kernels(&self) -> Option<Arc<dyn FenceKernels>> {
+    pub(super) fn kernels(&self) -> Option<Arc<KernelSet>> {
         match &lock(&self.locked).state {
             State::Launched { kernels, .. } => kernels.clone(),
             State::Latched { kernels, .. } => Some(kernels.clone()),
@@ -254,11 +323,11 @@ impl LateCopy {
         kernels.is_none_or(|kernels| !kernels.over())
     }
 
-    /// Fails when the device is lost, and F will never be told.
+    /// Fails when a device is lost, and its F will never be told.
     pub fn check(&self) -> Result<()> {
         // Asking the kernels detects a lost device.
         _ = self.pending();
-        self.save.device.check()
+        self.save.devices.iter().try_for_each(|on| on.device.check())
     }
 
     /// Whether nothing is queued from live memory any more.
@@ -285,7 +354,7 @@ impl LateCopy {
         if let State::Open | State::Reserved { .. } = locked.state {
             locked.state = State::Withdrawn;
         }
-        locked.latched().is_none() && matches!(locked.state, State::Launched { .. })
+        !locked.is_latched() && matches!(locked.state, State::Launched { .. })
     }
 
     /// Records that the stager queues nothing more of the save, and forbids further kernels. Launched kernels
@@ -297,11 +366,12 @@ impl LateCopy {
         }
     }
 
-    /// Counts a chunk that is handed over; returns its slot if that is free by now.
-    pub(super) fn hand_over(&self, chunk: usize) -> Vec<usize> {
+    /// Counts a chunk that is handed over; returns its slots that are free by now.
+    pub(super) fn hand_over(&self, chunk: usize) -> Vec<Slot> {
         let mut locked = lock(&self.locked);
         locked.handed += 1;
-        if locked.latched().is_some() { locked.slots.take(|i| i == chunk) } else { Vec::new() }
+        let Some(told) = locked.told() else { return Vec::new() };
+        locked.take(|device, held| held == chunk && told[device].is_some())
     }
 
     /// Chunks handed over.
@@ -311,44 +381,61 @@ impl LateCopy {
 
     /// Returns the slots that are free by now, and whether nothing is left to watch. `staged`: the save is
     /// staged.
-    pub(super) fn reap(&self, staged: bool) -> (Vec<usize>, bool) {
-        let pending = self.latched().is_none() && staged && self.pending();
+    pub(super) fn reap(&self, staged: bool) -> (Vec<Slot>, bool) {
+        let ended = staged && !self.pending();
         let mut locked = lock(&self.locked);
-        let first = match (locked.latched(), &locked.state) {
-            (Some(first), _) => first,
-            // Some kernels could not be queued, so F is never told; the queued ones have ended.
-            (None, State::Launched { .. }) if staged && !pending => 0,
-            (None, State::Launched { .. }) => return (Vec::new(), false),
-            (None, _) => return (Vec::new(), true),
+        let told = locked.told().unwrap_or_default();
+        let over = match locked.state {
+            State::Latched { .. } => staged || mutant::on(Mutant::SlotEarly),
+            // Some kernels could not be queued, so F is never told everywhere; the queued ones have ended.
+            State::Launched { .. } => ended,
+            _ => return (Vec::new(), true),
         };
-        let last = staged || mutant::on(Mutant::SlotEarly);
-        let slots = locked.slots.take(|chunk| chunk < first || last);
-        let before = staged.then(|| std::mem::replace(&mut locked.state, State::Done));
+        let before = |device: usize, chunk| told.get(device).is_some_and(|first| first.is_some_and(|f| chunk < f));
+        let slots = locked.take(|device, chunk| over || before(device, chunk));
+        let last = (over && staged).then(|| std::mem::replace(&mut locked.state, State::Done));
         drop(locked);
         // Dropped with no lock held: the last owner of kernels frees memory.
-        drop(before);
-        (slots, last)
+        drop(last);
+        (slots, over)
     }
 
-    /// Gathers a chunk, if it is one to be gathered. Returns the device and the address of the slab's first
-    /// byte there.
-    pub fn gather(&self, chunk: usize) -> Result<Option<(u32, u64)>> {
-        if self.save.gathered.get(chunk) != Some(&true) {
+    /// The device of a tensor, by its index in the save, if it has kernels for the save.
+    pub fn device_of(&self, tensor: usize) -> Option<usize> {
+        let ordinal = self.save.ordinals.get(tensor).copied().flatten()?;
+        self.save.devices.iter().position(|on| on.ordinal == ordinal)
+    }
+
+    /// Gathers the part of a chunk that a device has, if the chunk is one to be gathered. Returns the address
+    /// of the slab's first byte there.
+    pub fn gather(&self, device: usize, chunk: usize) -> Result<Option<u64>> {
+        let on = &self.save.devices[device];
+        if on.gathered.get(chunk) != Some(&true) {
             return Ok(None);
         }
-        self.save.device.gather(chunk).map(|address| Some((self.save.ordinal, address)))
+        on.device.gather(chunk).map(Some)
     }
 
-    /// Advances the watermark past this chunk, behind the copies so far.
-    pub fn publish(&self, chunk: usize) -> Result<()> {
-        if self.save.slotted { self.save.device.publish(self.save.base + chunk as u64 + 1) } else { Ok(()) }
+    /// Advances, behind the copies so far, the watermarks of the devices whose part of this chunk is copied
+    /// from live memory.
+    pub(super) fn publish(&self, chunk: usize, origins: &Origins) -> Result<()> {
+        let watermark = self.save.base + chunk as u64 + 1;
+        let live = self.save.devices.iter().zip(origins).filter(|(_, origin)| **origin == Origin::Live);
+        let mut live = live.filter(|_| self.save.slotted);
+        live.try_for_each(|(on, _)| on.device.publish(watermark))
     }
 
-    /// Where the late copy of a chunk from F on is: the device and an address.
-    pub fn location(&self, chunk: usize) -> Option<(u32, u64)> {
+    /// The address of the late copy of a chunk on a device that has told F.
+    pub fn slot(&self, device: usize, chunk: usize) -> Option<u64> {
         let locked = lock(&self.locked);
-        let held = locked.slots.held.get(chunk.checked_sub(locked.slots.first)?)?;
-        held.map(|(_, address)| (self.save.ordinal, address))
+        let slots = locked.slots.get(device)?;
+        let held = slots.held.get(chunk.checked_sub(slots.first)?)?;
+        held.map(|slot| slot.address)
+    }
+
+    /// The ordinal of a device of the save.
+    pub fn ordinal(&self, device: usize) -> u32 {
+        self.save.devices[device].ordinal
     }
 }
 

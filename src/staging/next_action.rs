@@ -12,15 +12,15 @@ pub(super) struct View {
     pub failed: bool,
     /// The oldest chunk in flight, if its copies have ended.
     pub arrived: Option<Arrived>,
-    /// F, once the device has told it.
-    pub latched: Option<usize>,
+    /// All devices have told F.
+    pub latched: bool,
     /// Nothing is queued from live memory any more.
     pub frozen: bool,
     /// The next chunk to be queued, and how many there are.
     pub next: usize,
     pub chunks: usize,
     pub in_flight: usize,
-    /// Some chunk in flight is copied from live memory.
+    /// Some part of a chunk in flight is copied from live memory.
     pub live_in_flight: bool,
     /// A fence waits until this many chunks are queued.
     pub needed: usize,
@@ -40,10 +40,8 @@ pub(super) struct View {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Arrived {
     pub chunk: usize,
-    /// It was copied from live memory.
-    pub live: bool,
-    /// F, read after the copies had ended.
-    pub latched: Option<usize>,
+    /// The least F, read after the copies had ended, of the devices whose parts were copied from live memory.
+    pub first: Option<usize>,
 }
 
 /// The stager's next action.
@@ -51,13 +49,14 @@ pub(super) struct Arrived {
 pub(super) enum Action {
     /// Hand the oldest chunk over.
     HandOver,
-    /// Copy the oldest chunk again, from its slot: its tensors may have been written during the copy.
+    /// Copy parts of the oldest chunk again, from their slots: the tensors may have been written during the
+    /// copy.
     CopyAgain,
     /// Return the oldest chunk's slab: it would be copied again, but the save has failed.
     Discard,
     /// Drop the sources: nothing more is queued from them.
     ReleaseSources,
-    /// Queue the next chunk, from live memory or from its slot.
+    /// Queue the next chunk: all of it from slots, or some of it from live memory.
     Queue { live: bool },
     /// Stop: all chunks are handed over, or the save has failed.
     End,
@@ -71,8 +70,8 @@ pub(super) enum Action {
 
 /// The next action for `view`.
 pub(super) fn next_action(view: &View) -> Action {
-    if let Some(Arrived { chunk, live, latched }) = view.arrived {
-        let written = live && latched.is_some_and(|first| first <= chunk) && !mutant::on(Mutant::Discard);
+    if let Some(Arrived { chunk, first }) = view.arrived {
+        let written = first.is_some_and(|first| first <= chunk) && !mutant::on(Mutant::Discard);
         return match (written, view.failed) {
             (true, true) => Action::Discard,
             (true, false) => Action::CopyAgain,
@@ -85,10 +84,10 @@ pub(super) fn next_action(view: &View) -> Action {
     if view.failed || (view.next == view.chunks && view.in_flight == 0) {
         return Action::End;
     }
-    if view.latched.is_some() && view.sources && !view.live_in_flight {
+    if view.latched && view.sources && !view.live_in_flight {
         return Action::ReleaseSources;
     }
-    let live = view.latched.is_none();
+    let live = !view.latched;
     if live && view.frozen {
         return Action::AwaitF;
     }
@@ -107,7 +106,7 @@ mod tests {
     const BEGUN: View = View {
         failed: false,
         arrived: None,
-        latched: None,
+        latched: false,
         frozen: false,
         next: 0,
         chunks: 4,
@@ -122,11 +121,11 @@ mod tests {
     };
     /// The window is full of chunks from live memory.
     const FULL: View = View { next: 2, in_flight: 2, live_in_flight: true, ..BEGUN };
-    /// F is 2, and the sources are dropped.
-    const LATCHED: View = View { latched: Some(2), sources: false, next: 2, ..BEGUN };
+    /// F is told, and the sources are dropped.
+    const LATCHED: View = View { latched: true, sources: false, next: 2, ..BEGUN };
 
-    const fn arrived(chunk: usize, live: bool, latched: Option<usize>) -> Option<Arrived> {
-        Some(Arrived { chunk, live, latched })
+    const fn arrived(chunk: usize, first: Option<usize>) -> Option<Arrived> {
+        Some(Arrived { chunk, first })
     }
 
     #[test]
@@ -146,19 +145,20 @@ mod tests {
             (View { needed: 2, ..FULL }, AwaitCopies),
             (View { needed: 3, slab: false, ..FULL }, AwaitCopies),
             // A chunk that has arrived goes first.
-            (View { arrived: arrived(0, true, None), ..FULL }, HandOver),
-            (View { arrived: arrived(0, true, None), failed: true, release_requested: true, ..FULL }, HandOver),
-            // A chunk before F or from a slot is handed over; a live copy from F on is made again.
-            (View { arrived: arrived(1, true, Some(2)), latched: Some(2), ..FULL }, HandOver),
-            (View { arrived: arrived(2, false, Some(2)), ..LATCHED }, HandOver),
-            (View { arrived: arrived(2, true, Some(2)), latched: Some(2), ..FULL }, CopyAgain),
-            (View { arrived: arrived(3, true, Some(2)), latched: Some(2), ..FULL }, CopyAgain),
-            (View { arrived: arrived(3, true, Some(2)), latched: Some(2), failed: true, ..FULL }, Discard),
+            (View { arrived: arrived(0, None), ..FULL }, HandOver),
+            (View { arrived: arrived(0, None), failed: true, release_requested: true, ..FULL }, HandOver),
+            // A chunk before F or from a slot is handed over; a live copy from F on is made again, also when
+            // another device has not told F.
+            (View { arrived: arrived(1, Some(2)), latched: true, ..FULL }, HandOver),
+            (View { arrived: arrived(2, None), ..LATCHED }, HandOver),
+            (View { arrived: arrived(2, Some(2)), ..FULL }, CopyAgain),
+            (View { arrived: arrived(3, Some(2)), latched: true, ..FULL }, CopyAgain),
+            (View { arrived: arrived(3, Some(2)), latched: true, failed: true, ..FULL }, Discard),
             // From F on chunks are read from slots, and the sources are dropped when no copy from them is in
             // flight.
-            (View { latched: Some(2), ..FULL }, AwaitCopies),
-            (View { latched: Some(2), in_flight: 1, ..FULL }, Queue { live: false }),
-            (View { latched: Some(2), live_in_flight: false, ..FULL }, ReleaseSources),
+            (View { latched: true, ..FULL }, AwaitCopies),
+            (View { latched: true, in_flight: 1, ..FULL }, Queue { live: false }),
+            (View { latched: true, live_in_flight: false, ..FULL }, ReleaseSources),
             (LATCHED, Queue { live: false }),
             (View { frozen: true, ..LATCHED }, Queue { live: false }),
             // Frozen, and F is not told: nothing can be queued.

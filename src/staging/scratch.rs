@@ -1,48 +1,96 @@
 //! Scratch: the device memory for captured tensors and late copies, and the fences that make late copies.
 //!
+//! Each device has its own slots. The device of the executor gets them at start, any other one in the call of
+//! `save` that first has tensors of it.
+//!
 //! **Locks.** A thread takes the turn of a save before all other locks. It holds the lock of the watched
 //! saves while it reads the states of their late copies. It takes the lock of the free slots without any lock
 //! but the turn.
 
 use super::capture_pool::CapturePool;
-use super::late_copy::{LateCopy, Planned, Slots};
+use super::kernel_set::KernelSet;
+use super::late_copy::{LateCopy, OnOneDevice, Planned, Slot, Slots};
 use super::on_device::{OnDevice, at_save};
-use super::pieces::Part;
-use crate::device::{Dependency, Kernels, Pieces};
-use crate::error::{Error, ErrorKind, Result};
+use super::parts::{DeviceKernels, PartsOfSave};
+use crate::device::{Dependency, Device, KernelMemory, Kernels};
+use crate::error::Result;
 use crate::mutant::{self, Mutant};
-use crate::plan::{Plan, SegmentSource};
-use crate::state::{DeviceStream, MemoryLocation, StateDict};
+use crate::plan::Plan;
+use crate::state::{DeviceStream, StateDict};
 use crate::sync::{Mutex, lock};
 use crate::ticket::Ticket;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// A chunk with more parts of tensors than this is gathered on the device, and copied as one.
-const GATHERED_FROM_PIECES: usize = 8;
 /// How often a fence that waits for slots checks for F of earlier saves.
 const SLOT_POLL_INTERVAL: Duration = Duration::from_micros(200);
 
-/// The memory of a device: a capture pool, slots for late copies, and the saves that may have slots.
+/// The memory of the devices: a capture pool, slots for late copies, and the saves that may have slots.
 #[derive(Debug)]
 pub(crate) struct Scratch {
+    /// Kernels of the executor's device.
     kernels: Arc<dyn Kernels>,
     pool: Arc<CapturePool>,
-    /// Addresses of the slots, and which of them are free.
-    slots: Vec<u64>,
-    free: Mutex<Vec<usize>>,
+    /// The devices that saves have had tensors of; that of the executor is the first.
+    equipped: Mutex<Vec<Equipped>>,
+    /// Size of a chunk, and of the scratch of any other device than that of the executor.
+    memory: (usize, u64),
+    /// The free slots, by device.
+    free: Mutex<Vec<Vec<Slot>>>,
     /// Fences that were launched and still have slots, or kernels that may run.
     watched: Mutex<Vec<(Arc<Ticket>, Arc<LateCopy>)>>,
     /// How many saves, and chunks of them, there were so far.
     counted: Mutex<(u64, u64)>,
 }
 
+/// A device, and its kernels unless it has none.
+#[derive(Debug)]
+struct Equipped {
+    ordinal: u32,
+    kernels: Option<Arc<dyn Kernels>>,
+}
+
 impl Scratch {
-    pub fn new(kernels: Arc<dyn Kernels>) -> Self {
-        let slots = kernels.slots().unwrap_or_default().to_vec();
-        let (free, pool) = ((0..slots.len()).rev().collect(), CapturePool::new(kernels.capture_memory()));
-        Self { kernels, pool, slots, free: Mutex::new(free), watched: Mutex::default(), counted: Mutex::default() }
+    /// `chunk` and `scratch` are what any other device than that of `kernels` is asked for.
+    pub fn new(kernels: Arc<dyn Kernels>, chunk: usize, scratch: u64) -> Self {
+        let (pool, home) = (CapturePool::new(kernels.capture_memory()), kernels.clone());
+        let (equipped, free, memory) = (Mutex::default(), Mutex::default(), (chunk, scratch));
+        let (watched, counted) = (Mutex::default(), Mutex::default());
+        let scratch = Self { kernels, pool, equipped, memory, free, watched, counted };
+        scratch.add(&mut lock(&scratch.equipped), home.ordinal(), Some(home));
+        scratch
+    }
+
+    /// Loads the kernels of those devices of `streams` that no save has had tensors of, and allocates their
+    /// slots. Where a device refuses, fences wait for the copies of saves with tensors of it.
+    pub fn equip(&self, device: &dyn Device, streams: &[DeviceStream]) {
+        let (chunk, scratch) = self.memory;
+        let mut equipped = lock(&self.equipped);
+        for stream in streams {
+            let ordinal = stream.ordinal;
+            if equipped.iter().any(|known| known.ordinal == ordinal) {
+                continue;
+            }
+            let memory = KernelMemory { ordinal: Some(ordinal), chunk, gather: 0, scratch, given: None };
+            let kernels = (scratch > 0).then(|| device.kernels(memory)).transpose().unwrap_or_else(|error| {
+                let error = format_args!("{error:#}");
+                tracing::warn!(
+                    error,
+                    device = ordinal,
+                    "no scratch on this device: fences wait for copies to the host"
+                );
+                None
+            });
+            self.add(&mut equipped, ordinal, kernels);
+        }
+    }
+
+    fn add(&self, equipped: &mut Vec<Equipped>, ordinal: u32, kernels: Option<Arc<dyn Kernels>>) {
+        let slots = kernels.as_ref().and_then(|kernels| kernels.slots().ok()).unwrap_or_default();
+        let slot = |&address: &u64| Slot { device: equipped.len(), address };
+        lock(&self.free).push(slots.iter().rev().map(slot).collect());
+        equipped.push(Equipped { ordinal, kernels });
     }
 
     /// Captures tensors of a save, and with `detect` makes the device digest the rest: see [`at_save`].
@@ -50,8 +98,8 @@ impl Scratch {
         at_save(self.kernels.as_ref(), &self.pool, state, detect, done)
     }
 
-    /// Makes the late copy of a save, if it has tensors on this device. `captured`: whether a host tensor was
-    /// captured at `save`.
+    /// Makes the late copy of a save, if it has tensors on devices with kernels. `captured`: whether a host
+    /// tensor was captured at `save`.
     pub fn late_copy(
         &self,
         plan: &Plan,
@@ -59,69 +107,33 @@ impl Scratch {
         dependency: &Dependency,
         captured: impl Fn(usize) -> bool,
     ) -> Result<Option<Arc<LateCopy>>> {
-        let ordinal = self.kernels.ordinal();
-        let spans = state.streams.iter().any(|s| s.ordinal != ordinal);
-        if plan.chunks.is_empty() || state.streams.iter().all(|s| s.ordinal != ordinal) {
+        let has = |ordinal: u32| state.streams.iter().any(|stream| stream.ordinal == ordinal);
+        let equipped = lock(&self.equipped);
+        let devices = equipped.iter().enumerate().filter(|(_, on)| has(on.ordinal));
+        let slotted =
+            |on: &Equipped| on.kernels.as_ref().is_some_and(|kernels| kernels.slots().is_ok_and(|s| !s.is_empty()));
+        let all_slotted = devices.clone().all(|(_, on)| slotted(on));
+        let kernels = |(place, on): (usize, &Equipped)| Some(DeviceKernels { place, kernels: on.kernels.clone()? });
+        let devices: Vec<_> = devices.filter_map(kernels).collect();
+        drop(equipped);
+        if plan.chunks.is_empty() || devices.is_empty() {
             return Ok(None);
         }
-        let mut pieces = Pieces { chunks: plan.chunks.len(), ..Pieces::default() };
-        pieces.list.reserve(plan.segments.len());
-        let (mut gathered, mut host) = (vec![false; plan.chunks.len()], 0);
-        let (can_gather, slotted) = (!self.kernels.capture_memory().is_empty(), !self.slots.is_empty());
-        for (chunk, planned) in plan.chunks.iter().enumerate() {
-            let (mut to, begin) = (0, pieces.list.len());
-            for segment in &plan.segments[planned.segments.clone()] {
-                let bytes = segment.length as u64;
-                if let SegmentSource::Tensor(index) = segment.source {
-                    let (name, tensor) = state.tensors.get_index(index).expect("checked by the plan");
-                    match tensor.location {
-                        MemoryLocation::Device { stream, .. } if stream.ordinal == ordinal => {
-                            pieces.add(name, tensor, Part { at: segment.at, bytes, to, chunk })?;
-                        }
-                        MemoryLocation::Host { .. } if !captured(index) && bytes > 0 => host = chunk + 1,
-                        MemoryLocation::Device { .. } | MemoryLocation::Host { .. } => {}
-                    }
-                }
-                to += bytes;
-            }
-            let parts = &pieces.list[begin..];
-            gathered[chunk] =
-                can_gather && (parts.len() > GATHERED_FROM_PIECES || parts.iter().any(|piece| piece.view.is_some()));
-            if !gathered[chunk] && !slotted {
-                // No kernel will read these pieces.
-                pieces.list.truncate(begin);
-            }
-        }
-        if pieces.list.is_empty() {
-            return Ok(None);
-        }
+        let parts = PartsOfSave::find(devices, plan, state, captured)?;
+        let (host, asked) = (parts.host, parts.devices());
         let mut counted = lock(&self.counted);
         let (number, base) = (counted.0 + 1, counted.1);
-        let strided = pieces.list.iter().any(|piece| piece.view.is_some());
-        let device = match self.kernels.late_copy(number, base, &pieces) {
-            Ok(Some(device)) => device,
-            Ok(None) if strided => {
-                let busy = "too many saves are under way for tensors that are to be gathered";
-                return Err(Error::new(ErrorKind::Busy, busy));
-            }
-            Err(error) if strided => return Err(error),
-            Ok(None) => return Ok(None),
-            Err(error) => {
-                tracing::warn!(
-                    error = format_args!("{error:#}"),
-                    "a save is neither gathered nor copied late on its device"
-                );
-                return Ok(None);
-            }
-        };
+        let devices = parts.prepare(number, base)?;
+        if devices.is_empty() {
+            return Ok(None);
+        }
         *counted = (number, base + plan.chunks.len() as u64);
         Ok(Some(Arc::new(LateCopy::new(Planned {
-            device,
+            chunks: plan.chunks.len(),
+            slotted: all_slotted && devices.len() == asked,
+            ordinals: state.tensors.values().map(|t| t.location.stream().map(|stream| stream.ordinal)).collect(),
+            devices,
             dependency: dependency.clone(),
-            ordinal,
-            gathered,
-            spans,
-            slotted,
             base,
             host,
         }))))
@@ -144,12 +156,12 @@ impl Scratch {
         if let Some(kernels) = late_copy.kernels() {
             return kernels.follow(streams).map(|()| true);
         }
-        let Some(first) = self.reserve(ticket, late_copy, deadline) else { return Ok(false) };
-        if first == ticket.extent().chunks {
+        let Some(slots) = self.reserve(ticket, late_copy, deadline) else { return Ok(false) };
+        if slots == 0 && ticket.queued.load(Ordering::Acquire) == late_copy.save.chunks {
             self.give_up(late_copy);
             return Ok(false);
         }
-        self.launch(ticket, late_copy, streams, first > late_copy.handed())
+        self.launch(ticket, late_copy, streams, |on, first| on.has_any(late_copy.handed()..first))
     }
 
     /// As [`Scratch::fence`], at the end of a scope whose `streams` will write or free the tensors. When it
@@ -175,12 +187,12 @@ impl Scratch {
         }
         late_copy.freeze();
         let queued = ticket.queued.load(Ordering::Acquire);
-        if queued == ticket.extent().chunks {
+        if queued == late_copy.save.chunks {
             self.give_up(late_copy);
             return Ok(false);
         }
         let behind_copies = queued > late_copy.handed() && !mutant::on(Mutant::ScopeOrder);
-        self.launch(ticket, late_copy, streams, behind_copies)
+        self.launch(ticket, late_copy, streams, |_, _| behind_copies)
     }
 
     /// Launches the kernels of a fence, with the slots that are reserved. False when the save is staged, has
@@ -190,17 +202,17 @@ impl Scratch {
         ticket: &Arc<Ticket>,
         late_copy: &Arc<LateCopy>,
         streams: &[DeviceStream],
-        behind_copies: bool,
+        behind: impl Fn(&OnOneDevice, usize) -> bool,
     ) -> Result<bool> {
         let Some(slots) = late_copy.launch(ticket) else {
             self.give_up(late_copy);
             return Ok(false);
         };
         lock(&self.watched).push((ticket.clone(), late_copy.clone()));
-        match late_copy.queue(streams, behind_copies, &slots) {
-            Ok(launch) => {
-                late_copy.set_kernels(launch.kernels);
-                launch.queued.map(|()| true)
+        match KernelSet::launch(&late_copy.save, streams, &slots, behind) {
+            Ok((kernels, queued)) => {
+                late_copy.set_kernels(Arc::new(kernels));
+                queued.map(|()| true)
             }
             Err(refused) => {
                 lock(&self.watched).retain(|(_, watched)| !Arc::ptr_eq(watched, late_copy));
@@ -210,24 +222,31 @@ impl Scratch {
         }
     }
 
-    /// Waits until every chunk is queued or has a slot; returns the first chunk with a slot.
+    /// Waits until every part of a chunk is queued or has a slot; returns how many slots there are. None at
+    /// the deadline, and when the save is staged or has failed.
     fn reserve(&self, ticket: &Ticket, late_copy: &LateCopy, deadline: Instant) -> Option<usize> {
+        let save = &late_copy.save;
         loop {
             self.reap();
             if ticket.failed() || ticket.staged.is_complete() {
                 return None;
             }
-            let handed = late_copy.handed();
+            let from = late_copy.handed().max(save.host);
             let mut free = lock(&self.free);
-            let most = free.len().min(ticket.extent().chunks - handed);
-            let first = (ticket.extent().chunks - most).max(late_copy.save.host);
+            let firsts: Vec<_> = save.devices.iter().map(|on| on.first_with_slot(from, free[on.place].len())).collect();
+            let first = firsts.iter().copied().fold(save.host, usize::max);
             if ticket.queued.load(Ordering::Acquire) >= first {
-                let rest = free.len() - (ticket.extent().chunks - first);
-                let taken = free.split_off(rest);
+                let slots = save.devices.iter().zip(firsts).map(|(on, first)| {
+                    let free = &mut free[on.place];
+                    let held =
+                        (first..save.chunks).map(|chunk| free.pop_if(|_| on.has_any(chunk..chunk + 1))).collect();
+                    Slots { first, held }
+                });
+                let slots: Vec<_> = slots.collect();
                 drop(free);
-                let held = taken.into_iter().map(|slot| Some((slot, self.slots[slot]))).collect();
-                let Err(mut refused) = late_copy.reserve(Slots { first, held }) else { return Some(first) };
-                lock(&self.free).extend(refused.take(|_| true));
+                let count = slots.iter().map(|slots| slots.held.iter().flatten().count()).sum();
+                let Err(mut refused) = late_copy.reserve(slots) else { return Some(count) };
+                self.give_back(refused.iter_mut().flat_map(|slots| slots.take(|_| true)));
                 return None;
             }
             drop(free);
@@ -238,10 +257,14 @@ impl Scratch {
         }
     }
 
-    /// Frees the slot of a chunk that was handed over, if F is known.
+    fn give_back(&self, slots: impl IntoIterator<Item = Slot>) {
+        let mut free = lock(&self.free);
+        slots.into_iter().for_each(|slot| free[slot.device].push(slot));
+    }
+
+    /// Frees the slots of a chunk that was handed over, on the devices whose F is known.
     pub fn hand_over(&self, late_copy: &LateCopy, chunk: usize) {
-        let free = late_copy.hand_over(chunk);
-        lock(&self.free).extend(free);
+        self.give_back(late_copy.hand_over(chunk));
     }
 
     /// Returns slots that are known to be free, also of saves that are staged or have failed.
@@ -258,22 +281,22 @@ impl Scratch {
         drop(watched);
         drop(over);
         if !free.is_empty() {
-            lock(&self.free).extend(free);
+            self.give_back(free);
         }
     }
 
     /// Returns all slots of a save that has no kernels queued.
     fn give_up(&self, late_copy: &LateCopy) {
-        let free = late_copy.give_up();
-        lock(&self.free).extend(free);
+        self.give_back(late_copy.give_up());
     }
 }
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use super::super::late_copy::tests::fixtures::{late_copy, ticket};
+    use super::super::late_copy::tests::fixtures::{on_one, ticket};
     use super::*;
-    use crate::device::{DeviceLateCopy, Digests, FenceKernels, Launch, Queued};
+    use crate::device::{DeviceLateCopy, Digests, FenceKernels, Launch, Pieces, Queued};
+    use crate::error::Error;
     use std::ops::Range;
     use std::sync::OnceLock;
 
@@ -284,7 +307,7 @@ mod tests {
     static SCRATCH: OnceLock<Scratch> = OnceLock::new();
 
     fn scratch() -> &'static Scratch {
-        SCRATCH.get_or_init(|| Scratch::new(Arc::new(Watching)))
+        SCRATCH.get_or_init(|| Scratch::new(Arc::new(Watching), 4096, 0))
     }
 
     /// Called with the state of a late copy locked, or with nothing locked.
@@ -320,7 +343,10 @@ mod tests {
         fn publish(&self, _: u64) -> Result<()> {
             Ok(())
         }
-        fn launch(&self, _: &[DeviceStream], _: &Dependency, _: bool, slots: &[u64]) -> Result<Launch> {
+        fn refuse_captures(&self, _: &[DeviceStream]) -> Result<()> {
+            Ok(())
+        }
+        fn launch(&self, _: Option<DeviceStream>, _: &Dependency, _: bool, slots: &[u64]) -> Result<Launch> {
             no_list_is_locked();
             assert_eq!(slots, [8192, 4096]);
             Ok(Launch { kernels: Arc::new(Self), queued: Ok(()) })
@@ -347,20 +373,20 @@ mod tests {
     /// slots locked them in the opposite order.
     #[test]
     fn slots_are_given_back_with_one_lock_at_a_time() {
-        let (scratch, ticket, late_copy) = (scratch(), ticket(3), Arc::new(late_copy(Box::new(Watching))));
-        *lock(&scratch.free) = vec![0, 2, 1];
+        let (scratch, ticket, late_copy) = (scratch(), ticket(3), Arc::new(on_one(Watching)));
+        let slot = |number| Slot { device: 0, address: number * 4096 };
+        let free = || lock(&scratch.free)[0].clone();
+        *lock(&scratch.free) = vec![vec![slot(0), slot(1), slot(2)]];
         late_copy.hand_over(0);
         ticket.queued.store(1, Ordering::Relaxed);
         let fenced = scratch.fence(&ticket, &late_copy, &[DeviceStream::legacy(0)], Instant::now()).unwrap();
         assert!(fenced);
-        assert_eq!((&lock(&scratch.free)[..], late_copy.location(2)), (&[0][..], Some((0, 4096))));
+        assert_eq!((free(), late_copy.slot(0, 2)), (vec![slot(0)], Some(4096)));
         scratch.hand_over(&late_copy, 2);
-        assert_eq!(
-            (&lock(&scratch.free)[..], late_copy.location(1), late_copy.location(2)),
-            (&[0, 1][..], Some((0, 8192)), None)
-        );
+        let left = (late_copy.slot(0, 1), late_copy.slot(0, 2));
+        assert_eq!((free(), left), (vec![slot(0), slot(1)], (Some(8192), None)));
         ticket.release();
         scratch.reap();
-        assert_eq!((&lock(&scratch.free)[..], late_copy.location(1)), (&[0, 1, 2][..], None));
+        assert_eq!((free(), late_copy.slot(0, 1)), (vec![slot(0), slot(1), slot(2)], None));
     }
 }

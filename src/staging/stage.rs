@@ -4,8 +4,9 @@ use super::deferred::{DeferredRelease, KeptForRelease};
 use super::device_state::DeviceState;
 use super::enqueue::enqueue;
 use super::in_flight::Due;
-use super::in_flight_chunk::InFlightChunk;
+use super::in_flight_chunk::{InFlightChunk, Origin};
 use super::job::Job;
+use super::kernel_set::Told;
 use super::next_action::{Action, Arrived, View, next_action};
 use super::stager::{POLL_INTERVAL, QUIESCE_TIMEOUT, Stager};
 use crate::error::{Error, ErrorKind, Result};
@@ -122,7 +123,9 @@ impl Stager {
     fn copy(&self, job: &mut Job, device_state: &mut DeviceState, chunks: &mut VecDeque<InFlightChunk>) -> Result<()> {
         let stamp = Stamp::new(job.ticket.step, job.ticket.attempt());
         let (due, waker) = (self.saves.expire(Instant::now()), Waker::from(self.signal.clone()));
-        let mut copying = Copying { stager: self, job, device_state, chunks, stamp, waker, due, next: 0, reached: 0 };
+        let told = Told::new();
+        let mut copying =
+            Copying { stager: self, job, device_state, chunks, stamp, waker, due, next: 0, reached: 0, told };
         loop {
             let mut view = copying.look()?;
             let mut action = next_action(&view);
@@ -133,10 +136,10 @@ impl Stager {
             }
             match action {
                 Action::HandOver => copying.hand_over(),
-                Action::CopyAgain => copying.copy_again(view.latched)?,
+                Action::CopyAgain => copying.copy_again()?,
                 Action::Discard => drop(copying.chunks.pop_front()),
                 Action::ReleaseSources => copying.release_sources(),
-                Action::Queue { live } => copying.queue(live, view.latched)?,
+                Action::Queue { live } => copying.queue(live)?,
                 Action::End => return Ok(()),
                 Action::AwaitF => {
                     // A lost device never tells F.
@@ -165,6 +168,8 @@ struct Copying<'a> {
     next: usize,
     /// The last completion event that is known to be reached.
     reached: u64,
+    /// F of each device, as far as it was told at the last `look`.
+    told: Told,
 }
 
 impl Copying<'_> {
@@ -182,25 +187,21 @@ impl Copying<'_> {
         if self.chunks.front().is_none_or(|chunk| chunk.event > self.reached) {
             self.reached = queue.reached()?;
         }
-        // Read F after the completion events: if the device tells F later, these copies were made before it.
+        // Read F after the completion events: if a device tells F later, these copies were made before it.
         let late_copy = self.job.late_copy.as_ref();
-        let latched = late_copy.and_then(|late_copy| late_copy.latched());
+        self.told = late_copy.map(|late_copy| late_copy.told()).unwrap_or_default();
         let oldest = self.chunks.front().filter(|chunk| chunk.event <= self.reached);
-        let arrived = oldest.map(|oldest| Arrived {
-            chunk: oldest.chunk.index,
-            live: oldest.live,
-            latched: if mutant::on(Mutant::LatchEarly) { oldest.latched } else { latched },
-        });
+        let arrived = oldest.map(|oldest| Arrived { chunk: oldest.chunk.index, first: oldest.first(&self.told) });
         let (ticket, job) = (&self.job.ticket, &self.job);
         Ok(View {
             failed: ticket.failed(),
             arrived,
-            latched,
+            latched: !self.told.is_empty() && self.told.iter().all(Option::is_some),
             frozen: late_copy.is_some_and(|late_copy| late_copy.frozen()),
             next: self.next,
             chunks: job.plan.chunks.len(),
             in_flight: self.chunks.len(),
-            live_in_flight: self.chunks.iter().any(|chunk| chunk.live),
+            live_in_flight: self.chunks.iter().any(InFlightChunk::is_live),
             needed: ticket.needed.load(Ordering::Acquire),
             slab: self.stager.arena.free() > 0,
             ready: true,
@@ -210,9 +211,9 @@ impl Copying<'_> {
         })
     }
 
-    /// Queues the next chunk. Does nothing if no slab is free, or live memory was frozen meanwhile; the next
+    /// Queues the next chunk; the parts of devices that have told F come from slots. Does nothing if no slab is free, or live memory was frozen meanwhile; the next
     /// `look` sees that.
-    fn queue(&mut self, live: bool, latched: Option<usize>) -> Result<()> {
+    fn queue(&mut self, live: bool) -> Result<()> {
         let late_copy = self.job.late_copy.clone();
         // Kept until the chunk is queued: `freeze` waits for a decided chunk.
         let decided = late_copy.as_ref().filter(|_| live).map(|late_copy| late_copy.decide());
@@ -220,11 +221,11 @@ impl Copying<'_> {
             return Ok(());
         }
         let Some(lease) = self.stager.arena.try_lease() else { return Ok(()) };
+        let origins = late_copy.as_ref().map(|late_copy| late_copy.origins(self.next, &self.told)).unwrap_or_default();
         self.enqueue(InFlightChunk {
             chunk: Chunk { index: self.next, lease, digests: None },
             event: u64::MAX,
-            live,
-            latched,
+            origins,
         })?;
         self.next += 1;
         self.job.ticket.advance();
@@ -235,10 +236,15 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// Copies the oldest chunk again, from its slot and into the same slab.
-    fn copy_again(&mut self, latched: Option<usize>) -> Result<()> {
-        let Some(InFlightChunk { chunk, .. }) = self.chunks.pop_front() else { return Ok(()) };
-        self.enqueue(InFlightChunk { chunk, event: u64::MAX, live: false, latched })
+    /// Copies parts of the oldest chunk again, from their slots and into the same slab, which keeps the others.
+    fn copy_again(&mut self) -> Result<()> {
+        let Some(InFlightChunk { chunk, origins, .. }) = self.chunks.pop_front() else { return Ok(()) };
+        let written = |(origin, told): (Origin, &Option<usize>)| match (origin, told) {
+            (Origin::Live, Some(first)) if *first <= chunk.index => Origin::Slot,
+            _ => Origin::Nothing,
+        };
+        let origins = origins.into_iter().zip(&self.told).map(written).collect();
+        self.enqueue(InFlightChunk { chunk, event: u64::MAX, origins })
     }
 
     fn enqueue(&mut self, chunk: InFlightChunk) -> Result<()> {
@@ -251,10 +257,10 @@ impl Copying<'_> {
     }
 
     fn hand_over(&mut self) {
-        let Some(InFlightChunk { chunk, live, .. }) = self.chunks.pop_front() else { return };
+        let Some(InFlightChunk { chunk, origins, .. }) = self.chunks.pop_front() else { return };
         let (job, ticket) = (&self.job, &self.job.ticket);
         if let (Some(scratch), Some(late_copy)) = (self.stager.scratch.get(), &job.late_copy) {
-            if !live {
+            if origins.contains(&Origin::Slot) {
                 ticket.late_chunks.fetch_add(1, Ordering::Relaxed);
             }
             scratch.hand_over(late_copy, chunk.index);

@@ -9,7 +9,7 @@
 //! (`late_copy`). The owner of [`Fences`] drops it only when its kernels have run (`loaded`).
 #![expect(unsafe_code, reason = "kernels over memory that outlives them; argument above")]
 
-use super::driver::{Address, FunctionHandle, Memory, Module, StreamHandle};
+use super::driver::{Address, FunctionHandle, Memory, Module, Stream, StreamHandle};
 use super::gpu::Gpu;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, lock};
@@ -68,6 +68,8 @@ pub(super) struct Fences {
     latch: FunctionHandle,
     copy: FunctionHandle,
     publish: FunctionHandle,
+    /// For fences that name no stream of this device.
+    own: Stream,
     // Declared, and so dropped, before the memory that its kernels use.
     _module: Module,
     /// One `FencePlace` per save, followed by the watermark.
@@ -87,6 +89,7 @@ impl Fences {
             latch: module.function(c"fence_latch")?,
             copy: module.function(c"late_copy")?,
             publish: module.function(c"fence_publish")?,
+            own: gpu.context.stream()?,
             _module: module,
             places: gpu.context.memory(SAVES * size_of::<FencePlace>() + size_of::<u64>())?,
             cells: gpu.context.pinned(SAVES * size_of::<u64>())?,
@@ -118,6 +121,11 @@ impl Fences {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Device, "the kernels of the fence reported a wrong value"))
+    }
+
+    /// The stream of the kernels where a fence names none of this device.
+    pub fn own(&self) -> StreamHandle {
+        self.own.handle()
     }
 
     fn place(&self, index: usize) -> Address {

@@ -1,5 +1,5 @@
-//! Late copies: kernels in a stream of the program copy the chunks that have not left the GPU when the stream
-//! reaches the fence.
+//! Late copies: kernels in a stream of the program, or in one of ours where a fence names none of this GPU,
+//! copy the chunks that have not left the GPU when the stream reaches the fence.
 //!
 //! `fences` has the kernels and their memory.
 //!
@@ -64,16 +64,19 @@ impl DeviceLateCopy for Save {
         unsafe { gpu.copies.write(fences.watermark(), watermark) }
     }
 
+    fn refuse_captures(&self, streams: &[DeviceStream]) -> Result<()> {
+        self.loaded.shared.refuse_captures(streams)
+    }
+
     fn launch(
         &self,
-        streams: &[DeviceStream],
+        stream: Option<DeviceStream>,
         dependency: &Dependency,
         behind_copies: bool,
         slots: &[u64],
     ) -> Result<Launch> {
         let (Fence { cell, latch }, gpu, table) = (self.fence()?, &self.loaded.gpu, &self.table);
-        let (stream, others) = streams.split_first().ok_or_else(|| Error::internal("a fence without a stream"))?;
-        self.loaded.shared.refuse_captures(streams)?;
+        let stream = stream.map_or_else(|| cell.fences.own(), |stream| (&stream).into());
         let _entered = gpu.context.enter()?;
         let memory = cell.fences.list(gpu, size_of_val(slots))?;
         // SAFETY: large enough for all slots, aligned, and not shared yet.
@@ -81,23 +84,23 @@ impl DeviceLateCopy for Save {
         let at = memory.address();
         let list = List { fences: cell.fences.clone(), memory: Some(memory) };
         for event in events_of(dependency)? {
-            event.make_wait(stream.into())?;
+            event.make_wait(stream)?;
         }
-        table.arrive(stream.into())?;
+        table.arrive(stream)?;
         let after = gpu.event()?;
         if behind_copies {
             let event = gpu.event()?;
             event.record(gpu.copies.handle())?;
-            event.make_wait(stream.into())?;
+            event.make_wait(stream)?;
         }
         let latch = Latch { base: if mutant::on(Mutant::Watermark) { 0 } else { latch.base }, ..*latch };
         let arguments = (table.pieces(), table.views(), table.begins(), at, latch.chunks - slots.len() as u32);
         let (loaded, table) = (self.loaded.clone(), table.clone());
         let mut launched = Launched { whole: false, after, list: Some(list), cell: cell.clone(), table, loaded };
         // From here on something may be queued, even if a later call fails.
-        let queued = cell.fences.queue(gpu, stream.into(), cell.index, &latch, arguments);
-        let recorded = launched.after.insist(stream.into());
-        let queued = queued.and(recorded).and_then(|()| launched.follow(others));
+        let queued = cell.fences.queue(gpu, stream, cell.index, &latch, arguments);
+        let recorded = launched.after.insist(stream);
+        let queued = queued.and(recorded);
         launched.whole = queued.is_ok();
         let queued = queued.map_err(|error| error.with_kind(ErrorKind::Device));
         Ok(Launch { kernels: Arc::new(launched), queued })

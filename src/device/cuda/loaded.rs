@@ -109,12 +109,12 @@ struct Running {
 impl Loaded {
     /// Allocates device memory, loads the kernels and tests each of them.
     pub fn new(shared: &Arc<CudaState>, memory: KernelMemory) -> Result<Arc<Self>> {
-        let KernelMemory { chunk, gather, scratch, given } = memory;
+        let KernelMemory { ordinal, chunk, gather, scratch, given } = memory;
         let count = usize::try_from(scratch / chunk as u64).unwrap_or(0);
         if gather == 0 && scratch == 0 {
             return Err(Error::invalid("no device memory was requested for kernels"));
         }
-        let gpu = shared.gpu(shared.home)?;
+        let gpu = shared.gpu(ordinal.unwrap_or(shared.home))?;
         let late_copies = Slots::new(&gpu, chunk, count, given);
         match &late_copies {
             Err(why) if gather == 0 => return Err(why.clone()),

@@ -5,6 +5,7 @@ pub mod fixtures {
     use super::super::*;
     use crate::call_thread::CallThread;
     use crate::completion::Signal;
+    use crate::device::{FenceKernels, Launch};
     use crate::error::Error;
     use crate::ticket::{Extent, Issue};
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,7 +37,10 @@ pub mod fixtures {
         fn publish(&self, _: u64) -> Result<()> {
             Ok(())
         }
-        fn launch(&self, _: &[DeviceStream], _: &Dependency, _: bool, _: &[u64]) -> Result<Launch> {
+        fn refuse_captures(&self, _: &[DeviceStream]) -> Result<()> {
+            Ok(())
+        }
+        fn launch(&self, _: Option<DeviceStream>, _: &Dependency, _: bool, _: &[u64]) -> Result<Launch> {
             Ok(Launch { kernels: self.clone(), queued: Ok(()) })
         }
         fn check(&self) -> Result<()> {
@@ -44,18 +48,35 @@ pub mod fixtures {
         }
     }
 
-    pub fn late_copy(device: Box<dyn DeviceLateCopy>) -> LateCopy {
-        let (dependency, gathered): (Dependency, _) = (Arc::new(()), Vec::new());
-        LateCopy::new(Planned {
+    /// A save of three chunks; each device has a part of the chunks that are listed with it.
+    pub fn late_copy(devices: Vec<(Box<dyn DeviceLateCopy>, Vec<usize>)>) -> LateCopy {
+        let on = |(at, (device, chunks))| OnOneDevice {
+            place: at,
+            ordinal: at as u32,
             device,
-            dependency,
-            ordinal: 0,
-            gathered,
-            spans: false,
+            gathered: Vec::new(),
+            chunks,
+        };
+        LateCopy::new(Planned {
+            chunks: 3,
+            devices: devices.into_iter().enumerate().map(on).collect(),
+            ordinals: Vec::new(),
+            dependency: Arc::new(()),
             slotted: true,
             base: 0,
             host: 0,
         })
+    }
+
+    /// A save of three chunks on one device.
+    pub fn on_one(device: impl DeviceLateCopy + 'static) -> LateCopy {
+        late_copy(vec![(Box::new(device), vec![0, 1, 2])])
+    }
+
+    /// The kernels of a fence for a save on one device.
+    pub fn kernels(late_copy: &LateCopy) -> Arc<KernelSet> {
+        let launched = KernelSet::launch(&late_copy.save, &[DeviceStream::legacy(0)], &[Vec::new()], |_, _| false);
+        Arc::new(launched.unwrap().0)
     }
 
     pub fn ticket(chunks: usize) -> Arc<Ticket> {
@@ -72,22 +93,27 @@ pub mod fixtures {
 #[cfg(not(loom))]
 mod cases {
     use super::super::*;
-    use super::fixtures::{Told, late_copy, ticket};
+    use super::fixtures::{Told, kernels, late_copy, on_one, ticket};
+    use crate::device::Launch;
     use std::sync::atomic::Ordering;
+
+    fn slot(number: u64) -> Slot {
+        Slot { device: 0, address: number * 4096 }
+    }
 
     type Event = (&'static str, fn(&LateCopy, &Arc<Told>, &Ticket));
 
     const EVENTS: [Event; 9] = [
         ("reserve", |late_copy, _, _| {
-            _ = late_copy.reserve(Slots { first: 1, held: vec![Some((7, 4096)), Some((5, 8192))] });
+            _ = late_copy.reserve(vec![Slots { first: 1, held: vec![Some(slot(7)), Some(slot(5))] }]);
         }),
         ("freeze", |late_copy, _, _| late_copy.freeze()),
         ("give_up", |late_copy, _, _| _ = late_copy.give_up()),
         ("launch", |late_copy, _, ticket| _ = late_copy.launch(ticket)),
-        ("set_kernels", |late_copy, told, _| late_copy.set_kernels(told.clone())),
+        ("set_kernels", |late_copy, _, _| late_copy.set_kernels(kernels(late_copy))),
         ("latched", |late_copy, told, _| {
             told.over.store(true, Ordering::Relaxed);
-            _ = late_copy.latched();
+            _ = late_copy.told();
             told.over.store(false, Ordering::Relaxed);
         }),
         ("withdraw", |late_copy, _, _| _ = late_copy.withdraw()),
@@ -140,7 +166,7 @@ mod cases {
         for (state, path, ways) in TABLE {
             for (event, _) in EVENTS {
                 let told = Arc::new(Told { first: Some(2), ..Told::default() });
-                let late_copy = late_copy(Box::new(told.clone()));
+                let late_copy = on_one(told.clone());
                 run(path, &late_copy, &told);
                 assert_eq!(format!("{late_copy:?}"), format!("LateCopy({state})"));
                 run(&[event], &late_copy, &told);
@@ -154,7 +180,7 @@ mod cases {
     fn chunks_are_queued_from_live_memory_until_it_is_frozen_or_f_is_told() {
         for (state, path, _) in TABLE {
             let told = Arc::new(Told { first: Some(2), ..Told::default() });
-            let late_copy = late_copy(Box::new(told.clone()));
+            let late_copy = on_one(told.clone());
             run(path, &late_copy, &told);
             let live = ["open", "reserved", "launched", "launched, with kernels"].contains(&state);
             assert_eq!(
@@ -168,49 +194,160 @@ mod cases {
     #[test]
     fn slots_are_free_when_f_is_told_and_their_chunks_are_before_it_or_handed_over() {
         let told = Arc::new(Told { first: Some(2), ..Told::default() });
-        let late_copy = late_copy(Box::new(told.clone()));
+        let late_copy = on_one(told.clone());
         run(&["reserve", "launch", "set_kernels"], &late_copy, &told);
         // Chunks 1 and 2 have slots 7 and 5; before F is told, none of them is free.
         assert_eq!((late_copy.hand_over(0), late_copy.reap(false)), (vec![], (vec![], false)));
         told.over.store(true, Ordering::Relaxed);
-        assert_eq!(late_copy.reap(false), (vec![7], false));
-        assert_eq!((late_copy.location(1), late_copy.location(2)), (None, Some((0, 8192))));
-        assert_eq!((late_copy.hand_over(2), late_copy.reap(true)), (vec![5], (vec![], true)));
+        assert_eq!(late_copy.reap(false), (vec![slot(7)], false));
+        assert_eq!((late_copy.slot(0, 1), late_copy.slot(0, 2)), (None, Some(5 * 4096)));
+        assert_eq!((late_copy.hand_over(2), late_copy.reap(true)), (vec![slot(5)], (vec![], true)));
     }
 
     #[test]
     fn slots_of_kernels_that_were_refused_in_part_are_free_when_the_save_is_staged_and_the_rest_has_run() {
         let told = Arc::new(Told::default());
-        let late_copy = late_copy(Box::new(told.clone()));
+        let late_copy = on_one(told.clone());
         run(&["reserve", "launch", "set_kernels", "end"], &late_copy, &told);
         assert_eq!((late_copy.pending(), late_copy.reap(true)), (true, (vec![], false)));
         told.over.store(true, Ordering::Relaxed);
-        assert_eq!((late_copy.reap(false), late_copy.reap(true)), ((vec![], false), (vec![7, 5], true)));
+        assert_eq!((late_copy.reap(false), late_copy.reap(true)), ((vec![], false), (vec![slot(7), slot(5)], true)));
         assert_eq!((late_copy.pending(), format!("{late_copy:?}")), (false, "LateCopy(done)".into()));
+    }
+
+    /// Chunk 0 has a part on the first device, chunk 1 on both, chunk 2 on the second.
+    fn on_two(told: [&Arc<Told>; 2]) -> LateCopy {
+        let parts = told.map(|told| Box::new(told.clone()) as Box<dyn DeviceLateCopy>).into_iter();
+        let late_copy = late_copy(parts.zip([vec![0, 1], vec![1, 2]]).collect());
+        let slot = |device, number| Some(Slot { device, address: number * 4096 });
+        let slots = vec![
+            Slots { first: 0, held: vec![slot(0, 1), slot(0, 2), None] },
+            Slots { first: 1, held: vec![slot(1, 3), slot(1, 4)] },
+        ];
+        late_copy.reserve(slots).unwrap();
+        assert_eq!(late_copy.launch(&ticket(3)).unwrap(), [vec![4096, 8192, 0], vec![3 * 4096, 4 * 4096]]);
+        let (slots, streams) = ([vec![0; 3], vec![0; 2]], [DeviceStream::legacy(1)]);
+        late_copy.set_kernels(Arc::new(KernelSet::launch(&late_copy.save, &streams, &slots, |_, _| false).unwrap().0));
+        late_copy
+    }
+
+    #[test]
+    fn each_part_of_a_chunk_is_judged_by_f_of_its_own_device() {
+        use Origin::{Live, Nothing, Slot};
+        let told = |first| Arc::new(Told { first: Some(first), ..Told::default() });
+        let (first, second) = (told(1), told(2));
+        let late_copy = on_two([&first, &second]);
+        let origins = |told| (0..3).map(|chunk| late_copy.origins(chunk, told).to_vec()).collect::<Vec<_>>();
+        assert_eq!(late_copy.told()[..], [None, None]);
+        assert_eq!(origins(&late_copy.told()), [[Live, Nothing], [Live, Live], [Nothing, Live]]);
+        first.over.store(true, Ordering::Relaxed);
+        // The other device may still be read from live memory, and its slots are kept.
+        assert_eq!((late_copy.told()[..].to_vec(), late_copy.pending()), (vec![Some(1), None], true));
+        assert_eq!(origins(&late_copy.told()), [[Slot, Nothing], [Slot, Live], [Nothing, Live]]);
+        assert!(late_copy.decide().is_some());
+        let of = |device, number: u64| super::super::Slot { device, address: number * 4096 };
+        assert_eq!((late_copy.reap(false), late_copy.hand_over(1)), ((vec![of(0, 1)], false), vec![of(0, 2)]));
+        second.over.store(true, Ordering::Relaxed);
+        assert_eq!((late_copy.told()[..].to_vec(), late_copy.pending()), (vec![Some(1), Some(2)], false));
+        assert!(late_copy.decide().is_none());
+        assert_eq!((late_copy.reap(false), late_copy.slot(1, 2)), ((vec![of(1, 3)], false), Some(4 * 4096)));
+        assert_eq!((late_copy.hand_over(2), late_copy.reap(true)), (vec![of(1, 4)], (vec![], true)));
+    }
+
+    #[test]
+    fn slots_are_for_the_last_parts_of_each_device() {
+        let on = |chunks| {
+            let device = Box::new(Arc::new(Told::default()));
+            OnOneDevice { place: 0, ordinal: 0, device, gathered: Vec::new(), chunks }
+        };
+        // Chunks with a part, the first chunk that may have a slot, free slots, and the first that has one.
+        for (chunks, from, free, first) in [
+            (vec![0, 1, 2], 0, 3, 0),
+            (vec![0, 1, 2], 0, 2, 1),
+            (vec![0, 1, 2], 2, 3, 2),
+            (vec![0, 1, 2], 0, 0, 3),
+            (vec![1, 4], 0, 1, 2),
+            (vec![1, 4], 3, 9, 2),
+            (vec![1, 4], 9, 9, 5),
+            (vec![], 0, 0, 0),
+        ] {
+            assert_eq!(on(chunks.clone()).first_with_slot(from, free), first, "{chunks:?} {from} {free}");
+        }
+        let parts = on(vec![1, 4]);
+        assert_eq!(
+            [0..1, 0..2, 2..4, 2..5, 5..9].map(|chunks| parts.has_any(chunks)),
+            [false, true, false, true, false]
+        );
+    }
+
+    /// A device that refuses once another one's kernels are queued.
+    struct Refusing;
+
+    impl DeviceLateCopy for Refusing {
+        fn gather(&self, _: usize) -> Result<u64> {
+            Err(crate::Error::internal("nothing is gathered"))
+        }
+        fn publish(&self, _: u64) -> Result<()> {
+            Ok(())
+        }
+        fn refuse_captures(&self, _: &[DeviceStream]) -> Result<()> {
+            Ok(())
+        }
+        fn launch(&self, _: Option<DeviceStream>, _: &Dependency, _: bool, _: &[u64]) -> Result<Launch> {
+            Err(crate::Error::invalid("this device refuses"))
+        }
+        fn check(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn kernels_of_one_device_count_when_another_one_refuses_its_own() {
+        let told = Arc::new(Told { first: Some(0), ..Told::default() });
+        let streams = [DeviceStream::legacy(0)];
+        for refusing_first in [false, true] {
+            let mut devices: Vec<(Box<dyn DeviceLateCopy>, _)> =
+                vec![(Box::new(told.clone()), vec![0, 1, 2]), (Box::new(Refusing), vec![0, 1, 2])];
+            if refusing_first {
+                devices.reverse();
+            }
+            let late_copy = late_copy(devices);
+            let launched = KernelSet::launch(&late_copy.save, &streams, &[vec![], vec![]], |_, _| false);
+            if refusing_first {
+                // Nothing is queued, and the host can wait instead.
+                assert_eq!(launched.err().map(|error| error.kind()), Some(crate::ErrorKind::Invalid));
+                continue;
+            }
+            let (kernels, queued) = launched.unwrap();
+            assert_eq!((queued.unwrap_err().kind(), kernels.over()), (crate::ErrorKind::Device, false));
+            told.over.store(true, Ordering::Relaxed);
+            assert_eq!((kernels.told()[..].to_vec(), kernels.over()), (vec![Some(0), None], true));
+        }
     }
 
     #[test]
     fn no_kernels_are_launched_for_a_save_that_has_failed() {
         let (told, failed) = (Arc::new(Told::default()), ticket(3));
-        let late_copy = late_copy(Box::new(told.clone()));
+        let late_copy = on_one(told.clone());
         run(&["reserve"], &late_copy, &told);
         assert!(failed.fail(crate::Error::internal("it failed")));
         assert_eq!(late_copy.launch(&failed), None);
-        assert_eq!((late_copy.give_up(), format!("{late_copy:?}")), (vec![7, 5], "LateCopy(open)".into()));
+        assert_eq!((late_copy.give_up(), format!("{late_copy:?}")), (vec![slot(7), slot(5)], "LateCopy(open)".into()));
     }
 }
 
 #[cfg(loom)]
 mod models {
     use super::super::*;
-    use super::fixtures::{Told, late_copy, ticket};
+    use super::fixtures::{Told, kernels, on_one, ticket};
     use loom::sync::Arc as Shared;
     use loom::sync::atomic::{AtomicBool, Ordering};
     use loom::thread;
 
     fn reserved() -> Shared<LateCopy> {
-        let late_copy = late_copy(Box::new(Arc::new(Told::default())));
-        assert!(late_copy.reserve(Slots { first: 0, held: vec![Some((0, 4096))] }).is_ok());
+        let late_copy = on_one(Arc::new(Told::default()));
+        let held = vec![Some(Slot { device: 0, address: 4096 })];
+        assert!(late_copy.reserve(vec![Slots { first: 2, held }]).is_ok());
         Shared::new(late_copy)
     }
 
@@ -248,7 +385,7 @@ mod models {
             });
             if late_copy.launch(&ticket(1)).is_some() {
                 assert!(!freed.load(Ordering::SeqCst));
-                late_copy.set_kernels(Arc::new(Told::default()));
+                late_copy.set_kernels(kernels(&late_copy));
                 assert!(!freed.load(Ordering::SeqCst), "kernels read sources that are dropped");
             }
             stager.join().unwrap();
