@@ -18,6 +18,7 @@ mod restoring_boxes;
 mod restoring_fails;
 mod restoring_strided;
 mod settings;
+mod several_devices;
 mod staging;
 mod torn;
 mod waits;
