@@ -77,7 +77,7 @@ pub(crate) enum Mutant {
     // seen by: cuda::late_copies
     Watermark,
     /// A stream waits at a fence for the kernels of its own device alone.
-    // seen by: cuda::late_copies_apart
+    // seen by: cuda::several_devices
     OwnKernels,
     /// Streams do not wait for queued copies at the end of a scope.
     // seen by: cuda::borrowed

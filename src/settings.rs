@@ -263,10 +263,10 @@ pub struct Settings {
     /// 16 MiB, plus one chunk. With 0 the GPU gathers nothing: small tensors cross the bus one by one and are
     /// live until the fence, and strided ones are refused.
     pub gather: u64,
-    /// Size of the scratch, GPU memory allocated at start for late copies at fences and ends of scopes: 0,
-    /// and a fence on streams waits until copies are queued. At least a chunk if not 0. A list of the save's
-    /// pieces adds 40 bytes per 64 KiB. States that span devices get no late copies: their fences always
-    /// wait. Experimental.
+    /// Size of the scratch, GPU memory for late copies at fences and ends of scopes: 0, and a fence on
+    /// streams waits until copies are queued. At least a chunk if not 0. A list of the save's pieces adds 40
+    /// bytes per 64 KiB. The executor's GPU gets it at start, any other one in the call of `save` that first
+    /// has tensors of it. Experimental.
     pub scratch: u64,
     /// Streams at a fence wait for a number in pinned memory instead of an event: false. The copy stream
     /// writes the number after the copies; the host writes it as soon as every save of the fence has failed.

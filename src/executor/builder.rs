@@ -169,7 +169,7 @@ impl Builder {
         /// MiB. With 0 the GPU gathers nothing.
         gather: u64,
         /// Size of the scratch in bytes, GPU memory for late copies at fences and ends of scopes: 0, none.
-        /// States that span devices get no late copies. Experimental.
+        /// Each GPU with tensors of a state has as much. Experimental.
         scratch: u64,
         /// Streams at a fence wait for a number in memory instead of an event, so that a save that fails
         /// releases them: false. See [`Settings::memory_waits`].
@@ -230,7 +230,8 @@ impl Builder {
 
     /// Uses the program's own memory as scratch, so that the program's allocator accounts for it: `bytes`
     /// bytes at `address` on the device `ordinal`, which must be the executor's. `bytes` replaces the size
-    /// given to [`Builder::scratch`].
+    /// given to [`Builder::scratch`]. Other devices get no scratch then: fences wait for the copies of states
+    /// with tensors of them.
     ///
     /// # Safety
     /// Until `keep_alive` is dropped, the memory stays allocated in the primary context of that device, any
