@@ -129,7 +129,7 @@ class Model:
             "P": lambda: all(version is None or version >= k for of in s.live for version in of),
             "W": lambda: s.done[rest[0]] > rest[1],
             "J": lambda: s.pub[k][rest[0]] >= 0,
-            "K": lambda: step > 0 or all(s.prod[d] > k for d in self.devices) or self.m == "no-dependency",
+            "K": lambda: step > 0 or s.prod[rest[0]] > k or self.m == "no-dependency",
         }.get(kind, lambda: True)()
 
     def trainer(self, s, op, k):

@@ -250,9 +250,9 @@ impl LateCopy {
         }
     }
 
-    /// Reserved to launched; returns the addresses of the slots by device, 0 for a chunk without one. None when the save has ended or was taken
-    /// back: no kernels may be queued then. A save that fails later learns from `end` or `withdraw` that
-    /// kernels may read its sources.
+    /// Reserved to launched; returns the addresses of the slots by device, 0 for a chunk without one. None
+    /// when the save has ended or was taken back: no kernels may be queued then. A save that fails later
+    /// learns from `end` or `withdraw` that kernels may read its sources.
     pub(super) fn launch(&self, ticket: &Ticket) -> Option<Vec<Vec<u64>>> {
         let mut locked = lock(&self.locked);
         let State::Reserved { frozen } = locked.state else { return None };

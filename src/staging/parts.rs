@@ -49,7 +49,8 @@ impl PartsOfSave {
         state: &StateDict<'_>,
         captured: impl Fn(usize) -> bool,
     ) -> Result<Self> {
-        let mut devices: Vec<_> = devices.into_iter().map(|on| Parts::new(on, plan)).collect();
+        let expected = plan.segments.len() / devices.len().max(1);
+        let mut devices: Vec<_> = devices.into_iter().map(|on| Parts::new(on, plan.chunks.len(), expected)).collect();
         let mut host = 0;
         for (chunk, planned) in plan.chunks.iter().enumerate() {
             let mut to = 0;
@@ -115,12 +116,12 @@ impl PartsOfSave {
 }
 
 impl Parts {
-    fn new(on: DeviceKernels, plan: &Plan) -> Self {
+    fn new(on: DeviceKernels, chunks: usize, expected: usize) -> Self {
         let can_gather = !on.kernels.capture_memory().is_empty();
         let slotted = on.kernels.slots().is_ok_and(|slots| !slots.is_empty());
-        let mut pieces = Pieces { chunks: plan.chunks.len(), ..Pieces::default() };
-        pieces.list.reserve(plan.segments.len());
-        let gathered = vec![false; plan.chunks.len()];
+        let mut pieces = Pieces { chunks, ..Pieces::default() };
+        pieces.list.reserve(expected);
+        let gathered = vec![false; chunks];
         Self { on, pieces, gathered, chunks: Vec::new(), can_gather, slotted, begin: 0 }
     }
 

@@ -374,7 +374,7 @@ mod tests {
     #[test]
     fn slots_are_given_back_with_one_lock_at_a_time() {
         let (scratch, ticket, late_copy) = (scratch(), ticket(3), Arc::new(on_one(Watching)));
-        let slot = |number| Slot { device: 0, address: number * 4096 };
+        let slot = |number: u64| Slot { device: 0, address: number * 4096 };
         let free = || lock(&scratch.free)[0].clone();
         *lock(&scratch.free) = vec![vec![slot(0), slot(1), slot(2)]];
         late_copy.hand_over(0);

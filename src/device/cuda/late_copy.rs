@@ -83,7 +83,9 @@ impl DeviceLateCopy for Save {
         unsafe { memory.pointer().cast::<u64>().copy_from_nonoverlapping(slots.as_ptr(), slots.len()) };
         let at = memory.address();
         let list = List { fences: cell.fences.clone(), memory: Some(memory) };
-        for event in events_of(dependency)? {
+        // Those of this GPU wrote what its kernels read.
+        let ours = |event: &&PooledEvent| event.context().ordinal == gpu.context.ordinal;
+        for event in events_of(dependency)?.iter().filter(ours) {
             event.make_wait(stream)?;
         }
         table.arrive(stream)?;

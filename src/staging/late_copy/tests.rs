@@ -219,7 +219,7 @@ mod cases {
     fn on_two(told: [&Arc<Told>; 2]) -> LateCopy {
         let parts = told.map(|told| Box::new(told.clone()) as Box<dyn DeviceLateCopy>).into_iter();
         let late_copy = late_copy(parts.zip([vec![0, 1], vec![1, 2]]).collect());
-        let slot = |device, number| Some(Slot { device, address: number * 4096 });
+        let slot = |device, number: u64| Some(Slot { device, address: number * 4096 });
         let slots = vec![
             Slots { first: 0, held: vec![slot(0, 1), slot(0, 2), None] },
             Slots { first: 1, held: vec![slot(1, 3), slot(1, 4)] },
@@ -237,7 +237,8 @@ mod cases {
         let told = |first| Arc::new(Told { first: Some(first), ..Told::default() });
         let (first, second) = (told(1), told(2));
         let late_copy = on_two([&first, &second]);
-        let origins = |told| (0..3).map(|chunk| late_copy.origins(chunk, told).to_vec()).collect::<Vec<_>>();
+        let origins =
+            |told: &super::super::Told| (0..3).map(|chunk| late_copy.origins(chunk, told).to_vec()).collect::<Vec<_>>();
         assert_eq!(late_copy.told()[..], [None, None]);
         assert_eq!(origins(&late_copy.told()), [[Live, Nothing], [Live, Live], [Nothing, Live]]);
         first.over.store(true, Ordering::Relaxed);
