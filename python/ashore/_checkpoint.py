@@ -146,8 +146,8 @@ class Checkpoint:
     def read_into(self, targets: Mapping[str, Any], *, strict: bool = True) -> None:
         """Reads tensors into memory that exists: arrays and tensors by the names of what is read into them.
 
-        Each target has the dtype and shape of the stored tensor, is contiguous and can be written; nothing is
-        converted. With ``strict`` a tensor of the step without a target is an error. Every byte is checked against
+        Each target has the dtype and shape of the stored tensor and can be written; it may be a view with strides.
+        Nothing is converted. With ``strict`` a tensor of the step without a target is an error. Every byte is checked against
         its digest; after an error the contents of the targets are undefined.
 
         Raises ``InvalidError`` and ``NotFoundError``, naming the tensor, before anything is read; ``DamagedError``.

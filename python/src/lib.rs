@@ -22,11 +22,23 @@ mod waiting;
 
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
+use std::ffi::OsString;
+use std::process::ExitCode;
 
 /// Passes an exception on to `sys.unraisablehook`.
 #[pyfunction]
 fn unraisable(py: Python<'_>, exception: Bound<'_, PyAny>, object: Option<Bound<'_, PyAny>>) {
     PyErr::from_value(exception).write_unraisable(py, object.as_ref());
+}
+
+/// Runs the program `ashore` with these arguments, of which the first is its name; returns its exit status.
+#[pyfunction]
+fn run(py: Python<'_>, arguments: Vec<OsString>) -> PyResult<u8> {
+    errors::entry(py, || {
+        let ended = py.detach(|| ashore_cli::run(arguments));
+        // An exit code does not tell its number.
+        Ok((0..=u8::MAX).find(|number| ExitCode::from(*number) == ended).unwrap_or(1))
+    })
 }
 
 /// Panics, for the test that a panic becomes an `InternalError`.
@@ -51,6 +63,7 @@ fn _ashore(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(notify::notify_stop, module)?)?;
     module.add_function(wrap_pyfunction!(notify::notify_forget, module)?)?;
     module.add_function(wrap_pyfunction!(unraisable, module)?)?;
+    module.add_function(wrap_pyfunction!(run, module)?)?;
     module.add_function(wrap_pyfunction!(panic_for_test, module)?)?;
     Ok(())
 }

@@ -2,7 +2,7 @@
 //!
 //! # Safety argument
 //! A target is memory that an object describes, which this call holds. Before anything is read, each target is
-//! found writable and packed, its size is that of the region that is read, and no two targets share a byte: each
+//! found writable, its shape is that of the region that is read, and the extents of no two targets overlap: each
 //! slice is then the only one of its memory in this library. That no other thread of the program uses the memory
 //! meanwhile is what the caller of `read_into` promises; where that is broken, values are torn, as in any
 //! library that fills tensors without the GIL.
@@ -12,7 +12,7 @@ use crate::collect::{self, Found};
 use crate::dlpack;
 use crate::errors::{IntoPy, invalid};
 use crate::sources;
-use ashore::{Checkpoint, DeviceChoice, DeviceTarget, Targets};
+use ashore::{Checkpoint, DeviceChoice, DeviceTarget, HostTarget, Targets};
 use pyo3::prelude::*;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -28,8 +28,8 @@ pub struct Wanted<'py> {
 /// Fills all targets. With `needs_device` the checkpoint has no device for targets in its memory.
 ///
 /// # Errors
-/// `InvalidError`, naming the tensor, for a target of another dtype or shape, one that cannot be written, is not
-/// packed, or shares memory with another. `NotFoundError` for a name that the checkpoint does not have.
+/// `InvalidError`, naming the tensor, for a target of another dtype or shape, and for one that cannot be written, has
+/// elements that overlap, or shares memory with another. `NotFoundError` for a name that the checkpoint does not have.
 pub fn read(
     py: Python<'_>,
     checkpoint: &Checkpoint,
@@ -54,6 +54,16 @@ pub fn read(
         let region: Option<Vec<Range<usize>>> =
             want.region.as_ref().map(|region| region.iter().map(|&(begin, end)| begin..end).collect());
         let name = want.name.as_str();
+        if let (true, Some(strides)) = (memory.on_host(), &memory.strides) {
+            let first = std::ptr::with_exposed_provenance_mut(memory.address);
+            // SAFETY: writable memory of the object at each element, and no other target's.
+            let target = unsafe { HostTarget::strided(first, memory.dtype, &memory.shape, strides) };
+            targets = match &region {
+                Some(region) => targets.host_slice(name, region, target),
+                None => targets.host(name, target),
+            };
+            continue;
+        }
         if memory.on_host() {
             let length = memory.bytes() as usize;
             let bytes: &mut [u8] = if length == 0 {
@@ -74,9 +84,13 @@ pub fn read(
         };
         streams.insert(memory.device.id, handle);
         let on = sources::given(u32::try_from(memory.device.id).unwrap_or(0), handle);
-        // SAFETY: memory of the object on that device, used in the library's current stream.
-        let target = unsafe { DeviceTarget::new(memory.address as u64, memory.bytes(), on) };
-        let target = target.with_dtype(memory.dtype);
+        let address = memory.address as u64;
+        let target = match &memory.strides {
+            // SAFETY: memory of the object on that device, used in the library's current stream.
+            None => unsafe { DeviceTarget::new(address, memory.bytes(), on) }.with_dtype(memory.dtype),
+            // SAFETY: as above.
+            Some(strides) => unsafe { DeviceTarget::strided(address, memory.dtype, &memory.shape, strides, on) },
+        };
         targets = match &region {
             Some(region) => targets.device_slice(name, region, target),
             None => targets.device(name, target),
@@ -115,9 +129,6 @@ fn fitting(py: Python<'_>, checkpoint: &Checkpoint, want: &Wanted<'_>) -> PyResu
     }
     if found.read_only {
         return refuse("a target is read-only".into());
-    }
-    if memory.strides.is_some() {
-        return refuse("a target is not contiguous: read into a contiguous one and copy".into());
     }
     Ok(found)
 }

@@ -179,11 +179,9 @@ def saved(executor):
         ("vector", lambda: torch.tensor(0.0), "shape"),
         ("vector", lambda: numpy.float32(0), "plain|tensor"),
         ("vector", lambda: [0.0, 0.0, 0.0], "type=list"),
-        ("vector", lambda: torch.zeros(1).expand(3), "contiguous"),
+        ("vector", lambda: torch.zeros(1).expand(3), "overlap"),
         ("scalar", lambda: torch.zeros(1), "shape"),
         ("matrix", lambda: torch.zeros(3, 2), "shape"),
-        ("matrix", lambda: torch.zeros(3, 2).T, "contiguous"),
-        ("matrix", lambda: numpy.zeros((2, 3), "float32", order="F"), "contiguous"),
         ("matrix", lambda: shrunk(0), "no memory"),
     ],
 )

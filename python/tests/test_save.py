@@ -247,6 +247,17 @@ def test_a_real_training_state_comes_back(executor):
     assert numpy.array_equal(tree["model"]["1.running_var"], module[1].running_var.numpy())
 
 
+def test_views_are_targets(executor):
+    value = torch.arange(6.0).reshape(2, 3)
+    executor.save(1, {"a": value, "b": value + 1, "c": value + 2}).wait()
+    wide, turned, fortran = torch.zeros(2, 7), torch.zeros(3, 2), numpy.zeros((2, 3), "float32", order="F")
+    executor.latest().read_into({"a": wide[:, 1::2], "b": turned.T, "c": fortran})
+    assert torch.equal(wide[:, 1::2], value) and wide.sum() == value.sum()
+    assert torch.equal(turned.T, value + 1) and numpy.array_equal(fortran, (value + 2).numpy())
+    with pytest.raises(ashore.InvalidError, match="share memory"):
+        executor.latest().read_into({"a": wide[:, 1::2], "b": wide[:, ::2][:, :3]}, strict=False)
+
+
 def test_tied_tensors_are_stored_once_and_read_into_tied_ones(executor):
     weight = torch.rand(16, 16)
     saved = executor.save(1, {"embedding": weight, "head": weight, "view": weight[:], "part": weight[:8]}).wait()
