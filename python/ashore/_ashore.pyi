@@ -6,19 +6,22 @@ __version__: str
 
 _Info = tuple[str, str, str | None, list[int], int]
 _Box = list[tuple[int, int]]
+# Values, values of this rank, metadata.
+_Named = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+# Overwrite, name, directory, deadline.
+_Options = tuple[bool, str | None, str | None, float | None]
 
 class Executor:
-    def __init__(self, root: str, settings: str, alone: bool) -> None: ...
+    def __init__(
+        self, root: str, settings: str, alone: bool, ranks: tuple[int, int, int] | None, run: str | None
+    ) -> None: ...
     def save(
         self,
         step: int,
         state: Any,
-        values: dict[str, Any],
-        metadata: dict[str, Any],
+        named: _Named,
         capture: Any,
-        overwrite: bool,
-        name: str | None,
-        deadline: float | None,
+        options: _Options,
     ) -> Handle: ...
     def save_prepared(
         self,
@@ -27,12 +30,9 @@ class Executor:
         tensors: Any,
         places: Any,
         aliases: dict[str, str],
-        values: dict[str, Any],
-        metadata: dict[str, Any],
+        named: _Named,
         capture: Any,
-        overwrite: bool,
-        name: str | None,
-        deadline: float | None,
+        options: _Options,
         keep: object,
         stream: int | None,
     ) -> Handle: ...

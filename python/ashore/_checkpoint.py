@@ -118,6 +118,10 @@ class Checkpoint:
         """The value ``name``, of the type it was saved with."""
         return self._core.value(name)
 
+    def rank_value(self, rank: int, name: str) -> Any:
+        """The value ``name`` that this rank kept for itself."""
+        return self._core.rank_value(rank, name)
+
     def metadata(self) -> dict[str, Any]:
         """What describes the checkpoint."""
         return {key: self._core.metadata(key) for key in self._core.metadata_keys()}

@@ -49,8 +49,10 @@ class CheckpointExecutor:
 
     ``arena`` is the size of the host memory that states pass through, and ``chunk`` that of one copy and write, in
     bytes. ``keep_last`` deletes older steps. ``device`` is ``"auto"``, ``"host"`` or ``"cuda:N"``. ``detect`` says
-    which saves find out that a fence was forgotten. ``alone`` is for a process that a launcher started with others
-    and that saves by itself. Other settings have the names of the engine's: ``writers``, ``files``, ``direct``,
+    which saves find out that a fence was forgotten. ``ranks`` is for one of several processes that save together: its
+    rank, their number, and its rank on this machine; all see ``root``, in which they meet, and ``run`` is the same text
+    on all of them and on no others. ``alone`` is for a process that a launcher started with others and that saves by
+    itself. Other settings have the names of the engine's: ``writers``, ``files``, ``direct``,
     ``overlap`` (how many saves may wait, or ``"block"``, ``"skip"``, ``"latest"``), ``keep_every``,
     ``capture_budget``, ``save_timeout`` and so on; times are in seconds.
 
@@ -79,11 +81,14 @@ class CheckpointExecutor:
         device: str = "auto",
         detect: Literal["never", "first", "all"] = "first",
         alone: bool = False,
+        ranks: tuple[int, int] | tuple[int, int, int] | None = None,
+        run: str | None = None,
         **settings: Any,
     ) -> None:
         given = {"arena": arena, "chunk": chunk, "keep_last": keep_last, "device": device, "detect": detect}
         self._root = os.fspath(root)
-        self._core = _ashore.Executor(self._root, _settings({**given, **settings}), alone)
+        member = None if ranks is None else (ranks[0], ranks[1], ranks[-1] if len(ranks) == 3 else 0)
+        self._core = _ashore.Executor(self._root, _settings({**given, **settings}), alone, member, run)
         _OPEN.add(self)
 
     @property
@@ -97,10 +102,12 @@ class CheckpointExecutor:
         state: Any,
         *,
         values: Mapping[str, Any] = _MISSING,
+        rank_values: Mapping[str, Any] = _MISSING,
         metadata: Mapping[str, Any] = _MISSING,
         capture: Mapping[str, When] | When | None = None,
         overwrite: bool = False,
         name: str | None = None,
+        directory: StrPath | None = None,
         deadline: float | None = None,
     ) -> Save:
         """Saves ``state`` as ``step`` and returns at once.
@@ -110,18 +117,18 @@ class CheckpointExecutor:
         next :meth:`fence` returns, or ``Save.staged`` is done; small ones in host memory are copied in the call.
         Their storages must not be resized in that time, either.
 
-        ``values`` are values beside those of the state; ``metadata`` describes the checkpoint. ``capture`` says of
+        ``values`` are values beside those of the state; of ``rank_values`` each of several ranks keeps its own;
+        ``metadata`` describes the checkpoint. ``capture`` says of
         tensors, by their names or what they are in, whether they are copied in this call (``"save"``, within the
         setting ``capture_budget``) or by the fence; ``capture="save"`` waits until all are. ``overwrite`` replaces a
-        step. ``name`` is the name of the directory. The save fails when it is not durable after ``deadline`` seconds.
+        step. ``name`` is the name of the directory in the root; ``directory`` is one anywhere, which is no step: no
+        catalog lists it. The save fails when it is not durable after ``deadline`` seconds.
 
         Raises ``InvalidError``, naming the tensor, for what cannot be saved as it is; the error of an earlier save
         that nothing has seen; ``ConflictError`` while this step is being saved; ``BusyError``; ``ClosedError``.
         """
-        handle = self._core.save(
-            step, state, dict(values), dict(metadata), capture, overwrite, name, deadline
-        )
-        return Save(handle)
+        named = (dict(values), dict(rank_values), dict(metadata))
+        return Save(self._core.save(step, state, named, capture, _options(overwrite, name, directory, deadline)))
 
     def _save_prepared(
         self,
@@ -132,10 +139,12 @@ class CheckpointExecutor:
         boxes: Sequence[Box | None] | None = None,
         aliases: Mapping[str, str] = _MISSING,
         values: Mapping[str, Any] = _MISSING,
+        rank_values: Mapping[str, Any] = _MISSING,
         metadata: Mapping[str, Any] = _MISSING,
         capture: Mapping[str, When] | When | None = None,
         overwrite: bool = False,
         name: str | None = None,
+        directory: StrPath | None = None,
         deadline: float | None = None,
         keep: object = None,
         stream: int | None = None,
@@ -150,10 +159,11 @@ class CheckpointExecutor:
         given for boxes. What else may be given is as in :meth:`save`. Adapters of this package call it; it may
         change.
         """
+        named = (dict(values), dict(rank_values), dict(metadata))
+        options = _options(overwrite, name, directory, deadline)
         handle = self._core.save_prepared(
-            step, names, tensors, boxes, dict(aliases), dict(values), dict(metadata), capture, overwrite, name,
-            deadline, keep, stream,
-        )  # fmt: skip
+            step, names, tensors, boxes, dict(aliases), named, capture, options, keep, stream
+        )
         return Save(handle)
 
     def fence(self, streams: Iterable[Any] | None = None) -> None:
@@ -206,6 +216,12 @@ class CheckpointExecutor:
         return f"<ashore.CheckpointExecutor {self._root!r} {state}>"
 
 
+def _options(
+    overwrite: bool, name: str | None, directory: StrPath | None, deadline: float | None
+) -> tuple[bool, str | None, str | None, float | None]:
+    return overwrite, name, None if directory is None else os.path.abspath(directory), deadline
+
+
 def _stream(stream: Any) -> tuple[int, int]:
     if isinstance(stream, tuple):
         return stream
@@ -226,7 +242,7 @@ def save(root: StrPath, step: int, state: Any, **settings: Any) -> Committed:
     >>> ashore.latest(root).tree()
     {'weights': array([0., 1., 2.])}
     """
-    options = ("values", "metadata", "overwrite", "name", "deadline")
+    options = ("values", "metadata", "overwrite", "name", "directory", "deadline")
     given = {key: settings.pop(key) for key in options if key in settings}
     with CheckpointExecutor(root, detect="never", alone=True, **settings) as executor:
         committed = executor.save(step, state, **given).wait()

@@ -7,6 +7,7 @@ use crate::sources::{self, Item, Place};
 use crate::tree::{Leaves, SHAPE};
 use crate::waiting::interruptible;
 use crate::{checkpoint, values};
+use ashore::ranks::{Member, SharedDirectory};
 use ashore::{Capture, CheckpointExecutor, SaveOptions, Settings, Snapshot, StateDict};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
@@ -100,13 +101,27 @@ impl Executor {
 #[pymethods]
 impl Executor {
     #[new]
-    fn new(py: Python<'_>, root: PathBuf, settings: &str, alone: bool) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        root: PathBuf,
+        settings: &str,
+        alone: bool,
+        ranks: Option<(u32, u32, u32)>,
+        run: Option<String>,
+    ) -> PyResult<Self> {
         entry(py, || {
             let settings: Settings = serde_json::from_str(settings).map_err(|e| {
                 errors::invalid(py, &format!("a setting of the executor is unknown or of a wrong type: {e}"), None)
             })?;
             let build = || {
-                let builder = CheckpointExecutor::builder(root).settings(settings);
+                let mut builder = CheckpointExecutor::builder(&root).settings(settings);
+                if let Some((rank, world, local_rank)) = ranks {
+                    let member = Member { rank, world, local_rank };
+                    builder = builder.ranks(Arc::new(SharedDirectory::new(&root, member)?));
+                }
+                if let Some(run) = run {
+                    builder = builder.run(run);
+                }
                 if alone { builder.alone() } else { builder }.build()
             };
             let inner = Mutex::new(Some(Arc::new(py.detach(build).or_raise(py)?)));
@@ -115,19 +130,15 @@ impl Executor {
     }
 
     /// Saves a tree of tensors and values.
-    #[pyo3(signature = (step, state, values, metadata, capture, overwrite, name, deadline))]
-    #[expect(clippy::too_many_arguments, reason = "called by ashore/_executor.py alone")]
+    #[pyo3(signature = (step, state, named, capture, options))]
     fn save(
         &self,
         py: Python<'_>,
         step: u64,
         state: &Bound<'_, PyAny>,
-        values: &Bound<'_, PyDict>,
-        metadata: &Bound<'_, PyDict>,
+        named: Named<'_>,
         capture: Option<&Bound<'_, PyAny>>,
-        overwrite: bool,
-        name: Option<String>,
-        deadline: Option<f64>,
+        options: Given,
     ) -> PyResult<Handle> {
         entry(py, || {
             let engine = self.engine(py)?;
@@ -144,13 +155,13 @@ impl Executor {
             };
             let items = leaves.tensors.into_iter().map(item).collect();
             captures.all_used(py)?;
-            let options = options(py, captures.snapshot, overwrite, name, deadline)?;
-            self.submit(py, &engine, step, dict, items, (values, metadata), options, (None, None), |_| Ok(()))
+            let options = options_of(py, captures.snapshot, options)?;
+            self.submit(py, &engine, step, dict, items, named, options, (None, None), |_| Ok(()))
         })
     }
 
     /// Saves tensors that an adapter prepared: see `CheckpointExecutor._save_prepared`.
-    #[pyo3(signature = (step, names, tensors, places, aliases, values, metadata, capture, overwrite, name, deadline, keep, stream))]
+    #[pyo3(signature = (step, names, tensors, places, aliases, named, capture, options, keep, stream))]
     #[expect(clippy::too_many_arguments, reason = "called by ashore/_executor.py alone")]
     fn save_prepared(
         &self,
@@ -160,12 +171,9 @@ impl Executor {
         tensors: &Bound<'_, PyAny>,
         places: Option<&Bound<'_, PyAny>>,
         aliases: &Bound<'_, PyDict>,
-        values: &Bound<'_, PyDict>,
-        metadata: &Bound<'_, PyDict>,
+        named: Named<'_>,
         capture: Option<&Bound<'_, PyAny>>,
-        overwrite: bool,
-        name: Option<String>,
-        deadline: Option<f64>,
+        options: Given,
         keep: Option<Py<PyAny>>,
         stream: Option<usize>,
     ) -> PyResult<Handle> {
@@ -187,11 +195,11 @@ impl Executor {
                 items.push(Item { name, object: object?, way: None, place, capture });
             }
             captures.all_used(py)?;
-            let options = options(py, captures.snapshot, overwrite, name, deadline)?;
+            let options = options_of(py, captures.snapshot, options)?;
             let dict = StateDict::with_capacity(items.len());
             let aliases = aliases.iter().map(|(name, holder)| Ok((name.extract()?, holder.extract()?)));
             let aliases = aliases.collect::<PyResult<Vec<(String, String)>>>()?;
-            self.submit(py, &engine, step, dict, items, (values, metadata), options, (keep, stream), |dict| {
+            self.submit(py, &engine, step, dict, items, named, options, (keep, stream), |dict| {
                 for (name, holder) in &aliases {
                     dict.alias(name.as_str(), holder).or_raise(py)?;
                 }
@@ -278,7 +286,11 @@ impl Executor {
     }
 }
 
-type Named<'a, 'py> = (&'a Bound<'py, PyDict>, &'a Bound<'py, PyDict>);
+/// Values, values of this rank, and metadata.
+type Named<'py> = (Bound<'py, PyDict>, Bound<'py, PyDict>, Bound<'py, PyDict>);
+
+/// Overwrite, the name of the directory, the path of one elsewhere, and the deadline in seconds.
+type Given = (bool, Option<String>, Option<PathBuf>, Option<f64>);
 
 impl Executor {
     #[expect(clippy::too_many_arguments, reason = "the parts of one call")]
@@ -289,7 +301,7 @@ impl Executor {
         step: u64,
         mut dict: StateDict<'static>,
         items: Vec<Item<'_>>,
-        (values, metadata): Named<'_, '_>,
+        (values, rank_values, metadata): Named<'_>,
         options: SaveOptions,
         (keep, stream): (Option<Py<PyAny>>, Option<usize>),
         finish: impl FnOnce(&mut StateDict<'static>) -> PyResult<()>,
@@ -297,6 +309,10 @@ impl Executor {
         for (name, value) in values {
             let name: String = name.extract()?;
             dict.value(name.as_str(), &values::encode(&value, &name)?).or_raise(py)?;
+        }
+        for (name, value) in rank_values {
+            let name: String = name.extract()?;
+            dict.rank_value(name.as_str(), &values::encode(&value, &name)?).or_raise(py)?;
         }
         for (name, value) in metadata {
             let name: String = name.extract()?;
@@ -320,16 +336,15 @@ impl Executor {
     }
 }
 
-fn options(
+fn options_of(
     py: Python<'_>,
     snapshot: Snapshot,
-    overwrite: bool,
-    name: Option<String>,
-    deadline: Option<f64>,
+    (overwrite, name, directory, deadline): Given,
 ) -> PyResult<SaveOptions> {
     let mut options = SaveOptions::default().snapshot(snapshot);
     options.overwrite = overwrite;
     options.name = name;
+    options.directory = directory;
     options.timeout = deadline.map(|deadline| seconds(py, deadline)).transpose()?;
     Ok(options)
 }

@@ -365,3 +365,28 @@ def test_programs_with_threads_save_at_once(executor):
         assert sorted(pool.map(one, range(1, 33))) == list(range(1, 33))
     for step in (1, 17, 32):
         assert executor.checkpoint(step).read("a").max() == step
+
+
+RANK = """
+import sys, torch, ashore
+root, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+whole = torch.arange(24.0).reshape(6, 4)
+rows = 6 // world
+with ashore.CheckpointExecutor(root, ranks=(rank, world, rank), run="one", **SMALL) as executor:
+    mine = whole[rank * rows : (rank + 1) * rows]
+    save = executor._save_prepared(
+        1, ["w", "same"], [mine, torch.ones(3)], boxes=[((6, 4), (rank * rows, 0)), None],
+        values={"epoch": 1}, rank_values={"seed": rank * 10},
+    )
+    assert save.wait().step == 1
+"""
+
+
+def test_ranks_save_one_step_together(tmp_path, root):
+    processes = [start(tmp_path, RANK, root, rank, 3) for rank in range(3)]
+    for process in processes:
+        assert process.wait(120) == 0, process.stderr.read()
+    latest = ashore.latest(root)
+    assert latest.ranks == 3 and latest.names() == ["same", "w"]
+    assert torch.equal(torch.from_numpy(latest.read("w")), torch.arange(24.0).reshape(6, 4))
+    assert latest.value("epoch") == 1 and [latest.rank_value(rank, "seed") for rank in range(3)] == [0, 10, 20]

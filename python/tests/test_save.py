@@ -354,6 +354,17 @@ def test_module_functions_save_and_find(root):
     assert ashore.Checkpoint(saved.path).step == 4
 
 
+def test_a_checkpoint_in_a_directory_of_the_programs_is_no_step(executor, tmp_path):
+    saved = executor.save(3, {"w": torch.ones(2)}, directory=tmp_path / "deep" / "last.ckpt").wait()
+    assert saved.path == tmp_path / "deep" / "last.ckpt"
+    assert ashore.Checkpoint(saved.path).tree()["w"].tolist() == [1, 1]
+    assert executor.latest() is None
+    with pytest.raises(ashore.ConflictError):
+        executor.save(4, {"w": torch.ones(2)}, directory=saved.path).wait()
+    executor.save(4, {"w": torch.ones(2)}, directory=saved.path, overwrite=True).wait()
+    assert ashore.Checkpoint(saved.path).step == 4
+
+
 def test_a_catalog_lists_verifies_and_deletes(root):
     for step in range(1, 6):
         ashore.save(root, step, {"w": torch.full((4,), float(step))}, **SMALL)
