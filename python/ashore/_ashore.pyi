@@ -1,7 +1,8 @@
 """The extension module. Its classes are thin: the modules beside it make the API of them."""
 
-from typing import Any
+from typing import Any, final
 
+__all__: list[str]
 __version__: str
 
 _Info = tuple[str, str, str | None, list[int], int]
@@ -11,10 +12,11 @@ _Named = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 # Overwrite, name, directory, deadline.
 _Options = tuple[bool, str | None, str | None, float | None]
 
+@final
 class Executor:
-    def __init__(
-        self, root: str, settings: str, alone: bool, ranks: tuple[int, int, int] | None, run: str | None
-    ) -> None: ...
+    def __new__(
+        cls, root: str, settings: str, alone: bool, ranks: tuple[int, int, int] | None, run: str | None
+    ) -> Executor: ...
     def save(
         self,
         step: int,
@@ -43,6 +45,7 @@ class Executor:
     def is_open(self) -> bool: ...
     def shutdown(self, deadline: float) -> bool: ...
 
+@final
 class Handle:
     step: int
     def wait(self, deadline: float | None) -> tuple[bool, dict[str, Any] | None]: ...
@@ -51,6 +54,7 @@ class Handle:
     def progress(self) -> tuple[str, int, int, int]: ...
     def cancel(self) -> bool: ...
 
+@final
 class Checkpoint:
     step: int
     path: str
@@ -72,10 +76,11 @@ class Checkpoint:
     def with_device(self, device: str) -> Checkpoint: ...
     def verify(self) -> tuple[int, int, int, list[str], bool]: ...
 
+@final
 class Catalog:
     @staticmethod
     def open(root: str) -> Catalog: ...
-    def list(self) -> list[tuple[int, str, str, int]]: ...
+    def entries(self) -> list[tuple[int, str, str, int]]: ...
     def latest(self) -> Checkpoint | None: ...
     def latest_valid(self) -> tuple[Checkpoint, list[int]] | None: ...
     def checkpoint(self, step: int) -> Checkpoint: ...

@@ -220,11 +220,11 @@ class Catalog:
 
     def steps(self) -> list[int]:
         """The numbers of all durable steps, ascending."""
-        return sorted(step for step, *_ in self._core.list())
+        return sorted(step for step, *_ in self._core.entries())
 
     def entries(self) -> list[Entry]:
         """All durable steps."""
-        return [Entry(step, name, Path(path), size) for step, name, path, size in self._core.list()]
+        return [Entry(step, name, Path(path), size) for step, name, path, size in self._core.entries()]
 
     def latest(self) -> Checkpoint | None:
         """The newest durable step, or None."""

@@ -66,6 +66,8 @@ os.register_at_fork(after_in_child=notifier.forget)
 class SaveFuture(Future[T], Generic[T]):
     """A future of a save. ``result()`` waits in the engine; everything else has the notifier complete it."""
 
+    _done_callbacks: list[Callable[[Future[T]], object]]
+
     def __init__(self, handle: _ashore.Handle, staged: bool, convert: Callable[[Any], T]) -> None:
         self._handle, self._staged, self._convert = handle, staged, convert
         self._watched, self._settled = False, False

@@ -184,7 +184,7 @@ impl Catalog {
     }
 
     /// Step, name, path, bytes and time of every step.
-    fn list(&self, py: Python<'_>) -> PyResult<Vec<(u64, String, PathBuf, u64)>> {
+    fn entries(&self, py: Python<'_>) -> PyResult<Vec<(u64, String, PathBuf, u64)>> {
         entry(py, || {
             let entries = py.detach(|| self.inner.list()).or_raise(py)?;
             Ok(entries.into_iter().map(|entry| (entry.step, entry.name, entry.path, entry.bytes)).collect())

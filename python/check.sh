@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Builds the wheel, installs it in a fresh environment of PYTHON, and runs its tests, the examples in its
+# docstrings, and the checks of its types. PROFILE is one of cargo's; other arguments are for pytest.
+set -euo pipefail
+usage="usage: check.sh TOOLS PYTHON PROFILE [PYTEST-ARGUMENTS]"
+tools=${1:?$usage} python=${2:?$usage} profile=${3:?$usage}
+shift 3
+cd "$(dirname "$0")"
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+base=$tools/python-$version
+./setup.sh "$base" "$python"
+
+wheels=$(mktemp -d) fresh=$(mktemp -d)
+trap 'rm -rf "$wheels" "$fresh"' EXIT
+"$base/bin/maturin" --quiet build --profile "$profile" --out "$wheels"
+"$python" -m venv "$fresh"
+"$fresh/bin/pip" --quiet --disable-pip-version-check install --no-index --no-deps "$wheels"/*.whl
+echo "$base"/lib/python3.*/site-packages >"$(echo "$fresh"/lib/python3.*/site-packages)/tests-need.pth"
+
+echo "python: $version, $(basename "$wheels"/*.whl), $(stat -c %s "$wheels"/*.whl) bytes"
+"$fresh/bin/python" -I -m pytest -p no:cacheprovider tests "$@"
+"$fresh/bin/python" -I -m pytest -p no:cacheprovider --quiet --doctest-modules --pyargs ashore
+"$fresh/bin/python" -I -m mypy --strict --package ashore
+"$fresh/bin/python" -I -m mypy.stubtest --concise ashore._ashore
