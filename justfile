@@ -58,6 +58,28 @@ stock_ranks:
     "${check[@]}" "$root"/for-*
     "${check[@]}" --whole "$root/one-file" "$root/files" "$root/and-back"
 
+# The wheel of the Python package: its tests, the examples in its docstrings and in docs/python.md, and its types.
+python *arguments:
+    python/check.sh "{{ tools }}" python3 dev {{ arguments }}
+
+# The same with a release wheel, and with the tests that take minutes, under every Python that pyenv has from 3.10 on.
+python-all:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    for version in 3.10 3.11 3.12 3.13; do
+        python=$(compgen -G "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version.*/bin/python$version" | tail -1)
+        python/check.sh "{{ tools }}" "${python:-python$version}" release --nightly
+    done
+
+# The wheel for other machines, in target/wheels: it runs with every glibc from 2.28 on. Zig links it.
+wheel:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    zig="{{ tools }}/zig"
+    [ -x "$zig/bin/maturin" ] || { python3 -m venv "$zig"; "$zig/bin/pip" -q --disable-pip-version-check install maturin==1.16.0 ziglang==0.15.2; }
+    cd python
+    PATH="$zig/bin:$PATH" maturin build --release --zig --compatibility manylinux_2_28
+
 # The same, read by candle.
 candle: (stock_reader "cargo run --quiet --locked --manifest-path checks/stock/candle/Cargo.toml --target-dir " + tools / "candle --")
 
@@ -298,10 +320,10 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples stock candle cognis cudarc-check miri loom fuzz:60 mutants kill ranks mounts package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill ranks mounts package")
 
 # Runs the checks that take too long for every change.
-nightly: (timed "ci tsan model msrv features simulate")
+nightly: (timed "ci python-all tsan model msrv features simulate")
     just fuzz 3600
     just rank-kills
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate

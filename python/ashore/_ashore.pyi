@@ -2,7 +2,20 @@
 
 from typing import Any, final
 
-__all__: list[str]
+__all__ = [
+    "Catalog",
+    "Checkpoint",
+    "Executor",
+    "Handle",
+    "__version__",
+    "notify_forget",
+    "notify_next",
+    "notify_stop",
+    "panic_for_test",
+    "run",
+    "unraisable",
+]
+
 __version__: str
 
 _Info = tuple[str, str, str | None, list[int], int]

@@ -124,7 +124,7 @@ impl Checkpoint {
     fn read_into(
         &self,
         py: Python<'_>,
-        wanted: Vec<(String, Bound<'_, PyAny>, Option<Vec<(usize, usize)>>)>,
+        wanted: Vec<(String, Bound<'_, PyAny>, Option<targets::Region>)>,
         strict: bool,
         stream: Option<usize>,
     ) -> PyResult<()> {
@@ -214,7 +214,7 @@ impl Catalog {
     fn prune(&self, py: Python<'_>, keep_last: usize, keep_every: Option<u64>, dry_run: bool) -> PyResult<Vec<u64>> {
         entry(py, || {
             let retention = Retention::last(keep_last);
-            let retention = keep_every.map_or(retention.clone(), |every| retention.every(every));
+            let retention = keep_every.map_or(retention, |every| retention.every(every));
             let options = PruneOptions::new().dry_run(dry_run);
             let prune = || self.inner.prune(&retention, options).and_then(ashore::catalog::Pruned::complete);
             let pruned = py.detach(prune).or_raise(py)?;

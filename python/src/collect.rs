@@ -5,16 +5,14 @@
 
 use crate::dlpack::{self, Description, Device, read_capsule};
 use crate::errors::{invalid, invalid_from, is_ours};
+use crate::known::Known;
 use crate::types::{self, Leaf, Way};
 use crate::{dtypes, values};
 use ashore::Dtype;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::sync::MutexExt;
 use pyo3::types::{PyCapsule, PyDict, PyTuple};
 use smallvec::SmallVec;
-use std::collections::HashMap;
-use std::sync::{LazyLock, Mutex};
 
 /// The sizes of dimensions, or distances in them.
 pub type Dims<T> = SmallVec<[T; 4]>;
@@ -238,32 +236,14 @@ fn torch_attributes(tensor: &Bound<'_, PyAny>, dtype: Dtype, name: &str) -> PyRe
     Ok(memory_of(&description, dtype))
 }
 
-/// The dtypes seen so far, by the address of their object. torch and NumPy keep those objects for ever; they are
-/// kept here, too.
-static DTYPES: LazyLock<Mutex<HashMap<usize, (Option<Dtype>, Py<PyAny>)>>> = LazyLock::new(Mutex::default);
-
-/// The dtype that a library's object stands for, by the text that `text` makes of it.
-fn known_dtype<'py>(
-    object: Bound<'py, PyAny>,
-    text: impl FnOnce(&Bound<'py, PyAny>) -> PyResult<Option<String>>,
-) -> PyResult<Option<Dtype>> {
-    let key = object.as_ptr() as usize;
-    let lock = || match DTYPES.lock_py_attached(object.py()) {
-        Ok(known) => known,
-        Err(poisoned) => poisoned.into_inner(),
-    };
-    if let Some((dtype, _)) = lock().get(&key) {
-        return Ok(*dtype);
-    }
-    let dtype = text(&object)?.and_then(|text| dtypes::by_name(&text));
-    lock().insert(key, (dtype, object.clone().unbind()));
-    Ok(dtype)
-}
+/// The dtype that an object of torch or NumPy stands for; those libraries keep these objects for ever.
+static DTYPES: Known<Option<Dtype>> = Known::new();
 
 fn torch_dtype(tensor: &Bound<'_, PyAny>, name: &str) -> PyResult<Dtype> {
     let object = tensor.getattr(intern!(tensor.py(), "dtype"))?;
-    let text = |object: &Bound<'_, PyAny>| Ok(object.str()?.to_str()?.strip_prefix("torch.").map(str::to_owned));
-    match known_dtype(object.clone(), text)? {
+    let found = DTYPES
+        .get(object.clone(), |object| Ok(object.str()?.to_str()?.strip_prefix("torch.").and_then(dtypes::by_name)))?;
+    match found {
         Some(dtype) => Ok(dtype),
         None => Err(no_dtype(tensor.py(), &object.str()?.to_string(), name)),
     }
@@ -281,11 +261,11 @@ fn no_dtype(py: Python<'_>, dtype: &str, name: &str) -> PyErr {
 fn numpy(array: &Bound<'_, PyAny>, name: &str) -> PyResult<Found> {
     let py = array.py();
     let object = array.getattr(intern!(py, "dtype"))?;
-    let text = |object: &Bound<'_, PyAny>| {
+    let found = DTYPES.get(object.clone(), |object| {
         let native = object.getattr("isnative")?.is_truthy()?;
-        Ok(if native { Some(object.getattr("name")?.extract()?) } else { None })
-    };
-    let Some(dtype) = known_dtype(object.clone(), text)? else {
+        Ok(dtypes::by_name(object.getattr("name")?.extract()?).filter(|_| native))
+    })?;
+    let Some(dtype) = found else {
         return Err(no_dtype(py, &object.str()?.to_string(), name));
     };
     let interface = array.getattr(intern!(py, "__array_interface__"))?;

@@ -12,6 +12,7 @@ mod dtypes;
 mod errors;
 mod executor;
 mod handle;
+mod known;
 mod notify;
 mod sources;
 mod targets;

@@ -17,12 +17,15 @@ use pyo3::prelude::*;
 use std::collections::HashMap;
 use std::ops::Range;
 
+/// Begin and end in each dimension.
+pub type Region = Vec<(usize, usize)>;
+
 /// What is read, and to where.
 pub struct Wanted<'py> {
     pub name: String,
     pub object: Bound<'py, PyAny>,
     /// None: the whole tensor.
-    pub region: Option<Vec<(usize, usize)>>,
+    pub region: Option<Region>,
 }
 
 /// Fills all targets. With `needs_device` the checkpoint has no device for targets in its memory.

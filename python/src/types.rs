@@ -1,13 +1,11 @@
 //! What a leaf of a state is, by its type. Each type is looked at once.
 
 use crate::dlpack::Exchange;
+use crate::known::Known;
 use pyo3::prelude::*;
-use pyo3::sync::MutexExt;
 use pyo3::types::{
     PyBool, PyBytes, PyComplex, PyDict, PyFloat, PyFrozenSet, PyInt, PyList, PySet, PyString, PyTuple, PyType,
 };
-use std::collections::HashMap;
-use std::sync::{LazyLock, Mutex};
 
 /// What an object of some type is.
 #[derive(Clone, Copy)]
@@ -46,24 +44,11 @@ pub enum Way {
     Capsule,
 }
 
-/// The types seen so far, by address. They are kept, so that no other type gets the address.
-static SEEN: LazyLock<Mutex<HashMap<usize, (Leaf, Py<PyType>)>>> = LazyLock::new(Mutex::default);
+static TYPES: Known<Leaf> = Known::new();
 
 /// Says what `object` is.
 pub fn leaf(object: &Bound<'_, PyAny>) -> PyResult<Leaf> {
-    let of = object.get_type();
-    let key = of.as_ptr() as usize;
-    let lock = || match SEEN.lock_py_attached(of.py()) {
-        Ok(seen) => seen,
-        Err(poisoned) => poisoned.into_inner(),
-    };
-    if let Some((leaf, _)) = lock().get(&key) {
-        return Ok(*leaf);
-    }
-    // Not under the lock: it runs code of Python.
-    let leaf = classify(&of)?;
-    lock().insert(key, (leaf, of.unbind()));
-    Ok(leaf)
+    TYPES.get(object.get_type().into_any(), |of| classify(of.cast()?))
 }
 
 /// The name of an object's type, with its module.

@@ -76,11 +76,15 @@ impl Encoder<'_> {
         let plain = match kind.as_str() {
             "M" | "m" => scalar.call_method1("astype", ("int64",))?.call_method0("item")?,
             "V" if !dtype.getattr("names")?.is_none() => return Err(self.refused(scalar)?),
-            "V" => py_float(scalar)?,
+            // The bfloat16 and 8-bit floats of `ml_dtypes`.
+            "V" => match scalar.call_method0("__float__") {
+                Ok(float) => float,
+                Err(_) => return Err(self.refused(scalar)?),
+            },
             "b" | "i" | "u" | "f" | "c" | "U" | "S" => scalar.call_method0("item")?,
             _ => return Err(self.refused(scalar)?),
         };
-        let same = plain.get_type().is(&scalar.get_type());
+        let same = plain.get_type().is(scalar.get_type());
         if same {
             // `longdouble.item()` returns itself: it has no plain value.
             return Err(self.refused(scalar)?);
@@ -102,11 +106,6 @@ pub fn refusal(object: &Bound<'_, PyAny>) -> PyResult<String> {
         Leaf::Tensor(_) => format!("a tensor cannot be within a value: put it into the state type={of}"),
         _ => format!("a value of this type would not come back as it was; convert it to a plain one type={of}"),
     })
-}
-
-/// The bfloat16 and 8-bit floats of `ml_dtypes` are of NumPy's kind "V".
-fn py_float<'py>(scalar: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-    scalar.call_method0("__float__")
 }
 
 fn int(object: &Bound<'_, PyAny>) -> PyResult<Value> {

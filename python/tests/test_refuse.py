@@ -90,6 +90,7 @@ REFUSED = {
     "numpy masked": (lambda: numpy.ma.masked_array([1.0], [True]), "numpy.asarray"),
     "numpy matrix": (lambda: numpy.asmatrix([[1.0]]), "numpy.asarray"),
     "longdouble": (lambda: numpy.longdouble(1), "plain"),
+    "void": (lambda: numpy.void(b"abc"), "plain"),
     "object": (object, "neither a tensor nor a plain value"),
     "function": (lambda: len, "neither a tensor nor a plain value"),
     "named tuple": (lambda: Point(1, 2), "tuple\\(\\)"),
