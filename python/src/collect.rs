@@ -70,8 +70,8 @@ impl Memory {
     }
 }
 
-/// Finds the memory of `object`. `known` is what this function returned for the same place of an earlier save:
-/// a torch tensor of the same memory is not checked again in all respects.
+/// Finds the memory of `object`. `known` is what this function returned for the same place of an earlier
+/// save: a torch tensor of the same memory is not checked again in all respects.
 ///
 /// # Errors
 /// `InvalidError`, naming `name`, for what is not a tensor, or has no memory that could be read.
@@ -314,7 +314,8 @@ fn capsule(array: &Bound<'_, PyAny>, name: &str) -> PyResult<Found> {
     Ok(Found { memory, keep: capsule.into_any().unbind(), read_only })
 }
 
-/// The stream in which the library of `object` queues work on this device at present: 0 where it does not say.
+/// The stream in which the library of `object` queues work on this device at present: 0 where it does not
+/// say.
 pub fn current_stream(object: &Bound<'_, PyAny>, device: Device) -> PyResult<usize> {
     match types::leaf(object)? {
         Leaf::Tensor(Way::Torch(exchange)) => exchange.current_stream(object.py(), device),

@@ -1,10 +1,10 @@
 //! The structures of DLPack 1.3 that tensors are described by.
 //!
 //! # Safety argument
-//! The structures are those of `dlpack.h`, field by field, and are only read. [`Exchange`] holds a pointer to a
-//! table that its type publishes for the life of the process (the text of the specification), whose major
-//! version was checked; [`Exchange::describe`] passes it objects of exactly that type. A capsule is read while
-//! the caller holds it, and is never marked as consumed: its destructor releases the tensor.
+//! The structures are those of `dlpack.h`, field by field, and are only read. [`Exchange`] holds a pointer to
+//! a table that its type publishes for the life of the process (the text of the specification), whose major
+//! version was checked; [`Exchange::describe`] passes it objects of exactly that type. A capsule is read
+//! while the caller holds it, and is never marked as consumed: its destructor releases the tensor.
 #![expect(unsafe_code, reason = "tables and structures of C; argument above")]
 
 use pyo3::exceptions::PyBufferError;
@@ -165,7 +165,8 @@ impl Exchange {
         if unsafe { describe(tensor.as_ptr().cast(), &mut raw) } != 0 {
             return Err(PyErr::fetch(tensor.py()));
         }
-        // SAFETY: the call filled it, and shape and strides live while the tensor does and control stays here.
+        // SAFETY: the call filled it, and shape and strides live while the tensor does and control stays
+        // here.
         read(unsafe { Description::of(&raw, false) })
     }
 

@@ -1,8 +1,9 @@
-//! The extension module of the Python package `ashore`: `ashore._ashore`. Its classes are thin; the package's own
-//! modules make the API of them.
+//! The extension module of the Python package `ashore`: `ashore._ashore`. Its classes are thin; the package's
+//! own modules make the API of them.
 //!
 //! # Safety argument
-//! The one unsafe call asks the interpreter for its number, while a thread of that interpreter is in this module.
+//! The one unsafe call asks the interpreter for its number, while a thread of that interpreter is in this
+//! module.
 #![expect(unsafe_code, reason = "the number of the interpreter; argument above")]
 
 mod checkpoint;

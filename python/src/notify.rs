@@ -1,7 +1,7 @@
 //! Tells the notifier thread of Python which saves have come to an end or are staged.
 //!
-//! Threads of the engine push numbers into a queue and never take the GIL. One thread of Python waits for them
-//! here without the GIL, and completes the futures.
+//! Threads of the engine push numbers into a queue and never take the GIL. One thread of Python waits for
+//! them here without the GIL, and completes the futures.
 
 use ashore::{Save, Staged};
 use pyo3::prelude::*;
@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
-/// A forked child gets a queue of its own: the parent's may have been locked at the fork. Forks within forks come
-/// round to the first one again.
+/// A forked child gets a queue of its own: the parent's may have been locked at the fork. Forks within forks
+/// come round to the first one again.
 static QUEUES: [Queue; 16] = [const { Queue { state: Mutex::new(None), more: Condvar::new() } }; 16];
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
 

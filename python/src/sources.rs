@@ -2,12 +2,13 @@
 //!
 //! # Safety argument
 //! A source is read by threads of the engine until the save is staged. The objects that own the memory (the
-//! storages of torch's tensors, NumPy's arrays, capsules of DLPack) are in one Python list, to which each source
-//! has a reference, so the memory stays allocated as long. torch alone can free it under a reference, by
-//! `resize_` of a storage: the documentation forbids that between `save` and the fence. That nothing writes the
-//! memory between a save and the fence is what the caller of `CheckpointExecutor.save` promises; where that is
-//! broken, bytes are wrong and no memory is. The extents were checked against the storages. A stream is the one
-//! in which the library queues its work, which torch never destroys.
+//! storages of torch's tensors, NumPy's arrays, capsules of DLPack) are in one Python list, to which each
+//! source has a reference, so the memory stays allocated as long. torch alone can free it under a reference,
+//! by
+//! `resize_` of a storage: the documentation forbids that between `save` and the fence. That nothing writes
+//! the memory between a save and the fence is what the caller of `CheckpointExecutor.save` promises; where
+//! that is broken, bytes are wrong and no memory is. The extents were checked against the storages. A stream
+//! is the one in which the library queues its work, which torch never destroys.
 #![expect(unsafe_code, reason = "sources over memory that Python objects own; argument above")]
 
 use crate::collect::{self, Found, Memory};
@@ -33,15 +34,15 @@ pub struct Item<'py> {
     pub capture: Option<Capture>,
 }
 
-/// What owns the memory of all tensors of a save. It is dropped by a thread of the engine without the GIL: the
-/// reference is then given back by the next call into this module.
+/// What owns the memory of all tensors of a save. It is dropped by a thread of the engine without the GIL:
+/// the reference is then given back by the next call into this module.
 type Keep = Arc<Py<PyList>>;
 
 /// The streams of the devices that a save had tensors on, and how to ask for the current one.
 pub type Devices<'py> = HashMap<i32, (DeviceStream<'static>, Bound<'py, PyAny>)>;
 
-/// Finds the memory of `items` and adds them to `state`. `seen` has the memory of the tensors of the last save, in
-/// order, and gets that of this one. `extra` is kept alive, too.
+/// Finds the memory of `items` and adds them to `state`. `seen` has the memory of the tensors of the last
+/// save, in order, and gets that of this one. `extra` is kept alive, too.
 ///
 /// # Errors
 /// `InvalidError`, naming the tensor.

@@ -1,11 +1,11 @@
 //! Reading into memory that Python objects own.
 //!
 //! # Safety argument
-//! A target is memory that an object describes, which this call holds. Before anything is read, each target is
-//! found writable, its shape is that of the region that is read, and the extents of no two targets overlap: each
-//! slice is then the only one of its memory in this library. That no other thread of the program uses the memory
-//! meanwhile is what the caller of `read_into` promises; where that is broken, values are torn, as in any
-//! library that fills tensors without the GIL.
+//! A target is memory that an object describes, which this call holds. Before anything is read, each target
+//! is found writable, its shape is that of the region that is read, and the extents of no two targets
+//! overlap: each slice is then the only one of its memory in this library. That no other thread of the
+//! program uses the memory meanwhile is what the caller of `read_into` promises; where that is broken, values
+//! are torn, as in any library that fills tensors without the GIL.
 #![expect(unsafe_code, reason = "slices of memory that Python objects own; argument above")]
 
 use crate::collect::{self, Found};
@@ -31,8 +31,9 @@ pub struct Wanted<'py> {
 /// Fills all targets. With `needs_device` the checkpoint has no device for targets in its memory.
 ///
 /// # Errors
-/// `InvalidError`, naming the tensor, for a target of another dtype or shape, and for one that cannot be written, has
-/// elements that overlap, or shares memory with another. `NotFoundError` for a name that the checkpoint does not have.
+/// `InvalidError`, naming the tensor, for a target of another dtype or shape, and for one that cannot be
+/// written, has elements that overlap, or shares memory with another. `NotFoundError` for a name that the
+/// checkpoint does not have.
 pub fn read(
     py: Python<'_>,
     checkpoint: &Checkpoint,
