@@ -12,7 +12,7 @@ base=$tools/python-$version
 
 wheels=$(mktemp -d) fresh=$(mktemp -d)
 trap 'rm -rf "$wheels" "$fresh"' EXIT
-"$base/bin/maturin" --quiet build --profile "$profile" --out "$wheels"
+"$base/bin/maturin" build --quiet --profile "$profile" --out "$wheels"
 "$python" -m venv "$fresh"
 "$fresh/bin/pip" --quiet --disable-pip-version-check install --no-index --no-deps "$wheels"/*.whl
 echo "$base"/lib/python3.*/site-packages >"$(echo "$fresh"/lib/python3.*/site-packages)/tests-need.pth"
