@@ -1,0 +1,450 @@
+// ashore: saves the state of training programs without stopping them. Generated from capi/src by cbindgen; do
+// not edit. docs/c.md is the page for users; link with pkg-config (ashore) or find_package(ashore).
+//
+// Every function may be called from any thread. Texts are utf-8 and end with a zero byte; arrays hold as many
+// elements as are stated. What is given to a function is read within the call, except the memory of tensors.
+// A handle that is null, freed, of another type or of another copy of the library is ASHORE_INVALID, and is never
+// read. Functions that return int32_t return an ashore_status.
+//
+// Callbacks come from any thread and must return soon. They must not throw: an exception aborts the process.
+// In a forked child every handle of the parent is ASHORE_INVALID to a call that acts; open an executor there.
+
+#ifndef ASHORE_H
+#define ASHORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// The number of this ABI. It is raised when a caller must be compiled again; otherwise functions are only
+// added, and members at the end of structs that begin with `size`.
+#define ASHORE_ABI 1
+
+// What became of a call. `ashore_last_error` has the text of a failure.
+enum ashore_status
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // The call did what it says.
+  ASHORE_OK = 0,
+  // The request is wrong: change the call, the setting or the input.
+  ASHORE_INVALID = 1,
+  // The step, tensor, value or file does not exist.
+  ASHORE_NOT_FOUND = 2,
+  // The step exists already, or it is too late to cancel.
+  ASHORE_CONFLICT = 3,
+  // Too much is in flight: the same call can succeed later.
+  ASHORE_BUSY = 4,
+  // The medium or the quota is full. Older steps are intact.
+  ASHORE_NO_SPACE = 5,
+  // The medium, the device or another rank cannot be reached.
+  ASHORE_UNAVAILABLE = 6,
+  // Stored bytes are not what was written.
+  ASHORE_CORRUPT = 7,
+  // The GPU failed. Saves that were staged still become durable.
+  ASHORE_DEVICE = 8,
+  // The save was cancelled, or its executor was closed before it was durable.
+  ASHORE_CANCELLED = 9,
+  // The time passed first.
+  ASHORE_DEADLINE = 10,
+  // The step may or may not survive a crash: its publish began, and its end is unknown.
+  ASHORE_INDETERMINATE = 11,
+  // A bug in the library.
+  ASHORE_INTERNAL = 12,
+  // No failure: the save was not begun, because another one was under way and the setting `overlap` is
+  // "skip" or "latest".
+  ASHORE_SKIPPED = 100,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ashore_status ashore_status;
+#else
+typedef int32_t ashore_status;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Element types, by the names of safetensors. Their numbers never change.
+enum ashore_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // A boolean, in a byte.
+  ASHORE_BOOL = 1,
+  // An unsigned byte.
+  ASHORE_U8 = 2,
+  // A signed byte.
+  ASHORE_I8 = 3,
+  // A signed integer of 16 bits.
+  ASHORE_I16 = 4,
+  // An unsigned integer of 16 bits.
+  ASHORE_U16 = 5,
+  // IEEE half precision.
+  ASHORE_F16 = 6,
+  // A brain float.
+  ASHORE_BF16 = 7,
+  // A signed integer of 32 bits.
+  ASHORE_I32 = 8,
+  // An unsigned integer of 32 bits.
+  ASHORE_U32 = 9,
+  // A float of 32 bits.
+  ASHORE_F32 = 10,
+  // A float of 64 bits.
+  ASHORE_F64 = 11,
+  // A signed integer of 64 bits.
+  ASHORE_I64 = 12,
+  // An unsigned integer of 64 bits.
+  ASHORE_U64 = 13,
+  // FP8, 4 bits of exponent.
+  ASHORE_F8_E4M3 = 14,
+  // FP8, 5 bits of exponent.
+  ASHORE_F8_E5M2 = 15,
+  // A scale of the MX formats.
+  ASHORE_F8_E8M0 = 16,
+  // A complex number of two F32.
+  ASHORE_C64 = 17,
+  // FP8 without infinities and a negative zero.
+  ASHORE_F8_E4M3FNUZ = 18,
+  // FP8 without infinities and a negative zero.
+  ASHORE_F8_E5M2FNUZ = 19,
+  // MXFP4: two elements to a byte, the last dimension even.
+  ASHORE_F4 = 20,
+  // MXFP6, 2 bits of exponent.
+  ASHORE_F6_E2M3 = 21,
+  // MXFP6, 3 bits of exponent.
+  ASHORE_F6_E3M2 = 22,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ashore_dtype ashore_dtype;
+#else
+typedef int32_t ashore_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// When a save takes the bytes of a tensor.
+enum ashore_capture
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // Small tensors within the call, others at the fence at the latest.
+  ASHORE_CAPTURE_DEFAULT = 0,
+  // Within the call: for step counters and statistics, which the program writes before the fence.
+  ASHORE_CAPTURE_AT_SAVE = 1,
+  // At the fence at the latest.
+  ASHORE_CAPTURE_AT_FENCE = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ashore_capture ashore_capture;
+#else
+typedef uint32_t ashore_capture;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// The phase of a save.
+enum ashore_phase
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  // The save waits for earlier saves.
+  ASHORE_PHASE_WAITING = 0,
+  // Tensors are read.
+  ASHORE_PHASE_STAGING = 1,
+  // Every byte is copied, and is being written.
+  ASHORE_PHASE_WRITING = 2,
+  // One of several ranks: its files are durable, and rank 0 decides.
+  ASHORE_PHASE_PROMISED = 3,
+  // The step is being published.
+  ASHORE_PHASE_PUBLISHING = 4,
+  // The save has ended, with or without an error.
+  ASHORE_PHASE_ENDED = 5,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ashore_phase ashore_phase;
+#else
+typedef int32_t ashore_phase;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// A step that can be read. Until `ashore_checkpoint_free`.
+typedef struct ashore_checkpoint ashore_checkpoint;
+
+// Saves the state of one program under one root. From `ashore_open`, until `ashore_close`.
+typedef struct ashore_executor ashore_executor;
+
+// A save under way or ended. From `ashore_save_begin`, until `ashore_save_free`.
+typedef struct ashore_save ashore_save;
+
+// A failure of a call. `text` is never null; the others are null, or -1, where the failure has none.
+typedef struct {
+  // An `ashore_status`.
+  int32_t kind;
+  // The rank on which it happened.
+  int32_t rank;
+  // The step that was being saved or restored.
+  int64_t step;
+  // What was attempted and what was wrong, with its cause.
+  const char *text;
+  // The name of the tensor.
+  const char *tensor;
+  // The file or directory.
+  const char *path;
+} ashore_error;
+
+// The program's own group of ranks. Every rank opens an executor over the same root and begins the same saves
+// in the same order; rank 0 decides, and its values and metadata are kept.
+//
+// A process that is to save alone although a launcher has started it as one of several sets `world` to 1 and
+// leaves `all_gather` null.
+typedef struct {
+  // The number of this process, from 0.
+  uint32_t rank;
+  // The number of ranks.
+  uint32_t world;
+  // Its number among the ranks of its host, which chooses its GPU.
+  uint32_t local_rank;
+  // Puts `bytes` bytes from each rank, in the order of ranks, into `all`. `bytes` is the same on all ranks.
+  // Returns 0; 1 when `seconds` have passed first; or 2 for another failure, after which the group is not used
+  // until the ranks open their executors again. One thread of the library calls it, one call at a time, in
+  // the same order on each rank.
+  int32_t (*all_gather)(void *context, const void *mine, size_t bytes, void *all, double seconds);
+  // Called once when `all_gather` will not be called any more, also after a failure of `ashore_open`; may be
+  // null.
+  void (*release)(void *context);
+  // Passed to both.
+  void *context;
+  // The identity of the run, the same on all its ranks, which keeps the ranks of two jobs apart; null: what
+  // the launcher gives, if it does.
+  const char *run;
+} ashore_ranks;
+
+// A stream of a GPU.
+typedef struct {
+  // A CUstream or cudaStream_t of the device's primary context; null is the legacy default stream.
+  void *handle;
+  // The device, by its ordinal in this process.
+  uint32_t device;
+} ashore_stream;
+
+// A tensor to save, or memory to restore into. Zero is the default of every member but `name` and `dtype`.
+typedef struct {
+  // Its name: not empty, utf-8.
+  const char *name;
+  // Host memory, or a device address where `on_device` is set: the element with all indices 0.
+  void *data;
+  // `dims` numbers, as all arrays here; null for a scalar.
+  const int64_t *shape;
+  // The distance of neighbours in each dimension in ELEMENTS, as in DLPack and torch; null: packed, row-major.
+  // A tensor with strides is saved packed.
+  const int64_t *strides;
+  // The shape of the whole tensor, where this is a box of it; null: the whole tensor. The ranks of a job together
+  // save each element once; where several ranks have the same box, one of them writes it. In a restore it is
+  // compared with the saved shape.
+  const int64_t *global_shape;
+  // Where in the whole tensor the box begins; null where `global_shape` is. A restore needs no
+  // `global_shape` beside it.
+  const int64_t *offset;
+  // The number of dimensions.
+  uint32_t dims;
+  // An `ashore_dtype`.
+  int32_t dtype;
+  // 0: host memory.
+  uint32_t on_device;
+  // An `ashore_capture`. Not for a box, and not in a restore.
+  uint32_t capture;
+  // Wrote `data`; a restore writes in it. For device memory alone.
+  ashore_stream stream;
+  // Called once for each tensor of a save, whatever becomes of the save, when nothing will read the tensor
+  // any more; from any thread, also within the call of the save. Null: nothing is to be released. A restore
+  // does not call it.
+  void (*release)(void *context);
+  // Passed to `release`.
+  void *context;
+} ashore_tensor;
+
+// A named value.
+typedef struct {
+  // Its name: not empty, utf-8.
+  const char *name;
+  // One JSON text. Numbers are integers of 64 bits or doubles, kept exactly; NaN and infinities are not JSON,
+  // and refused.
+  const char *json;
+} ashore_value;
+
+// Options of one save. Zero is the default of every member but `size`.
+typedef struct {
+  // sizeof(ashore_save_options)
+  size_t size;
+  // Not 0: replace the step if it exists.
+  uint32_t overwrite;
+  // Not 0: capture every tensor within the call, for programs that cannot call a fence.
+  uint32_t at_save;
+  // The save fails if it is not durable so many seconds after the call; 0: after the setting `save_timeout`.
+  double deadline_seconds;
+  // Values beside the tensors: learning rates, states of random generators, positions in data.
+  const ashore_value *values;
+  // Notes of the user, which no program needs to restore.
+  const ashore_value *metadata;
+  size_t value_count;
+  size_t metadata_count;
+  // Values of this rank alone; where one process saves, the same as `values`.
+  const ashore_value *rank_values;
+  size_t rank_value_count;
+} ashore_save_options;
+
+// What a durable save has cost. Times are seconds since its call.
+typedef struct {
+  // sizeof(ashore_committed), set by the caller. Members beyond it are not written.
+  size_t size;
+  // Bytes of tensors.
+  uint64_t bytes;
+  // How long the call and fences have blocked their callers.
+  double blocked;
+  // When the last read of the program's memory ended.
+  double staged;
+  // When the step became durable.
+  double durable;
+  // How long after the last byte was written: fsyncs, and the publish.
+  double tail;
+  // Small tensors that were not captured within the call, because the budget was used up.
+  uint64_t over_budget;
+  // Chunks that a fence has copied on the GPU.
+  uint64_t late_chunks;
+} ashore_committed;
+
+// The progress of a save, in bytes.
+typedef struct {
+  // Bytes of tensors to save.
+  uint64_t bytes;
+  // Copied so far, headers of files included.
+  uint64_t staged;
+  // Written so far, headers of files included.
+  uint64_t written;
+  // An `ashore_phase`.
+  int32_t phase;
+} ashore_progress;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// Returns the ASHORE_ABI of the library that was loaded.
+uint32_t ashore_abi(void);
+
+// Returns the version of the library that was loaded, such as "0.1.0".
+const char *ashore_version(void);
+
+// Returns the last failure in this thread, never null. It is valid until the next failure in this thread;
+// success and the *_free functions leave it alone. Call it in a statement of its own: C may evaluate the
+// arguments of a call from the right, and would read it before the call that fails.
+const ashore_error *ashore_last_error(void);
+
+// Opens an executor over the directory `root`, which is created if it is missing; dead attempts of earlier
+// processes are swept. `settings` is a JSON object of the members of `Settings` in the Rust library, with times in
+// seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. `ranks` is null for one
+// rank; it is read within the call. `executor` is null after a failure. Fails with ASHORE_INVALID where a launcher
+// has started several ranks and `ranks` is null.
+int32_t ashore_open(const char *root, const char *settings, const ashore_ranks *ranks, ashore_executor **executor);
+
+// Accepts no more saves, waits at most `seconds` for those under way, and ends the threads. Afterwards the
+// handle is free, also when it fails; that of null is nothing to do. Returns the first error of a save that no
+// call has returned, and ASHORE_DEADLINE if saves had not ended: they have failed. Handles of its saves and
+// checkpoints stay valid; how many there are is logged. Checkpoints can still be read.
+int32_t ashore_close(ashore_executor *executor, double seconds);
+
+// Returns when nothing will read the tensors of all saves so far any more: then they may be written. With
+// `count` streams it makes these wait on the GPU instead, and returns as soon as that is queued: tensors of a GPU
+// may then be written in these streams, tensors of the host at once. Takes some nanoseconds if no save is
+// reading.
+int32_t ashore_fence(ashore_executor *executor, const ashore_stream *streams, size_t count);
+
+// Opens the newest durable step under the root. `checkpoint` is null, and the status ASHORE_OK, if there is
+// none.
+int32_t ashore_latest(ashore_executor *executor, ashore_checkpoint **checkpoint);
+
+// Opens a step under the root: ASHORE_NOT_FOUND if it is not there.
+int32_t ashore_step(ashore_executor *executor, uint64_t step, ashore_checkpoint **checkpoint);
+
+// Makes a JSON object of what an executor has found on this machine: its device and why it was chosen, its
+// arena, how it writes. Freed by ashore_text_free.
+int32_t ashore_report(ashore_executor *executor, char **json);
+
+// Begins a save and returns. `tensors` and `options` are read within the call; after it only the memory of the
+// tensors is needed, each until its release. Each tensor is released once, whatever becomes of the save.
+// `options` may be null. `save` may be null: the save goes on alone, and its failure comes out of the next call
+// of ashore_save_begin, or of ashore_close. That is also what becomes of a failure whose handle was freed before
+// a call had returned it.
+int32_t ashore_save_begin(ashore_executor *executor,
+                          uint64_t step,
+                          const ashore_tensor *tensors,
+                          size_t count,
+                          const ashore_save_options *options,
+                          ashore_save **save);
+
+// Waits until nothing will read the tensors of a save any more, and each was released: then they may be
+// written. 0 seconds only asks: ASHORE_DEADLINE means not yet. Returns the failure of the save if it has
+// failed; the tensors are free then, too.
+int32_t ashore_save_staged(ashore_save *save, double seconds);
+
+// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE of this call alone: it has not ended, and
+// can be waited for again. `committed` may be null.
+int32_t ashore_save_wait(ashore_save *save, double seconds, ashore_committed *committed);
+
+// Calls `done` once, when the save has ended; from this call if it has already. `kind` is an `ashore_status`;
+// `error` is its text, null for ASHORE_OK and ASHORE_SKIPPED, and valid within the call. `done` must return soon:
+// other saves wait meanwhile. It may begin a save and free handles; a wait for the same executor, a fence and a
+// close are refused in it.
+int32_t ashore_save_then(ashore_save *save,
+                         void (*done)(void *context, int32_t kind, const char *error),
+                         void *context);
+
+// Says how far a save has come.
+int32_t ashore_save_progress(ashore_save *save, ashore_progress *progress);
+
+// Cancels a save, which ends as ASHORE_CANCELLED at once; its tensors are free when ashore_save_staged returns.
+// ASHORE_CONFLICT: too late, it has ended or is being published.
+int32_t ashore_save_cancel(ashore_save *save);
+
+// Frees the handle of a save, which goes on. A handle that is null or no handle is left alone.
+void ashore_save_free(ashore_save *save);
+
+// Opens the step in the directory `path`. Needs no executor.
+int32_t ashore_checkpoint_open(const char *path, ashore_checkpoint **checkpoint);
+
+// Returns the step of a checkpoint; -1: a bad handle.
+int64_t ashore_checkpoint_step(ashore_checkpoint *checkpoint);
+
+// Fills the memory of `count` targets, in parallel, and compares every byte with its digest. A target with `offset`
+// takes the box of `shape` there; others take the whole tensor. Dtype and shape must be those that were saved:
+// nothing is converted. Nothing is written unless every target fits and none overlaps another; after a later
+// failure the content of targets is undefined.
+int32_t ashore_restore(ashore_checkpoint *checkpoint, const ashore_tensor *targets, size_t count);
+
+// Makes the JSON text of the value `name`, or, for a null name, of the checkpoint: {"step": 7, "attempt": "...",
+// "path": "...", "ranks": 1, "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3], "bytes": 24}, ...],
+// "values": {...}, "metadata": {...}}. Freed by ashore_text_free. `json` is null after a failure.
+int32_t ashore_checkpoint_json(ashore_checkpoint *checkpoint, const char *name, char **json);
+
+// Makes the JSON text of the value `name` that the rank `rank` kept for itself. Freed by ashore_text_free.
+int32_t ashore_checkpoint_rank_json(ashore_checkpoint *checkpoint, uint32_t rank, const char *name, char **json);
+
+// Frees a text that a function has made; null is nothing to do.
+void ashore_text_free(char *text);
+
+// Frees the handle of a checkpoint. A handle that is null or no handle is left alone.
+void ashore_checkpoint_free(ashore_checkpoint *checkpoint);
+
+// Passes errors (level 0) and warnings (level 1) of the library to `log`, instead of writing them to stderr. Any
+// thread may call `log`, which must return soon and not call the library. Null: to stderr again. Meant to be
+// called once: an earlier function may still be running when this returns.
+int32_t ashore_log(void (*log)(void *context, int32_t level, const char *text), void *context);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* ASHORE_H */

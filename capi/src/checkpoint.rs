@@ -1,0 +1,193 @@
+//! Checkpoints: opening and reading them.
+//!
+//! # Safety argument
+//! That of the crate. A text that is freed was made here by `CString::into_raw`.
+#![expect(unsafe_code, reason = "exported names, and the program's pointers; argument above")]
+
+use crate::failure::{Failed, Result, run, text};
+use crate::given;
+use crate::handles::{self, ashore_checkpoint};
+use crate::status::ashore_status::ASHORE_OK;
+use crate::tensor::{self, ashore_tensor};
+use ashore_core::internal::state::encode_value;
+use ashore_core::{Checkpoint, DeviceChoice};
+use serde_json::{Map, Value, json};
+use std::ffi::{CString, c_char};
+use std::ptr;
+
+/// What a handle of a checkpoint names.
+pub struct Opened {
+    checkpoint: Checkpoint,
+    /// It has the device of an executor.
+    lent: bool,
+}
+
+impl Opened {
+    /// A checkpoint that an executor has opened.
+    pub fn lent(checkpoint: Checkpoint) -> Self {
+        Self { checkpoint, lent: true }
+    }
+}
+
+impl std::ops::Deref for Opened {
+    type Target = Checkpoint;
+
+    fn deref(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+}
+
+/// Opens the step in the directory `path`. Needs no executor.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_checkpoint_open(path: *const c_char, checkpoint: *mut *mut ashore_checkpoint) -> i32 {
+    run(|| {
+        // SAFETY: the argument of the crate.
+        let checkpoint = unsafe { given::result("checkpoint", checkpoint)? };
+        *checkpoint = ptr::null_mut();
+        // SAFETY: the argument of the crate.
+        let opened = Checkpoint::open(unsafe { given::text("path", path)? })?;
+        *checkpoint = handles::give(Opened { checkpoint: opened, lent: false }, 0);
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Returns the step of a checkpoint; -1: a bad handle.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_checkpoint_step(checkpoint: *mut ashore_checkpoint) -> i64 {
+    let mut step = -1;
+    run(|| {
+        step = i64::try_from(handles::find(checkpoint)?.step()).unwrap_or(i64::MAX);
+        Ok(ASHORE_OK)
+    });
+    step
+}
+
+/// Fills the memory of `count` targets, in parallel, and compares every byte with its digest. A target with `offset`
+/// takes the box of `shape` there; others take the whole tensor. Dtype and shape must be those that were saved:
+/// nothing is converted. Nothing is written unless every target fits and none overlaps another; after a later
+/// failure the content of targets is undefined.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_restore(
+    checkpoint: *mut ashore_checkpoint,
+    targets: *const ashore_tensor,
+    count: usize,
+) -> i32 {
+    run(|| {
+        let checkpoint = handles::find(checkpoint)?;
+        // SAFETY: the argument of the crate.
+        let targets = unsafe { given::array("targets", targets, count)? };
+        // SAFETY: the argument of the crate.
+        unsafe {
+            match targets.iter().find(|target| target.on_device != 0) {
+                Some(first) if !checkpoint.lent => {
+                    let on_device = (**checkpoint).clone().with_device(DeviceChoice::Cuda(first.stream.device))?;
+                    tensor::restore(&on_device, targets)?;
+                }
+                _ => tensor::restore(&checkpoint, targets)?,
+            }
+        }
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Makes the JSON text of the value `name`, or, for a null name, of the checkpoint: {"step": 7, "attempt": "...",
+/// "path": "...", "ranks": 1, "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3], "bytes": 24}, ...],
+/// "values": {...}, "metadata": {...}}. Freed by ashore_text_free. `json` is null after a failure.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_checkpoint_json(
+    checkpoint: *mut ashore_checkpoint,
+    name: *const c_char,
+    json: *mut *mut c_char,
+) -> i32 {
+    run(|| {
+        // SAFETY: the argument of the crate.
+        let json = unsafe { given::result("json", json)? };
+        *json = ptr::null_mut();
+        let checkpoint = handles::find(checkpoint)?;
+        let found = if name.is_null() {
+            listed(&checkpoint)?
+        } else {
+            // SAFETY: the argument of the crate.
+            let name = unsafe { given::text("name", name)? };
+            exact(name, checkpoint.value(name)?, &checkpoint.manifest().values)?
+        };
+        *json = text(&found.to_string()).into_raw();
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Makes the JSON text of the value `name` that the rank `rank` kept for itself. Freed by ashore_text_free.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_checkpoint_rank_json(
+    checkpoint: *mut ashore_checkpoint,
+    rank: u32,
+    name: *const c_char,
+    json: *mut *mut c_char,
+) -> i32 {
+    run(|| {
+        // SAFETY: the argument of the crate.
+        let json = unsafe { given::result("json", json)? };
+        *json = ptr::null_mut();
+        // SAFETY: the argument of the crate.
+        let name = unsafe { given::text("name", name)? };
+        let found: Value = handles::find(checkpoint)?.rank_value(rank, name)?;
+        *json = text(&found.to_string()).into_raw();
+        Ok(ASHORE_OK)
+    })
+}
+
+type Stored = std::collections::BTreeMap<String, Value>;
+
+/// Refuses a value that JSON cannot hold: another language may have saved a NaN.
+fn exact(name: &str, value: Value, stored: &Stored) -> Result<Value> {
+    if stored.get(name).is_some_and(|stored| encode_value(&value).ok().as_ref() == Some(stored)) {
+        return Ok(value);
+    }
+    Err(Failed::invalid(format!("the value is not plain JSON: it has numbers or keys of another kind value={name:?}")))
+}
+
+fn listed(checkpoint: &Checkpoint) -> Result<Value> {
+    let manifest = checkpoint.manifest();
+    let (mut values, mut metadata) = (Map::new(), Map::new());
+    for name in checkpoint.value_names() {
+        values.insert(name.to_owned(), exact(name, checkpoint.value(name)?, &manifest.values)?);
+    }
+    for name in checkpoint.metadata_keys() {
+        metadata.insert(name.to_owned(), exact(name, checkpoint.metadata(name)?, &manifest.metadata)?);
+    }
+    let tensors: Vec<Value> = checkpoint
+        .tensors()?
+        .map(|t| json!({ "name": t.name, "dtype": t.dtype, "shape": t.shape, "bytes": t.bytes }))
+        .collect();
+    Ok(json!({
+        "step": checkpoint.step(),
+        "attempt": checkpoint.attempt().to_string(),
+        "path": checkpoint.path().to_string_lossy(),
+        "ranks": checkpoint.world(),
+        "tensors": tensors,
+        "values": values,
+        "metadata": metadata,
+    }))
+}
+
+/// Frees a text that a function has made; null is nothing to do.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_text_free(text: *mut c_char) {
+    if !text.is_null() {
+        // SAFETY: made by `CString::into_raw` here, and freed once.
+        drop(unsafe { CString::from_raw(text) });
+    }
+}
+
+/// Frees the handle of a checkpoint. A handle that is null or no handle is left alone.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_checkpoint_free(checkpoint: *mut ashore_checkpoint) {
+    handles::free(checkpoint);
+}

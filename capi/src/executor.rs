@@ -1,0 +1,191 @@
+//! Executors: opening and closing, fences, what they say of themselves.
+//!
+//! # Safety argument
+//! That of the crate.
+#![expect(unsafe_code, reason = "exported names, and the program's pointers; argument above")]
+
+use crate::checkpoint::Opened;
+use crate::failure::{Failed, Result, run, text};
+use crate::handles::{self, ashore_checkpoint, ashore_executor};
+use crate::ranks::ashore_ranks;
+use crate::status::ashore_status::ASHORE_OK;
+use crate::tensor::{self, ashore_stream};
+use crate::{given, log};
+use ashore_core::{CheckpointExecutor, Error, ErrorKind, Settings};
+use serde_json::{Value, json};
+use std::ffi::c_char;
+use std::ptr;
+
+/// Opens an executor over the directory `root`, which is created if it is missing; dead attempts of earlier
+/// processes are swept. `settings` is a JSON object of the members of `Settings` in the Rust library, with times in
+/// seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. `ranks` is null for one
+/// rank; it is read within the call. `executor` is null after a failure. Fails with ASHORE_INVALID where a launcher
+/// has started several ranks and `ranks` is null.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_open(
+    root: *const c_char,
+    settings: *const c_char,
+    ranks: *const ashore_ranks,
+    executor: *mut *mut ashore_executor,
+) -> i32 {
+    run(|| {
+        log::listen();
+        // SAFETY: the argument of the crate.
+        let ranks = unsafe { ranks.as_ref() };
+        let released = ranks.and_then(ashore_ranks::released);
+        // SAFETY: the argument of the crate.
+        let executor = unsafe { given::result("executor", executor)? };
+        *executor = ptr::null_mut();
+        // SAFETY: the argument of the crate.
+        let root = unsafe { given::text("root", root)? };
+        let mut builder = CheckpointExecutor::builder(root);
+        if !settings.is_null() {
+            // SAFETY: the argument of the crate.
+            builder = builder.settings(parsed(unsafe { given::text("settings", settings)? })?);
+        }
+        if let Some(ranks) = ranks {
+            // SAFETY: the argument of the crate.
+            builder = unsafe { ranks.of(builder, released)? };
+        }
+        *executor = handles::give::<ashore_executor>(builder.build()?, 0);
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Settings from their JSON text.
+fn parsed(text: &str) -> Result<Settings> {
+    const TIMES: [&str; 4] = ["abandoned_after", "save_timeout", "fence_timeout", "shutdown_timeout"];
+    let mut settings = given::json("argument", "settings", text)?;
+    for name in TIMES {
+        let Some(value) = settings.get_mut(name) else { continue };
+        if let Some(number) = value.as_f64() {
+            let time = given::seconds(number)
+                .map_err(|_| Failed::invalid(format!("a time is a number of seconds from 0 {name}={number}")))?;
+            *value = json!({ "secs": time.as_secs(), "nanos": time.subsec_nanos() });
+        }
+    }
+    serde_json::from_value(settings)
+        .map_err(|e| Error::new(ErrorKind::Invalid, "settings do not parse").with_source(e).into())
+}
+
+/// Accepts no more saves, waits at most `seconds` for those under way, and ends the threads. Afterwards the
+/// handle is free, also when it fails; that of null is nothing to do. Returns the first error of a save that no
+/// call has returned, and ASHORE_DEADLINE if saves had not ended: they have failed. Handles of its saves and
+/// checkpoints stay valid; how many there are is logged. Checkpoints can still be read.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_close(executor: *mut ashore_executor, seconds: f64) -> i32 {
+    run(|| {
+        if executor.is_null() {
+            return Ok(ASHORE_OK);
+        }
+        // The handle is free whatever is wrong with the time.
+        let taken = handles::take(executor)?;
+        let ended = given::seconds(seconds).and_then(|time| Ok(taken.shutdown(time)?));
+        let (saves, checkpoints) = handles::alive(handles::number(executor));
+        if (saves, checkpoints) != (0, 0) {
+            tracing::warn!(saves, checkpoints, "handles of an executor that was closed are not freed");
+        }
+        drop(taken);
+        ended.map(|()| ASHORE_OK)
+    })
+}
+
+/// Returns when nothing will read the tensors of all saves so far any more: then they may be written. With
+/// `count` streams it makes these wait on the GPU instead, and returns as soon as that is queued: tensors of a GPU
+/// may then be written in these streams, tensors of the host at once. Takes some nanoseconds if no save is
+/// reading.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_fence(
+    executor: *mut ashore_executor,
+    streams: *const ashore_stream,
+    count: usize,
+) -> i32 {
+    run(|| {
+        let executor = handles::find(executor)?;
+        // SAFETY: the argument of the crate.
+        let on = unsafe { given::array("streams", streams, count)? };
+        if on.is_empty() {
+            executor.fence()?
+        } else {
+            executor.fence_on(&tensor::streams(on))?
+        }
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Opens the newest durable step under the root. `checkpoint` is null, and the status ASHORE_OK, if there is
+/// none.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_latest(executor: *mut ashore_executor, checkpoint: *mut *mut ashore_checkpoint) -> i32 {
+    run(|| {
+        // SAFETY: the argument of the crate.
+        let checkpoint = unsafe { given::result("checkpoint", checkpoint)? };
+        *checkpoint = ptr::null_mut();
+        if let Some(newest) = handles::find(executor)?.latest()? {
+            *checkpoint = handles::give(Opened::lent(newest), handles::number(executor));
+        }
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Opens a step under the root: ASHORE_NOT_FOUND if it is not there.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_step(
+    executor: *mut ashore_executor,
+    step: u64,
+    checkpoint: *mut *mut ashore_checkpoint,
+) -> i32 {
+    run(|| {
+        // SAFETY: the argument of the crate.
+        let checkpoint = unsafe { given::result("checkpoint", checkpoint)? };
+        *checkpoint = ptr::null_mut();
+        let opened = Opened::lent(handles::find(executor)?.checkpoint(step)?);
+        *checkpoint = handles::give(opened, handles::number(executor));
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Makes a JSON object of what an executor has found on this machine: its device and why it was chosen, its
+/// arena, how it writes. Freed by ashore_text_free.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_report(executor: *mut ashore_executor, json: *mut *mut c_char) -> i32 {
+    run(|| {
+        // SAFETY: the argument of the crate.
+        let json = unsafe { given::result("json", json)? };
+        *json = ptr::null_mut();
+        let executor = handles::find(executor)?;
+        *json = text(&report(&executor).to_string()).into_raw();
+        Ok(ASHORE_OK)
+    })
+}
+
+/// What was found, or the reason why it was not.
+fn or_why(found: std::result::Result<impl Into<Value>, String>) -> Value {
+    found.map_or_else(Value::from, Into::into)
+}
+
+fn report(executor: &CheckpointExecutor) -> Value {
+    let (device, arena) = (executor.device(), executor.arena().report());
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "device": device.name,
+        "device_why": device.why,
+        "gather": or_why(device.gather.clone()),
+        "scratch": or_why(device.scratch.clone()),
+        "memory_waits": or_why(device.memory_waits.clone()),
+        "batch": or_why(device.batch.clone().map(|()| true)),
+        "kernels": device.kernels,
+        "engine": executor.engine(),
+        "arena": arena.bytes,
+        "slabs": arena.slabs,
+        "huge_pages": arena.huge_pages,
+        "pinned": or_why(arena.pinned.clone().map(|()| true)),
+        "locked": or_why(arena.locked.clone().map(|()| true)),
+    })
+}

@@ -1,0 +1,114 @@
+//! What the program gives: texts, arrays, structs that say their size, seconds, JSON.
+//!
+//! # Safety argument
+//! That of the crate.
+#![expect(unsafe_code, reason = "reads the program's pointers; argument above")]
+
+use crate::failure::{Failed, Result};
+use serde_json::Value;
+use std::ffi::{CStr, c_char};
+use std::time::Duration;
+
+/// Reads a text of the program.
+///
+/// # Safety
+/// Null, or ends with a zero byte and stays for `'a`.
+pub unsafe fn text<'a>(what: &str, at: *const c_char) -> Result<&'a str> {
+    if at.is_null() {
+        return Err(Failed::invalid(format!("a text is null text={what}")));
+    }
+    // SAFETY: passed on.
+    let bytes = unsafe { CStr::from_ptr(at) };
+    bytes.to_str().map_err(|_| Failed::invalid(format!("a text is not utf-8 text={what} found={bytes:?}")))
+}
+
+/// Reads an array of the program.
+///
+/// # Safety
+/// Null, or holds `count` elements for `'a`.
+pub unsafe fn array<'a, T>(what: &str, at: *const T, count: usize) -> Result<&'a [T]> {
+    match (count, at.is_null()) {
+        (0, _) => Ok(&[]),
+        (_, true) => Err(Failed::invalid(format!("an array is null array={what} count={count}"))),
+        // SAFETY: passed on.
+        _ => Ok(unsafe { std::slice::from_raw_parts(at, count) }),
+    }
+}
+
+/// The place for a result.
+///
+/// # Safety
+/// Null, or has space for a `T` for `'a`.
+pub unsafe fn result<'a, T>(what: &str, at: *mut T) -> Result<&'a mut T> {
+    // SAFETY: passed on. The program's memory may never have been written: only types whose every pattern is
+    // a value are passed, and they are written before they are read.
+    unsafe { at.as_mut() }.ok_or_else(|| Failed::invalid(format!("the place for a result is null result={what}")))
+}
+
+/// A struct that begins with its size as the program knows it: members that an older program does not have
+/// are zero.
+///
+/// # Safety
+/// Implemented for `repr(C)` structs whose first member is a `usize`, and whose every member may be zero.
+pub unsafe trait Sized: Default {
+    /// What messages call it.
+    const WHAT: &'static str;
+}
+
+/// Reads a struct that says its size.
+///
+/// # Safety
+/// Null, or as many bytes as its first member says.
+pub unsafe fn sized<T: Sized>(at: *const T) -> Result<T> {
+    let mut read = T::default();
+    if at.is_null() {
+        return Ok(read);
+    }
+    // SAFETY: as the trait says, the first member.
+    let size = checked::<T>(unsafe { at.cast::<usize>().read() })?;
+    // SAFETY: so many bytes are there, at most those of a `T`, and every pattern is a value.
+    unsafe { std::ptr::copy_nonoverlapping(at.cast::<u8>(), (&raw mut read).cast(), size) };
+    Ok(read)
+}
+
+/// Writes a struct that says its size, except its first member.
+///
+/// # Safety
+/// Null, or as many bytes as its first member says.
+pub unsafe fn write_sized<T: Sized>(at: *mut T, value: &T) -> Result<()> {
+    if at.is_null() {
+        return Ok(());
+    }
+    // SAFETY: as the trait says, the first member.
+    let size = checked::<T>(unsafe { at.cast::<usize>().read() })?;
+    let (from, to, skip) = ((&raw const *value).cast::<u8>(), at.cast::<u8>(), size_of::<usize>());
+    // SAFETY: so many bytes are there, at most those of a `T`.
+    unsafe { std::ptr::copy_nonoverlapping(from.add(skip), to.add(skip), size - skip) };
+    Ok(())
+}
+
+/// How many bytes of a struct both sides know.
+fn checked<T: Sized>(size: usize) -> Result<usize> {
+    if size < size_of::<usize>() {
+        let (what, known) = (T::WHAT, size_of::<T>());
+        return Err(Failed::invalid(format!("set `size` to sizeof({what}) first size={size} known={known}")));
+    }
+    Ok(size.min(size_of::<T>()))
+}
+
+/// A time to wait. Infinity is a hundred years.
+pub fn seconds(seconds: f64) -> Result<Duration> {
+    const LONGEST: f64 = 100.0 * 365.0 * 24.0 * 3600.0;
+    if seconds.is_nan() || seconds < 0.0 {
+        return Err(Failed::invalid(format!("a time is a number of seconds from 0 seconds={seconds}")));
+    }
+    Ok(Duration::from_secs_f64(seconds.min(LONGEST)))
+}
+
+/// Parses a JSON text, which is named in the error.
+pub fn json(what: &str, name: &str, text: &str) -> Result<Value> {
+    serde_json::from_str(text).map_err(|e| {
+        let wrong = format!("not a json text {what}={name:?}");
+        ashore_core::Error::new(ashore_core::ErrorKind::Invalid, wrong).with_source(e).into()
+    })
+}

@@ -1,0 +1,291 @@
+//! Saves: beginning them, and learning how they end.
+//!
+//! # Safety argument
+//! That of the crate.
+#![expect(unsafe_code, reason = "exported names, and the program's pointers; argument above")]
+
+use crate::callbacks::{self, Context};
+use crate::failure::{Failed, Result, run, text};
+use crate::given;
+use crate::handles::{self, ashore_executor, ashore_save};
+use crate::status::ashore_phase;
+use crate::status::ashore_status::{self, ASHORE_OK, ASHORE_SKIPPED};
+use crate::tensor::{self, ashore_tensor};
+use ashore_core::{Error, ErrorKind, Outcome, SaveOptions, Snapshot, StateDict};
+use std::ffi::{c_char, c_void};
+use std::ptr;
+
+/// A named value.
+#[repr(C)]
+pub struct ashore_value {
+    /// Its name: not empty, utf-8.
+    pub name: *const c_char,
+    /// One JSON text. Numbers are integers of 64 bits or doubles, kept exactly; NaN and infinities are not JSON,
+    /// and refused.
+    pub json: *const c_char,
+}
+
+/// Options of one save. Zero is the default of every member but `size`.
+#[repr(C)]
+pub struct ashore_save_options {
+    /// sizeof(ashore_save_options)
+    pub size: usize,
+    /// Not 0: replace the step if it exists.
+    pub overwrite: u32,
+    /// Not 0: capture every tensor within the call, for programs that cannot call a fence.
+    pub at_save: u32,
+    /// The save fails if it is not durable so many seconds after the call; 0: after the setting `save_timeout`.
+    pub deadline_seconds: f64,
+    /// Values beside the tensors: learning rates, states of random generators, positions in data.
+    pub values: *const ashore_value,
+    /// Notes of the user, which no program needs to restore.
+    pub metadata: *const ashore_value,
+    pub value_count: usize,
+    pub metadata_count: usize,
+    /// Values of this rank alone; where one process saves, the same as `values`.
+    pub rank_values: *const ashore_value,
+    pub rank_value_count: usize,
+}
+
+impl Default for ashore_save_options {
+    fn default() -> Self {
+        Self {
+            size: 0,
+            overwrite: 0,
+            at_save: 0,
+            deadline_seconds: 0.0,
+            values: ptr::null(),
+            metadata: ptr::null(),
+            value_count: 0,
+            metadata_count: 0,
+            rank_values: ptr::null(),
+            rank_value_count: 0,
+        }
+    }
+}
+
+// SAFETY: the size is first, and every member may be zero.
+unsafe impl given::Sized for ashore_save_options {
+    const WHAT: &'static str = "ashore_save_options";
+}
+
+/// What a durable save has cost. Times are seconds since its call.
+#[repr(C)]
+#[derive(Default)]
+pub struct ashore_committed {
+    /// sizeof(ashore_committed), set by the caller. Members beyond it are not written.
+    pub size: usize,
+    /// Bytes of tensors.
+    pub bytes: u64,
+    /// How long the call and fences have blocked their callers.
+    pub blocked: f64,
+    /// When the last read of the program's memory ended.
+    pub staged: f64,
+    /// When the step became durable.
+    pub durable: f64,
+    /// How long after the last byte was written: fsyncs, and the publish.
+    pub tail: f64,
+    /// Small tensors that were not captured within the call, because the budget was used up.
+    pub over_budget: u64,
+    /// Chunks that a fence has copied on the GPU.
+    pub late_chunks: u64,
+}
+
+// SAFETY: the size is first, and every member may be zero.
+unsafe impl given::Sized for ashore_committed {
+    const WHAT: &'static str = "ashore_committed";
+}
+
+/// The progress of a save, in bytes.
+#[repr(C)]
+pub struct ashore_progress {
+    /// Bytes of tensors to save.
+    pub bytes: u64,
+    /// Copied so far, headers of files included.
+    pub staged: u64,
+    /// Written so far, headers of files included.
+    pub written: u64,
+    /// An `ashore_phase`.
+    pub phase: i32,
+}
+
+/// Begins a save and returns. `tensors` and `options` are read within the call; after it only the memory of the
+/// tensors is needed, each until its release. Each tensor is released once, whatever becomes of the save.
+/// `options` may be null. `save` may be null: the save goes on alone, and its failure comes out of the next call
+/// of ashore_save_begin, or of ashore_close. That is also what becomes of a failure whose handle was freed before
+/// a call had returned it.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_save_begin(
+    executor: *mut ashore_executor,
+    step: u64,
+    tensors: *const ashore_tensor,
+    count: usize,
+    options: *const ashore_save_options,
+    save: *mut *mut ashore_save,
+) -> i32 {
+    run(|| {
+        // First of all, so that each is released whatever is wrong with the rest.
+        // SAFETY: the argument of the crate.
+        let tensors = unsafe { given::array("tensors", tensors, count)? };
+        let keeps = tensors.iter().map(ashore_tensor::released).collect();
+        // SAFETY: the argument of the crate.
+        let save = unsafe { save.as_mut() };
+        let save = save.map(|save| {
+            *save = ptr::null_mut();
+            save
+        });
+        let found = handles::find(executor)?;
+        // SAFETY: the argument of the crate.
+        let mut state = unsafe { tensor::state(tensors, keeps)? };
+        // SAFETY: the argument of the crate.
+        let options = unsafe { prepared(given::sized(options)?, &mut state)? };
+        let begun = found.save_with(step, state, options)?;
+        if let Some(save) = save {
+            *save = handles::give(begun, handles::number(executor));
+        }
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Puts the values of the options into the state dict.
+///
+/// # Safety
+/// That of the crate.
+unsafe fn prepared(given: ashore_save_options, state: &mut StateDict<'static>) -> Result<SaveOptions> {
+    type Put = for<'s> fn(&'s mut StateDict<'static>, &str, &serde_json::Value) -> ashore_core::Result<()>;
+    let lists: [(&str, *const ashore_value, usize, Put); 3] = [
+        ("value", given.values, given.value_count, |state, name, value| state.value(name, value).map(drop)),
+        ("metadata", given.metadata, given.metadata_count, |state, name, value| state.metadata(name, value).map(drop)),
+        ("value", given.rank_values, given.rank_value_count, |state, name, value| {
+            state.rank_value(name, value).map(drop)
+        }),
+    ];
+    for (what, at, count, put) in lists {
+        // SAFETY: passed on.
+        for value in unsafe { given::array(what, at, count)? } {
+            // SAFETY: passed on.
+            let name = unsafe { given::text("name", value.name)? };
+            // SAFETY: passed on.
+            let json = unsafe { given::text(name, value.json)? };
+            put(state, name, &given::json(what, name, json)?)?;
+        }
+    }
+    let mut options = SaveOptions::default();
+    options.overwrite = given.overwrite != 0;
+    if given.at_save != 0 {
+        options.snapshot = Snapshot::AtSave;
+    }
+    if given.deadline_seconds != 0.0 {
+        options.timeout = Some(given::seconds(given.deadline_seconds)?);
+    }
+    Ok(options)
+}
+
+/// Waits until nothing will read the tensors of a save any more, and each was released: then they may be
+/// written. 0 seconds only asks: ASHORE_DEADLINE means not yet. Returns the failure of the save if it has
+/// failed; the tensors are free then, too.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_save_staged(save: *mut ashore_save, seconds: f64) -> i32 {
+    run(|| {
+        handles::find(save)?.staged().wait(given::seconds(seconds)?)?;
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE of this call alone: it has not ended, and
+/// can be waited for again. `committed` may be null.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_save_wait(
+    save: *mut ashore_save,
+    seconds: f64,
+    committed: *mut ashore_committed,
+) -> i32 {
+    run(|| {
+        let Outcome::Durable(done) = handles::find(save)?.wait(given::seconds(seconds)?)? else {
+            return Ok(ASHORE_SKIPPED);
+        };
+        let cost = ashore_committed {
+            size: 0,
+            bytes: done.bytes,
+            blocked: done.blocked.as_secs_f64(),
+            staged: done.staged.as_secs_f64(),
+            durable: done.durable.as_secs_f64(),
+            tail: done.tail.as_secs_f64(),
+            over_budget: done.over_budget as u64,
+            late_chunks: done.late_chunks as u64,
+        };
+        // SAFETY: the argument of the crate.
+        unsafe { given::write_sized(committed, &cost)? };
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Calls `done` once, when the save has ended; from this call if it has already. `kind` is an `ashore_status`;
+/// `error` is its text, null for ASHORE_OK and ASHORE_SKIPPED, and valid within the call. `done` must return soon:
+/// other saves wait meanwhile. It may begin a save and free handles; a wait for the same executor, a fence and a
+/// close are refused in it.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_save_then(
+    save: *mut ashore_save,
+    done: Option<unsafe extern "C-unwind" fn(context: *mut c_void, kind: i32, error: *const c_char)>,
+    context: *mut c_void,
+) -> i32 {
+    run(|| {
+        let save = handles::find(save)?;
+        let done = done.ok_or_else(|| Failed::invalid("a function is null function=done"))?;
+        let context = Context(context);
+        save.on_done(move |ended| {
+            let context = context;
+            let (kind, error) = match ended {
+                Ok(Outcome::Durable(_)) => (ASHORE_OK, None),
+                Ok(_) => (ASHORE_SKIPPED, None),
+                Err(error) => (ashore_status::from(error.kind()), Some(text(&format!("{error:#}")))),
+            };
+            let error = error.as_ref().map_or(ptr::null(), |error| error.as_ptr());
+            // SAFETY: the program's function and context.
+            unsafe { callbacks::done(done, context.0, kind as i32, error) }
+        });
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Says how far a save has come.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_save_progress(save: *mut ashore_save, progress: *mut ashore_progress) -> i32 {
+    run(|| {
+        let now = handles::find(save)?.progress();
+        // SAFETY: the argument of the crate.
+        let progress = unsafe { given::result("progress", progress)? };
+        let phase = ashore_phase::from(now.phase) as i32;
+        *progress = ashore_progress { bytes: now.bytes, staged: now.staged, written: now.written, phase };
+        Ok(ASHORE_OK)
+    })
+}
+
+/// Cancels a save, which ends as ASHORE_CANCELLED at once; its tensors are free when ashore_save_staged returns.
+/// ASHORE_CONFLICT: too late, it has ended or is being published.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_save_cancel(save: *mut ashore_save) -> i32 {
+    run(|| {
+        let save = handles::find(save)?;
+        if save.cancel() {
+            return Ok(ASHORE_OK);
+        }
+        let late =
+            Error::new(ErrorKind::Conflict, "it is too late to cancel: the save has ended or is being published");
+        Err(late.with_step(save.step()).into())
+    })
+}
+
+/// Frees the handle of a save, which goes on. A handle that is null or no handle is left alone.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_save_free(save: *mut ashore_save) {
+    handles::free(save);
+}
