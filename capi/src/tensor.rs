@@ -199,9 +199,7 @@ unsafe fn put(
     let source = unsafe {
         match strides {
             None => RawHost::new(at, bytes, dtype, shape, keep),
-            Some(_) => {
-                return Err(Failed::invalid(format!("a tensor of the host is packed tensor={:?}", described.name)));
-            }
+            Some(strides) => RawHost::strided(at, dtype, shape, strides, keep),
         }
     };
     insert(state, tensor, &described, source)
