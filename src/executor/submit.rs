@@ -356,14 +356,15 @@ impl CheckpointExecutor {
         if state.streams.is_empty() {
             return Ok((None, None));
         }
-        self.equipment.complete(&self.stager, &state.streams)?;
+        self.equipment.complete(&self.stager, &state.streams).map_err(|e| first_on_device(&e, state))?;
         let scratch = self.stager.scratch.get();
         match scratch {
             Some(scratch) => scratch.at_save(state, detect, on_device)?,
             None => without_kernels(state, self.device().gather.as_ref().err().map_or("", String::as_str), on_device)?,
         }
         // The dependency includes the captures queued above.
-        let dependency = self.stager.device.behind(&state.streams)?;
+        let behind = self.stager.device.behind(&state.streams);
+        let dependency = behind.map_err(|e| first_on_device(&e, state))?;
         let late_copy = match scratch {
             Some(scratch) => {
                 scratch.equip(self.stager.device.as_ref(), &state.streams);
@@ -373,6 +374,13 @@ impl CheckpointExecutor {
         };
         Ok((Some(dependency), late_copy))
     }
+}
+
+/// Adds the first tensor in device memory to the error of its device.
+fn first_on_device(error: &Error, state: &StateDict<'_>) -> Error {
+    let first = state.tensors.iter().find(|(_, tensor)| tensor.location.stream().is_some());
+    let name = first.map_or("", |(name, _)| name);
+    Error::new(error.kind(), format!("{} tensor={name:?}", error.message())).with_source_of(error)
 }
 
 /// What became of a plan that the ranks make together.
