@@ -420,8 +420,8 @@ int64_t ashore_checkpoint_step(ashore_checkpoint *checkpoint);
 
 // Fills the memory of `count` targets, in parallel, and compares every byte with its digest. A target with `offset`
 // takes the box of `shape` there; others take the whole tensor. Dtype and shape must be those that were saved:
-// nothing is converted. Nothing is written unless every target fits and none overlaps another; after a later
-// failure the content of targets is undefined.
+// nothing is converted. Nothing is written unless every target fits. Packed targets that overlap are
+// refused; what overlaps by its strides is undefined. After a failure to read, the content of targets is.
 int32_t ashore_restore(ashore_checkpoint *checkpoint, const ashore_tensor *targets, size_t count);
 
 // Makes the JSON text of the value `name`, or, for a null name, of the checkpoint: {"step": 7, "attempt": "...",

@@ -66,8 +66,8 @@ pub unsafe extern "C" fn ashore_checkpoint_step(checkpoint: *mut ashore_checkpoi
 
 /// Fills the memory of `count` targets, in parallel, and compares every byte with its digest. A target with `offset`
 /// takes the box of `shape` there; others take the whole tensor. Dtype and shape must be those that were saved:
-/// nothing is converted. Nothing is written unless every target fits and none overlaps another; after a later
-/// failure the content of targets is undefined.
+/// nothing is converted. Nothing is written unless every target fits. Packed targets that overlap are
+/// refused; what overlaps by its strides is undefined. After a failure to read, the content of targets is.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_restore(

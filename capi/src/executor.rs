@@ -57,6 +57,9 @@ pub unsafe extern "C" fn ashore_open(
 fn parsed(text: &str) -> Result<Settings> {
     const TIMES: [&str; 4] = ["abandoned_after", "save_timeout", "fence_timeout", "shutdown_timeout"];
     let mut settings = given::json("argument", "settings", text)?;
+    if !settings.is_object() {
+        return Err(Failed::invalid(format!("settings are a JSON object settings={text:?}")));
+    }
     for name in TIMES {
         let Some(value) = settings.get_mut(name) else { continue };
         if let Some(number) = value.as_f64() {

@@ -18,7 +18,13 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-struct Sink(Log, Context);
+struct Sink {
+    /// None: stderr.
+    log: Option<Log>,
+    context: Context,
+    /// The one before it, so that tools that look for leaks find it.
+    _earlier: AtomicPtr<Sink>,
+}
 
 /// Null: stderr.
 static SINK: AtomicPtr<Sink> = AtomicPtr::new(ptr::null_mut());
@@ -34,8 +40,9 @@ pub unsafe extern "C" fn ashore_log(
 ) -> i32 {
     run(|| {
         listen();
-        let sink = log.map_or(ptr::null_mut(), |log| Box::into_raw(Box::new(Sink(log, Context(context)))));
-        SINK.store(sink, Ordering::Release);
+        let earlier = AtomicPtr::new(SINK.load(Ordering::Acquire));
+        let sink = Sink { log, context: Context(context), _earlier: earlier };
+        SINK.store(Box::into_raw(Box::new(sink)), Ordering::Release);
         Ok(ASHORE_OK)
     })
 }
@@ -67,8 +74,10 @@ impl Subscriber for Warnings {
         // SAFETY: null, or made by `ashore_log` and never freed.
         match unsafe { SINK.load(Ordering::Acquire).as_ref() } {
             // SAFETY: the program's function and context.
-            Some(Sink(log, context)) => unsafe { callbacks::log(*log, context.0, level, text(&all).as_ptr()) },
-            None => drop(writeln!(std::io::stderr(), "ashore: {name}: {all}")),
+            Some(Sink { log: Some(log), context, .. }) => unsafe {
+                callbacks::log(*log, context.0, level, text(&all).as_ptr())
+            },
+            _ => drop(writeln!(std::io::stderr(), "ashore: {name}: {all}")),
         }
     }
 

@@ -11,7 +11,7 @@ use crate::given;
 use crate::status::ashore_capture::*;
 use crate::status::dtype;
 use ashore_core::{
-    Capture, Checkpoint, DeviceStream, DeviceTarget, Layout, RawDevice, RawHost, Source, StateDict, Targets,
+    Capture, Checkpoint, DeviceStream, DeviceTarget, HostTarget, Layout, RawDevice, RawHost, Source, StateDict, Targets,
 };
 use std::any::Any;
 use std::ffi::{c_char, c_void};
@@ -76,7 +76,7 @@ struct Described<'a> {
     name: &'a str,
     layout: Layout,
     bytes: u64,
-    /// In bytes; None: packed.
+    /// In bytes; None: packed. Those that are given may be those of a packed tensor, too.
     strides: Option<Vec<i64>>,
     global: Option<Vec<usize>>,
     offset: Option<Vec<usize>>,
@@ -121,25 +121,13 @@ impl<'a> Described<'a> {
             let strides = unsafe { given::array("strides", tensor.strides, tensor.dims as usize)? };
             let in_bytes = strides.iter().map(|stride| stride.checked_mul(bits as i64 / 8)).collect::<Option<Vec<_>>>();
             let in_bytes = in_bytes.ok_or_else(|| refuse(format!("a stride overflows strides={strides:?}")))?;
-            Some(in_bytes).filter(|strides| !is_packed(&shape, strides, bits / 8))
+            Some(in_bytes)
         };
         if tensor.data.is_null() && bytes > 0 {
             return Err(refuse(format!("the memory of a tensor is null bytes={bytes}")));
         }
         Ok(Self { name, layout, bytes, strides, global, offset })
     }
-}
-
-/// Whether elements with these strides, in bytes, are packed in row-major order.
-fn is_packed(shape: &[usize], strides: &[i64], item: usize) -> bool {
-    let mut expected = item as i64;
-    let mut dims = shape.iter().zip(strides).rev();
-    let packed = dims.all(|(&size, &stride)| {
-        let fits = size == 1 || stride == expected;
-        expected = expected.saturating_mul(size as i64);
-        fits
-    });
-    packed || shape.contains(&0)
 }
 
 fn stream(of: ashore_stream) -> DeviceStream<'static> {
@@ -247,13 +235,16 @@ pub unsafe fn restore(checkpoint: &Checkpoint, tensors: &[ashore_tensor]) -> Res
         let name = described.name;
         let slice = fits(checkpoint, &described).map_err(|e| e.of_tensor(name))?;
         let Described { layout, bytes, strides, .. } = described;
-        if strides.is_some() {
-            return Err(Failed::invalid(format!("a target is packed: leave `strides` null tensor={name:?}")));
-        }
+        let (dtype, shape) = (layout.dtype, &layout.shape);
         if tensor.on_device != 0 {
             let (address, stream) = (tensor.data.addr() as u64, stream(tensor.stream));
-            // SAFETY: the program promises what it needs.
-            let target = unsafe { DeviceTarget::new(address, bytes, stream) }.with_dtype(layout.dtype);
+            // SAFETY: the program promises what both need.
+            let target = unsafe {
+                match &strides {
+                    None => DeviceTarget::new(address, bytes, stream).with_dtype(dtype),
+                    Some(strides) => DeviceTarget::strided(address, dtype, shape, strides, stream),
+                }
+            };
             targets = match &slice {
                 None => targets.device(name, target),
                 Some(slice) => targets.device_slice(name, slice, target),
@@ -261,12 +252,21 @@ pub unsafe fn restore(checkpoint: &Checkpoint, tensors: &[ashore_tensor]) -> Res
             continue;
         }
         let at: *mut u8 = tensor.data.cast();
+        if let Some(strides) = &strides {
+            // SAFETY: the program promises memory at every element; the library checks that they lie apart.
+            let target = unsafe { HostTarget::strided(at, dtype, shape, strides) };
+            targets = match &slice {
+                None => targets.host(name, target),
+                Some(slice) => targets.host_slice(name, slice, target),
+            };
+            continue;
+        }
         let to: &mut [u8] = if bytes == 0 {
             &mut []
         } else {
             memory.push((at.addr()..at.addr().saturating_add(bytes as usize), name));
-            // SAFETY: the program's to be written, so many bytes; that no two overlap is checked below, before
-            // one is written.
+            // SAFETY: the program's to be written, so many bytes; that no two packed targets overlap is checked
+            // below, before one is written.
             unsafe { std::slice::from_raw_parts_mut(at, bytes as usize) }
         };
         targets = match &slice {

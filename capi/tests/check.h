@@ -99,10 +99,12 @@ static inline ashore_executor *opened(const char *root, const char *settings) {
   return executor;
 }
 
-// A new directory of this name under the one that the test was given.
+// The path of this name under the folder that the test was given. Up to 16 are valid at a time.
 static inline const char *under(const char *folder, const char *name) {
-  char *path = malloc(strlen(folder) + strlen(name) + 2);
-  sprintf(path, "%s/%s", folder, name);
+  static char paths[16][512];
+  static int next;
+  char *path = paths[next++ % 16];
+  snprintf(path, sizeof paths[0], "%s/%s", folder, name);
   return path;
 }
 

@@ -17,9 +17,9 @@ static void in_a_child(ashore_executor *executor, ashore_save *save, const char 
   FAILS(ashore_fence(executor, NULL, 0), ASHORE_INVALID, "fork");
   FAILS(ashore_save_begin(executor, 9, NULL, 0, NULL, NULL), ASHORE_INVALID, "fork");
   FAILS(ashore_save_wait(save, 1, NULL), ASHORE_INVALID, "fork");
+  ashore_save_free(save);
   FAILS(ashore_close(executor, 1), ASHORE_INVALID, "fork");
   FAILS(ashore_fence(executor, NULL, 0), ASHORE_INVALID, "no such handle");
-  ashore_save_free(save);
   ashore_executor *own = opened(folder, SMALL);
   weights *w = made("w", 1000);
   ashore_tensor t = told(w);
