@@ -1,0 +1,200 @@
+// ashore for C++17: objects that free themselves, exceptions for failures. A thin header over ashore.h.
+#ifndef ASHORE_HPP
+#define ASHORE_HPP
+#include <ashore.h>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace ashore {
+
+// A failure: what() is its text.
+struct error : std::runtime_error {
+  explicit error(const ashore_error &e)
+      : std::runtime_error(e.text), kind(e.kind), step(e.step), rank(e.rank), tensor(e.tensor ? e.tensor : ""),
+        path(e.path ? e.path : "") {}
+  int32_t kind; // an ashore_status
+  int64_t step;
+  int32_t rank;
+  std::string tensor, path; // empty where there is none
+};
+
+// Throws the failure of a call; returns whether it was not ASHORE_SKIPPED.
+inline bool check(int32_t status) {
+  if (status != ASHORE_OK && status != ASHORE_SKIPPED) throw error(*ashore_last_error());
+  return status == ASHORE_OK;
+}
+
+template <class T>
+constexpr int32_t dtype_of() {
+  if constexpr (std::is_same_v<T, bool>) return ASHORE_BOOL;
+  else if constexpr (std::is_same_v<T, float>) return ASHORE_F32;
+  else if constexpr (std::is_same_v<T, double>) return ASHORE_F64;
+  else if constexpr (std::is_integral_v<T> && sizeof(T) == 1) return std::is_signed_v<T> ? ASHORE_I8 : ASHORE_U8;
+  else if constexpr (std::is_integral_v<T> && sizeof(T) == 2) return std::is_signed_v<T> ? ASHORE_I16 : ASHORE_U16;
+  else if constexpr (std::is_integral_v<T> && sizeof(T) == 4) return std::is_signed_v<T> ? ASHORE_I32 : ASHORE_U32;
+  else if constexpr (std::is_integral_v<T> && sizeof(T) == 8) return std::is_signed_v<T> ? ASHORE_I64 : ASHORE_U64;
+  else static_assert(!sizeof(T), "give the dtype by state::tensor(ashore_tensor)");
+}
+
+// Named tensors, and values as JSON texts: what is saved, and what is restored into.
+class state {
+public:
+  // Elements of `data`, packed. `keep` is held until nothing reads the memory of a save any more.
+  template <class T>
+  state &tensor(const std::string &name, T *data, std::vector<int64_t> shape, std::shared_ptr<const void> keep = {}) {
+    ashore_tensor t{};
+    t.name = name.c_str();
+    t.data = const_cast<std::remove_const_t<T> *>(data);
+    t.shape = shape.data();
+    t.dims = static_cast<uint32_t>(shape.size());
+    t.dtype = dtype_of<std::remove_const_t<T>>();
+    return tensor(t, std::move(keep));
+  }
+
+  // Any tensor. Its name, shape, strides and box are copied; its `release` and `context` are those of `keep`.
+  state &tensor(const ashore_tensor &given, std::shared_ptr<const void> keep = {}) {
+    auto &e = entries.emplace_back();
+    ashore_tensor t = given;
+    e.name = given.name ? given.name : "";
+    t.name = e.name.c_str();
+    const int64_t **lists[] = {&t.shape, &t.strides, &t.global_shape, &t.offset};
+    for (int i = 0; i < 4 && t.dims; i++) {
+      if (!*lists[i]) continue;
+      e.lists[i].assign(*lists[i], *lists[i] + t.dims);
+      *lists[i] = e.lists[i].data();
+    }
+    t.release = nullptr, t.context = nullptr, e.keep = std::move(keep);
+    tensors.push_back(t);
+    return *this;
+  }
+  state &value(std::string name, std::string json) {
+    texts.emplace_back(std::move(name), std::move(json));
+    values.push_back({texts.back().first.c_str(), texts.back().second.c_str()});
+    return *this;
+  }
+  state() = default;
+  state(const state &) = delete;
+  state &operator=(const state &) = delete;
+
+private:
+  friend class executor;
+  friend class checkpoint;
+  struct entry {
+    std::string name;
+    std::vector<int64_t> lists[4];
+    std::shared_ptr<const void> keep;
+  };
+  std::deque<entry> entries; // a deque, so that what the others point to stays
+  std::deque<std::pair<std::string, std::string>> texts;
+  std::vector<ashore_tensor> tensors;
+  std::vector<ashore_value> values;
+};
+template <class T, void (*free)(T *)>
+struct freed {
+  void operator()(T *handle) const { free(handle); }
+};
+
+// A save under way or ended. Without it the save goes on.
+class save {
+public:
+  // Whether it became durable; false: it was skipped.
+  bool wait(double seconds, ashore_committed *cost = nullptr) {
+    if (cost) cost->size = sizeof *cost;
+    return check(ashore_save_wait(handle.get(), seconds, cost));
+  }
+  void staged(double seconds) { check(ashore_save_staged(handle.get(), seconds)); }
+  void cancel() { check(ashore_save_cancel(handle.get())); }
+  // Calls `done` once, with a status and the text of a failure. An exception in it ends the program.
+  void then(std::function<void(int32_t, const char *)> done) {
+    using function = decltype(done);
+    auto kept = std::make_unique<function>(std::move(done));
+    auto call = [](void *context, int32_t kind, const char *text) noexcept {
+      (*std::unique_ptr<function>(static_cast<function *>(context)))(kind, text);
+    };
+    check(ashore_save_then(handle.get(), call, kept.get()));
+    kept.release();
+  }
+
+private:
+  friend class executor;
+  std::unique_ptr<ashore_save, freed<ashore_save, ashore_save_free>> handle;
+};
+
+// A step that can be read.
+class checkpoint {
+public:
+  checkpoint() = default;
+  explicit checkpoint(const std::string &path) {
+    ashore_checkpoint *opened = nullptr;
+    check(ashore_checkpoint_open(path.c_str(), &opened));
+    handle.reset(opened);
+  }
+  int64_t step() const { return ashore_checkpoint_step(handle.get()); }
+  void restore(const state &to) { check(ashore_restore(handle.get(), to.tensors.data(), to.tensors.size())); }
+  // The JSON text of a value; without a name, of the checkpoint.
+  std::string json(const char *name = nullptr) const {
+    char *text = nullptr;
+    check(ashore_checkpoint_json(handle.get(), name, &text));
+    return std::unique_ptr<char, freed<char, ashore_text_free>>(text).get();
+  }
+
+private:
+  friend class executor;
+  std::unique_ptr<ashore_checkpoint, freed<ashore_checkpoint, ashore_checkpoint_free>> handle;
+};
+
+class executor {
+public:
+  explicit executor(const std::string &root, const char *settings = nullptr, const ashore_ranks *ranks = nullptr) {
+    ashore_executor *opened = nullptr;
+    check(ashore_open(root.c_str(), settings, ranks, &opened));
+    handle.reset(opened);
+  }
+  ashore::save save(uint64_t step, const state &state, ashore_save_options options = {}) {
+    using kept = std::shared_ptr<const void>;
+    std::vector<ashore_tensor> tensors(state.tensors);
+    std::vector<std::unique_ptr<kept>> keeps;
+    for (auto &e : state.entries) keeps.push_back(e.keep ? std::make_unique<kept>(e.keep) : nullptr);
+    for (size_t i = 0; i < keeps.size(); i++) {
+      if (!keeps[i]) continue;
+      tensors[i].release = [](void *context) noexcept { delete static_cast<kept *>(context); };
+      tensors[i].context = keeps[i].release();
+    }
+    options.size = sizeof options;
+    if (!options.values) options.values = state.values.data(), options.value_count = state.values.size();
+    ashore_save *begun = nullptr;
+    int32_t status = ashore_save_begin(handle.get(), step, tensors.data(), tensors.size(), &options, &begun);
+    ashore::save save;
+    save.handle.reset(begun);
+    check(status);
+    return save;
+  }
+  // The tensors may be written after it: by `streams` on the GPU, by the host without any.
+  void fence(const std::vector<ashore_stream> &streams = {}) {
+    check(ashore_fence(handle.get(), streams.data(), streams.size()));
+  }
+  std::optional<checkpoint> latest() {
+    ashore_checkpoint *newest = nullptr;
+    check(ashore_latest(handle.get(), &newest));
+    if (!newest) return std::nullopt;
+    checkpoint found;
+    found.handle.reset(newest);
+    return found;
+  }
+  // Waits for the saves under way, and throws the first failure that no call has returned. Without it the
+  // destructor waits five minutes, and failures are only logged.
+  void close(double seconds) { check(ashore_close(handle.release(), seconds)); }
+
+private:
+  static void closed(ashore_executor *handle) { ashore_close(handle, 300); }
+  std::unique_ptr<ashore_executor, freed<ashore_executor, closed>> handle;
+};
+
+} // namespace ashore
+#endif
