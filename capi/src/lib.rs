@@ -37,3 +37,6 @@ mod log;
 // Not in the header.
 mod callbacks;
 mod given;
+
+#[cfg(test)]
+mod tests;

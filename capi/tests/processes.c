@@ -67,7 +67,7 @@ static void fork_while_handles_are_used(const char *folder) {
   ashore_executor *executor = opened(folder, SMALL);
   pthread_t two[2];
   for (int i = 0; i < 2; i++) CHECK(!pthread_create(&two[i], NULL, using, executor));
-  for (int i = 0; i < 300; i++) {
+  for (int i = 0; i < 100; i++) {
     pid_t child = fork();
     if (child == 0) {
       alarm(20);

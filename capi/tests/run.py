@@ -19,13 +19,14 @@ COMPILERS = {"gcc": "g++", "clang": "clang++"}
 
 
 def run(*command, folder=None, limit=240, quiet=False, **settings):
-    """Runs a command, which must succeed; returns what it wrote to stdout."""
+    """Runs a command, which must succeed; returns what it wrote. That of a quiet one is shown only if it fails."""
     command = [str(part) for part in command]
     environment = {**os.environ, **settings}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
+    captured = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT if quiet else None, "text": True}
     try:
-        ended = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, timeout=limit)
+        ended = subprocess.run(command, cwd=folder, env=environment, timeout=limit, **captured)
     except subprocess.TimeoutExpired:
         sys.exit(f"run.py: no end after {limit} s: {' '.join(command)}")
     if ended.returncode:
@@ -80,31 +81,37 @@ def build(compiler, source, to, prefix, static, more=()):
     return to
 
 
+# Each compiler with each library, and instrumented where most differs.
+CELLS = [("gcc", False, False), ("gcc", True, False), ("clang", False, False), ("clang", True, False)]
+CELLS += [("gcc", False, True), ("clang", True, True)]
+
+
 def programs(prefix, work, saves, only):
-    for c, cpp in COMPILERS.items():
-        for static in (False, True):
-            # All programs with each compiler and each library; instrumented where their bugs differ.
-            for sanitized in (False, True):
-                name = f"{c}-{'static' if static else 'shared'}{'-sanitized' if sanitized else ''}"
-                folder = work / name
-                folder.mkdir()
-                begun = time.monotonic()
-                for source in sorted([*HERE.glob("*.c"), *HERE.glob("*.cpp")]):
-                    if (only and source.stem != only) or (source.stem == "loaded" and (static or sanitized)):
-                        continue
-                    compiler = cpp if source.suffix == ".cpp" else c
-                    program = build(compiler, source, folder / source.stem, prefix, static, SANITIZED if sanitized else ())
-                    state = folder / f"{source.stem}.state"
-                    state.mkdir()
-                    arguments = [state]
-                    if source.stem == "loaded":
-                        copy = shutil.copy(prefix / "lib/libashore.so.1", folder / "copy.so")
-                        arguments += [prefix / "lib/libashore.so.1", copy]
-                    if source.stem == "saves" and name == "gcc-shared":
-                        arguments += [saves]
-                    run(program, *arguments, quiet=True, **(SANITIZERS if sanitized else {}))
-                    shutil.rmtree(state)
-                print(f"{name}: ok, {time.monotonic() - begun:.0f} s", flush=True)
+    for c, static, sanitized in CELLS:
+        name = f"{c}-{'static' if static else 'shared'}{'-sanitized' if sanitized else ''}"
+        folder = work / name
+        folder.mkdir()
+        begun = time.monotonic()
+        for source in sorted([*HERE.glob("*.c"), *HERE.glob("*.cpp")]):
+            if (only and source.stem != only) or (source.stem == "loaded" and (static or sanitized)):
+                continue
+            compiler = COMPILERS[c] if source.suffix == ".cpp" else c
+            program = build(compiler, source, folder / source.stem, prefix, static, SANITIZED if sanitized else ())
+            state = folder / f"{source.stem}.state"
+            state.mkdir()
+            arguments = [state]
+            if source.stem == "loaded":
+                copy = shutil.copy(prefix / "lib/libashore.so.1", folder / "copy.so")
+                arguments += [prefix / "lib/libashore.so.1", copy]
+            if source.stem == "saves" and name == "gcc-shared":
+                arguments += [saves]
+            told = run(program, *arguments, quiet=True, **(SANITIZERS if sanitized else {}))
+            assert f"{source.stem}: ok" in told, told
+            growth = [line for line in told.splitlines() if line.startswith("growth: ")]
+            if growth:
+                print(*growth)
+            shutil.rmtree(state)
+        print(f"{name}: ok, {time.monotonic() - begun:.0f} s", flush=True)
 
 
 def page(prefix, work):

@@ -324,7 +324,7 @@ static void growth(const char *folder, int saves) {
     }
   }
   long now = of_status("VmRSS:");
-  fprintf(stderr, "growth: %d saves, %ld kB then %ld kB, %ld threads, %d descriptors\n", saves, memory, now, threads, files);
+  printf("growth: %d saves, %ld kB then %ld kB, %ld threads, %d descriptors\n", saves, memory, now, threads, files);
   // A leak of one tensor's name per save would be some 100 kB; pages come and go.
   CHECK(now - memory < 2048 && of_status("Threads:") == threads && descriptors() <= files + 4);
   OK(ashore_close(executor, 60));

@@ -1,0 +1,161 @@
+//! Calls the exported functions as a program does. `capi/tests` has the programs in C and C++.
+#![expect(unsafe_code, reason = "calls of functions that take pointers to what the test owns")]
+
+use crate::checkpoint::*;
+use crate::executor::*;
+use crate::failure::*;
+use crate::handles::*;
+use crate::save::*;
+use crate::status::ashore_dtype::*;
+use crate::status::ashore_status::{self, *};
+use crate::tensor::*;
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::Path;
+use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+const SETTINGS: &CStr = c"{\"arena\": 2097152, \"chunk\": 262144, \"device\": \"host\", \"save_timeout\": 60.5}";
+
+/// Checks a status; returns the text of the last failure.
+#[track_caller]
+fn expect(status: i32, wanted: ashore_status) -> String {
+    // SAFETY: never null, and of this thread.
+    let text = unsafe { CStr::from_ptr((*ashore_last_error()).text) }.to_string_lossy().into_owned();
+    assert_eq!(status, wanted as i32, "{text}");
+    text
+}
+
+fn opened(root: &Path) -> *mut ashore_executor {
+    let (mut executor, root) = (null_mut(), CString::new(root.to_str().unwrap()).unwrap());
+    // SAFETY: texts, and a place for the handle.
+    expect(unsafe { ashore_open(root.as_ptr(), SETTINGS.as_ptr(), null(), &mut executor) }, ASHORE_OK);
+    executor
+}
+
+unsafe extern "C-unwind" fn count(counter: *mut c_void) {
+    // SAFETY: the context of every tensor here is a counter that outlives it.
+    unsafe { &*counter.cast::<AtomicU32>() }.fetch_add(1, Ordering::AcqRel);
+}
+
+fn told(name: &CStr, data: &mut [f32], shape: &[i64], counter: &AtomicU32) -> ashore_tensor {
+    ashore_tensor {
+        name: name.as_ptr(),
+        data: data.as_mut_ptr().cast(),
+        shape: shape.as_ptr(),
+        strides: null(),
+        global_shape: null(),
+        offset: null(),
+        dims: shape.len() as u32,
+        dtype: ASHORE_F32 as i32,
+        on_device: 0,
+        capture: 0,
+        stream: ashore_stream { handle: null_mut(), device: 0 },
+        release: Some(count),
+        context: (&raw const *counter).cast_mut().cast(),
+    }
+}
+
+#[test]
+fn a_step_is_saved_and_restored_and_every_tensor_is_released_once() {
+    let (root, counter) = (tempfile::tempdir().unwrap(), AtomicU32::new(0));
+    let (mut data, shape) = (vec![1.5_f32; 6], [2, 3]);
+    let (w, v) = (told(c"w", &mut data, &shape, &counter), told(c"w", &mut data.clone(), &shape, &counter));
+    let executor = opened(root.path());
+    let (mut save, mut checkpoint, mut json) = (null_mut(), null_mut(), null_mut());
+    let value = ashore_value { name: c"lr".as_ptr(), json: c"[0.1, 18446744073709551615]".as_ptr() };
+    let options = ashore_save_options {
+        size: size_of::<ashore_save_options>(),
+        values: &value,
+        value_count: 1,
+        ..ashore_save_options::default()
+    };
+    let mut cost = ashore_committed { size: size_of::<ashore_committed>(), ..ashore_committed::default() };
+    // SAFETY: everything that is pointed to outlives the calls, and the tensors their release.
+    unsafe {
+        // Two tensors of one name: refused, and both are released.
+        let both = [w, v];
+        let text = expect(ashore_save_begin(executor, 1, both.as_ptr(), 2, null(), &mut save), ASHORE_INVALID);
+        assert!(text.contains("two tensors have the same name"), "{text}");
+        assert_eq!((counter.load(Ordering::Acquire), save.is_null()), (2, true));
+
+        expect(ashore_save_begin(executor, 1, both.as_ptr(), 1, &options, &mut save), ASHORE_OK);
+        expect(ashore_fence(executor, null(), 0), ASHORE_OK);
+        assert_eq!(counter.load(Ordering::Acquire), 3);
+        expect(ashore_save_wait(save, 60.0, &mut cost), ASHORE_OK);
+        assert_eq!(cost.bytes, 24);
+        ashore_save_free(save);
+        expect(ashore_latest(executor, &mut checkpoint), ASHORE_OK);
+        expect(ashore_close(executor, 60.0), ASHORE_OK);
+
+        data.fill(0.0);
+        let target = told(c"w", &mut data, &shape, &counter);
+        expect(ashore_restore(checkpoint, &target, 1), ASHORE_OK);
+        expect(ashore_checkpoint_json(checkpoint, c"lr".as_ptr(), &mut json), ASHORE_OK);
+        assert_eq!(CStr::from_ptr(json), c"[0.1,18446744073709551615]");
+        ashore_text_free(json);
+        ashore_checkpoint_free(checkpoint);
+    }
+    assert_eq!((data[5], counter.load(Ordering::Acquire)), (1.5, 3));
+}
+
+#[test]
+fn handles_that_are_null_freed_or_of_another_kind_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let executor = opened(root.path());
+    let mut checkpoint = null_mut();
+    // SAFETY: handles are never followed, and there is a place for the result.
+    unsafe {
+        expect(ashore_latest(executor, &mut checkpoint), ASHORE_OK);
+        assert!(checkpoint.is_null());
+        for wrong in [0_usize, 1, 8, executor.addr() + 4096, usize::MAX] {
+            let text =
+                expect(ashore_save_wait(std::ptr::without_provenance_mut(wrong), 0.0, null_mut()), ASHORE_INVALID);
+            assert!(text.contains("handle=save"), "{text}");
+            ashore_save_free(std::ptr::without_provenance_mut(wrong));
+        }
+        assert_eq!(ashore_checkpoint_step(executor.cast()), -1);
+        ashore_checkpoint_free(executor.cast());
+        expect(ashore_fence(executor, null(), 0), ASHORE_OK);
+        expect(ashore_close(executor, 60.0), ASHORE_OK);
+        expect(ashore_fence(executor, null(), 0), ASHORE_INVALID);
+        expect(ashore_close(executor, 60.0), ASHORE_INVALID);
+        expect(ashore_close(null_mut(), 60.0), ASHORE_OK);
+    }
+}
+
+#[test]
+fn the_last_error_is_that_of_the_thread() {
+    // SAFETY: a null handle.
+    let fails = || unsafe { ashore_save_cancel(null_mut()) };
+    expect(fails(), ASHORE_INVALID);
+    std::thread::spawn(|| assert_eq!(expect(0, ASHORE_OK), "")).join().unwrap();
+    // SAFETY: never null, and of this thread.
+    let last = unsafe { &*ashore_last_error() };
+    assert_eq!((last.kind, last.step, last.rank), (ASHORE_INVALID as i32, -1, -1));
+    assert!(last.tensor.is_null() && last.path.is_null());
+}
+
+#[test]
+fn what_is_done_is_told_once_also_of_a_save_that_has_ended() {
+    unsafe extern "C-unwind" fn told_of(counter: *mut c_void, kind: i32, error: *const c_char) {
+        assert_eq!((kind, error.is_null()), (ASHORE_OK as i32, true));
+        // SAFETY: passed on.
+        unsafe { count(counter) }
+    }
+    let (root, counter, ends) = (tempfile::tempdir().unwrap(), AtomicU32::new(0), AtomicU32::new(0));
+    let (mut data, shape) = (vec![1.5_f32; 6], [6]);
+    let (executor, tensor) = (opened(root.path()), told(c"w", &mut data, &shape, &counter));
+    let (mut save, context) = (null_mut(), (&raw const ends).cast_mut().cast());
+    // SAFETY: everything that is pointed to outlives the executor.
+    unsafe {
+        expect(ashore_save_begin(executor, 1, &tensor, 1, null(), &mut save), ASHORE_OK);
+        expect(ashore_save_then(save, Some(told_of), context), ASHORE_OK);
+        expect(ashore_close(executor, 60.0), ASHORE_OK);
+        assert_eq!(ends.load(Ordering::Acquire), 1);
+        expect(ashore_save_then(save, Some(told_of), context), ASHORE_OK);
+        assert_eq!(ends.load(Ordering::Acquire), 2);
+        expect(ashore_save_then(save, None, context), ASHORE_INVALID);
+        expect(ashore_save_cancel(save), ASHORE_CONFLICT);
+        ashore_save_free(save);
+    }
+}
