@@ -87,6 +87,36 @@ candle: (stock_reader "cargo run --quiet --locked --manifest-path checks/stock/c
 cognis:
     cargo run --quiet --locked --manifest-path checks/stock/cognis/Cargo.toml --target-dir "{{ tools }}/cognis"
 
+# The C interface: its header, and its programs in C and C++ with gcc and clang against the shared and the static library, plain and
+# under ASan and UBSan; the page for users, the examples, libtorch's tensors.
+capi:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    (cd capi && cbindgen --quiet --config cbindgen.toml --verify --output include/ashore.h) || {
+        echo "capi: the header is another one: just capi-header writes it" >&2
+        exit 1
+    }
+    cargo build --quiet -p ashore-capi
+    capi/tests/run.py target/debug --torch "$(echo "{{ tools }}"/stock/lib/python3*/site-packages/torch)" --require-torch
+
+# Writes `capi/include/ashore.h` from the source.
+capi-header:
+    cd capi && cbindgen --quiet --config cbindgen.toml --output include/ashore.h
+
+# Installs the C interface as its users do, by cargo-c, and builds programs with pkg-config and CMake. Minutes.
+capi-install:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    # Newer ones need a newer compiler.
+    version=0.10.24+cargo-0.98.0
+    if ! cargo install --root "{{ tools }}" --list | grep -qxF "cargo-c v$version:"; then
+        CARGO_PROFILE_DEV_DEBUG=false cargo install --quiet --locked --debug --root "{{ tools }}" cargo-c --version "$version"
+    fi
+    root=$(mktemp -d)
+    trap 'rm -rf "$root"' EXIT
+    cargo cinstall --quiet --locked --release -p ashore-capi --prefix "$root" --libdir "$root/lib" --target-dir target/capi
+    capi/tests/installed.py "$root"
+
 # Builds a program with cudarc as candle links it, or with cubecl-cuda (burn) beside ours, and with our sources over its types.
 cudarc-check:
     #!/usr/bin/env bash
@@ -167,10 +197,14 @@ gpu-brief:
 gpu-drive *arguments="--saves 8 --seconds 25":
     #!/usr/bin/env bash
     set -euo pipefail
-    cargo build --quiet -p ashore-face -p fakecuda
+    cargo build --quiet -p ashore-capi -p fakecuda
     root=$(mktemp -d)
     trap 'rm -rf "$root"' EXIT
-    checks/gpu/drive.py --backend driver --library target/debug/libfakecuda.so --face target/debug/libashore_face.so --dir "$root" {{ arguments }}
+    # ashore looks for the driver by this name first.
+    mkdir "$root/lib"
+    ln -s "$PWD/target/debug/libfakecuda.so" "$root/lib/libcuda.so.1"
+    export LD_LIBRARY_PATH="$root/lib"
+    checks/gpu/drive.py --backend driver --library libcuda.so.1 --face target/debug/libashore.so --dir "$root/steps" {{ arguments }}
 
 # Explores every interleaving of the fence on a GPU, for small sizes, and what breaks without each rule. Minutes; `--deep` an hour.
 model *arguments: (commit-model arguments)
@@ -320,10 +354,10 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill ranks mounts package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill ranks mounts package")
 
 # Runs the checks that take too long for every change.
-nightly: (timed "ci python-all tsan model msrv features simulate")
+nightly: (timed "ci python-all tsan model msrv features simulate capi-install")
     just fuzz 3600
     just rank-kills
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate

@@ -17,7 +17,7 @@ class Backend:
 
     def __init__(self, options):
         assert options.device == "cuda:0", "the backend `driver` works on cuda:0"
-        self.cuda, self.driver, self.device = Cuda(options.library), options.library, options.device
+        self.cuda, self.device = Cuda(options.library), options.device
         self.name = self.cuda.device
         assert not (self.cuda.simulated and os.environ.get("ASHORE_REQUIRE_GPU")), "this is the simulated driver"
         # A real driver copies fast: more bytes, so that some copies are in flight at the fence.

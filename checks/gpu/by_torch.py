@@ -34,7 +34,7 @@ class Backend:
     """A GPU through torch; or the CPU, to check these programs on any machine."""
 
     def __init__(self, options):
-        self.cuda, self.on, self.driver = options.device != "cpu", torch.device(options.device), None
+        self.cuda, self.on = options.device != "cpu", torch.device(options.device)
         self.device, self.name = (options.device, torch.cuda.get_device_name(self.on)) if self.cuda else ("host", "cpu")
         self.chunk = 4 * MIB if self.cuda else 64 * KIB
         if self.cuda:

@@ -51,7 +51,7 @@ class Run:
             now = time.monotonic()
             self.until = now + (self.end - now) / (len(kinds) - at)
             chosen = {"chunk": chunk, "arena": 8 * chunk, "keep_last": 8, **kind, **settings}
-            with face.Executor(self.library, self.root, self.backend.device, self.backend.driver, **chosen) as executor:
+            with face.Executor(self.library, self.root, self.backend.device, **chosen) as executor:
                 about = executor.report.partition("scratch: ")[2].partition(", ")[0]
                 executor.scratch = kind["scratch"]
                 self.notes.setdefault("scratch", {})[kind["scratch"]] = about

@@ -17,11 +17,11 @@ test_program() {
         sed -n "s|.*\"src_path\":\"$PWD/$1\".*\"executable\":\"\([^\"]*\)\".*|\1|p" | tail -1
 }
 
-cargo build $release --quiet -p ashore-cli -p ashore-face
+cargo build $release --quiet -p ashore-cli -p ashore-capi
 suite=$(test_program tests/all/main.rs)
 kernels=$(test_program fakecuda/tests/all/main.rs)
 strip -o "$kit/ashore" "$folder/ashore"
-strip -o "$kit/libashore_face.so" "$folder/libashore_face.so"
+strip -o "$kit/libashore.so" "$folder/libashore.so"
 strip -o "$kit/suite" "$suite"
 strip -o "$kit/kernels" "$kernels"
 cp checks/gpu/run.sh checks/gpu/*.py benches/peers/{tree,workload}.py kernels/*.ptx kernels/SHA256SUMS "$kit"

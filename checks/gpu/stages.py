@@ -117,7 +117,7 @@ def drive(work, name, backend, seconds, *scenarios, saves=100):
     library = ["--library", "libcuda.so.1"]
     if SIMULATED and backend == "torch":
         library, scenarios = ["--device", "cpu"], ("adamw-fused", "reuse", "forgotten-host")
-    common = ["--face", KIT / "libashore_face.so", "--dir", work.scratch, "--out", work.results / f"{name}.jsonl"]
+    common = ["--face", KIT / "libashore.so", "--dir", work.scratch, "--out", work.results / f"{name}.jsonl"]
     limits = ["--saves", "3" if SIMULATED else str(saves), "--seconds", "10" if SIMULATED else str(seconds)]
     return Run(name, [sys.executable, KIT / "drive.py", "--backend", backend, *library, *common, *limits, *scenarios])
 
@@ -125,7 +125,7 @@ def drive(work, name, backend, seconds, *scenarios, saves=100):
 def peers(work, name, seconds, systems, *arguments, fast=True):
     """`dcp.py`, on the CPU where the driver is simulated, because torch does not run on that driver."""
     into = work.fast if fast else work.scratch
-    common = ["--face", KIT / "libashore_face.so", "--dir", into, "--out", work.results / f"{name}.jsonl"]
+    common = ["--face", KIT / "libashore.so", "--dir", into, "--out", work.results / f"{name}.jsonl"]
     small = ["--device", "cpu", "--scale", "W2=0.0005,W3=0.0005", "--step-ms", "1", "--saves", "1", "--steps", "3", "--rounds", "1"] * SIMULATED
     chosen = ["--systems", ",".join(systems)] * bool(systems)
     return Run(name, [sys.executable, KIT / "dcp.py", *chosen, "--seconds", str(seconds), *common, *arguments, *small])
@@ -246,7 +246,7 @@ def facts():
         "python": sys.version.split()[0],
         "torch": told(sys.executable, "-W", "ignore", "-c", versions),
     }
-    for name in ("ashore", "libashore_face.so", "suite", "kernels"):
+    for name in ("ashore", "libashore.so", "suite", "kernels"):
         lines[f"sha256 of {name}"] = hashlib.sha256((KIT / name).read_bytes()).hexdigest()[:16]
     for name, value in lines.items():
         value = str(value)
