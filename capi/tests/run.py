@@ -38,7 +38,7 @@ def run(*command, folder=None, limit=240, quiet=False, **settings):
 
 def installed(libraries, prefix):
     """An installation in `prefix`, as `cargo cinstall` makes it, but for pkg-config."""
-    for name in ("include", "lib/cmake/ashore"):
+    for name in ("include", "lib", "share/ashore/cmake"):
         (prefix / name).mkdir(parents=True)
     for header in ("ashore.h", "ashore.hpp"):
         shutil.copy(CAPI / "include" / header, prefix / "include")
@@ -46,7 +46,7 @@ def installed(libraries, prefix):
     (prefix / "lib/libashore.so").symlink_to("libashore.so.1")
     shutil.copy(libraries / "libashore.a", prefix / "lib")
     for file in (CAPI / "cmake").glob("*.cmake"):
-        shutil.copy(file, prefix / "lib/cmake/ashore")
+        shutil.copy(file, prefix / "share/ashore/cmake")
     return prefix
 
 
