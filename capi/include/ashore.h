@@ -426,8 +426,11 @@ int32_t ashore_restore(ashore_checkpoint *checkpoint, const ashore_tensor *targe
 
 // Makes the JSON text of the value `name`, or, for a null name, of the checkpoint: {"step": 7, "attempt": "...",
 // "path": "...", "ranks": 1, "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3], "bytes": 24}, ...],
-// "values": {...}, "metadata": {...}}. Freed by ashore_text_free. `json` is null after a failure.
-int32_t ashore_checkpoint_json(ashore_checkpoint *checkpoint, const char *name, char **json);
+// "values": {...}, "metadata": {...}}. Values that another language has saved and JSON does not have, such as NaN or
+// a tuple, come with the tags of docs/format.md: {"$f64": "7ff8000000000000"}. Freed by ashore_text_free. `json` is null after a failure.
+int32_t ashore_checkpoint_json(ashore_checkpoint *checkpoint,
+                               const char *name,
+                               char **json);
 
 // Makes the JSON text of the value `name` that the rank `rank` kept for itself. Freed by ashore_text_free.
 int32_t ashore_checkpoint_rank_json(ashore_checkpoint *checkpoint, uint32_t rank, const char *name, char **json);

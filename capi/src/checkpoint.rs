@@ -4,7 +4,7 @@
 //! That of the crate. A text that is freed was made here by `CString::into_raw`.
 #![expect(unsafe_code, reason = "exported names, and the program's pointers; argument above")]
 
-use crate::failure::{Failed, Result, run, text};
+use crate::failure::{Result, run, text};
 use crate::given;
 use crate::handles::{self, ashore_checkpoint};
 use crate::status::ashore_status::ASHORE_OK;
@@ -95,7 +95,8 @@ pub unsafe extern "C" fn ashore_restore(
 
 /// Makes the JSON text of the value `name`, or, for a null name, of the checkpoint: {"step": 7, "attempt": "...",
 /// "path": "...", "ranks": 1, "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3], "bytes": 24}, ...],
-/// "values": {...}, "metadata": {...}}. Freed by ashore_text_free. `json` is null after a failure.
+/// "values": {...}, "metadata": {...}}. Values that another language has saved and JSON does not have, such as NaN or
+/// a tuple, come with the tags of docs/format.md: {"$f64": "7ff8000000000000"}. Freed by ashore_text_free. `json` is null after a failure.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_checkpoint_json(
@@ -113,7 +114,7 @@ pub unsafe extern "C" fn ashore_checkpoint_json(
         } else {
             // SAFETY: the argument of the crate.
             let name = unsafe { given::text("name", name)? };
-            exact(name, checkpoint.value(name)?, &checkpoint.manifest().values)?
+            exact(&checkpoint.value(name)?, checkpoint.value(name))?
         };
         *json = text(&found.to_string()).into_raw();
         Ok(ASHORE_OK)
@@ -135,30 +136,26 @@ pub unsafe extern "C" fn ashore_checkpoint_rank_json(
         *json = ptr::null_mut();
         // SAFETY: the argument of the crate.
         let name = unsafe { given::text("name", name)? };
-        let found: Value = handles::find(checkpoint)?.rank_value(rank, name)?;
+        let checkpoint = handles::find(checkpoint)?;
+        let found = exact(&checkpoint.rank_value(rank, name)?, checkpoint.rank_value(rank, name))?;
         *json = text(&found.to_string()).into_raw();
         Ok(ASHORE_OK)
     })
 }
 
-type Stored = std::collections::BTreeMap<String, Value>;
-
-/// Refuses a value that JSON cannot hold: another language may have saved a NaN.
-fn exact(name: &str, value: Value, stored: &Stored) -> Result<Value> {
-    if stored.get(name).is_some_and(|stored| encode_value(&value).ok().as_ref() == Some(stored)) {
-        return Ok(value);
-    }
-    Err(Failed::invalid(format!("the value is not plain JSON: it has numbers or keys of another kind value={name:?}")))
+/// A value as plain JSON; where it is of a kind that JSON does not have, in the form that the step has.
+fn exact(kinds: &ashore_core::Value, plain: ashore_core::Result<Value>) -> Result<Value> {
+    let stored = encode_value(kinds)?;
+    Ok(plain.ok().filter(|plain| encode_value(plain).is_ok_and(|again| again == stored)).unwrap_or(stored))
 }
 
 fn listed(checkpoint: &Checkpoint) -> Result<Value> {
-    let manifest = checkpoint.manifest();
     let (mut values, mut metadata) = (Map::new(), Map::new());
     for name in checkpoint.value_names() {
-        values.insert(name.to_owned(), exact(name, checkpoint.value(name)?, &manifest.values)?);
+        values.insert(name.to_owned(), exact(&checkpoint.value(name)?, checkpoint.value(name))?);
     }
     for name in checkpoint.metadata_keys() {
-        metadata.insert(name.to_owned(), exact(name, checkpoint.metadata(name)?, &manifest.metadata)?);
+        metadata.insert(name.to_owned(), exact(&checkpoint.metadata(name)?, checkpoint.metadata(name))?);
     }
     let tensors: Vec<Value> = checkpoint
         .tensors()?

@@ -124,6 +124,36 @@ fn handles_that_are_null_freed_or_of_another_kind_are_refused() {
 }
 
 #[test]
+fn values_of_other_languages_come_as_the_step_has_them() {
+    let root = tempfile::tempdir().unwrap();
+    let mut state = ashore_core::StateDict::new();
+    state.value("nan", &f64::NAN).unwrap().value("plain", &[1, 2]).unwrap().rank_value("inf", &f64::INFINITY).unwrap();
+    let executor = ashore_core::CheckpointExecutor::builder(root.path()).arena(2 << 20).chunk(1 << 18).build().unwrap();
+    executor.save(1, state).unwrap().wait(std::time::Duration::from_secs(60)).unwrap();
+    let path = CString::new(root.path().join("step-00000001").to_str().unwrap()).unwrap();
+    let mut checkpoint = null_mut();
+    // SAFETY: a text, and places for results; texts are freed once.
+    unsafe {
+        expect(ashore_checkpoint_open(path.as_ptr(), &mut checkpoint), ASHORE_OK);
+        let json = |name: *const c_char, rank: bool| {
+            let mut json = null_mut();
+            let status = if rank {
+                ashore_checkpoint_rank_json(checkpoint, 0, name, &mut json)
+            } else {
+                ashore_checkpoint_json(checkpoint, name, &mut json)
+            };
+            expect(status, ASHORE_OK);
+            CString::from_raw(json).into_string().unwrap()
+        };
+        assert_eq!(json(c"nan".as_ptr(), false), r#"{"$f64":"7ff8000000000000"}"#);
+        assert_eq!(json(c"inf".as_ptr(), true), r#"{"$f64":"7ff0000000000000"}"#);
+        let all = json(null(), false);
+        assert!(all.contains(r#""nan":{"$f64":"7ff8000000000000"}"#) && all.contains(r#""plain":[1,2]"#), "{all}");
+        ashore_checkpoint_free(checkpoint);
+    }
+}
+
+#[test]
 fn the_last_error_is_that_of_the_thread() {
     // SAFETY: a null handle.
     let fails = || unsafe { ashore_save_cancel(null_mut()) };
