@@ -3,8 +3,8 @@
 //
 // Every function may be called from any thread. Texts are utf-8 and end with a zero byte; arrays hold as many
 // elements as are stated. What is given to a function is read within the call, except the memory of tensors.
-// A handle that is null, freed, of another type or of another copy of the library is ASHORE_INVALID, and is never
-// read. Functions that return int32_t return an ashore_status.
+// A handle that is null, freed, of another type or of another copy of the library is ASHORE_INVALID, and is
+// never read. Functions that return int32_t return an ashore_status.
 //
 // Callbacks come from any thread and must return soon. They must not throw: an exception aborts the process.
 // In a forked child every handle of the parent is ASHORE_INVALID to a call that acts; open an executor there.
@@ -195,8 +195,8 @@ typedef struct {
   const char *path;
 } ashore_error;
 
-// The program's own group of ranks. Every rank opens an executor over the same root and begins the same saves
-// in the same order; rank 0 decides, and its values and metadata are kept.
+// The program's own group of ranks. Every rank opens an executor over the same root and begins the same
+// saves in the same order; rank 0 decides, and its values and metadata are kept.
 //
 // A process that is to save alone although a launcher has started it as one of several sets `world` to 1 and
 // leaves `all_gather` null.
@@ -207,18 +207,18 @@ typedef struct {
   uint32_t world;
   // Its number among the ranks of its host, which chooses its GPU.
   uint32_t local_rank;
-  // Puts `bytes` bytes from each rank, in the order of ranks, into `all`. `bytes` is the same on all ranks.
-  // Returns 0; 1 when `seconds` have passed first; or 2 for another failure, after which the group is not used
-  // until the ranks open their executors again. One thread of the library calls it, one call at a time, in
-  // the same order on each rank.
+  // Puts `bytes` bytes from each rank, in the order of ranks, into `all`. `bytes` is the same on all
+  // ranks. Returns 0; 1 when `seconds` have passed first; or 2 for another failure, after which the group
+  // is not used until the ranks open their executors again. One thread of the library calls it, one call
+  // at a time, in the same order on each rank.
   int32_t (*all_gather)(void *context, const void *mine, size_t bytes, void *all, double seconds);
-  // Called once when `all_gather` will not be called any more, also after a failure of `ashore_open`; may be
-  // null.
+  // Called once when `all_gather` will not be called any more, also after a failure of `ashore_open`; may
+  // be null.
   void (*release)(void *context);
   // Passed to both.
   void *context;
-  // The identity of the run, the same on all its ranks, which keeps the ranks of two jobs apart; null: what
-  // the launcher gives, if it does.
+  // The identity of the run, the same on all its ranks, which keeps the ranks of two jobs apart; null:
+  // what the launcher gives, if it does.
   const char *run;
 } ashore_ranks;
 
@@ -238,12 +238,12 @@ typedef struct {
   void *data;
   // `dims` numbers, as all arrays here; null for a scalar.
   const int64_t *shape;
-  // The distance of neighbours in each dimension in ELEMENTS, as in DLPack and torch; null: packed, row-major.
-  // A tensor with strides is saved packed.
+  // The distance of neighbours in each dimension in ELEMENTS, as in DLPack and torch; null: packed,
+  // row-major. A tensor with strides is saved packed.
   const int64_t *strides;
-  // The shape of the whole tensor, where this is a box of it; null: the whole tensor. The ranks of a job together
-  // save each element once; where several ranks have the same box, one of them writes it. In a restore it is
-  // compared with the saved shape.
+  // The shape of the whole tensor, where this is a box of it; null: the whole tensor. The ranks of a job
+  // together save each element once; where several ranks have the same box, one of them writes it. In a
+  // restore it is compared with the saved shape.
   const int64_t *global_shape;
   // Where in the whole tensor the box begins; null where `global_shape` is. A restore needs no
   // `global_shape` beside it.
@@ -259,8 +259,8 @@ typedef struct {
   // Wrote `data`; a restore writes in it. For device memory alone.
   ashore_stream stream;
   // Called once for each tensor of a save, whatever becomes of the save, when nothing will read the tensor
-  // any more; from any thread, also within the call of the save. Null: nothing is to be released. A restore
-  // does not call it.
+  // any more; from any thread, also within the call of the save. Null: nothing is to be released. A
+  // restore does not call it.
   void (*release)(void *context);
   // Passed to `release`.
   void *context;
@@ -270,8 +270,8 @@ typedef struct {
 typedef struct {
   // Its name: not empty, utf-8.
   const char *name;
-  // One JSON text. Numbers are integers of 64 bits or doubles, kept exactly; NaN and infinities are not JSON,
-  // and refused.
+  // One JSON text. Integers of 64 bits and doubles are kept exactly; longer integers are refused. NaN is not
+  // JSON, and is refused, too.
   const char *json;
 } ashore_value;
 
@@ -283,7 +283,8 @@ typedef struct {
   uint32_t overwrite;
   // Not 0: capture every tensor within the call, for programs that cannot call a fence.
   uint32_t at_save;
-  // The save fails if it is not durable so many seconds after the call; 0: after the setting `save_timeout`.
+  // The save fails if it is not durable so many seconds after the call; 0: after the setting
+  // `save_timeout`.
   double deadline_seconds;
   // Values beside the tensors: learning rates, states of random generators, positions in data.
   const ashore_value *values;
@@ -344,22 +345,25 @@ const char *ashore_version(void);
 const ashore_error *ashore_last_error(void);
 
 // Opens an executor over the directory `root`, which is created if it is missing; dead attempts of earlier
-// processes are swept. `settings` is a JSON object of the members of `Settings` in the Rust library, with times in
-// seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. `ranks` is null for one
-// rank; it is read within the call. `executor` is null after a failure. Fails with ASHORE_INVALID where a launcher
-// has started several ranks and `ranks` is null.
-int32_t ashore_open(const char *root, const char *settings, const ashore_ranks *ranks, ashore_executor **executor);
+// processes are swept. `settings` is a JSON object of the members of `Settings` in the Rust library, with
+// times in seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. `ranks`
+// is null for one rank; it is read within the call. `executor` is null after a failure. Fails with
+// ASHORE_INVALID where a launcher has started several ranks and `ranks` is null.
+int32_t ashore_open(const char *root,
+                    const char *settings,
+                    const ashore_ranks *ranks,
+                    ashore_executor **executor);
 
 // Accepts no more saves, waits at most `seconds` for those under way, and ends the threads. Afterwards the
-// handle is free, also when it fails; that of null is nothing to do. Returns the first error of a save that no
-// call has returned, and ASHORE_DEADLINE if saves had not ended: they have failed. Handles of its saves and
-// checkpoints stay valid; how many there are is logged. Checkpoints can still be read.
+// handle is free, also when it fails; that of null is nothing to do. Returns the first error of a save that
+// no call has returned, and ASHORE_DEADLINE if saves had not ended: they have failed. Handles of its saves
+// and checkpoints stay valid; how many there are is logged. Checkpoints can still be read.
 int32_t ashore_close(ashore_executor *executor, double seconds);
 
 // Returns when nothing will read the tensors of all saves so far any more: then they may be written. With
-// `count` streams it makes these wait on the GPU instead, and returns as soon as that is queued: tensors of a GPU
-// may then be written in these streams, tensors of the host at once. Takes some nanoseconds if no save is
-// reading.
+// `count` streams it makes these wait on the GPU instead, and returns as soon as that is queued: tensors of
+// a GPU may then be written in these streams, tensors of the host at once. Takes some nanoseconds if no save
+// is reading.
 int32_t ashore_fence(ashore_executor *executor, const ashore_stream *streams, size_t count);
 
 // Opens the newest durable step under the root. `checkpoint` is null, and the status ASHORE_OK, if there is
@@ -373,11 +377,11 @@ int32_t ashore_step(ashore_executor *executor, uint64_t step, ashore_checkpoint 
 // arena, how it writes. Freed by ashore_text_free.
 int32_t ashore_report(ashore_executor *executor, char **json);
 
-// Begins a save and returns. `tensors` and `options` are read within the call; after it only the memory of the
-// tensors is needed, each until its release. Each tensor is released once, whatever becomes of the save.
-// `options` may be null. `save` may be null: the save goes on alone, and its failure comes out of the next call
-// of ashore_save_begin, or of ashore_close. That is also what becomes of a failure whose handle was freed before
-// a call had returned it.
+// Begins a save and returns. `tensors` and `options` are read within the call; after it only the memory of
+// the tensors is needed, each until its release. Each tensor is released once, whatever becomes of the save.
+// `options` may be null. `save` may be null: the save goes on alone, and its failure comes out of the next
+// call of ashore_save_begin, or of ashore_close. That is also what becomes of a failure whose handle was
+// freed before a call had returned it.
 int32_t ashore_save_begin(ashore_executor *executor,
                           uint64_t step,
                           const ashore_tensor *tensors,
@@ -390,14 +394,14 @@ int32_t ashore_save_begin(ashore_executor *executor,
 // failed; the tensors are free then, too.
 int32_t ashore_save_staged(ashore_save *save, double seconds);
 
-// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE of this call alone: it has not ended, and
-// can be waited for again. `committed` may be null.
+// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE of this call alone: it has not
+// ended, and can be waited for again. `committed` may be null.
 int32_t ashore_save_wait(ashore_save *save, double seconds, ashore_committed *committed);
 
-// Calls `done` once, when the save has ended; from this call if it has already. `kind` is an `ashore_status`;
-// `error` is its text, null for ASHORE_OK and ASHORE_SKIPPED, and valid within the call. `done` must return soon:
-// other saves wait meanwhile. It may begin a save and free handles; a wait for the same executor, a fence and a
-// close are refused in it.
+// Calls `done` once, when the save has ended; from this call if it has already. `kind` is an
+// `ashore_status`; `error` is its text, null for ASHORE_OK and ASHORE_SKIPPED, and valid within the call.
+// `done` must return soon: other saves wait meanwhile. It may begin a save and free handles; a wait for the
+// same executor, a fence and a close are refused in it.
 int32_t ashore_save_then(ashore_save *save,
                          void (*done)(void *context, int32_t kind, const char *error),
                          void *context);
@@ -405,8 +409,8 @@ int32_t ashore_save_then(ashore_save *save,
 // Says how far a save has come.
 int32_t ashore_save_progress(ashore_save *save, ashore_progress *progress);
 
-// Cancels a save, which ends as ASHORE_CANCELLED at once; its tensors are free when ashore_save_staged returns.
-// ASHORE_CONFLICT: too late, it has ended or is being published.
+// Cancels a save, which ends as ASHORE_CANCELLED at once; its tensors are free when ashore_save_staged
+// returns. ASHORE_CONFLICT: too late, it has ended or is being published.
 int32_t ashore_save_cancel(ashore_save *save);
 
 // Frees the handle of a save, which goes on. A handle that is null or no handle is left alone.
@@ -418,22 +422,25 @@ int32_t ashore_checkpoint_open(const char *path, ashore_checkpoint **checkpoint)
 // Returns the step of a checkpoint; -1: a bad handle.
 int64_t ashore_checkpoint_step(ashore_checkpoint *checkpoint);
 
-// Fills the memory of `count` targets, in parallel, and compares every byte with its digest. A target with `offset`
-// takes the box of `shape` there; others take the whole tensor. Dtype and shape must be those that were saved:
-// nothing is converted. Nothing is written unless every target fits. Packed targets that overlap are
-// refused; what overlaps by its strides is undefined. After a failure to read, the content of targets is.
+// Fills the memory of `count` targets, in parallel, and compares every byte with its digest. A target with
+// `offset` takes the box of `shape` there; others take the whole tensor. Dtype and shape must be those that
+// were saved: nothing is converted. Nothing is written unless every target fits. Packed targets that overlap
+// are refused; what overlaps by its strides is undefined. After a failure to read, the content of targets
+// is.
 int32_t ashore_restore(ashore_checkpoint *checkpoint, const ashore_tensor *targets, size_t count);
 
-// Makes the JSON text of the value `name`, or, for a null name, of the checkpoint: {"step": 7, "attempt": "...",
-// "path": "...", "ranks": 1, "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3], "bytes": 24}, ...],
-// "values": {...}, "metadata": {...}}. Values that another language has saved and JSON does not have, such as NaN or
-// a tuple, come with the tags of docs/format.md: {"$f64": "7ff8000000000000"}. Freed by ashore_text_free. `json` is null after a failure.
-int32_t ashore_checkpoint_json(ashore_checkpoint *checkpoint,
-                               const char *name,
-                               char **json);
+// Makes the JSON text of the value `name`, or, for a null name, of the checkpoint: {"step": 7, "attempt":
+// "...", "path": "...", "ranks": 1, "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3], "bytes": 24},
+// ...], "values": {...}, "metadata": {...}}. Values that another language has saved and JSON does not have,
+// such as NaN or a tuple, come with the tags of docs/format.md: {"$f64": "7ff8000000000000"}. Freed by
+// ashore_text_free. `json` is null after a failure.
+int32_t ashore_checkpoint_json(ashore_checkpoint *checkpoint, const char *name, char **json);
 
 // Makes the JSON text of the value `name` that the rank `rank` kept for itself. Freed by ashore_text_free.
-int32_t ashore_checkpoint_rank_json(ashore_checkpoint *checkpoint, uint32_t rank, const char *name, char **json);
+int32_t ashore_checkpoint_rank_json(ashore_checkpoint *checkpoint,
+                                    uint32_t rank,
+                                    const char *name,
+                                    char **json);
 
 // Frees a text that a function has made; null is nothing to do.
 void ashore_text_free(char *text);
@@ -441,9 +448,9 @@ void ashore_text_free(char *text);
 // Frees the handle of a checkpoint. A handle that is null or no handle is left alone.
 void ashore_checkpoint_free(ashore_checkpoint *checkpoint);
 
-// Passes errors (level 0) and warnings (level 1) of the library to `log`, instead of writing them to stderr. Any
-// thread may call `log`, which must return soon and not call the library. Null: to stderr again. Meant to be
-// called once: an earlier function may still be running when this returns.
+// Passes errors (level 0) and warnings (level 1) of the library to `log`, instead of writing them to stderr.
+// Any thread may call `log`, which must return soon and not call the library. Null: to stderr again. Meant
+// to be called once: an earlier function may still be running when this returns.
 int32_t ashore_log(void (*log)(void *context, int32_t level, const char *text), void *context);
 
 #ifdef __cplusplus

@@ -64,10 +64,11 @@ pub unsafe extern "C" fn ashore_checkpoint_step(checkpoint: *mut ashore_checkpoi
     step
 }
 
-/// Fills the memory of `count` targets, in parallel, and compares every byte with its digest. A target with `offset`
-/// takes the box of `shape` there; others take the whole tensor. Dtype and shape must be those that were saved:
-/// nothing is converted. Nothing is written unless every target fits. Packed targets that overlap are
-/// refused; what overlaps by its strides is undefined. After a failure to read, the content of targets is.
+/// Fills the memory of `count` targets, in parallel, and compares every byte with its digest. A target with
+/// `offset` takes the box of `shape` there; others take the whole tensor. Dtype and shape must be those that
+/// were saved: nothing is converted. Nothing is written unless every target fits. Packed targets that overlap
+/// are refused; what overlaps by its strides is undefined. After a failure to read, the content of targets
+/// is.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_restore(
@@ -93,10 +94,11 @@ pub unsafe extern "C" fn ashore_restore(
     })
 }
 
-/// Makes the JSON text of the value `name`, or, for a null name, of the checkpoint: {"step": 7, "attempt": "...",
-/// "path": "...", "ranks": 1, "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3], "bytes": 24}, ...],
-/// "values": {...}, "metadata": {...}}. Values that another language has saved and JSON does not have, such as NaN or
-/// a tuple, come with the tags of docs/format.md: {"$f64": "7ff8000000000000"}. Freed by ashore_text_free. `json` is null after a failure.
+/// Makes the JSON text of the value `name`, or, for a null name, of the checkpoint: {"step": 7, "attempt":
+/// "...", "path": "...", "ranks": 1, "tensors": [{"name": "w", "dtype": "F32", "shape": [2, 3], "bytes": 24},
+/// ...], "values": {...}, "metadata": {...}}. Values that another language has saved and JSON does not have,
+/// such as NaN or a tuple, come with the tags of docs/format.md: {"$f64": "7ff8000000000000"}. Freed by
+/// ashore_text_free. `json` is null after a failure.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_checkpoint_json(

@@ -17,10 +17,10 @@ use std::ffi::c_char;
 use std::ptr;
 
 /// Opens an executor over the directory `root`, which is created if it is missing; dead attempts of earlier
-/// processes are swept. `settings` is a JSON object of the members of `Settings` in the Rust library, with times in
-/// seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. `ranks` is null for one
-/// rank; it is read within the call. `executor` is null after a failure. Fails with ASHORE_INVALID where a launcher
-/// has started several ranks and `ranks` is null.
+/// processes are swept. `settings` is a JSON object of the members of `Settings` in the Rust library, with
+/// times in seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. `ranks`
+/// is null for one rank; it is read within the call. `executor` is null after a failure. Fails with
+/// ASHORE_INVALID where a launcher has started several ranks and `ranks` is null.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_open(
@@ -73,9 +73,9 @@ fn parsed(text: &str) -> Result<Settings> {
 }
 
 /// Accepts no more saves, waits at most `seconds` for those under way, and ends the threads. Afterwards the
-/// handle is free, also when it fails; that of null is nothing to do. Returns the first error of a save that no
-/// call has returned, and ASHORE_DEADLINE if saves had not ended: they have failed. Handles of its saves and
-/// checkpoints stay valid; how many there are is logged. Checkpoints can still be read.
+/// handle is free, also when it fails; that of null is nothing to do. Returns the first error of a save that
+/// no call has returned, and ASHORE_DEADLINE if saves had not ended: they have failed. Handles of its saves
+/// and checkpoints stay valid; how many there are is logged. Checkpoints can still be read.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_close(executor: *mut ashore_executor, seconds: f64) -> i32 {
@@ -96,9 +96,9 @@ pub unsafe extern "C" fn ashore_close(executor: *mut ashore_executor, seconds: f
 }
 
 /// Returns when nothing will read the tensors of all saves so far any more: then they may be written. With
-/// `count` streams it makes these wait on the GPU instead, and returns as soon as that is queued: tensors of a GPU
-/// may then be written in these streams, tensors of the host at once. Takes some nanoseconds if no save is
-/// reading.
+/// `count` streams it makes these wait on the GPU instead, and returns as soon as that is queued: tensors of
+/// a GPU may then be written in these streams, tensors of the host at once. Takes some nanoseconds if no save
+/// is reading.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_fence(

@@ -107,8 +107,51 @@ pub fn seconds(seconds: f64) -> Result<Duration> {
 
 /// Parses a JSON text, which is named in the error.
 pub fn json(what: &str, name: &str, text: &str) -> Result<Value> {
-    serde_json::from_str(text).map_err(|e| {
+    let parsed = serde_json::from_str(text).map_err(|e| {
         let wrong = format!("not a json text {what}={name:?}");
-        ashore_core::Error::new(ashore_core::ErrorKind::Invalid, wrong).with_source(e).into()
-    })
+        ashore_core::Error::new(ashore_core::ErrorKind::Invalid, wrong).with_source(e)
+    })?;
+    if let Some(number) = inexact(text) {
+        let why = "an integer of more than 64 bits would be rounded: give it as a text";
+        return Err(Failed::invalid(format!("{why} integer={number} {what}={name:?}")));
+    }
+    Ok(parsed)
+}
+
+/// The first integer of a JSON text that the parser takes for a float.
+fn inexact(text: &str) -> Option<&str> {
+    let (mut quoted, mut escaped, mut begin) = (false, false, None);
+    for (at, letter) in text.bytes().chain([b' ']).enumerate() {
+        let of_number = !quoted && matches!(letter, b'0'..=b'9' | b'+' | b'-' | b'.' | b'e' | b'E');
+        if let (Some(from), false) = (begin, of_number) {
+            let number = &text[from..at];
+            // The letters of `true` and `false` that are those of a number, too, are no integer either.
+            let integer = number.ends_with(|digit: char| digit.is_ascii_digit()) && !number.contains(['.', 'e', 'E']);
+            if integer && number.parse::<i64>().is_err() && number.parse::<u64>().is_err() {
+                return Some(number);
+            }
+        }
+        begin = if of_number { begin.or(Some(at)) } else { None };
+        quoted ^= letter == b'"' && !escaped;
+        escaped = quoted && letter == b'\\' && !escaped;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn integers_that_would_be_rounded_are_refused() {
+        for exact in
+            ["18446744073709551615", "-9223372036854775808", "[1e30, true, 0.5, -0]", r#""\"99999999999999999999""#]
+        {
+            assert_eq!(inexact(exact), None, "{exact}");
+        }
+        assert_eq!(inexact("18446744073709551616"), Some("18446744073709551616"));
+        assert_eq!(inexact(r#"{"a\\": [1, -9223372036854775809]}"#), Some("-9223372036854775809"));
+        let error = json("value", "rng", "99999999999999999999").unwrap_err();
+        assert!(format!("{error:?}").contains("integer=99999999999999999999"), "{error:?}");
+    }
 }

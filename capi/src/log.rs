@@ -29,9 +29,9 @@ struct Sink {
 /// Null: stderr.
 static SINK: AtomicPtr<Sink> = AtomicPtr::new(ptr::null_mut());
 
-/// Passes errors (level 0) and warnings (level 1) of the library to `log`, instead of writing them to stderr. Any
-/// thread may call `log`, which must return soon and not call the library. Null: to stderr again. Meant to be
-/// called once: an earlier function may still be running when this returns.
+/// Passes errors (level 0) and warnings (level 1) of the library to `log`, instead of writing them to stderr.
+/// Any thread may call `log`, which must return soon and not call the library. Null: to stderr again. Meant
+/// to be called once: an earlier function may still be running when this returns.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_log(

@@ -13,8 +13,8 @@ use std::ffi::{c_char, c_void};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The program's own group of ranks. Every rank opens an executor over the same root and begins the same saves
-/// in the same order; rank 0 decides, and its values and metadata are kept.
+/// The program's own group of ranks. Every rank opens an executor over the same root and begins the same
+/// saves in the same order; rank 0 decides, and its values and metadata are kept.
 ///
 /// A process that is to save alone although a launcher has started it as one of several sets `world` to 1 and
 /// leaves `all_gather` null.
@@ -26,10 +26,10 @@ pub struct ashore_ranks {
     pub world: u32,
     /// Its number among the ranks of its host, which chooses its GPU.
     pub local_rank: u32,
-    /// Puts `bytes` bytes from each rank, in the order of ranks, into `all`. `bytes` is the same on all ranks.
-    /// Returns 0; 1 when `seconds` have passed first; or 2 for another failure, after which the group is not used
-    /// until the ranks open their executors again. One thread of the library calls it, one call at a time, in
-    /// the same order on each rank.
+    /// Puts `bytes` bytes from each rank, in the order of ranks, into `all`. `bytes` is the same on all
+    /// ranks. Returns 0; 1 when `seconds` have passed first; or 2 for another failure, after which the group
+    /// is not used until the ranks open their executors again. One thread of the library calls it, one call
+    /// at a time, in the same order on each rank.
     pub all_gather: Option<
         unsafe extern "C-unwind" fn(
             context: *mut c_void,
@@ -39,13 +39,13 @@ pub struct ashore_ranks {
             seconds: f64,
         ) -> i32,
     >,
-    /// Called once when `all_gather` will not be called any more, also after a failure of `ashore_open`; may be
-    /// null.
+    /// Called once when `all_gather` will not be called any more, also after a failure of `ashore_open`; may
+    /// be null.
     pub release: Option<unsafe extern "C-unwind" fn(context: *mut c_void)>,
     /// Passed to both.
     pub context: *mut c_void,
-    /// The identity of the run, the same on all its ranks, which keeps the ranks of two jobs apart; null: what
-    /// the launcher gives, if it does.
+    /// The identity of the run, the same on all its ranks, which keeps the ranks of two jobs apart; null:
+    /// what the launcher gives, if it does.
     pub run: *const c_char,
 }
 
@@ -92,8 +92,8 @@ impl ashore_ranks {
 }
 
 impl Group {
-    /// The messages of all ranks. They have different lengths, and the program's function wants one: the ranks
-    /// tell each other their lengths, and then send as many bytes as the longest message has.
+    /// The messages of all ranks. They have different lengths, and the program's function wants one: the
+    /// ranks tell each other their lengths, and then send as many bytes as the longest message has.
     fn messages(&self, message: &[u8], deadline: Instant) -> ashore_core::Result<Vec<Vec<u8>>> {
         let mine = u32::try_from(message.len()).unwrap_or(u32::MAX).to_le_bytes();
         let lengths: Vec<usize> = self

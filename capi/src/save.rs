@@ -20,8 +20,8 @@ use std::ptr;
 pub struct ashore_value {
     /// Its name: not empty, utf-8.
     pub name: *const c_char,
-    /// One JSON text. Numbers are integers of 64 bits or doubles, kept exactly; NaN and infinities are not JSON,
-    /// and refused.
+    /// One JSON text. Integers of 64 bits and doubles are kept exactly; longer integers are refused. NaN is not
+    /// JSON, and is refused, too.
     pub json: *const c_char,
 }
 
@@ -34,7 +34,8 @@ pub struct ashore_save_options {
     pub overwrite: u32,
     /// Not 0: capture every tensor within the call, for programs that cannot call a fence.
     pub at_save: u32,
-    /// The save fails if it is not durable so many seconds after the call; 0: after the setting `save_timeout`.
+    /// The save fails if it is not durable so many seconds after the call; 0: after the setting
+    /// `save_timeout`.
     pub deadline_seconds: f64,
     /// Values beside the tensors: learning rates, states of random generators, positions in data.
     pub values: *const ashore_value,
@@ -109,11 +110,11 @@ pub struct ashore_progress {
     pub phase: i32,
 }
 
-/// Begins a save and returns. `tensors` and `options` are read within the call; after it only the memory of the
-/// tensors is needed, each until its release. Each tensor is released once, whatever becomes of the save.
-/// `options` may be null. `save` may be null: the save goes on alone, and its failure comes out of the next call
-/// of ashore_save_begin, or of ashore_close. That is also what becomes of a failure whose handle was freed before
-/// a call had returned it.
+/// Begins a save and returns. `tensors` and `options` are read within the call; after it only the memory of
+/// the tensors is needed, each until its release. Each tensor is released once, whatever becomes of the save.
+/// `options` may be null. `save` may be null: the save goes on alone, and its failure comes out of the next
+/// call of ashore_save_begin, or of ashore_close. That is also what becomes of a failure whose handle was
+/// freed before a call had returned it.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_begin(
@@ -194,8 +195,8 @@ pub unsafe extern "C" fn ashore_save_staged(save: *mut ashore_save, seconds: f64
     })
 }
 
-/// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE of this call alone: it has not ended, and
-/// can be waited for again. `committed` may be null.
+/// Waits until a save is durable, or returns its failure. ASHORE_DEADLINE of this call alone: it has not
+/// ended, and can be waited for again. `committed` may be null.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_wait(
@@ -223,10 +224,10 @@ pub unsafe extern "C" fn ashore_save_wait(
     })
 }
 
-/// Calls `done` once, when the save has ended; from this call if it has already. `kind` is an `ashore_status`;
-/// `error` is its text, null for ASHORE_OK and ASHORE_SKIPPED, and valid within the call. `done` must return soon:
-/// other saves wait meanwhile. It may begin a save and free handles; a wait for the same executor, a fence and a
-/// close are refused in it.
+/// Calls `done` once, when the save has ended; from this call if it has already. `kind` is an
+/// `ashore_status`; `error` is its text, null for ASHORE_OK and ASHORE_SKIPPED, and valid within the call.
+/// `done` must return soon: other saves wait meanwhile. It may begin a save and free handles; a wait for the
+/// same executor, a fence and a close are refused in it.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_then(
@@ -267,8 +268,8 @@ pub unsafe extern "C" fn ashore_save_progress(save: *mut ashore_save, progress: 
     })
 }
 
-/// Cancels a save, which ends as ASHORE_CANCELLED at once; its tensors are free when ashore_save_staged returns.
-/// ASHORE_CONFLICT: too late, it has ended or is being published.
+/// Cancels a save, which ends as ASHORE_CANCELLED at once; its tensors are free when ashore_save_staged
+/// returns. ASHORE_CONFLICT: too late, it has ended or is being published.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_save_cancel(save: *mut ashore_save) -> i32 {

@@ -36,12 +36,12 @@ pub struct ashore_tensor {
     pub data: *mut c_void,
     /// `dims` numbers, as all arrays here; null for a scalar.
     pub shape: *const i64,
-    /// The distance of neighbours in each dimension in ELEMENTS, as in DLPack and torch; null: packed, row-major.
-    /// A tensor with strides is saved packed.
+    /// The distance of neighbours in each dimension in ELEMENTS, as in DLPack and torch; null: packed,
+    /// row-major. A tensor with strides is saved packed.
     pub strides: *const i64,
-    /// The shape of the whole tensor, where this is a box of it; null: the whole tensor. The ranks of a job together
-    /// save each element once; where several ranks have the same box, one of them writes it. In a restore it is
-    /// compared with the saved shape.
+    /// The shape of the whole tensor, where this is a box of it; null: the whole tensor. The ranks of a job
+    /// together save each element once; where several ranks have the same box, one of them writes it. In a
+    /// restore it is compared with the saved shape.
     pub global_shape: *const i64,
     /// Where in the whole tensor the box begins; null where `global_shape` is. A restore needs no
     /// `global_shape` beside it.
@@ -57,8 +57,8 @@ pub struct ashore_tensor {
     /// Wrote `data`; a restore writes in it. For device memory alone.
     pub stream: ashore_stream,
     /// Called once for each tensor of a save, whatever becomes of the save, when nothing will read the tensor
-    /// any more; from any thread, also within the call of the save. Null: nothing is to be released. A restore
-    /// does not call it.
+    /// any more; from any thread, also within the call of the save. Null: nothing is to be released. A
+    /// restore does not call it.
     pub release: Option<unsafe extern "C-unwind" fn(context: *mut c_void)>,
     /// Passed to `release`.
     pub context: *mut c_void,
@@ -265,8 +265,8 @@ pub unsafe fn restore(checkpoint: &Checkpoint, tensors: &[ashore_tensor]) -> Res
             &mut []
         } else {
             memory.push((at.addr()..at.addr().saturating_add(bytes as usize), name));
-            // SAFETY: the program's to be written, so many bytes; that no two packed targets overlap is checked
-            // below, before one is written.
+            // SAFETY: the program's to be written, so many bytes; that no two packed targets overlap is
+            // checked below, before one is written.
             unsafe { std::slice::from_raw_parts_mut(at, bytes as usize) }
         };
         targets = match &slice {

@@ -1,5 +1,5 @@
-// What the tests share: checks that name the line and the library's last error, and tensors whose releases are
-// counted.
+// What the tests share: checks that name the line and the library's last error, and tensors whose releases
+// are counted.
 #ifndef CHECK_H
 #define CHECK_H
 #define _GNU_SOURCE

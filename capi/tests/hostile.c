@@ -1,4 +1,4 @@
-// Wrong requests of every kind: each is an error with a text, nothing is read or lost, every tensor is released once.
+// Wrong requests of every kind: each is an error with a text, and every tensor is released once.
 #include "check.h"
 #include <math.h>
 #include <sys/stat.h>
@@ -120,6 +120,7 @@ static void refused(const char *folder) {
   REFUSED((value.json = "NaN", options.value_count = 1), "not a json text value=\"value\"");
   REFUSED((value.json = "Infinity", options.metadata = &value, options.metadata_count = 1), "metadata=\"value\"");
   REFUSED((value.json = "{\"a\": 1", options.value_count = 1), "not a json text");
+  REFUSED((value.json = "[18446744073709551616]", options.value_count = 1), "integer=18446744073709551616 value=\"value\"");
   REFUSED((value.json = NULL, options.value_count = 1), "a text is null");
   REFUSED((value.name = "", options.value_count = 1), "the name is empty");
   REFUSED((options.values = NULL, options.value_count = 1), "an array is null");

@@ -1,5 +1,6 @@
-// Copies of the library that are loaded at run time: two in one process know nothing of each other's handles, and one
-// that is closed with threads alive does no harm. Arguments: a folder, the library, a copy of it.
+// Loads two copies of the library at run time, and closes them with threads alive.
+//
+// Copies know nothing of each other's handles. Arguments: a folder, the library, a copy of it.
 #define _GNU_SOURCE
 #include <ashore.h>
 #include <dlfcn.h>

@@ -1,4 +1,4 @@
-// Several processes: a fork in the middle of a save and while handles are used, kill -9, four ranks over pipes.
+// Several processes: forks in the middle of a save and of other calls, kill -9, four ranks over pipes.
 #include "check.h"
 #include <pthread.h>
 #include <signal.h>

@@ -1,4 +1,4 @@
-// ashore.hpp: objects are freed, what keeps memory is released, failures are exceptions with their tensor.
+// Checks ashore.hpp: it frees objects, releases what keeps memory, and throws failures with their tensor.
 #include <ashore.hpp>
 #include <atomic>
 #include <chrono>

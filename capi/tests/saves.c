@@ -1,4 +1,4 @@
-// Saves: what is durable, when tensors may be written, completion, strides, boxes, closing, and that nothing grows.
+// Saves: durable bytes, the fence, completion, strides, boxes, closing, threads, and that nothing grows.
 #include "check.h"
 #include <dirent.h>
 #include <pthread.h>

@@ -1,4 +1,4 @@
-// A trainer in C: AdamW on a small regression, saved after every step, and resumed bit for bit after any kill.
+// Trains by AdamW on a small regression, saves after every step, and resumes bit for bit after a kill.
 //
 //   trainer DIRECTORY STEPS
 #define _POSIX_C_SOURCE 200809L

@@ -1,4 +1,6 @@
-// Tensors of libtorch for ashore: `add(state, "weight", tensor)`. Views are saved packed and restored in place.
+// Tensors of libtorch for ashore: `add(state, "weight", tensor)`.
+//
+// Views are saved packed, and restored in place.
 #pragma once
 #include <ATen/ATen.h>
 #include <ashore.hpp>

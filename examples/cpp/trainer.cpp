@@ -1,4 +1,4 @@
-// A trainer in C++: momentum on a small quadratic, saved after every step, and resumed bit for bit after any kill.
+// Trains by momentum on a small quadratic, saves after every step, and resumes bit for bit after a kill.
 //
 //   trainer DIRECTORY STEPS
 #include <ashore.hpp>
