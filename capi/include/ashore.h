@@ -270,8 +270,8 @@ typedef struct {
 typedef struct {
   // Its name: not empty, utf-8.
   const char *name;
-  // One JSON text. Integers of 64 bits and doubles are kept exactly; longer integers are refused. NaN is not
-  // JSON, and is refused, too.
+  // One JSON text. Integers of 64 bits and doubles are kept exactly; longer integers are refused. NaN is
+  // not JSON, and is refused, too.
   const char *json;
 } ashore_value;
 

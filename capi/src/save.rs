@@ -20,8 +20,8 @@ use std::ptr;
 pub struct ashore_value {
     /// Its name: not empty, utf-8.
     pub name: *const c_char,
-    /// One JSON text. Integers of 64 bits and doubles are kept exactly; longer integers are refused. NaN is not
-    /// JSON, and is refused, too.
+    /// One JSON text. Integers of 64 bits and doubles are kept exactly; longer integers are refused. NaN is
+    /// not JSON, and is refused, too.
     pub json: *const c_char,
 }
 

@@ -76,7 +76,7 @@ struct Described<'a> {
     name: &'a str,
     layout: Layout,
     bytes: u64,
-    /// In bytes; None: packed. Those that are given may be those of a packed tensor, too.
+    /// In bytes; None: packed.
     strides: Option<Vec<i64>>,
     global: Option<Vec<usize>>,
     offset: Option<Vec<usize>>,
@@ -121,13 +121,26 @@ impl<'a> Described<'a> {
             let strides = unsafe { given::array("strides", tensor.strides, tensor.dims as usize)? };
             let in_bytes = strides.iter().map(|stride| stride.checked_mul(bits as i64 / 8)).collect::<Option<Vec<_>>>();
             let in_bytes = in_bytes.ok_or_else(|| refuse(format!("a stride overflows strides={strides:?}")))?;
-            Some(in_bytes)
+            // Bindings of other languages always give strides, and packed memory is read and filled faster.
+            Some(in_bytes).filter(|strides| !is_packed(&shape, strides, bits / 8))
         };
         if tensor.data.is_null() && bytes > 0 {
             return Err(refuse(format!("the memory of a tensor is null bytes={bytes}")));
         }
         Ok(Self { name, layout, bytes, strides, global, offset })
     }
+}
+
+/// Whether elements of `item` bytes with these strides, in bytes, are packed in row-major order.
+fn is_packed(shape: &[usize], strides: &[i64], item: usize) -> bool {
+    let mut expected = item as i64;
+    let mut dims = shape.iter().zip(strides).rev();
+    let packed = dims.all(|(&size, &stride)| {
+        let fits = size == 1 || stride == expected;
+        expected = expected.saturating_mul(size as i64);
+        fits
+    });
+    packed || shape.contains(&0)
 }
 
 fn stream(of: ashore_stream) -> DeviceStream<'static> {
