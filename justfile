@@ -16,7 +16,7 @@ test:
 
 # Formatting, circles of imports, clippy, documentation, licences.
 lint:
-    checks/circles.py src fakecuda/src cli/src
+    checks/circles.py src fakecuda/src cli/src capi/src
     cargo fmt --all --check
     cargo fmt --check --manifest-path checks/stock/candle/Cargo.toml
     cargo fmt --check --manifest-path checks/stock/cudarc/Cargo.toml

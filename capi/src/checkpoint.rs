@@ -6,7 +6,7 @@
 
 use crate::failure::{Result, run, text};
 use crate::given;
-use crate::handles::{self, ashore_checkpoint};
+use crate::handles::{self, Opened, ashore_checkpoint};
 use crate::status::ashore_status::ASHORE_OK;
 use crate::tensor::{self, ashore_tensor};
 use ashore_core::internal::state::encode_value;
@@ -14,28 +14,6 @@ use ashore_core::{Checkpoint, DeviceChoice};
 use serde_json::{Map, Value, json};
 use std::ffi::{CString, c_char};
 use std::ptr;
-
-/// What a handle of a checkpoint names.
-pub struct Opened {
-    checkpoint: Checkpoint,
-    /// It has the device of an executor.
-    lent: bool,
-}
-
-impl Opened {
-    /// A checkpoint that an executor has opened.
-    pub fn lent(checkpoint: Checkpoint) -> Self {
-        Self { checkpoint, lent: true }
-    }
-}
-
-impl std::ops::Deref for Opened {
-    type Target = Checkpoint;
-
-    fn deref(&self) -> &Checkpoint {
-        &self.checkpoint
-    }
-}
 
 /// Opens the step in the directory `path`. Needs no executor.
 // SAFETY: the name begins with that of this library.

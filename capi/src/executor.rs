@@ -4,9 +4,8 @@
 //! That of the crate.
 #![expect(unsafe_code, reason = "exported names, and the program's pointers; argument above")]
 
-use crate::checkpoint::Opened;
 use crate::failure::{Failed, Result, run, text};
-use crate::handles::{self, ashore_checkpoint, ashore_executor};
+use crate::handles::{self, Opened, ashore_checkpoint, ashore_executor};
 use crate::ranks::ashore_ranks;
 use crate::status::ashore_status::ASHORE_OK;
 use crate::tensor::{self, ashore_stream};
@@ -129,7 +128,7 @@ pub unsafe extern "C" fn ashore_latest(executor: *mut ashore_executor, checkpoin
         let checkpoint = unsafe { given::result("checkpoint", checkpoint)? };
         *checkpoint = ptr::null_mut();
         if let Some(newest) = handles::find(executor)?.latest()? {
-            *checkpoint = handles::give(Opened::lent(newest), handles::number(executor));
+            *checkpoint = handles::give(Opened { checkpoint: newest, lent: true }, handles::number(executor));
         }
         Ok(ASHORE_OK)
     })
@@ -147,7 +146,7 @@ pub unsafe extern "C" fn ashore_step(
         // SAFETY: the argument of the crate.
         let checkpoint = unsafe { given::result("checkpoint", checkpoint)? };
         *checkpoint = ptr::null_mut();
-        let opened = Opened::lent(handles::find(executor)?.checkpoint(step)?);
+        let opened = Opened { checkpoint: handles::find(executor)?.checkpoint(step)?, lent: true };
         *checkpoint = handles::give(opened, handles::number(executor));
         Ok(ASHORE_OK)
     })

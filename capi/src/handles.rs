@@ -12,12 +12,12 @@
 //! handlers run in the thread that forks, one after the other. They allocate nothing.
 #![expect(unsafe_code, reason = "pthread_atfork, and what its handlers keep; argument above")]
 
-use crate::checkpoint::Opened;
 use crate::failure::{Failed, Result};
-use ashore_core::{CheckpointExecutor, Save};
+use ashore_core::{Checkpoint, CheckpointExecutor, Save};
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 /// Saves the state of one program under one root. From `ashore_open`, until `ashore_close`.
@@ -44,6 +44,20 @@ pub trait Handle: Sized {
 
     fn kept(object: Arc<Self::Object>) -> Object;
     fn found(object: &Object) -> Option<&Arc<Self::Object>>;
+}
+
+/// A checkpoint, and whether it has the device of an executor.
+pub struct Opened {
+    pub checkpoint: Checkpoint,
+    pub lent: bool,
+}
+
+impl Deref for Opened {
+    type Target = Checkpoint;
+
+    fn deref(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
 }
 
 /// What a handle names.
