@@ -22,6 +22,7 @@ ashore_executor *opened(const char *root) {
 }
 
 void thrown(void *) { throw std::runtime_error("from release"); }
+void unwound(void *) { _exit(4); }
 void thrown_at_end(void *, int32_t, const char *) { throw std::runtime_error("from done"); }
 void thrown_by_log(void *, int32_t, const char *) { throw std::runtime_error("from log"); }
 int32_t thrown_by_group(void *, const void *, size_t, void *, double) { throw std::runtime_error("from all_gather"); }
@@ -67,8 +68,11 @@ int main(int count, char **arguments) {
   ashore_tensor throwing = t;
   throwing.release = thrown;
 
-  // Within the call that refuses the tensor: the caller must not catch it.
-  aborts("refused", [&] { ashore_save_begin(nullptr, 1, &throwing, 1, nullptr, nullptr); });
+  // Within the call that refuses the tensors: the caller must not catch it, and nothing is unwound, which would
+  // release the second tensor.
+  ashore_tensor both[2] = {throwing, t};
+  both[1].release = unwound;
+  aborts("refused", [&] { ashore_save_begin(nullptr, 1, both, 2, nullptr, nullptr); });
   aborts("staged", [&] {
     ashore_executor *executor = opened(folder);
     ashore_save_begin(executor, 1, &throwing, 1, nullptr, nullptr);
