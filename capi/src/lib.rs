@@ -11,7 +11,6 @@
 //! `RawHost`, `RawDevice` and `DeviceTarget` require. Handles are never followed: they are names in a table
 //! (`handles.rs`). A callback is called through a function that cannot unwind (`callbacks.rs`).
 #![expect(non_camel_case_types, reason = "the names are those of the header")]
-#![expect(clippy::missing_safety_doc, reason = "the header says once, at its top, what all functions need")]
 
 // In the order of the header.
 mod version;
