@@ -332,7 +332,8 @@ fn safety_notes(_: &str, text: &str) -> Vec<String> {
     for (i, line) in code.lines().enumerate() {
         let Some(at) = words(line, "unsafe").next() else { continue };
         // A function pointer's type promises nothing and does nothing.
-        if line[at + "unsafe".len()..].trim_start().starts_with("fn(") {
+        let rest = line[at + "unsafe".len()..].trim_start();
+        if rest.starts_with("fn(") || rest.starts_with("extern") && rest.contains("fn(") {
             continue;
         }
         // The trait states the requirements on the caller.
@@ -534,6 +535,8 @@ mod rules_can_fail {
         assert_eq!(count("impl A for B {\n    fn f() {}\n\n    unsafe fn g() {}\n}"), 0);
         assert_eq!(count("impl B {\n    unsafe fn g() {}\n}"), 1);
         assert_eq!(count("#![deny(unsafe_code)]\n// unsafe\nlet unsafety = \"unsafe\";\ntype F = unsafe fn();"), 0);
+        assert_eq!(count("type F = unsafe extern \"C\" fn();"), 0);
+        assert_eq!(count("unsafe extern \"C\" fn f() {}"), 1);
         assert_eq!(islands("src/plan/mod.rs", "//! # Safety argument\nunsafe {}").len(), 1);
         assert_eq!(islands("src/plan/mod.rs", "trait A {\n    unsafe fn f();\n}").len(), 0);
         assert_eq!(islands("src/state/source.rs", "//! Sources.\nunsafe {}").len(), 1);

@@ -32,6 +32,7 @@ fn opened(root: &Path) -> *mut ashore_executor {
     executor
 }
 
+// SAFETY: called with the context of a tensor.
 unsafe extern "C-unwind" fn count(counter: *mut c_void) {
     // SAFETY: the context of every tensor here is a counter that outlives it.
     unsafe { &*counter.cast::<AtomicU32>() }.fetch_add(1, Ordering::AcqRel);
@@ -167,6 +168,7 @@ fn the_last_error_is_that_of_the_thread() {
 
 #[test]
 fn what_is_done_is_told_once_also_of_a_save_that_has_ended() {
+    // SAFETY: called with a counter as context.
     unsafe extern "C-unwind" fn told_of(counter: *mut c_void, kind: i32, error: *const c_char) {
         assert_eq!((kind, error.is_null()), (ASHORE_OK as i32, true));
         // SAFETY: passed on.
