@@ -87,8 +87,7 @@ candle: (stock_reader "cargo run --quiet --locked --manifest-path checks/stock/c
 cognis:
     cargo run --quiet --locked --manifest-path checks/stock/cognis/Cargo.toml --target-dir "{{ tools }}/cognis"
 
-# The C interface: its header, and its programs in C and C++ with gcc and clang against the shared and the static library, plain and
-# under ASan and UBSan; the page for users, the examples, libtorch's tensors.
+# Checks the header of the C interface, and runs its programs, examples and page with gcc and clang, under ASan and UBSan, too.
 capi:
     #!/usr/bin/env bash
     set -euo pipefail
