@@ -148,6 +148,7 @@ class CheckpointExecutor:
         deadline: float | None = None,
         keep: object = None,
         stream: int | None = None,
+        immutable: bool = False,
     ) -> Save:
         """Saves tensors under names that an adapter chose, instead of a tree.
 
@@ -156,13 +157,14 @@ class CheckpointExecutor:
         without a box that lie in the same memory become aliases by themselves. ``keep`` is kept alive until the save
         is staged, as the owners of the memory are. ``stream`` is the CUDA stream that wrote the tensors, as a
         number; None: the current stream of torch, and the legacy stream for other libraries. ``capture`` cannot be
-        given for boxes. What else may be given is as in :meth:`save`. Adapters of this package call it; it may
-        change.
+        given for boxes. ``immutable`` says that nothing writes the memory while its owner is kept alive: packed
+        tensors in host memory then need no fence, and none are captured. What else may be given is as in
+        :meth:`save`. Adapters of this package call it; it may change.
         """
         named = (dict(values), dict(rank_values), dict(metadata))
         options = _options(overwrite, name, directory, deadline)
         handle = self._core.save_prepared(
-            step, names, tensors, boxes, dict(aliases), named, capture, options, keep, stream
+            step, names, tensors, boxes, dict(aliases), named, capture, options, keep, stream, immutable
         )
         return Save(handle)
 

@@ -156,12 +156,12 @@ impl Executor {
             let items = leaves.tensors.into_iter().map(item).collect();
             captures.all_used(py)?;
             let options = options_of(py, captures.snapshot, options)?;
-            self.submit(py, &engine, step, dict, items, named, options, (None, None), |_| Ok(()))
+            self.submit(py, &engine, step, dict, items, named, options, (None, None, false), |_| Ok(()))
         })
     }
 
     /// Saves tensors that an adapter prepared: see `CheckpointExecutor._save_prepared`.
-    #[pyo3(signature = (step, names, tensors, places, aliases, named, capture, options, keep, stream))]
+    #[pyo3(signature = (step, names, tensors, places, aliases, named, capture, options, keep, stream, immutable))]
     #[expect(clippy::too_many_arguments, reason = "called by ashore/_executor.py alone")]
     fn save_prepared(
         &self,
@@ -176,6 +176,7 @@ impl Executor {
         options: Given,
         keep: Option<Py<PyAny>>,
         stream: Option<usize>,
+        immutable: bool,
     ) -> PyResult<Handle> {
         entry(py, || {
             let engine = self.engine(py)?;
@@ -199,7 +200,7 @@ impl Executor {
             let dict = StateDict::with_capacity(items.len());
             let aliases = aliases.iter().map(|(name, holder)| Ok((name.extract()?, holder.extract()?)));
             let aliases = aliases.collect::<PyResult<Vec<(String, String)>>>()?;
-            self.submit(py, &engine, step, dict, items, named, options, (keep, stream), |dict| {
+            self.submit(py, &engine, step, dict, items, named, options, (keep, stream, immutable), |dict| {
                 for (name, holder) in &aliases {
                     dict.alias(name.as_str(), holder).or_raise(py)?;
                 }
@@ -303,7 +304,7 @@ impl Executor {
         items: Vec<Item<'_>>,
         (values, rank_values, metadata): Named<'_>,
         options: SaveOptions,
-        (keep, stream): (Option<Py<PyAny>>, Option<usize>),
+        (keep, stream, immutable): (Option<Py<PyAny>>, Option<usize>, bool),
         finish: impl FnOnce(&mut StateDict<'static>) -> PyResult<()>,
     ) -> PyResult<Handle> {
         for (name, value) in values {
@@ -321,7 +322,7 @@ impl Executor {
         // Taken out, because collecting runs code of Python.
         let mut memories =
             std::mem::take(&mut self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).memories);
-        let devices = sources::add(py, &mut dict, items, &mut memories, keep, stream)?;
+        let devices = sources::add(py, &mut dict, items, &mut memories, keep, stream, immutable)?;
         let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
         seen.memories = memories;
         for (id, (_, object)) in devices {

@@ -4,17 +4,18 @@
 //! A source is read by threads of the engine until the save is staged. The objects that own the memory (the
 //! storages of torch's tensors, NumPy's arrays, capsules of DLPack) are in one Python list, to which each
 //! source has a reference, so the memory stays allocated as long. torch alone can free it under a reference,
-//! by
-//! `resize_` of a storage: the documentation forbids that between `save` and the fence. That nothing writes
+//! by `resize_` of a storage: the documentation forbids that between `save` and the fence. That nothing writes
 //! the memory between a save and the fence is what the caller of `CheckpointExecutor.save` promises; where
-//! that is broken, bytes are wrong and no memory is. The extents were checked against the storages. A stream
-//! is the one in which the library queues its work, which torch never destroys.
+//! that is broken, bytes are wrong and no memory is. Where an adapter says that memory is immutable, nothing
+//! writes it while its owner lives: XLA does not reuse the memory of an array while a capsule of it exists, and
+//! an adapter's own copies are known to it alone. The extents were checked against the storages. A stream is
+//! the one in which the library queues its work, which torch never destroys.
 #![expect(unsafe_code, reason = "sources over memory that Python objects own; argument above")]
 
 use crate::collect::{self, Found, Memory};
 use crate::errors::{self, IntoPy};
 use crate::types::Way;
-use ashore::{Capture, DeviceStream, RawDevice, RawHost, StateDict};
+use ashore::{Capture, DeviceStream, HostTensor, RawDevice, RawHost, StateDict};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 use std::collections::HashMap;
@@ -22,6 +23,21 @@ use std::sync::Arc;
 
 /// Where a box lies: the shape of the whole tensor, and the index of the first element.
 pub type Place = (Vec<usize>, Vec<usize>);
+
+/// Packed memory that nothing writes while its owner lives.
+struct Immutable {
+    address: usize,
+    bytes: usize,
+    _keep: Keep,
+}
+
+impl AsRef<[u8]> for Immutable {
+    fn as_ref(&self) -> &[u8] {
+        let pointer = std::ptr::with_exposed_provenance::<u8>(self.address);
+        // SAFETY: `_keep` owns the memory, and nothing writes it meanwhile; see the safety argument.
+        unsafe { std::slice::from_raw_parts(pointer, self.bytes) }
+    }
+}
 
 /// A tensor to be saved.
 pub struct Item<'py> {
@@ -42,7 +58,8 @@ type Keep = Arc<Py<PyList>>;
 pub type Devices<'py> = HashMap<i32, (DeviceStream<'static>, Bound<'py, PyAny>)>;
 
 /// Finds the memory of `items` and adds them to `state`. `seen` has the memory of the tensors of the last
-/// save, in order, and gets that of this one. `extra` is kept alive, too.
+/// save, in order, and gets that of this one. `extra` is kept alive, too. `immutable` says that nothing writes
+/// the memory while its owner lives: then no fence is needed.
 ///
 /// # Errors
 /// `InvalidError`, naming the tensor.
@@ -53,6 +70,7 @@ pub fn add<'py>(
     seen: &mut Vec<Memory>,
     extra: Option<Py<PyAny>>,
     stream: Option<usize>,
+    immutable: bool,
 ) -> PyResult<Devices<'py>> {
     let mut devices: Devices<'py> = HashMap::new();
     let mut owners: Vec<Py<PyAny>> = extra.into_iter().collect();
@@ -89,7 +107,7 @@ pub fn add<'py>(
             }
         }
         let stream = devices.get(&memory.device.id).map(|(stream, _)| *stream);
-        put(py, state, item, memory, stream, keep.clone())?;
+        put(py, state, item, memory, stream, keep.clone(), immutable)?;
     }
     drop(holders);
     *seen = memories;
@@ -109,11 +127,16 @@ fn put(
     memory: &Memory,
     stream: Option<DeviceStream<'static>>,
     keep: Keep,
+    immutable: bool,
 ) -> PyResult<()> {
     let (dtype, shape) = (memory.dtype, &memory.shape[..]);
     // A tensor without elements has no address.
     let address = memory.address.max(std::mem::align_of::<u64>());
     match (stream.filter(|_| !memory.on_host()), &memory.strides) {
+        (None, None) if immutable => {
+            let owner = Immutable { address, bytes: memory.bytes() as usize, _keep: keep };
+            insert(py, state, item, HostTensor::from_owner(owner, dtype, shape))
+        }
         (None, None) => {
             let pointer = std::ptr::with_exposed_provenance::<u8>(address);
             // SAFETY: `keep` owns the memory; see the safety argument.
