@@ -143,6 +143,10 @@ class Checkpoint:
             _, stored, dtype, shape, _ = self._core.info(name)
             arrays[name] = _numpy.empty(tuple(shape), dtype, stored, name)
         self._core.read_into([(name, array, None) for name, array in arrays.items()], False, None)
+        return self._put_together(arrays)
+
+    def _put_together(self, arrays: dict[str, Any]) -> Any:
+        """The tree that was saved, with these in the places of its tensors, for an adapter. It may change."""
         if self._core.has_tree():
             return self._core.tree(arrays)
         return {**arrays, **{name: self.value(name) for name in self.value_names()}}
