@@ -88,6 +88,7 @@ class CheckpointExecutor:
         given = {"arena": arena, "chunk": chunk, "keep_last": keep_last, "device": device, "detect": detect}
         self._root = os.fspath(root)
         member = None if ranks is None else (ranks[0], ranks[1], ranks[-1] if len(ranks) == 3 else 0)
+        self._alone = member is None
         self._core = _ashore.Executor(self._root, _settings({**given, **settings}), alone, member, run)
         _OPEN.add(self)
 

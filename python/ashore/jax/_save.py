@@ -20,7 +20,8 @@ _MISSING: Mapping[str, Any] = {}
 class _Collected:
     """The leaves of one tree, as the executor takes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool) -> None:
+        self.alone = alone
         self.names: list[str] = []
         self.tensors: list[Any] = []
         self.boxes: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = []
@@ -61,10 +62,11 @@ class _Collected:
             array = jax.random.key_data(array)
         if array.dtype.name not in STORED:
             raise _invalid(no_dtype(array.dtype), name)
-        if not array.is_fully_addressable:
-            text = "the array has shards of other processes, and ashore.jax saves those of one process"
+        if self.alone and not array.is_fully_addressable:
+            text = "the array has shards of other processes: give the executor ranks and run, and save in all processes"
             raise _invalid(f"{text} sharding={array.sharding}", name)
         if array.size == 0:
+            # No process has a box of it.
             self._put(name, numpy.empty(array.shape, array.dtype))
         elif len(array.sharding.device_set) == 1:
             self._put(name, array)
@@ -95,8 +97,9 @@ def save(
 ) -> Save:
     """Saves a pytree as ``step``: the values at the time of this call, whatever happens to the arrays afterwards.
 
-    Leaves are arrays of JAX with any sharding over the devices of this process, typed keys of ``jax.random``, arrays
-    of NumPy, numbers, text and None. The name of a leaf is the path to it, joined by dots. A sharded array is saved
+    Leaves are arrays of JAX with any sharding, typed keys of ``jax.random``, arrays of NumPy, numbers, text and None.
+    Where arrays lie over several processes, each calls this with the same tree, and an executor with ``ranks``;
+    leaves that every process has for itself must be equal in all, and plain values are those of rank 0. The name of a leaf is the path to it, joined by dots. A sharded array is saved
     in boxes, from the first replica of each shard; the step has the whole array under its name, and other programs
     read it so. Static fields of nodes are not saved: they come from the target of :func:`restore`.
 
@@ -110,7 +113,7 @@ def save(
 
     Raises ``InvalidError``, naming the leaf, for two leaves of one name, an object that is no array and no plain
     value, a dtype that safetensors lacks (such as int4), an array that was donated already, and one with shards of
-    other processes; otherwise as ``CheckpointExecutor.save``.
+    other processes where the executor has no ranks; otherwise as ``CheckpointExecutor.save``.
 
     >>> import ashore, ashore.jax, jax, tempfile
     >>> executor = ashore.CheckpointExecutor(tempfile.mkdtemp(), arena=8 << 20, chunk=1 << 20)
@@ -120,7 +123,7 @@ def save(
     >>> executor.shutdown()
     """
     leaves, structure, _ = flatten(tree)
-    collected = _Collected()
+    collected = _Collected(executor._alone)
     tensors = [collected.add(name, leaf) for name, leaf in zip(structure.names, leaves, strict=True)]
     notes: dict[str, Any] = {SHAPE: structure.shape(tensors)}
     if collected.keys:
