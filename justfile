@@ -58,7 +58,7 @@ stock_ranks:
     "${check[@]}" "$root"/for-*
     "${check[@]}" --whole "$root/one-file" "$root/files" "$root/and-back"
 
-# The wheel of the Python package: its tests, the examples in its docstrings and in docs/python.md, and its types.
+# The wheel of the Python package: its tests, the examples in its docstrings, docs/python.md and docs/jax.md, and its types.
 python *arguments:
     python/check.sh "{{ tools }}" python3 dev {{ arguments }}
 

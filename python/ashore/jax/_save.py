@@ -106,7 +106,7 @@ def save(
     The call waits until the arrays are computed, and copies those of NumPy. It copies none of JAX: it holds a DLPack
     capsule of every shard until the save is staged. Meanwhile a computation to which the arrays are donated gets
     other memory for its results, and leaves the arrays as they are. ``executor.fence()`` before such a computation
-    waits until the save is staged and lets go of the memory; without it the old arrays stay allocated until the next
+    waits until the save is staged, and drops the capsules; without it the old arrays stay allocated until the next
     call of ashore.
 
     ``metadata``, ``overwrite``, ``name``, ``directory`` and ``deadline`` are as in ``CheckpointExecutor.save``.

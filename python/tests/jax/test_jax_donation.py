@@ -60,7 +60,7 @@ def test_until_the_fence_a_donated_array_stays_as_it_is(executor, monkeypatch):
     step = step_of(state.sharding)
     save = ashore.jax.save(executor, 1, {"w": state})
     new = step(state)
-    # Capsules are let go of by calls of ashore only, so this does not depend on how fast the save was.
+    # Only calls of ashore drop capsules, so this does not depend on how fast the save was.
     assert not state.is_deleted() and same(state, numbers(4096, 1024)) and same(new, numbers(4096, 1024) + 1)
     save.wait()
 
