@@ -1,5 +1,7 @@
-//! Reads the step directories under ROOT with candle, and compares every byte with what `../expected.json`
-//! says.
+//! Reads the step directories under ROOT with candle alone, and compares every byte with what
+//! `checks/stock/expected.json` says.
+
+#![expect(unsafe_code, reason = "files that are mapped; nothing writes them meanwhile")]
 
 use candle_core::safetensors::{MmapedSafetensors, load};
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -21,8 +23,9 @@ struct Step {
 }
 
 fn main() -> Result<()> {
-    let Some(root) = std::env::args_os().nth(1).map(PathBuf::from) else { bail!("usage: stock-candle ROOT") };
-    let table: Table = serde_json::from_str(include_str!("../../expected.json")).map_err(candle_core::Error::wrap)?;
+    let Some(root) = std::env::args_os().nth(1).map(PathBuf::from) else { bail!("usage: read_stock ROOT") };
+    let table: Table =
+        serde_json::from_str(include_str!("../../checks/stock/expected.json")).map_err(candle_core::Error::wrap)?;
     let steps: Vec<_> = table.steps.iter().filter(|s| s.readers.iter().any(|r| r == "candle")).collect();
     for Step { step, tensors, .. } in &steps {
         let files = shards(&root.join(format!("step-{step:08}")))?;
