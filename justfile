@@ -18,6 +18,7 @@ test:
 lint:
     checks/circles.py src fakecuda/src cli/src capi/src
     cargo fmt --all --check
+    cargo fmt --check --manifest-path burn/Cargo.toml
     cargo fmt --check --manifest-path candle/Cargo.toml
     cargo fmt --check --manifest-path checks/stock/cudarc/Cargo.toml
     cargo fmt --check --manifest-path checks/stock/cognis/Cargo.toml
@@ -25,6 +26,8 @@ lint:
     cargo clippy --workspace --all-targets --all-features -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --all-features --no-deps
     cargo deny --log-level error --workspace --all-features check licenses bans sources
+    # burn depends on a crate under the MPL-2.0, `colored`, which a program that uses burn has anyway.
+    cargo deny --log-level error --manifest-path burn/Cargo.toml --config "$PWD/deny.toml" check sources
     cargo deny --log-level error --manifest-path candle/Cargo.toml --config "$PWD/deny.toml" check licenses sources
     # burn's dependencies are built beside ours and never linked into anything, so their licences are not
     # checked.
@@ -81,16 +84,25 @@ wheel:
     PATH="$zig/bin:$PATH" maturin build --release --zig --compatibility manylinux_2_28
 
 # The crate for candle, whose tests kill a training. Then the steps of `stock`, read by candle alone.
-candle: (crate "candle" "test") \
-    (stock_reader "cargo run --quiet --locked --manifest-path candle/Cargo.toml --target-dir " + tools / "candle --example read_stock --")
+candle: (crate "candle" "test") (stock_reader "just crate candle run --example read_stock --")
 
-# Lints the crate for candle. The half of candle that needs nvcc to build is checked with a script in its place.
-adapters-lint: (crate "candle" "clippy --all-targets" "-D warnings")
-    PATH="$PWD/candle/check:$PATH" CUDA_COMPUTE_CAP=80 just crate candle "clippy --features cuda --all-targets" -D warnings
+# The crate for burn, whose tests kill a training. Minutes when burn is not built yet.
+burn: (crate "burn" "test")
 
 [private]
 crate name command *arguments:
-    cargo {{ command }} --quiet --locked --manifest-path "{{ name }}/Cargo.toml" --target-dir "{{ tools }}/{{ name }}" -- {{ arguments }}
+    cargo {{ command }} --quiet --locked --manifest-path "{{ name }}/Cargo.toml" --target-dir "{{ tools }}/{{ name }}" {{ arguments }}
+
+# Lints the crates for candle and burn. The half of candle that needs nvcc to build is checked with a script in its place.
+adapters-lint:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    export RUSTDOCFLAGS="-D warnings"
+    for crate in burn candle; do
+        just crate "$crate" clippy --all-targets -- -D warnings
+        just crate "$crate" doc --no-deps
+    done
+    PATH="$PWD/candle/check:$PATH" CUDA_COMPUTE_CAP=80 just crate candle clippy --features cuda --all-targets -- -D warnings
 
 # Graphs of cognis, whose engine owns the checkpointer trait, over stores of ours.
 cognis:
@@ -365,7 +377,7 @@ bench *arguments:
 ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill ranks mounts package")
 
 # Runs the checks that take too long for every change.
-nightly: (timed "ci python-all adapters-lint tsan model msrv features simulate capi-install")
+nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install")
     just fuzz 3600
     just rank-kills
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate

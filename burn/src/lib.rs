@@ -1,0 +1,16 @@
+#![doc = include_str!("../../docs/burn.md")]
+
+mod dtype;
+mod record;
+mod training;
+
+pub use record::{Record, put, record};
+pub use training::Training;
+
+/// The engine, in the version that this crate was built with.
+pub use ashore;
+
+/// An error of the caller's making.
+fn invalid(message: impl Into<String>) -> ashore::Error {
+    ashore::Error::new(ashore::ErrorKind::Invalid, message)
+}
