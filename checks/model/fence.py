@@ -377,9 +377,9 @@ class Model:
         c, D = self.c, len(self.devices)
         scratch = c.scratch if isinstance(c.scratch, tuple) else (c.scratch,) * D
         live = tuple(tuple(0 if d in self.parts[i] else None for i in range(c.chunks)) for d in self.devices)
-        zeros, nobody = (0,) * D, ((-1,) * D,) * c.saves
+        zeros, untold = (0,) * D, ((-1,) * D,) * c.saves
         return SimpleNamespace(
-            t=0, tq=((),) * (2 * D), ts=(0,) * (2 * D), cq=((),) * D, cs=zeros, live=live, W=zeros, F=nobody, pub=nobody, prod=zeros,
+            t=0, tq=((),) * (2 * D), ts=(0,) * (2 * D), cq=((),) * D, cs=zeros, live=live, W=zeros, F=untold, pub=untold, prod=zeros,
             done=zeros, sent=zeros, issued=0, sk=0, nxt=0, base=zeros, fly=(), sp=None, slabs=((0, *self.nothing),) * c.slabs,
             slots=tuple((None,) * n for n in scratch), hand=(0,) * c.saves, frozen=0, failed=frozenset(), gone=frozenset(),
             freed=zeros, dropped=False)

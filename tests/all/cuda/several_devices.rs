@@ -93,9 +93,14 @@ impl Pair {
         tensors.iter().filter(|(of, ..)| *of == at).for_each(|(_, tensor, _)| self.streams[at].fill(tensor, 0xEE));
     }
 
-    /// Waits until what is in both streams has run.
+    /// Waits until what is in the stream of one GPU has run.
+    fn wait_on(&self, at: usize) {
+        self.gpu(at).enter();
+        self.streams[at].wait();
+    }
+
     fn wait(&self) {
-        self.streams.iter().for_each(Stream::wait);
+        [0, 1].into_iter().for_each(|at| self.wait_on(at));
     }
 
     fn check(&self, step: u64, tensors: &[(usize, Tensor, Vec<u8>)]) {
@@ -148,7 +153,7 @@ fn cuda_stream_of_one_gpu_waits_at_a_fence_for_the_kernels_of_both() {
         pair.fence(&[alone]).unwrap();
         pair.overwrite(alone, &tensors);
         std::thread::scope(|threads| {
-            let stream = threads.spawn(|| pair.streams[alone].wait());
+            let stream = threads.spawn(|| pair.wait_on(alone));
             std::thread::sleep(SOON);
             assert!(!stream.is_finished(), "the kernels of the other GPU have not run");
             pair.hold(COPIES, COPIES);
@@ -315,7 +320,7 @@ fn waits(pair: &Pair, why: &str) {
     let save = pair.fixture.executor.save(2, at_fence(near[0].1.source(pair.streams[0]))).unwrap();
     pair.fence(&[0]).unwrap();
     pair.overwrite(0, &near);
-    pair.streams[0].wait();
+    pair.wait_on(0);
     pair.hold(0, 0);
     assert_eq!(save.wait(LONG).unwrap().committed().unwrap().late_chunks, 8, "{why}");
     assert_eq!(pair.fixture.checkpoint(2).unwrap().read("t").unwrap(), near[0].2);
@@ -358,7 +363,7 @@ fn cuda_snapshots_of_two_gpus_are_never_torn() {
             };
             on.iter().for_each(|&at| pair.overwrite(at, &tensors));
             if let [alone] = on {
-                pair.streams[*alone].wait();
+                pair.wait_on(*alone);
                 pair.overwrite(1 - alone, &tensors);
             }
             open.push((save, tensors));
