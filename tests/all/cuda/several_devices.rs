@@ -46,7 +46,7 @@ impl Pair {
     fn equipped(change: impl FnOnce(Builder) -> Builder) -> Option<Self> {
         let pair = Self::take(false, change)?;
         let tensors = pair.tensors(0, &[(0, 100), (1, 100)]);
-        pair.save(1_000_000, &tensors).wait(LONG).unwrap();
+        pair.save(0, &tensors).wait(LONG).unwrap();
         Some(pair)
     }
 
@@ -170,28 +170,35 @@ fn cuda_stream_of_one_gpu_waits_at_a_fence_for_the_kernels_of_both() {
 #[test]
 fn cuda_part_of_a_chunk_is_copied_again_only_where_its_gpu_asks_for_it() {
     let Some(pair) = Pair::equipped(|b| b.scratch(ROOM)) else { return };
-    for (step, first) in (1..=10_u64).zip([0, 1].into_iter().cycle()) {
-        // One chunk that both share, in two parts.
-        let tensors = pair.tensors(step, &[(0, 2000), (1, 2000)]);
-        let before = [pair.copies(0), pair.copies(1)];
-        pair.hold(COPIES, COPIES);
-        let save = pair.save(step, &tensors);
-        eventually("both parts are on their way", || [0, 1].iter().all(|&at| pair.copies(at) == before[at] + 1));
-        // The first GPU tells F before its part has left; the part of the second leaves before its kernels run.
+    let mut step = 0;
+    for first in [0, 1] {
         let second = 1 - first;
-        pair.fake(second).set("hold", KERNELS | COPIES);
-        pair.fence(&[0, 1]).unwrap();
-        pair.overwrite(0, &tensors);
-        pair.overwrite(1, &tensors);
-        std::thread::sleep(Duration::from_millis(5));
-        pair.fake(second).set("hold", KERNELS);
-        pair.fake(first).set("hold", 0);
-        let again = || pair.copies(first) == before[first] + 2;
-        eventually("the part is copied again", again);
-        pair.hold(0, 0);
-        assert_eq!(save.wait(LONG).unwrap().committed().unwrap().late_chunks, 1);
-        assert_eq!(pair.copies(second), before[second] + 1);
-        pair.check(step, &tensors);
+        // A busy machine may run kernels or copies too late for what is to be seen.
+        let seen = (0..50).any(|_| {
+            step += 1;
+            // One chunk that both share, in two parts.
+            let tensors = pair.tensors(step, &[(0, 2000), (1, 2000)]);
+            let before = [pair.copies(0), pair.copies(1)];
+            pair.hold(COPIES, COPIES);
+            let save = pair.save(step, &tensors);
+            eventually("both parts are on their way", || [0, 1].iter().all(|&at| pair.copies(at) == before[at] + 1));
+            // The first GPU tells F before its part has left; the part of the second leaves before its kernels
+            // run.
+            pair.fake(second).set("hold", KERNELS | COPIES);
+            pair.fence(&[0, 1]).unwrap();
+            pair.overwrite(0, &tensors);
+            pair.overwrite(1, &tensors);
+            std::thread::sleep(Duration::from_millis(5));
+            pair.fake(second).set("hold", KERNELS);
+            pair.fake(first).set("hold", 0);
+            std::thread::sleep(Duration::from_millis(5));
+            pair.hold(0, 0);
+            let late = save.wait(LONG).unwrap().committed().unwrap().late_chunks;
+            pair.wait();
+            pair.check(step, &tensors);
+            late == 1 && [0, 1].map(|at| pair.copies(at) - before[at]) == [2 - first as u64, 2 - second as u64]
+        });
+        assert!(seen, "gpu {first}");
     }
 }
 
@@ -215,6 +222,7 @@ fn cuda_host_waits_at_a_fence_for_what_the_scratch_of_one_gpu_does_not_hold() {
         std::thread::sleep(SOON / 5);
         pair.hold(0, 0);
         assert_eq!(save.wait(LONG).is_ok(), returns);
+        pair.wait();
         if returns {
             pair.check(1, &tensors);
         }
@@ -294,25 +302,27 @@ fn cuda_late_copy_that_the_second_gpu_refuses_fails_the_save_and_loses_no_slot()
 fn cuda_fence_waits_for_copies_where_the_second_gpu_has_no_scratch() {
     for fault in ["cuModuleLoadData:1:222", "cuMemAlloc_v2:1:2"] {
         let Some(pair) = Pair::take(false, |b| b.scratch(ROOM)) else { return };
-        pair.fake(1).fault(fault);
-        waits(&pair, fault);
+        waits(&pair, || pair.fake(1).fault(fault));
     }
     // A program that hands in memory of one GPU is not made to give more than that.
     let Some(pair) = Pair::take(true, |b| b) else { return };
     let before = pair.fake(1).live().bytes;
-    waits(&pair, "handed in");
+    waits(&pair, || ());
     assert!(pair.fake(1).live().bytes < before + ROOM);
 }
 
-fn waits(pair: &Pair, why: &str) {
+/// A save whose fence waits for copies, the first with tensors of both GPUs; and one of the first GPU alone.
+fn waits(pair: &Pair, before: impl FnOnce()) {
     pair.fake(0).set("lag_us", 300);
     pair.fake(1).set("lag_us", 300);
     let tensors = pair.tensors(1, &MIXED);
+    before();
     let save = pair.save(1, &tensors);
     pair.fence(&[0, 1]).unwrap();
     pair.overwrite(0, &tensors);
     pair.overwrite(1, &tensors);
-    assert_eq!(save.wait(LONG).unwrap().committed().unwrap().late_chunks, 0, "{why}");
+    assert_eq!(save.wait(LONG).unwrap().committed().unwrap().late_chunks, 0);
+    pair.wait();
     pair.check(1, &tensors);
     // A state of the first GPU alone is copied late as ever.
     let near = pair.tensors(2, &[(0, 30_000)]);
@@ -322,7 +332,7 @@ fn waits(pair: &Pair, why: &str) {
     pair.overwrite(0, &near);
     pair.wait_on(0);
     pair.hold(0, 0);
-    assert_eq!(save.wait(LONG).unwrap().committed().unwrap().late_chunks, 8, "{why}");
+    assert_eq!(save.wait(LONG).unwrap().committed().unwrap().late_chunks, 8);
     assert_eq!(pair.fixture.checkpoint(2).unwrap().read("t").unwrap(), near[0].2);
 }
 
@@ -368,14 +378,16 @@ fn cuda_snapshots_of_two_gpus_are_never_torn() {
             }
             open.push((save, tensors));
             if open.len() > below(3) {
+                // Memory is freed at once, so nothing may be left that writes it.
+                pair.wait();
                 for (save, tensors) in open.drain(..) {
                     late += save.wait(LONG).unwrap().committed().unwrap().late_chunks;
                     pair.check(save.step(), &tensors);
                     pair.fixture.storage.remove(&ashore::id::step_name(save.step())).unwrap();
                 }
-                pair.wait();
             }
         }
+        pair.wait();
         for (save, tensors) in open {
             save.wait(LONG).unwrap();
             pair.check(save.step(), &tensors);
