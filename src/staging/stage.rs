@@ -211,8 +211,8 @@ impl Copying<'_> {
         })
     }
 
-    /// Queues the next chunk; the parts of devices that have told F come from slots. Does nothing if no slab is free, or live memory was frozen meanwhile; the next
-    /// `look` sees that.
+    /// Queues the next chunk; the parts of devices that have told F come from slots. Does nothing if no slab
+    /// is free, or live memory was frozen meanwhile; the next `look` sees that.
     fn queue(&mut self, live: bool) -> Result<()> {
         let late_copy = self.job.late_copy.clone();
         // Kept until the chunk is queued: `freeze` waits for a decided chunk.
