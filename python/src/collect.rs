@@ -6,7 +6,7 @@
 use crate::dlpack::{self, Description, Device, read_capsule};
 use crate::errors::{invalid, invalid_from, is_ours};
 use crate::known::Known;
-use crate::types::{self, Leaf, Way};
+use crate::leaf::{self, Leaf, Way};
 use crate::{dtypes, values};
 use ashore::Dtype;
 use pyo3::intern;
@@ -76,7 +76,7 @@ impl Memory {
 /// # Errors
 /// `InvalidError`, naming `name`, for what is not a tensor, or has no memory that could be read.
 pub fn find(object: &Bound<'_, PyAny>, name: &str, known: Option<&Memory>) -> PyResult<Found> {
-    match types::leaf(object)? {
+    match leaf::of(object)? {
         Leaf::Tensor(way) => find_by(way, object, name, known),
         _ => Err(invalid(object.py(), &values::refusal(object)?, Some(name))),
     }
@@ -317,7 +317,7 @@ fn capsule(array: &Bound<'_, PyAny>, name: &str) -> PyResult<Found> {
 /// The stream in which the library of `object` queues work on this device at present: 0 where it does not
 /// say.
 pub fn current_stream(object: &Bound<'_, PyAny>, device: Device) -> PyResult<usize> {
-    match types::leaf(object)? {
+    match leaf::of(object)? {
         Leaf::Tensor(Way::Torch(exchange)) => exchange.current_stream(object.py(), device),
         Leaf::Tensor(Way::TorchAttributes) => {
             let cuda = object.py().import("torch")?.getattr("cuda")?;

@@ -14,11 +14,11 @@ mod errors;
 mod executor;
 mod handle;
 mod known;
+mod leaf;
 mod notify;
 mod sources;
 mod targets;
 mod tree;
-mod types;
 mod values;
 mod waiting;
 

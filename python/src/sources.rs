@@ -14,7 +14,7 @@
 
 use crate::collect::{self, Found, Memory};
 use crate::errors::{self, IntoPy};
-use crate::types::Way;
+use crate::leaf::Way;
 use ashore::{Capture, DeviceStream, HostTensor, RawDevice, RawHost, StateDict};
 use pyo3::prelude::*;
 use pyo3::types::PyList;

@@ -7,7 +7,7 @@
 //! `"o"` an `OrderedDict`, `"l"` a list, `"t"` a tuple), then its items, each item of a dict after its key.
 
 use crate::errors::invalid;
-use crate::types::{self, Leaf, Way, type_name};
+use crate::leaf::{self, Leaf, Way, type_name};
 use crate::values;
 use ashore::Value;
 use pyo3::prelude::*;
@@ -41,7 +41,7 @@ impl<'py> Leaves<'py> {
     /// integers above tensors, and two leaves of the same name.
     pub fn of(state: &Bound<'py, PyAny>) -> PyResult<Self> {
         let py = state.py();
-        match types::leaf(state)? {
+        match leaf::of(state)? {
             Leaf::Dict | Leaf::Ordered | Leaf::List | Leaf::Tuple => {}
             _ => {
                 let why = format!("a state is a dict, list or tuple of tensors and values type={}", type_name(state)?);
@@ -77,7 +77,7 @@ struct Walk<'py> {
 
 impl<'py> Walk<'py> {
     fn visit(&mut self, object: &Bound<'py, PyAny>, depth: usize) -> PyResult<()> {
-        match types::leaf(object)? {
+        match leaf::of(object)? {
             Leaf::Tensor(way) => {
                 self.leaves.tensors.push((self.path.clone(), object.clone(), way));
                 self.leaves.shape.push('0');
@@ -100,7 +100,7 @@ impl<'py> Walk<'py> {
         if depth > MAX_DEPTH {
             return Err(self.too_deep(object.py()));
         }
-        let of = types::leaf(object)?;
+        let of = leaf::of(object)?;
         let kind = match of {
             Leaf::Ordered => "[\"o\"",
             Leaf::List => "[\"l\"",
@@ -171,7 +171,7 @@ impl<'py> Walk<'py> {
         if depth > MAX_DEPTH {
             return Err(self.too_deep(object.py()));
         }
-        match types::leaf(object)? {
+        match leaf::of(object)? {
             Leaf::Tensor(_) => Ok(true),
             Leaf::List | Leaf::Tuple => {
                 for item in object.try_iter()? {

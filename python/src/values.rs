@@ -1,7 +1,7 @@
 //! Plain Python values, to the engine's [`Value`] and back.
 
 use crate::errors;
-use crate::types::{self, Leaf};
+use crate::leaf::{self, Leaf};
 use ashore::Value;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -28,8 +28,7 @@ impl Encoder<'_> {
         if depth > MAX_DEPTH {
             return Err(errors::invalid(py, "a value nests too deeply, or contains itself", Some(self.name)));
         }
-        let leaf = types::leaf(object)?;
-        Ok(match leaf {
+        Ok(match leaf::of(object)? {
             Leaf::None => Value::None,
             Leaf::Bool => Value::Bool(object.is_truthy()?),
             Leaf::Int => int(object)?,
@@ -100,8 +99,8 @@ impl Encoder<'_> {
 
 /// Why an object is not a value.
 pub fn refusal(object: &Bound<'_, PyAny>) -> PyResult<String> {
-    let of = types::type_name(object)?;
-    Ok(match types::leaf(object)? {
+    let of = leaf::type_name(object)?;
+    Ok(match leaf::of(object)? {
         Leaf::Refused(why) => format!("{why} type={of}"),
         Leaf::Tensor(_) => format!("a tensor cannot be within a value: put it into the state type={of}"),
         _ => format!("a value of this type would not come back as it was; convert it to a plain one type={of}"),

@@ -47,7 +47,7 @@ pub enum Way {
 static TYPES: Known<Leaf> = Known::new();
 
 /// Says what `object` is.
-pub fn leaf(object: &Bound<'_, PyAny>) -> PyResult<Leaf> {
+pub fn of(object: &Bound<'_, PyAny>) -> PyResult<Leaf> {
     TYPES.get(object.get_type().into_any(), |of| classify(of.cast()?))
 }
 
