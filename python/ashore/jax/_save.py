@@ -98,10 +98,12 @@ def save(
     """Saves a pytree as ``step``: the values at the time of this call, whatever happens to the arrays afterwards.
 
     Leaves are arrays of JAX with any sharding, typed keys of ``jax.random``, arrays of NumPy, numbers, text and None.
-    Where arrays lie over several processes, each calls this with the same tree, and an executor with ``ranks``;
-    leaves that every process has for itself must be equal in all, and plain values are those of rank 0. The name of a leaf is the path to it, joined by dots. A sharded array is saved
-    in boxes, from the first replica of each shard; the step has the whole array under its name, and other programs
-    read it so. Static fields of nodes are not saved: they come from the target of :func:`restore`.
+    The name of a leaf is the path to it, joined by dots. A sharded array is saved in boxes, from the first replica of
+    each shard; the step has the whole array under its name, and other programs read it so. Static fields of nodes are
+    not saved: they come from the target of :func:`restore`.
+
+    Where arrays lie over several processes, each process calls this with the same tree, and an executor with
+    ``ranks``. Leaves that every process has for itself must be equal in all; plain values are those of rank 0.
 
     The call waits until the arrays are computed, and copies those of NumPy. It copies none of JAX: it holds a DLPack
     capsule of every shard until the save is staged. Meanwhile a computation to which the arrays are donated gets

@@ -1,6 +1,6 @@
 """One of two processes with four devices each: run by `test_jax_processes.py`.
 
-    process.py save|restore ROOT RANK PORT
+process.py save|restore|alone ROOT RANK PORT
 """
 
 import os
