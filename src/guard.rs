@@ -9,6 +9,15 @@ pub(crate) fn guarded<T>(what: &str, run: impl FnOnce() -> Result<T>) -> Result<
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(Error::internal(what)))
 }
 
+/// Runs work of the storage that no save waits for. On failure, logs a warning and returns false.
+pub(crate) fn attempt(what: &str, run: impl FnOnce() -> Result<()>) -> bool {
+    let done = guarded("the storage panicked", run);
+    if let Err(error) = &done {
+        tracing::warn!(error = format_args!("{error:#}"), "could not {what}");
+    }
+    done.is_ok()
+}
+
 /// Runs user code that returns nothing, and logs `what` if it panics.
 pub(crate) fn logged(what: &str, run: impl FnOnce()) {
     if catch_unwind(AssertUnwindSafe(run)).is_err() {

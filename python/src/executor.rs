@@ -5,7 +5,7 @@ use crate::errors::{self, IntoPy, closed, entry};
 use crate::handle::Handle;
 use crate::sources::{self, Item, Place};
 use crate::tree::{Leaves, SHAPE};
-use crate::waiting::interruptible;
+use crate::waiting::{interruptible, seconds};
 use crate::{checkpoint, values};
 use ashore::ranks::{Member, SharedDirectory};
 use ashore::{Capture, CheckpointExecutor, SaveOptions, Settings, Snapshot, StateDict};
@@ -16,7 +16,6 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
 
 /// An executor of the engine, until it is shut down.
 #[pyclass(module = "ashore._ashore", frozen)]
@@ -348,12 +347,6 @@ fn options_of(
     options.directory = directory;
     options.timeout = deadline.map(|deadline| seconds(py, deadline)).transpose()?;
     Ok(options)
-}
-
-/// A number of seconds.
-pub fn seconds(py: Python<'_>, seconds: f64) -> PyResult<Duration> {
-    let why = "a deadline is a number of seconds, 0 or more";
-    Duration::try_from_secs_f64(seconds).map_err(|_| errors::invalid(py, &format!("{why} seconds={seconds}"), None))
 }
 
 impl Drop for Executor {

@@ -1,9 +1,8 @@
 //! The handle of a save: `ashore._ashore.Handle`.
 
 use crate::errors::{IntoPy, closed, entry};
-use crate::executor::seconds;
 use crate::notify;
-use crate::waiting::SLICE;
+use crate::waiting::{SLICE, seconds};
 use ashore::{Committed, ErrorKind, IoMode, Outcome, Phase, Save};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;

@@ -1,5 +1,6 @@
 //! Waits that give up the GIL, and notice signals.
 
+use crate::errors;
 use pyo3::prelude::*;
 use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
@@ -29,4 +30,10 @@ pub fn interruptible<T: Send + 'static>(py: Python<'_>, work: impl FnOnce() -> T
             }
         }
     }
+}
+
+/// A number of seconds.
+pub fn seconds(py: Python<'_>, seconds: f64) -> PyResult<Duration> {
+    let why = "a deadline is a number of seconds, 0 or more";
+    Duration::try_from_secs_f64(seconds).map_err(|_| errors::invalid(py, &format!("{why} seconds={seconds}"), None))
 }

@@ -5,13 +5,12 @@
 //! before the future tells the caller.
 
 use super::again::try_again;
-use super::tidy;
 use crate::catalog::Catalog;
 use crate::checkpoint::replaceable;
 use crate::commit::{Concluded, Ending};
 use crate::completion::Calls;
 use crate::error::ErrorKind;
-use crate::guard::guarded;
+use crate::guard::{self, guarded};
 use crate::memory::AlignedBuffer;
 use crate::outcome::{Outcome, Phase};
 use crate::staging::Stager;
@@ -100,7 +99,7 @@ pub(super) fn conclude(
                 Some(_) => Leftover::Published { name, attempt: published },
                 None => {
                     // Before the future says that the save has ended: the program may move the parent then.
-                    tidy::attempt("delete what a checkpoint has replaced", || published.settle());
+                    guard::attempt("delete what a checkpoint has replaced", || published.settle());
                     Leftover::Elsewhere { storage }
                 }
             };

@@ -7,9 +7,7 @@
 
 use super::ending::Leftover;
 use crate::catalog::{Catalog, Keeping};
-use crate::error::Result;
-use crate::guard::dropped;
-use crate::guard::guarded;
+use crate::guard::{attempt, dropped};
 use crate::id::parse_step_name;
 use crate::storage::{Remnant, State, Storage, Sweep, Swept};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -162,13 +160,4 @@ impl Tidy<'_> {
         }
         self.reported = names;
     }
-}
-
-/// Runs `run`. On failure, logs a warning and returns false.
-pub(super) fn attempt(what: &str, run: impl FnOnce() -> Result<()>) -> bool {
-    let done = guarded("the storage panicked", run);
-    if let Err(error) = &done {
-        tracing::warn!(error = format_args!("{error:#}"), "could not {what}");
-    }
-    done.is_ok()
 }

@@ -2,7 +2,7 @@
 //!
 //! It has its own thread, so that no work of another thread, such as a sweep of many files, delays it.
 
-use super::tidy::attempt;
+use crate::guard::attempt;
 use crate::storage::Storage;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::time::Duration;

@@ -6,7 +6,7 @@
 //! copies.
 
 use super::region::Region;
-use super::strided::{Address, DeviceElements, HostElements, Strides};
+use super::strided::{Address, DeviceElements, Elements, HostElements, Strides};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -29,6 +29,13 @@ pub(super) struct BoxPlace {
     pub indices: Vec<Range<usize>>,
 }
 
+fn strided<'t>((elements, bytes): (Elements, u64)) -> Share<'t> {
+    match elements {
+        Elements::Host(to) => Share::Strided { to, bytes },
+        Elements::Device(to) => Share::DeviceStrided { to, bytes },
+    }
+}
+
 impl<'t> Memory<'t> {
     pub fn is_on_device(&self) -> bool {
         matches!(self, Self::Device { .. } | Self::Strided { first: Address::Device { .. }, .. })
@@ -39,7 +46,7 @@ impl<'t> Memory<'t> {
         match self {
             Self::Host(to) => Share::Host(to),
             Self::Device { ordinal, address, bytes } => Share::Device { ordinal, address, into: None, bytes },
-            Self::Strided { first, strides } => first.share(&strides, None),
+            Self::Strided { first, strides } => strided(first.elements(&strides, None)),
         }
     }
 
@@ -49,7 +56,7 @@ impl<'t> Memory<'t> {
         let side_by_side = boxes.iter().all(|place| place.bytes.is_contiguous());
         match self {
             Self::Strided { first, strides } => {
-                boxes.iter().map(|place| first.share(&strides, Some(&place.indices))).collect()
+                boxes.iter().map(|place| strided(first.elements(&strides, Some(&place.indices)))).collect()
             }
             packed if side_by_side => {
                 let mut all = packed.whole();

@@ -11,7 +11,6 @@
 //! filled by one thread. [`HostElements::fill`] refuses bytes beyond the last element.
 #![expect(unsafe_code, reason = "writes to raw host memory; argument above")]
 
-use super::share::Share;
 use crate::device::RowLayout;
 use crate::error::{Error, Result};
 use crate::mutant::{self, Mutant};
@@ -134,21 +133,28 @@ pub(super) enum Address {
 }
 
 impl Address {
-    /// Returns the elements of a box within a target, or of all of it.
-    pub fn share<'t>(self, strides: &Strides, within: Option<&[Range<usize>]>) -> Share<'t> {
+    /// Returns the elements of a box within a target, or of all of it, and their length in bytes.
+    pub fn elements(self, strides: &Strides, within: Option<&[Range<usize>]>) -> (Elements, u64) {
         let (first, elements) = strides.part(within);
         let bytes = elements.len() as u64;
-        match self {
+        let found = match self {
             Self::Host(HostPointer(pointer)) => {
                 let pointer = HostPointer(pointer.wrapping_offset(first as isize));
-                Share::Strided { to: HostElements { pointer, elements }, bytes }
+                Elements::Host(HostElements { pointer, elements })
             }
             Self::Device { ordinal, address } => {
                 let address = address.wrapping_add_signed(first);
-                Share::DeviceStrided { to: DeviceElements { ordinal, address, elements }, bytes }
+                Elements::Device(DeviceElements { ordinal, address, elements })
             }
-        }
+        };
+        (found, bytes)
     }
+}
+
+/// Elements of a target.
+pub(super) enum Elements {
+    Host(HostElements),
+    Device(DeviceElements),
 }
 
 /// Elements in host memory.

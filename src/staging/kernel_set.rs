@@ -1,6 +1,6 @@
 //! The kernels of one fence, on all devices of its save.
 
-use super::late_copy::{OnOneDevice, Planned};
+use super::planned::{OnOneDevice, Planned};
 use crate::device::FenceKernels;
 use crate::error::{ErrorKind, Result};
 use crate::mutant::{self, Mutant};

@@ -23,6 +23,7 @@ mod next_action;
 mod on_device;
 mod parts;
 mod pieces;
+mod planned;
 mod scratch;
 mod stage;
 mod stager;

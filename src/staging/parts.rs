@@ -1,7 +1,7 @@
 //! The parts of a save's chunks that each device has: found from plan and state in the call of `save`.
 
-use super::late_copy::OnOneDevice;
 use super::pieces::Part;
+use super::planned::OnOneDevice;
 use crate::device::{Kernels, Pieces};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{Plan, SegmentSource};

@@ -9,9 +9,10 @@
 
 use super::capture_pool::CapturePool;
 use super::kernel_set::KernelSet;
-use super::late_copy::{LateCopy, OnOneDevice, Planned, Slot, Slots};
+use super::late_copy::{LateCopy, Slot, Slots};
 use super::on_device::{OnDevice, at_save};
 use super::parts::{DeviceKernels, PartsOfSave};
+use super::planned::{OnOneDevice, Planned};
 use crate::device::{Dependency, Device, KernelMemory, Kernels};
 use crate::error::Result;
 use crate::mutant::{self, Mutant};

@@ -5,7 +5,7 @@ pub mod fixtures {
     use super::super::*;
     use crate::call_thread::CallThread;
     use crate::completion::Signal;
-    use crate::device::{FenceKernels, Launch};
+    use crate::device::{Dependency, DeviceLateCopy, FenceKernels, Launch};
     use crate::error::Error;
     use crate::ticket::{Extent, Issue};
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -94,7 +94,7 @@ pub mod fixtures {
 mod cases {
     use super::super::*;
     use super::fixtures::{Told, kernels, late_copy, on_one, ticket};
-    use crate::device::Launch;
+    use crate::device::{Dependency, DeviceLateCopy, Launch};
     use std::sync::atomic::Ordering;
 
     fn slot(number: u64) -> Slot {
