@@ -16,8 +16,8 @@ pub struct DeviceReport {
     /// Size of the capture pool, in bytes; the error is the reason there is none: small tensors then cross
     /// the bus one by one and are read at the fence, and strided ones are refused.
     pub gather: Result<u64, String>,
-    /// Number of chunks that a fence can copy late on this device; the error is the reason it waits for copies
-    /// to the host instead.
+    /// Number of chunks that a fence can copy late on this device; the error is the reason it waits for
+    /// copies to the host instead.
     pub scratch: Result<usize, String>,
     /// Maximum number of pending fences whose stream waits end if their saves fail; the error is the reason
     /// streams wait for events instead, even if the saves fail.
