@@ -77,7 +77,7 @@ class SaveFuture(Future[T], Generic[T]):
         self._state = "RUNNING"
 
     # `concurrent.futures.wait` and `as_completed` look at the condition and the list of waiters and call nothing:
-    # whoever touches the condition wants to be told.
+    # a caller that touches the condition wants to be told.
     @property
     def _condition(self) -> threading.Condition:
         if not self._watched:

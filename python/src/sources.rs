@@ -4,12 +4,12 @@
 //! A source is read by threads of the engine until the save is staged. The objects that own the memory (the
 //! storages of torch's tensors, NumPy's arrays, capsules of DLPack) are in one Python list, to which each
 //! source has a reference, so the memory stays allocated as long. torch alone can free it under a reference,
-//! by `resize_` of a storage: the documentation forbids that between `save` and the fence. That nothing writes
-//! the memory between a save and the fence is what the caller of `CheckpointExecutor.save` promises; where
-//! that is broken, bytes are wrong and no memory is. Where an adapter says that memory is immutable, nothing
-//! writes it while its owner lives: XLA does not reuse the memory of an array while a capsule of it exists, and
-//! an adapter's own copies are known to it alone. The extents were checked against the storages. A stream is
-//! the one in which the library queues its work, which torch never destroys.
+//! by `resize_` of a storage: the documentation forbids that between `save` and the fence. That nothing
+//! writes the memory between a save and the fence is what the caller of `CheckpointExecutor.save` promises;
+//! where that is broken, bytes are wrong and no memory is. Where an adapter says that memory is immutable,
+//! nothing writes it while its owner lives: XLA does not reuse the memory of an array while a capsule of it
+//! exists, and an adapter's own copies are known to it alone. The extents were checked against the storages.
+//! A stream is the one in which the library queues its work, which torch never destroys.
 #![expect(unsafe_code, reason = "sources over memory that Python objects own; argument above")]
 
 use crate::collect::{self, Found, Memory};
@@ -58,8 +58,8 @@ type Keep = Arc<Py<PyList>>;
 pub type Devices<'py> = HashMap<i32, (DeviceStream<'static>, Bound<'py, PyAny>)>;
 
 /// Finds the memory of `items` and adds them to `state`. `seen` has the memory of the tensors of the last
-/// save, in order, and gets that of this one. `extra` is kept alive, too. `immutable` says that nothing writes
-/// the memory while its owner lives: then no fence is needed.
+/// save, in order, and gets that of this one. `extra` is kept alive, too. `immutable` says that nothing
+/// writes the memory while its owner lives: then no fence is needed.
 ///
 /// # Errors
 /// `InvalidError`, naming the tensor.
