@@ -70,7 +70,7 @@ class SaveFuture(Future[T], Generic[T]):
 
     def __init__(self, handle: _ashore.Handle, staged: bool, convert: Callable[[Any], T]) -> None:
         self._handle, self._staged, self._convert = handle, staged, convert
-        self._watched, self._settled = False, False
+        self._watched = False
         self._arm = threading.Lock()
         super().__init__()
         # It runs from the beginning, so a task that is cancelled does not cancel the save.
@@ -98,7 +98,6 @@ class SaveFuture(Future[T], Generic[T]):
 
     def _settle(self) -> None:
         """Completes the future, in the notifier thread."""
-        self._settled = True
         try:
             ended, outcome = self._outcome(0.0)
             if not ended:
@@ -126,8 +125,6 @@ class SaveFuture(Future[T], Generic[T]):
         return None
 
     def done(self) -> bool:
-        if self._settled and not self._watched:
-            return True
         try:
             return bool(self._outcome(0.0)[0])
         except Exception:
