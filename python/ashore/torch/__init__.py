@@ -1,0 +1,31 @@
+"""Checkpoints of torch programs: what to save, when to fence, how to restore. See docs/torch.md."""
+
+from ._fence import Handle, fence_before
+from ._restore import IncompatibleKeys
+from ._rng import Rng, rng_state, set_rng_state
+from ._state import State, restore, save, state
+
+__all__ = [
+    "Handle",
+    "IncompatibleKeys",
+    "Rng",
+    "Stager",
+    "State",
+    "StorageReader",
+    "StorageWriter",
+    "fence_before",
+    "restore",
+    "rng_state",
+    "save",
+    "set_rng_state",
+    "state",
+]
+
+
+def __getattr__(name: str) -> object:
+    # torch.distributed.checkpoint is imported only by programs that use it.
+    if name in ("Stager", "StorageReader", "StorageWriter"):
+        from . import dcp
+
+        return getattr(dcp, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,294 @@
+"""The parts of a `State`: what each kind of object saves, and what it takes back.
+
+A part gives a tree of tensors and values (`tree`), the same with copies of what may be written before the
+fence (`taken`), and takes a saved tree back (`plan`, see `_restore`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ._fence import unwrapped
+from ._numpy import is_array
+
+if TYPE_CHECKING:
+    from ._restore import Plan
+
+
+_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+
+def part_of(name: str, given: Any) -> Part:
+    """The part for an object that was given under this name."""
+    if isinstance(given, nn.Module):
+        return ModulePart(given)
+    optimizer = unwrapped(given) if isinstance(given, torch.optim.Optimizer) else given
+    if isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).state_dict is torch.optim.Optimizer.state_dict:
+        return OptimizerPart(optimizer)
+    if callable(getattr(given, "state_dict", None)) and callable(getattr(given, "load_state_dict", None)):
+        return StatefulPart(given)
+    if isinstance(given, MutableMapping):
+        return DictPart(given)
+    raise TypeError(
+        "a state consists of modules, optimizers, dicts, and objects with state_dict and load_state_dict: put plain "
+        f"values into a dict name={name} type={type(given).__name__}"
+    )
+
+
+class Copies:
+    """Copies of tensors, one for each memory, so that tied ones stay tied."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, tree: Any) -> Any:
+        """The tree with copies of its tensors and arrays."""
+        of = type(tree)
+        if of is dict or of is OrderedDict:
+            return of((key, self.of(value)) for key, value in tree.items())
+        if of is list or of is tuple:
+            return of(map(self.of, tree))
+        if isinstance(tree, torch.Tensor):
+            return self.tensor(tree)
+        return tree.copy() if is_array(tree) else tree
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+            return tensor
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        # The tensor is held, too, so that no other gets its memory meanwhile.
+        if key not in self._made:
+            self._made[key] = tensor, tensor.detach().clone()
+        return self._made[key][1]
+
+
+class Part:
+    def tree(self) -> Any:
+        raise NotImplementedError
+
+    def taken(self, copies: Copies) -> Any:
+        return copies.of(self.tree())
+
+    def plan(self, plan: Plan, name: str) -> None:
+        raise NotImplementedError
+
+
+class StatefulPart(Part):
+    def __init__(self, given: Any) -> None:
+        self._given = given
+
+    def tree(self) -> Any:
+        return self._given.state_dict()
+
+    def plan(self, plan: Plan, name: str) -> None:
+        built = plan.build(name, like=self.tree(), in_place=False)
+        if built is not plan.MISSING:
+            plan.after(lambda: self._given.load_state_dict(built))
+
+
+class DictPart(Part):
+    def __init__(self, given: MutableMapping[Any, Any]) -> None:
+        self._given = given
+
+    def tree(self) -> Any:
+        return dict(self._given)
+
+    def plan(self, plan: Plan, name: str) -> None:
+        built = plan.build(name, like=self._given, in_place=True)
+        if built is not plan.MISSING:
+            plan.after(lambda: self._replace(built))
+
+    def _replace(self, built: Mapping[Any, Any]) -> None:
+        self._given.clear()
+        self._given.update(built)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module within wrappers that only put a prefix before its names."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif isinstance(inner := module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether `state_dict` of this module, without its children, is its parameters and persistent buffers."""
+    of = type(module)
+    return (
+        of.state_dict is nn.Module.state_dict
+        and of._save_to_state_dict is nn.Module._save_to_state_dict
+        and of.get_extra_state is nn.Module.get_extra_state
+        and not module._state_dict_hooks
+        and not module._state_dict_pre_hooks
+    )
+
+
+class ModulePart(Part):
+    """A module. Where its tensors are is found once, and again when the module has changed its structure."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = _bare(module)
+        self._count = 0
+        self._scan()
+
+    def scans(self) -> int:
+        """How often the structure was looked at: again in this call, if it has changed."""
+        if not self._is_known():
+            self._scan()
+        return self._count
+
+    def _scan(self) -> None:
+        self._count += 1
+        modules = list(self._module.named_modules(remove_duplicate=False))
+        self._plain = all(_is_plain(module) for _, module in modules)
+        self._names: list[str] = []
+        self._places: list[tuple[Mapping[str, Any], str]] = []
+        self._buffers: list[str] = []
+        # What must be the same for the places to hold: children by identity, and how many entries dicts have.
+        self._children: list[tuple[Mapping[str, Any], str]] = []
+        self._dicts: list[Mapping[str, Any] | set[str]] = []
+        self._absent: list[tuple[Mapping[str, Any], str]] = []
+        for path, module in modules:
+            prefix = path + "." if path else ""
+            self._dicts += [module._modules, module._parameters, module._buffers, module._non_persistent_buffers_set]
+            self._children += [(module._modules, key) for key in module._modules]
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._names.append(prefix + key)
+                    self._places.append((module._parameters, key))
+            for key, buffer in module._buffers.items():
+                if buffer is not None and key not in module._non_persistent_buffers_set:
+                    self._names.append(prefix + key)
+                    self._buffers.append(prefix + key)
+                    self._places.append((module._buffers, key))
+            self._absent += [(held, key) for held in (module._parameters, module._buffers) for key in held if held[key] is None]
+        self._seen = [children[key] for children, key in self._children], [len(entries) for entries in self._dicts]
+
+    def _is_known(self) -> bool:
+        children = [children.get(key) for children, key in self._children]
+        same = (children, [len(entries) for entries in self._dicts]) == self._seen
+        return same and all(held.get(key) is None for held, key in self._absent)
+
+    def tree(self) -> dict[str, Any]:
+        self.scans()
+        if not self._plain:
+            return dict(self._module.state_dict(keep_vars=True))
+        tensors = [held.get(key) for held, key in self._places]
+        if any(tensor is None for tensor in tensors):
+            self._scan()
+            tensors = [held[key] for held, key in self._places]
+        return dict(zip(self._names, tensors))
+
+    def taken(self, copies: Copies) -> Any:
+        tree = self.tree()
+        # Forward writes buffers before the fence: BatchNorm its averages, spectral_norm its vectors.
+        for name in self._buffers if self._plain else [key for key, value in tree.items() if not _is_parameter(value)]:
+            tree[name] = copies.of(tree[name])
+        return tree
+
+    def names(self) -> Iterator[tuple[int, str]]:
+        """The identity of each parameter, and its first name."""
+        return ((id(parameter), name) for name, parameter in self._module.named_parameters())
+
+    def plan(self, plan: Plan, name: str) -> None:
+        if self._plain:
+            plan.build(name, like=self.tree(), in_place=True, of_module=True)
+            return
+        # What hooks and extra state make of the tensors is theirs: they get new ones.
+        built = plan.build(name, like=self.tree(), in_place=False, of_module=True)
+        if built is not plan.MISSING:
+            plan.after(lambda: self._module.load_state_dict(built, strict=False))
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, nn.Parameter)
+
+
+class OptimizerPart(Part):
+    """An optimizer. Parameters have the names of their modules, so that their order does not matter."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._known: dict[int, str] = {}
+        self._parameters: list[list[nn.Parameter]] = []
+        self._names: list[list[str]] = []
+
+    def name_by(self, names: Mapping[int, str]) -> None:
+        """Takes the names of parameters. Those that no module has are numbered within their groups."""
+        self._known = dict(names)
+        self._parameters = []
+
+    def _scan(self) -> None:
+        parameters = [group["params"] for group in self._optimizer.param_groups]
+        same = len(parameters) == len(self._parameters) and all(
+            len(now) == len(seen) and all(map(_is, now, seen)) for now, seen in zip(parameters, self._parameters)
+        )
+        if not same:
+            self._parameters = [list(group) for group in parameters]
+            self._names = [
+                [self._known.get(id(parameter), f"group{number}:{index}") for index, parameter in enumerate(group)]
+                for number, group in enumerate(parameters)
+            ]
+
+    def tree(self) -> dict[str, Any]:
+        self._scan()
+        held = self._optimizer.state
+        state = {
+            name: held[parameter]
+            for group, names in zip(self._parameters, self._names)
+            for parameter, name in zip(group, names)
+            if parameter in held and held[parameter]
+        }
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} | {"params": names}
+            for group, names in zip(self._optimizer.param_groups, self._names)
+        ]
+        if len(state) < sum(bool(entry) for entry in held.values()):
+            raise ValueError("an optimizer holds state of parameters that are in none of its groups")
+        return {"state": state, "param_groups": groups}
+
+    def taken(self, copies: Copies) -> Any:
+        tree = self.tree()
+        # A scheduler writes a learning rate that is a tensor.
+        tree["param_groups"] = copies.of(tree["param_groups"])
+        return tree
+
+    def plan(self, plan: Plan, name: str) -> None:
+        now = self.tree()
+        by_name = {
+            name: parameter for group, names in zip(self._parameters, self._names) for parameter, name in zip(group, names)
+        }
+        groups = {key: number for number, names in enumerate(self._names) for key in names}
+        saved = plan.build(f"{name}.param_groups", like=now["param_groups"], in_place=True)
+        if saved is plan.MISSING:
+            return
+        matched = plan.matched_groups(name, [group["params"] for group in saved], self._names)
+
+        def like(parameter: str, key: str) -> Any:
+            """Where new state lies: on the device of its parameter, but for counters of steps."""
+            owner, group = by_name[parameter], self._optimizer.param_groups[groups[parameter]]
+            off_device = key == "step" and not (group.get("capturable") or group.get("fused"))
+            return None if off_device else owner
+
+        built = plan.build_state(f"{name}.state", now["state"], by_name, like)
+
+        def put_back() -> None:
+            for parameter, owner in by_name.items():
+                if parameter in built:
+                    self._optimizer.state[owner] = built[parameter]
+            for group, number in zip(self._optimizer.param_groups, matched):
+                group.update({key: value for key, value in saved[number].items() if key != "params"})
+
+        plan.after(put_back)
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b

@@ -1,0 +1,55 @@
+"""The state of random numbers: Python's, NumPy's, torch's, and those of CUDA devices."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def rng_state(devices: bool = True) -> dict[str, Any]:
+    """The state of the global generators of Python, NumPy (where it is imported) and torch.
+
+    With `devices`, also that of every CUDA device, where CUDA is in use. `set_rng_state` takes it back.
+
+    >>> state = rng_state()
+    >>> a = torch.rand(3)
+    >>> set_rng_state(state)
+    >>> torch.equal(a, torch.rand(3))
+    True
+    """
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if (numpy := sys.modules.get("numpy")) is not None:
+        state["numpy"] = numpy.random.get_state(legacy=False)
+    if devices and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = list(torch.cuda.get_rng_state_all())
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Sets the generators that `state` names, as `rng_state` returned it."""
+    random.setstate(state["python"])
+    torch.set_rng_state(torch.as_tensor(state["torch"]))
+    if "numpy" in state:
+        import numpy
+
+        legacy = state["numpy"]
+        key = numpy.asarray(legacy["state"]["key"])
+        numpy.random.set_state({**legacy, "state": {**legacy["state"], "key": key}})
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all([torch.as_tensor(device) for device in state["cuda"]])
+
+
+class Rng:
+    """The global generators as an object of a `State`: `state(model=model, rng=Rng())`."""
+
+    def __init__(self, devices: bool = True) -> None:
+        self._devices = devices
+
+    def state_dict(self) -> dict[str, Any]:
+        return rng_state(self._devices)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_rng_state(state)
