@@ -1,0 +1,121 @@
+"""torch's private interface for the executor of asynchronous saves.
+
+torch may change it in any version: the versions that were tried are in `TRIED`, and others are refused.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from typing import Any
+
+import torch
+
+import ashore
+
+from . import dcp
+from ._errors import invalid
+
+TRIED = ("2.11",)
+
+try:
+    from torch.distributed.checkpoint import state_dict_saver as _saver
+    from torch.distributed.checkpoint._async_executor import _AsyncCheckpointExecutor
+except ImportError as e:
+    tried = ", ".join(TRIED)
+    raise ImportError(f"torch has no _AsyncCheckpointExecutor: tried were {tried} torch={torch.__version__}") from e
+
+
+class Executor(_AsyncCheckpointExecutor):
+    """Carries out DCP's asynchronous saves by an executor of ashore, without DCP's planner and without a thread.
+
+    `Executor(executor).execute_save(state, checkpoint_id="step-5")` begins the save in the call and returns a
+    future of DCP's metadata, which resolves when the step is durable. The state may be written after the next
+    fence of the executor. Planners are not asked; process groups of several ranks are refused.
+    """
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+
+    def execute_save(
+        self,
+        staging_future_or_state_dict: Any,
+        *,
+        checkpoint_id: str | os.PathLike[str] | None = None,
+        storage_writer: Any = None,
+        planner: Any = None,
+        process_group: Any = None,
+        no_dist: bool = False,
+        use_collectives: bool = True,
+    ) -> concurrent.futures.Future[Any]:
+        if storage_writer is not None and not isinstance(storage_writer, dcp.StorageWriter):
+            raise invalid(f"the executor writes its own steps: give no other writer {type(storage_writer).__name__}")
+        if planner is not None:
+            raise invalid("the executor asks no planner: use dcp.async_save with ashore.torch.StorageWriter")
+        step = dcp.step_of(checkpoint_id)
+        if step is None and storage_writer is not None:
+            step = storage_writer._step
+        if step is None:
+            raise invalid("a save needs a checkpoint_id that ends in the number of its step")
+        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        if isinstance(staging_future_or_state_dict, concurrent.futures.Future):
+            staging_future_or_state_dict.add_done_callback(lambda staged: self._begin(step, staged.result, done))
+        else:
+            self._begin(step, lambda: staging_future_or_state_dict, done, raises=True)
+        return done
+
+    def _begin(self, step: int, state: Any, done: concurrent.futures.Future[Any], raises: bool = False) -> None:
+        try:
+            begun = dcp._Begun.take(self._executor, step)
+            save, _ = begun or dcp.begin(self._executor, step, state())
+        except BaseException as e:
+            if raises:
+                raise
+            done.set_exception(e)
+            return
+        save.durable.add_done_callback(lambda durable: self._end(durable, done))
+
+    def _end(self, durable: concurrent.futures.Future[Any], done: concurrent.futures.Future[Any]) -> None:
+        try:
+            committed = durable.result()
+            if committed is None:
+                raise invalid("the executor did not begin the save: its overlap policy skips saves")
+            done.set_result(dcp.metadata(ashore.Checkpoint(committed.path)))
+        except BaseException as e:
+            done.set_exception(e)
+
+
+# What it constructs for saves in a thread.
+_CLASS = "_ThreadBasedAsyncCheckpointExecutor"
+
+
+class Installed:
+    """What `install` returns: `remove()` takes it back."""
+
+    def __init__(self, before: Any) -> None:
+        self._before = before
+
+    def remove(self) -> None:
+        setattr(_saver, _CLASS, self._before)
+
+
+def install(executor: Any) -> Installed:
+    """Has `dcp.async_save` carry out, by `Executor`, saves whose `storage_writer` is `ashore.torch.StorageWriter`.
+
+    Other saves go the way they went. Raises ImportError for a version of torch that was not tried.
+    """
+    if not torch.__version__.startswith(tuple(version + "." for version in TRIED)):
+        raise ImportError(f"ashore.torch.private was tried with torch {', '.join(TRIED)} torch={torch.__version__}")
+    before = getattr(_saver, _CLASS)
+
+    class Chooses(_AsyncCheckpointExecutor):
+        def execute_save(  # type: ignore[override]
+            self, staged: Any, *, storage_writer: Any = None, **options: Any
+        ) -> concurrent.futures.Future[Any]:
+            ours = isinstance(storage_writer, dcp.StorageWriter) and options.get("planner") is None
+            chosen = Executor(executor) if ours else before()
+            done: concurrent.futures.Future[Any] = chosen.execute_save(staged, storage_writer=storage_writer, **options)
+            return done
+
+    setattr(_saver, _CLASS, Chooses)
+    return Installed(before)
