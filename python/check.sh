@@ -21,6 +21,6 @@ echo "python: $version, $(basename "$wheels"/*.whl), $(stat -c %s "$wheels"/*.wh
 "$fresh/bin/python" -I -m pytest -p no:cacheprovider tests --ignore=tests/jax "$@"
 # In a process of their own, in which JAX has eight devices. 5: the arguments select none of them.
 "$fresh/bin/python" -I -m pytest -p no:cacheprovider tests/jax "$@" || [ $? -eq 5 ]
-"$fresh/bin/python" -I -m pytest -p no:cacheprovider --quiet --doctest-modules --pyargs ashore
+"$fresh/bin/python" -I -m pytest -p no:cacheprovider --quiet --doctest-modules --doctest-ignore-import-errors --pyargs ashore
 "$fresh/bin/python" -I -m mypy --strict --package ashore
 "$fresh/bin/python" -I -m mypy.stubtest --concise ashore._ashore

@@ -1,0 +1,100 @@
+"""Lightning: its checkpoints written by an executor, and the fence where Lightning's optimizers need it.
+
+    fence = ashore.torch.lightning.Fence(executor)
+    io = ashore.torch.lightning.CheckpointIO(executor, fence)
+    trainer = lightning.Trainer(plugins=[io], callbacks=[fence, ModelCheckpoint(...)])
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.io import CheckpointIO as _CheckpointIO
+from torch.utils._pytree import tree_map_only
+
+import ashore
+
+from ._parts import Copies
+from ._restore import Plan
+from ._trees import packed, unpacked
+
+
+class Fence(Callback):
+    """Calls the fence in `on_before_optimizer_step`.
+
+    The optimizer's own pre-hook, as of `fence_before`, comes before forward and backward there, which run
+    within the optimizer's step.
+    """
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+        self._module: torch.nn.Module | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._module = pl_module
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self._executor.fence()
+
+    def addresses(self) -> set[int]:
+        """Where the parameters are: what only an optimizer writes."""
+        return set() if self._module is None else {parameter.data_ptr() for parameter in self._module.parameters()}
+
+
+class CheckpointIO(_CheckpointIO):
+    """Writes each checkpoint of Lightning into a directory of the name that Lightning gives it (`last.ckpt`).
+
+    `save_checkpoint` returns at once. Parameters and the state of optimizers are read until the fence; other
+    tensors are copied in the call. Whatever is not plain (paths, hyperparameters of other types) is pickled.
+    A checkpoint of the same path is replaced when the new one is durable. `load_checkpoint` unpickles: load
+    what you trust.
+    """
+
+    def __init__(self, executor: Any, fence: Fence) -> None:
+        self._executor, self._fence = executor, fence
+        self._saves: dict[str, Any] = {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is not None:
+            raise ashore.InvalidError("the executor has its own options: give no storage_options", "invalid")
+        path = os.path.abspath(path)
+        copies, parameters = Copies(), self._fence.addresses()
+        optimizers = checkpoint.get("optimizer_states", [])
+        taken = {key: copies.of(value) for key, value in checkpoint.items() if key not in ("optimizer_states", "state_dict")}
+        taken["optimizer_states"] = [
+            {**optimizer, "param_groups": copies.of(optimizer["param_groups"])} for optimizer in optimizers
+        ]
+        weights = checkpoint.get("state_dict", {})
+        taken["state_dict"] = {
+            name: value if isinstance(value, torch.Tensor) and value.data_ptr() in parameters else copies.of(value)
+            for name, value in weights.items()
+        }
+        self._wait(path)
+        # A step without an optimizer's, as after validation, has called no fence.
+        self._executor.fence()
+        step = int(checkpoint.get("global_step", 0))
+        self._saves[path] = self._executor.save(step, packed(taken), directory=path, overwrite=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        self._wait(os.path.abspath(path))
+        tree: dict[str, Any] = unpacked(Plan(ashore.Checkpoint(path)).whole())
+        if map_location is not None:
+            tree = tree_map_only(torch.Tensor, lambda tensor: tensor.to(map_location), tree)
+        return tree
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self._wait(os.path.abspath(path))
+        shutil.rmtree(path, ignore_errors=True)
+
+    def teardown(self) -> None:
+        """Waits until every checkpoint is durable; raises the error of one that failed."""
+        for path in list(self._saves):
+            self._wait(path)
+
+    def _wait(self, path: str) -> None:
+        if (save := self._saves.pop(path, None)) is not None:
+            save.wait()

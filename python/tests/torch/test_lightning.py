@@ -1,0 +1,60 @@
+"""Lightning with its real Trainer: a run goes on from our checkpoints as from Lightning's own."""
+
+import pathlib
+
+import ashore
+import ashore.torch
+import pytest
+import torch
+from helpers import bits, executor
+
+pytest.importorskip("lightning")
+
+import ashore.torch.lightning as ashore_lightning  # noqa: E402
+import lightning  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(8, 256), torch.nn.BatchNorm1d(256), torch.nn.Linear(256, 1))
+        self.save_hyperparameters({"root": pathlib.PurePosixPath("/data")})
+
+    def training_step(self, batch, _):
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+def fitted(root, steps, saves=None, resume=None):
+    """The end of a run; without an executor by Lightning's own checkpoints."""
+    torch.manual_seed(1)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 8)), batch_size=4)
+    module = Module()
+    every = ModelCheckpoint(root, "{step}", every_n_train_steps=1, save_top_k=2, monitor="step", mode="max", save_last=True)
+    callbacks, plugins = [every], []
+    if saves is not None:
+        fence = ashore_lightning.Fence(saves)
+        callbacks, plugins = [fence, every], [ashore_lightning.CheckpointIO(saves, fence)]
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=steps, callbacks=callbacks, plugins=plugins, logger=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=resume, weights_only=False)
+    trainer.strategy.checkpoint_io.teardown()
+    return bits([module.state_dict(), trainer.optimizers[0].state_dict()])
+
+
+def test_a_run_goes_on_as_from_the_checkpoints_of_lightning(tmp_path):
+    own, ours = tmp_path / "own", tmp_path / "ours"
+    with executor(tmp_path / "steps", detect="all") as saves:
+        assert fitted(ours, 5, saves) == fitted(own, 5)
+        assert {path.name for path in ours.iterdir()} == {path.name for path in own.iterdir()}
+        resumed = fitted(ours, 12, saves, resume=ours / "last.ckpt")
+        assert resumed == fitted(own, 12, resume=own / "last.ckpt")
+        # Plain safetensors under Lightning's names.
+        last = ashore.Checkpoint(ours / "last.ckpt")
+        assert last.step == 12 and "state_dict.net.0.weight" in last.names()
