@@ -37,7 +37,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         let _ = decode_value::<ashore::Value>(&json);
         let _ = decode_value::<(u128, i128, Vec<u8>)>(&json);
     });
-    // What is read with its kinds is written, unless a key comes twice or zeros stand in front, and read again.
+    // What is read with its kinds is written, unless a key comes twice, and read again.
     if let Some(encoded) = decode_value::<ashore::Value>(&json).ok().and_then(|value| encode_value(&value).ok()) {
         let value = decode_value::<ashore::Value>(&encoded).unwrap();
         assert_eq!(encode_value(&value).unwrap(), encoded);

@@ -8,10 +8,10 @@ use std::fmt;
 /// A value of a state dict with its kind: what Python tells apart, and JSON and most Rust types do not.
 ///
 /// It is a serde type like others: [`StateDict::value`](crate::StateDict::value) takes it, and
-/// [`Checkpoint::value`](crate::Checkpoint::value) returns it for a value of any type. A program that does not
-/// care about kinds reads ordinary types: a tuple or set as a sequence, bytes as bytes or a sequence of `u8`,
-/// a complex number as a pair, a NumPy scalar as its number, pairs as a map, an integer beyond 64 bits as an
-/// `i128` or `u128`. With other serde formats than ours the kinds are lost, the values are not.
+/// [`Checkpoint::value`](crate::Checkpoint::value) returns it for a value of any type. A program that does
+/// not care about kinds reads ordinary types: a tuple or set as a sequence, bytes as bytes or a sequence of
+/// `u8`, a complex number as a pair, a NumPy scalar as its number, pairs as a map, an integer beyond 64 bits
+/// as an `i128` or `u128`. With other serde formats than ours the kinds are lost, the values are not.
 ///
 /// # Example
 /// ```
@@ -41,7 +41,7 @@ pub enum Value {
     Int(i64),
     /// An integer of 64 bits that is too large for an `i64`.
     Uint(u64),
-    /// An integer beyond 64 bits: lower-case hex digits without zeros in front, after a `-` if it is negative.
+    /// An integer beyond 64 bits: lower-case hex digits without zeros in front, after a `-` if negative.
     Big(String),
     /// A float, kept bit for bit.
     Float(f64),

@@ -1,7 +1,7 @@
 //! Encodes values of any serde type as JSON, exactly, and those kinds of Python that JSON does not have.
 //!
-//! What JSON lacks is written with a tag that begins with `$`. A user's key that begins with `$` gets one more
-//! `$`, so it is never mistaken for a tag:
+//! What JSON lacks is written with a tag that begins with `$`. A user's key that begins with `$` gets one
+//! more `$`, so it is never mistaken for a tag:
 //!
 //! | in Rust | in JSON |
 //! |---|---|
@@ -84,8 +84,9 @@ const MAX_DEPTH: usize = 125;
 /// type.
 ///
 /// # Errors
-/// `Invalid` for values that JSON cannot hold: keys that are not text, integers of 64 bits or bools, an option that
-/// holds nothing (`Some(None)`, `Some(())`), a duplicate key, more than 125 levels of nesting, unparsed JSON.
+/// `Invalid` for values that JSON cannot hold: keys that are not text, integers of 64 bits or bools, an
+/// option that holds nothing (`Some(None)`, `Some(())`), a duplicate key, more than 125 levels of nesting,
+/// unparsed JSON.
 pub fn encode(value: &(impl Serialize + ?Sized)) -> Result<Value> {
     encode::value(value, 0).map_err(|e| Error::invalid("a value cannot be written as json").with_source(e))
 }
