@@ -26,8 +26,8 @@ pub struct Sample {
     pub visits: BTreeMap<i64, String>,
     /// May be absent.
     pub next: Option<Box<Sample>>,
-    /// Values above 64 bits cannot be saved.
-    pub wide: u128,
+    /// `Some(None)` cannot be saved: it would be restored as `None`.
+    pub option: Option<Option<u8>>,
 }
 
 /// A float that equals another with the same bits.
@@ -47,7 +47,7 @@ impl Sample {
         let next = (seed > 0).then(|| Box::new(Self { next: None, ..Self::new(0) }));
         let scores = [f64::NAN, f64::NEG_INFINITY, -0.0, 0.1 + seed as f64, f64::from_bits(0x7ff0_0000_0000_0001)];
         let visits = BTreeMap::from([(-5, "$f64".into()), (7, format!("node {seed}"))]);
-        Self { seed, scores: scores.map(Bits).to_vec(), visits, next, wide: u128::from(u64::MAX) }
+        Self { seed, scores: scores.map(Bits).to_vec(), visits, next, option: Some(Some(1)) }
     }
 }
 
@@ -220,9 +220,9 @@ fn runs_are_apart(checkpointer: Checked<'_>) {
 fn what_cannot_be_kept_is_refused(checkpointer: Checked<'_>) {
     let run = Uuid::new_v4();
     save(checkpointer, run, 3, 3);
-    let wide = Sample { wide: u128::MAX, ..Sample::new(4) };
+    let unkept = Sample { option: Some(None), ..Sample::new(4) };
     for step in [3, 4] {
-        let error = block_on(checkpointer.save(run, step, &wide)).expect_err("an integer beyond 64 bits");
+        let error = block_on(checkpointer.save(run, step, &unkept)).expect_err("an option that holds nothing");
         assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, Some(step)));
     }
     assert_eq!((list(checkpointer, run), load(checkpointer, run, None)), (vec![3], Some(Sample::new(3))));

@@ -212,6 +212,7 @@ fn an_asynchronous_save_is_waited_for_by_what_comes_next() {
     assert_eq!(handler.restore(root.path(), None).unwrap(), state(4));
     assert_eq!(handler.get_checkpoint_steps(root.path()).unwrap(), [3, 4]);
     std::fs::create_dir(root.path().join("ckpt-5")).unwrap();
+    std::fs::write(root.path().join("ckpt-5/notes"), "of another program").unwrap();
     handler.save(root.path(), &state(5), SaveArgs::step(5)).unwrap();
     assert_eq!(kind(handler.wait_until_finished()), ErrorKind::Conflict);
     handler.save(root.path(), &state(6), SaveArgs::step(6)).unwrap();
@@ -224,8 +225,8 @@ fn bad_input_is_refused_and_changes_nothing() {
     let root = tempdir().unwrap();
     let directory = root.path().join("checkpoints");
     let handler = handler();
-    assert_eq!(kind(SaveArgs::default().metadata("wide", &u128::MAX)), ErrorKind::Invalid);
-    assert_eq!(kind(State::new().value("wide", &u128::MAX)), ErrorKind::Invalid);
+    assert_eq!(kind(SaveArgs::default().metadata("empty", &Some(None::<u8>))), ErrorKind::Invalid);
+    assert_eq!(kind(State::new().value("empty", &Some(None::<u8>))), ErrorKind::Invalid);
     assert_eq!(kind(State::new().value("a", &1).unwrap().value("a", &2)), ErrorKind::Invalid);
     let save = |state: &State, args| handler.save(&directory, state, args);
     let mut short = State::new();

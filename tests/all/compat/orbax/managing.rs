@@ -69,7 +69,7 @@ fn an_older_step_is_not_saved_and_force_does_not_replace() {
     let mut taken = state(3);
     taken.metadata("metrics", &1).unwrap();
     assert_eq!(manager.save_with(11, taken, Some(&1), false).unwrap_err().kind(), ErrorKind::Invalid);
-    let unkept = manager.save_with(11, state(3), Some(&u128::MAX), false).unwrap_err();
+    let unkept = manager.save_with(11, state(3), Some(&Some(None::<u8>)), false).unwrap_err();
     assert_eq!(unkept.kind(), ErrorKind::Invalid);
     assert_eq!(manager.all_steps().unwrap(), [9, 10]);
     assert_eq!(manager.restore(Some(10)).unwrap().value::<u64>("epoch").unwrap(), 1);
