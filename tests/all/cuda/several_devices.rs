@@ -174,24 +174,25 @@ fn cuda_part_of_a_chunk_is_copied_again_only_where_its_gpu_asks_for_it() {
     for first in [0, 1] {
         let second = 1 - first;
         // A busy machine may run kernels or copies too late for what is to be seen.
-        let seen = (0..50).any(|_| {
+        let seen = (0..50).any(|tries| {
             step += 1;
+            let moment = Duration::from_millis(5 << (tries / 8));
             // One chunk that both share, in two parts.
             let tensors = pair.tensors(step, &[(0, 2000), (1, 2000)]);
             let before = [pair.copies(0), pair.copies(1)];
             pair.hold(COPIES, COPIES);
             let save = pair.save(step, &tensors);
             eventually("both parts are on their way", || [0, 1].iter().all(|&at| pair.copies(at) == before[at] + 1));
-            // The first GPU tells F before its part has left; the part of the second leaves before its kernels
-            // run.
+            // The first GPU tells F before its part has left; the part of the second leaves before its
+            // kernels run.
             pair.fake(second).set("hold", KERNELS | COPIES);
             pair.fence(&[0, 1]).unwrap();
             pair.overwrite(0, &tensors);
             pair.overwrite(1, &tensors);
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(moment);
             pair.fake(second).set("hold", KERNELS);
             pair.fake(first).set("hold", 0);
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(moment);
             pair.hold(0, 0);
             let late = save.wait(LONG).unwrap().committed().unwrap().late_chunks;
             pair.wait();
@@ -204,8 +205,8 @@ fn cuda_part_of_a_chunk_is_copied_again_only_where_its_gpu_asks_for_it() {
 
 #[test]
 fn cuda_host_waits_at_a_fence_for_what_the_scratch_of_one_gpu_does_not_hold() {
-    // 8 chunks have a part on the first GPU, the last of them and two more on the second. Slots of each, slabs
-    // of the arena, and whether the fence returns while nothing leaves the GPUs.
+    // 8 chunks have a part on the first GPU, the last of them and two more on the second. Slots of each,
+    // slabs of the arena, and whether the fence returns while nothing leaves the GPUs.
     for (slots, slabs, returns) in
         [(8, 2, true), (6, 2, true), (5, 2, false), (3, 5, true), (3, 4, false), (2, 8, true), (2, 7, false)]
     {
