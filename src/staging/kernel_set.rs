@@ -71,7 +71,7 @@ impl KernelSet {
     /// Whether all of them have run, or never will.
     pub fn over(&self) -> bool {
         // All are asked, because asking detects a lost device.
-        self.kernels.iter().fold(true, |over, kernels| kernels.over() && over)
+        self.kernels.iter().filter(|kernels| !kernels.over()).count() == 0
     }
 
     /// F of each device, as far as it is told.
