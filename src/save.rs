@@ -86,17 +86,18 @@ impl SaveOptions {
         self
     }
 
-    /// Makes the checkpoint the directory `path`, wherever that is: not a step of the root, never listed, never
-    /// pruned, and not the `latest` one. For programs whose framework chooses the paths of checkpoints.
+    /// Makes the checkpoint the directory `path`, wherever that is: not a step of the root, never listed,
+    /// never pruned, and not the `latest` one. For programs whose framework chooses the paths of
+    /// checkpoints.
     ///
-    /// The directory must not exist, or be empty; with [`SaveOptions::overwrite`] it may be a checkpoint of this
-    /// library. Its parent is created if it is missing. Until the save ends, the attempt lies beside the directory
-    /// under a hidden name, and one rename makes it the directory. When the future resolves, the directory and
-    /// every name that leads to it are durable, and nothing hidden is left. What a killed process leaves in a parent
-    /// is deleted after the next save into the same parent.
+    /// The directory must not exist, or be empty; with [`SaveOptions::overwrite`] it may be a checkpoint of
+    /// this library. Its parent is created if it is missing. Until the save ends, the attempt lies beside
+    /// the directory under a hidden name, and one rename makes it the directory. When the future resolves,
+    /// the directory and every name that leads to it are durable, and nothing hidden is left. What a killed
+    /// process leaves in a parent is deleted after the next save into the same parent.
     ///
-    /// The save is `Invalid` with [`SaveOptions::name`], with several ranks, and in storage that is not a local
-    /// directory.
+    /// The save is `Invalid` with [`SaveOptions::name`], with several ranks, and in storage that is not a
+    /// local directory.
     ///
     /// ```
     /// use ashore::{Checkpoint, CheckpointExecutor, SaveOptions, StateDict};

@@ -123,10 +123,11 @@ pub(crate) trait DeviceLateCopy: Send + Sync {
     /// `Invalid`; `Device`.
     fn refuse_captures(&self, streams: &[DeviceStream]) -> Result<()>;
 
-    /// Queues in `stream`, or in a stream of ours where the fence has none of this device, behind the part of
-    /// `dependency` on this device and, if `behind_copies`, behind all its copies queued so far: latch F from
-    /// the watermark, make late copies of this device's parts of the chunks from F on, report F. `slots` are
-    /// the slots of the last chunks, 0 for a chunk without a part here. Called once per save, unless it fails.
+    /// Queues in `stream`, or in a stream of ours where the fence has none of this device, behind the part
+    /// of `dependency` on this device and, if `behind_copies`, behind all its copies queued so far: latch F
+    /// from the watermark, make late copies of this device's parts of the chunks from F on, report F.
+    /// `slots` are the slots of the last chunks, 0 for a chunk without a part here. Called once per save,
+    /// unless it fails.
     ///
     /// # Errors
     /// `Device`, `Invalid`: nothing was queued.

@@ -3,12 +3,12 @@
 //! # Safety argument
 //! The stager copies elements that lie at strides in host memory itself, inside
 //! [`Source::read`](crate::state::Source::read). It queues any other copy inside `read`, or holds it back
-//! there and queues it with the rest of its chunk; either way it has locked the source gate for reading. The
-//! copy reads bytes that the source keeps allocated until it is dropped, and writes a slab whose lease is
-//! among the chunks in flight. Both stay until the completion event behind the copy is reached, or until
-//! `quiesce` drops a copy that is held back. A chunk is in flight before its first copy is queued, and leaves
-//! by its completion event only. The state dict is dropped when no chunk is in flight, or when the device says
-//! that no copy runs (`quiesce`); so is the allocation of the tensors that the device captured.
+//! there and queues it with the rest of its chunk; either way it has locked the source gate for reading.
+//! The copy reads bytes that the source keeps allocated until it is dropped, and writes a slab whose lease
+//! is among the chunks in flight. Both stay until the completion event behind the copy is reached, or until
+//! `quiesce` drops a copy that is held back. A chunk is in flight before its first copy is queued, and
+//! leaves by its completion event only. The state dict is dropped when no chunk is in flight, or when the
+//! device says that no copy runs (`quiesce`); so is the allocation of the tensors that the device captured.
 //!
 //! A scope may drop borrowed sources earlier: nothing is queued from them any more, and whatever writes or
 //! frees their memory comes after the queued copies (see `executor/scope.rs`). If the device does not end its

@@ -236,7 +236,8 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// Copies parts of the oldest chunk again, from their slots and into the same slab, which keeps the others.
+    /// Copies parts of the oldest chunk again, from their slots and into the same slab, which keeps the
+    /// others.
     fn copy_again(&mut self) -> Result<()> {
         let Some(InFlightChunk { chunk, origins, .. }) = self.chunks.pop_front() else { return Ok(()) };
         let written = |(origin, told): (Origin, &Option<usize>)| match (origin, told) {

@@ -75,8 +75,9 @@ pub trait Storage: Send + Sync + Debug {
         Box::new(())
     }
 
-    /// The storage of checkpoints in the directory `parent`, created if it is missing, with the settings of this
-    /// one: where a save with [`SaveOptions::directory`](crate::SaveOptions::directory) goes. The default refuses.
+    /// The storage of checkpoints in the directory `parent`, created if it is missing, with the settings of
+    /// this one: where a save with [`SaveOptions::directory`](crate::SaveOptions::directory) goes. The
+    /// default refuses.
     fn elsewhere(&self, parent: &Path) -> Result<Arc<dyn Storage>> {
         let why = "this storage has no directories beside its root; save without `SaveOptions::directory`";
         Err(Error::invalid(why).with_path(parent))

@@ -9,8 +9,8 @@ use crate::id::Attempt;
 use crate::mutant::{self, Mutant};
 use crate::storage::shared::Vetoed;
 
-/// Renames the attempt `temp`, known by its `identity`, to `step`. An empty directory of that name is replaced.
-/// With `overwrite` an existing step is exchanged, and then has the name `temp`.
+/// Renames the attempt `temp`, known by its `identity`, to `step`. An empty directory of that name is
+/// replaced. With `overwrite` an existing step is exchanged, and then has the name `temp`.
 ///
 /// # Errors
 /// `Conflict` when another step has the name; `Indeterminate` when the result is unknown; with any other kind
