@@ -16,6 +16,9 @@ const SOON: Duration = Duration::from_millis(25);
 /// Slots for all chunks of the states here, on each GPU.
 const ROOM: u64 = 16 * 4096;
 
+/// Tensors, each on one of the GPUs, and their bytes at the save.
+type Tensors = Vec<(usize, Tensor, Vec<u8>)>;
+
 /// Two simulated GPUs; the first is that of the executor.
 struct Pair {
     fixture: Fixture,
@@ -64,7 +67,7 @@ impl Pair {
     }
 
     /// Tensors on these GPUs, of these lengths.
-    fn tensors(&self, seed: u64, sizes: &[(usize, usize)]) -> Vec<(usize, Tensor, Vec<u8>)> {
+    fn tensors(&self, seed: u64, sizes: &[(usize, usize)]) -> Tensors {
         let bytes = |(i, &(at, len)): (usize, &(usize, usize))| (at, pattern(seed * 100 + i as u64, len));
         let bytes = sizes.iter().enumerate().map(bytes);
         bytes.map(|(at, bytes)| (at, self.gpu(at).tensor(&bytes), bytes)).collect()
@@ -346,7 +349,7 @@ fn cuda_snapshots_of_two_gpus_are_never_torn() {
     for (slabs, slots) in [(2, 64), (4, 3), (16, 5)] {
         let change = |b: Builder| b.arena(slabs * 4096).scratch(slots * 4096).overlap(ashore::Overlap::Queue(3));
         let Some(pair) = Pair::equipped(change) else { return };
-        let mut open: Vec<(Save, Vec<(usize, Tensor, Vec<u8>)>)> = Vec::new();
+        let mut open: Vec<(Save, Tensors)> = Vec::new();
         for step in 1..=250_u64 {
             for at in [0, 1] {
                 let lag = [0, 0, 20, 100, 300][below(5)];
