@@ -314,16 +314,27 @@ fn capsule(array: &Bound<'_, PyAny>, name: &str) -> PyResult<Found> {
     Ok(Found { memory, keep: capsule.into_any().unbind(), read_only })
 }
 
-/// The stream in which the library of `object` queues work on this device at present: 0 where it does not
-/// say.
-pub fn current_stream(object: &Bound<'_, PyAny>, device: Device) -> PyResult<usize> {
+/// How a tensor describes itself.
+///
+/// # Errors
+/// The object is no tensor.
+pub fn way(object: &Bound<'_, PyAny>) -> PyResult<Way> {
     match leaf::of(object)? {
-        Leaf::Tensor(Way::Torch(exchange)) => exchange.current_stream(object.py(), device),
-        Leaf::Tensor(Way::TorchAttributes) => {
-            let cuda = object.py().import("torch")?.getattr("cuda")?;
+        Leaf::Tensor(way) => Ok(way),
+        _ => Err(invalid(object.py(), &values::refusal(object)?, None)),
+    }
+}
+
+/// The stream in which the library of tensors of this way queues work on a device at present: 0 where it does
+/// not say.
+pub fn current_stream(py: Python<'_>, way: Way, device: Device) -> PyResult<usize> {
+    match way {
+        Way::Torch(exchange) => exchange.current_stream(py, device),
+        Way::TorchAttributes => {
+            let cuda = py.import("torch")?.getattr("cuda")?;
             cuda.call_method1("current_stream", (device.id,))?.getattr("cuda_stream")?.extract()
         }
         // Made to wait for the array when it was exported.
-        _ => Ok(0),
+        Way::Numpy | Way::Capsule => Ok(0),
     }
 }

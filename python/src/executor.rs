@@ -3,6 +3,7 @@
 use crate::collect::Memory;
 use crate::errors::{self, IntoPy, closed, entry};
 use crate::handle::Handle;
+use crate::leaf::Way;
 use crate::sources::{self, Item, Place};
 use crate::tree::{Leaves, SHAPE};
 use crate::waiting::{interruptible, seconds};
@@ -29,8 +30,8 @@ pub struct Executor {
 #[derive(Default)]
 struct Seen {
     memories: Vec<Memory>,
-    /// A tensor of each device that saves had tensors on.
-    devices: Vec<(i32, Py<PyAny>)>,
+    /// The devices that saves had tensors on, and how to ask for their current streams.
+    devices: Vec<(i32, Way)>,
 }
 
 /// When the tensors of a save are captured.
@@ -222,7 +223,7 @@ impl Executor {
                 Some(streams) => streams.into_iter().map(|(ordinal, handle)| sources::given(ordinal, handle)).collect(),
                 None => {
                     let seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
-                    let devices: Vec<_> = seen.devices.iter().map(|(id, object)| (*id, object.clone_ref(py))).collect();
+                    let devices = seen.devices.clone();
                     drop(seen);
                     sources::current(&devices, py)?
                 }
@@ -324,9 +325,9 @@ impl Executor {
         let devices = sources::add(py, &mut dict, items, &mut memories, keep, stream, immutable)?;
         let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
         seen.memories = memories;
-        for (id, (_, object)) in devices {
+        for (id, (_, way)) in devices {
             if !seen.devices.iter().any(|(known, _)| *known == id) {
-                seen.devices.push((id, object.unbind()));
+                seen.devices.push((id, way));
             }
         }
         drop(seen);

@@ -55,7 +55,7 @@ pub struct Item<'py> {
 type Keep = Arc<Py<PyList>>;
 
 /// The streams of the devices that a save had tensors on, and how to ask for the current one.
-pub type Devices<'py> = HashMap<i32, (DeviceStream<'static>, Bound<'py, PyAny>)>;
+pub type Devices = HashMap<i32, (DeviceStream<'static>, Way)>;
 
 /// Finds the memory of `items` and adds them to `state`. `seen` has the memory of the tensors of the last
 /// save, in order, and gets that of this one. `extra` is kept alive, too. `immutable` says that nothing
@@ -71,8 +71,8 @@ pub fn add<'py>(
     extra: Option<Py<PyAny>>,
     stream: Option<usize>,
     immutable: bool,
-) -> PyResult<Devices<'py>> {
-    let mut devices: Devices<'py> = HashMap::new();
+) -> PyResult<Devices> {
+    let mut devices = Devices::new();
     let mut owners: Vec<Py<PyAny>> = extra.into_iter().collect();
     owners.reserve(items.len());
     let mut memories = Vec::with_capacity(items.len());
@@ -85,12 +85,12 @@ pub fn add<'py>(
         if !memory.on_host() && !devices.contains_key(&memory.device.id) {
             let handle = match stream {
                 Some(handle) => handle,
-                None => collect::current_stream(&item.object, memory.device)?,
+                None => collect::current_stream(py, collect::way(&item.object)?, memory.device)?,
             };
             let ordinal = u32::try_from(memory.device.id).unwrap_or(0);
             // SAFETY: a stream that the library uses, of this device; see above.
             let stream = unsafe { DeviceStream::new(ordinal, handle) };
-            devices.insert(memory.device.id, (promised(stream), item.object.clone()));
+            devices.insert(memory.device.id, (promised(stream), collect::way(&item.object)?));
         }
         owners.push(keep);
         memories.push(memory);
@@ -179,10 +179,10 @@ fn insert(
 }
 
 /// The current streams of the devices of a save.
-pub fn current(devices: &[(i32, Py<PyAny>)], py: Python<'_>) -> PyResult<Vec<DeviceStream<'static>>> {
-    let stream = |(id, object): &(i32, Py<PyAny>)| {
+pub fn current(devices: &[(i32, Way)], py: Python<'_>) -> PyResult<Vec<DeviceStream<'static>>> {
+    let stream = |(id, way): &(i32, Way)| {
         let device = crate::dlpack::Device { kind: crate::dlpack::CUDA, id: *id };
-        let handle = collect::current_stream(object.bind(py), device)?;
+        let handle = collect::current_stream(py, *way, device)?;
         Ok(given(u32::try_from(*id).unwrap_or(0), handle))
     };
     devices.iter().map(stream).collect()

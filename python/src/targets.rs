@@ -84,7 +84,7 @@ pub fn read(
         }
         let handle = match (stream, streams.get(&memory.device.id)) {
             (Some(handle), _) | (None, Some(&handle)) => handle,
-            (None, None) => collect::current_stream(&want.object, memory.device)?,
+            (None, None) => collect::current_stream(py, collect::way(&want.object)?, memory.device)?,
         };
         streams.insert(memory.device.id, handle);
         let on = sources::given(u32::try_from(memory.device.id).unwrap_or(0), handle);
