@@ -96,8 +96,11 @@ impl SaveOptions {
     /// the directory and every name that leads to it are durable, and nothing hidden is left. What a killed
     /// process leaves in a parent is deleted after the next save into the same parent.
     ///
-    /// The save is `Invalid` with [`SaveOptions::name`], with several ranks, and in storage that is not a
-    /// local directory.
+    /// A call of `save` waits while another save to the same directory, or to the same name in the root, is
+    /// under way: the directory ends with the state that was saved last.
+    ///
+    /// The save is `Invalid` with [`SaveOptions::name`], with several ranks, in storage that is not a local
+    /// directory, and where the directory would be a step of the root.
     ///
     /// ```
     /// use ashore::{Checkpoint, CheckpointExecutor, SaveOptions, StateDict};

@@ -10,7 +10,7 @@ use crate::save::Save;
 use crate::settings::{OnUnseenError, Overlap};
 use crate::staging::{Job, Stager};
 use crate::sync::{MutexGuard, lock};
-use crate::ticket::{Issue, Ticket};
+use crate::ticket::{Issue, Place, Ticket};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -20,13 +20,11 @@ const ROUNDS_GRACE: Duration = Duration::from_secs(10);
 
 /// What is to be admitted.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// A save whose state comes later. Its fence and its step are checked when it begins.
+pub(super) enum Kind<'a> {
+    /// A save whose state comes later. Its fence and its place are checked when it begins.
     Deferred,
-    /// A step of the root.
-    Step,
-    /// A directory of the program's: it is no step, so no save of a step conflicts with it.
-    Directory,
+    /// A save to this place.
+    To(&'a Place),
 }
 
 /// The decision on a requested save.
@@ -52,11 +50,19 @@ enum Waiting {
 ///
 /// # Errors
 /// `Conflict` when the step is being saved.
-fn admit(stager: &Stager, overlap: Overlap, step: u64, kind: Kind) -> Result<Verdict> {
+fn admit(stager: &Stager, overlap: Overlap, step: u64, kind: Kind<'_>) -> Result<Verdict> {
     let unfinished = stager.saves.unfinished();
-    if kind == Kind::Step {
-        refuse_conflict(&unfinished, step)?;
+    if let Kind::To(place) = kind {
+        refuse_conflict(&unfinished, step, place)?;
     }
+    // Saves of other steps to the same place would be published in any order.
+    let begin = |unfinished: &[Arc<Ticket>]| match kind {
+        Kind::To(place) => match to(place, unfinished) {
+            earlier if earlier.is_empty() => Verdict::Begin,
+            earlier => Verdict::After(earlier),
+        },
+        Kind::Deferred => Verdict::Begin,
+    };
     let room = match overlap {
         Overlap::Skip => {
             let by = unfinished.last().map(|t| t.step);
@@ -66,19 +72,27 @@ fn admit(stager: &Stager, overlap: Overlap, step: u64, kind: Kind) -> Result<Ver
             if let Some(job) = stager.take_waiting() {
                 return Ok(Verdict::InsteadOf(Waiting::Staging(Box::new(job))));
             }
-            let mut newest_first = unfinished.into_iter().rev();
+            let mut newest_first = unfinished.iter().rev();
             let waiting = newest_first.find(|t| t.is_deferred() && !t.awaited.swap(true, Ordering::AcqRel));
-            return Ok(waiting.map_or(Verdict::Begin, |ticket| Verdict::InsteadOf(Waiting::Deferred(ticket))));
+            let instead_of = |ticket: &Arc<Ticket>| Verdict::InsteadOf(Waiting::Deferred(ticket.clone()));
+            return Ok(waiting.map_or_else(|| begin(&unfinished), instead_of));
         }
         Overlap::Queue(room) => room,
         Overlap::Block => 0,
     };
-    Ok(if unfinished.len() <= room { Verdict::Begin } else { Verdict::After(unfinished) })
+    Ok(if unfinished.len() <= room { begin(&unfinished) } else { Verdict::After(unfinished) })
 }
 
-/// Refuses a save of the step `step` of the root if another save of that step has begun and not ended.
-fn refuse_conflict(unfinished: &[Arc<Ticket>], step: u64) -> Result<()> {
-    if unfinished.iter().any(|t| t.step == step && !t.is_deferred() && !t.extent().elsewhere) {
+/// The saves that have begun and not ended, to `place`.
+fn to(place: &Place, unfinished: &[Arc<Ticket>]) -> Vec<Arc<Ticket>> {
+    unfinished.iter().filter(|t| !t.is_deferred() && t.extent().place == *place).cloned().collect()
+}
+
+/// Refuses a save of the step `step` in the root if another save of that step there has begun and not ended.
+/// A directory outside of the root is no step.
+fn refuse_conflict(unfinished: &[Arc<Ticket>], step: u64, place: &Place) -> Result<()> {
+    let in_root = |t: &Ticket| !t.is_deferred() && t.extent().place.parent.is_none();
+    if place.parent.is_none() && unfinished.iter().any(|t| t.step == step && in_root(t)) {
         return Err(Error::new(ErrorKind::Conflict, "a save of this step is under way").with_step(step));
     }
     Ok(())
@@ -161,7 +175,7 @@ impl CheckpointExecutor {
         attempt: Option<Attempt>,
         deadline: Instant,
         last: bool,
-        kind: Kind,
+        kind: Kind<'_>,
         overlap: Overlap,
     ) -> Result<Admitted<'_>> {
         let began = Instant::now();
@@ -184,7 +198,7 @@ impl CheckpointExecutor {
         attempt: Option<Attempt>,
         began: Instant,
         last: bool,
-        kind: Kind,
+        kind: Kind<'_>,
         overlap: Overlap,
     ) -> Result<Result<Admitted<'_>, Vec<Arc<Ticket>>>> {
         // A save that superseded another one begins, even if admission closes meanwhile.
@@ -220,7 +234,7 @@ impl CheckpointExecutor {
     ///
     /// # Errors
     /// As [`CheckpointExecutor::admit`]; `Cancelled` if the save has ended.
-    pub(super) fn admit_deferred(&self, ticket: &Ticket, kind: Kind) -> Result<Admitted<'_>> {
+    pub(super) fn admit_deferred(&self, ticket: &Ticket, place: &Place) -> Result<Admitted<'_>> {
         let admission = lock(&self.admission);
         if self.threads.channels().is_none() {
             return Err(shut_down());
@@ -229,8 +243,11 @@ impl CheckpointExecutor {
             return Err(Error::new(ErrorKind::Cancelled, "the save ended before its state had come"));
         }
         self.refuse_unfenced(ticket.step)?;
-        if kind == Kind::Step {
-            refuse_conflict(&self.stager.saves.unfinished(), ticket.step)?;
+        let unfinished = self.stager.saves.unfinished();
+        refuse_conflict(&unfinished, ticket.step, place)?;
+        if !to(place, &unfinished).is_empty() {
+            let why = format!("a save to this place is under way name={:?}", place.name);
+            return Err(Error::new(ErrorKind::Conflict, why).with_step(ticket.step));
         }
         Ok(Admitted::Begins(admission, ticket.attempt()))
     }

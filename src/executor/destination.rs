@@ -2,12 +2,13 @@
 //! block a new one of its number.
 
 use crate::catalog::Catalog;
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::parse_step_name;
 use crate::plan::Request;
 use crate::settings::OnDamaged;
 use crate::storage::{FileWriting, Storage, Writing};
 use crate::writer::Begin;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Begins attempts.
@@ -22,6 +23,7 @@ impl Begin for Destination {
     fn begin(&self, request: &Request) -> Result<Arc<dyn Writing>> {
         let Request { ticket, name, overwrite, .. } = request;
         if let Some(parent) = &request.parent {
+            self.refuse_root(parent, name)?;
             return self.storage.elsewhere(parent)?.begin(name, ticket.attempt(), *overwrite);
         }
         if parse_step_name(name).is_some() {
@@ -42,6 +44,17 @@ impl Begin for Destination {
 }
 
 impl Destination {
+    /// Refuses a directory that would be a step of the root, which no catalog would have been told of.
+    fn refuse_root(&self, parent: &Path, name: &str) -> Result<()> {
+        let root = self.storage.describe(name);
+        let same = |root: &Path| matches!((parent.canonicalize(), root.canonicalize()), (Ok(a), Ok(b)) if a == b);
+        if parse_step_name(name).is_some() && root.parent().is_some_and(same) {
+            let why = "the directory is a step of the executor's root: save the step without a directory";
+            return Err(Error::invalid(why).with_path(root));
+        }
+        Ok(())
+    }
+
     /// Checks that the step `name` may be written by several ranks, and makes way for it: a damaged step is
     /// removed.
     pub fn allow(&self, step: u64, name: &str) -> Result<()> {

@@ -17,11 +17,11 @@ use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Settings};
 use crate::staging::{Captured, Job, LateCopy, OnDevice, without_kernels};
 use crate::state::StateDict;
-use crate::ticket::{Extent, Ticket};
+use crate::ticket::{Extent, Place, Ticket};
 use crate::writer::{RetryState, Task};
 use crossbeam_channel::{RecvTimeoutError, unbounded};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf, absolute};
+use std::path::{Path, absolute};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -29,9 +29,7 @@ use std::time::Instant;
 /// A requested save.
 struct SaveRequest {
     step: u64,
-    name: String,
-    /// The parent of the directory that the checkpoint becomes; None: the root.
-    parent: Option<PathBuf>,
+    place: Place,
     options: SaveOptions,
     borrowed: bool,
     /// The ticket of a deferred save, which it has before its state.
@@ -141,10 +139,12 @@ impl CheckpointExecutor {
         if let Some((turn, _)) = shared {
             (overlap, attempt) = (turn.overlap(overlap), Some(turn.attempt()));
         }
-        let kind = if wanted.parent.is_some() { Kind::Directory } else { Kind::Step };
         let admitted = match &wanted.deferred {
-            Some(ticket) => self.admit_deferred(ticket, kind)?,
-            None => self.admit(wanted.step, attempt, wanted.deadline, wanted.options.last, kind, overlap)?,
+            Some(ticket) => self.admit_deferred(ticket, &wanted.place)?,
+            None => {
+                let kind = Kind::To(&wanted.place);
+                self.admit(wanted.step, attempt, wanted.deadline, wanted.options.last, kind, overlap)?
+            }
         };
         let (mut admission, attempt) = match admitted {
             Admitted::Begins(admission, attempt) => (admission, attempt),
@@ -182,29 +182,27 @@ impl CheckpointExecutor {
     ) -> Result<SaveRequest> {
         self.alive()?;
         let began = Instant::now();
-        let (parent, name) = match options.directory.take() {
+        let place = match options.directory.take() {
             Some(directory) => {
-                let place = self.place(&directory, &options);
-                place
-                    .map_err(|error| error.with_step(step).with_path(directory))
-                    .map(|(parent, name)| (Some(parent), name))?
+                let place = self.outside(&directory, &options);
+                place.map_err(|error| error.with_step(step).with_path(directory))?
             }
-            None => (None, options.name.take().unwrap_or_else(|| step_name(step))),
+            None => Place { parent: None, name: options.name.take().unwrap_or_else(|| step_name(step)) },
         };
-        if parent.is_none() && parse_step_name(&name).is_some_and(|other| other != step) {
-            return Err(Error::invalid(format!("this is not a name for the step name={name:?}")).with_step(step));
+        if place.parent.is_none() && parse_step_name(&place.name).is_some_and(|other| other != step) {
+            let why = format!("this is not a name for the step name={:?}", place.name);
+            return Err(Error::invalid(why).with_step(step));
         }
         if options.snapshot == Snapshot::AtSave && self.threads.are_here() {
             let why = "a thread of the executor cannot wait for staging: save without `Snapshot::AtSave`";
             return Err(Error::invalid(why).with_step(step));
         }
         let deadline = self.deadline(options.timeout);
-        Ok(SaveRequest { step, name, parent, options, borrowed, deferred, began, deadline })
+        Ok(SaveRequest { step, place, options, borrowed, deferred, began, deadline })
     }
 
-    /// Parent and name of the directory that a checkpoint becomes. A relative path is of the present working
-    /// directory.
-    fn place(&self, directory: &Path, options: &SaveOptions) -> Result<(PathBuf, String)> {
+    /// The place of a checkpoint that becomes `directory`. A relative path is of the present working directory.
+    fn outside(&self, directory: &Path, options: &SaveOptions) -> Result<Place> {
         if options.name.is_some() {
             return Err(Error::invalid("a save has a directory or a name in the root, not both"));
         }
@@ -216,7 +214,7 @@ impl CheckpointExecutor {
         let unnamed = || Error::invalid("the directory of a checkpoint must end in a UTF-8 name, such as epoch-3");
         let path = absolute(directory).map_err(|error| Error::io("cannot tell where the directory is", error))?;
         let name = path.file_name().and_then(|name| name.to_str()).ok_or_else(unnamed)?.to_owned();
-        Ok((path.parent().ok_or_else(unnamed)?.to_owned(), name))
+        Ok(Place { parent: Some(path.parent().ok_or_else(unnamed)?.to_owned()), name })
     }
 
     /// Captures what must not wait for the fence: small tensors, and digests of the others for the first
@@ -260,7 +258,7 @@ impl CheckpointExecutor {
             writable: captured.writable || on_device.left,
             over_budget: captured.over_budget + on_device.over_budget,
             kept: kept.is_some(),
-            elsewhere: wanted.parent.is_some(),
+            place: wanted.place.clone(),
         });
         ticket.digests_missing.store(on_device.digests_missing, Ordering::Relaxed);
         ticket
@@ -301,8 +299,8 @@ impl CheckpointExecutor {
         let request = Request {
             ticket: ticket.clone(),
             plan: plan.clone(),
-            name: wanted.name,
-            parent: wanted.parent,
+            name: wanted.place.name,
+            parent: wanted.place.parent,
             overwrite: wanted.options.overwrite,
             values,
             rank_values,

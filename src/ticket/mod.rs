@@ -19,6 +19,7 @@ use crate::state::DeviceStream;
 use crate::sync::{self, Mutex, lock};
 use source_gate::SourceGate;
 use std::any::Any;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -99,6 +100,14 @@ pub(crate) struct Issue {
     pub grace: Duration,
 }
 
+/// Where a checkpoint gets its name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The directory that gets it; None: the root of the executor.
+    pub parent: Option<PathBuf>,
+    pub name: String,
+}
+
 /// What a save contains.
 #[derive(Debug, Default)]
 pub(crate) struct Extent {
@@ -112,13 +121,19 @@ pub(crate) struct Extent {
     /// Nothing can write the sources, which are kept until the save has ended, for another attempt; or there
     /// are none yet.
     pub kept: bool,
-    /// Whether the checkpoint is a directory beside the root, and no step.
-    pub elsewhere: bool,
+    pub place: Place,
 }
 
 /// The extent of a save whose state has not arrived: a fence has nothing to wait for.
-static NOTHING_YET: Extent =
-    Extent { chunks: 0, streams: Vec::new(), bytes: 0, writable: false, over_budget: 0, kept: true, elsewhere: false };
+static NOTHING_YET: Extent = Extent {
+    chunks: 0,
+    streams: Vec::new(),
+    bytes: 0,
+    writable: false,
+    over_budget: 0,
+    kept: true,
+    place: Place { parent: None, name: String::new() },
+};
 
 impl Ticket {
     /// `signal` wakes the stager; `calls` runs functions that no other thread may call.

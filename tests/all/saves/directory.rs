@@ -128,3 +128,42 @@ fn a_directory_that_cannot_be_one_is_refused_by_name() {
     save(&executor, 1, into(&path)).unwrap();
     holds(&path, 1);
 }
+
+/// Commits of two saves may end in any order: the older state could be the one that stayed, and both saves had
+/// reported that they were durable.
+#[test]
+fn a_place_that_is_overwritten_holds_what_was_saved_last() {
+    let dir = tempfile::tempdir().unwrap();
+    let builder = CheckpointExecutor::builder(dir.path().join("root")).arena(16 * 4096).chunk(4096);
+    let executor = builder.overlap(ashore::Overlap::Queue(8)).build().unwrap();
+    let path = dir.path().join("last.ckpt");
+    let places = [into(&path), SaveOptions::default().name("last")];
+    for (place, held) in places.into_iter().zip([path, dir.path().join("root/last")]) {
+        for first in (0..40).step_by(4) {
+            let begin = |seed| {
+                let options = place.clone().overwrite();
+                let save = executor.save_with(seed, one("t", Arc::new(pattern(seed, 9000))), options).unwrap();
+                executor.fence().unwrap();
+                save
+            };
+            let saves: Vec<_> = (first..first + 4).map(begin).collect();
+            saves.iter().for_each(|save| drop(save.wait(LONG).unwrap()));
+            holds(&held, first + 3);
+        }
+    }
+}
+
+#[test]
+fn a_directory_is_no_step_of_the_root() {
+    let dir = tempfile::tempdir().unwrap();
+    let executor = executor(dir.path());
+    std::os::unix::fs::symlink(dir.path().join("root"), dir.path().join("link")).unwrap();
+    for root in ["root", "link"] {
+        let refused = save(&executor, 5, into(dir.path().join(root).join("step-00000005"))).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Invalid);
+        assert!(refused.to_string().contains("a step of the executor's root"), "{refused}");
+    }
+    assert!(executor.catalog().list().unwrap().is_empty());
+    save(&executor, 5, into(dir.path().join("root/best"))).unwrap();
+    holds(&dir.path().join("root/best"), 5);
+}
