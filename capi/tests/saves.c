@@ -323,6 +323,8 @@ static void growth(const char *folder, int saves) {
       files = descriptors();
     }
   }
+  // Tidying may still hold the descriptors of the last saves.
+  for (int i = 0; i < 10000 && descriptors() > files + 4; i++) usleep(1000);
   long now = of_status("VmRSS:");
   printf("growth: %d saves, %ld kB then %ld kB, %ld threads, %d descriptors\n", saves, memory, now, threads, files);
   // A leak of one tensor's name per save would be some 100 kB; pages come and go.
