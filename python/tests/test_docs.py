@@ -27,7 +27,7 @@ def test_the_program_of_the_wheel_runs(root):
     ashore.save(root, 7, {"w": torch.ones(4)}, **SMALL)
 
     def run(*arguments):
-        return subprocess.run([sys.executable, "-m", "ashore", *arguments], capture_output=True, text=True, timeout=60)
+        return subprocess.run([sys.executable, "-m", "ashore", *arguments], cwd=root, capture_output=True, text=True, timeout=60)
 
     listed = run("ls", str(root))
     assert listed.returncode == 0 and "7" in listed.stdout, listed
