@@ -7,6 +7,7 @@ use crate::id::step_name;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Which steps an executor keeps as saves become durable.
 pub(crate) struct Keeping {
@@ -85,7 +86,9 @@ impl Catalog {
         for Problem { step, name, error, .. } in problems {
             tracing::warn!(step, %name, error = format_args!("{error:#}"), "a step is not listed");
         }
-        if let Some((last, newest)) = branch(&entries) {
+        if let Some((last, newest)) = branch(&entries)
+            && !overlapped(last, newest)
+        {
             warn(last.step, newest.step);
         }
         Ok(())
@@ -153,6 +156,12 @@ impl Catalog {
 fn branch(entries: &[Entry]) -> Option<(&Entry, &Entry)> {
     let last = entries.iter().max_by_key(|entry| (entry.modified, entry.step));
     last.zip(entries.last()).filter(|(last, newest)| last.step < newest.step)
+}
+
+/// Whether the two may be saves of one run that overlapped, and ended in the other order.
+fn overlapped(last: &Entry, newest: &Entry) -> bool {
+    let between = last.modified.zip(newest.modified).map(|(last, newest)| last.duration_since(newest));
+    matches!(between, Some(Ok(between)) if between < Duration::from_secs(1))
 }
 
 fn warn(last: u64, newest: u64) {
