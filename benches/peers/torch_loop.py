@@ -4,7 +4,7 @@
     torch_loop.py --dir SCRATCH [--mib 1024] [--saves 5] [--rounds 1] [--device cpu|cuda] [--step-seconds 1.0]
                   [--systems A,B,...] [--seed N] [--json]
 
-Needs `import ashore` (the wheel of this repository) and torch; `torch-checkpointing` where that system is named. Each system runs
+Needs `import ashore` (the wheel of this repository, or the GPU kit) and torch; `torch-checkpointing` where that system is named. Each system runs
 in a process of its own, in random order. Parameters and both moments of AdamW have MIB MiB together. A step computes for
 STEP-SECONDS on one thread (a fixed number of products of matrices, on the GPU with `--device cuda`) and then writes all of the
 state. The loop saves when nothing of the save before it is left, and takes two steps more; the first two saves are not counted.
@@ -36,7 +36,7 @@ import time
 import zlib
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE / "python")]  # in the GPU kit the package is in this folder
 import report  # noqa: E402
 import tree  # noqa: E402
 

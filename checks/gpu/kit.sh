@@ -17,14 +17,19 @@ test_program() {
         sed -n "s|.*\"src_path\":\"$PWD/$1\".*\"executable\":\"\([^\"]*\)\".*|\1|p" | tail -1
 }
 
-cargo build $release --quiet -p ashore-cli -p ashore-capi
+cargo build $release --quiet -p ashore-cli -p ashore-capi -p ashore-python
 suite=$(test_program tests/all/main.rs)
 kernels=$(test_program fakecuda/tests/all/main.rs)
 strip -o "$kit/ashore" "$folder/ashore"
 strip -o "$kit/libashore.so" "$folder/libashore.so"
 strip -o "$kit/suite" "$suite"
 strip -o "$kit/kernels" "$kernels"
-cp checks/gpu/run.sh checks/gpu/*.py benches/peers/{tree,workload}.py kernels/*.ptx kernels/SHA256SUMS "$kit"
+# The package of the wheel, for torch_loop.py.
+mkdir "$kit/python"
+cp -r python/ashore "$kit/python"
+find "$kit/python" -name __pycache__ -prune -exec rm -r {} +
+strip -o "$kit/python/ashore/_ashore.abi3.so" "$folder/lib_ashore.so"
+cp checks/gpu/run.sh checks/gpu/*.py benches/peers/{torch_loop,report,tree,workload}.py kernels/*.ptx kernels/SHA256SUMS "$kit"
 git rev-parse HEAD >"$kit/commit"
 size=$(du -sm "$kit" | cut -f1)
 ls -l "$kit"

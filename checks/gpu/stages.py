@@ -191,7 +191,11 @@ def long(work):
         return Stage(name, 480, [bench(work, f"{name}.{what}", *arguments) for what, arguments in runs.items()])
 
     demo = ["--steps", "20", "--model", "tiny"] * SIMULATED
+    few = ["--device", "cpu", "--mib", "96", "--arena", "16", "--saves", "1", "--step-seconds", "0.05"] * SIMULATED
+    systems = "none,ashore,dcp-thread,dcp-fenced,dcp-process,torch.save"
+    wheel = [KIT / "torch_loop.py", "--dir", work.fast, "--device", "cuda", "--mib", "4096", "--arena", "1024", "--saves", "3"]
     return [
+        Stage("loop", 300, [Run("loop", [sys.executable, *wheel, "--systems", systems, *few, "--json"], json=True)]),
         Stage("demo", 120, [
             Run("demo", [KIT / "ashore", "demo", *demo, "--device", "cuda:0", "--dir", work.scratch, "--json"], json=True),
         ]),
