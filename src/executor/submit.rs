@@ -201,7 +201,8 @@ impl CheckpointExecutor {
         Ok(SaveRequest { step, place, options, borrowed, deferred, began, deadline })
     }
 
-    /// The place of a checkpoint that becomes `directory`. A relative path is of the present working directory.
+    /// The place of a checkpoint that becomes `directory`. A relative path is of the present working
+    /// directory.
     fn outside(&self, directory: &Path, options: &SaveOptions) -> Result<Place> {
         if options.name.is_some() {
             return Err(Error::invalid("a save has a directory or a name in the root, not both"));

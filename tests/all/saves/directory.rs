@@ -129,8 +129,8 @@ fn a_directory_that_cannot_be_one_is_refused_by_name() {
     holds(&path, 1);
 }
 
-/// Commits of two saves may end in any order: the older state could be the one that stayed, and both saves had
-/// reported that they were durable.
+/// Commits of two saves may end in any order: the older state could be the one that stayed, and both saves
+/// had reported that they were durable.
 #[test]
 fn a_place_that_is_overwritten_holds_what_was_saved_last() {
     let dir = tempfile::tempdir().unwrap();
