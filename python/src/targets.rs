@@ -17,6 +17,9 @@ use pyo3::prelude::*;
 use std::collections::HashMap;
 use std::ops::Range;
 
+/// The bytes of the largest element.
+const SCALAR: usize = 8;
+
 /// Begin and end in each dimension.
 pub type Region = Vec<(usize, usize)>;
 
@@ -47,12 +50,20 @@ pub fn read(
         founds.push(fitting(py, checkpoint, want)?);
     }
     let again = same_memory(py, checkpoint, &wanted, &founds)?;
+    // Where a scalar is read to whose own memory is filled under another name: it has no part to leave out.
+    let mut spare = vec![[0_u8; SCALAR]; again.len()];
+    let mut spare = spare.iter_mut();
     let mut targets = if strict { Targets::new().strict() } else { Targets::new() };
     let mut streams: HashMap<i32, usize> = HashMap::new();
     for (number, (want, Found { memory, .. })) in wanted.iter().zip(&founds).enumerate() {
         if again.contains(&number) {
             // Its memory is filled under the other name. A target without bytes counts as asked for.
-            targets = targets.slice(want.name.as_str(), &nothing(memory.shape.len()), &mut []);
+            let name = want.name.as_str();
+            let scalar = spare.next().and_then(|bytes| bytes.get_mut(..memory.bytes() as usize));
+            targets = match (memory.shape.len(), scalar) {
+                (0, Some(bytes)) => targets.bytes(name, bytes),
+                (dims, _) => targets.slice(name, &vec![0..0; dims], &mut []),
+            };
             continue;
         }
         let region: Option<Vec<Range<usize>>> =
@@ -108,10 +119,6 @@ pub fn read(
     };
     py.detach(read).or_raise(py)?;
     py.check_signals()
-}
-
-fn nothing(dims: usize) -> Vec<Range<usize>> {
-    vec![0..0; dims]
 }
 
 /// Finds the memory of a target that fits what is read.

@@ -271,6 +271,20 @@ def test_tied_tensors_are_stored_once_and_read_into_tied_ones(executor):
     assert error.value.tensor in ("embedding", "part")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.bool], ids=str)
+def test_tied_scalars_are_read_into_one_target(executor, dtype):
+    """A slice without elements stands for a tied target, and a scalar has none: it was refused by its length."""
+    scale = torch.ones((), dtype=dtype)
+    executor.save(1, {"p": scale, "t": scale}).wait()
+    target = torch.zeros((), dtype=dtype)
+    executor.latest().read_into({"p": target, "t": target})
+    assert target == scale
+    executor.save(2, {"p": scale, "t": torch.zeros((), dtype=dtype)}).wait()
+    with pytest.raises(ashore.InvalidError, match="stored apart") as error:
+        executor.latest().read_into({"p": target, "t": target})
+    assert error.value.tensor in ("p", "t")
+
+
 def test_empty_tensors_are_not_tied(executor):
     executor.save(1, {"a": torch.empty(0), "b": torch.empty(0)}).wait()
     assert executor.latest().names() == ["a", "b"]
