@@ -168,7 +168,9 @@ fn same_memory(
             let ((device, (begin, end)), (other_device, (_, other_end))) = (extent(number), extent(before));
             if device == other_device && begin < other_end {
                 let (one, two) = (&wanted[before], &wanted[number]);
-                let same = (begin, end) == extent(before).1 && one.region == two.region;
+                // Other strides or another shape put other elements at an address.
+                let layout = |number: usize| founds.get(number).map(|found| (&found.memory.shape, &found.memory.strides));
+                let same = (begin, end) == extent(before).1 && layout(number) == layout(before) && one.region == two.region;
                 if !same || !tied(checkpoint, &one.name, &two.name) {
                     let why =
                         format!("two targets share memory, and their tensors are stored apart other={:?}", one.name);

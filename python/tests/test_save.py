@@ -271,6 +271,16 @@ def test_tied_tensors_are_stored_once_and_read_into_tied_ones(executor):
     assert error.value.tensor in ("embedding", "part")
 
 
+def test_tied_tensors_are_not_read_into_one_memory_at_other_strides(executor):
+    """Both targets have all of the memory, and the transposed one came back with the values of the other."""
+    weight = torch.arange(4.0).reshape(2, 2)
+    executor.save(1, {"a": weight, "b": weight}).wait()
+    memory = torch.zeros(2, 2)
+    with pytest.raises(ashore.InvalidError, match="share memory"):
+        executor.latest().read_into({"a": memory, "b": memory.T})
+    assert memory.sum() == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.bool], ids=str)
 def test_tied_scalars_are_read_into_one_target(executor, dtype):
     """A slice without elements stands for a tied target, and a scalar has none: it was refused by its length."""
