@@ -195,11 +195,18 @@ impl Executor {
                 let capture = captures.of(&name);
                 items.push(Item { name, object: object?, way: None, place, capture });
             }
+            let aliases = aliases.iter().map(|(name, holder)| Ok((name.extract()?, holder.extract()?)));
+            let aliases = aliases.collect::<PyResult<Vec<(String, String)>>>()?;
+            for (name, holder) in &aliases {
+                if captures.of(name) == Some(Capture::AtSave)
+                    && let Some(holder) = items.iter_mut().find(|item| item.name == *holder)
+                {
+                    holder.capture = Some(Capture::AtSave);
+                }
+            }
             captures.all_used(py)?;
             let options = options_of(py, captures.snapshot, options)?;
             let dict = StateDict::with_capacity(items.len());
-            let aliases = aliases.iter().map(|(name, holder)| Ok((name.extract()?, holder.extract()?)));
-            let aliases = aliases.collect::<PyResult<Vec<(String, String)>>>()?;
             self.submit(py, &engine, step, dict, items, named, options, (keep, stream, immutable), |dict| {
                 for (name, holder) in &aliases {
                     dict.alias(name.as_str(), holder).or_raise(py)?;

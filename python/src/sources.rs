@@ -66,7 +66,7 @@ pub type Devices = HashMap<i32, (DeviceStream<'static>, Way)>;
 pub fn add<'py>(
     py: Python<'py>,
     state: &mut StateDict<'static>,
-    items: Vec<Item<'py>>,
+    mut items: Vec<Item<'py>>,
     seen: &mut Vec<Memory>,
     extra: Option<Py<PyAny>>,
     stream: Option<usize>,
@@ -96,22 +96,35 @@ pub fn add<'py>(
         memories.push(memory);
     }
     let keep: Keep = Arc::new(PyList::new(py, owners)?.unbind());
-    let mut holders: HashMap<&Memory, usize, foldhash::fast::FixedState> = HashMap::default();
-    holders.reserve(memories.len());
-    for (number, (item, memory)) in items.iter().zip(&memories).enumerate() {
-        if item.place.is_none() && memory.elements() > 0 {
-            let holder = *holders.entry(memory).or_insert(number);
-            if let Some(holder) = items.get(holder).filter(|_| holder != number) {
-                state.alias(item.name.clone(), &holder.name).or_raise(py)?;
-                continue;
-            }
+    let holders = holders(&mut items, &memories);
+    for ((item, memory), holder) in items.iter().zip(&memories).zip(holders) {
+        if let Some(holder) = holder.and_then(|holder| items.get(holder)) {
+            state.alias(item.name.clone(), &holder.name).or_raise(py)?;
+            continue;
         }
         let stream = devices.get(&memory.device.id).map(|(stream, _)| *stream);
         put(py, state, item, memory, stream, keep.clone(), immutable)?;
     }
-    drop(holders);
     *seen = memories;
     Ok(devices)
+}
+
+/// For each item, which earlier one holds its bytes: one that is the same memory. An item that is captured in
+/// the call has its holder captured: the bytes are read once.
+fn holders(items: &mut [Item<'_>], memories: &[Memory]) -> Vec<Option<usize>> {
+    let mut first: HashMap<&Memory, usize, foldhash::fast::FixedState> = HashMap::default();
+    first.reserve(memories.len());
+    let mut holders = Vec::with_capacity(memories.len());
+    for (number, memory) in memories.iter().enumerate() {
+        let item = items.get(number).filter(|item| item.place.is_none() && memory.elements() > 0);
+        let captured = item.is_some_and(|item| item.capture == Some(Capture::AtSave));
+        let holder = item.map(|_| *first.entry(memory).or_insert(number)).filter(|&holder| holder != number);
+        if let Some(holder) = holder.filter(|_| captured).and_then(|holder| items.get_mut(holder)) {
+            holder.capture = Some(Capture::AtSave);
+        }
+        holders.push(holder);
+    }
+    holders
 }
 
 /// torch's streams live as long as the process, and so does the legacy stream.

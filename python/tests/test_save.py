@@ -342,6 +342,29 @@ def test_capture_at_save_needs_no_fence(executor):
     assert executor.latest().read("big").max() == 0
 
 
+def test_a_capture_of_one_name_of_a_tied_tensor_is_of_its_bytes(root):
+    """The second name becomes an alias, and its capture was dropped: the save had what the program wrote after it."""
+    # What is not asked for uses up the budget, or is staged after 64 MiB.
+    other, big, weight = torch.ones(4), torch.zeros(16 << 20), torch.zeros(4)
+    with ashore.CheckpointExecutor(root, capture_budget=16, **SMALL) as executor:
+        state = {"other": other, "big": big, "embed": weight, "head": weight.view(4)}
+        for step in (1, 2):
+            capture = {"head": "save"}
+            if step == 1:
+                save = executor.save(step, state, capture=capture)
+            else:
+                names, tensors = ["other", "big", "embed"], [other, big, weight]
+                save = executor._save_prepared(step, names, tensors, aliases={"head": "embed"}, capture=capture)
+            weight.fill_(9)
+            save.wait()
+            assert executor.latest().read("embed").max() == executor.latest().read("head").max() == 0
+            weight.zero_()
+    with ashore.CheckpointExecutor(root, capture_budget=15, **SMALL) as executor:
+        with pytest.raises(ashore.InvalidError, match="cannot be captured") as error:
+            executor.save(3, {"embed": weight, "head": weight}, capture={"head": "save"})
+        assert error.value.tensor == "embed"
+
+
 def test_prepared_tensors_come_with_boxes_aliases_and_what_keeps_them(executor):
     import weakref
 
