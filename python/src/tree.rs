@@ -145,7 +145,7 @@ impl<'py> Walk<'py> {
             }
             return Ok(());
         }
-        if let Ok(number) = key.cast_exact::<PyInt>().map_err(PyErr::from).and_then(|key| key.extract::<i64>()) {
+        if let Some(number) = number(key) {
             self.enter(|path| write!(path, "{number}"));
             self.leaves.shape.push_str(&number.to_string());
             return Ok(());
@@ -201,8 +201,13 @@ impl<'py> Walk<'py> {
 /// Whether a dict has keys, and all can be parts of names.
 fn has_names(object: &Bound<'_, PyAny>) -> PyResult<bool> {
     let dict = object.cast::<PyDict>()?;
-    let name = |key: &Bound<'_, PyAny>| key.is_exact_instance_of::<PyString>() || key.is_exact_instance_of::<PyInt>();
+    let name = |key: &Bound<'_, PyAny>| key.is_exact_instance_of::<PyString>() || number(key).is_some();
     Ok(!dict.is_empty() && dict.iter().all(|(key, _)| name(&key)))
+}
+
+/// The number of a key that is an integer of 64 bits.
+fn number(key: &Bound<'_, PyAny>) -> Option<i64> {
+    key.cast_exact::<PyInt>().ok()?.extract().ok()
 }
 
 /// What a tree is put together from.

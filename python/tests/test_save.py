@@ -178,6 +178,15 @@ def test_values_come_back_as_they_were(executor):
         assert same(tree[name], value), (name, tree[name])
 
 
+def test_integers_beyond_64_bits_are_keys_of_values(executor):
+    """A dict with such keys was taken for a level of names, which hold 64 bits, though no tensor was in it."""
+    seen = {2**63 + 5: 1, -(2**63): 2, 2**63 - 1: {1 << 70: [3]}}
+    executor.save(1, {"seen": seen, "w": torch.ones(2)}).wait()
+    assert executor.latest().tree()["seen"] == seen
+    with pytest.raises(ashore.InvalidError, match="integers of 64 bits"):
+        executor.save(2, {"seen": seen | {0: torch.ones(2)}})
+
+
 def test_nan_comes_back_in_values_and_metadata(executor):
     executor.save(1, {"nan": float("nan")}, values={"v": [math.nan]}, metadata={"m": math.nan}).wait()
     latest = executor.latest()
