@@ -236,7 +236,7 @@ fn torch_attributes(tensor: &Bound<'_, PyAny>, dtype: Dtype, name: &str) -> PyRe
     Ok(memory_of(&description, dtype))
 }
 
-/// The dtype that an object of torch or NumPy stands for; those libraries keep these objects for ever.
+/// The dtype that an object of torch or NumPy stands for.
 static DTYPES: Known<Option<Dtype>> = Known::new();
 
 fn torch_dtype(tensor: &Bound<'_, PyAny>, name: &str) -> PyResult<Dtype> {

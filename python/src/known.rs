@@ -1,11 +1,16 @@
-//! What was found out about objects of Python that stay: types, dtypes.
+//! What was found out about objects of Python that mostly stay: types, dtypes.
 
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-/// What is known of each object, by its address. The objects are kept, so that no other one gets the address.
+/// How many objects are known. A program has few types and dtypes, but NumPy gives each array that it unpickles
+/// a dtype object of its own, and a program can make classes without end.
+const MANY: usize = 256;
+
+/// What is known of each object, by its address. The objects are kept, so that no other one gets the address,
+/// until there are [`MANY`]: then all are forgotten.
 pub struct Known<V>(LazyLock<Mutex<HashMap<usize, Entry<V>>>>);
 
 type Entry<V> = (V, Py<PyAny>);
@@ -28,7 +33,12 @@ impl<V: Copy> Known<V> {
         }
         // Not under the lock: it runs code of Python.
         let found = find(&object)?;
-        lock().insert(key, (found, object.clone().unbind()));
+        let mut known = lock();
+        let forgotten = (known.len() >= MANY).then(|| std::mem::take(&mut *known));
+        known.insert(key, (found, object.unbind()));
+        drop(known);
+        // Not under the lock, either: the end of a class can run code of Python.
+        drop(forgotten);
         Ok(found)
     }
 }

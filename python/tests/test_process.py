@@ -1,13 +1,17 @@
 """What processes do to saves: signals, forks, the end of the interpreter, kills, the GIL held by others."""
 
+import gc
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import weakref
 
+import numpy
 import pytest
 import torch
 from conftest import SMALL
@@ -358,6 +362,42 @@ def test_many_tensors_and_saves_of_new_objects(executor):
         save.wait()
         latest = executor.latest()
         assert latest.read("layer.1999").tolist() == [step * 1999.0] * 3 and len(latest.names()) == 2000
+
+
+def test_dtypes_and_types_of_earlier_saves_are_not_kept_for_ever(executor):
+    """NumPy gives an array that it unpickles a dtype object of its own: one was kept for each array and save."""
+    text = pickle.dumps(numpy.ones(3, "float32"))
+    arrays = [pickle.loads(text) for _ in range(1000)]
+    dtypes = [array.dtype for array in arrays]
+    assert len(set(map(id, dtypes))) == 1000
+    executor.save(1, arrays).wait()
+    others = [made_class()(array) for array in arrays]
+    classes = [weakref.ref(type(other)) for other in others]
+    executor.save(2, others).wait()
+    executor.save(3, [numpy.ones(1)]).wait()
+    del arrays, others
+    gc.collect()
+    plain = max(references([pickle.loads(text).dtype]))
+    assert sum(count > plain for count in references(dtypes)) <= 256
+    assert sum(gone() is not None for gone in classes) <= 256
+
+
+def references(objects):
+    return [sys.getrefcount(each) for each in objects]
+
+
+def made_class():
+    class Array:
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack__(self, **options):
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    return Array
 
 
 def test_programs_with_threads_save_at_once(executor):
