@@ -69,7 +69,7 @@ pub fn when_staged(save: &Save, token: u64) {
     }
 }
 
-/// Waits for the next tokens; returns an empty list once, after `notify_stop`.
+/// Waits for the next tokens; returns an empty list once, when none are left after `notify_stop`.
 #[pyfunction]
 pub fn notify_next(py: Python<'_>) -> Vec<u64> {
     py.detach(|| {
@@ -77,9 +77,6 @@ pub fn notify_next(py: Python<'_>) -> Vec<u64> {
         let mut state = queue.lock();
         loop {
             let now = state.get_or_insert_default();
-            if std::mem::take(&mut now.stopped) {
-                return Vec::new();
-            }
             if !now.ready.is_empty() {
                 let ready = std::mem::take(&mut now.ready);
                 let done: Vec<_> = ready.iter().filter_map(|token| now.staged.remove(token)).collect();
@@ -87,6 +84,9 @@ pub fn notify_next(py: Python<'_>) -> Vec<u64> {
                 // Not under the lock: its drop may drop a waker.
                 drop(done);
                 return ready;
+            }
+            if std::mem::take(&mut now.stopped) {
+                return Vec::new();
             }
             state = queue.more.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

@@ -187,6 +187,25 @@ def test_a_save_in_flight_is_durable_after_the_end_of_the_interpreter(python, ro
     assert "called" in done.stdout or end != "a watched save"
 
 
+def test_callbacks_run_at_the_end_of_the_interpreter(python, root):
+    """The end was told to the notifier before what it had to do: callbacks of saves that had ended did not run."""
+    done = python(
+        """
+        import sys, time, torch, ashore
+        executor = ashore.CheckpointExecutor(sys.argv[1], **SMALL)
+        for step, delay in [(1, 1), (2, 0), (3, 0)]:
+            def callback(future, delay=delay):
+                time.sleep(delay)
+                print(future.result().step, flush=True)
+            save = executor.save(step, {"a": torch.ones(4)})
+            save.durable.add_done_callback(callback)
+            save.wait()
+        """,
+        root,
+    )
+    assert done.stdout.split() == ["1", "2", "3"], done.stdout + done.stderr
+
+
 SUBINTERPRETER = """
 import sys
 try:
