@@ -125,10 +125,8 @@ class SaveFuture(Future[T], Generic[T]):
         return None
 
     def done(self) -> bool:
-        try:
-            return bool(self._outcome(0.0)[0])
-        except Exception:
-            return True
+        """Whether ``result()`` returns at once. An error of the save is not seen by that."""
+        return self._handle.is_done(self._staged)
 
     def running(self) -> bool:
         return not self.done()
@@ -158,3 +156,8 @@ class SaveFuture(Future[T], Generic[T]):
             fn(self)
         except BaseException as error:
             _ashore.unraisable(error, fn)
+
+    # That of the base takes the condition, which asks to be told.
+    def __repr__(self) -> str:
+        what = "staged" if self._staged else "durable"
+        return f"<ashore.SaveFuture of={what} step={self._handle.step} phase={self._handle.progress()[0]}>"

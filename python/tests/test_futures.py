@@ -87,6 +87,21 @@ def test_a_failure_reaches_every_way_of_waiting(executor):
     executor.save(2, {"a": torch.ones(4)}).wait()
 
 
+def test_a_look_at_a_future_does_not_see_its_error(executor):
+    """`done`, `running` and `repr` took the error of the save, and no later call raised it."""
+    executor.save(1, {"a": torch.ones(4)}).wait()
+    durable = executor.save(1, {"a": torch.ones(4)}).durable
+    until = time.monotonic() + 60
+    while not durable.done() and time.monotonic() < until:
+        time.sleep(0.001)
+    assert durable.done() and not durable.running()
+    assert repr(durable) == "<ashore.SaveFuture of=durable step=1 phase=ended>"
+    with pytest.raises(ashore.ConflictError) as error:
+        executor.save(2, {"a": torch.ones(4)})
+    assert error.value.step == 1
+    assert "of=staged step=3" in repr(executor.save(3, {"a": torch.ones(4)}).staged)
+
+
 async def wait_for(save):
     return await save
 
