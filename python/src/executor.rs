@@ -332,14 +332,17 @@ impl Executor {
         let devices = sources::add(py, &mut dict, items, &mut memories, keep, stream, immutable)?;
         let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
         seen.memories = memories;
+        drop(seen);
+        finish(&mut dict)?;
+        let save = py.detach(|| engine.save_with(step, dict, options)).or_raise(py)?;
+        // After the save was taken: a fence of an executor that does not know the device would be refused.
+        let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
         for (id, (_, way)) in devices {
             if !seen.devices.iter().any(|(known, _)| *known == id) {
                 seen.devices.push((id, way));
             }
         }
         drop(seen);
-        finish(&mut dict)?;
-        let save = py.detach(|| engine.save_with(step, dict, options)).or_raise(py)?;
         Ok(Handle::new(save))
     }
 }
