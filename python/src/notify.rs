@@ -63,10 +63,15 @@ pub fn when_done(save: &Save, token: u64) {
 pub fn when_staged(save: &Save, token: u64) {
     let mut staged = save.staged();
     let waker = Waker::from(Arc::new(Token(token)));
+    let queue = queue();
+    // The waker pushes under this lock: the token is not taken before its future is in the map.
+    let mut state = queue.lock();
+    let now = state.get_or_insert_default();
     match Pin::new(&mut staged).poll(&mut Context::from_waker(&waker)) {
-        Poll::Ready(_) => queue().push(token),
-        Poll::Pending => drop(queue().lock().get_or_insert_default().staged.insert(token, staged)),
+        Poll::Ready(_) => now.ready.push(token),
+        Poll::Pending => drop(now.staged.insert(token, staged)),
     }
+    queue.more.notify_one();
 }
 
 /// Waits for the next tokens; returns an empty list once, when none are left after `notify_stop`.
