@@ -76,10 +76,7 @@ impl Memory {
 /// # Errors
 /// `InvalidError`, naming `name`, for what is not a tensor, or has no memory that could be read.
 pub fn find(object: &Bound<'_, PyAny>, name: &str, known: Option<&Memory>) -> PyResult<Found> {
-    match leaf::of(object)? {
-        Leaf::Tensor(way) => find_by(way, object, name, known),
-        _ => Err(invalid(object.py(), &values::refusal(object)?, Some(name))),
-    }
+    find_by(way(object, name)?, object, name, known)
 }
 
 /// As [`find`], for an object of a type that is known to be a tensor.
@@ -317,11 +314,11 @@ fn capsule(array: &Bound<'_, PyAny>, name: &str) -> PyResult<Found> {
 /// How a tensor describes itself.
 ///
 /// # Errors
-/// The object is no tensor.
-pub fn way(object: &Bound<'_, PyAny>) -> PyResult<Way> {
+/// The object is no tensor: the error names `name`.
+pub fn way(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Way> {
     match leaf::of(object)? {
         Leaf::Tensor(way) => Ok(way),
-        _ => Err(invalid(object.py(), &values::refusal(object)?, None)),
+        _ => Err(invalid(object.py(), &values::refusal(object)?, Some(name))),
     }
 }
 

@@ -337,8 +337,8 @@ impl Executor {
         let save = py.detach(|| engine.save_with(step, dict, options)).or_raise(py)?;
         // After the save was taken: a fence of an executor that does not know the device would be refused.
         let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
-        for (id, (_, way)) in devices {
-            if !seen.devices.iter().any(|(known, _)| *known == id) {
+        for ((id, says), (_, way)) in devices {
+            if !seen.devices.iter().any(|(known, way)| (*known, way.says_stream()) == (id, says)) {
                 seen.devices.push((id, way));
             }
         }

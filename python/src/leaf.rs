@@ -44,6 +44,14 @@ pub enum Way {
     Capsule,
 }
 
+impl Way {
+    /// Whether the library of such a tensor says in which stream it works. Any other array was made to wait for
+    /// itself in the default stream.
+    pub fn says_stream(self) -> bool {
+        matches!(self, Self::Torch(_) | Self::TorchAttributes)
+    }
+}
+
 static TYPES: Known<Leaf> = Known::new();
 
 /// Says what `object` is.

@@ -54,8 +54,9 @@ pub struct Item<'py> {
 /// the reference is then given back by the next call into this module.
 type Keep = Arc<Py<PyList>>;
 
-/// The streams of the devices that a save had tensors on, and how to ask for the current one.
-pub type Devices = HashMap<i32, (DeviceStream<'static>, Way)>;
+/// The streams of the devices that a save had tensors on, and how to ask for the current one: of each device
+/// one for the library that says its stream, and one for all others.
+pub type Devices = HashMap<(i32, bool), (DeviceStream<'static>, Way)>;
 
 /// Finds the memory of `items` and adds them to `state`. `seen` has the memory of the tensors of the last
 /// save, in order, and gets that of this one. `extra` is kept alive, too. `immutable` says that nothing
@@ -76,33 +77,36 @@ pub fn add<'py>(
     let mut owners: Vec<Py<PyAny>> = extra.into_iter().collect();
     owners.reserve(items.len());
     let mut memories = Vec::with_capacity(items.len());
+    let mut streams = Vec::with_capacity(items.len());
     for (number, item) in items.iter().enumerate() {
         let known = seen.get(number);
-        let Found { memory, keep, .. } = match item.way {
-            Some(way) => collect::find_by(way, &item.object, &item.name, known)?,
-            None => collect::find(&item.object, &item.name, known)?,
+        let way = match item.way {
+            Some(way) => way,
+            None => collect::way(&item.object, &item.name)?,
         };
-        if !memory.on_host() && !devices.contains_key(&memory.device.id) {
+        let Found { memory, keep, .. } = collect::find_by(way, &item.object, &item.name, known)?;
+        let place = Some((memory.device.id, way.says_stream())).filter(|_| !memory.on_host());
+        if let Some(place) = place.filter(|place| !devices.contains_key(place)) {
             let handle = match stream {
                 Some(handle) => handle,
-                None => collect::current_stream(py, collect::way(&item.object)?, memory.device)?,
+                None => collect::current_stream(py, way, memory.device)?,
             };
             let ordinal = u32::try_from(memory.device.id).unwrap_or(0);
             // SAFETY: a stream that the library uses, of this device; see above.
             let stream = unsafe { DeviceStream::new(ordinal, handle) };
-            devices.insert(memory.device.id, (promised(stream), collect::way(&item.object)?));
+            devices.insert(place, (promised(stream), way));
         }
+        streams.push(place.and_then(|place| devices.get(&place)).map(|(stream, _)| *stream));
         owners.push(keep);
         memories.push(memory);
     }
     let keep: Keep = Arc::new(PyList::new(py, owners)?.unbind());
     let holders = holders(&mut items, &memories);
-    for ((item, memory), holder) in items.iter().zip(&memories).zip(holders) {
+    for (((item, memory), stream), holder) in items.iter().zip(&memories).zip(streams).zip(holders) {
         if let Some(holder) = holder.and_then(|holder| items.get(holder)) {
             state.alias(item.name.clone(), &holder.name).or_raise(py)?;
             continue;
         }
-        let stream = devices.get(&memory.device.id).map(|(stream, _)| *stream);
         put(py, state, item, memory, stream, keep.clone(), immutable)?;
     }
     *seen = memories;
@@ -145,7 +149,7 @@ fn put(
     let (dtype, shape) = (memory.dtype, &memory.shape[..]);
     // A tensor without elements has no address.
     let address = memory.address.max(std::mem::align_of::<u64>());
-    match (stream.filter(|_| !memory.on_host()), &memory.strides) {
+    match (stream, &memory.strides) {
         (None, None) if immutable => {
             let owner = Immutable { address, bytes: memory.bytes() as usize, _keep: keep };
             insert(py, state, item, HostTensor::from_owner(owner, dtype, shape))
@@ -191,14 +195,17 @@ fn insert(
     added.or_raise(py).map(drop)
 }
 
-/// The current streams of the devices of a save.
+/// The current streams of the devices of a save, each once.
 pub fn current(devices: &[(i32, Way)], py: Python<'_>) -> PyResult<Vec<DeviceStream<'static>>> {
-    let stream = |(id, way): &(i32, Way)| {
-        let device = crate::dlpack::Device { kind: crate::dlpack::CUDA, id: *id };
-        let handle = collect::current_stream(py, *way, device)?;
-        Ok(given(u32::try_from(*id).unwrap_or(0), handle))
-    };
-    devices.iter().map(stream).collect()
+    let mut streams = Vec::with_capacity(devices.len());
+    for &(id, way) in devices {
+        let device = crate::dlpack::Device { kind: crate::dlpack::CUDA, id };
+        let stream = given(u32::try_from(id).unwrap_or(0), collect::current_stream(py, way, device)?);
+        if !streams.contains(&stream) {
+            streams.push(stream);
+        }
+    }
+    Ok(streams)
 }
 
 /// A stream that the program gives by its handle.

@@ -54,7 +54,7 @@ pub fn read(
     let mut spare = vec![[0_u8; SCALAR]; again.len()];
     let mut spare = spare.iter_mut();
     let mut targets = if strict { Targets::new().strict() } else { Targets::new() };
-    let mut streams: HashMap<i32, usize> = HashMap::new();
+    let mut streams: HashMap<(i32, bool), usize> = HashMap::new();
     for (number, (want, Found { memory, .. })) in wanted.iter().zip(&founds).enumerate() {
         if again.contains(&number) {
             // Its memory is filled under the other name. A target without bytes counts as asked for.
@@ -93,11 +93,13 @@ pub fn read(
             };
             continue;
         }
-        let handle = match (stream, streams.get(&memory.device.id)) {
+        let way = collect::way(&want.object, &want.name)?;
+        let place = (memory.device.id, way.says_stream());
+        let handle = match (stream, streams.get(&place)) {
             (Some(handle), _) | (None, Some(&handle)) => handle,
-            (None, None) => collect::current_stream(py, collect::way(&want.object)?, memory.device)?,
+            (None, None) => collect::current_stream(py, way, memory.device)?,
         };
-        streams.insert(memory.device.id, handle);
+        streams.insert(place, handle);
         let on = sources::given(u32::try_from(memory.device.id).unwrap_or(0), handle);
         let address = memory.address as u64;
         let target = match &memory.strides {
@@ -169,8 +171,10 @@ fn same_memory(
             if device == other_device && begin < other_end {
                 let (one, two) = (&wanted[before], &wanted[number]);
                 // Other strides or another shape put other elements at an address.
-                let layout = |number: usize| founds.get(number).map(|found| (&found.memory.shape, &found.memory.strides));
-                let same = (begin, end) == extent(before).1 && layout(number) == layout(before) && one.region == two.region;
+                let layout =
+                    |number: usize| founds.get(number).map(|found| (&found.memory.shape, &found.memory.strides));
+                let same =
+                    (begin, end) == extent(before).1 && layout(number) == layout(before) && one.region == two.region;
                 if !same || !tied(checkpoint, &one.name, &two.name) {
                     let why =
                         format!("two targets share memory, and their tensors are stored apart other={:?}", one.name);

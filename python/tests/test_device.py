@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not DRIVER.exists(), reason="the simulated drive
 
 # A program with one GPU, a library that knows DLPack alone, and a `torch` that is described by its attributes.
 PROGRAM = """
-import ctypes, os, sys, types
+import ctypes, os, sys, time, types
 os.environ["FAKECUDA_DEVICES"] = "1"
 cuda = ctypes.CDLL(sys.argv[2])  # ashore finds it by its name then
 def call(name, *arguments):
@@ -26,9 +26,12 @@ call("cuInit", 0)
 call("cuCtxSetCurrent", ctypes.c_void_p(made("cuDevicePrimaryCtxRetain", 0)))
 LENGTH = 1 << 20
 ADDRESSES = [made("cuMemAlloc_v2", ctypes.c_size_t(4 * LENGTH)) for _ in range(2)]
-for address in ADDRESSES:
-    call("cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(0), ctypes.c_size_t(4 * LENGTH))
-STREAM = made("cuStreamCreate", 1)
+WRITTEN = made("cuMemHostAlloc", ctypes.c_size_t(4 * LENGTH), 0)
+ctypes.memset(WRITTEN, 7, 4 * LENGTH)
+def write(address, stream):
+    size = ctypes.c_size_t(4 * LENGTH)
+    call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), ctypes.c_void_p(WRITTEN), size, ctypes.c_void_p(stream))
+STREAM = made("cuStreamCreate", 1)  # it does not wait for the default stream
 
 class Managed(ctypes.Structure):
     _fields_ = [
@@ -89,5 +92,30 @@ with executor:
     executor.fence()
     hold(0)
     assert save.wait().step == 2
+"""
+    )
+
+
+@pytest.mark.parametrize("order", ["Array, Tensor", "Tensor, Array"])
+def test_a_save_waits_for_the_streams_of_all_libraries_on_a_device(program, order):
+    """The first tensor on a device chose the stream of all: others were read before the work in the stream of their
+    own library wrote them."""
+    program(
+        f"""
+first, second = {order}
+"""
+        """
+with executor:
+    streams = [0, STREAM] if first is Array else [STREAM, 0]
+    write(ADDRESSES[0], streams[0])
+    call("cuStreamSynchronize", ctypes.c_void_p(streams[0]))
+    hold(2)  # copies to the device do not begin
+    write(ADDRESSES[1], streams[1])
+    save = executor.save(1, {"first": first(ADDRESSES[0]), "second": second(ADDRESSES[1])})
+    time.sleep(0.2)
+    hold(0)
+    save.wait()
+    for name in ("first", "second"):
+        assert set(executor.latest().read(name).tobytes()) == {7}, name
 """
     )
