@@ -133,7 +133,10 @@ fn of_torch(of: &Bound<'_, PyType>) -> PyResult<Option<Leaf>> {
     }
     let name = of.name()?.to_string();
     let why = match name.as_str() {
-        "DTensor" => "a DTensor is saved by `ashore.torch`, which knows which box of the tensor this rank holds",
+        "DTensor" => {
+            "a DTensor is saved by torch.distributed.checkpoint with `ashore.torch.StorageWriter`, which knows which box \
+             of the tensor this rank holds"
+        }
         "UninitializedParameter" | "UninitializedBuffer" => "a lazy module has not been initialized: run it once",
         "FakeTensor" => "a fake tensor has no memory",
         _ => "a subclass of torch.Tensor whose memory ashore does not know: give the plain tensors it consists of",
