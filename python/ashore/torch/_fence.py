@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 
 class Handle:
@@ -60,31 +61,49 @@ def fence_before(executor: Any, *optimizers: Any) -> Handle:
     the step (Lightning, closures) the hook fires before them, which is right and hides nothing: use its
     adapter.
 
-    The executor is held weakly, and the hook removes itself once it is gone. Raises TypeError for what is not
-    an optimizer. An error of the fence is raised from `step`, before anything is written.
+    The executor is held weakly. Once it is gone the hook does nothing, and the next `fence_before`
+    of the same optimizer removes it. Raises TypeError for what is not an optimizer. An error of the fence is
+    raised from `step`, before anything is written.
     """
-    held = weakref.ref(executor)
-    warned = False
-
-    def hook(*_: Any) -> None:
-        nonlocal warned
-        alive = held()
-        if alive is None:
-            handle.remove()
-        elif is_capturing():
-            if not warned:
-                warned = True
-                text = "an optimizer's step is captured in a CUDA graph: call executor.fence() before graph.replay()"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
-        else:
-            alive.fence()
-
+    hook = _Hook(executor)
     inner = [unwrapped(optimizer) for optimizer in optimizers]
     for optimizer in inner:
         if not _has_hooks(optimizer):
             raise TypeError(f"fence_before takes optimizers of torch type={type(optimizer).__name__}")
-    if inner:
-        handle = Handle([optimizer.register_step_pre_hook(hook) for optimizer in inner])
-    else:
-        handle = Handle([register_optimizer_step_pre_hook(hook)])
-    return handle
+    if not inner:
+        _remove_ended(_global_optimizer_pre_hooks)
+        return Handle([register_optimizer_step_pre_hook(hook)])
+    for optimizer in inner:
+        _remove_ended(optimizer._optimizer_step_pre_hooks)
+    return Handle([optimizer.register_step_pre_hook(hook) for optimizer in inner])
+
+
+class _Hook:
+    """What optimizers call before a step.
+
+    It never removes itself: torch iterates over the hooks when it is called. The end of the executor removes
+    nothing either, because garbage may be collected within another hook.
+    """
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = weakref.ref(executor)
+        self._warned = False
+
+    def has_ended(self) -> bool:
+        return self._executor() is None
+
+    def __call__(self, *_: Any) -> None:
+        executor = self._executor()
+        if executor is None:
+            return
+        if not is_capturing():
+            executor.fence()
+        elif not self._warned:
+            self._warned = True
+            text = "an optimizer's step is captured in a CUDA graph: call executor.fence() before graph.replay()"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _remove_ended(hooks: MutableMapping[int, Any]) -> None:
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.has_ended()]:
+        del hooks[key]

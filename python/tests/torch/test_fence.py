@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import bits, executor
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 
 def large():
@@ -83,13 +84,35 @@ def test_without_optimizers_all_fence_later_ones_too():
     assert counts.fences == 2
 
 
-def test_an_executor_that_is_gone_ends_its_hook():
+@pytest.mark.parametrize("given", [True, False], ids=["this optimizer", "all optimizers"])
+def test_the_hook_of_an_executor_that_is_gone_does_nothing_and_is_removed_by_the_next(given):
+    """A program makes a second executor, drops the first, and steps: torch iterates over both hooks."""
+    optimizer = sgd()
+    optimizers = [optimizer] if given else []
+    hooks = optimizer._optimizer_step_pre_hooks if given else _global_optimizer_pre_hooks
+    before = len(hooks)
+    first, second, third = Counts(), Counts(), Counts()
+    ashore.torch.fence_before(first, *optimizers)
+    with ashore.torch.fence_before(second, *optimizers):
+        del first
+        gc.collect()
+        stepped(optimizer)
+        assert second.fences == 1
+        with ashore.torch.fence_before(third, *optimizers):
+            assert len(hooks) == before + 2
+            stepped(optimizer)
+            assert (second.fences, third.fences) == (2, 1)
+    assert len(hooks) == before
+
+
+def test_an_executor_may_end_within_another_hook():
     counts, optimizer = Counts(), sgd()
-    ashore.torch.fence_before(counts, optimizer)
-    del counts
-    gc.collect()
-    stepped(optimizer)
-    assert not optimizer._optimizer_step_pre_hooks
+    held = [Counts()]
+    optimizer.register_step_pre_hook(lambda *_: held.clear())
+    ashore.torch.fence_before(held[0], optimizer)
+    with ashore.torch.fence_before(counts, optimizer):
+        stepped(optimizer)
+    assert not held and counts.fences == 1
 
 
 class Wrapper(torch.optim.Optimizer):
