@@ -11,6 +11,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
+from ashore import ClosedError
+
 
 class Handle:
     """What `fence_before` returns: `remove()` ends it, and so does the end of a `with` block."""
@@ -61,9 +63,10 @@ def fence_before(executor: Any, *optimizers: Any) -> Handle:
     the step (Lightning, closures) the hook fires before them, which is right and hides nothing: use its
     adapter.
 
-    The executor is held weakly. Once it is gone the hook does nothing, and the next `fence_before`
-    of the same optimizer removes it. Raises TypeError for what is not an optimizer. An error of the fence is
-    raised from `step`, before anything is written.
+    The executor is held weakly. Once it is gone or was shut down the hook does nothing, and the next
+    `fence_before` of the same optimizer removes it. In a forked child the step raises ClosedError for the
+    executor of the parent. Raises TypeError for what is not an optimizer. An error of the fence is raised from
+    `step`, before anything is written.
     """
     hook = _Hook(executor)
     inner = [unwrapped(optimizer) for optimizer in optimizers]
@@ -88,20 +91,32 @@ class _Hook:
     def __init__(self, executor: Any) -> None:
         self._executor = weakref.ref(executor)
         self._warned = False
+        self._shut_down = False
 
     def has_ended(self) -> bool:
-        return self._executor() is None
+        return self._shut_down or self._executor() is None
 
     def __call__(self, *_: Any) -> None:
         executor = self._executor()
-        if executor is None:
+        if executor is None or self._shut_down:
             return
         if not is_capturing():
-            executor.fence()
+            self._fence(executor)
         elif not self._warned:
             self._warned = True
             text = "an optimizer's step is captured in a CUDA graph: call executor.fence() before graph.replay()"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _fence(self, executor: Any) -> None:
+        try:
+            executor.fence()
+        except ClosedError as closed:
+            try:
+                # Returns at once, as it was called before; but in a forked child it raises.
+                executor.shutdown()
+            except ClosedError:
+                raise closed from None
+            self._shut_down = True
 
 
 def _remove_ended(hooks: MutableMapping[int, Any]) -> None:

@@ -1,6 +1,7 @@
 """The fence before the optimizer: in the hook of one, of several, of all."""
 
 import gc
+import os
 import warnings
 
 import ashore
@@ -113,6 +114,41 @@ def test_an_executor_may_end_within_another_hook():
     with ashore.torch.fence_before(counts, optimizer):
         stepped(optimizer)
     assert not held and counts.fences == 1
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["this optimizer", "all optimizers"])
+def test_training_goes_on_after_the_executor_was_shut_down(tmp_path, given):
+    """The last epochs of a program that keeps no more checkpoints, and still holds its executor."""
+    optimizer = sgd()
+    optimizers = [optimizer] if given else []
+    hooks = optimizer._optimizer_step_pre_hooks if given else _global_optimizer_pre_hooks
+    with executor(tmp_path) as saves:
+        handle = ashore.torch.fence_before(saves, *optimizers)
+        stepped(optimizer)
+    for _ in range(2):
+        stepped(optimizer)
+    assert optimizer.param_groups[0]["params"][0].tolist() == pytest.approx([-0.3, -0.3])
+    number = len(hooks)
+    ashore.torch.fence_before(Counts(), *optimizers).remove()
+    assert len(hooks) == number - 1
+    handle.remove()
+
+
+@pytest.mark.parametrize("ends_first", [False, True], ids=["open at the fork", "shut down before"])
+def test_in_a_forked_child_the_step_raises(tmp_path, ends_first):
+    optimizer = sgd()
+    with executor(tmp_path) as saves, ashore.torch.fence_before(saves, optimizer):
+        if ends_first:
+            saves.shutdown()
+        child = os.fork()
+        if child == 0:
+            try:
+                stepped(optimizer)
+            except ashore.ClosedError as error:
+                os._exit(3 if "in a forked child: make a new one there" in str(error) else 4)
+            finally:
+                os._exit(5)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 
 
 class Wrapper(torch.optim.Optimizer):
