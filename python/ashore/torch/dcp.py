@@ -29,7 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.futures import Future
 
 from ._dtypes import torch_dtype
-from ._errors import invalid
+from ._errors import invalid, written
 from ._restore import asked_once
 
 # The value with what DCP's own metadata would say: objects as bytes, by name, and the path of each name.
@@ -203,7 +203,7 @@ class StorageWriter(_Writer, Stager):
         else:
             self.save = self._begin(plan, planner)
         done: Future[list[WriteResult]] = Future()
-        self.save.wait()
+        written(self.save.wait(), self.save.step)
         done.set_result([
             WriteResult(item.index, item.tensor_storage_size() or 0, storage_data=item.index.fqn) for item in plan.items
         ])  # fmt: skip

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 import ashore
 
+from ._errors import written
 from ._parts import Copies
 from ._restore import Plan
 from ._trees import packed, unpacked
@@ -97,4 +98,4 @@ class CheckpointIO(_CheckpointIO):
 
     def _wait(self, path: str) -> None:
         if (save := self._saves.pop(path, None)) is not None:
-            save.wait()
+            written(save.wait(), save.step)

@@ -14,7 +14,7 @@ import torch
 import ashore
 
 from . import dcp
-from ._errors import invalid
+from ._errors import invalid, written
 
 TRIED = ("2.11",)
 
@@ -73,13 +73,11 @@ class Executor(_AsyncCheckpointExecutor):
                 raise
             done.set_exception(e)
             return
-        save.durable.add_done_callback(lambda durable: self._end(durable, done))
+        save.durable.add_done_callback(lambda durable: self._end(step, durable, done))
 
-    def _end(self, durable: concurrent.futures.Future[Any], done: concurrent.futures.Future[Any]) -> None:
+    def _end(self, step: int, durable: concurrent.futures.Future[Any], done: concurrent.futures.Future[Any]) -> None:
         try:
-            committed = durable.result()
-            if committed is None:
-                raise invalid("the executor did not begin the save: its overlap policy skips saves")
+            committed = written(durable.result(), step)
             done.set_result(dcp.metadata(ashore.Checkpoint(committed.path)))
         except BaseException as e:
             done.set_exception(e)

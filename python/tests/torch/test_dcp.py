@@ -9,7 +9,7 @@ import ashore.torch.private
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import Net, bits, executor, train
+from helpers import Net, bits, executor, skips_saves, train
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -147,6 +147,23 @@ def test_a_save_that_fails_says_so(tmp_path):
             again.execute_save({}, checkpoint_id=6, planner=dcp.DefaultSavePlanner())
     with pytest.raises(ashore.ClosedError):
         again.execute_save({"a": torch.ones(3)}, checkpoint_id=7)
+
+
+@pytest.mark.parametrize("how", ["save", "async_save", "private"])
+def test_a_save_that_the_policy_skips_is_an_error(tmp_path, monkeypatch, how):
+    """While a large step is written, DCP saves the next: a program must not take that for durable."""
+    with executor(tmp_path, overlap="skip") as saves:
+        skips_saves(saves, monkeypatch)
+        state, writer = {"a": torch.ones(3)}, ashore.torch.StorageWriter(saves, 2)
+        with pytest.raises((ashore.InvalidError, CheckpointException), match="left out the save.*step=2"):
+            if how == "save":
+                dcp.save(state, storage_writer=writer, no_dist=True)
+            elif how == "async_save":
+                dcp.async_save(state, storage_writer=writer, no_dist=True).result(timeout=60)
+            else:
+                ashore.torch.private.Executor(saves).execute_save(state, checkpoint_id=2).result(timeout=60)
+        saves.shutdown()
+        assert saves.catalog.steps() == [1]
 
 
 def test_other_versions_of_torch_are_refused(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import ashore
 import ashore.torch
 import pytest
 import torch
-from helpers import bits, executor
+from helpers import bits, executor, skips_saves
 
 pytest.importorskip("lightning")
 
@@ -58,3 +58,21 @@ def test_a_run_goes_on_as_from_the_checkpoints_of_lightning(tmp_path):
         # Plain safetensors under Lightning's names.
         last = ashore.Checkpoint(ours / "last.ckpt")
         assert last.step == 12 and "state_dict.net.0.weight" in last.names()
+
+
+def plugin(saves):
+    return ashore_lightning.CheckpointIO(saves, ashore_lightning.Fence(saves))
+
+
+def checkpoint(step, numbers=8):
+    return {"global_step": step, "state_dict": {"weight": torch.full((numbers,), float(step))}}
+
+
+def test_a_checkpoint_that_the_policy_skips_is_an_error(tmp_path, monkeypatch):
+    with executor(tmp_path / "steps", overlap="skip") as saves:
+        skips_saves(saves, monkeypatch)
+        io = plugin(saves)
+        io.save_checkpoint(checkpoint(2), tmp_path / "2.ckpt")
+        with pytest.raises(ashore.InvalidError, match="left out the save.*step=2"):
+            io.teardown()
+        assert not (tmp_path / "2.ckpt").exists()
