@@ -51,8 +51,9 @@ class CheckpointIO(_CheckpointIO):
 
     `save_checkpoint` returns at once. Parameters and the state of optimizers are read until the fence; other
     tensors are copied in the call. Whatever is not plain (paths, hyperparameters of other types) is pickled.
-    A checkpoint of the same path is replaced when the new one is durable. `load_checkpoint` unpickles: load
-    what you trust.
+    A checkpoint of the same path is replaced when the new one is durable. `remove_checkpoint` waits until all
+    checkpoints are durable, and removes nothing if one failed: `ModelCheckpoint(save_top_k=-1)` never calls
+    it. `load_checkpoint` unpickles: load what you trust.
     """
 
     def __init__(self, executor: Any, fence: Fence) -> None:
@@ -88,11 +89,15 @@ class CheckpointIO(_CheckpointIO):
         return tree
 
     def remove_checkpoint(self, path: Any) -> None:
-        self._wait(os.path.abspath(path))
+        # Lightning removes the old checkpoint right after `save_checkpoint` of the new one has returned.
+        self._wait_for_all()
         shutil.rmtree(path, ignore_errors=True)
 
     def teardown(self) -> None:
         """Waits until every checkpoint is durable; raises the error of one that failed."""
+        self._wait_for_all()
+
+    def _wait_for_all(self) -> None:
         for path in list(self._saves):
             self._wait(path)
 

@@ -76,3 +76,27 @@ def test_a_checkpoint_that_the_policy_skips_is_an_error(tmp_path, monkeypatch):
         with pytest.raises(ashore.InvalidError, match="left out the save.*step=2"):
             io.teardown()
         assert not (tmp_path / "2.ckpt").exists()
+
+
+def test_the_old_checkpoint_is_removed_when_the_new_one_is_durable(tmp_path):
+    """As Lightning does with save_top_k=1: a crash at any time leaves one of the two."""
+    old, new = tmp_path / "1.ckpt", tmp_path / "2.ckpt"
+    with executor(tmp_path / "steps") as saves:
+        io = plugin(saves)
+        io.save_checkpoint(checkpoint(1), old)
+        io.save_checkpoint(checkpoint(2, 32 << 20), new)
+        io.remove_checkpoint(old)
+        assert not old.exists() and ashore.Checkpoint(new).step == 2
+
+
+def test_the_old_checkpoint_stays_where_the_new_one_failed(tmp_path):
+    old, new = tmp_path / "1.ckpt", tmp_path / "2.ckpt"
+    with executor(tmp_path / "steps") as saves:
+        io = plugin(saves)
+        io.save_checkpoint(checkpoint(1), old)
+        io.save_checkpoint(checkpoint(2, 32 << 20), new)
+        assert io._saves[str(new)].cancel()
+        with pytest.raises(ashore.CancelledError):
+            io.remove_checkpoint(old)
+        assert not new.exists()
+        assert io.load_checkpoint(old)["state_dict"]["weight"].tolist() == [1.0] * 8
