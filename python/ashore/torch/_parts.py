@@ -15,6 +15,7 @@ from torch import nn
 
 from ._fence import unwrapped
 from ._numpy import is_array
+from ._rng import Rng
 
 if TYPE_CHECKING:
     from ._restore import Plan
@@ -30,6 +31,8 @@ def part_of(name: str, given: Any) -> Part:
     optimizer = unwrapped(given) if isinstance(given, torch.optim.Optimizer) else given
     if isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).state_dict is torch.optim.Optimizer.state_dict:
         return OptimizerPart(optimizer)
+    if isinstance(given, Rng):
+        return RngPart(given)
     if callable(getattr(given, "state_dict", None)) and callable(getattr(given, "load_state_dict", None)):
         return StatefulPart(given)
     if isinstance(given, MutableMapping):
@@ -87,6 +90,18 @@ class StatefulPart(Part):
 
     def plan(self, plan: Plan, name: str) -> None:
         built = plan.build(name, like=self.tree(), in_place=False)
+        if built is not plan.MISSING:
+            plan.after(lambda: self._given.load_state_dict(built))
+
+
+class RngPart(StatefulPart):
+    """Random numbers. Which generators there are depends on the machine and on the moment.
+
+    A step that was saved before CUDA or NumPy was in use lacks theirs, and that is no missing name.
+    """
+
+    def plan(self, plan: Plan, name: str) -> None:
+        built = plan.build(name, like=None, in_place=False)
         if built is not plan.MISSING:
             plan.after(lambda: self._given.load_state_dict(built))
 

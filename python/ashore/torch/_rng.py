@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from typing import Any
@@ -29,21 +30,34 @@ def rng_state(devices: bool = True) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Sets the generators that `state` names, as `rng_state` returned it."""
+    """Sets the generators that `state` names, as `rng_state` returned it.
+
+    Those that this process lacks (CUDA devices beyond its own, NumPy where it is not installed) are left out,
+    and those that `state` lacks go on as they are.
+    """
     random.setstate(state["python"])
     torch.set_rng_state(torch.as_tensor(state["torch"]))
     if "numpy" in state:
-        import numpy
-
-        legacy = state["numpy"]
-        key = numpy.asarray(legacy["state"]["key"])
-        numpy.random.set_state({**legacy, "state": {**legacy["state"], "key": key}})
+        with contextlib.suppress(ImportError):
+            _set_numpy(state["numpy"])
     if "cuda" in state:
-        torch.cuda.set_rng_state_all([torch.as_tensor(device) for device in state["cuda"]])
+        devices = [torch.as_tensor(device) for device in state["cuda"]]
+        torch.cuda.set_rng_state_all(devices[: torch.cuda.device_count()])
+
+
+def _set_numpy(state: dict[str, Any]) -> None:
+    import numpy
+
+    key = numpy.asarray(state["state"]["key"])
+    numpy.random.set_state({**state, "state": {**state["state"], "key": key}})
 
 
 class Rng:
-    """The global generators as an object of a `State`: `state(model=model, rng=Rng())`."""
+    """The global generators as an object of a `State`: `state(model=model, rng=Rng())`.
+
+    A step may have been saved with more or fewer generators than there are when it is restored: those of both
+    are set.
+    """
 
     def __init__(self, devices: bool = True) -> None:
         self._devices = devices

@@ -1,5 +1,7 @@
 """States: what is saved under which names, and what a restore puts back."""
 
+import sys
+
 import ashore
 import ashore.torch
 import pytest
@@ -263,3 +265,52 @@ def test_random_numbers_come_back(tmp_path):
         ashore.torch.restore(saves.latest(), ashore.torch.state(rng=rng, numpy=box))
         assert draw() == drawn
     assert box["pcg"] == numpy.random.PCG64(7).state
+
+
+def cuda_devices(monkeypatch, number):
+    """Stands in for CUDA with so many devices, whose random numbers have a state of one byte; returns what is set."""
+    states = {device: torch.tensor([device], dtype=torch.uint8) for device in range(number)}
+
+    def set_one(state, device):
+        if device not in states:
+            raise RuntimeError("CUDA error: invalid device ordinal")
+        states[device] = state
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: number > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states.values()))
+    monkeypatch.setattr(torch.cuda.random, "set_rng_state", set_one)
+    return states
+
+
+@pytest.mark.parametrize("saved, now", [(4, 1), (2, 0), (1, 2), (0, 2)])
+def test_random_numbers_are_restored_with_another_number_of_gpus(tmp_path, monkeypatch, saved, now):
+    """A run with 4 GPUs goes on with 1, and one that had not begun to use CUDA goes on where it is in use."""
+    net = nn.Linear(2, 2)
+    state = ashore.torch.state(net=net, rng=ashore.torch.Rng())
+    with executor(tmp_path) as saves, monkeypatch.context() as patches:
+        for device in (states := cuda_devices(patches, saved)):
+            states[device] = torch.tensor([10 + device], dtype=torch.uint8)
+        ashore.torch.save(saves, 1, state).wait()
+        drawn, expected = torch.rand(1), bits(net.state_dict())
+        states = cuda_devices(patches, now)
+        net.weight.data.zero_()
+        assert ashore.torch.restore(saves.latest(), state) == ashore.torch.IncompatibleKeys([], [])
+        assert torch.equal(torch.rand(1), drawn) and bits(net.state_dict()) == expected
+    assert [int(states[device]) for device in range(now)] == [10 + d if d < saved else d for d in range(now)]
+
+
+def test_random_numbers_are_restored_where_only_one_side_has_numpy(tmp_path, monkeypatch):
+    import numpy
+
+    state = ashore.torch.state(rng=ashore.torch.Rng())
+    with executor(tmp_path) as saves:
+        with_numpy = ashore.torch.rng_state()
+        with monkeypatch.context() as patches:
+            patches.setitem(sys.modules, "numpy", None)
+            assert "numpy" not in ashore.torch.rng_state()
+            ashore.torch.set_rng_state(with_numpy)
+            ashore.torch.save(saves, 1, state).wait()
+        drawn, numpy_before = torch.rand(1), numpy.random.get_state()[1].tolist()
+        assert ashore.torch.restore(saves.latest(), state) == ashore.torch.IncompatibleKeys([], [])
+        assert torch.equal(torch.rand(1), drawn) and numpy.random.get_state()[1].tolist() == numpy_before
