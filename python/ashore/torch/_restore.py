@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -117,9 +117,7 @@ class Plan:
                 "the checkpoint and the state differ: give strict=False to restore what both have "
                 f"missing={_some(keys.missing_keys)} unexpected={_some(keys.unexpected_keys)}"
             )
-        tensors = [tensor.detach() for tensor in self._targets.values()]
-        wanted = asked_once(tensors)
-        targets = {name: tensor for name, tensor, asked in zip(self._targets, tensors, wanted) if asked}
+        targets = {name: tensor.detach() for name, tensor in self._targets.items()}
         self._checkpoint.read_into(targets, strict=False)
         for act in self._after:
             act()
@@ -189,18 +187,6 @@ class _Shape:
         if self.kind == "t":
             return tuple(items.values())
         return collections.OrderedDict(items) if self.kind == "o" else items
-
-
-def asked_once(targets: Sequence[torch.Tensor]) -> list[bool]:
-    """Which targets to ask for.
-
-    The engine fills the memory of tied tensors once, but that of a scalar, which has no part to leave out, must be
-    asked for once.
-    """
-    scalars: dict[int, int] = {}
-    return [
-        target.dim() > 0 or scalars.setdefault(target.data_ptr(), number) == number for number, target in enumerate(targets)
-    ]
 
 
 def _children(tree: Any) -> dict[Any, Any]:

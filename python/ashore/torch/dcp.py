@@ -30,7 +30,6 @@ from torch.futures import Future
 
 from ._dtypes import torch_dtype
 from ._errors import invalid, written
-from ._restore import asked_once
 
 # The value with what DCP's own metadata would say: objects as bytes, by name, and the path of each name.
 _VALUE = "ashore.dcp"
@@ -275,8 +274,7 @@ class StorageReader(_Reader):
             # Parts of a tensor that was cut in columns lie between each other.
             packed = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
             reads.append((item, target, name, packed, region))
-        asked = [read for read, wanted in zip(reads, asked_once([read[3] for read in reads])) if wanted]
-        names, memory, regions = ([read[at] for read in asked] for at in (2, 3, 4))
+        names, memory, regions = ([read[at] for read in reads] for at in (2, 3, 4))
         self._checkpoint._read_prepared(names, memory, regions=regions)
         for item, target, _, packed, _ in reads:
             if packed is not target:

@@ -128,6 +128,31 @@ def test_names_that_differ_are_refused_before_anything_changes(tmp_path):
     assert set(keys.unexpected_keys) == {"model.weight", "model.bias", "more.a"}
 
 
+class Scales(nn.Module):
+    """Two scales of one element, which are one parameter where they are tied."""
+
+    def __init__(self, values, tied):
+        super().__init__()
+        self.one = nn.Parameter(torch.tensor(values[0]))
+        self.two = self.one if tied else nn.Parameter(torch.tensor(values[1]))
+
+
+def test_tied_scalars_come_back_and_scalars_that_were_stored_apart_are_refused(tmp_path):
+    """A model that came to tie its scales cannot have both values of an older step."""
+    with executor(tmp_path) as saves:
+        tied = Scales([3.0], tied=True)
+        ashore.torch.save(saves, 1, ashore.torch.state(net=tied)).wait()
+        other = Scales([0.0], tied=True)
+        ashore.torch.restore(saves.checkpoint(1), ashore.torch.state(net=other))
+        assert other.one is other.two and other.one.item() == 3.0
+
+        apart = Scales([1.0, 2.0], tied=False)
+        ashore.torch.save(saves, 2, ashore.torch.state(net=apart)).wait()
+        with pytest.raises(ashore.InvalidError, match="stored apart") as refused:
+            ashore.torch.restore(saves.checkpoint(2), ashore.torch.state(net=other))
+        assert refused.value.tensor in ("net.one", "net.two") and other.one.item() == 3.0
+
+
 @pytest.mark.parametrize(
     "change", [lambda: nn.Linear(3, 2), lambda: nn.Linear(2, 2).double(), lambda: nn.Linear(2, 2).to(torch.bfloat16)]
 )
