@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import ashore
 
@@ -31,7 +32,8 @@ class Executor(_AsyncCheckpointExecutor):
 
     `Executor(executor).execute_save(state, checkpoint_id="step-5")` begins the save in the call and returns a
     future of DCP's metadata, which resolves when the step is durable. The state may be written after the next
-    fence of the executor. Planners are not asked; process groups of several ranks are refused.
+    fence of the executor. Planners are not asked. Process groups of several ranks are refused: use
+    `dcp.async_save` with `ashore.torch.StorageWriter`.
     """
 
     def __init__(self, executor: Any) -> None:
@@ -52,6 +54,8 @@ class Executor(_AsyncCheckpointExecutor):
             raise invalid(f"the executor writes its own steps: give no other writer {type(storage_writer).__name__}")
         if planner is not None:
             raise invalid("the executor asks no planner: use dcp.async_save with ashore.torch.StorageWriter")
+        if _has_several_ranks(process_group, no_dist):
+            raise invalid("the executor saves for one rank: use dcp.async_save with ashore.torch.StorageWriter")
         step = dcp.step_of(checkpoint_id)
         if step is None and storage_writer is not None:
             step = storage_writer._step
@@ -83,6 +87,11 @@ class Executor(_AsyncCheckpointExecutor):
             done.set_exception(e)
 
 
+def _has_several_ranks(process_group: Any, no_dist: bool) -> bool:
+    within = not no_dist and dist.is_available() and dist.is_initialized()
+    return within and dist.get_world_size(process_group) > 1
+
+
 # What it constructs for saves in a thread.
 _CLASS = "_ThreadBasedAsyncCheckpointExecutor"
 
@@ -100,7 +109,7 @@ class Installed:
 def install(executor: Any) -> Installed:
     """Has `dcp.async_save` carry out, by `Executor`, saves whose `storage_writer` is `ashore.torch.StorageWriter`.
 
-    Other saves go the way they went. Raises ImportError for a version of torch that was not tried.
+    Other saves, and those of several ranks, go the way they went. Raises ImportError for a version of torch that was not tried.
     """
     if not torch.__version__.startswith(tuple(version + "." for version in TRIED)):
         raise ImportError(f"ashore.torch.private was tried with torch {', '.join(TRIED)} torch={torch.__version__}")
@@ -110,7 +119,8 @@ def install(executor: Any) -> Installed:
         def execute_save(  # type: ignore[override]
             self, staged: Any, *, storage_writer: Any = None, **options: Any
         ) -> concurrent.futures.Future[Any]:
-            ours = isinstance(storage_writer, dcp.StorageWriter) and options.get("planner") is None
+            one_rank = not _has_several_ranks(options.get("process_group"), options.get("no_dist", False))
+            ours = isinstance(storage_writer, dcp.StorageWriter) and options.get("planner") is None and one_rank
             chosen = Executor(executor) if ours else before()
             done: concurrent.futures.Future[Any] = chosen.execute_save(staged, storage_writer=storage_writer, **options)
             return done

@@ -166,6 +166,46 @@ def test_a_save_that_the_policy_skips_is_an_error(tmp_path, monkeypatch, how):
         assert saves.catalog.steps() == [1]
 
 
+@pytest.fixture
+def two_ranks():
+    """This process as rank 0 of two, whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_the_private_executor_refuses_several_ranks(tmp_path, two_ranks):
+    """It asks no planner and gathers nothing, so each rank would take its own part for the checkpoint."""
+    with executor(tmp_path) as saves:
+        private = ashore.torch.private.Executor(saves)
+        for group in ({}, {"process_group": torch.distributed.group.WORLD}):
+            with pytest.raises(ashore.InvalidError, match="one rank.*StorageWriter"):
+                private.execute_save({"a": torch.ones(3)}, checkpoint_id=1, **group)
+        assert saves.latest() is None
+        private.execute_save({"a": torch.ones(3)}, checkpoint_id=1, no_dist=True).result(timeout=60)
+        assert saves.latest().step == 1
+
+
+def test_installed_saves_of_several_ranks_go_their_way(tmp_path, monkeypatch, two_ranks):
+    taken = []
+
+    class Threads:
+        def execute_save(self, staged, **options):
+            taken.append(options["storage_writer"])
+
+    monkeypatch.setattr(ashore.torch.private._saver, ashore.torch.private._CLASS, Threads)
+    with executor(tmp_path) as saves:
+        installed = ashore.torch.private.install(saves)
+        writers = [ashore.torch.StorageWriter(saves, step) for step in (1, 2)]
+        of_torch = getattr(ashore.torch.private._saver, ashore.torch.private._CLASS)()
+        of_torch.execute_save({"a": torch.ones(3)}, storage_writer=writers[0], process_group=None)
+        of_torch.execute_save({"a": torch.ones(3)}, storage_writer=writers[1], no_dist=True).result(timeout=60)
+        installed.remove()
+        assert taken == writers[:1] and saves.catalog.steps() == [2]
+
+
 def test_other_versions_of_torch_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "__version__", "2.12.0")
     with executor(tmp_path) as saves, pytest.raises(ImportError, match="2.11 torch=2.12.0"):
