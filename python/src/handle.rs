@@ -106,8 +106,8 @@ impl Handle {
         })
     }
 
-    /// Whether a wait for the end, or until it is staged, would return at once. That a save failed still counts
-    /// as not seen, unless it failed before it was staged and this asks for that.
+    /// Whether a wait for the end, or until it is staged, would return at once. That a save failed still
+    /// counts as not seen, unless it failed before it was staged and this asks for that.
     fn is_done(&self, py: Python<'_>, staged: bool) -> bool {
         // A wait in a forked child raises at once.
         self.ours(py).is_err()

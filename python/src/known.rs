@@ -5,8 +5,8 @@ use pyo3::sync::MutexExt;
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-/// How many objects are known. A program has few types and dtypes, but NumPy gives each array that it unpickles
-/// a dtype object of its own, and a program can make classes without end.
+/// How many objects are known. A program has few types and dtypes, but NumPy gives each array that it
+/// unpickles a dtype object of its own, and a program can make classes without end.
 const MANY: usize = 256;
 
 /// What is known of each object, by its address. The objects are kept, so that no other one gets the address,

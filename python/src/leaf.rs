@@ -45,8 +45,8 @@ pub enum Way {
 }
 
 impl Way {
-    /// Whether the library of such a tensor says in which stream it works. Any other array was made to wait for
-    /// itself in the default stream.
+    /// Whether the library of such a tensor says in which stream it works. Any other array was made to be
+    /// ready in the default stream.
     pub fn says_stream(self) -> bool {
         matches!(self, Self::Torch(_) | Self::TorchAttributes)
     }
