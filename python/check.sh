@@ -17,6 +17,8 @@ trap 'rm -rf "$wheels" "$fresh"' EXIT
 "$fresh/bin/pip" --quiet --disable-pip-version-check install --no-index --no-deps "$wheels"/*.whl
 echo "$base"/lib/python3.*/site-packages >"$(echo "$fresh"/lib/python3.*/site-packages)/tests-need.pth"
 
+# The driver of the tests of memory on devices.
+(cd .. && cargo build --quiet -p fakecuda)
 echo "python: $version, $(basename "$wheels"/*.whl), $(stat -c %s "$wheels"/*.whl) bytes"
 "$fresh/bin/python" -I -m pytest -p no:cacheprovider tests --ignore=tests/jax "$@"
 # In a process of their own, in which JAX has eight devices. 5: the arguments select none of them.
