@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""Times the call of `ashore.torch.save` by the number of tensors, from a state prepared once; the first two saves are shown apart.
+
+    torch_calls.py [--dir DIR] [--saves 20]
+
+Parameters of 4 KiB each, with SGD's momentum: as many tensors of momentum as parameters. Milliseconds, medians; the wait of the
+fence behind it and the walk of `state_dict` by torch itself are beside it.
+"""
+import argparse
+import statistics
+import tempfile
+import time
+
+import torch
+
+import ashore
+import ashore.torch
+
+
+def timed(call):
+    began = time.perf_counter()
+    result = call()
+    return 1e3 * (time.perf_counter() - began), result
+
+
+def main():
+    parser = argparse.ArgumentParser(description="the call of ashore.torch.save")
+    parser.add_argument("--dir", default=None)
+    parser.add_argument("--saves", type=int, default=20)
+    options = parser.parse_args()
+    print("| tensors | first two saves | save | fence | torch's own state_dict |\n|---|---|---|---|---|")
+    for count in (900, 40_000):
+        model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(32, 32)) for _ in range(count // 2)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for parameter in model:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        state = ashore.torch.state(model=model, optimizer=optimizer)
+        with tempfile.TemporaryDirectory(dir=options.dir) as root:
+            with ashore.CheckpointExecutor(root, arena=256 << 20, keep_last=1) as executor:
+                calls, fences = [], []
+                for step in range(2 + options.saves):
+                    optimizer.step()
+                    taken, save = timed(lambda step=step: ashore.torch.save(executor, step, state))
+                    fence, _ = timed(executor.fence)
+                    calls.append(taken)
+                    fences.append(fence)
+                    save.wait()
+        own = statistics.median(timed(lambda: (model.state_dict(), optimizer.state_dict()))[0] for _ in range(5))
+        first = ", ".join(f"{taken:.2f}" for taken in calls[:2])
+        later = [statistics.median(values[2:]) for values in (calls, fences)]
+        print(f"| {count:,} | {first} ms | {later[0]:.2f} ms | {later[1]:.2f} ms | {own:.2f} ms |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
