@@ -201,8 +201,8 @@ impl Save {
         Staged { ticket: self.ticket.clone(), staged: Waiter::new(self.ticket.staged.clone()) }
     }
 
-    /// Whether the state is staged: no tensor will be read any more.
-    pub(crate) fn is_staged(&self) -> bool {
+    /// Whether no tensor of this save will be read any more. An error of the save does not count as observed.
+    pub fn is_staged(&self) -> bool {
         self.ticket.staged.is_complete()
     }
 

@@ -107,11 +107,11 @@ impl Handle {
     }
 
     /// Whether a wait for the end, or until it is staged, would return at once. That a save failed still
-    /// counts as not seen, unless it failed before it was staged and this asks for that.
+    /// counts as not seen.
     fn is_done(&self, py: Python<'_>, staged: bool) -> bool {
         // A wait in a forked child raises at once.
         self.ours(py).is_err()
-            || if staged { self.staged_now(py).is_some() } else { self.save.progress().phase == Phase::Ended }
+            || if staged { self.save.is_staged() } else { self.save.progress().phase == Phase::Ended }
     }
 
     /// Has the notifier told `token` when the save has ended, or is staged.

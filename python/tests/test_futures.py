@@ -90,11 +90,12 @@ def test_a_failure_reaches_every_way_of_waiting(executor):
 def test_a_look_at_a_future_does_not_see_its_error(executor):
     """`done`, `running` and `repr` took the error of the save, and no later call raised it."""
     executor.save(1, {"a": torch.ones(4)}).wait()
-    durable = executor.save(1, {"a": torch.ones(4)}).durable
+    save = executor.save(1, {"a": torch.ones(4)})
+    durable, staged = save.durable, save.staged
     until = time.monotonic() + 60
     while not durable.done() and time.monotonic() < until:
         time.sleep(0.001)
-    assert durable.done() and not durable.running()
+    assert durable.done() and not durable.running() and staged.done()
     assert repr(durable) == "<ashore.SaveFuture of=durable step=1 phase=ended>"
     with pytest.raises(ashore.ConflictError) as error:
         executor.save(2, {"a": torch.ones(4)})
