@@ -77,7 +77,7 @@ pub(crate) enum Mutant {
     // seen by: cuda::late_copies
     Watermark,
     /// A stream waits at a fence for the kernels of its own device alone.
-    // seen by: cuda::several_devices
+    // seen by: cuda::several_devices::cuda_stream_of_one_gpu
     OwnKernels,
     /// Streams do not wait for queued copies at the end of a scope.
     // seen by: cuda::borrowed
