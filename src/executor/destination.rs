@@ -24,7 +24,7 @@ impl Begin for Destination {
         let Request { ticket, name, overwrite, .. } = request;
         if let Some(parent) = &request.parent {
             self.refuse_root(parent, name)?;
-            return self.storage.elsewhere(parent)?.begin(name, ticket.attempt(), *overwrite);
+            return self.storage.elsewhere(parent, true)?.begin(name, ticket.attempt(), *overwrite);
         }
         if parse_step_name(name).is_some() {
             self.catalog.refuse_second_name(ticket.step, name)?;

@@ -67,7 +67,7 @@ pub(super) fn conclude(
     let mut storage = storage.clone();
     let concluded = guarded("the storage panicked during a commit", || {
         if let Some(parent) = &request.parent {
-            match storage.elsewhere(parent) {
+            match storage.elsewhere(parent, false) {
                 Ok(elsewhere) => storage = elsewhere,
                 Err(error) => {
                     ticket.fail(error);
@@ -78,7 +78,9 @@ pub(super) fn conclude(
             ticket.fail(busy);
         }
         let path = storage.describe(&request.name);
-        if let (true, Err(foreign)) = (request.overwrite, replaceable(storage.as_ref(), &request.name)) {
+        if request.overwrite
+            && let Err(foreign) = replaceable(storage.as_ref(), &request.name)
+        {
             ticket.fail(foreign);
         }
         Ok(commit(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, table }))

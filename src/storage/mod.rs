@@ -75,10 +75,13 @@ pub trait Storage: Send + Sync + Debug {
         Box::new(())
     }
 
-    /// The storage of checkpoints in the directory `parent`, created if it is missing, with the settings of
-    /// this one: where a save with [`SaveOptions::directory`](crate::SaveOptions::directory) goes. The
-    /// default refuses.
-    fn elsewhere(&self, parent: &Path) -> Result<Arc<dyn Storage>> {
+    /// The storage of checkpoints in the directory `parent`, with the settings of this one: where a save with
+    /// [`SaveOptions::directory`](crate::SaveOptions::directory) goes. With `create` a missing directory is
+    /// created, and the names that lead to it are made durable. The default refuses.
+    ///
+    /// # Errors
+    /// `NotFound` when the directory does not exist and `create` is false.
+    fn elsewhere(&self, parent: &Path, _create: bool) -> Result<Arc<dyn Storage>> {
         let why = "this storage has no directories beside its root; save without `SaveOptions::directory`";
         Err(Error::invalid(why).with_path(parent))
     }

@@ -204,9 +204,10 @@ impl Storage for Local {
         Ok(Arc::new(LocalAttempt::begin(root, name, attempt, overwrite, self.direct, self.owners.clone(), None)?))
     }
 
-    fn elsewhere(&self, parent: &Path) -> Result<Arc<dyn Storage>> {
+    fn elsewhere(&self, parent: &Path, create: bool) -> Result<Arc<dyn Storage>> {
         self.alive()?;
-        let root = root::make(self.root.fd().sys(), parent)?;
+        let open = if create { root::make } else { root::find };
+        let root = open(self.root.fd().sys(), parent)?;
         Ok(Arc::new(Self { root, direct: self.direct, owners: self.owners.clone() }))
     }
 
