@@ -7,8 +7,11 @@
 mod plain_words;
 #[path = "tidy/reading.rs"]
 mod reading;
+#[path = "tidy/shown.rs"]
+mod shown;
 
 use reading::{code, is_word, without_tests, words};
+use shown::{shown, test_names};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -179,7 +182,9 @@ fn features_name_the_tests_that_show_them() {
     let tree = Tree::read();
     let sources = tree.files.iter().filter(|file| file.ends_with(".rs")).map(|file| tree.text(file));
     let tests: BTreeSet<String> = sources.flat_map(|text| test_names(&text)).collect();
-    let complaints = shown(&tree.text("docs/features.md"), |name| tests.contains(name));
+    let pages = ["docs/features.md", "docs/faults.md"];
+    let complaints: Vec<_> =
+        pages.iter().flat_map(|page| shown(&tree.text(page), |name| tests.contains(name))).collect();
     assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
 }
 
@@ -464,32 +469,6 @@ fn paths(path: &str, text: &str, exists: impl Fn(&Path) -> bool) -> Vec<String> 
     complaints
 }
 
-/// The names of the tests in a file.
-fn test_names(text: &str) -> Vec<String> {
-    let code = code(text);
-    let marks = code.match_indices("#[test]").map(|(at, mark)| &code[at + mark.len()..]);
-    // A property's test is in a macro, but has its mark and its name.
-    marks.filter_map(|rest| Some(rest.split_once("fn ")?.1.chars().take_while(|&c| is_word(c)).collect())).collect()
-}
-
-/// Whether every feature that a table claims names tests, and every named test exists.
-fn shown(text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
-    let mut complaints = Vec::new();
-    for (i, line) in text.lines().enumerate() {
-        let plain = |b: u8| b == b'_' || b.is_ascii_lowercase() || b.is_ascii_digit();
-        let spans = line.split('`').skip(1).step_by(2);
-        let tests: Vec<_> = spans.filter(|span| span.contains('_') && span.bytes().all(plain)).collect();
-        let cells: Vec<_> = line.split('|').map(str::trim).collect();
-        let claimed = cells.len() > 4 && (cells[3].starts_with("yes") || cells[3].starts_with("partly"));
-        if claimed && tests.is_empty() {
-            complaints.push(format!("a feature without a test line={}", i + 1));
-        }
-        complaints
-            .extend(tests.iter().filter(|name| !exists(name)).map(|name| format!("no test {name} line={}", i + 1)));
-    }
-    complaints
-}
-
 fn is_path(span: &str) -> bool {
     let tops = ["src", "tests", "docs", "cli", "examples", "benches", "fuzz", "kernels", "fakecuda", ".ci"];
     let plain = span.chars().all(|c| c.is_ascii_alphanumeric() || "./_-".contains(c));
@@ -555,15 +534,6 @@ mod rules_can_fail {
         let text = "fn f() { std::panic::catch_unwind(g) }";
         assert_eq!(panics("src/save.rs", text).len(), 1);
         assert_eq!(panics("src/guard.rs", text).len(), 0);
-    }
-
-    #[test]
-    fn features_that_nothing_shows() {
-        let count = |text| shown(text, |name| name == "it_works").len();
-        assert_eq!(count("| 1 | a thing | yes | `it_works` | no |\n| 2 | another | no | | yes |"), 0);
-        assert_eq!(count("| 1 | a thing | yes | | no |\n| 2 | another | partly: a bit | | yes |"), 2);
-        assert_eq!(count("| 1 | a thing | yes | `it_fails` | no |\nor `it_fails`, see `Catalog` and `src/id.rs`"), 2);
-        assert_eq!(test_names("#[test]\nfn a() {}\nfn b() {}\n#[test]\n#[ignore]\nfn c() {}"), ["a", "c"]);
     }
 
     #[test]
