@@ -316,6 +316,10 @@ mutants *arguments:
 kill:
     checks/kill/kill.py
 
+# Kills one process, and jobs of three ranks, at random moments over one directory each.
+kill-moments kills="200": rank-programs
+    checks/kill/moments.py target/debug/examples/rank --kills {{ kills }}
+
 # Runs coordinators between processes: in a directory, through an etcd server, under mpirun; kills ranks at calls of a commit, and cuts
 # their links (as root); and continues a sharded training under torchrun and mpirun with other numbers of ranks. A sample of the kills.
 ranks: rank-programs
@@ -338,6 +342,15 @@ rank-programs:
 # Tests full and read-only file systems: ext4, xfs, btrfs. Needs root and loop devices.
 mounts:
     .ci/strict unshare --mount --propagation private cargo test --test mounts -- --nocapture --test-threads 1
+
+# Takes the power from real file systems at recorded moments, of one process and of three ranks. Needs root and loop devices.
+power states="300": rank-programs
+    unshare --mount --propagation private checks/power/power.py target/debug/examples/rank --states {{ states }}
+
+# Shows which broken promises the recorded disks see, and fails if one that they saw before is not seen.
+power-controls states="1500":
+    RUSTFLAGS="--cfg mutants" cargo build --quiet --example rank --features etcd --target-dir target/mutants
+    unshare --mount --propagation private checks/power/controls.py target/mutants/debug/examples/rank --states {{ states }}
 
 # Saves a tensor of more than 4 GiB through a small arena, and prints the peak of memory. Writes 4.5 GiB.
 large:
@@ -374,10 +387,10 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill ranks mounts package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments ranks mounts power package")
 
 # Runs the checks that take too long for every change.
-nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install")
+nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 power:10000 power-controls")
     just fuzz 3600
     just rank-kills
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
