@@ -7,6 +7,8 @@
 //! rank ... mpi                the same by MPI
 //! rank saves MEANS PLACE ROOT STEPS TIMEOUT_MS
 //!                             goes on from the newest step in ROOT, and saves
+//! rank one ROOT STEPS TIMEOUT_MS
+//!                             the same without ranks; one process
 //! rank look ROOT              compares every step in ROOT with what it must hold; one process
 //! ```
 
@@ -26,6 +28,9 @@ fn main() -> Result<()> {
     if let ["look", root] = arguments[..] {
         return saves::look(root);
     }
+    if let ["one", root, steps, timeout] = arguments[..] {
+        return saves::saves(None, root, steps, timeout);
+    }
     let [what, means, more @ ..] = &arguments[..] else { return Err(wrong("give what to run, and by which means")) };
     let place = more.first().copied().unwrap_or_default().to_owned();
     let launched = launcher::launched()?.ok_or_else(|| wrong("start it as one of several ranks"))?;
@@ -40,7 +45,7 @@ fn main() -> Result<()> {
         "rounds" => rounds(&*join(launched.member.rank, launched.member)?, &token),
         "saves" => {
             let [_, root, steps, timeout] = more else { return Err(wrong("give place, root, steps and timeout")) };
-            saves::saves(join(launched.member.rank, launched.member)?, root, steps, timeout)
+            saves::saves(Some(join(launched.member.rank, launched.member)?), root, steps, timeout)
         }
         _ => Err(wrong("suite, rounds, saves or look")),
     }

@@ -19,14 +19,20 @@ fn rows_of(Member { rank, world, .. }: Member) -> Range<usize> {
     ROWS * rank as usize / world as usize..ROWS * (rank as usize + 1) / world as usize
 }
 
-/// Goes on from the newest step, and saves until `steps` more are durable or a save fails.
-pub fn saves(ranks: Arc<dyn Coordinator>, root: &str, steps: &str, timeout_ms: &str) -> Result<()> {
+/// Goes on from the newest step, and saves until `steps` more are durable or a save fails: one process
+/// without ranks where `ranks` is None.
+pub fn saves(ranks: Option<Arc<dyn Coordinator>>, root: &str, steps: &str, timeout_ms: &str) -> Result<()> {
     let number = |text: &str| text.parse::<u64>().map_err(|_| wrong("steps and timeout are numbers"));
     let (steps, timeout) = (number(steps)?, Duration::from_millis(number(timeout_ms)?));
-    let member = ranks.member();
+    let alone = Member { rank: 0, world: 1, local_rank: 0 };
+    let member = ranks.as_ref().map_or(alone, |ranks| ranks.member());
     let began = Instant::now();
-    let builder = CheckpointExecutor::builder(root).arena(64 << 10).chunk(16 << 10).keep_last(2);
-    let executor = match builder.save_timeout(timeout).ranks(ranks).build() {
+    let builder = CheckpointExecutor::builder(root).arena(64 << 10).chunk(16 << 10).keep_last(2).save_timeout(timeout);
+    let builder = match ranks {
+        Some(ranks) => builder.ranks(ranks),
+        None => builder.alone(),
+    };
+    let executor = match builder.build() {
         Ok(executor) => executor,
         Err(error) => {
             told("refused", 0, &error, began);
