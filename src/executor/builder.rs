@@ -25,7 +25,7 @@ use crate::ranks::{Coordinator, launcher};
 use crate::settings::{Detect, DeviceChoice, Engine, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings};
 use crate::staging::Stager;
 use crate::storage::local::Local;
-use crate::storage::{Storage, Sweep};
+use crate::storage::{Storage, Sweep, Writers};
 use crate::sync::Mutex;
 use crate::thread::{adopt, spawn};
 use crate::writer::{Pool, Task};
@@ -355,6 +355,7 @@ impl Probed {
         let signal = Arc::new(Signal::default());
         let arena =
             Arena::new(settings.arena, settings.chunk, &Registrars(device.as_ref(), storage.as_ref()), signal.clone())?;
+        storage.equip(Writers::new(arena.report().bytes, settings.chunk, settings.writers));
         let mut pool = Pool::start(settings.writers, arena.report().slabs, settings.priority, &signal)?;
         let wish = Wish::new(&settings, given, &arena.report().pinned);
         let (equipment, Offer { scratch, waits, batch }) = Equipment::of(device.as_ref(), report, wish);

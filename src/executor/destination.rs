@@ -10,6 +10,7 @@ use crate::storage::{FileWriting, Storage, Writing};
 use crate::writer::Begin;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Begins attempts.
 #[derive(Debug)]
@@ -83,6 +84,10 @@ struct Replacing {
 }
 
 impl Writing for Replacing {
+    fn expires(&self, at: Instant) {
+        self.attempt.expires(at);
+    }
+
     fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
         self.attempt.create(file, len)
     }

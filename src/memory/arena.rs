@@ -171,6 +171,7 @@ impl fmt::Debug for Arena {
 
 #[cfg(test)]
 mod tests {
+    use super::super::slab::Slab;
     use super::*;
     use crate::device::Host;
 
@@ -207,6 +208,20 @@ mod tests {
             lease.bytes_mut()[4095] = 7;
             assert_eq!(lease.bytes()[4095], 7);
         });
+    }
+
+    #[test]
+    fn a_slab_that_was_handed_over_comes_home_when_its_last_reader_drops_it() {
+        let arena = arena(2 * 8192, 8192);
+        let mut lease = arena.try_lease().unwrap();
+        lease.bytes_mut()[..3].copy_from_slice(&[1, 2, 3]);
+        assert_eq!(Slab::new(arena.try_lease().unwrap(), 8193).unwrap_err().kind(), crate::ErrorKind::Internal);
+        let slab = Arc::new(Slab::new(lease, 3).unwrap());
+        let reader = slab.clone();
+        drop(slab);
+        assert_eq!((reader.as_ref().as_ref(), arena.free()), (&[1, 2, 3][..], 1));
+        std::thread::spawn(move || drop(reader)).join().unwrap();
+        assert_eq!(arena.free(), 2);
     }
 
     #[test]

@@ -9,6 +9,7 @@
 
 use super::mapping::Mapping;
 use crate::completion::Signal;
+use crate::error::{Error, Result};
 use crate::sync::{Mutex, lock};
 use std::fmt;
 use std::sync::Arc;
@@ -108,6 +109,45 @@ impl Drop for Lease {
 impl fmt::Debug for Lease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Lease({})", self.index)
+    }
+}
+
+/// A slab with the bytes of a chunk, handed over to a storage.
+///
+/// Dropping it returns its memory to the arena, and nothing else does. So a storage that has given up waiting
+/// for a peer keeps it for as long as any thread may still read the bytes.
+#[derive(Debug)]
+pub struct Slab {
+    lease: Lease,
+    len: usize,
+}
+
+impl Slab {
+    /// The first `len` bytes of a leased slab.
+    ///
+    /// # Errors
+    /// `Internal` when the slab is shorter.
+    pub(crate) fn new(lease: Lease, len: usize) -> Result<Self> {
+        if len > lease.len() {
+            return Err(Error::internal(format!("a chunk is longer than its slab bytes={len} slab={}", lease.len())));
+        }
+        Ok(Self { lease, len })
+    }
+
+    /// The number of bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Returns true when it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl AsRef<[u8]> for Slab {
+    fn as_ref(&self) -> &[u8] {
+        self.lease.bytes().get(..self.len).unwrap_or_default()
     }
 }
 

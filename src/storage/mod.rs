@@ -19,13 +19,13 @@ pub use process::Process;
 
 use crate::error::{Error, Result};
 use crate::id::Attempt;
-use crate::memory::Pages;
+use crate::memory::{Pages, Slab};
 pub use crate::settings::IoMode;
 use std::any::Any;
 use std::fmt::Debug;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// A store of steps. Names are single path components.
 pub trait Storage: Send + Sync + Debug {
@@ -74,6 +74,11 @@ pub trait Storage: Send + Sync + Debug {
     fn register(&self, _pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {
         Box::new(())
     }
+
+    /// Tells how an executor writes, once, before it begins an attempt. A storage that keeps slabs until a
+    /// peer has acknowledged them refuses files in [`Writing::create`] for which there are too few. The
+    /// default does nothing.
+    fn equip(&self, _writers: Writers) {}
 
     /// The storage of checkpoints in the directory `parent`, with the settings of this one: where a save with
     /// [`SaveOptions::directory`](crate::SaveOptions::directory) goes. With `create` a missing directory is
@@ -179,8 +184,31 @@ pub enum State {
     Stuck,
 }
 
+/// How an executor writes: see [`Storage::equip`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Writers {
+    /// The bytes of the arena.
+    pub arena: u64,
+    /// The bytes of a slab: [`Settings::chunk`](crate::Settings::chunk).
+    pub chunk: u64,
+    /// The number of threads that call [`FileWriting::write_slab`].
+    pub threads: usize,
+}
+
+impl Writers {
+    /// Writers of slabs of `chunk` bytes, in an arena of `arena` bytes.
+    pub fn new(arena: u64, chunk: u64, threads: usize) -> Self {
+        Self { arena, chunk, threads }
+    }
+}
+
 /// An attempt being written. Dropping it without `publish` or `abandon` leaves it to a sweep.
 pub trait Writing: Send + Sync + Debug {
+    /// Tells when the save fails if it has not ended. Calls that wait for a peer return an error of the kind
+    /// `Deadline` then. The default does nothing.
+    fn expires(&self, _at: Instant) {}
+
     /// Creates a file of `len` bytes, and allocates its space at once if the medium can.
     fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>>;
 
@@ -204,11 +232,47 @@ pub trait FileWriting: Send + Sync + Debug {
     /// rounded up beyond the file's end, and `seal` cuts the excess off.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()>;
 
+    /// Writes a slab at `offset`, as [`FileWriting::write_at`] does, and takes the slab: a storage that sends
+    /// bytes to a peer may send them from the slab and return before the peer has them, and `seal` waits. It
+    /// drops the slab when no thread reads it any more, also after an error. The default calls `write_at`.
+    fn write_slab(&self, offset: u64, slab: Slab) -> Result<()> {
+        self.write_at(offset, slab.as_ref())
+    }
+
     /// Cuts the file at its length and makes it durable. Never repeated: a failure loses the attempt.
     fn seal(&self) -> Result<()>;
 
     /// How bytes reach the medium.
     fn mode(&self) -> IoMode;
+}
+
+/// How the bytes of a file are best read.
+///
+/// ```
+/// use ashore::storage::Access;
+/// let store = Access::remote(8 << 20, 16);
+/// assert!(store.again && !Access::LOCAL.again);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Access {
+    /// The bytes of a read that is worth its costs, up to 32 MiB; None: whatever suits the reader.
+    pub read: Option<u64>,
+    /// The number of reads that are worthwhile at once; None: as many as the reader has threads.
+    pub in_flight: Option<usize>,
+    /// A second read may return other bytes than the first, because the medium may have lost or changed some
+    /// on their way: bytes that are not what was written are read once more.
+    pub again: bool,
+}
+
+impl Access {
+    /// The access of a disk or of memory of this machine.
+    pub const LOCAL: Self = Self { read: None, in_flight: None, again: false };
+
+    /// The access of a peer that answers requests: reads of `read` bytes, so many of them `in_flight`.
+    pub fn remote(read: u64, in_flight: usize) -> Self {
+        Self { read: Some(read), in_flight: Some(in_flight), again: true }
+    }
 }
 
 /// A published step, kept open.
@@ -235,6 +299,11 @@ pub trait FileReading: Send + Sync + Debug {
     /// When its bytes last changed, by the clock of the medium; None if unknown.
     fn modified(&self) -> Option<SystemTime> {
         None
+    }
+
+    /// How its bytes are best read. Default: as those of a local disk.
+    fn access(&self) -> Access {
+        Access::LOCAL
     }
 
     /// Returns true when the file has no bytes.

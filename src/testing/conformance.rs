@@ -11,14 +11,15 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
+use crate::device::Host;
 use crate::error::{ErrorKind, Result};
 use crate::id::Attempt;
-use crate::memory::ALIGNMENT;
-use crate::memory::AlignedBuffer;
+use crate::memory::{ALIGNMENT, AlignedBuffer, Arena, Slab};
 use crate::storage::{FileReading, Reading, Storage, Sweep, Writing};
 use std::fmt::Debug;
 use std::sync::{Arc, Barrier};
 use std::thread;
+use std::time::{Duration, Instant};
 
 /// A behaviour: its name, and a function that panics on an empty storage without it.
 pub type Behaviour = (&'static str, fn(&Arc<dyn Storage>));
@@ -75,14 +76,30 @@ fn pattern(seed: u64, len: usize) -> Vec<u8> {
 fn write_shard(attempt: &dyn Writing, file: &str, bytes: &[u8], chunk: usize) {
     let shard = attempt.create(file, bytes.len() as u64).unwrap();
     let chunks: Vec<_> = bytes.chunks(chunk).enumerate().collect();
-    // Chunks finish in any order; the last one is padded.
+    let slabs = chunks.len().div_ceil(2);
+    let arena = Arena::quietly((slabs.max(1) * chunk) as u64, chunk as u64, &Host, Arc::default()).unwrap();
+    let full = arena.free();
+    // Chunks finish in any order; the last one is padded. The storage gets every other one with its slab.
     for (index, piece) in chunks.into_iter().rev() {
-        let mut slab = AlignedBuffer::new(piece.len().next_multiple_of(ALIGNMENT));
-        slab.fill(0xee);
-        slab[..piece.len()].copy_from_slice(piece);
-        shard.write_at((index * chunk) as u64, &slab).unwrap();
+        let (offset, padded) = ((index * chunk) as u64, piece.len().next_multiple_of(ALIGNMENT));
+        if index % 2 == 0 {
+            let mut lease = arena.try_lease().expect("a slab for every other chunk");
+            lease.bytes_mut().fill(0xee);
+            lease.bytes_mut()[..piece.len()].copy_from_slice(piece);
+            shard.write_slab(offset, Slab::new(lease, padded).unwrap()).unwrap();
+            continue;
+        }
+        let mut buffer = AlignedBuffer::new(padded);
+        buffer.fill(0xee);
+        buffer[..piece.len()].copy_from_slice(piece);
+        shard.write_at(offset, &buffer).unwrap();
     }
     shard.seal().unwrap();
+    let late = Instant::now() + Duration::from_secs(10);
+    while arena.free() < full {
+        assert!(Instant::now() < late, "a storage keeps slabs of a file that it has sealed: {arena:?}");
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 fn begin(storage: &Arc<dyn Storage>, overwrite: bool, seed: u64) -> Arc<dyn Writing> {

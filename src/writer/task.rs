@@ -3,6 +3,7 @@
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{dropped, guarded};
+use crate::memory::Slab;
 use crate::plan::{Chunk, Receipts, Request, Segment, Sink};
 use crate::settings::IoMode;
 use crate::state::StateDict;
@@ -101,8 +102,13 @@ impl Task {
     /// The attempt; the first call begins it.
     fn attempt(&self) -> Result<Arc<dyn Writing>> {
         // A panic is kept like any error: files may have been made before it.
-        let begin =
-            || guarded("the storage panicked when an attempt was begun", || self.destination.begin(&self.request));
+        let begin = || {
+            guarded("the storage panicked when an attempt was begun", || {
+                let attempt = self.destination.begin(&self.request)?;
+                attempt.expires(self.request.ticket.deadline);
+                Ok(attempt)
+            })
+        };
         self.attempt.get_or_init(begin).clone()
     }
 
@@ -127,15 +133,15 @@ impl Task {
         file.get_or_init(|| self.attempt()?.create(&plan.name, plan.length)).clone()
     }
 
-    /// Writes a chunk, digested once, and returns its slab.
+    /// Writes a chunk, digested once, and hands its slab to the storage, which returns it.
     pub(super) fn write(&self, chunk: Chunk) -> Result<()> {
         if self.request.ticket.failed() {
             return Ok(());
         }
         let Chunk { index, lease, digests } = chunk;
         let plan = &self.request.plan.chunks[index];
-        let bytes = lease.bytes().get(..plan.length.next_multiple_of(crate::ALIGNMENT));
-        let bytes = bytes.ok_or_else(|| Error::internal("a chunk is longer than its slab"))?;
+        let slab = Slab::new(lease, plan.length.next_multiple_of(crate::ALIGNMENT))?;
+        let bytes = slab.as_ref();
         let planned = &self.request.plan.segments[plan.segments.clone()];
         let segments = digests.unwrap_or_else(|| {
             let mut at = 0;
@@ -145,8 +151,7 @@ impl Task {
             };
             planned.iter().map(digest).collect()
         });
-        self.file(plan.shard)?.write_at(plan.offset, bytes)?;
-        drop(lease);
+        self.file(plan.shard)?.write_slab(plan.offset, slab)?;
         let whole = Digest::concat(segments.iter().zip(planned).map(|(digest, s)| (*digest, s.length as u64)));
         self.receipts[index]
             .set(Receipt { segments, whole })
