@@ -1,7 +1,9 @@
 //! Real file systems that are full or read-only: ext4, xfs and btrfs in images, mounted for the test. Run by
 //! `just mounts`, as root, in a mount namespace of its own, so that nothing stays mounted however it ends.
 
+mod fuse;
 mod image;
+mod lying;
 
 use ashore::{
     Catalog, CheckpointExecutor, Committed, Error, ErrorKind, IoMode, PruneOptions, Result, Retention, StateDict,
