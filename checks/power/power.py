@@ -59,9 +59,16 @@ def loop(file):
         command("losetup", "--detach", device)
 
 
+class NotMounted(Exception):
+    """The file system itself did not survive: nothing can be said of the program."""
+
+
 @contextlib.contextmanager
 def mounted(device, kind, at):
-    command("mount", "-t", kind, "-o", SYSTEMS[kind][2], device, at)
+    try:
+        command("mount", "-t", kind, "-o", SYSTEMS[kind][2], device, at)
+    except subprocess.CalledProcessError as refused:
+        raise NotMounted(f"{kind} does not mount: {refused}") from None
     try:
         yield
     finally:
@@ -219,7 +226,7 @@ def main():
     failures = total = 0
     with tempfile.TemporaryDirectory(prefix="ashore-power-", dir=jobs.memory()) as base:
         for system, kind in pairs:
-            began, had = time.monotonic(), collections.Counter()
+            began, had, unmounted = time.monotonic(), collections.Counter(), 0
             recording = Recording(program, system, kind, base)
             took = time.monotonic() - began
             rng = random.Random(f"{options.seed} {system} {kind}")
@@ -227,6 +234,8 @@ def main():
                 total += 1
                 try:
                     had[recording.judge(writes, flushed)] += 1
+                except NotMounted:
+                    unmounted += 1
                 except (Failed, subprocess.CalledProcessError) as failure:
                     failures += 1
                     print(f"{system} {kind}: {what}: {failure}", flush=True)
@@ -236,10 +245,11 @@ def main():
             flushes, writes = len(recording.epochs) - 1, sum(len(w) for w, _ in recording.epochs)
             steps = ", ".join(f"{count} with {number} steps" for number, count in sorted(had.items()))
             print(
-                f"{system} {kind}: {writes} writes and {flushes} flushes recorded in {took:.1f} s; states: {steps}; "
-                f"{time.monotonic() - began - took:.1f} s",
+                f"{system} {kind}: {writes} writes and {flushes} flushes recorded in {took:.1f} s; states: {steps}, "
+                f"{unmounted} that did not mount; {time.monotonic() - began - took:.1f} s",
                 flush=True,
             )
+            expect(unmounted <= 2 + had.total() // 20, "too many states did not mount, so the check is blind")
             expect(options.mutant or len(had) > 1, "all states had the same number of steps, so the check is blind")
     print(f"{total} states, {failures} failures")
     return int(options.mutant or failures > 0)
