@@ -1,10 +1,13 @@
 //! A root that other users can write to cannot lead the storage out of it, nor make it wait.
 
+use crate::fixtures::process::alone;
 use ashore::storage::local::Local;
 use ashore::storage::{Storage, Sweep};
-use ashore::{Attempt, ErrorKind};
+use ashore::{Attempt, CheckpointExecutor, ErrorKind, StateDict};
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::sync::Arc;
+use std::time::Duration;
 
 #[test]
 fn links_and_pipes_in_a_step_are_corrupt() {
@@ -69,4 +72,36 @@ fn a_link_in_the_trash_is_removed_and_what_it_points_to_is_kept() {
     assert_eq!(storage.sweep(Sweep::default()).unwrap().removed.len(), 2);
     assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
     assert_eq!(fs::read(directory.path().join("precious")).unwrap(), b"kept");
+}
+
+#[test]
+fn modes_are_those_of_the_umask() {
+    // The umask belongs to the whole process.
+    if !alone("storage::links_and_devices::modes_are_those_of_the_umask") {
+        return;
+    }
+    for (umask, file, folder) in [(0o022, 0o644, 0o755), (0o002, 0o664, 0o775), (0o077, 0o600, 0o700)] {
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(umask));
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("root");
+        let executor = CheckpointExecutor::builder(&root).arena(64 << 10).chunk(16 << 10).build().unwrap();
+        let mut state = StateDict::new();
+        state.tensor("t", Arc::new(vec![1_u8; 100])).unwrap();
+        executor.save(1, state).unwrap().wait(Duration::from_secs(60)).unwrap();
+        executor.shutdown(Duration::from_secs(60)).unwrap();
+        let mut looked_at = 0;
+        let mut folders = vec![root];
+        while let Some(at) = folders.pop() {
+            assert_eq!(fs::metadata(&at).unwrap().permissions().mode() & 0o7777, folder, "{at:?}");
+            for entry in fs::read_dir(at).unwrap().map(Result::unwrap) {
+                if entry.file_type().unwrap().is_dir() {
+                    folders.push(entry.path());
+                    continue;
+                }
+                looked_at += 1;
+                assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o7777, file, "{:?}", entry.path());
+            }
+        }
+        assert!(looked_at >= 3, "a shard, a table and a manifest were there: {looked_at}");
+    }
 }
