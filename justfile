@@ -325,6 +325,11 @@ abuse seconds="60":
     cargo build --quiet --example abuse
     d=$(mktemp -d) && trap 'rm -rf "$d"' EXIT && target/debug/examples/abuse "$d/run" {{ seconds }}
 
+# Saves very many times in one process while calls fail, and looks whether anything grows.
+soak saves="5000":
+    cargo build --quiet --example soak
+    d=$(mktemp -d -p /dev/shm) && trap 'rm -rf "$d"' EXIT && target/debug/examples/soak "$d/run" {{ saves }}
+
 # Runs coordinators between processes: in a directory, through an etcd server, under mpirun; kills ranks at calls of a commit, and cuts
 # their links (as root); and continues a sharded training under torchrun and mpirun with other numbers of ranks. A sample of the kills.
 ranks: rank-programs
@@ -392,10 +397,10 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse ranks mounts power package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse soak ranks mounts power package")
 
 # Runs the checks that take too long for every change.
-nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 abuse:3600 power:10000 power-controls")
+nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 abuse:3600 soak:100000 power:10000 power-controls")
     just fuzz 3600
     just rank-kills
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate

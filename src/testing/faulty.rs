@@ -153,6 +153,11 @@ impl Faulty {
         self.state().log.clone()
     }
 
+    /// Empties the log, which grows with every call.
+    pub fn forget_log(&self) {
+        self.state().log.clear();
+    }
+
     /// Returns the paths of open descriptors.
     pub fn open_descriptors(&self) -> Vec<PathBuf> {
         self.state().descriptors.values().cloned().collect()
