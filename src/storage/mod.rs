@@ -11,6 +11,8 @@
 pub mod local;
 mod memory;
 mod name;
+#[cfg(feature = "object-store")]
+mod object;
 pub mod process;
 pub mod shared;
 

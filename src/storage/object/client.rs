@@ -1,0 +1,311 @@
+//! Requests to one store: each with a deadline, and with retries that are signed afresh.
+//!
+//! The crate repeats a request by itself only for seconds, because its repeats carry the first signature. What
+//! lasts longer is repeated here, after a pause that grows and varies, while the *budget* of the store lasts:
+//! a store that refuses everything is not asked by all of its callers at full rate. **Conditions.** A
+//! conditional put is never repeated here: its answer alone decides nothing, see `root`.
+
+use super::errors;
+use super::runtime;
+use crate::completion::deadline_after;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Mutex, lock};
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use object_store::multipart::MultipartStore;
+use object_store::path::Path as Key;
+use object_store::{GetOptions, ObjectMeta, ObjectStore, PutMode, PutOptions, PutPayload, UpdateVersion};
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What a store must be able to do.
+pub(super) trait Store: ObjectStore + MultipartStore {}
+
+impl<T: ObjectStore + MultipartStore> Store for T {}
+
+/// How long a small request is tried in all.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long one try of a small request may take.
+const TRY: Duration = Duration::from_secs(15);
+
+/// The slowest rate at which bytes are expected to pass, in bytes per second: a try of a large request has
+/// this much more time.
+const LEAST_RATE: u64 = 1 << 20;
+
+/// The first pause before a repeat; each later one is twice as long, up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// Repeats that the budget holds at most, and how many come in each second. Without budget a repeat waits for
+/// the longest pause.
+const BUDGET: f64 = 100.0;
+const REFILL: f64 = 5.0;
+
+/// One store and a prefix in it. Clones are of the same store and share its budget.
+#[derive(Clone)]
+pub(super) struct Client {
+    store: Arc<dyn Store>,
+    prefix: Key,
+    /// The root as a URL, for messages.
+    name: Arc<str>,
+    patience: Duration,
+    budget: Arc<Budget>,
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+/// How a put is conditioned.
+#[derive(Clone, Debug)]
+pub(super) enum Condition {
+    /// The object must not exist.
+    Absent,
+    /// The object must be this version.
+    Is(UpdateVersion),
+}
+
+impl Client {
+    pub fn new(store: Arc<dyn Store>, prefix: Key, name: &str) -> Self {
+        let name = name.trim_end_matches('/').into();
+        Self { store, prefix, name, patience: PATIENCE, budget: Arc::default() }
+    }
+
+    /// The same store with another prefix.
+    pub fn at(&self, prefix: Key, name: &str) -> Self {
+        Self { prefix, name: name.trim_end_matches('/').into(), ..self.clone() }
+    }
+
+    /// Sets how long a small request is tried in all: a minute.
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// The root as a URL.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The store itself, for requests that have no helper here.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// When a small request that starts now is given up.
+    pub fn deadline(&self) -> Instant {
+        deadline_after(self.patience)
+    }
+
+    /// When a request of `bytes` that starts now is given up.
+    pub fn deadline_for(&self, bytes: u64) -> Instant {
+        deadline_after(self.patience.saturating_add(Self::time_for(bytes)))
+    }
+
+    /// How much longer a request of `bytes` may take than a small one.
+    pub fn time_for(bytes: u64) -> Duration {
+        Duration::from_secs(bytes / LEAST_RATE)
+    }
+
+    /// The key `name` below the prefix, as the store has it.
+    pub fn key(&self, name: &str) -> Key {
+        let parts = name.split('/').filter(|part| !part.is_empty());
+        parts.fold(self.prefix.clone(), |key, part| key.join(part))
+    }
+
+    /// Runs `request` until it succeeds, fails for good or the deadline passes, and blocks this thread. `what`
+    /// says in an error what could not be done to `key`. The request must be harmless when it is done twice.
+    pub fn call<T, R>(
+        &self,
+        what: &'static str,
+        key: &str,
+        deadline: Instant,
+        request: impl Fn(Arc<dyn Store>, Key) -> R + Send + Sync + 'static,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        R: Future<Output = object_store::Result<T>> + Send + 'static,
+    {
+        let (client, name) = (self.clone(), key.to_owned());
+        let work = async move { client.repeated(what, &name, deadline, TRY, request).await };
+        runtime::run(deadline, work)?.unwrap_or_else(|| Err(self.late(what, key)))
+    }
+
+    /// As [`Client::call`], for code that runs on the runtime; one try may take `each`.
+    pub async fn repeated<T, R>(
+        &self,
+        what: &'static str,
+        key: &str,
+        deadline: Instant,
+        each: Duration,
+        request: impl Fn(Arc<dyn Store>, Key) -> R + Send + Sync,
+    ) -> Result<T>
+    where
+        R: Future<Output = object_store::Result<T>> + Send,
+    {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let answer = tokio::time::timeout(each, request(self.store.clone(), self.key(key))).await;
+            let error = match answer {
+                Ok(Ok(value)) => return Ok(value),
+                Ok(Err(answer)) => {
+                    let error = self.error(what, key, &answer);
+                    if !errors::meaning(&answer).again {
+                        return Err(error);
+                    }
+                    error
+                }
+                Err(_) => self.late(what, key),
+            };
+            let longest = if self.budget.take() { pause } else { LONGEST_PAUSE };
+            let varied = longest.mul_f64(0.5 + fraction());
+            if Instant::now() + varied >= deadline {
+                return Err(error);
+            }
+            tracing::debug!(error = format_args!("{error:#}"), "a request to an object store is repeated");
+            tokio::time::sleep(varied).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// The object at `key`, whole, with its description. None if there is none.
+    pub fn get(&self, what: &'static str, key: &str, deadline: Instant) -> Result<Option<(Bytes, ObjectMeta)>> {
+        self.call(what, key, deadline, async |store: Arc<dyn Store>, key| {
+            match store.get_opts(&key, GetOptions::default()).await {
+                Err(answer) if errors::is_missing(&answer) => Ok(None),
+                answer => {
+                    let answer = answer?;
+                    let meta = answer.meta.clone();
+                    Ok(Some((answer.bytes().await?, meta)))
+                }
+            }
+        })
+    }
+
+    /// The description of the object at `key`. None if there is none.
+    pub fn head(&self, what: &'static str, key: &str, deadline: Instant) -> Result<Option<ObjectMeta>> {
+        self.call(what, key, deadline, async |store: Arc<dyn Store>, key| {
+            match store.get_opts(&key, GetOptions { head: true, ..GetOptions::default() }).await {
+                Err(answer) if errors::is_missing(&answer) => Ok(None),
+                answer => Ok(Some(answer?.meta)),
+            }
+        })
+    }
+
+    /// Puts a small object under a key that no other content ever has.
+    pub fn put(&self, what: &'static str, key: &str, bytes: Bytes, deadline: Instant) -> Result<()> {
+        let payload = PutPayload::from_bytes(bytes);
+        self.call(what, key, deadline, move |store: Arc<dyn Store>, key| {
+            let payload = payload.clone();
+            async move { store.put_opts(&key, payload, PutOptions::default()).await.map(drop) }
+        })
+    }
+
+    /// Sends one conditional put, once. The outer error is ours: the request may or may not have been sent,
+    /// and may still arrive. The inner one is the store's answer, which decides nothing by itself.
+    pub fn put_if(
+        &self,
+        key: &str,
+        bytes: Bytes,
+        condition: Condition,
+        deadline: Instant,
+    ) -> Result<Result<(), Answered>> {
+        let (store, at, payload) = (self.store.clone(), self.key(key), PutPayload::from_bytes(bytes));
+        let mode = match condition {
+            Condition::Absent => PutMode::Create,
+            Condition::Is(version) => PutMode::Update(version),
+        };
+        let limit = deadline.min(deadline_after(TRY));
+        let sent = runtime::run(limit, async move { store.put_opts(&at, payload, mode.into()).await })?;
+        Ok(match sent {
+            None => Err(Answered { error: self.late("change", key), refused: false, final_: false }),
+            Some(Ok(_)) => Ok(()),
+            Some(Err(answer)) => Err(Answered {
+                error: self.error("change", key, &answer),
+                refused: errors::is_refused(&answer),
+                final_: !errors::meaning(&answer).again,
+            }),
+        })
+    }
+
+    /// Deletes objects; those that are not there count as deleted.
+    pub fn delete(&self, what: &'static str, keys: Vec<Key>, deadline: Instant) -> Result<()> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        self.call(what, "", deadline, move |store: Arc<dyn Store>, _| {
+            let keys = keys.clone();
+            async move {
+                let mut deleted = store.delete_stream(stream::iter(keys.into_iter().map(Ok)).boxed());
+                while let Some(answer) = deleted.next().await {
+                    match answer {
+                        Err(answer) if errors::is_missing(&answer) => {}
+                        answer => drop(answer?),
+                    }
+                }
+                Ok(())
+            }
+        })
+    }
+
+    /// All objects below `key`.
+    pub fn list(&self, what: &'static str, key: &str, deadline: Instant) -> Result<Vec<ObjectMeta>> {
+        self.call(what, key, deadline, async |store: Arc<dyn Store>, key: Key| {
+            store.list(Some(&key)).try_collect().await
+        })
+    }
+
+    /// The error that `what` on `key` failed by `answer`.
+    pub fn error(&self, what: &str, key: &str, answer: &object_store::Error) -> Error {
+        errors::error(what, &self.name, key, answer)
+    }
+
+    /// The error that `what` on `key` had no answer in time.
+    pub fn late(&self, what: &str, key: &str) -> Error {
+        let why = format!("cannot {what}: the store did not answer in time: check the network and the store");
+        Error::new(ErrorKind::Unavailable, why).with_path(format!("{}/{key}", self.name))
+    }
+}
+
+/// The answer to a conditional put that did not succeed.
+#[derive(Debug)]
+pub(super) struct Answered {
+    pub error: Error,
+    /// The store refused the condition, or says so.
+    pub refused: bool,
+    /// Another try would have the same answer.
+    pub final_: bool,
+}
+
+/// A bound on repeats, shared by all requests to a store.
+struct Budget(Mutex<(f64, Instant)>);
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self(Mutex::new((BUDGET, Instant::now())))
+    }
+}
+
+impl Budget {
+    /// Takes a repeat from what has come in since the last; false when there is none.
+    fn take(&self) -> bool {
+        let (left, last) = &mut *lock(&self.0);
+        let now = Instant::now();
+        *left = (*left + now.duration_since(*last).as_secs_f64() * REFILL).min(BUDGET);
+        *last = now;
+        let enough = *left >= 1.0;
+        if enough {
+            *left -= 1.0;
+        }
+        enough
+    }
+}
+
+/// A number from 0 to 1 that differs from call to call.
+fn fraction() -> f64 {
+    f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX)
+}

@@ -1,0 +1,214 @@
+//! What the answers of object stores mean: which kind of error each is, and whether the same request may
+//! succeed later.
+//!
+//! The crate `object_store` keeps the status and the store's own code only in the text of its errors, so they
+//! are read from that text. **Secrets.** The text that goes into an error of ours is the store's code and
+//! message alone: bodies can repeat what was signed, and addresses can carry a token.
+
+use crate::error::{Error, ErrorKind};
+use object_store::Error as Answer;
+use std::fmt;
+
+/// What an answer means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Meaning {
+    pub kind: ErrorKind,
+    /// The same request, signed afresh, may succeed soon.
+    pub again: bool,
+    /// What to do about it.
+    pub advice: &'static str,
+}
+
+impl Meaning {
+    const fn last(kind: ErrorKind, advice: &'static str) -> Self {
+        Self { kind, again: false, advice }
+    }
+
+    const fn passing(kind: ErrorKind, advice: &'static str) -> Self {
+        Self { kind, again: true, advice }
+    }
+}
+
+/// True where the object is not there.
+pub(super) fn is_missing(answer: &Answer) -> bool {
+    matches!(answer, Answer::NotFound { .. }) && code(&text(answer)) != Some("NoSuchBucket")
+}
+
+/// True where the store refused a condition, or says so: never an outcome by itself.
+pub(super) fn is_refused(answer: &Answer) -> bool {
+    matches!(answer, Answer::AlreadyExists { .. } | Answer::Precondition { .. })
+}
+
+/// What `answer` means.
+pub(super) fn meaning(answer: &Answer) -> Meaning {
+    use ErrorKind::{Conflict, Internal, Invalid, NoSpace, NotFound, Unavailable};
+    let text = text(answer);
+    let says = |what: &str| text.contains(what);
+    match code(&text).unwrap_or_default() {
+        "NoSuchBucket" | "ContainerNotFound" => return Meaning::last(Invalid, "no such bucket: check the URL"),
+        "RequestTimeTooSkewed" => {
+            return Meaning::last(Invalid, "the clock of this machine differs from the store's: set it");
+        }
+        "QuotaExceeded" | "InsufficientStorage" => {
+            return Meaning::last(NoSpace, "the quota of the store is full: delete steps or raise it");
+        }
+        "ExpiredToken" | "TokenRefreshRequired" => {
+            return Meaning::passing(Unavailable, "the credentials have expired: renew them");
+        }
+        "NoSuchUpload" => return Meaning::last(Unavailable, "the upload is gone: it was ended or aborted"),
+        "SignatureDoesNotMatch" | "InvalidAccessKeyId" | "AuthenticationFailed" => {
+            return Meaning::last(Invalid, "the store does not accept the credentials: check key and secret");
+        }
+        _ => {}
+    }
+    if says("status code: 507") {
+        return Meaning::last(NoSpace, "the store is full");
+    }
+    if says("redirect without LOCATION") {
+        return Meaning::last(Invalid, "the bucket is in another region: set AWS_REGION to it");
+    }
+    if says("169.254.169.254") || says("metadata.google.internal") || says("169.254.170.2") {
+        let advice = "no credentials were found: set them in the environment, as AWS_ACCESS_KEY_ID and \
+            AWS_SECRET_ACCESS_KEY, or run where the cloud gives them (files such as ~/.aws are not read)";
+        return Meaning::last(Invalid, advice);
+    }
+    match answer {
+        Answer::NotFound { .. } => Meaning::last(NotFound, "no such object"),
+        Answer::AlreadyExists { .. } | Answer::Precondition { .. } | Answer::NotModified { .. } => {
+            Meaning::last(Conflict, "the store refused the condition")
+        }
+        Answer::PermissionDenied { .. } => Meaning::last(Invalid, "the credentials may not do this: check the policy"),
+        Answer::Unauthenticated { .. } => Meaning::last(Invalid, "the store does not know the credentials: check them"),
+        Answer::NotImplemented { .. } | Answer::NotSupported { .. } => {
+            Meaning::last(Invalid, "the store cannot do this")
+        }
+        Answer::InvalidPath { .. } => Meaning::last(Invalid, "the store cannot have such a key"),
+        Answer::UnknownConfigurationKey { .. } => Meaning::last(Invalid, "an unknown setting of the store"),
+        Answer::JoinError { .. } => Meaning::last(Internal, "a request ended before its answer"),
+        _ if says("status code: 400") || says("status code: 501") || says("status code: 405") => {
+            Meaning::last(Invalid, "the store does not accept the request")
+        }
+        _ => Meaning::passing(Unavailable, "the store did not do it: check the network and the store"),
+    }
+}
+
+/// The error that `what` on `key` of the store `name` failed by `answer`.
+pub(super) fn error(what: &str, name: &str, key: &str, answer: &Answer) -> Error {
+    let Meaning { kind, advice, .. } = meaning(answer);
+    let error = Error::new(kind, format!("cannot {what}: {advice}"));
+    error.with_path(format!("{name}/{key}")).with_source(Said(short(&text(answer))))
+}
+
+/// The store's own words, for the cause of an error.
+#[derive(Debug)]
+struct Said(String);
+
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Said {}
+
+/// An answer's text, with the texts of its causes.
+fn text(answer: &Answer) -> String {
+    let mut text = answer.to_string();
+    let mut cause = std::error::Error::source(answer);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// The text between `<tag>` and `</tag>`.
+fn element<'a>(text: &'a str, tag: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(&format!("<{tag}>"))?;
+    Some(rest.split_once(&format!("</{tag}>"))?.0)
+}
+
+/// The store's own code for an error.
+fn code(text: &str) -> Option<&str> {
+    element(text, "Code")
+}
+
+/// Maximum length of the store's words in an error, in characters.
+const MOST_WORDS: usize = 240;
+
+/// The part of a text that helps and has no secrets.
+fn short(text: &str) -> String {
+    let said = match (element(text, "Code"), element(text, "Message")) {
+        (Some(code), Some(message)) => format!("{code}: {message}"),
+        (Some(code), None) => code.to_owned(),
+        _ => text.split(['<', '{']).next().unwrap_or_default().to_owned(),
+    };
+    // The query of an address may hold a token.
+    let plain = said.split_whitespace().map(|word| word.split_once('?').map_or(word, |(before, _)| before));
+    plain.collect::<Vec<_>>().join(" ").chars().take(MOST_WORDS).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn generic(text: &str) -> Answer {
+        Answer::Generic { store: "S3", source: text.into() }
+    }
+
+    fn denied(text: &str) -> Answer {
+        Answer::PermissionDenied { path: "a/b".into(), source: text.into() }
+    }
+
+    #[test]
+    fn every_answer_has_the_kind_by_which_a_caller_can_act() {
+        let status = |n: u16, code: &str| {
+            format!(
+                "Server returned non-2xx status code: {n} x: <Error><Code>{code}</Code><Message>m</Message></Error>"
+            )
+        };
+        let cases = [
+            (denied(&status(403, "AccessDenied")), ErrorKind::Invalid, false),
+            (denied(&status(403, "SignatureDoesNotMatch")), ErrorKind::Invalid, false),
+            (denied(&status(403, "RequestTimeTooSkewed")), ErrorKind::Invalid, false),
+            (denied(&status(403, "QuotaExceeded")), ErrorKind::NoSpace, false),
+            (generic(&status(400, "ExpiredToken")), ErrorKind::Unavailable, true),
+            (generic(&status(507, "X")), ErrorKind::NoSpace, false),
+            (generic(&status(400, "EntityTooSmall")), ErrorKind::Invalid, false),
+            (generic(&status(501, "NotImplemented")), ErrorKind::Invalid, false),
+            (generic(&status(503, "SlowDown")), ErrorKind::Unavailable, true),
+            (generic(&status(429, "TooManyRequests")), ErrorKind::Unavailable, true),
+            (generic("Received redirect without LOCATION, this normally"), ErrorKind::Invalid, false),
+            (generic("HTTP error: operation timed out"), ErrorKind::Unavailable, true),
+            (
+                Answer::NotFound { path: "k".into(), source: status(404, "NoSuchKey").into() },
+                ErrorKind::NotFound,
+                false,
+            ),
+            (
+                Answer::NotFound { path: "k".into(), source: status(404, "NoSuchBucket").into() },
+                ErrorKind::Invalid,
+                false,
+            ),
+        ];
+        for (answer, kind, again) in cases {
+            let meaning = meaning(&answer);
+            assert_eq!((meaning.kind, meaning.again), (kind, again), "{answer}");
+        }
+    }
+
+    #[test]
+    fn no_error_repeats_what_was_signed_or_a_token() {
+        let body = "status code: 403: <Error><Code>SignatureDoesNotMatch</Code><Message>no</Message>\
+            <StringToSign>HIDDEN</StringToSign></Error>";
+        let shown = format!("{:?}", error("put", "s3://bucket", "a", &denied(body)));
+        assert!(!shown.contains("HIDDEN") && shown.contains("SignatureDoesNotMatch: no"), "{shown}");
+        let address = generic("error sending request for url (https://a.blob/c?sv=1&sig=HIDDEN)");
+        let shown = format!("{:?}", error("put", "az://c", "a", &address));
+        assert!(!shown.contains("HIDDEN") && shown.contains("path=az://c/a"), "{shown}");
+    }
+}

@@ -1,0 +1,114 @@
+//! The runtime on which every request to an object store runs, one for each process.
+//!
+//! A thread that calls the storage hands a future over and sleeps until its result comes back through a
+//! channel. The calling thread polls nothing, so a program may call from inside a runtime of its own, or
+//! without one. **Fork.** The threads of the runtime do not exist in a forked child, where a call would never
+//! return: it is refused there. **End.** The runtime lives as long as the process.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::fork::ForkGuard;
+use crossbeam_channel::{RecvTimeoutError, bounded};
+use std::future::Future;
+use std::sync::OnceLock;
+use std::time::Instant;
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::AbortHandle;
+
+/// Requests wait for the network, not for a processor: two threads encrypt and copy for all of them.
+const THREADS: usize = 2;
+
+struct Ours {
+    runtime: Runtime,
+    origin: ForkGuard,
+}
+
+fn ours() -> Result<&'static Ours> {
+    static OURS: OnceLock<Result<Ours>> = OnceLock::new();
+    let made = OURS.get_or_init(|| {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(THREADS)
+            .thread_name("ashore-store")
+            .enable_all()
+            .build()
+            .map_err(|e| Error::new(ErrorKind::Busy, "cannot start the threads of object stores").with_source(e))?;
+        Ok(Ours { runtime, origin: ForkGuard::new() })
+    });
+    let ours = made.as_ref().map_err(Error::clone)?;
+    ours.origin.check(
+        "an object store cannot be used in a forked child: its threads are the parent's; fork before \
+        the first use, or start the child by spawn",
+    )?;
+    Ok(ours)
+}
+
+/// Starts `work` on the runtime and returns at once.
+///
+/// # Errors
+/// `Invalid` in a forked child; `Busy` if the system has no more threads.
+pub(super) fn start(work: impl Future<Output = ()> + Send + 'static) -> Result<AbortHandle> {
+    Ok(ours()?.runtime.spawn(work).abort_handle())
+}
+
+/// Runs `work` on the runtime, and blocks this thread until it ends. At the deadline `work` is dropped, and
+/// None returned: what it had sent may still arrive.
+///
+/// # Errors
+/// Those of [`start`]; `Internal` when `work` panicked.
+pub(super) fn run<T: Send + 'static>(
+    deadline: Instant,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<Option<T>> {
+    let (done, ended) = bounded(1);
+    let handle = start(async move {
+        let _ = done.send(work.await);
+    })?;
+    match ended.recv_deadline(deadline) {
+        Ok(result) => Ok(Some(result)),
+        Err(RecvTimeoutError::Timeout) => {
+            handle.abort();
+            Ok(None)
+        }
+        Err(RecvTimeoutError::Disconnected) => Err(Error::internal("a request to an object store panicked")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(30)
+    }
+
+    #[test]
+    fn a_call_from_inside_the_programs_runtime_returns() {
+        let theirs = Builder::new_current_thread().build().unwrap();
+        let seen = theirs.block_on(async { run(soon(), async { 7 }) });
+        assert_eq!(seen.unwrap(), Some(7));
+    }
+
+    #[test]
+    fn a_request_that_does_not_end_is_dropped_at_the_deadline() {
+        struct Dropped(std::sync::mpsc::Sender<()>);
+        impl Drop for Dropped {
+            fn drop(&mut self) {
+                self.0.send(()).unwrap();
+            }
+        }
+        let (send, dropped) = std::sync::mpsc::channel();
+        let kept = Dropped(send);
+        let work = async move {
+            let _kept = kept;
+            std::future::pending::<()>().await;
+        };
+        assert_eq!(run(Instant::now() + Duration::from_millis(20), work).unwrap(), None);
+        dropped.recv_timeout(Duration::from_secs(30)).unwrap();
+    }
+
+    #[test]
+    fn a_request_that_panics_is_an_error() {
+        let error = run(soon(), async { panic!("in a store") }).map(drop::<Option<()>>).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Internal);
+    }
+}
