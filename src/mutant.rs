@@ -133,6 +133,22 @@ pub(crate) enum Mutant {
     /// A sweep ignores locks.
     // seen by: storage::sweeping
     SweepLock,
+    /// A change of a root object that the store says it refused is taken for lost.
+    #[cfg(feature = "object-store")]
+    // seen by: stores::faults
+    StoreLossIsCertain,
+    /// A change of a root object that has no answer is taken for failed.
+    #[cfg(feature = "object-store")]
+    // seen by: stores::faults
+    StoreTimeoutIsFailure,
+    /// The root object has the same content as before when a step has come and gone.
+    #[cfg(feature = "object-store")]
+    // seen by: stores::faults
+    StoreContentReturns,
+    /// A sweep deletes attempts of the newest session that it does not know.
+    #[cfg(feature = "object-store")]
+    // seen by: stores::sessions
+    StoreSweepsOwnGeneration,
     /// A manager that is dropped does not wait for its saves.
     // seen by: compat::orbax::managing
     ManagerDrop,

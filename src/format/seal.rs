@@ -36,7 +36,7 @@ pub fn seal(mut text: Vec<u8>) -> Vec<u8> {
 }
 
 /// Returns the text that was given to [`seal`], if its digest matches.
-fn unseal(bytes: &[u8]) -> Option<&[u8]> {
+pub(crate) fn unseal(bytes: &[u8]) -> Option<&[u8]> {
     let (text, digest) = bytes.strip_suffix(END)?.split_last_chunk::<16>()?;
     let digest = Digest::from_hex(digest)?;
     let intact = digest == Digest::of(text) || mutant::on(Mutant::DigestCheck);

@@ -13,11 +13,18 @@ mod memory;
 mod name;
 #[cfg(feature = "object-store")]
 mod object;
+mod open;
 pub mod process;
 pub mod shared;
+mod url;
 
 pub use memory::Memory;
+#[cfg(feature = "object-store")]
+pub use object::ObjectStore;
+pub(crate) use open::open_with;
+pub use open::{at, open};
 pub use process::Process;
+pub(crate) use url::StepPlace;
 
 use crate::error::{Error, Result};
 use crate::id::Attempt;
@@ -35,7 +42,18 @@ pub trait Storage: Send + Sync + Debug {
     /// false.
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>>;
 
-    /// Opens the published step `name`. It stays readable even if it is replaced or pruned meanwhile.
+    /// Owns the root from now on: no process that owned it before changes its steps any more. An executor of
+    /// one process calls it once, before it lists anything; readers never do. The default does nothing: what
+    /// older processes have begun may still be published.
+    ///
+    /// # Errors
+    /// Those of the storage. A storage that cannot be written safely is `Invalid`.
+    fn take_over(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Opens the published step `name`. It stays readable even if it is replaced or pruned meanwhile; on an
+    /// object store a later read is `NotFound` then.
     ///
     /// # Errors
     /// `NotFound` when there is none.

@@ -1,8 +1,8 @@
 //! Requests to one store: each with a deadline, and with retries that are signed afresh.
 //!
-//! The crate repeats a request by itself only for seconds, because its repeats carry the first signature. What
-//! lasts longer is repeated here, after a pause that grows and varies, while the *budget* of the store lasts:
-//! a store that refuses everything is not asked by all of its callers at full rate. **Conditions.** A
+//! The crate repeats a request by itself only for seconds, because its repeats carry the first signature.
+//! What lasts longer is repeated here, after a pause that grows and varies, while the *budget* of the store
+//! lasts: a store that refuses everything is not asked by all of its callers at full rate. **Conditions.** A
 //! conditional put is never repeated here: its answer alone decides nothing, see `root`.
 
 use super::errors;
@@ -18,6 +18,7 @@ use object_store::{GetOptions, ObjectMeta, ObjectStore, PutMode, PutOptions, Put
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// What a store must be able to do.
@@ -53,6 +54,7 @@ pub(super) struct Client {
     name: Arc<str>,
     patience: Duration,
     budget: Arc<Budget>,
+    probed: Arc<AtomicBool>,
 }
 
 impl fmt::Debug for Client {
@@ -72,8 +74,17 @@ pub(super) enum Condition {
 
 impl Client {
     pub fn new(store: Arc<dyn Store>, prefix: Key, name: &str) -> Self {
-        let name = name.trim_end_matches('/').into();
-        Self { store, prefix, name, patience: PATIENCE, budget: Arc::default() }
+        let (name, budget, probed) = (name.trim_end_matches('/').into(), Arc::default(), Arc::default());
+        Self { store, prefix, name, patience: PATIENCE, budget, probed }
+    }
+
+    /// Whether the store is known to hear conditions.
+    pub fn is_probed(&self) -> bool {
+        self.probed.load(Ordering::Relaxed)
+    }
+
+    pub fn set_probed(&self) {
+        self.probed.store(true, Ordering::Relaxed);
     }
 
     /// The same store with another prefix.
@@ -84,6 +95,11 @@ impl Client {
     /// Sets how long a small request is tried in all: a minute.
     pub fn with_patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
+    }
+
+    /// How long a small request is tried in all.
+    pub fn patience(&self) -> Duration {
+        self.patience
     }
 
     /// The root as a URL.
@@ -117,8 +133,9 @@ impl Client {
         parts.fold(self.prefix.clone(), |key, part| key.join(part))
     }
 
-    /// Runs `request` until it succeeds, fails for good or the deadline passes, and blocks this thread. `what`
-    /// says in an error what could not be done to `key`. The request must be harmless when it is done twice.
+    /// Runs `request` until it succeeds, fails for good or the deadline passes, and blocks this thread.
+    /// `what` says in an error what could not be done to `key`. The request must be harmless when it is done
+    /// twice.
     pub fn call<T, R>(
         &self,
         what: &'static str,
@@ -130,8 +147,24 @@ impl Client {
         T: Send + 'static,
         R: Future<Output = object_store::Result<T>> + Send + 'static,
     {
+        self.call_for(what, key, deadline, TRY, request)
+    }
+
+    /// As [`Client::call`]; one try may take `each`.
+    pub fn call_for<T, R>(
+        &self,
+        what: &'static str,
+        key: &str,
+        deadline: Instant,
+        each: Duration,
+        request: impl Fn(Arc<dyn Store>, Key) -> R + Send + Sync + 'static,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        R: Future<Output = object_store::Result<T>> + Send + 'static,
+    {
         let (client, name) = (self.clone(), key.to_owned());
-        let work = async move { client.repeated(what, &name, deadline, TRY, request).await };
+        let work = async move { client.repeated(what, &name, deadline, each, request).await };
         runtime::run(deadline, work)?.unwrap_or_else(|| Err(self.late(what, key)))
     }
 
@@ -162,7 +195,7 @@ impl Client {
                 Err(_) => self.late(what, key),
             };
             let longest = if self.budget.take() { pause } else { LONGEST_PAUSE };
-            let varied = longest.mul_f64(0.5 + fraction());
+            let varied = varied(longest);
             if Instant::now() + varied >= deadline {
                 return Err(error);
             }
@@ -173,17 +206,37 @@ impl Client {
     }
 
     /// The object at `key`, whole, with its description. None if there is none.
-    pub fn get(&self, what: &'static str, key: &str, deadline: Instant) -> Result<Option<(Bytes, ObjectMeta)>> {
-        self.call(what, key, deadline, async |store: Arc<dyn Store>, key| {
-            match store.get_opts(&key, GetOptions::default()).await {
-                Err(answer) if errors::is_missing(&answer) => Ok(None),
-                answer => {
-                    let answer = answer?;
-                    let meta = answer.meta.clone();
-                    Ok(Some((answer.bytes().await?, meta)))
-                }
+    ///
+    /// # Errors
+    /// `Corrupt` if it is longer than `limit` bytes; those of the store.
+    pub fn get(
+        &self,
+        what: &'static str,
+        key: &str,
+        limit: u64,
+        deadline: Instant,
+    ) -> Result<Option<(Bytes, ObjectMeta)>> {
+        let whole = move |store: Arc<dyn Store>, key| async move {
+            let options = GetOptions::default();
+            let answer = match tokio::time::timeout(TRY, store.get_opts(&key, options)).await {
+                Ok(Err(answer)) if errors::is_missing(&answer) => return Ok(None),
+                answer => answer.map_err(|_| errors::late())??,
+            };
+            let meta = answer.meta.clone();
+            if meta.size > limit {
+                return Ok(Some((None, meta)));
             }
-        })
+            let bytes = tokio::time::timeout(TRY + Self::time_for(meta.size), answer.bytes()).await;
+            Ok(Some((Some(bytes.map_err(|_| errors::late())??), meta)))
+        };
+        match self.call_for(what, key, deadline, self.patience + Self::time_for(limit), whole)? {
+            None => Ok(None),
+            Some((Some(bytes), meta)) => Ok(Some((bytes, meta))),
+            Some((None, meta)) => {
+                let why = format!("an object is longer than it can be length={} limit={limit}", meta.size);
+                Err(Error::corrupt(why).with_path(format!("{}/{key}", self.name)))
+            }
+        }
     }
 
     /// The description of the object at `key`. None if there is none.
@@ -198,38 +251,45 @@ impl Client {
 
     /// Puts a small object under a key that no other content ever has.
     pub fn put(&self, what: &'static str, key: &str, bytes: Bytes, deadline: Instant) -> Result<()> {
-        let payload = PutPayload::from_bytes(bytes);
-        self.call(what, key, deadline, move |store: Arc<dyn Store>, key| {
+        let (payload, each) = (PutPayload::from_bytes(bytes.clone()), TRY + Self::time_for(bytes.len() as u64));
+        self.call_for(what, key, deadline, each, move |store: Arc<dyn Store>, key| {
             let payload = payload.clone();
             async move { store.put_opts(&key, payload, PutOptions::default()).await.map(drop) }
         })
     }
 
-    /// Sends one conditional put, once. The outer error is ours: the request may or may not have been sent,
-    /// and may still arrive. The inner one is the store's answer, which decides nothing by itself.
+    /// Sends one conditional put, once, and returns the version that it made, if the store tells it. No error
+    /// decides by itself what became of it: it may have arrived, or may still arrive.
     pub fn put_if(
         &self,
         key: &str,
         bytes: Bytes,
         condition: Condition,
         deadline: Instant,
-    ) -> Result<Result<(), Answered>> {
+    ) -> Result<Option<UpdateVersion>, Answered> {
         let (store, at, payload) = (self.store.clone(), self.key(key), PutPayload::from_bytes(bytes));
         let mode = match condition {
             Condition::Absent => PutMode::Create,
             Condition::Is(version) => PutMode::Update(version),
         };
         let limit = deadline.min(deadline_after(TRY));
-        let sent = runtime::run(limit, async move { store.put_opts(&at, payload, mode.into()).await })?;
-        Ok(match sent {
-            None => Err(Answered { error: self.late("change", key), refused: false, final_: false }),
-            Some(Ok(_)) => Ok(()),
-            Some(Err(answer)) => Err(Answered {
+        let sent = runtime::run(limit, async move { store.put_opts(&at, payload, mode.into()).await });
+        let unknown = |error| Answered { error, refused: false, certain: false, unsent: false };
+        match sent {
+            Ok(Some(Ok(put))) => {
+                let version = UpdateVersion { e_tag: put.e_tag, version: put.version };
+                Ok(Some(version).filter(|version| version.e_tag.is_some() || version.version.is_some()))
+            }
+            Ok(Some(Err(answer))) => Err(Answered {
                 error: self.error("change", key, &answer),
                 refused: errors::is_refused(&answer),
-                final_: !errors::meaning(&answer).again,
+                certain: errors::is_certain(&answer),
+                unsent: false,
             }),
-        })
+            Ok(None) => Err(unknown(self.late("change", key))),
+            Err(error) if error.kind() == ErrorKind::Internal => Err(unknown(error)),
+            Err(error) => Err(Answered { unsent: true, ..unknown(error) }),
+        }
     }
 
     /// Deletes objects; those that are not there count as deleted.
@@ -271,14 +331,16 @@ impl Client {
     }
 }
 
-/// The answer to a conditional put that did not succeed.
+/// Why a conditional put did not succeed, as far as the store says.
 #[derive(Debug)]
 pub(super) struct Answered {
     pub error: Error,
     /// The store refused the condition, or says so.
     pub refused: bool,
-    /// Another try would have the same answer.
-    pub final_: bool,
+    /// The store got one request and did not do it, whatever its condition.
+    pub certain: bool,
+    /// No request left this process.
+    pub unsent: bool,
 }
 
 /// A bound on repeats, shared by all requests to a store.
@@ -305,7 +367,8 @@ impl Budget {
     }
 }
 
-/// A number from 0 to 1 that differs from call to call.
-fn fraction() -> f64 {
-    f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX)
+/// A pause of half to three halves of `pause`, so that those who failed together do not return together.
+pub(super) fn varied(pause: Duration) -> Duration {
+    let fraction = f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
+    pause.mul_f64(0.5 + fraction)
 }

@@ -39,9 +39,20 @@ pub(super) fn is_refused(answer: &Answer) -> bool {
     matches!(answer, Answer::AlreadyExists { .. } | Answer::Precondition { .. })
 }
 
+/// The answer of a store that gives none in time.
+pub(super) fn late() -> Answer {
+    Answer::Generic { store: "store", source: "the store did not answer in time".into() }
+}
+
+/// True where the store got one request and did not do it: it was not a repeat of one that may have been
+/// done.
+pub(super) fn is_certain(answer: &Answer) -> bool {
+    !is_refused(answer) && !meaning(answer).again && !text(answer).contains(" retries, max_retries")
+}
+
 /// What `answer` means.
 pub(super) fn meaning(answer: &Answer) -> Meaning {
-    use ErrorKind::{Conflict, Internal, Invalid, NoSpace, NotFound, Unavailable};
+    use ErrorKind::{Conflict, Invalid, NoSpace, NotFound, Unavailable};
     let text = text(answer);
     let says = |what: &str| text.contains(what);
     match code(&text).unwrap_or_default() {
@@ -84,7 +95,7 @@ pub(super) fn meaning(answer: &Answer) -> Meaning {
         }
         Answer::InvalidPath { .. } => Meaning::last(Invalid, "the store cannot have such a key"),
         Answer::UnknownConfigurationKey { .. } => Meaning::last(Invalid, "an unknown setting of the store"),
-        Answer::JoinError { .. } => Meaning::last(Internal, "a request ended before its answer"),
+        Answer::JoinError { .. } => Meaning::passing(Unavailable, "a request ended before its answer"),
         _ if says("status code: 400") || says("status code: 501") || says("status code: 405") => {
             Meaning::last(Invalid, "the store does not accept the request")
         }

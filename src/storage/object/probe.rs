@@ -1,0 +1,69 @@
+//! Whether a store hears conditions, before the first change of a root depends on them.
+//!
+//! It shows that a condition is heard. That a store decides between two requests at once, no probe can show:
+//! that is demanded (`docs/durability.md`).
+
+use super::client::{Client, Condition};
+use crate::error::{Error, Result};
+use bytes::Bytes;
+use object_store::UpdateVersion;
+use uuid::Uuid;
+
+/// Probes the store, once for each client and its relatives.
+///
+/// # Errors
+/// `Invalid` when the store does not hear conditions; errors of the store.
+pub(super) fn conditions(client: &Client) -> Result<()> {
+    if client.is_probed() {
+        return Ok(());
+    }
+    let key = format!(".probe-{}", Uuid::new_v4());
+    let probed = probe(client, &key);
+    if let Err(error) = client.delete("delete the probe", vec![client.key(&key)], client.deadline()) {
+        tracing::warn!(error = format_args!("{error:#}"), "a probe of an object store is left");
+    }
+    probed?;
+    client.set_probed();
+    Ok(())
+}
+
+fn probe(client: &Client, key: &str) -> Result<()> {
+    let deadline = client.deadline();
+    let put =
+        |text: &'static str, condition| client.put_if(key, Bytes::from_static(text.as_bytes()), condition, deadline);
+    let content =
+        || Ok(client.get("read the probe", key, 64, deadline)?.map(|(bytes, meta)| (bytes, meta.e_tag, meta.version)));
+    let deaf = |what: &str| {
+        let why = "the store does not hear conditions, so two jobs could publish over each other: use another store";
+        Err(Error::invalid(format!("{why} ignored={what:?}")).with_path(client.name()))
+    };
+    // Whatever the answers are, what is there decides.
+    let first = put("1", Condition::Absent);
+    let Some((bytes, e_tag, version)) = content()? else {
+        let lost = || Error::new(crate::ErrorKind::Unavailable, "the store lost a probe").with_path(client.name());
+        return Err(first.err().map_or_else(lost, |answered| answered.error));
+    };
+    if e_tag.is_none() && version.is_none() {
+        return deaf("the store tells no versions of objects");
+    }
+    if bytes != "1" {
+        return deaf("a put of one object changed another");
+    }
+    let again = put("2", Condition::Absent);
+    if content()?.is_none_or(|(bytes, ..)| bytes != "1") {
+        return deaf("put if absent");
+    }
+    let stale = UpdateVersion { e_tag, version };
+    let update = put("3", Condition::Is(stale.clone()));
+    if content()?.is_none_or(|(bytes, ..)| bytes != "3") {
+        return match update.err().or(again.err()) {
+            Some(answered) => Err(answered.error),
+            None => deaf("a put of a version that is there"),
+        };
+    }
+    let _ = put("4", Condition::Is(stale));
+    if content()?.is_none_or(|(bytes, ..)| bytes != "3") {
+        return deaf("put if unchanged");
+    }
+    Ok(())
+}

@@ -1,0 +1,302 @@
+//! Changes of the root object, and the truth about their outcomes.
+//!
+//! **Protocol.** A change is one put on condition that the root still is the version that the change was made
+//! from. An `Ok` is the outcome. No other answer is: a store may refuse a condition because our own request
+//! had arrived before, or say 409 without an object, or not answer at all. Then the root is read and
+//! [`judge`]d. It has our change, which *landed*. Or another change came first, and ours is *lost*: the
+//! version that it named never comes back, so no late request can land. Or nothing changed, and the same
+//! request is sent again: the same content under the same condition lands at most once. **Deadline.** At the
+//! deadline an unchanged root is *bumped*, that is changed in its counter alone: then our request is lost for
+//! certain. Only a root that cannot be read or bumped leaves an outcome unknown, which is `Indeterminate`.
+
+use super::client::{Answered, Client, Condition};
+use super::state::{MAX_LENGTH, State};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mutant::{self, Mutant};
+use crate::sync::{Mutex, lock};
+use bytes::Bytes;
+use object_store::UpdateVersion;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// The key of the root object.
+pub(super) const ROOT: &str = "ashore.json";
+
+/// How long after its deadline a change is cleared up, so that its outcome is known.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// How often a root object that cannot be parsed is read again: bytes may have been damaged on their way.
+const READS: usize = 3;
+
+/// The pause before a request is sent again, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// The root object of a client's prefix.
+#[derive(Debug)]
+pub(super) struct Root {
+    client: Client,
+    /// What this process last put or read, so that a change needs no read before it. Held during a change:
+    /// the changes of one process come one after another.
+    known: Mutex<Option<Seen>>,
+}
+
+/// The root object as it was seen.
+#[derive(Clone, Debug)]
+struct Seen {
+    state: State,
+    version: UpdateVersion,
+}
+
+/// What a change wants the root to be.
+pub(super) enum Edit {
+    To(State),
+    /// There is nothing to change.
+    Nothing,
+}
+
+/// A change that was sent, and whose outcome is not known.
+struct Sent {
+    /// The state that it was made from; None if there was no root object.
+    from: Option<State>,
+    to: State,
+    bytes: Bytes,
+    condition: Condition,
+}
+
+/// What became of a change that was sent.
+#[derive(Debug, PartialEq, Eq)]
+enum Judged {
+    Landed,
+    /// It did not land, and never will. With `known` it has never landed; without, it may have landed and
+    /// been replaced since.
+    Lost {
+        known: bool,
+    },
+    /// It did not land, and may still.
+    Unchanged,
+}
+
+/// Judges a change with the nonce `nonce`, made from `from`, by what is there now.
+fn judge(nonce: Uuid, from: Option<&State>, now: Option<&State>) -> Judged {
+    let Some(now) = now else {
+        return if from.is_none() { Judged::Unchanged } else { Judged::Lost { known: false } };
+    };
+    if now.recent.contains(&nonce) {
+        return Judged::Landed;
+    }
+    let Some(from) = from else {
+        // Every change that there has been is remembered, or not.
+        return Judged::Lost { known: now.change == now.recent.len() as u64 };
+    };
+    if now.change == from.change && now.nonce() == from.nonce() {
+        return Judged::Unchanged;
+    }
+    // Every change since then is remembered, or not.
+    Judged::Lost { known: now.recent.contains(&from.nonce()) }
+}
+
+impl Root {
+    pub fn new(client: Client) -> Self {
+        Self { client, known: Mutex::new(None) }
+    }
+
+    /// What the root says now; None if there is no root object.
+    pub fn read(&self) -> Result<Option<State>> {
+        Ok(self.look(self.client.deadline())?.map(|seen| seen.state))
+    }
+
+    fn look(&self, deadline: Instant) -> Result<Option<Seen>> {
+        let mut reads = 1;
+        loop {
+            let Some((bytes, meta)) = self.client.get("read the root object", ROOT, MAX_LENGTH, deadline)? else {
+                return Ok(None);
+            };
+            match State::parse(&bytes) {
+                Ok(state) => {
+                    return Ok(Some(Seen {
+                        state,
+                        version: UpdateVersion { e_tag: meta.e_tag, version: meta.version },
+                    }));
+                }
+                Err(error) if error.kind() == ErrorKind::Corrupt && reads < READS && Instant::now() < deadline => {
+                    reads += 1;
+                }
+                Err(error) => return Err(error.with_path(self.path())),
+            }
+        }
+    }
+
+    /// Changes the root: `edit` makes the new state from the one that is there, and may be called several
+    /// times. Returns the state that was put.
+    ///
+    /// # Errors
+    /// Those of `edit`, and any other but `Indeterminate`: the change was not made, and never will be.
+    /// `Indeterminate`: it may have been made, or may still be.
+    pub fn change(&self, edit: &mut dyn FnMut(Option<&State>) -> Result<Edit>) -> Result<()> {
+        let mut known = lock(&self.known);
+        let deadline = self.client.deadline();
+        // What is known may be old: only what an edit makes of it is used, not a refusal.
+        if let Some(seen) = known.take()
+            && let Ok(Edit::To(state)) = edit(Some(&seen.state))
+        {
+            let sent = self.prepare(Some(seen), state)?;
+            if self.settle(sent, deadline, &mut known)? {
+                return Ok(());
+            }
+        }
+        loop {
+            let seen = self.look(deadline)?;
+            let state = match edit(seen.as_ref().map(|seen| &seen.state)) {
+                Ok(Edit::To(state)) => state,
+                Ok(Edit::Nothing) => return Ok(()),
+                Err(error) => return Err(error),
+            };
+            let sent = self.prepare(seen, state)?;
+            if self.settle(sent, deadline, &mut known)? {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                let why = "the root is changed by others all the time, and this change never came first";
+                return Err(Error::new(ErrorKind::Busy, why).with_path(self.path()));
+            }
+        }
+    }
+
+    fn prepare(&self, from: Option<Seen>, state: State) -> Result<Sent> {
+        let to = state.changed();
+        let bytes = to.to_bytes().map_err(|error| error.with_path(self.path()))?.into();
+        let (from, condition) = match from {
+            None => (None, Condition::Absent),
+            Some(seen) => (Some(seen.state), Condition::Is(seen.version)),
+        };
+        Ok(Sent { from, to, bytes, condition })
+    }
+
+    /// Sends a change until its outcome is known. Returns false when another change came first, and this one
+    /// may be made anew.
+    fn settle(&self, sent: Sent, deadline: Instant, known: &mut Option<Seen>) -> Result<bool> {
+        let end = deadline + GRACE.min(self.client.patience());
+        let (mut pause, mut doubtful) = (FIRST_PAUSE, false);
+        loop {
+            let answered = match self.client.put_if(ROOT, sent.bytes.clone(), sent.condition.clone(), deadline) {
+                Ok(version) => {
+                    *known = version.map(|version| Seen { state: sent.to, version });
+                    return Ok(true);
+                }
+                Err(answered) => answered,
+            };
+            if answered.unsent && !doubtful {
+                return Err(answered.error);
+            }
+            if mutant::on(Mutant::StoreLossIsCertain) && answered.refused
+                || mutant::on(Mutant::StoreTimeoutIsFailure) && !answered.refused
+            {
+                return Err(answered.error);
+            }
+            tracing::debug!(error = format_args!("{:#}", answered.error), "a change of the root has no clear answer");
+            doubtful |= !answered.certain;
+            match self.judged(&sent, end)? {
+                (Judged::Landed, _) => return Ok(true),
+                (Judged::Lost { known: true }, _) => {
+                    std::thread::sleep(super::client::varied(FIRST_PAUSE));
+                    return Ok(false);
+                }
+                (Judged::Lost { known: false }, _) => return Err(self.passed_by(&answered)),
+                (Judged::Unchanged, _) if answered.certain && !doubtful => return Err(answered.error),
+                (Judged::Unchanged, _) => {}
+            }
+            if Instant::now() + pause >= deadline {
+                return self.give_up(&sent, &answered, end).map(|()| true);
+            }
+            std::thread::sleep(super::client::varied(pause));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Reads the root and judges a change that was sent.
+    fn judged(&self, sent: &Sent, end: Instant) -> Result<(Judged, Option<Seen>)> {
+        let seen = self.look(end).map_err(|error| {
+            let why = "whether a change of the root was made is unknown: the root object cannot be read";
+            Error::new(ErrorKind::Indeterminate, why).with_path(self.path()).with_source(error)
+        })?;
+        let now = seen.as_ref().map(|seen| &seen.state);
+        Ok((judge(sent.to.nonce(), sent.from.as_ref(), now), seen))
+    }
+
+    /// Makes sure that a change that has not landed never will, by a change of the counter alone. `Ok` if it
+    /// has landed after all.
+    fn give_up(&self, sent: &Sent, answered: &Answered, end: Instant) -> Result<()> {
+        let mut bump = None;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.judged(sent, end)? {
+                (Judged::Landed, _) => return Ok(()),
+                (Judged::Lost { .. }, _) => return Err(answered.error.clone()),
+                (Judged::Unchanged, seen) => {
+                    // The same bump each time: it lands at most once, too.
+                    if bump.is_none() {
+                        let state = seen.as_ref().map_or_else(State::empty, |seen| seen.state.clone());
+                        bump = Some(self.prepare(seen, state)?);
+                    }
+                }
+            }
+            if Instant::now() >= end {
+                let why = "whether a change of the root will be made is unknown: the store answers no change";
+                return Err(Error::new(ErrorKind::Indeterminate, why)
+                    .with_path(self.path())
+                    .with_source(answered.error.clone()));
+            }
+            if let Some(Sent { bytes, condition, .. }) = &bump {
+                // Whatever the answer, what is there decides.
+                let _ = self.client.put_if(ROOT, bytes.clone(), condition.clone(), end);
+            }
+            std::thread::sleep(super::client::varied(pause));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    fn passed_by(&self, answered: &Answered) -> Error {
+        let why = "others have changed the root many times since, and this change is not in it: it never will be";
+        Error::new(ErrorKind::Conflict, why).with_path(self.path()).with_source(answered.error.clone())
+    }
+
+    fn path(&self) -> String {
+        format!("{}/{ROOT}", self.client.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::state::REMEMBERED;
+    use super::*;
+
+    fn after(state: &State, changes: usize) -> State {
+        (0..changes).fold(state.clone(), |state, _| state.changed())
+    }
+
+    #[test]
+    fn a_change_is_judged_by_what_is_there_and_by_nothing_else() {
+        let from = after(&State::empty(), 5);
+        let ours = after(&from, 1);
+        let nonce = ours.nonce();
+        let seen = |now: Option<&State>| judge(nonce, Some(&from), now);
+        assert_eq!(seen(Some(&from)), Judged::Unchanged);
+        assert_eq!(seen(Some(&ours)), Judged::Landed);
+        assert_eq!(seen(Some(&after(&ours, 3))), Judged::Landed, "others have changed it since");
+        assert_eq!(seen(Some(&after(&from, 1))), Judged::Lost { known: true });
+        assert_eq!(seen(Some(&after(&from, REMEMBERED - 1))), Judged::Lost { known: true });
+        assert_eq!(seen(Some(&after(&from, REMEMBERED))), Judged::Lost { known: false }, "the first is forgotten");
+        assert_eq!(seen(None), Judged::Lost { known: false }, "a late request names a version that is gone");
+        assert_eq!(seen(Some(&after(&State::empty(), 5))), Judged::Lost { known: false }, "another root");
+    }
+
+    #[test]
+    fn the_first_change_of_a_root_is_judged_like_any_other() {
+        let ours = after(&State::empty(), 1);
+        let seen = |now: Option<&State>| judge(ours.nonce(), None, now);
+        assert_eq!(seen(None), Judged::Unchanged);
+        assert_eq!(seen(Some(&ours)), Judged::Landed);
+        assert_eq!(seen(Some(&after(&State::empty(), 1))), Judged::Lost { known: true });
+    }
+}

@@ -1,0 +1,150 @@
+//! The session that this process has on a root: the take-over that made it, and the attempts that are alive.
+
+use super::client::Client;
+use super::probe;
+use super::root::{Edit, Root};
+use super::state::{Entry, Owner, State};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::Attempt;
+use crate::sync::{Mutex, lock};
+use std::sync::{Arc, Weak};
+use uuid::Uuid;
+
+/// What a storage shares with its attempts and readers.
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub client: Client,
+    pub root: Root,
+    pub live: Live,
+    /// The generation of this process; None as long as it only reads.
+    session: Mutex<Option<u64>>,
+}
+
+impl Inner {
+    pub fn new(client: Client) -> Self {
+        let root = Root::new(client.clone());
+        Self { client, root, live: Live::default(), session: Mutex::new(None) }
+    }
+
+    /// The generation of this process; None as long as it only reads.
+    pub fn generation(&self) -> Option<u64> {
+        *lock(&self.session)
+    }
+
+    /// The generation of this process, which takes the root over if it has none.
+    pub fn session(&self) -> Result<u64> {
+        let mut session = lock(&self.session);
+        match *session {
+            Some(generation) => Ok(generation),
+            None => {
+                let generation = self.open(owner(Uuid::new_v4(), String::new()))?;
+                Ok(*session.insert(generation))
+            }
+        }
+    }
+
+    /// Takes the root over for `owner`, and returns the new generation. No attempt of an older one can be
+    /// published from then on.
+    pub fn take_over(&self, owner: Owner) -> Result<u64> {
+        let mut session = lock(&self.session);
+        let generation = self.open(owner)?;
+        Ok(*session.insert(generation))
+    }
+
+    fn open(&self, owner: Owner) -> Result<u64> {
+        probe::conditions(&self.client)?;
+        let mut generation = 0;
+        let done = self.root.change(&mut |state| {
+            let mut state = state.cloned().unwrap_or_else(State::empty);
+            state.generation += 1;
+            state.session = owner.clone();
+            state.vetoed.clear();
+            generation = state.generation;
+            Ok(Edit::To(state))
+        });
+        // A take-over that lands late owns the root until the next one, and nothing acts for it.
+        done.map_err(|error| match error.kind() {
+            ErrorKind::Indeterminate => error.with_kind(ErrorKind::Unavailable),
+            _ => error,
+        })?;
+        Ok(generation)
+    }
+
+    /// Refuses to act for a session that is not the newest.
+    pub fn check_owned(&self, state: &State, generation: u64) -> Result<()> {
+        if state.generation == generation {
+            return Ok(());
+        }
+        let Owner { run, host, pid, .. } = &state.session;
+        let (theirs, ours) = (state.generation, generation);
+        let who = format!("generation={theirs} ours={ours} run={run:?} host={host} pid={pid}");
+        let why = "a newer session has taken this root over: is the job running twice? Give each job a root of its own";
+        Err(Error::new(ErrorKind::Conflict, format!("{why} {who}")).with_path(self.client.name()))
+    }
+
+    /// The error for a root object that this process has changed before and that is not there.
+    pub fn vanished(&self) -> Error {
+        let why = "the root object is gone: was the bucket emptied? Build a new executor to begin a new root";
+        Error::new(ErrorKind::Conflict, why).with_path(self.path(super::root::ROOT))
+    }
+
+    /// The path of `name`, for messages.
+    pub fn path(&self, name: &str) -> String {
+        format!("{}/{name}", self.client.name())
+    }
+}
+
+/// The owner that this process is.
+pub(super) fn owner(id: Uuid, run: String) -> Owner {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    Owner { id, run, host, pid: std::process::id() }
+}
+
+/// The attempts that this process has begun and that have not ended.
+#[derive(Debug, Default)]
+pub(super) struct Live(Mutex<Vec<Begun>>);
+
+/// An attempt that has begun.
+#[derive(Clone, Debug)]
+pub(super) struct Begun {
+    pub name: String,
+    pub generation: u64,
+    pub attempt: Attempt,
+    alive: Weak<()>,
+}
+
+impl Begun {
+    pub fn is_alive(&self) -> bool {
+        self.alive.strong_count() > 0
+    }
+}
+
+impl Live {
+    /// Remembers an attempt, which is alive as long as what this returns is kept.
+    ///
+    /// # Errors
+    /// `Conflict` when it was begun before and has not ended.
+    pub fn add(&self, name: &str, generation: u64, attempt: Attempt) -> Result<Arc<()>> {
+        let mut begun = lock(&self.0);
+        if begun.iter().any(|known| known.attempt == attempt) {
+            return Err(Error::new(ErrorKind::Conflict, format!("the attempt was begun before attempt={attempt}")));
+        }
+        let alive = Arc::new(());
+        begun.push(Begun { name: name.into(), generation, attempt, alive: Arc::downgrade(&alive) });
+        Ok(alive)
+    }
+
+    /// Remembers what is left of a step that was removed, for the next sweep.
+    pub fn bury(&self, entry: &Entry) {
+        let Entry { name, generation, attempt, .. } = entry.clone();
+        lock(&self.0).push(Begun { name, generation, attempt, alive: Weak::new() });
+    }
+
+    pub fn forget(&self, attempt: Attempt) {
+        lock(&self.0).retain(|known| known.attempt != attempt);
+    }
+
+    pub fn all(&self) -> Vec<Begun> {
+        lock(&self.0).clone()
+    }
+}
