@@ -9,8 +9,8 @@ use crate::format::manifest::Manifest;
 use crate::format::shard::{rank_of, values_name};
 use crate::id::Attempt;
 use crate::state::{Dtype, Layout, decode_value};
-use crate::storage::Storage;
 use crate::storage::local::Local;
+use crate::storage::{self, StepPlace, Storage};
 pub(crate) use opened::{Failure, Files, Opened, replaceable};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
@@ -87,7 +87,8 @@ pub struct Contents<'a> {
 }
 
 impl Checkpoint {
-    /// Opens the step in the directory `path`. Needs no executor and no arena, and writes nothing.
+    /// Opens the step in the directory `path`, or at a URL such as `s3://bucket/prefix/step-00000007`. Needs
+    /// no executor and no arena, and writes nothing.
     ///
     /// # Errors
     /// `NotFound` when there is no such directory, or nothing in it belongs to a checkpoint; `Corrupt`,
@@ -95,7 +96,11 @@ impl Checkpoint {
     /// shard belongs to another step or attempt.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let given = path.as_ref();
-        let path = given.canonicalize().map_err(|e| Error::io("cannot open a checkpoint", e).with_path(given))?;
+        let given = match StepPlace::of(given)? {
+            StepPlace::Store(root, name) => return Self::from_storage(storage::at(root)?, &name),
+            StepPlace::Directory(given) => given,
+        };
+        let path = given.canonicalize().map_err(|e| Error::io("cannot open a checkpoint", e).with_path(&given))?;
         let (Some(parent), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
             return Err(Error::invalid("a checkpoint needs a parent directory and a name in utf-8").with_path(path));
         };

@@ -27,8 +27,7 @@ pub use retention::Retention;
 use crate::checkpoint::{Checkpoint, Failure};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, parse_step_name, step_name};
-use crate::storage::Storage;
-use crate::storage::local::Local;
+use crate::storage::{self, Storage};
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -132,12 +131,13 @@ pub struct Found {
 }
 
 impl Catalog {
-    /// The steps in the directory `root`.
+    /// The steps in `root`: a directory, or a URL such as `s3://bucket/prefix`.
     ///
     /// # Errors
-    /// `NotFound` when there is no such directory.
+    /// `NotFound` when there is no such directory, or nothing was saved under the URL; `Invalid` for a URL
+    /// that cannot be used.
     pub fn open(root: impl AsRef<Path>) -> Result<Self> {
-        Ok(Self::over(Arc::new(Local::at(root)?)))
+        Ok(Self::over(storage::at(root)?))
     }
 
     /// The steps of `storage`.

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::executor::CheckpointExecutor;
 use crate::id::parse_step_name;
 use crate::save::SaveOptions;
+use crate::storage::StepPlace;
 use std::path::{Path, PathBuf, absolute};
 
 /// A path of another system.
@@ -24,6 +25,11 @@ impl CheckpointPath {
     /// # Errors
     /// `Invalid`: the path has no name, or several ranks save and it is outside of their root.
     pub fn of(executor: &CheckpointExecutor, path: &Path) -> Result<Self> {
+        let plain = match StepPlace::of(path)? {
+            StepPlace::Directory(plain) => plain,
+            StepPlace::Store(..) => path.to_owned(),
+        };
+        let path = plain.as_path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
             let why = "the path of a checkpoint must end in a UTF-8 name, such as step-100";
             return Err(Error::invalid(why).with_path(path));

@@ -24,8 +24,7 @@ use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
 use crate::ranks::{Coordinator, launcher};
 use crate::settings::{Detect, DeviceChoice, Engine, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings};
 use crate::staging::Stager;
-use crate::storage::local::Local;
-use crate::storage::{Storage, Sweep, Writers};
+use crate::storage::{self, Storage, Sweep, Writers};
 use crate::sync::Mutex;
 use crate::thread::{adopt, spawn};
 use crate::writer::{Pool, Task};
@@ -319,9 +318,12 @@ impl Builder {
         settings.check()?;
         let storage = match storage {
             Some(storage) => storage,
-            None => Arc::new(Local::open_with(&root, settings.engine)?.direct(settings.direct).locks(settings.locks)),
+            None => storage::open_with(&root, &settings)?,
         };
         let group = ranks.meet(storage.as_ref(), run, settings.save_timeout)?;
+        if group.is_none() {
+            storage.take_over()?;
+        }
         let (device, report) = match device {
             Some(device) => {
                 let report = DeviceReport::new(device.as_ref(), "as it was given".into());

@@ -48,7 +48,10 @@ impl Destination {
     /// Refuses a directory that would be a step of the root, which no catalog would have been told of.
     fn refuse_root(&self, parent: &Path, name: &str) -> Result<()> {
         let root = self.storage.describe(name);
-        let same = |root: &Path| matches!((parent.canonicalize(), root.canonicalize()), (Ok(a), Ok(b)) if a == b);
+        // A URL is no path that could be canonical.
+        let same = |root: &Path| {
+            parent == root || matches!((parent.canonicalize(), root.canonicalize()), (Ok(a), Ok(b)) if a == b)
+        };
         if parse_step_name(name).is_some() && root.parent().is_some_and(same) {
             let why = "the directory is a step of the executor's root: save the step without a directory";
             return Err(Error::invalid(why).with_path(root));

@@ -17,6 +17,7 @@ use crate::save::{Save, SaveOptions, Snapshot};
 use crate::settings::{Detect, Settings};
 use crate::staging::{Captured, Job, LateCopy, OnDevice, without_kernels};
 use crate::state::StateDict;
+use crate::storage::StepPlace;
 use crate::ticket::{Extent, Place, Ticket};
 use crate::writer::{RetryState, Task};
 use crossbeam_channel::{RecvTimeoutError, unbounded};
@@ -213,6 +214,10 @@ impl CheckpointExecutor {
             ));
         }
         let unnamed = || Error::invalid("the directory of a checkpoint must end in a UTF-8 name, such as epoch-3");
+        let directory = match StepPlace::of(directory)? {
+            StepPlace::Store(root, name) => return Ok(Place { parent: Some(root), name }),
+            StepPlace::Directory(directory) => directory,
+        };
         let path = absolute(directory).map_err(|error| Error::io("cannot tell where the directory is", error))?;
         let name = path.file_name().and_then(|name| name.to_str()).ok_or_else(unnamed)?.to_owned();
         Ok(Place { parent: Some(path.parent().ok_or_else(unnamed)?.to_owned()), name })
