@@ -230,9 +230,11 @@ gpu-drive *arguments="--saves 8 --seconds 25":
 model *arguments: (commit-model arguments)
     checks/model/fence.py {{ arguments }}
 
-# Explores every interleaving of a commit by several ranks, for small sizes, and what breaks without each rule. `--deep` a minute.
+# Explores every interleaving of a commit, by several ranks and in an object store, for small sizes, and what breaks without each
+# rule. `--deep` takes minutes.
 commit-model *arguments:
     checks/model/commit.py {{ arguments }}
+    checks/model/store.py {{ arguments }}
 
 # Simulates commits by several ranks with faults of every kind: 100,000 seeds of up to 64 ranks, 1,000 of 1,000, 20 of 10,000. Minutes.
 simulate:
@@ -349,6 +351,13 @@ rank-programs:
     cargo build --quiet --example rank --features etcd,mpi
     cargo build --quiet --example 07_ranks
 
+# Saves to servers of object stores, with faults on the way, and kills ranks: moto, Azurite, s3s-fs. At most MINUTES.
+stores minutes="5" *arguments:
+    cargo build --quiet -p ashore-cli
+    cargo build --quiet --example rank
+    cargo test --quiet --test servers --no-run
+    checks/stores/run.py --minutes {{ minutes }} "{{ tools }}" checks/stores/all.sh {{ arguments }}
+
 # Tests full and read-only file systems: ext4, xfs, btrfs. Needs root and loop devices.
 mounts:
     .ci/strict unshare --mount --propagation private cargo test --test mounts -- --nocapture --test-threads 1
@@ -397,12 +406,13 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse soak ranks mounts power package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse soak ranks stores mounts power package")
 
 # Runs the checks that take too long for every change.
 nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 abuse:3600 soak:100000 power:10000 power-controls")
     just fuzz 3600
     just rank-kills
+    ASHORE_STORE_ROUNDS=1000 just stores 120
     just mutants --by crash:: ShardFsync FileFsync AttemptFsync ParentFsync OwnerFsync TrashFsync ConfirmFsync NoReplace PublishFirst TruncateLate
     ASHORE_CRASH_ROUNDS=10 cargo test --release --test all crash -- --nocapture
     PROPTEST_CASES=20000 cargo test --workspace --release
