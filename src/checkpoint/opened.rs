@@ -1,23 +1,24 @@
 //! Opening a step: its manifest, its tables and its files, and why that fails.
 
 use super::Checkpoint;
+use super::tables::Directory;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::columns::FileRow;
 use crate::format::entries::MANIFEST;
-use crate::format::index::{Index, Medium};
+use crate::format::index::Index;
 use crate::format::manifest::Sealed;
 use crate::format::seal::{is_blank, is_ours};
 use crate::format::shard;
-use crate::format::table::Source;
 use crate::format::unique;
 use crate::id::{Attempt, parse_step_name, step_name};
 use crate::memory::{ALIGNMENT, AlignedBuffer};
 use crate::storage::{FileReading, Reading, Storage};
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread;
 use std::time::SystemTime;
 
 /// Of a step of up to this many files, every file is opened and checked when the step is opened.
@@ -98,15 +99,22 @@ impl Opened {
             Err(error) => return Err(Failure::Unknown(error.with_path(path))),
             Ok(file) => file,
         };
-        let bytes = read_whole(file.as_ref()).map_err(|error| Failure::Unknown(error.with_path(&manifest_path)))?;
-        let manifest = match Sealed::parse(&bytes) {
+        let read = || {
+            let bytes = read_whole(file.as_ref()).map_err(|error| Failure::Unknown(error.with_path(&manifest_path)))?;
+            Ok(Sealed::parse(&bytes))
+        };
+        let mut parsed = read()?;
+        if parsed.is_err() && reading.access().again {
+            parsed = read()?;
+        }
+        let manifest = match parsed {
             Ok(manifest) => manifest,
             Err(error) if owned()? => return Err(Failure::Broken(error.with_path(manifest_path))),
             Err(error) => return Err(Failure::Foreign(error.with_path(manifest_path))),
         };
         let (modified, length) = (file.modified(), file.len());
         let reading: Arc<dyn Reading> = reading;
-        let medium = Directory { reading: reading.clone(), path: path.into() };
+        let medium = Directory::new(reading.clone(), path);
         let step = manifest.step();
         let index = Index::new(manifest, Box::new(medium)).map_err(|error| {
             let gone = missing(&error);
@@ -131,7 +139,10 @@ impl Opened {
     pub fn values(&self, number: usize) -> Result<BTreeMap<String, serde_json::Value>> {
         let (file, entry) = (self.files.get(number)?, &self.index.file(number)?.entry);
         let locate = |error: Error| error.with_path(self.path.join(&entry.name));
-        let bytes = read_whole(file).map_err(locate)?;
+        let mut bytes = read_whole(file).map_err(locate)?;
+        if Digest::of(&bytes) != entry.digest && self.reading.access().again {
+            bytes = read_whole(file).map_err(locate)?;
+        }
         if Digest::of(&bytes) != entry.digest {
             return Err(locate(Error::corrupt("the values of a rank are not what was written")));
         }
@@ -161,7 +172,29 @@ impl Files {
             if error.kind() == ErrorKind::NotFound { Failure::Gone(error) } else { Failure::Broken(error) }
         };
         self.index.all_files().map_err(broken)?;
-        (0..self.open.len()).try_for_each(|number| self.get(number).map(drop).map_err(broken))
+        let threads = self.reading.access().in_flight.unwrap_or(1).min(self.open.len());
+        let (next, first) = (AtomicUsize::new(0), OnceLock::new());
+        let open = || {
+            while first.get().is_none() {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= self.open.len() {
+                    return;
+                }
+                if let Err(error) = self.get(number) {
+                    _ = first.set(error);
+                }
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 1..threads {
+                // Without another thread this one opens all of them, only slower.
+                if thread::Builder::new().name("ashore-open".into()).spawn_scoped(scope, open).is_err() {
+                    break;
+                }
+            }
+            open();
+        });
+        first.into_inner().map_or(Ok(()), |error| Err(broken(error)))
     }
 
     /// A file by its number, open.
@@ -172,56 +205,12 @@ impl Files {
             return Ok(file.as_ref());
         }
         let row = self.index.file(number)?;
-        let file = open_file(self.reading.as_ref(), row).map_err(|e| e.with_path(self.path.join(&row.entry.name)))?;
-        Ok(cell.get_or_init(|| file).as_ref())
-    }
-}
-
-/// The directory in which the tables of a step are opened.
-struct Directory {
-    reading: Arc<dyn Reading>,
-    path: PathBuf,
-}
-
-impl fmt::Debug for Directory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Directory({})", self.path.display())
-    }
-}
-
-impl Medium for Directory {
-    fn table(&self, name: &str) -> Result<Arc<dyn Source>> {
-        let path = self.path.join(name);
-        match self.reading.open(name) {
-            Ok(file) => Ok(Arc::new(TableFile { file, path })),
-            Err(error) => Err(error.with_path(path)),
+        let mut opened = open_file(self.reading.as_ref(), row);
+        if opened.as_ref().is_err_and(|e| e.kind() == ErrorKind::Corrupt) && self.reading.access().again {
+            opened = open_file(self.reading.as_ref(), row);
         }
-    }
-}
-
-/// The file of a table.
-struct TableFile {
-    file: Arc<dyn FileReading>,
-    path: PathBuf,
-}
-
-impl fmt::Debug for TableFile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "TableFile({})", self.path.display())
-    }
-}
-
-impl Source for TableFile {
-    fn length(&self) -> u64 {
-        self.file.len()
-    }
-
-    fn fill(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        self.file.read_at(offset, buffer)
-    }
-
-    fn path(&self) -> PathBuf {
-        self.path.clone()
+        let file = opened.map_err(|e| e.with_path(self.path.join(&row.entry.name)))?;
+        Ok(cell.get_or_init(|| file).as_ref())
     }
 }
 

@@ -61,6 +61,12 @@ pub trait Source: Send + Sync + Debug {
     /// When the bytes cannot be read.
     fn fill(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
 
+    /// Returns true if the same bytes may be other ones when they are read again, and forgets those that were
+    /// read ahead.
+    fn again(&self) -> bool {
+        false
+    }
+
     /// Its path, for errors.
     fn path(&self) -> PathBuf;
 }
@@ -124,8 +130,14 @@ impl Pages {
         let range = self.range(number);
         bytes.reset((range.end - range.start) as usize);
         self.source.fill(range.start, bytes)?;
-        let (expected, found) = (self.digests.get(number as usize), Digest::of(bytes));
-        if expected != Some(&found) && !mutant::on(Mutant::DigestCheck) {
+        let matches = |bytes: &[u8]| self.digests.get(number as usize) == Some(&Digest::of(bytes));
+        if matches(bytes) || mutant::on(Mutant::DigestCheck) {
+            return Ok(());
+        }
+        if self.source.again() {
+            self.source.fill(range.start, bytes)?;
+        }
+        if !matches(bytes) {
             return Err(Error::corrupt(format!("a page of a table is not what was written range={range:?}")));
         }
         Ok(())

@@ -8,7 +8,7 @@ use super::page::Pages;
 pub use super::page::{InMemory, PAGE, Source};
 use super::shard::write_json;
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::memory::ALIGNMENT;
 use crate::mutant::{self, Mutant};
 use crate::state::Dtype;
@@ -199,7 +199,11 @@ impl Table {
         specs: &[Spec; N],
     ) -> Result<(Self, [Column; N])> {
         let path = source.path();
-        Self::read(source, length, digest, specs).map_err(|error| error.with_path(path))
+        let mut read = Self::read(source.clone(), length, digest, specs);
+        if read.as_ref().is_err_and(|error| error.kind() == ErrorKind::Corrupt) && source.again() {
+            read = Self::read(source, length, digest, specs);
+        }
+        read.map_err(|error| error.with_path(path))
     }
 
     fn read<const N: usize>(

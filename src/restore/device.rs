@@ -16,8 +16,7 @@
 //! those of a region within the target, or its elements are those of a box within it.
 #![expect(unsafe_code, reason = "asynchronous copies into memory of a device; argument above")]
 
-use super::matches;
-use super::piece::{Piece, Space, coalesce, file_at, pass, share_out, worthwhile};
+use super::piece::{Piece, Space, coalesce, share_out, worthwhile};
 use super::region::Region;
 use super::share::Share;
 use super::strided::{RowCopy, Strides};
@@ -159,10 +158,11 @@ impl Checkpoint {
         };
         let behind = device.behind(streams);
         let behind = behind.map_err(|e| refused("cannot read into the memory of a device", e.kind()).with_source(e))?;
-        let pieces = coalesce(parts, BLOCK);
+        let manner = self.manner();
+        let pieces = coalesce(parts, BLOCK, manner.gap);
         let pages = pieces.iter().map(|piece| piece.pages()).map(|pages| pages.end - pages.start);
         let Some(slab) = pages.max() else { return Ok(()) };
-        let threads = worthwhile(&pieces, self.threads.min(LOADERS));
+        let threads = worthwhile(&pieces, manner.threads.min(LOADERS));
         let unfinished = AtomicBool::new(false);
         let all = || {
             // From now on, calls of this thread do not interfere with a graph capture in another thread.
@@ -240,7 +240,9 @@ struct Ordered {
 struct Slab(Lease);
 
 impl Space for Slab {
-    const STEP: u64 = BLOCK + ALIGNMENT as u64;
+    fn step(&self) -> u64 {
+        BLOCK + ALIGNMENT as u64
+    }
 
     fn room(&mut self, offset: u64, len: usize) -> Result<&mut [u8]> {
         let room = usize::try_from(offset).ok().and_then(|offset| self.0.bytes_mut().get_mut(offset..)?.get_mut(..len));
@@ -350,10 +352,7 @@ impl<'l> Loader<'l> {
     fn bring(&mut self, mut piece: Piece<Wanted<'_, '_>>) -> Result<()> {
         let slab = self.lease(0)?;
         let (checkpoint, mut slab, first) = (self.checkpoint, Slab(slab), piece.pages().start);
-        let file = file_at(&checkpoint.opened.files, piece.file)?;
-        pass(&mut slab, file, &mut piece).map_err(|e| checkpoint.unread(e, &piece))?;
-        let wrong = piece.parts.iter().find(|part| !matches(part.found, part.digest));
-        let wrong = wrong.map(|part| checkpoint.wrong(part));
+        let wrong = checkpoint.check(&mut slab, &mut piece)?;
         if let (Some(error), false) = (&wrong, mutant::on(Mutant::LoadEarly)) {
             return Err(error.clone());
         }

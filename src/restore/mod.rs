@@ -4,7 +4,8 @@
 //! **Protocol.** The requested bytes are split into *parts*, each checked by one digest (a tensor, or a block
 //! of a longer one). A tensor that lies in several boxes contributes the parts of each box that the request
 //! overlaps. Small neighbours are merged into *pieces* of at most 2 MiB. A thread reads a piece with aligned
-//! reads into its own buffer, and copies and digests each run of bytes while it is in the CPU cache.
+//! reads into its own buffer, and copies and digests each run of bytes while it is in the CPU cache. A storage
+//! may ask for longer reads and fewer threads (`Access`).
 //! **Completion.** `Ok` when all targets are filled and every digest matches. **Errors.** The first error
 //! wins and the other threads stop. The contents of the targets are then undefined, and memory allocated for
 //! the result is dropped. **Memory.** One buffer of 2 MiB per thread, and the result. For targets in device
@@ -29,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::format::entries::{SliceEntry, TensorEntry};
 use crate::mutant::{self, Mutant};
 use crate::state::{DeviceStream, Dtype, Element};
-use piece::{Piece, WINDOW, Window, coalesce, file_at, pass, visit_all, zeroed};
+use piece::{Manner, Part, Piece, Space, Window, file_at, pass, visit_all, zeroed};
 use share::Memory;
 use std::collections::HashSet;
 use std::ops::Range;
@@ -267,12 +268,32 @@ impl Checkpoint {
         if let Some(first) = first {
             return self.load(parts, &streams, borrowed, &first);
         }
-        let visit = |window: &mut Window, mut piece: Piece<Wanted<'_, '_>>| {
-            pass(window, file_at(&self.opened.files, piece.file)?, &mut piece).map_err(|e| self.unread(e, &piece))?;
-            let wrong = piece.parts.iter().find(|part| !matches(part.found, part.digest));
-            wrong.map_or(Ok(()), |part| Err(self.wrong(part)))
+        let visit = |window: &mut Window, mut piece: Piece<Wanted<'_, '_>>| match self.check(window, &mut piece)? {
+            Some(wrong) => Err(wrong),
+            None => Ok(()),
         };
-        visit_all(coalesce(parts, WINDOW), self.threads, visit)
+        visit_all(parts, self.manner(), visit)
+    }
+
+    /// How the files of this step are read.
+    fn manner(&self) -> Manner {
+        Manner::of(self.opened.reading.access(), self.threads)
+    }
+
+    /// Passes the bytes of a piece through `space` and compares the digests of its parts. Where a second read may
+    /// return other bytes, wrong ones are read once more. Returns the error for the first part that is wrong.
+    fn check(&self, space: &mut impl Space, piece: &mut Piece<Wanted<'_, '_>>) -> Result<Option<Error>> {
+        let mut again = self.manner().again;
+        loop {
+            pass(space, file_at(&self.opened.files, piece.file)?, piece).map_err(|e| self.unread(e, piece))?;
+            let wrong = piece.parts.iter().find(|part| !matches(part.found, part.digest));
+            let Some(error) = wrong.map(|part| self.wrong(part)) else { return Ok(None) };
+            if !std::mem::take(&mut again) {
+                return Ok(Some(error));
+            }
+            tracing::warn!(error = format_args!("{error:#}"), "bytes with a wrong digest are read once more");
+            piece.parts.iter_mut().for_each(Part::again);
+        }
     }
 
     /// Returns the error for a piece that cannot be read.

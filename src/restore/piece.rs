@@ -3,7 +3,7 @@
 use crate::checkpoint::Files;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::ALIGNMENT;
-use crate::storage::FileReading;
+use crate::storage::{Access, FileReading};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -11,6 +11,9 @@ use std::thread;
 
 /// Unwanted bytes up to this length between wanted ones are read as well: cheaper than another read.
 const GAP: u64 = 64 << 10;
+
+/// Maximum bytes of a read, whatever the storage asks for.
+const READ_MAX: u64 = 32 << 20;
 
 /// Minimum bytes per further thread: fewer are read before the thread has started.
 const WORTHWHILE: u64 = 4 << 20;
@@ -23,10 +26,36 @@ pub(super) trait Part: Send {
     fn range(&self) -> Range<u64>;
     /// Receives the next of the bytes, and their offset in the file.
     fn take(&mut self, at: u64, bytes: &[u8]) -> Result<()>;
+    /// Forgets what it has received, because all of it is read again.
+    fn again(&mut self);
 }
 
 /// Bytes per read; `docs/tuning.md` has the measurements. Small neighbours are merged up to this length.
 pub(super) const WINDOW: u64 = 2 << 20;
+
+/// How the files of a step are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Manner {
+    /// Bytes per read: small neighbours are merged up to this length.
+    pub window: u64,
+    /// Unwanted bytes up to this length between wanted ones are read as well.
+    pub gap: u64,
+    /// The most threads that read.
+    pub threads: usize,
+    /// Bytes with a wrong digest are read once more.
+    pub again: bool,
+}
+
+impl Manner {
+    /// The manner of files with this access, for up to `threads` threads.
+    pub fn of(access: Access, threads: usize) -> Self {
+        let threads = access.in_flight.map_or(threads, |at_most| threads.min(at_most)).max(1);
+        let Some(read) = access.read else { return Self { window: WINDOW, gap: GAP, threads, again: access.again } };
+        let window = read.clamp(WINDOW, READ_MAX).next_multiple_of(ALIGNMENT as u64);
+        // To read an eighth more costs less than another request.
+        Self { window, gap: window / 8, threads, again: access.again }
+    }
+}
 
 /// Bytes that are copied and then digested while they are in the second-level cache.
 const HOT: usize = 128 << 10;
@@ -49,8 +78,9 @@ impl<P> Piece<P> {
     }
 }
 
-/// Merges neighbours up to `most` bytes, so that 40,000 small tensors do not cost 40,000 reads.
-pub(super) fn coalesce<P: Part>(mut parts: Vec<P>, most: u64) -> Vec<Piece<P>> {
+/// Merges neighbours up to `most` bytes with `gap` bytes between them, so that 40,000 small tensors do not cost
+/// 40,000 reads.
+pub(super) fn coalesce<P: Part>(mut parts: Vec<P>, most: u64, gap: u64) -> Vec<Piece<P>> {
     parts.sort_by_key(|part| (part.file(), part.range().start, part.range().end));
     let mut pieces: Vec<Piece<P>> = Vec::new();
     for part in parts {
@@ -58,7 +88,7 @@ pub(super) fn coalesce<P: Part>(mut parts: Vec<P>, most: u64) -> Vec<Piece<P>> {
         match pieces.last_mut() {
             Some(last)
                 if last.file == file
-                    && range.start.saturating_sub(last.range.end) <= GAP
+                    && range.start.saturating_sub(last.range.end) <= gap
                     && range.end.saturating_sub(last.range.start) <= most =>
             {
                 last.range.end = last.range.end.max(range.end);
@@ -73,7 +103,7 @@ pub(super) fn coalesce<P: Part>(mut parts: Vec<P>, most: u64) -> Vec<Piece<P>> {
 /// The buffer that a file's bytes are read into.
 pub(super) trait Space {
     /// The maximum length of one read, in whole pages.
-    const STEP: u64;
+    fn step(&self) -> u64;
 
     /// Returns aligned memory for the next `len` bytes, which begin `offset` bytes after the first.
     fn room(&mut self, offset: u64, len: usize) -> Result<&mut [u8]>;
@@ -82,18 +112,22 @@ pub(super) trait Space {
 /// An aligned buffer of one thread, reused for each read.
 pub(super) struct Window {
     buffer: Vec<u8>,
+    /// The bytes of a read.
+    bytes: u64,
 }
 
 impl Window {
-    pub fn new() -> Self {
-        Self { buffer: Vec::new() }
+    pub fn new(bytes: u64) -> Self {
+        Self { buffer: Vec::new(), bytes }
     }
 }
 
 impl Space for Window {
     /// One page more than a window, so that a window with any start takes one read, without another for its
     /// last bytes.
-    const STEP: u64 = WINDOW + ALIGNMENT as u64;
+    fn step(&self) -> u64 {
+        self.bytes + ALIGNMENT as u64
+    }
 
     fn room(&mut self, _: u64, len: usize) -> Result<&mut [u8]> {
         let need = len + ALIGNMENT;
@@ -118,10 +152,10 @@ pub(super) fn stream<S: Space>(
     if range.start > range.end || range.end > end {
         return Err(Error::corrupt(format!("a file ends too early range={range:?} len={}", file.len())));
     }
-    let first = range.start - range.start % align;
+    let (first, step) = (range.start - range.start % align, space.step());
     let mut at = first;
     while at < range.end {
-        let bytes = space.room(at - first, (end - at).min(S::STEP) as usize)?;
+        let bytes = space.room(at - first, (end - at).min(step) as usize)?;
         file.read_at(at, bytes)?;
         let skip = range.start.saturating_sub(at) as usize;
         let wanted = (range.end - at).min(bytes.len() as u64) as usize;
@@ -163,16 +197,17 @@ pub(super) fn zeroed<T: bytemuck::Zeroable>(len: usize) -> Result<Vec<T>> {
         .map_err(|()| Error::new(ErrorKind::Busy, format!("no memory to read into elements={len}")))
 }
 
-/// Visits every piece once, on up to `threads` threads including the caller's. The first error wins; the
-/// other threads stop at their next piece.
+/// Merges `parts` into pieces and visits each once, on several threads including the caller's. The first error
+/// wins; the other threads stop at their next piece.
 pub(super) fn visit_all<P: Part>(
-    pieces: Vec<Piece<P>>,
-    threads: usize,
+    parts: Vec<P>,
+    manner: Manner,
     visit: impl Fn(&mut Window, Piece<P>) -> Result<()> + Sync,
 ) -> Result<()> {
-    let threads = worthwhile(&pieces, threads);
+    let pieces = coalesce(parts, manner.window, manner.gap);
+    let threads = worthwhile(&pieces, manner.threads);
     share_out(pieces, threads, |pieces| {
-        let mut window = Window::new();
+        let mut window = Window::new(manner.window);
         for piece in pieces {
             visit(&mut window, piece)?;
         }
@@ -243,6 +278,7 @@ mod tests {
         fn take(&mut self, _: u64, _: &[u8]) -> Result<()> {
             Ok(())
         }
+        fn again(&mut self) {}
     }
 
     proptest! {
@@ -252,7 +288,7 @@ mod tests {
         ) {
             let mut parts: Vec<_> = parts.into_iter().map(|(file, at, len)| (file, at..at + len)).collect();
             let longest = parts.iter().map(|(_, part)| part.end - part.start).max().unwrap_or(0);
-            let pieces = coalesce(parts.clone(), WINDOW);
+            let pieces = coalesce(parts.clone(), WINDOW, GAP);
             for piece in &pieces {
                 let length = piece.range.end - piece.range.start;
                 let most = if piece.parts.len() == 1 { BLOCK } else { WINDOW.max(longest) };
@@ -273,21 +309,35 @@ mod tests {
     #[test]
     fn many_small_neighbours_are_one_read_and_far_ones_are_not() {
         let near: Vec<_> = (0..40_000).map(|i| (0, i * 16..i * 16 + 16)).collect();
-        assert_eq!(coalesce(near, WINDOW).len(), 1);
-        assert_eq!(coalesce(vec![(0, 0..8), (0, 8 + GAP..9 + GAP), (0, 10 + 2 * GAP..11 + 2 * GAP)], WINDOW).len(), 2);
-        assert_eq!(coalesce(vec![(0, 0..8), (1, 8..9)], WINDOW).len(), 2);
+        assert_eq!(coalesce(near, WINDOW, GAP).len(), 1);
+        let gaps = || vec![(0, 0..8), (0, 8 + GAP..9 + GAP), (0, 10 + 2 * GAP..11 + 2 * GAP)];
+        assert_eq!((coalesce(gaps(), WINDOW, GAP).len(), coalesce(gaps(), WINDOW, GAP + 1).len()), (2, 1));
+        assert_eq!(coalesce(vec![(0, 0..8), (1, 8..9)], WINDOW, GAP).len(), 2);
     }
 
     #[test]
     fn the_first_error_stops_every_thread_and_is_the_one_reported() {
-        let pieces = coalesce((0..1000).map(|i| (i, 0..WORTHWHILE)).collect(), WINDOW);
+        let (parts, local) = ((0..1000).map(|i| (i, 0..WORTHWHILE)).collect(), Manner::of(Access::LOCAL, 4));
         let visited = std::sync::atomic::AtomicUsize::new(0);
-        let result = visit_all(pieces, 4, |_, piece| {
+        let result = visit_all(parts, local, |_, piece| {
             visited.fetch_add(1, Ordering::Relaxed);
             if piece.file == 5 { Err(Error::corrupt("five")) } else { Ok(()) }
         });
         assert_eq!(result.unwrap_err().message(), "five");
         assert!(visited.into_inner() >= 6);
-        visit_all(Vec::<Piece<(usize, Range<u64>)>>::new(), 4, |_, _| Ok(())).unwrap();
+        visit_all(Vec::<(usize, Range<u64>)>::new(), local, |_, _| Ok(())).unwrap();
+    }
+
+    #[test]
+    fn a_storage_says_how_it_is_read_within_bounds() {
+        let local = Manner { window: WINDOW, gap: GAP, threads: 32, again: false };
+        assert_eq!(Manner::of(Access::LOCAL, 32), local);
+        let store = Manner { window: 8 << 20, gap: 1 << 20, threads: 16, again: true };
+        assert_eq!(Manner::of(Access::remote(8 << 20, 16), 32), store);
+        assert_eq!(
+            Manner::of(Access::remote(0, 0), 32),
+            Manner { window: WINDOW, gap: WINDOW / 8, threads: 1, ..store }
+        );
+        assert_eq!(Manner::of(Access::remote(u64::MAX, 99), 3).window, READ_MAX);
     }
 }

@@ -1,7 +1,7 @@
 //! Verification: reads every byte of a step once and reports all damage.
 
 use super::matches;
-use super::piece::{Part, Piece, WINDOW, Window, coalesce, file_at, pass, stream, visit_all, zeroed};
+use super::piece::{Part, Piece, Window, file_at, pass, stream, visit_all, zeroed};
 use super::wanted::blocks;
 use crate::checkpoint::Checkpoint;
 use crate::digest::Digest;
@@ -105,7 +105,7 @@ impl Checkpoint {
             progress(done.fetch_add(len, Ordering::Relaxed) + len, total);
             Ok(())
         };
-        visit_all(coalesce(tiles(&listing), WINDOW), self.threads, visit)?;
+        visit_all(tiles(&listing), self.manner(), visit)?;
         let mut findings = findings.into_inner().unwrap_or_else(PoisonError::into_inner);
         self.verify_files(&listing, &mut findings);
         let order = |file: &str| listing.files.iter().position(|row| row.entry.name == file);
@@ -208,7 +208,10 @@ impl Checkpoint {
             return Ok(entry.data);
         }
         let mut wrong = |what: String| findings.damage.push(self.damage(index, None, &(0..entry.data), what));
-        let digest = Digest::of(&bytes);
+        let mut digest = Digest::of(&bytes);
+        if !matches(digest, entry.header) && self.manner().again && file.read_at(0, &mut bytes).is_ok() {
+            digest = Digest::of(&bytes);
+        }
         if !matches(digest, entry.header) {
             wrong(format!("the header is not what was written expected={} found={digest}", entry.header));
         } else if let Err(error) =
@@ -222,11 +225,19 @@ impl Checkpoint {
 
     fn verify_piece(&self, window: &mut Window, mut piece: Piece<Tile<'_>>, findings: &Mutex<Findings>) -> Result<()> {
         let file = file_at(&self.opened.files, piece.file)?;
-        let found: Vec<Result<Digest>> = match pass(window, file, &mut piece) {
+        let again = self.manner().again;
+        let mut found: Vec<Result<Digest>> = match pass(window, file, &mut piece) {
             Ok(()) => piece.parts.iter().map(|tile| Ok(tile.found)).collect(),
             // Read tile by tile, so that a bad sector is reported only for its own tile.
             Err(_) => piece.parts.iter().map(|tile| digest(window, file, &tile.range)).collect(),
         };
+        for (tile, found) in piece.parts.iter().zip(&mut found).filter(|_| again) {
+            if let (Ok(first), Some((written, _))) = (&found, tile.written)
+                && !matches(*first, written)
+            {
+                *found = digest(window, file, &tile.range);
+            }
+        }
         let mut findings = findings.lock().unwrap_or_else(PoisonError::into_inner);
         for (tile, found) in piece.parts.into_iter().zip(found) {
             let tensor = tile.written.map(|(_, tensor)| tensor);
@@ -347,5 +358,9 @@ impl Part for Tile<'_> {
     fn take(&mut self, _: u64, bytes: &[u8]) -> Result<()> {
         self.found = self.found.then(Digest::of(bytes), bytes.len() as u64);
         Ok(())
+    }
+
+    fn again(&mut self) {
+        self.found = Digest::EMPTY;
     }
 }

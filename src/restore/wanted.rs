@@ -144,7 +144,8 @@ fn cut<'c, 't>(
         if end > done {
             let (share, region) = (to.take(end - done), region.clone());
             let (file, found) = (slice.file, Digest::EMPTY);
-            parts.push(Wanted { file, range, digest, found, tensor, region, origin, place: done, to: share });
+            let (tensor, begin, to) = (tensor, done, share);
+            parts.push(Wanted { file, range, digest, found, tensor, region, origin, begin, place: done, to });
             done = end;
         }
     }
@@ -173,8 +174,10 @@ pub(super) struct Wanted<'c, 't> {
     /// The offset in the box where `range` begins.
     pub origin: u64,
     /// The offset in the region where `to` begins.
+    pub begin: u64,
+    /// The offset in the region up to which `to` is filled.
     pub place: u64,
-    /// The memory that is still to be filled. Device memory is filled after the digest is checked.
+    /// The memory to fill. Device memory is filled after the digest is checked.
     pub to: Share<'t>,
 }
 
@@ -189,37 +192,42 @@ impl Part for Wanted<'_, '_> {
 
     fn take(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
         let start = self.origin + (at - self.range.start);
-        let (region, place) = (&self.region, &mut self.place);
+        let end = self.begin + self.to.len();
+        let (region, begin, place) = (&self.region, self.begin, &mut self.place);
         match &mut self.to {
             Share::Host(to) => {
-                while let Some(from) = run(region, *place, to.len() as u64, start, bytes)? {
-                    let (now, later) = std::mem::take(to).split_at_mut(from.len());
-                    now.copy_from_slice(from);
-                    (*place, *to) = (*place + from.len() as u64, later);
+                while let Some(from) = run(region, *place, end - *place, start, bytes)? {
+                    let room = to.get_mut((*place - begin) as usize..).and_then(|room| room.get_mut(..from.len()));
+                    room.ok_or_else(|| Error::internal("a box is outside its target"))?.copy_from_slice(from);
+                    *place += from.len() as u64;
                 }
             }
-            Share::Bands { target, into, bytes: left } => {
+            Share::Bands { target, into, .. } => {
                 let mut held = None;
-                while let Some(from) = run(region, *place, *left, start, bytes)? {
+                while let Some(from) = run(region, *place, end - *place, start, bytes)? {
                     let (to, together) = into.at(*place);
                     let from = from.get(..usize::try_from(together).unwrap_or(usize::MAX)).unwrap_or(from);
                     let copied = target.copy(&mut held, to, from) as u64;
                     if copied == 0 {
                         return Err(Error::internal("a box is outside its target"));
                     }
-                    (*place, *left) = (*place + copied, *left - copied);
+                    *place += copied;
                 }
             }
-            Share::Strided { to, bytes: left } => {
-                while let Some(from) = run(region, *place, *left, start, bytes)? {
+            Share::Strided { to, .. } => {
+                while let Some(from) = run(region, *place, end - *place, start, bytes)? {
                     to.fill(*place, from)?;
-                    (*place, *left) = (*place + from.len() as u64, *left - from.len() as u64);
+                    *place += from.len() as u64;
                 }
             }
             Share::Device { .. } | Share::DeviceStrided { .. } => {}
         }
         self.found = self.found.then(Digest::of(bytes), bytes.len() as u64);
         Ok(())
+    }
+
+    fn again(&mut self) {
+        (self.place, self.found) = (self.begin, Digest::EMPTY);
     }
 }
 
