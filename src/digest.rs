@@ -4,6 +4,10 @@
 //! Appending `n` bytes multiplies the register by x^(8n) modulo the polynomial; a table of x^(8 * 2^k) makes
 //! that at most 64 carry-less multiplications of 64 bits, whatever `n` is.
 
+mod flip;
+
+pub use flip::{Flip, explain};
+
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::sync::OnceLock;
