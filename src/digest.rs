@@ -6,6 +6,7 @@
 
 mod flip;
 
+pub(crate) use flip::LONGEST;
 pub use flip::{Flip, explain};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

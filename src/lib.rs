@@ -207,11 +207,12 @@ mod writer;
 pub use catalog::{Catalog, PruneOptions, Retention};
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use device::DeviceReport;
+pub use digest::Flip;
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
 pub use outcome::{Committed, Outcome, Phase, Progress};
-pub use restore::{Damage, DeviceTarget, HostTarget, Report, Targets};
+pub use restore::{Again, ChangedElement, Damage, DeviceTarget, HostTarget, Located, Report, Targets};
 pub use save::{Fenced, Save, SaveOptions, Snapshot, Staged};
 pub use settings::{
     Detect, DeviceChoice, Engine, IoMode, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings,

@@ -26,7 +26,7 @@ const WIDTH: u32 = 16;
 const WINDOW: u32 = WIDTH + 8;
 
 /// Longer runs of bytes are not searched, which bounds the time to a fraction of a second.
-const LONGEST: u64 = 128 << 20;
+pub(crate) const LONGEST: u64 = 128 << 20;
 
 /// Flipped bits within 16 neighbouring bits: the only such flips that explain two digests.
 ///

@@ -13,6 +13,7 @@
 //! where slices go to a device at strides.
 
 mod device;
+mod locate;
 mod piece;
 mod region;
 mod share;
@@ -21,6 +22,7 @@ mod verify;
 mod wanted;
 
 pub use device::DeviceTarget;
+pub use locate::{Again, ChangedElement, Located};
 pub use strided::HostTarget;
 pub use verify::{Damage, Report};
 

@@ -52,6 +52,16 @@ pub struct Damage {
     pub what: String,
     /// True when the bytes cannot be read at present, which says nothing about their contents.
     pub unreadable: bool,
+    /// The digest of the range as it was written, and as it was read.
+    #[serde(skip)]
+    pub(super) digests: Option<(Digest, Digest)>,
+}
+
+impl Damage {
+    fn at(file: impl Into<String>, range: Range<u64>, what: impl Into<String>) -> Self {
+        let (file, what) = (file.into(), what.into());
+        Self { file, tensor: None, range, what, unreadable: false, digests: None }
+    }
 }
 
 impl Report {
@@ -119,10 +129,7 @@ impl Checkpoint {
     fn verify_tables(&self) -> Result<Vec<Damage>> {
         let what = "a page of a table is not what was written";
         match self.opened.index.damaged() {
-            Ok(damaged) => Ok(damaged
-                .into_iter()
-                .map(|(file, range)| Damage { file, tensor: None, range, what: what.into(), unreadable: false })
-                .collect()),
+            Ok(damaged) => Ok(damaged.into_iter().map(|(file, range)| Damage::at(file, range, what)).collect()),
             Err(error) => Ok(vec![self.contradiction(&error)]),
         }
     }
@@ -131,7 +138,7 @@ impl Checkpoint {
     fn contradiction(&self, error: &Error) -> Damage {
         let file = error.path().and_then(|path| path.file_name()).map(|name| name.to_string_lossy().into_owned());
         let (file, what) = (file.unwrap_or_else(|| MANIFEST.into()), format!("{error:#}"));
-        Damage { file, tensor: None, range: 0..0, what, unreadable: error.kind() != ErrorKind::Corrupt }
+        Damage { unreadable: error.kind() != ErrorKind::Corrupt, ..Damage::at(file, 0..0, what) }
     }
 
     /// Returns every file, and every tensor that holds bytes, checked together.
@@ -162,7 +169,7 @@ impl Checkpoint {
     fn verify_for_stock_loaders(&self, listing: &Listing<'_>, damage: &[Damage]) -> Result<Vec<Damage>> {
         let mut misleading = Vec::new();
         let mut wrong = |file: &str, range: Range<u64>, what: String| {
-            misleading.push(Damage { file: file.to_owned(), tensor: None, range, what, unreadable: false });
+            misleading.push(Damage::at(file, range, what));
         };
         let index = listing.files.iter().position(|file| file.entry.name == INDEX);
         if let Some(at) = index
@@ -207,17 +214,19 @@ impl Checkpoint {
             findings.damage.push(Damage { unreadable, ..self.damage(index, None, &(0..entry.data), what) });
             return Ok(entry.data);
         }
-        let mut wrong = |what: String| findings.damage.push(self.damage(index, None, &(0..entry.data), what));
         let mut digest = Digest::of(&bytes);
         if !matches(digest, entry.header) && self.manner().again && file.read_at(0, &mut bytes).is_ok() {
             digest = Digest::of(&bytes);
         }
         if !matches(digest, entry.header) {
-            wrong(format!("the header is not what was written expected={} found={digest}", entry.header));
+            let what = format!("the header is not what was written expected={} found={digest}", entry.header);
+            let digests = Some((entry.header, digest));
+            findings.damage.push(Damage { digests, ..self.damage(index, None, &(0..entry.data), what) });
         } else if let Err(error) =
             Header::parse(&bytes, entry.length).and_then(|header| agreement::check_header(listing, index, &header))
         {
-            wrong(format!("the header contradicts the manifest: {error:#}"));
+            let what = format!("the header contradicts the manifest: {error:#}");
+            findings.damage.push(self.damage(index, None, &(0..entry.data), what));
         }
         findings.digests.push((index, 0..entry.data, digest));
         Ok(entry.data)
@@ -248,7 +257,8 @@ impl Checkpoint {
                 }
                 (Ok(found), Some((written, _))) if !matches(*found, written) => {
                     let what = format!("not what was written expected={written} found={found}");
-                    findings.damage.push(self.damage(tile.file, tensor, &tile.range, what));
+                    let digests = Some((written, *found));
+                    findings.damage.push(Damage { digests, ..self.damage(tile.file, tensor, &tile.range, what) });
                 }
                 _ => {}
             }
@@ -267,22 +277,22 @@ impl Checkpoint {
             let digest = Digest::concat(mine.iter().map(|(_, range, digest)| (*digest, range.end - range.start)));
             if !matches(digest, entry.digest) && !findings.damage.iter().any(|damage| damage.file == entry.name) {
                 let what = format!("the file is not what was written expected={} found={digest}", entry.digest);
-                findings.damage.push(self.damage(index, None, &(0..entry.length), what));
+                let digests = Some((entry.digest, digest));
+                findings.damage.push(Damage { digests, ..self.damage(index, None, &(0..entry.length), what) });
             }
         }
     }
 
     fn damage(&self, file: usize, tensor: Option<&TensorEntry>, range: &Range<u64>, what: String) -> Damage {
         let file = self.opened.index.file(file).map_or_else(|_| String::new(), |file| file.entry.name.clone());
-        let tensor = tensor.map(|tensor| tensor.name.clone());
-        Damage { file, tensor, range: range.clone(), what, unreadable: false }
+        Damage { tensor: tensor.map(|tensor| tensor.name.clone()), ..Damage::at(file, range.clone(), what) }
     }
 
     /// Returns the first damage of a report as an error: `Unavailable` when the only damage is that bytes
     /// cannot be read at present.
     pub(crate) fn damaged(&self, report: &Report) -> Option<Error> {
         let first = report.damage.iter().find(|damage| !damage.unreadable).or(report.damage.first())?;
-        let Damage { file, tensor, range, what, unreadable } = first;
+        let Damage { file, tensor, range, what, unreadable, .. } = first;
         let (count, tensor) = (report.damage.len(), tensor.as_deref().unwrap_or_default());
         let (kind, how) = if *unreadable {
             (ErrorKind::Unavailable, "a checkpoint cannot be read completely")
