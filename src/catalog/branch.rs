@@ -38,7 +38,8 @@ impl fmt::Debug for Keeping {
 }
 
 impl Catalog {
-    /// Deletes every step after `step`, newest first, including damaged ones. For a run that goes back to
+    /// Deletes every step after `step`, newest first, including damaged ones, but for those that are
+    /// [marked](super::Mark) keep. For a run that goes back to
     /// `step` and continues from it, so that its saves are the newest again.
     ///
     /// # Errors
@@ -47,7 +48,7 @@ impl Catalog {
     pub fn discard_after(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
         let stays = self.checkpoint(step)?;
         let (mut entries, mut problems) = self.everything()?;
-        let mut pruned = Pruned::default();
+        let mut pruned = self.pruning()?;
         let there: Vec<_> = entries.iter().filter(|entry| entry.attempt == stays.attempt()).cloned().collect();
         self.demand(&there, options.verify, &mut pruned)?;
         problems.retain(|problem| problem.step > step && is_damaged(problem));

@@ -10,15 +10,18 @@
 //! manifest. **Damage.** A step is damaged when this library made it and its bytes are not those that were
 //! written; listing, overwriting, replacing and pruning all use one function for it. **Crash.** Nothing is
 //! deleted before enough of the remaining steps are durable and one of them is sound. Each step is deleted
-//! atomically.
+//! atomically. **Marks.** A step that is [marked](Mark) bad is neither the newest nor counted; one that is
+//! marked keep is never deleted.
 
 mod branch;
+mod marks;
 mod policy;
 mod prune;
 mod retention;
 mod sweep;
 
 pub(crate) use branch::Keeping;
+pub use marks::{Mark, Marked};
 pub(crate) use policy::ranking;
 pub use policy::{Best, Candidate, PreservationPolicy};
 pub use prune::{PruneOptions, Pruned, Verify};
@@ -205,15 +208,20 @@ impl Catalog {
         Ok((entries, problems))
     }
 
-    /// Opens the newest listed step; None when there is none. Tensor data is checked when it is read.
+    /// Opens the newest listed step that is not [marked](Mark) bad; None when there is none. Tensor data is
+    /// checked when it is read.
     ///
     /// # Errors
     /// When the directory cannot be read, or a newer step cannot be read at present (an I/O error, missing
     /// permission): the caller decides whether to start from an older one.
     pub fn latest(&self) -> Result<Option<Checkpoint>> {
+        let marks = self.marks_or_none();
         for (step, name) in newest_first(self.names()?) {
             match self.try_open(step, &name) {
                 Ok(None) => {}
+                Ok(Some(checkpoint)) if marks.of(checkpoint.attempt()) == Some(Mark::Bad) => {
+                    tracing::warn!(step, %name, "a newer step is skipped: it is marked bad");
+                }
                 Ok(Some(checkpoint)) => return Ok(Some(checkpoint)),
                 Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Conflict) => {
                     tracing::warn!(step, %name, error = format_args!("{error:#}"), "a newer step is skipped");
@@ -245,15 +253,23 @@ impl Catalog {
         }))
     }
 
-    /// Finds the newest step whose bytes are all as written, and reports the skipped ones; None when there is
-    /// no step. Reads every byte of the steps that it examines.
+    /// Finds the newest step whose bytes are all as written and that is not [marked](Mark) bad, and reports
+    /// the skipped ones; None when there is no step. Reads every byte of the steps that it examines.
     ///
     /// # Errors
     /// When the directory cannot be read. When there are steps but none is sound, the damage of the newest.
     pub fn latest_valid(&self) -> Result<Option<Found>> {
-        let mut skipped = Vec::new();
+        let (mut skipped, marks) = (Vec::new(), self.marks_or_none());
         for (step, name) in newest_first(self.names()?) {
-            match self.try_open(step, &name).and_then(|found| self.read_whole(found)) {
+            let found = self.try_open(step, &name);
+            if let Ok(Some(checkpoint)) = &found
+                && marks.of(checkpoint.attempt()) == Some(Mark::Bad)
+            {
+                tracing::warn!(step, %name, "a step is skipped: it is marked bad");
+                skipped.push(self.marked_bad(step, &name));
+                continue;
+            }
+            match found.and_then(|found| self.read_whole(found)) {
                 Ok(Some(checkpoint)) => return Ok(Some(Found { checkpoint, skipped })),
                 Ok(None) => {}
                 Err(error) => {

@@ -1,6 +1,7 @@
 //! Pruning: which steps are deleted, what is checked before, and the result.
 
-use super::{Catalog, Entry, PreservationPolicy, Problem, Retention};
+use super::marks::Marks;
+use super::{Catalog, Entry, Mark, PreservationPolicy, Problem, Retention};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
 use std::collections::{BTreeSet, HashSet};
@@ -68,6 +69,8 @@ pub struct Pruned {
     pub failed: Vec<Problem>,
     /// Names that another prune removed while this one ran.
     vanished: HashSet<String>,
+    /// The marks of steps when this prune began.
+    marks: Marks,
 }
 
 impl Pruned {
@@ -84,8 +87,8 @@ impl Pruned {
 }
 
 impl Catalog {
-    /// Deletes the steps that `retention` does not keep, oldest first. Leaves foreign directories, attempts
-    /// and steps that cannot be opened.
+    /// Deletes the steps that `retention` does not keep, oldest first. Leaves foreign directories, attempts,
+    /// steps that cannot be opened and steps that are [marked](Mark) keep; those marked bad do not count.
     ///
     /// Steps that another process published are made durable before they count. A step where that fails, or
     /// that is damaged, does not count, so more steps are kept. A run that went back to an early step does
@@ -123,7 +126,7 @@ impl Catalog {
     ) -> Result<Pruned> {
         retention.check()?;
         let entries = self.everything()?.0;
-        let mut pruned = Pruned::default();
+        let mut pruned = self.pruning()?;
         let gone = self.planned(&entries, retention, options.verify, &mut pruned)?;
         let spared = if gone.is_empty() { BTreeSet::new() } else { spared(&entries)? };
         let goes = |entry: &Entry| gone.contains(&entry.step) && !spared.contains(&entry.step);
@@ -142,7 +145,8 @@ impl Catalog {
         let Some(wanted) = retention.keep_last else { return Ok(BTreeSet::new()) };
         let steps = |entries: &[Entry]| entries.iter().map(|entry| entry.step).collect::<Vec<_>>();
         let head = self.head(entries);
-        let mut sound = head.is_some_and(|head| self.known().sound.contains(&head.attempt));
+        let bad = |head: &Entry| pruned.marks.of(head.attempt) == Some(Mark::Bad);
+        let mut sound = head.is_some_and(|head| !bad(head) && self.known().sound.contains(&head.attempt));
         let counted = self.counted(entries, wanted, verify, &mut sound, pruned);
         let mut gone: BTreeSet<u64> = retention.plan(steps(entries), counted)?.into_iter().collect();
         if let Some(head) = head.map(|head| head.step) {
@@ -163,7 +167,7 @@ impl Catalog {
     /// As [`Catalog::prune`], and when a step cannot be deleted.
     pub(crate) fn prune_chosen(&self, choose: impl FnOnce(&[Entry]) -> BTreeSet<u64>) -> Result<Pruned> {
         let entries = self.everything()?.0;
-        let mut pruned = Pruned::default();
+        let mut pruned = self.pruning()?;
         let mut gone = choose(&entries);
         if gone.is_empty() {
             pruned.kept = entries;
@@ -178,7 +182,7 @@ impl Catalog {
     /// Deletes `step` under every name that it has, even if it is damaged.
     ///
     /// # Errors
-    /// `NotFound` when the step does not exist. `Invalid` when no other step is durable and, if the options
+    /// `NotFound` when the step does not exist. `Invalid` when it is [marked](Mark) keep. `Invalid` when no other step is durable and, if the options
     /// require it, sound; nothing is deleted then. An I/O error when the directory cannot be read.
     pub fn delete(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
         let (entries, problems) = self.everything()?;
@@ -190,7 +194,12 @@ impl Catalog {
                 .err()
                 .unwrap_or_else(|| Error::internal("a step appeared during the search")));
         }
-        let mut pruned = Pruned::default();
+        let mut pruned = self.pruning()?;
+        let kept = |entry: &Entry| pruned.marks.of(entry.attempt) == Some(Mark::Keep);
+        if let Some(entry) = entries.iter().find(|entry| entry.step == step && kept(entry)) {
+            let what = "the step is marked keep; take the mark away to delete it";
+            return Err(Error::invalid(what).with_step(step).with_path(&entry.path));
+        }
         let others: Vec<_> = entries.iter().filter(|entry| entry.step != step).cloned().collect();
         self.demand(&others, options.verify, &mut pruned)?;
         self.take_damaged(problems, options.dry_run, &mut pruned);
@@ -206,7 +215,7 @@ impl Catalog {
     /// I/O error when the directory cannot be read.
     pub fn delete_damaged(&self, options: PruneOptions) -> Result<Pruned> {
         let (entries, problems) = self.everything()?;
-        let mut pruned = Pruned::default();
+        let mut pruned = self.pruning()?;
         let mut damaged: Vec<_> = problems.into_iter().filter(is_damaged).collect();
         for entry in entries {
             match self.find_sound(&entry) {
@@ -214,7 +223,7 @@ impl Catalog {
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => {
                     let problem = self.problem(entry.step, entry.name.clone(), error);
-                    if is_damaged(&problem) {
+                    if is_damaged(&problem) && pruned.marks.of(entry.attempt) != Some(Mark::Keep) {
                         damaged.push(problem);
                     } else {
                         pruned.doubtful.push(problem);
@@ -230,6 +239,11 @@ impl Catalog {
         damaged.sort_by_key(|problem| problem.step);
         self.take_damaged(damaged, options.dry_run, &mut pruned);
         Ok(pruned)
+    }
+
+    /// Begins a prune: nothing is deleted if the marks of steps cannot be read.
+    pub(super) fn pruning(&self) -> Result<Pruned> {
+        Ok(Pruned { marks: self.read_marks()?, ..Pruned::default() })
     }
 
     /// Requires that one of `entries`, which stay, is durable and, if `verify` requires it, sound.
@@ -263,6 +277,10 @@ impl Catalog {
             if self.known().pending.contains_key(&entry.attempt)
                 || pruned.doubtful.iter().any(|seen| seen.name == entry.name)
             {
+                continue;
+            }
+            if pruned.marks.of(entry.attempt) == Some(Mark::Bad) {
+                pruned.doubtful.push(self.marked_bad(entry.step, &entry.name));
                 continue;
             }
             let read = match verify {
@@ -326,7 +344,8 @@ impl Catalog {
             if pruned.vanished.contains(&entry.name) {
                 continue;
             }
-            if !goes(&entry) || !self.claim(&entry.name) {
+            let kept = pruned.marks.of(entry.attempt) == Some(Mark::Keep);
+            if kept || !goes(&entry) || !self.claim(&entry.name) {
                 pruned.kept.push(entry);
                 continue;
             }

@@ -40,6 +40,7 @@ struct Root {
     steps: BTreeMap<String, Arc<Files>>,
     attempts: Vec<(String, Attempt, Weak<MemoryWriting>)>,
     latest: Option<String>,
+    marks: Option<Vec<u8>>,
 }
 
 impl Root {
@@ -137,6 +138,15 @@ impl Storage for Memory {
     fn hint(&self, name: &str) -> Result<()> {
         check_step(name)?;
         lock(&self.0).latest = Some(name.into());
+        Ok(())
+    }
+
+    fn read_marks(&self) -> Result<Option<Vec<u8>>> {
+        Ok(lock(&self.0).marks.clone())
+    }
+
+    fn write_marks(&self, marks: &[u8]) -> Result<()> {
+        lock(&self.0).marks = Some(marks.into());
         Ok(())
     }
 

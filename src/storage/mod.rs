@@ -89,6 +89,22 @@ pub trait Storage: Send + Sync + Debug {
     /// Writes the hint file `latest`: best effort, never trusted.
     fn hint(&self, name: &str) -> Result<()>;
 
+    /// Reads the marks of steps, which lie beside them; None if there are none. The default has none.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    fn read_marks(&self) -> Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
+    /// Replaces the marks of steps, atomically and durably. The default refuses.
+    ///
+    /// # Errors
+    /// `Invalid` when the storage keeps none; an I/O error.
+    fn write_marks(&self, _marks: &[u8]) -> Result<()> {
+        Err(Error::invalid("this storage keeps no marks of steps"))
+    }
+
     /// Registers memory that files will be written from, until the returned value is dropped: before the
     /// memory is unmapped, and while nothing is written from it. The default does nothing.
     fn register(&self, _pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {

@@ -82,6 +82,11 @@ pub(super) fn inherited(root: &Dir) -> io::Result<()> {
     root.fd().fsync()
 }
 
+/// Makes marks of steps durable under their name: without it a crash loses a mark that was reported.
+pub(super) fn marked(root: &Dir) -> io::Result<()> {
+    root.fd().fsync()
+}
+
 /// Makes a part of another process's step durable: without it retention counts a step that a crash removes.
 pub(super) fn confirmed(fd: &Fd) -> io::Result<()> {
     promise(Mutant::ConfirmFsync, fd)

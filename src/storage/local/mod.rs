@@ -14,7 +14,7 @@
 //! closes, unlocks, touches or deletes what its parent has open: it opens its own storage to begin and sweep.
 //!
 //! Modules from the system calls up: `sys` (the system call interface), `linux`, `dir`, `transfer`, `direct`,
-//! `durable`; then `owner`, `clock`, `judge`, `file`, `trash`, `publish`; then `attempt`, `reading`, `sweep`,
+//! `durable`; then `owner`, `clock`, `judge`, `file`, `marks`, `trash`, `publish`; then `attempt`, `reading`, `sweep`,
 //! `root`, `shared`; then [`Local`] and `resume`.
 
 mod attempt;
@@ -25,6 +25,7 @@ mod durable;
 mod file;
 mod judge;
 mod linux;
+mod marks;
 mod names;
 mod owner;
 mod progress;
@@ -290,6 +291,15 @@ impl Storage for Local {
             Err(error) if lost(&error) => Ok(()),
             renamed => renamed.map_err(failed),
         }
+    }
+
+    fn read_marks(&self) -> Result<Option<Vec<u8>>> {
+        marks::read(&self.root)
+    }
+
+    fn write_marks(&self, marks: &[u8]) -> Result<()> {
+        self.alive()?;
+        marks::write(&self.root.afresh()?, marks)
     }
 
     fn register(&self, pages: Pages<'_>) -> Box<dyn Any + Send + Sync> {

@@ -7,6 +7,7 @@
 //! .step-00000100.<attempt>.owner   its owner record; locked while the owner lives
 //! .trash-<attempt>                 being deleted; any process may finish
 //! .ranks/session-00000003/         a session of several ranks: its record, and notes of its ranks
+//! .marks.json                      marks of steps
 //! latest                           the hint
 //! ```
 
@@ -15,6 +16,10 @@ use crate::storage::name::is_component;
 
 /// The name of the hint before its rename.
 pub(super) const LATEST_NEW: &str = ".latest.new";
+/// The marks of steps.
+pub(super) const MARKS: &str = ".marks.json";
+/// Their name before the rename.
+pub(super) const MARKS_NEW: &str = ".marks.json.new";
 const TEMP: &str = ".tmp";
 const CLAIMED: &str = ".claimed";
 const OWNER: &str = ".owner";

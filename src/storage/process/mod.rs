@@ -206,6 +206,12 @@ impl Storage for Process {
     fn hint(&self, name: &str) -> Result<()> {
         self.0.local.hint(name)
     }
+    fn read_marks(&self) -> Result<Option<Vec<u8>>> {
+        self.0.local.read_marks()
+    }
+    fn write_marks(&self, marks: &[u8]) -> Result<()> {
+        self.0.local.write_marks(marks)
+    }
     fn engine(&self) -> &'static str {
         "a writer process"
     }

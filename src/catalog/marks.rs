@@ -1,0 +1,129 @@
+//! Marks: what people say of steps, kept beside them.
+//!
+//! A step never changes, so its mark is not in it: `.marks.json` in the root has the marks of all steps. A
+//! mark belongs to an attempt: a step that is saved again has none. **Concurrency.** Each change reads all
+//! marks and replaces the file by a rename; of two changes at the same moment one may be lost.
+
+use super::{Catalog, Problem};
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::Attempt;
+use serde::{Deserialize, Serialize};
+
+/// The version of the file.
+const VERSION: u32 = 1;
+
+/// What somebody says of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Mark {
+    /// Its contents are no good, for example because the loss diverged: [`Catalog::latest`] and
+    /// [`Catalog::latest_valid`] pass over it, and it does not count for retention.
+    Bad,
+    /// It is never pruned, by any retention or policy.
+    Keep,
+}
+
+/// A marked step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Marked {
+    /// The step, for people: the attempt is what counts.
+    pub step: u64,
+    /// The attempt that the mark is of.
+    pub attempt: Attempt,
+    /// The mark.
+    pub mark: Mark,
+}
+
+/// All marks of a root.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Marks(Vec<Marked>);
+
+#[derive(Serialize, Deserialize)]
+struct File {
+    version: u32,
+    marks: Vec<Marked>,
+}
+
+impl Marks {
+    /// Returns the mark of an attempt.
+    pub fn of(&self, attempt: Attempt) -> Option<Mark> {
+        self.0.iter().find(|marked| marked.attempt == attempt).map(|marked| marked.mark)
+    }
+}
+
+impl Catalog {
+    /// Returns the marked steps, in order; those that are gone may be among them.
+    ///
+    /// # Errors
+    /// `Corrupt`, with the path, when `.marks.json` cannot be read as marks; an I/O error.
+    pub fn marks(&self) -> Result<Vec<Marked>> {
+        Ok(self.read_marks()?.0)
+    }
+
+    /// Marks `step`, or takes its mark away with None. The mark is durable when this returns, and counts for
+    /// executors that are running. Marks of steps that are gone are forgotten.
+    ///
+    /// ```
+    /// use ashore::{Catalog, CheckpointExecutor, StateDict, catalog::Mark};
+    /// # use std::time::Duration;
+    /// # let root = tempfile::tempdir().unwrap();
+    /// let executor = CheckpointExecutor::builder(root.path()).arena(4 << 20).chunk(1 << 20).build()?;
+    /// for step in [100, 200] {
+    ///     let mut state = StateDict::new();
+    ///     state.tensor("weights", vec![step as f32; 4])?;
+    ///     executor.save(step, state)?.wait(Duration::from_secs(60))?;
+    ///     executor.fence()?;
+    /// }
+    /// Catalog::open(root.path())?.mark(200, Some(Mark::Bad))?;
+    /// assert_eq!(executor.latest()?.unwrap().step(), 100);
+    /// # executor.shutdown(Duration::from_secs(60))?;
+    /// # Ok::<(), ashore::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `NotFound` when the step does not exist, otherwise as [`Checkpoint::open`](crate::Checkpoint::open);
+    /// `Invalid` when the storage keeps no marks; an I/O error.
+    pub fn mark(&self, step: u64, mark: Option<Mark>) -> Result<()> {
+        let attempt = self.checkpoint(step)?.attempt();
+        let known: Vec<Attempt> = self.list()?.iter().map(|entry| entry.attempt).collect();
+        let mut marks = self.read_marks()?.0;
+        marks.retain(|marked| marked.attempt != attempt && known.contains(&marked.attempt));
+        marks.extend(mark.map(|mark| Marked { step, attempt, mark }));
+        marks.sort_by_key(|marked| marked.step);
+        let mut text = serde_json::to_vec(&File { version: VERSION, marks })
+            .map_err(|e| Error::internal("cannot write json").with_source(e))?;
+        text.push(b'\n');
+        self.storage.write_marks(&text)
+    }
+
+    pub(super) fn read_marks(&self) -> Result<Marks> {
+        let Some(text) = self.storage.read_marks()? else { return Ok(Marks::default()) };
+        let path = || self.storage.describe("").join(".marks.json");
+        let file: File = serde_json::from_slice(&text).map_err(|e| {
+            let what = "the marks of steps cannot be read; delete the file to go on without marks";
+            Error::corrupt(what).with_source(e).with_path(path())
+        })?;
+        if file.version > VERSION {
+            let what =
+                format!("the marks of steps have a version that this library does not read version={}", file.version);
+            return Err(Error::invalid(what).with_path(path()));
+        }
+        Ok(Marks(file.marks))
+    }
+
+    /// Returns the marks to choose a step by. A run starts without marks rather than not at all.
+    pub(super) fn marks_or_none(&self) -> Marks {
+        self.read_marks().unwrap_or_else(|error| {
+            tracing::warn!(error = format_args!("{error:#}"), "marks of steps are ignored");
+            Marks::default()
+        })
+    }
+
+    /// Returns the reason why a step that is marked bad is skipped.
+    pub(super) fn marked_bad(&self, step: u64, name: &str) -> Problem {
+        let error = Error::new(ErrorKind::Conflict, "the step is marked bad").with_step(step);
+        self.problem(step, name.into(), error.with_path(self.storage.describe(name)))
+    }
+}
