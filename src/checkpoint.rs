@@ -11,7 +11,7 @@ use crate::format::shard::{rank_of, values_name};
 use crate::id::Attempt;
 use crate::state::{Dtype, Layout, decode_value};
 use crate::storage::local::Local;
-use crate::storage::{self, StepPlace, Storage};
+use crate::storage::{self, Reading, StepPlace, Storage};
 pub(crate) use opened::{Failure, Files, Opened, replaceable};
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
@@ -114,6 +114,14 @@ impl Checkpoint {
     /// As [`Checkpoint::open`].
     pub fn from_storage(storage: Arc<dyn Storage>, name: &str) -> Result<Self> {
         Self::try_open(&storage, name).map_err(Failure::into_error)
+    }
+
+    /// Opens the files of a step that has no name yet, before it is published as `name`.
+    #[doc(hidden)]
+    pub fn from_reading(reading: Arc<dyn Reading>, name: &str, path: &Path) -> Result<Self> {
+        let opened = Opened::of(reading, name, path).map_err(Failure::into_error)?;
+        let (opened, device) = (Arc::new(opened), None);
+        Ok(Self { opened, threads: THREADS, device, timeout: RESTORE_TIMEOUT })
     }
 
     pub(crate) fn try_open(storage: &Arc<dyn Storage>, name: &str) -> Result<Self, Failure> {

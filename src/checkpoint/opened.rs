@@ -90,6 +90,12 @@ impl Opened {
             let failure = if missing(&error) { Failure::Absent } else { Failure::Unknown };
             failure(error.with_path(path))
         })?;
+        Self::of(reading, name, path)
+    }
+
+    /// Opens the step whose directory is `reading`.
+    pub fn of(reading: Arc<dyn Reading>, name: &str, path: &Path) -> Result<Self, Failure> {
+        let missing = |error: &Error| error.kind() == ErrorKind::NotFound;
         let owned = || ours(reading.as_ref(), name).map_err(|error| Failure::Unknown(error.with_path(path)));
         let manifest_path = path.join(MANIFEST);
         let file = match reading.open(MANIFEST) {
@@ -113,7 +119,6 @@ impl Opened {
             Err(error) => return Err(Failure::Foreign(error.with_path(manifest_path))),
         };
         let (modified, length) = (file.modified(), file.len());
-        let reading: Arc<dyn Reading> = reading;
         let medium = Directory::new(reading.clone(), path);
         let step = manifest.step();
         let index = Index::new(manifest, Box::new(medium)).map_err(|error| {

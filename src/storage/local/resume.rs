@@ -21,6 +21,7 @@ use super::{Local, durable, names, transfer};
 use crate::error::{ErrorKind, Result};
 use crate::id::Attempt;
 use crate::storage::{FileReading, Reading, State, Writing, name as rules};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -81,7 +82,34 @@ impl Local {
     }
 }
 
+impl Local {
+    /// Begins an attempt that replaces the step `name`, and whose files can be read before it is published.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    #[doc(hidden)]
+    pub fn begin_replacement(&self, name: &str, attempt: Attempt) -> Result<Resumable> {
+        self.alive()?;
+        let (root, owners) = (self.root.afresh()?, self.owners.clone());
+        let begun = LocalAttempt::begin(root, name, attempt, true, self.direct, owners, None)?;
+        Ok(Resumable(Arc::new(begun)))
+    }
+}
+
 impl Resumable {
+    /// The files that are in it, as those of a step.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn as_step(&self) -> Result<Arc<dyn Reading>> {
+        Ok(Arc::new(self.reading()?))
+    }
+
+    /// The path of its directory.
+    pub fn path(&self) -> PathBuf {
+        self.0.files.dir.path().to_owned()
+    }
+
     /// The attempt, to write further files and to publish.
     pub fn writing(&self) -> &dyn Writing {
         self.0.as_ref()
