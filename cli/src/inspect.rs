@@ -2,88 +2,27 @@
 
 use crate::Common;
 use crate::ls::{shown as shown_table, table};
+use crate::which::{Meant, Which, newest};
 use crate::{out, size};
-use ashore::id::parse_step_name;
-use ashore::internal::format::entries::MANIFEST;
-use ashore::{Catalog, Checkpoint, Error, ErrorKind, Result};
+use ashore::{Checkpoint, Result};
 use serde_json::{Value, json};
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// The flags of `inspect`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A step of --dir, the path of a checkpoint, or a directory of checkpoints (shows the newest)
-    #[arg(value_name = "STEP|PATH")]
-    what: Option<Which>,
-}
-
-/// Names a checkpoint: all digits are a step of `--dir`, anything else is a path.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Which {
-    Step(u64),
-    Path(PathBuf),
-}
-
-impl std::str::FromStr for Which {
-    type Err = std::convert::Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let digits = text.bytes().all(|b| b.is_ascii_digit());
-        Ok(match text.parse() {
-            Ok(step) if digits => Self::Step(step),
-            _ => Self::Path(text.into()),
-        })
-    }
-}
-
-/// What a [`Which`] resolves to.
-pub enum Meant {
-    One(Box<Checkpoint>),
-    /// A directory of checkpoints.
-    Directory(PathBuf),
-}
-
-impl Which {
-    /// Opens the checkpoint, or finds the directory of them.
-    pub fn find(which: Option<&Self>, common: &Common) -> Result<Meant> {
-        let one = |checkpoint| Ok(Meant::One(Box::new(checkpoint)));
-        match which {
-            None => Ok(Meant::Directory(common.root())),
-            Some(Self::Step(step)) => one(Catalog::open(common.root())?.checkpoint(*step)?),
-            Some(Self::Path(path)) if is_checkpoint(path) => one(Checkpoint::open(path)?),
-            Some(Self::Path(path)) => Ok(Meant::Directory(common.root_at(Some(path))?)),
-        }
-    }
-}
-
-/// True for a directory with a manifest or the name of a step.
-fn is_checkpoint(path: &Path) -> bool {
-    let named = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| parse_step_name(name).is_some());
-    named || path.join(MANIFEST).symlink_metadata().is_ok()
-}
-
-/// Opens the newest checkpoint of a directory, and no older one instead.
-pub fn newest(root: &Path) -> Result<Checkpoint> {
-    let catalog = Catalog::open(root)?;
-    let (entries, problems) = catalog.survey()?;
-    let whole = entries.last().map(|entry| entry.step);
-    if let Some(newer) = problems.last().filter(|problem| Some(problem.step) > whole) {
-        let (step, what) = (newer.step, newer.error.message());
-        let older = whole.map_or_else(String::new, |step| format!("; step {step} is the newest that is complete"));
-        let what = format!("the newest step, {step}, cannot be shown: {what}{older}");
-        return Err(Error::new(newer.error.kind(), what).with_path(&newer.path));
-    }
-    let none = || Error::new(ErrorKind::NotFound, "there is no checkpoint").with_path(root);
-    whole.map_or_else(|| Err(none()), |step| catalog.checkpoint(step))
+    /// A step of --dir, the path of a checkpoint, a directory of checkpoints (shows the newest), or a
+    /// directory and a step
+    #[arg(value_name = "STEP|PATH", num_args = 0..=2)]
+    what: Vec<String>,
 }
 
 /// Shows files, tensors, values and metadata.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let checkpoint = match Which::find(args.what.as_ref(), common)? {
+    let checkpoint = match Which::find(Which::of(&args.what)?.as_ref(), common)? {
         Meant::One(checkpoint) => *checkpoint,
-        Meant::Directory(root) => newest(&root)?,
+        Meant::Directory(root) => newest(common, &root)?,
     };
     if common.json {
         out::json(&described(&checkpoint)?)?
@@ -174,20 +113,6 @@ fn shortened(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn digits_are_a_step_and_all_else_a_path() {
-        for (text, which) in [
-            ("120", Which::Step(120)),
-            ("00000120", Which::Step(120)),
-            ("./120", Which::Path("./120".into())),
-            ("+7", Which::Path("+7".into())),
-            ("runs/step-00000120", Which::Path("runs/step-00000120".into())),
-            ("99999999999999999999999", Which::Path("99999999999999999999999".into())),
-        ] {
-            assert_eq!(text.parse(), Ok(which), "{text}");
-        }
-    }
 
     #[test]
     fn long_values_are_cut_for_the_screen() {

@@ -5,20 +5,26 @@ mod adamw;
 mod age;
 mod bench;
 mod convert;
+mod damage;
 mod demo;
 mod device;
+mod element;
 mod gpu;
 mod inspect;
 mod limit;
 mod ls;
+mod mark;
 mod out;
 mod prune;
 mod remnants;
+mod repair;
 mod rng;
 mod size;
 mod verify;
+mod which;
+mod words;
 
-use ashore::{DeviceChoice, Error, ErrorKind, Result};
+use ashore::{Catalog, DeviceChoice, Error, ErrorKind, Result};
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -88,6 +94,14 @@ impl Common {
         self.dir.clone().unwrap_or_else(|| DEMO_DIR.into())
     }
 
+    /// Opens the steps of a directory.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such directory.
+    pub fn catalog(&self, root: &Path) -> Result<Catalog> {
+        Catalog::open(root)
+    }
+
     /// Returns the directory of checkpoints, given after the command or with `--dir`.
     ///
     /// # Errors
@@ -96,7 +110,7 @@ impl Common {
         match (given, &self.dir) {
             (Some(given), Some(dir)) => {
                 let (given, dir) = (given.display(), dir.display());
-                let what = format!("give the directory once, after the command or with --dir given={given} dir={dir}");
+                let what = format!("give the directory once: {given} after the command, or --dir {dir}");
                 Err(Error::new(ErrorKind::Invalid, what))
             }
             (Some(given), None) => Ok(given.to_owned()),
@@ -118,8 +132,12 @@ enum Verb {
     Ls(ls::Args),
     /// Show the contents of a checkpoint, without tensor data
     Inspect(inspect::Args),
-    /// Read every byte of a checkpoint and report all damage
+    /// Read every byte of a checkpoint, and report and locate all damage
     Verify(verify::Args),
+    /// Undo flipped bits where exactly one explanation exists; without --yes, only show them
+    Repair(repair::Args),
+    /// Mark a step bad, so that restarts pass over it, or as one to keep
+    Mark(mark::Args),
     /// Write a checkpoint in another layout: for Hugging Face's tools, or for another number of ranks
     Convert(convert::Args),
     /// Delete old checkpoints; without --yes, only show what would be deleted
@@ -145,13 +163,15 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Ls(args) => ls::run(common, args),
         Verb::Inspect(args) => inspect::run(common, args),
         Verb::Verify(args) => verify::run(common, args),
+        Verb::Repair(args) => repair::run(common, args),
+        Verb::Mark(args) => mark::run(common, args),
         Verb::Convert(args) => convert::run(common, args),
         Verb::Prune(args) => prune::run(common, args),
         Verb::Bench { args, .. } => bench::run(common, args),
         Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS),
     };
     ended.unwrap_or_else(|error| {
-        out::complain(&format!("{error:#}"));
+        out::complain(&words::of(&error));
         if error.kind() == ErrorKind::Corrupt { ExitCode::from(DAMAGED) } else { ExitCode::FAILURE }
     })
 }

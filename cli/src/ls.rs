@@ -32,7 +32,7 @@ struct Row {
 /// Lists checkpoints, newest last, including damaged ones.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let root = common.root_at(args.root.as_deref())?;
-    let catalog = Catalog::open(&root)?;
+    let catalog = common.catalog(&root)?;
     let (entries, problems) = catalog.survey()?;
     let complete =
         entries.into_iter().map(|e| Row { step: e.step, path: e.path, bytes: e.bytes, complete: true, why: None });

@@ -28,6 +28,37 @@ pub fn complain(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "ashore: {}", printable(text));
 }
 
+/// The columns of the screen: `COLUMNS`, or those of the terminal, or 80.
+pub fn width() -> usize {
+    let set = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+    let terminal = || comfy_table::Table::new().width().map(usize::from);
+    set.or_else(terminal).unwrap_or(80).clamp(40, 400)
+}
+
+/// Wraps text at the width of the screen, behind `lead` and then behind as many spaces. Ends with a newline.
+pub fn wrapped(lead: &str, text: &str) -> String {
+    wrapped_at(width(), lead, text)
+}
+
+fn wrapped_at(width: usize, lead: &str, text: &str) -> String {
+    let indent = lead.chars().count();
+    let (mut out, mut used, mut fresh) = (lead.to_owned(), indent, true);
+    for word in text.split(' ') {
+        let length = word.chars().count();
+        if !fresh && used + 1 + length > width {
+            out = out.trim_end().to_owned() + "\n" + &" ".repeat(indent);
+            (used, fresh) = (indent, true);
+        }
+        if !fresh {
+            out.push(' ');
+            used += 1;
+        }
+        out += word;
+        (used, fresh) = (used + length, false);
+    }
+    out.trim_end().to_owned() + "\n"
+}
+
 /// Makes text from a file safe for a terminal.
 pub fn printable(text: &str) -> String {
     let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
@@ -81,6 +112,13 @@ mod tests {
         assert_eq!(quantile((1..=100).map(f64::from), 0.99), 99.0);
         assert_eq!(quantile([5.0], 0.99), 5.0);
         assert_eq!(median([]), 0.0);
+    }
+
+    #[test]
+    fn text_is_wrapped_behind_its_lead() {
+        assert_eq!(wrapped_at(20, "step 5: ", "one two three four"), "step 5: one two\n        three four\n");
+        assert_eq!(wrapped_at(10, "a: ", "a-long-word-of-a-path b"), "a: a-long-word-of-a-path\n   b\n");
+        assert_eq!(wrapped_at(80, "", ""), "\n");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `ashore prune`: deletes checkpoints, after reading one that stays in full and finding it sound.
 
 use crate::remnants::{self, Row};
-use crate::{Common, age, out, size};
+use crate::{Common, age, out, size, words};
 use ashore::catalog::{Best, Entry, Problem, Verify};
 use ashore::storage::Sweep;
 use ashore::{Catalog, PruneOptions, Result, Retention};
@@ -90,22 +90,22 @@ struct Step {
 
 /// Prunes, or shows what pruning would do. Reports what was deleted even if something else could not be.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let catalog = Catalog::open(common.root_at(args.root.as_deref())?)?;
+    let catalog = common.catalog(&common.root_at(args.root.as_deref())?)?;
     let dry_run = !args.yes;
     let verify = if args.unverified { Verify::No } else { Verify::One };
     let done = delete(&catalog, args, PruneOptions::new().dry_run(dry_run).verify(verify))?;
     let how = if args.abandoned { Sweep::default().older_than(args.older_than) } else { Sweep::default() };
     let swept = catalog.sweep(if dry_run { how.dry_run() } else { how });
     for doubtful in &done.doubtful {
-        out::complain(&format!("kept, but does not count: {:#}", doubtful.error));
+        out::complain(&format!("kept, but does not count: {}", words::of(&doubtful.error)));
     }
     for failed in &done.failed {
-        out::complain(&format!("could not delete step {}: {:#}", failed.step, failed.error));
+        out::complain(&format!("could not delete step {}: {}", failed.step, words::of(&failed.error)));
     }
     let mut failed = !done.failed.is_empty();
     let swept = swept.unwrap_or_else(|error| {
         failed = true;
-        out::complain(&format!("could not search for unfinished saves of dead processes: {error:#}"));
+        out::complain(&format!("could not search for unfinished saves of dead processes: {}", words::of(&error)));
         Default::default()
     });
     let pruned = Pruned {

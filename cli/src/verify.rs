@@ -1,18 +1,24 @@
-//! `ashore verify`: reads every byte and reports all damage.
+//! `ashore verify`: reads every byte, reports all damage, and locates it.
 
-use crate::inspect::{Meant, Which};
-use crate::{Common, DAMAGED, out, size};
-use ashore::{Catalog, Checkpoint, Damage, Error, ErrorKind, Result};
+use crate::damage::{self, FlipRow, Found};
+use crate::which::{Meant, Which};
+use crate::words::counted;
+use crate::{Common, DAMAGED, out, size, words};
+use ashore::{Again, Checkpoint, Error, ErrorKind, Result};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+/// How many damaged ranges of a step are shown; `--json` has all of them.
+const SHOWN: usize = 8;
+
 /// The flags of `verify`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A step of --dir, the path of a checkpoint, or a directory of checkpoints (verifies all)
-    #[arg(value_name = "STEP|PATH")]
-    what: Option<Which>,
+    /// A step of --dir, the path of a checkpoint, a directory of checkpoints (verifies all), or a directory
+    /// and a step
+    #[arg(value_name = "STEP|PATH", num_args = 0..=2)]
+    what: Vec<String>,
 }
 
 /// The result; `damage` is that of all checkpoints.
@@ -24,6 +30,9 @@ struct Findings {
     /// A checkpoint could not be examined, for a reason that says nothing about its bytes.
     #[serde(skip)]
     failed: bool,
+    /// Several checkpoints were asked for.
+    #[serde(skip)]
+    several: bool,
 }
 
 #[derive(Serialize)]
@@ -31,8 +40,11 @@ struct Verified {
     step: Option<u64>,
     #[serde(serialize_with = "out::path")]
     path: PathBuf,
+    /// The length of the files that were read, with manifest and tables.
     bytes: u64,
     valid: bool,
+    /// Every damage is one flipped bit or byte, so that `repair` can undo it.
+    repairable: bool,
 }
 
 #[derive(Serialize)]
@@ -45,15 +57,25 @@ struct Place {
     /// The first byte, and the one after the last.
     range: Option<(u64, u64)>,
     what: String,
+    /// What a second reading gave: `same`, `as_written`, `different` or `not_read`.
+    again: Option<Again>,
+    /// The one flip that explains both digests.
+    flip: Option<FlipRow>,
+    /// The pages of 4096 bytes in the range, and how many were read as zeros.
+    pages: Option<u64>,
+    zero_pages: Option<u64>,
+    /// The place and what is wrong, for people.
+    #[serde(skip)]
+    said: String,
 }
 
 /// Verifies. A checkpoint that cannot be opened because of its files' contents is damaged. A missing one is
 /// an error, unless it disappeared after it was listed.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let mut findings = Findings::default();
-    match Which::find(args.what.as_ref(), common) {
+    match Which::find(Which::of(&args.what)?.as_ref(), common) {
         Ok(Meant::One(checkpoint)) => findings.read(&checkpoint)?,
-        Ok(Meant::Directory(root)) => findings.look_at_all(root)?,
+        Ok(Meant::Directory(root)) => findings.look_at_all(common, &root)?,
         Err(error) if error.kind() == ErrorKind::Corrupt => findings.unreadable(&error),
         Err(error) => return Err(error),
     }
@@ -72,17 +94,18 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
 }
 
 impl Findings {
-    fn look_at_all(&mut self, root: PathBuf) -> Result<()> {
-        let (entries, problems) = Catalog::open(&root)?.survey()?;
+    fn look_at_all(&mut self, common: &Common, root: &Path) -> Result<()> {
+        let (entries, problems) = common.catalog(root)?.survey()?;
         if entries.is_empty() && problems.is_empty() {
             return Err(Error::new(ErrorKind::NotFound, "nothing to verify").with_path(root));
         }
+        self.several = true;
         for problem in problems {
             let is_conflict = problem.error.kind() == ErrorKind::Conflict;
             let found = self.look(problem.step, &problem.path)?;
             if is_conflict && found {
-                let (step, path, what) = (Some(problem.step), problem.path, problem.error.message().to_owned());
-                self.damage.push(Place { step, path, file: None, tensor: None, range: None, what });
+                let what = problem.error.message().to_owned();
+                self.damage.push(Place::whole(Some(problem.step), problem.path, None, what));
             }
         }
         for entry in entries {
@@ -105,7 +128,7 @@ impl Findings {
                 return Ok(false);
             }
             Err(error) => {
-                out::complain(&format!("{error:#}"));
+                out::complain(&words::of(&error));
                 self.failed = true;
             }
         }
@@ -117,17 +140,13 @@ impl Findings {
         bar.set_message(format!("bytes of step {}", checkpoint.step()));
         let report = checkpoint.verify_with(|done, _| bar.set_position(done))?;
         bar.finish_and_clear();
-        let (step, path) = (Some(checkpoint.step()), checkpoint.path().to_owned());
-        self.checkpoints.push(Verified { step, path: path.clone(), bytes: report.bytes, valid: report.is_sound() });
-        let found = report.damage.into_iter().chain(report.misleading);
-        self.damage.extend(found.map(|Damage { file, range, tensor, what, .. }| Place {
-            step,
-            path: path.clone(),
-            file: Some(file),
-            tensor,
-            range: (!range.is_empty()).then_some((range.start, range.end)),
-            what,
-        }));
+        let (step, path, valid) = (Some(checkpoint.step()), checkpoint.path().to_owned(), report.is_sound());
+        let found = damage::located(checkpoint, report.damage);
+        let repairable = !found.is_empty() && found.iter().all(Found::is_certain);
+        self.checkpoints.push(Verified { step, path: path.clone(), bytes: checkpoint.bytes(), valid, repairable });
+        self.damage.extend(found.into_iter().map(|found| Place::of(step, &path, found)));
+        let misleading = damage::located(checkpoint, report.misleading).into_iter();
+        self.damage.extend(misleading.map(|found| Place::of(step, &path, found)));
         Ok(())
     }
 
@@ -138,31 +157,90 @@ impl Findings {
         let is_file = !given.is_dir();
         let dir = if is_file { given.parent().unwrap_or(given) } else { given };
         let file = given.file_name().filter(|_| is_file).map(|name| name.to_string_lossy().into_owned());
-        self.checkpoints.push(Verified { step: error.step(), path: dir.into(), bytes: 0, valid: false });
-        let what = error.message().to_owned();
-        self.damage.push(Place { step: error.step(), path: dir.into(), file, tensor: None, range: None, what });
+        let (step, valid, repairable) = (error.step(), false, false);
+        self.checkpoints.push(Verified { step, path: dir.into(), bytes: 0, valid, repairable });
+        self.damage.push(Place::whole(step, dir.into(), file, error.message().to_owned()));
     }
 
     fn shown(&self) -> String {
         let mut text = String::new();
-        for place in &self.damage {
-            let file = place.path.join(place.file.as_deref().unwrap_or_default());
-            text += &format!("damaged: {}", out::printable(&file.display().to_string()));
-            if let Some((from, to)) = place.range {
-                text += &format!(" bytes {from}..{to}");
-            }
-            if let Some(tensor) = &place.tensor {
-                text += &format!(" tensor {}", out::printable(tensor));
-            }
-            text += &format!(": {}\n", out::printable(&place.what));
-        }
         for seen in &self.checkpoints {
-            let step = seen.step.map_or("?".to_owned(), |step| step.to_string());
-            let verdict = if seen.valid { "sound" } else { "DAMAGED" };
-            text += &format!("step {step}: {verdict}, {} read\n", size::shown(seen.bytes));
+            let step = seen.step.map_or_else(|| "?".to_owned(), |step| step.to_string());
+            if seen.valid {
+                text += &format!("step {step}: sound, {} read\n", size::shown(seen.bytes));
+                continue;
+            }
+            let head = format!("step {step}: DAMAGED. ");
+            let places: Vec<&Place> = self.damage.iter().filter(|place| place.path == seen.path).collect();
+            for (i, place) in places.iter().take(SHOWN).enumerate() {
+                let lead = if i == 0 { head.clone() } else { " ".repeat(head.len()) };
+                text += &out::wrapped(&lead, &place.said);
+            }
+            let indent = " ".repeat(head.len());
+            if let Some(more) = places.len().checked_sub(SHOWN).filter(|more| *more > 0) {
+                let what = format!("... and {} more; --json shows all", counted(more, "damaged range"));
+                text += &out::wrapped(&indent, &what);
+            }
+            if seen.repairable {
+                text += &out::wrapped(&indent, &format!("To repair: ashore repair {}", shown_path(&seen.path)));
+            }
+        }
+        let damaged = self.checkpoints.iter().filter(|seen| !seen.valid).count();
+        if self.several || damaged > 0 {
+            let verb = if damaged == 1 { "is" } else { "are" };
+            text += &match damaged {
+                0 => format!("no damage in {}", counted(self.checkpoints.len(), "step")),
+                _ => format!("{damaged} of {} {verb} damaged", counted(self.checkpoints.len(), "step")),
+            };
+            if self.several {
+                let sound = self.checkpoints.iter().rfind(|seen| seen.valid).and_then(|seen| seen.step);
+                text += &sound.map_or("; none is sound".to_owned(), |step| format!("; newest sound: step {step}"));
+            }
+            text += "\n";
         }
         text
     }
+}
+
+impl Place {
+    fn whole(step: Option<u64>, path: PathBuf, file: Option<String>, what: String) -> Self {
+        let shown = file.as_ref().map_or_else(String::new, |file| format!("{}: ", out::printable(file)));
+        let said = shown + &words::message(&what);
+        let (tensor, range, again, flip, pages, zero_pages) = (None, None, None, None, None, None);
+        Self { step, path, file, tensor, range, what, again, flip, pages, zero_pages, said }
+    }
+
+    fn of(step: Option<u64>, path: &Path, found: Found) -> Self {
+        let said = format!("{}: {}", found.place(), found.reason());
+        let flip = found.flip();
+        let located = found.located.as_ref().filter(|located| located.again != Again::NotRead);
+        let (pages, zeros) = (located.map(|located| located.pages), located.map(|located| located.zero_pages));
+        let again = located.map(|located| located.again);
+        let ashore::Damage { file, range, tensor, what, .. } = found.damage;
+        Self {
+            step,
+            path: path.to_owned(),
+            file: Some(file),
+            tensor,
+            range: (!range.is_empty()).then_some((range.start, range.end)),
+            what,
+            again,
+            flip,
+            pages,
+            zero_pages: zeros,
+            said,
+        }
+    }
+}
+
+/// Shows a path as an argument of a command.
+pub fn shown_path(path: &Path) -> String {
+    let here = std::env::current_dir().ok();
+    let short =
+        here.as_ref().and_then(|here| path.strip_prefix(here).ok()).filter(|short| !short.as_os_str().is_empty());
+    let text = out::printable(&short.unwrap_or(path).display().to_string());
+    let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-+,:@%".contains(&b));
+    if plain { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ mod layout;
 mod output;
 mod sums;
 
-use crate::inspect::{Meant, Which, newest};
+use crate::which::{Meant, Which, newest};
 use crate::{Common, out, size};
 use ashore::internal::format::shard::{INDEX, rank_of};
 use ashore::storage::local::Local;
@@ -132,7 +132,7 @@ impl Args {
         }
         let checkpoint = match Which::find(what.as_ref(), common)? {
             Meant::One(checkpoint) => *checkpoint,
-            Meant::Directory(root) => newest(&root)?,
+            Meant::Directory(root) => newest(common, &root)?,
         };
         let choices = Choices {
             form,

@@ -19,7 +19,7 @@ mod training;
 use crate::device::Home;
 use crate::limit::{Config, Memory, Scratch};
 use crate::out;
-use crate::{Common, size};
+use crate::{Common, size, words};
 use ashore::catalog::{Found, Problem};
 use ashore::{CheckpointExecutor, Error, ErrorKind, Result};
 use blocks::Plan;
@@ -73,7 +73,10 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let corpus = Corpus::new();
     let found = executor.latest_valid()?.map(|Found { checkpoint, skipped, .. }| {
         for Problem { step, error, .. } in skipped {
-            out::complain(&format!("step {step} is skipped, and replaced when training reaches it: {error}"));
+            out::complain(&format!(
+                "step {step} is skipped, and replaced when training reaches it: {}",
+                words::of(&error)
+            ));
         }
         checkpoint
     });

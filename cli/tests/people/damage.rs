@@ -1,0 +1,87 @@
+//! Damage is located, and what is certain is repaired.
+
+use crate::run::Run;
+use serde_json::Value;
+use std::fs;
+
+/// A run of two steps, the newer with one flipped bit.
+fn flipped() -> (Run, usize) {
+    let run = Run::new([10, 20]);
+    let place = run.offset(20, "layers.0.weight") + 4 * (17 * 100 + 90) + 3;
+    run.change(&run.shard(20), |bytes| bytes[place] ^= 0x40);
+    (run, place)
+}
+
+#[test]
+fn verify_names_the_flipped_bit_its_element_and_both_values() {
+    let (run, place) = flipped();
+    let found = run.json(&["verify", "run", "--json"], 3);
+    let damage = &found["damage"][0];
+    assert_eq!(
+        (&damage["step"], &damage["tensor"], &damage["again"]),
+        (&20.into(), &"layers.0.weight".into(), &"same".into())
+    );
+    let flip = &damage["flip"];
+    assert_eq!((&flip["offset"], &flip["bit"], &flip["masks"]), (&place.into(), &6.into(), &serde_json::json!([0x40])));
+    assert_eq!(flip["elements"][0]["index"], serde_json::json!([17, 90]));
+    assert!(flip["elements"][0]["written"] != flip["elements"][0]["read"], "{damage}");
+    assert_eq!(found["checkpoints"][1]["repairable"], true);
+    run.shows("verify-flip", &["verify", "run"]);
+    run.shows("verify-one", &["verify", "run", "10"]);
+}
+
+#[test]
+fn a_flipped_bit_is_repaired_in_a_copy_that_takes_the_steps_name() {
+    let (run, place) = flipped();
+    let damaged = fs::read(run.shard(20)).unwrap();
+    let time = |file: &str| fs::metadata(run.step(20).join(file)).unwrap().modified().unwrap();
+    let before = (time("manifest.json"), time("model.safetensors"));
+    run.shows("repair-dry", &["repair", "run", "20"]);
+    assert_eq!(fs::read(run.shard(20)).unwrap(), damaged, "a dry run writes nothing");
+    run.shows("repair-sound", &["repair", "run", "10"]);
+
+    let repaired = run.json(&["repair", "run", "20", "--yes", "--json"], 0);
+    assert_eq!((&repaired["repaired"], &repaired["changes"][0]["offset"]), (&true.into(), &place.into()), "{repaired}");
+    let mut sound = damaged;
+    sound[place] ^= 0x40;
+    assert!(fs::read(run.shard(20)).unwrap() == sound);
+    assert_eq!((time("manifest.json"), time("model.safetensors")), before, "a repair is not a new save");
+    assert_eq!(run.json(&["verify", "run", "--json"], 0)["valid"], true);
+    let left = fs::read_dir(run.root()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    assert_eq!(left.filter(|name| name.starts_with('.')).collect::<Vec<_>>(), [""; 0]);
+    assert_eq!(ashore::Catalog::open(run.root()).unwrap().latest_valid().unwrap().unwrap().checkpoint.step(), 20);
+}
+
+#[test]
+fn a_flip_in_a_header_is_repaired_as_well() {
+    let run = Run::new([10]);
+    let sound = fs::read(run.shard(10)).unwrap();
+    let place = sound.windows(6).position(|window| window == b"counts").unwrap();
+    run.change(&run.shard(10), |bytes| bytes[place] ^= 0x01);
+    let found = run.json(&["verify", "run", "--json"], 3);
+    assert_eq!((&found["damage"][0]["tensor"], &found["damage"][0]["flip"]["offset"]), (&Value::Null, &place.into()));
+    run.json(&["repair", "run", "10", "--yes", "--json"], 0);
+    assert!(fs::read(run.shard(10)).unwrap() == sound);
+}
+
+#[test]
+fn what_is_not_certain_is_not_repaired() {
+    let run = Run::new([10]);
+    let place = run.offset(10, "layers.0.weight");
+    run.change(&run.shard(10), |bytes| (bytes[place] ^= 1, bytes[place + 900] ^= 1).0);
+    let damaged = fs::read(run.shard(10)).unwrap();
+    assert_eq!(run.json(&["verify", "run", "--json"], 3)["damage"][0]["flip"], Value::Null, "two flips are not one");
+    run.shows("verify-two-flips", &["verify", "run"]);
+    run.shows("repair-two-flips", &["repair", "run", "10"]);
+    let refused = run.json(&["repair", "run/step-00000010", "--yes", "--json"], 3);
+    assert_eq!((&refused["repaired"], refused["uncertain"].as_array().unwrap().len()), (&false.into(), 1));
+    assert!(fs::read(run.shard(10)).unwrap() == damaged);
+    let run = Run::new([10]);
+    run.change(&run.shard(10), |bytes| {
+        let weights = bytes.len() - 20_000;
+        bytes[weights / 4096 * 4096..][..8192].fill(0);
+    });
+    let found = run.json(&["verify", "run", "--json"], 3);
+    assert!(found["damage"][0]["zero_pages"].as_u64().unwrap() >= 1, "{found}");
+    run.shows("verify-zeros", &["verify", "run"]);
+}

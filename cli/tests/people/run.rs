@@ -1,0 +1,108 @@
+//! Runs the program in a directory of steps, and compares what it prints.
+
+use ashore::{CheckpointExecutor, HostTensor, StateDict};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A run: a directory `run` in a directory of its own, so that paths are the same in every test.
+pub struct Run(tempfile::TempDir);
+
+impl Run {
+    /// Saves these steps.
+    pub fn new(steps: impl IntoIterator<Item = u64>) -> Self {
+        let run = Self(tempfile::tempdir().unwrap());
+        run.save(steps);
+        run
+    }
+
+    /// Saves further steps.
+    pub fn save(&self, steps: impl IntoIterator<Item = u64>) {
+        let executor = CheckpointExecutor::builder(self.root()).arena(4 << 20).chunk(1 << 20).build().unwrap();
+        for step in steps {
+            executor.save(step, state(step)).unwrap().wait(MINUTE).unwrap();
+        }
+        executor.shutdown(MINUTE).unwrap();
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.0.path().join("run")
+    }
+
+    pub fn step(&self, step: u64) -> PathBuf {
+        self.root().join(format!("step-{step:08}"))
+    }
+
+    /// The only shard of a step.
+    pub fn shard(&self, step: u64) -> PathBuf {
+        self.step(step).join("model.safetensors")
+    }
+
+    /// Changes the bytes of a file.
+    pub fn change(&self, file: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut bytes = fs::read(file).unwrap();
+        change(&mut bytes);
+        fs::write(file, bytes).unwrap();
+    }
+
+    /// Where the bytes of a tensor begin in the shard of a step.
+    pub fn offset(&self, step: u64, tensor: &str) -> usize {
+        let inspected = self.json(&["inspect", "run", &step.to_string(), "--json"], 0);
+        let tensors = inspected["tensors"].as_array().unwrap();
+        let found = tensors.iter().find(|one| one["name"] == tensor).unwrap();
+        found["slices"][0]["offset"].as_u64().unwrap() as usize
+    }
+
+    pub fn ashore(&self, args: &[&str], columns: usize) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ashore"));
+        command.args(args).current_dir(self.0.path()).env("COLUMNS", columns.to_string()).env("TZ", "UTC");
+        command.stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// Returns the JSON that the program prints, which ends with `status`.
+    pub fn json(&self, args: &[&str], status: i32) -> Value {
+        let output = self.ashore(args, 80);
+        assert_eq!(output.status.code(), Some(status), "{args:?}: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Compares what the program prints at 80 and at 200 columns with the files `name.80.txt` and
+    /// `name.200.txt`. Both streams are in them, and the status.
+    pub fn shows(&self, name: &str, args: &[&str]) {
+        for columns in [80, 200] {
+            let output = self.ashore(args, columns);
+            let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+            let here = self.0.path().canonicalize().unwrap().display().to_string();
+            let status = output.status.code().map_or_else(|| "killed".to_owned(), |code| code.to_string());
+            let shown = format!("$ ashore {}\n{out}{err}exit {status}\n", args.join(" ")).replace(&here, "");
+            assert!(!shown.contains('\u{1b}'), "{shown}");
+            let long = |line: &&str| line.chars().count() > columns && line.trim().contains(' ');
+            assert_eq!(out.lines().find(long), None, "a line is longer than {columns} columns: {shown}");
+            let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/people/shown/{name}.{columns}.txt"));
+            if std::env::var_os("ASHORE_BLESS").is_some() {
+                fs::create_dir_all(file.parent().unwrap()).unwrap();
+                fs::write(&file, &shown).unwrap();
+            }
+            let expected = fs::read_to_string(&file).unwrap_or_default();
+            assert!(shown == expected, "{} has another text than\n{shown}", file.display());
+        }
+    }
+}
+
+/// A state with weights, a counter and metadata that differ from step to step.
+pub fn state(step: u64) -> StateDict<'static> {
+    let weights: Vec<f32> = (0..64 * 100).map(|i| (i % 97) as f32 / 32.0 + step as f32).collect();
+    let half: Vec<half::bf16> = (0..300).map(|i| half::bf16::from_f32(i as f32 / 8.0)).collect();
+    let bytes: Vec<u8> = half.iter().flat_map(|one| one.to_le_bytes()).collect();
+    let mut state = StateDict::new();
+    state.tensor("layers.0.weight", HostTensor::new(std::sync::Arc::new(weights), [64, 100])).unwrap();
+    state.tensor("layers.0.bias", bytes).unwrap();
+    state.tensor("counts", vec![step as i64; 8]).unwrap();
+    state.value("lr", &(1.0 / (step as f64))).unwrap();
+    state.metadata("loss", &(10.0 / step as f64)).unwrap();
+    state
+}
