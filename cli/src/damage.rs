@@ -108,7 +108,10 @@ impl Found {
             match zeros {
                 0 => String::new(),
                 _ if zeros == pages => " All of it is zeros: a lost write looks like that.".to_owned(),
-                _ => format!(" {zeros} of its {pages} pages of 4096 bytes are zeros."),
+                _ => format!(
+                    " {zeros} of its {pages} pages of 4096 bytes {} zeros.",
+                    if zeros == 1 { "is" } else { "are" }
+                ),
             }
         };
         match (located.again, located.flip) {

@@ -1,5 +1,8 @@
 //! Sizes, in the form that users write and read.
 
+/// The units of sizes that are shown.
+pub const UNITS: [&str; 7] = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
+
 /// Parses `256MiB`, `1.5GiB`, `64K` (powers of 1024), `100MB` (powers of 1000), `4096` or `4096B`; case does
 /// not matter.
 pub fn parse(text: &str) -> Result<u64, String> {
@@ -29,10 +32,9 @@ pub fn parse(text: &str) -> Result<u64, String> {
 
 /// Shows a size in the unit that leaves one to three digits before the point: `35.0 MB`.
 pub fn shown(bytes: u64) -> String {
-    let units = ["kB", "MB", "GB", "TB", "PB", "EB"];
     let mut scaled = bytes as f64;
     let mut unit = "B";
-    for next in units {
+    for next in UNITS.into_iter().skip(1) {
         if scaled < 999.95 {
             break;
         }

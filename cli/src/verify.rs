@@ -170,11 +170,14 @@ impl Findings {
                 text += &format!("step {step}: sound, {} read\n", size::shown(seen.bytes));
                 continue;
             }
-            let head = format!("step {step}: DAMAGED. ");
+            let head = format!("step {step}: ");
             let places: Vec<&Place> = self.damage.iter().filter(|place| place.path == seen.path).collect();
             for (i, place) in places.iter().take(SHOWN).enumerate() {
-                let lead = if i == 0 { head.clone() } else { " ".repeat(head.len()) };
-                text += &out::wrapped(&lead, &place.said);
+                text += &if i == 0 {
+                    out::wrapped(&head, &format!("DAMAGED. {}", place.said))
+                } else {
+                    out::wrapped(&" ".repeat(head.len()), &place.said)
+                };
             }
             let indent = " ".repeat(head.len());
             if let Some(more) = places.len().checked_sub(SHOWN).filter(|more| *more > 0) {

@@ -36,12 +36,19 @@ pub fn of(error: &Error) -> String {
 
 /// Says a message in words: its variables, which are last as `key=value`, come in parentheses.
 pub fn message(message: &str) -> String {
-    let (mut words, mut details) = (Vec::new(), Vec::new());
+    let (mut words, mut details, mut after) = (Vec::new(), Vec::<String>::new(), false);
     for token in tokens(message) {
-        match token.split_once('=') {
-            Some((key, value)) if is_key(key) && !value.is_empty() => details.push(detail(key, value)),
+        match (token.split_once('='), details.last_mut()) {
+            (Some((key, value)), _) if is_key(key) && !value.is_empty() => {
+                details.push(detail(key, value));
+                after = true;
+                continue;
+            }
+            // The unit of the number before it.
+            (_, Some(last)) if after && size::UNITS.contains(&token) => *last += &format!(" {token}"),
             _ => words.push(token.to_owned()),
         }
+        after = false;
     }
     let words = words.join(" ");
     if details.is_empty() { words } else { format!("{words} ({})", details.join(", ")) }
@@ -131,6 +138,7 @@ mod tests {
             "a tensor is wrong (tensor a b, shape [2, 3], expected 8.0 kB)"
         );
         assert_eq!(message("use --keep-last=3 and x = y"), "use --keep-last=3 and x = y");
+        assert_eq!(message("too little space needed=8.8 TB free=35.9 GB"), "too little space (needed 8.8 TB, free 35.9 GB)");
         assert_eq!(message("no details"), "no details");
     }
 
