@@ -198,7 +198,7 @@ fn copy(checkpoint: &Checkpoint, local: &Local, name: &str, attempt: &Resumable,
         let of_file = changes.iter().filter(|change| change.file == file);
         copy_file(source.as_ref(), &file, attempt, &mut buffer, &of_file.collect::<Vec<_>>())?;
         bar.inc(source.len());
-        // Who lists steps goes by the times of their files: a repair is not a new save.
+        // Retention takes the step that was written last for the head of the run: a repair is not a new save.
         if let Some(modified) = source.modified() {
             let path = attempt.path().join(&file);
             let set = File::options().write(true).open(&path).and_then(|file| file.set_modified(modified));

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// The version of the file.
 const VERSION: u32 = 1;
 
-/// What somebody says of a step.
+/// What people say of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
