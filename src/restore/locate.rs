@@ -98,7 +98,7 @@ impl Checkpoint {
         let locate = |error| self.located(error);
         let file = self.opened.reading.open(&damage.file).map_err(locate)?;
         let mut bytes = zeroed::<u8>(length as usize).map_err(locate)?;
-        stream(&mut Window::new(), file.as_ref(), range, |at, run| {
+        stream(&mut Window::new(self.manner().window), file.as_ref(), range, |at, run| {
             if let Some(to) = bytes.get_mut((at - range.start) as usize..).and_then(|to| to.get_mut(..run.len())) {
                 to.copy_from_slice(run);
             }

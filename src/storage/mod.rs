@@ -282,7 +282,7 @@ pub trait FileWriting: Send + Sync + Debug {
     fn mode(&self) -> IoMode;
 }
 
-/// How the bytes of a file are best read.
+/// How the bytes of files are best read.
 ///
 /// ```
 /// use ashore::storage::Access;
@@ -325,6 +325,11 @@ pub trait Reading: Send + Sync + Debug {
 
     /// The names of all its files, in no order.
     fn list(&self) -> Result<Vec<String>>;
+
+    /// How the bytes of its files are best read. Default: as those of a local disk.
+    fn access(&self) -> Access {
+        Access::LOCAL
+    }
 }
 
 /// A file of a published step.
@@ -335,11 +340,6 @@ pub trait FileReading: Send + Sync + Debug {
     /// When its bytes last changed, by the clock of the medium; None if unknown.
     fn modified(&self) -> Option<SystemTime> {
         None
-    }
-
-    /// How its bytes are best read. Default: as those of a local disk.
-    fn access(&self) -> Access {
-        Access::LOCAL
     }
 
     /// Returns true when the file has no bytes.
