@@ -97,6 +97,20 @@ fn a_checkpoint_in_another_prefix_is_a_root_of_its_own() {
 }
 
 #[test]
+fn marks_stay_with_the_steps() {
+    let store = faulty();
+    let storage = over(&store);
+    let (_, writing) = begun(&storage, NAME, false);
+    writing.publish(false).unwrap();
+    assert_eq!(storage.read_marks().unwrap(), None);
+    over(&store).write_marks(br#"{"version":1,"marks":[]}"#).unwrap();
+    let (_, another) = begun(&storage, "step-8", false);
+    another.publish(false).unwrap();
+    assert_eq!(storage.read_marks().unwrap().unwrap(), br#"{"marks":[],"version":1}"#);
+    assert_eq!(storage.write_marks(b"{").unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+#[test]
 fn a_step_of_many_slabs_is_whole() {
     let store = faulty();
     let executor = executor(&store, 0);

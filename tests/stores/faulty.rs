@@ -41,6 +41,8 @@ pub enum Fault {
 pub struct Faulty {
     store: Arc<InMemory>,
     script: Mutex<VecDeque<Fault>>,
+    /// Changes to a content with this text get a time-out for an answer, and arrive after this time.
+    pub late_for: Mutex<Option<(String, Duration)>>,
     /// The store does not answer reads of the root object.
     pub blind: AtomicBool,
     /// Conditions are not heard.
@@ -69,9 +71,9 @@ fn generic(text: &'static str) -> Error {
 
 impl Faulty {
     pub fn new(store: InMemory) -> Self {
-        let (script, contents) = (Mutex::default(), Mutex::default());
+        let (script, contents, late_for) = (Mutex::default(), Mutex::default(), Mutex::default());
         let (blind, deaf) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { store: Arc::new(store), script, blind, deaf, contents, late: Arc::default() }
+        Self { store: Arc::new(store), script, late_for, blind, deaf, contents, late: Arc::default() }
     }
 
     /// What happens to the next changes of the root object, one after another.
@@ -113,7 +115,12 @@ impl ObjectStore for Faulty {
             return self.store.put_opts(key, payload, opts).await;
         }
         self.contents.lock().unwrap().push(Bytes::from(payload.clone()));
-        let fault = self.script.lock().unwrap().pop_front().unwrap_or(Fault::None);
+        let mut fault = self.script.lock().unwrap().pop_front().unwrap_or(Fault::None);
+        if let Some((text, after)) = &*self.late_for.lock().unwrap()
+            && String::from_utf8_lossy(&Bytes::from(payload.clone())).contains(text)
+        {
+            fault = Fault::Late(*after);
+        }
         let path = key.to_string();
         match fault {
             Fault::None => self.store.put_opts(key, payload, opts).await,

@@ -81,10 +81,14 @@ impl ObjectAttempt {
         overwrite: bool,
     ) -> Result<Arc<Self>> {
         name::check_step(step)?;
-        let state = inner.root.read()?.ok_or_else(|| inner.vanished())?;
-        inner.check_owned(&state, generation)?;
-        if !overwrite && state.step(step).is_some() {
-            return Err(conflict("the step exists", inner.path(step)));
+        let allow = |state: &State| {
+            inner.check_owned(state, generation)?;
+            let taken = !overwrite && state.step(step).is_some();
+            if taken { Err(conflict("the step exists", inner.path(step))) } else { Ok(()) }
+        };
+        // What was seen last is enough to begin, but not to refuse.
+        if inner.root.last_seen().is_none_or(|state| allow(&state).is_err()) {
+            allow(&inner.root.read()?.ok_or_else(|| inner.vanished())?)?;
         }
         let alive = inner.live.add(step, generation, attempt)?;
         Ok(Arc::new(Self::new(inner, step, attempt, generation, Some(alive))))

@@ -41,7 +41,7 @@ use object_store::path::Path as Key;
 use root::Edit;
 use session::Inner;
 use shared::ObjectShared;
-use state::Entry;
+use state::{Entry, State};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -119,6 +119,12 @@ impl ObjectStore {
         root.as_ref().and_then(|root| root.step(name)).cloned().ok_or_else(|| self.missing(name))
     }
 
+    /// Refuses a session that owned the root before. A process without a session, such as `ashore prune`,
+    /// acts for the owner.
+    fn check_newest(&self, state: &State) -> Result<()> {
+        self.0.generation().map_or(Ok(()), |ours| self.0.check_owned(state, ours))
+    }
+
     fn missing(&self, name: &str) -> Error {
         Error::new(ErrorKind::NotFound, "no such step").with_path(self.0.path(name))
     }
@@ -130,10 +136,7 @@ impl ObjectStore {
         let mut gone = None;
         inner.root.change(&mut |state| {
             let mut state = state.cloned().ok_or_else(|| self.missing(name))?;
-            // A process without a session, such as `ashore prune`, acts for the owner of the root.
-            if let Some(ours) = inner.generation() {
-                inner.check_owned(&state, ours)?;
-            }
+            self.check_newest(&state)?;
             let entry = state.take(name).ok_or_else(|| self.missing(name))?;
             if wanted.is_some_and(|wanted| wanted != step::identity(entry.attempt)) {
                 let why = "the step was replaced meanwhile; it was not removed";
@@ -159,7 +162,7 @@ fn key(url: &url::Url) -> Result<Key> {
 
 /// Refuses names that the store would have to write otherwise.
 fn check_key(name: &str) -> Result<()> {
-    if object_store::path::PathPart::from(name).as_ref() == name {
+    if object_store::path::PathPart::from(name).as_ref() == name && name != root::ROOT {
         return Ok(());
     }
     Err(Error::invalid(format!("object stores cannot have this name name={name:?}")))
@@ -174,7 +177,7 @@ impl Storage for ObjectStore {
     }
 
     fn take_over(&self) -> Result<()> {
-        self.0.session().map(drop)
+        self.0.own()
     }
 
     fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
@@ -184,6 +187,24 @@ impl Storage for ObjectStore {
     fn list(&self) -> Result<Vec<String>> {
         let steps = self.0.root.read()?.map(|root| root.steps).unwrap_or_default();
         Ok(steps.into_iter().map(|step| step.name).collect())
+    }
+
+    fn read_marks(&self) -> Result<Option<Vec<u8>>> {
+        let marks = self.0.root.read()?.and_then(|root| root.marks);
+        let bytes = marks.map(|marks| serde_json::to_vec(&marks)).transpose();
+        bytes.map_err(|e| Error::internal("cannot write json").with_source(e))
+    }
+
+    fn write_marks(&self, marks: &[u8]) -> Result<()> {
+        let marks: serde_json::Value =
+            serde_json::from_slice(marks).map_err(|e| Error::invalid("marks of steps are json").with_source(e))?;
+        let none = || Error::new(ErrorKind::NotFound, "there is no step to mark").with_path(self.0.client.name());
+        self.0.root.change(&mut |state| {
+            let mut state = state.cloned().ok_or_else(none)?;
+            self.check_newest(&state)?;
+            state.marks = Some(marks.clone());
+            Ok(Edit::To(state))
+        })
     }
 
     fn confirm(&self, name: &str) -> Result<()> {

@@ -106,6 +106,12 @@ impl Root {
         Ok(self.look(self.client.deadline())?.map(|seen| seen.state))
     }
 
+    /// What this process last put or read for a change, without a request. None if it knows nothing, or
+    /// changes the root at present.
+    pub fn last_seen(&self) -> Option<State> {
+        Some(self.known.try_lock().ok()?.as_ref()?.state.clone())
+    }
+
     fn look(&self, deadline: Instant) -> Result<Option<Seen>> {
         let mut reads = 1;
         loop {
@@ -207,7 +213,7 @@ impl Root {
                 (Judged::Unchanged, _) => {}
             }
             if Instant::now() + pause >= deadline {
-                return self.give_up(&sent, &answered, end).map(|()| true);
+                return self.give_up(&sent, answered, end).map(|()| true);
             }
             std::thread::sleep(super::client::varied(pause));
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -226,13 +232,19 @@ impl Root {
 
     /// Makes sure that a change that has not landed never will, by a change of the counter alone. `Ok` if it
     /// has landed after all.
-    fn give_up(&self, sent: &Sent, answered: &Answered, end: Instant) -> Result<()> {
+    fn give_up(&self, sent: &Sent, answered: Answered, end: Instant) -> Result<()> {
+        let error = if answered.refused {
+            let why = "the store refuses a change of the root, and no other has changed it: check the store";
+            Error::new(ErrorKind::Unavailable, why).with_path(self.path()).with_source(answered.error)
+        } else {
+            answered.error
+        };
         let mut bump = None;
         let mut pause = FIRST_PAUSE;
         loop {
             match self.judged(sent, end)? {
                 (Judged::Landed, _) => return Ok(()),
-                (Judged::Lost { .. }, _) => return Err(answered.error.clone()),
+                (Judged::Lost { .. }, _) => return Err(error),
                 (Judged::Unchanged, seen) => {
                     // The same bump each time: it lands at most once, too.
                     if bump.is_none() {
@@ -243,9 +255,7 @@ impl Root {
             }
             if Instant::now() >= end {
                 let why = "whether a change of the root will be made is unknown: the store answers no change";
-                return Err(Error::new(ErrorKind::Indeterminate, why)
-                    .with_path(self.path())
-                    .with_source(answered.error.clone()));
+                return Err(Error::new(ErrorKind::Indeterminate, why).with_path(self.path()).with_source(error));
             }
             if let Some(Sent { bytes, condition, .. }) = &bump {
                 // Whatever the answer, what is there decides.

@@ -16,8 +16,8 @@ pub(super) struct Inner {
     pub client: Client,
     pub root: Root,
     pub live: Live,
-    /// The generation of this process; None as long as it only reads.
-    session: Mutex<Option<u64>>,
+    /// The session of this process; None as long as it only reads.
+    session: Mutex<Option<Session>>,
 }
 
 impl Inner {
@@ -28,30 +28,38 @@ impl Inner {
 
     /// The generation of this process; None as long as it only reads.
     pub fn generation(&self) -> Option<u64> {
-        *lock(&self.session)
+        lock(&self.session).as_ref().map(|session| session.generation)
     }
 
     /// The generation of this process, which takes the root over if it has none.
     pub fn session(&self) -> Result<u64> {
         let mut session = lock(&self.session);
         match *session {
-            Some(generation) => Ok(generation),
-            None => {
-                let generation = self.open(owner(Uuid::new_v4(), String::new()))?;
-                Ok(*session.insert(generation))
-            }
+            Some(Session { generation, .. }) => Ok(generation),
+            None => Ok(session.insert(self.open(myself())?).generation),
         }
+    }
+
+    /// Takes the root over, unless this process has it already.
+    pub fn own(&self) -> Result<()> {
+        let mut session = lock(&self.session);
+        if let Some(ours) = &*session
+            && self.root.read()?.is_some_and(|state| ours.owns(&state))
+        {
+            return Ok(());
+        }
+        *session = Some(self.open(myself())?);
+        Ok(())
     }
 
     /// Takes the root over for `owner`, and returns the new generation. No attempt of an older one can be
     /// published from then on.
     pub fn take_over(&self, owner: Owner) -> Result<u64> {
         let mut session = lock(&self.session);
-        let generation = self.open(owner)?;
-        Ok(*session.insert(generation))
+        Ok(session.insert(self.open(owner)?).generation)
     }
 
-    fn open(&self, owner: Owner) -> Result<u64> {
+    fn open(&self, owner: Owner) -> Result<Session> {
         probe::conditions(&self.client)?;
         let mut generation = 0;
         let done = self.root.change(&mut |state| {
@@ -67,12 +75,13 @@ impl Inner {
             ErrorKind::Indeterminate => error.with_kind(ErrorKind::Unavailable),
             _ => error,
         })?;
-        Ok(generation)
+        Ok(Session { generation, id: owner.id })
     }
 
     /// Refuses to act for a session that is not the newest.
     pub fn check_owned(&self, state: &State, generation: u64) -> Result<()> {
-        if state.generation == generation {
+        let ours = *lock(&self.session);
+        if state.generation == generation && ours.is_none_or(|ours| ours.generation != generation || ours.owns(state)) {
             return Ok(());
         }
         let Owner { run, host, pid, .. } = &state.session;
@@ -92,6 +101,25 @@ impl Inner {
     pub fn path(&self, name: &str) -> String {
         format!("{}/{name}", self.client.name())
     }
+}
+
+/// A take-over of this process.
+#[derive(Clone, Copy, Debug)]
+struct Session {
+    generation: u64,
+    id: Uuid,
+}
+
+impl Session {
+    /// Whether it is the newest. A root that was deleted and made anew counts its generations from 1 again.
+    fn owns(self, state: &State) -> bool {
+        state.generation == self.generation && state.session.id == self.id
+    }
+}
+
+/// A session of this process alone.
+fn myself() -> Owner {
+    owner(Uuid::new_v4(), String::new())
 }
 
 /// The owner that this process is.

@@ -39,6 +39,9 @@ pub(super) struct State {
     /// Attempts of this generation that can never be published.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub vetoed: Vec<Attempt>,
+    /// The marks of steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub marks: Option<serde_json::Value>,
 }
 
 /// A session that owns a root, for messages.
@@ -92,9 +95,17 @@ impl State {
     /// The state before any change: never stored.
     pub fn empty() -> Self {
         let session = Owner { id: Uuid::nil(), run: String::new(), host: String::new(), pid: 0 };
-        let (steps, vetoed) = (Vec::new(), Vec::new());
-        let format = FORMAT.into();
-        Self { format, version: VERSION, change: 0, recent: Vec::new(), generation: 0, session, steps, vetoed }
+        Self {
+            format: FORMAT.into(),
+            version: VERSION,
+            change: 0,
+            recent: Vec::new(),
+            generation: 0,
+            session,
+            steps: Vec::new(),
+            vetoed: Vec::new(),
+            marks: None,
+        }
     }
 
     /// The nonce of the last change.
