@@ -19,6 +19,9 @@ pub mod plan {
         BoxOf, Described, Description, Merge, Part, Replica, Share, Whole, WholeTensor, Written, share_out,
     };
 }
+pub mod storage {
+    pub use crate::storage::is_url;
+}
 pub mod state {
     pub use crate::state::{decode_value, encode_value};
 }

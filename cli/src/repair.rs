@@ -10,6 +10,7 @@ use crate::verify::shown_path;
 use crate::which::{Meant, Which};
 use crate::words::{counted, grouped};
 use crate::{Common, DAMAGED, out};
+use ashore::internal::storage::is_url;
 use ashore::memory::AlignedBuffer;
 use ashore::storage::local::{Local, Resumable};
 use ashore::storage::{FileReading, Storage};
@@ -171,6 +172,9 @@ impl Change {
 fn home(checkpoint: &Checkpoint) -> Result<(Local, String)> {
     let path = checkpoint.path();
     let none = || Error::new(ErrorKind::Invalid, "only a step in a directory can be repaired").with_path(path);
+    if is_url(path) {
+        return Err(none());
+    }
     Ok((Local::at(path.parent().ok_or_else(none)?)?, checkpoint.name().to_owned()))
 }
 

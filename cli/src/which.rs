@@ -3,6 +3,7 @@
 use crate::{Common, words};
 use ashore::id::parse_step_name;
 use ashore::internal::format::entries::MANIFEST;
+use ashore::internal::storage::is_url;
 use ashore::{Catalog, Checkpoint, Error, ErrorKind, Result};
 use std::path::{Path, PathBuf};
 
@@ -72,7 +73,8 @@ impl Which {
             Some(Self::Step(step)) => Ok((common.catalog(&common.root())?, *step)),
             Some(Self::In(dir, step)) => Ok((common.catalog(&common.root_at(Some(dir))?)?, *step)),
             Some(Self::Path(path)) => {
-                let path = path.canonicalize().map_err(|e| Error::io("cannot find the step", e).with_path(path))?;
+                let found = if is_url(path) { Ok(path.clone()) } else { path.canonicalize() };
+                let path = found.map_err(|e| Error::io("cannot find the step", e).with_path(path))?;
                 let name = path.file_name().and_then(|name| name.to_str());
                 let (Some(step), Some(root)) = (name.and_then(parse_step_name), path.parent()) else {
                     return Err(none().with_path(path));
@@ -120,6 +122,7 @@ mod tests {
             ("00000120", Which::Step(120)),
             ("./120", Which::Path("./120".into())),
             ("+7", Which::Path("+7".into())),
+            ("s3://bucket/runs/step-7", Which::Path("s3://bucket/runs/step-7".into())),
             ("runs/step-00000120", Which::Path("runs/step-00000120".into())),
             ("99999999999999999999999", Which::Path("99999999999999999999999".into())),
         ] {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from . import _ashore, _numpy
 from ._errors import InvalidError
+from ._place import place
 
 if TYPE_CHECKING:
     import numpy
@@ -48,7 +49,7 @@ class Entry:
 
     step: int
     name: str
-    path: Path
+    path: Path | str
     bytes: int
 
 
@@ -83,9 +84,9 @@ class Checkpoint:
         return self._core.step
 
     @property
-    def path(self) -> Path:
-        """The directory under which it was opened."""
-        return Path(self._core.path)
+    def path(self) -> Path | str:
+        """The directory, or the URL, under which it was opened."""
+        return place(self._core.path)
 
     @property
     def bytes(self) -> int:
@@ -228,7 +229,7 @@ class Catalog:
 
     def entries(self) -> list[Entry]:
         """All durable steps."""
-        return [Entry(step, name, Path(path), size) for step, name, path, size in self._core.entries()]
+        return [Entry(step, name, place(path), size) for step, name, path, size in self._core.entries()]
 
     def latest(self) -> Checkpoint | None:
         """The newest durable step, or None."""

@@ -13,8 +13,9 @@ from typing import Any, Literal, Union
 
 from . import _ashore
 from ._checkpoint import Catalog, Checkpoint
-from ._errors import InvalidError
+from ._errors import InvalidError, NotFoundError
 from ._futures import notifier
+from ._place import absolute, is_url, place
 from ._save import Committed, Save
 
 StrPath = Union[str, "os.PathLike[str]"]
@@ -45,7 +46,8 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 class CheckpointExecutor:
-    """Saves states under the directory ``root`` while the program goes on computing.
+    """Saves states under ``root`` while the program goes on computing: a directory, or a URL such as
+    ``s3://bucket/prefix``.
 
     ``arena`` is the size of the host memory that states pass through, and ``chunk`` that of one copy and write, in
     bytes. ``keep_last`` deletes older steps. ``device`` is ``"auto"``, ``"host"`` or ``"cuda:N"``. ``detect`` says
@@ -93,9 +95,9 @@ class CheckpointExecutor:
         _OPEN.add(self)
 
     @property
-    def root(self) -> Path:
-        """The directory of the steps."""
-        return Path(self._root)
+    def root(self) -> Path | str:
+        """The directory of the steps, or its URL."""
+        return place(self._root)
 
     def save(
         self,
@@ -222,7 +224,7 @@ class CheckpointExecutor:
 def _options(
     overwrite: bool, name: str | None, directory: StrPath | None, deadline: float | None
 ) -> tuple[bool, str | None, str | None, float | None]:
-    return overwrite, name, None if directory is None else os.path.abspath(directory), deadline
+    return overwrite, name, None if directory is None else absolute(directory), deadline
 
 
 def _stream(stream: Any) -> tuple[int, int]:
@@ -240,8 +242,8 @@ def save(root: StrPath, step: int, state: Any, **settings: Any) -> Committed:
 
     >>> import ashore, numpy, tempfile
     >>> root = tempfile.mkdtemp()
-    >>> ashore.save(root, 7, {"weights": numpy.arange(3.0)}).path.name
-    'step-00000007'
+    >>> str(ashore.save(root, 7, {"weights": numpy.arange(3.0)}).path).endswith("step-00000007")
+    True
     >>> ashore.latest(root).tree()
     {'weights': array([0., 1., 2.])}
     """
@@ -256,9 +258,12 @@ def save(root: StrPath, step: int, state: Any, **settings: Any) -> Committed:
 
 def latest(root: StrPath) -> Checkpoint | None:
     """The newest durable step under ``root``, or None."""
-    if not os.path.isdir(root):
+    if not is_url(root) and not os.path.isdir(root):
         return None
-    return Catalog(root).latest()
+    try:
+        return Catalog(root).latest()
+    except NotFoundError:
+        return None
 
 
 def _at_exit() -> None:

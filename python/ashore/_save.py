@@ -13,6 +13,7 @@ from typing import Any
 from . import _ashore
 from ._errors import make
 from ._futures import SaveFuture
+from ._place import place
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Committed:
     """The step."""
     attempt: str
     """The identity of the attempt that was published."""
-    path: Path
+    path: Path | str
     """The directory of the step."""
     bytes: int
     """Bytes of tensors."""
@@ -63,7 +64,7 @@ class Progress:
 def _committed(outcome: dict[str, Any] | None) -> Committed | None:
     if outcome is None:
         return None
-    outcome["path"] = Path(outcome["path"])
+    outcome["path"] = place(outcome["path"])
     return Committed(**outcome)
 
 

@@ -3,6 +3,7 @@
 import collections
 import math
 import random
+from pathlib import Path
 
 import ml_dtypes
 import numpy
@@ -138,7 +139,7 @@ def test_a_torch_without_the_exchange_table_is_read_by_attributes(python, root):
 
 def test_the_files_are_plain_safetensors(executor):
     saved = executor.save(1, {"a": torch.arange(6.0).reshape(2, 3), "b": {"c": numpy.ones(2, "int8")}}).wait()
-    (file,) = saved.path.glob("*.safetensors")
+    (file,) = Path(saved.path).glob("*.safetensors")
     found = load_file(file)
     assert found["a"].tolist() == [[0, 1, 2], [3, 4, 5]] and found["b.c"].tolist() == [1, 1]
 
@@ -405,7 +406,7 @@ def test_prepared_tensors_come_with_boxes_aliases_and_what_keeps_them(executor):
 def test_module_functions_save_and_find(root):
     assert ashore.latest(root) is None
     saved = ashore.save(root, 4, {"w": torch.ones(2)}, metadata={"run": "a"}, **SMALL)
-    assert saved.path.is_dir() and saved.bytes == 8
+    assert Path(saved.path).is_dir() and saved.bytes == 8
     assert ashore.latest(root).metadata() == {"run": "a"}
     assert ashore.Checkpoint(saved.path).step == 4
 
@@ -427,7 +428,7 @@ def test_a_catalog_lists_verifies_and_deletes(root):
     catalog = ashore.Catalog(root)
     report = catalog.checkpoint(3).verify()
     assert report.sound and report.tensors == 1 and report.damage == ()
-    (file,) = catalog.checkpoint(5).path.glob("*.safetensors")
+    (file,) = Path(catalog.checkpoint(5).path).glob("*.safetensors")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

@@ -69,7 +69,13 @@ impl SharedDirectory {
     /// `Invalid` if the rank is not below the number of ranks. What is wrong with the directory is found when
     /// the ranks meet.
     pub fn new(root: impl AsRef<Path>, member: Member) -> Result<Self> {
-        let directory = root.as_ref().join(".ranks");
+        let root = root.as_ref();
+        if root.to_str().is_some_and(|root| root.contains("://")) {
+            let why = "ranks meet in a directory that all of them see, and a URL is none: give one to the coordinator, \
+                or use another coordinator, such as etcd";
+            return Err(Error::invalid(why).with_path(root));
+        }
+        let directory = root.join(".ranks");
         Ok(Self(OnBoard::new(Directory { directory }, member)?))
     }
 }

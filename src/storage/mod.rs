@@ -25,6 +25,8 @@ pub(crate) use open::open_with;
 pub use open::{at, open};
 pub use process::Process;
 pub(crate) use url::StepPlace;
+#[doc(hidden)]
+pub use url::is_url;
 
 use crate::error::{Error, Result};
 use crate::id::Attempt;

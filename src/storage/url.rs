@@ -14,6 +14,11 @@ pub(crate) struct Url {
     pub path: String,
 }
 
+/// True for a path that is the URL of an object store, or is meant as one.
+pub fn is_url(path: &Path) -> bool {
+    !matches!(Place::of(path), Ok(Place::Directory(_)))
+}
+
 /// The schemes of roots.
 const SCHEMES: &str = "s3, gs, az or file";
 

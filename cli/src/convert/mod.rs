@@ -12,6 +12,7 @@ mod sums;
 use crate::which::{Meant, Which, newest};
 use crate::{Common, out, size};
 use ashore::internal::format::shard::{INDEX, rank_of};
+use ashore::internal::storage::is_url;
 use ashore::storage::local::Local;
 use ashore::storage::{Storage, Sweep};
 use ashore::{Attempt, Checkpoint, Error, ErrorKind, Result};
@@ -160,6 +161,10 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
 fn convert(checkpoint: Checkpoint, choices: &Choices, path: &Path, args: &Args) -> Result<Report> {
     let mut arena = Arena::new(args.arena)?;
     let checkpoint = checkpoint.with_threads(arena.threads);
+    if is_url(path) {
+        let what = "convert writes into a directory: convert there, then copy the step with `ashore copy`";
+        return Err(invalid(what).with_path(path));
+    }
     let name = path.file_name().and_then(|name| name.to_str()).filter(|name| !name.starts_with('.'));
     let name = name.ok_or_else(|| invalid("the output needs a name that is text and not hidden").with_path(path))?;
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning.pytorch.plugins.io import CheckpointIO as _CheckpointIO
 from torch.utils._pytree import tree_map_only
 
 import ashore
+from ashore._place import absolute
 
 from ._errors import written
 from ._parts import Copies
@@ -63,7 +63,7 @@ class CheckpointIO(_CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise ashore.InvalidError("the executor has its own options: give no storage_options", "invalid")
-        path = os.path.abspath(path)
+        path = absolute(path)
         copies, parameters = Copies(), self._fence.addresses()
         optimizers = checkpoint.get("optimizer_states", [])
         taken = {key: copies.of(value) for key, value in checkpoint.items() if key not in ("optimizer_states", "state_dict")}
@@ -82,7 +82,7 @@ class CheckpointIO(_CheckpointIO):
         self._saves[path] = self._executor.save(step, packed(taken), directory=path, overwrite=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        self._wait(os.path.abspath(path))
+        self._wait(absolute(path))
         tree: dict[str, Any] = unpacked(Plan(ashore.Checkpoint(path)).whole())
         if map_location is not None:
             tree = tree_map_only(torch.Tensor, lambda tensor: tensor.to(map_location), tree)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+from pathlib import Path
 
 from devices import mesh, numbers, over, same  # isort: skip
 
@@ -205,7 +206,7 @@ def test_a_step_that_was_saved_without_jax_is_restored(executor):
 def test_damage_is_an_error(executor):
     ashore.jax.save(executor, 1, {"w": jax.device_put(numbers(8, 1024), over((8,), "x"))}).wait()
     checkpoint = executor.latest()
-    for file in checkpoint.path.glob("*.safetensors"):
+    for file in Path(checkpoint.path).glob("*.safetensors"):
         raw = bytearray(file.read_bytes())
         raw[-5] ^= 1
         file.write_bytes(raw)

@@ -1,6 +1,7 @@
 """Saving pytrees: boxes, names, values, dtypes, and what is refused."""
 
 import collections
+from pathlib import Path
 
 from devices import mesh, numbers, over, placed, same  # isort: skip
 
@@ -189,7 +190,7 @@ def test_a_save_waits_for_arrays_that_are_still_computed(executor):
 def test_metadata_and_options_reach_the_step(executor, tmp_path):
     ashore.jax.save(executor, 1, {"w": jnp.zeros(2)}, metadata={"loss": 0.5}).wait()
     assert executor.latest().metadata() == {"loss": 0.5}
-    assert ashore.jax.save(executor, 1, {"w": jnp.zeros(2)}, name="best").wait().path.name == "best"
+    assert Path(ashore.jax.save(executor, 1, {"w": jnp.zeros(2)}, name="best").wait().path).name == "best"
     ashore.jax.save(executor, 2, {"w": jnp.ones(2)}, directory=tmp_path / "there").wait()
     assert executor.latest().step == 1
     assert ashore.jax.restore(ashore.Checkpoint(tmp_path / "there"), {"w": jnp.zeros(2)})["w"].sum() == 2
