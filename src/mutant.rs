@@ -135,19 +135,19 @@ pub(crate) enum Mutant {
     SweepLock,
     /// A change of a root object that the store says it refused is taken for lost.
     #[cfg(feature = "object-store")]
-    // seen by: stores::faults
+    // seen by: faults::a_refusal_of_a_root
     StoreLossIsCertain,
     /// A change of a root object that has no answer is taken for failed.
     #[cfg(feature = "object-store")]
-    // seen by: stores::faults
+    // seen by: faults::a_commit_that_landed
     StoreTimeoutIsFailure,
     /// The root object has the same content as before when a step has come and gone.
     #[cfg(feature = "object-store")]
-    // seen by: stores::faults
+    // seen by: faults::the_root_object_never
     StoreContentReturns,
     /// A sweep deletes attempts of the newest session that it does not know.
     #[cfg(feature = "object-store")]
-    // seen by: stores::sessions
+    // seen by: sessions::a_sweep_leaves_attempts
     StoreSweepsOwnGeneration,
     /// A manager that is dropped does not wait for its saves.
     // seen by: compat::orbax::managing

@@ -146,6 +146,7 @@ impl State {
     /// Marks this state as the change after the one that it was made from.
     pub fn changed(mut self) -> Self {
         if mutant::on(Mutant::StoreContentReturns) {
+            (self.change, self.recent) = (1, vec![Uuid::nil()]);
             return self;
         }
         self.change += 1;
