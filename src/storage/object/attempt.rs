@@ -12,12 +12,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::entries::MANIFEST;
 use crate::id::Attempt;
 use crate::storage::shared::{SharedWriting, Vetoed};
-use crate::storage::{FileWriting, Writing, name};
+use crate::storage::{FileWriting, Writers, Writing, name};
 use crate::sync::{Mutex, MutexGuard, lock};
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Whole files of this length and more are written like shards.
 const WORTHWHILE: usize = 8 << 20;
@@ -29,6 +30,8 @@ struct Progress {
     sealed: usize,
     lost: bool,
     manifest: Option<Whole>,
+    writers: Option<Writers>,
+    expires: Option<Instant>,
 }
 
 impl Counted for Mutex<Progress> {
@@ -38,6 +41,14 @@ impl Counted for Mutex<Progress> {
 
     fn lost(&self) {
         lock(self).lost = true;
+    }
+
+    fn writers(&self) -> Option<Writers> {
+        lock(self).writers
+    }
+
+    fn expires(&self) -> Option<Instant> {
+        lock(self).expires
     }
 }
 
@@ -101,8 +112,9 @@ impl ObjectAttempt {
     }
 
     fn new(inner: &Arc<Inner>, step: &str, attempt: Attempt, generation: u64, leads: Option<Arc<()>>) -> Self {
-        let (inner, name) = (inner.clone(), step.to_owned());
-        Self { inner, name, attempt, generation, progress: Arc::default(), phase: Mutex::new(Phase::Open), leads }
+        let (inner, name, phase) = (inner.clone(), step.to_owned(), Mutex::new(Phase::Open));
+        let progress = Arc::new(Mutex::new(Progress { writers: inner.writers(), ..Progress::default() }));
+        Self { inner, name, attempt, generation, progress, phase, leads }
     }
 
     fn client(&self) -> &Client {
@@ -170,6 +182,10 @@ impl ObjectAttempt {
 }
 
 impl Writing for ObjectAttempt {
+    fn expires(&self, at: Instant) {
+        lock(&self.progress).expires = Some(at);
+    }
+
     fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
         let key = self.take(file)?;
         let made = ObjectFile::create(self.client(), key, len, self.progress.clone());

@@ -239,16 +239,6 @@ impl Client {
         }
     }
 
-    /// The description of the object at `key`. None if there is none.
-    pub fn head(&self, what: &'static str, key: &str, deadline: Instant) -> Result<Option<ObjectMeta>> {
-        self.call(what, key, deadline, async |store: Arc<dyn Store>, key| {
-            match store.get_opts(&key, GetOptions { head: true, ..GetOptions::default() }).await {
-                Err(answer) if errors::is_missing(&answer) => Ok(None),
-                answer => Ok(Some(answer?.meta)),
-            }
-        })
-    }
-
     /// Puts a small object under a key that no other content ever has.
     pub fn put(&self, what: &'static str, key: &str, bytes: Bytes, deadline: Instant) -> Result<()> {
         let (payload, each) = (PutPayload::from_bytes(bytes.clone()), TRY + Self::time_for(bytes.len() as u64));

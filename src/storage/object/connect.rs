@@ -65,6 +65,7 @@ mod settings {
 
 #[cfg(feature = "s3")]
 mod s3 {
+    use super::super::uploads::Connector;
     use super::settings::{client, retry, unusable};
     use super::{Arc, Result, Store, Url};
     use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum};
@@ -73,7 +74,11 @@ mod s3 {
         let builder = AmazonS3Builder::from_env().with_bucket_name(&url.bucket);
         let endpoint = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
         let plain = endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"));
-        let mut builder = builder.with_client_options(client(plain)).with_allow_http(plain).with_retry(retry());
+        let mut builder = builder
+            .with_client_options(client(plain))
+            .with_allow_http(plain)
+            .with_retry(retry())
+            .with_http_connector(Connector);
         if !plain {
             // TLS protects the body on its way; the checksum, what the store does with it.
             builder = builder.with_unsigned_payload(true).with_checksum_algorithm(Checksum::CRC64NVME);
@@ -84,19 +89,21 @@ mod s3 {
 
 #[cfg(feature = "gcs")]
 mod gcs {
+    use super::super::uploads::Connector;
     use super::settings::{client, retry, unusable};
     use super::{Arc, Result, Store, Url};
     use object_store::gcp::GoogleCloudStorageBuilder;
 
     pub(super) fn connect(url: &Url) -> Result<Arc<dyn Store>> {
         let builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(&url.bucket);
-        let builder = builder.with_client_options(client(false)).with_retry(retry());
+        let builder = builder.with_client_options(client(false)).with_retry(retry()).with_http_connector(Connector);
         Ok(Arc::new(builder.build().map_err(|error| unusable(url, &error))?))
     }
 }
 
 #[cfg(feature = "azure")]
 mod azure {
+    use super::super::uploads::Connector;
     use super::settings::{client, retry, unusable};
     use super::{Arc, Result, Store, Url};
     use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
@@ -107,7 +114,11 @@ mod azure {
         let emulator = builder.get_config_value(&AzureConfigKey::UseEmulator);
         let plain = endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"))
             || emulator.is_some_and(|emulator| matches!(&*emulator.to_ascii_lowercase(), "true" | "1"));
-        let builder = builder.with_client_options(client(plain)).with_allow_http(plain).with_retry(retry());
+        let builder = builder
+            .with_client_options(client(plain))
+            .with_allow_http(plain)
+            .with_retry(retry())
+            .with_http_connector(Connector);
         Ok(Arc::new(builder.build().map_err(|error| unusable(url, &error))?))
     }
 }

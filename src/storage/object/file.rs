@@ -1,38 +1,68 @@
-//! Writing a file of an attempt.
+//! Writing a file of an attempt: an upload in parts, sent from the slabs that hold the bytes.
+//!
+//! **Protocol.** A file of one part is put whole. Of a longer one, the first part that is complete makes the
+//! upload and a record of it (`<attempt>/uploads/<file>`, from which a sweep aborts it); each part is sent by
+//! the writer that completes it; `seal` completes the upload and deletes the record. **Completion.** The
+//! writer blocks until the store has the part, so as many parts are in flight as there are writers. An upload
+//! whose completion was not answered is judged by what is at its key, which no other file ever has.
+//! **Memory.** A slab returns to the arena when the parts that it has bytes of are stored or given up, and no
+//! connection holds them (`uploads`). **Failure.** A part is tried until the patience of the store or the save
+//! ends; then the file is lost.
 
 use super::client::Client;
+use super::parts::{Limits, Parts, Ready};
+use super::runtime;
+use crate::completion::deadline_after;
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::AlignedBuffer;
+use crate::memory::Slab;
 use crate::settings::IoMode;
-use crate::storage::FileWriting;
+use crate::storage::{FileWriting, Writers};
 use crate::sync::{Mutex, lock};
 use bytes::Bytes;
+use object_store::multipart::PartId;
+use object_store::{GetOptions, MultipartId, ObjectMeta, PutPayload};
 use std::fmt;
-use std::sync::Arc;
+use std::future::Future;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
-/// What an attempt hears of its files.
+/// Shorter requests are sent from a copy of their bytes.
+pub(super) const LONG: usize = 64 << 10;
+
+/// How long one try of a part may take, beside the time for its bytes.
+const TRY: Duration = Duration::from_secs(15);
+
+/// How long a store may take to put the parts of an upload together.
+const COMPLETION: Duration = Duration::from_secs(300);
+
+/// How long the record of a complete upload is tried to be deleted, before a sweep does it.
+const RECORD: Duration = Duration::from_secs(5);
+
+/// What an attempt hears of its files, and tells them.
 pub(super) trait Counted: Send + Sync {
     /// A file is sealed.
     fn sealed(&self);
     /// A file is lost, and the attempt with it.
     fn lost(&self);
-}
-
-/// The bytes of a file that is sealed.
-struct Whole(AlignedBuffer);
-
-impl AsRef<[u8]> for Whole {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
+    /// How the executor writes; None if the storage was not told.
+    fn writers(&self) -> Option<Writers> {
+        None
+    }
+    /// When the save fails if it has not ended; None if it may take any time.
+    fn expires(&self) -> Option<Instant> {
+        None
     }
 }
 
-/// A file, kept in memory until its seal puts it.
+/// A file of an attempt.
 pub(super) struct ObjectFile {
     client: Client,
     key: String,
     len: u64,
-    bytes: Mutex<Option<AlignedBuffer>>,
+    part: u64,
+    parts: Mutex<Parts>,
+    /// The upload, once a part of several is complete.
+    upload: OnceLock<Result<MultipartId>>,
     attempt: Arc<dyn Counted>,
 }
 
@@ -44,40 +74,215 @@ impl fmt::Debug for ObjectFile {
 
 impl ObjectFile {
     /// A new file of `len` bytes at `key`, which no other file ever has.
+    ///
+    /// # Errors
+    /// `Invalid` when the file is too long for a store, or the arena too small for its parts.
     pub fn create(client: &Client, key: String, len: u64, attempt: Arc<dyn Counted>) -> Result<Self> {
-        let no_room = || Error::new(ErrorKind::NoSpace, format!("no memory for a file len={len}"));
-        let room = usize::try_from(len).map_err(|_| no_room())?;
-        let bytes = AlignedBuffer::try_new(room).ok_or_else(no_room)?;
-        Ok(Self { client: client.clone(), key, len, bytes: Mutex::new(Some(bytes)), attempt })
+        Self::within(Limits::STORES, client, key, len, attempt)
     }
 
-    fn refused(&self, what: &str) -> Error {
-        Error::invalid(what).with_path(format!("{}/{}", self.client.name(), self.key))
+    pub(super) fn within(
+        limits: Limits,
+        client: &Client,
+        key: String,
+        len: u64,
+        attempt: Arc<dyn Counted>,
+    ) -> Result<Self> {
+        let path = || format!("{}/{key}", client.name());
+        let part = limits.part(len).map_err(|error| error.with_path(path()))?;
+        if let Some(writers) = attempt.writers() {
+            fits(writers, part, len).map_err(|error| error.with_path(path()))?;
+        }
+        let parts = Mutex::new(Parts::new(len, part));
+        Ok(Self { client: client.clone(), key, len, part, parts, upload: OnceLock::new(), attempt })
     }
-}
 
-impl FileWriting for ObjectFile {
-    fn write_at(&self, offset: u64, from: &[u8]) -> Result<()> {
-        let mut bytes = lock(&self.bytes);
-        let bytes = bytes.as_mut().ok_or_else(|| self.refused("a file was written after it was sealed"))?;
-        let start = usize::try_from(offset.min(self.len)).unwrap_or(usize::MAX);
-        let room = bytes.len().saturating_sub(start).min(from.len());
-        if let (Some(to), Some(from)) = (bytes.get_mut(start..start + room), from.get(..room)) {
-            to.copy_from_slice(from);
+    fn located(&self, error: Error) -> Error {
+        error.with_path(format!("{}/{}", self.client.name(), self.key))
+    }
+
+    /// The key of the record of the upload.
+    fn record(&self) -> String {
+        let (attempt, file) = self.key.rsplit_once('/').unwrap_or(("", &self.key));
+        format!("{attempt}/uploads/{file}")
+    }
+
+    /// Gives the file up, if `done` is an error.
+    fn lost_by<T>(&self, done: Result<T>) -> Result<T> {
+        done.map_err(|error| {
+            let error = self.located(error);
+            if lock(&self.parts).lose(&error) {
+                self.attempt.lost();
+            }
+            error
+        })
+    }
+
+    /// When requests that need `time` beside the patience of the client are given up.
+    fn deadline(&self, time: Duration) -> Instant {
+        let deadline = self.client.deadline().checked_add(time).unwrap_or_else(|| self.client.deadline());
+        self.attempt.expires().map_or(deadline, |expires| deadline.min(expires))
+    }
+
+    /// Runs requests and blocks this thread until they end.
+    fn run<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        deadline: Instant,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let done = runtime::run(deadline, work)?.unwrap_or_else(|| Err(self.client.late(what, &self.key)));
+        done.map_err(|error| {
+            let expired = self.attempt.expires().is_some_and(|expires| Instant::now() >= expires);
+            if expired && error.kind() == ErrorKind::Unavailable { error.with_kind(ErrorKind::Deadline) } else { error }
+        })
+    }
+
+    fn add(&self, offset: u64, bytes: Bytes) -> Result<()> {
+        let ready = self.lost_by(lock(&self.parts).add(offset, &bytes))?;
+        // What is left of the slab is in the parts alone.
+        drop(bytes);
+        for Ready { index, payload } in ready {
+            let id = self.lost_by(self.send(index, payload))?;
+            lock(&self.parts).stored(index, id);
         }
         Ok(())
     }
 
-    fn seal(&self) -> Result<()> {
-        let bytes = lock(&self.bytes).take().ok_or_else(|| self.refused("a file was sealed twice"))?;
-        let bytes = Bytes::from_owner(Whole(bytes));
-        let put = self.client.put("write the file", &self.key, bytes, self.client.deadline_for(self.len));
-        if put.is_ok() {
-            self.attempt.sealed()
-        } else {
-            self.attempt.lost()
+    /// Stores a part, and returns the store's name for it; None for a file of one part.
+    fn send(&self, index: usize, payload: PutPayload) -> Result<Option<PartId>> {
+        let bytes = payload.content_length();
+        // Few bytes are copied: whatever becomes of the connection, it holds no slab for them.
+        let payload = if bytes < LONG { PutPayload::from_bytes(owned(&payload)) } else { payload };
+        let several = self.len > self.part;
+        let id = if several { Some(self.upload()?) } else { None };
+        let each = TRY + Client::time_for(bytes as u64);
+        // A part outlasts a store that is away for a minute.
+        let deadline = self.deadline(each.saturating_mul(4));
+        let (client, key) = (self.client.clone(), self.key.clone());
+        self.run("write the file", deadline, async move {
+            let put = move |store: Arc<dyn super::client::Store>, key| {
+                let (id, payload) = (id.clone(), payload.clone());
+                async move {
+                    match id {
+                        Some(id) => store.put_part(&key, &id, index, payload).await.map(Some),
+                        None => store.put_opts(&key, payload, Default::default()).await.map(|_| None),
+                    }
+                }
+            };
+            client.repeated("write the file", &key, deadline, each, put).await
+        })
+    }
+
+    /// The upload; the first call makes it and its record.
+    fn upload(&self) -> Result<MultipartId> {
+        let make = || {
+            let (client, key, record) = (self.client.clone(), self.key.clone(), self.record());
+            let deadline = self.deadline(Duration::ZERO);
+            self.run("begin an upload", deadline, async move {
+                let create = async |store: Arc<dyn super::client::Store>, key| store.create_multipart(&key).await;
+                let id = client.repeated("begin an upload", &key, deadline, TRY, create).await?;
+                let bytes = Bytes::from(id.clone());
+                let put = move |store: Arc<dyn super::client::Store>, key| {
+                    let payload = PutPayload::from_bytes(bytes.clone());
+                    async move { store.put_opts(&key, payload, Default::default()).await }
+                };
+                client.repeated("record an upload", &record, deadline, TRY, put).await?;
+                Ok(id)
+            })
+        };
+        self.upload.get_or_init(make).clone()
+    }
+
+    /// Completes the upload.
+    fn complete(&self, id: MultipartId, parts: Vec<PartId>) -> Result<()> {
+        let deadline = self.deadline(COMPLETION);
+        let (client, key, len) = (self.client.clone(), self.key.clone(), self.len);
+        self.run("complete the upload", deadline, async move {
+            let complete = move |store: Arc<dyn super::client::Store>, key| {
+                let (id, parts) = (id.clone(), parts.clone());
+                async move {
+                    let count = parts.len();
+                    let Err(answer) = store.complete_multipart(&key, &id, parts).await else { return Ok(()) };
+                    // An answer that is no success may be that to a repeat of what had succeeded.
+                    let head = GetOptions { head: true, ..GetOptions::default() };
+                    match store.get_opts(&key, head).await {
+                        Ok(there) if is_upload(&there.meta, len, count) => Ok(()),
+                        _ => Err(answer),
+                    }
+                }
+            };
+            client.repeated("complete the upload", &key, deadline, COMPLETION, complete).await
+        })
+    }
+
+    fn finish(&self) -> Result<()> {
+        let ids = lock(&self.parts).seal()?;
+        if self.len == 0 {
+            return self.send(0, PutPayload::new()).map(drop);
         }
-        put
+        let Some(id) = self.upload.get() else { return Ok(()) };
+        self.complete(id.clone()?, ids)?;
+        let record = self.record();
+        // The file is whole without it.
+        let shortly = deadline_after(RECORD).min(self.client.deadline());
+        let deleted = self.client.delete("delete the record", vec![self.client.key(&record)], shortly);
+        if let Err(error) = deleted {
+            tracing::warn!(
+                error = format_args!("{error:#}"),
+                record,
+                "the record of a complete upload is left to a sweep"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// True when what is at the key of an upload is the whole file. Nothing else is ever put there.
+fn is_upload(there: &ObjectMeta, len: u64, parts: usize) -> bool {
+    let tag = there.e_tag.as_deref().unwrap_or_default().trim_matches('"');
+    // Amazon's tag of an object ends with the number of its parts; others' do not.
+    let count = tag.rsplit_once('-').filter(|(digest, _)| digest.len() == 32).and_then(|(_, n)| n.parse().ok());
+    there.size == len && count.is_none_or(|count: usize| count == parts)
+}
+
+/// A copy of the bytes.
+fn owned(payload: &PutPayload) -> Bytes {
+    let mut copy = Vec::with_capacity(payload.content_length());
+    payload.iter().for_each(|piece| copy.extend_from_slice(piece));
+    copy.into()
+}
+
+/// Refuses an arena that cannot hold the parts in flight: one for each writer, one that is being filled, and a
+/// chunk that begins the next.
+fn fits(writers: Writers, part: u64, len: u64) -> Result<()> {
+    let Writers { arena, chunk, threads } = writers;
+    let parts = len.div_ceil(part).min(threads as u64 + 1);
+    // The ends of parts and chunks differ: a part may lie in one slab more than it fills.
+    let shared = if part.is_multiple_of(chunk) || len <= part { 0 } else { chunk };
+    let slabs = part.min(len).next_multiple_of(chunk).saturating_add(shared);
+    let needed = parts.saturating_mul(slabs).saturating_add(if parts > 1 { chunk } else { 0 });
+    if needed <= arena {
+        return Ok(());
+    }
+    let why = "the arena cannot hold the parts of a file that are in flight: raise `arena`, lower `writers`, or save \
+        with more `files`";
+    Err(Error::invalid(format!("{why} arena={arena} needed={needed} part={part} writers={threads} bytes={len}")))
+}
+
+impl FileWriting for ObjectFile {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.add(offset, Bytes::copy_from_slice(bytes))
+    }
+
+    fn write_slab(&self, offset: u64, slab: Slab) -> Result<()> {
+        self.add(offset, Bytes::from_owner(slab))
+    }
+
+    fn seal(&self) -> Result<()> {
+        self.lost_by(self.finish())?;
+        self.attempt.sealed();
+        Ok(())
     }
 
     fn mode(&self) -> IoMode {

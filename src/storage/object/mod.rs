@@ -15,10 +15,15 @@
 //! `file`, `reading`; then `session`, `sweep`, `attempt`, `step`, `shared`; then [`ObjectStore`].
 
 mod attempt;
+#[cfg(all(test, feature = "s3"))]
+mod bytes_tests;
 mod client;
 mod connect;
 mod errors;
 mod file;
+mod parts;
+#[cfg(all(test, feature = "s3"))]
+mod peer;
 mod probe;
 mod reading;
 mod root;
@@ -28,10 +33,12 @@ mod shared;
 mod state;
 mod step;
 mod sweep;
+#[cfg(any(feature = "s3", feature = "gcs", feature = "azure"))]
+mod uploads;
 
 use super::name::check_step;
 use super::shared::Shared;
-use super::{Reading, Storage, Sweep, Swept, Writing, url};
+use super::{Reading, Storage, Sweep, Swept, Writers, Writing, url};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use attempt::ObjectAttempt;
@@ -229,6 +236,10 @@ impl Storage for ObjectStore {
         check_step(name)
     }
 
+    fn equip(&self, writers: Writers) {
+        self.0.equip(Some(writers));
+    }
+
     fn elsewhere(&self, parent: &Path, _create: bool) -> Result<Arc<dyn Storage>> {
         let (Some(there), Ok(here)) = (url::Url::of(parent)?, url::Url::parse(self.0.client.name())) else {
             let why = "the directory of a save is a URL, as the root is";
@@ -238,7 +249,9 @@ impl Storage for ObjectStore {
             let why = "the directory of a save lies in the same bucket as the root";
             return Err(Error::invalid(why).with_path(parent));
         }
-        Ok(Arc::new(Self::of(self.0.client.at(key(&there)?, &there.to_string()))))
+        let elsewhere = Self::of(self.0.client.at(key(&there)?, &there.to_string()));
+        elsewhere.0.equip(self.0.writers());
+        Ok(Arc::new(elsewhere))
     }
 
     fn shared(&self) -> Option<Arc<dyn Shared>> {

@@ -1,14 +1,41 @@
-//! Reading the files of a step.
+//! Reading the files of a step: ranges of an object, put in place as they arrive.
+//!
+//! **Protocol.** The thread that reads polls the body itself and copies each frame to where it belongs, so a
+//! request that was dropped can write nowhere any more. A body that stalls, breaks off or is slow is dropped,
+//! and the rest of the range requested anew: the second request usually reaches another server. **Completion.**
+//! `Ok` when every byte has come. Whether they are those that were written is checked above, by digests.
 
 use super::client::Client;
-use crate::error::{Error, ErrorKind, Result};
-use crate::storage::FileReading;
+use super::errors;
+use super::runtime;
+use crate::error::{Error, Result};
+use crate::storage::{Access, FileReading};
 use bytes::Bytes;
+use futures_util::StreamExt;
 use object_store::path::Path as Key;
-use object_store::{GetOptions, GetRange};
+use object_store::{GetOptions, GetRange, ObjectMeta};
 use std::fmt;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+use tokio::time::{Instant as Clock, timeout_at};
+
+/// How the files of a store are read: in ranges of 8 MiB, 16 at once.
+pub(super) fn access() -> Access {
+    Access::remote(8 << 20, 16)
+}
+
+/// Bytes that are read when a file is opened, with its length: all of a manifest, the header of a table.
+const HEAD: u64 = 16 << 10;
+
+/// How long the first answer, or the next bytes of a body, may take before the rest is requested anew. It doubles
+/// with each request, up to the longest.
+const STALL: Duration = Duration::from_secs(2);
+const LONGEST_STALL: Duration = Duration::from_secs(30);
+
+/// The pause before a request that follows an error; it doubles, up to the longest.
+const PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// Says why an object of a step is not there: after a look at the root, `NotFound` where the step was pruned
 /// or replaced, else `Corrupt`.
@@ -20,6 +47,9 @@ pub(super) struct ObjectReading {
     key: String,
     len: u64,
     modified: Option<SystemTime>,
+    /// Its first bytes, and up to where they were read: a second read asks the store.
+    head: Bytes,
+    read: AtomicU64,
     why_missing: WhyMissing,
 }
 
@@ -29,12 +59,114 @@ impl fmt::Debug for ObjectReading {
     }
 }
 
+/// Why a request did not bring all of a range.
+enum Ended {
+    /// The store did not go on within the time.
+    Stalled,
+    Answered(object_store::Error),
+    /// Another range than the one requested.
+    Other(String),
+}
+
+impl From<object_store::Error> for Ended {
+    fn from(answer: object_store::Error) -> Self {
+        Self::Answered(answer)
+    }
+}
+
 impl ObjectReading {
     /// Opens the file at `key`; None if there is none.
     pub fn open(client: &Client, key: String, why_missing: WhyMissing) -> Result<Option<Self>> {
-        let Some(meta) = client.head("look at the file", &key, client.deadline())? else { return Ok(None) };
-        let modified = Some(SystemTime::from(meta.last_modified));
-        Ok(Some(Self { client: client.clone(), key, len: meta.size, modified, why_missing }))
+        let first = GetOptions { range: Some(GetRange::Bounded(0..HEAD)), ..GetOptions::default() };
+        let open = move |store: Arc<dyn super::client::Store>, key: Key| {
+            let first = first.clone();
+            async move {
+                let answer = match store.get_opts(&key, first).await {
+                    Err(answer) if errors::is_missing(&answer) => return Ok(None),
+                    Err(answer) => {
+                        // An empty object has no first bytes.
+                        let head = GetOptions { head: true, ..GetOptions::default() };
+                        return match store.get_opts(&key, head).await {
+                            Ok(there) if there.meta.size == 0 => Ok(Some((there.meta, Bytes::new()))),
+                            _ => Err(answer),
+                        };
+                    }
+                    Ok(answer) => answer,
+                };
+                let (meta, begins) = (answer.meta.clone(), answer.range.start == 0);
+                let head = answer.bytes().await?;
+                Ok::<_, object_store::Error>(Some((meta, if begins { head } else { Bytes::new() })))
+            }
+        };
+        let found: Option<(ObjectMeta, Bytes)> = client.call("open the file", &key, client.deadline(), open)?;
+        Ok(found.map(|(meta, head)| {
+            let modified = Some(SystemTime::from(meta.last_modified));
+            // A copy, because the bytes may be part of a longer buffer.
+            let head = Bytes::copy_from_slice(head.get(..meta.size.min(HEAD) as usize).unwrap_or_default());
+            Self { client: client.clone(), key, len: meta.size, modified, head, read: AtomicU64::new(0), why_missing }
+        }))
+    }
+
+    fn located(&self, error: Error) -> Error {
+        error.with_path(format!("{}/{}", self.client.name(), self.key))
+    }
+
+    /// Fills `buffer` from `offset`.
+    async fn fill(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let (mut done, mut stall, mut pause) = (0, STALL, PAUSE);
+        while done < buffer.len() {
+            let before = done;
+            let Err(ended) = self.request(offset, buffer, &mut done, stall).await else { return Ok(()) };
+            let error = match ended {
+                Ended::Stalled => self.client.late("read the file", &self.key),
+                Ended::Answered(answer) if errors::is_missing(&answer) => return Err((self.why_missing)(&self.key)),
+                Ended::Answered(answer) => {
+                    let error = self.client.error("read the file", &self.key, &answer);
+                    if !errors::meaning(&answer).again {
+                        return Err(error);
+                    }
+                    error
+                }
+                Ended::Other(what) => return Err(self.located(Error::corrupt(what))),
+            };
+            if done == before {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+            stall = (stall * 2).min(LONGEST_STALL);
+            let left = buffer.len() - done;
+            tracing::debug!(error = format_args!("{error:#}"), left, "the rest of a range is requested anew");
+        }
+        Ok(())
+    }
+
+    /// Requests what is left of a range, and counts in `done` what has been put in place.
+    async fn request(&self, offset: u64, buffer: &mut [u8], done: &mut usize, stall: Duration) -> Result<(), Ended> {
+        let (start, end) = (offset + *done as u64, offset + buffer.len() as u64);
+        // All of it in time, too: a body that brings a byte now and then is as good as stalled.
+        let latest = Clock::now() + stall + Client::time_for(end - start);
+        let limit = || latest.min(Clock::now() + stall);
+        let options = GetOptions { range: Some(GetRange::Bounded(start..end)), ..GetOptions::default() };
+        let (store, key) = (self.client.store().clone(), self.client.key(&self.key));
+        let answer = timeout_at(limit(), store.get_opts(&key, options)).await.map_err(|_| Ended::Stalled)??;
+        let given = answer.range.clone();
+        if given != (start..end) {
+            let what = "the store gave another range than the one requested: the file may have another length";
+            return Err(Ended::Other(format!("{what} requested={start}..{end} given={given:?}")));
+        }
+        let mut body = answer.into_stream();
+        while *done < buffer.len() {
+            let Some(frame) = timeout_at(limit(), body.next()).await.map_err(|_| Ended::Stalled)? else {
+                // The body broke off.
+                return Err(Ended::Stalled);
+            };
+            let frame = frame?;
+            let room = buffer.get_mut(*done..).and_then(|room| room.get_mut(..frame.len()));
+            let longer = || Ended::Other(format!("the store gave more bytes than requested={start}..{end}"));
+            room.ok_or_else(longer)?.copy_from_slice(&frame);
+            *done += frame.len();
+        }
+        Ok(())
     }
 }
 
@@ -52,25 +184,14 @@ impl FileReading for ObjectReading {
         let end = offset.checked_add(wanted).filter(|end| *end <= self.len);
         let end = end.ok_or_else(|| {
             let what = format!("a file ends too early offset={offset} wanted={wanted} len={}", self.len);
-            Error::corrupt(what).with_path(format!("{}/{}", self.client.name(), self.key))
+            self.located(Error::corrupt(what))
         })?;
-        if wanted == 0 {
+        if end <= self.head.len() as u64 && self.read.fetch_max(end, Ordering::Relaxed) <= offset {
+            buffer.copy_from_slice(&self.head[offset as usize..end as usize]);
             return Ok(());
         }
-        let deadline = self.client.deadline_for(wanted);
-        let read = self.client.call("read the file", &self.key, deadline, move |store, key: Key| async move {
-            let range = Some(GetRange::Bounded(offset..end));
-            store.get_opts(&key, GetOptions { range, ..GetOptions::default() }).await?.bytes().await
-        });
-        let bytes: Bytes = match read {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Err((self.why_missing)(&self.key)),
-            read => read?,
-        };
-        if bytes.len() != buffer.len() {
-            let what = format!("the store gave another number of bytes wanted={wanted} given={}", bytes.len());
-            return Err(Error::corrupt(what).with_path(format!("{}/{}", self.client.name(), self.key)));
-        }
-        buffer.copy_from_slice(&bytes);
-        Ok(())
+        let deadline: Instant = self.client.deadline_for(wanted);
+        let filled = runtime::run_here(deadline, self.fill(offset, buffer))?;
+        filled.unwrap_or_else(|| Err(self.client.late("read the file", &self.key)))
     }
 }

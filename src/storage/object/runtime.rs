@@ -1,15 +1,18 @@
 //! The runtime on which every request to an object store runs, one for each process.
 //!
 //! A thread that calls the storage hands a future over and sleeps until its result comes back through a
-//! channel. The calling thread polls nothing, so a program may call from inside a runtime of its own, or
-//! without one. **Fork.** The threads of the runtime do not exist in a forked child, where a call would never
+//! channel, or polls it itself in the context of this runtime, where bytes go to memory that it borrows. So a
+//! program may call from inside a runtime of its own, or without one. **Fork.** The threads of the runtime do not exist in a forked child, where a call would never
 //! return: it is refused there. **End.** The runtime lives as long as the process.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkGuard;
 use crossbeam_channel::{RecvTimeoutError, bounded};
 use std::future::Future;
-use std::sync::OnceLock;
+use std::pin::pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Wake};
+use std::thread::{self, Thread};
 use std::time::Instant;
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::AbortHandle;
@@ -49,6 +52,42 @@ pub(super) fn start(work: impl Future<Output = ()> + Send + 'static) -> Result<A
     Ok(ours()?.runtime.spawn(work).abort_handle())
 }
 
+/// Polls `work` on this thread, in the context of the runtime, until it ends: for work that fills memory which
+/// the caller borrows. At the deadline `work` is dropped, and None returned.
+///
+/// # Errors
+/// `Invalid` in a forked child; `Busy` if the system has no more threads.
+pub(super) fn run_here<T>(deadline: Instant, work: impl Future<Output = T>) -> Result<Option<T>> {
+    let _context = ours()?.runtime.enter();
+    // A task of the program's may have polled as much as its runtime allows at once.
+    let mut work = pin!(tokio::task::unconstrained(work));
+    let waker = Arc::new(Unpark(thread::current())).into();
+    let mut context = Context::from_waker(&waker);
+    loop {
+        if let Poll::Ready(result) = work.as_mut().poll(&mut context) {
+            return Ok(Some(result));
+        }
+        let now = Instant::now();
+        if now >= deadline {
+            return Ok(None);
+        }
+        thread::park_timeout(deadline - now);
+    }
+}
+
+/// Wakes a thread that polls.
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
 /// Runs `work` on the runtime, and blocks this thread until it ends. At the deadline `work` is dropped, and
 /// None returned: what it had sent may still arrive.
 ///
@@ -86,6 +125,28 @@ mod tests {
         let theirs = Builder::new_current_thread().build().unwrap();
         let seen = theirs.block_on(async { run(soon(), async { 7 }) });
         assert_eq!(seen.unwrap(), Some(7));
+    }
+
+    #[test]
+    fn work_that_borrows_is_polled_here_from_inside_a_runtime_whose_task_may_poll_no_more() {
+        let theirs = Builder::new_current_thread().enable_all().build().unwrap();
+        let mut filled = [0_u32; 3];
+        theirs.block_on(async {
+            let work = async {
+                for _ in 0..1000 {
+                    tokio::time::sleep(Duration::ZERO).await;
+                    tokio::task::consume_budget().await;
+                }
+                for number in &mut filled {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                    *number = 7;
+                }
+            };
+            assert_eq!(run_here(soon(), work).unwrap(), Some(()));
+        });
+        assert_eq!(filled, [7; 3]);
+        let never = std::future::pending::<()>();
+        assert_eq!(run_here(Instant::now() + Duration::from_millis(20), never).unwrap(), None);
     }
 
     #[test]

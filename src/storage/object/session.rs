@@ -6,6 +6,7 @@ use super::root::{Edit, Root};
 use super::state::{Entry, Owner, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
+use crate::storage::Writers;
 use crate::sync::{Mutex, lock};
 use std::sync::{Arc, Weak};
 use uuid::Uuid;
@@ -18,12 +19,24 @@ pub(super) struct Inner {
     pub live: Live,
     /// The session of this process; None as long as it only reads.
     session: Mutex<Option<Session>>,
+    /// How the executor writes, if there is one.
+    writers: Mutex<Option<Writers>>,
 }
 
 impl Inner {
     pub fn new(client: Client) -> Self {
         let root = Root::new(client.clone());
-        Self { client, root, live: Live::default(), session: Mutex::new(None) }
+        Self { client, root, live: Live::default(), session: Mutex::new(None), writers: Mutex::new(None) }
+    }
+
+    /// Keeps how the executor writes, for files that are created later.
+    pub fn equip(&self, writers: Option<Writers>) {
+        *lock(&self.writers) = writers;
+    }
+
+    /// How the executor writes, if there is one.
+    pub fn writers(&self) -> Option<Writers> {
+        *lock(&self.writers)
     }
 
     /// The generation of this process; None as long as it only reads.

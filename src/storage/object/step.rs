@@ -1,6 +1,6 @@
 //! A published step, as a reader has it open.
 
-use super::reading::{ObjectReading, WhyMissing};
+use super::reading::{ObjectReading, WhyMissing, access};
 use super::session::Inner;
 use super::state::{Entry, Whole};
 use super::sweep::UPLOADS;
@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::entries::MANIFEST;
 use crate::id::Attempt;
 use crate::storage::name::check_file;
-use crate::storage::{FileReading, Reading};
+use crate::storage::{Access, FileReading, Reading};
 use bytes::Bytes;
 use std::fmt;
 use std::sync::Arc;
@@ -81,6 +81,10 @@ impl Reading for ObjectStep {
             Some(file) => Ok(Arc::new(file)),
             None => Err(gone(missing(&self.inner, self.entry.attempt, &key))),
         }
+    }
+
+    fn access(&self) -> Access {
+        access()
     }
 
     fn identity(&self) -> Option<(u64, u64)> {

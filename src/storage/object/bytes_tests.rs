@@ -1,0 +1,299 @@
+//! Uploads from slabs and reads into place, against a store in memory and a server that misbehaves.
+
+use super::client::{Client, Store};
+use super::file::{Counted, ObjectFile};
+use super::parts::Limits;
+use super::peer::{Answer, Asked, Peer};
+use super::reading::{ObjectReading, WhyMissing};
+use crate::completion::Signal;
+use crate::device::Host;
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::{ALIGNMENT, Arena, Slab};
+use crate::storage::{FileReading, FileWriting, Writers};
+use crate::sync::{Mutex, lock};
+use object_store::memory::InMemory;
+use object_store::path::Path as Key;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const PAGE: usize = ALIGNMENT;
+
+/// What an attempt would hear.
+#[derive(Default)]
+struct Heard {
+    sealed: AtomicUsize,
+    lost: AtomicUsize,
+    writers: Option<Writers>,
+    expires: Option<Instant>,
+}
+
+impl Counted for Heard {
+    fn sealed(&self) {
+        self.sealed.fetch_add(1, Ordering::AcqRel);
+    }
+    fn lost(&self) {
+        self.lost.fetch_add(1, Ordering::AcqRel);
+    }
+    fn writers(&self) -> Option<Writers> {
+        self.writers
+    }
+    fn expires(&self) -> Option<Instant> {
+        self.expires
+    }
+}
+
+/// The slabs of a test.
+struct Slabs {
+    arena: Arena,
+    home: Arc<Signal>,
+    all: usize,
+}
+
+impl Slabs {
+    fn new(count: usize, slab: usize) -> Self {
+        let home = Arc::new(Signal::default());
+        let arena = Arena::quietly((count * slab) as u64, slab as u64, &Host, home.clone()).unwrap();
+        Self { arena, home, all: count }
+    }
+
+    /// Writes `bytes` into `file` from slabs, in order, with so many writers.
+    fn write(&self, file: &ObjectFile, bytes: &[u8], writers: usize) -> Result<()> {
+        let slab = (self.arena.report().bytes as usize) / self.all;
+        let chunks = Mutex::new(bytes.chunks(slab).enumerate());
+        let failed = Mutex::new(None);
+        thread::scope(|scope| {
+            for _ in 0..writers {
+                scope.spawn(|| {
+                    loop {
+                        // The lock is held while a slab is waited for, so that chunks get slabs in order.
+                        let mut next = lock(&chunks);
+                        let Some((index, chunk)) = next.next().filter(|_| lock(&failed).is_none()) else { return };
+                        let late = Instant::now() + Duration::from_secs(60);
+                        let mut lease =
+                            self.home.wait_until(late, || self.arena.try_lease()).expect("a slab comes home");
+                        drop(next);
+                        lease.bytes_mut()[..chunk.len()].copy_from_slice(chunk);
+                        let len = chunk.len().next_multiple_of(PAGE);
+                        let slab = Slab::new(lease, len).unwrap();
+                        if let Err(error) = file.write_slab((index * self.slab()) as u64, slab) {
+                            lock(&failed).get_or_insert(error);
+                        }
+                    }
+                });
+            }
+        });
+        failed.into_inner().unwrap().map_or(Ok(()), Err)
+    }
+
+    fn slab(&self) -> usize {
+        (self.arena.report().bytes as usize) / self.all
+    }
+
+    /// Waits until every slab is in the arena.
+    #[track_caller]
+    fn come_home(&self, within: Duration) {
+        let late = Instant::now() + within;
+        let all = || (self.arena.free() == self.all).then_some(());
+        assert!(self.home.wait_until(late, all).is_some(), "slabs are missing: {:?}", self.arena);
+    }
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|at| ((at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8).collect()
+}
+
+fn in_memory() -> (Arc<InMemory>, Client) {
+    let store = Arc::new(InMemory::new());
+    let shared: Arc<dyn Store> = store.clone();
+    (store, Client::new(shared, Key::default(), "memory://").with_patience(PATIENCE))
+}
+
+fn whole(client: &Client, key: &str) -> Vec<u8> {
+    client.get("look", key, 1 << 30, client.deadline()).unwrap().expect("an object").0.to_vec()
+}
+
+fn why() -> WhyMissing {
+    Arc::new(|key| Error::corrupt("a file is missing").with_path(key))
+}
+
+#[track_caller]
+fn read(client: &Client, key: &str, offset: u64, len: usize) -> Result<Vec<u8>> {
+    let file = ObjectReading::open(client, key.into(), why()).unwrap().expect("a file");
+    let mut bytes = vec![0; len];
+    file.read_at(offset, &mut bytes).map(|()| bytes)
+}
+
+const SMALL: Limits = Limits { least: 3 * PAGE as u64, unit: PAGE as u64, count: 10_000, most: 1 << 30 };
+
+#[test]
+fn files_longer_than_the_arena_arrive_whole_and_their_records_go() {
+    let (_, client) = in_memory();
+    let part = 3 * PAGE;
+    for slab in [PAGE, 2 * PAGE, 3 * PAGE, 8 * PAGE] {
+        let slabs = Slabs::new(12, slab);
+        for len in [0, 1, part - 1, part, part + 1, 2 * part, 40 * part + 17] {
+            let (key, heard) = (format!("attempt/{slab}-{len}"), Arc::new(Heard::default()));
+            let file = ObjectFile::within(SMALL, &client, key.clone(), len as u64, heard.clone()).unwrap();
+            let bytes = pattern(len);
+            slabs.write(&file, &bytes, 3).unwrap();
+            file.seal().unwrap();
+            assert_eq!(file.seal().unwrap_err().kind(), ErrorKind::Invalid, "a second seal");
+            assert!(whole(&client, &key) == bytes, "slab={slab} len={len}");
+            assert_eq!((heard.sealed.load(Ordering::Acquire), heard.lost.load(Ordering::Acquire)), (1, 1));
+            assert!(
+                client.get("look", &format!("attempt/uploads/{slab}-{len}"), 99, client.deadline()).unwrap().is_none()
+            );
+        }
+        slabs.come_home(Duration::from_secs(1));
+    }
+}
+
+#[test]
+fn a_file_of_ten_thousand_parts_arrives_whole() {
+    let (_, client) = in_memory();
+    let (slabs, bytes) = (Slabs::new(8, 5 * PAGE), pattern(10_000 * PAGE - 5));
+    let limits = Limits { least: PAGE as u64, ..SMALL };
+    let file =
+        ObjectFile::within(limits, &client, "a/f".into(), bytes.len() as u64, Arc::new(Heard::default())).unwrap();
+    slabs.write(&file, &bytes, 2).unwrap();
+    file.seal().unwrap();
+    assert!(whole(&client, "a/f") == bytes);
+    slabs.come_home(Duration::from_secs(1));
+}
+
+#[test]
+fn an_arena_that_cannot_hold_the_parts_in_flight_is_refused_before_a_byte_moves() {
+    let (_, client) = in_memory();
+    let create = |len: u64, arena: u64| {
+        let writers = Some(Writers::new(arena, 8 << 20, 4));
+        let heard = Arc::new(Heard { writers, ..Heard::default() });
+        ObjectFile::create(&client, "a/f".into(), len, heard).map(drop)
+    };
+    // Five parts of 39 MiB in five slabs each, one of them shared with the next, and a slab.
+    let needed = (5 * 6 + 1) * (8 << 20);
+    create(405_000_000_000, needed).unwrap();
+    let error = create(405_000_000_000, needed - 1).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(error.message().contains("raise `arena`") && error.message().contains(&needed.to_string()), "{error}");
+    create(100, 8 << 20).unwrap();
+    assert_eq!(create(u64::MAX / 2, u64::MAX).unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+/// A file of the least real parts, in four of them.
+fn upload(peer: &Peer, patience: Duration, expires: Option<Duration>) -> (Slabs, Result<()>, Arc<Heard>, Duration) {
+    let (slabs, bytes) = (Slabs::new(8, 256 << 10), pattern((4 << 20) - 100));
+    let limits = Limits { least: 1 << 20, unit: 1 << 20, ..SMALL };
+    let began = Instant::now();
+    let heard = Arc::new(Heard { expires: expires.map(|after| began + after), ..Heard::default() });
+    let client = peer.client(patience);
+    let file = ObjectFile::within(limits, &client, "a/f".into(), bytes.len() as u64, heard.clone()).unwrap();
+    let done = slabs.write(&file, &bytes, 2).and_then(|()| file.seal());
+    if done.is_ok() {
+        assert!(peer.object("a/f").unwrap() == bytes);
+    }
+    (slabs, done, heard, began.elapsed())
+}
+
+#[test]
+fn a_part_that_failed_is_sent_again_from_the_same_slabs() {
+    for answer in [Answer::Status(500), Answer::Status(429), Answer::Lost] {
+        let tries = AtomicUsize::new(0);
+        let peer = Peer::start(move |asked: &Asked| {
+            let fails = asked.is_part() && tries.fetch_add(1, Ordering::AcqRel) < 3;
+            if fails { answer } else { Answer::Well }
+        });
+        let (slabs, done, heard, _) = upload(&peer, PATIENCE, None);
+        done.unwrap();
+        assert_eq!((peer.uploads(), peer.object("a/uploads/f")), (0, None));
+        assert_eq!((heard.sealed.load(Ordering::Acquire), heard.lost.load(Ordering::Acquire)), (1, 0));
+        slabs.come_home(Duration::from_secs(3));
+    }
+}
+
+#[test]
+fn a_completion_whose_answer_was_lost_is_judged_by_what_is_there() {
+    for answer in [Answer::Lost, Answer::Status(500)] {
+        let peer = Peer::start(move |asked: &Asked| {
+            let completes = asked.method == "POST" && asked.query.contains("uploadId");
+            if completes && asked.number < 9 { answer } else { Answer::Well }
+        });
+        let (slabs, done, ..) = upload(&peer, PATIENCE, None);
+        done.unwrap();
+        slabs.come_home(Duration::from_secs(3));
+    }
+}
+
+#[test]
+fn a_part_that_the_store_refuses_loses_the_file_and_returns_its_slabs() {
+    let peer = Peer::start(|asked: &Asked| if asked.is_part() { Answer::Status(403) } else { Answer::Well });
+    let (slabs, done, heard, took) = upload(&peer, PATIENCE, None);
+    let error = done.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error:#}");
+    assert!(format!("{error:#}").contains("s3://bucket/a/f") && took < PATIENCE / 2, "{error:#} {took:?}");
+    assert_eq!((heard.sealed.load(Ordering::Acquire), heard.lost.load(Ordering::Acquire)), (0, 1));
+    slabs.come_home(Duration::from_secs(3));
+}
+
+#[test]
+fn a_peer_that_never_reads_holds_slabs_no_longer_than_the_save() {
+    let peer = Peer::start(|asked: &Asked| if asked.is_part() { Answer::Deaf } else { Answer::Well });
+    let (slabs, done, heard, took) = upload(&peer, PATIENCE, Some(Duration::from_secs(2)));
+    let error = done.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Deadline, "{error:#}");
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    assert_eq!(heard.lost.load(Ordering::Acquire), 1);
+    slabs.come_home(Duration::from_secs(5));
+    peer.recover();
+    let (slabs, done, ..) = upload(&peer, PATIENCE, None);
+    done.unwrap();
+    slabs.come_home(Duration::from_secs(3));
+}
+
+#[test]
+fn a_range_arrives_whole_from_bodies_that_break_off_stall_and_fail() {
+    for answer in
+        [Answer::Well, Answer::Cut(100_000), Answer::Cut(0), Answer::Stall(70_000), Answer::Status(503), Answer::Lost]
+    {
+        let bytes = pattern(1 << 20);
+        let peer = Peer::start(move |asked: &Asked| {
+            let first = asked.method == "GET" && asked.range.as_ref().is_some_and(|range| range.end > 20_000);
+            if first && asked.number < 3 { answer } else { Answer::Well }
+        });
+        peer.insert("f", bytes.clone());
+        let client = peer.client(PATIENCE);
+        for (offset, len) in [(0, 1 << 20), (5, 20), (30_000, 300_001), ((1 << 20) - 1, 1), (1 << 20, 0)] {
+            assert!(
+                read(&client, "f", offset as u64, len).unwrap() == bytes[offset..offset + len],
+                "{answer:?} {offset}"
+            );
+        }
+        assert_eq!(read(&client, "f", 1 << 20, 1).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+}
+
+#[test]
+fn a_body_that_stalls_for_ever_fails_by_the_patience_and_what_is_missing_is_said_why() {
+    let peer =
+        Peer::start(
+            |asked: &Asked| {
+                if asked.range.as_ref().is_some_and(|r| r.end > 20_000) { Answer::Stall(9) } else { Answer::Well }
+            },
+        );
+    peer.insert("f", pattern(1 << 20));
+    peer.insert("empty", Vec::new());
+    let client = peer.client(Duration::from_secs(3));
+    let began = Instant::now();
+    let error = read(&client, "f", 0, 1 << 20).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:#}");
+    assert!(began.elapsed() < Duration::from_secs(9), "{:?}", began.elapsed());
+    assert!(ObjectReading::open(&client, "absent".into(), why()).unwrap().is_none());
+    assert_eq!(ObjectReading::open(&client, "empty".into(), why()).unwrap().unwrap().len(), 0);
+    let file = ObjectReading::open(&client, "f".into(), why()).unwrap().unwrap();
+    peer.remove("f");
+    peer.recover();
+    let error = file.read_at(0, &mut vec![0; 1 << 20]).unwrap_err();
+    assert_eq!((error.kind(), error.message()), (ErrorKind::Corrupt, "a file is missing"));
+}
