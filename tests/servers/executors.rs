@@ -56,19 +56,18 @@ fn passing() -> Vec<Fault> {
         Fault::SlowBody(Duration::from_millis(200)),
         Fault::Truncated,
         Fault::Stalled(Duration::from_millis(300)),
-        Fault::FlippedRequest,
     ]
 }
 
-fn saves_under_faults(server: &str, on: fn(&str, &str) -> Arc<dyn Storage>) {
+fn saves_under_faults(server: &str, faults: &[Fault], on: fn(&str, &str) -> Arc<dyn Storage>) {
     let mut durable = 0;
     for seed in 0..3 {
         let (proxy, prefix) = (Proxy::before(server), prefix("faults"));
         let executor = executor(on(&proxy.url(), &prefix)).save_timeout(Duration::from_secs(20)).build().unwrap();
-        proxy.chance(Chance { seed, one_in: 4, faults: passing(), left: 60 });
+        proxy.chance(Chance { seed, one_in: 4, faults: faults.to_vec(), left: 60 });
         let told: Vec<_> = (1..=8).map(|step| (step, save(&executor, step))).collect();
-        let faults = proxy.seen().iter().filter(|seen| seen.fault.is_some()).count();
-        assert!(faults > 5, "only {faults} faults were met");
+        let met = proxy.seen().iter().filter(|seen| seen.fault.is_some()).count();
+        assert!(met > 5, "only {met} faults were met");
         proxy.calm();
         // What was on its way has arrived.
         std::thread::sleep(Duration::from_millis(500));
@@ -89,7 +88,7 @@ fn saves_under_faults(server: &str, on: fn(&str, &str) -> Arc<dyn Storage>) {
 
 #[test]
 fn after_the_faults_what_was_durable_is_there_and_what_failed_is_not_on_s3() {
-    saves_under_faults(&moto(), on_s3);
+    saves_under_faults(&moto(), &[passing(), vec![Fault::FlippedRequest]].concat(), on_s3);
 }
 
 #[test]
@@ -97,7 +96,8 @@ fn after_the_faults_what_was_durable_is_there_and_what_failed_is_not_on_azure() 
     let account = azurite();
     let (server, account) = account.rsplit_once('/').unwrap();
     assert_eq!(account, crate::servers::given("ASHORE_TEST_ACCOUNT"));
-    saves_under_faults(server, |url, prefix| on_azure(&format!("{url}/devstoreaccount1"), prefix));
+    // No client sends Azure a checksum that it would judge: TLS alone keeps the bytes on their way.
+    saves_under_faults(server, &passing(), |url, prefix| on_azure(&format!("{url}/devstoreaccount1"), prefix));
 }
 
 #[test]
@@ -186,7 +186,11 @@ fn a_save_costs_the_requests_that_the_page_says() {
     save(&executor, 2).unwrap();
     end(&executor);
     let seen = proxy.seen();
-    let puts = |what: &str| seen.iter().filter(|seen| seen.method == "PUT" && seen.path.contains(what)).count();
-    // One shard, one table, one manifest, each below the size of a part; one change of the root.
-    assert_eq!((puts("/step-00000002/"), puts("/ashore.json"), seen.len()), (3, 1, 4), "{seen:#?}");
+    let count =
+        |method: &str, what: &str| seen.iter().filter(|seen| seen.method == method && seen.path.contains(what)).count();
+    // One shard, one table, one manifest, each below the size of a part; one change of the root, and a look at it
+    // before the save and after.
+    let costs =
+        [count("PUT", "/step-00000002/"), count("PUT", "/ashore.json"), count("GET", "/ashore.json"), seen.len()];
+    assert_eq!(costs, [3, 1, 2, 6], "{seen:#?}");
 }

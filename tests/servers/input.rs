@@ -51,7 +51,7 @@ fn when_the_store_says(status: u16, code: &'static str) -> Error {
 
 #[test]
 fn a_permission_that_is_missing() {
-    says(&when_the_store_says(403, "AccessDenied"), ErrorKind::Invalid, &["AccessDenied", "permission"]);
+    says(&when_the_store_says(403, "AccessDenied"), ErrorKind::Invalid, &["AccessDenied", "policy"]);
 }
 
 #[test]

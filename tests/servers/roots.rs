@@ -35,7 +35,10 @@ pub fn numbers(step: u64) -> Vec<u64> {
 }
 
 /// The root `prefix` in a store that a test has opened. Requests are given up after seconds.
-pub fn over<S: object_store::ObjectStore + object_store::multipart::MultipartStore>(store: S, prefix: &str) -> Arc<dyn Storage> {
+pub fn over<S: object_store::ObjectStore + object_store::multipart::MultipartStore>(
+    store: S,
+    prefix: &str,
+) -> Arc<dyn Storage> {
     let root = ObjectStore::over(Arc::new(store), &format!("s3://bucket/{prefix}")).unwrap();
     Arc::new(root.patience(Duration::from_secs(10)))
 }
