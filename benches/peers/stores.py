@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Uploads and downloads the same number of bytes with ashore and with other clients of S3, in turn, to one server. See README.md.
 
-    stores.py --tools TOOLS --ashore "PROGRAM ARGUMENTS" --dir SCRATCH [--mib N] [--rounds N] [--tls] [--seed N] [--json]
+    stores.py --tools TOOLS --ashore PROGRAM --dir SCRATCH [--mib N] [--rounds N] [--tls] [--seed N] [--json]
 
-TOOLS is where `.ci/install` puts its tools: the server is their s3s-fs, with its files in SCRATCH. `PROGRAM ARGUMENTS put|get ENDPOINT
-BUCKET KEY BYTES [CA]` prints what `store_client.py` prints. With --tls stunnel stands before the server (Debian's package `stunnel4`),
+TOOLS is where `.ci/install` puts its tools: the server is their s3s-fs, with its files in SCRATCH. PROGRAM is the benchmark `store`, built
+for release: it saves and restores, and compares what it read. With --tls stunnel stands before the server (Debian's package `stunnel4`),
 with a CA made for the run.
 """
 import argparse
@@ -13,7 +13,6 @@ import os
 import pathlib
 import platform
 import random
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ COLUMNS = [
 def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--tools", type=pathlib.Path, required=True)
-    parser.add_argument("--ashore", help="the program and its arguments")
+    parser.add_argument("--ashore", help="the benchmark `store`, built for release")
     parser.add_argument("--dir", type=pathlib.Path, required=True)
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
@@ -70,21 +69,38 @@ def sample(command, what, url, key, length, ca):
     return {"speed": gb * 1e3 / found["seconds"], "cpu": found["cpu_seconds"] / gb, "grew": found["grew"] / 2**20, "sum": found["sum"]}
 
 
+def ours(program, url, key, length, ca):
+    """What the benchmark `store` measured: an upload and a download by one process, which holds the data, and then twice."""
+    env = {"AWS_ACCESS_KEY_ID": servers.KEY, "AWS_SECRET_ACCESS_KEY": servers.SECRET, "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": url}
+    env |= {"SSL_CERT_FILE": str(ca)} if ca else {"AWS_ALLOW_HTTP": "true"}
+    command = [program, f"s3://bucket/{key}", str(length >> 20), "1"]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        return {what: {"failed": (done.stderr.strip().splitlines() or ["no reason"])[-1]} for what in ("put", "get")}
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {
+        one["what"]: {"speed": one["mb_per_s"], "cpu": one["cpu_s_per_gb"], "grew": one["peak_mib"] - (length >> 20) * copies, "sum": "compared"}
+        for one, copies in zip(found, (1, 2))
+    }  # fmt: skip
+
+
 def measure(args, url, ca):
     """The samples of each client in each round, by direction."""
     clients = {name: [str(args.tools / "stores/bin/python"), str(pathlib.Path(__file__).with_name("store_client.py")), name] for name in PEERS}
     if ca:
         del clients["s3torchconnector"]                          # it takes no CA
     if args.ashore:
-        clients[OURS] = shlex.split(args.ashore)
+        clients[OURS] = None
     order, taken = random.Random(args.seed), {"put": [], "get": []}
     for _ in range(args.rounds):
         names = list(clients)
         order.shuffle(names)
         rounds = {what: {} for what in taken}
         for name in names:
+            mine = ours(args.ashore, url, f"of-{name}", args.mib << 20, ca) if name == OURS else None
             for what in taken:
-                rounds[what][name] = found = sample(clients[name], what, url, f"of-{name}", args.mib << 20, ca)
+                found = mine[what] if mine else sample(clients[name], what, url, f"of-{name}", args.mib << 20, ca)
+                rounds[what][name] = found
                 print(f"{what} {name}: {found}", file=sys.stderr, flush=True)
             sums = {rounds[what][name].get("sum") for what in taken}
             if len(sums) != 1:

@@ -24,10 +24,20 @@ from jobs import Failed, expect
 WORLD, TIMEOUT_MS = 4, 8000
 
 
+def look(program, root):
+    """The steps; none where no job has come so far as to make the root."""
+    try:
+        return jobs.look(program, root)
+    except Failed as failure:
+        if "no step was ever saved" not in str(failure):
+            raise
+        return {}
+
+
 def round_of(program, root, number, chance):
     """One job that is killed, and the one that goes on."""
     token = f"stores-{uuid.uuid4().hex[:8]}"
-    before = jobs.look(program, root)
+    before = look(program, root)
     with tempfile.TemporaryDirectory() as here:
         command = [program, "saves", "directory", here, root, "1000", str(TIMEOUT_MS)]
         processes = {rank: jobs.start(command, rank, WORLD, token) for rank in range(WORLD)}
@@ -41,7 +51,7 @@ def round_of(program, root, number, chance):
         finally:
             for process in processes.values():
                 process.kill()
-    listed = jobs.look(program, root)
+    listed = look(program, root)
     try:
         jobs.judge(before, listed, ended, dead, TIMEOUT_MS)
     except Failed as failure:

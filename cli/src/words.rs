@@ -138,7 +138,10 @@ mod tests {
             "a tensor is wrong (tensor a b, shape [2, 3], expected 8.0 kB)"
         );
         assert_eq!(message("use --keep-last=3 and x = y"), "use --keep-last=3 and x = y");
-        assert_eq!(message("too little space needed=8.8 TB free=35.9 GB"), "too little space (needed 8.8 TB, free 35.9 GB)");
+        assert_eq!(
+            message("too little space needed=8.8 TB free=35.9 GB"),
+            "too little space (needed 8.8 TB, free 35.9 GB)"
+        );
         assert_eq!(message("no details"), "no details");
     }
 

@@ -248,7 +248,13 @@ fn answer(client: &TcpStream, shared: &Arc<Shared>, request: &Message, fault: Op
     let mut out = client;
     let mut request = request.clone();
     match fault {
-        Some(Fault::Status(status, code)) => return send(out, &http::error(status, code)),
+        Some(Fault::Status(status, code)) => {
+            let mut answer = http::error(status, code);
+            if request.method() == "HEAD" {
+                answer.body.clear();
+            }
+            return send(out, &answer);
+        }
         Some(Fault::ResetBefore) => {
             reset(client);
             return None;

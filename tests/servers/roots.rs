@@ -19,7 +19,7 @@ pub fn on_azure(url: &str, prefix: &str) -> Arc<dyn Storage> {
 /// An executor with a small arena.
 pub fn executor(storage: Arc<dyn Storage>) -> Builder {
     let builder = CheckpointExecutor::builder("unused").storage(storage).alone();
-    builder.arena(64 << 10).chunk(16 << 10).save_timeout(Duration::from_secs(60))
+    builder.arena(512 << 10).chunk(16 << 10).save_timeout(Duration::from_secs(60))
 }
 
 /// A state of 100 kB in which every number belongs to its step and place alone.
