@@ -2,13 +2,14 @@
 
 use crate::proxy::{Chance, Fault, Proxy};
 use crate::roots::{executor, numbers, on_azure, on_s3, state};
+use crate::servers;
 use crate::servers::{azurite, moto, prefix};
-use ashore::storage::Storage;
-use ashore::{Catalog, CheckpointExecutor, Error, ErrorKind, Outcome};
+use ashore::storage::{ObjectStore, Storage, Sweep};
+use ashore::{Attempt, Catalog, CheckpointExecutor, Error, ErrorKind, Outcome};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const SOON: Duration = Duration::from_secs(90);
+const SOON: Duration = Duration::from_secs(60);
 
 fn save(executor: &CheckpointExecutor, step: u64) -> Result<(), Error> {
     let saved = executor.save(step, state(step)).and_then(|save| save.wait(SOON));
@@ -193,4 +194,37 @@ fn a_save_costs_the_requests_that_the_page_says() {
     let costs =
         [count("PUT", "/step-00000002/"), count("PUT", "/ashore.json"), count("GET", "/ashore.json"), seen.len()];
     assert_eq!(costs, [3, 1, 2, 6], "{seen:#?}");
+}
+
+#[test]
+fn an_attempt_whose_commit_may_still_arrive_is_not_swept() {
+    let (proxy, prefix) = (Proxy::before(&moto()), prefix("unclear"));
+    let root = servers::s3(&proxy.url(), "bucket");
+    let root = ObjectStore::over(Arc::new(root), &format!("s3://bucket/{prefix}")).unwrap();
+    let root = root.patience(Duration::from_secs(2));
+    root.take_over().unwrap();
+    let writing = root.begin("step-1", Attempt::new(), false).unwrap();
+    writing.put("manifest.json", b"whole").unwrap();
+    // The commit is on its way, and the store answers nothing else.
+    proxy.fault("PUT", "ashore.json", Fault::LandsLater(Duration::from_secs(12)), 1);
+    proxy.fault("", "", Fault::Status(503, "SlowDown"), usize::MAX);
+    let error = writing.publish(false).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Indeterminate, "{error:#}");
+    drop(writing);
+    proxy.calm();
+    let reader = on_s3(&moto(), &prefix);
+    assert!(reader.list().unwrap().is_empty(), "it arrived before the sweep");
+    root.sweep(Sweep::default()).unwrap();
+    let until = Instant::now() + SOON;
+    while reader.list().unwrap().is_empty() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    // A sweep that deletes it must have made sure that it does not arrive.
+    if reader.list().unwrap().is_empty() {
+        return;
+    }
+    let file = reader.open("step-1").unwrap().open("manifest.json").unwrap();
+    let mut text = [0; 5];
+    file.read_at(0, &mut text).unwrap();
+    assert_eq!(&text, b"whole");
 }

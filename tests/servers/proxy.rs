@@ -6,7 +6,7 @@ use super::http::{self, Message};
 use rustix::net::sockopt::set_socket_linger;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
@@ -66,9 +66,9 @@ pub struct Chance {
 /// A request that the proxy has seen.
 #[derive(Clone, Debug)]
 pub struct Seen {
+    number: u64,
     pub method: String,
     pub path: String,
-    pub length: usize,
     /// The answer's status; 0 when there was none.
     pub status: u16,
     pub fault: Option<Fault>,
@@ -81,6 +81,8 @@ struct Shared {
     seen: Mutex<Vec<Seen>>,
     away: AtomicBool,
     deaf: AtomicBool,
+    /// Requests so far.
+    count: AtomicU64,
     ended: AtomicBool,
 }
 
@@ -107,6 +109,7 @@ impl Proxy {
             seen: Mutex::default(),
             away: AtomicBool::new(false),
             deaf: AtomicBool::new(false),
+            count: AtomicU64::new(0),
             ended: AtomicBool::new(false),
         });
         let accepting = shared.clone();
@@ -173,6 +176,22 @@ impl Drop for Proxy {
 }
 
 impl Shared {
+    /// The number of a request, and the fault that it meets.
+    fn record(&self, request: &Message) -> (u64, Option<Fault>) {
+        let mut seen = locked(&self.seen);
+        let (number, fault) = (self.count.fetch_add(1, Ordering::SeqCst), self.fault_of(request));
+        let (method, path) = (request.method().to_owned(), request.path().to_owned());
+        seen.push(Seen { number, method, path, status: 0, fault });
+        (number, fault)
+    }
+
+    /// Notes the status of an answer before the client has it.
+    fn answered(&self, number: u64, status: u16) {
+        if let Some(seen) = locked(&self.seen).iter_mut().find(|seen| seen.number == number) {
+            seen.status = status;
+        }
+    }
+
     fn fault_of(&self, request: &Message) -> Option<Fault> {
         let (method, path) = (request.method(), request.path());
         for rule in locked(&self.rules).iter_mut() {
@@ -232,19 +251,26 @@ fn serve(client: &TcpStream, shared: &Arc<Shared>) {
         if shared.away.load(Ordering::SeqCst) {
             return reset(client);
         }
-        let fault = shared.fault_of(&request);
-        let status = answer(client, shared, &request, fault);
-        let (method, path) = (request.method().to_owned(), request.path().to_owned());
-        let seen = Seen { method, path, length: request.body.len(), status: status.unwrap_or(0), fault };
-        locked(&shared.seen).push(seen);
-        if status.is_none() {
+        let (number, fault) = shared.record(&request);
+        if answer(client, shared, &request, number, fault).is_none() {
             return;
         }
     }
 }
 
-/// Returns the status of the answer, None when the connection has ended.
-fn answer(client: &TcpStream, shared: &Arc<Shared>, request: &Message, fault: Option<Fault>) -> Option<u16> {
+/// Returns None when the connection has ended.
+fn answer(
+    client: &TcpStream,
+    shared: &Arc<Shared>,
+    request: &Message,
+    number: u64,
+    fault: Option<Fault>,
+) -> Option<()> {
+    let send = |answer: &Message| {
+        shared.answered(number, answer.status());
+        let mut client = client;
+        answer.write_to(&mut client).ok()
+    };
     let mut out = client;
     let mut request = request.clone();
     match fault {
@@ -253,7 +279,7 @@ fn answer(client: &TcpStream, shared: &Arc<Shared>, request: &Message, fault: Op
             if request.method() == "HEAD" {
                 answer.body.clear();
             }
-            return send(out, &answer);
+            return send(&answer);
         }
         Some(Fault::ResetBefore) => {
             reset(client);
@@ -272,7 +298,7 @@ fn answer(client: &TcpStream, shared: &Arc<Shared>, request: &Message, fault: Op
         _ => {}
     }
     if !checksum_matches(&request) {
-        return send(out, &http::error(400, "BadDigest"));
+        return send(&http::error(400, "BadDigest"));
     }
     let Ok(mut answer) = shared.ask(&request) else {
         reset(client);
@@ -280,7 +306,7 @@ fn answer(client: &TcpStream, shared: &Arc<Shared>, request: &Message, fault: Op
     };
     let half = answer.body.len() / 2;
     match fault {
-        Some(Fault::LandsThen(status)) => return send(out, &http::error(status, "InternalError")),
+        Some(Fault::LandsThen(status)) => return send(&http::error(status, "InternalError")),
         Some(Fault::AnswerLost) => return None,
         Some(Fault::ResetAfter) => {
             reset(client);
@@ -296,21 +322,17 @@ fn answer(client: &TcpStream, shared: &Arc<Shared>, request: &Message, fault: Op
         }
         Some(Fault::SlowBody(time)) if half > 0 => {
             out.write_all(&answer.head()).ok()?;
+            shared.answered(number, answer.status());
             let pieces = answer.body.chunks(answer.body.len().div_ceil(10));
             for piece in pieces {
                 thread::sleep(time / 10);
                 out.write_all(piece).ok()?;
             }
-            return Some(answer.status());
+            return Some(());
         }
         _ => {}
     }
-    send(out, &answer)
-}
-
-fn send(mut client: &TcpStream, answer: &Message) -> Option<u16> {
-    answer.write_to(&mut client).ok()?;
-    Some(answer.status())
+    send(&answer)
 }
 
 /// The end of the connection is an RST.
