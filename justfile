@@ -401,6 +401,10 @@ picture:
     trap 'rm -rf "$root"' EXIT
     target/release/ashore demo --dir "$root/run" --picture docs/overlap.svg
 
+# Saves to an object store and reads back: its URL, MiB, rounds, writers. The environment has endpoint and keys.
+store-bench root mib="1024" rounds="3" writers="4":
+    cargo bench --package ashore --bench store --features s3,gcs,azure -- {{ root }} {{ mib }} {{ rounds }} {{ writers }}
+
 # Runs the benchmarks.
 bench *arguments:
     cargo bench --workspace -- {{ arguments }}

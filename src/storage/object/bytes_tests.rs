@@ -1,5 +1,6 @@
 //! Uploads from slabs and reads into place, against a store in memory and a server that misbehaves.
 
+use super::ObjectStore;
 use super::client::{Client, Store};
 use super::file::{Counted, ObjectFile};
 use super::parts::Limits;
@@ -8,7 +9,9 @@ use super::reading::{ObjectReading, WhyMissing};
 use crate::completion::Signal;
 use crate::device::Host;
 use crate::error::{Error, ErrorKind, Result};
+use crate::executor::CheckpointExecutor;
 use crate::memory::{ALIGNMENT, Arena, Slab};
+use crate::state::StateDict;
 use crate::storage::{FileReading, FileWriting, Writers};
 use crate::sync::{Mutex, lock};
 use object_store::memory::InMemory;
@@ -296,4 +299,92 @@ fn a_body_that_stalls_for_ever_fails_by_the_patience_and_what_is_missing_is_said
     peer.recover();
     let error = file.read_at(0, &mut vec![0; 1 << 20]).unwrap_err();
     assert_eq!((error.kind(), error.message()), (ErrorKind::Corrupt, "a file is missing"));
+}
+
+/// A save of 24 MiB in three parts by an executor whose arena holds little more than the parts in flight.
+struct Saving {
+    executor: CheckpointExecutor,
+    data: Arc<Vec<u32>>,
+}
+
+impl Saving {
+    fn on(peer: &Peer, save_timeout: Duration) -> Self {
+        let storage = Arc::new(ObjectStore::of(peer.client(PATIENCE)));
+        let builder = CheckpointExecutor::builder("unused").storage(storage).save_timeout(save_timeout);
+        let executor = builder.arena(44 << 20).chunk(4 << 20).writers(2).keep_last(9).build().unwrap();
+        Self { executor, data: Arc::new((0..6 << 20).collect()) }
+    }
+
+    fn save(&self, step: u64) -> Result<()> {
+        let mut state = StateDict::new();
+        state.tensor("weights", self.data.clone()).unwrap();
+        self.executor.save(step, state)?.wait(Duration::from_secs(60)).map(drop)
+    }
+}
+
+#[test]
+fn an_executor_goes_on_when_a_peer_that_never_read_is_well_again() {
+    let peer = Peer::start(|asked: &Asked| if asked.is_part() { Answer::Deaf } else { Answer::Well });
+    let saving = Saving::on(&peer, Duration::from_secs(2));
+    for step in 1..3 {
+        let began = Instant::now();
+        let error = saving.save(step).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Deadline, "{error:#}");
+        assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
+    }
+    peer.recover();
+    // The arena has no room for the save as long as a slab of the ones before is missing.
+    let late = Instant::now() + Duration::from_secs(40);
+    while let Err(error) = saving.save(3) {
+        assert!(Instant::now() < late, "{error:#}");
+    }
+    let found = saving.executor.latest().unwrap().unwrap().read_as::<u32>("weights").unwrap();
+    assert!(found == *saving.data);
+    saving.executor.shutdown(Duration::from_secs(30)).unwrap();
+    assert_eq!(peer.uploads(), 0, "what was abandoned is aborted");
+}
+
+#[test]
+fn bits_that_flipped_on_their_way_are_fetched_again_and_those_that_flip_always_are_damage() {
+    let (flips, long) =
+        (Arc::new(AtomicUsize::new(0)), |asked: &Asked| asked.range.as_ref().is_some_and(|r| r.len() > 1 << 20));
+    let left = flips.clone();
+    let peer = Peer::start(move |asked: &Asked| {
+        let flip = long(asked) && left.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1)).is_ok();
+        if flip { Answer::Flip } else { Answer::Well }
+    });
+    let saving = Saving::on(&peer, Duration::from_secs(60));
+    saving.save(1).unwrap();
+    let step = saving.executor.latest().unwrap().unwrap().with_threads(1);
+    flips.store(1, Ordering::Release);
+    assert!(step.read_as::<u32>("weights").unwrap() == *saving.data);
+    flips.store(1, Ordering::Release);
+    assert!(step.verify().unwrap().is_sound());
+    assert_eq!(flips.load(Ordering::Acquire), 0);
+    flips.store(usize::MAX, Ordering::Release);
+    let error = step.read("weights").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error:#}");
+    assert!(!step.verify().unwrap().is_intact());
+}
+
+#[test]
+fn a_step_of_many_tensors_is_opened_and_searched_by_few_requests() {
+    const TENSORS: usize = 20_000;
+    let peer = Peer::start(|_: &Asked| Answer::Well);
+    let saving = Saving::on(&peer, Duration::from_secs(60));
+    let (mut state, data) = (StateDict::new(), Arc::new(vec![7_u8; 16]));
+    for number in 0..TENSORS {
+        state.tensor(format!("layers.{number}.weight"), data.clone()).unwrap();
+    }
+    saving.executor.save(1, state).unwrap().wait(Duration::from_secs(60)).unwrap();
+    let before = peer.asked().len();
+    let step = saving.executor.latest().unwrap().unwrap();
+    for number in (0..TENSORS).step_by(500) {
+        step.tensor(&format!("layers.{number}.weight")).unwrap();
+    }
+    let looked = peer.asked().len() - before;
+    assert_eq!(step.tensors().unwrap().count(), TENSORS);
+    let all = peer.asked().len() - before;
+    assert!(looked <= 10 && all <= 20, "{looked} {all} {:?}", &peer.asked()[before..]);
+    assert_eq!(step.read("layers.19999.weight").unwrap(), *data);
 }

@@ -3,8 +3,9 @@
 
 use super::client::Client;
 use super::uploads::Connector;
+use crate::digest::Digest;
 use crate::sync::{Mutex, lock};
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3Builder, S3ConditionalPut};
 use object_store::path::Path as Key;
 use object_store::{BackoffConfig, ClientOptions, RetryConfig};
 use std::collections::BTreeMap;
@@ -41,6 +42,8 @@ pub(super) struct Asked {
     pub key: String,
     pub query: String,
     pub range: Option<Range<usize>>,
+    /// The tag that the object must have; `*` for one that must not exist.
+    condition: Option<String>,
     /// How many requests came before it.
     pub number: usize,
 }
@@ -110,6 +113,7 @@ impl Peer {
             .with_access_key_id("key")
             .with_secret_access_key("secret")
             .with_unsigned_payload(true)
+            .with_conditional_put(S3ConditionalPut::ETagMatch)
             .with_client_options(options)
             .with_retry(retry)
             .with_http_connector(Connector)
@@ -154,13 +158,14 @@ fn serve(state: &State, stream: &TcpStream) -> std::io::Result<()> {
         let (method, target) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default());
         let (path, query) = target.split_once('?').unwrap_or((target, ""));
         let key = path.trim_start_matches("/bucket").trim_start_matches('/').to_owned();
-        let (mut length, mut range) = (0, None);
+        let (mut length, mut range, mut condition) = (0, None, None);
         loop {
             let mut header = String::new();
             reader.read_line(&mut header)?;
             let Some((name, value)) = header.trim_end().split_once(": ") else { break };
             match name.to_ascii_lowercase().as_str() {
                 "content-length" => length = value.parse().unwrap(),
+                "if-match" | "if-none-match" => condition = Some(value.to_owned()),
                 "range" => {
                     let (start, end) = value.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
                     range = Some(start.parse().unwrap()..end.parse::<usize>().unwrap() + 1);
@@ -170,7 +175,7 @@ fn serve(state: &State, stream: &TcpStream) -> std::io::Result<()> {
         }
         let asked = {
             let mut kept = lock(&state.kept);
-            let asked = Asked { number: kept.asked.len(), method, key, query: query.to_owned(), range };
+            let asked = Asked { number: kept.asked.len(), method, key, query: query.to_owned(), range, condition };
             kept.asked.push(format!("{} {} {}", asked.method, asked.key, asked.query));
             asked
         };
@@ -224,7 +229,8 @@ fn serve(state: &State, stream: &TcpStream) -> std::io::Result<()> {
 
 /// Does what a request asks for. Returns status, headers and body of the answer.
 fn carry_out(kept: &mut Kept, asked: &Asked, body: Vec<u8>) -> (u16, String, Vec<u8>) {
-    let etag = |bytes: &[u8]| format!("etag: \"{}\"\r\n", bytes.len());
+    let tag = |bytes: &[u8]| format!("\"{:x}-{}\"", Digest::of(bytes).to_bits(), bytes.len());
+    let etag = |bytes: &[u8]| format!("etag: {}\r\n", tag(bytes));
     let none = || (404, String::new(), b"<Error><Code>NoSuchKey</Code><Message>m</Message></Error>".to_vec());
     match (asked.method.as_str(), asked.query("uploadId")) {
         ("POST", None) if asked.query.contains("uploads") => {
@@ -254,6 +260,10 @@ fn carry_out(kept: &mut Kept, asked: &Asked, body: Vec<u8>) -> (u16, String, Vec
             (200, String::new(), text.as_bytes().to_vec())
         }
         ("PUT", None) => {
+            let (there, wanted) = (kept.objects.get(&asked.key).map(|there| tag(there)), &asked.condition);
+            if wanted.as_ref().is_some_and(|wanted| there.as_ref().unwrap_or(&"*".into()) != wanted) {
+                return (412, String::new(), b"<Error><Code>PreconditionFailed</Code></Error>".to_vec());
+            }
             let tag = etag(&body);
             kept.objects.insert(asked.key.clone(), body);
             (200, tag, Vec::new())
@@ -272,6 +282,18 @@ fn carry_out(kept: &mut Kept, asked: &Asked, body: Vec<u8>) -> (u16, String, Vec
                 done += &format!("<Deleted><Key>{key}</Key></Deleted>");
             }
             (200, String::new(), (done + "</DeleteResult>").into_bytes())
+        }
+        ("GET", _) if asked.key.is_empty() => {
+            let prefix = asked.query("prefix").unwrap_or_default().replace("%2F", "/");
+            let mut text = String::from("<ListBucketResult><IsTruncated>false</IsTruncated>");
+            for (key, bytes) in kept.objects.iter().filter(|(key, _)| key.starts_with(&prefix)) {
+                let (tag, size) = (tag(bytes), bytes.len());
+                text += &format!(
+                    "<Contents><Key>{key}</Key><LastModified>2026-11-29T03:00:00.000Z</LastModified>\
+                    <ETag>{tag}</ETag><Size>{size}</Size></Contents>"
+                );
+            }
+            (200, String::new(), (text + "</ListBucketResult>").into_bytes())
         }
         ("GET" | "HEAD", _) => match (kept.objects.get(&asked.key), &asked.range) {
             (None, _) => none(),
