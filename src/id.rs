@@ -104,9 +104,36 @@ pub fn parse_step_name(name: &str) -> Option<u64> {
     if plain { digits.parse().ok() } else { None }
 }
 
+/// What the name of a full version ends in that stands beside a delta of its number.
+const FULL: &str = ".full";
+
+/// The directory name of a version of a chain: `v-00000042`; with `beside`, that of a full beside a delta.
+pub fn version_name(number: u64, beside: bool) -> String {
+    format!("v-{number:08}{}", if beside { FULL } else { "" })
+}
+
+/// Parses the number of a version from the name of its directory, and whether it is a full beside a delta.
+pub fn parse_version_name(name: &str) -> Option<(u64, bool)> {
+    let (version, beside) = name.strip_suffix(FULL).map_or((name, false), |version| (version, true));
+    let number = version.strip_prefix("v-")?.parse().ok()?;
+    (version_name(number, beside) == name).then_some((number, beside))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn version_names_round_trip_and_are_not_those_of_steps() {
+        for (number, beside) in [(0, false), (42, false), (42, true), (u64::MAX, true)] {
+            let name = version_name(number, beside);
+            assert_eq!(parse_version_name(&name), Some((number, beside)));
+            assert_eq!(parse_step_name(&name), None);
+        }
+        for name in ["v-42", "v-", "v-00000042.", "v-00000042.full.full", "v-+0000042", "step-00000042"] {
+            assert_eq!(parse_version_name(name), None, "{name}");
+        }
+    }
 
     #[test]
     fn step_names_round_trip_and_foreign_names_are_refused() {

@@ -1,6 +1,9 @@
 //! Items that tests, programs and fuzz targets of this repository need beyond the API: not part of it, and
 //! free to change.
 
+pub mod delta {
+    pub use crate::delta::{How, Manifest, Numbers, Patch, apply, check, encode};
+}
 pub mod device {
     #[cfg(all(feature = "cuda", not(any(loom, miri))))]
     pub use crate::device::Cuda;

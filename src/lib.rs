@@ -51,6 +51,7 @@
 //! | see, check and delete steps | [`Catalog`], [`Checkpoint::verify`], [`Retention`], [`catalog::Best`] |
 //! | go back to an earlier step | [`Catalog::discard_after`] |
 //! | finish or abandon saves on SIGTERM | [`sigterm::Sigterm`] |
+//! | publish weights to other programs | [`chain::Publisher`], [`CheckpointExecutor::publish_delta`], [`chain::Follow`] |
 //! | store steps elsewhere | [`storage::Storage`] |
 //! | migrate from another library | [`compat`]: its interface, on this engine |
 //!
@@ -157,7 +158,7 @@
 //! types. `testing` adds the module of that name: a device that copies late, and the conformance suites for
 //! storage, for coordinators of ranks and for graph checkpointers. `sqlite` adds a store for many small graph
 //! states. `tokio` adds async forms of the calls that block: [`adapters`]. `etcd` and `mpi` add coordinators
-//! ([`ranks`]); `mpi` needs an installed MPI and libclang to build.
+//! ([`ranks`]); `mpi` needs an installed MPI and libclang to build. `zstd` compresses the deltas of a [`chain`].
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!(
@@ -167,10 +168,12 @@ compile_error!(
 pub mod adapters;
 mod call_thread;
 pub mod catalog;
+pub mod chain;
 mod checkpoint;
 mod commit;
 pub mod compat;
 mod completion;
+mod delta;
 mod device;
 mod digest;
 mod error;
@@ -206,6 +209,7 @@ mod writer;
 
 pub use catalog::{Catalog, PruneOptions, Retention};
 pub use checkpoint::{Checkpoint, TensorInfo};
+pub use delta::Form;
 pub use device::DeviceReport;
 pub use digest::Flip;
 pub use error::{Error, ErrorKind, Result};

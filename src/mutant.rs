@@ -130,6 +130,21 @@ pub(crate) enum Mutant {
     /// A prune verifies none of the steps that it keeps.
     // seen by: catalog::prune_soundness
     PruneBlind,
+    /// A delta is put on a version whose publish has not ended.
+    // seen by: a_version_that_was_not_published_is_no_base
+    ChainOrder,
+    /// A publisher goes on from a version although it is unknown whether that was published.
+    // seen by: after_an_unclear_publish_the_next_version_is_a_full
+    ChainUnclear,
+    /// Old versions are removed because of a full that is visible and not known to be durable.
+    // seen by: nothing_is_removed_behind_a_full_that_a_crash_can_take
+    ChainPruneVisible,
+    /// A publisher that goes back uses numbers again.
+    // seen by: going_back_is_a_full_under_the_next_number
+    ChainOldNumber,
+    /// A follower neither makes a version durable nor compares digests.
+    // seen by: a_follower_never_holds_a_state_that_was_not_published
+    FollowBlind,
     /// A sweep ignores locks.
     // seen by: storage::sweeping
     SweepLock,

@@ -4,6 +4,7 @@ use crate::completion::{Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::outcome::{Outcome, Progress};
+use crate::storage::Storage;
 use crate::ticket::Ticket;
 use std::fmt;
 use std::future::Future;
@@ -56,6 +57,8 @@ pub struct SaveOptions {
     /// How long a failed save waits before the first retry; doubled after each further failure. Default: 0.
     /// If the wait would pass the deadline, the save fails.
     pub backoff: Duration,
+    /// The storage that the checkpoint goes to, instead of the executor's.
+    pub(crate) storage: Option<Arc<dyn Storage>>,
     /// This is the last save of an executor that accepts no others.
     pub(crate) last: bool,
 }

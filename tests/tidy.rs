@@ -37,10 +37,10 @@ const FLOORS: [&[&str]; 6] = [
         "tries",
         "wire",
     ],
-    &["format", "memory", "plan"],
+    &["delta", "format", "memory", "plan"],
     &["device", "ranks", "storage"],
     &["commit", "staging", "writer"],
-    &["catalog", "checkpoint", "executor", "internal", "restore", "save", "scope"],
+    &["catalog", "chain", "checkpoint", "executor", "internal", "restore", "save", "scope"],
     &["adapters", "compat", "sigterm"],
 ];
 

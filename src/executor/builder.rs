@@ -5,7 +5,7 @@
 //! what the kernels that use that memory rely on.
 #![expect(unsafe_code, reason = "takes memory for kernels; argument above")]
 
-use super::destination::Destination;
+use super::destination::{Destination, Elsewhere};
 use super::ending::{Committing, Leftover};
 use super::equipment::{Equipment, Offer, Wish};
 use super::ranks::{self, Called, Rounds, Wanted};
@@ -373,8 +373,14 @@ impl Probed {
             policy: policy.0,
             verify: if settings.verify_kept { Verify::All } else { Verify::No },
         };
+        let elsewhere = Arc::new(Elsewhere::new(storage.clone()));
         let destination =
-            Arc::new(Destination { storage: storage.clone(), catalog: catalog.clone(), damaged: settings.damaged });
+            Arc::new(Destination {
+                storage: storage.clone(),
+                elsewhere: elsewhere.clone(),
+                catalog: catalog.clone(),
+                damaged: settings.damaged,
+            });
 
         // Bounded, because each entry keeps file descriptors open and space on the medium in use.
         let (leftovers, leavings) = bounded(tidy::MOST_UNTIDIED);
@@ -382,6 +388,7 @@ impl Probed {
         let committing = Committing {
             stager: stager.clone(),
             storage: storage.clone(),
+            elsewhere,
             catalog: catalog.clone(),
             compared: compared.clone(),
             table: AlignedBuffer::new(0),

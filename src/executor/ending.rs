@@ -5,6 +5,7 @@
 //! before the future tells the caller.
 
 use super::again::try_again;
+use super::destination::Elsewhere;
 use crate::catalog::Catalog;
 use crate::checkpoint::replaceable;
 use crate::commit::{Concluded, Ending};
@@ -46,6 +47,7 @@ impl Leftover {
 pub(super) struct Committing {
     pub stager: Arc<Stager>,
     pub storage: Arc<dyn Storage>,
+    pub elsewhere: Arc<Elsewhere>,
     pub catalog: Arc<Catalog>,
     /// Number of durable saves whose staged bytes were compared with the digests taken at `save`.
     pub compared: Arc<AtomicU64>,
@@ -59,7 +61,7 @@ pub(super) fn conclude(
     task: &Task,
     commit: impl FnOnce(Ending<'_>) -> Concluded,
 ) -> Option<Leftover> {
-    let Committing { stager, storage, catalog, compared, table } = committing;
+    let Committing { stager, storage, elsewhere, catalog, compared, table } = committing;
     let (request, ticket) = (&task.request, &task.request.ticket);
     let attempt = ticket.attempt();
     // The catalog has the steps of the root only.
@@ -67,8 +69,8 @@ pub(super) fn conclude(
     let mut storage = storage.clone();
     let concluded = guarded("the storage panicked during a commit", || {
         if let Some(parent) = &request.parent {
-            match storage.elsewhere(parent, false) {
-                Ok(elsewhere) => storage = elsewhere,
+            match elsewhere.at(parent, false) {
+                Ok(there) => storage = there,
                 Err(error) => {
                     ticket.fail(error);
                 }

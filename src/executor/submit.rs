@@ -183,6 +183,15 @@ impl CheckpointExecutor {
     ) -> Result<SaveRequest> {
         self.alive()?;
         let began = Instant::now();
+        if let Some(storage) = options.storage.take() {
+            let name = options.name.take().unwrap_or_else(|| step_name(step));
+            if self.turns.is_some() {
+                return Err(Error::invalid("with several ranks no versions are published").with_step(step));
+            }
+            let place = Place { parent: Some(self.destination.elsewhere.bring(storage)), name };
+            let deadline = self.deadline(options.timeout);
+            return Ok(SaveRequest { step, place, options, borrowed, deferred, began, deadline });
+        }
         let place = match options.directory.take() {
             Some(directory) => {
                 let place = self.outside(&directory, &options);

@@ -12,7 +12,7 @@ use std::fmt;
 const NUMBER: &str = "$serde_json::private::Number";
 
 /// Deserializes a map of values, for `#[serde(deserialize_with)]`.
-pub(super) fn values<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, Value>, D::Error> {
+pub(crate) fn values<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, Value>, D::Error> {
     struct Values;
     impl<'de> Visitor<'de> for Values {
         type Value = BTreeMap<String, Value>;

@@ -14,7 +14,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-type Files = BTreeMap<String, Arc<Vec<u8>>>;
+pub(crate) type Files = BTreeMap<String, Arc<Vec<u8>>>;
 
 /// Steps in host memory. Clones share them.
 ///
@@ -54,6 +54,18 @@ impl Memory {
     /// An empty storage.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A storage with one step, `name`, of these files.
+    pub(crate) fn over(name: &str, files: Arc<Files>) -> Self {
+        let storage = Self::new();
+        lock(&storage.0).steps.insert(name.into(), files);
+        storage
+    }
+
+    /// The files of a step.
+    pub(crate) fn files(&self, name: &str) -> Option<Arc<Files>> {
+        lock(&self.0).steps.get(name).cloned()
     }
 
     /// The step that [`Storage::hint`] last wrote.

@@ -9,7 +9,7 @@
 //! **Cancellation.** [`Writing::abandon`] deletes an attempt; a sweep deletes those of a dead process.
 
 pub mod local;
-mod memory;
+pub(crate) mod memory;
 mod name;
 #[cfg(feature = "object-store")]
 mod object;
@@ -61,7 +61,7 @@ pub trait Storage: Send + Sync + Debug {
     /// `NotFound` when there is none.
     fn open(&self, name: &str) -> Result<Arc<dyn Reading>>;
 
-    /// Names that may be steps, in no order, without attempts and trash.
+    /// Names that may be steps or [versions](crate::chain), in no order, without attempts and trash.
     fn list(&self) -> Result<Vec<String>>;
 
     /// Makes a step that another process published durable: its files, its directory, its name.

@@ -51,7 +51,7 @@ pub use resume::Resumable;
 pub use uring::Uring;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::{Attempt, parse_step_name};
+use crate::id::{Attempt, parse_step_name, parse_version_name};
 use crate::memory::Pages;
 use crate::settings::{Engine, Locks};
 use crate::storage::shared::Shared;
@@ -224,7 +224,8 @@ impl Storage for Local {
     fn list(&self) -> Result<Vec<String>> {
         let mut steps = Vec::new();
         for name in self.root.list().map_err(self.root.own_error("cannot list"))? {
-            let Some(name) = name.to_str().filter(|name| parse_step_name(name).is_some()) else { continue };
+            let is_ours = |name: &&str| parse_step_name(name).is_some() || parse_version_name(name).is_some();
+            let Some(name) = name.to_str().filter(is_ours) else { continue };
             let stat = self.root.look(name).map_err(self.root.error("cannot look at", name))?;
             if stat.is_some_and(|stat| stat.kind == Kind::Dir) {
                 steps.push(name.to_owned());

@@ -1,0 +1,441 @@
+//! The follower: brings the memory of another process to each new version.
+
+use super::copying::{commit, copy};
+use super::double::{Double, Reader};
+use super::inventory::{Holding, Inventory};
+use super::listing::{Cache, Item, Listing, Node, Way};
+use super::reading::Delta;
+use super::watch::Watch;
+use super::weights::Weights;
+use crate::checkpoint::Checkpoint;
+use crate::completion::deadline_after;
+use crate::delta::{self, How, Numbers};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+use crate::storage::local::Local;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often a follower lists the versions again when one goes away while it is read.
+const TRIES: usize = 8;
+
+/// How weights get from one version to the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Switch {
+    /// One copy, which is written in place, in the call that applies the update: nothing may read it then.
+    /// Everything is checked before the first write.
+    #[default]
+    InPlace,
+    /// Two copies: the other one is brought to the new version, and then [`Reader`]s are shown that.
+    Double,
+}
+
+/// Builds a [`Follow`].
+#[derive(Debug)]
+pub struct Follower {
+    storage: Arc<dyn Storage>,
+    root: Option<PathBuf>,
+    own: Option<Arc<dyn Storage>>,
+    switch: Switch,
+    poll: Duration,
+    confirm: bool,
+}
+
+impl Follower {
+    /// Keeps a chain of its own in the directory `path`: each version is copied there, and is durable there,
+    /// before the weights become it. A restart begins with it.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or opened.
+    pub fn copy_to(self, path: impl AsRef<Path>) -> Result<Self> {
+        Ok(self.copy_to_storage(Arc::new(Local::open(path)?)))
+    }
+
+    /// [`Follower::copy_to`], to a storage.
+    pub fn copy_to_storage(mut self, storage: Arc<dyn Storage>) -> Self {
+        self.own = Some(storage);
+        self
+    }
+
+    /// Sets how weights get from one version to the next. Default: [`Switch::InPlace`].
+    pub fn switch(mut self, switch: Switch) -> Self {
+        self.switch = switch;
+        self
+    }
+
+    /// Sets how often the directory is listed. Events of the file system make it sooner. Default: 200 ms.
+    pub fn poll_every(mut self, interval: Duration) -> Self {
+        self.poll = interval;
+        self
+    }
+
+    /// Sets whether a version is made durable where it was published, before the weights become it. Default:
+    /// true. Without it, and after a power cut at the publisher, weights can be a version that is gone; the
+    /// next update then loads a full. For mounts on which files cannot be fsynced.
+    pub fn confirm(mut self, confirm: bool) -> Self {
+        self.confirm = confirm;
+        self
+    }
+
+    /// Begins with `weights`, which become the newest version of the follower's own copy, if there is one.
+    ///
+    /// # Errors
+    /// `Invalid` when memory is lent and the switch is [`Switch::Double`]. Errors of the own copy: it can be
+    /// deleted.
+    pub fn start(self, weights: Weights<'_>) -> Result<Follow<'_>> {
+        let held = match self.switch {
+            Switch::InPlace => Held::InPlace(weights),
+            Switch::Double if weights.is_fresh() => Held::Double(Double::new(Weights::new())),
+            Switch::Double => return Err(Error::invalid("two copies need memory of their own: lend none")),
+        };
+        let watch = Watch::new(self.root.as_deref());
+        let (mut cache, settings) = (Cache::default(), self);
+        let own = match &settings.own {
+            Some(own) => Listing::read(own, &mut cache)?.ahead(None).map(|(_, way)| (own.clone(), way)),
+            None => None,
+        };
+        let mut follow = Follow { settings, held, cache: Cache::default(), watch };
+        if let Some((own, way)) = own {
+            for item in way.full.iter().chain(&way.deltas) {
+                let update = follow.read(&own, item)?;
+                follow.apply(update)?;
+            }
+        }
+        Ok(follow)
+    }
+}
+
+/// Follows a chain: a copy of the weights that becomes each new version.
+///
+/// ```
+/// # use ashore::chain::{Follow, Publisher, Switch, Weights};
+/// # use ashore::StateDict;
+/// # use std::time::Duration;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let root = dir.path();
+/// # let publisher = Publisher::open(root)?.arena(4 << 20).build()?;
+/// # let mut state = StateDict::new();
+/// # state.tensor("w", vec![1.0_f32; 4])?;
+/// # publisher.publish(state)?.wait(Duration::from_secs(60))?;
+/// let mut follow = Follow::open(root)?.switch(Switch::Double).start(Weights::new())?;
+/// let reader = follow.reader().expect("two copies"); // for the threads that serve
+/// while let Some(version) = follow.advance(Duration::from_millis(10))? {
+///     assert_eq!(reader.get().version(), Some(version));
+/// }
+/// assert_eq!(reader.get().elements::<f32>("w")?, [1.0; 4]);
+/// # Ok::<(), ashore::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Follow<'a> {
+    settings: Follower,
+    held: Held<'a>,
+    cache: Cache,
+    watch: Watch,
+}
+
+enum Held<'a> {
+    InPlace(Weights<'a>),
+    Double(Double),
+}
+
+impl std::fmt::Debug for Held<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::InPlace(weights) => weights.fmt(f),
+            Self::Double(double) => double.front().fmt(f),
+        }
+    }
+}
+
+/// A version that was read, checked and made durable, and not yet applied.
+pub struct Update {
+    what: What,
+    /// What it was checked against.
+    base: Option<Holding>,
+    becomes: Holding,
+    bytes: u64,
+}
+
+enum What {
+    Full(Checkpoint, Inventory),
+    Delta(Delta, Inventory),
+}
+
+/// What an update changes in one tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Changed {
+    /// The tensor.
+    pub name: String,
+    /// Indices of elements, in ascending order; None: the whole tensor.
+    pub indices: Option<Vec<u64>>,
+    /// Their new values, little-endian, one behind the other.
+    pub values: Vec<u8>,
+}
+
+impl Update {
+    /// The version that the weights become.
+    pub fn version(&self) -> u64 {
+        self.becomes.version
+    }
+
+    /// Whether it is read whole, and not put on what is there.
+    pub fn is_full(&self) -> bool {
+        matches!(self.what, What::Full(..))
+    }
+
+    /// The length of its files.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// What a delta changes in the weights that it was made for, tensor by tensor, for memory that this
+    /// library does not write: `index_copy_` on a GPU. Empty for a full.
+    ///
+    /// # Errors
+    /// `Invalid` when these are not those weights.
+    pub fn changes(&self, weights: &Weights<'_>) -> Result<Vec<Changed>> {
+        let What::Delta(delta, _) = &self.what else { return Ok(Vec::new()) };
+        if weights.holding() != self.base {
+            return Err(Error::invalid("an update is asked what it changes in other weights").with_step(self.version()));
+        }
+        let mut changed = Vec::new();
+        for (entry, patch) in delta.manifest.tensors.iter().zip(&delta.patches) {
+            let name = entry.name.clone();
+            if patch.how == How::Whole {
+                changed.push(Changed { name, indices: None, values: patch.columns.concat() });
+                continue;
+            }
+            let (mut indices, mut values) = (Vec::new(), Vec::new());
+            delta::visit(weights.bytes(&name)?, Numbers::of(entry.dtype), patch, &mut |index, value| {
+                indices.push(index as u64);
+                values.extend_from_slice(value);
+                Ok(())
+            })?;
+            changed.push(Changed { name, indices: Some(indices), values });
+        }
+        Ok(changed)
+    }
+}
+
+impl std::fmt::Debug for Update {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut out = f.debug_struct("Update");
+        out.field("version", &self.version()).field("full", &self.is_full()).field("bytes", &self.bytes).finish()
+    }
+}
+
+impl Follow<'_> {
+    /// Returns a builder of a follower of the chain in the directory `root`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such directory.
+    pub fn open(root: impl AsRef<Path>) -> Result<Follower> {
+        let follower = Self::over(Arc::new(Local::at(root.as_ref())?));
+        Ok(Follower { root: Some(root.as_ref().into()), ..follower })
+    }
+
+    /// Returns a builder of a follower of the chain in `storage`.
+    pub fn over(storage: Arc<dyn Storage>) -> Follower {
+        let poll = Duration::from_millis(200);
+        Follower { storage, root: None, own: None, switch: Switch::InPlace, poll, confirm: true }
+    }
+
+    /// The weights, at the version that was last applied.
+    pub fn weights(&self) -> &Weights<'_> {
+        match &self.held {
+            Held::InPlace(weights) => weights,
+            Held::Double(double) => double.front(),
+        }
+    }
+
+    /// What gives other threads the newest version; None with [`Switch::InPlace`].
+    pub fn reader(&self) -> Option<Reader> {
+        match &self.held {
+            Held::InPlace(_) => None,
+            Held::Double(double) => Some(double.reader()),
+        }
+    }
+
+    /// The version that the weights are.
+    pub fn version(&self) -> Option<u64> {
+        self.weights().version()
+    }
+
+    /// Waits until there is a newer version, and applies all that are there. Returns the version that the
+    /// weights are now, or None when `timeout` passed first.
+    ///
+    /// # Errors
+    /// As [`Follow::next`] and [`Follow::apply`]; versions before the one that failed are applied.
+    pub fn advance(&mut self, timeout: Duration) -> Result<Option<u64>> {
+        let Some(update) = self.next(timeout)? else { return Ok(None) };
+        let mut version = self.apply(update)?;
+        while let Some(update) = self.prepare()? {
+            version = self.apply(update)?;
+        }
+        Ok(Some(version))
+    }
+
+    /// Waits until there is a newer version; reads and checks the first update on the way to the newest that
+    /// reads the fewest bytes, and makes it durable. Nothing is written to the weights. Returns None when
+    /// `timeout` passed first.
+    ///
+    /// # Errors
+    /// Errors of the storages. `Invalid` when a version was made for other weights, `Corrupt` when it is not
+    /// what was written, `NoSpace` when the own copy has no space; each names version and path, and the
+    /// tensor, if it is one. The weights are as they were, and a later call tries again.
+    pub fn next(&mut self, timeout: Duration) -> Result<Option<Update>> {
+        let deadline = deadline_after(timeout);
+        loop {
+            if let Some(update) = self.prepare()? {
+                return Ok(Some(update));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            self.watch.wait(left.min(self.settings.poll));
+        }
+    }
+
+    /// Applies an update, which the weights have not changed since. Returns the version that they are now.
+    ///
+    /// # Errors
+    /// `Invalid` when the weights are another version than the update was read for. With two copies, the
+    /// weights are as they were after any error. In place, a failed read of a full leaves them unusable until
+    /// the next full; a delta has been checked and does not fail.
+    pub fn apply(&mut self, update: Update) -> Result<u64> {
+        if self.weights().holding() != update.base {
+            let (here, version) = (self.version(), update.version());
+            return Err(Error::invalid(format!("an update was read for other weights here={here:?}")).with_step(version));
+        }
+        match (update.what, &mut self.held) {
+            (What::Delta(delta, after), Held::InPlace(weights)) => weights.apply(&delta, after)?,
+            (What::Delta(delta, after), Held::Double(double)) => double.apply(delta, after)?,
+            (What::Full(full, inventory), Held::InPlace(weights)) => weights.load(&full, inventory)?,
+            (What::Full(full, inventory), Held::Double(double)) => double.load(&full, inventory)?,
+        }
+        if self.settings.own.is_some() {
+            crate::guard::attempt("shorten the follower's own copy", || self.shorten());
+        }
+        Ok(update.becomes.version)
+    }
+
+    /// The next update, if there is a newer version.
+    fn prepare(&mut self) -> Result<Option<Update>> {
+        let mut tries = 1;
+        loop {
+            let listing = Listing::read(&self.settings.storage, &mut self.cache)?;
+            let held = self.weights().holding().map(|holding| (holding.version, holding.attempt));
+            let Some((target, way)) = listing.ahead(held) else { return Ok(None) };
+            match self.first(&listing, target, &way) {
+                Ok(update) => return Ok(Some(update)),
+                // The version was removed or replaced while it was read: list again.
+                Err(error) if again(&error) && tries < TRIES => tries += 1,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The first update on a way; if it does not fit the weights, the full from which the version can be
+    /// built without it.
+    fn first(&mut self, listing: &Listing, target: Node, way: &Way) -> Result<Update> {
+        let Some(item) = way.full.as_ref().or(way.deltas.first()) else {
+            return Err(Error::internal("a way to a version is empty"));
+        };
+        let error = match self.fetch(item) {
+            Err(error) if way.full.is_none() && !again(&error) => error,
+            fetched => return fetched,
+        };
+        let around = listing.way(None, target).and_then(|way| way.full);
+        match around.filter(|full| full.number >= item.number) {
+            Some(full) => {
+                tracing::warn!(error = format_args!("{error:#}"), "a delta does not fit; a full is loaded instead");
+                self.fetch(&full)
+            }
+            None => Err(error),
+        }
+    }
+
+    /// Makes a version durable and reads it.
+    fn fetch(&mut self, item: &Item) -> Result<Update> {
+        let storage = self.settings.storage.clone();
+        let located = |error: Error| error.with_step(item.number).with_path(storage.describe(&item.name));
+        if self.settings.confirm && !super::blind() {
+            storage.confirm(&item.name).map_err(located)?;
+        }
+        let Some(own) = self.settings.own.clone() else { return self.read(&storage, item) };
+        // Checked before it is copied: the own copy has nothing that does not fit.
+        let update = self.read(&storage, item)?;
+        keep(&storage, &own, item).map_err(|error| {
+            error.with_step(item.number).with_path(own.describe(&item.name))
+        })?;
+        Ok(update)
+    }
+
+    /// Reads a version and checks it against the weights.
+    fn read(&self, storage: &Arc<dyn Storage>, item: &Item) -> Result<Update> {
+        let (base, bytes) = (self.weights().holding(), item.bytes);
+        let what = if item.base.is_some() {
+            let reading = storage.open(&item.name).map_err(|e| e.with_step(item.number))?;
+            let delta = Delta::read(reading.as_ref(), &storage.describe(&item.name))?;
+            let after = self.weights().check(&delta)?;
+            What::Delta(delta, after)
+        } else {
+            let full = Checkpoint::from_storage(storage.clone(), &item.name)?;
+            let (inventory, _) = Inventory::of(&full)?;
+            self.weights().fits(full.step(), &inventory)?;
+            // In place there is no copy to go back to: all bytes are checked before the first is written.
+            if base.is_some()
+                && matches!(self.held, Held::InPlace(_))
+                && let Some(damage) = full.verify()?.damage.into_iter().next()
+            {
+                let what = format!("a full is damaged: {} tensor={:?}", damage.what, damage.tensor);
+                return Err(Error::corrupt(what).with_step(item.number).with_path(full.path().join(&damage.file)));
+            }
+            What::Full(full, inventory)
+        };
+        let becomes = match &what {
+            What::Full(full, inventory) => super::listing::holding(full, inventory),
+            What::Delta(delta, _) => delta.holding(),
+        };
+        Ok(Update { what, base, becomes, bytes })
+    }
+
+    /// Copies the newest full that leads to the weights to the own copy, when its deltas have become long.
+    fn shorten(&mut self) -> Result<()> {
+        let (Some(own), Some(version)) = (&self.settings.own, self.version()) else { return Ok(()) };
+        let mine = Listing::read(own, &mut Cache::default())?;
+        let Some((at, full)) = mine.fulls().last_key_value().map(|(at, full)| (*at, full.bytes)) else { return Ok(()) };
+        let deltas: u64 = mine.items.iter().filter(|item| item.base.is_some() && item.number > at).map(|i| i.bytes).sum();
+        let mut newest = at;
+        if deltas > full / 2 {
+            let listing = Listing::read(&self.settings.storage, &mut self.cache)?;
+            let next = listing.fulls().range(at + 1..=version).next_back().map(|(_, item)| (*item).clone());
+            if let Some(next) = next {
+                keep(&self.settings.storage, own, &next)?;
+                newest = next.number;
+            }
+        }
+        super::retention::prune(own, version, Some(newest), 0).map(drop)
+    }
+}
+
+/// Copies a version to the follower's own chain, unless it is there.
+fn keep(from: &Arc<dyn Storage>, to: &Arc<dyn Storage>, item: &Item) -> Result<()> {
+    let mine = Listing::read(to, &mut Cache::default())?;
+    match mine.items.iter().find(|mine| mine.name == item.name) {
+        Some(mine) if mine.attempt == item.attempt && mine.bytes == item.bytes => return to.confirm(&item.name),
+        // Another one of this number, which the publisher has lost, or a damaged one.
+        _ => super::retention::replace(to.as_ref(), &item.name)?,
+    }
+    let reading = from.open(&item.name)?;
+    commit(to.as_ref(), &item.name, item.attempt, |to| copy(reading.as_ref(), to))?.settle()
+}
+
+/// Whether a version went away while it was read.
+fn again(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Conflict)
+}

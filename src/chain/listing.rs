@@ -1,0 +1,281 @@
+//! Which versions a chain has, and which way leads to the newest.
+
+use super::inventory::{Holding, Inventory};
+use super::reading::{manifest_bytes, manifest_head};
+use crate::checkpoint::Checkpoint;
+use crate::delta::{Base, Manifest, is_delta};
+use crate::error::{Error, ErrorKind, Result, found};
+use crate::format::seal::is_ours;
+use crate::id::{Attempt, parse_version_name};
+use crate::storage::Storage;
+use crate::storage::local::Local;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+
+/// A directory of a chain: a version, or a full beside a version that is a delta.
+#[derive(Clone, Debug)]
+pub(super) struct Item {
+    pub number: u64,
+    pub name: String,
+    pub attempt: Attempt,
+    pub bytes: u64,
+    /// None: a full.
+    pub base: Option<Base>,
+}
+
+impl Item {
+    fn node(&self) -> Node {
+        (self.number, self.attempt)
+    }
+}
+
+/// A state that a chain leads to.
+pub(super) type Node = (u64, Attempt);
+
+/// The versions in a directory.
+///
+/// ```
+/// # use ashore::chain::{Chain, Publisher};
+/// # use ashore::StateDict;
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let root = dir.path();
+/// # let publisher = Publisher::open(root)?.arena(4 << 20).build()?;
+/// # let mut state = StateDict::new();
+/// # state.tensor("w", vec![1.0_f32; 4])?;
+/// # publisher.publish(state)?.wait(std::time::Duration::from_secs(60))?;
+/// let chain = Chain::open(root)?;
+/// let version = &chain.versions()?[0];
+/// assert_eq!((version.number, version.base, version.buildable), (1, None, true));
+/// assert!(chain.holes()?.is_empty());
+/// # Ok::<(), ashore::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Chain {
+    storage: Arc<dyn Storage>,
+}
+
+/// A directory of a chain.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
+pub struct Version {
+    /// The number of the version.
+    pub number: u64,
+    /// The name of its directory.
+    pub name: String,
+    /// The version that a delta is put on; None: a full.
+    pub base: Option<u64>,
+    /// The attempt that was published.
+    pub attempt: Attempt,
+    /// The length of its files.
+    pub bytes: u64,
+    /// Whether a new reader can build it from what is in the directory.
+    pub buildable: bool,
+}
+
+/// A version that cannot be built, although no later full replaces it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
+pub struct Hole {
+    /// The version that cannot be built.
+    pub number: u64,
+    /// The version that is missing, or is another one than the delta was made for.
+    pub missing: u64,
+}
+
+impl Chain {
+    /// The chain in the directory `root`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such directory.
+    pub fn open(root: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self::over(Arc::new(Local::at(root)?)))
+    }
+
+    /// The chain in `storage`.
+    pub fn over(storage: Arc<dyn Storage>) -> Self {
+        Self { storage }
+    }
+
+    /// Every version, oldest first; a full beside a delta comes after it.
+    ///
+    /// # Errors
+    /// When the directory cannot be read. A directory that is no version, or is damaged, is left out.
+    pub fn versions(&self) -> Result<Vec<Version>> {
+        let listing = Listing::read(&self.storage, &mut Cache::default())?;
+        let version = |item: &Item| Version {
+            number: item.number,
+            name: item.name.clone(),
+            base: item.base.as_ref().map(|base| base.version),
+            attempt: item.attempt,
+            bytes: item.bytes,
+            buildable: listing.way(None, item.node()).is_some(),
+        };
+        Ok(listing.items.iter().map(version).collect())
+    }
+
+    /// The versions after the newest full that can be built which cannot be built themselves, oldest first.
+    ///
+    /// # Errors
+    /// As [`Chain::versions`].
+    pub fn holes(&self) -> Result<Vec<Hole>> {
+        Ok(Listing::read(&self.storage, &mut Cache::default())?.holes())
+    }
+}
+
+/// What was read of directories, which never change under a name while they have the same identity.
+#[derive(Debug, Default)]
+pub(super) struct Cache(HashMap<String, (Option<(u64, u64)>, Option<Item>)>);
+
+/// The versions of a chain at one moment.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Listing {
+    /// By number, a full beside a delta after it.
+    pub items: Vec<Item>,
+}
+
+/// How to get to a version: from a full or from what is held, over deltas.
+#[derive(Clone, Debug)]
+pub(super) struct Way {
+    pub full: Option<Item>,
+    /// In the order in which they are applied.
+    pub deltas: Vec<Item>,
+    pub bytes: u64,
+}
+
+impl Listing {
+    /// Reads the manifests of all versions that `cache` does not know.
+    ///
+    /// # Errors
+    /// When the names cannot be listed.
+    pub fn read(storage: &Arc<dyn Storage>, cache: &mut Cache) -> Result<Self> {
+        let mut names: Vec<_> = storage.list()?;
+        names.retain(|name| parse_version_name(name).is_some());
+        cache.0.retain(|name, _| names.contains(name));
+        let mut items = Vec::with_capacity(names.len());
+        for name in names {
+            items.extend(look(storage, &name, cache)?);
+        }
+        items.sort_by(|a, b| (a.number, &a.name).cmp(&(b.number, &b.name)));
+        Ok(Self { items })
+    }
+
+    /// The newest version that can be built, if it is newer than what is held; older ones count where what is
+    /// held is not in the chain. With the way to it that reads the fewest bytes.
+    pub fn ahead(&self, held: Option<Node>) -> Option<(Node, Way)> {
+        let known = held.is_some_and(|held| self.items.iter().any(|item| item.node() == held));
+        let mut nodes: Vec<Node> = self.items.iter().map(Item::node).collect();
+        nodes.dedup();
+        let wanted = |node: &Node| held.is_none_or(|held| *node != held && (node.0 > held.0 || !known));
+        let reached = |node: Node| self.way(held, node).map(|way| (node, way));
+        nodes.into_iter().rev().filter(wanted).find_map(reached)
+    }
+
+    /// The way to `target` that reads the fewest bytes, from what is held or from a full.
+    pub fn way(&self, held: Option<Node>, target: Node) -> Option<Way> {
+        let (mut at, mut deltas, mut bytes, mut best) = (target, Vec::<Item>::new(), 0_u64, None::<Way>);
+        // Numbers fall from a delta to its base, so this ends.
+        loop {
+            let mut way = |full: Option<&Item>| {
+                let bytes = bytes + full.map_or(0, |full| full.bytes);
+                if best.as_ref().is_none_or(|best: &Way| bytes < best.bytes) {
+                    best = Some(Way { full: full.cloned(), deltas: deltas.iter().rev().cloned().collect(), bytes });
+                }
+            };
+            if held.is_some_and(|held| held == at || super::blind() && held.0 == at.0) {
+                way(None);
+                break;
+            }
+            let here = || self.items.iter().filter(|item| item.node() == at);
+            if let Some(full) = here().find(|item| item.base.is_none()) {
+                way(Some(full));
+            }
+            let Some(delta) = here().find(|item| item.base.is_some()) else { break };
+            let Some(base) = &delta.base else { break };
+            at = (base.version, base.attempt);
+            bytes = bytes.saturating_add(delta.bytes);
+            deltas.push(delta.clone());
+        }
+        best
+    }
+
+    /// See [`Chain::holes`].
+    pub fn holes(&self) -> Vec<Hole> {
+        let newest = self.items.iter().filter(|item| item.base.is_none()).map(|item| item.number).max();
+        let after = |item: &&Item| newest.is_none_or(|newest| item.number > newest);
+        let hole = |item: &Item| {
+            let mut missing = item;
+            while let Some(base) = &missing.base {
+                let Some(next) = self.items.iter().find(|item| item.node() == (base.version, base.attempt)) else {
+                    return Hole { number: item.number, missing: base.version };
+                };
+                missing = next;
+            }
+            Hole { number: item.number, missing: missing.number }
+        };
+        self.items.iter().filter(after).filter(|item| self.way(None, item.node()).is_none()).map(hole).collect()
+    }
+
+    /// The highest number that any version has.
+    pub fn highest(&self) -> Option<u64> {
+        self.items.iter().map(|item| item.number).max()
+    }
+
+    /// Fulls by number.
+    pub fn fulls(&self) -> BTreeMap<u64, &Item> {
+        self.items.iter().filter(|item| item.base.is_none()).map(|item| (item.number, item)).collect()
+    }
+}
+
+/// A version by its name; None when it is not one of ours, is damaged, or has gone.
+fn look(storage: &Arc<dyn Storage>, name: &str, cache: &mut Cache) -> Result<Option<Item>> {
+    let Some(reading) = found(storage.open(name))? else { return Ok(None) };
+    let identity = reading.identity();
+    if let Some((known, item)) = cache.0.get(name)
+        && identity.is_some()
+        && *known == identity
+    {
+        return Ok(item.clone());
+    }
+    let path = storage.describe(name);
+    let item = match manifest_head(reading.as_ref()) {
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => return Err(error.with_path(path)),
+        Ok(head) if is_delta(&head) => {
+            match manifest_bytes(reading.as_ref(), &path).and_then(|bytes| Ok((Manifest::parse(&bytes)?, bytes.len()))) {
+                Ok((manifest, length)) => Some(Item {
+                    number: manifest.number,
+                    name: name.into(),
+                    attempt: manifest.attempt,
+                    bytes: manifest.bytes.saturating_add(length as u64),
+                    base: Some(manifest.base),
+                }),
+                Err(error) => left_out(name, &error),
+            }
+        }
+        Ok(head) if is_ours(&head) => match Checkpoint::from_storage(storage.clone(), name) {
+            Ok(full) => Some(Item {
+                number: full.step(),
+                name: name.into(),
+                attempt: full.attempt(),
+                bytes: full.bytes(),
+                base: None,
+            }),
+            Err(error) => left_out(name, &error),
+        },
+        Ok(_) => None,
+    };
+    let item = item.filter(|item| parse_version_name(name).is_some_and(|(number, _)| number == item.number));
+    cache.0.insert(name.into(), (identity, item.clone()));
+    Ok(item)
+}
+
+fn left_out(name: &str, error: &Error) -> Option<Item> {
+    tracing::warn!(name, error = format_args!("{error:#}"), "a version cannot be read, and is left out");
+    None
+}
+
+/// Which version an open full is.
+pub(super) fn holding(full: &Checkpoint, inventory: &Inventory) -> Holding {
+    Holding { version: full.step(), attempt: full.attempt(), state: inventory.digest() }
+}

@@ -1,0 +1,183 @@
+//! The publisher's state, and the commit of a version.
+
+use super::copying::{commit, copy};
+use super::encoding::{Encoded, Held, encode};
+use super::settings::{Kind, Published, Settings};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
+use crate::guard;
+use crate::id::{Attempt, version_name};
+use crate::mutant::{self, Mutant};
+use crate::storage::{Memory, Storage, Writing};
+use crate::sync::lock;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+/// What the threads of a publisher share.
+pub(super) struct Shared {
+    pub storage: Arc<dyn Storage>,
+    /// Where saves are staged before it is known what becomes of them.
+    pub memory: Memory,
+    pub settings: Settings,
+    pub state: Mutex<State>,
+    /// One version at a time is committed.
+    turn: Mutex<()>,
+    /// Where the results of saves under way go.
+    pub slots: Mutex<HashMap<Attempt, Arc<OnceLock<Published>>>>,
+}
+
+/// What is durable, and what memory holds.
+#[derive(Default)]
+pub(super) struct State {
+    /// The newest durable version, bit for bit. None: the next version is a full.
+    pub held: Option<Arc<Held>>,
+    /// The number of the newest version, durable or not.
+    pub newest: u64,
+    /// The newest full that is known to be durable.
+    pub full: Option<u64>,
+    /// The length of that full, of the deltas since, and their number.
+    pub full_bytes: u64,
+    pub delta_bytes: u64,
+    pub deltas: u64,
+    /// Another publisher has taken the chain over.
+    pub ended: Option<Error>,
+}
+
+impl Shared {
+    pub fn new(storage: Arc<dyn Storage>, settings: Settings, state: State) -> Self {
+        let (memory, state) = (Memory::new(), Mutex::new(state));
+        Self { storage, memory, settings, state, turn: Mutex::new(()), slots: Mutex::default() }
+    }
+
+    /// Publishes the version that was staged under `name`.
+    ///
+    /// # Errors
+    /// `Conflict` when another publisher has published the number, and for every later version;
+    /// `Indeterminate` when it is unknown whether it is published: the next version is a full then.
+    pub fn commit(&self, name: &str, number: u64) -> Result<(Arc<dyn Writing>, Published)> {
+        let _turn = lock(&self.turn);
+        let (staged, step) = Held::staged(&self.memory, name).map_err(|e| e.with_step(number))?;
+        let base = {
+            let mut state = lock(&self.state);
+            if let Some(error) = &state.ended {
+                return Err(error.clone());
+            }
+            if number <= state.newest {
+                let what = format!("a later version was committed first version={number} newest={}", state.newest);
+                return Err(Error::new(ErrorKind::Cancelled, what).with_step(number));
+            }
+            state.newest = number;
+            state.held.clone()
+        };
+        let staged = Arc::new(staged);
+        let (delta, encoding) = self.delta(base.as_deref(), &staged, &step)?;
+        if mutant::on(Mutant::ChainOrder) {
+            lock(&self.state).held = Some(staged.clone());
+        }
+        let attempt = staged.holding.attempt;
+        let written = match &delta {
+            Some(delta) => commit(self.storage.as_ref(), name, attempt, |to| delta.write(to)),
+            None => self.write_full(name, &staged),
+        };
+        let mut state = lock(&self.state);
+        let writing = match written {
+            Ok(writing) => writing,
+            Err(error) => {
+                let error = error.with_step(number);
+                match error.kind() {
+                    // What memory holds may be on top of a version that a crash takes away.
+                    ErrorKind::Indeterminate if mutant::on(Mutant::ChainUnclear) => state.held = Some(staged),
+                    ErrorKind::Indeterminate => state.held = None,
+                    ErrorKind::Conflict => state.ended = Some(taken_over(&error)),
+                    _ => {}
+                }
+                return Err(error);
+            }
+        };
+        let (kind, bytes) = match (&delta, &base) {
+            (Some(delta), Some(base)) => {
+                (state.delta_bytes, state.deltas) = (state.delta_bytes + delta.bytes(), state.deltas + 1);
+                (Kind::Delta { base: base.holding.version, changed: delta.changed() }, delta.bytes())
+            }
+            _ => {
+                state.full_is_durable(number, staged.bytes);
+                (Kind::Full, staged.bytes)
+            }
+        };
+        let published = Published {
+            version: number,
+            attempt,
+            kind,
+            bytes,
+            full_bytes: staged.bytes,
+            state: staged.holding.state.to_bits(),
+            path: self.storage.describe(name),
+            encoding,
+        };
+        state.held = Some(staged);
+        Ok((writing, published))
+    }
+
+    /// The delta from what is held, unless a full is shorter or the structure is another.
+    fn delta(&self, base: Option<&Held>, new: &Held, step: &Checkpoint) -> Result<(Option<Encoded>, Duration)> {
+        let began = Instant::now();
+        let Some(base) = base.filter(|base| base.inventory.is_like(&new.inventory)) else {
+            return Ok((None, Duration::ZERO));
+        };
+        let delta = encode(base, new, step, self.settings.form)?;
+        let worthwhile = delta.bytes() <= new.bytes / 2;
+        Ok(if worthwhile { (Some(delta), began.elapsed()) } else { (None, Duration::ZERO) })
+    }
+
+    fn write_full(&self, name: &str, held: &Held) -> Result<Arc<dyn Writing>> {
+        let files = held.files.clone().ok_or_else(|| Error::internal("a full is written from staged files"))?;
+        let from = Memory::over(name, files);
+        let reading = from.open(name)?;
+        commit(self.storage.as_ref(), name, held.holding.attempt, |to| copy(reading.as_ref(), to))
+    }
+
+    /// What follows an acknowledged version: a full beside the newest delta where the deltas have become
+    /// long, and the removal of what no reader needs.
+    pub fn tidy(&self) {
+        let due = {
+            let state = lock(&self.state);
+            let long = state.delta_bytes > state.full_bytes / 2 || state.deltas >= self.settings.full_every;
+            state.held.clone().filter(|held| long && held.files.is_some())
+        };
+        if let Some(held) = due {
+            let name = version_name(held.holding.version, true);
+            guard::attempt("write a full beside a delta", || {
+                let written = self.write_full(&name, &held)?;
+                lock(&self.state).full_is_durable(held.holding.version, held.bytes);
+                written.settle()
+            });
+        }
+        guard::attempt("remove old versions", || self.prune().map(drop));
+    }
+
+    /// Removes versions that are older than the newest durable full, and returns their names.
+    ///
+    /// # Errors
+    /// Those of the storage.
+    pub fn prune(&self) -> Result<Vec<String>> {
+        let (newest, full) = {
+            let state = lock(&self.state);
+            (state.newest, state.full)
+        };
+        super::retention::prune(&self.storage, newest, full, self.settings.grace)
+    }
+}
+
+impl State {
+    fn full_is_durable(&mut self, number: u64, bytes: u64) {
+        (self.full, self.full_bytes) = (Some(number), bytes);
+        (self.delta_bytes, self.deltas) = (0, 0);
+    }
+}
+
+fn taken_over(error: &Error) -> Error {
+    let what = "another publisher has published to this chain; this one has ended";
+    let ended = Error::new(ErrorKind::Conflict, what).with_source_of(error);
+    error.path().map(|path| ended.clone().with_path(path)).unwrap_or(ended)
+}

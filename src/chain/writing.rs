@@ -1,0 +1,123 @@
+//! The storage that an executor saves versions to: in memory first, because what becomes of a version
+//! follows from all of its bytes.
+
+use super::shared::Shared;
+use crate::error::{Error, Result};
+use crate::id::{Attempt, parse_version_name};
+use crate::storage::{FileWriting, Reading, Storage, Sweep, Swept, Writing};
+use crate::sync::lock;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+/// Takes the saves of versions.
+#[derive(Clone)]
+pub(super) struct VersionStorage(pub Arc<Shared>);
+
+impl fmt::Debug for VersionStorage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VersionStorage({:?})", self.0.storage)
+    }
+}
+
+impl Storage for VersionStorage {
+    fn begin(&self, name: &str, attempt: Attempt, _: bool) -> Result<Arc<dyn Writing>> {
+        let Some((number, false)) = parse_version_name(name) else {
+            return Err(Error::invalid("only versions are saved to a chain").with_path(self.describe(name)));
+        };
+        let staged = self.0.memory.begin(name, attempt, true)?;
+        let (shared, published) = (self.0.clone(), Mutex::new(None));
+        Ok(Arc::new(VersionWriting { shared, staged, name: name.into(), number, attempt, published }))
+    }
+
+    fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
+        self.0.storage.open(name)
+    }
+
+    /// No steps: versions are not those of an executor's catalog.
+    fn list(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    fn confirm(&self, name: &str) -> Result<()> {
+        self.0.storage.confirm(name)
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        self.0.storage.remove(name)
+    }
+
+    fn sweep(&self, how: Sweep) -> Result<Swept> {
+        self.0.storage.sweep(how)
+    }
+
+    fn touch(&self) -> Result<()> {
+        self.0.storage.touch()
+    }
+
+    fn hint(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    /// The chain, for an executor that saves elsewhere too.
+    fn elsewhere(&self, _: &Path, _: bool) -> Result<Arc<dyn Storage>> {
+        Ok(Arc::new(self.clone()))
+    }
+
+    fn describe(&self, name: &str) -> PathBuf {
+        self.0.storage.describe(name)
+    }
+}
+
+/// A version being saved.
+struct VersionWriting {
+    shared: Arc<Shared>,
+    staged: Arc<dyn Writing>,
+    name: String,
+    number: u64,
+    attempt: Attempt,
+    /// What was made durable in the chain.
+    published: Mutex<Option<Arc<dyn Writing>>>,
+}
+
+impl fmt::Debug for VersionWriting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VersionWriting({})", self.name)
+    }
+}
+
+impl Writing for VersionWriting {
+    fn create(&self, file: &str, len: u64) -> Result<Arc<dyn FileWriting>> {
+        self.staged.create(file, len)
+    }
+
+    fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
+        self.staged.put(file, bytes)
+    }
+
+    fn publish(&self, _: bool) -> Result<()> {
+        self.staged.publish(true)?;
+        let (writing, published) = self.shared.commit(&self.name, self.number)?;
+        if let Some(slot) = lock(&self.shared.slots).remove(&self.attempt) {
+            let _ = slot.set(published);
+        }
+        *lock(&self.published) = Some(writing);
+        Ok(())
+    }
+
+    fn settle(&self) -> Result<()> {
+        let published = lock(&self.published).take();
+        let settled = published.map_or(Ok(()), |writing| writing.settle());
+        self.shared.tidy();
+        settled
+    }
+
+    fn abandon(&self) -> Result<()> {
+        lock(&self.shared.slots).remove(&self.attempt);
+        match self.staged.abandon() {
+            // It was staged whole, and then refused: the commit has deleted what it had made of it.
+            Err(_) => Ok(()),
+            abandoned => abandoned,
+        }
+    }
+}
