@@ -4,6 +4,7 @@
 mod adamw;
 mod age;
 mod bench;
+mod chain;
 mod convert;
 mod damage;
 mod demo;
@@ -140,6 +141,14 @@ enum Verb {
     Mark(mark::Args),
     /// Write a checkpoint in another layout: for Hugging Face's tools, or for another number of ranks
     Convert(convert::Args),
+    /// Write what changed between two steps, a small part of the later one
+    Delta(chain::DeltaArgs),
+    /// Make the later step of an older one and deltas
+    Apply(chain::ApplyArgs),
+    /// List published versions; exit 3 when a version cannot be built
+    Chain(chain::ChainArgs),
+    /// Copy published versions as they come
+    Follow(chain::FollowArgs),
     /// Delete old checkpoints; without --yes, only show what would be deleted
     Prune(prune::Args),
     /// Measure speed against the machine's own limits
@@ -166,6 +175,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Repair(args) => repair::run(common, args),
         Verb::Mark(args) => mark::run(common, args),
         Verb::Convert(args) => convert::run(common, args),
+        Verb::Delta(args) => chain::delta(common, args),
+        Verb::Apply(args) => chain::apply(common, args),
+        Verb::Chain(args) => chain::chain(common, args),
+        Verb::Follow(args) => chain::follow(common, args),
         Verb::Prune(args) => prune::run(common, args),
         Verb::Bench { args, .. } => bench::run(common, args),
         Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS),
