@@ -236,6 +236,10 @@ commit-model *arguments:
     checks/model/commit.py {{ arguments }}
     checks/model/store.py {{ arguments }}
 
+# Explores every interleaving of a chain of published versions, for small sizes, and what breaks without each rule.
+chain-model *arguments:
+    checks/model/chain.py {{ arguments }}
+
 # Simulates commits by several ranks with faults of every kind: 100,000 seeds of up to 64 ranks, 1,000 of 1,000, 20 of 10,000. Minutes.
 simulate:
     ASHORE_SIMULATION_SEEDS=100000 cargo test --release --lib -- several::simulation::ranks_that_die --nocapture
