@@ -11,7 +11,8 @@ const NOW: Duration = Duration::ZERO;
 /// A chain of as many versions, and the model after each.
 fn chain(root: &Path, versions: u64, share: usize) -> Vec<Model> {
     let publisher = small(Publisher::open(root).unwrap());
-    let mut model = Model::new(1, 8000);
+    // Long enough that no full is due beside a delta.
+    let mut model = Model::new(1, 80_000);
     let one = |number| {
         model.update(number, share);
         publish(&publisher, &model).unwrap();

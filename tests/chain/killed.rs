@@ -44,7 +44,7 @@ fn read(root: &Path) -> Option<Model> {
 
 fn sum_of(model: &Model) -> u64 {
     let mut sum = 0xcbf2_9ce4_8422_2325_u64;
-    let tensors = [bytemuck::cast_slice(&model.embedding), bytemuck::cast_slice(&model.layer)];
+    let tensors: [&[u8]; 2] = [bytemuck::cast_slice(&model.embedding), bytemuck::cast_slice(&model.layer)];
     for byte in tensors.into_iter().chain([bytemuck::cast_slice(&model.scale)]).flatten() {
         sum = (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
     }
