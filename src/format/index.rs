@@ -9,6 +9,7 @@ use super::columns::{BESIDE, FileRow, SINGLE, STEP_FILES, STRUCTURE, TENSORS_TAB
 use super::entries::{FileEntry, TensorEntry};
 use super::invariants;
 use super::manifest::{Manifest, Sealed, TableEntry};
+use super::page::DamagedPage;
 use super::part::{Count, Part, RECORD, View, disordered};
 use super::table::{Column, InMemory, Source, Table, resealed};
 use crate::digest::Digest;
@@ -276,24 +277,23 @@ impl Index {
         })
     }
 
-    /// The places in tables that are not what was written: a table's name, and ranges of its file. Empty for
-    /// version 1.
+    /// The pages of tables that are not what was written, each with its table's name. Empty for version 1.
     ///
     /// # Errors
     /// When a table cannot be read.
-    pub fn damaged(&self) -> Result<Vec<(String, Range<u64>)>> {
+    pub fn damaged(&self) -> Result<Vec<(String, DamagedPage)>> {
         let Some(tables) = &self.tables else { return Ok(Vec::new()) };
         let mut damaged = Vec::new();
         for (table, entry) in
             [Some(&tables.structure), tables.files.as_ref()].into_iter().flatten().zip(&self.manifest.tables)
         {
-            damaged.extend(table.damaged()?.into_iter().map(|range| (entry.name.clone(), range)));
+            damaged.extend(table.damaged()?.into_iter().map(|page| (entry.name.clone(), page)));
         }
         if let (Rows::Beside(open), true) = (&tables.rows, damaged.is_empty()) {
             for (number, file) in self.all_files()?.into_iter().enumerate().filter(|(_, file)| file.rows.is_some()) {
                 let name = FileRow::rows_name(&file.entry.name);
                 let beside = Tables::beside(open, tables.medium.as_ref(), number, file)?;
-                damaged.extend(beside.0.damaged()?.into_iter().map(|range| (name.clone(), range)));
+                damaged.extend(beside.0.damaged()?.into_iter().map(|page| (name.clone(), page)));
             }
         }
         Ok(damaged)

@@ -1,6 +1,6 @@
 //! The first and the last bytes of a manifest: its version, and its own digest.
 
-use crate::digest::Digest;
+use crate::digest::{Digest, Flip, explain};
 use crate::error::{Error, Result};
 use crate::mutant::{self, Mutant};
 
@@ -41,6 +41,24 @@ pub(crate) fn unseal(bytes: &[u8]) -> Option<&[u8]> {
     let digest = Digest::from_hex(digest)?;
     let intact = digest == Digest::of(text) || mutant::on(Mutant::DigestCheck);
     if intact { text.strip_suffix(BEFORE_DIGEST) } else { None }
+}
+
+/// Finds the one flipped bit or byte that makes the bytes of a damaged manifest: in what its digest covers, or
+/// in one digit of the digest. None if there is none, or several.
+pub fn flip(bytes: &[u8]) -> Option<Flip> {
+    let (text, digits) = bytes.strip_suffix(END)?.split_last_chunk::<16>()?;
+    let found = Digest::of(text);
+    let differ = || digits.iter().zip(found.to_hex()).enumerate().filter(|(_, (there, digit))| **there != *digit);
+    let of_digest = match (differ().count(), differ().next()) {
+        (1, Some((place, (there, digit)))) => {
+            Some(Flip { offset: (text.len() + place) as u64, mask: u32::from(there ^ digit) })
+        }
+        _ => None,
+    };
+    let written = Digest::from_hex(digits);
+    let of_text = written.and_then(|written| explain(written, found, text.len() as u64));
+    // With one digit wrong, the text cannot be: its flips change about half of all digits.
+    of_digest.or(of_text.filter(|flip| flip.is_one_byte()))
 }
 
 /// Checks the digest of a manifest of any version, and returns its version and its JSON text.

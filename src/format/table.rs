@@ -4,7 +4,7 @@
 //! table covers its header and that column. So a reader that knows the digest checks every byte that it uses
 //! and reads no other: header, `pages`, and the pages of the rows that it looks up.
 
-use super::page::Pages;
+use super::page::{DamagedPage, Pages};
 pub use super::page::{InMemory, PAGE, Source};
 use super::shard::write_json;
 use crate::digest::Digest;
@@ -341,11 +341,11 @@ impl Table {
         self.pages.visit(range, each).map_err(|error| error.with_path(&self.path))
     }
 
-    /// Reads every page and returns those that are not what was written, as byte ranges of the file.
+    /// Reads every page and returns those that are not what was written.
     ///
     /// # Errors
     /// When a page cannot be read.
-    pub fn damaged(&self) -> Result<Vec<Range<u64>>> {
+    pub fn damaged(&self) -> Result<Vec<DamagedPage>> {
         self.pages.damaged().map_err(|error| error.with_path(&self.path))
     }
 }

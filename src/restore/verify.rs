@@ -129,7 +129,10 @@ impl Checkpoint {
     fn verify_tables(&self) -> Result<Vec<Damage>> {
         let what = "a page of a table is not what was written";
         match self.opened.index.damaged() {
-            Ok(damaged) => Ok(damaged.into_iter().map(|(file, range)| Damage::at(file, range, what)).collect()),
+            Ok(damaged) => Ok(damaged
+                .into_iter()
+                .map(|(file, page)| Damage { digests: page.digests, ..Damage::at(file, page.range, what) })
+                .collect()),
             Err(error) => Ok(vec![self.contradiction(&error)]),
         }
     }
