@@ -94,7 +94,9 @@ fn a_save_five_times_as_long_as_the_arena_takes_no_memory_beside_it_and_a_part_i
     let data = Arc::new(vec![3_u8; 32 * MIB]);
     let save = |step| {
         let mut state = StateDict::new();
-        (0..8).for_each(|number| state.tensor(format!("tensor.{number}"), data.clone()).unwrap());
+        for number in 0..8 {
+            state.tensor(format!("tensor.{number}"), data.clone()).unwrap();
+        }
         executor.save(step, state).unwrap().wait(LONG).unwrap();
     };
     // What is allocated once: clients, threads, plans.

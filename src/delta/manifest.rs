@@ -45,15 +45,20 @@ pub struct Manifest {
     version: u32,
     /// The number of the version.
     pub number: u64,
+    /// The attempt that wrote it.
     pub attempt: Attempt,
+    /// The version that it changes.
     pub base: Base,
     /// The digest of all of the state that results.
     pub state: Digest,
+    /// The form of its columns.
     pub form: Form,
     /// The length of [`FILE`].
     pub bytes: u64,
+    /// The metadata of the program.
     #[serde(deserialize_with = "unique::values")]
     pub metadata: BTreeMap<String, serde_json::Value>,
+    /// The values of the state.
     #[serde(deserialize_with = "unique::values")]
     pub values: BTreeMap<String, serde_json::Value>,
     /// The tensors that changed, in ascending order of their names.

@@ -76,6 +76,7 @@ impl How {
 /// What one tensor is after an update.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Patch {
+    /// The form of its columns.
     pub how: How,
     /// The number of elements that changed; of a whole tensor, all of them.
     pub changed: u64,
