@@ -5,6 +5,7 @@ use crate::faulty::Faulty;
 use ashore::storage::{ObjectStore, Storage, Sweep};
 use ashore::{Catalog, Checkpoint, CheckpointExecutor, ErrorKind, SaveOptions};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 fn executor(store: &Arc<Faulty>, keep: usize) -> CheckpointExecutor {
     let builder = CheckpointExecutor::builder("unused").arena(8 << 20).chunk(1 << 20).storage(over(store));
@@ -94,6 +95,23 @@ fn a_checkpoint_in_another_prefix_is_a_root_of_its_own() {
     assert!(steps(&store).is_empty());
     let there = Arc::new(ObjectStore::over(store, "memory://bucket/exports").unwrap());
     assert_eq!(Checkpoint::from_storage(there, "b").unwrap().read_as::<u32>("t").unwrap(), [5; 100]);
+}
+
+#[test]
+fn a_root_object_that_has_not_changed_is_not_sent_again() {
+    let store = faulty();
+    let storage = over(&store);
+    for step in 1..=5 {
+        begun(&storage, &format!("step-{step}"), false).1.publish(false).unwrap();
+    }
+    let reader = over(&store);
+    store.sent.store(0, Ordering::SeqCst);
+    for name in reader.list().unwrap() {
+        reader.open(&name).unwrap();
+    }
+    assert_eq!(store.sent.load(Ordering::SeqCst), 1);
+    begun(&storage, "step-6", false).1.publish(false).unwrap();
+    assert_eq!((reader.list().unwrap().len(), store.sent.load(Ordering::SeqCst)), (6, 2));
 }
 
 #[test]

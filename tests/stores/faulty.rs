@@ -49,6 +49,8 @@ pub struct Faulty {
     pub deaf: AtomicBool,
     /// The contents of the root object that were put, in order.
     pub contents: Mutex<Vec<Bytes>>,
+    /// How often the root object was sent.
+    pub sent: AtomicU64,
     /// Requests that have not arrived yet.
     pub late: Arc<AtomicU64>,
 }
@@ -73,7 +75,16 @@ impl Faulty {
     pub fn new(store: InMemory) -> Self {
         let (script, contents, late_for) = (Mutex::default(), Mutex::default(), Mutex::default());
         let (blind, deaf) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { store: Arc::new(store), script, late_for, blind, deaf, contents, late: Arc::default() }
+        Self {
+            store: Arc::new(store),
+            script,
+            late_for,
+            blind,
+            deaf,
+            contents,
+            sent: AtomicU64::new(0),
+            late: Arc::default(),
+        }
     }
 
     /// What happens to the next changes of the root object, one after another.
@@ -158,7 +169,11 @@ impl ObjectStore for Faulty {
         if is_root(key) && self.blind.load(Ordering::SeqCst) {
             return Err(generic("status code: 503 Service Unavailable"));
         }
-        self.store.get_opts(key, options).await
+        let answer = self.store.get_opts(key, options).await;
+        if is_root(key) && answer.is_ok() {
+            self.sent.fetch_add(1, Ordering::SeqCst);
+        }
+        answer
     }
 
     fn delete_stream(&self, keys: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {

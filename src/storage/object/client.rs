@@ -216,27 +216,42 @@ impl Client {
         limit: u64,
         deadline: Instant,
     ) -> Result<Option<(Bytes, ObjectMeta)>> {
-        let whole = move |store: Arc<dyn Store>, key| async move {
-            let options = GetOptions::default();
-            let answer = match tokio::time::timeout(TRY, store.get_opts(&key, options)).await {
-                Ok(Err(answer)) if errors::is_missing(&answer) => return Ok(None),
-                answer => answer.map_err(|_| errors::late())??,
-            };
-            let meta = answer.meta.clone();
-            if meta.size > limit {
-                return Ok(Some((None, meta)));
-            }
-            let bytes = tokio::time::timeout(TRY + Self::time_for(meta.size), answer.bytes()).await;
-            Ok(Some((Some(bytes.map_err(|_| errors::late())??), meta)))
-        };
-        match self.call_for(what, key, deadline, self.patience + Self::time_for(limit), whole)? {
-            None => Ok(None),
-            Some((Some(bytes), meta)) => Ok(Some((bytes, meta))),
-            Some((None, meta)) => {
-                let why = format!("an object is longer than it can be length={} limit={limit}", meta.size);
-                Err(Error::corrupt(why).with_path(format!("{}/{key}", self.name)))
-            }
+        match self.get_unless(what, key, limit, None, deadline)? {
+            Fetched::Whole(bytes, meta) => Ok(Some((bytes, meta))),
+            Fetched::Absent | Fetched::Same => Ok(None),
         }
+    }
+
+    /// The same, unless the object still has the ETag `known`.
+    pub fn get_unless(
+        &self,
+        what: &'static str,
+        key: &str,
+        limit: u64,
+        known: Option<String>,
+        deadline: Instant,
+    ) -> Result<Fetched> {
+        let whole = move |store: Arc<dyn Store>, key| {
+            let options = GetOptions { if_none_match: known.clone(), ..GetOptions::default() };
+            async move {
+                let answer = match tokio::time::timeout(TRY, store.get_opts(&key, options)).await {
+                    Ok(Err(answer)) if errors::is_missing(&answer) => return Ok(Ok(Fetched::Absent)),
+                    Ok(Err(object_store::Error::NotModified { .. })) => return Ok(Ok(Fetched::Same)),
+                    answer => answer.map_err(|_| errors::late())??,
+                };
+                let meta = answer.meta.clone();
+                if meta.size > limit {
+                    return Ok(Err(meta.size));
+                }
+                let bytes = tokio::time::timeout(TRY + Self::time_for(meta.size), answer.bytes()).await;
+                Ok(Ok(Fetched::Whole(bytes.map_err(|_| errors::late())??, meta)))
+            }
+        };
+        let fetched = self.call_for(what, key, deadline, self.patience + Self::time_for(limit), whole)?;
+        fetched.map_err(|length| {
+            let why = format!("an object is longer than it can be length={length} limit={limit}");
+            Error::corrupt(why).with_path(format!("{}/{key}", self.name))
+        })
     }
 
     /// Puts a small object under a key that no other content ever has.
@@ -319,6 +334,14 @@ impl Client {
         let why = format!("cannot {what}: the store did not answer in time: check the network and the store");
         Error::new(ErrorKind::Unavailable, why).with_path(format!("{}/{key}", self.name))
     }
+}
+
+/// What a get has found.
+pub(super) enum Fetched {
+    Absent,
+    /// The object has the ETag that was known.
+    Same,
+    Whole(Bytes, ObjectMeta),
 }
 
 /// Why a conditional put did not succeed, as far as the store says.

@@ -9,7 +9,7 @@
 //! deadline an unchanged root is *bumped*, that is changed in its counter alone: then our request is lost for
 //! certain. Only a root that cannot be read or bumped leaves an outcome unknown, which is `Indeterminate`.
 
-use super::client::{Answered, Client, Condition};
+use super::client::{Answered, Client, Condition, Fetched};
 use super::state::{MAX_LENGTH, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
@@ -39,6 +39,8 @@ pub(super) struct Root {
     /// What this process last put or read, so that a change needs no read before it. Held during a change:
     /// the changes of one process come one after another.
     known: Mutex<Option<Seen>>,
+    /// What was read last: a store says of a root that has not changed that it has not, instead of sending it.
+    read: Mutex<Option<Seen>>,
 }
 
 /// The root object as it was seen.
@@ -98,7 +100,7 @@ fn judge(nonce: Uuid, from: Option<&State>, now: Option<&State>) -> Judged {
 
 impl Root {
     pub fn new(client: Client) -> Self {
-        Self { client, known: Mutex::new(None) }
+        Self { client, known: Mutex::new(None), read: Mutex::new(None) }
     }
 
     /// What the root says now; None if there is no root object.
@@ -115,15 +117,18 @@ impl Root {
     fn look(&self, deadline: Instant) -> Result<Option<Seen>> {
         let mut reads = 1;
         loop {
-            let Some((bytes, meta)) = self.client.get("read the root object", ROOT, MAX_LENGTH, deadline)? else {
-                return Ok(None);
+            let last = lock(&self.read).clone();
+            let known = last.as_ref().and_then(|last| last.version.e_tag.clone());
+            let (what, limit) = ("read the root object", MAX_LENGTH);
+            let (bytes, meta) = match self.client.get_unless(what, ROOT, limit, known, deadline)? {
+                Fetched::Absent => return Ok(None),
+                Fetched::Same => return Ok(last),
+                Fetched::Whole(bytes, meta) => (bytes, meta),
             };
             match State::parse(&bytes) {
                 Ok(state) => {
-                    return Ok(Some(Seen {
-                        state,
-                        version: UpdateVersion { e_tag: meta.e_tag, version: meta.version },
-                    }));
+                    let version = UpdateVersion { e_tag: meta.e_tag, version: meta.version };
+                    return Ok(lock(&self.read).insert(Seen { state, version }).clone().into());
                 }
                 Err(error) if error.kind() == ErrorKind::Corrupt && reads < READS && Instant::now() < deadline => {
                     reads += 1;
