@@ -25,6 +25,7 @@ mod verify;
 mod which;
 mod words;
 
+use ashore::internal::storage::is_url;
 use ashore::{Catalog, DeviceChoice, Error, ErrorKind, Result};
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
@@ -93,6 +94,20 @@ impl Common {
     /// The directory of checkpoints.
     pub fn root(&self) -> PathBuf {
         self.dir.clone().unwrap_or_else(|| DEMO_DIR.into())
+    }
+
+    /// Refuses an object store, for commands that measure a disk.
+    ///
+    /// # Errors
+    /// `Invalid` when `--dir` is a URL of one.
+    pub fn on_disk(&self) -> Result<()> {
+        match &self.dir {
+            Some(dir) if is_url(dir) => {
+                let what = "this command measures a disk, and has no measure of object stores: give a directory";
+                Err(Error::new(ErrorKind::Invalid, what).with_path(dir))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Opens the steps of a directory.

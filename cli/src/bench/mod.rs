@@ -115,6 +115,7 @@ pub struct Figures(Vec<(&'static str, Value)>);
 
 /// Runs a benchmark in its own directory under `--dir`, which is deleted afterwards.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    common.on_disk()?;
     let home = match args.what {
         What::Limits | What::Staging => Home::of(common.device)?,
         What::Write | What::Restore | What::Save => Home::only_host(common.device, "this benchmark")?,

@@ -63,6 +63,7 @@ pub struct Args {
 
 /// Runs the demo. Returns a failure status if any check failed.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
+    common.on_disk()?;
     let home = Home::of(common.device)?;
     let root = common.root();
     let arena = common.arena.unwrap_or(8 << 20);
