@@ -12,6 +12,7 @@ Modelled: every interleaving, breadth first, so that a counterexample is a short
 Checked in every state
   never      the follower holds no state that was not published.
   promise    the newest acknowledged version, or a later one, can be built from what is durable.
+  alone      the rename never refuses a version: there is one publisher.
   firm       the follower switches only to what is durable.
   reach      the follower alone, while nothing else moves, gets to the newest version that can be built.
 Abstracted: bytes and digests (a state is its number), grace, the length of chains, two publishers (the rename decides).
@@ -130,8 +131,9 @@ class Model:
     def shows(self, w, p, item):
         name = lambda item: (item[0] == "beside", item[1])
         if name(item) in {name(there) for there in w.visible}:
-            # The rename refuses; the publisher takes it for another one's and ends.
-            yield "conflict", w._replace(publisher=p._replace(n=self.versions, item=None))
+            # A full that is beside its delta already is not written again.
+            if item[0] != "beside":
+                yield "conflict", w._replace(publisher=p._replace(n=self.versions, item=None))
             return
         fresh = w.fresh if item[0] == "beside" else w.fresh + 1
         now = p._replace(n=max(p.n, item[1]), item=item)
@@ -171,6 +173,8 @@ class Model:
     def wrong(self, label, w):
         if w.follower and w.follower[1] == GARBAGE:
             return "never: the follower holds a state that was not published"
+        if label == "conflict":
+            return "alone: the publisher meets a version of its own number"
         if w.acknowledged and not any(n >= w.acknowledged for n in built(w.durable).values()):
             return "promise: an acknowledged version cannot be built from what is durable"
         if label.startswith(("applies", "loads")):
