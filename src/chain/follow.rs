@@ -11,8 +11,9 @@ use crate::checkpoint::Checkpoint;
 use crate::completion::deadline_after;
 use crate::delta::{self, How, Numbers};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::Storage;
+use crate::id::Attempt;
 use crate::storage::local::Local;
+use crate::storage::{Storage, Sweep};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -93,7 +94,10 @@ impl Follower {
         let watch = Watch::new(self.root.as_deref());
         let (mut cache, settings) = (Cache::default(), self);
         let own = match &settings.own {
-            Some(own) => Listing::read(own, &mut cache)?.ahead(None).map(|(_, way)| (own.clone(), way)),
+            Some(own) => {
+                own.sweep(Sweep::default())?;
+                Listing::read(own, &mut cache)?.ahead(None).map(|(_, way)| (own.clone(), way))
+            }
             None => None,
         };
         let mut follow = Follow { settings, held, cache: Cache::default(), watch };
@@ -413,8 +417,9 @@ impl Follow<'_> {
         let mut newest = at;
         if deltas > full / 2 {
             let listing = Listing::read(&self.settings.storage, &mut self.cache)?;
-            let next = listing.fulls().range(at + 1..=version).next_back().map(|(_, item)| (*item).clone());
-            if let Some(next) = next {
+            let fulls = listing.fulls();
+            let later = fulls.range(..=version).next_back().filter(|(number, _)| **number > at);
+            if let Some(next) = later.map(|(_, item)| (*item).clone()) {
                 keep(&self.settings.storage, own, &next)?;
                 newest = next.number;
             }
@@ -432,7 +437,8 @@ fn keep(from: &Arc<dyn Storage>, to: &Arc<dyn Storage>, item: &Item) -> Result<(
         _ => super::retention::replace(to.as_ref(), &item.name)?,
     }
     let reading = from.open(&item.name)?;
-    commit(to.as_ref(), &item.name, item.attempt, |to| copy(reading.as_ref(), to))?.settle()
+    // An attempt of its own: an earlier process may have died while it copied this one.
+    commit(to.as_ref(), &item.name, Attempt::new(), |to| copy(reading.as_ref(), to))?.settle()
 }
 
 /// Whether a version went away while it was read.

@@ -78,7 +78,7 @@ impl Shared {
         let attempt = staged.holding.attempt;
         let written = match &delta {
             Some(delta) => commit(self.storage.as_ref(), name, attempt, |to| delta.write(to)),
-            None => self.write_full(name, &staged),
+            None => self.write_full(name, attempt, &staged),
         };
         let mut state = lock(&self.state);
         let writing = match written {
@@ -130,11 +130,11 @@ impl Shared {
         Ok(if worthwhile { (Some(delta), began.elapsed()) } else { (None, Duration::ZERO) })
     }
 
-    fn write_full(&self, name: &str, held: &Held) -> Result<Arc<dyn Writing>> {
+    fn write_full(&self, name: &str, attempt: Attempt, held: &Held) -> Result<Arc<dyn Writing>> {
         let files = held.files.clone().ok_or_else(|| Error::internal("a full is written from staged files"))?;
         let from = Memory::over(name, files);
         let reading = from.open(name)?;
-        commit(self.storage.as_ref(), name, held.holding.attempt, |to| copy(reading.as_ref(), to))
+        commit(self.storage.as_ref(), name, attempt, |to| copy(reading.as_ref(), to))
     }
 
     /// What follows an acknowledged version: a full beside the newest delta where the deltas have become
@@ -148,7 +148,8 @@ impl Shared {
         if let Some(held) = due {
             let name = version_name(held.holding.version, true);
             guard::attempt("write a full beside a delta", || {
-                let written = self.write_full(&name, &held)?;
+                // It may have been tried before.
+                let written = self.write_full(&name, Attempt::new(), &held)?;
                 lock(&self.state).full_is_durable(held.holding.version, held.bytes);
                 written.settle()
             });

@@ -203,3 +203,16 @@ fn a_full_that_replaces_weights_in_place_is_checked_whole_before_the_first_write
     assert_eq!((error.kind(), error.step()), (ErrorKind::Corrupt, Some(2)), "{error}");
     models[0].assert_equals(follow.weights());
 }
+
+#[test]
+fn what_a_killed_follower_has_half_copied_is_no_obstacle() {
+    let (root, own) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    chain(root.path(), 2, 100);
+    // The remains of a copy of version 1, made by a process that is gone.
+    let attempt = Chain::open(root.path()).unwrap().versions().unwrap()[0].attempt;
+    let record = own.path().join(format!(".v-00000001.{attempt}.owner"));
+    std::fs::create_dir(own.path().join(format!(".v-00000001.{attempt}.tmp"))).unwrap();
+    std::fs::write(record, "{}").unwrap();
+    let mut follow = Follow::open(root.path()).unwrap().copy_to(own.path()).unwrap().start(Weights::new()).unwrap();
+    assert_eq!(follow.advance(MINUTE).unwrap(), Some(2));
+}
