@@ -53,6 +53,14 @@ impl Marks {
     }
 }
 
+impl Marks {
+    /// True when a step of this number is marked keep: of a step that cannot be opened the attempt is not
+    /// known.
+    pub fn keep_number(&self, step: u64) -> bool {
+        self.0.iter().any(|marked| marked.step == step && marked.mark == Mark::Keep)
+    }
+}
+
 impl Catalog {
     /// Returns the marked steps, in order; those that are gone may be among them.
     ///

@@ -182,8 +182,8 @@ impl Catalog {
     /// Deletes `step` under every name that it has, even if it is damaged.
     ///
     /// # Errors
-    /// `NotFound` when the step does not exist. `Invalid` when it is [marked](Mark) keep. `Invalid` when no other step is durable and, if the options
-    /// require it, sound; nothing is deleted then. An I/O error when the directory cannot be read.
+    /// `NotFound` when the step does not exist. `Invalid` when it is [marked](Mark) keep, or when no other step
+    /// is durable and, if the options require it, sound; nothing is deleted then. An I/O error when the directory cannot be read.
     pub fn delete(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
         let (entries, problems) = self.everything()?;
         let problems: Vec<_> =
@@ -365,8 +365,11 @@ impl Catalog {
         }
     }
 
-    /// Removes damaged steps of this library, each after another check.
+    /// Removes damaged steps of this library, each after another check, but for those marked keep.
     pub(super) fn take_damaged(&self, problems: Vec<Problem>, dry_run: bool, pruned: &mut Pruned) {
+        let (kept, problems): (Vec<_>, Vec<_>) =
+            problems.into_iter().partition(|problem| pruned.marks.keep_number(problem.step));
+        pruned.doubtful.extend(kept);
         for problem in problems.into_iter().filter(|problem| self.claim(&problem.name)) {
             let removed = self.remove_damaged(&problem.name, dry_run);
             self.unclaim(&problem.name);

@@ -92,7 +92,8 @@ struct Narrowest {
 }
 
 impl Narrowest {
-    /// Takes the flips whose terms are the highest bits of `rest`, in bytes with at least `after` behind them.
+    /// Takes the flips whose terms are the highest bits of `rest`, in bytes that have `after` or more behind
+    /// them.
     fn take(&mut self, len: u64, after: u64, rest: u64) {
         // x^0 is the highest bit of the register, and the highest bit of the last byte.
         let bytes = (rest >> (u64::BITS - WINDOW)) as u32;

@@ -43,8 +43,8 @@ pub(crate) fn unseal(bytes: &[u8]) -> Option<&[u8]> {
     if intact { text.strip_suffix(BEFORE_DIGEST) } else { None }
 }
 
-/// Finds the one flipped bit or byte that makes the bytes of a damaged manifest: in what its digest covers, or
-/// in one digit of the digest. None if there is none, or several.
+/// Finds the one flipped bit or byte that explains a damaged manifest: in what its digest covers, or in one
+/// digit of the digest. None if there is none, or several.
 pub fn flip(bytes: &[u8]) -> Option<Flip> {
     let (text, digits) = bytes.strip_suffix(END)?.split_last_chunk::<16>()?;
     let found = Digest::of(text);

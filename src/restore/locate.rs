@@ -84,7 +84,8 @@ impl Checkpoint {
     /// let located = checkpoint.locate(&checkpoint.verify()?.damage[0])?;
     /// let flip = located.flip.unwrap();
     /// assert_eq!((located.again, flip.offset, flip.single_bit()), (Again::Same, place as u64, Some(6)));
-    /// assert_eq!((&located.elements[0].index[..], &located.elements[0].written[..]), (&[5][..], &1.0_f32.to_le_bytes()[..]));
+    /// let element = &located.elements[0];
+    /// assert_eq!((&element.index[..], &element.written[..]), (&[5][..], &1.0_f32.to_le_bytes()[..]));
     /// # Ok::<(), ashore::Error>(())
     /// ```
     ///

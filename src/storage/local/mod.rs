@@ -14,8 +14,8 @@
 //! closes, unlocks, touches or deletes what its parent has open: it opens its own storage to begin and sweep.
 //!
 //! Modules from the system calls up: `sys` (the system call interface), `linux`, `dir`, `transfer`, `direct`,
-//! `durable`; then `owner`, `clock`, `judge`, `file`, `marks`, `trash`, `publish`; then `attempt`, `reading`, `sweep`,
-//! `root`, `shared`; then [`Local`] and `resume`.
+//! `durable`; then `owner`, `clock`, `judge`, `file`, `marks`, `trash`, `publish`; then `attempt`, `reading`,
+//! `sweep`, `root`, `shared`; then [`Local`] and `resume`.
 
 mod attempt;
 mod clock;
