@@ -403,7 +403,7 @@ picture:
     cargo build --release --quiet -p ashore-cli
     root=$(mktemp -d -p target)
     trap 'rm -rf "$root"' EXIT
-    target/release/ashore demo --dir "$root/run" --picture docs/overlap.svg
+    target/release/ashore demo --steps 200 --dir "$root/run" --picture docs/overlap.svg
 
 # Saves to an object store and reads back: its URL, MiB, rounds, writers. The environment has endpoint and keys.
 store-bench root mib="1024" rounds="3" writers="4":

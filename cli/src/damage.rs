@@ -2,10 +2,13 @@
 
 use crate::words::{counted, grouped};
 use crate::{element, out, size, words};
-use ashore::{Again, Checkpoint, Damage, Dtype, Located};
+use ashore::internal::format::entries::MANIFEST;
+use ashore::internal::format::seal;
+use ashore::{Again, Checkpoint, Damage, Dtype, Flip, Located};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::path::Path;
 
 /// How many damaged ranges of a step are located: more of them are no flipped bit.
 const LOCATED: usize = 32;
@@ -63,6 +66,31 @@ pub fn located(checkpoint: &Checkpoint, damage: Vec<Damage>) -> Vec<Found> {
 fn drop_cache(checkpoint: &Checkpoint, file: &str) {
     if let Ok(file) = File::open(checkpoint.path().join(file)) {
         let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+    }
+}
+
+/// Finds the flip that explains a damaged manifest, by its path; only within one byte.
+pub fn of_manifest(path: &Path) -> Option<Flip> {
+    if path.file_name() != Some(MANIFEST.as_ref()) {
+        return None;
+    }
+    seal::flip(&std::fs::read(path).ok()?)
+}
+
+/// Says where a flip is and that it explains the damage.
+pub fn of_flip(file: &str, flip: Flip) -> String {
+    let (place, what) = match flip.single_bit() {
+        Some(bit) => (format!(" bit {bit}"), "One flipped bit explains it."),
+        None => (String::new(), "Flipped bits of one byte explain it."),
+    };
+    format!("{} byte {}{place}: {what}", out::printable(file), grouped(flip.offset))
+}
+
+impl FlipRow {
+    /// A flip that is in no tensor.
+    pub fn plain(flip: Flip) -> Self {
+        let masks = (flip.offset..).take(flip.bytes()).map(|at| flip.mask_at(at)).collect();
+        Self { offset: flip.offset, masks, bit: flip.single_bit(), elements: Vec::new() }
     }
 }
 
@@ -163,8 +191,6 @@ impl Found {
             written: shown(&element.written),
             read: shown(&element.read),
         };
-        let masks = (flip.offset..).take(flip.bytes()).map(|at| flip.mask_at(at)).collect();
-        let elements = located.elements.iter().map(row).collect();
-        Some(FlipRow { offset: flip.offset, masks, bit: flip.single_bit(), elements })
+        Some(FlipRow { elements: located.elements.iter().map(row).collect(), ..FlipRow::plain(flip) })
     }
 }

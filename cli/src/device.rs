@@ -1,6 +1,7 @@
 //! The `--device` flag: where the state of `demo` or `bench` is.
 
 use crate::gpu::Gpu;
+use crate::words;
 use ashore::internal::device::{Device, choose};
 use ashore::{Builder, DeviceChoice, Error, ErrorKind, Result};
 use std::fmt;
@@ -69,6 +70,17 @@ impl Home {
         match self {
             Self::Host { .. } => None,
             Self::Gpu { gpu, .. } => Some(gpu),
+        }
+    }
+
+    /// Says where the state is, in a few words.
+    pub fn told(&self) -> String {
+        let (Self::Host { why } | Self::Gpu { why, .. }) = self;
+        match self {
+            Self::Host { .. } if why.contains("no CUDA driver is installed") => {
+                "host (no CUDA driver found)".to_owned()
+            }
+            _ => words::message(why),
         }
     }
 

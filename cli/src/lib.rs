@@ -9,11 +9,13 @@ mod convert;
 mod damage;
 mod demo;
 mod device;
+mod diff;
 mod element;
 mod gpu;
 mod inspect;
 mod limit;
 mod ls;
+mod manual;
 mod mark;
 mod out;
 mod prune;
@@ -21,7 +23,11 @@ mod remnants;
 mod repair;
 mod rng;
 mod size;
+mod stats;
+mod steps;
 mod verify;
+mod watch;
+mod when;
 mod which;
 mod words;
 
@@ -150,8 +156,12 @@ enum Verb {
     Inspect(inspect::Args),
     /// Read every byte of a checkpoint, and report and locate all damage
     Verify(verify::Args),
+    /// Show how two checkpoints differ
+    Diff(diff::Args),
     /// Undo flipped bits where exactly one explanation exists; without --yes, only show them
     Repair(repair::Args),
+    /// Show what happens in a directory of checkpoints, as it happens
+    Watch(watch::Args),
     /// Mark a step bad, so that restarts pass over it, or as one to keep
     Mark(mark::Args),
     /// Write a checkpoint in another layout: for Hugging Face's tools, or for another number of ranks
@@ -173,6 +183,10 @@ enum Verb {
         #[command(flatten)]
         args: bench::Args,
     },
+    /// Print completions of a shell
+    Completions(manual::Args),
+    /// Print the manual, for man
+    Man,
     /// Save for a training program, which starts this process
     #[command(hide = true)]
     Writer,
@@ -187,6 +201,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Ls(args) => ls::run(common, args),
         Verb::Inspect(args) => inspect::run(common, args),
         Verb::Verify(args) => verify::run(common, args),
+        Verb::Diff(args) => diff::run(common, args),
+        Verb::Watch(args) => watch::run(common, args),
+        Verb::Completions(args) => manual::completions(args),
+        Verb::Man => manual::man(),
         Verb::Repair(args) => repair::run(common, args),
         Verb::Mark(args) => mark::run(common, args),
         Verb::Convert(args) => convert::run(common, args),

@@ -1,12 +1,15 @@
 //! `ashore ls`: lists the checkpoints of a directory.
 
-use crate::{Common, out, remnants, size};
+use crate::steps::{Kind, Row, Steps};
+use crate::words::counted;
+use crate::{Common, age, out, remnants, size, when};
+use ashore::catalog::Mark;
 use ashore::storage::Sweep;
 use ashore::{Catalog, Result};
 use comfy_table::{CellAlignment, Table, presets};
-use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// The flags of `ls`.
 #[derive(clap::Args)]
@@ -16,48 +19,15 @@ pub struct Args {
     root: Option<PathBuf>,
 }
 
-/// A row. `complete` is what can be known without reading tensor data: the manifest is valid, and every file
-/// exists, has its length, and belongs to this save. `verify` checks the bytes.
-#[derive(Serialize)]
-struct Row {
-    step: u64,
-    #[serde(serialize_with = "out::path")]
-    path: PathBuf,
-    bytes: u64,
-    complete: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    why: Option<String>,
-}
-
-/// Lists checkpoints, newest last, including damaged ones.
+/// Lists checkpoints, newest last, including damaged ones and what is no step.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let root = common.root_at(args.root.as_deref())?;
     let catalog = common.catalog(&root)?;
-    let (entries, problems) = catalog.survey()?;
-    let complete =
-        entries.into_iter().map(|e| Row { step: e.step, path: e.path, bytes: e.bytes, complete: true, why: None });
-    let others = problems.into_iter().map(|p| {
-        let bytes = bytes_in(&p.path);
-        Row { step: p.step, path: p.path, bytes, complete: false, why: Some(format!("{:#}", p.error)) }
-    });
-    let mut rows: Vec<Row> = complete.chain(others).collect();
-    rows.sort_by(|a, b| (a.step, &a.path).cmp(&(b.step, &b.path)));
-
+    let steps = Steps::of(&catalog, &root)?;
     if common.json {
-        out::json(&rows)?;
-    } else if rows.is_empty() {
-        out::print(&format!("no checkpoints in {}\n", root.display()))?;
+        out::json(&steps.rows)?;
     } else {
-        let mut table = table(["step", "size", "complete", "path"]);
-        for row in &rows {
-            let complete = match &row.why {
-                None => "yes".to_owned(),
-                Some(why) => format!("NO: {}", out::printable(why)),
-            };
-            let path = out::printable(&row.path.display().to_string());
-            table.add_row([row.step.to_string(), size::shown(row.bytes), complete, path]);
-        }
-        out::print(&shown(&mut table, &[0, 1]))?;
+        out::print(&shown_list(&steps, &root))?;
     }
     complain_of_remnants(&catalog)?;
     if let Some((last, newest)) = catalog.branched()? {
@@ -68,6 +38,87 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         ));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn shown_list(steps: &Steps, root: &Path) -> String {
+    let Steps { rows, left_out } = steps;
+    let mut text = String::new();
+    if rows.is_empty() {
+        text += &out::wrapped("", &format!("no checkpoints in {}", out::printable(&root.display().to_string())));
+    } else {
+        let shares = rows.iter().any(|row| row.shared_bytes > 0);
+        let (mut header, mut right) = (vec!["step", "saved", "age", "size"], vec![0, 2, 3]);
+        if shares {
+            header.push("shared");
+            right.push(4);
+        }
+        right.push(header.len());
+        header.extend(["took", "state"]);
+        let mut table = table_of(&header);
+        for row in rows {
+            let none = || "-".to_owned();
+            let saved = match row.state {
+                Kind::InFlight => "now".to_owned(),
+                _ => row.saved.map_or_else(none, when::shown),
+            };
+            let age = row.age_seconds.map(|age| age::shown(Duration::from_secs(age)));
+            let mut cells = vec![row.step.to_string(), saved, age.unwrap_or_else(none), size::shown(row.bytes)];
+            if shares {
+                cells.push(if row.shared_bytes > 0 { size::shown(row.shared_bytes) } else { none() });
+            }
+            cells.extend([row.took_seconds.map_or_else(none, when::span), state(row)]);
+            table.add_row(cells);
+        }
+        text += &shown(&mut table, &right);
+        for row in rows {
+            text += &row.said.as_ref().map_or_else(String::new, |said| out::wrapped("  ", said));
+        }
+        text += &out::wrapped("", &summary(rows));
+    }
+    if !left_out.is_empty() {
+        let names: Vec<_> = left_out.iter().take(6).map(|name| out::printable(name) + "/").collect();
+        let more = if left_out.len() > names.len() { ", ..." } else { "" };
+        text += &out::wrapped("", &format!("left out, no steps: {}{more}", names.join(", ")));
+    }
+    text
+}
+
+fn state(row: &Row) -> String {
+    let state = match row.state {
+        Kind::Complete => "complete",
+        Kind::Damaged => "DAMAGED",
+        Kind::Conflict => "CONFLICT",
+        Kind::Unreadable => "unreadable",
+        Kind::Foreign => "foreign",
+        Kind::InFlight => return row.why.clone().unwrap_or_default(),
+    };
+    match row.mark {
+        Some(Mark::Bad) => format!("{state}, marked bad"),
+        Some(Mark::Keep) => format!("{state}, kept"),
+        _ => state.to_owned(),
+    }
+}
+
+/// Counts what is there: `3 complete, 1 damaged; 55.6 GB; newest complete: step 4900`.
+fn summary(rows: &[Row]) -> String {
+    let kinds = [
+        (Kind::Complete, "complete"),
+        (Kind::Damaged, "damaged"),
+        (Kind::Conflict, "in conflict"),
+        (Kind::Unreadable, "unreadable"),
+        (Kind::InFlight, "in flight"),
+        (Kind::Foreign, "foreign"),
+    ];
+    let of = |kind| rows.iter().filter(|row| row.state == kind).count();
+    let counts = kinds.map(|(kind, name)| (of(kind), name));
+    let counts: Vec<_> = counts.iter().filter(|(n, _)| *n > 0).map(|(n, name)| format!("{n} {name}")).collect();
+    let bytes = size::shown(rows.iter().map(|row| row.bytes).sum());
+    let newest = rows.iter().rfind(|row| row.complete && row.mark != Some(Mark::Bad));
+    let newest =
+        newest.map_or_else(|| "none is complete".to_owned(), |row| format!("newest complete: step {}", row.step));
+    let marked = rows.iter().filter(|row| row.mark == Some(Mark::Bad)).count();
+    let marked = if marked == 0 { String::new() } else { format!("; {} marked bad", counted(marked, "step")) };
+    format!("{}; {bytes}; {newest}{marked}", counts.join(", "))
 }
 
 /// Reports what interrupted saves left behind, which uses disk space.
@@ -86,8 +137,13 @@ fn complain_of_remnants(catalog: &Catalog) -> Result<()> {
 
 /// Makes a plain table: no frame, no colours, no wrapping.
 pub fn table<const N: usize>(header: [&str; N]) -> Table {
+    table_of(&header)
+}
+
+/// Makes a plain table with these columns.
+pub fn table_of(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(header);
+    table.load_style(presets::NOTHING).set_header(header.iter().copied());
     table
 }
 
@@ -102,9 +158,4 @@ pub fn shown(table: &mut Table, right: &[usize]) -> String {
         }
     }
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
-}
-
-fn bytes_in(dir: &Path) -> u64 {
-    let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    files.filter_map(|file| file.metadata().ok()).filter(|meta| meta.is_file()).map(|meta| meta.len()).sum()
 }

@@ -7,9 +7,10 @@
 
 use crate::damage::{self, Found};
 use crate::verify::shown_path;
-use crate::which::{Meant, Which};
+use crate::which::{Meant, Which, step_of};
 use crate::words::{counted, grouped};
 use crate::{Common, DAMAGED, out};
+use ashore::internal::format::entries::MANIFEST;
 use ashore::internal::storage::is_url;
 use ashore::memory::AlignedBuffer;
 use ashore::storage::local::{Local, Resumable};
@@ -17,7 +18,7 @@ use ashore::storage::{FileReading, Storage};
 use ashore::{ALIGNMENT, Attempt, Checkpoint, Error, ErrorKind, Result};
 use serde::Serialize;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// The bytes that are copied at once.
@@ -66,9 +67,11 @@ struct Change {
 
 /// Repairs a step, or shows what a repair would write.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let checkpoint = match Which::find(Which::of(&args.what)?.as_ref(), common)? {
-        Meant::One(checkpoint) => *checkpoint,
-        Meant::Directory(root) => {
+    let checkpoint = match Which::find(Which::of(&args.what)?.as_ref(), common) {
+        Ok(Meant::One(checkpoint)) => *checkpoint,
+        Err(error) if error.kind() == ErrorKind::Corrupt => return of_manifest(common, args, error),
+        Err(error) => return Err(error),
+        Ok(Meant::Directory(root)) => {
             let what = "name the step to repair: `ashore verify` says which are damaged";
             return Err(Error::new(ErrorKind::Invalid, what).with_path(root));
         }
@@ -88,15 +91,41 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         uncertain: uncertain.iter().map(|found| format!("{}: {}", found.place(), found.reason())).collect(),
     };
     if args.yes && repair.is_possible() {
-        write(&checkpoint, &repair.changes)?;
+        write(&repair, checkpoint.bytes(), Some(checkpoint.attempt()))?;
         repair.repaired = true;
     }
+    tell(common, &repair)
+}
+
+/// Repairs the manifest, without which nothing else of the step can be checked before.
+fn of_manifest(common: &Common, args: &Args, error: Error) -> Result<ExitCode> {
+    let path = error.path().unwrap_or(Path::new(""));
+    let (Some(flip), Some(dir)) = (damage::of_manifest(path), path.parent()) else {
+        return Err(error);
+    };
+    let Some(step) = error.step().or_else(|| step_of(dir)) else {
+        return Err(error);
+    };
+    let bytes = std::fs::read(path).map_err(|e| Error::io("cannot read the manifest", e).with_path(path))?;
+    let read = usize::try_from(flip.offset).ok().and_then(|offset| bytes.get(offset).copied()).unwrap_or_default();
+    let written = read ^ flip.mask_at(flip.offset);
+    let change = Change { file: MANIFEST.to_owned(), offset: flip.offset, read, written, what: String::new() };
+    let (path, changes, uncertain) = (dir.to_owned(), vec![change], Vec::new());
+    let mut repair = Repair { dry_run: !args.yes, step, path, repaired: false, changes, uncertain };
+    if args.yes {
+        write(&repair, 0, None)?;
+        repair.repaired = true;
+    }
+    tell(common, &repair)
+}
+
+fn tell(common: &Common, repair: &Repair) -> Result<ExitCode> {
     if common.json {
-        out::json(&repair)?
+        out::json(repair)?
     } else {
         out::print(&repair.shown())?
     }
-    let is_sound = repair.repaired || found.is_empty();
+    let is_sound = repair.repaired || repair.changes.is_empty() && repair.uncertain.is_empty();
     Ok(if is_sound { ExitCode::SUCCESS } else { ExitCode::from(DAMAGED) })
 }
 
@@ -139,7 +168,8 @@ impl Repair {
             text + &out::wrapped(
                 "",
                 &format!(
-                    "nothing was written: ashore repair {path} --yes writes a copy beside the step, verifies it, and gives it the step's name"
+                    "nothing was written: ashore repair {path} --yes writes a copy beside the step, verifies it, \
+                     and gives it the step's name"
                 ),
             )
         }
@@ -151,7 +181,7 @@ impl Change {
     fn of(checkpoint: &Checkpoint, found: &Found) -> Result<Self> {
         let none = || Error::new(ErrorKind::Internal, "certain damage has no flip");
         let flip = found.located.as_ref().and_then(|located| located.flip).ok_or_else(none)?;
-        let (local, name) = home(checkpoint)?;
+        let (local, name) = home(checkpoint.path())?;
         let mut byte = [0];
         local.open(&name)?.open(&found.damage.file)?.read_at(flip.offset, &mut byte)?;
         let tensor = found.damage.tensor.as_ref();
@@ -169,20 +199,21 @@ impl Change {
 }
 
 /// Returns the storage in which the step is, and its name.
-fn home(checkpoint: &Checkpoint) -> Result<(Local, String)> {
-    let path = checkpoint.path();
+fn home(path: &Path) -> Result<(Local, String)> {
     let none = || Error::new(ErrorKind::Invalid, "only a step in a directory can be repaired").with_path(path);
     if is_url(path) {
         return Err(none());
     }
-    Ok((Local::at(path.parent().ok_or_else(none)?)?, checkpoint.name().to_owned()))
+    let name = path.file_name().and_then(|name| name.to_str()).ok_or_else(none)?;
+    Ok((Local::at(path.parent().ok_or_else(none)?)?, name.to_owned()))
 }
 
-/// Writes a repaired copy beside the step, verifies it, and gives it the step's name.
-fn write(checkpoint: &Checkpoint, changes: &[Change]) -> Result<()> {
-    let (local, name) = home(checkpoint)?;
+/// Writes a repaired copy beside the step, verifies it, and gives it the step's name. `saved` is the attempt
+/// that it must be, if its manifest could be read.
+fn write(repair: &Repair, bytes: u64, saved: Option<Attempt>) -> Result<()> {
+    let (local, name) = home(&repair.path)?;
     let attempt = local.begin_replacement(&name, Attempt::new())?;
-    let done = copy(checkpoint, &local, &name, &attempt, changes).and_then(|()| attempt.writing().publish(true));
+    let done = copy(repair, &local, &name, &attempt, bytes, saved).and_then(|()| attempt.writing().publish(true));
     match done {
         Ok(()) => attempt.writing().settle(),
         Err(error) => {
@@ -192,14 +223,21 @@ fn write(checkpoint: &Checkpoint, changes: &[Change]) -> Result<()> {
     }
 }
 
-fn copy(checkpoint: &Checkpoint, local: &Local, name: &str, attempt: &Resumable, changes: &[Change]) -> Result<()> {
-    let bar = out::progress(2 * checkpoint.bytes());
+fn copy(
+    repair: &Repair,
+    local: &Local,
+    name: &str,
+    attempt: &Resumable,
+    bytes: u64,
+    saved: Option<Attempt>,
+) -> Result<()> {
+    let bar = out::progress(2 * bytes);
     bar.set_message("bytes of the repaired copy");
     let from = local.open(name)?;
     let mut buffer = AlignedBuffer::new(WINDOW);
     for file in from.list()? {
         let source = from.open(&file)?;
-        let of_file = changes.iter().filter(|change| change.file == file);
+        let of_file = repair.changes.iter().filter(|change| change.file == file);
         copy_file(source.as_ref(), &file, attempt, &mut buffer, &of_file.collect::<Vec<_>>())?;
         bar.inc(source.len());
         // Retention takes the step that was written last for the head of the run: a repair is not a new save.
@@ -210,11 +248,12 @@ fn copy(checkpoint: &Checkpoint, local: &Local, name: &str, attempt: &Resumable,
         }
     }
     let repaired = Checkpoint::from_reading(attempt.as_step()?, name, &attempt.path())?;
-    let report = repaired.verify_with(|done, _| bar.set_position(checkpoint.bytes() + done))?;
+    let report = repaired.verify_with(|done, _| bar.set_position(bytes + done))?;
     bar.finish_and_clear();
-    if repaired.attempt() != checkpoint.attempt() || !report.is_intact() {
+    let is_same = repaired.step() == repair.step && saved.is_none_or(|saved| repaired.attempt() == saved);
+    if !is_same || !report.is_intact() {
         let what = "the repaired copy is not what was saved, or the step was replaced meanwhile; the step is as it was";
-        return Err(Error::new(ErrorKind::Conflict, what).with_step(checkpoint.step()).with_path(checkpoint.path()));
+        return Err(Error::new(ErrorKind::Corrupt, what).with_step(repair.step).with_path(&repair.path));
     }
     Ok(())
 }

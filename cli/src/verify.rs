@@ -1,7 +1,7 @@
 //! `ashore verify`: reads every byte, reports all damage, and locates it.
 
 use crate::damage::{self, FlipRow, Found};
-use crate::which::{Meant, Which};
+use crate::which::{Meant, Which, step_of};
 use crate::words::counted;
 use crate::{Common, DAMAGED, out, size, words};
 use ashore::{Again, Checkpoint, Error, ErrorKind, Result};
@@ -157,9 +157,14 @@ impl Findings {
         let is_file = !given.is_dir();
         let dir = if is_file { given.parent().unwrap_or(given) } else { given };
         let file = given.file_name().filter(|_| is_file).map(|name| name.to_string_lossy().into_owned());
-        let (step, valid, repairable) = (error.step(), false, false);
-        self.checkpoints.push(Verified { step, path: dir.into(), bytes: 0, valid, repairable });
-        self.damage.push(Place::whole(step, dir.into(), file, error.message().to_owned()));
+        let (step, valid, flip) = (error.step().or_else(|| step_of(dir)), false, damage::of_manifest(given));
+        self.checkpoints.push(Verified { step, path: dir.into(), bytes: 0, valid, repairable: flip.is_some() });
+        let mut place = Place::whole(step, dir.into(), file, error.message().to_owned());
+        if let (Some(flip), Some(file)) = (flip, &place.file) {
+            place.said = damage::of_flip(file, flip);
+            place.flip = Some(FlipRow::plain(flip));
+        }
+        self.damage.push(place);
     }
 
     fn shown(&self) -> String {

@@ -90,10 +90,14 @@ fn step(text: &str) -> Option<u64> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
 
+/// Returns the step that the name of a directory says.
+pub fn step_of(dir: &Path) -> Option<u64> {
+    dir.file_name().and_then(|name| name.to_str()).and_then(parse_step_name)
+}
+
 /// True for a directory with a manifest or the name of a step.
 pub fn is_checkpoint(path: &Path) -> bool {
-    let named = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| parse_step_name(name).is_some());
-    named || path.join(MANIFEST).symlink_metadata().is_ok()
+    step_of(path).is_some() || path.join(MANIFEST).symlink_metadata().is_ok()
 }
 
 /// Opens the newest checkpoint of a directory, and no older one instead.

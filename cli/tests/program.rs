@@ -117,9 +117,13 @@ fn people_get_a_report_in_words() {
     let output = run(dir.path(), &["demo", "--steps", "20", "--model", "tiny", "--arena", "16KiB"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success() && output.stderr.is_empty(), "{text}");
-    for said in ["overhead", "stall per save", "the disk's limit", "restored bytes identical     yes", "\nverified\n"] {
+    for said in ["\ncost ", "\nstall ", "the disk's limit", "\n[x] restored bytes identical", "\nverified\n"] {
         assert!(text.contains(said), "{said}: {text}");
     }
+    assert_eq!(text.matches("\n[x] ").count(), 3, "{text}");
+    let short = |line: &str| line.chars().count() <= 80 || line.contains("directory");
+    assert!(text.lines().all(short), "{text}");
+    assert!(!text.contains("-0.") && !text.contains("durable up to step 0"), "{text}");
     assert!(!text.contains('\u{1b}'), "{text}");
 }
 
@@ -349,7 +353,7 @@ fn inspect_shows_a_checkpoint_by_step_or_path() {
     assert_eq!(by_step["tensors"].as_array().unwrap().len(), 21);
     assert_eq!(by_step["metadata"]["model"]["context"], 12);
     let text = String::from_utf8(run(dir.path(), &["inspect", "5"]).stdout).unwrap();
-    for said in ["model.safetensors", "parameters.embedding", "F32", "[48]", "rng = "] {
+    for said in ["model.safetensors", "parameters.embedding", "F32", " 48 ", "rng = "] {
         assert!(text.contains(said), "{said}: {text}");
     }
 }

@@ -31,9 +31,9 @@ use std::time::Duration;
 #[command(override_usage = "ashore convert [OPTIONS] [STEP|PATH] --to hf OUT\n       \
                             ashore convert [OPTIONS] [STEP|PATH] --to ranks N OUT")]
 pub struct Args {
-    /// A step of --dir, the path of a checkpoint, or a directory of checkpoints (converts the newest); for
-    /// ranks their number; and the directory to write, which must not exist
-    #[arg(value_name = "ARGUMENTS", num_args = 1..=3, required = true)]
+    /// A step of --dir, the path of a checkpoint, a directory of checkpoints (converts the newest), or a
+    /// directory and a step; for ranks their number; and the directory to write, which must not exist
+    #[arg(value_name = "ARGUMENTS", num_args = 1..=4, required = true)]
     arguments: Vec<String>,
     /// hf: whole tensors in model-0000i-of-0000n.safetensors and an index; ranks: a step split along the
     /// first dimension, for N ranks
@@ -124,10 +124,7 @@ impl Args {
                 Form::Ranks(ranks.ok_or_else(usage)?)
             }
         };
-        let what: Option<Which> = last().map(|what| what.parse().unwrap_or_else(|never| match never {}));
-        if !left.is_empty() {
-            return Err(usage());
-        }
+        let what = Which::of(left).map_err(|_| usage())?;
         if self.arena < LEAST {
             return Err(invalid(format!("the arena is too small bytes={} least={LEAST}", self.arena)));
         }

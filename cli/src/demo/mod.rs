@@ -41,9 +41,10 @@ const PATIENCE: Duration = Duration::from_secs(10 * 60);
 /// The flags of `demo`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Train up to this step; if the directory exists, up to the next multiple of it
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
-    steps: u64,
+    /// Train up to this step; if the directory exists, up to the next multiple of it [default: as many as
+    /// take some 10 s, at most 200]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..1 << 40))]
+    steps: Option<u64>,
     /// Save every K steps, and after the last
     #[arg(long, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
     every: u64,
@@ -87,7 +88,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         None => fresh,
     };
     let start = training.step;
-    let plan = Plan::new(start, (start / args.steps + 1).saturating_mul(args.steps), args.every);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+    let gpu = home.gpu();
+    let steps = match args.steps {
+        Some(steps) => steps,
+        None => fitting(&mut Trainer::new(training.copied(), gpu, &corpus, threads)?, args.every)?,
+    };
+    let plan = Plan::new(start, (start / steps + 1).saturating_mul(steps), args.every);
     let opening = Opening {
         root: &root,
         home: &home,
@@ -104,13 +111,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         out::print(&opening.to_string())?;
     }
 
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
-    let gpu = home.gpu();
     let mut twin = Trainer::new(training.copied(), gpu, &corpus, threads)?;
     let mut witness = gpu.map(|_| twin.on_host(training.copied()));
     let run = Run::new(&executor, Trainer::new(training, gpu, &corpus, threads)?, args.every, plan.goal);
     let trained = take_turns(run, &mut twin, plan, &opening)?;
-    let proof = prove(&executor, &mut twin, witness.as_mut(), plan, &trained)?;
+    let told = |text: &str| if common.json { Ok(()) } else { out::print(text) };
+    told(&opening.trained(&trained))?;
+    let proof = prove(&executor, &mut twin, witness.as_mut(), plan, &trained, &opening, &told)?;
     executor.shutdown(PATIENCE)?;
 
     if let Some(path) = &args.picture {
@@ -120,9 +127,26 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     if common.json {
         out::json(&report.json())?
     } else {
-        out::print(&report.to_string())?
+        told(&report.verdict())?
     }
     Ok(if report.verified() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// How long a run takes whose steps are not given, and the most steps of it.
+const FITTING: Duration = Duration::from_secs(7);
+const STEPS_MAX: u64 = 200;
+
+/// Returns how many steps fit some 10 s: each is trained twice, and some again for the proof. At least three
+/// saves are made.
+fn fitting(trial: &mut Trainer<'_>, every: u64) -> Result<u64> {
+    let step = trial.training().step;
+    trial.advance(step + 1)?;
+    let began = Instant::now();
+    trial.advance(step + 4)?;
+    let each = began.elapsed().as_secs_f64() / 3.0;
+    let steps = (FITTING.as_secs_f64() / (2.0 * each.max(1e-6))) as u64;
+    let saves = (steps.min(STEPS_MAX) / every).max(3);
+    Ok(saves.saturating_mul(every))
 }
 
 /// The results of the training.
@@ -179,37 +203,53 @@ pub struct Proof {
     pub path: PathBuf,
     pub restored_in: Duration,
     pub bytes_equal: bool,
-    /// Steps trained from the restored state.
-    pub steps: u64,
     pub curve_continues: bool,
     /// On a GPU: the host computed the same state.
     pub recomputed: Option<bool>,
 }
 
-/// Restores the newest step, compares it with the copy of the saved state, and trains on from it.
+/// Restores the newest step, compares it with the copy of the saved state, and trains on from it. Tells each
+/// check when it is done.
 fn prove(
     executor: &CheckpointExecutor,
     twin: &mut Trainer<'_>,
     witness: Option<&mut Trainer<'_>>,
     plan: Plan,
     trained: &Trained,
+    opening: &Opening<'_>,
+    told: &impl Fn(&str) -> Result<()>,
 ) -> Result<Proof> {
     let began = Instant::now();
     let newest = executor.latest()?.ok_or_else(|| Error::new(ErrorKind::NotFound, "the last step is gone"))?;
     let resumed = twin.training().resumed(&newest)?;
     let restored_in = began.elapsed();
     let bytes_equal = newest.step() == plan.goal && trained.kept.as_ref().is_some_and(|kept| resumed.same_bits(kept));
+    let (restored, path) = (newest.step(), newest.path().to_owned());
+    told(&opening.restored(restored, restored_in, &path))?;
+    told(&report::tick(
+        bytes_equal,
+        "restored bytes identical: read from the disk, each compared with the saved state",
+    ))?;
     let again_on_host = |witness: &mut Trainer<'_>| {
         witness.advance(plan.goal)?;
         Ok::<_, Error>(witness.settled()?.same_bits(&resumed))
     };
     let recomputed = witness.map(again_on_host).transpose()?;
+    if let Some(recomputed) = recomputed {
+        let what = "recomputed on the host: all steps repeated without the GPU give the same state";
+        told(&report::tick(recomputed, what))?;
+    }
 
     let mut second = twin.on_host(resumed);
     let again = second.advance(plan.end())?;
     let curve_continues = same_bits(&again, &trained.tail) && second.settled()?.same_bits(&twin.settled()?);
-    let (restored, path, steps) = (newest.step(), newest.path().to_owned(), plan.end() - plan.goal);
-    Ok(Proof { restored, path, restored_in, bytes_equal, steps, curve_continues, recomputed })
+    let steps = plan.end() - plan.goal;
+    let what =
+        format!("training continues the same: {steps} steps from the restored state, losses and state bit for bit");
+    told(&report::tick(curve_continues, &what))?;
+    let what = "saving changed nothing: the twin that never saved has the same losses and the same state";
+    told(&report::tick(trained.undisturbed, what))?;
+    Ok(Proof { restored, path, restored_in, bytes_equal, curve_continues, recomputed })
 }
 
 /// Losses are equal if their bits are.

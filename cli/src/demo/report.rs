@@ -4,8 +4,9 @@ use super::blocks::Block;
 use super::{Proof, Trained};
 use crate::device::Home;
 use crate::limit::Limit;
-use crate::out::{median, ms, quantile};
+use crate::out::{self, median, ms, quantile};
 use crate::size;
+use crate::words::{counted, grouped};
 use ashore::IoMode;
 use serde_json::{Value, json};
 use std::fmt;
@@ -68,6 +69,18 @@ impl Measured {
         median(self.pairs().iter().map(|pair| ms(time(pair)) / pair.steps as f64))
     }
 
+    /// The median cost of saves, as a part of a step without.
+    fn overhead(&self) -> f64 {
+        median(self.overheads())
+    }
+
+    /// How far the middle half of the pairs is from their median; of few pairs, how far any is.
+    fn noise(&self) -> f64 {
+        let q = if self.pairs().len() < 4 { 0.0 } else { 0.25 };
+        let (low, high) = (quantile(self.overheads(), q), quantile(self.overheads(), 1.0 - q));
+        (high - self.overhead()).max(self.overhead() - low)
+    }
+
     fn overheads(&self) -> impl Iterator<Item = f64> + Clone {
         self.pairs().iter().map(|pair| pair.with.as_secs_f64() / pair.without.as_secs_f64() - 1.0)
     }
@@ -80,88 +93,25 @@ impl Report<'_> {
         bytes_equal && curve_continues && recomputed != Some(false) && self.trained.undisturbed
     }
 
-    fn blocked(&self, q: f64) -> f64 {
-        quantile(self.trained.saves.iter().map(|save| ms(save.blocked)), q)
-    }
-
-    fn durable_ms(&self) -> f64 {
-        median(self.trained.saves.iter().map(|save| ms(save.committed.durable)))
-    }
-
-    fn durable_rate(&self) -> f64 {
-        median(self.trained.saves.iter().map(|save| save.committed.bytes as f64 / save.committed.durable.as_secs_f64()))
-    }
-
-    fn limit_rate(&self) -> f64 {
-        median(self.trained.measured.limits.iter().map(Limit::bytes_per_second))
-    }
-
-    fn mode(&self) -> Option<IoMode> {
-        self.trained.saves.last().map(|save| save.committed.mode)
-    }
-
-    /// Writes the measured figures.
-    fn figures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (without, with) =
-            (self.trained.measured.step_ms(|pair| pair.without), self.trained.measured.step_ms(|pair| pair.with));
-        let percent = |q: f64| 100.0 * quantile(self.trained.measured.overheads(), q);
-        let n = self.trained.measured.pairs().len();
-        let steps = self.trained.measured.pairs().first().map_or(0, |pair| pair.steps);
-        writeln!(f, "step without checkpointing   {without:.2} ms")?;
-        writeln!(f, "step with checkpointing      {with:.2} ms, including the wait until the last byte is durable")?;
-        writeln!(
-            f,
-            "overhead                     {:+.1} % (quartiles {:+.1} % and {:+.1} %)",
-            percent(0.5),
-            percent(0.25),
-            percent(0.75)
-        )?;
-        writeln!(f, "    medians of {n} pairs of blocks of {steps} steps, alternating with saves and without")?;
-        writeln!(f, "stall per save               p50 {:.2} ms, p99 {:.2} ms", self.blocked(0.5), self.blocked(0.99))?;
-        writeln!(f, "    all waiting time of training: building the state dict, `save` and the fences\n")?;
-
-        let (rate, limit) = (self.durable_rate(), self.limit_rate());
-        let (saves, bytes) = (self.trained.saves.len(), size::shown(self.opening.bytes));
-        let mode = match self.mode() {
-            Some(IoMode::Direct) => "direct I/O",
-            _ => "through the page cache",
-        };
-        writeln!(
-            f,
-            "saves                        {saves} of {bytes}, durable after {:.1} ms, {mode}",
-            self.durable_ms()
-        )?;
-        writeln!(f, "rate                         {:.2} GB/s while training", rate / 1e9)?;
-        writeln!(
-            f,
-            "the disk's limit             {:.2} GB/s: a bare loop of writes and one fsync, with no training beside it",
-            limit / 1e9
-        )?;
-        writeln!(
-            f,
-            "    medians; the same bytes and chunks, {} loops between the blocks\n",
-            self.trained.measured.limits.len()
-        )
-    }
-
-    /// Returns a time or a figure from times, or None if times mean nothing.
-    fn timed(&self, figure: f64) -> Option<f64> {
-        (!self.opening.home.simulated()).then_some(figure)
+    /// Returns the last line.
+    pub fn verdict(&self) -> String {
+        format!("\n{}\n", if self.verified() { "verified" } else { "NOT VERIFIED" })
     }
 
     /// Returns the JSON object that `--json` prints.
     pub fn json(&self) -> Value {
         let last_loss = self.trained.curve.last().copied();
-        let step_ms = |time: fn(&Pair) -> Duration| self.timed(self.trained.measured.step_ms(time));
+        let step_ms = |time: fn(&Pair) -> Duration| self.opening.timed(self.trained.measured.step_ms(time));
         json!({
             "steps": self.opening.goal,
             "saves": self.trained.saves.len(),
             "bytes": self.opening.bytes,
             "step_ms_without": step_ms(|pair| pair.without),
             "step_ms_with": step_ms(|pair| pair.with),
-            "overhead_fraction": self.timed(median(self.trained.measured.overheads())),
-            "blocked_ms_p50": self.timed(self.blocked(0.5)),
-            "blocked_ms_p99": self.timed(self.blocked(0.99)),
+            "overhead_fraction": self.opening.timed(median(self.trained.measured.overheads())),
+            "noise_fraction": self.opening.timed(self.trained.measured.noise()),
+            "blocked_ms_p50": self.opening.timed(self.trained.blocked(0.5)),
+            "blocked_ms_p99": self.opening.timed(self.trained.blocked(0.99)),
             "restored_step": self.proof.restored,
             "verified": self.verified(),
             "bytes_equal": self.proof.bytes_equal,
@@ -173,11 +123,11 @@ impl Report<'_> {
             "measured_blocks": self.trained.measured.pairs().len(),
             "final_loss": last_loss,
             "final_loss_bits": last_loss.map(f32::to_bits),
-            "durable_ms_p50": self.timed(self.durable_ms()),
-            "durable_bytes_per_second": self.timed(self.durable_rate()),
-            "disk_limit_bytes_per_second": self.timed(self.limit_rate()),
-            "restore_ms": self.timed(ms(self.proof.restored_in)),
-            "io": self.mode(),
+            "durable_ms_p50": self.opening.timed(self.trained.durable_ms()),
+            "durable_bytes_per_second": self.opening.timed(self.trained.durable_rate()),
+            "disk_limit_bytes_per_second": self.opening.timed(self.trained.limit_rate()),
+            "restore_ms": self.opening.timed(ms(self.proof.restored_in)),
+            "io": self.trained.mode(),
             "device": self.opening.home.to_string(),
             "simulated": self.opening.home.simulated(),
             "arena": self.opening.arena,
@@ -187,71 +137,150 @@ impl Report<'_> {
     }
 }
 
+impl Trained {
+    fn blocked(&self, q: f64) -> f64 {
+        quantile(self.saves.iter().map(|save| ms(save.blocked)), q)
+    }
+
+    fn durable_ms(&self) -> f64 {
+        median(self.saves.iter().map(|save| ms(save.committed.durable)))
+    }
+
+    fn durable_rate(&self) -> f64 {
+        median(self.saves.iter().map(|save| save.committed.bytes as f64 / save.committed.durable.as_secs_f64()))
+    }
+
+    fn limit_rate(&self) -> f64 {
+        median(self.measured.limits.iter().map(Limit::bytes_per_second))
+    }
+
+    fn mode(&self) -> Option<IoMode> {
+        self.saves.last().map(|save| save.committed.mode)
+    }
+
+    /// Says what was measured.
+    fn figures(&self, bytes: u64) -> String {
+        let Measured { limits, .. } = &self.measured;
+        let (without, with) = (self.measured.step_ms(|pair| pair.without), self.measured.step_ms(|pair| pair.with));
+        let (n, steps) = (self.measured.pairs().len(), self.measured.pairs().first().map_or(0, |pair| pair.steps));
+        let mut text = line(
+            "a step",
+            &format!(
+                "{without:.2} ms without saves; {with:.2} ms with, including the wait until the last byte is durable"
+            ),
+        );
+        let pairs = format!("{n} pairs of blocks of {steps} steps, alternating with saves and without");
+        text +=
+            &line("cost", &format!("{}; medians of {pairs}", cost(self.measured.overhead(), self.measured.noise())));
+        let (p50, p99) = (self.blocked(0.5), self.blocked(0.99));
+        text += &line(
+            "stall",
+            &format!("p50 {p50:.2} ms, p99 {p99:.2} ms a save: building the state dict, `save` and the fences"),
+        );
+        let mode = match self.mode() {
+            Some(IoMode::Direct) => "direct I/O",
+            _ => "through the page cache",
+        };
+        let (saves, durable) = (counted(self.saves.len(), "save"), self.durable_ms());
+        text += &line("saves", &format!("{saves} of {}, durable after {durable:.1} ms, {mode}", size::shown(bytes)));
+        let rate = |rate: f64| size::shown(rate as u64) + "/s";
+        let loops = counted(limits.len(), "loop");
+        text += &line(
+            "rate",
+            &format!("{} while training; the disk's limit is {}", rate(self.durable_rate()), rate(self.limit_rate())),
+        );
+        text += &line(
+            "",
+            &format!(
+                "(medians; the limit is that of {loops} of bare writes and one fsync, of the same bytes and chunks, \
+                 with no training beside)"
+            ),
+        );
+        text
+    }
+}
+
+/// Says what saves cost a step, if that can be told from noise: `no cost visible within +-15 %`.
+fn cost(overhead: f64, noise: f64) -> String {
+    // Saving cannot make training faster: what looks so is noise, too.
+    let noise = noise.max(-overhead);
+    if overhead <= noise {
+        format!("no cost visible within \u{b1}{:.1} %, the noise of this measurement", 100.0 * noise)
+    } else {
+        format!("{:.1} % of a step, \u{b1}{:.1} %", 100.0 * overhead, 100.0 * noise)
+    }
+}
+
+/// Says one thing, behind its name, at the width of the screen.
+fn line(name: &str, text: &str) -> String {
+    out::wrapped(&format!("{name:<11}"), text)
+}
+
+/// Says a check that was made.
+pub fn tick(held: bool, what: &str) -> String {
+    out::wrapped(if held { "[x] " } else { "[ ] FAILED " }, what)
+}
+
+impl Opening<'_> {
+    /// Returns a time or a figure from times, or None if times mean nothing.
+    fn timed(&self, figure: f64) -> Option<f64> {
+        (!self.home.simulated()).then_some(figure)
+    }
+
+    /// Says what was trained and measured.
+    pub fn trained(&self, trained: &Trained) -> String {
+        let mean = |part: &[f32]| part.iter().sum::<f32>() / part.len().max(1) as f32;
+        let end = trained.curve.len().min(10);
+        let (first, last) = (mean(&trained.curve[..end]), mean(&trained.curve[trained.curve.len() - end..]));
+        let mut text =
+            line("loss", &format!("{first:.3} -> {last:.3} (means of the first and last {end} steps)")) + "\n";
+        text += &if self.home.simulated() {
+            let saves = counted(trained.saves.len(), "save");
+            line("saves", &format!("{saves}; times are omitted: the driver is simulated"))
+        } else {
+            trained.figures(self.bytes)
+        };
+        text + "\n"
+    }
+
+    /// Says which step was restored.
+    pub fn restored(&self, step: u64, time: Duration, path: &Path) -> String {
+        let time = self.timed(ms(time)).map_or_else(String::new, |ms| format!(" in {ms:.1} ms"));
+        let path =
+            path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
+        line("restored", &format!("step {step}{time}, from {}", out::printable(&path)))
+    }
+}
+
 impl fmt::Display for Opening<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { bytes, parameters, start, goal, every, arena, chunk, .. } = self;
         let (chunks, times) = (bytes.div_ceil(*chunk), *bytes as f64 / *arena as f64);
         let (state, arena, chunk) = (size::shown(*bytes), size::exact(*arena), size::exact(*chunk));
-        writeln!(f, "model      {parameters} parameters; with the AdamW moments a state of {state}")?;
-        writeln!(f, "device     {}", self.home)?;
-        writeln!(
-            f,
-            "arena      {arena} in chunks of {chunk}; the state is {chunks} chunks, {times:.1} times the arena"
-        )?;
-        writeln!(f, "directory  {} (the newest two checkpoints are kept)", self.root.display())?;
+        let parameters = grouped(*parameters);
         let from = match self.resumed {
             true => format!("resumed from step {start}, the newest durable one"),
             false => "from the beginning".to_owned(),
         };
-        writeln!(f, "training   {from}, to step {goal}; a save every {every} steps and at the end\n")
+        f.write_str(&line("model", &format!("{parameters} parameters; with the AdamW moments a state of {state}")))?;
+        f.write_str(&line("device", &self.home.told()))?;
+        let chunks = format!("the state is {chunks} chunks, {times:.1} times the arena");
+        f.write_str(&line("arena", &format!("{arena} in chunks of {chunk}; {chunks}")))?;
+        let root = out::printable(&self.root.display().to_string());
+        f.write_str(&line("directory", &format!("{root} (the newest two checkpoints are kept)")))?;
+        f.write_str(&line("training", &format!("{from}, to step {goal}; a save every {every} steps and at the end")))?;
+        f.write_str("\n")
     }
 }
 
-impl fmt::Display for Report<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mean = |part: &[f32]| part.iter().sum::<f32>() / part.len().max(1) as f32;
-        let end = self.trained.curve.len().min(10);
-        let (first, last) =
-            (mean(&self.trained.curve[..end]), mean(&self.trained.curve[self.trained.curve.len() - end..]));
-        writeln!(
-            f,
-            "loss                         {first:.3} -> {last:.3} (means of the first and last {end} steps)\n"
-        )?;
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-        if self.opening.home.simulated() {
-            writeln!(
-                f,
-                "saves                        {}; times are omitted: the driver is simulated\n",
-                self.trained.saves.len()
-            )?;
-        } else {
-            self.figures(f)?;
-        }
-
-        let says = |held: bool| if held { "yes" } else { "NO" };
-        writeln!(
-            f,
-            "restored                     step {}{}, from {}",
-            self.proof.restored,
-            self.timed(ms(self.proof.restored_in)).map_or_else(String::new, |ms| format!(" in {ms:.1} ms")),
-            self.proof.path.display()
-        )?;
-        writeln!(f, "restored bytes identical     {}", says(self.proof.bytes_equal))?;
-        if let Some(recomputed) = self.proof.recomputed {
-            let said = "all steps repeated without the GPU give the same state";
-            writeln!(f, "recomputed on the host       {} ({said})", says(recomputed))?;
-        }
-        writeln!(
-            f,
-            "training continues the same  {} ({} steps from the restored state, losses and state bit for bit)",
-            says(self.proof.curve_continues),
-            self.proof.steps
-        )?;
-        writeln!(
-            f,
-            "saving changed nothing       {} (the twin that never saved has the same losses and state)",
-            says(self.trained.undisturbed)
-        )?;
-        writeln!(f, "\n{}", if self.verified() { "verified" } else { "NOT VERIFIED" })
+    #[test]
+    fn a_cost_is_never_negative_and_never_below_the_noise() {
+        assert_eq!(cost(-0.068, 0.15), "no cost visible within \u{b1}15.0 %, the noise of this measurement");
+        assert_eq!(cost(-0.2, 0.01), "no cost visible within \u{b1}20.0 %, the noise of this measurement");
+        assert_eq!(cost(0.05, 0.01), "5.0 % of a step, \u{b1}1.0 %");
     }
 }

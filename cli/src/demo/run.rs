@@ -91,6 +91,8 @@ pub struct Run<'a> {
     /// What each call of `advance` did, for the picture.
     pub blocks: Vec<Block>,
     executor: &'a CheckpointExecutor,
+    /// The step `start` was restored.
+    resumed: bool,
     start: u64,
     every: u64,
     goal: u64,
@@ -144,8 +146,8 @@ impl Block {
 
 impl<'a> Run<'a> {
     pub fn new(executor: &'a CheckpointExecutor, trainer: Trainer<'a>, every: u64, goal: u64) -> Self {
-        let start = trainer.training.step;
-        Self { trainer, saved: Vec::new(), blocks: Vec::new(), executor, start, every, goal }
+        let (start, resumed) = (trainer.training.step, trainer.training.step > 0);
+        Self { trainer, saved: Vec::new(), blocks: Vec::new(), executor, resumed, start, every, goal }
     }
 
     /// How many threads write.
@@ -173,8 +175,12 @@ impl<'a> Run<'a> {
             }
             block.part(Activity::Update, || self.trainer.update())?;
             losses.push(loss);
-            let durable = self.saved.last().map_or(self.start, |saved| saved.committed.step);
-            bar.set_message(format!("loss {loss:.3}, durable up to step {durable}"));
+            let durable = match self.saved.last() {
+                Some(saved) => format!("step {} is durable", saved.committed.step),
+                None if self.resumed => format!("step {} is durable", self.start),
+                None => "nothing durable yet".to_owned(),
+            };
+            bar.set_message(format!("loss {loss:.3}, {durable}"));
             bar.set_position((step + 1).min(self.goal));
         }
         for (save, called, blocked) in in_flight {

@@ -65,6 +65,33 @@ fn a_flip_in_a_header_is_repaired_as_well() {
 }
 
 #[test]
+fn flips_in_the_manifest_and_in_a_table_are_located_and_repaired() {
+    let run = Run::new([]);
+    run.save_many(10, 700);
+    for (file, place) in [("manifest.json", 40), ("manifest.json", usize::MAX), ("tensors.table", 50_000)] {
+        let path = run.step(10).join(file);
+        let sound = fs::read(&path).unwrap();
+        // The last digit of the manifest's own digest is before two other bytes and a newline.
+        let place = place.min(sound.len() - 4);
+        run.change(&path, |bytes| bytes[place] ^= 0x01);
+        let found = run.json(&["verify", "run", "--json"], 3);
+        let damage = &found["damage"][0];
+        assert_eq!((&damage["file"], &damage["flip"]["offset"]), (&file.into(), &place.into()), "{found}");
+        if place == 40 {
+            run.shows("verify-manifest", &["verify", "run"]);
+            run.shows("repair-manifest", &["repair", "run", "10"]);
+        }
+        run.json(&["repair", "run", "10", "--yes", "--json"], 0);
+        assert!(fs::read(&path).unwrap() == sound, "{file} {place}");
+        run.json(&["verify", "run", "--json"], 0);
+    }
+    run.change(&run.step(10).join("manifest.json"), |bytes| (bytes[40] ^= 1, bytes[90] ^= 1).0);
+    assert_eq!(run.json(&["verify", "run", "--json"], 3)["damage"][0]["flip"], Value::Null);
+    let refused = run.ashore(&["repair", "run", "10", "--yes"], 80);
+    assert_eq!(refused.status.code(), Some(3), "{refused:?}");
+}
+
+#[test]
 fn what_is_not_certain_is_not_repaired() {
     let run = Run::new([10]);
     let place = run.offset(10, "layers.0.weight");

@@ -57,6 +57,13 @@ fn a_mark_belongs_to_an_attempt_and_a_broken_file_of_marks_stops_deletion_only()
     run.json(&["mark", "run", "10", "keep", "--json"], 0);
     assert_eq!(catalog.marks().unwrap().len(), 1, "marks of steps that are gone are forgotten");
 
+    std::fs::write(run.step(10).join("manifest.json"), "").unwrap();
+    let spared = run.json(&["prune", "run", "--damaged", "--yes", "--json"], 0);
+    assert_eq!((&spared["damaged"], spared["doubtful"][0]["step"].as_u64()), (&serde_json::json!([]), Some(10)));
+    assert!(run.step(10).exists(), "it may still be repaired");
+    std::fs::remove_dir_all(run.step(10)).unwrap();
+    run.save([10]);
+
     std::fs::write(run.root().join(".marks.json"), "{").unwrap();
     assert_eq!(catalog.latest().unwrap().unwrap().step(), 20, "a run starts");
     let refused = catalog.prune(&Retention::last(1), PruneOptions::new()).unwrap_err();
