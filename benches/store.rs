@@ -1,6 +1,6 @@
-//! Saves a state to an object store and reads it back, and prints what that took: bytes per second, CPU seconds
-//! per GB of this process, and the most memory that it had. `just store-bench s3://bucket/prefix` runs it; the
-//! environment names endpoint and credentials.
+//! Saves a state to an object store and reads it back, and prints what that took: bytes per second, CPU
+//! seconds per GB of this process, and the most memory that it had. `just store-bench s3://bucket/prefix`
+//! runs it; the environment names endpoint and credentials.
 
 use ashore::{Catalog, CheckpointExecutor, StateDict, Targets};
 use std::error::Error;

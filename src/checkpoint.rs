@@ -142,8 +142,8 @@ impl Checkpoint {
     }
 
     /// Reads with up to `threads` threads, including the caller's. Default: 32, and at most one for each 4
-    /// MiB. Each uses a buffer of 2 MiB while it reads. A storage across a network may ask for fewer threads and
-    /// longer buffers.
+    /// MiB. Each uses a buffer of 2 MiB while it reads. A storage across a network may ask for fewer threads
+    /// and longer buffers.
     pub fn with_threads(mut self, threads: usize) -> Self {
         self.threads = threads.max(1);
         self

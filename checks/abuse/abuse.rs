@@ -5,8 +5,9 @@
 //! ```
 //!
 //! Each thread saves, overwrites, saves borrowed tensors in a scope, cancels, prunes, reads, verifies and
-//! sweeps, in a random order. A step holds bytes that follow from its number and a number drawn for its save, so
-//! every step that is read can be judged. A step that was reported durable is listed until eight newer ones are.
+//! sweeps, in a random order. A step holds bytes that follow from its number and a number drawn for its save,
+//! so every step that is read can be judged. A step that was reported durable is listed until eight newer
+//! ones are.
 
 use ashore::storage::Sweep;
 use ashore::{

@@ -5,9 +5,10 @@
 //! ```
 //!
 //! One save in twenty meets a system call that fails once. Fsyncs do nothing, because no power is lost here.
-//! Memory, descriptors, threads and entries of the root are counted when a fifth of the saves has been made and
-//! at the end. A publish whose outcome is unknown keeps its owner record, locked, as long as the executor lives;
-//! the next executor deletes it. Every 250 saves the newest step is read and compared with what was saved.
+//! Memory, descriptors, threads and entries of the root are counted when a fifth of the saves has been made
+//! and at the end. A publish whose outcome is unknown keeps its owner record, locked, as long as the executor
+//! lives; the next executor deletes it. Every 250 saves the newest step is read and compared with what was
+//! saved.
 
 use ashore::storage::local::{Linux, Local};
 use ashore::testing::{Call, Effect, Fault, Faulty};

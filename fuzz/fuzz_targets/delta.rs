@@ -1,5 +1,6 @@
-//! Any bytes as the manifest of a delta, as they are and with the right digest, and as the columns of a patch:
-//! no panic, bounded memory, and what was checked can be applied and has the digest that the check found.
+//! Any bytes as the manifest of a delta, as they are and with the right digest, and as the columns of a
+//! patch: no panic, bounded memory, and what was checked can be applied and has the digest that the check
+//! found.
 #![no_main]
 
 use ashore::Dtype;

@@ -182,8 +182,9 @@ impl Catalog {
     /// Deletes `step` under every name that it has, even if it is damaged.
     ///
     /// # Errors
-    /// `NotFound` when the step does not exist. `Invalid` when it is [marked](Mark) keep, or when no other step
-    /// is durable and, if the options require it, sound; nothing is deleted then. An I/O error when the directory cannot be read.
+    /// `NotFound` when the step does not exist. `Invalid` when it is [marked](Mark) keep, or when no other
+    /// step is durable and, if the options require it, sound; nothing is deleted then. An I/O error when the
+    /// directory cannot be read.
     pub fn delete(&self, step: u64, options: PruneOptions) -> Result<Pruned> {
         let (entries, problems) = self.everything()?;
         let problems: Vec<_> =

@@ -2,11 +2,11 @@
 //! the one before.
 //!
 //! A *chain* is a directory of *versions*, `v-00000001` and so on. A version is a *full*, which is a complete
-//! step, or a *delta*, which says what changed since its *base*. A [`Publisher`] writes versions; a [`Follow`]
-//! brings memory of another process to each new version. At learning rates near 1e-6 about 1 % of bf16
-//! weights change from one step to the next, and a delta is about 1 % of a full, or 0.6 % compressed. Full
-//! training is no case for it: fp32 masters and moments change entirely at every step. `docs/deltas.md` says
-//! more.
+//! step, or a *delta*, which says what changed since its *base*. A [`Publisher`] writes versions; a
+//! [`Follow`] brings memory of another process to each new version. At learning rates near 1e-6 about 1 % of
+//! bf16 weights change from one step to the next, and a delta is about 1 % of a full, or 0.6 % compressed.
+//! Full training is no case for it: fp32 masters and moments change entirely at every step. `docs/deltas.md`
+//! says more.
 //!
 //! **Protocol.** The first version is a full. A delta is acknowledged only when it and everything it is built
 //! on is durable. After an error that leaves the outcome of a publish unknown, and after a restart, the
