@@ -3,7 +3,8 @@
 //! # Safety argument
 //! The stager copies elements that lie at strides in host memory itself, inside
 //! [`Source::read`](crate::state::Source::read). It queues any other copy inside `read`, or holds it back
-//! there and queues it with the rest of its chunk; either way it has locked the source gate for reading.
+//! there and queues it with the rest of its chunk; either way it has locked the source gate for reading. Where
+//! a source says its address, no `read` is called, and a copy may begin at any time.
 //! The copy reads bytes that the source keeps allocated until it is dropped, and writes a slab whose lease
 //! is among the chunks in flight. Both stay until the completion event behind the copy is reached, or until
 //! `quiesce` drops a copy that is held back. A chunk is in flight before its first copy is queued, and
@@ -26,6 +27,7 @@ use crate::format::shard::Stamp;
 use crate::mutant::{self, Mutant};
 use crate::plan::SegmentSource;
 use crate::state::MemoryLocation;
+use crate::sync::MutexGuard;
 use smallvec::SmallVec;
 use std::ops::Range;
 
@@ -41,6 +43,8 @@ pub(super) fn enqueue(
     let chunk = &job.plan.chunks[index];
     let mut digests = Some(Vec::with_capacity(chunk.segments.len()));
     let (base, mut at, mut run) = (in_flight.chunk.lease.as_mut_ptr(), 0, Run::default());
+    // Taken at the first segment that is read from live memory, and kept for all of the chunk.
+    let mut reading = None;
     for segment in &job.plan.segments[chunk.segments.clone()] {
         let (begin, offset, length) = (segment.at as usize, at, segment.length);
         let to = base.wrapping_add(offset);
@@ -72,7 +76,12 @@ pub(super) fn enqueue(
                     None
                 }
                 (None, Image::Arrived) => None,
-                (None, Image::None) => read(job, tensor, begin, length, to, queue)?,
+                (None, Image::None) => {
+                    if reading.is_none() {
+                        reading = Some(begin_reading(job)?);
+                    }
+                    read(job, tensor, begin, length, to, queue)?
+                }
             },
         };
         match digest {
@@ -81,6 +90,7 @@ pub(super) fn enqueue(
         }
     }
     run.fetch(queue, base)?;
+    drop(reading);
     let tail = at.next_multiple_of(crate::ALIGNMENT) - at;
     // SAFETY: a chunk is no longer than its slab, whose size is a multiple of the alignment; no copy writes
     // beyond `at`.
@@ -155,24 +165,27 @@ impl Run {
 
 /// Makes a device gather its part of a chunk from live memory, if it is one to be gathered.
 fn gather(job: &Job, late_copy: &LateCopy, device: usize, chunk: usize) -> Result<Option<u64>> {
-    let _reading = job.ticket.sources.read();
-    match job.ticket.failure() {
-        Some(error) => Err(error),
-        None => late_copy.gather(device, chunk),
-    }
+    let _reading = begin_reading(job)?;
+    late_copy.gather(device, chunk)
 }
 
 /// Queues the copies that are held back, but none once the save has failed: writers of the tensors then wait
 /// for no more copies.
 fn flush(job: &Job, queue: &mut dyn CopyQueue) -> Result<()> {
-    let _reading = job.ticket.sources.read();
+    let _reading = begin_reading(job)?;
+    queue.flush()
+}
+
+/// Locks the source gate for reading, unless the save has failed.
+fn begin_reading(job: &Job) -> Result<MutexGuard<'_, ()>> {
+    let reading = job.ticket.sources.read();
     match job.ticket.failure() {
         Some(error) => Err(error),
-        None => queue.flush(),
+        None => Ok(reading),
     }
 }
 
-/// Queues the copy of a segment from live memory.
+/// Queues the copy of a segment from live memory. The caller has locked the source gate.
 fn read(
     job: &Job,
     tensor: usize,
@@ -182,10 +195,6 @@ fn read(
     queue: &mut dyn CopyQueue,
 ) -> Result<Option<Digest>> {
     let (name, tensor) = job.state.tensors.get_index(tensor).expect("checked by the plan");
-    let _reading = job.ticket.sources.read();
-    if let Some(error) = job.ticket.failure() {
-        return Err(error);
-    }
     let strided = tensor.strided_on_host();
     if strided.is_none() && tensor.strides().is_some() {
         return Err(Error::internal(format!("a strided tensor was not gathered tensor={name:?}")));

@@ -297,7 +297,9 @@ fn ready(job: &Job, index: usize, waker: &Waker) -> Result<bool> {
     for segment in &job.plan.segments[chunk.segments.clone()] {
         let SegmentSource::Tensor(tensor) = segment.source else { continue };
         // After the sources are dropped, the remaining chunks are read from slots.
-        let Some((_, tensor)) = job.state.tensors.get_index(tensor) else { continue };
+        let Some((_, tensor)) = job.state.tensors.get_index(tensor).filter(|(_, tensor)| !tensor.is_ready()) else {
+            continue;
+        };
         match tensor.source.poll_ready(segment.at..segment.at + segment.length as u64, waker) {
             Poll::Ready(there) => there?,
             Poll::Pending => return Ok(false),

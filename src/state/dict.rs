@@ -2,7 +2,7 @@
 
 use super::boxes::{Key, Place};
 use super::dtype::{Dtype, Layout};
-use super::source::{DeviceStream, MemoryLocation, SharedSource, Source};
+use super::source::{Address, DeviceStream, MemoryLocation, SharedSource, Source};
 use super::strided::Strided;
 use super::value::encode_named;
 use crate::error::{Error, Result};
@@ -39,6 +39,10 @@ pub(crate) struct Tensor<'a> {
     /// None: the default for its memory location and size.
     pub capture: Option<Capture>,
     pub source: Box<dyn Source + 'a>,
+    /// What the source said when it was added. A stager with many small tensors looks here, and not at each
+    /// source in memory of its own.
+    address: Option<Address>,
+    packed: bool,
     /// The address of the packed capture on the device, which the save reads instead. The device may still
     /// have to read the source.
     pub captured_at: Option<u64>,
@@ -47,21 +51,27 @@ pub(crate) struct Tensor<'a> {
 impl Tensor<'_> {
     /// Calls `copy` with a pointer to the bytes, as [`Source::read`] does.
     pub fn read(&self, copy: &mut dyn FnMut(*const u8)) {
-        match self.captured_at {
-            Some(address) => copy(std::ptr::without_provenance(address as usize)),
-            None => self.source.read(copy),
+        match (self.captured_at, self.address) {
+            (Some(address), _) => copy(std::ptr::without_provenance(address as usize)),
+            (None, Some(Address(address))) => copy(address),
+            (None, None) => self.source.read(copy),
         }
+    }
+
+    /// Whether the bytes are ready to be read, without a call of the source.
+    pub fn is_ready(&self) -> bool {
+        self.address.is_some()
     }
 
     /// The elements of a tensor in host memory that is not packed.
     pub fn strided_on_host(&self) -> Option<Strided> {
-        let strides = self.source.strides().filter(|_| self.location.stream().is_none())?;
+        let strides = self.strides().filter(|_| self.location.stream().is_none())?;
         Some(Strided::new(self.layout.item()?, &self.layout.shape, strides))
     }
 
     /// The strides of a tensor that is not packed.
     pub fn strides(&self) -> Option<&[i64]> {
-        if self.captured_at.is_some() { None } else { self.source.strides() }
+        if self.packed || self.captured_at.is_some() { None } else { self.source.strides() }
     }
 }
 
@@ -234,7 +244,18 @@ impl<'a> StateDict<'a> {
                         if place.is_some() {
                             self.boxes.insert(free.key().name.clone(), number + 1);
                         }
-                        free.insert(Tensor { layout, place, location, capture, source, captured_at: None });
+                        let address = source.address().map(Address);
+                        let packed = source.strides().is_none();
+                        free.insert(Tensor {
+                            layout,
+                            place,
+                            location,
+                            capture,
+                            source,
+                            address,
+                            packed,
+                            captured_at: None,
+                        });
                     }
                 }
                 self.bytes = self.bytes.saturating_add(bytes);

@@ -151,6 +151,9 @@ macro_rules! owners {
             fn read(&self, copy: &mut dyn FnMut(*const u8)) {
                 copy(HostOwner::bytes(self).as_ptr());
             }
+            fn address(&self) -> Option<*const u8> {
+                Some(HostOwner::bytes(self).as_ptr())
+            }
         }
     )* };
 }
@@ -175,6 +178,10 @@ unsafe impl<O: HostOwner> Source for HostTensor<O> {
 
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {
         copy(self.owner.bytes().as_ptr());
+    }
+
+    fn address(&self) -> Option<*const u8> {
+        Some(self.owner.bytes().as_ptr())
     }
 }
 
@@ -280,6 +287,10 @@ unsafe impl Source for RawHost {
 
     fn read(&self, copy: &mut dyn FnMut(*const u8)) {
         copy(self.pointer);
+    }
+
+    fn address(&self) -> Option<*const u8> {
+        Some(self.pointer)
     }
 }
 
