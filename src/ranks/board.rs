@@ -232,12 +232,19 @@ impl<B: Board> Coordinator for OnBoard<B> {
         let mut looked = 0;
         for turn in 0.. {
             let before: usize = arrived.iter().filter(|a| **a).count();
-            if self.collect(round, &mut arrived, each, deadline)?.is_break() {
-                return Ok(());
+            let is_last = turn > 0 && self.board.now() >= deadline;
+            let collected = self.collect(round, &mut arrived, each, deadline);
+            let missing: Vec<u32> = (0..).zip(&arrived).filter(|(_, a)| !**a).map(|(rank, _)| rank).collect();
+            match collected {
+                Ok(ControlFlow::Break(())) => return Ok(()),
+                Ok(ControlFlow::Continue(())) => {}
+                // A board has little time for the last look. Where it does not answer, earlier looks have found
+                // who is missing.
+                Err(error) if is_last && error.kind() == ErrorKind::Unavailable => {
+                    return Err(self.late("not all ranks sent their message in time", missing).with_source(error));
+                }
+                Err(error) => return Err(error),
             }
-            let absent =
-                |arrived: &[bool]| -> Vec<u32> { (0..).zip(arrived).filter(|(_, a)| !**a).map(|(r, _)| r).collect() };
-            let missing = absent(&arrived);
             if missing.is_empty() {
                 return Ok(());
             }
