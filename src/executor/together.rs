@@ -56,6 +56,26 @@ impl CheckpointExecutor {
         Ok(Together { group, save, deadline, _lent: lent })
     }
 
+    /// Says that this rank makes no call of [`CheckpointExecutor::save`] for `step`, because its state could
+    /// not be put together: the save fails on the other ranks, too, at once and with this rank and `why` in
+    /// the error. Ranks count calls, so a rank that leaves one out by itself would be one step behind the
+    /// others from then on. Call it once in the place of the call; `save` does so itself for what it refuses.
+    /// Without other ranks it does nothing.
+    ///
+    /// ```
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # fn state() -> Result<ashore::StateDict<'static>, std::io::Error> { Err(std::io::Error::other("no data")) }
+    /// let executor = ashore::CheckpointExecutor::builder(dir.path()).arena(16 << 20).chunk(1 << 20).build()?;
+    /// match state() {
+    ///     Ok(state) => drop(executor.save(1, state)?),
+    ///     Err(error) => executor.decline(1, &error.to_string()),
+    /// }
+    /// # Ok::<(), ashore::Error>(())
+    /// ```
+    pub fn decline(&self, step: u64, why: &str) {
+        self.refused(step, &Error::invalid(format!("a rank could not put its state together: {why}")).with_step(step));
+    }
+
     /// Counts a call of `save` that this rank refuses, so that the save fails on the other ranks, too, and
     /// the calls after it are those of the same step on all.
     pub(crate) fn refused(&self, step: u64, error: &Error) {
