@@ -66,39 +66,51 @@ WAITS = {
 
 
 @pytest.mark.parametrize("wait", WAITS)
-def test_a_signal_interrupts_a_wait_within_50_ms(python, root, wait):
+def test_signals_interrupt_waits_within_50_ms(python, root, wait):
+    # A shutdown is interrupted once, so each needs a save of its own.
+    rounds = 3 if wait == "shutdown" else 7
     done = python(
         f"""
         import os, signal, sys, threading, time, torch, ashore
-        executor = ashore.CheckpointExecutor(sys.argv[1], writers=1, direct=False, **SMALL)
         # A quarter of a gigabyte through a small arena and one writer.
-        save = executor.save(1, {{"a": torch.ones(64 << 20)}})
-        sent = []
-        def interrupt():
-            time.sleep(0.03)
+        state = {{"a": torch.ones(64 << 20)}}
+        def interrupt(sent):
+            time.sleep(0.001)
             sent.append(time.monotonic())
             os.kill(os.getpid(), signal.SIGINT)
-        threading.Thread(target=interrupt, daemon=True).start()
-        try:
-            {WAITS[wait]}
-        except KeyboardInterrupt:
-            print("interrupted", time.monotonic() - sent[0], flush=True)
-        else:
-            try:
-                time.sleep(1)
-            except KeyboardInterrupt:
-                pass
-            print("ended", 0, flush=True)
-        # The save was not disturbed.
-        assert save.wait().step == 1
+        answers, step = 0, 0
+        while answers < {rounds} and step < 20:
+            step += 1
+            executor = ashore.CheckpointExecutor(sys.argv[1], writers=1, direct=False, keep_last=1, **SMALL)
+            save = executor.save(step, state)
+            waits = True
+            while waits and answers < {rounds}:
+                sent = []
+                thread = threading.Thread(target=interrupt, args=[sent], daemon=True)
+                try:
+                    thread.start()
+                    {WAITS[wait]}
+                    waits = False
+                    # The signal of a wait that ended before it.
+                    time.sleep(60)
+                except KeyboardInterrupt:
+                    took = time.monotonic() - sent[0]
+                thread.join()
+                if waits:
+                    answers += 1
+                    print(took, flush=True)
+                # The shutdown that was interrupted goes on alone.
+                waits = waits and {wait != "shutdown"}
+            # The save was not disturbed.
+            assert save.wait().step == step
         """,
         root,
     )
-    what, took = done.stdout.split()
-    assert what == "interrupted", "the save ended within 0.03 s: give it more to write"
-    # A slice, and what a loaded machine adds.
-    assert float(took) < 0.5
-    assert ashore.latest(root).step == 1
+    took = sorted(map(float, done.stdout.split()))
+    assert len(took) == rounds, "the saves ended before the signals: give them more to write"
+    # The median: a machine with other work delays single ones.
+    assert took[rounds // 2] < 0.05, took
+    assert ashore.latest(root) is not None
 
 
 def test_a_forked_child_is_refused_and_can_make_its_own(root, tmp_path):
