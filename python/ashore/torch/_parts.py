@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -235,6 +236,7 @@ class OptimizerPart(Part):
         self._known: dict[int, str] = {}
         self._parameters: list[list[nn.Parameter]] = []
         self._names: list[list[str]] = []
+        self._by_id: dict[int, str] = {}
 
     def name_by(self, names: Mapping[int, str]) -> None:
         """Takes the names of parameters. Those that no module has are numbered within their groups."""
@@ -244,7 +246,7 @@ class OptimizerPart(Part):
     def _scan(self) -> None:
         parameters = [group["params"] for group in self._optimizer.param_groups]
         same = len(parameters) == len(self._parameters) and all(
-            len(now) == len(seen) and all(map(_is, now, seen)) for now, seen in zip(parameters, self._parameters)
+            len(now) == len(seen) and all(map(is_, now, seen)) for now, seen in zip(parameters, self._parameters)
         )
         if not same:
             self._parameters = [list(group) for group in parameters]
@@ -252,28 +254,30 @@ class OptimizerPart(Part):
                 [self._known.get(id(parameter), f"group{number}:{index}") for index, parameter in enumerate(group)]
                 for number, group in enumerate(parameters)
             ]
+            # Torch's hash of a parameter is a call of Python, which would be most of what `tree` costs.
+            pairs = (zip(group, names) for group, names in zip(self._parameters, self._names))
+            self._by_id = {id(parameter): name for pair in pairs for parameter, name in pair}
 
     def tree(self) -> dict[str, Any]:
         self._scan()
-        held = self._optimizer.state
-        state = {
-            name: held[parameter]
-            for group, names in zip(self._parameters, self._names)
-            for parameter, name in zip(group, names)
-            if parameter in held and held[parameter]
-        }
+        known = self._by_id
+        try:
+            state = {known[id(parameter)]: entry for parameter, entry in self._optimizer.state.items() if entry}
+        except KeyError:
+            raise ValueError("an optimizer holds state of parameters that are in none of its groups") from None
         groups = [
             {key: value for key, value in group.items() if key != "params"} | {"params": names}
             for group, names in zip(self._optimizer.param_groups, self._names)
         ]
-        if len(state) < sum(bool(entry) for entry in held.values()):
-            raise ValueError("an optimizer holds state of parameters that are in none of its groups")
         return {"state": state, "param_groups": groups}
 
     def taken(self, copies: Copies) -> Any:
         tree = self.tree()
         # A scheduler writes a learning rate that is a tensor.
-        tree["param_groups"] = copies.of(tree["param_groups"])
+        tree["param_groups"] = [
+            {key: value if key == "params" else copies.of(value) for key, value in group.items()}
+            for group in tree["param_groups"]
+        ]
         return tree
 
     def plan(self, plan: Plan, name: str) -> None:
@@ -303,7 +307,3 @@ class OptimizerPart(Part):
                 group.update({key: value for key, value in saved[number].items() if key != "params"})
 
         plan.after(put_back)
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
