@@ -171,6 +171,11 @@ class CheckpointExecutor:
         )
         return Save(handle)
 
+    def _decline(self, step: int, why: str) -> None:
+        """Says that this rank makes no call of :meth:`save` for ``step``: the save fails on the other ranks, which
+        would otherwise wait for it, and count one call more than this one."""
+        self._core.decline(step, why)
+
     def fence(self, streams: Iterable[Any] | None = None) -> None:
         """Returns when the tensors of all saves so far may be written. Call it before the optimizer's step. Costs
         next to nothing when no save is reading.

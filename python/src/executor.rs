@@ -5,7 +5,7 @@ use crate::errors::{self, IntoPy, closed, entry};
 use crate::handle::Handle;
 use crate::leaf::Way;
 use crate::sources::{self, Item, Place};
-use crate::tree::{Leaves, SHAPE};
+use crate::tree::{Leaves, SHAPE, Tensor};
 use crate::waiting::{interruptible, seconds};
 use crate::{checkpoint, values};
 use ashore::ranks::{Member, SharedDirectory};
@@ -13,6 +13,7 @@ use ashore::{Capture, CheckpointExecutor, SaveOptions, Settings, Snapshot, State
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyString};
+use std::cell::Cell;
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -87,6 +88,24 @@ impl Captures {
     }
 }
 
+/// A call of `save` that has not reached the engine. When it fails before, the other ranks must learn that:
+/// they count calls.
+struct Call<'a, 'py> {
+    py: Python<'py>,
+    engine: &'a Arc<CheckpointExecutor>,
+    step: u64,
+    reached: Cell<bool>,
+}
+
+impl Drop for Call<'_, '_> {
+    fn drop(&mut self) {
+        if !self.reached.get() {
+            let (engine, step) = (self.engine, self.step);
+            self.py.detach(|| engine.decline(step, "its error is raised there"));
+        }
+    }
+}
+
 impl Executor {
     /// The executor of the engine.
     fn engine(&self, py: Python<'_>) -> PyResult<Arc<CheckpointExecutor>> {
@@ -142,6 +161,7 @@ impl Executor {
     ) -> PyResult<Handle> {
         entry(py, || {
             let engine = self.engine(py)?;
+            let call = Call { py, engine: &engine, step, reached: Cell::new(false) };
             let mut captures = Captures::parse(capture)?;
             let leaves = Leaves::of(state)?;
             let mut dict = StateDict::with_capacity(leaves.tensors.len());
@@ -149,14 +169,15 @@ impl Executor {
             for (name, value) in &leaves.values {
                 dict.value(name.as_str(), value).or_raise(py)?;
             }
-            let item = |(name, object, way): (String, _, _)| {
+            let item = |held| {
+                let Tensor { name, object, way, place } = held;
                 let capture = captures.of(&name);
-                Item { name, object, way: Some(way), place: None, capture }
+                Item { name, object, way: Some(way), place, capture }
             };
             let items = leaves.tensors.into_iter().map(item).collect();
             captures.all_used(py)?;
             let options = options_of(py, captures.snapshot, options)?;
-            self.submit(py, &engine, step, dict, items, named, options, (None, None, false), |_| Ok(()))
+            self.submit(&call, dict, items, named, options, (None, None, false), |_| Ok(()))
         })
     }
 
@@ -180,6 +201,7 @@ impl Executor {
     ) -> PyResult<Handle> {
         entry(py, || {
             let engine = self.engine(py)?;
+            let call = Call { py, engine: &engine, step, reached: Cell::new(false) };
             let mut captures = Captures::parse(capture)?;
             if names.len()? != tensors.len()? {
                 return Err(errors::invalid(py, "there are not as many names as tensors", None));
@@ -207,7 +229,7 @@ impl Executor {
             captures.all_used(py)?;
             let options = options_of(py, captures.snapshot, options)?;
             let dict = StateDict::with_capacity(items.len());
-            self.submit(py, &engine, step, dict, items, named, options, (keep, stream, immutable), |dict| {
+            self.submit(&call, dict, items, named, options, (keep, stream, immutable), |dict| {
                 for (name, holder) in &aliases {
                     dict.alias(name.as_str(), holder).or_raise(py)?;
                 }
@@ -238,6 +260,13 @@ impl Executor {
             let wait = move || if streams.is_empty() { engine.fence() } else { engine.fence_on(&streams) };
             interruptible(py, wait)?.or_raise(py)
         })
+    }
+
+    /// Counts a call of `save` that a program could not make: see `CheckpointExecutor._decline`.
+    fn decline(&self, py: Python<'_>, step: u64, why: &str) -> PyResult<()> {
+        let engine = self.engine(py)?;
+        py.detach(|| engine.decline(step, why));
+        Ok(())
     }
 
     /// The newest durable step.
@@ -302,11 +331,9 @@ type Given = (bool, Option<String>, Option<PathBuf>, Option<f64>);
 
 impl Executor {
     #[expect(clippy::too_many_arguments, reason = "the parts of one call")]
-    fn submit(
+    fn submit<'py>(
         &self,
-        py: Python<'_>,
-        engine: &Arc<CheckpointExecutor>,
-        step: u64,
+        call: &Call<'_, 'py>,
         mut dict: StateDict<'static>,
         items: Vec<Item<'_>>,
         (values, rank_values, metadata): Named<'_>,
@@ -314,6 +341,7 @@ impl Executor {
         (keep, stream, immutable): (Option<Py<PyAny>>, Option<usize>, bool),
         finish: impl FnOnce(&mut StateDict<'static>) -> PyResult<()>,
     ) -> PyResult<Handle> {
+        let &Call { py, engine, step, .. } = call;
         for (name, value) in values {
             let name: String = name.extract()?;
             dict.value(name.as_str(), &values::encode(&value, &name)?).or_raise(py)?;
@@ -334,6 +362,7 @@ impl Executor {
         seen.memories = memories;
         drop(seen);
         finish(&mut dict)?;
+        call.reached.set(true);
         let save = py.detach(|| engine.save_with(step, dict, options)).or_raise(py)?;
         // After the save was taken: a fence of an executor that does not know the device would be refused.
         let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);

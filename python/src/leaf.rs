@@ -27,6 +27,8 @@ pub enum Leaf {
     NumpyScalar,
     /// Memory to be saved.
     Tensor(Way),
+    /// A DTensor: this rank has a box of it, or nothing.
+    DTensor,
     /// Neither; the text says why.
     Refused(&'static str),
 }
@@ -131,12 +133,12 @@ fn of_torch(of: &Bound<'_, PyType>) -> PyResult<Option<Leaf>> {
         let way = Exchange::find(of).map_or(Way::TorchAttributes, Way::Torch);
         return Ok(Some(Leaf::Tensor(way)));
     }
+    let dtensor = imported(of.py(), "torch.distributed.tensor")?.and_then(|module| module.getattr("DTensor").ok());
+    if dtensor.is_some_and(|dtensor| of.is(&dtensor)) {
+        return Ok(Some(Leaf::DTensor));
+    }
     let name = of.name()?.to_string();
     let why = match name.as_str() {
-        "DTensor" => {
-            "a DTensor is saved by torch.distributed.checkpoint with `ashore.torch.StorageWriter`, which knows which box \
-             of the tensor this rank holds"
-        }
         "UninitializedParameter" | "UninitializedBuffer" => "a lazy module has not been initialized: run it once",
         "FakeTensor" => "a fake tensor has no memory",
         _ => "a subclass of torch.Tensor whose memory ashore does not know: give the plain tensors it consists of",

@@ -8,6 +8,7 @@
 
 use crate::errors::invalid;
 use crate::leaf::{self, Leaf, Way, type_name};
+use crate::sources::Place;
 use crate::values;
 use ashore::Value;
 use pyo3::prelude::*;
@@ -22,11 +23,19 @@ pub const SHAPE: &str = "ashore.tree";
 /// How deep containers may nest.
 const MAX_DEPTH: usize = 100;
 
+/// A tensor of a state, or the box of it that this rank has.
+pub struct Tensor<'py> {
+    pub name: String,
+    pub object: Bound<'py, PyAny>,
+    pub way: Way,
+    pub place: Option<Place>,
+}
+
 /// The leaves of a state.
 #[derive(Default)]
 pub struct Leaves<'py> {
-    /// Name, object and way of each tensor, in the order of the tree.
-    pub tensors: Vec<(String, Bound<'py, PyAny>, Way)>,
+    /// In the order of the tree.
+    pub tensors: Vec<Tensor<'py>>,
     /// The values by name.
     pub values: Vec<(String, Value)>,
     /// The shape of the tree.
@@ -57,9 +66,8 @@ impl<'py> Leaves<'py> {
                 return Err(same_name(py, name));
             }
         }
-        if let Some((name, ..)) = leaves.tensors.iter().find(|(name, ..)| !names.is_empty() && names.contains(&**name))
-        {
-            return Err(same_name(py, name));
+        if let Some(held) = leaves.tensors.iter().find(|held| !names.is_empty() && names.contains(&*held.name)) {
+            return Err(same_name(py, &held.name));
         }
         Ok(leaves)
     }
@@ -79,10 +87,10 @@ impl<'py> Walk<'py> {
     fn visit(&mut self, object: &Bound<'py, PyAny>, depth: usize) -> PyResult<()> {
         match leaf::of(object)? {
             Leaf::Tensor(way) => {
-                self.leaves.tensors.push((self.path.clone(), object.clone(), way));
-                self.leaves.shape.push('0');
+                self.tensor(object.clone(), way, None);
                 Ok(())
             }
+            Leaf::DTensor => self.dtensor(object),
             Leaf::Dict | Leaf::Ordered if has_names(object)? => self.container(object, depth),
             Leaf::Dict | Leaf::Ordered | Leaf::List | Leaf::Tuple if self.has_tensors(object, depth)? => {
                 self.container(object, depth)
@@ -93,6 +101,27 @@ impl<'py> Walk<'py> {
                 Ok(())
             }
         }
+    }
+
+    fn tensor(&mut self, object: Bound<'py, PyAny>, way: Way, place: Option<Place>) {
+        self.leaves.tensors.push(Tensor { name: self.path.clone(), object, way, place });
+        self.leaves.shape.push('0');
+    }
+
+    /// Adds the box of a DTensor that this rank has.
+    fn dtensor(&mut self, object: &Bound<'py, PyAny>) -> PyResult<()> {
+        let boxes = object.py().import("ashore.torch._boxes")?;
+        let mine: Option<(Bound<'py, PyAny>, Place)> =
+            boxes.call_method1("mine", (object, self.path.as_str()))?.extract()?;
+        let Some((local, place)) = mine else {
+            self.leaves.shape.push('0');
+            return Ok(());
+        };
+        match leaf::of(&local)? {
+            Leaf::Tensor(way) => self.tensor(local, way, Some(place)),
+            _ => return Err(invalid(object.py(), &values::refusal(&local)?, Some(&self.path))),
+        }
+        Ok(())
     }
 
     /// Walks through a container.
@@ -172,7 +201,7 @@ impl<'py> Walk<'py> {
             return Err(self.too_deep(object.py()));
         }
         match leaf::of(object)? {
-            Leaf::Tensor(_) => Ok(true),
+            Leaf::Tensor(_) | Leaf::DTensor => Ok(true),
             Leaf::List | Leaf::Tuple => {
                 for item in object.try_iter()? {
                     if self.has_tensors(&item?, depth + 1)? {

@@ -47,7 +47,7 @@ impl Encoder<'_> {
             Leaf::Ordered => Value::Ordered(self.pairs(object, depth)?),
             Leaf::Counter => Value::Counter(self.pairs(object, depth)?),
             Leaf::NumpyScalar => self.numpy(object, depth)?,
-            Leaf::Tensor(_) | Leaf::Refused(_) => return Err(self.refused(object)?),
+            Leaf::Tensor(_) | Leaf::DTensor | Leaf::Refused(_) => return Err(self.refused(object)?),
         })
     }
 
@@ -102,7 +102,9 @@ pub fn refusal(object: &Bound<'_, PyAny>) -> PyResult<String> {
     let of = leaf::type_name(object)?;
     Ok(match leaf::of(object)? {
         Leaf::Refused(why) => format!("{why} type={of}"),
-        Leaf::Tensor(_) => format!("a tensor cannot be within a value: put it into the state type={of}"),
+        Leaf::Tensor(_) | Leaf::DTensor => {
+            format!("a tensor cannot be within a value: put it into the state type={of}")
+        }
         _ => format!("a value of this type would not come back as it was; convert it to a plain one type={of}"),
     })
 }

@@ -165,27 +165,6 @@ def test_a_tensor_resized_after_it_was_seen_is_refused(executor):
         executor.save(6, {"t": bytes_.view(torch.uint4)})
 
 
-def test_a_dtensor_is_sent_to_the_storage_writer(python, root):
-    """The text named `ashore.torch`, by which the program may have saved: its `save` refuses DTensors, too."""
-    done = python(
-        """
-        import sys, ashore, ashore.torch, torch
-        from torch.distributed import HashStore, destroy_process_group, init_process_group
-        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-        init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-        tensor = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
-        with ashore.CheckpointExecutor(sys.argv[1], **SMALL) as executor:
-            try:
-                executor.save(1, {"a": tensor})
-            except ashore.InvalidError as error:
-                print(error, error.tensor)
-        destroy_process_group()
-        """,
-        root,
-    )
-    assert "torch.distributed.checkpoint with `ashore.torch.StorageWriter`" in done.stdout and "a\n" in done.stdout
-
-
 @pytest.fixture
 def saved(executor):
     executor.save(1, {"vector": torch.arange(3.0), "scalar": torch.tensor(1.0), "matrix": torch.ones(2, 3)}).wait()

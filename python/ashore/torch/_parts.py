@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ._boxes import is_dtensor
 from ._fence import unwrapped
 from ._numpy import is_array
-from ._rng import Rng
+from ._rng import Rng, of_plain, plain
 
 if TYPE_CHECKING:
     from ._restore import Plan
@@ -62,6 +63,8 @@ class Copies:
         return tree.copy() if is_array(tree) else tree
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if is_dtensor(tensor):
+            return tensor.detach().clone()
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
             return tensor
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
@@ -98,10 +101,19 @@ class StatefulPart(Part):
 class RngPart(StatefulPart):
     """Random numbers. Which generators there are depends on the machine and on the moment.
 
-    A step that was saved before CUDA or NumPy was in use lacks theirs, and that is no missing name.
+    A step that was saved before CUDA or NumPy was in use lacks theirs, and that is no missing name. Of
+    several ranks each has its own, in a value of the rank.
     """
 
+    def own(self) -> Any:
+        return plain(self.tree())
+
     def plan(self, plan: Plan, name: str) -> None:
+        found, own = plan.own(name)
+        if found:
+            if own is not None:
+                plan.after(lambda: self._given.load_state_dict(of_plain(own)))
+            return
         built = plan.build(name, like=None, in_place=False)
         if built is not plan.MISSING:
             plan.after(lambda: self._given.load_state_dict(built))

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from ashore import NotFoundError
+
+from ._boxes import is_dtensor, mine
 from ._dtypes import torch_dtype
 from ._errors import invalid
 from ._numpy import is_array
@@ -117,11 +121,36 @@ class Plan:
                 "the checkpoint and the state differ: give strict=False to restore what both have "
                 f"missing={_some(keys.missing_keys)} unexpected={_some(keys.unexpected_keys)}"
             )
-        targets = {name: tensor.detach() for name, tensor in self._targets.items()}
-        self._checkpoint.read_into(targets, strict=False)
+        self._read()
         for act in self._after:
             act()
         return keys
+
+    def own(self, name: str) -> tuple[bool, Any]:
+        """Whether the ranks that saved have a value of their own, and that of this rank: None where there was none."""
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        if self._shape.at(name) is not None:
+            return False, None
+        try:
+            value = self._checkpoint.rank_value(min(rank, self._checkpoint.ranks - 1), name)
+        except NotFoundError:
+            return False, None
+        return True, value if rank < self._checkpoint.ranks else None
+
+    def _read(self) -> None:
+        names, targets, regions = [], [], []
+        for name, tensor in self._targets.items():
+            region = None
+            if is_dtensor(tensor):
+                held = mine(tensor, name)  # type: ignore[arg-type]
+                if held is None:
+                    continue
+                tensor, (_, at) = held
+                region = [(begin, begin + length) for begin, length in zip(at, tensor.shape)]
+            names.append(name)
+            targets.append(tensor.detach())
+            regions.append(region)
+        self._checkpoint._read_prepared(names, targets, regions=regions)
 
     def _build(self, shape: _Shape, path: str, now: Any, target: Callable[[str, Any], Any]) -> Any:
         if shape.kind == "tensor":

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ._numpy import is_array
+
 
 def rng_state(devices: bool = True) -> dict[str, Any]:
     """The state of the global generators of Python, NumPy (where it is imported) and torch.
@@ -50,6 +52,31 @@ def _set_numpy(state: dict[str, Any]) -> None:
 
     key = numpy.asarray(state["state"]["key"])
     numpy.random.set_state({**state, "state": {**state["state"], "key": key}})
+
+
+def plain(tree: Any) -> Any:
+    """The state of generators without tensors and arrays: those are their bytes."""
+    if isinstance(tree, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(plain, tree))
+    if isinstance(tree, torch.Tensor):
+        return tree.numpy().tobytes()
+    return tree.tobytes() if is_array(tree) else tree
+
+
+def of_plain(state: dict[str, Any]) -> dict[str, Any]:
+    """What `plain` was given."""
+    tensor = lambda data: torch.frombuffer(bytearray(data), dtype=torch.uint8)  # noqa: E731
+    made = {**state, "torch": tensor(state["torch"])}
+    if "cuda" in state:
+        made["cuda"] = list(map(tensor, state["cuda"]))
+    if "numpy" in state:
+        import numpy
+
+        key = numpy.frombuffer(state["numpy"]["state"]["key"], dtype=numpy.uint32)
+        made["numpy"] = {**state["numpy"], "state": {**state["numpy"]["state"], "key": key}}
+    return made
 
 
 class Rng:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ._parts import Copies, ModulePart, OptimizerPart, part_of
+from ._errors import declining
+from ._parts import Copies, ModulePart, OptimizerPart, RngPart, part_of
 from ._restore import IncompatibleKeys, Plan
 
 
@@ -33,6 +34,12 @@ class State:
         self._name_parameters()
         copies = Copies()
         return {name: part.taken(copies) for name, part in self._parts.items()}
+
+    def of_rank(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `taken` gives, without random numbers, and those: of several ranks each has its own."""
+        tree = self.taken()
+        own = {name: part.own() for name, part in self._parts.items() if isinstance(part, RngPart)}
+        return {name: entry for name, entry in tree.items() if name not in own}, own
 
     def plan(self, checkpoint: Any) -> Plan:
         """What a restore of `checkpoint` would do."""
@@ -82,12 +89,19 @@ def save(executor: Any, step: int, state: State, **options: Any) -> Any:
     in this call, where it lies, and the copies are held until they are staged. `options` are those of
     `CheckpointExecutor.save`.
 
+    Of several ranks (`CheckpointExecutor(ranks=...)`) each calls it with the same step. It gives its boxes of
+    DTensors, and random numbers of its own; everything else is the same on all ranks, and written once.
+
     A storage that is resized between the save and the fence (`untyped_storage().resize_`) is read after it
     was freed: that is the caller's breach, which no reference prevents.
     """
-    # A step that a GradScaler skipped has called no fence, and the executor reads one state at a time.
-    executor.fence()
-    return executor.save(step, state.taken(), **options)
+    with declining(executor, step):
+        # A step that a GradScaler skipped has called no fence, and the executor reads one state at a time.
+        executor.fence()
+        tree, own = (state.taken(), {}) if executor._alone else state.of_rank()
+    if own:
+        options["rank_values"] = {**own, **options.get("rank_values", {})}
+    return executor.save(step, tree, **options)
 
 
 def restore(checkpoint: Any, state: State, *, strict: bool = True) -> IncompatibleKeys:

@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.storage import StorageReader as _Reader
 from torch.distributed.checkpoint.storage import StorageWriter as _Writer
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
+from ._boxes import mine
 from ._dtypes import torch_dtype
-from ._errors import invalid, written
+from ._errors import declining, invalid, written
 
 # The value with what DCP's own metadata would say: objects as bytes, by name, and the path of each name.
 _VALUE = "ashore.dcp"
@@ -72,11 +72,12 @@ def begin(executor: Any, step: int, state_dict: dict[str, Any]) -> tuple[Any, se
 
 def begin_flat(executor: Any, step: int, flat: dict[str, Any], paths: Any) -> Any:
     saves, objects = Tensors(), {}
-    for name, value in flat.items():
-        if isinstance(value, torch.Tensor):
-            saves.add(name, value)
-        else:
-            objects[name] = _pickled(value)
+    with declining(executor, step):
+        for name, value in flat.items():
+            if isinstance(value, torch.Tensor):
+                saves.add(name, value)
+            else:
+                objects[name] = _pickled(value)
     return saves.save(executor, step, objects, paths)
 
 
@@ -98,14 +99,8 @@ class Tensors:
         """A tensor, or what this rank has of a DTensor."""
         if not isinstance(tensor, DTensor):
             self._put(name, tensor.detach(), None)
-            return
-        if any(placement.is_partial() for placement in tensor.placements):
-            raise invalid(f"a DTensor whose placement is partial has no values yet tensor={name}", name)
-        local = tensor.to_local().detach()
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        # A rank may hold nothing of a tensor that is shorter than its mesh.
-        if local.numel() > 0:
-            self._put(name, local, (list(tensor.shape), list(offset)))
+        elif (held := mine(tensor, name)) is not None:
+            self._put(name, *held)
 
     def add_box(self, name: str, tensor: torch.Tensor, size: torch.Size, offset: torch.Size) -> None:
         if tensor.numel() > 0:
@@ -214,15 +209,16 @@ class StorageWriter(_Writer, Stager):
             # What each rank holds, not what is left to it once DCP has dropped replicas: the engine does that.
             return begin_flat(self._executor, self._step, planner.state_dict, planner.mappings)
         saves, objects = Tensors(), {}
-        for item in plan.items:
-            data: Any = planner.resolve_data(item)
-            whole: Any = item.tensor_data
-            if item.type == WriteItemType.BYTE_IO:
-                objects[item.index.fqn] = data.getvalue()
-            elif item.type == WriteItemType.SHARD:
-                saves.add_box(item.index.fqn, data, whole.size, whole.chunk.offsets)
-            else:
-                saves.add(item.index.fqn, data)
+        with declining(self._executor, self._step):
+            for item in plan.items:
+                data: Any = planner.resolve_data(item)
+                whole: Any = item.tensor_data
+                if item.type == WriteItemType.BYTE_IO:
+                    objects[item.index.fqn] = data.getvalue()
+                elif item.type == WriteItemType.SHARD:
+                    saves.add_box(item.index.fqn, data, whole.size, whole.chunk.offsets)
+                else:
+                    saves.add(item.index.fqn, data)
         return saves.save(self._executor, self._step, objects, getattr(planner, "mappings", {}))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
