@@ -12,9 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_save_together_and_any_number_loads(tmp_path, world):
-    script = pathlib.Path(__file__).with_name("ranks.py")
+def run(script, tmp_path, world):
+    """Runs a script of this directory as so many ranks."""
+    script = pathlib.Path(__file__).with_name(script)
     started = [
         subprocess.Popen(
             [sys.executable, str(script), str(tmp_path / "root"), str(rank), str(world), str(tmp_path / "meet")],
@@ -26,6 +26,15 @@ def test_ranks_save_together_and_any_number_loads(tmp_path, world):
     ]
     said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * world, "\n".join(said)
+
+
+def test_four_ranks_load_every_placement_into_every_other(tmp_path):
+    run("reshard.py", tmp_path, 4)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_save_together_and_any_number_loads(tmp_path, world):
+    run("ranks.py", tmp_path, world)
     for step in (1, 2):
         checkpoint = ashore.Catalog(tmp_path / "root").checkpoint(step)
         assert checkpoint.ranks == world
