@@ -6,8 +6,8 @@ use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
-/// How long a wait sleeps until it looks for signals. Ctrl-C is to be answered within 50 ms, of which the rest is
-/// for the machine, and for a thread that holds the GIL.
+/// How long a wait sleeps until it looks for signals. Ctrl-C is to be answered within 50 ms, of which the
+/// rest is for the machine, and for a thread that holds the GIL.
 pub const SLICE: Duration = Duration::from_millis(20);
 
 /// Runs `work` in a thread of its own and waits for it, for calls of the engine that cannot be cut in slices.

@@ -238,8 +238,8 @@ impl<B: Board> Coordinator for OnBoard<B> {
             match collected {
                 Ok(ControlFlow::Break(())) => return Ok(()),
                 Ok(ControlFlow::Continue(())) => {}
-                // A board has little time for the last look. Where it does not answer, earlier looks have found
-                // who is missing.
+                // A board has little time for the last look. Where it does not answer, earlier looks have
+                // found who is missing.
                 Err(error) if is_last && error.kind() == ErrorKind::Unavailable => {
                     return Err(self.late("not all ranks sent their message in time", missing).with_source(error));
                 }

@@ -3,8 +3,8 @@
 //! # Safety argument
 //! The stager copies elements that lie at strides in host memory itself, inside
 //! [`Source::read`](crate::state::Source::read). It queues any other copy inside `read`, or holds it back
-//! there and queues it with the rest of its chunk; either way it has locked the source gate for reading. Where
-//! a source says its address, no `read` is called, and a copy may begin at any time.
+//! there and queues it with the rest of its chunk; either way it has locked the source gate for reading.
+//! Where a source says its address, no `read` is called, and a copy may begin at any time.
 //! The copy reads bytes that the source keeps allocated until it is dropped, and writes a slab whose lease
 //! is among the chunks in flight. Both stay until the completion event behind the copy is reached, or until
 //! `quiesce` drops a copy that is held back. A chunk is in flight before its first copy is queued, and

@@ -146,7 +146,7 @@ pub unsafe trait Source: Send + Sync {
 
     /// The address that [`Source::read`] passes, where the bytes need no call before they are read: they are
     /// ready, and copies may begin until the source is dropped, as they may inside `read`. A save then calls
-    /// neither `read` nor `poll_ready`; for small tensors in host memory these calls cost as much as the copy.
+    /// neither `read` nor `poll_ready`, which spares small tensors in host memory a look at their owners.
     /// Must not change.
     fn address(&self) -> Option<*const u8> {
         None
@@ -164,7 +164,8 @@ pub unsafe trait Source: Send + Sync {
 #[derive(Clone, Copy)]
 pub(crate) struct Address(pub *const u8);
 
-// SAFETY: an address that only copies read, under the promise of `Source::address`, which holds on any thread.
+// SAFETY: an address that only copies read, under the promise of `Source::address`, which holds on any
+// thread.
 unsafe impl Send for Address {}
 // SAFETY: as above.
 unsafe impl Sync for Address {}
