@@ -29,6 +29,8 @@ impl Meaning {
     }
 }
 
+const FORBIDDEN: Meaning = Meaning::last(ErrorKind::Invalid, "the credentials may not do this: check the policy");
+
 /// True where the object is not there.
 pub(super) fn is_missing(answer: &Answer) -> bool {
     matches!(answer, Answer::NotFound { .. }) && code(&text(answer)) != Some("NoSuchBucket")
@@ -66,6 +68,8 @@ pub(super) fn meaning(answer: &Answer) -> Meaning {
         "ExpiredToken" | "TokenRefreshRequired" => {
             return Meaning::passing(Unavailable, "the credentials have expired: renew them");
         }
+        // A list that is refused is no `PermissionDenied`.
+        "AccessDenied" | "AuthorizationFailure" | "AuthorizationPermissionMismatch" => return FORBIDDEN,
         "NoSuchUpload" => return Meaning::last(Unavailable, "the upload is gone: it was ended or aborted"),
         "SignatureDoesNotMatch" | "InvalidAccessKeyId" | "AuthenticationFailed" => {
             return Meaning::last(Invalid, "the store does not accept the credentials: check key and secret");
@@ -88,7 +92,7 @@ pub(super) fn meaning(answer: &Answer) -> Meaning {
         Answer::AlreadyExists { .. } | Answer::Precondition { .. } | Answer::NotModified { .. } => {
             Meaning::last(Conflict, "the store refused the condition")
         }
-        Answer::PermissionDenied { .. } => Meaning::last(Invalid, "the credentials may not do this: check the policy"),
+        Answer::PermissionDenied { .. } => FORBIDDEN,
         Answer::Unauthenticated { .. } => Meaning::last(Invalid, "the store does not know the credentials: check them"),
         Answer::NotImplemented { .. } | Answer::NotSupported { .. } => {
             Meaning::last(Invalid, "the store cannot do this")
@@ -184,6 +188,7 @@ mod tests {
         };
         let cases = [
             (denied(&status(403, "AccessDenied")), ErrorKind::Invalid, false),
+            (generic(&status(403, "AccessDenied")), ErrorKind::Invalid, false),
             (denied(&status(403, "SignatureDoesNotMatch")), ErrorKind::Invalid, false),
             (denied(&status(403, "RequestTimeTooSkewed")), ErrorKind::Invalid, false),
             (denied(&status(403, "QuotaExceeded")), ErrorKind::NoSpace, false),

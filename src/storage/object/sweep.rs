@@ -79,13 +79,17 @@ struct Found {
     generation: u64,
     attempt: Attempt,
     bytes: u64,
-    begun: Option<Begun>,
+    /// This process has begun it, and still writes it.
+    alive: Option<bool>,
 }
 
 /// Sweeps the root: see [`Storage::sweep`](crate::storage::Storage::sweep).
 pub(super) fn sweep(inner: &Arc<Inner>, how: Sweep) -> Result<Swept> {
     let client = &inner.client;
-    // In this order: what is listed and not named now was never named since the take-over.
+    // In this order: what this process has dropped by now is named by the root that is read next, or never. And
+    // what is listed and not named was never named since the take-over.
+    let begun: Vec<(Begun, bool)> =
+        inner.live.all().into_iter().map(|begun| (begun.clone(), begun.is_alive())).collect();
     let Some(root) = inner.root.read()? else { return Ok(Swept::default()) };
     let newest = inner.generation().map_or(root.generation, |ours| ours.min(root.generation));
     let mut found = BTreeMap::<String, Found>::new();
@@ -94,21 +98,20 @@ pub(super) fn sweep(inner: &Arc<Inner>, how: Sweep) -> Result<Swept> {
         let parts: Vec<_> = parts.take(2).collect();
         let [name, last] = &parts[..] else { continue };
         let Some((generation, attempt)) = parse_directory(last.as_ref()) else { continue };
-        let new = Found { generation, attempt, bytes: 0, begun: None };
+        let new = Found { generation, attempt, bytes: 0, alive: None };
         found.entry(directory(name.as_ref(), generation, attempt)).or_insert(new).bytes += object.size;
     }
-    for begun in inner.live.all() {
+    for (begun, alive) in begun {
         let (generation, attempt) = (begun.generation, begun.attempt);
-        let new = Found { generation, attempt, bytes: 0, begun: None };
+        let new = Found { generation, attempt, bytes: 0, alive: None };
         let dir = directory(&begun.name, generation, attempt);
-        found.entry(dir).or_insert(new).begun = Some(begun);
+        found.entry(dir).or_insert(new).alive = Some(alive);
     }
     let mut swept = Swept::default();
-    for (dir, Found { generation, attempt, bytes, begun }) in found {
+    for (dir, Found { generation, attempt, bytes, alive }) in found {
         if root.names(attempt) {
             continue;
         }
-        let alive = begun.as_ref().map(Begun::is_alive);
         let (state, why) = match alive {
             Some(true) => (State::Live, "this process writes it"),
             Some(false) => (State::Dead, "this process has dropped it"),
