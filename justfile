@@ -451,6 +451,17 @@ peers *arguments="--rounds 3":
             --workload "$workload" {{ arguments }}
     done
 
+# Measures uploads and downloads by ashore and by clients of S3, to one server, by plain HTTP and TLS. Needs Debian's stunnel4.
+store-peers *arguments="--rounds 3":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    bench=(cargo bench --quiet --package ashore --bench store --features s3 --no-run --message-format json)
+    program=$("${bench[@]}" | python3 -c 'import json, sys; print(next(x["executable"] for x in map(json.loads, sys.stdin) if x.get("executable")))')
+    mkdir -p target/peers
+    for transport in "" --tls; do
+        benches/peers/stores.py --tools "{{ tools }}" --ashore "$program" --dir target/peers $transport {{ arguments }}
+    done
+
 # Measures the effect of lossless compression on the time to durable: `docs/decisions/0001-compression.md`. Five minutes, disk and all cores.
 compression:
     #!/usr/bin/env bash

@@ -297,7 +297,7 @@ CONFIGS = {
 DEEP = {
     "deep three jobs": C(jobs=3, deaths=1), "deep two jobs": TWO._replace(deaths=1),
     "deep overwrite": C(jobs=2, saves=2, overwrite=True, faults=1), "deep ranks": RANKS._replace(ranks=3, faults=2),
-    "deep ranks, two jobs": RANKS._replace(jobs=2), "deep prune": PRUNED._replace(jobs=2, reader=True),
+    "deep ranks, two jobs": RANKS._replace(jobs=2, faults=0, deaths=1), "deep prune": PRUNED._replace(reader=True, deaths=1, faults=2),
     "deep node, faults": NODES._replace(deaths=1), "deep one node": KEPT._replace(faults=1, deaths=1, jobs=3, nodes=(0, 0, 0)),
 }
 MUTANTS = {  # name: (configuration, what is wrong with it)
