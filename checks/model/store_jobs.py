@@ -205,6 +205,8 @@ class Model:
             self.to(s, p, "list" if newest else "end", g=s.root[1] if newest else None)
         elif what == "drop":
             self.to(s, p, "delete" if code == "D" else "end")
+            if code != "D" and p < self.P:
+                self.go_on(s, p)                                 # the next save prunes again
         elif what == "veto":
             self.tell(s, p, code)
             self.go_on(s, p)
