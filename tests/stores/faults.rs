@@ -70,6 +70,16 @@ fn a_store_that_never_takes_a_change_leaves_a_commit_unknown_at_its_deadline() {
 }
 
 #[test]
+fn a_save_whose_deadline_has_passed_sends_no_commit() {
+    let store = faulty();
+    let (_, writing) = begun(&hasty(&store), NAME, false);
+    let sent = store.contents.lock().unwrap().len();
+    writing.expires(std::time::Instant::now());
+    assert_eq!(writing.publish(false).unwrap_err().kind(), ErrorKind::Deadline);
+    assert_eq!(store.contents.lock().unwrap().len(), sent);
+}
+
+#[test]
 fn a_commit_that_may_not_be_made_has_failed_for_certain() {
     let store = faulty();
     let (attempt, ended) = commit(&hasty(&store), &store, &[Fault::Forbidden; FOREVER]);

@@ -226,10 +226,10 @@ impl Writing for ObjectAttempt {
         if lock(&self.progress).made.is_empty() {
             return Err(Error::invalid("an attempt without files is not published").with_path(self.path()));
         }
-        let mut displaced = None;
-        let done = self
-            .root()
-            .change(&mut |state| self.edit(state.ok_or_else(|| self.inner.vanished())?, overwrite, &mut displaced));
+        let (mut displaced, until) = (None, lock(&self.progress).expires);
+        let done = self.root().change_until(until, &mut |state| {
+            self.edit(state.ok_or_else(|| self.inner.vanished())?, overwrite, &mut displaced)
+        });
         match &done {
             Ok(()) => *phase = Phase::Published { displaced },
             Err(error) if error.kind() == ErrorKind::Indeterminate => {

@@ -145,8 +145,22 @@ impl Root {
     /// Those of `edit`, and any other but `Indeterminate`: the change was not made, and never will be.
     /// `Indeterminate`: it may have been made, or may still be.
     pub fn change(&self, edit: &mut dyn FnMut(Option<&State>) -> Result<Edit>) -> Result<()> {
+        self.change_until(None, edit)
+    }
+
+    /// The same, by `until` if that comes before the client's own deadline.
+    pub fn change_until(
+        &self,
+        until: Option<Instant>,
+        edit: &mut dyn FnMut(Option<&State>) -> Result<Edit>,
+    ) -> Result<()> {
         let mut known = lock(&self.known);
         let deadline = self.client.deadline();
+        let deadline = until.map_or(deadline, |until| until.min(deadline));
+        if Instant::now() >= deadline {
+            let why = "the deadline passed before a change of the root was sent";
+            return Err(Error::new(ErrorKind::Deadline, why).with_path(self.path()));
+        }
         // What is known may be old: only what an edit makes of it is used, not a refusal.
         if let Some(seen) = known.take()
             && let Ok(Edit::To(state)) = edit(Some(&seen.state))
