@@ -131,7 +131,9 @@ fn marks_stay_with_the_steps() {
 #[test]
 fn a_step_of_many_slabs_is_whole() {
     let store = faulty();
-    let executor = executor(&store, 0);
+    // Parts of 8 MiB, as many as there are writers.
+    let builder = CheckpointExecutor::builder("unused").arena(64 << 20).chunk(1 << 20).storage(over(&store));
+    let executor = builder.build().unwrap();
     let len = 10 << 20;
     executor.save(1, state("t", 7, len)).unwrap().wait(LONG).unwrap();
     let newest = executor.latest().unwrap().unwrap();

@@ -7,6 +7,7 @@ mod conformance;
 mod executors;
 mod faults;
 mod faulty;
+mod forked;
 mod ranks;
 mod sessions;
 

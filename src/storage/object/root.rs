@@ -39,7 +39,8 @@ pub(super) struct Root {
     /// What this process last put or read, so that a change needs no read before it. Held during a change:
     /// the changes of one process come one after another.
     known: Mutex<Option<Seen>>,
-    /// What was read last: a store says of a root that has not changed that it has not, instead of sending it.
+    /// What was read last: a store says of a root that has not changed that it has not, instead of sending
+    /// it.
     read: Mutex<Option<Seen>>,
 }
 
