@@ -23,6 +23,8 @@ pub(super) enum Answer {
     Well,
     /// The body is never read, and nothing answered, until the peer is well.
     Deaf,
+    /// With this status, before the body, which is never read.
+    Early(u16),
     /// With this status, after the body was read.
     Status(u16),
     /// As well, but the connection is closed before the answer.
@@ -183,7 +185,11 @@ fn serve(state: &State, stream: &TcpStream) -> std::io::Result<()> {
         if state.well.load(Ordering::Acquire) {
             answer = Answer::Well;
         }
-        if answer == Answer::Deaf {
+        if let Answer::Early(status) = answer {
+            let text = format!("<Error><Code>Status{status}</Code><Message>as the test says</Message></Error>");
+            write!(&*stream, "HTTP/1.1 {status} x\r\ncontent-length: {}\r\n\r\n{text}", text.len())?;
+        }
+        if matches!(answer, Answer::Deaf | Answer::Early(_)) {
             while !state.well.load(Ordering::Acquire) {
                 thread::sleep(Duration::from_millis(5));
             }

@@ -186,3 +186,31 @@ impl HttpService for Service {
         task.await.unwrap_or_else(|_| Err(interrupted("the connections of uploads were ended")))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+    use std::time::Instant;
+
+    #[test]
+    fn a_connection_that_keeps_bytes_is_ended_with_its_runtime_and_the_next_request_has_another() {
+        let long = Arc::new(Long { options: ClientOptions::new(), running: Mutex::new(None) });
+        let (handle, _, identity) = long.enter().unwrap();
+        let held = Arc::new(());
+        let (seen, kept) = (Arc::downgrade(&held), Lent { bytes: Bytes::new(), _held: held.clone() });
+        handle.spawn(async move {
+            let _kept = kept;
+            std::future::pending::<()>().await;
+        });
+        let began = Instant::now();
+        drop(Watch { long: long.clone(), handle, identity: identity.clone(), held, task: None });
+        while seen.strong_count() > 0 {
+            assert!(began.elapsed() < Duration::from_secs(20), "the bytes are still held");
+            thread::sleep(LOOK);
+        }
+        assert!(began.elapsed() >= GRACE);
+        let (.., next) = long.enter().unwrap();
+        assert!(!Arc::ptr_eq(&next, &identity), "the next request has another runtime");
+    }
+}
