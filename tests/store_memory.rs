@@ -1,5 +1,5 @@
-//! A save to an object store takes no memory beside the arena. A binary of its own, because it counts what the
-//! whole process allocates.
+//! A save to an object store takes no memory beside the arena. A binary of its own, because it counts what
+//! the whole process allocates.
 #![cfg(not(any(loom, miri)))]
 
 use ashore::storage::ObjectStore as Steps;

@@ -78,8 +78,8 @@ impl<P> Piece<P> {
     }
 }
 
-/// Merges neighbours up to `most` bytes with `gap` bytes between them, so that 40,000 small tensors do not cost
-/// 40,000 reads.
+/// Merges neighbours up to `most` bytes with `gap` bytes between them, so that 40,000 small tensors do not
+/// cost 40,000 reads.
 pub(super) fn coalesce<P: Part>(mut parts: Vec<P>, most: u64, gap: u64) -> Vec<Piece<P>> {
     parts.sort_by_key(|part| (part.file(), part.range().start, part.range().end));
     let mut pieces: Vec<Piece<P>> = Vec::new();
@@ -197,8 +197,8 @@ pub(super) fn zeroed<T: bytemuck::Zeroable>(len: usize) -> Result<Vec<T>> {
         .map_err(|()| Error::new(ErrorKind::Busy, format!("no memory to read into elements={len}")))
 }
 
-/// Merges `parts` into pieces and visits each once, on several threads including the caller's. The first error
-/// wins; the other threads stop at their next piece.
+/// Merges `parts` into pieces and visits each once, on several threads including the caller's. The first
+/// error wins; the other threads stop at their next piece.
 pub(super) fn visit_all<P: Part>(
     parts: Vec<P>,
     manner: Manner,

@@ -6,8 +6,8 @@
 //! writer blocks until the store has the part, so as many parts are in flight as there are writers. An upload
 //! whose completion was not answered is judged by what is at its key, which no other file ever has.
 //! **Memory.** A slab returns to the arena when the parts that it has bytes of are stored or given up, and no
-//! connection holds them (`uploads`). **Failure.** A part is tried until the patience of the store or the save
-//! ends; then the file is lost.
+//! connection holds them (`uploads`). **Failure.** A part is tried until the patience of the store or the
+//! save ends; then the file is lost.
 
 use super::client::Client;
 use super::parts::{Limits, Parts, Ready};
@@ -253,8 +253,8 @@ fn owned(payload: &PutPayload) -> Bytes {
     copy.into()
 }
 
-/// Refuses an arena that cannot hold the parts in flight: one for each writer, one that is being filled, and a
-/// chunk that begins the next.
+/// Refuses an arena that cannot hold the parts in flight: one for each writer, one that is being filled,
+/// and a chunk that begins the next.
 fn fits(writers: Writers, part: u64, len: u64) -> Result<()> {
     let Writers { arena, chunk, threads } = writers;
     let parts = len.div_ceil(part).min(threads as u64 + 1);

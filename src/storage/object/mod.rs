@@ -15,8 +15,6 @@
 //! `file`, `reading`; then `session`, `sweep`, `attempt`, `step`, `shared`; then [`ObjectStore`].
 
 mod attempt;
-#[cfg(all(test, feature = "s3"))]
-mod bytes_tests;
 mod client;
 mod connect;
 mod errors;
@@ -33,6 +31,8 @@ mod shared;
 mod state;
 mod step;
 mod sweep;
+#[cfg(all(test, feature = "s3"))]
+mod tests;
 #[cfg(any(feature = "s3", feature = "gcs", feature = "azure"))]
 mod uploads;
 

@@ -1,8 +1,8 @@
 //! The parts of a file in a store: how long they are, and the bytes that have come of each.
 //!
-//! Chunks come in any order, and their ends are not those of parts: a part is made of pieces of chunks, without
-//! a copy, and a chunk that two parts share stays in its slab until both are stored. **Completion.** The chunk
-//! that completes a part takes the pieces of it; nothing else sends them.
+//! Chunks come in any order, and their ends are not those of parts: a part is made of pieces of chunks,
+//! without a copy, and a chunk that two parts share stays in its slab until both are stored.
+//! **Completion.** The chunk that completes a part takes the pieces of it; nothing else sends them.
 
 use crate::error::{Error, Result};
 use crate::memory::ALIGNMENT;
@@ -80,8 +80,8 @@ impl Parts {
         Self { len, part, parts: std::iter::repeat_with(filling).take(count).collect(), sealed: false, lost: None }
     }
 
-    /// Takes the bytes of a chunk at `offset`, and returns the parts that they complete. What lies beyond the end
-    /// of the file is dropped.
+    /// Takes the bytes of a chunk at `offset`, and returns the parts that they complete. What lies beyond
+    /// the end of the file is dropped.
     ///
     /// # Errors
     /// Why the file was lost; `Invalid` for bytes that are no chunk of the file, or came before.

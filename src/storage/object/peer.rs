@@ -1,5 +1,5 @@
-//! A server for tests that speaks as much of the protocol of S3 as uploads and ranges need, and misbehaves as a
-//! test says.
+//! A server for tests that speaks as much of the protocol of S3 as uploads and ranges need, and misbehaves
+//! as a test says.
 
 use super::client::Client;
 use super::uploads::Connector;

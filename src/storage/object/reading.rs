@@ -2,8 +2,9 @@
 //!
 //! **Protocol.** The thread that reads polls the body itself and copies each frame to where it belongs, so a
 //! request that was dropped can write nowhere any more. A body that stalls, breaks off or is slow is dropped,
-//! and the rest of the range requested anew: the second request usually reaches another server. **Completion.**
-//! `Ok` when every byte has come. Whether they are those that were written is checked above, by digests.
+//! and the rest of the range requested anew: the second request usually reaches another server.
+//! **Completion.** `Ok` when every byte has come. Whether they are those that were written is checked
+//! above, by digests.
 
 use super::client::Client;
 use super::errors;
@@ -28,8 +29,8 @@ pub(super) fn access() -> Access {
 /// Bytes that are read when a file is opened, with its length: all of a manifest, the header of a table.
 const HEAD: u64 = 16 << 10;
 
-/// How long the first answer, or the next bytes of a body, may take before the rest is requested anew. It doubles
-/// with each request, up to the longest.
+/// How long the first answer, or the next bytes of a body, may take before the rest is requested anew. It
+/// doubles with each request, up to the longest.
 const STALL: Duration = Duration::from_secs(2);
 const LONGEST_STALL: Duration = Duration::from_secs(30);
 

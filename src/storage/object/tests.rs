@@ -75,8 +75,7 @@ impl Slabs {
                         let mut next = lock(&chunks);
                         let Some((index, chunk)) = next.next().filter(|_| lock(&failed).is_none()) else { return };
                         let late = Instant::now() + Duration::from_secs(60);
-                        let mut lease =
-                            self.home.wait_until(late, || self.arena.try_lease()).expect("a slab comes home");
+                        let mut lease = self.home.wait_until(late, || self.arena.try_lease()).expect("a slab in time");
                         drop(next);
                         lease.bytes_mut()[..chunk.len()].copy_from_slice(chunk);
                         let len = chunk.len().next_multiple_of(PAGE);
@@ -97,7 +96,7 @@ impl Slabs {
 
     /// Waits until every slab is in the arena.
     #[track_caller]
-    fn come_home(&self, within: Duration) {
+    fn return_all(&self, within: Duration) {
         let late = Instant::now() + within;
         let all = || (self.arena.free() == self.all).then_some(());
         assert!(self.home.wait_until(late, all).is_some(), "slabs are missing: {:?}", self.arena);
@@ -150,7 +149,7 @@ fn files_longer_than_the_arena_arrive_whole_and_their_records_go() {
                 client.get("look", &format!("attempt/uploads/{slab}-{len}"), 99, client.deadline()).unwrap().is_none()
             );
         }
-        slabs.come_home(Duration::from_secs(1));
+        slabs.return_all(Duration::from_secs(1));
     }
 }
 
@@ -164,7 +163,7 @@ fn a_file_of_ten_thousand_parts_arrives_whole() {
     slabs.write(&file, &bytes, 2).unwrap();
     file.seal().unwrap();
     assert!(whole(&client, "a/f") == bytes);
-    slabs.come_home(Duration::from_secs(1));
+    slabs.return_all(Duration::from_secs(1));
 }
 
 #[test]
@@ -221,7 +220,7 @@ fn a_part_that_failed_is_sent_again_from_the_same_slabs() {
         done.unwrap();
         assert_eq!((peer.uploads(), peer.object("a/uploads/f")), (0, None));
         assert_eq!((heard.sealed.load(Ordering::Acquire), heard.lost.load(Ordering::Acquire)), (1, 0));
-        slabs.come_home(Duration::from_secs(3));
+        slabs.return_all(Duration::from_secs(3));
     }
 }
 
@@ -234,7 +233,7 @@ fn a_completion_whose_answer_was_lost_is_judged_by_what_is_there() {
         });
         let (slabs, done, ..) = upload(&peer, PATIENCE, None);
         done.unwrap();
-        slabs.come_home(Duration::from_secs(3));
+        slabs.return_all(Duration::from_secs(3));
     }
 }
 
@@ -246,7 +245,7 @@ fn a_part_that_the_store_refuses_loses_the_file_and_returns_its_slabs() {
     assert_eq!(error.kind(), ErrorKind::Invalid, "{error:#}");
     assert!(format!("{error:#}").contains("s3://bucket/a/f") && took < PATIENCE / 2, "{error:#} {took:?}");
     assert_eq!((heard.sealed.load(Ordering::Acquire), heard.lost.load(Ordering::Acquire)), (0, 1));
-    slabs.come_home(Duration::from_secs(3));
+    slabs.return_all(Duration::from_secs(3));
 }
 
 #[test]
@@ -258,11 +257,11 @@ fn a_peer_that_never_reads_holds_slabs_no_longer_than_the_save() {
     assert_eq!(error.kind(), ErrorKind::Deadline, "{error:#}");
     assert!(took < Duration::from_secs(4), "{took:?}");
     assert_eq!(heard.lost.load(Ordering::Acquire), 1);
-    slabs.come_home(Duration::from_secs(5));
+    slabs.return_all(Duration::from_secs(5));
     peer.recover();
     let (slabs, done, ..) = upload(&peer, PATIENCE, None);
     done.unwrap();
-    slabs.come_home(Duration::from_secs(3));
+    slabs.return_all(Duration::from_secs(3));
 }
 
 #[test]
@@ -270,7 +269,7 @@ fn a_connection_that_keeps_slabs_after_an_early_answer_is_ended() {
     let peer = Peer::start(|asked: &Asked| if asked.is_part() { Answer::Early(403) } else { Answer::Well });
     let (slabs, done, ..) = upload_parts(16 << 20, &peer, PATIENCE, None);
     assert_eq!(done.unwrap_err().kind(), ErrorKind::Invalid);
-    slabs.come_home(Duration::from_secs(10));
+    slabs.return_all(Duration::from_secs(10));
 }
 
 #[test]
