@@ -44,10 +44,12 @@ fn main() -> Result<()> {
     let root = std::env::temp_dir().join(format!("ashore-chain-{}", std::process::id()));
     std::fs::create_dir_all(&root).map_err(|e| ashore::Error::io("cannot make a directory", e))?;
     let (trained, one, two) = thread::scope(|scope| {
-        let servers = [Switch::InPlace, Switch::Double].map(|switch| scope.spawn({
-            let root = &root;
-            move || serve(root, switch)
-        }));
+        let servers = [Switch::InPlace, Switch::Double].map(|switch| {
+            scope.spawn({
+                let root = &root;
+                move || serve(root, switch)
+            })
+        });
         let trained = train(&root);
         let [one, two] = servers.map(|server| server.join().expect("a server"));
         (trained, one, two)

@@ -125,7 +125,8 @@ pub fn chain(common: &Common, args: &ChainArgs) -> Result<ExitCode> {
         for version in &shown.versions {
             let base = version.base.map_or_else(|| "full".to_owned(), |base| base.to_string());
             let buildable = if version.buildable { "yes" } else { "NO" };
-            let cells = [version.number.to_string(), base, size::shown(version.bytes), buildable.into(), version.name.clone()];
+            let cells =
+                [version.number.to_string(), base, size::shown(version.bytes), buildable.into(), version.name.clone()];
             table.add_row(cells);
         }
         out::print(&ls::shown(&mut table, &[0, 1, 2]))?;

@@ -50,7 +50,8 @@ fn a_delta_of_two_steps_applied_to_the_first_is_the_second() {
     executor.shutdown(MINUTE).unwrap();
     for form in ["packed", "indices"] {
         let (delta, made) = (path(&format!("delta-{form}")), path(&format!("made-{form}")));
-        let report = json(&run(&["delta", &path("step-00000001"), &path("step-00000002"), "--form", form, "-o", &delta]), 0);
+        let report =
+            json(&run(&["delta", &path("step-00000001"), &path("step-00000002"), "--form", form, "-o", &delta]), 0);
         assert_eq!((&report["version"], &report["changed"]), (&2.into(), &1.into()), "{report}");
         json(&run(&["apply", &path("step-00000001"), &delta, "-o", &made]), 0);
         let made = Checkpoint::open(&made).unwrap();

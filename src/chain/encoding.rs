@@ -103,7 +103,8 @@ impl Encoded {
 /// # Errors
 /// `Internal` when a patch would not give `new`: nothing must be published then.
 pub(super) fn encode(base: &Held, new: &Held, step: &Checkpoint, form: Form) -> Result<Encoded> {
-    let patches: Vec<Mutex<Option<(Patch, Vec<u64>)>>> = new.inventory.tensors.iter().map(|_| Mutex::new(None)).collect();
+    let patches: Vec<Mutex<Option<(Patch, Vec<u64>)>>> =
+        new.inventory.tensors.iter().map(|_| Mutex::new(None)).collect();
     in_parallel(patches.len(), |number| {
         let (old, tensor) = (&base.inventory.tensors[number], &new.inventory.tensors[number]);
         // A digest of 64 bits stands for the bytes, as it does on disk.

@@ -62,7 +62,8 @@ pub fn apply_files<P: AsRef<Path>>(base: &Path, deltas: &[P], to: &Path) -> Resu
     let step = Checkpoint::open(base)?;
     let mut weights = Weights::new();
     weights.load(&step, Inventory::of(&step)?.0)?;
-    let (mut report, mut state) = (Report { version: step.step(), changed: 0, bytes: 0, full_bytes: 0 }, StateDict::new());
+    let (mut report, mut state) =
+        (Report { version: step.step(), changed: 0, bytes: 0, full_bytes: 0 }, StateDict::new());
     (state.metadata, state.values) = (step.manifest().metadata.clone(), step.manifest().values.clone());
     for path in deltas {
         let path = path.as_ref();

@@ -95,6 +95,7 @@ impl Follower {
         let (mut cache, settings) = (Cache::default(), self);
         let own = match &settings.own {
             Some(own) => {
+                own.take_over()?;
                 own.sweep(Sweep::default())?;
                 Listing::read(own, &mut cache)?.ahead(None).map(|(_, way)| (own.clone(), way))
             }
@@ -313,7 +314,9 @@ impl Follow<'_> {
     pub fn apply(&mut self, update: Update) -> Result<u64> {
         if self.weights().holding() != update.base {
             let (here, version) = (self.version(), update.version());
-            return Err(Error::invalid(format!("an update was read for other weights here={here:?}")).with_step(version));
+            return Err(
+                Error::invalid(format!("an update was read for other weights here={here:?}")).with_step(version)
+            );
         }
         match (update.what, &mut self.held) {
             (What::Delta(delta, after), Held::InPlace(weights)) => weights.apply(&delta, after)?,
@@ -373,9 +376,7 @@ impl Follow<'_> {
         let Some(own) = self.settings.own.clone() else { return self.read(&storage, item) };
         // Checked before it is copied: the own copy has nothing that does not fit.
         let update = self.read(&storage, item)?;
-        keep(&storage, &own, item).map_err(|error| {
-            error.with_step(item.number).with_path(own.describe(&item.name))
-        })?;
+        keep(&storage, &own, item).map_err(|error| error.with_step(item.number).with_path(own.describe(&item.name)))?;
         Ok(update)
     }
 
@@ -413,7 +414,8 @@ impl Follow<'_> {
         let (Some(own), Some(version)) = (&self.settings.own, self.version()) else { return Ok(()) };
         let mine = Listing::read(own, &mut Cache::default())?;
         let Some((at, full)) = mine.fulls().last_key_value().map(|(at, full)| (*at, full.bytes)) else { return Ok(()) };
-        let deltas: u64 = mine.items.iter().filter(|item| item.base.is_some() && item.number > at).map(|i| i.bytes).sum();
+        let deltas: u64 =
+            mine.items.iter().filter(|item| item.base.is_some() && item.number > at).map(|i| i.bytes).sum();
         let mut newest = at;
         if deltas > full / 2 {
             let listing = Listing::read(&self.settings.storage, &mut self.cache)?;

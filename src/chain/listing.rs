@@ -242,7 +242,8 @@ fn look(storage: &Arc<dyn Storage>, name: &str, cache: &mut Cache) -> Result<Opt
         Err(error) if error.kind() == ErrorKind::NotFound => None,
         Err(error) => return Err(error.with_path(path)),
         Ok(head) if is_delta(&head) => {
-            match manifest_bytes(reading.as_ref(), &path).and_then(|bytes| Ok((Manifest::parse(&bytes)?, bytes.len()))) {
+            match manifest_bytes(reading.as_ref(), &path).and_then(|bytes| Ok((Manifest::parse(&bytes)?, bytes.len())))
+            {
                 Ok((manifest, length)) => Some(Item {
                     number: manifest.number,
                     name: name.into(),

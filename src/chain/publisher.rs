@@ -53,6 +53,8 @@ impl Publisher {
     }
 
     pub(super) fn start(builder: PublisherBuilder) -> Result<Self> {
+        // Before anything is listed: an older publisher changes nothing any more, where the storage can see to it.
+        builder.storage.take_over()?;
         let state = recover(&builder.storage, builder.from_full)?;
         let last = Mutex::new(state.newest);
         let shared = Arc::new(Shared::new(builder.storage, builder.settings, state));
@@ -109,9 +111,21 @@ impl Publisher {
         if elsewhere {
             options.storage = Some(Arc::new(VersionStorage(self.shared.clone())));
         }
-        let save = executor.save_with(version, state, options).inspect_err(|_| drop(lock(&self.shared.slots).remove(&attempt)))?;
+        let save = executor
+            .save_with(version, state, options)
+            .inspect_err(|_| drop(lock(&self.shared.slots).remove(&attempt)))?;
         *last = version;
         Ok(Publish { save, slot })
+    }
+}
+
+impl PublisherBuilder {
+    /// Reads the chain and makes what it builds on durable.
+    ///
+    /// # Errors
+    /// Errors of the storage. A chain that cannot be read is no error: the first version is a full then.
+    pub fn build(self) -> Result<Publisher> {
+        Publisher::start(self)
     }
 }
 

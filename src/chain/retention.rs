@@ -11,12 +11,7 @@ use std::sync::Arc;
 ///
 /// # Errors
 /// Those of the storage. A version that is gone already is none.
-pub(super) fn prune(
-    storage: &Arc<dyn Storage>,
-    newest: u64,
-    full: Option<u64>,
-    grace: u64,
-) -> Result<Vec<String>> {
+pub(super) fn prune(storage: &Arc<dyn Storage>, newest: u64, full: Option<u64>, grace: u64) -> Result<Vec<String>> {
     let listing = Listing::read(storage, &mut Cache::default())?;
     let visible = || listing.fulls().last_key_value().map(|(number, _)| *number);
     let Some(full) = (if mutant::on(Mutant::ChainPruneVisible) { visible() } else { full }) else {

@@ -1,15 +1,13 @@
 //! What a publisher is told, and what it says of each version.
 
-use super::publisher::Publisher;
 use crate::delta::Form;
-use crate::error::Result;
 use crate::id::Attempt;
 use crate::storage::Storage;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Builds a [`Publisher`].
+/// Builds a [`Publisher`](super::Publisher).
 #[derive(Debug)]
 pub struct PublisherBuilder {
     pub(super) storage: Arc<dyn Storage>,
@@ -58,18 +56,10 @@ impl PublisherBuilder {
         self
     }
 
-    /// Sets the bytes of the arena through which [`Publisher::publish`] stages tensors. Default: 64 MiB.
+    /// Sets the bytes of the arena through which [`Publisher::publish`](super::Publisher::publish) stages tensors. Default: 64 MiB.
     pub fn arena(mut self, bytes: u64) -> Self {
         self.arena = bytes;
         self
-    }
-
-    /// Reads the chain and makes what it builds on durable.
-    ///
-    /// # Errors
-    /// Errors of the storage. A chain that cannot be read is no error: the first version is a full then.
-    pub fn build(self) -> Result<Publisher> {
-        Publisher::start(self)
     }
 }
 

@@ -242,9 +242,7 @@ impl<'a> Weights<'a> {
 
     /// Refuses a full version whose tensors do not fit memory that was lent.
     pub(super) fn fits(&self, version: u64, full: &Inventory) -> Result<()> {
-        let refuse = |name: &str, what: &str| {
-            Err(Error::invalid(format!("{what} tensor={name:?}")).with_step(version))
-        };
+        let refuse = |name: &str, what: &str| Err(Error::invalid(format!("{what} tensor={name:?}")).with_step(version));
         let known = self.inventory.tensors.iter().zip(&self.memory);
         let known = known.filter(|(_, memory)| matches!(memory, Memory::Lent(_)));
         let known = known.map(|(tensor, _)| (&tensor.name, tensor.dtype, &tensor.shape));
@@ -306,7 +304,8 @@ impl fmt::Debug for Weights<'_> {
 }
 
 fn zeroed(len: usize, tensor: &Tensor) -> Result<Vec<u8>> {
-    let no_memory = || Error::new(ErrorKind::Busy, format!("no memory for a tensor tensor={:?} bytes={len}", tensor.name));
+    let no_memory =
+        || Error::new(ErrorKind::Busy, format!("no memory for a tensor tensor={:?} bytes={len}", tensor.name));
     Ok(bytemuck::allocation::try_zeroed_slice_box(len).map_err(|()| no_memory())?.into())
 }
 

@@ -38,12 +38,7 @@ pub fn apply(bytes: &mut [u8], numbers: Numbers, patch: &Patch) -> Result<()> {
 ///
 /// # Errors
 /// Those of [`check`], and of `f`.
-pub fn visit(
-    old: &[u8],
-    numbers: Numbers,
-    patch: &Patch,
-    f: &mut dyn FnMut(usize, &[u8]) -> Result<()>,
-) -> Result<()> {
+pub fn visit(old: &[u8], numbers: Numbers, patch: &Patch, f: &mut dyn FnMut(usize, &[u8]) -> Result<()>) -> Result<()> {
     by_width!(numbers.width, visited(old, numbers, patch, f))
 }
 

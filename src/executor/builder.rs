@@ -374,13 +374,12 @@ impl Probed {
             verify: if settings.verify_kept { Verify::All } else { Verify::No },
         };
         let elsewhere = Arc::new(Elsewhere::new(storage.clone()));
-        let destination =
-            Arc::new(Destination {
-                storage: storage.clone(),
-                elsewhere: elsewhere.clone(),
-                catalog: catalog.clone(),
-                damaged: settings.damaged,
-            });
+        let destination = Arc::new(Destination {
+            storage: storage.clone(),
+            elsewhere: elsewhere.clone(),
+            catalog: catalog.clone(),
+            damaged: settings.damaged,
+        });
 
         // Bounded, because each entry keeps file descriptors open and space on the medium in use.
         let (leftovers, leavings) = bounded(tidy::MOST_UNTIDIED);

@@ -108,9 +108,11 @@ fn lent_memory_of_another_dtype_or_shape_is_not_written() {
     let root = tempfile::tempdir().unwrap();
     let publisher = small(Publisher::open(root.path()).unwrap());
     publish(&publisher, &Model::new(1, 8000)).unwrap();
-    for (name, dtype, shape) in
-        [("layer.weight", Dtype::F16, [1000, 8]), ("layer.weight", Dtype::BF16, [8, 1000]), ("other", Dtype::BF16, [1000, 8])]
-    {
+    for (name, dtype, shape) in [
+        ("layer.weight", Dtype::F16, [1000, 8]),
+        ("layer.weight", Dtype::BF16, [8, 1000]),
+        ("other", Dtype::BF16, [1000, 8]),
+    ] {
         let (mut memory, mut weights) = (vec![7_u8; 16_000], Weights::new());
         weights.lend(name, dtype, &shape, &mut memory).unwrap();
         let mut follow = Follow::open(root.path()).unwrap().start(weights).unwrap();

@@ -121,7 +121,8 @@ fn killed_publishers_and_followers_never_show_anything_but_published_versions() 
     let mut children = roles.map(|role| start(dir, role));
     let (mut next, mut kills) = (random(u64::from(std::process::id())), [0; 3]);
     let deadline = Instant::now() + Duration::from_secs(60 + versions());
-    let newest = || lines(&dir.join("ends")).last().and_then(|line| line.split(' ').next()?.parse().ok()).unwrap_or(0_u64);
+    let newest =
+        || lines(&dir.join("ends")).last().and_then(|line| line.split(' ').next()?.parse().ok()).unwrap_or(0_u64);
     while newest() < versions() {
         assert!(Instant::now() < deadline, "stuck at {}: {:?}", newest(), lines(&dir.join("stderr")));
         std::thread::sleep(Duration::from_millis(20 + next() % 600));

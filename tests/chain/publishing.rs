@@ -55,7 +55,8 @@ fn another_structure_or_other_weights_altogether_are_a_full() {
         state.tensor("w", HostTensor::new(Arc::new(bytes), shape)).unwrap();
         state
     };
-    let kind = |bytes: Vec<u8>, shape: &[usize]| publisher.publish(state(bytes, shape)).unwrap().wait(MINUTE).unwrap().kind;
+    let kind =
+        |bytes: Vec<u8>, shape: &[usize]| publisher.publish(state(bytes, shape)).unwrap().wait(MINUTE).unwrap().kind;
     let zeros = || vec![0; 1 << 16];
     assert_eq!(kind(zeros(), &[1 << 16]), Kind::Full);
     assert_eq!(kind(zeros(), &[1 << 8, 1 << 8]), Kind::Full, "the same bytes in another shape");
@@ -76,7 +77,10 @@ fn when_deltas_are_half_of_a_full_one_is_written_beside_and_old_versions_go() {
     // The tidying thread may still be at work on the last version.
     let listed = names(root.path());
     assert!(listed.contains(&"v-00000009.full".to_owned()), "{listed:?}");
-    assert!(!listed.contains(&"v-00000001".to_owned()) && !listed.contains(&"v-00000005.full".to_owned()), "{listed:?}");
+    assert!(
+        !listed.contains(&"v-00000001".to_owned()) && !listed.contains(&"v-00000005.full".to_owned()),
+        "{listed:?}"
+    );
     assert!(listed.contains(&"v-00000010".to_owned()) && listed.contains(&"v-00000012".to_owned()), "{listed:?}");
     assert!(Chain::open(root.path()).unwrap().holes().unwrap().is_empty());
     let mut follow = Follow::open(root.path()).unwrap().start(Weights::new()).unwrap();

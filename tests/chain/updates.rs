@@ -151,7 +151,8 @@ fn trained_weights_arrive_bit_for_bit_and_cost_about_their_entropy() {
         .collect();
     let mut roots = roots;
     for rate in [0.0, 1e-6, 1e-6, 1e-6, 1e-5, 1e-4, 1e-2] {
-        let old = Network { layers: network.layers.iter().map(Layer::copied).collect(), step: 0, next: Box::new(|| 0.0) };
+        let old =
+            Network { layers: network.layers.iter().map(Layer::copied).collect(), step: 0, next: Box::new(|| 0.0) };
         if rate > 0.0 {
             network.train(rate);
         }
@@ -167,7 +168,12 @@ fn trained_weights_arrive_bit_for_bit_and_cost_about_their_entropy() {
             let Kind::Delta { changed, .. } = published.kind else { continue };
             let full = network.layers.iter().map(|layer| layer.weights.len() as f64 * 2.0).sum::<f64>();
             let (share, size) = (changed as f64 / full * 2.0, columns(&published) / full);
-            eprintln!("rate={rate:e} {form:?}: changed={:.2}% size={:.2}% entropy={:.2}%", share * 100.0, size * 100.0, fewest / full * 100.0);
+            eprintln!(
+                "rate={rate:e} {form:?}: changed={:.2}% size={:.2}% entropy={:.2}%",
+                share * 100.0,
+                size * 100.0,
+                fewest / full * 100.0
+            );
             if rate == 1e-6 && *form != Form::Indices {
                 assert!((0.001..0.05).contains(&share), "{share}");
                 // Two bytes for each change; compressed, within a fifth of entropy in columns this short.
