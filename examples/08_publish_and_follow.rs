@@ -41,21 +41,16 @@ fn serve(root: &Path, switch: Switch) -> Result<Vec<bf16>> {
 }
 
 fn main() -> Result<()> {
-    let root = std::env::temp_dir().join(format!("ashore-chain-{}", std::process::id()));
-    std::fs::create_dir_all(&root).map_err(|e| ashore::Error::io("cannot make a directory", e))?;
+    let root = &std::env::temp_dir().join(format!("ashore-chain-{}", std::process::id()));
+    std::fs::create_dir_all(root).map_err(|e| ashore::Error::io("cannot make a directory", e))?;
     let (trained, one, two) = thread::scope(|scope| {
-        let servers = [Switch::InPlace, Switch::Double].map(|switch| {
-            scope.spawn({
-                let root = &root;
-                move || serve(root, switch)
-            })
-        });
-        let trained = train(&root);
+        let servers = [Switch::InPlace, Switch::Double].map(|switch| scope.spawn(move || serve(root, switch)));
+        let trained = train(root);
         let [one, two] = servers.map(|server| server.join().expect("a server"));
         (trained, one, two)
     });
     let trained = trained?;
     assert!(one? == trained && two? == trained);
-    let _ = std::fs::remove_dir_all(&root);
+    let _ = std::fs::remove_dir_all(root);
     Ok(())
 }

@@ -158,7 +158,8 @@
 //! types. `testing` adds the module of that name: a device that copies late, and the conformance suites for
 //! storage, for coordinators of ranks and for graph checkpointers. `sqlite` adds a store for many small graph
 //! states. `tokio` adds async forms of the calls that block: [`adapters`]. `etcd` and `mpi` add coordinators
-//! ([`ranks`]); `mpi` needs an installed MPI and libclang to build. `zstd` compresses the deltas of a [`chain`].
+//! ([`ranks`]); `mpi` needs an installed MPI and libclang to build. `zstd` compresses the
+//! deltas of a [`chain`].
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!(

@@ -53,7 +53,8 @@ impl Publisher {
     }
 
     pub(super) fn start(builder: PublisherBuilder) -> Result<Self> {
-        // Before anything is listed: an older publisher changes nothing any more, where the storage can see to it.
+        // Before anything is listed: an older publisher changes nothing any more, if the storage can see to
+        // it.
         builder.storage.take_over()?;
         let state = recover(&builder.storage, builder.from_full)?;
         let last = Mutex::new(state.newest);

@@ -56,7 +56,8 @@ impl PublisherBuilder {
         self
     }
 
-    /// Sets the bytes of the arena through which [`Publisher::publish`](super::Publisher::publish) stages tensors. Default: 64 MiB.
+    /// Sets the bytes of the arena through which a publisher without an executor of the program stages
+    /// tensors. Default: 64 MiB.
     pub fn arena(mut self, bytes: u64) -> Self {
         self.arena = bytes;
         self

@@ -126,8 +126,8 @@ fn local(sys: Arc<dyn Sys>) -> Arc<dyn Storage> {
     Arc::new(Local::with_sys(sys, "/chain").unwrap())
 }
 
-/// A version becomes visible and not durable, a follower takes it, and the power fails. Whatever the disk then
-/// has, the publisher starts again with other weights under the same numbers.
+/// A version becomes visible and not durable, a follower takes it, and the power fails. Whatever the disk
+/// then has, the publisher starts again with other weights under the same numbers.
 #[test]
 fn a_follower_never_holds_a_state_that_was_not_published() {
     for confirm in [true, false] {

@@ -1,5 +1,6 @@
 //! A publisher and two followers, killed again and again: at every look each follower's bytes are those of a
-//! published version, and in the end both have the newest. `ASHORE_VERSIONS` sets how many versions there are.
+//! published version, and in the end both have the newest. `ASHORE_VERSIONS` sets how many versions there
+//! are.
 
 use crate::fixtures::{Model, random, small};
 use ashore::chain::{Chain, Follow, Publisher, Switch, Weights};
