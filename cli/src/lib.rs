@@ -152,7 +152,7 @@ enum Verb {
     },
     /// List checkpoints, newest last
     Ls(ls::Args),
-    /// Show the contents of a checkpoint, without tensor data
+    /// Show the contents of a checkpoint; --stats reads its tensors
     Inspect(inspect::Args),
     /// Read every byte of a checkpoint, and report and locate all damage
     Verify(verify::Args),

@@ -125,7 +125,11 @@ fn a_schema_that_does_not_fit_is_noticed() {
 #[test]
 fn help_completions_and_the_manual_are_made() {
     let run = Run::new([]);
-    run.shows("help", &["--help"]);
+    let help = String::from_utf8(run.ashore(&["--help"], 80).stdout).unwrap();
+    assert!(help.lines().all(|line| line.chars().count() <= 80), "{help}");
+    for verb in ["ls", "inspect", "verify", "diff", "repair", "watch", "mark", "completions", "man"] {
+        assert!(help.lines().any(|line| line.trim_start().starts_with(&format!("{verb} "))), "{verb}: {help}");
+    }
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let made = run.ashore(&["completions", shell], 80);
         let text = String::from_utf8(made.stdout).unwrap();
