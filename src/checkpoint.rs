@@ -61,6 +61,8 @@ pub struct Checkpoint {
     /// The device that copies to targets in device memory.
     pub(crate) device: Option<Arc<dyn Device>>,
     pub(crate) timeout: Duration,
+    /// The tier that it was found in, behind the first.
+    pub(crate) tier: Option<Arc<str>>,
 }
 
 /// A tensor's description, without its bytes.
@@ -131,7 +133,7 @@ impl Checkpoint {
             match Opened::new(storage.as_ref(), name, &path) {
                 Ok(opened) => {
                     let (opened, device) = (Arc::new(opened), None);
-                    return Ok(Self { opened, threads: THREADS, device, timeout: RESTORE_TIMEOUT });
+                    return Ok(Self { opened, threads: THREADS, device, timeout: RESTORE_TIMEOUT, tier: None });
                 }
                 // The step was replaced or pruned while its files were opened, and they are being deleted:
                 // open the name again.
@@ -189,6 +191,12 @@ impl Checkpoint {
     /// The path under which it was opened.
     pub fn path(&self) -> &Path {
         &self.opened.path
+    }
+
+    /// The tier in which the executor found this copy; None: its own root, or there are no
+    /// [tiers](crate::tiers).
+    pub fn tier(&self) -> Option<&str> {
+        self.tier.as_deref()
     }
 
     /// The name of its directory.

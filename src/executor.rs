@@ -41,6 +41,7 @@ use crate::staging::Stager;
 use crate::state::{DeviceStream, StateDict};
 use crate::storage::Storage;
 use crate::sync::Mutex;
+use crate::tiers::{Behind, TierReport};
 use destination::Destination;
 use equipment::Equipment;
 use ranks::{Described, Turns};
@@ -97,6 +98,8 @@ pub struct CheckpointExecutor {
     turns: Option<Turns>,
     /// The last plan. Callers of `save` lock it, one at a time.
     admission: Mutex<Admission>,
+    /// The tiers behind the root; None: there are none, or another rank promotes.
+    behind: Option<Arc<Behind>>,
     origin: ForkGuard,
     /// Number of durable saves whose staged bytes were compared with the digests taken at `save`.
     compared: Arc<AtomicU64>,
@@ -176,11 +179,20 @@ impl CheckpointExecutor {
     /// Returns the newest durable step under the root, if there is one. Its tensors can be read into memory
     /// of the executor's device.
     ///
+    /// With [tiers](crate::tiers) it is the newest step of all of them, from the nearest one whose copy can be
+    /// opened: [`Checkpoint::tier`] says which. Where two tiers have different attempts at a step, that of
+    /// the farthest one counts; steps of the root that the job redid elsewhere do not. A tier that is away is
+    /// left out with a warning.
+    ///
     /// # Errors
-    /// Errors of the storage.
+    /// Errors of the storage. If no step is found and a tier is away, why it is.
     pub fn latest(&self) -> Result<Option<Checkpoint>> {
         self.alive()?;
-        Ok(self.catalog.latest()?.map(|checkpoint| self.lend_device(checkpoint)))
+        let latest = match &self.behind {
+            None => self.catalog.latest(),
+            Some(behind) => behind.latest(&self.catalog),
+        };
+        Ok(latest?.map(|checkpoint| self.lend_device(checkpoint)))
     }
 
     /// Returns the checkpoint of `step`. Its tensors can be read as those of [`latest`](Self::latest).
@@ -189,7 +201,11 @@ impl CheckpointExecutor {
     /// `NotFound` if the step does not exist: another step is never returned.
     pub fn checkpoint(&self, step: u64) -> Result<Checkpoint> {
         self.alive()?;
-        self.catalog.checkpoint(step).map(|checkpoint| self.lend_device(checkpoint))
+        let found = match &self.behind {
+            None => self.catalog.checkpoint(step),
+            Some(behind) => behind.checkpoint(&self.catalog, step),
+        };
+        found.map(|checkpoint| self.lend_device(checkpoint))
     }
 
     /// Returns the newest step whose bytes are all as written, and the steps that it skipped; None if there
@@ -200,7 +216,10 @@ impl CheckpointExecutor {
     /// As [`Catalog::latest_valid`].
     pub fn latest_valid(&self) -> Result<Option<Found>> {
         self.alive()?;
-        let found = self.catalog.latest_valid()?;
+        let found = match &self.behind {
+            None => self.catalog.latest_valid()?,
+            Some(behind) => behind.latest_valid(&self.catalog)?,
+        };
         Ok(found.map(|found| Found { checkpoint: self.lend_device(found.checkpoint), skipped: found.skipped }))
     }
 
@@ -240,6 +259,11 @@ impl CheckpointExecutor {
         Checkpoint { device: Some(self.stager.device.clone()), ..checkpoint }
     }
 
+    /// What each tier behind the root has and lacks; none if there are no tiers, or another rank promotes.
+    pub fn tiers(&self) -> Vec<TierReport> {
+        self.behind.as_ref().map_or_else(Vec::new, |behind| behind.report())
+    }
+
     /// All steps under the root.
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
@@ -271,13 +295,14 @@ impl CheckpointExecutor {
         &self.stager.arena
     }
 
-    /// Stops taking saves, waits for those in flight, and ends the threads. Checkpoints can still be read.
+    /// Stops taking saves, waits for those in flight and for promotions to tiers, and ends the threads. Checkpoints can still be read.
     /// Any owner of an `Arc` may call it, also several at once; another call waits for what is left. The
     /// arena and resources of a device are released when the last owner drops the executor.
     ///
     /// # Errors
     /// The first error of a save that no handle and no call has returned. `Deadline`: saves had not ended by
-    /// the deadline; they have failed. Threads that hang in the storage are left behind: a later call waits
+    /// the deadline, and have failed; or their steps are durable in the root and were not promoted, and the
+    /// message names tiers, roots and steps. Threads that hang in the storage are left behind: a later call waits
     /// for them, and the drop waits as long as the last call did. `Invalid` in a function given to
     /// [`Save::on_done`], or in a waker: the call would wait for its own thread.
     pub fn shutdown(&self, timeout: Duration) -> Result<()> {

@@ -203,6 +203,7 @@ mod sync;
 pub mod testing;
 mod thread;
 mod ticket;
+pub mod tiers;
 #[doc(hidden)]
 pub mod tries;
 mod wire;
@@ -216,11 +217,12 @@ pub use digest::Flip;
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Builder, CheckpointExecutor, Fence, Scope};
 pub use id::Attempt;
-pub use outcome::{Committed, Outcome, Phase, Progress};
+pub use outcome::{Committed, Outcome, Phase, Progress, Promoted};
 pub use restore::{Again, ChangedElement, Damage, DeviceTarget, HostTarget, Located, Report, Targets};
-pub use save::{Fenced, Save, SaveOptions, Snapshot, Staged};
+pub use save::{DurableIn, Fenced, Save, SaveOptions, Snapshot, Staged};
 pub use settings::{
     Detect, DeviceChoice, Engine, IoMode, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings,
+    Unpromoted,
 };
 pub use state::{
     Capture, DeviceStream, Dtype, Element, HostTensor, Layout, MemoryLocation, OwnedBytes, Promise, Promised,

@@ -173,6 +173,12 @@ pub(crate) enum Mutant {
     /// A session begins with the metadata of the row that it resumes from.
     // seen by: compat::earth2studio
     ResumeMetadata,
+    /// A save is told that its step is durable in a tier before it is.
+    // seen by: tiers::
+    PromoteEarly,
+    /// Steps of every session are promoted.
+    // seen by: tiers::
+    ForeignGeneration,
     /// With few checkpoints, those without metrics are deleted.
     // seen by: compat::orbax::policies
     BestFew,

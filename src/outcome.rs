@@ -64,6 +64,24 @@ pub struct Committed {
     pub late_chunks: usize,
 }
 
+/// A step that is durable in a tier behind the first one, too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Promoted {
+    /// The name of the tier.
+    pub tier: String,
+    /// The root of the tier.
+    pub root: PathBuf,
+    /// The step.
+    pub step: u64,
+    /// The attempt, the same as in the first tier.
+    pub attempt: Attempt,
+    /// The path of the copy.
+    pub path: PathBuf,
+    /// The length of its files.
+    pub bytes: u64,
+}
+
 /// The progress of a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

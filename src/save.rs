@@ -1,5 +1,9 @@
 //! The handle of a save.
 
+mod durable_in;
+
+pub use durable_in::DurableIn;
+
 use crate::completion::{Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;

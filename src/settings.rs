@@ -216,6 +216,31 @@ pub enum OnDamaged {
     Refuse,
 }
 
+/// What retention does with a step of the first tier that a tier behind it wants and does not have yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Unpromoted {
+    /// Retention deletes it and logs a warning, so that the first tier needs no more space than without
+    /// tiers. A step that is being copied stays until the copy has ended.
+    #[default]
+    Warn,
+    /// Retention keeps it until the tier has it. While the tier is away, the first tier grows.
+    Block,
+}
+
+impl FromStr for Unpromoted {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "warn" => Ok(Self::Warn),
+            "block" => Ok(Self::Block),
+            _ => Err(Error::invalid(format!("steps that are not promoted are warn or block unpromoted={text:?}"))),
+        }
+    }
+}
+
 /// The settings of an executor. Sizes are in bytes; each field names its default.
 ///
 /// ```
@@ -289,6 +314,13 @@ pub struct Settings {
     pub verify_kept: bool,
     /// What a save does with a damaged step of the same number: `Replace`.
     pub damaged: OnDamaged,
+    /// The root of a tier behind the executor's own, a path or a URL: None. See
+    /// [`Builder::tier`](crate::Builder::tier), which takes several.
+    pub tier: Option<String>,
+    /// Number of newest steps that this tier keeps: None, which keeps all.
+    pub tier_keep_last: Option<usize>,
+    /// What retention does with steps that this tier does not have yet: `Warn`.
+    pub unpromoted: Unpromoted,
     /// A save that is not durable after this time fails: 30 minutes. Counted from the call, time in the queue
     /// included.
     pub save_timeout: Duration,
@@ -323,6 +355,9 @@ impl Default for Settings {
             keep_every: None,
             verify_kept: false,
             damaged: OnDamaged::Replace,
+            tier: None,
+            tier_keep_last: None,
+            unpromoted: Unpromoted::Warn,
             save_timeout: Duration::from_secs(30 * 60),
             fence_timeout: Duration::from_secs(10 * 60),
             shutdown_timeout: Duration::from_secs(5 * 60),
@@ -333,7 +368,8 @@ impl Default for Settings {
 impl Settings {
     /// Returns the defaults, changed by `ASHORE_ARENA`, `ASHORE_CHUNK` (bytes), `ASHORE_WRITERS`,
     /// `ASHORE_FILES`, `ASHORE_DIRECT` (`true` or `false`), `ASHORE_DEVICE`, `ASHORE_ENGINE`, `ASHORE_LOCKS`,
-    /// `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`.
+    /// `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`, `ASHORE_TIER`, `ASHORE_TIER_KEEP_LAST`,
+    /// `ASHORE_UNPROMOTED`.
     ///
     /// # Errors
     /// `Invalid`, naming the variable that does not parse.
@@ -368,7 +404,27 @@ impl Settings {
         if let Some(text) = var("ASHORE_KEEP_EVERY") {
             set("ASHORE_KEEP_EVERY", Some(text), settings.keep_every.insert(0))?;
         }
+        settings.tier_from(&var)?;
         Ok(settings)
+    }
+
+    /// Sets the tier from the environment, where the program has set none: so a job gets a tier in every
+    /// language without a change of its code.
+    pub(crate) fn tier_from(&mut self, var: impl Fn(&str) -> Option<String>) -> Result<()> {
+        if self.tier.is_some() {
+            return Ok(());
+        }
+        let wrong = |name: &str, text: &str| {
+            Error::invalid(format!("an environment variable does not parse {name}={text:?}"))
+        };
+        self.tier = var("ASHORE_TIER").filter(|root| !root.is_empty());
+        if let Some(text) = var("ASHORE_TIER_KEEP_LAST") {
+            self.tier_keep_last = Some(text.parse().map_err(|_| wrong("ASHORE_TIER_KEEP_LAST", &text))?);
+        }
+        if let Some(text) = var("ASHORE_UNPROMOTED") {
+            self.unpromoted = text.parse().map_err(|_| wrong("ASHORE_UNPROMOTED", &text))?;
+        }
+        Ok(())
     }
 
     /// Checks the settings against each other.
@@ -395,6 +451,9 @@ impl Settings {
         if self.abandoned_after < Duration::from_secs(3600) {
             let why = "live owners touch their attempts every five minutes; give them at least an hour";
             return refuse(format!("{why} abandoned_after={:?}", self.abandoned_after));
+        }
+        if self.tier_keep_last == Some(0) {
+            return refuse("keep at least one step in the tier, or leave this unset tier_keep_last=0".into());
         }
         // The same rules as `Retention::check`.
         match (self.keep_last, self.keep_every) {

@@ -20,6 +20,7 @@ use crate::save::Save;
 use crate::state::StateDict;
 use crate::sync::{Arc as CellArc, Mutex, lock};
 use crate::thread::spawn;
+use crate::tiers::{Behind, TierReport};
 use handler::{Hook, SIGNAL};
 use signal_hook::consts::SIGTERM;
 use signal_hook::low_level;
@@ -76,7 +77,10 @@ pub struct Report {
     pub finished: Vec<u64>,
     /// Steps that were in progress and did not become durable, oldest first, and why.
     pub lost: Vec<(u64, Error)>,
-    /// A second signal or the deadline ended the saves early.
+    /// What each tier behind the executor's root has and lacks. Of steps that were not promoted before the
+    /// signal, only the newest durable one is promoted, until the deadline.
+    pub tiers: Vec<TierReport>,
+    /// A second signal or the deadline ended the saves, or the promotion, early.
     pub cut_short: bool,
 }
 
@@ -222,7 +226,12 @@ impl Sigterm {
         let tell = |report: &Report| {
             let durable = report.durable.as_ref().map(|(step, path)| format!("step {step} in {}", path.display()));
             let (durable, lost) = (durable.unwrap_or_else(|| "no step".into()), report.lost.len());
-            let _ = writeln!(std::io::stderr(), "ashore: SIGTERM: durable is {durable}; saves lost: {lost}");
+            let mut text = format!("ashore: SIGTERM: durable is {durable}; saves lost: {lost}");
+            for TierReport { tier, newest, lacks, .. } in &report.tiers {
+                let newest = newest.map_or_else(|| "no step".into(), |step| format!("step {step}"));
+                text += &format!("; durable in {tier:?} is {newest}, which lacks {lacks:?}");
+            }
+            let _ = writeln!(std::io::stderr(), "{text}");
         };
         SigtermBuilder {
             executor: Arc::downgrade(executor),
@@ -340,7 +349,12 @@ impl Listener {
     fn drain(&self, executor: Option<Arc<CheckpointExecutor>>, deadline: Instant, again: &AtomicBool) {
         let Self { hook, shared } = self;
         let mut report = Report::default();
-        let mut saves = hook.threads.upgrade().map(|threads| threads.unfinished()).unwrap_or_default();
+        let threads = hook.threads.upgrade();
+        let mut saves = threads.as_ref().map(|threads| threads.unfinished()).unwrap_or_default();
+        let behind = threads.and_then(|threads| threads.behind().cloned());
+        if let Some(behind) = &behind {
+            behind.only_newest();
+        }
         let cancel = |save: &Save| _ = save.cancel();
         match hook.on_term {
             OnTerm::Finish => {}
@@ -377,6 +391,12 @@ impl Listener {
         report.lost.sort_by_key(|(step, _)| *step);
         let newest = hook.catalog.latest();
         report.durable = newest.ok().flatten().map(|newest| (newest.step(), newest.path().to_owned()));
+        if let Some(behind) = &behind {
+            let newest = report.durable.as_ref().map(|(step, _)| *step);
+            report.cut_short |= newest.is_some_and(|newest| !promoted(behind, newest, deadline, again));
+            report.tiers = behind.report();
+            behind.all_again();
+        }
         shared.report.complete(report.clone());
         (hook.tell)(&report);
     }
@@ -407,6 +427,19 @@ impl Listener {
             Err(error) => report.lost.push((step, error)),
         }
         Some(step)
+    }
+}
+
+/// Waits until every tier has the step `newest`. False at the deadline and at a second signal.
+fn promoted(behind: &Behind, newest: u64, deadline: Instant, again: &AtomicBool) -> bool {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if behind.has_newest(newest, left.min(Duration::from_millis(5))) {
+            return true;
+        }
+        if left.is_zero() || again.load(Ordering::Acquire) {
+            return false;
+        }
     }
 }
 

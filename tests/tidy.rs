@@ -40,7 +40,7 @@ const FLOORS: [&[&str]; 6] = [
     &["delta", "format", "memory", "plan"],
     &["device", "ranks", "storage"],
     &["commit", "staging", "writer"],
-    &["catalog", "chain", "checkpoint", "executor", "internal", "restore", "save", "scope"],
+    &["catalog", "chain", "checkpoint", "executor", "internal", "restore", "save", "scope", "tiers"],
     &["adapters", "compat", "sigterm"],
 ];
 

@@ -4,7 +4,7 @@ use super::prune::is_damaged;
 use super::{Catalog, Entry, PreservationPolicy, Problem, PruneOptions, Pruned, Retention, Verify};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::step_name;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,19 +14,39 @@ pub(crate) struct Keeping {
     pub retention: Retention,
     pub policy: Option<Arc<dyn PreservationPolicy>>,
     pub verify: Verify,
+    /// What else needs steps: tiers that do not have them yet.
+    pub hold: Option<Arc<dyn Hold>>,
+}
+
+/// Keeps steps that a retention would delete.
+pub(crate) trait Hold: Send + Sync {
+    /// The steps that stay for now.
+    fn held(&self, entries: &[Entry]) -> BTreeSet<u64>;
+
+    /// These were deleted.
+    fn removed(&self, entries: &[Entry]);
 }
 
 impl Keeping {
     /// Deletes the steps that are not kept.
     pub fn prune(&self, catalog: &Catalog) -> Result<()> {
         let options = PruneOptions::new().verify(self.verify);
-        match &self.policy {
+        let held = |entries: &[Entry]| self.hold.as_ref().map_or_else(BTreeSet::new, |hold| hold.held(entries));
+        let pruned = match &self.policy {
             None if self.retention.is_unlimited() => return Ok(()),
-            None => catalog.prune(&self.retention, options),
-            Some(policy) => catalog.prune_by(&self.retention, policy.as_ref(), options),
-        }?
-        .complete()
-        .map(drop)
+            None => catalog.prune_sparing(&self.retention, options, |entries| Ok(held(entries))),
+            Some(policy) => {
+                let retention = Retention { keep_last: self.retention.keep_last.or(Some(1)), ..self.retention };
+                catalog.prune_sparing(&retention, options, |entries| {
+                    let spared = catalog.spared(policy.as_ref(), entries)?;
+                    Ok(spared.into_iter().chain(held(entries)).collect())
+                })
+            }
+        }?;
+        if let Some(hold) = &self.hold {
+            hold.removed(&pruned.removed);
+        }
+        pruned.complete().map(drop)
     }
 }
 

@@ -20,7 +20,7 @@ mod prune;
 mod retention;
 mod sweep;
 
-pub(crate) use branch::Keeping;
+pub(crate) use branch::{Hold, Keeping};
 pub use marks::{Mark, Marked};
 pub(crate) use policy::ranking;
 pub use policy::{Best, Candidate, PreservationPolicy};
@@ -282,7 +282,7 @@ impl Catalog {
     }
 
     /// Returns the names of steps, ordered by step, then by preference.
-    fn names(&self) -> Result<Vec<(u64, String)>> {
+    pub(crate) fn names(&self) -> Result<Vec<(u64, String)>> {
         let mut names: Vec<_> =
             self.storage.list()?.into_iter().filter_map(|name| Some((parse_step_name(&name)?, name))).collect();
         names.sort_by_cached_key(|(step, name)| (*step, *name != step_name(*step), name.clone()));
@@ -290,7 +290,7 @@ impl Catalog {
     }
 
     /// Returns the checkpoint if every byte of it is as written, and records the result.
-    fn read_whole(&self, checkpoint: Option<Checkpoint>) -> Result<Option<Checkpoint>> {
+    pub(crate) fn read_whole(&self, checkpoint: Option<Checkpoint>) -> Result<Option<Checkpoint>> {
         let Some(checkpoint) = checkpoint else { return Ok(None) };
         let found = checkpoint.damaged(&checkpoint.verify()?);
         let mut known = self.known();

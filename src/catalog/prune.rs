@@ -118,7 +118,7 @@ impl Catalog {
         self.prune_sparing(&retention, options, |entries| self.spared(policy, entries))
     }
 
-    fn prune_sparing(
+    pub(super) fn prune_sparing(
         &self,
         retention: &Retention,
         options: PruneOptions,

@@ -121,6 +121,20 @@ impl Catalog {
         known.own.retain(|own| *own != attempt);
     }
 
+    /// Makes the step durable, unless its outcome is still open: false then.
+    ///
+    /// # Errors
+    /// When it cannot be made durable.
+    pub(crate) fn is_settled(&self, entry: &Entry) -> Result<bool> {
+        if self.known().pending.contains_key(&entry.attempt) {
+            return Ok(false);
+        }
+        match self.make_durable(entry) {
+            Err(error) if error.kind() == ErrorKind::Indeterminate || error.kind() == ErrorKind::NotFound => Ok(false),
+            settled => settled.map(|()| true),
+        }
+    }
+
     pub(super) fn make_durable(&self, entry: &Entry) -> Result<()> {
         let known = self.known();
         if known.doubtful.contains(&entry.attempt) {

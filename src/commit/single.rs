@@ -86,6 +86,8 @@ fn fill_table(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -
 /// The manifest of a step whose table is `entry`; `files` is the length of all files that the table names.
 fn manifest(request: &Request, files: u64, entry: TableEntry) -> Manifest {
     Manifest {
+        session: request.session.map(|(session, _)| session),
+        generation: request.session.map(|(_, generation)| generation),
         metadata: request.metadata.clone(),
         values: request.values.clone(),
         bytes: files + entry.length,

@@ -277,6 +277,10 @@ impl CheckpointExecutor {
         // The thread that carries out the rounds knows which ranks are missing at the deadline.
         let grace = if self.turns.is_some() { ROUNDS_GRACE } else { Duration::ZERO };
         let issue = Issue { step, attempt, deadline, grace };
-        Arc::new(Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone()))
+        let ticket = Ticket::new(issue, began, self.stager.signal.clone(), self.stager.calls.clone());
+        if let Some(behind) = &self.behind {
+            ticket.promote_to(behind.names());
+        }
+        Arc::new(ticket)
     }
 }

@@ -11,7 +11,7 @@ use super::equipment::{Equipment, Offer, Wish};
 use super::ranks::{self, Called, Rounds, Wanted};
 use super::threads::{Channels, Commits, Threads};
 use super::{Admission, CheckpointExecutor, ending, tidy, touch};
-use crate::catalog::{Keeping, PreservationPolicy, Verify};
+use crate::catalog::{Hold, Keeping, PreservationPolicy, Verify};
 use crate::commit::several::Group;
 use crate::commit::{self, several};
 use crate::completion::{Signal, deadline_after};
@@ -27,6 +27,7 @@ use crate::staging::Stager;
 use crate::storage::{self, Storage, Sweep, Writers};
 use crate::sync::Mutex;
 use crate::thread::{adopt, spawn};
+use crate::tiers::{Behind, Note, Tier};
 use crate::writer::{Pool, Task};
 use crate::{Catalog, Retention, call_thread, own_threads};
 use crossbeam_channel::{Receiver, bounded, unbounded};
@@ -67,6 +68,7 @@ pub struct Builder {
     touch: Duration,
     ranks: Ranks,
     run: Option<String>,
+    tiers: Vec<Tier>,
 }
 
 /// Whether other ranks save with this process.
@@ -126,8 +128,8 @@ macro_rules! setters {
 impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
         let (settings, policy) = (Settings::default(), Policy::default());
-        let (touch, ranks, run) = (touch::TOUCH_INTERVAL, Ranks::Unsaid, None);
-        Self { root, settings, storage: None, device: None, given: None, policy, touch, ranks, run }
+        let (touch, ranks, run, tiers) = (touch::TOUCH_INTERVAL, Ranks::Unsaid, None, Vec::new());
+        Self { root, settings, storage: None, device: None, given: None, policy, touch, ranks, run, tiers }
     }
 
     /// Replaces all settings.
@@ -301,6 +303,18 @@ impl Builder {
         self
     }
 
+    /// Copies durable steps to another root, too, which is a tier behind this executor's: a directory of a
+    /// shared file system, a neighbour's or `/dev/shm`, or an object store. Call it once for each tier, the
+    /// nearest first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one.
+    ///
+    /// [`Builder::build`] takes each tier over, so that no earlier session of the job, such as that of a node
+    /// that comes back late, can promote to it. List steps after that, with
+    /// [`CheckpointExecutor::latest`]. With several ranks, rank 0 alone promotes. See [`crate::tiers`].
+    pub fn tier(mut self, tier: Tier) -> Self {
+        self.tiers.push(tier);
+        self
+    }
+
     /// Builds the executor: creates the root if it is missing, allocates the arena, starts the threads, and
     /// sweeps what dead processes left.
     ///
@@ -313,13 +327,19 @@ impl Builder {
 
     /// Checks the settings, opens the storage, meets the other ranks and chooses the device.
     fn probe(self) -> Result<Probed> {
-        let Self { root, mut settings, storage, device, given, policy, touch, ranks, run } = self;
+        let Self { root, mut settings, storage, device, given, policy, touch, ranks, run, mut tiers } = self;
         settings.scratch = given.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
+        if tiers.is_empty() {
+            settings.tier_from(|name| std::env::var(name).ok())?;
+            tiers.extend(Tier::of(&settings));
+        }
         settings.check()?;
         let storage = match storage {
             Some(storage) => storage,
             None => storage::open_with(&root, &settings)?,
         };
+        // The take-over of the root deletes what earlier sessions have noted.
+        let note = if tiers.is_empty() { Note::default() } else { Note::read(storage.as_ref()) };
         let group = ranks.meet(storage.as_ref(), run, settings.save_timeout)?;
         if group.is_none() {
             storage.take_over()?;
@@ -332,7 +352,15 @@ impl Builder {
             None => choose_later(settings.device, given.as_ref().map(|(given, _)| given.ordinal))?,
         };
         let given = given.map(|(given, bytes)| fits(given, bytes, device.as_ref())).transpose()?;
-        Ok(Probed { settings, storage, group, device, report, given, policy, touch })
+        let behind = match &group {
+            _ if tiers.is_empty() => None,
+            Some(group) if group.member.rank != 0 => None,
+            group => {
+                let session = group.as_ref().map(|group| (group.session.id, group.session.generation));
+                Some(Behind::new(storage.clone(), note, tiers, session)?)
+            }
+        };
+        Ok(Probed { settings, storage, group, behind, device, report, given, policy, touch })
     }
 }
 
@@ -342,6 +370,7 @@ struct Probed {
     settings: Settings,
     storage: Arc<dyn Storage>,
     group: Option<Arc<Group>>,
+    behind: Option<Arc<Behind>>,
     device: Arc<dyn Device>,
     report: DeviceReport,
     /// The program's memory for the scratch.
@@ -353,7 +382,7 @@ struct Probed {
 impl Probed {
     /// Allocates the arena, equips the device and starts the threads.
     fn start(self) -> Result<CheckpointExecutor> {
-        let Self { settings, storage, group, device, report, given, policy, touch } = self;
+        let Self { settings, storage, group, behind, device, report, given, policy, touch } = self;
         let signal = Arc::new(Signal::default());
         let arena =
             Arena::new(settings.arena, settings.chunk, &Registrars(device.as_ref(), storage.as_ref()), signal.clone())?;
@@ -372,6 +401,7 @@ impl Probed {
             retention: Retention { keep_last: settings.keep_last, keep_every: settings.keep_every },
             policy: policy.0,
             verify: if settings.verify_kept { Verify::All } else { Verify::No },
+            hold: behind.clone().map(|behind| behind as Arc<dyn Hold>),
         };
         let elsewhere = Arc::new(Elsewhere::new(storage.clone()));
         let destination = Arc::new(Destination {
@@ -390,6 +420,7 @@ impl Probed {
             elsewhere,
             catalog: catalog.clone(),
             compared: compared.clone(),
+            behind: behind.clone(),
             table: AlignedBuffer::new(0),
         };
         let (turns, rounds) = group.map(ranks::turns_and_rounds).unzip();
@@ -399,6 +430,7 @@ impl Probed {
             threads: Arc::new(Threads::new(stager.clone())),
             turns,
             admission: Mutex::new(Admission { plan: None, described: None, attempts: Attempts::new() }),
+            behind: behind.clone(),
             origin: ForkGuard::new(),
             compared,
             storage: storage.clone(),
@@ -450,6 +482,10 @@ impl Probed {
         if leads {
             handles.push(spawn("ashore-tidy".into(), tidy)?);
             handles.push(spawn("ashore-touch".into(), move || touch::run(&ended_tidying, touched.as_ref(), touch))?);
+        }
+        if let Some(behind) = behind {
+            behind.start(&executor.catalog, &executor.stager.signal)?;
+            executor.threads.keep_behind(behind);
         }
         executor.threads.keep(Channels { pool, commits }, handles, calling);
         Ok(executor)

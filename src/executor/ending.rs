@@ -16,6 +16,7 @@ use crate::memory::AlignedBuffer;
 use crate::outcome::{Outcome, Phase};
 use crate::staging::Stager;
 use crate::storage::{Storage, Writing};
+use crate::tiers::Behind;
 use crate::writer::Task;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -51,6 +52,7 @@ pub(super) struct Committing {
     pub catalog: Arc<Catalog>,
     /// Number of durable saves whose staged bytes were compared with the digests taken at `save`.
     pub compared: Arc<AtomicU64>,
+    pub behind: Option<Arc<Behind>>,
     /// Memory for tables, reused from save to save.
     pub table: AlignedBuffer,
 }
@@ -61,7 +63,7 @@ pub(super) fn conclude(
     task: &Task,
     commit: impl FnOnce(Ending<'_>) -> Concluded,
 ) -> Option<Leftover> {
-    let Committing { stager, storage, elsewhere, catalog, compared, table } = committing;
+    let Committing { stager, storage, elsewhere, catalog, compared, behind, table } = committing;
     let (request, ticket) = (&task.request, &task.request.ticket);
     let attempt = ticket.attempt();
     // The catalog has the steps of the root only.
@@ -98,6 +100,9 @@ pub(super) fn conclude(
             catalog.inspect(|catalog| catalog.acknowledge(attempt));
             if !ticket.digests_missing.load(Ordering::Relaxed) {
                 compared.fetch_add(1, Ordering::Relaxed);
+            }
+            if let Some(behind) = behind {
+                behind.durable(ticket, catalog.map(|_| &*name));
             }
             let left = match catalog {
                 Some(_) => Leftover::Published { name, attempt: published },

@@ -317,6 +317,7 @@ impl CheckpointExecutor {
             name: wanted.place.name,
             parent: wanted.place.parent,
             overwrite: wanted.options.overwrite,
+            session: self.behind.as_ref().filter(|_| shared.is_none()).map(|behind| behind.session()),
             values,
             rank_values,
             metadata: std::mem::take(&mut state.metadata),

@@ -12,9 +12,10 @@ use crate::save::Save;
 use crate::staging::Stager;
 use crate::sync::{Mutex, MutexGuard, lock};
 use crate::thread::spawn;
+use crate::tiers::Behind;
 use crate::writer::{Pool, Task};
 use crossbeam_channel::Sender;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -35,6 +36,8 @@ pub(crate) struct Threads {
     calling: Mutex<Vec<JoinHandle<()>>>,
     /// No save begins any more.
     closed: AtomicBool,
+    /// The tiers behind the root, whose threads end last.
+    behind: OnceLock<Arc<Behind>>,
     /// The timeout of the last shutdown that the program requested.
     timeout: Mutex<Option<Duration>>,
 }
@@ -63,6 +66,7 @@ impl Threads {
             handles: Mutex::default(),
             calling: Mutex::default(),
             closed: AtomicBool::new(false),
+            behind: OnceLock::new(),
             timeout: Mutex::default(),
         }
     }
@@ -72,6 +76,16 @@ impl Threads {
         *lock(&self.channels) = Some(channels);
         *lock(&self.handles) = handles;
         *lock(&self.calling) = vec![calling];
+    }
+
+    /// The tiers behind the root.
+    pub(crate) fn behind(&self) -> Option<&Arc<Behind>> {
+        self.behind.get()
+    }
+
+    /// Takes ownership of the threads that promote.
+    pub(super) fn keep_behind(&self, behind: Arc<Behind>) {
+        let _ = self.behind.set(behind);
     }
 
     /// The sending ends, which stay while the guard is held. Hold it only to hand over a save.
@@ -124,10 +138,11 @@ impl Threads {
         self.stager.stop();
         drop(channels);
         join(&self.handles, deadline.max(Instant::now() + JOIN_GRACE));
+        let unpromoted = self.behind.get().and_then(|behind| behind.close(deadline).err());
         self.stager.calls.close();
         join(&self.calling, deadline.max(Instant::now() + JOIN_GRACE));
         let mut unseen = std::iter::from_fn(|| self.stager.saves.unobserved());
-        let first = unseen.next().or(late);
+        let first = unseen.next().or(late).or(unpromoted);
         unseen.for_each(|error| error.log_unseen());
         first.map_or(Ok(()), Err)
     }

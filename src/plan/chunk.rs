@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 
 /// A save as the program requested it.
 #[derive(Debug)]
@@ -22,6 +23,9 @@ pub(crate) struct Request {
     /// The directory in which the checkpoint gets its name; None: the root.
     pub parent: Option<PathBuf>,
     pub overwrite: bool,
+    /// The session that one process saves in, and its generation in the root, where tiers are behind the
+    /// root; what several ranks save has that of the ranks.
+    pub session: Option<(Uuid, u64)>,
     pub values: BTreeMap<String, serde_json::Value>,
     pub metadata: BTreeMap<String, serde_json::Value>,
     /// The values of this rank alone.

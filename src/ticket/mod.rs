@@ -13,7 +13,7 @@ use crate::completion::{Calls, Completion, Signal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkGuard;
 use crate::id::Attempt;
-use crate::outcome::{Outcome, Phase, Progress};
+use crate::outcome::{Outcome, Phase, Progress, Promoted};
 use crate::own_threads;
 use crate::state::DeviceStream;
 use crate::sync::{self, Mutex, lock};
@@ -62,6 +62,8 @@ pub(crate) struct Ticket {
     pub digests_missing: AtomicBool,
     /// Some handle or call has seen how it ended.
     pub observed: AtomicBool,
+    /// When it becomes durable in each tier behind the first, by the name of the tier.
+    promotions: OnceLock<Vec<Promotion>>,
     state: Mutex<State>,
     /// Wait guards: streams wait for its copies while it keeps them.
     wait_guards: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
@@ -69,6 +71,13 @@ pub(crate) struct Ticket {
     calls: Arc<CallThread>,
     /// The process that made it: in a forked child the save never makes progress.
     origin: ForkGuard,
+}
+
+/// The end of a promotion, which the thread of the tier sets.
+#[derive(Clone, Debug)]
+pub(crate) struct Promotion {
+    pub tier: Arc<str>,
+    pub done: sync::Arc<Completion<Result<Promoted>>>,
 }
 
 /// How far a save is, and whether it failed.
@@ -164,6 +173,7 @@ impl Ticket {
             blocked_nanos: zero(),
             digests_missing: AtomicBool::new(false),
             observed: AtomicBool::new(false),
+            promotions: OnceLock::new(),
             state: Mutex::new(State::Running(Phase::Waiting)),
             wait_guards: Mutex::new(Vec::new()),
             signal,
@@ -186,6 +196,18 @@ impl Ticket {
     pub fn begin(&self, extent: Extent) {
         let known = self.extent.set(extent);
         debug_assert!(known.is_ok(), "a save began twice");
+    }
+
+    /// Sets the tiers behind the first one. Called at most once.
+    pub fn promote_to(&self, tiers: impl Iterator<Item = Arc<str>>) {
+        let promotion = |tier| Promotion { tier, done: sync::Arc::new(Completion::new()) };
+        let known = self.promotions.set(tiers.map(promotion).collect());
+        debug_assert!(known.is_ok(), "a save got its tiers twice");
+    }
+
+    /// The tiers that will have the step; none for a save that is no step of the root.
+    pub fn promotions(&self) -> &[Promotion] {
+        self.promotions.get().map_or(&[], Vec::as_slice)
     }
 
     pub fn attempt(&self) -> Attempt {

@@ -1,0 +1,163 @@
+//! Tiers: roots behind the executor's own, to which durable steps are copied.
+//!
+//! **Protocol.** A save is durable in the first tier when its own future says so, and in a tier behind it when
+//! [`Save::durable_in`](crate::Save::durable_in) says so: two futures, never one answer for both. A promotion
+//! thread for each tier copies durable steps, newest first, as the same attempts. **Completion.** A promotion
+//! is told after the tier's own publish is durable. **Crash.** What is promoted is not recorded: the next
+//! session compares the steps of the root with the tier's. **Cancellation.** A shutdown waits for promotions
+//! until its deadline and names the steps that a tier does not have.
+
+mod behind;
+mod chain;
+mod copies;
+mod copy;
+mod promote;
+
+pub(crate) use behind::Behind;
+pub(crate) use chain::Note;
+pub use copy::{Copied, copy};
+
+use crate::catalog::Retention;
+use crate::error::{Error, Result};
+use crate::settings::{Settings, Unpromoted};
+use crate::storage::Storage;
+use crate::storage::local::Local;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A tier behind the root of an executor: see [`Builder::tier`](crate::Builder::tier).
+///
+/// ```
+/// use ashore::{CheckpointExecutor, StateDict, tiers::Tier};
+/// use std::{sync::Arc, time::Duration};
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let (fast, shared) = (dir.path().join("fast"), dir.path().join("shared"));
+/// let tier = Tier::at(shared.to_string_lossy()).named("shared").keep_last(10);
+/// let builder = CheckpointExecutor::builder(&fast).arena(4 << 20).chunk(1 << 20);
+/// let executor = builder.keep_last(2).tier(tier).build()?;
+/// let mut state = StateDict::new();
+/// state.tensor("weights", Arc::new(vec![1.0_f32; 4]))?;
+/// let save = executor.save(1, state)?;
+/// let committed = save.wait(Duration::from_secs(60))?.committed().unwrap();
+/// assert!(committed.path.starts_with(&fast));
+/// let promoted = save.durable_in("shared").wait(Duration::from_secs(60))?;
+/// assert!(promoted.path.starts_with(&shared) && promoted.attempt == committed.attempt);
+/// executor.shutdown(Duration::from_secs(60))?;
+/// # Ok::<(), ashore::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+#[must_use = "a tier is given to `Builder::tier`"]
+pub struct Tier {
+    name: Option<String>,
+    root: Root,
+    retention: Retention,
+    unpromoted: Unpromoted,
+}
+
+#[derive(Clone, Debug)]
+enum Root {
+    At(String),
+    Over(Arc<dyn Storage>),
+}
+
+impl Tier {
+    /// A tier at `root`: a directory, such as one of another host or in `/dev/shm`, or the URL of an object
+    /// store. Its name is `root`.
+    pub fn at(root: impl Into<String>) -> Self {
+        Self { name: None, root: Root::At(root.into()), retention: Retention::default(), unpromoted: Unpromoted::Warn }
+    }
+
+    /// A tier in `storage`.
+    pub fn over(name: impl Into<String>, storage: Arc<dyn Storage>) -> Self {
+        let (name, root) = (Some(name.into()), Root::Over(storage));
+        Self { name, root, retention: Retention::default(), unpromoted: Unpromoted::Warn }
+    }
+
+    /// Sets its name, which futures, reports and errors use. The chain of sessions is noted under it: a tier
+    /// that gets another name is a new one.
+    pub fn named(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Number of newest steps that the tier keeps; older ones are deleted after a promotion. The default
+    /// keeps all.
+    pub fn keep_last(mut self, count: usize) -> Self {
+        self.retention.keep_last = Some(count);
+        self
+    }
+
+    /// Keeps every step that is a multiple of this, beyond `keep_last`, without which it is refused.
+    pub fn keep_every(mut self, every: u64) -> Self {
+        self.retention.keep_every = Some(every);
+        self
+    }
+
+    /// What retention of the first tier does with a step that this tier wants and does not have: by default
+    /// it deletes the step and warns.
+    pub fn unpromoted(mut self, unpromoted: Unpromoted) -> Self {
+        self.unpromoted = unpromoted;
+        self
+    }
+
+    /// The tier that the settings name, if they do.
+    pub(crate) fn of(settings: &Settings) -> Option<Self> {
+        let retention = Retention { keep_last: settings.tier_keep_last, keep_every: None };
+        let root = Root::At(settings.tier.clone()?);
+        Some(Self { name: None, root, retention, unpromoted: settings.unpromoted })
+    }
+
+    fn name(&self) -> String {
+        match (&self.name, &self.root) {
+            (Some(name), _) | (None, Root::At(name)) => name.clone(),
+            (None, Root::Over(storage)) => storage.describe("").display().to_string(),
+        }
+    }
+}
+
+/// Opens the storage of a tier; its directory is made if it is missing.
+fn open(root: &Root) -> Result<Arc<dyn Storage>> {
+    match root {
+        Root::Over(storage) => Ok(storage.clone()),
+        Root::At(path) if path.contains("://") => {
+            let why = "no storage for this URL is built in: give the tier a path, or a storage with `Tier::over`";
+            Err(Error::invalid(why).with_path(path))
+        }
+        Root::At(path) => Ok(Arc::new(Local::open(path)?)),
+    }
+}
+
+/// Whether a session may write to a tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TierState {
+    /// The session has not reached the tier yet, or the tier does not answer at present. Steps are promoted
+    /// when it does.
+    Away,
+    /// The session has taken the tier over.
+    Ours,
+    /// Another session has taken the tier over, or had written to it before this one reached it. Nothing is
+    /// promoted any more: saves go on in the first tier.
+    Lost,
+}
+
+/// What a tier has and lacks.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct TierReport {
+    /// The name of the tier.
+    pub tier: String,
+    /// Its root.
+    pub root: PathBuf,
+    /// Whether this session may write to it.
+    pub state: TierState,
+    /// The newest step of this root that is durable in the tier.
+    pub newest: Option<u64>,
+    /// Steps of the first tier that it wants and does not have, oldest first.
+    pub lacks: Vec<u64>,
+    /// Steps of which the tier has another attempt, by a session that is not in this one's chain, oldest
+    /// first. The tier's count.
+    pub forks: Vec<u64>,
+    /// Why the last promotion failed, if nothing was promoted since.
+    pub error: Option<Error>,
+}

@@ -1,0 +1,312 @@
+//! The thread that promotes: compares the steps of the root with those of its tier, and copies what the tier
+//! lacks, newest first.
+
+use super::behind::{Behind, Line, Mode, Ours, Standing};
+use super::copy::{Into, Owner};
+use crate::catalog::{Catalog, PruneOptions, Verify};
+use crate::checkpoint::Checkpoint;
+use crate::completion::{Signal, deadline_after};
+use crate::error::{Error, ErrorKind, Result};
+use crate::guard::{self, guarded};
+use crate::id::{Attempt, step_name};
+use crate::own_threads;
+use crate::settings::Priority;
+use crate::thread::adopt;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// How long the thread waits after an error, and at most after many.
+const BACKOFF: Duration = Duration::from_millis(200);
+const MOST_BACKOFF: Duration = Duration::from_secs(60);
+
+/// How often the thread looks for steps without being told, such as those that another process put into the
+/// root.
+const LOOK: Duration = Duration::from_secs(300);
+
+/// A step, and the session that wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Written {
+    attempt: Attempt,
+    session: Option<Uuid>,
+}
+
+impl Written {
+    fn of(checkpoint: &Checkpoint) -> Self {
+        Self { attempt: checkpoint.attempt(), session: checkpoint.manifest().session }
+    }
+}
+
+/// What one look ended with.
+enum Looked {
+    /// A step was promoted: look again at once.
+    Promoted,
+    /// The tier lacks nothing that it can get.
+    Done,
+}
+
+/// The body of the thread.
+pub(super) fn run(behind: &Arc<Behind>, line: &Arc<Line>, catalog: &Catalog, executor: &Arc<Signal>) {
+    own_threads::mark(executor);
+    adopt(Priority::Low);
+    let mut promoter = Promoter { behind, line, catalog, there: HashMap::new(), refused: HashMap::new() };
+    let mut backoff = BACKOFF;
+    loop {
+        let (saved, mode) = {
+            let state = line.state();
+            (state.saved, state.mode)
+        };
+        let looked = guarded("a storage panicked during a promotion", || promoter.look());
+        // After an error the thread waits, whatever is saved meanwhile.
+        let (until, patient) = match looked {
+            Ok(Looked::Promoted) => {
+                backoff = BACKOFF;
+                continue;
+            }
+            Ok(Looked::Done) => {
+                backoff = BACKOFF;
+                if matches!(mode, Mode::Closing(_)) {
+                    return;
+                }
+                (deadline_after(LOOK), false)
+            }
+            Err(error) => {
+                let wait = jittered(backoff);
+                backoff = backoff.saturating_mul(2).min(MOST_BACKOFF);
+                promoter.failed(&error, wait);
+                (deadline_after(wait), true)
+            }
+        };
+        let end = match mode {
+            Mode::Closing(end) if Instant::now() >= end => return,
+            Mode::Closing(end) => until.min(end),
+            Mode::All | Mode::Newest => until,
+        };
+        line.moved.wait_until(end, || {
+            let state = line.state();
+            (state.mode != mode || !patient && state.saved != saved).then_some(())
+        });
+    }
+}
+
+/// A time between a half and one and a half of `wait`.
+fn jittered(wait: Duration) -> Duration {
+    let random = Uuid::new_v4().as_u128() as u8;
+    wait / 2 + wait * u32::from(random) / 255
+}
+
+struct Promoter<'a> {
+    behind: &'a Behind,
+    line: &'a Line,
+    catalog: &'a Catalog,
+    /// What is under the names of steps in the tier, which this session alone writes.
+    there: HashMap<String, Written>,
+    /// Attempts that cannot be promoted: damaged ones, and those under whose name the tier has something
+    /// else.
+    refused: HashMap<Attempt, Error>,
+}
+
+impl Promoter<'_> {
+    /// Compares, and promotes the newest step that the tier lacks.
+    fn look(&mut self) -> Result<Looked> {
+        if matches!(self.line.state().standing, Standing::Lost) {
+            return Ok(Looked::Done);
+        }
+        let away = matches!(self.line.state().standing, Standing::Away);
+        let reached = self.behind.reach(self.line, false);
+        if away && !matches!(self.line.state().standing, Standing::Away) {
+            self.behind.write_note();
+        }
+        let ours = match reached {
+            Err(error) if matches!(self.line.state().standing, Standing::Lost) => {
+                self.line.lose(&error);
+                return Ok(Looked::Done);
+            }
+            reached => reached?,
+        };
+        self.line.check(&ours)?;
+        let local = self.local()?;
+        self.survey(&ours)?;
+        let Some((step, written)) = self.choose(&local) else {
+            self.line.state().error = None;
+            return Ok(Looked::Done);
+        };
+        self.line.state().copying = Some(step);
+        let promoted = self.promote(&ours, step, written);
+        self.line.state().copying = None;
+        match promoted {
+            Ok(()) => Ok(Looked::Promoted),
+            // Only this step cannot be promoted.
+            Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Conflict) => {
+                if matches!(self.line.state().standing, Standing::Lost) {
+                    return Ok(Looked::Done);
+                }
+                let error = self.line.located("a step cannot be promoted", &error).with_step(step);
+                tracing::error!(step, error = format_args!("{error:#}"), "a step is not promoted");
+                self.line.tell_all(|attempt| attempt == written.attempt, &error);
+                self.line.state().error = Some(error.clone());
+                self.refused.insert(written.attempt, error);
+                Ok(Looked::Promoted)
+            }
+            // Retention has deleted it.
+            Err(error) if error.kind() == ErrorKind::NotFound && self.catalog.checkpoint(step).is_err() => {
+                Ok(Looked::Promoted)
+            }
+            // A newer step was saved, and the process is about to end.
+            Err(error) if error.kind() == ErrorKind::Cancelled => Ok(Looked::Promoted),
+            Err(error) => Err(error.with_step(step)),
+        }
+    }
+
+    /// The durable steps of the root, under the names that this library gives.
+    fn local(&self) -> Result<BTreeMap<u64, Written>> {
+        let mut found = BTreeMap::new();
+        for entry in self.catalog.list()? {
+            if entry.name != step_name(entry.step) || !self.catalog.is_settled(&entry)? {
+                continue;
+            }
+            match self.catalog.checkpoint(entry.step) {
+                Ok(checkpoint) if checkpoint.attempt() == entry.attempt => {
+                    found.insert(entry.step, Written::of(&checkpoint));
+                }
+                Ok(_) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Learns which attempts the tier has.
+    fn survey(&mut self, ours: &Ours) -> Result<()> {
+        let failed = |error: Error| self.line.located("a tier cannot be listed", &error);
+        let names: BTreeSet<String> = ours.storage.list().map_err(failed)?.into_iter().collect();
+        self.there.retain(|name, _| names.contains(name));
+        for name in names {
+            if self.there.contains_key(&name) {
+                continue;
+            }
+            match Checkpoint::try_open(&ours.storage, &name) {
+                Ok(checkpoint) => _ = self.there.insert(name, Written::of(&checkpoint)),
+                Err(failure) => {
+                    let damaged = failure.is_damage();
+                    let error = failure.into_error();
+                    // A damaged copy is replaced, and anything else makes its own promotion fail.
+                    if !damaged && !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt | ErrorKind::Conflict) {
+                        return Err(failed(error));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The newest step that the tier wants and lacks, of those that this session may promote.
+    fn choose(&mut self, local: &BTreeMap<u64, Written>) -> Option<(u64, Written)> {
+        let (mut lacks, mut forks, mut found) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
+        let numbers: BTreeSet<u64> = self.there.keys().filter_map(|name| crate::id::parse_step_name(name)).collect();
+        let mut unwanted = Vec::new();
+        let mut state = self.line.state();
+        let attempts: HashSet<Attempt> = local.values().map(|written| written.attempt).collect();
+        state.chain.had.retain(|attempt| attempts.contains(attempt));
+        state.done.retain(|attempt, _| attempts.contains(attempt));
+        for (&step, written) in local {
+            let there = self.there.get(&step_name(step));
+            if there.is_some_and(|there| there.attempt == written.attempt) {
+                found.push((step, written.attempt));
+                continue;
+            }
+            // Another attempt of the chain is an overwrite of this job's own.
+            if there.is_some_and(|there| !state.chain.allows(there.session) || !state.chain.allows(written.session)) {
+                forks.insert(step);
+                continue;
+            }
+            if state.chain.had.contains(&written.attempt)
+                || self.refused.contains_key(&written.attempt)
+                || !state.chain.allows(written.session)
+            {
+                continue;
+            }
+            let wanted = || {
+                let with = || numbers.iter().copied().chain([step]);
+                self.line.retention.plan(with(), with()).is_ok_and(|gone| !gone.contains(&step))
+            };
+            if there.is_none() && !wanted() {
+                unwanted.push(written.attempt);
+                continue;
+            }
+            lacks.insert(step, *written);
+        }
+        let new: Vec<u64> = forks.difference(&state.forks).copied().collect();
+        state.forks = forks;
+        state.lacks = lacks.iter().map(|(step, written)| (*step, written.attempt)).collect();
+        let newest = local.keys().next_back().copied();
+        let mode = state.mode;
+        let known: Vec<_> = found.into_iter().filter(|(_, attempt)| !state.done.contains_key(attempt)).collect();
+        drop(state);
+        for step in new {
+            let (tier, root) = (&*self.line.name, self.line.place.display());
+            tracing::error!(step, tier, %root, "two tiers have different attempts at a step: that of the tier counts");
+        }
+        for (step, attempt) in known {
+            self.line.tell(self.line.promoted(step, attempt, 0));
+        }
+        let what = "the tier keeps only newer steps, and does not want this one";
+        self.line.tell_all(|attempt| unwanted.contains(&attempt), &Error::new(ErrorKind::Cancelled, what));
+        let chosen = lacks.pop_last();
+        chosen.filter(|(step, _)| mode != Mode::Newest || Some(*step) == newest)
+    }
+
+    fn promote(&mut self, ours: &Ours, step: u64, written: Written) -> Result<()> {
+        let from = self.catalog.checkpoint(step)?;
+        if from.attempt() != written.attempt {
+            return Err(Error::new(ErrorKind::Cancelled, "the step was replaced in the first tier"));
+        }
+        let began = Instant::now();
+        let owner = match &ours.shared {
+            Some(shared) => Owner::Session { shared: shared.as_ref(), generation: ours.generation },
+            None => Owner::Caller,
+        };
+        let chain = self.line.state().chain.clone();
+        let replaces = |there: &Checkpoint| chain.allows(there.manifest().session);
+        let into = Into { to: &ours.storage, owner, replaces: &replaces };
+        let copied = into.copy(&from, &|_| self.go_on(step)).inspect_err(|_| drop(self.line.check(ours)))?;
+        self.there.insert(from.name().to_owned(), written);
+        self.line.tell(self.line.promoted(step, written.attempt, copied.bytes));
+        self.behind.write_note();
+        let (tier, bytes, took) = (&*self.line.name, copied.bytes, began.elapsed());
+        tracing::info!(step, tier, path = %copied.path.display(), bytes, ?took, "a step was promoted");
+        if !self.line.retention.is_unlimited() {
+            // It retries after the next promotion.
+            let options = PruneOptions::new().verify(Verify::No);
+            let prune = || ours.catalog.prune(&self.line.retention, options)?.complete().map(drop);
+            guard::attempt("prune a tier", prune);
+        }
+        Ok(())
+    }
+
+    /// Ends a copy at the deadline of a shutdown, or when the process is about to end and has saved a newer
+    /// step.
+    fn go_on(&self, step: u64) -> Result<()> {
+        let state = self.line.state();
+        match state.mode {
+            Mode::Closing(end) if Instant::now() >= end => {
+                Err(Error::new(ErrorKind::Deadline, "the executor was shut down before the step was promoted"))
+            }
+            Mode::Newest if state.lacks.keys().next_back().is_some_and(|newest| *newest > step) => {
+                Err(Error::new(ErrorKind::Cancelled, "only the newest step is promoted"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn failed(&mut self, error: &Error, wait: Duration) {
+        self.behind.away(self.line, error);
+        self.there.clear();
+        let error = self.line.located("promotion failed", error);
+        let (tier, root) = (&*self.line.name, self.line.place.display());
+        tracing::warn!(tier, %root, error = format_args!("{error:#}"), ?wait, "a promotion is tried again");
+        self.line.state().error = Some(error);
+    }
+}
