@@ -7,8 +7,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+#[path = "../examples/08_tiers.rs"]
+#[allow(dead_code)]
+mod example;
 #[path = "tiers/kills.rs"]
 mod kills;
+#[path = "tiers/term.rs"]
+mod term;
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -87,6 +92,15 @@ fn a_step_is_durable_here_first_and_there_second_as_the_same_attempt() {
     assert_eq!((report.state, report.newest, report.lacks.len()), (TierState::Ours, Some(1), 0));
     running.shutdown(LONG).unwrap();
     same(root.path(), tier.path());
+}
+
+#[test]
+fn in_the_example_a_machine_that_is_lost_loses_no_promoted_step() {
+    let (dir, lost) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    assert_eq!(example::train(lost.path(), dir.path(), 3).unwrap(), (0, None));
+    assert_eq!(example::train(lost.path(), dir.path(), 1).unwrap(), (3, None));
+    let other = tempfile::tempdir().unwrap();
+    assert_eq!(example::train(other.path(), dir.path(), 1).unwrap(), (4, Some("shared".into())));
 }
 
 /// A storage whose files take a while.

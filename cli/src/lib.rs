@@ -1,11 +1,12 @@
-//! The `ashore` program: trains a demo with checkpoints, and lists, inspects, verifies, converts, prunes
-//! and measures checkpoints. Data goes to stdout, progress to stderr.
+//! The `ashore` program: trains a demo with checkpoints, and lists, inspects, verifies, copies, converts,
+//! prunes and measures checkpoints. Data goes to stdout, progress to stderr.
 
 mod adamw;
 mod age;
 mod bench;
 mod chain;
 mod convert;
+mod copy;
 mod damage;
 mod demo;
 mod device;
@@ -174,6 +175,8 @@ enum Verb {
     Chain(chain::ChainArgs),
     /// Copy published versions as they come
     Follow(chain::FollowArgs),
+    /// Copy checkpoints from a directory to another, as the same attempts
+    Copy(copy::Args),
     /// Delete old checkpoints; without --yes, only show what would be deleted
     Prune(prune::Args),
     /// Measure speed against the machine's own limits
@@ -212,6 +215,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Apply(args) => chain::apply(common, args),
         Verb::Chain(args) => chain::chain(common, args),
         Verb::Follow(args) => chain::follow(common, args),
+        Verb::Copy(args) => copy::run(common, args),
         Verb::Prune(args) => prune::run(common, args),
         Verb::Bench { args, .. } => bench::run(common, args),
         Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS),

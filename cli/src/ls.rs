@@ -1,4 +1,6 @@
-//! `ashore ls`: lists the checkpoints of a directory.
+//! `ashore ls`: lists the checkpoints of a directory, or of several beside each other.
+
+mod tiers;
 
 use crate::steps::{Kind, Row, Steps};
 use crate::words::counted;
@@ -14,14 +16,19 @@ use std::time::Duration;
 /// The flags of `ls`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The directory of checkpoints (same as --dir)
+    /// The directory of checkpoints (same as --dir); of several, such as the tiers of a job, it shows which
+    /// has which step
     #[arg(value_name = "DIR")]
-    root: Option<PathBuf>,
+    roots: Vec<PathBuf>,
 }
 
 /// Lists checkpoints, newest last, including damaged ones and what is no step.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    let root = common.root_at(args.root.as_deref())?;
+    if args.roots.len() > 1 {
+        common.root_at(args.roots.first().map(PathBuf::as_path))?;
+        return tiers::run(common, &args.roots);
+    }
+    let root = common.root_at(args.roots.first().map(PathBuf::as_path))?;
     let catalog = common.catalog(&root)?;
     let steps = Steps::of(&catalog, &root)?;
     if common.json {

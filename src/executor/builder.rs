@@ -484,8 +484,8 @@ impl Probed {
             handles.push(spawn("ashore-touch".into(), move || touch::run(&ended_tidying, touched.as_ref(), touch))?);
         }
         if let Some(behind) = behind {
+            executor.threads.keep_behind(behind.clone());
             behind.start(&executor.catalog, &executor.stager.signal)?;
-            executor.threads.keep_behind(behind);
         }
         executor.threads.keep(Channels { pool, commits }, handles, calling);
         Ok(executor)

@@ -4,7 +4,7 @@
 //! **Locks.** The state of a tier is locked for a few instructions, never during a call of a storage; its
 //! completions are set after the lock is released.
 
-use super::chain::{Chain, Note, TakenOver, TakingOver};
+use super::chain::{Chain, Found, Looked, Note};
 use super::copy::check_newest;
 use super::promote;
 use super::{Tier, TierReport, TierState, open};
@@ -20,7 +20,7 @@ use crate::storage::shared::Shared;
 use crate::sync::{Mutex, MutexGuard, lock};
 use crate::thread::spawn;
 use crate::ticket::{Promotion, Ticket};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -60,7 +60,8 @@ pub(super) struct Line {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub standing: Standing,
-    pub taking: TakingOver,
+    /// The generation of the session in the tier, and its chain, once it is recorded there.
+    recorded: Option<(u64, (Chain, bool))>,
     pub chain: Chain,
     /// Saves of this process that wait to be told, by attempt, with their step.
     waiting: HashMap<Attempt, (u64, Promotion)>,
@@ -119,14 +120,7 @@ impl Behind {
         tiers: Vec<Tier>,
         session: Option<(Uuid, u64)>,
     ) -> Result<Arc<Self>> {
-        let (id, generation, shared) = match session {
-            Some((id, generation)) => (id, generation, root.shared()),
-            None => {
-                let id = Uuid::new_v4();
-                let taken = TakingOver::default().take(root.as_ref(), id)?;
-                (id, taken.generation, taken.shared)
-            }
-        };
+        let id = session.map_or_else(Uuid::new_v4, |(id, _)| id);
         let mut lines = Vec::with_capacity(tiers.len());
         for tier in tiers {
             tier.retention.check()?;
@@ -143,8 +137,20 @@ impl Behind {
             let state = Mutex::new(State { chain, ..State::default() });
             lines.push(Arc::new(Line { name, place, tier, retention, unpromoted, state, moved: Signal::default() }));
         }
-        let threads = Mutex::default();
+        let (generation, recorded) = match session {
+            Some((_, generation)) => (generation, root.shared()),
+            None => {
+                let look = Looked::at(root.as_ref())?;
+                (look.record(id)?, look.shared)
+            }
+        };
+        let (threads, shared) = (Mutex::default(), recorded.clone());
         let behind = Self { session: id, generation, root, shared, note: Mutex::new(note), lines, threads };
+        // Before the take-over of the root deletes the notes of earlier sessions.
+        behind.write_note();
+        if let (None, Some(recorded)) = (session, recorded) {
+            recorded.take_over(generation)?;
+        }
         for line in &behind.lines {
             if let Err(error) = behind.reach(line, true) {
                 if error.kind() == ErrorKind::Invalid {
@@ -193,18 +199,21 @@ impl Behind {
             Standing::Away => {}
         }
         let storage = open(&line.tier.root)?;
-        let mut taking = std::mem::take(&mut lock(&line.state).taking);
-        let taken = taking.take(storage.as_ref(), self.session);
-        lock(&line.state).taking = taking;
-        let TakenOver { shared, generation, found } = taken?;
-        let others: Vec<Chain> = {
-            let note = lock(&self.note);
-            note.tiers.iter().filter(|(name, _)| **name != *line.name).map(|(_, chain)| chain.clone()).collect()
+        let look = Looked::at(storage.as_ref())?;
+        let recorded = lock(&line.state).recorded.clone();
+        let recorded = match recorded {
+            Some(recorded) => recorded,
+            None => self.record(line, &look)?,
         };
+        lock(&line.state).recorded = Some(recorded.clone());
+        let (generation, (chain, goes_on)) = recorded;
+        let shared = look.shared;
+        if let Some(shared) = &shared {
+            shared.take_over(generation)?;
+        }
         let catalog = Catalog::over(storage.clone());
         let ours = Arc::new(Ours { storage, catalog, shared, generation });
         let mut state = lock(&line.state);
-        let (chain, goes_on) = std::mem::take(&mut state.chain).after(found, self.session, others.iter());
         state.chain = chain;
         if !goes_on && !start {
             state.standing = Standing::Lost;
@@ -216,12 +225,33 @@ impl Behind {
         Ok(ours)
     }
 
+    /// Records the session in a tier, after a note of what its chain will be. Returns the generation, the
+    /// chain, and whether that goes on from the one before.
+    fn record(&self, line: &Line, look: &Looked) -> Result<(u64, (Chain, bool))> {
+        let others: Vec<Chain> = {
+            let note = lock(&self.note);
+            note.tiers.iter().filter(|(name, _)| **name != *line.name).map(|(_, chain)| chain.clone()).collect()
+        };
+        let before = lock(&line.state).chain.clone();
+        let after = before.after(look, self.session, others.iter());
+        lock(&line.state).chain = before.before(&after, look, self.session);
+        self.write_note();
+        let generation = look.record(self.session)?;
+        if generation == look.next {
+            return Ok((generation, after));
+        }
+        let unknown = Looked { shared: None, found: Found::Unknown, next: generation };
+        Ok((generation, before.after(&unknown, self.session, others.iter())))
+    }
+
     /// A tier has failed with `error`: where it may be gone, as a mount may, it is opened and taken over anew.
     pub(super) fn away(&self, line: &Line, error: &Error) {
         if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Unavailable | ErrorKind::Internal) {
             let mut state = lock(&line.state);
             if matches!(state.standing, Standing::Ours(_)) {
-                (state.standing, state.taking) = (Standing::Away, TakingOver::default());
+                (state.standing, state.recorded) = (Standing::Away, None);
+                // It may be another one when it is back.
+                state.done.clear();
             }
         }
     }
@@ -253,6 +283,11 @@ impl Behind {
             }
             let attempt = ticket.attempt();
             let mut state = lock(&line.state);
+            if matches!(state.standing, Standing::Lost) {
+                drop(state);
+                promotion.done.complete(Err(line.lost().with_step(step)));
+                continue;
+            }
             state.saved += 1;
             let early = mutant::on(Mutant::PromoteEarly).then(|| line.promoted(step, attempt, 0));
             if let Some(done) = early.or_else(|| state.done.get(&attempt).cloned()) {
@@ -283,13 +318,14 @@ impl Behind {
         }
     }
 
-    /// Waits until every tier has `newest`, for at most `slice`.
+    /// Waits until every tier has `newest`, or never will have it, for at most `slice`.
     pub fn has_newest(&self, newest: u64, slice: Duration) -> bool {
         let deadline = deadline_after(slice);
         let has = |line: &Line| {
             let state = lock(&line.state);
             let there = state.done.values().any(|done| done.step == newest) && !state.lacks.contains_key(&newest);
-            (there || matches!(state.standing, Standing::Lost)).then_some(())
+            let never = matches!(state.standing, Standing::Lost) || state.forks.contains(&newest);
+            (there || never).then_some(())
         };
         self.lines.iter().all(|line| line.moved.wait_until(deadline, || has(line)).is_some())
     }
@@ -367,15 +403,17 @@ impl Hold for Behind {
             for entry in entries {
                 let mut state = lock(&line.state);
                 state.done.remove(&entry.attempt);
-                if state.lacks.get(&entry.step) == Some(&entry.attempt) {
+                let lacks = state.lacks.get(&entry.step) == Some(&entry.attempt);
+                if lacks {
                     state.lacks.remove(&entry.step);
+                }
+                if lacks || state.waiting.contains_key(&entry.attempt) {
                     lost.push(entry.attempt);
                     let (step, tier, root) = (entry.step, &*line.name, line.place.display());
                     tracing::warn!(step, tier, %root, "retention deletes a step that the tier does not have");
                 }
             }
-            let what = "retention deleted the step in the first tier before it was promoted";
-            line.tell_all(|attempt| lost.contains(&attempt), &Error::new(ErrorKind::Cancelled, what));
+            line.tell_gone(|attempt| lost.contains(&attempt));
         }
     }
 }
@@ -445,6 +483,17 @@ impl Line {
             promotion.done.complete(Ok(promoted));
         }
         self.moved.notify();
+    }
+
+    /// The attempts whose saves wait to be told.
+    pub fn waiting(&self) -> HashSet<Attempt> {
+        lock(&self.state).waiting.keys().copied().collect()
+    }
+
+    /// Tells the saves of these attempts that the first tier does not have them any more.
+    pub fn tell_gone(&self, which: impl Fn(Attempt) -> bool) {
+        let what = "the step was deleted in the first tier before it was promoted";
+        self.tell_all(which, &Error::new(ErrorKind::Cancelled, what));
     }
 
     /// Tells the saves of these attempts that they will not be promoted.

@@ -5,7 +5,7 @@
 //! comes back late are of a session that is not in the chain. **Crash.** The chain is a note beside the
 //! session in the root; where it is lost, the chain begins anew with the session that the take-over found.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::mutant::{self, Mutant};
 use crate::storage::Storage;
@@ -21,19 +21,13 @@ const NOTE: &str = "tiers.json";
 /// Maximum length of the note.
 const MAX_NOTE: u64 = 16 << 20;
 
+/// How many sessions without a note are passed over.
+const MOST_UNNOTED: usize = 100;
+
 /// How many sessions of a chain are noted: the steps of older ones are long promoted or deleted.
 const MOST: usize = 1000;
 
-/// A storage that a session has taken over.
-#[derive(Debug)]
-pub(super) struct TakenOver {
-    /// None: no other process sees the storage.
-    pub shared: Option<Arc<dyn Shared>>,
-    pub generation: u64,
-    pub found: Found,
-}
-
-/// The newest session before a take-over.
+/// The newest session of a storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
     /// No session had taken the storage over.
@@ -43,44 +37,40 @@ pub(super) enum Found {
     Unknown,
 }
 
-/// A take-over that may be tried again: a session is recorded in a storage once.
-#[derive(Debug, Default)]
-pub(super) struct TakingOver(Option<(u64, Found)>);
-
-impl TakingOver {
-    /// Records `session` as the newest of `storage`, and forbids every publish of older ones.
-    pub fn take(&mut self, storage: &dyn Storage, session: Uuid) -> Result<TakenOver> {
-        let Some(shared) = storage.shared() else {
-            return Ok(TakenOver { shared: None, generation: 1, found: Found::Nothing });
-        };
-        let (generation, found) = match self.0 {
-            Some(recorded) => recorded,
-            None => *self.0.insert(record(shared.as_ref(), session)?),
-        };
-        shared.take_over(generation)?;
-        Ok(TakenOver { shared: Some(shared), generation, found })
-    }
+/// What a look at a storage found before its take-over.
+pub(super) struct Looked {
+    /// None: no other process sees the storage.
+    pub shared: Option<Arc<dyn Shared>>,
+    pub found: Found,
+    /// The generation of a session that is recorded now, if no other one is recorded before it.
+    pub next: u64,
 }
 
-/// Records the session, and returns its generation and which was the newest before.
-fn record(shared: &dyn Shared, session: Uuid) -> Result<(u64, Found)> {
-    let before = shared.newest()?;
-    let generation = shared.open_session(&SessionRecord {
-        // A try that failed may have left something under its name.
-        session: Uuid::new_v4(),
-        token: session.to_string(),
-        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
-        pid: std::process::id(),
-        nonces: Vec::new(),
-    })?;
-    let found = match before {
-        None if generation == 1 => Found::Nothing,
-        Some((newest, Some(record))) if newest + 1 == generation => {
-            Uuid::parse_str(&record.token).map_or(Found::Unknown, Found::Session)
-        }
-        _ => Found::Unknown,
-    };
-    Ok((generation, found))
+impl Looked {
+    pub fn at(storage: &dyn Storage) -> Result<Self> {
+        let Some(shared) = storage.shared() else { return Ok(Self { shared: None, found: Found::Nothing, next: 1 }) };
+        let (newest, found) = match shared.newest()? {
+            None => (0, Found::Nothing),
+            Some((newest, record)) => {
+                let session = record.and_then(|record| Uuid::parse_str(&record.token).ok());
+                (newest, session.map_or(Found::Unknown, Found::Session))
+            }
+        };
+        Ok(Self { shared: Some(shared), found, next: newest + 1 })
+    }
+
+    /// Records `session` as the newest. Returns its generation.
+    pub fn record(&self, session: Uuid) -> Result<u64> {
+        let Some(shared) = &self.shared else { return Ok(self.next) };
+        shared.open_session(&SessionRecord {
+            // A try that failed may have left something under its name.
+            session: Uuid::new_v4(),
+            token: session.to_string(),
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            pid: std::process::id(),
+            nonces: Vec::new(),
+        })
+    }
 }
 
 /// What is noted in a root of the tiers behind it.
@@ -96,7 +86,16 @@ impl Note {
         let read = || -> Result<Option<Vec<u8>>> {
             let Some(shared) = storage.shared() else { return Ok(None) };
             let Some((newest, _)) = shared.newest()? else { return Ok(None) };
-            shared.note(newest, NOTE, MAX_NOTE)
+            // A session that died before it could write its own has done nothing in a tier, and has left the
+            // one before.
+            for generation in (1..=newest).rev().take(MOST_UNNOTED) {
+                match shared.note(generation, NOTE, MAX_NOTE) {
+                    Ok(None) => {}
+                    Err(error) if error.kind() == ErrorKind::NotFound => {}
+                    note => return note,
+                }
+            }
+            Ok(None)
         };
         let parsed = |bytes: Vec<u8>| serde_json::from_slice(&bytes).map_err(|e| Error::corrupt("a note").with_source(e));
         match read().and_then(|bytes| bytes.map(parsed).transpose()) {
@@ -129,8 +128,21 @@ pub(super) struct Chain {
     sessions: Vec<Uuid>,
     /// Sessions of this root since then that did not reach the tier.
     pending: Vec<Uuid>,
+    /// A take-over that was about to be made.
+    next: Option<Next>,
     /// Attempts in the root that the tier has had: what it deleted of them is not promoted again.
     pub had: HashSet<Attempt>,
+}
+
+/// The chain that a take-over makes, noted before it: if the tier knows the session under this generation, it
+/// was made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Next {
+    generation: u64,
+    session: Uuid,
+    unmarked: bool,
+    sessions: Vec<Uuid>,
+    goes_on: bool,
 }
 
 impl Chain {
@@ -140,40 +152,62 @@ impl Chain {
         self
     }
 
-    /// The chain of a session that took the tier over after `found`, and whether it goes on from the chain of
-    /// before. `others` are the chains to other tiers, which count for a tier that is new.
-    pub fn after<'a>(self, found: Found, session: Uuid, others: impl Iterator<Item = &'a Self>) -> (Self, bool) {
-        let Self { unmarked, mut sessions, mut pending, had } = self;
+    /// The chain, with what a take-over made of it that died before it could note that. False if that was of
+    /// `session` itself, and did not go on from the chain of before.
+    fn settled(mut self, looked: &Looked, session: Uuid) -> (Self, bool) {
+        let Some(next) = self.next.take() else { return (self, true) };
+        if (next.generation + 1, Found::Session(next.session)) != (looked.next, looked.found) {
+            return (self, true);
+        }
+        let made = self.pending.iter().position(|pending| *pending == next.session);
+        self.pending.drain(..made.map_or(0, |made| made + 1));
+        (self.unmarked, self.sessions) = (next.unmarked, next.sessions);
+        (self, next.session != session || next.goes_on)
+    }
+
+    /// The chain of `session` if it takes the tier over now, and whether it goes on from the chain of before.
+    /// `others` are the chains to other tiers, which count for a tier that is new.
+    pub fn after<'a>(
+        &self,
+        looked: &Looked,
+        session: Uuid,
+        others: impl Iterator<Item = &'a Self>,
+    ) -> (Self, bool) {
+        let (Self { unmarked, mut sessions, mut pending, had, .. }, settled) = self.clone().settled(looked, session);
         pending.retain(|other| *other != session);
-        let goes_on = match found {
+        let (mut unmarked, mut had, mut goes_on) = (unmarked, had, settled);
+        match looked.found {
             Found::Nothing => {
                 sessions.append(&mut pending);
-                let known: Vec<Uuid> = others.flat_map(|chain| chain.sessions.iter().copied()).collect();
-                sessions.splice(0..0, known);
-                sessions.push(session);
-                return (Self { unmarked: true, sessions, pending, had }.short(), true);
+                sessions.splice(0..0, others.flat_map(|chain| chain.sessions.iter().copied()));
+                // What an earlier tier of this name had is not in this one.
+                (unmarked, had) = (true, HashSet::new());
             }
-            Found::Session(newest) if sessions.last() == Some(&newest) => {
-                sessions.append(&mut pending);
-                true
-            }
+            Found::Session(newest) if sessions.last() == Some(&newest) => sessions.append(&mut pending),
             // The steps of the newest session of a tier are never a fork in it.
-            Found::Session(newest) => {
-                sessions = vec![newest];
-                // It may be one of this root that died before it could note what it had found.
-                let of_this_root = pending.iter().position(|other| *other == newest);
-                sessions.extend(of_this_root.into_iter().flat_map(|at| pending.split_off(at + 1)));
-                of_this_root.is_some()
-            }
-            Found::Unknown => {
-                sessions.clear();
-                false
-            }
-        };
+            Found::Session(newest) => (sessions, unmarked, goes_on) = (vec![newest], false, false),
+            Found::Unknown => (sessions, unmarked, goes_on) = (Vec::new(), false, false),
+        }
         if sessions.last() != Some(&session) {
             sessions.push(session);
         }
-        (Self { unmarked: unmarked && goes_on, sessions, pending: Vec::new(), had }.short(), goes_on)
+        (Self { unmarked, sessions, pending: Vec::new(), next: None, had }.short(), goes_on)
+    }
+
+    /// This chain, with the one that a take-over is about to make of it.
+    pub fn before(&self, after: &(Self, bool), looked: &Looked, session: Uuid) -> Self {
+        let (Self { unmarked, sessions, .. }, goes_on) = after;
+        let next = Next {
+            generation: looked.next,
+            session,
+            unmarked: *unmarked,
+            sessions: sessions.clone(),
+            goes_on: *goes_on,
+        };
+        // An older one stays if it was made.
+        let (mut chain, _) = self.clone().settled(looked, session);
+        chain.next = Some(next);
+        chain
     }
 
     fn short(mut self) -> Self {
@@ -202,56 +236,78 @@ mod tests {
         std::iter::empty()
     }
 
+    fn looked(found: Found, next: u64) -> Looked {
+        Looked { shared: None, found, next }
+    }
+
+    fn first(session: Uuid) -> Chain {
+        Chain::default().pending(session).after(&looked(Found::Nothing, 1), session, none()).0
+    }
+
     #[test]
     fn a_session_goes_on_from_the_newest_one_of_its_own_root_and_from_no_other() {
-        let [first, second, third, other] = ids();
-        let (chain, _) = Chain::default().after(Found::Nothing, first, none());
-        assert!(chain.allows(None) && chain.allows(Some(first)) && !chain.allows(Some(other)));
-        let (own, goes_on) = chain.clone().after(Found::Session(first), second, none());
-        assert!(goes_on && own.allows(Some(first)) && own.allows(None));
+        let [one, two, three, other] = ids();
+        let chain = first(one);
+        assert!(chain.allows(None) && chain.allows(Some(one)) && !chain.allows(Some(other)));
+        let (own, goes_on) = chain.clone().pending(two).after(&looked(Found::Session(one), 2), two, none());
+        assert!(goes_on && own.allows(Some(one)) && own.allows(None));
         // Another node took the tier over in between: what this root wrote before is a fork.
-        let (late, goes_on) = chain.clone().after(Found::Session(other), second, none());
-        assert!(!goes_on && !late.allows(Some(first)) && !late.allows(None) && late.allows(Some(second)));
-        let (late, _) = late.after(Found::Session(second), third, none());
-        assert!(!late.allows(Some(first)) && late.allows(Some(second)));
-        let (unknown, goes_on) = chain.after(Found::Unknown, second, none());
-        assert!(!goes_on && !unknown.allows(Some(first)) && unknown.allows(Some(second)));
+        let (late, goes_on) = chain.clone().pending(two).after(&looked(Found::Session(other), 3), two, none());
+        assert!(!goes_on && !late.allows(Some(one)) && !late.allows(None) && late.allows(Some(two)));
+        let (late, _) = late.pending(three).after(&looked(Found::Session(two), 4), three, none());
+        assert!(!late.allows(Some(one)) && late.allows(Some(two)));
+        let (unknown, goes_on) = chain.after(&looked(Found::Unknown, 3), two, none());
+        assert!(!goes_on && !unknown.allows(Some(one)) && unknown.allows(Some(two)));
     }
 
     #[test]
     fn sessions_that_did_not_reach_the_tier_are_in_the_chain_of_the_next_one() {
-        let [first, away, back, other] = ids();
-        let (chain, _) = Chain::default().after(Found::Nothing, first, none());
-        let chain = chain.pending(away);
-        let (reached, goes_on) = chain.clone().after(Found::Session(first), back, none());
-        assert!(goes_on && reached.allows(Some(away)) && reached.allows(Some(first)));
-        let (fork, goes_on) = chain.clone().after(Found::Session(other), back, none());
-        assert!(!goes_on && !fork.allows(Some(away)) && !fork.allows(Some(first)));
-        // `away` reached it after all, and died before it could note what it had found.
-        let (silent, goes_on) = chain.after(Found::Session(away), back, none());
-        assert!(goes_on && silent.allows(Some(away)) && !silent.allows(Some(first)));
+        let [one, away, back, other] = ids();
+        let chain = first(one).pending(away).pending(back);
+        let (reached, goes_on) = chain.after(&looked(Found::Session(one), 2), back, none());
+        assert!(goes_on && reached.allows(Some(away)) && reached.allows(Some(one)));
+        let (fork, goes_on) = chain.after(&looked(Found::Session(other), 3), back, none());
+        assert!(!goes_on && !fork.allows(Some(away)) && !fork.allows(Some(one)));
+    }
+
+    #[test]
+    fn a_session_that_died_in_its_take_over_is_in_the_chain_with_what_it_had_found() {
+        let [one, died, back, other] = ids();
+        let pending = first(one).pending(died);
+        for (found, next, linked) in [(Found::Session(one), 2, true), (Found::Session(other), 3, false)] {
+            let look = looked(found, next);
+            let noted = pending.before(&pending.after(&look, died, none()), &look, died).pending(back);
+            // The tier knows it.
+            let (after, _) = noted.after(&looked(Found::Session(died), next + 1), back, none());
+            assert!(after.allows(Some(died)) && after.allows(Some(one)) == linked, "{found:?}");
+            // It was not recorded.
+            let (after, goes_on) = noted.after(&look, back, none());
+            assert!(goes_on == linked && after.allows(Some(died)) == linked);
+            // Another one was recorded before it, and it after that.
+            let (after, _) = noted.after(&looked(Found::Session(died), next + 2), back, none());
+            assert!(after.allows(Some(died)) && !after.allows(Some(one)));
+        }
     }
 
     #[test]
     fn a_new_tier_gets_the_steps_of_the_chains_to_other_tiers() {
-        let [first, second] = ids();
-        let (old, _) = Chain::default().after(Found::Nothing, first, none());
-        let (new, _) = Chain::default().after(Found::Nothing, second, [&old].into_iter());
-        assert!(new.allows(Some(first)) && new.allows(Some(second)));
+        let [one, two] = ids();
+        let old = first(one);
+        let (new, _) = Chain::default().after(&looked(Found::Nothing, 1), two, [&old].into_iter());
+        assert!(new.allows(Some(one)) && new.allows(Some(two)));
     }
 
     #[test]
-    fn a_take_over_finds_the_session_before_it_and_the_note_comes_back() {
+    fn a_look_finds_the_session_that_was_recorded_and_the_note_outlives_a_session_without_one() {
         let root = tempfile::tempdir().unwrap();
         let storage = Local::open(root.path()).unwrap();
-        let [first, second] = ids();
-        let taken = TakingOver::default().take(&storage, first).unwrap();
-        assert_eq!((taken.generation, taken.found), (1, Found::Nothing));
-        let (chain, _) = Chain::default().after(taken.found, first, none());
-        let note = Note { tiers: [("shared".to_owned(), chain.clone())].into() };
-        note.write(taken.shared.unwrap().as_ref(), taken.generation).unwrap();
-        assert_eq!(Note::read(&storage).tiers["shared"], chain);
-        let taken = TakingOver::default().take(&storage, second).unwrap();
-        assert_eq!((taken.generation, taken.found), (2, Found::Session(first)));
+        let [one, two] = ids();
+        let look = Looked::at(&storage).unwrap();
+        assert_eq!((look.found, look.next, look.record(one).unwrap()), (Found::Nothing, 1, 1));
+        let note = Note { tiers: [("shared".to_owned(), first(one))].into() };
+        note.write(look.shared.unwrap().as_ref(), 1).unwrap();
+        let look = Looked::at(&storage).unwrap();
+        assert_eq!((look.found, look.next, look.record(two).unwrap()), (Found::Session(one), 2, 2));
+        assert_eq!(Note::read(&storage).tiers["shared"], first(one));
     }
 }

@@ -126,7 +126,11 @@ impl Promoter<'_> {
             reached => reached?,
         };
         self.line.check(&ours)?;
+        // What is waited for was published before the list.
+        let waited = self.line.waiting();
         let local = self.local()?;
+        let there: HashSet<Attempt> = local.values().map(|written| written.attempt).collect();
+        self.line.tell_gone(|attempt| waited.contains(&attempt) && !there.contains(&attempt));
         self.survey(&ours)?;
         let Some((step, written)) = self.choose(&local) else {
             self.line.state().error = None;

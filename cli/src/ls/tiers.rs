@@ -1,0 +1,77 @@
+//! `ashore ls A B`: which of several directories has which step.
+
+use super::{shown, table};
+use crate::{Common, out, size};
+use ashore::{Attempt, Catalog, Result};
+use comfy_table::Table;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// A step, in every directory.
+#[derive(Serialize)]
+struct Row {
+    step: u64,
+    /// The directories have different attempts: one of them was redone elsewhere.
+    fork: bool,
+    copies: Vec<Copy>,
+}
+
+/// A step in one directory.
+#[derive(Serialize)]
+struct Copy {
+    #[serde(serialize_with = "out::path")]
+    root: PathBuf,
+    /// None: it is not there, or cannot be opened.
+    attempt: Option<Attempt>,
+    bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
+}
+
+/// Lists the steps of all `roots`, newest last.
+pub fn run(common: &Common, roots: &[PathBuf]) -> Result<ExitCode> {
+    let mut steps: BTreeMap<u64, Vec<Copy>> = BTreeMap::new();
+    let blank = || -> Vec<Copy> {
+        roots.iter().map(|root| Copy { root: root.clone(), attempt: None, bytes: 0, why: None }).collect()
+    };
+    for (number, root) in roots.iter().enumerate() {
+        let (entries, problems) = Catalog::open(root)?.survey()?;
+        for entry in entries {
+            if let Some(copy) = steps.entry(entry.step).or_insert_with(blank).get_mut(number) {
+                (copy.attempt, copy.bytes) = (Some(entry.attempt), entry.bytes);
+            }
+        }
+        for problem in problems {
+            if let Some(copy) = steps.entry(problem.step).or_insert_with(blank).get_mut(number) {
+                copy.why.get_or_insert(format!("{:#}", problem.error));
+            }
+        }
+    }
+    let rows: Vec<Row> = steps.into_iter().map(|(step, copies)| Row { step, fork: forked(&copies), copies }).collect();
+    if common.json {
+        out::json(&rows)?;
+    } else {
+        let mut table: Table = table([]);
+        let heads = roots.iter().map(|root| out::printable(&root.display().to_string()));
+        table.set_header(["step".to_owned()].into_iter().chain(heads).chain(["fork".to_owned()]));
+        for Row { step, fork, copies } in &rows {
+            let cells = copies.iter().map(|copy| match (&copy.why, copy.attempt) {
+                (Some(why), _) => format!("NO: {}", out::printable(why)),
+                (None, Some(_)) => size::shown(copy.bytes),
+                (None, None) => "-".to_owned(),
+            });
+            let fork = if *fork { "FORK: different attempts" } else { "" };
+            table.add_row([step.to_string()].into_iter().chain(cells).chain([fork.to_owned()]));
+        }
+        out::print(&shown(&mut table, &[0]))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn forked(copies: &[Copy]) -> bool {
+    let mut attempts = copies.iter().filter_map(|copy| copy.attempt);
+    let first = attempts.next();
+    attempts.any(|attempt| Some(attempt) != first)
+}
