@@ -123,7 +123,7 @@ impl Checkpoint {
     pub fn from_reading(reading: Arc<dyn Reading>, name: &str, path: &Path) -> Result<Self> {
         let opened = Opened::of(reading, name, path).map_err(Failure::into_error)?;
         let (opened, device) = (Arc::new(opened), None);
-        Ok(Self { opened, threads: THREADS, device, timeout: RESTORE_TIMEOUT })
+        Ok(Self { opened, threads: THREADS, device, timeout: RESTORE_TIMEOUT, tier: None })
     }
 
     pub(crate) fn try_open(storage: &Arc<dyn Storage>, name: &str) -> Result<Self, Failure> {

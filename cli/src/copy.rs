@@ -1,7 +1,7 @@
 //! `ashore copy`: copies checkpoints from a directory to another, as the same attempts.
 
 use crate::{Common, DAMAGED, out, size};
-use ashore::storage::{Storage, local::Local};
+use ashore::storage::{self, Storage};
 use ashore::{Catalog, Checkpoint, Error, ErrorKind, Result, tiers};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,10 @@ use std::sync::Arc;
 /// The flags of `copy`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The directory of checkpoints to copy from
+    /// The root of the checkpoints to copy from, a directory or a URL
     #[arg(value_name = "FROM")]
     from: PathBuf,
-    /// The directory to copy to, which is made if it is missing
+    /// The root to copy to, which is made if it is missing
     #[arg(value_name = "TO")]
     to: PathBuf,
     /// Copy every checkpoint, newest first; without this, only the newest
@@ -56,7 +56,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         let what = "give both directories after the command, and no --dir";
         return Err(Error::new(ErrorKind::Invalid, what));
     }
-    let catalog = Catalog::open(&args.from)?;
+    let catalog = common.catalog(&args.from)?;
     let mut steps: Vec<u64> = match args.step {
         Some(step) => vec![step],
         None => catalog.list()?.iter().rev().map(|entry| entry.step).collect(),
@@ -93,10 +93,10 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
 
 /// The storage to copy to; None where a dry run finds none.
 fn destination(root: &Path, dry_run: bool) -> Result<Option<Arc<dyn Storage>>> {
-    let opened = if dry_run { Local::at(root) } else { Local::open(root) };
+    let opened = if dry_run { storage::at(root) } else { storage::open(root) };
     match opened {
         Err(error) if dry_run && error.kind() == ErrorKind::NotFound => Ok(None),
-        opened => Ok(Some(Arc::new(opened?))),
+        opened => Ok(Some(opened?)),
     }
 }
 

@@ -8,6 +8,7 @@ use super::{Catalog, Problem};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 
 /// The version of the file.
 const VERSION: u32 = 1;
@@ -127,6 +128,12 @@ impl Catalog {
             tracing::warn!(error = format_args!("{error:#}"), "marks of steps are ignored");
             Marks::default()
         })
+    }
+
+    /// The attempts that are marked bad.
+    pub(crate) fn bad(&self) -> HashSet<Attempt> {
+        let marks = self.marks_or_none();
+        marks.0.iter().filter(|marked| marked.mark == Mark::Bad).map(|marked| marked.attempt).collect()
     }
 
     /// Returns the reason why a step that is marked bad is skipped.

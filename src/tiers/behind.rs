@@ -492,7 +492,7 @@ impl Line {
 
     /// Tells the saves of these attempts that the first tier does not have them any more.
     pub fn tell_gone(&self, which: impl Fn(Attempt) -> bool) {
-        let what = "the step was deleted in the first tier before it was promoted";
+        let what = "the step was deleted in the first tier, or marked bad, before it was promoted";
         self.tell_all(which, &Error::new(ErrorKind::Cancelled, what));
     }
 

@@ -8,7 +8,8 @@ use super::behind::{Behind, Line, Ours};
 use crate::catalog::{Catalog, Found, Problem};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
-use std::collections::BTreeMap;
+use crate::id::Attempt;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 /// A step as one tier has it.
@@ -31,9 +32,12 @@ impl Behind {
     /// Errors of the first tier, and of the others if no step is found; the damage of a step of which no copy
     /// is left is skipped, as [`Catalog::latest`] does.
     pub fn latest(&self, first: &Catalog) -> Result<Option<Checkpoint>> {
-        let (steps, away) = self.steps(first)?;
+        let ((steps, away), bad) = (self.steps(first)?, self.bad(first));
         for &step in steps.keys().rev() {
             match self.nearest(first, step, |copy| copy.opened) {
+                Ok(checkpoint) if bad.contains(&checkpoint.attempt()) => {
+                    tracing::warn!(step, "a newer step is skipped: it is marked bad");
+                }
                 Ok(checkpoint) => return Ok(Some(checkpoint)),
                 Err(error) if skipped(&error) => {
                     tracing::warn!(step, error = format_args!("{error:#}"), "a newer step is skipped");
@@ -50,10 +54,13 @@ impl Behind {
     /// # Errors
     /// As [`Catalog::latest_valid`].
     pub fn latest_valid(&self, first: &Catalog) -> Result<Option<Found>> {
-        let (steps, away) = self.steps(first)?;
+        let ((steps, away), bad) = (self.steps(first)?, self.bad(first));
         let mut skipped = Vec::new();
         for (&step, name) in steps.iter().rev() {
             let sound = |copy: Copy<'_>| {
+                if copy.opened.as_ref().is_ok_and(|found| bad.contains(&found.attempt())) {
+                    return Err(Error::new(ErrorKind::Conflict, "the step is marked bad").with_step(step));
+                }
                 let catalog = copy.tier.as_ref().map_or(first, |(_, ours)| &ours.catalog);
                 let found = catalog.read_whole(Some(copy.opened?))?;
                 found.ok_or_else(|| Error::internal("a step was lost while it was read"))
@@ -79,6 +86,12 @@ impl Behind {
     /// As [`Catalog::checkpoint`].
     pub fn checkpoint(&self, first: &Catalog, step: u64) -> Result<Checkpoint> {
         self.nearest(first, step, |copy| copy.opened)
+    }
+
+    /// The attempts that are marked bad in any tier.
+    fn bad(&self, first: &Catalog) -> HashSet<Attempt> {
+        let behind = self.reached().flat_map(|(_, ours)| ours.catalog.bad());
+        first.bad().into_iter().chain(behind).collect()
     }
 
     /// The tiers that this session has reached.
@@ -148,7 +161,7 @@ impl Behind {
     /// # Errors
     /// `Conflict` for a step that the first tier alone has, and that is not of this session's chain: the job
     /// went on elsewhere.
-    fn counts(&self, step: u64, copies: &[Copy<'_>]) -> Result<Option<crate::Attempt>> {
+    fn counts(&self, step: u64, copies: &[Copy<'_>]) -> Result<Option<Attempt>> {
         let chained = |line: &Line, found: &Checkpoint| line.state().chain.allows(found.manifest().session);
         let mut near = None;
         let mut counts = None;

@@ -20,8 +20,7 @@ pub use copy::{Copied, copy};
 use crate::catalog::Retention;
 use crate::error::{Error, Result};
 use crate::settings::{Settings, Unpromoted};
-use crate::storage::Storage;
-use crate::storage::local::Local;
+use crate::storage::{self, Storage};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -119,11 +118,7 @@ impl Tier {
 fn open(root: &Root) -> Result<Arc<dyn Storage>> {
     match root {
         Root::Over(storage) => Ok(storage.clone()),
-        Root::At(path) if path.contains("://") => {
-            let why = "no storage for this URL is built in: give the tier a path, or a storage with `Tier::over`";
-            Err(Error::invalid(why).with_path(path))
-        }
-        Root::At(path) => Ok(Arc::new(Local::open(path)?)),
+        Root::At(root) => storage::open(root),
     }
 }
 

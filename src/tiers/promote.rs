@@ -163,11 +163,15 @@ impl Promoter<'_> {
         }
     }
 
-    /// The durable steps of the root, under the names that this library gives.
+    /// The durable steps of the root, under the names that this library gives, without those that are marked
+    /// bad.
     fn local(&self) -> Result<BTreeMap<u64, Written>> {
-        let mut found = BTreeMap::new();
+        let (mut found, bad) = (BTreeMap::new(), self.catalog.bad());
         for entry in self.catalog.list()? {
-            if entry.name != step_name(entry.step) || !self.catalog.is_settled(&entry)? {
+            if entry.name != step_name(entry.step)
+                || bad.contains(&entry.attempt)
+                || !self.catalog.is_settled(&entry)?
+            {
                 continue;
             }
             match self.catalog.checkpoint(entry.step) {

@@ -2,7 +2,7 @@
 
 use super::{shown, table};
 use crate::{Common, out, size};
-use ashore::{Attempt, Catalog, Result};
+use ashore::{Attempt, Result};
 use comfy_table::Table;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -37,7 +37,7 @@ pub fn run(common: &Common, roots: &[PathBuf]) -> Result<ExitCode> {
         roots.iter().map(|root| Copy { root: root.clone(), attempt: None, bytes: 0, why: None }).collect()
     };
     for (number, root) in roots.iter().enumerate() {
-        let (entries, problems) = Catalog::open(root)?.survey()?;
+        let (entries, problems) = common.catalog(root)?.survey()?;
         for entry in entries {
             if let Some(copy) = steps.entry(entry.step).or_insert_with(blank).get_mut(number) {
                 (copy.attempt, copy.bytes) = (Some(entry.attempt), entry.bytes);
