@@ -221,8 +221,7 @@ pub use outcome::{Committed, Outcome, Phase, Progress, Promoted};
 pub use restore::{Again, ChangedElement, Damage, DeviceTarget, HostTarget, Located, Report, Targets};
 pub use save::{DurableIn, Fenced, Save, SaveOptions, Snapshot, Staged};
 pub use settings::{
-    Detect, DeviceChoice, Engine, IoMode, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings,
-    Unpromoted,
+    Detect, DeviceChoice, Engine, IoMode, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings, Unpromoted,
 };
 pub use state::{
     Capture, DeviceStream, Dtype, Element, HostTensor, Layout, MemoryLocation, OwnedBytes, Promise, Promised,

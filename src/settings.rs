@@ -414,9 +414,8 @@ impl Settings {
         if self.tier.is_some() {
             return Ok(());
         }
-        let wrong = |name: &str, text: &str| {
-            Error::invalid(format!("an environment variable does not parse {name}={text:?}"))
-        };
+        let wrong =
+            |name: &str, text: &str| Error::invalid(format!("an environment variable does not parse {name}={text:?}"));
         self.tier = var("ASHORE_TIER").filter(|root| !root.is_empty());
         if let Some(text) = var("ASHORE_TIER_KEEP_LAST") {
             self.tier_keep_last = Some(text.parse().map_err(|_| wrong("ASHORE_TIER_KEEP_LAST", &text))?);

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 mod example;
 #[path = "tiers/kills.rs"]
 mod kills;
+#[path = "tiers/store.rs"]
+mod store;
 #[path = "tiers/term.rs"]
 mod term;
 
@@ -101,6 +103,41 @@ fn in_the_example_a_machine_that_is_lost_loses_no_promoted_step() {
     assert_eq!(example::train(lost.path(), dir.path(), 1).unwrap(), (3, None));
     let other = tempfile::tempdir().unwrap();
     assert_eq!(example::train(other.path(), dir.path(), 1).unwrap(), (4, Some("shared".into())));
+}
+
+/// In every language and without a change of the program.
+#[test]
+fn the_environment_names_a_tier() {
+    const FOLDER: &str = "ASHORE_TIERS_ENVIRONMENT";
+    if let Some(folder) = std::env::var_os(FOLDER) {
+        let running = executor(&Path::new(&folder).join("root"), []);
+        (1..=3).for_each(|step| drop(save(&running, step)));
+        return running.shutdown(LONG).unwrap();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let ended = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_environment_names_a_tier"])
+        .envs([("ASHORE_TIER", folder.path().join("tier").to_str().unwrap()), ("ASHORE_TIER_KEEP_LAST", "2")])
+        .env(FOLDER, folder.path())
+        .output()
+        .unwrap();
+    assert!(ended.status.success(), "{ended:?}");
+    assert_eq!(steps(&folder.path().join("root")), [1, 2, 3]);
+    assert_eq!(steps(&folder.path().join("tier")), [2, 3]);
+    same(&folder.path().join("root"), &folder.path().join("tier"));
+}
+
+#[test]
+fn a_step_that_is_marked_bad_is_not_promoted_and_not_the_newest() {
+    let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let running = executor(root.path(), [shared(tier.path())]);
+    for step in [1, 2] {
+        save(&running, step).durable_in("shared").wait(LONG).unwrap();
+    }
+    running.catalog().mark(2, Some(ashore::catalog::Mark::Bad)).unwrap();
+    assert_eq!(running.latest().unwrap().unwrap().step(), 1);
+    assert_eq!(running.latest_valid().unwrap().unwrap().checkpoint.step(), 1);
+    running.shutdown(LONG).unwrap();
 }
 
 /// A storage whose files take a while.
@@ -315,7 +352,7 @@ fn two_tiers_have_futures_of_their_own_and_memory_can_be_one() {
 fn a_damaged_step_is_not_promoted() {
     let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let running = executor(root.path(), []);
-    save(&running, 1);
+    drop(save(&running, 1));
     running.shutdown(LONG).unwrap();
     let step = open(root.path(), 1);
     for name in ["model.safetensors", "tensors.table"] {
@@ -326,7 +363,8 @@ fn a_damaged_step_is_not_promoted() {
         bytes[at] ^= 4;
         std::fs::write(&path, bytes).unwrap();
         let to: Arc<dyn Storage> = Arc::new(Local::open(tier.path()).unwrap());
-        let damaged: Result<_, Error> = Checkpoint::open(step.path()).and_then(|step| ashore::tiers::copy(&step, &to, |_, _| {}));
+        let damaged: Result<_, Error> =
+            Checkpoint::open(step.path()).and_then(|step| ashore::tiers::copy(&step, &to, |_, _| {}));
         assert_eq!(damaged.unwrap_err().kind(), ErrorKind::Corrupt, "{name}");
         std::fs::write(&path, whole).unwrap();
     }

@@ -69,13 +69,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         return Err(none.with_path(&args.from));
     }
     let to = destination(&args.to, args.dry_run)?;
-    let mut report = Report {
-        dry_run: args.dry_run,
-        copied: Vec::new(),
-        already: Vec::new(),
-        failed: Vec::new(),
-        damaged: false,
-    };
+    let mut report =
+        Report { dry_run: args.dry_run, copied: Vec::new(), already: Vec::new(), failed: Vec::new(), damaged: false };
     for step in steps {
         report.copy(&catalog, step, to.as_ref(), &args.to)?;
     }

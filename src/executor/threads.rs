@@ -15,8 +15,8 @@ use crate::thread::spawn;
 use crate::tiers::Behind;
 use crate::writer::{Pool, Task};
 use crossbeam_channel::Sender;
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 

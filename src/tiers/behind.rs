@@ -369,7 +369,8 @@ impl Behind {
         let Some((_, error)) = left.first() else { return Ok(()) };
         let cause = error.clone();
         let what: Vec<String> = left.into_iter().map(|(what, _)| what).collect();
-        let what = format!("steps are durable in the first tier and were not promoted by the deadline {}", what.join("; "));
+        let what =
+            format!("steps are durable in the first tier and were not promoted by the deadline {}", what.join("; "));
         let late = Error::new(ErrorKind::Deadline, what);
         Err(match cause {
             Some(cause) => late.with_source(cause),
@@ -390,7 +391,8 @@ impl Hold for Behind {
             // Nothing is known yet of what a tier has that was never reached.
             let unknown = matches!(state.standing, Standing::Away);
             let lacks = |entry: &&Entry| {
-                state.lacks.get(&entry.step) == Some(&entry.attempt) || unknown && !state.chain.had.contains(&entry.attempt)
+                state.lacks.get(&entry.step) == Some(&entry.attempt)
+                    || unknown && !state.chain.had.contains(&entry.attempt)
             };
             held.extend(entries.iter().filter(lacks).map(|entry| entry.step));
         }
@@ -520,7 +522,8 @@ impl Line {
 
     fn report(&self) -> TierReport {
         let state = lock(&self.state);
-        let away = state.error.as_ref().is_some_and(|error| error.is_transient() || error.kind() == ErrorKind::NotFound);
+        let away =
+            state.error.as_ref().is_some_and(|error| error.is_transient() || error.kind() == ErrorKind::NotFound);
         TierReport {
             tier: self.name.to_string(),
             root: self.place.clone(),

@@ -97,7 +97,8 @@ impl Note {
             }
             Ok(None)
         };
-        let parsed = |bytes: Vec<u8>| serde_json::from_slice(&bytes).map_err(|e| Error::corrupt("a note").with_source(e));
+        let parsed =
+            |bytes: Vec<u8>| serde_json::from_slice(&bytes).map_err(|e| Error::corrupt("a note").with_source(e));
         match read().and_then(|bytes| bytes.map(parsed).transpose()) {
             Ok(note) => note.unwrap_or_default(),
             Err(error) => {
@@ -167,12 +168,7 @@ impl Chain {
 
     /// The chain of `session` if it takes the tier over now, and whether it goes on from the chain of before.
     /// `others` are the chains to other tiers, which count for a tier that is new.
-    pub fn after<'a>(
-        &self,
-        looked: &Looked,
-        session: Uuid,
-        others: impl Iterator<Item = &'a Self>,
-    ) -> (Self, bool) {
+    pub fn after<'a>(&self, looked: &Looked, session: Uuid, others: impl Iterator<Item = &'a Self>) -> (Self, bool) {
         let (Self { unmarked, mut sessions, mut pending, had, .. }, settled) = self.clone().settled(looked, session);
         pending.retain(|other| *other != session);
         let (mut unmarked, mut had, mut goes_on) = (unmarked, had, settled);

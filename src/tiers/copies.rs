@@ -119,12 +119,7 @@ impl Behind {
     }
 
     /// The first copy of the attempt that counts which `take` can use, nearest first.
-    fn nearest(
-        &self,
-        first: &Catalog,
-        step: u64,
-        take: impl Fn(Copy<'_>) -> Result<Checkpoint>,
-    ) -> Result<Checkpoint> {
+    fn nearest(&self, first: &Catalog, step: u64, take: impl Fn(Copy<'_>) -> Result<Checkpoint>) -> Result<Checkpoint> {
         let mut copies = vec![Copy { tier: None, opened: first.checkpoint(step) }];
         for (line, ours) in self.reached() {
             let opened = ours.catalog.checkpoint(step);

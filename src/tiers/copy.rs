@@ -341,4 +341,3 @@ fn check_length(file: &dyn FileReading, length: u64) -> Result<()> {
     let found = file.len();
     Err(Error::corrupt(format!("a file has the wrong length expected_bytes={length} found_bytes={found}")))
 }
-

@@ -201,7 +201,9 @@ impl Promoter<'_> {
                     let damaged = failure.is_damage();
                     let error = failure.into_error();
                     // A damaged copy is replaced, and anything else makes its own promotion fail.
-                    if !damaged && !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt | ErrorKind::Conflict) {
+                    if !damaged
+                        && !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt | ErrorKind::Conflict)
+                    {
                         return Err(failed(error));
                     }
                 }
