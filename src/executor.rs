@@ -179,8 +179,8 @@ impl CheckpointExecutor {
     /// Returns the newest durable step under the root, if there is one. Its tensors can be read into memory
     /// of the executor's device.
     ///
-    /// With [tiers](crate::tiers) it is the newest step of all of them, from the nearest one whose copy can be
-    /// opened: [`Checkpoint::tier`] says which. Where two tiers have different attempts at a step, that of
+    /// With [tiers](crate::tiers) it is the newest step of all of them, from the nearest one whose copy can
+    /// be opened: [`Checkpoint::tier`] says which. Where two tiers have different attempts at a step, that of
     /// the farthest one counts; steps of the root that the job redid elsewhere do not. A tier that is away is
     /// left out with a warning.
     ///
@@ -295,15 +295,16 @@ impl CheckpointExecutor {
         &self.stager.arena
     }
 
-    /// Stops taking saves, waits for those in flight and for promotions to tiers, and ends the threads. Checkpoints can still be read.
-    /// Any owner of an `Arc` may call it, also several at once; another call waits for what is left. The
-    /// arena and resources of a device are released when the last owner drops the executor.
+    /// Stops taking saves, waits for those in flight and for promotions to tiers, and ends the threads.
+    /// Checkpoints can still be read. Any owner of an `Arc` may call it, also several at once; another call
+    /// waits for what is left. The arena and resources of a device are released when the last owner drops the
+    /// executor.
     ///
     /// # Errors
     /// The first error of a save that no handle and no call has returned. `Deadline`: saves had not ended by
     /// the deadline, and have failed; or their steps are durable in the root and were not promoted, and the
-    /// message names tiers, roots and steps. Threads that hang in the storage are left behind: a later call waits
-    /// for them, and the drop waits as long as the last call did. `Invalid` in a function given to
+    /// message names tiers, roots and steps. Threads that hang in the storage are left behind: a later call
+    /// waits for them, and the drop waits as long as the last call did. `Invalid` in a function given to
     /// [`Save::on_done`], or in a waker: the call would wait for its own thread.
     pub fn shutdown(&self, timeout: Duration) -> Result<()> {
         self.alive()?;

@@ -19,8 +19,8 @@ impl Save {
     ///
     /// The future fails with the save's own error; with `Cancelled` if the save did not begin, or retention
     /// deleted the step or the tier does not want it any more; with `Conflict` if another session owns the
-    /// tier or it has another attempt at the step; with `Deadline` if the executor was shut down before. While
-    /// the tier is away, the future waits.
+    /// tier or it has another attempt at the step; with `Deadline` if the executor was shut down before.
+    /// While the tier is away, the future waits.
     pub fn durable_in(&self, tier: &str) -> DurableIn {
         let promotion = self.ticket.promotions().iter().find(|promotion| *promotion.tier == *tier);
         DurableIn {

@@ -4,7 +4,8 @@
 //! have different attempts at a step, the farthest one's counts, unless this session may replace it by its
 //! own.
 
-use super::behind::{Behind, Line, Ours};
+use super::behind::Behind;
+use super::line::{Line, Ours};
 use crate::catalog::{Catalog, Found, Problem};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};

@@ -1,8 +1,9 @@
 //! The thread that promotes: compares the steps of the root with those of its tier, and copies what the tier
 //! lacks, newest first.
 
-use super::behind::{Behind, Line, Mode, Ours, Standing};
+use super::behind::Behind;
 use super::copy::{Into, Owner};
+use super::line::{Line, Mode, Ours, Standing};
 use crate::catalog::{Catalog, PruneOptions, Verify};
 use crate::checkpoint::Checkpoint;
 use crate::completion::{Signal, deadline_after};
@@ -11,7 +12,8 @@ use crate::guard::{self, guarded};
 use crate::id::{Attempt, step_name};
 use crate::own_threads;
 use crate::settings::Priority;
-use crate::thread::adopt;
+use crate::sync::lock;
+use crate::thread::{adopt, spawn};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,8 +48,20 @@ enum Looked {
     Done,
 }
 
+impl Behind {
+    /// Starts the threads, which promote the steps of `catalog`.
+    pub fn start(self: &Arc<Self>, catalog: &Arc<Catalog>, executor: &Arc<Signal>) -> Result<()> {
+        for line in &self.lines {
+            let (behind, line, catalog, executor) = (self.clone(), line.clone(), catalog.clone(), executor.clone());
+            let thread = spawn("ashore-promote".into(), move || run(&behind, &line, &catalog, &executor))?;
+            lock(&self.threads).push(thread);
+        }
+        Ok(())
+    }
+}
+
 /// The body of the thread.
-pub(super) fn run(behind: &Arc<Behind>, line: &Arc<Line>, catalog: &Catalog, executor: &Arc<Signal>) {
+fn run(behind: &Arc<Behind>, line: &Arc<Line>, catalog: &Catalog, executor: &Arc<Signal>) {
     own_threads::mark(executor);
     adopt(Priority::Low);
     let mut promoter = Promoter { behind, line, catalog, there: HashMap::new(), refused: HashMap::new() };

@@ -1,0 +1,208 @@
+//! What is known of one tier: its standing, what it has and lacks, and who waits for it.
+//!
+//! **Locks.** The state is locked for a few instructions, never during a call of a storage; completions are
+//! set after the lock is released.
+
+use super::chain::Chain;
+use super::copy::check_newest;
+use super::{Tier, TierReport, TierState};
+use crate::catalog::{Catalog, Retention};
+use crate::completion::Signal;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::{Attempt, step_name};
+use crate::outcome::Promoted;
+use crate::settings::Unpromoted;
+use crate::storage::Storage;
+use crate::storage::shared::Shared;
+use crate::sync::{Mutex, MutexGuard, lock};
+use crate::ticket::Promotion;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A tier, as its thread and the others see it.
+#[derive(Debug)]
+pub(super) struct Line {
+    pub name: Arc<str>,
+    pub place: PathBuf,
+    pub tier: Tier,
+    pub retention: Retention,
+    pub unpromoted: Unpromoted,
+    pub state: Mutex<State>,
+    pub moved: Signal,
+}
+
+/// What is known of a tier.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub standing: Standing,
+    /// The generation of the session in the tier, and its chain, once it is recorded there.
+    pub recorded: Option<(u64, (Chain, bool))>,
+    pub chain: Chain,
+    /// Saves of this process that wait to be told, by attempt, with their step.
+    pub waiting: HashMap<Attempt, (u64, Promotion)>,
+    /// Steps of the root that the tier wants and does not have; a set that the last look found, and what was
+    /// saved since.
+    pub lacks: BTreeMap<u64, Attempt>,
+    /// What was promoted by this process, or found in the tier, of the steps in the root.
+    pub done: HashMap<Attempt, Promoted>,
+    pub forks: BTreeSet<u64>,
+    /// The step that is being copied.
+    pub copying: Option<u64>,
+    pub error: Option<Error>,
+    /// Counts what was saved, so that the thread looks again.
+    pub saved: u64,
+    pub mode: Mode,
+}
+
+#[derive(Debug, Default)]
+pub(super) enum Standing {
+    /// Not reached yet.
+    #[default]
+    Away,
+    Ours(Arc<Ours>),
+    Lost,
+}
+
+/// A tier that this session has taken over.
+#[derive(Debug)]
+pub(super) struct Ours {
+    pub storage: Arc<dyn Storage>,
+    pub catalog: Catalog,
+    pub shared: Option<Arc<dyn Shared>>,
+    pub generation: u64,
+}
+
+/// Which steps are promoted, and for how long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Mode {
+    #[default]
+    All,
+    /// Only the newest durable step, because the process is about to end.
+    Newest,
+    /// The thread ends when the tier lacks nothing, or at this instant.
+    Closing(Instant),
+}
+
+impl Line {
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// What a promotion reports.
+    pub fn promoted(&self, step: u64, attempt: Attempt, bytes: u64) -> Promoted {
+        let path = self.place.join(step_name(step));
+        Promoted { tier: self.name.to_string(), root: self.place.clone(), step, attempt, path, bytes }
+    }
+
+    /// Adds the tier and its root to an error.
+    pub fn located(&self, what: &str, error: &Error) -> Error {
+        let what = format!("{what} tier={:?} root={}", self.name, self.place.display());
+        Error::new(error.kind(), what).with_source(error.clone())
+    }
+
+    /// The error of a tier that is lost.
+    pub fn lost(&self) -> Error {
+        let why = "another session owns the tier, and this one promotes nothing any more: does the job run elsewhere? \
+                   Build a new executor to take the tier over and go on from its newest step";
+        Error::new(ErrorKind::Conflict, format!("{why} tier={:?}", self.name)).with_path(&self.place)
+    }
+
+    /// Looks whether the tier still is this session's.
+    ///
+    /// # Errors
+    /// `Conflict` if it is not, and it is lost then.
+    pub fn check(&self, ours: &Ours) -> Result<()> {
+        let Some(shared) = &ours.shared else { return Ok(()) };
+        let checked = check_newest(shared.as_ref(), ours.generation);
+        if let Err(error) = &checked
+            && error.kind() == ErrorKind::Conflict
+        {
+            self.lose(error);
+        }
+        checked
+    }
+
+    /// Another session owns the tier.
+    pub fn lose(&self, why: &Error) {
+        let mut state = lock(&self.state);
+        state.standing = Standing::Lost;
+        state.error = Some(why.clone());
+        state.lacks.clear();
+        drop(state);
+        tracing::error!(tier = &*self.name, error = format_args!("{why:#}"), "a tier is lost");
+        self.tell_all(|_| true, &self.located("the step is not promoted", why));
+        self.moved.notify();
+    }
+
+    /// Tells the save of this attempt that it is durable in the tier.
+    pub fn tell(&self, promoted: Promoted) {
+        let mut state = lock(&self.state);
+        if state.lacks.get(&promoted.step) == Some(&promoted.attempt) {
+            state.lacks.remove(&promoted.step);
+        }
+        state.chain.had.insert(promoted.attempt);
+        state.done.insert(promoted.attempt, promoted.clone());
+        state.forks.remove(&promoted.step);
+        let waiting = state.waiting.remove(&promoted.attempt);
+        drop(state);
+        if let Some((_, promotion)) = waiting {
+            promotion.done.complete(Ok(promoted));
+        }
+        self.moved.notify();
+    }
+
+    /// The attempts whose saves wait to be told.
+    pub fn waiting(&self) -> HashSet<Attempt> {
+        lock(&self.state).waiting.keys().copied().collect()
+    }
+
+    /// Tells the saves of these attempts that the first tier does not have them any more.
+    pub fn tell_gone(&self, which: impl Fn(Attempt) -> bool) {
+        let what = "the step was deleted in the first tier, or marked bad, before it was promoted";
+        self.tell_all(which, &Error::new(ErrorKind::Cancelled, what));
+    }
+
+    /// Tells the saves of these attempts that they will not be promoted.
+    pub fn tell_all(&self, which: impl Fn(Attempt) -> bool, why: &Error) {
+        let told: Vec<_> = lock(&self.state).waiting.extract_if(|attempt, _| which(*attempt)).collect();
+        for (_, (step, promotion)) in told {
+            promotion.done.complete(Err(why.clone().with_step(step)));
+        }
+    }
+
+    /// The tier, if this session has taken it over.
+    pub fn ours(&self) -> Option<Arc<Ours>> {
+        match &lock(&self.state).standing {
+            Standing::Ours(ours) => Some(ours.clone()),
+            Standing::Away | Standing::Lost => None,
+        }
+    }
+
+    /// Why the tier is not this session's.
+    pub fn state_error(&self) -> Error {
+        let away = || Error::new(ErrorKind::Unavailable, "the tier was not reached yet").with_path(&self.place);
+        lock(&self.state).error.clone().unwrap_or_else(away)
+    }
+
+    /// What the tier has and lacks.
+    pub fn report(&self) -> TierReport {
+        let state = lock(&self.state);
+        let away =
+            state.error.as_ref().is_some_and(|error| error.is_transient() || error.kind() == ErrorKind::NotFound);
+        TierReport {
+            tier: self.name.to_string(),
+            root: self.place.clone(),
+            state: match state.standing {
+                Standing::Lost => TierState::Lost,
+                Standing::Ours(_) if !away => TierState::Ours,
+                Standing::Ours(_) | Standing::Away => TierState::Away,
+            },
+            newest: state.done.values().map(|done| done.step).max(),
+            lacks: state.lacks.keys().copied().collect(),
+            forks: state.forks.iter().copied().collect(),
+            error: state.error.clone(),
+        }
+    }
+}
