@@ -2,10 +2,12 @@
 //!
 //! **Protocol.** A save is durable in the first tier when its own future says so, and in a tier behind it
 //! when [`Save::durable_in`](crate::Save::durable_in) says so: two futures, never one answer for both. A
-//! promotion thread for each tier copies durable steps, newest first, as the same attempts. **Completion.** A
-//! promotion is told after the tier's own publish is durable. **Crash.** What is promoted is not recorded: the
-//! next session compares the steps of the root with the tier's. **Cancellation.** A shutdown waits for promotions
-//! until its deadline and names the steps that a tier does not have.
+//! promotion thread for each tier copies durable steps, newest first, as the same attempts.
+//! **Completion.** A promotion is told after the tier's own publish is durable.
+//! **Crash.** What is promoted is not recorded: the next session compares the steps of the root with those of
+//! the tier.
+//! **Cancellation.** A shutdown waits for promotions until its deadline and names the steps that a tier does
+//! not have.
 
 mod behind;
 mod chain;
