@@ -123,7 +123,7 @@ fn the_environment_names_a_tier() {
         .unwrap();
     assert!(ended.status.success(), "{ended:?}");
     assert_eq!(steps(&folder.path().join("root")), [1, 2, 3]);
-    assert_eq!(steps(&folder.path().join("tier")), [2, 3]);
+    assert_eq!(steps(&folder.path().join("tier")), [2, 3], "its retention is by number");
     same(&folder.path().join("root"), &folder.path().join("tier"));
 }
 

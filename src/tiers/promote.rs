@@ -4,7 +4,7 @@
 use super::behind::Behind;
 use super::copy::{Into, Owner};
 use super::line::{Line, Mode, Ours, Standing};
-use crate::catalog::{Catalog, PruneOptions, Verify};
+use crate::catalog::{Catalog, Entry};
 use crate::checkpoint::Checkpoint;
 use crate::completion::{Signal, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
@@ -122,11 +122,15 @@ struct Promoter<'a> {
 }
 
 impl Promoter<'_> {
-    /// Compares, and promotes the newest step that the tier lacks.
+    /// Compares, and promotes what the tier lacks, newest first, until a newer step is saved.
     fn look(&mut self) -> Result<Looked> {
-        if matches!(self.line.state().standing, Standing::Lost) {
-            return Ok(Looked::Done);
-        }
+        let before = {
+            let state = self.line.state();
+            if matches!(state.standing, Standing::Lost) {
+                return Ok(Looked::Done);
+            }
+            (state.saved, state.mode)
+        };
         let away = matches!(self.line.state().standing, Standing::Away);
         let reached = self.behind.reach(self.line, false);
         if away && !matches!(self.line.state().standing, Standing::Away) {
@@ -146,34 +150,45 @@ impl Promoter<'_> {
         let there: HashSet<Attempt> = local.values().map(|written| written.attempt).collect();
         self.line.tell_gone(|attempt| waited.contains(&attempt) && !there.contains(&attempt));
         self.survey(&ours)?;
-        let Some((step, written)) = self.choose(&local) else {
+        let todo = self.choose(&local);
+        if todo.is_empty() {
             self.line.state().error = None;
             return Ok(Looked::Done);
-        };
+        }
+        // Where the tier keeps all, what it wants does not change by what it gets.
+        let most = if self.line.retention.is_unlimited() { todo.len() } else { 1 };
+        for (step, written) in todo.into_iter().take(most) {
+            self.attempt(&ours, step, written)?;
+            let state = self.line.state();
+            if state.saved != before.0 || state.mode != before.1 || matches!(state.standing, Standing::Lost) {
+                break;
+            }
+        }
+        Ok(Looked::Promoted)
+    }
+
+    /// Promotes one step. An error that concerns this step alone is told to its save.
+    fn attempt(&mut self, ours: &Ours, step: u64, written: Written) -> Result<()> {
         self.line.state().copying = Some(step);
-        let promoted = self.promote(&ours, step, written);
+        let promoted = self.promote(ours, step, written);
         self.line.state().copying = None;
         match promoted {
-            Ok(()) => Ok(Looked::Promoted),
-            // Only this step cannot be promoted.
             Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Conflict) => {
                 if matches!(self.line.state().standing, Standing::Lost) {
-                    return Ok(Looked::Done);
+                    return Ok(());
                 }
                 let error = self.line.located("a step cannot be promoted", &error).with_step(step);
                 tracing::error!(step, error = format_args!("{error:#}"), "a step is not promoted");
                 self.line.tell_all(|attempt| attempt == written.attempt, &error);
                 self.line.state().error = Some(error.clone());
                 self.refused.insert(written.attempt, error);
-                Ok(Looked::Promoted)
+                Ok(())
             }
             // Retention has deleted it.
-            Err(error) if error.kind() == ErrorKind::NotFound && self.catalog.checkpoint(step).is_err() => {
-                Ok(Looked::Promoted)
-            }
+            Err(error) if error.kind() == ErrorKind::NotFound && self.catalog.checkpoint(step).is_err() => Ok(()),
             // A newer step was saved, and the process is about to end.
-            Err(error) if error.kind() == ErrorKind::Cancelled => Ok(Looked::Promoted),
-            Err(error) => Err(error.with_step(step)),
+            Err(error) if error.kind() == ErrorKind::Cancelled => Ok(()),
+            promoted => promoted.map_err(|error| error.with_step(step)),
         }
     }
 
@@ -226,8 +241,8 @@ impl Promoter<'_> {
         Ok(())
     }
 
-    /// The newest step that the tier wants and lacks, of those that this session may promote.
-    fn choose(&mut self, local: &BTreeMap<u64, Written>) -> Option<(u64, Written)> {
+    /// The steps that the tier wants and lacks, of those that this session may promote, newest first.
+    fn choose(&mut self, local: &BTreeMap<u64, Written>) -> Vec<(u64, Written)> {
         let (mut lacks, mut forks, mut found) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
         let numbers: BTreeSet<u64> = self.there.keys().filter_map(|name| crate::id::parse_step_name(name)).collect();
         let mut unwanted = Vec::new();
@@ -278,8 +293,8 @@ impl Promoter<'_> {
         }
         let what = "the tier keeps only newer steps, and does not want this one";
         self.line.tell_all(|attempt| unwanted.contains(&attempt), &Error::new(ErrorKind::Cancelled, what));
-        let chosen = lacks.pop_last();
-        chosen.filter(|(step, _)| mode != Mode::Newest || Some(*step) == newest)
+        let all = lacks.into_iter().rev();
+        all.filter(|(step, _)| mode != Mode::Newest || Some(*step) == newest).collect()
     }
 
     fn promote(&mut self, ours: &Ours, step: u64, written: Written) -> Result<()> {
@@ -303,8 +318,12 @@ impl Promoter<'_> {
         tracing::info!(step, tier, path = %copied.path.display(), bytes, ?took, "a step was promoted");
         if !self.line.retention.is_unlimited() {
             // It retries after the next promotion.
-            let options = PruneOptions::new().verify(Verify::No);
-            let prune = || ours.catalog.prune(&self.line.retention, options)?.complete().map(drop);
+            // By number alone: steps are promoted newest first, so the one written last says nothing.
+            let gone = |entries: &[Entry]| {
+                let steps = || entries.iter().map(|entry| entry.step);
+                self.line.retention.plan(steps(), steps()).unwrap_or_default().into_iter().collect()
+            };
+            let prune = || ours.catalog.prune_chosen(gone).map(drop);
             guard::attempt("prune a tier", prune);
         }
         Ok(())

@@ -37,7 +37,7 @@ fn killed_at_random_moments_every_step_in_the_tier_is_whole_and_the_first_tiers(
         }
     }
     let last = executor(&root, [shared(&tier)]);
-    last.shutdown(LONG).unwrap();
+    last.shutdown(5 * LONG).unwrap();
     same(&root, &tier);
     assert_eq!(steps(&tier), steps(&root), "what the killed ones left is promoted");
     assert!(steps(&root).len() > 1, "too few steps: {:?}", steps(&root));
