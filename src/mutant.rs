@@ -174,10 +174,10 @@ pub(crate) enum Mutant {
     // seen by: compat::earth2studio
     ResumeMetadata,
     /// A save is told that its step is durable in a tier before it is.
-    // seen by: tiers::
+    // seen by: a_promotion_is_told_only_after
     PromoteEarly,
     /// Steps of every session are promoted.
-    // seen by: tiers::
+    // seen by: a_node_that_comes_back_late
     ForeignGeneration,
     /// With few checkpoints, those without metrics are deleted.
     // seen by: compat::orbax::policies
