@@ -14,6 +14,7 @@ mod equipment;
 mod ranks;
 mod scope;
 mod submit;
+mod telling;
 mod threads;
 mod tidy;
 mod together;

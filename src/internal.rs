@@ -25,6 +25,9 @@ pub mod plan {
 pub mod storage {
     pub use crate::storage::is_url;
 }
+pub mod run_log {
+    pub use crate::telemetry::{Closed, Ended, Entry, Head, Run, SaveLine, runs};
+}
 pub mod state {
     pub use crate::state::{decode_value, encode_value};
 }

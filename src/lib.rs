@@ -201,6 +201,7 @@ pub mod storage;
 mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod telemetry;
 mod thread;
 mod ticket;
 pub mod tiers;

@@ -321,6 +321,9 @@ pub struct Settings {
     pub tier_keep_last: Option<usize>,
     /// What retention does with steps that this tier does not have yet: `Warn`.
     pub unpromoted: Unpromoted,
+    /// Write a line for each save into a log of the root, which `ashore report` reads: true.
+    /// `docs/observability.md` describes the log.
+    pub run_log: bool,
     /// A save that is not durable after this time fails: 30 minutes. Counted from the call, time in the queue
     /// included.
     pub save_timeout: Duration,
@@ -358,6 +361,7 @@ impl Default for Settings {
             tier: None,
             tier_keep_last: None,
             unpromoted: Unpromoted::Warn,
+            run_log: true,
             save_timeout: Duration::from_secs(30 * 60),
             fence_timeout: Duration::from_secs(10 * 60),
             shutdown_timeout: Duration::from_secs(5 * 60),
@@ -368,8 +372,8 @@ impl Default for Settings {
 impl Settings {
     /// Returns the defaults, changed by `ASHORE_ARENA`, `ASHORE_CHUNK` (bytes), `ASHORE_WRITERS`,
     /// `ASHORE_FILES`, `ASHORE_DIRECT` (`true` or `false`), `ASHORE_DEVICE`, `ASHORE_ENGINE`, `ASHORE_LOCKS`,
-    /// `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`, `ASHORE_TIER`, `ASHORE_TIER_KEEP_LAST`,
-    /// `ASHORE_UNPROMOTED`.
+    /// `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`, `ASHORE_RUN_LOG` (`true` or `false`),
+    /// `ASHORE_TIER`, `ASHORE_TIER_KEEP_LAST`, `ASHORE_UNPROMOTED`.
     ///
     /// # Errors
     /// `Invalid`, naming the variable that does not parse.
@@ -398,6 +402,7 @@ impl Settings {
         set("ASHORE_DEVICE", var("ASHORE_DEVICE"), &mut settings.device)?;
         set("ASHORE_PRIORITY", var("ASHORE_PRIORITY"), &mut settings.priority)?;
         set("ASHORE_DIRECT", var("ASHORE_DIRECT"), &mut settings.direct)?;
+        set("ASHORE_RUN_LOG", var("ASHORE_RUN_LOG"), &mut settings.run_log)?;
         if let Some(text) = var("ASHORE_KEEP_LAST") {
             set("ASHORE_KEEP_LAST", Some(text), settings.keep_last.insert(0))?;
         }

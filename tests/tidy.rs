@@ -32,6 +32,7 @@ const FLOORS: [&[&str]; 6] = [
         "settings",
         "state",
         "sync",
+        "telemetry",
         "thread",
         "ticket",
         "tries",

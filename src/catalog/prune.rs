@@ -4,6 +4,7 @@ use super::marks::Marks;
 use super::{Catalog, Entry, Mark, PreservationPolicy, Problem, Retention};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
+use crate::telemetry::meters;
 use std::collections::{BTreeSet, HashSet};
 
 /// What is checked about the remaining steps before others are deleted.
@@ -359,6 +360,7 @@ impl Catalog {
             let gone = error.is_none() || self.is_free(&entry.name);
             pruned.failed.extend(error.map(|error| self.problem(entry.step, entry.name.clone(), error)));
             if gone && !dry_run {
+                meters::pruned(1, entry.bytes);
                 self.forget(entry.attempt);
                 self.forget_alias(entry.step, &entry.name);
             }
@@ -375,7 +377,10 @@ impl Catalog {
             let removed = self.remove_damaged(&problem.name, dry_run);
             self.unclaim(&problem.name);
             match removed {
-                Ok(()) => pruned.damaged.push(problem),
+                Ok(()) => {
+                    meters::pruned(usize::from(!dry_run), 0);
+                    pruned.damaged.push(problem);
+                }
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => {
                     pruned.failed.push(self.problem(problem.step, problem.name.clone(), error));

@@ -281,6 +281,7 @@ impl CheckpointExecutor {
         if let Some(behind) = &self.behind {
             ticket.promote_to(behind.names());
         }
+        ticket.tell_to(self.stager.telemetry.clone());
         Arc::new(ticket)
     }
 }

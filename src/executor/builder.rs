@@ -10,7 +10,7 @@ use super::ending::{Committing, Leftover};
 use super::equipment::{Equipment, Offer, Wish};
 use super::ranks::{self, Called, Rounds, Wanted};
 use super::threads::{Channels, Commits, Threads};
-use super::{Admission, CheckpointExecutor, ending, tidy, touch};
+use super::{Admission, CheckpointExecutor, ending, telling, tidy, touch};
 use crate::catalog::{Hold, Keeping, PreservationPolicy, Verify};
 use crate::commit::several::Group;
 use crate::commit::{self, several};
@@ -29,7 +29,7 @@ use crate::sync::Mutex;
 use crate::thread::{adopt, spawn};
 use crate::tiers::{Behind, Note, Tier};
 use crate::writer::{Pool, Task};
-use crate::{Catalog, Retention, call_thread, own_threads};
+use crate::{Catalog, Retention, call_thread, own_threads, telemetry};
 use crossbeam_channel::{Receiver, bounded, unbounded};
 use std::any::Any;
 use std::path::PathBuf;
@@ -188,6 +188,8 @@ impl Builder {
         verify_kept: bool,
         /// What a save does with a damaged step of the same number: `Replace`.
         damaged: OnDamaged,
+        /// Write a line for each save into a log of the root, which `ashore report` reads: true.
+        run_log: bool,
         /// A save that is not durable after this time fails: 30 minutes.
         save_timeout: Duration,
         /// A save whose tensors are still read when a fence has waited this long fails: 10 minutes.
@@ -423,6 +425,8 @@ impl Probed {
             behind: behind.clone(),
             table: AlignedBuffer::new(0),
         };
+        let world = group.as_ref().map_or(1, |group| group.member.world);
+        let tell = telling::body(&stager, &settings, storage.as_ref(), leads.then_some(world), equipment.report());
         let (turns, rounds) = group.map(ranks::turns_and_rounds).unzip();
         let executor = CheckpointExecutor {
             catalog: catalog.clone(),
@@ -487,7 +491,8 @@ impl Probed {
             executor.threads.keep_behind(behind.clone());
             behind.start(&executor.catalog, &executor.stager.signal)?;
         }
-        executor.threads.keep(Channels { pool, commits }, handles, calling);
+        let last = vec![calling, spawn(telemetry::NAME.into(), tell)?];
+        executor.threads.keep(Channels { pool, commits }, handles, last);
         Ok(executor)
     }
 }

@@ -25,7 +25,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, absolute};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A requested save.
 struct SaveRequest {
@@ -36,6 +36,8 @@ struct SaveRequest {
     /// The ticket of a deferred save, which it has before its state.
     deferred: Option<Arc<Ticket>>,
     began: Instant,
+    /// How long the call has waited for earlier saves.
+    queued: Duration,
     deadline: Instant,
 }
 
@@ -131,7 +133,7 @@ impl CheckpointExecutor {
     /// Moves the tensors and values out of `state`; a refused state stays there.
     fn begin(
         &self,
-        wanted: SaveRequest,
+        mut wanted: SaveRequest,
         state: &mut StateDict<'static>,
         register: impl FnOnce(&Arc<Ticket>),
         shared: Option<(&Turn<'_>, &Wanted)>,
@@ -151,6 +153,7 @@ impl CheckpointExecutor {
             Admitted::Begins(admission, attempt) => (admission, attempt),
             Admitted::Ended(save) => return Ok(save),
         };
+        wanted.queued = wanted.began.elapsed();
         let plan = match shared {
             None => admission.plan_for(state, &self.settings)?,
             Some((turn, call)) => match self.plan_with_ranks(&mut admission, state, turn, call)? {
@@ -190,7 +193,8 @@ impl CheckpointExecutor {
             }
             let place = Place { parent: Some(self.destination.elsewhere.bring(storage)), name };
             let deadline = self.deadline(options.timeout);
-            return Ok(SaveRequest { step, place, options, borrowed, deferred, began, deadline });
+            let queued = Duration::ZERO;
+            return Ok(SaveRequest { step, place, options, borrowed, deferred, began, queued, deadline });
         }
         let place = match options.directory.take() {
             Some(directory) => {
@@ -208,7 +212,7 @@ impl CheckpointExecutor {
             return Err(Error::invalid(why).with_step(step));
         }
         let deadline = self.deadline(options.timeout);
-        Ok(SaveRequest { step, place, options, borrowed, deferred, began, deadline })
+        Ok(SaveRequest { step, place, options, borrowed, deferred, began, queued: Duration::ZERO, deadline })
     }
 
     /// The place of a checkpoint that becomes `directory`. A relative path is of the present working
@@ -340,7 +344,7 @@ impl CheckpointExecutor {
                 task
             }
         };
-        ticket.add_blocked(wanted.began.elapsed());
+        ticket.add_call(wanted.began, wanted.queued);
         self.stager.push(Job {
             ticket: ticket.clone(),
             plan,

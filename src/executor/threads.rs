@@ -32,8 +32,9 @@ pub(crate) struct Threads {
     channels: Mutex<Option<Channels>>,
     /// Handles of threads that have not been seen to end.
     handles: Mutex<Vec<JoinHandle<()>>>,
-    /// The call thread. It ends after the others, because each of them may hand calls to it.
-    calling: Mutex<Vec<JoinHandle<()>>>,
+    /// The call thread, and the one that tells of saves. They end after the others, each of which may have
+    /// something for them.
+    last: Mutex<Vec<JoinHandle<()>>>,
     /// No save begins any more.
     closed: AtomicBool,
     /// The tiers behind the root, whose threads end last.
@@ -64,7 +65,7 @@ impl Threads {
             stager,
             channels: Mutex::default(),
             handles: Mutex::default(),
-            calling: Mutex::default(),
+            last: Mutex::default(),
             closed: AtomicBool::new(false),
             behind: OnceLock::new(),
             timeout: Mutex::default(),
@@ -72,10 +73,10 @@ impl Threads {
     }
 
     /// Takes ownership of the started threads.
-    pub(super) fn keep(&self, channels: Channels, handles: Vec<JoinHandle<()>>, calling: JoinHandle<()>) {
+    pub(super) fn keep(&self, channels: Channels, handles: Vec<JoinHandle<()>>, last: Vec<JoinHandle<()>>) {
         *lock(&self.channels) = Some(channels);
         *lock(&self.handles) = handles;
-        *lock(&self.calling) = vec![calling];
+        *lock(&self.last) = last;
     }
 
     /// The tiers behind the root.
@@ -140,7 +141,8 @@ impl Threads {
         join(&self.handles, deadline.max(Instant::now() + JOIN_GRACE));
         let unpromoted = self.behind.get().and_then(|behind| behind.close(deadline).err());
         self.stager.calls.close();
-        join(&self.calling, deadline.max(Instant::now() + JOIN_GRACE));
+        self.stager.telemetry.close();
+        join(&self.last, deadline.max(Instant::now() + JOIN_GRACE));
         let mut unseen = std::iter::from_fn(|| self.stager.saves.unobserved());
         let first = unseen.next().or(late).or(unpromoted);
         unseen.for_each(|error| error.log_unseen());

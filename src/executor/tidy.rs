@@ -10,6 +10,7 @@ use crate::catalog::{Catalog, Keeping};
 use crate::guard::{attempt, dropped};
 use crate::id::parse_step_name;
 use crate::storage::{Remnant, State, Storage, Sweep, Swept};
+use crate::telemetry::meters::{self, Meters};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use std::iter::once;
 use std::time::{Duration, Instant};
@@ -24,6 +25,8 @@ const SWEEP_TRIES: u8 = 3;
 /// How often to sweep what other processes may have left; `BRANCH_CHECK_INTERVAL` is how often to check
 /// whether that is due.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(3600);
+/// How often the steps of the root are counted for metrics.
+const COUNT_INTERVAL: Duration = Duration::from_secs(60);
 const BRANCH_CHECK_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
 /// The body of the tidying thread: sweeps, then tidies up after saves until the committer has ended. Saves
@@ -38,8 +41,10 @@ pub(super) fn run(
     attempt("look at the steps", || catalog.warn_of_oddities());
     let (owed, reported) = (Vec::new(), Vec::new());
     let (unpruned, unswept, tries, last) = (false, false, SWEEP_TRIES, None);
-    let mut tidy = Tidy { storage, catalog, keeping, sweep, owed, unpruned, unswept, tries, reported, last };
+    let counted = None;
+    let mut tidy = Tidy { storage, catalog, keeping, sweep, owed, unpruned, unswept, tries, reported, last, counted };
     tidy.sweep_all();
+    tidy.count();
     let mut swept = Instant::now();
     loop {
         match leavings.recv_timeout(BRANCH_CHECK_INTERVAL) {
@@ -52,9 +57,12 @@ pub(super) fn run(
             tidy.sweep_all();
         }
         tidy.work();
+        tidy.count();
     }
     tidy.tries = tidy.tries.max(1);
     tidy.work();
+    tidy.counted = None;
+    tidy.count();
     tidy.owed.drain(..).for_each(dropped);
 }
 
@@ -76,6 +84,8 @@ struct Tidy<'a> {
     reported: Vec<String>,
     /// The step that was published last.
     last: Option<u64>,
+    /// When the steps were counted.
+    counted: Option<Instant>,
 }
 
 impl Tidy<'_> {
@@ -125,6 +135,20 @@ impl Tidy<'_> {
             let done = |swept: Swept| swept.left.iter().all(|left| left.state == State::Undecided);
             self.unswept = !self.sweep().is_some_and(done);
         }
+    }
+
+    /// Counts the steps for metrics, unless that was done a short time ago.
+    fn count(&mut self) {
+        if !Meters::WANTED || self.counted.is_some_and(|counted| counted.elapsed() < COUNT_INTERVAL) {
+            return;
+        }
+        self.counted = Some(Instant::now());
+        let count = || {
+            let entries = self.catalog.list()?;
+            meters::retained(entries.len(), entries.iter().map(|entry| entry.bytes).sum());
+            Ok(())
+        };
+        attempt("count the steps", count);
     }
 
     /// Sweeps what other processes may have left. A sweep that fails is retried after later saves.

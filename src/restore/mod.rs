@@ -32,10 +32,12 @@ use crate::error::{Error, Result};
 use crate::format::entries::{SliceEntry, TensorEntry};
 use crate::mutant::{self, Mutant};
 use crate::state::{DeviceStream, Dtype, Element};
+use crate::telemetry::meters;
 use piece::{Manner, Part, Piece, Space, Window, file_at, pass, visit_all, zeroed};
 use share::Memory;
 use std::collections::HashSet;
 use std::ops::Range;
+use std::time::Instant;
 use strided::Address;
 use wanted::Wanted;
 
@@ -260,6 +262,14 @@ impl Checkpoint {
     /// [`Checkpoint::with_timeout`] allows: they may still end later. For borrowed memory the call waits
     /// until they end.
     pub fn read_into(&self, targets: Targets<'_>) -> Result<()> {
+        let began = Instant::now();
+        let bytes = self.fill_all(targets)?;
+        meters::restored(bytes, began.elapsed());
+        Ok(())
+    }
+
+    /// Fills every target, and returns how many bytes they have.
+    fn fill_all(&self, targets: Targets<'_>) -> Result<u64> {
         let Targets { targets, strict, streams, borrowed } = targets;
         if strict {
             self.refuse_unasked(&targets)?;
@@ -267,14 +277,15 @@ impl Checkpoint {
         let on_device = targets.iter().find(|target| target.to.is_on_device());
         let first = on_device.map(|target| target.name.clone());
         let parts = self.plan(targets)?;
+        let bytes = parts.iter().map(|part| part.to.len()).sum();
         if let Some(first) = first {
-            return self.load(parts, &streams, borrowed, &first);
+            return self.load(parts, &streams, borrowed, &first).map(|()| bytes);
         }
         let visit = |window: &mut Window, mut piece: Piece<Wanted<'_, '_>>| match self.check(window, &mut piece)? {
             Some(wrong) => Err(wrong),
             None => Ok(()),
         };
-        visit_all(parts, self.manner(), visit)
+        visit_all(parts, self.manner(), visit).map(|()| bytes)
     }
 
     /// How the files of this step are read.

@@ -13,6 +13,7 @@ use crate::format::header::Header;
 use crate::format::invariants::check_layout;
 use crate::format::shard::INDEX;
 use crate::storage::FileReading;
+use crate::telemetry::meters;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -92,6 +93,14 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::verify`].
     pub fn verify_with(&self, progress: impl Fn(u64, u64) + Sync) -> Result<Report> {
+        let report = self.read_whole(progress)?;
+        if report.damage.iter().any(|damage| !damage.unreadable) {
+            meters::damage_found();
+        }
+        Ok(report)
+    }
+
+    fn read_whole(&self, progress: impl Fn(u64, u64) + Sync) -> Result<Report> {
         let damage = self.verify_tables()?;
         if !damage.is_empty() {
             return Ok(Report { damage, ..Report::default() });

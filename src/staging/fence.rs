@@ -32,7 +32,7 @@ impl Stager {
         let mut result = Ok(());
         for ticket in &reading {
             result = result.and(wait_until_staged(ticket, patience, deadline));
-            ticket.add_blocked(began.elapsed());
+            ticket.add_fence(began);
         }
         result
     }
@@ -47,7 +47,7 @@ impl Stager {
         }
         let began = Instant::now();
         let result = wait_until_staged(ticket, patience, deadline_after(patience));
-        ticket.add_blocked(began.elapsed());
+        ticket.add_fence(began);
         result
     }
 
@@ -89,7 +89,7 @@ impl Stager {
             if ticket.failed() {
                 ticket.sources.await_read();
             }
-            ticket.add_blocked(began.elapsed());
+            ticket.add_fence(began);
         }
         let ordered = refused.and_then(|()| if waiting.is_empty() { Ok(None) } else { self.order(streams) });
         if let Ok(Some(guard)) = &ordered
@@ -191,7 +191,7 @@ impl Stager {
             // The stager drops them next, or ends the save.
             None => ticket.sources.wait_until_dropped(),
         }
-        ticket.add_blocked(began.elapsed());
+        ticket.add_fence(began);
     }
 }
 
@@ -209,7 +209,7 @@ pub(crate) fn freeze(tickets: &[Arc<Ticket>], patience: Duration) -> Result<()> 
             result = Err(late(ticket, patience));
             ticket.staged.wait_forever();
         }
-        ticket.add_blocked(began.elapsed());
+        ticket.add_fence(began);
     }
     result
 }

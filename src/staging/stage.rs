@@ -33,6 +33,7 @@ impl Stager {
             if !job.ticket.enter(Phase::Staging) {
                 return Ok(());
             }
+            job.ticket.times.stage_at.first(job.ticket.began.elapsed());
             if job.ticket.sources.is_live() {
                 job.plan.check(&job.state)?;
             }
@@ -277,17 +278,31 @@ impl Copying<'_> {
 
     /// Sleeps for [`POLL_INTERVAL`], or until the save has news.
     fn await_copies(&mut self) {
+        let starved = self.starved();
         let news = || has_news(&self.job.ticket).then_some(());
         self.stager.signal.wait_until(Instant::now() + POLL_INTERVAL, news);
         self.stager.recover(self.device_state);
+        self.count(starved);
+    }
+
+    /// When the stager began to wait, if it waits for a slab.
+    fn starved(&self) -> Option<Instant> {
+        let wanted = self.next < self.job.plan.chunks.len() && self.stager.arena.free() == 0;
+        wanted.then(Instant::now)
+    }
+
+    fn count(&self, starved: Option<Instant>) {
+        starved.into_iter().for_each(|began| self.job.ticket.times.arena.add(began.elapsed()));
     }
 
     /// Sleeps until the save has news, or a slab and the next chunk's bytes are available.
     fn await_news(&mut self) {
+        let starved = self.starved();
         let Self { stager, job, device_state, next, waker, .. } = self;
         let bytes = || !matches!(ready(job, *next, waker), Ok(false));
         let news = || has_news(&job.ticket) || (stager.arena.free() > 0 && bytes());
         stager.wait(device_state, || news().then_some(()));
+        self.count(starved);
     }
 }
 

@@ -15,6 +15,7 @@ use crate::memory::Arena;
 use crate::outcome::Phase;
 use crate::state::StateDict;
 use crate::sync::{Mutex, lock};
+use crate::telemetry::Telemetry;
 use crate::ticket::Ticket;
 use crate::tries;
 use std::collections::VecDeque;
@@ -42,6 +43,7 @@ type Fenceable = (Arc<Ticket>, Arc<LateCopy>, bool);
 pub(crate) struct Stager {
     pub signal: Arc<Signal>,
     pub calls: Arc<CallThread>,
+    pub telemetry: Arc<Telemetry>,
     pub arena: Arena,
     pub saves: InFlightSaves,
     pub device: Arc<dyn Device>,
@@ -73,10 +75,12 @@ impl Stager {
         let (saves, jobs, late_copies) = (InFlightSaves::default(), Mutex::new(VecDeque::new()), Mutex::default());
         let (deferred, stopped, ended) = (Mutex::default(), AtomicBool::new(false), AtomicBool::new(false));
         let calls = Arc::new(CallThread::new(signal.clone()));
+        let telemetry = Arc::new(Telemetry::new());
         let (scratch, waits) = (OnceLock::new(), OnceLock::new());
         Self {
             signal,
             calls,
+            telemetry,
             arena,
             saves,
             device,

@@ -134,6 +134,14 @@ pub trait Storage: Send + Sync + Debug {
         None
     }
 
+    /// The directory of its root in the file system of this host, where the [run log] is written; None, the
+    /// default, for a storage that has none: it gets no log.
+    ///
+    /// [run log]: crate::Settings::run_log
+    fn directory(&self) -> Option<std::path::PathBuf> {
+        None
+    }
+
     /// The way bytes are written, for reports.
     fn engine(&self) -> &'static str {
         "its own"

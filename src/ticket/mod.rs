@@ -6,6 +6,7 @@
 //! begun, a failure can no longer undo it: `fail` is refused, and a deadline that passes then is
 //! `Indeterminate`.
 
+mod ending;
 mod source_gate;
 
 use crate::call_thread::CallThread;
@@ -17,6 +18,7 @@ use crate::outcome::{Outcome, Phase, Progress, Promoted};
 use crate::own_threads;
 use crate::state::DeviceStream;
 use crate::sync::{self, Mutex, lock};
+use crate::telemetry::{Telemetry, Times};
 use source_gate::SourceGate;
 use std::any::Any;
 use std::path::PathBuf;
@@ -58,6 +60,7 @@ pub(crate) struct Ticket {
     pub bytes_written: AtomicU64,
     pub staged_nanos: AtomicU64,
     pub blocked_nanos: AtomicU64,
+    pub times: Times,
     /// A device did not make the requested digests, so a forgotten fence would not be detected.
     pub digests_missing: AtomicBool,
     /// Some handle or call has seen how it ended.
@@ -69,6 +72,8 @@ pub(crate) struct Ticket {
     wait_guards: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
     signal: Arc<Signal>,
     calls: Arc<CallThread>,
+    /// Is told how the save ended; unset if nothing wants to know.
+    telemetry: OnceLock<Arc<Telemetry>>,
     /// The process that made it: in a forked child the save never makes progress.
     origin: ForkGuard,
 }
@@ -171,6 +176,7 @@ impl Ticket {
             bytes_written: zero(),
             staged_nanos: zero(),
             blocked_nanos: zero(),
+            times: Times::default(),
             digests_missing: AtomicBool::new(false),
             observed: AtomicBool::new(false),
             promotions: OnceLock::new(),
@@ -178,6 +184,7 @@ impl Ticket {
             wait_guards: Mutex::new(Vec::new()),
             signal,
             calls,
+            telemetry: OnceLock::new(),
             origin: ForkGuard::new(),
         }
     }
@@ -299,6 +306,7 @@ impl Ticket {
             return false;
         }
         *lock(&self.attempt) = attempt;
+        self.times.tries.fetch_add(1, Ordering::Relaxed);
         for count in [&self.queued, &self.needed, &self.late_chunks] {
             count.store(0, Ordering::Release);
         }
@@ -330,8 +338,10 @@ impl Ticket {
                     Error::new(ErrorKind::Indeterminate, why).with_step(self.step)
                 }
             };
+            let line = self.line(&Err(error.clone()));
             let calls = self.done.put(Err(error));
             drop(state);
+            self.tell(line, calls.is_some());
             self.signal.notify();
             return calls;
         }
@@ -346,7 +356,9 @@ impl Ticket {
         };
         let result = result.map_err(|e| last(e).with_step(self.step));
         let staged = result.as_ref().map(|_| ()).map_err(Clone::clone);
+        let line = self.line(&result);
         let calls = self.done.put(result);
+        self.tell(line, calls.is_some());
         if self.extent().kept && self.sources.is_dropped() {
             self.staged.complete(staged);
         }
@@ -437,9 +449,5 @@ impl Ticket {
     pub fn request_release(&self) {
         self.sources.request_release();
         self.signal.notify();
-    }
-
-    pub fn add_blocked(&self, time: Duration) {
-        self.blocked_nanos.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }

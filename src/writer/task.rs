@@ -12,7 +12,7 @@ use crate::sync::{Mutex, lock};
 use crossbeam_channel::Sender;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the channel to the writers carries: a chunk and the save that it is part of.
 pub(crate) type Work = (Arc<Task>, Chunk);
@@ -143,6 +143,8 @@ impl Task {
         let slab = Slab::new(lease, plan.length.next_multiple_of(crate::ALIGNMENT))?;
         let bytes = slab.as_ref();
         let planned = &self.request.plan.segments[plan.segments.clone()];
+        let times = &self.request.ticket.times;
+        let (arrived, digested) = (Instant::now(), digests.is_none());
         let segments = digests.unwrap_or_else(|| {
             let mut at = 0;
             let digest = |segment: &Segment| {
@@ -151,7 +153,13 @@ impl Task {
             };
             planned.iter().map(digest).collect()
         });
+        let began = Instant::now();
+        if digested {
+            times.digest.add(began - arrived);
+        }
+        times.write_at.first(began.saturating_duration_since(self.request.ticket.began));
         self.file(plan.shard)?.write_slab(plan.offset, slab)?;
+        times.write.add(began.elapsed());
         let whole = Digest::concat(segments.iter().zip(planned).map(|(digest, s)| (*digest, s.length as u64)));
         self.receipts[index]
             .set(Receipt { segments, whole })
@@ -169,6 +177,7 @@ impl Task {
         }
         let nanos = u64::try_from(self.request.ticket.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.last_byte.fetch_max(nanos, Ordering::AcqRel);
+        self.request.ticket.times.written.last(Duration::from_nanos(nanos));
         self.file(number)?.seal()?;
         shard.sealed.set(()).map_err(|()| Error::internal("a shard was sealed twice"))
     }

@@ -307,6 +307,11 @@ impl Storage for Local {
         self.root.fd().sys().register(pages)
     }
 
+    fn directory(&self) -> Option<PathBuf> {
+        // None where the system calls are simulated.
+        self.root.fd().sys().path_of(self.root.fd().raw())
+    }
+
     fn engine(&self) -> &'static str {
         self.root.fd().sys().engine()
     }

@@ -1,0 +1,122 @@
+//! The run log: a file of the root that gets one line for each save, off the path of saves.
+//!
+//! **Whole lines.** Each line is one write(2) to a file opened with O_APPEND; after a short write the next
+//! line begins on a line of its own. **Durability.** The log is never fsynced: a crash of the machine may
+//! lose its last lines, a killed process loses none. **Size.** A file ends at [`FILE_MAX`]; the oldest files
+//! of a root are deleted when there are more than [`FILES_MAX`], or more than [`BYTES_MAX`] in all.
+
+use super::line::{Closed, DIRECTORY, EXTENSION, Entry, Head, SaveLine, runs};
+use super::unix_micros;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+/// The size at which a log goes on in another file: about 15,000 saves.
+const FILE_MAX: u64 = 4 << 20;
+/// The most files of a root.
+const FILES_MAX: usize = 256;
+/// The most bytes of all files of a root, before another is begun.
+const BYTES_MAX: u64 = 64 << 20;
+
+/// See the module.
+pub(super) struct RunLog {
+    root: PathBuf,
+    head: Head,
+    /// The file, and how long it is; None before the first save, and after an error.
+    file: Option<(File, u64)>,
+    /// The last write was cut.
+    cut: bool,
+    /// A warning was logged.
+    warned: bool,
+}
+
+impl RunLog {
+    /// A log in `root`. No file is made before the first save has ended.
+    pub fn new(root: PathBuf, head: Head) -> Self {
+        Self { root, head, file: None, cut: false, warned: false }
+    }
+
+    pub fn save(&mut self, line: &SaveLine) {
+        self.write(&Entry::Save(Box::new(line.clone())));
+    }
+
+    /// Ends the log of an executor that ends in order.
+    pub fn close(mut self) {
+        if self.file.is_some() {
+            self.write(&Entry::Closed(Closed { at: unix_micros(SystemTime::now()) }));
+        }
+    }
+
+    fn write(&mut self, entry: &Entry) {
+        if let Err(error) = self.try_write(entry) {
+            // The next line begins another file, because this one may be gone. A file that took half of a line
+            // takes the next one, too.
+            if !self.cut {
+                self.file = None;
+            }
+            if !self.warned {
+                tracing::warn!(%error, root = %self.root.display(), "the run log cannot be written");
+                self.warned = true;
+            }
+        }
+    }
+
+    fn try_write(&mut self, entry: &Entry) -> io::Result<()> {
+        if self.file.as_ref().is_none_or(|(_, length)| *length >= FILE_MAX) {
+            self.file = Some((self.begin()?, 0));
+            self.head.part += 1;
+        }
+        let Some((file, length)) = &mut self.file else { return Ok(()) };
+        *length += append(file, entry, &mut self.cut)?;
+        Ok(())
+    }
+
+    /// Begins a file, after the oldest ones have made way.
+    fn begin(&mut self) -> io::Result<File> {
+        let directory = self.root.join(DIRECTORY);
+        match std::fs::create_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made?,
+        }
+        self.make_way();
+        let (at, session, part) = (self.head.at, &self.head.session, self.head.part);
+        let path = directory.join(format!("{at:016}-{session}-{part:04}.{EXTENSION}"));
+        let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+        let file = OpenOptions::new().append(true).create_new(true).custom_flags(flags).open(path)?;
+        self.cut = false;
+        append(&file, &Entry::Run(Box::new(self.head.clone())), &mut self.cut)?;
+        Ok(file)
+    }
+
+    /// Deletes the oldest logs of the root, as far as there are too many.
+    fn make_way(&self) {
+        let logs = runs(&self.root).unwrap_or_default();
+        let length = |path: &PathBuf| path.symlink_metadata().map_or(0, |metadata| metadata.len());
+        let sizes: Vec<u64> = logs.iter().map(length).collect();
+        let (mut left, mut bytes) = (logs.len(), sizes.iter().sum::<u64>());
+        for (path, size) in logs.iter().zip(sizes) {
+            if left < FILES_MAX && bytes < BYTES_MAX {
+                return;
+            }
+            _ = std::fs::remove_file(path);
+            (left, bytes) = (left - 1, bytes - size);
+        }
+    }
+}
+
+/// Writes a line by one call, and returns its length. `cut`: the line before it has no end.
+fn append(mut file: &File, entry: &Entry, cut: &mut bool) -> io::Result<u64> {
+    let mut line = if *cut { b"\n".to_vec() } else { Vec::new() };
+    serde_json::to_writer(&mut line, entry)?;
+    line.push(b'\n');
+    let written = loop {
+        match file.write(&line) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            written => break written?,
+        }
+    };
+    *cut = written < line.len();
+    if *cut { Err(io::ErrorKind::WriteZero.into()) } else { Ok(line.len() as u64) }
+}
