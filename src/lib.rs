@@ -199,9 +199,9 @@ mod staging;
 mod state;
 pub mod storage;
 mod sync;
+mod telemetry;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
-mod telemetry;
 mod thread;
 mod ticket;
 pub mod tiers;

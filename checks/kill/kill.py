@@ -108,7 +108,7 @@ def expect(held, otherwise):
 
 def hidden(root):
     """The entries of a root that are not steps. An owner record that is still empty may be another host's: it stays."""
-    return [e for e in root.iterdir() if e.name.startswith(".") and not (e.suffix == ".owner" and e.stat().st_size == 0)]
+    return [e for e in root.iterdir() if e.name.startswith(".") and e.name != ".runs" and not (e.suffix == ".owner" and e.stat().st_size == 0)]
 
 
 def examine(program, root, steps, watch, before):

@@ -126,7 +126,7 @@ def go_on(program, means, root, listed, world, token, restart, inside=None):
 
 def hidden(root):
     """What is no step. An owner record that is still empty may be another host's: it stays."""
-    entries = [entry for entry in pathlib.Path(root).iterdir() if entry.name.startswith(".") and entry.name != ".ranks"]
+    entries = [entry for entry in pathlib.Path(root).iterdir() if entry.name.startswith(".") and entry.name not in (".ranks", ".runs")]
     return [entry.name for entry in entries if not (entry.suffix == ".owner" and entry.stat().st_size == 0)]
 
 

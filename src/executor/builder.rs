@@ -426,7 +426,7 @@ impl Probed {
             table: AlignedBuffer::new(0),
         };
         let world = group.as_ref().map_or(1, |group| group.member.world);
-        let tell = telling::body(&stager, &settings, storage.as_ref(), leads.then_some(world), equipment.report());
+        let tell = telling::body(&stager, &settings, &storage, leads.then_some(world), equipment.report());
         let (turns, rounds) = group.map(ranks::turns_and_rounds).unzip();
         let executor = CheckpointExecutor {
             catalog: catalog.clone(),

@@ -66,6 +66,8 @@ pub(super) fn conclude(
     let Committing { stager, storage, elsewhere, catalog, compared, behind, table } = committing;
     let (request, ticket) = (&task.request, &task.request.ticket);
     let attempt = ticket.attempt();
+    let span = tracing::info_span!("commit", step = ticket.step, attempt = %attempt);
+    let _entered = span.enter();
     // The catalog has the steps of the root only.
     let catalog = request.parent.is_none().then_some(&*catalog);
     let mut storage = storage.clone();

@@ -5,7 +5,7 @@ use crate::id::Attempt;
 use crate::settings::Settings;
 use crate::staging::Stager;
 use crate::storage::Storage;
-use crate::telemetry::{Head, Sample, Sinks, unix_micros};
+use crate::telemetry::{Head, Root, Sample, Sinks, unix_micros};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -13,12 +13,12 @@ use std::time::SystemTime;
 pub(super) fn body(
     stager: &Arc<Stager>,
     settings: &Settings,
-    storage: &dyn Storage,
+    storage: &Arc<dyn Storage>,
     world: Option<u32>,
     device: &DeviceReport,
 ) -> impl FnOnce() + Send + use<> {
-    let directory = storage.directory();
-    let store = if directory.is_some() { "directory" } else { storage.engine() };
+    let has_root = storage.directory().is_some();
+    let store = if has_root { "directory" } else { storage.engine() };
     let report = stager.arena.report();
     let arena = (report.slabs as u64).saturating_mul(settings.chunk);
     let head = || Head {
@@ -35,7 +35,9 @@ pub(super) fn body(
         part: 0,
         settings: Some(settings.clone()),
     };
-    let log = directory.filter(|_| settings.run_log && world.is_some()).map(|directory| (directory, head()));
+    let logged = has_root && settings.run_log && world.is_some();
+    let of = storage.clone();
+    let log = logged.then(|| (Box::new(move || of.directory()) as Root, head()));
     let sinks = Sinks { log, store, engine: storage.engine() };
     let (stager, chunk) = (stager.clone(), settings.chunk);
     move || {

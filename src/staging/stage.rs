@@ -29,6 +29,8 @@ impl Stager {
     /// Stages one save, and releases its slabs and sources however it ends.
     pub(super) fn stage(&self, mut job: Job, device_state: &mut DeviceState) {
         let mut chunks = VecDeque::new();
+        let span = tracing::info_span!("stage", step = job.ticket.step);
+        let _entered = span.enter();
         let copied = guarded("a source panicked while it was read", || {
             if !job.ticket.enter(Phase::Staging) {
                 return Ok(());

@@ -10,7 +10,7 @@ use super::unix_micros;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 /// The size at which a log goes on in another file: about 15,000 saves.
@@ -20,9 +20,12 @@ const FILES_MAX: usize = 256;
 /// The most bytes of all files of a root, before another is begun.
 const BYTES_MAX: u64 = 64 << 20;
 
+/// Says where the root is at present: it may be renamed.
+pub(crate) type Root = Box<dyn Fn() -> Option<PathBuf> + Send>;
+
 /// See the module.
 pub(super) struct RunLog {
-    root: PathBuf,
+    root: Root,
     head: Head,
     /// The file, and how long it is; None before the first save, and after an error.
     file: Option<(File, u64)>,
@@ -34,7 +37,7 @@ pub(super) struct RunLog {
 
 impl RunLog {
     /// A log in `root`. No file is made before the first save has ended.
-    pub fn new(root: PathBuf, head: Head) -> Self {
+    pub fn new(root: Root, head: Head) -> Self {
         Self { root, head, file: None, cut: false, warned: false }
     }
 
@@ -57,7 +60,7 @@ impl RunLog {
                 self.file = None;
             }
             if !self.warned {
-                tracing::warn!(%error, root = %self.root.display(), "the run log cannot be written");
+                tracing::warn!(%error, "the run log cannot be written");
                 self.warned = true;
             }
         }
@@ -75,12 +78,13 @@ impl RunLog {
 
     /// Begins a file, after the oldest ones have made way.
     fn begin(&mut self) -> io::Result<File> {
-        let directory = self.root.join(DIRECTORY);
+        let root = (self.root)().ok_or(io::ErrorKind::NotFound)?;
+        let directory = root.join(DIRECTORY);
         match std::fs::create_dir(&directory) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => made?,
         }
-        self.make_way();
+        make_way(&root);
         let (at, session, part) = (self.head.at, &self.head.session, self.head.part);
         let path = directory.join(format!("{at:016}-{session}-{part:04}.{EXTENSION}"));
         let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
@@ -89,20 +93,20 @@ impl RunLog {
         append(&file, &Entry::Run(Box::new(self.head.clone())), &mut self.cut)?;
         Ok(file)
     }
+}
 
-    /// Deletes the oldest logs of the root, as far as there are too many.
-    fn make_way(&self) {
-        let logs = runs(&self.root).unwrap_or_default();
-        let length = |path: &PathBuf| path.symlink_metadata().map_or(0, |metadata| metadata.len());
-        let sizes: Vec<u64> = logs.iter().map(length).collect();
-        let (mut left, mut bytes) = (logs.len(), sizes.iter().sum::<u64>());
-        for (path, size) in logs.iter().zip(sizes) {
-            if left < FILES_MAX && bytes < BYTES_MAX {
-                return;
-            }
-            _ = std::fs::remove_file(path);
-            (left, bytes) = (left - 1, bytes - size);
+/// Deletes the oldest logs of a root, as far as there are too many.
+fn make_way(root: &Path) {
+    let logs = runs(root).unwrap_or_default();
+    let length = |path: &PathBuf| path.symlink_metadata().map_or(0, |metadata| metadata.len());
+    let sizes: Vec<u64> = logs.iter().map(length).collect();
+    let (mut left, mut bytes) = (logs.len(), sizes.iter().sum::<u64>());
+    for (path, size) in logs.iter().zip(sizes) {
+        if left < FILES_MAX && bytes < BYTES_MAX {
+            return;
         }
+        _ = std::fs::remove_file(path);
+        (left, bytes) = (left - 1, bytes - size);
     }
 }
 

@@ -13,13 +13,13 @@ mod times;
 pub use line::{Closed, Ended, Entry, Head, Run, SaveLine, runs};
 pub(crate) use times::Times;
 
+use crate::completion::Signal;
 use crate::guard::logged;
 use crate::own_threads;
-use crate::completion::Signal;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+pub(crate) use log::Root;
 use log::RunLog;
 use meters::Meters;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -57,8 +57,8 @@ pub(crate) struct Telemetry {
 
 /// What the thread writes to.
 pub(crate) struct Sinks {
-    /// The directory of the run log and its first line; None: no run log.
-    pub log: Option<(PathBuf, Head)>,
+    /// The root of the run log and its first line; None: no run log.
+    pub log: Option<(Root, Head)>,
     /// The label `store` of metrics.
     pub store: &'static str,
     pub engine: &'static str,
@@ -91,7 +91,7 @@ impl Telemetry {
     pub fn run(&self, sinks: Sinks, signal: &Arc<Signal>, sample: impl Fn() -> Sample) {
         own_threads::mark(signal);
         let Sinks { log, store, engine } = sinks;
-        let mut log = log.map(|(directory, head)| RunLog::new(directory, head));
+        let mut log = log.map(|(root, head)| RunLog::new(root, head));
         let mut meters = None;
         let panicked = "the program's recorder of metrics panicked";
         logged(panicked, || meters = Some(Meters::new(store, engine)));

@@ -51,6 +51,8 @@ impl Pool {
 /// Writes a chunk and returns its slab. No error and no panic ends the thread.
 fn carry_out(task: &Arc<Task>, chunk: Chunk) {
     let index = chunk.index;
+    let span = tracing::debug_span!("write", step = task.request.ticket.step, chunk = index);
+    let _entered = span.enter();
     let panicked = "a writer thread panicked";
     let written = guarded(panicked, || task.write(chunk));
     let written = written.and_then(|()| guarded(panicked, || task.seal_if_last(index)));
