@@ -22,6 +22,7 @@ mod out;
 mod prune;
 mod remnants;
 mod repair;
+mod report;
 mod rng;
 mod size;
 mod stats;
@@ -179,6 +180,8 @@ enum Verb {
     Copy(copy::Args),
     /// Delete old checkpoints; without --yes, only show what would be deleted
     Prune(prune::Args),
+    /// Write the page of a run: what its saves cost, where their time goes, what would be lost now
+    Report(report::Args),
     /// Measure speed against the machine's own limits
     Bench {
         #[command(flatten)]
@@ -217,6 +220,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Follow(args) => chain::follow(common, args),
         Verb::Copy(args) => copy::run(common, args),
         Verb::Prune(args) => prune::run(common, args),
+        Verb::Report(args) => report::run(common, args),
         Verb::Bench { args, .. } => bench::run(common, args),
         Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS),
     };

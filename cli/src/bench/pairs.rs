@@ -15,7 +15,7 @@ pub enum Turn {
 /// The result is decided when the 95 % interval of the median is within this fraction of it on either side.
 const WITHIN: f64 = 0.03;
 /// The minimum number of pairs for an interval.
-const AT_LEAST: usize = 8;
+pub const AT_LEAST: usize = 8;
 /// After this many blocks of two pairs, one block compares the limit with itself.
 const NOISE_EVERY: usize = 4;
 

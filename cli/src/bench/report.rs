@@ -5,6 +5,7 @@ pub mod ink;
 #[cfg(test)]
 mod tests;
 
+use super::pairs::{AT_LEAST, Estimate};
 use crate::out::{median, quantile};
 use crate::size;
 use ashore::{Error, Result};
@@ -14,6 +15,8 @@ use std::path::Path;
 
 /// The phase during which training waits.
 const CALL: &str = "save call";
+/// The fewest comparisons of the machine with itself that say what noise is.
+const NOISE: usize = 3;
 /// Larger figures are errors of a clock or a division.
 const SANE: f64 = 1e9;
 /// Between a number and its unit, which must stay on one line.
@@ -116,7 +119,8 @@ impl Report<'_> {
                 @if held > 0.0 && whole > held {
                     p.lead {
                         "A save blocks training for " (time(held)) " of the " (time(whole)) " until it is durable: "
-                        (percent(held / whole)) "."
+                        (percent(held / whole)) ". The longest of " (self.saves.len()) " blocked it for "
+                        (time(quantile(self.spent(CALL), 1.0))) "."
                     }
                     p { "Against the machine\u{2019}s limit: " (self.verdict) }
                 } @else {
@@ -139,8 +143,8 @@ impl Report<'_> {
                     (tile(ink::COMMIT, "Durable after", time(median(lengths.iter().copied())), &longest(&lengths)))
                 }
                 @if !ratios.is_empty() {
-                    (tile(ink::WRITING, "Of the machine\u{2019}s limit", percent(median(ratios.iter().copied())),
-                        &format!("median; middle half {}", middle_half(&ratios))))
+                    @let (value, note) = beside_limit(&ratios);
+                    (tile(ink::WRITING, "Beside the machine\u{2019}s limit", value, &note))
                 }
                 (tile(ink::LIMIT, "Saves", self.saves.len().to_string(),
                     &bytes.max().map(|most| format!("of {}", size::shown(most))).unwrap_or_default()))
@@ -157,7 +161,7 @@ impl Report<'_> {
                     p.quiet { "No phases were measured." }
                 } @else {
                     p.quiet { "Only the save call blocks the training thread; the rest runs in parallel. Phases overlap, so their shares do not add up to one." }
-                    table {
+                    table.phases {
                         thead { tr { th { "Phase" } th.number { "Median" } th.number { "Longest" } th.share { "Share of the save" } } }
                         tbody {
                             @for name in names {
@@ -173,7 +177,7 @@ impl Report<'_> {
                             }
                         }
                     }
-                    (chart("The phases of each save over time", charts::phases(&self.saves)))
+                    (chart("The phases of each save over time", |of| charts::phases(&self.saves, of)))
                     @if self.saves.len() > charts::ROWS {
                         p.quiet { (charts::ROWS) " of " (self.saves.len()) " saves: the slowest, the median and the fastest." }
                     }
@@ -193,7 +197,7 @@ impl Report<'_> {
                         (key(ink::STAGING, "staged")) (key(ink::WRITING, "written"))
                         "Bold: the median save. The distance between its two lines is the data in the arena."
                     }
-                    (chart("Bytes staged and written over time", charts::bytes(&self.saves)))
+                    (chart("Bytes staged and written over time", |of| charts::bytes(&self.saves, of)))
                 }
             }
         }
@@ -211,9 +215,11 @@ impl Report<'_> {
                     p.quiet {
                         "One dot for each pair of a save and the limit, measured alternately. At 1 a save is as fast as the disk. "
                         "Shaded: the middle half; vertical line: the median."
-                        @if !noise.is_empty() { " Below, the machine against itself: smaller differences are noise." }
+                        @if noise.len() >= NOISE { " Below, the machine against itself: smaller differences are noise." }
+                        @else { " The machine was too rarely compared with itself to say what is noise." }
                     }
-                    (chart("The ratio to the limit of every pair", charts::ratios(&ratios, &noise)))
+                    @let shown = if noise.len() >= NOISE { &noise[..] } else { &[] };
+                    (chart("The ratio to the limit of every pair", |of| charts::ratios(&ratios, shown, of)))
                 }
                 @if lost > 0 { p.quiet { "Omitted, not valid ratios: " (lost) "." } }
             }
@@ -225,11 +231,9 @@ impl Report<'_> {
             section {
                 h2 { "Figures" }
                 @if self.figures.is_empty() { p.quiet { "None." } }
-                table { tbody {
-                    @for (name, value) in &self.figures {
-                        tr { th scope="row" { (name) } td.number { (value) } }
-                    }
-                } }
+                dl.figures {
+                    @for (name, value) in &self.figures { dt { (name) } dd { (value) } }
+                }
             }
         }
     }
@@ -293,13 +297,30 @@ fn key(ink: Ink, name: &str) -> Markup {
     html! { span { i.key style=(format!("--ink:{}", ink.var())) {} (name) } }
 }
 
-fn chart(name: &str, drawn: charts::Drawn<String>) -> Markup {
+/// A chart in both sizes, of which the style sheet shows one.
+pub fn chart(name: &str, draw: impl Fn(charts::Size) -> charts::Drawn<String>) -> Markup {
     html! {
-        @match drawn {
-            Ok(svg) => div.chart role="img" aria-label=(name) { (PreEscaped(svg)) },
-            Err(e) => p.quiet { "This chart could not be drawn: " (e) },
+        @for (of, class) in [(charts::WIDE, "chart wide"), (charts::NARROW, "chart narrow")] {
+            @match draw(of) {
+                Ok(svg) => div class=(class) role="img" aria-label=(name) { (PreEscaped(svg)) },
+                Err(e) => p.quiet { "This chart could not be drawn: " (e) },
+            }
         }
     }
+}
+
+/// The speed beside the limit, and a note. Where too few pairs decide, only the interval is a result.
+fn beside_limit(ratios: &[f64]) -> (String, String) {
+    let estimate = Estimate::of(ratios);
+    let Estimate { median, low, high } = estimate;
+    if ratios.len() >= AT_LEAST && estimate.is_decided() {
+        return (percent(median), format!("of it; middle half {}", middle_half(ratios)));
+    }
+    let interval = format!("{:.0} to {:.0}{NBSP}%", low * 100.0, high * 100.0);
+    if ratios.len() < AT_LEAST {
+        return ("undecided".into(), format!("{} pairs are too few; they were {interval}", ratios.len()));
+    }
+    ("undecided".into(), format!("95{NBSP}% interval {interval} of it"))
 }
 
 fn middle_half(ratios: &[f64]) -> String {

@@ -166,10 +166,15 @@ fn report<'a>(bench: &Bench<'_>, figures: &Figures, saves: Vec<Saved>, pairs: Pa
         machine: usage::machine(),
         verdict: if bench.args.no_limit { "without the machine's limit".into() } else { pairs.verdict() },
         figures: figures.rows(),
-        saves: saves.into_iter().map(|saved| saved.timeline).collect(),
+        saves: numbered(saves.into_iter().map(|saved| saved.timeline)),
         ratios: pairs.ratios,
         noise: pairs.noise,
     }
+}
+
+/// Numbers the measured saves from 1: the first step of all was not measured.
+fn numbered(saves: impl Iterator<Item = Timeline>) -> Vec<Timeline> {
+    saves.zip(1..).map(|(save, number)| Timeline { label: format!("save {number}"), ..save }).collect()
 }
 
 /// Returns the lengths of the shards of a step, and of its manifest and tables together.

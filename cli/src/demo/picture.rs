@@ -1,7 +1,7 @@
 //! The picture of one save and the training steps beside it, shown in the README.
 
 use super::run::{Activity, Block, Part};
-use crate::bench::report::charts::{AXIS, Drawn, LEFT, Margins, RIGHT, canvas, lanes, letters};
+use crate::bench::report::charts::{AXIS, Drawn, Margins, WIDE, canvas, lanes, letters};
 use crate::bench::report::ink::{self, Ink};
 use ashore::{Error, ErrorKind, Result};
 use plotters::prelude::*;
@@ -51,9 +51,9 @@ fn draw(block: &Block) -> Drawn<String> {
     let end = updates.find(|to| *to >= durable).unwrap_or(durable);
     bars.retain(|(_, (from, _), _)| *from < end);
     let height = LANE * LANES.len() as u32;
-    canvas(height + AXIS + KEY, |area| {
+    canvas(WIDE, height + AXIS + KEY, |area| {
         area.fill(&WHITE)?;
-        let mut chart = lanes(area, Margins { top: KEY, right: RIGHT / 2 }, end, f64::from(height))?;
+        let mut chart = lanes(area, WIDE, Margins { top: KEY, right: WIDE.right / 2 }, end, f64::from(height))?;
         let gap = end / 900.0;
         chart.draw_series(bars.iter().map(|(lane, (from, to), ink)| {
             let top = f64::from(LANE) * *lane as f64 + 10.0;
@@ -67,7 +67,7 @@ fn draw(block: &Block) -> Drawn<String> {
         }))?;
         let key =
             [("forward and backward", ink::GRID), ("update", ink::LIMIT), ("blocked by save and fence", ink::CALL)];
-        let mut x = LEFT as i32;
+        let mut x = WIDE.left as i32;
         for (name, ink) in key {
             area.draw(&Rectangle::new([(x, 22), (x + 28, 50)], ink.rgb().filled()))?;
             area.draw(&Text::new(name, (x + 40, 36), letters(ink::MUTED, HPos::Left, VPos::Center)))?;

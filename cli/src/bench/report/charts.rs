@@ -13,19 +13,33 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 pub const ROWS: usize = 12;
 /// Maximum number of points of a line.
 const POINTS: usize = 240;
-const WIDTH: u32 = 1800;
-/// The left margin of all charts over time, equal so that they align vertically.
-pub const LEFT: u32 = 300;
-pub const RIGHT: u32 = 150;
 pub const AXIS: u32 = 60;
 const LETTERS: i32 = 30;
+
+/// The size of a chart. A page has each chart twice, and shows the one that fits the screen.
+#[derive(Clone, Copy)]
+pub struct Size {
+    pub width: u32,
+    /// The left margin of all charts over time, equal so that they align vertically.
+    pub left: u32,
+    pub right: u32,
+    /// About how many labels the x axis has.
+    pub labels: usize,
+    /// The most letters of the name of a row.
+    room: usize,
+}
+
+/// For a screen.
+pub const WIDE: Size = Size { width: 1800, left: 300, right: 150, labels: 8, room: 19 };
+/// For a phone.
+pub const NARROW: Size = Size { width: 700, left: 180, right: 110, labels: 3, room: 11 };
 
 pub type Drawn<T> = Result<T, DrawingAreaErrorKind<std::io::Error>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 pub type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
 /// Draws every save as a row, with a lane for each phase.
-pub fn phases(saves: &[Timeline]) -> Drawn<String> {
+pub fn phases(saves: &[Timeline], of: Size) -> Drawn<String> {
     const LANE: f64 = 18.0;
     let rows = picked(saves);
     let names = phase_names(rows.iter().map(|row| row.save));
@@ -33,9 +47,9 @@ pub fn phases(saves: &[Timeline]) -> Drawn<String> {
     let height = row_height * rows.len() as f64;
     let end = latest(&rows);
     // Phases too short to see become slivers.
-    let sliver = end * 5.0 / f64::from(WIDTH - LEFT - RIGHT);
-    canvas(height as u32 + AXIS + 20, |area| {
-        let mut chart = lanes(area, Margins { top: 10, right: RIGHT }, end, height)?;
+    let sliver = end * 5.0 / f64::from(of.width - of.left - of.right);
+    canvas(of, height as u32 + AXIS + 20, |area| {
+        let mut chart = lanes(area, of, Margins { top: 10, right: of.right }, end, height)?;
         for (i, row) in rows.iter().enumerate() {
             let top = row_height * i as f64 + 12.0;
             let middle = top + LANE * names.len() as f64 / 2.0;
@@ -52,7 +66,7 @@ pub fn phases(saves: &[Timeline]) -> Drawn<String> {
             };
             let length = row.save.length();
             chart.draw_series([
-                label(0.0, -20, row.label(), ink::TEXT, HPos::Right),
+                label(0.0, -20, row.label(of.room), ink::TEXT, HPos::Right),
                 label(length.min(end), 14, time(length), ink::MUTED, HPos::Left),
             ])?;
         }
@@ -61,7 +75,7 @@ pub fn phases(saves: &[Timeline]) -> Drawn<String> {
 }
 
 /// Draws the bytes staged and written over time: the median save on top of the others.
-pub fn bytes(saves: &[Timeline]) -> Drawn<String> {
+pub fn bytes(saves: &[Timeline], of: Size) -> Drawn<String> {
     let mut rows = picked(saves);
     rows.retain(|row| row.save.samples().next().is_some());
     let end = latest(&rows);
@@ -70,17 +84,17 @@ pub fn bytes(saves: &[Timeline]) -> Drawn<String> {
     // Draw the median save last, on top of the others.
     let middle = median_of(&rows);
     rows.sort_by_key(|row| Some(row.index) == middle);
-    canvas(620, |area| {
+    canvas(of, 620, |area| {
         let mut chart = ChartBuilder::on(area)
             .margin_top(20)
-            .margin_right(RIGHT)
+            .margin_right(of.right)
             .x_label_area_size(AXIS)
-            .y_label_area_size(LEFT)
+            .y_label_area_size(of.left)
             .build_cartesian_2d(0.0..end, 0.0..most * 1.05)?;
         chart
             .configure_mesh()
             .disable_x_mesh()
-            .x_labels(8)
+            .x_labels(of.labels)
             .y_labels(6)
             .x_label_formatter(&|at| moment(*at, end))
             .y_label_formatter(&|bytes| size::shown(bytes.round() as u64).replace(".0 ", " "))
@@ -112,7 +126,7 @@ pub fn bytes(saves: &[Timeline]) -> Drawn<String> {
 }
 
 /// Draws every ratio as a dot, ours above the machine's own noise.
-pub fn ratios(ours: &[f64], noise: &[f64]) -> Drawn<String> {
+pub fn ratios(ours: &[f64], noise: &[f64], of: Size) -> Drawn<String> {
     const BINS: f64 = 80.0;
     const CAPTION: u32 = 60;
     let all = || ours.iter().chain(noise).copied();
@@ -128,24 +142,24 @@ pub fn ratios(ours: &[f64], noise: &[f64]) -> Drawn<String> {
         .collect();
     // Dots are as wide as their bin, or as flat as the tallest stack requires.
     let tallest = panels.iter().flat_map(|(.., dots)| dots).map(|(_, level)| level + 1).max().unwrap_or(1) as f64;
-    let dot = (f64::from(WIDTH - LEFT / 2 - RIGHT) / BINS).min(240.0 / tallest);
+    let dot = (f64::from(of.width - of.left / 2 - of.right) / BINS).min(240.0 / tallest);
     let top = (tallest * dot + 20.0).max(110.0).round();
     let panel = top as u32 + CAPTION;
-    canvas(panel * panels.len() as u32 + AXIS, |area| {
+    canvas(of, panel * panels.len() as u32 + AXIS, |area| {
         let cuts: Vec<_> = (1..panels.len() as i32).map(|i| i * panel as i32).collect();
         let parts = area.split_by_breakpoints::<i32, i32, _, _>(&[], &cuts);
         for (i, ((name, values, ink, dots), part)) in panels.iter().zip(&parts).enumerate() {
             let axis = if i + 1 == panels.len() { AXIS } else { 0 };
             let mut chart = ChartBuilder::on(part)
                 .margin_top(CAPTION)
-                .margin_right(RIGHT)
-                .margin_left(LEFT / 2)
+                .margin_right(of.right)
+                .margin_left(of.left / 2)
                 .x_label_area_size(axis)
                 .build_cartesian_2d(low..high, 0.0..top)?;
             let middle = median(values.iter().copied());
             let [from, to] = [0.25, 0.75].map(|q| quantile(values.iter().copied(), q));
             chart.draw_series([Rectangle::new([(from, 0.0), (to, top)], ink.rgb().mix(0.14).filled())])?;
-            draw_x_axis(&mut chart, 9, &|ratio| format!("{ratio:.digits$}"))?;
+            draw_x_axis(&mut chart, of.labels + 1, &|ratio| format!("{ratio:.digits$}"))?;
             let upright = |x, ink: Ink, width| PathElement::new([(x, 0.0), (x, top)], ink.rgb().stroke_width(width));
             chart.draw_series([upright(1.0, ink::LIMIT, 3), upright(middle, *ink, 4)])?;
             chart.draw_series(dots.iter().map(|(x, level)| {
@@ -153,7 +167,7 @@ pub fn ratios(ours: &[f64], noise: &[f64]) -> Drawn<String> {
                 Circle::new((*x, y), (dot / 2.0 - 1.0).clamp(2.0, 9.0) as i32, ink.rgb().mix(0.85).filled())
             }))?;
             let caption = format!("{name}: median {middle:.3}, {}", pairs(values.len()));
-            part.draw(&Text::new(caption, (LEFT as i32 / 2, 14), letters(ink::TEXT, HPos::Left, VPos::Top)))?;
+            part.draw(&Text::new(caption, (of.left as i32 / 2, 14), letters(ink::TEXT, HPos::Left, VPos::Top)))?;
         }
         Ok(())
     })
@@ -177,8 +191,9 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
-    fn label(&self) -> String {
-        let room = if self.rank.is_empty() { 19 } else { 11 };
+    /// Its name, in at most `room` letters.
+    fn label(&self, room: usize) -> String {
+        let room = room - if self.rank.is_empty() { 0 } else { self.rank.len() + 3 };
         let short: String = self.save.label.chars().filter(|c| !c.is_control()).take(room).collect();
         if self.rank.is_empty() { short } else { format!("{} \u{b7} {short}", self.rank) }
     }
@@ -256,14 +271,14 @@ pub struct Margins {
 }
 
 /// Returns a chart of horizontal lanes over a time axis of `end` seconds; its y grows downwards to `height`.
-pub fn lanes<'a, 'b>(area: &'a Area<'b>, margins: Margins, end: f64, height: f64) -> Drawn<Chart<'a, 'b>> {
+pub fn lanes<'a, 'b>(area: &'a Area<'b>, of: Size, margins: Margins, end: f64, height: f64) -> Drawn<Chart<'a, 'b>> {
     let mut chart = ChartBuilder::on(area)
         .margin_top(margins.top)
         .margin_right(margins.right)
         .x_label_area_size(AXIS)
-        .y_label_area_size(LEFT)
+        .y_label_area_size(of.left)
         .build_cartesian_2d(0.0..end, height..0.0)?;
-    draw_x_axis(&mut chart, 8, &|at| moment(*at, end))?;
+    draw_x_axis(&mut chart, of.labels, &|at| moment(*at, end))?;
     Ok(chart)
 }
 
@@ -282,9 +297,10 @@ fn draw_x_axis(chart: &mut Chart<'_, '_>, labels: usize, format: &dyn Fn(&f64) -
         .draw()
 }
 
-pub fn canvas(height: u32, draw: impl FnOnce(&Area<'_>) -> Drawn<()>) -> Drawn<String> {
+/// Draws an area, and gives the picture the shape of it instead of its size.
+pub fn canvas(of: Size, height: u32, draw: impl FnOnce(&Area<'_>) -> Drawn<()>) -> Drawn<String> {
     let mut svg = String::new();
-    let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
+    let area = SVGBackend::with_string(&mut svg, (of.width, height)).into_drawing_area();
     draw(&area)?;
     area.present()?;
     drop(area);

@@ -145,14 +145,15 @@ fn of_many_rounds_twelve_are_drawn_and_all_are_counted() {
     let report = many(200);
     let page = report.html();
     check(&page);
-    let [phases, bytes, ratios] = charts(&page).try_into().unwrap_or_else(|_| panic!("three charts"));
+    let [phases, _, bytes, _, ratios, _] =
+        charts(&page).try_into().unwrap_or_else(|_| panic!("three charts, each in two sizes"));
     let label = |rank: &str| tags(&phases, "text").filter(|t| t.text().unwrap().contains(rank)).count();
     assert_eq!(["slow \u{b7} ", "middle \u{b7} ", "fast \u{b7} "].map(label), [4, 4, 4]);
     assert_eq!(tags(&phases, "rect").count(), 12 * 4);
     assert_eq!(tags(&ratios, "circle").count(), 400);
     let points = tags(&bytes, "polyline").map(|line| line.attribute("points").unwrap().matches(',').count());
     assert!(points.into_iter().all(|n| n <= 242));
-    assert!(page.len() < 250_000, "{}", page.len());
+    assert!(page.len() < 500_000, "{}", page.len());
     assert!(page.contains("12 of 200 saves"));
     let mut report = report;
     report.saves.iter_mut().for_each(|save| save.label = "w".repeat(300));
@@ -207,4 +208,24 @@ fn numbers_have_three_digits_and_a_unit() {
         [0.0, 0.000_01, 0.0041, 0.974].map(|p| percent(p).replace(NBSP, " ")),
         ["0.00 %", "below 0.01 %", "0.41 %", "97.4 %"]
     );
+}
+
+#[test]
+fn an_undecided_comparison_shows_its_interval_and_no_percentage() {
+    let mut report = many(3);
+    report.ratios = vec![0.8, 1.2, 1.7];
+    report.noise = vec![1.0];
+    let page = report.html().replace(NBSP, " ");
+    assert!(page.contains("undecided</dd>") && page.contains("3 pairs are too few; they were 80 to 170 %"), "{page}");
+    assert!(page.contains("too rarely compared with itself") && !page.contains("the limit \u{f7} the limit"));
+    let decided = many(40).html().replace(NBSP, " ");
+    assert!(decided.contains("% of it") || decided.contains("of it; middle half"), "{decided}");
+}
+
+#[test]
+fn the_headline_has_the_longest_wait_too() {
+    let mut report = many(9);
+    report.saves[4].phases[0].to = 0.0049;
+    let page = report.html().replace(NBSP, " ");
+    assert!(page.contains("The longest of 9 blocked it for 4.90 ms."), "{page}");
 }
