@@ -3,6 +3,7 @@
 //! A frame of the width of a phone stands for its screen: media queries and layout follow the frame's width.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -28,9 +29,16 @@ fn measured(page: &Path, width: u32, dark: bool) -> Option<serde_json::Value> {
     let frame = folder.path().join("frame.html");
     fs::write(&frame, MEASURE.replace("PAGE", "page.html").replace("WIDTH", &width.to_string())).unwrap();
     let program = std::env::var("CHROMIUM").unwrap_or_else(|_| "chromium".into());
-    let scheme = if dark { "--blink-settings=preferredColorScheme=0" } else { "--blink-settings=preferredColorScheme=1" };
+    let scheme =
+        if dark { "--blink-settings=preferredColorScheme=0" } else { "--blink-settings=preferredColorScheme=1" };
     let child = Command::new(program)
-        .args(["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--window-size=1400,1000"])
+        .args([
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--allow-file-access-from-files",
+            "--window-size=1400,1000",
+        ])
         .args([scheme, "--virtual-time-budget=4000", "--dump-dom"])
         .arg(format!("--user-data-dir={}", folder.path().join("profile").display()))
         .arg(&frame)
@@ -38,7 +46,7 @@ fn measured(page: &Path, width: u32, dark: bool) -> Option<serde_json::Value> {
         .stderr(Stdio::null())
         .spawn();
     let Ok(child) = child else {
-        eprintln!("left out: chromium is not installed");
+        writeln!(std::io::stderr(), "left out: chromium is not installed").unwrap();
         return None;
     };
     let output = child.wait_with_output().unwrap();
@@ -80,14 +88,18 @@ fn the_page_of_a_run_fits_a_phone_and_a_screen_in_both_colour_schemes() {
 #[test]
 fn the_page_of_a_benchmark_fits_a_phone_and_a_screen_in_both_colour_schemes() {
     let at = tempfile::tempdir().unwrap();
-    ashore(at.path(), &["bench", "save", "--scale", "0.001", "--rounds", "9", "--arena", "4MiB", "--report", "page.html"]);
+    ashore(
+        at.path(),
+        &["bench", "save", "--scale", "0.001", "--rounds", "9", "--arena", "4MiB", "--report", "page.html"],
+    );
     fits(&at.path().join("page.html"));
 }
 
 #[test]
 fn a_directory_without_a_log_is_an_error_that_says_so() {
     let at = tempfile::tempdir().unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_ashore")).args(["report", "."]).current_dir(at.path()).output().unwrap();
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_ashore")).args(["report", "."]).current_dir(at.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("no log of a run"), "{output:?}");
 }

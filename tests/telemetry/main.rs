@@ -1,6 +1,7 @@
 //! What an executor tells of its saves. A program of its own, because a recorder of metrics is one for the
 //! whole process.
 
+mod costs;
 mod metrics;
 mod run_log;
 mod scrape;

@@ -119,7 +119,7 @@ fn promtool(arguments: &[&str], input: &str) -> Option<(bool, String)> {
         .stderr(Stdio::piped())
         .spawn();
     let Ok(mut child) = child else {
-        eprintln!("left out: promtool is not installed");
+        writeln!(std::io::stderr(), "left out: promtool is not installed").unwrap();
         return None;
     };
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();

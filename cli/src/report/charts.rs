@@ -1,7 +1,7 @@
 //! The charts of a run's page, each drawn twice: wide, and for a phone.
 
 use super::facts::{Facts, end, seconds};
-use super::page;
+use super::words::{power, time};
 use crate::bench::report::charts::{Drawn, Margins, Size, canvas, lanes, letters};
 use crate::bench::report::ink::{self, Ink};
 use ashore::internal::run_log::SaveLine;
@@ -19,7 +19,7 @@ pub fn one_save(save: &SaveLine, interval: f64, size: Size) -> Drawn<String> {
     let fence = (save.fence > 0).then(|| from_to(save.fence_at, save.fence_at + save.fence));
     let call = from_to(0, save.call);
     let staged = if save.staged == 0 { save.ended } else { save.staged };
-    let lanes: [(&str, Vec<((f64, f64), Ink)>); 4] = [
+    let rows: [(&str, Vec<((f64, f64), Ink)>); 4] = [
         (
             "training",
             [((0.0, whole), ink::GRID), (call, ink::CALL)]
@@ -32,11 +32,11 @@ pub fn one_save(save: &SaveLine, interval: f64, size: Size) -> Drawn<String> {
         ("commit", vec![(from_to(save.written, save.ended), ink::COMMIT)]),
     ];
     let next = (interval > 0.0 && interval < whole).then_some(interval);
-    let height = LANE * lanes.len() as f64;
+    let height = LANE * rows.len() as f64;
     let sliver = whole * 5.0 / f64::from(size.width - size.left);
     canvas(size, height as u32 + 70, |area| {
         let mut chart = lanes(area, size, Margins { top: 8, right: size.right }, whole, height)?;
-        for (i, (name, bars)) in lanes.iter().enumerate() {
+        for (i, (name, bars)) in rows.iter().enumerate() {
             let top = LANE * i as f64 + 12.0;
             chart.draw_series(bars.iter().map(|((from, to), ink)| {
                 let to = to.max(from + sliver).min(whole);
@@ -79,8 +79,8 @@ pub fn stalls(facts: &Facts, size: Size) -> Drawn<String> {
             .disable_x_mesh()
             .x_labels(size.labels)
             .y_labels(8)
-            .x_label_formatter(&|at| if *at > 0.0 { page::time(*at) } else { "0".into() })
-            .y_label_formatter(&|stall| page::power(*stall))
+            .x_label_formatter(&|at| if *at > 0.0 { time(*at) } else { "0".into() })
+            .y_label_formatter(&|stall| power(*stall))
             .axis_style(ink::LIMIT.rgb())
             .bold_line_style(ink::GRID.rgb())
             .light_line_style(TRANSPARENT)

@@ -1,5 +1,6 @@
 //! What the logs of a run say: counts, quantiles, what is at risk, and which settings would help.
 
+use super::words::{saves, thousands, time};
 use crate::out::quantile;
 use ashore::internal::run_log::{Ended, Head, Run, SaveLine};
 
@@ -207,7 +208,7 @@ impl Facts {
             let what = format!(
                 "{} waited for the arena, for up to {} ({})",
                 saves(starved.len()),
-                super::page::time(seconds(most)),
+                time(seconds(most)),
                 listed(&starved)
             );
             warn(what, &advice);
@@ -238,26 +239,9 @@ impl Facts {
     }
 }
 
-pub fn saves(count: usize) -> String {
-    if count == 1 { "1 save".to_owned() } else { format!("{} saves", thousands(count as u64)) }
-}
-
 /// The first few steps of a list.
 fn listed(steps: &[u64]) -> String {
     let first: Vec<_> = steps.iter().take(3).map(|step| thousands(*step)).collect();
     let more = if steps.len() > 3 { " and others" } else { "" };
     format!("step {}{more}", first.join(", "))
-}
-
-/// A number with a comma after each third digit.
-pub fn thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }

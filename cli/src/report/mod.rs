@@ -5,6 +5,7 @@ mod facts;
 mod page;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use crate::{Common, out};
 use ashore::internal::run_log::{Run, runs};
