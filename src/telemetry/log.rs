@@ -54,8 +54,8 @@ impl RunLog {
 
     fn write(&mut self, entry: &Entry) {
         if let Err(error) = self.try_write(entry) {
-            // The next line begins another file, because this one may be gone. A file that took half of a line
-            // takes the next one, too.
+            // The next line begins another file, because this one may be gone. A file that took half of a
+            // line takes the next one, too.
             if !self.cut {
                 self.file = None;
             }

@@ -140,7 +140,8 @@ impl Facts {
 
     /// The saves with the longest stalls, longest first.
     pub fn outliers(&self) -> Vec<&SaveLine> {
-        let mut found: Vec<_> = self.begun().filter(|save| seconds(save.stall()) >= self.outlier()).collect();
+        let least = self.outlier();
+        let mut found: Vec<_> = self.begun().filter(|save| seconds(save.stall()) >= least).collect();
         found.sort_by_key(|save| std::cmp::Reverse(save.stall()));
         found
     }

@@ -32,7 +32,7 @@ pub struct Size {
 /// For a screen.
 pub const WIDE: Size = Size { width: 1800, left: 300, right: 150, labels: 8, room: 19 };
 /// For a phone.
-pub const NARROW: Size = Size { width: 700, left: 180, right: 110, labels: 3, room: 11 };
+pub const NARROW: Size = Size { width: 760, left: 180, right: 150, labels: 3, room: 11 };
 
 pub type Drawn<T> = Result<T, DrawingAreaErrorKind<std::io::Error>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
