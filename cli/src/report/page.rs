@@ -86,11 +86,13 @@ impl Page<'_> {
     fn heading(&self) -> Markup {
         let (facts, head) = (self.facts, &self.facts.head);
         let ranks = if head.world == 1 { "1 rank".to_owned() } else { format!("{} ranks", head.world) };
+        // The reason for its choice is among the settings.
+        let device = head.device.split(" (").next().unwrap_or_default();
         let largest = facts.durable().map(|save| save.bytes).max().unwrap_or(0);
         let durable = facts.durable().count();
         html! {
             header {
-                h1 { (self.name) " \u{b7} " (ranks) " \u{b7} " (head.device) " \u{b7} " (date(facts.from)) " to " (date(facts.to)) }
+                h1 { (self.name) " \u{b7} " (ranks) " \u{b7} " (device) " \u{b7} " (date(facts.from)) " to " (date(facts.to)) }
                 p.lead { (self.verdict()) }
                 p.quiet {
                     (capital(&saves(facts.saves.len()))) " of " (size::shown(largest)) ", "
