@@ -1,6 +1,6 @@
 //! Metrics for Prometheus: install a recorder, build the executor, save; then print what a scrape gets.
 //!
-//! `cargo run --example 08_metrics --features metrics`
+//! `cargo run --example 09_metrics --features metrics`
 
 use ashore::{CheckpointExecutor, StateDict};
 use metrics_exporter_prometheus::PrometheusBuilder;
