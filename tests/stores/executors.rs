@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 fn executor(store: &Arc<Faulty>, keep: usize) -> CheckpointExecutor {
-    let builder = CheckpointExecutor::builder("unused").arena(8 << 20).chunk(1 << 20).storage(over(store));
+    let builder = CheckpointExecutor::builder("unused").arena(20 << 20).chunk(1 << 20).writers(1).storage(over(store));
     if keep > 0 { builder.keep_last(keep) } else { builder }.build().unwrap()
 }
 
