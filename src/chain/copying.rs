@@ -33,15 +33,16 @@ pub(super) fn commit(
     }
 }
 
-/// Copies every file of `from` to `to`.
+/// Copies every file of `from` to `to`, and returns their length: it is short when files went away meanwhile.
 ///
 /// # Errors
 /// Those of both storages, with the name of the file.
-pub(super) fn copy(from: &dyn Reading, to: &dyn Writing) -> Result<()> {
-    let mut piece = aligned(PIECE as u64)?;
+pub(super) fn copy(from: &dyn Reading, to: &dyn Writing) -> Result<u64> {
+    let (mut piece, mut copied) = (aligned(PIECE as u64)?, 0);
     for name in from.list()? {
         let file = from.open(&name)?;
         let length = file.len();
+        copied += length;
         if length <= PIECE as u64 {
             let mut bytes = aligned(length)?;
             file.read_at(0, &mut bytes)?;
@@ -60,5 +61,5 @@ pub(super) fn copy(from: &dyn Reading, to: &dyn Writing) -> Result<()> {
         }
         made.seal()?;
     }
-    Ok(())
+    Ok(copied)
 }

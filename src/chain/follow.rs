@@ -440,7 +440,12 @@ fn keep(from: &Arc<dyn Storage>, to: &Arc<dyn Storage>, item: &Item) -> Result<(
     }
     let reading = from.open(&item.name)?;
     // An attempt of its own: an earlier process may have died while it copied this one.
-    commit(to.as_ref(), &item.name, Attempt::new(), |to| copy(reading.as_ref(), to))?.settle()
+    let whole = |copied: u64| {
+        let gone = || Error::new(ErrorKind::NotFound, "a version was removed while it was copied");
+        if copied == item.bytes { Ok(()) } else { Err(gone()) }
+    };
+    let made = commit(to.as_ref(), &item.name, Attempt::new(), |to| copy(reading.as_ref(), to).and_then(whole));
+    made?.settle()
 }
 
 /// Whether a version went away while it was read.

@@ -134,7 +134,7 @@ impl Shared {
         let files = held.files.clone().ok_or_else(|| Error::internal("a full is written from staged files"))?;
         let from = Memory::over(name, files);
         let reading = from.open(name)?;
-        commit(self.storage.as_ref(), name, attempt, |to| copy(reading.as_ref(), to))
+        commit(self.storage.as_ref(), name, attempt, |to| copy(reading.as_ref(), to).map(drop))
     }
 
     /// What follows an acknowledged version: a full beside the newest delta where the deltas have become
