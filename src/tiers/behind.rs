@@ -1,7 +1,7 @@
 //! The tiers behind the root of an executor: their take-over, and the end of their threads.
 
-use super::chain::{Chain, Found, Looked, Note};
 use super::line::{Line, Mode, Ours, Standing, State};
+use super::lineage::{Found, Lineage, Looked, Note};
 use super::{Root, Tier, TierReport, open};
 use crate::catalog::{Catalog, Entry, Hold};
 use crate::completion::{Signal, deadline_after};
@@ -29,7 +29,7 @@ pub(crate) struct Behind {
     /// Of the session in the root.
     generation: u64,
     pub(super) root: Arc<dyn Storage>,
-    /// Where the chains are noted; None: the root is seen by no other process.
+    /// Where the lineages are noted; None: the root is seen by no other process.
     shared: Option<Arc<dyn Shared>>,
     note: Mutex<Note>,
     pub(super) lines: Vec<Arc<Line>>,
@@ -60,9 +60,9 @@ impl Behind {
                 Root::At(path) => path.into(),
                 Root::Over(storage) => storage.describe(""),
             };
-            let chain = note.tiers.get(&*name).cloned().unwrap_or_default().pending(id);
+            let lineage = note.tiers.get(&*name).cloned().unwrap_or_default().pending(id);
             let (retention, unpromoted) = (tier.retention, tier.unpromoted);
-            let state = Mutex::new(State { chain, ..State::default() });
+            let state = Mutex::new(State { lineage, ..State::default() });
             lines.push(Arc::new(Line { name, place, tier, retention, unpromoted, state, moved: Signal::default() }));
         }
         let (generation, recorded) = match session {
@@ -124,7 +124,7 @@ impl Behind {
             None => self.record(line, &look)?,
         };
         lock(&line.state).recorded = Some(recorded.clone());
-        let (generation, (chain, goes_on)) = recorded;
+        let (generation, (lineage, goes_on)) = recorded;
         let shared = look.shared;
         if let Some(shared) = &shared {
             shared.take_over(generation)?;
@@ -132,7 +132,7 @@ impl Behind {
         let catalog = Catalog::over(storage.clone());
         let ours = Arc::new(Ours { storage, catalog, shared, generation });
         let mut state = lock(&line.state);
-        state.chain = chain;
+        state.lineage = lineage;
         if !goes_on && !start {
             state.standing = Standing::Lost;
             drop(state);
@@ -143,16 +143,16 @@ impl Behind {
         Ok(ours)
     }
 
-    /// Records the session in a tier, after a note of what its chain will be. Returns the generation, the
-    /// chain, and whether that goes on from the one before.
-    fn record(&self, line: &Line, look: &Looked) -> Result<(u64, (Chain, bool))> {
-        let others: Vec<Chain> = {
+    /// Records the session in a tier, after a note of what its lineage will be. Returns the generation, the
+    /// lineage, and whether that goes on from the one before.
+    fn record(&self, line: &Line, look: &Looked) -> Result<(u64, (Lineage, bool))> {
+        let others: Vec<Lineage> = {
             let note = lock(&self.note);
-            note.tiers.iter().filter(|(name, _)| **name != *line.name).map(|(_, chain)| chain.clone()).collect()
+            note.tiers.iter().filter(|(name, _)| **name != *line.name).map(|(_, lineage)| lineage.clone()).collect()
         };
-        let before = lock(&line.state).chain.clone();
+        let before = lock(&line.state).lineage.clone();
         let after = before.after(look, self.session, others.iter());
-        lock(&line.state).chain = before.before(&after, look, self.session);
+        lock(&line.state).lineage = before.before(&after, look, self.session);
         self.write_note();
         let generation = look.record(self.session)?;
         if generation == look.next {
@@ -175,12 +175,12 @@ impl Behind {
         }
     }
 
-    /// Notes the chains beside the session in the root. Best effort: see [`Note`].
+    /// Notes the lineages beside the session in the root. Best effort: see [`Note`].
     pub fn write_note(&self) {
         let note = {
             let mut note = lock(&self.note);
             for line in &self.lines {
-                note.tiers.insert(line.name.to_string(), lock(&line.state).chain.clone());
+                note.tiers.insert(line.name.to_string(), lock(&line.state).lineage.clone());
             }
             note.clone()
         };
@@ -311,7 +311,7 @@ impl Hold for Behind {
             let unknown = matches!(state.standing, Standing::Away);
             let lacks = |entry: &&Entry| {
                 state.lacks.get(&entry.step) == Some(&entry.attempt)
-                    || unknown && !state.chain.had.contains(&entry.attempt)
+                    || unknown && !state.lineage.had.contains(&entry.attempt)
             };
             held.extend(entries.iter().filter(lacks).map(|entry| entry.step));
         }

@@ -30,7 +30,8 @@ impl Behind {
     /// The newest step that counts in any tier, from the nearest tier whose copy can be opened.
     ///
     /// # Errors
-    /// Errors of the first tier, and of the others if no step is found; the damage of a step of which no copy
+    /// Errors of the first tier, and of the others if no step is found; the damage of a step of which no
+    /// copy
     /// is left is skipped, as [`Catalog::latest`] does.
     pub fn latest(&self, first: &Catalog) -> Result<Option<Checkpoint>> {
         let ((steps, away), bad) = (self.steps(first)?, self.bad(first));
@@ -155,10 +156,11 @@ impl Behind {
     /// The attempt that counts, if any copy can be opened.
     ///
     /// # Errors
-    /// `Conflict` for a step that the first tier alone has, and that is not of this session's chain: the job
+    /// `Conflict` for a step that the first tier alone has, and that is not of this session's lineage: the
+    /// job
     /// went on elsewhere.
     fn counts(&self, step: u64, copies: &[Copy<'_>]) -> Result<Option<Attempt>> {
-        let chained = |line: &Line, found: &Checkpoint| line.state().chain.allows(found.manifest().session);
+        let descends = |line: &Line, found: &Checkpoint| line.state().lineage.allows(found.manifest().session);
         let mut near = None;
         let mut counts = None;
         for copy in copies {
@@ -166,7 +168,7 @@ impl Behind {
             match &copy.tier {
                 None => near = Some(found),
                 Some((line, _)) => {
-                    let own = near.is_some_and(|near| chained(line, near)) && chained(line, found);
+                    let own = near.is_some_and(|near| descends(line, near)) && descends(line, found);
                     if !own {
                         counts = Some(found.attempt());
                     }
@@ -184,7 +186,7 @@ impl Behind {
             let absent = matches!(&copy.opened, Err(error) if error.kind() == ErrorKind::NotFound);
             copy.tier.is_none() || absent
         });
-        let foreign = self.reached().find(|(line, _)| !chained(line, near));
+        let foreign = self.reached().find(|(line, _)| !descends(line, near));
         if let (true, Some((line, _))) = (alone, foreign) {
             let why = "the job went on elsewhere since this step was saved, and its tier does not have it";
             let error = Error::new(ErrorKind::Conflict, format!("{why} tier={:?}", line.name));

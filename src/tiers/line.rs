@@ -3,8 +3,8 @@
 //! **Locks.** The state is locked for a few instructions, never during a call of a storage; completions are
 //! set after the lock is released.
 
-use super::chain::Chain;
 use super::copy::check_newest;
+use super::lineage::Lineage;
 use super::{Tier, TierReport, TierState};
 use crate::catalog::{Catalog, Retention};
 use crate::completion::Signal;
@@ -37,9 +37,9 @@ pub(super) struct Line {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub standing: Standing,
-    /// The generation of the session in the tier, and its chain, once it is recorded there.
-    pub recorded: Option<(u64, (Chain, bool))>,
-    pub chain: Chain,
+    /// The generation of the session in the tier, and its lineage, once it is recorded there.
+    pub recorded: Option<(u64, (Lineage, bool))>,
+    pub lineage: Lineage,
     /// Saves of this process that wait to be told, by attempt, with their step.
     pub waiting: HashMap<Attempt, (u64, Promotion)>,
     /// Steps of the root that the tier wants and does not have; a set that the last look found, and what was
@@ -142,7 +142,7 @@ impl Line {
         if state.lacks.get(&promoted.step) == Some(&promoted.attempt) {
             state.lacks.remove(&promoted.step);
         }
-        state.chain.had.insert(promoted.attempt);
+        state.lineage.had.insert(promoted.attempt);
         state.done.insert(promoted.attempt, promoted.clone());
         state.forks.remove(&promoted.step);
         let waiting = state.waiting.remove(&promoted.attempt);

@@ -4,21 +4,22 @@
 //! when [`Save::durable_in`](crate::Save::durable_in) says so: two futures, never one answer for both. A
 //! promotion thread for each tier copies durable steps, newest first, as the same attempts.
 //! **Completion.** A promotion is told after the tier's own publish is durable.
-//! **Crash.** What is promoted is not recorded: the next session compares the steps of the root with those of
+//! **Crash.** What is promoted is not recorded: the next session compares the steps of the root with
+//! those of
 //! the tier.
 //! **Cancellation.** A shutdown waits for promotions until its deadline and names the steps that a tier does
 //! not have.
 
 mod behind;
-mod chain;
 mod copies;
 mod copy;
 mod line;
+mod lineage;
 mod promote;
 
 pub(crate) use behind::Behind;
-pub(crate) use chain::Note;
 pub use copy::{Copied, copy};
+pub(crate) use lineage::Note;
 
 use crate::catalog::Retention;
 use crate::error::{Error, Result};
@@ -75,7 +76,8 @@ impl Tier {
         Self { name, root, retention: Retention::default(), unpromoted: Unpromoted::Warn }
     }
 
-    /// Sets its name, which futures, reports and errors use. The chain of sessions is noted under it: a tier
+    /// Sets its name, which futures, reports and errors use. The lineage of sessions is noted under it: a
+    /// tier
     /// that gets another name is a new one.
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
@@ -153,7 +155,7 @@ pub struct TierReport {
     pub newest: Option<u64>,
     /// Steps of the first tier that it wants and does not have, oldest first.
     pub lacks: Vec<u64>,
-    /// Steps of which the tier has another attempt, by a session that is not in this one's chain, oldest
+    /// Steps of which the tier has another attempt, by a session that is not in this one's lineage, oldest
     /// first. The tier's count.
     pub forks: Vec<u64>,
     /// Why the last promotion failed, if nothing was promoted since.

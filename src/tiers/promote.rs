@@ -248,7 +248,7 @@ impl Promoter<'_> {
         let mut unwanted = Vec::new();
         let mut state = self.line.state();
         let attempts: HashSet<Attempt> = local.values().map(|written| written.attempt).collect();
-        state.chain.had.retain(|attempt| attempts.contains(attempt));
+        state.lineage.had.retain(|attempt| attempts.contains(attempt));
         state.done.retain(|attempt, _| attempts.contains(attempt));
         for (&step, written) in local {
             let there = self.there.get(&step_name(step));
@@ -256,14 +256,15 @@ impl Promoter<'_> {
                 found.push((step, written.attempt));
                 continue;
             }
-            // Another attempt of the chain is an overwrite of this job's own.
-            if there.is_some_and(|there| !state.chain.allows(there.session) || !state.chain.allows(written.session)) {
+            // Another attempt of the lineage is an overwrite of this job's own.
+            if there.is_some_and(|there| !state.lineage.allows(there.session) || !state.lineage.allows(written.session))
+            {
                 forks.insert(step);
                 continue;
             }
-            if state.chain.had.contains(&written.attempt)
+            if state.lineage.had.contains(&written.attempt)
                 || self.refused.contains_key(&written.attempt)
-                || !state.chain.allows(written.session)
+                || !state.lineage.allows(written.session)
             {
                 continue;
             }
@@ -307,8 +308,8 @@ impl Promoter<'_> {
             Some(shared) => Owner::Session { shared: shared.as_ref(), generation: ours.generation },
             None => Owner::Caller,
         };
-        let chain = self.line.state().chain.clone();
-        let replaces = |there: &Checkpoint| chain.allows(there.manifest().session);
+        let lineage = self.line.state().lineage.clone();
+        let replaces = |there: &Checkpoint| lineage.allows(there.manifest().session);
         let into = Into { to: &ours.storage, owner, replaces: &replaces };
         let copied = into.copy(&from, &|_| self.go_on(step)).inspect_err(|_| drop(self.line.check(ours)))?;
         self.there.insert(from.name().to_owned(), written);

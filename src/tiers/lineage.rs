@@ -1,9 +1,9 @@
-//! Take-overs of a tier, and the chain of sessions whose steps a session may promote.
+//! Take-overs of a tier, and the lineage of sessions whose steps a session may promote.
 //!
 //! **Protocol.** A session is recorded in a tier as the newest before anything in it is listed. What the
 //! tier's newest session was before decides which steps of the root may be promoted: those of a node that
-//! comes back late are of a session that is not in the chain. **Crash.** The chain is a note beside the
-//! session in the root; where it is lost, the chain begins anew with the session that the take-over found.
+//! comes back late are of a session that is not in the lineage. **Crash.** The lineage is a note beside the
+//! session in the root; where it is lost, the lineage begins anew with the session that the take-over found.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
@@ -24,7 +24,7 @@ const MAX_NOTE: u64 = 16 << 20;
 /// How many sessions without a note are passed over.
 const MOST_UNNOTED: usize = 100;
 
-/// How many sessions of a chain are noted: the steps of older ones are long promoted or deleted.
+/// How many sessions of a lineage are noted: the steps of older ones are long promoted or deleted.
 const MOST: usize = 1000;
 
 /// The newest session of a storage.
@@ -77,7 +77,7 @@ impl Looked {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Note {
-    pub(super) tiers: BTreeMap<String, Chain>,
+    pub(super) tiers: BTreeMap<String, Lineage>,
 }
 
 impl Note {
@@ -122,7 +122,7 @@ impl Note {
 /// The sessions whose steps may be promoted to one tier.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(super) struct Chain {
+pub(super) struct Lineage {
     /// Steps that name no session: those of before the root had tiers.
     unmarked: bool,
     /// Sessions of this root of which each was the newest of the tier when the next one took it over.
@@ -135,8 +135,8 @@ pub(super) struct Chain {
     pub had: HashSet<Attempt>,
 }
 
-/// The chain that a take-over makes, noted before it: if the tier knows the session under this generation, it
-/// was made.
+/// The lineage that a take-over makes, noted before it: if the tier knows the session under this
+/// generation, it was made.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Next {
     generation: u64,
@@ -146,15 +146,16 @@ struct Next {
     goes_on: bool,
 }
 
-impl Chain {
-    /// The chain before the session has reached the tier.
+impl Lineage {
+    /// The lineage before the session has reached the tier.
     pub fn pending(mut self, session: Uuid) -> Self {
         self.pending.push(session);
         self
     }
 
-    /// The chain, with what a take-over made of it that died before it could note that. False if that was of
-    /// `session` itself, and did not go on from the chain of before.
+    /// The lineage, with what a take-over made of it that died before it could note that. False if that
+    /// was of
+    /// `session` itself, and did not go on from the lineage of before.
     fn settled(mut self, looked: &Looked, session: Uuid) -> (Self, bool) {
         let Some(next) = self.next.take() else { return (self, true) };
         if (next.generation + 1, Found::Session(next.session)) != (looked.next, looked.found) {
@@ -166,8 +167,9 @@ impl Chain {
         (self, next.session != session || next.goes_on)
     }
 
-    /// The chain of `session` if it takes the tier over now, and whether it goes on from the chain of before.
-    /// `others` are the chains to other tiers, which count for a tier that is new.
+    /// The lineage of `session` if it takes the tier over now, and whether it goes on from the lineage of
+    /// before.
+    /// `others` are the lineages to other tiers, which count for a tier that is new.
     pub fn after<'a>(&self, looked: &Looked, session: Uuid, others: impl Iterator<Item = &'a Self>) -> (Self, bool) {
         let (Self { unmarked, mut sessions, mut pending, had, .. }, settled) = self.clone().settled(looked, session);
         pending.retain(|other| *other != session);
@@ -175,7 +177,7 @@ impl Chain {
         match looked.found {
             Found::Nothing => {
                 sessions.append(&mut pending);
-                sessions.splice(0..0, others.flat_map(|chain| chain.sessions.iter().copied()));
+                sessions.splice(0..0, others.flat_map(|lineage| lineage.sessions.iter().copied()));
                 // What an earlier tier of this name had is not in this one.
                 (unmarked, had) = (true, HashSet::new());
             }
@@ -190,7 +192,7 @@ impl Chain {
         (Self { unmarked, sessions, pending: Vec::new(), next: None, had }.short(), goes_on)
     }
 
-    /// This chain, with the one that a take-over is about to make of it.
+    /// This lineage, with the one that a take-over is about to make of it.
     pub fn before(&self, after: &(Self, bool), looked: &Looked, session: Uuid) -> Self {
         let (Self { unmarked, sessions, .. }, goes_on) = after;
         let next = Next {
@@ -201,9 +203,9 @@ impl Chain {
             goes_on: *goes_on,
         };
         // An older one stays if it was made.
-        let (mut chain, _) = self.clone().settled(looked, session);
-        chain.next = Some(next);
-        chain
+        let (mut lineage, _) = self.clone().settled(looked, session);
+        lineage.next = Some(next);
+        lineage
     }
 
     fn short(mut self) -> Self {
@@ -228,7 +230,7 @@ mod tests {
         std::array::from_fn(|_| Uuid::new_v4())
     }
 
-    fn none<'a>() -> impl Iterator<Item = &'a Chain> {
+    fn none<'a>() -> impl Iterator<Item = &'a Lineage> {
         std::iter::empty()
     }
 
@@ -236,33 +238,33 @@ mod tests {
         Looked { shared: None, found, next }
     }
 
-    fn first(session: Uuid) -> Chain {
-        Chain::default().pending(session).after(&looked(Found::Nothing, 1), session, none()).0
+    fn first(session: Uuid) -> Lineage {
+        Lineage::default().pending(session).after(&looked(Found::Nothing, 1), session, none()).0
     }
 
     #[test]
     fn a_session_goes_on_from_the_newest_one_of_its_own_root_and_from_no_other() {
         let [one, two, three, other] = ids();
-        let chain = first(one);
-        assert!(chain.allows(None) && chain.allows(Some(one)) && !chain.allows(Some(other)));
-        let (own, goes_on) = chain.clone().pending(two).after(&looked(Found::Session(one), 2), two, none());
+        let lineage = first(one);
+        assert!(lineage.allows(None) && lineage.allows(Some(one)) && !lineage.allows(Some(other)));
+        let (own, goes_on) = lineage.clone().pending(two).after(&looked(Found::Session(one), 2), two, none());
         assert!(goes_on && own.allows(Some(one)) && own.allows(None));
         // Another node took the tier over in between: what this root wrote before is a fork.
-        let (late, goes_on) = chain.clone().pending(two).after(&looked(Found::Session(other), 3), two, none());
+        let (late, goes_on) = lineage.clone().pending(two).after(&looked(Found::Session(other), 3), two, none());
         assert!(!goes_on && !late.allows(Some(one)) && !late.allows(None) && late.allows(Some(two)));
         let (late, _) = late.pending(three).after(&looked(Found::Session(two), 4), three, none());
         assert!(!late.allows(Some(one)) && late.allows(Some(two)));
-        let (unknown, goes_on) = chain.after(&looked(Found::Unknown, 3), two, none());
+        let (unknown, goes_on) = lineage.after(&looked(Found::Unknown, 3), two, none());
         assert!(!goes_on && !unknown.allows(Some(one)) && unknown.allows(Some(two)));
     }
 
     #[test]
     fn sessions_that_did_not_reach_the_tier_are_in_the_chain_of_the_next_one() {
         let [one, away, back, other] = ids();
-        let chain = first(one).pending(away).pending(back);
-        let (reached, goes_on) = chain.after(&looked(Found::Session(one), 2), back, none());
+        let lineage = first(one).pending(away).pending(back);
+        let (reached, goes_on) = lineage.after(&looked(Found::Session(one), 2), back, none());
         assert!(goes_on && reached.allows(Some(away)) && reached.allows(Some(one)));
-        let (fork, goes_on) = chain.after(&looked(Found::Session(other), 3), back, none());
+        let (fork, goes_on) = lineage.after(&looked(Found::Session(other), 3), back, none());
         assert!(!goes_on && !fork.allows(Some(away)) && !fork.allows(Some(one)));
     }
 
@@ -289,7 +291,7 @@ mod tests {
     fn a_new_tier_gets_the_steps_of_the_chains_to_other_tiers() {
         let [one, two] = ids();
         let old = first(one);
-        let (new, _) = Chain::default().after(&looked(Found::Nothing, 1), two, [&old].into_iter());
+        let (new, _) = Lineage::default().after(&looked(Found::Nothing, 1), two, [&old].into_iter());
         assert!(new.allows(Some(one)) && new.allows(Some(two)));
     }
 
