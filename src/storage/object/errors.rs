@@ -89,7 +89,9 @@ pub(super) fn meaning(answer: &Answer) -> Meaning {
     }
     match answer {
         Answer::NotFound { .. } => Meaning::last(NotFound, "no such object"),
-        Answer::AlreadyExists { .. } | Answer::Precondition { .. } | Answer::NotModified { .. } => {
+        // What has no condition is refused so while another request changes the same object.
+        Answer::AlreadyExists { .. } => Meaning::passing(Unavailable, "another request was in the way of this one"),
+        Answer::Precondition { .. } | Answer::NotModified { .. } => {
             Meaning::last(Conflict, "the store refused the condition")
         }
         Answer::PermissionDenied { .. } => FORBIDDEN,
@@ -204,6 +206,11 @@ mod tests {
                 Answer::NotFound { path: "k".into(), source: status(404, "NoSuchKey").into() },
                 ErrorKind::NotFound,
                 false,
+            ),
+            (
+                Answer::AlreadyExists { path: "k".into(), source: status(409, "OperationAborted").into() },
+                ErrorKind::Unavailable,
+                true,
             ),
             (
                 Answer::NotFound { path: "k".into(), source: status(404, "NoSuchBucket").into() },
