@@ -366,6 +366,11 @@ stores minutes="5" *arguments:
 mounts:
     .ci/strict unshare --mount --propagation private cargo test --test mounts -- --nocapture --test-threads 1
 
+# Loads the pages of the program in a browser, and has Prometheus' own tool check metrics, dashboard and alerts.
+pages:
+    .ci/strict cargo test -p ashore-cli --test pages -- --ignored
+    ASHORE_PROMTOOL="{{ tools }}/prometheus/usr/bin/promtool" .ci/strict cargo test --test telemetry metrics:: -- --ignored
+
 # Takes the power from real file systems at recorded moments, of one process and of three ranks. Needs root and loop devices.
 power states="300": rank-programs
     unshare --mount --propagation private checks/power/power.py target/debug/examples/rank --states {{ states }}
@@ -414,7 +419,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse soak ranks stores mounts power package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples pages capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse soak ranks stores mounts power package")
 
 # Runs the checks that take too long for every change.
 nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 abuse:3600 soak:100000 power:10000 power-controls")
