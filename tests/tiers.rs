@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-#[path = "../examples/08_tiers.rs"]
+#[path = "../examples/10_tiers.rs"]
 #[allow(dead_code)]
 mod example;
 #[path = "tiers/kills.rs"]

@@ -1,7 +1,7 @@
 //! A training loop with a fast local tier and a shared tier behind it: a machine that dies loses only what
 //! was not promoted yet.
 //!
-//! Run `cargo run --example 08_tiers -- runs/fast runs/shared`, delete `runs/fast` as the loss of the machine
+//! Run `cargo run --example 10_tiers -- runs/fast runs/shared`, delete `runs/fast` as the loss of the machine
 //! would, and run it again: it goes on from the newest step in the shared tier.
 
 use ashore::tiers::Tier;
