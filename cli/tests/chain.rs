@@ -30,7 +30,8 @@ fn state(weights: &[f32]) -> StateDict<'static> {
 /// A chain of as many versions, and the last weights.
 fn chain(root: &Path, versions: usize) -> Vec<f32> {
     let publisher = Publisher::open(root).unwrap().arena(4 << 20).build().unwrap();
-    let mut weights = vec![1.0; 4000];
+    // Large enough that the deltas stay below half of a full.
+    let mut weights = vec![1.0; 400_000];
     for version in 0..versions {
         weights[version] += 0.5;
         publisher.publish(state(&weights)).unwrap().wait(MINUTE).unwrap();

@@ -89,6 +89,8 @@ fn a_follower_takes_the_way_that_reads_the_fewest_bytes() {
             near.advance(MINUTE).unwrap();
         }
     }
+    // Waits for the thread that tidies, which may not have written the full yet.
+    drop(publisher);
     let update = near.next(MINUTE).unwrap().unwrap();
     assert!(!update.is_full() && update.version() == 8, "{update:?}");
     // Seven deltas of a tenth and more are longer than a full and the deltas after it.

@@ -126,7 +126,7 @@ fn killed_publishers_and_followers_never_show_anything_but_published_versions() 
         || lines(&dir.join("ends")).last().and_then(|line| line.split(' ').next()?.parse().ok()).unwrap_or(0_u64);
     while newest() < versions() {
         assert!(Instant::now() < deadline, "stuck at {}: {:?}", newest(), lines(&dir.join("stderr")));
-        std::thread::sleep(Duration::from_millis(20 + next() % 600));
+        std::thread::sleep(Duration::from_millis(10 + next() % 100));
         let one = next() as usize % 3;
         let ended = children[one].try_wait().unwrap();
         assert!(ended.is_none_or(|status| one == 0 && status.success()), "{one}: {:?}", lines(&dir.join("stderr")));

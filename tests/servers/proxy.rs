@@ -1,6 +1,6 @@
-//! A proxy of HTTP/1.1 between a client and a store, which makes faults. Which request meets which fault follows
-//! from a rule or a seed; the number of faults is bounded. It judges the checksums of parts, which the servers
-//! of the tests take unseen.
+//! A proxy of HTTP/1.1 between a client and a store, which makes faults. Which request meets which fault
+//! follows from a rule or a seed; the number of faults is bounded. It judges the checksums of parts, which
+//! the servers of the tests take unseen.
 
 use super::http::{self, Message};
 use rustix::net::sockopt::set_socket_linger;

@@ -2,6 +2,7 @@
 #![cfg(not(any(loom, miri)))]
 
 #[path = "../all/ranks/board.rs"]
+#[expect(dead_code, reason = "the ranks here lose no message")]
 mod board;
 mod conformance;
 mod executors;

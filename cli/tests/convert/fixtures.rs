@@ -134,7 +134,7 @@ pub fn files(path: &Path) -> BTreeMap<String, Vec<u8>> {
 
 pub fn hidden(path: &Path) -> Vec<String> {
     let names = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    names.filter(|name| name.starts_with('.') && name != ".ranks").collect()
+    names.filter(|name| name.starts_with('.') && name != ".ranks" && name != ".runs").collect()
 }
 
 /// Compares every tensor, as this library reads it.

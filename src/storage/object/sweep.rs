@@ -86,8 +86,8 @@ struct Found {
 /// Sweeps the root: see [`Storage::sweep`](crate::storage::Storage::sweep).
 pub(super) fn sweep(inner: &Arc<Inner>, how: Sweep) -> Result<Swept> {
     let client = &inner.client;
-    // In this order: what this process has dropped by now is named by the root that is read next, or never. And
-    // what is listed and not named was never named since the take-over.
+    // In this order: what this process has dropped by now is named by the root that is read next, or never.
+    // And what is listed and not named was never named since the take-over.
     let begun: Vec<(Begun, bool)> =
         inner.live.all().into_iter().map(|begun| (begun.clone(), begun.is_alive())).collect();
     let Some(root) = inner.root.read()? else { return Ok(Swept::default()) };
