@@ -97,14 +97,16 @@ impl Encoded {
     }
 }
 
+/// A patch, with the positions that it changes; None until a thread has made it.
+type Made = Mutex<Option<(Patch, Vec<u64>)>>;
+
 /// The delta from `base` to `new`, which has the same names, dtypes and shapes, with the values and metadata
 /// of `step`. Every patch is checked as a follower would, against the digest that the save computed.
 ///
 /// # Errors
 /// `Internal` when a patch would not give `new`: nothing must be published then.
 pub(super) fn encode(base: &Held, new: &Held, step: &Checkpoint, form: Form) -> Result<Encoded> {
-    let patches: Vec<Mutex<Option<(Patch, Vec<u64>)>>> =
-        new.inventory.tensors.iter().map(|_| Mutex::new(None)).collect();
+    let patches: Vec<Made> = new.inventory.tensors.iter().map(|_| Mutex::new(None)).collect();
     in_parallel(patches.len(), |number| {
         let (old, tensor) = (&base.inventory.tensors[number], &new.inventory.tensors[number]);
         // A digest of 64 bits stands for the bytes, as it does on disk.

@@ -123,9 +123,12 @@ impl Chain {
     }
 }
 
+/// The identity of a directory, and what was read of it.
+type Known = (Option<(u64, u64)>, Option<Item>);
+
 /// What was read of directories, which never change under a name while they have the same identity.
 #[derive(Debug, Default)]
-pub(super) struct Cache(HashMap<String, (Option<(u64, u64)>, Option<Item>)>);
+pub(super) struct Cache(HashMap<String, Known>);
 
 /// The versions of a chain at one moment.
 #[derive(Clone, Debug, Default)]

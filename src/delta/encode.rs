@@ -24,7 +24,7 @@ pub fn encode(old: &[u8], new: &[u8], numbers: Numbers, form: Form) -> Result<Op
     let patch = match form {
         Form::Packed | Form::Zstd => by_width!(numbers.width, packed(old, new, numbers.float, form == Form::Zstd)),
         Form::Indices if numbers.whole => by_width!(numbers.width, indexed(old, new)),
-        Form::Indices => (old != new).then(|| Tried::TooLong),
+        Form::Indices => (old != new).then_some(Tried::TooLong),
     };
     Ok(patch.map(|tried| match tried {
         Tried::Patch(patch) if patch.bytes() <= new.len() / 2 => patch,

@@ -53,7 +53,7 @@ pub struct Manifest {
     pub state: Digest,
     /// The form of its columns.
     pub form: Form,
-    /// The length of [`FILE`].
+    /// The length of the file with the columns.
     pub bytes: u64,
     /// The metadata of the program.
     #[serde(deserialize_with = "unique::values")]

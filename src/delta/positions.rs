@@ -32,7 +32,7 @@ impl<'a> Positions<'a> {
     /// # Errors
     /// `Corrupt` when the bitmap has another length, or marks elements that do not exist.
     pub fn bitmap(bitmap: &'a [u8], elements: usize) -> Result<Self> {
-        let beyond = bitmap.last().is_some_and(|last| elements % 8 != 0 && last >> (elements % 8) != 0);
+        let beyond = bitmap.last().is_some_and(|last| !elements.is_multiple_of(8) && last >> (elements % 8) != 0);
         if bitmap.len() != elements.div_ceil(8) || beyond {
             let what = "a bitmap does not fit its tensor";
             return Err(Error::corrupt(format!("{what} elements={elements} bytes={}", bitmap.len())));

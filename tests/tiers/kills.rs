@@ -52,6 +52,6 @@ fn train(folder: &std::path::Path) {
     let mut step = executor.latest().unwrap().map_or(0, |newest| newest.step());
     loop {
         step += 1;
-        let _ = save(&executor, step);
+        drop(save(&executor, step));
     }
 }

@@ -51,7 +51,7 @@ fn train(folder: &Path) {
     });
     let _hook = hook.install().unwrap();
     for step in 1..=STEPS {
-        let _ = save(&executor, step);
+        drop(save(&executor, step));
     }
     println!("\nsaved");
     std::thread::sleep(LONG);

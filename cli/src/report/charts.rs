@@ -11,6 +11,9 @@ use plotters::style::text_anchor::{HPos, VPos};
 /// The most marks of a chart: beyond that, columns of pixels have a least and a greatest one.
 const MARKS: usize = 1800;
 
+/// From when to when, and in which ink.
+type Bar = ((f64, f64), Ink);
+
 /// Draws one save beside training: what waits, copies, writes and commits, over time.
 pub fn one_save(save: &SaveLine, interval: f64, size: Size) -> Drawn<String> {
     const LANE: f64 = 64.0;
@@ -19,7 +22,7 @@ pub fn one_save(save: &SaveLine, interval: f64, size: Size) -> Drawn<String> {
     let fence = (save.fence > 0).then(|| from_to(save.fence_at, save.fence_at + save.fence));
     let call = from_to(0, save.call);
     let staged = if save.staged == 0 { save.ended } else { save.staged };
-    let rows: [(&str, Vec<((f64, f64), Ink)>); 4] = [
+    let rows: [(&str, Vec<Bar>); 4] = [
         (
             "training",
             [((0.0, whole), ink::GRID), (call, ink::CALL)]

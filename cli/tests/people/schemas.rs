@@ -61,7 +61,7 @@ fn wrong(root: &Value, schema: &Value, value: &Value, at: &str) -> Option<String
             .enumerate()
             .find_map(|(i, item)| wrong(root, &schema["items"], item, &format!("{at}[{i}]")));
     }
-    let Some(fields) = value.as_object() else { return None };
+    let fields = value.as_object()?;
     let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
     if let Some(missing) = required.into_iter().find(|name| !fields.contains_key(*name)) {
         return Some(format!("{at}: {missing} is missing"));

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 /// How long after its deadline a save by several ranks may take to end: it ends by itself, after a veto.
 const LATE: Duration = Duration::from_secs(15);
 
+#[expect(clippy::large_enum_variant, reason = "one is made for each save")]
 pub(super) enum Writer {
     Engine(EngineWriter),
     Users(Box<dyn StorageWriter>),

@@ -52,6 +52,7 @@ struct Seen {
 }
 
 /// What a change wants the root to be.
+#[expect(clippy::large_enum_variant, reason = "one is made for each change, and moved")]
 pub(super) enum Edit {
     To(State),
     /// There is nothing to change.
