@@ -119,6 +119,44 @@ fn a_root_that_cannot_be_read_back_leaves_a_commit_unknown() {
 }
 
 #[test]
+fn a_commit_that_landed_before_more_changes_than_the_root_remembers_is_durable() {
+    let store = faulty();
+    let (attempt, writing) = begun(&super::over(&store), NAME, true);
+    store.script([Fault::LoseAnswer]);
+    store.blind.store(true, Ordering::SeqCst);
+    let publishing = std::thread::spawn(move || {
+        let ended = writing.publish(true).map_err(|error| error.kind());
+        (ended, writing)
+    });
+    let other = ObjectStore::over(store.plain().clone(), URL).unwrap();
+    while other.open(NAME).is_err() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    for _ in 0..40 {
+        other.write_marks(b"{}").unwrap();
+    }
+    store.blind.store(false, Ordering::SeqCst);
+    let (ended, writing) = publishing.join().unwrap();
+    assert_eq!(ended, Ok(()));
+    writing.settle().unwrap();
+    assert_eq!(published(&store, NAME), Some(attempt));
+}
+
+#[test]
+fn an_attempt_that_the_root_names_is_not_deleted_whatever_its_publish_was_told() {
+    let store = faulty();
+    let storage = hasty(&store);
+    let (attempt, writing) = begun(&storage, NAME, true);
+    store.script([Fault::LateAndForbidden(Duration::from_millis(100))]);
+    assert_eq!(writing.publish(true).unwrap_err().kind(), ErrorKind::Invalid);
+    store.settle();
+    assert_eq!(writing.abandon().unwrap_err().kind(), ErrorKind::Indeterminate);
+    drop(writing);
+    storage.sweep(Default::default()).unwrap();
+    assert_eq!(published(&store, NAME), Some(attempt));
+}
+
+#[test]
 fn a_commit_that_others_pass_by_is_made_anew_on_what_they_have_made() {
     let store = faulty();
     let storage = hasty(&store);

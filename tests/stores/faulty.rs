@@ -33,6 +33,8 @@ pub enum Fault {
     Forbidden,
     /// The answer is a time-out, and the request arrives after this time.
     Late(Duration),
+    /// The answer is a 403, and the request arrives after this time all the same.
+    LateAndForbidden(Duration),
     /// There is no answer, and it is not done.
     Silent,
 }
@@ -147,7 +149,7 @@ impl ObjectStore for Faulty {
             Fault::FalselyThere => Err(Error::AlreadyExists { path, source: "status code: 409".into() }),
             Fault::Unavailable => Err(generic("status code: 503 Service Unavailable")),
             Fault::Forbidden => Err(Error::PermissionDenied { path, source: "status code: 403".into() }),
-            Fault::Late(after) => {
+            Fault::Late(after) | Fault::LateAndForbidden(after) => {
                 let (store, key, late) = (self.store.clone(), key.clone(), self.late.clone());
                 late.fetch_add(1, Ordering::SeqCst);
                 tokio::spawn(async move {
@@ -155,7 +157,10 @@ impl ObjectStore for Faulty {
                     let _ = store.put_opts(&key, payload, opts).await;
                     late.fetch_sub(1, Ordering::SeqCst);
                 });
-                Err(generic("operation timed out"))
+                if matches!(fault, Fault::Late(_)) {
+                    return Err(generic("operation timed out"));
+                }
+                Err(Error::PermissionDenied { path, source: "status code: 403".into() })
             }
             Fault::Silent => std::future::pending().await,
         }

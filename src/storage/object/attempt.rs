@@ -59,6 +59,8 @@ enum Phase {
         /// The step that it replaced.
         displaced: Option<Entry>,
     },
+    /// The publish failed: as far as is known, the attempt is no step.
+    Failed,
     /// The publish may have happened.
     Unclear,
     Over,
@@ -227,7 +229,8 @@ impl Writing for ObjectAttempt {
             return Err(Error::invalid("an attempt without files is not published").with_path(self.path()));
         }
         let (mut displaced, until) = (None, lock(&self.progress).expires);
-        let done = self.root().change_until(until, &mut |state| {
+        let directory = self.directory();
+        let done = self.root().change_until(until, &|state| state.names(&directory), &mut |state| {
             self.edit(state.ok_or_else(|| self.inner.vanished())?, overwrite, &mut displaced)
         });
         match &done {
@@ -237,7 +240,7 @@ impl Writing for ObjectAttempt {
                 // It may be a step yet: only a later session knows.
                 self.inner.live.forget(self.attempt);
             }
-            Err(_) => self.progress.lost(),
+            Err(_) => *phase = Phase::Failed,
         }
         done
     }
@@ -247,8 +250,8 @@ impl Writing for ObjectAttempt {
         let Phase::Published { displaced } = &*phase else {
             return Err(Error::invalid("only a published attempt is settled").with_path(self.path()));
         };
-        if let Some(old) = displaced.as_ref().filter(|old| old.attempt != self.attempt) {
-            sweep::delete(self.client(), &old.directory())?;
+        if let Some(old) = displaced.as_ref().map(Entry::directory).filter(|old| *old != self.directory()) {
+            sweep::delete(self.client(), &old)?;
         }
         self.inner.live.forget(self.attempt);
         *phase = Phase::Over;
@@ -266,7 +269,14 @@ impl Writing for ObjectAttempt {
                 Err(Error::new(ErrorKind::Indeterminate, "an attempt that may be published is left alone")
                     .with_path(self.path()))
             }
-            Phase::Open => {
+            // A step loses no objects, however its publish was judged.
+            Phase::Failed if self.root().read()?.is_some_and(|root| root.names(&self.directory())) => {
+                *phase = Phase::Unclear;
+                self.inner.live.forget(self.attempt);
+                Err(Error::new(ErrorKind::Indeterminate, "an attempt that the root names is left alone")
+                    .with_path(self.path()))
+            }
+            Phase::Open | Phase::Failed => {
                 if self.leads.is_some() {
                     sweep::delete(self.client(), &self.directory())?;
                     self.inner.live.forget(self.attempt);
@@ -294,7 +304,7 @@ impl SharedWriting for ObjectAttempt {
         self.root().change(&mut |state| {
             let state = state.ok_or_else(|| self.inner.vanished())?;
             // A newer session may have replaced a step that this attempt was.
-            if state.names(self.attempt) || state.generation != self.generation {
+            if state.names(&self.directory()) || state.generation != self.generation {
                 vetoed = Vetoed::TooLate;
                 return Ok(Edit::Nothing);
             }

@@ -147,13 +147,15 @@ impl Root {
     /// Those of `edit`, and any other but `Indeterminate`: the change was not made, and never will be.
     /// `Indeterminate`: it may have been made, or may still be.
     pub fn change(&self, edit: &mut dyn FnMut(Option<&State>) -> Result<Edit>) -> Result<()> {
-        self.change_until(None, edit)
+        self.change_until(None, &|_| false, edit)
     }
 
-    /// The same, by `until` if that comes before the client's own deadline.
+    /// The same, by `until` if that comes before the client's own deadline. `landed` says of a root that
+    /// has forgotten the nonce of the change whether it shows that the change was made.
     pub fn change_until(
         &self,
         until: Option<Instant>,
+        landed: &dyn Fn(&State) -> bool,
         edit: &mut dyn FnMut(Option<&State>) -> Result<Edit>,
     ) -> Result<()> {
         let mut known = lock(&self.known);
@@ -168,7 +170,7 @@ impl Root {
             && let Ok(Edit::To(state)) = edit(Some(&seen.state))
         {
             let sent = self.prepare(Some(seen), state)?;
-            if self.settle(sent, deadline, &mut known)? {
+            if self.settle(sent, deadline, landed, &mut known)? {
                 return Ok(());
             }
         }
@@ -180,7 +182,7 @@ impl Root {
                 Err(error) => return Err(error),
             };
             let sent = self.prepare(seen, state)?;
-            if self.settle(sent, deadline, &mut known)? {
+            if self.settle(sent, deadline, landed, &mut known)? {
                 return Ok(());
             }
             if Instant::now() >= deadline {
@@ -202,7 +204,13 @@ impl Root {
 
     /// Sends a change until its outcome is known. Returns false when another change came first, and this one
     /// may be made anew.
-    fn settle(&self, sent: Sent, deadline: Instant, known: &mut Option<Seen>) -> Result<bool> {
+    fn settle(
+        &self,
+        sent: Sent,
+        deadline: Instant,
+        landed: &dyn Fn(&State) -> bool,
+        known: &mut Option<Seen>,
+    ) -> Result<bool> {
         let end = deadline + GRACE.min(self.client.patience());
         let (mut pause, mut doubtful) = (FIRST_PAUSE, false);
         loop {
@@ -223,7 +231,7 @@ impl Root {
             }
             tracing::debug!(error = format_args!("{:#}", answered.error), "a change of the root has no clear answer");
             doubtful |= !answered.certain;
-            match self.judged(&sent, end)? {
+            match self.judged(&sent, landed, end)? {
                 (Judged::Landed, _) => return Ok(true),
                 (Judged::Lost { known: true }, _) => {
                     std::thread::sleep(super::client::varied(FIRST_PAUSE));
@@ -234,7 +242,7 @@ impl Root {
                 (Judged::Unchanged, _) => {}
             }
             if Instant::now() + pause >= deadline {
-                return self.give_up(&sent, answered, end).map(|()| true);
+                return self.give_up(&sent, answered, landed, end).map(|()| true);
             }
             std::thread::sleep(super::client::varied(pause));
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -242,18 +250,22 @@ impl Root {
     }
 
     /// Reads the root and judges a change that was sent.
-    fn judged(&self, sent: &Sent, end: Instant) -> Result<(Judged, Option<Seen>)> {
+    fn judged(&self, sent: &Sent, landed: &dyn Fn(&State) -> bool, end: Instant) -> Result<(Judged, Option<Seen>)> {
         let seen = self.look(end).map_err(|error| {
             let why = "whether a change of the root was made is unknown: the root object cannot be read";
             Error::new(ErrorKind::Indeterminate, why).with_path(self.path()).with_source(error)
         })?;
         let now = seen.as_ref().map(|seen| &seen.state);
-        Ok((judge(sent.to.nonce(), sent.from.as_ref(), now), seen))
+        let judged = match judge(sent.to.nonce(), sent.from.as_ref(), now) {
+            Judged::Lost { known: false } if now.is_some_and(landed) => Judged::Landed,
+            judged => judged,
+        };
+        Ok((judged, seen))
     }
 
     /// Makes sure that a change that has not landed never will, by a change of the counter alone. `Ok` if it
     /// has landed after all.
-    fn give_up(&self, sent: &Sent, answered: Answered, end: Instant) -> Result<()> {
+    fn give_up(&self, sent: &Sent, answered: Answered, landed: &dyn Fn(&State) -> bool, end: Instant) -> Result<()> {
         let error = if answered.refused {
             let why = "the store refuses a change of the root, and no other has changed it: check the store";
             Error::new(ErrorKind::Unavailable, why).with_path(self.path()).with_source(answered.error)
@@ -263,7 +275,7 @@ impl Root {
         let mut bump = None;
         let mut pause = FIRST_PAUSE;
         loop {
-            match self.judged(sent, end)? {
+            match self.judged(sent, landed, end)? {
                 (Judged::Landed, _) => return Ok(()),
                 (Judged::Lost { .. }, _) => return Err(error),
                 (Judged::Unchanged, seen) => {
@@ -288,7 +300,7 @@ impl Root {
     }
 
     fn passed_by(&self, answered: &Answered) -> Error {
-        let why = "others have changed the root many times since, and this change is not in it: it never will be";
+        let why = "others have changed the root many times since, and this change is not in it";
         Error::new(ErrorKind::Conflict, why).with_path(self.path()).with_source(answered.error.clone())
     }
 

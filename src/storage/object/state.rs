@@ -118,9 +118,10 @@ impl State {
         self.find(name).ok().and_then(|at| self.steps.get(at))
     }
 
-    /// True when a step is `attempt`.
-    pub fn names(&self, attempt: Attempt) -> bool {
-        self.steps.iter().any(|step| step.attempt == attempt)
+    /// True when a step has its objects in `directory`.
+    pub fn names(&self, directory: &str) -> bool {
+        let step = directory.split_once('/').and_then(|(name, _)| self.step(name));
+        step.is_some_and(|step| step.directory() == directory)
     }
 
     /// Adds a step; returns the one that it replaces.

@@ -36,8 +36,8 @@ impl ObjectStep {
 
     /// Says why an object of this step is not there, after a look at the root.
     fn why_missing(&self) -> WhyMissing {
-        let (inner, attempt) = (self.inner.clone(), self.entry.attempt);
-        Arc::new(move |key| missing(&inner, attempt, key))
+        let (inner, directory) = (self.inner.clone(), self.entry.directory());
+        Arc::new(move |key| missing(&inner, &directory, key))
     }
 
     /// The manifest, whose length and digest the root names.
@@ -45,7 +45,7 @@ impl ObjectStep {
         let (client, key) = (&self.inner.client, self.key(MANIFEST));
         for _ in 0..FETCHES {
             let found = client.get("read the manifest", &key, whole.length, client.deadline_for(whole.length))?;
-            let (bytes, meta) = found.ok_or_else(|| gone(missing(&self.inner, self.entry.attempt, &key)))?;
+            let (bytes, meta) = found.ok_or_else(|| gone(missing(&self.inner, &self.entry.directory(), &key)))?;
             if bytes.len() as u64 == whole.length && Digest::of(&bytes) == whole.digest {
                 return Ok(Manifest { path: self.inner.path(&key), bytes, modified: meta.last_modified.into() });
             }
@@ -55,10 +55,10 @@ impl ObjectStep {
     }
 }
 
-/// Says why an object of `attempt` is not there.
-fn missing(inner: &Inner, attempt: Attempt, key: &str) -> Error {
+/// Says why an object of the step in `directory` is not there.
+fn missing(inner: &Inner, directory: &str, key: &str) -> Error {
     let error = match inner.root.read() {
-        Ok(Some(root)) if root.names(attempt) => Error::corrupt("a file of the checkpoint is missing"),
+        Ok(Some(root)) if root.names(directory) => Error::corrupt("a file of the checkpoint is missing"),
         Ok(_) => Error::new(ErrorKind::NotFound, "the step was pruned or replaced while it was open"),
         Err(error) => error,
     };
@@ -79,7 +79,7 @@ impl Reading for ObjectStep {
         let key = self.key(file);
         match ObjectReading::open(&self.inner.client, key.clone(), self.why_missing())? {
             Some(file) => Ok(Arc::new(file)),
-            None => Err(gone(missing(&self.inner, self.entry.attempt, &key))),
+            None => Err(gone(missing(&self.inner, &self.entry.directory(), &key))),
         }
     }
 

@@ -109,7 +109,7 @@ pub(super) fn sweep(inner: &Arc<Inner>, how: Sweep) -> Result<Swept> {
     }
     let mut swept = Swept::default();
     for (dir, Found { generation, attempt, bytes, alive }) in found {
-        if root.names(attempt) {
+        if root.names(&dir) {
             continue;
         }
         let (state, why) = match alive {
