@@ -249,9 +249,7 @@ impl Storage for ObjectStore {
             let why = "the directory of a save lies in the same bucket as the root";
             return Err(Error::invalid(why).with_path(parent));
         }
-        let elsewhere = Self::of(self.0.client.at(key(&there)?, &there.to_string()));
-        elsewhere.0.equip(self.0.writers());
-        Ok(Arc::new(elsewhere))
+        Ok(Arc::new(Self(self.0.at(key(&there)?, &there.to_string()))))
     }
 
     fn shared(&self) -> Option<Arc<dyn Shared>> {

@@ -8,6 +8,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::storage::Writers;
 use crate::sync::{Mutex, lock};
+use object_store::path::Path as Key;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 use uuid::Uuid;
 
@@ -17,8 +19,14 @@ pub(super) struct Inner {
     pub client: Client,
     pub root: Root,
     pub live: Live,
-    /// The session of this process; None as long as it only reads.
+    /// The session of this process; None as long as it only reads. Locked only to read or set it: edits of the
+    /// root do so, while the root is locked.
     session: Mutex<Option<Session>>,
+    /// Held during a take-over: one comes after another.
+    taking: Mutex<()>,
+    /// What other prefixes of the same store share, as long as a save there is in progress: two such saves
+    /// are of one session.
+    others: Mutex<BTreeMap<Key, Weak<Inner>>>,
     /// How the executor writes, if there is one.
     writers: Mutex<Option<Writers>>,
 }
@@ -26,7 +34,24 @@ pub(super) struct Inner {
 impl Inner {
     pub fn new(client: Client) -> Self {
         let root = Root::new(client.clone());
-        Self { client, root, live: Live::default(), session: Mutex::new(None), writers: Mutex::new(None) }
+        let (live, session, writers) = (Live::default(), Mutex::new(None), Mutex::new(None));
+        Self { client, root, live, session, taking: Mutex::new(()), others: Mutex::default(), writers }
+    }
+
+    /// What the root at another prefix of the same store shares, which may be this root itself.
+    pub fn at(self: &Arc<Self>, prefix: Key, name: &str) -> Arc<Self> {
+        if prefix == self.client.key("") {
+            return self.clone();
+        }
+        let mut others = lock(&self.others);
+        others.retain(|_, other| other.strong_count() > 0);
+        if let Some(other) = others.get(&prefix).and_then(Weak::upgrade) {
+            return other;
+        }
+        let other = Arc::new(Self::new(self.client.at(prefix.clone(), name)));
+        other.equip(self.writers());
+        others.insert(prefix, Arc::downgrade(&other));
+        other
     }
 
     /// Keeps how the executor writes, for files that are created later.
@@ -46,33 +71,33 @@ impl Inner {
 
     /// The generation of this process, which takes the root over if it has none.
     pub fn session(&self) -> Result<u64> {
-        let mut session = lock(&self.session);
-        match *session {
-            Some(Session { generation, .. }) => Ok(generation),
-            None => Ok(session.insert(self.open(myself())?).generation),
+        if let Some(generation) = self.generation() {
+            return Ok(generation);
         }
+        let _taking = lock(&self.taking);
+        self.generation().map_or_else(|| self.open(myself()), Ok)
     }
 
     /// Takes the root over, unless this process has it already.
     pub fn own(&self) -> Result<()> {
-        let mut session = lock(&self.session);
-        if let Some(ours) = &*session
+        let _taking = lock(&self.taking);
+        let ours = *lock(&self.session);
+        if let Some(ours) = ours
             && self.root.read()?.is_some_and(|state| ours.owns(&state))
         {
             return Ok(());
         }
-        *session = Some(self.open(myself())?);
-        Ok(())
+        self.open(myself()).map(drop)
     }
 
     /// Takes the root over for `owner`, and returns the new generation. No attempt of an older one can be
     /// published from then on.
     pub fn take_over(&self, owner: Owner) -> Result<u64> {
-        let mut session = lock(&self.session);
-        Ok(session.insert(self.open(owner)?).generation)
+        let _taking = lock(&self.taking);
+        self.open(owner)
     }
 
-    fn open(&self, owner: Owner) -> Result<Session> {
+    fn open(&self, owner: Owner) -> Result<u64> {
         probe::conditions(&self.client)?;
         let mut generation = 0;
         let done = self.root.change(&mut |state| {
@@ -88,7 +113,8 @@ impl Inner {
             ErrorKind::Indeterminate => error.with_kind(ErrorKind::Unavailable),
             _ => error,
         })?;
-        Ok(Session { generation, id: owner.id })
+        *lock(&self.session) = Some(Session { generation, id: owner.id });
+        Ok(generation)
     }
 
     /// Refuses to act for a session that is not the newest.
