@@ -82,11 +82,12 @@ impl Long {
     fn enter(&self) -> Result<(Handle, HttpClient, Arc<()>), HttpError> {
         let mut running = lock(&self.running);
         if running.is_none() {
+            // The client first: a runtime that is dropped on another one's thread panics.
+            let client = ReqwestConnector::default().connect(&self.options);
+            let client = client.map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
             let mut runtime = Builder::new_multi_thread();
             let runtime = runtime.worker_threads(THREADS).thread_name("ashore-upload").enable_all().build();
             let runtime = runtime.map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
-            let client = ReqwestConnector::default().connect(&self.options);
-            let client = client.map_err(|e| HttpError::new(HttpErrorKind::Unknown, e))?;
             *running = Some(Running { runtime, client, identity: Arc::default() });
         }
         let Some(Running { runtime, client, identity }) = &*running else { return Err(interrupted("no runtime")) };
