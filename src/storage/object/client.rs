@@ -37,8 +37,8 @@ const TRY: Duration = Duration::from_secs(15);
 const LEAST_RATE: u64 = 1 << 20;
 
 /// The first pause before a repeat; each later one is twice as long, up to the longest.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(100);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// Repeats that the budget holds at most, and how many come in each second. Without budget a repeat waits for
 /// the longest pause.
@@ -55,6 +55,8 @@ pub(super) struct Client {
     patience: Duration,
     budget: Arc<Budget>,
     probed: Arc<AtomicBool>,
+    /// A request has succeeded.
+    worked: Arc<AtomicBool>,
 }
 
 impl fmt::Debug for Client {
@@ -74,8 +76,8 @@ pub(super) enum Condition {
 
 impl Client {
     pub fn new(store: Arc<dyn Store>, prefix: Key, name: &str) -> Self {
-        let (name, budget, probed) = (name.trim_end_matches('/').into(), Arc::default(), Arc::default());
-        Self { store, prefix, name, patience: PATIENCE, budget, probed }
+        let (name, probed, worked) = (name.trim_end_matches('/').into(), Arc::default(), Arc::default());
+        Self { store, prefix, name, patience: PATIENCE, budget: Arc::default(), probed, worked }
     }
 
     /// Whether the store is known to hear conditions.
@@ -184,10 +186,13 @@ impl Client {
         loop {
             let answer = tokio::time::timeout(each, request(self.store.clone(), self.key(key))).await;
             let error = match answer {
-                Ok(Ok(value)) => return Ok(value),
+                Ok(Ok(value)) => {
+                    self.worked.store(true, Ordering::Relaxed);
+                    return Ok(value);
+                }
                 Ok(Err(answer)) => {
                     let error = self.error(what, key, &answer);
-                    if !errors::meaning(&answer).again {
+                    if !self.meaning(&answer).again {
                         return Err(error);
                     }
                     error
@@ -243,11 +248,11 @@ impl Client {
                 if meta.size > limit {
                     return Ok(Err(meta.size));
                 }
-                let bytes = tokio::time::timeout(TRY + Self::time_for(meta.size), answer.bytes()).await;
+                let bytes = tokio::time::timeout(TRY.saturating_add(Self::time_for(meta.size)), answer.bytes()).await;
                 Ok(Ok(Fetched::Whole(bytes.map_err(|_| errors::late())??, meta)))
             }
         };
-        let fetched = self.call_for(what, key, deadline, self.patience + Self::time_for(limit), whole)?;
+        let fetched = self.call_for(what, key, deadline, self.patience.saturating_add(Self::time_for(limit)), whole)?;
         fetched.map_err(|length| {
             let why = format!("an object is longer than it can be length={length} limit={limit}");
             Error::corrupt(why).with_path(format!("{}/{key}", self.name))
@@ -256,7 +261,8 @@ impl Client {
 
     /// Puts a small object under a key that no other content ever has.
     pub fn put(&self, what: &'static str, key: &str, bytes: Bytes, deadline: Instant) -> Result<()> {
-        let (payload, each) = (PutPayload::from_bytes(bytes.clone()), TRY + Self::time_for(bytes.len() as u64));
+        let (payload, each) =
+            (PutPayload::from_bytes(bytes.clone()), TRY.saturating_add(Self::time_for(bytes.len() as u64)));
         self.call_for(what, key, deadline, each, move |store: Arc<dyn Store>, key| {
             let payload = payload.clone();
             async move { store.put_opts(&key, payload, PutOptions::default()).await.map(drop) }
@@ -282,13 +288,14 @@ impl Client {
         let unknown = |error| Answered { error, refused: false, certain: false, unsent: false };
         match sent {
             Ok(Some(Ok(put))) => {
+                self.worked.store(true, Ordering::Relaxed);
                 let version = UpdateVersion { e_tag: put.e_tag, version: put.version };
                 Ok(Some(version).filter(|version| version.e_tag.is_some() || version.version.is_some()))
             }
             Ok(Some(Err(answer))) => Err(Answered {
                 error: self.error("change", key, &answer),
                 refused: errors::is_refused(&answer),
-                certain: errors::is_certain(&answer),
+                certain: errors::is_certain(&answer, self.has_worked()),
                 unsent: false,
             }),
             Ok(None) => Err(unknown(self.late("change", key))),
@@ -324,9 +331,18 @@ impl Client {
         })
     }
 
+    /// What `answer` means, after all that this client has seen.
+    pub fn meaning(&self, answer: &object_store::Error) -> errors::Meaning {
+        errors::meaning(answer, self.has_worked())
+    }
+
+    fn has_worked(&self) -> bool {
+        self.worked.load(Ordering::Relaxed)
+    }
+
     /// The error that `what` on `key` failed by `answer`.
     pub fn error(&self, what: &str, key: &str, answer: &object_store::Error) -> Error {
-        errors::error(what, &self.name, key, answer)
+        errors::error(what, &self.name, key, answer, self.has_worked())
     }
 
     /// The error that `what` on `key` had no answer in time.

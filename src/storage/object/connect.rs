@@ -58,7 +58,7 @@ mod settings {
 
     pub(super) fn unusable(url: &Url, error: &object_store::Error) -> Error {
         let why = "the store of a URL cannot be opened: a setting of the environment is missing or wrong";
-        let error = super::super::errors::error("open the store", &url.to_string(), "", error);
+        let error = super::super::errors::error("open the store", &url.to_string(), "", error, false);
         Error::new(ErrorKind::Invalid, why).with_path(url.to_string()).with_source(error)
     }
 }

@@ -48,12 +48,12 @@ pub(super) fn late() -> Answer {
 
 /// True where the store got one request and did not do it: it was not a repeat of one that may have been
 /// done.
-pub(super) fn is_certain(answer: &Answer) -> bool {
-    !is_refused(answer) && !meaning(answer).again && !text(answer).contains(" retries, max_retries")
+pub(super) fn is_certain(answer: &Answer, worked: bool) -> bool {
+    !is_refused(answer) && !meaning(answer, worked).again && !text(answer).contains(" retries, max_retries")
 }
 
-/// What `answer` means.
-pub(super) fn meaning(answer: &Answer) -> Meaning {
+/// What `answer` means to a client for which a request has `worked` before, or none yet.
+pub(super) fn meaning(answer: &Answer, worked: bool) -> Meaning {
     use ErrorKind::{Conflict, Invalid, NoSpace, NotFound, Unavailable};
     let text = text(answer);
     let says = |what: &str| text.contains(what);
@@ -70,6 +70,9 @@ pub(super) fn meaning(answer: &Answer) -> Meaning {
         }
         // A list that is refused is no `PermissionDenied`.
         "AccessDenied" | "AuthorizationFailure" | "AuthorizationPermissionMismatch" => return FORBIDDEN,
+        "RequestTimeout" | "BadDigest" | "IncompleteBody" | "XAmzContentSHA256Mismatch" => {
+            return Meaning::passing(Unavailable, "the bytes did not arrive whole: check the network");
+        }
         "NoSuchUpload" => return Meaning::last(Unavailable, "the upload is gone: it was ended or aborted"),
         "SignatureDoesNotMatch" | "InvalidAccessKeyId" | "AuthenticationFailed" => {
             return Meaning::last(Invalid, "the store does not accept the credentials: check key and secret");
@@ -85,7 +88,8 @@ pub(super) fn meaning(answer: &Answer) -> Meaning {
     if says("169.254.169.254") || says("metadata.google.internal") || says("169.254.170.2") {
         let advice = "no credentials were found: set them in the environment, as AWS_ACCESS_KEY_ID and \
             AWS_SECRET_ACCESS_KEY, or run where the cloud gives them (files such as ~/.aws are not read)";
-        return Meaning::last(Invalid, advice);
+        // Credentials that were there once are there again when the machine's metadata are.
+        return if worked { Meaning::passing(Unavailable, advice) } else { Meaning::last(Invalid, advice) };
     }
     match answer {
         Answer::NotFound { .. } => Meaning::last(NotFound, "no such object"),
@@ -110,8 +114,8 @@ pub(super) fn meaning(answer: &Answer) -> Meaning {
 }
 
 /// The error that `what` on `key` of the store `name` failed by `answer`.
-pub(super) fn error(what: &str, name: &str, key: &str, answer: &Answer) -> Error {
-    let Meaning { kind, advice, .. } = meaning(answer);
+pub(super) fn error(what: &str, name: &str, key: &str, answer: &Answer, worked: bool) -> Error {
+    let Meaning { kind, advice, .. } = meaning(answer, worked);
     let error = Error::new(kind, format!("cannot {what}: {advice}"));
     error.with_path(format!("{name}/{key}")).with_source(Said(short(&text(answer))))
 }
@@ -197,6 +201,10 @@ mod tests {
             (generic(&status(400, "ExpiredToken")), ErrorKind::Unavailable, true),
             (generic(&status(507, "X")), ErrorKind::NoSpace, false),
             (generic(&status(400, "EntityTooSmall")), ErrorKind::Invalid, false),
+            (generic(&status(400, "RequestTimeout")), ErrorKind::Unavailable, true),
+            (generic(&status(400, "BadDigest")), ErrorKind::Unavailable, true),
+            (generic(&status(400, "IncompleteBody")), ErrorKind::Unavailable, true),
+            (generic(&status(400, "XAmzContentSHA256Mismatch")), ErrorKind::Unavailable, true),
             (generic(&status(501, "NotImplemented")), ErrorKind::Invalid, false),
             (generic(&status(503, "SlowDown")), ErrorKind::Unavailable, true),
             (generic(&status(429, "TooManyRequests")), ErrorKind::Unavailable, true),
@@ -219,19 +227,28 @@ mod tests {
             ),
         ];
         for (answer, kind, again) in cases {
-            let meaning = meaning(&answer);
+            let meaning = meaning(&answer, false);
             assert_eq!((meaning.kind, meaning.again), (kind, again), "{answer}");
         }
+    }
+
+    #[test]
+    fn a_machine_without_metadata_is_final_at_first_and_passing_once_a_request_has_worked() {
+        let answer = generic("error sending request for url (http://169.254.169.254/latest/api/token): 503");
+        let (first, later) = (meaning(&answer, false), meaning(&answer, true));
+        assert_eq!((first.kind, first.again), (ErrorKind::Invalid, false));
+        assert_eq!((later.kind, later.again), (ErrorKind::Unavailable, true));
+        assert_eq!(first.advice, later.advice);
     }
 
     #[test]
     fn no_error_repeats_what_was_signed_or_a_token() {
         let body = "status code: 403: <Error><Code>SignatureDoesNotMatch</Code><Message>no</Message>\
             <StringToSign>HIDDEN</StringToSign></Error>";
-        let shown = format!("{:?}", error("put", "s3://bucket", "a", &denied(body)));
+        let shown = format!("{:?}", error("put", "s3://bucket", "a", &denied(body), false));
         assert!(!shown.contains("HIDDEN") && shown.contains("SignatureDoesNotMatch: no"), "{shown}");
         let address = generic("error sending request for url (https://a.blob/c?sv=1&sig=HIDDEN)");
-        let shown = format!("{:?}", error("put", "az://c", "a", &address));
+        let shown = format!("{:?}", error("put", "az://c", "a", &address, false));
         assert!(!shown.contains("HIDDEN") && shown.contains("path=az://c/a"), "{shown}");
     }
 }

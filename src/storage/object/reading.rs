@@ -123,7 +123,7 @@ impl ObjectReading {
                 Ended::Answered(answer) if errors::is_missing(&answer) => return Err((self.why_missing)(&self.key)),
                 Ended::Answered(answer) => {
                     let error = self.client.error("read the file", &self.key, &answer);
-                    if !errors::meaning(&answer).again {
+                    if !self.client.meaning(&answer).again {
                         return Err(error);
                     }
                     error
