@@ -3,10 +3,11 @@
 //! It shows that a condition is heard. That a store decides between two requests at once, no probe can show:
 //! that is demanded (`docs/durability.md`).
 
-use super::client::{Client, Condition};
+use super::client::{Answered, Client, Condition, FIRST_PAUSE, LONGEST_PAUSE, varied};
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use object_store::UpdateVersion;
+use std::time::Instant;
 use uuid::Uuid;
 
 /// Probes the store, once for each client and its relatives.
@@ -27,10 +28,31 @@ pub(super) fn conditions(client: &Client) -> Result<()> {
     Ok(())
 }
 
+/// Puts `text` on a condition, again until the store takes the request or refuses it.
+fn put(
+    client: &Client,
+    key: &str,
+    text: &'static str,
+    condition: Condition,
+    deadline: Instant,
+) -> std::result::Result<(), Answered> {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let put = client.put_if(key, Bytes::from_static(text.as_bytes()), condition.clone(), deadline);
+        let Err(answered) = put else { return Ok(()) };
+        let ended = answered.refused || answered.certain || answered.unsent;
+        let pausing = varied(pause);
+        if ended || Instant::now() + pausing >= deadline {
+            return Err(answered);
+        }
+        std::thread::sleep(pausing);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
 fn probe(client: &Client, key: &str) -> Result<()> {
     let deadline = client.deadline();
-    let put =
-        |text: &'static str, condition| client.put_if(key, Bytes::from_static(text.as_bytes()), condition, deadline);
+    let put = |text, condition| put(client, key, text, condition, deadline);
     let content =
         || Ok(client.get("read the probe", key, 64, deadline)?.map(|(bytes, meta)| (bytes, meta.e_tag, meta.version)));
     let deaf = |what: &str| {

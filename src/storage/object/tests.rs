@@ -406,3 +406,17 @@ fn a_step_of_many_tensors_is_opened_and_searched_by_few_requests() {
     assert!(looked <= 10 && all <= 20, "{looked} {all} {:?}", peer.asked());
     assert_eq!(step.read("layers.19999.weight").unwrap(), *data);
 }
+
+#[test]
+fn a_probe_outlasts_a_store_that_is_away_for_a_moment() {
+    for status in [503, 429] {
+        let (tries, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let peer = Peer::start(move |asked: &Asked| {
+            let probes = asked.method == "PUT" && asked.key.starts_with(".probe-");
+            // Twice before each of the four puts is done: the crate sends a request again by itself once.
+            let fails = probes && tries.fetch_add(1, Ordering::AcqRel) % 3 < 2;
+            if fails && refused.fetch_add(1, Ordering::AcqRel) < 8 { Answer::Status(status) } else { Answer::Well }
+        });
+        super::probe::conditions(&peer.client(PATIENCE)).unwrap();
+    }
+}
