@@ -11,7 +11,7 @@ use crate::completion::deadline_after;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, lock};
 use bytes::Bytes;
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{StreamExt, stream};
 use object_store::multipart::MultipartStore;
 use object_store::path::Path as Key;
 use object_store::{GetOptions, ObjectMeta, ObjectStore, PutMode, PutOptions, PutPayload, UpdateVersion};
@@ -31,6 +31,12 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long one try of a small request may take.
 const TRY: Duration = Duration::from_secs(15);
+
+/// How long one listing may take, as long as the store sends the next page in the time of one try.
+const LISTING: Duration = Duration::from_secs(3600);
+
+/// Most keys that are deleted by one request.
+const KEYS: usize = 1000;
 
 /// The slowest rate at which bytes are expected to pass, in bytes per second: a try of a large request has
 /// this much more time.
@@ -304,31 +310,45 @@ impl Client {
         }
     }
 
-    /// Deletes objects; those that are not there count as deleted.
+    /// Deletes objects; those that are not there count as deleted. The deadline is that of the first thousand;
+    /// more have more time.
     pub fn delete(&self, what: &'static str, keys: Vec<Key>, deadline: Instant) -> Result<()> {
-        if keys.is_empty() {
-            return Ok(());
-        }
-        self.call(what, "", deadline, move |store: Arc<dyn Store>, _| {
-            let keys = keys.clone();
-            async move {
-                let mut deleted = store.delete_stream(stream::iter(keys.into_iter().map(Ok)).boxed());
-                while let Some(answer) = deleted.next().await {
-                    match answer {
-                        Err(answer) if errors::is_missing(&answer) => {}
-                        answer => drop(answer?),
+        for (index, keys) in keys.chunks(KEYS).enumerate() {
+            let deadline = if index == 0 { deadline } else { self.deadline() };
+            let keys = keys.to_vec();
+            self.call_for(what, "", deadline, self.patience, move |store: Arc<dyn Store>, _| {
+                let keys = keys.clone();
+                async move {
+                    let mut deleted = store.delete_stream(stream::iter(keys.into_iter().map(Ok)).boxed());
+                    while let Some(answer) = in_time(deleted.next()).await? {
+                        match answer {
+                            Err(answer) if errors::is_missing(&answer) => {}
+                            answer => drop(answer?),
+                        }
                     }
+                    Ok(())
                 }
-                Ok(())
-            }
-        })
+            })?;
+        }
+        Ok(())
     }
 
-    /// All objects below `key`.
+    /// All objects below `key`. A listing that fails is begun anew until `deadline`; one that goes on is not
+    /// ended by it.
     pub fn list(&self, what: &'static str, key: &str, deadline: Instant) -> Result<Vec<ObjectMeta>> {
-        self.call(what, key, deadline, async |store: Arc<dyn Store>, key: Key| {
-            store.list(Some(&key)).try_collect().await
-        })
+        let (client, name) = (self.clone(), key.to_owned());
+        let work = async move {
+            let list = async |store: Arc<dyn Store>, key: Key| {
+                let (mut listed, mut all) = (store.list(Some(&key)), Vec::new());
+                while let Some(object) = in_time(listed.next()).await? {
+                    all.push(object?);
+                }
+                Ok(all)
+            };
+            client.repeated(what, &name, deadline, LISTING, list).await
+        };
+        let end = deadline.checked_add(LISTING).unwrap_or(deadline);
+        runtime::run(end, work)?.unwrap_or_else(|| Err(self.late(what, key)))
     }
 
     /// What `answer` means, after all that this client has seen.
@@ -350,6 +370,11 @@ impl Client {
         let why = format!("cannot {what}: the store did not answer in time: check the network and the store");
         Error::new(ErrorKind::Unavailable, why).with_path(format!("{}/{key}", self.name))
     }
+}
+
+/// The next of what a store sends, unless it takes longer than one try.
+async fn in_time<T>(next: impl Future<Output = T>) -> object_store::Result<T> {
+    tokio::time::timeout(TRY, next).await.map_err(|_| errors::late())
 }
 
 /// What a get has found.
