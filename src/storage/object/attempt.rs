@@ -2,7 +2,7 @@
 //! step.
 
 use super::client::Client;
-use super::file::{Counted, ObjectFile};
+use super::file::{Counted, ObjectFile, expired};
 use super::root::{Edit, Root};
 use super::session::Inner;
 use super::state::{Entry, State, Whole, directory};
@@ -201,7 +201,10 @@ impl Writing for ObjectAttempt {
         } else {
             let key = self.take(file)?;
             let (client, length) = (self.client(), bytes.len() as u64);
-            let put = client.put("write the file", &key, Bytes::copy_from_slice(bytes), client.deadline_for(length));
+            let (deadline, expires) = (client.deadline_for(length), lock(&self.progress).expires);
+            let deadline = expires.map_or(deadline, |expires| deadline.min(expires));
+            let put = client.put("write the file", &key, Bytes::copy_from_slice(bytes), deadline);
+            let put = put.map_err(|error| expired(error, expires));
             if put.is_ok() {
                 self.progress.sealed()
             } else {

@@ -132,10 +132,7 @@ impl ObjectFile {
         work: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<T> {
         let done = runtime::run(deadline, work)?.unwrap_or_else(|| Err(self.client.late(what, &self.key)));
-        done.map_err(|error| {
-            let expired = self.attempt.expires().is_some_and(|expires| Instant::now() >= expires);
-            if expired && error.kind() == ErrorKind::Unavailable { error.with_kind(ErrorKind::Deadline) } else { error }
-        })
+        done.map_err(|error| expired(error, self.attempt.expires()))
     }
 
     fn add(&self, offset: u64, bytes: Bytes) -> Result<()> {
@@ -198,9 +195,10 @@ impl ObjectFile {
     fn complete(&self, id: MultipartId, parts: Vec<PartId>) -> Result<()> {
         let deadline = self.deadline(COMPLETION);
         let (client, key, len) = (self.client.clone(), self.key.clone(), self.len);
+        let asking = client.clone();
         self.run("complete the upload", deadline, async move {
             let complete = move |store: Arc<dyn super::client::Store>, key| {
-                let (id, parts) = (id.clone(), parts.clone());
+                let (asking, id, parts) = (asking.clone(), id.clone(), parts.clone());
                 async move {
                     let count = parts.len();
                     let Err(answer) = store.complete_multipart(&key, &id, parts).await else { return Ok(()) };
@@ -208,6 +206,8 @@ impl ObjectFile {
                     let head = GetOptions { head: true, ..GetOptions::default() };
                     match store.get_opts(&key, head).await {
                         Ok(there) if is_upload(&there.meta, len, count) => Ok(()),
+                        // Nothing is known yet: both are sent again.
+                        Err(unknown) if asking.meaning(&unknown).again => Err(unknown),
                         _ => Err(answer),
                     }
                 }
@@ -236,6 +236,12 @@ impl ObjectFile {
         }
         Ok(())
     }
+}
+
+/// Says of a store that did not answer in time that it was the save's deadline that passed.
+pub(super) fn expired(error: Error, expires: Option<Instant>) -> Error {
+    let passed = expires.is_some_and(|expires| Instant::now() >= expires);
+    if passed && error.kind() == ErrorKind::Unavailable { error.with_kind(ErrorKind::Deadline) } else { error }
 }
 
 /// True when what is at the key of an upload is the whole file. Nothing else is ever put there.

@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::executor::CheckpointExecutor;
 use crate::memory::{ALIGNMENT, Arena, Slab};
 use crate::state::StateDict;
-use crate::storage::{FileReading, FileWriting, Writers};
+use crate::storage::{FileReading, FileWriting, Storage, Writers};
 use crate::sync::{Mutex, lock};
 use object_store::memory::InMemory;
 use object_store::path::Path as Key;
@@ -419,4 +419,46 @@ fn a_probe_outlasts_a_store_that_is_away_for_a_moment() {
         });
         super::probe::conditions(&peer.client(PATIENCE)).unwrap();
     }
+}
+
+#[test]
+fn a_completion_that_landed_is_known_although_the_store_was_away_when_it_was_asked() {
+    let (posts, heads) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let peer = Peer::start(move |asked: &Asked| {
+        let completes = asked.method == "POST" && asked.query.contains("uploadId");
+        match asked.method.as_str() {
+            // Once, and once for the repeat by the crate; then the upload is gone.
+            _ if completes && posts.fetch_add(1, Ordering::AcqRel) < 2 => Answer::Lost,
+            "HEAD" if heads.fetch_add(1, Ordering::AcqRel) < 4 => Answer::Status(503),
+            _ => Answer::Well,
+        }
+    });
+    let (slabs, done, ..) = upload(&peer, PATIENCE, None);
+    done.unwrap();
+    slabs.return_all(Duration::from_secs(3));
+}
+
+#[test]
+fn more_objects_than_one_request_takes_are_listed_and_deleted() {
+    let (_, client) = in_memory();
+    for number in 0..2500 {
+        client.put("put", &format!("a/{number}"), bytes::Bytes::new(), client.deadline()).unwrap();
+    }
+    let listed = client.list("list", "a", client.deadline()).unwrap();
+    assert_eq!(listed.len(), 2500);
+    client.delete("delete", listed.into_iter().map(|object| object.location).collect(), client.deadline()).unwrap();
+    assert!(client.list("list", "a", client.deadline()).unwrap().is_empty());
+}
+
+#[test]
+fn a_small_file_that_a_store_never_takes_fails_at_the_deadline_of_the_save() {
+    let peer =
+        Peer::start(|asked: &Asked| if asked.key.ends_with("/config.json") { Answer::Deaf } else { Answer::Well });
+    let storage = ObjectStore::of(peer.client(PATIENCE));
+    let writing = storage.begin("step-1", crate::id::Attempt::new(), false).unwrap();
+    let began = Instant::now();
+    writing.expires(began + Duration::from_secs(1));
+    let error = writing.put("config.json", b"{}").unwrap_err();
+    assert!(began.elapsed() < PATIENCE / 2, "{:?}", began.elapsed());
+    assert_eq!(error.kind(), ErrorKind::Deadline, "{error:#}");
 }
