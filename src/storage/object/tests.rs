@@ -385,6 +385,31 @@ fn bits_that_flipped_on_their_way_are_fetched_again_and_those_that_flip_always_a
 }
 
 #[test]
+fn a_file_without_digests_of_its_parts_is_read_again_before_it_counts_as_damaged() {
+    let flips = Arc::new(AtomicUsize::new(0));
+    let left = flips.clone();
+    let peer = Peer::start(move |asked: &Asked| {
+        let index = asked.method == "GET" && asked.key.ends_with("/model.safetensors.index.json");
+        let flip = index && left.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1)).is_ok();
+        if flip { Answer::Flip } else { Answer::Well }
+    });
+    let storage = Arc::new(ObjectStore::of(peer.client(PATIENCE)));
+    let builder = CheckpointExecutor::builder("unused").storage(storage).arena(16 << 20).chunk(1 << 20);
+    let executor = builder.files(2).build().unwrap();
+    let mut state = StateDict::new();
+    state.tensor("a", vec![1_u8; 100]).unwrap();
+    state.tensor("b", vec![2_u8; 100]).unwrap();
+    executor.save(1, state).unwrap().wait(Duration::from_secs(60)).unwrap();
+    let step = || executor.latest().unwrap().unwrap().with_threads(1);
+    flips.store(1, Ordering::Release);
+    let report = step().verify().unwrap();
+    assert!(report.is_sound(), "{report:?}");
+    assert_eq!(flips.load(Ordering::Acquire), 0);
+    flips.store(usize::MAX, Ordering::Release);
+    assert!(!step().verify().unwrap().is_intact());
+}
+
+#[test]
 fn a_step_of_many_tensors_is_opened_and_searched_by_few_requests() {
     const TENSORS: usize = 20_000;
     let peer = Peer::start(|_: &Asked| Answer::Well);
