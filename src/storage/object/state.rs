@@ -252,6 +252,17 @@ mod tests {
     }
 
     #[test]
+    fn a_root_names_the_directory_of_a_step_and_no_other_of_the_same_attempt() {
+        let mut state = State::empty();
+        let step = entry("step-1");
+        state.put(step.clone());
+        assert!(state.names(&step.directory()));
+        for other in [directory("step-1", 4, step.attempt), directory("step-2", 3, step.attempt), "step-1".into()] {
+            assert!(!state.names(&other), "{other}");
+        }
+    }
+
+    #[test]
     fn directories_of_attempts_are_recognised_and_others_are_not() {
         let attempt = Attempt::new();
         let name = directory("step-1", 12, attempt);
