@@ -14,8 +14,8 @@ pub struct Args {
     /// The root of the checkpoints to copy from, a directory or a URL
     #[arg(value_name = "FROM")]
     from: PathBuf,
-    /// The root to copy to, which is made if it is missing. A job that saves into an object store must not have
-    /// it as its root: the copy takes the root over, and the job's next save fails
+    /// The root to copy to, which is made if it is missing. A job that saves into an object store must not
+    /// have it as its root: the copy takes the root over, and the job's next save fails
     #[arg(value_name = "TO")]
     to: PathBuf,
     /// Copy every checkpoint, newest first; without this, only the newest

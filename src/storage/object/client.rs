@@ -310,8 +310,8 @@ impl Client {
         }
     }
 
-    /// Deletes objects; those that are not there count as deleted. The deadline is that of the first thousand;
-    /// more have more time.
+    /// Deletes objects; those that are not there count as deleted. The deadline is that of the first
+    /// thousand; more have more time.
     pub fn delete(&self, what: &'static str, keys: Vec<Key>, deadline: Instant) -> Result<()> {
         for (index, keys) in keys.chunks(KEYS).enumerate() {
             let deadline = if index == 0 { deadline } else { self.deadline() };

@@ -19,8 +19,8 @@ pub(super) struct Inner {
     pub client: Client,
     pub root: Root,
     pub live: Live,
-    /// The session of this process; None as long as it only reads. Locked only to read or set it: edits of the
-    /// root do so, while the root is locked.
+    /// The session of this process; None as long as it only reads. Locked only to read or set it: edits
+    /// of the root do so, while the root is locked.
     session: Mutex<Option<Session>>,
     /// Held during a take-over: one comes after another.
     taking: Mutex<()>,
