@@ -91,6 +91,8 @@ impl Home {
 
     /// Makes an executor copy from this device.
     pub fn builder(&self, builder: Builder) -> Builder {
+        // Neither the demo nor a benchmark is the job that owns the tier.
+        let builder = builder.no_tier_from_env();
         match self {
             Self::Host { .. } => builder.device(DeviceChoice::Host),
             Self::Gpu { device, .. } => builder.made_device(device.clone()),

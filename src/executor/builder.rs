@@ -69,6 +69,7 @@ pub struct Builder {
     ranks: Ranks,
     run: Option<String>,
     tiers: Vec<Tier>,
+    no_tier_from_env: bool,
 }
 
 /// Whether other ranks save with this process.
@@ -81,6 +82,18 @@ enum Ranks {
 }
 
 impl Ranks {
+    /// Refuses tiers for several ranks: all of them would have to read the same from the tiers.
+    fn refuse(&self, tiers: &[Tier]) -> Result<()> {
+        let Self::Several(coordinator) = self else { return Ok(()) };
+        let world = coordinator.member().world;
+        if world == 1 || tiers.is_empty() {
+            return Ok(());
+        }
+        let why = "several ranks save together, and tiers are for executors of one process: use the far root as \
+                   the root of the executor, or copy its steps by `ashore copy`; is ASHORE_TIER set?";
+        Err(Error::invalid(format!("{why} world={world} tiers={}", tiers.len())))
+    }
+
     /// Meets the other ranks, if there are any.
     ///
     /// # Errors
@@ -129,7 +142,8 @@ impl Builder {
     pub(super) fn new(root: PathBuf) -> Self {
         let (settings, policy) = (Settings::default(), Policy::default());
         let (touch, ranks, run, tiers) = (touch::TOUCH_INTERVAL, Ranks::Unsaid, None, Vec::new());
-        Self { root, settings, storage: None, device: None, given: None, policy, touch, ranks, run, tiers }
+        let (storage, device, given, no_tier_from_env) = (None, None, None, false);
+        Self { root, settings, storage, device, given, policy, touch, ranks, run, tiers, no_tier_from_env }
     }
 
     /// Replaces all settings.
@@ -231,6 +245,13 @@ impl Builder {
         self
     }
 
+    /// Ignores `ASHORE_TIER`: for executors that are not the one of a job, because a tier has one owner.
+    #[doc(hidden)]
+    pub fn no_tier_from_env(mut self) -> Self {
+        self.no_tier_from_env = true;
+        self
+    }
+
     /// Uses the program's own memory as scratch, so that the program's allocator accounts for it: `bytes`
     /// bytes at `address` on the device `ordinal`, which must be the executor's. `bytes` replaces the size
     /// given to [`Builder::scratch`]. Other devices get no scratch then: fences wait for the copies of states
@@ -307,11 +328,12 @@ impl Builder {
 
     /// Copies durable steps to another root, too, which is a tier behind this executor's: a directory of a
     /// shared file system, a neighbour's or `/dev/shm`, or an object store. Call it once for each tier, the
-    /// nearest first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one.
+    /// nearest first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one. A tier is of
+    /// one executor of one process: with several ranks, [`Builder::build`] refuses tiers.
     ///
     /// [`Builder::build`] takes each tier over, so that no earlier session of the job, such as that of a node
     /// that comes back late, can promote to it. List steps after that, with
-    /// [`CheckpointExecutor::latest`]. With several ranks, rank 0 alone promotes. See [`crate::tiers`].
+    /// [`CheckpointExecutor::latest`]. See [`crate::tiers`].
     pub fn tier(mut self, tier: Tier) -> Self {
         self.tiers.push(tier);
         self
@@ -329,13 +351,21 @@ impl Builder {
 
     /// Checks the settings, opens the storage, meets the other ranks and chooses the device.
     fn probe(self) -> Result<Probed> {
-        let Self { root, mut settings, storage, device, given, policy, touch, ranks, run, mut tiers } = self;
+        let Self { root, mut settings, storage, device, given, policy, touch, ranks, run, mut tiers, no_tier_from_env } =
+            self;
         settings.scratch = given.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
         if tiers.is_empty() {
-            settings.tier_from(|name| std::env::var(name).ok())?;
+            let var = |name: &str| std::env::var(name).ok();
+            if no_tier_from_env {
+                // Settings that were read from the environment name it, too.
+                settings.tier = settings.tier.filter(|tier| var("ASHORE_TIER").as_ref() != Some(tier));
+            } else {
+                settings.tier_from(var)?;
+            }
             tiers.extend(Tier::of(&settings));
         }
         settings.check()?;
+        ranks.refuse(&tiers)?;
         let storage = match storage {
             Some(storage) => storage,
             None => storage::open_with(&root, &settings)?,
@@ -356,7 +386,6 @@ impl Builder {
         let given = given.map(|(given, bytes)| fits(given, bytes, device.as_ref())).transpose()?;
         let behind = match &group {
             _ if tiers.is_empty() => None,
-            Some(group) if group.member.rank != 0 => None,
             group => {
                 let session = group.as_ref().map(|group| (group.session.id, group.session.generation));
                 Some(Behind::new(storage.clone(), note, tiers, session)?)

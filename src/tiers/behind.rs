@@ -232,7 +232,12 @@ impl Behind {
 
     fn set_mode(&self, mode: Mode) {
         for line in &self.lines {
-            lock(&line.state).mode = mode;
+            let mut state = lock(&line.state);
+            // SIGTERM may come in a shutdown, whose deadline stays.
+            if !matches!((state.mode, mode), (Mode::Closing(_), Mode::Newest | Mode::All)) {
+                state.mode = mode;
+            }
+            drop(state);
             line.moved.notify();
         }
     }
