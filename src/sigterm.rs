@@ -15,6 +15,7 @@ use crate::completion::{Completion, Waiter, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::{CheckpointExecutor, Threads};
 use crate::guard::logged;
+use crate::id::step_name;
 use crate::outcome::Outcome;
 use crate::save::Save;
 use crate::state::StateDict;
@@ -389,11 +390,14 @@ impl Listener {
         }
         report.finished.sort_unstable();
         report.lost.sort_by_key(|(step, _)| *step);
-        let newest = hook.catalog.latest();
-        report.durable = newest.ok().flatten().map(|newest| (newest.step(), newest.path().to_owned()));
+        let newest = hook.catalog.latest().ok().flatten();
+        // A tier gets no step under another name.
+        let named = newest.as_ref().is_some_and(|newest| newest.name() == step_name(newest.step()));
+        report.durable = newest.map(|newest| (newest.step(), newest.path().to_owned()));
         if let Some(behind) = &behind {
             let newest = report.durable.as_ref().map(|(step, _)| *step);
-            report.cut_short |= newest.is_some_and(|newest| !promoted(behind, newest, deadline, again));
+            report.cut_short |=
+                newest.filter(|_| named).is_some_and(|newest| !promoted(behind, newest, deadline, again));
             report.tiers = behind.report();
             behind.all_again();
         }

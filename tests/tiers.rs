@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 #[path = "../examples/10_tiers.rs"]
 #[allow(dead_code)]
 mod example;
+#[path = "tiers/faults.rs"]
+mod faults;
 #[path = "tiers/kills.rs"]
 mod kills;
 #[path = "tiers/store.rs"]
@@ -251,7 +253,8 @@ fn a_session_that_lost_the_tier_promotes_nothing_more_and_says_so() {
     let (old, new, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let zombie = executor(old.path(), [shared(tier.path())]);
     save(&zombie, 1).durable_in("shared").wait(LONG).unwrap();
-    let owner = executor(new.path(), [shared(tier.path())]);
+    // As another process has it: one process has a tier once.
+    let owner = executor(new.path(), [Tier::over("shared", Arc::new(Local::open(tier.path()).unwrap()))]);
     let saved = save(&zombie, 2);
     let refused = saved.durable_in("shared").wait(LONG).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Conflict, "{refused}");

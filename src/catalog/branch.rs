@@ -84,7 +84,7 @@ impl Catalog {
 
     /// Returns the last step of the running branch: the last that this process published, or, if it published
     /// none, the last written by the clock of the storage.
-    pub(super) fn head<'e>(&self, entries: &'e [Entry]) -> Option<&'e Entry> {
+    pub(crate) fn head<'e>(&self, entries: &'e [Entry]) -> Option<&'e Entry> {
         let known = self.known();
         let own = known.own.iter().rev().find_map(|own| entries.iter().find(|entry| entry.attempt == *own));
         own.or_else(|| entries.iter().max_by_key(|entry| (entry.modified, entry.step)))

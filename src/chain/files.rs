@@ -97,7 +97,12 @@ pub fn apply_files<P: AsRef<Path>>(base: &Path, deltas: &[P], to: &Path) -> Resu
     // A storage of its own, because the executor would make the root of another one.
     let (storage, name) = place(to)?;
     let parent = storage.path();
-    let executor = CheckpointExecutor::builder(parent).alone().no_tier_from_env().storage(Arc::new(storage)).arena(64 << 20).build()?;
+    let executor = CheckpointExecutor::builder(parent)
+        .alone()
+        .no_tier_from_env()
+        .storage(Arc::new(storage))
+        .arena(64 << 20)
+        .build()?;
     let mut options = SaveOptions::default().directory(to);
     options.attempt = attempt;
     let saved = executor.save_with(report.version, state, options)?.wait(Duration::from_secs(24 * 3600));

@@ -97,7 +97,8 @@ impl Publisher {
     fn executor(&self) -> Result<CheckpointExecutor> {
         let storage = Arc::new(VersionStorage(self.shared.clone()));
         let chunk = (self.arena / 4).next_power_of_two().clamp(1 << 20, 8 << 20).min(self.arena / 2);
-        let builder = CheckpointExecutor::builder(self.shared.storage.describe("")).alone().no_tier_from_env().storage(storage);
+        let builder =
+            CheckpointExecutor::builder(self.shared.storage.describe("")).alone().no_tier_from_env().storage(storage);
         builder.arena(self.arena).chunk(chunk).overlap(Overlap::Block).build()
     }
 

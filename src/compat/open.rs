@@ -31,7 +31,11 @@ impl<K: PartialEq> Open<K> {
             Some(at) => self.executors.remove(at).1,
             None => {
                 self.executors.truncate(self.most - 1);
-                CheckpointExecutor::builder(root.as_ref()).settings(self.settings.clone()).alone().no_tier_from_env().build()?
+                CheckpointExecutor::builder(root.as_ref())
+                    .settings(self.settings.clone())
+                    .alone()
+                    .no_tier_from_env()
+                    .build()?
             }
         };
         self.executors.insert(0, (key, executor));

@@ -21,8 +21,8 @@ mod url;
 pub use memory::Memory;
 #[cfg(feature = "object-store")]
 pub use object::ObjectStore;
-pub(crate) use open::open_with;
 pub use open::{at, open};
+pub(crate) use open::{identity, open_with};
 pub use process::Process;
 pub(crate) use url::StepPlace;
 #[doc(hidden)]

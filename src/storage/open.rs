@@ -5,7 +5,7 @@ use super::local::Local;
 use super::url::{Place, Url};
 use crate::error::Result;
 use crate::settings::Settings;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Opens the root at `root`: a path, or a URL such as `s3://bucket/prefix`, `gs://bucket/prefix`,
@@ -48,6 +48,23 @@ pub(crate) fn open_with(root: &Path, settings: &Settings) -> Result<Arc<dyn Stor
         }
         Place::Store(url) => store(&url),
     }
+}
+
+/// Where the root at `root` is: the same for two names of one directory or URL, as far as links tell.
+///
+/// # Errors
+/// `Invalid` for a URL that cannot be used.
+pub(crate) fn identity(root: &Path) -> Result<PathBuf> {
+    let path = match Place::of(root)? {
+        Place::Directory(path) => std::path::absolute(&path).unwrap_or(path),
+        Place::Store(url) => return Ok(url.to_string().into()),
+    };
+    // The directory itself may be missing still.
+    let resolved = path.ancestors().find_map(|above| {
+        let rest = path.strip_prefix(above).ok()?;
+        above.canonicalize().ok().map(|above| above.components().chain(rest.components()).collect())
+    });
+    Ok(resolved.unwrap_or(path))
 }
 
 #[cfg(feature = "object-store")]

@@ -1,12 +1,13 @@
 //! The tiers behind the root of an executor: their take-over, and the end of their threads.
 
+use super::claim::Claim;
 use super::line::{Line, Mode, Ours, Standing, State};
 use super::lineage::{Found, Lineage, Looked, Note};
 use super::{Root, Tier, TierReport, open};
 use crate::catalog::{Catalog, Entry, Hold};
 use crate::completion::{Signal, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::parse_step_name;
+use crate::id::step_name;
 use crate::mutant::{self, Mutant};
 use crate::settings::Unpromoted;
 use crate::storage::Storage;
@@ -41,7 +42,8 @@ impl Behind {
     /// of the ranks, with its generation in the root; None: this process takes the root over with a new one.
     ///
     /// # Errors
-    /// `Invalid` for two tiers of one name, or a root that is no path and no known URL; errors of the root.
+    /// `Invalid` for two tiers of one name, a tier that another executor of this process has, or a root that is
+    /// no path and no known URL; errors of the root.
     pub fn new(
         root: Arc<dyn Storage>,
         note: Note,
@@ -56,6 +58,10 @@ impl Behind {
             if lines.iter().any(|line: &Arc<Line>| line.name == name) {
                 return Err(Error::invalid(format!("two tiers have one name tier={name:?}")));
             }
+            let claim = match &tier.root {
+                Root::At(path) => Some(Claim::of(path)?),
+                Root::Over(_) => None,
+            };
             let place = match &tier.root {
                 Root::At(path) => path.into(),
                 Root::Over(storage) => storage.describe(""),
@@ -63,7 +69,8 @@ impl Behind {
             let lineage = note.tiers.get(&*name).cloned().unwrap_or_default().pending(id);
             let (retention, unpromoted) = (tier.retention, tier.unpromoted);
             let state = Mutex::new(State { lineage, ..State::default() });
-            lines.push(Arc::new(Line { name, place, tier, retention, unpromoted, state, moved: Signal::default() }));
+            let (moved, claim) = (Signal::default(), Mutex::new(claim));
+            lines.push(Arc::new(Line { name, place, tier, retention, unpromoted, state, moved, claim }));
         }
         let (generation, recorded) = match session {
             Some((_, generation)) => (generation, root.shared()),
@@ -106,7 +113,8 @@ impl Behind {
     }
 
     /// Takes a tier over, unless that is done or no longer possible. At the `start` of a session any found
-    /// session will do, because nothing was restored or saved yet.
+    /// session will do, because nothing was restored or saved yet. Later, a tier that another session took
+    /// over meanwhile is lost, and stays that session's: nothing is written to it.
     ///
     /// # Errors
     /// Why the tier is away; `Conflict` if it is lost.
@@ -121,10 +129,23 @@ impl Behind {
         let recorded = lock(&line.state).recorded.clone();
         let recorded = match recorded {
             Some(recorded) => recorded,
-            None => self.record(line, &look)?,
+            None => {
+                let after = self.after(line, &look);
+                if !after.1 && !start {
+                    lock(&line.state).standing = Standing::Lost;
+                    return Err(line.lost());
+                }
+                self.record(line, &look, after)?
+            }
         };
         lock(&line.state).recorded = Some(recorded.clone());
         let (generation, (lineage, goes_on)) = recorded;
+        if !goes_on && !start {
+            let mut state = lock(&line.state);
+            (state.lineage, state.standing) = (lineage, Standing::Lost);
+            drop(state);
+            return Err(line.lost());
+        }
         let shared = look.shared;
         if let Some(shared) = &shared {
             shared.take_over(generation)?;
@@ -133,25 +154,23 @@ impl Behind {
         let ours = Arc::new(Ours { storage, catalog, shared, generation });
         let mut state = lock(&line.state);
         state.lineage = lineage;
-        if !goes_on && !start {
-            state.standing = Standing::Lost;
-            drop(state);
-            return Err(line.lost());
-        }
         state.standing = Standing::Ours(ours.clone());
-        state.error = None;
+        (state.error, state.failing) = (None, false);
         Ok(ours)
     }
 
-    /// Records the session in a tier, after a note of what its lineage will be. Returns the generation, the
-    /// lineage, and whether that goes on from the one before.
-    fn record(&self, line: &Line, look: &Looked) -> Result<(u64, (Lineage, bool))> {
-        let others: Vec<Lineage> = {
-            let note = lock(&self.note);
-            note.tiers.iter().filter(|(name, _)| **name != *line.name).map(|(_, lineage)| lineage.clone()).collect()
-        };
+    /// The lineage that a take-over makes, and whether that goes on from the one before.
+    fn after(&self, line: &Line, look: &Looked) -> (Lineage, bool) {
         let before = lock(&line.state).lineage.clone();
-        let after = before.after(look, self.session, others.iter());
+        let note = lock(&self.note);
+        let others = note.tiers.iter().filter(|(name, _)| **name != *line.name).map(|(_, lineage)| lineage);
+        before.after(look, self.session, others)
+    }
+
+    /// Records the session in a tier, after a note of what its lineage will be: `after`. Returns the
+    /// generation, the lineage, and whether that goes on from the one before.
+    fn record(&self, line: &Line, look: &Looked, after: (Lineage, bool)) -> Result<(u64, (Lineage, bool))> {
+        let before = lock(&line.state).lineage.clone();
         lock(&line.state).lineage = before.before(&after, look, self.session);
         self.write_note();
         let generation = look.record(self.session)?;
@@ -159,7 +178,7 @@ impl Behind {
             return Ok((generation, after));
         }
         let unknown = Looked { shared: None, found: Found::Unknown, next: generation };
-        Ok((generation, before.after(&unknown, self.session, others.iter())))
+        Ok((generation, before.after(&unknown, self.session, std::iter::empty())))
     }
 
     /// A tier has failed with `error`: where it may be gone, as a mount may, it is opened and taken over
@@ -193,7 +212,7 @@ impl Behind {
     /// The save of `ticket` is durable as `name`, a step of the root or not.
     pub fn durable(&self, ticket: &Ticket, name: Option<&str>) {
         let step = ticket.step;
-        let promoted = name.is_some_and(|name| parse_step_name(name) == Some(step));
+        let promoted = name.is_some_and(|name| name == step_name(step));
         for (promotion, line) in ticket.promotions().iter().zip(&self.lines) {
             if !promoted {
                 let why = "only steps of the root are promoted";
@@ -214,6 +233,7 @@ impl Behind {
                 promotion.done.complete(Ok(done));
             } else {
                 state.lacks.insert(step, attempt);
+                state.never.remove(&step);
                 state.waiting.insert(attempt, (step, promotion.clone()));
             }
             line.moved.notify();
@@ -248,7 +268,9 @@ impl Behind {
         let has = |line: &Line| {
             let state = lock(&line.state);
             let there = state.done.values().any(|done| done.step == newest) && !state.lacks.contains_key(&newest);
-            let never = matches!(state.standing, Standing::Lost) || state.forks.contains(&newest);
+            let never = matches!(state.standing, Standing::Lost)
+                || state.forks.contains(&newest)
+                || state.never.contains(&newest);
             (there || never).then_some(())
         };
         self.lines.iter().all(|line| line.moved.wait_until(deadline, || has(line)).is_some())
@@ -285,6 +307,7 @@ impl Behind {
         for line in &self.lines {
             let why = || Error::new(ErrorKind::Deadline, "the executor was shut down before the step was promoted");
             line.tell_all(|_| true, &why());
+            lock(&line.claim).take();
             let TierReport { tier, root, lacks, error, .. } = line.report();
             if !lacks.is_empty() {
                 left.push((format!("tier={tier:?} root={} steps={lacks:?}", root.display()), error));
@@ -315,8 +338,9 @@ impl Hold for Behind {
             // Nothing is known yet of what a tier has that was never reached.
             let unknown = matches!(state.standing, Standing::Away);
             let lacks = |entry: &&Entry| {
-                state.lacks.get(&entry.step) == Some(&entry.attempt)
-                    || unknown && !state.lineage.had.contains(&entry.attempt)
+                let lacks = state.lacks.get(&entry.step) == Some(&entry.attempt);
+                let promoted = entry.name == step_name(entry.step);
+                lacks || unknown && promoted && !state.lineage.had.contains(&entry.attempt)
             };
             held.extend(entries.iter().filter(lacks).map(|entry| entry.step));
         }

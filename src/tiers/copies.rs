@@ -168,7 +168,8 @@ impl Behind {
             match &copy.tier {
                 None => near = Some(found),
                 Some((line, _)) => {
-                    let own = near.is_some_and(|near| descends(line, near)) && descends(line, found);
+                    let replaced = line.state().lineage.replaces(found.manifest().session);
+                    let own = replaced && near.is_some_and(|near| descends(line, near));
                     if !own {
                         counts = Some(found.attempt());
                     }

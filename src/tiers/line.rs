@@ -3,6 +3,7 @@
 //! **Locks.** The state is locked for a few instructions, never during a call of a storage; completions are
 //! set after the lock is released.
 
+use super::claim::Claim;
 use super::copy::check_newest;
 use super::lineage::Lineage;
 use super::{Tier, TierReport, TierState};
@@ -31,6 +32,8 @@ pub(super) struct Line {
     pub unpromoted: Unpromoted,
     pub state: Mutex<State>,
     pub moved: Signal,
+    /// Of a tier that a path or a URL names, until the executor has ended or lost it.
+    pub claim: Mutex<Option<Claim>>,
 }
 
 /// What is known of a tier.
@@ -48,9 +51,13 @@ pub(super) struct State {
     /// What was promoted by this process, or found in the tier, of the steps in the root.
     pub done: HashMap<Attempt, Promoted>,
     pub forks: BTreeSet<u64>,
+    /// Steps of the root that this session will not promote, though the tier has nothing under their names.
+    pub never: BTreeSet<u64>,
     /// The step that is being copied.
     pub copying: Option<u64>,
     pub error: Option<Error>,
+    /// Whether that is an error of the tier, which may be away.
+    pub failing: bool,
     /// Counts what was saved, so that the thread looks again.
     pub saved: u64,
     pub mode: Mode,
@@ -131,6 +138,7 @@ impl Line {
         state.error = Some(why.clone());
         state.lacks.clear();
         drop(state);
+        lock(&self.claim).take();
         tracing::error!(tier = &*self.name, error = format_args!("{why:#}"), "a tier is lost");
         self.tell_all(|_| true, &self.located("the step is not promoted", why));
         self.moved.notify();
@@ -189,14 +197,12 @@ impl Line {
     /// What the tier has and lacks.
     pub fn report(&self) -> TierReport {
         let state = lock(&self.state);
-        let away =
-            state.error.as_ref().is_some_and(|error| error.is_transient() || error.kind() == ErrorKind::NotFound);
         TierReport {
             tier: self.name.to_string(),
             root: self.place.clone(),
             state: match state.standing {
                 Standing::Lost => TierState::Lost,
-                Standing::Ours(_) if !away => TierState::Ours,
+                Standing::Ours(_) if !state.failing => TierState::Ours,
                 Standing::Ours(_) | Standing::Away => TierState::Away,
             },
             newest: state.done.values().map(|done| done.step).max(),

@@ -214,6 +214,12 @@ impl Lineage {
         self
     }
 
+    /// Whether a step of this session in the tier may be replaced. What names no session was there before the
+    /// tier, or is of another root.
+    pub fn replaces(&self, session: Option<Uuid>) -> bool {
+        session.is_some_and(|session| self.sessions.contains(&session))
+    }
+
     /// Whether a step of this session, or of none, may be promoted.
     pub fn allows(&self, session: Option<Uuid>) -> bool {
         mutant::on(Mutant::ForeignGeneration)

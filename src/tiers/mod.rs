@@ -11,6 +11,7 @@
 //! not have.
 
 mod behind;
+mod claim;
 mod copies;
 mod copy;
 mod line;

@@ -4,12 +4,12 @@
 use super::behind::Behind;
 use super::copy::{Into, Owner};
 use super::line::{Line, Mode, Ours, Standing};
-use crate::catalog::{Catalog, Entry};
+use crate::catalog::{Catalog, Entry, Mark};
 use crate::checkpoint::Checkpoint;
 use crate::completion::{Signal, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{self, guarded};
-use crate::id::{Attempt, step_name};
+use crate::id::{Attempt, parse_step_name, step_name};
 use crate::own_threads;
 use crate::settings::Priority;
 use crate::sync::lock;
@@ -64,7 +64,8 @@ impl Behind {
 fn run(behind: &Arc<Behind>, line: &Arc<Line>, catalog: &Catalog, executor: &Arc<Signal>) {
     own_threads::mark(executor);
     adopt(Priority::Low);
-    let mut promoter = Promoter { behind, line, catalog, there: HashMap::new(), refused: HashMap::new() };
+    let mut promoter =
+        Promoter { behind, line, catalog, there: HashMap::new(), newest: BTreeSet::new(), refused: HashMap::new() };
     let mut backoff = BACKOFF;
     loop {
         let (saved, mode) = {
@@ -116,6 +117,8 @@ struct Promoter<'a> {
     catalog: &'a Catalog,
     /// What is under the names of steps in the tier, which this session alone writes.
     there: HashMap<String, Written>,
+    /// The newest durable steps of the root, by number and by time, which the tier always wants.
+    newest: BTreeSet<u64>,
     /// Attempts that cannot be promoted: damaged ones, and those under whose name the tier has something
     /// else.
     refused: HashMap<Attempt, Error>,
@@ -146,13 +149,17 @@ impl Promoter<'_> {
         self.line.check(&ours)?;
         // What is waited for was published before the list.
         let waited = self.line.waiting();
+        let lacked = self.line.state().lacks.clone();
         let local = self.local()?;
         let there: HashSet<Attempt> = local.values().map(|written| written.attempt).collect();
         self.line.tell_gone(|attempt| waited.contains(&attempt) && !there.contains(&attempt));
         self.survey(&ours)?;
-        let todo = self.choose(&local);
+        let todo = self.choose(&local, &lacked);
         if todo.is_empty() {
-            self.line.state().error = None;
+            // A step that is refused stays in what the tier lacks, with its error.
+            let refused = local.values().rev().find_map(|written| self.refused.get(&written.attempt));
+            let mut state = self.line.state();
+            (state.error, state.failing) = (refused.cloned(), false);
             return Ok(Looked::Done);
         }
         // Where the tier keeps all, what it wants does not change by what it gets.
@@ -180,8 +187,13 @@ impl Promoter<'_> {
                 let error = self.line.located("a step cannot be promoted", &error).with_step(step);
                 tracing::error!(step, error = format_args!("{error:#}"), "a step is not promoted");
                 self.line.tell_all(|attempt| attempt == written.attempt, &error);
-                self.line.state().error = Some(error.clone());
+                {
+                    let mut state = self.line.state();
+                    (state.error, state.failing) = (Some(error.clone()), false);
+                    state.never.insert(step);
+                }
                 self.refused.insert(written.attempt, error);
+                self.line.moved.notify();
                 Ok(())
             }
             // Retention has deleted it.
@@ -194,8 +206,9 @@ impl Promoter<'_> {
 
     /// The durable steps of the root, under the names that this library gives, without those that are marked
     /// bad.
-    fn local(&self) -> Result<BTreeMap<u64, Written>> {
+    fn local(&mut self) -> Result<BTreeMap<u64, Written>> {
         let (mut found, bad) = (BTreeMap::new(), self.catalog.bad());
+        let mut entries = Vec::new();
         for entry in self.catalog.list()? {
             if entry.name != step_name(entry.step)
                 || bad.contains(&entry.attempt)
@@ -206,12 +219,15 @@ impl Promoter<'_> {
             match self.catalog.checkpoint(entry.step) {
                 Ok(checkpoint) if checkpoint.attempt() == entry.attempt => {
                     found.insert(entry.step, Written::of(&checkpoint));
+                    entries.push(entry);
                 }
                 Ok(_) => {}
                 Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt) => {}
                 Err(error) => return Err(error),
             }
         }
+        let last = self.catalog.head(&entries).map(|head| head.step);
+        self.newest = last.into_iter().chain(found.keys().next_back().copied()).collect();
         Ok(found)
     }
 
@@ -242,14 +258,17 @@ impl Promoter<'_> {
     }
 
     /// The steps that the tier wants and lacks, of those that this session may promote, newest first.
-    fn choose(&mut self, local: &BTreeMap<u64, Written>) -> Vec<(u64, Written)> {
+    /// `lacked` is what it was known to lack before `local` was listed.
+    fn choose(&mut self, local: &BTreeMap<u64, Written>, lacked: &BTreeMap<u64, Attempt>) -> Vec<(u64, Written)> {
         let (mut lacks, mut forks, mut found) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
-        let numbers: BTreeSet<u64> = self.there.keys().filter_map(|name| crate::id::parse_step_name(name)).collect();
-        let mut unwanted = Vec::new();
+        let number = |name: &String| parse_step_name(name).filter(|step| step_name(*step) == *name);
+        let numbers: BTreeSet<u64> = self.there.keys().filter_map(number).collect();
+        let (mut unwanted, mut forked, mut never) = (Vec::new(), Vec::new(), BTreeSet::new());
         let mut state = self.line.state();
         let attempts: HashSet<Attempt> = local.values().map(|written| written.attempt).collect();
         state.lineage.had.retain(|attempt| attempts.contains(attempt));
         state.done.retain(|attempt, _| attempts.contains(attempt));
+        self.refused.retain(|attempt, _| attempts.contains(attempt));
         for (&step, written) in local {
             let there = self.there.get(&step_name(step));
             if there.is_some_and(|there| there.attempt == written.attempt) {
@@ -257,22 +276,28 @@ impl Promoter<'_> {
                 continue;
             }
             // Another attempt of the lineage is an overwrite of this job's own.
-            if there.is_some_and(|there| !state.lineage.allows(there.session) || !state.lineage.allows(written.session))
+            if there
+                .is_some_and(|there| !state.lineage.replaces(there.session) || !state.lineage.allows(written.session))
             {
                 forks.insert(step);
+                forked.push(written.attempt);
                 continue;
             }
-            if state.lineage.had.contains(&written.attempt)
-                || self.refused.contains_key(&written.attempt)
-                || !state.lineage.allows(written.session)
-            {
+            if state.lineage.had.contains(&written.attempt) || !state.lineage.allows(written.session) {
+                never.insert(step);
+                continue;
+            }
+            if self.refused.contains_key(&written.attempt) {
+                never.insert(step);
+                lacks.insert(step, *written);
                 continue;
             }
             let wanted = || {
                 let with = || numbers.iter().copied().chain([step]);
                 self.line.retention.plan(with(), with()).is_ok_and(|gone| !gone.contains(&step))
             };
-            if there.is_none() && !wanted() {
+            if there.is_none() && !self.newest.contains(&step) && !wanted() {
+                never.insert(step);
                 unwanted.push(written.attempt);
                 continue;
             }
@@ -280,8 +305,15 @@ impl Promoter<'_> {
         }
         let new: Vec<u64> = forks.difference(&state.forks).copied().collect();
         state.forks = forks;
-        state.lacks = lacks.iter().map(|(step, written)| (*step, written.attempt)).collect();
-        let newest = local.keys().next_back().copied();
+        // What was saved since the list is not in it.
+        let mut since = std::mem::take(&mut state.lacks);
+        since.retain(|step, attempt| lacked.get(step) != Some(attempt) && !attempts.contains(attempt));
+        never.retain(|step| !since.contains_key(step));
+        state.lacks = lacks.iter().map(|(step, written)| (*step, written.attempt)).chain(since).collect();
+        state.never = never;
+        lacks.retain(|_, written| !self.refused.contains_key(&written.attempt));
+        let promotable = |written: &Written| !self.refused.contains_key(&written.attempt);
+        let newest = local.iter().rev().find(|(_, written)| promotable(written)).map(|(step, _)| *step);
         let mode = state.mode;
         let known: Vec<_> = found.into_iter().filter(|(_, attempt)| !state.done.contains_key(attempt)).collect();
         drop(state);
@@ -292,6 +324,9 @@ impl Promoter<'_> {
         for (step, attempt) in known {
             self.line.tell(self.line.promoted(step, attempt, 0));
         }
+        self.line.moved.notify();
+        let what = "the tier has another attempt at the step, of another run, which is not replaced";
+        self.line.tell_all(|attempt| forked.contains(&attempt), &Error::new(ErrorKind::Conflict, what));
         let what = "the tier keeps only newer steps, and does not want this one";
         self.line.tell_all(|attempt| unwanted.contains(&attempt), &Error::new(ErrorKind::Cancelled, what));
         let all = lacks.into_iter().rev();
@@ -309,7 +344,7 @@ impl Promoter<'_> {
             None => Owner::Caller,
         };
         let lineage = self.line.state().lineage.clone();
-        let replaces = |there: &Checkpoint| lineage.allows(there.manifest().session);
+        let replaces = |there: &Checkpoint| lineage.replaces(there.manifest().session);
         let into = Into { to: &ours.storage, owner, replaces: &replaces };
         let copied = into.copy(&from, &|_| self.go_on(step)).inspect_err(|_| drop(self.line.check(ours)))?;
         self.there.insert(from.name().to_owned(), written);
@@ -320,11 +355,21 @@ impl Promoter<'_> {
         if !self.line.retention.is_unlimited() {
             // It retries after the next promotion.
             // By number alone: steps are promoted newest first, so the one written last says nothing.
-            let gone = |entries: &[Entry]| {
-                let steps = || entries.iter().map(|entry| entry.step);
-                self.line.retention.plan(steps(), steps()).unwrap_or_default().into_iter().collect()
+            let prune = || {
+                let marks = self.catalog.marks()?;
+                let kept = |entry: &&Entry| {
+                    let marked = marks.iter().any(|m| m.attempt == entry.attempt && m.mark == Mark::Keep);
+                    marked || self.newest.contains(&entry.step)
+                };
+                let gone = |entries: &[Entry]| {
+                    let steps = || entries.iter().map(|entry| entry.step);
+                    let mut gone: BTreeSet<u64> =
+                        self.line.retention.plan(steps(), steps()).unwrap_or_default().into_iter().collect();
+                    entries.iter().filter(kept).for_each(|entry| _ = gone.remove(&entry.step));
+                    gone
+                };
+                ours.catalog.prune_chosen(gone).map(drop)
             };
-            let prune = || ours.catalog.prune_chosen(gone).map(drop);
             guard::attempt("prune a tier", prune);
         }
         Ok(())
@@ -338,7 +383,7 @@ impl Promoter<'_> {
             Mode::Closing(end) if Instant::now() >= end => {
                 Err(Error::new(ErrorKind::Deadline, "the executor was shut down before the step was promoted"))
             }
-            Mode::Newest if state.lacks.keys().next_back().is_some_and(|newest| *newest > step) => {
+            Mode::Newest if state.lacks.keys().any(|lacks| *lacks > step && !state.never.contains(lacks)) => {
                 Err(Error::new(ErrorKind::Cancelled, "only the newest step is promoted"))
             }
             _ => Ok(()),
@@ -346,11 +391,20 @@ impl Promoter<'_> {
     }
 
     fn failed(&mut self, error: &Error, wait: Duration) {
-        self.behind.away(self.line, error);
-        self.there.clear();
-        let error = self.line.located("promotion failed", error);
+        // An error of the first tier says nothing of this one.
+        let first = error
+            .path()
+            .is_some_and(|path| path.starts_with(self.behind.root.describe("")) && !path.starts_with(&self.line.place));
+        let failing = !first && (error.is_transient() || error.kind() == ErrorKind::NotFound);
+        if !first {
+            self.behind.away(self.line, error);
+            self.there.clear();
+        }
+        let what = if first { "promotion failed, because the first tier did" } else { "promotion failed" };
+        let error = self.line.located(what, error);
         let (tier, root) = (&*self.line.name, self.line.place.display());
         tracing::warn!(tier, %root, error = format_args!("{error:#}"), ?wait, "a promotion is tried again");
-        self.line.state().error = Some(error);
+        let mut state = self.line.state();
+        (state.error, state.failing) = (Some(error), failing);
     }
 }

@@ -373,8 +373,10 @@ impl CatalogState {
         let executor = match &line.executor {
             Some(executor) => executor.clone(),
             None => {
-                let builder =
-                    CheckpointExecutor::builder(self.rank_path()).settings(self.given.settings.clone()).alone().no_tier_from_env();
+                let builder = CheckpointExecutor::builder(self.rank_path())
+                    .settings(self.given.settings.clone())
+                    .alone()
+                    .no_tier_from_env();
                 let builder = match &self.given.made {
                     Some(made) => builder.made_device(made.clone()),
                     None => builder.device(self.given.device),

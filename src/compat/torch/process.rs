@@ -50,7 +50,8 @@ impl ProcessBuilder {
         settings.check()?;
         let process = Process::start(&root, &settings, program)?;
         let storage = Arc::new(process.clone());
-        let engine = CheckpointExecutor::builder(root).settings(settings).storage(storage).alone().no_tier_from_env().build()?;
+        let engine =
+            CheckpointExecutor::builder(root).settings(settings).storage(storage).alone().no_tier_from_env().build()?;
         let executor = ThreadExecutor::new(Arc::new(engine))?.handing_over(process.handed().clone());
         Ok(ProcessExecutor { executor, process })
     }

@@ -1,0 +1,42 @@
+//! Claims: each tier that a path or a URL names is of one executor of this process.
+//!
+//! A second take-over would end the promotions of the first executor. Of an own storage it is not known where
+//! it is, so there the sessions of the tier alone decide.
+
+use crate::error::{Error, Result};
+use crate::storage;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+/// What is claimed, with the process that did: a child inherits the list, and none of the executors.
+static CLAIMED: Mutex<Vec<(u32, PathBuf)>> = Mutex::new(Vec::new());
+
+/// The claim of one executor on a tier; dropping it ends the claim.
+#[derive(Debug)]
+pub(super) struct Claim(u32, PathBuf);
+
+impl Claim {
+    /// Claims the tier at `root`.
+    ///
+    /// # Errors
+    /// `Invalid` if another executor of this process has it, or `root` is a URL that cannot be used.
+    pub fn of(root: &str) -> Result<Self> {
+        let place = storage::identity(Path::new(root))?;
+        let claim = (std::process::id(), place);
+        let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
+        if claimed.contains(&claim) {
+            let why = "another executor of this process has the tier, and a tier is of one executor: shut that \
+                       one down first, or give each its own by `Builder::tier`; ASHORE_TIER serves one executor";
+            return Err(Error::invalid(why).with_path(claim.1));
+        }
+        claimed.push(claim.clone());
+        Ok(Self(claim.0, claim.1))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
+        claimed.retain(|(process, place)| (*process, place) != (self.0, &self.1));
+    }
+}
