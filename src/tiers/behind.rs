@@ -367,3 +367,27 @@ impl Hold for Behind {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::local::Local;
+
+    #[test]
+    fn sigterm_during_a_shutdown_does_not_take_back_its_deadline() {
+        let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let tier = Tier::over("shared", Arc::new(Local::open(tier.path()).unwrap()));
+        let behind = Behind::new(Arc::new(Local::open(root.path()).unwrap()), Note::default(), vec![tier], None);
+        let behind = behind.unwrap();
+        let mode = || lock(&behind.lines[0].state).mode;
+        behind.only_newest();
+        assert_eq!(mode(), Mode::Newest);
+        behind.all_again();
+        assert_eq!(mode(), Mode::All);
+        let deadline = Instant::now();
+        behind.close(deadline).unwrap();
+        behind.only_newest();
+        behind.all_again();
+        assert_eq!(mode(), Mode::Closing(deadline));
+    }
+}
