@@ -1,6 +1,7 @@
 //! `ashore copy`: copies checkpoints from a directory to another, as the same attempts.
 
 use crate::{Common, DAMAGED, out, size};
+use ashore::catalog::Mark;
 use ashore::storage::{self, Storage};
 use ashore::{Catalog, Checkpoint, Error, ErrorKind, Result, tiers};
 use serde::Serialize;
@@ -18,10 +19,11 @@ pub struct Args {
     /// have it as its root: the copy takes the root over, and the job's next save fails
     #[arg(value_name = "TO")]
     to: PathBuf,
-    /// Copy every checkpoint, newest first; without this, only the newest
+    /// Copy every checkpoint, newest first; without this, only the newest. Steps that are marked bad are left
+    /// out
     #[arg(long, conflicts_with = "step")]
     all: bool,
-    /// Copy this step
+    /// Copy this step, also if it is marked bad
     #[arg(long, value_name = "N")]
     step: Option<u64>,
     /// Only show what would be copied
@@ -60,7 +62,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let catalog = common.catalog(&args.from)?;
     let mut steps: Vec<u64> = match args.step {
         Some(step) => vec![step],
-        None => catalog.list()?.iter().rev().map(|entry| entry.step).collect(),
+        None => unmarked(&catalog, args.all)?,
     };
     if !args.all {
         steps.truncate(1);
@@ -85,6 +87,23 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         (false, false) => ExitCode::FAILURE,
         (false, true) => ExitCode::SUCCESS,
     })
+}
+
+/// The steps that are not marked bad, newest first, and a word on those that are left out.
+fn unmarked(catalog: &Catalog, all: bool) -> Result<Vec<u64>> {
+    let marks = catalog.marks()?;
+    let mut steps = Vec::new();
+    for entry in catalog.list()?.iter().rev() {
+        if marks.iter().any(|marked| marked.attempt == entry.attempt && marked.mark == Mark::Bad) {
+            if all || steps.is_empty() {
+                let step = entry.step;
+                out::complain(&format!("step {step} is marked bad and is left out; --step {step} copies it"));
+            }
+        } else {
+            steps.push(entry.step);
+        }
+    }
+    Ok(steps)
 }
 
 /// The storage to copy to; None where a dry run finds none.

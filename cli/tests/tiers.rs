@@ -74,3 +74,19 @@ fn a_damaged_step_is_not_copied() {
     assert_eq!(refused.status.code(), Some(3), "{refused:?}");
     assert!(!to.path().join("step-00000001").exists());
 }
+
+#[test]
+fn a_step_that_is_marked_bad_is_copied_only_if_it_is_named() {
+    let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let roots = [from.path(), to.path()];
+    save(from.path(), &[1, 2, 3]);
+    let catalog = ashore::Catalog::open(from.path()).unwrap();
+    [1, 3].map(|step| catalog.mark(step, Some(ashore::catalog::Mark::Bad)).unwrap());
+    let newest = ashore(&["copy", "--json"], &roots);
+    assert_eq!((newest.status.code(), numbers(&json(&newest)["copied"])), (Some(0), vec![2]), "{newest:?}");
+    assert!(String::from_utf8_lossy(&newest.stderr).contains("step 3 is marked bad"), "{newest:?}");
+    let all = ashore(&["copy", "--all", "--json"], &roots);
+    assert_eq!((all.status.code(), numbers(&json(&all)["already"])), (Some(0), vec![2]), "{all:?}");
+    let named = ashore(&["copy", "--step", "3", "--json"], &roots);
+    assert_eq!(numbers(&json(&named)["copied"]), [3], "{named:?}");
+}
