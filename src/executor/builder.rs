@@ -328,7 +328,7 @@ impl Builder {
 
     /// Copies durable steps to another root, too, which is a tier behind this executor's: a directory of a
     /// shared file system, a neighbour's or `/dev/shm`, or an object store. Call it once for each tier, the
-    /// nearest first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one. A tier is of
+    /// nearest first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one. A tier has
     /// one executor of one process: with several ranks, [`Builder::build`] refuses tiers.
     ///
     /// [`Builder::build`] takes each tier over, so that no earlier session of the job, such as that of a node

@@ -42,8 +42,8 @@ impl Behind {
     /// of the ranks, with its generation in the root; None: this process takes the root over with a new one.
     ///
     /// # Errors
-    /// `Invalid` for two tiers of one name, a tier that another executor of this process has, or a root that is
-    /// no path and no known URL; errors of the root.
+    /// `Invalid` for two tiers of one name, a tier that another executor of this process has, or a root that
+    /// is no path and no known URL; errors of the root.
     pub fn new(
         root: Arc<dyn Storage>,
         note: Note,
