@@ -81,7 +81,9 @@ fn a_step_that_is_marked_bad_is_copied_only_if_it_is_named() {
     let roots = [from.path(), to.path()];
     save(from.path(), &[1, 2, 3]);
     let catalog = ashore::Catalog::open(from.path()).unwrap();
-    [1, 3].map(|step| catalog.mark(step, Some(ashore::catalog::Mark::Bad)).unwrap());
+    for step in [1, 3] {
+        catalog.mark(step, Some(ashore::catalog::Mark::Bad)).unwrap();
+    }
     let newest = ashore(&["copy", "--json"], &roots);
     assert_eq!((newest.status.code(), numbers(&json(&newest)["copied"])), (Some(0), vec![2]), "{newest:?}");
     assert!(String::from_utf8_lossy(&newest.stderr).contains("step 3 is marked bad"), "{newest:?}");
