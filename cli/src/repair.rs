@@ -14,7 +14,7 @@ use ashore::internal::format::entries::MANIFEST;
 use ashore::internal::storage::is_url;
 use ashore::memory::AlignedBuffer;
 use ashore::storage::local::{Local, Resumable};
-use ashore::storage::{FileReading, Storage};
+use ashore::storage::{FileReading, Reading, Storage};
 use ashore::{ALIGNMENT, Attempt, Checkpoint, Error, ErrorKind, Result};
 use serde::Serialize;
 use std::fs::File;
@@ -212,8 +212,10 @@ fn home(path: &Path) -> Result<(Local, String)> {
 /// that it must be, if its manifest could be read.
 fn write(repair: &Repair, bytes: u64, saved: Option<Attempt>) -> Result<()> {
     let (local, name) = home(&repair.path)?;
+    // It stays open until the publish, which compares identities.
+    let from = local.open(&name)?;
     let attempt = local.begin_replacement(&name, Attempt::new())?;
-    let done = copy(repair, &local, &name, &attempt, bytes, saved).and_then(|()| attempt.writing().publish(true));
+    let done = copy(repair, from.as_ref(), &name, &attempt, bytes, saved).and_then(|()| attempt.replace(from.as_ref()));
     match done {
         Ok(()) => attempt.writing().settle(),
         Err(error) => {
@@ -225,7 +227,7 @@ fn write(repair: &Repair, bytes: u64, saved: Option<Attempt>) -> Result<()> {
 
 fn copy(
     repair: &Repair,
-    local: &Local,
+    from: &dyn Reading,
     name: &str,
     attempt: &Resumable,
     bytes: u64,
@@ -233,7 +235,6 @@ fn copy(
 ) -> Result<()> {
     let bar = out::progress(2 * bytes);
     bar.set_message("bytes of the repaired copy");
-    let from = local.open(name)?;
     let mut buffer = AlignedBuffer::new(WINDOW);
     for file in from.list()? {
         let source = from.open(&file)?;

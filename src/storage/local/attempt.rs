@@ -201,12 +201,16 @@ impl LocalAttempt {
         self.owned(&self.phase(), file)
     }
 
-    /// Publishes: fsyncs, rename, fsync of the root, without bookkeeping.
-    fn rename_and_sync(&self, overwrite: bool) -> Result<()> {
+    /// Publishes: fsyncs, rename, fsync of the root, without bookkeeping. `over`: the only step to replace.
+    fn rename_and_sync(&self, overwrite: bool, over: Option<(u64, u64)>) -> Result<()> {
         // A claim has made the names durable.
         let claimed = self.claimed.load(Ordering::Acquire);
         let files = || if claimed { Ok(()) } else { self.files.sync_names() };
-        let rename = || publish::rename(&self.root, &self.hidden(), &self.step, self.files.identity, overwrite);
+        let (hidden, identity) = (self.hidden(), self.files.identity);
+        let rename = || match over {
+            Some(displaced) => publish::exchange(&self.root, &hidden, &self.step, identity, displaced),
+            None => publish::rename(&self.root, &hidden, &self.step, identity, overwrite),
+        };
         if mutant::on(Mutant::PublishFirst) {
             rename()?;
             files()?;
@@ -218,6 +222,31 @@ impl LocalAttempt {
             let path = self.root.path().join(&self.step);
             Error::io("cannot make the publish durable", error).with_kind(ErrorKind::Indeterminate).with_path(path)
         })
+    }
+
+    /// Publishes; with `over`, only in the place of the step that has this identity.
+    pub(super) fn publish_over(&self, overwrite: bool, over: Option<(u64, u64)>) -> Result<()> {
+        let mut phase = self.phase();
+        if !matches!(*phase, Phase::Open(_)) {
+            return Err(Error::invalid("an attempt is published once").with_path(self.files.dir.path()));
+        }
+        self.files.check_whole()?;
+        self.owned(&phase, "")?;
+        let done = self.rename_and_sync(overwrite, over);
+        if let Phase::Open(owner) = std::mem::replace(&mut *phase, Phase::Over) {
+            *phase = match &done {
+                Ok(()) => Phase::Published(owner),
+                Err(error) if error.kind() == ErrorKind::Indeterminate => {
+                    self.owners.keep(owner);
+                    Phase::Unclear
+                }
+                Err(_) => {
+                    self.files.progress.lose();
+                    Phase::Open(owner)
+                }
+            };
+        }
+        done
     }
 }
 
@@ -233,27 +262,7 @@ impl Writing for LocalAttempt {
     }
 
     fn publish(&self, overwrite: bool) -> Result<()> {
-        let mut phase = self.phase();
-        if !matches!(*phase, Phase::Open(_)) {
-            return Err(Error::invalid("an attempt is published once").with_path(self.files.dir.path()));
-        }
-        self.files.check_whole()?;
-        self.owned(&phase, "")?;
-        let done = self.rename_and_sync(overwrite);
-        if let Phase::Open(owner) = std::mem::replace(&mut *phase, Phase::Over) {
-            *phase = match &done {
-                Ok(()) => Phase::Published(owner),
-                Err(error) if error.kind() == ErrorKind::Indeterminate => {
-                    self.owners.keep(owner);
-                    Phase::Unclear
-                }
-                Err(_) => {
-                    self.files.progress.lose();
-                    Phase::Open(owner)
-                }
-            };
-        }
-        done
+        self.publish_over(overwrite, None)
     }
 
     fn settle(&self) -> Result<()> {

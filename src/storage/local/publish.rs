@@ -23,11 +23,7 @@ pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), o
         // The call's result is not reliable: a network file system can repeat a rename that had succeeded.
         match look(root, temp, step, identity) {
             Seen::Published => return Ok(()),
-            Seen::Unclear => {
-                return Err(Error::io("the publish failed, and whether the step has its name is unknown", error)
-                    .with_kind(ErrorKind::Indeterminate)
-                    .with_path(root.path().join(step)));
-            }
+            Seen::Unclear => return Err(unclear(root, step, error)),
             Seen::Unchanged => {}
         }
         how = match (how, error.raw_os_error()) {
@@ -47,6 +43,58 @@ pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), o
             _ => return Err(root.error("cannot publish", step)(error)),
         };
     }
+}
+
+/// Exchanges the attempt `temp` with the step that has the identity `displaced`, and with no other one: the
+/// step may have been replaced or pruned since it was read.
+///
+/// # Errors
+/// `Conflict` when the name is another step's, or of none; `Indeterminate` when the result is unknown; with
+/// any other kind nothing changed.
+pub(super) fn exchange(
+    root: &Dir,
+    temp: &str,
+    step: &str,
+    identity: (u64, u64),
+    displaced: (u64, u64),
+) -> Result<()> {
+    let there = root.look(step).map_err(root.error("cannot look at the step", step))?;
+    if there.is_none_or(|stat| stat.identity != displaced) {
+        return Err(root.conflict(REPLACED, step));
+    }
+    exchange_checked(root, temp, step, identity, displaced)
+}
+
+const REPLACED: &str = "the step was replaced or removed meanwhile; it is as it was";
+
+/// Exchanges, compares what was displaced, and exchanges back what was not meant.
+fn exchange_checked(
+    root: &Dir,
+    temp: &str,
+    step: &str,
+    identity: (u64, u64),
+    displaced: (u64, u64),
+) -> Result<()> {
+    if let Err(error) = root.rename(temp, step, Rename::Exchange) {
+        match (look(root, temp, step, identity), error.raw_os_error()) {
+            (Seen::Published, _) => {}
+            (Seen::Unchanged, Some(libc::ENOENT)) => return Err(root.conflict(REPLACED, step)),
+            (Seen::Unchanged, _) => return Err(root.error("cannot publish", step)(error)),
+            (Seen::Unclear, _) => return Err(unclear(root, step, error)),
+        }
+    }
+    let is_meant = |stat: super::sys::Stat| stat.identity == displaced;
+    if root.look(temp).map_err(|error| unclear(root, step, error))?.is_some_and(is_meant) {
+        return Ok(());
+    }
+    root.rename(temp, step, Rename::Exchange).map_err(|error| unclear(root, step, error))?;
+    Err(root.conflict(REPLACED, step))
+}
+
+fn unclear(root: &Dir, step: &str, error: std::io::Error) -> Error {
+    Error::io("the publish failed, and whether the step has its name is unknown", error)
+        .with_kind(ErrorKind::Indeterminate)
+        .with_path(root.path().join(step))
 }
 
 /// Renames an attempt from the name that a veto takes away to the one that its publish starts from.
@@ -98,5 +146,44 @@ fn look(root: &Dir, temp: &str, step: &str, identity: (u64, u64)) -> Seen {
         (Ok(true), _) => Seen::Published,
         (Ok(false), Ok(true)) => Seen::Unchanged,
         _ => Seen::Unclear,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::local::linux::Linux;
+    use crate::storage::local::root;
+    use crate::storage::local::sys::Sys;
+    use std::fs;
+    use std::sync::Arc;
+
+    #[test]
+    fn only_the_step_that_was_read_is_exchanged() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |name: &str| {
+            fs::create_dir(dir.path().join(name)).unwrap();
+            fs::write(dir.path().join(name).join("is"), name).unwrap();
+        };
+        let is = |name: &str| fs::read_to_string(dir.path().join(name).join("is")).ok();
+        ["temp", "step"].into_iter().for_each(make);
+        let sys: Arc<dyn Sys> = Arc::new(Linux);
+        let root = root::find(&sys, dir.path()).unwrap();
+        let identity = |name: &str| root.look(name).unwrap().unwrap().identity;
+        let (temp, read) = (identity("temp"), identity("step"));
+        fs::rename(dir.path().join("step"), dir.path().join("read")).unwrap();
+
+        let pruned = exchange(&root, "temp", "step", temp, read).unwrap_err();
+        assert_eq!((pruned.kind(), is("step")), (ErrorKind::Conflict, None));
+        let pruned = exchange_checked(&root, "temp", "step", temp, read).unwrap_err();
+        assert_eq!((pruned.kind(), is("step")), (ErrorKind::Conflict, None), "between the look and the rename");
+
+        make("step");
+        for newer in [exchange(&root, "temp", "step", temp, read), exchange_checked(&root, "temp", "step", temp, read)] {
+            assert_eq!(newer.unwrap_err().kind(), ErrorKind::Conflict);
+            assert_eq!((is("step").as_deref(), is("temp").as_deref()), (Some("step"), Some("temp")));
+        }
+        exchange(&root, "temp", "step", temp, identity("step")).unwrap();
+        assert_eq!((is("step").as_deref(), is("temp").as_deref()), (Some("temp"), Some("step")));
     }
 }

@@ -18,7 +18,7 @@ use super::judge::{Finding, judge};
 use super::reading::LocalReading;
 use super::sys::{Kind, Open, uninterrupted};
 use super::{Local, durable, names, transfer};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::storage::{FileReading, Reading, State, Writing, name as rules};
 use std::path::PathBuf;
@@ -113,6 +113,16 @@ impl Resumable {
     /// The attempt, to write further files and to publish.
     pub fn writing(&self) -> &dyn Writing {
         self.0.as_ref()
+    }
+
+    /// Publishes the attempt in the place of the step that `opened` has open, and of no other one.
+    ///
+    /// # Errors
+    /// `Conflict` when the name is another step's by now, or of none, and nothing changed; as
+    /// [`Writing::publish`].
+    pub fn replace(&self, opened: &dyn Reading) -> Result<()> {
+        let unknown = || Error::internal("a step that another storage has opened is to be replaced");
+        self.0.publish_over(true, Some(opened.identity().ok_or_else(unknown)?))
     }
 
     /// The files that are in it.
