@@ -6,7 +6,7 @@
 
 use super::{Catalog, Problem};
 use crate::error::{Error, ErrorKind, Result};
-use crate::id::Attempt;
+use crate::id::{Attempt, parse_step_name};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 
@@ -97,8 +97,14 @@ impl Catalog {
     pub fn mark(&self, step: u64, mark: Option<Mark>) -> Result<()> {
         let attempt = self.checkpoint(step)?.attempt();
         let known: Vec<Attempt> = self.list()?.iter().map(|entry| entry.attempt).collect();
+        // Of a step that cannot be read now the attempt is not known: its mark stays while its number has a name.
+        let names = self.storage.list()?;
+        let numbers: HashSet<u64> = names.iter().filter_map(|name| parse_step_name(name)).collect();
         let mut marks = self.read_marks()?.0;
-        marks.retain(|marked| marked.attempt != attempt && known.contains(&marked.attempt));
+        marks.retain(|marked| {
+            let there = known.contains(&marked.attempt) || numbers.contains(&marked.step);
+            marked.attempt != attempt && there
+        });
         marks.extend(mark.map(|mark| Marked { step, attempt, mark }));
         marks.sort_by_key(|marked| marked.step);
         let mut text = serde_json::to_vec(&File { version: VERSION, marks })
