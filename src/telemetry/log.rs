@@ -69,7 +69,6 @@ impl RunLog {
     fn try_write(&mut self, entry: &Entry) -> io::Result<()> {
         if self.file.as_ref().is_none_or(|(_, length)| *length >= FILE_MAX) {
             self.file = Some((self.begin()?, 0));
-            self.head.part += 1;
         }
         let Some((file, length)) = &mut self.file else { return Ok(()) };
         *length += append(file, entry, &mut self.cut)?;
@@ -85,12 +84,14 @@ impl RunLog {
             made => made?,
         }
         make_way(&root);
-        let (at, session, part) = (self.head.at, &self.head.session, self.head.part);
-        let path = directory.join(format!("{at:016}-{session}-{part:04}.{EXTENSION}"));
+        let head = self.head.clone();
+        let path = directory.join(format!("{:016}-{}-{:04}.{EXTENSION}", head.at, head.session, head.part));
+        // Before the open: a file whose first line fails stays, and the next one needs another name.
+        self.head.part += 1;
         let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
         let file = OpenOptions::new().append(true).create_new(true).custom_flags(flags).open(path)?;
         self.cut = false;
-        append(&file, &Entry::Run(Box::new(self.head.clone())), &mut self.cut)?;
+        append(&file, &Entry::Run(Box::new(head)), &mut self.cut)?;
         Ok(file)
     }
 }
