@@ -148,3 +148,28 @@ impl Catalog {
         self.problem(step, name.into(), error.with_path(self.storage.describe(name)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CheckpointExecutor, StateDict};
+    use std::time::Duration;
+
+    #[test]
+    fn a_mark_of_a_damaged_step_outlives_the_marking_of_another_one() -> Result<()> {
+        let root = tempfile::tempdir().unwrap();
+        let executor = CheckpointExecutor::builder(root.path()).arena(4 << 20).chunk(1 << 20).build()?;
+        for step in [10, 20] {
+            executor.save(step, StateDict::new())?.wait(Duration::from_secs(60))?;
+        }
+        executor.shutdown(Duration::from_secs(60))?;
+        let catalog = Catalog::open(root.path())?;
+        catalog.mark(10, Some(Mark::Keep))?;
+        let kept = catalog.marks()?;
+        std::fs::write(catalog.checkpoint(10)?.path().join("manifest.json"), b"damaged").unwrap();
+        catalog.mark(20, Some(Mark::Bad))?;
+        assert_eq!(catalog.marks()?[..1], kept[..]);
+        assert!(catalog.read_marks()?.keep_number(10));
+        Ok(())
+    }
+}
