@@ -217,8 +217,9 @@ impl Manifest {
         if !self.tensors.is_sorted_by(|a, b| a.name < b.name) {
             return Err(Error::corrupt("the tensors of a delta are not in ascending order"));
         }
+        let mut end = 0;
         for entry in &self.tensors {
-            entry.check(self.form, self.bytes).map_err(|error| {
+            end = entry.check(self.form, end, self.bytes).map_err(|error| {
                 Error::corrupt(format!("{} tensor={:?}", error.message(), entry.name)).with_step(number)
             })?;
         }
@@ -227,7 +228,9 @@ impl Manifest {
 }
 
 impl Entry {
-    fn check(&self, form: Form, file: u64) -> Result<()> {
+    /// Checks it: its columns lie behind `end`, one behind the other, in a file of the length `file`. Returns
+    /// where they end.
+    fn check(&self, form: Form, mut end: u64, file: u64) -> Result<u64> {
         let (numbers, elements) = self.numbers()?;
         if self.changed == 0 || self.changed > elements {
             return Err(Error::corrupt("a delta cannot change as many elements as it says"));
@@ -238,15 +241,56 @@ impl Entry {
         for (number, column) in self.columns.iter().enumerate() {
             let most = longest(self.how, number, elements, numbers.width as u64, self.changed);
             // What zstd adds at most to what it cannot compress.
-            let most_stored = if form == Form::Zstd { most + most / 128 + 512 } else { column.plain };
-            let end = column.begin.checked_add(column.length);
-            if column.plain > most || column.length > most_stored || end.is_none_or(|end| end > file) {
+            let most_stored = if form == Form::Zstd { most.saturating_add(most / 128 + 512) } else { column.plain };
+            if column.begin < end {
+                return Err(Error::corrupt("the columns of a delta overlap, or are not in order"));
+            }
+            end = column.begin.saturating_add(column.length);
+            if column.plain > most || column.length > most_stored || end > file {
                 return Err(Error::corrupt("a column of a delta is longer than it can be"));
             }
             if form != Form::Zstd && column.length != column.plain {
                 return Err(Error::corrupt("a column of a delta has two lengths"));
             }
         }
-        Ok(())
+        Ok(end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn columns_that_overlap_or_cannot_be_so_long_are_refused() {
+        let attempt = Attempt::new();
+        let state = Digest::of(b"");
+        let entry = |name: &str| Entry {
+            name: name.into(),
+            dtype: Dtype::U8,
+            shape: vec![1000],
+            how: How::Whole,
+            changed: 1000,
+            base: state,
+            result: state,
+            columns: vec![Column { name: String::new(), begin: 0, length: 1000, plain: 1000, digest: state }],
+        };
+        let made = |change: &dyn Fn(&mut Manifest)| {
+            let mut manifest = Manifest::new(2, attempt, Base { version: 1, attempt, state }, state, Form::Zstd);
+            manifest.tensors = vec![entry("a"), entry("b")];
+            manifest.lay_out().unwrap();
+            change(&mut manifest);
+            Manifest::parse(&manifest.to_bytes().unwrap()).map_err(|error| error.kind())
+        };
+        made(&|_| {}).unwrap();
+        let overlapping = made(&|manifest| manifest.tensors[1].columns[0].begin -= 1);
+        assert_eq!(overlapping, Err(ErrorKind::Corrupt));
+        let huge = made(&|manifest| {
+            let entry = &mut manifest.tensors[1];
+            (entry.shape, entry.changed) = (vec![usize::MAX / 2, 2], u64::MAX - 1);
+            (entry.columns[0].plain, entry.columns[0].length) = (u64::MAX, u64::MAX);
+        });
+        assert_eq!(huge, Err(ErrorKind::Corrupt));
     }
 }
