@@ -72,7 +72,7 @@ pub fn apply_files<P: AsRef<Path>>(base: &Path, deltas: &[P], to: &Path) -> Resu
         if !is_delta(&manifest_head(reading.as_ref())?) {
             return Err(Error::invalid("the directory is not a delta").with_path(path));
         }
-        let delta = Delta::read(reading.as_ref(), path)?;
+        let delta = Delta::read(reading.as_ref(), path, weights.inventory())?;
         let after = weights.check(&delta)?;
         weights.apply(&delta, after)?;
         report.version = delta.manifest.number;
@@ -97,12 +97,9 @@ pub fn apply_files<P: AsRef<Path>>(base: &Path, deltas: &[P], to: &Path) -> Resu
     // A storage of its own, because the executor would make the root of another one.
     let (storage, name) = place(to)?;
     let parent = storage.path();
-    let executor = CheckpointExecutor::builder(parent)
-        .alone()
-        .no_tier_from_env()
-        .storage(Arc::new(storage))
-        .arena(64 << 20)
-        .build()?;
+    let builder = CheckpointExecutor::builder(parent).alone().no_tier_from_env().storage(Arc::new(storage)).arena(64 << 20);
+    // The directory is the user's.
+    let executor = builder.run_log(false).build()?;
     let mut options = SaveOptions::default().directory(to);
     options.attempt = attempt;
     let saved = executor.save_with(report.version, state, options)?.wait(Duration::from_secs(24 * 3600));

@@ -385,7 +385,7 @@ impl Follow<'_> {
         let (base, bytes) = (self.weights().holding(), item.bytes);
         let what = if item.base.is_some() {
             let reading = storage.open(&item.name).map_err(|e| e.with_step(item.number))?;
-            let delta = Delta::read(reading.as_ref(), &storage.describe(&item.name))?;
+            let delta = Delta::read(reading.as_ref(), &storage.describe(&item.name), self.weights().inventory())?;
             let after = self.weights().check(&delta)?;
             What::Delta(delta, after)
         } else {

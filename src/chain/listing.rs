@@ -7,8 +7,8 @@ use crate::delta::{Base, Manifest, is_delta};
 use crate::error::{Error, ErrorKind, Result, found};
 use crate::format::seal::is_ours;
 use crate::id::{Attempt, parse_version_name};
-use crate::storage::Storage;
 use crate::storage::local::Local;
+use crate::storage::{Reading, Storage};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
@@ -135,6 +135,8 @@ pub(super) struct Cache(HashMap<String, Known>);
 pub(super) struct Listing {
     /// By number, a full beside a delta after it.
     pub items: Vec<Item>,
+    /// The highest number that the name of any version has, readable or not.
+    pub highest: Option<u64>,
 }
 
 /// How to get to a version: from a full or from what is held, over deltas.
@@ -150,17 +152,18 @@ impl Listing {
     /// Reads the manifests of all versions that `cache` does not know.
     ///
     /// # Errors
-    /// When the names cannot be listed.
+    /// When the names cannot be listed, or a version cannot be read now. One that is damaged is left out.
     pub fn read(storage: &Arc<dyn Storage>, cache: &mut Cache) -> Result<Self> {
         let mut names: Vec<_> = storage.list()?;
         names.retain(|name| parse_version_name(name).is_some());
+        let highest = names.iter().filter_map(|name| parse_version_name(name)).map(|(number, _)| number).max();
         cache.0.retain(|name, _| names.contains(name));
         let mut items = Vec::with_capacity(names.len());
         for name in names {
             items.extend(look(storage, &name, cache)?);
         }
         items.sort_by(|a, b| (a.number, &a.name).cmp(&(b.number, &b.name)));
-        Ok(Self { items })
+        Ok(Self { items, highest })
     }
 
     /// The newest version that can be built, if it is newer than what is held; older ones count where what is
@@ -219,11 +222,6 @@ impl Listing {
         self.items.iter().filter(after).filter(|item| self.way(None, item.node()).is_none()).map(hole).collect()
     }
 
-    /// The highest number that any version has.
-    pub fn highest(&self) -> Option<u64> {
-        self.items.iter().map(|item| item.number).max()
-    }
-
     /// Fulls by number.
     pub fn fulls(&self) -> BTreeMap<u64, &Item> {
         self.items.iter().filter(|item| item.base.is_none()).map(|item| (item.number, item)).collect()
@@ -240,43 +238,38 @@ fn look(storage: &Arc<dyn Storage>, name: &str, cache: &mut Cache) -> Result<Opt
     {
         return Ok(item.clone());
     }
-    let path = storage.describe(name);
-    let item = match manifest_head(reading.as_ref()) {
-        Err(error) if error.kind() == ErrorKind::NotFound => None,
-        Err(error) => return Err(error.with_path(path)),
-        Ok(head) if is_delta(&head) => {
-            match manifest_bytes(reading.as_ref(), &path).and_then(|bytes| Ok((Manifest::parse(&bytes)?, bytes.len())))
-            {
-                Ok((manifest, length)) => Some(Item {
-                    number: manifest.number,
-                    name: name.into(),
-                    attempt: manifest.attempt,
-                    bytes: manifest.bytes.saturating_add(length as u64),
-                    base: Some(manifest.base),
-                }),
-                Err(error) => left_out(name, &error),
-            }
+    let item = match item_of(storage, name, reading.as_ref()) {
+        // It is being removed.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        // Only what another read would find again.
+        Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid) => {
+            tracing::warn!(name, error = format_args!("{error:#}"), "a version cannot be read, and is left out");
+            None
         }
-        Ok(head) if is_ours(&head) => match Checkpoint::from_storage(storage.clone(), name) {
-            Ok(full) => Some(Item {
-                number: full.step(),
-                name: name.into(),
-                attempt: full.attempt(),
-                bytes: full.bytes(),
-                base: None,
-            }),
-            Err(error) => left_out(name, &error),
-        },
-        Ok(_) => None,
+        item => item?,
     };
     let item = item.filter(|item| parse_version_name(name).is_some_and(|(number, _)| number == item.number));
     cache.0.insert(name.into(), (identity, item.clone()));
     Ok(item)
 }
 
-fn left_out(name: &str, error: &Error) -> Option<Item> {
-    tracing::warn!(name, error = format_args!("{error:#}"), "a version cannot be read, and is left out");
-    None
+/// What the manifest of an open version says; None when it is not one of ours.
+fn item_of(storage: &Arc<dyn Storage>, name: &str, reading: &dyn Reading) -> Result<Option<Item>> {
+    let path = storage.describe(name);
+    let located = |error: Error| error.with_path(&path);
+    let head = manifest_head(reading).map_err(located)?;
+    if is_delta(&head) {
+        let bytes = manifest_bytes(reading, &path)?;
+        let Manifest { number, attempt, bytes: columns, base, .. } = Manifest::parse(&bytes).map_err(located)?;
+        let bytes = columns.saturating_add(bytes.len() as u64);
+        return Ok(Some(Item { number, name: name.into(), attempt, bytes, base: Some(base) }));
+    }
+    if !is_ours(&head) {
+        return Ok(None);
+    }
+    let full = Checkpoint::from_storage(storage.clone(), name)?;
+    let (number, attempt, bytes) = (full.step(), full.attempt(), full.bytes());
+    Ok(Some(Item { number, name: name.into(), attempt, bytes, base: None }))
 }
 
 /// Which version an open full is.

@@ -95,7 +95,7 @@ impl Publisher {
     }
 
     fn executor(&self) -> Result<CheckpointExecutor> {
-        let storage = Arc::new(VersionStorage(self.shared.clone()));
+        let storage = Arc::new(VersionStorage { shared: self.shared.clone(), brought: false });
         let chunk = (self.arena / 4).next_power_of_two().clamp(1 << 20, 8 << 20).min(self.arena / 2);
         let builder =
             CheckpointExecutor::builder(self.shared.storage.describe("")).alone().no_tier_from_env().storage(storage);
@@ -107,11 +107,14 @@ impl Publisher {
             return Err(ended.clone());
         }
         let mut last = lock(&self.last);
-        let (version, attempt, slot) = (*last + 1, Attempt::new(), Arc::new(OnceLock::new()));
+        let full =
+            || Error::invalid("no number is left for another version").with_path(self.shared.storage.describe(""));
+        let version = last.checked_add(1).ok_or_else(full)?;
+        let (attempt, slot) = (Attempt::new(), Arc::new(OnceLock::new()));
         lock(&self.shared.slots).insert(attempt, slot.clone());
         let mut options = SaveOptions::default().attempt(attempt).name(version_name(version, false));
         if elsewhere {
-            options.storage = Some(Arc::new(VersionStorage(self.shared.clone())));
+            options.storage = Some(Arc::new(VersionStorage { shared: self.shared.clone(), brought: true }));
         }
         let save = executor
             .save_with(version, state, options)

@@ -1,6 +1,6 @@
 //! Reads a version from its directory: its manifest, and what it changes.
 
-use super::inventory::Holding;
+use super::inventory::{Holding, Inventory};
 use crate::delta::{self, Entry, FILE, Form, Manifest, Patch};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
@@ -29,13 +29,15 @@ impl Delta {
         Holding { version: number, attempt, state }
     }
 
-    /// Reads the delta of an open version. Memory is bounded by the length of its files.
+    /// Reads the delta of an open version, which is put on tensors like those of `base`. Its manifest is
+    /// compared with them before its columns are read: what they take is bounded by the shapes of the base.
     ///
     /// # Errors
-    /// `NotFound` when a file is gone; `Corrupt`, naming version and tensor, when a byte is not what was
+    /// `NotFound` when a file is gone; `Invalid` when it was made for other tensors; `Corrupt`, naming version and tensor, when a byte is not what was
     /// written.
-    pub fn read(reading: &dyn Reading, path: &Path) -> Result<Self> {
+    pub fn read(reading: &dyn Reading, path: &Path, base: &Inventory) -> Result<Self> {
         let manifest = Manifest::parse(&manifest_bytes(reading, path)?).map_err(|e| e.with_path(path))?;
+        base.after(&manifest).map_err(|e| e.with_path(path))?;
         let located = |error: Error| error.with_step(manifest.number).with_path(path.join(FILE));
         let file = reading.open(FILE).map_err(located)?;
         if file.len() != manifest.bytes {

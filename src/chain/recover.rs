@@ -16,10 +16,10 @@ use std::sync::Arc;
 /// made durable, and with `from_full`, the next version is a full.
 ///
 /// # Errors
-/// When the versions cannot be listed.
+/// When the versions cannot be listed, or one cannot be read now.
 pub(super) fn recover(storage: &Arc<dyn Storage>, from_full: bool) -> Result<State> {
     let listing = Listing::read(storage, &mut Cache::default())?;
-    let mut state = State { newest: listing.highest().unwrap_or(0), ..State::default() };
+    let mut state = State { newest: listing.highest.unwrap_or(0), ..State::default() };
     if mutant::on(Mutant::ChainOldNumber) && from_full {
         state.newest = listing.fulls().last_key_value().map_or(0, |(number, _)| *number);
     }
@@ -52,7 +52,8 @@ fn read(storage: &Arc<dyn Storage>, way: &Way) -> Result<(Weights<'static>, u64)
     }
     for item in &way.deltas {
         storage.confirm(&item.name)?;
-        let delta = Delta::read(storage.open(&item.name)?.as_ref(), &storage.describe(&item.name))?;
+        let delta =
+            Delta::read(storage.open(&item.name)?.as_ref(), &storage.describe(&item.name), weights.inventory())?;
         let after = weights.check(&delta)?;
         weights.apply(&delta, after)?;
     }

@@ -158,6 +158,11 @@ impl<'a> Weights<'a> {
         self.holding.filter(|_| !self.poisoned)
     }
 
+    /// What its tensors are.
+    pub(super) fn inventory(&self) -> &Inventory {
+        &self.inventory
+    }
+
     /// The bytes of a tensor by its number.
     pub(super) fn of(&self, number: usize) -> &[u8] {
         let holder = self.inventory.tensors.get(number).map_or(number, |tensor| tensor.holder);
@@ -265,21 +270,26 @@ impl<'a> Weights<'a> {
     /// is loaded.
     pub(super) fn load(&mut self, full: &Checkpoint, inventory: Inventory) -> Result<()> {
         self.fits(full.step(), &inventory)?;
+        let known = self.inventory.tensors.iter().zip(&self.memory);
+        let known = known.map(|(tensor, memory)| (tensor.name.as_str(), memory.bytes().len()));
+        let lent = self.lent.iter().map(|(name, (.., lent))| (name.as_str(), lent.len()));
+        let known: BTreeMap<_, _> = known.chain(lent).collect();
+        // Allocated before anything is given up: without memory the weights are as they were.
+        let mut made = Vec::with_capacity(inventory.tensors.len());
+        for (number, tensor) in inventory.tensors.iter().enumerate() {
+            let len = if tensor.holder == number { tensor.len() } else { 0 };
+            let is_kept = known.get(tensor.name.as_str()) == Some(&len);
+            made.push(if is_kept { None } else { Some(zeroed(len, tensor)?) });
+        }
+        self.poisoned = true;
         let mut old: BTreeMap<String, Memory<'a>> = BTreeMap::new();
         for (tensor, memory) in std::mem::take(&mut self.inventory.tensors).into_iter().zip(self.memory.drain(..)) {
             old.insert(tensor.name, memory);
         }
         old.extend(std::mem::take(&mut self.lent).into_iter().map(|(name, (.., lent))| (name, Memory::Lent(lent))));
-        self.poisoned = true;
-        let mut memory = Vec::with_capacity(inventory.tensors.len());
-        for (number, tensor) in inventory.tensors.iter().enumerate() {
-            let len = if tensor.holder == number { tensor.len() } else { 0 };
-            let kept = old.remove(&tensor.name).filter(|memory| memory.bytes().len() == len);
-            memory.push(match kept {
-                Some(memory) => memory,
-                None => Memory::Own(zeroed(len, tensor)?),
-            });
-        }
+        let mut kept = |tensor: &Tensor| old.remove(&tensor.name).unwrap_or_else(|| Memory::Own(Vec::new()));
+        let memory = inventory.tensors.iter().zip(made);
+        let memory = memory.map(|(tensor, made)| made.map_or_else(|| kept(tensor), Memory::Own)).collect();
         self.memory = memory;
         self.inventory = inventory;
         let mut targets = Targets::new();

@@ -12,11 +12,16 @@ use std::sync::{Arc, Mutex};
 
 /// Takes the saves of versions.
 #[derive(Clone)]
-pub(super) struct VersionStorage(pub Arc<Shared>);
+pub(super) struct VersionStorage {
+    pub shared: Arc<Shared>,
+    /// It is brought to an executor of the program, whose thread that commits settles a save before its
+    /// future resolves: what may take long is left to the sweep that its tidying thread does after each save.
+    pub brought: bool,
+}
 
 impl fmt::Debug for VersionStorage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "VersionStorage({:?})", self.0.storage)
+        write!(f, "VersionStorage({:?})", self.shared.storage)
     }
 }
 
@@ -25,13 +30,13 @@ impl Storage for VersionStorage {
         let Some((number, false)) = parse_version_name(name) else {
             return Err(Error::invalid("only versions are saved to a chain").with_path(self.describe(name)));
         };
-        let staged = self.0.memory.begin(name, attempt, true)?;
-        let (shared, published) = (self.0.clone(), Mutex::new(None));
-        Ok(Arc::new(VersionWriting { shared, staged, name: name.into(), number, attempt, published }))
+        let staged = self.shared.memory.begin(name, attempt, true)?;
+        let (shared, published, tidies) = (self.shared.clone(), Mutex::new(None), !self.brought);
+        Ok(Arc::new(VersionWriting { shared, staged, name: name.into(), number, attempt, tidies, published }))
     }
 
     fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
-        self.0.storage.open(name)
+        self.shared.storage.open(name)
     }
 
     /// No steps: versions are not those of an executor's catalog.
@@ -40,19 +45,22 @@ impl Storage for VersionStorage {
     }
 
     fn confirm(&self, name: &str) -> Result<()> {
-        self.0.storage.confirm(name)
+        self.shared.storage.confirm(name)
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        self.0.storage.remove(name)
+        self.shared.storage.remove(name)
     }
 
     fn sweep(&self, how: Sweep) -> Result<Swept> {
-        self.0.storage.sweep(how)
+        if self.brought {
+            self.shared.tidy();
+        }
+        self.shared.storage.sweep(how)
     }
 
     fn touch(&self) -> Result<()> {
-        self.0.storage.touch()
+        self.shared.storage.touch()
     }
 
     fn hint(&self, _: &str) -> Result<()> {
@@ -65,7 +73,7 @@ impl Storage for VersionStorage {
     }
 
     fn describe(&self, name: &str) -> PathBuf {
-        self.0.storage.describe(name)
+        self.shared.storage.describe(name)
     }
 }
 
@@ -76,6 +84,8 @@ struct VersionWriting {
     name: String,
     number: u64,
     attempt: Attempt,
+    /// To settle it is to tidy the chain, too.
+    tidies: bool,
     /// What was made durable in the chain.
     published: Mutex<Option<Arc<dyn Writing>>>,
 }
@@ -108,7 +118,9 @@ impl Writing for VersionWriting {
     fn settle(&self) -> Result<()> {
         let published = lock(&self.published).take();
         let settled = published.map_or(Ok(()), |writing| writing.settle());
-        self.shared.tidy();
+        if self.tidies {
+            self.shared.tidy();
+        }
         settled
     }
 

@@ -51,6 +51,14 @@ fn a_delta_for_another_base_dtype_or_shape_names_version_and_tensor() {
     assert_eq!(ashore::Checkpoint::open(at("out")).unwrap().read("w").unwrap(), changed);
     assert_eq!(delta_file(&new, &old, Form::Packed, &at("back")).unwrap_err().kind(), ErrorKind::Invalid);
     assert_eq!(delta_file(&old, &wrong[1], Form::Packed, &at("x")).unwrap_err().kind(), ErrorKind::Invalid);
+
+    let columns = at("delta").join("delta.safetensors");
+    let mut damaged = std::fs::read(&columns).unwrap();
+    *damaged.last_mut().unwrap() ^= 1;
+    std::fs::write(columns, damaged).unwrap();
+    let kind = |base: &Path| apply_files(base, &[at("delta")], &at("y")).unwrap_err().kind();
+    assert_eq!(kind(&old), ErrorKind::Corrupt);
+    assert_eq!(kind(&wrong[2]), ErrorKind::Invalid, "compared with the base before its columns are read");
 }
 
 /// A chain of two versions, and a follower at the first.

@@ -42,6 +42,49 @@ fn a_version_that_was_not_published_is_no_base() {
 }
 
 #[test]
+fn a_damaged_newest_version_ends_no_publisher() {
+    let root = tempfile::tempdir().unwrap();
+    let mut model = Model::new(1, 8000);
+    for number in 1..=2 {
+        model.update(number, 100);
+        publish(&small(Publisher::open(root.path()).unwrap()), &model).unwrap();
+    }
+    std::fs::write(root.path().join("v-00000002/manifest.json"), b"damaged").unwrap();
+    let publisher = small(Publisher::open(root.path()).unwrap());
+    for number in 3..=4 {
+        model.update(number, 100);
+        assert_eq!(publish(&publisher, &model).unwrap().version, number);
+    }
+    let mut follow = Follow::open(root.path()).unwrap().start(Weights::new()).unwrap();
+    assert_eq!(follow.advance(MINUTE).unwrap(), Some(4));
+    model.assert_equals(follow.weights());
+}
+
+#[test]
+fn a_read_error_is_returned_and_the_next_read_finds_the_version() {
+    let root = tempfile::tempdir().unwrap();
+    let faulty = Faulty::unsynced(Arc::new(Linux));
+    let storage = Arc::new(Local::with_sys(faulty.clone(), root.path()).unwrap());
+    let mut model = Model::new(1, 8000);
+    let publisher = small(Publisher::over(storage.clone()));
+    publish(&publisher, &model).unwrap();
+    let mut follow = Follow::over(storage.clone()).start(Weights::new()).unwrap();
+    follow.advance(MINUTE).unwrap();
+    model.update(2, 100);
+    publish(&publisher, &model).unwrap();
+    drop(publisher);
+    faulty.fail(fault(Call::Pread, libc::EIO));
+    assert_eq!(follow.advance(Duration::ZERO).unwrap_err().kind(), ErrorKind::Unavailable);
+    assert_eq!(follow.advance(Duration::ZERO).unwrap(), Some(2));
+    faulty.fail(fault(Call::Pread, libc::EIO));
+    let start = || Publisher::over(storage.clone()).arena(4 << 20).build();
+    assert_eq!(start().unwrap_err().kind(), ErrorKind::Unavailable);
+    model.update(3, 100);
+    let third = publish(&start().unwrap(), &model).unwrap();
+    assert!(matches!(third.kind, Kind::Delta { base: 2, .. }), "{third:?}");
+}
+
+#[test]
 fn after_an_unclear_publish_the_next_version_is_a_full() {
     let root = tempfile::tempdir().unwrap();
     let faulty = Faulty::unsynced(Arc::new(Linux));

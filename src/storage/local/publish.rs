@@ -51,13 +51,7 @@ pub(super) fn rename(root: &Dir, temp: &str, step: &str, identity: (u64, u64), o
 /// # Errors
 /// `Conflict` when the name is another step's, or of none; `Indeterminate` when the result is unknown; with
 /// any other kind nothing changed.
-pub(super) fn exchange(
-    root: &Dir,
-    temp: &str,
-    step: &str,
-    identity: (u64, u64),
-    displaced: (u64, u64),
-) -> Result<()> {
+pub(super) fn exchange(root: &Dir, temp: &str, step: &str, identity: (u64, u64), displaced: (u64, u64)) -> Result<()> {
     let there = root.look(step).map_err(root.error("cannot look at the step", step))?;
     if there.is_none_or(|stat| stat.identity != displaced) {
         return Err(root.conflict(REPLACED, step));
@@ -68,13 +62,7 @@ pub(super) fn exchange(
 const REPLACED: &str = "the step was replaced or removed meanwhile; it is as it was";
 
 /// Exchanges, compares what was displaced, and exchanges back what was not meant.
-fn exchange_checked(
-    root: &Dir,
-    temp: &str,
-    step: &str,
-    identity: (u64, u64),
-    displaced: (u64, u64),
-) -> Result<()> {
+fn exchange_checked(root: &Dir, temp: &str, step: &str, identity: (u64, u64), displaced: (u64, u64)) -> Result<()> {
     if let Err(error) = root.rename(temp, step, Rename::Exchange) {
         match (look(root, temp, step, identity), error.raw_os_error()) {
             (Seen::Published, _) => {}
@@ -179,7 +167,8 @@ mod tests {
         assert_eq!((pruned.kind(), is("step")), (ErrorKind::Conflict, None), "between the look and the rename");
 
         make("step");
-        for newer in [exchange(&root, "temp", "step", temp, read), exchange_checked(&root, "temp", "step", temp, read)] {
+        for newer in [exchange(&root, "temp", "step", temp, read), exchange_checked(&root, "temp", "step", temp, read)]
+        {
             assert_eq!(newer.unwrap_err().kind(), ErrorKind::Conflict);
             assert_eq!((is("step").as_deref(), is("temp").as_deref()), (Some("step"), Some("temp")));
         }
