@@ -45,7 +45,7 @@ fn split(state: StateDict<'static>) -> Result<(StateDict<'static>, StateDict<'st
 
 /// Retries the save of `task`, which failed with `why`. False if the save ends with that error.
 pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
-    let Request { ticket, plan, name, parent, overwrite, session, .. } = &task.request;
+    let Request { ticket, plan, name, parent, brought, overwrite, session, .. } = &task.request;
     let Some(mut kept) = task.take_kept() else { return false };
     let (left, backoff, not_before) = (kept.left, kept.backoff, deadline_after(kept.backoff));
     if left == 0 || !why.is_transient() || not_before >= ticket.deadline {
@@ -63,6 +63,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
         plan: plan.clone(),
         name: name.clone(),
         parent: parent.clone(),
+        brought: brought.clone(),
         overwrite: *overwrite,
         session: *session,
         values: state.take_values(),

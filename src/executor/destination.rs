@@ -7,38 +7,25 @@ use crate::id::parse_step_name;
 use crate::plan::Request;
 use crate::settings::OnDamaged;
 use crate::storage::{FileWriting, Storage, Writing};
-use crate::sync::lock;
 use crate::writer::Begin;
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// The storages of saves that are not steps of the root: what the executor's storage has elsewhere, or what
 /// such a save has brought.
 #[derive(Debug)]
-pub(super) struct Elsewhere {
-    storage: Arc<dyn Storage>,
-    /// By the directory that the storage is in, each kept until another one takes its place.
-    brought: Mutex<HashMap<PathBuf, Arc<dyn Storage>>>,
-}
+pub(super) struct Elsewhere(Arc<dyn Storage>);
 
 impl Elsewhere {
     pub fn new(storage: Arc<dyn Storage>) -> Self {
-        Self { storage, brought: Mutex::default() }
+        Self(storage)
     }
 
-    /// Brings a storage, and returns the directory by which saves refer to it.
-    pub fn bring(&self, storage: Arc<dyn Storage>) -> PathBuf {
-        let parent = storage.describe("");
-        lock(&self.brought).insert(parent.clone(), storage);
-        parent
-    }
-
-    /// The storage in the directory `parent`, which is made if `create` is true.
-    pub fn at(&self, parent: &Path, create: bool) -> Result<Arc<dyn Storage>> {
-        let brought = lock(&self.brought).get(parent).cloned();
-        brought.map_or_else(|| self.storage.elsewhere(parent, create), Ok)
+    /// The storage of `request` in the directory `parent`, which is made if `create` is true.
+    pub fn at(&self, request: &Request, parent: &Path, create: bool) -> Result<Arc<dyn Storage>> {
+        let brought = request.brought.as_ref().and_then(|brought| brought.downcast_ref::<Arc<dyn Storage>>());
+        brought.cloned().map_or_else(|| self.0.elsewhere(parent, create), Ok)
     }
 }
 
@@ -56,7 +43,7 @@ impl Begin for Destination {
         let Request { ticket, name, overwrite, .. } = request;
         if let Some(parent) = &request.parent {
             self.refuse_root(parent, name)?;
-            return self.elsewhere.at(parent, true)?.begin(name, ticket.attempt(), *overwrite);
+            return self.elsewhere.at(request, parent, true)?.begin(name, ticket.attempt(), *overwrite);
         }
         if parse_step_name(name).is_some() {
             self.catalog.refuse_second_name(ticket.step, name)?;

@@ -73,7 +73,7 @@ pub(super) fn conclude(
     let mut storage = storage.clone();
     let concluded = guarded("the storage panicked during a commit", || {
         if let Some(parent) = &request.parent {
-            match elsewhere.at(parent, false) {
+            match elsewhere.at(request, parent, false) {
                 Ok(there) => storage = there,
                 Err(error) => {
                     ticket.fail(error);

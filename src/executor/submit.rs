@@ -191,9 +191,11 @@ impl CheckpointExecutor {
             if self.turns.is_some() {
                 return Err(Error::invalid("with several ranks no versions are published").with_step(step));
             }
-            let place = Place { parent: Some(self.destination.elsewhere.bring(storage)), name };
+            let place = Place { parent: Some(storage.describe("")), name };
             let deadline = self.deadline(options.timeout);
             let queued = Duration::ZERO;
+            // It goes with the options to the request.
+            options.storage = Some(storage);
             return Ok(SaveRequest { step, place, options, borrowed, deferred, began, queued, deadline });
         }
         let place = match options.directory.take() {
@@ -320,6 +322,7 @@ impl CheckpointExecutor {
             plan: plan.clone(),
             name: wanted.place.name,
             parent: wanted.place.parent,
+            brought: wanted.options.storage.map(|storage| Arc::new(storage) as _),
             overwrite: wanted.options.overwrite,
             session: self.behind.as_ref().filter(|_| shared.is_none()).map(|behind| behind.session()),
             values,

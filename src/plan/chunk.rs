@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::memory::Lease;
 use crate::settings::IoMode;
 use crate::ticket::Ticket;
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,6 +23,9 @@ pub(crate) struct Request {
     pub name: String,
     /// The directory in which the checkpoint gets its name; None: the root.
     pub parent: Option<PathBuf>,
+    /// The storage in that directory, if the save has brought one, which goes with the save: an
+    /// `Arc<dyn Storage>`, of which this floor does not know.
+    pub brought: Option<Arc<dyn Any + Send + Sync>>,
     pub overwrite: bool,
     /// The session that one process saves in, and its generation in the root, where tiers are behind the
     /// root; what several ranks save has that of the ranks.

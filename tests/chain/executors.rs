@@ -2,7 +2,11 @@
 
 use crate::fixtures::{MINUTE, Model, small};
 use ashore::CheckpointExecutor;
-use ashore::chain::{Follow, Kind, Publisher, Weights};
+use ashore::chain::{Chain, Follow, Kind, Publisher, Weights};
+use ashore::storage::local::{Linux, Local};
+use ashore::testing::{Call, Faulty};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 #[test]
 fn an_executor_saves_steps_and_publishes_versions_with_one_arena() {
@@ -31,4 +35,48 @@ fn a_publish_is_a_future() {
     let publisher = small(Publisher::open(root.path()).unwrap());
     let publish = publisher.publish(Model::new(1, 80).state()).unwrap();
     assert_eq!(futures_executor::block_on(publish).unwrap().version, 1);
+}
+
+#[test]
+fn a_version_is_acknowledged_before_a_full_is_written_beside_it() {
+    let (steps, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let executor = CheckpointExecutor::builder(steps.path()).arena(8 << 20).chunk(1 << 20).build().unwrap();
+    let faulty = Faulty::unsynced(Arc::new(Linux));
+    let storage = Arc::new(Local::with_sys(faulty.clone(), root.path()).unwrap());
+    let publisher = small(Publisher::over(storage).full_every(1));
+    let mut model = Model::new(1, 8000);
+    executor.publish_delta(&publisher, model.state()).unwrap().wait(MINUTE).unwrap();
+    model.update(2, 100);
+    // The first directory is that of the version, the second that of the full.
+    let (later, (go_on, waiting)) = (faulty.clone(), mpsc::channel::<()>());
+    faulty.interrupt(Call::Mkdir, move || {
+        later.interrupt(Call::Mkdir, move || _ = waiting.recv_timeout(MINUTE));
+    });
+    let published = executor.publish_delta(&publisher, model.state()).unwrap().wait(Duration::from_secs(20)).unwrap();
+    assert!(matches!(published.kind, Kind::Delta { .. }));
+    let fulls = || {
+        let versions = Chain::open(root.path()).unwrap().versions().unwrap();
+        versions.iter().filter(|version| version.base.is_none()).map(|version| version.number).collect::<Vec<_>>()
+    };
+    assert_eq!(fulls(), [1]);
+    go_on.send(()).unwrap();
+    executor.shutdown(MINUTE).unwrap();
+    assert_eq!(fulls(), [1, 2]);
+}
+
+#[test]
+fn an_executor_keeps_nothing_of_a_publisher_that_was_dropped() {
+    let (steps, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let executor = CheckpointExecutor::builder(steps.path()).arena(8 << 20).chunk(1 << 20).build().unwrap();
+    let storage = Arc::new(Local::open(root.path()).unwrap());
+    let kept = Arc::downgrade(&storage);
+    let publisher = small(Publisher::over(storage));
+    executor.publish_delta(&publisher, Model::new(1, 800).state()).unwrap().wait(MINUTE).unwrap();
+    drop(publisher);
+    // A thread of the executor may still tidy up.
+    let deadline = Instant::now() + MINUTE;
+    while kept.strong_count() > 0 {
+        assert!(Instant::now() < deadline, "the executor keeps the publisher's storage");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
