@@ -101,11 +101,11 @@ impl Follower {
             }
             None => None,
         };
-        let mut follow = Follow { settings, held, cache: Cache::default(), watch };
+        let mut follow = Follow { settings, held, cache: Cache::default(), watch, refused: Vec::new() };
         if let Some((own, way)) = own {
             for item in way.full.iter().chain(&way.deltas) {
                 let update = follow.read(&own, item)?;
-                follow.apply(update)?;
+                follow.put(update)?;
             }
         }
         Ok(follow)
@@ -138,6 +138,8 @@ pub struct Follow<'a> {
     held: Held<'a>,
     cache: Cache,
     watch: Watch,
+    /// Fulls that were found damaged: other ways are tried first.
+    refused: Vec<Node>,
 }
 
 enum Held<'a> {
@@ -312,37 +314,66 @@ impl Follow<'_> {
     /// weights are as they were after any error. In place, a failed read of a full leaves them unusable until
     /// the next full; a delta has been checked and does not fail.
     pub fn apply(&mut self, update: Update) -> Result<u64> {
+        let version = self.put(update)?;
+        if self.settings.own.is_some() {
+            crate::guard::attempt("shorten the follower's own copy", || self.shorten());
+        }
+        Ok(version)
+    }
+
+    fn put(&mut self, update: Update) -> Result<u64> {
         if self.weights().holding() != update.base {
             let (here, version) = (self.version(), update.version());
             return Err(
                 Error::invalid(format!("an update was read for other weights here={here:?}")).with_step(version)
             );
         }
-        match (update.what, &mut self.held) {
-            (What::Delta(delta, after), Held::InPlace(weights)) => weights.apply(&delta, after)?,
-            (What::Delta(delta, after), Held::Double(double)) => double.apply(delta, after)?,
-            (What::Full(full, inventory), Held::InPlace(weights)) => weights.load(&full, inventory)?,
-            (What::Full(full, inventory), Held::Double(double)) => double.load(&full, inventory)?,
-        }
-        if self.settings.own.is_some() {
-            crate::guard::attempt("shorten the follower's own copy", || self.shorten());
-        }
-        Ok(update.becomes.version)
+        let node = (update.becomes.version, update.becomes.attempt);
+        let is_full = update.is_full();
+        let applied = match (update.what, &mut self.held) {
+            (What::Delta(delta, after), Held::InPlace(weights)) => weights.apply(&delta, after),
+            (What::Delta(delta, after), Held::Double(double)) => double.apply(delta, after),
+            (What::Full(full, inventory), Held::InPlace(weights)) => weights.load(&full, inventory),
+            (What::Full(full, inventory), Held::Double(double)) => double.load(&full, inventory),
+        };
+        applied.inspect_err(|error| self.refuse(is_full, node, error))?;
+        Ok(node.0)
     }
 
     /// The next update, if there is a newer version.
     fn prepare(&mut self) -> Result<Option<Update>> {
-        let mut tries = 1;
+        let (mut tries, mut failed) = (1, None);
         loop {
-            let listing = Listing::read(&self.settings.storage, &mut self.cache)?;
+            let mut listing = Listing::read(&self.settings.storage, &mut self.cache)?;
+            listing.items.retain(|item| item.base.is_some() || !self.refused.contains(&item.node()));
             let held = self.weights().holding().map(|holding| (holding.version, holding.attempt));
-            let Some((target, way)) = listing.ahead(held) else { return Ok(None) };
+            let Some((target, way)) = listing.ahead(held) else {
+                // No way is left: the next call tries all of them again.
+                let refused = std::mem::take(&mut self.refused);
+                match failed {
+                    Some(error) => return Err(error),
+                    None if refused.is_empty() => return Ok(None),
+                    None => continue,
+                }
+            };
+            let refused = self.refused.len();
             match self.first(&listing, target, &way) {
                 Ok(update) => return Ok(Some(update)),
                 // The version was removed or replaced while it was read: list again.
                 Err(error) if again(&error) && tries < TRIES => tries += 1,
+                Err(error) if self.refused.len() > refused => {
+                    tracing::warn!(error = format_args!("{error:#}"), "a full is damaged; another way is tried");
+                    failed.get_or_insert(error);
+                }
                 Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// Remembers a full that is damaged.
+    fn refuse(&mut self, is_full: bool, node: Node, error: &Error) {
+        if is_full && error.kind() == ErrorKind::Corrupt && !self.refused.contains(&node) {
+            self.refused.push(node);
         }
     }
 
@@ -368,6 +399,10 @@ impl Follow<'_> {
 
     /// Makes a version durable and reads it.
     fn fetch(&mut self, item: &Item) -> Result<Update> {
+        self.durable(item).inspect_err(|error| self.refuse(item.base.is_none(), item.node(), error))
+    }
+
+    fn durable(&self, item: &Item) -> Result<Update> {
         let storage = self.settings.storage.clone();
         let located = |error: Error| error.with_step(item.number).with_path(storage.describe(&item.name));
         if self.settings.confirm && !super::blind() {
@@ -393,12 +428,8 @@ impl Follow<'_> {
             let (inventory, _) = Inventory::of(&full)?;
             self.weights().fits(full.step(), &inventory)?;
             // In place there is no copy to go back to: all bytes are checked before the first is written.
-            if base.is_some()
-                && matches!(self.held, Held::InPlace(_))
-                && let Some(damage) = full.verify()?.damage.into_iter().next()
-            {
-                let what = format!("a full is damaged: {} tensor={:?}", damage.what, damage.tensor);
-                return Err(Error::corrupt(what).with_step(item.number).with_path(full.path().join(&damage.file)));
+            if base.is_some() && matches!(self.held, Held::InPlace(_)) {
+                check_bytes(&full)?;
             }
             What::Full(full, inventory)
         };
@@ -409,35 +440,58 @@ impl Follow<'_> {
         Ok(Update { what, base, becomes, bytes })
     }
 
-    /// Copies the newest full that leads to the weights to the own copy, when its deltas have become long.
+    /// Copies the newest full that leads to the weights to the own copy, when its deltas have become long,
+    /// and removes from it what does not lead to the weights: older versions, and those of a chain that was
+    /// deleted and begun again.
     fn shorten(&mut self) -> Result<()> {
-        let (Some(own), Some(version)) = (&self.settings.own, self.version()) else { return Ok(()) };
-        let mine = Listing::read(own, &mut Cache::default())?;
-        let Some((at, full)) = mine.fulls().last_key_value().map(|(at, full)| (*at, full.bytes)) else { return Ok(()) };
-        let deltas: u64 =
-            mine.items.iter().filter(|item| item.base.is_some() && item.number > at).map(|i| i.bytes).sum();
-        let mut newest = at;
-        if deltas > full / 2 {
+        let (Some(own), Some(holding)) = (&self.settings.own, self.weights().holding()) else { return Ok(()) };
+        let held = (holding.version, holding.attempt);
+        let mut mine = Listing::read(own, &mut Cache::default())?;
+        let Some(mut way) = mine.way(None, held) else { return Ok(()) };
+        let at = way.full.as_ref().map_or((0, 0), |full| (full.number, full.bytes));
+        if way.bytes.saturating_sub(at.1) > at.1 / 2 {
             let listing = Listing::read(&self.settings.storage, &mut self.cache)?;
-            let fulls = listing.fulls();
-            let later = fulls.range(..=version).next_back().filter(|(number, _)| **number > at);
-            if let Some(next) = later.map(|(_, item)| (*item).clone()) {
-                keep(&self.settings.storage, own, &next)?;
-                newest = next.number;
+            let leads = |item: &&Item| {
+                item.number > at.0
+                    && (item.node() == held || way.deltas.iter().any(|delta| delta.node() == item.node()))
+            };
+            let later = listing.items.iter().filter(|item| item.base.is_none() && !self.refused.contains(&item.node()));
+            if let Some(next) = later.filter(leads).next_back() {
+                keep(&self.settings.storage, own, next)?;
+                mine = Listing::read(own, &mut Cache::default())?;
+                way = mine.way(None, held).unwrap_or(way);
             }
         }
-        super::retention::prune(own, version, Some(newest), 0).map(drop)
+        let leads = |item: &&Item| way.full.iter().chain(&way.deltas).any(|on| on.name == item.name);
+        for item in mine.items.iter().filter(|item| !leads(item)) {
+            super::retention::replace(own.as_ref(), &item.name)?;
+        }
+        Ok(())
     }
 }
 
-/// Copies a version to the follower's own chain, unless it is there.
+/// Reads all bytes of a full.
+///
+/// # Errors
+/// `Corrupt`, naming the file and the tensor, when one is not what was written.
+fn check_bytes(full: &Checkpoint) -> Result<()> {
+    let Some(damage) = full.verify()?.damage.into_iter().next() else { return Ok(()) };
+    let what = format!("a full is damaged: {} tensor={:?}", damage.what, damage.tensor);
+    Err(Error::corrupt(what).with_step(full.step()).with_path(full.path().join(&damage.file)))
+}
+
+/// Copies a version to the follower's own chain, unless it is there. A full that is damaged is not copied.
 fn keep(from: &Arc<dyn Storage>, to: &Arc<dyn Storage>, item: &Item) -> Result<()> {
     let mine = Listing::read(to, &mut Cache::default())?;
-    match mine.items.iter().find(|mine| mine.name == item.name) {
-        Some(mine) if mine.attempt == item.attempt && mine.bytes == item.bytes => return to.confirm(&item.name),
-        // Another one of this number, which the publisher has lost, or a damaged one.
-        _ => super::retention::replace(to.as_ref(), &item.name)?,
+    let is_same = |mine: &Item| mine.name == item.name && mine.attempt == item.attempt && mine.bytes == item.bytes;
+    if mine.items.iter().any(is_same) {
+        return to.confirm(&item.name);
     }
+    if item.base.is_none() {
+        check_bytes(&Checkpoint::from_storage(from.clone(), &item.name)?)?;
+    }
+    // Another one of this number, which the publisher has lost, or a damaged one.
+    super::retention::replace(to.as_ref(), &item.name)?;
     let reading = from.open(&item.name)?;
     // An attempt of its own: an earlier process may have died while it copied this one.
     let whole = |copied: u64| {

@@ -25,7 +25,7 @@ pub(super) struct Item {
 }
 
 impl Item {
-    fn node(&self) -> Node {
+    pub fn node(&self) -> Node {
         (self.number, self.attempt)
     }
 }

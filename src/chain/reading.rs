@@ -30,11 +30,11 @@ impl Delta {
     }
 
     /// Reads the delta of an open version, which is put on tensors like those of `base`. Its manifest is
-    /// compared with them before its columns are read: what they take is bounded by the shapes of the base.
+    /// compared with them before its columns are read: the shapes of the base bound what they take.
     ///
     /// # Errors
-    /// `NotFound` when a file is gone; `Invalid` when it was made for other tensors; `Corrupt`, naming version and tensor, when a byte is not what was
-    /// written.
+    /// `NotFound` when a file is gone; `Invalid` when it was made for other tensors; `Corrupt`, naming version
+    /// and tensor, when a byte is not what was written.
     pub fn read(reading: &dyn Reading, path: &Path, base: &Inventory) -> Result<Self> {
         let manifest = Manifest::parse(&manifest_bytes(reading, path)?).map_err(|e| e.with_path(path))?;
         base.after(&manifest).map_err(|e| e.with_path(path))?;

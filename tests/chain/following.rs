@@ -218,3 +218,58 @@ fn what_a_killed_follower_has_half_copied_is_no_obstacle() {
     let mut follow = Follow::open(root.path()).unwrap().copy_to(own.path()).unwrap().start(Weights::new()).unwrap();
     assert_eq!(follow.advance(MINUTE).unwrap(), Some(2));
 }
+
+#[test]
+fn a_damaged_full_on_the_cheapest_way_is_gone_around_and_is_no_own_copy() {
+    for with_own in [false, true] {
+        let (root, own) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let publisher = small(Publisher::open(root.path()).unwrap().full_every(2).grace(100));
+        let mut model = Model::new(1, 8000);
+        for number in 1..=3 {
+            model.update(number, 10);
+            publish(&publisher, &model).unwrap();
+        }
+        drop(publisher);
+        let versions = Chain::open(root.path()).unwrap().versions().unwrap();
+        let beside = versions.iter().rfind(|version| version.base.is_none()).unwrap();
+        assert_eq!((beside.number, versions.len()), (3, 4), "{versions:?}");
+        let file = root.path().join(&beside.name).join("model.safetensors");
+        let mut bytes = std::fs::read(&file).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&file, bytes).unwrap();
+
+        let follower = Follow::open(root.path()).unwrap();
+        let follower = if with_own { follower.copy_to(own.path()).unwrap() } else { follower };
+        let mut follow = follower.start(Weights::new()).unwrap();
+        if !with_own {
+            // Without a copy every byte is checked as it arrives.
+            assert_eq!(follow.advance(NOW).unwrap_err().kind(), ErrorKind::Corrupt);
+        }
+        assert_eq!(follow.advance(NOW).unwrap(), Some(3));
+        model.assert_equals(follow.weights());
+        assert_eq!(follow.advance(NOW).unwrap(), None);
+        let mine = Chain::open(own.path()).unwrap().versions().unwrap();
+        assert!(mine.iter().all(|version| version.name != beside.name), "{mine:?}");
+    }
+}
+
+#[test]
+fn an_own_copy_forgets_a_chain_that_was_deleted_and_begun_again() {
+    let (root, own) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    chain(root.path(), 4, 100);
+    let start = || Follow::open(root.path()).unwrap().copy_to(own.path()).unwrap().start(Weights::new()).unwrap();
+    let mut follow = start();
+    follow.advance(MINUTE).unwrap();
+    let wipe = || {
+        std::fs::remove_dir_all(root.path()).unwrap();
+        std::fs::create_dir(root.path()).unwrap();
+    };
+    wipe();
+    let models = chain(root.path(), 2, 50);
+    drop(follow);
+    assert_eq!(start().advance(MINUTE).unwrap(), Some(2));
+    wipe();
+    let follow = start();
+    assert_eq!(follow.version(), Some(2), "not the newest version of the chain that was deleted");
+    models[1].assert_equals(follow.weights());
+}
