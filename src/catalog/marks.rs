@@ -97,7 +97,8 @@ impl Catalog {
     pub fn mark(&self, step: u64, mark: Option<Mark>) -> Result<()> {
         let attempt = self.checkpoint(step)?.attempt();
         let known: Vec<Attempt> = self.list()?.iter().map(|entry| entry.attempt).collect();
-        // Of a step that cannot be read now the attempt is not known: its mark stays while its number has a name.
+        // Of a step that cannot be read now the attempt is not known: its mark stays while its number has a
+        // name.
         let names = self.storage.list()?;
         let numbers: HashSet<u64> = names.iter().filter_map(|name| parse_step_name(name)).collect();
         let mut marks = self.read_marks()?.0;

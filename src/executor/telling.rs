@@ -2,6 +2,7 @@
 
 use crate::device::DeviceReport;
 use crate::id::Attempt;
+use crate::ranks::{Member, launcher};
 use crate::settings::Settings;
 use crate::staging::Stager;
 use crate::storage::Storage;
@@ -35,7 +36,8 @@ pub(super) fn body(
         part: 0,
         settings: Some(settings.clone()),
     };
-    let logged = has_root && settings.run_log && world.is_some();
+    let launched = launcher::detect().ok().flatten();
+    let logged = has_root && settings.run_log && writes_log(world, launched);
     let of = storage.clone();
     let log = logged.then(|| (Box::new(move || of.directory()) as Root, head()));
     let sinks = Sinks { log, store, engine: storage.engine() };
@@ -52,5 +54,24 @@ pub(super) fn body(
             }
         };
         stager.telemetry.run(sinks, &stager.signal, sample);
+    }
+}
+
+/// Whether this process writes the run log. `world`: how many ranks save together, None unless it is their
+/// rank 0. Ranks that each save alone may have one root: rank 0 of the launcher writes there.
+fn writes_log(world: Option<u32>, launched: Option<Member>) -> bool {
+    world.is_some_and(|world| world > 1 || launched.is_none_or(|member| member.rank == 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_rank_writes_the_log_whether_ranks_save_together_or_alone() {
+        let rank = |rank| Some(Member { rank, world: 4, local_rank: rank });
+        assert!(writes_log(Some(1), None) && writes_log(Some(1), rank(0)) && writes_log(Some(4), rank(0)));
+        assert!(!writes_log(Some(1), rank(3)), "alone");
+        assert!(!writes_log(None, rank(3)), "together");
     }
 }

@@ -145,8 +145,10 @@ impl OrbaxCheckpointHandler {
         Self::with_settings(Settings { arena: 64 << 20, ..Settings::default() })
     }
 
-    /// A handler whose executors have these settings. Each save says how many steps are kept.
+    /// A handler whose executors have these settings. Each save says how many steps are kept. There is no run
+    /// log: other programs list the directories.
     pub fn with_settings(settings: Settings) -> Self {
+        let settings = Settings { run_log: false, ..settings };
         let shutdown_timeout = settings.shutdown_timeout;
         let inner = Inner { open: Open::new(OPEN, settings), in_flight: None };
         Self { shutdown_timeout, asynchronous: false, inner: Mutex::new(inner) }
