@@ -125,3 +125,37 @@ fn append(mut file: &File, entry: &Entry, cut: &mut bool) -> io::Result<u64> {
     *cut = written < line.len();
     if *cut { Err(io::ErrorKind::WriteZero.into()) } else { Ok(line.len() as u64) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_whose_first_line_failed_ends_no_log() {
+        let root = tempfile::tempdir().unwrap();
+        let head = Head {
+            version: String::new(),
+            session: "s".into(),
+            at: 1,
+            host: String::new(),
+            pid: 1,
+            world: 1,
+            device: String::new(),
+            engine: String::new(),
+            arena: 0,
+            pinned: false,
+            part: 0,
+            settings: None,
+        };
+        let place = root.path().to_owned();
+        let mut log = RunLog::new(Box::new(move || Some(place.clone())), head);
+        std::fs::create_dir(root.path().join(DIRECTORY)).unwrap();
+        std::fs::write(root.path().join(DIRECTORY).join(format!("{:016}-s-0000.{EXTENSION}", 1)), "").unwrap();
+        let entry = Entry::Closed(Closed { at: 2 });
+        log.try_write(&entry).unwrap_err();
+        log.try_write(&entry).unwrap();
+        let logs = runs(root.path()).unwrap();
+        let lines = |path: &PathBuf| std::fs::read_to_string(path).unwrap().lines().count();
+        assert_eq!(logs.iter().map(lines).collect::<Vec<_>>(), [0, 2]);
+    }
+}
