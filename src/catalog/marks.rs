@@ -96,14 +96,16 @@ impl Catalog {
     /// `Invalid` when the storage keeps no marks; an I/O error.
     pub fn mark(&self, step: u64, mark: Option<Mark>) -> Result<()> {
         let attempt = self.checkpoint(step)?.attempt();
-        let known: Vec<Attempt> = self.list()?.iter().map(|entry| entry.attempt).collect();
-        // Of a step that cannot be read now the attempt is not known: its mark stays while its number has a
-        // name.
+        let listed = self.list()?;
+        let known: HashSet<Attempt> = listed.iter().map(|entry| entry.attempt).collect();
+        // Of a step that cannot be read now the attempt is not known: its mark stays while its name does.
+        let readable: HashSet<&str> = listed.iter().map(|entry| entry.name.as_str()).collect();
         let names = self.storage.list()?;
-        let numbers: HashSet<u64> = names.iter().filter_map(|name| parse_step_name(name)).collect();
+        let unread = names.iter().filter(|name| !readable.contains(name.as_str()));
+        let unread: HashSet<u64> = unread.filter_map(|name| parse_step_name(name)).collect();
         let mut marks = self.read_marks()?.0;
         marks.retain(|marked| {
-            let there = known.contains(&marked.attempt) || numbers.contains(&marked.step);
+            let there = known.contains(&marked.attempt) || unread.contains(&marked.step);
             marked.attempt != attempt && there
         });
         marks.extend(mark.map(|mark| Marked { step, attempt, mark }));
