@@ -33,8 +33,8 @@ impl Delta {
     /// compared with them before its columns are read: the shapes of the base bound what they take.
     ///
     /// # Errors
-    /// `NotFound` when a file is gone; `Invalid` when it was made for other tensors; `Corrupt`, naming version
-    /// and tensor, when a byte is not what was written.
+    /// `NotFound` when a file is gone; `Invalid` when it was made for other tensors; `Corrupt`, naming
+    /// version and tensor, when a byte is not what was written.
     pub fn read(reading: &dyn Reading, path: &Path, base: &Inventory) -> Result<Self> {
         let manifest = Manifest::parse(&manifest_bytes(reading, path)?).map_err(|e| e.with_path(path))?;
         base.after(&manifest).map_err(|e| e.with_path(path))?;
