@@ -97,7 +97,8 @@ pub fn apply_files<P: AsRef<Path>>(base: &Path, deltas: &[P], to: &Path) -> Resu
     // A storage of its own, because the executor would make the root of another one.
     let (storage, name) = place(to)?;
     let parent = storage.path();
-    let builder = CheckpointExecutor::builder(parent).alone().no_tier_from_env().storage(Arc::new(storage)).arena(64 << 20);
+    let builder =
+        CheckpointExecutor::builder(parent).alone().no_tier_from_env().storage(Arc::new(storage)).arena(64 << 20);
     // The directory is the user's.
     let executor = builder.run_log(false).build()?;
     let mut options = SaveOptions::default().directory(to);
