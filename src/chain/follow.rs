@@ -455,8 +455,9 @@ impl Follow<'_> {
                 item.number > at.0
                     && (item.node() == held || way.deltas.iter().any(|delta| delta.node() == item.node()))
             };
-            let later = listing.items.iter().filter(|item| item.base.is_none() && !self.refused.contains(&item.node()));
-            if let Some(next) = later.filter(leads).next_back() {
+            let mut later =
+                listing.items.iter().filter(|item| item.base.is_none() && !self.refused.contains(&item.node()));
+            if let Some(next) = later.rfind(leads) {
                 keep(&self.settings.storage, own, next)?;
                 mine = Listing::read(own, &mut Cache::default())?;
                 way = mine.way(None, held).unwrap_or(way);

@@ -90,6 +90,8 @@ def main(root, rank, world, rendezvous, begin, end):
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     train(root, rank, world, begin, end)
     if world > 0:
+        # No rank leaves the group while another one is still in it.
+        dist.barrier()
         dist.destroy_process_group()
 
 

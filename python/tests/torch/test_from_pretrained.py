@@ -35,7 +35,7 @@ def trained(kind, config, inputs, dtype=torch.float32):
 
 def convert(root, output, *arguments):
     command = [sys.executable, "-m", "ashore", "convert", str(root), "--to", "hf", "--prefix", "model.", "--strip"]
-    done = subprocess.run([*command, *arguments, str(output)], capture_output=True, text=True)
+    done = subprocess.run([*command, *arguments, str(output)], capture_output=True, text=True, cwd=output.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
