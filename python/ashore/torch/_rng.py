@@ -67,7 +67,10 @@ def plain(tree: Any) -> Any:
 
 def of_plain(state: dict[str, Any]) -> dict[str, Any]:
     """What `plain` was given."""
-    tensor = lambda data: torch.frombuffer(bytearray(data), dtype=torch.uint8)  # noqa: E731
+
+    def tensor(data: bytes) -> torch.Tensor:
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
     made = {**state, "torch": tensor(state["torch"])}
     if "cuda" in state:
         made["cuda"] = list(map(tensor, state["cuda"]))
