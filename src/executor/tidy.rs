@@ -137,9 +137,11 @@ impl Tidy<'_> {
         }
     }
 
-    /// Counts the steps for metrics, unless that was done a short time ago.
+    /// Counts the steps for metrics, unless that was done a short time ago. Not in a store, where opening every
+    /// step costs requests.
     fn count(&mut self) {
-        if !Meters::WANTED || self.counted.is_some_and(|counted| counted.elapsed() < COUNT_INTERVAL) {
+        let dear = self.storage.directory().is_none();
+        if !Meters::WANTED || dear || self.counted.is_some_and(|counted| counted.elapsed() < COUNT_INTERVAL) {
             return;
         }
         self.counted = Some(Instant::now());
