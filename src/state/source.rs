@@ -147,7 +147,7 @@ pub unsafe trait Source: Send + Sync {
     /// The address that [`Source::read`] passes, where the bytes need no call before they are read: they are
     /// ready, and copies may begin until the source is dropped, as they may inside `read`. A save then calls
     /// neither `read` nor `poll_ready`, which spares small tensors in host memory a look at their owners.
-    /// Must not change.
+    /// Must not change, also not when the source itself is moved.
     fn address(&self) -> Option<*const u8> {
         None
     }

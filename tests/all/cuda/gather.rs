@@ -331,20 +331,26 @@ fn cuda_scope_waits_for_kernels_of_a_save_that_was_refused() {
     let (first, second) = (fixture.gpu.stream(), fixture.gpu.stream());
     let (one, two) = (fixture.gpu.tensor(&pattern(1, 3000)), fixture.gpu.tensor(&pattern(2, 3000)));
     fake.set("hold", KERNELS);
-    let ended = std::sync::atomic::AtomicBool::new(false);
+    let [tried, ended] = [const { std::sync::atomic::AtomicBool::new(false) }; 2];
     std::thread::scope(|threads| {
         second.capture(|| {
             let mut state = StateDict::new();
             state.tensor("one", one.source(first)).unwrap();
             state.tensor("two", two.source(second)).unwrap();
-            let (fixture, one, ended) = (&fixture, &one, &ended);
+            let (fixture, one, tried, ended) = (&fixture, &one, &tried, &ended);
             threads.spawn(move || {
                 fixture.gpu.enter();
-                let error = fixture.executor.scope(Fence::host(), |scope| scope.save(1, state)).unwrap().unwrap_err();
-                assert_eq!(error.kind(), ErrorKind::Invalid);
+                let refused = fixture.executor.scope(Fence::host(), |scope| {
+                    let saved = scope.save(1, state);
+                    tried.store(true, std::sync::atomic::Ordering::Release);
+                    saved
+                });
+                assert_eq!(refused.unwrap().unwrap_err().kind(), ErrorKind::Invalid);
                 assert_eq!(Arc::strong_count(&one.0), 1, "still to be read");
                 ended.store(true, std::sync::atomic::Ordering::Release);
             });
+            eventually("the save was refused", || tried.load(std::sync::atomic::Ordering::Acquire));
+            // Time for a scope that does not wait to end.
             std::thread::sleep(std::time::Duration::from_millis(30));
         });
         assert!(!ended.load(std::sync::atomic::Ordering::Acquire));
