@@ -6,6 +6,7 @@ use ashore::{Catalog, Checkpoint, CheckpointExecutor, Error, ErrorKind, Save, Sa
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use troubled::Troubled;
 
 #[path = "../examples/10_tiers.rs"]
 #[allow(dead_code)]
@@ -18,6 +19,8 @@ mod kills;
 mod store;
 #[path = "tiers/term.rs"]
 mod term;
+#[path = "tiers/troubled.rs"]
+mod troubled;
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -142,14 +145,10 @@ fn a_step_that_is_marked_bad_is_not_promoted_and_not_the_newest() {
     running.shutdown(LONG).unwrap();
 }
 
-/// A storage whose files take a while.
-#[derive(Debug)]
-struct Slow(Local, Duration);
-
 #[test]
 fn a_promotion_is_told_only_after_the_tier_has_published() {
     let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let slow = Slow(Local::open(tier.path()).unwrap(), Duration::from_millis(300));
+    let slow = Troubled::slow(Local::open(tier.path()).unwrap(), Duration::from_millis(300));
     let running = executor(root.path(), [Tier::over("shared", Arc::new(slow))]);
     let saved = save(&running, 1);
     let there = tier.path().to_owned();
@@ -162,7 +161,7 @@ fn a_promotion_is_told_only_after_the_tier_has_published() {
 #[test]
 fn saves_go_on_while_a_tier_is_slow_and_it_gets_the_newest_first() {
     let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let slow = Slow(Local::open(tier.path()).unwrap(), Duration::from_millis(200));
+    let slow = Troubled::slow(Local::open(tier.path()).unwrap(), Duration::from_millis(200));
     let running = executor(root.path(), [Tier::over("shared", Arc::new(slow))]);
     let began = Instant::now();
     let saves: Vec<Save> = (1..=5).map(|step| save(&running, step)).collect();
@@ -338,7 +337,7 @@ fn a_step_that_is_overwritten_is_overwritten_in_the_tier_too() {
 fn two_tiers_have_futures_of_their_own_and_memory_can_be_one() {
     let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let memory = ashore::storage::Memory::new();
-    let slow = Slow(Local::open(tier.path()).unwrap(), Duration::from_millis(300));
+    let slow = Troubled::slow(Local::open(tier.path()).unwrap(), Duration::from_millis(300));
     let near = Tier::over("near", Arc::new(memory.clone()));
     let running = executor(root.path(), [near, Tier::over("far", Arc::new(slow))]);
     let saved = save(&running, 1);
@@ -373,47 +372,4 @@ fn a_damaged_step_is_not_promoted() {
     }
     assert!(steps(tier.path()).is_empty());
     assert_eq!(std::fs::read_dir(tier.path()).unwrap().count(), 0, "no attempt is left");
-}
-
-mod slow {
-    use super::Slow;
-    use ashore::storage::{Reading, Storage, Sweep, Swept, Writing};
-    use ashore::{Attempt, Result};
-    use std::path::PathBuf;
-    use std::sync::Arc;
-
-    impl Storage for Slow {
-        fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
-            std::thread::sleep(self.1);
-            self.0.begin(name, attempt, overwrite)
-        }
-
-        fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
-            self.0.open(name)
-        }
-
-        fn list(&self) -> Result<Vec<String>> {
-            self.0.list()
-        }
-
-        fn confirm(&self, name: &str) -> Result<()> {
-            self.0.confirm(name)
-        }
-
-        fn remove(&self, name: &str) -> Result<()> {
-            self.0.remove(name)
-        }
-
-        fn sweep(&self, how: Sweep) -> Result<Swept> {
-            self.0.sweep(how)
-        }
-
-        fn hint(&self, name: &str) -> Result<()> {
-            self.0.hint(name)
-        }
-
-        fn describe(&self, name: &str) -> PathBuf {
-            self.0.describe(name)
-        }
-    }
 }

@@ -1,6 +1,6 @@
 //! What a tier does when something is wrong: other owners, foreign steps, damage, marks, settings.
 
-use super::{LONG, Slow, executor, open, save, shared, steps, until};
+use super::{LONG, Troubled, executor, open, save, shared, steps, until};
 use ashore::catalog::Mark;
 use ashore::ranks::{Member, SharedDirectory};
 use ashore::storage::local::Local;
@@ -8,7 +8,7 @@ use ashore::tiers::{Tier, TierState};
 use ashore::{CheckpointExecutor, ErrorKind, Save, Unpromoted};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// The tier, as another process has it.
@@ -110,23 +110,19 @@ fn a_late_owner_that_reaches_the_tier_again_leaves_it_to_its_new_owner() {
     assert_eq!(open(&moved, 2).attempt(), open(new.path(), 2).attempt());
 }
 
-/// A root that cannot be listed while its switch is on.
-#[derive(Debug)]
-struct Failing(Local, AtomicBool);
-
 #[test]
 fn an_error_of_the_first_tier_does_not_make_the_tier_away() {
     let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let first = Arc::new(Failing(Local::open(root.path()).unwrap(), AtomicBool::new(false)));
+    let first = Arc::new(Troubled::slow(Local::open(root.path()).unwrap(), Duration::ZERO));
     let builder = CheckpointExecutor::builder(root.path()).arena(1 << 20).chunk(64 << 10).alone();
     let running = builder.storage(first.clone()).tier(shared(tier.path())).build().unwrap();
     save(&running, 1).durable_in("shared").wait(LONG).unwrap();
-    first.1.store(true, Ordering::Relaxed);
+    first.away.store(true, Ordering::Relaxed);
     let saved = save(&running, 2);
     until("the error is reported", || running.tiers()[0].error.is_some());
     let report = &running.tiers()[0];
     assert_eq!((report.state, report.newest, &report.lacks[..]), (TierState::Ours, Some(1), &[2][..]), "{report:?}");
-    first.1.store(false, Ordering::Relaxed);
+    first.away.store(false, Ordering::Relaxed);
     saved.durable_in("shared").wait(LONG).unwrap();
     running.shutdown(LONG).unwrap();
 }
@@ -176,7 +172,7 @@ fn a_step_that_cannot_be_promoted_stays_in_every_report() {
 fn steps_saved_while_a_promotion_runs_are_kept_if_the_tier_blocks() {
     for _ in 0..5 {
         let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let slow = Slow(Local::open(tier.path()).unwrap(), Duration::from_millis(20));
+        let slow = Troubled::slow(Local::open(tier.path()).unwrap(), Duration::from_millis(20));
         let tier_of = Tier::over("shared", Arc::new(slow)).unpromoted(Unpromoted::Block);
         let builder = CheckpointExecutor::builder(root.path()).arena(1 << 20).chunk(64 << 10).keep_last(1).alone();
         let running = builder.tier(tier_of).build().unwrap();
@@ -211,51 +207,4 @@ fn a_step_that_is_marked_keep_in_the_root_is_kept_in_the_tier() {
     }
     running.shutdown(LONG).unwrap();
     assert_eq!(steps(tier.path()), [1, 3]);
-}
-
-mod failing {
-    use super::Failing;
-    use ashore::storage::{Reading, Storage, Sweep, Swept, Writing};
-    use ashore::{Attempt, Error, ErrorKind, Result};
-    use std::path::PathBuf;
-    use std::sync::Arc;
-    use std::sync::atomic::Ordering;
-
-    impl Storage for Failing {
-        fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
-            self.0.begin(name, attempt, overwrite)
-        }
-
-        fn open(&self, name: &str) -> Result<Arc<dyn Reading>> {
-            self.0.open(name)
-        }
-
-        fn list(&self) -> Result<Vec<String>> {
-            if self.1.load(Ordering::Relaxed) {
-                let error = Error::new(ErrorKind::Unavailable, "the root does not answer");
-                return Err(error.with_path(self.0.describe("")));
-            }
-            self.0.list()
-        }
-
-        fn confirm(&self, name: &str) -> Result<()> {
-            self.0.confirm(name)
-        }
-
-        fn remove(&self, name: &str) -> Result<()> {
-            self.0.remove(name)
-        }
-
-        fn sweep(&self, how: Sweep) -> Result<Swept> {
-            self.0.sweep(how)
-        }
-
-        fn hint(&self, name: &str) -> Result<()> {
-            self.0.hint(name)
-        }
-
-        fn describe(&self, name: &str) -> PathBuf {
-            self.0.describe(name)
-        }
-    }
 }

@@ -1,6 +1,6 @@
 //! SIGTERM: the newest durable step is promoted, and the report says what each tier has.
 
-use super::{LONG, Slow, executor, save, steps};
+use super::{LONG, Troubled, executor, save, steps};
 use ashore::sigterm::{Exit, Sigterm};
 use ashore::storage::local::Local;
 use ashore::tiers::Tier;
@@ -40,7 +40,7 @@ fn sigterm_promotes_the_newest_durable_step_only_and_reports_each_tier() {
 
 /// Saves faster than the tier takes steps, and waits for the signal.
 fn train(folder: &Path) {
-    let slow = Slow(Local::open(folder.join("tier")).unwrap(), Duration::from_millis(400));
+    let slow = Troubled::slow(Local::open(folder.join("tier")).unwrap(), Duration::from_millis(400));
     let executor = Arc::new(executor(&folder.join("root"), [Tier::over("far", Arc::new(slow))]));
     let hook = Sigterm::on(&executor).timeout(Duration::from_secs(30)).exit(Exit::Code { durable: 0, lost: 75 });
     let hook = hook.report(|report| {
