@@ -22,6 +22,8 @@ pub(super) const MOST_UNTIDIED: usize = 16;
 /// Number of sweeps after saves that look for what this process left; then only the hourly sweep, and one at
 /// the end, looks.
 const SWEEP_TRIES: u8 = 3;
+/// Number of rounds that try to delete what an attempt has left by its own descriptors.
+const OWED_TRIES: u8 = 3;
 /// How often to sweep what other processes may have left; `BRANCH_CHECK_INTERVAL` is how often to check
 /// whether that is due.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(3600);
@@ -66,6 +68,13 @@ pub(super) fn run(
     tidy.owed.drain(..).for_each(dropped);
 }
 
+/// An attempt that has ended and still has files on the medium.
+struct Owed {
+    left: Leftover,
+    /// How many more rounds of work try to delete them before a sweep does.
+    tries: u8,
+}
+
 struct Tidy<'a> {
     storage: &'a dyn Storage,
     catalog: &'a Catalog,
@@ -73,7 +82,7 @@ struct Tidy<'a> {
     sweep: Sweep,
     /// Attempts that have ended and still have files on the medium, at most [`MOST_UNTIDIED`] after each
     /// round of work.
-    owed: Vec<Leftover>,
+    owed: Vec<Owed>,
     /// Steps were published since the last successful prune.
     unpruned: bool,
     /// This process left something that only a sweep can remove.
@@ -91,8 +100,8 @@ struct Tidy<'a> {
 impl Tidy<'_> {
     fn take(&mut self, batch: impl Iterator<Item = Leftover>) {
         let before = self.owed.len();
-        self.owed.extend(batch);
-        let mut names = self.owed.iter().skip(before).filter_map(Leftover::published);
+        self.owed.extend(batch.map(|left| Owed { left, tries: OWED_TRIES }));
+        let mut names = self.owed.iter().skip(before).filter_map(|owed| owed.left.published());
         // A checkpoint under a name of its own is not the latest step.
         if let Some(newest) = names.rfind(|name| parse_step_name(name).is_some()) {
             attempt("write the hint", || self.storage.hint(newest));
@@ -103,12 +112,12 @@ impl Tidy<'_> {
             }
             self.last = step;
         }
-        self.unpruned |= self.owed.iter().skip(before).any(|left| left.published().is_some());
+        self.unpruned |= self.owed.iter().skip(before).any(|owed| owed.left.published().is_some());
     }
 
     fn work(&mut self) {
         let (mut unknown, sweep) = (false, self.sweep);
-        let over = |left: &mut Leftover| match left {
+        let over = |owed: &mut Owed| match &owed.left {
             Leftover::Published { attempt: step, .. } => attempt("delete the replaced copy", || step.settle()),
             Leftover::Elsewhere { storage } => {
                 attempt("sweep beside a checkpoint", || storage.sweep(sweep).map(drop));
@@ -121,6 +130,14 @@ impl Tidy<'_> {
             }
         };
         self.owed.extract_if(.., over).for_each(dropped);
+        // After a failed fsync an attempt cannot be deleted by its own descriptors: a sweep has others.
+        let given_up = |owed: &mut Owed| {
+            owed.tries -= 1;
+            owed.tries == 0
+        };
+        let before = self.owed.len();
+        self.owed.extract_if(.., given_up).for_each(dropped);
+        unknown |= self.owed.len() < before;
         let most = self.owed.len().saturating_sub(MOST_UNTIDIED);
         self.owed.drain(..most).for_each(dropped);
         if unknown || most > 0 {
@@ -137,8 +154,8 @@ impl Tidy<'_> {
         }
     }
 
-    /// Counts the steps for metrics, unless that was done a short time ago. Not in a store, where opening every
-    /// step costs requests.
+    /// Counts the steps for metrics, unless that was done a short time ago. Not in a store, where opening
+    /// every step costs requests.
     fn count(&mut self) {
         let dear = self.storage.directory().is_none();
         if !Meters::WANTED || dear || self.counted.is_some_and(|counted| counted.elapsed() < COUNT_INTERVAL) {
