@@ -28,8 +28,8 @@ pub(super) fn recover(storage: &Arc<dyn Storage>, from_full: bool) -> Result<Sta
         Ok((weights, full_bytes)) => {
             let holding = weights.holding();
             state.full = way.full.as_ref().map(|full| full.number);
-            (state.full_bytes, state.delta_bytes) = (full_bytes, way.bytes.saturating_sub(full_bytes));
-            state.deltas = way.deltas.len() as u64;
+            state.full_bytes = full_bytes;
+            state.deltas = way.deltas.iter().map(|delta| (delta.number, delta.bytes)).collect();
             state.held = holding.map(|holding| Arc::new(Held::read(weights, holding, full_bytes)));
         }
         Err(error) => {

@@ -36,10 +36,10 @@ pub(super) struct State {
     pub newest: u64,
     /// The newest full that is known to be durable.
     pub full: Option<u64>,
-    /// The length of that full, of the deltas since, and their number.
+    /// The length of that full.
     pub full_bytes: u64,
-    pub delta_bytes: u64,
-    pub deltas: u64,
+    /// Numbers and lengths of the deltas behind it, oldest first.
+    pub deltas: Vec<(u64, u64)>,
     /// Another publisher has taken the chain over.
     pub ended: Option<Error>,
 }
@@ -97,7 +97,7 @@ impl Shared {
         };
         let (kind, bytes) = match (&delta, &base) {
             (Some(delta), Some(base)) => {
-                (state.delta_bytes, state.deltas) = (state.delta_bytes + delta.bytes(), state.deltas + 1);
+                state.deltas.push((number, delta.bytes()));
                 (Kind::Delta { base: base.holding.version, changed: delta.changed() }, delta.bytes())
             }
             _ => {
@@ -142,7 +142,8 @@ impl Shared {
     pub fn tidy(&self) {
         let due = {
             let state = lock(&self.state);
-            let long = state.delta_bytes > state.full_bytes / 2 || state.deltas >= self.settings.full_every;
+            let bytes: u64 = state.deltas.iter().map(|(_, bytes)| bytes).sum();
+            let long = bytes > state.full_bytes / 2 || state.deltas.len() as u64 >= self.settings.full_every;
             state.held.clone().filter(|held| long && held.files.is_some())
         };
         if let Some(held) = due {
@@ -171,9 +172,12 @@ impl Shared {
 }
 
 impl State {
+    /// Notes a durable full. Newer deltas may have been committed while it was written.
     fn full_is_durable(&mut self, number: u64, bytes: u64) {
-        (self.full, self.full_bytes) = (Some(number), bytes);
-        (self.delta_bytes, self.deltas) = (0, 0);
+        if self.full.is_none_or(|full| full < number) {
+            (self.full, self.full_bytes) = (Some(number), bytes);
+            self.deltas.retain(|(delta, _)| *delta > number);
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use ashore::CheckpointExecutor;
 use ashore::chain::{Chain, Follow, Kind, Publisher, Weights};
 use ashore::storage::local::{Linux, Local};
 use ashore::testing::{Call, Faulty};
+use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -37,31 +38,40 @@ fn a_publish_is_a_future() {
     assert_eq!(futures_executor::block_on(publish).unwrap().version, 1);
 }
 
+/// Numbers of the fulls in a chain.
+fn fulls(root: &Path) -> Vec<u64> {
+    let versions = Chain::open(root).unwrap().versions().unwrap();
+    versions.iter().filter(|version| version.base.is_none()).map(|version| version.number).collect()
+}
+
 #[test]
 fn a_version_is_acknowledged_before_a_full_is_written_beside_it() {
     let (steps, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let executor = CheckpointExecutor::builder(steps.path()).arena(8 << 20).chunk(1 << 20).build().unwrap();
     let faulty = Faulty::unsynced(Arc::new(Linux));
     let storage = Arc::new(Local::with_sys(faulty.clone(), root.path()).unwrap());
-    let publisher = small(Publisher::over(storage).full_every(1));
+    let publisher = small(Publisher::over(storage).full_every(2));
     let mut model = Model::new(1, 8000);
-    executor.publish_delta(&publisher, model.state()).unwrap().wait(MINUTE).unwrap();
-    model.update(2, 100);
+    let mut publish = |number| {
+        model.update(number, 100);
+        let publish = executor.publish_delta(&publisher, model.state()).unwrap();
+        publish.wait(Duration::from_secs(20)).unwrap().kind
+    };
+    assert!(matches!(publish(1), Kind::Full));
+    assert!(matches!(publish(2), Kind::Delta { .. }));
     // The first directory is that of the version, the second that of the full.
     let (later, (go_on, waiting)) = (faulty.clone(), mpsc::channel::<()>());
     faulty.interrupt(Call::Mkdir, move || {
         later.interrupt(Call::Mkdir, move || _ = waiting.recv_timeout(MINUTE));
     });
-    let published = executor.publish_delta(&publisher, model.state()).unwrap().wait(Duration::from_secs(20)).unwrap();
-    assert!(matches!(published.kind, Kind::Delta { .. }));
-    let fulls = || {
-        let versions = Chain::open(root.path()).unwrap().versions().unwrap();
-        versions.iter().filter(|version| version.base.is_none()).map(|version| version.number).collect::<Vec<_>>()
-    };
-    assert_eq!(fulls(), [1]);
+    assert!(matches!(publish(3), Kind::Delta { .. }));
+    assert_eq!(fulls(root.path()), [1]);
+    // Deltas that are committed while a full is written count for the next one.
+    assert!(matches!(publish(4), Kind::Delta { .. }));
+    assert!(matches!(publish(5), Kind::Delta { .. }));
     go_on.send(()).unwrap();
     executor.shutdown(MINUTE).unwrap();
-    assert_eq!(fulls(), [1, 2]);
+    assert_eq!(fulls(root.path()), [1, 3, 5]);
 }
 
 #[test]
