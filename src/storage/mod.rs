@@ -129,6 +129,11 @@ pub trait Storage: Send + Sync + Debug {
         Err(Error::invalid(why).with_path(parent))
     }
 
+    /// Whether [`Writing::adopt`] may make files out of those of published steps. The default is false.
+    fn adopts(&self) -> bool {
+        false
+    }
+
     /// What it offers to several processes that write one step together; None if it offers nothing to them.
     fn shared(&self) -> Option<Arc<dyn shared::Shared>> {
         None
@@ -261,6 +266,18 @@ pub trait Writing: Send + Sync + Debug {
     /// Writes a small file whole and durably.
     fn put(&self, file: &str, bytes: &[u8]) -> Result<()>;
 
+    /// Makes a file out of `source` without writing its bytes: a durable clone that begins with `head`, whose
+    /// length is a multiple of [`crate::ALIGNMENT`], in the place of as many bytes of the source, or a second
+    /// name of the source itself. `source` is a file of a step of this storage that is known to be durable.
+    /// A file system that can do neither refuses, which is no error, and leaves no such file in the attempt.
+    ///
+    /// # Errors
+    /// When the file was made and is not durable: the attempt is lost, as after a failed
+    /// [`FileWriting::seal`].
+    fn adopt(&self, _file: &str, _source: &dyn FileReading, _head: &[u8]) -> Result<Adopted> {
+        Ok(Adopted::Refused("this storage shares no files between steps".into()))
+    }
+
     /// Publishes the attempt as its step, durably. `Conflict` when another attempt won; `Indeterminate` when
     /// an error came after the name may have changed.
     fn publish(&self, overwrite: bool) -> Result<()>;
@@ -270,6 +287,18 @@ pub trait Writing: Send + Sync + Debug {
 
     /// Deletes the attempt, and nothing else.
     fn abandon(&self) -> Result<()>;
+}
+
+/// How [`Writing::adopt`] made a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Adopted {
+    /// A clone: it has its own first bytes, and shares the blocks of the others with the source.
+    Cloned,
+    /// The source itself, under a second name: its first bytes name the step that wrote it.
+    Linked,
+    /// Not at all, for this reason.
+    Refused(String),
 }
 
 /// A file of an attempt.
@@ -355,6 +384,12 @@ pub trait FileReading: Send + Sync + Debug {
     /// Returns true when the file has no bytes.
     fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Itself, for the storage that opened it, which finds its own type in it. The default is None: no other
+    /// file is made out of this one.
+    fn as_any(&self) -> Option<&dyn Any> {
+        None
     }
 
     /// Fills `buffer` from `offset`; `Corrupt` when the file ends earlier. Offset, length and address are
