@@ -476,7 +476,7 @@ impl Admission {
         let shape = Shape { chunk: settings.chunk, files: settings.files, rank: None };
         match &self.plan {
             Some(plan) if plan.fits(state, shape) => Ok(plan.clone()),
-            _ => Ok(self.plan.insert(Arc::new(Plan::new(state, shape)?)).clone()),
+            _ => Ok(self.plan.insert(Arc::new(Plan::new(state, shape, &[])?)).clone()),
         }
     }
 }

@@ -14,6 +14,8 @@ const HEADER: u64 = 48 << 20;
 pub(super) struct Weight {
     /// How many boxes of the same tensor come before it: a file holds one box of a tensor at most.
     pub layer: u32,
+    /// Boxes of different classes are in different files.
+    pub class: u32,
     /// Bytes of its elements.
     pub bytes: u64,
     /// Bytes of its entry in the header.
@@ -38,20 +40,29 @@ pub(super) fn check_name(name: &str, header: u64) -> Result<()> {
     Err(Error::invalid(format!("{what} limit_bytes={MAX_HEADER} name_bytes={} begins={begin:?}", name.len())))
 }
 
-/// Splits boxes, sorted by layer, into runs, each for a file: about `files` of about equal bytes, and more
-/// where a file would hold two boxes of a tensor or too long a header. Every run has at least one box.
+/// Splits boxes, sorted by layer and class, into runs, each for a file: about `files` of about equal bytes,
+/// and more where a file would hold two boxes of a tensor, two classes or too long a header. Every run has
+/// at least one box.
 pub(super) fn cut(boxes: &[Weight], files: usize) -> Vec<Range<usize>> {
     let layers = boxes.last().map_or(1, |last| last.layer as usize + 1);
     let mut runs = Vec::new();
     let mut begin = 0;
     for layer in boxes.chunk_by(|a, b| a.layer == b.layer) {
-        cut_layer(begin, layer, (files / layers).max(1), &mut runs);
-        begin += layer.len();
+        let (files, total) = ((files / layers).max(1), bytes(layer).max(1));
+        for class in layer.chunk_by(|a, b| a.class == b.class) {
+            let share = (files as u128 * bytes(class) + total / 2) / total;
+            cut_class(begin, class, (share as usize).max(1), &mut runs);
+            begin += class.len();
+        }
     }
     runs
 }
 
-fn cut_layer(first: usize, boxes: &[Weight], files: usize, runs: &mut Vec<Range<usize>>) {
+fn bytes(boxes: &[Weight]) -> u128 {
+    boxes.iter().map(|weight| u128::from(weight.share())).sum()
+}
+
+fn cut_class(first: usize, boxes: &[Weight], files: usize, runs: &mut Vec<Range<usize>>) {
     let total: u64 = boxes.iter().map(|b| b.share()).sum();
     let headers: u64 = boxes.iter().map(|b| b.header).sum();
     let needed = usize::try_from(headers.div_ceil(HEADER)).unwrap_or(usize::MAX);
@@ -82,7 +93,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn alike(n: usize, bytes: u64, header: u64) -> Vec<Weight> {
-        vec![Weight { layer: 0, bytes, header }; n]
+        vec![Weight { layer: 0, class: 0, bytes, header }; n]
     }
 
     #[test]
@@ -94,6 +105,17 @@ mod tests {
         one_is_large[0].bytes = 1000;
         assert_eq!(cut(&one_is_large, 2), [0..1, 1..3]);
         assert!(cut(&[], 3).is_empty());
+    }
+
+    #[test]
+    fn classes_share_no_file_and_have_files_by_their_bytes() {
+        let mut boxes = alike(100, 10, 1);
+        boxes[95..].iter_mut().for_each(|weight| weight.class = 1);
+        assert_eq!(cut(&boxes, 1), [0..95, 95..100]);
+        let runs = cut(&boxes, 8);
+        assert_eq!((runs.len(), runs.last()), (9, Some(&(95..100))));
+        boxes[50..].iter_mut().for_each(|weight| weight.class = 1);
+        assert_eq!(cut(&boxes, 4), [0..25, 25..50, 50..75, 75..100]);
     }
 
     /// Regression: files were split by bytes alone, so 1.3 million tensors without bytes, or with few beside
@@ -125,17 +147,18 @@ mod tests {
     proptest! {
         #[test]
         fn every_box_is_in_one_file_and_no_file_has_two_of_a_layer(
-            mut boxes in prop::collection::vec((0_u32..3, 0_u64..100, prop_oneof![1_u64..200, 1 << 24..1_u64 << 25]), 0..60),
+            mut boxes in prop::collection::vec((0_u32..3, 0_u32..3, 0_u64..100, prop_oneof![1_u64..200, 1 << 24..1_u64 << 25]), 0..60),
             files in 1_usize..9,
         ) {
-            boxes.sort_by_key(|b| b.0);
-            let boxes: Vec<_> = boxes.into_iter().map(|(layer, bytes, header)| Weight { layer, bytes, header }).collect();
+            boxes.sort_by_key(|b| (b.0, b.1));
+            let weight = |(layer, class, bytes, header)| Weight { layer, class, bytes, header };
+            let boxes: Vec<_> = boxes.into_iter().map(weight).collect();
             let runs = cut(&boxes, files);
             let joined: Vec<usize> = runs.iter().cloned().flatten().collect();
             prop_assert_eq!(joined, (0..boxes.len()).collect::<Vec<_>>());
             for run in &runs {
                 let run = &boxes[run.clone()];
-                prop_assert!(!run.is_empty() && run.iter().all(|w| w.layer == run[0].layer));
+                prop_assert!(!run.is_empty() && run.iter().all(|w| (w.layer, w.class) == (run[0].layer, run[0].class)));
                 prop_assert!(run.len() == 1 || run.iter().map(|w| w.header).sum::<u64>() <= HEADER);
             }
         }

@@ -191,7 +191,7 @@ impl Merge {
                 let (group, tensor) = (&groups[i], &tensors[groups[i].tensor]);
                 let at = sharded.then_some(&group.place.at[..]);
                 let header = entry_len(&tensor.name, tensor.dtype, &group.place.extent, at, total);
-                Weight { layer, bytes: group.bytes, header }
+                Weight { layer, class: 0, bytes: group.bytes, header }
             };
             let weights: Vec<Weight> = mine.iter().map(weigh).collect();
             let runs = cut(&weights, wanted.map_or(1, |(files, _)| files as usize));

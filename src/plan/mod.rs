@@ -11,6 +11,7 @@ mod boxes;
 mod chunk;
 mod cut;
 mod dedup;
+mod prediction;
 mod save;
 #[cfg(test)]
 mod tests;
@@ -19,5 +20,6 @@ mod whole;
 pub use boxes::{BoxOf, Described, Description};
 pub(crate) use chunk::{Chunk, DeferredDigests, Receipts, Request, Sink};
 pub use dedup::{Merge, share_out};
+pub(crate) use prediction::Prediction;
 pub(crate) use save::{Plan, Planned, Segment, SegmentSource, Shape, Shard};
 pub use whole::{Comparison, Part, Replica, Share, Whole, WholeTensor, Written};

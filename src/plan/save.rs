@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::entries::{BLOCK, FileEntry, SliceEntry, TensorEntry, block_count};
 use crate::format::shard::{HeaderTemplate, INDEX, entry_len, index_json, shard_names};
 use crate::format::template::TableTemplate;
-use crate::state::{self, Aliases, Key, Layout, Place, StateDict, Tensor};
+use crate::state::{self, Aliases, Key, Layout, OPEN, Place, STILL, StateDict, Tensor};
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -43,7 +43,10 @@ pub(crate) struct Plan {
     pub index: Option<Vec<u8>>,
     /// Bytes in all shards, headers included.
     pub length: u64,
-    names: Vec<(String, Layout, Option<Place>)>,
+    /// The class of each tensor of the state dict.
+    pub classes: Vec<u32>,
+    /// Name, layout, place and group of each tensor of the state dict.
+    names: Vec<(String, Layout, Option<Place>, u32)>,
     aliases: Aliases,
     fingerprint: u64,
     shape: Shape,
@@ -101,12 +104,13 @@ impl std::fmt::Debug for Plan {
 }
 
 impl Plan {
-    /// Plans a save of `state` by one rank.
+    /// Plans a save of `state` by one rank. `still` has the tensors that are taken for frozen, by their index
+    /// in the state dict, besides those that the program declared.
     ///
     /// # Errors
     /// `Invalid` when the sizes overflow, boxes do not cover their tensor, or the header of a file would be
     /// longer than readers accept.
-    pub fn new(state: &StateDict<'_>, shape: Shape) -> Result<Self> {
+    pub fn new(state: &StateDict<'_>, shape: Shape, still: &[bool]) -> Result<Self> {
         if state.tensors.values().any(|tensor| tensor.place.is_some()) {
             if shape.rank.is_some() {
                 return Err(Error::invalid("boxes of several ranks are planned from what all of them describe"));
@@ -117,8 +121,13 @@ impl Plan {
             let whole = merge.finish()?;
             return Self::of_share(state, shape, &order, &whole.shares[0]);
         }
-        let items = (0..state.len()).map(|tensor| Item { tensor, number: 0, layer: 0 }).collect();
-        Self::build(state, shape, items, None)
+        let is_still = |tensor: usize| still.get(tensor).copied().unwrap_or(false);
+        let class = |(tensor, t): (usize, &Tensor<'_>)| match t.group {
+            OPEN if is_still(tensor) => STILL,
+            group => group,
+        };
+        let item = |tensor| Item { tensor, number: 0, layer: 0, class: class((tensor, &state.tensors[tensor])) };
+        Self::build(state, shape, (0..state.len()).map(item).collect(), None)
     }
 
     /// Plans what one of several ranks writes of `state`: its `share`, as [`Merge`] found it. `order` is that
@@ -134,7 +143,7 @@ impl Plan {
         for (&tensor, part) in order.iter().zip(&share.boxes).filter(|(_, part)| part.writes) {
             let number = part.tensor;
             let layer = items.last().filter(|last| last.number == number).map_or(0, |last| last.layer + 1);
-            items.push(Item { tensor, number, layer });
+            items.push(Item { tensor, number, layer, class: OPEN });
         }
         let mut plan = Self::build(state, shape, items, Some(share))?;
         let replicas = order.iter().zip(&share.boxes).filter_map(|(&tensor, part)| Some((tensor, part.replica?)));
@@ -148,9 +157,9 @@ impl Plan {
         let total = items.iter().try_fold(0, sum).filter(|&sum| sum <= i64::MAX as u64 / 2);
         let total = total.ok_or_else(|| Error::invalid("the state is too large"))?;
 
-        // By descending element size, so that every tensor is aligned to its elements; then by name, for a
-        // stable order.
-        let key = |item: &Item| (item.layer, Reverse(source.tensor(item).layout.dtype.bitsize()));
+        // Classes have files of their own. Then by descending element size, so that every tensor is aligned to
+        // its elements; then by name, for a stable order.
+        let key = |item: &Item| (item.layer, item.class, Reverse(source.tensor(item).layout.dtype.bitsize()));
         items.sort_by(|a, b| key(a).cmp(&key(b)).then_with(|| source.name_and_at(a).cmp(&source.name_and_at(b))));
         let weights = items.iter().map(|item| source.weight(item, total)).collect::<Result<Vec<_>>>()?;
         let mut parts = cut(&weights, shape.files);
@@ -201,8 +210,10 @@ impl Plan {
             }
         };
         let length = shards.iter().map(|s| s.length).sum();
-        let names =
-            state.tensors.iter().map(|(key, t)| (key.name.clone(), t.layout.clone(), t.place.clone())).collect();
+        let mut classes = vec![OPEN; state.len()];
+        items.iter().for_each(|item| classes[item.tensor] = item.class);
+        let named = |(key, t): (&Key, &Tensor<'_>)| (key.name.clone(), t.layout.clone(), t.place.clone(), t.group);
+        let names = state.tensors.iter().map(named).collect();
         let fingerprint = state.fingerprint();
         let replicas = Vec::new();
         let plan = Self {
@@ -215,6 +226,7 @@ impl Plan {
             table,
             index,
             length,
+            classes,
             names,
             aliases: state.aliases.clone(),
             fingerprint,
@@ -226,6 +238,11 @@ impl Plan {
     /// The name of a tensor by its index in the state dict.
     pub fn name(&self, tensor: usize) -> &str {
         self.names.get(tensor).map_or("", |(name, ..)| name)
+    }
+
+    /// Whether the program declared the tensor frozen, or put it into a group.
+    pub fn is_declared(&self, tensor: usize) -> bool {
+        self.names.get(tensor).is_some_and(|(.., group)| *group != OPEN)
     }
 
     /// Returns true if this is a plan of `state`. For host tensors it compares only the fingerprint, which is
@@ -241,8 +258,8 @@ impl Plan {
     /// # Errors
     /// `Internal` when two structures share a fingerprint.
     pub fn check(&self, state: &StateDict<'_>) -> Result<()> {
-        let same = |((name, layout, place), (key, t)): (&(String, Layout, Option<Place>), (&Key, &Tensor<'_>))| {
-            *name == key.name && *layout == t.layout && *place == t.place
+        let same = |((name, layout, place, group), (key, t)): (&(String, _, _, u32), (&Key, &Tensor<'_>))| {
+            *name == key.name && *layout == t.layout && *place == t.place && *group == t.group
         };
         let same = self.names.iter().zip(&state.tensors).all(same) && self.aliases == state.aliases;
         if same { Ok(()) } else { Err(Error::internal("two structures of state dicts have the same fingerprint")) }
@@ -282,6 +299,8 @@ struct Item {
     number: u32,
     /// How many boxes of the same tensor come before it.
     layer: u32,
+    /// Items of different classes go to different files.
+    class: u32,
 }
 
 /// The state, and whether it is written in the dialect of a sharded step.
@@ -334,7 +353,7 @@ impl<'s, 'a> State<'s, 'a> {
         let at = self.sharded.then(|| self.at(item));
         let header = entry_len(key, tensor.layout.dtype, extent, at.as_deref(), total);
         check_name(key, header)?;
-        Ok(Weight { layer: item.layer, bytes: self.bytes(item), header })
+        Ok(Weight { layer: item.layer, class: item.class, bytes: self.bytes(item), header })
     }
 
     /// Adds a slice to the entries of the manifest.
@@ -445,13 +464,13 @@ mod tests {
     fn a_plan_is_taken_for_tensors_of_a_device_only_if_it_is_theirs() {
         let shape = Shape { chunk: 4096, files: 1, rank: None };
         let (long, mut short) = (state_of(9000), state_of(10));
-        let mut plan = Plan::new(&long, shape).unwrap();
+        let mut plan = Plan::new(&long, shape, &[]).unwrap();
         plan.fingerprint = short.fingerprint();
         assert!(plan.fits(&short, shape), "of the host: compared before it is read");
         assert_eq!(plan.check(&short).unwrap_err().kind(), crate::ErrorKind::Internal);
         short.streams.push(DeviceStream::legacy(0));
         assert!(!plan.fits(&short, shape));
-        assert!(Plan::new(&short, shape).unwrap().fits(&short, shape));
+        assert!(Plan::new(&short, shape, &[]).unwrap().fits(&short, shape));
     }
 
     #[test]
@@ -460,7 +479,7 @@ mod tests {
         for i in 0..100 {
             state.tensor(format!("{i}{}", "n".repeat(1 << 20)), vec![0_u8; 4]).unwrap();
         }
-        let plan = Plan::new(&state, Shape { chunk: 1 << 20, files: 1, rank: None }).unwrap();
+        let plan = Plan::new(&state, Shape { chunk: 1 << 20, files: 1, rank: None }, &[]).unwrap();
         assert_eq!(plan.shards.len(), 3);
         assert!(plan.shards.iter().all(|shard| shard.header.len() <= (48 << 20) + 4096));
     }

@@ -51,7 +51,7 @@ fn push_of(
 ) -> (Arc<Ticket>, Arc<Plan>, Arc<Kept>) {
     let mut state = StateDict::new();
     state.tensor("t", tensor.clone()).unwrap();
-    let plan = Arc::new(Plan::new(&state, Shape { chunk: 4096, files: 1, rank: None }).unwrap());
+    let plan = Arc::new(Plan::new(&state, Shape { chunk: 4096, files: 1, rank: None }, &[]).unwrap());
     let issue =
         Issue { step: 1, attempt: Default::default(), deadline: Instant::now() + patience, grace: Duration::ZERO };
     let ticket = Arc::new(Ticket::new(issue, Instant::now(), stager.signal.clone(), stager.calls.clone()));

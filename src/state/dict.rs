@@ -2,6 +2,7 @@
 
 use super::boxes::{Key, Place};
 use super::dtype::{Dtype, Layout};
+use super::groups::OPEN;
 use super::source::{Address, DeviceStream, MemoryLocation, SharedSource, Source};
 use super::strided::Strided;
 use super::value::encode_named;
@@ -46,6 +47,8 @@ pub(crate) struct Tensor<'a> {
     /// The address of the packed capture on the device, which the save reads instead. The device may still
     /// have to read the source.
     pub captured_at: Option<u64>,
+    /// Tensors of different groups are in different files.
+    pub group: u32,
 }
 
 impl Tensor<'_> {
@@ -109,6 +112,8 @@ pub struct StateDict<'a> {
     pub(crate) stream_owners: Vec<Arc<dyn Any + Send + Sync>>,
     /// The number of boxes of each tensor that was added in boxes.
     pub(super) boxes: HashMap<String, u32, FixedState>,
+    /// The keys of groups, in the order of their numbers.
+    pub(super) groups: Vec<String>,
     pub(super) bytes: u64,
     pub(super) fingerprint: u64,
 }
@@ -255,6 +260,7 @@ impl<'a> StateDict<'a> {
                             address,
                             packed,
                             captured_at: None,
+                            group: OPEN,
                         });
                     }
                 }
@@ -348,8 +354,9 @@ impl<'a> StateDict<'a> {
     /// # Errors
     /// `Invalid`, with the name, when a name is taken.
     pub(crate) fn absorb(&mut self, prefix: &str, other: Self) -> Result<()> {
-        for (name, Tensor { capture, source, place, .. }) in other.tensors {
+        for (name, Tensor { capture, source, place, group, .. }) in other.tensors {
             self.insert(format!("{prefix}{}", &*name), source, capture, place)?;
+            self.inherit_group(self.len() - 1, group, &other.groups);
         }
         for (alias, holder) in other.aliases {
             self.alias(format!("{prefix}{alias}"), &format!("{prefix}{holder}"))?;
@@ -386,10 +393,12 @@ impl<'a> StateDict<'a> {
     pub(crate) fn split(self) -> Result<(Self, Self)> {
         self.settled()?;
         let mut both = (Self::with_capacity(self.len()), Self::with_capacity(self.len()));
-        for (Key { name, .. }, Tensor { capture, source, place, .. }) in self.tensors {
+        for (Key { name, .. }, Tensor { capture, source, place, group, .. }) in self.tensors {
             let source = SharedSource::new(source);
             both.0.insert(name.clone(), Box::new(source.clone()), capture, place.clone())?;
             both.1.insert(name, Box::new(source), capture, place)?;
+            both.0.inherit_group(both.0.len() - 1, group, &self.groups);
+            both.1.inherit_group(both.1.len() - 1, group, &self.groups);
         }
         for (alias, holder) in &self.aliases {
             both.0.alias(alias.as_str(), holder)?;
@@ -437,7 +446,7 @@ impl<'a> StateDict<'a> {
         self.bytes
     }
 
-    /// A hash of names, dtypes and shapes in order: equal structures have equal fingerprints.
+    /// A hash of names, dtypes, shapes and groups in order: equal structures have equal fingerprints.
     pub(crate) fn fingerprint(&self) -> u64 {
         self.fingerprint
     }

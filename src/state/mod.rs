@@ -7,6 +7,7 @@ mod alias;
 mod boxes;
 mod dict;
 mod dtype;
+mod groups;
 mod host;
 mod part;
 mod promised;
@@ -20,6 +21,7 @@ pub use dict::{Capture, StateDict};
 #[cfg(test)]
 pub(crate) use dtype::DTYPES;
 pub use dtype::{Dtype, Element, Layout, Shape};
+pub(crate) use groups::{OPEN, STILL};
 pub use host::{HostTensor, OwnedBytes, RawHost};
 pub(crate) use part::BoxInfo;
 pub use promised::{Promise, Promised, promise};

@@ -1,0 +1,38 @@
+//! The prediction that files of a save have the bytes of an older step.
+//!
+//! A file is predicted to be unchanged when all its tensors are. Its tensors are staged and digested like all
+//! others, and a chunk whose digests are those of the older step is not written. If all chunks of a file are
+//! such chunks, the file of the older step is adopted; otherwise the missing chunks are copied from it.
+
+use super::save::{Plan, SegmentSource};
+use crate::digest::Digest;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// What an older step of the same plan has.
+#[derive(Debug)]
+pub(crate) struct Prediction {
+    /// The digest of every segment, in the order of the plan.
+    pub digests: Arc<[Digest]>,
+    /// Of each shard, whether it is predicted to be unchanged.
+    pub shards: Vec<bool>,
+}
+
+impl Prediction {
+    /// Whether `digests`, of the segments of the chunk `index`, are as predicted. The header is no matter: it
+    /// names the step.
+    pub fn agrees(&self, plan: &Plan, index: usize, digests: &[Digest]) -> bool {
+        let Some(segments) = self.segments(plan, index) else { return false };
+        let same = |((segment, old), new): ((usize, &Digest), &Digest)| {
+            plan.segments[segment].source == SegmentSource::Header || old == new
+        };
+        segments.clone().zip(&self.digests[segments]).zip(digests).all(same)
+    }
+
+    /// The segments of the chunk `index`, if its shard is predicted to be unchanged.
+    fn segments(&self, plan: &Plan, index: usize) -> Option<Range<usize>> {
+        let chunk = &plan.chunks[index];
+        let predicted = self.shards.get(chunk.shard).copied().unwrap_or(false);
+        Some(chunk.segments.clone()).filter(|segments| predicted && segments.end <= self.digests.len())
+    }
+}
