@@ -11,8 +11,10 @@ mod deferred_save;
 mod destination;
 mod ending;
 mod equipment;
+mod history;
 mod ranks;
 mod scope;
+mod scrub;
 mod submit;
 mod telling;
 mod threads;
@@ -45,6 +47,7 @@ use crate::sync::Mutex;
 use crate::tiers::{Behind, TierReport};
 use destination::Destination;
 use equipment::Equipment;
+use history::History;
 use ranks::{Described, Turns};
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
@@ -104,11 +107,14 @@ pub struct CheckpointExecutor {
     origin: ForkGuard,
     /// Number of durable saves whose staged bytes were compared with the digests taken at `save`.
     compared: Arc<AtomicU64>,
+    history: Arc<History>,
 }
 
 #[derive(Debug)]
 struct Admission {
     plan: Option<Arc<Plan>>,
+    /// The tensors that it took for frozen.
+    still: Arc<[bool]>,
     /// What the plan was made from, if several ranks made it.
     described: Option<Described>,
     /// Identities of attempts, drawn ahead because randomness is a system call.

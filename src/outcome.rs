@@ -56,6 +56,15 @@ pub struct Committed {
     pub tail: Duration,
     /// How bytes reached the medium.
     pub mode: IoMode,
+    /// Bytes of shards that were written, headers included.
+    pub written_bytes: u64,
+    /// Bytes of shards that are clones of files of an older step: they share the blocks of the medium.
+    pub cloned_bytes: u64,
+    /// Bytes of shards that are files of an older step, under a second name.
+    pub linked_bytes: u64,
+    /// Number of shards that had not changed and were written all the same, because the file system refused
+    /// to clone or link them.
+    pub refused_files: usize,
     /// Tensors that stayed live until the fence, instead of being captured at `save`, because the budget was
     /// used up.
     pub over_budget: usize,

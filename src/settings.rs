@@ -324,6 +324,15 @@ pub struct Settings {
     /// Write a line for each save into a log of the root, which `ashore report` reads: true.
     /// `docs/observability.md` describes the log.
     pub run_log: bool,
+    /// Share the files of older steps that have not changed, where the file system can clone or link them:
+    /// true. See [`StateDict::frozen`](crate::StateDict::frozen). With several ranks files are always
+    /// written.
+    pub links: bool,
+    /// A shared file is written again after so many saves and `link_age`, whichever is later: 16. All steps
+    /// that share it are on one place of the medium until then.
+    pub link_saves: u32,
+    /// The time after which a shared file is written again: a day.
+    pub link_age: Duration,
     /// A save that is not durable after this time fails: 30 minutes. Counted from the call, time in the queue
     /// included.
     pub save_timeout: Duration,
@@ -362,6 +371,9 @@ impl Default for Settings {
             tier_keep_last: None,
             unpromoted: Unpromoted::Warn,
             run_log: true,
+            links: true,
+            link_saves: 16,
+            link_age: Duration::from_secs(24 * 3600),
             save_timeout: Duration::from_secs(30 * 60),
             fence_timeout: Duration::from_secs(10 * 60),
             shutdown_timeout: Duration::from_secs(5 * 60),
@@ -373,7 +385,7 @@ impl Settings {
     /// Returns the defaults, changed by `ASHORE_ARENA`, `ASHORE_CHUNK` (bytes), `ASHORE_WRITERS`,
     /// `ASHORE_FILES`, `ASHORE_DIRECT` (`true` or `false`), `ASHORE_DEVICE`, `ASHORE_ENGINE`, `ASHORE_LOCKS`,
     /// `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`, `ASHORE_RUN_LOG` (`true` or `false`),
-    /// `ASHORE_TIER`, `ASHORE_TIER_KEEP_LAST`, `ASHORE_UNPROMOTED`.
+    /// `ASHORE_LINKS` (`true` or `false`), `ASHORE_TIER`, `ASHORE_TIER_KEEP_LAST`, `ASHORE_UNPROMOTED`.
     ///
     /// # Errors
     /// `Invalid`, naming the variable that does not parse.
@@ -403,6 +415,7 @@ impl Settings {
         set("ASHORE_PRIORITY", var("ASHORE_PRIORITY"), &mut settings.priority)?;
         set("ASHORE_DIRECT", var("ASHORE_DIRECT"), &mut settings.direct)?;
         set("ASHORE_RUN_LOG", var("ASHORE_RUN_LOG"), &mut settings.run_log)?;
+        set("ASHORE_LINKS", var("ASHORE_LINKS"), &mut settings.links)?;
         if let Some(text) = var("ASHORE_KEEP_LAST") {
             set("ASHORE_KEEP_LAST", Some(text), settings.keep_last.insert(0))?;
         }

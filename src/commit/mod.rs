@@ -10,4 +10,4 @@ pub(crate) mod several;
 mod single;
 
 pub(crate) use concluded::{Concluded, Ending};
-pub(crate) use single::conclude;
+pub(crate) use single::{conclude, shard_digests};

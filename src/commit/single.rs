@@ -9,7 +9,7 @@ use crate::format::manifest::{Manifest, TableEntry};
 use crate::format::shard::INDEX;
 use crate::memory::AlignedBuffer;
 use crate::outcome::{Committed, Phase};
-use crate::plan::{Plan, Planned, Receipts, Request, SegmentSource, Shard};
+use crate::plan::{Made, Plan, Planned, Receipts, Request, SegmentSource, Shard};
 use crate::ticket::Ticket;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -70,15 +70,20 @@ pub(super) fn summarize(request: &Request, receipts: &Receipts) -> Result<Summar
     let mut blocks = Vec::new();
     let tensors: Vec<_> = plan.tensors.iter().map(|t| digests(plan, t, segments, &mut blocks)).collect();
     let on_devices = unchanged(request, &tensors)?;
-    let shards = plan.shards.iter().map(|s| file(plan, s, segments, chunks)).collect();
+    let shards = plan.shards.iter().map(|s| shard_digests(plan, s, segments, chunks)).collect();
     Ok(Summary { tensors, blocks, shards, on_devices })
 }
 
 /// Fills in the table of what this process has written.
 fn fill_table(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -> Result<TableEntry> {
     let (ticket, plan) = (&request.ticket, &request.plan);
-    let Summary { tensors, blocks, shards: mut files, .. } = summarize(request, receipts)?;
-    files.extend(plan.index.iter().map(|index| (Digest::EMPTY, Digest::of(index))));
+    let Summary { tensors, blocks, shards, .. } = summarize(request, receipts)?;
+    let made = shards.into_iter().zip(&receipts.made).map(|(digests, made)| match made {
+        Made::Linked(older) => *older,
+        Made::Written | Made::Refused | Made::Cloned => digests.into(),
+    });
+    let index = plan.index.iter().map(|index| (Digest::EMPTY, Digest::of(index)).into());
+    let files = made.chain(index);
     let slices = tensors.iter().map(|(digest, range)| (*digest, blocks.get(range.clone()).unwrap_or_default()));
     plan.table.fill((ticket.step, ticket.attempt()), files, slices, out)
 }
@@ -100,6 +105,10 @@ fn manifest(request: &Request, files: u64, entry: TableEntry) -> Manifest {
 pub(super) fn committed(request: &Request, receipts: &Receipts, path: PathBuf) -> Committed {
     let ticket = &request.ticket;
     let durable = ticket.began.elapsed();
+    let of = |kind: fn(&Made) -> bool| {
+        let shards = request.plan.shards.iter().zip(&receipts.made);
+        shards.filter(|(_, made)| kind(made)).map(|(shard, _)| shard.length).sum()
+    };
     let nanos = |n: &AtomicU64| Duration::from_nanos(n.load(Ordering::Relaxed));
     Committed {
         step: ticket.step,
@@ -112,6 +121,10 @@ pub(super) fn committed(request: &Request, receipts: &Receipts, path: PathBuf) -
         durable,
         tail: durable.saturating_sub(receipts.last_byte),
         mode: receipts.mode,
+        written_bytes: of(|made| matches!(made, Made::Written | Made::Refused)),
+        cloned_bytes: of(|made| matches!(made, Made::Cloned)),
+        linked_bytes: of(|made| matches!(made, Made::Linked(_))),
+        refused_files: receipts.made.iter().filter(|made| matches!(made, Made::Refused)).count(),
         over_budget: ticket.extent().over_budget,
         late_chunks: ticket.late_chunks.load(Ordering::Relaxed),
     }
@@ -136,7 +149,7 @@ fn digests(plan: &Plan, tensor: &Planned, all: &[Digest], blocks: &mut Vec<Diges
 }
 
 /// Returns the digests of a shard's header and of the whole shard.
-fn file(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (Digest, Digest) {
+pub(crate) fn shard_digests(plan: &Plan, shard: &Shard, segments: &[Digest], chunks: &[Digest]) -> (Digest, Digest) {
     let pieces = plan.segments[shard.segments.clone()].iter().zip(&segments[shard.segments.clone()]);
     let header = pieces.take_while(|(segment, _)| segment.source == SegmentSource::Header);
     let header = Digest::concat(header.map(|(segment, digest)| (*digest, segment.length as u64)));

@@ -83,6 +83,7 @@ pub(super) fn try_again(task: &Task, stager: &Stager, why: &Error) -> bool {
         late_copy: None,
         allocation: None,
         queued: Vec::new(),
+        prediction: None,
         borrowed: false,
         not_before: Some(not_before),
         sink: Arc::new(task.again(request, kept)),

@@ -8,6 +8,7 @@
 use super::destination::{Destination, Elsewhere};
 use super::ending::{Committing, Leftover};
 use super::equipment::{Equipment, Offer, Wish};
+use super::history::History;
 use super::ranks::{self, Called, Rounds, Wanted};
 use super::threads::{Channels, Commits, Threads};
 use super::{Admission, CheckpointExecutor, ending, telling, tidy, touch};
@@ -19,7 +20,6 @@ use crate::device::{Device, DeviceReport, ProgramMemory, choose_later};
 use crate::error::{Error, Result};
 use crate::fork::ForkGuard;
 use crate::guard::dropped;
-use crate::id::Attempts;
 use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
 use crate::ranks::{Coordinator, launcher};
 use crate::settings::{Detect, DeviceChoice, Engine, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings};
@@ -204,6 +204,12 @@ impl Builder {
         damaged: OnDamaged,
         /// Write a line for each save into a log of the root, which `ashore report` reads: true.
         run_log: bool,
+        /// Share the files of older steps that have not changed: true. See [`Settings::links`].
+        links: bool,
+        /// A shared file is written again after so many saves and `link_age`, whichever is later: 16.
+        link_saves: u32,
+        /// The time after which a shared file is written again: a day.
+        link_age: Duration,
         /// A save that is not durable after this time fails: 30 minutes.
         save_timeout: Duration,
         /// A save whose tensors are still read when a fence has waited this long fails: 10 minutes.
@@ -445,6 +451,7 @@ impl Probed {
         // Bounded, because each entry keeps file descriptors open and space on the medium in use.
         let (leftovers, leavings) = bounded(tidy::MOST_UNTIDIED);
         let compared = Arc::<AtomicU64>::default();
+        let history = Arc::new(History::new(&settings, storage.as_ref(), group.is_none()));
         let committing = Committing {
             stager: stager.clone(),
             storage: storage.clone(),
@@ -452,6 +459,7 @@ impl Probed {
             catalog: catalog.clone(),
             compared: compared.clone(),
             behind: behind.clone(),
+            history: history.clone(),
             table: AlignedBuffer::new(0),
         };
         let world = group.as_ref().map_or(1, |group| group.member.world);
@@ -462,10 +470,11 @@ impl Probed {
             stager: stager.clone(),
             threads: Arc::new(Threads::new(stager.clone())),
             turns,
-            admission: Mutex::new(Admission { plan: None, described: None, attempts: Attempts::new() }),
+            admission: Mutex::new(Admission::new()),
             behind: behind.clone(),
             origin: ForkGuard::new(),
             compared,
+            history: history.clone(),
             storage: storage.clone(),
             destination: destination.clone(),
             equipment,
@@ -500,7 +509,7 @@ impl Probed {
         let tidy = move || {
             own_threads::mark(&tidying);
             adopt(priority);
-            tidy::run(&leavings, storage.as_ref(), &catalog, &keeping, sweep);
+            tidy::run(&leavings, storage.as_ref(), &catalog, &keeping, sweep, &history.scrub);
             drop(alive);
         };
         let calling = spawn(call_thread::NAME.into(), stager.calls.body())?;
@@ -532,6 +541,8 @@ fn commit_alone(endings: &Receiver<Arc<Task>>, mut committing: Committing, leave
         leave(ending::conclude(&mut committing, &task, commit::conclude));
         dropped(task);
     }
+    // The thread that tidies up ends next, and must not read a long file first.
+    committing.history.scrub.close();
 }
 
 /// The body of the thread that commits the saves of several ranks, in the order of calls.

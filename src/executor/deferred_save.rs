@@ -181,6 +181,10 @@ impl DeferredSave {
             mode: IoMode::Buffered,
             over_budget: 0,
             late_chunks: 0,
+            written_bytes: 0,
+            cloned_bytes: 0,
+            linked_bytes: 0,
+            refused_files: 0,
         }
     }
 

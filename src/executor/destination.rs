@@ -6,7 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::parse_step_name;
 use crate::plan::Request;
 use crate::settings::OnDamaged;
-use crate::storage::{FileWriting, Storage, Writing};
+use crate::storage::{Adopted, FileReading, FileWriting, Storage, Writing};
 use crate::writer::Begin;
 use std::path::Path;
 use std::sync::Arc;
@@ -115,6 +115,10 @@ impl Writing for Replacing {
 
     fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
         self.attempt.put(file, bytes)
+    }
+
+    fn adopt(&self, file: &str, source: &dyn FileReading, head: &[u8]) -> Result<Adopted> {
+        self.attempt.adopt(file, source, head)
     }
 
     fn publish(&self, _: bool) -> Result<()> {

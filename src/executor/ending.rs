@@ -6,6 +6,7 @@
 
 use super::again::try_again;
 use super::destination::Elsewhere;
+use super::history::History;
 use crate::catalog::Catalog;
 use crate::checkpoint::replaceable;
 use crate::commit::{Concluded, Ending};
@@ -53,6 +54,7 @@ pub(super) struct Committing {
     /// Number of durable saves whose staged bytes were compared with the digests taken at `save`.
     pub compared: Arc<AtomicU64>,
     pub behind: Option<Arc<Behind>>,
+    pub history: Arc<History>,
     /// Memory for tables, reused from save to save.
     pub table: AlignedBuffer,
 }
@@ -63,7 +65,7 @@ pub(super) fn conclude(
     task: &Task,
     commit: impl FnOnce(Ending<'_>) -> Concluded,
 ) -> Option<Leftover> {
-    let Committing { stager, storage, elsewhere, catalog, compared, behind, table } = committing;
+    let Committing { stager, storage, elsewhere, catalog, compared, behind, history, table } = committing;
     let (request, ticket) = (&task.request, &task.request.ticket);
     let attempt = ticket.attempt();
     let span = tracing::info_span!("commit", step = ticket.step, attempt = %attempt);
@@ -102,6 +104,12 @@ pub(super) fn conclude(
             catalog.inspect(|catalog| catalog.acknowledge(attempt));
             if !ticket.digests_missing.load(Ordering::Relaxed) {
                 compared.fetch_add(1, Ordering::Relaxed);
+            }
+            // Before the future says that the save has ended: the next save may begin at once.
+            if request.parent.is_none() && history.is_on() {
+                guard::attempt("remember the files of a step", || {
+                    task.receipts().map(|receipts| history.durable(request, receipts, storage.as_ref()))
+                });
             }
             if let Some(behind) = behind {
                 behind.durable(ticket, catalog.map(|_| &*name));

@@ -2,6 +2,7 @@
 //! the stager.
 
 use super::admission::{Admitted, Kind, shut_down};
+use super::history::History;
 use super::ranks::{Answer, Described, Gate, LATE, Turn, Turns, Wanted, What};
 use super::threads::{Channels, Commits};
 use super::{Admission, CheckpointExecutor, again};
@@ -10,7 +11,7 @@ use crate::device::Dependency;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{dropped, guarded};
-use crate::id::{Attempt, parse_step_name, step_name};
+use crate::id::{Attempt, Attempts, parse_step_name, step_name};
 use crate::outcome::Outcome;
 use crate::plan::{DeferredDigests, Description, Plan, Request, Shape, Share};
 use crate::save::{Save, SaveOptions, Snapshot};
@@ -155,7 +156,7 @@ impl CheckpointExecutor {
         };
         wanted.queued = wanted.began.elapsed();
         let plan = match shared {
-            None => admission.plan_for(state, &self.settings)?,
+            None => admission.plan_for(state, &self.settings, &self.history)?,
             Some((turn, call)) => match self.plan_with_ranks(&mut admission, state, turn, call)? {
                 Planned::Plan(plan) => plan,
                 Planned::Ended(outcome) => {
@@ -332,15 +333,19 @@ impl CheckpointExecutor {
             replicas,
             device_digests: DeferredDigests(Box::new(move || on_device.expected())),
         };
+        let to_root = request.parent.is_none() && request.brought.is_none();
+        let alone = matches!(open.commits, Commits::Alone(_));
+        let older = if alone && to_root { self.history.predict(&plan) } else { None };
+        let prediction = older.as_ref().map(|older| older.prediction.clone());
         let sink = match (&open.commits, shared) {
             (Commits::Alone(ended), _) => {
-                Arc::new(Task::new(request, kept, self.destination.clone(), open.pool.sender(), ended.clone()))
+                Arc::new(Task::new(request, kept, older, self.destination.clone(), open.pool.sender(), ended.clone()))
             }
             (Commits::Several(calls), shared) => {
                 // A bounded channel keeps messages without a receiver until its senders are dropped, and a
                 // task owns a sender: a task that ends after the rounds have left it would keep itself.
                 let ((ended, ending), gate) = (unbounded(), Gate::new());
-                let task = Arc::new(Task::new(request, kept, gate.clone(), open.pool.sender(), ended));
+                let task = Arc::new(Task::new(request, kept, None, gate.clone(), open.pool.sender(), ended));
                 if let Some((turn, call)) = shared {
                     turn.call(calls, call, What::Begun { task: task.clone(), ended: ending, gate });
                 }
@@ -359,6 +364,7 @@ impl CheckpointExecutor {
             queued,
             borrowed: wanted.borrowed,
             not_before: None,
+            prediction,
             sink,
         });
         Ok(())
@@ -471,12 +477,23 @@ impl CheckpointExecutor {
 }
 
 impl Admission {
-    /// Returns the plan of the last save if the structure is the same, a new plan otherwise.
-    fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings) -> Result<Arc<Plan>> {
+    /// No plan yet.
+    pub(super) fn new() -> Self {
+        Self { plan: None, still: Arc::from([]), described: None, attempts: Attempts::new() }
+    }
+
+    /// Returns the plan of the last save if the structure is the same and no other tensors are taken for
+    /// frozen, a new plan otherwise.
+    fn plan_for(&mut self, state: &StateDict<'_>, settings: &Settings, history: &History) -> Result<Arc<Plan>> {
         let shape = Shape { chunk: settings.chunk, files: settings.files, rank: None };
+        let still = history.still(state.fingerprint());
         match &self.plan {
-            Some(plan) if plan.fits(state, shape) => Ok(plan.clone()),
-            _ => Ok(self.plan.insert(Arc::new(Plan::new(state, shape, &[])?)).clone()),
+            Some(plan) if Arc::ptr_eq(&self.still, &still) && plan.fits(state, shape) => Ok(plan.clone()),
+            _ => {
+                let plan = Plan::new(state, shape, &still)?;
+                self.still = still;
+                Ok(self.plan.insert(Arc::new(plan)).clone())
+            }
         }
     }
 }

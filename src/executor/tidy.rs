@@ -6,6 +6,7 @@
 //! ends.
 
 use super::ending::Leftover;
+use super::scrub::Scrub;
 use crate::catalog::{Catalog, Keeping};
 use crate::guard::{attempt, dropped};
 use crate::id::parse_step_name;
@@ -39,6 +40,7 @@ pub(super) fn run(
     catalog: &Catalog,
     keeping: &Keeping,
     sweep: Sweep,
+    scrub: &Scrub,
 ) {
     attempt("look at the steps", || catalog.warn_of_oddities());
     let (owed, reported) = (Vec::new(), Vec::new());
@@ -60,6 +62,7 @@ pub(super) fn run(
         }
         tidy.work();
         tidy.count();
+        attempt("read a shared file back", || scrub.run(|| !leavings.is_empty()));
     }
     tidy.tries = tidy.tries.max(1);
     tidy.work();

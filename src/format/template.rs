@@ -13,6 +13,23 @@ use crate::id::Attempt;
 use crate::memory::AlignedBuffer;
 use std::collections::BTreeMap;
 
+/// What [`TableTemplate::fill`] is told of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FilledFile {
+    /// The digest of its header.
+    pub header: Digest,
+    /// The digest of all of it.
+    pub whole: Digest,
+    /// The step and attempt that wrote it; None: those of the table.
+    pub origin: Option<(u64, Attempt)>,
+}
+
+impl From<(Digest, Digest)> for FilledFile {
+    fn from((header, whole): (Digest, Digest)) -> Self {
+        Self { header, whole, origin: None }
+    }
+}
+
 /// The part of a table that is the same for all saves of one structure, with room for the digests.
 #[derive(Clone, Debug)]
 pub struct TableTemplate {
@@ -68,7 +85,7 @@ impl TableTemplate {
     }
 
     /// Writes the bytes of `tensors.table` to `out`, and reuses its memory if it is large enough; returns
-    /// what the manifest says of them. `files` has the digests of each file's header and of the whole file;
+    /// what the manifest says of them. `files` has what was written of each file;
     /// `slices` those of each slice and of its blocks, tensor by tensor; both in the order given to
     /// [`TableTemplate::new`].
     ///
@@ -77,7 +94,7 @@ impl TableTemplate {
     pub fn fill<'d>(
         &self,
         (step, attempt): (u64, Attempt),
-        files: impl IntoIterator<Item = (Digest, Digest)>,
+        files: impl IntoIterator<Item = impl Into<FilledFile>>,
         slices: impl IntoIterator<Item = (Digest, &'d [Digest])>,
         out: &mut AlignedBuffer,
     ) -> Result<TableEntry> {
@@ -100,9 +117,10 @@ impl TableTemplate {
             blocks.iter().zip(&mut digests).for_each(|(block, to)| put(to, block.to_bits()));
         }
         let mut room = room.chunks_exact_mut(80).take(self.files);
-        let id = attempt.to_u128();
-        for (header, whole) in files {
-            let row = room.next().ok_or_else(|| wrong("more"))?;
+        for file in files {
+            let FilledFile { header, whole, origin } = file.into();
+            let (step, attempt) = origin.unwrap_or((step, attempt));
+            let (row, id) = (room.next().ok_or_else(|| wrong("more"))?, attempt.to_u128());
             put(&mut row[24..32], header.to_bits());
             put(&mut row[32..40], whole.to_bits());
             put(&mut row[56..64], step);

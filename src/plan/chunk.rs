@@ -4,6 +4,7 @@
 use super::save::Plan;
 use crate::digest::Digest;
 use crate::error::Result;
+use crate::format::template::FilledFile;
 use crate::memory::Lease;
 use crate::settings::IoMode;
 use crate::ticket::Ticket;
@@ -63,10 +64,25 @@ pub(crate) struct Receipts {
     pub digests: Vec<Digest>,
     /// The digest of every chunk, in the order of the plan.
     pub chunks: Vec<Digest>,
+    /// How each shard was made.
+    pub made: Vec<Made>,
     /// How bytes reached the medium: buffered if any file was buffered.
     pub mode: IoMode,
     /// When the last byte was written, from the start of the save.
     pub last_byte: Duration,
+}
+
+/// How a shard was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Made {
+    /// All that had changed was written; the rest, if anything, was copied from an older file.
+    Written,
+    /// Nothing had changed, and the storage refused to share the older file: it was copied.
+    Refused,
+    /// It shares blocks with the older file, and has a header of its own.
+    Cloned,
+    /// It is the older file, which has this.
+    Linked(FilledFile),
 }
 
 /// A staged chunk on its way to a writer.

@@ -18,8 +18,8 @@ mod tests;
 mod whole;
 
 pub use boxes::{BoxOf, Described, Description};
-pub(crate) use chunk::{Chunk, DeferredDigests, Receipts, Request, Sink};
+pub(crate) use chunk::{Chunk, DeferredDigests, Made, Receipts, Request, Sink};
 pub use dedup::{Merge, share_out};
 pub(crate) use prediction::Prediction;
-pub(crate) use save::{Plan, Planned, Segment, SegmentSource, Shape, Shard};
+pub(crate) use save::{ChunkPlan, Plan, Planned, Segment, SegmentSource, Shape, Shard};
 pub use whole::{Comparison, Part, Replica, Share, Whole, WholeTensor, Written};

@@ -4,9 +4,8 @@
 //! others, and a chunk whose digests are those of the older step is not written. If all chunks of a file are
 //! such chunks, the file of the older step is adopted; otherwise the missing chunks are copied from it.
 
-use super::save::{Plan, SegmentSource};
+use super::save::{Plan, Segment, SegmentSource};
 use crate::digest::Digest;
-use std::ops::Range;
 use std::sync::Arc;
 
 /// What an older step of the same plan has.
@@ -22,17 +21,18 @@ impl Prediction {
     /// Whether `digests`, of the segments of the chunk `index`, are as predicted. The header is no matter: it
     /// names the step.
     pub fn agrees(&self, plan: &Plan, index: usize, digests: &[Digest]) -> bool {
-        let Some(segments) = self.segments(plan, index) else { return false };
-        let same = |((segment, old), new): ((usize, &Digest), &Digest)| {
-            plan.segments[segment].source == SegmentSource::Header || old == new
+        let Some(older) = self.of(plan, index) else { return false };
+        let segments = &plan.segments[plan.chunks[index].segments.clone()];
+        let same = |(segment, (old, new)): (&Segment, (&Digest, &Digest))| {
+            segment.source == SegmentSource::Header || old == new
         };
-        segments.clone().zip(&self.digests[segments]).zip(digests).all(same)
+        digests.len() == older.len() && segments.iter().zip(older.iter().zip(digests)).all(same)
     }
 
-    /// The segments of the chunk `index`, if its shard is predicted to be unchanged.
-    fn segments(&self, plan: &Plan, index: usize) -> Option<Range<usize>> {
+    /// The older digests of the segments of the chunk `index`, if its shard is predicted to be unchanged.
+    pub fn of(&self, plan: &Plan, index: usize) -> Option<&[Digest]> {
         let chunk = &plan.chunks[index];
         let predicted = self.shards.get(chunk.shard).copied().unwrap_or(false);
-        Some(chunk.segments.clone()).filter(|segments| predicted && segments.end <= self.digests.len())
+        self.digests.get(chunk.segments.clone()).filter(|_| predicted)
     }
 }

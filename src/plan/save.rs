@@ -240,6 +240,26 @@ impl Plan {
         self.names.get(tensor).map_or("", |(name, ..)| name)
     }
 
+    /// The fingerprint of its states.
+    pub fn fingerprint(&self) -> u64 {
+        self.fingerprint
+    }
+
+    /// The shard that has a tensor, by its index in the state dict; None if another rank writes it.
+    pub fn shard_of(&self, tensor: usize) -> Option<usize> {
+        self.places.get(tensor).copied().flatten().map(|place| self.tensors[place].shard)
+    }
+
+    /// The bytes of a tensor that this process writes.
+    pub fn bytes_of(&self, tensor: usize) -> u64 {
+        self.places.get(tensor).copied().flatten().map_or(0, |place| self.tensors[place].bytes)
+    }
+
+    /// Whether the tensor shares files with frozen ones only.
+    pub fn is_apart(&self, tensor: usize) -> bool {
+        self.classes.get(tensor) == Some(&STILL)
+    }
+
     /// Whether the program declared the tensor frozen, or put it into a group.
     pub fn is_declared(&self, tensor: usize) -> bool {
         self.names.get(tensor).is_some_and(|(.., group)| *group != OPEN)

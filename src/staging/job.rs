@@ -4,7 +4,7 @@ use super::capture::Captured;
 use super::capture_pool::Allocation;
 use super::late_copy::LateCopy;
 use crate::device::{Dependency, Queued};
-use crate::plan::{Plan, Sink};
+use crate::plan::{Plan, Prediction, Sink};
 use crate::state::StateDict;
 use crate::ticket::Ticket;
 use std::sync::Arc;
@@ -23,6 +23,8 @@ pub(crate) struct Job {
     /// Memory of the captured tensors; `queued` is the work that the device queued at `save`.
     pub allocation: Option<Allocation>,
     pub queued: Vec<Arc<dyn Queued>>,
+    /// What may be the same as in an older step.
+    pub prediction: Option<Arc<Prediction>>,
     /// The program may free the sources as soon as the save is released.
     pub borrowed: bool,
     /// The stager does not stage it before this time: a failed save waits before its next attempt.

@@ -59,6 +59,7 @@ fn push_of(
     let sink = Arc::new(Kept::default());
     let captured = Captured::default();
     stager.push(Job {
+        prediction: None,
         ticket: ticket.clone(),
         plan: plan.clone(),
         state,

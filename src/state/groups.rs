@@ -106,7 +106,9 @@ mod tests {
         grouped.frozen("a").unwrap().group("b", "expert 0").unwrap();
         let groups: Vec<u32> = grouped.tensors.values().map(|tensor| tensor.group).collect();
         assert_eq!(groups, [STILL, FIRST_KEY, FIRST_KEY + 1]);
-        for refused in [grouped.frozen("b").map(drop), grouped.group("b", "expert 1").map(drop), grouped.frozen("d").map(drop)] {
+        for refused in
+            [grouped.frozen("b").map(drop), grouped.group("b", "expert 1").map(drop), grouped.frozen("d").map(drop)]
+        {
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid);
         }
     }

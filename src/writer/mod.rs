@@ -5,8 +5,10 @@
 //! the save to the committer. **Cancellation.** Writers return the slabs of a failed save unwritten.
 //! **Failure.** The first error or panic fails the save; the threads go on.
 
+mod older;
 mod pool;
 mod task;
 
+pub(crate) use older::{Older, OlderFile};
 pub(crate) use pool::Pool;
 pub(crate) use task::{Begin, RetryState, Task};

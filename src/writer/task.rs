@@ -1,13 +1,14 @@
 //! The task of one save: its attempt, its files, its receipts.
 
+use super::older::Older;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{dropped, guarded};
 use crate::memory::Slab;
-use crate::plan::{Chunk, Receipts, Request, Segment, Sink};
+use crate::plan::{Chunk, Made, Receipts, Request, Segment, Sink};
 use crate::settings::IoMode;
 use crate::state::StateDict;
-use crate::storage::{FileWriting, Writing};
+use crate::storage::{Adopted, FileWriting, Writing};
 use crate::sync::{Mutex, lock};
 use crossbeam_channel::Sender;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -43,6 +44,7 @@ impl Drop for RetryState {
 pub(crate) struct Task {
     pub request: Request,
     kept: Mutex<Option<RetryState>>,
+    pub(super) older: Option<Older>,
     destination: Arc<dyn Begin>,
     attempt: OnceLock<Result<Arc<dyn Writing>>>,
     shards: Vec<Shard>,
@@ -60,13 +62,16 @@ pub(crate) struct Task {
 struct Receipt {
     segments: Vec<Digest>,
     whole: Digest,
+    /// It is as predicted, and was not written.
+    unchanged: bool,
 }
 
 #[derive(Debug)]
 struct Shard {
     file: OnceLock<Result<Arc<dyn FileWriting>>>,
     chunks_left: AtomicUsize,
-    sealed: OnceLock<()>,
+    /// Set once it is durable.
+    sealed: OnceLock<Made>,
 }
 
 impl Task {
@@ -74,6 +79,7 @@ impl Task {
     pub fn new(
         request: Request,
         kept: Option<RetryState>,
+        older: Option<Older>,
         destination: Arc<dyn Begin>,
         work: Sender<Work>,
         ended: Sender<Arc<Task>>,
@@ -82,6 +88,7 @@ impl Task {
             |chunks| Shard { file: OnceLock::new(), chunks_left: AtomicUsize::new(chunks), sealed: OnceLock::new() };
         Self {
             kept: Mutex::new(kept),
+            older,
             destination,
             attempt: OnceLock::new(),
             shards: request.plan.shards.iter().map(|s| shard(s.chunks.len())).collect(),
@@ -94,13 +101,13 @@ impl Task {
         }
     }
 
-    /// The task of another attempt at the same save.
+    /// The task of another attempt at the same save, which writes everything.
     pub fn again(&self, request: Request, kept: RetryState) -> Self {
-        Self::new(request, Some(kept), self.destination.clone(), self.work.clone(), self.ended.clone())
+        Self::new(request, Some(kept), None, self.destination.clone(), self.work.clone(), self.ended.clone())
     }
 
     /// The attempt; the first call begins it.
-    fn attempt(&self) -> Result<Arc<dyn Writing>> {
+    pub(super) fn attempt(&self) -> Result<Arc<dyn Writing>> {
         // A panic is kept like any error: files may have been made before it.
         let begin = || {
             guarded("the storage panicked when an attempt was begun", || {
@@ -157,12 +164,16 @@ impl Task {
         if digested {
             times.digest.add(began - arrived);
         }
-        times.write_at.first(began.saturating_duration_since(self.request.ticket.began));
-        self.file(plan.shard)?.write_slab(plan.offset, slab)?;
-        times.write.add(began.elapsed());
+        let predicted = |older: &Older| older.prediction.agrees(&self.request.plan, index, &segments);
+        let unchanged = self.older.as_ref().is_some_and(predicted);
+        if !unchanged {
+            times.write_at.first(began.saturating_duration_since(self.request.ticket.began));
+            self.file(plan.shard)?.write_slab(plan.offset, slab)?;
+            times.write.add(began.elapsed());
+        }
         let whole = Digest::concat(segments.iter().zip(planned).map(|(digest, s)| (*digest, s.length as u64)));
         self.receipts[index]
-            .set(Receipt { segments, whole })
+            .set(Receipt { segments, whole, unchanged })
             .map_err(|_| Error::internal("a chunk was written twice"))?;
         self.request.ticket.bytes_written.fetch_add(plan.length as u64, Ordering::Relaxed);
         Ok(())
@@ -178,8 +189,34 @@ impl Task {
         let nanos = u64::try_from(self.request.ticket.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.last_byte.fetch_max(nanos, Ordering::AcqRel);
         self.request.ticket.times.written.last(Duration::from_nanos(nanos));
-        self.file(number)?.seal()?;
-        shard.sealed.set(()).map_err(|()| Error::internal("a shard was sealed twice"))
+        let made = self.make_of_older(number)?;
+        if matches!(made, Made::Written | Made::Refused) {
+            self.file(number)?.seal()?;
+        }
+        shard.sealed.set(made).map_err(|_| Error::internal("a shard was sealed twice"))
+    }
+
+    /// Makes a shard out of the older file as far as its chunks were not written.
+    fn make_of_older(&self, number: usize) -> Result<Made> {
+        if self.older.is_none() {
+            return Ok(Made::Written);
+        }
+        let chunks = self.request.plan.shards[number].chunks.clone();
+        let unchanged = |chunk: &usize| self.receipts[*chunk].get().is_some_and(|receipt| receipt.unchanged);
+        let missing: Vec<usize> = chunks.clone().filter(unchanged).collect();
+        let mut made = Made::Written;
+        if !missing.is_empty() && missing.len() == chunks.len() {
+            made = match self.adopt(number)? {
+                Adopted::Cloned => return Ok(Made::Cloned),
+                Adopted::Linked => return Ok(Made::Linked(self.older_file(number)?.filled)),
+                Adopted::Refused(_) => Made::Refused,
+            };
+        }
+        for chunk in missing {
+            let receipt = self.receipts[chunk].get().ok_or_else(|| Error::internal("a chunk was not digested"))?;
+            self.copy_older(&self.request.plan.chunks[chunk], &receipt.segments, self.file(number)?.as_ref())?;
+        }
+        Ok(made)
     }
 
     /// Records that one chunk, or the stager, is done with this save; the last one hands it to the committer.
@@ -208,9 +245,20 @@ impl Task {
         if written != plan.length || self.shards.iter().any(|s| s.sealed.get().is_none()) {
             return Err(Error::internal(format!("not all bytes are sealed planned={} written={written}", plan.length)));
         }
-        let direct = |s: &Shard| matches!(s.file.get(), Some(Ok(file)) if file.mode() == IoMode::Direct);
+        // A shard that was adopted was not opened.
+        let direct = |s: &Shard| match s.file.get() {
+            Some(file) => matches!(file, Ok(file) if file.mode() == IoMode::Direct),
+            None => true,
+        };
         let mode = if self.shards.iter().all(direct) { IoMode::Direct } else { IoMode::Buffered };
-        Ok(Receipts { digests, chunks, mode, last_byte: Duration::from_nanos(self.last_byte.load(Ordering::Acquire)) })
+        let made = self.shards.iter().filter_map(|shard| shard.sealed.get().copied()).collect();
+        Ok(Receipts {
+            digests,
+            chunks,
+            made,
+            mode,
+            last_byte: Duration::from_nanos(self.last_byte.load(Ordering::Acquire)),
+        })
     }
 }
 

@@ -1,0 +1,238 @@
+//! What a run remembers of its last durable step, to predict which files of the next one are the same.
+//!
+//! A tensor is *still* when it was declared frozen, or when its digests in the last two saves are equal. A
+//! file is predicted to be unchanged when all its tensors are still. A prediction that is wrong costs a copy
+//! of what was not written, never a byte.
+//!
+//! **One copy on the medium** is what steps that share a file have. So a file that is old enough is written
+//! again, one shared file is read back after each save (`executor/scrub.rs`), and a file that was found
+//! damaged is never shared again.
+
+use super::scrub::Scrub;
+use crate::commit::shard_digests;
+use crate::digest::Digest;
+use crate::error::Result;
+use crate::format::template::FilledFile;
+use crate::plan::{Made, Plan, Prediction, Receipts, Request};
+use crate::settings::Settings;
+use crate::storage::Storage;
+use crate::sync::{Mutex, lock};
+use crate::writer::{Older, OlderFile};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Tensor bytes below which a file is always written: it costs little, and a second copy is worth more.
+const LEAST: u64 = 1 << 20;
+/// Number of saves between two regroupings, and between a refusal of the storage and the next request.
+const PATIENCE: u32 = 16;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct History {
+    /// Whether files are shared at all.
+    on: bool,
+    /// Whether tensors that turn out to be still get files of their own. With one file a step stays one file.
+    regroup: bool,
+    /// A shared file is written again after this many saves and this time.
+    most_saves: u32,
+    most_time: Duration,
+    inner: Mutex<Inner>,
+    /// No tensors.
+    none: Arc<[bool]>,
+    pub scrub: Scrub,
+}
+
+#[derive(Debug)]
+struct Inner {
+    last: Option<Last>,
+    /// The tensors that new plans put together with those that were declared frozen, of states of this
+    /// fingerprint.
+    still: (u64, Arc<[bool]>),
+    /// Bytes of still tensors that were written because other tensors of their files had changed, since the
+    /// last regrouping.
+    wasted: u64,
+    /// Saves since the last regrouping.
+    saves: u32,
+    /// Saves until files are shared again after the storage has refused.
+    paused: u32,
+}
+
+/// The last durable step.
+#[derive(Debug)]
+struct Last {
+    plan: Arc<Plan>,
+    digests: Arc<[Digest]>,
+    /// By index in the state dict.
+    tensors: Vec<Seen>,
+    files: Vec<Option<Known>>,
+}
+
+/// A tensor in the saves so far.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    digest: Digest,
+    /// It is predicted to be the same in the next save.
+    still: bool,
+}
+
+/// A file of the last durable step.
+#[derive(Clone, Debug)]
+struct Known {
+    file: Arc<OlderFile>,
+    /// Saves since it was written, and when that was.
+    saves: u32,
+    written: Instant,
+}
+
+impl History {
+    pub fn new(settings: &Settings, storage: &dyn Storage, alone: bool) -> Self {
+        let none: Arc<[bool]> = Arc::from([]);
+        let inner = Inner { last: None, still: (0, none.clone()), wasted: 0, saves: 0, paused: 0 };
+        Self {
+            on: settings.links && alone && storage.adopts(),
+            regroup: settings.files > 1,
+            most_saves: settings.link_saves,
+            most_time: settings.link_age,
+            inner: Mutex::new(inner),
+            none,
+            scrub: Scrub::default(),
+        }
+    }
+
+    /// Whether files are shared at all.
+    pub fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// The tensors that a new plan of a state of this fingerprint takes for frozen, by their index; no tensors
+    /// where there are none.
+    pub fn still(&self, fingerprint: u64) -> Arc<[bool]> {
+        let (of, still) = &lock(&self.inner).still;
+        if *of == fingerprint { still.clone() } else { self.none.clone() }
+    }
+
+    /// The files that a save of `plan` may adopt.
+    pub fn predict(&self, plan: &Arc<Plan>) -> Option<Older> {
+        let inner = lock(&self.inner);
+        let last = inner.last.as_ref().filter(|last| inner.paused == 0 && Arc::ptr_eq(&last.plan, plan))?;
+        let fresh = |known: &Known| known.saves < self.most_saves || known.written.elapsed() < self.most_time;
+        let sound = |known: &Known| !known.file.damaged.load(Ordering::Acquire);
+        let mut still = vec![true; plan.shards.len()];
+        for (tensor, _) in last.tensors.iter().enumerate().filter(|(_, seen)| !seen.still) {
+            still[plan.shard_of(tensor)?] = false;
+        }
+        let file = |(still, known): (&bool, &Option<Known>)| {
+            let known = known.as_ref().filter(|known| *still && fresh(known) && sound(known))?;
+            Some(known.file.clone())
+        };
+        let files: Vec<_> = still.iter().zip(&last.files).map(file).collect();
+        let shards: Vec<bool> = files.iter().map(Option::is_some).collect();
+        let any = shards.contains(&true);
+        any.then(|| Older { prediction: Arc::new(Prediction { digests: last.digests.clone(), shards }), files })
+    }
+
+    /// Remembers a step that has just become durable under the root.
+    pub fn durable(&self, request: &Request, receipts: Receipts, storage: &dyn Storage) {
+        let plan = &request.plan;
+        let mut inner = lock(&self.inner);
+        let before = inner.last.take().filter(|last| last.plan.fingerprint() == plan.fingerprint());
+        let tensors = look(plan, &receipts, before.as_ref());
+        let files = files(request, &receipts, before.as_ref(), storage).unwrap_or_else(|error| {
+            tracing::debug!(error = format_args!("{error:#}"), "files of this step are not shared with the next");
+            vec![None; plan.shards.len()]
+        });
+        inner.paused = inner.paused.saturating_sub(1);
+        if receipts.made.contains(&Made::Refused) {
+            inner.paused = PATIENCE;
+        }
+        inner.weigh(plan, &tensors, &receipts.made, self.regroup);
+        let shared = files.iter().flatten().filter(|known| known.saves > 0).map(|known| known.file.clone());
+        self.scrub.offer(shared.collect());
+        inner.last = Some(Last { plan: plan.clone(), digests: receipts.digests.into(), tensors, files });
+    }
+}
+
+impl Inner {
+    /// Decides whether still tensors get files of their own: when what was written in vain is as much as the
+    /// files that would change.
+    fn weigh(&mut self, plan: &Plan, tensors: &[Seen], made: &[Made], regroup: bool) {
+        self.saves = self.saves.saturating_add(1);
+        if !regroup {
+            return;
+        }
+        let mut changes = vec![false; plan.shards.len()];
+        for (index, seen) in tensors.iter().enumerate().filter(|(index, _)| !plan.is_declared(*index)) {
+            let Some(shard) = plan.shard_of(index) else { continue };
+            if seen.still && made[shard] == Made::Written {
+                self.wasted = self.wasted.saturating_add(plan.bytes_of(index));
+            }
+            changes[shard] |= seen.still != plan.is_apart(index);
+        }
+        let cost: u64 = plan.shards.iter().zip(changes).filter(|(_, change)| *change).map(|(s, _)| s.length).sum();
+        if cost > 0 && self.wasted >= cost && self.saves >= PATIENCE {
+            tracing::info!(written_in_vain = self.wasted, "tensors that do not change get files of their own");
+            self.still = (plan.fingerprint(), tensors.iter().map(|seen| seen.still).collect());
+            (self.wasted, self.saves) = (0, 0);
+        }
+    }
+}
+
+/// Compares the digests of tensors with those of the save before.
+fn look(plan: &Plan, receipts: &Receipts, before: Option<&Last>) -> Vec<Seen> {
+    let mut tensors: Vec<Seen> = Vec::with_capacity(plan.places.len());
+    for (index, place) in plan.places.iter().enumerate() {
+        let digest = place.map_or(Digest::EMPTY, |place| {
+            let range = plan.tensors[place].segments.clone();
+            let lengths = plan.segments[range.clone()].iter().map(|segment| segment.length as u64);
+            Digest::concat(receipts.digests[range].iter().copied().zip(lengths))
+        });
+        let seen = before.and_then(|last| last.tensors.get(index));
+        let still = match seen {
+            Some(seen) => seen.digest == digest,
+            // A declaration counts until it was wrong.
+            None => plan.is_declared(index),
+        };
+        if seen.is_some_and(|seen| seen.still) && !still && plan.is_declared(index) {
+            tracing::debug!(tensor = plan.name(index), "a tensor that was declared frozen has changed");
+        }
+        tensors.push(Seen { digest, still });
+    }
+    tensors
+}
+
+/// Opens the files of the step that are large enough to be shared.
+fn files(
+    request: &Request,
+    receipts: &Receipts,
+    before: Option<&Last>,
+    storage: &dyn Storage,
+) -> Result<Vec<Option<Known>>> {
+    let plan = &request.plan;
+    let mine = (request.ticket.step, request.ticket.attempt());
+    let reading = storage.open(&request.name)?;
+    let mut files = Vec::with_capacity(plan.shards.len());
+    for (number, shard) in plan.shards.iter().enumerate() {
+        if shard.length - shard.header.len() < LEAST {
+            files.push(None);
+            continue;
+        }
+        let made = receipts.made[number];
+        let filled = match made {
+            Made::Linked(older) => older,
+            Made::Written | Made::Refused | Made::Cloned => {
+                let (header, whole) = shard_digests(plan, shard, &receipts.digests, &receipts.chunks);
+                FilledFile { header, whole, origin: Some(mine) }
+            }
+        };
+        let old = before.filter(|last| Arc::ptr_eq(&last.plan, plan)).and_then(|last| last.files[number].as_ref());
+        let shared = matches!(made, Made::Linked(_) | Made::Cloned);
+        let (saves, written) = match old.filter(|_| shared) {
+            Some(known) => (known.saves + 1, known.written),
+            None => (0, Instant::now()),
+        };
+        let (reading, damaged) = (reading.open(&shard.name)?, AtomicBool::new(false));
+        files.push(Some(Known { file: Arc::new(OlderFile { reading, filled, damaged }), saves, written }));
+    }
+    Ok(files)
+}

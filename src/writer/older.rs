@@ -1,0 +1,86 @@
+//! Files of an older step, for a save that has the same bytes.
+//!
+//! **Consistency.** A chunk that is as predicted is not written. When all chunks of a shard are, the older
+//! file becomes the shard: cloned, or linked. Where the storage refuses, and where another chunk of the shard
+//! has changed, the chunks that were not written are copied from the older file, which is the only place that
+//! has them: the sources may be gone. **Failure.** An older file that is not what was written fails the save;
+//! the next one writes the file anew.
+
+use super::task::Task;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::format::shard::Stamp;
+use crate::format::template::FilledFile;
+use crate::memory::{ALIGNMENT, AlignedBuffer};
+use crate::plan::{ChunkPlan, Prediction, SegmentSource};
+use crate::storage::{Adopted, FileReading, FileWriting};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What an older step of the same plan has.
+#[derive(Debug)]
+pub(crate) struct Older {
+    pub prediction: Arc<Prediction>,
+    /// Of each shard that is predicted to be unchanged, its file.
+    pub files: Vec<Option<Arc<OlderFile>>>,
+}
+
+/// A file of an older step, which is durable.
+#[derive(Debug)]
+pub(crate) struct OlderFile {
+    /// It stays readable when the step is pruned.
+    pub reading: Arc<dyn FileReading>,
+    /// What its step says of it. The origin is the step and attempt that its header names.
+    pub filled: FilledFile,
+    /// Its bytes were found to be others than those that were written.
+    pub damaged: AtomicBool,
+}
+
+impl Task {
+    /// The file to adopt for a shard.
+    pub(super) fn older_file(&self, shard: usize) -> Result<&Arc<OlderFile>> {
+        let file = self.older.as_ref().and_then(|older| older.files.get(shard)?.as_ref());
+        file.ok_or_else(|| Error::internal("a shard is predicted to be unchanged and has no older file"))
+    }
+
+    /// Makes a shard, no chunk of which was written, out of the older file.
+    pub(super) fn adopt(&self, shard: usize) -> Result<Adopted> {
+        let (plan, ticket) = (&self.request.plan.shards[shard], &self.request.ticket);
+        let mut head = AlignedBuffer::new(plan.header.len() as usize);
+        let stamp = Stamp::new(ticket.step, ticket.attempt());
+        if !plan.header.copy(&stamp, 0, &mut head) {
+            return Err(Error::internal("a header is shorter than planned"));
+        }
+        let older = self.older_file(shard)?;
+        let adopted = self.attempt()?.adopt(&plan.name, older.reading.as_ref(), &head)?;
+        if let Adopted::Refused(why) = &adopted {
+            tracing::debug!(step = ticket.step, file = plan.name, why, "an unchanged file is written");
+        }
+        Ok(adopted)
+    }
+
+    /// Copies a chunk that was not written from the older file.
+    pub(super) fn copy_older(&self, chunk: &ChunkPlan, digests: &[Digest], to: &dyn FileWriting) -> Result<()> {
+        let (plan, ticket) = (&self.request.plan, &self.request.ticket);
+        let shard = &plan.shards[chunk.shard];
+        let older = self.older_file(chunk.shard)?;
+        let mut bytes = AlignedBuffer::new(chunk.length.next_multiple_of(ALIGNMENT));
+        older.reading.read_at(chunk.offset, &mut bytes[..chunk.length])?;
+        let stamp = Stamp::new(ticket.step, ticket.attempt());
+        let mut at = 0;
+        for (segment, digest) in plan.segments[chunk.segments.clone()].iter().zip(digests) {
+            let part = &mut bytes[at..at + segment.length];
+            at += segment.length;
+            if segment.source == SegmentSource::Header && !shard.header.copy(&stamp, segment.at as usize, part) {
+                return Err(Error::internal("a header is shorter than planned"));
+            }
+            if Digest::of(part) != *digest {
+                older.damaged.store(true, Ordering::Release);
+                let what = "bytes of an older step are damaged, and this save would have copied them because they \
+                    have not changed; the next save writes the file anew";
+                return Err(Error::corrupt(format!("{what} file={} offset={}", shard.name, chunk.offset)));
+            }
+        }
+        to.write_at(chunk.offset, &bytes)
+    }
+}
