@@ -18,4 +18,5 @@ mod round_trip;
 mod strided;
 mod tidying;
 mod touching;
+mod unchanged;
 mod writers;
