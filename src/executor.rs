@@ -12,6 +12,7 @@ mod destination;
 mod ending;
 mod equipment;
 mod history;
+mod meeting;
 mod ranks;
 mod scope;
 mod scrub;
@@ -102,7 +103,7 @@ pub struct CheckpointExecutor {
     turns: Option<Turns>,
     /// The last plan. Callers of `save` lock it, one at a time.
     admission: Mutex<Admission>,
-    /// The tiers behind the root; None: there are none, or another rank promotes.
+    /// The tiers behind the root.
     behind: Option<Arc<Behind>>,
     origin: ForkGuard,
     /// Number of durable saves whose staged bytes were compared with the digests taken at `save`.

@@ -15,6 +15,8 @@ mod example;
 mod faults;
 #[path = "tiers/kills.rs"]
 mod kills;
+#[path = "tiers/ranks.rs"]
+mod ranks;
 #[path = "tiers/store.rs"]
 mod store;
 #[path = "tiers/term.rs"]

@@ -9,19 +9,20 @@ use super::destination::{Destination, Elsewhere};
 use super::ending::{Committing, Leftover};
 use super::equipment::{Equipment, Offer, Wish};
 use super::history::History;
+use super::meeting::{self, Ranks};
 use super::ranks::{self, Called, Rounds, Wanted};
 use super::threads::{Channels, Commits, Threads};
 use super::{Admission, CheckpointExecutor, ending, telling, tidy, touch};
 use crate::catalog::{Hold, Keeping, PreservationPolicy, Verify};
 use crate::commit::several::Group;
 use crate::commit::{self, several};
-use crate::completion::{Signal, deadline_after};
+use crate::completion::Signal;
 use crate::device::{Device, DeviceReport, ProgramMemory, choose_later};
 use crate::error::{Error, Result};
 use crate::fork::ForkGuard;
 use crate::guard::dropped;
 use crate::memory::{AlignedBuffer, Arena, Node, Pages, Register};
-use crate::ranks::{Coordinator, launcher};
+use crate::ranks::Coordinator;
 use crate::settings::{Detect, DeviceChoice, Engine, Locks, OnDamaged, OnUnseenError, Overlap, Priority, Settings};
 use crate::staging::Stager;
 use crate::storage::{self, Storage, Sweep, Writers};
@@ -70,52 +71,6 @@ pub struct Builder {
     run: Option<String>,
     tiers: Vec<Tier>,
     no_tier_from_env: bool,
-}
-
-/// Whether other ranks save with this process.
-#[derive(Debug)]
-enum Ranks {
-    /// The program has not said.
-    Unsaid,
-    Alone,
-    Several(Arc<dyn Coordinator>),
-}
-
-impl Ranks {
-    /// Refuses tiers for several ranks: all of them would have to read the same from the tiers.
-    fn refuse(&self, tiers: &[Tier]) -> Result<()> {
-        let Self::Several(coordinator) = self else { return Ok(()) };
-        let world = coordinator.member().world;
-        if world == 1 || tiers.is_empty() {
-            return Ok(());
-        }
-        let why = "several ranks save together, and tiers are for executors of one process: use the far root as \
-                   the root of the executor, or copy its steps by `ashore copy`; is ASHORE_TIER set?";
-        Err(Error::invalid(format!("{why} world={world} tiers={}", tiers.len())))
-    }
-
-    /// Meets the other ranks, if there are any.
-    ///
-    /// # Errors
-    /// `Invalid` if a launcher started several ranks and the program has not said whether they save together;
-    /// those of [`Group::meet`].
-    fn meet(self, storage: &dyn Storage, run: Option<String>, timeout: Duration) -> Result<Option<Arc<Group>>> {
-        let coordinator = match self {
-            Self::Alone => return Ok(None),
-            Self::Unsaid => {
-                let several = launcher::launched()?.filter(|launched| launched.member.world > 1);
-                return several.map_or(Ok(None), |launched| Err(launched.undecided()));
-            }
-            Self::Several(coordinator) => coordinator,
-        };
-        let run = match run {
-            Some(run) => run,
-            None => launcher::launched()?.and_then(|launched| launched.token).unwrap_or_default(),
-        };
-        let why = "this storage cannot be shared by several ranks: use a directory that all of them see";
-        let shared = storage.shared().ok_or_else(|| Error::invalid(why))?;
-        Group::meet(coordinator, shared, &run, deadline_after(timeout)).map(|group| Some(Arc::new(group)))
-    }
 }
 
 /// An optional policy.
@@ -334,8 +289,9 @@ impl Builder {
 
     /// Copies durable steps to another root, too, which is a tier behind this executor's: a directory of a
     /// shared file system, a neighbour's or `/dev/shm`, or an object store. Call it once for each tier, the
-    /// nearest first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one. A tier has
-    /// one executor of one process: with several ranks, [`Builder::build`] refuses tiers.
+    /// nearest first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one. A tier is of
+    /// one executor. With several ranks, all give the same tiers, which all of them see; rank 0 promotes, and
+    /// only its saves have [`Save::durable_in`](crate::Save::durable_in).
     ///
     /// [`Builder::build`] takes each tier over, so that no earlier session of the job, such as that of a node
     /// that comes back late, can promote to it. List steps after that, with
@@ -371,14 +327,13 @@ impl Builder {
             tiers.extend(Tier::of(&settings));
         }
         settings.check()?;
-        ranks.refuse(&tiers)?;
         let storage = match storage {
             Some(storage) => storage,
             None => storage::open_with(&root, &settings)?,
         };
         // The take-over of the root deletes what earlier sessions have noted.
         let note = if tiers.is_empty() { Note::default() } else { Note::read(storage.as_ref()) };
-        let group = ranks.meet(storage.as_ref(), run, settings.save_timeout)?;
+        let group = ranks.meet(storage.as_ref(), run, &note, settings.save_timeout)?;
         if group.is_none() {
             storage.take_over()?;
         }
@@ -390,13 +345,7 @@ impl Builder {
             None => choose_later(settings.device, given.as_ref().map(|(given, _)| given.ordinal))?,
         };
         let given = given.map(|(given, bytes)| fits(given, bytes, device.as_ref())).transpose()?;
-        let behind = match &group {
-            _ if tiers.is_empty() => None,
-            group => {
-                let session = group.as_ref().map(|group| (group.session.id, group.session.generation));
-                Some(Behind::new(storage.clone(), note, tiers, session)?)
-            }
-        };
+        let behind = meeting::take_over(&storage, note, tiers, group.as_deref(), settings.save_timeout)?;
         Ok(Probed { settings, storage, group, behind, device, report, given, policy, touch })
     }
 }
@@ -464,7 +413,8 @@ impl Probed {
         };
         let world = group.as_ref().map_or(1, |group| group.member.world);
         let tell = telling::body(&stager, &settings, &storage, leads.then_some(world), equipment.report());
-        let (turns, rounds) = group.map(ranks::turns_and_rounds).unzip();
+        let (turns, rounds) =
+            group.map(|group| ranks::turns_and_rounds(group, meeting::first_save(behind.is_some()))).unzip();
         let executor = CheckpointExecutor {
             catalog: catalog.clone(),
             stager: stager.clone(),
@@ -525,7 +475,7 @@ impl Probed {
             handles.push(spawn("ashore-tidy".into(), tidy)?);
             handles.push(spawn("ashore-touch".into(), move || touch::run(&ended_tidying, touched.as_ref(), touch))?);
         }
-        if let Some(behind) = behind {
+        if let Some(behind) = behind.filter(|behind| behind.promotes()) {
             executor.threads.keep_behind(behind.clone());
             behind.start(&executor.catalog, &executor.stager.signal)?;
         }

@@ -67,10 +67,10 @@ enum Handed {
     All,
 }
 
-/// Makes the two ends of the saves of a group.
-pub(super) fn turns_and_rounds(group: Arc<Group>) -> (Turns, Rounds) {
+/// Makes the two ends of the saves of a group, the first of which has the number `first`.
+pub(super) fn turns_and_rounds(group: Arc<Group>, first: u64) -> (Turns, Rounds) {
     let newest = Newest::default();
-    let turns = Turns { group: group.clone(), next: Mutex::new(0), newest: newest.clone() };
+    let turns = Turns { group: group.clone(), next: Mutex::new(first), newest: newest.clone() };
     (turns, Rounds { group, known: Structures::none(), newest })
 }
 

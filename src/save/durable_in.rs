@@ -79,7 +79,7 @@ impl DurableIn {
     }
 
     fn unknown(&self) -> Error {
-        let why = "the executor of this process promotes to no tier of this name";
+        let why = "the executor of this process promotes to no tier of this name; of several ranks, rank 0 promotes";
         Error::invalid(format!("{why} tier={:?}", self.tier)).with_step(self.ticket.step)
     }
 }

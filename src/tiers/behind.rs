@@ -23,68 +23,44 @@ use uuid::Uuid;
 /// How long after its deadline a shutdown waits for a promotion to see it.
 const CLOSE_GRACE: Duration = Duration::from_millis(500);
 
+/// The part that this process has. Ranks are of a session, which has this generation in the root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// It saves alone, and takes the root over with a session of its own.
+    Alone,
+    /// It is rank 0, which takes the tiers over and promotes.
+    Leads { id: Uuid, generation: u64 },
+    /// It is another rank, which reads what rank 0 has taken over.
+    Follows { id: Uuid, generation: u64 },
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Behind {
-    session: Uuid,
+    pub(super) part: Part,
+    pub(super) session: Uuid,
     /// Of the session in the root.
-    generation: u64,
+    pub(super) generation: u64,
     pub(super) root: Arc<dyn Storage>,
     /// Where the lineages are noted; None: the root is seen by no other process.
-    shared: Option<Arc<dyn Shared>>,
+    pub(super) shared: Option<Arc<dyn Shared>>,
     note: Mutex<Note>,
     pub(super) lines: Vec<Arc<Line>>,
     pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Behind {
-    /// Opens the tiers and takes them over; one that is away is tried again by its thread. `session` is that
-    /// of the ranks, with its generation in the root; None: this process takes the root over with a new one.
+    /// Opens the tiers and takes them over; one that is away is tried again by its thread.
     ///
     /// # Errors
     /// `Invalid` for two tiers of one name, a tier that another executor of this process has, or a root that
     /// is no path and no known URL; errors of the root.
-    pub fn new(
-        root: Arc<dyn Storage>,
-        note: Note,
-        tiers: Vec<Tier>,
-        session: Option<(Uuid, u64)>,
-    ) -> Result<Arc<Self>> {
-        let id = session.map_or_else(Uuid::new_v4, |(id, _)| id);
-        let mut lines = Vec::with_capacity(tiers.len());
-        for tier in tiers {
-            tier.retention.check()?;
-            let name: Arc<str> = tier.name().into();
-            if lines.iter().any(|line: &Arc<Line>| line.name == name) {
-                return Err(Error::invalid(format!("two tiers have one name tier={name:?}")));
-            }
-            let claim = match &tier.root {
-                Root::At(path) => Some(Claim::of(path)?),
-                Root::Over(_) => None,
-            };
-            let place = match &tier.root {
-                Root::At(path) => path.into(),
-                Root::Over(storage) => storage.describe(""),
-            };
-            let lineage = note.tiers.get(&*name).cloned().unwrap_or_default().pending(id);
-            let (retention, unpromoted) = (tier.retention, tier.unpromoted);
-            let state = Mutex::new(State { lineage, ..State::default() });
-            let (moved, claim) = (Signal::default(), Mutex::new(claim));
-            lines.push(Arc::new(Line { name, place, tier, retention, unpromoted, state, moved, claim }));
-        }
-        let (generation, recorded) = match session {
-            Some((_, generation)) => (generation, root.shared()),
-            None => {
-                let look = Looked::at(root.as_ref())?;
-                (look.record(id)?, look.shared)
-            }
-        };
-        let (threads, shared) = (Mutex::default(), recorded.clone());
-        let behind = Self { session: id, generation, root, shared, note: Mutex::new(note), lines, threads };
+    pub fn new(root: Arc<dyn Storage>, note: Note, tiers: Vec<Tier>, part: Part) -> Result<Arc<Self>> {
+        let behind = Self::over(root, note, tiers, part)?;
         // Before the take-over of the root deletes the notes of earlier sessions.
         behind.write_note();
-        if let (None, Some(recorded)) = (session, recorded) {
-            recorded.take_over(generation)?;
+        if let (Part::Alone, Some(shared)) = (part, &behind.shared) {
+            shared.take_over(behind.generation)?;
         }
         for line in &behind.lines {
             if let Err(error) = behind.reach(line, true) {
@@ -99,8 +75,55 @@ impl Behind {
                 lock(&line.state).error = Some(error);
             }
         }
-        behind.write_note();
+        match part {
+            Part::Alone => behind.write_note(),
+            // The other ranks read it.
+            Part::Leads { .. } | Part::Follows { .. } => behind.note()?,
+        }
         Ok(Arc::new(behind))
+    }
+
+    /// The tiers, none of which is opened yet. A process alone is recorded in the root as its newest session.
+    pub(super) fn over(root: Arc<dyn Storage>, note: Note, tiers: Vec<Tier>, part: Part) -> Result<Self> {
+        let session = match part {
+            Part::Alone => Uuid::new_v4(),
+            Part::Leads { id, .. } | Part::Follows { id, .. } => id,
+        };
+        let mut lines = Vec::with_capacity(tiers.len());
+        for tier in tiers {
+            tier.retention.check()?;
+            let name: Arc<str> = tier.name().into();
+            if lines.iter().any(|line: &Arc<Line>| line.name == name) {
+                return Err(Error::invalid(format!("two tiers have one name tier={name:?}")));
+            }
+            let claim = match part {
+                Part::Alone | Part::Leads { .. } => match &tier.root {
+                    Root::At(path) => Some(Claim::of(path)?),
+                    Root::Over(_) => None,
+                },
+                Part::Follows { .. } => None,
+            };
+            let place = tier.root.place();
+            let lineage = note.tiers.get(&*name).cloned().unwrap_or_default().pending(session);
+            let (retention, unpromoted) = (tier.retention, tier.unpromoted);
+            let state = Mutex::new(State { lineage, ..State::default() });
+            let (moved, claim) = (Signal::default(), Mutex::new(claim));
+            lines.push(Arc::new(Line { name, place, tier, retention, unpromoted, state, moved, claim }));
+        }
+        let (generation, shared) = match part {
+            Part::Leads { generation, .. } | Part::Follows { generation, .. } => (generation, root.shared()),
+            Part::Alone => {
+                let look = Looked::at(root.as_ref())?;
+                (look.record(session)?, look.shared)
+            }
+        };
+        let (threads, note) = (Mutex::default(), Mutex::new(note));
+        Ok(Self { part, session, generation, root, shared, note, lines, threads })
+    }
+
+    /// Whether this process promotes.
+    pub fn promotes(&self) -> bool {
+        !matches!(self.part, Part::Follows { .. })
     }
 
     /// The session, and its generation in the root.
@@ -108,8 +131,9 @@ impl Behind {
         (self.session, self.generation)
     }
 
+    /// The names of the tiers to which this process promotes.
     pub fn names(&self) -> impl Iterator<Item = Arc<str>> {
-        self.lines.iter().map(|line| line.name.clone())
+        self.lines.iter().filter(|_| self.promotes()).map(|line| line.name.clone())
     }
 
     /// Takes a tier over, unless that is done or no longer possible. At the `start` of a session any found
@@ -196,17 +220,25 @@ impl Behind {
 
     /// Notes the lineages beside the session in the root. Best effort: see [`Note`].
     pub fn write_note(&self) {
+        if let Err(error) = self.note() {
+            tracing::warn!(error = format_args!("{error:#}"), "what is known of the tiers cannot be noted");
+        }
+    }
+
+    fn note(&self) -> Result<()> {
         let note = {
             let mut note = lock(&self.note);
+            note.ours.clear();
             for line in &self.lines {
-                note.tiers.insert(line.name.to_string(), lock(&line.state).lineage.clone());
+                let state = lock(&line.state);
+                note.tiers.insert(line.name.to_string(), state.lineage.clone());
+                if matches!(state.standing, Standing::Ours(_)) {
+                    note.ours.insert(line.name.to_string());
+                }
             }
             note.clone()
         };
-        let Some(shared) = &self.shared else { return };
-        if let Err(error) = note.write(shared.as_ref(), self.generation) {
-            tracing::warn!(error = format_args!("{error:#}"), "what is known of the tiers cannot be noted");
-        }
+        self.shared.as_ref().map_or(Ok(()), |shared| note.write(shared.as_ref(), self.generation))
     }
 
     /// The save of `ticket` is durable as `name`, a step of the root or not.
@@ -276,9 +308,9 @@ impl Behind {
         self.lines.iter().all(|line| line.moved.wait_until(deadline, || has(line)).is_some())
     }
 
-    /// What each tier has and lacks.
+    /// What each tier to which this process promotes has and lacks.
     pub fn report(&self) -> Vec<TierReport> {
-        self.lines.iter().map(|line| line.report()).collect()
+        self.lines.iter().filter(|_| self.promotes()).map(|line| line.report()).collect()
     }
 
     /// Waits until no tier lacks a step that it wants, and ends the threads. A later call waits for threads
@@ -377,7 +409,7 @@ mod tests {
     fn sigterm_during_a_shutdown_does_not_take_back_its_deadline() {
         let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let tier = Tier::over("shared", Arc::new(Local::open(tier.path()).unwrap()));
-        let behind = Behind::new(Arc::new(Local::open(root.path()).unwrap()), Note::default(), vec![tier], None);
+        let behind = Behind::new(Arc::new(Local::open(root.path()).unwrap()), Note::default(), vec![tier], Part::Alone);
         let behind = behind.unwrap();
         let mode = || lock(&behind.lines[0].state).mode;
         behind.only_newest();

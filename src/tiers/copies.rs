@@ -34,6 +34,7 @@ impl Behind {
     /// copy
     /// is left is skipped, as [`Catalog::latest`] does.
     pub fn latest(&self, first: &Catalog) -> Result<Option<Checkpoint>> {
+        self.refresh()?;
         let ((steps, away), bad) = (self.steps(first)?, self.bad(first));
         for &step in steps.keys().rev() {
             match self.nearest(first, step, |copy| copy.opened) {
@@ -41,7 +42,7 @@ impl Behind {
                     tracing::warn!(step, "a newer step is skipped: it is marked bad");
                 }
                 Ok(checkpoint) => return Ok(Some(checkpoint)),
-                Err(error) if skipped(&error) => {
+                Err(error) if absent_or_bad(&error) => {
                     tracing::warn!(step, error = format_args!("{error:#}"), "a newer step is skipped");
                 }
                 Err(error) => return Err(error),
@@ -56,6 +57,7 @@ impl Behind {
     /// # Errors
     /// As [`Catalog::latest_valid`].
     pub fn latest_valid(&self, first: &Catalog) -> Result<Option<Found>> {
+        self.refresh()?;
         let ((steps, away), bad) = (self.steps(first)?, self.bad(first));
         let mut skipped = Vec::new();
         for (&step, name) in steps.iter().rev() {
@@ -87,6 +89,7 @@ impl Behind {
     /// # Errors
     /// As [`Catalog::checkpoint`].
     pub fn checkpoint(&self, first: &Catalog, step: u64) -> Result<Checkpoint> {
+        self.refresh()?;
         self.nearest(first, step, |copy| copy.opened)
     }
 
@@ -107,11 +110,16 @@ impl Behind {
         let mut away = None;
         for line in &self.lines {
             let ours = line.ours();
+            let everywhere = self.several() && ours.is_some();
             let names = ours.ok_or_else(|| line.state_error()).and_then(|ours| ours.catalog.names());
             match names {
                 Ok(names) => names.into_iter().for_each(|(step, name)| _ = steps.entry(step).or_insert(name)),
                 Err(error) => {
                     let error = line.located("the steps of a tier are not known", &error);
+                    if everywhere {
+                        // Another rank may reach the tier, and find a newer step.
+                        return Err(error);
+                    }
                     tracing::warn!(error = format_args!("{error:#}"), "a tier is left out: it may have a newer step");
                     away.get_or_insert(error);
                 }
@@ -125,6 +133,13 @@ impl Behind {
         let mut copies = vec![Copy { tier: None, opened: first.checkpoint(step) }];
         for (line, ours) in self.reached() {
             let opened = ours.catalog.checkpoint(step);
+            if let Err(error) = &opened
+                && self.several()
+                && !absent_or_bad(error)
+            {
+                // Another rank may reach the copy, which may be another attempt.
+                return Err(line.located("a step of a tier cannot be opened", error).with_step(step));
+            }
             copies.push(Copy { tier: Some((line, ours)), opened });
         }
         let counts = self.counts(step, &copies)?;
@@ -197,6 +212,7 @@ impl Behind {
     }
 }
 
-fn skipped(error: &Error) -> bool {
+/// Whether every process that reads a step would get this error.
+fn absent_or_bad(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Conflict | ErrorKind::NotFound)
 }

@@ -6,12 +6,13 @@
 //! session in the root; where it is lost, the lineage begins anew with the session that the take-over found.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::guard;
 use crate::id::Attempt;
 use crate::mutant::{self, Mutant};
 use crate::storage::Storage;
 use crate::storage::shared::{SessionRecord, Shared};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -78,6 +79,8 @@ impl Looked {
 #[serde(default)]
 pub(crate) struct Note {
     pub(super) tiers: BTreeMap<String, Lineage>,
+    /// The tiers that this session has taken over.
+    pub(super) ours: BTreeSet<String>,
 }
 
 impl Note {
@@ -97,9 +100,7 @@ impl Note {
             }
             Ok(None)
         };
-        let parsed =
-            |bytes: Vec<u8>| serde_json::from_slice(&bytes).map_err(|e| Error::corrupt("a note").with_source(e));
-        match read().and_then(|bytes| bytes.map(parsed).transpose()) {
+        match read().and_then(|bytes| bytes.map(|bytes| Self::parse(&bytes)).transpose()) {
             Ok(note) => note.unwrap_or_default(),
             Err(error) => {
                 tracing::warn!(
@@ -108,6 +109,30 @@ impl Note {
                 );
                 Self::default()
             }
+        }
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Self> {
+        serde_json::from_slice(bytes).map_err(|e| Error::corrupt("a note of the tiers is damaged").with_source(e))
+    }
+
+    /// The note of the session `generation` of a root.
+    ///
+    /// # Errors
+    /// `Unavailable` if there is none: a newer session deletes it.
+    pub(super) fn of(shared: &dyn Shared, generation: u64) -> Result<Self> {
+        let none = || {
+            let why = "rank 0 has noted nothing about the tiers: has another session taken the root over?";
+            Error::new(ErrorKind::Unavailable, format!("{why} generation={generation}"))
+        };
+        Self::parse(&shared.note(generation, NOTE, MAX_NOTE)?.ok_or_else(none)?)
+    }
+
+    /// Keeps the note of an older session for one that has done nothing yet. Best effort, as for every note.
+    pub(crate) fn keep(&self, shared: &dyn Shared, generation: u64) {
+        if !self.tiers.is_empty() {
+            let noted = Self { tiers: self.tiers.clone(), ours: BTreeSet::new() };
+            guard::attempt("keep what is known of the tiers", || noted.write(shared, generation));
         }
     }
 
@@ -308,7 +333,7 @@ mod tests {
         let [one, two] = ids();
         let look = Looked::at(&storage).unwrap();
         assert_eq!((look.found, look.next, look.record(one).unwrap()), (Found::Nothing, 1, 1));
-        let note = Note { tiers: [("shared".to_owned(), first(one))].into() };
+        let note = Note { tiers: [("shared".to_owned(), first(one))].into(), ..Note::default() };
         note.write(look.shared.unwrap().as_ref(), 1).unwrap();
         let look = Looked::at(&storage).unwrap();
         assert_eq!((look.found, look.next, look.record(two).unwrap()), (Found::Session(one), 2, 2));

@@ -14,11 +14,12 @@ mod behind;
 mod claim;
 mod copies;
 mod copy;
+mod follow;
 mod line;
 mod lineage;
 mod promote;
 
-pub(crate) use behind::Behind;
+pub(crate) use behind::{Behind, Part};
 pub use copy::{Copied, copy};
 pub(crate) use lineage::Note;
 
@@ -62,6 +63,16 @@ pub struct Tier {
 enum Root {
     At(String),
     Over(Arc<dyn Storage>),
+}
+
+impl Root {
+    /// Where it is, for messages.
+    fn place(&self) -> PathBuf {
+        match self {
+            Self::At(root) => root.into(),
+            Self::Over(storage) => storage.describe(""),
+        }
+    }
 }
 
 impl Tier {
@@ -110,6 +121,11 @@ impl Tier {
         let retention = Retention { keep_last: settings.tier_keep_last, keep_every: None };
         let root = Root::At(settings.tier.clone()?);
         Some(Self { name: None, root, retention, unpromoted: settings.unpromoted })
+    }
+
+    /// The names of tiers, in their order, for comparison.
+    pub(crate) fn names(tiers: &[Self]) -> String {
+        format!("{:?}", tiers.iter().map(Self::name).collect::<Vec<_>>())
     }
 
     fn name(&self) -> String {

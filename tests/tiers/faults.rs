@@ -2,7 +2,6 @@
 
 use super::{LONG, Troubled, executor, open, save, shared, steps, until};
 use ashore::catalog::Mark;
-use ashore::ranks::{Member, SharedDirectory};
 use ashore::storage::local::Local;
 use ashore::tiers::{Tier, TierState};
 use ashore::{CheckpointExecutor, ErrorKind, Save, Unpromoted};
@@ -66,23 +65,6 @@ fn an_internal_executor_does_not_take_over_the_tier_of_the_environment() {
         .unwrap();
     assert!(ended.status.success(), "{ended:?}");
     assert_eq!(steps(&folder.path().join("tier")), [1, 2]);
-}
-
-#[test]
-fn several_ranks_are_refused_tiers_before_they_meet() {
-    let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let member = |world| Member { rank: 0, world, local_rank: 0 };
-    let builder = |world| {
-        let coordinator = Arc::new(SharedDirectory::new(root.path(), member(world)).unwrap());
-        let builder = CheckpointExecutor::builder(root.path()).arena(1 << 20).chunk(64 << 10).run("run");
-        builder.ranks(coordinator).tier(shared(tier.path()))
-    };
-    let refused = builder(2).build().unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::Invalid);
-    assert!(refused.message().contains("world=2") && refused.message().contains("ashore copy"), "{refused}");
-    let alone = builder(1).build().unwrap();
-    save(&alone, 1).durable_in("shared").wait(LONG).unwrap();
-    alone.shutdown(LONG).unwrap();
 }
 
 #[test]

@@ -12,6 +12,9 @@ use uuid::Uuid;
 /// which then tells who is missing.
 pub(super) const HEAR_GRACE: Duration = Duration::from_secs(1);
 
+/// Keeps what older sessions have noted, for the session of this generation.
+pub(crate) type Carry<'a> = &'a dyn Fn(u64);
+
 /// The ranks of a session, as one of them takes part.
 #[derive(Debug)]
 pub(crate) struct Group {
@@ -23,7 +26,8 @@ pub(crate) struct Group {
 
 impl Group {
     /// Waits until all ranks have come, and takes the root over from older sessions. Rank 0 lists steps only
-    /// after that.
+    /// after that. `carry` is called on rank 0 with the generation, before the notes of older sessions are
+    /// deleted.
     ///
     /// # Errors
     /// Those of [`Coordinator::meet`]. `Invalid` if the ranks are not of one run, or if this rank sees
@@ -32,6 +36,7 @@ impl Group {
         coordinator: Arc<dyn Coordinator>,
         shared: Arc<dyn Shared>,
         token: &str,
+        carry: Carry<'_>,
         deadline: Instant,
     ) -> Result<Self> {
         let hello = Hello {
@@ -41,7 +46,7 @@ impl Group {
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             pid: std::process::id(),
         };
-        Self::meet_as(&hello, coordinator, shared, deadline)
+        Self::meet_as(&hello, coordinator, shared, carry, deadline)
     }
 
     /// The same for a process that says itself who it is.
@@ -49,10 +54,11 @@ impl Group {
         hello: &Hello,
         coordinator: Arc<dyn Coordinator>,
         shared: Arc<dyn Shared>,
+        carry: Carry<'_>,
         deadline: Instant,
     ) -> Result<Self> {
         let member = hello.member;
-        let mut open = |hellos: &[Hello]| open(shared.as_ref(), hellos);
+        let mut open = |hellos: &[Hello]| open(shared.as_ref(), hellos, carry);
         let session = coordinator.meet(hello, &mut open, deadline)?;
         let group = Self { coordinator, shared, member, session };
         group.check_root(hello).map_err(|error| error.with_ranks([member.rank]))?;
@@ -125,7 +131,7 @@ fn taken_over(generation: u64, record: Option<&SessionRecord>) -> Error {
 }
 
 /// Opens a session on rank 0.
-fn open(shared: &dyn Shared, hellos: &[Hello]) -> Result<Session> {
+fn open(shared: &dyn Shared, hellos: &[Hello], carry: Carry<'_>) -> Result<Session> {
     let first = hellos.first().ok_or_else(|| Error::internal("a session without ranks"))?;
     for hello in hellos {
         let differ = |what: &str, theirs: &str, ours: &str| {
@@ -148,6 +154,7 @@ fn open(shared: &dyn Shared, hellos: &[Hello]) -> Result<Session> {
         nonces: hellos.iter().map(|hello| hello.nonce).collect(),
     };
     let generation = shared.open_session(&record)?;
+    carry(generation);
     shared.take_over(generation)?;
     Ok(Session { id: record.session, generation })
 }

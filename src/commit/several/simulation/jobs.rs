@@ -202,7 +202,7 @@ impl Rank<'_> {
             host: format!("host-{}", me / per_host),
             pid: me as u32,
         };
-        let met = Group::meet_as(&hello, coordinator, Arc::new(self.medium.clone()), deadline);
+        let met = Group::meet_as(&hello, coordinator, Arc::new(self.medium.clone()), &|_| (), deadline);
         self.check_deadline(deadline, false);
         self.count(&mut asked);
         let Ok(group) = met else { return note(self.seen, "unmet") };
