@@ -3,7 +3,7 @@
 use super::claim::Claim;
 use super::line::{Line, Mode, Ours, Standing, State};
 use super::lineage::{Found, Lineage, Looked, Note};
-use super::{Root, Tier, TierReport, open};
+use super::{Tier, TierReport, open};
 use crate::catalog::{Catalog, Entry, Hold};
 use crate::completion::{Signal, deadline_after};
 use crate::error::{Error, ErrorKind, Result};
@@ -97,10 +97,7 @@ impl Behind {
                 return Err(Error::invalid(format!("two tiers have one name tier={name:?}")));
             }
             let claim = match part {
-                Part::Alone | Part::Leads { .. } => match &tier.root {
-                    Root::At(path) => Some(Claim::of(path)?),
-                    Root::Over(_) => None,
-                },
+                Part::Alone | Part::Leads { .. } => Some(Claim::of(&tier.root)?),
                 Part::Follows { .. } => None,
             };
             let place = tier.root.place();

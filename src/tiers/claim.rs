@@ -1,33 +1,46 @@
-//! Claims: each tier that a path or a URL names is of one executor of this process.
+//! Claims: each tier is of one executor of this process.
 //!
 //! A second take-over would end the promotions of the first executor. Of an own storage it is not known where
-//! it is, so there the sessions of the tier alone decide.
+//! it is: the same object is refused, and for others the sessions of the tier decide.
 
+use super::Root;
 use crate::error::{Error, Result};
 use crate::storage;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What is claimed, with the process that did: a child inherits the list, and none of the executors.
-static CLAIMED: Mutex<Vec<(u32, PathBuf)>> = Mutex::new(Vec::new());
+static CLAIMED: Mutex<Vec<(u32, Place)>> = Mutex::new(Vec::new());
+
+/// What tells a tier from others.
+#[derive(Clone, Debug, PartialEq)]
+enum Place {
+    /// Of a path or a URL.
+    Named(PathBuf),
+    /// The address of an own storage, which the tier keeps alive as long as its claim.
+    Object(usize),
+}
 
 /// The claim of one executor on a tier; dropping it ends the claim.
 #[derive(Debug)]
-pub(super) struct Claim(u32, PathBuf);
+pub(super) struct Claim(u32, Place);
 
 impl Claim {
     /// Claims the tier at `root`.
     ///
     /// # Errors
     /// `Invalid` if another executor of this process has it, or `root` is a URL that cannot be used.
-    pub fn of(root: &str) -> Result<Self> {
-        let place = storage::identity(Path::new(root))?;
+    pub fn of(root: &Root) -> Result<Self> {
+        let place = match root {
+            Root::At(root) => Place::Named(storage::identity(Path::new(root))?),
+            Root::Over(storage) => Place::Object(Arc::as_ptr(storage).addr()),
+        };
         let claim = (std::process::id(), place);
         let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
         if claimed.contains(&claim) {
             let why = "another executor of this process has the tier, and a tier is of one executor: shut that \
                        one down first, or give each its own by `Builder::tier`; ASHORE_TIER serves one executor";
-            return Err(Error::invalid(why).with_path(claim.1));
+            return Err(Error::invalid(why).with_path(root.place()));
         }
         claimed.push(claim.clone());
         Ok(Self(claim.0, claim.1))

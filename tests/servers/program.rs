@@ -55,6 +55,24 @@ fn every_verb(root: &str) {
     let listed = said(&["ls", root, "--json"]);
     assert!(listed.contains("\"step\":3") && !listed.contains("\"step\":2"), "{listed}");
     said(&["verify", root]);
+    let near = target.path().join("near");
+    let (near, far) = (near.to_str().unwrap(), format!("{root}-copy"));
+    said(&["copy", root, near]);
+    said(&["copy", near, &far]);
+    said(&["verify", &far]);
+    let listed = said(&["ls", root, near, &far, "--json"]);
+    assert!(listed.contains("\"step\":3,\"fork\":false"), "{listed}");
+    refused(&["convert", &step, "--to", "ranks", "2", &format!("{root}/other")], "ashore copy");
+    for verb in ["demo", "bench"] {
+        refused(&[verb, "--dir", root], "measures a disk");
+    }
+}
+
+/// The program says in one line why it does not, and what to do instead.
+fn refused(arguments: &[&str], why: &str) {
+    let output = ashore(arguments);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && text.contains(why) && text.lines().count() <= 2, "{arguments:?}: {text}");
 }
 
 #[test]

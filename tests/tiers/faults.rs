@@ -41,6 +41,20 @@ fn a_second_executor_of_a_process_is_refused_a_tier_until_the_first_has_ended() 
 }
 
 #[test]
+fn a_second_executor_of_a_process_is_refused_a_storage_that_the_first_has_as_a_tier() {
+    let (one, two, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let storage = Arc::new(Local::open(tier.path()).unwrap());
+    let over = |name: &str| Tier::over(name, storage.clone());
+    let first = executor(one.path(), [over("shared")]);
+    let builder = || CheckpointExecutor::builder(two.path()).arena(1 << 20).chunk(64 << 10).alone();
+    let refused = builder().tier(over("another")).build().unwrap_err();
+    assert_eq!((refused.kind(), refused.path()), (ErrorKind::Invalid, Some(tier.path())), "{refused}");
+    save(&first, 1).durable_in("shared").wait(LONG).unwrap();
+    first.shutdown(LONG).unwrap();
+    builder().tier(over("another")).build().unwrap().shutdown(LONG).unwrap();
+}
+
+#[test]
 fn an_internal_executor_does_not_take_over_the_tier_of_the_environment() {
     const FOLDER: &str = "ASHORE_TIERS_INTERNAL";
     if let Some(folder) = std::env::var_os(FOLDER) {
