@@ -198,8 +198,10 @@ impl Behind {
         if generation == look.next {
             return Ok((generation, after));
         }
+        // Another session was recorded at the same time, and this one after it, as the newest: it owns the tier,
+        // and promotes what it saves itself.
         let unknown = Looked { shared: None, found: Found::Unknown, next: generation };
-        Ok((generation, before.after(&unknown, self.session, std::iter::empty())))
+        Ok((generation, (before.after(&unknown, self.session, std::iter::empty()).0, after.1)))
     }
 
     /// A tier has failed with `error`: where it may be gone, as a mount may, it is opened and taken over
@@ -401,6 +403,27 @@ impl Hold for Behind {
 mod tests {
     use super::*;
     use crate::storage::local::Local;
+
+    /// Both had lost it: the first to the second, and the second because the first was there.
+    #[test]
+    fn of_two_sessions_that_take_a_tier_over_at_the_same_time_the_later_one_owns_it() {
+        let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let storage = || Arc::new(Local::open(tier.path()).unwrap());
+        let tiers = vec![Tier::over("shared", storage())];
+        let late = Behind::over(Arc::new(Local::open(root.path()).unwrap()), Note::default(), tiers, Part::Alone);
+        let late = late.unwrap();
+        let line = &late.lines[0];
+        let look = Looked::at(storage().as_ref()).unwrap();
+        let other = Looked::at(storage().as_ref()).unwrap();
+        assert_eq!(other.record(Uuid::new_v4()).unwrap(), 1);
+        let recorded = late.record(line, &look, late.after(line, &look)).unwrap();
+        assert_eq!(recorded.0, 2);
+        lock(&line.state).recorded = Some(recorded);
+        let ours = late.reach(line, false).unwrap();
+        line.check(&ours).unwrap();
+        let lineage = &lock(&line.state).lineage;
+        assert!(lineage.allows(Some(late.session)) && !lineage.allows(None), "what was there before may be a fork");
+    }
 
     #[test]
     fn sigterm_during_a_shutdown_does_not_take_back_its_deadline() {
