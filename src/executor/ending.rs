@@ -129,6 +129,10 @@ pub(super) fn conclude(
             (Err(why), panicked.then_some(Leftover::Unknown))
         }
         Concluded::Failed { why, left } => {
+            let why = match behind {
+                Some(behind) if catalog.is_some() => behind.of_save(why),
+                _ => why,
+            };
             catalog.inspect(|catalog| catalog.withdraw(attempt));
             let unknown = || task.begin_failed().then_some(Leftover::Unknown);
             let left = left.map(|attempt| Leftover::Failed { attempt }).or_else(unknown);

@@ -271,6 +271,26 @@ impl Behind {
         }
     }
 
+    /// What an error of a save in the first tier means for the tiers: no save goes around a full first tier,
+    /// because its bytes are needed again, and the program may write them after the fence.
+    pub fn of_save(&self, why: Error) -> Error {
+        if why.kind() != ErrorKind::NoSpace {
+            return why;
+        }
+        let known = |line: &Arc<Line>| {
+            let TierReport { tier, state, newest, lacks, .. } = line.report();
+            format!("{tier:?} {state:?} newest={newest:?} lacks={lacks:?}")
+        };
+        let tiers: Vec<String> = self.lines.iter().map(known).collect();
+        let what = "the first tier is full, and saves do not go straight to the tiers behind it: free space in it, keep \
+                    fewer steps there by `keep_last`, or make a tier behind it the root";
+        let what = format!("{what} first_tier={} tiers=[{}]", self.root.describe("").display(), tiers.join(", "));
+        let full = Error::new(ErrorKind::NoSpace, what).with_ranks(why.ranks().iter().copied());
+        let full = why.step().into_iter().fold(full, Error::with_step);
+        let full = why.path().into_iter().fold(full, Error::with_path);
+        full.with_source(why)
+    }
+
     /// From now on only the newest durable step is promoted.
     pub fn only_newest(&self) {
         self.set_mode(Mode::Newest);

@@ -107,6 +107,48 @@ fn a_late_owner_that_reaches_the_tier_again_leaves_it_to_its_new_owner() {
 }
 
 #[test]
+fn a_full_first_tier_fails_saves_by_name_and_loses_nothing_that_any_tier_has() {
+    let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = Arc::new(Troubled::slow(Local::open(root.path()).unwrap(), Duration::ZERO));
+    let builder = CheckpointExecutor::builder(root.path()).arena(1 << 20).chunk(64 << 10).alone();
+    let running = builder.storage(first.clone()).tier(shared(tier.path())).build().unwrap();
+    save(&running, 1).durable_in("shared").wait(LONG).unwrap();
+    first.full.store(true, Ordering::Relaxed);
+    let failed = running.save(2, super::state(2, 10_000)).unwrap();
+    let error = failed.wait(LONG).unwrap_err();
+    assert_eq!((error.kind(), error.step()), (ErrorKind::NoSpace, Some(2)), "{error:#}");
+    let text = format!("{error:#}");
+    assert!(text.contains(&format!("first_tier={}", root.path().display())), "{text}");
+    assert!(text.contains("keep_last") && text.contains("\"shared\" Ours newest=Some(1)"), "{text}");
+    assert_eq!(failed.durable_in("shared").wait(LONG).unwrap_err().kind(), ErrorKind::NoSpace);
+    running.fence().unwrap();
+    assert_eq!(running.arena().free(), running.arena().report().slabs);
+    assert_eq!((steps(root.path()), steps(tier.path())), (vec![1], vec![1]));
+    first.full.store(false, Ordering::Relaxed);
+    save(&running, 2).durable_in("shared").wait(LONG).unwrap();
+    running.shutdown(LONG).unwrap();
+}
+
+#[test]
+fn a_full_tier_holds_up_no_save_and_gets_the_steps_when_it_has_room() {
+    let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let behind = Arc::new(Troubled::slow(Local::open(tier.path()).unwrap(), Duration::ZERO));
+    let running = executor(root.path(), [Tier::over("shared", behind.clone())]);
+    save(&running, 1).durable_in("shared").wait(LONG).unwrap();
+    behind.full.store(true, Ordering::Relaxed);
+    let saves = [2, 3].map(|step| save(&running, step));
+    until("the error is reported", || running.tiers()[0].error.is_some());
+    let report = &running.tiers()[0];
+    let error = report.error.as_ref().unwrap();
+    assert_eq!((error.kind(), report.newest, &report.lacks[..]), (ErrorKind::NoSpace, Some(1), &[2, 3][..]));
+    assert!(format!("{error:#}").contains("tier=\"shared\""), "{error:#}");
+    behind.full.store(false, Ordering::Relaxed);
+    saves.iter().for_each(|save| drop(save.durable_in("shared").wait(LONG).unwrap()));
+    running.shutdown(LONG).unwrap();
+    assert_eq!(steps(tier.path()), [1, 2, 3]);
+}
+
+#[test]
 fn an_error_of_the_first_tier_does_not_make_the_tier_away() {
     let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let first = Arc::new(Troubled::slow(Local::open(root.path()).unwrap(), Duration::ZERO));

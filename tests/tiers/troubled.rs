@@ -1,4 +1,4 @@
-//! A local storage that is slow to begin an attempt, or does not answer.
+//! A local storage that is slow to begin an attempt, does not answer, or is full.
 
 use ashore::storage::local::Local;
 use ashore::storage::{Reading, Storage, Sweep, Swept, Writing};
@@ -14,18 +14,24 @@ pub struct Troubled {
     delay: Duration,
     /// Listings fail.
     pub away: AtomicBool,
+    /// No attempt can be begun.
+    pub full: AtomicBool,
 }
 
 impl Troubled {
     /// Begins an attempt after `delay`.
     pub fn slow(storage: Local, delay: Duration) -> Self {
-        Self { storage, delay, away: AtomicBool::new(false) }
+        Self { storage, delay, away: AtomicBool::new(false), full: AtomicBool::new(false) }
     }
 }
 
 impl Storage for Troubled {
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
         std::thread::sleep(self.delay);
+        if self.full.load(Ordering::Relaxed) {
+            let full = std::io::Error::from_raw_os_error(28);
+            return Err(Error::io("cannot allocate a file", full).with_path(self.describe(name)));
+        }
         self.storage.begin(name, attempt, overwrite)
     }
 
