@@ -64,6 +64,13 @@ impl DurableIn {
         promoted.cell().wait(deadline).ok_or_else(|| late("the step is not durable in the tier yet"))?
     }
 
+    /// Returns true if a wait would return at once. An error of the save is not observed by that.
+    pub fn is_done(&self) -> bool {
+        let Some(promoted) = &self.promoted else { return true };
+        let failed = || self.done.cell().get().is_some_and(|saved| !matches!(saved, Ok(Outcome::Durable(_))));
+        promoted.cell().is_complete() || failed()
+    }
+
     /// The error of a save that is not durable in the first tier.
     fn in_first_tier(&self, saved: Result<Outcome>) -> Result<()> {
         if saved.is_err() {

@@ -27,6 +27,7 @@ use crate::catalog::Retention;
 use crate::error::{Error, Result};
 use crate::settings::{Settings, Unpromoted};
 use crate::storage::{self, Storage};
+use serde::Deserialize;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -50,13 +51,35 @@ use std::sync::Arc;
 /// executor.shutdown(Duration::from_secs(60))?;
 /// # Ok::<(), ashore::Error>(())
 /// ```
-#[derive(Clone, Debug)]
+///
+/// As JSON, for interfaces of other languages: an object with `root`, and as needed `name`, `keep_last`,
+/// `keep_every` and `unpromoted`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(from = "Given")]
 #[must_use = "a tier is given to `Builder::tier`"]
 pub struct Tier {
     name: Option<String>,
     root: Root,
     retention: Retention,
     unpromoted: Unpromoted,
+}
+
+/// A tier as JSON.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Given {
+    root: String,
+    name: Option<String>,
+    keep_last: Option<usize>,
+    keep_every: Option<u64>,
+    #[serde(default)]
+    unpromoted: Unpromoted,
+}
+
+impl From<Given> for Tier {
+    fn from(Given { root, name, keep_last, keep_every, unpromoted }: Given) -> Self {
+        Self { name, root: Root::At(root), retention: Retention { keep_last, keep_every }, unpromoted }
+    }
 }
 
 #[derive(Clone, Debug)]
