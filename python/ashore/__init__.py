@@ -28,6 +28,7 @@ from ._errors import (
 )
 from ._executor import CheckpointExecutor, latest, save
 from ._save import Committed, Progress, Save
+from ._tiers import Promoted, Tier, TierReport
 
 __all__ = [
     "BusyError",
@@ -47,15 +48,21 @@ __all__ = [
     "InvalidError",
     "NotFoundError",
     "Progress",
+    "Promoted",
     "Report",
     "Save",
     "StorageError",
     "TensorInfo",
+    "Tier",
+    "TierReport",
     "__version__",
     "latest",
     "save",
 ]
 
-for _name in ("Catalog", "Checkpoint", "CheckpointExecutor", "Committed", "Entry", "Progress", "Report", "Save", "TensorInfo"):
+for _name in (
+    "Catalog", "Checkpoint", "CheckpointExecutor", "Committed", "Entry", "Progress", "Promoted", "Report", "Save", "TensorInfo",
+    "Tier", "TierReport",
+):  # fmt: skip
     globals()[_name].__module__ = __name__
 del _name

@@ -94,6 +94,11 @@ class Checkpoint:
         return self._core.bytes
 
     @property
+    def tier(self) -> str | None:
+        """The tier in which the executor found it; None: its own root, or there are no tiers."""
+        return self._core.tier
+
+    @property
     def ranks(self) -> int:
         """The number of processes that wrote it."""
         return self._core.ranks

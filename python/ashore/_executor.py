@@ -17,6 +17,7 @@ from ._errors import InvalidError, NotFoundError
 from ._futures import notifier
 from ._place import absolute, is_url, place
 from ._save import Committed, Save
+from ._tiers import Tier, TierReport, given
 
 StrPath = Union[str, "os.PathLike[str]"]
 When = Literal["save", "fence"]
@@ -54,7 +55,8 @@ class CheckpointExecutor:
     which saves find out that a fence was forgotten. ``ranks`` is for one of several processes that save together: its
     rank, their number, and its rank on this machine; all see ``root``, in which they meet, and ``run`` is the same text
     on all of them and on no others. ``alone`` is for a process that a launcher started with others and that saves by
-    itself. Other settings have the names of the engine's: ``writers``, ``files``, ``direct``,
+    itself. ``tiers`` are roots behind this one, nearest first, each a :class:`Tier` or its path or URL: durable steps are
+    copied to them, and ``latest`` finds the newest step of all. Other settings have the names of the engine's: ``writers``, ``files``, ``direct``,
     ``overlap`` (how many saves may wait, or ``"block"``, ``"skip"``, ``"latest"``), ``keep_every``,
     ``capture_budget``, ``save_timeout`` and so on; times are in seconds.
 
@@ -85,13 +87,17 @@ class CheckpointExecutor:
         alone: bool = False,
         ranks: tuple[int, int] | tuple[int, int, int] | None = None,
         run: str | None = None,
+        tiers: Sequence[Tier | StrPath] = (),
         **settings: Any,
     ) -> None:
-        given = {"arena": arena, "chunk": chunk, "keep_last": keep_last, "device": device, "detect": detect}
+        if isinstance(tiers, (str, os.PathLike, Tier)):
+            raise InvalidError(f"tiers are a list tiers={tiers!r}", "invalid")
+        plain = {"arena": arena, "chunk": chunk, "keep_last": keep_last, "device": device, "detect": detect}
+        plain["tiers"] = [given(tier) for tier in tiers]
         self._root = os.fspath(root)
         member = None if ranks is None else (ranks[0], ranks[1], ranks[-1] if len(ranks) == 3 else 0)
         self._alone = member is None
-        self._core = _ashore.Executor(self._root, _settings({**given, **settings}), alone, member, run)
+        self._core = _ashore.Executor(self._root, _settings({**plain, **settings}), alone, member, run)
         _OPEN.add(self)
 
     @property
@@ -187,7 +193,7 @@ class CheckpointExecutor:
         self._core.fence(None if streams is None else [_stream(stream) for stream in streams])
 
     def latest(self) -> Checkpoint | None:
-        """The newest durable step, or None."""
+        """The newest durable step, or None; with tiers the newest of all, from the nearest one that has it whole."""
         found = self._core.latest()
         return None if found is None else Checkpoint._of(found)
 
@@ -195,13 +201,20 @@ class CheckpointExecutor:
         """The checkpoint of ``step``; another one is never returned: ``NotFoundError``."""
         return Checkpoint._of(self._core.checkpoint(step))
 
+    def tiers(self) -> list[TierReport]:
+        """What each tier behind the root has and lacks; none if another rank promotes."""
+        return [
+            TierReport(tier, place(root), state, newest, tuple(lacks), tuple(forks), error)
+            for tier, root, state, newest, lacks, forks, error in self._core.tiers()
+        ]
+
     @property
     def catalog(self) -> Catalog:
         """All steps under the root."""
         return Catalog(self._root)
 
     def shutdown(self, deadline: float = 60.0) -> None:
-        """Stops taking saves, waits for those in flight, and gives memory and threads back. Raises the error of a
+        """Stops taking saves, waits for those in flight and for copies to tiers, and gives memory and threads back. Raises the error of a
         save that nothing has seen, or ``DeadlineError``: those that had not ended have failed. May be called
         again."""
         self._core.shutdown(deadline)
@@ -253,9 +266,9 @@ def save(root: StrPath, step: int, state: Any, **settings: Any) -> Committed:
     {'weights': array([0., 1., 2.])}
     """
     options = ("values", "metadata", "overwrite", "name", "directory", "deadline")
-    given = {key: settings.pop(key) for key in options if key in settings}
+    chosen = {key: settings.pop(key) for key in options if key in settings}
     with CheckpointExecutor(root, detect="never", alone=True, **settings) as executor:
-        committed = executor.save(step, state, **given).wait()
+        committed = executor.save(step, state, **chosen).wait()
     if committed is None:
         raise InvalidError("the overlap policy did not begin the save", "invalid", step=step)
     return committed

@@ -35,7 +35,7 @@ class _Notifier:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="ashore-notifier", daemon=True)
                 self._thread.start()
-        future._handle.watch(token, future._staged)
+        future._watch(token)
 
     def _run(self) -> None:
         while tokens := _ashore.notify_next():
@@ -91,6 +91,9 @@ class SaveFuture(Future[T], Generic[T]):
     def _condition(self, condition: threading.Condition) -> None:
         self._plain_condition = condition
 
+    def _watch(self, token: int) -> None:
+        self._handle.watch(token, self._staged)
+
     def _outcome(self, timeout: float | None) -> Any:
         if self._staged:
             return (True, None) if self._handle.wait_staged(timeout) else (False, None)
@@ -111,9 +114,11 @@ class SaveFuture(Future[T], Generic[T]):
     def result(self, timeout: float | None = None) -> T:
         ended, outcome = self._outcome(timeout)
         if not ended:
-            what = "is not staged" if self._staged else "has not ended"
-            raise make("deadline", f"the save {what} waited={timeout} s", step=self._handle.step)
+            raise make("deadline", f"the save {self._unlike()} waited={timeout} s", step=self._handle.step)
         return self._convert(outcome)
+
+    def _unlike(self) -> str:
+        return "is not staged" if self._staged else "has not ended"
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         try:
@@ -159,5 +164,30 @@ class SaveFuture(Future[T], Generic[T]):
 
     # That of the base takes the condition, which asks to be told.
     def __repr__(self) -> str:
-        what = "staged" if self._staged else "durable"
-        return f"<ashore.SaveFuture of={what} step={self._handle.step} phase={self._handle.progress()[0]}>"
+        return f"<ashore.SaveFuture of={self._of()} step={self._handle.step} phase={self._handle.progress()[0]}>"
+
+    def _of(self) -> str:
+        return "staged" if self._staged else "durable"
+
+
+class PromotionFuture(SaveFuture[T]):
+    """A future of durability in a tier."""
+
+    def __init__(self, handle: _ashore.Handle, promotion: _ashore.Promotion, convert: Callable[[Any], T]) -> None:
+        self._promotion = promotion
+        super().__init__(handle, False, convert)
+
+    def _watch(self, token: int) -> None:
+        self._promotion.watch(token)
+
+    def _outcome(self, timeout: float | None) -> Any:
+        return self._promotion.wait(timeout)
+
+    def _unlike(self) -> str:
+        return "is not durable in the tier"
+
+    def done(self) -> bool:
+        return self._promotion.is_done()
+
+    def _of(self) -> str:
+        return "promoted"

@@ -12,8 +12,9 @@ from typing import Any
 
 from . import _ashore
 from ._errors import make
-from ._futures import SaveFuture
+from ._futures import PromotionFuture, SaveFuture
 from ._place import place
+from ._tiers import Promoted, promoted
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,15 @@ class Save:
     def durable(self) -> Future[Committed | None]:
         """Done when the step is durable; its result is None where the overlap policy did not begin the save."""
         return SaveFuture(self._handle, False, _committed)
+
+    def durable_in(self, tier: str) -> Future[Promoted]:
+        """Done when the step is durable in the tier of this name, too: ``durable`` speaks of the executor's own root.
+
+        It fails with the error of the save; ``CancelledError`` if the tier does not want the step any more;
+        ``ConflictError`` if another session owns the tier; ``DeadlineError`` if the executor was shut down before;
+        ``InvalidError`` for a tier that the executor of this process does not have. While a tier is away, it waits.
+        """
+        return PromotionFuture(self._handle, self._handle.durable_in(tier), promoted)
 
     def wait(self, deadline: float | None = None) -> Committed | None:
         """Waits until the save has ended, for ``deadline`` seconds at most, without the GIL. Ctrl-C interrupts it.

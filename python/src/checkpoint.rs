@@ -62,6 +62,11 @@ impl Checkpoint {
     }
 
     #[getter]
+    fn tier(&self) -> Option<&str> {
+        self.inner.tier()
+    }
+
+    #[getter]
     fn ranks(&self) -> u32 {
         self.inner.world()
     }

@@ -9,7 +9,8 @@ use crate::tree::{Leaves, SHAPE, Tensor};
 use crate::waiting::{interruptible, seconds};
 use crate::{checkpoint, values};
 use ashore::ranks::{Member, SharedDirectory};
-use ashore::{Capture, CheckpointExecutor, SaveOptions, Settings, Snapshot, StateDict};
+use ashore::tiers::{Tier, TierReport, TierState};
+use ashore::{Builder, Capture, CheckpointExecutor, SaveOptions, Settings, Snapshot, StateDict};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyString};
@@ -129,11 +130,12 @@ impl Executor {
         run: Option<String>,
     ) -> PyResult<Self> {
         entry(py, || {
-            let settings: Settings = serde_json::from_str(settings).map_err(|e| {
+            let (settings, tiers) = parsed(settings).map_err(|e| {
                 errors::invalid(py, &format!("a setting of the executor is unknown or of a wrong type: {e}"), None)
             })?;
             let build = || {
                 let mut builder = CheckpointExecutor::builder(&root).settings(settings);
+                builder = tiers.into_iter().fold(builder, Builder::tier);
                 if let Some((rank, world, local_rank)) = ranks {
                     let member = Member { rank, world, local_rank };
                     builder = builder.ranks(Arc::new(SharedDirectory::new(&root, member)?));
@@ -287,6 +289,23 @@ impl Executor {
         })
     }
 
+    /// What each tier has and lacks: name, root, state, newest, lacks, forks, error.
+    fn tiers(&self, py: Python<'_>) -> PyResult<Vec<Known>> {
+        entry(py, || {
+            let reports = self.engine(py)?.tiers();
+            let known = |report: TierReport| {
+                let state = match report.state {
+                    TierState::Ours => "ours",
+                    TierState::Lost => "lost",
+                    _ => "away",
+                };
+                let error = report.error.map(|error| format!("{error:#}"));
+                (report.tier, report.root, state, report.newest, report.lacks, report.forks, error)
+            };
+            Ok(reports.into_iter().map(known).collect())
+        })
+    }
+
     /// How the executor works: device, engine, arena.
     fn report(&self, py: Python<'_>) -> PyResult<(String, String, u64)> {
         entry(py, || {
@@ -321,6 +340,17 @@ impl Executor {
             Ok(true)
         })
     }
+}
+
+/// What is known of a tier.
+type Known = (String, PathBuf, &'static str, Option<u64>, Vec<u64>, Vec<u64>, Option<String>);
+
+/// The settings, and the tiers that are among them.
+fn parsed(settings: &str) -> serde_json::Result<(Settings, Vec<Tier>)> {
+    let mut settings: serde_json::Value = serde_json::from_str(settings)?;
+    let tiers = settings.as_object_mut().and_then(|settings| settings.remove("tiers"));
+    let tiers = tiers.map_or_else(|| Ok(Vec::new()), serde_json::from_value)?;
+    Ok((serde_json::from_value(settings)?, tiers))
 }
 
 /// Values, values of this rank, and metadata.

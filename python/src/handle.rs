@@ -3,7 +3,7 @@
 use crate::errors::{IntoPy, closed, entry};
 use crate::notify;
 use crate::waiting::{SLICE, seconds};
-use ashore::{Committed, ErrorKind, IoMode, Outcome, Phase, Save};
+use ashore::{Committed, ErrorKind, IoMode, Outcome, Phase, Promoted, Save};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::future::Future;
@@ -24,10 +24,7 @@ impl Handle {
     }
 
     fn ours(&self, py: Python<'_>) -> PyResult<()> {
-        if std::process::id() == self.process {
-            return Ok(());
-        }
-        Err(closed(py, "a save cannot be used in a forked child: it belongs to the parent"))
+        ours(py, self.process)
     }
 
     /// How the save ended, if it has.
@@ -47,7 +44,7 @@ impl Handle {
         }
     }
 
-    /// Waits in slices until `check` has a result, or `deadline` seconds have passed: then None.
+    /// Waits in slices: see [`sliced`].
     fn sliced<T>(
         &self,
         py: Python<'_>,
@@ -56,30 +53,41 @@ impl Handle {
         check: impl Fn() -> Option<PyResult<T>>,
     ) -> PyResult<Option<T>> {
         self.ours(py)?;
-        let until =
-            deadline.map(|deadline| seconds(py, deadline)).transpose()?.map(|wait| Instant::now().checked_add(wait));
-        loop {
-            if let Some(result) = check() {
-                return result.map(Some);
-            }
-            let left = match until.flatten() {
-                Some(until) => until.saturating_duration_since(Instant::now()),
-                None => SLICE,
-            };
-            if left.is_zero() {
-                return Ok(None);
-            }
-            let (save, wait) = (self.save.clone(), &wait);
-            let waited = py.detach(move || wait(&save, left.min(SLICE)));
-            if let Some(result) = check() {
-                return result.map(Some);
-            }
-            // Refused, as in a thread of the engine; a failure of the save would have been seen above.
-            if waited.as_ref().is_err_and(|e| e.kind() != ErrorKind::Deadline) {
-                waited.or_raise(py)?;
-            }
-            py.check_signals()?;
+        let save = self.save.clone();
+        sliced(py, deadline, move |slice| wait(&save, slice), check)
+    }
+}
+
+/// Waits in slices until `check` has a result, or `deadline` seconds have passed: then None.
+fn sliced<T>(
+    py: Python<'_>,
+    deadline: Option<f64>,
+    wait: impl Fn(Duration) -> ashore::Result<()> + Sync,
+    check: impl Fn() -> Option<PyResult<T>>,
+) -> PyResult<Option<T>> {
+    let until =
+        deadline.map(|deadline| seconds(py, deadline)).transpose()?.map(|wait| Instant::now().checked_add(wait));
+    loop {
+        if let Some(result) = check() {
+            return result.map(Some);
         }
+        let left = match until.flatten() {
+            Some(until) => until.saturating_duration_since(Instant::now()),
+            None => SLICE,
+        };
+        if left.is_zero() {
+            return Ok(None);
+        }
+        let wait = &wait;
+        let waited = py.detach(move || wait(left.min(SLICE)));
+        if let Some(result) = check() {
+            return result.map(Some);
+        }
+        // Refused, as in a thread of the engine; a failure of the save would have been seen above.
+        if waited.as_ref().is_err_and(|e| e.kind() != ErrorKind::Deadline) {
+            waited.or_raise(py)?;
+        }
+        py.check_signals()?;
     }
 }
 
@@ -119,7 +127,7 @@ impl Handle {
         entry(py, || {
             self.ours(py)?;
             if staged {
-                notify::when_staged(&self.save, token)
+                notify::when_ready(self.save.staged(), token)
             } else {
                 notify::when_done(&self.save, token)
             }
@@ -141,6 +149,11 @@ impl Handle {
         (phase, progress.bytes, progress.staged, progress.written)
     }
 
+    /// The second durability of the save, in the tier of this name.
+    fn durable_in(&self, tier: String) -> Promotion {
+        Promotion { save: self.save.clone(), tier, process: self.process }
+    }
+
     fn cancel(&self, py: Python<'_>) -> PyResult<bool> {
         entry(py, || {
             self.ours(py)?;
@@ -148,6 +161,75 @@ impl Handle {
             Ok(py.detach(move || save.cancel()))
         })
     }
+}
+
+/// Durability in a tier, in the form of a handle.
+#[pyclass(module = "ashore._ashore", frozen)]
+pub struct Promotion {
+    save: Save,
+    tier: String,
+    process: u32,
+}
+
+impl Promotion {
+    /// How the promotion ended, if it has.
+    fn ended<'py>(&self, py: Python<'py>) -> Option<PyResult<Option<Bound<'py, PyDict>>>> {
+        let mut promoted = self.save.durable_in(&self.tier);
+        match Pin::new(&mut promoted).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(result) => Some(result.or_raise(py).and_then(|promoted| of_promoted(py, &promoted)).map(Some)),
+            Poll::Pending => None,
+        }
+    }
+}
+
+#[pymethods]
+impl Promotion {
+    #[getter]
+    fn step(&self) -> u64 {
+        self.save.step()
+    }
+
+    /// Waits for the end: (True, outcome), or (False, None) at the deadline.
+    fn wait<'py>(&self, py: Python<'py>, deadline: Option<f64>) -> PyResult<(bool, Option<Bound<'py, PyDict>>)> {
+        entry(py, || {
+            ours(py, self.process)?;
+            let promoted = self.save.durable_in(&self.tier);
+            let ended = sliced(py, deadline, |slice| promoted.wait(slice).map(drop), || self.ended(py))?;
+            Ok(ended.map_or((false, None), |ended| (true, ended)))
+        })
+    }
+
+    /// Whether a wait would return at once.
+    fn is_done(&self, py: Python<'_>) -> bool {
+        ours(py, self.process).is_err() || self.save.durable_in(&self.tier).is_done()
+    }
+
+    /// Has the notifier told `token` when it has ended.
+    fn watch(&self, py: Python<'_>, token: u64) -> PyResult<()> {
+        entry(py, || {
+            ours(py, self.process)?;
+            notify::when_ready(self.save.durable_in(&self.tier), token);
+            Ok(())
+        })
+    }
+}
+
+fn ours(py: Python<'_>, process: u32) -> PyResult<()> {
+    if std::process::id() == process {
+        return Ok(());
+    }
+    Err(closed(py, "a save cannot be used in a forked child: it belongs to the parent"))
+}
+
+fn of_promoted<'py>(py: Python<'py>, promoted: &Promoted) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("tier", &promoted.tier)?;
+    dict.set_item("root", &promoted.root)?;
+    dict.set_item("step", promoted.step)?;
+    dict.set_item("attempt", promoted.attempt.to_string())?;
+    dict.set_item("path", &promoted.path)?;
+    dict.set_item("bytes", promoted.bytes)?;
+    Ok(dict)
 }
 
 fn of_committed<'py>(py: Python<'py>, committed: &Committed) -> PyResult<Bound<'py, PyDict>> {

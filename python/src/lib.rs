@@ -59,6 +59,7 @@ fn _ashore(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<executor::Executor>()?;
     module.add_class::<handle::Handle>()?;
+    module.add_class::<handle::Promotion>()?;
     module.add_class::<checkpoint::Checkpoint>()?;
     module.add_class::<checkpoint::Catalog>()?;
     module.add_function(wrap_pyfunction!(notify::notify_next, module)?)?;

@@ -1,10 +1,11 @@
-//! Tells the notifier thread of Python which saves have come to an end or are staged.
+//! Tells the notifier thread of Python which saves have come to an end, are staged or are durable in a tier.
 //!
 //! Threads of the engine push numbers into a queue and never take the GIL. One thread of Python waits for
 //! them here without the GIL, and completes the futures.
 
-use ashore::{Save, Staged};
+use ashore::Save;
 use pyo3::prelude::*;
+use std::any::Any;
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
@@ -30,7 +31,7 @@ struct Queue {
 struct State {
     ready: Vec<u64>,
     /// Futures that wake the queue.
-    staged: HashMap<u64, Staged>,
+    futures: HashMap<u64, Box<dyn Any + Send>>,
     stopped: bool,
 }
 
@@ -59,17 +60,16 @@ pub fn when_done(save: &Save, token: u64) {
     save.on_done(move |_| queue().push(token));
 }
 
-/// Pushes `token` when `save` is staged.
-pub fn when_staged(save: &Save, token: u64) {
-    let mut staged = save.staged();
+/// Pushes `token` when `future` is ready.
+pub fn when_ready(mut future: impl Future + Unpin + Send + 'static, token: u64) {
     let waker = Waker::from(Arc::new(Token(token)));
     let queue = queue();
     // The waker pushes under this lock: the token is not taken before its future is in the map.
     let mut state = queue.lock();
     let now = state.get_or_insert_default();
-    match Pin::new(&mut staged).poll(&mut Context::from_waker(&waker)) {
+    match Pin::new(&mut future).poll(&mut Context::from_waker(&waker)) {
         Poll::Ready(_) => now.ready.push(token),
-        Poll::Pending => drop(now.staged.insert(token, staged)),
+        Poll::Pending => drop(now.futures.insert(token, Box::new(future))),
     }
     queue.more.notify_one();
 }
@@ -84,7 +84,7 @@ pub fn notify_next(py: Python<'_>) -> Vec<u64> {
             let now = state.get_or_insert_default();
             if !now.ready.is_empty() {
                 let ready = std::mem::take(&mut now.ready);
-                let done: Vec<_> = ready.iter().filter_map(|token| now.staged.remove(token)).collect();
+                let done: Vec<_> = ready.iter().filter_map(|token| now.futures.remove(token)).collect();
                 drop(state);
                 // Not under the lock: its drop may drop a waker.
                 drop(done);
