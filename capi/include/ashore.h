@@ -346,9 +346,11 @@ const ashore_error *ashore_last_error(void);
 
 // Opens an executor over the directory `root`, which is created if it is missing; dead attempts of earlier
 // processes are swept. `settings` is a JSON object of the members of `Settings` in the Rust library, with
-// times in seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. `ranks`
-// is null for one rank; it is read within the call. `executor` is null after a failure. Fails with
-// ASHORE_INVALID where a launcher has started several ranks and `ranks` is null.
+// times in seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. Its
+// member `tiers` has the roots behind this one, nearest first: [{"root": "s3://bucket/run", "name": "store",
+// "keep_last": 20}], to which durable steps are copied. `ranks` is null for one rank; it is read within the
+// call. `executor` is null after a failure. Fails with ASHORE_INVALID where a launcher has started several
+// ranks and `ranks` is null.
 int32_t ashore_open(const char *root,
                     const char *settings,
                     const ashore_ranks *ranks,
@@ -415,6 +417,19 @@ int32_t ashore_save_cancel(ashore_save *save);
 
 // Frees the handle of a save, which goes on. A handle that is null or no handle is left alone.
 void ashore_save_free(ashore_save *save);
+
+// Waits until the step of a save is durable in the tier of this name, too: `ashore_save_wait` speaks of the
+// executor's own root. Returns the failure of the save; ASHORE_CANCELLED if the save did not begin, or the
+// tier does not want the step any more; ASHORE_CONFLICT if another session owns the tier; ASHORE_INVALID for
+// a tier that the executor of this process does not have. ASHORE_DEADLINE: not yet, and it can be waited for
+// again; while a tier is away, it is not.
+int32_t ashore_save_durable_in(ashore_save *save, const char *tier, double seconds);
+
+// Makes a JSON array of what each tier has and lacks: [{"tier": "shared", "root": "...", "state": "ours",
+// "newest": 8, "lacks": [], "forks": [], "error": null}, ...]. `state` is "ours", "away" (it does not answer
+// at present) or "lost" (another session owns it). Empty if another rank promotes. Freed by
+// ashore_text_free.
+int32_t ashore_tiers(ashore_executor *executor, char **json);
 
 // Opens the step in the directory `path`. Needs no executor.
 int32_t ashore_checkpoint_open(const char *path, ashore_checkpoint **checkpoint);

@@ -108,6 +108,10 @@ public:
     if (cost) cost->size = sizeof *cost;
     return check(ashore_save_wait(handle.get(), seconds, cost));
   }
+  // Returns when the step is durable in the tier of this name, too.
+  void durable_in(const std::string &tier, double seconds) {
+    check(ashore_save_durable_in(handle.get(), tier.c_str(), seconds));
+  }
   void staged(double seconds) { check(ashore_save_staged(handle.get(), seconds)); }
   void cancel() { check(ashore_save_cancel(handle.get())); }
   // Calls `done` once, with a status and the text of a failure. An exception in it ends the program.

@@ -9,17 +9,20 @@ use crate::handles::{self, Opened, ashore_checkpoint, ashore_executor};
 use crate::ranks::ashore_ranks;
 use crate::status::ashore_status::ASHORE_OK;
 use crate::tensor::{self, ashore_stream};
-use crate::{given, log};
-use ashore_core::{CheckpointExecutor, Error, ErrorKind, Settings};
+use crate::{given, log, tiers};
+use ashore_core::tiers::Tier;
+use ashore_core::{Builder, CheckpointExecutor, Error, ErrorKind, Settings};
 use serde_json::{Value, json};
 use std::ffi::c_char;
 use std::ptr;
 
 /// Opens an executor over the directory `root`, which is created if it is missing; dead attempts of earlier
 /// processes are swept. `settings` is a JSON object of the members of `Settings` in the Rust library, with
-/// times in seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. `ranks`
-/// is null for one rank; it is read within the call. `executor` is null after a failure. Fails with
-/// ASHORE_INVALID where a launcher has started several ranks and `ranks` is null.
+/// times in seconds, such as {"arena": 268435456, "keep_last": 3, "save_timeout": 600}; null is {}. Its
+/// member `tiers` has the roots behind this one, nearest first: [{"root": "s3://bucket/run", "name": "store",
+/// "keep_last": 20}], to which durable steps are copied. `ranks` is null for one rank; it is read within the
+/// call. `executor` is null after a failure. Fails with ASHORE_INVALID where a launcher has started several
+/// ranks and `ranks` is null.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_open(
@@ -41,7 +44,8 @@ pub unsafe extern "C" fn ashore_open(
         let mut builder = CheckpointExecutor::builder(root);
         if !settings.is_null() {
             // SAFETY: the argument of the crate.
-            builder = builder.settings(parsed(unsafe { given::text("settings", settings)? })?);
+            let (settings, tiers) = parsed(unsafe { given::text("settings", settings)? })?;
+            builder = tiers.into_iter().fold(builder.settings(settings), Builder::tier);
         }
         if let Some(ranks) = ranks {
             // SAFETY: the argument of the crate.
@@ -52,13 +56,14 @@ pub unsafe extern "C" fn ashore_open(
     })
 }
 
-/// Settings from their JSON text.
-fn parsed(text: &str) -> Result<Settings> {
+/// Settings from their JSON text, and the tiers among them.
+fn parsed(text: &str) -> Result<(Settings, Vec<Tier>)> {
     const TIMES: [&str; 4] = ["abandoned_after", "save_timeout", "fence_timeout", "shutdown_timeout"];
     let mut settings = given::json("argument", "settings", text)?;
     if !settings.is_object() {
         return Err(Failed::invalid(format!("settings are a JSON object settings={text:?}")));
     }
+    let tiers = tiers::taken(&mut settings)?;
     for name in TIMES {
         let Some(value) = settings.get_mut(name) else { continue };
         if let Some(number) = value.as_f64() {
@@ -67,8 +72,9 @@ fn parsed(text: &str) -> Result<Settings> {
             *value = json!({ "secs": time.as_secs(), "nanos": time.subsec_nanos() });
         }
     }
-    serde_json::from_value(settings)
-        .map_err(|e| Error::new(ErrorKind::Invalid, "settings do not parse").with_source(e).into())
+    let settings = serde_json::from_value(settings)
+        .map_err(|e| Error::new(ErrorKind::Invalid, "settings do not parse").with_source(e))?;
+    Ok((settings, tiers))
 }
 
 /// Accepts no more saves, waits at most `seconds` for those under way, and ends the threads. Afterwards the

@@ -29,6 +29,8 @@ mod executor;
 
 mod save;
 
+mod tiers;
+
 mod checkpoint;
 
 mod log;

@@ -9,6 +9,7 @@ use crate::save::*;
 use crate::status::ashore_dtype::*;
 use crate::status::ashore_status::{self, *};
 use crate::tensor::*;
+use crate::tiers::*;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::ptr::{null, null_mut};
@@ -97,6 +98,41 @@ fn a_step_is_saved_and_restored_and_every_tensor_is_released_once() {
         ashore_checkpoint_free(checkpoint);
     }
     assert_eq!((data[5], counter.load(Ordering::Acquire)), (1.5, 3));
+}
+
+#[test]
+fn a_tier_has_a_wait_and_a_report_of_its_own() {
+    let (root, tier, counter) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), AtomicU32::new(0));
+    let (mut data, shape) = (vec![1.5_f32; 6], [6]);
+    let w = told(c"w", &mut data, &shape, &counter);
+    let (at, behind) = (root.path().to_str().unwrap(), tier.path().to_str().unwrap());
+    let at = CString::new(at).unwrap();
+    let settings = |more: &str| {
+        let tiers = format!(r#"[{{"root": {behind:?}, "name": "shared"{more}}}]"#);
+        CString::new(format!(r#"{{"arena": 2097152, "chunk": 262144, "device": "host", "tiers": {tiers}}}"#)).unwrap()
+    };
+    let (mut executor, mut save, mut json) = (null_mut(), null_mut(), null_mut());
+    // SAFETY: everything that is pointed to outlives the calls, and the tensor its release.
+    unsafe {
+        let wrong = settings(r#", "keep": 1"#);
+        let text = expect(ashore_open(at.as_ptr(), wrong.as_ptr(), null(), &mut executor), ASHORE_INVALID);
+        assert!(text.contains("tiers") && text.contains("keep"), "{text}");
+        let good = settings(r#", "keep_last": 2"#);
+        expect(ashore_open(at.as_ptr(), good.as_ptr(), null(), &mut executor), ASHORE_OK);
+        expect(ashore_save_begin(executor, 1, &w, 1, null(), &mut save), ASHORE_OK);
+        let text = expect(ashore_save_durable_in(save, c"other".as_ptr(), 60.0), ASHORE_INVALID);
+        assert!(text.contains("other"), "{text}");
+        expect(ashore_save_durable_in(save, null(), 60.0), ASHORE_INVALID);
+        expect(ashore_save_durable_in(save, c"shared".as_ptr(), 60.0), ASHORE_OK);
+        assert!(tier.path().join("step-00000001/manifest.json").exists());
+        expect(ashore_tiers(executor, &mut json), ASHORE_OK);
+        let report: serde_json::Value = serde_json::from_str(CStr::from_ptr(json).to_str().unwrap()).unwrap();
+        let (tier, state, newest) = (&report[0]["tier"], &report[0]["state"], &report[0]["newest"]);
+        assert!(tier == "shared" && state == "ours" && *newest == 1, "{report}");
+        ashore_text_free(json);
+        ashore_save_free(save);
+        expect(ashore_close(executor, 60.0), ASHORE_OK);
+    }
 }
 
 #[test]
