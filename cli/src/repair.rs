@@ -202,7 +202,9 @@ impl Change {
 fn home(path: &Path) -> Result<(Local, String)> {
     let none = || Error::new(ErrorKind::Invalid, "only a step in a directory can be repaired").with_path(path);
     if is_url(path) {
-        return Err(none());
+        let what = "repair writes into a directory, and this is a store: a sound copy of the step in another root \
+                    replaces this one by `ashore copy ROOT STORE --step N`";
+        return Err(Error::new(ErrorKind::Invalid, what).with_path(path));
     }
     let name = path.file_name().and_then(|name| name.to_str()).ok_or_else(none)?;
     Ok((Local::at(path.parent().ok_or_else(none)?)?, name.to_owned()))
