@@ -37,6 +37,7 @@ class Executor:
         state: Any,
         named: _Named,
         capture: Any,
+        frozen: list[str],
         options: _Options,
     ) -> Handle: ...
     def save_prepared(

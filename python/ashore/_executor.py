@@ -114,6 +114,7 @@ class CheckpointExecutor:
         rank_values: Mapping[str, Any] = _MISSING,
         metadata: Mapping[str, Any] = _MISSING,
         capture: Mapping[str, When] | When | None = None,
+        frozen: Iterable[str] = (),
         overwrite: bool = False,
         name: str | None = None,
         directory: StrPath | None = None,
@@ -129,15 +130,17 @@ class CheckpointExecutor:
         ``values`` are values beside those of the state; of ``rank_values`` each of several ranks keeps its own;
         ``metadata`` describes the checkpoint. ``capture`` says of
         tensors, by their names or what they are in, whether they are copied in this call (``"save"``, within the
-        setting ``capture_budget``) or by the fence; ``capture="save"`` waits until all are. ``overwrite`` replaces a
-        step. ``name`` is the name of the directory in the root; ``directory`` is one anywhere, which is no step: no
+        setting ``capture_budget``) or by the fence; ``capture="save"`` waits until all are. ``frozen`` names tensors,
+        or what they are in, that are not expected to change: they get files of their own, which later steps share as
+        long as the bytes stay the same. ``overwrite`` replaces a step. ``name`` is the name of the directory in the root; ``directory`` is one anywhere, which is no step: no
         catalog lists it. The save fails when it is not durable after ``deadline`` seconds.
 
         Raises ``InvalidError``, naming the tensor, for what cannot be saved as it is; the error of an earlier save
         that nothing has seen; ``ConflictError`` while this step is being saved; ``BusyError``; ``ClosedError``.
         """
         named = (dict(values), dict(rank_values), dict(metadata))
-        return Save(self._core.save(step, state, named, capture, _options(overwrite, name, directory, deadline)))
+        options = _options(overwrite, name, directory, deadline)
+        return Save(self._core.save(step, state, named, capture, list(frozen), options))
 
     def _save_prepared(
         self,

@@ -34,6 +34,12 @@ class Committed:
     """The directory of the step."""
     bytes: int
     """Bytes of tensors."""
+    written_bytes: int
+    """Bytes of files of tensors that were written."""
+    cloned_bytes: int
+    """Bytes of such files that are clones of files of an older step."""
+    linked_bytes: int
+    """Bytes of such files that are files of an older step, under a second name."""
     blocked: float
     """How long ``save`` and fences blocked their callers for this save."""
     staged: float

@@ -151,7 +151,8 @@ impl Executor {
     }
 
     /// Saves a tree of tensors and values.
-    #[pyo3(signature = (step, state, named, capture, options))]
+    #[pyo3(signature = (step, state, named, capture, frozen, options))]
+    #[expect(clippy::too_many_arguments, reason = "called by ashore/_executor.py alone")]
     fn save(
         &self,
         py: Python<'_>,
@@ -159,6 +160,7 @@ impl Executor {
         state: &Bound<'_, PyAny>,
         named: Named<'_>,
         capture: Option<&Bound<'_, PyAny>>,
+        frozen: Vec<String>,
         options: Given,
     ) -> PyResult<Handle> {
         entry(py, || {
@@ -179,7 +181,8 @@ impl Executor {
             let items = leaves.tensors.into_iter().map(item).collect();
             captures.all_used(py)?;
             let options = options_of(py, captures.snapshot, options)?;
-            self.submit(&call, dict, items, named, options, (None, None, false), |_| Ok(()))
+            let declare = |dict: &mut StateDict<'static>| frozen.iter().try_for_each(|name| freeze(py, dict, name));
+            self.submit(&call, dict, items, named, options, (None, None, false), declare)
         })
     }
 
@@ -404,6 +407,19 @@ impl Executor {
         drop(seen);
         Ok(Handle::new(save))
     }
+}
+
+/// Declares a tensor frozen, or all that are in what is called `name`.
+fn freeze(py: Python<'_>, dict: &mut StateDict<'static>, name: &str) -> PyResult<()> {
+    if dict.frozen(name).is_ok() {
+        return Ok(());
+    }
+    let within = |tensor: &str| tensor.strip_prefix(name).is_some_and(|rest| name.is_empty() || rest.starts_with('.'));
+    let names: Vec<String> = dict.layouts().map(|(tensor, _)| tensor).filter(|t| within(t)).map(Into::into).collect();
+    if names.is_empty() {
+        return Err(errors::invalid(py, "what the state does not have is declared frozen", Some(name)));
+    }
+    names.iter().try_for_each(|tensor| dict.frozen(tensor).map(drop)).or_raise(py)
 }
 
 fn options_of(

@@ -238,6 +238,9 @@ fn of_committed<'py>(py: Python<'py>, committed: &Committed) -> PyResult<Bound<'
     dict.set_item("attempt", committed.attempt.to_string())?;
     dict.set_item("path", &committed.path)?;
     dict.set_item("bytes", committed.bytes)?;
+    dict.set_item("written_bytes", committed.written_bytes)?;
+    dict.set_item("cloned_bytes", committed.cloned_bytes)?;
+    dict.set_item("linked_bytes", committed.linked_bytes)?;
     dict.set_item("blocked", committed.blocked.as_secs_f64())?;
     dict.set_item("staged", committed.staged.as_secs_f64())?;
     dict.set_item("durable", committed.durable.as_secs_f64())?;

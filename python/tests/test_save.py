@@ -447,3 +447,13 @@ def test_a_step_of_another_program_is_a_flat_dict(executor):
     executor._save_prepared(1, ["a.b"], [torch.ones(1)], values={"c.d": 5}).wait()
     tree = executor.latest().tree()
     assert tree["c.d"] == 5 and tree["a.b"].tolist() == [1]
+
+
+def test_frozen_tensors_are_named_by_what_they_are_in(root):
+    state = {"base": {"a": numpy.ones(1 << 18, "float32"), "b": numpy.ones(1 << 18, "float32")}, "head": numpy.ones(4)}
+    with ashore.CheckpointExecutor(root, **SMALL) as executor:
+        done = [executor.save(step, state, frozen=["base"]).wait() for step in (1, 2)]
+        assert [committed.linked_bytes + committed.cloned_bytes > 1 << 21 for committed in done] == [False, True]
+        with pytest.raises(ashore.InvalidError, match="frozen") as refused:
+            executor.save(3, state, frozen=["bas"])
+        assert refused.value.tensor == "bas"

@@ -28,6 +28,9 @@ impl StateDict<'_> {
     /// # Ok::<(), ashore::Error>(())
     /// ```
     ///
+    /// An alias stands for the tensor that has its bytes. Several ranks share no files, and tensors in boxes are
+    /// not put together: a declaration changes nothing there.
+    ///
     /// # Errors
     /// `Invalid` when there is no tensor `name`, or when it is in a group.
     pub fn frozen(&mut self, name: &str) -> Result<&mut Self> {
@@ -52,6 +55,8 @@ impl StateDict<'_> {
     }
 
     fn put_into(&mut self, name: &str, group: u32) -> Result<&mut Self> {
+        let holder = self.aliases.get(name).cloned();
+        let name = holder.as_deref().unwrap_or(name);
         let boxes = self.boxes.get(name).copied().unwrap_or(1);
         for number in 0..boxes {
             let missing = || Error::invalid(format!("there is no tensor of this name to group tensor={name:?}"));
@@ -111,6 +116,13 @@ mod tests {
         {
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid);
         }
+    }
+
+    #[test]
+    fn an_alias_stands_for_its_tensor() {
+        let mut tied = state();
+        tied.alias("tied", "a").unwrap().frozen("tied").unwrap();
+        assert_eq!(tied.tensor_named("a").unwrap().group, STILL);
     }
 
     #[test]

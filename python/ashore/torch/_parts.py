@@ -222,6 +222,11 @@ class ModulePart(Part):
             tree[name] = copies.of(tree[name])
         return tree
 
+    @staticmethod
+    def frozen(taken: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters in what `taken` gave that do not train."""
+        return ((name, value) for name, value in taken.items() if _is_parameter(value) and not value.requires_grad)
+
     def names(self) -> Iterator[tuple[int, str]]:
         """The identity of each parameter, and its first name."""
         return ((id(parameter), name) for name, parameter in self._module.named_parameters())

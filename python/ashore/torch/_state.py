@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ import torch
 from ._errors import declining
 from ._parts import Copies, ModulePart, OptimizerPart, RngPart, part_of
 from ._restore import IncompatibleKeys, Plan
+
+
+# The engine writes smaller files again rather than share them.
+_LEAST = 1 << 20
 
 
 class State:
@@ -40,6 +45,15 @@ class State:
         tree = self.taken()
         own = {name: part.own() for name, part in self._parts.items() if isinstance(part, RngPart)}
         return {name: entry for name, entry in tree.items() if name not in own}, own
+
+    def frozen(self, taken: Mapping[str, Any]) -> list[str]:
+        """The names of parameters in what `taken` gave that do not train (`requires_grad` is off).
+
+        None where they are few bytes together: files of their own would not be shared.
+        """
+        modules = [name for name, part in self._parts.items() if isinstance(part, ModulePart)]
+        found = [(f"{name}.{path}", value) for name in modules for path, value in ModulePart.frozen(taken[name])]
+        return [name for name, _ in found] if sum(value.nbytes for _, value in found) >= _LEAST else []
 
     def plan(self, checkpoint: Any) -> Plan:
         """What a restore of `checkpoint` would do."""
@@ -87,7 +101,8 @@ def save(executor: Any, step: int, state: State, **options: Any) -> Any:
     Until the next fence, parameters and the optimizer's state must not be written: `fence_before` takes care
     of that. Everything else (buffers, dicts, schedulers, random numbers) may be written at once: it is copied
     in this call, where it lies, and the copies are held until they are staged. `options` are those of
-    `CheckpointExecutor.save`.
+    `CheckpointExecutor.save`. `frozen` is by default the parameters of modules whose `requires_grad` is off, if
+    they are 1 MiB or more: their files are shared by later steps as long as they do not change.
 
     Of several ranks (`CheckpointExecutor(ranks=...)`) each calls it with the same step. It gives its boxes of
     DTensors, and random numbers of its own; everything else is the same on all ranks, and written once.
@@ -99,6 +114,8 @@ def save(executor: Any, step: int, state: State, **options: Any) -> Any:
         # A step that a GradScaler skipped has called no fence, and the executor reads one state at a time.
         executor.fence()
         tree, own = (state.taken(), {}) if executor._alone else state.of_rank()
+        if executor._alone:
+            options.setdefault("frozen", state.frozen(tree))
     if own:
         options["rank_values"] = {**own, **options.get("rank_values", {})}
     return executor.save(step, tree, **options)

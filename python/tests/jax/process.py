@@ -43,13 +43,13 @@ if verb == "alone":
         try:
             ashore.jax.save(executor, 1, {"own": state["own"], "tiles": state["tiles"]})
         except ashore.InvalidError as error:
-            print("refused", error.tensor, "give the executor ranks" in str(error))
+            print("result: refused", error.tensor, "give the executor ranks" in str(error))
 elif verb == "save":
     settings = {"arena": 8 << 20, "chunk": 1 << 20, "ranks": (rank, 2, rank), "run": f"run {port}"}
     with ashore.CheckpointExecutor(root, **settings) as executor:
         save = ashore.jax.save(executor, 1, state)
         donated = jax.jit(lambda array: array * 0, donate_argnums=0)(state["tiles"])
-        print("step", save.wait().step, float(jax.jit(jnp.sum)(donated)))
+        print("result: step", save.wait().step, float(jax.jit(jnp.sum)(donated)))
 else:
     got = ashore.jax.restore(ashore.latest(root), state)
     for name in ("tiles", "columns", "same"):
@@ -60,4 +60,4 @@ else:
     for shard in data.addressable_shards:
         assert (numpy.asarray(shard.data) == numpy.arange(16).reshape(8, 2)[shard.index]).all()
     assert got["own"].tolist() == [5, 6, 7] and got["host"].tolist() == [0, 1, 2, 3] and got["epoch"] == 7
-    print("restored")
+    print("result: restored")

@@ -17,7 +17,7 @@ PROCESS = pathlib.Path(__file__).with_name("process.py")
 
 
 def run(verb, root):
-    """Runs both processes; returns the last line of each: XLA prints others."""
+    """Runs both processes; returns the result of each: XLA and Gloo print other lines, before and after it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -28,7 +28,9 @@ def run(verb, root):
     ]
     outputs = [process.communicate(timeout=180) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    return [out.splitlines()[-1] for out, _ in outputs]
+    said = [line.removeprefix("result: ") for out, _ in outputs for line in out.splitlines() if line.startswith("result: ")]
+    assert len(said) == 2, outputs
+    return said
 
 
 def test_two_processes_save_one_step_and_one_or_two_restore_it(root):

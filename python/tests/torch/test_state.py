@@ -339,3 +339,41 @@ def test_random_numbers_are_restored_where_only_one_side_has_numpy(tmp_path, mon
         drawn, numpy_before = torch.rand(1), numpy.random.get_state()[1].tolist()
         assert ashore.torch.restore(saves.latest(), state) == ashore.torch.IncompatibleKeys([], [])
         assert torch.equal(torch.rand(1), drawn) and numpy.random.get_state()[1].tolist() == numpy_before
+
+
+def fine_tuned(elements):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(elements, 64), nn.Linear(64, 8))
+    net[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), lr=0.01)
+    return net, optimizer, ashore.torch.state(model=net, optimizer=optimizer)
+
+
+def test_what_does_not_train_is_written_once(tmp_path):
+    net, optimizer, state = fine_tuned(1 << 13)
+    frozen = net[0].weight.nbytes
+    with executor(tmp_path) as saves:
+        for step in range(1, 5):
+            net(torch.ones(4, 1 << 13)).sum().backward()
+            optimizer.step()
+            committed = ashore.torch.save(saves, step, state).wait()
+            saves.fence()
+            shared = committed.cloned_bytes + committed.linked_bytes
+            assert shared >= frozen if step > 1 else shared == 0
+            assert (committed.written_bytes >= frozen) == (step == 1)
+        # A layer that thaws is written again.
+        net[0].requires_grad_(True)
+        assert ashore.torch.save(saves, 5, state).wait().written_bytes >= frozen
+        expected = bits(net.state_dict())
+        other, _, other_state = fine_tuned(1 << 13)
+        with torch.no_grad():
+            other[0].weight.zero_()
+        ashore.torch.restore(saves.checkpoint(4), other_state)
+        assert bits(other.state_dict()) == expected
+
+
+def test_a_little_that_does_not_train_has_no_file_of_its_own(tmp_path):
+    _, _, state = fine_tuned(16)
+    with executor(tmp_path) as saves:
+        path = ashore.torch.save(saves, 1, state).wait().path
+    assert (path / "model.safetensors").exists()
