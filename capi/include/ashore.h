@@ -275,6 +275,15 @@ typedef struct {
   const char *json;
 } ashore_value;
 
+// Another name of a tensor of the same save, such as that of tied weights: the bytes are written once, and a
+// restore finds them under both names. Dtype, shape and boxes are those of the holder.
+typedef struct {
+  // Its name: not empty, utf-8, and no tensor's.
+  const char *name;
+  // The tensor that holds the bytes, or an earlier alias of it.
+  const char *holder;
+} ashore_alias;
+
 // Options of one save. Zero is the default of every member but `size`.
 typedef struct {
   // sizeof(ashore_save_options)
@@ -295,6 +304,9 @@ typedef struct {
   // Values of this rank alone; where one process saves, the same as `values`.
   const ashore_value *rank_values;
   size_t rank_value_count;
+  // More names of tensors.
+  const ashore_alias *aliases;
+  size_t alias_count;
 } ashore_save_options;
 
 // What a durable save has cost. Times are seconds since its call.
@@ -371,6 +383,13 @@ int32_t ashore_fence(ashore_executor *executor, const ashore_stream *streams, si
 // Opens the newest durable step under the root. `checkpoint` is null, and the status ASHORE_OK, if there is
 // none.
 int32_t ashore_latest(ashore_executor *executor, ashore_checkpoint **checkpoint);
+
+// Opens the newest step whose bytes are all as written, and passes over damaged ones and those marked bad:
+// reads the steps whole that it examines. `skipped` may be null, or takes the JSON text of the newer steps,
+// newest first: [{"step": 8, "path": "...", "kind": 7, "text": "..."}, ...] with an `ashore_status`. Freed by
+// ashore_text_free. Both are null after a failure; if there is no step, `checkpoint` is null and the status
+// ASHORE_OK. Where there are steps and none is sound, it fails with the damage of the newest.
+int32_t ashore_latest_valid(ashore_executor *executor, ashore_checkpoint **checkpoint, char **skipped);
 
 // Opens a step under the root: ASHORE_NOT_FOUND if it is not there.
 int32_t ashore_step(ashore_executor *executor, uint64_t step, ashore_checkpoint **checkpoint);

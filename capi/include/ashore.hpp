@@ -16,11 +16,10 @@ namespace ashore {
 // A failure: what() is its text.
 struct error : std::runtime_error {
   explicit error(const ashore_error &e)
-      : std::runtime_error(e.text), kind(e.kind), step(e.step), rank(e.rank), tensor(e.tensor ? e.tensor : ""),
+      : std::runtime_error(e.text), kind(e.kind), rank(e.rank), step(e.step), tensor(e.tensor ? e.tensor : ""),
         path(e.path ? e.path : "") {}
-  int32_t kind; // an ashore_status
+  int32_t kind, rank; // `kind` is an ashore_status
   int64_t step;
-  int32_t rank;
   std::string tensor, path; // empty where there is none
 };
 
@@ -32,14 +31,12 @@ inline bool check(int32_t status) {
 
 template <class T>
 constexpr int32_t dtype_of() {
-  if constexpr (std::is_same_v<T, bool>) return ASHORE_BOOL;
-  else if constexpr (std::is_same_v<T, float>) return ASHORE_F32;
-  else if constexpr (std::is_same_v<T, double>) return ASHORE_F64;
-  else if constexpr (std::is_integral_v<T> && sizeof(T) == 1) return std::is_signed_v<T> ? ASHORE_I8 : ASHORE_U8;
-  else if constexpr (std::is_integral_v<T> && sizeof(T) == 2) return std::is_signed_v<T> ? ASHORE_I16 : ASHORE_U16;
-  else if constexpr (std::is_integral_v<T> && sizeof(T) == 4) return std::is_signed_v<T> ? ASHORE_I32 : ASHORE_U32;
-  else if constexpr (std::is_integral_v<T> && sizeof(T) == 8) return std::is_signed_v<T> ? ASHORE_I64 : ASHORE_U64;
-  else static_assert(!sizeof(T), "give the dtype by state::tensor(ashore_tensor)");
+  constexpr bool is_float = std::is_same_v<T, float> || std::is_same_v<T, double>;
+  static_assert(is_float || (std::is_integral_v<T> && sizeof(T) <= 8), "give the dtype by state::tensor(ashore_tensor)");
+  if (is_float) return sizeof(T) == 4 ? ASHORE_F32 : ASHORE_F64;
+  constexpr int32_t all[] = {ASHORE_U8, ASHORE_I8, ASHORE_U16, ASHORE_I16, ASHORE_U32, ASHORE_I32, ASHORE_U64, ASHORE_I64};
+  constexpr int first = 2 * ((sizeof(T) > 1) + (sizeof(T) > 2) + (sizeof(T) > 4));
+  return std::is_same_v<T, bool> ? ASHORE_BOOL : all[first + std::is_signed_v<T>];
 }
 
 // Named tensors, and values as JSON texts: what is saved, and what is restored into.
@@ -49,11 +46,9 @@ public:
   template <class T>
   state &tensor(const std::string &name, T *data, std::vector<int64_t> shape, std::shared_ptr<const void> keep = {}) {
     ashore_tensor t{};
-    t.name = name.c_str();
+    t.name = name.c_str(), t.dtype = dtype_of<std::remove_const_t<T>>();
     t.data = const_cast<std::remove_const_t<T> *>(data);
-    t.shape = shape.data();
-    t.dims = static_cast<uint32_t>(shape.size());
-    t.dtype = dtype_of<std::remove_const_t<T>>();
+    t.shape = shape.data(), t.dims = static_cast<uint32_t>(shape.size());
     return tensor(t, std::move(keep));
   }
 
@@ -61,30 +56,29 @@ public:
   state &tensor(const ashore_tensor &given, std::shared_ptr<const void> keep = {}) {
     auto &e = entries.emplace_back();
     ashore_tensor t = given;
-    e.name = given.name ? given.name : "";
-    t.name = e.name.c_str();
-    const int64_t **lists[] = {&t.shape, &t.strides, &t.global_shape, &t.offset};
-    for (int i = 0; i < 4 && t.dims; i++) {
-      if (!*lists[i]) continue;
-      e.lists[i].assign(*lists[i], *lists[i] + t.dims);
-      *lists[i] = e.lists[i].data();
-    }
+    e.name = given.name ? given.name : "", t.name = e.name.c_str();
+    auto *next = e.lists;
+    for (auto *list : {&t.shape, &t.strides, &t.global_shape, &t.offset})
+      if (auto &copy = *next++; *list) copy.assign(*list, *list + t.dims), *list = copy.data();
     t.release = nullptr, t.context = nullptr, e.keep = std::move(keep);
     tensors.push_back(t);
     return *this;
   }
-  state &value(std::string name, std::string json) {
-    texts.emplace_back(std::move(name), std::move(json));
-    values.push_back({texts.back().first.c_str(), texts.back().second.c_str()});
-    return *this;
-  }
+  state &value(std::string name, std::string json) { return named(values, std::move(name), std::move(json)); }
+  // Another name of a tensor, for weights that are tied: the bytes are saved once.
+  state &alias(std::string name, std::string holder) { return named(aliases, std::move(name), std::move(holder)); }
   state() = default;
-  state(const state &) = delete;
-  state &operator=(const state &) = delete;
+  state(state &&) = delete;
 
 private:
   friend class executor;
   friend class checkpoint;
+  template <class T>
+  state &named(std::vector<T> &all, std::string name, std::string text) {
+    auto &kept = texts.emplace_back(std::move(name), std::move(text));
+    all.push_back({kept.first.c_str(), kept.second.c_str()});
+    return *this;
+  }
   struct entry {
     std::string name;
     std::vector<int64_t> lists[4];
@@ -94,6 +88,7 @@ private:
   std::deque<std::pair<std::string, std::string>> texts;
   std::vector<ashore_tensor> tensors;
   std::vector<ashore_value> values;
+  std::vector<ashore_alias> aliases;
 };
 template <class T, void (*free)(T *)>
 struct freed {
@@ -103,6 +98,7 @@ struct freed {
 // A save under way or ended. Without it the save goes on.
 class save {
 public:
+  save() = default;
   // Whether it became durable; false: it was skipped.
   bool wait(double seconds, ashore_committed *cost = nullptr) {
     if (cost) cost->size = sizeof *cost;
@@ -127,6 +123,7 @@ public:
 
 private:
   friend class executor;
+  explicit save(ashore_save *begun) : handle(begun) {}
   std::unique_ptr<ashore_save, freed<ashore_save, ashore_save_free>> handle;
 };
 
@@ -145,11 +142,13 @@ public:
   std::string json(const char *name = nullptr) const {
     char *text = nullptr;
     check(ashore_checkpoint_json(handle.get(), name, &text));
-    return std::unique_ptr<char, freed<char, ashore_text_free>>(text).get();
+    return owned(text);
   }
 
 private:
   friend class executor;
+  explicit checkpoint(ashore_checkpoint *opened) : handle(opened) {}
+  static std::string owned(char *text) { return std::unique_ptr<char, freed<char, ashore_text_free>>(text).get(); }
   std::unique_ptr<ashore_checkpoint, freed<ashore_checkpoint, ashore_checkpoint_free>> handle;
 };
 
@@ -165,19 +164,15 @@ public:
     std::vector<ashore_tensor> tensors(state.tensors);
     std::vector<std::unique_ptr<kept>> keeps;
     for (auto &e : state.entries) keeps.push_back(e.keep ? std::make_unique<kept>(e.keep) : nullptr);
-    for (size_t i = 0; i < keeps.size(); i++) {
-      if (!keeps[i]) continue;
-      tensors[i].release = [](void *context) noexcept { delete static_cast<kept *>(context); };
-      tensors[i].context = keeps[i].release();
-    }
+    auto release = [](void *context) noexcept { delete static_cast<kept *>(context); };
+    for (size_t i = 0; i < keeps.size(); i++)
+      if ((tensors[i].context = keeps[i].release())) tensors[i].release = release;
     options.size = sizeof options;
     if (!options.values) options.values = state.values.data(), options.value_count = state.values.size();
+    if (!options.aliases) options.aliases = state.aliases.data(), options.alias_count = state.aliases.size();
     ashore_save *begun = nullptr;
-    int32_t status = ashore_save_begin(handle.get(), step, tensors.data(), tensors.size(), &options, &begun);
-    ashore::save save;
-    save.handle.reset(begun);
-    check(status);
-    return save;
+    check(ashore_save_begin(handle.get(), step, tensors.data(), tensors.size(), &options, &begun));
+    return ashore::save(begun);
   }
   // The tensors may be written after it: by `streams` on the GPU, by the host without any.
   void fence(const std::vector<ashore_stream> &streams = {}) {
@@ -186,10 +181,15 @@ public:
   std::optional<checkpoint> latest() {
     ashore_checkpoint *newest = nullptr;
     check(ashore_latest(handle.get(), &newest));
-    if (!newest) return std::nullopt;
-    checkpoint found;
-    found.handle.reset(newest);
-    return found;
+    return newest ? std::optional(checkpoint(newest)) : std::nullopt;
+  }
+  // The newest step whose bytes are all as written; `skipped` becomes the JSON text of newer, damaged ones.
+  std::optional<checkpoint> latest_valid(std::string *skipped = nullptr) {
+    ashore_checkpoint *newest = nullptr;
+    char *text = nullptr;
+    check(ashore_latest_valid(handle.get(), &newest, skipped ? &text : nullptr));
+    if (skipped) *skipped = checkpoint::owned(text);
+    return newest ? std::optional(checkpoint(newest)) : std::nullopt;
   }
   // Waits for the saves under way, and throws the first failure that no call has returned. Without it the
   // destructor waits five minutes, and failures are only logged.

@@ -7,9 +7,10 @@
 use crate::failure::{Failed, Result, run, text};
 use crate::handles::{self, Opened, ashore_checkpoint, ashore_executor};
 use crate::ranks::ashore_ranks;
-use crate::status::ashore_status::ASHORE_OK;
+use crate::status::ashore_status::{self, ASHORE_OK};
 use crate::tensor::{self, ashore_stream};
 use crate::{given, log, tiers};
+use ashore_core::catalog::Problem;
 use ashore_core::tiers::Tier;
 use ashore_core::{Builder, CheckpointExecutor, Error, ErrorKind, Settings};
 use serde_json::{Value, json};
@@ -137,6 +138,46 @@ pub unsafe extern "C" fn ashore_latest(executor: *mut ashore_executor, checkpoin
             *checkpoint = handles::give(Opened { checkpoint: newest, lent: true }, handles::number(executor));
         }
         Ok(ASHORE_OK)
+    })
+}
+
+/// Opens the newest step whose bytes are all as written, and passes over damaged ones and those marked bad:
+/// reads the steps whole that it examines. `skipped` may be null, or takes the JSON text of the newer steps,
+/// newest first: [{"step": 8, "path": "...", "kind": 7, "text": "..."}, ...] with an `ashore_status`. Freed by
+/// ashore_text_free. Both are null after a failure; if there is no step, `checkpoint` is null and the status
+/// ASHORE_OK. Where there are steps and none is sound, it fails with the damage of the newest.
+// SAFETY: the name begins with that of this library.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ashore_latest_valid(
+    executor: *mut ashore_executor,
+    checkpoint: *mut *mut ashore_checkpoint,
+    skipped: *mut *mut c_char,
+) -> i32 {
+    run(|| {
+        // SAFETY: the argument of the crate.
+        let (checkpoint, mut skipped) = unsafe { (given::result("checkpoint", checkpoint)?, skipped.as_mut()) };
+        *checkpoint = ptr::null_mut();
+        if let Some(skipped) = &mut skipped {
+            **skipped = ptr::null_mut();
+        }
+        let found = handles::find(executor)?.latest_valid()?;
+        if let Some(skipped) = skipped {
+            let problems = found.iter().flat_map(|found| &found.skipped).map(problem).collect();
+            *skipped = text(&Value::Array(problems).to_string()).into_raw();
+        }
+        if let Some(found) = found {
+            *checkpoint = handles::give(Opened { checkpoint: found.checkpoint, lent: true }, handles::number(executor));
+        }
+        Ok(ASHORE_OK)
+    })
+}
+
+fn problem(problem: &Problem) -> Value {
+    json!({
+        "step": problem.step,
+        "path": problem.path.to_string_lossy(),
+        "kind": ashore_status::from(problem.error.kind()) as i32,
+        "text": format!("{:#}", problem.error),
     })
 }
 

@@ -25,6 +25,16 @@ pub struct ashore_value {
     pub json: *const c_char,
 }
 
+/// Another name of a tensor of the same save, such as that of tied weights: the bytes are written once, and a
+/// restore finds them under both names. Dtype, shape and boxes are those of the holder.
+#[repr(C)]
+pub struct ashore_alias {
+    /// Its name: not empty, utf-8, and no tensor's.
+    pub name: *const c_char,
+    /// The tensor that holds the bytes, or an earlier alias of it.
+    pub holder: *const c_char,
+}
+
 /// Options of one save. Zero is the default of every member but `size`.
 #[repr(C)]
 pub struct ashore_save_options {
@@ -46,6 +56,9 @@ pub struct ashore_save_options {
     /// Values of this rank alone; where one process saves, the same as `values`.
     pub rank_values: *const ashore_value,
     pub rank_value_count: usize,
+    /// More names of tensors.
+    pub aliases: *const ashore_alias,
+    pub alias_count: usize,
 }
 
 impl Default for ashore_save_options {
@@ -61,6 +74,8 @@ impl Default for ashore_save_options {
             metadata_count: 0,
             rank_values: ptr::null(),
             rank_value_count: 0,
+            aliases: ptr::null(),
+            alias_count: 0,
         }
     }
 }
@@ -149,7 +164,7 @@ pub unsafe extern "C" fn ashore_save_begin(
     })
 }
 
-/// Puts the values of the options into the state dict.
+/// Puts the values and aliases of the options into the state dict.
 ///
 /// # Safety
 /// That of the crate.
@@ -171,6 +186,12 @@ unsafe fn prepared(given: ashore_save_options, state: &mut StateDict<'static>) -
             let json = unsafe { given::text(name, value.json)? };
             put(state, name, &given::json(what, name, json)?)?;
         }
+    }
+    // SAFETY: passed on.
+    for alias in unsafe { given::array("aliases", given.aliases, given.alias_count)? } {
+        // SAFETY: passed on.
+        let (name, holder) = unsafe { (given::text("name", alias.name)?, given::text("holder", alias.holder)?) };
+        state.alias(name, holder)?;
     }
     let mut options = SaveOptions::default();
     options.overwrite = given.overwrite != 0;

@@ -136,6 +136,46 @@ fn a_tier_has_a_wait_and_a_report_of_its_own() {
 }
 
 #[test]
+fn an_alias_is_restored_from_the_newest_step_that_is_as_written() {
+    let (root, counter) = (tempfile::tempdir().unwrap(), AtomicU32::new(0));
+    let (mut data, shape) = (vec![1.5_f32; 6], [6]);
+    let executor = opened(root.path());
+    let tied = ashore_alias { name: c"head".as_ptr(), holder: c"embedding".as_ptr() };
+    let options = ashore_save_options {
+        size: size_of::<ashore_save_options>(),
+        aliases: &tied,
+        alias_count: 1,
+        ..ashore_save_options::default()
+    };
+    let (mut checkpoint, mut skipped) = (null_mut(), null_mut());
+    // SAFETY: everything that is pointed to outlives the calls, and the tensors their release.
+    unsafe {
+        for step in [1, 2] {
+            let mut save = null_mut();
+            let w = told(c"embedding", &mut data, &shape, &counter);
+            expect(ashore_save_begin(executor, step, &w, 1, &options, &mut save), ASHORE_OK);
+            expect(ashore_save_wait(save, 60.0, null_mut()), ASHORE_OK);
+            ashore_save_free(save);
+        }
+        let shard = root.path().join("step-00000002/model.safetensors");
+        let mut bytes = std::fs::read(&shard).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&shard, bytes).unwrap();
+
+        expect(ashore_latest_valid(executor, &mut checkpoint, &mut skipped), ASHORE_OK);
+        let told_of = CString::from_raw(skipped).into_string().unwrap();
+        assert!(told_of.starts_with(r#"[{"kind":7,"path":""#) && told_of.contains(r#""step":2,"#), "{told_of}");
+        assert_eq!(ashore_checkpoint_step(checkpoint), 1);
+        data.fill(0.0);
+        let target = told(c"head", &mut data, &shape, &counter);
+        expect(ashore_restore(checkpoint, &target, 1), ASHORE_OK);
+        ashore_checkpoint_free(checkpoint);
+        expect(ashore_close(executor, 60.0), ASHORE_OK);
+    }
+    assert_eq!(data, [1.5; 6]);
+}
+
+#[test]
 fn handles_that_are_null_freed_or_of_another_kind_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let executor = opened(root.path());

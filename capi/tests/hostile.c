@@ -28,6 +28,7 @@ static void handles(const char *folder) {
     FAILS(ashore_fence(h, NULL, 0), ASHORE_INVALID, why);
     FAILS(ashore_save_begin(h, 2, &t, 1, NULL, &other), ASHORE_INVALID, why);
     FAILS(ashore_latest(h, &none), ASHORE_INVALID, why);
+    FAILS(ashore_latest_valid(h, &none, &json), ASHORE_INVALID, why);
     FAILS(ashore_step(h, 1, &none), ASHORE_INVALID, why);
     FAILS(ashore_report(h, &json), ASHORE_INVALID, why);
     FAILS(ashore_save_staged(h, 0), ASHORE_INVALID, why);
@@ -89,6 +90,8 @@ static void refused(const char *folder) {
     ashore_save_options options = {.size = sizeof options};                               \
     ashore_value value = {"value", "1"};                                                  \
     options.values = &value;                                                              \
+    ashore_alias alias = {"tied", "w"};                                                   \
+    options.aliases = &alias;                                                             \
     (void)t;                                                                              \
     change;                                                                               \
     FAILS(ashore_save_begin(executor, 1, all, 2, &options, &save), ASHORE_INVALID, part); \
@@ -124,6 +127,13 @@ static void refused(const char *folder) {
   REFUSED((value.json = NULL, options.value_count = 1), "a text is null");
   REFUSED((value.name = "", options.value_count = 1), "the name is empty");
   REFUSED((options.values = NULL, options.value_count = 1), "an array is null");
+  REFUSED((alias.holder = "gone", options.alias_count = 1), "an alias needs the tensor that holds its bytes");
+  CHECK(!strcmp(ashore_last_error()->tensor, "tied"));
+  REFUSED((alias.name = "v", options.alias_count = 1), "two tensors have the same name");
+  REFUSED((alias.name = "", options.alias_count = 1), "a tensor cannot have this name");
+  REFUSED((alias.name = NULL, options.alias_count = 1), "a text is null text=name");
+  REFUSED((alias.holder = NULL, options.alias_count = 1), "a text is null text=holder");
+  REFUSED((options.aliases = NULL, options.alias_count = 1), "an array is null array=aliases");
   REFUSED(options.deadline_seconds = NAN, "a number of seconds");
   REFUSED(options.deadline_seconds = -1, "a number of seconds");
   FAILS(ashore_save_begin(executor, 1, NULL, 3, NULL, &save), ASHORE_INVALID, "an array is null");
@@ -181,6 +191,7 @@ static void settings(const char *folder) {
   ashore_checkpoint *checkpoint = (ashore_checkpoint *)folder;
   OK(ashore_latest(executor, &checkpoint));
   CHECK(checkpoint == NULL);
+  FAILS(ashore_latest_valid(executor, NULL, NULL), ASHORE_INVALID, "the place for a result is null");
   FAILS(ashore_step(executor, 3, &checkpoint), ASHORE_NOT_FOUND, "");
   FAILS(ashore_checkpoint_open(folder, &checkpoint), ASHORE_NOT_FOUND, "");
   char *report = NULL;

@@ -21,7 +21,7 @@ int main(int count, char **arguments) {
       std::shared_ptr<float> memory(new float[3]{1, 2, 3}, [&](float *p) { delete[] p, released++; });
       watched = memory;
       ashore::state state;
-      state.tensor("w", memory.get(), {3}, memory).value("lr", "0.5").value("steps", "[1, 2]");
+      state.tensor("w", memory.get(), {3}, memory).alias("tied", "w").value("lr", "0.5").value("steps", "[1, 2]");
       return executor.save(1, state);
     }();
     // The state is gone; the save keeps the memory until it is staged.
@@ -36,6 +36,11 @@ int main(int count, char **arguments) {
     ashore::state target;
     newest->restore(target.tensor("w", to, {3}));
     CHECK(to[0] == 1 && to[2] == 3);
+    std::string skipped;
+    float tied[3] = {};
+    ashore::state other;
+    executor.latest_valid(&skipped)->restore(other.tensor("tied", tied, {3}));
+    CHECK(tied[2] == 3 && skipped == "[]" && executor.latest_valid()->step() == 1);
     int64_t wrong[3] = {};
     ashore::state refused;
     refused.tensor("w", wrong, {3});

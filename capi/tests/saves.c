@@ -1,8 +1,10 @@
-// Saves: durable bytes, the fence, completion, strides, boxes, closing, threads, and that nothing grows.
+// Saves: durable bytes, the fence, completion, strides, boxes, aliases, damage, closing, threads, and that
+// nothing grows.
 #include "check.h"
 #include <dirent.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stddef.h>
 
 static char noticed[256];
 static atomic_int notices;
@@ -188,6 +190,87 @@ static void strides_and_boxes(const char *folder) {
   OK(ashore_close(executor, 60));
 }
 
+// Tied weights: written once, restored under every name.
+static void aliases(const char *folder) {
+  ashore_executor *executor = opened(folder, SMALL);
+  weights *w = made("embedding", 1000);
+  ashore_tensor t = told(w);
+  ashore_alias tied[] = {{"head", "embedding"}, {"last", "head"}};
+  ashore_save_options options = {.size = sizeof options, .aliases = tied, .alias_count = 2};
+  ashore_save *save = NULL;
+  fill(w, 4);
+  OK(ashore_save_begin(executor, 4, &t, 1, &options, &save));
+  ashore_committed cost = {.size = sizeof cost};
+  OK(ashore_save_wait(save, 60, &cost));
+  CHECK(cost.bytes == 4000 && w->released == 1);
+  ashore_save_free(save);
+  ashore_checkpoint *checkpoint = NULL;
+  OK(ashore_latest(executor, &checkpoint));
+  holds(checkpoint, "embedding", 1000, 4);
+  holds(checkpoint, "head", 1000, 4);
+  holds(checkpoint, "last", 1000, 4);
+  ashore_checkpoint_free(checkpoint);
+  // An older program's options end before the aliases.
+  options.size = offsetof(ashore_save_options, aliases);
+  OK(ashore_save_begin(executor, 5, &t, 1, &options, NULL));
+  OK(ashore_close(executor, 60));
+  OK(ashore_checkpoint_open(under(folder, "step-00000005"), &checkpoint));
+  t.name = "head";
+  FAILS(ashore_restore(checkpoint, &t, 1), ASHORE_NOT_FOUND, "head");
+  ashore_checkpoint_free(checkpoint);
+  unmade(w);
+}
+
+// Changes the last byte of a step, which is one of its tensor.
+static void damage(const char *folder, const char *step) {
+  FILE *file = fopen(under(under(folder, step), "model.safetensors"), "r+");
+  CHECK(file && !fseek(file, -1, SEEK_END));
+  int byte = fgetc(file);
+  CHECK(!fseek(file, -1, SEEK_END) && fputc(byte ^ 1, file) != EOF && !fclose(file));
+}
+
+// Damaged steps are passed over, and reported.
+static void damaged(const char *folder) {
+  ashore_executor *executor = opened(folder, SMALL);
+  ashore_checkpoint *checkpoint = NULL;
+  char *skipped = NULL;
+  OK(ashore_latest_valid(executor, &checkpoint, &skipped));
+  CHECK(!checkpoint && !strcmp(skipped, "[]"));
+  ashore_text_free(skipped);
+  weights *w = made("w", 1000);
+  ashore_tensor t = told(w);
+  for (uint64_t step = 1; step <= 3; step++) {
+    OK(ashore_fence(executor, NULL, 0));
+    fill(w, step);
+    OK(ashore_save_begin(executor, step, &t, 1, NULL, NULL));
+  }
+  OK(ashore_close(executor, 60));
+  damage(folder, "step-00000003");
+
+  executor = opened(folder, SMALL);
+  OK(ashore_latest(executor, &checkpoint));
+  CHECK(ashore_checkpoint_step(checkpoint) == 3);
+  FAILS(ashore_restore(checkpoint, &t, 1), ASHORE_CORRUPT, "tensor=\"w\"");
+  ashore_checkpoint_free(checkpoint);
+  OK(ashore_latest_valid(executor, &checkpoint, &skipped));
+  CHECK(ashore_checkpoint_step(checkpoint) == 2);
+  holds(checkpoint, "w", 1000, 2);
+  ashore_checkpoint_free(checkpoint);
+  CHECK(strstr(skipped, "\"kind\":7") && strstr(skipped, "/step-00000003\"") && strstr(skipped, "\"step\":3"));
+  CHECK(strstr(skipped, "tensor=") && !strstr(skipped, "\"step\":2"));
+  ashore_text_free(skipped);
+  OK(ashore_latest_valid(executor, &checkpoint, NULL));
+  ashore_checkpoint_free(checkpoint);
+
+  damage(folder, "step-00000001");
+  damage(folder, "step-00000002");
+  skipped = w->name;
+  FAILS(ashore_latest_valid(executor, &checkpoint, &skipped), ASHORE_CORRUPT, "step=3");
+  CHECK(!checkpoint && !skipped && ashore_last_error()->step == 3);
+  OK(ashore_close(executor, 60));
+  unmade(w);
+}
+
 static void ends(const char *folder) {
   const char *settings = "{\"arena\": 524288, \"chunk\": 65536, \"overlap\": {\"queue\": 8}, \"device\": \"host\"}";
   enum { COUNT = 1 << 20 };
@@ -341,6 +424,8 @@ int main(int count, char **arguments) {
   training(under(folder, "training"));
   forgotten(under(folder, "forgotten"));
   strides_and_boxes(under(folder, "strides"));
+  aliases(under(folder, "aliases"));
+  damaged(under(folder, "damaged"));
   ends(under(folder, "ends"));
   threads(under(folder, "threads"));
   if (count > 2) growth(under(folder, "growth"), atoi(arguments[2]));
