@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Takes the power from a real file system at recorded moments, and judges what the real program then finds.
 
-    checks/power/power.py PROGRAM [--systems ext4,xfs,btrfs] [--runs one,ranks] [--states N] [--seed N] [--mutant]
+    checks/power/power.py PROGRAM [--systems ext4,xfs,btrfs] [--runs one,ranks] [--states N] [--seed N] [--mutant] [--early]
 
 PROGRAM is the example `rank`. It saves steps on a file system on a disk that records every write and every flush
 (nbdkit, nbdfuse, a loop device). Afterwards disks are made that a power loss may have left: all that was written before a flush,
 and any subset of what was written between it and the next one, whole or torn at 4096 or 512 bytes. Each of them is mounted.
 Every listed step must hold the bytes that belong to its number, and every step that was reported durable before the flush must be
 there, or two newer ones. Then the program goes on from the newest step, saves one more, and the disk is judged again.
+
+The run also records its system calls. Before anything else, the tree that is found is compared with what the simulated file
+system (`src/testing/simfs`) predicts for these calls: names, lengths and every byte. So the model by which the program is tested is
+itself tested on a kernel. With --early an fsync counts in the model before it has returned, and the exit status is 0 if a state fails.
 
 Needs root. With --mutant the program was built with a broken promise (ASHORE_MUTANT), and the exit status is 0 if a state fails.
 """
@@ -106,9 +110,9 @@ class Acknowledged:
                 with self.lock:
                     self.steps.append((position, int(m[1]), m[2]))
 
-    def run(self, commands, world, token):
+    def run(self, commands, world, token, **variables):
         """Runs a process for each rank to its end."""
-        processes = [jobs.start(command, rank, world, token) for rank, command in enumerate(commands)]
+        processes = [jobs.start(command, rank, world, token, **variables) for rank, command in enumerate(commands)]
         threads = [threading.Thread(target=self.follow, args=(p,)) for p in processes]
         for thread in threads:
             thread.start()
@@ -120,23 +124,49 @@ class Acknowledged:
         return {step: attempt for at, step, attempt in self.steps if at <= position}
 
 
-def saves(program, kind, root, steps, token):
+def saves(program, kind, root, steps):
     """The commands of a job that saves `steps` more steps, and its number of ranks."""
     if kind == "one":
         return [[program, "one", root, str(steps), str(TIMEOUT_MS)]]
-    return [[program, "saves", "directory", root, root, str(steps), str(TIMEOUT_MS)]] * 3
+    # The messages lie beside the root: the model knows nothing of them, because they do not go through the storage.
+    messages = str(pathlib.Path(root).with_name("messages"))
+    return [[program, "saves", "directory", messages, root, str(steps), str(TIMEOUT_MS)]] * 3
+
+
+class Model:
+    """The simulated file system, which knows the system calls of a run and is asked about the trees that are found."""
+
+    def __init__(self, program, record, mount, early):
+        command = [program, "admits", str(record), str(mount)] + ["early"] * early
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer()
+
+    def answer(self):
+        line = self.process.stdout.readline().strip()
+        expect(line, f"the model ended with {self.process.poll()}")
+        return line
+
+    def admits(self, flush):
+        """Raises unless a power loss between the flush that ends at this position and the one before may leave the tree."""
+        print(flush, file=self.process.stdin, flush=True)
+        answer = self.answer()
+        expect(answer == "admitted", f"the model has {answer}")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(10)
 
 
 class Recording:
-    """One run of the program on a disk, and the writes and flushes that it made."""
+    """One run of the program on a disk, and the writes, flushes and system calls that it made."""
 
-    def __init__(self, program, system, kind, base):
+    def __init__(self, program, system, kind, base, model):
         self.system, self.kind, self.program = system, kind, program
         self.base = pathlib.Path(base) / f"{system}-{kind}"
         self.base.mkdir()
         self.at = self.base / "mount"
         self.at.mkdir()
-        self.blank, self.log = self.base / "blank", self.base / "log"
+        self.blank, self.log, record = self.base / "blank", self.base / "log", self.base / "calls"
         size, make, _ = SYSTEMS[system]
         with open(self.blank, "wb") as file:
             file.truncate(size)
@@ -148,12 +178,15 @@ class Recording:
         with recorded(disk, self.log, self.base) as file, loop(file) as device, mounted(device, system, self.at):
             # Two jobs: the second goes on from what the first has left, and deletes its oldest steps.
             for job, steps in enumerate((4, 3)):
-                commands = saves(program, kind, str(self.at / "run"), steps, job)
-                self.acknowledged.run(commands, len(commands), f"power-{job}")
+                commands = saves(program, kind, str(self.at / "run"), steps)
+                variables = {"ASHORE_RECORD": str(record), "ASHORE_RECORD_DISK": str(self.log)}
+                self.acknowledged.run(commands, len(commands), f"power-{job}", **variables)
             self.end = os.path.getsize(self.log)
         disk.unlink()
         expect(len(self.acknowledged.before(self.end)) == 7, f"not all steps were saved: {self.acknowledged.steps}")
         self.epochs = list(self.read())
+        # It is asked nothing where the program breaks a promise: a state must then fail by what the program finds.
+        self.model = Model(program, record, self.at, early=model == "early") if model else None
 
     def read(self):
         """The writes between two flushes, with the position of the flush that ends them."""
@@ -167,19 +200,19 @@ class Recording:
             else:
                 yield writes, at
                 writes = []
-        yield writes, None
+        yield writes, self.end + 1
 
     def disks(self, states, rng):
-        """Disks that a power loss may have left: bytes to write over the blank disk, and what must be there."""
+        """Disks that a power loss may have left: bytes to write over the blank disk, and the flushes before and after it."""
         for _ in range(states):
             epoch = rng.randrange(len(self.epochs))
             flushed = self.epochs[epoch - 1][1] if epoch else 0
             durable = [write for writes, _ in self.epochs[:epoch] for write in writes]
-            pending = self.epochs[epoch][0]
+            pending, next_flush = self.epochs[epoch]
             odds = rng.choice([0.0, 0.1, 0.5, 0.9])
             tear = rng.choice([None, 4096, 512])
             kept = [write for write in self.torn(pending, tear) if rng.random() < odds]
-            yield f"flush {epoch} of {len(self.epochs)}, {odds} of {tear or 'whole'}", durable + kept, flushed
+            yield f"flush {epoch} of {len(self.epochs)}, {odds} of {tear or 'whole'}", durable + kept, flushed, next_flush
 
     @staticmethod
     def torn(writes, size):
@@ -187,7 +220,7 @@ class Recording:
             for at in range(0, len(data), size or len(data)):
                 yield offset + at, data[at : at + (size or len(data))]
 
-    def judge(self, writes, flushed):
+    def judge(self, writes, flushed, next_flush):
         """Mounts a disk, judges it, goes on from it and judges it again. Returns the number of steps that it had."""
         disk = self.base / "state"
         command("cp", "--sparse=always", self.blank, disk)
@@ -195,6 +228,8 @@ class Recording:
             for offset, data in writes:
                 os.pwrite(file.fileno(), data, offset)
         with loop(disk) as device, mounted(device, self.system, self.at):
+            if self.model:
+                self.model.admits(next_flush)
             root = str(self.at / "run")
             listed = jobs.look(self.program, root) if os.path.exists(root) else {}
             for step, attempt in self.acknowledged.before(flushed).items():
@@ -202,7 +237,7 @@ class Recording:
                 expect(listed.get(step) == attempt or newer >= jobs.KEPT, f"step {step} was durable and is gone: {listed}")
             next_step = max(listed, default=0) + 1
             after = Acknowledged(self.log)
-            commands = saves(self.program, self.kind, root, 1, "after")
+            commands = saves(self.program, self.kind, root, 1)
             after.run(commands, len(commands), "power-after")
             expect({step for _, step, _ in after.steps} == {next_step}, f"the next run did not save step {next_step}")
             kept = sorted([*listed, next_step])[-jobs.KEPT :]
@@ -220,26 +255,29 @@ def main():
     parser.add_argument("--states", type=int, default=300, help="over all file systems and runs together")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mutant", action="store_true", help="a failing state is what is wanted")
+    parser.add_argument("--early", action="store_true", help="the model is wrong, and a failing state is what is wanted")
     options = parser.parse_args()
+    wanted = options.mutant or options.early
+    model = None if options.mutant else "early" if options.early else "true"
     program = str(pathlib.Path(options.program).resolve())
     pairs = [(system, kind) for system in options.systems.split(",") for kind in options.runs.split(",")]
     failures = total = 0
     with tempfile.TemporaryDirectory(prefix="ashore-power-", dir=jobs.memory()) as base:
         for system, kind in pairs:
             began, had, unmounted = time.monotonic(), collections.Counter(), 0
-            recording = Recording(program, system, kind, base)
+            recording = Recording(program, system, kind, base, model)
             took = time.monotonic() - began
             rng = random.Random(f"{options.seed} {system} {kind}")
-            for what, writes, flushed in recording.disks(-(-options.states // len(pairs)), rng):
+            for what, writes, *flushes in recording.disks(-(-options.states // len(pairs)), rng):
                 total += 1
                 try:
-                    had[recording.judge(writes, flushed)] += 1
+                    had[recording.judge(writes, *flushes)] += 1
                 except NotMounted:
                     unmounted += 1
                 except (Failed, subprocess.CalledProcessError) as failure:
                     failures += 1
                     print(f"{system} {kind}: {what}: {failure}", flush=True)
-                    if options.mutant:
+                    if wanted:
                         print("seen")
                         return 0
             flushes, writes = len(recording.epochs) - 1, sum(len(w) for w, _ in recording.epochs)
@@ -250,9 +288,11 @@ def main():
                 flush=True,
             )
             expect(unmounted <= 2 + had.total() // 20, "too many states did not mount, so the check is blind")
-            expect(options.mutant or len(had) > 1, "all states had the same number of steps, so the check is blind")
+            if recording.model:
+                recording.model.close()
+            expect(wanted or len(had) > 1, "all states had the same number of steps, so the check is blind")
     print(f"{total} states, {failures} failures")
-    return int(options.mutant or failures > 0)
+    return int(wanted or failures > 0)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ def environment(rank, world, token, restart=0):
     return os.environ | {name: str(value) for name, value in told.items()}
 
 
-def start(command, rank, world, token, restart=0):
+def start(command, rank, world, token, restart=0, **variables):
     return subprocess.Popen(
-        command, env=environment(rank, world, token, restart), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command, env=environment(rank, world, token, restart) | variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

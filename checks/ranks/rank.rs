@@ -10,8 +10,12 @@
 //! rank one ROOT STEPS TIMEOUT_MS
 //!                             the same without ranks; one process
 //! rank look ROOT              compares every step in ROOT with what it must hold; one process
+//! rank admits RECORD MOUNT [early]
+//!                             compares the tree at MOUNT with what the simulated file system predicts, for each
+//!                             position that it reads; RECORD is what `saves` and `one` have recorded
 //! ```
 
+mod admits;
 mod saves;
 
 use ashore::ranks::{Coordinator, Hello, Member, Phase, Round, Session, SharedDirectory, launcher};
@@ -27,6 +31,9 @@ fn main() -> Result<()> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     if let ["look", root] = arguments[..] {
         return saves::look(root);
+    }
+    if let ["admits", record, mount, how @ ..] = &arguments[..] {
+        return admits::admits(record, mount, *how == ["early"]);
     }
     if let ["one", root, steps, timeout] = arguments[..] {
         return saves::saves(None, root, steps, timeout);

@@ -1,6 +1,6 @@
 //! A job that saves steps of a known content, and a look at what it has left. What both print is judged.
 
-use crate::wrong;
+use crate::{admits, wrong};
 use ashore::ranks::{Coordinator, Member};
 use ashore::{Catalog, Checkpoint, CheckpointExecutor, Error, HostTensor, Result, StateDict};
 use std::ops::Range;
@@ -31,6 +31,10 @@ pub fn saves(ranks: Option<Arc<dyn Coordinator>>, root: &str, steps: &str, timeo
     let builder = match ranks {
         Some(ranks) => builder.ranks(ranks),
         None => builder.alone(),
+    };
+    let builder = match admits::recorded(root)? {
+        Some(storage) => builder.storage(storage),
+        None => builder,
     };
     let executor = match builder.build() {
         Ok(executor) => executor,

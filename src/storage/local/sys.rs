@@ -19,6 +19,7 @@ pub type RawFd = i32;
 
 /// Mode of an open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "testing", derive(serde::Serialize, serde::Deserialize))]
 pub enum Open {
     /// An existing directory. Symbolic links in the last component are not followed.
     Dir,
@@ -39,6 +40,7 @@ pub enum Open {
 
 /// The file type of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "testing", derive(serde::Serialize, serde::Deserialize))]
 pub enum Kind {
     /// A regular file.
     File,
@@ -65,6 +67,7 @@ pub struct Stat {
 
 /// How a rename treats its target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "testing", derive(serde::Serialize, serde::Deserialize))]
 pub enum Rename {
     /// rename(2).
     Plain,

@@ -32,13 +32,13 @@ pub(super) enum Op {
 }
 
 #[derive(Clone, Debug)]
-enum Change {
+pub(super) enum Change {
     Size(usize),
     Sectors { at: usize, bytes: Arc<[u8]> },
 }
 
 #[derive(Clone, Debug)]
-enum Object {
+pub(super) enum Object {
     File { durable: Arc<Content>, pending: Vec<Change> },
     Dir { durable: Arc<Entries>, pending: Vec<Op> },
 }
@@ -88,7 +88,7 @@ impl Take {
 
 #[derive(Clone, Debug)]
 pub(super) struct Disk {
-    objects: BTreeMap<Ino, Object>,
+    pub(super) objects: BTreeMap<Ino, Object>,
     /// The inode that the last operation changed, and its number of changes.
     last: (Ino, usize),
 }
@@ -226,7 +226,7 @@ fn created(op: &Op) -> Option<Ino> {
     if let Op::Create { ino, .. } = op { Some(*ino) } else { None }
 }
 
-fn names(op: &Op) -> [Option<&OsString>; 2] {
+pub(super) fn names(op: &Op) -> [Option<&OsString>; 2] {
     match op {
         Op::Create { name, .. } | Op::Unlink { name, .. } => [Some(name), None],
         Op::Rename { from, to, .. } => [Some(from), Some(to)],
@@ -268,7 +268,7 @@ fn settle(durable: &Arc<Content>, pending: &[Change], take: impl Fn(usize) -> Ta
 }
 
 /// Returns the entries of a directory after the kept operations.
-fn enter(durable: &Arc<Entries>, pending: &[Op], take: impl Fn(usize) -> bool) -> Arc<Entries> {
+pub(super) fn enter(durable: &Arc<Entries>, pending: &[Op], take: impl Fn(usize) -> bool) -> Arc<Entries> {
     let mut entries = durable.clone();
     for op in pending.iter().enumerate().filter(|(i, _)| take(*i)).map(|(_, op)| op) {
         let entries = Arc::make_mut(&mut entries);

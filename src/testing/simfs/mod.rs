@@ -23,18 +23,22 @@
 //! What it leaves out: time (every age is zero), links, sparse files larger than memory, the order that a
 //! journal would add (fewer images, all of them among these), bytes damaged after they were durable.
 
+mod admits;
 mod calls;
 mod crash;
 mod disk;
 mod fault;
 mod image;
+mod replay;
 mod state;
 #[cfg(test)]
 mod tests;
 
+pub use admits::Tree;
 pub use crash::{Crash, Crashes, History, Rng};
 pub use fault::{Call, Fault};
 pub use image::Image;
+pub use replay::Replay;
 
 use state::State;
 use std::fmt;
