@@ -331,6 +331,11 @@ abuse seconds="60":
     cargo build --quiet --example abuse
     d=$(mktemp -d) && trap 'rm -rf "$d"' EXIT && target/debug/examples/abuse "$d/run" {{ seconds }}
 
+# The same while the wall clock and the times of files jump by up to ten years, forwards and back. Needs libfaketime.
+jumps seconds="20":
+    cargo build --quiet --example abuse
+    d=$(mktemp -d) && trap 'rm -rf "$d"' EXIT && checks/abuse/jumps.py target/debug/examples/abuse "$d/run" {{ seconds }}
+
 # Saves very many times in one process while calls fail, and looks whether anything grows.
 soak saves="5000":
     cargo build --quiet --example soak
@@ -419,10 +424,10 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples pages capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse soak ranks stores mounts power package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples pages capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse jumps soak ranks stores mounts power package")
 
 # Runs the checks that take too long for every change.
-nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 abuse:3600 soak:100000 power:10000 power-controls")
+nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 abuse:3600 jumps:600 soak:100000 power:10000 power-controls")
     just fuzz 3600
     just rank-kills
     ASHORE_STORE_ROUNDS=1000 just stores 120
