@@ -143,6 +143,29 @@ fn a_commit_that_landed_before_more_changes_than_the_root_remembers_is_durable()
 }
 
 #[test]
+fn a_removal_that_landed_before_more_changes_than_the_root_remembers_has_removed_the_step() {
+    let store = faulty();
+    let storage = super::over(&store);
+    let (_, writing) = begun(&storage, NAME, true);
+    writing.publish(true).unwrap();
+    writing.settle().unwrap();
+    store.script([Fault::LoseAnswer]);
+    store.blind.store(true, Ordering::SeqCst);
+    let removing = std::thread::spawn(move || storage.remove(NAME));
+    let other = ObjectStore::over(store.plain().clone(), URL).unwrap();
+    while other.open(NAME).is_ok() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    for _ in 0..40 {
+        other.write_marks(b"{}").unwrap();
+    }
+    store.blind.store(false, Ordering::SeqCst);
+    removing.join().unwrap().unwrap();
+    assert_eq!(published(&store, NAME), None);
+    assert_eq!(store.keys(), ["runs/a/ashore.json"], "its objects are deleted, too");
+}
+
+#[test]
 fn an_attempt_that_the_root_names_is_not_deleted_whatever_its_publish_was_told() {
     let store = faulty();
     let storage = hasty(&store);

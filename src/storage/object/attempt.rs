@@ -304,7 +304,7 @@ impl SharedWriting for ObjectAttempt {
 
     fn veto(&self) -> Result<Vetoed> {
         let mut vetoed = Vetoed::Done;
-        self.root().change(&mut |state| {
+        self.root().change(&|state| state.vetoed.contains(&self.attempt), &mut |state| {
             let state = state.ok_or_else(|| self.inner.vanished())?;
             // A newer session may have replaced a step that this attempt was.
             if state.names(&self.directory()) || state.generation != self.generation {

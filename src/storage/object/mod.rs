@@ -49,6 +49,7 @@ use root::Edit;
 use session::Inner;
 use shared::ObjectShared;
 use state::{Entry, State};
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -140,8 +141,9 @@ impl ObjectStore {
     fn discard(&self, name: &str, wanted: Option<(u64, u64)>) -> Result<()> {
         check_step(name)?;
         let inner = &self.0;
-        let mut gone = None;
-        inner.root.change(&mut |state| {
+        let gone = RefCell::new(None);
+        let taken = |state: &State| gone.borrow().as_ref().is_some_and(|gone: &Entry| !state.names(&gone.directory()));
+        inner.root.change(&taken, &mut |state| {
             let mut state = state.cloned().ok_or_else(|| self.missing(name))?;
             self.check_newest(&state)?;
             let entry = state.take(name).ok_or_else(|| self.missing(name))?;
@@ -149,10 +151,10 @@ impl ObjectStore {
                 let why = "the step was replaced meanwhile; it was not removed";
                 return Err(Error::new(ErrorKind::Conflict, why).with_path(inner.path(name)));
             }
-            gone = Some(entry);
+            gone.replace(Some(entry));
             Ok(Edit::To(state))
         })?;
-        let Some(entry) = gone else { return Ok(()) };
+        let Some(entry) = gone.into_inner() else { return Ok(()) };
         if let Err(error) = sweep::delete(&inner.client, &entry.directory()) {
             tracing::warn!(error = format_args!("{error:#}"), "the objects of a removed step are left to a sweep");
             inner.live.bury(&entry);
@@ -206,7 +208,7 @@ impl Storage for ObjectStore {
         let marks: serde_json::Value =
             serde_json::from_slice(marks).map_err(|e| Error::invalid("marks of steps are json").with_source(e))?;
         let none = || Error::new(ErrorKind::NotFound, "there is no step to mark").with_path(self.0.client.name());
-        self.0.root.change(&mut |state| {
+        self.0.root.change(&|state| state.marks.as_ref() == Some(&marks), &mut |state| {
             let mut state = state.cloned().ok_or_else(none)?;
             self.check_newest(&state)?;
             state.marks = Some(marks.clone());

@@ -142,17 +142,21 @@ impl Root {
     }
 
     /// Changes the root: `edit` makes the new state from the one that is there, and may be called several
-    /// times. Returns the state that was put.
+    /// times. `landed` says of a root that has forgotten the nonce of the change whether it shows that the
+    /// change was made.
     ///
     /// # Errors
     /// Those of `edit`, and any other but `Indeterminate`: the change was not made, and never will be.
     /// `Indeterminate`: it may have been made, or may still be.
-    pub fn change(&self, edit: &mut dyn FnMut(Option<&State>) -> Result<Edit>) -> Result<()> {
-        self.change_until(None, &|_| false, edit)
+    pub fn change(
+        &self,
+        landed: &dyn Fn(&State) -> bool,
+        edit: &mut dyn FnMut(Option<&State>) -> Result<Edit>,
+    ) -> Result<()> {
+        self.change_until(None, landed, edit)
     }
 
-    /// The same, by `until` if that comes before the client's own deadline. `landed` says of a root that
-    /// has forgotten the nonce of the change whether it shows that the change was made.
+    /// The same, by `until` if that comes before the client's own deadline.
     pub fn change_until(
         &self,
         until: Option<Instant>,

@@ -100,7 +100,7 @@ impl Inner {
     fn open(&self, owner: Owner) -> Result<u64> {
         probe::conditions(&self.client)?;
         let mut generation = 0;
-        let done = self.root.change_until(None, &|state| state.session.id == owner.id, &mut |state| {
+        let done = self.root.change(&|state| state.session.id == owner.id, &mut |state| {
             let mut state = state.cloned().unwrap_or_else(State::empty);
             state.generation += 1;
             state.session = owner.clone();
