@@ -11,6 +11,7 @@ mod races;
 mod roots;
 mod servers;
 mod stock;
+mod tls;
 
 /// Runs one request of a client that ashore does not wrap.
 fn run<T>(future: impl Future<Output = T>) -> T {

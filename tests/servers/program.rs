@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// The program, told where the servers are as its users tell it.
-fn ashore(arguments: &[&str]) -> Output {
+pub fn program(arguments: &[&str]) -> Command {
     let built = std::env::current_exe().unwrap();
     let program: PathBuf = built.ancestors().nth(2).unwrap().join("ashore");
     let mut command = Command::new(program);
@@ -20,7 +20,11 @@ fn ashore(arguments: &[&str]) -> Output {
         .env("AWS_SECRET_ACCESS_KEY", given("ASHORE_TEST_SECRET"));
     command.env("AZURE_STORAGE_ACCOUNT_NAME", given("ASHORE_TEST_ACCOUNT")).env("AZURE_STORAGE_ENDPOINT", azurite());
     command.env("AZURE_STORAGE_ACCOUNT_KEY", given("ASHORE_TEST_ACCOUNT_KEY")).env("AZURE_ALLOW_HTTP", "true");
-    command.output().unwrap()
+    command
+}
+
+fn ashore(arguments: &[&str]) -> Output {
+    program(arguments).output().unwrap()
 }
 
 fn said(arguments: &[&str]) -> String {

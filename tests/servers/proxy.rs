@@ -69,6 +69,10 @@ pub struct Seen {
     number: u64,
     pub method: String,
     pub path: String,
+    /// What the signature covers of the body: its SHA-256, or `UNSIGNED-PAYLOAD`.
+    pub payload: String,
+    /// It has a CRC-64/NVME of its body.
+    pub checked: bool,
     /// The answer's status; 0 when there was none.
     pub status: u16,
     pub fault: Option<Fault>,
@@ -181,7 +185,9 @@ impl Shared {
         let mut seen = locked(&self.seen);
         let (number, fault) = (self.count.fetch_add(1, Ordering::SeqCst), self.fault_of(request));
         let (method, path) = (request.method().to_owned(), request.path().to_owned());
-        seen.push(Seen { number, method, path, status: 0, fault });
+        let payload = request.get("x-amz-content-sha256").unwrap_or_default().to_owned();
+        let checked = request.get(CHECKSUM).is_some();
+        seen.push(Seen { number, method, path, payload, checked, status: 0, fault });
         (number, fault)
     }
 
@@ -349,9 +355,12 @@ fn flip(body: &mut [u8]) {
     }
 }
 
+/// The header of a CRC-64/NVME.
+const CHECKSUM: &str = "x-amz-checksum-crc64nvme";
+
 /// Judges the CRC64-NVME of a request, in base64, if it has one.
 fn checksum_matches(request: &Message) -> bool {
-    let Some(said) = request.get("x-amz-checksum-crc64nvme") else { return true };
+    let Some(said) = request.get(CHECKSUM) else { return true };
     let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, &request.body);
     said == http::base64(&crc.to_be_bytes())
 }

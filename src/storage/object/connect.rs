@@ -49,6 +49,17 @@ mod settings {
         options.with_read_timeout(SILENCE).with_allow_http(plain)
     }
 
+    /// Whether a setting of the environment says yes.
+    #[cfg(any(feature = "s3", feature = "azure"))]
+    pub(super) fn is_on(value: Option<String>) -> bool {
+        value.is_some_and(|value| matches!(&*value.to_ascii_lowercase(), "true" | "1"))
+    }
+
+    /// Whether this endpoint has no TLS.
+    pub(super) fn is_plain(endpoint: Option<String>) -> bool {
+        endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"))
+    }
+
     /// Requests are repeated above the crate, with a fresh signature, and only there: so an answer is that to
     /// one request.
     pub(super) fn retry() -> RetryConfig {
@@ -66,21 +77,22 @@ mod settings {
 #[cfg(feature = "s3")]
 mod s3 {
     use super::super::uploads::Connector;
-    use super::settings::{client, retry, unusable};
+    use super::settings::{client, is_on, is_plain, retry, unusable};
     use super::{Arc, Result, Store, Url};
     use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum};
 
     pub(super) fn connect(url: &Url) -> Result<Arc<dyn Store>> {
         let builder = AmazonS3Builder::from_env().with_bucket_name(&url.bucket);
-        let endpoint = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
-        let plain = endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"));
+        let plain = is_plain(builder.get_config_value(&AmazonS3ConfigKey::Endpoint));
+        let unsigned = is_on(builder.get_config_value(&AmazonS3ConfigKey::UnsignedPayload));
         let mut builder = builder
             .with_client_options(client(plain))
             .with_allow_http(plain)
             .with_retry(retry())
             .with_http_connector(Connector);
-        if !plain {
-            // TLS protects the body on its way; the checksum, what the store does with it.
+        if !plain || unsigned {
+            // TLS protects the body on its way; the checksum, what the store does with it. Without TLS the
+            // signature covers a SHA-256 of the body, at three times the CPU time, unless the user renounces it.
             builder = builder.with_unsigned_payload(true).with_checksum_algorithm(Checksum::CRC64NVME);
         }
         Ok(Arc::new(builder.build().map_err(|error| unusable(url, &error))?))
@@ -90,13 +102,14 @@ mod s3 {
 #[cfg(feature = "gcs")]
 mod gcs {
     use super::super::uploads::Connector;
-    use super::settings::{client, retry, unusable};
+    use super::settings::{client, is_plain, retry, unusable};
     use super::{Arc, Result, Store, Url};
-    use object_store::gcp::GoogleCloudStorageBuilder;
+    use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 
     pub(super) fn connect(url: &Url) -> Result<Arc<dyn Store>> {
         let builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(&url.bucket);
-        let builder = builder.with_client_options(client(false)).with_retry(retry()).with_http_connector(Connector);
+        let plain = is_plain(builder.get_config_value(&GoogleConfigKey::BaseUrl));
+        let builder = builder.with_client_options(client(plain)).with_retry(retry()).with_http_connector(Connector);
         Ok(Arc::new(builder.build().map_err(|error| unusable(url, &error))?))
     }
 }
@@ -104,16 +117,14 @@ mod gcs {
 #[cfg(feature = "azure")]
 mod azure {
     use super::super::uploads::Connector;
-    use super::settings::{client, retry, unusable};
+    use super::settings::{client, is_on, is_plain, retry, unusable};
     use super::{Arc, Result, Store, Url};
     use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 
     pub(super) fn connect(url: &Url) -> Result<Arc<dyn Store>> {
         let builder = MicrosoftAzureBuilder::from_env().with_container_name(&url.bucket);
-        let endpoint = builder.get_config_value(&AzureConfigKey::Endpoint);
-        let emulator = builder.get_config_value(&AzureConfigKey::UseEmulator);
-        let plain = endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"))
-            || emulator.is_some_and(|emulator| matches!(&*emulator.to_ascii_lowercase(), "true" | "1"));
+        let plain = is_plain(builder.get_config_value(&AzureConfigKey::Endpoint))
+            || is_on(builder.get_config_value(&AzureConfigKey::UseEmulator));
         let builder = builder
             .with_client_options(client(plain))
             .with_allow_http(plain)

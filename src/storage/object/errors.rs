@@ -46,10 +46,15 @@ pub(super) fn late() -> Answer {
     Answer::Generic { store: "store", source: "the store did not answer in time".into() }
 }
 
+/// What the crate says of an answer without a header such as the ETag: the request was done.
+const INCOMPLETE: &str = "Header missing from response";
+
 /// True where the store got one request and did not do it: it was not a repeat of one that may have been
 /// done.
 pub(super) fn is_certain(answer: &Answer, worked: bool) -> bool {
-    !is_refused(answer) && !meaning(answer, worked).again && !text(answer).contains(" retries, max_retries")
+    let text = text(answer);
+    let done = [" retries, max_retries", INCOMPLETE].iter().any(|what| text.contains(what));
+    !is_refused(answer) && !meaning(answer, worked).again && !done
 }
 
 /// What `answer` means to a client for which a request has `worked` before, or none yet.
@@ -91,6 +96,15 @@ pub(super) fn meaning(answer: &Answer, worked: bool) -> Meaning {
         // Credentials that were there once are there again when the machine's metadata are.
         return if worked { Meaning::passing(Unavailable, advice) } else { Meaning::last(Invalid, advice) };
     }
+    if says(INCOMPLETE) {
+        let advice =
+            "an answer lacks a header that the protocol demands: use a store that speaks the protocol of the URL";
+        return Meaning::last(Invalid, advice);
+    }
+    if let Some(advice) = handshake(&text) {
+        // A store that was trusted once is so again when its certificate is renewed.
+        return if worked { Meaning::passing(Unavailable, advice) } else { Meaning::last(Invalid, advice) };
+    }
     match answer {
         Answer::NotFound { .. } => Meaning::last(NotFound, "no such object"),
         // What has no condition is refused so while another request changes the same object.
@@ -111,6 +125,33 @@ pub(super) fn meaning(answer: &Answer, worked: bool) -> Meaning {
         }
         _ => Meaning::passing(Unavailable, "the store did not do it: check the network and the store"),
     }
+}
+
+/// What to do about a TLS handshake that failed; None for texts of other failures.
+fn handshake(text: &str) -> Option<&'static str> {
+    let says = |what: &str| text.contains(what);
+    if says("No CA certificates were loaded") {
+        return Some(
+            "this machine has no certificates of authorities: install them, or set SSL_CERT_FILE to a file of them",
+        );
+    }
+    if says("InvalidContentType") {
+        return Some("the endpoint does not speak TLS: begin its address, such as AWS_ENDPOINT_URL, with http://");
+    }
+    if !says("invalid peer certificate") {
+        return None;
+    }
+    // An authority that was made anew under its old name has another key.
+    Some(if says("UnknownIssuer") || says("BadSignature") {
+        "this machine does not trust the authority that signed the endpoint's certificate: set SSL_CERT_FILE to the \
+            certificate of that authority"
+    } else if says("certificate expired") || says("not valid yet") {
+        "the endpoint's certificate is not valid at this time: renew it there, or set the clock of this machine"
+    } else if says("not valid for name") {
+        "the endpoint's certificate is for another host: check the address of the endpoint, such as AWS_ENDPOINT_URL"
+    } else {
+        "the endpoint's certificate cannot be used: install another one there"
+    })
 }
 
 /// The error that `what` on `key` of the store `name` failed by `answer`.
@@ -159,7 +200,7 @@ fn code(text: &str) -> Option<&str> {
 }
 
 /// Maximum length of the store's words in an error, in characters.
-const MOST_WORDS: usize = 240;
+const MOST_WORDS: usize = 400;
 
 /// The part of a text that helps and has no secrets.
 fn short(text: &str) -> String {
@@ -239,6 +280,24 @@ mod tests {
         assert_eq!((first.kind, first.again), (ErrorKind::Invalid, false));
         assert_eq!((later.kind, later.again), (ErrorKind::Unavailable, true));
         assert_eq!(first.advice, later.advice);
+    }
+
+    #[test]
+    fn a_certificate_that_fails_is_final_at_first_and_passing_once_a_request_has_worked() {
+        let answer = generic("error sending request: client error (Connect): invalid peer certificate: UnknownIssuer");
+        let (first, later) = (meaning(&answer, false), meaning(&answer, true));
+        assert_eq!((first.kind, first.again), (ErrorKind::Invalid, false));
+        assert_eq!((later.kind, later.again), (ErrorKind::Unavailable, true));
+        assert!(first.advice == later.advice && first.advice.contains("SSL_CERT_FILE"), "{}", first.advice);
+    }
+
+    #[test]
+    fn an_answer_without_a_version_is_final_and_leaves_open_whether_the_request_was_done() {
+        let answer = generic("Error performing PUT: ETag Header missing from response");
+        let found = meaning(&answer, true);
+        assert_eq!((found.kind, found.again), (ErrorKind::Invalid, false));
+        assert!(!is_certain(&answer, true));
+        assert!(is_certain(&generic("status code: 400"), true));
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! Whether a store hears conditions, before the first change of a root depends on them.
 //!
 //! It shows that a condition is heard. That a store decides between two requests at once, no probe can show:
-//! that is demanded (`docs/durability.md`).
+//! that is demanded (`docs/stores.md`).
 
 use super::client::{Answered, Client, Condition, FIRST_PAUSE, LONGEST_PAUSE, varied};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use bytes::Bytes;
 use object_store::UpdateVersion;
 use std::time::Instant;
@@ -40,7 +40,8 @@ fn put(
     loop {
         let put = client.put_if(key, Bytes::from_static(text.as_bytes()), condition.clone(), deadline);
         let Err(answered) = put else { return Ok(()) };
-        let ended = answered.refused || answered.certain || answered.unsent;
+        let hopeless = answered.error.kind() == ErrorKind::Invalid;
+        let ended = answered.refused || answered.certain || answered.unsent || hopeless;
         let pausing = varied(pause);
         if ended || Instant::now() + pausing >= deadline {
             return Err(answered);
@@ -62,7 +63,7 @@ fn probe(client: &Client, key: &str) -> Result<()> {
     // Whatever the answers are, what is there decides.
     let first = put("1", Condition::Absent);
     let Some((bytes, e_tag, version)) = content()? else {
-        let lost = || Error::new(crate::ErrorKind::Unavailable, "the store lost a probe").with_path(client.name());
+        let lost = || Error::new(ErrorKind::Unavailable, "the store lost a probe").with_path(client.name());
         return Err(first.err().map_or_else(lost, |answered| answered.error));
     };
     if e_tag.is_none() && version.is_none() {
