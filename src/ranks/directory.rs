@@ -62,17 +62,17 @@ use uuid::Uuid;
 pub struct SharedDirectory(OnBoard<Directory>);
 
 impl SharedDirectory {
-    /// Creates the coordinator of one rank. `root` is the directory of the steps; all ranks name the same
-    /// one.
+    /// Creates the coordinator of one rank. `root` is the directory of the steps, or another one when the
+    /// steps lie in an object store; all ranks name the same one.
     ///
     /// # Errors
-    /// `Invalid` if the rank is not below the number of ranks. What is wrong with the directory is found when
-    /// the ranks meet.
+    /// `Invalid` if the rank is not below the number of ranks, or `root` is a URL. What is wrong with the
+    /// directory is found when the ranks meet.
     pub fn new(root: impl AsRef<Path>, member: Member) -> Result<Self> {
         let root = root.as_ref();
         if root.to_str().is_some_and(|root| root.contains("://")) {
-            let why = "ranks meet in a directory that all of them see, and a URL is none: give one to the coordinator, \
-                or use another coordinator, such as etcd";
+            let why = "ranks cannot meet in an object store: give `SharedDirectory` a directory that all of them see, \
+                which need not be the root, or use `Etcd`, `Mpi` or `Callback`";
             return Err(Error::invalid(why).with_path(root));
         }
         let directory = root.join(".ranks");

@@ -59,6 +59,16 @@ fn a_run_without_a_token_is_refused_with_what_to_set() {
 }
 
 #[test]
+fn a_meeting_in_an_object_store_is_refused_with_what_to_use() {
+    let error = SharedDirectory::new("s3://bucket/run", member(0, 2)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    let text = error.to_string();
+    for word in ["s3://bucket/run", "need not be the root", "Etcd", "Mpi", "Callback"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+}
+
+#[test]
 fn a_rank_that_ended_is_noticed_long_before_the_deadline() {
     let root = tempfile::tempdir().unwrap();
     let ([zero, one], session) = pair(root.path());
