@@ -39,6 +39,15 @@ pub fn over<S: object_store::ObjectStore + object_store::multipart::MultipartSto
     store: S,
     prefix: &str,
 ) -> Arc<dyn Storage> {
+    patient(store, prefix, Duration::from_secs(10))
+}
+
+/// The same, with another time after which requests are given up.
+pub fn patient<S: object_store::ObjectStore + object_store::multipart::MultipartStore>(
+    store: S,
+    prefix: &str,
+    patience: Duration,
+) -> Arc<dyn Storage> {
     let root = ObjectStore::over(Arc::new(store), &format!("s3://bucket/{prefix}")).unwrap();
-    Arc::new(root.patience(Duration::from_secs(10)))
+    Arc::new(root.patience(patience))
 }
