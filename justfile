@@ -469,7 +469,7 @@ store-peers *arguments="--rounds 3":
     program=$("${bench[@]}" | python3 -c 'import json, sys; print(next(x["executable"] for x in map(json.loads, sys.stdin) if x.get("executable")))')
     mkdir -p target/peers
     for transport in "" --tls; do
-        benches/peers/stores.py --tools "{{ tools }}" --ashore "$program" --dir target/peers $transport {{ arguments }}
+        "{{ tools }}/stores/bin/python" benches/peers/stores.py --tools "{{ tools }}" --ashore "$program" --dir target/peers $transport {{ arguments }}
     done
 
 # Measures the effect of lossless compression on the time to durable: `docs/decisions/0001-compression.md`. Five minutes, disk and all cores.

@@ -5,7 +5,7 @@
 
 TOOLS is where `.ci/install` puts its tools: the server is their s3s-fs, with its files in SCRATCH. PROGRAM is the benchmark `store`, built
 for release: it saves and restores, and compares what it read. With --tls stunnel stands before the server (Debian's package `stunnel4`),
-with a CA made for the run.
+with a CA made for the run. Run it with the Python in TOOLS/stores, which can make certificates.
 """
 import argparse
 import json
@@ -21,14 +21,21 @@ import report
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "checks/stores"))
 import run as servers
+import tls
 
 OURS = "ashore"
+# Over plain HTTP the default is to sign a SHA-256 of each body.
+UNSIGNED = "ashore, AWS_UNSIGNED_PAYLOAD"
 PEERS = ["awscrt", "s3torchconnector", "boto3"]
 COLUMNS = [
     ("MB/s", "speed", "{:.0f}"),
+    ("times ashore's", "speed_ratio", "{:.2f}"),
     ("CPU s/GB", "cpu", "{:.2f}"),
+    ("times ashore's", "cpu_ratio", "{:.2f}"),
     ("memory grew MiB", "grew", "{:.0f}"),
 ]
+# Where the CRT that s3torchconnector is built with looks for authorities, on Debian.
+AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def arguments():
@@ -46,13 +53,11 @@ def arguments():
 
 def secured(root, port):
     """stunnel before the server at this port: its process, its URL, and the CA that signed it."""
-    openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", root / "key.pem", "-out", root / "ca.pem",
-               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    subprocess.run([str(x) for x in openssl], check=True, capture_output=True)
+    tls.write_certificates(root)
     accept = servers.free_port()
     (root / "stunnel.conf").write_text(
         f"foreground = yes\npid =\n[s3]\naccept = 127.0.0.1:{accept}\nconnect = 127.0.0.1:{port}\n"
-        f"cert = {root / 'ca.pem'}\nkey = {root / 'key.pem'}\n")
+        f"cert = {root / 'server.pem'}\n")
     log = open(root / "stunnel.log", "wb")
     return subprocess.Popen(["stunnel", str(root / "stunnel.conf")], stdout=log, stderr=log), f"https://localhost:{accept}", root / "ca.pem"
 
@@ -60,6 +65,10 @@ def secured(root, port):
 def sample(command, what, url, key, length, ca):
     """What one client measured, as figures of a table."""
     full = [*command, what, url, "bucket", key, str(length), *([str(ca)] if ca else [])]
+    if ca and command[-1] == "s3torchconnector":
+        # Nothing tells it of a CA: it gets one in the place of the machine's.
+        script = f'mount --bind "$0" {AUTHORITIES} && exec "$@"'
+        full = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(ca), *full]
     keys = {"AWS_ACCESS_KEY_ID": servers.KEY, "AWS_SECRET_ACCESS_KEY": servers.SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
     done = subprocess.run(full, env=os.environ | keys, capture_output=True, text=True, timeout=600)
     if done.returncode:
@@ -69,10 +78,11 @@ def sample(command, what, url, key, length, ca):
     return {"speed": gb * 1e3 / found["seconds"], "cpu": found["cpu_seconds"] / gb, "grew": found["grew"] / 2**20, "sum": found["sum"]}
 
 
-def ours(program, url, key, length, ca):
+def ours(program, url, key, length, ca, more):
     """What the benchmark `store` measured: an upload and a download by one process, which holds the data, and then twice."""
     env = {"AWS_ACCESS_KEY_ID": servers.KEY, "AWS_SECRET_ACCESS_KEY": servers.SECRET, "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": url}
     env |= {"SSL_CERT_FILE": str(ca)} if ca else {"AWS_ALLOW_HTTP": "true"}
+    env |= more
     command = [program, f"s3://bucket/{key}", str(length >> 20), "1"]
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
     if done.returncode:
@@ -87,27 +97,37 @@ def ours(program, url, key, length, ca):
 def measure(args, url, ca):
     """The samples of each client in each round, by direction."""
     clients = {name: [str(args.tools / "stores/bin/python"), str(pathlib.Path(__file__).with_name("store_client.py")), name] for name in PEERS}
-    if ca:
-        del clients["s3torchconnector"]                          # it takes no CA
+    settings = {OURS: {}, UNSIGNED: {"AWS_UNSIGNED_PAYLOAD": "true"}}
     if args.ashore:
-        clients[OURS] = None
+        clients |= {OURS: None} if ca else dict.fromkeys(settings)
     order, taken = random.Random(args.seed), {"put": [], "get": []}
     for _ in range(args.rounds):
         names = list(clients)
         order.shuffle(names)
         rounds = {what: {} for what in taken}
         for name in names:
-            mine = ours(args.ashore, url, f"of-{name}", args.mib << 20, ca) if name == OURS else None
+            key, length = "of-" + name.replace(", ", "-"), args.mib << 20
+            mine = ours(args.ashore, url, key, length, ca, settings[name]) if name in settings else None
             for what in taken:
-                found = mine[what] if mine else sample(clients[name], what, url, f"of-{name}", args.mib << 20, ca)
+                found = mine[what] if mine else sample(clients[name], what, url, key, length, ca)
                 rounds[what][name] = found
                 print(f"{what} {name}: {found}", file=sys.stderr, flush=True)
             sums = {rounds[what][name].get("sum") for what in taken}
             if len(sums) != 1:
                 sys.exit(f"{name} did not get back what it had put: {sums}")
         for what in taken:
+            compare(rounds[what])
             taken[what].append(rounds[what])
     return taken
+
+
+def compare(clients):
+    """Adds to each sample of one round how it relates to that of `ashore`: the load of the machine is the same for both."""
+    own = clients.get(OURS, {})
+    for found in clients.values():
+        for field in ("speed", "cpu"):
+            if field in found and field in own:
+                found[f"{field}_ratio"] = found[field] / own[field]
 
 
 def main():
@@ -142,7 +162,8 @@ def main():
             samples = [one[name] for one in rounds]
             well = [one for one in samples if "failed" not in one]
             failed |= len(well) < len(samples)
-            found[name] = {field: report.spread([one[field] for one in well]) for _, field, _ in COLUMNS} if well else {}
+            fields = [field for _, field, _ in COLUMNS if well and all(field in one for one in well)]
+            found[name] = {field: report.spread([one[field] for one in well]) for field in fields}
             found[name] |= {"n": len(well), "failures": [one["failed"] for one in samples if "failed" in one]}
         print(f"{what}\n\n{report.table(dict(sorted(found.items())), COLUMNS)}\n")
     sys.exit(failed)
