@@ -284,6 +284,16 @@ typedef struct {
   const char *holder;
 } ashore_alias;
 
+// Puts a tensor into files of its own kind, which later steps share as long as their bytes stay the same:
+// they are cloned or linked instead of written.
+typedef struct {
+  // The tensor, or an alias of it.
+  const char *name;
+  // Null: the tensor is frozen, and not expected to change. Otherwise the group that it changes with. Each
+  // group has files of its own.
+  const char *key;
+} ashore_group;
+
 // Options of one save. Zero is the default of every member but `size`.
 typedef struct {
   // sizeof(ashore_save_options)
@@ -307,6 +317,9 @@ typedef struct {
   // More names of tensors.
   const ashore_alias *aliases;
   size_t alias_count;
+  // Tensors that are frozen, or in groups.
+  const ashore_group *groups;
+  size_t group_count;
 } ashore_save_options;
 
 // What a durable save has cost. Times are seconds since its call.
@@ -327,6 +340,14 @@ typedef struct {
   uint64_t over_budget;
   // Chunks that a fence has copied on the GPU.
   uint64_t late_chunks;
+  // Bytes of files of tensors that were written.
+  uint64_t written_bytes;
+  // Bytes of such files that are clones of files of an older step.
+  uint64_t cloned_bytes;
+  // Bytes of such files that are files of an older step, under a second name.
+  uint64_t linked_bytes;
+  // Files that had not changed and were written, because the file system refused to clone or link them.
+  uint64_t refused_files;
 } ashore_committed;
 
 // The progress of a save, in bytes.

@@ -35,6 +35,17 @@ pub struct ashore_alias {
     pub holder: *const c_char,
 }
 
+/// Puts a tensor into files of its own kind, which later steps share as long as their bytes stay the same:
+/// they are cloned or linked instead of written.
+#[repr(C)]
+pub struct ashore_group {
+    /// The tensor, or an alias of it.
+    pub name: *const c_char,
+    /// Null: the tensor is frozen, and not expected to change. Otherwise the group that it changes with. Each
+    /// group has files of its own.
+    pub key: *const c_char,
+}
+
 /// Options of one save. Zero is the default of every member but `size`.
 #[repr(C)]
 pub struct ashore_save_options {
@@ -59,6 +70,9 @@ pub struct ashore_save_options {
     /// More names of tensors.
     pub aliases: *const ashore_alias,
     pub alias_count: usize,
+    /// Tensors that are frozen, or in groups.
+    pub groups: *const ashore_group,
+    pub group_count: usize,
 }
 
 impl Default for ashore_save_options {
@@ -76,6 +90,8 @@ impl Default for ashore_save_options {
             rank_value_count: 0,
             aliases: ptr::null(),
             alias_count: 0,
+            groups: ptr::null(),
+            group_count: 0,
         }
     }
 }
@@ -105,6 +121,14 @@ pub struct ashore_committed {
     pub over_budget: u64,
     /// Chunks that a fence has copied on the GPU.
     pub late_chunks: u64,
+    /// Bytes of files of tensors that were written.
+    pub written_bytes: u64,
+    /// Bytes of such files that are clones of files of an older step.
+    pub cloned_bytes: u64,
+    /// Bytes of such files that are files of an older step, under a second name.
+    pub linked_bytes: u64,
+    /// Files that had not changed and were written, because the file system refused to clone or link them.
+    pub refused_files: u64,
 }
 
 // SAFETY: the size is first, and every member may be zero.
@@ -164,7 +188,7 @@ pub unsafe extern "C" fn ashore_save_begin(
     })
 }
 
-/// Puts the values and aliases of the options into the state dict.
+/// Puts the values, aliases and groups of the options into the state dict.
 ///
 /// # Safety
 /// That of the crate.
@@ -192,6 +216,17 @@ unsafe fn prepared(given: ashore_save_options, state: &mut StateDict<'static>) -
         // SAFETY: passed on.
         let (name, holder) = unsafe { (given::text("name", alias.name)?, given::text("holder", alias.holder)?) };
         state.alias(name, holder)?;
+    }
+    // SAFETY: passed on.
+    for group in unsafe { given::array("groups", given.groups, given.group_count)? } {
+        // SAFETY: passed on.
+        let name = unsafe { given::text("name", group.name)? };
+        if group.key.is_null() {
+            state.frozen(name)?;
+        } else {
+            // SAFETY: passed on.
+            state.group(name, unsafe { given::text("key", group.key)? })?;
+        }
     }
     let mut options = SaveOptions::default();
     options.overwrite = given.overwrite != 0;
@@ -238,6 +273,10 @@ pub unsafe extern "C" fn ashore_save_wait(
             tail: done.tail.as_secs_f64(),
             over_budget: done.over_budget as u64,
             late_chunks: done.late_chunks as u64,
+            written_bytes: done.written_bytes,
+            cloned_bytes: done.cloned_bytes,
+            linked_bytes: done.linked_bytes,
+            refused_files: done.refused_files as u64,
         };
         // SAFETY: the argument of the crate.
         unsafe { given::write_sized(committed, &cost)? };

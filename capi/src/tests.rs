@@ -136,6 +136,40 @@ fn a_tier_has_a_wait_and_a_report_of_its_own() {
 }
 
 #[test]
+fn a_frozen_tensor_has_a_file_that_the_next_step_shares() {
+    let (root, counter) = (tempfile::tempdir().unwrap(), AtomicU32::new(0));
+    let (mut data, shape) = (vec![1.5_f32; 1 << 18], [1 << 18]);
+    let executor = opened(root.path());
+    let group = |name: &'static CStr, key| ashore_group { name: name.as_ptr(), key };
+    let options = |group: &ashore_group| ashore_save_options {
+        size: size_of::<ashore_save_options>(),
+        groups: group,
+        group_count: 1,
+        ..ashore_save_options::default()
+    };
+    let (frozen, unknown) = (group(c"w", null()), group(c"v", c"expert".as_ptr()));
+    let mut shared = Vec::new();
+    // SAFETY: everything that is pointed to outlives the calls, and the tensors their release.
+    unsafe {
+        for step in [1, 2] {
+            let mut save = null_mut();
+            let mut done = ashore_committed { size: size_of::<ashore_committed>(), ..ashore_committed::default() };
+            let w = told(c"w", &mut data, &shape, &counter);
+            expect(ashore_save_begin(executor, step, &w, 1, &options(&frozen), &mut save), ASHORE_OK);
+            expect(ashore_save_wait(save, 60.0, &mut done), ASHORE_OK);
+            shared.push(done.linked_bytes + done.cloned_bytes);
+            ashore_save_free(save);
+        }
+        let mut save = null_mut();
+        let w = told(c"w", &mut data, &shape, &counter);
+        let text = expect(ashore_save_begin(executor, 3, &w, 1, &options(&unknown), &mut save), ASHORE_INVALID);
+        assert!(text.contains("\"v\""), "{text}");
+        expect(ashore_close(executor, 60.0), ASHORE_OK);
+    }
+    assert!(shared[0] == 0 && shared[1] > 1 << 20, "{shared:?}");
+}
+
+#[test]
 fn an_alias_is_restored_from_the_newest_step_that_is_as_written() {
     let (root, counter) = (tempfile::tempdir().unwrap(), AtomicU32::new(0));
     let (mut data, shape) = (vec![1.5_f32; 6], [6]);
