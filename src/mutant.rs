@@ -12,6 +12,9 @@ pub(crate) enum Mutant {
     /// Small files (manifest, index) are not fsynced.
     // seen by: storage::ordering
     FileFsync,
+    /// Clones of files of older steps are not fsynced.
+    // seen by: storage::adopting
+    CloneFsync,
     /// The attempt's directory is not fsynced.
     // seen by: storage::ordering
     AttemptFsync,

@@ -350,6 +350,18 @@ impl Access {
     }
 }
 
+/// What a file system knows of a file besides its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Inode {
+    /// Device and number: names with the same ones are names of one file.
+    pub identity: (u64, u64),
+    /// The length of the file in bytes.
+    pub len: u64,
+    /// The number of its names, in all directories. A clone is a file of its own, and counts for nothing here.
+    pub names: u64,
+}
+
 /// A published step, kept open.
 pub trait Reading: Send + Sync + Debug {
     /// Opens a file of the step. Names with a path separator, `.` and `..` are `Corrupt`; links are not
@@ -364,6 +376,15 @@ pub trait Reading: Send + Sync + Debug {
 
     /// The names of all its files, in no order.
     fn list(&self) -> Result<Vec<String>>;
+
+    /// What the file system says of a file now, without opening it; None where there is none, and, the
+    /// default, for a storage whose files have one name each.
+    ///
+    /// # Errors
+    /// `Corrupt` for a name that [`Reading::open`] refuses; an I/O error.
+    fn inode(&self, _file: &str) -> Result<Option<Inode>> {
+        Ok(None)
+    }
 
     /// How the bytes of its files are best read. Default: as those of a local disk.
     fn access(&self) -> Access {

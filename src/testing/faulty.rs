@@ -24,6 +24,9 @@ pub enum Call {
     Fallocate,
     Ftruncate,
     Rename,
+    Link,
+    Clone,
+    Protect,
     Unlink,
     Stat,
     Touch,
@@ -64,7 +67,7 @@ pub struct Logged {
     pub call: Call,
     /// The path by which the descriptor was opened, with the name if the call takes one.
     pub path: PathBuf,
-    /// The target of a rename.
+    /// The target of a rename, a link or a clone.
     pub to: Option<PathBuf>,
     /// True if it reported no error.
     pub ok: bool,
@@ -273,6 +276,20 @@ impl Sys for Faulty {
     fn rename(&self, dir: RawFd, from: &Path, to: &Path, how: Rename) -> io::Result<()> {
         let (source, target) = (self.path(Some(dir), from), self.path(Some(dir), to));
         self.call(Call::Rename, source, Some(target), |_| self.inner.rename(dir, from, to, how), drop)
+    }
+
+    fn link(&self, file: RawFd, dir: RawFd, name: &Path) -> io::Result<()> {
+        let (source, target) = (self.path(Some(file), Path::new(ITSELF)), self.path(Some(dir), name));
+        self.call(Call::Link, source, Some(target), |_| self.inner.link(file, dir, name), drop)
+    }
+
+    fn clone_file(&self, from: RawFd, to: RawFd) -> io::Result<()> {
+        let (source, target) = [from, to].map(|fd| self.path(Some(fd), Path::new(ITSELF))).into();
+        self.call(Call::Clone, source, Some(target), |_| self.inner.clone_file(from, to), drop)
+    }
+
+    fn protect(&self, fd: RawFd) -> io::Result<()> {
+        self.on(Call::Protect, fd, Path::new(ITSELF), || self.inner.protect(fd))
     }
 
     fn unlink(&self, dir: RawFd, name: &Path, kind: Kind) -> io::Result<()> {

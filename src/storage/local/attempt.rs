@@ -5,14 +5,15 @@ use super::direct::Bypass;
 use super::file::LocalFile;
 use super::owner::{Owner, Owners};
 use super::progress::Progress;
+use super::reading::LocalFileReading;
 use super::sys::Kind;
-use super::{direct, durable, names, publish, transfer, trash};
+use super::{adopt, direct, durable, names, publish, transfer, trash};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::memory::ALIGNMENT;
 use crate::mutant::{self, Mutant};
 use crate::storage::shared::{SharedWriting, Vetoed};
-use crate::storage::{FileWriting, Writing, name};
+use crate::storage::{Adopted, FileReading, FileWriting, Writing, name};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -63,6 +64,18 @@ impl AttemptFiles {
             return long.write_at(0, bytes).and_then(|()| long.seal());
         }
         self.count(|| self.write_small(file, bytes))
+    }
+
+    pub(super) fn adopt(&self, file: &str, source: &dyn FileReading, head: &[u8]) -> Result<Adopted> {
+        self.check(file)?;
+        let Some(source) = source.as_any().and_then(|source| source.downcast_ref::<LocalFileReading>()) else {
+            return Ok(Adopted::Refused("the source lies in a storage of another kind".into()));
+        };
+        let adopted = adopt::adopt(&self.dir, file, source, head).inspect_err(|_| self.progress.lose())?;
+        if !matches!(adopted, Adopted::Refused(_)) {
+            self.count(|| Ok(()))?;
+        }
+        Ok(adopted)
     }
 
     /// Counts a file that is made whole by `make`.
@@ -259,6 +272,11 @@ impl Writing for LocalAttempt {
     fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
         self.check_open(file)?;
         self.files.put(file, bytes)
+    }
+
+    fn adopt(&self, file: &str, source: &dyn FileReading, head: &[u8]) -> Result<Adopted> {
+        self.check_open(file)?;
+        self.files.adopt(file, source, head)
     }
 
     fn publish(&self, overwrite: bool) -> Result<()> {

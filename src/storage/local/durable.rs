@@ -30,6 +30,12 @@ pub(super) fn file(fd: &Fd) -> io::Result<()> {
     promise(Mutant::FileFsync, fd)
 }
 
+/// Makes a clone durable, its blocks and its own head: without it a published step can have a file that is
+/// empty, or that names the step of its source.
+pub(super) fn clone(fd: &Fd) -> io::Result<()> {
+    promise(Mutant::CloneFsync, fd)
+}
+
 /// Makes the names of an attempt's files durable: without it a published step can lack files.
 pub(super) fn attempt(dir: &Dir) -> io::Result<()> {
     promise(Mutant::AttemptFsync, dir.fd())

@@ -25,6 +25,9 @@ use std::time::Duration;
 const BTRFS: u64 = 0x9123_683e;
 const TMPFS: u64 = 0x0102_1994;
 
+/// The magic number of overlayfs.
+const OVERLAY: u64 = 0x794c_7630;
+
 /// The system calls of the running kernel.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Linux;
@@ -116,6 +119,29 @@ impl Sys for Linux {
             Rename::Exchange => RenameFlags::EXCHANGE,
         };
         Ok(rustix::fs::renameat_with(dir, from, dir, to, flags)?)
+    }
+
+    fn link(&self, file: RawFd, dir: RawFd, name: &Path) -> io::Result<()> {
+        // A link to a file of a lower layer copies it to the upper one, and nothing tells which files those are.
+        if rustix::fs::fstatfs(borrow(dir))?.f_type as u64 & 0xffff_ffff == OVERLAY {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        let path = format!("/proc/self/fd/{file}");
+        match rustix::fs::linkat(rustix::fs::CWD, path, borrow(dir), name, AtFlags::SYMLINK_FOLLOW) {
+            // Without /proc: needs a privilege on older kernels.
+            Err(Errno::NOENT) => Ok(rustix::fs::linkat(borrow(file), "", borrow(dir), name, AtFlags::EMPTY_PATH)?),
+            linked => Ok(linked?),
+        }
+    }
+
+    fn clone_file(&self, from: RawFd, to: RawFd) -> io::Result<()> {
+        Ok(rustix::fs::ioctl_ficlone(borrow(to), borrow(from))?)
+    }
+
+    fn protect(&self, fd: RawFd) -> io::Result<()> {
+        let mode = Mode::from_raw_mode(rustix::fs::fstat(borrow(fd))?.st_mode);
+        let kept = mode - (Mode::WUSR | Mode::WGRP | Mode::WOTH);
+        if kept == mode { Ok(()) } else { Ok(rustix::fs::fchmod(borrow(fd), kept)?) }
     }
 
     fn unlink(&self, dir: RawFd, name: &Path, kind: Kind) -> io::Result<()> {

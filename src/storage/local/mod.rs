@@ -14,9 +14,10 @@
 //! closes, unlocks, touches or deletes what its parent has open: it opens its own storage to begin and sweep.
 //!
 //! Modules from the system calls up: `sys` (the system call interface), `linux`, `dir`, `transfer`, `direct`,
-//! `durable`; then `owner`, `clock`, `judge`, `file`, `marks`, `trash`, `publish`; then `attempt`, `reading`,
-//! `sweep`, `root`, `shared`; then [`Local`] and `resume`.
+//! `durable`; then `owner`, `clock`, `judge`, `file`, `marks`, `trash`, `publish`, `reading`; then `adopt`,
+//! `attempt`, `sweep`, `root`, `shared`; then [`Local`] and `resume`.
 
+mod adopt;
 mod attempt;
 mod clock;
 mod dir;
@@ -210,6 +211,10 @@ impl Storage for Local {
         let open = if create { root::make } else { root::find };
         let root = open(self.root.fd().sys(), parent)?;
         Ok(Arc::new(Self { root, direct: self.direct, owners: self.owners.clone() }))
+    }
+
+    fn adopts(&self) -> bool {
+        true
     }
 
     fn shared(&self) -> Option<Arc<dyn Shared>> {

@@ -7,7 +7,8 @@ use super::sys::{Fd, Kind, uninterrupted};
 use super::transfer;
 use crate::error::{Error, Result};
 use crate::memory::{ALIGNMENT, AlignedBuffer};
-use crate::storage::{FileReading, Reading, name};
+use crate::storage::{FileReading, Inode, Reading, name};
+use std::any::Any;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -55,6 +56,13 @@ impl Reading for LocalReading {
         Ok(names.into_iter().map(|name| name.to_string_lossy().into_owned()).collect())
     }
 
+    fn inode(&self, file: &str) -> Result<Option<Inode>> {
+        name::check_file(file).map_err(|error| error.with_path(self.dir.path()))?;
+        let stat = self.dir.look(file).map_err(self.dir.error("cannot stat file", file))?;
+        let stat = stat.filter(|stat| stat.kind == Kind::File);
+        Ok(stat.map(|stat| Inode { identity: stat.identity, len: stat.len, names: stat.links }))
+    }
+
     fn identity(&self) -> Option<(u64, u64)> {
         // The inode number of a directory is not reused while a descriptor is open.
         self.dir.stat().ok().map(|stat| stat.identity)
@@ -67,7 +75,7 @@ fn not_a_file(dir: &Dir, file: &str) -> Error {
 
 /// A file of a published step.
 #[derive(Debug)]
-struct LocalFileReading {
+pub(super) struct LocalFileReading {
     fd: Fd,
     bypass: Bypass,
     len: u64,
@@ -76,6 +84,10 @@ struct LocalFileReading {
 }
 
 impl LocalFileReading {
+    pub(super) fn fd(&self) -> &Fd {
+        &self.fd
+    }
+
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         if !self.bypass.is_on() {
             return self.fill(offset, buffer);
@@ -121,6 +133,10 @@ impl FileReading for LocalFileReading {
 
     fn modified(&self) -> Option<SystemTime> {
         self.modified
+    }
+
+    fn as_any(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {

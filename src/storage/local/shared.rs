@@ -13,7 +13,7 @@ use super::{durable, names, publish, transfer, trash};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::storage::shared::{SessionRecord, Shared, SharedAttempt, SharedWriting, Vetoed};
-use crate::storage::{FileWriting, Writing, name};
+use crate::storage::{Adopted, FileReading, FileWriting, Writing, name};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -211,6 +211,10 @@ impl Writing for Joined {
 
     fn put(&self, file: &str, bytes: &[u8]) -> Result<()> {
         self.files.put(file, bytes)
+    }
+
+    fn adopt(&self, file: &str, source: &dyn FileReading, head: &[u8]) -> Result<Adopted> {
+        self.files.adopt(file, source, head)
     }
 
     fn publish(&self, _: bool) -> Result<()> {

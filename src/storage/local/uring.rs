@@ -287,6 +287,18 @@ impl Sys for Uring {
         Linux.rename(dir, from, to, how)
     }
 
+    fn link(&self, file: RawFd, dir: RawFd, name: &Path) -> io::Result<()> {
+        Linux.link(file, dir, name)
+    }
+
+    fn clone_file(&self, from: RawFd, to: RawFd) -> io::Result<()> {
+        Linux.clone_file(from, to)
+    }
+
+    fn protect(&self, fd: RawFd) -> io::Result<()> {
+        Linux.protect(fd)
+    }
+
     fn unlink(&self, dir: RawFd, name: &Path, kind: Kind) -> io::Result<()> {
         Linux.unlink(dir, name, kind)
     }

@@ -65,6 +65,18 @@ impl Sys for SimFs {
         self.call(Call::Rename, |state| state.rename(dir, component(from)?, component(to)?, how))
     }
 
+    fn link(&self, file: RawFd, dir: RawFd, name: &Path) -> io::Result<()> {
+        self.call(Call::Link, |state| state.link(file, dir, component(name)?))
+    }
+
+    fn clone_file(&self, from: RawFd, to: RawFd) -> io::Result<()> {
+        self.call(Call::Clone, |state| state.clone_file(from, to))
+    }
+
+    fn protect(&self, fd: RawFd) -> io::Result<()> {
+        self.call(Call::Protect, |state| state.protect(fd))
+    }
+
     fn unlink(&self, dir: RawFd, name: &Path, kind: Kind) -> io::Result<()> {
         self.call(Call::Unlink, |state| state.unlink(dir, component(name)?, kind))
     }

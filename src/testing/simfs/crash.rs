@@ -176,7 +176,8 @@ fn visible(units: &[Unit], mut takes: Vec<Take>) -> Vec<Take> {
         };
     }
     for i in 0..units.len() {
-        if units[i].under.is_some_and(|name| takes[name] == Take::Nothing) {
+        let under = &units[i].under;
+        if !under.is_empty() && under.iter().all(|&name| takes[name] == Take::Nothing) {
             takes[i] = Take::Nothing;
         }
     }

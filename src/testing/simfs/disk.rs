@@ -16,6 +16,8 @@ pub(super) const SECTOR: usize = 512;
 pub(super) enum Op {
     /// Creates an empty file or directory, and its name.
     Create { dir: Ino, name: OsString, ino: Ino, file: bool },
+    /// Gives a file another name.
+    Link { dir: Ino, name: OsString, ino: Ino },
     /// Removes a name.
     Unlink { dir: Ino, name: OsString },
     /// Moves a name, or exchanges two.
@@ -48,8 +50,9 @@ pub(super) enum Object {
 pub(super) struct Unit {
     /// The inode that it changes.
     pub(super) ino: Ino,
-    /// The unit that names this object, if that is pending too. If it is lost, this unit is not visible.
-    pub(super) under: Option<usize>,
+    /// The units that name this object, if all its names are pending too; empty otherwise. If all of them are
+    /// lost, this unit is not visible.
+    pub(super) under: Vec<usize>,
     /// The units without which this one cannot be on the disk.
     pub(super) needs: Vec<usize>,
     pub(super) what: What,
@@ -105,7 +108,9 @@ impl Disk {
     /// Performs `op` on the running system: it becomes pending, or makes pending changes durable.
     pub(super) fn apply(&mut self, op: &Op) {
         self.last = match op {
-            Op::Create { dir, .. } | Op::Unlink { dir, .. } | Op::Rename { dir, .. } => (*dir, 1),
+            Op::Create { dir, .. } | Op::Link { dir, .. } | Op::Unlink { dir, .. } | Op::Rename { dir, .. } => {
+                (*dir, 1)
+            }
             Op::Write { ino, grown, .. } => (*ino, 1 + usize::from(grown.is_some())),
             Op::Resize { ino, .. } => (*ino, 1),
             Op::Fsync { ino } | Op::Lose { ino } => (*ino, 0),
@@ -119,7 +124,7 @@ impl Disk {
                 self.objects.insert(*ino, object);
                 self.defer(*dir, op);
             }
-            Op::Unlink { dir, .. } | Op::Rename { dir, .. } => self.defer(*dir, op),
+            Op::Link { dir, .. } | Op::Unlink { dir, .. } | Op::Rename { dir, .. } => self.defer(*dir, op),
             Op::Write { ino, at, sectors, grown } => {
                 if let Some(Object::File { pending, .. }) = self.objects.get_mut(ino) {
                     pending.extend(grown.map(Change::Size));
@@ -161,42 +166,46 @@ impl Disk {
     /// lead to are left out.
     pub(super) fn pending(&self) -> Vec<Unit> {
         let mut units = Vec::new();
-        let mut found = vec![(ROOT, None)];
+        let mut dirs = vec![(ROOT, None)];
+        // The names of each file, each with the unit without which it is not there.
+        let mut files = BTreeMap::<Ino, Vec<Option<usize>>>::new();
         let mut next = 0;
-        while let Some(&(ino, under)) = found.get(next) {
+        while let Some(&(ino, under)) = dirs.get(next) {
             next += 1;
+            let Some(Object::Dir { durable, pending }) = self.objects.get(&ino) else { continue };
             let first = units.len();
-            let mut push = |needs, what| units.push(Unit { ino, under, needs, what, newest: false });
-            match self.objects.get(&ino) {
-                Some(Object::Dir { durable, pending }) => {
-                    found.extend(durable.values().map(|child| (*child, under)));
-                    for (i, op) in pending.iter().enumerate() {
-                        found.extend(created(op).map(|child| (child, Some(first + i))));
-                        let shares =
-                            |earlier: &Op| names(earlier).iter().flatten().any(|n| names(op).contains(&Some(n)));
-                        push((0..i).filter(|&j| shares(&pending[j])).map(|j| first + j).collect(), What::Name);
-                    }
+            let settled = durable.values().map(|child| (*child, under));
+            let made = pending.iter().enumerate().filter_map(|(i, op)| Some((named(op)?, Some(first + i))));
+            for (child, under) in settled.chain(made) {
+                match self.objects.get(&child) {
+                    Some(Object::File { .. }) => files.entry(child).or_default().push(under),
+                    _ => dirs.push((child, under)),
                 }
-                Some(Object::File { durable, pending }) => {
-                    let durable = durable.bytes.len();
-                    let mut last = None;
-                    for (i, change) in pending.iter().enumerate() {
-                        match change {
-                            Change::Size(len) => {
-                                push(last.replace(first + i).into_iter().collect(), What::Size { len: *len });
-                            }
-                            Change::Sectors { at, bytes } => {
-                                push(Vec::new(), What::Data { at: *at, sectors: bytes.len() / SECTOR, durable });
-                            }
-                        }
-                    }
-                }
-                None => {}
             }
-            if ino == self.last.0 {
-                units[first..].iter_mut().rev().take(self.last.1).for_each(|unit| unit.newest = true);
+            for (i, op) in pending.iter().enumerate() {
+                let shares = |earlier: &Op| names(earlier).iter().flatten().any(|n| names(op).contains(&Some(n)));
+                let needs = (0..i).filter(|&j| shares(&pending[j])).map(|j| first + j).collect();
+                units.push(Unit { ino, under: under.into_iter().collect(), needs, what: What::Name, newest: false });
             }
         }
+        // After all directories, because each name of a file may be in another one.
+        for (ino, under) in files {
+            let Some(Object::File { durable, pending }) = self.objects.get(&ino) else { continue };
+            let under: Vec<_> = under.into_iter().collect::<Option<_>>().unwrap_or_default();
+            let mut last = None;
+            for change in pending {
+                let (needs, what) = match change {
+                    Change::Size(len) => (last.replace(units.len()), What::Size { len: *len }),
+                    Change::Sectors { at, bytes } => {
+                        (None, What::Data { at: *at, sectors: bytes.len() / SECTOR, durable: durable.bytes.len() })
+                    }
+                };
+                let (under, needs) = (under.clone(), needs.into_iter().collect());
+                units.push(Unit { ino, under, needs, what, newest: false });
+            }
+        }
+        let of_last = units.iter_mut().rev().filter(|unit| unit.ino == self.last.0);
+        of_last.take(self.last.1).for_each(|unit| unit.newest = true);
         units
     }
 
@@ -205,6 +214,9 @@ impl Disk {
         let mut nodes = BTreeMap::new();
         let mut found = vec![ROOT];
         while let Some(ino) = found.pop() {
+            if nodes.contains_key(&ino) {
+                continue;
+            }
             let first = units.iter().position(|unit| unit.ino == ino);
             let take = |i: usize| first.and_then(|first| takes.get(first + i)).copied().unwrap_or(Take::Nothing);
             let node = match self.objects.get(&ino) {
@@ -222,13 +234,14 @@ impl Disk {
     }
 }
 
-fn created(op: &Op) -> Option<Ino> {
-    if let Op::Create { ino, .. } = op { Some(*ino) } else { None }
+/// The object that a change gives a name.
+fn named(op: &Op) -> Option<Ino> {
+    if let Op::Create { ino, .. } | Op::Link { ino, .. } = op { Some(*ino) } else { None }
 }
 
 pub(super) fn names(op: &Op) -> [Option<&OsString>; 2] {
     match op {
-        Op::Create { name, .. } | Op::Unlink { name, .. } => [Some(name), None],
+        Op::Create { name, .. } | Op::Link { name, .. } | Op::Unlink { name, .. } => [Some(name), None],
         Op::Rename { from, to, .. } => [Some(from), Some(to)],
         _ => [None, None],
     }
@@ -273,7 +286,7 @@ pub(super) fn enter(durable: &Arc<Entries>, pending: &[Op], take: impl Fn(usize)
     for op in pending.iter().enumerate().filter(|(i, _)| take(*i)).map(|(_, op)| op) {
         let entries = Arc::make_mut(&mut entries);
         match op {
-            Op::Create { name, ino, .. } => {
+            Op::Create { name, ino, .. } | Op::Link { name, ino, .. } => {
                 entries.insert(name.clone(), *ino);
             }
             Op::Unlink { name, .. } => {

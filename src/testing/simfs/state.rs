@@ -23,6 +23,14 @@ struct Inode {
     links: u64,
     locked_by: Option<RawFd>,
     lost: u64,
+    /// No process may open it to write. Lasts until the machine loses power.
+    protected: bool,
+}
+
+impl Inode {
+    fn new(body: Body, links: u64) -> Self {
+        Self { body, links, locked_by: None, lost: 0, protected: false }
+    }
 }
 
 #[derive(Debug)]
@@ -40,6 +48,7 @@ pub(super) struct State {
     pub(super) faults: Vec<Fault>,
     pub(super) calls: u64,
     pub(super) calls_left: Option<u64>,
+    pub(super) clones: bool,
     pub(super) descriptors: BTreeMap<RawFd, Descriptor>,
     inodes: BTreeMap<Ino, Inode>,
     next_ino: Ino,
@@ -48,12 +57,16 @@ pub(super) struct State {
 
 impl State {
     pub(super) fn new(image: &Image) -> Self {
-        let inode = |node: &Node| {
-            let (body, links) = match node {
-                Node::File(content) => (Body::File(content.bytes.clone()), 1),
-                Node::Dir(entries) => (Body::Dir(entries.clone()), 2),
-            };
-            Inode { body, links, locked_by: None, lost: 0 }
+        let mut names = BTreeMap::<Ino, u64>::new();
+        for node in image.nodes.values() {
+            let Node::Dir(entries) = node else { continue };
+            entries.values().for_each(|ino| *names.entry(*ino).or_default() += 1);
+        }
+        let inode = |(ino, node): (&Ino, &Node)| match node {
+            Node::File(content) => {
+                (*ino, Inode::new(Body::File(content.bytes.clone()), names.get(ino).copied().unwrap_or(0)))
+            }
+            Node::Dir(entries) => (*ino, Inode::new(Body::Dir(entries.clone()), 2)),
         };
         Self {
             base: image.clone(),
@@ -61,8 +74,9 @@ impl State {
             faults: Vec::new(),
             calls: 0,
             calls_left: None,
+            clones: false,
             descriptors: BTreeMap::new(),
-            inodes: image.nodes.iter().map(|(ino, node)| (*ino, inode(node))).collect(),
+            inodes: image.nodes.iter().map(inode).collect(),
             next_ino: image.nodes.keys().next_back().map_or(ROOT, |last| *last) + 1,
             next_fd: 1000,
         }
@@ -180,7 +194,7 @@ impl State {
         let ino = self.next_ino;
         self.next_ino += 1;
         let (body, links) = if file { (Body::File(Arc::default()), 1) } else { (Body::Dir(Arc::default()), 2) };
-        self.inodes.insert(ino, Inode { body, links, locked_by: None, lost: 0 });
+        self.inodes.insert(ino, Inode::new(body, links));
         self.entries_mut(dir)?.insert(name.to_owned(), ino);
         self.log.push(Op::Create { dir, name: name.to_owned(), ino, file });
         Ok(ino)
@@ -200,7 +214,10 @@ impl State {
         if how == Open::Dir {
             self.entries(ino)?;
         }
-        let lost_seen = self.inode(ino)?.lost;
+        let &mut Inode { lost: lost_seen, protected, .. } = self.inode(ino)?;
+        if protected && how == Open::Update {
+            return Err(error(libc::EACCES));
+        }
         let fd = self.next_fd;
         self.next_fd += 1;
         self.descriptors.insert(fd, Descriptor { ino, writable, direct, lost_seen });
@@ -291,7 +308,8 @@ impl State {
             (Rename::Plain, Some(target)) if target == moved => return Ok(()),
             (Rename::Plain, Some(target)) => match (self.kind(moved), self.kind(target)) {
                 (Kind::Dir, Kind::Dir) if !self.entries(target)?.is_empty() => return Err(error(libc::ENOTEMPTY)),
-                (Kind::Dir, Kind::Dir) | (Kind::File, Kind::File) => self.inode(target)?.links = 0,
+                (Kind::Dir, Kind::Dir) => self.inode(target)?.links = 0,
+                (Kind::File, Kind::File) => self.inode(target)?.links -= 1,
                 (Kind::Dir, _) => return Err(error(libc::ENOTDIR)),
                 (_, _) => return Err(error(libc::EISDIR)),
             },
@@ -308,6 +326,48 @@ impl State {
         Ok(())
     }
 
+    pub(super) fn link(&mut self, file: RawFd, dir: RawFd, name: &OsStr) -> io::Result<()> {
+        let (ino, dir) = (self.descriptor(file)?.ino, self.at(Some(dir))?);
+        if self.kind(ino) != Kind::File {
+            return Err(error(libc::EPERM));
+        }
+        if self.inode(ino)?.links == 0 || self.inode(dir)?.links == 0 {
+            return Err(error(libc::ENOENT));
+        }
+        if self.entries(dir)?.contains_key(name) {
+            return Err(error(libc::EEXIST));
+        }
+        self.inode(ino)?.links += 1;
+        self.entries_mut(dir)?.insert(name.to_owned(), ino);
+        self.log.push(Op::Link { dir, name: name.to_owned(), ino });
+        Ok(())
+    }
+
+    /// On the disk a clone is a write like any other: until an fsync of the new file, a crash may keep its
+    /// length, its sectors, and what was written over them, in any subset.
+    pub(super) fn clone_file(&mut self, from: RawFd, to: RawFd) -> io::Result<()> {
+        let (source, &Descriptor { ino, writable, .. }) = (self.descriptor(from)?.ino, self.descriptor(to)?);
+        let Body::File(bytes) = &self.inode(source)?.body else { return Err(error(libc::EISDIR)) };
+        let bytes = bytes.clone();
+        if !self.clones {
+            return Err(error(libc::EOPNOTSUPP));
+        }
+        if !writable {
+            return Err(error(libc::EBADF));
+        }
+        *self.file_mut(ino)? = bytes.to_vec();
+        let mut sectors = bytes.to_vec();
+        sectors.resize(bytes.len().next_multiple_of(SECTOR), 0);
+        self.log.push(Op::Write { ino, at: 0, sectors: sectors.into(), grown: Some(bytes.len()) });
+        Ok(())
+    }
+
+    pub(super) fn protect(&mut self, fd: RawFd) -> io::Result<()> {
+        let ino = self.descriptor(fd)?.ino;
+        self.inode(ino)?.protected = true;
+        Ok(())
+    }
+
     pub(super) fn unlink(&mut self, dir: RawFd, name: &OsStr, kind: Kind) -> io::Result<()> {
         let dir = self.at(Some(dir))?;
         let ino = self.lookup(dir, name)?;
@@ -317,7 +377,8 @@ impl State {
             (true, _) => return Err(error(libc::ENOTDIR)),
             (false, Kind::Dir) => return Err(error(libc::EISDIR)),
         }
-        self.inode(ino)?.links = 0;
+        let inode = self.inode(ino)?;
+        inode.links = if kind == Kind::Dir { 0 } else { inode.links - 1 };
         self.entries_mut(dir)?.remove(name);
         self.log.push(Op::Unlink { dir, name: name.to_owned() });
         Ok(())

@@ -394,3 +394,72 @@ fn a_program_without_an_fsync_of_the_file_is_seen_torn_and_one_without_the_direc
     let (torn, lost) = run("directory");
     assert!(torn == 0 && lost > 0, "torn={torn} lost={lost}");
 }
+
+#[test]
+fn each_name_of_a_file_is_durable_by_its_own_directory_and_the_bytes_by_an_fsync_of_any_name() {
+    let fs = SimFs::new();
+    for name in ["a", "b"] {
+        fs.make_dir(name);
+    }
+    let fd = fs.file("a/x.bin", b"x");
+    let b = fs.at("b", Open::Dir);
+    fs.link(fd, b, Path::new("y.bin")).unwrap();
+    assert_eq!(fs.stat(fd).unwrap().links, 2);
+    fs.sync("/");
+    assert_eq!(fs.names(), set(["a b", "a a/x.bin b", "a b b/y.bin", "a a/x.bin b b/y.bin"]));
+    fs.sync("b");
+    assert_eq!(fs.names(), set(["a b b/y.bin", "a a/x.bin b b/y.bin"]));
+    let written = fates([Some(b""), Some(b"\0"), Some(b"x")]);
+    assert_eq!(fs.fates("b/y.bin"), written, "a durable name of a file that nobody made durable");
+    fs.sync("b/y.bin");
+    assert_eq!(fs.fates("b/y.bin"), fates([Some(b"x")]));
+    assert_eq!(fs.fates("a/x.bin"), fates([None, Some(b"x")]));
+}
+
+#[test]
+fn a_file_lives_as_long_as_it_has_a_name_and_has_as_many_after_a_crash() {
+    let fs = SimFs::new();
+    let fd = fs.file("a.bin", b"x");
+    fs.fsync(fd).unwrap();
+    let root = fs.at("/", Open::Dir);
+    fs.link(fd, root, Path::new("b.bin")).unwrap();
+    fs.sync("/");
+    let booted = SimFs::boot(&fs.history().everything());
+    assert_eq!(booted.stat(booted.at("b.bin", READ)).unwrap().links, 2);
+    fs.remove("a.bin", Kind::File);
+    assert_eq!(fs.names(), set(["a.bin b.bin", "b.bin"]));
+    assert_eq!((fs.stat(fd).unwrap().links, fs.fates("b.bin")), (1, fates([Some(b"x")])));
+    fs.remove("b.bin", Kind::File);
+    let code = |result: std::io::Result<()>| result.unwrap_err().raw_os_error().unwrap();
+    assert_eq!(code(fs.link(fd, root, Path::new("c.bin"))), libc::ENOENT, "no name is left to take");
+    fs.file("c.bin", b"");
+    assert_eq!(code(fs.link(fd, root, Path::new("c.bin"))), libc::ENOENT);
+    let other = fs.file("d.bin", b"");
+    assert_eq!(code(fs.link(other, root, Path::new("c.bin"))), libc::EEXIST);
+    fs.protect(other).unwrap();
+    let opened = fs.open(None, Path::new("d.bin"), Open::Update, false).map(drop);
+    assert_eq!(code(opened), libc::EACCES);
+}
+
+#[test]
+fn a_clone_without_an_fsync_is_empty_or_old_or_new() {
+    let fs = SimFs::new().clones(true);
+    let source = fs.file("a.bin", &[1; 1024]);
+    fs.fsync(source).unwrap();
+    let clone = fs.at("b.bin", CREATE);
+    fs.clone_file(source, clone).unwrap();
+    fs.pwrite(clone, &[2; 512], 0).unwrap();
+    fs.sync("/");
+    let found = fs.fates("b.bin");
+    let old_head = vec![1; 1024];
+    let right = [vec![2; 512], vec![1; 512]].concat();
+    for fate in [vec![], old_head, right.clone()] {
+        assert!(found.contains(&Some(fate.clone())), "{fate:?}");
+    }
+    fs.fsync(clone).unwrap();
+    assert_eq!(fs.fates("b.bin"), fates([Some(&right)]));
+    assert_eq!(fs.fates("a.bin"), fates([Some(&[1; 1024])]), "the source keeps its bytes");
+    let other = SimFs::new();
+    let (from, to) = (other.file("a.bin", b"x"), other.at("b.bin", CREATE));
+    assert_eq!(other.clone_file(from, to).unwrap_err().raw_os_error(), Some(libc::EOPNOTSUPP));
+}

@@ -1,5 +1,6 @@
 //! The storage back ends, and the local one when calls fail, owners die and names are hostile.
 
+mod adopting;
 mod failing_calls;
 mod inherited_locks;
 mod links_and_devices;

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// The calls that change or fix something, as `call name`, with the root as `.` and the attempt left out.
-fn story(log: &[Logged], root: &Path, attempt: Attempt) -> Vec<String> {
+pub(super) fn story(log: &[Logged], root: &Path, attempt: Attempt) -> Vec<String> {
     let short = |path: &Path| {
         let name = path.strip_prefix(root).unwrap_or(path).to_string_lossy().replace(&attempt.to_string(), "A");
         if name.is_empty() { ".".to_owned() } else { name }
