@@ -15,7 +15,7 @@ use crate::device::Host;
 use crate::error::{ErrorKind, Result};
 use crate::id::Attempt;
 use crate::memory::{ALIGNMENT, AlignedBuffer, Arena, Slab};
-use crate::storage::{FileReading, Reading, Storage, Sweep, Writing};
+use crate::storage::{Adopted, FileReading, Memory, Reading, Storage, Sweep, Writing};
 use std::fmt::Debug;
 use std::sync::{Arc, Barrier};
 use std::thread;
@@ -44,6 +44,10 @@ pub const BEHAVIOURS: &[Behaviour] = &[
     ("hostile names are refused", hostile_names_are_refused),
     ("what is not there is not found", what_is_not_there_is_not_found),
     ("a hint is no step", a_hint_is_no_step),
+    ("an adopted file is a clone with a head of its own, or the source itself", an_adopted_file_is_whole),
+    ("an adopted file outlives its source", an_adopted_file_outlives_its_source),
+    ("a source that was removed is cloned or refused", a_source_that_was_removed_is_no_link),
+    ("what cannot be adopted is refused or an error", what_cannot_be_adopted_is_refused),
 ];
 
 /// Tests every behaviour, each on a new empty storage.
@@ -354,4 +358,103 @@ fn a_hint_is_no_step(storage: &Arc<dyn Storage>) {
     storage.hint(NAME).unwrap();
     assert_holds(storage, 1);
     assert_eq!(storage.sweep(Sweep::default()).unwrap(), Default::default());
+}
+
+const OTHER: &str = "step-00000008";
+
+/// Makes the shard of an attempt out of `source`, or writes what a clone would be. Returns its bytes.
+fn adopt(attempt: &dyn Writing, source: &dyn FileReading, adopts: bool) -> (Adopted, Vec<u8>) {
+    let (linked, head) = (whole(source), pattern(9, ALIGNMENT));
+    let cloned = [&head, &linked[ALIGNMENT..]].concat();
+    let adopted = attempt.adopt(SHARD, source, &head).unwrap();
+    assert!(adopts || matches!(adopted, Adopted::Refused(_)), "a storage that adopts says so: {adopted:?}");
+    let bytes = match &adopted {
+        Adopted::Linked => linked,
+        Adopted::Cloned => cloned,
+        Adopted::Refused(why) => {
+            assert!(!why.is_empty());
+            write_shard(attempt, SHARD, &cloned, 4096);
+            cloned
+        }
+    };
+    attempt.put(MANIFEST, &pattern(9, 100)).unwrap();
+    (adopted, bytes)
+}
+
+fn an_adopted_file_is_whole(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    let source = storage.open(NAME).unwrap();
+    let attempt = storage.begin(OTHER, Attempt::new(), false).unwrap();
+    let (adopted, bytes) = adopt(&*attempt, &*source.open(SHARD).unwrap(), storage.adopts());
+    attempt.publish(false).unwrap();
+    attempt.settle().unwrap();
+    let step = storage.open(OTHER).unwrap();
+    assert!(whole(&*step.open(SHARD).unwrap()) == bytes, "{adopted:?}");
+    if let (Some(from), Some(to)) = (source.inode(SHARD).unwrap(), step.inode(SHARD).unwrap()) {
+        assert_eq!((from.len, to.len), (10_000, 10_000));
+        let names = if adopted == Adopted::Linked { 2 } else { 1 };
+        assert_eq!((from.names, to.names, from.identity == to.identity), (names, names, names == 2));
+    }
+    storage.confirm(OTHER).unwrap();
+    assert_is(&*storage.open(NAME).unwrap(), 1);
+}
+
+fn an_adopted_file_outlives_its_source(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    let source = storage.open(NAME).unwrap().open(SHARD).unwrap();
+    let attempt = storage.begin(OTHER, Attempt::new(), false).unwrap();
+    let (_, bytes) = adopt(&*attempt, &*source, storage.adopts());
+    storage.remove(NAME).unwrap();
+    attempt.publish(false).unwrap();
+    assert!(whole(&*storage.open(OTHER).unwrap().open(SHARD).unwrap()) == bytes);
+    // An attempt that is deleted takes nothing from its source either.
+    let source = storage.open(OTHER).unwrap().open(SHARD).unwrap();
+    let abandoned = storage.begin("step-00000009", Attempt::new(), false).unwrap();
+    adopt(&*abandoned, &*source, storage.adopts());
+    abandoned.abandon().unwrap();
+    assert!(whole(&*storage.open(OTHER).unwrap().open(SHARD).unwrap()) == bytes);
+}
+
+fn a_source_that_was_removed_is_no_link(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    let Some(source) = storage.adopts().then(|| storage.open(NAME).unwrap().open(SHARD).unwrap()) else { return };
+    storage.remove(NAME).unwrap();
+    let attempt = storage.begin(OTHER, Attempt::new(), false).unwrap();
+    let (adopted, bytes) = adopt(&*attempt, &*source, true);
+    assert_ne!(adopted, Adopted::Linked);
+    attempt.publish(false).unwrap();
+    assert!(whole(&*storage.open(OTHER).unwrap().open(SHARD).unwrap()) == bytes);
+}
+
+fn what_cannot_be_adopted_is_refused(storage: &Arc<dyn Storage>) {
+    publish(storage, false, 1);
+    let source = storage.open(NAME).unwrap().open(SHARD).unwrap();
+    let attempt = begin_other(storage);
+    let foreign: Arc<dyn Storage> = Arc::new(Memory::new());
+    publish(&foreign, false, 1);
+    let other = foreign.open(NAME).unwrap().open(SHARD).unwrap();
+    let head = pattern(9, ALIGNMENT);
+    assert!(matches!(attempt.adopt("another", &*other, &head), Ok(Adopted::Refused(_))));
+    if storage.adopts() {
+        for name in ["", "..", "a/b"] {
+            assert_kind(attempt.adopt(name, &*source, &head), ErrorKind::Invalid);
+        }
+        assert_kind(attempt.adopt("another", &*source, &pattern(9, 100)), ErrorKind::Invalid);
+        assert_kind(attempt.adopt("another", &*source, &pattern(9, 3 * ALIGNMENT)), ErrorKind::Invalid);
+        let second = begin_other(storage);
+        assert_kind(second.adopt(MANIFEST, &*source, &head), ErrorKind::Conflict);
+    }
+    let attempt = begin_other(storage);
+    attempt.publish(false).unwrap();
+    if storage.adopts() {
+        assert_kind(attempt.adopt("late", &*source, &head), ErrorKind::Invalid);
+    }
+    assert_is(&*storage.open(OTHER).unwrap(), 2);
+}
+
+fn begin_other(storage: &Arc<dyn Storage>) -> Arc<dyn Writing> {
+    let attempt = storage.begin(OTHER, Attempt::new(), false).unwrap();
+    write_shard(&*attempt, SHARD, &pattern(2, 10_000), 4096);
+    attempt.put(MANIFEST, &pattern(2, 100)).unwrap();
+    attempt
 }
