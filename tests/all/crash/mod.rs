@@ -5,6 +5,7 @@
 //! Expectations do not come from the code under test: the bytes follow from the number of the try, and the
 //! programs log each acknowledgement.
 
+mod adopting;
 mod executor;
 mod expected;
 mod explore;
