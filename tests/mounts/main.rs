@@ -1,6 +1,8 @@
-//! Real file systems that are full or read-only: ext4, xfs and btrfs in images, mounted for the test. Run by
-//! `just mounts`, as root, in a mount namespace of its own, so that nothing stays mounted however it ends.
+//! Real file systems that are full or read-only, and files that steps share on them: ext4, xfs and btrfs in
+//! images, mounted for the test. Run by `just mounts`, as root, in a mount namespace of its own, so that
+//! nothing stays mounted however it ends.
 
+mod adopting;
 mod fuse;
 mod image;
 mod lying;
