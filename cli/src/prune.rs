@@ -69,6 +69,8 @@ struct Pruned {
     kept: Vec<Step>,
     /// Kept checkpoints that do not count.
     doubtful: Vec<Step>,
+    /// The bytes of `removed` that no file has any more that other steps share; those of clones may stay.
+    freed_bytes: u64,
     /// What could not be deleted, or not completely.
     failed: Vec<Step>,
     /// Unfinished saves of dead processes.
@@ -112,6 +114,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         dry_run,
         removed: done.removed.into_iter().map(Step::of).collect(),
         damaged: done.damaged.into_iter().map(Step::because).collect(),
+        freed_bytes: done.freed,
         kept: done.kept.into_iter().map(Step::of).collect(),
         doubtful: done.doubtful.into_iter().map(Step::because).collect(),
         failed: done.failed.into_iter().map(Step::because).collect(),
@@ -173,9 +176,14 @@ impl Pruned {
         if !self.left.is_empty() {
             text += &format!("{}\n", remnants::ADVICE);
         }
-        let bytes = size::shown(self.removed.iter().filter_map(|gone| gone.bytes).sum());
+        let bytes = self.removed.iter().filter_map(|gone| gone.bytes).sum();
         let (removed, kept) = (self.removed.len() + self.damaged.len(), self.kept.len());
-        text += &format!("{verb} {removed} ({bytes}), kept {kept}\n");
+        let freed = if self.freed_bytes == bytes {
+            String::new()
+        } else {
+            format!(", frees {}: other steps share the rest", size::shown(self.freed_bytes))
+        };
+        text += &format!("{verb} {removed} ({}{freed}), kept {kept}\n", size::shown(bytes));
         if self.dry_run && removed + self.swept.len() > 0 {
             text += "nothing was deleted: add --yes to delete\n";
         }

@@ -38,7 +38,8 @@ pub struct Row {
     #[serde(serialize_with = "out::path")]
     pub path: PathBuf,
     pub bytes: u64,
-    /// Of `bytes`, those in files that have other names, too, such as hard links of another step.
+    /// Of `bytes`, those in files that have other names, too, such as those that steps share. Clones are not
+    /// among them.
     pub shared_bytes: u64,
     pub complete: bool,
     pub state: Kind,
@@ -47,7 +48,7 @@ pub struct Row {
     pub saved: Option<SystemTime>,
     /// How long that is ago.
     pub age_seconds: Option<u64>,
-    /// From the first file to the manifest, where the file system knows when files were made.
+    /// From the first file of its own to the manifest, where the file system knows when files were made.
     pub took_seconds: Option<f64>,
     pub mark: Option<Mark>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -119,6 +120,8 @@ impl Row {
                 && meta.nlink() > 1
             {
                 self.shared_bytes += meta.len();
+                // Another step may have written it.
+                continue;
             }
             if let Some(born) = born(&file) {
                 first = Some(first.map_or(born, |first| first.min(born)));

@@ -11,13 +11,14 @@
 //! written; listing, overwriting, replacing and pruning all use one function for it. **Crash.** Nothing is
 //! deleted before enough of the remaining steps are durable and one of them is sound. Each step is deleted
 //! atomically. **Marks.** A step that is [marked](Mark) bad is neither the newest nor counted; one that is
-//! marked keep is never deleted.
+//! marked keep is never deleted. **Sharing.** Steps may share files: a deletion takes one name of them away.
 
 mod branch;
 mod marks;
 mod policy;
 mod prune;
 mod retention;
+mod sharing;
 mod sweep;
 
 pub(crate) use branch::{Hold, Keeping};
@@ -26,6 +27,7 @@ pub(crate) use policy::ranking;
 pub use policy::{Best, Candidate, PreservationPolicy};
 pub use prune::{PruneOptions, Pruned, Verify};
 pub use retention::Retention;
+pub use sharing::Sharing;
 
 use crate::checkpoint::{Checkpoint, Failure};
 use crate::error::{Error, ErrorKind, Result};

@@ -1,6 +1,7 @@
 //! Pruning: which steps are deleted, what is checked before, and the result.
 
 use super::marks::Marks;
+use super::sharing::SharedFiles;
 use super::{Catalog, Entry, Mark, PreservationPolicy, Problem, Retention};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mutant::{self, Mutant};
@@ -68,6 +69,11 @@ pub struct Pruned {
     /// What could not be deleted, and why. A step that is also in `removed` is no longer listed; the rest of
     /// its bytes stays in a hidden directory for [`Catalog::sweep`].
     pub failed: Vec<Problem>,
+    /// The bytes of the files of `removed` that no other name keeps, as those of steps that share them do.
+    /// Blocks that clones share count although they stay: file systems do not tell which those are.
+    pub freed: u64,
+    /// What `removed` has of files with several names.
+    shared: SharedFiles,
     /// Names that another prune removed while this one ran.
     vanished: HashSet<String>,
     /// The marks of steps when this prune began.
@@ -351,6 +357,7 @@ impl Catalog {
                 pruned.kept.push(entry);
                 continue;
             }
+            let shared = self.shared_files(&entry.name);
             let removed = if dry_run { Ok(()) } else { self.remove(&entry) };
             self.unclaim(&entry.name);
             let error = match removed {
@@ -359,6 +366,9 @@ impl Catalog {
             };
             let gone = error.is_none() || self.is_free(&entry.name);
             pruned.failed.extend(error.map(|error| self.problem(entry.step, entry.name.clone(), error)));
+            if gone {
+                pruned.freed += entry.bytes.saturating_sub(pruned.shared.staying(&shared));
+            }
             if gone && !dry_run {
                 meters::pruned(1, entry.bytes);
                 self.forget(entry.attempt);

@@ -76,6 +76,27 @@ fn files_of_several_names_are_shared_bytes() {
 }
 
 #[test]
+fn a_prune_says_what_it_frees() {
+    let run = Run::new([]);
+    run.save_alike([10, 20, 30]);
+    run.share(10, 20);
+    let shard = fs::metadata(run.shard(10)).unwrap().len();
+    let pruned = |keep: &str| run.json(&["prune", "run", "--keep-last", keep, "--json"], 0);
+    let bytes = |pruned: &serde_json::Value| {
+        let steps = pruned["removed"].as_array().unwrap().iter();
+        (steps.map(|step| step["bytes"].as_u64().unwrap()).sum::<u64>(), pruned["freed_bytes"].as_u64().unwrap())
+    };
+    let (all, freed) = bytes(&pruned("2"));
+    assert_eq!(all - freed, shard, "step 20 keeps the shard of step 10");
+    let (all, freed) = bytes(&pruned("1"));
+    assert_eq!(all - freed, shard, "both go, and the shard is freed once");
+    run.shows("prune-shared", &["prune", "run", "--keep-last", "2"]);
+    let done = run.json(&["prune", "run", "--keep-last", "1", "--yes", "--json"], 0);
+    assert_eq!(bytes(&done), (all, freed), "as the dry run said");
+    assert_eq!(run.json(&["verify", "run", "--json"], 0)["valid"], true);
+}
+
+#[test]
 fn a_step_that_was_just_saved_says_how_long_it_took() {
     let run = Run::new([10]);
     let row = &run.json(&["ls", "run", "--json"], 0)[0];
