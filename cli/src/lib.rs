@@ -24,6 +24,7 @@ mod remnants;
 mod repair;
 mod report;
 mod rng;
+mod sharers;
 mod size;
 mod stats;
 mod steps;

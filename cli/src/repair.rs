@@ -1,31 +1,25 @@
 //! `ashore repair`: writes the flipped bits of a step back, if exactly one explanation of its damage exists.
 //!
-//! **Protocol.** The files of the step are copied beside it into an attempt, with the flips undone. The copy
-//! is read from the medium and compared with every digest. Then one rename gives it the step's name, as when
-//! a step is overwritten. **Crash.** The step is the old one or the repaired one, both whole; what is left of
-//! a killed repair goes in a sweep.
+//! No file is changed in place. Steps that share a damaged file get the repaired one. What is left of a killed
+//! repair goes in a sweep.
+
+mod writing;
 
 use crate::damage::{self, Found};
+use crate::sharers;
 use crate::verify::shown_path;
 use crate::which::{Meant, Which, step_of};
 use crate::words::{counted, grouped};
-use crate::{Common, DAMAGED, out};
+use crate::{Common, DAMAGED, out, words};
+use ashore::catalog::Sharing;
 use ashore::internal::format::entries::MANIFEST;
-use ashore::internal::storage::is_url;
-use ashore::memory::AlignedBuffer;
-use ashore::storage::local::{Local, Resumable};
-use ashore::storage::{FileReading, Reading, Storage};
-use ashore::{ALIGNMENT, Attempt, Checkpoint, Error, ErrorKind, Result};
+use ashore::storage::Storage;
+use ashore::{Checkpoint, Error, ErrorKind, Result};
 use serde::Serialize;
-use std::fs::File;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-
-/// The bytes that are copied at once.
-const WINDOW: usize = 4 << 20;
-
-/// Shorter files are written whole.
-const SMALL: u64 = 64 << 10;
+use writing::{give, home, write};
 
 /// The flags of `repair`.
 #[derive(clap::Args)]
@@ -52,6 +46,35 @@ struct Repair {
     changes: Vec<Change>,
     /// Damage that no single flipped bit or byte explains; with any of it nothing is repaired.
     uncertain: Vec<String>,
+    /// Other steps that share a damaged file, and get the repaired one.
+    shared: Vec<Shared>,
+}
+
+/// A step that shares damaged files.
+#[derive(Serialize)]
+struct Shared {
+    step: u64,
+    #[serde(serialize_with = "out::path")]
+    path: PathBuf,
+    /// The damaged files, by their names in this step.
+    #[serde(serialize_with = "names", rename = "files")]
+    pairs: Vec<Pair>,
+    /// It has the repaired files.
+    repaired: bool,
+    /// Why it has not.
+    why: Option<String>,
+}
+
+/// A file that two steps share.
+struct Pair {
+    /// Its name in the step that shares it.
+    file: String,
+    /// Its name in the step that is repaired.
+    repaired: String,
+}
+
+fn names<S: serde::Serializer>(pairs: &[Pair], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(pairs.iter().map(|pair| &pair.file))
 }
 
 /// A byte to write back.
@@ -89,10 +112,13 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         repaired: false,
         changes: certain.iter().map(|found| Change::of(&checkpoint, found)).collect::<Result<_>>()?,
         uncertain: uncertain.iter().map(|found| format!("{}: {}", found.place(), found.reason())).collect(),
+        shared: Vec::new(),
     };
+    repair.find_sharers();
     if args.yes && repair.is_possible() {
         write(&repair, checkpoint.bytes(), Some(checkpoint.attempt()))?;
         repair.repaired = true;
+        repair.give_to_sharers();
     }
     tell(common, &repair)
 }
@@ -110,8 +136,8 @@ fn of_manifest(common: &Common, args: &Args, error: Error) -> Result<ExitCode> {
     let read = usize::try_from(flip.offset).ok().and_then(|offset| bytes.get(offset).copied()).unwrap_or_default();
     let written = read ^ flip.mask_at(flip.offset);
     let change = Change { file: MANIFEST.to_owned(), offset: flip.offset, read, written, what: String::new() };
-    let (path, changes, uncertain) = (dir.to_owned(), vec![change], Vec::new());
-    let mut repair = Repair { dry_run: !args.yes, step, path, repaired: false, changes, uncertain };
+    let (path, changes, uncertain, shared) = (dir.to_owned(), vec![change], Vec::new(), Vec::new());
+    let mut repair = Repair { dry_run: !args.yes, step, path, repaired: false, changes, uncertain, shared };
     if args.yes {
         write(&repair, 0, None)?;
         repair.repaired = true;
@@ -125,13 +151,55 @@ fn tell(common: &Common, repair: &Repair) -> Result<ExitCode> {
     } else {
         out::print(&repair.shown())?
     }
-    let is_sound = repair.repaired || repair.changes.is_empty() && repair.uncertain.is_empty();
+    let is_given = repair.shared.iter().all(|shared| shared.repaired);
+    let is_sound = repair.repaired && is_given || repair.changes.is_empty() && repair.uncertain.is_empty();
     Ok(if is_sound { ExitCode::SUCCESS } else { ExitCode::from(DAMAGED) })
 }
 
 impl Repair {
     fn is_possible(&self) -> bool {
         !self.changes.is_empty() && self.uncertain.is_empty()
+    }
+
+    fn find_sharers(&mut self) {
+        let mut found = BTreeMap::<(u64, PathBuf), Vec<Pair>>::new();
+        let mut files: Vec<_> = self.changes.iter().map(|change| &change.file).collect();
+        files.dedup();
+        for repaired in files {
+            for Sharing { step, path, file, .. } in sharers::of(&self.path, repaired) {
+                found.entry((step, path)).or_default().push(Pair { file, repaired: repaired.clone() });
+            }
+        }
+        let shared = |((step, path), pairs)| Shared { step, path, pairs, repaired: false, why: None };
+        self.shared = found.into_iter().map(shared).collect();
+    }
+
+    /// A step that cannot have the repaired files does not keep the others from them.
+    fn give_to_sharers(&mut self) {
+        for shared in &mut self.shared {
+            let given = give(&self.path, shared);
+            shared.repaired = given.is_ok();
+            shared.why = given.err().map(|error| words::of(&error));
+        }
+    }
+
+    /// Says what becomes of the steps that share the damaged files.
+    fn shown_sharers(&self, head: &str) -> String {
+        let mut text = String::new();
+        for Shared { step, repaired, why, .. } in &self.shared {
+            text += &match why {
+                Some(why) => {
+                    out::wrapped(head, &format!("step {step} shares the damaged file, and still has it: {why}"))
+                }
+                None if *repaired => {
+                    out::wrapped(head, &format!("step {step} shared the damaged file, and has the repaired one"))
+                }
+                None => {
+                    out::wrapped(head, &format!("step {step} shares the damaged file, and would get the repaired one"))
+                }
+            };
+        }
+        text
     }
 
     fn shown(&self) -> String {
@@ -145,6 +213,9 @@ impl Repair {
             let Change { file, offset, read, written, what } = change;
             let place = format!("{} byte {}", out::printable(file), grouped(*offset));
             text += &out::wrapped(&head, &format!("{verb} {place}: {read:#04x} back to {written:#04x}{what}"));
+        }
+        if self.is_possible() {
+            text += &self.shown_sharers(&head);
         }
         for uncertain in &self.uncertain {
             text += &out::wrapped(&head, &format!("cannot repair {uncertain}"));
@@ -196,106 +267,4 @@ impl Change {
         let file = found.damage.file.clone();
         Ok(Self { file, offset: flip.offset, read: byte[0], written: byte[0] ^ flip.mask_at(flip.offset), what })
     }
-}
-
-/// Returns the storage in which the step is, and its name.
-fn home(path: &Path) -> Result<(Local, String)> {
-    let none = || Error::new(ErrorKind::Invalid, "only a step in a directory can be repaired").with_path(path);
-    if is_url(path) {
-        let what = "repair writes into a directory, and this is a store: a sound copy of the step in another root \
-                    replaces this one by `ashore copy ROOT STORE --step N`";
-        return Err(Error::new(ErrorKind::Invalid, what).with_path(path));
-    }
-    let name = path.file_name().and_then(|name| name.to_str()).ok_or_else(none)?;
-    Ok((Local::at(path.parent().ok_or_else(none)?)?, name.to_owned()))
-}
-
-/// Writes a repaired copy beside the step, verifies it, and gives it the step's name. `saved` is the attempt
-/// that it must be, if its manifest could be read.
-fn write(repair: &Repair, bytes: u64, saved: Option<Attempt>) -> Result<()> {
-    let (local, name) = home(&repair.path)?;
-    // It stays open until the publish, which compares identities.
-    let from = local.open(&name)?;
-    let attempt = local.begin_replacement(&name, Attempt::new())?;
-    let done = copy(repair, from.as_ref(), &name, &attempt, bytes, saved).and_then(|()| attempt.replace(from.as_ref()));
-    match done {
-        Ok(()) => attempt.writing().settle(),
-        Err(error) => {
-            let _ = attempt.writing().abandon();
-            Err(error)
-        }
-    }
-}
-
-fn copy(
-    repair: &Repair,
-    from: &dyn Reading,
-    name: &str,
-    attempt: &Resumable,
-    bytes: u64,
-    saved: Option<Attempt>,
-) -> Result<()> {
-    let bar = out::progress(2 * bytes);
-    bar.set_message("bytes of the repaired copy");
-    let mut buffer = AlignedBuffer::new(WINDOW);
-    for file in from.list()? {
-        let source = from.open(&file)?;
-        let of_file = repair.changes.iter().filter(|change| change.file == file);
-        copy_file(source.as_ref(), &file, attempt, &mut buffer, &of_file.collect::<Vec<_>>())?;
-        bar.inc(source.len());
-        // Retention takes the step that was written last for the head of the run: a repair is not a new save.
-        if let Some(modified) = source.modified() {
-            let path = attempt.path().join(&file);
-            let set = File::options().write(true).open(&path).and_then(|file| file.set_modified(modified));
-            set.map_err(|e| Error::io("cannot set the time of a file", e).with_path(path))?;
-        }
-    }
-    let repaired = Checkpoint::from_reading(attempt.as_step()?, name, &attempt.path())?;
-    let report = repaired.verify_with(|done, _| bar.set_position(bytes + done))?;
-    bar.finish_and_clear();
-    let is_same = repaired.step() == repair.step && saved.is_none_or(|saved| repaired.attempt() == saved);
-    if !is_same || !report.is_intact() {
-        let what = "the repaired copy is not what was saved, or the step was replaced meanwhile; the step is as it was";
-        return Err(Error::new(ErrorKind::Corrupt, what).with_step(repair.step).with_path(&repair.path));
-    }
-    Ok(())
-}
-
-/// Copies a file, with its changes.
-fn copy_file(
-    source: &dyn FileReading,
-    file: &str,
-    attempt: &Resumable,
-    buffer: &mut AlignedBuffer,
-    changes: &[&Change],
-) -> Result<()> {
-    let length = source.len();
-    let to = if length > SMALL { Some(attempt.writing().create(file, length)?) } else { None };
-    let mut at = 0;
-    loop {
-        let count = (length - at).min(WINDOW as u64) as usize;
-        let padded = count.next_multiple_of(ALIGNMENT);
-        let bytes = &mut buffer[..padded];
-        bytes[count..].fill(0);
-        source.read_at(at, &mut bytes[..count])?;
-        for change in changes {
-            let place = change.offset.checked_sub(at).and_then(|place| usize::try_from(place).ok());
-            if let Some(byte) = place.and_then(|place| bytes[..count].get_mut(place)) {
-                if *byte != change.read {
-                    let what = "the step was changed while it was repaired";
-                    return Err(Error::new(ErrorKind::Conflict, what));
-                }
-                *byte = change.written;
-            }
-        }
-        match &to {
-            Some(to) => to.write_at(at, bytes)?,
-            None => return attempt.writing().put(file, &bytes[..count]),
-        }
-        at += count as u64;
-        if at >= length {
-            break;
-        }
-    }
-    to.map_or(Ok(()), |to| to.seal())
 }

@@ -1,11 +1,13 @@
 //! `ashore verify`: reads every byte, reports all damage, and locates it.
 
 use crate::damage::{self, FlipRow, Found};
+use crate::sharers::{self, numbered};
 use crate::which::{Meant, Which, step_of};
 use crate::words::counted;
 use crate::{Common, DAMAGED, out, size, words};
 use ashore::{Again, Checkpoint, Error, ErrorKind, Result};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -57,6 +59,8 @@ struct Place {
     /// The first byte, and the one after the last.
     range: Option<(u64, u64)>,
     what: String,
+    /// Other steps that have the same file under a name of theirs, and its damage.
+    shared_with: Vec<u64>,
     /// What a second reading gave: `same`, `as_written`, `different` or `not_read`.
     again: Option<Again>,
     /// The one flip that explains both digests.
@@ -79,6 +83,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         Err(error) if error.kind() == ErrorKind::Corrupt => findings.unreadable(&error),
         Err(error) => return Err(error),
     }
+    findings.look_for_sharers();
     findings.checkpoints.sort_by(|a, b| (a.step, &a.path).cmp(&(b.step, &b.path)));
     findings.valid = findings.damage.is_empty();
     if common.json {
@@ -150,6 +155,21 @@ impl Findings {
         Ok(())
     }
 
+    /// Finds the steps that share a damaged file.
+    fn look_for_sharers(&mut self) {
+        let mut known = BTreeMap::<(PathBuf, String), Vec<u64>>::new();
+        for place in &mut self.damage {
+            let Some(file) = &place.file else { continue };
+            let key = (place.path.clone(), file.clone());
+            let steps = known.entry(key).or_insert_with(|| {
+                let mut steps: Vec<_> = sharers::of(&place.path, file).iter().map(|sharing| sharing.step).collect();
+                steps.dedup();
+                steps
+            });
+            place.shared_with.clone_from(steps);
+        }
+    }
+
     /// Records damage that hides all other damage: an invalid manifest, or a file that is missing or too
     /// short.
     fn unreadable(&mut self, error: &Error) {
@@ -189,6 +209,13 @@ impl Findings {
                 let what = format!("... and {} more; --json shows all", counted(more, "damaged range"));
                 text += &out::wrapped(&indent, &what);
             }
+            let shared: BTreeMap<_, _> =
+                places.iter().filter_map(|p| Some((p.file.as_ref()?, &p.shared_with))).collect();
+            for (file, steps) in shared.into_iter().filter(|(_, steps)| !steps.is_empty()) {
+                let (of, have) = (numbered(steps), if steps.len() == 1 { "has" } else { "have" });
+                let what = format!("{} is shared with {of}, which {have} the same damage.", out::printable(file));
+                text += &out::wrapped(&indent, &what);
+            }
             if seen.repairable {
                 text += &out::wrapped(&indent, &format!("To repair: ashore repair {}", shown_path(&seen.path)));
             }
@@ -215,7 +242,8 @@ impl Place {
         let shown = file.as_ref().map_or_else(String::new, |file| format!("{}: ", out::printable(file)));
         let said = shown + &words::message(&what);
         let (tensor, range, again, flip, pages, zero_pages) = (None, None, None, None, None, None);
-        Self { step, path, file, tensor, range, what, again, flip, pages, zero_pages, said }
+        let shared_with = Vec::new();
+        Self { step, path, file, tensor, range, what, shared_with, again, flip, pages, zero_pages, said }
     }
 
     fn of(step: Option<u64>, path: &Path, found: Found) -> Self {
@@ -232,6 +260,7 @@ impl Place {
             tensor,
             range: (!range.is_empty()).then_some((range.start, range.end)),
             what,
+            shared_with: Vec::new(),
             again,
             flip,
             pages,

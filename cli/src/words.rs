@@ -108,8 +108,9 @@ fn tokens(text: &str) -> Vec<&str> {
     tokens
 }
 
-fn listed(ranks: &[u32]) -> String {
-    ranks.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
+/// `1, 2, 3`.
+pub fn listed(numbers: &[impl ToString]) -> String {
+    numbers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use crate::run::Run;
 use serde_json::Value;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 /// A run of two steps, the newer with one flipped bit.
 fn flipped() -> (Run, usize) {
@@ -111,4 +112,53 @@ fn what_is_not_certain_is_not_repaired() {
     let found = run.json(&["verify", "run", "--json"], 3);
     assert!(found["damage"][0]["zero_pages"].as_u64().unwrap() >= 1, "{found}");
     run.shows("verify-zeros", &["verify", "run"]);
+}
+
+/// Three steps, of which the first two share their shard, and the third has its own.
+fn sharing() -> (Run, usize) {
+    let run = Run::new([]);
+    run.save_alike([10, 20, 30]);
+    run.share(10, 20);
+    assert_eq!(run.json(&["verify", "run", "--json"], 0)["valid"], true);
+    let place = run.offset(20, "layers.0.weight") + 4 * 1790 + 3;
+    run.change(&run.shard(20), |bytes| bytes[place] ^= 0x40);
+    (run, place)
+}
+
+#[test]
+fn damage_of_a_shared_file_names_every_step_and_is_repaired_in_all() {
+    let (run, place) = sharing();
+    let found = run.json(&["verify", "run", "20", "--json"], 3);
+    assert_eq!(found["damage"][0]["shared_with"], serde_json::json!([10]));
+    run.shows("verify-shared", &["verify", "run"]);
+    run.shows("repair-shared-dry", &["repair", "run", "20"]);
+
+    let before = fs::metadata(run.shard(10)).unwrap();
+    let others = fs::metadata(run.step(20).join("manifest.json")).unwrap();
+    let repaired = run.json(&["repair", "run", "20", "--yes", "--json"], 0);
+    assert_eq!((&repaired["repaired"], &repaired["changes"][0]["offset"]), (&true.into(), &place.into()));
+    let shared = &repaired["shared"][0];
+    assert_eq!((&shared["step"], &shared["repaired"], &shared["why"]), (&10.into(), &true.into(), &Value::Null));
+    assert_eq!(run.json(&["verify", "run", "--json"], 0)["valid"], true);
+    let [ten, twenty] = [10, 20].map(|step| fs::metadata(run.shard(step)).unwrap());
+    assert_eq!(ten.modified().unwrap(), before.modified().unwrap(), "a repair is not a new save");
+    assert_ne!(ten.ino(), before.ino(), "the damaged file was not changed in place");
+    // A file system that clones gives each step a file of its own.
+    assert!(ten.ino() == twenty.ino() || ten.nlink() == 1 && twenty.nlink() == 1);
+    let manifest = fs::metadata(run.step(20).join("manifest.json")).unwrap();
+    assert_eq!(manifest.modified().unwrap(), others.modified().unwrap());
+}
+
+#[test]
+fn a_step_that_shares_a_damaged_file_and_has_other_damage_stays_as_it_is() {
+    let (run, _) = sharing();
+    let table = run.step(10).join("tensors.table");
+    run.change(&table, |bytes| *bytes.iter_mut().rev().nth(20).unwrap() ^= 1);
+    let damaged = fs::read(&table).unwrap();
+    let repaired = run.json(&["repair", "run", "20", "--yes", "--json"], 3);
+    assert_eq!((&repaired["repaired"], &repaired["shared"][0]["repaired"]), (&true.into(), &false.into()));
+    assert!(repaired["shared"][0]["why"].is_string(), "{repaired}");
+    assert!(fs::read(&table).unwrap() == damaged);
+    run.json(&["verify", "run", "20", "--json"], 0);
+    run.json(&["verify", "run", "10", "--json"], 3);
 }

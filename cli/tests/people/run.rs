@@ -1,5 +1,7 @@
 //! Runs the program in a directory of steps, and compares what it prints.
 
+use ashore::internal::format::entries::MANIFEST;
+use ashore::internal::format::seal;
 use ashore::{CheckpointExecutor, HostTensor, StateDict};
 use serde_json::Value;
 use std::fs;
@@ -29,6 +31,15 @@ impl Run {
         executor.shutdown(MINUTE).unwrap();
     }
 
+    /// Saves these steps from one state.
+    pub fn save_alike(&self, steps: impl IntoIterator<Item = u64>) {
+        let executor = CheckpointExecutor::builder(self.root()).arena(4 << 20).chunk(1 << 20).build().unwrap();
+        for step in steps {
+            executor.save(step, state(1)).unwrap().wait(MINUTE).unwrap();
+        }
+        executor.shutdown(MINUTE).unwrap();
+    }
+
     /// Saves a step of so many tensors, whose table has several pages.
     pub fn save_many(&self, step: u64, tensors: u64) {
         let executor = CheckpointExecutor::builder(self.root()).arena(4 << 20).chunk(1 << 20).build().unwrap();
@@ -51,6 +62,21 @@ impl Run {
     /// The only shard of a step.
     pub fn shard(&self, step: u64) -> PathBuf {
         self.step(step).join("model.safetensors")
+    }
+
+    /// Makes the step `to` share the shard of `from`, as a save that did not change its tensors does. Both must
+    /// have been saved from the same state: then the tables differ in the origin of the shard alone.
+    pub fn share(&self, from: u64, to: u64) {
+        fs::remove_file(self.shard(to)).unwrap();
+        fs::hard_link(self.shard(from), self.shard(to)).unwrap();
+        fs::copy(self.step(from).join("tensors.table"), self.step(to).join("tensors.table")).unwrap();
+        let [theirs, ours] = [from, to].map(|step| fs::read_to_string(self.step(step).join(MANIFEST)).unwrap());
+        let tables = |text: &str| text.find("\"tables\":").unwrap()..text.rfind(",\"digest\":").unwrap();
+        let mut text = ours.clone();
+        text.replace_range(tables(&ours), &theirs[tables(&theirs)]);
+        let end = text.rfind(",\"digest\":").unwrap();
+        let sealed = seal::seal(text[..end].as_bytes().to_vec());
+        fs::write(self.step(to).join(MANIFEST), sealed).unwrap();
     }
 
     /// Changes the bytes of a file.
