@@ -5,9 +5,9 @@ use super::reading::Delta;
 use super::weights::Weights;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// Gives readers the newest version: see [`Follow::reader`](super::Follow::reader). Clones show the same.
 #[derive(Clone)]

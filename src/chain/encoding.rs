@@ -12,9 +12,9 @@ use crate::format::shard::Stamp;
 use crate::memory::AlignedBuffer;
 use crate::storage::memory::Files;
 use crate::storage::{Memory, Storage, Writing};
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// A version in host memory.
 pub(super) struct Held {

@@ -14,12 +14,12 @@ use crate::settings::Overlap;
 use crate::state::StateDict;
 use crate::storage::Storage;
 use crate::storage::local::Local;
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 use std::fmt;
 use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 

@@ -9,9 +9,9 @@ use crate::guard;
 use crate::id::{Attempt, version_name};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Memory, Storage, Writing};
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// What the threads of a publisher share.

@@ -5,10 +5,10 @@ use super::shared::Shared;
 use crate::error::{Error, Result};
 use crate::id::{Attempt, parse_version_name};
 use crate::storage::{FileWriting, Reading, Storage, Sweep, Swept, Writing};
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// Takes the saves of versions.
 #[derive(Clone)]
