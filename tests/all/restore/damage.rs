@@ -1,7 +1,7 @@
 use crate::fixtures::checkpoint::{MadeCheckpoint, noise, open};
-use ashore::Dtype;
 use ashore::internal::digest::Digest;
 use ashore::internal::format::manifest::Manifest;
+use ashore::{Again, Checkpoint, Dtype};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const BLOCK: usize = 8 << 20;
@@ -44,6 +44,31 @@ fn every_damaged_place_is_named_in_order() {
     let bytes: usize = files[..3].iter().map(|(_, bytes)| bytes.len()).sum();
     assert_eq!(report.bytes, bytes as u64);
     assert_eq!((progress.into_inner(), total.into_inner()), (report.bytes, report.bytes));
+}
+
+/// What is wrong on the way to a reader and not on the medium must not be repaired there.
+#[test]
+fn a_second_reading_that_differs_from_the_first_names_no_flip() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = MadeCheckpoint::new(7).tensor("a", Dtype::U8, &[100_000], noise(100_000, 1));
+    let path = dir.path().join("step-00000007");
+    std::fs::create_dir(&path).unwrap();
+    made.files().iter().for_each(|(name, bytes)| std::fs::write(path.join(name), bytes).unwrap());
+    let shard = path.join("model.safetensors");
+    let sound = std::fs::read(&shard).unwrap();
+    let with = |flips: &[usize]| {
+        let mut bytes = sound.clone();
+        flips.iter().for_each(|at| bytes[sound.len() - at] ^= 1);
+        std::fs::write(&shard, bytes).unwrap();
+    };
+    with(&[500]);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let report = checkpoint.verify().unwrap();
+    for (flips, again) in [(&[][..], Again::AsWritten), (&[700][..], Again::Different), (&[500][..], Again::Same)] {
+        with(flips);
+        let located = checkpoint.locate(&report.damage[0]).unwrap();
+        assert_eq!((located.again, located.flip.is_some()), (again, again == Again::Same));
+    }
 }
 
 #[test]
