@@ -19,6 +19,7 @@ mod ls;
 mod manual;
 mod mark;
 mod out;
+mod place;
 mod prune;
 mod remnants;
 mod repair;
@@ -28,6 +29,7 @@ mod sharers;
 mod size;
 mod stats;
 mod steps;
+mod tune;
 mod verify;
 mod watch;
 mod when;
@@ -105,20 +107,6 @@ impl Common {
         self.dir.clone().unwrap_or_else(|| DEMO_DIR.into())
     }
 
-    /// Refuses an object store, for commands that measure a disk.
-    ///
-    /// # Errors
-    /// `Invalid` when `--dir` is a URL of one.
-    pub fn on_disk(&self) -> Result<()> {
-        match &self.dir {
-            Some(dir) if is_url(dir) => {
-                let what = "this command measures a disk, and has no measure of object stores: give a directory";
-                Err(Error::new(ErrorKind::Invalid, what).with_path(dir))
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Opens the steps of a directory.
     ///
     /// # Errors
@@ -142,6 +130,18 @@ impl Common {
             (None, _) => Ok(self.root()),
         }
     }
+}
+
+/// Refuses an object store, for commands that measure a disk.
+///
+/// # Errors
+/// `Invalid` when `dir` is a URL of one.
+fn on_disk(dir: &Path) -> Result<()> {
+    if !is_url(dir) {
+        return Ok(());
+    }
+    let what = "this command measures a disk, and has no measure of object stores: give a directory";
+    Err(Error::new(ErrorKind::Invalid, what).with_path(dir))
 }
 
 #[derive(Subcommand)]
@@ -183,6 +183,8 @@ enum Verb {
     Prune(prune::Args),
     /// Write the page of a run: what its saves cost, where their time goes, what would be lost now
     Report(report::Args),
+    /// Measure a directory's disk for 20 s, and say which settings suit it and how often to save
+    Tune(tune::Args),
     /// Measure speed against the machine's own limits
     Bench {
         #[command(flatten)]
@@ -222,6 +224,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Verb::Copy(args) => copy::run(common, args),
         Verb::Prune(args) => prune::run(common, args),
         Verb::Report(args) => report::run(common, args),
+        Verb::Tune(args) => tune::run(common, args),
         Verb::Bench { args, .. } => bench::run(common, args),
         Verb::Writer => ashore::compat::torch::serve().map(|()| ExitCode::SUCCESS),
     };

@@ -40,7 +40,8 @@ pub fn wrapped(lead: &str, text: &str) -> String {
     wrapped_at(width(), lead, text)
 }
 
-fn wrapped_at(width: usize, lead: &str, text: &str) -> String {
+/// As [`wrapped`], at this width.
+pub fn wrapped_at(width: usize, lead: &str, text: &str) -> String {
     let indent = lead.chars().count();
     let (mut out, mut used, mut fresh) = (lead.to_owned(), indent, true);
     for word in text.split(' ') {

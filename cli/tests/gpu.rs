@@ -111,6 +111,18 @@ fn a_demo_on_cuda_that_is_left_the_choice_takes_the_gpu_of_its_rank() {
     assert_eq!(report["verified"], true, "{report}");
 }
 
+#[test]
+fn tune_saves_from_the_gpu_and_measures_its_bus() {
+    let place = Place::new();
+    let like = ["tune", "--device", "cuda:0", "--bytes", "1MiB", "--tensors", "5", "--for", "0s"];
+    let report = json(&place.run(&[&like[..], &["--json"]].concat()));
+    assert_eq!((&report["simulated"], &report["state"]["saved_bytes"]), (&true.into(), &(1 << 20).into()), "{report}");
+    assert!(report["measured"]["bus"]["long_bytes_per_second"].as_f64().is_some_and(|rate| rate > 0.0), "{report}");
+    let text = String::from_utf8(place.run(&like).stdout).unwrap();
+    assert!(text.contains("mean nothing") && text.contains("to pinned memory"), "{text}");
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
 /// Runs a benchmark small enough for a debug build. With a lag copies are late, so that a missing wait is
 /// detected.
 fn bench(place: &Place, what: &str, lag: &str, more: &[&str]) -> Value {

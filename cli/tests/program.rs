@@ -266,6 +266,10 @@ fn verbs_take_the_directory_behind_them() {
     assert_eq!(steps(&program(&["verify"])["checkpoints"]), [5, 10]);
     assert_eq!(program(&["inspect"])["step"], 10);
     assert_eq!(steps(&program(&["prune", "--keep-last", "1", "--yes"])["removed"]), [5]);
+    let small = ["--model", "tiny", "--arena", "16KiB", "--every", "5", "--steps", "10"];
+    assert_eq!(program(&[&["demo"][..], &small].concat())["resumed_from"], 10);
+    let save = ["bench", "save", "--ranks", "2", "--scale", "0.001", "--rounds", "1", "--no-limit", "--arena", "1MiB"];
+    assert_eq!(program(&save)["ranks"], 2);
     let twice = complaint(&run(dir.path(), &["ls", "a"]), 1);
     assert!(twice.contains("give the directory once"), "{twice}");
     for verb in ["ls", "inspect", "verify", "prune"] {

@@ -10,10 +10,14 @@ mod restore;
 mod save;
 mod staging;
 mod usage;
-mod workload;
+pub mod workload;
+
+pub use gpu::{State as DeviceState, Way, pass as bus_pass};
+pub use save::remove;
 
 use crate::device::Home;
-use crate::{Common, out, size};
+use crate::place::Place;
+use crate::{Common, on_disk, out, size};
 use ashore::{Builder, CheckpointExecutor, Engine, Error, ErrorKind, Priority, Result};
 use clap::ValueEnum;
 use serde_json::Value;
@@ -30,6 +34,9 @@ pub struct Args {
     /// What to measure
     #[arg(value_enum)]
     what: What,
+    /// The directory to measure [default: the current directory] (same as --dir)
+    #[arg(value_name = "DIR")]
+    root: Option<PathBuf>,
     /// What to save
     #[arg(long, value_enum, default_value = "large")]
     workload: Workload,
@@ -115,12 +122,17 @@ pub struct Figures(Vec<(&'static str, Value)>);
 
 /// Runs a benchmark in its own directory under `--dir`, which is deleted afterwards.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    common.on_disk()?;
+    let parent = match (&args.root, &common.dir) {
+        (None, None) => ".".into(),
+        // A rank has the arguments of the process that started it, and the directory of both.
+        (_, Some(dir)) if args.rank.is_some() => dir.clone(),
+        (given, _) => common.root_at(given.as_deref())?,
+    };
+    on_disk(&parent)?;
     let home = match args.what {
         What::Limits | What::Staging => Home::of(common.device)?,
         What::Write | What::Restore | What::Save => Home::only_host(common.device, "this benchmark")?,
     };
-    let parent = common.dir.clone().unwrap_or_else(|| ".".into());
     if let (Some(world), Some(rank)) = (args.ranks, &args.rank) {
         ranks::serve(&Bench { dir: &parent, common, args, home: &home }, world, rank)?;
         return Ok(ExitCode::SUCCESS);
@@ -128,8 +140,8 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     if args.ranks.is_some() && args.what != What::Save {
         return Err(Error::new(ErrorKind::Invalid, "only saves have several ranks: bench save --ranks N"));
     }
-    let place = Place::new(&parent)?;
-    let bench = Bench { dir: &place.0, common, args, home: &home };
+    let place = Place::new(&parent, "bench")?;
+    let bench = Bench { dir: place.path(), common, args, home: &home };
     if home.gpu().is_none() {
         bench.refuse_what_needs_a_gpu()?;
     }
@@ -270,23 +282,5 @@ impl Figures {
         table.load_style(comfy_table::presets::NOTHING);
         table.add_rows(self.rows().into_iter().map(|(name, value)| [name, value]));
         format!("{}\n", table.trim_fmt())
-    }
-}
-
-/// A directory that is deleted on drop.
-struct Place(PathBuf);
-
-impl Place {
-    fn new(parent: &Path) -> Result<Self> {
-        let path = parent.join(format!("ashore-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&path)
-            .map_err(|e| Error::io("cannot create a directory to measure in", e).with_path(&path))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }

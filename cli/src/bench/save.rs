@@ -192,6 +192,6 @@ fn lengths(path: &Path) -> Result<(Vec<u64>, u64)> {
 }
 
 /// Removes a step, outside of all timings: deleting a gibibyte takes a quarter of a second.
-pub(super) fn remove(path: &Path) -> Result<()> {
+pub fn remove(path: &Path) -> Result<()> {
     std::fs::remove_dir_all(path).map_err(|e| Error::io("cannot remove a measured step", e).with_path(path))
 }

@@ -5,6 +5,9 @@ use ashore::{HostTensor, Result, Source, StateDict};
 use half::bf16;
 use std::sync::Arc;
 
+/// The name of a tensor, whether its elements have two bytes and not four, and its shape.
+pub type Shape = (String, bool, Vec<usize>);
+
 /// The measured workloads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Workload {
@@ -64,8 +67,8 @@ impl Workload {
         }
     }
 
-    /// Returns names, element sizes and shapes; `scale` shortens the first dimension of every tensor.
-    pub fn shapes(self, scale: f64) -> Vec<(String, bool, Vec<usize>)> {
+    /// Returns the tensors; `scale` shortens the first dimension of each.
+    pub fn shapes(self, scale: f64) -> Vec<Shape> {
         let scaled = |rows: usize| ((rows as f64 * scale).round() as usize).max(1);
         match self {
             Self::Large | Self::Wide => {
@@ -155,6 +158,15 @@ impl State {
 
     /// The share of a rank: its rows of every tensor of at least 256 KiB, and every so manyth of the.
     pub fn share(workload: Workload, scale: f64, rank: usize, world: usize) -> Self {
+        Self::share_of(workload.shapes(scale), rank, world)
+    }
+
+    /// A state of these tensors.
+    pub fn of(shapes: Vec<Shape>) -> Self {
+        Self::share_of(shapes, 0, 1)
+    }
+
+    fn share_of(shapes: Vec<Shape>, rank: usize, world: usize) -> Self {
         let (mut rng, mut bytes) = (Rng::new(1 + rank as u64), 0);
         // Random numbers are slow to generate: many tensors share an array of them, each at its own offset.
         let stretch: Vec<f32> = (0..1 << 20).map(|_| rng.signed_unit() * 0.02).collect();
@@ -169,7 +181,7 @@ impl State {
             }
         };
         let (mut tensors, mut loads) = (Vec::new(), vec![0; world]);
-        for (name, half, mut shape) in workload.shapes(scale) {
+        for (name, half, mut shape) in shapes {
             let row = shape[1..].iter().product::<usize>() as u64 * if half { 2 } else { 4 };
             let whole = row * shape[0] as u64;
             let mut part_of = None;

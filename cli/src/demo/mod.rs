@@ -19,7 +19,7 @@ mod training;
 use crate::device::Home;
 use crate::limit::{Config, Memory, Scratch};
 use crate::out;
-use crate::{Common, size, words};
+use crate::{Common, on_disk, size, words};
 use ashore::catalog::{Found, Problem};
 use ashore::{CheckpointExecutor, Error, ErrorKind, Result};
 use blocks::Plan;
@@ -41,6 +41,9 @@ const PATIENCE: Duration = Duration::from_secs(10 * 60);
 /// The flags of `demo`.
 #[derive(clap::Args)]
 pub struct Args {
+    /// The directory of checkpoints (same as --dir)
+    #[arg(value_name = "DIR")]
+    root: Option<PathBuf>,
     /// Train up to this step; if the directory exists, up to the next multiple of it [default: as many as
     /// take some 10 s, at most 200]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..1 << 40))]
@@ -48,12 +51,15 @@ pub struct Args {
     /// Save every K steps, and after the last
     #[arg(long, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..1 << 40))]
     every: u64,
+    /// The size of the model
+    #[arg(long, value_enum, default_value_t = Size::Standard)]
+    model: Size,
+    /// Write the page of the run, which `ashore report` makes, when the demo has ended
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Draw one save and the training steps beside it, as an SVG
     #[arg(long, hide = true, value_name = "FILE")]
     picture: Option<PathBuf>,
-    /// The size of the model
-    #[arg(long, hide = true, value_enum, default_value_t = Size::Standard)]
-    model: Size,
     /// The unit of copying and writing
     #[arg(long, hide = true, value_name = "SIZE", value_parser = size::parse)]
     chunk: Option<u64>,
@@ -64,9 +70,9 @@ pub struct Args {
 
 /// Runs the demo. Returns a failure status if any check failed.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
-    common.on_disk()?;
+    let root = common.root_at(args.root.as_deref())?;
+    on_disk(&root)?;
     let home = Home::of(common.device)?;
-    let root = common.root();
     let arena = common.arena.unwrap_or(8 << 20);
     let chunk = args.chunk.unwrap_or_else(|| (arena / 4).clamp(4096, 2 << 20) / 4096 * 4096);
     let executor = home.builder(CheckpointExecutor::builder(&root)).arena(arena).chunk(chunk).keep_last(2).build()?;
@@ -123,6 +129,10 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     if let Some(path) = &args.picture {
         picture::write(&trained.blocks, path)?;
     }
+    if let Some(path) = &args.report {
+        crate::report::write(&root, path)?;
+        told(&out::wrapped("page       ", &out::printable(&path.display().to_string())))?;
+    }
     let report = Report { opening, trained, proof };
     if common.json {
         out::json(&report.json())?
@@ -143,10 +153,13 @@ fn fitting(trial: &mut Trainer<'_>, every: u64) -> Result<u64> {
     trial.advance(step + 1)?;
     let began = Instant::now();
     trial.advance(step + 4)?;
-    let each = began.elapsed().as_secs_f64() / 3.0;
-    let steps = (FITTING.as_secs_f64() / (2.0 * each.max(1e-6))) as u64;
+    Ok(steps_that_fit(began.elapsed() / 3, every))
+}
+
+fn steps_that_fit(each: Duration, every: u64) -> u64 {
+    let steps = (FITTING.as_secs_f64() / (2.0 * each.as_secs_f64().max(1e-6))) as u64;
     let saves = (steps.min(STEPS_MAX) / every).max(3);
-    Ok(saves.saturating_mul(every))
+    saves.saturating_mul(every)
 }
 
 /// The results of the training.
@@ -255,4 +268,16 @@ fn prove(
 /// Losses are equal if their bits are.
 fn same_bits(a: &[f32], b: &[f32]) -> bool {
     a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_chosen_to_fit_ten_seconds_with_three_saves_at_least() {
+        let steps = |ms, every| steps_that_fit(Duration::from_millis(ms), every);
+        assert_eq!([steps(1, 10), steps(50, 10), steps(50, 25), steps(5000, 10)], [200, 70, 75, 30]);
+        assert!(50 * 2 * steps(50, 10) <= 10_000, "each step is trained twice");
+    }
 }

@@ -23,9 +23,9 @@ pub struct Shape {
 /// Named sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Size {
-    /// About 12,000 parameters, for tests.
+    /// About 12,000 parameters, for slow machines
     Tiny,
-    /// About 2.9 million parameters; 35 MB with the optimizer's moments.
+    /// About 2.9 million parameters; 35 MB with the optimizer's moments
     Standard,
 }
 

@@ -5,7 +5,7 @@
 mod ring;
 mod search;
 
-pub use search::{Found, search, search_existing};
+pub use search::{Found, Spread, compare, search, search_existing};
 
 use ashore::{Error, IoMode, Result};
 use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};

@@ -1,10 +1,11 @@
 //! Finds the fastest loop on this disk: tries every engine, size and depth briefly, then the best of them
 //! again.
 
-use super::{Config, Direction, Engine, Existing, Memory, Scratch, checkpoint};
-use crate::out::{self, median};
-use ashore::Result;
+use super::{Config, Direction, Engine, Existing, Memory, Scratch, attempt, checkpoint};
+use crate::out::{self, median, quantile};
+use ashore::{ErrorKind, Result};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// The maximum bytes in flight of a loop.
 pub const MEMORY: u64 = 256 << 20;
@@ -45,6 +46,88 @@ pub fn search_existing(sets: &[Existing], bytes: u64, memory: &mut Memory) -> Re
         let read = sets.next().map(|set| set.read_some(bytes, config, memory));
         Ok(read.transpose()?.map_or(0.0, |limit| limit.bytes_per_second()))
     })
+}
+
+/// The loops of [`compare`], and what they have written.
+pub struct Compared {
+    /// In the order of [`Compared::CONFIGS`], of which the first is always there.
+    pub loops: Vec<Spread>,
+    /// From the last byte until durable, of each measurement.
+    pub tails: Vec<Duration>,
+    pub written: u64,
+}
+
+/// A loop, and the quartiles of its rates in bytes per second.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Spread {
+    #[serde(flatten)]
+    pub config: Config,
+    pub low: f64,
+    pub bytes_per_second: f64,
+    pub high: f64,
+    /// How often it was measured.
+    pub times: usize,
+}
+
+impl Compared {
+    /// The loop of an executor's default settings, and loops that differ from it in one way each.
+    pub const CONFIGS: &[Config] = &[
+        Config::threads(8 << 20, 4),
+        Config::threads(8 << 20, 1),
+        Config::threads(8 << 20, 2),
+        Config::threads(8 << 20, 8),
+        Config::threads(8 << 20, 16),
+        Config::threads(2 << 20, 4),
+        Config::threads(16 << 20, 4),
+        #[cfg(feature = "uring")]
+        Config { engine: Engine::Uring, chunk: 8 << 20, depth: 4 },
+    ];
+    /// The maximum bytes of all measurements.
+    pub const MOST: u64 = 4 << 30;
+    const ROUNDS: u64 = 4;
+    /// The fewest bytes of a measurement, of a slow disk.
+    const LEAST: u64 = 4 << 20;
+}
+
+/// Compares a few loops that write, round by round, for about this long; `go_on` ends it with an error.
+pub fn compare(dir: &Path, time: Duration, memory: &mut Memory, go_on: impl Fn() -> Result<()>) -> Result<Compared> {
+    let configs = Compared::CONFIGS;
+    let (mut rates, mut tails, mut written) = (vec![Vec::new(); configs.len()], Vec::new(), 0);
+    let mut measure = |config: &Config, bytes: u64| {
+        go_on()?;
+        let limit = checkpoint(dir, &[bytes], 4096, config, memory)?;
+        tails.push(limit.tail);
+        written += limit.bytes;
+        Ok(limit.bytes_per_second())
+    };
+    let began = Instant::now();
+    let probed = measure(&configs[0], Compared::LEAST)?;
+    let each = configs.len() as u64 * Compared::ROUNDS;
+    let share = (probed * time.as_secs_f64()) as u64 / each;
+    // The most are as many as the deepest loop has in flight.
+    let bytes = share.clamp(Compared::LEAST, Compared::MOST / each) >> 20 << 20;
+    for round in 0..Compared::ROUNDS {
+        // A round of a loop each; the second goes backwards, because the disk drifts.
+        for i in 0..configs.len() {
+            let i = if round % 2 == 0 { i } else { configs.len() - 1 - i };
+            match measure(&configs[i], bytes) {
+                // The kernel or a container can forbid io_uring.
+                Err(e) if configs[i].engine != Engine::Pwrite && e.kind() != ErrorKind::Cancelled => {
+                    let _ = std::fs::remove_dir_all(attempt(dir));
+                }
+                rate => rates[i].push(rate?),
+            }
+        }
+        if began.elapsed() > time {
+            break;
+        }
+    }
+    let measured = configs.iter().zip(rates).filter(|(_, rates)| !rates.is_empty());
+    let loops = measured.map(|(config, rates)| {
+        let at = |q| quantile(rates.iter().copied(), q);
+        Spread { config: *config, low: at(0.25), bytes_per_second: at(0.5), high: at(0.75), times: rates.len() }
+    });
+    Ok(Compared { loops: loops.collect(), tails, written })
 }
 
 /// Measures every loop on few bytes, then the best of them on all bytes, several times.
@@ -113,6 +196,11 @@ mod tests {
             assert!(!found.is_empty());
         }
         assert!(candidates(1 << 40).len() > 40);
+        let mut memory = Memory::new(128 << 20);
+        let compared = compare(dir.path(), Duration::ZERO, &mut memory, || Ok(())).unwrap();
+        assert_eq!(compared.loops.len(), Compared::CONFIGS.len());
+        assert!(compared.loops.iter().all(|one| one.low > 0.0 && one.low <= one.high));
+        assert_eq!(compared.tails.len(), Compared::CONFIGS.len() + 1);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

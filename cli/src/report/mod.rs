@@ -10,6 +10,8 @@ mod words;
 use crate::{Common, out};
 use ashore::internal::run_log::{Run, runs};
 use ashore::{Error, ErrorKind, Result};
+use serde::Serialize;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -28,26 +30,49 @@ pub struct Args {
 /// Writes the page, and prints its path.
 pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let root = common.root_at(args.run.as_deref())?;
-    let facts = facts::gather(read(&root)?);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let page = page::Page { name: root.display().to_string(), now: now.as_micros() as u64, facts: &facts };
-    let failed = |error| Error::io("cannot write the report", error).with_path(&args.output);
-    std::fs::write(&args.output, page.html()).map_err(failed)?;
+    let written = write(&root, &args.output)?;
     if common.json {
-        out::json(&serde_json::json!({
-            "path": args.output.display().to_string(),
-            "verdict": page.verdict(),
-            "saves": facts.saves.len(),
-            "failed": facts.failed(),
-            "stall_seconds": { "p50": facts.stall(0.5), "p99": facts.stall(0.99), "max": facts.stall(1.0) },
-            "durable_seconds": { "p50": facts.until_durable(0.5), "max": facts.until_durable(1.0) },
-            "cost": facts.cost(),
-            "at_risk_seconds": facts.worst,
-        }))?;
+        out::json(&written)?;
     } else {
-        out::print(&format!("{}\n{}\n", page.verdict().replace('\u{a0}', " "), args.output.display()))?;
+        out::print(&format!("{}\n{}\n", written.verdict, out::printable(&args.output.display().to_string())))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is on a page, in numbers.
+#[derive(Serialize)]
+pub struct Written {
+    #[serde(serialize_with = "out::path")]
+    path: PathBuf,
+    verdict: String,
+    saves: usize,
+    failed: usize,
+    stall_seconds: Value,
+    durable_seconds: Value,
+    cost: Value,
+    at_risk_seconds: Value,
+}
+
+/// Writes the page of the run in `root`.
+///
+/// # Errors
+/// `NotFound` without a log; when a log cannot be read, or the page not be written.
+pub fn write(root: &Path, output: &Path) -> Result<Written> {
+    let facts = facts::gather(read(root)?);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let page = page::Page { name: root.display().to_string(), now: now.as_micros() as u64, facts: &facts };
+    let failed = |error| Error::io("cannot write the report", error).with_path(output);
+    std::fs::write(output, page.html()).map_err(failed)?;
+    Ok(Written {
+        path: output.to_owned(),
+        verdict: page.verdict().replace('\u{a0}', " "),
+        saves: facts.saves.len(),
+        failed: facts.failed(),
+        stall_seconds: json!({ "p50": facts.stall(0.5), "p99": facts.stall(0.99), "max": facts.stall(1.0) }),
+        durable_seconds: json!({ "p50": facts.until_durable(0.5), "max": facts.until_durable(1.0) }),
+        cost: json!(facts.cost()),
+        at_risk_seconds: json!(facts.worst),
+    })
 }
 
 /// Reads the logs of a root, or one log.

@@ -9,3 +9,4 @@ mod listing;
 mod marks;
 mod run;
 mod schemas;
+mod tune;

@@ -8,6 +8,7 @@ mod state;
 mod training;
 mod ways;
 
-pub use bus::run as limits;
+pub use bus::{Way, pass, run as limits};
 pub use staging::run as staging;
+pub use state::State;
 pub use ways::run as ways;

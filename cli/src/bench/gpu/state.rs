@@ -6,7 +6,7 @@
 //! the state after a number of steps is always the same.
 
 use crate::adamw::Rates;
-use crate::bench::workload::Workload;
+use crate::bench::workload::{Shape, Workload};
 use crate::gpu::{Pinned, Span, Stream, allocate, source};
 use ashore::internal::digest::Digest;
 use ashore::{Dtype, Result, StateDict};
@@ -33,8 +33,13 @@ impl State {
     /// # Errors
     /// `Device`, when there is not enough memory.
     pub fn new(stream: &Stream, workload: Workload, scale: f64) -> Result<Self> {
+        Self::of(stream, workload.shapes(scale))
+    }
+
+    /// As [`State::new`], of these tensors.
+    pub fn of(stream: &Stream, shapes: Vec<Shape>) -> Result<Self> {
         let (mut places, mut at, mut bytes) = (Vec::new(), 0, 0);
-        for (name, half, shape) in workload.shapes(scale) {
+        for (name, half, shape) in shapes {
             let (dtype, item) = if half { (Dtype::BF16, 2) } else { (Dtype::F32, 4) };
             let len = shape.iter().product::<usize>() as u64 * item;
             places.push((name, dtype, shape, at, len));
