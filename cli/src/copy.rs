@@ -1,6 +1,6 @@
 //! `ashore copy`: copies checkpoints from a directory to another, as the same attempts.
 
-use crate::{Common, DAMAGED, out, size};
+use crate::{Common, DAMAGED, out, size, words};
 use ashore::catalog::Mark;
 use ashore::storage::{self, Storage};
 use ashore::{Catalog, Checkpoint, Error, ErrorKind, Result, tiers};
@@ -152,7 +152,7 @@ impl Report {
     }
 
     fn failed(&mut self, step: u64, from: Option<&Checkpoint>, root: &Path, error: &Error) -> Result<()> {
-        out::complain(&format!("could not copy step {step}: {error:#}"));
+        out::complain(&format!("not copied: {}", words::of(&error.clone().with_step(step))));
         self.damaged |= error.kind() == ErrorKind::Corrupt;
         let attempt = from.map_or_else(String::new, |from| from.attempt().to_string());
         let (bytes, path) = (from.map_or(0, Checkpoint::bytes), root.join(ashore::id::step_name(step)));

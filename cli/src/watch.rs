@@ -6,7 +6,7 @@
 use crate::steps::{Kind, Row, Steps};
 use crate::{Common, age, out, size, when};
 use ashore::Result;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressStyle;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -74,7 +74,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         for event in seen.look(&rows, looked.is_none()) {
             bar.suspend(|| tell(common, &event))?;
         }
-        show(&bar, &rows, &seen, &before, looked);
+        bar.set_message(status(&rows, &seen, &before, looked.map(|at| at.elapsed())));
         looked = Some(Instant::now());
         let left = args.span.map_or(args.every, |span| span.saturating_sub(began.elapsed()).min(args.every));
         if left.is_zero() && args.span.is_some() {
@@ -164,8 +164,9 @@ fn tell(common: &Common, event: &Event) -> Result<()> {
     out::print(&out::wrapped(&format!("{}  ", when::clock(SystemTime::now())), &event.shown()))
 }
 
-/// Shows the saves in flight and the newest step on the last line of a terminal.
-fn show(bar: &ProgressBar, rows: &[Row], seen: &Seen, before: &BTreeMap<PathBuf, (u64, u64)>, looked: Option<Instant>) {
+/// Says the saves in flight, the newest step and the last failure, for the last line of a terminal. `before` is
+/// what the attempts had `elapsed` ago, at the last look.
+fn status(rows: &[Row], seen: &Seen, before: &BTreeMap<PathBuf, (u64, u64)>, elapsed: Option<Duration>) -> String {
     let newest = rows.iter().rfind(|row| row.complete);
     let mut parts = Vec::new();
     for row in rows.iter().filter(|row| row.state == Kind::InFlight) {
@@ -173,7 +174,7 @@ fn show(bar: &ProgressBar, rows: &[Row], seen: &Seen, before: &BTreeMap<PathBuf,
         let whole = newest.map_or(0, |newest| newest.bytes).max(1);
         let percent = (100 * row.bytes / whole).min(99);
         let grown = before.get(&row.path).map(|(_, bytes)| row.bytes.saturating_sub(*bytes));
-        let rate = grown.zip(looked).map(|(grown, at)| grown as f64 / at.elapsed().as_secs_f64().max(1e-3));
+        let rate = grown.zip(elapsed).map(|(grown, elapsed)| grown as f64 / elapsed.as_secs_f64().max(1e-3));
         let rate = rate.map_or_else(String::new, |rate| format!(" {}/s", size::shown(rate as u64)));
         parts.push(format!("step {} {percent} %{rate}", row.step));
     }
@@ -190,5 +191,36 @@ fn show(bar: &ProgressBar, rows: &[Row], seen: &Seen, before: &BTreeMap<PathBuf,
         None => "failures: none".to_owned(),
         Some((step, at)) => format!("failures: {}, last of step {step} at {}", seen.failures, when::clock(at)),
     });
-    bar.set_message(parts.join("   "));
+    parts.join("   ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(step: u64, state: Kind, bytes: u64) -> Row {
+        let (path, complete, age_seconds) = (format!("step-{step}").into(), state == Kind::Complete, Some(180));
+        let (saved, took_seconds, mark, why, said) = (None, None, None, None, None);
+        let shared_bytes = 0;
+        Row { step, path, bytes, shared_bytes, complete, state, saved, age_seconds, took_seconds, mark, why, said }
+    }
+
+    #[test]
+    fn the_line_of_a_terminal_has_progress_rate_age_and_the_last_failure() {
+        let mut seen = Seen::default();
+        let rows = [row(10, Kind::Complete, 1000), row(20, Kind::InFlight, 200)];
+        let nothing = BTreeMap::new();
+        assert_eq!(status(&[], &seen, &nothing, None), "no step yet   failures: none");
+        let first = status(&rows, &seen, &nothing, None);
+        assert_eq!(first, "step 20 20 %   newest: step 10, 3 min ago   failures: none");
+        assert_eq!(seen.look(&rows, true).len(), 2);
+        let (before, rows) = (seen.attempts.clone(), [row(10, Kind::Complete, 1000), row(20, Kind::InFlight, 700)]);
+        let second = status(&rows, &seen, &before, Some(Duration::from_millis(500)));
+        assert!(second.starts_with("step 20 70 % 1.0 kB/s   newest: step 10"), "{second}");
+        assert_eq!(
+            seen.look(&rows[..1], false).iter().map(|event| event.event).collect::<Vec<_>>(),
+            [Happened::Failed]
+        );
+        assert!(status(&rows[..1], &seen, &before, None).contains("failures: 1, last of step 20 at "));
+    }
 }

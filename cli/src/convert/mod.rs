@@ -10,6 +10,7 @@ mod output;
 mod sums;
 
 use crate::which::{Meant, Which, newest};
+use crate::words::counted;
 use crate::{Common, out, size};
 use ashore::internal::format::shard::{INDEX, rank_of};
 use ashore::internal::storage::is_url;
@@ -305,14 +306,15 @@ fn values(checkpoint: &Checkpoint, form: Form) -> Result<(Values, BTreeMap<u32, 
 impl Report {
     fn shown(&self) -> String {
         let (step, path) = (self.step, out::printable(&self.path.display().to_string()));
-        let (files, tensors, bytes) = (self.files.len(), self.tensors, size::shown(self.bytes));
+        let (files, tensors) = (counted(self.files.len(), "file"), counted(self.tensors, "tensor"));
+        let bytes = size::shown(self.bytes);
         let mut text = if self.already_complete {
-            format!("step {step} is converted already: {files} files, {tensors} tensors, {bytes} in {path}\n")
+            format!("step {step} is converted already: {files}, {tensors}, {bytes} in {path}\n")
         } else {
-            format!("step {step} converted: {files} files, {tensors} tensors, {bytes} in {path}\n")
+            format!("step {step} converted: {files}, {tensors}, {bytes} in {path}\n")
         };
         if self.kept > 0 && !self.already_complete {
-            text += &format!("{} files were complete from an earlier run\n", self.kept);
+            text += &format!("an earlier run had completed {}\n", counted(self.kept, "file"));
         }
         if !self.aliases.is_empty() {
             let names = self.aliases.len();

@@ -1,7 +1,7 @@
 //! `ashore ls A B`: which of several directories has which step.
 
 use super::{shown, table};
-use crate::{Common, out, size};
+use crate::{Common, out, size, words};
 use ashore::{Attempt, Result};
 use comfy_table::Table;
 use serde::Serialize;
@@ -28,13 +28,17 @@ struct Copy {
     bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     why: Option<String>,
+    /// The reason in words.
+    #[serde(skip)]
+    said: Option<String>,
 }
 
 /// Lists the steps of all `roots`, newest last.
 pub fn run(common: &Common, roots: &[PathBuf]) -> Result<ExitCode> {
     let mut steps: BTreeMap<u64, Vec<Copy>> = BTreeMap::new();
     let blank = || -> Vec<Copy> {
-        roots.iter().map(|root| Copy { root: root.clone(), attempt: None, bytes: 0, why: None }).collect()
+        let none = |root: &PathBuf| Copy { root: root.clone(), attempt: None, bytes: 0, why: None, said: None };
+        roots.iter().map(none).collect()
     };
     for (number, root) in roots.iter().enumerate() {
         let (entries, problems) = common.catalog(root)?.survey()?;
@@ -46,6 +50,7 @@ pub fn run(common: &Common, roots: &[PathBuf]) -> Result<ExitCode> {
         for problem in problems {
             if let Some(copy) = steps.entry(problem.step).or_insert_with(blank).get_mut(number) {
                 copy.why.get_or_insert(format!("{:#}", problem.error));
+                copy.said.get_or_insert(words::of(&problem.error));
             }
         }
     }
@@ -58,14 +63,18 @@ pub fn run(common: &Common, roots: &[PathBuf]) -> Result<ExitCode> {
         table.set_header(["step".to_owned()].into_iter().chain(heads).chain(["fork".to_owned()]));
         for Row { step, fork, copies } in &rows {
             let cells = copies.iter().map(|copy| match (&copy.why, copy.attempt) {
-                (Some(why), _) => format!("NO: {}", out::printable(why)),
+                (Some(_), _) => "NO".to_owned(),
                 (None, Some(_)) => size::shown(copy.bytes),
                 (None, None) => "-".to_owned(),
             });
             let fork = if *fork { "FORK: different attempts" } else { "" };
             table.add_row([step.to_string()].into_iter().chain(cells).chain([fork.to_owned()]));
         }
-        out::print(&shown(&mut table, &[0]))?;
+        let mut text = shown(&mut table, &[0]);
+        for said in rows.iter().flat_map(|row| &row.copies).filter_map(|copy| copy.said.as_ref()) {
+            text += &out::wrapped("  ", said);
+        }
+        out::print(&text)?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -46,7 +46,7 @@ fn a_small_model_is_one_file_and_a_prefix_chooses_tensors() {
     let arguments = ["--to", "hf", "--prefix", "optimizer.", "--strip"];
     let text = convert(&arguments, root.path(), &output).output().unwrap();
     let text = String::from_utf8(text.stdout).unwrap();
-    assert!(text.starts_with("step 7 converted: 1 files, 1 tensors"), "{text}");
+    assert!(text.starts_with("step 7 converted: 1 file, 1 tensor"), "{text}");
     let all = expected();
     let (name, tensor) = all.iter().find(|(name, _)| name.starts_with("optimizer.")).unwrap();
     let one = [(name["optimizer.".len()..].to_owned(), tensor.clone())].into();
@@ -140,7 +140,7 @@ fn an_output_is_refused_unless_it_is_this_conversion_and_sound() {
     let before = files(&output);
     assert_eq!(json(&to(&["--to", "hf", "--json"], &output))["already_complete"], true);
     let text = String::from_utf8(to(&["--to", "hf"], &output).stdout).unwrap();
-    assert!(text.starts_with("step 7 is converted already: 1 files"), "{text}");
+    assert!(text.starts_with("step 7 is converted already: 1 file,"), "{text}");
     for other in [&["--to", "ranks", "2"][..], &["--to", "hf", "--shard-size", "1MB"]] {
         let text = refused(&to(other, &output), 1);
         assert!(text.contains("not this conversion") && text.contains("with other options"), "{text}");

@@ -7,6 +7,7 @@ mod contents;
 mod damage;
 mod listing;
 mod marks;
+mod others;
 mod run;
 mod schemas;
 mod tune;

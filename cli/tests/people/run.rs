@@ -1,5 +1,6 @@
 //! Runs the program in a directory of steps, and compares what it prints.
 
+use ashore::chain::Publisher;
 use ashore::internal::format::entries::MANIFEST;
 use ashore::internal::format::seal;
 use ashore::{CheckpointExecutor, HostTensor, StateDict};
@@ -49,6 +50,19 @@ impl Run {
         }
         executor.save(step, state).unwrap().wait(MINUTE).unwrap();
         executor.shutdown(MINUTE).unwrap();
+    }
+
+    /// Publishes as many further versions, in `chain` beside the run.
+    pub fn publish(&self, versions: usize) {
+        let publisher = Publisher::open(self.0.path().join("chain")).unwrap().arena(4 << 20).build().unwrap();
+        // Large enough that deltas stay below half of a full.
+        let mut weights = vec![1.0_f32; 400_000];
+        for version in 0..versions {
+            weights[version] += 0.5;
+            let mut state = StateDict::new();
+            state.tensor("weights", weights.clone()).unwrap();
+            publisher.publish(state).unwrap().wait(MINUTE).unwrap();
+        }
     }
 
     pub fn root(&self) -> PathBuf {
@@ -111,23 +125,28 @@ impl Run {
     /// `name.200.txt`. Both streams are in them, and the status.
     pub fn shows(&self, name: &str, args: &[&str]) {
         for columns in [80, 200] {
-            let output = self.ashore(args, columns);
-            let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
-            let here = self.0.path().canonicalize().unwrap().display().to_string();
-            let status = output.status.code().map_or_else(|| "killed".to_owned(), |code| code.to_string());
-            let shown = format!("$ ashore {}\n{out}{err}exit {status}\n", args.join(" ")).replace(&here, "");
-            let shown = masked(&shown);
-            assert!(!shown.contains('\u{1b}'), "{shown}");
-            let long = |line: &&str| line.chars().count() > columns && line.trim().contains(' ');
-            assert_eq!(out.lines().find(long), None, "a line is longer than {columns} columns: {shown}");
-            let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/people/shown/{name}.{columns}.txt"));
-            if std::env::var_os("ASHORE_BLESS").is_some() {
-                fs::create_dir_all(file.parent().unwrap()).unwrap();
-                fs::write(&file, &shown).unwrap();
-            }
-            let expected = fs::read_to_string(&file).unwrap_or_default();
-            assert!(shown == expected, "{} has another text than\n{shown}", file.display());
+            self.shows_at(name, args, columns);
         }
+    }
+
+    /// As [`Run::shows`], at one width: for a command that prints something else when it is run again.
+    pub fn shows_at(&self, name: &str, args: &[&str], columns: usize) {
+        let output = self.ashore(args, columns);
+        let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        let here = self.0.path().canonicalize().unwrap().display().to_string();
+        let status = output.status.code().map_or_else(|| "killed".to_owned(), |code| code.to_string());
+        let shown = format!("$ ashore {}\n{out}{err}exit {status}\n", args.join(" ")).replace(&here, "");
+        let shown = masked(&shown);
+        assert!(!shown.contains('\u{1b}'), "{shown}");
+        let long = |line: &&str| line.chars().count() > columns && line.trim().contains(' ');
+        assert_eq!(out.lines().find(long), None, "a line is longer than {columns} columns: {shown}");
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/people/shown/{name}.{columns}.txt"));
+        if std::env::var_os("ASHORE_BLESS").is_some() {
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(&file, &shown).unwrap();
+        }
+        let expected = fs::read_to_string(&file).unwrap_or_default();
+        assert!(shown == expected, "{} has another text than\n{shown}", file.display());
     }
 }
 
@@ -140,7 +159,7 @@ const MASKS: [(&str, &str); 4] = [
     ("pid 9", "pid #"),
 ];
 
-fn masked(text: &str) -> String {
+pub fn masked(text: &str) -> String {
     let fits = |pattern: &str, text: &[char]| {
         pattern.chars().count() <= text.len()
             && pattern.chars().zip(text).all(|(pattern, c)| match pattern {

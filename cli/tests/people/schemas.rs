@@ -107,8 +107,29 @@ fn what_is_printed_as_json_is_what_the_schema_says() {
     check("convert", &run.json(&["convert", "run", "30", "--to", "hf", "out", "--json"], 0));
     check("prune", &run.json(&["prune", "run", "--keep-last", "1", "--json"], 0));
     check("prune", &run.json(&["prune", "run", "--damaged", "--yes", "--json"], 0));
+    let tune = ["tune", "run", "--for", "0s", "--fails-every", "8h", "--step-ms", "0.5", "--json"];
+    check("tune", &run.json(&tune, 0));
     let small = ["--model", "tiny", "--arena", "16KiB", "--json", "--dir", "demo"];
-    check("demo", &run.json(&[&["demo", "--steps", "20"][..], &small].concat(), 0));
+    check("demo", &run.json(&[&["demo", "--steps", "20", "--report", "page.html"][..], &small].concat(), 0));
+    assert!(std::fs::read_to_string(run.root().with_file_name("page.html")).unwrap().starts_with("<!DOCTYPE html>"));
+    check("report", &run.json(&["report", "demo", "--json"], 0));
+    check("bench", &run.json(&["bench", "save", ".", "--no-limit", "--rounds", "1", "--scale", "0.0001", "--json"], 0));
+    run.save([40, 50]);
+    check("copy", &run.json(&["copy", "run", "other", "--dry-run", "--json"], 0));
+    check("copy", &run.json(&["copy", "run", "other", "--json"], 0));
+    check("copy", &run.json(&["copy", "run", "other", "--json"], 0));
+    check("ls_of_several", &run.json(&["ls", "run", "other", "--json"], 0));
+    let (older, newer) = ("run/step-00000040", "run/step-00000050");
+    check("delta", &run.json(&["delta", older, newer, "-o", "delta", "--json"], 0));
+    check("apply", &run.json(&["apply", older, "delta", "-o", "made", "--json"], 0));
+    run.publish(3);
+    check("chain", &run.json(&["chain", "chain", "--json"], 0));
+    let followed = run.ashore(&["follow", "chain", "--into", "copy", "--idle", "0", "--json"], 80);
+    let followed = String::from_utf8(followed.stdout).unwrap();
+    assert_eq!(followed.lines().count(), 3, "{followed}");
+    followed.lines().for_each(|line| check("follow", &serde_json::from_str(line).unwrap()));
+    std::fs::remove_dir_all(run.root().with_file_name("chain").join("v-00000002")).unwrap();
+    check("chain", &run.json(&["chain", "chain", "--json"], 3));
 }
 
 #[test]
@@ -127,7 +148,7 @@ fn help_completions_and_the_manual_are_made() {
     let run = Run::new([]);
     let help = String::from_utf8(run.ashore(&["--help"], 80).stdout).unwrap();
     assert!(help.lines().all(|line| line.chars().count() <= 80), "{help}");
-    for verb in ["ls", "inspect", "verify", "diff", "repair", "watch", "mark", "completions", "man"] {
+    for verb in ["ls", "inspect", "verify", "diff", "repair", "watch", "mark", "tune", "completions", "man"] {
         assert!(help.lines().any(|line| line.trim_start().starts_with(&format!("{verb} "))), "{verb}: {help}");
     }
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
