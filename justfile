@@ -375,6 +375,12 @@ mounts:
 pages:
     .ci/strict cargo test -p ashore-cli --test pages -- --ignored
     ASHORE_PROMTOOL="{{ tools }}/prometheus/usr/bin/promtool" .ci/strict cargo test --test telemetry metrics:: -- --ignored
+    cargo run --quiet --features metrics --example 09_metrics | "{{ tools }}/prometheus/usr/bin/promtool" check metrics
+
+# Builds the book of docs/ into target/book, and checks every link and anchor in it. `cargo test` runs its commands.
+book:
+    mdbook build docs/book
+    checks/book.py target/book README.md
 
 # Takes the power from real file systems at recorded moments, of one process and of three ranks. Needs root and loop devices.
 power states="300": rank-programs
@@ -424,7 +430,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples pages capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse jumps soak ranks stores mounts power package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples pages book capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse jumps soak ranks stores mounts power package")
 
 # Runs the checks that take too long for every change.
 nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 abuse:3600 jumps:600 soak:100000 power:10000 power-controls")

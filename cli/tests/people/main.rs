@@ -3,6 +3,7 @@
 //!
 //! What is printed is compared with files in `shown/`. `ASHORE_BLESS=1` writes them anew.
 
+mod book;
 mod contents;
 mod damage;
 mod listing;
