@@ -279,7 +279,8 @@ miri *filters="state:: memory:: completion:: staging::":
     MIRIFLAGS="-Zmiri-disable-isolation" PROPTEST_CASES=4 RUSTFLAGS="--cfg rustix_use_libc" \
         .ci/strict cargo +{{ nightly }} miri test --lib -- {{ filters }}
 
-# Explores every interleaving of completions and slabs, up to three preemptions. Nearly all of the time is the build.
+# Explores every interleaving of completions, slabs, late copies, and a prune beside a publish, up to three preemptions. Nearly all of the
+# time is the build.
 loom:
     RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=3 CARGO_PROFILE_TEST_OPT_LEVEL=0 .ci/strict \
         cargo test --config 'profile.dev.package."*".opt-level=0' --lib --target-dir target/loom -- models

@@ -15,6 +15,8 @@
 
 mod branch;
 mod marks;
+#[cfg(all(test, loom))]
+mod models;
 mod policy;
 mod prune;
 mod retention;
@@ -33,10 +35,11 @@ use crate::checkpoint::{Checkpoint, Failure};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::{Attempt, parse_step_name, step_name};
 use crate::storage::{self, Storage};
+use crate::sync::{Condvar, Mutex, MutexGuard, lock};
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 /// The steps of a storage. Clones share their knowledge of durability.
@@ -327,7 +330,7 @@ impl Catalog {
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.known)
     }
 }
 

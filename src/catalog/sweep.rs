@@ -1,12 +1,12 @@
 //! What this process knows about attempts, and how it deletes one step or a dead attempt.
 
-use super::{Catalog, Entry};
+use super::{Catalog, Entry, Known};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::mutant::{self, Mutant};
 use crate::storage::{Sweep, Swept};
-use std::sync::PoisonError;
+use crate::sync::wait_while_for;
 use std::time::Duration;
 
 /// How long a publish waits for a prune to release its name.
@@ -31,12 +31,9 @@ impl Catalog {
     /// # Errors
     /// `Busy` when a prune has been deleting that step for too long.
     pub(crate) fn announce(&self, name: &str, attempt: Attempt) -> Result<()> {
-        let known = self.known();
-        let (mut known, waited) = self
-            .gone
-            .wait_timeout_while(known, ANNOUNCE, |known| known.going.contains(name))
-            .unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
+        let going = |known: &mut Known| known.going.contains(name);
+        let (mut known, late) = wait_while_for(&self.gone, self.known(), ANNOUNCE, going);
+        if late {
             return Err(
                 Error::new(ErrorKind::Busy, "the step is still being deleted").with_path(self.storage.describe(name))
             );
