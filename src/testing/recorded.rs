@@ -22,6 +22,8 @@ pub(super) enum Done {
     Resize { fd: RawFd, len: u64, shrink: bool },
     Rename { dir: RawFd, from: PathBuf, to: PathBuf, how: Rename },
     Unlink { dir: RawFd, name: PathBuf, kind: Kind },
+    Link { file: RawFd, dir: RawFd, name: PathBuf },
+    Clone { from: RawFd, to: RawFd },
 }
 
 /// A call, and how long the log of the disk was before and after it.
@@ -134,6 +136,20 @@ impl Sys for Recorded {
 
     fn unlink(&self, dir: RawFd, name: &Path, kind: Kind) -> io::Result<()> {
         self.record(|| self.inner.unlink(dir, name, kind), |()| Done::Unlink { dir, name: name.to_owned(), kind })
+    }
+
+    fn link(&self, file: RawFd, dir: RawFd, name: &Path) -> io::Result<()> {
+        let done = |(): &()| Done::Link { file, dir, name: name.to_owned() };
+        self.record(|| self.inner.link(file, dir, name), done)
+    }
+
+    fn clone_file(&self, from: RawFd, to: RawFd) -> io::Result<()> {
+        self.record(|| self.inner.clone_file(from, to), |()| Done::Clone { from, to })
+    }
+
+    // Permissions are not compared.
+    fn protect(&self, fd: RawFd) -> io::Result<()> {
+        self.inner.protect(fd)
     }
 
     fn pread(&self, fd: RawFd, buffer: &mut [u8], offset: u64) -> io::Result<usize> {

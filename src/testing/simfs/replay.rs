@@ -102,6 +102,14 @@ fn redo(fs: &SimFs, descriptors: &mut Descriptors, mount: &Path, record: &Record
         Done::Rename { dir, from, to, how } => {
             known(descriptors, *dir).map_or(Ok(()), |dir| fs.rename(dir, from, to, *how))
         }
+        Done::Link { file, dir, name } => match (known(descriptors, *file), known(descriptors, *dir)) {
+            (Some(file), Some(dir)) => fs.link(file, dir, name),
+            _ => Ok(()),
+        },
+        Done::Clone { from, to } => match (known(descriptors, *from), known(descriptors, *to)) {
+            (Some(from), Some(to)) => fs.clone_file(from, to),
+            _ => Ok(()),
+        },
         Done::Unlink { dir, name, kind } => known(descriptors, *dir).map_or(Ok(()), |dir| fs.unlink(dir, name, *kind)),
     }
 }
