@@ -28,7 +28,9 @@ pub use copy_queue::CopyQueue;
 #[cfg(all(feature = "cuda", not(any(loom, miri))))]
 pub use cuda::Cuda;
 pub use host::Host;
-pub(crate) use kernels::{DeviceLateCopy, Digests, FenceKernels, KernelMemory, Kernels, Launch, ProgramMemory, Queued};
+#[cfg(all(feature = "cuda", not(any(loom, miri))))]
+pub(crate) use kernels::Launch;
+pub(crate) use kernels::{DeviceLateCopy, Digests, FenceKernels, KernelMemory, Kernels, ProgramMemory, Queued};
 pub(crate) use load_queue::{LoadQueue, RowLayout};
 pub(crate) use pieces::{Piece, Pieces, View};
 pub use selection::DeviceReport;
