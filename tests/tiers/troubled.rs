@@ -16,17 +16,23 @@ pub struct Troubled {
     pub away: AtomicBool,
     /// No attempt can be begun.
     pub full: AtomicBool,
+    /// Calls that begin an attempt wait.
+    pub held: AtomicBool,
 }
 
 impl Troubled {
     /// Begins an attempt after `delay`.
     pub fn slow(storage: Local, delay: Duration) -> Self {
-        Self { storage, delay, away: AtomicBool::new(false), full: AtomicBool::new(false) }
+        let [away, full, held] = [(); 3].map(|()| AtomicBool::new(false));
+        Self { storage, delay, away, full, held }
     }
 }
 
 impl Storage for Troubled {
     fn begin(&self, name: &str, attempt: Attempt, overwrite: bool) -> Result<Arc<dyn Writing>> {
+        while self.held.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         std::thread::sleep(self.delay);
         if self.full.load(Ordering::Relaxed) {
             let full = std::io::Error::from_raw_os_error(28);
