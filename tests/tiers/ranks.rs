@@ -8,7 +8,7 @@ use ashore::{Checkpoint, CheckpointExecutor, ErrorKind, HostTensor, Result, Stat
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 const ROWS: usize = 60;
@@ -17,7 +17,7 @@ const WORLD: u32 = 4;
 
 fn builder(root: &Path, member: Member) -> ashore::Builder {
     let coordinator = Arc::new(SharedDirectory::new(root, member).unwrap());
-    let builder = CheckpointExecutor::builder(root).arena(1 << 20).chunk(64 << 10).save_timeout(LONG / 3);
+    let builder = CheckpointExecutor::builder(root).arena(1 << 20).chunk(64 << 10).save_timeout(LONG);
     builder.ranks(coordinator).run("run")
 }
 
@@ -103,9 +103,14 @@ fn rank_0_promotes_and_every_rank_finds_the_newest_step_of_the_tier() {
 fn what_a_session_of_ranks_did_not_promote_is_promoted_by_the_next() {
     let (root, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let tier = folder.path().join("tier");
-    std::fs::write(&tier, "no directory").unwrap();
+    let built = Barrier::new(2);
     together(2, |member| {
         let running = builder(root.path(), member).tier(shared(&tier)).build().unwrap();
+        built.wait();
+        if member.rank == 0 {
+            std::fs::remove_dir_all(&tier).unwrap();
+            std::fs::write(&tier, "no directory").unwrap();
+        }
         running.save(1, state(member, 1)).unwrap().wait(LONG).unwrap();
         let ended = running.shutdown(Duration::from_millis(500));
         assert_eq!(ended.is_err(), member.rank == 0, "only rank 0 promotes: {ended:?}");
