@@ -93,11 +93,11 @@ class CheckpointExecutor:
         if isinstance(tiers, (str, os.PathLike, Tier)):
             raise InvalidError(f"tiers are a list tiers={tiers!r}", "invalid")
         plain = {"arena": arena, "chunk": chunk, "keep_last": keep_last, "device": device, "detect": detect}
-        plain["tiers"] = [given(tier) for tier in tiers]
+        behind = [given(tier) for tier in tiers]
         self._root = os.fspath(root)
         member = None if ranks is None else (ranks[0], ranks[1], ranks[-1] if len(ranks) == 3 else 0)
         self._alone = member is None
-        self._core = _ashore.Executor(self._root, _settings({**plain, **settings}), alone, member, run)
+        self._core = _ashore.Executor(self._root, _settings({**plain, "tiers": behind, **settings}), alone, member, run)
         _OPEN.add(self)
 
     @property

@@ -67,8 +67,9 @@ def test_the_notifier_completes_it(root, tmp_path):
 
 def test_a_tier_that_is_away_is_waited_for(root, tmp_path):
     tier = tmp_path / "tier"
-    tier.write_text("no directory")
     executor = tiered(root, tier)
+    tier.rename(tmp_path / "gone")
+    tier.write_text("no directory")
     save = executor.save(1, {"a": torch.ones(4)})
     save.wait()
     far = save.durable_in("shared")
