@@ -71,5 +71,5 @@ pub fn taken(settings: &mut Value) -> Result<Vec<Tier>> {
     let wrong = "`tiers` do not parse: they are an array of objects with `root`, `name`, `keep_last`, `keep_every`, \
                  `unpromoted`";
     let parsed = tiers.map_or_else(|| Ok(Vec::new()), serde_json::from_value);
-    Ok(parsed.map_err(|e| Error::new(ErrorKind::Invalid, wrong).with_source(e))?)
+    parsed.map_err(|e| Error::new(ErrorKind::Invalid, wrong).with_source(e).into())
 }
