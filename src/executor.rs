@@ -190,7 +190,8 @@ impl CheckpointExecutor {
     /// With [tiers](crate::tiers) it is the newest step of all of them, from the nearest one whose copy can
     /// be opened: [`Checkpoint::tier`] says which. Where two tiers have different attempts at a step, that of
     /// the farthest one counts; steps of the root that the job redid elsewhere do not. A tier that is away is
-    /// left out with a warning.
+    /// left out with a warning; with several ranks one that rank 0 has taken over is not, so that all of them
+    /// find the same step.
     ///
     /// # Errors
     /// Errors of the storage. If no step is found and a tier is away, why it is.
