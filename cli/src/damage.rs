@@ -7,7 +7,6 @@ use ashore::internal::format::seal;
 use ashore::{Again, Checkpoint, Damage, Dtype, Flip, Located};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
 
 /// How many damaged ranges of a step are located: more of them are no flipped bit.
@@ -51,22 +50,12 @@ pub fn located(checkpoint: &Checkpoint, damage: Vec<Damage>) -> Vec<Found> {
     let mut found = Vec::with_capacity(damage.len());
     for (i, damage) in damage.into_iter().enumerate() {
         let has_company = of_place.get(&(damage.file.clone(), damage.tensor.clone())).is_some_and(|count| *count > 1);
-        let located = (i < LOCATED && !damage.unreadable).then(|| {
-            drop_cache(checkpoint, &damage.file);
-            checkpoint.locate(&damage).ok()
-        });
+        let located = (i < LOCATED && !damage.unreadable).then(|| checkpoint.locate(&damage).ok());
         let tensor = damage.tensor.as_deref().and_then(|name| checkpoint.tensor(name).ok());
         let dtype = tensor.map(|tensor| tensor.dtype);
         found.push(Found { damage, located: located.flatten(), dtype, has_company });
     }
     found
-}
-
-/// Asks the kernel to drop what it has cached of a file. Where it does not, the second reading says less.
-fn drop_cache(checkpoint: &Checkpoint, file: &str) {
-    if let Ok(file) = File::open(checkpoint.path().join(file)) {
-        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
-    }
 }
 
 /// Finds the flip that explains a damaged manifest, by its path; only within one byte.

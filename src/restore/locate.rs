@@ -1,6 +1,7 @@
 //! Damage, located: which bits or pages of a block are not what was written.
 //!
-//! The bytes are read a second time through a file opened afresh, past the page cache where the medium can.
+//! The bytes are read a second time through a file opened afresh, from the medium: past the page cache, or
+//! after what it has of the file was dropped.
 //! A second reading that is as written, or that differs from the first, tells wrong memory, a wrong
 //! controller or a wrong cable from wrong bytes on the medium. If both readings are the same, the digests say
 //! whether one flip explains them ([`Flip`]).
@@ -98,6 +99,7 @@ impl Checkpoint {
         let (Some((written, first)), 1..=LONGEST) = (damage.digests, length) else { return Ok(located) };
         let locate = |error| self.located(error);
         let file = self.opened.reading.open(&damage.file).map_err(locate)?;
+        file.drop_cached();
         let mut bytes = zeroed::<u8>(length as usize).map_err(locate)?;
         stream(&mut Window::new(self.manner().window), file.as_ref(), range, |at, run| {
             if let Some(to) = bytes.get_mut((at - range.start) as usize..).and_then(|to| to.get_mut(..run.len())) {

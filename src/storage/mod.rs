@@ -417,4 +417,8 @@ pub trait FileReading: Send + Sync + Debug {
     /// arbitrary; if all three are multiples of [`crate::ALIGNMENT`], the read bypasses the page cache if the
     /// medium can.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
+
+    /// Asks the system to drop what it has cached of the file, so that the next read is of the medium. Does
+    /// nothing by default, and where the system does not do it.
+    fn drop_cached(&self) {}
 }

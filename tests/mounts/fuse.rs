@@ -79,6 +79,13 @@ impl Faulty {
         self.disk().reverse = reverse;
     }
 
+    /// Flips the lowest bit of the byte at `offset` of a file in the answer to the next call that reads it, as
+    /// memory or a cable does. The kernel keeps what it has read, also for files that are opened again.
+    pub fn misread_once(&self, offset: u64) {
+        let mut disk = self.disk();
+        (disk.misread, disk.keep_cache) = (Some(offset), true);
+    }
+
     /// Takes from every file what no fsync has made durable, as a power loss does. Names stay.
     pub fn cut_power(&self) {
         for node in self.disk().nodes.values_mut() {
@@ -116,6 +123,8 @@ struct Disk {
     calls: usize,
     struck: usize,
     reverse: bool,
+    misread: Option<u64>,
+    keep_cache: bool,
 }
 
 type Answer<T> = Result<T, Errno>;
@@ -123,7 +132,9 @@ type Answer<T> = Result<T, Errno>;
 impl Disk {
     fn new() -> Self {
         let root = Node { directory: true, mode: 0o755, ..Node::default() };
-        Self { nodes: BTreeMap::from([(1, root)]), next: 2, rule: None, calls: 0, struck: 0, reverse: false }
+        let nodes = BTreeMap::from([(1, root)]);
+        let (rule, misread, reverse, keep_cache) = (None, None, false, false);
+        Self { nodes, next: 2, rule, calls: 0, struck: 0, reverse, misread, keep_cache }
     }
 
     fn node(&mut self, at: INodeNo) -> Answer<&mut Node> {
@@ -385,11 +396,11 @@ impl Filesystem for Mount {
             |_| Err(Errno::EIO),
             |disk| {
                 disk.node(at)?.opened += 1;
-                Ok(())
+                Ok(if disk.keep_cache { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() })
             },
         );
         match opened {
-            Ok(()) => reply.opened(FileHandle(0), FopenFlags::empty()),
+            Ok(flags) => reply.opened(FileHandle(0), flags),
             Err(error) => reply.error(error),
         }
     }
@@ -429,7 +440,12 @@ impl Filesystem for Mount {
             |disk| {
                 let bytes = &disk.node(at)?.bytes;
                 let from = bytes.len().min(offset as usize);
-                Ok(bytes[from..bytes.len().min(from + size as usize)].to_vec())
+                let mut bytes = bytes[from..bytes.len().min(from + size as usize)].to_vec();
+                if let Some(wrong) = disk.misread.and_then(|at| bytes.get_mut(at.checked_sub(offset)? as usize)) {
+                    *wrong ^= 1;
+                    disk.misread = None;
+                }
+                Ok(bytes)
             },
         );
         match read {

@@ -6,6 +6,7 @@ mod adopting;
 mod fuse;
 mod image;
 mod lying;
+mod misread;
 
 use ashore::{
     Catalog, CheckpointExecutor, Committed, Error, ErrorKind, IoMode, PruneOptions, Result, Retention, StateDict,

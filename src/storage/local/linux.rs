@@ -213,6 +213,10 @@ impl Sys for Linux {
         Ok(Direct { memory, offset, honoured: usual.honoured && offset > 0 })
     }
 
+    fn drop_cached(&self, fd: RawFd) {
+        _ = rustix::fs::fadvise(borrow(fd), 0, None, rustix::fs::Advice::DontNeed);
+    }
+
     fn buffered(&self, fd: RawFd) -> io::Result<()> {
         let flags = rustix::fs::fcntl_getfl(borrow(fd))?;
         Ok(rustix::fs::fcntl_setfl(borrow(fd), flags - OFlags::DIRECT)?)

@@ -153,4 +153,8 @@ impl FileReading for LocalFileReading {
             _ => Error::io(format!("cannot read offset={offset} len={len}"), error).with_path(&self.path),
         })
     }
+
+    fn drop_cached(&self) {
+        self.fd.sys().drop_cached(self.fd.raw());
+    }
 }

@@ -134,6 +134,9 @@ pub trait Sys: Send + Sync + Debug {
     fn try_lock(&self, fd: RawFd) -> io::Result<bool>;
     /// statx(2) DIOALIGN and statfs(2).
     fn direct(&self, fd: RawFd) -> io::Result<Direct>;
+    /// posix_fadvise(2) with POSIX_FADV_DONTNEED on a whole file. The default, for systems without a page
+    /// cache, does nothing.
+    fn drop_cached(&self, _fd: RawFd) {}
     /// fcntl(2): removes O_DIRECT from an open file. The default, for systems that never refuse a direct
     /// transfer, does nothing.
     fn buffered(&self, _fd: RawFd) -> io::Result<()> {

@@ -323,6 +323,10 @@ impl Sys for Uring {
         Linux.list(dir)
     }
 
+    fn drop_cached(&self, fd: RawFd) {
+        Linux.drop_cached(fd);
+    }
+
     fn try_lock(&self, fd: RawFd) -> io::Result<bool> {
         Linux.try_lock(fd)
     }
