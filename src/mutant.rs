@@ -79,6 +79,10 @@ pub(crate) enum Mutant {
     #[cfg(feature = "cuda")]
     // seen by: cuda::late_copies
     Watermark,
+    /// A device's clock is taken to be an hour from where it is.
+    #[cfg(feature = "cuda")]
+    // seen by: cuda::traced
+    Anchor,
     /// A stream waits at a fence for the kernels of its own device alone.
     // seen by: cuda::several_devices::cuda_stream_of_one_gpu
     OwnKernels,

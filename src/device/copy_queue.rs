@@ -6,7 +6,21 @@
 use super::Dependency;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use std::time::Instant;
+use smallvec::SmallVec;
+use std::time::{Duration, Instant};
+
+/// When a device made its copies of one chunk, by the clock of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyTime {
+    /// The device.
+    pub ordinal: u32,
+    /// When it began.
+    pub begin: Instant,
+    /// When it ended.
+    pub end: Instant,
+    /// How far both may be off.
+    pub error: Duration,
+}
 
 /// A first-in first-out queue of copies into slabs.
 pub trait CopyQueue {
@@ -65,6 +79,15 @@ pub trait CopyQueue {
     /// # Errors
     /// `Device`, sticky.
     fn reached(&mut self) -> Result<u64>;
+
+    /// Measures, or no longer, when devices make copies. Called before the first copy of each save.
+    fn measure(&mut self, _on: bool) {}
+
+    /// Takes what was measured of the copies that the completion event `event`, which is reached, is the first
+    /// to be behind: one time for each device that copied.
+    fn times(&mut self, _event: u64) -> SmallVec<[CopyTime; 1]> {
+        SmallVec::new()
+    }
 
     /// Waits, after a failure, until no copy queued so far can touch memory any more, and drops copies that
     /// are held back. False when that cannot be known by `deadline`: sources and slabs are then leaked, never

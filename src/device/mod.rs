@@ -24,7 +24,7 @@ mod waits;
 
 pub use auto::choose;
 pub(crate) use auto::choose_later;
-pub use copy_queue::CopyQueue;
+pub use copy_queue::{CopyQueue, CopyTime};
 #[cfg(all(feature = "cuda", not(any(loom, miri))))]
 pub use cuda::Cuda;
 pub use host::Host;

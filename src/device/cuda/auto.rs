@@ -12,12 +12,13 @@ use super::Cuda;
 use super::driver::{Driver, Registered};
 use crate::device::auto::Hint;
 use crate::device::host::HostQueue;
-use crate::device::{CopyQueue, Dependency, Device, KernelMemory, Kernels, LoadQueue, Waits};
+use crate::device::{CopyQueue, CopyTime, Dependency, Device, KernelMemory, Kernels, LoadQueue, Waits};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::memory::{Node, Pages, Register};
 use crate::state::DeviceStream;
 use crate::sync::{Mutex, lock};
+use smallvec::SmallVec;
 use std::any::Any;
 use std::fmt;
 use std::path::Path;
@@ -160,7 +161,7 @@ impl Device for Auto {
     }
 
     fn queue(&self) -> Result<Box<dyn CopyQueue>> {
-        Ok(Box::new(Queue { choice: self.0.clone(), host: HostQueue(0), gpu: None, batch: false }))
+        Ok(Box::new(Queue { choice: self.0.clone(), host: HostQueue(0), gpu: None, batch: false, measured: false }))
     }
 
     fn behind(&self, streams: &[DeviceStream]) -> Result<Dependency> {
@@ -195,6 +196,8 @@ struct Queue {
     host: HostQueue,
     gpu: Option<Box<dyn CopyQueue>>,
     batch: bool,
+    /// Copies are timed.
+    measured: bool,
 }
 
 impl Queue {
@@ -204,6 +207,7 @@ impl Queue {
             if self.batch && self.choice.batches().is_ok() {
                 queue.batch();
             }
+            queue.measure(self.measured);
             self.gpu = Some(queue);
         }
         self.gpu.as_deref_mut().map(|queue| queue as _).ok_or_else(|| Error::internal("made above"))
@@ -227,6 +231,16 @@ impl CopyQueue for Queue {
 
     fn batch(&mut self) {
         self.batch = true;
+    }
+
+    fn measure(&mut self, on: bool) {
+        self.measured = on;
+        self.gpu.iter_mut().for_each(|gpu| gpu.measure(on));
+    }
+
+    fn times(&mut self, event: u64) -> SmallVec<[CopyTime; 1]> {
+        let before = self.host.0;
+        self.gpu.as_mut().map_or_else(SmallVec::new, |gpu| gpu.times(event.saturating_sub(before)))
     }
 
     fn flush(&mut self) -> Result<()> {

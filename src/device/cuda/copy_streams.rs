@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "asynchronous copies; argument above")]
 
 use super::CudaState;
+use super::copy_times::{Begun, CopyTimer};
 use super::driver::{Copies, Stream};
 use super::gpu::{Gpu, POLL_INTERVAL};
 use super::pooled_event::{PooledEvent, events_of};
@@ -22,6 +23,8 @@ pub(super) struct CopyStreams {
     /// Makes the stream of a GPU at its first use.
     stream: fn(&Gpu) -> Result<Arc<Stream>>,
     streams: Vec<CopyStream>,
+    /// Copies are timed.
+    measured: bool,
 }
 
 /// The copy stream of one GPU.
@@ -32,6 +35,7 @@ pub(super) struct CopyStream {
     pub moved: bool,
     /// Copies to the host that are held back.
     pub held: Copies,
+    timer: CopyTimer,
 }
 
 impl CopyStreams {
@@ -40,7 +44,7 @@ impl CopyStreams {
         let home = shared.gpu(shared.home)?;
         home.context.make_current()?;
         home.context.relax_capture()?;
-        Ok(Self { shared, stream, streams: Vec::new() })
+        Ok(Self { shared, stream, streams: Vec::new(), measured: false })
     }
 
     /// Returns the stream of device `ordinal`, and makes its context current in this thread.
@@ -51,7 +55,9 @@ impl CopyStreams {
             None => {
                 let gpu = self.shared.gpu(ordinal)?;
                 let stream = (self.stream)(&gpu)?;
-                self.streams.push(CopyStream { gpu, stream, moved: false, held: Copies::default() });
+                let mut timer = CopyTimer::default();
+                timer.measure(self.measured);
+                self.streams.push(CopyStream { gpu, stream, moved: false, held: Copies::default(), timer });
                 self.streams.len() - 1
             }
         };
@@ -60,6 +66,12 @@ impl CopyStreams {
         // another context current.
         copy_stream.gpu.context.make_current()?;
         Ok(copy_stream)
+    }
+
+    /// Times the copies of the next save, or does not.
+    pub fn measure(&mut self, on: bool) {
+        self.measured = on;
+        self.streams.iter_mut().for_each(|copy_stream| copy_stream.timer.measure(on));
     }
 
     /// Makes everything queued from now on wait for `dependency`.
@@ -75,14 +87,15 @@ impl CopyStreams {
         self.each_moved(CopyStream::flush)
     }
 
-    /// Records one event per GPU that had something queued since the last mark, behind that.
-    pub fn event(&mut self, events: &mut impl Extend<PooledEvent>) -> Result<()> {
+    /// Records one event per GPU that had something queued since the last mark, behind that, and passes it to
+    /// `keep` with the beginning of those copies, if they are timed.
+    pub fn event(&mut self, mut keep: impl FnMut(PooledEvent, Option<Begun>)) -> Result<()> {
         self.each_moved(|copy_stream| {
             copy_stream.flush()?;
-            let event = copy_stream.gpu.event()?;
+            let event = copy_stream.next_event()?;
             event.record(copy_stream.stream.handle())?;
             copy_stream.moved = false;
-            events.extend([event]);
+            keep(event, copy_stream.timer.take());
             Ok(())
         })
     }
@@ -121,8 +134,23 @@ impl CopyStreams {
 }
 
 impl CopyStream {
+    /// Called before a copy is queued: says when the first one since the last mark begins, if they are timed.
+    pub fn begin(&mut self) {
+        if self.timer.is_on() {
+            self.timer.begin(&self.gpu, &self.stream);
+        }
+    }
+
+    fn next_event(&self) -> Result<PooledEvent> {
+        let timed = if self.timer.is_on() { self.gpu.timed_event().ok() } else { None };
+        timed.map_or_else(|| self.gpu.event(), Ok)
+    }
+
     /// Queues the copies that are held back. The context must be current.
     fn flush(&mut self) -> Result<()> {
+        if self.held.len() > 0 {
+            self.begin();
+        }
         // SAFETY: the caller of `push` vouched for each copy until a later mark, and `quiesce` drops the
         // others.
         let queued = unsafe { self.stream.copy_all_to_host(&self.held) };

@@ -22,6 +22,8 @@ pub(super) struct Gpu {
     /// The copy stream, first in, first out: all copies to the host.
     pub copies: Arc<Stream>,
     events: Arc<EventPool>,
+    /// Events that say when copies were made: none unless saves are traced.
+    timed_events: Arc<EventPool>,
 }
 
 impl Gpu {
@@ -29,13 +31,18 @@ impl Gpu {
     pub fn new(driver: Arc<Driver>, ordinal: u32) -> Result<Arc<Self>> {
         let context = Context::retain(driver, ordinal)?;
         let copies = Arc::new(context.stream()?);
-        let events = Arc::new(EventPool::new(&context)?);
-        Ok(Arc::new(Self { context, copies, events }))
+        let (events, timed_events) = (Arc::new(EventPool::new(&context)?), Arc::new(EventPool::timed(&context)));
+        Ok(Arc::new(Self { context, copies, events, timed_events }))
     }
 
     /// Takes an event from the pool, to which it returns when it is dropped.
     pub fn event(&self) -> Result<PooledEvent> {
         self.events.event()
+    }
+
+    /// Takes an event that says when it was reached.
+    pub fn timed_event(&self) -> Result<PooledEvent> {
+        self.timed_events.event()
     }
 
     /// Waits until what is in `stream` now has ended. False after a timeout.

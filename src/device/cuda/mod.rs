@@ -14,6 +14,7 @@
 
 mod auto;
 mod copy_streams;
+mod copy_times;
 mod driver;
 mod embedded;
 mod fences;

@@ -14,19 +14,25 @@ const EVENTS: usize = 16;
 /// The unused events of a GPU.
 pub(super) struct EventPool {
     context: Arc<Context>,
+    timed: bool,
     events: Mutex<Vec<Event>>,
 }
 
 impl EventPool {
     pub fn new(context: &Arc<Context>) -> Result<Self> {
-        let events = (0..EVENTS).map(|_| context.event()).collect::<Result<_>>()?;
-        Ok(Self { context: context.clone(), events: Mutex::new(events) })
+        let events = (0..EVENTS).map(|_| context.event(false)).collect::<Result<_>>()?;
+        Ok(Self { context: context.clone(), timed: false, events: Mutex::new(events) })
+    }
+
+    /// A pool of timed events, each of which is made when it is first needed.
+    pub fn timed(context: &Arc<Context>) -> Self {
+        Self { context: context.clone(), timed: true, events: Mutex::default() }
     }
 
     /// Takes an event from the pool, to which it returns when it is dropped.
     pub fn event(self: &Arc<Self>) -> Result<PooledEvent> {
         let pooled = lock(&self.events).pop();
-        let event = pooled.map_or_else(|| self.context.event(), Ok)?;
+        let event = pooled.map_or_else(|| self.context.event(self.timed), Ok)?;
         Ok(PooledEvent { pool: self.clone(), event: Some(event) })
     }
 }

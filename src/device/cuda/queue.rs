@@ -7,9 +7,10 @@
 
 use super::CudaState;
 use super::copy_streams::CopyStreams;
+use super::copy_times::Begun;
 use super::pooled_event::PooledEvent;
 use crate::device::host::HostQueue;
-use crate::device::{CopyQueue, Dependency};
+use crate::device::{CopyQueue, CopyTime, Dependency};
 use crate::digest::Digest;
 use crate::error::Result;
 use smallvec::SmallVec;
@@ -26,10 +27,12 @@ pub(super) struct Queue {
     pending: VecDeque<ChunkEvents>,
     recorded: u64,
     reached: u64,
+    /// The times of copies that nothing has taken yet, each with the number of its completion event.
+    times: VecDeque<(u64, CopyTime)>,
 }
 
 /// A mark not yet known to be reached: one event for each GPU with copies before it.
-struct ChunkEvents(SmallVec<[PooledEvent; 1]>);
+struct ChunkEvents(SmallVec<[(PooledEvent, Option<Begun>); 1]>);
 
 impl Queue {
     pub fn new(shared: Arc<CudaState>) -> Result<Self> {
@@ -44,6 +47,7 @@ impl Queue {
             pending: VecDeque::with_capacity(8),
             recorded: 0,
             reached: 0,
+            times: VecDeque::new(),
         })
     }
 }
@@ -71,6 +75,7 @@ impl CopyQueue for Queue {
             copy_stream.held.push(from, to, len);
             return Ok(());
         }
+        copy_stream.begin();
         // SAFETY: the caller's contract, passed on.
         unsafe { copy_stream.stream.copy_to_host(from, to, len) }
     }
@@ -81,7 +86,7 @@ impl CopyQueue for Queue {
 
     fn event(&mut self) -> Result<u64> {
         let mut events = SmallVec::new();
-        self.streams.event(&mut events)?;
+        self.streams.event(|event, begun| events.push((event, begun)))?;
         self.pending.push_back(ChunkEvents(events));
         self.recorded += 1;
         Ok(self.recorded)
@@ -89,17 +94,35 @@ impl CopyQueue for Queue {
 
     fn reached(&mut self) -> Result<u64> {
         while let Some(ChunkEvents(events)) = self.pending.front() {
-            for event in events {
+            for (event, _) in events {
                 // As in `CopyStreams::of`, users' code may have changed this thread's context.
                 event.context().make_current()?;
                 if !event.is_reached()? {
                     return Ok(self.reached);
                 }
             }
-            self.pending.pop_front();
+            let events = self.pending.pop_front();
             self.reached += 1;
+            for (event, begun) in events.into_iter().flat_map(|events| events.0) {
+                if let Some(begun) = begun {
+                    self.times.push_back((self.reached, begun.until(&event, Instant::now())));
+                }
+            }
         }
         Ok(self.reached)
+    }
+
+    fn measure(&mut self, on: bool) {
+        self.times.clear();
+        self.streams.measure(on);
+    }
+
+    fn times(&mut self, event: u64) -> SmallVec<[CopyTime; 1]> {
+        while self.times.front().is_some_and(|(of, _)| *of < event) {
+            self.times.pop_front();
+        }
+        let of_event = self.times.iter().take_while(|(of, _)| *of == event).count();
+        self.times.drain(..of_event).map(|(_, time)| time).collect()
     }
 
     fn quiesce(&mut self, deadline: Instant) -> bool {

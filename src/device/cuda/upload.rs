@@ -44,7 +44,7 @@ impl LoadQueue for Uploads {
 
     fn event(&mut self) -> Result<Dependency> {
         let mut events: Vec<PooledEvent> = Vec::new();
-        self.0.event(&mut events)?;
+        self.0.event(|event, _| events.push(event))?;
         Ok(Arc::new(events))
     }
 

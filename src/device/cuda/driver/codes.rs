@@ -96,6 +96,8 @@ pub mod flag {
 
     /// A stream that does not wait for the legacy default stream.
     pub const STREAM_NON_BLOCKING: c_uint = 1;
+    /// An event that remembers when it was reached.
+    pub const EVENT_DEFAULT: c_uint = 0;
     pub const EVENT_DISABLE_TIMING: c_uint = 2;
     /// The mode in which a thread may make calls that would break another thread's capture.
     pub const CAPTURE_RELAXED: c_uint = 2;

@@ -36,6 +36,7 @@ macro_rules! functions {
                 event_destroy = cuEventDestroy_v2(EventHandle);
                 event_record = cuEventRecord(EventHandle, StreamHandle);
                 event_query = cuEventQuery(EventHandle);
+                event_elapsed = cuEventElapsedTime(*mut f32, EventHandle, EventHandle);
                 register = cuMemHostRegister_v2(*mut c_void, usize, c_uint);
                 unregister = cuMemHostUnregister(*mut c_void);
                 to_host = cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, StreamHandle);

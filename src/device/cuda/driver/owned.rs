@@ -35,12 +35,14 @@ impl Context {
         Ok(Stream { context: self.clone(), handle, refusing: Mutex::default() })
     }
 
-    /// Creates an event, which counts as reached until it is recorded.
-    pub fn event(self: &Arc<Self>) -> Result<Event> {
+    /// Creates an event, which counts as reached until it is recorded. One that is `timed` remembers when it
+    /// was reached.
+    pub fn event(self: &Arc<Self>, timed: bool) -> Result<Event> {
         let _entered = self.enter()?;
         let mut handle = EventHandle::default();
+        let flags = if timed { flag::EVENT_DEFAULT } else { flag::EVENT_DISABLE_TIMING };
         // SAFETY: writes one handle.
-        self.call("cuEventCreate", |t| unsafe { (t.event_create)(&mut handle, flag::EVENT_DISABLE_TIMING) })?;
+        self.call("cuEventCreate", |t| unsafe { (t.event_create)(&mut handle, flags) })?;
         Ok(Event { context: self.clone(), handle, refusing: Mutex::default() })
     }
 
@@ -248,6 +250,16 @@ impl Event {
     pub fn is_reached(&self) -> Result<bool> {
         // SAFETY: a live event.
         self.context.query("cuEventQuery", &self.refusing, |t| unsafe { (t.event_query)(self.handle) })
+    }
+
+    /// The milliseconds from when `earlier` was reached until this one was; negative if it was the first. Both
+    /// are timed, reached, and of this context.
+    pub fn millis_since(&self, earlier: &Self) -> Result<f32> {
+        let mut millis = 0.0;
+        // SAFETY: live events; writes one number.
+        let elapsed = |t: &Table| unsafe { (t.event_elapsed)(&mut millis, earlier.handle, self.handle) };
+        self.context.call("cuEventElapsedTime", elapsed)?;
+        Ok(millis)
     }
 }
 

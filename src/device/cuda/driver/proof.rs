@@ -94,7 +94,7 @@ macro_rules! arguments {
     };
 }
 arguments! {
-    c_int, c_uint, c_char, c_void, u8, u64, usize, Attributes, RowCopy, sys::CUmemcpyAttributes, sys::CUDA_MEMCPY2D, sys::CUstreamCaptureMode,
+    c_int, c_uint, c_char, c_void, f32, u8, u64, usize, Attributes, RowCopy, sys::CUmemcpyAttributes, sys::CUDA_MEMCPY2D, sys::CUstreamCaptureMode,
     sys::CUstreamCaptureStatus;
     ContextHandle = sys::CUctx_st: Context, StreamHandle = sys::CUstream_st: Stream, EventHandle = sys::CUevent_st: Event,
     ModuleHandle = sys::CUmod_st: Module, FunctionHandle = sys::CUfunc_st: Function
@@ -152,6 +152,8 @@ macro_rules! prove {
         $(prove!(@ $symbol($($argument),*));)*
         $(prove!(@ $extra_symbol($($extra_argument),*));)*
     };
+    // The name that `cuda.h` has from CUDA 13 on; drivers keep the older one, which all of them have.
+    (@ cuEventElapsedTime($($argument:ty),*)) => { prove!(@ cuEventElapsedTime_v2($($argument),*)); };
     (@ $symbol:ident($($argument:ty),*)) => {
         const _: () = {
             // SAFETY: a type, which promises nothing and does nothing.
@@ -228,6 +230,7 @@ equal! {
     *codes::CAPTURE.start(), sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     *codes::CAPTURE.end(), sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD;
     flag::STREAM_NON_BLOCKING, sys::CUstream_flags::CU_STREAM_NON_BLOCKING;
+    flag::EVENT_DEFAULT, sys::CUevent_flags::CU_EVENT_DEFAULT;
     flag::EVENT_DISABLE_TIMING, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
     flag::CAPTURE_RELAXED, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
     flag::NOT_CAPTURING, sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
