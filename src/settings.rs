@@ -333,6 +333,10 @@ pub struct Settings {
     pub link_saves: u32,
     /// The time after which a shared file is written again: a day.
     pub link_age: Duration,
+    /// The file of a trace of saves, in Chrome's JSON: None, no trace. If there is such a file, or several
+    /// ranks, a name beside it. Without a setting, `ASHORE_TRACE` names it. `docs/observability.md` describes
+    /// the trace.
+    pub trace: Option<String>,
     /// A save that is not durable after this time fails: 30 minutes. Counted from the call, time in the queue
     /// included.
     pub save_timeout: Duration,
@@ -374,6 +378,7 @@ impl Default for Settings {
             links: true,
             link_saves: 16,
             link_age: Duration::from_secs(24 * 3600),
+            trace: None,
             save_timeout: Duration::from_secs(30 * 60),
             fence_timeout: Duration::from_secs(10 * 60),
             shutdown_timeout: Duration::from_secs(5 * 60),
@@ -385,7 +390,8 @@ impl Settings {
     /// Returns the defaults, changed by `ASHORE_ARENA`, `ASHORE_CHUNK` (bytes), `ASHORE_WRITERS`,
     /// `ASHORE_FILES`, `ASHORE_DIRECT` (`true` or `false`), `ASHORE_DEVICE`, `ASHORE_ENGINE`, `ASHORE_LOCKS`,
     /// `ASHORE_PRIORITY`, `ASHORE_KEEP_LAST`, `ASHORE_KEEP_EVERY`, `ASHORE_RUN_LOG` (`true` or `false`),
-    /// `ASHORE_LINKS` (`true` or `false`), `ASHORE_TIER`, `ASHORE_TIER_KEEP_LAST`, `ASHORE_UNPROMOTED`.
+    /// `ASHORE_LINKS` (`true` or `false`), `ASHORE_TRACE`, `ASHORE_TIER`, `ASHORE_TIER_KEEP_LAST`,
+    /// `ASHORE_UNPROMOTED`.
     ///
     /// # Errors
     /// `Invalid`, naming the variable that does not parse.
@@ -422,8 +428,14 @@ impl Settings {
         if let Some(text) = var("ASHORE_KEEP_EVERY") {
             set("ASHORE_KEEP_EVERY", Some(text), settings.keep_every.insert(0))?;
         }
+        settings.trace_from(&var);
         settings.tier_from(&var)?;
         Ok(settings)
+    }
+
+    /// Sets the trace from the environment, where the program has set none, for the reason of the tier.
+    pub(crate) fn trace_from(&mut self, var: impl Fn(&str) -> Option<String>) {
+        self.trace = self.trace.take().or_else(|| var("ASHORE_TRACE")).filter(|path| !path.is_empty());
     }
 
     /// Sets the tier from the environment, where the program has set none: so a job gets a tier in every

@@ -173,6 +173,12 @@ impl Builder {
         shutdown_timeout: Duration,
     }
 
+    /// Traces saves into the file `path`: see [`Settings::trace`]. By default `ASHORE_TRACE` names it, if set.
+    pub fn trace(mut self, path: impl Into<String>) -> Self {
+        self.settings.trace = Some(path.into());
+        self
+    }
+
     /// Keeps steps that `policy` chooses, such as the [best](crate::catalog::Best), beyond those of
     /// `keep_last` and `keep_every`. If neither is set, keeps them beyond the newest durable step.
     pub fn preserve(mut self, policy: impl PreservationPolicy + 'static) -> Self {
@@ -315,6 +321,7 @@ impl Builder {
     fn probe(self) -> Result<Probed> {
         let Self { root, mut settings, storage, device, given, policy, touch, ranks, run, mut tiers, no_tier_from_env } =
             self;
+        settings.trace_from(|name| std::env::var(name).ok());
         settings.scratch = given.as_ref().map_or(settings.scratch, |(_, bytes)| *bytes);
         if tiers.is_empty() {
             let var = |name: &str| std::env::var(name).ok();
@@ -411,8 +418,8 @@ impl Probed {
             history: history.clone(),
             table: AlignedBuffer::new(0),
         };
-        let world = group.as_ref().map_or(1, |group| group.member.world);
-        let tell = telling::body(&stager, &settings, &storage, leads.then_some(world), equipment.report());
+        let member = group.as_ref().map(|group| group.member);
+        let tell = telling::body(&stager, &settings, &storage, member, equipment.report());
         let (turns, rounds) =
             group.map(|group| ranks::turns_and_rounds(group, meeting::first_save(behind.is_some()))).unzip();
         let executor = CheckpointExecutor {

@@ -17,6 +17,7 @@ use crate::memory::AlignedBuffer;
 use crate::outcome::{Outcome, Phase};
 use crate::staging::Stager;
 use crate::storage::{Storage, Writing};
+use crate::telemetry::Work;
 use crate::tiers::Behind;
 use crate::writer::Task;
 use std::sync::Arc;
@@ -70,6 +71,7 @@ pub(super) fn conclude(
     let attempt = ticket.attempt();
     let span = tracing::info_span!("commit", step = ticket.step, attempt = %attempt);
     let _entered = span.enter();
+    let began = ticket.traced_now();
     // The catalog has the steps of the root only.
     let catalog = request.parent.is_none().then_some(&*catalog);
     let mut storage = storage.clone();
@@ -93,6 +95,7 @@ pub(super) fn conclude(
         }
         Ok(commit(Ending { request, attempt: task.begun(), receipts: task.receipts(), path, table }))
     });
+    ticket.trace(Work::Commit, began);
     let panicked = concluded.is_err();
     let concluded = concluded.unwrap_or_else(|panic| {
         let publishing = ticket.phase() >= Phase::Publishing;

@@ -6,16 +6,16 @@ use crate::ranks::{Member, launcher};
 use crate::settings::Settings;
 use crate::staging::Stager;
 use crate::storage::Storage;
-use crate::telemetry::{Head, Root, Sample, Sinks, unix_micros};
+use crate::telemetry::{Head, Root, Sample, Sinks, TracePath, unix_micros};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// The body of the thread. `world`: how many ranks save together, if this one writes the log.
+/// The body of the thread. `member`: which of several ranks that save together this process is.
 pub(super) fn body(
     stager: &Arc<Stager>,
     settings: &Settings,
     storage: &Arc<dyn Storage>,
-    world: Option<u32>,
+    member: Option<Member>,
     device: &DeviceReport,
 ) -> impl FnOnce() + Send + use<> {
     let has_root = storage.directory().is_some();
@@ -28,7 +28,7 @@ pub(super) fn body(
         at: unix_micros(SystemTime::now()),
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         pid: std::process::id(),
-        world: world.unwrap_or(1),
+        world: member.map_or(1, |member| member.world),
         device: device.to_string(),
         engine: storage.engine().into(),
         arena,
@@ -37,24 +37,37 @@ pub(super) fn body(
         settings: Some(settings.clone()),
     };
     let launched = launcher::detect().ok().flatten();
+    let world = member.map_or(Some(1), |member| (member.rank == 0).then_some(member.world));
     let logged = has_root && settings.run_log && writes_log(world, launched);
+    let Member { rank, world, .. } = member.or(launched).unwrap_or(Member::ALONE);
+    let trace = settings.trace.as_ref().map(|path| TracePath { path: path.into(), rank, world });
     let of = storage.clone();
     let log = logged.then(|| (Box::new(move || of.directory()) as Root, head()));
-    let sinks = Sinks { log, store, engine: storage.engine() };
+    let sinks = Sinks { log, store, engine: storage.engine(), trace };
     let (stager, chunk) = (stager.clone(), settings.chunk);
+    if settings.trace.is_some() {
+        // Weak, because the stager owns the telemetry that keeps this.
+        let weak = Arc::downgrade(&stager);
+        let probe = move || weak.upgrade().map_or(0, |stager| used(&stager, arena, chunk));
+        stager.telemetry.trace(Box::new(probe));
+    }
     move || {
         let sample = || {
             let unfinished = stager.saves.unfinished();
-            let free = (stager.arena.free() as u64).saturating_mul(chunk);
             Sample {
                 arena,
-                arena_used: arena.saturating_sub(free),
+                arena_used: used(&stager, arena, chunk),
                 unfinished: unfinished.len(),
                 oldest: unfinished.iter().map(|ticket| ticket.began).min(),
             }
         };
         stager.telemetry.run(sinks, &stager.signal, sample);
     }
+}
+
+/// The bytes of the arena that chunks hold.
+fn used(stager: &Stager, arena: u64, chunk: u64) -> u64 {
+    arena.saturating_sub((stager.arena.free() as u64).saturating_mul(chunk))
 }
 
 /// Whether this process writes the run log. `world`: how many ranks save together, None unless it is their

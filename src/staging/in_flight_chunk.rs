@@ -4,6 +4,7 @@ use super::kernel_set::Told;
 use crate::mutant::{self, Mutant};
 use crate::plan::Chunk;
 use smallvec::SmallVec;
+use std::time::Instant;
 
 /// A chunk whose copies may not have ended.
 pub(super) struct InFlightChunk {
@@ -11,6 +12,8 @@ pub(super) struct InFlightChunk {
     /// The completion event behind the last copy; `u64::MAX` while copies are being queued.
     pub event: u64,
     pub origins: Origins,
+    /// When the stager queued its copies; None unless the save is traced.
+    pub queued: Option<(Instant, Instant)>,
 }
 
 /// What the part of a chunk that one device has is copied from.

@@ -9,6 +9,7 @@ use super::job::Job;
 use super::kernel_set::Told;
 use super::next_action::{Action, Arrived, View, next_action};
 use super::stager::{POLL_INTERVAL, QUIESCE_TIMEOUT, Stager};
+use crate::device::CopyTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::shard::Stamp;
 use crate::guard::{dropped, guarded};
@@ -16,6 +17,7 @@ use crate::mutant::{self, Mutant};
 use crate::outcome::Phase;
 use crate::plan::{Chunk, SegmentSource};
 use crate::state::StateDict;
+use crate::telemetry::Work;
 use crate::ticket::Ticket;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -31,6 +33,7 @@ impl Stager {
         let mut chunks = VecDeque::new();
         let span = tracing::info_span!("stage", step = job.ticket.step);
         let _entered = span.enter();
+        let began = job.ticket.traced_now();
         let copied = guarded("a source panicked while it was read", || {
             if !job.ticket.enter(Phase::Staging) {
                 return Ok(());
@@ -54,6 +57,7 @@ impl Stager {
         let Job { ticket, state, captured, sink, late_copy, allocation, queued, .. } = job;
         drop(captured);
         ticket.enter(Phase::Writing);
+        ticket.trace(Work::Stage, began);
         // Kernels of a fence may still read tensors that have left the device, and gather kernels their list
         // of pieces.
         let late_copy = late_copy.inspect(|late_copy| late_copy.end()).filter(|l| !ended || l.pending());
@@ -96,6 +100,9 @@ impl Stager {
             if self.batch {
                 queue.batch();
             }
+        }
+        if let Some(queue) = &mut device_state.queue {
+            queue.measure(job.ticket.is_traced());
         }
         if let (Some(dependency), Some(queue)) = (&job.behind, &mut device_state.queue)
             && !mutant::on(Mutant::ProducerWait)
@@ -229,6 +236,7 @@ impl Copying<'_> {
             chunk: Chunk { index: self.next, lease, digests: None },
             event: u64::MAX,
             origins,
+            queued: None,
         })?;
         self.next += 1;
         self.job.ticket.advance();
@@ -242,13 +250,15 @@ impl Copying<'_> {
     /// Copies parts of the oldest chunk again, from their slots and into the same slab, which keeps the
     /// others.
     fn copy_again(&mut self) -> Result<()> {
-        let Some(InFlightChunk { chunk, origins, .. }) = self.chunks.pop_front() else { return Ok(()) };
+        let Some(in_flight) = self.chunks.pop_front() else { return Ok(()) };
+        self.trace(&in_flight);
+        let InFlightChunk { chunk, origins, .. } = in_flight;
         let written = |(origin, told): (Origin, &Option<usize>)| match (origin, told) {
             (Origin::Live, Some(first)) if *first <= chunk.index => Origin::Slot,
             _ => Origin::Nothing,
         };
         let origins = origins.into_iter().zip(&self.told).map(written).collect();
-        self.enqueue(InFlightChunk { chunk, event: u64::MAX, origins })
+        self.enqueue(InFlightChunk { chunk, event: u64::MAX, origins, queued: None })
     }
 
     fn enqueue(&mut self, chunk: InFlightChunk) -> Result<()> {
@@ -257,11 +267,29 @@ impl Copying<'_> {
         // early.
         self.chunks.push_back(chunk);
         let chunk = self.chunks.back_mut().ok_or_else(|| Error::internal("no chunk although one was pushed"))?;
-        enqueue(self.job, &self.stamp, queue.as_mut(), chunk)
+        let began = self.job.ticket.traced_now();
+        let queued = enqueue(self.job, &self.stamp, queue.as_mut(), chunk);
+        chunk.queued = began.map(|began| (began, Instant::now()));
+        queued
+    }
+
+    /// Adds a chunk that has arrived to the trace of the save, if there is one.
+    fn trace(&mut self, chunk: &InFlightChunk) {
+        let (Some(queued), Some(queue)) = (chunk.queued, &mut self.device_state.queue) else { return };
+        let (ticket, number) = (&self.job.ticket, Some(chunk.chunk.index));
+        let bytes = self.job.plan.chunks[chunk.chunk.index].length as u64;
+        let times = queue.times(chunk.event);
+        let work = if times.is_empty() { Work::Copy } else { Work::Queue };
+        ticket.trace_part(work, queued, number, bytes);
+        for CopyTime { ordinal, begin, end, error } in times {
+            ticket.trace_part(Work::DeviceCopy { ordinal, error }, (begin, end), number, bytes);
+        }
     }
 
     fn hand_over(&mut self) {
-        let Some(InFlightChunk { chunk, origins, .. }) = self.chunks.pop_front() else { return };
+        let Some(in_flight) = self.chunks.pop_front() else { return };
+        self.trace(&in_flight);
+        let InFlightChunk { chunk, origins, .. } = in_flight;
         let (job, ticket) = (&self.job, &self.job.ticket);
         if let (Some(scratch), Some(late_copy)) = (self.stager.scratch.get(), &job.late_copy) {
             if origins.contains(&Origin::Slot) {

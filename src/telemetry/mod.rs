@@ -1,4 +1,4 @@
-//! What an executor tells of its saves: a line in the run log, and metrics.
+//! What an executor tells of its saves: a line in the run log, metrics, and a trace.
 //!
 //! **Who writes.** The thread that ends a save leaves a [`SaveLine`] in a bounded queue; a thread of its own
 //! writes it. So neither a caller nor the stager touches storage or a recorder of the program. **Failure.**
@@ -9,9 +9,11 @@ mod line;
 mod log;
 pub(crate) mod meters;
 mod times;
+mod trace;
 
 pub use line::{Closed, Ended, Entry, Head, Run, SaveLine, runs};
 pub(crate) use times::Times;
+pub(crate) use trace::{EndedSave, SaveTrace, Span, Thread, TracePath, Work, fence_begin};
 
 use crate::completion::Signal;
 use crate::guard::logged;
@@ -20,9 +22,10 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounde
 pub(crate) use log::Root;
 use log::RunLog;
 use meters::Meters;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use trace::{BegunSave, TraceFile};
 
 /// The name of the thread.
 pub(crate) const NAME: &str = "ashore-tell";
@@ -46,13 +49,36 @@ pub(crate) struct Sample {
 }
 
 /// See the module.
-#[derive(Debug)]
 pub(crate) struct Telemetry {
-    queue: Sender<Box<SaveLine>>,
-    lines: Receiver<Box<SaveLine>>,
+    queue: Sender<Told>,
+    told: Receiver<Told>,
     /// Lines that found the queue full.
     lost: AtomicU64,
     closed: AtomicBool,
+    /// How many bytes of the arena chunks hold; set if saves are traced.
+    arena: OnceLock<Arena>,
+    /// The trace is full, or cannot be written.
+    trace_is_over: AtomicBool,
+}
+
+/// Tells how many bytes of the arena chunks hold.
+pub(crate) type Arena = Box<dyn Fn() -> u64 + Send + Sync>;
+
+/// What the thread is told.
+enum Told {
+    /// A save has begun, and is traced.
+    Begun(BegunSave),
+    /// A save has ended.
+    Ended(Box<SaveLine>, Option<Box<EndedSave>>),
+    /// Something was done for a save of this step that has ended.
+    Late(Box<(Span, Thread)>, u64),
+    Closed,
+}
+
+impl std::fmt::Debug for Telemetry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Telemetry({} told)", self.told.len())
+    }
 }
 
 /// What the thread writes to.
@@ -62,36 +88,67 @@ pub(crate) struct Sinks {
     /// The label `store` of metrics.
     pub store: &'static str,
     pub engine: &'static str,
+    /// The file of the trace; None: no trace.
+    pub trace: Option<TracePath>,
 }
 
 impl Telemetry {
     pub fn new() -> Self {
-        let (queue, lines) = bounded(QUEUE);
-        Self { queue, lines, lost: AtomicU64::new(0), closed: AtomicBool::new(false) }
+        let (queue, told) = bounded(QUEUE);
+        let (lost, closed, trace_is_over) = (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(false));
+        Self { queue, told, lost, closed, arena: OnceLock::new(), trace_is_over }
+    }
+
+    /// Traces later saves. Called once, at start.
+    pub fn trace(&self, arena: Arena) {
+        _ = self.arena.set(arena);
+    }
+
+    /// Begins the trace of a save of `step` that was called at `at`, if saves are traced.
+    pub fn begin(&self, step: u64, at: Instant) -> Option<SaveTrace> {
+        static ID: AtomicU64 = AtomicU64::new(1);
+        let arena = self.arena.get().filter(|_| !self.trace_is_over.load(Ordering::Relaxed))?;
+        let id = ID.fetch_add(1, Ordering::Relaxed);
+        // Without this message the end of the save writes its begin, too.
+        self.leave(Told::Begun(BegunSave { id, step, at, arena: arena() }));
+        Some(SaveTrace::new(id))
+    }
+
+    /// The bytes of the arena that chunks hold.
+    pub fn arena_used(&self) -> u64 {
+        self.arena.get().map_or(0, |arena| arena())
+    }
+
+    /// Leaves a span that came after the end of its save.
+    pub fn late(&self, (span, thread): (Span, Thread), step: u64) {
+        self.leave(Told::Late(Box::new((span, thread)), step));
     }
 
     /// Leaves the line of a save that has ended. Never waits.
-    pub fn tell(&self, line: SaveLine) {
-        if self.closed.load(Ordering::Acquire) {
-            return;
-        }
-        if let Err(TrySendError::Full(_)) = self.queue.try_send(Box::new(line)) {
+    pub fn tell(&self, line: SaveLine, trace: Option<EndedSave>) {
+        if !self.leave(Told::Ended(Box::new(line), trace.map(Box::new))) {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// False if the queue is full.
+    fn leave(&self, told: Told) -> bool {
+        self.closed.load(Ordering::Acquire) || !matches!(self.queue.try_send(told), Err(TrySendError::Full(_)))
     }
 
     /// Lets the thread end once the queue is empty.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
-        // Wakes the thread. In a full queue there is a line that does.
-        _ = self.queue.try_send(Box::default());
+        // Wakes the thread. In a full queue there is something that does.
+        _ = self.queue.try_send(Told::Closed);
     }
 
     /// The body of the thread. `sample` reads the present state.
     pub fn run(&self, sinks: Sinks, signal: &Arc<Signal>, sample: impl Fn() -> Sample) {
         own_threads::mark(signal);
-        let Sinks { log, store, engine } = sinks;
+        let Sinks { log, store, engine, trace } = sinks;
         let mut log = log.map(|(root, head)| RunLog::new(root, head));
+        let mut trace = trace.map(TraceFile::new);
         let mut meters = None;
         let panicked = "the program's recorder of metrics panicked";
         logged(panicked, || meters = Some(Meters::new(store, engine)));
@@ -99,32 +156,46 @@ impl Telemetry {
             if let Some(meters) = &meters {
                 logged(panicked, || meters.sample(&sample()));
             }
-            match self.lines.recv_timeout(if Meters::WANTED { SAMPLE_INTERVAL } else { Duration::MAX }) {
-                Ok(mut line) => {
+            match self.told.recv_timeout(if Meters::WANTED { SAMPLE_INTERVAL } else { Duration::MAX }) {
+                Ok(Told::Begun(save)) => trace.iter_mut().for_each(|trace| trace.begun(&save)),
+                Ok(Told::Late(late, step)) => trace.iter_mut().for_each(|trace| trace.late(&late.0, &late.1, step)),
+                Ok(Told::Ended(mut line, traced)) => {
                     line.lost = self.lost.swap(0, Ordering::Relaxed);
-                    // `close` wakes the thread with a line of no save.
-                    let of_save = line.end != Ended::Unknown;
-                    if let Some(log) = log.as_mut().filter(|_| of_save) {
+                    if let Some(log) = &mut log {
                         log.save(&line);
                     }
-                    if let Some(meters) = meters.as_ref().filter(|_| of_save) {
+                    if let Some(meters) = &meters {
                         logged(panicked, || meters.save(&line));
                     }
+                    if let (Some(trace), Some(traced)) = (&mut trace, traced) {
+                        trace.ended(*traced, &line);
+                    }
                 }
+                Ok(Told::Closed) => {}
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            if self.closed.load(Ordering::Acquire) && self.lines.is_empty() {
+            if let Some(trace) = trace.as_mut().filter(|_| self.told.is_empty()) {
+                trace.flush();
+                self.trace_is_over.store(trace.is_over(), Ordering::Relaxed);
+            }
+            if self.closed.load(Ordering::Acquire) && self.told.is_empty() {
                 break;
             }
         }
         log.into_iter().for_each(RunLog::close);
+        trace.into_iter().for_each(TraceFile::close);
     }
 }
 
 /// Microseconds since 1970.
 pub(crate) fn unix_micros(time: SystemTime) -> u64 {
     micros(time.duration_since(UNIX_EPOCH).unwrap_or_default())
+}
+
+/// Nanoseconds since 1970.
+fn unix_nanos(time: SystemTime) -> u64 {
+    u64::try_from(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos()).unwrap_or(u64::MAX)
 }
 
 pub(crate) fn micros(time: Duration) -> u64 {

@@ -3,7 +3,7 @@
 use super::Ticket;
 use crate::error::{Error, ErrorKind, Result};
 use crate::outcome::Outcome;
-use crate::telemetry::{Ended, SaveLine, Telemetry, micros, unix_micros};
+use crate::telemetry::{Ended, SaveLine, Telemetry, Work, micros, unix_micros};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
@@ -14,6 +14,9 @@ const WHY_MAX: usize = 200;
 impl Ticket {
     /// Sets what is told how the save ended. The first call decides.
     pub fn tell_to(&self, telemetry: Arc<Telemetry>) {
+        if let Some(trace) = telemetry.begin(self.step, self.began) {
+            _ = self.trace.set(trace);
+        }
         _ = self.telemetry.set(telemetry);
     }
 
@@ -64,7 +67,7 @@ impl Ticket {
     /// Tells of the end, if this call has ended the save.
     pub(super) fn tell(&self, line: Option<SaveLine>, ended: bool) {
         if let (Some(telemetry), Some(line), true) = (self.telemetry.get(), line, ended) {
-            telemetry.tell(line);
+            telemetry.tell(line, self.traced());
         }
     }
 
@@ -75,6 +78,7 @@ impl Ticket {
         self.times.call.add(call);
         self.times.queue.add(queue);
         self.add_blocked(call);
+        self.trace(Work::Call, self.is_traced().then_some(began));
     }
 
     /// Counts a fence that has waited since `began`.
@@ -82,6 +86,7 @@ impl Ticket {
         self.times.fence_at.first(began.saturating_duration_since(self.began));
         self.times.fence.add(began.elapsed());
         self.add_blocked(began.elapsed());
+        self.trace(Work::Fence, self.is_traced().then_some(began));
     }
 
     fn add_blocked(&self, time: Duration) {

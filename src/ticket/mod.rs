@@ -8,6 +8,7 @@
 
 mod ending;
 mod source_gate;
+mod traced;
 
 use crate::call_thread::CallThread;
 use crate::completion::{Calls, Completion, Signal};
@@ -18,7 +19,7 @@ use crate::outcome::{Outcome, Phase, Progress, Promoted};
 use crate::own_threads;
 use crate::state::DeviceStream;
 use crate::sync::{self, Mutex, lock};
-use crate::telemetry::{Telemetry, Times};
+use crate::telemetry::{SaveTrace, Telemetry, Times};
 use source_gate::SourceGate;
 use std::any::Any;
 use std::path::PathBuf;
@@ -74,6 +75,8 @@ pub(crate) struct Ticket {
     calls: Arc<CallThread>,
     /// Is told how the save ended; unset if nothing wants to know.
     telemetry: OnceLock<Arc<Telemetry>>,
+    /// What its threads do; unset unless saves are traced.
+    trace: OnceLock<SaveTrace>,
     /// The process that made it: in a forked child the save never makes progress.
     origin: ForkGuard,
 }
@@ -185,6 +188,7 @@ impl Ticket {
             signal,
             calls,
             telemetry: OnceLock::new(),
+            trace: OnceLock::new(),
             origin: ForkGuard::new(),
         }
     }

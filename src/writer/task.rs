@@ -10,6 +10,7 @@ use crate::settings::IoMode;
 use crate::state::StateDict;
 use crate::storage::{Adopted, FileWriting, Writing};
 use crate::sync::{Mutex, lock};
+use crate::telemetry::Work as Traced;
 use crossbeam_channel::Sender;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -166,10 +167,18 @@ impl Task {
         }
         let predicted = |older: &Older| older.prediction.agrees(&self.request.plan, index, &segments);
         let unchanged = self.older.as_ref().is_some_and(predicted);
+        let ticket = &self.request.ticket;
+        if ticket.is_traced() && digested {
+            ticket.trace_part(Traced::Digest, (arrived, began), Some(index), plan.length as u64);
+        }
         if !unchanged {
-            times.write_at.first(began.saturating_duration_since(self.request.ticket.began));
+            times.write_at.first(began.saturating_duration_since(ticket.began));
             self.file(plan.shard)?.write_slab(plan.offset, slab)?;
-            times.write.add(began.elapsed());
+            let ended = Instant::now();
+            times.write.add(ended - began);
+            if ticket.is_traced() {
+                ticket.trace_part(Traced::Write, (began, ended), Some(index), plan.length as u64);
+            }
         }
         let whole = Digest::concat(segments.iter().zip(planned).map(|(digest, s)| (*digest, s.length as u64)));
         self.receipts[index]
@@ -189,9 +198,13 @@ impl Task {
         let nanos = u64::try_from(self.request.ticket.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.last_byte.fetch_max(nanos, Ordering::AcqRel);
         self.request.ticket.times.written.last(Duration::from_nanos(nanos));
+        let began = self.request.ticket.traced_now();
         let made = self.make_of_older(number)?;
         if matches!(made, Made::Written | Made::Refused) {
             self.file(number)?.seal()?;
+        }
+        if let Some(began) = began {
+            self.request.ticket.trace_part(Traced::Seal, (began, Instant::now()), Some(number), 0);
         }
         shard.sealed.set(made).map_err(|_| Error::internal("a shard was sealed twice"))
     }

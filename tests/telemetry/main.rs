@@ -6,6 +6,7 @@ mod metrics;
 mod run_log;
 mod scrape;
 mod spans;
+mod trace;
 
 use ashore::{CheckpointExecutor, StateDict};
 use std::path::Path;

@@ -21,4 +21,5 @@ mod settings;
 mod several_devices;
 mod staging;
 mod torn;
+mod traced;
 mod waits;
