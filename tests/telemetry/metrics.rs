@@ -38,7 +38,7 @@ const NAMES: [&str; 24] = [
     "ashore_build_info",
 ];
 
-fn recorder() -> &'static PrometheusHandle {
+pub fn recorder() -> &'static PrometheusHandle {
     static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
     RECORDER.get_or_init(|| {
         let builder = PrometheusBuilder::new().set_buckets(&[0.001, 0.01, 0.1, 1.0, 10.0, 100.0]).unwrap();
