@@ -383,6 +383,11 @@ book:
     mdbook build docs/book
     checks/book.py target/book README.md
 
+# Opens traces of real runs in Perfetto's engine: on the host, on the simulated driver, killed. Needs Chromium.
+trace:
+    cargo build --quiet -p ashore-cli -p fakecuda
+    checks/trace/perfetto.py "{{ tools }}/perfetto/ui" target/debug/ashore target/debug/libfakecuda.so
+
 # Takes the power from real file systems at recorded moments, of one process and of three ranks. Needs root and loop devices.
 power states="300": rank-programs
     unshare --mount --propagation private checks/power/power.py target/debug/examples/rank --states {{ states }}
@@ -431,7 +436,7 @@ bench *arguments:
     cargo bench --workspace -- {{ arguments }}
 
 # Runs what `.ci/run` runs after the tests: no check may be left out.
-ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples pages book capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse jumps soak ranks stores mounts power package")
+ci: (timed "lint api-check ptx-check commit-model gpu-drive gpu-brief examples pages trace book capi stock python candle cognis cudarc-check miri loom fuzz:60 mutants kill kill-moments abuse jumps soak ranks stores mounts power package")
 
 # Runs the checks that take too long for every change.
 nightly: (timed "ci python-all burn adapters-lint tsan model msrv features simulate capi-install kill-moments:10000 abuse:3600 jumps:600 soak:100000 power:10000 power-controls")
