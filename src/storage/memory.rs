@@ -9,10 +9,11 @@ use super::{FileReading, FileWriting, IoMode, Reading, Remnant, State, Storage, 
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
 use crate::memory::ALIGNMENT;
+use crate::sync::{Mutex, lock};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 pub(crate) type Files = BTreeMap<String, Arc<Vec<u8>>>;
 
@@ -397,11 +398,6 @@ impl FileReading for Bytes {
         }
         Ok(())
     }
-}
-
-/// Locks and ignores poison: a panic elsewhere cannot leave these maps half changed.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn refused(what: &str, path: &str) -> Error {
