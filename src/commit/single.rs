@@ -8,6 +8,7 @@ use crate::format::entries::{BLOCK, MANIFEST};
 use crate::format::manifest::{Manifest, TableEntry};
 use crate::format::shard::INDEX;
 use crate::memory::AlignedBuffer;
+use crate::mutant::{self, Mutant};
 use crate::outcome::{Committed, Phase};
 use crate::plan::{Made, Plan, Planned, Receipts, Request, SegmentSource, Shard};
 use crate::ticket::Ticket;
@@ -79,8 +80,8 @@ fn fill_table(request: &Request, receipts: &Receipts, out: &mut AlignedBuffer) -
     let (ticket, plan) = (&request.ticket, &request.plan);
     let Summary { tensors, blocks, shards, .. } = summarize(request, receipts)?;
     let made = shards.into_iter().zip(&receipts.made).map(|(digests, made)| match made {
-        Made::Linked(older) => *older,
-        Made::Written | Made::Refused | Made::Cloned => digests.into(),
+        Made::Linked(older) if !mutant::on(Mutant::LinkedOrigin) => *older,
+        Made::Linked(_) | Made::Written | Made::Refused | Made::Cloned => digests.into(),
     });
     let index = plan.index.iter().map(|index| (Digest::EMPTY, Digest::of(index)).into());
     let files = made.chain(index);
