@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import threading
+import time
 
 import pytest
 import torch
@@ -76,8 +77,12 @@ def test_a_tier_that_is_away_is_waited_for(root, tmp_path):
     with pytest.raises(ashore.DeadlineError, match="not durable in the tier"):
         far.result(0.05)
     assert not far.done()
-    (report,) = executor.tiers()
-    assert report.state == "away" and report.error, report
+    # The thread that promotes may not have tried yet.
+    end = time.monotonic() + 60
+    while (report := executor.tiers()[0]).state != "away":
+        assert time.monotonic() < end, report
+        time.sleep(0.01)
+    assert report.error, report
     tier.unlink()
     assert far.result(60).step == 1
     executor.shutdown()
