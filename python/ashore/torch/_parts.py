@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping
+from itertools import repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +211,7 @@ class ModulePart(Part):
         if not self._plain:
             return dict(self._module.state_dict(keep_vars=True))
         tensors = [held.get(key) for held, key in self._places]
-        if any(tensor is None for tensor in tensors):
+        if any(map(is_, tensors, repeat(None))):
             self._scan()
             tensors = [held[key] for held, key in self._places]
         return dict(zip(self._names, tensors))
