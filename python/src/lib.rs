@@ -49,7 +49,8 @@ fn panic_for_test(py: Python<'_>) -> PyResult<()> {
     errors::entry(py, || panic!("as the test asked"))
 }
 
-#[pymodule]
+// Not tried without a GIL: a free-threaded interpreter for which it is built takes its GIL into use again.
+#[pymodule(gil_used = true)]
 fn _ashore(module: &Bound<'_, PyModule>) -> PyResult<()> {
     // SAFETY: this thread has a state of the interpreter that imports the module.
     let interpreter = unsafe { pyo3::ffi::PyInterpreterState_GetID(pyo3::ffi::PyInterpreterState_Get()) };
