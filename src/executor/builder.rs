@@ -295,9 +295,9 @@ impl Builder {
 
     /// Copies durable steps to another root, too, which is a tier behind this executor's: a directory of a
     /// shared file system, a neighbour's or `/dev/shm`, or an object store. Call it once for each tier, the
-    /// nearest first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one. A tier is of
-    /// one executor. With several ranks, all give the same tiers, which all of them see; rank 0 promotes, and
-    /// only its saves have [`Save::durable_in`](crate::Save::durable_in).
+    /// nearest first. Without a call, the setting `tier` or the variable `ASHORE_TIER` names one. A tier is
+    /// of one executor. With several ranks, all give the same tiers, which all of them see; rank 0 promotes,
+    /// and only its saves have [`Save::durable_in`](crate::Save::durable_in).
     ///
     /// [`Builder::build`] takes each tier over, so that no earlier session of the job, such as that of a node
     /// that comes back late, can promote to it. List steps after that, with

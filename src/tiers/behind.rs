@@ -198,8 +198,8 @@ impl Behind {
         if generation == look.next {
             return Ok((generation, after));
         }
-        // Another session was recorded at the same time, and this one after it, as the newest: it owns the tier,
-        // and promotes what it saves itself.
+        // Another session was recorded at the same time, and this one after it, as the newest: it owns the
+        // tier, and promotes what it saves itself.
         let unknown = Looked { shared: None, found: Found::Unknown, next: generation };
         Ok((generation, (before.after(&unknown, self.session, std::iter::empty()).0, after.1)))
     }

@@ -1,8 +1,8 @@
 //! Ranks other than rank 0: they read the tiers that rank 0 has taken over, and promote nothing.
 //!
-//! **Consistency.** All ranks have to find the same newest step. So a rank reads exactly the tiers that rank 0
-//! has noted as taken over, by the lineages that it has noted; one that it cannot reach is an error, where a
-//! process alone leaves it out.
+//! **Consistency.** All ranks have to find the same newest step. So a rank reads exactly the tiers that rank
+//! 0 has noted as taken over, by the lineages that it has noted; one that it cannot reach is an error, where
+//! a process alone leaves it out.
 
 use super::behind::{Behind, Part};
 use super::line::{Line, Ours, Standing};
