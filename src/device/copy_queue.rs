@@ -83,8 +83,8 @@ pub trait CopyQueue {
     /// Measures, or no longer, when devices make copies. Called before the first copy of each save.
     fn measure(&mut self, _on: bool) {}
 
-    /// Takes what was measured of the copies that the completion event `event`, which is reached, is the first
-    /// to be behind: one time for each device that copied.
+    /// Takes what was measured of the copies that the completion event `event`, which is reached, is the
+    /// first to be behind: one time for each device that copied.
     fn times(&mut self, _event: u64) -> SmallVec<[CopyTime; 1]> {
         SmallVec::new()
     }

@@ -173,7 +173,8 @@ impl Builder {
         shutdown_timeout: Duration,
     }
 
-    /// Traces saves into the file `path`: see [`Settings::trace`]. By default `ASHORE_TRACE` names it, if set.
+    /// Traces saves into the file `path`: see [`Settings::trace`]. By default `ASHORE_TRACE` names it, if it
+    /// is set.
     pub fn trace(mut self, path: impl Into<String>) -> Self {
         self.settings.trace = Some(path.into());
         self

@@ -79,8 +79,8 @@ impl Faulty {
         self.disk().reverse = reverse;
     }
 
-    /// Flips the lowest bit of the byte at `offset` of a file in the answer to the next call that reads it, as
-    /// memory or a cable does. The kernel keeps what it has read, also for files that are opened again.
+    /// Flips the lowest bit of the byte at `offset` of a file in the answer to the next call that reads it,
+    /// as memory or a cable does. The kernel keeps what it has read, also for files that are opened again.
     pub fn misread_once(&self, offset: u64) {
         let mut disk = self.disk();
         (disk.misread, disk.keep_cache) = (Some(offset), true);

@@ -2,8 +2,8 @@
 
 use super::fuse::Faulty;
 use super::{LONG, bytes, executor, save};
+use ashore::storage::Storage;
 use ashore::storage::local::Local;
-use ashore::storage::{FileReading, Reading, Storage};
 use ashore::{Again, Checkpoint};
 use std::sync::Arc;
 

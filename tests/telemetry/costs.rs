@@ -1,5 +1,5 @@
-//! What the run log, a trace and metrics cost, measured in interleaved pairs. Ignored by default: it measures,
-//! and decides nothing.
+//! What the run log, a trace and metrics cost, measured in interleaved pairs. Ignored by default: it
+//! measures, and decides nothing.
 //! `cargo test --release --test telemetry costs -- --ignored --nocapture --test-threads 1`
 
 use super::metrics::recorder;

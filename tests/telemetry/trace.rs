@@ -53,8 +53,8 @@ fn slices<'a>(events: &'a [Value], name: &str, step: u64) -> Vec<&'a Value> {
     events.iter().filter(of).collect()
 }
 
-/// Checks what viewers rely on: every slice of a save lies in it, slices of one thread are apart or nested, and
-/// each flow has both ends.
+/// Checks what viewers rely on: every slice of a save lies in it, slices of one thread are apart or nested,
+/// and each flow has both ends.
 fn hold_together(events: &[Value]) {
     let saves = saves(events);
     let mut rows: HashMap<(u64, u64), Vec<(u64, u64)>> = HashMap::new();

@@ -1,9 +1,9 @@
 //! The file of a trace: an array in Chrome's JSON, with one event a line.
 //!
-//! **Whole lines.** Lines are written many at a time, and each of them whole. A killed process leaves an array
-//! without its end, cut in its last line at most; viewers open that. **One writer.** The file is made anew,
-//! under another name if its own is taken, so no two executors, ranks or processes write into one file.
-//! **Errors.** After one, nothing is traced any more; it is reported once.
+//! **Whole lines.** Lines are written many at a time, and each of them whole. A killed process leaves an
+//! array without its end, cut in its last line at most; viewers open that. **One writer.** The file is made
+//! anew, under another name if its own is taken, so no two executors, ranks or processes write into one
+//! file. **Errors.** After one, nothing is traced any more; it is reported once.
 
 use super::budget::Budget;
 use super::event::{Arguments, Event, Local, Row};
@@ -367,8 +367,8 @@ fn apart(spans: &mut [Span]) {
     }
 }
 
-/// Makes the file: `trace.json` is `trace-rank3.json` for one of several ranks, and `trace-2.json` if there is
-/// one already.
+/// Makes the file: `trace.json` is `trace-rank3.json` for one of several ranks, and `trace-2.json` if there
+/// is one already.
 fn create(at: &TracePath) -> io::Result<File> {
     let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
     let taken = |error: &io::Error| error.kind() == io::ErrorKind::AlreadyExists;

@@ -252,8 +252,8 @@ impl Event {
         self.context.query("cuEventQuery", &self.refusing, |t| unsafe { (t.event_query)(self.handle) })
     }
 
-    /// The milliseconds from when `earlier` was reached until this one was; negative if it was the first. Both
-    /// are timed, reached, and of this context.
+    /// The milliseconds from when `earlier` was reached until this one was; negative if this one was the
+    /// first. Both are timed, reached, and of this context.
     pub fn millis_since(&self, earlier: &Self) -> Result<f32> {
         let mut millis = 0.0;
         // SAFETY: live events; writes one number.
