@@ -28,7 +28,7 @@ pub use copy_queue::{CopyQueue, CopyTime};
 #[cfg(all(feature = "cuda", not(any(loom, miri))))]
 pub use cuda::Cuda;
 pub use host::Host;
-#[cfg(all(feature = "cuda", not(any(loom, miri))))]
+#[cfg(any(test, all(feature = "cuda", not(any(loom, miri)))))]
 pub(crate) use kernels::Launch;
 pub(crate) use kernels::{DeviceLateCopy, Digests, FenceKernels, KernelMemory, Kernels, ProgramMemory, Queued};
 pub(crate) use load_queue::{LoadQueue, RowLayout};
