@@ -3,6 +3,7 @@
 mod branches;
 mod damaged_steps;
 mod listing;
+mod marks;
 mod policies;
 mod prune_durability;
 mod prune_soundness;
