@@ -17,6 +17,14 @@ pub mod format {
         agreement, columns, entries, header, index, invariants, manifest, seal, shard, split, table, template, v1,
     };
 }
+pub mod messages {
+    /// Reads bytes as each kind of message between ranks. Panics when one that is accepted is not written again
+    /// as it was.
+    pub fn read(bytes: &[u8]) {
+        crate::ranks::read_any(bytes);
+        crate::commit::several::read_any(bytes);
+    }
+}
 pub mod plan {
     pub use crate::plan::{
         BoxOf, Described, Description, Merge, Part, Replica, Share, Whole, WholeTensor, Written, share_out,

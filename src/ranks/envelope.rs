@@ -44,12 +44,13 @@ impl About {
 
     fn from_parts(kind: u8, id: Uuid, save: u64) -> Option<Self> {
         let round = |phase: u8| Some(Round { session: id, save, phase: *PHASES.get(usize::from(phase))? });
-        match kind {
-            0..4 => round(kind).map(Self::Gather),
-            4..8 => round(kind - 4).map(Self::Tell),
-            8 => Some(Self::Call(id)),
-            9 => Some(Self::Greeting(id)),
-            10 => Some(Self::Verdict(id)),
+        // A meeting has no save: what names one is no message.
+        match (kind, save) {
+            (0..4, _) => round(kind).map(Self::Gather),
+            (4..8, _) => round(kind - 4).map(Self::Tell),
+            (8, 0) => Some(Self::Call(id)),
+            (9, 0) => Some(Self::Greeting(id)),
+            (10, 0) => Some(Self::Verdict(id)),
             _ => None,
         }
     }
@@ -154,6 +155,18 @@ impl Verdict {
     }
 }
 
+/// Reads bytes as each kind of message, and panics when one that is accepted is not packed again as it was.
+pub(crate) fn read_any(bytes: &[u8]) {
+    if let Some((about, rank, message)) = unpack(bytes) {
+        assert_eq!(pack(about, rank, message), bytes, "a message is packed in another way");
+    }
+    if let Some((about, greeting)) = Greeting::unpack(bytes) {
+        let again = greeting.pack(about).ok().and_then(|bytes| Greeting::unpack(&bytes));
+        assert!(again.is_none_or(|again| again == (about, greeting)), "a greeting is read as another one");
+    }
+    let _ = Verdict::unpack(bytes);
+}
+
 fn to_json(value: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(|e| Error::internal("a message cannot be written as JSON").with_source(e))
 }
@@ -176,6 +189,16 @@ mod tests {
             }
         }
         assert_eq!(pack(meeting[0], 0, &[0; MAX_MESSAGE]).len(), MAX_ENVELOPE);
+    }
+
+    /// Fuzzing found that the number was not looked at, so that such bytes were taken for a message.
+    #[test]
+    fn a_message_of_a_meeting_that_names_a_save_is_no_message() {
+        let mut bytes = pack(About::Call(Uuid::nil()), 0, b"");
+        bytes.truncate(HEADER);
+        bytes[21] = 7;
+        bytes.extend_from_slice(&Digest::of(&bytes).to_bits().to_le_bytes());
+        assert_eq!(unpack(&bytes), None);
     }
 
     #[test]

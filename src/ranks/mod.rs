@@ -33,6 +33,7 @@ mod refusal;
 pub use alone::Alone;
 pub use callback::Callback;
 pub use directory::SharedDirectory;
+pub(crate) use envelope::read_any;
 #[cfg(feature = "etcd")]
 pub use etcd::Etcd;
 #[cfg(feature = "mpi")]

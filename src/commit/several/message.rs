@@ -112,6 +112,20 @@ pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8], rank: u32) -> Result<T> 
     })
 }
 
+/// Reads bytes as each kind of message, and panics when one that is accepted is read as another one after it was
+/// written again.
+pub(crate) fn read_any(bytes: &[u8]) {
+    fn read<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
+        let Ok(message) = decode::<T>(bytes, 0) else { return };
+        let again = serde_json::to_vec(&message).expect("what was read can be written");
+        assert_eq!(decode::<T>(&again, 0).ok(), Some(message));
+    }
+    read::<Vote>(bytes);
+    read::<Decision>(bytes);
+    read::<Report>(bytes);
+    read::<Verdict>(bytes);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -20,6 +20,6 @@ mod simulation;
 
 pub(crate) use agree::{Agreed, Assigned, Describe, Structures, identity};
 pub(crate) use exchange::Reply;
-pub(crate) use message::Vote;
+pub(crate) use message::{Vote, read_any};
 pub(crate) use part::{Attempted, Structure, conclude};
 pub(crate) use session::Group;
