@@ -4,6 +4,7 @@
 
 use crate::fixtures::checkpoint::{Disturbance, MadeCheckpoint, Watched, noise, publish};
 use crate::fixtures::executor::{LONG, one};
+use ashore::catalog::Problem;
 use ashore::id::step_name;
 use ashore::storage::{Memory, Storage};
 use ashore::{Catalog, CheckpointExecutor, Dtype, ErrorKind, OnDamaged, Outcome, PruneOptions, SaveOptions};
@@ -135,4 +136,30 @@ fn a_sound_step_that_comes_in_place_of_a_damaged_one_wins() {
     assert!(storage.seen.lock().unwrap().after_begin.is_none(), "the other process had its turn");
     assert_eq!(executor.catalog().checkpoint(20).unwrap().read("y").unwrap(), noise(64, 20));
     executor.shutdown(LONG).unwrap();
+}
+
+#[test]
+fn the_deletion_of_one_damaged_step_or_of_those_after_a_step_leaves_all_others() {
+    let storage = Memory::new();
+    for step in [10, 40] {
+        made(step).publish(&storage, &step_name(step));
+    }
+    for step in [20, 30, 50] {
+        damaged(&storage, step, DAMAGES[7].1);
+    }
+    // Another step's, under this name: not damaged.
+    made(60).publish(&storage, &step_name(70));
+    let catalog = Catalog::over(Arc::new(storage.clone()));
+    let steps = |problems: &[Problem]| problems.iter().map(|problem| problem.step).collect::<Vec<_>>();
+    let left = || steps(&catalog.survey().unwrap().1);
+    let pruned = catalog.delete(20, PruneOptions::new()).unwrap();
+    assert_eq!((steps(&pruned.damaged), pruned.removed.len()), (vec![20], 0));
+    assert_eq!(left(), [30, 50, 70]);
+    let pruned = catalog.discard_after(40, PruneOptions::new()).unwrap();
+    assert_eq!((steps(&pruned.damaged), steps(&pruned.failed)), (vec![50], vec![]));
+    assert_eq!(left(), [30, 70]);
+    assert!(catalog.delete(70, PruneOptions::new()).is_err());
+    let pruned = catalog.delete_damaged(PruneOptions::new()).unwrap();
+    assert_eq!((steps(&pruned.damaged), steps(&pruned.failed)), (vec![30], vec![]));
+    assert_eq!((left(), catalog.list().unwrap().len()), (vec![70], 2));
 }
