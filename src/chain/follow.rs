@@ -12,8 +12,11 @@ use crate::completion::deadline_after;
 use crate::delta::{self, How, Numbers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::Attempt;
+use crate::state::{Dtype, decode_value};
 use crate::storage::local::Local;
-use crate::storage::{Storage, Sweep};
+use crate::storage::{self, Storage, Sweep};
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -176,6 +179,8 @@ enum What {
 pub struct Changed {
     /// The tensor.
     pub name: String,
+    /// Its dtype.
+    pub dtype: Dtype,
     /// Indices of elements, in ascending order; None: the whole tensor.
     pub indices: Option<Vec<u64>>,
     /// Their new values, little-endian, one behind the other.
@@ -198,6 +203,32 @@ impl Update {
         self.bytes
     }
 
+    /// The names of the values that were published with the version, sorted.
+    pub fn value_names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.values().keys().map(String::as_str)
+    }
+
+    /// Decodes the value `name` that was published with the version: the number of a training step, say.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none, `Invalid` when it is not a `T`; both name version and value.
+    pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        let none = || Error::new(ErrorKind::NotFound, format!("no such value in the version value={name:?}"));
+        let value = self.values().get(name).ok_or_else(none).and_then(|value| {
+            let wanted = std::any::type_name::<T>();
+            let other = || Error::invalid(format!("the value has another type value={name:?} wanted={wanted}"));
+            decode_value(value).map_err(|e| other().with_source_of(&e))
+        });
+        value.map_err(|error| error.with_step(self.version()))
+    }
+
+    fn values(&self) -> &BTreeMap<String, serde_json::Value> {
+        match &self.what {
+            What::Full(full, _) => &full.manifest().values,
+            What::Delta(delta, _) => &delta.manifest.values,
+        }
+    }
+
     /// What a delta changes in the weights that it was made for, tensor by tensor, for memory that this
     /// library does not write: `index_copy_` on a GPU. Empty for a full.
     ///
@@ -210,9 +241,9 @@ impl Update {
         }
         let mut changed = Vec::new();
         for (entry, patch) in delta.manifest.tensors.iter().zip(&delta.patches) {
-            let name = entry.name.clone();
+            let (name, dtype) = (entry.name.clone(), entry.dtype);
             if patch.how == How::Whole {
-                changed.push(Changed { name, indices: None, values: patch.columns.concat() });
+                changed.push(Changed { name, dtype, indices: None, values: patch.columns.concat() });
                 continue;
             }
             let (mut indices, mut values) = (Vec::new(), Vec::new());
@@ -221,7 +252,7 @@ impl Update {
                 values.extend_from_slice(value);
                 Ok(())
             })?;
-            changed.push(Changed { name, indices: Some(indices), values });
+            changed.push(Changed { name, dtype, indices: Some(indices), values });
         }
         Ok(changed)
     }
@@ -235,12 +266,13 @@ impl std::fmt::Debug for Update {
 }
 
 impl Follow<'_> {
-    /// Returns a builder of a follower of the chain in the directory `root`.
+    /// Returns a builder of a follower of the chain in `root`, a directory or a URL.
     ///
     /// # Errors
-    /// `NotFound` when there is no such directory.
+    /// Those of [`storage::at`](crate::storage::at): `NotFound` when there is no such directory.
     pub fn open(root: impl AsRef<Path>) -> Result<Follower> {
-        let follower = Self::over(Arc::new(Local::at(root.as_ref())?));
+        let follower = Self::over(storage::at(root.as_ref())?);
+        // Nothing happens in what a URL names, taken as a path: then there is no watch.
         Ok(Follower { root: Some(root.as_ref().into()), ..follower })
     }
 

@@ -7,8 +7,7 @@ use crate::delta::{Base, Manifest, is_delta};
 use crate::error::{Error, ErrorKind, Result, found};
 use crate::format::seal::is_ours;
 use crate::id::{Attempt, parse_version_name};
-use crate::storage::local::Local;
-use crate::storage::{Reading, Storage};
+use crate::storage::{self, Reading, Storage};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
@@ -84,12 +83,12 @@ pub struct Hole {
 }
 
 impl Chain {
-    /// The chain in the directory `root`.
+    /// The chain in `root`, a directory or a URL.
     ///
     /// # Errors
-    /// `NotFound` when there is no such directory.
+    /// Those of [`storage::at`](crate::storage::at): `NotFound` when there is no such directory.
     pub fn open(root: impl AsRef<Path>) -> Result<Self> {
-        Ok(Self::over(Arc::new(Local::at(root)?)))
+        Ok(Self::over(storage::at(root)?))
     }
 
     /// The chain in `storage`.

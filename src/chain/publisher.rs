@@ -12,8 +12,7 @@ use crate::outcome::Outcome;
 use crate::save::{Save, SaveOptions, Staged};
 use crate::settings::Overlap;
 use crate::state::StateDict;
-use crate::storage::Storage;
-use crate::storage::local::Local;
+use crate::storage::{self, Storage};
 use crate::sync::{Mutex, lock};
 use std::fmt;
 use std::future::Future;
@@ -38,13 +37,13 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Returns a builder of a publisher to the directory `root`, which is created if it is missing. Nothing
-    /// else should be in it.
+    /// Returns a builder of a publisher to `root`: a directory, which is created if it is missing, or a URL
+    /// as [`storage::open`](crate::storage::open) takes it. Nothing else should be in it.
     ///
     /// # Errors
-    /// When the directory cannot be made or opened.
+    /// Those of [`storage::open`](crate::storage::open).
     pub fn open(root: impl AsRef<Path>) -> Result<PublisherBuilder> {
-        Ok(Self::over(Arc::new(Local::open(root)?)))
+        Ok(Self::over(storage::open(root)?))
     }
 
     /// Returns a builder of a publisher to `storage`.
@@ -164,6 +163,12 @@ impl Publish {
     /// The number of the version.
     pub fn version(&self) -> u64 {
         self.save.step()
+    }
+
+    /// The save that carries the version: for its progress, and for functions that are called at its end.
+    /// Its outcome is the version's, whose number is the step.
+    pub fn save(&self) -> &Save {
+        &self.save
     }
 
     /// Blocks the thread until the version is durable.

@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::restore::Targets;
 use crate::state::{Dtype, Element, Layout};
 use crate::sync::{Mutex, lock};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -35,6 +35,10 @@ pub struct Weights<'a> {
     memory: Vec<Memory<'a>>,
     /// Memory that the program has lent, until the first version is there.
     lent: BTreeMap<String, (Dtype, Vec<usize>, &'a mut [u8])>,
+    /// Names of lent memory beside the one under which it was lent.
+    tied: Vec<(String, String)>,
+    /// A version has nothing but what memory was lent for.
+    strict: bool,
     /// A write began and did not end.
     poisoned: bool,
 }
@@ -89,6 +93,19 @@ impl<'a> Weights<'a> {
         Ok(self)
     }
 
+    /// Says that the memory lent for the tensor `holder` is the tensor `name`, too. Every version must have
+    /// them tied: two names of one tensor.
+    pub fn lend_alias(&mut self, name: impl Into<String>, holder: impl Into<String>) -> &mut Self {
+        self.tied.push((name.into(), holder.into()));
+        self
+    }
+
+    /// Refuses versions with a tensor that no memory is lent for.
+    pub fn strict(&mut self) -> &mut Self {
+        self.strict = true;
+        self
+    }
+
     /// The version that the bytes are; None before the first, and after a write that did not end.
     pub fn version(&self) -> Option<u64> {
         self.holding.filter(|_| !self.poisoned).map(|holding| holding.version)
@@ -102,6 +119,14 @@ impl<'a> Weights<'a> {
     /// The names of all tensors, with dtype and shape, in ascending order.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, Dtype, &[usize])> {
         self.inventory.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.dtype, &tensor.shape[..]))
+    }
+
+    /// The name of the tensor whose bytes the tensor `name` has: its own, or for a tied weight the first of
+    /// its names. A delta changes a tensor under that name alone. None: there is no such tensor.
+    pub fn holder(&self, name: &str) -> Option<&str> {
+        let number = self.inventory.find(name)?;
+        let holder = self.inventory.tensors.get(self.inventory.tensors.get(number)?.holder)?;
+        Some(holder.name.as_str())
     }
 
     /// The bytes of the tensor `name`.
@@ -150,7 +175,7 @@ impl<'a> Weights<'a> {
 
     /// Whether there is no version and no lent memory.
     pub(super) fn is_fresh(&self) -> bool {
-        self.holding.is_none() && self.lent.is_empty()
+        self.holding.is_none() && self.lent.is_empty() && !self.strict
     }
 
     pub(super) fn holding(&self) -> Option<Holding> {
@@ -178,7 +203,7 @@ impl<'a> Weights<'a> {
     pub(super) fn copied(&self) -> Weights<'static> {
         let memory = self.memory.iter().map(|memory| Memory::Own(memory.bytes().to_vec())).collect();
         let (holding, inventory, poisoned) = (self.holding, self.inventory.clone(), self.poisoned);
-        Weights { holding, inventory, memory, lent: BTreeMap::new(), poisoned }
+        Weights { holding, inventory, memory, poisoned, ..Weights::new() }
     }
 
     /// Checks a delta against these weights, without writing: base, structure, columns, and the digest of
@@ -251,6 +276,7 @@ impl<'a> Weights<'a> {
         let known = known.filter(|(_, memory)| matches!(memory, Memory::Lent(_)));
         let known = known.map(|(tensor, _)| (&tensor.name, tensor.dtype, &tensor.shape));
         let lent = self.lent.iter().map(|(name, (dtype, shape, _))| (name, *dtype, shape));
+        let mut numbers = BTreeSet::new();
         for (name, dtype, shape) in known.chain(lent) {
             let Some(number) = full.find(name).filter(|number| full.tensors[*number].holder == *number) else {
                 return refuse(name, "the version does not have a tensor for which memory is lent");
@@ -258,8 +284,21 @@ impl<'a> Weights<'a> {
             if !full.tensors[number].is_like(dtype, shape) {
                 return refuse(name, "memory is lent for a tensor of another dtype or shape than the version has");
             }
+            numbers.insert(number);
         }
-        Ok(())
+        for (name, holder) in &self.tied {
+            let [one, other] =
+                [name, holder].map(|name| full.find(name).and_then(|n| full.tensors.get(n)).map(|t| t.holder));
+            if one.is_none() || one != other {
+                let what = format!("one memory is lent for two tensors, which the version has apart other={holder:?}");
+                return refuse(name, &what);
+            }
+        }
+        let without = |(number, tensor): &(usize, &Tensor)| tensor.holder == *number && !numbers.contains(number);
+        match full.tensors.iter().enumerate().find(without).filter(|_| self.strict) {
+            Some((_, tensor)) => refuse(&tensor.name, "the version has a tensor for which no memory is lent"),
+            None => Ok(()),
+        }
     }
 
     /// Reads a full version into the weights. Every byte is checked as it arrives.

@@ -137,6 +137,51 @@ fn lent_memory_of_another_dtype_or_shape_is_not_written() {
 }
 
 #[test]
+fn lent_memory_is_all_of_a_version_and_tied_as_the_version_is_where_the_program_says_so() {
+    let root = tempfile::tempdir().unwrap();
+    let publisher = small(Publisher::open(root.path()).unwrap());
+    let model = Model::new(1, 8000);
+    publish(&publisher, &model).unwrap();
+    let embedding = ("embedding.weight", Dtype::BF16, vec![1000, 8]);
+    let layer = ("layer.weight", Dtype::BF16, vec![1000, 8]);
+    let scale = ("scale", Dtype::F32, vec![4]);
+    // What is lent, a second name of the first, and the tensor that an error names.
+    for (lent, tied, named) in [
+        (vec![&embedding, &layer], None, Some("scale")),
+        (vec![&embedding, &layer, &scale], None, None),
+        (vec![&embedding, &layer, &scale], Some("head.weight"), None),
+        (vec![&embedding, &scale], Some("layer.weight"), Some("layer.weight")),
+        (vec![&embedding, &layer, &scale], Some("other"), Some("other")),
+    ] {
+        let mut memory = vec![vec![7_u8; 16_000]; 3];
+        let mut weights = Weights::new();
+        for ((name, dtype, shape), memory) in lent.iter().zip(&mut memory) {
+            let length = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            weights.lend(*name, *dtype, shape, &mut memory[..length]).unwrap();
+        }
+        if let Some(name) = tied {
+            weights.lend_alias(name, "embedding.weight");
+        }
+        weights.strict();
+        let mut follow = Follow::open(root.path()).unwrap().start(weights).unwrap();
+        let advanced = follow.advance(MINUTE);
+        let Some(named) = named else {
+            assert_eq!(advanced.unwrap(), Some(1));
+            model.assert_equals(follow.weights());
+            assert_eq!(follow.weights().holder("head.weight"), Some("embedding.weight"));
+            assert_eq!((follow.weights().holder("scale"), follow.weights().holder("none")), (Some("scale"), None));
+            continue;
+        };
+        let error = advanced.unwrap_err();
+        let text = error.to_string();
+        assert_eq!((error.kind(), error.step()), (ErrorKind::Invalid, Some(1)), "{text}");
+        assert!(text.contains(&format!("tensor={named:?}")), "{text}");
+        drop(follow);
+        assert!(memory.iter().flatten().all(|byte| *byte == 7));
+    }
+}
+
+#[test]
 fn a_follower_without_space_or_without_write_access_keeps_its_version() {
     for (call, code, kind) in [
         (Call::Pwrite, libc::ENOSPC, ErrorKind::NoSpace),

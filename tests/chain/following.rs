@@ -64,6 +64,33 @@ fn readers_of_two_copies_keep_their_version_while_the_next_is_made() {
 }
 
 #[test]
+fn values_travel_with_each_version_and_a_url_is_a_root() {
+    let root = tempfile::tempdir().unwrap();
+    let url = format!("file://{}/chain", root.path().display());
+    assert_eq!(Follow::open(&url).unwrap_err().kind(), ErrorKind::NotFound);
+    let publisher = small(Publisher::open(&url).unwrap());
+    let mut follow = Follow::open(&url).unwrap().start(Weights::new()).unwrap();
+    for step in [10_u64, 20] {
+        let mut state = Model::new(step, 8000).state();
+        state.value("step", &step).unwrap();
+        let publish = publisher.publish(state).unwrap();
+        assert_eq!((publish.version(), publish.save().step()), (step / 10, step / 10));
+        publish.wait(MINUTE).unwrap();
+        let update = follow.next(MINUTE).unwrap().unwrap();
+        assert_eq!(update.value_names().collect::<Vec<_>>(), ["step"]);
+        assert_eq!(update.value::<u64>("step").unwrap(), step);
+        for (error, kind) in [
+            (update.value::<u64>("other").unwrap_err(), ErrorKind::NotFound),
+            (update.value::<String>("step").unwrap_err(), ErrorKind::Invalid),
+        ] {
+            assert_eq!((error.kind(), error.step()), (kind, Some(step / 10)), "{error}");
+        }
+        follow.apply(update).unwrap();
+    }
+    assert_eq!(Chain::open(&url).unwrap().versions().unwrap().len(), 2);
+}
+
+#[test]
 fn two_copies_lend_no_memory() {
     let root = tempfile::tempdir().unwrap();
     let (mut memory, mut weights) = (vec![0_u8; 8], Weights::new());
