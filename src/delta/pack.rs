@@ -1,13 +1,22 @@
 //! Columns that are compressed by zstd.
 
 use crate::error::{Error, Result};
+#[cfg(feature = "zstd")]
+use zstd::zstd_safe::{CParameter, Strategy};
 
 /// What compressed columns have at the end of their names.
 pub const SUFFIX: &str = ".zst";
 
-/// The level: higher ones take longer and do not win on these columns.
+/// Columns are noise of few symbols, with runs where no row of an embedding changed. Matches of fewer than 7
+/// bytes in them cost more than the bytes themselves, and small tables find those worth having. At level 1 a
+/// column of differences is a tenth longer; higher levels take longer and do not win.
 #[cfg(feature = "zstd")]
-const LEVEL: i32 = 1;
+const PARAMETERS: [CParameter; 4] = [
+    CParameter::Strategy(Strategy::ZSTD_dfast),
+    CParameter::MinMatch(7),
+    CParameter::HashLog(6),
+    CParameter::ChainLog(6),
+];
 
 /// Compresses a column.
 ///
@@ -15,7 +24,11 @@ const LEVEL: i32 = 1;
 /// `Invalid` without the feature `zstd`.
 #[cfg(feature = "zstd")]
 pub fn pack(column: &[u8]) -> Result<Vec<u8>> {
-    zstd::bulk::compress(column, LEVEL).map_err(|e| Error::internal("cannot compress a column").with_source(e))
+    let packed = zstd::bulk::Compressor::new(1).and_then(|mut compressor| {
+        PARAMETERS.into_iter().try_for_each(|parameter| compressor.set_parameter(parameter))?;
+        compressor.compress(column)
+    });
+    packed.map_err(|e| Error::internal("cannot compress a column").with_source(e))
 }
 
 /// Decompresses a column of `length` bytes, and no more.
