@@ -41,7 +41,7 @@ fn end(executor: &CheckpointExecutor) {
 }
 
 /// Every kind of fault that a network or a store makes and a retry can cure.
-fn passing() -> Vec<Fault> {
+pub fn passing() -> Vec<Fault> {
     vec![
         Fault::Status(500, "InternalError"),
         Fault::Status(503, "SlowDown"),

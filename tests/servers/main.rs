@@ -1,6 +1,7 @@
 //! Steps on real servers of object stores, with a proxy between that makes faults. `just stores` starts the
 //! servers and runs these tests; without them every test fails.
 
+mod chains;
 mod executors;
 mod faults;
 mod http;

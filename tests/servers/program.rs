@@ -27,7 +27,7 @@ fn ashore(arguments: &[&str]) -> Output {
     program(arguments).output().unwrap()
 }
 
-fn said(arguments: &[&str]) -> String {
+pub fn said(arguments: &[&str]) -> String {
     let output = ashore(arguments);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{arguments:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
