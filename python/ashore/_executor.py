@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from . import _ashore
 from ._checkpoint import Catalog, Checkpoint
@@ -18,6 +18,9 @@ from ._futures import notifier
 from ._place import absolute, is_url, place
 from ._save import Committed, Save
 from ._tiers import Tier, TierReport, given
+
+if TYPE_CHECKING:
+    from .chain import Publish, Publisher
 
 StrPath = Union[str, "os.PathLike[str]"]
 When = Literal["save", "fence"]
@@ -179,6 +182,17 @@ class CheckpointExecutor:
             step, names, tensors, boxes, dict(aliases), named, capture, options, keep, stream, immutable
         )
         return Save(handle)
+
+    def publish_delta(self, publisher: Publisher, state: Any, *, values: Mapping[str, Any] = _MISSING) -> Publish:
+        """Publishes ``state`` as the next version of ``publisher`` (:class:`ashore.chain.Publisher`): through this
+        executor's arena and device, behind its saves, and with its :meth:`fence`. No step of this executor is written.
+
+        Raises what :meth:`save` raises; ``InvalidError`` with several ranks; ``ConflictError`` once another publisher
+        has taken the chain over.
+        """
+        from .chain import Publish
+
+        return Publish(self._core.publish_delta(publisher._core, state, dict(values)))
 
     def _decline(self, step: int, why: str) -> None:
         """Says that this rank makes no call of :meth:`save` for ``step``: the save fails on the other ranks, which

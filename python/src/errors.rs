@@ -77,6 +77,11 @@ pub fn closed(py: Python<'_>, why: &str) -> PyErr {
     make(py, CLOSED, why, None, None, None)
 }
 
+/// The exception for an object that another call uses.
+pub fn busy(py: Python<'_>, why: &str) -> PyErr {
+    make(py, kind_name(ErrorKind::Busy), why, None, None, None)
+}
+
 /// Runs an entry of this module: a panic in it becomes `InternalError`.
 pub fn entry<T>(py: Python<'_>, body: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {

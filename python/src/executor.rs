@@ -1,10 +1,11 @@
 //! The executor: `ashore._ashore.Executor`.
 
+use crate::chain::Publisher;
 use crate::collect::Memory;
 use crate::errors::{self, IntoPy, closed, entry};
 use crate::handle::Handle;
 use crate::leaf::Way;
-use crate::sources::{self, Item, Place};
+use crate::sources::{self, Devices, Item, Place};
 use crate::tree::{Leaves, SHAPE, Tensor};
 use crate::waiting::{interruptible, seconds};
 use crate::{checkpoint, values};
@@ -243,6 +244,23 @@ impl Executor {
         })
     }
 
+    /// Publishes a tree of tensors and values through this executor.
+    fn publish_delta(
+        &self,
+        py: Python<'_>,
+        publisher: &Publisher,
+        state: &Bound<'_, PyAny>,
+        beside: &Bound<'_, PyDict>,
+    ) -> PyResult<Handle> {
+        entry(py, || {
+            let (engine, open) = (self.engine(py)?, publisher.open(py)?);
+            let (dict, devices) = publisher.collect(py, state, beside)?;
+            let publish = py.detach(|| engine.publish_delta(&open, dict)).or_raise(py)?;
+            self.remember(py, devices);
+            Ok(Handle::of_publish(publish))
+        })
+    }
+
     /// Waits until the tensors may be written; with `streams`, or with tensors on GPUs, on the GPUs.
     fn fence(&self, py: Python<'_>, streams: Option<Vec<(u32, usize)>>) -> PyResult<()> {
         entry(py, || {
@@ -397,15 +415,19 @@ impl Executor {
         finish(&mut dict)?;
         call.reached.set(true);
         let save = py.detach(|| engine.save_with(step, dict, options)).or_raise(py)?;
-        // After the save was taken: a fence of an executor that does not know the device would be refused.
+        self.remember(py, devices);
+        Ok(Handle::new(save))
+    }
+
+    /// Remembers the devices of a save that was taken: before, a fence of an executor that does not know the
+    /// device would be refused.
+    fn remember(&self, py: Python<'_>, devices: Devices) {
         let mut seen = self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
         for ((id, says), (_, way)) in devices {
             if !seen.devices.iter().any(|(known, way)| (*known, way.says_stream()) == (id, says)) {
                 seen.devices.push((id, way));
             }
         }
-        drop(seen);
-        Ok(Handle::new(save))
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::errors::{IntoPy, closed, entry};
 use crate::notify;
 use crate::waiting::{SLICE, seconds};
+use ashore::chain::{Kind, Publish, Published};
 use ashore::{Committed, ErrorKind, IoMode, Outcome, Phase, Promoted, Save};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -11,16 +12,22 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-/// A save in progress.
+/// A save in progress, or a publish.
 #[pyclass(module = "ashore._ashore", frozen)]
 pub struct Handle {
     save: Save,
+    publish: Option<Publish>,
     process: u32,
 }
 
 impl Handle {
     pub fn new(save: Save) -> Self {
-        Self { save, process: std::process::id() }
+        Self { save, publish: None, process: std::process::id() }
+    }
+
+    pub fn of_publish(publish: Publish) -> Self {
+        let save = publish.save().clone();
+        Self { publish: Some(publish), ..Self::new(save) }
     }
 
     fn ours(&self, py: Python<'_>) -> PyResult<()> {
@@ -29,10 +36,16 @@ impl Handle {
 
     /// How the save ended, if it has.
     fn ended<'py>(&self, py: Python<'py>) -> Option<PyResult<Option<Bound<'py, PyDict>>>> {
-        self.save.try_get().map(|result| match result.or_raise(py)? {
+        let result = self.save.try_get()?;
+        if let Some(publish) = &self.publish {
+            // It has ended.
+            let published = result.and_then(|_| publish.wait(Duration::ZERO));
+            return Some(published.or_raise(py).and_then(|published| of_published(py, &published)).map(Some));
+        }
+        Some(result.or_raise(py).and_then(|outcome| match outcome {
             Outcome::Durable(committed) => Ok(Some(of_committed(py, &committed)?)),
             _ => Ok(None),
-        })
+        }))
     }
 
     /// Whether it is staged, if it is or has failed.
@@ -247,5 +260,24 @@ fn of_committed<'py>(py: Python<'py>, committed: &Committed) -> PyResult<Bound<'
     dict.set_item("tail", committed.tail.as_secs_f64())?;
     dict.set_item("direct", committed.mode == IoMode::Direct)?;
     dict.set_item("over_budget", committed.over_budget)?;
+    Ok(dict)
+}
+
+fn of_published<'py>(py: Python<'py>, published: &Published) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    let (kind, base, changed) = match published.kind {
+        Kind::Delta { base, changed } => ("delta", Some(base), Some(changed)),
+        _ => ("full", None, None),
+    };
+    dict.set_item("version", published.version)?;
+    dict.set_item("attempt", published.attempt.to_string())?;
+    dict.set_item("kind", kind)?;
+    dict.set_item("base", base)?;
+    dict.set_item("changed", changed)?;
+    dict.set_item("bytes", published.bytes)?;
+    dict.set_item("full_bytes", published.full_bytes)?;
+    dict.set_item("state", published.state)?;
+    dict.set_item("path", &published.path)?;
+    dict.set_item("encoding", published.encoding.as_secs_f64())?;
     Ok(dict)
 }

@@ -6,6 +6,7 @@
 //! module.
 #![expect(unsafe_code, reason = "the number of the interpreter; argument above")]
 
+mod chain;
 mod checkpoint;
 mod collect;
 mod dlpack;
@@ -15,6 +16,7 @@ mod executor;
 mod handle;
 mod known;
 mod leaf;
+mod lent;
 mod notify;
 mod sources;
 mod targets;
@@ -63,6 +65,11 @@ fn _ashore(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<handle::Promotion>()?;
     module.add_class::<checkpoint::Checkpoint>()?;
     module.add_class::<checkpoint::Catalog>()?;
+    module.add_class::<chain::Publisher>()?;
+    module.add_class::<chain::Follow>()?;
+    module.add_class::<chain::Update>()?;
+    module.add_class::<chain::Change>()?;
+    module.add_class::<chain::Weights>()?;
     module.add_function(wrap_pyfunction!(notify::notify_next, module)?)?;
     module.add_function(wrap_pyfunction!(notify::notify_stop, module)?)?;
     module.add_function(wrap_pyfunction!(notify::notify_forget, module)?)?;

@@ -9,6 +9,7 @@ import torch
 from conftest import SMALL
 
 import ashore
+import ashore.chain
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "python.md"
 
@@ -41,10 +42,8 @@ def test_the_program_of_the_wheel_runs(root):
 
 
 def test_every_public_name_has_a_docstring():
-    for name in ashore.__all__:
-        if name.startswith("__"):
-            continue
-        thing = getattr(ashore, name)
+    names = {name: getattr(ashore, name) for name in ashore.__all__ if not name.startswith("__")}
+    for name, thing in {**names, **{name: getattr(ashore.chain, name) for name in ashore.chain.__all__}}.items():
         assert thing.__doc__, name
         members = vars(thing) if isinstance(thing, type) else {}
         for member, value in members.items():

@@ -1,5 +1,6 @@
 """Checkpoints of torch programs: what to save, when to fence, how to restore. See docs/torch.md."""
 
+from ._chain import apply_update, changed
 from ._fence import Handle, fence_before
 from ._restore import IncompatibleKeys
 from ._rng import Rng, rng_state, set_rng_state
@@ -13,6 +14,8 @@ __all__ = [
     "State",
     "StorageReader",
     "StorageWriter",
+    "apply_update",
+    "changed",
     "fence_before",
     "restore",
     "rng_state",
