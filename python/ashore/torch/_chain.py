@@ -19,7 +19,7 @@ def changed(change: Changed) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Indices into the flattened tensor, of 64 bits (None: all), and the values there, as new tensors on the host.
 
     >>> import ashore.chain, ashore.torch, tempfile, torch
-    >>> root, weight, served = tempfile.mkdtemp(), torch.zeros(2, 3), torch.zeros(2, 3)
+    >>> root, weight, served = tempfile.mkdtemp(), torch.zeros(99, 99), torch.zeros(99, 99)
     >>> with ashore.chain.Publisher(root, arena=4 << 20) as publisher:
     ...     _ = publisher.publish({"w": weight}).wait()
     ...     follow = ashore.chain.Follow(root)
@@ -28,8 +28,8 @@ def changed(change: Changed) -> tuple[torch.Tensor | None, torch.Tensor]:
     ...     _ = publisher.publish({"w": weight}).wait()
     >>> (change,) = follow.next().changes()
     >>> indices, values = ashore.torch.changed(change)
-    >>> served.view(-1).index_copy_(0, indices, values)
-    tensor([0., 0., 0., 0., 2., 0.])
+    >>> served.view(-1).index_copy_(0, indices, values).nonzero(), float(served[1, 1])
+    (tensor([[100]]), 2.0)
     """
     dtype = torch_dtype(change.dtype)
     indices = None if change.is_whole else torch.empty(change._core.count, dtype=torch.int64)
