@@ -2,7 +2,6 @@
 
 use super::boxes::{Key, Place};
 use super::dtype::{Dtype, Layout};
-use super::groups::OPEN;
 use super::source::{Address, DeviceStream, MemoryLocation, SharedSource, Source};
 use super::strided::Strided;
 use super::value::encode_named;
@@ -29,6 +28,11 @@ pub enum Capture {
     /// At the fence at the latest.
     AtFence,
 }
+
+/// The group of tensors that were not declared to be in one.
+pub(crate) const OPEN: u32 = 0;
+/// The group of tensors that were declared frozen, or are taken for frozen because they do not change.
+pub(crate) const STILL: u32 = 1;
 
 /// One tensor of a state dict.
 pub(crate) struct Tensor<'a> {

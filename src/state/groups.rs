@@ -1,14 +1,10 @@
 //! Which tensors of a state dict share files.
 
-use super::dict::StateDict;
+use super::dict::{OPEN, STILL, StateDict};
 use crate::error::{Error, Result};
 use foldhash::fast::FixedState;
 use std::hash::BuildHasher;
 
-/// The group of tensors that were not declared to be in one.
-pub(crate) const OPEN: u32 = 0;
-/// The group of tensors that were declared frozen, or are taken for frozen because they do not change.
-pub(crate) const STILL: u32 = 1;
 /// The group of the first key.
 const FIRST_KEY: u32 = 2;
 

@@ -16,12 +16,11 @@ mod strided;
 mod value;
 
 pub(crate) use boxes::{Key, Place};
-pub(crate) use dict::{Aliases, Tensor};
+pub(crate) use dict::{Aliases, OPEN, STILL, Tensor};
 pub use dict::{Capture, StateDict};
 #[cfg(test)]
 pub(crate) use dtype::DTYPES;
 pub use dtype::{Dtype, Element, Layout, Shape};
-pub(crate) use groups::{OPEN, STILL};
 pub use host::{HostTensor, OwnedBytes, RawHost};
 pub(crate) use part::BoxInfo;
 pub use promised::{Promise, Promised, promise};

@@ -6,15 +6,14 @@
 //! has them: the sources may be gone. **Failure.** An older file that is not what was written fails the save;
 //! the next one writes the file anew.
 
-use super::task::Task;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::format::shard::Stamp;
 use crate::format::template::FilledFile;
 use crate::memory::{ALIGNMENT, AlignedBuffer};
 use crate::mutant::{self, Mutant};
-use crate::plan::{ChunkPlan, Prediction, SegmentSource};
-use crate::storage::{Adopted, FileReading, FileWriting};
+use crate::plan::{ChunkPlan, Prediction, Request, SegmentSource};
+use crate::storage::{Adopted, FileReading, FileWriting, Writing};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -37,36 +36,42 @@ pub(crate) struct OlderFile {
     pub damaged: AtomicBool,
 }
 
-impl Task {
+impl Older {
     /// The file to adopt for a shard.
-    pub(super) fn older_file(&self, shard: usize) -> Result<&Arc<OlderFile>> {
-        let file = self.older.as_ref().and_then(|older| older.files.get(shard)?.as_ref());
+    pub fn file(&self, shard: usize) -> Result<&Arc<OlderFile>> {
+        let file = self.files.get(shard).and_then(Option::as_ref);
         file.ok_or_else(|| Error::internal("a shard is predicted to be unchanged and has no older file"))
     }
+}
 
-    /// Makes a shard, no chunk of which was written, out of the older file.
-    pub(super) fn adopt(&self, shard: usize) -> Result<Adopted> {
-        let (plan, ticket) = (&self.request.plan.shards[shard], &self.request.ticket);
+impl OlderFile {
+    /// Makes a shard of a save, no chunk of which was written, out of the file.
+    pub(super) fn adopt(&self, request: &Request, shard: usize, attempt: &dyn Writing) -> Result<Adopted> {
+        let (plan, ticket) = (&request.plan.shards[shard], &request.ticket);
         let mut head = AlignedBuffer::new(plan.header.len() as usize);
         let stamp = Stamp::new(ticket.step, ticket.attempt());
         if !plan.header.copy(&stamp, 0, &mut head) {
             return Err(Error::internal("a header is shorter than planned"));
         }
-        let older = self.older_file(shard)?;
-        let adopted = self.attempt()?.adopt(&plan.name, older.reading.as_ref(), &head)?;
+        let adopted = attempt.adopt(&plan.name, self.reading.as_ref(), &head)?;
         if let Adopted::Refused(why) = &adopted {
             tracing::debug!(step = ticket.step, file = plan.name, why, "an unchanged file is written");
         }
         Ok(adopted)
     }
 
-    /// Copies a chunk that was not written from the older file.
-    pub(super) fn copy_older(&self, chunk: &ChunkPlan, digests: &[Digest], to: &dyn FileWriting) -> Result<()> {
-        let (plan, ticket) = (&self.request.plan, &self.request.ticket);
+    /// Copies a chunk of a save that was not written from the file.
+    pub(super) fn copy(
+        &self,
+        request: &Request,
+        chunk: &ChunkPlan,
+        digests: &[Digest],
+        to: &dyn FileWriting,
+    ) -> Result<()> {
+        let (plan, ticket) = (&request.plan, &request.ticket);
         let shard = &plan.shards[chunk.shard];
-        let older = self.older_file(chunk.shard)?;
         let mut bytes = AlignedBuffer::new(chunk.length.next_multiple_of(ALIGNMENT));
-        older.reading.read_at(chunk.offset, &mut bytes[..chunk.length])?;
+        self.reading.read_at(chunk.offset, &mut bytes[..chunk.length])?;
         let stamp = Stamp::new(ticket.step, ticket.attempt());
         let mut at = 0;
         for (segment, digest) in plan.segments[chunk.segments.clone()].iter().zip(digests) {
@@ -76,7 +81,7 @@ impl Task {
                 return Err(Error::internal("a header is shorter than planned"));
             }
             if Digest::of(part) != *digest && !mutant::on(Mutant::CopiedRot) {
-                older.damaged.store(true, Ordering::Release);
+                self.damaged.store(true, Ordering::Release);
                 let what = "bytes of an older step are damaged, and this save would have copied them because they \
                     have not changed; the next save writes the file anew";
                 return Err(Error::corrupt(format!("{what} file={} offset={}", shard.name, chunk.offset)));

@@ -45,7 +45,7 @@ impl Drop for RetryState {
 pub(crate) struct Task {
     pub request: Request,
     kept: Mutex<Option<RetryState>>,
-    pub(super) older: Option<Older>,
+    older: Option<Older>,
     destination: Arc<dyn Begin>,
     attempt: OnceLock<Result<Arc<dyn Writing>>>,
     shards: Vec<Shard>,
@@ -108,7 +108,7 @@ impl Task {
     }
 
     /// The attempt; the first call begins it.
-    pub(super) fn attempt(&self) -> Result<Arc<dyn Writing>> {
+    fn attempt(&self) -> Result<Arc<dyn Writing>> {
         // A panic is kept like any error: files may have been made before it.
         let begin = || {
             guarded("the storage panicked when an attempt was begun", || {
@@ -211,23 +211,25 @@ impl Task {
 
     /// Makes a shard out of the older file as far as its chunks were not written.
     fn make_of_older(&self, number: usize) -> Result<Made> {
-        if self.older.is_none() {
-            return Ok(Made::Written);
-        }
+        let Some(older) = &self.older else { return Ok(Made::Written) };
         let chunks = self.request.plan.shards[number].chunks.clone();
         let unchanged = |chunk: &usize| self.receipts[*chunk].get().is_some_and(|receipt| receipt.unchanged);
         let missing: Vec<usize> = chunks.clone().filter(unchanged).collect();
-        let mut made = Made::Written;
-        if !missing.is_empty() && missing.len() == chunks.len() {
-            made = match self.adopt(number)? {
+        if missing.is_empty() {
+            return Ok(Made::Written);
+        }
+        let (older, mut made) = (older.file(number)?, Made::Written);
+        if missing.len() == chunks.len() {
+            made = match older.adopt(&self.request, number, self.attempt()?.as_ref())? {
                 Adopted::Cloned => return Ok(Made::Cloned),
-                Adopted::Linked => return Ok(Made::Linked(self.older_file(number)?.filled)),
+                Adopted::Linked => return Ok(Made::Linked(older.filled)),
                 Adopted::Refused(_) => Made::Refused,
             };
         }
         for chunk in missing {
             let receipt = self.receipts[chunk].get().ok_or_else(|| Error::internal("a chunk was not digested"))?;
-            self.copy_older(&self.request.plan.chunks[chunk], &receipt.segments, self.file(number)?.as_ref())?;
+            let to = self.file(number)?;
+            older.copy(&self.request, &self.request.plan.chunks[chunk], &receipt.segments, to.as_ref())?;
         }
         Ok(made)
     }
