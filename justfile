@@ -87,7 +87,7 @@ wheel:
 candle: (crate "candle" "test") (stock_reader "just crate candle run --example read_stock --")
 
 # The crate for burn, whose tests kill a training. Minutes when burn is not built yet.
-burn: (crate "burn" "test")
+burn: (crate "burn" "test --features learner")
 
 [private]
 crate name command *arguments:
@@ -98,10 +98,10 @@ adapters-lint:
     #!/usr/bin/env bash
     set -euo pipefail
     export RUSTDOCFLAGS="-D warnings"
-    for crate in burn candle; do
-        just crate "$crate" clippy --all-targets -- -D warnings
-        just crate "$crate" doc --no-deps
-    done
+    just crate burn clippy --features learner --all-targets -- -D warnings
+    just crate burn doc --features learner --no-deps
+    just crate candle clippy --all-targets -- -D warnings
+    just crate candle doc --no-deps
     PATH="$PWD/candle/check:$PATH" CUDA_COMPUTE_CAP=80 just crate candle clippy --features cuda --all-targets -- -D warnings
 
 # Graphs of cognis, whose engine owns the checkpointer trait, over stores of ours.

@@ -1,9 +1,13 @@
 #![doc = include_str!("../../docs/burn.md")]
 
 mod dtype;
+#[cfg(feature = "learner")]
+mod epochs;
 mod record;
 mod training;
 
+#[cfg(feature = "learner")]
+pub use epochs::Epochs;
 pub use record::{Record, put, record};
 pub use training::Training;
 

@@ -12,6 +12,10 @@ use std::collections::BTreeMap;
 
 /// A record of burn: of a module, an optimizer or a scheduler. Sealed.
 pub trait Record: Sized + sealed::Sealed {
+    /// The name of such a record in the steps of [`Training`](crate::Training).
+    #[doc(hidden)]
+    const NAME: &'static str;
+
     /// Packs the record, in host memory.
     #[doc(hidden)]
     fn pack(self) -> std::result::Result<Bytes, RecordError>;
@@ -26,9 +30,11 @@ mod sealed {
 }
 
 macro_rules! records {
-    ($($record:ty),*) => { $(
+    ($($record:ty, $name:literal;)*) => { $(
         impl sealed::Sealed for $record {}
         impl Record for $record {
+            const NAME: &'static str = $name;
+
             fn pack(self) -> std::result::Result<Bytes, RecordError> {
                 self.into_bytes()
             }
@@ -38,7 +44,11 @@ macro_rules! records {
         }
     )* };
 }
-records!(ModuleRecord, OptimizerRecord, LrSchedulerRecord);
+records! {
+    ModuleRecord, "model";
+    OptimizerRecord, "optimizer";
+    LrSchedulerRecord, "scheduler";
+}
 
 /// What a record has beside the bytes of its tensors: the value under its name.
 #[derive(Serialize, Deserialize)]
@@ -91,12 +101,26 @@ impl AsRef<[u8]> for View {
 /// # Errors
 /// `Invalid`, naming the tensor, for a quantized one, and for a name that is taken.
 pub fn put<R: Record>(state: &mut StateDict<'static>, name: &str, record: R) -> Result<()> {
-    let failed = |e| invalid(format!("cannot pack a record record={name:?}")).with_source(e);
-    let reader = record.pack().and_then(|bytes| Ok(Reader::from_bytes(bytes)?)).map_err(failed)?;
+    put_packed(state, name, packed(name, record)?)
+}
+
+/// Reads the tensors of a record from the device, and packs it.
+pub(crate) fn packed<R: Record>(name: &str, record: R) -> Result<Bytes> {
+    record.pack().map_err(|e| unpackable(name, e))
+}
+
+fn unpackable(name: &str, error: RecordError) -> ashore::Error {
+    invalid(format!("cannot pack a record record={name:?}")).with_source(error)
+}
+
+/// Adds a packed record: the second half of [`put`].
+pub(crate) fn put_packed(state: &mut StateDict<'static>, name: &str, packed: Bytes) -> Result<()> {
+    let failed = |e| unpackable(name, RecordError::from(e));
+    let reader = Reader::from_bytes(packed).map_err(failed)?;
     let (scalars, metadata) = (reader.scalars().clone(), reader.metadata().clone());
     let mut kept = Kept { tensors: BTreeMap::new(), scalars, metadata };
-    for tensor in reader.into_tensors().map_err(|e| failed(e.into()))? {
-        let (own_name, dtype, shape, param_id, bytes) = tensor.into_parts().map_err(|e| failed(e.into()))?;
+    for tensor in reader.into_tensors().map_err(failed)? {
+        let (own_name, dtype, shape, param_id, bytes) = tensor.into_parts().map_err(failed)?;
         let (in_step, own_name) = match by_path(&own_name, param_id, &kept.metadata) {
             Some(path) => (path, Some(own_name)),
             None => (own_name, None),

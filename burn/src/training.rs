@@ -1,7 +1,7 @@
 //! Model, optimizer and scheduler of one moment as one step.
 
 use crate::invalid;
-use crate::record::{located, put, record};
+use crate::record::{Record, located, put, record};
 use ashore::{Checkpoint, Result, StateDict};
 use burn::lr_scheduler::LrSchedulerRecord;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
@@ -30,9 +30,9 @@ impl<M: Module> Training<M> {
     /// As [`put`].
     pub fn state(&self) -> Result<StateDict<'static>> {
         let mut state = StateDict::new();
-        put(&mut state, "model", self.model.clone().into_record())?;
-        put(&mut state, "optimizer", self.optimizer.to_record())?;
-        put(&mut state, "scheduler", self.scheduler.to_record())?;
+        put(&mut state, ModuleRecord::NAME, self.model.clone().into_record())?;
+        put(&mut state, OptimizerRecord::NAME, self.optimizer.to_record())?;
+        put(&mut state, LrSchedulerRecord::NAME, self.scheduler.to_record())?;
         Ok(state)
     }
 
@@ -45,18 +45,18 @@ impl<M: Module> Training<M> {
     /// their state: they are of another kind than those that were saved.
     pub fn restore(self, checkpoint: &Checkpoint) -> Result<Self> {
         let refused = |what: &str| located(checkpoint, invalid(what));
-        let model = self.model.try_load_record(record::<ModuleRecord>(checkpoint, "model")?);
+        let model = self.model.try_load_record(record::<ModuleRecord>(checkpoint, ModuleRecord::NAME)?);
         let model =
             model.map_err(|e| refused("the model is another one than that of the checkpoint").with_source(e))?;
 
-        let saved: OptimizerRecord = record(checkpoint, "optimizer")?;
+        let saved: OptimizerRecord = record(checkpoint, OptimizerRecord::NAME)?;
         let tensors = saved.len();
         let optimizer = self.optimizer.load_record(saved);
         if optimizer.to_record().len() != tensors {
             return Err(refused("the optimizer is of another kind than that of the checkpoint"));
         }
 
-        let saved: LrSchedulerRecord = record(checkpoint, "scheduler")?;
+        let saved: LrSchedulerRecord = record(checkpoint, LrSchedulerRecord::NAME)?;
         let scheduler = self.scheduler.load_record(saved.clone());
         let packed =
             |record: LrSchedulerRecord| record.into_bytes().map_err(|e| refused("cannot pack a record").with_source(e));
