@@ -74,7 +74,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn frozen(root: &Path, bytes: usize) {
     let (on, off) = (executor(&root.join("on"), true), executor(&root.join("off"), false));
     let mut model = Model::new(300, bytes);
-    let still = |i: usize| i % PART != 0;
+    let still = |i: usize| !i.is_multiple_of(PART);
     let (mut shared, mut full) = (Vec::new(), Vec::new());
     for round in 0..=ROUNDS as u64 {
         model.train(round, |i| !still(i));
@@ -143,7 +143,7 @@ fn learned(root: &Path) {
     let mut model = Model::new(300, 300 << 17);
     let (mut written, full) = (0, 300_u64 << 17);
     for step in 1..=200 {
-        model.train(step, |i| i % PART == 0);
+        model.train(step, |i| i.is_multiple_of(PART));
         written += save(&executor, step, model.state(|_| false)).0.written_bytes;
     }
     println!("learned: 200 saves wrote {:.2} full saves", written as f64 / full as f64);

@@ -18,8 +18,8 @@ pub mod format {
     };
 }
 pub mod messages {
-    /// Reads bytes as each kind of message between ranks. Panics when one that is accepted is not written again
-    /// as it was.
+    /// Reads bytes as each kind of message between ranks. Panics when one that is accepted is not written
+    /// again as it was.
     pub fn read(bytes: &[u8]) {
         crate::ranks::read_any(bytes);
         crate::commit::several::read_any(bytes);

@@ -15,7 +15,8 @@ pub(crate) enum Mutant {
     /// Clones of files of older steps are not fsynced.
     // seen by: storage::adopting
     CloneFsync,
-    /// A chunk of a file that is predicted to be unchanged is taken for unchanged without a look at its digests.
+    /// A chunk of a file that is predicted to be unchanged is taken for unchanged without a look at its
+    /// digests.
     // seen by: saves::unchanged
     StaleChunk,
     /// The row of a linked file names the step that links to it, and not the one that wrote it.

@@ -143,9 +143,9 @@ pub unsafe extern "C" fn ashore_latest(executor: *mut ashore_executor, checkpoin
 
 /// Opens the newest step whose bytes are all as written, and passes over damaged ones and those marked bad:
 /// reads the steps whole that it examines. `skipped` may be null, or takes the JSON text of the newer steps,
-/// newest first: [{"step": 8, "path": "...", "kind": 7, "text": "..."}, ...] with an `ashore_status`. Freed by
-/// ashore_text_free. Both are null after a failure; if there is no step, `checkpoint` is null and the status
-/// ASHORE_OK. Where there are steps and none is sound, it fails with the damage of the newest.
+/// newest first: [{"step": 8, "path": "...", "kind": 7, "text": "..."}, ...] with an `ashore_status`. Freed
+/// by ashore_text_free. Both are null after a failure; if there is no step, `checkpoint` is null and the
+/// status ASHORE_OK. Where there are steps and none is sound, it fails with the damage of the newest.
 // SAFETY: the name begins with that of this library.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ashore_latest_valid(

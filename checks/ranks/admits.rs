@@ -9,12 +9,12 @@ use std::io::BufRead;
 use std::path::Path;
 use std::sync::Arc;
 
-/// What does not go through the recorded calls, and of which nothing is promised: the messages of ranks, the run
-/// log, and a directory of ext4's own.
+/// What does not go through the recorded calls, and of which nothing is promised: the messages of ranks, the
+/// run log, and a directory of ext4's own.
 const WITHOUT: [&str; 3] = ["messages", ".runs", "lost+found"];
 
-/// The storage of a job whose system calls are recorded, if the environment names the files of the record and of
-/// the log of the disk.
+/// The storage of a job whose system calls are recorded, if the environment names the files of the record and
+/// of the log of the disk.
 pub fn recorded(root: &str) -> Result<Option<Arc<Local>>> {
     let Some((record, disk)) = std::env::var_os("ASHORE_RECORD").zip(std::env::var_os("ASHORE_RECORD_DISK")) else {
         return Ok(None);
@@ -24,9 +24,9 @@ pub fn recorded(root: &str) -> Result<Option<Arc<Local>>> {
     Ok(Some(Arc::new(Local::with_sys(Arc::new(calls), root)?)))
 }
 
-/// Reads the position of a flush from each line, and answers whether the tree at `mount` is among the disks that
-/// a power loss before it can leave. With `early`, an fsync counts before it has returned: some trees must then be
-/// refused.
+/// Reads the position of a flush from each line, and answers whether the tree at `mount` is among the disks
+/// that a power loss before it can leave. With `early`, an fsync counts before it has returned: some trees
+/// must then be refused.
 pub fn admits(record: &str, mount: &str, early: bool) -> Result<()> {
     let failed = |what: &'static str| move |e: std::io::Error| wrong(&format!("{what}: {e}"));
     let records = Record::read(Path::new(record)).map_err(failed("cannot read the record"))?;

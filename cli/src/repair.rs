@@ -1,7 +1,7 @@
 //! `ashore repair`: writes the flipped bits of a step back, if exactly one explanation of its damage exists.
 //!
-//! No file is changed in place. Steps that share a damaged file get the repaired one. What is left of a killed
-//! repair goes in a sweep.
+//! No file is changed in place. Steps that share a damaged file get the repaired one. What is left of a
+//! killed repair goes in a sweep.
 
 mod writing;
 

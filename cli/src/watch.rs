@@ -164,8 +164,8 @@ fn tell(common: &Common, event: &Event) -> Result<()> {
     out::print(&out::wrapped(&format!("{}  ", when::clock(SystemTime::now())), &event.shown()))
 }
 
-/// Says the saves in flight, the newest step and the last failure, for the last line of a terminal. `before` is
-/// what the attempts had `elapsed` ago, at the last look.
+/// Says the saves in flight, the newest step and the last failure, for the last line of a terminal. `before`
+/// is what the attempts had `elapsed` ago, at the last look.
 fn status(rows: &[Row], seen: &Seen, before: &BTreeMap<PathBuf, (u64, u64)>, elapsed: Option<Duration>) -> String {
     let newest = rows.iter().rfind(|row| row.complete);
     let mut parts = Vec::new();

@@ -59,12 +59,12 @@ def test_every_bit_of_every_dtype_arrives(root, form):
                     flat[chance.integers(0, flat.size, 20)] ^= 0x81
             # And one does as a whole.
             state["int16"].copy_(torch.from_numpy(chance.integers(-9, 9, state["int16"].shape)))
-            published = put(publisher, state, step=10 * turn, name="näme")
+            published = put(publisher, state, step=10 * turn, name="name\u00e9")
             assert (published.version, published.kind, published.base) == (turn, "delta", turn - 1)
             for switch, follow in follows.items():
                 update = follow.next(60)
                 assert (update.version, update.is_full) == (turn, False)
-                assert update.values() == {"step": 10 * turn, "name": "näme"}
+                assert update.values() == {"step": 10 * turn, "name": "name\u00e9"}
                 served = {name: tensor.clone() for name, tensor in before.items()}
                 for change in update.changes():
                     indices, values = change.arrays()

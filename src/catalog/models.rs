@@ -19,8 +19,8 @@ enum End {
     Withdrawn,
 }
 
-/// Publishes step `step` as the committer does. What is announced is neither counted nor deleted before its end is
-/// known.
+/// Publishes step `step` as the committer does. What is announced is neither counted nor deleted before its
+/// end is known.
 fn publish(catalog: &Catalog, step: u64, attempt: Attempt, end: End) {
     let name = step_name(step);
     catalog.announce(&name, attempt).unwrap();

@@ -105,8 +105,8 @@ impl History {
         self.on
     }
 
-    /// The tensors that a new plan of a state of this fingerprint takes for frozen, by their index; no tensors
-    /// where there are none.
+    /// The tensors that a new plan of a state of this fingerprint takes for frozen, by their index; no
+    /// tensors where there are none.
     pub fn still(&self, fingerprint: u64) -> Arc<[bool]> {
         let (of, still) = &lock(&self.inner).still;
         if *of == fingerprint { still.clone() } else { self.none.clone() }

@@ -157,8 +157,8 @@ impl Plan {
         let total = items.iter().try_fold(0, sum).filter(|&sum| sum <= i64::MAX as u64 / 2);
         let total = total.ok_or_else(|| Error::invalid("the state is too large"))?;
 
-        // Classes have files of their own. Then by descending element size, so that every tensor is aligned to
-        // its elements; then by name, for a stable order.
+        // Classes have files of their own. Then by descending element size, so that every tensor is aligned
+        // to its elements; then by name, for a stable order.
         let key = |item: &Item| (item.layer, item.class, Reverse(source.tensor(item).layout.dtype.bitsize()));
         items.sort_by(|a, b| key(a).cmp(&key(b)).then_with(|| source.name_and_at(a).cmp(&source.name_and_at(b))));
         let weights = items.iter().map(|item| source.weight(item, total)).collect::<Result<Vec<_>>>()?;

@@ -24,8 +24,8 @@ impl StateDict<'_> {
     /// # Ok::<(), ashore::Error>(())
     /// ```
     ///
-    /// An alias stands for the tensor that has its bytes. Several ranks share no files, and tensors in boxes are
-    /// not put together: a declaration changes nothing there.
+    /// An alias stands for the tensor that has its bytes. Several ranks share no files, and tensors in boxes
+    /// are not put together: a declaration changes nothing there.
     ///
     /// # Errors
     /// `Invalid` when there is no tensor `name`, or when it is in a group.

@@ -358,7 +358,8 @@ pub struct Inode {
     pub identity: (u64, u64),
     /// The length of the file in bytes.
     pub len: u64,
-    /// The number of its names, in all directories. A clone is a file of its own, and counts for nothing here.
+    /// The number of its names, in all directories. A clone is a file of its own, and counts for nothing
+    /// here.
     pub names: u64,
 }
 

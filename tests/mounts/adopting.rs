@@ -8,6 +8,7 @@ use ashore::testing::conformance;
 use ashore::{ALIGNMENT, Attempt};
 use rustix::fs::statvfs;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
@@ -142,7 +143,7 @@ fn an_immutable_file_is_not_linked() {
 fn a_file_of_another_owner_is_linked_only_where_it_may_be_written() {
     let protected = fs::read_to_string("/proc/sys/fs/protected_hardlinks").unwrap_or_default();
     if protected.trim() != "1" {
-        println!("left out: fs.protected_hardlinks is off here");
+        let _ = writeln!(std::io::stderr(), "left out: fs.protected_hardlinks is off here");
         return;
     }
     let mounted = Mounted::new("ext4", 64, &["-q", "-F"]);

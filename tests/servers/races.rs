@@ -85,8 +85,8 @@ fn of_32_writers_that_take_the_root_from_each_other_exactly_one_wins() {
     }
 }
 
-/// Lets 32 writers race through a network that loses answers and makes conflicts without an object. `storages`
-/// makes theirs.
+/// Lets 32 writers race through a network that loses answers and makes conflicts without an object.
+/// `storages` makes theirs.
 fn race_through_faults(round: u64, storages: impl FnOnce(&str, &str) -> Vec<Arc<dyn Storage>>) {
     let proxy = Proxy::before(&moto());
     let prefix = prefix("race");

@@ -258,7 +258,8 @@ fn measured(
     let (mut tails, mut written) = (compared.tails, compared.written);
     let (more, bytes) = measure::commits(dir, share(1), &mut memory, interrupt)?;
     drop(memory);
-    (tails.extend(more), written += bytes);
+    tails.extend(more);
+    written += bytes;
     let longest = tails.iter().max().map_or(0.0, Duration::as_secs_f64);
     next("memory");
     let (copy, digest) = measure::memory(share(1), interrupt)?;

@@ -1,8 +1,8 @@
 //! The commands of the book: every `console` block of `docs/book/` is run, and prints what the page shows.
 //!
-//! `$ ashore ...` is a command without a shell, `? 3` its exit status if that is not 0, and the rest its output.
-//! `...` alone on a line is any lines, and `[..]` within one is any text. The blocks of a page share a
-//! directory.
+//! `$ ashore ...` is a command without a shell, `? 3` its exit status if that is not 0, and the rest its
+//! output. `...` alone on a line is any lines, and `[..]` within one is any text. The blocks of a page share
+//! a directory.
 
 use crate::run::{Run, masked};
 use std::fs;

@@ -78,8 +78,8 @@ impl Run {
         self.step(step).join("model.safetensors")
     }
 
-    /// Makes the step `to` share the shard of `from`, as a save that did not change its tensors does. Both must
-    /// have been saved from the same state: then the tables differ in the origin of the shard alone.
+    /// Makes the step `to` share the shard of `from`, as a save that did not change its tensors does. Both
+    /// must have been saved from the same state: then the tables differ in the origin of the shard alone.
     pub fn share(&self, from: u64, to: u64) {
         fs::remove_file(self.shard(to)).unwrap();
         fs::hard_link(self.shard(from), self.shard(to)).unwrap();

@@ -112,8 +112,8 @@ pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8], rank: u32) -> Result<T> 
     })
 }
 
-/// Reads bytes as each kind of message, and panics when one that is accepted is read as another one after it was
-/// written again.
+/// Reads bytes as each kind of message, and panics when one that is accepted is read as another one after it
+/// was written again.
 pub(crate) fn read_any(bytes: &[u8]) {
     fn read<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
         let Ok(message) = decode::<T>(bytes, 0) else { return };

@@ -122,7 +122,8 @@ impl Sys for Linux {
     }
 
     fn link(&self, file: RawFd, dir: RawFd, name: &Path) -> io::Result<()> {
-        // A link to a file of a lower layer copies it to the upper one, and nothing tells which files those are.
+        // A link to a file of a lower layer copies it to the upper one, and nothing tells which files those
+        // are.
         if rustix::fs::fstatfs(borrow(dir))?.f_type as u64 & 0xffff_ffff == OVERLAY {
             return Err(Errno::OPNOTSUPP.into());
         }

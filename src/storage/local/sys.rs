@@ -109,8 +109,8 @@ pub trait Sys: Send + Sync + Debug {
     fn ftruncate(&self, fd: RawFd, len: u64) -> io::Result<()>;
     /// renameat2(2) within one directory.
     fn rename(&self, dir: RawFd, from: &Path, to: &Path, how: Rename) -> io::Result<()>;
-    /// linkat(2): another name for the open `file`. ENOENT after its last name was removed; EOPNOTSUPP where a
-    /// link may copy the file.
+    /// linkat(2): another name for the open `file`. ENOENT after its last name was removed; EOPNOTSUPP where
+    /// a link may copy the file.
     fn link(&self, file: RawFd, dir: RawFd, name: &Path) -> io::Result<()>;
     /// ioctl(2) FICLONE: the empty file `to` gets length and blocks of `from`, and shares them.
     fn clone_file(&self, from: RawFd, to: RawFd) -> io::Result<()>;

@@ -92,7 +92,8 @@ mod s3 {
             .with_http_connector(Connector);
         if !plain || unsigned {
             // TLS protects the body on its way; the checksum, what the store does with it. Without TLS the
-            // signature covers a SHA-256 of the body, at three times the CPU time, unless the user renounces it.
+            // signature covers a SHA-256 of the body, at three times the CPU time, unless the user renounces
+            // it.
             builder = builder.with_unsigned_payload(true).with_checksum_algorithm(Checksum::CRC64NVME);
         }
         Ok(Arc::new(builder.build().map_err(|error| unusable(url, &error))?))

@@ -46,9 +46,9 @@ impl Tree {
 impl Disk {
     /// Returns why a crash now cannot leave `found`, or None if it can.
     ///
-    /// Every set of pending changes that [`Disk::pending`] allows is considered: of each directory the sets of
-    /// operations that share names, because others do not concern each other, and of a file the lengths and then
-    /// each sector by itself.
+    /// Every set of pending changes that [`Disk::pending`] allows is considered: of each directory the sets
+    /// of operations that share names, because others do not concern each other, and of a file the lengths
+    /// and then each sector by itself.
     pub(super) fn refuses(&self, found: &Tree) -> Option<String> {
         self.look(ROOT, found).err()
     }
@@ -130,8 +130,8 @@ fn shares(one: &Op, other: &Op) -> bool {
     names(other).iter().flatten().any(|name| names(one).contains(&Some(name)))
 }
 
-/// Whether a crash can leave `found` of a file. Each sector is looked at by itself, because each keeps or loses
-/// a write by itself; the lengths are kept in their order.
+/// Whether a crash can leave `found` of a file. Each sector is looked at by itself, because each keeps or
+/// loses a write by itself; the lengths are kept in their order.
 fn content(durable: &[u8], pending: &[Change], found: &[u8]) -> Result<(), String> {
     let lengths: Vec<usize> =
         pending.iter().filter_map(|c| if let Change::Size(len) = c { Some(*len) } else { None }).collect();
@@ -213,8 +213,8 @@ mod tests {
         fd
     }
 
-    /// A step that is published after another one, which is then deleted: all kinds of operations are pending at
-    /// some moment.
+    /// A step that is published after another one, which is then deleted: all kinds of operations are pending
+    /// at some moment.
     fn program() -> SimFs {
         let fs = SimFs::new();
         let root = fs.open(None, Path::new("/"), Open::Dir, false).unwrap();

@@ -14,11 +14,11 @@
 //!   since the last one may each be lost, in any combination that keeps the order of operations on the same
 //!   name.
 //! - **Rename** (plain, no-replace, exchange) is atomic, and may be lost until the directory is fsynced.
-//! - **Links** of a file are names of the same bytes, and each is made durable by its own directory. So a name
-//!   may be durable while no byte of the file is: the file then has its durable length, which is 0 before its
-//!   first fsync. The file is freed with its last name and its last descriptor.
-//! - **Clones** are new files, where the file system has them: until an fsync of its own, a clone may be empty,
-//!   in part as the source was, or without what was written into it since.
+//! - **Links** of a file are names of the same bytes, and each is made durable by its own directory. So a
+//!   name may be durable while no byte of the file is: the file then has its durable length, which is 0
+//!   before its first fsync. The file is freed with its last name and its last descriptor.
+//! - **Clones** are new files, where the file system has them: until an fsync of its own, a clone may be
+//!   empty, in part as the source was, or without what was written into it since.
 //! - **Permissions**: a file that was protected opens for no writing until a crash.
 //! - **Unlink** that is lost brings the name back, and the file with its durable content.
 //! - **A failed fsync** of a file drops the pending data: the running system still reads it, the disk never
@@ -26,8 +26,8 @@
 //!   leaves its entries pending (file systems stop altogether when they cannot write names).
 //! - **Locks** belong to descriptors and end with them; a crash ends all.
 //!
-//! What it leaves out: time (every age is zero), symbolic links, sparse files larger than memory, the order that a
-//! journal would add (fewer images, all of them among these), bytes damaged after they were durable.
+//! What it leaves out: time (every age is zero), symbolic links, sparse files larger than memory, the order
+//! that a journal would add (fewer images, all of them among these), bytes damaged after they were durable.
 
 mod admits;
 mod calls;

@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The operations of a recorded run, each with the positions in the log of the disk between which it was made.
+/// The operations of a recorded run, each with the positions in the log of the disk between which it was
+/// made.
 #[derive(Debug)]
 pub struct Replay {
     log: Vec<(Op, u64, u64)>,
@@ -45,10 +46,10 @@ impl Replay {
 
     /// Returns why no power loss leaves `found`, or None if one does.
     ///
-    /// The disk holds every write of its log up to a flush, and any of those up to the next one, which ends at
-    /// `flush`. So an operation may be there if it began before `flush`; an fsync
-    /// has made durable what it covers if it returned before, because it rests on earlier flushes alone. With
-    /// `early` it counts as soon as it began, which is wrong: a check must then fail.
+    /// The disk holds every write of its log up to a flush, and any of those up to the next one, which ends
+    /// at `flush`. So an operation may be there if it began before `flush`; an fsync has made durable what it
+    /// covers if it returned before, because it rests on earlier flushes alone. With `early` it counts as
+    /// soon as it began, which is wrong: a check must then fail.
     pub fn refuses(&self, flush: u64, found: &Tree, early: bool) -> Option<String> {
         let mut disk = Disk::new(&Image::empty());
         for (op, began, ended) in &self.log {
@@ -139,7 +140,8 @@ mod tests {
         assert!(!replay.is_empty());
         let (all, none) = (Tree::read(root.path(), &[]).unwrap(), Tree::Dir(BTreeMap::new()));
         let refused = |flush, found| replay.refuses(flush, found, false).is_some();
-        // Before anything began only an empty disk can be found; after the first session its directory is durable.
+        // Before anything began only an empty disk can be found; after the first session its directory is
+        // durable.
         assert_eq!((refused(0, &all), refused(0, &none)), (true, false));
         assert_eq!((refused(1, &all), refused(1, &none)), (false, true));
         assert_eq!((refused(11, &all), refused(11, &none)), (false, true));
