@@ -303,16 +303,30 @@ tsan:
     .ci/strict "${test[@]}" --lib -- memory:: staging:: completion::
     .ci/strict "${test[@]}" --test all -- fence:: cuda::{staging,gather,late_copies,batch,waits,borrowed,handed_in,restoring,cudarc} "${skip[@]/#/--skip=}"
 
-# Runs every fuzz target, for SECONDS together.
+# Runs every fuzz target, for SECONDS together: first over the kept inputs and the seeds, then over new ones.
 fuzz seconds="60":
     #!/usr/bin/env bash
     set -euo pipefail
     targets=($(cargo +{{ nightly }} fuzz list))
     each=$(( ({{ seconds }} + ${#targets[@]} - 1) / ${#targets[@]} ))
     for target in "${targets[@]}"; do
-        mkdir -p "fuzz/corpus/$target"
-        cargo +{{ nightly }} fuzz run "$target" "fuzz/corpus/$target" "fuzz/seeds/$target" -- \
+        corpus="fuzz/corpus/$target"
+        mkdir -p "$corpus"
+        tar -xzf "fuzz/kept/$target.tar.gz" -C "$corpus"
+        cargo +{{ nightly }} fuzz run "$target" "$corpus" "fuzz/seeds/$target" -- \
             -max_total_time="$each" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1
+    done
+
+# Keeps the inputs that `just fuzz` has found, as few as reach the same code: writes `fuzz/kept/`.
+fuzz-keep:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    for target in $(cargo +{{ nightly }} fuzz list); do
+        least=$(mktemp -d)
+        cargo +{{ nightly }} fuzz run "$target" "$least" "fuzz/corpus/$target" "fuzz/seeds/$target" -- -merge=1 -timeout=10
+        tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=0644 -C "$least" -cf - $(ls "$least") \
+            | gzip -9n >"fuzz/kept/$target.tar.gz"
+        rm -rf "$least"
     done
 
 # Breaks each promise once: the suite must notice.

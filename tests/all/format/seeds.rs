@@ -1,8 +1,10 @@
 //! The seeds of the fuzz targets are valid input, from which fuzzing starts.
 
+use ashore::internal::digest::Digest;
 use ashore::internal::format::header::Header;
 use ashore::internal::format::index::Index;
 use ashore::internal::format::manifest::Sealed;
+use ashore::internal::messages;
 use ashore::internal::state::decode_value;
 use std::path::{Path, PathBuf};
 
@@ -23,6 +25,11 @@ fn seeds_are_accepted() {
     for (path, bytes) in seeds("header") {
         let accepted = [0, 24].map(|data| Header::parse(&bytes, bytes.len() as u64 + data).is_ok());
         assert!(accepted.contains(&true), "{}", path.display());
+    }
+    for (_, bytes) in seeds("message") {
+        let digest = Digest::of(&bytes).to_bits().to_le_bytes();
+        messages::read(&bytes);
+        messages::read(&[&bytes[..], &digest].concat());
     }
     for (path, bytes) in seeds("value") {
         let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
