@@ -410,7 +410,7 @@ fn each_name_of_a_file_is_durable_by_its_own_directory_and_the_bytes_by_an_fsync
     fs.sync("b");
     assert_eq!(fs.names(), set(["a b b/y.bin", "a a/x.bin b b/y.bin"]));
     let written = fates([Some(b""), Some(b"\0"), Some(b"x")]);
-    assert_eq!(fs.fates("b/y.bin"), written, "a durable name of a file without an fsync");
+    assert_eq!(fs.fates("b/y.bin"), written, "a durable name of a file that is not durable");
     fs.sync("b/y.bin");
     assert_eq!(fs.fates("b/y.bin"), fates([Some(b"x")]));
     assert_eq!(fs.fates("a/x.bin"), fates([None, Some(b"x")]));

@@ -119,7 +119,7 @@ fn a_link_is_made_before_the_fsync_of_the_attempt_and_has_none_of_its_own() {
 }
 
 #[test]
-fn a_linked_file_can_be_written_by_nobody_and_keeps_who_may_read_it() {
+fn a_linked_file_loses_the_permissions_to_write_and_keeps_the_others() {
     let (directory, world) = linking();
     let path = directory.path().join("step-1/shard");
     fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
