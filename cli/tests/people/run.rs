@@ -114,6 +114,11 @@ impl Run {
         command.stdin(Stdio::null()).output().unwrap()
     }
 
+    /// Returns the text that the program prints on wide lines.
+    pub fn said(&self, args: &[&str]) -> String {
+        String::from_utf8(self.ashore(args, 200).stdout).unwrap()
+    }
+
     /// Returns the JSON that the program prints, which ends with `status`.
     pub fn json(&self, args: &[&str], status: i32) -> Value {
         let output = self.ashore(args, 80);
