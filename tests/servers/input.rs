@@ -1,6 +1,6 @@
 //! Wrong settings and hostile buckets: errors that name the store and say what to do, and never a panic.
 
-use crate::proxy::{Fault, Proxy};
+use crate::proxy::{Fault, Proxy, Rule};
 use crate::roots::{executor, on_s3, over, state};
 use crate::servers::{self, moto, prefix, s3s};
 use ashore::storage::Storage;
@@ -86,6 +86,19 @@ fn a_store_without_conditions_is_refused_before_anything_is_written() {
     proxy.deaf(true);
     let error = refused(on_s3(&proxy.url(), &prefix("deaf")));
     says(&error, ErrorKind::Invalid, &["condition"]);
+}
+
+/// S3 answers a conditional put with 409 when another request was in its way. Executors could not be built then.
+#[test]
+fn a_probe_that_the_store_refuses_for_another_requests_sake_is_sent_again() {
+    let proxy = Proxy::before(&moto());
+    for skip in [0, 1] {
+        let fault = Fault::Status(409, "ConditionalRequestConflict");
+        // The first put of a probe, and the third, which changes what the first has made.
+        proxy.rule(Rule { method: "PUT", path: "/.probe-".into(), fault, skip: 2 * skip, times: 2 });
+        executor(on_s3(&proxy.url(), &prefix("probed"))).build().unwrap();
+        proxy.calm();
+    }
 }
 
 #[test]

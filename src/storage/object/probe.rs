@@ -10,6 +10,9 @@ use object_store::UpdateVersion;
 use std::time::Instant;
 use uuid::Uuid;
 
+/// How often a put is sent that the store refuses although nothing stands against it.
+const TRIES: usize = 10;
+
 /// Probes the store, once for each client and its relatives.
 ///
 /// # Errors
@@ -54,15 +57,30 @@ fn put(
 fn probe(client: &Client, key: &str) -> Result<()> {
     let deadline = client.deadline();
     let put = |text, condition| put(client, key, text, condition, deadline);
-    let content =
-        || Ok(client.get("read the probe", key, 64, deadline)?.map(|(bytes, meta)| (bytes, meta.e_tag, meta.version)));
+    let content = || -> Result<_> {
+        let there = client.get("read the probe", key, 64, deadline)?;
+        Ok(there.map(|(bytes, meta)| (bytes, meta.e_tag, meta.version)))
+    };
     let deaf = |what: &str| {
         let why = "the store does not hear conditions, so two jobs could publish over each other: use another store";
         Err(Error::invalid(format!("{why} ignored={what:?}")).with_path(client.name()))
     };
+    // S3 refuses a condition also for the sake of a request beside it (409): then nothing has changed.
+    let insist = |text: &'static str, condition: Condition| -> Result<_> {
+        let mut tries = 1;
+        loop {
+            let (answer, there) = (put(text, condition.clone()), content()?);
+            let done = there.as_ref().is_some_and(|(bytes, ..)| bytes == text);
+            if done || tries == TRIES || !answer.as_ref().is_err_and(|answered| answered.refused) {
+                return Ok((answer, there));
+            }
+            std::thread::sleep(varied(FIRST_PAUSE));
+            tries += 1;
+        }
+    };
     // Whatever the answers are, what is there decides.
-    let first = put("1", Condition::Absent);
-    let Some((bytes, e_tag, version)) = content()? else {
+    let (first, there) = insist("1", Condition::Absent)?;
+    let Some((bytes, e_tag, version)) = there else {
         let lost = || Error::new(ErrorKind::Unavailable, "the store lost a probe").with_path(client.name());
         return Err(first.err().map_or_else(lost, |answered| answered.error));
     };
@@ -77,8 +95,8 @@ fn probe(client: &Client, key: &str) -> Result<()> {
         return deaf("put if absent");
     }
     let stale = UpdateVersion { e_tag, version };
-    let update = put("3", Condition::Is(stale.clone()));
-    if content()?.is_none_or(|(bytes, ..)| bytes != "3") {
+    let (update, there) = insist("3", Condition::Is(stale.clone()))?;
+    if there.is_none_or(|(bytes, ..)| bytes != "3") {
         return match update.err().or(again.err()) {
             Some(answered) => Err(answered.error),
             None => deaf("a put of a version that is there"),
