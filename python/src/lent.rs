@@ -49,12 +49,15 @@ pub fn one(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Lent> {
     Ok(Lent { name: name.to_owned(), memory, bytes, keep })
 }
 
+/// More names of tensors, each with the name that has the memory.
+pub type Aliases = Vec<(String, String)>;
+
 /// The memory of several objects, and further names of it, each with the name it is lent under: the first in
 /// the order of names, as in a version.
 ///
 /// # Errors
 /// As [`one`], and for objects that share a part of their memory.
-pub fn several(mut objects: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<(Vec<Lent>, Vec<(String, String)>)> {
+pub fn several(mut objects: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<(Vec<Lent>, Aliases)> {
     objects.sort_by(|a, b| a.0.cmp(&b.0));
     let (mut found, mut tied): (Vec<Lent>, Vec<(String, String)>) = (Vec::with_capacity(objects.len()), Vec::new());
     let mut begins = std::collections::BTreeMap::new();

@@ -88,7 +88,8 @@ fn a_store_without_conditions_is_refused_before_anything_is_written() {
     says(&error, ErrorKind::Invalid, &["condition"]);
 }
 
-/// S3 answers a conditional put with 409 when another request was in its way. Executors could not be built then.
+/// S3 answers a conditional put with 409 when another request was in its way. Executors could not be built
+/// then.
 #[test]
 fn a_probe_that_the_store_refuses_for_another_requests_sake_is_sent_again() {
     let proxy = Proxy::before(&moto());
