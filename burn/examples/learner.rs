@@ -1,5 +1,5 @@
-//! burn's own training loop, which may be killed at any moment, and continues from its newest durable epoch as
-//! if it had not been.
+//! burn's own training loop, which may be killed at any moment, and continues from its newest durable epoch
+//! as if it had not been.
 //!
 //! `cargo run --features learner --example learner -- runs/a 30` trains up to epoch 30. With
 //! `--forget-optimizer` it resumes with a new optimizer, which gives another result.

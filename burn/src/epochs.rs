@@ -19,9 +19,9 @@ const RECORDS: usize = 3;
 /// Give clones of one `Epochs` to `SupervisedTraining::with_custom_checkpointers`, for all three, and make
 /// another one for another training. burn calls them in threads of their own:
 ///
-/// - **Saving.** The call that brings the last of the three records begins the save, and returns when the step
-///   is durable. The training goes on meanwhile, until it saves the next epoch. An epoch of which a record
-///   cannot be packed is not saved. A step that exists is replaced.
+/// - **Saving.** The call that brings the last of the three records begins the save, and returns when the
+///   step is durable. The training goes on meanwhile, until it saves the next epoch. An epoch of which a
+///   record cannot be packed is not saved. A step that exists is replaced.
 /// - **Deleting.** An epoch that a strategy of burn deletes stays until another step is durable. Steps that
 ///   people have marked keep stay.
 /// - **Failures** end the training, and are in the `error` of its result. When `launch` returns without one,

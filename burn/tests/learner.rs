@@ -43,8 +43,8 @@ fn a_learner_that_is_killed_resumes_bit_for_bit() {
     assert!(other.starts_with("model."), "{other}");
 }
 
-/// Trains in `root`, and kills the training when it says that it saves epoch `kill_at`. Returns the epoch from
-/// which it resumed.
+/// Trains in `root`, and kills the training when it says that it saves epoch `kill_at`. Returns the epoch
+/// from which it resumed.
 fn train(root: &Path, arguments: &[&str], kill_at: Option<u64>) -> Option<u64> {
     let program = std::env::current_exe().unwrap().parent().unwrap().with_file_name("examples").join("learner");
     assert!(program.exists(), "run the whole `cargo test`, which builds the example {}", program.display());

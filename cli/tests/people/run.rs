@@ -89,7 +89,7 @@ impl Run {
         let mut text = ours.clone();
         text.replace_range(tables(&ours), &theirs[tables(&theirs)]);
         let end = text.rfind(",\"digest\":").unwrap();
-        let sealed = seal::seal(text[..end].as_bytes().to_vec());
+        let sealed = seal::seal(text.as_bytes()[..end].to_vec());
         fs::write(self.step(to).join(MANIFEST), sealed).unwrap();
     }
 
