@@ -19,7 +19,7 @@ use crate::storage::Storage;
 use crate::sync::{Mutex, lock};
 use crate::writer::{Older, OlderFile};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Tensor bytes below which a file is always written: it costs little, and a second copy is worth more.
@@ -227,11 +227,11 @@ fn files(
         };
         let old = before.filter(|last| Arc::ptr_eq(&last.plan, plan)).and_then(|last| last.files[number].as_ref());
         let shared = matches!(made, Made::Linked(_) | Made::Cloned);
-        let (saves, written) = match old.filter(|_| shared) {
-            Some(known) => (known.saves + 1, known.written),
-            None => (0, Instant::now()),
+        let (saves, written, damaged) = match old.filter(|_| shared) {
+            Some(known) => (known.saves + 1, known.written, known.file.damaged.clone()),
+            None => (0, Instant::now(), Arc::default()),
         };
-        let (reading, damaged) = (reading.open(&shard.name)?, AtomicBool::new(false));
+        let reading = reading.open(&shard.name)?;
         files.push(Some(Known { file: Arc::new(OlderFile { reading, filled, damaged }), saves, written }));
     }
     Ok(files)

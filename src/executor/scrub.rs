@@ -54,15 +54,16 @@ impl Scrub {
         let len = file.reading.len();
         let mut piece = AlignedBuffer::new(PIECE);
         while at < len {
-            if stop() || self.closed.load(Ordering::Acquire) {
-                lock(&self.state).open = Some((file, at, digest));
-                return Ok(());
-            }
             let began = Instant::now();
             let now = &mut piece[..PIECE.min((len - at) as usize)];
             file.reading.read_at(at, now)?;
             digest = digest.then(Digest::of(now), now.len() as u64);
             at += now.len() as u64;
+            // After a piece: saves that come without a pause must not keep it from getting on.
+            if at < len && (stop() || self.closed.load(Ordering::Acquire)) {
+                lock(&self.state).open = Some((file, at, digest));
+                return Ok(());
+            }
             std::thread::sleep(began.elapsed());
         }
         if digest != file.filled.whole {

@@ -32,8 +32,8 @@ pub(crate) struct OlderFile {
     pub reading: Arc<dyn FileReading>,
     /// What its step says of it. The origin is the step and attempt that its header names.
     pub filled: FilledFile,
-    /// Its bytes were found to be others than those that were written.
-    pub damaged: AtomicBool,
+    /// Its bytes were found to be others than those that were written. All who share them know it.
+    pub damaged: Arc<AtomicBool>,
 }
 
 impl Older {

@@ -15,7 +15,8 @@ const CHUNK: usize = 1 << 20;
 
 fn traced(root: &Path, trace: &Path) -> Builder {
     let builder = CheckpointExecutor::builder(root).arena(8 * CHUNK as u64).chunk(CHUNK as u64).keep_last(2);
-    builder.trace(trace.to_str().unwrap())
+    // Saves of one state would share its file from the third on.
+    builder.links(false).trace(trace.to_str().unwrap())
 }
 
 /// Saves some chunks: 5 of tensors and a header.

@@ -209,6 +209,8 @@ impl Bench<'_> {
         let Args { writers, files, engine, priority, .. } = self.args;
         let Sizes { arena, chunk } = self.sizes();
         let mut builder = self.home.builder(CheckpointExecutor::builder(self.dir)).arena(arena).chunk(chunk);
+        // The state does not change from save to save, and every save is to write it.
+        builder = builder.links(false);
         if let Some(writers) = *writers {
             builder = builder.writers(writers);
         }

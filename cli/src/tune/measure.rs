@@ -81,7 +81,8 @@ pub fn saves(
     time: Duration,
     interrupt: &Interrupt,
 ) -> Result<Vec<(Duration, Committed)>> {
-    let executor = home.builder(CheckpointExecutor::builder(dir).settings(settings.clone()).alone()).build()?;
+    let executor =
+        home.builder(CheckpointExecutor::builder(dir).settings(settings.clone()).links(false).alone()).build()?;
     match home.gpu() {
         None => {
             let state = HostState::of(shapes.list());

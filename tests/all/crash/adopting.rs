@@ -124,7 +124,11 @@ impl<'a> Program<'a> {
     /// Keeps the files of a step open, which must be durable.
     fn keep(&mut self, one: Try) -> Result<()> {
         let reading = self.storage.open(&step_name(one.step))?;
-        let listing = listing(&*reading).expect("a step that is there");
+        // None: the process was killed, or the call fails that is to fail.
+        let Some(listing) = listing(&*reading) else {
+            self.kept.clear();
+            return Ok(());
+        };
         let open = |(name, _, origin): &(String, usize, Origin)| Ok((reading.open(name)?, *origin));
         self.kept = listing.files.iter().map(open).collect::<Result<_>>()?;
         Ok(())
