@@ -407,9 +407,9 @@ int32_t ashore_latest(ashore_executor *executor, ashore_checkpoint **checkpoint)
 
 // Opens the newest step whose bytes are all as written, and passes over damaged ones and those marked bad:
 // reads the steps whole that it examines. `skipped` may be null, or takes the JSON text of the newer steps,
-// newest first: [{"step": 8, "path": "...", "kind": 7, "text": "..."}, ...] with an `ashore_status`. Freed by
-// ashore_text_free. Both are null after a failure; if there is no step, `checkpoint` is null and the status
-// ASHORE_OK. Where there are steps and none is sound, it fails with the damage of the newest.
+// newest first: [{"step": 8, "path": "...", "kind": 7, "text": "..."}, ...] with an `ashore_status`. Freed
+// by ashore_text_free. Both are null after a failure; if there is no step, `checkpoint` is null and the
+// status ASHORE_OK. Where there are steps and none is sound, it fails with the damage of the newest.
 int32_t ashore_latest_valid(ashore_executor *executor, ashore_checkpoint **checkpoint, char **skipped);
 
 // Opens a step under the root: ASHORE_NOT_FOUND if it is not there.
