@@ -67,7 +67,7 @@ public:
   state &value(std::string name, std::string json) { return named(values, std::move(name), std::move(json)); }
   // Another name of a tensor, for weights that are tied: the bytes are saved once.
   state &alias(std::string name, std::string holder) { return named(aliases, std::move(name), std::move(holder)); }
-  state() = default;
+  state() = default; // it points into itself
   state(state &&) = delete;
 
 private:
@@ -105,9 +105,7 @@ public:
     return check(ashore_save_wait(handle.get(), seconds, cost));
   }
   // Returns when the step is durable in the tier of this name, too.
-  void durable_in(const std::string &tier, double seconds) {
-    check(ashore_save_durable_in(handle.get(), tier.c_str(), seconds));
-  }
+  void durable_in(const char *tier, double seconds) { check(ashore_save_durable_in(handle.get(), tier, seconds)); }
   void staged(double seconds) { check(ashore_save_staged(handle.get(), seconds)); }
   void cancel() { check(ashore_save_cancel(handle.get())); }
   // Calls `done` once, with a status and the text of a failure. An exception in it ends the program.
@@ -174,10 +172,8 @@ public:
     check(ashore_save_begin(handle.get(), step, tensors.data(), tensors.size(), &options, &begun));
     return ashore::save(begun);
   }
-  // The tensors may be written after it: by `streams` on the GPU, by the host without any.
-  void fence(const std::vector<ashore_stream> &streams = {}) {
-    check(ashore_fence(handle.get(), streams.data(), streams.size()));
-  }
+  // The tensors may be written after it: in the streams `in` on the GPU, by the host without any.
+  void fence(const std::vector<ashore_stream> &in = {}) { check(ashore_fence(handle.get(), in.data(), in.size())); }
   std::optional<checkpoint> latest() {
     ashore_checkpoint *newest = nullptr;
     check(ashore_latest(handle.get(), &newest));
