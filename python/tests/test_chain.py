@@ -218,14 +218,15 @@ def test_a_damaged_version_is_refused_and_a_later_full_is_taken(root):
 
 def test_an_executor_publishes_beside_its_saves(root, executor, tmp_path):
     chain, weights = tmp_path / "chain", torch.ones(1000)
+    saves = []
     with Publisher(chain) as publisher:
         for turn in range(1, 4):
             executor.fence()
             weights += 1.0
-            executor.save(turn, {"w": weights})
+            saves.append(executor.save(turn, {"w": weights}))
             publish = executor.publish_delta(publisher, {"w": weights}, values={"turn": turn})
         assert publish.wait(60).version == 3 == publish.version == publisher.newest
-    assert executor.catalog.steps() == [1, 2, 3]
+    assert [save.wait(60).step for save in saves] == executor.catalog.steps() == [1, 2, 3]
     follow = Follow(f"file://{chain}", copy_to=tmp_path / "own")
     assert follow.advance(60) == 3 and (follow.read("w") == 4.0).all()
     # The own copy is enough to start again.

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import shutil
 import threading
 import time
 
@@ -69,7 +70,8 @@ def test_the_notifier_completes_it(root, tmp_path):
 def test_a_tier_that_is_away_is_waited_for(root, tmp_path):
     tier = tmp_path / "tier"
     executor = tiered(root, tier)
-    tier.rename(tmp_path / "gone")
+    # Not moved: the executor has it open, and would go on there.
+    shutil.rmtree(tier)
     tier.write_text("no directory")
     save = executor.save(1, {"a": torch.ones(4)})
     save.wait()
