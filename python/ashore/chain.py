@@ -330,7 +330,8 @@ class Weights(Mapping[str, Any]):
         if dtype is None:
             text = f"NumPy has no such dtype: read the tensor with torch tensor={name!r} dtype={stored}"
             raise InvalidError(text, "invalid", name)
-        return numpy.asarray(_Bytes(self._core, name)).view(_numpy.dtype(dtype)).reshape(shape)
+        found: numpy.ndarray[Any, Any] = numpy.asarray(_Bytes(self._core, name)).view(_numpy.dtype(dtype)).reshape(shape)
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self._infos

@@ -32,7 +32,8 @@ def changed(change: Changed) -> tuple[torch.Tensor | None, torch.Tensor]:
     (tensor([[100]]), 2.0)
     """
     dtype = torch_dtype(change.dtype)
-    indices = None if change.is_whole else torch.empty(change._core.count, dtype=torch.int64)
+    count = change._core.count
+    indices = None if count is None else torch.empty(count, dtype=torch.int64)
     values = torch.empty(change._core.bytes // dtype.itemsize, dtype=dtype)
     change._core.fill(indices, values)
     return indices, values
