@@ -67,8 +67,8 @@ fn every_verb(root: &str) {
     let listed = said(&["ls", root, near, &far, "--json"]);
     assert!(listed.contains("\"step\":3,\"fork\":false"), "{listed}");
     refused(&["convert", &step, "--to", "ranks", "2", &format!("{root}/other")], "ashore copy");
-    for verb in ["demo", "bench"] {
-        refused(&[verb, "--dir", root], "measures a disk");
+    for verb in [&["demo"][..], &["bench", "save"]] {
+        refused(&[verb, &["--dir", root]].concat(), "measures a disk");
     }
 }
 
