@@ -500,7 +500,7 @@ fn commit_alone(endings: &Receiver<Arc<Task>>, mut committing: Committing, leave
         dropped(task);
     }
     // The thread that tidies up ends next, and must not read a long file first.
-    committing.history.scrub.close();
+    committing.history.close();
 }
 
 /// The body of the thread that commits the saves of several ranks, in the order of calls.

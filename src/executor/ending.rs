@@ -111,7 +111,9 @@ pub(super) fn conclude(
             // Before the future says that the save has ended: the next save may begin at once.
             if request.parent.is_none() && history.is_on() {
                 guard::attempt("remember the files of a step", || {
-                    task.receipts().map(|receipts| history.durable(request, receipts, storage.as_ref()))
+                    let receipts = task.receipts()?;
+                    history.durable(request, receipts, task.older(), storage.as_ref());
+                    Ok(())
                 });
             }
             if let Some(behind) = behind {

@@ -45,7 +45,7 @@ pub(super) struct History {
 
 #[derive(Debug)]
 struct Inner {
-    last: Option<Last>,
+    last: Option<Arc<Last>>,
     /// The tensors that new plans put together with those that were declared frozen, of states of this
     /// fingerprint.
     still: (u64, Arc<[bool]>),
@@ -65,7 +65,8 @@ struct Last {
     digests: Arc<[Digest]>,
     /// By index in the state dict.
     tensors: Vec<Seen>,
-    files: Vec<Option<Known>>,
+    /// Of each shard that is predicted to be unchanged, its file.
+    files: Vec<Option<Arc<OlderFile>>>,
 }
 
 /// A tensor in the saves so far.
@@ -74,15 +75,6 @@ struct Seen {
     digest: Digest,
     /// It is predicted to be the same in the next save.
     still: bool,
-}
-
-/// A file of the last durable step.
-#[derive(Clone, Debug)]
-struct Known {
-    file: Arc<OlderFile>,
-    /// Saves since it was written, and when that was.
-    saves: u32,
-    written: Instant,
 }
 
 impl History {
@@ -112,44 +104,43 @@ impl History {
         if *of == fingerprint { still.clone() } else { self.none.clone() }
     }
 
+    /// Closes the files. The next save, if any comes, writes everything.
+    pub fn close(&self) {
+        self.scrub.close();
+        lock(&self.inner).last = None;
+    }
+
     /// The files that a save of `plan` may adopt.
     pub fn predict(&self, plan: &Arc<Plan>) -> Option<Older> {
         let inner = lock(&self.inner);
         let last = inner.last.as_ref().filter(|last| inner.paused == 0 && Arc::ptr_eq(&last.plan, plan))?;
-        let fresh = |known: &Known| known.saves < self.most_saves || known.written.elapsed() < self.most_time;
-        let sound = |known: &Known| !known.file.damaged.load(Ordering::Acquire);
-        let mut still = vec![true; plan.shards.len()];
-        for (tensor, _) in last.tensors.iter().enumerate().filter(|(_, seen)| !seen.still) {
-            still[plan.shard_of(tensor)?] = false;
-        }
-        let file = |(still, known): (&bool, &Option<Known>)| {
-            let known = known.as_ref().filter(|known| *still && fresh(known) && sound(known))?;
-            Some(known.file.clone())
-        };
-        let files: Vec<_> = still.iter().zip(&last.files).map(file).collect();
+        let fresh = |file: &OlderFile| file.saves < self.most_saves || file.written.elapsed() < self.most_time;
+        let usable = |file: &&Arc<OlderFile>| fresh(file) && !file.damaged.load(Ordering::Acquire);
+        let files: Vec<_> = last.files.iter().map(|file| file.as_ref().filter(usable).cloned()).collect();
         let shards: Vec<bool> = files.iter().map(Option::is_some).collect();
         let any = shards.contains(&true);
         any.then(|| Older { prediction: Arc::new(Prediction { digests: last.digests.clone(), shards }), files })
     }
 
-    /// Remembers a step that has just become durable under the root.
-    pub fn durable(&self, request: &Request, receipts: Receipts, storage: &dyn Storage) {
+    /// Remembers a step that has just become durable under the root, and may have been made out of `older`.
+    /// Only the thread that commits calls it.
+    pub fn durable(&self, request: &Request, receipts: Receipts, older: Option<&Older>, storage: &dyn Storage) {
         let plan = &request.plan;
-        let mut inner = lock(&self.inner);
-        let before = inner.last.take().filter(|last| last.plan.fingerprint() == plan.fingerprint());
-        let tensors = look(plan, &receipts, before.as_ref());
-        let files = files(request, &receipts, before.as_ref(), storage).unwrap_or_else(|error| {
+        // The lock is not held while files are opened: the call of `save` takes it.
+        let before = lock(&self.inner).last.clone().filter(|last| last.plan.fingerprint() == plan.fingerprint());
+        let tensors = look(plan, &receipts, before.as_deref());
+        let files = files(request, &receipts, &tensors, older, storage).unwrap_or_else(|error| {
             tracing::debug!(error = format_args!("{error:#}"), "files of this step are not shared with the next");
             vec![None; plan.shards.len()]
         });
+        self.scrub.offer(files.iter().flatten().filter(|file| file.saves > 0).cloned().collect());
+        let mut inner = lock(&self.inner);
         inner.paused = inner.paused.saturating_sub(1);
         if receipts.made.contains(&Made::Refused) {
             inner.paused = PATIENCE;
         }
         inner.weigh(plan, &tensors, &receipts.made, self.regroup);
-        let shared = files.iter().flatten().filter(|known| known.saves > 0).map(|known| known.file.clone());
-        self.scrub.offer(shared.collect());
-        inner.last = Some(Last { plan: plan.clone(), digests: receipts.digests.into(), tensors, files });
+        inner.last = Some(Arc::new(Last { plan: plan.clone(), digests: receipts.digests.into(), tensors, files }));
     }
 }
 
@@ -164,7 +155,7 @@ impl Inner {
         let mut changes = vec![false; plan.shards.len()];
         for (index, seen) in tensors.iter().enumerate().filter(|(index, _)| !plan.is_declared(*index)) {
             let Some(shard) = plan.shard_of(index) else { continue };
-            if seen.still && made[shard] == Made::Written {
+            if seen.still && made[shard] == Made::Written && !plan.is_apart(index) {
                 self.wasted = self.wasted.saturating_add(plan.bytes_of(index));
             }
             changes[shard] |= seen.still != plan.is_apart(index);
@@ -201,38 +192,50 @@ fn look(plan: &Plan, receipts: &Receipts, before: Option<&Last>) -> Vec<Seen> {
     tensors
 }
 
-/// Opens the files of the step that are large enough to be shared.
+/// Opens the files of the step that are predicted to be unchanged, and large enough to be shared.
 fn files(
     request: &Request,
     receipts: &Receipts,
-    before: Option<&Last>,
+    tensors: &[Seen],
+    older: Option<&Older>,
     storage: &dyn Storage,
-) -> Result<Vec<Option<Known>>> {
+) -> Result<Vec<Option<Arc<OlderFile>>>> {
     let plan = &request.plan;
-    let mine = (request.ticket.step, request.ticket.attempt());
-    let reading = storage.open(&request.name)?;
-    let mut files = Vec::with_capacity(plan.shards.len());
-    for (number, shard) in plan.shards.iter().enumerate() {
-        if shard.length - shard.header.len() < LEAST {
-            files.push(None);
-            continue;
-        }
-        let made = receipts.made[number];
-        let filled = match made {
-            Made::Linked(older) => older,
-            Made::Written | Made::Refused | Made::Cloned => {
+    let mut still: Vec<bool> = plan.shards.iter().map(|s| s.length - s.header.len() >= LEAST).collect();
+    for (tensor, _) in tensors.iter().enumerate().filter(|(_, seen)| !seen.still) {
+        plan.shard_of(tensor).into_iter().for_each(|shard| still[shard] = false);
+    }
+    let mut files = vec![None; plan.shards.len()];
+    if !still.contains(&true) {
+        return Ok(files);
+    }
+    let step = storage.open(&request.name)?;
+    for (number, shard) in plan.shards.iter().enumerate().filter(|(number, _)| still[*number]) {
+        let (filled, source) = match receipts.made[number] {
+            Made::Linked(filled) => (filled, older),
+            made => {
                 let (header, whole) = shard_digests(plan, shard, &receipts.digests, &receipts.chunks);
-                FilledFile { header, whole, origin: Some(mine) }
+                let origin = Some((request.ticket.step, request.ticket.attempt()));
+                (FilledFile { header, whole, origin }, older.filter(|_| made == Made::Cloned))
             }
         };
-        let old = before.filter(|last| Arc::ptr_eq(&last.plan, plan)).and_then(|last| last.files[number].as_ref());
-        let shared = matches!(made, Made::Linked(_) | Made::Cloned);
-        let (saves, written, damaged) = match old.filter(|_| shared) {
-            Some(known) => (known.saves + 1, known.written, known.file.damaged.clone()),
-            None => (0, Instant::now(), Arc::default()),
-        };
-        let reading = reading.open(&shard.name)?;
-        files.push(Some(Known { file: Arc::new(OlderFile { reading, filled, damaged }), saves, written }));
+        let reading = step.open(&shard.name)?;
+        // Another process may have replaced the step since. The header names step and attempt.
+        let mut header = vec![0; shard.header.len() as usize];
+        reading.read_at(0, &mut header)?;
+        if Digest::of(&header) != filled.header || reading.len() != shard.length {
+            continue;
+        }
+        files[number] = Some(Arc::new(match source.map(|older| older.file(number)).transpose()? {
+            Some(source) => OlderFile {
+                reading,
+                filled,
+                saves: source.saves + 1,
+                written: source.written,
+                damaged: source.damaged.clone(),
+            },
+            None => OlderFile { reading, filled, saves: 0, written: Instant::now(), damaged: Arc::default() },
+        }));
     }
     Ok(files)
 }

@@ -7,10 +7,12 @@ use crate::sync::{Mutex, lock};
 use crate::writer::OlderFile;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The bytes of a read.
 const PIECE: usize = 8 << 20;
+/// A shutdown waits as long at most, and for a read.
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
 /// Which shared file is read back, and how far that is.
 #[derive(Debug, Default)]
@@ -35,12 +37,17 @@ impl Scrub {
     /// Sets the shared files of a step that has become durable.
     pub fn offer(&self, files: Vec<Arc<OlderFile>>) {
         let mut state = lock(&self.state);
+        // A file that is no longer shared is not read to its end.
+        let stays = |open: &OlderFile| files.iter().any(|file| Arc::ptr_eq(&file.damaged, &open.damaged));
+        state.open = state.open.take().filter(|(open, ..)| stays(open));
         (state.due, state.files) = (true, files);
     }
 
-    /// Ends a run, and all later ones.
+    /// Ends a run, and all later ones, and closes the files.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
+        let mut state = lock(&self.state);
+        (state.files, state.open) = (Vec::new(), None);
     }
 
     /// Reads on, and returns when a whole file has been read, when `stop` says so, or after
@@ -48,7 +55,7 @@ impl Scrub {
     /// any more.
     ///
     /// # Errors
-    /// When the file cannot be read now.
+    /// When the file cannot be read. It is not shared any more.
     pub fn run(&self, stop: impl Fn() -> bool) -> Result<()> {
         let Some((file, mut at, mut digest)) = self.take() else { return Ok(()) };
         let len = file.reading.len();
@@ -56,15 +63,22 @@ impl Scrub {
         while at < len {
             let began = Instant::now();
             let now = &mut piece[..PIECE.min((len - at) as usize)];
-            file.reading.read_at(at, now)?;
+            file.reading.drop_cached();
+            // What cannot be read is not shared any more, either: that costs one write.
+            file.reading.read_at(at, now).inspect_err(|_| file.damaged.store(true, Ordering::Release))?;
             digest = digest.then(Digest::of(now), now.len() as u64);
             at += now.len() as u64;
             // After a piece: saves that come without a pause must not keep it from getting on.
-            if at < len && (stop() || self.closed.load(Ordering::Acquire)) {
+            if self.closed.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            if at < len && stop() {
                 lock(&self.state).open = Some((file, at, digest));
                 return Ok(());
             }
-            std::thread::sleep(began.elapsed());
+            if at < len {
+                std::thread::sleep(began.elapsed().min(LONGEST_PAUSE));
+            }
         }
         if digest != file.filled.whole {
             file.damaged.store(true, Ordering::Release);

@@ -16,6 +16,7 @@ use crate::plan::{ChunkPlan, Prediction, Request, SegmentSource};
 use crate::storage::{Adopted, FileReading, FileWriting, Writing};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 /// What an older step of the same plan has.
 #[derive(Debug)]
@@ -32,6 +33,9 @@ pub(crate) struct OlderFile {
     pub reading: Arc<dyn FileReading>,
     /// What its step says of it. The origin is the step and attempt that its header names.
     pub filled: FilledFile,
+    /// Saves since its bytes were written, and when that was.
+    pub saves: u32,
+    pub written: Instant,
     /// Its bytes were found to be others than those that were written. All who share them know it.
     pub damaged: Arc<AtomicBool>,
 }
@@ -47,6 +51,9 @@ impl Older {
 impl OlderFile {
     /// Makes a shard of a save, no chunk of which was written, out of the file.
     pub(super) fn adopt(&self, request: &Request, shard: usize, attempt: &dyn Writing) -> Result<Adopted> {
+        if self.damaged.load(Ordering::Acquire) {
+            return Ok(Adopted::Refused("it is damaged".into()));
+        }
         let (plan, ticket) = (&request.plan.shards[shard], &request.ticket);
         let mut head = AlignedBuffer::new(plan.header.len() as usize);
         let stamp = Stamp::new(ticket.step, ticket.attempt());
@@ -60,17 +67,19 @@ impl OlderFile {
         Ok(adopted)
     }
 
-    /// Copies a chunk of a save that was not written from the file.
+    /// Copies a chunk of a save that was not written from the file, through `bytes`.
     pub(super) fn copy(
         &self,
         request: &Request,
         chunk: &ChunkPlan,
         digests: &[Digest],
         to: &dyn FileWriting,
+        bytes: &mut AlignedBuffer,
     ) -> Result<()> {
         let (plan, ticket) = (&request.plan, &request.ticket);
         let shard = &plan.shards[chunk.shard];
-        let mut bytes = AlignedBuffer::new(chunk.length.next_multiple_of(ALIGNMENT));
+        bytes.reset(chunk.length.next_multiple_of(ALIGNMENT));
+        bytes[chunk.length..].fill(0);
         self.reading.read_at(chunk.offset, &mut bytes[..chunk.length])?;
         let stamp = Stamp::new(ticket.step, ticket.attempt());
         let mut at = 0;
@@ -81,12 +90,11 @@ impl OlderFile {
                 return Err(Error::internal("a header is shorter than planned"));
             }
             if Digest::of(part) != *digest && !mutant::on(Mutant::CopiedRot) {
-                self.damaged.store(true, Ordering::Release);
                 let what = "bytes of an older step are damaged, and this save would have copied them because they \
                     have not changed; the next save writes the file anew";
                 return Err(Error::corrupt(format!("{what} file={} offset={}", shard.name, chunk.offset)));
             }
         }
-        to.write_at(chunk.offset, &bytes)
+        to.write_at(chunk.offset, bytes)
     }
 }

@@ -1,10 +1,10 @@
 //! The task of one save: its attempt, its files, its receipts.
 
-use super::older::Older;
+use super::older::{Older, OlderFile};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::{dropped, guarded};
-use crate::memory::Slab;
+use crate::memory::{AlignedBuffer, Slab};
 use crate::plan::{Chunk, Made, Receipts, Request, Segment, Sink};
 use crate::settings::IoMode;
 use crate::state::StateDict;
@@ -120,6 +120,11 @@ impl Task {
         self.attempt.get_or_init(begin).clone()
     }
 
+    /// The older files that it may be made of.
+    pub fn older(&self) -> Option<&Older> {
+        self.older.as_ref()
+    }
+
     /// The attempt, if it has begun.
     pub fn begun(&self) -> Option<Arc<dyn Writing>> {
         self.attempt.get()?.as_ref().ok().cloned()
@@ -218,7 +223,15 @@ impl Task {
         if missing.is_empty() {
             return Ok(Made::Written);
         }
-        let (older, mut made) = (older.file(number)?, Made::Written);
+        let older = older.file(number)?;
+        // Whatever went wrong, the next save does not try this file again: it writes a new one.
+        let made = self.make_of(older, number, missing);
+        made.inspect_err(|_| older.damaged.store(true, Ordering::Release))
+    }
+
+    fn make_of(&self, older: &OlderFile, number: usize, missing: Vec<usize>) -> Result<Made> {
+        let chunks = &self.request.plan.shards[number].chunks;
+        let mut made = Made::Written;
         if missing.len() == chunks.len() {
             made = match older.adopt(&self.request, number, self.attempt()?.as_ref())? {
                 Adopted::Cloned => return Ok(Made::Cloned),
@@ -226,10 +239,14 @@ impl Task {
                 Adopted::Refused(_) => Made::Refused,
             };
         }
+        let mut bytes = AlignedBuffer::new(0);
         for chunk in missing {
+            if let Some(why) = self.request.ticket.failure() {
+                return Err(why);
+            }
             let receipt = self.receipts[chunk].get().ok_or_else(|| Error::internal("a chunk was not digested"))?;
             let to = self.file(number)?;
-            older.copy(&self.request, &self.request.plan.chunks[chunk], &receipt.segments, to.as_ref())?;
+            older.copy(&self.request, &self.request.plan.chunks[chunk], &receipt.segments, to.as_ref(), &mut bytes)?;
         }
         Ok(made)
     }

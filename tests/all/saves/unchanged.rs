@@ -332,3 +332,28 @@ fn saves_that_overlap_and_saves_elsewhere_share_only_what_is_durable_in_the_root
         model.assert_is(root.path(), step);
     }
 }
+
+/// Regression: the files of a step were opened by its name after its publish, and taken for those that were
+/// written, whichever attempt had the name by then.
+#[test]
+fn a_step_that_another_process_has_replaced_is_no_source() {
+    let (root, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (mut model, mut theirs) = (Model::new(), Model::new());
+    theirs.base.fill(-1.0);
+    save(&builder(other.path()).build().unwrap(), 1, theirs.state());
+    let (from, to) = (base_of(other.path(), 1), base_of(root.path(), 1));
+    let replaced = AtomicBool::new(false);
+    let hook = move |call: Call<'_>| {
+        if matches!(call, Call::Open { file } if file.contains("00002-of")) && !replaced.swap(true, Ordering::Relaxed) {
+            fs::copy(&from, &to).unwrap();
+        }
+        Ok(())
+    };
+    let storage = Arc::new(Hooked::new(Local::open(root.path()).unwrap(), hook));
+    let executor = builder(root.path()).storage(storage).build().unwrap();
+    save(&executor, 1, model.state());
+    model.train();
+    assert_eq!(shared(&save(&executor, 2, model.state())), 0);
+    model.assert_is(root.path(), 2);
+    assert!(shared(&save(&executor, 3, model.state())) > 0, "the next one is a source again");
+}
