@@ -90,9 +90,11 @@ impl Behind {
             Part::Leads { id, .. } | Part::Follows { id, .. } => id,
         };
         let mut lines = Vec::with_capacity(tiers.len());
-        for tier in tiers {
+        for mut tier in tiers {
             tier.retention.check()?;
             let name: Arc<str> = tier.name().into();
+            // It is opened again when it was away, wherever the program works by then.
+            tier.root.make_absolute()?;
             if lines.iter().any(|line: &Arc<Line>| line.name == name) {
                 return Err(Error::invalid(format!("two tiers have one name tier={name:?}")));
             }
@@ -224,6 +226,11 @@ impl Behind {
         }
     }
 
+    /// Whether the ranks read a tier: those that rank 0 noted last. A process alone reads all that it reaches.
+    pub(super) fn is_noted(&self, line: &Line) -> bool {
+        !matches!(self.part, Part::Leads { .. }) || lock(&self.note).ours.contains(&*line.name)
+    }
+
     fn note(&self) -> Result<()> {
         let note = {
             let mut note = lock(&self.note);
@@ -343,7 +350,9 @@ impl Behind {
         loop {
             let mut threads = lock(&self.threads);
             for ended in threads.extract_if(.., |thread| thread.is_finished()) {
-                let _ = ended.join();
+                if ended.join().is_err() {
+                    tracing::error!("a thread that promotes has panicked: later steps were not promoted to its tier");
+                }
             }
             if threads.is_empty() || Instant::now() >= end {
                 for thread in threads.iter() {

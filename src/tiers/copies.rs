@@ -99,9 +99,9 @@ impl Behind {
         first.bad().into_iter().chain(behind).collect()
     }
 
-    /// The tiers that this session has reached.
+    /// The tiers that this session has reached, and with several ranks those of them that rank 0 has noted.
     fn reached(&self) -> impl DoubleEndedIterator<Item = (&Line, Arc<Ours>)> {
-        self.lines.iter().filter_map(|line| line.ours().map(|ours| (line.as_ref(), ours)))
+        self.lines.iter().filter_map(|line| Some((line.as_ref(), line.ours().filter(|_| self.is_noted(line))?)))
     }
 
     /// The numbers and names of steps in any tier, and why a tier could not be listed.
@@ -109,14 +109,16 @@ impl Behind {
         let mut steps: BTreeMap<u64, String> = first.names()?.into_iter().collect();
         let mut away = None;
         for line in &self.lines {
-            let ours = line.ours();
-            let everywhere = self.several() && ours.is_some();
+            let (ours, noted) = (line.ours(), self.is_noted(line));
+            let everywhere = self.several() && (ours.is_some() || self.promotes()) && noted;
+            let ours = ours.filter(|_| noted);
             let names = ours.ok_or_else(|| line.state_error()).and_then(|ours| ours.catalog.names());
             match names {
                 Ok(names) => names.into_iter().for_each(|(step, name)| _ = steps.entry(step).or_insert(name)),
-                Err(error) => {
-                    let error = line.located("the steps of a tier are not known", &error);
+                Err(why) => {
+                    let error = line.located("the steps of a tier are not known", &why);
                     if everywhere {
+                        self.away(line, &why);
                         // Another rank may reach the tier, and find a newer step.
                         return Err(error);
                     }
@@ -130,6 +132,13 @@ impl Behind {
 
     /// The first copy of the attempt that counts which `take` can use, nearest first.
     fn nearest(&self, first: &Catalog, step: u64, take: impl Fn(Copy<'_>) -> Result<Checkpoint>) -> Result<Checkpoint> {
+        if self.several() && self.promotes() {
+            let gone = self.lines.iter().find(|line| line.ours().is_none() && self.is_noted(line));
+            if let Some(line) = gone {
+                // The other ranks read what rank 0 has noted.
+                return Err(line.located("a tier that the ranks read is away", &line.state_error()).with_step(step));
+            }
+        }
         let mut copies = vec![Copy { tier: None, opened: first.checkpoint(step) }];
         for (line, ours) in self.reached() {
             let opened = ours.catalog.checkpoint(step);
@@ -138,6 +147,7 @@ impl Behind {
                 && !absent_or_bad(error)
             {
                 // Another rank may reach the copy, which may be another attempt.
+                self.away(line, error);
                 return Err(line.located("a step of a tier cannot be opened", error).with_step(step));
             }
             copies.push(Copy { tier: Some((line, ours)), opened });

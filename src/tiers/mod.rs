@@ -159,6 +159,19 @@ impl Tier {
     }
 }
 
+impl Root {
+    /// Makes a relative path absolute.
+    fn make_absolute(&mut self) -> Result<()> {
+        if let Self::At(root) = self
+            && !storage::is_url(root.as_ref())
+        {
+            let path = std::path::absolute(&*root).map_err(|error| Error::io("cannot tell where a tier is", error))?;
+            *root = path.to_str().map_or_else(|| root.clone(), Into::into);
+        }
+        Ok(())
+    }
+}
+
 /// Opens the storage of a tier; its directory is made if it is missing.
 fn open(root: &Root) -> Result<Arc<dyn Storage>> {
     match root {

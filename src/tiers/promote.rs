@@ -142,6 +142,7 @@ impl Promoter<'_> {
         let ours = match reached {
             Err(error) if matches!(self.line.state().standing, Standing::Lost) => {
                 self.line.lose(&error);
+                self.behind.write_note();
                 return Ok(Looked::Done);
             }
             reached => reached?,
