@@ -114,7 +114,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
         uncertain: uncertain.iter().map(|found| format!("{}: {}", found.place(), found.reason())).collect(),
         shared: Vec::new(),
     };
-    repair.find_sharers();
+    repair.find_sharers()?;
     if args.yes && repair.is_possible() {
         write(&repair, checkpoint.bytes(), Some(checkpoint.attempt()))?;
         repair.repaired = true;
@@ -161,17 +161,19 @@ impl Repair {
         !self.changes.is_empty() && self.uncertain.is_empty()
     }
 
-    fn find_sharers(&mut self) {
+    /// Finds the steps that share what is repaired. Without them a repair would part the other steps from it.
+    fn find_sharers(&mut self) -> Result<()> {
         let mut found = BTreeMap::<(u64, PathBuf), Vec<Pair>>::new();
         let mut files: Vec<_> = self.changes.iter().map(|change| &change.file).collect();
         files.dedup();
         for repaired in files {
-            for Sharing { step, path, file, .. } in sharers::of(&self.path, repaired) {
+            for Sharing { step, path, file, .. } in sharers::of(&self.path, repaired)? {
                 found.entry((step, path)).or_default().push(Pair { file, repaired: repaired.clone() });
             }
         }
         let shared = |((step, path), pairs)| Shared { step, path, pairs, repaired: false, why: None };
         self.shared = found.into_iter().map(shared).collect();
+        Ok(())
     }
 
     /// A step that cannot have the repaired files does not keep the others from them.

@@ -2,26 +2,27 @@
 
 use crate::words::listed;
 use crate::{out, words};
-use ashore::Catalog;
 use ashore::catalog::Sharing;
 use ashore::internal::storage::is_url;
+use ashore::{Catalog, Result};
 use std::path::Path;
 
-/// Returns the steps beside the step at `path` that share its file `file`. What cannot be read is complained
-/// of.
-pub fn of(path: &Path, file: &str) -> Vec<Sharing> {
+/// Returns the steps beside the step at `path` that share its file `file`.
+///
+/// # Errors
+/// When that cannot be known, which was complained of.
+pub fn of(path: &Path, file: &str) -> Result<Vec<Sharing>> {
     let (Some(root), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
-        return Vec::new();
+        return Ok(Vec::new());
     };
     if is_url(path) {
-        return Vec::new();
+        return Ok(Vec::new());
     }
     // The path of a step in the working directory has an empty parent.
     let root = if root.as_os_str().is_empty() { Path::new(".") } else { root };
     let found = Catalog::open(root).and_then(|catalog| catalog.sharing(name, file));
-    found.unwrap_or_else(|error| {
-        out::complain(&format!("which steps share {} is not known: {}", out::printable(file), words::of(&error)));
-        Vec::new()
+    found.inspect_err(|error| {
+        out::complain(&format!("which steps share {} is not known: {}", out::printable(file), words::of(error)));
     })
 }
 

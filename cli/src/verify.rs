@@ -162,7 +162,8 @@ impl Findings {
             let Some(file) = &place.file else { continue };
             let key = (place.path.clone(), file.clone());
             let steps = known.entry(key).or_insert_with(|| {
-                let mut steps: Vec<_> = sharers::of(&place.path, file).iter().map(|sharing| sharing.step).collect();
+                let mut steps: Vec<_> =
+                    sharers::of(&place.path, file).unwrap_or_default().iter().map(|sharing| sharing.step).collect();
                 steps.dedup();
                 steps
             });

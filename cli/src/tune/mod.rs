@@ -253,7 +253,7 @@ fn measured(
     };
     bar.set_message("the disk");
     let mut memory = Memory::new(128 << 20);
-    let share = |tenths: u32| span * tenths / 10;
+    let share = |tenths: u32| span / 10 * tenths;
     let compared = limit::compare(dir, share(3), &mut memory, || interrupt.check())?;
     let (mut tails, mut written) = (compared.tails, compared.written);
     let (more, bytes) = measure::commits(dir, share(1), &mut memory, interrupt)?;
