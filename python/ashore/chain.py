@@ -351,7 +351,7 @@ class Follow:
 
     ``targets`` are the arrays and tensors that become the versions, in place, by their names in the chain:
     ``module.state_dict()`` of a module on the CPU. They are packed and writable, of the dtypes and shapes that were
-    published; names of tied weights are tied in the chain, too. Their storages must not be resized, and nothing else
+    published; names of tied weights are tied in the chain, too. Their memory must not be resized, and nothing else
     may write them. With ``strict`` a version that has other tensors, too, is refused. Without targets the follower has
     memory of its own: :meth:`read` and :meth:`read_into` copy from it, and with ``switch="double"`` :meth:`weights`
     gives other threads the newest version, without a copy.

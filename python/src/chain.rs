@@ -249,7 +249,19 @@ fn copy(weights: &Version<'_>, lent: &mut [Lent], tied: &[(String, String)]) -> 
         }
     }
     let is: HashMap<_, _> = weights.tensors().map(|(name, dtype, shape)| (name, (dtype, shape))).collect();
+    let mut own = Vec::new();
+    for (name, ..) in weights.tensors() {
+        let range = weights.bytes(name)?.as_ptr_range();
+        own.push((range.start.addr(), range.end.addr()));
+    }
+    own.sort_unstable();
     for Lent { name, memory, bytes, .. } in lent {
+        let (begin, end) = memory.extent();
+        // Tensors of a version do not overlap, so the last that begins before the end reaches farthest.
+        let before = own.partition_point(|(start, _)| *start < end).checked_sub(1).and_then(|last| own.get(last));
+        if begin < end && before.is_some_and(|(_, reached)| *reached > begin) {
+            return refuse("a target is memory that the follower writes itself: read it there", name);
+        }
         let from = weights.bytes(name)?;
         if is.get(name.as_str()) != Some(&(memory.dtype, &memory.shape[..])) {
             return refuse("a target has another dtype or shape than the version", name);
