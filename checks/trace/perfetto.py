@@ -161,16 +161,21 @@ def main():
         (library / "libcuda.so.1").symlink_to(given.fakecuda.resolve())
         for name, device, driver in [("host", "host", None), ("gpu", "cuda:0", library)]:
             trace, program = demo(given.ashore, folder, name, device, 40, driver)
-            assert program.wait(600) == 0, name
+            try:
+                assert program.wait(600) == 0, name
+            finally:
+                program.kill()
             json.loads(trace.read_text())
             check(given.ui, trace, device=device != "host")
         trace, program = demo(given.ashore, folder, "killed", "host", 100_000)
         deadline = time.monotonic() + 600
-        while not trace.exists() or trace.stat().st_size < 200_000:
-            assert program.poll() is None and time.monotonic() < deadline, "the program has ended, or writes no trace"
-            time.sleep(0.01)
-        program.kill()
-        program.wait()
+        try:
+            while not trace.exists() or trace.stat().st_size < 200_000:
+                assert program.poll() is None and time.monotonic() < deadline, "the program has ended, or writes no trace"
+                time.sleep(0.01)
+        finally:
+            program.kill()
+            program.wait()
         check(given.ui, trace, whole=False)
         cut = folder / "cut-in-a-line.json"
         text = trace.read_bytes()

@@ -40,7 +40,11 @@ pub(super) fn body(
     let world = member.map_or(Some(1), |member| (member.rank == 0).then_some(member.world));
     let logged = has_root && settings.run_log && writes_log(world, launched);
     let Member { rank, world, .. } = member.or(launched).unwrap_or(Member::ALONE);
-    let trace = settings.trace.as_ref().map(|path| TracePath { path: path.into(), rank, world });
+    let trace = settings.trace.as_ref().map(|path| TracePath {
+        path: std::path::absolute(path).unwrap_or_else(|_| path.into()),
+        rank,
+        world,
+    });
     let of = storage.clone();
     let log = logged.then(|| (Box::new(move || of.directory()) as Root, head()));
     let sinks = Sinks { log, store, engine: storage.engine(), trace };

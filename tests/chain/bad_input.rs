@@ -145,7 +145,7 @@ fn lent_memory_is_all_of_a_version_and_tied_as_the_version_is_where_the_program_
     let embedding = ("embedding.weight", Dtype::BF16, vec![1000, 8]);
     let layer = ("layer.weight", Dtype::BF16, vec![1000, 8]);
     let scale = ("scale", Dtype::F32, vec![4]);
-    // What is lent, a second name of the first, and the tensor that an error names.
+    // Each case: the lent memory, a second name of its first tensor, and the tensor that the error names.
     for (lent, tied, named) in [
         (vec![&embedding, &layer], None, Some("scale")),
         (vec![&embedding, &layer, &scale], None, None),

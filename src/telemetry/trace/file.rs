@@ -124,7 +124,7 @@ impl TraceFile {
             self.chunks(&of_chunks, &threads, save.begun.step);
             self.budget.spent(chunks, self.budget.used - before);
         }
-        let lost = save.lost + if chunks.is_none() { of_chunks.len() as u64 } else { 0 };
+        let lost = save.lost + line.lost + if chunks.is_none() { of_chunks.len() as u64 } else { 0 };
         let end = serde_json::to_value(line.end).unwrap_or_default();
         let arguments = Arguments {
             step: Some(save.begun.step),
@@ -372,6 +372,9 @@ fn apart(spans: &mut [Span]) {
 fn create(at: &TracePath) -> io::Result<File> {
     let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
     let taken = |error: &io::Error| error.kind() == io::ErrorKind::AlreadyExists;
+    if at.path.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::IsADirectory, "a trace is a file, and this is a directory"));
+    }
     for number in 1..=FILES_MAX {
         let path = named(&at.path, (at.world > 1).then_some(at.rank), number);
         match OpenOptions::new().append(true).create_new(true).custom_flags(flags).open(path) {
