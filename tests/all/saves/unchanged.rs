@@ -357,3 +357,27 @@ fn a_step_that_another_process_has_replaced_is_no_source() {
     model.assert_is(root.path(), 2);
     assert!(shared(&save(&executor, 3, model.state())) > 0, "the next one is a source again");
 }
+
+/// Regression: a file that could not be read any more stayed the one to copy from, and failed every save.
+#[test]
+fn an_older_file_that_cannot_be_read_fails_one_save_and_no_other() {
+    let root = tempfile::tempdir().unwrap();
+    let gone = Arc::new(AtomicBool::new(false));
+    let unreadable = gone.clone();
+    let hook = move |call: Call<'_>| match call {
+        Call::Adopt => Err(Error::new(ErrorKind::Invalid, "not here")),
+        Call::Read { step: "step-00000001", .. } if unreadable.load(Ordering::Relaxed) => {
+            Err(Error::new(ErrorKind::Unavailable, "a bad sector"))
+        }
+        _ => Ok(()),
+    };
+    let storage = Arc::new(Hooked::new(Local::open(root.path()).unwrap(), hook));
+    let executor = builder(root.path()).storage(storage).build().unwrap();
+    let model = Model::new();
+    save(&executor, 1, model.state());
+    gone.store(true, Ordering::Relaxed);
+    let error = executor.save(2, model.state()).unwrap().wait(LONG).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:#}");
+    save(&executor, 3, model.state());
+    model.assert_is(root.path(), 3);
+}
