@@ -2,12 +2,13 @@
 //!
 //! # Safety argument
 //! A slice is over packed memory of the host that an object describes. [`Lent`] holds what owns it, and a
-//! follower holds its [`Lent`] as long as the slice: the memory stays allocated. torch and NumPy alone can free
-//! it under a reference, by `resize_` of a storage and `resize` of an array: the documentation forbids that.
-//! Slices of one follower do not overlap, which [`several`] checks, and none is a target of a copy from it. They are written within the calls that apply a version or fill a
-//! target alone, and that the program reads or writes the memory meanwhile in no other thread, and writes
-//! that of a follower never, is what callers promise; where that is broken, values are wrong, as in any
-//! library that fills tensors without the GIL.
+//! follower holds its [`Lent`] as long as the slice: the memory stays allocated. torch and NumPy alone can
+//! free it under a reference, by `resize_` of a storage and `resize` of an array: the documentation forbids
+//! that. Slices of one follower do not overlap, which [`several`] checks, and none is a target of a copy from
+//! it. They are written within the calls that apply a version or fill a target alone, and that the program
+//! reads or writes the memory meanwhile in no other thread, and writes that of a follower never, is what
+//! callers promise; where that is broken, values are wrong, as in any library that fills tensors without the
+//! GIL.
 #![expect(unsafe_code, reason = "slices of memory that Python objects own; argument above")]
 
 use crate::collect::{self, Found, Memory};

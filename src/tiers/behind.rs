@@ -226,7 +226,8 @@ impl Behind {
         }
     }
 
-    /// Whether the ranks read a tier: those that rank 0 noted last. A process alone reads all that it reaches.
+    /// Whether the ranks read a tier: those that rank 0 noted last. A process alone reads all that it
+    /// reaches.
     pub(super) fn is_noted(&self, line: &Line) -> bool {
         !matches!(self.part, Part::Leads { .. }) || lock(&self.note).ours.contains(&*line.name)
     }
