@@ -3,8 +3,8 @@
 //! The name of a leaf is the path to it, joined by dots. The *shape* of the tree (its containers and keys) is
 //! text that is saved beside the leaves, because names alone do not tell a dot in a key from a level, or a
 //! list from a dict. It is JSON: `0` is a tensor, `1` a value, and an array is a container: its kind (`"d"` a
-//! dict,
-//! `"o"` an `OrderedDict`, `"l"` a list, `"t"` a tuple), then its items, each item of a dict after its key.
+//! dict, `"o"` an `OrderedDict`, `"l"` a list, `"t"` a tuple), then its items, each item of a dict after its
+//! key.
 
 use crate::errors::invalid;
 use crate::leaf::{self, Leaf, Way, type_name};

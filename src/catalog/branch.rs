@@ -59,8 +59,8 @@ impl fmt::Debug for Keeping {
 
 impl Catalog {
     /// Deletes every step after `step`, newest first, including damaged ones, but for those that are
-    /// [marked](super::Mark) keep. For a run that goes back to
-    /// `step` and continues from it, so that its saves are the newest again.
+    /// [marked](super::Mark) keep. For a run that goes back to `step` and continues from it, so that its
+    /// saves are the newest again.
     ///
     /// # Errors
     /// `NotFound` when `step` does not exist; `Invalid` when it is not durable or, if the options require it,

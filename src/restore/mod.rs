@@ -256,11 +256,10 @@ impl Checkpoint {
     /// As [`Checkpoint::read`], [`Checkpoint::read_as`] and [`Checkpoint::read_slice`]. `Invalid`, naming the
     /// tensor, when it has no target and the targets are [strict](Targets::strict), when a target has another
     /// length or shape, when elements of a target with strides overlap, or when a target is in device memory
-    /// and the checkpoint has no device. `Invalid` for a stream
-    /// that is being captured into a graph. Nothing is read unless every target fits. `Device` when the
-    /// device fails. `Deadline` when copies to the device make no progress for as long as
-    /// [`Checkpoint::with_timeout`] allows: they may still end later. For borrowed memory the call waits
-    /// until they end.
+    /// and the checkpoint has no device. `Invalid` for a stream that is being captured into a graph. Nothing
+    /// is read unless every target fits. `Device` when the device fails. `Deadline` when copies to the device
+    /// make no progress for as long as [`Checkpoint::with_timeout`] allows: they may still end later. For
+    /// borrowed memory the call waits until they end.
     pub fn read_into(&self, targets: Targets<'_>) -> Result<()> {
         let began = Instant::now();
         let bytes = self.fill_all(targets)?;

@@ -232,8 +232,7 @@ impl Part for Wanted<'_, '_> {
 }
 
 /// Returns the run of the region's byte `place` within `bytes`, which begin at offset `start` of the box: at
-/// most
-/// `left` bytes. None when no more bytes are left, or `bytes` end before the run.
+/// most `left` bytes. None when no more bytes are left, or `bytes` end before the run.
 fn run<'b>(region: &Region, place: u64, left: u64, start: u64, bytes: &'b [u8]) -> Result<Option<&'b [u8]>> {
     if left == 0 {
         return Ok(None);

@@ -30,8 +30,7 @@ impl Behind {
     /// The newest step that counts in any tier, from the nearest tier whose copy can be opened.
     ///
     /// # Errors
-    /// Errors of the first tier, and of the others if no step is found; the damage of a step of which no
-    /// copy
+    /// Errors of the first tier, and of the others if no step is found; the damage of a step of which no copy
     /// is left is skipped, as [`Catalog::latest`] does.
     pub fn latest(&self, first: &Catalog) -> Result<Option<Checkpoint>> {
         self.refresh()?;
@@ -182,8 +181,7 @@ impl Behind {
     ///
     /// # Errors
     /// `Conflict` for a step that the first tier alone has, and that is not of this session's lineage: the
-    /// job
-    /// went on elsewhere.
+    /// job went on elsewhere.
     fn counts(&self, step: u64, copies: &[Copy<'_>]) -> Result<Option<Attempt>> {
         let descends = |line: &Line, found: &Checkpoint| line.state().lineage.allows(found.manifest().session);
         let mut near = None;

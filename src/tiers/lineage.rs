@@ -178,9 +178,8 @@ impl Lineage {
         self
     }
 
-    /// The lineage, with what a take-over made of it that died before it could note that. False if that
-    /// was of
-    /// `session` itself, and did not go on from the lineage of before.
+    /// The lineage, with what a take-over made of it that died before it could note that. False if that was
+    /// of `session` itself, and did not go on from the lineage of before.
     fn settled(mut self, looked: &Looked, session: Uuid) -> (Self, bool) {
         let Some(next) = self.next.take() else { return (self, true) };
         if (next.generation + 1, Found::Session(next.session)) != (looked.next, looked.found) {

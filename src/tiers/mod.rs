@@ -4,8 +4,7 @@
 //! when [`Save::durable_in`](crate::Save::durable_in) says so: two futures, never one answer for both. A
 //! promotion thread for each tier copies durable steps, newest first, as the same attempts.
 //! **Completion.** A promotion is told after the tier's own publish is durable.
-//! **Crash.** What is promoted is not recorded: the next session compares the steps of the root with
-//! those of
+//! **Crash.** What is promoted is not recorded: the next session compares the steps of the root with those of
 //! the tier.
 //! **Cancellation.** A shutdown waits for promotions until its deadline and names the steps that a tier does
 //! not have.
@@ -112,8 +111,7 @@ impl Tier {
     }
 
     /// Sets its name, which futures, reports and errors use. The lineage of sessions is noted under it: a
-    /// tier
-    /// that gets another name is a new one.
+    /// tier that gets another name is a new one.
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
