@@ -1,6 +1,6 @@
 //! Several ranks on a directory, with a tier behind it: rank 0 promotes, and every rank reads what it does.
 
-use super::{LONG, open, shared, steps};
+use super::{LONG, Troubled, open, shared, steps, until};
 use ashore::ranks::{Member, SharedDirectory};
 use ashore::storage::local::Local;
 use ashore::tiers::{Tier, TierState};
@@ -8,6 +8,7 @@ use ashore::{Checkpoint, CheckpointExecutor, ErrorKind, HostTensor, Result, Stat
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
@@ -151,6 +152,98 @@ fn a_rank_that_sees_another_directory_as_the_tier_is_told_so() {
     assert_eq!((error.kind(), error.ranks()), (ErrorKind::Invalid, &[1][..]), "{error}");
     assert!(format!("{error:#}").contains("tier=\"shared\""), "{error:#}");
     assert!(format!("{error:#}").contains("the same shared directory or URL"), "{error:#}");
+}
+
+/// Rank 0 alone knows when a tier is back. Until it has noted that, no rank reads the tier.
+#[test]
+fn a_tier_that_is_away_for_rank_0_is_read_by_no_rank_until_rank_0_has_taken_it_over() {
+    let (root, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (tier, away) = (folder.path().join("tier"), folder.path().join("away"));
+    together(2, |member| {
+        let running = builder(root.path(), member).tier(shared(&tier)).build().unwrap();
+        running.save(1, state(member, 1)).unwrap().wait(LONG).unwrap();
+        running.shutdown(LONG).unwrap();
+    });
+    std::fs::remove_dir_all(open(root.path(), 1).path()).unwrap();
+    std::fs::rename(&tier, &away).unwrap();
+    std::fs::write(&tier, "no directory").unwrap();
+    let all = Barrier::new(2);
+    together(2, |member| {
+        let running = builder(root.path(), member).tier(shared(&tier)).build().unwrap();
+        all.wait();
+        if member.rank == 0 {
+            assert_eq!(running.tiers()[0].state, TierState::Away);
+            std::fs::remove_file(&tier).unwrap();
+            std::fs::rename(&away, &tier).unwrap();
+        }
+        let found = || running.latest().unwrap().map(|newest| newest.step());
+        until("the tier is not read", || found() == Some(1));
+        check(&running.checkpoint(1).unwrap(), mine(member));
+        all.wait();
+        if member.rank == 0 {
+            assert_eq!(running.tiers()[0].state, TierState::Ours);
+        }
+        running.shutdown(LONG).unwrap();
+    });
+}
+
+/// A process alone leaves a tier out that it cannot list. A rank that did so would find another step than
+/// the other ranks.
+#[test]
+fn a_rank_that_does_not_reach_the_tier_fails_and_the_other_ranks_go_on() {
+    let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (storage, all) = (|| Troubled::slow(Local::open(tier.path()).unwrap(), Duration::ZERO), Barrier::new(2));
+    together(2, |member| {
+        let storage = Arc::new(storage());
+        let running = builder(root.path(), member).tier(Tier::over("shared", storage.clone())).build().unwrap();
+        let save = running.save(1, state(member, 1)).unwrap();
+        save.wait(LONG).unwrap();
+        if member.rank == 0 {
+            save.durable_in("shared").wait(LONG).unwrap();
+        }
+        all.wait();
+        storage.away.store(member.rank == 1, Ordering::Relaxed);
+        let (newest, valid) = (running.latest(), running.latest_valid());
+        if member.rank == 1 {
+            for error in [newest.unwrap_err(), valid.unwrap_err()] {
+                assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:#}");
+                assert!(format!("{error:#}").contains("tier=\"shared\""), "{error:#}");
+            }
+            storage.away.store(false, Ordering::Relaxed);
+            assert_eq!(running.latest().unwrap().unwrap().step(), 1, "it is opened again");
+        } else {
+            assert_eq!((newest.unwrap().unwrap().step(), valid.unwrap().unwrap().checkpoint.step()), (1, 1));
+        }
+        all.wait();
+        running.shutdown(LONG).unwrap();
+    });
+}
+
+/// What rank 0 has noted is read by the other ranks. So it leaves none of it out itself.
+#[test]
+fn rank_0_fails_too_when_a_tier_that_it_has_noted_is_away() {
+    let (root, tier) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let all = Barrier::new(2);
+    together(2, |member| {
+        let storage = Arc::new(Troubled::slow(Local::open(tier.path()).unwrap(), Duration::ZERO));
+        let running = builder(root.path(), member).tier(Tier::over("shared", storage.clone())).build().unwrap();
+        running.save(1, state(member, 1)).unwrap().wait(LONG).unwrap();
+        all.wait();
+        storage.away.store(member.rank == 0, Ordering::Relaxed);
+        let newest = running.latest();
+        all.wait();
+        if member.rank == 0 {
+            let error = newest.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:#}");
+            assert!(format!("{error:#}").contains("tier=\"shared\""), "{error:#}");
+            storage.away.store(false, Ordering::Relaxed);
+            until("the tier is not read again", || running.latest().is_ok_and(|newest| newest.is_some()));
+        } else {
+            assert_eq!(newest.unwrap().unwrap().step(), 1);
+        }
+        all.wait();
+        running.shutdown(LONG).unwrap();
+    });
 }
 
 /// The folder of the tier, the root, the rank, the world and the last step of a process that is a rank.
