@@ -1,9 +1,9 @@
 //! A value that is set once. Any async runtime can await it; a thread can wait for it until a deadline.
 //!
 //! No thread and no polling per future: the cell keeps the wakers of tasks and the calls to make, and
-//! `event-listener` keeps the sleeping threads. The first value wins; a later waiter finds it. **Locks.**
-//! Wakers and calls are code of the program. They are cloned, run and dropped while no lock of the cell is
-//! held, so they may read it at once, and their panics end no thread.
+//! `event-listener` keeps the sleeping threads. The first value wins; a later waiter finds it.
+//! **Locks.** Wakers and calls are code of the program. They are cloned, run and dropped while no lock of the
+//! cell is held, so they may read it at once, and their panics end no thread.
 
 use crate::error::Result;
 use crate::guard::logged;

@@ -3,10 +3,12 @@
 //! **Protocol.** The first signal stops the admission of saves, and finishes, promotes or abandons those in
 //! progress, until a deadline. Then the hook reports, and the program ends or goes on; if it goes on, the
 //! next signal has the effect that it had before the hook was installed. A second signal before the report
-//! abandons the remaining saves at once. **Deadline.** One second after it the program ends, even if a
-//! storage or a report hangs. **Fork.** A forked child has no hook: the signal has its earlier effect there,
-//! and dropping the child's copy of a hook does nothing. **Ownership.** A hook does not keep its executor
-//! alive: the program's last `Arc` waits for saves in progress, before or after the hook is dropped.
+//! abandons the remaining saves at once.
+//! **Deadline.** One second after it the program ends, even if a storage or a report hangs.
+//! **Fork.** A forked child has no hook: the signal has its earlier effect there, and dropping the child's
+//! copy of a hook does nothing.
+//! **Ownership.** A hook does not keep its executor alive: the program's last `Arc` waits for saves in
+//! progress, before or after the hook is dropped.
 
 mod handler;
 

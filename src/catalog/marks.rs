@@ -1,8 +1,9 @@
 //! Marks: what people say of steps, kept beside them.
 //!
 //! A step never changes, so its mark is not in it: `.marks.json` in the root has the marks of all steps. A
-//! mark belongs to an attempt: a step that is saved again has none. **Concurrency.** Each change reads all
-//! marks and replaces the file by a rename; of two changes at the same moment one may be lost.
+//! mark belongs to an attempt: a step that is saved again has none.
+//! **Concurrency.** Each change reads all marks and replaces the file by a rename; of two changes at the same
+//! moment one may be lost.
 
 use super::{Catalog, Problem};
 use crate::error::{Error, ErrorKind, Result};

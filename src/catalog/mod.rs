@@ -3,14 +3,17 @@
 //! **Consistency.** A step is listed only when its manifest parses, its tables have their length and digest,
 //! every file its own (checked for steps of up to 1000 files), and every shard belongs to this step and
 //! attempt, so nothing incomplete is ever listed. Directories that this library did not make are foreign:
-//! never listed, never touched. **Names.** Steps are compared as numbers and listed once. If a step has
-//! several names (`step-00000100` and `ckpt-100`), the name that this library would give comes first, then
-//! the others in lexicographic order; the first that can be opened is the step. The others are problems of
-//! the kind `Conflict`, as is a directory whose name gives another step than its manifest. **Damage.** A step
-//! is damaged when this library made it and its bytes are not those that were written; listing, overwriting,
-//! replacing and pruning all use one function for it. **Crash.** Nothing is deleted before enough of the
-//! remaining steps are durable and one of them is sound. Each step is deleted atomically. **Marks.** A step
-//! that is [marked](Mark) bad is neither the newest nor counted; one that is marked keep is never deleted.
+//! never listed, never touched.
+//! **Names.** Steps are compared as numbers and listed once. If a step has several names (`step-00000100` and
+//! `ckpt-100`), the name that this library would give comes first, then the others in lexicographic order;
+//! the first that can be opened is the step. The others are problems of the kind `Conflict`, as is a
+//! directory whose name gives another step than its manifest.
+//! **Damage.** A step is damaged when this library made it and its bytes are not those that were written;
+//! listing, overwriting, replacing and pruning all use one function for it.
+//! **Crash.** Nothing is deleted before enough of the remaining steps are durable and one of them is sound.
+//! Each step is deleted atomically.
+//! **Marks.** A step that is [marked](Mark) bad is neither the newest nor counted; one that is marked keep is
+//! never deleted.
 //! **Sharing.** Steps may share files: a deletion takes one name of them away.
 
 mod branch;

@@ -12,10 +12,11 @@
 //! on is durable. After an error that leaves the outcome of a publish unknown, and after a restart, the
 //! publisher builds only on what it has read from the directory and made durable itself. Numbers are never
 //! used twice: a program that goes back to an older state publishes a full under the next number. Only what
-//! is older than the newest durable full is removed. **Consistency.** A follower applies a delta only to the
-//! bytes that it was made for, after it has made it durable, and after the digest of the result was computed
-//! from the base's and found right: a refused delta has written nothing. `checks/model/chain.py` tries these
-//! rules over all interleavings of small sizes. **Crash.** A version appears by one rename, like a step.
+//! is older than the newest durable full is removed.
+//! **Consistency.** A follower applies a delta only to the bytes that it was made for, after it has made it
+//! durable, and after the digest of the result was computed from the base's and found right: a refused delta
+//! has written nothing. `checks/model/chain.py` tries these rules over all interleavings of small sizes.
+//! **Crash.** A version appears by one rename, like a step.
 //!
 //! ```
 //! use ashore::chain::{Follow, Kind, Publisher, Weights};

@@ -1,12 +1,15 @@
 //! The difference between two states of a tensor, bit for bit, and how it is put on top of the older one.
 //!
 //! A *patch* says what one tensor is after an update, in one of four ways ([`How`]): where its elements
-//! changed and by how many units in the last place, as gaps or as a bitmap; indices and values; or the
-//! whole tensor. **Exactness.** Elements are integers of their width: NaN payloads, signs of zero and
-//! every other bit pattern are kept. **Checks.** [`check`] reads a patch and the older bytes, and writes
-//! nothing: it finds every contradiction, and the digest of the result follows from that of the older
-//! bytes, because a CRC is linear. [`apply`] then writes. **Memory.** A patch is at most about as long as
-//! its tensor; what a file claims is compared with that limit before anything is read.
+//! changed and by how many units in the last place, as gaps or as a bitmap; indices and values; or the whole
+//! tensor.
+//! **Exactness.** Elements are integers of their width: NaN payloads, signs of zero and every other bit
+//! pattern are kept.
+//! **Checks.** [`check`] reads a patch and the older bytes, and writes nothing: it finds every contradiction,
+//! and the digest of the result follows from that of the older bytes, because a CRC is linear. [`apply`] then
+//! writes.
+//! **Memory.** A patch is at most about as long as its tensor; what a file claims is compared with that limit
+//! before anything is read.
 //!
 //! Modules: `number` (elements as integers), `positions` and `values` (the columns), `encode`, `apply`,
 //! `linear` (digests), `pack` (compression), `manifest` (the files of a version).

@@ -1,10 +1,11 @@
 //! Devices: they copy bytes from a tensor's memory location into a slab.
 //!
 //! **Consistency.** A queue is first in, first out: its marks, the completion events, are reached in order,
-//! each only when every copy before it has ended. **Completion.** [`CopyQueue::reached`] is the watermark, a
-//! count that never falls. **Cancellation.** Copies cannot be cancelled: the caller that queues one keeps
-//! source and slab until its mark is reached. **Failure.** Errors are sticky; after one, a mark may never be
-//! reached.
+//! each only when every copy before it has ended.
+//! **Completion.** [`CopyQueue::reached`] is the watermark, a count that never falls.
+//! **Cancellation.** Copies cannot be cancelled: the caller that queues one keeps source and slab until its
+//! mark is reached.
+//! **Failure.** Errors are sticky; after one, a mark may never be reached.
 //!
 //! The kernel interfaces, which use addresses as numbers, are private to this crate:
 //! ```compile_fail,E0432

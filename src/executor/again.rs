@@ -2,8 +2,9 @@
 //!
 //! **Protocol.** The committer begins the new attempt when nothing is left of the one before: every chunk has
 //! been returned, and that attempt is abandoned. The new attempt has the same ticket, so the handle, the
-//! deadline and the position among other saves stay. **Cancellation.** A save that was cancelled or given up
-//! is not retried: the ticket decides that under one lock.
+//! deadline and the position among other saves stay.
+//! **Cancellation.** A save that was cancelled or given up is not retried: the ticket decides that under one
+//! lock.
 
 use crate::completion::deadline_after;
 use crate::error::{Error, Result};

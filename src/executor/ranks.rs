@@ -1,11 +1,11 @@
 //! Saves by several ranks: numbers them in the order of calls, and carries out their rounds in a thread.
 //!
 //! **Order.** Every call of `save` has a number, also one that is refused, because the ranks count calls: a
-//! rank that skipped one by itself would save another step than the others from then on. [`Turns`] hands
-//! out the numbers; the thread that commits carries out the rounds of one save after another. **Overlap.**
-//! Rank 0 applies the overlap policy, and the others follow it. **Completion.** A writer that needs the
-//! attempt waits in its [`Gate`] until the ranks have agreed; a call with a new structure waits until it has
-//! its share of the plan.
+//! rank that skipped one by itself would save another step than the others from then on. [`Turns`] hands out
+//! the numbers; the thread that commits carries out the rounds of one save after another.
+//! **Overlap.** Rank 0 applies the overlap policy, and the others follow it.
+//! **Completion.** A writer that needs the attempt waits in its [`Gate`] until the ranks have agreed; a call
+//! with a new structure waits until it has its share of the plan.
 
 use crate::commit::several::{Agreed, Assigned, Attempted, Describe, Group, Structure, Structures, Vote};
 use crate::completion::{Calls, Completion};

@@ -1,8 +1,9 @@
 //! The threads of an executor, and how they end.
 //!
 //! **Ownership.** The threads are in their own `Arc`, which lives as long as saves do: while the executor is
-//! dropped, and after that if one of the threads was its last owner. **Locks.** No lock of this module is
-//! held while code of the program runs, so a source that hangs in `save` does not hang a shutdown.
+//! dropped, and after that if one of the threads was its last owner.
+//! **Locks.** No lock of this module is held while code of the program runs, so a source that hangs in `save`
+//! does not hang a shutdown.
 
 use super::ranks::Called;
 use crate::completion::{Calls, deadline_after};

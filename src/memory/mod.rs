@@ -2,7 +2,8 @@
 //!
 //! **Consistency.** Only a [`Lease`] gives access to a slab, and each slab has at most one lease.
 //! **Completion.** Dropping the lease, or the [`Slab`] that a storage was handed, returns the slab; that is
-//! the only back-pressure. **Fork.** A child does not inherit the mapping.
+//! the only back-pressure.
+//! **Fork.** A child does not inherit the mapping.
 
 mod aligned;
 mod arena;

@@ -5,10 +5,12 @@
 //! lose, delay or repeat messages, and no step is torn by it.
 //!
 //! **Consistency.** Every message belongs to a [`Round`]: session, save and phase. A coordinator returns no
-//! message of another round. **Completion.** Every wait ends at its deadline, with an error of kind
-//! `Deadline` that names the ranks which are missing, as far as they are known. **Crash.** A rank that is
-//! started again has a new nonce, so it is in no session until the ranks meet again. **Failure.** A rank that
-//! is known to be dead ends a wait early, with `Unavailable`.
+//! message of another round.
+//! **Completion.** Every wait ends at its deadline, with an error of kind `Deadline` that names the ranks
+//! which are missing, as far as they are known.
+//! **Crash.** A rank that is started again has a new nonce, so it is in no session until the ranks meet
+//! again.
+//! **Failure.** A rank that is known to be dead ends a wait early, with `Unavailable`.
 //!
 //! | coordinator | needs | notices a dead rank | a message costs |
 //! |---|---|---|---|

@@ -4,8 +4,9 @@
 //! part. When a part's digest matches, the thread's own stream copies its bytes to the device, after the work
 //! that the program had queued in its streams. Meanwhile the thread reads into its second slab.
 //! **Completion.** A slab is reused, and the call returns, when the completion event after its copies is
-//! reached. **Failure.** Queued copies are waited for all the same. If that exceeds the checkpoint's timeout,
-//! slabs are leaked rather than reused, but copies to borrowed memory are waited for until they end.
+//! reached.
+//! **Failure.** Queued copies are waited for all the same. If that exceeds the checkpoint's timeout, slabs
+//! are leaked rather than reused, but copies to borrowed memory are waited for until they end.
 //!
 //! # Safety argument
 //! Copies read from a slab whose lease `Loader` keeps until they have ended. `Loader` releases the lease only

@@ -5,12 +5,13 @@
 //! of a longer one). A tensor that lies in several boxes contributes the parts of each box that the request
 //! overlaps. Small neighbours are merged into *pieces* of at most 2 MiB. A thread reads a piece with aligned
 //! reads into its own buffer, and copies and digests each run of bytes while it is in the CPU cache. A
-//! storage may ask for longer reads and fewer threads (`Access`). **Completion.** `Ok` when all targets
-//! are filled and every digest matches. **Errors.** The first error wins and the other threads stop. The
-//! contents of the targets are then undefined, and memory allocated for the result is dropped. **Memory.**
-//! One buffer of 2 MiB per thread, and the result. For targets in device memory see `device`: two slabs of
-//! 8 MiB for each of at most 8 threads, and 8 MiB of pageable memory more where slices go to a device at
-//! strides.
+//! storage may ask for longer reads and fewer threads (`Access`).
+//! **Completion.** `Ok` when all targets are filled and every digest matches.
+//! **Errors.** The first error wins and the other threads stop. The contents of the targets are then
+//! undefined, and memory allocated for the result is dropped.
+//! **Memory.** One buffer of 2 MiB per thread, and the result. For targets in device memory see `device`: two
+//! slabs of 8 MiB for each of at most 8 threads, and 8 MiB of pageable memory more where slices go to a
+//! device at strides.
 
 mod device;
 mod locate;

@@ -3,10 +3,12 @@
 //!
 //! **Consistency.** The stager stages saves strictly in order. Staged bytes are those at the fence; those of
 //! captured tensors are from the call of `save`. **Back-pressure.** The stager waits for a free slab, never
-//! for the disk. **Completion.** A save is staged when its last copy from live memory has arrived and its
-//! sources are dropped. **Cancellation.** The stager reads no more of a failed save. It waits for the copies
-//! in flight, then returns slabs and releases sources. **Time.** The stager never touches storage, so it also
-//! expires saves at their deadlines.
+//! for the disk.
+//! **Completion.** A save is staged when its last copy from live memory has arrived and its sources are
+//! dropped.
+//! **Cancellation.** The stager reads no more of a failed save. It waits for the copies in flight, then
+//! returns slabs and releases sources.
+//! **Time.** The stager never touches storage, so it also expires saves at their deadlines.
 
 mod capture;
 mod capture_pool;

@@ -6,8 +6,9 @@
 //! session still is the newest; and publishes. Nothing but rank 0 makes or publishes an attempt.
 //! **Crash.** A new session records itself, buries the attempts of older ones, and only then lists steps. A
 //! process of an older session that goes on later finds that it is not the newest, or that its attempt is
-//! gone. **Cancellation.** A rank that has promised its files and does not learn the outcome *vetoes*: once
-//! its veto is durable, the attempt can never be published.
+//! gone.
+//! **Cancellation.** A rank that has promised its files and does not learn the outcome *vetoes*: once its
+//! veto is durable, the attempt can never be published.
 
 use super::Writing;
 use crate::error::Result;

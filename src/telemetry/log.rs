@@ -1,9 +1,11 @@
 //! The run log: a file of the root that gets one line for each save, off the path of saves.
 //!
 //! **Whole lines.** Each line is one write(2) to a file opened with O_APPEND; after a short write the next
-//! line begins on a line of its own. **Durability.** The log is never fsynced: a crash of the machine may
-//! lose its last lines, a killed process loses none. **Size.** A file ends at [`FILE_MAX`]; the oldest files
-//! of a root are deleted when there are more than [`FILES_MAX`], or more than [`BYTES_MAX`] in all.
+//! line begins on a line of its own.
+//! **Durability.** The log is never fsynced: a crash of the machine may lose its last lines, a killed process
+//! loses none.
+//! **Size.** A file ends at [`FILE_MAX`]; the oldest files of a root are deleted when there are more than
+//! [`FILES_MAX`], or more than [`BYTES_MAX`] in all.
 
 use super::line::{Closed, DIRECTORY, EXTENSION, Entry, Head, SaveLine, runs};
 use super::unix_micros;

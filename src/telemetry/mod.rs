@@ -1,9 +1,10 @@
 //! What an executor tells of its saves: a line in the run log, metrics, and a trace.
 //!
 //! **Who writes.** The thread that ends a save leaves a [`SaveLine`] in a bounded queue; a thread of its own
-//! writes it. So neither a caller nor the stager touches storage or a recorder of the program. **Failure.**
-//! Nothing here can fail a save. A line that finds the queue full, because the disk hangs, is dropped and
-//! counted. **End.** [`Telemetry::close`] comes after the other threads of the executor have ended.
+//! writes it. So neither a caller nor the stager touches storage or a recorder of the program.
+//! **Failure.** Nothing here can fail a save. A line that finds the queue full, because the disk hangs, is
+//! dropped and counted.
+//! **End.** [`Telemetry::close`] comes after the other threads of the executor have ended.
 
 mod line;
 mod log;

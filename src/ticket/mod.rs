@@ -2,9 +2,9 @@
 //! failure and completions.
 //!
 //! **Completion.** `staged` resolves when no live source will be read any more and the sources are dropped,
-//! however the save ended; `done` resolves once. **Failure.** The first error wins. Once the publish has
-//! begun, a failure can no longer undo it: `fail` is refused, and a deadline that passes then is
-//! `Indeterminate`.
+//! however the save ended; `done` resolves once.
+//! **Failure.** The first error wins. Once the publish has begun, a failure can no longer undo it: `fail` is
+//! refused, and a deadline that passes then is `Indeterminate`.
 
 mod ending;
 mod source_gate;

@@ -3,9 +3,10 @@
 //! **Protocol.** The copy is an attempt of the destination with the identity that the step has in the source:
 //! files, each compared with its digest on the way, then the manifest, then the destination's own publish.
 //! **Completion.** `Ok` means durable in the destination. A destination that has the attempt already is made
-//! durable and is done. **Crash.** The destination has the step whole or not at all; what a killed copy left
-//! is an attempt, which a sweep or the next session's take-over removes. **Memory.** One buffer, of 8 MiB for
-//! files of up to 80 GB.
+//! durable and is done.
+//! **Crash.** The destination has the step whole or not at all; what a killed copy left is an attempt, which
+//! a sweep or the next session's take-over removes.
+//! **Memory.** One buffer, of 8 MiB for files of up to 80 GB.
 
 use crate::checkpoint::{Checkpoint, Failure, replaceable};
 use crate::digest::Digest;

@@ -2,8 +2,9 @@
 //!
 //! **Protocol.** A session is recorded in a tier as the newest before anything in it is listed. What the
 //! tier's newest session was before decides which steps of the root may be promoted: those of a node that
-//! comes back late are of a session that is not in the lineage. **Crash.** The lineage is a note beside the
-//! session in the root; where it is lost, the lineage begins anew with the session that the take-over found.
+//! comes back late are of a session that is not in the lineage.
+//! **Crash.** The lineage is a note beside the session in the root; where it is lost, the lineage begins anew
+//! with the session that the take-over found.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard;

@@ -3,8 +3,8 @@
 //! **Consistency.** A chunk that is as predicted is not written. When all chunks of a shard are, the older
 //! file becomes the shard: cloned, or linked. Where the storage refuses, and where another chunk of the shard
 //! has changed, the chunks that were not written are copied from the older file, which is the only place that
-//! has them: the sources may be gone. **Failure.** An older file that is not what was written fails the save;
-//! the next one writes the file anew.
+//! has them: the sources may be gone.
+//! **Failure.** An older file that is not what was written fails the save; the next one writes the file anew.
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};

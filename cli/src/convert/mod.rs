@@ -1,8 +1,8 @@
 //! `ashore convert`: writes a checkpoint in another layout.
 //!
-//! **Memory.** One arena, whatever the size of tensors, and what is known of each tensor. **Crash.** The
-//! output appears by one rename. A run that is killed leaves a hidden attempt beside it, and the next run
-//! with the same arguments goes on with the files in it that are complete.
+//! **Memory.** One arena, whatever the size of tensors, and what is known of each tensor.
+//! **Crash.** The output appears by one rename. A run that is killed leaves a hidden attempt beside it, and
+//! the next run with the same arguments goes on with the files in it that are complete.
 
 mod copy;
 mod layout;

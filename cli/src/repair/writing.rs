@@ -3,8 +3,8 @@
 //! **Protocol.** An attempt beside the step gets every file of the step: a damaged one as a copy with the
 //! flips undone, the others as links or clones where the file system can, else as copies. The attempt is read
 //! from the medium and compared with every digest, and exchanged with the step. A step that shares a damaged
-//! file gets an attempt of its own files and the repaired one in the same way. **Crash.** Each step is the
-//! old one or the repaired one, both whole.
+//! file gets an attempt of its own files and the repaired one in the same way.
+//! **Crash.** Each step is the old one or the repaired one, both whole.
 
 use super::{Change, Repair, Shared};
 use crate::out;

@@ -2,7 +2,8 @@
 //! something back to each.
 //!
 //! What is handed over lies in notes on the storage, of any length; messages carry lengths, digests and
-//! errors. **Failure.** An error of any rank, or of rank 0's own work, is the error of all ranks.
+//! errors.
+//! **Failure.** An error of any rank, or of rank 0's own work, is the error of all ranks.
 
 use super::message::{Vote, decode, encode};
 use super::session::{Group, HEAR_GRACE};

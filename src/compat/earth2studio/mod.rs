@@ -35,15 +35,17 @@
 //!
 //! **Consistency.** A row is a step of the engine in [`Checkpoint::rank_path`], so the catalog *is* the
 //! commits: no second file can be damaged or lag behind, and a damaged commit is skipped. Rows are numbered
-//! in the order of their commits. Each rank commits on its own. **Completion.** A flush that is `Ok` is
-//! durable. **Crash.** The rows of completed flushes survive; with [`Mode::Overwrite`] the old row is deleted
-//! after the new one is durable. **Failure.** A failed flush restores the session's counters, metadata and
-//! dirty flag to their state before the call. Writes made while it ran stay, and are still to be flushed. The
-//! next `write` or `flush` returns a failure that no call has waited for. **Retention.** `Overwrite` keeps
-//! one row, `Append` the last `history_size`. **Metadata** of the writes of one session accumulates, and a
-//! session starts with none; [`CheckpointSession::metadata`] returns that of the row. **Re-entering.** The
-//! states of a session that was left wait for the next session of its catalog that is entered on the thread,
-//! which restores them from its row.
+//! in the order of their commits. Each rank commits on its own.
+//! **Completion.** A flush that is `Ok` is durable.
+//! **Crash.** The rows of completed flushes survive; with [`Mode::Overwrite`] the old row is deleted after
+//! the new one is durable.
+//! **Failure.** A failed flush restores the session's counters, metadata and dirty flag to their state before
+//! the call. Writes made while it ran stay, and are still to be flushed. The next `write` or `flush` returns
+//! a failure that no call has waited for.
+//! **Retention.** `Overwrite` keeps one row, `Append` the last `history_size`. **Metadata** of the writes of
+//! one session accumulates, and a session starts with none; [`CheckpointSession::metadata`] returns that of
+//! the row. **Re-entering.** The states of a session that was left wait for the next session of its catalog
+//! that is entered on the thread, which restores them from its row.
 //!
 //! | in earth2studio | here |
 //! |---|---|

@@ -1,9 +1,10 @@
 //! A thread for blocking work, so that tasks of an async runtime never block.
 //!
 //! **Protocol.** The thread runs jobs one at a time, in the order in which their futures were first polled.
-//! It runs a job even if its future was dropped. **Completion.** A job's future resolves when the job has
-//! run. **Cancellation.** None: records change whole or not at all. **Fork.** A child has no such thread:
-//! every call is `Invalid`.
+//! It runs a job even if its future was dropped.
+//! **Completion.** A job's future resolves when the job has run.
+//! **Cancellation.** None: records change whole or not at all.
+//! **Fork.** A child has no such thread: every call is `Invalid`.
 
 use super::records::Records;
 use crate::compat::background::Background;

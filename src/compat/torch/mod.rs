@@ -14,11 +14,13 @@
 //!
 //! **The order of a save** is torch's: `reset`, `storage_meta`, `set_up_planner`, `set_up_storage_writer`,
 //! `create_local_plan`, `prepare_local_plan` on every rank; `create_global_plan`, `prepare_global_plan` on
-//! the coordinator; `finish_plan`, `write_data` on every rank; `finish` on the coordinator. **Failure.** A
-//! failure in staging, in the planner, in the writer or on any rank fails the future of every rank.
-//! **Completion.** The future resolves when the checkpoint is durable. **Deadlines.** Every future ends by
-//! its deadline; the default is that of the engine's settings. **Overlap** follows the engine's settings. An
-//! executor can be used for any number of saves. A save that the policy did not begin resolves to None.
+//! the coordinator; `finish_plan`, `write_data` on every rank; `finish` on the coordinator.
+//! **Failure.** A failure in staging, in the planner, in the writer or on any rank fails the future of every
+//! rank.
+//! **Completion.** The future resolves when the checkpoint is durable.
+//! **Deadlines.** Every future ends by its deadline; the default is that of the engine's settings.
+//! **Overlap** follows the engine's settings. An executor can be used for any number of saves. A save that
+//! the policy did not begin resolves to None.
 //!
 //! **Several ranks.** The ranks are those of the engine, which is built with
 //! [`Builder::ranks`](crate::Builder::ranks), for example with [`coordinator`] of a [`ProcessGroup`]. They

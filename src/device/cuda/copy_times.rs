@@ -2,9 +2,9 @@
 //!
 //! **Clocks.** A device's clock is compared with the host's once for each save, by an *anchor*: an event in a
 //! stream that has nothing else to do. It was reached between two readings of the host's clock; half of the
-//! time between them is its error. **Bounds.** Copies are made after the host has queued them and before it
-//! sees that they have ended. Times beyond these bounds, as of clocks that run apart, are moved to them, and
-//! the error then says how far.
+//! time between them is its error.
+//! **Bounds.** Copies are made after the host has queued them and before it sees that they have ended. Times
+//! beyond these bounds, as of clocks that run apart, are moved to them, and the error then says how far.
 
 use super::driver::Stream;
 use super::gpu::Gpu;

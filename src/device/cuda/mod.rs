@@ -2,11 +2,12 @@
 //!
 //! **Order.** Copies are queued in a stream of our own, behind events that `save` recorded, in its own
 //! thread, in the producers' streams. A fence records an event behind all copies queued so far, and the
-//! program's streams wait for it: on the GPU, not on the host. **Completion.** One event behind each chunk,
-//! queried by the stager alone. **Memory.** Events come from a pool; lists for kernels from another, which
-//! allocates only for lists longer than earlier ones. Otherwise nothing is allocated, registered or freed
-//! while a program trains. **Failure.** See `driver`: after an error from which a context does not recover,
-//! the driver is called only to restore a thread's previous context.
+//! program's streams wait for it: on the GPU, not on the host.
+//! **Completion.** One event behind each chunk, queried by the stager alone.
+//! **Memory.** Events come from a pool; lists for kernels from another, which allocates only for lists longer
+//! than earlier ones. Otherwise nothing is allocated, registered or freed while a program trains.
+//! **Failure.** See `driver`: after an error from which a context does not recover, the driver is called only
+//! to restore a thread's previous context.
 //!
 //! # Safety argument
 //! The only unsafe operation runs the code of a library; the caller that names the library vouches that it is

@@ -3,9 +3,9 @@
 //! these copies are no longer needed.
 //!
 //! A fence takes a row of numbers, one per device, and a value that is new to them. A row is reused when its
-//! guard is dropped and everything queued with it has been reached, so a number never falls. **Order.** The
-//! write is queued before the waits, and behind all that it depends on. So no wait precedes, in any hardware
-//! queue that streams share, the write that ends it.
+//! guard is dropped and everything queued with it has been reached, so a number never falls.
+//! **Order.** The write is queued before the waits, and behind all that it depends on. So no wait precedes,
+//! in any hardware queue that streams share, the write that ends it.
 //!
 //! # Safety argument
 //! The numbers are pinned memory that only devices and atomics touch, aligned, and inside their allocation.

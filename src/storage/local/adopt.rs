@@ -2,8 +2,9 @@
 //!
 //! **Order.** A clone is a new file, and an fsync of its own makes its bytes and its length durable. A link
 //! is another name of a file that is durable already: the attempt's directory is fsynced before the rename,
-//! and with it the new name. **Refusals.** What a file system does not do, or not now, is no error: the
-//! caller writes the file. A refusal leaves no file behind.
+//! and with it the new name.
+//! **Refusals.** What a file system does not do, or not now, is no error: the caller writes the file. A
+//! refusal leaves no file behind.
 
 use super::dir::Dir;
 use super::reading::LocalFileReading;

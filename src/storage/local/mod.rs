@@ -1,17 +1,19 @@
 //! Storage in a directory of a local or mounted file system.
 //!
 //! **Names.** `names` lists the entries of a root. A step is a plain directory that holds the checkpoint and
-//! nothing else; an attempt is a hidden directory, with the record of its owner beside it. **Consistency.** A
-//! step appears by one rename and never changes. A reader opens its directory once and every file through
-//! that descriptor, so it sees one attempt, even if the step is replaced or removed. **Completion.** Files,
-//! then the attempt's directory, then the rename, then the root: each is fsynced before the next step, in
-//! `durable` and nowhere else. A failed fsync loses the attempt; one that fails after the rename is
-//! `Indeterminate`. **Crash.** A sweep deletes an attempt whose owner is dead, once it is durable that the
-//! attempt does not have the name of a step. A removed step first gets a hidden name, durably, so a crash
-//! never brings back a step with missing files. An attempt that no lock decides, such as one of another host,
-//! is deleted when it has not changed for long enough, and reported until then. **Cancellation.**
-//! [`Writing::abandon`] deletes the attempt; a sweep deletes one that was dropped. **Fork.** A child never
-//! closes, unlocks, touches or deletes what its parent has open: it opens its own storage to begin and sweep.
+//! nothing else; an attempt is a hidden directory, with the record of its owner beside it.
+//! **Consistency.** A step appears by one rename and never changes. A reader opens its directory once and
+//! every file through that descriptor, so it sees one attempt, even if the step is replaced or removed.
+//! **Completion.** Files, then the attempt's directory, then the rename, then the root: each is fsynced
+//! before the next step, in `durable` and nowhere else. A failed fsync loses the attempt; one that fails
+//! after the rename is `Indeterminate`.
+//! **Crash.** A sweep deletes an attempt whose owner is dead, once it is durable that the attempt does not
+//! have the name of a step. A removed step first gets a hidden name, durably, so a crash never brings back a
+//! step with missing files. An attempt that no lock decides, such as one of another host, is deleted when it
+//! has not changed for long enough, and reported until then.
+//! **Cancellation.** [`Writing::abandon`] deletes the attempt; a sweep deletes one that was dropped.
+//! **Fork.** A child never closes, unlocks, touches or deletes what its parent has open: it opens its own
+//! storage to begin and sweep.
 //!
 //! Modules from the system calls up: `sys` (the system call interface), `linux`, `dir`, `transfer`, `direct`,
 //! `durable`; then `owner`, `clock`, `judge`, `file`, `marks`, `trash`, `publish`, `reading`; then `adopt`,

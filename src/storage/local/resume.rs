@@ -2,8 +2,8 @@
 //! same bytes each time it is run, such as a conversion.
 //!
 //! **Consistency.** The attempt's identity follows from what is written, so its files can be compared with
-//! what they must be. The next process takes the lock of the owner record and writes itself into it before
-//! it looks at a file. Where the lock cannot tell (another host or boot, no locks), an owner that was judged
+//! what they must be. The next process takes the lock of the owner record and writes itself into it before it
+//! looks at a file. Where the lock cannot tell (another host or boot, no locks), an owner that was judged
 //! dead may live. It reads its record before it creates, rewrites or deletes a file and before it publishes,
 //! and gives up once another process is in it; the other process deletes a file that was being written,
 //! because it is not complete. What remains is a take-over between that look and the call right after it.

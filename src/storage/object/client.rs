@@ -2,8 +2,8 @@
 //!
 //! The crate repeats a request by itself only for seconds, because its repeats carry the first signature.
 //! What lasts longer is repeated here, after a pause that grows and varies, while the *budget* of the store
-//! lasts: a store that refuses everything is not asked by all of its callers at full rate. **Conditions.** A
-//! conditional put is never repeated here: its answer alone decides nothing, see `root`.
+//! lasts: a store that refuses everything is not asked by all of its callers at full rate.
+//! **Conditions.** A conditional put is never repeated here: its answer alone decides nothing, see `root`.
 
 use super::errors;
 use super::runtime;

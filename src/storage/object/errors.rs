@@ -2,8 +2,9 @@
 //! succeed later.
 //!
 //! The crate `object_store` keeps the status and the store's own code only in the text of its errors, so they
-//! are read from that text. **Secrets.** The text that goes into an error of ours is the store's code and
-//! message alone: bodies can repeat what was signed, and addresses can carry a token.
+//! are read from that text.
+//! **Secrets.** The text that goes into an error of ours is the store's code and message alone: bodies can
+//! repeat what was signed, and addresses can carry a token.
 
 use crate::error::{Error, ErrorKind};
 use object_store::Error as Answer;

@@ -2,12 +2,13 @@
 //!
 //! **Protocol.** A file of one part is put whole. Of a longer one, the first part that is complete makes the
 //! upload and a record of it (`<attempt>/uploads/<file>`, from which a sweep aborts it); each part is sent by
-//! the writer that completes it; `seal` completes the upload and deletes the record. **Completion.** The
-//! writer blocks until the store has the part, so as many parts are in flight as there are writers. An upload
-//! whose completion was not answered is judged by what is at its key, which no other file ever has.
+//! the writer that completes it; `seal` completes the upload and deletes the record.
+//! **Completion.** The writer blocks until the store has the part, so as many parts are in flight as there
+//! are writers. An upload whose completion was not answered is judged by what is at its key, which no other
+//! file ever has.
 //! **Memory.** A slab returns to the arena when the parts that it has bytes of are stored or given up, and no
-//! connection holds them (`uploads`). **Failure.** A part is tried until the patience of the store or the
-//! save ends; then the file is lost.
+//! connection holds them (`uploads`).
+//! **Failure.** A part is tried until the patience of the store or the save ends; then the file is lost.
 
 use super::client::Client;
 use super::parts::{Limits, Parts, Ready};

@@ -3,13 +3,15 @@
 //!
 //! **Names.** `ashore.json` is the *root object*: it names every step, with its attempt. The objects of an
 //! attempt lie under `<step>/<generation>-<attempt>/`, a prefix that no other attempt ever has. `.ranks/`
-//! holds what the ranks of a session leave for each other. **Consistency.** A step is what the root object
-//! names; a reader begins with it and lists nothing. **Completion.** An object is durable when the store says
-//! that it is put; a step is durable when the root object that names it is. Only the root object is ever put
-//! on a condition. **Sessions.** A process that writes first *takes the root over*: it raises the generation
-//! in the root object, and from then on no older session can change the steps. **Crash.** A sweep deletes
-//! attempts of older sessions that the root does not name. **Readers.** A step that is replaced or pruned is
-//! deleted while readers may have it open: their next read is `NotFound`.
+//! holds what the ranks of a session leave for each other.
+//! **Consistency.** A step is what the root object names; a reader begins with it and lists nothing.
+//! **Completion.** An object is durable when the store says that it is put; a step is durable when the root
+//! object that names it is. Only the root object is ever put on a condition.
+//! **Sessions.** A process that writes first *takes the root over*: it raises the generation in the root
+//! object, and from then on no older session can change the steps.
+//! **Crash.** A sweep deletes attempts of older sessions that the root does not name.
+//! **Readers.** A step that is replaced or pruned is deleted while readers may have it open: their next read
+//! is `NotFound`.
 //!
 //! Modules from the bottom up: `runtime`, `errors`, `client`, `connect`; then `state`, `root`, `probe`,
 //! `file`, `reading`; then `session`, `sweep`, `attempt`, `step`, `shared`; then [`ObjectStore`].

@@ -3,8 +3,8 @@
 //! **Protocol.** The thread that reads polls the body itself and copies each frame to where it belongs, so a
 //! request that was dropped can write nowhere any more. A body that stalls, breaks off or is slow is dropped,
 //! and the rest of the range requested anew: the second request usually reaches another server.
-//! **Completion.** `Ok` when every byte has come. Whether they are those that were written is checked
-//! above, by digests.
+//! **Completion.** `Ok` when every byte has come. Whether they are those that were written is checked above,
+//! by digests.
 
 use super::client::Client;
 use super::errors;

@@ -4,11 +4,12 @@
 //! from. An `Ok` is the outcome. No other answer is: a store may refuse a condition because our own request
 //! had arrived before, or say 409 without an object, or not answer at all. Then the root is read and
 //! [`judge`]d. It has our change, which *landed*. Or another change came first, and ours is *lost*: the
-//! version that it named never comes back, so no late request can land. A root that remembers too few
-//! changes to tell them apart is asked for what the change would have made. Or nothing changed, and the same
-//! request is sent again: the same content under the same condition lands at most once. **Deadline.** At the
-//! deadline an unchanged root is *bumped*, that is changed in its counter alone: then our request is lost for
-//! certain. Only a root that cannot be read or bumped leaves an outcome unknown, which is `Indeterminate`.
+//! version that it named never comes back, so no late request can land. A root that remembers too few changes
+//! to tell them apart is asked for what the change would have made. Or nothing changed, and the same request
+//! is sent again: the same content under the same condition lands at most once.
+//! **Deadline.** At the deadline an unchanged root is *bumped*, that is changed in its counter alone: then
+//! our request is lost for certain. Only a root that cannot be read or bumped leaves an outcome unknown,
+//! which is `Indeterminate`.
 
 use super::client::{Answered, Client, Condition, Fetched};
 use super::state::{MAX_LENGTH, State};

@@ -2,9 +2,10 @@
 //!
 //! A thread that calls the storage hands a future over and sleeps until its result comes back through a
 //! channel, or polls it itself in the context of this runtime, where bytes go to memory that it borrows. So a
-//! program may call from inside a runtime of its own, or without one. **Fork.** The threads of the runtime
-//! do not exist in a forked child, where a call would never return: it is refused there. **End.** The
-//! runtime lives as long as the process.
+//! program may call from inside a runtime of its own, or without one.
+//! **Fork.** The threads of the runtime do not exist in a forked child, where a call would never return: it
+//! is refused there.
+//! **End.** The runtime lives as long as the process.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fork::ForkGuard;

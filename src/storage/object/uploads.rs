@@ -1,11 +1,11 @@
 //! Connections for requests that carry slabs.
 //!
-//! A connection keeps the bytes of a request until it has sent them, also when the request was given up:
-//! for a peer that accepts and never reads, until the task of the connection ends. So requests with long
-//! bodies have connections, and a runtime, of their own. When such a request has ended and its bytes are
-//! still held a second later, that runtime is ended with all of its connections, and the next request
-//! starts another one. Other requests on it fail as if their connections had been reset, and are tried
-//! again. **Safety.** A slab is returned by the drop of its owner alone, whatever ends first.
+//! A connection keeps the bytes of a request until it has sent them, also when the request was given up: for
+//! a peer that accepts and never reads, until the task of the connection ends. So requests with long bodies
+//! have connections, and a runtime, of their own. When such a request has ended and its bytes are still held
+//! a second later, that runtime is ended with all of its connections, and the next request starts another
+//! one. Other requests on it fail as if their connections had been reset, and are tried again.
+//! **Safety.** A slab is returned by the drop of its owner alone, whatever ends first.
 
 use super::file::LONG;
 use crate::sync::{Mutex, lock};

@@ -5,10 +5,12 @@
 //!
 //! **Crash.** From the hand-over on a save does not need the program: if that is killed, the writer finishes
 //! what it has and ends. If the writer dies, saves that it had are `Indeterminate`, and the next one starts a
-//! new writer. **Requests** carry numbers, and so do answers. **Deadlines.** Every wait for the writer has
-//! one. **Memory.** Beside the arena, one copy of the state for each save under way, until it is durable.
+//! new writer. **Requests** carry numbers, and so do answers.
+//! **Deadlines.** Every wait for the writer has one.
+//! **Memory.** Beside the arena, one copy of the state for each save under way, until it is durable.
 //! **Sweeps.** An attempt is memory of this process: nothing of it is left when it is dropped, so a sweep
-//! finds those of writers alone. **Fork.** A child shares the socket, and does nothing with it.
+//! finds those of writers alone.
+//! **Fork.** A child shares the socket, and does nothing with it.
 
 mod attempt;
 mod frame;

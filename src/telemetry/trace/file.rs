@@ -1,9 +1,10 @@
 //! The file of a trace: an array in Chrome's JSON, with one event a line.
 //!
 //! **Whole lines.** Lines are written many at a time, and each of them whole. A killed process leaves an
-//! array without its end, cut in its last line at most; viewers open that. **One writer.** The file is made
-//! anew, under another name if its own is taken, so no two executors, ranks or processes write into one
-//! file. **Errors.** After one, nothing is traced any more; it is reported once.
+//! array without its end, cut in its last line at most; viewers open that.
+//! **One writer.** The file is made anew, under another name if its own is taken, so no two executors, ranks
+//! or processes write into one file.
+//! **Errors.** After one, nothing is traced any more; it is reported once.
 
 use super::budget::Budget;
 use super::event::{Arguments, Event, Local, Row};

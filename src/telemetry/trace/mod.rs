@@ -1,8 +1,9 @@
 //! The trace of an executor: what its saves did, and when, for the viewers of Chrome's format.
 //!
 //! **Who writes.** Threads that work for a save leave [`Span`]s in its [`SaveTrace`]; the thread that tells
-//! of saves writes them into a [`TraceFile`] when the save has ended. **Off.** A save without a trace costs
-//! its threads one branch each. **Size.** `Budget` says which saves are written chunk by chunk.
+//! of saves writes them into a [`TraceFile`] when the save has ended.
+//! **Off.** A save without a trace costs its threads one branch each.
+//! **Size.** `Budget` says which saves are written chunk by chunk.
 
 mod budget;
 mod event;
