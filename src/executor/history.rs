@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 /// Tensor bytes below which a file is always written: it costs little, and a second copy is worth more.
 const LEAST: u64 = 1 << 20;
-/// Number of saves between two regroupings, and between a refusal of the storage and the next request.
+/// Number of saves between two regroupings, and between the refusal of a file and the next request for it.
 const PATIENCE: u32 = 16;
 
 /// See the module.
@@ -54,8 +54,6 @@ struct Inner {
     wasted: u64,
     /// Saves since the last regrouping.
     saves: u32,
-    /// Saves until files are shared again after the storage has refused.
-    paused: u32,
 }
 
 /// The last durable step.
@@ -67,6 +65,9 @@ struct Last {
     tensors: Vec<Seen>,
     /// Of each shard that is predicted to be unchanged, its file.
     files: Vec<Option<Arc<OlderFile>>>,
+    /// Of each shard, the number of saves until its file is shared again after the storage has refused it. A
+    /// refusal can be about one file, such as one that has all the links that it can have.
+    paused: Vec<u32>,
 }
 
 /// A tensor in the saves so far.
@@ -80,7 +81,7 @@ struct Seen {
 impl History {
     pub fn new(settings: &Settings, storage: &dyn Storage, alone: bool) -> Self {
         let none: Arc<[bool]> = Arc::from([]);
-        let inner = Inner { last: None, still: (0, none.clone()), wasted: 0, saves: 0, paused: 0 };
+        let inner = Inner { last: None, still: (0, none.clone()), wasted: 0, saves: 0 };
         Self {
             on: settings.links && alone && storage.adopts(),
             regroup: settings.files > 1,
@@ -113,10 +114,13 @@ impl History {
     /// The files that a save of `plan` may adopt.
     pub fn predict(&self, plan: &Arc<Plan>) -> Option<Older> {
         let inner = lock(&self.inner);
-        let last = inner.last.as_ref().filter(|last| inner.paused == 0 && Arc::ptr_eq(&last.plan, plan))?;
+        let last = inner.last.as_ref().filter(|last| Arc::ptr_eq(&last.plan, plan))?;
         let fresh = |file: &OlderFile| file.saves < self.most_saves || file.written.elapsed() < self.most_time;
-        let usable = |file: &&Arc<OlderFile>| fresh(file) && !file.damaged.load(Ordering::Acquire);
-        let files: Vec<_> = last.files.iter().map(|file| file.as_ref().filter(usable).cloned()).collect();
+        let usable = |(file, paused): (&Option<Arc<OlderFile>>, &u32)| {
+            let sound = |file: &&Arc<OlderFile>| fresh(file) && !file.damaged.load(Ordering::Acquire);
+            file.as_ref().filter(|_| *paused == 0).filter(sound).cloned()
+        };
+        let files: Vec<_> = last.files.iter().zip(&last.paused).map(usable).collect();
         let shards: Vec<bool> = files.iter().map(Option::is_some).collect();
         let any = shards.contains(&true);
         any.then(|| Older { prediction: Arc::new(Prediction { digests: last.digests.clone(), shards }), files })
@@ -134,13 +138,16 @@ impl History {
             vec![None; plan.shards.len()]
         });
         self.scrub.offer(files.iter().flatten().filter(|file| file.saves > 0).cloned().collect());
-        let mut inner = lock(&self.inner);
-        inner.paused = inner.paused.saturating_sub(1);
-        if receipts.made.contains(&Made::Refused) {
-            inner.paused = PATIENCE;
+        let mut paused =
+            before.filter(|last| Arc::ptr_eq(&last.plan, plan)).map_or_else(Vec::new, |b| b.paused.clone());
+        paused.resize(plan.shards.len(), 0);
+        for (paused, made) in paused.iter_mut().zip(&receipts.made) {
+            *paused = if *made == Made::Refused { PATIENCE } else { paused.saturating_sub(1) };
         }
+        let mut inner = lock(&self.inner);
         inner.weigh(plan, &tensors, &receipts.made, self.regroup);
-        inner.last = Some(Arc::new(Last { plan: plan.clone(), digests: receipts.digests.into(), tensors, files }));
+        inner.last =
+            Some(Arc::new(Last { plan: plan.clone(), digests: receipts.digests.into(), tensors, files, paused }));
     }
 }
 

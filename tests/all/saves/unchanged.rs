@@ -214,6 +214,31 @@ fn a_file_system_that_refuses_costs_a_copy_and_no_byte() {
     assert!(shares.is_some_and(|step| step > 10), "{shares:?}");
 }
 
+/// One inode with all the links that it can have made every file of 16 saves be written.
+#[test]
+fn the_refusal_of_one_file_leaves_the_others_shared() {
+    let root = tempfile::tempdir().unwrap();
+    let refuse = Arc::new(AtomicBool::new(true));
+    let refusing = refuse.clone();
+    let hook = move |call: Call<'_>| match call {
+        Call::Adopt if refusing.swap(false, Ordering::Relaxed) => Err(Error::new(ErrorKind::Invalid, "too many links")),
+        _ => Ok(()),
+    };
+    let storage = Arc::new(Hooked::new(Local::open(root.path()).unwrap(), hook));
+    let executor = builder(root.path()).storage(storage).build().unwrap();
+    let state = || {
+        let mut state = StateDict::new();
+        for (name, value) in [("one", 1.0_f32), ("two", 2.0)] {
+            state.tensor(name, Arc::new(vec![value; 1 << 19])).unwrap().group(name, name).unwrap();
+        }
+        state
+    };
+    let saves: Vec<Committed> = (1..=5).map(|step| save(&executor, step, state())).collect();
+    let refused: Vec<usize> = saves.iter().map(|committed| committed.refused_files).collect();
+    let files: Vec<u64> = saves.iter().map(|committed| shared(committed) >> 21).collect();
+    assert_eq!((refused, files), (vec![0, 0, 1, 0, 0], vec![0, 0, 1, 1, 1]));
+}
+
 #[test]
 fn a_step_that_is_pruned_leaves_its_files_to_later_ones() {
     let root = tempfile::tempdir().unwrap();
