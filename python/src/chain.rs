@@ -3,7 +3,7 @@
 use crate::collect::Memory;
 use crate::errors::{self, IntoPy, closed, entry, invalid};
 use crate::handle::Handle;
-use crate::lent::{self, Lent};
+use crate::lent::{self, Held, Lent, Targets};
 use crate::sources::{self, Devices, Item};
 use crate::tree::{Leaves, Tensor};
 use crate::waiting::{SLICE, interruptible, seconds};
@@ -100,7 +100,7 @@ impl Publisher {
     fn newest(&self, py: Python<'_>) -> PyResult<Option<u64>> {
         entry(py, || {
             let publisher = self.open(py)?;
-            Ok(py.detach(|| publisher.newest()))
+            Ok(py.detach(move || publisher.newest()))
         })
     }
 
@@ -109,7 +109,7 @@ impl Publisher {
         entry(py, || {
             let publisher = self.open(py)?;
             let (dict, _) = self.collect(py, state, beside)?;
-            py.detach(|| publisher.publish(dict)).or_raise(py).map(Handle::of_publish)
+            py.detach(move || publisher.publish(dict)).or_raise(py).map(Handle::of_publish)
         })
     }
 
@@ -133,7 +133,14 @@ impl Publisher {
             }
             let inner = self.inner.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).take();
             self.seen.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).clear();
-            interruptible(py, move || drop(inner))
+            interruptible(py, move || {
+                // Calls of other threads, and saves of an executor that have not ended, have it, too.
+                let mut inner = inner;
+                while let Some(Err(shared)) = inner.take().map(Arc::try_unwrap) {
+                    inner = Some(shared);
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            })
         })
     }
 }
@@ -147,13 +154,6 @@ impl Drop for Publisher {
             drop(inner);
         }
     }
-}
-
-/// A follower, and what owns the memory that it writes.
-struct Held {
-    // Dropped first.
-    engine: Engine<'static>,
-    _keep: Vec<Py<PyAny>>,
 }
 
 /// A follower while no call uses it.
@@ -174,7 +174,7 @@ struct Lease {
 
 impl Lease {
     fn engine(&mut self) -> Option<&mut Engine<'static>> {
-        self.held.as_mut().map(|held| &mut held.engine)
+        self.held.as_mut().map(|held| held.engine())
     }
 
     /// Runs a call of the engine.
@@ -213,15 +213,24 @@ impl Follow {
 
     /// The follower, for one call.
     fn lease(&self, py: Python<'_>) -> PyResult<Lease> {
+        self.lease_until(py, None)?
+            .ok_or_else(|| errors::busy(py, "a call that was interrupted still uses the follower"))
+    }
+
+    /// The follower, for one call; None if a call that was interrupted uses it until then.
+    fn lease_until(&self, py: Python<'_>, until: Option<Instant>) -> PyResult<Option<Lease>> {
         self.ours(py)?;
         loop {
             let held = self.place.held.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner).take();
             if held.is_some() {
                 self.place.stopped.store(false, Ordering::Relaxed);
-                return Ok(Lease { place: self.place.clone(), held });
+                return Ok(Some(Lease { place: self.place.clone(), held }));
             }
             if !self.place.stopped.load(Ordering::Relaxed) {
                 return Err(errors::busy(py, "another call uses the follower: one thread at a time does"));
+            }
+            if until.is_some_and(|until| until <= Instant::now()) {
+                return Ok(None);
             }
             py.detach(|| std::thread::sleep(SLICE));
             py.check_signals()?;
@@ -255,7 +264,8 @@ fn copy(weights: &Version<'_>, lent: &mut [Lent], tied: &[(String, String)]) -> 
         own.push((range.start.addr(), range.end.addr()));
     }
     own.sort_unstable();
-    for Lent { name, memory, bytes, .. } in lent {
+    for lent in lent {
+        let (name, memory) = (&lent.name, &lent.memory);
         let (begin, end) = memory.extent();
         // Tensors of a version do not overlap, so the last that begins before the end reaches farthest.
         let before = own.partition_point(|(start, _)| *start < end).checked_sub(1).and_then(|last| own.get(last));
@@ -266,7 +276,7 @@ fn copy(weights: &Version<'_>, lent: &mut [Lent], tied: &[(String, String)]) -> 
         if is.get(name.as_str()) != Some(&(memory.dtype, &memory.shape[..])) {
             return refuse("a target has another dtype or shape than the version", name);
         }
-        bytes.copy_from_slice(from);
+        lent.fill(|bytes| bytes.copy_from_slice(from));
     }
     Ok(())
 }
@@ -286,22 +296,7 @@ impl Follow {
         confirm: bool,
     ) -> PyResult<Self> {
         entry(py, || {
-            let mut weights = Version::new();
-            let mut keep = Vec::new();
-            if let Some(targets) = targets {
-                let (lent, tied) = lent::several(targets)?;
-                for lent in lent {
-                    let (dtype, shape) = (lent.memory.dtype, &lent.memory.shape);
-                    weights.lend(lent.name, dtype, shape, lent.bytes).or_raise(py)?;
-                    keep.push(lent.keep);
-                }
-                for (name, holder) in tied {
-                    weights.lend_alias(name, holder);
-                }
-                if strict {
-                    weights.strict();
-                }
-            }
+            let targets = targets.map(|targets| Targets::new(targets, strict)).transpose()?;
             let poll = seconds(py, poll)?;
             let start = move || {
                 let mut follower = Engine::open(&root)?.poll_every(poll).confirm(confirm);
@@ -309,11 +304,11 @@ impl Follow {
                 if let Some(copy_to) = copy_to {
                     follower = follower.copy_to(copy_to)?;
                 }
-                follower.start(weights).map(|engine| Held { engine, _keep: keep })
+                Held::start(follower, targets)
             };
-            let held = interruptible(py, start)?.or_raise(py)?;
-            let reader = held.engine.reader();
-            let version = AtomicU64::new(held.engine.version().unwrap_or(0));
+            let mut held = interruptible(py, start)?.or_raise(py)?;
+            let reader = held.engine().reader();
+            let version = AtomicU64::new(held.engine().version().unwrap_or(0));
             let place = Place { held: Mutex::new(Some(Box::new(held))), version, ..Place::default() };
             // As many as make little of the looks at the beginning and the end of each.
             let piece = (poll * 4).clamp(SLICE, Duration::from_secs(2));
@@ -333,7 +328,8 @@ impl Follow {
         entry(py, || {
             let wait = deadline.map(|deadline| seconds(py, deadline)).transpose()?;
             let until = wait.and_then(|wait| Instant::now().checked_add(wait));
-            let (mut lease, piece) = (self.lease(py)?, self.piece);
+            let Some(mut lease) = self.lease_until(py, until)? else { return Ok(None) };
+            let piece = self.piece;
             let wait = move || loop {
                 let left = until.map_or(piece, |until| until.saturating_duration_since(Instant::now()));
                 let found = lease.with(|engine| engine.next(left.min(piece)));
@@ -481,19 +477,19 @@ impl Change {
         entry(py, || {
             let name = self.changed.name.as_str();
             let indices = indices.map(|indices| lent::one(&indices, name)).transpose()?;
-            let values = lent::one(&values, name)?;
+            let mut values = lent::one(&values, name)?;
             let wanted = self.changed.indices.as_ref().map_or(0, |indices| indices.len() * 8);
-            if indices.as_ref().map_or(0, |indices| indices.bytes.len()) != wanted
-                || values.bytes.len() != self.changed.values.len()
-            {
+            if indices.as_ref().map_or(0, Lent::len) != wanted || values.len() != self.changed.values.len() {
                 return Err(invalid(py, "what changes goes into memory of its length", Some(name)));
             }
             py.detach(move || {
-                values.bytes.copy_from_slice(&self.changed.values);
-                if let (Some(to), Some(from)) = (indices, &self.changed.indices) {
-                    for (to, from) in to.bytes.as_chunks_mut().0.iter_mut().zip(from) {
-                        *to = from.to_ne_bytes();
-                    }
+                values.fill(|bytes| bytes.copy_from_slice(&self.changed.values));
+                if let (Some(mut to), Some(from)) = (indices, &self.changed.indices) {
+                    to.fill(|bytes| {
+                        for (to, from) in bytes.as_chunks_mut().0.iter_mut().zip(from) {
+                            *to = from.to_ne_bytes();
+                        }
+                    });
                 }
             });
             Ok(())

@@ -1,27 +1,106 @@
 //! Memory of Python objects that the engine reads or writes as bytes.
 //!
 //! # Safety argument
-//! A slice is over packed memory of the host that an object describes. [`Lent`] holds what owns it, and a
-//! follower holds its [`Lent`] as long as the slice: the memory stays allocated. torch and NumPy alone can
-//! free it under a reference, by `resize_` of a storage and `resize` of an array: the documentation forbids
-//! that. Slices of one follower do not overlap, which [`several`] checks, and none is a target of a copy from
-//! it. They are written within the calls that apply a version or fill a target alone, and that the program
-//! reads or writes the memory meanwhile in no other thread, and writes that of a follower never, is what
-//! callers promise; where that is broken, values are wrong, as in any library that fills tensors without the
-//! GIL.
+//! A slice is over packed memory of the host that an object describes. [`Lent`] holds what owns it, and so
+//! does [`Held`], which drops the follower first: the memory stays allocated. torch and NumPy alone can free
+//! it under a reference, by `resize_` of a storage and `resize` of an array: the documentation forbids that.
+//! [`Lent::fill`] has its slice for one call. The slices of a follower are made in [`Held::start`] alone, and
+//! do not overlap, because [`several`] has checked that; none is a target of a copy from it. They are written
+//! within the calls that apply a version. That the program reads or writes the memory meanwhile in no other
+//! thread, and writes that of a follower never, is what callers promise; where that is broken, values are
+//! wrong, as in any library that fills tensors without the GIL.
 #![expect(unsafe_code, reason = "slices of memory that Python objects own; argument above")]
 
 use crate::collect::{self, Found, Memory};
 use crate::errors::invalid;
+use ashore::chain::{Follow, Follower, Weights};
 use pyo3::prelude::*;
 
-/// Memory for a tensor.
+/// Memory for a tensor, which Rust reaches only while it is filled.
 pub struct Lent {
     pub name: String,
     pub memory: Memory,
-    pub bytes: &'static mut [u8],
     /// What owns the memory.
-    pub keep: Py<PyAny>,
+    keep: Py<PyAny>,
+}
+
+impl Lent {
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.memory.bytes() as usize
+    }
+
+    /// Calls `fill` with the memory.
+    pub fn fill(&mut self, fill: impl FnOnce(&mut [u8])) {
+        // SAFETY: `keep` owns the memory during the call; see the safety argument.
+        fill(unsafe { self.slice() });
+    }
+
+    /// # Safety
+    /// The slice is the only one of its memory, and `keep` is not dropped before it.
+    unsafe fn slice(&self) -> &'static mut [u8] {
+        if self.len() == 0 {
+            return &mut [];
+        }
+        let address = std::ptr::with_exposed_provenance_mut(self.memory.address);
+        // SAFETY: packed, writable memory of the host of this length, as `one` has checked; the rest is the
+        // caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(address, self.len()) }
+    }
+}
+
+/// A follower, and what owns the memory that it writes.
+pub struct Held {
+    // Dropped first.
+    engine: Follow<'static>,
+    _keep: Vec<Py<PyAny>>,
+}
+
+impl Held {
+    /// Begins to follow, into memory of its own, or into `targets` and no other memory.
+    ///
+    /// # Errors
+    /// As [`Weights::lend`] and [`Follower::start`].
+    pub fn start(follower: Follower, targets: Option<Targets>) -> ashore::Result<Self> {
+        let mut keep = Vec::new();
+        let mut weights = Weights::new();
+        if let Some(Targets { lent, tied, strict }) = targets {
+            for lent in lent {
+                let (dtype, shape) = (lent.memory.dtype, &lent.memory.shape);
+                // SAFETY: no other slice overlaps, as `several` has checked; `keep` is dropped after `weights`, or
+                // goes with the follower.
+                let bytes = unsafe { lent.slice() };
+                keep.push(lent.keep);
+                weights.lend(lent.name, dtype, shape, bytes)?;
+            }
+            for (name, holder) in tied {
+                weights.lend_alias(name, holder);
+            }
+            if strict {
+                weights.strict();
+            }
+        }
+        follower.start(weights).map(|engine| Self { engine, _keep: keep })
+    }
+
+    pub fn engine(&mut self) -> &mut Follow<'static> {
+        &mut self.engine
+    }
+}
+
+/// Memory that a follower writes.
+pub struct Targets {
+    lent: Vec<Lent>,
+    tied: Aliases,
+    strict: bool,
+}
+
+impl Targets {
+    /// As [`several`]. `strict`: a version has these tensors and no others.
+    pub fn new(objects: Vec<(String, Bound<'_, PyAny>)>, strict: bool) -> PyResult<Self> {
+        let (lent, tied) = several(objects)?;
+        Ok(Self { lent, tied, strict })
+    }
 }
 
 /// The memory of `object`, which the engine writes.
@@ -40,14 +119,7 @@ pub fn one(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Lent> {
     if read_only {
         return refuse("a target is read-only");
     }
-    let length = memory.bytes() as usize;
-    let bytes: &'static mut [u8] = if length == 0 {
-        &mut []
-    } else {
-        // SAFETY: writable memory of this length; see the safety argument.
-        unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(memory.address), length) }
-    };
-    Ok(Lent { name: name.to_owned(), memory, bytes, keep })
+    Ok(Lent { name: name.to_owned(), memory, keep })
 }
 
 /// More names of tensors, each with the name that has the memory.
