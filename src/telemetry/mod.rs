@@ -23,7 +23,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounde
 pub(crate) use log::Root;
 use log::RunLog;
 use meters::Meters;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use trace::{BegunSave, TraceFile};
@@ -33,6 +33,8 @@ pub(crate) const NAME: &str = "ashore-tell";
 
 /// Number of saves that may end while the thread writes the line of one.
 const QUEUE: usize = 256;
+/// The most spans of traces that wait in the queue: about 25 MB.
+const SPANS_WAITING_MAX: usize = 1 << 18;
 /// How often the metrics of the present state are set.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -55,6 +57,10 @@ pub(crate) struct Telemetry {
     told: Receiver<Told>,
     /// Lines that found the queue full.
     lost: AtomicU64,
+    /// Spans in the queue.
+    spans_waiting: AtomicUsize,
+    /// Spans that found no place in the queue, and are in no message's count.
+    spans_lost: AtomicU64,
     closed: AtomicBool,
     /// How many bytes of the arena chunks hold; set if saves are traced.
     arena: OnceLock<Arena>,
@@ -96,8 +102,16 @@ pub(crate) struct Sinks {
 impl Telemetry {
     pub fn new() -> Self {
         let (queue, told) = bounded(QUEUE);
-        let (lost, closed, trace_is_over) = (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(false));
-        Self { queue, told, lost, closed, arena: OnceLock::new(), trace_is_over }
+        Self {
+            queue,
+            told,
+            lost: AtomicU64::new(0),
+            spans_waiting: AtomicUsize::new(0),
+            spans_lost: AtomicU64::new(0),
+            closed: AtomicBool::new(false),
+            arena: OnceLock::new(),
+            trace_is_over: AtomicBool::new(false),
+        }
     }
 
     /// Traces later saves. Called once, at start.
@@ -122,13 +136,27 @@ impl Telemetry {
 
     /// Leaves a span that came after the end of its save.
     pub fn late(&self, (span, thread): (Span, Thread), step: u64) {
-        self.leave(Told::Late(Box::new((span, thread)), step));
+        if !self.leave(Told::Late(Box::new((span, thread)), step)) {
+            self.spans_lost.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
-    /// Leaves the line of a save that has ended. Never waits.
-    pub fn tell(&self, line: SaveLine, trace: Option<EndedSave>) {
+    /// Leaves the line of a save that has ended. Never waits. Spans that find no place are counted as lost:
+    /// the storage of the trace may hang for as long as the training goes on.
+    pub fn tell(&self, line: SaveLine, mut trace: Option<EndedSave>) {
+        let mut spans = 0;
+        if let Some(trace) = &mut trace {
+            spans = trace.spans.len();
+            if self.spans_waiting.fetch_add(spans, Ordering::Relaxed) + spans > SPANS_WAITING_MAX {
+                self.spans_waiting.fetch_sub(spans, Ordering::Relaxed);
+                trace.lost += spans as u64;
+                (trace.spans, spans) = (Vec::new(), 0);
+            }
+            trace.lost += self.spans_lost.swap(0, Ordering::Relaxed);
+        }
         if !self.leave(Told::Ended(Box::new(line), trace.map(Box::new))) {
             self.lost.fetch_add(1, Ordering::Relaxed);
+            self.spans_waiting.fetch_sub(spans, Ordering::Relaxed);
         }
     }
 
@@ -162,6 +190,8 @@ impl Telemetry {
                 Ok(Told::Late(late, step)) => trace.iter_mut().for_each(|trace| trace.late(&late.0, &late.1, step)),
                 Ok(Told::Ended(mut line, traced)) => {
                     line.lost = self.lost.swap(0, Ordering::Relaxed);
+                    let spans = traced.as_ref().map_or(0, |traced| traced.spans.len());
+                    self.spans_waiting.fetch_sub(spans, Ordering::Relaxed);
                     if let Some(log) = &mut log {
                         log.save(&line);
                     }
@@ -201,4 +231,29 @@ fn unix_nanos(time: SystemTime) -> u64 {
 
 pub(crate) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 256 saves of 65,536 spans each waited for the storage of a trace that hung: more than a gigabyte.
+    #[test]
+    fn spans_that_wait_for_the_storage_of_a_trace_are_limited_and_counted() {
+        let telemetry = Telemetry::new();
+        let now = Instant::now();
+        let span = Span { work: Work::Digest, begin: now, end: now, number: Some(0), bytes: 1, thread: 1, arena: 0 };
+        let count = SPANS_WAITING_MAX / 3;
+        for step in 0..5 {
+            let begun = BegunSave { id: step, step, at: now, arena: 0 };
+            let spans = vec![span; count];
+            let ended = EndedSave { begun, at: now, spans, threads: Vec::new(), lost: 0 };
+            telemetry.tell(SaveLine::default(), Some(ended));
+        }
+        let mut waiting = Vec::new();
+        while let Ok(Told::Ended(_, Some(ended))) = telemetry.told.try_recv() {
+            waiting.push((ended.spans.len(), ended.lost as usize));
+        }
+        assert_eq!(waiting, [(count, 0), (count, 0), (count, 0), (0, count), (0, count)]);
+    }
 }
