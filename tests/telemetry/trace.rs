@@ -192,6 +192,15 @@ fn each_rank_writes_a_file_of_its_own_with_rows_of_its_own() {
         all.push(events.iter().map(|event| number(event, "pid")).collect::<Vec<_>>());
     }
     assert!(all[0].iter().all(|pid| !all[1].contains(pid)), "rows of two ranks are apart when files are joined");
+    // Joined by the command of the documentation.
+    let page = include_str!("../../docs/observability.md");
+    let command = page.lines().find_map(|line| line.trim().strip_prefix('`')?.strip_suffix("`."));
+    let command = command.filter(|command| command.contains("trace-rank*.json")).unwrap();
+    assert!(Command::new("sh").args(["-c", command]).current_dir(folder.path()).status().unwrap().success());
+    let joined: Vec<Value> =
+        serde_json::from_str(&fs::read_to_string(folder.path().join("all.json")).unwrap()).unwrap();
+    assert_eq!(joined.len(), all.iter().map(Vec::len).sum::<usize>());
+    assert_eq!(joined, [of_rank(0), of_rank(1)].concat());
 }
 
 /// Runs the ignored test `name` in a process of its own, with `folder` in its environment.
@@ -263,9 +272,15 @@ fn forks_between_saves() {
         // SAFETY: ends the child without running anything of the parent's.
         unsafe { libc::_exit(0) };
     }
-    let mut status = 0;
-    // SAFETY: waits for our own child.
-    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    let (mut status, deadline) = (0, Instant::now() + LONG);
+    // SAFETY: looks for our own child.
+    while unsafe { libc::waitpid(child, &mut status, libc::WNOHANG) } == 0 {
+        if Instant::now() >= deadline {
+            // SAFETY: ends our own child.
+            unsafe { libc::kill(child, libc::SIGKILL) };
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
     assert_eq!(status, 0);
     save_chunks(&parent, 2);
     parent.shutdown(LONG).unwrap();
