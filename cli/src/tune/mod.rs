@@ -150,7 +150,7 @@ pub fn run(common: &Common, args: &Args) -> Result<ExitCode> {
     let home = Home::of(args.device)?;
     refuse_saves_in_flight(common, &root)?;
     let shapes = shapes(common, args, &root)?;
-    fits(&root, shapes.total())?;
+    fits(common, &root, shapes.total())?;
     let wanted = Wanted {
         cost: args.cost / 100.0,
         fails_every: args.fails_every.map(|between| between.as_secs_f64()),
@@ -208,16 +208,23 @@ fn shapes(common: &Common, args: &Args, root: &Path) -> Result<Shapes> {
     Ok(Shapes { bytes, source: format!("as in step {}", checkpoint.step()) })
 }
 
-/// A run keeps a step until the next one is durable.
-fn fits(root: &Path, bytes: u64) -> Result<()> {
+/// A run keeps a step until the next one is durable. What the newest step of the root takes is room that a
+/// run has already.
+fn fits(common: &Common, root: &Path, bytes: u64) -> Result<()> {
+    let newest = common.catalog(root)?.latest()?;
+    let there: u64 = newest
+        .map(|newest| Ok::<_, Error>(newest.tensors()?.map(|tensor| tensor.bytes).sum()))
+        .transpose()?
+        .unwrap_or(0);
     let free = free(root)?;
-    if bytes.saturating_mul(2) <= free {
+    if bytes.saturating_mul(2) <= free.saturating_add(there) {
         return Ok(());
     }
     let (bytes, free) = (size::shown(bytes), size::shown(free));
+    let there = if there > 0 { format!(", and the newest step takes {}", size::shown(there)) } else { String::new() };
     let what = format!(
-        "two steps of {bytes} do not fit, {free} are free: a run needs room for its newest step and the one that \
-         it is writing"
+        "two steps of {bytes} do not fit, {free} are free{there}: a run needs room for its newest step and the one \
+         that it is writing"
     );
     Err(Error::new(ErrorKind::NoSpace, what).with_path(root))
 }
